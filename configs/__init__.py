@@ -1,0 +1,1 @@
+"""YAML presets and recipes, installed as package data."""
