@@ -1,0 +1,39 @@
+"""Low-rank adapters on the linear maps of a target's layers: what accelerates the residual in M2R2.
+
+Holds parameters only. Runtimes apply them, to chosen tokens of a pass (``Target.layers(..., adapters=)``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+
+class Adapters(nn.Module):
+    """``y += up(down(x))`` beside linear maps: rank-r factors keyed by layer and module path.
+
+    ``shapes[layer][path] = (in_features, out_features)``. ``up`` starts at zero, so untrained adapters change nothing.
+    """
+
+    def __init__(self, shapes: Mapping[int, Mapping[str, tuple[int, int]]], rank: int) -> None:
+        super().__init__()
+        self.rank = rank
+        self.paths = {layer: list(paths) for layer, paths in shapes.items()}
+        for layer, paths in shapes.items():
+            for path, (n_in, n_out) in paths.items():
+                key = self._key(layer, path)
+                self.register_parameter(key + "/down", nn.Parameter(torch.randn(rank, n_in) * n_in**-0.5))
+                self.register_parameter(key + "/up", nn.Parameter(torch.zeros(n_out, rank)))
+
+    @staticmethod
+    def _key(layer: int, path: str) -> str:
+        return f"{layer}/{path.replace('.', '/')}"
+
+    def factors(self, layer: int) -> dict[str, tuple[Tensor, Tensor]]:
+        """``{module path: (down [r, in], up [out, r])}`` of one layer; empty if it has none."""
+        return {
+            path: (getattr(self, self._key(layer, path) + "/down"), getattr(self, self._key(layer, path) + "/up"))
+            for path in self.paths.get(layer, ())
+        }

@@ -1,0 +1,164 @@
+"""Key/value cache with rollback: append, trim, keep a path, select rows.
+
+Slots are shared by all layers: slot ``s`` holds the same token everywhere, but layers may be filled to different
+lengths while a draft is under way (early layers run ahead of late ones). Slots below ``committed`` are final; those
+above belong to the draft and are dropped or compacted by ``keep``. Rows may have different lengths: a shorter row has
+holes (position -1) that no query sees. Knows nothing about models, tokens or acceptance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class Mask:
+    """Which cached keys each query may attend to.
+
+    ``query`` [B, T] and ``keys`` [B, S] hold positions (-1: hole); ``visible`` [B, T, S] is a bool tensor, or None
+    when every key is visible to every query. Runtimes read ``full`` or ``sliding`` and may keep what they derive from
+    them in ``memo`` (one mask serves many layers).
+    """
+
+    def __init__(self, query: Tensor, keys: Tensor, visible: Tensor | None) -> None:
+        self.query, self.keys, self.visible = query, keys, visible
+        self.memo: dict[object, Tensor | None] = {}
+
+    def bool_mask(self, window: int | None = None) -> Tensor | None:
+        """Return the mask as bool [B, 1, T, S] (True = attend), or None where nothing is hidden.
+
+        ``window``: a query sees only the last ``window`` positions, itself included.
+        """
+        if window not in self.memo:
+            visible = self.visible
+            if window is not None:
+                near = self.query[:, :, None] - self.keys[:, None, :] < window  # (B, T, S)
+                if visible is not None:
+                    visible = visible & near
+                elif not bool(near.all()):
+                    visible = near
+            self.memo[window] = None if visible is None else visible[:, None]  # (B, 1, T, S)
+        return self.memo[window]
+
+
+class KVCache:
+    """Keys and values of all layers for a batch of ragged rows.
+
+    Buffers are allocated on first use of a layer and grow in blocks of ``block`` slots. When gradients are needed
+    (training), entries are concatenated instead, so that autograd sees them.
+    """
+
+    def __init__(self, num_layers: int, batch: int, device: torch.device | str = "cpu", block: int = 256) -> None:
+        self.block, self.device = block, torch.device(device)
+        self.keys: list[Tensor | None] = [None] * num_layers  # each (B, H, capacity, d)
+        self.values: list[Tensor | None] = [None] * num_layers
+        self.lengths = [0] * num_layers  # filled slots per layer
+        self.rows = [0] * batch  # committed tokens per row
+        self.committed = 0  # committed slots: the longest row
+        self.positions = torch.full((batch, block), -1, dtype=torch.long, device=self.device)  # (B, capacity)
+
+    @property
+    def batch(self) -> int:
+        return len(self.rows)
+
+    @property
+    def ragged(self) -> bool:
+        """True if some row has holes."""
+        return any(n != self.committed for n in self.rows)
+
+    def nbytes(self) -> int:
+        """Bytes held by the key and value buffers."""
+        return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values) if t is not None)
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Add ``k``, ``v`` [B, H, T, d] to ``layer``; return views of all its keys and values [B, H, S, d]."""
+        start, end = self.lengths[layer], self.lengths[layer] + k.shape[2]
+        old_k, old_v = self.keys[layer], self.values[layer]
+        if torch.is_grad_enabled() and (k.requires_grad or (old_k is not None and old_k.requires_grad)):
+            new_k = k if old_k is None else torch.cat((old_k[:, :, :start], k), 2)
+            new_v = v if old_v is None else torch.cat((old_v[:, :, :start], v), 2)
+        else:
+            new_k, new_v = self._room(old_k, k, start, end), self._room(old_v, v, start, end)
+            new_k[:, :, start:end], new_v[:, :, start:end] = k, v
+        self.keys[layer], self.values[layer], self.lengths[layer] = new_k, new_v, end
+        return new_k[:, :, :end], new_v[:, :, :end]
+
+    def _room(self, buffer: Tensor | None, like: Tensor, start: int, end: int) -> Tensor:
+        """Return a buffer with at least ``end`` slots that begins with the first ``start`` slots of ``buffer``."""
+        if buffer is not None and buffer.shape[2] >= end:
+            return buffer
+        # Grow by at least a quarter, so that long generations copy each entry a bounded number of times.
+        slots = -(-max(end, start + start // 4) // self.block) * self.block
+        grown = like.new_zeros(like.shape[0], like.shape[1], slots, like.shape[3])
+        if buffer is not None:
+            grown[:, :, :start] = buffer[:, :, :start]
+        return grown
+
+    def mask(self, layer: int, positions: Tensor, tree: Tensor | None = None) -> Mask:
+        """Register the next T slots of ``layer`` at ``positions`` [B, T] and return what they may attend to.
+
+        They see every committed token of their row and, among the U uncommitted slots (theirs included), those that
+        ``tree`` [T, U] (bool) marks; without it, all earlier ones and themselves (a chain).
+        """
+        start, end = self.lengths[layer], self.lengths[layer] + positions.shape[1]
+        if end > self.positions.shape[1]:
+            slots = -(-max(end, start + start // 4) // self.block) * self.block
+            grown = self.positions.new_full((self.batch, slots), -1)
+            grown[:, :start] = self.positions[:, :start]
+            self.positions = grown
+        self.positions[:, start:end] = positions
+        keys = self.positions[:, :end]
+        t, u = positions.shape[1], end - self.committed
+        if tree is None and t == 1 and not self.ragged:
+            return Mask(positions, keys, None)
+        if tree is None:
+            tree = torch.ones(t, u, dtype=torch.bool, device=self.device).tril(u - t)
+        old = (keys[:, None, : self.committed] >= 0).expand(-1, t, -1)  # (B, T, committed)
+        new = tree.to(self.device)[None].expand(self.batch, -1, -1)  # (B, T, U)
+        return Mask(positions, keys, torch.cat((old, new), 2))
+
+    def trim(self, count: int, lo: int = 0, hi: int | None = None) -> None:
+        """Drop the last ``count`` slots of layers [lo, hi). Committed slots cannot be dropped (ValueError)."""
+        for layer in range(lo, len(self.lengths) if hi is None else hi):
+            if self.lengths[layer] - count < self.committed:
+                raise ValueError(f"cannot trim {count} slots of layer {layer}: only uncommitted ones can be dropped")
+            self.lengths[layer] -= count
+
+    def keep(self, paths: Sequence[Sequence[int]]) -> None:
+        """Commit, for each row, the uncommitted slots listed in ``paths`` (ascending indices), and drop the others.
+
+        All layers must have run the whole block. Kept slots are compacted to follow the row's committed ones.
+        """
+        in_place = all(
+            n == self.committed and list(path) == list(range(len(path)))
+            for n, path in zip(self.rows, paths, strict=True)
+        )
+        if not in_place:
+            row, src, dst = [], [], []
+            for b, path in enumerate(paths):
+                row += [b] * len(path)
+                src += [self.committed + j for j in path]
+                dst += range(self.rows[b], self.rows[b] + len(path))
+            index = torch.tensor([row, src, dst], device=self.device)
+            for buffer in (*self.keys, *self.values):
+                if buffer is not None:
+                    buffer[index[0], :, index[2]] = buffer[index[0], :, index[1]]
+            self.positions[index[0], index[2]] = self.positions[index[0], index[1]]
+        self.rows = [n + len(path) for n, path in zip(self.rows, paths, strict=True)]
+        self.committed = max(self.rows)
+        self.lengths = [self.committed] * len(self.lengths)
+        if self.ragged:
+            for b, n in enumerate(self.rows):
+                self.positions[b, n : self.committed] = -1
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep only ``rows`` of the batch, in that order. Nothing may be uncommitted."""
+        index = torch.tensor(list(rows), device=self.device)
+        self.keys = [None if t is None else t.index_select(0, index) for t in self.keys]
+        self.values = [None if t is None else t.index_select(0, index) for t in self.values]
+        self.positions = self.positions.index_select(0, index)
+        self.rows = [self.rows[i] for i in rows]
+        self.committed = max(self.rows, default=0)
+        self.lengths = [self.committed] * len(self.lengths)

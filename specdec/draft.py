@@ -1,0 +1,121 @@
+"""What drafters and verifiers exchange: a tree of proposed tokens, and the verdict on it.
+
+A round scores a *block* of 1 + M tokens: index 0 is the root (the last committed token, whose successor is sought),
+indices 1 .. M are the draft's nodes in topological order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from specdec.cache import KVCache
+    from specdec.sampling import Sampler
+    from specdec.target import Target
+
+
+@dataclass
+class Draft:
+    """A tree of proposed tokens for every row of the batch (one shape for all rows).
+
+    tokens: int64 [B, M]; -1 marks a node that a row does not have.
+    parents: block index of each node's parent (0 = root); a chain is (0, 1, 2, ...).
+    q: [B, M, V], the distribution each node was drawn from (given its earlier siblings); None if deterministic.
+    states: [B, S, D], hidden states at layer ``exit_layer`` of the first S block tokens, whose keys and values below
+        that layer are already in the cache: scoring resumes there.
+    """
+
+    tokens: Tensor
+    parents: tuple[int, ...]
+    q: Tensor | None = None
+    states: Tensor | None = None
+    exit_layer: int = 0
+
+    @property
+    def is_chain(self) -> bool:
+        return self.parents == tuple(range(len(self.parents)))
+
+    def depths(self) -> list[int]:
+        """Distance of each block token from the root; the root has 0."""
+        out = [0]
+        for parent in self.parents:
+            out.append(out[parent] + 1)
+        return out
+
+    def ancestors(self) -> Tensor | None:
+        """Bool [1 + M, 1 + M]: row i marks the block tokens on i's path to the root. None for a chain (causal)."""
+        if self.is_chain:
+            return None
+        seen = torch.eye(1 + len(self.parents), dtype=torch.bool)
+        for node, parent in enumerate(self.parents, start=1):
+            seen[node] |= seen[parent]
+        return seen
+
+    @classmethod
+    def empty(cls, batch: int, device: torch.device | str = "cpu") -> Draft:
+        """A draft of no tokens: scoring it is plain decoding."""
+        return cls(torch.empty(batch, 0, dtype=torch.long, device=device), ())
+
+
+@dataclass
+class Verdict:
+    """What stands of a draft: for each row the kept block indices (root first) and the token that follows them."""
+
+    paths: list[list[int]]
+    next_tokens: list[int]
+
+
+@dataclass
+class State:
+    """Where a generation stands. ``ids[b]`` is row b's prompt and output; its last token, the root, is not yet cached."""
+
+    target: Target
+    cache: KVCache
+    sampler: Sampler
+    ids: list[list[int]]
+
+    @property
+    def roots(self) -> Tensor:
+        """The root token of each row, int64 [B, 1]."""
+        return torch.tensor([[row[-1]] for row in self.ids], device=self.cache.device)
+
+    @property
+    def positions(self) -> Tensor:
+        """The position of each row's root, int64 [B, 1]."""
+        return torch.tensor([[n] for n in self.cache.rows], device=self.cache.device)
+
+
+class Drafter(Protocol):
+    """Proposes tokens. ``taps`` names the layers whose input states it wants to observe (N = the final state)."""
+
+    name: ClassVar[str]
+    taps: tuple[int, ...]
+
+    def bind(self, target: Target) -> None:
+        """Attach to a target once; raise SpecDecError if the two do not fit."""
+
+    def start(self, batch: int) -> None:
+        """Begin a generation of ``batch`` rows; forget the previous one."""
+
+    def propose(self, state: State, limit: int) -> Draft:
+        """Draft at most ``limit`` >= 1 tokens in depth after each row's root."""
+
+    def observe(self, paths: list[list[int]], taps: dict[int, Tensor]) -> None:
+        """See the states [B, T, D] at the tapped layers of a block just run (prompt or round), and what was kept."""
+
+    def select(self, rows: list[int]) -> None:
+        """Keep only ``rows`` of the batch."""
+
+
+class Verifier(Protocol):
+    """Decides how much of a draft stands. ``lossless`` says whether the output keeps the target's distribution."""
+
+    name: ClassVar[str]
+    lossless: ClassVar[bool]
+
+    def judge(self, draft: Draft, p: Tensor, generators: list[torch.Generator]) -> Verdict:
+        """Judge ``draft`` by the target's distributions ``p`` [B, 1 + M, V], one generator per row."""

@@ -1,0 +1,369 @@
+"""The target model as embed / layers [lo, hi) / readout over our cache, and the model-agnostic reference runtime.
+
+``ReferenceTarget`` drives any decoder-only Hugging Face model through its own ``forward``: for the time of a call its
+decoder layers are wrapped in gates that skip, inject or record hidden states, so position embeddings, rotary tables,
+final norms and logit caps stay the model's own. Knows nothing about drafting or text.
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedModel
+
+from specdec.adapters import Adapters
+from specdec.cache import KVCache, Mask
+from specdec.errors import SpecDecError
+
+
+class Target(ABC):
+    """A causal language model with N layers, run in pieces.
+
+    Attributes: ``model`` (the unmodified HF model), ``num_layers`` N, ``hidden_size`` D, ``vocab_size`` V,
+    ``context`` (most positions), ``windows`` (attention window per layer, None = full), ``device``, ``dtype``.
+    """
+
+    runtime: str  # "reference", "fused", ...
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        config = model.config.get_text_config()
+        self.num_layers = int(config.num_hidden_layers)
+        self.hidden_size = int(config.hidden_size)
+        self.vocab_size = int(model.get_output_embeddings().weight.shape[0])
+        self.context = int(getattr(config, "max_position_embeddings", None) or 1 << 30)
+        self.windows = _windows(config)
+        self.device, self.dtype = model.device, model.dtype
+
+    def new_cache(self, batch: int = 1) -> KVCache:
+        return KVCache(self.num_layers, batch, self.device)
+
+    @abstractmethod
+    def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """Token ids and positions [B, T] -> the input of layer 0 [B, T, D]."""
+
+    @abstractmethod
+    def layers(
+        self,
+        x: Tensor,
+        lo: int,
+        hi: int,
+        positions: Tensor,
+        mask: Mask,
+        cache: KVCache,
+        taps: dict[int, Tensor] | None = None,
+        adapters: Adapters | None = None,
+        adapted: int | None = None,
+    ) -> Tensor:
+        """Run layers [lo, hi) on ``x`` [B, T, D], appending their keys and values to ``cache``; return [B, T, D].
+
+        positions: int64 [B, T]. mask: from ``cache.mask(lo, positions, ...)``.
+        taps: for each key l with lo <= l <= hi, filled with the input of layer l (l = hi: the result).
+        adapters: applied to the last ``adapted`` tokens of the block (None: to all of them).
+        """
+
+    @abstractmethod
+    def readout(self, x: Tensor, head: nn.Linear | None = None) -> Tensor:
+        """Final states [B, T, D] -> logits [B, T, V]: final norm, output head (or ``head``) and the model's logit cap."""
+
+    @abstractmethod
+    def linears(self, layer: int) -> dict[str, tuple[int, int]]:
+        """``{module path: (in, out)}`` of the linear maps of a layer that adapters can sit beside."""
+
+    def reduced_head(self, token_ids: Tensor) -> nn.Linear:
+        """The output head restricted to ``token_ids`` [V'], for ``readout(x, head)`` -> [B, T, V']."""
+        full = self.model.get_output_embeddings()
+        index = token_ids.to(full.weight.device)
+        head = nn.Linear(0, 0, bias=False)
+        head.weight = nn.Parameter(full.weight.detach()[index].contiguous(), requires_grad=False)
+        if getattr(full, "bias", None) is not None:
+            head.bias = nn.Parameter(full.bias.detach()[index], requires_grad=False)
+        head.in_features, head.out_features = head.weight.shape[1], head.weight.shape[0]
+        return head
+
+
+def _windows(config: Any) -> list[int | None]:
+    """Attention window of each layer. Raises SpecDecError for layer kinds whose state cannot be rolled back."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
+    if kinds is None:
+        return [window] * config.num_hidden_layers
+    known = {"full_attention": None, "sliding_attention": window, "attention": None}
+    for kind in kinds:
+        if kind not in known:
+            raise SpecDecError(
+                f"model type '{config.model_type}' has '{kind}' layers, whose state cannot be rolled back after a "
+                "rejected draft; use a model with full or sliding-window attention"
+            )
+    return [known[kind] for kind in kinds]
+
+
+class _Bridge(Cache):
+    """Hands our cache to HF attention layers."""
+
+    def __init__(self, cache: KVCache) -> None:
+        super().__init__(layers=[])
+        self.kv = cache
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        return self.kv.append(layer_idx, key_states, value_states)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.kv.lengths[layer_idx]
+
+
+class _Pass:
+    """One call of the model: which layers run, on what, seen through which mask, and what is recorded."""
+
+    def __init__(self, x: Tensor | None, lo: int, hi: int, mask: Mask | None, taps: dict[int, Tensor] | None) -> None:
+        self.x, self.lo, self.hi, self.mask = x, lo, hi, mask
+        self.taps = {} if taps is None else taps
+        self.result: Tensor | None = None
+
+
+class _Gate(nn.Module):
+    """Stands in for decoder layer ``index`` during one call."""
+
+    def __init__(self, owner: ReferenceTarget, index: int, call: _Pass) -> None:
+        super().__init__()
+        self.__dict__["inner"] = owner.blocks[index]  # not registered: the model keeps its own module tree
+        self.__dict__["owner"], self.__dict__["call"], self.index = owner, call, index
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["inner"], name)
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        call: _Pass = self.__dict__["call"]
+        owner: ReferenceTarget = self.__dict__["owner"]
+        if self.index == 0:
+            if call.x is None:
+                call.result = hidden
+            else:
+                hidden = call.x
+        if call.lo <= self.index < call.hi:
+            if self.index in call.taps:
+                call.taps[self.index] = hidden
+            args, kwargs = owner.with_mask(self.index, args, kwargs, call.mask)
+            out = self.__dict__["inner"](hidden, *args, **kwargs)
+            hidden = out[0] if isinstance(out, tuple) else out
+            owner.tuples = isinstance(out, tuple)
+            if self.index == call.hi - 1:
+                call.result = hidden
+                if call.hi in call.taps:
+                    call.taps[call.hi] = hidden
+        return (hidden,) if owner.tuples else hidden
+
+
+class ReferenceTarget(Target):
+    """The reference runtime: exact on any decoder-only HF model, checked on load.
+
+    Raises SpecDecError for encoder-decoder, recurrent or otherwise unsupported models, with the reason.
+    """
+
+    runtime = "reference"
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        refuse_unsupported(model)
+        super().__init__(model)
+        self.attention = model.config._attn_implementation
+        self.decoder, self.attr = _find_layers(model, self.num_layers)
+        self.blocks = list(getattr(self.decoder, self.attr))
+        self.base = model.base_model
+        self.head_owner, self.head_attr = _owner_of(model, model.get_output_embeddings())
+        self.tuples = False
+        parameters = list(inspect.signature(self.blocks[0].forward).parameters)
+        # GPT-2 passes the mask by position, the others by name.
+        self.mask_index = parameters.index("attention_mask") - 1 if "attention_mask" in parameters else None
+        self._self_check()
+
+    def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+        call = _Pass(None, 0, 0, None, None)
+        with self._gates(call):
+            self.base(input_ids=ids, position_ids=positions, attention_mask=self._any_mask(ids), use_cache=False)
+        assert call.result is not None
+        return call.result
+
+    def layers(
+        self,
+        x: Tensor,
+        lo: int,
+        hi: int,
+        positions: Tensor,
+        mask: Mask,
+        cache: KVCache,
+        taps: dict[int, Tensor] | None = None,
+        adapters: Adapters | None = None,
+        adapted: int | None = None,
+    ) -> Tensor:
+        if taps is not None and lo in taps:
+            taps[lo] = x
+        if lo >= hi:
+            return x
+        call = _Pass(x, lo, hi, mask, taps)
+        ids = positions.new_zeros(x.shape[:2])
+        with self._gates(call), self._adapt(adapters, lo, hi, adapted):
+            self.base(
+                input_ids=ids,
+                position_ids=positions,
+                attention_mask=self._any_mask(ids),
+                cache=_Bridge(cache),
+                use_cache=True,
+            )
+        assert call.result is not None
+        return call.result
+
+    def readout(self, x: Tensor, head: nn.Linear | None = None) -> Tensor:
+        ids = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)
+        own = getattr(self.head_owner, self.head_attr)
+        with self._gates(_Pass(x, 0, 0, None, None)):
+            if head is not None:
+                setattr(self.head_owner, self.head_attr, head)
+            try:
+                out = self.model(
+                    input_ids=ids,
+                    position_ids=torch.zeros_like(ids),
+                    attention_mask=self._any_mask(ids),
+                    use_cache=False,
+                )
+            finally:
+                setattr(self.head_owner, self.head_attr, own)
+        return out.logits
+
+    def linears(self, layer: int) -> dict[str, tuple[int, int]]:
+        found = {}
+        for path, module in self.blocks[layer].named_modules():
+            weight = getattr(module, "weight", None)
+            if isinstance(module, nn.Linear):
+                found[path] = (module.in_features, module.out_features)
+            elif type(module).__name__ == "Conv1D" and weight is not None:
+                found[path] = (weight.shape[0], weight.shape[1])
+        # Experts and their router see tokens regrouped: no adapter can address "the last tokens" there.
+        return {path: size for path, size in found.items() if "expert" not in path and "router" not in path}
+
+    # -- how it is done -----------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _gates(self, call: _Pass) -> Iterator[None]:
+        own = getattr(self.decoder, self.attr)
+        setattr(self.decoder, self.attr, nn.ModuleList([_Gate(self, i, call) for i in range(self.num_layers)]))
+        try:
+            yield
+        finally:
+            setattr(self.decoder, self.attr, own)
+
+    @contextmanager
+    def _adapt(self, adapters: Adapters | None, lo: int, hi: int, adapted: int | None) -> Iterator[None]:
+        handles = []
+        for layer in range(lo, hi) if adapters is not None else ():
+            assert adapters is not None
+            for path, (down, up) in adapters.factors(layer).items():
+                module = self.blocks[layer].get_submodule(path)
+                handles.append(module.register_forward_hook(_adapter_hook(down, up, adapted)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _any_mask(self, ids: Tensor) -> Tensor:
+        """A 4D mask that HF forwards take as they find it; the gates put the real one in its place."""
+        return torch.ones(ids.shape[0], 1, ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device)
+
+    def with_mask(
+        self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any], mask: Mask | None
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Put ``mask``, as ``layer`` needs it, among the arguments of that layer."""
+        assert mask is not None
+        key = ("hf", self.windows[layer])
+        if key not in mask.memo:
+            visible = mask.bool_mask(self.windows[layer])
+            if visible is None:
+                shape = (mask.query.shape[0], 1, mask.query.shape[1], mask.keys.shape[1])
+                visible = torch.ones(shape, dtype=torch.bool, device=self.device)
+            if self.attention == "eager":
+                low = torch.finfo(self.dtype).min
+                visible = torch.zeros(visible.shape, dtype=self.dtype, device=self.device).masked_fill(~visible, low)
+            mask.memo[key] = visible
+        if self.mask_index is not None and len(args) > self.mask_index:
+            return (*args[: self.mask_index], mask.memo[key], *args[self.mask_index + 1 :]), kwargs
+        return args, kwargs | {"attention_mask": mask.memo[key]}
+
+    @torch.inference_mode()
+    def _self_check(self) -> None:
+        """Compare a pass in pieces with the model's own forward on a few tokens; refuse the model if they differ."""
+        ids = torch.arange(1, 9, device=self.device)[None] % self.vocab_size
+        positions = torch.arange(8, device=self.device)[None]
+        own = self.model(input_ids=ids, use_cache=False).logits.float()
+        try:
+            cache = self.new_cache()
+            half, x = self.num_layers // 2, self.embed(ids, positions)
+            mask = cache.mask(0, positions)
+            x = self.layers(x, 0, half, positions, mask, cache)
+            ours = self.readout(self.layers(x, half, self.num_layers, positions, mask, cache)).float()
+        except (TypeError, RuntimeError, AttributeError, IndexError) as error:
+            raise SpecDecError(
+                f"model type '{self.model.config.model_type}' cannot be run layer by layer ({error}); "
+                "it is not supported"
+            ) from error
+        spread = (own - ours).abs().max().item() / max(own.abs().max().item(), 1e-6)
+        if not spread < (1e-4 if self.dtype == torch.float32 else 5e-2):
+            raise SpecDecError(
+                f"model type '{self.model.config.model_type}' gives different logits when run layer by layer "
+                f"(relative difference {spread:.1e}); it is not supported"
+            )
+
+
+def refuse_unsupported(model: PreTrainedModel) -> None:
+    """Raise SpecDecError, with the reason, for a model whose decoding state cannot be rolled back or tree-masked."""
+    kind = model.config.model_type
+    if model.config.is_encoder_decoder:
+        raise SpecDecError(f"model type '{kind}' is an encoder-decoder; specdec needs a decoder-only causal model")
+    if getattr(model, "_is_stateful", False):
+        raise SpecDecError(
+            f"model type '{kind}' carries a recurrent state that cannot be rolled back after a rejected draft; "
+            "use an attention-only model"
+        )
+    if model.get_output_embeddings() is None:
+        raise SpecDecError(f"model type '{kind}' has no language-model head; load it as a causal language model")
+    if model.config._attn_implementation not in ("sdpa", "eager"):
+        raise SpecDecError(
+            f"attention implementation '{model.config._attn_implementation}' takes no tree masks; "
+            "load the model with attn_implementation='sdpa' or 'eager'"
+        )
+
+
+def _adapter_hook(down: Tensor, up: Tensor, adapted: int | None) -> Any:
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        x = inputs[0] if adapted is None else inputs[0][:, -adapted:]
+        delta = (x @ down.T.to(x.dtype)) @ up.T.to(x.dtype)  # (B, adapted, out)
+        if adapted is None or adapted == output.shape[1]:
+            return output + delta
+        return torch.cat((output[:, :-adapted], output[:, -adapted:] + delta), 1)
+
+    return hook
+
+
+def _find_layers(model: PreTrainedModel, count: int) -> tuple[nn.Module, str]:
+    """The module that owns the list of decoder layers, and the attribute's name."""
+    for module in model.base_model.modules():
+        for name, child in module.named_children():
+            if isinstance(child, nn.ModuleList) and len(child) == count:
+                return module, name
+    raise SpecDecError(f"model type '{model.config.model_type}' has no list of {count} decoder layers; not supported")
+
+
+def _owner_of(model: PreTrainedModel, child: nn.Module) -> tuple[nn.Module, str]:
+    for module in model.modules():
+        for name, found in module.named_children():
+            if found is child:
+                return module, name
+    raise SpecDecError(f"model type '{model.config.model_type}' hides its output head; not supported")
