@@ -136,7 +136,9 @@ class KVCache:
             for n, path in zip(self.rows, paths, strict=True)
         )
         if not in_place:
-            row, src, dst = [], [], []
+            row: list[int] = []
+            src: list[int] = []
+            dst: list[int] = []
             for b, path in enumerate(paths):
                 row += [b] * len(path)
                 src += [self.committed + j for j in path]

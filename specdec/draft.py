@@ -71,7 +71,7 @@ class Verdict:
 
 @dataclass
 class State:
-    """Where a generation stands. ``ids[b]`` is row b's prompt and output; its last token, the root, is not yet cached."""
+    """Where a generation stands. ``ids[b]``: row b's prompt and output; its last token, the root, is not yet cached."""
 
     target: Target
     cache: KVCache

@@ -70,7 +70,7 @@ class Target(ABC):
 
     @abstractmethod
     def readout(self, x: Tensor, head: nn.Linear | None = None) -> Tensor:
-        """Final states [B, T, D] -> logits [B, T, V]: final norm, output head (or ``head``) and the model's logit cap."""
+        """Final states [B, T, D] -> logits [B, T, V]: final norm, output head (or ``head``), the model's logit cap."""
 
     @abstractmethod
     def linears(self, layer: int) -> dict[str, tuple[int, int]]:

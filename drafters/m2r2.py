@@ -1,0 +1,286 @@
+"""M2R2: the model drafts for itself through an accelerated residual (arXiv 2502.02040).
+
+A second residual p runs beside the slow residual h through the first E layers, helped by low-rank adapters and
+attending to h's exact keys and values; then, optionally, it *leaps*: one matrix maps it, with the previous token's
+deep states (the carry), to the input of a later segment of the model's own layers, and a last leap lands on the final
+state h[N]. Its readout is the draft. h[E] and everything cached below E are exact and kept, so scoring resumes at E.
+
+The published abstract describes early layers with adapters and shared KV (here: a path without segments and leaps).
+The leap, the carry and the fit by ridge regression are our own extension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from specdec.hub import fingerprint
+from torch import Tensor, nn
+
+from specdec import artifacts
+from specdec.adapters import Adapters
+from specdec.cache import KVCache, Mask
+from specdec.draft import Draft, State
+from specdec.errors import SpecDecError
+from specdec.sampling import draw
+from specdec.target import Target
+
+
+@dataclass(frozen=True)
+class M2R2Path:
+    """The way of the accelerated residual through the model.
+
+    exit_layer: E; layers [0, E) are shared with the slow residual, scoring resumes there.
+    segments: later layer ranges [lo, hi) the residual leaps to, in order.
+    final_leap: whether a last leap maps the end of the path to the final state (else it is read out as it is).
+    adapters: ``{layer: [module paths]}`` that carry low-rank adapters of rank ``rank``.
+    """
+
+    exit_layer: int
+    segments: tuple[tuple[int, int], ...] = ()
+    final_leap: bool = False
+    rank: int = 32
+    adapters: dict[int, list[str]] = field(default_factory=dict)
+
+    @property
+    def adapts_early(self) -> bool:
+        """Whether p differs from h below the exit layer."""
+        return any(layer < self.exit_layer for layer in self.adapters)
+
+    @property
+    def layers_run(self) -> int:
+        """Layers a drafted token runs through."""
+        return self.exit_layer + sum(hi - lo for lo, hi in self.segments)
+
+    def check(self, num_layers: int) -> None:
+        """Raise SpecDecError unless 0 <= E <= lo < hi <= ... <= N."""
+        edge = self.exit_layer
+        good = 0 <= edge < num_layers and self.layers_run > 0 and self.rank > 0
+        for lo, hi in self.segments:
+            good, edge = good and edge <= lo < hi <= num_layers, hi
+        if not good:
+            raise SpecDecError(
+                f"an M2R2 path with exit layer {self.exit_layer} and segments {[list(s) for s in self.segments]} "
+                f"does not fit a model of {num_layers} layers: need 0 <= exit <= lo < hi <= ... <= {num_layers}"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> M2R2Path:
+        """Inverse of ``to_json``. Raises SpecDecError for anything that is not one."""
+        try:
+            return cls(
+                int(data["exit_layer"]),
+                tuple((int(lo), int(hi)) for lo, hi in data["segments"]),
+                bool(data["final_leap"]),
+                int(data["rank"]),
+                {int(layer): [str(p) for p in paths] for layer, paths in data["adapters"].items()},
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise SpecDecError(f"the drafter's config.json has no valid M2R2 path ({error!r})") from None
+
+
+@dataclass
+class Carry:
+    """Deep states of the previous token: ``final`` [B, T, D], and ``inputs[s]`` [B, T, D] of segment s."""
+
+    final: Tensor
+    inputs: list[Tensor]
+
+
+def rms_unit(x: Tensor) -> Tensor:
+    """x / rms(x) over the last axis, computed in float32, in x's dtype."""
+    y = x.float()
+    return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+class M2R2(nn.Module):
+    """Parameters and forward of the accelerated residual; used alike for drafting and for training."""
+
+    def __init__(self, path: M2R2Path, target: Target, draft_vocab: Tensor | None = None) -> None:
+        super().__init__()
+        path.check(target.num_layers)
+        self.path, self.num_layers = path, target.num_layers
+        shapes = {}
+        for layer, names in path.adapters.items():
+            if not 0 <= layer < target.num_layers:
+                raise SpecDecError(f"the drafter has adapters on layer {layer}; the model has {target.num_layers}")
+            linears = target.linears(layer)
+            if missing := [name for name in names if name not in linears]:
+                raise SpecDecError(f"the drafter has adapters on '{missing[0]}', which layer {layer} does not have")
+            shapes[layer] = {name: linears[name] for name in names}
+        self.adapters = Adapters(shapes, path.rank)
+        d = target.hidden_size
+        # Segment leaps see [p; previous final state; previous state at the landing]; at the final leap the last two
+        # are one and the same.
+        self.leaps = nn.ModuleList(nn.Linear(3 * d, d) for _ in path.segments)
+        if path.final_leap:
+            self.leaps.append(nn.Linear(2 * d, d))
+        self.register_buffer("draft_vocab", draft_vocab)  # int32 [V'], or None: the full vocabulary
+        self.draft_vocab: Tensor | None
+
+    def leap(self, index: int, x: Tensor, carry: Carry) -> Tensor:
+        """Leap ``index`` of residual ``x`` [B, T, D] -> [B, T, D]."""
+        layer = self.leaps[index]
+        assert isinstance(layer, nn.Linear)
+        features = [rms_unit(x), rms_unit(carry.final)]
+        if index < len(self.path.segments):
+            features.append(rms_unit(carry.inputs[index]))
+        return nn.functional.linear(torch.cat(features, -1), layer.weight.to(x.dtype), layer.bias.to(x.dtype))
+
+    def beyond(
+        self, target: Target, p: Tensor, carry: Carry, positions: Tensor, mask: Callable[[int], Mask], cache: KVCache
+    ) -> Carry:
+        """From p[E] [B, T, D] along the leaps and segments to the estimate of h[N], given the previous carry.
+
+        ``mask(lo)`` is asked for the mask of the segment that begins at layer ``lo``. Returns this token's carry; its
+        ``final`` is what the head reads.
+        """
+        inputs = []
+        for s, (lo, hi) in enumerate(self.path.segments):
+            p = self.leap(s, p, carry)
+            inputs.append(p)
+            p = target.layers(p, lo, hi, positions, mask(lo), cache, adapters=self.adapters)
+        if self.path.final_leap:
+            p = self.leap(len(self.path.segments), p, carry)
+        return Carry(p, inputs)
+
+
+class M2R2Drafter:
+    """Drafts chains with a trained M2R2. Raises SpecDecError if none fits the target."""
+
+    name: ClassVar[str] = "m2r2"
+    summary: ClassVar[str] = "accelerated residual of the model itself; trained, shipped for the default model"
+
+    def __init__(self, network: M2R2) -> None:
+        self.network = network
+        self.path = network.path
+        self.carry: Carry | None = None
+
+    @classmethod
+    def load(cls, target: Target, source: str | None = None, **options: Any) -> M2R2Drafter:
+        """From a drafter folder, or (``source`` None) the one shipped for the target's weights."""
+        if options:
+            raise SpecDecError(f"drafter 'm2r2' has no option '{next(iter(options))}'")
+        mark = fingerprint(target.model)
+        folder = Path(source) if source is not None else artifacts.shipped(cls.name, mark)
+        if folder is None:
+            name = target.model.config._name_or_path or "MODEL"
+            raise SpecDecError(
+                f"no M2R2 drafter is shipped for this model; train one: specdec train m2r2 --model {name} "
+                "--prompts FILE --output DIR, then pass --drafter DIR"
+            )
+        config = artifacts.read_config(folder)
+        artifacts.check_base(config, mark, str(folder))
+        return cls(load_network(target, config, artifacts.read_tensors(folder)))
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        return (*(lo for lo, _ in self.path.segments), self.network.num_layers)
+
+    def bind(self, target: Target) -> None:
+        network = self.network.to(target.device, target.dtype).requires_grad_(False).eval()
+        vocab = network.draft_vocab
+        self.vocab = None if vocab is None else vocab.long()
+        self.head = None if self.vocab is None else target.reduced_head(self.vocab)
+
+    def start(self, batch: int) -> None:
+        self.carry = None
+
+    def propose(self, state: State, limit: int) -> Draft:
+        target, cache, carry = state.target, state.cache, self.carry
+        assert carry is not None, "observe() runs before propose()"
+        token, positions = state.roots, state.positions  # (B, 1)
+        tokens: list[Tensor] = []
+        states: list[Tensor] = []
+        q: list[Tensor] = []
+        prefixes = [list(ids) for ids in state.ids]
+        for _ in range(limit):
+            h, p = self._early(target, target.embed(token, positions), positions, cache)
+            states.append(h)
+            carry = self.network.beyond(target, p, carry, positions, lambda lo: cache.mask(lo, positions), cache)
+            token = self._pick(state, target.readout(carry.final, self.head), prefixes, q)
+            tokens.append(token)
+            positions = positions + 1
+        for lo, hi in self.path.segments:
+            cache.trim(limit, lo, hi)  # provisional entries: exact ones come with the scoring pass
+        return Draft(
+            torch.cat(tokens, 1),
+            tuple(range(limit)),
+            q=torch.stack(q, 1) if q else None,
+            states=torch.cat(states, 1) if self.path.exit_layer else None,
+            exit_layer=self.path.exit_layer,
+        )
+
+    def _early(self, target: Target, x: Tensor, positions: Tensor, cache: KVCache) -> tuple[Tensor, Tensor]:
+        """Layers [0, E) for h and p of one token: x [B, 1, D] -> h[E], p[E]. Only h stays in the cache."""
+        e = self.path.exit_layer
+        if not self.path.adapts_early:
+            h = target.layers(x, 0, e, positions, cache.mask(0, positions), cache) if e else x
+            return h, h
+        # h and p as two tokens at one position: both see h's keys (shared KV), nobody sees p's.
+        both = positions.expand(-1, 2) if positions.shape[1] == 1 else positions
+        tree = torch.ones(2, cache.lengths[0] + 2 - cache.committed, dtype=torch.bool)
+        tree[:, -1] = False
+        mask = cache.mask(0, both, tree)
+        y = target.layers(torch.cat((x, x), 1), 0, e, both, mask, cache, adapters=self.network.adapters, adapted=1)
+        cache.trim(1, 0, e)
+        return y[:, :1], y[:, 1:]
+
+    def _pick(self, state: State, logits: Tensor, prefixes: list[list[int]], q: list[Tensor]) -> Tensor:
+        """Next drafted token [B, 1] from draft logits [B, 1, V']; sampling also appends its distribution to ``q``."""
+        if state.sampler.plain_greedy:
+            best = logits[:, 0].argmax(-1, keepdim=True)
+            return best if self.vocab is None else self.vocab[best]
+        if self.vocab is not None:
+            full = logits.new_full((*logits.shape[:2], state.target.vocab_size), float("-inf"))
+            full[..., self.vocab] = logits
+            logits = full
+        p = state.sampler.distribution(logits, lambda: [[prefix] for prefix in prefixes])[:, 0]  # (B, V)
+        chosen = [draw(row, g) for row, g in zip(p, state.sampler.generators, strict=True)]
+        for prefix, token in zip(prefixes, chosen, strict=True):
+            prefix.append(token)
+        if not state.sampler.greedy:
+            q.append(p)
+        return torch.tensor(chosen, device=logits.device)[:, None]
+
+    def observe(self, paths: list[list[int]], taps: dict[int, Tensor]) -> None:
+        last = torch.tensor([[path[-1]] if path else [0] for path in paths], device=taps[self.taps[-1]].device)
+        alive = torch.tensor([bool(path) for path in paths], device=last.device)[:, None, None]
+
+        def at_last(layer: int, old: Tensor | None) -> Tensor:
+            x = taps[layer].gather(1, last[:, :, None].expand(-1, -1, taps[layer].shape[2]))  # (B, 1, D)
+            return x if old is None else torch.where(alive, x, old)
+
+        old = self.carry
+        self.carry = Carry(
+            at_last(self.taps[-1], old.final if old else None),
+            [at_last(lo, old.inputs[s] if old else None) for s, (lo, _) in enumerate(self.path.segments)],
+        )
+
+    def select(self, rows: list[int]) -> None:
+        if self.carry is not None:
+            self.carry = Carry(self.carry.final[rows], [x[rows] for x in self.carry.inputs])
+
+
+def load_network(target: Target, config: dict[str, Any], tensors: dict[str, Tensor]) -> M2R2:
+    """Build the network a drafter folder describes. Raises SpecDecError if config and tensors do not belong together."""
+    if config.get("drafter") != "m2r2":
+        raise SpecDecError(f"the folder holds a '{config.get('drafter')}' drafter, not an m2r2 one")
+    vocab = tensors.get("draft_vocab")
+    if vocab is not None and vocab.numel() and not 0 <= int(vocab.min()) <= int(vocab.max()) < target.vocab_size:
+        raise SpecDecError("the drafter's draft vocabulary names tokens that the model does not have")
+    network = M2R2(M2R2Path.from_json(config.get("path", {})), target, vocab)
+    own = network.state_dict()
+    if set(own) != set(tensors) or any(own[key].shape != tensors[key].shape for key in own):
+        odd = sorted(set(own) ^ set(tensors)) or sorted(k for k in own if own[k].shape != tensors[k].shape)
+        raise SpecDecError(
+            f"the drafter's config.json and model.safetensors do not belong together (tensor '{odd[0]}')"
+        )
+    network.load_state_dict(tensors)
+    return network

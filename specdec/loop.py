@@ -1,0 +1,167 @@
+"""The one decoding loop: prefill, then draft, score, accept, commit, for every drafter and every acceptance rule.
+
+Knows no drafter, no text and no command line: tokens in, tokens out, for a batch of ragged rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from specdec.draft import Draft, Drafter, State, Verifier
+from specdec.metrics import Ledger, RequestMetrics
+from specdec.sampling import Sampler, draw
+from specdec.target import Target
+
+PREFILL_CHUNK = 512  # prompt tokens per pass: bounds the memory of masks and activations
+
+
+class Loop:
+    """One generation. ``rounds`` yields, after the prefill and after each round, ``[(row, new tokens), ...]``.
+
+    ``limits[b]``: most new tokens of row b. ``stop(row, token)`` is asked for each new token in order and returns a
+    finish reason or None; a row ends there, or at its limit with reason "length". Reasons land in ``finished``.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        drafter: Drafter,
+        verifier: Verifier,
+        sampler: Sampler,
+        prompts: list[list[int]],
+        limits: list[int],
+        stop: Callable[[int, int], str | None],
+        num_speculative_tokens: int,
+    ) -> None:
+        self.target, self.drafter, self.verifier = target, drafter, verifier
+        self.limits, self.stop, self.depth = limits, stop, num_speculative_tokens
+        self.state = State(target, target.new_cache(len(prompts)), sampler, [list(p) for p in prompts])
+        self.rows = list(range(len(prompts)))  # the request behind each row of the batch
+        self.finished: dict[int, str] = {}
+        self.metrics = [RequestMetrics(num_prompt_tokens=len(p)) for p in prompts]
+        self.ledger = Ledger()
+        drafter.start(len(prompts))
+
+    def rounds(self) -> Iterator[list[tuple[int, list[int]]]]:
+        self.ledger.restart()
+        yield self._commit(self._prefill(), prefill=True)
+        while self.rows:
+            self.ledger.restart()
+            yield self._commit(self._round())
+
+    @torch.inference_mode()
+    def _prefill(self) -> list[list[int]]:
+        """Run the prompts through the target in chunks; return each row's first token."""
+        state, target, cache = self.state, self.target, self.state.cache
+        lengths = [len(ids) for ids in state.ids]
+        last: list[Tensor] = [torch.empty(0)] * len(lengths)
+        for start in range(0, max(lengths), PREFILL_CHUNK):
+            counts = [min(max(n - start, 0), PREFILL_CHUNK) for n in lengths]
+            width = max(counts)
+            chunk = [ids[start : start + n] + [0] * (width - n) for ids, n in zip(state.ids, counts, strict=True)]
+            tokens = torch.tensor(chunk, device=cache.device)  # (B, T), padded on the right
+            positions = state.positions + torch.arange(width, device=cache.device)
+            positions.clamp_(max=target.context - 1)  # padding may point past the end
+            x, taps = target.embed(tokens, positions), self._taps()
+            x = target.layers(x, 0, target.num_layers, positions, cache.mask(0, positions), cache, taps)
+            for b, n in enumerate(counts):
+                if n and start + n == lengths[b]:
+                    last[b] = x[b, n - 1]
+            paths = [list(range(n)) for n in counts]
+            cache.keep(paths)
+            self.drafter.observe(paths, taps)
+        logits = target.readout(torch.stack(last)[:, None])  # (B, 1, V)
+        p = state.sampler.distribution(logits, lambda: [[ids] for ids in state.ids])
+        firsts = [[draw(p[b, 0], g)] for b, g in enumerate(state.sampler.generators)]
+        self.ledger.mark("prefill")
+        return firsts
+
+    @torch.inference_mode()
+    def _round(self) -> list[list[int]]:
+        """Draft, score, accept, commit; return each row's new tokens."""
+        state, target, cache, drafter = self.state, self.target, self.state.cache, self.drafter
+        room = max(self.limits[r] - self.metrics[r].num_new_tokens for r in self.rows) - 1  # the bonus token is one
+        limit = min(self.depth, room, target.context - 1 - cache.committed)
+        draft = drafter.propose(state, limit) if limit > 0 else Draft.empty(cache.batch, cache.device)
+        self.ledger.mark("draft")
+
+        tokens = torch.cat((state.roots, draft.tokens.clamp_min(0)), 1)  # (B, 1 + M)
+        depths = draft.depths()
+        positions = state.positions + torch.tensor(depths, device=cache.device)
+        tree, exit_layer = draft.ancestors(), draft.exit_layer
+        done = 0 if draft.states is None else draft.states.shape[1]  # block tokens that are already at exit_layer
+        x = draft.states
+        if done < tokens.shape[1]:
+            rest = positions[:, done:]
+            y = target.embed(tokens[:, done:], rest)
+            if exit_layer:
+                mask = cache.mask(0, rest, None if tree is None else tree[done:])
+                y = target.layers(y, 0, exit_layer, rest, mask, cache)
+            x = y if x is None else torch.cat((x, y), 1)
+        assert x is not None
+        taps, mask = self._taps(), cache.mask(exit_layer, positions, tree)
+        x = target.layers(x, exit_layer, target.num_layers, positions, mask, cache, taps)
+        p = state.sampler.distribution(target.readout(x), lambda: _prefixes(state.ids, draft))
+        self.ledger.mark("score")
+
+        verdict = self.verifier.judge(draft, p, state.sampler.generators)
+        self.ledger.mark("accept")
+        cache.keep(verdict.paths)
+        drafter.observe(verdict.paths, taps)
+        new, drafted = [], draft.tokens.tolist()
+        for b, (path, token) in enumerate(zip(verdict.paths, verdict.next_tokens, strict=True)):
+            nodes = [n for n, t in enumerate(drafted[b], start=1) if t >= 0]
+            depth = max((depths[n] for n in nodes), default=0)
+            self.metrics[self.rows[b]].step(depth, len(nodes), len(path) - 1)
+            new.append([drafted[b][n - 1] for n in path[1:]] + [token])
+        self.ledger.mark("commit")
+        return new
+
+    def _taps(self) -> dict[int, Tensor]:
+        return {layer: torch.empty(0) for layer in self.drafter.taps}
+
+    def _commit(self, new: list[list[int]], prefill: bool = False) -> list[tuple[int, list[int]]]:
+        """Append each row's new tokens, cut where plain decoding would stop, and drop the rows that ended."""
+        events, alive = [], []
+        seconds = sum(self.ledger.seconds.values())
+        for b, (row, tokens) in enumerate(zip(self.rows, new, strict=True)):
+            metrics, kept = self.metrics[row], 0
+            for token in tokens:
+                kept += 1
+                metrics.num_new_tokens += 1
+                reason = self.stop(row, token)
+                if reason is None and metrics.num_new_tokens >= self.limits[row]:
+                    reason = "length"
+                if reason is not None:
+                    self.finished[row] = reason
+                    break
+            if not prefill:
+                metrics.per_step_accepted[-1] = min(metrics.per_step_accepted[-1], kept)
+            metrics.prefill_seconds = self.ledger.seconds["prefill"]
+            metrics.decode_seconds = seconds - metrics.prefill_seconds
+            metrics.ledger = dict(self.ledger.seconds)
+            self.state.ids[b] += tokens[:kept]
+            events.append((row, tokens[:kept]))
+            if row not in self.finished:
+                alive.append(b)
+        if len(alive) < len(self.rows):
+            self.rows = [self.rows[b] for b in alive]
+            if alive:
+                self.state.ids = [self.state.ids[b] for b in alive]
+                for part in (self.state.cache, self.state.sampler, self.drafter):
+                    part.select(alive)
+        return events
+
+
+def _prefixes(ids: list[list[int]], draft: Draft) -> list[list[list[int]]]:
+    """The tokens up to and including each block token, per row: what a logits processor looks at."""
+    out = []
+    for row, tokens in zip(ids, draft.tokens.tolist(), strict=True):
+        block = [row]
+        for token, parent in zip(tokens, draft.parents, strict=True):
+            block.append([*block[parent], max(token, 0)])
+        out.append(block)
+    return out

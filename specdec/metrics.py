@@ -1,0 +1,95 @@
+"""Figures of one request, in vLLM's names, and the time ledger of a generation. Knows nothing about models."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class RequestMetrics:
+    """What one request took. Seconds are wall time; a batch shares its rounds' time.
+
+    per_step_drafted / per_step_accepted: draft depth offered and drafted tokens kept, per round after the prefill.
+    """
+
+    num_prompt_tokens: int = 0
+    num_new_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    per_step_drafted: list[int] = field(default_factory=list)
+    per_step_accepted: list[int] = field(default_factory=list)
+    num_draft_tokens: int = 0
+    ledger: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def num_spec_steps(self) -> int:
+        return len(self.per_step_accepted)
+
+    @property
+    def num_accepted_draft_tokens(self) -> int:
+        return sum(self.per_step_accepted)
+
+    @property
+    def mean_acceptance_length(self) -> float:
+        """Tokens per round: 1 + accepted / rounds (the bonus token counts)."""
+        return 1 + self.num_accepted_draft_tokens / self.num_spec_steps if self.num_spec_steps else 1.0
+
+    @property
+    def draft_acceptance_rate(self) -> float:
+        """Accepted over drafted tokens; 0 when nothing was drafted."""
+        return self.num_accepted_draft_tokens / self.num_draft_tokens if self.num_draft_tokens else 0.0
+
+    @property
+    def acceptance_histogram(self) -> list[int]:
+        """Entry n counts the rounds that accepted n drafted tokens."""
+        out = [0] * (max(self.per_step_accepted, default=-1) + 1)
+        for n in self.per_step_accepted:
+            out[n] += 1
+        return out
+
+    @property
+    def acceptance_per_position(self) -> list[float]:
+        """Entry i: the share of rounds drafting deeper than i whose drafted token i stood."""
+        depth = max(self.per_step_drafted, default=0)
+        pairs = list(zip(self.per_step_drafted, self.per_step_accepted, strict=True))
+        offered = [sum(d > i for d, _ in pairs) for i in range(depth)]
+        stood = [sum(a > i for _, a in pairs) for i in range(depth)]
+        return [s / o for s, o in zip(stood, offered, strict=True) if o]
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Decoding speed: new tokens after the first (which the prefill yields) per decode second."""
+        return (self.num_new_tokens - 1) / self.decode_seconds if self.decode_seconds > 0 else 0.0
+
+    def step(self, drafted: int, nodes: int, accepted: int) -> None:
+        self.per_step_drafted.append(drafted)
+        self.per_step_accepted.append(accepted)
+        self.num_draft_tokens += nodes
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything above as plain numbers and lists, for JSON."""
+        names = (
+            "num_prompt_tokens num_new_tokens prefill_seconds decode_seconds tokens_per_second mean_acceptance_length "
+            "draft_acceptance_rate num_spec_steps num_draft_tokens num_accepted_draft_tokens acceptance_histogram "
+            "acceptance_per_position per_step_drafted per_step_accepted ledger"
+        )
+        return {name: getattr(self, name) for name in names.split()}
+
+
+class Ledger:
+    """Wall seconds by phase: ``mark(phase)`` books the time since the previous mark."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def restart(self) -> None:
+        """Start the clock anew; the time since the last mark belongs to no phase."""
+        self._last = time.perf_counter()
+
+    def mark(self, phase: str) -> None:
+        now = time.perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
+        self._last = now
