@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -203,7 +204,8 @@ class M2R2Drafter:
         for _ in range(limit):
             h, p = self._early(target, target.embed(token, positions), positions, cache)
             states.append(h)
-            carry = self.network.beyond(target, p, carry, positions, lambda lo: cache.mask(lo, positions), cache)
+            mask = partial(cache.mask, positions=positions)
+            carry = self.network.beyond(target, p, carry, positions, mask, cache)
             token = self._pick(state, target.readout(carry.final, self.head), prefixes, q)
             tokens.append(token)
             positions = positions + 1
@@ -269,7 +271,7 @@ class M2R2Drafter:
 
 
 def load_network(target: Target, config: dict[str, Any], tensors: dict[str, Tensor]) -> M2R2:
-    """Build the network a drafter folder describes. Raises SpecDecError if config and tensors do not belong together."""
+    """Build the network a drafter folder describes. Raises SpecDecError if its files do not belong together."""
     if config.get("drafter") != "m2r2":
         raise SpecDecError(f"the folder holds a '{config.get('drafter')}' drafter, not an m2r2 one")
     vocab = tensors.get("draft_vocab")
@@ -279,8 +281,6 @@ def load_network(target: Target, config: dict[str, Any], tensors: dict[str, Tens
     own = network.state_dict()
     if set(own) != set(tensors) or any(own[key].shape != tensors[key].shape for key in own):
         odd = sorted(set(own) ^ set(tensors)) or sorted(k for k in own if own[k].shape != tensors[k].shape)
-        raise SpecDecError(
-            f"the drafter's config.json and model.safetensors do not belong together (tensor '{odd[0]}')"
-        )
+        raise SpecDecError(f"the drafter's config.json and model.safetensors do not fit each other (tensor '{odd[0]}')")
     network.load_state_dict(tensors)
     return network

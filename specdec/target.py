@@ -80,11 +80,11 @@ class Target(ABC):
         """The output head restricted to ``token_ids`` [V'], for ``readout(x, head)`` -> [B, T, V']."""
         full = self.model.get_output_embeddings()
         index = token_ids.to(full.weight.device)
-        head = nn.Linear(0, 0, bias=False)
+        bias = getattr(full, "bias", None)
+        head = nn.Linear(full.weight.shape[1], index.numel(), bias=bias is not None, device="meta")
         head.weight = nn.Parameter(full.weight.detach()[index].contiguous(), requires_grad=False)
-        if getattr(full, "bias", None) is not None:
-            head.bias = nn.Parameter(full.bias.detach()[index], requires_grad=False)
-        head.in_features, head.out_features = head.weight.shape[1], head.weight.shape[0]
+        if bias is not None:
+            head.bias = nn.Parameter(bias.detach()[index], requires_grad=False)
         return head
 
 
@@ -210,7 +210,7 @@ class ReferenceTarget(Target):
             return x
         call = _Pass(x, lo, hi, mask, taps)
         ids = positions.new_zeros(x.shape[:2])
-        with self._gates(call), self._adapt(adapters, lo, hi, adapted):
+        with self._gates(call), self._adapt(adapters, lo, hi, adapted, x.shape[0]):
             self.base(
                 input_ids=ids,
                 position_ids=positions,
@@ -261,13 +261,13 @@ class ReferenceTarget(Target):
             setattr(self.decoder, self.attr, own)
 
     @contextmanager
-    def _adapt(self, adapters: Adapters | None, lo: int, hi: int, adapted: int | None) -> Iterator[None]:
+    def _adapt(self, adapters: Adapters | None, lo: int, hi: int, adapted: int | None, batch: int) -> Iterator[None]:
         handles = []
         for layer in range(lo, hi) if adapters is not None else ():
             assert adapters is not None
             for path, (down, up) in adapters.factors(layer).items():
                 module = self.blocks[layer].get_submodule(path)
-                handles.append(module.register_forward_hook(_adapter_hook(down, up, adapted)))
+                handles.append(module.register_forward_hook(_adapter_hook(down, up, adapted, batch)))
         try:
             yield
         finally:
@@ -341,13 +341,14 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
         )
 
 
-def _adapter_hook(down: Tensor, up: Tensor, adapted: int | None) -> Any:
+def _adapter_hook(down: Tensor, up: Tensor, adapted: int | None, batch: int) -> Any:
     def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        x = inputs[0] if adapted is None else inputs[0][:, -adapted:]
-        delta = (x @ down.T.to(x.dtype)) @ up.T.to(x.dtype)  # (B, adapted, out)
-        if adapted is None or adapted == output.shape[1]:
-            return output + delta
-        return torch.cat((output[:, :-adapted], output[:, -adapted:] + delta), 1)
+        # OPT flattens tokens to (B * T, D) before its MLP.
+        x, y = (t.view(batch, -1, t.shape[-1]) for t in (inputs[0], output))
+        count = y.shape[1] if adapted is None else adapted
+        delta = (x[:, -count:] @ down.T.to(x.dtype)) @ up.T.to(x.dtype)  # (B, count, out)
+        y = torch.cat((y[:, :-count], y[:, -count:] + delta), 1)
+        return y.view(output.shape)
 
     return hook
 

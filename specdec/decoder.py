@@ -1,0 +1,250 @@
+"""The public API: load a model and a drafter once, then generate, stream and generate in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from transformers import LogitsProcessor, PreTrainedModel
+
+from specdec import artifacts, hub, registry
+from specdec.draft import Drafter, Verifier
+from specdec.errors import SpecDecError
+from specdec.loop import Loop
+from specdec.metrics import RequestMetrics
+from specdec.fused import make_target
+from specdec.sampling import Sampler, SamplingParams
+from specdec.text import Detokenizer, Prompt, encode
+
+
+@dataclass
+class GenerationOutput:
+    """One finished (or interrupted) request.
+
+    token_ids: the new tokens, as plain decoding would return them (an end-of-sequence token included).
+    text: their text without special tokens, ending before a stop string.
+    finish_reason: "eos", "length" or "stop"; "interrupted" if the stream was closed early.
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    metrics: RequestMetrics
+
+
+class SpecDecoder:
+    """A causal language model with a drafter. Runs one generation at a time.
+
+    model, tokenizer: as loaded by transformers (the tokenizer may be None if all prompts are token ids).
+    drafter: a name (``specdec drafters``), a drafter folder, or a Drafter object; ``drafter_options`` are its options.
+    runtime: "auto" (the fused runtime where it knows the model), "fused" or "reference".
+    Raises SpecDecError if the model is unsupported or the drafter does not fit it.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any = None,
+        drafter: str | Path | Drafter = "m2r2",
+        *,
+        drafter_options: dict[str, Any] | None = None,
+        runtime: str = "auto",
+        verifier: str | Verifier = "exact",
+    ) -> None:
+        self.model, self.tokenizer = model.eval(), tokenizer
+        self.target, self.runtime_note = make_target(model, runtime)
+        self.drafter = self._drafter(drafter, drafter_options or {})
+        self.drafter.bind(self.target)
+        self.verifier: Verifier = registry.lookup("verifiers", verifier)() if isinstance(verifier, str) else verifier
+        self._open: Generation | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str = hub.DEFAULT_MODEL,
+        drafter: str | Path | Drafter = "m2r2",
+        *,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device = "cpu",
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        **options: Any,
+    ) -> SpecDecoder:
+        """Load an embedded model, a Hugging Face id, a local folder or a GGUF file, and a drafter for it.
+
+        ``options`` go to the constructor. Raises SpecDecError with the reason if anything is missing or unfit.
+        """
+        model, tokenizer = hub.load(
+            name, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code
+        )
+        return cls(model, tokenizer, drafter, **options)
+
+    def _drafter(self, drafter: str | Path | Drafter, options: dict[str, Any]) -> Drafter:
+        if not isinstance(drafter, str | Path):
+            return drafter
+        name = str(drafter)
+        if name in registry.names("drafters"):
+            return registry.lookup("drafters", name).load(self.target, **options)
+        if Path(name).is_dir() or "/" in name:
+            kind = artifacts.read_config(Path(name))["drafter"]
+            return registry.lookup("drafters", kind).load(self.target, name, **options)
+        return registry.lookup("drafters", name)  # raises, with the names there are
+
+    def generate(self, prompt: Prompt, **options: Any) -> GenerationOutput:
+        """Generate from one prompt (text, token ids, a tensor, or chat messages). Options: see ``open``."""
+        return self.generate_batch([prompt], **options)[0]
+
+    def generate_batch(self, prompts: Sequence[Prompt], **options: Any) -> list[GenerationOutput]:
+        """Generate from several prompts at once; rows may differ in length, acceptance and end."""
+        with self.open(prompts, **options) as generation:
+            for _ in generation:
+                pass
+            return generation.outputs()
+
+    def stream(self, prompt: Prompt, **options: Any) -> Iterator[str]:
+        """Yield text as it is accepted. Closing the iterator early ends the generation and frees its memory."""
+        with self.open([prompt], **options) as generation:
+            for pieces in generation:
+                if pieces[0]:
+                    yield pieces[0]
+
+    def open(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_new_tokens: int = 128,
+        num_speculative_tokens: int = 4,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int = 0,
+        stop: str | Sequence[str] = (),
+        chat: bool | None = None,
+        system: str | None = None,
+        logits_processor: Sequence[LogitsProcessor] = (),
+        ignore_eos: bool = False,
+    ) -> Generation:
+        """Start a generation: the form under ``generate`` and ``stream`` that gives text and figures as they grow.
+
+        max_new_tokens: most new tokens per row (also bounded by the model's context).
+        num_speculative_tokens: most tokens drafted per round. temperature 0 is greedy; the sampling options are
+        those of ``SamplingParams``. stop: strings that end a row. chat: wrap text in the chat template (None: if the
+        tokenizer has one), after a ``system`` message. logits_processor: HF processors, applied to every position.
+        ignore_eos: go on to the limit. Raises SpecDecError for values out of range and prompts that do not fit.
+        """
+        if max_new_tokens < 1:
+            raise SpecDecError(f"max_new_tokens must be >= 1; got {max_new_tokens}")
+        if num_speculative_tokens < 1:
+            raise SpecDecError(f"num_speculative_tokens must be >= 1; got {num_speculative_tokens}")
+        if not prompts:
+            raise SpecDecError("there is no prompt to generate from")
+        if self._open is not None:
+            raise SpecDecError("a stream of this SpecDecoder is still open; finish or close it first")
+        params = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+        ids = [encode(self.tokenizer, prompt, chat, system) for prompt in prompts]
+        context = self.target.context
+        for row in ids:
+            if len(row) >= context:
+                raise SpecDecError(
+                    f"the prompt has {len(row)} tokens; with at least one new token it does not fit the model's "
+                    f"context of {context}; shorten it"
+                )
+            if not 0 <= min(row) <= max(row) < self.target.vocab_size:
+                raise SpecDecError(
+                    f"the prompt has token ids outside the model's vocabulary of {self.target.vocab_size}"
+                )
+        stops = [stop] if isinstance(stop, str) else list(stop)
+        if stops and self.tokenizer is None:
+            raise SpecDecError("stop strings need a tokenizer; give SpecDecoder one")
+        self._open = Generation(
+            self,
+            ids,
+            [min(max_new_tokens, context - len(row)) for row in ids],
+            num_speculative_tokens,
+            Sampler(params, list(logits_processor), len(ids)),
+            stops,
+            frozenset() if ignore_eos else self.eos_ids(),
+        )
+        return self._open
+
+    def eos_ids(self) -> frozenset[int]:
+        """Token ids that end a generation, as ``model.generate`` takes them."""
+        eos = self.model.generation_config.eos_token_id if self.model.generation_config else None
+        if eos is None:
+            eos = getattr(self.tokenizer, "eos_token_id", None)
+        return frozenset() if eos is None else frozenset([eos] if isinstance(eos, int) else eos)
+
+
+class Generation:
+    """A generation under way. Iterating yields, per round, the new text of each row ("" where there is none)."""
+
+    def __init__(
+        self,
+        decoder: SpecDecoder,
+        prompts: list[list[int]],
+        limits: list[int],
+        depth: int,
+        sampler: Sampler,
+        stops: list[str],
+        eos: frozenset[int],
+    ) -> None:
+        self.decoder, self.eos = decoder, eos
+        self.tokens: list[list[int]] = [[] for _ in prompts]
+        self.texts = [Detokenizer(decoder.tokenizer, stops) if decoder.tokenizer else None for _ in prompts]
+        self.pieces = [""] * len(prompts)
+        self.loop = Loop(decoder.target, decoder.drafter, decoder.verifier, sampler, prompts, limits, self._stop, depth)
+        self.rounds: Iterator[list[tuple[int, list[int]]]] | None = self.loop.rounds()
+
+    def _stop(self, row: int, token: int) -> str | None:
+        """Take one new token of ``row`` into its output; say whether the row ends with it, and why."""
+        self.tokens[row].append(token)
+        text = self.texts[row]
+        if text is not None:
+            self.pieces[row] += text.push(token)
+        if token in self.eos:
+            return "eos"
+        return "stop" if text is not None and text.stopped else None
+
+    def __iter__(self) -> Iterator[list[str]]:
+        while self.rounds is not None:
+            self.pieces = [""] * len(self.tokens)
+            events = next(self.rounds, None)
+            if events is None:
+                self.close()
+                return
+            for row, _ in events:
+                text = self.texts[row]
+                if row in self.loop.finished and text is not None:
+                    self.pieces[row] += text.finish()
+            yield self.pieces
+
+    def outputs(self) -> list[GenerationOutput]:
+        """What every row has so far."""
+        out = []
+        for row, (tokens, text) in enumerate(zip(self.tokens, self.texts, strict=True)):
+            if text is not None:
+                text.finish()
+            reason = self.loop.finished.get(row, "interrupted")
+            out.append(GenerationOutput(text.text if text else "", list(tokens), reason, self.loop.metrics[row]))
+        return out
+
+    def close(self) -> None:
+        """End the generation and free its cache; ``outputs`` stays available."""
+        if self.rounds is not None:
+            self.rounds = None
+            self.loop.state.cache = self.decoder.target.new_cache(0)
+            self.decoder._open = None
+
+    def __enter__(self) -> Generation:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,66 @@
+"""Proof by replay: what the target itself says about tokens that were generated, all positions in one pass.
+
+In float32 two correct decoders agree token for token. In bfloat16 a pass over one row and a pass over several rows
+round differently, so tokens whose logits nearly tie may flip; replay tells such a near-tie from a fault.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from specdec.target import Target
+
+# Largest gap between the best logit and a token's logit (natural-log units) that rounding explains, by dtype.
+NEAR_TIE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.03}
+
+
+@torch.inference_mode()
+def replay(target: Target, prompt: list[int], tokens: list[int]) -> Tensor:
+    """Teacher-forced logits, float32 [n, V]: row i is what the target predicts in place of ``tokens[i]`` (n tokens)."""
+    ids = torch.tensor([prompt + tokens], device=target.device)
+    positions = torch.arange(ids.shape[1], device=target.device)[None]
+    cache = target.new_cache()
+    x = target.embed(ids, positions)
+    x = target.layers(x, 0, target.num_layers, positions, cache.mask(0, positions), cache)
+    return target.readout(x[:, len(prompt) - 1 : -1])[0].float()
+
+
+def margins(target: Target, prompt: list[int], tokens: list[int]) -> Tensor:
+    """Best logit minus the logit of each token under replay, [n]; 0 where the token is the argmax."""
+    logits = replay(target, prompt, tokens)
+    chosen = torch.tensor(tokens, device=logits.device)[:, None]
+    return logits.amax(-1) - logits.gather(1, chosen)[:, 0]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The first place where two greedy outputs differ, and the gap between the two tokens' logits there."""
+
+    index: int
+    ours: int | None
+    plain: int | None
+    margin: float
+    near_tie: bool
+
+    def __str__(self) -> str:
+        kind = "near-tie" if self.near_tie else "FAULT"
+        return f"first difference at token {self.index}: {kind}, logit gap {self.margin:.3g}"
+
+
+def first_difference(target: Target, prompt: list[int], ours: list[int], plain: list[int]) -> Difference | None:
+    """Compare two greedy outputs; None if they are equal. A difference in length alone is a fault (infinite gap)."""
+    if ours == plain:
+        return None
+    common = min(len(ours), len(plain))
+    index = next((i for i in range(common) if ours[i] != plain[i]), common)
+    if index == common:
+        longer = (ours, plain)[len(plain) > common]
+        return Difference(index, *(row[index] if row is longer else None for row in (ours, plain)), float("inf"), False)
+    logits = replay(target, prompt, plain[: index + 1])[index]
+    pair = logits[[ours[index], plain[index]]]
+    # Both must be near the top: two equally unlikely tokens are no tie.
+    margin = float(logits.max() - pair.min())
+    return Difference(index, ours[index], plain[index], margin, margin <= NEAR_TIE[target.dtype])

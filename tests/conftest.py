@@ -1,0 +1,102 @@
+"""Tiny random models and scripted drafters shared by the tests."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from specdec.draft import Draft, State
+
+SMALL = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+FAMILIES: dict[str, dict[str, object]] = {
+    "llama": {},
+    "mistral": {"sliding_window": 5},
+    "qwen2": {},
+    "qwen3": {"head_dim": 8},
+    "gemma2": {"head_dim": 8, "sliding_window": 5},
+    "gemma3_text": {
+        "head_dim": 8,
+        "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
+    "phi": {},
+    "phi3": {},
+    "gpt2": {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 128},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 16},
+    "gpt_neox": {},
+    "olmo2": {},
+    "mixtral": {"num_local_experts": 4},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+}
+
+
+def tiny_model(family: str = "llama", attention: str | None = None, **changes: object) -> PreTrainedModel:
+    """A random fp32 model of 4 layers, in evaluation mode, with logits spread enough to have clear winners."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **{**SMALL, **FAMILIES[family], **changes})
+    attention = attention or ("eager" if family == "gemma2" else "sdpa")
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4)
+    return model.requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def llama() -> PreTrainedModel:
+    return tiny_model("llama")
+
+
+class Scripted:
+    """A drafter that proposes what ``script(ids, limit)`` returns for each row: [(token, parent block index), ...]."""
+
+    name = "scripted"
+    taps: tuple[int, ...] = ()
+
+    def __init__(self, script):
+        self.script = script
+
+    def bind(self, target):
+        pass
+
+    def start(self, batch):
+        pass
+
+    def observe(self, paths, taps):
+        pass
+
+    def select(self, rows):
+        pass
+
+    def propose(self, state: State, limit: int) -> Draft:
+        rows = [self.script(ids, limit) for ids in state.ids]
+        longest = max(rows, key=len)
+        parents = tuple(parent for _, parent in longest)
+        tokens = [[token for token, _ in row] + [-1] * (len(longest) - len(row)) for row in rows]
+        return Draft(torch.tensor(tokens, dtype=torch.long).view(len(rows), len(longest)), parents)
+
+
+def greedy_reference(model: PreTrainedModel, ids: list[int], count: int) -> list[int]:
+    """What ``model.generate`` returns: new tokens only."""
+    out = model.generate(torch.tensor([ids]), max_new_tokens=count, do_sample=False, pad_token_id=0)
+    return out[0, len(ids) :].tolist()
