@@ -309,7 +309,7 @@ class ReferenceTarget(Target):
             mask = cache.mask(0, positions)
             x = self.layers(x, 0, half, positions, mask, cache)
             ours = self.readout(self.layers(x, half, self.num_layers, positions, mask, cache)).float()
-        except (TypeError, RuntimeError, AttributeError, IndexError) as error:
+        except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
             raise SpecDecError(
                 f"model type '{self.model.config.model_type}' cannot be run layer by layer ({error}); "
                 "it is not supported"

@@ -57,8 +57,8 @@ def first_difference(target: Target, prompt: list[int], ours: list[int], plain: 
     common = min(len(ours), len(plain))
     index = next((i for i in range(common) if ours[i] != plain[i]), common)
     if index == common:
-        longer = (ours, plain)[len(plain) > common]
-        return Difference(index, *(row[index] if row is longer else None for row in (ours, plain)), float("inf"), False)
+        ends = [row[index] if len(row) > common else None for row in (ours, plain)]
+        return Difference(index, ends[0], ends[1], float("inf"), False)
     logits = replay(target, prompt, plain[: index + 1])[index]
     pair = logits[[ours[index], plain[index]]]
     # Both must be near the top: two equally unlikely tokens are no tie.

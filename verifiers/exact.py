@@ -48,9 +48,12 @@ class ExactVerifier:
 
 
 def _accept(p: Tensor, q: Tensor | None, token: int, generator: torch.Generator) -> bool:
-    ratio = float(p[token]) / (1.0 if q is None else float(q[token]))
+    """True with probability min(1, p / q) of ``token``."""
+    have, drafted = float(p[token]), 1.0 if q is None else float(q[token])
     # Certain outcomes use no random number, so greedy decoding never touches the generator.
-    return ratio >= 1 or (ratio > 0 and torch.rand((), generator=generator, dtype=torch.float64).item() < ratio)
+    if have <= 0 or have >= drafted:
+        return have > 0
+    return torch.rand((), generator=generator, dtype=torch.float64).item() * drafted < have
 
 
 def _residual(p: Tensor, q: Tensor | None, token: int) -> Tensor:

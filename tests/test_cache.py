@@ -1,0 +1,93 @@
+"""The cache keeps what was committed, in order, whatever was appended and dropped in between."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from specdec.cache import KVCache
+
+
+def entries(tokens: list[list[int]]) -> torch.Tensor:
+    """Keys [B, 1, T, 2] that spell out their token."""
+    return torch.tensor(tokens, dtype=torch.float)[:, None, :, None].expand(-1, 1, -1, 2)
+
+
+def fill(cache: KVCache, tokens: list[list[int]], lo: int = 0, hi: int = 3) -> None:
+    positions = torch.tensor(cache.rows)[:, None] + torch.arange(len(tokens[0]))
+    cache.mask(lo, positions)
+    for layer in range(lo, hi):
+        cache.append(layer, entries(tokens), -entries(tokens))
+
+
+def contents(cache: KVCache, layer: int, row: int) -> list[int]:
+    keys, values = cache.keys[layer], cache.values[layer]
+    assert keys is not None and values is not None and torch.equal(keys, -values)
+    return keys[row, 0, : cache.rows[row], 0].int().tolist()
+
+
+def test_trim_touches_only_its_layers_and_never_committed_slots() -> None:
+    cache = KVCache(3, 1, block=4)
+    fill(cache, [[1, 2, 3]])
+    cache.keep([[0, 1, 2]])
+    fill(cache, [[7, 8]], 1, 2)
+    assert cache.lengths == [3, 5, 3]
+    cache.trim(2, 1, 2)
+    assert cache.lengths == [3, 3, 3]
+    with pytest.raises(ValueError, match="uncommitted"):
+        cache.trim(1)
+
+
+def test_keep_compacts_a_tree_path_and_growth_keeps_contents() -> None:
+    cache = KVCache(3, 1, block=2)
+    expected: list[int] = []
+    for step in range(5):
+        tokens = [10 * step + i for i in range(4)]
+        fill(cache, [tokens])
+        cache.keep([[0, 3]])
+        expected += [tokens[0], tokens[3]]
+    for layer in range(3):
+        assert contents(cache, layer, 0) == expected
+
+
+def test_ragged_rows_are_left_packed_and_their_holes_are_hidden() -> None:
+    cache = KVCache(3, 2, block=4)
+    fill(cache, [[1, 2, 3], [4, 5, 6]])
+    cache.keep([[0, 1, 2], [0]])
+    fill(cache, [[7, 8], [9, 10]])
+    cache.keep([[0], [0, 1]])
+    assert contents(cache, 2, 0) == [1, 2, 3, 7] and contents(cache, 2, 1) == [4, 9, 10]
+    visible = cache.mask(0, torch.tensor([[4], [3]])).bool_mask()
+    assert visible is not None
+    assert visible[:, 0, 0].tolist() == [[True] * 5, [True, True, True, False, True]]
+    cache.select([1])
+    assert cache.committed == 3 and contents(cache, 0, 0) == [4, 9, 10]
+
+
+def test_mask_follows_tree_and_window() -> None:
+    cache = KVCache(1, 1, block=8)
+    fill(cache, [[1, 2, 3]], 0, 1)
+    cache.keep([[0, 1, 2]])
+    tree = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 0, 1]], dtype=torch.bool)
+    mask = cache.mask(0, torch.tensor([[3, 4, 4]]), tree)
+    full, near = mask.bool_mask(), mask.bool_mask(2)
+    assert full is not None and near is not None
+    assert full[0, 0].int().tolist() == [[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 0, 1]]
+    assert near[0, 0].int().tolist() == [[0, 0, 1, 1, 0, 0], [0, 0, 0, 1, 1, 0], [0, 0, 0, 1, 0, 1]]
+
+
+def test_a_single_token_after_an_even_batch_needs_no_mask_until_the_window_bites() -> None:
+    cache = KVCache(1, 1)
+    fill(cache, [[1, 2, 3]], 0, 1)
+    cache.keep([[0, 1, 2]])
+    mask = cache.mask(0, torch.tensor([[3]]))
+    assert mask.bool_mask() is None and mask.bool_mask(4) is None and mask.bool_mask(3) is not None
+
+
+def test_entries_with_gradients_are_seen_by_autograd() -> None:
+    cache = KVCache(1, 1)
+    fill(cache, [[1, 2]], 0, 1)
+    k = entries([[3]]).clone().requires_grad_()
+    keys, _ = cache.append(0, k, k)
+    keys.sum().backward()
+    assert k.grad is not None and k.grad.abs().sum() > 0
