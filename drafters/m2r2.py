@@ -11,7 +11,7 @@ The leap, the carry and the fit by ridge regression are our own extension.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -152,22 +152,61 @@ class M2R2(nn.Module):
         return Carry(p, inputs)
 
 
+class _Nodes:
+    """Draft nodes being collected: tokens [B, n] and distributions [B, V], under the chain's node at ``depth``."""
+
+    def __init__(self) -> None:
+        self.tokens: list[Tensor] = []
+        self.q: list[Tensor] = []
+        self.parents: list[int] = []
+
+    def add(self, tokens: Tensor, q: list[Tensor], depth: int) -> None:
+        self.tokens.append(tokens)
+        self.q += q
+        self.parents += [depth] * tokens.shape[1]  # chain node i has block index i + 1, the root 0
+
+
+def _without_replacement(p: Tensor, count: int, generators: list[torch.Generator]) -> tuple[Tensor, list[Tensor]]:
+    """Draw ``count`` distinct tokens per row of p [B, V]: tokens [B, count] and the distribution of each draw.
+
+    A row that runs out of mass gets -1: no such node.
+    """
+    tokens, q = [], []
+    for _ in range(count):
+        mass = p.sum(-1, keepdim=True)  # (B, 1)
+        p = torch.where(mass > 0, p / mass, p)
+        alive = mass[:, 0] > 0
+        drawn = [draw(row, g) if a else -1 for row, g, a in zip(p, generators, alive.tolist(), strict=True)]
+        token = torch.tensor(drawn, device=p.device)[:, None]
+        tokens.append(token)
+        q.append(p)
+        p = p.scatter(1, token.clamp_min(0), 0.0)
+    return torch.cat(tokens, 1), q
+
+
 class M2R2Drafter:
-    """Drafts chains with a trained M2R2. Raises SpecDecError if none fits the target."""
+    """Drafts with a trained M2R2: a chain, and optionally siblings beside it that cost no drafting.
+
+    siblings: number of further candidates at each depth of the chain (depths beyond its length have none).
+    Raises SpecDecError if no trained drafter fits the target.
+    """
 
     name: ClassVar[str] = "m2r2"
     summary: ClassVar[str] = "accelerated residual of the model itself; trained, shipped for the default model"
 
-    def __init__(self, network: M2R2) -> None:
-        self.network = network
+    def __init__(self, network: M2R2, siblings: Sequence[int] = ()) -> None:
+        if any(n < 0 for n in siblings):
+            raise SpecDecError(f"siblings must be numbers >= 0, one for each depth; got {list(siblings)}")
+        self.network, self.siblings = network, tuple(siblings)
         self.path = network.path
         self.carry: Carry | None = None
 
     @classmethod
     def load(cls, target: Target, source: str | None = None, **options: Any) -> M2R2Drafter:
         """From a drafter folder, or (``source`` None) the one shipped for the target's weights."""
+        siblings = options.pop("siblings", None)
         if options:
-            raise SpecDecError(f"drafter 'm2r2' has no option '{next(iter(options))}'")
+            raise SpecDecError(f"drafter 'm2r2' has no option '{next(iter(options))}'; it has 'siblings'")
         mark = fingerprint(target.model)
         folder = Path(source) if source is not None else artifacts.shipped(cls.name, mark)
         if folder is None:
@@ -178,7 +217,8 @@ class M2R2Drafter:
             )
         config = artifacts.read_config(folder)
         artifacts.check_base(config, mark, str(folder))
-        return cls(load_network(target, config, artifacts.read_tensors(folder)))
+        network = load_network(target, config, artifacts.read_tensors(folder))
+        return cls(network, config.get("siblings", ()) if siblings is None else siblings)
 
     @property
     def taps(self) -> tuple[int, ...]:
@@ -197,24 +237,28 @@ class M2R2Drafter:
         target, cache, carry = state.target, state.cache, self.carry
         assert carry is not None, "observe() runs before propose()"
         token, positions = state.roots, state.positions  # (B, 1)
-        tokens: list[Tensor] = []
         states: list[Tensor] = []
-        q: list[Tensor] = []
+        chain, beside = _Nodes(), _Nodes()  # the path drafted along, and the siblings that only get scored
         prefixes = [list(ids) for ids in state.ids]
-        for _ in range(limit):
+        for depth in range(limit):
             h, p = self._early(target, target.embed(token, positions), positions, cache)
             states.append(h)
             mask = partial(cache.mask, positions=positions)
             carry = self.network.beyond(target, p, carry, positions, mask, cache)
-            token = self._pick(state, target.readout(carry.final, self.head), prefixes, q)
-            tokens.append(token)
+            logits = target.readout(carry.final, self.head)[:, 0]  # (B, V')
+            width = 1 + (self.siblings[depth] if depth < len(self.siblings) else 0)
+            tokens, q = self._pick(state, logits, width, prefixes)
+            token = tokens[:, :1]
+            chain.add(tokens[:, :1], q[:1], depth)
+            beside.add(tokens[:, 1:], q[1:], depth)
             positions = positions + 1
         for lo, hi in self.path.segments:
             cache.trim(limit, lo, hi)  # provisional entries: exact ones come with the scoring pass
+        rows = [*chain.q, *beside.q]
         return Draft(
-            torch.cat(tokens, 1),
-            tuple(range(limit)),
-            q=torch.stack(q, 1) if q else None,
+            torch.cat((*chain.tokens, *beside.tokens), 1),
+            (*chain.parents, *beside.parents),
+            q=torch.stack(rows, 1) if rows else None,
             states=torch.cat(states, 1) if self.path.exit_layer else None,
             exit_layer=self.path.exit_layer,
         )
@@ -234,22 +278,28 @@ class M2R2Drafter:
         cache.trim(1, 0, e)
         return y[:, :1], y[:, 1:]
 
-    def _pick(self, state: State, logits: Tensor, prefixes: list[list[int]], q: list[Tensor]) -> Tensor:
-        """Next drafted token [B, 1] from draft logits [B, 1, V']; sampling also appends its distribution to ``q``."""
+    def _pick(self, state: State, logits: Tensor, width: int, prefixes: list[list[int]]) -> tuple[Tensor, list[Tensor]]:
+        """Tokens [B, width] after the chain's end, from draft logits [B, V'], and the distribution of each if sampled.
+
+        The first continues the chain; the others are its siblings, in order of preference (greedy: the most likely
+        tokens; sampling: draws without replacement, each with its own distribution [B, V]).
+        """
         if state.sampler.plain_greedy:
-            best = logits[:, 0].argmax(-1, keepdim=True)
-            return best if self.vocab is None else self.vocab[best]
+            best = logits.topk(width).indices if width > 1 else logits.argmax(-1, keepdim=True)
+            return (best if self.vocab is None else self.vocab[best]), []
         if self.vocab is not None:
-            full = logits.new_full((*logits.shape[:2], state.target.vocab_size), float("-inf"))
-            full[..., self.vocab] = logits
+            full = logits.new_full((logits.shape[0], state.target.vocab_size), float("-inf"))
+            full[:, self.vocab] = logits
             logits = full
-        p = state.sampler.distribution(logits, lambda: [[prefix] for prefix in prefixes])[:, 0]  # (B, V)
-        chosen = [draw(row, g) for row, g in zip(p, state.sampler.generators, strict=True)]
-        for prefix, token in zip(prefixes, chosen, strict=True):
+        p = state.sampler.distribution(logits[:, None], lambda: [[prefix] for prefix in prefixes])[:, 0]  # (B, V)
+        if state.sampler.greedy:
+            # Processed logits are a point mass: siblings would have no probability to be anything else.
+            chosen, q = p.argmax(-1, keepdim=True), []
+        else:
+            chosen, q = _without_replacement(p, width, state.sampler.generators)
+        for prefix, token in zip(prefixes, chosen[:, 0].tolist(), strict=True):
             prefix.append(token)
-        if not state.sampler.greedy:
-            q.append(p)
-        return torch.tensor(chosen, device=logits.device)[:, None]
+        return chosen, q
 
     def observe(self, paths: list[list[int]], taps: dict[int, Tensor]) -> None:
         last = torch.tensor([[path[-1]] if path else [0] for path in paths], device=taps[self.taps[-1]].device)

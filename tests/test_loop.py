@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -39,7 +40,14 @@ def run(
     return out, loop
 
 
-def m2r2(target: Target, exit_layer: int, segments: tuple[tuple[int, int], ...], leap: bool, early: bool) -> M2R2Drafter:
+def m2r2(
+    target: Target,
+    exit_layer: int,
+    segments: tuple[tuple[int, int], ...],
+    leap: bool,
+    early: bool,
+    siblings: tuple[int, ...] = (),
+) -> M2R2Drafter:
     """A random M2R2 that drafts over every second token."""
     torch.manual_seed(1)
     layers = [layer for lo, hi in segments for layer in range(lo, hi)] + (list(range(exit_layer)) if early else [])
@@ -47,7 +55,7 @@ def m2r2(target: Target, exit_layer: int, segments: tuple[tuple[int, int], ...],
     network = M2R2(path, target, torch.arange(0, 97, 2, dtype=torch.int32))
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    return M2R2Drafter(network)
+    return M2R2Drafter(network, siblings)
 
 
 def drafters(target: Target) -> dict[str, Drafter]:
@@ -58,6 +66,8 @@ def drafters(target: Target) -> dict[str, Drafter]:
         "m2r2: leap": m2r2(target, 1, ((2, 3),), True, False),
         "m2r2: leap to the end, adapters everywhere": m2r2(target, 1, ((2, 4),), False, True),
         "m2r2: two leaps, no early layer": m2r2(target, 0, ((1, 2), (3, 4)), True, False),
+        "m2r2: tree": m2r2(target, 2, (), False, True, (3, 0, 2)),
+        "m2r2: tree after a leap": m2r2(target, 1, ((2, 4),), False, False, (1, 1, 1, 1)),
     }
 
 
@@ -232,7 +242,7 @@ def test_long_prompts_are_prefilled_in_chunks(monkeypatch: pytest.MonkeyPatch) -
         assert run(target, drafter, PROMPTS, 12)[0] == [greedy_reference(model, p, 12) for p in PROMPTS], name
 
 
-@pytest.mark.parametrize("kind", ["none", "m2r2: leap", "m2r2: early layers with adapters", "prompt-lookup"])
+@pytest.mark.parametrize("kind", ["none", "m2r2: leap", "m2r2: tree", "prompt-lookup"])
 def test_sampling_through_the_whole_loop_follows_the_model(kind: str) -> None:
     """Joint distribution of the first three tokens over a vocabulary of five, with temperature and top-k."""
     model = tiny_model("llama", vocab_size=5, eos_token_id=None, pad_token_id=None, bos_token_id=None)
@@ -252,8 +262,8 @@ def test_sampling_through_the_whole_loop_follows_the_model(kind: str) -> None:
 
 
 def drafters_small(target: Target) -> dict[str, Drafter]:
-    def network(exit_layer: int, segments: tuple[tuple[int, int], ...], leap: bool, early: bool) -> M2R2Drafter:
-        drafter = m2r2(target, exit_layer, segments, leap, early)
+    def network(*path: Any) -> M2R2Drafter:
+        drafter = m2r2(target, *path)
         drafter.network.draft_vocab = torch.tensor([0, 1, 3, 4], dtype=torch.int32)
         return drafter
 
@@ -261,7 +271,7 @@ def drafters_small(target: Target) -> dict[str, Drafter]:
         "none": NoDrafter(),
         "prompt-lookup": PromptLookupDrafter(),
         "m2r2: leap": network(1, ((2, 3),), True, False),
-        "m2r2: early layers with adapters": network(2, (), False, True),
+        "m2r2: tree": network(2, (), False, True, (2, 1)),
     }
 
 

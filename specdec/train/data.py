@@ -1,0 +1,133 @@
+"""Training text: prompts and token-id answers from JSONL or plain lines, and what must not be trained on.
+
+Knows tokenisers only through ``encode`` callables, and nothing about models or drafters.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specdec.errors import SpecDecError
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A prompt and the base model's own continuation, as token ids."""
+
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.response_ids)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """User turns that the base model has yet to answer."""
+
+    turns: tuple[str, ...]
+
+
+def read(paths: Sequence[Path]) -> list[Answer | Prompt]:
+    """Everything in the files, in order. Lines are ``{"prompt_ids", "response_ids"}``, ``{"turns": [...]}``,
+    ``{"prompt": ...}`` or plain text; ``.gz`` is unpacked.
+
+    Raises SpecDecError for unreadable files, for a broken line (with its number) and if there is nothing at all.
+    """
+    items = [_parse(line, path, number) for path in paths for number, line in _lines(path)]
+    if not items:
+        raise SpecDecError(f"no prompts in {', '.join(map(str, paths)) or 'the settings'}; give --prompts FILE")
+    return items
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield number, line.strip()
+    except (OSError, UnicodeDecodeError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise SpecDecError(f"cannot read prompts from '{path}': {reason}") from None
+
+
+def _parse(line: str, path: Path, number: int) -> Answer | Prompt:
+    if not line.startswith("{"):
+        return Prompt((line,))
+    try:
+        data: Any = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise SpecDecError(f"line {number} of '{path}' is broken JSON ({error.msg}); repair or remove it") from None
+    if "response_ids" in data:
+        ids = data.get("prompt_ids"), data["response_ids"]
+        if all(isinstance(part, list) and part and all(type(i) is int and i >= 0 for i in part) for part in ids):
+            return Answer(tuple(ids[0]), tuple(ids[1]))
+    else:
+        turns = data.get("turns", data.get("prompt"))
+        turns = [turns] if isinstance(turns, str) else turns
+        if isinstance(turns, list) and turns and all(isinstance(turn, str) and turn.strip() for turn in turns):
+            return Prompt(tuple(turns))
+    raise SpecDecError(
+        f"line {number} of '{path}' has no usable 'turns', 'prompt' or 'prompt_ids' + 'response_ids'; "
+        "repair or remove it"
+    )
+
+
+def refuse_held_out(
+    items: Sequence[Answer | Prompt], held_out: Sequence[Answer | Prompt], decode: Callable[[Sequence[int]], str]
+) -> None:
+    """Raise SpecDecError if a prompt to train on contains one that must be held out (compared as lower-case words)."""
+    words = [" " + " ".join(_text(item, decode).lower().split()) + " " for item in items]
+    for item in held_out:
+        if isinstance(item, Answer):
+            probes = [_text(item, decode)]
+        else:
+            probes = list(item.turns)
+        for probe in probes[:1]:
+            needle = " " + " ".join(probe.lower().split()) + " "
+            for index, text in enumerate(words):
+                if needle in text:
+                    raise SpecDecError(
+                        f"prompt {index + 1} to train on contains the held-out prompt '{needle.strip()[:60]}'; "
+                        "remove it from the training file"
+                    )
+
+
+def _text(item: Answer | Prompt, decode: Callable[[Sequence[int]], str]) -> str:
+    return decode(item.prompt_ids) if isinstance(item, Answer) else " ".join(item.turns)
+
+
+def split(answers: Sequence[Answer], fraction: float) -> tuple[list[Answer], list[Answer]]:
+    """(training, evaluation): about ``fraction`` of the prompts, chosen by a hash of their ids, at least one."""
+    train, held = [], []
+    for answer in answers:
+        key = zlib.crc32(",".join(map(str, answer.prompt_ids)).encode())
+        (held if key % 10_000 < fraction * 10_000 else train).append(answer)
+    if not held:
+        held.append(train.pop())
+    if not train:
+        raise SpecDecError("too few prompts to train on and to evaluate on: give more, or a smaller eval_fraction")
+    return train, held
+
+
+def draft_vocabulary(answers: Sequence[Answer], size: int, always: Sequence[int], vocab_size: int) -> Tensor:
+    """The ``size`` most frequent token ids of the answers, then of the prompts, plus ``always``; int32, ascending."""
+    count: Counter[int] = Counter()
+    for answer in answers:
+        count.update(answer.response_ids)
+    ranked = [token for token, _ in sorted(count.items(), key=lambda item: (-item[1], item[0]))]
+    prompts: Counter[int] = Counter(token for answer in answers for token in answer.prompt_ids)
+    ranked += [token for token, _ in sorted(prompts.items(), key=lambda item: (-item[1], item[0]))]
+    ranked += range(vocab_size)  # small ids are the frequent merges of most tokenisers
+    chosen = list(dict.fromkeys([*always, *ranked]))[: min(size, vocab_size)]
+    return torch.tensor(sorted(chosen), dtype=torch.int32)

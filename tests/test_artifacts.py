@@ -1,0 +1,103 @@
+"""Drafter folders are data: whole, checked, and refused with one clear line when they are not what they claim."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_model
+
+from specdec import SpecDecoder, artifacts
+from specdec.drafters.m2r2 import M2R2, M2R2Path
+from specdec.errors import SpecDecError
+from specdec.hub import fingerprint
+from specdec.target import ReferenceTarget
+
+PATH = M2R2Path(1, ((2, 3),), True, 4, {2: ["self_attn.q_proj", "mlp.down_proj"]})
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A drafter folder for the tiny llama."""
+    target = ReferenceTarget(tiny_model())
+    network = M2R2(PATH, target, torch.arange(0, 50, dtype=torch.int32))
+    config = {"drafter": "m2r2", "version": 1, "base": {"fingerprint": fingerprint(target.model)}}
+    artifacts.write(tmp_path / "drafter", config | {"path": PATH.to_json()}, network.state_dict())
+    return tmp_path / "drafter"
+
+
+def change(folder: Path, **entries: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | entries))
+
+
+def test_a_folder_loads_by_path_and_drafts(folder: Path) -> None:
+    decoder = SpecDecoder(tiny_model(), drafter=folder)
+    out = decoder.generate([5, 6, 7], max_new_tokens=12)
+    assert out.token_ids == SpecDecoder(tiny_model(), drafter="none").generate([5, 6, 7], max_new_tokens=12).token_ids
+    assert out.metrics.num_draft_tokens > 0
+    assert M2R2Path.from_json(json.loads((folder / "config.json").read_text())["path"]) == PATH
+
+
+def cut_weights(folder: Path) -> None:
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "config.json").unlink(), "config.json is missing"),
+        (lambda f: (f / "model.safetensors").unlink(), "model.safetensors is missing"),
+        (cut_weights, "truncated"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"\x80\x04pickle"), "no safetensors file"),
+        (lambda f: (f / "config.json").write_text("{"), "cannot read"),
+        (lambda f: (f / "config.json").write_text('{"model_type": "bert"}'), "does not describe a specdec drafter"),
+        (lambda f: change(f, drafter="m2r3"), "did you mean 'm2r2'"),
+        (lambda f: change(f, path={"exit_layer": 1}), "no valid M2R2 path"),
+        (lambda f: change(f, path=PATH.to_json() | {"exit_layer": 9}), "does not fit a model of 4 layers"),
+        (lambda f: change(f, path=PATH.to_json() | {"rank": 8}), "do not fit each other"),
+        (lambda f: change(f, path=PATH.to_json() | {"adapters": {"2": ["mlp.experts"]}}), "does not have"),
+    ],
+)
+def test_damaged_and_foreign_folders_are_refused(folder: Path, damage, message: str) -> None:
+    damage(folder)
+    with pytest.raises(SpecDecError, match=message) as caught:
+        SpecDecoder(tiny_model(), drafter=folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_drafter_for_other_weights_is_refused_with_both_fingerprints(folder: Path) -> None:
+    other = tiny_model("llama", hidden_act="gelu")
+    with torch.no_grad():
+        other.model.layers[1].mlp.up_proj.weight.add_(0.1)
+    with pytest.raises(SpecDecError) as caught:
+        SpecDecoder(other, drafter=folder)
+    assert fingerprint(tiny_model()) in str(caught.value) and fingerprint(other) in str(caught.value)
+
+
+def test_unshipped_models_get_the_training_command() -> None:
+    with pytest.raises(SpecDecError, match="specdec train m2r2 --model"):
+        SpecDecoder(tiny_model(), drafter="m2r2")
+
+
+def test_unknown_names_and_missing_folders(tmp_path: Path) -> None:
+    with pytest.raises(SpecDecError, match="did you mean 'prompt-lookup'"):
+        SpecDecoder(tiny_model(), drafter="prompt-lookpu")
+    with pytest.raises(SpecDecError, match="does not exist"):
+        SpecDecoder(tiny_model(), drafter=tmp_path / "nothing")
+
+
+def test_a_full_disk_leaves_the_old_file_and_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = (folder / "model.safetensors").read_bytes()
+
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(SpecDecError, match="No space left on device"):
+        artifacts.write(folder, {"drafter": "m2r2"}, {"x": torch.zeros(3)})
+    assert (folder / "model.safetensors").read_bytes() == before
+    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
