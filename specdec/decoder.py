@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +82,14 @@ class SpecDecoder:
             name, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code
         )
         return cls(model, tokenizer, drafter, **options)
+
+    def with_drafter(self, drafter: str | Path | Drafter, **drafter_options: Any) -> SpecDecoder:
+        """A second decoder with another drafter, sharing this one's model, tokenizer, target and verifier."""
+        other = copy.copy(self)
+        other.drafter = other._drafter(drafter, drafter_options)
+        other.drafter.bind(other.target)
+        other._open = None
+        return other
 
     def _drafter(self, drafter: str | Path | Drafter, options: dict[str, Any]) -> Drafter:
         if not isinstance(drafter, str | Path):
