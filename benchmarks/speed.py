@@ -2,8 +2,8 @@
 
     python benchmarks/speed.py --prompts mt_bench.jsonl --limit 20 --arms hf,none,prompt-lookup,m2r2
 
-Arms: ``hf`` (model.generate), ``hf-lookup`` (its prompt lookup), or any drafter. Every arm decodes the first turn of each
-prompt greedily to exactly the same number of tokens (end-of-sequence ignored); the order rotates with the prompt.
+Arms: ``hf`` (model.generate), ``hf-lookup`` (its prompt lookup), or any drafter. Every arm decodes the first turn of
+each prompt greedily to exactly the same number of tokens (end-of-sequence ignored); the order rotates with the prompt.
 Times are whole calls, prefill included; ratios are taken prompt by prompt, and their median is reported.
 """
 

@@ -125,14 +125,18 @@ class M2R2(nn.Module):
         self.register_buffer("draft_vocab", draft_vocab)  # int32 [V'], or None: the full vocabulary
         self.draft_vocab: Tensor | None
 
+    def features(self, index: int, x: Tensor, carry: Carry) -> Tensor:
+        """What leap ``index`` of residual ``x`` [B, T, D] is a linear map of: [B, T, 2 D or 3 D]."""
+        parts = [rms_unit(x), rms_unit(carry.final)]
+        if index < len(self.path.segments):
+            parts.append(rms_unit(carry.inputs[index]))
+        return torch.cat(parts, -1)
+
     def leap(self, index: int, x: Tensor, carry: Carry) -> Tensor:
         """Leap ``index`` of residual ``x`` [B, T, D] -> [B, T, D]."""
         layer = self.leaps[index]
         assert isinstance(layer, nn.Linear)
-        features = [rms_unit(x), rms_unit(carry.final)]
-        if index < len(self.path.segments):
-            features.append(rms_unit(carry.inputs[index]))
-        return nn.functional.linear(torch.cat(features, -1), layer.weight.to(x.dtype), layer.bias.to(x.dtype))
+        return nn.functional.linear(self.features(index, x, carry), layer.weight.to(x.dtype), layer.bias.to(x.dtype))
 
     def beyond(
         self, target: Target, p: Tensor, carry: Carry, positions: Tensor, mask: Callable[[int], Mask], cache: KVCache
@@ -294,7 +298,7 @@ class M2R2Drafter:
         p = state.sampler.distribution(logits[:, None], lambda: [[prefix] for prefix in prefixes])[:, 0]  # (B, V)
         if state.sampler.greedy:
             # Processed logits are a point mass: siblings would have no probability to be anything else.
-            chosen, q = p.argmax(-1, keepdim=True), []
+            chosen, q = p.argmax(-1, keepdim=True), list[Tensor]()
         else:
             chosen, q = _without_replacement(p, width, state.sampler.generators)
         for prefix, token in zip(prefixes, chosen[:, 0].tolist(), strict=True):

@@ -11,7 +11,7 @@ from conftest import Scripted, greedy_reference, tiny_model
 from test_text import Bytes
 from transformers import PreTrainedModel
 
-from specdec import SpecDecoder, SpecDecError
+from specdec import SpecDecError, SpecDecoder
 
 PROMPT = [5, 6, 7, 8]
 

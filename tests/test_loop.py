@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from itertools import product
+from itertools import pairwise, product
 from typing import Any
 
 import pytest
 import torch
 from conftest import FAMILIES, Scripted, greedy_reference, tiny_model
+from specdec.drafters.m2r2 import M2R2, M2R2Drafter, M2R2Path
+from specdec.drafters.none import NoDrafter
+from specdec.drafters.prompt_lookup import PromptLookupDrafter
+from specdec.verifiers.exact import ExactVerifier
 from test_exact import p_value
 from transformers import LogitsProcessor, PreTrainedModel
 
 from specdec.draft import Drafter
-from specdec.drafters.m2r2 import M2R2, M2R2Drafter, M2R2Path
-from specdec.drafters.none import NoDrafter
-from specdec.drafters.prompt_lookup import PromptLookupDrafter
 from specdec.loop import Loop
 from specdec.sampling import Sampler, SamplingParams
 from specdec.target import ReferenceTarget, Target
-from specdec.verifiers.exact import ExactVerifier
 
 PROMPTS = [[5, 6, 7, 8], [9, 10, 11, 12, 13, 14, 15], [3]]
 
@@ -207,7 +207,7 @@ def test_custom_processors_see_the_path_to_their_node(llama: PreTrainedModel) ->
         ids += events[0][1]
     plain = Loop(target, NoDrafter(), ExactVerifier(), sampler, [PROMPTS[0]], [20], lambda r, t: None, 1)
     assert ids[4:] == [t for events in plain.rounds() for t in events[0][1]]
-    assert all((a + b) % 2 for a, b in zip(ids[3:], ids[4:], strict=False))
+    assert all((a + b) % 2 for a, b in pairwise(ids))
 
 
 def test_output_ends_at_eos_inside_a_draft(llama: PreTrainedModel) -> None:
