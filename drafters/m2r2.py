@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from specdec.hub import fingerprint
 from torch import Tensor, nn
 
 from specdec import artifacts
@@ -26,6 +25,7 @@ from specdec.adapters import Adapters
 from specdec.cache import KVCache, Mask
 from specdec.draft import Draft, State
 from specdec.errors import SpecDecError
+from specdec.hub import fingerprint
 from specdec.sampling import draw
 from specdec.target import Target
 

@@ -14,9 +14,9 @@ from transformers import LogitsProcessor, PreTrainedModel
 from specdec import artifacts, hub, registry
 from specdec.draft import Drafter, Verifier
 from specdec.errors import SpecDecError
+from specdec.fused import make_target
 from specdec.loop import Loop
 from specdec.metrics import RequestMetrics
-from specdec.fused import make_target
 from specdec.sampling import Sampler, SamplingParams
 from specdec.text import Detokenizer, Prompt, encode
 

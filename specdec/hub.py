@@ -359,8 +359,9 @@ def _prepare(name: str, folder: Path, work: Path, console: Console) -> None:
     sizes = {path.name: path.stat().st_size for path in sorted(draft.iterdir())}
     manifest = {"model": name, "gguf_sha256": entry.gguf_sha256, "files": sizes}
     (draft / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", "utf-8")
-    for path in draft.iterdir():  # a power cut after the rename must not leave hollow files
-        with path.open("rb+") as file:
+    for path in draft.iterdir():
+        path.chmod(0o644)  # safetensors writes 0600; a cache may be shared
+        with path.open("rb+") as file:  # a power cut after the rename must not leave hollow files
             os.fsync(file.fileno())
     folder.parent.mkdir(exist_ok=True)
     if folder.exists():

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_model
-from specdec.drafters.m2r2 import M2R2, M2R2Path
 
 from specdec import SpecDecoder, artifacts
+from specdec.drafters.m2r2 import M2R2, M2R2Path
 from specdec.errors import SpecDecError
 from specdec.hub import fingerprint
 from specdec.target import ReferenceTarget

@@ -8,11 +8,11 @@ from itertools import product
 
 import pytest
 import torch
-from specdec.verifiers.exact import ExactVerifier
 from torch import Tensor
 
 from specdec.draft import Draft, Verdict
 from specdec.sampling import draw, one_hot
+from specdec.verifiers.exact import ExactVerifier
 
 V, DEPTH, RUNS = 3, 3, 6000
 

@@ -10,17 +10,17 @@ from typing import Any
 import pytest
 import torch
 from conftest import FAMILIES, Scripted, greedy_reference, tiny_model
-from specdec.drafters.m2r2 import M2R2, M2R2Drafter, M2R2Path
-from specdec.drafters.none import NoDrafter
-from specdec.drafters.prompt_lookup import PromptLookupDrafter
-from specdec.verifiers.exact import ExactVerifier
 from test_exact import p_value
 from transformers import LogitsProcessor, PreTrainedModel
 
 from specdec.draft import Drafter
+from specdec.drafters.m2r2 import M2R2, M2R2Drafter, M2R2Path
+from specdec.drafters.none import NoDrafter
+from specdec.drafters.prompt_lookup import PromptLookupDrafter
 from specdec.loop import Loop
 from specdec.sampling import Sampler, SamplingParams
 from specdec.target import ReferenceTarget, Target
+from specdec.verifiers.exact import ExactVerifier
 
 PROMPTS = [[5, 6, 7, 8], [9, 10, 11, 12, 13, 14, 15], [3]]
 
