@@ -1,0 +1,187 @@
+"""The fused runtime computes what the reference runtime computes, on every family it knows."""
+
+from __future__ import annotations
+
+from types import MethodType
+
+import pytest
+import torch
+from conftest import tiny_model
+
+from specdec import kernels
+from specdec.adapters import Adapters
+from specdec.errors import SpecDecError
+from specdec.fused import FAMILIES, FusedTarget, make_target
+from specdec.target import ReferenceTarget, Target
+
+ROPES = {
+    "llama": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0,
+              "high_freq_factor": 4.0, "original_max_position_embeddings": 32},
+    "qwen2": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32},
+    "phi3": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+}  # fmt: skip
+VARIANTS = [(family, {}) for family in FAMILIES] + [(f, {"rope_parameters": rope}) for f, rope in ROPES.items()]
+
+
+def rough_model(family: str, **changes: object) -> torch.nn.Module:
+    """A tiny model whose biases and norms are random, too."""
+    model = tiny_model(family, **changes)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    return model
+
+
+def play(target: Target) -> list[torch.Tensor]:
+    """A ragged prompt, single tokens, a tree, a resumed block: the states and logits of all real tokens."""
+    torch.manual_seed(1)
+    ids, cache, out = torch.randint(3, 97, (2, 30)), target.new_cache(2), []
+    rows = torch.zeros(2, 1, dtype=torch.long)  # committed tokens per row
+
+    def run(offsets: list[int], paths: list[list[int]], tree: torch.Tensor | None = None, cut: int = 2) -> None:
+        nonlocal rows
+        positions = rows + torch.tensor(offsets)
+        taps = {cut: torch.empty(0), 4: torch.empty(0)}
+        x = target.embed(ids.gather(1, positions), positions)
+        x = target.layers(x, 0, cut, positions, cache.mask(0, positions, tree), cache)
+        mask = cache.mask(cut, positions, tree)
+        x = target.layers(x, cut, 3, positions, mask, cache, taps)
+        x = target.layers(x, 3, 4, positions, mask, cache, taps)
+        logits = target.readout(x)
+        out.extend(t[b, path] for t in (taps[cut], taps[4], logits) for b, path in enumerate(paths))
+        cache.keep(paths)
+        rows = torch.tensor(cache.rows)[:, None]
+
+    run(list(range(9)), [list(range(9)), list(range(6))])  # row 1 gets three holes
+    run([0], [[0], [0]])
+    tree = torch.zeros(5, 5, dtype=torch.bool)
+    for node, ancestors in enumerate(([0], [0, 1], [0, 2], [0, 1, 3], [0, 2, 4])):
+        tree[node, ancestors] = True
+    run([0, 1, 1, 2, 2], [[0, 2, 4], [0, 1, 3]], tree, cut=3)
+    run([0, 1], [[0, 1], [0]], cut=1)
+    run([0], [[0], [0]])
+    return out
+
+
+@pytest.mark.parametrize(("family", "changes"), VARIANTS)
+@torch.inference_mode()
+def test_equal_to_the_reference_runtime(family: str, changes: dict[str, object]) -> None:
+    model = rough_model(family, **changes)
+    expected = play(ReferenceTarget(model))
+    got = play(FusedTarget(model))
+    assert len(got) == len(expected)
+    assert max((a - b).abs().max().item() for a, b in zip(got, expected, strict=True)) < 5e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.inference_mode()
+def test_sixteen_bits_and_packed_weights(dtype: torch.dtype) -> None:
+    model = rough_model("qwen3").to(dtype)
+    target = FusedTarget(model)
+    for got, expected in zip(play(target), play(ReferenceTarget(model)), strict=True):
+        assert (got - expected).abs().max() / expected.abs().max() < 5e-2
+    weight, bias, x = torch.randn(48, 32, dtype=dtype), torch.randn(48, dtype=dtype), torch.randn(3, 32, dtype=dtype)
+    plain = kernels.dense(weight, bias)(x)
+    if target.packed_from == 1:
+        assert torch.allclose(kernels.packed(weight, bias)(x), plain, atol=0.1, rtol=0.02)
+
+
+@torch.inference_mode()
+def test_reduced_head() -> None:
+    target = FusedTarget(rough_model("llama"))
+    x, few = torch.randn(2, 3, 32), torch.tensor([7, 3, 90])
+    assert torch.allclose(target.readout(x, target.reduced_head(few)), target.readout(x)[..., few], atol=1e-5)
+
+
+def test_the_model_keeps_its_values_and_nothing_is_held_twice() -> None:
+    model = rough_model("qwen2")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    target = FusedTarget(model)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    attention, mlp = model.model.layers[1].self_attn, model.model.layers[1].mlp
+    for modules in ((attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)):
+        assert len({m.weight.untyped_storage().data_ptr() for m in modules}) == 1
+    pointer = attention.q_proj.weight.data_ptr()
+    FusedTarget(model)  # a second runtime shares the fused weights of the first
+    assert attention.q_proj.weight.data_ptr() == pointer == target._weights[1]["qkv"][0].data_ptr()
+
+
+def adapted_pass(target: Target, adapters: Adapters | None, t: int, adapted: int | None) -> torch.Tensor:
+    torch.manual_seed(2)
+    positions = torch.arange(t)[None].expand(2, -1)
+    cache = target.new_cache(2)
+    x = target.embed(torch.randint(3, 97, (2, t)), positions)
+    return target.layers(x, 0, 3, positions, cache.mask(0, positions), cache, adapters=adapters, adapted=adapted)
+
+
+def random_adapters(target: Target, leave_out: str = "") -> Adapters:
+    shapes = {i: {p: s for p, s in target.linears(i).items() if p != leave_out} for i in (0, 2)}
+    adapters = Adapters(shapes, rank=3)
+    with torch.no_grad():
+        for parameter in adapters.parameters():
+            parameter.normal_(std=0.3)
+    return adapters
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("t", "adapted"), [(1, None), (3, None), (3, 3), (2, 1), (5, 2)])
+@torch.inference_mode()
+def test_adapters(family: str, t: int, adapted: int | None) -> None:
+    model = rough_model(family)
+    reference, fused = ReferenceTarget(model), FusedTarget(model)
+    assert fused.linears(1) == reference.linears(1)
+    with torch.inference_mode(False):
+        adapters = random_adapters(reference, leave_out="self_attn.k_proj")
+    expected = adapted_pass(reference, adapters, t, adapted)
+    assert (expected - adapted_pass(reference, None, t, None)).abs().max() > 0.1
+    for _ in range(2):  # made on the first call, reused on the second
+        assert torch.allclose(adapted_pass(fused, adapters, t, adapted), expected, atol=5e-5, rtol=1e-5)
+
+
+def test_a_training_step_reaches_merged_weights() -> None:
+    target = FusedTarget(rough_model("llama"))
+    adapters = random_adapters(target)
+    with torch.no_grad():
+        before = adapted_pass(target, adapters, 1, None)
+        for parameter in adapters.parameters():
+            parameter.mul_(0.5)
+        after = adapted_pass(target, adapters, 1, None)
+    assert (before - after).abs().max() > 1e-2
+    assert torch.allclose(after, adapted_pass(target, adapters, 1, None).detach(), atol=2e-5)
+
+
+@pytest.mark.parametrize("adapted", [None, 2])
+def test_gradients_reach_the_adapters(adapted: int | None) -> None:
+    model = rough_model("qwen3")
+    grads = []
+    for target in (ReferenceTarget(model), FusedTarget(model)):
+        torch.manual_seed(3)
+        adapters = random_adapters(target)
+        adapted_pass(target, adapters, 5, adapted).square().sum().backward()
+        grads.append([p.grad for p in adapters.parameters()])
+    for a, b in zip(*grads, strict=True):
+        assert a is not None and b is not None and torch.allclose(a, b, rtol=1e-3, atol=1e-3 * a.abs().max().item())
+
+
+def test_fallback_says_why() -> None:
+    target, note = make_target(tiny_model("gemma2"))
+    assert target.runtime == "reference" and "'gemma2' is unknown to the fused runtime" in note
+    model = tiny_model("llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
+    target, note = make_target(model)
+    assert target.runtime == "reference" and "'dynamic'" in note
+    target, note = make_target(tiny_model("llama"))
+    assert (target.runtime, note) == ("fused", "")
+    assert make_target(tiny_model("llama"), "reference")[0].runtime == "reference"
+    with pytest.raises(SpecDecError, match="unknown to the fused runtime"):
+        make_target(tiny_model("gemma2"), "fused")
+    with pytest.raises(SpecDecError, match=r"did you mean 'fused'\?"):
+        make_target(tiny_model("llama"), "fusd")
+
+
+def test_a_model_that_computes_something_else_is_noticed() -> None:
+    model = tiny_model("llama")
+    mlp = model.model.layers[1].mlp
+    mlp.forward = MethodType(lambda self, x: -type(self).forward(self, x), mlp)
+    target, note = make_target(model)
+    assert target.runtime == "reference" and "gives other logits" in note
