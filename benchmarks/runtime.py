@@ -1,0 +1,127 @@
+"""One decode step of the target by row count, runtime against runtime, interleaved; the last line is JSON.
+
+    python benchmarks/runtime.py --model FOLDER --dtype bfloat16 --threads 2 --rows 1,2,4,5,8,16 --contexts 200,2000
+
+Arms: ``hf`` (the model's own forward with its DynamicCache), ``reference`` and ``fused``. A step is embedding, all
+layers and the head for T new tokens after the context (as a scoring pass of T - 1 drafted tokens runs it); the new
+entries are dropped again afterwards, outside the timing. Printed: median ms, the best in brackets, and for each the
+fraction of the roofline: weights and cached entries read once at the measured read bandwidth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from specdec.fused import FusedTarget
+from specdec.target import ReferenceTarget, Target
+
+Step = tuple[Callable[[], Any], Callable[[], None]]  # what is timed, and what undoes it
+
+
+def read_bandwidth(megabytes: int = 512) -> float:
+    """Bytes per second of reading memory once with all threads: the best of several sums."""
+    data = torch.ones(megabytes * 2**20 // 4)
+    best = float("inf")
+    for _ in range(9):
+        start = time.perf_counter()
+        data.sum()
+        best = min(best, time.perf_counter() - start)
+    return data.nbytes / best
+
+
+def hf_step(model: Any, prompt: torch.Tensor, rows: int) -> Step:
+    cache, n = DynamicCache(config=model.config), prompt.shape[1]
+    model(prompt, cache=cache, use_cache=True, logits_to_keep=1)
+    ids = prompt[:, :rows]
+    positions = torch.arange(n, n + rows)[None]
+    return lambda: model(ids, position_ids=positions, cache=cache, use_cache=True), lambda: cache.crop(-rows)
+
+
+def own_step(target: Target, prompt: torch.Tensor, rows: int) -> Step:
+    cache, count, n = target.new_cache(), target.num_layers, prompt.shape[1]
+    for start in range(0, n, 512):
+        part = prompt[:, start : start + 512]
+        positions = torch.arange(start, start + part.shape[1])[None]
+        target.layers(target.embed(part, positions), 0, count, positions, cache.mask(0, positions), cache)
+        cache.keep([list(range(part.shape[1]))])
+    ids, positions = prompt[:, :rows], torch.arange(n, n + rows)[None]
+
+    def step() -> torch.Tensor:
+        x = target.layers(target.embed(ids, positions), 0, count, positions, cache.mask(0, positions), cache)
+        return target.readout(x)
+
+    return step, lambda: cache.trim(rows)
+
+
+def bytes_read(model: Any, context: int) -> int:
+    """Weights (the embedding counts as the head; an untied one is not read) and cached keys and values."""
+    config, size = model.config, next(model.parameters()).element_size()
+    weights = sum(p.numel() for name, p in model.named_parameters() if "embed_tokens" not in name)
+    weights += model.get_output_embeddings().weight.numel() if config.tie_word_embeddings else 0
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return size * (weights + 2 * config.num_hidden_layers * context * config.num_key_value_heads * head_dim)
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="a Hugging Face model folder")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rows", default="1,2,4,5,8,16")
+    parser.add_argument("--contexts", default="200,2000")
+    parser.add_argument("--arms", default="hf,reference,fused")
+    parser.add_argument("--repeats", type=int, default=15)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).eval()
+    make = {
+        "hf": lambda: (hf_step, model),
+        "reference": lambda: (own_step, ReferenceTarget(model)),
+        "fused": lambda: (own_step, FusedTarget(model)),
+    }
+    arms: dict[str, Any] = {name: make[name]() for name in args.arms.split(",")}
+    bandwidth, torch_rows = read_bandwidth(), [int(r) for r in args.rows.split(",")]
+    result: dict[str, Any] = {"dtype": args.dtype, "threads": args.threads, "gb_per_s": round(bandwidth / 1e9, 1)}
+    console = Console()
+    for context in (int(c) for c in args.contexts.split(",")):
+        prompt = torch.randint(3, model.config.vocab_size, (1, context))
+        limit = bytes_read(model, context) / bandwidth
+        table = Table(
+            title=f"{args.dtype}, {args.threads} threads, context {context}, memory limit {limit * 1e3:.1f} ms"
+        )
+        for column in ("rows", *(f"{name} ms" for name in arms)):
+            table.add_column(column, justify="right")
+        for rows in torch_rows:
+            steps = {name: make_step(subject, prompt, rows) for name, (make_step, subject) in arms.items()}
+            times: dict[str, list[float]] = {name: [] for name in steps}
+            for repeat in range(args.repeats + 1):
+                for name, (step, undo) in steps.items():
+                    start = time.perf_counter()
+                    step()
+                    if repeat:  # the first round warms up
+                        times[name].append(time.perf_counter() - start)
+                    undo()
+            cells = []
+            for name, seconds in times.items():
+                median, best = statistics.median(seconds), min(seconds)
+                cells.append(f"{median * 1e3:.1f} ({best * 1e3:.1f}) {limit / median:4.0%}")
+                result[f"{name}_{context}_{rows}"] = round(median * 1e3, 2)
+                result[f"{name}_{context}_{rows}_best"] = round(best * 1e3, 2)
+            table.add_row(str(rows), *cells)
+        console.print(table)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
