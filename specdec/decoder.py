@@ -12,6 +12,8 @@ import torch
 from transformers import LogitsProcessor, PreTrainedModel
 
 from specdec import artifacts, hub, registry
+from specdec.costs import Costs, costs
+from specdec.depth import AutoDepth, DepthPolicy, FixedDepth
 from specdec.draft import Drafter, Verifier
 from specdec.errors import SpecDecError
 from specdec.fused import make_target
@@ -61,6 +63,8 @@ class SpecDecoder:
         self.drafter.bind(self.target)
         self.verifier: Verifier = registry.lookup("verifiers", verifier)() if isinstance(verifier, str) else verifier
         self._open: Generation | None = None
+        self._auto: AutoDepth | None = None
+        self._costs: Costs | None = None
 
     @classmethod
     def from_pretrained(
@@ -88,7 +92,7 @@ class SpecDecoder:
         other = copy.copy(self)
         other.drafter = other._drafter(drafter, drafter_options)
         other.drafter.bind(other.target)
-        other._open = None
+        other._open = other._auto = other._costs = None
         return other
 
     def _drafter(self, drafter: str | Path | Drafter, options: dict[str, Any]) -> Drafter:
@@ -125,7 +129,7 @@ class SpecDecoder:
         prompts: Sequence[Prompt],
         *,
         max_new_tokens: int = 128,
-        num_speculative_tokens: int = 4,
+        num_speculative_tokens: int | str = "auto",
         temperature: float = 0.0,
         top_k: int = 0,
         top_p: float = 1.0,
@@ -141,15 +145,18 @@ class SpecDecoder:
         """Start a generation: the form under ``generate`` and ``stream`` that gives text and figures as they grow.
 
         max_new_tokens: most new tokens per row (also bounded by the model's context).
-        num_speculative_tokens: most tokens drafted per round. temperature 0 is greedy; the sampling options are
-        those of ``SamplingParams``. stop: strings that end a row. chat: wrap text in the chat template (None: if the
+        num_speculative_tokens: depth of each round's draft; "auto" chooses it from measured costs and running
+        acceptance, down to plain decoding. temperature 0 is greedy; the sampling options are those of
+        ``SamplingParams``. stop: strings that end a row. chat: wrap text in the chat template (None: if the
         tokenizer has one), after a ``system`` message. logits_processor: HF processors, applied to every position.
         ignore_eos: go on to the limit. Raises SpecDecError for values out of range and prompts that do not fit.
         """
         if max_new_tokens < 1:
             raise SpecDecError(f"max_new_tokens must be >= 1; got {max_new_tokens}")
-        if num_speculative_tokens < 1:
-            raise SpecDecError(f"num_speculative_tokens must be >= 1; got {num_speculative_tokens}")
+        if num_speculative_tokens != "auto" and not (
+            isinstance(num_speculative_tokens, int) and num_speculative_tokens >= 1
+        ):
+            raise SpecDecError(f"num_speculative_tokens must be 'auto' or >= 1; got {num_speculative_tokens}")
         if not prompts:
             raise SpecDecError("there is no prompt to generate from")
         if self._open is not None:
@@ -174,12 +181,25 @@ class SpecDecoder:
             self,
             ids,
             [min(max_new_tokens, context - len(row)) for row in ids],
-            num_speculative_tokens,
+            self._policy(num_speculative_tokens, live=params.temperature == 0),
             Sampler(params, list(logits_processor), len(ids)),
             stops,
             frozenset() if ignore_eos else self.eos_ids(),
         )
         return self._open
+
+    def _policy(self, num_speculative_tokens: int | str, live: bool) -> DepthPolicy:
+        if isinstance(num_speculative_tokens, int):
+            return FixedDepth(num_speculative_tokens)
+        if self.drafter.name == "none":
+            return FixedDepth(0)
+        if self._costs is None:
+            self._costs = costs(self.target, self.drafter, self.verifier)
+        if not live:  # a fresh one, that looks at no clock: sampling repeats for a seed
+            return AutoDepth(self._costs.score, self._costs.draft, live=False)
+        if self._auto is None:  # one for all greedy requests: what it has learned about this drafter stays
+            self._auto = AutoDepth(self._costs.score, self._costs.draft)
+        return self._auto
 
     def eos_ids(self) -> frozenset[int]:
         """Token ids that end a generation, as ``model.generate`` takes them."""
@@ -197,7 +217,7 @@ class Generation:
         decoder: SpecDecoder,
         prompts: list[list[int]],
         limits: list[int],
-        depth: int,
+        policy: DepthPolicy,
         sampler: Sampler,
         stops: list[str],
         eos: frozenset[int],
@@ -206,7 +226,9 @@ class Generation:
         self.tokens: list[list[int]] = [[] for _ in prompts]
         self.texts = [Detokenizer(decoder.tokenizer, stops) if decoder.tokenizer else None for _ in prompts]
         self.pieces = [""] * len(prompts)
-        self.loop = Loop(decoder.target, decoder.drafter, decoder.verifier, sampler, prompts, limits, self._stop, depth)
+        self.loop = Loop(
+            decoder.target, decoder.drafter, decoder.verifier, sampler, prompts, limits, self._stop, policy
+        )
         self.rounds: Iterator[list[tuple[int, list[int]]]] | None = self.loop.rounds()
 
     def _stop(self, row: int, token: int) -> str | None:

@@ -71,12 +71,16 @@ class Verdict:
 
 @dataclass
 class State:
-    """Where a generation stands. ``ids[b]``: row b's prompt and output; its last token, the root, is not yet cached."""
+    """Where a generation stands. ``ids[b]``: row b's prompt and output; its last token, the root, is not yet cached.
+
+    confidence: below this probability that its whole chain stands, drafting on costs more than it brings.
+    """
 
     target: Target
     cache: KVCache
     sampler: Sampler
     ids: list[list[int]]
+    confidence: float = 0.0
 
     @property
     def roots(self) -> Tensor:

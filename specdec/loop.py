@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from specdec.depth import DepthPolicy
 from specdec.draft import Draft, Drafter, State, Verifier
 from specdec.metrics import Ledger, RequestMetrics
 from specdec.sampling import Sampler, draw
@@ -34,10 +35,10 @@ class Loop:
         prompts: list[list[int]],
         limits: list[int],
         stop: Callable[[int, int], str | None],
-        num_speculative_tokens: int,
+        policy: DepthPolicy,
     ) -> None:
         self.target, self.drafter, self.verifier = target, drafter, verifier
-        self.limits, self.stop, self.depth = limits, stop, num_speculative_tokens
+        self.limits, self.stop, self.policy = limits, stop, policy
         self.state = State(target, target.new_cache(len(prompts)), sampler, [list(p) for p in prompts])
         self.rows = list(range(len(prompts)))  # the request behind each row of the batch
         self.finished: dict[int, str] = {}
@@ -84,9 +85,10 @@ class Loop:
         """Draft, score, accept, commit; return each row's new tokens."""
         state, target, cache, drafter = self.state, self.target, self.state.cache, self.drafter
         room = max(self.limits[r] - self.metrics[r].num_new_tokens for r in self.rows) - 1  # the bonus token is one
-        limit = min(self.depth, room, target.context - 1 - cache.committed)
+        limit = min(self.policy.depth(cache.batch), room, target.context - 1 - cache.committed)
+        state.confidence = self.policy.confidence()
         draft = drafter.propose(state, limit) if limit > 0 else Draft.empty(cache.batch, cache.device)
-        self.ledger.mark("draft")
+        drafting = self.ledger.mark("draft")
 
         tokens = torch.cat((state.roots, draft.tokens.clamp_min(0)), 1)  # (B, 1 + M)
         depths = draft.depths()
@@ -95,29 +97,32 @@ class Loop:
         done = 0 if draft.states is None else draft.states.shape[1]  # block tokens that are already at exit_layer
         x = draft.states
         if done < tokens.shape[1]:
-            rest = positions[:, done:]
-            y = target.embed(tokens[:, done:], rest)
+            late = positions[:, done:]
+            y = target.embed(tokens[:, done:], late)
             if exit_layer:
-                mask = cache.mask(0, rest, None if tree is None else tree[done:])
-                y = target.layers(y, 0, exit_layer, rest, mask, cache)
+                mask = cache.mask(0, late, None if tree is None else tree[done:])
+                y = target.layers(y, 0, exit_layer, late, mask, cache)
             x = y if x is None else torch.cat((x, y), 1)
         assert x is not None
         taps, mask = self._taps(), cache.mask(exit_layer, positions, tree)
         x = target.layers(x, exit_layer, target.num_layers, positions, mask, cache, taps)
         p = state.sampler.distribution(target.readout(x), lambda: _prefixes(state.ids, draft))
-        self.ledger.mark("score")
+        rest = self.ledger.mark("score")
 
         verdict = self.verifier.judge(draft, p, state.sampler.generators)
-        self.ledger.mark("accept")
+        rest += self.ledger.mark("accept")
         cache.keep(verdict.paths)
         drafter.observe(verdict.paths, taps)
         new, drafted = [], draft.tokens.tolist()
         for b, (path, token) in enumerate(zip(verdict.paths, verdict.next_tokens, strict=True)):
             nodes = [n for n, t in enumerate(drafted[b], start=1) if t >= 0]
-            depth = max((depths[n] for n in nodes), default=0)
-            self.metrics[self.rows[b]].step(depth, len(nodes), len(path) - 1)
+            deepest = max((depths[n] for n in nodes), default=0)
+            self.metrics[self.rows[b]].step(deepest, len(nodes), len(path) - 1)
             new.append([drafted[b][n - 1] for n in path[1:]] + [token])
-        self.ledger.mark("commit")
+        rest += self.ledger.mark("commit")
+        seen = [self.metrics[r] for r in self.rows]
+        offered, accepted = [m.per_step_drafted[-1] for m in seen], [m.per_step_accepted[-1] for m in seen]
+        self.policy.observe(offered, accepted, tokens.numel(), drafting, rest)
         return new
 
     def _taps(self) -> dict[int, Tensor]:

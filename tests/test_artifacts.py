@@ -35,7 +35,7 @@ def change(folder: Path, **entries: object) -> None:
 
 def test_a_folder_loads_by_path_and_drafts(folder: Path) -> None:
     decoder = SpecDecoder(tiny_model(), drafter=folder)
-    out = decoder.generate([5, 6, 7], max_new_tokens=12)
+    out = decoder.generate([5, 6, 7], max_new_tokens=12, num_speculative_tokens=3)
     assert out.token_ids == SpecDecoder(tiny_model(), drafter="none").generate([5, 6, 7], max_new_tokens=12).token_ids
     assert out.metrics.num_draft_tokens > 0
     assert M2R2Path.from_json(json.loads((folder / "config.json").read_text())["path"]) == PATH

@@ -13,6 +13,7 @@ from conftest import FAMILIES, Scripted, greedy_reference, tiny_model
 from test_exact import p_value
 from transformers import LogitsProcessor, PreTrainedModel
 
+from specdec.depth import FixedDepth
 from specdec.draft import Drafter
 from specdec.drafters.m2r2 import M2R2, M2R2Drafter, M2R2Path
 from specdec.drafters.none import NoDrafter
@@ -33,7 +34,7 @@ def run(
     out: list[list[int]] = [[] for _ in prompts]
     limits = [count] * len(prompts)
     eos = lambda row, token: "eos" if token == 2 else None  # noqa: E731
-    loop = Loop(target, drafter, ExactVerifier(), sampler, prompts, limits, eos, depth)
+    loop = Loop(target, drafter, ExactVerifier(), sampler, prompts, limits, eos, FixedDepth(depth))
     for events in loop.rounds():
         for row, tokens in events:
             out[row] += tokens
@@ -163,7 +164,16 @@ def test_scoring_runs_no_layer_twice_for_what_the_draft_computed(llama: PreTrain
 
     target.layers = spy  # type: ignore[method-assign]
     drafter.bind(target)
-    loop = Loop(target, drafter, ExactVerifier(), Sampler(SamplingParams()), [PROMPTS[0]], [40], lambda r, t: None, 4)
+    loop = Loop(
+        target,
+        drafter,
+        ExactVerifier(),
+        Sampler(SamplingParams()),
+        [PROMPTS[0]],
+        [40],
+        lambda r, t: None,
+        FixedDepth(4),
+    )
     rounds = loop.rounds()
     next(rounds)
     calls.clear()
@@ -201,11 +211,11 @@ def test_custom_processors_see_the_path_to_their_node(llama: PreTrainedModel) ->
     drafter = Scripted(lambda ids, limit: [(4, 0), (5, 0), (6, 1), (7, 2), (7, 1)])
     drafter.bind(target)
     sampler = Sampler(SamplingParams(), [OnlyOddAfterEven()])
-    loop = Loop(target, drafter, ExactVerifier(), sampler, [PROMPTS[0]], [20], lambda r, t: None, 4)
+    loop = Loop(target, drafter, ExactVerifier(), sampler, [PROMPTS[0]], [20], lambda r, t: None, FixedDepth(4))
     ids = list(PROMPTS[0])
     for events in loop.rounds():
         ids += events[0][1]
-    plain = Loop(target, NoDrafter(), ExactVerifier(), sampler, [PROMPTS[0]], [20], lambda r, t: None, 1)
+    plain = Loop(target, NoDrafter(), ExactVerifier(), sampler, [PROMPTS[0]], [20], lambda r, t: None, FixedDepth(1))
     assert ids[4:] == [t for events in plain.rounds() for t in events[0][1]]
     assert all((a + b) % 2 for a, b in pairwise(ids))
 
@@ -219,7 +229,7 @@ def test_output_ends_at_eos_inside_a_draft(llama: PreTrainedModel) -> None:
     drafter = Scripted(script)
     drafter.bind(target)
     stop = lambda row, token: "eos" if token == end else None  # noqa: E731
-    loop = Loop(target, drafter, ExactVerifier(), Sampler(SamplingParams()), [prompt], [20], stop, 7)
+    loop = Loop(target, drafter, ExactVerifier(), Sampler(SamplingParams()), [prompt], [20], stop, FixedDepth(7))
     out = [t for events in loop.rounds() for t in events[0][1]]
     assert out == cut and loop.finished == {0: "eos"}
     assert sum(loop.metrics[0].per_step_accepted) <= len(cut)
@@ -281,7 +291,7 @@ def run_no_eos(
     drafter.bind(target)
     sampler = Sampler(SamplingParams(**sampling), rows=len(prompts))  # type: ignore[arg-type]
     limits = [count] * len(prompts)
-    loop = Loop(target, drafter, ExactVerifier(), sampler, prompts, limits, lambda r, t: None, 2)
+    loop = Loop(target, drafter, ExactVerifier(), sampler, prompts, limits, lambda r, t: None, FixedDepth(2))
     out: list[list[int]] = [[] for _ in prompts]
     for events in loop.rounds():
         for row, tokens in events:

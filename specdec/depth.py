@@ -1,0 +1,122 @@
+"""How deep to draft: a fixed depth, or one chosen from measured costs and running acceptance.
+
+Speculation pays when the tokens a round is expected to yield, per second, beat one token per plain step. ``AutoDepth``
+estimates both sides as it goes, picks the best depth, decodes plainly when every depth loses, and probes again at
+intervals whose cost it bounds. Knows nothing about models: seconds and counts in, a depth out.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+
+class DepthPolicy(Protocol):
+    """Asked for a depth before each round, told what the round took and yielded after it."""
+
+    def depth(self, batch: int) -> int:
+        """Most tokens to draft for each of ``batch`` rows in the next round; 0 is a plain decoding step."""
+
+    def confidence(self) -> float:
+        """A drafter may stop early once the probability that its whole chain stands falls below this."""
+
+    def observe(self, drafted: Sequence[int], accepted: Sequence[int], rows: int, draft: float, rest: float) -> None:
+        """One round: drafted depth and accepted tokens of each row, tokens scored, seconds drafting and not."""
+
+
+class FixedDepth:
+    """Always ``depth``."""
+
+    def __init__(self, depth: int) -> None:
+        self._depth = depth
+
+    def depth(self, batch: int) -> int:
+        return self._depth
+
+    def confidence(self) -> float:
+        return 0.0
+
+    def observe(self, drafted: Sequence[int], accepted: Sequence[int], rows: int, draft: float, rest: float) -> None:
+        pass
+
+
+class AutoDepth:
+    """Maximises expected tokens per second: (1 + sum_i prod_{j <= i} a_j) / (k d + s(B + B k)) over depths k.
+
+    a_j: running acceptance of the j-th drafted token given the ones before; d: seconds per drafted depth; s(n): seconds
+    of a round that scores n tokens, apart from drafting; B: rows of the batch. ``score`` gives s at some sizes and
+    ``draft`` is d, as measured on this machine; with ``live``, both are followed as rounds go by. Without it decisions
+    depend on acceptance alone, so that seeded sampling repeats.
+    """
+
+    MOST = 8  # deepest draft considered
+    MEMORY = 0.96  # weight of the past in running figures, per round
+    PRIOR, WEIGHT = 0.6, 3.0  # acceptance assumed before anything was seen; how many observations a belief is worth
+    PROBE_SHARE = 0.01  # share of the time that probing a losing drafter may cost
+
+    def __init__(self, score: Mapping[int, float], draft: float, live: bool = True) -> None:
+        self.score = dict(score)
+        self.stood, self.offered = [0.0] * self.MOST, [0.0] * self.MOST
+        self.belief_weight = [self.WEIGHT] * self.MOST  # fades as observations come in
+        self.draft, self.live, self.batch = draft, live, 1
+        self.drift = 1.0  # measured seconds of a round over what ``score`` says
+        self.since_probe = 0
+
+    def depth(self, batch: int) -> int:
+        self.batch = batch
+        best = max(range(self.MOST + 1), key=self.speed)
+        if best:
+            return best
+        probe = max(range(1, self.MOST + 1), key=self.speed)
+        # A probe costs this much more than decoding its tokens plainly would.
+        excess = (1 / self.speed(probe) - 1 / self.speed(0)) * self.expected(probe)
+        plain = 1 / self.speed(0)
+        return probe if self.since_probe * plain * self.PROBE_SHARE >= excess else 0
+
+    def confidence(self) -> float:
+        """Drafting one token more pays if P(chain stands) x seconds per token exceeds what that token costs."""
+        per_token = 1 / max(self.speed(k) for k in range(self.MOST + 1))
+        one_more = self.draft + max(self.seconds(2 * self.batch) - self.seconds(self.batch), 0.0)
+        return min(one_more / per_token, 1.0)
+
+    def expected(self, depth: int) -> float:
+        """Tokens a round of ``depth`` is expected to yield. A position is believed to be like the one before it."""
+        total, reach, belief = 1.0, 1.0, self.PRIOR
+        for position in range(depth):
+            weight = self.belief_weight[position]
+            belief = (self.stood[position] + weight * belief) / (self.offered[position] + weight)
+            reach *= belief
+            total += reach
+        return total
+
+    def seconds(self, rows: int) -> float:
+        """Seconds of a round that scores ``rows`` tokens, without drafting: linear between and beyond known sizes."""
+        known = sorted(self.score)
+        at = min(max(bisect.bisect_left(known, rows), 1), len(known) - 1)
+        below, above = known[at - 1], known[at]
+        low, high = self.score[below], self.score[above]
+        return self.drift * (low + (rows - below) / (above - below) * max(high - low, 0.0))
+
+    def speed(self, depth: int) -> float:
+        """Expected tokens per second when drafting ``depth`` tokens a round."""
+        return self.expected(depth) / (depth * self.draft + self.seconds(self.batch * (1 + depth)))
+
+    def observe(self, drafted: Sequence[int], accepted: Sequence[int], rows: int, draft: float, rest: float) -> None:
+        deepest = max(drafted)
+        self.since_probe = 0 if deepest else self.since_probe + 1
+        if self.live:
+            # A single slow round (another process, a growing buffer) must not swing the estimates.
+            ratio = min(max(rest / (self.seconds(rows) / self.drift), 0.5 * self.drift), 2.0 * self.drift)
+            self.drift = self.MEMORY * self.drift + (1 - self.MEMORY) * ratio
+            if deepest:
+                step = draft / deepest
+                self.draft = 0.9 * self.draft + 0.1 * (min(step, 2.0 * self.draft) if self.draft else step)
+        for position in range(min(deepest, self.MOST)):
+            # Only rows whose chain stood up to here say anything about this position.
+            reached = [a for d, a in zip(drafted, accepted, strict=True) if d > position and a >= position]
+            if reached:
+                share = sum(a > position for a in reached) / len(reached)
+                self.stood[position] = self.MEMORY * self.stood[position] + share
+                self.offered[position] = self.MEMORY * self.offered[position] + 1
+                self.belief_weight[position] *= self.MEMORY

@@ -1,0 +1,313 @@
+"""The command line, as a shell sees it: streams, exit codes, one line for bad input, Ctrl-C."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from tiny import save_tiny
+from typer.testing import CliRunner
+
+import specdec
+from specdec import cli, hub, registry
+
+COMMAND = [sys.executable, "-c", "from specdec.cli import main; main()"]
+FIGURES = ("tokens/s: ", "mean acceptance length: ", "acceptance rate: ", "rounds: ", "prefill: ", "finish: length")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_tiny(tmp_path_factory.mktemp("tiny")))
+
+
+@pytest.fixture
+def run(model: str):
+    """Run ``specdec generate ARGS`` on the tiny model, in this process."""
+
+    def call(*args: str, stdin: str | bytes | None = None):
+        fixed = [
+            "--model",
+            model,
+            "--drafter",
+            "prompt-lookup",
+            "--max-new-tokens",
+            "24",
+            "--num-speculative-tokens",
+            "4",
+        ]
+        return CliRunner().invoke(cli.app, ["generate", *fixed, *args], input=stdin)
+
+    return call
+
+
+def one_line_error(result, code: int = 2) -> str:
+    assert result.exit_code == code and result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+# --- streams ---------------------------------------------------------------------------------------------------------
+
+
+def test_stdout_has_only_the_text_and_stderr_the_figures(run) -> None:
+    result, whole = run("hello"), json.loads(run("hello", "--json").stdout)
+    assert result.exit_code == 0 and result.stdout == whole["text"] + "\n" and len(whole["text"]) == 24
+    (line,) = result.stderr.splitlines()
+    assert all(part in line for part in FIGURES) and "float32 cpu" in line
+
+
+def test_quiet_leaves_only_the_text(run) -> None:
+    result = run("hello", "--quiet")
+    assert result.stderr == "" and result.stdout == run("hello").stdout
+
+
+def test_verbose_adds_the_ledger(run) -> None:
+    assert re.search(r"draft time: [\d.]+ s; score time: [\d.]+ s", run("hello", "--verbose").stderr)
+
+
+def test_json_is_one_object_with_everything_and_nothing_on_stderr(run, model: str) -> None:
+    result = run("hello", "--json", "--seed", "3", "--stop", "\x00", "--system", "be brief")
+    out = json.loads(result.stdout)
+    assert result.stderr == "" and result.stdout.count("\n") == 1
+    assert out["model"] == model and out["drafter"] == "prompt-lookup" and out["lossless"] is True
+    assert (out["dtype"], out["device"], out["finish_reason"]) == ("float32", "cpu", "length")
+    assert out["runtime"] in ("fused", "reference") and "compare" not in out
+    assert len(out["token_ids"]) == out["metrics"]["num_new_tokens"] == 24
+    expected = {"max_new_tokens": 24, "num_speculative_tokens": 4, "temperature": 0.0, "seed": 3, "stop": ["\x00"]}
+    assert out["settings"].items() >= (expected | {"system": "be brief", "chat": True}).items()
+    assert out["metrics"]["mean_acceptance_length"] >= 1 and out["metrics"]["ledger"]["score"] > 0
+
+
+def test_the_prompt_may_come_from_stdin(run) -> None:
+    assert run("-", stdin="hello\n").stdout == run(stdin="hello").stdout == run("hello").stdout
+
+
+def test_raw_and_system_change_what_the_model_reads(run) -> None:
+    counts = [
+        json.loads(run("hello", "--json", *more).stdout)["metrics"]["num_prompt_tokens"]
+        for more in ((), ("--raw",), ("--system", "be brief"))
+    ]
+    assert counts == [len("[user] hello\n[assistant] "), 5, len("[system] be brief\n[user] hello\n[assistant] ")]
+
+
+def test_stop_ends_the_text_before_it(run) -> None:
+    text = run("hello", "--quiet").stdout
+    stops = text[9:11], text[14:17]
+    out = json.loads(run("hello", "--json", "--stop", stops[1], "--stop", stops[0]).stdout)
+    assert out["text"] == text[: min(text.index(stop) for stop in stops)] and out["finish_reason"] == "stop"
+
+
+def test_the_number_of_drafted_tokens_is_chosen_or_fixed(run) -> None:
+    fixed = json.loads(run("hello", "--json", "--num-speculative-tokens", "2").stdout)
+    assert max(fixed["metrics"]["per_step_drafted"]) == 2 and fixed["settings"]["num_speculative_tokens"] == 2
+    chosen = json.loads(run("hello", "--json", "--num-speculative-tokens", "auto").stdout)
+    assert chosen["settings"]["num_speculative_tokens"] == "auto" and chosen["text"] == fixed["text"]
+
+
+def test_sampling_options_and_seed_reach_the_sampler(run) -> None:
+    texts = [run("hello", "--temperature", "1.5", "--seed", seed).stdout for seed in ("1", "1", "2")]
+    assert texts[0] == texts[1] != texts[2]
+    assert run("hello", "--temperature", "1.5", "--top-k", "1").stdout == run("hello").stdout
+
+
+# --- comparison with plain decoding ----------------------------------------------------------------------------------
+
+
+def test_compare_says_identical_and_the_speedup(run) -> None:
+    line = run("hello", "--compare").stderr.splitlines()[1]
+    assert re.search(r"speedup over plain decoding: \d+\.\d\dx; plain tokens/s: [\d.]+", line)
+    assert line.endswith("output identical to plain decoding: yes")
+
+
+def test_compare_in_json_times_both_arms(run) -> None:
+    out = json.loads(run("hello", "--compare", "--json").stdout)
+    both = out["compare"]
+    assert both["identical"] is True and both["fault"] is False and both["plain"]["token_ids"] == out["token_ids"]
+    assert both["plain"]["metrics"]["num_draft_tokens"] == 0 < out["metrics"]["num_draft_tokens"]
+    speeds = out["metrics"]["tokens_per_second"], both["plain"]["metrics"]["tokens_per_second"]
+    assert both["speedup"] == pytest.approx(speeds[0] / speeds[1])
+
+
+def test_compare_does_not_judge_samples(run) -> None:
+    result = run("hello", "--compare", "--temperature", "1")
+    assert result.exit_code == 0 and "plain decoding: not comparable: sampling" in result.stderr
+
+
+def test_compare_reports_a_wrong_output_as_a_fault(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def accept_all(self, draft, p, generators):
+        return specdec.Verdict([list(range(p.shape[1]))], [int(p[0, -1].argmax())])
+
+    monkeypatch.setattr(registry.lookup("verifiers", "exact"), "judge", accept_all)
+    result = run("hello hello hello", "--compare")
+    assert result.exit_code == 1
+    assert re.search(r"identical to plain decoding: no \(first difference at token \d+: FAULT", result.stderr)
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+BAD = {
+    "unknown drafter": (["x", "--drafter", "prompt-lokup"], "did you mean 'prompt-lookup'?"),
+    "drafter folder without files": (["x", "--drafter", "."], "config.json is missing"),
+    "no drafter shipped": (["x", "--drafter", "m2r2"], "specdec train m2r2"),
+    "unknown model": (["x", "--model", "./nowhere"], "./nowhere"),
+    "mistyped model": (["x", "--model", "smollm2-135m-instrukt"], "did you mean 'smollm2-135m-instruct'?"),
+    "empty prompt": (["  "], "the prompt is empty"),
+    "temperature": (["x", "--temperature", "-1"], "temperature must be >= 0"),
+    "not a number": (["x", "--temperature", "nan"], "temperature must be >= 0"),
+    "top-p": (["x", "--top-p", "0"], "top_p must be in (0, 1]"),
+    "K": (["x", "--num-speculative-tokens", "0"], "--num-speculative-tokens must be 'auto' or a number >= 1; got '0'"),
+    "K no number": (["x", "--num-speculative-tokens", "many"], "must be 'auto' or a number >= 1; got 'many'"),
+    "max new tokens": (["x", "--max-new-tokens", "0"], "'--max-new-tokens'"),
+    "dtype": (["x", "--dtype", "float17"], "unknown dtype 'float17' (did you mean 'float16'?)"),
+    "device": (["x", "--device", "toaster"], "unknown device 'toaster'"),
+    "prompt beyond the context": (["x" * 5000], "context of 4096"),
+    "system without template": (["x", "--raw", "--system", "y"], "needs a chat template"),
+    "mistyped option": (["x", "--temprature", "1"], "--temperature); see 'specdec generate --help'"),
+    "two prompts": (["x", "y"], "unexpected extra argument"),
+}
+
+
+@pytest.mark.parametrize(("args", "expected"), BAD.values(), ids=BAD.keys())
+def test_bad_input_is_one_line_and_exit_code_2(
+    run, args: list[str], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert expected in one_line_error(run(*args))
+
+
+def test_stdin_that_is_no_text_is_refused(run) -> None:
+    assert "not UTF-8" in one_line_error(run("-", stdin=b"\xff\xfe"))
+
+
+def test_unknown_command_suggests_one() -> None:
+    assert "Did you mean 'generate'" in one_line_error(CliRunner().invoke(cli.app, ["genrate"]))
+
+
+def test_no_prompt_at_a_terminal_shows_an_example() -> None:
+    outer, inner = pty.openpty()
+    try:
+        done = subprocess.run([*COMMAND, "generate"], stdin=inner, capture_output=True, text=True, timeout=60)
+    finally:
+        os.close(outer)
+        os.close(inner)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert 'no prompt; give one, for example: specdec generate "' in done.stderr
+
+
+def failing(error: BaseException):
+    def fail(*args):
+        raise error
+
+    return fail
+
+
+def test_a_full_disk_and_a_full_memory_are_told_plainly(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "_decode", failing(OSError(errno.ENOSPC, "No space left on device", "/some/file")))
+    assert "no space left on the disk while writing '/some/file'" in one_line_error(run("x"))
+    monkeypatch.setattr(cli, "_decode", failing(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")))
+    assert "out of memory" in one_line_error(run("x"))
+
+
+def test_a_fault_of_ours_is_one_line_and_a_traceback_only_on_demand(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "_decode", failing(TypeError("two\nlines")))
+    line = one_line_error(run("x"), code=1)
+    assert line == "error: unexpected TypeError: two lines; run with SPECDEC_DEBUG=1 for the traceback"
+    assert "Traceback" in run("x", "--verbose").stderr
+    monkeypatch.setenv("SPECDEC_DEBUG", "1")
+    result = run("x")
+    assert result.exit_code == 1 and "Traceback" in result.stderr
+
+
+# --- processes -------------------------------------------------------------------------------------------------------
+
+
+def start(model: str, *args: str) -> subprocess.Popen[bytes]:
+    """A generation that takes far longer than the test looks at it."""
+    fixed = ["--model", model, "--drafter", "prompt-lookup", "--max-new-tokens", "4000"]
+    command, one_thread = [*COMMAND, "generate", "hello", *fixed, *args], os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, bufsize=0, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=one_thread)
+
+
+def test_ctrl_c_keeps_the_text_so_far_and_marks_the_figures(model: str) -> None:
+    process = start(model)
+    assert process.stdout is not None
+    first = process.stdout.read(1)  # text streams while the process runs
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    rest, figures = process.communicate(timeout=60)
+    text = (first + rest).decode()
+    assert process.returncode == 130 and text.endswith("\n") and 2 <= len(text) < 4000
+    (line,) = figures.decode().splitlines()
+    assert "finish: interrupted" in line and f"tokens: {len(text) - 1};" in line
+
+
+def test_a_closed_pipe_ends_quietly(model: str) -> None:
+    process = start(model)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.read(5)
+    process.stdout.close()
+    assert process.wait(timeout=60) != 0 and process.stderr.read() == b""
+    process.stderr.close()
+
+
+def test_help_imports_nothing_heavy_and_every_command_shows_an_example() -> None:
+    heavy = "print([m for m in ('torch', 'transformers', 'numpy') if m in __import__('sys').modules])"
+    script = f"import atexit; atexit.register(lambda: {heavy}); from specdec.cli import main; main()"
+    for command in ([], ["generate"], ["models"], ["drafters"], ["train"]):
+        done = subprocess.run(
+            [sys.executable, "-c", script, *command, "--help"], capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 0 and done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
+        assert "Example: specdec " in done.stdout
+
+
+# --- the other commands ----------------------------------------------------------------------------------------------
+
+
+def test_version_and_bare_call() -> None:
+    assert CliRunner().invoke(cli.app, ["--version"]).stdout == f"specdec {specdec.__version__}\n"
+    bare = CliRunner().invoke(cli.app, [])
+    assert bare.exit_code == 0 and "generate" in bare.stdout
+
+
+def test_the_default_model_is_the_embedded_one() -> None:
+    assert cli.DEFAULT_MODEL == hub.DEFAULT_MODEL
+
+
+def test_models_lists_the_embedded_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path))
+    header, *rows = CliRunner().invoke(cli.app, ["models"]).stdout.splitlines()
+    assert header.split("\t") == ["name", "licence", "download", "cached", "where"]
+    assert rows[0].split("\t")[:4] == ["smollm2-135m-instruct", "Apache-2.0", "93 MB", "no"]
+    (row,) = json.loads(CliRunner().invoke(cli.app, ["models", "--json"]).stdout)
+    assert row["name"] == "smollm2-135m-instruct" and row["cached"] is False
+
+
+def test_drafters_lists_summaries_training_and_what_is_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "pretrained" / "m2r2" / "some-model"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    monkeypatch.setattr(cli, "files", lambda package: tmp_path)
+    rows = {row["name"]: row for row in json.loads(CliRunner().invoke(cli.app, ["drafters", "--json"]).stdout)}
+    assert rows["m2r2"]["training"] == "specdec train m2r2" and rows["m2r2"]["shipped_for"] == ["some-model"]
+    assert rows["prompt-lookup"]["training"] is None and rows["prompt-lookup"]["shipped_for"] == []
+    assert rows["none"]["summary"] == registry.lookup("drafters", "none").summary
+    table = CliRunner().invoke(cli.app, ["drafters"]).stdout
+    assert "prompt-lookup\t" in table and "\tnot needed\t-" in table
+
+
+def test_a_broken_plug_in_does_not_hide_the_other_drafters(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = SimpleNamespace(name="broken", value="no_such_module:Drafter")
+    monkeypatch.setattr(registry, "entry_points", lambda group: [broken])
+    table = CliRunner().invoke(cli.app, ["drafters"]).stdout
+    assert "cannot be loaded: No module named 'no_such_module'" in table and "prompt-lookup\t" in table

@@ -1,0 +1,106 @@
+"""The depth controller, against scripted machines and drafters: it finds the best depth and never loses much."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from specdec.depth import AutoDepth
+
+SCORE = {1: 20.0, 2: 21.0, 4: 22.0, 8: 24.0, 16: 40.0}
+
+
+def simulate(
+    acceptance: float, draft: float, tokens: int, rng: random.Random, policy: AutoDepth, noise: float = 0.1
+) -> tuple[float, list[int]]:
+    """Milliseconds for ``tokens`` tokens, and the depths chosen."""
+    done, total, depths = 0, 0.0, []
+    true = AutoDepth(SCORE, 0.0)
+    while done < tokens:
+        depth = policy.depth(1)
+        accepted = 0
+        while accepted < depth and rng.random() < acceptance:
+            accepted += 1
+        spent = draft * depth * rng.uniform(1 - noise, 1 + noise)
+        rest = true.seconds(1 + depth) * rng.uniform(1 - noise, 1 + noise)
+        policy.observe([depth], [accepted], 1 + depth, spent, rest)
+        done, total = done + accepted + 1, total + spent + rest
+        depths.append(depth)
+    return total, depths
+
+
+def fixed(acceptance: float, draft: float, depth: int) -> float:
+    """Milliseconds per token at a fixed depth, in expectation."""
+    expected = sum(acceptance**i for i in range(depth + 1))
+    return (draft * depth + AutoDepth(SCORE, 0.0).seconds(1 + depth)) / expected
+
+
+@pytest.mark.parametrize("draft", [0.05, 3.0, 8.0, 15.0])
+@pytest.mark.parametrize("acceptance", [0.0, 0.2, 0.5, 0.7, 0.95])
+def test_it_is_close_to_the_best_fixed_depth_and_never_far_below_plain(acceptance: float, draft: float) -> None:
+    rng = random.Random(int(100 * acceptance + 7 * draft))
+    policy, tokens = AutoDepth(SCORE, draft), 1500
+    total, _ = simulate(acceptance, draft, tokens, rng, policy)
+    best = min(fixed(acceptance, draft, k) for k in range(AutoDepth.MOST + 1))
+    assert total / tokens <= best * 1.06
+    assert total / tokens <= fixed(acceptance, draft, 0) / 0.97
+
+
+def test_it_drops_a_useless_drafter_within_a_short_request() -> None:
+    total, _ = simulate(0.0, 8.0, 128, random.Random(1), AutoDepth(SCORE, 8.0), noise=0.0)
+    assert 128 * SCORE[1] / total >= 0.95  # a first request still has to find out
+    policy = AutoDepth(SCORE, 8.0)
+    simulate(0.0, 8.0, 128, random.Random(1), policy)
+    again, _ = simulate(0.0, 8.0, 1280, random.Random(2), policy, noise=0.0)
+    assert 1280 * SCORE[1] / again >= 0.97
+
+
+def test_it_notices_when_a_useless_drafter_becomes_good_and_the_reverse() -> None:
+    rng, policy = random.Random(3), AutoDepth(SCORE, 2.0)
+    _, bad = simulate(0.0, 2.0, 600, rng, policy)
+    assert sum(bad[-100:]) <= 20
+    _, good = simulate(0.9, 2.0, 3000, rng, policy)
+    assert min(good[-50:]) >= 4
+    _, worse = simulate(0.0, 2.0, 600, rng, policy)
+    assert sum(worse[-100:]) <= 20
+
+
+def test_a_single_slow_round_does_not_end_speculation() -> None:
+    policy = AutoDepth(SCORE, 2.0)
+    simulate(0.7, 2.0, 300, random.Random(4), policy)
+    before = policy.depth(1)
+    policy.observe([before], [before], 1 + before, 2.0 * before, 5000.0)
+    assert policy.depth(1) >= before - 1
+
+
+def test_confidence_threshold_rises_with_the_cost_of_drafting() -> None:
+    thresholds = []
+    for draft in (0.5, 4.0, 10.0):
+        policy = AutoDepth(SCORE, draft)
+        simulate(0.7, draft, 300, random.Random(5), policy)
+        thresholds.append(policy.confidence())
+    assert 0 < thresholds[0] < thresholds[1] < thresholds[2] <= 1
+
+
+def test_a_wrong_figure_for_drafting_is_corrected_by_what_rounds_take() -> None:
+    policy = AutoDepth(SCORE, 0.01)
+    _, depths = simulate(0.5, 15.0, 600, random.Random(6), policy)
+    assert depths[0] > 0 and sum(depths[-100:]) <= 20
+
+
+def test_without_live_figures_decisions_follow_acceptance_alone() -> None:
+    def depths(slow: float) -> list[int]:
+        policy, out, rng = AutoDepth(SCORE, 3.0, live=False), [], random.Random(7)
+        for _ in range(200):
+            out.append(policy.depth(1))
+            policy.observe([out[-1]], [rng.randrange(out[-1] + 1)], 1 + out[-1], slow * out[-1], slow)
+        return out
+
+    assert depths(1.0) == depths(900.0)
+
+
+def test_large_batches_make_deep_drafts_dear() -> None:
+    policy = AutoDepth(SCORE, 1.0)
+    simulate(0.7, 1.0, 600, random.Random(8), policy)
+    assert policy.depth(16) < policy.depth(1)
