@@ -89,18 +89,14 @@ def refuse_held_out(
     """Raise SpecDecError if a prompt to train on contains one that must be held out (compared as lower-case words)."""
     words = [" " + " ".join(_text(item, decode).lower().split()) + " " for item in items]
     for item in held_out:
-        if isinstance(item, Answer):
-            probes = [_text(item, decode)]
-        else:
-            probes = list(item.turns)
-        for probe in probes[:1]:
-            needle = " " + " ".join(probe.lower().split()) + " "
-            for index, text in enumerate(words):
-                if needle in text:
-                    raise SpecDecError(
-                        f"prompt {index + 1} to train on contains the held-out prompt '{needle.strip()[:60]}'; "
-                        "remove it from the training file"
-                    )
+        probe = decode(item.prompt_ids) if isinstance(item, Answer) else item.turns[0]
+        needle = " " + " ".join(probe.lower().split()) + " "
+        for index, text in enumerate(words):
+            if needle in text:
+                raise SpecDecError(
+                    f"prompt {index + 1} to train on contains the held-out prompt '{needle.strip()[:60]}'; "
+                    "remove it from the training file"
+                )
 
 
 def _text(item: Answer | Prompt, decode: Callable[[Sequence[int]], str]) -> str:
@@ -109,7 +105,8 @@ def _text(item: Answer | Prompt, decode: Callable[[Sequence[int]], str]) -> str:
 
 def split(answers: Sequence[Answer], fraction: float) -> tuple[list[Answer], list[Answer]]:
     """(training, evaluation): about ``fraction`` of the prompts, chosen by a hash of their ids, at least one."""
-    train, held = [], []
+    train: list[Answer] = []
+    held: list[Answer] = []
     for answer in answers:
         key = zlib.crc32(",".join(map(str, answer.prompt_ids)).encode())
         (held if key % 10_000 < fraction * 10_000 else train).append(answer)

@@ -21,8 +21,10 @@ from specdec.cache import KVCache, Mask
 from specdec.target import ReferenceTarget
 
 DIRECT = ("llama", "mistral")  # families whose layer is: norm, q k v, rotary, attention, o; norm, silu-gated MLP
-LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
-LINEARS += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+LINEARS = (
+    *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
+    *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+)
 
 
 class TrainingTarget(ReferenceTarget):
@@ -34,8 +36,8 @@ class TrainingTarget(ReferenceTarget):
     def __init__(self, model: PreTrainedModel, compiled: bool = False) -> None:
         self.direct = False
         self._merged: dict[int, list[Tensor]] = {}
-        self._before: Callable[..., Any] = _before
-        self._after: Callable[..., Any] = _after
+        self._train: tuple[Callable[..., Any], ...] = (_before, _after)  # blocks of one shape, with gradients
+        self._teach: tuple[Callable[..., Any], ...] = (_before, _after)  # blocks of any shape
         super().__init__(model)
         modules = [dict(block.named_modules()) for block in self.blocks]
         self.direct = model.config.model_type in DIRECT and all(
@@ -45,8 +47,8 @@ class TrainingTarget(ReferenceTarget):
             self._self_check()  # raises for a direct path that strays from the model
             if compiled:
                 logging.getLogger("torch._inductor").setLevel(logging.ERROR)
-                self._before = torch.compile(_before, dynamic=False)
-                self._after = torch.compile(_after, dynamic=False)
+                self._train = tuple(torch.compile(part, dynamic=False) for part in (_before, _after))
+                self._teach = tuple(torch.compile(part, dynamic=True) for part in (_before, _after))
 
     def forget(self) -> None:
         """Drop merged weights: the adapters have changed, or a new graph begins."""
@@ -66,9 +68,9 @@ class TrainingTarget(ReferenceTarget):
     ) -> Tensor:
         if not self.direct or (adapters is not None and adapted is not None):
             return super().layers(x, lo, hi, positions, mask, cache, taps, adapters, adapted)
-        grad = torch.is_grad_enabled()
-        before, after = (self._before, self._after) if grad else (_before, _after)
-        cos, sin = self.base.rotary_emb(x, positions)  # (B, T, d)
+        before, after = self._train if torch.is_grad_enabled() else self._teach
+        rotary: Any = self.base.rotary_emb
+        cos, sin = rotary(x, positions)  # (B, T, d)
         for layer in range(lo, hi):
             if taps is not None and layer in taps:
                 taps[layer] = x
@@ -77,9 +79,7 @@ class TrainingTarget(ReferenceTarget):
             norm1, norm2 = block.input_layernorm, block.post_attention_layernorm
             q, k, v = before(x, norm1.weight, norm1.variance_epsilon, wq, wk, wv, cos, sin)
             k, v = cache.append(layer, k, v)
-            x = after(
-                x, self._attend(q, k, v, layer, mask), wo, norm2.weight, norm2.variance_epsilon, gate, up, down
-            )
+            x = after(x, self._attend(q, k, v, layer, mask), wo, norm2.weight, norm2.variance_epsilon, gate, up, down)
         if taps is not None and hi in taps:
             taps[hi] = x
         return x
@@ -105,7 +105,10 @@ class TrainingTarget(ReferenceTarget):
         key = ("rows", self.windows[layer])
         if key not in mask.memo:
             visible = mask.bool_mask(self.windows[layer])
-            mask.memo[key] = None if visible is None else visible.repeat(1, 1, group, 1)
+            if visible is not None:  # additive: a bool mask is turned into one again at every call
+                visible = torch.zeros_like(visible, dtype=q.dtype).masked_fill_(~visible, float("-inf"))
+                visible = visible.repeat(1, 1, group, 1)
+            mask.memo[key] = visible
         rows = q.reshape(b, k.shape[1], group * t, d)
         scale = getattr(self.blocks[layer].self_attn, "scaling", d**-0.5)
         y = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask.memo[key], scale=scale)

@@ -1,0 +1,125 @@
+"""Windows of answers with the teacher states a student needs, padded into batches, in an order fixed by the seed.
+
+A window is a stretch of consecutive answer positions: short rows keep attention over provisional entries small and mix
+many answers in one batch. Knows nothing about losses and parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from specdec.cache import KVCache
+from specdec.train.states import Record
+
+Window = tuple[int, int, int]  # record, first position, end
+
+
+@dataclass
+class Batch:
+    """B windows of T positions; position t reads token ids[t] and is to predict the base's choice for t + 1.
+
+    Padding has ``valid`` False. Exact entries of layers ``kv`` are [B, H', S, d] for positions 0 .. S - 1.
+    """
+
+    ids: Tensor  # int64 [B, T]
+    next_ids: Tensor  # int64 [B, T], the text's own next token
+    positions: Tensor  # int64 [B, T]
+    valid: Tensor  # bool [B, T]
+    ends: Tensor  # int64 [B], first position after the window: exact entries from there on are padding
+    kv: dict[int, tuple[Tensor, Tensor]]
+    hidden: dict[int, Tensor]  # layer -> its input at each position [B, T, D]
+    before: dict[int, Tensor]  # the same, one position earlier
+    best: Tensor  # int64 [B, T], the base's most likely next token
+    log_z: Tensor  # float32 [B, T]
+
+    @property
+    def slots(self) -> int:
+        """S, the exact entries per row."""
+        return max((k.shape[2] for k, _ in self.kv.values()), default=0)
+
+    def cache(self, num_layers: int) -> KVCache:
+        """A cache that holds the exact entries."""
+        cache = KVCache(num_layers, len(self.ids), self.ids.device)
+        for layer, (k, v) in self.kv.items():
+            cache.keys[layer], cache.values[layer], cache.lengths[layer] = k, v, self.slots
+        return cache
+
+
+def windows(records: Sequence[Record], length: int) -> list[Window]:
+    """All windows of at most ``length`` answer positions; those that follow the first overlap by nothing."""
+    found = []
+    for index, record in enumerate(records):
+        start, end = max(record.prompt - 1, record.first + 1), len(record.ids) - 1
+        found += [(index, t, min(t + length, end)) for t in range(start, end, length)]
+    return found
+
+
+def epoch(found: Sequence[Window], rows: int, seed: int, number: int) -> list[list[Window]]:
+    """The batches of one epoch: shuffled, neighbours of similar key length together, whole batches only."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+    order = torch.randperm(len(found), generator=generator).tolist()
+    groups, group = [], rows * 16  # sorting within groups keeps padding small and the order random
+    for start in range(0, len(order), group):
+        part = sorted(order[start : start + group], key=lambda i: found[i][2])
+        groups += [part[i : i + rows] for i in range(0, len(part), rows)]
+    whole = [g for g in groups if len(g) == rows] or groups
+    mixed = torch.randperm(len(whole), generator=generator).tolist()
+    return [[found[i] for i in whole[j]] for j in mixed]
+
+
+def assemble(
+    records: Sequence[Record], rows: Sequence[Window], length: int, device: torch.device, block: int = 64
+) -> Batch:
+    """Copy the windows' states out of the records; T = ``length``, S a multiple of ``block``."""
+    n = len(rows)
+    slots = -(-max(end for _, _, end in rows) // block) * block
+    some = records[rows[0][0]]
+
+    def room(shape: tuple[int, ...], like: Tensor) -> Tensor:
+        return torch.zeros(n, *shape, dtype=like.dtype)
+
+    ids, nxt = torch.zeros(n, length, dtype=torch.long), torch.zeros(n, length, dtype=torch.long)
+    best, log_z = torch.zeros(n, length, dtype=torch.long), torch.zeros(n, length)
+    valid = torch.zeros(n, length, dtype=torch.bool)
+    hidden = {layer: room((length, h.shape[1]), h) for layer, h in some.hidden.items()}
+    before = {layer: room((length, h.shape[1]), h) for layer, h in some.hidden.items()}
+    kv = {layer: (room((slots, *k.shape[1:]), k), room((slots, *v.shape[1:]), v)) for layer, (k, v) in some.kv.items()}
+    starts = torch.tensor([start for _, start, _ in rows])
+    for b, (index, start, end) in enumerate(rows):
+        record, count = records[index], end - start
+        ids[b, :count], nxt[b, :count] = record.ids[start:end], record.ids[start + 1 : end + 1]
+        valid[b, :count] = True
+        a, z = start - record.first, end - record.first
+        best[b, :count], log_z[b, :count] = record.best[a:z], record.log_z[a:z]
+        for layer, states in record.hidden.items():
+            hidden[layer][b, :count], before[layer][b, :count] = states[a:z], states[a - 1 : z - 1]
+        for layer, pair in record.kv.items():
+            for room_, exact in zip(kv[layer], pair, strict=True):
+                room_[b, :end] = exact[:end]
+    positions = starts[:, None] + torch.arange(length)
+    return Batch(
+        ids.to(device),
+        nxt.to(device),
+        positions.to(device),
+        valid.to(device),
+        torch.tensor([end for _, _, end in rows]).to(device),
+        {layer: (k.transpose(1, 2).to(device), v.transpose(1, 2).to(device)) for layer, (k, v) in kv.items()},
+        {layer: x.to(device) for layer, x in hidden.items()},
+        {layer: x.to(device) for layer, x in before.items()},
+        best.to(device),
+        log_z.to(device),
+    )
+
+
+def stream(found: Sequence[Window], rows: int, seed: int, skip: int) -> Iterator[tuple[int, list[Window]]]:
+    """(number, batch) without end, epoch after epoch, from batch number ``skip`` on."""
+    number, passed = 0, 0
+    while True:
+        batches = epoch(found, rows, seed, number)
+        for batch in batches[max(0, skip - passed) :]:
+            yield number, batch
+        passed, number = passed + len(batches), number + 1

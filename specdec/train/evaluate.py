@@ -1,0 +1,80 @@
+"""How good a drafter's drafts are on held-out answers, on its own states: agreement, overlap, acceptance.
+
+Knows nothing about training and about time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specdec.drafters.m2r2 import M2R2
+from specdec.target import Target
+from specdec.train.batches import Batch, Window, assemble
+from specdec.train.states import Record
+from specdec.train.student import Judge, drafts
+
+
+@torch.no_grad()
+def evaluate(
+    network: M2R2,
+    target: Target,
+    records: Sequence[Record],
+    batches: Sequence[Sequence[Window]],
+    window: int,
+    steps: int = 4,
+    progress: Callable[[int], None] = lambda done: None,
+) -> dict[str, Any]:
+    """Figures per draft step 1 .. ``steps``, over the windows of ``batches``.
+
+    ``top1``, ``top3``: the base's most likely token is the draft's choice, or among its three best (False where the
+    draft vocabulary, which is the drafter's own and the tokens of the context, lacks it). ``overlap``: 1 - TV of base
+    and draft at temperature 1. ``cosine``: of the draft's final state and h[N]. ``tokens_per_round``: 1 + the expected
+    number of accepted drafts of a chain of ``steps``.
+    """
+    judge = Judge(target, network.draft_vocab)
+    own = None if network.draft_vocab is None else set(network.draft_vocab.tolist())
+    sums = torch.zeros(5, steps, dtype=torch.float64)  # positions, top1, top3, overlap, cosine
+    chains, starts = torch.zeros(steps, dtype=torch.float64), torch.zeros(steps, dtype=torch.float64)
+    for done, rows in enumerate(batches, start=1):
+        batch = assemble(records, rows, window, target.device)
+        judge.begin(batch)
+        known = batch.valid if own is None else _known(records, rows, batch, own)
+        chain = torch.empty(0)
+        for s, (final, valid) in enumerate(drafts(network, target, batch, steps)):
+            logits = judge.logits(final)
+            at_best = logits.gather(-1, judge.best.clamp_min(0)[..., None])
+            rank = (logits > at_best).sum(-1)
+            rank.masked_fill_((judge.best < 0) | ~known, logits.shape[-1])
+            base = judge.p.float() * judge.mass[..., None]
+            overlap = torch.minimum(torch.softmax(logits.float(), -1), base).sum(-1)
+            cosine = torch.cosine_similarity(final.float(), batch.hidden[network.num_layers].float(), -1)
+            for row, figure in enumerate((torch.ones_like(overlap), rank == 0, rank < 3, overlap, cosine)):
+                sums[row, s] += (figure * valid).sum().double().cpu()
+            hit = (rank == 0) & valid
+            # A chain reaches its step s at t if steps 1 .. s at t - s + 1 .. t all agree.
+            chain = hit if s == 0 else torch.cat((torch.zeros_like(hit[:, :1]), chain[:, :-1]), 1) & hit
+            chains[s] += chain.sum().double().cpu()
+            starts[s] += valid.sum().double().cpu()
+        progress(done)
+    mean = (sums[1:] / sums[0].clamp_min(1)).tolist()
+    names = ("top1", "top3", "overlap", "cosine")
+    result: dict[str, Any] = {n: [round(x, 4) for x in row] for n, row in zip(names, mean, strict=True)}
+    result["tokens_per_round"] = round(1 + float((chains / starts.clamp_min(1)).sum()), 3)
+    result["positions"] = int(sums[0, 0])
+    return result
+
+
+def _known(records: Sequence[Record], rows: Sequence[Window], batch: Batch, own: set[int]) -> Tensor:
+    """Where the base's choice is in the drafter's vocabulary or in the context so far: bool [B, T]."""
+    known = torch.zeros_like(batch.valid)
+    for b, (index, start, end) in enumerate(rows):
+        ids = records[index].ids[:end].tolist()
+        seen, best = own | set(ids[:start]), batch.best[b].tolist()
+        for i, token in enumerate(ids[start:]):
+            seen.add(token)
+            known[b, i] = best[i] in seen
+    return known

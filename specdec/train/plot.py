@@ -1,0 +1,38 @@
+"""The picture of a training run, from its metrics. Needs matplotlib (the ``plot`` extra); without it, says so."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+
+def draw_curves(metrics: Path, picture: Path, console: Console) -> None:
+    """Loss and agreement over training tokens, with the evaluations on held-out answers, as a PNG file."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        console.print(f"no {picture.name}: matplotlib is not installed (pip install 'specdec-m2r2[plot]')")
+        return
+    lines = [json.loads(line) for line in metrics.read_text("utf-8").splitlines() if line.strip()]
+    updates = [line for line in lines if "loss" in line]
+    evaluations = [line for line in lines if "evaluation" in line]
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    loss, agreement = figure.subplots(1, 2)
+    loss.plot(*_series(updates, "loss"), linewidth=0.8)
+    loss.set(xlabel="training tokens", ylabel="loss (KL, all draft steps)")
+    for key in sorted({key for line in updates for key in line if key.startswith("agree")}):
+        agreement.plot(*_series([u for u in updates if key in u], key), linewidth=0.5, alpha=0.5)
+    for step in range(len(evaluations[0]["evaluation"]["top1"]) if evaluations else 0):
+        points = [(line["tokens"], line["evaluation"]["top1"][step]) for line in evaluations]
+        agreement.plot(*zip(*points, strict=True), marker="o", label=f"held out, step {step + 1}")
+    agreement.set(xlabel="training tokens", ylabel="top-1 agreement with the model")
+    if evaluations:
+        agreement.legend(fontsize=8)
+    figure.savefig(picture, dpi=110)
+
+
+def _series(lines: list[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
+    return [line["tokens"] for line in lines], [line[key] for line in lines]

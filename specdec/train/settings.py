@@ -1,0 +1,143 @@
+"""Settings of a training run: a dataclass filled from a YAML preset and overrides. Knows nothing about running one."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.resources
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from specdec.errors import SpecDecError, did_you_mean
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Everything that decides what is trained; written to ``train.yaml`` in the output folder."""
+
+    model: str = "smollm2-135m-instruct"
+    prompts: tuple[str, ...] = ()  # files of prompts or of token-id answers
+    holdout: tuple[str, ...] = ()  # files whose prompts must not be trained on
+    output: str = ""
+    dtype: str = "bfloat16"  # of the frozen base and of the student's passes; master weights are float32
+    device: str = "cpu"
+    seed: int = 0
+
+    # The path of the accelerated residual.
+    exit_layer: int = 0
+    segments: tuple[tuple[int, int], ...] = ()
+    final_leap: bool = False
+    rank: int = 64
+    adapt: tuple[str, ...] = ()  # linear maps with adapters; empty: all of the segments' layers
+    draft_vocab: int = 8192  # most frequent tokens of the answers; 0: the full vocabulary
+
+    # Answers by the base itself, where the files hold prompts only.
+    max_new_tokens: int = 256
+    eval_fraction: float = 0.03
+
+    # Training.
+    minutes: float | None = 30.0  # of gradient training (answers and teacher states come before), or
+    steps: int | None = None  # this many updates
+    rows: int = 16  # windows a batch
+    window: int = 64  # answer positions a window
+    draft_steps: int = 2  # of its own drafts the student learns from
+    fit_tokens: int = 100_000  # for the closed-form leaps
+    learning_rate: float = 2e-3  # adapters (AdamW)
+    leap_rate: float = 6e-4  # leaps
+    warmup: int = 20  # updates
+    decay: float = 1.0  # last share of the run over which the rate falls linearly to zero
+    clip: float = 1.0
+    sharpen: float = 0.0  # share of the target's mass moved onto the base's most likely token
+    focus: float = 1.0  # weight of a later step where the drafter's earlier steps had already gone wrong
+    align: float = 0.0  # weight of 1 - cos(p, h[N])
+    checkpoint_minutes: float = 3.0
+    eval_minutes: float = 10.0
+    eval_tokens: int = 12_000  # at intervals; the last evaluation uses all
+    compile: bool = True  # torch.compile, where the model has a direct path
+
+
+def load_settings(preset: str, overrides: Mapping[str, Any]) -> TrainSettings:
+    """The preset (a name of ``configs/train`` or a YAML file) with ``overrides`` on top; None means not given.
+
+    Raises SpecDecError for unknown presets and keys and for values of the wrong kind.
+    """
+    values = dict(_preset(preset))
+    values.update({key: value for key, value in overrides.items() if value is not None})
+    if overrides.get("steps") is not None:
+        values["minutes"] = None
+    return from_mapping(values, f"preset '{preset}'")
+
+
+def from_mapping(values: Mapping[str, Any], where: str) -> TrainSettings:
+    fields = {field.name: field for field in dataclasses.fields(TrainSettings)}
+    clean: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in fields:
+            raise SpecDecError(f"{where} has an unknown setting '{key}'{did_you_mean(key, fields)}")
+        clean[key] = _convert(value, str(fields[key].type), key, where)
+    settings = TrainSettings(**clean)
+    if (settings.minutes is None) == (settings.steps is None):
+        raise SpecDecError("give either minutes or steps as the length of the training")
+    for key in ("rows", "window", "draft_steps", "rank", "max_new_tokens", "minutes", "steps", "fit_tokens"):
+        value = getattr(settings, key)
+        if value is not None and value <= 0:
+            raise SpecDecError(f"setting '{key}' must be positive, not {value}")
+    if not 0 < settings.eval_fraction < 1 or not 0 < settings.decay <= 1:
+        raise SpecDecError("settings 'eval_fraction' and 'decay' must lie between 0 and 1")
+    return settings
+
+
+def to_yaml(settings: TrainSettings) -> str:
+    def plain(value: Any) -> Any:
+        return [plain(item) for item in value] if isinstance(value, tuple) else value
+
+    data = {key: plain(value) for key, value in dataclasses.asdict(settings).items()}
+    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+
+
+def differences(a: TrainSettings, b: TrainSettings) -> list[str]:
+    """Names of the settings in which two runs differ (where the output lies does not count)."""
+    left, right = dataclasses.asdict(a), dataclasses.asdict(b)
+    return [key for key in left if key != "output" and left[key] != right[key]]
+
+
+def _preset(name: str) -> dict[str, Any]:
+    folder = importlib.resources.files("specdec.configs") / "train"
+    path: Any = Path(name) if name.endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
+    if not path.is_file():
+        known = sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+        raise SpecDecError(
+            f"no training preset '{name}'{did_you_mean(name, known)}; known: {', '.join(known)}, or a YAML file"
+        )
+    try:
+        data = yaml.safe_load(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SpecDecError(f"cannot read training preset '{path}': {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise SpecDecError(f"training preset '{path}' is not a mapping of settings")
+    return data
+
+
+def _convert(value: Any, kind: str, key: str, where: str) -> Any:
+    """``value`` as the annotated type. YAML 1.1 reads 1e-5 as a string and knows no tuples."""
+    try:
+        if value is None and "None" in kind:
+            return None
+        if kind.startswith("tuple[tuple"):
+            return tuple((int(lo), int(hi)) for lo, hi in value)
+        if kind.startswith("tuple"):
+            return tuple(str(item) for item in ([value] if isinstance(value, str) else value))
+        if kind.startswith("float"):
+            return float(value)
+        if kind.startswith("int") and not isinstance(value, bool) and int(value) == float(value):
+            return int(value)
+        if kind == "bool" and isinstance(value, bool):
+            return value
+        if kind == "str" and isinstance(value, str):
+            return value
+    except (TypeError, ValueError):
+        pass
+    raise SpecDecError(f"{where}: setting '{key}' cannot be {value!r}; it is a {kind}")

@@ -1,0 +1,153 @@
+"""What the drafter computes in training: its own drafts of steps 1, 2, ... at every position of a batch, and the loss.
+
+Step s at position t is what the drafter does s tokens past the last verified one: exact keys and values up to t - s,
+provisional ones of its own steps since, and the carry of its own step s - 1 at t - 1. Parameters and forward are the
+drafter's own (``specdec.drafters.m2r2``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from specdec.cache import Mask
+from specdec.drafters.m2r2 import M2R2, Carry
+from specdec.target import Target
+from specdec.train.batches import Batch
+
+
+def exact_carry(network: M2R2, batch: Batch) -> Carry:
+    """The carry of step 1: the previous position's exact states."""
+    path = network.path
+    return Carry(batch.before[network.num_layers], [batch.before[lo] for lo, _ in path.segments])
+
+
+def early(network: M2R2, target: Target, batch: Batch) -> Tensor:
+    """p[E] [B, T, D]: the exact state, or what the adapted early layers make of it on exact keys and values."""
+    path = network.path
+    if path.exit_layer and not path.adapts_early:
+        return batch.hidden[path.exit_layer]
+    x = target.embed(batch.ids, batch.positions)
+    if not path.exit_layer:
+        return x
+    keys = torch.arange(batch.slots, device=x.device).expand(len(x), -1)  # (B, S)
+    exact = keys[:, None] <= batch.positions[:, :, None]  # (B, T, S)
+    own = torch.zeros(*exact.shape[:2], x.shape[1], dtype=torch.bool, device=x.device)
+    mask = Mask(batch.positions, torch.cat((keys, batch.positions), 1), torch.cat((exact, own), 2))
+    cache = batch.cache(target.num_layers)
+    return target.layers(x, 0, path.exit_layer, batch.positions, mask, cache, adapters=network.adapters)
+
+
+def drafts(network: M2R2, target: Target, batch: Batch, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield, for s = 1 .. steps, the estimates of h[N] [B, T, D] and which positions have them (bool [B, T])."""
+    p, carry = early(network, target, batch), exact_carry(network, batch)
+    cache = batch.cache(target.num_layers)
+    valid = batch.valid
+    for step in range(1, steps + 1):
+        mask = _masks(batch, step)
+        carry = network.beyond(target, p, carry, batch.positions, _same(mask), cache)
+        yield carry.final, valid
+        carry = Carry(_later(carry.final), [_later(x) for x in carry.inputs])
+        valid = valid & _later(valid)
+
+
+def landings(network: M2R2, target: Target, batch: Batch, index: int) -> tuple[Tensor, Carry]:
+    """What leap ``index`` starts from in step 1: the residual [B, T, D] behind the segments before it; the carry."""
+    x, carry, cache = early(network, target, batch), exact_carry(network, batch), batch.cache(target.num_layers)
+    mask = _masks(batch, 1)
+    for s, (lo, hi) in enumerate(network.path.segments[:index]):
+        x = network.leap(s, x, carry)
+        x = target.layers(x, lo, hi, batch.positions, mask, cache, adapters=network.adapters)
+    return x, carry
+
+
+def _masks(batch: Batch, step: int) -> Mask:
+    """Of step ``step``: exact entries up to t - step, then one provisional entry of each step since."""
+    b, t = batch.ids.shape
+    keys = torch.arange(batch.slots, device=batch.ids.device).expand(b, -1)  # (B, S)
+    index = torch.arange(t, device=batch.ids.device)
+    lag = index[:, None] - index  # (T, T), query minus key
+    exact = keys[:, None] <= batch.positions[:, :, None] - step  # (B, T, S)
+    own = [(lag == step - j).expand(b, -1, -1) for j in range(1, step + 1)]
+    return Mask(batch.positions, torch.cat((keys, *[batch.positions] * step), 1), torch.cat((exact, *own), 2))
+
+
+def _same(mask: Mask) -> Callable[[int], Mask]:
+    return lambda lo: mask
+
+
+def _later(x: Tensor) -> Tensor:
+    """Shift [B, T, ...] by one position: what t - 1 had is now at t; the first position gets zeros."""
+    return torch.cat((torch.zeros_like(x[:, :1]), x[:, :-1]), 1)
+
+
+class Judge:
+    """The teacher's side of a batch: soft targets over a draft vocabulary, and how well logits meet them.
+
+    The vocabulary of a batch is the drafter's own plus up to ``extra`` of the tokens the base would choose in it (the
+    drafter adds the tokens of its context in the same way), filled up with any others so that shapes stay the same.
+    ``sharpen``: share of the target's mass moved onto the base's most likely token, where the vocabulary has it.
+    """
+
+    def __init__(
+        self, target: Target, vocab: Tensor | None, sharpen: float = 0.0, extra: int = 512, compiled: bool = False
+    ) -> None:
+        self.target, self.sharpen = target, sharpen
+        self.vocab = None if vocab is None else vocab.long()
+        self.extra = 0 if vocab is None else min(extra, target.vocab_size - len(vocab))
+        self.head: nn.Linear | None = None
+        self.place: Tensor | None = None  # token id -> index in the batch's vocabulary, or -1
+        self.compare: Callable[..., Any] = torch.compile(_compare, dynamic=False) if compiled else _compare
+        self.soften: Callable[..., Any] = torch.compile(_soften, dynamic=False) if compiled else _soften
+
+    def index(self, ids: Tensor) -> Tensor:
+        return ids if self.place is None else self.place[ids]
+
+    @torch.no_grad()
+    def begin(self, batch: Batch) -> None:
+        """Targets for this batch: p [B, T, V'], restricted to its vocabulary and renormalised."""
+        if self.vocab is not None:
+            seen = torch.zeros(self.target.vocab_size, dtype=torch.int8, device=self.vocab.device)
+            seen[batch.best[batch.valid]] = 1
+            seen[self.vocab] = -1
+            more = seen.argsort(descending=True, stable=True)[: self.extra]  # chosen ones first, never those of vocab
+            vocab = torch.cat((self.vocab, more))
+            self.head = self.target.reduced_head(vocab)
+            self.place = torch.full_like(seen, -1, dtype=torch.long)
+            self.place[vocab] = torch.arange(len(vocab), device=vocab.device)
+        logits = self.target.readout(batch.hidden[self.target.num_layers], self.head)
+        self.best, self.next = self.index(batch.best), self.index(batch.next_ids)
+        self.p, self.mass, self.entropy = self.soften(logits, self.best, batch.log_z, self.sharpen)
+
+    def logits(self, final: Tensor) -> Tensor:
+        return self.target.readout(final, self.head)
+
+    def loss(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """KL(target || draft) per position [B, T], and the draft's highest logit [B, T]."""
+        cross, top = self.compare(logits, self.p)
+        return cross - self.entropy, top
+
+    def hits(self, logits: Tensor, top: Tensor, index: Tensor) -> Tensor:
+        """Whether the draft's choice is ``index`` [B, T] (-1: outside the vocabulary, never)."""
+        return (logits.detach().gather(-1, index.clamp_min(0)[..., None])[..., 0] >= top) & (index >= 0)
+
+
+def _soften(logits: Tensor, best: Tensor, log_z: Tensor, sharpen: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Base logits [B, T, V'] -> target p, the base's full mass inside V' [B, T], entropy of p [B, T]."""
+    x = logits.float()
+    inside = torch.logsumexp(x, -1, keepdim=True)
+    p = torch.exp(x - inside)
+    if sharpen:
+        one = torch.arange(x.shape[-1], device=x.device) == best[..., None]
+        share = sharpen * (best >= 0)[..., None]
+        p = p * (1 - share) + share * one
+    entropy = -torch.special.xlogy(p, p).sum(-1)
+    return p.to(logits.dtype), torch.exp(inside[..., 0] - log_z), entropy
+
+
+def _compare(logits: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    x = logits.float()
+    return torch.logsumexp(x, -1) - (p.float() * x).sum(-1), logits.detach().amax(-1)

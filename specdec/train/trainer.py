@@ -1,0 +1,399 @@
+"""``train_m2r2``: prompts in, a drafter folder out; every stage goes on where a killed run stopped.
+
+Stages: the base answers the prompts (unless they come answered), its states are computed once, the leaps are fitted in
+closed form, then adapters and leaps learn by distillation on the drafter's own states. The base stays frozen, and only
+answer positions count. Everything lies in the output folder: the drafter (``config.json``, ``model.safetensors``, the
+best so far), ``train.yaml``, ``metrics.jsonl``, ``checkpoint.safetensors``, ``answers.jsonl``, ``states/``.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+import random
+import time
+from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from specdec import artifacts, hub
+from specdec.drafters.m2r2 import M2R2, M2R2Path
+from specdec.errors import SpecDecError
+from specdec.target import Target
+from specdec.train import batches as windows_of
+from specdec.train import data, states
+from specdec.train import settings as settings_of
+from specdec.train.answers import answer_prompts, encode_prompts
+from specdec.train.batches import Batch, Window
+from specdec.train.evaluate import evaluate
+from specdec.train.fit import fit_leaps
+from specdec.train.plot import draw_curves
+from specdec.train.runtime import TrainingTarget
+from specdec.train.settings import TrainSettings
+from specdec.train.student import Judge, drafts
+
+RECIPE, METRICS, CHECKPOINT = "train.yaml", "metrics.jsonl", "checkpoint.safetensors"
+REPORT_UPDATES = 10  # updates a line of metrics.jsonl
+
+
+def train_m2r2(settings: TrainSettings, resume: bool = False, console: Console | None = None) -> dict[str, Any]:
+    """Train, write the drafter to ``settings.output`` and return its figures on held-out answers.
+
+    Raises SpecDecError for unusable settings, prompts, models and folders, for a full disk and for a loss that is no
+    number any more; what was computed stays, and ``resume`` goes on from it.
+    """
+    console = console or Console(stderr=True)
+    output = _open_output(settings, resume)
+    model, tokenizer = hub.load(settings.model, dtype=settings.dtype, device=settings.device)
+    target = TrainingTarget(model.requires_grad_(False), compiled=settings.compile)
+    mark = hub.fingerprint(model)
+    path = path_of(settings, target)
+    items = data.read([Path(p) for p in settings.prompts])
+    held = data.read([Path(p) for p in settings.holdout]) if settings.holdout else []
+    data.refuse_held_out(items, held, tokenizer.decode)
+    with _progress(console) as progress:
+        prompts = encode_prompts(tokenizer, items, settings.model)
+        answers = answer_prompts(output, model, tokenizer, prompts, settings.max_new_tokens, progress)
+        usable = [a for a in answers if len(a) <= target.context and len(a.response_ids) > 1]
+        train, held_out = data.split(usable, settings.eval_fraction)
+        random.Random(settings.seed).shuffle(train)
+        wanted = wanted_states(path, target.num_layers)
+        store = {}
+        for name, part in (("eval", held_out), ("train", train)):
+            task = progress.add_task(f"teacher states ({name})", total=sum(map(len, part)))
+            folder = output / "states" / name
+            store[name] = states.compute(folder, target, part, wanted, mark, partial(progress.advance, task))
+    ends = _end_ids(model, tokenizer)
+    vocab = None
+    if settings.draft_vocab:
+        vocab = data.draft_vocabulary(train, settings.draft_vocab, ends, target.vocab_size).to(target.device)
+    run = Run(settings, path, target, vocab, store["train"].records, store["eval"].records, output, console)
+    run.base = {
+        "fingerprint": mark,
+        "name": settings.model,
+        "model_type": model.config.model_type,
+        "num_layers": target.num_layers,
+        "hidden_size": target.hidden_size,
+        "vocab_size": target.vocab_size,
+    }
+    return run.train(resume)
+
+
+def path_of(settings: TrainSettings, target: Target) -> M2R2Path:
+    """The settings' path, with adapters on the later layers' maps, or on the early ones' where there are no later.
+
+    Early layers read the slow residual's keys and values, so theirs are not adapted: p owns none.
+    """
+    adapters: dict[int, list[str]] = {}
+    early = not settings.segments
+    for lo, hi in settings.segments or ((0, settings.exit_layer),):
+        for layer in range(lo, hi):
+            names = list(target.linears(layer))
+            if settings.adapt:
+                names = [n for n in names if n in settings.adapt or n.rpartition(".")[2] in settings.adapt]
+            if early:
+                names = [n for n in names if not any(key in n for key in ("k_proj", "v_proj", "c_attn", "key_value"))]
+            adapters[layer] = names
+    path = M2R2Path(settings.exit_layer, settings.segments, settings.final_leap, settings.rank, adapters)
+    path.check(target.num_layers)
+    if not any(adapters.values()) and not settings.final_leap:
+        raise SpecDecError("setting 'adapt' names no linear map of this model, so there is nothing to train")
+    return path
+
+
+def wanted_states(path: M2R2Path, num_layers: int) -> states.Wanted:
+    """The teacher states that training a path needs."""
+    kv = [layer for lo, hi in path.segments for layer in range(lo, hi)]
+    hidden = {*(lo for lo, _ in path.segments), num_layers}
+    if path.adapts_early:
+        kv += range(path.exit_layer)
+    elif path.exit_layer:
+        hidden.add(path.exit_layer)
+    return states.Wanted(tuple(sorted(kv)), tuple(sorted(hidden)))
+
+
+class Run:
+    """Gradient training of one drafter, with its checkpoints, evaluations and metrics."""
+
+    def __init__(
+        self,
+        settings: TrainSettings,
+        path: M2R2Path,
+        target: TrainingTarget,
+        vocab: Tensor | None,
+        train: Sequence[states.Record],
+        held_out: Sequence[states.Record],
+        output: Path,
+        console: Console,
+    ) -> None:
+        torch.manual_seed(settings.seed)  # the adapters' first factors
+        self.settings, self.target, self.output, self.console = settings, target, output, console
+        self.base: dict[str, Any] = {}
+        self.masters = M2R2(path, target, vocab).to(target.device)  # float32
+        self.network = copy.deepcopy(self.masters).to(target.dtype)  # what runs
+        self.records, self.held_out = train, held_out
+        self.windows = windows_of.windows(train, settings.window)
+        self.judge = Judge(target, vocab, settings.sharpen, compiled=settings.compile and target.direct)
+        self.parameters = dict(self.masters.named_parameters())
+        leaps = [p for n, p in self.parameters.items() if n.startswith("leaps")]
+        adapters = [p for n, p in self.parameters.items() if n.startswith("adapters")]
+        groups = [{"params": leaps, "lr": settings.leap_rate}, {"params": adapters, "lr": settings.learning_rate}]
+        groups = [group for group in groups if group["params"]]
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.update, self.tokens, self.seconds, self.best = 0, 0, 0.0, 0.0  # best: tokens per round
+
+    # -- the run ------------------------------------------------------------------------------------------------
+
+    def train(self, resume: bool) -> dict[str, Any]:
+        """From the checkpoint, or from the closed-form leaps, to the end of the schedule."""
+        if resume and (self.output / CHECKPOINT).exists():
+            self._restore()
+        else:
+            fit_leaps(self.network, self.target, self._fit_batches)
+            with torch.no_grad():
+                for name, parameter in self.network.named_parameters():
+                    self.parameters[name].copy_(parameter)
+            self._evaluate(final=False)
+        settings, earlier, start = self.settings, self.seconds, time.monotonic()
+        saved = evaluated = start
+        sums: dict[str, float] = {}
+        with _progress(self.console) as progress:
+            task = progress.add_task("training", total=1000)
+            stream = windows_of.stream(self.windows, settings.rows, settings.seed, self.update)
+            for epoch, rows in stream:
+                now = time.monotonic()
+                self.seconds = earlier + now - start
+                done = self._done()
+                if done >= 1:
+                    break
+                figures = self._step(rows, self._rate(done))
+                if not math.isfinite(figures["loss"] + figures["gradient"]):
+                    raise SpecDecError(
+                        f"the loss is no number any more at update {self.update}; the last good checkpoint and drafter "
+                        f"are in '{self.output}': --resume with a lower learning_rate needs a new --output"
+                    )
+                for key, value in figures.items():
+                    sums[key] = sums.get(key, 0.0) + value
+                if self.update % REPORT_UPDATES == 0:
+                    means = {key: round(value / REPORT_UPDATES, 5) for key, value in sums.items()}
+                    self._log({"update": self.update, "epoch": epoch, "tokens": self.tokens, **means})
+                    speed = self.tokens / max(self.seconds, 1e-6)
+                    left = (1 - done) / max(done, 1e-6) * self.seconds
+                    text = f"{speed:.0f} tokens/s, loss {means['loss']:.3f}, agreement {means['agree']:.3f}"
+                    progress.update(
+                        task, completed=1000 * done, description=f"training: {text}, {left / 60:.0f} min left"
+                    )
+                    sums = {}
+                if now - saved > 60 * settings.checkpoint_minutes:
+                    self._save()
+                    saved = time.monotonic()
+                if now - evaluated > 60 * settings.eval_minutes:
+                    self._evaluate(final=False)
+                    evaluated = time.monotonic()
+        self._save()
+        figures = self._evaluate(final=True)
+        draw_curves(self.output / METRICS, self.output / "training.png", self.console)
+        return figures
+
+    def _done(self) -> float:
+        if self.settings.steps is not None:
+            return self.update / self.settings.steps
+        assert self.settings.minutes is not None
+        return self.seconds / (60 * self.settings.minutes)
+
+    def _rate(self, done: float) -> float:
+        """The factor on all learning rates: warmup, constant, linear decay."""
+        return min(1.0, (self.update + 1) / self.settings.warmup, (1 - done) / self.settings.decay)
+
+    def _step(self, rows: Sequence[Window], rate: float) -> dict[str, float]:
+        """One update on one batch."""
+        settings, judge, target = self.settings, self.judge, self.target
+        batch = windows_of.assemble(self.records, rows, settings.window, target.device)
+        target.forget()
+        judge.begin(batch)
+        count = batch.valid.sum()
+        loss = torch.zeros((), device=target.device)
+        figures: dict[str, float] = {}
+        right = torch.empty(0)
+        deep = batch.hidden[target.num_layers].float()
+        for s, (final, valid) in enumerate(drafts(self.network, target, batch, settings.draft_steps)):
+            logits = judge.logits(final)
+            kl, top = judge.loss(logits)
+            weight = valid.float()
+            hit = judge.hits(logits, top, judge.next)
+            if s:
+                reached = torch.cat((torch.zeros_like(right[:, :1]), right[:, :-1]), 1)
+                weight = weight * torch.where(reached, 1.0, settings.focus)
+                hit = hit & reached
+            right = hit
+            loss = loss + (kl * weight).sum() / count
+            if settings.align:
+                away = 1 - torch.cosine_similarity(final.float(), deep, -1)
+                loss = loss + settings.align * (away * weight).sum() / count
+            agree = judge.hits(logits, top, judge.best)[valid].float().mean()
+            figures["agree" if s == 0 else f"agree{s + 1}"] = float(agree)
+        loss.backward()  # type: ignore[no-untyped-call]
+        working = dict(self.network.named_parameters())
+        for name, parameter in self.parameters.items():
+            gradient, working[name].grad = working[name].grad, None
+            parameter.grad = None if gradient is None else gradient.float()
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), settings.clip)
+        figures |= {"loss": float(loss.detach()), "gradient": float(norm), "rate": rate}
+        if math.isfinite(figures["loss"] + figures["gradient"]):
+            for group, full in zip(self.optimizer.param_groups, self.rates, strict=True):
+                group["lr"] = full * rate
+            self.optimizer.step()
+            self._refresh()
+            self.update, self.tokens = self.update + 1, self.tokens + int(count)
+        return figures
+
+    @torch.no_grad()
+    def _refresh(self) -> None:
+        """The running copy follows the masters."""
+        for name, parameter in self.network.named_parameters():
+            parameter.copy_(self.parameters[name])
+
+    def _fit_batches(self) -> Iterable[Batch]:
+        seen = 0
+        for rows in windows_of.epoch(self.windows, self.settings.rows, self.settings.seed, 0):
+            batch = windows_of.assemble(self.records, rows, self.settings.window, self.target.device)
+            yield batch
+            seen += int(batch.valid.sum())
+            if seen >= self.settings.fit_tokens:
+                return
+
+    # -- what it writes -----------------------------------------------------------------------------------------
+
+    def _evaluate(self, final: bool) -> dict[str, Any]:
+        """Measure on held-out answers; keep the drafter if it is the best so far."""
+        rows, width = self.settings.rows, self.settings.window
+        found = windows_of.windows(self.held_out, width)
+        every = 1
+        if not final:
+            every = max(1, sum(end - start for _, start, end in found) // self.settings.eval_tokens)
+        chosen = sorted(found[::every], key=lambda w: w[2])
+        groups = [chosen[i : i + rows] for i in range(0, len(chosen), rows)]
+        self.target.forget()
+        figures = evaluate(self.network, self.target, self.held_out, groups, width)
+        self._log({"update": self.update, "tokens": self.tokens, "evaluation": figures})
+        chain = ", ".join(f"{x:.3f}" for x in figures["top1"])
+        self.console.print(
+            f"update {self.update}, {self.tokens} tokens, {self.seconds / 60:.1f} min: agreement {chain}; "
+            f"{figures['tokens_per_round']:.2f} tokens a round; 1 - TV {figures['overlap'][0]:.3f}",
+            highlight=False,
+        )
+        if final or figures["tokens_per_round"] > self.best:
+            self.best = max(self.best, figures["tokens_per_round"])
+            self._export(figures)
+        return figures
+
+    def _export(self, figures: dict[str, Any]) -> None:
+        training = {
+            "answers": len(self.records),
+            "tokens_in_answers": sum(end - start for _, start, end in self.windows),
+            "tokens_seen": self.tokens,
+            "updates": self.update,
+            "minutes": round(self.seconds / 60, 1),
+            "recipe": RECIPE,
+            "held_out": figures,
+        }
+        config = {
+            "drafter": "m2r2",
+            "version": 1,
+            "base": self.base,
+            "path": self.network.path.to_json(),
+            "training": training,
+        }
+        dtype = torch.bfloat16 if self.target.dtype == torch.bfloat16 else torch.float32
+        tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in self.masters.state_dict().items()}
+        artifacts.write(self.output, config, tensors)
+
+    def _log(self, line: dict[str, Any]) -> None:
+        try:
+            with (self.output / METRICS).open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"seconds": round(self.seconds, 1), **line}) + "\n")
+        except OSError as error:
+            raise _full(self.output, error) from None
+
+    def _save(self) -> None:
+        """Everything that the rest of the run depends on, in one file that is replaced as a whole."""
+        tensors = {f"masters/{name}": p.detach() for name, p in self.parameters.items()}
+        for index, slot in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer/{index}/{key}": torch.as_tensor(value) for key, value in slot.items()}
+        state = {"update": self.update, "tokens": self.tokens, "seconds": self.seconds, "best": self.best}
+        contiguous = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
+        try:
+            artifacts.replace(self.output / CHECKPOINT, save(contiguous, {"state": json.dumps(state)}))
+        except OSError as error:
+            raise _full(self.output, error) from None
+
+    def _restore(self) -> None:
+        path = self.output / CHECKPOINT
+        try:
+            with safe_open(path, framework="pt") as file:
+                state = json.loads((file.metadata() or {})["state"])
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+            with torch.no_grad():
+                for name, parameter in self.parameters.items():
+                    parameter.copy_(tensors[f"masters/{name}"])
+            slots: dict[int, dict[str, Tensor]] = {}
+            for key, tensor in tensors.items():
+                if key.startswith("optimizer/"):
+                    _, index, name = key.split("/")
+                    slots.setdefault(int(index), {})[name] = tensor
+            self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": slots})
+            self.update, self.tokens = int(state["update"]), int(state["tokens"])
+            self.seconds, self.best = float(state["seconds"]), float(state["best"])
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
+            raise SpecDecError(f"'{path}' is no checkpoint of this run ({error}); delete it to start anew") from None
+        self._refresh()
+
+
+def _open_output(settings: TrainSettings, resume: bool) -> Path:
+    """Make the folder, or check that it holds a run with the same settings."""
+    if not settings.output:
+        raise SpecDecError("no output folder; give --output DIR")
+    output = Path(settings.output)
+    recipe = output / RECIPE
+    try:
+        if recipe.exists():
+            earlier = settings_of.from_mapping(yaml.safe_load(recipe.read_text("utf-8")), f"'{recipe}'")
+            if not resume:
+                raise SpecDecError(f"'{output}' holds a training run; pass --resume to go on, or another --output")
+            if differs := settings_of.differences(earlier, settings):
+                detail = ", ".join(f"{k} {getattr(earlier, k)!r} -> {getattr(settings, k)!r}" for k in differs)
+                raise SpecDecError(f"cannot resume '{output}' with other settings: {detail}")
+        output.mkdir(parents=True, exist_ok=True)
+        artifacts.replace(recipe, settings_of.to_yaml(dataclasses.replace(settings, output="")).encode())
+    except (OSError, yaml.YAMLError, AttributeError) as error:
+        raise SpecDecError(f"cannot use '{output}' as output folder: {error}") from None
+    return output
+
+
+def _end_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Token ids that end an answer."""
+    ends = model.generation_config.eos_token_id if model.generation_config is not None else None
+    found = list(ends) if isinstance(ends, list) else [ends]
+    return [int(i) for i in dict.fromkeys([*found, getattr(tokenizer, "eos_token_id", None)]) if i is not None]
+
+
+def _full(output: Path, error: OSError) -> SpecDecError:
+    return SpecDecError(
+        f"cannot write to '{output}': {error.strerror or error}; the last checkpoint stays, free space and --resume"
+    )
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console)
