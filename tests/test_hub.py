@@ -17,12 +17,14 @@ import time
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import gguf
 import numpy as np
 import pytest
 import torch
 from conftest import tiny_model
+from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig
@@ -488,6 +490,28 @@ def test_a_folder_that_cannot_be_loaded_gets_one_line(folder, damage, text):
     with pytest.raises(SpecDecError, match=text) as error:
         hub.load(folder)
     assert "\n" not in str(error.value)
+
+
+def test_a_hugging_face_id_loads_from_its_cache_without_network(folder, tmp_path, monkeypatch):
+    repository, commit = tmp_path / "hf/models--some--one", "0" * 40
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs/main").write_text(commit)
+    shutil.copytree(folder, repository / "snapshots" / commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hf"))
+    monkeypatch.setattr("socket.socket.connect", forbidden)
+    expected = hub.fingerprint(hub.load(folder)[0])
+    assert hub.fingerprint(hub.load("some/one")[0]) == expected
+    with pytest.raises(SpecDecError, match="'some/other' is not in the local Hugging Face cache"):
+        hub.load("some/other")
+
+
+def test_a_repository_that_does_not_exist(monkeypatch):
+    def missing(*args, **kwargs):
+        raise RepositoryNotFoundError("404", response=Mock())
+
+    monkeypatch.setattr(hub.HfApi, "model_info", missing)
+    with pytest.raises(SpecDecError, match=r"unknown model 'some/smolm2-135m' \(did you mean .*: not on Hugging Face"):
+        hub.load("some/smolm2-135m")
 
 
 # --- fingerprints -----------------------------------------------------------------------------------------------------
