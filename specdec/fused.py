@@ -5,10 +5,10 @@ grouped query heads become rows of their key head; linear maps have the storage 
 Hugging Face model stays usable: its parameters are views of the fused weights. Checked against the model's own forward
 on load. Knows nothing about drafting, and no families but those in ``FAMILIES``.
 
-Measured on two Sapphire Rapids cores (default model, bf16, us per layer at 1 and 5 rows, 200 tokens of context):
-attention with folded heads and an additive mask 18 and 31, ``enable_gqa`` with a boolean mask 18 and 47, explicit
-products and softmax 80 and 98; rotary by one ``roll`` and ``addcmul`` over queries and keys together 8 and 10, as
-Hugging Face writes it 41 and 38; norms through ``torch.rms_norm`` 11 and 12, written out 24 and 25 (equal to the bit).
+Inside a step every small operation costs several times what it costs alone (the weights that stream through the
+cache between two of them evict its code), so the loop counts operations: the residual is kept as a pair (y, -y), whose
+mean is zero, so that PyTorch's one-kernel ``layer_norm`` *is* the RMS norm; rotary is three operations in place over
+queries and keys together; masks are additive terms (SDPA converts boolean ones anew in every layer).
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def make_target(model: PreTrainedModel, runtime: str = "auto") -> tuple[Target, 
 class _Layer(NamedTuple):
     """One decoder layer as callables. Norms that a family does not have are None."""
 
-    norm_in: Norm | None
+    norm_in: Norm | None  # from the pair (y, -y), as norm_mlp_in
     norm_q: Norm | None
     norm_k: Norm | None
     norm_attention: Norm | None  # on attention's result, before it joins the residual
@@ -67,12 +67,11 @@ class _Layer(NamedTuple):
     norm_mlp: Norm | None  # on the MLP's result, likewise
     qkv: Linear
     out: Linear
-    gate_up: Linear
+    gated: Linear  # act(gate) * up
     down: Linear
 
 
-_MAPS = ("qkv", "out", "gate_up", "down")
-Weights = dict[str, tuple[Tensor, Tensor | None]]  # weight and bias of the maps of a layer, by their names in _Layer
+Weights = dict[str, tuple[Tensor, Tensor | None]]  # weight and bias of qkv, out, gate_up and down of a layer
 
 
 @dataclass
@@ -123,6 +122,7 @@ class FusedTarget(Target):
         self.embedding: Tensor = decoder.embed_tokens.weight.detach()
         self.rotary = decoder.rotary_emb
         self.tables = torch.empty(0)
+        self.sign = torch.tensor([[1.0], [-1.0]], dtype=self.dtype, device=self.device)  # (2, 1)
         if self.packed_from <= self.context:
             self._packed = self._stack(kernels.packed)
         self._self_check()
@@ -151,42 +151,37 @@ class FusedTarget(Target):
             whole = None if adapted == t else adapted
             stack = self._with_adapters(stack, lo, hi, adapters, batch, whole, grad)
         cos, sin = self._rotary(positions, mask)
-        spin = cos.shape[-1]  # rotated part of each head
         windows = self.windows
         masks = {w: self._additive(mask, w) for w in set(windows[lo:hi])}
         d, heads, kv_heads, groups = self.head_dim, self.heads, self.kv_heads, self.groups
-        nq, nk = heads * d, kv_heads * d
-        act, scale, append, attend = self.act, self.scale, cache.append, F.scaled_dot_product_attention
-        y = x.reshape(batch * t, width)  # (B T, D)
+        total = heads + 2 * kv_heads
+        scale, append, attend, sign = self.scale, cache.append, F.scaled_dot_product_attention, self.sign
+        y = x.reshape(batch * t, width)
+        pair = torch.stack((y, -y), 1)  # (B T, 2, D)
         for index in range(lo, hi):
             if taps is not None and index in taps:
-                taps[index] = y.view(batch, t, width)
-            norm_in, norm_q, norm_k, norm_attention, norm_mlp_in, norm_mlp, qkv, out, gate_up, down = stack[index]
-            h = qkv(y if norm_in is None else norm_in(y))  # (B T, (H + 2 Hkv) d)
-            v = h[:, nq + nk :].view(batch, t, kv_heads, d)
-            if norm_q is None or norm_k is None:
-                qk = h[:, : nq + nk].view(batch, t, heads + kv_heads, d)
-            else:
-                q, k = h[:, :nq], h[:, nq : nq + nk]
-                if self.per_head_norm:
-                    q, k = q.reshape(batch, t, heads, d), k.reshape(batch, t, kv_heads, d)
-                qk = torch.cat((norm_q(q).view(batch, t, heads, d), norm_k(k).view(batch, t, kv_heads, d)), 2)
-            if spin == d:
-                qk = torch.addcmul(qk * cos, qk.roll(d // 2, -1).to(sin.dtype), sin).to(y.dtype)
-            else:
-                head = qk[..., :spin]
-                head = torch.addcmul(head * cos, head.roll(spin // 2, -1).to(sin.dtype), sin).to(y.dtype)
-                qk = torch.cat((head, qk[..., spin:]), -1)
-            keys, values = append(index, qk[:, :, heads:].transpose(1, 2), v.transpose(1, 2))  # (B, Hkv, S, d)
+                taps[index] = pair[:, 0].view(batch, t, width)
+            norm_in, norm_q, norm_k, norm_attention, norm_mlp_in, norm_mlp, qkv, out, gated, down = stack[index]
+            h = qkv(pair.select(1, 0) if norm_in is None else norm_in(pair)).view(batch, t, total, d)
+            qk, v = h.narrow(2, 0, heads + kv_heads), h.narrow(2, heads + kv_heads, kv_heads)
+            if norm_q is not None and norm_k is not None:
+                qk = self._normed(qk, norm_q, norm_k)
+            _rotate(qk, cos, sin)
+            keys, values = append(index, qk.narrow(2, heads, kv_heads).transpose(1, 2), v.transpose(1, 2))
             # The query heads that share a key head become rows of it: (B, Hkv, T G, d).
-            q = qk[:, :, :heads].view(batch, t, kv_heads, groups, d).transpose(1, 2).reshape(batch, kv_heads, -1, d)
+            q = qk.narrow(2, 0, heads)
+            if t == 1:
+                q = q.view(batch, kv_heads, groups, d)
+            else:
+                q = q.view(batch, t, kv_heads, groups, d).transpose(1, 2).reshape(batch, kv_heads, t * groups, d)
             a = attend(q, keys, values, attn_mask=masks[windows[index]], scale=scale)
-            a = out(a.view(batch, kv_heads, t, groups, d).transpose(1, 2).reshape(batch * t, nq))
-            y = y + (a if norm_attention is None else norm_attention(a))
-            gate, up = gate_up(y if norm_mlp_in is None else norm_mlp_in(y)).chunk(2, -1)
-            a = down(act(gate) * up)
-            y = y + (a if norm_mlp is None else norm_mlp(a))
-        y = y.view(batch, t, width)
+            if t > 1:
+                a = a.view(batch, kv_heads, t, groups, d).transpose(1, 2)
+            a = out(a.reshape(batch * t, heads * d))
+            pair = torch.addcmul(pair, (a if norm_attention is None else norm_attention(a)).unsqueeze(1), sign)
+            a = down(gated(pair.select(1, 0) if norm_mlp_in is None else norm_mlp_in(pair)))
+            pair = torch.addcmul(pair, (a if norm_mlp is None else norm_mlp(a)).unsqueeze(1), sign)
+        y = pair[:, 0].view(batch, t, width)
         if taps is not None and hi in taps:
             taps[hi] = y
         return y
@@ -205,8 +200,16 @@ class FusedTarget(Target):
     # -- what is prepared once --------------------------------------------------------------------------------------
 
     def _stack(self, make: Callable[..., Linear]) -> list[_Layer]:
-        pairs = zip(self._norms, self._weights, strict=True)
-        return [_Layer(*norms, *(make(*w[slot]) for slot in _MAPS)) for norms, w in pairs]
+        stack = []
+        for norms, w in zip(self._norms, self._weights, strict=True):
+            maps: Any = make(*w["qkv"]), make(*w["out"]), self._gated(make, *w["gate_up"]), make(*w["down"])
+            stack.append(_Layer(*norms, *maps))
+        return stack
+
+    def _gated(self, make: Callable[..., Linear], weight: Tensor, bias: Tensor | None) -> Linear:
+        if make is kernels.packed and self.act is F.silu:
+            return kernels.packed_silu_gated(weight, bias)
+        return kernels.gated(make(weight, bias), self.act)
 
     def _head(self, module: Any) -> tuple[Linear, Linear]:
         found = self._heads.get(module)
@@ -219,9 +222,16 @@ class FusedTarget(Target):
             self._heads[module] = found
         return found
 
+    def _normed(self, qk: Tensor, norm_q: Norm, norm_k: Norm) -> Tensor:
+        """Queries and keys [B, T, H + Hkv, d] after their norms: per head (Qwen3), or over all heads (OLMo 2)."""
+        parts = qk.split((self.heads, self.kv_heads), 2)
+        if not self.per_head_norm:
+            parts = tuple(part.flatten(2) for part in parts)
+        q, k = norm_q(parts[0]), norm_k(parts[1])
+        return torch.cat((q.view(*qk.shape[:2], -1, qk.shape[3]), k.view(*qk.shape[:2], -1, qk.shape[3])), 2)
+
     def _rotary(self, positions: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:
-        """Cosines and signed sines [B, T, 1, d] of ``positions`` [B, T]: with x rolled by half a head,
-        ``x cos + roll(x) sin`` is Hugging Face's ``x cos + rotate_half(x) sin``."""
+        """Cosines and signed sines [B, T, 1, 2, d / 2] of ``positions`` [B, T], for ``_rotate``."""
         shared = positions is mask.query  # consecutive calls on one mask share what is derived from it
         if shared and "cos" in mask.memo:
             return mask.memo["cos"], mask.memo["sin"]  # type: ignore[return-value]
@@ -230,10 +240,9 @@ class FusedTarget(Target):
             every = torch.arange(max(count, min(2 * count, self.context), 512), device=self.device)[None]
             probe = torch.empty(0, dtype=self.dtype, device=self.device)
             with torch.no_grad():
-                cos, sin = (t[0] for t in self.rotary(probe, every))  # (P, d)
-            half = sin.shape[-1] // 2
-            self.tables = torch.stack((cos, torch.cat((-sin[:, :half], sin[:, half:]), -1)), 1)  # (P, 2, d)
-        cos, sin = self.tables[positions].unsqueeze(3).unbind(2)  # (B, T, 1, d)
+                cos, sin = (table[0].unflatten(1, (2, -1)) for table in self.rotary(probe, every))  # (P, 2, d / 2)
+            self.tables = torch.stack((cos, sin * sin.new_tensor([[-1.0], [1.0]])), 1)
+        cos, sin = self.tables[positions].unsqueeze(3).unbind(2)
         if shared:
             mask.memo["cos"], mask.memo["sin"] = cos, sin
         return cos, sin
@@ -280,21 +289,20 @@ class FusedTarget(Target):
         by_slot: dict[str, list[tuple[Tensor, Tensor, int]]] = {}
         for path, (down, up) in adapters.factors(index).items():
             slot, start, _ = self._parts[path]
-            by_slot.setdefault(slot, []).append((down, up, start))
+            by_slot.setdefault(slot, []).append((down, up, start) if grad else (down.detach(), up.detach(), start))
+        make = kernels.packed if packs else kernels.dense
         maps = {}
         for slot, parts in by_slot.items():
             weight, bias = self._weights[index][slot]
-            if grad:
-                maps[slot] = kernels.LowRank(parts, weight.shape[0], self.dtype).beside(
-                    getattr(layer, slot), batch, adapted
-                )
-                continue
-            parts = [(down.detach(), up.detach(), start) for down, up, start in parts]
             low = kernels.LowRank(parts, weight.shape[0], self.dtype)
-            if adapted is None:
-                maps[slot] = (kernels.packed if packs else kernels.dense)(low.merged(weight), bias)
+            if adapted is None and not grad:
+                weight = low.merged(weight)
+                made = self._gated(make, weight, bias) if slot == "gate_up" else make(weight, bias)
+            elif slot == "gate_up":  # the terms come before the activation
+                made = kernels.gated(low.beside(make(weight, bias), batch, adapted), self.act)
             else:
-                maps[slot] = low.beside(getattr(layer, slot), batch, adapted)
+                made = low.beside(getattr(layer, slot), batch, adapted)
+            maps["gated" if slot == "gate_up" else slot] = made
         return layer._replace(**maps)
 
     @torch.inference_mode()
@@ -326,21 +334,42 @@ class FusedTarget(Target):
             )
 
 
+def _rotate(qk: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Rotate the first elements of each head of ``qk`` [B, T, heads, d] in place, as Hugging Face's ``rotate_half``."""
+    half = cos.shape[4]
+    batch, t, heads, d = qk.shape
+    halves = (qk if 2 * half == d else qk.narrow(3, 0, 2 * half)).view(batch, t, heads, 2, half)
+    if cos.dtype == qk.dtype:
+        swapped = halves.flip(3)
+        halves.mul_(cos).addcmul_(swapped, sin)
+    else:  # OLMo 2 rotates in float32
+        wide = halves.to(cos.dtype)
+        halves.copy_(torch.addcmul(wide * cos, wide.flip(3), sin))
+
+
 def _norm(module: Any, kind: str) -> Norm:
+    """The RMS norm over the last axis."""
     weight, eps, shape = module.weight.detach(), float(module.variance_epsilon), [module.weight.shape[0]]
     if kind == "olmo2":  # scales before it rounds to the model's dtype
         return lambda x: torch.rms_norm(x, shape, weight, eps)
     return lambda x: torch.rms_norm(x, shape, None, eps) * weight
 
 
+def _pair_norm(module: Any) -> Norm:
+    """The RMS norm of y, given the pair (y, -y) [R, 2, D]: its mean is zero, so layer_norm is the RMS norm."""
+    weight, eps = module.weight.detach(), float(module.variance_epsilon)
+    shape, double, layer_norm = [2, weight.shape[0]], torch.stack((weight, weight)), torch.layer_norm
+    return lambda pair: layer_norm(pair, shape, double, None, eps).select(1, 0)
+
+
 def _layer_norms(layer: Any, kind: str) -> tuple[Any, ...]:
     """The norms of a decoder layer, in ``_Layer``'s order."""
     attention = layer.self_attn
     inner = [_norm(getattr(attention, n), kind) if hasattr(attention, n) else None for n in ("q_norm", "k_norm")]
-    last = _norm(layer.post_attention_layernorm, kind)
+    last = layer.post_attention_layernorm
     if kind == "olmo2":
-        return None, *inner, last, None, _norm(layer.post_feedforward_layernorm, kind)
-    return _norm(layer.input_layernorm, kind), *inner, None, last, None
+        return None, *inner, _norm(last, kind), None, _norm(layer.post_feedforward_layernorm, kind)
+    return _pair_norm(layer.input_layernorm), *inner, None, _pair_norm(last), None
 
 
 def _modules(layer: Any) -> dict[str, list[tuple[str, nn.Linear]]]:
