@@ -30,8 +30,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
-def run(model: str):
-    """Run ``specdec generate ARGS`` on the tiny model, in this process."""
+def run(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Run ``specdec generate ARGS`` on the tiny model, in this process, with an empty cache folder."""
+    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "cache"))
 
     def call(*args: str, stdin: str | bytes | None = None):
         fixed = [
@@ -234,6 +235,7 @@ def test_a_fault_of_ours_is_one_line_and_a_traceback_only_on_demand(run, monkeyp
 def start(model: str, *args: str) -> subprocess.Popen[bytes]:
     """A generation that takes far longer than the test looks at it."""
     fixed = ["--model", model, "--drafter", "prompt-lookup", "--max-new-tokens", "4000"]
+    fixed += ["--num-speculative-tokens", "4"]
     command, one_thread = [*COMMAND, "generate", "hello", *fixed, *args], os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, bufsize=0, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=one_thread)
 
@@ -263,7 +265,7 @@ def test_a_closed_pipe_ends_quietly(model: str) -> None:
 def test_help_imports_nothing_heavy_and_every_command_shows_an_example() -> None:
     heavy = "print([m for m in ('torch', 'transformers', 'numpy') if m in __import__('sys').modules])"
     script = f"import atexit; atexit.register(lambda: {heavy}); from specdec.cli import main; main()"
-    for command in ([], ["generate"], ["models"], ["drafters"], ["train"]):
+    for command in ([], ["generate"], ["models"], ["drafters"], ["train"], ["train", "m2r2"]):
         done = subprocess.run(
             [sys.executable, "-c", script, *command, "--help"], capture_output=True, text=True, timeout=60
         )

@@ -1,0 +1,169 @@
+"""What the command line shows: statistics, comparison with plain decoding, tables, status and error lines.
+
+The same figures are a small table on a terminal and ``label: value`` lines (or tab-separated columns) in a pipe.
+Knows results and metrics, but no models and no commands; imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from specdec.decoder import GenerationOutput, SpecDecoder
+    from specdec.verify import Difference
+
+Facts = list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Plain decoding of the same prompt in the same run.
+
+    speedup: plain decode seconds per token over ours; None if either decoded no token after its first.
+    judged: whether the outputs can be compared (greedy decoding); sampled outputs are equal only in distribution.
+    difference: where two greedy outputs part, as replay of the raw logits explains it; None if they are equal, or if a
+        repetition penalty changed the logits that decided.
+    """
+
+    ours: GenerationOutput
+    plain: GenerationOutput
+    judged: bool
+    difference: Difference | None
+
+    @property
+    def speedup(self) -> float | None:
+        ours, plain = self.ours.metrics.tokens_per_second, self.plain.metrics.tokens_per_second
+        return ours / plain if ours > 0 and plain > 0 else None
+
+    @property
+    def identical(self) -> bool | None:
+        return self.ours.token_ids == self.plain.token_ids if self.judged else None
+
+    @property
+    def fault(self) -> bool:
+        """A difference that rounding does not explain."""
+        return self.difference is not None and not self.difference.near_tie
+
+    @property
+    def verdict(self) -> str:
+        if not self.judged:
+            return "not comparable: sampling"
+        if self.identical:
+            return "yes"
+        return f"no ({self.difference or 'not explained: a repetition penalty changes the logits'})"
+
+    def facts(self) -> Facts:
+        speed = "no decode step to time" if self.speedup is None else f"{self.speedup:.2f}x"
+        return [
+            ("speedup over plain decoding", speed),
+            ("plain tokens/s", f"{self.plain.metrics.tokens_per_second:.1f}"),
+            ("output identical to plain decoding", self.verdict),
+        ]
+
+    def as_dict(self) -> dict[str, Any]:
+        gap = None if self.difference is None else self.difference.margin
+        return {
+            "speedup": self.speedup,
+            "identical": self.identical,
+            "fault": self.fault,
+            "verdict": self.verdict,
+            "first_difference": None if self.difference is None else self.difference.index,
+            "logit_gap": gap if gap is not None and math.isfinite(gap) else None,
+            "plain": {
+                "text": self.plain.text,
+                "token_ids": self.plain.token_ids,
+                "finish_reason": self.plain.finish_reason,
+                "metrics": self.plain.metrics.as_dict(),
+            },
+        }
+
+
+def statistics(decoder: SpecDecoder, output: GenerationOutput, comparison: Comparison | None, verbose: bool) -> None:
+    """Print the figures of one generation to stderr."""
+    m = output.metrics
+    rate = f"{m.draft_acceptance_rate:.0%}" if m.num_draft_tokens else "nothing drafted"
+    blocks: list[Facts] = [
+        [
+            ("tokens", str(m.num_new_tokens)),
+            ("finish", output.finish_reason),
+            ("tokens/s", f"{m.tokens_per_second:.1f}"),
+            ("prefill", f"{m.prefill_seconds:.2f} s"),
+            ("decode", f"{m.decode_seconds:.2f} s"),
+            ("mean acceptance length", f"{m.mean_acceptance_length:.2f}"),
+            ("acceptance rate", rate),
+            ("rounds", str(m.num_spec_steps)),
+            ("runtime", " ".join(runtime(decoder).values())),
+        ]
+    ]
+    if comparison is not None:
+        blocks.append(comparison.facts())
+    if verbose:
+        blocks.append([(f"{phase} time", f"{seconds:.3f} s") for phase, seconds in m.ledger.items()])
+        if decoder.runtime_note:
+            blocks.append([("runtime note", decoder.runtime_note)])
+    console = stderr()
+    if not console.is_terminal:
+        for block in blocks:
+            console.print("; ".join(f"{label}: {value}" for label, value in block), markup=False, soft_wrap=True)
+        return
+    for block in blocks:
+        side_by_side = 1 if any(len(value) > 24 for _, value in block) else 2
+        table = Table.grid(padding=(0, 2))
+        for _ in range(side_by_side):
+            table.add_column(style="dim", min_width=22)
+            table.add_column(overflow="fold", min_width=12)
+        for first in range(0, len(block), side_by_side):
+            table.add_row(*(Text(cell) for pair in block[first : first + side_by_side] for cell in pair))
+        console.print(table)
+
+
+def runtime(decoder: SpecDecoder) -> dict[str, str]:
+    """Which runtime ran, in which dtype, where."""
+    target = decoder.target
+    return {"runtime": target.runtime, "dtype": str(target.dtype).removeprefix("torch."), "device": str(target.device)}
+
+
+def columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table to stdout: aligned on a terminal, tab-separated in a pipe."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        for row in (header, *rows):
+            print("\t".join(row))  # rich would expand the tabs
+        return
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for name in header:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    console.print(table)
+
+
+def status(message: str, quiet: bool = False) -> AbstractContextManager[Any]:
+    """A spinner on stderr while something is loading, where a terminal can show it."""
+    console = stderr()
+    return nullcontext() if quiet or not console.is_terminal else console.status(Text(message))
+
+
+def note(message: str) -> None:
+    """One dim line on stderr, only on a terminal."""
+    console = stderr()
+    if console.is_terminal:
+        console.print(Text(message, style="dim"))
+
+
+def error(message: str) -> None:
+    """``error: <message>`` on stderr, always one line."""
+    line = " ".join(message.split())
+    stderr().print(Text.assemble(("error: ", "bold red"), line), soft_wrap=True)
+
+
+def stderr() -> Console:
+    return Console(stderr=True, highlight=False)

@@ -1,0 +1,29 @@
+"""A tiny random model folder with a character tokenizer and a chat template, as a user would have it on disk."""
+
+from __future__ import annotations
+
+import string
+from pathlib import Path
+
+from conftest import tiny_model
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+TEMPLATE = (
+    "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+
+
+def save_tiny(folder: Path, context: int = 4096) -> Path:
+    """Write a float32 llama whose every token is one character, without special ones: it generates up to the limit."""
+    characters = string.printable.replace("\r", "")
+    backend = Tokenizer(models.WordLevel({c: i for i, c in enumerate(characters)}))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    backend.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    size = {"vocab_size": len(characters), "max_position_embeddings": context}
+    tiny_model("llama", eos_token_id=None, bos_token_id=None, **size).save_pretrained(folder)
+    return folder
