@@ -32,18 +32,18 @@ def evaluate(
 
     ``top1``, ``top3``: the base's most likely token is the draft's choice, or among its three best (False where the
     draft vocabulary, which is the drafter's own and the tokens of the context, lacks it). ``overlap``: 1 - TV of base
-    and draft at temperature 1. ``cosine``: of the draft's final state and h[N]. ``tokens_per_round``: 1 + the expected
-    number of accepted drafts of a chain of ``steps``.
+    and draft at temperature 1. ``cosine``: of the draft's final state and h[N]. ``tokens_per_round``: mean acceptance
+    length of greedy decoding along the answers with chains of ``steps``, rounds that a window cuts short left out.
     """
     judge = Judge(target, network.draft_vocab)
     own = None if network.draft_vocab is None else set(network.draft_vocab.tolist())
     sums = torch.zeros(5, steps, dtype=torch.float64)  # positions, top1, top3, overlap, cosine
-    chains, starts = torch.zeros(steps, dtype=torch.float64), torch.zeros(steps, dtype=torch.float64)
+    rounds = tokens = 0
     for done, rows in enumerate(batches, start=1):
         batch = assemble(records, rows, window, target.device)
         judge.begin(batch)
         known = batch.valid if own is None else _known(records, rows, batch, own)
-        chain = torch.empty(0)
+        hits: list[Tensor] = []
         for s, (final, valid) in enumerate(drafts(network, target, batch, steps)):
             logits = judge.logits(final)
             at_best = logits.gather(-1, judge.best.clamp_min(0)[..., None])
@@ -54,18 +54,28 @@ def evaluate(
             cosine = torch.cosine_similarity(final.float(), batch.hidden[network.num_layers].float(), -1)
             for row, figure in enumerate((torch.ones_like(overlap), rank == 0, rank < 3, overlap, cosine)):
                 sums[row, s] += (figure * valid).sum().double().cpu()
-            hit = (rank == 0) & valid
-            # A chain reaches its step s at t if steps 1 .. s at t - s + 1 .. t all agree.
-            chain = hit if s == 0 else torch.cat((torch.zeros_like(hit[:, :1]), chain[:, :-1]), 1) & hit
-            chains[s] += chain.sum().double().cpu()
-            starts[s] += valid.sum().double().cpu()
+            hits.append((rank == 0) & valid)
+        lengths = [_walk(row, int(n)) for row, n in zip(torch.stack(hits, 1).tolist(), batch.valid.sum(1), strict=True)]
+        rounds, tokens = rounds + sum(map(len, lengths)), tokens + sum(map(sum, lengths))
         progress(done)
     mean = (sums[1:] / sums[0].clamp_min(1)).tolist()
     names = ("top1", "top3", "overlap", "cosine")
     result: dict[str, Any] = {n: [round(x, 4) for x in row] for n, row in zip(names, mean, strict=True)}
-    result["tokens_per_round"] = round(1 + float((chains / starts.clamp_min(1)).sum()), 3)
+    result["tokens_per_round"] = round(tokens / max(rounds, 1), 3)
     result["positions"] = int(sums[0, 0])
     return result
+
+
+def _walk(hits: list[list[bool]], count: int) -> list[int]:
+    """Tokens of each round of decoding along a window of ``count`` positions, given hits[step][position]."""
+    lengths, root = [], 0
+    while root + len(hits) <= count:
+        accepted = 0
+        while accepted < len(hits) and hits[accepted][root + accepted]:
+            accepted += 1
+        lengths.append(accepted + 1)
+        root += accepted + 1
+    return lengths
 
 
 def _known(records: Sequence[Record], rows: Sequence[Window], batch: Batch, own: set[int]) -> Tensor:
