@@ -231,11 +231,45 @@ class M2R2Drafter:
     def bind(self, target: Target) -> None:
         network = self.network.to(target.device, target.dtype).requires_grad_(False).eval()
         vocab = network.draft_vocab
-        self.vocab = None if vocab is None else vocab.long()
-        self.head = None if self.vocab is None else target.reduced_head(self.vocab)
+        self.own = None if vocab is None else vocab.long()
+        self.head = None if self.own is None else target.reduced_head(self.own)
+        self.start(1)
 
     def start(self, batch: int) -> None:
         self.carry = None
+        self.vocab = self.own  # int64 [V'], or None: every token
+        self.known = set() if self.own is None else set(self.own.tolist())
+        self.more: list[int] = []  # tokens of the context that the trained draft vocabulary lacks
+        self.more_head: nn.Linear | None = None
+
+    def _follow(self, state: State) -> Tensor | None:
+        """Add the context's tokens to the draft vocabulary: rare words recur where they have been used.
+
+        Returns, if rows differ in them, which of the added ones each row has (bool [B, added]): no row drafts from
+        another's context.
+        """
+        if self.own is None:
+            return None
+        contexts = [set(ids) for ids in state.ids]
+        if fresh := set[int]().union(*contexts) - self.known:
+            self.known |= fresh
+            self.more += sorted(fresh)
+            added = torch.tensor(self.more, device=self.own.device)
+            self.more_head = state.target.reduced_head(added)
+            self.vocab = torch.cat((self.own, added))
+        if len(contexts) == 1 or not self.more:
+            return None
+        return torch.tensor([[t in context for t in self.more] for context in contexts], device=self.own.device)
+
+    def _logits(self, target: Target, final: Tensor, rows: Tensor | None) -> Tensor:
+        """Draft logits [B, V'] over ``vocab`` from final states [B, 1, D]; ``rows`` from ``_follow``."""
+        logits = target.readout(final, self.head)[:, 0]
+        if self.more_head is None:
+            return logits
+        more = target.readout(final, self.more_head)[:, 0]  # (B, added)
+        if rows is not None:
+            more = more.masked_fill(~rows, float("-inf"))
+        return torch.cat((logits, more), -1)
 
     def propose(self, state: State, limit: int) -> Draft:
         target, cache, carry = state.target, state.cache, self.carry
@@ -244,18 +278,19 @@ class M2R2Drafter:
         states: list[Tensor] = []
         chain, beside = _Nodes(), _Nodes()  # the path drafted along, and the siblings that only get scored
         prefixes = [list(ids) for ids in state.ids]
+        rows = self._follow(state)
         reach = torch.ones(cache.batch, 1, device=cache.device)  # probability that a row's whole chain stands
         for depth in range(limit):
             h, p = self._early(target, target.embed(token, positions), positions, cache)
             states.append(h)
             mask = partial(cache.mask, positions=positions)
             carry = self.network.beyond(target, p, carry, positions, mask, cache)
-            logits = target.readout(carry.final, self.head)[:, 0]  # (B, V')
+            logits = self._logits(target, carry.final, rows)
             width = 1 + (self.siblings[depth] if depth < len(self.siblings) else 0)
-            tokens, q = self._pick(state, logits, width, prefixes)
+            tokens, drawn = self._pick(state, logits, width, prefixes)
             token = tokens[:, :1]
-            chain.add(tokens[:, :1], q[:1], depth)
-            beside.add(tokens[:, 1:], q[1:], depth)
+            chain.add(tokens[:, :1], drawn[:1], depth)
+            beside.add(tokens[:, 1:], drawn[1:], depth)
             positions = positions + 1
             if state.confidence > 0:
                 reach = reach * self._probability(logits, token)
@@ -263,11 +298,11 @@ class M2R2Drafter:
                     break
         for lo, hi in self.path.segments:
             cache.trim(len(states), lo, hi)  # provisional entries: exact ones come with the scoring pass
-        rows = [*chain.q, *beside.q]
+        q = [*chain.q, *beside.q]
         return Draft(
             torch.cat((*chain.tokens, *beside.tokens), 1),
             (*chain.parents, *beside.parents),
-            q=torch.stack(rows, 1) if rows else None,
+            q=torch.stack(q, 1) if q else None,
             states=torch.cat(states, 1) if self.path.exit_layer else None,
             exit_layer=self.path.exit_layer,
         )
