@@ -39,7 +39,7 @@ from specdec.train.batches import Batch, Window
 from specdec.train.evaluate import evaluate
 from specdec.train.fit import fit_leaps
 from specdec.train.plot import draw_curves
-from specdec.train.runtime import TrainingTarget
+from specdec.train.runtime import TrainingTarget, keep_freed_memory
 from specdec.train.settings import TrainSettings
 from specdec.train.student import Judge, drafts
 
@@ -55,6 +55,7 @@ def train_m2r2(settings: TrainSettings, resume: bool = False, console: Console |
     """
     console = console or Console(stderr=True)
     output = _open_output(settings, resume)
+    keep_freed_memory()
     model, tokenizer = hub.load(settings.model, dtype=settings.dtype, device=settings.device)
     target = TrainingTarget(model.requires_grad_(False), compiled=settings.compile)
     mark = hub.fingerprint(model)
