@@ -2,10 +2,11 @@
 
     python benchmarks/runtime.py --model FOLDER --dtype bfloat16 --threads 2 --rows 1,2,4,5,8,16 --contexts 200,2000
 
-Arms: ``hf`` (the model's own forward with its DynamicCache), ``reference`` and ``fused``. A step is embedding, all
-layers and the head for T new tokens after the context (as a scoring pass of T - 1 drafted tokens runs it); the new
-entries are dropped again afterwards, outside the timing. Printed: median ms, the best in brackets, and for each the
-fraction of the roofline: weights and cached entries read once at the measured read bandwidth.
+Arms: ``hf`` (the model's own forward with its DynamicCache), ``reference``, ``fused``, ``int4`` (fused, 4-bit weights;
+bfloat16 only). A step is embedding, all layers and the head for T new tokens after the context, as a scoring pass of
+T - 1 drafted tokens runs it; the new entries are dropped again afterwards, outside the timing. Printed: median ms, the
+best in brackets, and the fraction of the roofline: weights (int4: 5 bits each in the layers, 16 in the head) and cached
+entries read once at the measured read bandwidth.
 """
 
 from __future__ import annotations
@@ -63,13 +64,13 @@ def own_step(target: Target, prompt: torch.Tensor, rows: int) -> Step:
     return step, lambda: cache.trim(rows)
 
 
-def bytes_read(model: Any, context: int) -> int:
-    """Weights (the embedding counts as the head; an untied one is not read) and cached keys and values."""
+def bytes_read(model: Any, context: int, bits: float) -> float:
+    """Layer weights at ``bits`` each, the head (a separate embedding is hardly read), cached keys and values."""
     config, size = model.config, next(model.parameters()).element_size()
-    weights = sum(p.numel() for name, p in model.named_parameters() if "embed_tokens" not in name)
-    weights += model.get_output_embeddings().weight.numel() if config.tie_word_embeddings else 0
+    layers = sum(p.numel() for p in model.model.layers.parameters())
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return size * (weights + 2 * config.num_hidden_layers * context * config.num_key_value_heads * head_dim)
+    entries = 2 * config.num_hidden_layers * context * config.num_key_value_heads * head_dim
+    return layers * bits / 8 + size * (model.get_output_embeddings().weight.numel() + entries)
 
 
 @torch.inference_mode()
@@ -80,29 +81,34 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rows", default="1,2,4,5,8,16")
     parser.add_argument("--contexts", default="200,2000")
-    parser.add_argument("--arms", default="hf,reference,fused")
+    parser.add_argument("--arms", default="hf,reference,fused", help="any of hf, reference, fused, int4")
     parser.add_argument("--repeats", type=int, default=15)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).eval()
+
+    def load() -> Any:
+        return AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).eval()
+
+    model = load()
     make = {
         "hf": lambda: (hf_step, model),
         "reference": lambda: (own_step, ReferenceTarget(model)),
         "fused": lambda: (own_step, FusedTarget(model)),
+        "int4": lambda: (own_step, FusedTarget(load(), "int4")),  # rounds its model in place
     }
     arms: dict[str, Any] = {name: make[name]() for name in args.arms.split(",")}
-    bandwidth, torch_rows = read_bandwidth(), [int(r) for r in args.rows.split(",")]
+    bandwidth, row_counts = read_bandwidth(), [int(r) for r in args.rows.split(",")]
     result: dict[str, Any] = {"dtype": args.dtype, "threads": args.threads, "gb_per_s": round(bandwidth / 1e9, 1)}
     console = Console()
     for context in (int(c) for c in args.contexts.split(",")):
         prompt = torch.randint(3, model.config.vocab_size, (1, context))
-        limit = bytes_read(model, context) / bandwidth
-        table = Table(
-            title=f"{args.dtype}, {args.threads} threads, context {context}, memory limit {limit * 1e3:.1f} ms"
-        )
+        wide = 8 * next(model.parameters()).element_size()
+        limits = {name: bytes_read(model, context, 5 if name == "int4" else wide) / bandwidth for name in arms}
+        bounds = ", ".join(f"{name} {seconds * 1e3:.1f}" for name, seconds in limits.items())
+        table = Table(title=f"{args.dtype}, {args.threads} threads, context {context}; memory limits in ms: {bounds}")
         for column in ("rows", *(f"{name} ms" for name in arms)):
             table.add_column(column, justify="right")
-        for rows in torch_rows:
+        for rows in row_counts:
             steps = {name: make_step(subject, prompt, rows) for name, (make_step, subject) in arms.items()}
             times: dict[str, list[float]] = {name: [] for name in steps}
             for repeat in range(args.repeats + 1):
@@ -115,7 +121,7 @@ def main() -> None:
             cells = []
             for name, seconds in times.items():
                 median, best = statistics.median(seconds), min(seconds)
-                cells.append(f"{median * 1e3:.1f} ({best * 1e3:.1f}) {limit / median:4.0%}")
+                cells.append(f"{median * 1e3:.1f} ({best * 1e3:.1f}) {limits[name] / median:4.0%}")
                 result[f"{name}_{context}_{rows}"] = round(median * 1e3, 2)
                 result[f"{name}_{context}_{rows}_best"] = round(best * 1e3, 2)
             table.add_row(str(rows), *cells)

@@ -32,26 +32,29 @@ from specdec.target import ReferenceTarget, Target, refuse_unsupported
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "olmo2", "phi3")
 RUNTIMES = ("auto", "fused", "reference")
+WEIGHTS = ("dense", "int4")
 
 Norm = Callable[[Tensor], Tensor]
 
 
-def make_target(model: PreTrainedModel, runtime: str = "auto") -> tuple[Target, str]:
+def make_target(model: PreTrainedModel, runtime: str = "auto", weights: str = "dense") -> tuple[Target, str]:
     """The target of ``model`` in the runtime asked for, and a one-line note ("" if there is nothing to say).
 
-    "auto": fused where it knows the model, else the reference runtime, the note saying why. Raises SpecDecError if
-    the model is unsupported, or unknown to the runtime that was named.
+    runtime "auto": fused where it knows the model, else the reference runtime, the note saying why.
+    weights "int4": the layers' linear maps in 4 bits (fused runtime, bf16, CPU). The model is rounded in place: its own
+    forward computes the same base. Raises SpecDecError if the model is unsupported, or unfit for what was named.
     """
-    if runtime not in RUNTIMES:
-        raise SpecDecError(
-            f"unknown runtime '{runtime}'{did_you_mean(runtime, RUNTIMES)}; runtimes: {', '.join(RUNTIMES)}"
-        )
-    if runtime == "reference":
+    for what, value, known in (("runtime", runtime, RUNTIMES), ("weights", weights, WEIGHTS)):
+        if value not in known:
+            raise SpecDecError(f"unknown {what} '{value}'{did_you_mean(value, known)}; there are: {', '.join(known)}")
+    if runtime == "reference" and weights == "dense":
         return ReferenceTarget(model), ""
+    if runtime == "reference":
+        raise SpecDecError("4-bit weights need the fused runtime; leave --runtime out or use --weights dense")
     try:
-        return FusedTarget(model), ""
+        return FusedTarget(model, weights), ""
     except SpecDecError as error:
-        if runtime == "fused":
+        if runtime == "fused" or weights != "dense":
             raise
         return ReferenceTarget(model), f"reference runtime: {error}"
 
@@ -86,13 +89,15 @@ class _Adapted:
 class FusedTarget(Target):
     """The fused runtime. Base weights are frozen in it: gradients reach ``x`` and the adapters only.
 
+    weights: "dense" (as loaded) or "int4". The base is then the rounded model; blocks of many rows (prompts, large
+    trees) run on its 16-bit form, which is the model's own parameters.
     ``spread``: the difference from the model's own logits in the self-check, relative to the largest logit.
     Raises SpecDecError for models it does not know or does not reproduce; the reference runtime may still take them.
     """
 
     runtime = "fused"
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, weights: str = "dense") -> None:
         refuse_unsupported(model)
         super().__init__(model)
         kind, config = model.config.model_type, model.config
@@ -110,12 +115,23 @@ class FusedTarget(Target):
         mlp = decoder.layers[0].mlp
         act = mlp.activation_fn if kind == "phi3" else mlp.act_fn
         self.act: Callable[[Tensor], Tensor] = F.silu if "SiLU" in type(act).__name__ else act
-        self.packed_from = kernels.packed_from(self.dtype, self.device)
+        if weights == "int4" and (self.dtype != torch.bfloat16 or self.device.type != "cpu"):
+            raise SpecDecError(
+                f"4-bit weights run in bfloat16 on a CPU; the model is loaded as {self.dtype} on '{self.device}'"
+            )
         self._weights = [_fuse_layer(layer) for layer in decoder.layers]
         self._norms = [_layer_norms(layer, kind) for layer in decoder.layers]
         self._parts = _adapter_parts(decoder.layers[0])
+        self.packed_rows = kernels.packed_rows(self.dtype, self.device)
+        if weights == "int4":
+            for weight, _ in (pair for layer in self._weights for pair in layer.values()):
+                kernels.check_int4(weight)  # before any of them is rounded
+            self.runtime = "fused int4"
+            self.fast_rows, self._make_fast = kernels.INT4_ROWS, kernels.int4
+        else:
+            self.fast_rows, self._make_fast = self.packed_rows, kernels.packed
+        self._fast = self._stack(self._make_fast) if self.fast_rows else []
         self._dense = self._stack(kernels.dense)
-        self._packed: list[_Layer] = []
         self._adapted: WeakKeyDictionary[Adapters, _Adapted] = WeakKeyDictionary()
         self._heads: WeakKeyDictionary[nn.Module, tuple[Linear, Linear]] = WeakKeyDictionary()
         self.final_norm = _norm(decoder.norm, kind)
@@ -123,8 +139,6 @@ class FusedTarget(Target):
         self.rotary = decoder.rotary_emb
         self.tables = torch.empty(0)
         self.sign = torch.tensor([[1.0], [-1.0]], dtype=self.dtype, device=self.device)  # (2, 1)
-        if self.packed_from <= self.context:
-            self._packed = self._stack(kernels.packed)
         self._self_check()
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
@@ -146,7 +160,7 @@ class FusedTarget(Target):
         grad = torch.is_grad_enabled() and (
             x.requires_grad or (adapters is not None and any(p.requires_grad for p in adapters.parameters()))
         )
-        stack = self._packed if batch * t >= self.packed_from and not grad else self._dense
+        stack = self._fast if batch * t in self.fast_rows and not grad else self._dense
         if adapters is not None:
             whole = None if adapted == t else adapted
             stack = self._with_adapters(stack, lo, hi, adapters, batch, whole, grad)
@@ -190,7 +204,7 @@ class FusedTarget(Target):
         module = self.model.get_output_embeddings() if head is None else head
         rows = x.shape[0] * x.shape[1]
         plain, fast = self._head(module)
-        linear = plain if rows < self.packed_from or (torch.is_grad_enabled() and x.requires_grad) else fast
+        linear = fast if rows in self.packed_rows and not (torch.is_grad_enabled() and x.requires_grad) else plain
         return linear(self.final_norm(x.reshape(rows, -1))).view(*x.shape[:2], -1)
 
     def linears(self, layer: int) -> dict[str, tuple[int, int]]:
@@ -209,7 +223,7 @@ class FusedTarget(Target):
     def _gated(self, make: Callable[..., Linear], weight: Tensor, bias: Tensor | None) -> Linear:
         if make is kernels.packed and self.act is F.silu:
             return kernels.packed_silu_gated(weight, bias)
-        return kernels.gated(make(weight, bias), self.act)
+        return kernels.Gated(make(weight, bias), self.act)
 
     def _head(self, module: Any) -> tuple[Linear, Linear]:
         found = self._heads.get(module)
@@ -217,8 +231,7 @@ class FusedTarget(Target):
             bias = getattr(module, "bias", None)
             weight, bias = module.weight.detach(), None if bias is None else bias.detach()
             plain = kernels.dense(weight, bias)
-            packs = self.packed_from <= self.context
-            found = (plain, kernels.packed(weight, bias, kernels.HEAD_HINT) if packs else plain)
+            found = (plain, kernels.packed(weight, bias, kernels.HEAD_HINT) if self.packed_rows else plain)
             self._heads[module] = found
         return found
 
@@ -264,7 +277,7 @@ class FusedTarget(Target):
         self, stack: list[_Layer], lo: int, hi: int, adapters: Adapters, batch: int, adapted: int | None, grad: bool
     ) -> list[_Layer]:
         """``stack`` with the adapters of layers [lo, hi): merged where they act on all tokens, else beside the maps."""
-        stack, packs = list(stack), stack is self._packed
+        stack, fast = list(stack), stack is self._fast
         made = self._adapted.get(adapters)
         if made is None:
             made = self._adapted[adapters] = _Adapted([*adapters.parameters()])
@@ -274,23 +287,23 @@ class FusedTarget(Target):
         for index in range(lo, hi):
             if index not in adapters.paths:
                 continue
-            key = (index, packs, None if adapted is None else (batch, adapted))
+            key = (index, fast, None if adapted is None else (batch, adapted))
             layer = None if grad else made.layers.get(key)
             if layer is None:
-                layer = self._adapt(stack[index], index, adapters, packs, batch, adapted, grad)
+                layer = self._adapt(stack[index], index, adapters, fast, batch, adapted, grad)
                 if not grad:
                     made.layers[key] = layer
             stack[index] = layer
         return stack
 
     def _adapt(
-        self, layer: _Layer, index: int, adapters: Adapters, packs: bool, batch: int, adapted: int | None, grad: bool
+        self, layer: _Layer, index: int, adapters: Adapters, fast: bool, batch: int, adapted: int | None, grad: bool
     ) -> _Layer:
         by_slot: dict[str, list[tuple[Tensor, Tensor, int]]] = {}
         for path, (down, up) in adapters.factors(index).items():
             slot, start, _ = self._parts[path]
             by_slot.setdefault(slot, []).append((down, up, start) if grad else (down.detach(), up.detach(), start))
-        make = kernels.packed if packs else kernels.dense
+        make = self._make_fast if fast else kernels.dense
         maps = {}
         for slot, parts in by_slot.items():
             weight, bias = self._weights[index][slot]
@@ -299,7 +312,8 @@ class FusedTarget(Target):
                 weight = low.merged(weight)
                 made = self._gated(make, weight, bias) if slot == "gate_up" else make(weight, bias)
             elif slot == "gate_up":  # the terms come before the activation
-                made = kernels.gated(low.beside(make(weight, bias), batch, adapted), self.act)
+                inner = layer.gated.gate_up if isinstance(layer.gated, kernels.Gated) else make(weight, bias)
+                made = kernels.Gated(low.beside(inner, batch, adapted), self.act)
             else:
                 made = low.beside(getattr(layer, slot), batch, adapted)
             maps["gated" if slot == "gate_up" else slot] = made

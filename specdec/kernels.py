@@ -2,19 +2,24 @@
 
 ``rows [R, in] -> [R, out]``. A *dense* map is ``F.linear``; it alone carries gradients. A *packed* map holds its weight
 in oneDNN's blocked layout: ``F.linear`` on a CPU rearranges a 16-bit weight on every call, which costs more than
-the product itself. Knows nothing about layers or models.
+the product itself. An *int4* map holds 4-bit codes in groups of 32 inputs. Knows nothing about layers or models.
 
 Measured on two Sapphire Rapids cores (AMX bf16), all 30 layers of the default model, ms:
 
-    rows                1     2     3     4     5     8    16    32
-    bf16 dense       16.4  16.6  16.4  17.0  16.4  16.6  16.7  17.6
-    bf16 packed      10.6  10.9  10.9  11.0  10.8  10.7  11.0  12.8
-    fp16 dense       21.8  23.3  23.8  23.5  24.6  26.9  31.1  39.2
-    fp16 packed      16.9  17.4  17.8  17.8  18.7  20.7  24.9  35.0
-    fp32 dense       17.2  17.1  18.3  29.0  30.1  34.7  39.7  47.3
-    fp32 packed      20.3  21.0  20.9  20.9  21.8  24.4  30.1  40.1
+    rows                1     2     3     4     5     8    12    16    32
+    bf16 dense       16.4  16.6  16.4  17.0  16.4  16.6  16.6  16.7  17.6
+    bf16 packed      10.6  10.9  10.9  11.0  10.8  10.7  10.8  11.0  12.8
+    fp16 dense       21.8  23.3  23.8  23.5  24.6  26.9     -  31.1  39.2
+    fp16 packed      16.9  17.4  17.8  17.8  18.7  20.7     -  24.9  35.0
+    fp32 dense       17.2  17.1  18.3  29.0  30.1  34.7     -  39.7  47.3
+    fp32 packed      20.3  21.0  20.9  20.9  21.8  24.4     -  30.1  40.1
+    int4              4.6   5.3   5.9   6.8  10.7  12.8  16.3  21.4     -
+    int8 (per row)    8.7  10.1  10.8  13.7  19.8  21.2  24.7  31.9     -
+    head: packed      1.7   2.0   2.3   2.5   2.5   2.5   2.5   2.5     -
+    head: int8        1.9   2.2   2.3   2.6   3.8   4.7   6.5   8.9     -
 
-Padding rows, transposed dense weights and 2-D against 3-D inputs made no difference above 3 %.
+So int8 is not offered, and a head stays 16-bit. Padding rows, transposed dense weights and 2-D against 3-D inputs made
+no difference above 3 %.
 """
 
 from __future__ import annotations
@@ -25,21 +30,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from specdec.errors import SpecDecError
+
 Linear = Callable[[Tensor], Tensor]
 
 LAYER_HINT, HEAD_HINT = 16, 1  # row counts whose blocked layout was fastest at all of 1..16 rows
-_NEVER = 1 << 30
+GROUP = 32  # inputs that share a scale and a zero point in an int4 map
+INT4_ROWS = range(1, 13)  # beyond, 16-bit products are faster
+_ALL, _NONE = range(1, 1 << 62), range(0)
 
 
-def packed_from(dtype: torch.dtype, device: torch.device) -> int:
-    """The row count from which packed maps are faster than dense ones (see the table above)."""
-    ops = torch.ops.mkldnn
+def packed_rows(dtype: torch.dtype, device: torch.device) -> range:
+    """The row counts at which packed maps are faster than dense ones (see the table above)."""
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return _NEVER
+        return _NONE
     if dtype == torch.float32:
-        return 4
+        return _ALL[3:]
     supported = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}.get(dtype)
-    return 1 if supported and getattr(ops, supported)() else _NEVER
+    return _ALL if supported and getattr(torch.ops.mkldnn, supported)() else _NONE
 
 
 def dense(weight: Tensor, bias: Tensor | None = None) -> Linear:
@@ -62,14 +70,64 @@ def packed(weight: Tensor, bias: Tensor | None = None, hint: int = LAYER_HINT) -
     return apply
 
 
-def gated(gate_up: Linear, act: Callable[[Tensor], Tensor]) -> Linear:
-    """``act(gate) * up``, both from one map."""
+def int4(weight: Tensor, bias: Tensor | None = None) -> Linear:
+    """As ``dense``, with ``weight`` (bf16) rounded to 4 bits. No gradients; for few rows (``INT4_ROWS``).
+
+    ``weight`` itself becomes, in place, what the map computes with, but for its rounding to bf16: dense maps of it then
+    agree with this one. The shape must pass ``check_int4``.
+    """
+    codes, scales, zeros = quantize(weight)
+    weight.detach().copy_(dequantize(codes, scales, zeros))
+    words = torch._convert_weight_to_int4pack_for_cpu(codes, 1)
+    table = torch.stack((scales, zeros), 2).transpose(0, 1).contiguous()  # (in / 32, out, 2)
+    product = torch._weight_int4pack_mm_for_cpu
 
     def apply(x: Tensor) -> Tensor:
-        gate, up = gate_up(x).chunk(2, -1)
-        return act(gate) * up
+        return product(x.contiguous(), words, GROUP, table)
 
-    return apply
+    return apply if bias is None else lambda x: apply(x) + bias
+
+
+def check_int4(weight: Tensor) -> None:
+    """Raise SpecDecError if ``weight`` has a shape that the 4-bit kernel does not take."""
+    if weight.shape[1] % GROUP or weight.shape[0] % 16:
+        raise SpecDecError(
+            f"4-bit weights need multiples of 16 outputs and {GROUP} inputs; a linear map of the model is "
+            f"{weight.shape[0]} x {weight.shape[1]}; use its 16-bit weights"
+        )
+
+
+def quantize(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[out, in] -> codes int32 [out, in] in 0..15, and bf16 scales and zeros [out, in / 32]:
+    w ~ (code - 8) scale + zero.
+
+    Codes come from the smallest and largest weight of each group, which recovers those of a dequantised Q4_1 model
+    exactly; scale and zero are then the least-squares fit to them.
+    """
+    w = weight.detach().float().unflatten(1, (-1, GROUP))  # (out, in / 32, 32)
+    low, high = w.amin(2, True), w.amax(2, True)
+    codes = ((w - low) * (15 / (high - low).clamp_min(1e-20))).round_().clamp_(0, 15)
+    middle, mean = codes.mean(2, True), w.mean(2, True)
+    around = codes - middle
+    scales = ((around * w).sum(2) / around.square().sum(2).clamp_min(1e-20)).bfloat16()
+    zeros = (mean[..., 0] - scales.float() * (middle[..., 0] - 8)).bfloat16()
+    return codes.flatten(1).int(), scales, zeros
+
+
+def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+    """Inverse of ``quantize``: float32 [out, in]."""
+    return ((codes.unflatten(1, (-1, GROUP)) - 8) * scales.float()[..., None] + zeros.float()[..., None]).flatten(1)
+
+
+class Gated:
+    """``act(gate) * up``, both from one map."""
+
+    def __init__(self, gate_up: Linear, act: Callable[[Tensor], Tensor]) -> None:
+        self.gate_up, self.act = gate_up, act
+
+    def __call__(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, -1)
+        return self.act(gate) * up
 
 
 def packed_silu_gated(weight: Tensor, bias: Tensor | None = None) -> Linear:
