@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+import errno
+import gzip
+import json
+import random
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from conftest import tiny_model
+from safetensors.torch import load_file
+from tiny import save_tiny
+from typer.testing import CliRunner
 
-from specdec.drafters.m2r2 import M2R2, M2R2Drafter, M2R2Path
+from specdec import SpecDecoder, artifacts, hub
+from specdec.cli import app
 from specdec.draft import State
+from specdec.drafters.m2r2 import M2R2, M2R2Drafter, M2R2Path
+from specdec.errors import SpecDecError
 from specdec.sampling import Sampler, SamplingParams
-from specdec.train import states
-from specdec.train.batches import assemble, windows
-from specdec.train.data import Answer
+from specdec.target import ReferenceTarget
+from specdec.train import data, states, trainer
+from specdec.train.batches import assemble, epoch, stream, windows
+from specdec.train.data import Answer, Prompt
+from specdec.train.evaluate import _walk
 from specdec.train.runtime import TrainingTarget
+from specdec.train.settings import TrainSettings, from_mapping, load_settings
 from specdec.train.student import Judge, drafts
-from specdec.train.trainer import wanted_states
+from specdec.train.trainer import train_m2r2, wanted_states
 
 PATHS = {
     "leap": M2R2Path(0, ((2, 4),), True, 4, {2: ["self_attn.q_proj", "self_attn.k_proj"], 3: ["mlp.up_proj"]}),
@@ -74,3 +90,292 @@ def test_the_student_drafts_exactly_as_the_drafter(name: str, direct: bool) -> N
             for step, (final, _) in enumerate(drafts(network, target, batch, 3))
         ]
         assert own == chain
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_the_direct_path_has_the_reference_values_and_gradients(family: str) -> None:
+    model = tiny_model(family)
+    path = M2R2Path(0, ((1, 4),), True, 3, {layer: ["self_attn.k_proj", "mlp.down_proj"] for layer in (1, 2, 3)})
+    results = []
+    for target in (ReferenceTarget(model), TrainingTarget(model)):
+        network = shaken(path, target).requires_grad_(True)
+        x, positions = (
+            torch.randn(2, 11, 32, generator=torch.Generator().manual_seed(3)),
+            torch.arange(11).expand(2, 11),
+        )
+        cache = target.new_cache(2)
+        y = target.layers(x, 1, 4, positions, cache.mask(1, positions), cache, adapters=network.adapters)
+        y.square().sum().backward()
+        results.append([y.detach(), *(p.grad for p in network.adapters.parameters())])
+    assert TrainingTarget(model).direct
+    for reference, direct in zip(*results, strict=True):
+        torch.testing.assert_close(direct, reference, rtol=1e-4, atol=1e-5 * float(reference.abs().max()))
+
+
+# -- whole runs ---------------------------------------------------------------------------------------------------
+
+
+class Tokens:
+    """Stands in for a tokenizer where answers come as token ids."""
+
+    chat_template = None
+    eos_token_id = 2
+
+    def decode(self, ids: list[int]) -> str:
+        return " ".join(map(str, ids))
+
+
+@pytest.fixture
+def answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Greedy answers of the tiny model, which ``hub.load`` now returns."""
+    model = tiny_model("llama", eos_token_id=None)
+    monkeypatch.setattr(hub, "load", lambda *args, **kwargs: (model, Tokens()))
+    draw, path = random.Random(0), tmp_path / "answers.jsonl"
+    lines = []
+    for _ in range(40):
+        prompt = [draw.randrange(3, 97) for _ in range(draw.randrange(2, 9))]
+        out = model.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False)[0].tolist()
+        lines.append(json.dumps({"prompt_ids": prompt, "response_ids": out[len(prompt) :]}))
+    path.write_text("\n".join(lines))
+    return path
+
+
+def recipe(answers: Path, output: Path, **changes: Any) -> TrainSettings:
+    values: dict[str, Any] = {
+        "prompts": [str(answers)],
+        "output": str(output),
+        "dtype": "float32",
+        "segments": [[2, 4]],
+        "final_leap": True,
+        "rank": 4,
+        "draft_vocab": 60,
+        "steps": 24,
+        "minutes": None,
+        "rows": 4,
+        "window": 8,
+        "fit_tokens": 200,
+        "eval_fraction": 0.15,
+        "compile": False,
+    }
+    return from_mapping(values | changes, "test")
+
+
+def evaluations(output: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [line["evaluation"] for line in lines if "evaluation" in line]
+
+
+@pytest.mark.parametrize("path", [{}, {"exit_layer": 3, "segments": [], "final_leap": False, "draft_steps": 1}])
+def test_training_brings_drafts_nearer_to_the_base_and_leaves_the_base_alone(
+    answers: Path, tmp_path: Path, path: dict[str, Any]
+) -> None:
+    model, _ = hub.load("tiny")
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    figures = train_m2r2(recipe(answers, tmp_path / "out", steps=60, learning_rate=2e-2, leap_rate=5e-3, **path))
+    first = evaluations(tmp_path / "out")[0]
+    assert 1 - figures["overlap"][0] < 0.9 * (1 - first["overlap"][0])
+    assert all(torch.equal(before[name], p) for name, p in model.state_dict().items())
+    decoder = SpecDecoder(model, None, drafter=str(tmp_path / "out"))
+    plain = SpecDecoder(model, None, drafter="none")
+    prompt = [5, 6, 7, 8]
+    out = decoder.generate(prompt, max_new_tokens=20, num_speculative_tokens=4)
+    assert out.token_ids == plain.generate(prompt, max_new_tokens=20).token_ids
+    assert (tmp_path / "out" / "train.yaml").exists()
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_killed_run_goes_on_to_exactly_the_weights_of_an_uninterrupted_one(
+    answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_m2r2(recipe(answers, tmp_path / "whole"))
+    step = trainer.Run._step
+
+    def killed_after_a_checkpoint(run: trainer.Run, *args: Any) -> dict[str, float]:
+        if run.update == 11:
+            run._save()
+        if run.update == 17:
+            raise Killed
+        return step(run, *args)
+
+    monkeypatch.setattr(trainer.Run, "_step", killed_after_a_checkpoint)
+    with pytest.raises(Killed):
+        train_m2r2(recipe(answers, tmp_path / "parts"))
+    monkeypatch.setattr(trainer.Run, "_step", step)
+    with pytest.raises(SpecDecError, match="--resume"):
+        train_m2r2(recipe(answers, tmp_path / "parts"))
+    with pytest.raises(SpecDecError, match="rank 4 -> 5"):
+        train_m2r2(recipe(answers, tmp_path / "parts", rank=5), resume=True)
+    train_m2r2(recipe(answers, tmp_path / "parts"), resume=True)
+
+    whole, parts = (load_file(tmp_path / name / "checkpoint.safetensors") for name in ("whole", "parts"))
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    reported = [json.loads(line)["update"] for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
+    assert reported == sorted(reported)
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_drafter(
+    answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss = Judge.loss
+
+    def broken(judge: Judge, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        kl, top = loss(judge, logits)
+        judge.calls = getattr(judge, "calls", 0) + 1  # type: ignore[attr-defined]
+        return (kl * float("nan") if judge.calls > 10 else kl), top  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(Judge, "loss", broken)
+    with pytest.raises(SpecDecError, match="no number any more at update 5"):
+        train_m2r2(recipe(answers, tmp_path / "out"))
+    assert all(t.isfinite().all() for t in artifacts.read_tensors(tmp_path / "out").values())
+
+
+def test_a_full_disk_is_one_clear_line(answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace = artifacts.replace
+
+    def full(path: Path, content: bytes) -> None:
+        if path.name == "checkpoint.safetensors":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(path, content)
+
+    monkeypatch.setattr(artifacts, "replace", full)
+    with pytest.raises(SpecDecError, match=r"No space left on device; .* free space and --resume"):
+        train_m2r2(recipe(answers, tmp_path / "out", steps=2))
+
+
+def test_damaged_and_foreign_teacher_states_are_refused(answers: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    train_m2r2(recipe(answers, out, steps=1))
+    shard = out / "states" / "train" / "states-00000.safetensors"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-100])
+    with pytest.raises(SpecDecError, match="truncated"):
+        train_m2r2(recipe(answers, out, steps=1), resume=True)
+    shard.write_bytes(whole)
+    lines = answers.read_text().splitlines()
+    answers.write_text("\n".join(lines[:-5]))
+    with pytest.raises(SpecDecError, match="teacher states of other answers"):
+        train_m2r2(recipe(answers, out, steps=1), resume=True)
+
+
+def test_states_are_written_shard_by_shard_and_go_on_after_a_kill(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = TrainingTarget(tiny_model("llama"))
+    some = [Answer((3, 4, 5), tuple(range(6, 12 + n))) for n in range(6)]
+    wanted = states.Wanted((2,), (4,))
+    monkeypatch.setattr(states, "SHARD_ANSWERS", 2)
+    whole = states.compute(tmp_path / "whole", target, some, wanted, "mark")
+    teach, calls = states._teach, []
+
+    def killed(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 3:
+            raise Killed
+        return teach(*args)
+
+    monkeypatch.setattr(states, "_teach", killed)
+    with pytest.raises(Killed):
+        states.compute(tmp_path / "parts", target, some, wanted, "mark")
+    parts = states.compute(tmp_path / "parts", target, some, wanted, "mark")
+    assert len(calls) == 4  # two shards, the killed one, and that one again
+    for a, b in zip(whole.records, parts.records, strict=True):
+        assert torch.equal(a.hidden[4], b.hidden[4]) and torch.equal(a.kv[2][0], b.kv[2][0])
+    with pytest.raises(SpecDecError, match="other fingerprint"):
+        states.compute(tmp_path / "parts", target, some, wanted, "another model")
+
+
+# -- inputs -------------------------------------------------------------------------------------------------------
+
+
+def test_lines_of_every_kind_are_read_and_broken_ones_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl.gz"
+    lines = ['{"turns": ["a", "b"]}', "", '{"prompt": "c"}', "plain", '{"prompt_ids": [1], "response_ids": [2, 3]}']
+    with gzip.open(file, "wt") as out:
+        out.write("\n".join(lines))
+    assert data.read([file]) == [Prompt(("a", "b")), Prompt(("c",)), Prompt(("plain",)), Answer((1,), (2, 3))]
+    for broken in ('{"turns": ["a"]', '{"turns": []}', '{"prompt_ids": [1], "response_ids": [true]}', '{"text": "x"}'):
+        path = tmp_path / "broken.jsonl"
+        path.write_text('{"prompt": "fine"}\n' + broken + "\n")
+        with pytest.raises(SpecDecError, match="line 2 of"):
+            data.read([path])
+    (tmp_path / "empty").write_text("\n")
+    with pytest.raises(SpecDecError, match="no prompts in"):
+        data.read([tmp_path / "empty"])
+    with pytest.raises(SpecDecError, match="cannot read prompts"):
+        data.read([tmp_path / "missing"])
+
+
+def test_held_out_prompts_are_refused_in_text_and_in_token_ids() -> None:
+    held = [Prompt(("Why is the sky blue?", "second turn"))]
+    data.refuse_held_out([Prompt(("second turn",)), Prompt(("Why is it?",))], held, str)
+    for item in (Prompt(("Tell me:  why IS the\nsky blue?",)), Answer((1,), (2,))):
+        with pytest.raises(SpecDecError, match="prompt 1 to train on contains the held-out prompt"):
+            data.refuse_held_out([item], held, lambda ids: "user why is the sky blue? assistant")
+
+
+def test_the_draft_vocabulary_is_the_most_frequent_answer_tokens_and_the_ends() -> None:
+    some = [Answer((9, 9, 9, 9), (5, 5, 5, 7, 7, 8)), Answer((9,), (5, 6))]
+    assert data.draft_vocabulary(some, 3, [2], 97).tolist() == [2, 5, 7]
+    assert data.draft_vocabulary(some, 6, [2], 97).tolist() == [2, 5, 6, 7, 8, 9]
+    assert len(data.draft_vocabulary(some, 500, [2], 97)) == 97
+
+
+def test_batches_cover_each_window_once_an_epoch_and_can_be_entered_anywhere() -> None:
+    found = [(index, 4, 5 + index % 7) for index in range(64)]
+    seen = [window for batch in epoch(found, 4, 1, 0) for window in batch]
+    assert sorted(seen) == found
+    ahead = stream(found, 4, 1, 21)
+    behind = stream(found, 4, 1, 0)
+    for _ in range(21):
+        next(behind)
+    assert [next(ahead) for _ in range(20)] == [next(behind) for _ in range(20)]
+
+
+def test_rounds_along_a_window() -> None:
+    hits = [[True, False, True, True, True, False], [True, True, False, True, False, False]]
+    # From 0: step 1 at 0 and step 2 at 1 hold, three tokens; from 3: step 1 holds, step 2 at 4 does not; 5: no room.
+    assert _walk(hits, 6) == [3, 2]
+
+
+def test_presets_load_and_settings_are_checked(tmp_path: Path) -> None:
+    assert load_settings("m2r2", {"steps": 5}).segments
+    assert not load_settings("m2r2-paper", {}).segments
+    own = tmp_path / "own.yaml"
+    own.write_text("learning_rate: 1e-5\nsegments: [[1, 2]]\n")
+    settings = load_settings(str(own), {"rank": 3, "seed": None})
+    assert (settings.learning_rate, settings.segments, settings.rank) == (1e-5, ((1, 2),), 3)
+    for values, message in (
+        ({"lerning_rate": 1.0}, "did you mean 'learning_rate'"),
+        ({"rank": "many"}, "setting 'rank' cannot be 'many'"),
+        ({"rows": 0}, "setting 'rows' must be positive"),
+        ({"steps": 3}, "either minutes or steps"),
+    ):
+        with pytest.raises(SpecDecError, match=message):
+            from_mapping(values, "test")
+    with pytest.raises(SpecDecError, match="did you mean 'm2r2-paper'"):
+        load_settings("m2r2-papr", {})
+
+
+def test_the_command_answers_prompts_trains_and_leaves_a_drafter(tmp_path: Path) -> None:
+    folder, prompts, output = save_tiny(tmp_path / "model"), tmp_path / "prompts.txt", tmp_path / "out"
+    prompts.write_text("".join(f"question {n}\n" for n in range(24)))
+    preset = tmp_path / "preset.yaml"
+    preset.write_text(
+        "segments: [[2, 4]]\nfinal_leap: true\nrank: 2\ndraft_vocab: 50\nrows: 4\nwindow: 8\ncompile: false\n"
+        "max_new_tokens: 12\neval_fraction: 0.2\n"
+    )
+    command = ["train", "m2r2", "--model", str(folder), "--prompts", str(prompts), "--output", str(output)]
+    command += ["--preset", str(preset), "--dtype", "float32", "--set", "draft_steps=1"]
+    result = CliRunner().invoke(app, [*command, "--steps", "3"])
+    assert result.exit_code == 0, result.output
+    made = data.read([output / "answers.jsonl"])
+    assert len(made) == 24 and all(isinstance(a, Answer) and len(a.response_ids) == 12 for a in made)
+    decoder = SpecDecoder.from_pretrained(str(folder), drafter=str(output), dtype="float32")
+    plain = SpecDecoder.from_pretrained(str(folder), drafter="none", dtype="float32")
+    assert decoder.generate("hello", max_new_tokens=16).text == plain.generate("hello", max_new_tokens=16).text
+    again = CliRunner().invoke(app, [*command, "--steps", "4", "--resume"])
+    assert again.exit_code == 2 and "steps 3 -> 4" in again.output

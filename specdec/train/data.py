@@ -110,10 +110,10 @@ def split(answers: Sequence[Answer], fraction: float) -> tuple[list[Answer], lis
     for answer in answers:
         key = zlib.crc32(",".join(map(str, answer.prompt_ids)).encode())
         (held if key % 10_000 < fraction * 10_000 else train).append(answer)
-    if not held:
+    if not held and len(train) > 1:
         held.append(train.pop())
-    if not train:
-        raise SpecDecError("too few prompts to train on and to evaluate on: give more, or a smaller eval_fraction")
+    if not held or not train:
+        raise SpecDecError("too few answers to train on and to evaluate on; give more prompts, or other eval_fraction")
     return train, held
 
 

@@ -8,7 +8,10 @@ reference when it is built and is left out where a model needs anything it does 
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import logging
+import os
+import shutil
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -47,7 +50,7 @@ class TrainingTarget(ReferenceTarget):
         )
         if self.direct:
             self._self_check()  # raises for a direct path that strays from the model
-            if compiled:
+            if compiled and can_compile(self.device):
                 logging.getLogger("torch._inductor").setLevel(logging.ERROR)
                 self._train = tuple(torch.compile(part, dynamic=False) for part in (_before, _after))
                 self._teach = tuple(torch.compile(part, dynamic=True) for part in (_before, _after))
@@ -115,6 +118,13 @@ class TrainingTarget(ReferenceTarget):
         scale = getattr(self.blocks[layer].self_attn, "scaling", d**-0.5)
         y = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask.memo[key], scale=scale)
         return y.reshape(b, heads, t, d).transpose(1, 2).reshape(b, t, heads * d)
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether ``torch.compile`` finds what it needs: a C++ compiler for the CPU, triton elsewhere."""
+    if device.type == "cpu":
+        return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++"))
+    return importlib.util.find_spec("triton") is not None
 
 
 def keep_freed_memory() -> None:

@@ -36,7 +36,8 @@ class TrainSettings:
 
     # Answers by the base itself, where the files hold prompts only.
     max_new_tokens: int = 256
-    eval_fraction: float = 0.03
+    eval_fraction: float = 0.03  # of the prompts, held out for evaluation, but
+    eval_answers: int = 100  # no more than these
 
     # Training.
     minutes: float | None = 30.0  # of gradient training (answers and teacher states come before), or
@@ -55,7 +56,6 @@ class TrainSettings:
     align: float = 0.0  # weight of 1 - cos(p, h[N])
     checkpoint_minutes: float = 3.0
     eval_minutes: float = 10.0
-    eval_tokens: int = 12_000  # at intervals; the last evaluation uses all
     compile: bool = True  # torch.compile, where the model has a direct path
 
 

@@ -39,7 +39,7 @@ from specdec.train.batches import Batch, Window
 from specdec.train.evaluate import evaluate
 from specdec.train.fit import fit_leaps
 from specdec.train.plot import draw_curves
-from specdec.train.runtime import TrainingTarget, keep_freed_memory
+from specdec.train.runtime import TrainingTarget, can_compile, keep_freed_memory
 from specdec.train.settings import TrainSettings
 from specdec.train.student import Judge, drafts
 
@@ -68,6 +68,7 @@ def train_m2r2(settings: TrainSettings, resume: bool = False, console: Console |
         answers = answer_prompts(output, model, tokenizer, prompts, settings.max_new_tokens, progress)
         usable = [a for a in answers if len(a) <= target.context and len(a.response_ids) > 1]
         train, held_out = data.split(usable, settings.eval_fraction)
+        held_out = held_out[: settings.eval_answers]
         random.Random(settings.seed).shuffle(train)
         wanted = wanted_states(path, target.num_layers)
         store = {}
@@ -145,7 +146,8 @@ class Run:
         self.network = copy.deepcopy(self.masters).to(target.dtype)  # what runs
         self.records, self.held_out = train, held_out
         self.windows = windows_of.windows(train, settings.window)
-        self.judge = Judge(target, vocab, settings.sharpen, compiled=settings.compile and target.direct)
+        compiled = settings.compile and target.direct and can_compile(target.device)
+        self.judge = Judge(target, vocab, settings.sharpen, compiled=compiled)
         self.parameters = dict(self.masters.named_parameters())
         leaps = [p for n, p in self.parameters.items() if n.startswith("leaps")]
         adapters = [p for n, p in self.parameters.items() if n.startswith("adapters")]
@@ -166,7 +168,7 @@ class Run:
             with torch.no_grad():
                 for name, parameter in self.network.named_parameters():
                     self.parameters[name].copy_(parameter)
-            self._evaluate(final=False)
+            self._evaluate()
         settings, earlier, start = self.settings, self.seconds, time.monotonic()
         saved = evaluated = start
         sums: dict[str, float] = {}
@@ -181,10 +183,7 @@ class Run:
                     break
                 figures = self._step(rows, self._rate(done))
                 if not math.isfinite(figures["loss"] + figures["gradient"]):
-                    raise SpecDecError(
-                        f"the loss is no number any more at update {self.update}; the last good checkpoint and drafter "
-                        f"are in '{self.output}': --resume with a lower learning_rate needs a new --output"
-                    )
+                    raise self._lost()
                 for key, value in figures.items():
                     sums[key] = sums.get(key, 0.0) + value
                 if self.update % REPORT_UPDATES == 0:
@@ -201,12 +200,18 @@ class Run:
                     self._save()
                     saved = time.monotonic()
                 if now - evaluated > 60 * settings.eval_minutes:
-                    self._evaluate(final=False)
+                    self._evaluate()
                     evaluated = time.monotonic()
         self._save()
-        figures = self._evaluate(final=True)
+        figures = self._evaluate()
         draw_curves(self.output / METRICS, self.output / "training.png", self.console)
         return figures
+
+    def _lost(self) -> SpecDecError:
+        return SpecDecError(
+            f"the loss is no number any more at update {self.update}; '{self.output}' keeps the last good drafter and "
+            "checkpoint: train again with a lower learning_rate in another --output"
+        )
 
     def _done(self) -> float:
         if self.settings.steps is not None:
@@ -277,14 +282,10 @@ class Run:
 
     # -- what it writes -----------------------------------------------------------------------------------------
 
-    def _evaluate(self, final: bool) -> dict[str, Any]:
+    def _evaluate(self) -> dict[str, Any]:
         """Measure on held-out answers; keep the drafter if it is the best so far."""
         rows, width = self.settings.rows, self.settings.window
-        found = windows_of.windows(self.held_out, width)
-        every = 1
-        if not final:
-            every = max(1, sum(end - start for _, start, end in found) // self.settings.eval_tokens)
-        chosen = sorted(found[::every], key=lambda w: w[2])
+        chosen = sorted(windows_of.windows(self.held_out, width), key=lambda w: w[2])
         groups = [chosen[i : i + rows] for i in range(0, len(chosen), rows)]
         self.target.forget()
         figures = evaluate(self.network, self.target, self.held_out, groups, width)
@@ -295,8 +296,8 @@ class Run:
             f"{figures['tokens_per_round']:.2f} tokens a round; 1 - TV {figures['overlap'][0]:.3f}",
             highlight=False,
         )
-        if final or figures["tokens_per_round"] > self.best:
-            self.best = max(self.best, figures["tokens_per_round"])
+        if figures["tokens_per_round"] > self.best:
+            self.best = figures["tokens_per_round"]
             self._export(figures)
         return figures
 
@@ -330,6 +331,8 @@ class Run:
 
     def _save(self) -> None:
         """Everything that the rest of the run depends on, in one file that is replaced as a whole."""
+        if not all(bool(p.isfinite().all()) for p in self.parameters.values()):
+            raise self._lost()
         tensors = {f"masters/{name}": p.detach() for name, p in self.parameters.items()}
         for index, slot in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer/{index}/{key}": torch.as_tensor(value) for key, value in slot.items()}
@@ -360,6 +363,11 @@ class Run:
         except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
             raise SpecDecError(f"'{path}' is no checkpoint of this run ({error}); delete it to start anew") from None
         self._refresh()
+        metrics = self.output / METRICS
+        if metrics.exists():  # what followed the checkpoint will be done again
+            lines = metrics.read_text("utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if json.loads(line)["update"] <= self.update]
+            artifacts.replace(metrics, "".join(kept).encode())
 
 
 def _open_output(settings: TrainSettings, resume: bool) -> Path:
