@@ -154,6 +154,7 @@ def load(
             f"the weights of '{name}' do not fit its config.json: {len(unfit)} missing or of another shape, "
             f"such as '{unfit[0]}'"
         )
+    model.config._name_or_path = name  # what messages call it, not the cache folder
     return model.eval().requires_grad_(False), tokenizer
 
 
