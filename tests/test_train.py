@@ -125,19 +125,24 @@ class Tokens:
         return " ".join(map(str, ids))
 
 
-@pytest.fixture
-def answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Greedy answers of the tiny model, which ``hub.load`` now returns."""
-    model = tiny_model("llama", eos_token_id=None)
-    monkeypatch.setattr(hub, "load", lambda *args, **kwargs: (model, Tokens()))
-    draw, path = random.Random(0), tmp_path / "answers.jsonl"
-    lines = []
+@pytest.fixture(scope="session")
+def greedy() -> str:
+    """Greedy answers of the tiny model, as JSON lines."""
+    model, draw, lines = tiny_model("llama", eos_token_id=None), random.Random(0), []
     for _ in range(40):
         prompt = [draw.randrange(3, 97) for _ in range(draw.randrange(2, 9))]
         out = model.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False)[0].tolist()
         lines.append(json.dumps({"prompt_ids": prompt, "response_ids": out[len(prompt) :]}))
-    path.write_text("\n".join(lines))
-    return path
+    return "\n".join(lines)
+
+
+@pytest.fixture
+def answers(greedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file of the tiny model's answers; ``hub.load`` returns that model."""
+    model = tiny_model("llama", eos_token_id=None)
+    monkeypatch.setattr(hub, "load", lambda *args, **kwargs: (model, Tokens()))
+    (tmp_path / "answers.jsonl").write_text(greedy)
+    return tmp_path / "answers.jsonl"
 
 
 def recipe(answers: Path, output: Path, **changes: Any) -> TrainSettings:
