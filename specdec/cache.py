@@ -72,8 +72,12 @@ class KVCache:
         """Bytes held by the key and value buffers."""
         return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values) if t is not None)
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Add ``k``, ``v`` [B, H, T, d] to ``layer``; return views of all its keys and values [B, H, S, d]."""
+    def append(self, layer: int, k: Tensor, v: Tensor, multiple: int = 1) -> tuple[Tensor, Tensor]:
+        """Add ``k``, ``v`` [B, H, T, d] to ``layer``; return views of all its keys and values [B, H, S, d].
+
+        multiple: a divisor of ``block``; S is rounded up to it by slots with old or zero entries, which the caller has
+        to hide (no gradients then).
+        """
         start, end = self.lengths[layer], self.lengths[layer] + k.shape[2]
         old_k, old_v = self.keys[layer], self.values[layer]
         if torch.is_grad_enabled() and (k.requires_grad or (old_k is not None and old_k.requires_grad)):
@@ -83,6 +87,7 @@ class KVCache:
             new_k, new_v = self._room(old_k, k, start, end), self._room(old_v, v, start, end)
             new_k[:, :, start:end], new_v[:, :, start:end] = k, v
         self.keys[layer], self.values[layer], self.lengths[layer] = new_k, new_v, end
+        end += -end % multiple
         return new_k[:, :, :end], new_v[:, :, :end]
 
     def _room(self, buffer: Tensor | None, like: Tensor, start: int, end: int) -> Tensor:

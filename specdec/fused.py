@@ -139,6 +139,9 @@ class FusedTarget(Target):
         self.rotary = decoder.rotary_emb
         self.tables = torch.empty(0)
         self.sign = torch.tensor([[1.0], [-1.0]], dtype=self.dtype, device=self.device)  # (2, 1)
+        # Sums over keys run in vectors of 16 on a CPU: at a rounded number of keys a token's attention does not depend,
+        # to the last bit, on how many tokens are scored with it.
+        self.key_multiple = 16 if self.device.type == "cpu" else 1
         self._self_check()
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
@@ -166,7 +169,8 @@ class FusedTarget(Target):
             stack = self._with_adapters(stack, lo, hi, adapters, batch, whole, grad)
         cos, sin = self._rotary(positions, mask)
         windows = self.windows
-        masks = {w: self._additive(mask, w) for w in set(windows[lo:hi])}
+        multiple = 1 if grad else self.key_multiple
+        masks = {w: self._additive(mask, w, multiple) for w in set(windows[lo:hi])}
         d, heads, kv_heads, groups = self.head_dim, self.heads, self.kv_heads, self.groups
         total = heads + 2 * kv_heads
         scale, append, attend, sign = self.scale, cache.append, F.scaled_dot_product_attention, self.sign
@@ -181,7 +185,7 @@ class FusedTarget(Target):
             if norm_q is not None and norm_k is not None:
                 qk = self._normed(qk, norm_q, norm_k)
             _rotate(qk, cos, sin)
-            keys, values = append(index, qk.narrow(2, heads, kv_heads).transpose(1, 2), v.transpose(1, 2))
+            keys, values = append(index, qk.narrow(2, heads, kv_heads).transpose(1, 2), v.transpose(1, 2), multiple)
             # The query heads that share a key head become rows of it: (B, Hkv, T G, d).
             q = qk.narrow(2, 0, heads)
             if t == 1:
@@ -260,17 +264,21 @@ class FusedTarget(Target):
             mask.memo["cos"], mask.memo["sin"] = cos, sin
         return cos, sin
 
-    def _additive(self, mask: Mask, window: int | None) -> Tensor | None:
-        """The mask as a term on scores [B, 1, T G, S] (SDPA converts boolean ones anew in every layer)."""
-        key = ("additive", window)
+    def _additive(self, mask: Mask, window: int | None, multiple: int) -> Tensor | None:
+        """The mask as a term on scores [B, 1, T G, S rounded up]: SDPA converts boolean ones anew in every layer."""
+        key = ("additive", window, multiple)
         if key not in mask.memo:
-            visible = mask.bool_mask(window)
-            if visible is not None:
+            visible, (batch, t), length = mask.bool_mask(window), mask.query.shape, mask.keys.shape[1]
+            padding, term = -length % multiple, None
+            if visible is not None or padding:
                 # Finite, so that a query that sees nothing (padding) stays finite, too.
-                term = torch.zeros(visible.shape, dtype=self.dtype, device=visible.device)
-                term.masked_fill_(~visible, torch.finfo(self.dtype).min / 2)
-                visible = term.repeat_interleave(self.groups, 2) if self.groups > 1 else term
-            mask.memo[key] = visible
+                hidden = torch.finfo(self.dtype).min / 2
+                term = torch.zeros(batch, 1, t, length + padding, dtype=self.dtype, device=self.device)
+                term[..., length:] = hidden
+                if visible is not None:
+                    term[..., :length].masked_fill_(~visible, hidden)
+                term = term.repeat_interleave(self.groups, 2) if self.groups > 1 else term
+            mask.memo[key] = term
         return mask.memo[key]
 
     def _with_adapters(
