@@ -20,14 +20,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from specdec import artifacts
+from specdec import artifacts, options
 from specdec.adapters import Adapters
 from specdec.cache import KVCache, Mask
 from specdec.draft import Draft, State
 from specdec.errors import SpecDecError
 from specdec.hub import fingerprint
-from specdec.sampling import draw
 from specdec.target import Target
+
+from .chain import draft_chain
 
 
 @dataclass(frozen=True)
@@ -156,38 +157,6 @@ class M2R2(nn.Module):
         return Carry(p, inputs)
 
 
-class _Nodes:
-    """Draft nodes being collected: tokens [B, n] and distributions [B, V], under the chain's node at ``depth``."""
-
-    def __init__(self) -> None:
-        self.tokens: list[Tensor] = []
-        self.q: list[Tensor] = []
-        self.parents: list[int] = []
-
-    def add(self, tokens: Tensor, q: list[Tensor], depth: int) -> None:
-        self.tokens.append(tokens)
-        self.q += q
-        self.parents += [depth] * tokens.shape[1]  # chain node i has block index i + 1, the root 0
-
-
-def _without_replacement(p: Tensor, count: int, generators: list[torch.Generator]) -> tuple[Tensor, list[Tensor]]:
-    """Draw ``count`` distinct tokens per row of p [B, V]: tokens [B, count] and the distribution of each draw.
-
-    A row that runs out of mass gets -1: no such node.
-    """
-    tokens, q = [], []
-    for _ in range(count):
-        mass = p.sum(-1, keepdim=True)  # (B, 1)
-        p = torch.where(mass > 0, p / mass, p)
-        alive = mass[:, 0] > 0
-        drawn = [draw(row, g) if a else -1 for row, g, a in zip(p, generators, alive.tolist(), strict=True)]
-        token = torch.tensor(drawn, device=p.device)[:, None]
-        tokens.append(token)
-        q.append(p)
-        p = p.scatter(1, token.clamp_min(0), 0.0)
-    return torch.cat(tokens, 1), q
-
-
 class M2R2Drafter:
     """Drafts with a trained M2R2: a chain, and optionally siblings beside it that cost no drafting.
 
@@ -199,18 +168,14 @@ class M2R2Drafter:
     summary: ClassVar[str] = "accelerated residual of the model itself; trained, shipped for the default model"
 
     def __init__(self, network: M2R2, siblings: Sequence[int] = ()) -> None:
-        if any(n < 0 for n in siblings):
-            raise SpecDecError(f"siblings must be numbers >= 0, one for each depth; got {list(siblings)}")
-        self.network, self.siblings = network, tuple(siblings)
+        self.network, self.siblings = network, options.wholes("siblings", siblings, 0)
         self.path = network.path
         self.carry: Carry | None = None
 
     @classmethod
-    def load(cls, target: Target, source: str | None = None, **options: Any) -> M2R2Drafter:
+    def load(cls, target: Target, source: str | None = None, **given: Any) -> M2R2Drafter:
         """From a drafter folder, or (``source`` None) the one shipped for the target's weights."""
-        siblings = options.pop("siblings", None)
-        if options:
-            raise SpecDecError(f"drafter 'm2r2' has no option '{next(iter(options))}'; it has 'siblings'")
+        options.check(cls.name, given, ("siblings",))
         mark = fingerprint(target.model)
         folder = Path(source) if source is not None else artifacts.shipped(cls.name, mark)
         if folder is None:
@@ -222,7 +187,7 @@ class M2R2Drafter:
         config = artifacts.read_config(folder)
         artifacts.check_base(config, mark, str(folder))
         network = load_network(target, config, artifacts.read_tensors(folder))
-        return cls(network, config.get("siblings", ()) if siblings is None else siblings)
+        return cls(network, given.get("siblings", config.get("siblings", ())))
 
     @property
     def taps(self) -> tuple[int, ...]:
@@ -272,40 +237,24 @@ class M2R2Drafter:
         return torch.cat((logits, more), -1)
 
     def propose(self, state: State, limit: int) -> Draft:
-        target, cache, carry = state.target, state.cache, self.carry
+        target, cache, carry, rows = state.target, state.cache, self.carry, self._follow(state)
         assert carry is not None, "observe() runs before propose()"
-        token, positions = state.roots, state.positions  # (B, 1)
         states: list[Tensor] = []
-        chain, beside = _Nodes(), _Nodes()  # the path drafted along, and the siblings that only get scored
-        prefixes = [list(ids) for ids in state.ids]
-        rows = self._follow(state)
-        reach = torch.ones(cache.batch, 1, device=cache.device)  # probability that a row's whole chain stands
-        for depth in range(limit):
+
+        def step(token: Tensor, positions: Tensor) -> Tensor:
+            nonlocal carry
+            assert carry is not None
             h, p = self._early(target, target.embed(token, positions), positions, cache)
             states.append(h)
-            mask = partial(cache.mask, positions=positions)
-            carry = self.network.beyond(target, p, carry, positions, mask, cache)
-            logits = self._logits(target, carry.final, rows)
-            width = 1 + (self.siblings[depth] if depth < len(self.siblings) else 0)
-            tokens, drawn = self._pick(state, logits, width, prefixes)
-            token = tokens[:, :1]
-            chain.add(tokens[:, :1], drawn[:1], depth)
-            beside.add(tokens[:, 1:], drawn[1:], depth)
-            positions = positions + 1
-            if state.confidence > 0:
-                reach = reach * self._probability(logits, token)
-                if float(reach.max()) < state.confidence:
-                    break
+            carry = self.network.beyond(target, p, carry, positions, partial(cache.mask, positions=positions), cache)
+            return self._logits(target, carry.final, rows)
+
+        draft = draft_chain(state, limit, step, self.siblings, self.vocab)
         for lo, hi in self.path.segments:
             cache.trim(len(states), lo, hi)  # provisional entries: exact ones come with the scoring pass
-        q = [*chain.q, *beside.q]
-        return Draft(
-            torch.cat((*chain.tokens, *beside.tokens), 1),
-            (*chain.parents, *beside.parents),
-            q=torch.stack(q, 1) if q else None,
-            states=torch.cat(states, 1) if self.path.exit_layer else None,
-            exit_layer=self.path.exit_layer,
-        )
+        if self.path.exit_layer:
+            draft.states, draft.exit_layer = torch.cat(states, 1), self.path.exit_layer
+        return draft
 
     def _early(self, target: Target, x: Tensor, positions: Tensor, cache: KVCache) -> tuple[Tensor, Tensor]:
         """Layers [0, E) for h and p of one token: x [B, 1, D] -> h[E], p[E]. Only h stays in the cache."""
@@ -321,36 +270,6 @@ class M2R2Drafter:
         y = target.layers(torch.cat((x, x), 1), 0, e, both, mask, cache, adapters=self.network.adapters, adapted=1)
         cache.trim(1, 0, e)
         return y[:, :1], y[:, 1:]
-
-    def _pick(self, state: State, logits: Tensor, width: int, prefixes: list[list[int]]) -> tuple[Tensor, list[Tensor]]:
-        """Tokens [B, width] after the chain's end, from draft logits [B, V'], and the distribution of each if sampled.
-
-        The first continues the chain; the others are its siblings, in order of preference (greedy: the most likely
-        tokens; sampling: draws without replacement, each with its own distribution [B, V]).
-        """
-        if state.sampler.plain_greedy:
-            best = logits.topk(width).indices if width > 1 else logits.argmax(-1, keepdim=True)
-            return (best if self.vocab is None else self.vocab[best]), []
-        if self.vocab is not None:
-            full = logits.new_full((logits.shape[0], state.target.vocab_size), float("-inf"))
-            full[:, self.vocab] = logits
-            logits = full
-        p = state.sampler.distribution(logits[:, None], lambda: [[prefix] for prefix in prefixes])[:, 0]  # (B, V)
-        if state.sampler.greedy:
-            # Processed logits are a point mass: siblings would have no probability to be anything else.
-            chosen, q = p.argmax(-1, keepdim=True), list[Tensor]()
-        else:
-            chosen, q = _without_replacement(p, width, state.sampler.generators)
-        for prefix, token in zip(prefixes, chosen[:, 0].tolist(), strict=True):
-            prefix.append(token)
-        return chosen, q
-
-    def _probability(self, logits: Tensor, token: Tensor) -> Tensor:
-        """What the draft itself gives ``token`` [B, 1], from its logits [B, V'] -> [B, 1]; 0 outside its vocabulary."""
-        p = logits.float().softmax(-1)
-        if self.vocab is None:
-            return p.gather(1, token)
-        return (p * (self.vocab == token)).sum(-1, keepdim=True)
 
     def observe(self, paths: list[list[int]], taps: dict[int, Tensor]) -> None:
         last = torch.tensor([[path[-1]] if path else [0] for path in paths], device=taps[self.taps[-1]].device)

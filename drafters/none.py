@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from specdec import options
 from specdec.draft import Draft, State
 from specdec.target import Target
 
@@ -18,7 +19,8 @@ class NoDrafter:
     taps: tuple[int, ...] = ()
 
     @classmethod
-    def load(cls, target: Target, source: str | None = None, **options: Any) -> NoDrafter:
+    def load(cls, target: Target, source: str | None = None, **given: Any) -> NoDrafter:
+        options.check(cls.name, given, source=source)
         return cls()
 
     def bind(self, target: Target) -> None:

@@ -1,0 +1,36 @@
+"""Options of drafters, as users give them in Python, in YAML or on the command line: one clear line for a bad one.
+
+Knows no drafter: each says which options it has and what they may be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from specdec.errors import SpecDecError, did_you_mean
+
+
+def check(drafter: str, given: Iterable[str], known: Sequence[str] = (), source: str | None = None) -> None:
+    """Raise SpecDecError for an option that is not ``known``, and for a ``source`` (of a drafter that takes none)."""
+    for name in given:
+        if name not in known:
+            has = f"it has {', '.join(known)}" if known else "it has none"
+            raise SpecDecError(f"drafter '{drafter}' has no option '{name}'{did_you_mean(name, known)}; {has}")
+    if source is not None:
+        raise SpecDecError(f"drafter '{drafter}' is not loaded from anything; leave '={source}' out")
+
+
+def whole(name: str, value: Any, low: int, high: int | None = None) -> int:
+    """``value``, if it is a whole number in [low, high]. Raises SpecDecError otherwise."""
+    if type(value) is not int or value < low or (high is not None and value > high):
+        need = f">= {low}" if high is None else f"in {low} .. {high}"
+        raise SpecDecError(f"{name} must be a whole number {need}; got {value!r}")
+    return int(value)
+
+
+def wholes(name: str, values: Any, low: int) -> tuple[int, ...]:
+    """``values``, if they are a list of whole numbers >= low. Raises SpecDecError otherwise."""
+    if not isinstance(values, Sequence) or any(type(v) is not int or v < low for v in values):
+        raise SpecDecError(f"{name} must be a list of whole numbers >= {low}; got {values!r}")
+    return tuple(values)
