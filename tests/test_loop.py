@@ -15,6 +15,8 @@ from transformers import LogitsProcessor, PreTrainedModel
 
 from specdec.depth import FixedDepth
 from specdec.draft import Drafter
+from specdec.drafters.early_exit import EarlyExitDrafter
+from specdec.drafters.layer_skip import LayerSkipDrafter
 from specdec.drafters.m2r2 import M2R2, M2R2Drafter, M2R2Path
 from specdec.drafters.none import NoDrafter
 from specdec.drafters.prompt_lookup import PromptLookupDrafter
@@ -69,6 +71,10 @@ def drafters(target: Target) -> dict[str, Drafter]:
         "m2r2: two leaps, no early layer": m2r2(target, 0, ((1, 2), (3, 4)), True, False),
         "m2r2: tree": m2r2(target, 2, (), False, True, (3, 0, 2)),
         "m2r2: tree after a leap": m2r2(target, 1, ((2, 4),), False, False, (1, 1, 1, 1)),
+        "early-exit": EarlyExitDrafter(),
+        "early-exit: tree": EarlyExitDrafter(3, (2, 1)),
+        "layer-skip": LayerSkipDrafter(),
+        "layer-skip: tree without the first layer": LayerSkipDrafter([0, 2], (1, 1, 1)),
     }
 
 
@@ -252,7 +258,7 @@ def test_long_prompts_are_prefilled_in_chunks(monkeypatch: pytest.MonkeyPatch) -
         assert run(target, drafter, PROMPTS, 12)[0] == [greedy_reference(model, p, 12) for p in PROMPTS], name
 
 
-@pytest.mark.parametrize("kind", ["none", "m2r2: leap", "m2r2: tree", "prompt-lookup"])
+@pytest.mark.parametrize("kind", ["none", "m2r2: leap", "m2r2: tree", "prompt-lookup", "layer-skip: tree"])
 def test_sampling_through_the_whole_loop_follows_the_model(kind: str) -> None:
     """Joint distribution of the first three tokens over a vocabulary of five, with temperature and top-k."""
     model = tiny_model("llama", vocab_size=5, eos_token_id=None, pad_token_id=None, bos_token_id=None)
@@ -282,6 +288,7 @@ def drafters_small(target: Target) -> dict[str, Drafter]:
         "prompt-lookup": PromptLookupDrafter(),
         "m2r2: leap": network(1, ((2, 3),), True, False),
         "m2r2: tree": network(2, (), False, True, (2, 1)),
+        "layer-skip: tree": LayerSkipDrafter([1], (1, 1)),
     }
 
 
