@@ -13,10 +13,9 @@ from torch import Tensor
 from specdec.depth import DepthPolicy
 from specdec.draft import Draft, Drafter, State, Verifier
 from specdec.metrics import Ledger, RequestMetrics
+from specdec.prefill import prefill
 from specdec.sampling import Sampler, draw
 from specdec.target import Target
-
-PREFILL_CHUNK = 512  # prompt tokens per pass: bounds the memory of masks and activations
 
 
 class Loop:
@@ -55,26 +54,10 @@ class Loop:
 
     @torch.inference_mode()
     def _prefill(self) -> list[list[int]]:
-        """Run the prompts through the target in chunks; return each row's first token."""
-        state, target, cache = self.state, self.target, self.state.cache
-        lengths = [len(ids) for ids in state.ids]
-        last: list[Tensor] = [torch.empty(0)] * len(lengths)
-        for start in range(0, max(lengths), PREFILL_CHUNK):
-            counts = [min(max(n - start, 0), PREFILL_CHUNK) for n in lengths]
-            width = max(counts)
-            chunk = [ids[start : start + n] + [0] * (width - n) for ids, n in zip(state.ids, counts, strict=True)]
-            tokens = torch.tensor(chunk, device=cache.device)  # (B, T), padded on the right
-            positions = state.positions + torch.arange(width, device=cache.device)
-            positions.clamp_(max=target.context - 1)  # padding may point past the end
-            x, taps = target.embed(tokens, positions), self._taps()
-            x = target.layers(x, 0, target.num_layers, positions, cache.mask(0, positions), cache, taps)
-            for b, n in enumerate(counts):
-                if n and start + n == lengths[b]:
-                    last[b] = x[b, n - 1]
-            paths = [list(range(n)) for n in counts]
-            cache.keep(paths)
-            self.drafter.observe(paths, taps)
-        logits = target.readout(torch.stack(last)[:, None])  # (B, 1, V)
+        """Run the prompts through the target; return each row's first token."""
+        state = self.state
+        last = prefill(self.target, state.cache, state.ids, self._taps, self.drafter.observe)  # (B, 1, D)
+        logits = self.target.readout(last)  # (B, 1, V)
         p = state.sampler.distribution(logits, lambda: [[ids] for ids in state.ids])
         firsts = [[draw(p[b, 0], g)] for b, g in enumerate(state.sampler.generators)]
         self.ledger.mark("prefill")
