@@ -10,6 +10,7 @@ from specdec.errors import SpecDecError, did_you_mean
 
 DRAFTERS: dict[str, str] = {
     "none": "specdec.drafters.none:NoDrafter",
+    "draft-model": "specdec.drafters.draft_model:DraftModelDrafter",
     "early-exit": "specdec.drafters.early_exit:EarlyExitDrafter",
     "layer-skip": "specdec.drafters.layer_skip:LayerSkipDrafter",
     "m2r2": "specdec.drafters.m2r2:M2R2Drafter",

@@ -30,6 +30,7 @@ class Target(ABC):
     """
 
     runtime: str  # "reference", "fused", ...
+    tokenizer: Any = None  # the model's, where known: drafters with a model of their own compare it
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model

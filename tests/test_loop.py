@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections import Counter
 from itertools import pairwise, product
@@ -15,6 +16,7 @@ from transformers import LogitsProcessor, PreTrainedModel
 
 from specdec.depth import FixedDepth
 from specdec.draft import Drafter
+from specdec.drafters.draft_model import DraftModelDrafter
 from specdec.drafters.early_exit import EarlyExitDrafter
 from specdec.drafters.layer_skip import LayerSkipDrafter
 from specdec.drafters.m2r2 import M2R2, M2R2Drafter, M2R2Path
@@ -61,6 +63,16 @@ def m2r2(
     return M2R2Drafter(network, siblings)
 
 
+@functools.cache
+def other_model(vocab: int = 97, **changes: int) -> Target:
+    """A second model: its weights are the small llama's, a little disturbed, so that they often agree."""
+    model = tiny_model("llama", vocab_size=vocab, **changes)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * parameter.std() * torch.randn(parameter.shape) if parameter.dim() > 1 else 0)
+    return ReferenceTarget(model)
+
+
 def drafters(target: Target) -> dict[str, Drafter]:
     return {
         "none": NoDrafter(),
@@ -71,6 +83,10 @@ def drafters(target: Target) -> dict[str, Drafter]:
         "m2r2: two leaps, no early layer": m2r2(target, 0, ((1, 2), (3, 4)), True, False),
         "m2r2: tree": m2r2(target, 2, (), False, True, (3, 0, 2)),
         "m2r2: tree after a leap": m2r2(target, 1, ((2, 4),), False, False, (1, 1, 1, 1)),
+        "draft-model": DraftModelDrafter(other_model()),
+        "draft-model: tree, ends with its context": DraftModelDrafter(
+            other_model(max_position_embeddings=16), siblings=(2, 0, 1)
+        ),
         "early-exit": EarlyExitDrafter(),
         "early-exit: tree": EarlyExitDrafter(3, (2, 1)),
         "layer-skip": LayerSkipDrafter(),
@@ -251,14 +267,16 @@ def test_generation_stops_at_the_context_limit() -> None:
 
 
 def test_long_prompts_are_prefilled_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("specdec.loop.PREFILL_CHUNK", 3)
+    monkeypatch.setattr("specdec.prefill.CHUNK", 3)
     model = tiny_model("mistral")
     target = ReferenceTarget(model)
     for name, drafter in drafters(target).items():
         assert run(target, drafter, PROMPTS, 12)[0] == [greedy_reference(model, p, 12) for p in PROMPTS], name
 
 
-@pytest.mark.parametrize("kind", ["none", "m2r2: leap", "m2r2: tree", "prompt-lookup", "layer-skip: tree"])
+@pytest.mark.parametrize(
+    "kind", ["none", "m2r2: leap", "m2r2: tree", "prompt-lookup", "layer-skip: tree", "draft-model"]
+)
 def test_sampling_through_the_whole_loop_follows_the_model(kind: str) -> None:
     """Joint distribution of the first three tokens over a vocabulary of five, with temperature and top-k."""
     model = tiny_model("llama", vocab_size=5, eos_token_id=None, pad_token_id=None, bos_token_id=None)
@@ -289,6 +307,7 @@ def drafters_small(target: Target) -> dict[str, Drafter]:
         "m2r2: leap": network(1, ((2, 3),), True, False),
         "m2r2: tree": network(2, (), False, True, (2, 1)),
         "layer-skip: tree": LayerSkipDrafter([1], (1, 1)),
+        "draft-model": DraftModelDrafter(other_model(5, eos_token_id=None, pad_token_id=None, bos_token_id=None)),
     }
 
 

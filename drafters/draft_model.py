@@ -1,0 +1,129 @@
+"""Two-model speculation: a second, smaller model drafts (Leviathan, arXiv 2211.17192; Chen, arXiv 2302.01318).
+
+The draft model has a cache of its own. What it has drafted and what has become of the text are compared before each
+draft: agreeing entries stay, the rest is run again. So it does not matter who drafted the tokens in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import takewhile
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from specdec import hub, options
+from specdec.draft import Draft, State
+from specdec.errors import SpecDecError
+from specdec.fused import make_target
+from specdec.prefill import prefill
+from specdec.target import Target
+
+from .chain import draft_chain
+
+
+class DraftModelDrafter:
+    """Drafts a chain with the model behind ``own``, which must have the target's vocabulary.
+
+    own: the draft model as a target of its own. tokenizer: the draft model's, to be compared with the target's.
+    siblings: number of further candidates at each depth of the chain, which cost no drafting.
+    Drafts nothing where the text has outgrown the draft model's context.
+    Raises SpecDecError, when bound, if the vocabularies differ.
+    """
+
+    name: ClassVar[str] = "draft-model"
+    summary: ClassVar[str] = "a second, smaller model with the same vocabulary (draft-model=NAME); no training"
+    taps: tuple[int, ...] = ()
+
+    def __init__(self, own: Target, tokenizer: Any = None, siblings: Sequence[int] = ()) -> None:
+        self.own, self.tokenizer = own, tokenizer
+        self.siblings = options.wholes("siblings", siblings, 0)
+        self.vocab: Tensor | None = None  # int64 [V'], the tokens both models have; None: all of them
+        self.start(1)
+
+    @classmethod
+    def load(cls, target: Target, source: str | None = None, **given: Any) -> DraftModelDrafter:
+        """Load the draft model: ``source``, or the option ``model``, is whatever ``hub.load`` takes."""
+        options.check(cls.name, given, ("model", "siblings"))
+        model = given.get("model", source)
+        if not isinstance(model, str) or not model:
+            raise SpecDecError(
+                "drafter 'draft-model' needs a second model; name it: draft-model=NAME (a folder, GGUF file or "
+                "Hugging Face id; in Python also drafter_options={'model': NAME})"
+            )
+        loaded, tokenizer = hub.load(model, dtype=target.dtype, device=target.device)
+        return cls(make_target(loaded)[0], tokenizer, given.get("siblings", ()))
+
+    @property
+    def path(self) -> str:
+        """What the cost of drafting depends on."""
+        return hub.fingerprint(self.own.model)
+
+    def bind(self, target: Target) -> None:
+        ours, theirs = target.vocab_size, self.own.vocab_size
+        sizes = f"vocabularies of {ours} and {theirs} tokens"
+        if target.tokenizer is not None and self.tokenizer is not None:
+            if odd := _difference(target.tokenizer, self.tokenizer):
+                raise SpecDecError(f"the model and the draft model have different tokenizers ({sizes}): {odd}")
+        elif ours != theirs:
+            raise SpecDecError(f"the model and the draft model have different {sizes}; they must share one")
+        # With one tokenizer, sizes differ only by padding.
+        self.vocab = None if ours == theirs else torch.arange(min(ours, theirs), device=target.device)
+        self.start(1)
+
+    def start(self, batch: int) -> None:
+        self.cache = self.own.new_cache(batch)
+        self.fed: list[list[int]] = [[] for _ in range(batch)]  # drafted tokens that are in the cache, uncommitted
+
+    def propose(self, state: State, limit: int) -> Draft:
+        own, cache = self.own, self.cache
+        limit = min(limit, own.context + 1 - max(map(len, state.ids)))
+        if limit < 1:
+            return Draft.empty(cache.batch, cache.device)
+        root: Tensor | None = self._catch_up(state.ids)
+
+        def step(token: Tensor, positions: Tensor) -> Tensor:
+            nonlocal root
+            x, root = root, None
+            if x is None:
+                x = own.embed(token, positions)
+                x = own.layers(x, 0, own.num_layers, positions, cache.mask(0, positions), cache)
+            logits = own.readout(x)[:, 0]
+            return logits if self.vocab is None else logits[:, : self.vocab.numel()]
+
+        draft = draft_chain(state, limit, step, self.siblings, self.vocab)
+        self.fed = draft.tokens[:, : max(draft.depths()) - 1].tolist()
+        return draft
+
+    def _catch_up(self, ids: list[list[int]]) -> Tensor:
+        """Keep the drafted tokens that stood and run what is new of ``ids``: the roots' final states [B, 1, D]."""
+        cache = self.cache
+        stood = [
+            sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(fed, row[n:-1], strict=False)))
+            for fed, n, row in zip(self.fed, cache.rows, ids, strict=True)
+        ]
+        if any(stood):
+            cache.keep([list(range(n)) for n in stood])
+        else:
+            cache.trim(cache.lengths[0] - cache.committed)
+        last = self.own.vocab_size - 1  # padding of the target's embedding may lie beyond it
+        new = [[min(t, last) for t in row[n:]] for n, row in zip(cache.rows, ids, strict=True)]
+        return prefill(self.own, cache, new)
+
+    def observe(self, paths: list[list[int]], taps: dict[int, Tensor]) -> None:
+        pass
+
+    def select(self, rows: list[int]) -> None:
+        self.cache.trim(self.cache.lengths[0] - self.cache.committed)
+        self.cache.select(rows)
+        self.fed = [[] for _ in rows]
+
+
+def _difference(ours: Any, theirs: Any) -> str:
+    """Where two tokenizers part, or "" if they have the same vocabulary."""
+    a, b = ({index: token for token, index in t.get_vocab().items()} for t in (ours, theirs))
+    for index in sorted(a.keys() | b.keys()):
+        if a.get(index) != b.get(index):
+            return f"token {index} is {a.get(index)!r} in the model's and {b.get(index)!r} in the draft model's"
+    return ""
