@@ -20,12 +20,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from specdec import artifacts, options
+from specdec import artifacts, kernels, options
 from specdec.adapters import Adapters
 from specdec.cache import KVCache, Mask
 from specdec.draft import Draft, State
 from specdec.errors import SpecDecError
-from specdec.hub import fingerprint
 from specdec.target import Target
 
 from .chain import draft_chain
@@ -96,9 +95,8 @@ class Carry:
 
 
 def rms_unit(x: Tensor) -> Tensor:
-    """x / rms(x) over the last axis, computed in float32, in x's dtype."""
-    y = x.float()
-    return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+    """x / rms(x) over the last axis, in x's dtype."""
+    return torch.nn.functional.rms_norm(x, x.shape[-1:], eps=1e-6)
 
 
 class M2R2(nn.Module):
@@ -123,6 +121,7 @@ class M2R2(nn.Module):
         self.leaps = nn.ModuleList(nn.Linear(3 * d, d) for _ in path.segments)
         if path.final_leap:
             self.leaps.append(nn.Linear(2 * d, d))
+        self.frozen: list[kernels.Linear] = []  # the leaps, once nothing is trained any more
         self.register_buffer("draft_vocab", draft_vocab)  # int32 [V'], or None: the full vocabulary
         self.draft_vocab: Tensor | None
 
@@ -135,9 +134,17 @@ class M2R2(nn.Module):
 
     def leap(self, index: int, x: Tensor, carry: Carry) -> Tensor:
         """Leap ``index`` of residual ``x`` [B, T, D] -> [B, T, D]."""
+        features = self.features(index, x, carry)
+        if self.frozen:
+            return self.frozen[index](features)
         layer = self.leaps[index]
         assert isinstance(layer, nn.Linear)
-        return nn.functional.linear(self.features(index, x, carry), layer.weight.to(x.dtype), layer.bias.to(x.dtype))
+        return nn.functional.linear(features, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
+
+    def freeze(self, target: Target) -> None:
+        """Prepare for drafting: parameters in the target's dtype and place, leaps in their fastest storage."""
+        self.to(target.device, target.dtype).requires_grad_(False).eval()
+        self.frozen = [kernels.frozen(leap.weight, leap.bias) for leap in self.leaps if isinstance(leap, nn.Linear)]
 
     def beyond(
         self, target: Target, p: Tensor, carry: Carry, positions: Tensor, mask: Callable[[int], Mask], cache: KVCache
@@ -176,7 +183,7 @@ class M2R2Drafter:
     def load(cls, target: Target, source: str | None = None, **given: Any) -> M2R2Drafter:
         """From a drafter folder, or (``source`` None) the one shipped for the target's weights."""
         options.check(cls.name, given, ("siblings",))
-        mark = fingerprint(target.model)
+        mark = target.fingerprint
         folder = Path(source) if source is not None else artifacts.shipped(cls.name, mark)
         if folder is None:
             name = target.model.config._name_or_path or "MODEL"
@@ -194,8 +201,8 @@ class M2R2Drafter:
         return (*(lo for lo, _ in self.path.segments), self.network.num_layers)
 
     def bind(self, target: Target) -> None:
-        network = self.network.to(target.device, target.dtype).requires_grad_(False).eval()
-        vocab = network.draft_vocab
+        self.network.freeze(target)
+        vocab = self.network.draft_vocab
         self.own = None if vocab is None else vocab.long()
         self.head = None if self.own is None else target.reduced_head(self.own)
         self.start(1)

@@ -138,6 +138,11 @@ class Runtime(StrEnum):
     reference = "reference"
 
 
+class Weights(StrEnum):
+    dense = "dense"
+    int4 = "int4"
+
+
 def _panel(title: str) -> Callable[..., Any]:
     """A maker of options listed under ``title`` in the help."""
 
@@ -156,7 +161,13 @@ _model, _text, _sampling, _output = map(_panel, ("Model", "Text", "Sampling", "O
 )
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="'-', or nothing in a pipe, reads it from stdin.")] = None,
-    drafter: Annotated[str, _model("--drafter", "Name (see 'specdec drafters') or folder.", "NAME")] = "m2r2",
+    drafter: Annotated[
+        str, _model("--drafter", "Name (see 'specdec drafters'), NAME=SOURCE, folder, or several joined by +.", "NAME")
+    ] = "m2r2",
+    drafter_option: Annotated[
+        list[str] | None,
+        _model("--drafter-option", "An option of the drafter, such as exit_layer=8; repeatable.", "KEY=VALUE"),
+    ] = None,
     model: Annotated[
         str, _model("--model", "Name (see 'specdec models'), Hugging Face id, folder or GGUF file.", "NAME")
     ] = DEFAULT_MODEL,
@@ -167,6 +178,10 @@ def generate(
     runtime: Annotated[
         Runtime, _model("--runtime", "auto, fused (where it knows the model) or reference.", "NAME")
     ] = Runtime.auto,
+    weights: Annotated[
+        Weights,
+        _model("--weights", "dense, or int4: 4-bit layers (CPU, bfloat16); what is rounded is the base.", "KIND"),
+    ] = Weights.dense,
     revision: Annotated[str | None, _model("--revision", "Branch, tag or commit of a Hugging Face id.", "REV")] = None,
     trust_remote_code: Annotated[
         bool, _model("--trust-remote-code", "Run Python code that comes with the model.")
@@ -219,8 +234,8 @@ def generate(
 
         # What can be judged without the model comes first: it may have to be downloaded.
         SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-        if "/" not in drafter and not Path(drafter).is_dir():
-            registry.lookup("drafters", drafter)
+        registry.parse(drafter)
+        drafter_options = _options(drafter_option or [])
     decoder = SpecDecoder.from_pretrained(
         model,
         drafter,
@@ -229,6 +244,8 @@ def generate(
         revision=revision,
         trust_remote_code=trust_remote_code,
         runtime=runtime.value,
+        weights=weights.value,
+        drafter_options=drafter_options,
     )
     ids = encode(decoder.tokenizer, text, chat=False if raw else None, system=system)
     plain, baseline_settings = None, settings | {"num_speculative_tokens": 1}
@@ -257,6 +274,7 @@ def generate(
             "finish_reason": output.finish_reason,
             "model": model,
             "drafter": drafter,
+            "drafter_options": drafter_options,
             **report.runtime(decoder),
             "runtime_note": decoder.runtime_note,
             "lossless": decoder.verifier.lossless,
@@ -291,6 +309,22 @@ def _depth(text: str) -> int | str:
     if text == "auto" or (text.isdecimal() and int(text) >= 1):
         return text if text == "auto" else int(text)
     raise SpecDecError(f"--num-speculative-tokens must be 'auto' or a number >= 1; got '{text}'")
+
+
+def _options(texts: Sequence[str]) -> dict[str, Any]:
+    """``--drafter-option`` texts as a mapping; values are YAML."""
+    import yaml
+
+    options = {}
+    for text in texts:
+        key, given, value = text.partition("=")
+        try:
+            options[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            given = ""
+        if not (key and given):
+            raise SpecDecError(f"--drafter-option takes KEY=VALUE, such as exit_layer=8 or skip=[4,5]; got '{text}'")
+    return options
 
 
 def _hush(verbose: bool) -> None:

@@ -43,7 +43,7 @@ def costs(target: Target, drafter: Drafter, verifier: Verifier) -> Costs:
     machine = f"{platform.processor()} {platform.machine()} {platform.node()} {torch.get_num_threads()}"
     if target.device.type == "cuda":
         machine += torch.cuda.get_device_name(target.device)
-    what = f"{machine} {torch.__version__} {target.runtime} {target.dtype} {hub.fingerprint(target.model)}"
+    what = f"{machine} {torch.__version__} {target.runtime} {target.dtype} {target.fingerprint}"
     what += f" {drafter.name} {getattr(drafter, 'path', '')}"
     path = hub.cache_dir() / "costs" / f"{hashlib.sha256(what.encode()).hexdigest()[:24]}.json"
     try:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import LogitsProcessor, PreTrainedModel
 
-from specdec import artifacts, hub, registry
+from specdec import hub, registry
 from specdec.costs import Costs, costs
 from specdec.depth import AutoDepth, DepthPolicy, FixedDepth
 from specdec.draft import Drafter, Verifier
@@ -42,8 +42,12 @@ class SpecDecoder:
     """A causal language model with a drafter. Runs one generation at a time.
 
     model, tokenizer: as loaded by transformers (the tokenizer may be None if all prompts are token ids).
-    drafter: a name (``specdec drafters``), a drafter folder, or a Drafter object; ``drafter_options`` are its options.
+    drafter: a name (``specdec drafters``), a drafter folder, names and folders joined by "+" (the first that finds
+    something drafts), or a Drafter object; NAME=SOURCE says what it is loaded from, such as draft-model=MODEL.
+    drafter_options: its options; those of joined drafters are mappings under their names.
     runtime: "auto" (the fused runtime where it knows the model), "fused" or "reference".
+    weights: "dense", or "int4" to round the layers to 4 bits (fused runtime, bfloat16, CPU). What is rounded is then
+    the base, in ``model`` too: output is lossless with respect to it.
     Raises SpecDecError if the model is unsupported or the drafter does not fit it.
     """
 
@@ -55,10 +59,12 @@ class SpecDecoder:
         *,
         drafter_options: dict[str, Any] | None = None,
         runtime: str = "auto",
+        weights: str = "dense",
         verifier: str | Verifier = "exact",
     ) -> None:
         self.model, self.tokenizer = model.eval(), tokenizer
-        self.target, self.runtime_note = make_target(model, runtime)
+        self.target, self.runtime_note = make_target(model, runtime, weights)
+        self.target.tokenizer = tokenizer
         self.drafter = self._drafter(drafter, drafter_options or {})
         self.drafter.bind(self.target)
         self.verifier: Verifier = registry.lookup("verifiers", verifier)() if isinstance(verifier, str) else verifier
@@ -98,13 +104,9 @@ class SpecDecoder:
     def _drafter(self, drafter: str | Path | Drafter, options: dict[str, Any]) -> Drafter:
         if not isinstance(drafter, str | Path):
             return drafter
-        name = str(drafter)
-        if name in registry.names("drafters"):
-            return registry.lookup("drafters", name).load(self.target, **options)
-        if Path(name).is_dir() or "/" in name:
-            kind = artifacts.read_config(Path(name))["drafter"]
-            return registry.lookup("drafters", kind).load(self.target, name, **options)
-        return registry.lookup("drafters", name)  # raises, with the names there are
+        parts = registry.parse(str(drafter))
+        name, source = parts[0] if len(parts) == 1 else ("hybrid", str(drafter))
+        return registry.lookup("drafters", name).load(self.target, source, **options)
 
     def generate(self, prompt: Prompt, **options: Any) -> GenerationOutput:
         """Generate from one prompt (text, token ids, a tensor, or chat messages). Options: see ``open``."""

@@ -142,6 +142,11 @@ def packed_silu_gated(weight: Tensor, bias: Tensor | None = None) -> Linear:
     return apply
 
 
+def frozen(weight: Tensor, bias: Tensor | None = None) -> Linear:
+    """For weights that no longer change: packed where that is faster at one row, else dense."""
+    return (packed if 1 in packed_rows(weight.dtype, weight.device) else dense)(weight.detach(), bias)
+
+
 def fuse(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
     """One weight [sum of outs, in] (and bias) for linear maps of one input.
 

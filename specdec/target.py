@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
+from specdec import hub
 from specdec.adapters import Adapters
 from specdec.cache import KVCache, Mask
 from specdec.errors import SpecDecError
@@ -26,7 +27,8 @@ class Target(ABC):
     """A causal language model with N layers, run in pieces.
 
     Attributes: ``model`` (the unmodified HF model), ``num_layers`` N, ``hidden_size`` D, ``vocab_size`` V,
-    ``context`` (most positions), ``windows`` (attention window per layer, None = full), ``device``, ``dtype``.
+    ``fingerprint`` (of the weights as loaded), ``context`` (most positions), ``windows`` (attention window per layer,
+    None = full), ``device``, ``dtype``.
     """
 
     runtime: str  # "reference", "fused", ...
@@ -40,6 +42,7 @@ class Target(ABC):
         self.vocab_size = int(model.get_output_embeddings().weight.shape[0])
         self.context = int(getattr(config, "max_position_embeddings", None) or 1 << 30)
         self.windows = _windows(config)
+        self.fingerprint = hub.fingerprint(model)
         self.device, self.dtype = model.device, model.dtype
 
     def new_cache(self, batch: int = 1) -> KVCache:
