@@ -94,7 +94,10 @@ class State:
 
 
 class Drafter(Protocol):
-    """Proposes tokens. ``taps`` names the layers whose input states it wants to observe (N = the final state)."""
+    """Proposes tokens. ``taps`` names the layers whose input states it wants to observe.
+
+    N stands for the final state, N + 1 for the logits [B, 1 + M, V] of a round (a prompt has none: an empty tensor).
+    """
 
     name: ClassVar[str]
     taps: tuple[int, ...]
@@ -109,7 +112,10 @@ class Drafter(Protocol):
         """Draft at most ``limit`` >= 1 tokens in depth after each row's root."""
 
     def observe(self, paths: list[list[int]], taps: dict[int, Tensor]) -> None:
-        """See the states [B, T, D] at the tapped layers of a block just run (prompt or round), and what was kept."""
+        """See the states [B, T, D] at the tapped layers of a block just run (prompt or round), and what was kept.
+
+        Layers below the exit layer of a draft with states are not run again, so their taps stay empty.
+        """
 
     def select(self, rows: list[int]) -> None:
         """Keep only ``rows`` of the batch."""

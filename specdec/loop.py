@@ -89,7 +89,10 @@ class Loop:
         assert x is not None
         taps, mask = self._taps(), cache.mask(exit_layer, positions, tree)
         x = target.layers(x, exit_layer, target.num_layers, positions, mask, cache, taps)
-        p = state.sampler.distribution(target.readout(x), lambda: _prefixes(state.ids, draft))
+        logits = target.readout(x)  # (B, 1 + M, V)
+        if target.num_layers + 1 in taps:
+            taps[target.num_layers + 1] = logits
+        p = state.sampler.distribution(logits, lambda: _prefixes(state.ids, draft))
         rest = self.ledger.mark("score")
 
         verdict = self.verifier.judge(draft, p, state.sampler.generators)
