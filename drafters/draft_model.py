@@ -58,7 +58,7 @@ class DraftModelDrafter:
     @property
     def path(self) -> str:
         """What the cost of drafting depends on."""
-        return hub.fingerprint(self.own.model)
+        return self.own.fingerprint
 
     def bind(self, target: Target) -> None:
         ours, theirs = target.vocab_size, self.own.vocab_size
