@@ -42,12 +42,13 @@ class FixedDepth:
 
 
 class AutoDepth:
-    """Maximises expected tokens per second: (1 + sum_i prod_{j <= i} a_j) / (k d + s(B + B k)) over depths k.
+    """Maximises expected tokens per second: (1 + sum_i prod_{j <= i} a_j) / (k d + s(B + B k w)) over depths k.
 
-    a_j: running acceptance of the j-th drafted token given the ones before; d: seconds per drafted depth; s(n): seconds
-    of a round that scores n tokens, apart from drafting; B: rows of the batch. ``score`` gives s at some sizes and
-    ``draft`` is d, as measured on this machine; with ``live``, both are followed as rounds go by. Without it decisions
-    depend on acceptance alone, so that seeded sampling repeats.
+    a_j: running acceptance of the j-th drafted token given the ones before; d: seconds per drafted depth; s(n): those
+    of a round that scores n tokens, without drafting; B: rows of the batch; w: tokens lately scored per drafted depth
+    (1 for chains). ``score`` gives s at some sizes and ``draft`` is d, as measured on this machine; with ``live``, both
+    are followed as rounds go by. Without it decisions depend on what was drafted and accepted alone, so that seeded
+    sampling repeats.
     """
 
     MOST = 8  # deepest draft considered
@@ -59,7 +60,7 @@ class AutoDepth:
         self.score = dict(score)
         self.stood, self.offered = [0.0] * self.MOST, [0.0] * self.MOST
         self.belief_weight = [self.WEIGHT] * self.MOST  # fades as observations come in
-        self.draft, self.live, self.batch = draft, live, 1
+        self.draft, self.live, self.batch, self.width = draft, live, 1, 1.0
         self.drift = 1.0  # measured seconds of a round over what ``score`` says
         self.since_probe = 0
 
@@ -90,7 +91,7 @@ class AutoDepth:
             total += reach
         return total
 
-    def seconds(self, rows: int) -> float:
+    def seconds(self, rows: float) -> float:
         """Seconds of a round that scores ``rows`` tokens, without drafting: linear between and beyond known sizes."""
         known = sorted(self.score)
         at = min(max(bisect.bisect_left(known, rows), 1), len(known) - 1)
@@ -100,11 +101,13 @@ class AutoDepth:
 
     def speed(self, depth: int) -> float:
         """Expected tokens per second when drafting ``depth`` tokens a round."""
-        return self.expected(depth) / (depth * self.draft + self.seconds(self.batch * (1 + depth)))
+        return self.expected(depth) / (depth * self.draft + self.seconds(self.batch * (1 + depth * self.width)))
 
     def observe(self, drafted: Sequence[int], accepted: Sequence[int], rows: int, draft: float, rest: float) -> None:
         deepest = max(drafted)
         self.since_probe = 0 if deepest else self.since_probe + 1
+        if deepest:
+            self.width = 0.8 * self.width + 0.2 * (rows / len(drafted) - 1) / deepest
         if self.live:
             # A single slow round (another process, a growing buffer) must not swing the estimates.
             ratio = min(max(rest / (self.seconds(rows) / self.drift), 0.5 * self.drift), 2.0 * self.drift)
