@@ -95,7 +95,8 @@ def drafters(target: Target) -> dict[str, Drafter]:
         "early-exit: tree": EarlyExitDrafter(3, (2, 1)),
         "layer-skip": LayerSkipDrafter(),
         "hybrid: lookup, m2r2": HybridDrafter([PromptLookupDrafter(2, 2), m2r2(target, 1, ((2, 3),), True, False)]),
-        "hybrid: lookahead, early exit below what m2r2 observes": HybridDrafter(
+        "hybrid: lookup, lookahead": HybridDrafter([PromptLookupDrafter(2, 2, 2), LookaheadDrafter()]),
+        "hybrid: an exit above a layer that m2r2 observes": HybridDrafter(
             [PromptLookupDrafter(2, 2), EarlyExitDrafter(3), m2r2(target, 1, ((2, 3),), True, False)]
         ),
         "layer-skip: tree without the first layer": LayerSkipDrafter([0, 2], (1, 1, 1)),
@@ -283,7 +284,7 @@ def test_long_prompts_are_prefilled_in_chunks(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize(
-    "kind", ["none", "m2r2: leap", "m2r2: tree", "prompt-lookup", "layer-skip: tree", "draft-model"]
+    "kind", ["none", "m2r2: leap", "m2r2: tree", "prompt-lookup", "layer-skip: tree", "draft-model", "lookahead"]
 )
 def test_sampling_through_the_whole_loop_follows_the_model(kind: str) -> None:
     """Joint distribution of the first three tokens over a vocabulary of five, with temperature and top-k."""
@@ -315,6 +316,7 @@ def drafters_small(target: Target) -> dict[str, Drafter]:
         "m2r2: leap": network(1, ((2, 3),), True, False),
         "m2r2: tree": network(2, (), False, True, (2, 1)),
         "layer-skip: tree": LayerSkipDrafter([1], (1, 1)),
+        "lookahead": LookaheadDrafter(2, 2),
         "draft-model": DraftModelDrafter(other_model(5, eos_token_id=None, pad_token_id=None, bos_token_id=None)),
     }
 
