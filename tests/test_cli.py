@@ -108,6 +108,15 @@ def test_stop_ends_the_text_before_it(run) -> None:
     assert out["text"] == text[: min(text.index(stop) for stop in stops)] and out["finish_reason"] == "stop"
 
 
+def test_drafters_are_joined_loaded_from_somewhere_and_take_options(run, model: str) -> None:
+    plain = json.loads(run("hello", "--json", "--drafter", "none").stdout)
+    joined = ("--drafter", f"prompt-lookup+draft-model={model}", "--drafter-option", "draft-model={siblings: [1, 0]}")
+    out = json.loads(run("hello", "--json", *joined, "--drafter-option", "prompt-lookup={prompt_lookup_min: 3}").stdout)
+    assert out["token_ids"] == plain["token_ids"]
+    assert out["drafter_options"] == {"draft-model": {"siblings": [1, 0]}, "prompt-lookup": {"prompt_lookup_min": 3}}
+    assert out["metrics"]["mean_acceptance_length"] > 3  # the draft model is the model itself
+
+
 def test_the_number_of_drafted_tokens_is_chosen_or_fixed(run) -> None:
     fixed = json.loads(run("hello", "--json", "--num-speculative-tokens", "2").stdout)
     assert max(fixed["metrics"]["per_step_drafted"]) == 2 and fixed["settings"]["num_speculative_tokens"] == 2
@@ -158,6 +167,14 @@ def test_compare_reports_a_wrong_output_as_a_fault(run, monkeypatch: pytest.Monk
 
 BAD = {
     "unknown drafter": (["x", "--drafter", "prompt-lokup"], "did you mean 'prompt-lookup'?"),
+    "unknown drafter among several": (["x", "--drafter", "none+prompt-lokup"], "did you mean 'prompt-lookup'?"),
+    "drafter option": (
+        ["x", "--drafter-option", "continuations=0"],
+        "continuations must be a whole number >= 1; got 0",
+    ),
+    "drafter option without value": (["x", "--drafter-option", "depth"], "takes KEY=VALUE"),
+    "drafter option that is no YAML": (["x", "--drafter-option", "a=["], "takes KEY=VALUE"),
+    "no draft model": (["x", "--drafter", "draft-model"], "name it: draft-model=NAME"),
     "drafter folder without files": (["x", "--drafter", "."], "config.json is missing"),
     "no drafter shipped": (["x", "--drafter", "m2r2"], "specdec train m2r2"),
     "unknown model": (["x", "--model", "./nowhere"], "./nowhere"),
