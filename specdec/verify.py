@@ -13,8 +13,9 @@ from torch import Tensor
 
 from specdec.target import Target
 
-# Largest gap between the best logit and a token's logit (natural-log units) that rounding explains, by dtype.
-NEAR_TIE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.03}
+# Largest gap between the best logit and a token's logit (natural-log units) that rounding explains, by dtype. Measured
+# on a 135M model: bfloat16 logits lie 0.1 from the float32 ones on average and up to 1.1; winners within 0.25.
+NEAR_TIE = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.06}
 
 
 @torch.inference_mode()
