@@ -66,12 +66,12 @@ def m2r2(
 
 
 @functools.cache
-def other_model(vocab: int = 97, **changes: int) -> Target:
-    """A second model: its weights are the small llama's, a little disturbed, so that they often agree."""
+def other_model(vocab: int = 97, noise: float = 0.1, **changes: int | None) -> Target:
+    """A second model: its weights are the small llama's, disturbed (a little, so that they often agree)."""
     model = tiny_model("llama", vocab_size=vocab, **changes)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.1 * parameter.std() * torch.randn(parameter.shape) if parameter.dim() > 1 else 0)
+            parameter.add_(noise * parameter.std() * torch.randn(parameter.shape) if parameter.dim() > 1 else 0)
     return ReferenceTarget(model)
 
 
@@ -317,7 +317,7 @@ def drafters_small(target: Target) -> dict[str, Drafter]:
         "m2r2: tree": network(2, (), False, True, (2, 1)),
         "layer-skip: tree": LayerSkipDrafter([1], (1, 1)),
         "lookahead": LookaheadDrafter(2, 2),
-        "draft-model": DraftModelDrafter(other_model(5, eos_token_id=None, pad_token_id=None, bos_token_id=None)),
+        "draft-model": DraftModelDrafter(other_model(5, 1.0, eos_token_id=None, pad_token_id=None, bos_token_id=None)),
     }
 
 
