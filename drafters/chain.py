@@ -68,6 +68,16 @@ def draft_chain(
     )
 
 
+def within(siblings: Sequence[int], depth: int, spare: int) -> list[int]:
+    """The most promising ``spare`` of the ``siblings`` of a chain of ``depth``: first ones first, then early ones."""
+    out = [0] * depth
+    for level in range(max(siblings, default=0)):
+        for at, wanted in enumerate(siblings[:depth]):
+            if wanted > level and spare > 0:
+                out[at], spare = out[at] + 1, spare - 1
+    return out
+
+
 def _pick(
     state: State, logits: Tensor, width: int, prefixes: list[list[int]], vocab: Tensor | None
 ) -> tuple[Tensor, list[Tensor]]:

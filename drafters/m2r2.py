@@ -27,7 +27,7 @@ from specdec.draft import Draft, State
 from specdec.errors import SpecDecError
 from specdec.target import Target
 
-from .chain import draft_chain
+from .chain import draft_chain, within
 
 
 @dataclass(frozen=True)
@@ -167,15 +167,17 @@ class M2R2(nn.Module):
 class M2R2Drafter:
     """Drafts with a trained M2R2: a chain, and optionally siblings beside it that cost no drafting.
 
-    siblings: number of further candidates at each depth of the chain (depths beyond its length have none).
+    siblings: number of further candidates at each depth of the chain (depths beyond its length have none). Without
+        them, those of ``suggested`` are used that scoring has room for (``State.spare``).
     Raises SpecDecError if no trained drafter fits the target.
     """
 
     name: ClassVar[str] = "m2r2"
     summary: ClassVar[str] = "accelerated residual of the model itself; trained, shipped for the default model"
 
-    def __init__(self, network: M2R2, siblings: Sequence[int] = ()) -> None:
-        self.network, self.siblings = network, options.wholes("siblings", siblings, 0)
+    def __init__(self, network: M2R2, siblings: Sequence[int] | None = None, suggested: Sequence[int] = ()) -> None:
+        self.network, self.suggested = network, options.wholes("suggested siblings", suggested, 0)
+        self.siblings = None if siblings is None else options.wholes("siblings", siblings, 0)
         self.path = network.path
         self.carry: Carry | None = None
 
@@ -194,7 +196,7 @@ class M2R2Drafter:
         config = artifacts.read_config(folder)
         artifacts.check_base(config, mark, str(folder))
         network = load_network(target, config, artifacts.read_tensors(folder))
-        return cls(network, given.get("siblings", config.get("siblings", ())))
+        return cls(network, given.get("siblings"), config.get("siblings", ()))
 
     @property
     def taps(self) -> tuple[int, ...]:
@@ -246,6 +248,7 @@ class M2R2Drafter:
     def propose(self, state: State, limit: int) -> Draft:
         target, cache, carry, rows = state.target, state.cache, self.carry, self._follow(state)
         assert carry is not None, "observe() runs before propose()"
+        siblings = within(self.suggested, limit, state.spare) if self.siblings is None else self.siblings
         states: list[Tensor] = []
 
         def step(token: Tensor, positions: Tensor) -> Tensor:
@@ -256,7 +259,7 @@ class M2R2Drafter:
             carry = self.network.beyond(target, p, carry, positions, partial(cache.mask, positions=positions), cache)
             return self._logits(target, carry.final, rows)
 
-        draft = draft_chain(state, limit, step, self.siblings, self.vocab)
+        draft = draft_chain(state, limit, step, siblings, self.vocab)
         for lo, hi in self.path.segments:
             cache.trim(len(states), lo, hi)  # provisional entries: exact ones come with the scoring pass
         if self.path.exit_layer:

@@ -21,6 +21,9 @@ class DepthPolicy(Protocol):
     def confidence(self) -> float:
         """A drafter may stop early once the probability that its whole chain stands falls below this."""
 
+    def spare(self, batch: int, depth: int) -> int:
+        """Nodes beside a chain of ``depth``, per row, that are worth scoring although they are not drafted along."""
+
     def observe(self, drafted: Sequence[int], accepted: Sequence[int], rows: int, draft: float, rest: float) -> None:
         """One round: drafted depth and accepted tokens of each row, tokens scored, seconds drafting and not."""
 
@@ -36,6 +39,9 @@ class FixedDepth:
 
     def confidence(self) -> float:
         return 0.0
+
+    def spare(self, batch: int, depth: int) -> int:
+        return 0
 
     def observe(self, drafted: Sequence[int], accepted: Sequence[int], rows: int, draft: float, rest: float) -> None:
         pass
@@ -54,6 +60,7 @@ class AutoDepth:
     MOST = 8  # deepest draft considered
     MEMORY = 0.96  # weight of the past in running figures, per round
     PRIOR, WEIGHT = 0.6, 3.0  # acceptance assumed before anything was seen; how many observations a belief is worth
+    SIBLING, SIBLINGS = 0.03, 8  # tokens that a node beside the chain is taken to add to a round; most such nodes
     PROBE_SHARE = 0.01  # share of the time that probing a losing drafter may cost
 
     def __init__(self, score: Mapping[int, float], draft: float, live: bool = True) -> None:
@@ -80,6 +87,13 @@ class AutoDepth:
         per_token = 1 / max(self.speed(k) for k in range(self.MOST + 1))
         one_more = self.draft + max(self.seconds(2 * self.batch) - self.seconds(self.batch), 0.0)
         return min(one_more / per_token, 1.0)
+
+    def spare(self, batch: int, depth: int) -> int:
+        """The most that cost less than the tokens they are taken to add, by the measured price of scoring them."""
+        worth = self.SIBLING / self.speed(depth)  # seconds
+        chain = self.seconds(batch * (1 + depth))
+        prices = ((m, self.seconds(batch * (1 + depth + m)) - chain) for m in range(1, self.SIBLINGS + 1))
+        return max((m for m, price in prices if price <= m * worth), default=0)
 
     def expected(self, depth: int) -> float:
         """Tokens a round of ``depth`` is expected to yield. A position is believed to be like the one before it."""

@@ -74,6 +74,7 @@ class State:
     """Where a generation stands. ``ids[b]``: row b's prompt and output; its last token, the root, is not yet cached.
 
     confidence: below this probability that its whole chain stands, drafting on costs more than it brings.
+    spare: nodes that may be added beside the chain because scoring them is cheap.
     """
 
     target: Target
@@ -81,6 +82,7 @@ class State:
     sampler: Sampler
     ids: list[list[int]]
     confidence: float = 0.0
+    spare: int = 0
 
     @property
     def roots(self) -> Tensor:

@@ -119,3 +119,10 @@ def test_large_batches_make_deep_drafts_dear() -> None:
     policy = AutoDepth(SCORE, 1.0)
     simulate(0.7, 1.0, 600, random.Random(8), policy)
     assert policy.depth(16) < policy.depth(1)
+
+
+def test_nodes_beside_the_chain_are_offered_where_scoring_is_flat() -> None:
+    flat = AutoDepth({1: 20.0, 2: 20.2, 4: 20.4, 8: 20.8, 16: 22.0}, 2.0)
+    steep = AutoDepth({1: 10.0, 2: 12.0, 4: 13.0, 8: 20.0, 16: 40.0}, 2.0)
+    assert flat.spare(1, 4) == AutoDepth.SIBLINGS and steep.spare(1, 4) == 0
+    assert flat.spare(4, 4) <= flat.spare(1, 4)
