@@ -191,7 +191,7 @@ class M2R2Drafter:
             name = target.model.config._name_or_path or "MODEL"
             raise SpecDecError(
                 f"no M2R2 drafter is shipped for this model; train one: specdec train m2r2 --model {name} "
-                "--prompts FILE --output DIR, then pass --drafter DIR"
+                f"--preset {cls.name} --prompts FILE --output DIR, then pass --drafter DIR"
             )
         config = artifacts.read_config(folder)
         artifacts.check_base(config, mark, str(folder))
@@ -298,6 +298,13 @@ class M2R2Drafter:
     def select(self, rows: list[int]) -> None:
         if self.carry is not None:
             self.carry = Carry(self.carry.final[rows], [x[rows] for x in self.carry.inputs])
+
+
+class PaperM2R2Drafter(M2R2Drafter):
+    """The published form: early layers with adapters on shared keys and values, no leap; scoring resumes at E."""
+
+    name: ClassVar[str] = "m2r2-paper"
+    summary: ClassVar[str] = "M2R2 as published: accelerated early layers, scoring resumes from them; shipped likewise"
 
 
 def load_network(target: Target, config: dict[str, Any], tensors: dict[str, Tensor]) -> M2R2:

@@ -17,6 +17,7 @@ DRAFTERS: dict[str, str] = {
     "layer-skip": "specdec.drafters.layer_skip:LayerSkipDrafter",
     "lookahead": "specdec.drafters.lookahead:LookaheadDrafter",
     "m2r2": "specdec.drafters.m2r2:M2R2Drafter",
+    "m2r2-paper": "specdec.drafters.m2r2:PaperM2R2Drafter",
     "prompt-lookup": "specdec.drafters.prompt_lookup:PromptLookupDrafter",
 }
 

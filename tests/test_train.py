@@ -30,7 +30,7 @@ from specdec.train.evaluate import _walk
 from specdec.train.runtime import TrainingTarget
 from specdec.train.settings import TrainSettings, from_mapping, load_settings
 from specdec.train.student import Judge, drafts
-from specdec.train.trainer import train_m2r2, wanted_states
+from specdec.train.trainer import path_of, train_m2r2, wanted_states
 
 PATHS = {
     "leap": M2R2Path(0, ((2, 4),), True, 4, {2: ["self_attn.q_proj", "self_attn.k_proj"], 3: ["mlp.up_proj"]}),
@@ -350,6 +350,7 @@ def test_presets_load_and_settings_are_checked(tmp_path: Path) -> None:
     assert load_settings("m2r2", {"steps": 5}).segments
     assert not load_settings("m2r2-paper", {}).segments
     own = tmp_path / "own.yaml"
+    assert load_settings("m2r2", {}).siblings == (3, 2, 2, 1)
     own.write_text("learning_rate: 1e-5\nsegments: [[1, 2]]\n")
     settings = load_settings(str(own), {"rank": 3, "seed": None})
     assert (settings.learning_rate, settings.segments, settings.rank) == (1e-5, ((1, 2),), 3)
@@ -384,3 +385,9 @@ def test_the_command_answers_prompts_trains_and_leaves_a_drafter(tmp_path: Path)
     assert decoder.generate("hello", max_new_tokens=16).text == plain.generate("hello", max_new_tokens=16).text
     again = CliRunner().invoke(app, [*command, "--steps", "4", "--resume"])
     assert again.exit_code == 2 and "steps 3 -> 4" in again.output
+
+
+def test_preset_paths_scale_with_the_depth_of_the_model() -> None:
+    target = ReferenceTarget(tiny_model())  # 4 layers, the presets were chosen on 30
+    leap, paper = (path_of(load_settings(name, {}), target) for name in ("m2r2", "m2r2-paper"))
+    assert (leap.exit_layer, leap.segments) == (0, ((3, 4),)) and (paper.exit_layer, paper.segments) == (1, ())

@@ -30,8 +30,10 @@ class TrainSettings:
     exit_layer: int = 0
     segments: tuple[tuple[int, int], ...] = ()
     final_leap: bool = False
+    layers_of: int | None = None  # depth of the model these layers were chosen on: scaled to others; None: as they are
     rank: int = 64
     adapt: tuple[str, ...] = ()  # linear maps with adapters; empty: all of the segments' layers
+    siblings: tuple[int, ...] = ()  # suggested further candidates at each depth, where scoring them is cheap
     draft_vocab: int = 8192  # most frequent tokens of the answers; 0: the full vocabulary
 
     # Answers by the base itself, where the files hold prompts only.
@@ -128,6 +130,8 @@ def _convert(value: Any, kind: str, key: str, where: str) -> Any:
             return None
         if kind.startswith("tuple[tuple"):
             return tuple((int(lo), int(hi)) for lo, hi in value)
+        if kind.startswith("tuple[int"):
+            return tuple(int(item) for item in value)
         if kind.startswith("tuple"):
             return tuple(str(item) for item in ([value] if isinstance(value, str) else value))
         if kind.startswith("float"):

@@ -98,8 +98,11 @@ def path_of(settings: TrainSettings, target: Target) -> M2R2Path:
     Early layers read the slow residual's keys and values, so theirs are not adapted: p owns none.
     """
     adapters: dict[int, list[str]] = {}
-    early = not settings.segments
-    for lo, hi in settings.segments or ((0, settings.exit_layer),):
+    early, scale = not settings.segments, target.num_layers / (settings.layers_of or target.num_layers)
+    exit_layer = round(settings.exit_layer * scale) or min(settings.exit_layer, 1)
+    ends = [(round(lo * scale), round(hi * scale)) for lo, hi in settings.segments]
+    segments = tuple((lo, max(hi, lo + 1)) for lo, hi in ends)
+    for lo, hi in segments or ((0, exit_layer),):
         for layer in range(lo, hi):
             names = list(target.linears(layer))
             if settings.adapt:
@@ -107,7 +110,7 @@ def path_of(settings: TrainSettings, target: Target) -> M2R2Path:
             if early:
                 names = [n for n in names if not any(key in n for key in ("k_proj", "v_proj", "c_attn", "key_value"))]
             adapters[layer] = names
-    path = M2R2Path(settings.exit_layer, settings.segments, settings.final_leap, settings.rank, adapters)
+    path = M2R2Path(exit_layer, segments, settings.final_leap, settings.rank, adapters)
     path.check(target.num_layers)
     if not any(adapters.values()) and not settings.final_leap:
         raise SpecDecError("setting 'adapt' names no linear map of this model, so there is nothing to train")
@@ -316,6 +319,7 @@ class Run:
             "version": 1,
             "base": self.base,
             "path": self.network.path.to_json(),
+            "siblings": list(self.settings.siblings),
             "training": training,
         }
         dtype = torch.bfloat16 if self.target.dtype == torch.bfloat16 else torch.float32
