@@ -2,9 +2,9 @@
 
     python benchmarks/speed.py --prompts mt_bench.jsonl --limit 20 --arms hf,none,prompt-lookup,m2r2
 
-Arms: ``hf`` (model.generate), ``hf-lookup`` (its prompt lookup), or any drafter. Every arm decodes the first turn of
-each prompt greedily to its natural end or the limit; the order rotates with the prompt. Times are whole calls, prefill
-included, per new token; ratios are taken prompt by prompt, and their median is reported.
+Arms: ``hf`` (model.generate), ``hf-lookup`` (its prompt lookup; 10 tokens where our depth is auto), or a drafter. Every
+arm decodes the first turn of each prompt greedily to its natural end or the limit; the order rotates with the prompt.
+Times are whole calls, prefill included, per new token; ratios are taken prompt by prompt, and their median is reported.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def hf_arm(decoder: SpecDecoder, **extra: Any) -> Any:
     return run
 
 
-def own_arm(decoder: SpecDecoder, depth: int) -> Any:
+def own_arm(decoder: SpecDecoder, depth: int | str) -> Any:
     def run(ids: list[int], count: int) -> tuple[list[int], float]:
         out = decoder.generate(ids, max_new_tokens=count, num_speculative_tokens=depth)
         return out.token_ids, out.metrics.mean_acceptance_length
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=Path, required=True, help='JSONL with {"turns": [...]} or {"prompt": ...}')
     parser.add_argument("--limit", type=int, default=20)
     parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--num-speculative-tokens", type=int, default=4)
+    parser.add_argument("--num-speculative-tokens", default="auto", help="auto, or a number")
     parser.add_argument("--arms", default="hf,none,prompt-lookup,m2r2")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="cpu")
@@ -64,6 +64,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="also write the JSON to this file")
     args = parser.parse_args()
 
+    depth = args.num_speculative_tokens if args.num_speculative_tokens == "auto" else int(args.num_speculative_tokens)
     rows = [json.loads(line) for line in args.prompts.read_text("utf-8").splitlines() if line.strip()]
     rows = rows[:: max(len(rows) // args.limit, 1)][: args.limit]  # spread over the file's categories
     base = SpecDecoder.from_pretrained(args.model, "none", dtype=args.dtype, device=args.device, runtime=args.runtime)
@@ -72,9 +73,9 @@ def main() -> None:
         if name == "hf":
             arms[name] = hf_arm(base)
         elif name == "hf-lookup":
-            arms[name] = hf_arm(base, prompt_lookup_num_tokens=args.num_speculative_tokens)
+            arms[name] = hf_arm(base, prompt_lookup_num_tokens=10 if depth == "auto" else depth)
         else:
-            arms[name] = own_arm(base.with_drafter(name), args.num_speculative_tokens)
+            arms[name] = own_arm(base.with_drafter(name), depth)
     prompts = [encode(base.tokenizer, row["turns"][0] if "turns" in row else row["prompt"]) for row in rows]
     for run in arms.values():
         run(prompts[0], 16)
