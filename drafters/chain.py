@@ -90,16 +90,20 @@ def _pick(
     if state.sampler.plain_greedy:
         best = logits.topk(width).indices if width > 1 else logits.argmax(-1, keepdim=True)
         return (best if vocab is None else vocab[best]), []
-    if vocab is not None:
+    small = vocab is not None and not state.sampler.prefix_processors  # processors look tokens up by their ids
+    if vocab is not None and not small:
         full = logits.new_full((logits.shape[0], state.target.vocab_size), float("-inf"))
         full[:, vocab] = logits
         logits = full
-    p = state.sampler.distribution(logits[:, None], lambda: [[prefix] for prefix in prefixes])[:, 0]  # (B, V)
+    p = state.sampler.distribution(logits[:, None], lambda: [[prefix] for prefix in prefixes])[:, 0]  # (B, V or V')
     if state.sampler.greedy:
         # Processed logits are a point mass: siblings would have no probability to be anything else.
         chosen, q = p.argmax(-1, keepdim=True), list[Tensor]()
     else:
         chosen, q = _without_replacement(p, width, state.sampler.generators)
+        if small and vocab is not None:
+            chosen = torch.where(chosen < 0, chosen, vocab[chosen.clamp_min(0)])
+            q = [row.new_zeros(row.shape[0], state.target.vocab_size).index_copy_(1, vocab, row) for row in q]
     for prefix, token in zip(prefixes, chosen[:, 0].tolist(), strict=True):
         prefix.append(token)
     return chosen, q
