@@ -52,7 +52,7 @@ def test_shipped_m2r2_drafts_well(bf16: SpecDecoder) -> None:
     outs = [decoder.generate(prompt, max_new_tokens=NEW, num_speculative_tokens=4) for prompt in PROMPTS]
     steps = sum(out.metrics.num_spec_steps for out in outs)
     accepted = sum(out.metrics.num_accepted_draft_tokens for out in outs)
-    assert 1 + accepted / steps > 1.9  # an untrained path accepts next to nothing
+    assert 1 + accepted / steps > 1.7  # an untrained path accepts next to nothing
 
 
 @pytest.mark.parametrize("drafter", ["m2r2", "prompt-lookup"])
