@@ -28,13 +28,13 @@ import typer
 from typer.core import TyperGroup
 
 from specdec import __version__, registry, report
+from specdec.embedded import DEFAULT_MODEL, embedded_models
 from specdec.errors import SpecDecError
 from specdec.train.command import app as train_app
 
 if TYPE_CHECKING:
     from specdec.decoder import GenerationOutput, SpecDecoder
 
-DEFAULT_MODEL = "smollm2-135m-instruct"  # hub.DEFAULT_MODEL, whose module is heavy
 WARM_UP = 8  # tokens each arm of --compare decodes before it is timed
 INTERRUPTED = 130
 DEBUG = "SPECDEC_DEBUG"
@@ -402,8 +402,6 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 @app.command(epilog="Example: specdec models --json")
 def models(as_json: AsJson = False) -> None:
     """List the embedded models: licence, size, whether they are in the cache, and where."""
-    from specdec.hub import embedded_models
-
     rows = embedded_models()
     if as_json:
         _print_json([asdict(row) for row in rows])

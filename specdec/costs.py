@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from specdec import artifacts, hub
+from specdec import artifacts, embedded
 from specdec.cache import KVCache
 from specdec.depth import FixedDepth
 from specdec.draft import Drafter, Verifier
@@ -45,7 +45,7 @@ def costs(target: Target, drafter: Drafter, verifier: Verifier) -> Costs:
         machine += torch.cuda.get_device_name(target.device)
     what = f"{machine} {torch.__version__} {target.runtime} {target.dtype} {target.fingerprint}"
     what += f" {drafter.name} {getattr(drafter, 'path', '')}"
-    path = hub.cache_dir() / "costs" / f"{hashlib.sha256(what.encode()).hexdigest()[:24]}.json"
+    path = embedded.cache_dir() / "costs" / f"{hashlib.sha256(what.encode()).hexdigest()[:24]}.json"
     try:
         kept = json.loads(path.read_text("utf-8"))
         found = Costs({int(n): float(s) for n, s in kept["score"].items()}, float(kept["draft"]))

