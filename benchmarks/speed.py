@@ -67,7 +67,9 @@ def main() -> None:
     depth = args.num_speculative_tokens if args.num_speculative_tokens == "auto" else int(args.num_speculative_tokens)
     rows = [json.loads(line) for line in args.prompts.read_text("utf-8").splitlines() if line.strip()]
     rows = rows[:: max(len(rows) // args.limit, 1)][: args.limit]  # spread over the file's categories
-    base = SpecDecoder.from_pretrained(args.model, "none", dtype=args.dtype, device=args.device, runtime=args.runtime)
+    base = SpecDecoder.from_pretrained(
+        args.model, "none", dtype=args.dtype, device=args.device, runtime=args.runtime, weights=args.weights
+    )
     arms: dict[str, Any] = {}
     for name in args.arms.split(","):
         if name == "hf":
