@@ -174,6 +174,7 @@ class M2R2Drafter:
 
     name: ClassVar[str] = "m2r2"
     summary: ClassVar[str] = "accelerated residual of the model itself; trained, shipped for the default model"
+    training: ClassVar[str] = "specdec train m2r2"
 
     def __init__(self, network: M2R2, siblings: Sequence[int] | None = None, suggested: Sequence[int] = ()) -> None:
         self.network, self.suggested = network, options.wholes("suggested siblings", suggested, 0)
@@ -305,6 +306,7 @@ class PaperM2R2Drafter(M2R2Drafter):
 
     name: ClassVar[str] = "m2r2-paper"
     summary: ClassVar[str] = "M2R2 as published: accelerated early layers, scoring resumes from them; shipped likewise"
+    training: ClassVar[str] = "specdec train m2r2 --preset m2r2-paper"
 
 
 def load_network(target: Target, config: dict[str, Any], tensors: dict[str, Tensor]) -> M2R2:

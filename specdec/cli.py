@@ -429,14 +429,14 @@ def drafters(as_json: AsJson = False) -> None:
 
 def _drafter(name: str) -> dict[str, Any]:
     try:
-        summary = getattr(registry.lookup("drafters", name), "summary", "")
+        found = registry.lookup("drafters", name)
+        summary, training = getattr(found, "summary", ""), getattr(found, "training", None)
     except (ImportError, AttributeError) as error:  # one broken plug-in must not hide the others
-        summary = f"cannot be loaded: {error}"
-    trained = {command.name for command in train_app.registered_commands}
+        summary, training = f"cannot be loaded: {error}", None
     shipped = Path(str(files("specdec.drafters"))) / "pretrained" / name
     return {
         "name": name,
         "summary": summary,
-        "training": f"specdec train {name}" if name in trained else None,
+        "training": training,
         "shipped_for": sorted(path.parent.name for path in shipped.glob("*/config.json")),
     }
