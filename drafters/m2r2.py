@@ -274,7 +274,7 @@ class M2R2Drafter:
             h = target.layers(x, 0, e, positions, cache.mask(0, positions), cache) if e else x
             return h, h
         # h and p as two tokens at one position: both see h's keys (shared KV), nobody sees p's.
-        both = positions.expand(-1, 2) if positions.shape[1] == 1 else positions
+        both = positions.expand(-1, 2)
         tree = torch.ones(2, cache.lengths[0] + 2 - cache.committed, dtype=torch.bool)
         tree[:, -1] = False
         mask = cache.mask(0, both, tree)

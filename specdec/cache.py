@@ -68,10 +68,6 @@ class KVCache:
         """True if some row has holes."""
         return any(n != self.committed for n in self.rows)
 
-    def nbytes(self) -> int:
-        """Bytes held by the key and value buffers."""
-        return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values) if t is not None)
-
     def append(self, layer: int, k: Tensor, v: Tensor, multiple: int = 1) -> tuple[Tensor, Tensor]:
         """Add ``k``, ``v`` [B, H, T, d] to ``layer``; return views of all its keys and values [B, H, S, d].
 
