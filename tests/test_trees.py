@@ -1,0 +1,56 @@
+"""The best tree for a node budget: against all trees by brute force, and what is refused."""
+
+from __future__ import annotations
+
+import random
+from itertools import combinations, product
+from math import prod
+
+import pytest
+
+from specdec import SpecDecError
+from specdec.draft import Draft
+from specdec.trees import best_tree
+
+
+def paths(tree) -> list[tuple[int, ...]]:
+    """The ranks from the root to each node."""
+    out: list[tuple[int, ...]] = [()]
+    for parent, rank in zip(tree.parents, tree.ranks, strict=True):
+        out.append((*out[parent], rank))
+    return out[1:]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_no_tree_of_as_many_nodes_is_expected_to_keep_more(seed: int) -> None:
+    rng = random.Random(seed)
+    accuracy = [[rng.random() for _ in range(2)] for _ in range(3)]  # ranks need not be in order
+    value = {
+        p: prod(accuracy[d][r] for d, r in enumerate(p)) for n in (1, 2, 3) for p in product(range(2), repeat=n)
+    }
+    for budget in (1, 2, 3, 5, 7):
+        tree = best_tree(accuracy, budget)
+        nodes = paths(tree)
+        assert len(set(nodes)) == budget
+        assert tree.expected == pytest.approx(sum(value[p] for p in nodes))
+        trees = (s for s in combinations(value, budget) if all(p[:-1] in s or len(p) == 1 for p in s))
+        assert tree.expected == pytest.approx(max(sum(value[p] for p in s) for s in trees))
+
+
+def test_a_tree_is_a_draft_s_shape_and_grows_node_by_node() -> None:
+    accuracy = [[0.6, 0.2, 0.1], [0.5, 0.3], [0.4]]
+    tree = best_tree(accuracy, 6)
+    assert [d - 1 for d in Draft(None, tree.parents).depths()[1:]] == tree.depths()  # type: ignore[arg-type]
+    assert all(rank < len(accuracy[depth]) for depth, rank in zip(tree.depths(), tree.ranks, strict=True))
+    smaller = best_tree(accuracy, 4)
+    assert (smaller.parents, smaller.ranks) == (tree.parents[:4], tree.ranks[:4])
+
+
+def test_certain_heads_make_a_chain_and_useless_candidates_are_left_out() -> None:
+    assert best_tree([[1.0, 0.0]] * 3, 9)[:2] == ((0, 1, 2), (0, 0, 0))
+    assert best_tree([[0.0, 0.0]], 5).parents == ()
+
+
+def test_a_budget_of_no_node_is_refused() -> None:
+    with pytest.raises(SpecDecError, match="at least 1 node; got 0"):
+        best_tree([[0.5]], 0)
