@@ -27,10 +27,11 @@ from specdec.train import data, states, trainer
 from specdec.train.batches import assemble, epoch, stream, windows
 from specdec.train.data import Answer, Prompt
 from specdec.train.evaluate import _walk
+from specdec.train.m2r2 import M2R2Settings, path_of, wanted_states
 from specdec.train.runtime import TrainingTarget
-from specdec.train.settings import TrainSettings, from_mapping, load_settings
+from specdec.train.settings import from_mapping, load_settings
 from specdec.train.student import Judge, drafts
-from specdec.train.trainer import path_of, train_m2r2, wanted_states
+from specdec.train.trainer import train
 
 PATHS = {
     "leap": M2R2Path(0, ((2, 4),), True, 4, {2: ["self_attn.q_proj", "self_attn.k_proj"], 3: ["mlp.up_proj"]}),
@@ -145,8 +146,9 @@ def answers(greedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     return tmp_path / "answers.jsonl"
 
 
-def recipe(answers: Path, output: Path, **changes: Any) -> TrainSettings:
+def recipe(answers: Path, output: Path, **changes: Any) -> M2R2Settings:
     values: dict[str, Any] = {
+        "method": "m2r2",
         "prompts": [str(answers)],
         "output": str(output),
         "dtype": "float32",
@@ -162,7 +164,7 @@ def recipe(answers: Path, output: Path, **changes: Any) -> TrainSettings:
         "eval_fraction": 0.15,
         "compile": False,
     }
-    return from_mapping(values | changes, "test")
+    return from_mapping(M2R2Settings, values | changes, "test")
 
 
 def evaluations(output: Path) -> list[dict[str, Any]]:
@@ -176,7 +178,7 @@ def test_training_brings_drafts_nearer_to_the_base_and_leaves_the_base_alone(
 ) -> None:
     model, _ = hub.load("tiny")
     before = {name: p.clone() for name, p in model.state_dict().items()}
-    figures = train_m2r2(recipe(answers, tmp_path / "out", steps=60, learning_rate=2e-2, leap_rate=5e-3, **path))
+    figures = train(recipe(answers, tmp_path / "out", steps=60, learning_rate=2e-2, leap_rate=5e-3, **path))
     first = evaluations(tmp_path / "out")[0]
     assert 1 - figures["overlap"][0] < 0.9 * (1 - first["overlap"][0])
     assert all(torch.equal(before[name], p) for name, p in model.state_dict().items())
@@ -195,7 +197,7 @@ class Killed(BaseException):
 def test_a_killed_run_goes_on_to_exactly_the_weights_of_an_uninterrupted_one(
     answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train_m2r2(recipe(answers, tmp_path / "whole"))
+    train(recipe(answers, tmp_path / "whole"))
     step = trainer.Run._step
 
     def killed_after_a_checkpoint(run: trainer.Run, *args: Any) -> dict[str, float]:
@@ -207,13 +209,13 @@ def test_a_killed_run_goes_on_to_exactly_the_weights_of_an_uninterrupted_one(
 
     monkeypatch.setattr(trainer.Run, "_step", killed_after_a_checkpoint)
     with pytest.raises(Killed):
-        train_m2r2(recipe(answers, tmp_path / "parts"))
+        train(recipe(answers, tmp_path / "parts"))
     monkeypatch.setattr(trainer.Run, "_step", step)
     with pytest.raises(SpecDecError, match="--resume"):
-        train_m2r2(recipe(answers, tmp_path / "parts"))
+        train(recipe(answers, tmp_path / "parts"))
     with pytest.raises(SpecDecError, match="rank 4 -> 5"):
-        train_m2r2(recipe(answers, tmp_path / "parts", rank=5), resume=True)
-    train_m2r2(recipe(answers, tmp_path / "parts"), resume=True)
+        train(recipe(answers, tmp_path / "parts", rank=5), resume=True)
+    train(recipe(answers, tmp_path / "parts"), resume=True)
 
     whole, parts = (load_file(tmp_path / name / "checkpoint.safetensors") for name in ("whole", "parts"))
     assert whole.keys() == parts.keys()
@@ -234,7 +236,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_drafter(
 
     monkeypatch.setattr(Judge, "loss", broken)
     with pytest.raises(SpecDecError, match="no number any more at update 5"):
-        train_m2r2(recipe(answers, tmp_path / "out"))
+        train(recipe(answers, tmp_path / "out"))
     assert all(t.isfinite().all() for t in artifacts.read_tensors(tmp_path / "out").values())
 
 
@@ -248,22 +250,22 @@ def test_a_full_disk_is_one_clear_line(answers: Path, tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(artifacts, "replace", full)
     with pytest.raises(SpecDecError, match=r"No space left on device; .* free space and --resume"):
-        train_m2r2(recipe(answers, tmp_path / "out", steps=2))
+        train(recipe(answers, tmp_path / "out", steps=2))
 
 
 def test_damaged_and_foreign_teacher_states_are_refused(answers: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    train_m2r2(recipe(answers, out, steps=1))
+    train(recipe(answers, out, steps=1))
     shard = out / "states" / "train" / "states-00000.safetensors"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-100])
     with pytest.raises(SpecDecError, match="truncated"):
-        train_m2r2(recipe(answers, out, steps=1), resume=True)
+        train(recipe(answers, out, steps=1), resume=True)
     shard.write_bytes(whole)
     lines = answers.read_text().splitlines()
     answers.write_text("\n".join(lines[:-5]))
     with pytest.raises(SpecDecError, match="teacher states of other answers"):
-        train_m2r2(recipe(answers, out, steps=1), resume=True)
+        train(recipe(answers, out, steps=1), resume=True)
 
 
 def test_states_are_written_shard_by_shard_and_go_on_after_a_kill(
@@ -347,12 +349,12 @@ def test_rounds_along_a_window() -> None:
 
 
 def test_presets_load_and_settings_are_checked(tmp_path: Path) -> None:
-    assert load_settings("m2r2", {"steps": 5}).segments
-    assert not load_settings("m2r2-paper", {}).segments
+    assert load_settings(M2R2Settings, "m2r2", None, {"steps": 5}).segments
+    assert not load_settings(M2R2Settings, "m2r2", "m2r2-paper", {}).segments
     own = tmp_path / "own.yaml"
-    assert load_settings("m2r2", {}).siblings == (3, 2, 2, 1)
+    assert load_settings(M2R2Settings, "m2r2", None, {}).siblings == (3, 2, 2, 1)
     own.write_text("learning_rate: 1e-5\nsegments: [[1, 2]]\n")
-    settings = load_settings(str(own), {"rank": 3, "seed": None})
+    settings = load_settings(M2R2Settings, "m2r2", str(own), {"rank": 3, "seed": None})
     assert (settings.learning_rate, settings.segments, settings.rank) == (1e-5, ((1, 2),), 3)
     for values, message in (
         ({"lerning_rate": 1.0}, "did you mean 'learning_rate'"),
@@ -361,9 +363,9 @@ def test_presets_load_and_settings_are_checked(tmp_path: Path) -> None:
         ({"steps": 3}, "either minutes or steps"),
     ):
         with pytest.raises(SpecDecError, match=message):
-            from_mapping(values, "test")
+            from_mapping(M2R2Settings, values, "test")
     with pytest.raises(SpecDecError, match="did you mean 'm2r2-paper'"):
-        load_settings("m2r2-papr", {})
+        load_settings(M2R2Settings, "m2r2", "m2r2-papr", {})
 
 
 def test_the_command_answers_prompts_trains_and_leaves_a_drafter(tmp_path: Path) -> None:
@@ -389,5 +391,5 @@ def test_the_command_answers_prompts_trains_and_leaves_a_drafter(tmp_path: Path)
 
 def test_preset_paths_scale_with_the_depth_of_the_model() -> None:
     target = ReferenceTarget(tiny_model())  # 4 layers, the presets were chosen on 30
-    leap, paper = (path_of(load_settings(name, {}), target) for name in ("m2r2", "m2r2-paper"))
+    leap, paper = (path_of(load_settings(M2R2Settings, "m2r2", name, {}), target) for name in ("m2r2", "m2r2-paper"))
     assert (leap.exit_layer, leap.segments) == (0, ((3, 4),)) and (paper.exit_layer, paper.segments) == (1, ())

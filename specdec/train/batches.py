@@ -35,6 +35,7 @@ class Batch:
     before: dict[int, Tensor]  # the same, one position earlier
     best: Tensor  # int64 [B, T], the base's most likely next token
     log_z: Tensor  # float32 [B, T]
+    texts: list[Tensor]  # int32, each row's tokens up to the end of its window
 
     @property
     def slots(self) -> int:
@@ -112,6 +113,7 @@ def assemble(
         {layer: x.to(device) for layer, x in before.items()},
         best.to(device),
         log_z.to(device),
+        [records[index].ids[:end] for index, _, end in rows],
     )
 
 

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from specdec.errors import SpecDecError
+from specdec.train.method import METHODS
 
 app = typer.Typer(no_args_is_help=True, help="Train drafters for a model, from its own answers.")
 
@@ -18,29 +19,29 @@ def _group() -> None:
     """Train drafters for a model, from its own answers."""
 
 
-@app.command("m2r2")
-def m2r2(
+def run(
+    context: typer.Context,
     prompts: Annotated[list[Path], typer.Option(help="JSONL of prompts or token-id answers, or plain lines; .gz too.")],
     output: Annotated[Path, typer.Option(help="Folder for the drafter and everything the run needs to go on.")],
     model: Annotated[str | None, typer.Option(help="Base model: a name, a folder or a Hugging Face id.")] = None,
-    preset: Annotated[str, typer.Option(help="m2r2, m2r2-paper, or a YAML file of settings.")] = "m2r2",
+    preset: Annotated[
+        str | None, typer.Option(help="Settings: a preset's name or a YAML file; else the method's own preset.")
+    ] = None,
     minutes: Annotated[float | None, typer.Option(help="Length of the gradient training.")] = None,
     steps: Annotated[int | None, typer.Option(help="Its length in updates, instead of minutes.")] = None,
     holdout: Annotated[list[Path] | None, typer.Option(help="Files whose prompts must not be trained on.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")] = False,
     dtype: Annotated[str | None, typer.Option(help="bfloat16 or float32.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of shuffling and of the adapters.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of shuffling and of the first weights.")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other setting of train.yaml.")
     ] = None,
 ) -> None:
-    """Train an M2R2 drafter by distillation from the frozen base model.
-
-    Example: specdec train m2r2 --prompts prompts.jsonl --output my-drafter --minutes 30
-    """
-    from specdec.train.settings import load_settings  # heavy imports stay out of --help
-    from specdec.train.trainer import train_m2r2
+    """The command of every method; which one, its name says."""
+    from specdec.train.method import lookup  # heavy imports stay out of --help
+    from specdec.train.settings import load_settings
+    from specdec.train.trainer import train
 
     overrides: dict[str, Any] = {
         "prompts": [str(path) for path in prompts],
@@ -49,13 +50,18 @@ def m2r2(
         **{"model": model, "minutes": minutes, "steps": steps, "dtype": dtype, "device": device, "seed": seed},
         **_assignments(set_ or ()),
     }
-    figures = train_m2r2(load_settings(preset, overrides), resume, Console(stderr=True))
-    Console().print(
-        f"{output}: {figures['tokens_per_round']:.2f} tokens a round of 4 drafts on held-out answers "
-        f"(agreement {', '.join(f'{x:.3f}' for x in figures['top1'])})",
-        highlight=False,
-        soft_wrap=True,
-    )
+    method = str(context.command.name)
+    kind = lookup(method)
+    figures = train(load_settings(kind.settings_class, method, preset, overrides), resume, Console(stderr=True))
+    Console().print(f"{output}: {kind.describe(figures)}", highlight=False, soft_wrap=True)
+
+
+for _name in METHODS:
+    app.command(
+        _name,
+        help=f"Train {_name} for a model by distillation from it; the model stays frozen.",
+        epilog=f"Example: specdec train {_name} --prompts prompts.jsonl --output my-drafter --minutes 30",
+    )(run)
 
 
 def _assignments(pairs: list[str] | tuple[()]) -> dict[str, Any]:

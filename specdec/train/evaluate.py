@@ -5,7 +5,7 @@ Knows nothing about training and about time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,8 +13,7 @@ from torch import Tensor
 
 from specdec.drafters.m2r2 import M2R2
 from specdec.target import Target
-from specdec.train.batches import Batch, Window, assemble
-from specdec.train.states import Record
+from specdec.train.batches import Batch
 from specdec.train.student import Judge, drafts
 
 
@@ -22,27 +21,23 @@ from specdec.train.student import Judge, drafts
 def evaluate(
     network: M2R2,
     target: Target,
-    records: Sequence[Record],
-    batches: Sequence[Sequence[Window]],
-    window: int,
+    batches: Iterable[Batch],
     steps: int = 4,
-    progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Any]:
-    """Figures per draft step 1 .. ``steps``, over the windows of ``batches``.
+    """Figures per draft step 1 .. ``steps``, over ``batches``.
 
     ``top1``, ``top3``: the base's most likely token is the draft's choice, or among its three best (False where the
     draft vocabulary, which is the drafter's own and the tokens of the context, lacks it). ``overlap``: 1 - TV of base
-    and draft at temperature 1. ``cosine``: of the draft's final state and h[N]. ``tokens_per_round``: mean acceptance
+    and draft at temperature 1. ``cosine``: of the draft's final state and h[N]. ``score``: mean acceptance
     length of greedy decoding along the answers with chains of ``steps``, rounds that a window cuts short left out.
     """
     judge = Judge(target, network.draft_vocab)
     own = None if network.draft_vocab is None else set(network.draft_vocab.tolist())
     sums = torch.zeros(5, steps, dtype=torch.float64)  # positions, top1, top3, overlap, cosine
     rounds = tokens = 0
-    for done, rows in enumerate(batches, start=1):
-        batch = assemble(records, rows, window, target.device)
+    for batch in batches:
         judge.begin(batch)
-        known = batch.valid if own is None else _known(records, rows, batch, own)
+        known = batch.valid if own is None else known_tokens(batch, own)
         hits: list[Tensor] = []
         for s, (final, valid) in enumerate(drafts(network, target, batch, steps)):
             logits = judge.logits(final)
@@ -57,11 +52,10 @@ def evaluate(
             hits.append((rank == 0) & valid)
         lengths = [_walk(row, int(n)) for row, n in zip(torch.stack(hits, 1).tolist(), batch.valid.sum(1), strict=True)]
         rounds, tokens = rounds + sum(map(len, lengths)), tokens + sum(map(sum, lengths))
-        progress(done)
     mean = (sums[1:] / sums[0].clamp_min(1)).tolist()
     names = ("top1", "top3", "overlap", "cosine")
     result: dict[str, Any] = {n: [round(x, 4) for x in row] for n, row in zip(names, mean, strict=True)}
-    result["tokens_per_round"] = round(tokens / max(rounds, 1), 3)
+    result["score"] = round(tokens / max(rounds, 1), 3)
     result["positions"] = int(sums[0, 0])
     return result
 
@@ -78,12 +72,12 @@ def _walk(hits: list[list[bool]], count: int) -> list[int]:
     return lengths
 
 
-def _known(records: Sequence[Record], rows: Sequence[Window], batch: Batch, own: set[int]) -> Tensor:
+def known_tokens(batch: Batch, own: set[int]) -> Tensor:
     """Where the base's choice is in the drafter's vocabulary or in the context so far: bool [B, T]."""
     known = torch.zeros_like(batch.valid)
-    for b, (index, start, end) in enumerate(rows):
-        ids = records[index].ids[:end].tolist()
-        seen, best = own | set(ids[:start]), batch.best[b].tolist()
+    for b, text in enumerate(batch.texts):
+        ids, start, best = text.tolist(), int(batch.positions[b, 0]), batch.best[b].tolist()
+        seen = own | set(ids[:start])
         for i, token in enumerate(ids[start:]):
             seen.add(token)
             known[b, i] = best[i] in seen

@@ -22,14 +22,14 @@ def draw_curves(metrics: Path, picture: Path, console: Console) -> None:
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     loss, agreement = figure.subplots(1, 2)
     loss.plot(*_series(updates, "loss"), linewidth=0.8)
-    loss.set(xlabel="training tokens", ylabel="loss (KL, all draft steps)")
+    loss.set(xlabel="training tokens", ylabel="loss")
     for key in sorted({key for line in updates for key in line if key.startswith("agree")}):
         agreement.plot(*_series([u for u in updates if key in u], key), linewidth=0.5, alpha=0.5)
-    for step in range(len(evaluations[0]["evaluation"]["top1"]) if evaluations else 0):
+    for step in range(len(evaluations[0]["evaluation"].get("top1", ())) if evaluations else 0):
         points = [(line["tokens"], line["evaluation"]["top1"][step]) for line in evaluations]
         agreement.plot(*zip(*points, strict=True), marker="o", label=f"held out, step {step + 1}")
     agreement.set(xlabel="training tokens", ylabel="top-1 agreement with the model")
-    if evaluations:
+    if agreement.get_legend_handles_labels()[0]:
         agreement.legend(fontsize=8)
     figure.savefig(picture, dpi=110)
 

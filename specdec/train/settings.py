@@ -7,7 +7,7 @@ import importlib.resources
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import yaml
 
@@ -16,8 +16,9 @@ from specdec.errors import SpecDecError, did_you_mean
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """Everything that decides what is trained; written to ``train.yaml`` in the output folder."""
+    """What decides a run of any method; written, with the method's own, to ``train.yaml`` in the output folder."""
 
+    method: str = ""
     model: str = "smollm2-135m-instruct"
     prompts: tuple[str, ...] = ()  # files of prompts or of token-id answers
     holdout: tuple[str, ...] = ()  # files whose prompts must not be trained on
@@ -25,15 +26,6 @@ class TrainSettings:
     dtype: str = "bfloat16"  # of the frozen base and of the student's passes; master weights are float32
     device: str = "cpu"
     seed: int = 0
-
-    # The path of the accelerated residual.
-    exit_layer: int = 0
-    segments: tuple[tuple[int, int], ...] = ()
-    final_leap: bool = False
-    layers_of: int | None = None  # depth of the model these layers were chosen on: scaled to others; None: as they are
-    rank: int = 64
-    adapt: tuple[str, ...] = ()  # linear maps with adapters; empty: all of the segments' layers
-    siblings: tuple[int, ...] = ()  # suggested further candidates at each depth, where scoring them is cheap
     draft_vocab: int = 8192  # most frequent tokens of the answers; 0: the full vocabulary
 
     # Answers by the base itself, where the files hold prompts only.
@@ -46,49 +38,59 @@ class TrainSettings:
     steps: int | None = None  # this many updates
     rows: int = 16  # windows a batch
     window: int = 64  # answer positions a window
-    draft_steps: int = 2  # of its own drafts the student learns from
-    fit_tokens: int = 100_000  # for the closed-form leaps
-    learning_rate: float = 2e-3  # adapters (AdamW)
-    leap_rate: float = 6e-4  # leaps
+    fit_tokens: int = 100_000  # for what is fitted in closed form
+    learning_rate: float = 2e-3  # AdamW
     warmup: int = 20  # updates
     decay: float = 1.0  # last share of the run over which the rate falls linearly to zero
     clip: float = 1.0
     sharpen: float = 0.0  # share of the target's mass moved onto the base's most likely token
-    focus: float = 1.0  # weight of a later step where the drafter's earlier steps had already gone wrong
-    align: float = 0.0  # weight of 1 - cos(p, h[N])
     checkpoint_minutes: float = 3.0
     eval_minutes: float = 10.0
     compile: bool = True  # torch.compile, where the model has a direct path
 
+    positive: ClassVar[tuple[str, ...]] = ("rows", "window", "max_new_tokens", "minutes", "steps", "fit_tokens")
 
-def load_settings(preset: str, overrides: Mapping[str, Any]) -> TrainSettings:
-    """The preset (a name of ``configs/train`` or a YAML file) with ``overrides`` on top; None means not given.
+    def check(self) -> None:
+        """Raise SpecDecError for values out of range; methods add to it."""
+        if (self.minutes is None) == (self.steps is None):
+            raise SpecDecError("give either minutes or steps as the length of the training")
+        for key in self.positive:
+            value = getattr(self, key)
+            if value is not None and value <= 0:
+                raise SpecDecError(f"setting '{key}' must be positive, not {value}")
+        if not 0 < self.eval_fraction < 1 or not 0 < self.decay <= 1:
+            raise SpecDecError("settings 'eval_fraction' and 'decay' must lie between 0 and 1")
 
-    Raises SpecDecError for unknown presets and keys and for values of the wrong kind.
+
+S = TypeVar("S", bound=TrainSettings)
+
+
+def load_settings(kind: type[S], method: str, preset: str | None, overrides: Mapping[str, Any]) -> S:
+    """The preset (a name of ``configs/train`` or a YAML file; None: the method's name) with ``overrides`` on top.
+
+    kind: the method's settings class. Overrides that are None are not given. Raises SpecDecError for unknown presets
+    and keys and for values of the wrong kind.
     """
+    preset = preset or method
     values = dict(_preset(preset))
+    if values.setdefault("method", method) != method:
+        raise SpecDecError(f"preset '{preset}' is for 'specdec train {values['method']}'")
     values.update({key: value for key, value in overrides.items() if value is not None})
     if overrides.get("steps") is not None:
         values["minutes"] = None
-    return from_mapping(values, f"preset '{preset}'")
+    return from_mapping(kind, values, f"preset '{preset}'")
 
 
-def from_mapping(values: Mapping[str, Any], where: str) -> TrainSettings:
-    fields = {field.name: field for field in dataclasses.fields(TrainSettings)}
+def from_mapping(kind: type[S], values: Mapping[str, Any], where: str) -> S:
+    """Settings from plain values. Raises SpecDecError for unknown keys, wrong kinds and values out of range."""
+    fields = {field.name: field for field in dataclasses.fields(kind)}
     clean: dict[str, Any] = {}
     for key, value in values.items():
         if key not in fields:
             raise SpecDecError(f"{where} has an unknown setting '{key}'{did_you_mean(key, fields)}")
         clean[key] = _convert(value, str(fields[key].type), key, where)
-    settings = TrainSettings(**clean)
-    if (settings.minutes is None) == (settings.steps is None):
-        raise SpecDecError("give either minutes or steps as the length of the training")
-    for key in ("rows", "window", "draft_steps", "rank", "max_new_tokens", "minutes", "steps", "fit_tokens"):
-        value = getattr(settings, key)
-        if value is not None and value <= 0:
-            raise SpecDecError(f"setting '{key}' must be positive, not {value}")
-    if not 0 < settings.eval_fraction < 1 or not 0 < settings.decay <= 1:
-        raise SpecDecError("settings 'eval_fraction' and 'decay' must lie between 0 and 1")
+    settings = kind(**clean)
+    settings.check()
     return settings
 
 

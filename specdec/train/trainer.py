@@ -1,9 +1,9 @@
-"""``train_m2r2``: prompts in, a drafter folder out; every stage goes on where a killed run stopped.
+"""``train``: prompts in, a drafter folder out; every stage goes on where a killed run stopped.
 
-Stages: the base answers the prompts (unless they come answered), its states are computed once, the leaps are fitted in
-closed form, then adapters and leaps learn by distillation on the drafter's own states. The base stays frozen, and only
-answer positions count. Everything lies in the output folder: the drafter (``config.json``, ``model.safetensors``, the
-best so far), ``train.yaml``, ``metrics.jsonl``, ``checkpoint.safetensors``, ``answers.jsonl``, ``states/``.
+Stages: the base answers the prompts (unless they come answered), its states are computed once, what has a closed form
+is fitted, then gradients take over. The base stays frozen, and only answer positions count. Everything lies in the
+output folder: the drafter (``config.json``, ``model.safetensors``, the best so far), ``train.yaml``, ``metrics.jsonl``,
+``checkpoint.safetensors``, ``answers.jsonl``, ``states/``. Knows no drafter: what is trained is a ``Method``.
 """
 
 from __future__ import annotations
@@ -28,27 +28,23 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from specdec import artifacts, hub
-from specdec.drafters.m2r2 import M2R2, M2R2Path
 from specdec.errors import SpecDecError
-from specdec.target import Target
 from specdec.train import batches as windows_of
 from specdec.train import data, states
 from specdec.train import settings as settings_of
 from specdec.train.answers import answer_prompts, encode_prompts
 from specdec.train.batches import Batch, Window
-from specdec.train.evaluate import evaluate
-from specdec.train.fit import fit_leaps
+from specdec.train.method import Method, lookup
 from specdec.train.plot import draw_curves
-from specdec.train.runtime import TrainingTarget, can_compile, keep_freed_memory
+from specdec.train.runtime import TrainingTarget, keep_freed_memory
 from specdec.train.settings import TrainSettings
-from specdec.train.student import Judge, drafts
 
 RECIPE, METRICS, CHECKPOINT = "train.yaml", "metrics.jsonl", "checkpoint.safetensors"
 REPORT_UPDATES = 10  # updates a line of metrics.jsonl
 
 
-def train_m2r2(settings: TrainSettings, resume: bool = False, console: Console | None = None) -> dict[str, Any]:
-    """Train, write the drafter to ``settings.output`` and return its figures on held-out answers.
+def train(settings: TrainSettings, resume: bool = False, console: Console | None = None) -> dict[str, Any]:
+    """Train, write the best drafter to ``settings.output`` and return its figures on held-out answers.
 
     Raises SpecDecError for unusable settings, prompts, models and folders, for a full disk and for a loss that is no
     number any more; what was computed stays, and ``resume`` goes on from it.
@@ -59,7 +55,7 @@ def train_m2r2(settings: TrainSettings, resume: bool = False, console: Console |
     model, tokenizer = hub.load(settings.model, dtype=settings.dtype, device=settings.device)
     target = TrainingTarget(model.requires_grad_(False), compiled=settings.compile)
     mark = hub.fingerprint(model)
-    path = path_of(settings, target)
+    method = lookup(settings.method)(settings, target)
     items = data.read([Path(p) for p in settings.prompts])
     held = data.read([Path(p) for p in settings.holdout]) if settings.holdout else []
     data.refuse_held_out(items, held, tokenizer.decode)
@@ -70,17 +66,16 @@ def train_m2r2(settings: TrainSettings, resume: bool = False, console: Console |
         train, held_out = data.split(usable, settings.eval_fraction)
         held_out = held_out[: settings.eval_answers]
         random.Random(settings.seed).shuffle(train)
-        wanted = wanted_states(path, target.num_layers)
         store = {}
         for name, part in (("eval", held_out), ("train", train)):
             task = progress.add_task(f"teacher states ({name})", total=sum(map(len, part)))
             folder = output / "states" / name
-            store[name] = states.compute(folder, target, part, wanted, mark, partial(progress.advance, task))
-    ends = _end_ids(model, tokenizer)
+            store[name] = states.compute(folder, target, part, method.wanted(), mark, partial(progress.advance, task))
     vocab = None
     if settings.draft_vocab:
+        ends = _end_ids(model, tokenizer)
         vocab = data.draft_vocabulary(train, settings.draft_vocab, ends, target.vocab_size).to(target.device)
-    run = Run(settings, path, target, vocab, store["train"].records, store["eval"].records, output, console)
+    run = Run(method, vocab, store["train"].records, store["eval"].records, output, console)
     run.base = {
         "fingerprint": mark,
         "name": settings.model,
@@ -92,84 +87,42 @@ def train_m2r2(settings: TrainSettings, resume: bool = False, console: Console |
     return run.train(resume)
 
 
-def path_of(settings: TrainSettings, target: Target) -> M2R2Path:
-    """The settings' path, with adapters on the later layers' maps, or on the early ones' where there are no later.
-
-    Early layers read the slow residual's keys and values, so theirs are not adapted: p owns none.
-    """
-    adapters: dict[int, list[str]] = {}
-    early, scale = not settings.segments, target.num_layers / (settings.layers_of or target.num_layers)
-    exit_layer = round(settings.exit_layer * scale) or min(settings.exit_layer, 1)
-    ends = [(round(lo * scale), round(hi * scale)) for lo, hi in settings.segments]
-    segments = tuple((lo, max(hi, lo + 1)) for lo, hi in ends)
-    for lo, hi in segments or ((0, exit_layer),):
-        for layer in range(lo, hi):
-            names = list(target.linears(layer))
-            if settings.adapt:
-                names = [n for n in names if n in settings.adapt or n.rpartition(".")[2] in settings.adapt]
-            if early:
-                names = [n for n in names if not any(key in n for key in ("k_proj", "v_proj", "c_attn", "key_value"))]
-            adapters[layer] = names
-    path = M2R2Path(exit_layer, segments, settings.final_leap, settings.rank, adapters)
-    path.check(target.num_layers)
-    if not any(adapters.values()) and not settings.final_leap:
-        raise SpecDecError("setting 'adapt' names no linear map of this model, so there is nothing to train")
-    return path
-
-
-def wanted_states(path: M2R2Path, num_layers: int) -> states.Wanted:
-    """The teacher states that training a path needs."""
-    kv = [layer for lo, hi in path.segments for layer in range(lo, hi)]
-    hidden = {*(lo for lo, _ in path.segments), num_layers}
-    if path.adapts_early:
-        kv += range(path.exit_layer)
-    elif path.exit_layer:
-        hidden.add(path.exit_layer)
-    return states.Wanted(tuple(sorted(kv)), tuple(sorted(hidden)))
-
-
 class Run:
     """Gradient training of one drafter, with its checkpoints, evaluations and metrics."""
 
     def __init__(
         self,
-        settings: TrainSettings,
-        path: M2R2Path,
-        target: TrainingTarget,
+        method: Method,
         vocab: Tensor | None,
         train: Sequence[states.Record],
         held_out: Sequence[states.Record],
         output: Path,
         console: Console,
     ) -> None:
-        torch.manual_seed(settings.seed)  # the adapters' first factors
-        self.settings, self.target, self.output, self.console = settings, target, output, console
+        settings, target = method.settings, method.target
+        torch.manual_seed(settings.seed)  # the masters' first values
+        self.method, self.settings, self.target, self.output, self.console = method, settings, target, output, console
         self.base: dict[str, Any] = {}
-        self.masters = M2R2(path, target, vocab).to(target.device)  # float32
+        self.masters = method.build(vocab).to(target.device)  # float32
         self.network = copy.deepcopy(self.masters).to(target.dtype)  # what runs
         self.records, self.held_out = train, held_out
         self.windows = windows_of.windows(train, settings.window)
-        compiled = settings.compile and target.direct and can_compile(target.device)
-        self.judge = Judge(target, vocab, settings.sharpen, compiled=compiled)
-        self.parameters = dict(self.masters.named_parameters())
-        leaps = [p for n, p in self.parameters.items() if n.startswith("leaps")]
-        adapters = [p for n, p in self.parameters.items() if n.startswith("adapters")]
-        groups = [{"params": leaps, "lr": settings.leap_rate}, {"params": adapters, "lr": settings.learning_rate}]
-        groups = [group for group in groups if group["params"]]
+        self.parameters = {n: p for n, p in self.masters.named_parameters() if p.requires_grad}
+        groups = method.groups(self.masters)
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
-        self.update, self.tokens, self.seconds, self.best = 0, 0, 0.0, 0.0  # best: tokens per round
+        self.update, self.tokens, self.seconds, self.best = 0, 0, 0.0, -math.inf
 
     # -- the run ------------------------------------------------------------------------------------------------
 
     def train(self, resume: bool) -> dict[str, Any]:
-        """From the checkpoint, or from the closed-form leaps, to the end of the schedule."""
+        """From the checkpoint, or from what has a closed form, to the end of the schedule."""
         if resume and (self.output / CHECKPOINT).exists():
             self._restore()
         else:
-            fit_leaps(self.network, self.target, self._fit_batches)
+            self.method.fit(self.network, self._fit_batches)
             with torch.no_grad():
-                for name, parameter in self.network.named_parameters():
+                for name, parameter in self._running().items():
                     self.parameters[name].copy_(parameter)
             self._evaluate()
         settings, earlier, start = self.settings, self.seconds, time.monotonic()
@@ -206,9 +159,10 @@ class Run:
                     self._evaluate()
                     evaluated = time.monotonic()
         self._save()
-        figures = self._evaluate()
+        self._evaluate()
         draw_curves(self.output / METRICS, self.output / "training.png", self.console)
-        return figures
+        best: dict[str, Any] = artifacts.read_config(self.output)["training"]["held_out"]
+        return best
 
     def _lost(self) -> SpecDecError:
         return SpecDecError(
@@ -228,50 +182,32 @@ class Run:
 
     def _step(self, rows: Sequence[Window], rate: float) -> dict[str, float]:
         """One update on one batch."""
-        settings, judge, target = self.settings, self.judge, self.target
-        batch = windows_of.assemble(self.records, rows, settings.window, target.device)
-        target.forget()
-        judge.begin(batch)
-        count = batch.valid.sum()
-        loss = torch.zeros((), device=target.device)
-        figures: dict[str, float] = {}
-        right = torch.empty(0)
-        deep = batch.hidden[target.num_layers].float()
-        for s, (final, valid) in enumerate(drafts(self.network, target, batch, settings.draft_steps)):
-            logits = judge.logits(final)
-            kl, top = judge.loss(logits)
-            weight = valid.float()
-            hit = judge.hits(logits, top, judge.next)
-            if s:
-                reached = torch.cat((torch.zeros_like(right[:, :1]), right[:, :-1]), 1)
-                weight = weight * torch.where(reached, 1.0, settings.focus)
-                hit = hit & reached
-            right = hit
-            loss = loss + (kl * weight).sum() / count
-            if settings.align:
-                away = 1 - torch.cosine_similarity(final.float(), deep, -1)
-                loss = loss + settings.align * (away * weight).sum() / count
-            agree = judge.hits(logits, top, judge.best)[valid].float().mean()
-            figures["agree" if s == 0 else f"agree{s + 1}"] = float(agree)
+        batch = windows_of.assemble(self.records, rows, self.settings.window, self.target.device)
+        self.target.forget()
+        loss, figures = self.method.loss(self.network, batch)
         loss.backward()  # type: ignore[no-untyped-call]
-        working = dict(self.network.named_parameters())
+        working = self._running()
         for name, parameter in self.parameters.items():
             gradient, working[name].grad = working[name].grad, None
             parameter.grad = None if gradient is None else gradient.float()
-        norm = nn.utils.clip_grad_norm_(self.parameters.values(), settings.clip)
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.clip)
         figures |= {"loss": float(loss.detach()), "gradient": float(norm), "rate": rate}
         if math.isfinite(figures["loss"] + figures["gradient"]):
             for group, full in zip(self.optimizer.param_groups, self.rates, strict=True):
                 group["lr"] = full * rate
             self.optimizer.step()
             self._refresh()
-            self.update, self.tokens = self.update + 1, self.tokens + int(count)
+            self.update, self.tokens = self.update + 1, self.tokens + int(batch.valid.sum())
         return figures
+
+    def _running(self) -> dict[str, nn.Parameter]:
+        """The trained parameters of the running copy, named as the masters' are."""
+        return {n: p for n, p in self.network.named_parameters() if p.requires_grad}
 
     @torch.no_grad()
     def _refresh(self) -> None:
         """The running copy follows the masters."""
-        for name, parameter in self.network.named_parameters():
+        for name, parameter in self._running().items():
             parameter.copy_(self.parameters[name])
 
     def _fit_batches(self) -> Iterable[Batch]:
@@ -285,24 +221,24 @@ class Run:
 
     # -- what it writes -----------------------------------------------------------------------------------------
 
-    def _evaluate(self) -> dict[str, Any]:
+    def _evaluate(self) -> None:
         """Measure on held-out answers; keep the drafter if it is the best so far."""
         rows, width = self.settings.rows, self.settings.window
         chosen = sorted(windows_of.windows(self.held_out, width), key=lambda w: w[2])
-        groups = [chosen[i : i + rows] for i in range(0, len(chosen), rows)]
+        groups = (chosen[i : i + rows] for i in range(0, len(chosen), rows))
         self.target.forget()
-        figures = evaluate(self.network, self.target, self.held_out, groups, width)
+        with torch.no_grad():
+            figures = self.method.evaluate(
+                self.network, (windows_of.assemble(self.held_out, g, width, self.target.device) for g in groups)
+            )
         self._log({"update": self.update, "tokens": self.tokens, "evaluation": figures})
-        chain = ", ".join(f"{x:.3f}" for x in figures["top1"])
         self.console.print(
-            f"update {self.update}, {self.tokens} tokens, {self.seconds / 60:.1f} min: agreement {chain}; "
-            f"{figures['tokens_per_round']:.2f} tokens a round; 1 - TV {figures['overlap'][0]:.3f}",
+            f"update {self.update}, {self.tokens} tokens, {self.seconds / 60:.1f} min: {self.method.describe(figures)}",
             highlight=False,
         )
-        if figures["tokens_per_round"] > self.best:
-            self.best = figures["tokens_per_round"]
+        if figures["score"] > self.best:
+            self.best = figures["score"]
             self._export(figures)
-        return figures
 
     def _export(self, figures: dict[str, Any]) -> None:
         training = {
@@ -314,16 +250,9 @@ class Run:
             "recipe": RECIPE,
             "held_out": figures,
         }
-        config = {
-            "drafter": "m2r2",
-            "version": 1,
-            "base": self.base,
-            "path": self.network.path.to_json(),
-            "siblings": list(self.settings.siblings),
-            "training": training,
-        }
+        config = {"version": 1, "base": self.base, **self.method.config(self.network), "training": training}
         dtype = torch.bfloat16 if self.target.dtype == torch.bfloat16 else torch.float32
-        tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in self.masters.state_dict().items()}
+        tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in self.method.tensors(self.masters).items()}
         artifacts.write(self.output, config, tensors)
 
     def _log(self, line: dict[str, Any]) -> None:
@@ -382,7 +311,10 @@ def _open_output(settings: TrainSettings, resume: bool) -> Path:
     recipe = output / RECIPE
     try:
         if recipe.exists():
-            earlier = settings_of.from_mapping(yaml.safe_load(recipe.read_text("utf-8")), f"'{recipe}'")
+            kept = yaml.safe_load(recipe.read_text("utf-8"))
+            if kept["method"] != settings.method:
+                raise SpecDecError(f"'{output}' holds a run of 'specdec train {kept['method']}'; use another --output")
+            earlier = settings_of.from_mapping(type(settings), kept, f"'{recipe}'")
             if not resume:
                 raise SpecDecError(f"'{output}' holds a training run; pass --resume to go on, or another --output")
             if differs := settings_of.differences(earlier, settings):
@@ -390,7 +322,7 @@ def _open_output(settings: TrainSettings, resume: bool) -> Path:
                 raise SpecDecError(f"cannot resume '{output}' with other settings: {detail}")
         output.mkdir(parents=True, exist_ok=True)
         artifacts.replace(recipe, settings_of.to_yaml(dataclasses.replace(settings, output="")).encode())
-    except (OSError, yaml.YAMLError, AttributeError) as error:
+    except (OSError, yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
         raise SpecDecError(f"cannot use '{output}' as output folder: {error}") from None
     return output
 

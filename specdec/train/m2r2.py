@@ -1,0 +1,150 @@
+"""Training of M2R2: closed-form leaps, then leaps and adapters by distillation on the drafter's own states."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from specdec.drafters.m2r2 import M2R2, M2R2Path
+from specdec.errors import SpecDecError
+from specdec.target import Target
+from specdec.train.batches import Batch
+from specdec.train.evaluate import evaluate
+from specdec.train.fit import fit_leaps
+from specdec.train.method import Method
+from specdec.train.runtime import TrainingTarget, can_compile
+from specdec.train.settings import TrainSettings
+from specdec.train.states import Wanted
+from specdec.train.student import Judge, drafts
+
+
+@dataclass(frozen=True)
+class M2R2Settings(TrainSettings):
+    """The path of the accelerated residual, and what it learns from."""
+
+    exit_layer: int = 0
+    segments: tuple[tuple[int, int], ...] = ()
+    final_leap: bool = False
+    layers_of: int | None = None  # depth of the model these layers were chosen on: scaled to others; None: as they are
+    rank: int = 64
+    adapt: tuple[str, ...] = ()  # linear maps with adapters; empty: all of the segments' layers
+    siblings: tuple[int, ...] = ()  # suggested further candidates at each depth, where scoring them is cheap
+    draft_steps: int = 2  # of its own drafts the student learns from
+    leap_rate: float = 6e-4  # learning rate of the leaps; ``learning_rate`` is the adapters'
+    focus: float = 1.0  # weight of a later step where the drafter's earlier steps had already gone wrong
+    align: float = 0.0  # weight of 1 - cos(p, h[N])
+
+    positive: ClassVar[tuple[str, ...]] = (*TrainSettings.positive, "draft_steps", "rank")
+
+
+class M2R2Method(Method):
+    """KL to the base at each of the drafter's own steps, and optionally the cosine of p to h[N]."""
+
+    name: ClassVar[str] = "m2r2"
+    settings_class: ClassVar[type[TrainSettings]] = M2R2Settings
+    settings: M2R2Settings
+
+    def __init__(self, settings: M2R2Settings, target: TrainingTarget) -> None:
+        super().__init__(settings, target)
+        self.path = path_of(settings, target)
+
+    def wanted(self) -> Wanted:
+        return wanted_states(self.path, self.target.num_layers)
+
+    def build(self, vocab: Tensor | None) -> M2R2:
+        compiled = self.settings.compile and self.target.direct and can_compile(self.target.device)
+        self.judge = Judge(self.target, vocab, self.settings.sharpen, compiled=compiled)
+        return M2R2(self.path, self.target, vocab)
+
+    def groups(self, masters: nn.Module) -> list[dict[str, Any]]:
+        named = dict(masters.named_parameters())
+        leaps = [p for name, p in named.items() if name.startswith("leaps")]
+        adapters = [p for name, p in named.items() if name.startswith("adapters")]
+        rates = ((leaps, self.settings.leap_rate), (adapters, self.settings.learning_rate))
+        return [{"params": params, "lr": rate} for params, rate in rates if params]
+
+    def fit(self, network: nn.Module, batches: Callable[[], Iterable[Batch]]) -> None:
+        assert isinstance(network, M2R2)
+        fit_leaps(network, self.target, batches)
+
+    def loss(self, network: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        assert isinstance(network, M2R2)
+        settings, judge, target = self.settings, self.judge, self.target
+        judge.begin(batch)
+        count = batch.valid.sum()
+        loss = torch.zeros((), device=target.device)
+        figures: dict[str, float] = {}
+        right = torch.empty(0)
+        deep = batch.hidden[target.num_layers].float()
+        for s, (final, valid) in enumerate(drafts(network, target, batch, settings.draft_steps)):
+            logits = judge.logits(final)
+            kl, top = judge.loss(logits)
+            weight = valid.float()
+            hit = judge.hits(logits, top, judge.next)
+            if s:
+                reached = torch.cat((torch.zeros_like(right[:, :1]), right[:, :-1]), 1)
+                weight = weight * torch.where(reached, 1.0, settings.focus)
+                hit = hit & reached
+            right = hit
+            loss = loss + (kl * weight).sum() / count
+            if settings.align:
+                away = 1 - torch.cosine_similarity(final.float(), deep, -1)
+                loss = loss + settings.align * (away * weight).sum() / count
+            agree = judge.hits(logits, top, judge.best)[valid].float().mean()
+            figures["agree" if s == 0 else f"agree{s + 1}"] = float(agree)
+        return loss, figures
+
+    def evaluate(self, network: nn.Module, batches: Iterable[Batch]) -> dict[str, Any]:
+        assert isinstance(network, M2R2)
+        return evaluate(network, self.target, batches)
+
+    @staticmethod
+    def describe(figures: dict[str, Any]) -> str:
+        chain = ", ".join(f"{x:.3f}" for x in figures["top1"])
+        return (
+            f"{figures['score']:.2f} tokens a round of {len(figures['top1'])} drafts (agreement {chain}; "
+            f"1 - TV {figures['overlap'][0]:.3f})"
+        )
+
+    def config(self, network: nn.Module) -> dict[str, Any]:
+        return {"drafter": "m2r2", "path": self.path.to_json(), "siblings": list(self.settings.siblings)}
+
+
+def path_of(settings: M2R2Settings, target: Target) -> M2R2Path:
+    """The settings' path, with adapters on the later layers' maps, or on the early ones' where there are no later.
+
+    Early layers read the slow residual's keys and values, so theirs are not adapted: p owns none.
+    """
+    adapters: dict[int, list[str]] = {}
+    early, scale = not settings.segments, target.num_layers / (settings.layers_of or target.num_layers)
+    exit_layer = round(settings.exit_layer * scale) or min(settings.exit_layer, 1)
+    ends = [(round(lo * scale), round(hi * scale)) for lo, hi in settings.segments]
+    segments = tuple((lo, max(hi, lo + 1)) for lo, hi in ends)
+    for lo, hi in segments or ((0, exit_layer),):
+        for layer in range(lo, hi):
+            names = list(target.linears(layer))
+            if settings.adapt:
+                names = [n for n in names if n in settings.adapt or n.rpartition(".")[2] in settings.adapt]
+            if early:
+                names = [n for n in names if not any(key in n for key in ("k_proj", "v_proj", "c_attn", "key_value"))]
+            adapters[layer] = names
+    path = M2R2Path(exit_layer, segments, settings.final_leap, settings.rank, adapters)
+    path.check(target.num_layers)
+    if not any(adapters.values()) and not settings.final_leap:
+        raise SpecDecError("setting 'adapt' names no linear map of this model, so there is nothing to train")
+    return path
+
+
+def wanted_states(path: M2R2Path, num_layers: int) -> Wanted:
+    """The teacher states that training a path needs."""
+    kv = [layer for lo, hi in path.segments for layer in range(lo, hi)]
+    hidden = {*(lo for lo, _ in path.segments), num_layers}
+    if path.adapts_early:
+        kv += range(path.exit_layer)
+    elif path.exit_layer:
+        hidden.add(path.exit_layer)
+    return Wanted(tuple(sorted(kv)), tuple(sorted(hidden)))

@@ -1,0 +1,101 @@
+"""What a drafter's training consists of, apart from the trainer: the contract of methods, and their names.
+
+``specdec train NAME`` works for every name in ``METHODS``. The trainer (``specdec.train.trainer``) owns everything that
+all methods share: answers, teacher states, batches, optimiser, checkpoints, metrics, evaluation at intervals, the
+drafter folder. A method says what is specific: adding one is a file with a ``Method`` and its settings, a line here and
+a preset ``configs/train/NAME.yaml``. Networks live beside their drafters (``specdec.drafters``) and are used alike for
+drafting and training.
+"""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:  # the command line imports this module for the names alone
+    from torch import Tensor, nn
+
+    from specdec.train.batches import Batch
+    from specdec.train.runtime import TrainingTarget
+    from specdec.train.settings import TrainSettings
+    from specdec.train.states import Wanted
+
+METHODS: dict[str, str] = {
+    "m2r2": "specdec.train.m2r2:M2R2Method",
+}
+
+
+def lookup(name: str) -> type[Method]:
+    """Import and return the method registered as ``name``."""
+    module, _, attribute = METHODS[name].partition(":")
+    found: type[Method] = getattr(importlib.import_module(module), attribute)
+    return found
+
+
+class Method(ABC):
+    """How one kind of drafter is trained on a frozen target. One object serves one run.
+
+    The trainer calls, in this order: the constructor, ``wanted``, ``build`` (once: float32 masters; a copy in the
+    target's dtype is what runs), ``fit`` (unless it resumes), then ``loss`` per update and ``evaluate`` at intervals
+    (without gradients), and ``config`` and ``tensors`` whenever a drafter is exported. ``network`` below is the running
+    copy; after each update it follows the masters.
+
+    name: the method's in ``METHODS``. settings_class: ``TrainSettings`` with the method's own settings and defaults.
+    """
+
+    name: ClassVar[str]
+    settings_class: ClassVar[type[TrainSettings]]
+
+    def __init__(self, settings: Any, target: TrainingTarget) -> None:
+        """Raise SpecDecError for settings that do not fit the model."""
+        self.settings, self.target = settings, target
+
+    @abstractmethod
+    def wanted(self) -> Wanted:
+        """The teacher states that batches must hold."""
+
+    @abstractmethod
+    def build(self, vocab: Tensor | None) -> nn.Module:
+        """The masters, float32. ``vocab``: int32 [V'], the draft vocabulary, or None for the full one.
+
+        Parameters with ``requires_grad`` are trained; torch's seed has been set.
+        """
+
+    def groups(self, masters: nn.Module) -> list[dict[str, Any]]:
+        """The optimiser's parameter groups; here one, at ``settings.learning_rate``."""
+        return [{"params": [p for p in masters.parameters() if p.requires_grad], "lr": self.settings.learning_rate}]
+
+    def fit(self, network: nn.Module, batches: Callable[[], Iterable[Batch]]) -> None:  # noqa: B027 (optional)
+        """Set parameters of ``network`` in closed form, before any gradient. ``batches()`` starts over at each call."""
+
+    @abstractmethod
+    def loss(self, network: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        """The loss, a *mean over the valid positions* of ``batch`` (so that shares of several processes add up).
+
+        Beside it, figures for progress and metrics; ``agree`` (share of positions where the draft is the base's choice)
+        is one of them.
+        """
+
+    @abstractmethod
+    def evaluate(self, network: nn.Module, batches: Iterable[Batch]) -> dict[str, Any]:
+        """Figures on held-out answers, for metrics and config.json. ``score`` picks the best: larger is better.
+
+        ``chain`` (optional): P(the first i drafted tokens all stand), i = 1, 2, ...; from it follows the predicted
+        speedup. ``nodes`` (optional): tokens scored beside the root for a draft of depth i; without it i. ``top1``
+        (optional): agreement per draft step, which is plotted.
+        """
+
+    @staticmethod
+    @abstractmethod
+    def describe(figures: dict[str, Any]) -> str:
+        """What ``evaluate`` found, as half a line for people."""
+
+    @abstractmethod
+    def config(self, network: nn.Module) -> dict[str, Any]:
+        """The drafter's entries of ``config.json``, its name ``drafter`` among them."""
+
+    def tensors(self, masters: nn.Module) -> dict[str, Tensor]:
+        """What ``model.safetensors`` holds; floating-point tensors are stored in the target's dtype."""
+        return masters.state_dict()
