@@ -28,6 +28,7 @@ from specdec.errors import SpecDecError
 from specdec.target import Target
 
 from .chain import draft_chain, within
+from .vocabulary import DraftVocabulary, check_vocabulary
 
 
 @dataclass(frozen=True)
@@ -205,50 +206,17 @@ class M2R2Drafter:
 
     def bind(self, target: Target) -> None:
         self.network.freeze(target)
-        vocab = self.network.draft_vocab
-        self.own = None if vocab is None else vocab.long()
-        self.head = None if self.own is None else target.reduced_head(self.own)
+        self.vocabulary = DraftVocabulary(target, self.network.draft_vocab)
         self.start(1)
 
     def start(self, batch: int) -> None:
         self.carry = None
-        self.vocab = self.own  # int64 [V'], or None: every token
-        self.known = set() if self.own is None else set(self.own.tolist())
-        self.more: list[int] = []  # tokens of the context that the trained draft vocabulary lacks
-        self.more_head: nn.Linear | None = None
-
-    def _follow(self, state: State) -> Tensor | None:
-        """Add the context's tokens to the draft vocabulary: rare words recur where they have been used.
-
-        Returns, if rows differ in them, which of the added ones each row has (bool [B, added]): no row drafts from
-        another's context.
-        """
-        if self.own is None:
-            return None
-        contexts = [set(ids) for ids in state.ids]
-        if fresh := set[int]().union(*contexts) - self.known:
-            self.known |= fresh
-            self.more += sorted(fresh)
-            added = torch.tensor(self.more, device=self.own.device)
-            self.more_head = state.target.reduced_head(added)
-            self.vocab = torch.cat((self.own, added))
-        if len(contexts) == 1 or not self.more:
-            return None
-        return torch.tensor([[t in context for t in self.more] for context in contexts], device=self.own.device)
-
-    def _logits(self, target: Target, final: Tensor, rows: Tensor | None) -> Tensor:
-        """Draft logits [B, V'] over ``vocab`` from final states [B, 1, D]; ``rows`` from ``_follow``."""
-        logits = target.readout(final, self.head)[:, 0]
-        if self.more_head is None:
-            return logits
-        more = target.readout(final, self.more_head)[:, 0]  # (B, added)
-        if rows is not None:
-            more = more.masked_fill(~rows, float("-inf"))
-        return torch.cat((logits, more), -1)
+        self.vocabulary.start()
 
     def propose(self, state: State, limit: int) -> Draft:
-        target, cache, carry, rows = state.target, state.cache, self.carry, self._follow(state)
+        target, cache, carry, vocabulary = state.target, state.cache, self.carry, self.vocabulary
         assert carry is not None, "observe() runs before propose()"
+        vocabulary.follow(state)
         siblings = within(self.suggested, limit, state.spare) if self.siblings is None else self.siblings
         states: list[Tensor] = []
 
@@ -258,9 +226,9 @@ class M2R2Drafter:
             h, p = self._early(target, target.embed(token, positions), positions, cache)
             states.append(h)
             carry = self.network.beyond(target, p, carry, positions, partial(cache.mask, positions=positions), cache)
-            return self._logits(target, carry.final, rows)
+            return vocabulary.logits(carry.final)
 
-        draft = draft_chain(state, limit, step, siblings, self.vocab)
+        draft = draft_chain(state, limit, step, siblings, vocabulary.tokens)
         for lo, hi in self.path.segments:
             cache.trim(len(states), lo, hi)  # provisional entries: exact ones come with the scoring pass
         if self.path.exit_layer:
@@ -314,8 +282,7 @@ def load_network(target: Target, config: dict[str, Any], tensors: dict[str, Tens
     if config.get("drafter") != "m2r2":
         raise SpecDecError(f"the folder holds a '{config.get('drafter')}' drafter, not an m2r2 one")
     vocab = tensors.get("draft_vocab")
-    if vocab is not None and vocab.numel() and not 0 <= int(vocab.min()) <= int(vocab.max()) < target.vocab_size:
-        raise SpecDecError("the drafter's draft vocabulary names tokens that the model does not have")
+    check_vocabulary(vocab, target)
     network = M2R2(M2R2Path.from_json(config.get("path", {})), target, vocab)
     own = network.state_dict()
     if set(own) != set(tensors) or any(own[key].shape != tensors[key].shape for key in own):

@@ -1,0 +1,65 @@
+"""The tokens a drafter drafts from: all of the model's, or a reduced vocabulary that follows the context.
+
+On small models the output head is a fifth of all bytes, and few tokens cover nearly all text. Rare words recur where
+they have been used, so the tokens of a row's own context join the trained ones. Knows nothing of how states come about.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from specdec.draft import State
+from specdec.errors import SpecDecError
+from specdec.target import Target
+
+
+class DraftVocabulary:
+    """Readout of final states over ``tokens``, int64 [V'] (None: every token).
+
+    trained: the drafter's own tokens, int [V'], or None. ``start`` begins a generation, ``follow`` each round.
+    """
+
+    def __init__(self, target: Target, trained: Tensor | None) -> None:
+        self.target, self.trained = target, None if trained is None else trained.long()
+        self.head = None if self.trained is None else target.reduced_head(self.trained)
+        self.start()
+
+    def start(self) -> None:
+        self.tokens = self.trained
+        self.known = set() if self.trained is None else set(self.trained.tolist())
+        self.more: list[int] = []  # tokens of the context that the trained ones lack
+        self.more_head: nn.Linear | None = None
+        self.hidden: Tensor | None = None  # bool [B, added], where rows differ: added tokens that a row has not seen
+
+    def follow(self, state: State) -> None:
+        """Add the context's tokens. No row drafts from another's context."""
+        if self.trained is None:
+            return
+        contexts = [set(ids) for ids in state.ids]
+        if fresh := set[int]().union(*contexts) - self.known:
+            self.known |= fresh
+            self.more += sorted(fresh)
+            added = torch.tensor(self.more, device=self.trained.device)
+            self.more_head = self.target.reduced_head(added)
+            self.tokens = torch.cat((self.trained, added))
+        self.hidden = None
+        if len(contexts) > 1 and self.more:
+            unseen = [[t not in context for t in self.more] for context in contexts]
+            self.hidden = torch.tensor(unseen, device=self.trained.device)
+
+    def logits(self, final: Tensor) -> Tensor:
+        """Draft logits [B, V'] over ``tokens``, from final states [B, 1, D]."""
+        logits = self.target.readout(final, self.head)[:, 0]
+        if self.more_head is None:
+            return logits
+        more = self.target.readout(final, self.more_head)[:, 0]  # (B, added)
+        if self.hidden is not None:
+            more = more.masked_fill(self.hidden, float("-inf"))
+        return torch.cat((logits, more), -1)
+
+
+def check_vocabulary(vocab: Tensor | None, target: Target) -> None:
+    """Raise SpecDecError if a drafter's ``vocab`` names tokens that the model does not have."""
+    if vocab is not None and vocab.numel() and not 0 <= int(vocab.min()) <= int(vocab.max()) < target.vocab_size:
+        raise SpecDecError("the drafter's draft vocabulary names tokens that the model does not have")
