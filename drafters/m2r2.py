@@ -226,7 +226,7 @@ class M2R2Drafter:
             h, p = self._early(target, target.embed(token, positions), positions, cache)
             states.append(h)
             carry = self.network.beyond(target, p, carry, positions, partial(cache.mask, positions=positions), cache)
-            return vocabulary.logits(carry.final)
+            return vocabulary.logits(carry.final)[:, 0]
 
         draft = draft_chain(state, limit, step, siblings, vocabulary.tokens)
         for lo, hi in self.path.segments:

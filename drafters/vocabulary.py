@@ -49,13 +49,13 @@ class DraftVocabulary:
             self.hidden = torch.tensor(unseen, device=self.trained.device)
 
     def logits(self, final: Tensor) -> Tensor:
-        """Draft logits [B, V'] over ``tokens``, from final states [B, 1, D]."""
-        logits = self.target.readout(final, self.head)[:, 0]
+        """Draft logits [B, T, V'] over ``tokens``, from final states [B, T, D]."""
+        logits = self.target.readout(final, self.head)
         if self.more_head is None:
             return logits
-        more = self.target.readout(final, self.more_head)[:, 0]  # (B, added)
+        more = self.target.readout(final, self.more_head)  # (B, T, added)
         if self.hidden is not None:
-            more = more.masked_fill(self.hidden, float("-inf"))
+            more = more.masked_fill(self.hidden[:, None], float("-inf"))
         return torch.cat((logits, more), -1)
 
 
