@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from specdec import SpecDecoder, artifacts, hub
 from specdec.cli import app
+from specdec.costs import Costs
 from specdec.draft import State
 from specdec.drafters.m2r2 import M2R2, M2R2Drafter, M2R2Path
 from specdec.errors import SpecDecError
@@ -26,10 +27,11 @@ from specdec.target import ReferenceTarget
 from specdec.train import data, states, trainer
 from specdec.train.batches import assemble, epoch, stream, windows
 from specdec.train.data import Answer, Prompt
-from specdec.train.evaluate import _walk
+from specdec.train.evaluate import walk
 from specdec.train.m2r2 import M2R2Settings, path_of, wanted_states
 from specdec.train.runtime import TrainingTarget
 from specdec.train.settings import from_mapping, load_settings
+from specdec.train.speed import predict
 from specdec.train.student import Judge, drafts
 from specdec.train.trainer import train
 
@@ -345,7 +347,7 @@ def test_batches_cover_each_window_once_an_epoch_and_can_be_entered_anywhere() -
 def test_rounds_along_a_window() -> None:
     hits = [[True, False, True, True, True, False], [True, True, False, True, False, False]]
     # From 0: step 1 at 0 and step 2 at 1 hold, three tokens; from 3: step 1 holds, step 2 at 4 does not; 5: no room.
-    assert _walk(hits, 6) == [3, 2]
+    assert walk(hits, 6) == [3, 2]
 
 
 def test_presets_load_and_settings_are_checked(tmp_path: Path) -> None:
@@ -393,3 +395,10 @@ def test_preset_paths_scale_with_the_depth_of_the_model() -> None:
     target = ReferenceTarget(tiny_model())  # 4 layers, the presets were chosen on 30
     leap, paper = (path_of(load_settings(M2R2Settings, "m2r2", name, {}), target) for name in ("m2r2", "m2r2-paper"))
     assert (leap.exit_layer, leap.segments) == (0, ((3, 4),)) and (paper.exit_layer, paper.segments) == (1, ())
+
+
+def test_the_predicted_speedup_weighs_acceptance_against_measured_costs() -> None:
+    costs = Costs({1: 10.0, 2: 11.0, 3: 12.0, 5: 14.0}, draft=1.0)
+    # One draft: 1.5 tokens in 1 + 11 of 10 units; a second adds 0.4 tokens for 2 more; a third too little.
+    assert predict([0.5, 0.4, 0.05], costs) == (pytest.approx(1.9 * 10 / 14), 2)
+    assert predict([0.5], costs, nodes=[4]) == (1.0, 0)  # its tree costs 14 to score

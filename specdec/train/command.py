@@ -41,7 +41,7 @@ def run(
     """The command of every method; which one, its name says."""
     from specdec.train.method import lookup  # heavy imports stay out of --help
     from specdec.train.settings import load_settings
-    from specdec.train.trainer import train
+    from specdec.train.trainer import said, train
 
     overrides: dict[str, Any] = {
         "prompts": [str(path) for path in prompts],
@@ -53,7 +53,7 @@ def run(
     method = str(context.command.name)
     kind = lookup(method)
     figures = train(load_settings(kind.settings_class, method, preset, overrides), resume, Console(stderr=True))
-    Console().print(f"{output}: {kind.describe(figures)}", highlight=False, soft_wrap=True)
+    Console().print(f"{output}: {kind.describe(figures)}{said(figures)}", highlight=False, soft_wrap=True)
 
 
 for _name in METHODS:

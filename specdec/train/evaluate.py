@@ -5,7 +5,7 @@ Knows nothing about training and about time.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -28,13 +28,14 @@ def evaluate(
 
     ``top1``, ``top3``: the base's most likely token is the draft's choice, or among its three best (False where the
     draft vocabulary, which is the drafter's own and the tokens of the context, lacks it). ``overlap``: 1 - TV of base
-    and draft at temperature 1. ``cosine``: of the draft's final state and h[N]. ``score``: mean acceptance
-    length of greedy decoding along the answers with chains of ``steps``, rounds that a window cuts short left out.
+    and draft at temperature 1. ``cosine``: of the draft's final state and h[N]. ``chain``: P(the first i drafted tokens
+    all stand), and ``score``: mean acceptance length, of greedy decoding along the answers with chains of ``steps``;
+    rounds that a window cuts short are left out.
     """
     judge = Judge(target, network.draft_vocab)
     own = None if network.draft_vocab is None else set(network.draft_vocab.tolist())
     sums = torch.zeros(5, steps, dtype=torch.float64)  # positions, top1, top3, overlap, cosine
-    rounds = tokens = 0
+    lengths: list[int] = []
     for batch in batches:
         judge.begin(batch)
         known = batch.valid if own is None else known_tokens(batch, own)
@@ -50,17 +51,18 @@ def evaluate(
             for row, figure in enumerate((torch.ones_like(overlap), rank == 0, rank < 3, overlap, cosine)):
                 sums[row, s] += (figure * valid).sum().double().cpu()
             hits.append((rank == 0) & valid)
-        lengths = [_walk(row, int(n)) for row, n in zip(torch.stack(hits, 1).tolist(), batch.valid.sum(1), strict=True)]
-        rounds, tokens = rounds + sum(map(len, lengths)), tokens + sum(map(sum, lengths))
+        for row, count in zip(torch.stack(hits, 1).tolist(), batch.valid.sum(1).tolist(), strict=True):
+            lengths += walk(row, count)
     mean = (sums[1:] / sums[0].clamp_min(1)).tolist()
     names = ("top1", "top3", "overlap", "cosine")
     result: dict[str, Any] = {n: [round(x, 4) for x in row] for n, row in zip(names, mean, strict=True)}
-    result["score"] = round(tokens / max(rounds, 1), 3)
+    result["chain"] = standing(lengths, steps)
+    result["score"] = round(1 + sum(result["chain"]), 3)
     result["positions"] = int(sums[0, 0])
     return result
 
 
-def _walk(hits: list[list[bool]], count: int) -> list[int]:
+def walk(hits: list[list[bool]], count: int) -> list[int]:
     """Tokens of each round of decoding along a window of ``count`` positions, given hits[step][position]."""
     lengths, root = [], 0
     while root + len(hits) <= count:
@@ -70,6 +72,11 @@ def _walk(hits: list[list[bool]], count: int) -> list[int]:
         lengths.append(accepted + 1)
         root += accepted + 1
     return lengths
+
+
+def standing(lengths: Sequence[int], steps: int) -> list[float]:
+    """Share of the rounds, of which the tokens are given, whose first 1 .. ``steps`` drafts all stood."""
+    return [round(sum(n > i for n in lengths) / max(len(lengths), 1), 4) for i in range(1, steps + 1)]
 
 
 def known_tokens(batch: Batch, own: set[int]) -> Tensor:

@@ -28,6 +28,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from specdec import artifacts, hub
+from specdec.costs import Costs
 from specdec.errors import SpecDecError
 from specdec.train import batches as windows_of
 from specdec.train import data, states
@@ -38,6 +39,7 @@ from specdec.train.method import Method, lookup
 from specdec.train.plot import draw_curves
 from specdec.train.runtime import TrainingTarget, keep_freed_memory
 from specdec.train.settings import TrainSettings
+from specdec.train.speed import measure, predict
 
 RECIPE, METRICS, CHECKPOINT = "train.yaml", "metrics.jsonl", "checkpoint.safetensors"
 REPORT_UPDATES = 10  # updates a line of metrics.jsonl
@@ -111,6 +113,8 @@ class Run:
         groups = method.groups(self.masters)
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.costs: Costs | None = None  # measured at the first evaluation
+        self.speedup: float | None = None  # of the last evaluation
         self.update, self.tokens, self.seconds, self.best = 0, 0, 0.0, -math.inf
 
     # -- the run ------------------------------------------------------------------------------------------------
@@ -148,6 +152,7 @@ class Run:
                     speed = self.tokens / max(self.seconds, 1e-6)
                     left = (1 - done) / max(done, 1e-6) * self.seconds
                     text = f"{speed:.0f} tokens/s, loss {means['loss']:.3f}, agreement {means['agree']:.3f}"
+                    text += f", {self.speedup:.2f}x" if self.speedup else ""
                     progress.update(
                         task, completed=1000 * done, description=f"training: {text}, {left / 60:.0f} min left"
                     )
@@ -231,14 +236,27 @@ class Run:
             figures = self.method.evaluate(
                 self.network, (windows_of.assemble(self.held_out, g, width, self.target.device) for g in groups)
             )
+        if "chain" in figures:
+            figures |= self._speedup(figures)
         self._log({"update": self.update, "tokens": self.tokens, "evaluation": figures})
         self.console.print(
-            f"update {self.update}, {self.tokens} tokens, {self.seconds / 60:.1f} min: {self.method.describe(figures)}",
+            f"update {self.update}, {self.tokens} tokens, {self.seconds / 60:.1f} min: "
+            f"{self.method.describe(figures)}{said(figures)}",
             highlight=False,
         )
         if figures["score"] > self.best:
             self.best = figures["score"]
             self._export(figures)
+
+    def _speedup(self, figures: dict[str, Any]) -> dict[str, Any]:
+        if self.costs is None:
+            if not (self.output / artifacts.CONFIG).exists():
+                self._export(figures)  # the first: its drafter is what can be measured
+            self.costs = measure(self.target.model, self.output)
+        speedup, depth = predict(figures["chain"], self.costs, figures.get("nodes"))
+        self.speedup = round(speedup, 3)
+        plain = self.costs.score[1]
+        return {"speedup": self.speedup, "depth": depth, "draft_cost": round(self.costs.draft / plain, 4)}
 
     def _export(self, figures: dict[str, Any]) -> None:
         training = {
@@ -301,6 +319,15 @@ class Run:
             lines = metrics.read_text("utf-8").splitlines(keepends=True)
             kept = [line for line in lines if json.loads(line)["update"] <= self.update]
             artifacts.replace(metrics, "".join(kept).encode())
+
+
+def said(figures: dict[str, Any]) -> str:
+    """The predicted speedup for people, or nothing."""
+    if "speedup" not in figures:
+        return ""
+    if not figures["depth"]:
+        return "; predicted slower than plain decoding here"
+    return f"; predicted {figures['speedup']:.2f}x here at {figures['depth']} drafts a round"
 
 
 def _open_output(settings: TrainSettings, resume: bool) -> Path:

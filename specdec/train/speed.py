@@ -1,0 +1,40 @@
+"""What a drafter buys on this machine: how far its chains stand, set against what drafting and scoring cost.
+
+The costs are those of the drafter as users run it (its folder, the fused runtime where it fits), measured once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from specdec.costs import Costs, costs
+from specdec.decoder import SpecDecoder
+from specdec.depth import AutoDepth
+
+
+def measure(model: PreTrainedModel, folder: Path) -> Costs:
+    """The costs of the drafter in ``folder`` on ``model``. Builds a decoder, and frees it."""
+    decoder = SpecDecoder(model, None, drafter=folder)
+    return costs(decoder.target, decoder.drafter, decoder.verifier)
+
+
+def predict(chain: Sequence[float], costs: Costs, nodes: Sequence[int] | None = None) -> tuple[float, int]:
+    """(speedup over plain decoding, draft depth k that reaches it), for the best k:
+
+        (1 + chain_1 + ... + chain_k) s(1) / (k d + s(1 + nodes_k))
+
+    chain: P(the first i drafted tokens all stand). nodes: tokens scored for a draft of depth i (None: i, a chain).
+    s, d: ``costs``. That scoring may resume from a draft's states is left out: a pass over fewer layers is saved for
+    the drafted tokens, but the last of them still needs one.
+    """
+    seconds = AutoDepth(costs.score, costs.draft).seconds
+    best, depth, tokens = 1.0, 0, 1.0
+    for k, stands in enumerate(chain, start=1):
+        tokens += stands
+        speedup = tokens * seconds(1) / (k * costs.draft + seconds(1 + (nodes[k - 1] if nodes else k)))
+        if speedup > best:
+            best, depth = speedup, k
+    return best, depth
