@@ -18,11 +18,13 @@ DRAFTERS: dict[str, str] = {
     "lookahead": "specdec.drafters.lookahead:LookaheadDrafter",
     "m2r2": "specdec.drafters.m2r2:M2R2Drafter",
     "m2r2-paper": "specdec.drafters.m2r2:PaperM2R2Drafter",
+    "medusa": "specdec.drafters.medusa:MedusaDrafter",
     "prompt-lookup": "specdec.drafters.prompt_lookup:PromptLookupDrafter",
 }
 
 VERIFIERS: dict[str, str] = {
     "exact": "specdec.verifiers.exact:ExactVerifier",
+    "typical": "specdec.verifiers.typical:TypicalVerifier",
 }
 
 

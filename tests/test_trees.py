@@ -25,9 +25,7 @@ def paths(tree) -> list[tuple[int, ...]]:
 def test_no_tree_of_as_many_nodes_is_expected_to_keep_more(seed: int) -> None:
     rng = random.Random(seed)
     accuracy = [[rng.random() for _ in range(2)] for _ in range(3)]  # ranks need not be in order
-    value = {
-        p: prod(accuracy[d][r] for d, r in enumerate(p)) for n in (1, 2, 3) for p in product(range(2), repeat=n)
-    }
+    value = {p: prod(accuracy[d][r] for d, r in enumerate(p)) for n in (1, 2, 3) for p in product(range(2), repeat=n)}
     for budget in (1, 2, 3, 5, 7):
         tree = best_tree(accuracy, budget)
         nodes = paths(tree)

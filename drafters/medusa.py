@@ -1,0 +1,272 @@
+"""Medusa: further heads on the final state of the last verified token draft a tree at once (Cai, arXiv 2401.10774).
+
+Head k predicts the token k places after the root. Each is one or more residual blocks, x + SiLU(W x + b) (equation 1 of
+the paper), and an output head. Ours share the model's own final norm and output head, over a reduced vocabulary, so
+that a folder holds the blocks alone; public checkpoints, which bring an output head for each, are read as they are.
+The tree's shape follows from how often a head's first, second, ... choice was seen to be right. Its nodes are certain
+(no distribution goes with them), which the exact rule judges without bias.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from specdec import artifacts, kernels, options
+from specdec.draft import Draft, State
+from specdec.embedded import one_line
+from specdec.errors import SpecDecError
+from specdec.target import Target
+from specdec.trees import best_tree
+
+from .m2r2 import rms_unit
+from .vocabulary import DraftVocabulary, check_vocabulary
+
+PUBLIC, PICKLE = "medusa_lm_head.safetensors", "medusa_lm_head.pt"
+# Of a public checkpoint nobody has said how often its heads are right: falling by a quarter from head to head, and by
+# more than half from a head's choice to its next.
+ASSUMED = [[0.55 * 0.75**head * 0.4**rank for rank in range(10)] for head in range(8)]
+
+
+class Medusa(nn.Module):
+    """The residual blocks of ``heads`` heads, ``layers`` each, on states of ``width`` D. Zero blocks change nothing."""
+
+    def __init__(self, width: int, heads: int, layers: int = 1, draft_vocab: Tensor | None = None) -> None:
+        super().__init__()
+        self.heads, self.layers = heads, layers
+        self.weight = nn.Parameter(torch.zeros(layers, heads, width, width))
+        self.bias = nn.Parameter(torch.zeros(layers, heads, width))
+        self.register_buffer("draft_vocab", draft_vocab)  # int32 [V'], or None: the full vocabulary
+        self.draft_vocab: Tensor | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """States [..., D] -> what each output head reads [..., K, D]."""
+        rows = x.reshape(1, -1, x.shape[-1]).expand(self.heads, -1, -1)  # (K, R, D)
+        for weight, bias in zip(self.weight, self.bias, strict=True):
+            rows = rows + F.silu(torch.baddbmm(bias[:, None], rows, weight.transpose(1, 2)))
+        return rows.transpose(0, 1).reshape(*x.shape[:-1], self.heads, -1)
+
+
+class MedusaDrafter:
+    """Drafts the tree that is expected to keep the most tokens for its number of nodes.
+
+    accuracy[k][r]: how often choice r of head k is the model's own. nodes: nodes of the tree; None: as many as the
+    chain of the asked depth, and those that scoring has room for beside it (``State.spare``).
+    own: output heads of a public checkpoint; None: the model's.
+    Raises SpecDecError if no trained heads fit the target.
+    """
+
+    name: ClassVar[str] = "medusa"
+    summary: ClassVar[str] = "further heads on the final state draft a tree; trained, reads public checkpoints"
+    training: ClassVar[str] = "specdec train medusa"
+
+    def __init__(
+        self,
+        network: Medusa,
+        accuracy: Sequence[Sequence[float]],
+        nodes: int | None = None,
+        own: Sequence[nn.Linear] | None = None,
+    ) -> None:
+        self.network, self.own = network, own
+        self.accuracy = _checked(accuracy, network.heads)
+        self.nodes = None if nodes is None else options.whole("nodes", nodes, 1)
+
+    @classmethod
+    def load(cls, target: Target, source: str | None = None, **given: Any) -> MedusaDrafter:
+        """From a folder of ours or with public heads, a Hugging Face id with those, or the one shipped for the model.
+
+        Option: ``nodes``. Raises SpecDecError for anything missing, broken or made for another model.
+        """
+        options.check(cls.name, given, ("nodes",))
+        mark = target.fingerprint
+        folder = artifacts.shipped(cls.name, mark) if source is None else _folder(source)
+        if folder is None:
+            name = target.model.config._name_or_path or "MODEL"
+            raise SpecDecError(
+                f"no Medusa drafter is shipped for this model; train one: specdec train medusa --model {name} "
+                "--prompts FILE --output DIR, then pass --drafter DIR; or name public heads: --drafter medusa=FOLDER"
+            )
+        public = _public_config(folder)
+        if public is not None:
+            network, own = _read_public(folder, public, target)
+            return cls(network, ASSUMED[: network.heads], given.get("nodes"), own)
+        config = artifacts.read_config(folder)
+        artifacts.check_base(config, mark, str(folder))
+        network = load_network(target, config, artifacts.read_tensors(folder))
+        return cls(network, config.get("accuracy", ()), given.get("nodes"))
+
+    @property
+    def path(self) -> str:
+        """What the cost of drafting depends on."""
+        vocab = self.network.draft_vocab
+        return f"{tuple(self.network.weight.shape)} {self.own is not None} {None if vocab is None else len(vocab)}"
+
+    def bind(self, target: Target) -> None:
+        self.taps = (target.num_layers,)
+        network = self.network.to(target.device, target.dtype).requires_grad_(False)
+        # All heads' first blocks read the same state: one product.
+        self.first = kernels.frozen(network.weight[0].flatten(0, 1), network.bias[0].flatten())
+        self.vocabulary = DraftVocabulary(target, network.draft_vocab)
+        if self.own is not None:
+            self.own = [linear.to(target.device, target.dtype).requires_grad_(False) for linear in self.own]
+            # The model's final norm alone, which public heads read from, is a readout with the identity for a head.
+            width = network.weight.shape[-1]
+            self.norm = nn.Linear(width, width, bias=False, device=target.device, dtype=target.dtype)
+            self.norm.weight = nn.Parameter(torch.eye(width).to(self.norm.weight), requires_grad=False)
+        size = target.vocab_size if network.draft_vocab is None else len(network.draft_vocab)
+        self.table = [row[:size] for row in self.accuracy]
+        self.shapes: dict[tuple[int, int], tuple[tuple[int, ...], list[int], tuple[int, ...]]] = {}
+        self.start(1)
+
+    def start(self, batch: int) -> None:
+        self.final: Tensor | None = None  # [B, 1, D], the last verified token's
+        self.vocabulary.start()
+
+    def propose(self, state: State, limit: int) -> Draft:
+        depth = min(limit, self.network.heads)
+        parents, depths, ranks = self._shape(depth, self.nodes or limit + state.spare)
+        if not parents:
+            return Draft.empty(len(state.ids), state.cache.device)
+        logits = self._logits(state)[:, : max(depths) + 1]
+        best = logits.topk(max(ranks) + 1).indices[:, depths, ranks]  # (B, M)
+        tokens = self.vocabulary.tokens
+        return Draft(best if tokens is None else tokens[best], parents)
+
+    def _shape(self, depth: int, nodes: int) -> tuple[tuple[int, ...], list[int], tuple[int, ...]]:
+        """Parents of the best tree's nodes, and the head and the rank that each is taken from."""
+        if (depth, nodes) not in self.shapes:
+            tree = best_tree(self.table[:depth], nodes)
+            self.shapes[depth, nodes] = tree.parents, tree.depths(), tree.ranks
+        return self.shapes[depth, nodes]
+
+    def _logits(self, state: State) -> Tensor:
+        """Each head's logits [B, K, V'], over the vocabulary's tokens."""
+        assert self.final is not None, "observe() runs before propose()"
+        x = rms_unit(self.final) if self.own is None else state.target.readout(self.final, self.norm)
+        network, x = self.network, x[:, 0]  # (B, D)
+        y = x[:, None] + F.silu(self.first(x)).unflatten(-1, (network.heads, -1))  # (B, K, D)
+        for weight, bias in zip(network.weight[1:], network.bias[1:], strict=True):
+            y = y + F.silu(torch.einsum("bki,koi->bko", y, weight) + bias)
+        if self.own is not None:
+            return torch.stack([linear(y[:, k]) for k, linear in enumerate(self.own)], 1)
+        self.vocabulary.follow(state)
+        return self.vocabulary.logits(y)
+
+    def observe(self, paths: list[list[int]], taps: dict[int, Tensor]) -> None:
+        states = taps[self.taps[0]]  # (B, T, D)
+        last = torch.tensor([path[-1] if path else 0 for path in paths], device=states.device)
+        new = states[torch.arange(len(paths), device=states.device), last][:, None]
+        alive = torch.tensor([bool(path) for path in paths], device=states.device)[:, None, None]
+        self.final = new if self.final is None else torch.where(alive, new, self.final)
+
+    def select(self, rows: list[int]) -> None:
+        if self.final is not None:
+            self.final = self.final[rows]
+
+
+def load_network(target: Target, config: dict[str, Any], tensors: dict[str, Tensor]) -> Medusa:
+    """The network that a drafter folder describes. Raises SpecDecError if its files do not belong together."""
+    if config.get("drafter") != "medusa":
+        raise SpecDecError(f"the folder holds a '{config.get('drafter')}' drafter, not a medusa one")
+    vocab, weight, bias = (tensors.get(name) for name in ("draft_vocab", "weight", "bias"))
+    check_vocabulary(vocab, target)
+    width = target.hidden_size
+    shape = (config.get("layers"), config.get("heads"), width, width)
+    if weight is None or bias is None or tuple(weight.shape) != shape or tuple(bias.shape) != shape[:3]:
+        found = None if weight is None else tuple(weight.shape)
+        raise SpecDecError(f"the drafter's config.json asks for blocks of {shape}; model.safetensors has {found}")
+    network = Medusa(width, weight.shape[1], weight.shape[0], vocab)
+    network.load_state_dict(tensors)
+    return network
+
+
+def _checked(accuracy: Any, heads: int) -> list[list[float]]:
+    """``accuracy`` as a table of floats. Raises SpecDecError unless it has a row of shares for each head."""
+    try:
+        table = [[float(share) for share in row] for row in accuracy]
+    except (TypeError, ValueError):
+        table = []
+    if len(table) < heads or not all(row and all(0 <= share <= 1 for share in row) for row in table):
+        raise SpecDecError(f"the Medusa drafter's 'accuracy' must hold shares in [0, 1] for each of its {heads} heads")
+    return table[:heads]
+
+
+# --- public checkpoints --------------------------------------------------------------------------------------------
+
+
+def _folder(source: str) -> Path:
+    """The folder ``source``, or that of a Hugging Face id, of which no pickle is fetched."""
+    if Path(source).is_dir() or source.startswith((".", "/", "~")) or source.count("/") != 1:
+        return Path(source)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=["config.json", PUBLIC]))
+    except Exception as error:  # the type depends on the HTTP library
+        raise SpecDecError(
+            f"cannot get Medusa heads '{source}' ({one_line(error)}); name a folder or a Hugging Face id"
+        ) from None
+
+
+def _public_config(folder: Path) -> dict[str, Any] | None:
+    """config.json if it is that of a public checkpoint, else None."""
+    try:
+        config = json.loads((folder / artifacts.CONFIG).read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError):
+        return None
+    return config if isinstance(config, dict) and "medusa_num_heads" in config else None
+
+
+def _read_public(folder: Path, config: dict[str, Any], target: Target) -> tuple[Medusa, list[nn.Linear]]:
+    """Blocks and output heads of a public checkpoint.
+
+    Tensors ``HEAD.BLOCK.linear.weight`` [D, D] and ``.bias`` [D], and ``HEAD.LAYERS.weight`` [V, D].
+    Raises SpecDecError if they are missing, broken or of another size than the model.
+    """
+    path, d, v = folder / PUBLIC, target.hidden_size, target.vocab_size
+    if not path.is_file():
+        pickled = f"{PICKLE} is a pickle, which may run code and is not read" if (folder / PICKLE).exists() else ""
+        raise SpecDecError(
+            f"'{folder}' has no {PUBLIC}; {pickled or 'get the whole checkpoint'}; "
+            "save its tensors with safetensors.torch.save_file"
+        )
+    try:
+        heads, layers = int(config["medusa_num_heads"]), int(config.get("medusa_num_layers", 1))
+        tensors = load_file(path)
+    except (SafetensorError, OSError, TypeError, ValueError) as error:
+        raise SpecDecError(f"cannot read the Medusa heads in '{folder}': {one_line(error)}") from None
+    if heads < 1 or layers < 1:
+        raise SpecDecError(f"the Medusa heads in '{folder}' need at least one head of one block; got {heads}, {layers}")
+    wanted: dict[str, tuple[int, ...]] = {f"{k}.{layers}.weight": (v, d) for k in range(heads)}
+    for k, n in product(range(heads), range(layers)):
+        wanted |= {f"{k}.{n}.linear.weight": (d, d), f"{k}.{n}.linear.bias": (d,)}
+    for name, shape in wanted.items():
+        found = tuple(tensors[name].shape) if name in tensors else "nothing"
+        if found != shape:
+            base = config.get("base_model_name_or_path", "another model")
+            raise SpecDecError(
+                f"the Medusa heads in '{folder}' were made for {base}: tensor '{name}' is {found}, and this model "
+                f"(D = {d}, V = {v}) needs {shape}"
+            )
+    if heads < 1 or layers < 1:
+        raise SpecDecError(
+            f"the Medusa heads in '{folder}' are {heads} of {layers} blocks; at least one of one is needed"
+        )
+    network, own = Medusa(d, heads, layers), []
+    for k in range(heads):
+        for n in range(layers):
+            network.weight.data[n, k] = tensors[f"{k}.{n}.linear.weight"]
+            network.bias.data[n, k] = tensors[f"{k}.{n}.linear.bias"]
+        linear = nn.Linear(d, v, bias=False, device="meta")
+        linear.weight = nn.Parameter(tensors[f"{k}.{layers}.weight"], requires_grad=False)
+        own.append(linear)
+    return network, own

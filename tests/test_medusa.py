@@ -1,0 +1,161 @@
+"""Medusa: what its heads draft, public checkpoints, and what is refused. (That output does not change: test_matrix.)"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from test_loop import PROMPTS, run
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from specdec import SpecDecError, SpecDecoder, artifacts
+from specdec.draft import Draft, State
+from specdec.drafters.medusa import Medusa, MedusaDrafter
+from specdec.target import ReferenceTarget
+
+V, D = 97, 32
+ACCURACY = [[0.6, 0.25, 0.1], [0.5, 0.25, 0.1]]
+
+
+def random_network(heads: int = 2, layers: int = 1, vocab: Tensor | None = None) -> Medusa:
+    torch.manual_seed(3)
+    network = Medusa(D, heads, layers, vocab)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return network
+
+
+def drafts(target: ReferenceTarget, drafter: MedusaDrafter, count: int = 12) -> list[tuple[list[int], Draft]]:
+    """The texts of a generation and what was drafted after each."""
+    seen, own = [], drafter.propose
+
+    def spy(state: State, limit: int) -> Draft:
+        draft = own(state, limit)
+        seen.append((list(state.ids[0]), draft))
+        return draft
+
+    drafter.propose = spy  # type: ignore[method-assign]
+    run(target, drafter, PROMPTS[:1], count)
+    return seen
+
+
+def test_heads_that_change_nothing_repeat_the_models_own_choices(llama: PreTrainedModel) -> None:
+    for ids, draft in drafts(ReferenceTarget(llama), MedusaDrafter(Medusa(D, 2), ACCURACY, 9)):
+        # The state before the root: what the model took for likely where the root stands now.
+        logits = llama(torch.tensor([ids[:-1]])).logits[0, -1]
+        for node, depth in enumerate(draft.depths()[1:]):
+            siblings = [i for i, p in enumerate(draft.parents) if p == draft.parents[node]]
+            best = logits.topk(len(siblings)).indices.tolist()
+            assert sorted(draft.tokens[0, siblings].tolist()) == sorted(best), depth
+
+
+def public(folder: Path, network: Medusa, heads: Tensor, **config: Any) -> Path:
+    """Write ``network`` and output heads [K, V, D] as a public checkpoint."""
+    folder.mkdir(exist_ok=True)
+    tensors = {}
+    for k in range(network.heads):
+        for n in range(network.layers):
+            tensors[f"{k}.{n}.linear.weight"] = network.weight[n, k].detach().clone()
+            tensors[f"{k}.{n}.linear.bias"] = network.bias[n, k].detach().clone()
+        tensors[f"{k}.{network.layers}.weight"] = heads[k].clone()
+    save_file(tensors, folder / "medusa_lm_head.safetensors")
+    settings = {"medusa_num_heads": network.heads, "medusa_num_layers": network.layers} | config
+    (folder / "config.json").write_text(json.dumps(settings | {"base_model_name_or_path": "some/base"}))
+    return folder
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_public_checkpoints_draft_what_their_formula_says(llama: PreTrainedModel, tmp_path: Path, layers: int) -> None:
+    network, heads = random_network(2, layers), torch.randn(2, V, D)
+    folder, target = public(tmp_path / "heads", network, heads), ReferenceTarget(llama)
+    drafter = MedusaDrafter.load(target, str(folder), nodes=6)
+    for ids, draft in drafts(target, drafter):
+        h = llama.model(torch.tensor([ids[:-1]])).last_hidden_state[0, -1]  # after the final norm
+        for k in range(2):
+            z = h
+            for n in range(layers):
+                z = z + torch.nn.functional.silu(network.weight[n, k] @ z + network.bias[n, k])
+            best = int((heads[k] @ z).argmax())
+            at = [draft.tokens[0, i].item() for i, depth in enumerate(draft.depths()[1:]) if depth == k + 1]
+            assert best in at or k >= max(draft.depths())  # the last rounds are cut
+
+
+def test_an_accuracy_table_shapes_the_tree_within_depth_and_nodes(llama: PreTrainedModel) -> None:
+    target = ReferenceTarget(llama)
+    drafter = MedusaDrafter(random_network(), ACCURACY)
+    drafter.bind(target)
+    state = State(target, target.new_cache(), None, [[5, 6]])  # type: ignore[arg-type]
+    drafter.final = torch.randn(1, 1, D)
+    assert drafter.propose(state, 1).parents == (0,)
+    assert drafter.propose(state, 2).parents == (0, 1)  # 0.6, then 0.3 under it rather than 0.25 beside it
+    state.spare = 3
+    wide = drafter.propose(state, 2)
+    assert wide.parents == (0, 1, 0, 1, 3)  # 0.6, 0.3, 0.25, 0.15, 0.125
+    assert len(set(wide.tokens[0, [0, 2]].tolist())) == len(set(wide.tokens[0, [1, 3]].tolist())) == 2
+    assert max(drafter.propose(state, 1).depths()) == 1
+
+
+def test_rare_words_of_a_rows_own_context_are_drafted(llama: PreTrainedModel) -> None:
+    target, vocab = ReferenceTarget(llama), torch.arange(0, 90, dtype=torch.int32)
+    drafter = MedusaDrafter(Medusa(D, 2, 1, vocab), ACCURACY, 6)
+    drafter.bind(target)
+    drafter.final = torch.randn(1, 1, D).expand(2, 1, D).clone()
+    # The state whose readout has token 95 on top: the final norm's input along that row of the head.
+    drafter.final[:] = llama.get_output_embeddings().weight[95]
+    state = State(target, target.new_cache(2), None, [[5, 95], [5, 6]])  # type: ignore[arg-type]
+    tokens = drafter.propose(state, 2).tokens
+    assert 95 in tokens[0] and 95 not in tokens[1]
+
+
+def test_a_folder_is_read_back_and_checked(llama: PreTrainedModel, tmp_path: Path) -> None:
+    target = ReferenceTarget(llama)
+    network = random_network(vocab=torch.arange(0, 97, 2, dtype=torch.int32))
+    config = {"drafter": "medusa", "base": {"fingerprint": target.fingerprint}, "heads": 2, "layers": 1}
+    tensors = dict(network.state_dict())
+
+    def write(change: dict[str, Any], **other: Tensor) -> str:
+        artifacts.write(tmp_path, config | {"accuracy": ACCURACY} | change, tensors | other)
+        return str(tmp_path)
+
+    read = MedusaDrafter.load(target, write({}))
+    assert torch.equal(read.network.weight, network.weight) and read.accuracy == ACCURACY
+    for change, other, message in (
+        ({"base": {"fingerprint": "x"}}, {}, "trained for base weights x"),
+        ({"heads": 3}, {}, r"asks for blocks of \(1, 3, 32, 32\); model.safetensors has \(1, 2, 32, 32\)"),
+        ({"accuracy": [[0.5]]}, {}, "'accuracy' must hold shares in .0, 1. for each of its 2 heads"),
+        ({"accuracy": [[0.5], [1.5]]}, {}, "'accuracy' must hold shares"),
+        ({"drafter": "m2r2"}, {}, "holds a 'm2r2' drafter, not a medusa one"),
+        ({}, {"draft_vocab": torch.tensor([97], dtype=torch.int32)}, "names tokens that the model does not have"),
+    ):
+        with pytest.raises(SpecDecError, match=message):
+            MedusaDrafter.load(target, write(change, **other))
+
+
+def test_what_cannot_be_used_is_refused_in_one_line(llama: PreTrainedModel, tmp_path: Path) -> None:
+    pickled = public(tmp_path / "pickled", random_network(), torch.randn(2, V, D))
+    (pickled / "medusa_lm_head.safetensors").rename(pickled / "medusa_lm_head.pt")
+    broken = public(tmp_path / "broken", random_network(), torch.randn(2, V, D))
+    (broken / "medusa_lm_head.safetensors").write_bytes(b"x" * 50)
+    fewer = public(tmp_path / "fewer", random_network(), torch.randn(2, V, D), medusa_num_heads=3)
+    wide = public(tmp_path / "wide", Medusa(48, 2), torch.randn(2, V, 48))
+    other = public(tmp_path / "other", random_network(), torch.randn(2, 60, D))
+    for source, options, message in (
+        (None, {}, "no Medusa drafter is shipped for this model; train one: specdec train medusa"),
+        (fewer, {"nodes": 0}, "tensor '2.1.weight' is nothing"),
+        (pickled, {}, r"medusa_lm_head.pt is a pickle, .* not read"),
+        (broken, {}, "cannot read the Medusa heads"),
+        (wide, {}, r"'0.1.weight' is \(97, 48\), and this model .D = 32, V = 97. needs \(97, 32\)"),
+        (other, {}, r"made for some/base: tensor '0.1.weight' is \(60, 32\)"),
+        (tmp_path / "nothing", {}, "does not exist"),
+    ):
+        name = "medusa" if source is None else f"medusa={source}"
+        with pytest.raises(SpecDecError, match=message) as caught:
+            SpecDecoder(llama, drafter=name, drafter_options=options, runtime="reference")
+        assert "\n" not in str(caught.value)
+    with pytest.raises(SpecDecError, match="nodes must be a whole number >= 1; got 0"):
+        MedusaDrafter(random_network(), ACCURACY, nodes=0)

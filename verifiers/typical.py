@@ -1,0 +1,62 @@
+"""Typical acceptance (Medusa, Cai et al. 2024, arXiv 2401.10774, section 2.3.1): keep what the model finds plausible.
+
+Lossy: a drafted token x stands if p(x) > min(epsilon, delta exp(-H(p))), p being the model's distribution after its
+prefix and H its entropy in nats: where the model is sure, only likely tokens pass; where it is not, many do. The
+output is typical text of the model, not a sample from it. Of a tree, the longest path stands whose tokens all pass.
+
+At temperature 0 p is a point mass, H is 0, and only the likeliest token passes: the rule is then the exact one. After
+the path the next token is drawn from p (the paper takes the likeliest), so that a round that keeps nothing samples.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from specdec.draft import Draft, Verdict
+from specdec.errors import SpecDecError
+from specdec.sampling import draw
+
+
+class TypicalVerifier:
+    """Keeps the longest path of plausible tokens; of several, the one the model finds likeliest.
+
+    epsilon: probability in (0, 1) that always suffices. delta: > 0, share of exp(-H) that suffices where the model is
+    unsure. The defaults are the paper's. Raises SpecDecError for any other value.
+    """
+
+    name: ClassVar[str] = "typical"
+    lossless: ClassVar[bool] = False
+
+    def __init__(self, epsilon: float = 0.09, delta: float = 0.3) -> None:
+        if not isinstance(epsilon, int | float) or not 0 < epsilon < 1:
+            raise SpecDecError(f"epsilon of typical acceptance must be in (0, 1); got {epsilon!r}")
+        if not isinstance(delta, int | float) or not delta > 0:
+            raise SpecDecError(f"delta of typical acceptance must be > 0; got {delta!r}")
+        self.epsilon, self.delta = float(epsilon), float(delta)
+
+    @property
+    def label(self) -> str:
+        """How results name the rule."""
+        return f"{self.name}, epsilon {self.epsilon:g}, delta {self.delta:g}"
+
+    def judge(self, draft: Draft, p: Tensor, generators: list[torch.Generator]) -> Verdict:
+        entropy = -torch.special.xlogy(p, p).sum(-1)  # (B, 1 + M)
+        least = (self.delta * torch.exp(-entropy)).clamp_max(self.epsilon)
+        before = torch.tensor(draft.parents, dtype=torch.long, device=p.device)
+        chance = p[:, before].gather(2, draft.tokens.clamp_min(0)[..., None])[..., 0]  # (B, M): p(x)
+        plausible = (chance > least[:, before]) & (draft.tokens >= 0)
+        paths = []
+        for passes, logs in zip(plausible.tolist(), chance.log().tolist(), strict=True):
+            ends: list[tuple[list[int], float]] = [([0], 0.0)]  # per block token: its path and log p, if it stands
+            best = ends[0]
+            for node, parent in enumerate(draft.parents):
+                path, log = ends[parent]
+                stands = passes[node] and path
+                ends.append(([*path, node + 1], log + logs[node]) if stands else ([], 0.0))
+                if stands and (len(ends[-1][0]), ends[-1][1]) > (len(best[0]), best[1]):
+                    best = ends[-1]
+            paths.append(best[0])
+        return Verdict(paths, [draw(p[b, path[-1]], generators[b]) for b, path in enumerate(paths)])
