@@ -28,6 +28,7 @@ import typer
 from typer.core import TyperGroup
 
 from specdec import __version__, registry, report
+from specdec.bench.command import bench
 from specdec.embedded import DEFAULT_MODEL, embedded_models
 from specdec.errors import SpecDecError
 from specdec.train.command import app as train_app
@@ -106,6 +107,7 @@ app.add_typer(
     name="train",
     epilog="Example: specdec train m2r2 --model my-model --prompts prompts.jsonl --output my-drafter --minutes 30",
 )
+app.command(epilog="Example: specdec bench --drafters hf,none,prompt-lookup,m2r2 --limit 8 --output DIR")(bench)
 
 
 def main() -> None:

@@ -34,3 +34,19 @@ def wholes(name: str, values: Any, low: int) -> tuple[int, ...]:
     if not isinstance(values, Sequence) or any(type(v) is not int or v < low for v in values):
         raise SpecDecError(f"{name} must be a list of whole numbers >= {low}; got {values!r}")
     return tuple(values)
+
+
+def assignments(flag: str, pairs: Iterable[str]) -> dict[str, Any]:
+    """``KEY=VALUE`` texts of a repeatable ``flag`` as a mapping; values are YAML. Raises SpecDecError otherwise."""
+    import yaml
+
+    out: dict[str, Any] = {}
+    for pair in pairs:
+        key, given, value = pair.partition("=")
+        try:
+            out[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            given = ""
+        if not (key and given):
+            raise SpecDecError(f"{flag} takes KEY=VALUE, such as exit_layer=8 or skip=[4,5]; got '{pair}'")
+    return out

@@ -25,15 +25,17 @@ FIGURES of an arm (one request is one batch of prompts, answered once; all token
     acceptance_rate           accepted over drafted tokens; None for hf arms and where nothing was drafted
     acceptance_per_position   [share of drafts that deep whose token stood]
     acceptance_histogram      entry n: rounds that accepted n drafted tokens
+    mean_layers_per_token     EST, layers a token went through before it stood, pooled; None for hf arms
     ledger_ms_per_round       {"draft", "score", "accept", "commit": ms}; {} for hf arms
     peak_memory_mb  of the process during the arm's calls (CPU, Linux), or allocated on the CUDA device; None elsewhere
-    equal_to_plain  {"equal", "near_ties", "faults", "of"}: outputs against plain decoding; None for sampling
+    equal_to_plain  {"equal", "near_ties", "faults", "of"}: outputs against plain decoding (near_ties and faults are
+                    None for a lossy rule, which may differ); None for sampling
     quality         {"agreement", "nll", "rouge_l": EST} under the full model, where a lossy rule took part; else None
     categories      {category: {"requests", "tokens", "tokens_per_second": EST, "speedup": {baseline: EST},
                     "mean_acceptance_length": EST or None}}
 
 EST is {"value", "low", "high"}: a median (pooled where it says so) and the 95 % interval of a bootstrap over
-conversations. It is None where there is nothing to estimate.
+conversations; low and high are None if there was only one. EST is None where there is nothing to estimate.
 """
 
 from __future__ import annotations
@@ -53,6 +55,8 @@ if TYPE_CHECKING:
     from specdec.bench.run import Decoders
 
 HF_ARMS = ("hf", "hf-lookup", "hf-early-exit", "hf-draft-model")
+RUNTIMES = ("auto", "native", "fused", "reference")
+WEIGHTS = ("auto", "dense", "int8", "int4")
 BASELINES = ("none", "hf", "hf-lookup", "hf-early-exit")
 
 Progress = Callable[[int, int, int], None]  # requests done, requests in all, tokens decoded so far
@@ -72,7 +76,7 @@ class Cell:
     dtype: str = "auto"
     device: str = "cpu"
     runtime: str = "auto"
-    weights: str = "dense"
+    weights: str = "auto"
     drafter: str = "m2r2"
     drafter_options: dict[str, Any] = field(default_factory=dict)
     verifier: str = "exact"
@@ -92,7 +96,7 @@ class Cell:
     def __post_init__(self) -> None:
         for name in ("model", "dtype", "device", "drafter", "verifier", "prompts"):
             _check(name, isinstance(getattr(self, name), str) and getattr(self, name) != "", "a text", self)
-        for name, known in (("runtime", ("auto", "fused", "reference")), ("weights", ("dense", "int4"))):
+        for name, known in (("runtime", RUNTIMES), ("weights", WEIGHTS)):
             value = getattr(self, name)
             _check(name, value in known, f"one of {', '.join(known)}{did_you_mean(str(value), known)}", self)
         for name in ("drafter_options", "verifier_options"):

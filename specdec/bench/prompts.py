@@ -1,0 +1,205 @@
+"""Prompt sets: a file, our own small set, or a public set by name, found in a data folder or fetched from its home.
+
+A downloaded file is checked against a pinned SHA-256 and kept in the cache folder. Knows no tokenizer and no model.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import urllib.request
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from specdec.artifacts import replace
+from specdec.embedded import cache_dir, one_line
+from specdec.errors import SpecDecError, did_you_mean
+
+DATA = "SPECDEC_DATA"  # environment variable: the data folder
+TIMEOUT = 20  # seconds for a download to answer
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """User turns, each to be answered before the next is put."""
+
+    id: str
+    category: str
+    turns: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Conversations of one source. licence: what to tell the user about it; empty for files and our own set."""
+
+    name: str
+    conversations: tuple[Conversation, ...]
+    licence: str = ""
+
+
+@dataclass(frozen=True)
+class Home:
+    """Where a public set comes from. url and sha256 are None where no checksum of the file is known to us.
+
+    turns: makes the turns of one of the file's records; the plain reading comes first.
+    """
+
+    page: str
+    licence: str
+    url: str | None = None
+    sha256: str | None = None
+    turns: Callable[[dict[str, Any]], Any] = lambda record: None
+
+
+RAW = "https://raw.githubusercontent.com/"
+CODE = "Complete the following Python function. Answer with the whole function.\n\n```python\n"
+SETS: dict[str, Home] = {
+    "mt-bench": Home(
+        "https://github.com/lm-sys/FastChat (fastchat/llm_judge/data/mt_bench/question.jsonl)",
+        "Apache-2.0",
+        RAW + "lm-sys/FastChat/587d5cfa1609a43d192cedb8441cac3c17db105d/"
+        "fastchat/llm_judge/data/mt_bench/question.jsonl",
+        "119565adbab82227089cefdb44c8d7e2cf04dc0a0ec233634c82e7d4e2a944f7",
+    ),
+    "spec-bench": Home(
+        "https://github.com/hemingkx/Spec-Bench (data/spec_bench/question.jsonl)",
+        "Apache-2.0; its parts have licences of their own",
+        RAW + "hemingkx/Spec-Bench/fd2c1cd7d2201ef71db4c5f4e455008f017967bf/data/spec_bench/question.jsonl",
+        "4b6d33e79484f9841c487ee87d1cf6aa8c6066f61d5d482ff09e5a007fafdf04",
+    ),
+    "gsm8k": Home(
+        "https://github.com/openai/grade-school-math (grade_school_math/data/test.jsonl)",
+        "MIT",
+        RAW + "openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c/grade_school_math/data/test.jsonl",
+        "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14",
+        lambda record: record.get("question"),
+    ),
+    "humaneval": Home(
+        "https://github.com/openai/human-eval (data/HumanEval.jsonl.gz)",
+        "MIT",
+        RAW + "openai/human-eval/6d43fb980f9fee3c892a914eda09951f772ad10d/data/HumanEval.jsonl.gz",
+        "b796127e635a67f93fb35c04f4cb03cf06f38c8072ee7cee8833d7bee06979ef",
+        lambda record: CODE + record["prompt"].rstrip() + "\n```" if "task_id" in record else None,
+    ),
+    "koala": Home(
+        "https://github.com/arnav-gudibande/koala-test-set", "Apache-2.0; its authors ask not to train on it"
+    ),
+    "self-instruct": Home(
+        "https://github.com/yizhongw/self-instruct (human_eval/user_oriented_instructions.jsonl)",
+        "Apache-2.0",
+        turns=lambda record: _with_input(record.get("instruction"), (record.get("instances") or [{}])[0].get("input")),
+    ),
+    "wizardlm": Home(
+        "https://github.com/nlpxucan/WizardLM (WizardLM/data/WizardLM_testset.jsonl)",
+        "CC BY-NC 4.0 (research, not commercial)",
+        turns=lambda record: record.get("Instruction"),
+    ),
+}
+
+
+def load_prompts(name: str, data_dir: Path | None = None) -> PromptSet:
+    """The prompt set ``name``: "own", one of ``SETS``, or a file.
+
+    Files are JSONL with ``turns`` (or ``prompt``) and optionally ``category`` and ``id``, or plain lines, one prompt
+    each; ``.gz`` is unpacked. A named set is ``NAME.jsonl`` in ``data_dir`` or the folder that $SPECDEC_DATA names
+    ("_" may stand for "-"), else it is downloaded. Raises SpecDecError for unknown names, files that are missing or
+    empty, and a broken line, with its number.
+    """
+    if name == "own":
+        return PromptSet(name, _read(Path(str(files("specdec.bench") / "data" / "own.jsonl"))))
+    if name in SETS:
+        home = SETS[name]
+        path = _local(name, data_dir) or _downloaded(name, home)
+        return PromptSet(name, _read(path, home.turns), f"{home.licence}; {home.page}")
+    path = Path(name).expanduser()
+    if not path.is_file():
+        known = ["own", *SETS]
+        raise SpecDecError(
+            f"there is no prompt file '{name}'{did_you_mean(name, known)}; give a file or one of {', '.join(known)}"
+        )
+    return PromptSet(path.name, _read(path))
+
+
+def spread(conversations: Sequence[Conversation], limit: int | None) -> list[Conversation]:
+    """``limit`` conversations at equal distances, so that a file sorted by category gives some of each."""
+    count = len(conversations)
+    if limit is None or limit >= count:
+        return list(conversations)
+    return [conversations[i * count // limit] for i in range(limit)]
+
+
+def _local(name: str, data_dir: Path | None) -> Path | None:
+    if data_dir is not None and not data_dir.is_dir():
+        raise SpecDecError(f"there is no data folder '{data_dir}'; give the one that holds '{name}.jsonl'")
+    folders = [data_dir] if data_dir else [Path(os.environ[DATA]).expanduser()] if os.environ.get(DATA) else []
+    for folder in folders:
+        for stem in (name, name.replace("-", "_")):
+            if (folder / f"{stem}.jsonl").is_file():
+                return folder / f"{stem}.jsonl"
+    return None
+
+
+def _downloaded(name: str, home: Home) -> Path:
+    by_hand = f"put it as '{name}.jsonl' into a folder and give that with --data-dir or ${DATA}; it is at {home.page}"
+    if home.url is None or home.sha256 is None:
+        raise SpecDecError(f"prompt set '{name}' is in no data folder, and is not downloaded by itself; {by_hand}")
+    path = cache_dir() / "prompts" / f"{name}.jsonl{'.gz' if home.url.endswith('.gz') else ''}"
+    if path.is_file() and _sha256(path.read_bytes()) == home.sha256:
+        return path
+    try:
+        with urllib.request.urlopen(home.url, timeout=TIMEOUT) as answer:
+            data = answer.read()
+    except (OSError, ValueError) as error:
+        raise SpecDecError(f"prompt set '{name}' cannot be downloaded ({one_line(error)}); {by_hand}") from None
+    found = _sha256(data)
+    if found != home.sha256:
+        raise SpecDecError(
+            f"checksum mismatch: {home.url} has sha256 {found} instead of {home.sha256}; try again, or {by_hand}"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace(path, data)
+    return path
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _read(path: Path, turns: Callable[[dict[str, Any]], Any] = lambda record: None) -> tuple[Conversation, ...]:
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+            lines = [(number, line.strip()) for number, line in enumerate(file, start=1) if line.strip()]
+    except (OSError, UnicodeDecodeError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise SpecDecError(f"cannot read prompts from '{path}': {reason}") from None
+    if not lines:
+        raise SpecDecError(f"prompt file '{path}' is empty; give one prompt a line")
+    return tuple(_parse(line, path, number, turns) for number, line in lines)
+
+
+def _parse(line: str, path: Path, number: int, make: Callable[[dict[str, Any]], Any]) -> Conversation:
+    if not line.startswith("{"):
+        return Conversation(str(number), "", (line,))
+    try:
+        record: Any = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise SpecDecError(f"line {number} of '{path}' is broken JSON ({error.msg}); repair or remove it") from None
+    try:
+        turns = record.get("turns", make(record) or record.get("prompt"))
+    except (AttributeError, IndexError, KeyError, TypeError):
+        turns = None
+    turns = [turns] if isinstance(turns, str) else turns
+    if not (isinstance(turns, list) and turns and all(isinstance(turn, str) and turn.strip() for turn in turns)):
+        raise SpecDecError(f"line {number} of '{path}' has no usable 'turns' or 'prompt'; repair or remove it")
+    name = next((record[key] for key in ("id", "question_id", "task_id", "idx") if key in record), number)
+    return Conversation(str(name), str(record.get("category", "")), tuple(turns))
+
+
+def _with_input(instruction: Any, given: Any) -> Any:
+    return f"{instruction}\n\n{given}" if instruction and given else instruction

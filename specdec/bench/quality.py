@@ -1,0 +1,41 @@
+"""How good a lossy rule's output is, seen by the full model: agreement, likelihood, overlap with its own answer."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from typing import Any
+
+from specdec.errors import SpecDecError
+from specdec.target import Target
+from specdec.verify import replay
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Of one output of ``tokens`` tokens. agreed: tokens that are the full model's argmax there. nll: the sum of
+    -log p(token) in nats, at temperature 1. rouge_l: F1 of ROUGE-L (Lin 2004) against the full model's own answer."""
+
+    tokens: int
+    agreed: int
+    nll: float
+    rouge_l: float
+
+
+def require() -> None:
+    """Raise SpecDecError if the library that these figures need is missing."""
+    if importlib.util.find_spec("rouge_score") is None:
+        raise SpecDecError("quality figures of a lossy rule need rouge-score; pip install 'specdec-m2r2[bench]'")
+
+
+def quality(target: Target, tokenizer: Any, prompt: list[int], tokens: list[int], plain: list[int]) -> Quality:
+    """Judge ``tokens`` as a continuation of ``prompt``; ``plain`` is what the full model answered."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    logits = replay(target, prompt, tokens)  # (n, V)
+    chosen = logits.new_tensor(tokens).long()[:, None]
+    nll = -logits.log_softmax(-1).gather(1, chosen).sum()
+    agreed = logits.gather(1, chosen)[:, 0] >= logits.amax(-1)
+    ours, theirs = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (tokens, plain))
+    rouge = 1.0 if ours == theirs else RougeScorer(["rougeL"]).score(theirs, ours)["rougeL"].fmeasure
+    return Quality(len(tokens), int(agreed.sum()), float(nll), float(rouge))
