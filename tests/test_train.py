@@ -24,10 +24,11 @@ from specdec.drafters.m2r2 import M2R2, M2R2Drafter, M2R2Path
 from specdec.errors import SpecDecError
 from specdec.sampling import Sampler, SamplingParams
 from specdec.target import ReferenceTarget
-from specdec.train import data, states, trainer
+from specdec.train import data, search, states, trainer
 from specdec.train.batches import assemble, epoch, stream, windows
 from specdec.train.data import Answer, Prompt
 from specdec.train.evaluate import walk
+from specdec.train.fit import fit_leaps
 from specdec.train.m2r2 import M2R2Settings, path_of, wanted_states
 from specdec.train.runtime import TrainingTarget
 from specdec.train.settings import from_mapping, load_settings
@@ -351,11 +352,11 @@ def test_rounds_along_a_window() -> None:
 
 
 def test_presets_load_and_settings_are_checked(tmp_path: Path) -> None:
-    assert load_settings(M2R2Settings, "m2r2", None, {"steps": 5}).segments
+    assert load_settings(M2R2Settings, "m2r2", None, {"steps": 5}).search
     assert not load_settings(M2R2Settings, "m2r2", "m2r2-paper", {}).segments
     own = tmp_path / "own.yaml"
     assert load_settings(M2R2Settings, "m2r2", None, {}).siblings == (3, 2, 2, 1)
-    own.write_text("learning_rate: 1e-5\nsegments: [[1, 2]]\n")
+    own.write_text("learning_rate: 1e-5\nsegments: [[1, 2]]\nfinal_leap: true\n")
     settings = load_settings(M2R2Settings, "m2r2", str(own), {"rank": 3, "seed": None})
     assert (settings.learning_rate, settings.segments, settings.rank) == (1e-5, ((1, 2),), 3)
     for values, message in (
@@ -391,9 +392,13 @@ def test_the_command_answers_prompts_trains_and_leaves_a_drafter(tmp_path: Path)
     assert again.exit_code == 2 and "steps 3 -> 4" in again.output
 
 
-def test_preset_paths_scale_with_the_depth_of_the_model() -> None:
-    target = ReferenceTarget(tiny_model())  # 4 layers, the presets were chosen on 30
-    leap, paper = (path_of(load_settings(M2R2Settings, "m2r2", name, {}), target) for name in ("m2r2", "m2r2-paper"))
+def test_given_paths_scale_with_the_depth_of_the_model() -> None:
+    target = ReferenceTarget(tiny_model())  # 4 layers, the paths were chosen on 30
+    given = {"search": False, "segments": [[20, 24]], "final_leap": True, "layers_of": 30}
+    leap, paper = (
+        path_of(load_settings(M2R2Settings, "m2r2", name, changes), target)
+        for name, changes in (("m2r2", given), ("m2r2-paper", {}))
+    )
     assert (leap.exit_layer, leap.segments) == (0, ((3, 4),)) and (paper.exit_layer, paper.segments) == (1, ())
 
 
@@ -402,3 +407,80 @@ def test_the_predicted_speedup_weighs_acceptance_against_measured_costs() -> Non
     # One draft: 1.5 tokens in 1 + 11 of 10 units; a second adds 0.4 tokens for 2 more; a third too little.
     assert predict([0.5, 0.4, 0.05], costs) == (pytest.approx(1.9 * 10 / 14), 2)
     assert predict([0.5], costs, nodes=[4]) == (1.0, 0)  # its tree costs 14 to score
+
+
+# -- the layer search ---------------------------------------------------------------------------------------------
+
+
+def searched(answers: Path, output: Path, **changes: Any) -> M2R2Settings:
+    given = {"search": True, "segments": [], "final_leap": False, "search_tokens": 300, "steps": 2}
+    return recipe(answers, output, **given | changes)
+
+
+@pytest.fixture
+def priced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Costs of layers and leaps without timing."""
+    score = {n: 1 + 0.02 * n for n in (1, 2, 4, 8)}
+    monkeypatch.setattr(search, "path_costs", lambda *args: search.PathCosts(score, 0.05, 0.01, 0.01))
+
+
+def test_the_search_chooses_the_path_of_largest_predicted_speedup_and_trains_it(
+    answers: Path, tmp_path: Path, priced: None
+) -> None:
+    out = tmp_path / "out"
+    train(searched(answers, out))
+    kept = json.loads((out / "search.json").read_text())
+    table = kept["table"]
+    whole = [row for row in table if row["tokens_per_round"] is not None]
+    best = max(whole, key=lambda row: row["speedup_trained"])
+    path = artifacts.read_config(out)["path"]
+    chosen = search.Candidate(path["exit_layer"], tuple(map(tuple, path["segments"])), path["final_leap"])
+    assert chosen.key == whole[0]["path"] and whole[0]["speedup_trained"] == best["speedup_trained"]
+    assert {"exit 0, 2-3", "exit 0, 2 + 3", "exit 0, 3, no last leap"} <= {row["path"] for row in table}
+    assert not (out / "states" / "search").exists()
+
+
+def test_leaps_of_the_search_are_those_that_training_fits(answers: Path, tmp_path: Path) -> None:
+    target = TrainingTarget(tiny_model("llama", eos_token_id=None))
+    some = [a for a in data.read([answers]) if isinstance(a, Answer)]
+    store = states.compute(tmp_path / "states", target, some, search.wanted(4), "mark")
+    costs = search.PathCosts({1: 1.0, 2: 1.0}, 0.1, 0.1, 0.1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search, "path_costs", lambda *args: costs)
+        looking = search.Search(target, None, store.records, store.records, 4, 8, 0.0, tmp_path, "mark")
+    candidate = search.Candidate(1, ((2, 3), (3, 4)))
+    looking._leaps(candidate, [4])
+    network = M2R2(M2R2Path(1, candidate.segments, True), target)
+    found = windows(store.records, 8)
+    parts = [found[i : i + 4] for i in range(0, len(found), 4)]
+    fit_leaps(network, target, lambda: (assemble(store.records, part, 8, target.device) for part in parts))
+    for index, goal in enumerate((2, 3, 4)):
+        weight, bias = looking.fitted[1, candidate.segments[:index], goal]
+        torch.testing.assert_close(weight, network.leaps[index].weight.data, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(bias, network.leaps[index].bias.data, rtol=1e-3, atol=1e-4)
+
+
+def test_a_killed_search_measures_nothing_twice(
+    answers: Path, tmp_path: Path, priced: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hits, chain, calls = search.Search._hits, search.Search._chain, {"whole": 0, "parts": 0}
+
+    def counted(looking: search.Search, *args: Any) -> torch.Tensor:
+        calls[looking.file.parent.name] += 1
+        return hits(looking, *args)
+
+    def killed(looking: search.Search, candidate: search.Candidate) -> None:
+        if len(looking.chains) == 2:
+            raise Killed
+        chain(looking, candidate)
+
+    monkeypatch.setattr(search.Search, "_hits", counted)
+    train(searched(answers, tmp_path / "whole"))
+    monkeypatch.setattr(search.Search, "_chain", killed)
+    with pytest.raises(Killed):
+        train(searched(answers, tmp_path / "parts"))
+    monkeypatch.setattr(search.Search, "_chain", chain)
+    monkeypatch.setattr(search, "path_costs", None)  # kept, too
+    train(searched(answers, tmp_path / "parts"), resume=True)
+    whole, parts = (json.loads((tmp_path / name / "search.json").read_text()) for name in ("whole", "parts"))
+    assert whole == parts and calls["whole"] == calls["parts"]

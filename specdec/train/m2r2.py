@@ -1,9 +1,15 @@
-"""Training of M2R2: closed-form leaps, then leaps and adapters by distillation on the drafter's own states."""
+"""Training of M2R2: a path (searched or given), leaps in closed form, then gradients for leaps and adapters.
+
+The loss is distillation on the drafter's own states, as many steps ahead as it will draft from them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import dataclasses
+import shutil
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -12,13 +18,15 @@ from torch import Tensor, nn
 from specdec.drafters.m2r2 import M2R2, M2R2Path
 from specdec.errors import SpecDecError
 from specdec.target import Target
+from specdec.train import search
 from specdec.train.batches import Batch
+from specdec.train.data import Answer
 from specdec.train.evaluate import evaluate
 from specdec.train.fit import fit_leaps
-from specdec.train.method import Method
+from specdec.train.method import Method, Work
 from specdec.train.runtime import TrainingTarget, can_compile
 from specdec.train.settings import TrainSettings
-from specdec.train.states import Wanted
+from specdec.train.states import Wanted, compute, digest
 from specdec.train.student import Judge, drafts
 
 
@@ -26,6 +34,7 @@ from specdec.train.student import Judge, drafts
 class M2R2Settings(TrainSettings):
     """The path of the accelerated residual, and what it learns from."""
 
+    search: bool = False  # choose exit layer and segments by measured cost and closed-form agreement; or give them:
     exit_layer: int = 0
     segments: tuple[tuple[int, int], ...] = ()
     final_leap: bool = False
@@ -38,7 +47,17 @@ class M2R2Settings(TrainSettings):
     focus: float = 1.0  # weight of a later step where the drafter's earlier steps had already gone wrong
     align: float = 0.0  # weight of 1 - cos(p, h[N])
 
-    positive: ClassVar[tuple[str, ...]] = (*TrainSettings.positive, "draft_steps", "rank")
+    search_tokens: int = 24_000  # answer tokens that the search fits leaps on
+    search_gain: float = 1.25  # what training is taken to add to the log-odds of agreement; so much it was seen to
+
+    positive: ClassVar[tuple[str, ...]] = (*TrainSettings.positive, "draft_steps", "rank", "search_tokens")
+
+    def check(self) -> None:
+        super().check()
+        if self.search and (self.segments or self.exit_layer):
+            raise SpecDecError("setting 'search' excludes 'segments' and 'exit_layer'; set search=false to give a path")
+        if not self.search and not self.segments and not self.exit_layer:
+            raise SpecDecError("give 'segments' or 'exit_layer', or set search=true")
 
 
 class M2R2Method(Method):
@@ -50,7 +69,20 @@ class M2R2Method(Method):
 
     def __init__(self, settings: M2R2Settings, target: TrainingTarget) -> None:
         super().__init__(settings, target)
-        self.path = path_of(settings, target)
+        if not settings.search:
+            self.path = path_of(settings, target)
+
+    def prepare(self, work: Work) -> None:
+        if self.settings.search:
+            found = choose_path(self.settings, self.target, work)
+            settings = dataclasses.replace(
+                self.settings,
+                exit_layer=found.exit_layer,
+                segments=found.segments,
+                final_leap=found.final_leap,
+                layers_of=None,
+            )
+            self.path = path_of(settings, self.target)
 
     def wanted(self) -> Wanted:
         return wanted_states(self.path, self.target.num_layers)
@@ -112,6 +144,51 @@ class M2R2Method(Method):
 
     def config(self, network: nn.Module) -> dict[str, Any]:
         return {"drafter": "m2r2", "path": self.path.to_json(), "siblings": list(self.settings.siblings)}
+
+
+def choose_path(settings: M2R2Settings, target: TrainingTarget, work: Work) -> search.Candidate:
+    """The path an earlier search in the output folder chose, or that of a new one; its table is printed."""
+    limits = {"train": settings.search_tokens, "eval": search.EVAL_TOKENS}
+    parts = {"train": _first(work.train, limits["train"]), "eval": _first(work.held_out, limits["eval"])}
+    vocab = 0 if work.vocab is None else len(work.vocab)
+    mark = f"{work.mark} {digest([*parts['train'], *parts['eval']])} {vocab} {settings.window}"
+    if (before := search.chosen_before(work.output, mark)) is not None:
+        return before
+    records = {}
+    folder = work.output / "states" / "search"
+    for name, part in parts.items():
+        task = work.progress.add_task(f"teacher states (search, {name})", total=sum(map(len, part)))
+        wanted = search.wanted(target.num_layers)
+        done = partial(work.progress.advance, task)
+        records[name] = compute(folder / name, target, part, wanted, work.mark, done).records
+    task = work.progress.add_task("search", total=1.0)
+    looking = search.Search(
+        target,
+        work.vocab,
+        records["train"],
+        records["eval"],
+        settings.rows,
+        settings.window,
+        settings.search_gain,
+        work.output,
+        mark,
+    )
+    found = looking.run(lambda share, text: work.progress.update(task, completed=share, description=f"search: {text}"))
+    search.show(looking.rows_of_table(), work.console)
+    work.console.print(f"chosen: {found.key}", highlight=False)
+    shutil.rmtree(folder)  # large, and of no use any more
+    return found
+
+
+def _first(answers: Sequence[Answer], tokens: int) -> list[Answer]:
+    """The first answers, up to about so many answer tokens."""
+    some, seen = [], 0
+    for answer in answers:
+        if seen >= tokens:
+            break
+        some.append(answer)
+        seen += len(answer.response_ids)
+    return some
 
 
 def path_of(settings: M2R2Settings, target: Target) -> M2R2Path:

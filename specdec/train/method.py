@@ -11,19 +11,25 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:  # the command line imports this module for the names alone
+    from rich.console import Console
+    from rich.progress import Progress
     from torch import Tensor, nn
 
     from specdec.train.batches import Batch
+    from specdec.train.data import Answer
     from specdec.train.runtime import TrainingTarget
     from specdec.train.settings import TrainSettings
     from specdec.train.states import Wanted
 
 METHODS: dict[str, str] = {
     "m2r2": "specdec.train.m2r2:M2R2Method",
+    "medusa": "specdec.train.medusa:MedusaMethod",
 }
 
 
@@ -34,13 +40,26 @@ def lookup(name: str) -> type[Method]:
     return found
 
 
+@dataclass(frozen=True)
+class Work:
+    """What a run has before training: its folder, answers, draft vocabulary, and ``mark``, the base's fingerprint."""
+
+    output: Path
+    train: Sequence[Answer]
+    held_out: Sequence[Answer]
+    vocab: Tensor | None
+    mark: str
+    console: Console
+    progress: Progress
+
+
 class Method(ABC):
     """How one kind of drafter is trained on a frozen target. One object serves one run.
 
-    The trainer calls, in this order: the constructor, ``wanted``, ``build`` (once: float32 masters; a copy in the
-    target's dtype is what runs), ``fit`` (unless it resumes), then ``loss`` per update and ``evaluate`` at intervals
-    (without gradients), and ``config`` and ``tensors`` whenever a drafter is exported. ``network`` below is the running
-    copy; after each update it follows the masters.
+    The trainer calls, in this order: the constructor, ``prepare``, ``wanted``, ``build`` (once: float32 masters; a copy
+    in the target's dtype is what runs), ``fit`` (unless it resumes), then ``loss`` per update and ``evaluate`` at
+    intervals (without gradients), and ``config`` and ``tensors`` whenever a drafter is exported. ``network`` below is
+    the running copy; after each update it follows the masters.
 
     name: the method's in ``METHODS``. settings_class: ``TrainSettings`` with the method's own settings and defaults.
     """
@@ -51,6 +70,9 @@ class Method(ABC):
     def __init__(self, settings: Any, target: TrainingTarget) -> None:
         """Raise SpecDecError for settings that do not fit the model."""
         self.settings, self.target = settings, target
+
+    def prepare(self, work: Work) -> None:  # noqa: B027 (optional)
+        """Decide what takes answers to decide, such as layers by a search. What is found must be kept in ``output``."""
 
     @abstractmethod
     def wanted(self) -> Wanted:

@@ -47,7 +47,7 @@ def drafts(network: M2R2, target: Target, batch: Batch, steps: int) -> Iterator[
     cache = batch.cache(target.num_layers)
     valid = batch.valid
     for step in range(1, steps + 1):
-        mask = _masks(batch, step)
+        mask = step_mask(batch, step)
         carry = network.beyond(target, p, carry, batch.positions, _same(mask), cache)
         yield carry.final, valid
         carry = Carry(_later(carry.final), [_later(x) for x in carry.inputs])
@@ -57,14 +57,14 @@ def drafts(network: M2R2, target: Target, batch: Batch, steps: int) -> Iterator[
 def landings(network: M2R2, target: Target, batch: Batch, index: int) -> tuple[Tensor, Carry]:
     """What leap ``index`` starts from in step 1: the residual [B, T, D] behind the segments before it; the carry."""
     x, carry, cache = early(network, target, batch), exact_carry(network, batch), batch.cache(target.num_layers)
-    mask = _masks(batch, 1)
+    mask = step_mask(batch, 1)
     for s, (lo, hi) in enumerate(network.path.segments[:index]):
         x = network.leap(s, x, carry)
         x = target.layers(x, lo, hi, batch.positions, mask, cache, adapters=network.adapters)
     return x, carry
 
 
-def _masks(batch: Batch, step: int) -> Mask:
+def step_mask(batch: Batch, step: int) -> Mask:
     """Of step ``step``: exact entries up to t - step, then one provisional entry of each step since."""
     b, t = batch.ids.shape
     keys = torch.arange(batch.slots, device=batch.ids.device).expand(b, -1)  # (B, S)

@@ -35,7 +35,7 @@ from specdec.train import data, states
 from specdec.train import settings as settings_of
 from specdec.train.answers import answer_prompts, encode_prompts
 from specdec.train.batches import Batch, Window
-from specdec.train.method import Method, lookup
+from specdec.train.method import Method, Work, lookup
 from specdec.train.plot import draw_curves
 from specdec.train.runtime import TrainingTarget, keep_freed_memory
 from specdec.train.settings import TrainSettings
@@ -68,15 +68,16 @@ def train(settings: TrainSettings, resume: bool = False, console: Console | None
         train, held_out = data.split(usable, settings.eval_fraction)
         held_out = held_out[: settings.eval_answers]
         random.Random(settings.seed).shuffle(train)
+        vocab = None
+        if settings.draft_vocab:
+            ends = _end_ids(model, tokenizer)
+            vocab = data.draft_vocabulary(train, settings.draft_vocab, ends, target.vocab_size).to(target.device)
+        method.prepare(Work(output, train, held_out, vocab, mark, console, progress))
         store = {}
         for name, part in (("eval", held_out), ("train", train)):
             task = progress.add_task(f"teacher states ({name})", total=sum(map(len, part)))
             folder = output / "states" / name
             store[name] = states.compute(folder, target, part, method.wanted(), mark, partial(progress.advance, task))
-    vocab = None
-    if settings.draft_vocab:
-        ends = _end_ids(model, tokenizer)
-        vocab = data.draft_vocabulary(train, settings.draft_vocab, ends, target.vocab_size).to(target.device)
     run = Run(method, vocab, store["train"].records, store["eval"].records, output, console)
     run.base = {
         "fingerprint": mark,
