@@ -35,6 +35,7 @@ def draft_chain(
     step: Callable[[Tensor, Tensor], Tensor],
     siblings: Sequence[int] = (),
     vocab: Tensor | None = None,
+    certainty: Callable[[Tensor], Tensor] | None = None,
 ) -> Draft:
     """Draft up to ``limit`` tokens after each row's root; the chain's nodes come first, then the siblings.
 
@@ -42,27 +43,37 @@ def draft_chain(
         first for the roots, then for each drafted token but the last.
     siblings: number of further candidates at each depth of the chain (depths beyond its length have none).
     vocab: int64 [V'], the tokens that logits are over; None: all of the target's.
-    Ends early once no row's whole chain stands with a probability of ``state.confidence``.
+    certainty: takes the logits of a step and returns the probability [B, 1] that their best token is the model's; None:
+        what the logits say themselves.
+    Ends early once no row's whole chain stands with a probability of ``state.confidence``. Where nothing will be
+    judged, a row's chain ends before the first token less certain than ``state.threshold``, and has no siblings.
     """
     chain, beside = _Nodes(), _Nodes()
     token, positions = state.roots, state.positions  # (B, 1)
+    going = torch.ones_like(token, dtype=torch.bool)  # rows whose chain goes on
+    none = token[:, :0]
     prefixes = [list(ids) for ids in state.ids]
     reach = torch.ones(token.shape, device=token.device)  # probability that a row's whole chain stands
     for depth in range(limit):
         logits = step(token, positions)
         width = 1 + (siblings[depth] if depth < len(siblings) else 0)
+        if state.threshold is not None:
+            width, sure = 1, best_probability(logits) if certainty is None else certainty(logits)
+            going &= sure >= state.threshold
+            if not bool(going.any()):
+                break
         tokens, q = _pick(state, logits, width, prefixes, vocab)
         token = tokens[:, :1]
-        chain.add(token, q[:1], depth)
+        chain.add(token if state.threshold is None else token.masked_fill(~going, -1), q[:1], depth)
         beside.add(tokens[:, 1:], q[1:], depth)
         positions = positions + 1
         if state.confidence > 0:
-            reach = reach * _probability(logits, token, vocab)
+            reach = reach * (_probability(logits, token, vocab) if certainty is None else certainty(logits))
             if float(reach.max()) < state.confidence:
                 break
     every = [*chain.q, *beside.q]
     return Draft(
-        torch.cat((*chain.tokens, *beside.tokens), 1),
+        torch.cat((none, *chain.tokens, *beside.tokens), 1),
         (*chain.parents, *beside.parents),
         q=torch.stack(every, 1) if every else None,
     )
@@ -125,6 +136,12 @@ def _without_replacement(p: Tensor, count: int, generators: list[torch.Generator
         q.append(p)
         p = p.scatter(1, token.clamp_min(0), 0.0)
     return torch.cat(tokens, 1), q
+
+
+def best_probability(logits: Tensor) -> Tensor:
+    """The probability [B, 1] that draft logits [B, V'] give their best token."""
+    x = logits.float()
+    return torch.exp(x.amax(-1, keepdim=True) - x.logsumexp(-1, keepdim=True))
 
 
 def _probability(logits: Tensor, token: Tensor, vocab: Tensor | None) -> Tensor:

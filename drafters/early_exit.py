@@ -1,40 +1,65 @@
-"""Early exit: the model drafts for itself through its first layers, with its own head (LayerSkip, arXiv 2404.16710).
+"""Early exit: the model drafts for itself through its first layers (LayerSkip, arXiv 2404.16710).
 
-That is layer skipping with the whole tail skipped: all states and cache entries of the draft are exact, and scoring
-resumes at the exit. Models that were not trained to exit early rarely agree with their first layers.
+All states and cache entries of the draft are exact, and scoring resumes at the exit. Models that were not trained to
+exit early rarely agree with their first layers read by their own head; a trained module at the exit helps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
-from specdec import options
+import torch
+from torch import Tensor
+
+from specdec import artifacts, options
+from specdec.draft import State
+from specdec.errors import SpecDecError
 from specdec.target import Target
 
-from .layer_skip import LayerSkipDrafter
+from .exits import Climb, ExitDrafter, ExitHeads
 
 
-class EarlyExitDrafter(LayerSkipDrafter):
-    """Drafts a chain through layers [0, exit_layer), read out by the model's own norm and head.
+class EarlyExitDrafter(ExitDrafter):
+    """Drafts a chain through layers [0, E), read out by the model's own norm and head or by a trained module and head.
 
-    exit_layer: E, 1 <= E < N; None: a third of the layers, about where models trained for it exit.
+    exit_layer: E, 1 <= E < N; None: that of ``heads``, else a third of the layers, about where models trained for it
+        exit.
     siblings: number of further candidates at each depth of the chain, which cost no drafting.
     Raises SpecDecError, when bound, if the exit layer is outside the model.
     """
 
     name: ClassVar[str] = "early-exit"
-    summary: ClassVar[str] = "the model's own first layers and head; no training"
+    summary: ClassVar[str] = "the model's own first layers and head; training optional"
+    training: ClassVar[str] = "specdec train early-exit"
 
-    def __init__(self, exit_layer: int | None = None, siblings: Sequence[int] = ()) -> None:
-        super().__init__(siblings=siblings)
-        self.wanted = exit_layer
+    def __init__(
+        self, exit_layer: int | None = None, siblings: Sequence[int] = (), heads: ExitHeads | None = None
+    ) -> None:
+        super().__init__(heads, siblings)
+        self.exit_layer = heads.exits[0] if heads is not None else exit_layer
 
     @classmethod
     def load(cls, target: Target, source: str | None = None, **given: Any) -> EarlyExitDrafter:
-        options.check(cls.name, given, ("exit_layer", "siblings"), source)
-        return cls(**given)
+        """With the trained exit of a folder, or of the one shipped for the target, unless ``exit_layer`` says where."""
+        options.check(cls.name, given, ("exit_layer", "siblings"))
+        if source is not None and "exit_layer" in given:
+            raise SpecDecError(f"'{source}' has its own exit layer; leave exit_layer out, or the folder")
+        shipped = None if "exit_layer" in given else artifacts.shipped(cls.name, target.fingerprint)
+        folder = shipped if source is None else Path(source)
+        return cls(**given, heads=None if folder is None else ExitHeads.load(target, folder, cls.name))
 
-    def skipped(self, num_layers: int) -> set[int]:
-        wanted = max(num_layers // 3, 1) if self.wanted is None else self.wanted
-        return set(range(options.whole("exit_layer", wanted, 1, num_layers - 1), num_layers))
+    def bind(self, target: Target) -> None:
+        wanted = max(target.num_layers // 3, 1) if self.exit_layer is None else self.exit_layer
+        self.exit_layer = options.whole("exit_layer", wanted, 1, target.num_layers - 1)
+        super().bind(target)
+
+    @property
+    def path(self) -> str:
+        return f"{self.exit_layer} {self.heads is not None}"
+
+    def leave(self, climb: Climb, state: State, depth: int) -> tuple[Tensor, Tensor, Tensor]:
+        assert self.exit_layer is not None
+        logits, sure = self.read(climb.to(self.exit_layer))
+        return logits, sure, torch.full_like(sure, self.exit_layer, dtype=torch.long)

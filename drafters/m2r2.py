@@ -176,6 +176,7 @@ class M2R2Drafter:
     name: ClassVar[str] = "m2r2"
     summary: ClassVar[str] = "accelerated residual of the model itself; trained, shipped for the default model"
     training: ClassVar[str] = "specdec train m2r2"
+    leaves_early: ClassVar[bool] = True
 
     def __init__(self, network: M2R2, siblings: Sequence[int] | None = None, suggested: Sequence[int] = ()) -> None:
         self.network, self.suggested = network, options.wholes("suggested siblings", suggested, 0)
@@ -233,6 +234,8 @@ class M2R2Drafter:
             cache.trim(len(states), lo, hi)  # provisional entries: exact ones come with the scoring pass
         if self.path.exit_layer:
             draft.states, draft.exit_layer = torch.cat(states, 1), self.path.exit_layer
+        if state.threshold is not None:
+            draft.layers = torch.full_like(draft.tokens, self.path.layers_run)
         return draft
 
     def _early(self, target: Target, x: Tensor, positions: Tensor, cache: KVCache) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import LogitsProcessor, PreTrainedModel
@@ -45,9 +45,12 @@ class SpecDecoder:
     drafter: a name (``specdec drafters``), a drafter folder, names and folders joined by "+" (the first that finds
     something drafts), or a Drafter object; NAME=SOURCE says what it is loaded from, such as draft-model=MODEL.
     drafter_options: its options; those of joined drafters are mappings under their names.
-    runtime: "auto" (the fused runtime where it knows the model), "fused" or "reference".
-    weights: "dense", or "int4" to round the layers to 4 bits (fused runtime, bfloat16, CPU). What is rounded is then
-    the base, in ``model`` too: output is lossless with respect to it.
+    runtime: "auto" (the fastest that serves the model here), "native", "fused" or "reference".
+    weights: "auto" (as loaded; stored in fewer bits where those hold the very same values), "dense" (as loaded), "int8"
+    or "int4" (layers rounded; bfloat16 on a CPU). What is rounded is then the base, in ``model`` too: output is
+    lossless with respect to it.
+    verifier: the acceptance rule, a name (with its ``verifier_options``) or an object: "exact", or a lossy one, such as
+    "confident". exact: refuse lossy rules.
     Raises SpecDecError if the model is unsupported or the drafter does not fit it.
     """
 
@@ -61,13 +64,14 @@ class SpecDecoder:
         runtime: str = "auto",
         weights: str = "dense",
         verifier: str | Verifier = "exact",
+        verifier_options: dict[str, Any] | None = None,
+        exact: bool = False,
     ) -> None:
+        self.verifier = registry.verifier(verifier, verifier_options, exact)
         self.model, self.tokenizer = model.eval(), tokenizer
         self.target, self.runtime_note = make_target(model, runtime, weights)
         self.target.tokenizer = tokenizer
         self.drafter = self._drafter(drafter, drafter_options or {})
-        self.drafter.bind(self.target)
-        self.verifier: Verifier = registry.lookup("verifiers", verifier)() if isinstance(verifier, str) else verifier
         self._open: Generation | None = None
         self._auto: AutoDepth | None = None
         self._costs: Costs | None = None
@@ -97,16 +101,24 @@ class SpecDecoder:
         """A second decoder with another drafter, sharing this one's model, tokenizer, target and verifier."""
         other = copy.copy(self)
         other.drafter = other._drafter(drafter, drafter_options)
-        other.drafter.bind(other.target)
         other._open = other._auto = other._costs = None
         return other
 
     def _drafter(self, drafter: str | Path | Drafter, options: dict[str, Any]) -> Drafter:
-        if not isinstance(drafter, str | Path):
-            return drafter
-        parts = registry.parse(str(drafter))
-        name, source = parts[0] if len(parts) == 1 else ("hybrid", str(drafter))
-        return registry.lookup("drafters", name).load(self.target, source, **options)
+        """Load the drafter if it is named, and bind it."""
+        if isinstance(drafter, str | Path):
+            parts = registry.parse(str(drafter))
+            name, source = parts[0] if len(parts) == 1 else ("hybrid", str(drafter))
+            drafter = cast(Drafter, registry.lookup("drafters", name).load(self.target, source, **options))
+        unjudged = getattr(self.verifier, "threshold", None) is not None
+        if unjudged and drafter.name != "none" and not getattr(drafter, "leaves_early", False):
+            raise SpecDecError(
+                f"verifier '{self.verifier.name}' judges nothing, so it takes a drafter that leaves the model early "
+                "and knows how sure it is (m2r2, m2r2-paper, early-exit, deed, skip-decode, mixture-of-depths); "
+                f"'{drafter.name}' does not"
+            )
+        drafter.bind(self.target)
+        return drafter
 
     def generate(self, prompt: Prompt, **options: Any) -> GenerationOutput:
         """Generate from one prompt (text, token ids, a tensor, or chat messages). Options: see ``open``."""
@@ -183,7 +195,7 @@ class SpecDecoder:
             self,
             ids,
             [min(max_new_tokens, context - len(row)) for row in ids],
-            self._policy(num_speculative_tokens, live=params.temperature == 0),
+            self._policy(num_speculative_tokens, live=params.temperature == 0 and self.verifier.lossless),
             Sampler(params, list(logits_processor), len(ids)),
             stops,
             frozenset() if ignore_eos else self.eos_ids(),
@@ -195,9 +207,11 @@ class SpecDecoder:
             return FixedDepth(num_speculative_tokens)
         if self.drafter.name == "none":
             return FixedDepth(0)
+        if getattr(self.verifier, "threshold", None) is not None:
+            return FixedDepth(AutoDepth.MOST)  # when to stop is the drafter's to say: no clock may change the text
         if self._costs is None:
             self._costs = costs(self.target, self.drafter, self.verifier)
-        if not live:  # a fresh one, that looks at no clock: sampling repeats for a seed
+        if not live:  # a fresh one, that looks at no clock: what depends on the depths repeats
             return AutoDepth(self._costs.score, self._costs.draft, live=False)
         if self._auto is None:  # one for all greedy requests: what it has learned about this drafter stays
             self._auto = AutoDepth(self._costs.score, self._costs.draft)

@@ -27,6 +27,8 @@ class Draft:
     q: [B, M, V], the distribution each node was drawn from (given its earlier siblings); None if deterministic.
     states: [B, S, D], hidden states at layer ``exit_layer`` of the first S block tokens, whose keys and values below
         that layer are already in the cache: scoring resumes there.
+    layers: int64 [B, M], the layers each node's token went through when it was drafted; known to drafters that leave
+        the model early.
     """
 
     tokens: Tensor
@@ -34,6 +36,7 @@ class Draft:
     q: Tensor | None = None
     states: Tensor | None = None
     exit_layer: int = 0
+    layers: Tensor | None = None
 
     @property
     def is_chain(self) -> bool:
@@ -75,6 +78,8 @@ class State:
 
     confidence: below this probability that its whole chain stands, drafting on costs more than it brings.
     spare: nodes that may be added beside the chain because scoring them is cheap.
+    threshold: what is drafted will stand unjudged; a drafter that leaves the model early proposes only tokens it is at
+        least this sure of. None: a verifier judges what is drafted.
     """
 
     target: Target
@@ -83,6 +88,7 @@ class State:
     ids: list[list[int]]
     confidence: float = 0.0
     spare: int = 0
+    threshold: float | None = None
 
     @property
     def roots(self) -> Tensor:
@@ -124,7 +130,11 @@ class Drafter(Protocol):
 
 
 class Verifier(Protocol):
-    """Decides how much of a draft stands. ``lossless`` says whether the output keeps the target's distribution."""
+    """Decides how much of a draft stands. ``lossless`` says whether the output keeps the target's distribution.
+
+    A rule that judges nothing has a ``threshold`` for the drafter to keep (``State.threshold``); a lossy rule may have
+    a ``label``, its name with its settings.
+    """
 
     name: ClassVar[str]
     lossless: ClassVar[bool]

@@ -39,9 +39,10 @@ class Loop:
         self.target, self.drafter, self.verifier = target, drafter, verifier
         self.limits, self.stop, self.policy = limits, stop, policy
         self.state = State(target, target.new_cache(len(prompts)), sampler, [list(p) for p in prompts])
+        self.state.threshold = getattr(verifier, "threshold", None)
         self.rows = list(range(len(prompts)))  # the request behind each row of the batch
         self.finished: dict[int, str] = {}
-        self.metrics = [RequestMetrics(num_prompt_tokens=len(p)) for p in prompts]
+        self.metrics = [RequestMetrics(num_prompt_tokens=len(p), num_layers=target.num_layers) for p in prompts]
         self.ledger = Ledger()
         drafter.start(len(prompts))
 
@@ -105,6 +106,8 @@ class Loop:
             deepest = max((depths[n] for n in nodes), default=0)
             self.metrics[self.rows[b]].step(deepest, len(nodes), len(path) - 1)
             new.append([drafted[b][n - 1] for n in path[1:]] + [token])
+            if state.threshold is not None and draft.layers is not None:
+                self.metrics[self.rows[b]].exit_layers += draft.layers[b, [n - 1 for n in path[1:]]].tolist()
         rest += self.ledger.mark("commit")
         seen = [self.metrics[r] for r in self.rows]
         offered, accepted = [m.per_step_drafted[-1] for m in seen], [m.per_step_accepted[-1] for m in seen]
@@ -131,6 +134,7 @@ class Loop:
                     break
             if not prefill:
                 metrics.per_step_accepted[-1] = min(metrics.per_step_accepted[-1], kept)
+                del metrics.exit_layers[metrics.num_accepted_draft_tokens :]
             metrics.prefill_seconds = self.ledger.seconds["prefill"]
             metrics.decode_seconds = seconds - metrics.prefill_seconds
             metrics.ledger = dict(self.ledger.seconds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,7 @@ class RequestMetrics:
     """What one request took. Seconds are wall time; a batch shares its rounds' time.
 
     per_step_drafted / per_step_accepted: draft depth offered and drafted tokens kept, per round after the prefill.
+    num_layers: the model's N. exit_layers: layers run for each token that left the model early and stood unjudged.
     """
 
     num_prompt_tokens: int = 0
@@ -21,6 +23,8 @@ class RequestMetrics:
     per_step_drafted: list[int] = field(default_factory=list)
     per_step_accepted: list[int] = field(default_factory=list)
     num_draft_tokens: int = 0
+    num_layers: int = 0
+    exit_layers: list[int] = field(default_factory=list)
     ledger: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -59,6 +63,19 @@ class RequestMetrics:
         return [s / o for s, o in zip(stood, offered, strict=True) if o]
 
     @property
+    def mean_layers_per_token(self) -> float:
+        """Average depth: layers a token went through before it stood. What left early counts as far as it went."""
+        full = self.num_new_tokens - len(self.exit_layers)
+        return (sum(self.exit_layers) + full * self.num_layers) / max(self.num_new_tokens, 1)
+
+    @property
+    def exit_shares(self) -> dict[int, float]:
+        """The share of the new tokens that stood after so many layers, shallow to deep; N is the full model."""
+        counts = Counter(self.exit_layers)
+        counts[self.num_layers] += self.num_new_tokens - len(self.exit_layers)
+        return {layers: counts[layers] / max(self.num_new_tokens, 1) for layers in sorted(counts)}
+
+    @property
     def tokens_per_second(self) -> float:
         """Decoding speed: new tokens after the first (which the prefill yields) per decode second."""
         return (self.num_new_tokens - 1) / self.decode_seconds if self.decode_seconds > 0 else 0.0
@@ -73,7 +90,7 @@ class RequestMetrics:
         names = (
             "num_prompt_tokens num_new_tokens prefill_seconds decode_seconds tokens_per_second mean_acceptance_length "
             "draft_acceptance_rate num_spec_steps num_draft_tokens num_accepted_draft_tokens acceptance_histogram "
-            "acceptance_per_position per_step_drafted per_step_accepted ledger"
+            "acceptance_per_position per_step_drafted per_step_accepted mean_layers_per_token exit_shares ledger"
         )
         return {name: getattr(self, name) for name in names.split()}
 

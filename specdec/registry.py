@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import importlib
+import inspect
+from collections.abc import Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from specdec.errors import SpecDecError, did_you_mean
 
+if TYPE_CHECKING:
+    from specdec.draft import Verifier
+
 DRAFTERS: dict[str, str] = {
     "none": "specdec.drafters.none:NoDrafter",
+    "deed": "specdec.drafters.deed:DeedDrafter",
     "draft-model": "specdec.drafters.draft_model:DraftModelDrafter",
     "early-exit": "specdec.drafters.early_exit:EarlyExitDrafter",
     "hybrid": "specdec.drafters.hybrid:HybridDrafter",
@@ -18,11 +24,14 @@ DRAFTERS: dict[str, str] = {
     "lookahead": "specdec.drafters.lookahead:LookaheadDrafter",
     "m2r2": "specdec.drafters.m2r2:M2R2Drafter",
     "m2r2-paper": "specdec.drafters.m2r2:PaperM2R2Drafter",
+    "mixture-of-depths": "specdec.drafters.mixture_of_depths:MixtureOfDepthsDrafter",
     "medusa": "specdec.drafters.medusa:MedusaDrafter",
     "prompt-lookup": "specdec.drafters.prompt_lookup:PromptLookupDrafter",
+    "skip-decode": "specdec.drafters.skip_decode:SkipDecodeDrafter",
 }
 
 VERIFIERS: dict[str, str] = {
+    "confident": "specdec.verifiers.confident:ConfidentVerifier",
     "exact": "specdec.verifiers.exact:ExactVerifier",
     "typical": "specdec.verifiers.typical:TypicalVerifier",
 }
@@ -46,6 +55,28 @@ def lookup(kind: str, name: str) -> Any:
         )
     module, _, attribute = known[name].partition(":")
     return getattr(importlib.import_module(module), attribute)
+
+
+def verifier(rule: str | Verifier, options: Mapping[str, Any] | None = None, exact: bool = False) -> Verifier:
+    """The acceptance rule named ``rule``, with its options; a rule that is an object comes back as it is.
+
+    exact: refuse a lossy one. Raises SpecDecError for unknown names and for options that the rule does not have.
+    """
+    found = rule if not isinstance(rule, str) else _made(rule, options or {})
+    if exact and not found.lossless:
+        raise SpecDecError(f"verifier '{found.name}' is lossy, but exact output is asked for; use the verifier 'exact'")
+    return found
+
+
+def _made(name: str, options: Mapping[str, Any]) -> Verifier:
+    takes = {n: list(inspect.signature(lookup("verifiers", n)).parameters) for n in {name, *VERIFIERS}}
+    for option in options:
+        if option not in takes[name]:
+            owners = [n for n in VERIFIERS if option in takes[n]]
+            hint = f"it belongs to '{owners[0]}'" if owners else f"it has {', '.join(takes[name]) or 'none'}"
+            raise SpecDecError(f"verifier '{name}' has no option '{option}'; {hint}")
+    made: Verifier = lookup("verifiers", name)(**options)
+    return made
 
 
 def parse(text: str) -> list[tuple[str, str | None]]:

@@ -1,0 +1,184 @@
+"""Drafting through the model's first layers: what every drafter that leaves the model early shares.
+
+A drafted token climbs layer by layer and leaves at an exit; its readout there is the draft. What it has computed is
+exact: it is kept, and scoring resumes where the deepest token left. Layers that earlier tokens of the draft have not
+run are run for all of them at once, just in time, when a later token goes deeper (DEED, Tang et al. 2023, arXiv
+2311.08623). Knows nothing of acceptance.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from specdec import artifacts, options
+from specdec.cache import KVCache
+from specdec.draft import Draft, State
+from specdec.errors import SpecDecError
+from specdec.target import Target
+
+from .chain import best_probability, draft_chain
+from .vocabulary import DraftVocabulary, check_vocabulary
+
+
+class Climb:
+    """The tokens of a draft on their way up. Earlier tokens are never below later ones."""
+
+    def __init__(self, target: Target, cache: KVCache) -> None:
+        self.target, self.cache = target, cache
+        self.groups: list[tuple[int, Tensor, Tensor]] = []  # (layer reached, states [B, n, D], positions [B, n])
+
+    def push(self, token: Tensor, positions: Tensor) -> None:
+        """Add a token, int64 [B, 1], at layer 0."""
+        self.groups.append((0, self.target.embed(token, positions), positions))
+
+    def to(self, layer: int) -> Tensor:
+        """Run every token that is below ``layer`` up to it; return the last token's states there [B, 1, D]."""
+        while (level := self.groups[-1][0]) < layer:
+            _, x, positions = self.groups.pop()
+            above = self.groups[-1][0] if self.groups else layer
+            goal = min(above, layer)
+            x = self.target.layers(x, level, goal, positions, self.cache.mask(level, positions), self.cache)
+            if self.groups and above == goal:
+                _, earlier, before = self.groups.pop()
+                x, positions = torch.cat((earlier, x), 1), torch.cat((before, positions), 1)
+            self.groups.append((goal, x, positions))
+        return self.groups[-1][1][:, -1:]
+
+    def finish(self) -> tuple[Tensor, int]:
+        """All tokens' states [B, n, D] at the deepest layer that any of them has reached, and that layer."""
+        deepest = self.groups[0][0]
+        self.to(deepest)
+        return self.groups[0][1], deepest
+
+
+class ExitHeads(nn.Module):
+    """What is trained at exits: a small residual module each, from h[E] towards h[N]; they share the output head.
+
+    final = gain * unit(h) + up(silu(down(unit(h)))) with unit(h) = h / rms(h). Untrained it is read out like h itself.
+    exits: layers, rising. width: hidden size of the modules. draft_vocab: int32 [V'], or None for the full vocabulary.
+    """
+
+    def __init__(self, exits: Sequence[int], width: int, target: Target, draft_vocab: Tensor | None = None) -> None:
+        super().__init__()
+        self.exits, self.width, d = check_exits(exits, target.num_layers), width, target.hidden_size
+        self.gain = nn.ParameterList(nn.Parameter(torch.ones(d)) for _ in self.exits)
+        self.down = nn.ModuleList(nn.Linear(d, width) for _ in self.exits)
+        self.up = nn.ModuleList(nn.Linear(width, d, bias=False) for _ in self.exits)
+        for parameter in self.up.parameters():
+            nn.init.zeros_(parameter)
+        self.register_buffer("draft_vocab", draft_vocab)
+        self.draft_vocab: Tensor | None
+
+    def forward(self, index: int, h: Tensor) -> Tensor:
+        """States h [B, T, D] at exit ``index`` -> the estimate of h[N] [B, T, D] that the head reads."""
+        unit = F.rms_norm(h, h.shape[-1:], eps=1e-6)
+        return unit * self.gain[index] + self.up[index](F.silu(self.down[index](unit)))
+
+    def config(self) -> dict[str, Any]:
+        """The entries of a drafter folder's config.json."""
+        return {"exits": list(self.exits), "width": self.width}
+
+    @classmethod
+    def load(cls, target: Target, folder: Path, drafter: str) -> ExitHeads:
+        """From a folder of ``drafter``. Raises SpecDecError if it is another's, or its files do not fit the target."""
+        config = artifacts.read_config(folder)
+        if config["drafter"] != drafter:
+            raise SpecDecError(f"'{folder}' holds a '{config['drafter']}' drafter, not a {drafter} one")
+        artifacts.check_base(config, target.fingerprint, str(folder))
+        tensors = artifacts.read_tensors(folder)
+        exits, width = config.get("exits"), config.get("width")
+        if not isinstance(exits, list) or type(width) is not int or width < 1:
+            raise SpecDecError(f"config.json in '{folder}' has no valid exits and width")
+        check_vocabulary(tensors.get("draft_vocab"), target)
+        made = cls(exits, width, target, tensors.get("draft_vocab"))
+        load_into(made, tensors, folder)
+        return made
+
+
+def load_into(module: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
+    """Give ``module`` its tensors. Raises SpecDecError if they are not the ones it has."""
+    own = module.state_dict()
+    odd = sorted(set(own) ^ set(tensors)) or sorted(k for k in own if own[k].shape != tensors[k].shape)
+    if odd:
+        raise SpecDecError(f"config.json and model.safetensors in '{folder}' do not fit each other (tensor '{odd[0]}')")
+    module.load_state_dict(tensors)
+
+
+def check_exits(exits: Sequence[int], num_layers: int) -> tuple[int, ...]:
+    """``exits``, if they rise within the model. Raises SpecDecError otherwise."""
+    given = options.wholes("exits", exits, 1)
+    if not given or max(given) >= num_layers or list(given) != sorted(set(given)):
+        raise SpecDecError(f"exits must be rising layers in 1 .. {num_layers - 1}; got {list(given)}")
+    return given
+
+
+class ExitDrafter(ABC):
+    """Drafts a chain of tokens that each leave at one of the exits; subclasses say which, token by token.
+
+    siblings: number of further candidates at each depth of the chain, which cost no drafting.
+    heads: trained modules at the exits; None: the model's own norm and head.
+    """
+
+    name: ClassVar[str]
+    leaves_early: ClassVar[bool] = True
+    taps: tuple[int, ...] = ()
+
+    def __init__(self, heads: ExitHeads | None = None, siblings: Sequence[int] = ()) -> None:
+        self.heads, self.siblings = heads, options.wholes("siblings", siblings, 0)
+
+    def bind(self, target: Target) -> None:
+        if self.heads is not None:
+            self.heads.to(target.device, target.dtype).requires_grad_(False).eval()
+        self.vocabulary = DraftVocabulary(target, None if self.heads is None else self.heads.draft_vocab)
+
+    @property
+    @abstractmethod
+    def path(self) -> str:
+        """What the cost of drafting depends on."""
+
+    @abstractmethod
+    def leave(self, climb: Climb, state: State, depth: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Take the last token of ``climb``, ``depth`` tokens after the root, to where it leaves.
+
+        Returns its draft logits [B, V'], the probability [B, 1] that their best token is the full model's, and the
+        layers it went through, int64 [B, 1].
+        """
+
+    def read(self, h: Tensor, index: int = 0) -> tuple[Tensor, Tensor]:
+        """Draft logits [B, V'] and their certainty [B, 1] from the states h [B, 1, D] at exit ``index``."""
+        logits = self.vocabulary.logits(h if self.heads is None else self.heads(index, h))[:, 0]
+        return logits, best_probability(logits)
+
+    def start(self, batch: int) -> None:
+        self.vocabulary.start()
+
+    def propose(self, state: State, limit: int) -> Draft:
+        self.vocabulary.follow(state)
+        climb, certainty = Climb(state.target, state.cache), torch.empty(0)
+        layers: list[Tensor] = []
+
+        def step(token: Tensor, positions: Tensor) -> Tensor:
+            nonlocal certainty
+            climb.push(token, positions)
+            logits, certainty, run = self.leave(climb, state, len(layers))
+            layers.append(run)
+            return logits
+
+        draft = draft_chain(state, limit, step, self.siblings, self.vocabulary.tokens, lambda logits: certainty)
+        draft.states, draft.exit_layer = climb.finish()
+        if state.threshold is not None:
+            draft.layers = torch.cat(layers, 1)[:, : draft.tokens.shape[1]]
+        return draft
+
+    def observe(self, paths: list[list[int]], taps: dict[int, Tensor]) -> None:  # noqa: B027 (nothing to see)
+        pass
+
+    def select(self, rows: list[int]) -> None:  # noqa: B027 (nothing kept by row)
+        pass

@@ -1,0 +1,135 @@
+"""Mixture of depths: a router at each layer lets a token run it or pass it by (Raposo et al. 2024, arXiv 2404.02258).
+
+The routers are trained, by distillation, on a frozen base, to a capacity: the share of the routed layers that a token
+runs. The first layers are run always; they are exact, and scoring resumes behind them. A token that passes a layer by
+leaves keys and values there as soon as a later token of the draft runs it. The paper picks the top tokens of a
+sequence for each layer; that looks ahead, so here a token runs a layer where its router's score is positive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from specdec import artifacts, options
+from specdec.draft import Draft, State
+from specdec.errors import SpecDecError
+from specdec.target import Target
+
+from .chain import draft_chain
+from .exits import load_into
+from .vocabulary import DraftVocabulary, check_vocabulary
+
+
+class Routers(nn.Module):
+    """One linear score of the residual for each layer from ``first`` on; a token runs the layer where it is positive.
+
+    first: layers below are always run, 1 <= first < N. draft_vocab: int32 [V'], or None for the full vocabulary.
+    """
+
+    def __init__(self, first: int, target: Target, draft_vocab: Tensor | None = None) -> None:
+        super().__init__()
+        self.first = options.whole("first", first, 1, target.num_layers - 1)
+        count = target.num_layers - first
+        self.weight = nn.Parameter(torch.zeros(count, target.hidden_size))
+        self.bias = nn.Parameter(torch.ones(count))  # untrained, every layer is run
+        self.register_buffer("draft_vocab", draft_vocab)
+        self.draft_vocab: Tensor | None
+
+    def score(self, layer: int, x: Tensor) -> Tensor:
+        """Of the residual x [B, T, D] before ``layer`` -> [B, T, 1]."""
+        unit = F.rms_norm(x, x.shape[-1:], eps=1e-6)
+        return F.linear(unit, self.weight[layer - self.first, None], self.bias[layer - self.first, None])
+
+
+class MixtureOfDepthsDrafter:
+    """Drafts a chain through the layers that trained routers choose for each token; a batch runs what any row needs.
+
+    siblings: number of further candidates at each depth of the chain, which cost no drafting.
+    """
+
+    name: ClassVar[str] = "mixture-of-depths"
+    summary: ClassVar[str] = "the layers that a trained router chooses for each token"
+    training: ClassVar[str] = "specdec train mixture-of-depths"
+    leaves_early: ClassVar[bool] = True
+    taps: tuple[int, ...] = ()
+
+    def __init__(self, routers: Routers, siblings: Sequence[int] = ()) -> None:
+        self.routers, self.siblings = routers, options.wholes("siblings", siblings, 0)
+
+    @classmethod
+    def load(cls, target: Target, source: str | None = None, **given: Any) -> MixtureOfDepthsDrafter:
+        """From a drafter folder, or the one shipped for the target. Raises SpecDecError if there is none."""
+        options.check(cls.name, given, ("siblings",))
+        folder = Path(source) if source is not None else artifacts.shipped(cls.name, target.fingerprint)
+        if folder is None:
+            name = target.model.config._name_or_path or "MODEL"
+            raise SpecDecError(
+                f"drafter '{cls.name}' needs trained routers and none are shipped for this model; train them: "
+                f"{cls.training} --model {name} --prompts FILE --output DIR, then pass --drafter DIR"
+            )
+        config = artifacts.read_config(folder)
+        if config["drafter"] != cls.name:
+            raise SpecDecError(f"'{folder}' holds a '{config['drafter']}' drafter, not a {cls.name} one")
+        artifacts.check_base(config, target.fingerprint, str(folder))
+        tensors = artifacts.read_tensors(folder)
+        vocab = tensors.get("draft_vocab")
+        check_vocabulary(vocab, target)
+        routers = Routers(config.get("first", 0), target, vocab)
+        load_into(routers, tensors, folder)
+        return cls(routers, **given)
+
+    @property
+    def path(self) -> str:
+        """What the cost of drafting depends on."""
+        return f"{self.routers.first} {float(self.routers.weight.sum())}"
+
+    def bind(self, target: Target) -> None:
+        self.routers.to(target.device, target.dtype).requires_grad_(False).eval()
+        self.vocabulary = DraftVocabulary(target, self.routers.draft_vocab)
+
+    def start(self, batch: int) -> None:
+        self.vocabulary.start()
+
+    def propose(self, state: State, limit: int) -> Draft:
+        target, cache, routers, first = state.target, state.cache, self.routers, self.routers.first
+        self.vocabulary.follow(state)
+        states: list[Tensor] = []
+        depths: list[int] = []
+        routed = range(first, target.num_layers)
+        waiting: dict[int, list[Tensor]] = {layer: [] for layer in routed}  # inputs of tokens that passed it by
+
+        def step(token: Tensor, positions: Tensor) -> Tensor:
+            x = target.layers(target.embed(token, positions), 0, first, positions, cache.mask(0, positions), cache)
+            states.append(x)
+            run = first
+            for layer in routed:
+                waiting[layer].append(x)
+                if bool((routers.score(layer, x) > 0).any()):
+                    block = torch.cat(waiting[layer], 1)  # (B, n, D)
+                    own = positions + torch.arange(1 - block.shape[1], 1, device=positions.device)
+                    x = target.layers(block, layer, layer + 1, own, cache.mask(layer, own), cache)[:, -1:]
+                    waiting[layer].clear()
+                    run += 1
+            depths.append(run)
+            return self.vocabulary.logits(x)[:, 0]
+
+        draft = draft_chain(state, limit, step, self.siblings, self.vocabulary.tokens)
+        for layer in routed:
+            cache.trim(len(states) - len(waiting[layer]), layer, layer + 1)  # provisional
+        draft.states, draft.exit_layer = torch.cat(states, 1), first
+        if state.threshold is not None:
+            run = torch.tensor(depths[: draft.tokens.shape[1]], device=cache.device, dtype=torch.long)
+            draft.layers = run.expand(cache.batch, -1)
+        return draft
+
+    def observe(self, paths: list[list[int]], taps: dict[int, Tensor]) -> None:
+        pass
+
+    def select(self, rows: list[int]) -> None:
+        pass

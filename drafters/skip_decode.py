@@ -1,0 +1,79 @@
+"""SkipDecode: the later a token of an answer, the fewer layers it gets (Del Corro et al. 2023, arXiv 2307.02628).
+
+The exit falls linearly with position, so that no token needs keys and values above an earlier one's exit. The model's
+own head reads the exit; nothing is trained. The paper lets every token stand (here: a confident verifier with threshold
+0) and never runs the layers it skipped; here the next deep pass fills them in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from specdec import options
+from specdec.draft import State
+from specdec.errors import SpecDecError
+from specdec.target import Target
+
+from .exits import Climb, ExitDrafter
+
+
+class SkipDecodeDrafter(ExitDrafter):
+    """Drafts a chain through a number of layers that falls from ``deepest`` to ``shallowest`` over ``horizon`` tokens.
+
+    deepest, shallowest: exit of the first and of the last tokens, 1 <= shallowest <= deepest < N; None: four and two
+        fifths of the layers. horizon: new tokens until the shallowest exit is reached.
+    siblings: number of further candidates at each depth of the chain, which cost no drafting.
+    Raises SpecDecError, when bound, if the exits are outside the model or in the wrong order.
+    """
+
+    name: ClassVar[str] = "skip-decode"
+    summary: ClassVar[str] = "the model's own first layers, fewer the later the token; no training"
+
+    def __init__(
+        self,
+        deepest: int | None = None,
+        shallowest: int | None = None,
+        horizon: int = 128,
+        siblings: Sequence[int] = (),
+    ) -> None:
+        super().__init__(siblings=siblings)
+        self.bounds, self.horizon = (shallowest, deepest), options.whole("horizon", horizon, 1)
+        self.begins: list[int] = []  # tokens of each row's prompt
+
+    @classmethod
+    def load(cls, target: Target, source: str | None = None, **given: Any) -> SkipDecodeDrafter:
+        options.check(cls.name, given, ("deepest", "shallowest", "horizon", "siblings"), source)
+        return cls(**given)
+
+    def bind(self, target: Target) -> None:
+        count = target.num_layers
+        own = (max(2 * count // 5, 1), max(4 * count // 5, 1))
+        low, high = (usual if given is None else given for given, usual in zip(self.bounds, own, strict=True))
+        self.low = options.whole("shallowest", low, 1, count - 1)
+        self.high = options.whole("deepest", high, 1, count - 1)
+        if self.low > self.high:
+            raise SpecDecError(f"the exit falls from deepest to shallowest; got {self.high} and {self.low}")
+        super().bind(target)
+
+    @property
+    def path(self) -> str:
+        return f"{self.low} {self.high} {self.horizon}"
+
+    def start(self, batch: int) -> None:
+        super().start(batch)
+        self.begins = []
+
+    def select(self, rows: list[int]) -> None:
+        self.begins = [self.begins[row] for row in rows] if self.begins else []
+
+    def leave(self, climb: Climb, state: State, depth: int) -> tuple[Tensor, Tensor, Tensor]:
+        self.begins = self.begins or [len(ids) - 1 for ids in state.ids]  # the first new token is known by now
+        done = min(len(ids) - begin for ids, begin in zip(state.ids, self.begins, strict=True)) + depth
+        # Rows share their layers: those of the row that is least far.
+        layer = self.high - round((self.high - self.low) * min(done / self.horizon, 1.0))
+        logits, sure = self.read(climb.to(layer))
+        return logits, sure, torch.full_like(sure, layer, dtype=torch.long)
