@@ -2,7 +2,8 @@
 
 Head k predicts the token k places after the root. Each is one or more residual blocks, x + SiLU(W x + b) (equation 1 of
 the paper), and an output head. Ours share the model's own final norm and output head, over a reduced vocabulary, so
-that a folder holds the blocks alone; public checkpoints, which bring an output head for each, are read as they are.
+that a folder holds the blocks alone, and their first block may also read the embedding of the root (as in Hydra, arXiv
+2402.05109, at no cost for all heads at once). Public checkpoints, with an output head for each, are read as they are.
 The tree's shape follows from how often a head's first, second, ... choice was seen to be right. Its nodes are certain
 (no distribution goes with them), which the exact rule judges without bias.
 """
@@ -38,22 +39,40 @@ ASSUMED = [[0.55 * 0.75**head * 0.4**rank for rank in range(10)] for head in ran
 
 
 class Medusa(nn.Module):
-    """The residual blocks of ``heads`` heads, ``layers`` each, on states of ``width`` D. Zero blocks change nothing."""
+    """The residual blocks of ``heads`` heads, ``layers`` each, on states of ``width`` D. Zero blocks change nothing.
 
-    def __init__(self, width: int, heads: int, layers: int = 1, draft_vocab: Tensor | None = None) -> None:
+    rooted: the first block also sees the root's embedding.
+    """
+
+    def __init__(
+        self, width: int, heads: int, layers: int = 1, rooted: bool = False, draft_vocab: Tensor | None = None
+    ) -> None:
         super().__init__()
-        self.heads, self.layers = heads, layers
-        self.weight = nn.Parameter(torch.zeros(layers, heads, width, width))
-        self.bias = nn.Parameter(torch.zeros(layers, heads, width))
+        self.width, self.heads, self.layers, self.rooted = width, heads, layers, rooted
+        ins = [2 * width if rooted and n == 0 else width for n in range(layers)]
+        self.weights = nn.ParameterList(torch.zeros(heads, width, n) for n in ins)
+        self.biases = nn.ParameterList(torch.zeros(heads, width) for _ in ins)
+        self.frozen: kernels.Linear | None = None  # the first block's map, once nothing is trained any more
         self.register_buffer("draft_vocab", draft_vocab)  # int32 [V'], or None: the full vocabulary
         self.draft_vocab: Tensor | None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """States [..., D] -> what each output head reads [..., K, D]."""
-        rows = x.reshape(1, -1, x.shape[-1]).expand(self.heads, -1, -1)  # (K, R, D)
-        for weight, bias in zip(self.weight, self.bias, strict=True):
-            rows = rows + F.silu(torch.baddbmm(bias[:, None], rows, weight.transpose(1, 2)))
-        return rows.transpose(0, 1).reshape(*x.shape[:-1], self.heads, -1)
+    def forward(self, x: Tensor, root: Tensor | None = None) -> Tensor:
+        """States [..., D], and the embeddings of their roots if ``rooted`` -> what output heads read [..., K, D]."""
+        seen = x if root is None else torch.cat((x, root), -1)
+        y = x.unsqueeze(-2)
+        for n, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            if n:
+                inner = torch.einsum("...ki,koi->...ko", y, weight) + bias
+            else:  # all heads read the same: one product
+                both = self.frozen(seen) if self.frozen else F.linear(seen, weight.flatten(0, 1), bias.flatten())
+                inner = both.unflatten(-1, bias.shape)
+            y = y + F.silu(inner)
+        return y
+
+    def freeze(self, target: Target) -> None:
+        """Prepare for drafting: parameters in the target's dtype and place, the largest map in its fastest storage."""
+        self.to(target.device, target.dtype).requires_grad_(False).eval()
+        self.frozen = kernels.frozen(self.weights[0].flatten(0, 1), self.biases[0].flatten())
 
 
 class MedusaDrafter:
@@ -107,21 +126,20 @@ class MedusaDrafter:
     @property
     def path(self) -> str:
         """What the cost of drafting depends on."""
-        vocab = self.network.draft_vocab
-        return f"{tuple(self.network.weight.shape)} {self.own is not None} {None if vocab is None else len(vocab)}"
+        vocab, shapes = self.network.draft_vocab, [tuple(weight.shape) for weight in self.network.weights]
+        return f"{shapes} {self.own is not None} {None if vocab is None else len(vocab)}"
 
     def bind(self, target: Target) -> None:
         self.taps = (target.num_layers,)
-        network = self.network.to(target.device, target.dtype).requires_grad_(False)
-        # All heads' first blocks read the same state: one product.
-        self.first = kernels.frozen(network.weight[0].flatten(0, 1), network.bias[0].flatten())
+        network = self.network
+        network.freeze(target)
         self.vocabulary = DraftVocabulary(target, network.draft_vocab)
         if self.own is not None:
             self.own = [linear.to(target.device, target.dtype).requires_grad_(False) for linear in self.own]
             # The model's final norm alone, which public heads read from, is a readout with the identity for a head.
-            width = network.weight.shape[-1]
-            self.norm = nn.Linear(width, width, bias=False, device=target.device, dtype=target.dtype)
-            self.norm.weight = nn.Parameter(torch.eye(width).to(self.norm.weight), requires_grad=False)
+            self.norm = nn.Linear(network.width, network.width, bias=False, device="meta")
+            one = torch.eye(network.width, device=target.device, dtype=target.dtype)
+            self.norm.weight = nn.Parameter(one, requires_grad=False)
         size = target.vocab_size if network.draft_vocab is None else len(network.draft_vocab)
         self.table = [row[:size] for row in self.accuracy]
         self.shapes: dict[tuple[int, int], tuple[tuple[int, ...], list[int], tuple[int, ...]]] = {}
@@ -151,15 +169,12 @@ class MedusaDrafter:
     def _logits(self, state: State) -> Tensor:
         """Each head's logits [B, K, V'], over the vocabulary's tokens."""
         assert self.final is not None, "observe() runs before propose()"
-        x = rms_unit(self.final) if self.own is None else state.target.readout(self.final, self.norm)
-        network, x = self.network, x[:, 0]  # (B, D)
-        y = x[:, None] + F.silu(self.first(x)).unflatten(-1, (network.heads, -1))  # (B, K, D)
-        for weight, bias in zip(network.weight[1:], network.bias[1:], strict=True):
-            y = y + F.silu(torch.einsum("bki,koi->bko", y, weight) + bias)
         if self.own is not None:
+            y = self.network(state.target.readout(self.final, self.norm)[:, 0])  # (B, K, D)
             return torch.stack([linear(y[:, k]) for k, linear in enumerate(self.own)], 1)
+        root = rms_unit(state.target.embed(state.roots, state.positions)[:, 0]) if self.network.rooted else None
         self.vocabulary.follow(state)
-        return self.vocabulary.logits(y)
+        return self.vocabulary.logits(self.network(rms_unit(self.final)[:, 0], root))
 
     def observe(self, paths: list[list[int]], taps: dict[int, Tensor]) -> None:
         states = taps[self.taps[0]]  # (B, T, D)
@@ -177,14 +192,19 @@ def load_network(target: Target, config: dict[str, Any], tensors: dict[str, Tens
     """The network that a drafter folder describes. Raises SpecDecError if its files do not belong together."""
     if config.get("drafter") != "medusa":
         raise SpecDecError(f"the folder holds a '{config.get('drafter')}' drafter, not a medusa one")
-    vocab, weight, bias = (tensors.get(name) for name in ("draft_vocab", "weight", "bias"))
+    vocab, width = tensors.get("draft_vocab"), target.hidden_size
     check_vocabulary(vocab, target)
-    width = target.hidden_size
-    shape = (config.get("layers"), config.get("heads"), width, width)
-    if weight is None or bias is None or tuple(weight.shape) != shape or tuple(bias.shape) != shape[:3]:
-        found = None if weight is None else tuple(weight.shape)
-        raise SpecDecError(f"the drafter's config.json asks for blocks of {shape}; model.safetensors has {found}")
-    network = Medusa(width, weight.shape[1], weight.shape[0], vocab)
+    heads = options.whole("heads of the Medusa drafter", config.get("heads"), 1)
+    layers = options.whole("layers of the Medusa drafter", config.get("layers"), 1)
+    network = Medusa(width, heads, layers, bool(config.get("rooted")), vocab)
+    own = network.state_dict()
+    for key in sorted(own.keys() | tensors.keys()):
+        needed, found = (tuple(t[key].shape) if key in t else "missing" for t in (own, tensors))
+        if needed != found:
+            raise SpecDecError(
+                f"the drafter's config.json and model.safetensors do not fit each other: tensor '{key}' is {found}, "
+                f"and {heads} heads of {layers} layers on this model (D = {width}) need {needed}"
+            )
     network.load_state_dict(tensors)
     return network
 
@@ -264,8 +284,8 @@ def _read_public(folder: Path, config: dict[str, Any], target: Target) -> tuple[
     network, own = Medusa(d, heads, layers), []
     for k in range(heads):
         for n in range(layers):
-            network.weight.data[n, k] = tensors[f"{k}.{n}.linear.weight"]
-            network.bias.data[n, k] = tensors[f"{k}.{n}.linear.bias"]
+            network.weights[n].data[k] = tensors[f"{k}.{n}.linear.weight"]
+            network.biases[n].data[k] = tensors[f"{k}.{n}.linear.bias"]
         linear = nn.Linear(d, v, bias=False, device="meta")
         linear.weight = nn.Parameter(tensors[f"{k}.{layers}.weight"], requires_grad=False)
         own.append(linear)

@@ -8,23 +8,33 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import tiny_model
 from safetensors.torch import save_file
 from test_loop import PROMPTS, run
+from test_train import answers, greedy  # noqa: F401 (fixtures)
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdec import SpecDecError, SpecDecoder, artifacts
+from specdec import SpecDecError, SpecDecoder, artifacts, hub
 from specdec.draft import Draft, State
 from specdec.drafters.medusa import Medusa, MedusaDrafter
 from specdec.target import ReferenceTarget
+from specdec.train import data, states
+from specdec.train.batches import assemble, windows
+from specdec.train.data import Answer
+from specdec.train.medusa import MedusaMethod, MedusaSettings
+from specdec.train.runtime import TrainingTarget
+from specdec.train.settings import from_mapping
+from specdec.train.student import Judge
+from specdec.train.trainer import train
 
 V, D = 97, 32
 ACCURACY = [[0.6, 0.25, 0.1], [0.5, 0.25, 0.1]]
 
 
-def random_network(heads: int = 2, layers: int = 1, vocab: Tensor | None = None) -> Medusa:
+def random_network(heads: int = 2, layers: int = 1, rooted: bool = False, vocab: Tensor | None = None) -> Medusa:
     torch.manual_seed(3)
-    network = Medusa(D, heads, layers, vocab)
+    network = Medusa(D, heads, layers, rooted, vocab)
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return network
@@ -60,8 +70,8 @@ def public(folder: Path, network: Medusa, heads: Tensor, **config: Any) -> Path:
     tensors = {}
     for k in range(network.heads):
         for n in range(network.layers):
-            tensors[f"{k}.{n}.linear.weight"] = network.weight[n, k].detach().clone()
-            tensors[f"{k}.{n}.linear.bias"] = network.bias[n, k].detach().clone()
+            tensors[f"{k}.{n}.linear.weight"] = network.weights[n][k].detach().clone()
+            tensors[f"{k}.{n}.linear.bias"] = network.biases[n][k].detach().clone()
         tensors[f"{k}.{network.layers}.weight"] = heads[k].clone()
     save_file(tensors, folder / "medusa_lm_head.safetensors")
     settings = {"medusa_num_heads": network.heads, "medusa_num_layers": network.layers} | config
@@ -79,7 +89,7 @@ def test_public_checkpoints_draft_what_their_formula_says(llama: PreTrainedModel
         for k in range(2):
             z = h
             for n in range(layers):
-                z = z + torch.nn.functional.silu(network.weight[n, k] @ z + network.bias[n, k])
+                z = z + torch.nn.functional.silu(network.weights[n][k] @ z + network.biases[n][k])
             best = int((heads[k] @ z).argmax())
             at = [draft.tokens[0, i].item() for i, depth in enumerate(draft.depths()[1:]) if depth == k + 1]
             assert best in at or k >= max(draft.depths())  # the last rounds are cut
@@ -102,7 +112,7 @@ def test_an_accuracy_table_shapes_the_tree_within_depth_and_nodes(llama: PreTrai
 
 def test_rare_words_of_a_rows_own_context_are_drafted(llama: PreTrainedModel) -> None:
     target, vocab = ReferenceTarget(llama), torch.arange(0, 90, dtype=torch.int32)
-    drafter = MedusaDrafter(Medusa(D, 2, 1, vocab), ACCURACY, 6)
+    drafter = MedusaDrafter(Medusa(D, 2, draft_vocab=vocab), ACCURACY, 6)
     drafter.bind(target)
     drafter.final = torch.randn(1, 1, D).expand(2, 1, D).clone()
     # The state whose readout has token 95 on top: the final norm's input along that row of the head.
@@ -114,8 +124,8 @@ def test_rare_words_of_a_rows_own_context_are_drafted(llama: PreTrainedModel) ->
 
 def test_a_folder_is_read_back_and_checked(llama: PreTrainedModel, tmp_path: Path) -> None:
     target = ReferenceTarget(llama)
-    network = random_network(vocab=torch.arange(0, 97, 2, dtype=torch.int32))
-    config = {"drafter": "medusa", "base": {"fingerprint": target.fingerprint}, "heads": 2, "layers": 1}
+    network = random_network(2, 2, True, torch.arange(0, 97, 2, dtype=torch.int32))
+    config = {"drafter": "medusa", "base": {"fingerprint": target.fingerprint}, "heads": 2, "layers": 2, "rooted": True}
     tensors = dict(network.state_dict())
 
     def write(change: dict[str, Any], **other: Tensor) -> str:
@@ -123,10 +133,13 @@ def test_a_folder_is_read_back_and_checked(llama: PreTrainedModel, tmp_path: Pat
         return str(tmp_path)
 
     read = MedusaDrafter.load(target, write({}))
-    assert torch.equal(read.network.weight, network.weight) and read.accuracy == ACCURACY
+    same = [torch.equal(a, b) for a, b in zip(read.network.parameters(), network.parameters(), strict=True)]
+    assert all(same) and read.accuracy == ACCURACY
     for change, other, message in (
         ({"base": {"fingerprint": "x"}}, {}, "trained for base weights x"),
-        ({"heads": 3}, {}, r"asks for blocks of \(1, 3, 32, 32\); model.safetensors has \(1, 2, 32, 32\)"),
+        ({"heads": 3}, {}, r"tensor 'biases.0' is \(2, 32\), and 3 heads of 2 layers .* need \(3, 32\)"),
+        ({"rooted": False}, {}, r"tensor 'weights.0' is \(2, 32, 64\), .* need \(2, 32, 32\)"),
+        ({"layers": 0}, {}, "layers of the Medusa drafter must be a whole number >= 1"),
         ({"accuracy": [[0.5]]}, {}, "'accuracy' must hold shares in .0, 1. for each of its 2 heads"),
         ({"accuracy": [[0.5], [1.5]]}, {}, "'accuracy' must hold shares"),
         ({"drafter": "m2r2"}, {}, "holds a 'm2r2' drafter, not a medusa one"),
@@ -159,3 +172,62 @@ def test_what_cannot_be_used_is_refused_in_one_line(llama: PreTrainedModel, tmp_
         assert "\n" not in str(caught.value)
     with pytest.raises(SpecDecError, match="nodes must be a whole number >= 1; got 0"):
         MedusaDrafter(random_network(), ACCURACY, nodes=0)
+
+
+# --- training ------------------------------------------------------------------------------------------------------
+
+
+def settings(**changes: Any) -> MedusaSettings:
+    values = {"method": "medusa", "dtype": "float32", "heads": 2, "draft_vocab": 60, "minutes": None, "steps": 100}
+    values |= {
+        "rows": 4,
+        "window": 8,
+        "eval_fraction": 0.15,
+        "compile": False,
+        "learning_rate": 2e-2,
+        "nodes": 5,
+    }
+    return from_mapping(MedusaSettings, values | changes, "test")
+
+
+@torch.inference_mode()
+def test_heads_learn_exactly_what_the_drafter_drafts() -> None:
+    target = TrainingTarget(tiny_model("llama"))
+    method = MedusaMethod(settings(heads=3), target)
+    network = random_network(3, 2, True)
+    drafter = MedusaDrafter(network, [[1.0]] * 3)  # a chain of each head's best
+    ids = torch.randint(3, V, (40,), generator=torch.Generator().manual_seed(1)).tolist()
+    answer, wanted = Answer(tuple(ids[:4]), tuple(ids[4:])), method.wanted()
+    records = states._records(states._teach(target, [answer], wanted, lambda n: None), wanted)
+    batch = assemble(records, rows := windows(records, 64), 64, target.device)
+    judge = Judge(target, None)
+    says = [judge.logits(final)[0].argmax(-1) for final, _ in method._drafts(network, batch)]
+    for length in (9, 20, 31):  # the last token of so many is the root
+        drafter.bind(target)
+        cache, positions = target.new_cache(), torch.arange(length - 1)[None]
+        taps, mask = {4: torch.empty(0)}, cache.mask(0, positions)
+        x = target.embed(torch.tensor([ids[: length - 1]]), positions)
+        target.layers(x, 0, 4, positions, mask, cache, taps)
+        cache.keep([list(range(length - 1))])
+        drafter.observe([list(range(length - 1))], taps)
+        state = State(target, cache, None, [ids[:length]])  # type: ignore[arg-type]
+        root = length - 1 - rows[0][1]
+        assert drafter.propose(state, 3).tokens[0].tolist() == [int(says[k][root + k]) for k in range(3)]
+
+
+def test_training_makes_a_drafter_whose_table_holds(
+    answers: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    model, output = hub.load("tiny")[0], tmp_path / "out"
+    figures = train(settings(prompts=[str(answers)], output=str(output)))
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    agree = [line["agree"] for line in lines if "agree" in line]  # with the answers it learns from
+    assert agree[-1] > agree[0] + 0.1
+    assert figures["nodes"][-1] == 5 and figures["score"] == pytest.approx(1 + sum(figures["chain"]), abs=1e-3)
+    decoder = SpecDecoder(model, None, drafter=str(output), drafter_options={"nodes": 5})
+    held = [a for a in data.split(data.read([answers]), 0.15)[1] if isinstance(a, Answer)]
+    outs = decoder.generate_batch([list(a.prompt_ids) for a in held], max_new_tokens=24, num_speculative_tokens=2)
+    assert [out.token_ids for out in outs] == [list(a.response_ids) for a in held]
+    kept = sum(o.metrics.num_accepted_draft_tokens for o in outs) / sum(o.metrics.num_spec_steps for o in outs)
+    assert kept + 1 == pytest.approx(figures["score"], abs=0.2)

@@ -1,0 +1,143 @@
+"""Training of Medusa heads: distillation from final states alone, no layer is run; then the tree's accuracy table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from specdec.drafters.m2r2 import rms_unit
+from specdec.drafters.medusa import Medusa
+from specdec.errors import SpecDecError
+from specdec.train.batches import Batch
+from specdec.train.evaluate import known_tokens
+from specdec.train.method import Method
+from specdec.train.runtime import TrainingTarget, can_compile
+from specdec.train.settings import TrainSettings
+from specdec.train.states import Wanted
+from specdec.train.student import Judge
+from specdec.trees import best_tree
+
+RANKS = 10  # choices of a head whose accuracy is measured
+
+
+@dataclass(frozen=True)
+class MedusaSettings(TrainSettings):
+    """How many heads, of how many residual blocks, and how much the later ones count."""
+
+    heads: int = 4
+    blocks: int = 1  # residual blocks of a head
+    rooted: bool = True  # the first one also reads the root's embedding
+    fade: float = 0.8  # weight of a head's loss relative to the head before (the paper's lambda)
+    nodes: int = 15  # of the tree that evaluation walks
+
+    positive: ClassVar[tuple[str, ...]] = (*TrainSettings.positive, "heads", "blocks", "fade", "nodes")
+
+
+class MedusaMethod(Method):
+    """KL of each head's tokens to the base's own distribution where they stand."""
+
+    name: ClassVar[str] = "medusa"
+    settings_class: ClassVar[type[TrainSettings]] = MedusaSettings
+    settings: MedusaSettings
+
+    def __init__(self, settings: MedusaSettings, target: TrainingTarget) -> None:
+        super().__init__(settings, target)
+        if settings.heads >= settings.window:
+            raise SpecDecError(f"setting 'window' must exceed the {settings.heads} heads; got {settings.window}")
+        self.accuracy: list[list[float]] = []
+
+    def wanted(self) -> Wanted:
+        return Wanted((), (self.target.num_layers,))
+
+    def build(self, vocab: Tensor | None) -> Medusa:
+        settings = self.settings
+        compiled = settings.compile and self.target.direct and can_compile(self.target.device)
+        self.judge = Judge(self.target, vocab, settings.sharpen, compiled=compiled)
+        return Medusa(self.target.hidden_size, settings.heads, settings.blocks, settings.rooted, vocab)
+
+    def loss(self, network: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        judge = self.judge
+        judge.begin(batch)
+        count, weight = batch.valid.sum(), 1.0
+        loss = torch.zeros((), device=self.target.device)
+        figures: dict[str, float] = {}
+        for k, (final, valid) in enumerate(self._drafts(network, batch)):
+            logits = judge.logits(final)
+            kl, top = judge.loss(logits)
+            loss = loss + weight * (kl * valid).sum() / count
+            agree = judge.hits(logits, top, judge.best)[valid].float().mean()
+            figures["agree" if k == 0 else f"agree{k + 1}"] = float(agree)
+            weight *= self.settings.fade
+        return loss, figures
+
+    def _drafts(self, network: nn.Module, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield, for each head k = 1, 2, ..., what is read out [B, T, D], and which positions have it (bool [B, T]).
+
+        What head k says at t it saw at t - k: the state before the root, when t - k + 1 was the root.
+        """
+        root = rms_unit(self.target.embed(batch.ids, batch.positions)) if self.settings.rooted else None
+        y = network(rms_unit(batch.before[self.target.num_layers]), root)  # (B, T, K, D): with the root at t
+        for late in range(y.shape[2]):
+            kept = y.shape[1] - late
+            yield F.pad(y[:, :kept, late], (0, 0, late, 0)), batch.valid & F.pad(batch.valid[:, :kept], (late, 0))
+
+    def evaluate(self, network: nn.Module, batches: Iterable[Batch]) -> dict[str, Any]:
+        """``accuracy[k][r]``: choice r of head k is the base's. ``chain``, ``nodes``, ``score``: of the best tree.
+
+        The tree is walked from every position; choices outside the draft vocabulary, which is the drafter's own and
+        the tokens of the context, are wrong.
+        """
+        assert isinstance(network, Medusa)
+        heads, vocab = network.heads, network.draft_vocab
+        judge = Judge(self.target, vocab)
+        own = None if vocab is None else set(vocab.tolist())
+        found = []  # ranks of the base's choices, int64 [rounds, K]
+        for batch in batches:
+            judge.begin(batch)
+            known = batch.valid if own is None else known_tokens(batch, own)
+            ranks = []
+            for k, (final, _) in enumerate(self._drafts(network, batch)):
+                logits = judge.logits(final)
+                at_best = logits.gather(-1, judge.best.clamp_min(0)[..., None])
+                rank = (logits > at_best).sum(-1).masked_fill((judge.best < 0) | ~known, RANKS)
+                ranks.append(rank[:, k : k + rank.shape[1] - heads + 1])  # by the root's position
+            whole = batch.valid[:, heads - 1 :]  # every head's token lies in the window
+            found.append(torch.stack(ranks, -1)[whole].clamp_max(RANKS).cpu())
+        rounds = torch.cat(found)
+        if not len(rounds):
+            raise SpecDecError(
+                f"the held-out answers have no {heads} tokens in a row to try {heads} heads on; give more"
+            )
+        shares = torch.stack([(rounds == r).float().mean(0) for r in range(RANKS)], 1)  # (K, RANKS)
+        self.accuracy = [[round(share, 4) for share in row] for row in shares.tolist()]
+        tree = best_tree(self.accuracy, self.settings.nodes)
+        paths: list[tuple[int, ...]] = [()]
+        for parent, choice in zip(tree.parents, tree.ranks, strict=True):
+            paths.append((*paths[parent], choice))
+        reached = [max(d for d in range(heads + 1) if tuple(r[:d]) in paths) for r in rounds.tolist()]
+        chain = [round(sum(n > d for n in reached) / len(reached), 4) for d in range(heads)]
+        return {
+            "accuracy": self.accuracy,
+            "top1": [row[0] for row in self.accuracy],
+            "top3": [round(sum(row[:3]), 4) for row in self.accuracy],
+            "chain": chain,
+            "nodes": [sum(depth <= d for depth in tree.depths()) for d in range(heads)],
+            "score": round(1 + sum(chain), 3),
+            "positions": len(rounds),
+        }
+
+    @staticmethod
+    def describe(figures: dict[str, Any]) -> str:
+        heads = ", ".join(f"{x:.3f}" for x in figures["top1"])
+        wide = ", ".join(f"{x:.3f}" for x in figures["top3"])
+        return f"{figures['score']:.2f} tokens a round of {figures['nodes'][-1]} nodes (heads {heads}; top 3 {wide})"
+
+    def config(self, network: nn.Module) -> dict[str, Any]:
+        settings = self.settings
+        entries = {"drafter": "medusa", "heads": settings.heads, "layers": settings.blocks, "rooted": settings.rooted}
+        return entries | {"accuracy": self.accuracy}
