@@ -16,7 +16,7 @@ from torch import Tensor
 from specdec import hub, options
 from specdec.draft import Draft, State
 from specdec.errors import SpecDecError
-from specdec.fused import make_target
+from specdec.runtimes import make_target
 from specdec.prefill import prefill
 from specdec.target import Target
 

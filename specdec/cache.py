@@ -86,6 +86,20 @@ class KVCache:
         end += -end % multiple
         return new_k[:, :, :end], new_v[:, :, :end]
 
+    def reserve(self, lo: int, hi: int, count: int, heads: int, head_dim: int, dtype: torch.dtype) -> int:
+        """Count the next ``count`` slots of layers [lo, hi) as filled, with room for a runtime to write them itself.
+
+        Returns the first of them. ``keys`` and ``values`` of these layers are then [B, heads, capacity, head_dim],
+        contiguous, with a capacity that is a multiple of ``block``.
+        """
+        start = self.lengths[lo]
+        like = torch.empty(self.batch, heads, 0, head_dim, dtype=dtype, device=self.device)
+        for layer in range(lo, hi):
+            self.keys[layer] = self._room(self.keys[layer], like, start, start + count)
+            self.values[layer] = self._room(self.values[layer], like, start, start + count)
+            self.lengths[layer] = start + count
+        return start
+
     def _room(self, buffer: Tensor | None, like: Tensor, start: int, end: int) -> Tensor:
         """Return a buffer with at least ``end`` slots that begins with the first ``start`` slots of ``buffer``."""
         if buffer is not None and buffer.shape[2] >= end:

@@ -27,11 +27,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from specdec import __version__, registry, report
+from specdec import __version__, options, registry, report
 from specdec.bench.command import bench
 from specdec.embedded import DEFAULT_MODEL, embedded_models
 from specdec.errors import SpecDecError
+from specdec.sweep.command import report as sweep_report
+from specdec.sweep.command import sweep
 from specdec.train.command import app as train_app
+from specdec.verify.command import verify
 
 if TYPE_CHECKING:
     from specdec.decoder import GenerationOutput, SpecDecoder
@@ -108,6 +111,9 @@ app.add_typer(
     epilog="Example: specdec train m2r2 --model my-model --prompts prompts.jsonl --output my-drafter --minutes 30",
 )
 app.command(epilog="Example: specdec bench --drafters hf,none,prompt-lookup,m2r2 --limit 8 --output DIR")(bench)
+app.command(epilog="Example: specdec verify --model my-model --drafter my-drafter --prompts prompts.jsonl")(verify)
+app.command(epilog="Example: specdec sweep quick drafter=m2r2,prompt-lookup --output DIR")(sweep)
+app.command("report", epilog="Example: specdec report DIR --format markdown")(sweep_report)
 
 
 def main() -> None:
@@ -136,12 +142,15 @@ def root(
 
 class Runtime(StrEnum):
     auto = "auto"
+    native = "native"
     fused = "fused"
     reference = "reference"
 
 
 class Weights(StrEnum):
+    auto = "auto"
     dense = "dense"
+    int8 = "int8"
     int4 = "int4"
 
 
@@ -170,6 +179,18 @@ def generate(
         list[str] | None,
         _model("--drafter-option", "An option of the drafter, such as exit_layer=8; repeatable.", "KEY=VALUE"),
     ] = None,
+    verifier: Annotated[
+        str, _model("--verifier", "exact, or a lossy acceptance rule: typical, confident.", "NAME")
+    ] = "exact",
+    verifier_option: Annotated[
+        list[str] | None,
+        _model("--verifier-option", "An option of the acceptance rule, such as epsilon=0.1; repeatable.", "KEY=VALUE"),
+    ] = None,
+    exit_threshold: Annotated[
+        float | None,
+        _model("--exit-threshold", "Of confident: how sure, in [0, 1], a token must be to leave early.", "P"),
+    ] = None,
+    exact: Annotated[bool, _model("--exact", "Refuse a lossy acceptance rule.")] = False,
     model: Annotated[
         str, _model("--model", "Name (see 'specdec models'), Hugging Face id, folder or GGUF file.", "NAME")
     ] = DEFAULT_MODEL,
@@ -178,12 +199,12 @@ def generate(
     ] = "auto",
     device: Annotated[str, _model("--device", "cpu, cuda, cuda:1, mps ...", "DEVICE")] = "cpu",
     runtime: Annotated[
-        Runtime, _model("--runtime", "auto, fused (where it knows the model) or reference.", "NAME")
+        Runtime, _model("--runtime", "auto (the fastest that serves the model), native, fused or reference.", "NAME")
     ] = Runtime.auto,
     weights: Annotated[
         Weights,
-        _model("--weights", "dense, or int4: 4-bit layers (CPU, bfloat16); what is rounded is the base.", "KIND"),
-    ] = Weights.dense,
+        _model("--weights", "auto, dense, or layers rounded to int8 or int4 (CPU, bfloat16): the base, then.", "KIND"),
+    ] = Weights.auto,
     revision: Annotated[str | None, _model("--revision", "Branch, tag or commit of a Hugging Face id.", "REV")] = None,
     trust_remote_code: Annotated[
         bool, _model("--trust-remote-code", "Run Python code that comes with the model.")
@@ -237,7 +258,13 @@ def generate(
         # What can be judged without the model comes first: it may have to be downloaded.
         SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed)
         registry.parse(drafter)
-        drafter_options = _options(drafter_option or [])
+        rule_options = options.assignments("--verifier-option", verifier_option or [])
+        if exit_threshold is not None:
+            if verifier != "confident":
+                raise SpecDecError(f"--exit-threshold belongs to --verifier confident; '{verifier}' has none")
+            rule_options["exit_threshold"] = exit_threshold
+        rule = registry.verifier(verifier, rule_options, exact)
+        drafter_options = options.assignments("--drafter-option", drafter_option or [])
     decoder = SpecDecoder.from_pretrained(
         model,
         drafter,
@@ -248,6 +275,7 @@ def generate(
         runtime=runtime.value,
         weights=weights.value,
         drafter_options=drafter_options,
+        verifier=rule,
     )
     ids = encode(decoder.tokenizer, text, chat=False if raw else None, system=system)
     plain, baseline_settings = None, settings | {"num_speculative_tokens": 1}
@@ -279,7 +307,8 @@ def generate(
             "drafter_options": drafter_options,
             **report.runtime(decoder),
             "runtime_note": decoder.runtime_note,
-            "lossless": decoder.verifier.lossless,
+            "lossless": rule.lossless,
+            "verifier": report.rule(decoder),
             "settings": settings
             | {"system": system, "chat": not raw and bool(getattr(decoder.tokenizer, "chat_template", None))},
             "metrics": output.metrics.as_dict(),
@@ -311,22 +340,6 @@ def _depth(text: str) -> int | str:
     if text == "auto" or (text.isdecimal() and int(text) >= 1):
         return text if text == "auto" else int(text)
     raise SpecDecError(f"--num-speculative-tokens must be 'auto' or a number >= 1; got '{text}'")
-
-
-def _options(texts: Sequence[str]) -> dict[str, Any]:
-    """``--drafter-option`` texts as a mapping; values are YAML."""
-    import yaml
-
-    options = {}
-    for text in texts:
-        key, given, value = text.partition("=")
-        try:
-            options[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            given = ""
-        if not (key and given):
-            raise SpecDecError(f"--drafter-option takes KEY=VALUE, such as exit_layer=8 or skip=[4,5]; got '{text}'")
-    return options
 
 
 def _hush(verbose: bool) -> None:
@@ -377,9 +390,12 @@ def _decode(
 def _compare(
     decoder: SpecDecoder, ids: list[int], settings: dict[str, Any], ours: GenerationOutput, plain: GenerationOutput
 ) -> report.Comparison:
-    from specdec.verify import first_difference
+    from specdec.replay import first_difference, margins
 
-    judged, difference = settings["temperature"] == 0, None
+    judged, difference, verifier = settings["temperature"] == 0, None, decoder.verifier
+    if not verifier.lossless:
+        agreed = (margins(decoder.target, ids, ours.token_ids) <= 0).float().mean().item()
+        return report.Comparison(ours, plain, judged, None, report.rule(decoder), agreed)
     if judged and settings["repetition_penalty"] == 1:
         difference = first_difference(decoder.target, ids, ours.token_ids, plain.token_ids)
     return report.Comparison(ours, plain, judged, difference)

@@ -16,7 +16,7 @@ from specdec.costs import Costs, costs
 from specdec.depth import AutoDepth, DepthPolicy, FixedDepth
 from specdec.draft import Drafter, Verifier
 from specdec.errors import SpecDecError
-from specdec.fused import make_target
+from specdec.runtimes import make_target
 from specdec.loop import Loop
 from specdec.metrics import RequestMetrics
 from specdec.sampling import Sampler, SamplingParams
@@ -62,7 +62,7 @@ class SpecDecoder:
         *,
         drafter_options: dict[str, Any] | None = None,
         runtime: str = "auto",
-        weights: str = "dense",
+        weights: str = "auto",
         verifier: str | Verifier = "exact",
         verifier_options: dict[str, Any] | None = None,
         exact: bool = False,

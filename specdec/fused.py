@@ -26,37 +26,13 @@ from transformers import PreTrainedModel
 from specdec import kernels
 from specdec.adapters import Adapters
 from specdec.cache import KVCache, Mask
-from specdec.errors import SpecDecError, did_you_mean
+from specdec.errors import SpecDecError
 from specdec.kernels import Linear
-from specdec.target import ReferenceTarget, Target, refuse_unsupported
+from specdec.target import Target, refuse_unsupported
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "olmo2", "phi3")
-RUNTIMES = ("auto", "fused", "reference")
-WEIGHTS = ("dense", "int4")
 
 Norm = Callable[[Tensor], Tensor]
-
-
-def make_target(model: PreTrainedModel, runtime: str = "auto", weights: str = "dense") -> tuple[Target, str]:
-    """The target of ``model`` in the runtime asked for, and a one-line note ("" if there is nothing to say).
-
-    runtime "auto": fused where it knows the model, else the reference runtime, the note saying why.
-    weights "int4": the layers' linear maps in 4 bits (fused runtime, bf16, CPU). The model is rounded in place: its own
-    forward computes the same base. Raises SpecDecError if the model is unsupported, or unfit for what was named.
-    """
-    for what, value, known in (("runtime", runtime, RUNTIMES), ("weights", weights, WEIGHTS)):
-        if value not in known:
-            raise SpecDecError(f"unknown {what} '{value}'{did_you_mean(value, known)}; there are: {', '.join(known)}")
-    if runtime == "reference" and weights == "dense":
-        return ReferenceTarget(model), ""
-    if runtime == "reference":
-        raise SpecDecError("4-bit weights need the fused runtime; leave --runtime out or use --weights dense")
-    try:
-        return FusedTarget(model, weights), ""
-    except SpecDecError as error:
-        if runtime == "fused" or weights != "dense":
-            raise
-        return ReferenceTarget(model), f"reference runtime: {error}"
 
 
 class _Layer(NamedTuple):
@@ -104,9 +80,7 @@ class FusedTarget(Target):
         if kind not in FAMILIES:
             raise SpecDecError(f"model type '{kind}' is unknown to the fused runtime (it knows {', '.join(FAMILIES)})")
         decoder: Any = model.model
-        rope = getattr(decoder.rotary_emb, "rope_type", "default")
-        if not isinstance(rope, str) or "dynamic" in rope or rope == "longrope":
-            raise SpecDecError(f"the fused runtime has no tables for rotary embeddings of type '{rope}'")
+        check_rotary(decoder.rotary_emb)
         attention = decoder.layers[0].self_attn
         self.head_dim, self.scale = int(attention.head_dim), float(attention.scaling)
         self.heads, self.kv_heads = int(config.num_attention_heads), int(config.num_key_value_heads)
@@ -121,7 +95,7 @@ class FusedTarget(Target):
             )
         self._weights = [_fuse_layer(layer) for layer in decoder.layers]
         self._norms = [_layer_norms(layer, kind) for layer in decoder.layers]
-        self._parts = _adapter_parts(decoder.layers[0])
+        self._parts = adapter_parts(decoder.layers[0])
         self.packed_rows = kernels.packed_rows(self.dtype, self.device)
         if weights == "int4":
             for weight, _ in (pair for layer in self._weights for pair in layer.values()):
@@ -142,7 +116,7 @@ class FusedTarget(Target):
         # Sums over keys run in vectors of 16 on a CPU: at a rounded number of keys a token's attention does not depend,
         # to the last bit, on how many tokens are scored with it.
         self.key_multiple = 16 if self.device.type == "cpu" else 1
-        self._self_check()
+        self.spread = check_logits(self)
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         return F.embedding(ids, self.embedding)
@@ -327,33 +301,44 @@ class FusedTarget(Target):
             maps["gated" if slot == "gate_up" else slot] = made
         return layer._replace(**maps)
 
-    @torch.inference_mode()
-    def _self_check(self) -> None:
-        """Compare a prompt pass and one-token passes, each in two pieces, with the model's own forward.
 
-        The median position counts: in 16 bits, single positions of correct runtimes may lie far apart.
-        """
-        kind, (prompt, n) = self.model.config.model_type, (8, 11)
-        # Spread over the vocabulary: the first tokens are often special ones, on which models are ill-conditioned.
-        ids = (torch.arange(1, n + 1, device=self.device)[None] * 7919) % self.vocab_size
-        positions = torch.arange(n, device=self.device)[None]
-        try:
-            own = self.model(input_ids=ids, use_cache=False).logits.float()
-            cache, half, ours = self.new_cache(), self.num_layers // 2, []
-            for a, b in ((0, prompt), *((i, i + 1) for i in range(prompt, n))):
-                part = positions[:, a:b]
-                x, mask = self.embed(ids[:, a:b], part), cache.mask(0, part)
-                x = self.layers(x, 0, half, part, mask, cache)
-                ours.append(self.readout(self.layers(x, half, self.num_layers, part, mask, cache)))
-                cache.keep([list(range(b - a))])
-        except (TypeError, RuntimeError, AttributeError, IndexError) as error:
-            raise SpecDecError(f"model type '{kind}' does not run in the fused runtime ({error})") from error
-        apart = (own - torch.cat(ours, 1).float()).abs().amax(-1)[0] / own.abs().max().clamp_min(1e-6)  # (T,)
-        self.spread = max(apart[:prompt].median().item(), apart[prompt:].median().item())
-        if not self.spread < (1e-4 if self.dtype == torch.float32 else 5e-2):
-            raise SpecDecError(
-                f"the fused runtime gives other logits than this '{kind}' model (relative difference {self.spread:.1e})"
-            )
+@torch.inference_mode()
+def check_logits(target: Target) -> float:
+    """Compare a prompt pass and one-token passes of ``target``, each in two pieces, with its model's own forward.
+
+    Returns the difference relative to the largest logit; the median position counts: in 16 bits, single positions of
+    correct runtimes may lie far apart. Raises SpecDecError if it is too large.
+    """
+    kind, (prompt, n), device = target.model.config.model_type, (8, 11), target.device
+    # Spread over the vocabulary: the first tokens are often special ones, on which models are ill-conditioned.
+    ids = (torch.arange(1, n + 1, device=device)[None] * 7919) % target.vocab_size
+    positions = torch.arange(n, device=device)[None]
+    try:
+        own = target.model(input_ids=ids, use_cache=False).logits.float()
+        cache, half, ours = target.new_cache(), target.num_layers // 2, []
+        for a, b in ((0, prompt), *((i, i + 1) for i in range(prompt, n))):
+            part = positions[:, a:b]
+            x, mask = target.embed(ids[:, a:b], part), cache.mask(0, part)
+            x = target.layers(x, 0, half, part, mask, cache)
+            ours.append(target.readout(target.layers(x, half, target.num_layers, part, mask, cache)))
+            cache.keep([list(range(b - a))])
+    except (TypeError, RuntimeError, AttributeError, IndexError) as error:
+        raise SpecDecError(f"model type '{kind}' does not run in the {target.runtime} runtime ({error})") from error
+    apart = (own - torch.cat(ours, 1).float()).abs().amax(-1)[0] / own.abs().max().clamp_min(1e-6)  # (T,)
+    spread = max(apart[:prompt].median().item(), apart[prompt:].median().item())
+    if not spread < (1e-4 if target.dtype == torch.float32 else 5e-2):
+        raise SpecDecError(
+            f"the {target.runtime} runtime gives other logits than this '{kind}' model "
+            f"(relative difference {spread:.1e})"
+        )
+    return spread
+
+
+def check_rotary(rotary: Any) -> None:
+    """Raise SpecDecError for rotary embeddings whose tables depend on more than the position."""
+    kind = getattr(rotary, "rope_type", "default")
+    if not isinstance(kind, str) or "dynamic" in kind or kind == "longrope":
+        raise SpecDecError(f"there are no tables here for rotary embeddings of type '{kind}'")
 
 
 def _rotate(qk: Tensor, cos: Tensor, sin: Tensor) -> None:
@@ -394,7 +379,7 @@ def _layer_norms(layer: Any, kind: str) -> tuple[Any, ...]:
     return _pair_norm(layer.input_layernorm), *inner, None, _pair_norm(last), None
 
 
-def _modules(layer: Any) -> dict[str, list[tuple[str, nn.Linear]]]:
+def modules(layer: Any) -> dict[str, list[tuple[str, nn.Linear]]]:
     """``{slot: [(module path, module), ...]}`` of a decoder layer, in the order of the fused rows."""
     fused = hasattr(layer.self_attn, "qkv_proj")
     names = {
@@ -411,13 +396,13 @@ def _modules(layer: Any) -> dict[str, list[tuple[str, nn.Linear]]]:
 
 
 def _fuse_layer(layer: Any) -> Weights:
-    return {slot: kernels.fuse([module for _, module in pairs]) for slot, pairs in _modules(layer).items()}
+    return {slot: kernels.fuse([module for _, module in pairs]) for slot, pairs in modules(layer).items()}
 
 
-def _adapter_parts(layer: Any) -> dict[str, tuple[str, int, int]]:
+def adapter_parts(layer: Any) -> dict[str, tuple[str, int, int]]:
     """``{module path: (slot, first row, end row)}``: where the outputs of a module lie in its fused map."""
     parts = {}
-    for slot, pairs in _modules(layer).items():
+    for slot, pairs in modules(layer).items():
         start = 0
         for path, module in pairs:
             parts[path] = (slot, start, start + module.out_features)

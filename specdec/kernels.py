@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from specdec import native
 from specdec.errors import SpecDecError
 
 Linear = Callable[[Tensor], Tensor]
@@ -143,7 +144,9 @@ def packed_silu_gated(weight: Tensor, bias: Tensor | None = None) -> Linear:
 
 
 def frozen(weight: Tensor, bias: Tensor | None = None) -> Linear:
-    """For weights that no longer change: packed where that is faster at one row, else dense."""
+    """For weights that no longer change: in the fastest storage at one row."""
+    if native.serves(weight):
+        return native.Packed(weight, bias)
     return (packed if 1 in packed_rows(weight.dtype, weight.device) else dense)(weight.detach(), bias)
 
 

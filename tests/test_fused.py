@@ -11,7 +11,8 @@ from conftest import tiny_model
 from specdec import kernels
 from specdec.adapters import Adapters
 from specdec.errors import SpecDecError
-from specdec.fused import FAMILIES, FusedTarget, make_target
+from specdec.fused import FAMILIES, FusedTarget
+from specdec.runtimes import make_target
 from specdec.target import ReferenceTarget, Target
 
 ROPES = {
@@ -177,7 +178,7 @@ def apart(got: torch.Tensor, expected: torch.Tensor) -> float:
 def test_int4_rounds_the_model_and_agrees_with_it(family: str) -> None:
     model = int4_model(family)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    target, note = make_target(model, weights="int4")
+    target, note = make_target(model, "fused", "int4")
     assert isinstance(target, FusedTarget) and (target.runtime, note) == ("fused int4", "")
     for name, value in model.state_dict().items():
         rounded = "proj.weight" in name
@@ -222,11 +223,11 @@ def test_int4_refusals() -> None:
     model = tiny_model("llama").bfloat16()
     before = model.model.layers[0].self_attn.q_proj.weight.clone()
     with pytest.raises(SpecDecError, match="32 inputs"):
-        make_target(model, weights="int4")
+        make_target(model, "fused", "int4")
     assert torch.equal(model.model.layers[0].self_attn.q_proj.weight, before)
     with pytest.raises(SpecDecError, match="unknown to the fused runtime"):
         make_target(tiny_model("gemma2").bfloat16(), weights="int4")
-    with pytest.raises(SpecDecError, match="need the fused runtime"):
+    with pytest.raises(SpecDecError, match="need the native or the fused runtime"):
         make_target(tiny_model("llama").bfloat16(), "reference", "int4")
     with pytest.raises(SpecDecError, match="unknown weights 'int5'"):
         make_target(tiny_model("llama"), weights="int5")

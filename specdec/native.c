@@ -1,0 +1,881 @@
+/* The native runtime's kernels: whole decoder layers of a Llama-like model in one call, for x86 CPUs with AVX-512 BF16.
+ *
+ * Weights lie in tiles of 16 outputs x 32 inputs, in bf16, or in 8 or 4 bits that unpack to bf16; a tile is unpacked in
+ * the first-level cache and multiplied with 16 tokens at once (AMX where there is one, else AVX-512 BF16), so a pass
+ * costs what reading the weights costs, however many of the 16 tokens are there. Every token is computed by the same
+ * operations in the same order whatever is scored beside it: attention adds the visible keys one by one, and an
+ * invisible one adds an exact zero. So a token's logits do not depend, to the last bit, on how many tokens a pass has,
+ * nor on the cache slots of a tree's branches.
+ *
+ * Layouts, for blocks of 16 tokens ("lanes"): FM, feature-major floats f[features][16]; VN, pairs of bf16
+ * v[features / 2][16], what the tile products read. Knows nothing of Python, models' names, or drafting.
+ */
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
+#include <cpuid.h>
+#include <immintrin.h>
+#include <sched.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+int omp_get_thread_num(void);
+int omp_get_num_threads(void);
+
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,f16c,fma,avx2,amx-tile,amx-bf16")
+
+enum { BF16 = 0, Q8 = 1, Q4 = 2 };
+enum { MOST_BLOCKS = 4, RING = 8, AHEAD = 2, PREFETCH = 4096 };
+static const int TILE_BYTES[3] = {1024, 32 + 512, 64 + 256}; /* 16 x 32: bf16 | scales f16[16], int8 | scales, lows, nibbles */
+
+typedef uint16_t bf16;
+typedef __m512 F;
+
+typedef struct {       /* y = W x (+ bias) */
+    int32_t kind, out, in, unused; /* out: multiple of 16; in: multiple of 32 */
+    const uint8_t *tiles; /* [out / 16][in / 32] */
+    const float *bias;    /* [out] or NULL */
+} Map;
+
+typedef struct {       /* low-rank terms beside a map: y += up (down x) */
+    Map down;             /* bf16 [rank, in]; the ranks of its parts, each padded to a multiple of 32, one after the other */
+    int32_t ks, unused;   /* rank / 32 of one part */
+    const int32_t *first; /* [out / 16]: where an output tile's part begins in down's outputs, / 32; -1: no terms there */
+    const uint8_t *up;    /* bf16 tiles [out / 16][ks] */
+} LowRank;
+
+typedef struct {
+    Map qkv, out, gate_up, down; /* gate_up: tiles of gate and up alternate */
+    const float *norm_in, *norm_mlp, *norm_q, *norm_k; /* norm_q, norm_k: per head, or NULL */
+} Layer;
+
+typedef struct {
+    int32_t hidden, heads, kv_heads, head_dim, inner, rotated; /* rotated: rotary dimensions of a head */
+    float eps, scale;
+    const Layer *layers;
+} Model;
+
+typedef struct {
+    int32_t batch, tokens, lo, hi, start, threads, adapted, windows; /* start: first new cache slot */
+    bf16 *x;                     /* [batch * tokens, hidden], in and out */
+    const float *cos, *sin;      /* [batch * tokens, rotated / 2] */
+    bf16 **keys, **values;       /* by layer: [batch, kv_heads, capacity, head_dim] */
+    const int32_t *capacity;     /* by layer: slots */
+    const uint8_t *const *masks; /* by window kind: [batch, tokens, start + tokens], 1 = visible; NULL: all visible */
+    const int32_t *window;       /* by layer: its kind */
+    bf16 **taps;                 /* by layer, hidden states before it (hi: after the last) or NULL */
+    const LowRank *const *low;   /* by layer: its four maps' low-rank terms, or NULL */
+} Call;
+
+/* -- threads ------------------------------------------------------------------------------------------------------ */
+
+typedef struct {
+    volatile int32_t waiting __attribute__((aligned(64)));
+    volatile int32_t phase __attribute__((aligned(64)));
+} Barrier;
+
+static void sync_threads(Barrier *b, int n) {
+    int32_t phase = __atomic_load_n(&b->phase, __ATOMIC_ACQUIRE);
+    if (__atomic_add_fetch(&b->waiting, 1, __ATOMIC_ACQ_REL) == n) {
+        b->waiting = 0;
+        __atomic_store_n(&b->phase, phase + 1, __ATOMIC_RELEASE);
+        return;
+    }
+    for (int spins = 0; __atomic_load_n(&b->phase, __ATOMIC_ACQUIRE) == phase; spins++) {
+        if (spins > 20000) sched_yield(); /* somebody else has the core that we wait for */
+        else _mm_pause();
+    }
+}
+
+/* The share [*from, *to) of `count` items that thread `me` of `n` works on. */
+static void share(int count, int me, int n, int *from, int *to) {
+    *from = (int)((int64_t)count * me / n);
+    *to = (int)((int64_t)count * (me + 1) / n);
+}
+
+/* -- numbers ------------------------------------------------------------------------------------------------------ */
+
+static inline float widen(bf16 v) {
+    union { uint32_t u; float f; } w = {(uint32_t)v << 16};
+    return w.f;
+}
+
+static inline bf16 narrow(float v) { /* round to nearest even, as torch does */
+    union { float f; uint32_t u; } w = {v};
+    return (bf16)((w.u + 0x7fff + ((w.u >> 16) & 1)) >> 16);
+}
+
+static inline F load_bf16(const bf16 *p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));
+}
+
+static inline __m256i narrow16(F v) { return (__m256i)_mm512_cvtneps_pbh(v); }
+
+static inline F rounded(F v) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow16(v)), 16)); }
+
+/* The pairs (even, odd) of each lane as VN's dwords. */
+static inline __m512i paired(F even, F odd) {
+    __m512i low = _mm512_cvtepu16_epi32(narrow16(even)), high = _mm512_cvtepu16_epi32(narrow16(odd));
+    return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+}
+
+/* exp(x) for x <= ~88; relative error below 2e-7. */
+static inline F exp16(F x) {
+    x = _mm512_max_ps(x, _mm512_set1_ps(-87.0f));
+    F n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 8);
+    F r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693145752f), x);
+    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(1.42860677e-6f), r);
+    F p = _mm512_set1_ps(1.9875691500e-4f);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
+    p = _mm512_fmadd_ps(p, _mm512_mul_ps(r, r), _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
+    return _mm512_scalef_ps(p, n);
+}
+
+/* -- tiles -------------------------------------------------------------------------------------------------------- */
+
+static int has_amx;
+
+typedef struct {
+    uint8_t palette, start, zero[14];
+    uint16_t width[16];
+    uint8_t height[16];
+} TileConfig;
+
+static void enter_tiles(void) {
+    if (!has_amx) return;
+    TileConfig config __attribute__((aligned(64)));
+    memset(&config, 0, sizeof config);
+    config.palette = 1;
+    for (int i = 0; i < 8; i++) config.width[i] = 64, config.height[i] = 16;
+    _tile_loadconfig(&config);
+}
+
+static void leave_tiles(void) {
+    if (has_amx) _tile_release();
+}
+
+/* A tile's 16 x 32 weights as bf16 rows of 64 bytes. The same code unpacks when weights are fitted, so what was found
+ * equal there is equal here. */
+static inline void unpack_q4(const uint8_t *tile, uint8_t *rows) {
+    float scale[16] __attribute__((aligned(64))), low[16] __attribute__((aligned(64)));
+    _mm512_store_ps(scale, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)tile)));
+    _mm512_store_ps(low, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(tile + 32))));
+    const F steps = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    for (int quad = 0; quad < 4; quad++) {
+        __m512i words = _mm512_loadu_si512(tile + 64 + 64 * quad); /* word w, nibble j: row 4 quad + j, column w */
+        for (int j = 0; j < 4; j++) {
+            int row = 4 * quad + j;
+            __m256i values = narrow16(_mm512_fmadd_ps(steps, _mm512_set1_ps(scale[row]), _mm512_set1_ps(low[row])));
+            __m512i table = _mm512_broadcast_i64x4(values); /* twice 16 entries: the index has a fifth bit */
+            _mm512_store_si512(rows + 64 * row, _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4 * j), table));
+        }
+    }
+}
+
+static inline void unpack_q8(const uint8_t *tile, uint8_t *rows) {
+    float scale[16] __attribute__((aligned(64)));
+    _mm512_store_ps(scale, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)tile)));
+    for (int row = 0; row < 16; row++) {
+        const uint8_t *codes = tile + 32 + 32 * row;
+        F s = _mm512_set1_ps(scale[row]);
+        F a = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)codes)));
+        F b = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(codes + 16))));
+        _mm512_store_si512(rows + 64 * row, (__m512i)_mm512_cvtne2ps_pbh(_mm512_mul_ps(b, s), _mm512_mul_ps(a, s)));
+    }
+}
+
+static inline void unpack(int kind, const uint8_t *tile, uint8_t *rows) {
+    if (kind == Q4) unpack_q4(tile, rows);
+    else unpack_q8(tile, rows);
+}
+
+/* sums[block][16 outputs][16 lanes] of one output tile over `count` input tiles at `tiles`, and then over `count2` bf16
+ * tiles at `tiles2`. x, x2: VN of the first block, `stride`, `stride2` bytes a block. */
+static void amx_product(int kind, const uint8_t *tiles, int count, const uint8_t *x, int64_t stride, const uint8_t *tiles2,
+                        int count2, const uint8_t *x2, int64_t stride2, int blocks, float *sums) {
+    uint8_t ring[RING][1024] __attribute__((aligned(64)));
+    int bytes = TILE_BYTES[kind];
+    _tile_zero(0);
+    if (blocks > 1) _tile_zero(1);
+    if (blocks > 2) _tile_zero(2);
+    if (blocks > 3) _tile_zero(3);
+#define MULTIPLY(rows, at, step)                                                                                     \
+    do {                                                                                                             \
+        const uint8_t *lanes_ = (at);                                                                                \
+        _tile_loadd(4, rows, 64);                                                                                    \
+        _tile_loadd(5, lanes_, 64);                                                                                  \
+        _tile_dpbf16ps(0, 4, 5);                                                                                     \
+        if (blocks > 1) { _tile_loadd(6, lanes_ + (step), 64); _tile_dpbf16ps(1, 4, 6); }                            \
+        if (blocks > 2) { _tile_loadd(5, lanes_ + 2 * (step), 64); _tile_dpbf16ps(2, 4, 5); }                        \
+        if (blocks > 3) { _tile_loadd(6, lanes_ + 3 * (step), 64); _tile_dpbf16ps(3, 4, 6); }                        \
+    } while (0)
+    if (kind == BF16) {
+        for (int k = 0; k < count; k++) {
+            const uint8_t *tile = tiles + 1024 * (int64_t)k;
+            for (int i = 0; i < 1024; i += 64) _mm_prefetch((const char *)tile + PREFETCH + i, _MM_HINT_T0);
+            MULTIPLY(tile, x + 1024 * (int64_t)k, stride);
+        }
+    } else {
+        for (int k = 0; k < count + AHEAD; k++) { /* unpack ahead: a tile load waits for stores to reach the cache */
+            if (k < count) {
+                const uint8_t *tile = tiles + bytes * (int64_t)k;
+                for (int i = 0; i < bytes; i += 64) _mm_prefetch((const char *)tile + PREFETCH + i, _MM_HINT_T0);
+                unpack(kind, tile, ring[k % RING]);
+            }
+            if (k >= AHEAD) MULTIPLY(ring[(k - AHEAD) % RING], x + 1024 * (int64_t)(k - AHEAD), stride);
+        }
+    }
+    for (int k = 0; k < count2; k++) MULTIPLY(tiles2 + 1024 * (int64_t)k, x2 + 1024 * (int64_t)k, stride2);
+    _tile_stored(0, sums, 64);
+    if (blocks > 1) _tile_stored(1, sums + 256, 64);
+    if (blocks > 2) _tile_stored(2, sums + 512, 64);
+    if (blocks > 3) _tile_stored(3, sums + 768, 64);
+#undef MULTIPLY
+}
+
+/* The same without AMX. */
+static void add_tile(const uint8_t *rows, const uint8_t *x, float *sums) {
+    F acc[16];
+    for (int o = 0; o < 16; o++) acc[o] = _mm512_loadu_ps(sums + 16 * o);
+    for (int j = 0; j < 16; j++) {
+        __m512bh lanes = (__m512bh)_mm512_loadu_si512(x + 64 * j);
+        for (int o = 0; o < 16; o++) {
+            int32_t pair;
+            memcpy(&pair, rows + 64 * o + 4 * j, 4);
+            acc[o] = _mm512_dpbf16_ps(acc[o], (__m512bh)_mm512_set1_epi32(pair), lanes);
+        }
+    }
+    for (int o = 0; o < 16; o++) _mm512_storeu_ps(sums + 16 * o, acc[o]);
+}
+
+static void avx_product(int kind, const uint8_t *tiles, int count, const uint8_t *x, int64_t stride, const uint8_t *tiles2,
+                        int count2, const uint8_t *x2, int64_t stride2, int blocks, float *sums) {
+    uint8_t scratch[1024] __attribute__((aligned(64)));
+    memset(sums, 0, 1024 * (size_t)blocks);
+    for (int k = 0; k < count; k++) {
+        const uint8_t *rows = tiles + TILE_BYTES[kind] * (int64_t)k;
+        if (kind != BF16) unpack(kind, rows, scratch), rows = scratch;
+        for (int b = 0; b < blocks; b++) add_tile(rows, x + b * stride + 1024 * (int64_t)k, sums + 256 * b);
+    }
+    for (int k = 0; k < count2; k++)
+        for (int b = 0; b < blocks; b++)
+            add_tile(tiles2 + 1024 * (int64_t)k, x2 + b * stride2 + 1024 * (int64_t)k, sums + 256 * b);
+}
+
+/* The sums of output tile `t` of `map` (and `low`, on `down_x`, its rank's activations) for `blocks` blocks of VN `x`,
+ * bias added. */
+static void product(const Map *map, const LowRank *low, int t, const uint32_t *x, const uint32_t *down_x, int blocks,
+                    float *sums) {
+    int count = map->in / 32, count2 = 0;
+    const uint8_t *up = NULL, *x2 = NULL;
+    int64_t stride2 = 0;
+    if (low && low->first[t] >= 0) {
+        count2 = low->ks;
+        up = low->up + 1024 * (int64_t)low->ks * t;
+        x2 = (const uint8_t *)down_x + 1024 * (int64_t)low->first[t];
+        stride2 = 32 * (int64_t)low->down.out;
+    }
+    const uint8_t *tiles = map->tiles + TILE_BYTES[map->kind] * (int64_t)count * t;
+    (has_amx ? amx_product : avx_product)(map->kind, tiles, count, (const uint8_t *)x, 32 * (int64_t)map->in, up, count2, x2,
+                                          stride2, blocks, sums);
+    if (map->bias)
+        for (int b = 0; b < blocks; b++)
+            for (int o = 0; o < 16; o++) {
+                float *row = sums + 256 * b + 16 * o;
+                _mm512_store_ps(row, _mm512_add_ps(_mm512_load_ps(row), _mm512_set1_ps(map->bias[16 * t + o])));
+            }
+}
+
+/* -- parts of a layer --------------------------------------------------------------------------------------------- */
+
+/* RMS norm over the features of FM `x`, to VN (as transformers rounds: once after scaling, once after the weight). */
+static void norm(const float *x, const float *weight, int features, float eps, uint32_t *out) {
+    F s[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
+    for (int i = 0; i < features; i++) {
+        F v = _mm512_load_ps(x + 16 * i);
+        s[i & 3] = _mm512_fmadd_ps(v, v, s[i & 3]);
+    }
+    F sum = _mm512_add_ps(_mm512_add_ps(s[0], s[1]), _mm512_add_ps(s[2], s[3]));
+    F mean = _mm512_div_ps(sum, _mm512_set1_ps((float)features));
+    F factor = _mm512_div_ps(_mm512_set1_ps(1.0f), _mm512_sqrt_ps(_mm512_add_ps(mean, _mm512_set1_ps(eps))));
+    for (int i = 0; i < features; i += 2) {
+        F a = rounded(_mm512_mul_ps(_mm512_load_ps(x + 16 * i), factor));
+        F b = rounded(_mm512_mul_ps(_mm512_load_ps(x + 16 * i + 16), factor));
+        a = _mm512_mul_ps(a, _mm512_set1_ps(weight[i])), b = _mm512_mul_ps(b, _mm512_set1_ps(weight[i + 1]));
+        _mm512_store_si512(out + 8 * i, paired(a, b));
+    }
+}
+
+/* Token rows [count, features] to FM blocks, absent lanes zero; and back. */
+static void to_blocks(const bf16 *rows, int count, int features, float *fm) {
+    memset(fm, 0, 64 * (size_t)features * ((count + 15) / 16));
+    for (int r = 0; r < count; r++) {
+        float *lane = fm + (int64_t)(r / 16) * features * 16 + r % 16;
+        for (int i = 0; i < features; i++) lane[16 * i] = widen(rows[(int64_t)r * features + i]);
+    }
+}
+
+static void from_blocks(const float *fm, int first, int end, int features, bf16 *rows) {
+    for (int r = first; r < end; r++) {
+        const float *lane = fm + (int64_t)(r / 16) * features * 16 + r % 16;
+        for (int i = 0; i < features; i++) rows[(int64_t)r * features + i] = narrow(lane[16 * i]);
+    }
+}
+
+/* Rotate one head's FM rows in place and round them to bf16, after an optional norm. */
+static void rotate(float *head, const Model *m, const float *weight, const float *cos, const float *sin) {
+    if (weight) {
+        F sum = _mm512_setzero_ps();
+        for (int i = 0; i < m->head_dim; i++) {
+            F v = rounded(_mm512_load_ps(head + 16 * i));
+            sum = _mm512_fmadd_ps(v, v, sum);
+        }
+        F mean = _mm512_div_ps(sum, _mm512_set1_ps((float)m->head_dim));
+        F factor = _mm512_div_ps(_mm512_set1_ps(1.0f), _mm512_sqrt_ps(_mm512_add_ps(mean, _mm512_set1_ps(m->eps))));
+        for (int i = 0; i < m->head_dim; i++) {
+            F v = rounded(_mm512_mul_ps(rounded(_mm512_load_ps(head + 16 * i)), factor));
+            _mm512_store_ps(head + 16 * i, rounded(_mm512_mul_ps(v, _mm512_set1_ps(weight[i]))));
+        }
+    }
+    int half = m->rotated / 2;
+    for (int i = 0; i < half; i++) {
+        F a = rounded(_mm512_load_ps(head + 16 * i)), b = rounded(_mm512_load_ps(head + 16 * (i + half)));
+        F c = _mm512_load_ps(cos + 16 * i), s = _mm512_load_ps(sin + 16 * i);
+        _mm512_store_ps(head + 16 * i, _mm512_fmsub_ps(a, c, _mm512_mul_ps(b, s)));
+        _mm512_store_ps(head + 16 * (i + half), _mm512_fmadd_ps(b, c, _mm512_mul_ps(a, s)));
+    }
+}
+
+/* out[column][dims] += p[key][column] v[key][dims], 16 dims at a time; COLUMNS at once. */
+#define WEIGHTED_SUM(COLUMNS)                                                                                        \
+    for (int at = 0; at < d; at += 16) {                                                                             \
+        F acc[COLUMNS];                                                                                              \
+        for (int c = 0; c < COLUMNS; c++) acc[c] = _mm512_setzero_ps();                                              \
+        for (int s = from; s < count; s++) {                                                                         \
+            F v = load_bf16(values + (int64_t)s * d + at);                                                           \
+            for (int c = 0; c < COLUMNS; c++) acc[c] = _mm512_fmadd_ps(_mm512_set1_ps(p[16 * s + c]), v, acc[c]);    \
+        }                                                                                                            \
+        for (int c = 0; c < COLUMNS; c++) _mm512_store_ps(out + c * d + at, acc[c]);                                 \
+    }
+
+/* Attention of up to 16 columns (a token and a head each) to `count` keys of one key head.
+ * queries: VN [d / 2][16 columns]; visible: for each key the columns that see it, or NULL (all see all). p: scratch
+ * [count rounded up to 16][16]; out: [16][d]. */
+static void attend(const bf16 *keys, const bf16 *values, int count, int d, const uint32_t *queries, int columns,
+                   const uint16_t *visible, float scale, float *p, float *out) {
+    int from = 0;
+    if (visible)
+        while (from + 16 < count) { /* before a sliding window nothing is seen */
+            uint16_t any = 0;
+            for (int s = from; s < from + 16; s++) any |= visible[s];
+            if (any) break;
+            from += 16;
+        }
+    for (int s = from; s < count; s += 16) {
+        if (has_amx) {
+            _tile_zero(0);
+            for (int k = 0; k < d; k += 32) {
+                _tile_loadd(4, keys + (int64_t)s * d + k, 2 * d);
+                _tile_loadd(5, queries + 8 * k, 64);
+                _tile_dpbf16ps(0, 4, 5);
+            }
+            _tile_stored(0, p + 16 * s, 64);
+        } else {
+            for (int i = s; i < s + 16 && i < count; i++) {
+                F acc = _mm512_setzero_ps();
+                for (int j = 0; j < d / 2; j++) {
+                    int32_t pair;
+                    memcpy(&pair, keys + (int64_t)i * d + 2 * j, 4);
+                    acc = _mm512_dpbf16_ps(acc, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)_mm512_loadu_si512(queries + 16 * j));
+                }
+                _mm512_store_ps(p + 16 * i, acc);
+            }
+        }
+    }
+    F most = _mm512_set1_ps(-1e30f), sum = _mm512_setzero_ps(), scales = _mm512_set1_ps(scale);
+    for (int s = from; s < count; s++) {
+        __mmask16 see = visible ? visible[s] : 0xffff;
+        F v = _mm512_mul_ps(_mm512_load_ps(p + 16 * s), scales);
+        _mm512_store_ps(p + 16 * s, v);
+        most = _mm512_mask_max_ps(most, see, most, v);
+    }
+    for (int s = from; s < count; s++) {
+        __mmask16 see = visible ? visible[s] : 0xffff;
+        F v = _mm512_maskz_mov_ps(see, exp16(_mm512_sub_ps(_mm512_load_ps(p + 16 * s), most)));
+        sum = _mm512_add_ps(sum, v);
+        _mm512_store_ps(p + 16 * s, v);
+    }
+    if (columns <= 4) { WEIGHTED_SUM(4) } else if (columns <= 8) { WEIGHTED_SUM(8) } else { WEIGHTED_SUM(16) }
+    float share_[16] __attribute__((aligned(64)));
+    _mm512_store_ps(share_, _mm512_div_ps(_mm512_set1_ps(1.0f), _mm512_max_ps(sum, _mm512_set1_ps(1e-30f))));
+    for (int c = 0; c < columns; c++)
+        for (int at = 0; at < d; at += 16)
+            _mm512_store_ps(out + c * d + at, _mm512_mul_ps(_mm512_load_ps(out + c * d + at), _mm512_set1_ps(share_[c])));
+}
+
+/* -- the pass ----------------------------------------------------------------------------------------------------- */
+
+static void *room(size_t bytes) { /* aligned to a cache line; the memory of a call comes back to the next */
+    return aligned_alloc(64, (bytes + 63) / 64 * 64);
+}
+
+typedef struct {
+    const Model *m;
+    const Call *c;
+    int rows, blocks, group, column_blocks, slots, ranks;
+    float *x, *qkv, *cos, *sin;              /* FM; cos and sin [block][rotated / 2][16] */
+    uint32_t *attended, *inner, *ranked[2];  /* VN */
+    bf16 *queries;                           /* [rows, heads, head_dim] */
+    uint16_t **visible;                      /* by window kind: [batch][column block][slots], or NULL */
+    Barrier barrier;
+} Pass;
+
+/* Low-rank activations down x of `low` for all blocks (VN), zero where a token has no adapters; then all threads wait. */
+static void rank_down(Pass *p, const LowRank *low, const uint32_t *x, uint32_t *ranked, int me, int n) {
+    if (!low) return;
+    float sums[MOST_BLOCKS * 256] __attribute__((aligned(64)));
+    int from, to, first = p->c->adapted > 0 ? p->c->tokens - p->c->adapted : 0;
+    share(low->down.out / 16, me, n, &from, &to);
+    for (int b0 = 0; b0 < p->blocks; b0 += MOST_BLOCKS) {
+        int blocks = p->blocks - b0 < MOST_BLOCKS ? p->blocks - b0 : MOST_BLOCKS;
+        for (int t = from; t < to; t++) {
+            product(&low->down, NULL, t, x + (int64_t)b0 * low->down.in * 8, NULL, blocks, sums);
+            for (int b = 0; b < blocks; b++) {
+                __mmask16 adapted = 0;
+                for (int lane = 0; lane < 16; lane++)
+                    if (((b0 + b) * 16 + lane) % p->c->tokens >= first) adapted |= (__mmask16)(1 << lane);
+                uint32_t *out = ranked + ((int64_t)(b0 + b) * low->down.out + 16 * t) * 8;
+                for (int o = 0; o < 16; o += 2) {
+                    const float *row = sums + 256 * b + 16 * o;
+                    _mm512_store_si512(out + 8 * o, _mm512_maskz_mov_epi32(adapted, paired(_mm512_load_ps(row), _mm512_load_ps(row + 16))));
+                }
+            }
+        }
+    }
+    sync_threads(&p->barrier, n);
+}
+
+/* x += map(VN in), rounded as transformers does: the product once, the sum once. */
+static void add_product(Pass *p, const Map *map, const LowRank *low, const uint32_t *in, const uint32_t *ranked, int me, int n) {
+    float sums[MOST_BLOCKS * 256] __attribute__((aligned(64)));
+    int from, to;
+    share(map->out / 16, me, n, &from, &to);
+    for (int b0 = 0; b0 < p->blocks; b0 += MOST_BLOCKS) {
+        int blocks = p->blocks - b0 < MOST_BLOCKS ? p->blocks - b0 : MOST_BLOCKS;
+        for (int t = from; t < to; t++) {
+            const uint32_t *low_x = low ? ranked + (int64_t)b0 * low->down.out * 8 : NULL;
+            product(map, low, t, in + (int64_t)b0 * map->in * 8, low_x, blocks, sums);
+            for (int b = 0; b < blocks; b++)
+                for (int o = 0; o < 16; o++) {
+                    float *x = p->x + ((int64_t)(b0 + b) * map->out + 16 * t + o) * 16;
+                    _mm512_store_ps(x, rounded(_mm512_add_ps(_mm512_load_ps(x), rounded(_mm512_load_ps(sums + 256 * b + 16 * o)))));
+                }
+        }
+    }
+}
+
+static void run_layer(Pass *p, int index, uint32_t *normed, float *scores, int me, int n) {
+    const Model *m = p->m;
+    const Call *c = p->c;
+    const Layer *layer = m->layers + index;
+    const LowRank *low = c->low ? c->low[index] : NULL;
+    int d = m->head_dim, total = m->heads + 2 * m->kv_heads, from, to;
+    float sums[MOST_BLOCKS * 256] __attribute__((aligned(64))), gate[MOST_BLOCKS * 256] __attribute__((aligned(64)));
+#define LOW(i) (low && low[i].ks ? low + (i) : NULL)
+
+    for (int b = 0; b < p->blocks; b++) /* every thread for itself: cheaper than waiting for each other */
+        norm(p->x + (int64_t)b * m->hidden * 16, layer->norm_in, m->hidden, m->eps, normed + (int64_t)b * m->hidden * 8);
+    rank_down(p, LOW(0), normed, p->ranked[0], me, n);
+    share(total * d / 16, me, n, &from, &to);
+    for (int b0 = 0; b0 < p->blocks; b0 += MOST_BLOCKS) {
+        int blocks = p->blocks - b0 < MOST_BLOCKS ? p->blocks - b0 : MOST_BLOCKS;
+        for (int t = from; t < to; t++) {
+            const uint32_t *low_x = low && low[0].ks ? p->ranked[0] + (int64_t)b0 * low[0].down.out * 8 : NULL;
+            product(&layer->qkv, LOW(0), t, normed + (int64_t)b0 * m->hidden * 8, low_x, blocks, sums);
+            for (int b = 0; b < blocks; b++)
+                memcpy(p->qkv + ((int64_t)(b0 + b) * total * d + 16 * t) * 16, sums + 256 * b, 1024);
+        }
+    }
+    sync_threads(&p->barrier, n);
+
+    share(p->blocks * total, me, n, &from, &to);
+    for (int item = from; item < to; item++) { /* one head of a block: rotate, then put rows where they belong */
+        int b = item / total, head = item % total, kv = head - m->heads;
+        float *fm = p->qkv + ((int64_t)b * total + head) * d * 16;
+        const float *weight = kv < 0 ? layer->norm_q : layer->norm_k;
+        int64_t at = (int64_t)b * (m->rotated / 2) * 16;
+        if (kv < m->kv_heads) rotate(fm, m, weight, p->cos + at, p->sin + at);
+        for (int lane = 0; lane < 16 && b * 16 + lane < p->rows; lane++) {
+            int row = b * 16 + lane, line = row / c->tokens, slot = c->start + row % c->tokens;
+            bf16 *to_ = kv < 0 ? p->queries + ((int64_t)row * m->heads + head) * d
+                               : (kv < m->kv_heads ? c->keys : c->values)[index] +
+                                     (((int64_t)line * m->kv_heads + kv % m->kv_heads) * c->capacity[index] + slot) * d;
+            for (int i = 0; i < d; i++) to_[i] = narrow(fm[16 * i + lane]);
+        }
+    }
+    sync_threads(&p->barrier, n);
+
+    uint32_t q[16 * 128] __attribute__((aligned(64)));
+    float out[16 * 256] __attribute__((aligned(64)));
+    int items = c->batch * m->kv_heads * p->column_blocks;
+    for (int item = me; item < items; item += n) {
+        int block = item % p->column_blocks, kv = item / p->column_blocks % m->kv_heads, line = item / p->column_blocks / m->kv_heads;
+        int first = 16 * block, columns = c->tokens * p->group - first < 16 ? c->tokens * p->group - first : 16;
+        memset(q, 0, 32 * d);
+        for (int col = 0; col < columns; col++) {
+            int row = line * c->tokens + (first + col) / p->group, head = kv * p->group + (first + col) % p->group;
+            const uint32_t *pairs = (const uint32_t *)(p->queries + ((int64_t)row * m->heads + head) * d);
+            for (int i = 0; i < d / 2; i++) q[16 * i + col] = pairs[i];
+        }
+        int64_t cached = ((int64_t)line * m->kv_heads + kv) * c->capacity[index] * d;
+        const uint16_t *visible = p->visible[c->window[index]];
+        if (visible) visible += ((int64_t)line * p->column_blocks + block) * p->slots;
+        attend(c->keys[index] + cached, c->values[index] + cached, p->slots, d, q, columns, visible, m->scale, scores, out);
+        for (int col = 0; col < columns; col++) {
+            int row = line * c->tokens + (first + col) / p->group, head = kv * p->group + (first + col) % p->group;
+            uint32_t *lane = p->attended + ((int64_t)(row / 16) * m->heads * d + head * d) * 8 + row % 16;
+            for (int i = 0; i < d; i += 2)
+                lane[8 * i] = narrow(out[col * d + i]) | (uint32_t)narrow(out[col * d + i + 1]) << 16;
+        }
+    }
+    sync_threads(&p->barrier, n);
+
+    rank_down(p, LOW(1), p->attended, p->ranked[1], me, n);
+    add_product(p, &layer->out, LOW(1), p->attended, p->ranked[1], me, n);
+    sync_threads(&p->barrier, n);
+
+    for (int b = 0; b < p->blocks; b++)
+        norm(p->x + (int64_t)b * m->hidden * 16, layer->norm_mlp, m->hidden, m->eps, normed + (int64_t)b * m->hidden * 8);
+    rank_down(p, LOW(2), normed, p->ranked[0], me, n);
+    share(m->inner / 16, me, n, &from, &to);
+    for (int b0 = 0; b0 < p->blocks; b0 += MOST_BLOCKS) {
+        int blocks = p->blocks - b0 < MOST_BLOCKS ? p->blocks - b0 : MOST_BLOCKS;
+        for (int t = from; t < to; t++) {
+            const uint32_t *x = normed + (int64_t)b0 * m->hidden * 8;
+            const uint32_t *low_x = low && low[2].ks ? p->ranked[0] + (int64_t)b0 * low[2].down.out * 8 : NULL;
+            product(&layer->gate_up, LOW(2), 2 * t, x, low_x, blocks, gate);
+            product(&layer->gate_up, LOW(2), 2 * t + 1, x, low_x, blocks, sums);
+            for (int b = 0; b < blocks; b++) {
+                uint32_t *inner = p->inner + ((int64_t)(b0 + b) * m->inner + 16 * t) * 8;
+                F act[16];
+                for (int o = 0; o < 16; o++) { /* silu(gate) up */
+                    F g = rounded(_mm512_load_ps(gate + 256 * b + 16 * o)), u = rounded(_mm512_load_ps(sums + 256 * b + 16 * o));
+                    F e = exp16(_mm512_sub_ps(_mm512_setzero_ps(), _mm512_max_ps(g, _mm512_set1_ps(-80.0f))));
+                    g = rounded(_mm512_div_ps(g, _mm512_add_ps(_mm512_set1_ps(1.0f), e)));
+                    act[o] = _mm512_mul_ps(g, u);
+                }
+                for (int o = 0; o < 16; o += 2) _mm512_store_si512(inner + 8 * o, paired(act[o], act[o + 1]));
+            }
+        }
+    }
+    sync_threads(&p->barrier, n);
+
+    rank_down(p, LOW(3), p->inner, p->ranked[1], me, n);
+    add_product(p, &layer->down, LOW(3), p->inner, p->ranked[1], me, n);
+    sync_threads(&p->barrier, n);
+#undef LOW
+}
+
+/* For each key and 16 columns (a token and a query head of the group each), which columns see it. */
+static uint16_t *columns_seeing(const Pass *p, const uint8_t *mask) {
+    const Call *c = p->c;
+    uint16_t *out = room(2 * (size_t)c->batch * p->column_blocks * p->slots);
+    if (!out) return NULL;
+    memset(out, 0, 2 * (size_t)c->batch * p->column_blocks * p->slots);
+    for (int line = 0; line < c->batch; line++)
+        for (int col = 0; col < c->tokens * p->group; col++) {
+            const uint8_t *see = mask + ((int64_t)line * c->tokens + col / p->group) * p->slots;
+            uint16_t *to = out + ((int64_t)line * p->column_blocks + col / 16) * p->slots, bit = (uint16_t)(1 << col % 16);
+            for (int s = 0; s < p->slots; s++) to[s] |= see[s] ? bit : 0;
+        }
+    return out;
+}
+
+/* Run layers [lo, hi) of a call. Returns 0, or -1 if there is no memory (nothing has happened then). */
+int specdec_layers(const Model *m, const Call *c) {
+    Pass p;
+    memset(&p, 0, sizeof p);
+    p.m = m, p.c = c, p.rows = c->batch * c->tokens, p.blocks = (p.rows + 15) / 16, p.group = m->heads / m->kv_heads;
+    p.column_blocks = (c->tokens * p.group + 15) / 16;
+    p.slots = c->start + c->tokens;
+    int total = (m->heads + 2 * m->kv_heads) * m->head_dim, half = m->rotated / 2, threads = c->threads, failed = 0;
+    size_t blocks = (size_t)p.blocks;
+    for (int l = c->lo; c->low && l < c->hi; l++)
+        for (int i = 0; c->low[l] && i < 4; i++)
+            if (c->low[l][i].ks && c->low[l][i].down.out > p.ranks) p.ranks = c->low[l][i].down.out;
+    p.x = room(64 * blocks * m->hidden);
+    p.qkv = room(64 * blocks * total);
+    p.cos = room(64 * blocks * half);
+    p.sin = room(64 * blocks * half);
+    p.attended = room(32 * blocks * m->heads * m->head_dim);
+    p.inner = room(32 * blocks * m->inner);
+    p.ranked[0] = room(32 * blocks * (p.ranks + 2));
+    p.ranked[1] = room(32 * blocks * (p.ranks + 2));
+    p.queries = room(2 * (size_t)p.rows * m->heads * m->head_dim);
+    p.visible = calloc((size_t)c->windows, sizeof *p.visible);
+    /* By thread: the normed block, attention's scores. */
+    size_t normed = (32 * blocks * m->hidden + 63) / 64 * 64, own = normed + 64 * ((size_t)p.slots + 16);
+    uint8_t *scratch = room(own * threads);
+    failed = !(p.x && p.qkv && p.cos && p.sin && p.attended && p.inner && p.ranked[0] && p.ranked[1] && p.queries && p.visible && scratch);
+    for (int w = 0; !failed && w < c->windows; w++)
+        if (c->masks[w]) failed = !(p.visible[w] = columns_seeing(&p, c->masks[w]));
+    if (!failed) {
+        to_blocks(c->x, p.rows, m->hidden, p.x);
+        memset(p.attended, 0, 32 * blocks * m->heads * m->head_dim);
+        memset(p.cos, 0, 64 * blocks * half);
+        memset(p.sin, 0, 64 * blocks * half);
+        for (int r = 0; r < p.rows; r++)
+            for (int i = 0; i < half; i++) {
+                int64_t at = ((int64_t)(r / 16) * half + i) * 16 + r % 16;
+                p.cos[at] = c->cos[(int64_t)r * half + i], p.sin[at] = c->sin[(int64_t)r * half + i];
+            }
+#pragma omp parallel num_threads(threads)
+        {
+            int me = omp_get_thread_num(), n = omp_get_num_threads();
+            enter_tiles();
+            uint8_t *mine = scratch + own * me;
+            for (int index = c->lo; index < c->hi; index++) {
+                if (c->taps[index]) {
+                    int from, to;
+                    share(p.rows, me, n, &from, &to);
+                    from_blocks(p.x, from, to, m->hidden, c->taps[index]);
+                }
+                run_layer(&p, index, (uint32_t *)mine, (float *)(mine + normed), me, n);
+            }
+            int from, to;
+            share(p.rows, me, n, &from, &to);
+            from_blocks(p.x, from, to, m->hidden, c->x);
+            leave_tiles();
+        }
+        if (c->taps[c->hi]) memcpy(c->taps[c->hi], c->x, 2 * (size_t)p.rows * m->hidden);
+    }
+    for (int w = 0; p.visible && w < c->windows; w++) free(p.visible[w]);
+    free(p.x), free(p.qkv), free(p.cos), free(p.sin), free(p.attended), free(p.inner), free(p.ranked[0]), free(p.ranked[1]);
+    free(p.queries), free(p.visible), free(scratch);
+    return failed ? -1 : 0;
+}
+
+/* out [rows, width] = map(norm(x)) for x [rows, map->in], all bf16; weight NULL: no norm. Returns 0, or -1 without memory. */
+int specdec_linear(const Map *map, const float *weight, float eps, const bf16 *x, int rows, bf16 *out, int width, int threads) {
+    int blocks = (rows + 15) / 16, features = map->in;
+    float *fm = room(64 * (size_t)blocks * features);
+    uint32_t *vn = room(32 * (size_t)blocks * features);
+    if (fm && vn) {
+        to_blocks(x, rows, features, fm);
+        for (int b = 0; b < blocks; b++) {
+            const float *from = fm + (int64_t)b * features * 16;
+            uint32_t *to = vn + (int64_t)b * features * 8;
+            if (weight) norm(from, weight, features, eps, to);
+            else
+                for (int i = 0; i < features; i += 2)
+                    _mm512_store_si512(to + 8 * i, paired(_mm512_load_ps(from + 16 * i), _mm512_load_ps(from + 16 * i + 16)));
+        }
+#pragma omp parallel num_threads(threads)
+        {
+            float sums[MOST_BLOCKS * 256] __attribute__((aligned(64)));
+            const __m512i column = _mm512_slli_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), 4);
+            int from, to;
+            enter_tiles();
+            share(map->out / 16, omp_get_thread_num(), omp_get_num_threads(), &from, &to);
+            for (int b0 = 0; b0 < blocks; b0 += MOST_BLOCKS) {
+                int some = blocks - b0 < MOST_BLOCKS ? blocks - b0 : MOST_BLOCKS;
+                for (int t = from; t < to; t++) {
+                    product(map, NULL, t, vn + (int64_t)b0 * features * 8, NULL, some, sums);
+                    int left = width - 16 * t;
+                    __mmask16 mask = left >= 16 ? 0xffff : (__mmask16)((1 << (left > 0 ? left : 0)) - 1);
+                    for (int r = 16 * b0; r < 16 * (b0 + some) && r < rows; r++) {
+                        F v = _mm512_i32gather_ps(column, sums + 256 * (r / 16 - b0) + r % 16, 4);
+                        _mm256_mask_storeu_epi16(out + (int64_t)r * width + 16 * t, mask, narrow16(v));
+                    }
+                }
+            }
+            leave_tiles();
+        }
+    }
+    int failed = !(fm && vn);
+    free(fm), free(vn);
+    return failed ? -1 : 0;
+}
+
+/* -- packing ------------------------------------------------------------------------------------------------------ */
+
+static inline bf16 half_of(float v) { return (bf16)_cvtss_sh(v, 0); }
+static inline float half(bf16 v) { return _cvtsh_ss(v); }
+
+static int equal(const float *w, F a, F b) { /* do the values round to these bf16 ones? */
+    __mmask16 first = _mm512_cmpneq_epi32_mask(_mm512_castps_si512(rounded(a)), _mm512_castps_si512(_mm512_load_ps(w)));
+    return !(first | _mm512_cmpneq_epi32_mask(_mm512_castps_si512(rounded(b)), _mm512_castps_si512(_mm512_load_ps(w + 16))));
+}
+
+/* Find float16 scale d and low m with bf16(q d + m) = w for all 32 weights; q from the extremes. 1 if they exist. */
+static int fit4(const float *w, float *q, bf16 *scale, bf16 *low) {
+    F a = _mm512_load_ps(w), b = _mm512_load_ps(w + 16);
+    float least = _mm512_reduce_min_ps(_mm512_min_ps(a, b)), most = _mm512_reduce_max_ps(_mm512_max_ps(a, b));
+    F steps = _mm512_set1_ps(most > least ? 15.0f / (most - least) : 0.0f), from = _mm512_set1_ps(least);
+    F qa = _mm512_roundscale_ps(_mm512_mul_ps(_mm512_sub_ps(a, from), steps), 8);
+    F qb = _mm512_roundscale_ps(_mm512_mul_ps(_mm512_sub_ps(b, from), steps), 8);
+    _mm512_store_ps(q, qa), _mm512_store_ps(q + 16, qb);
+    /* A weight holds between the midpoints to its bf16 neighbours: bounds on d, for each m that rounds to the least. */
+    F bounds[2][2];
+    for (int side = 0; side < 2; side++)
+        for (int h = 0; h < 2; h++) {
+            __m512i bits = _mm512_castps_si512(h ? b : a), step = _mm512_set1_epi32(0x8000);
+            __mmask16 up = _mm512_cmplt_epi32_mask(bits, _mm512_setzero_si512()); /* negative: larger bits are lower */
+            if (side) up = ~up;
+            bits = _mm512_mask_add_epi32(_mm512_sub_epi32(bits, step), up, bits, step);
+            __mmask16 zero = _mm512_cmp_ps_mask(h ? b : a, _mm512_setzero_ps(), _CMP_EQ_OQ);
+            bounds[side][h] = _mm512_mask_mov_ps(_mm512_castsi512_ps(bits), zero, _mm512_set1_ps(side ? 1e-30f : -1e-30f));
+        }
+    F inverse[2] = {_mm512_div_ps(_mm512_set1_ps(1.0f), qa), _mm512_div_ps(_mm512_set1_ps(1.0f), qb)};
+    __mmask16 set[2] = {_mm512_cmp_ps_mask(qa, _mm512_setzero_ps(), _CMP_GT_OQ), _mm512_cmp_ps_mask(qb, _mm512_setzero_ps(), _CMP_GT_OQ)};
+    bf16 centre = half_of(least), least_bits = narrow(least);
+    for (int away = 0; away < 24; away++) {
+        bf16 m = (bf16)(centre + (away & 1 ? -(away + 1) / 2 : away / 2));
+        float value = half(m);
+        if (narrow(value) != least_bits) continue;
+        float lo = -1e30f, hi = 1e30f;
+        for (int h = 0; h < 2; h++) {
+            if (!set[h]) continue;
+            F x = _mm512_mul_ps(_mm512_sub_ps(bounds[0][h], _mm512_set1_ps(value)), inverse[h]);
+            F y = _mm512_mul_ps(_mm512_sub_ps(bounds[1][h], _mm512_set1_ps(value)), inverse[h]);
+            float l = _mm512_mask_reduce_max_ps(set[h], x), u = _mm512_mask_reduce_min_ps(set[h], y);
+            lo = l > lo ? l : lo, hi = u < hi ? u : hi;
+        }
+        float middle = lo < -1e29f ? 0.0f : 0.5f * (lo + hi), slack = 1e-6f * (hi > 0 ? hi : -hi);
+        if (lo > hi + slack) continue;
+        bf16 near = half_of(middle);
+        for (int other = 0; other < 7; other++) {
+            bf16 d = (bf16)(near + (other & 1 ? -(other + 1) / 2 : other / 2));
+            F s = _mm512_set1_ps(half(d)), z = _mm512_set1_ps(value);
+            if (equal(w, _mm512_fmadd_ps(qa, s, z), _mm512_fmadd_ps(qb, s, z))) {
+                *scale = d, *low = m;
+                return 1;
+            }
+        }
+    }
+    return 0;
+}
+
+/* The same for bf16(q d), q whole and in -127 .. 127. */
+static int fit8(const float *w, float *q, bf16 *scale) {
+    F a = _mm512_load_ps(w), b = _mm512_load_ps(w + 16);
+    float most = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(a), _mm512_abs_ps(b)));
+    bf16 centre = half_of(most / 127);
+    for (int away = 0; away < 24; away++) {
+        bf16 d = (bf16)(centre + (away & 1 ? -(away + 1) / 2 : away / 2));
+        float value = half(d);
+        if (!(value > 0) && most > 0) continue;
+        F s = _mm512_set1_ps(value), inverse = _mm512_set1_ps(value > 0 ? 1 / value : 0.0f);
+        F qa = _mm512_roundscale_ps(_mm512_mul_ps(a, inverse), 8), qb = _mm512_roundscale_ps(_mm512_mul_ps(b, inverse), 8);
+        if (_mm512_cmp_ps_mask(_mm512_abs_ps(qa), _mm512_set1_ps(127), _CMP_GT_OQ) | _mm512_cmp_ps_mask(_mm512_abs_ps(qb), _mm512_set1_ps(127), _CMP_GT_OQ))
+            continue;
+        if (equal(w, _mm512_mul_ps(qa, s), _mm512_mul_ps(qb, s))) {
+            _mm512_store_ps(q, qa), _mm512_store_ps(q + 16, qb);
+            *scale = d;
+            return 1;
+        }
+    }
+    return 0;
+}
+
+/* Rounding to 4 bits: codes between the extremes, then the scale and low that fit them best. */
+static void round4(const float *w, float *q, bf16 *scale, bf16 *low) {
+    float least = w[0], most = w[0], mq = 0, mw = 0, qq = 0, qw = 0;
+    for (int i = 1; i < 32; i++) least = w[i] < least ? w[i] : least, most = w[i] > most ? w[i] : most;
+    for (int i = 0; i < 32; i++) {
+        q[i] = most > least ? __builtin_rintf((w[i] - least) * (15 / (most - least))) : 0;
+        mq += q[i] / 32, mw += w[i] / 32;
+    }
+    for (int i = 0; i < 32; i++) qq += (q[i] - mq) * (q[i] - mq), qw += (q[i] - mq) * w[i];
+    float d = qq > 0 ? qw / qq : 0;
+    *scale = half_of(d), *low = half_of(mw - half(*scale) * mq);
+}
+
+static void round8(const float *w, float *q, bf16 *scale) {
+    float most = 0;
+    for (int i = 0; i < 32; i++) most = __builtin_fabsf(w[i]) > most ? __builtin_fabsf(w[i]) : most;
+    *scale = half_of(most / 127);
+    float d = half(*scale);
+    for (int i = 0; i < 32; i++) {
+        float v = d > 0 ? __builtin_rintf(w[i] / d) : 0;
+        q[i] = v > 127 ? 127 : v < -127 ? -127 : v;
+    }
+}
+
+/* Pack bf16 weights [out, in] into tiles of `kind`; rows up to the next multiple of 16 are zero. Weights that the kind
+ * does not hold exactly: with `rounding` they are rounded, in place too, else packing ends. Returns 1 if all were packed. */
+int specdec_pack(int kind, int rounding, bf16 *weights, int out, int in, uint8_t *tiles, int threads) {
+    int good = 1;
+#pragma omp parallel num_threads(threads)
+    {
+        int from, to, bytes = TILE_BYTES[kind], columns = in / 32;
+        share((out + 15) / 16, omp_get_thread_num(), omp_get_num_threads(), &from, &to);
+        for (int t = from; t < to && __atomic_load_n(&good, __ATOMIC_RELAXED); t++)
+            for (int k = 0; k < columns; k++) {
+                uint8_t *tile = tiles + bytes * ((int64_t)t * columns + k);
+                memset(tile, 0, (size_t)bytes);
+                for (int row = 0; row < 16 && 16 * t + row < out; row++) {
+                    bf16 *source = weights + (int64_t)(16 * t + row) * in + 32 * k;
+                    if (kind == BF16) {
+                        memcpy(tile + 64 * row, source, 64);
+                        continue;
+                    }
+                    float w[32] __attribute__((aligned(64))), q[32] __attribute__((aligned(64)));
+                    bf16 scale = 0, low = 0;
+                    _mm512_store_ps(w, load_bf16(source)), _mm512_store_ps(w + 16, load_bf16(source + 16));
+                    if (!(kind == Q4 ? fit4(w, q, &scale, &low) : fit8(w, q, &scale))) {
+                        if (!rounding) {
+                            __atomic_store_n(&good, 0, __ATOMIC_RELAXED);
+                            break;
+                        }
+                        if (kind == Q4) round4(w, q, &scale, &low);
+                        else round8(w, q, &scale);
+                        for (int i = 0; i < 32; i++)
+                            source[i] = narrow(kind == Q4 ? __builtin_fmaf(q[i], half(scale), half(low)) : q[i] * half(scale));
+                    }
+                    memcpy(tile + 2 * row, &scale, 2);
+                    if (kind == Q4) {
+                        memcpy(tile + 32 + 2 * row, &low, 2);
+                        uint8_t *words = tile + 64 + 64 * (row / 4); /* nibble row % 4 of each 16-bit word */
+                        for (int i = 0; i < 32; i++) words[2 * i + row % 4 / 2] |= (uint8_t)((int)q[i] << 4 * (row % 2));
+                    } else
+                        for (int i = 0; i < 32; i++) tile[32 + 32 * row + i] = (uint8_t)(int8_t)q[i];
+                }
+            }
+    }
+    return good;
+}
+
+/* Bytes of a tile of `kind`, 0 for an unknown one. */
+int specdec_tile_bytes(int kind) { return kind >= BF16 && kind <= Q4 ? TILE_BYTES[kind] : 0; }
+
+/* Ask for large pages for memory that will be read in whole, again and again. */
+void specdec_large_pages(void *memory, int64_t bytes) {
+    uintptr_t from = ((uintptr_t)memory + 4095) & ~(uintptr_t)4095, to = ((uintptr_t)memory + (uintptr_t)bytes) & ~(uintptr_t)4095;
+    if (to > from) madvise((void *)from, to - from, MADV_HUGEPAGE);
+}
+
+/* What this CPU can do: 0 nothing here, 1 AVX-512 BF16, 2 AMX too. `most` forbids more. Call first. */
+int specdec_open(int most) {
+    unsigned a, b, c, d;
+    has_amx = 0;
+    __builtin_cpu_init();
+    if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bf16")))
+        return 0;
+    if (most < 2 || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return most < 1 ? 0 : 1;
+    int tiles = d >> 22 & 1 && d >> 24 & 1;            /* AMX-BF16, AMX-TILE */
+    if (tiles) tiles = syscall(SYS_arch_prctl, 0x1023, 18) == 0; /* ARCH_REQ_XCOMP_PERM: tile data */
+    has_amx = tiles;
+    return tiles ? 2 : 1;
+}
+#else
+int specdec_open(int most) { return 0; }
+#endif

@@ -1,0 +1,142 @@
+"""The compiled kernels of ``native.c``: finding them, their structures, and packed linear maps.
+
+For bfloat16 on x86 CPUs with AVX-512 BF16. Knows nothing about models and targets.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from specdec.errors import SpecDecError
+
+BF16, Q8, Q4 = 0, 1, 2  # as in native.c
+POINTER, INT = ctypes.c_void_p, ctypes.c_int32
+
+
+class Map(ctypes.Structure):
+    _fields_ = (("kind", INT), ("out", INT), ("inp", INT), ("unused", INT), ("tiles", POINTER), ("bias", POINTER))
+
+
+class LowRank(ctypes.Structure):
+    _fields_ = (("down", Map), ("ks", INT), ("unused", INT), ("first", POINTER), ("up", POINTER))
+
+
+class Layer(ctypes.Structure):
+    _fields_ = (
+        *((name, Map) for name in ("qkv", "out", "gate_up", "down")),
+        *((name, POINTER) for name in ("norm_in", "norm_mlp", "norm_q", "norm_k")),
+    )
+
+
+class Model(ctypes.Structure):
+    _fields_ = (
+        *((n, INT) for n in ("hidden", "heads", "kv_heads", "head_dim", "inner", "rotated")),
+        *((n, ctypes.c_float) for n in ("eps", "scale")),
+        ("layers", POINTER),
+    )
+
+
+class Call(ctypes.Structure):
+    _fields_ = (
+        *((n, INT) for n in ("batch", "tokens", "lo", "hi", "start", "threads", "adapted", "windows")),
+        *((n, POINTER) for n in ("x", "cos", "sin", "keys", "values", "capacity", "masks", "window", "taps", "low")),
+    )
+
+
+@functools.cache
+def library() -> Any:
+    """The compiled kernels. Raises SpecDecError if they are missing, or this CPU cannot run them."""
+    path = Path(__file__).with_name(f"_native{sysconfig.get_config_var('EXT_SUFFIX')}")
+    if not path.exists():
+        raise SpecDecError("the native kernels are not built; install specdec where there is a C compiler")
+    # The kernels run in PyTorch's own pool of threads: a second pool would fight it for the cores.
+    pool = next((Path(torch.__file__).parent.parent).glob("torch*/**/libgomp*.so*"), None)
+    try:
+        ctypes.CDLL(str(pool) if pool else "libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
+        found = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise SpecDecError(f"the native kernels cannot be loaded ({error})") from None
+    if not found.specdec_open(2):
+        raise SpecDecError("the native runtime needs an x86 CPU with AVX-512 BF16")
+    found.specdec_large_pages.argtypes = (POINTER, ctypes.c_int64)
+    found.specdec_pack.argtypes = (INT, INT, POINTER, INT, INT, POINTER, INT)
+    found.specdec_linear.argtypes = (POINTER, POINTER, ctypes.c_float, POINTER, INT, POINTER, INT, INT)
+    found.specdec_layers.argtypes = (POINTER, POINTER)
+    return found
+
+
+class Packed:
+    """A linear map ``x W.T + bias`` in tiles. weight: bf16 [out, in]; kinds: storage to try, in order, before bf16.
+
+    rounding: the first of ``kinds`` is used even if it is not exact; ``weight`` is then rounded in place.
+    Raises SpecDecError if ``in`` is not a multiple of 32.
+    """
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None = None, kinds: Sequence[int] = (), rounding: bool = False
+    ) -> None:
+        lib, (out, inp) = library(), weight.shape
+        if inp % 32:
+            raise SpecDecError(f"the native runtime takes linear maps of multiples of 32 inputs; one has {inp}")
+        weight = weight.detach()
+        source = weight.contiguous()
+        columns, self.width, self.inp = inp // 32, out, inp
+        for kind in (*kinds, BF16):
+            tiles = torch.empty(-(-out // 16) * columns * lib.specdec_tile_bytes(kind) + 8192, dtype=torch.uint8)
+            lib.specdec_large_pages(tiles.data_ptr(), tiles.numel())
+            threads = torch.get_num_threads()
+            if lib.specdec_pack(kind, rounding, source.data_ptr(), out, inp, tiles.data_ptr(), threads):
+                break
+        if rounding and source is not weight:
+            weight.copy_(source)
+        self.kind, self.tiles = kind, tiles
+        self.bias = None if bias is None else F.pad(bias.detach().float(), (0, -out % 16)).contiguous()
+        self.struct = Map(kind, -(-out // 16) * 16, inp, 0, tiles.data_ptr(), pointer(self.bias))
+
+    def __call__(self, x: Tensor, norm: Tensor | None = None, eps: float = 0.0) -> Tensor:
+        """bf16 [..., in] -> [..., out], after an RMS norm with weight ``norm`` [in] (float32) if given."""
+        x = x.contiguous()
+        out = torch.empty(*x.shape[:-1], self.width, dtype=torch.bfloat16)
+        done(
+            library().specdec_linear(
+                ctypes.byref(self.struct),
+                pointer(norm),
+                eps,
+                x.data_ptr(),
+                x.numel() // self.inp,
+                out.data_ptr(),
+                self.width,
+                torch.get_num_threads(),
+            )
+        )
+        return out
+
+
+def serves(weight: Tensor) -> bool:
+    """Whether a linear map with this weight [out, in] can be ``Packed`` here."""
+    if weight.dtype != torch.bfloat16 or weight.device.type != "cpu" or weight.shape[1] % 32:
+        return False
+    try:
+        library()
+    except SpecDecError:
+        return False
+    return True
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def done(code: int) -> None:
+    """Raise MemoryError for what a kernel returns when it had no memory."""
+    if code:
+        raise MemoryError("can't allocate memory for a pass of the native runtime")

@@ -1,0 +1,246 @@
+"""The native runtime: decoder layers as one call into compiled kernels (``native.c``).
+
+Builds what the kernels read (packed weights, pointers, masks) and calls them; raises SpecDecError for machines and
+models that it does not serve. Weights that four or eight bits hold *exactly* (those of a checkpoint that was published
+in them) are stored so: fewer bytes to read, the same numbers. Knows nothing about drafting.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from specdec import fused, native
+from specdec.adapters import Adapters
+from specdec.cache import KVCache, Mask
+from specdec.errors import SpecDecError
+from specdec.native import BF16, INT, POINTER, Q4, Q8, Packed, done, pointer
+from specdec.target import Target, refuse_unsupported
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
+KINDS = {"auto": (Q4, Q8), "dense": (), "int8": (Q8,), "int4": (Q4,)}  # storage that is tried before bf16
+NAMES = {BF16: "16 bits", Q8: "8 bits", Q4: "4 bits"}
+
+
+class NativeTarget(Target):
+    """The native runtime. No gradients. A token's result does not depend on what else is in its pass, to the last bit.
+
+    weights: "auto" (in 4 or 8 bits where they hold the values exactly, else bf16), "dense" (bf16), "int8" or "int4"
+    (layers rounded where need be; ``model`` is rounded with them: it is the base).
+    ``storage``: what the layers' weights are held in. Raises SpecDecError for what it does not serve.
+    """
+
+    runtime = "native"
+
+    def __init__(self, model: PreTrainedModel, weights: str = "auto") -> None:
+        refuse_unsupported(model)
+        self.lib = native.library()
+        kind, config = model.config.model_type, model.config
+        if kind not in FAMILIES:
+            raise SpecDecError(f"model type '{kind}' is unknown to the native runtime (it knows {', '.join(FAMILIES)})")
+        if model.dtype != torch.bfloat16 or model.device.type != "cpu":
+            raise SpecDecError(f"the native runtime computes in bfloat16 on a CPU, not {model.dtype} on {model.device}")
+        super().__init__(model)
+        decoder: Any = model.model
+        first = decoder.layers[0]
+        fused.check_rotary(decoder.rotary_emb)
+        self.head_dim = int(first.self_attn.head_dim)
+        act = first.mlp.activation_fn if kind == "phi3" else first.mlp.act_fn
+        if "SiLU" not in type(act).__name__ or self.head_dim % 32 or self.head_dim > 256:
+            raise SpecDecError(
+                f"the native runtime takes SiLU and heads of 32, 64, ... 256; this '{kind}' model has "
+                f"{type(act).__name__} and heads of {self.head_dim}"
+            )
+        self.heads, self.kv_heads = int(config.num_attention_heads), int(config.num_key_value_heads)
+        self.kinds, self.rounding = KINDS[weights], weights in ("int8", "int4")
+        self._parts = fused.adapter_parts(first)
+        self._layers = (native.Layer * self.num_layers)()
+        self._alive: list[Any] = []  # what the structures point to
+        for layer, struct in zip(decoder.layers, self._layers, strict=True):
+            self._pack_layer(layer, struct)
+        self.inner = self._layers[0].down.inp
+        self.rotary, self.tables = decoder.rotary_emb, torch.empty(0)
+        rotated = int(self._rotary_tables(8).shape[2])
+        self.final_norm, self.eps = decoder.norm.weight.detach().float(), float(decoder.norm.variance_epsilon)
+        scale = float(first.self_attn.scaling)
+        sizes = self.hidden_size, self.heads, self.kv_heads, self.head_dim, self.inner, 2 * rotated
+        self._model = native.Model(*sizes, self.eps, scale, ctypes.addressof(self._layers))
+        self.kinds_of_windows = sorted(set(self.windows), key=str)
+        self._window = (INT * self.num_layers)(*(self.kinds_of_windows.index(w) for w in self.windows))
+        self.embedding: Tensor = decoder.embed_tokens.weight.detach()
+        self._heads: WeakKeyDictionary[nn.Module, Packed] = WeakKeyDictionary()
+        self._adapted: WeakKeyDictionary[Adapters, dict[int, Any]] = WeakKeyDictionary()
+        kinds = {getattr(layer, slot).kind for layer in self._layers for slot in ("qkv", "out", "gate_up", "down")}
+        self.storage = NAMES[kinds.pop()] if len(kinds) == 1 else "16 bits or less"
+        fused.check_logits(self)
+
+    def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+        return F.embedding(ids, self.embedding)
+
+    def layers(
+        self,
+        x: Tensor,
+        lo: int,
+        hi: int,
+        positions: Tensor,
+        mask: Mask,
+        cache: KVCache,
+        taps: dict[int, Tensor] | None = None,
+        adapters: Adapters | None = None,
+        adapted: int | None = None,
+    ) -> Tensor:
+        (batch, t, _), count = x.shape, self.num_layers + 1
+        y = x.to(torch.bfloat16, memory_format=torch.contiguous_format, copy=True)
+        tapped = (POINTER * count)()
+        if taps is not None:
+            for layer in taps:
+                if lo <= layer <= hi:
+                    taps[layer] = torch.empty_like(y)
+                    tapped[layer] = taps[layer].data_ptr()
+        if lo >= hi:
+            if taps is not None and lo in taps:
+                taps[lo] = y
+            return y
+        start = cache.reserve(lo, hi, t, self.kv_heads, self.head_dim, torch.bfloat16)
+        keys, values, capacity = (POINTER * count)(), (POINTER * count)(), (INT * count)()
+        for layer in range(lo, hi):
+            k, v = cache.keys[layer], cache.values[layer]
+            assert k is not None and v is not None
+            keys[layer], values[layer], capacity[layer] = k.data_ptr(), v.data_ptr(), k.shape[2]
+        cos, sin = self._rotary(positions, mask)
+        masks = [self._mask(mask, window) for window in self.kinds_of_windows]
+        mask_table = (POINTER * len(masks))(*map(pointer, masks))
+        low = None if adapters is None else self._low_rank(adapters, lo, hi)
+        call = native.Call(
+            *(batch, t, lo, hi, start, torch.get_num_threads(), 0 if adapted is None else adapted, len(masks)),
+            *(y.data_ptr(), cos.data_ptr(), sin.data_ptr()),
+            *(ctypes.addressof(keys), ctypes.addressof(values), ctypes.addressof(capacity)),
+            ctypes.addressof(mask_table),
+            ctypes.addressof(self._window),
+            ctypes.addressof(tapped),
+            None if low is None else ctypes.addressof(low),
+        )
+        done(self.lib.specdec_layers(ctypes.byref(self._model), ctypes.byref(call)))
+        return y
+
+    def readout(self, x: Tensor, head: nn.Linear | None = None) -> Tensor:
+        module: Any = self.model.get_output_embeddings() if head is None else head
+        packed = self._heads.get(module)
+        if packed is None:
+            packed = self._heads[module] = Packed(module.weight, module.bias, (Q4, Q8) if self.kinds else ())
+        return packed(x.reshape(-1, x.shape[-1]), self.final_norm, self.eps).view(*x.shape[:2], -1)
+
+    def linears(self, layer: int) -> dict[str, tuple[int, int]]:
+        modules = fused.modules(self.model.model.layers[layer])  # type: ignore[union-attr, index]
+        return {path: (m.in_features, stop - start) for path, (_, start, stop), m in self._adaptable(modules)}
+
+    # -- what is prepared once --------------------------------------------------------------------------------------
+
+    def _adaptable(self, modules: dict[str, list[tuple[str, nn.Linear]]]) -> list[Any]:
+        return [(path, self._parts[path], module) for pairs in modules.values() for path, module in pairs]
+
+    def _pack_layer(self, layer: Any, struct: native.Layer) -> None:
+        for slot, pairs in fused.modules(layer).items():
+            weights = [module.weight.detach() for _, module in pairs]
+            biases = [module.bias for _, module in pairs]
+            weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+            bias = None if biases[0] is None else torch.cat([b.detach() for b in biases])
+            if weight.shape[0] % 32:
+                raise SpecDecError(
+                    f"the native runtime takes multiples of 32 outputs; '{pairs[0][0]}' does not have them"
+                )
+            if slot == "gate_up":
+                weight, bias = _alternate(weight), None if bias is None else _alternate(bias)
+            packed = Packed(weight, bias, self.kinds, self.rounding)
+            if self.rounding:  # the model is the base: it holds what was packed
+                rows = _parted(weight) if slot == "gate_up" else weight
+                for module, part in zip(weights, rows.split([w.shape[0] for w in weights]), strict=True):
+                    module.copy_(part)
+            self._alive.append(packed)
+            setattr(struct, slot, packed.struct)
+        attention = layer.self_attn
+        norms = {"norm_in": layer.input_layernorm, "norm_mlp": layer.post_attention_layernorm}
+        norms |= {f"norm_{n}": getattr(attention, f"{n}_norm") for n in "qk" if hasattr(attention, f"{n}_norm")}
+        for name, module in norms.items():
+            weight = module.weight.detach().float()
+            self._alive.append(weight)
+            setattr(struct, name, weight.data_ptr())
+
+    def _low_rank(self, adapters: Adapters, lo: int, hi: int) -> Any:
+        """Pointers to the low-rank terms of layers [lo, hi). They are packed at first use and must not change then."""
+        made = self._adapted.setdefault(adapters, {})
+        pointers = (POINTER * (self.num_layers + 1))()
+        for layer in range(lo, hi):
+            if layer in adapters.paths:
+                if layer not in made:
+                    made[layer] = self._adapt(layer, adapters)
+                pointers[layer] = ctypes.addressof(made[layer][0])
+        return pointers
+
+    def _adapt(self, layer: int, adapters: Adapters) -> tuple[Any, list[Any]]:
+        structs, alive = (native.LowRank * 4)(), []
+        factors = adapters.factors(layer)
+        for index, slot in enumerate(("qkv", "out", "gate_up", "down")):
+            parts = {path: factors[path] for path in factors if self._parts[path][0] == slot}
+            if not parts:
+                continue
+            rank = -(-adapters.rank // 32) * 32
+            out = getattr(self._layers[layer], slot).out
+            downs, ups = [], torch.zeros(out, rank, dtype=torch.bfloat16)
+            first = torch.full((out // 16,), -1, dtype=torch.int32)
+            for number, (path, (down, up)) in enumerate(parts.items()):
+                _, start, stop = self._parts[path]
+                downs.append(F.pad(down.detach().bfloat16(), (0, 0, 0, rank - down.shape[0])))
+                ups[start:stop, : up.shape[1]] = up.detach()
+                first[start // 16 : stop // 16] = number * rank // 32
+            if slot == "gate_up":
+                ups, first = _alternate(ups), first.view(2, -1).t().contiguous().view(-1)
+            packed = Packed(torch.cat(downs)), Packed(ups)
+            structs[index] = native.LowRank(
+                packed[0].struct, rank // 32, 0, first.data_ptr(), packed[1].tiles.data_ptr()
+            )
+            alive += [packed, first]
+        return structs, alive
+
+    def _rotary_tables(self, count: int) -> Tensor:
+        """Cosines and sines [P, 2, rotated / 2] (float32) of at least ``count`` positions."""
+        if count > self.tables.shape[0]:
+            every = torch.arange(max(count, min(2 * count, self.context), 512))[None]
+            with torch.no_grad():
+                tables = self.rotary(torch.empty(0, dtype=self.dtype), every)
+            self.tables = torch.stack([table[0].chunk(2, -1)[0].float() for table in tables], 1)
+        return self.tables
+
+    def _rotary(self, positions: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [B, T, rotated / 2] of ``positions`` [B, T]."""
+        shared = positions is mask.query  # consecutive calls on one mask share what is derived from it
+        if not (shared and "cos" in mask.memo):
+            cos, sin = self._rotary_tables(int(positions.max()) + 1)[positions].unbind(2)
+            mask_cos, mask_sin = cos.contiguous(), sin.contiguous()
+            if not shared:
+                return mask_cos, mask_sin
+            mask.memo["cos"], mask.memo["sin"] = mask_cos, mask_sin
+        return mask.memo["cos"], mask.memo["sin"]  # type: ignore[return-value]
+
+    def _mask(self, mask: Mask, window: int | None) -> Tensor | None:
+        key = ("native", window)
+        if key not in mask.memo:
+            visible = mask.bool_mask(window)
+            mask.memo[key] = None if visible is None else visible.contiguous()
+        return mask.memo[key]
+
+
+def _alternate(rows: Tensor) -> Tensor:
+    """Rows of gate, then of up -> 16 of gate, 16 of up, and so on."""
+    return rows.view(2, -1, 16, *rows.shape[1:]).transpose(0, 1).reshape(rows.shape)
+
+
+def _parted(rows: Tensor) -> Tensor:
+    """Inverse of ``_alternate``."""
+    return rows.view(-1, 2, 16, *rows.shape[1:]).transpose(0, 1).reshape(rows.shape)

@@ -1,0 +1,47 @@
+"""Choosing the runtime of a model: the fastest that serves it here, or the one asked for."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedModel
+
+from specdec.errors import SpecDecError, did_you_mean
+from specdec.fused import FusedTarget
+from specdec.native_target import KINDS, NativeTarget
+from specdec.target import ReferenceTarget, Target
+
+RUNTIMES = ("auto", "native", "fused", "reference")
+WEIGHTS = tuple(KINDS)
+
+
+def make_target(model: PreTrainedModel, runtime: str = "auto", weights: str = "auto") -> tuple[Target, str]:
+    """The target of ``model`` in the runtime asked for, and a one-line note ("" if there is nothing to say).
+
+    runtime "auto": native where it serves the model on this machine, else fused, else the reference runtime, the note
+    saying why. weights: "auto" (as loaded; stored in fewer bits where they hold the very values), "dense" (as loaded),
+    "int8" or "int4" (layers rounded, in the model too: what is rounded is the base).
+    Raises SpecDecError if the model is unsupported, or unfit for what was named.
+    """
+    for what, value, known in (("runtime", runtime, RUNTIMES), ("weights", weights, WEIGHTS)):
+        if value not in known:
+            raise SpecDecError(f"unknown {what} '{value}'{did_you_mean(value, known)}; there are: {', '.join(known)}")
+    rounded = weights in ("int8", "int4")
+    if runtime == "reference" and rounded:
+        raise SpecDecError(f"{weights} weights need the native or the fused runtime; use --weights auto")
+    reasons: list[str] = []
+    fit = model.dtype == torch.bfloat16 and model.device.type == "cpu"  # for native
+    for name in RUNTIMES[1 if fit else 2 :] if runtime == "auto" else (runtime,):
+        try:
+            if name == "native":
+                return NativeTarget(model, weights), ""
+            if name == "fused" and weights == "int8":
+                raise SpecDecError("8-bit weights need the native runtime")
+            if name == "fused":
+                return FusedTarget(model, "int4" if rounded else "dense"), "; ".join(reasons)
+            if not rounded:
+                return ReferenceTarget(model), "; ".join(reasons)
+        except SpecDecError as error:
+            if runtime != "auto":
+                raise
+            reasons.append(f"no {name} runtime: {error}")
+    raise SpecDecError(f"{weights} weights are not possible here ({'; '.join(reasons)}); use --weights auto")

@@ -1,0 +1,189 @@
+"""The native runtime: the reference's numbers within bf16's rounding, and its own to the last bit whatever the pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from conftest import tiny_model
+from test_fused import ROPES, adapted_pass, apart, play, random_adapters, rough_model
+
+from specdec import native
+from specdec.errors import SpecDecError
+from specdec.native_target import FAMILIES, NativeTarget
+from specdec.runtimes import make_target
+from specdec.target import ReferenceTarget, Target
+
+try:
+    native.library()
+except SpecDecError as error:
+    pytest.skip(str(error), allow_module_level=True)
+
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32}
+PHI = {"hidden_size": 128, "intermediate_size": 96}  # its heads share the hidden size
+VARIANTS = [(family, {}) for family in FAMILIES] + [(f, {"rope_parameters": rope}) for f, rope in ROPES.items()]
+
+
+def model_of(family: str, **changes: object) -> torch.nn.Module:
+    return rough_model(family, **(PHI if family == "phi3" else SIZES), **changes).bfloat16()
+
+
+@pytest.fixture(params=[2, 1], ids=["amx", "avx512"], autouse=True)
+def level(request: pytest.FixtureRequest) -> Iterator[None]:
+    if native.library().specdec_open(request.param) < request.param:
+        pytest.skip("this CPU has no AMX")
+    yield
+    native.library().specdec_open(2)
+
+
+@pytest.mark.parametrize(("family", "changes"), VARIANTS)
+@torch.inference_mode()
+def test_agrees_with_the_reference_runtime(family: str, changes: dict[str, object]) -> None:
+    model = model_of(family, **changes)
+    target = NativeTarget(model)
+    wide = play(ReferenceTarget(model_of_float(model, family, changes)))
+    rough = play(ReferenceTarget(model))
+    for got, reference, expected in zip(play(target), rough, wide, strict=True):
+        # As near to float32 as the model itself is in bf16, within the noise of rounding.
+        assert apart(got.float(), expected) < 2 * apart(reference.float(), expected) + 0.02
+
+
+def model_of_float(model: torch.nn.Module, family: str, changes: dict[str, object]) -> torch.nn.Module:
+    wide = rough_model(family, **(PHI if family == "phi3" else SIZES), **changes)
+    wide.load_state_dict({name: value.float() for name, value in model.state_dict().items()})
+    return wide
+
+
+def passes(target: Target, ids: torch.Tensor, ends: list[int]) -> torch.Tensor:
+    """Logits [1, T, V] of ``ids`` [1, T], run in blocks that end at ``ends``."""
+    cache, out, start = target.new_cache(), [], 0
+    for end in ends:
+        positions = torch.arange(start, end)[None]
+        x = target.embed(ids[:, start:end], positions)
+        x = target.layers(x, 0, 2, positions, cache.mask(0, positions), cache)
+        out.append(target.readout(target.layers(x, 2, 4, positions, cache.mask(2, positions), cache)))
+        cache.keep([list(range(end - start))])
+        start = end
+    return torch.cat(out, 1)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
+@torch.inference_mode()
+def test_a_token_does_not_depend_on_what_is_scored_with_it(family: str) -> None:
+    target = NativeTarget(model_of(family))
+    torch.manual_seed(5)
+    ids = torch.randint(3, 97, (1, 50))
+    single = passes(target, ids, list(range(1, 51)))
+    for ends in ([50], [3, 4, 9, 25, 50], [1, 35, 50]):
+        assert torch.equal(passes(target, ids, ends), single)
+    # Beside another row, shorter or longer; and as a branch of a tree, whose slots are not in the order of its path.
+    batch = torch.cat((ids[:, :20], torch.randint(3, 97, (1, 20))))
+    positions, cache = torch.arange(20).expand(2, -1), target.new_cache(2)
+    x = target.layers(target.embed(batch, positions), 0, 4, positions, cache.mask(0, positions), cache)
+    assert torch.equal(target.readout(x)[0], single[0, :20])
+    cache.keep([list(range(20)), list(range(7))])
+    tree = torch.zeros(6, 6, dtype=torch.bool)
+    for node, ancestors in enumerate(([0], [0, 1], [0, 2], [0, 1, 3], [0, 2, 4], [0, 2, 4, 5])):
+        tree[node, ancestors] = True
+    tokens = torch.full((2, 6), 5)
+    tokens[0, [0, 2, 4, 5]] = ids[0, 20:24]
+    offsets = torch.tensor([0, 1, 1, 2, 2, 3])
+    positions = torch.tensor([[20], [7]]) + offsets
+    x = target.layers(target.embed(tokens, positions), 0, 4, positions, cache.mask(0, positions, tree), cache)
+    assert torch.equal(target.readout(x)[0, [0, 2, 4, 5]], single[0, 20:24])
+    cache.keep([[0, 2, 4, 5], [0]])
+    positions = torch.tensor([[24], [8]])
+    x = target.layers(
+        target.embed(tokens[:, :1] * 0 + ids[0, 24], positions), 0, 4, positions, cache.mask(0, positions), cache
+    )
+    assert torch.equal(target.readout(x)[0], single[0, 24:25])
+
+
+def published(bits: int, out: int, inputs: int) -> torch.Tensor:
+    """bf16 weights as a checkpoint in Q4_1 or Q8_0 blocks has them, groups that are all zero or constant included."""
+    scale = (torch.rand(out, inputs // 32, 1) * 0.02 + 1e-3).half().float()
+    if bits == 8:
+        codes = torch.randint(-127, 128, (out, inputs // 32, 32))
+        codes[:, :, 3] = 127
+        weight = codes * scale
+    else:
+        codes = torch.randint(0, 16, (out, inputs // 32, 32))
+        codes[:, :, 5], codes[:, :, 9] = 0, 15
+        weight = codes * scale + (-7.3 * scale).half().float()
+        weight[0, 0] = (codes[0, 0] - 6) * 0.140625  # passes through zero exactly
+    weight[1, 0], weight[2, 0] = 0.0, 0.25
+    return weight.flatten(1).bfloat16()
+
+
+@pytest.mark.parametrize(("bits", "kind"), [(4, native.Q4), (8, native.Q8)])
+@torch.inference_mode()
+def test_storage_in_fewer_bits_is_used_where_it_is_exact(bits: int, kind: int) -> None:
+    torch.manual_seed(6)
+    weight, bias, x = published(bits, 48, 128), torch.randn(48).bfloat16(), torch.randn(19, 128).bfloat16()
+    few, dense = native.Packed(weight, bias, (kind,)), native.Packed(weight, bias)
+    assert (few.kind, dense.kind) == (kind, native.BF16)
+    assert torch.equal(few(x), dense(x))
+    assert apart(dense(x).float(), x.float() @ weight.float().t() + bias.float()) < 1e-2
+    weight[17] = torch.randn(128)
+    assert native.Packed(weight, bias, (kind,)).kind == native.BF16
+
+
+@torch.inference_mode()
+def test_a_published_four_bit_model_runs_in_four_bits_with_the_same_logits() -> None:
+    torch.manual_seed(7)
+    model = model_of("llama")
+    for name, parameter in model.named_parameters():
+        if name.endswith("proj.weight"):
+            parameter.copy_(published(4, *parameter.shape))
+    few, dense = NativeTarget(model), NativeTarget(model, "dense")
+    assert (few.storage, dense.storage) == ("4 bits", "16 bits")
+    assert all(torch.equal(a, b) for a, b in zip(play(few), play(dense), strict=True))
+    model.model.layers[2].mlp.down_proj.weight[0, 0] += 1
+    assert NativeTarget(model).storage == "16 bits or less"
+
+
+@pytest.mark.parametrize(("weights", "most"), [("int4", 0.15), ("int8", 0.01)])
+@torch.inference_mode()
+def test_rounded_weights_round_the_model(weights: str, most: float) -> None:
+    model = model_of("llama")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    target, _ = make_target(model, weights=weights)
+    assert isinstance(target, NativeTarget)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]) != ("proj.weight" in name), name
+        assert apart(value, before[name]) < most
+    assert all(torch.equal(a, b) for a, b in zip(play(target), play(NativeTarget(model, "dense")), strict=True))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("t", "adapted"), [(1, None), (3, 3), (2, 1), (12, 2)])
+@torch.inference_mode()
+def test_adapters(family: str, t: int, adapted: int | None) -> None:
+    model = model_of(family)
+    reference, target = ReferenceTarget(model), NativeTarget(model)
+    assert target.linears(1) == reference.linears(1)
+    with torch.inference_mode(False):
+        adapters = random_adapters(reference, leave_out="self_attn.k_proj").bfloat16()
+    expected, plain = adapted_pass(reference, adapters, t, adapted), adapted_pass(target, None, t, None)
+    got = adapted_pass(target, adapters, t, adapted)
+    assert apart(got.float(), expected.float()) < 0.1 < apart(plain[:, -1:].float(), expected[:, -1:].float())
+    if adapted is not None and adapted < t:
+        assert torch.equal(got[:, :-adapted], plain[:, :-adapted])
+
+
+@torch.inference_mode()
+def test_head_of_any_width() -> None:
+    target = NativeTarget(model_of("llama"))
+    x, few = torch.randn(2, 3, 64).bfloat16(), torch.tensor([7, 3, 90])
+    assert torch.equal(target.readout(x, target.reduced_head(few)), target.readout(x)[..., few])
+
+
+def test_refusals_and_fallback() -> None:
+    with pytest.raises(SpecDecError, match="bfloat16 on a CPU"):
+        NativeTarget(tiny_model("llama", **SIZES))
+    with pytest.raises(SpecDecError, match="unknown to the native runtime"):
+        NativeTarget(tiny_model("gemma2").bfloat16())
+    target, note = make_target(tiny_model("llama").bfloat16())  # heads of 8
+    assert target.runtime == "fused" and "heads of" in note
+    assert make_target(model_of("llama"))[0].runtime == "native"
