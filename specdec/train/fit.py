@@ -5,7 +5,7 @@ Sums are kept in float64. Knows nothing about gradients.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,27 +15,44 @@ from specdec.target import Target
 from specdec.train.batches import Batch
 from specdec.train.student import landings
 
+ONE = "1"  # the part of constant features
 RIDGE = 1e-3  # of the mean diagonal of the normal matrix
 
 
-class NormalEquations:
-    """min_W |X W - Y|^2 + ridge |W|^2, with a constant feature, from rows seen once."""
+class Moments:
+    """min_W |X W - Y|^2 + ridge |W|^2 for several (X, Y) at once, from rows seen once.
 
-    def __init__(self, features: int, outputs: int) -> None:
-        self.gram = torch.zeros(features + 1, features + 1, dtype=torch.float64)
-        self.cross = torch.zeros(features + 1, outputs, dtype=torch.float64)
+    problems: (names of the parts that make X, name of Y) of each; a constant feature comes with all. Products of parts
+    that problems share are accumulated one time.
+    """
 
-    def add(self, x: Tensor, y: Tensor) -> None:
-        """Rows x [M, features] and y [M, outputs]."""
-        x = torch.cat((x.float(), x.new_ones(len(x), 1, dtype=torch.float)), 1)
-        self.gram += (x.T @ x).double().cpu()
-        self.cross += (x.T @ y.float()).double().cpu()
+    def __init__(self, problems: Iterable[tuple[Sequence[str], str]]) -> None:
+        self.sums: dict[tuple[str, str], Tensor] = {}
+        self.pairs: set[tuple[str, str]] = set()
+        for features, goal in problems:
+            full = (*features, ONE)
+            self.pairs |= {(a, b) for i, a in enumerate(full) for b in full[i:]} | {(a, goal) for a in full}
 
-    def solve(self) -> tuple[Tensor, Tensor]:
-        """Weight [outputs, features] and bias [outputs], float32."""
-        ridge = RIDGE * self.gram.diagonal().mean() * torch.eye(len(self.gram), dtype=torch.float64)
-        w = torch.linalg.solve(self.gram + ridge, self.cross).float()
-        return w[:-1].T.contiguous(), w[-1].contiguous()
+    def add(self, parts: dict[str, Tensor]) -> None:
+        """Rows of each part, [M, width]."""
+        rows = {name: part.float() for name, part in parts.items()}
+        rows[ONE] = torch.ones_like(next(iter(rows.values()))[:, :1])
+        for a, b in self.pairs:
+            product = (rows[a].T @ rows[b]).double().cpu()
+            self.sums[a, b] = self.sums[a, b] + product if (a, b) in self.sums else product
+
+    def solve(self, features: Sequence[str], goal: str) -> tuple[Tensor, Tensor]:
+        """Weight [outputs, features] and bias [outputs], float32, of one of the problems."""
+        full = (*features, ONE)
+        blocks = [[self.sums[a, b] if (a, b) in self.sums else self.sums[b, a].T for b in full] for a in full]
+        gram = torch.cat([torch.cat(row, 1) for row in blocks])
+        return _solve(gram, torch.cat([self.sums[a, goal] for a in full]))
+
+
+def _solve(gram: Tensor, cross: Tensor) -> tuple[Tensor, Tensor]:
+    ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+    w = torch.linalg.solve(gram + ridge, cross).float()
+    return w[:-1].T.contiguous(), w[-1].contiguous()
 
 
 @torch.no_grad()
@@ -43,12 +60,12 @@ def fit_leaps(network: M2R2, target: Target, batches: Callable[[], Iterable[Batc
     """Set the leaps one after another, each on the path that the earlier ones make (step 1, exact carry)."""
     for index, leap in enumerate(network.leaps):
         assert isinstance(leap, nn.Linear)
-        equations = NormalEquations(leap.in_features, leap.out_features)
         goal = network.path.segments[index][0] if index < len(network.path.segments) else network.num_layers
+        moments = Moments([(["features"], "goal")])
         for batch in batches():
             x, carry = landings(network, target, batch, index)
-            features = network.features(index, x, carry)
-            equations.add(features[batch.valid], batch.hidden[goal][batch.valid])
-        weight, bias = equations.solve()
+            parts = {"features": network.features(index, x, carry), "goal": batch.hidden[goal]}
+            moments.add({name: part[batch.valid] for name, part in parts.items()})
+        weight, bias = moments.solve(["features"], "goal")
         leap.weight.copy_(weight)
         leap.bias.copy_(bias)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +30,7 @@ from specdec.errors import SpecDecError
 from specdec.train import batches as windows_of
 from specdec.train.batches import Batch
 from specdec.train.evaluate import standing, walk
-from specdec.train.fit import NormalEquations
+from specdec.train.fit import Moments
 from specdec.train.runtime import TrainingTarget
 from specdec.train.speed import predict
 from specdec.train.states import Record, Wanted
@@ -44,6 +43,7 @@ LANDINGS = 16  # most layers a first leap is tried to
 LONGEST, SHORT = 6, 3  # most layers of a single stretch, and of the first of two
 EXITS = (1, 2)  # early layers tried before the leap of the best paths; the others start from the embedding
 RANKED, PAIRED = 16, 3  # paths whose chains are measured; stretches that get a second one
+TIMINGS = 7  # of each measured cost
 FADE = 0.8  # agreement of a second draft over that of the first, for ranking
 
 Segments = tuple[tuple[int, int], ...]
@@ -86,14 +86,13 @@ def path_costs(target: TrainingTarget, vocab: Tensor | None) -> PathCosts:
     half, count = target.num_layers // 2, target.num_layers
     longer = min(half + LONGEST, count)
     decoder = SpecDecoder(target.model, None, drafter="none")
-    seconds = []
+    drafters = []
     for segments in (((half, half + 1),), ((half, longer),), ((half, half + 1), (half + 1, half + 2))):
-        network = M2R2(M2R2Path(0, segments, True), decoder.target, vocab)
-        drafter = M2R2Drafter(network, siblings=())
-        drafter.bind(decoder.target)
-        runs = [time_drafting(decoder.target, drafter, decoder.verifier) for _ in range(3)]
-        seconds.append(statistics.median(runs))
-    one, many, two = seconds
+        drafters.append(M2R2Drafter(M2R2(M2R2Path(0, segments, True), decoder.target, vocab), siblings=()))
+        drafters[-1].bind(decoder.target)
+    # In turns, and the least of each: what else the machine does must not end up in a difference.
+    runs = [[time_drafting(decoder.target, d, decoder.verifier) for d in drafters] for _ in range(TIMINGS)]
+    one, many, two = (min(times) for times in zip(*runs, strict=True))
     layer = max(many - one, 0.0) / (longer - half - 1)
     leap = max(two - one - layer, 0.0)
     return PathCosts(time_scoring(decoder.target), layer, leap, max(one - layer - 2 * leap, 0.0))
@@ -280,20 +279,24 @@ class Search:
 
     def _fit(self, exit_layer: int, prefix: Segments, lo: int | None, goals: dict[int, list[int]]) -> None:
         """Fit the leaps to ``goals[hi]`` from the ends of stretch [lo, hi) after ``prefix``; lo None: the exit."""
-        d = self.target.hidden_size
-        equations = {
-            (hi, goal): NormalEquations(d * (2 if goal == self.count else 3), d)
+        problems = {
+            (hi, goal): ([f"x{hi}", "final", *([] if goal == self.count else [f"carry{goal}"])], f"goal{goal}")
             for hi, several in goals.items()
             for goal in several
         }
+        moments = Moments(problems.values())
         reach = Candidate(exit_layer, prefix if lo is None else (*prefix, (lo, max(goals))))
-        for batch in self._batches(self.train, reach, None, {goal for _, goal in equations}):
-            states = self._ends(exit_layer, prefix, lo, list(goals), batch)
-            for (hi, goal), sums in equations.items():
-                sums.add(self._features(states[hi], goal, batch)[batch.valid], batch.hidden[goal][batch.valid])
-        for (hi, goal), sums in equations.items():
+        landed = {goal for _, goal in problems}
+        for batch in self._batches(self.train, reach, None, landed):
+            ends = self._ends(exit_layer, prefix, lo, list(goals), batch)
+            parts = {f"x{hi}": rms_unit(x) for hi, x in ends.items()}
+            parts |= {"final": rms_unit(batch.before[self.count])}
+            parts |= {f"carry{goal}": rms_unit(batch.before[goal]) for goal in landed if goal != self.count}
+            parts |= {f"goal{goal}": batch.hidden[goal] for goal in landed}
+            moments.add({name: part[batch.valid] for name, part in parts.items()})
+        for (hi, goal), problem in problems.items():
             segments = prefix if lo is None else (*prefix, (lo, hi))
-            weight, bias = sums.solve()
+            weight, bias = moments.solve(*problem)
             self.fitted[exit_layer, segments, goal] = weight.to(self.target.device), bias.to(self.target.device)
 
     def _ends(
@@ -312,14 +315,12 @@ class Search:
             x = target.layers(x, start, end, batch.positions, mask, cache, taps if last else None)
         return taps
 
-    def _features(self, x: Tensor, goal: int, batch: Batch) -> Tensor:
-        """As ``M2R2.features``, with exact carries."""
-        carries = [batch.before[self.count]] + ([] if goal == self.count else [batch.before[goal]])
-        return torch.cat([rms_unit(part) for part in (x, *carries)], -1)
-
     def _leap(self, exit_layer: int, segments: Segments, goal: int, x: Tensor, batch: Batch) -> Tensor:
+        """As ``M2R2.leap``, with exact carries."""
+        carries = [batch.before[self.count]] + ([] if goal == self.count else [batch.before[goal]])
+        features = torch.cat([rms_unit(part) for part in (x, *carries)], -1)
         weight, bias = (part.to(x.dtype) for part in self.fitted[exit_layer, segments, goal])
-        return nn.functional.linear(self._features(x, goal, batch), weight, bias)
+        return nn.functional.linear(features, weight, bias)
 
     def _hits(self, final: Tensor, batch: Batch) -> Tensor:
         best = batch.best if self.place is None else self.place[batch.best]
