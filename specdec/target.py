@@ -11,7 +11,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,12 @@ from specdec import hub
 from specdec.adapters import Adapters
 from specdec.cache import KVCache, Mask
 from specdec.errors import SpecDecError
+
+Part = Literal["attention", "mlp"]
+PARTS: dict[str, tuple[str, ...]] = {  # what decoder layers call them
+    "attention": ("self_attn", "attn", "attention"),
+    "mlp": ("mlp", "block_sparse_moe", "feed_forward", "fc1", "fc2"),
+}
 
 
 class Target(ABC):
@@ -33,6 +39,7 @@ class Target(ABC):
 
     runtime: str  # "reference", "fused", ...
     tokenizer: Any = None  # the model's, where known: drafters with a model of their own compare it
+    _gated: ReferenceTarget | None = None
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -71,6 +78,17 @@ class Target(ABC):
         taps: for each key l with lo <= l <= hi, filled with the input of layer l (l = hi: the result).
         adapters: applied to the last ``adapted`` tokens of the block (None: to all of them).
         """
+
+    def sublayer(self, x: Tensor, layer: int, part: Part, positions: Tensor, mask: Mask, cache: KVCache) -> Tensor:
+        """Run the attention or the MLP of one layer alone, residual included: [B, T, D] -> [B, T, D].
+
+        Arguments as in ``layers``; "mlp" leaves the cache as it is. This goes through the model's own modules, which
+        works for any runtime but costs what the reference runtime does. Raises SpecDecError if the model's layers have
+        no such part.
+        """
+        if self._gated is None:
+            self._gated = ReferenceTarget(self.model)
+        return self._gated.sublayer(x, layer, part, positions, mask, cache)
 
     @abstractmethod
     def readout(self, x: Tensor, head: nn.Linear | None = None) -> Tensor:
@@ -167,6 +185,18 @@ class _Gate(nn.Module):
         return (hidden,) if owner.tuples else hidden
 
 
+class _Nothing(nn.Module):
+    """Stands in for a sublayer that adds nothing. pair: answers as attention does, with weights beside the result."""
+
+    def __init__(self, pair: bool) -> None:
+        super().__init__()
+        self.pair = pair
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        zeros = torch.zeros_like(hidden_states)
+        return (zeros, None) if self.pair else zeros
+
+
 class ReferenceTarget(Target):
     """The reference runtime: exact on any decoder-only HF model, checked on load.
 
@@ -224,6 +254,21 @@ class ReferenceTarget(Target):
             )
         assert call.result is not None
         return call.result
+
+    def sublayer(self, x: Tensor, layer: int, part: Part, positions: Tensor, mask: Mask, cache: KVCache) -> Tensor:
+        other = "mlp" if part == "attention" else "attention"
+        block = self.blocks[layer]
+        modules = {name: module for name, module in block.named_children() if name in PARTS[other]}
+        if not modules:
+            kind = self.model.config.model_type
+            raise SpecDecError(f"the layers of a '{kind}' model have no known {other} to leave out; skip whole layers")
+        try:
+            for name in modules:
+                setattr(block, name, _Nothing(pair=other == "attention"))
+            return self.layers(x, layer, layer + 1, positions, mask, cache)
+        finally:
+            for name, module in modules.items():
+                setattr(block, name, module)
 
     def readout(self, x: Tensor, head: nn.Linear | None = None) -> Tensor:
         ids = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)
