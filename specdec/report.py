@@ -31,12 +31,16 @@ class Comparison:
     judged: whether the outputs can be compared (greedy decoding); sampled outputs are equal only in distribution.
     difference: where two greedy outputs part, as replay of the raw logits explains it; None if they are equal, or if a
         repetition penalty changed the logits that decided.
+    lossy: the acceptance rule, if it may change the output; a difference is then no fault.
+    agreement: share of our tokens that the full model would choose after those before them; known for lossy rules.
     """
 
     ours: GenerationOutput
     plain: GenerationOutput
     judged: bool
     difference: Difference | None
+    lossy: str = ""
+    agreement: float | None = None
 
     @property
     def speedup(self) -> float | None:
@@ -49,8 +53,8 @@ class Comparison:
 
     @property
     def fault(self) -> bool:
-        """A difference that rounding does not explain."""
-        return self.difference is not None and not self.difference.near_tie
+        """A difference that rounding does not explain, by a rule that allows none."""
+        return not self.lossy and self.difference is not None and not self.difference.near_tie
 
     @property
     def verdict(self) -> str:
@@ -58,6 +62,8 @@ class Comparison:
             return "not comparable: sampling"
         if self.identical:
             return "yes"
+        if self.lossy:
+            return f"no: {self.lossy}"
         return f"no ({self.difference or 'not explained: a repetition penalty changes the logits'})"
 
     def facts(self) -> Facts:
@@ -67,6 +73,9 @@ class Comparison:
             ("plain tokens/s", f"{self.plain.metrics.tokens_per_second:.1f}"),
             ("output identical to plain decoding", self.verdict),
         ]
+        if self.agreement is not None:
+            facts.append(("agreement with the full model", f"{self.agreement:.0%}"))
+        return facts
 
     def as_dict(self) -> dict[str, Any]:
         gap = None if self.difference is None else self.difference.margin
@@ -75,6 +84,7 @@ class Comparison:
             "identical": self.identical,
             "fault": self.fault,
             "verdict": self.verdict,
+            "agreement": self.agreement,
             "first_difference": None if self.difference is None else self.difference.index,
             "logit_gap": gap if gap is not None and math.isfinite(gap) else None,
             "plain": {
@@ -103,6 +113,14 @@ def statistics(decoder: SpecDecoder, output: GenerationOutput, comparison: Compa
             ("runtime", " ".join(runtime(decoder).values())),
         ]
     ]
+    if not decoder.verifier.lossless:
+        blocks.append([("acceptance rule", rule(decoder))])
+    if m.exit_layers:
+        shares = ", ".join(f"{share:.0%} after {layers}" for layers, share in m.exit_shares.items())
+        blocks[-1] += [
+            ("layers per token", f"{m.mean_layers_per_token:.1f} of {m.num_layers}"),
+            ("tokens that left", shares),
+        ]
     if comparison is not None:
         blocks.append(comparison.facts())
     if verbose:
@@ -123,6 +141,12 @@ def statistics(decoder: SpecDecoder, output: GenerationOutput, comparison: Compa
         for first in range(0, len(block), side_by_side):
             table.add_row(*(Text(cell) for pair in block[first : first + side_by_side] for cell in pair))
         console.print(table)
+
+
+def rule(decoder: SpecDecoder) -> str:
+    """The acceptance rule by name; a lossy one says so, with its settings."""
+    verifier = decoder.verifier
+    return verifier.name if verifier.lossless else f"lossy ({getattr(verifier, 'label', verifier.name)})"
 
 
 def runtime(decoder: SpecDecoder) -> dict[str, str]:
