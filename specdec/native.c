@@ -168,14 +168,25 @@ static inline void unpack_q4(const uint8_t *tile, uint8_t *rows) {
     _mm512_store_ps(scale, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)tile)));
     _mm512_store_ps(low, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(tile + 32))));
     const F steps = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i nibble = _mm512_set1_epi16(15), second = _mm512_set1_epi16(16);
     for (int quad = 0; quad < 4; quad++) {
+        const float *d = scale + 4 * quad, *m = low + 4 * quad;
         __m512i words = _mm512_loadu_si512(tile + 64 + 64 * quad); /* word w, nibble j: row 4 quad + j, column w */
-        for (int j = 0; j < 4; j++) {
-            int row = 4 * quad + j;
-            __m256i values = narrow16(_mm512_fmadd_ps(steps, _mm512_set1_ps(scale[row]), _mm512_set1_ps(low[row])));
-            __m512i table = _mm512_broadcast_i64x4(values); /* twice 16 entries: the index has a fifth bit */
-            _mm512_store_si512(rows + 64 * row, _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4 * j), table));
-        }
+        F a = _mm512_fmadd_ps(steps, _mm512_set1_ps(d[0]), _mm512_set1_ps(m[0]));
+        F b = _mm512_fmadd_ps(steps, _mm512_set1_ps(d[1]), _mm512_set1_ps(m[1]));
+        F e = _mm512_fmadd_ps(steps, _mm512_set1_ps(d[2]), _mm512_set1_ps(m[2]));
+        F f = _mm512_fmadd_ps(steps, _mm512_set1_ps(d[3]), _mm512_set1_ps(m[3]));
+        /* Two rows share a table of 32 entries; the fifth bit of an index says which. */
+        __m512i ab = (__m512i)_mm512_cvtne2ps_pbh(b, a), ef = (__m512i)_mm512_cvtne2ps_pbh(f, e);
+        __m512i first = _mm512_and_si512(words, nibble);
+        __m512i other = _mm512_ternarylogic_epi32(_mm512_srli_epi16(words, 4), nibble, second, 0xea); /* x & y | z */
+        __m512i third = _mm512_and_si512(_mm512_srli_epi16(words, 8), nibble);
+        __m512i last = _mm512_or_si512(_mm512_srli_epi16(words, 12), second);
+        uint8_t *to = rows + 256 * quad;
+        _mm512_store_si512(to, _mm512_permutexvar_epi16(first, ab));
+        _mm512_store_si512(to + 64, _mm512_permutexvar_epi16(other, ab));
+        _mm512_store_si512(to + 128, _mm512_permutexvar_epi16(third, ef));
+        _mm512_store_si512(to + 192, _mm512_permutexvar_epi16(last, ef));
     }
 }
 

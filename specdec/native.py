@@ -74,6 +74,30 @@ def library() -> Any:
     return found
 
 
+class _Arena:
+    """Memory in large pieces on large pages: most maps alone are smaller than such a page."""
+
+    PIECE, PAGE = 32 << 20, 2 << 20
+
+    def __init__(self) -> None:
+        self.piece, self.used = torch.empty(0, dtype=torch.uint8), 0
+
+    def look(self, size: int) -> Tensor:
+        """The next ``size`` bytes, aligned to a cache line; they stay free until they are taken."""
+        if self.used + size > self.piece.numel():
+            room = max(size, self.PIECE) + self.PAGE
+            whole = torch.empty(room, dtype=torch.uint8)
+            library().specdec_large_pages(whole.data_ptr(), room)
+            self.piece, self.used = whole[-whole.data_ptr() % self.PAGE :], 0
+        return self.piece[self.used : self.used + size]
+
+    def take(self, size: int) -> None:
+        self.used += -(-size // 64) * 64
+
+
+_arena = _Arena()
+
+
 class Packed:
     """A linear map ``x W.T + bias`` in tiles. weight: bf16 [out, in]; kinds: storage to try, in order, before bf16.
 
@@ -91,11 +115,11 @@ class Packed:
         source = weight.contiguous()
         columns, self.width, self.inp = inp // 32, out, inp
         for kind in (*kinds, BF16):
-            tiles = torch.empty(-(-out // 16) * columns * lib.specdec_tile_bytes(kind) + 8192, dtype=torch.uint8)
-            lib.specdec_large_pages(tiles.data_ptr(), tiles.numel())
+            tiles = _arena.look(-(-out // 16) * columns * lib.specdec_tile_bytes(kind))
             threads = torch.get_num_threads()
             if lib.specdec_pack(kind, rounding, source.data_ptr(), out, inp, tiles.data_ptr(), threads):
                 break
+        _arena.take(tiles.numel())
         if rounding and source is not weight:
             weight.copy_(source)
         self.kind, self.tiles = kind, tiles
