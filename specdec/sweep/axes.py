@@ -1,0 +1,75 @@
+"""In what the cells of a sweep differ, and short names for them. Knows nothing of what was measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from specdec.sweep.schema import GROUPS
+
+SHORT = {"num_speculative_tokens": "depth", "max_new_tokens": "tokens", "batch_size": "batch", "temperature": "T"}
+
+
+def values(cell: Mapping[str, Any]) -> dict[str, Any]:
+    """Every setting of a cell (``Cell.as_dict()``) by axis name; options are ``drafter.NAME.OPTION``."""
+    out: dict[str, Any] = {}
+    for name, value in cell.items():
+        group = name.removesuffix("_options")
+        if group != name and group in GROUPS:
+            out.update(flat(f"{group}.{cell[group]}.", value))
+        else:
+            out[name] = value
+    return out
+
+
+def flat(prefix: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of joined drafters are a level down; here they are not."""
+    out: dict[str, Any] = {}
+    for name, value in options.items():
+        out |= flat(f"{prefix}{name}.", value) if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return out
+
+
+def flow(value: Any) -> str:
+    """``value`` as YAML on one line."""
+    return "" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def varying(cells: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """The axes on which these cells differ, each with its values in order of appearance."""
+    points = [values(cell) for cell in cells]
+    out = {}
+    for name in dict.fromkeys(name for point in points for name in point):
+        taken: list[Any] = []
+        for point in points:
+            if name in point and point[name] not in taken:
+                taken.append(point[name])
+        if len(taken) > 1 or any(name not in point and _could_have(point, name) for point in points):
+            out[name] = taken
+    return out
+
+
+def labels(cells: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A name for each cell: its drafter, and what tells it from the other cells of that drafter."""
+    families: dict[str, list[Mapping[str, Any]]] = {}
+    for cell in cells:
+        families.setdefault(cell["drafter"], []).append(cell)
+    differing = {drafter: varying(family) for drafter, family in families.items()}
+    out = []
+    for cell in cells:
+        point = values(cell)
+        told = [f"{short(name)}={flow(point[name])}" for name in differing[cell["drafter"]] if name in point]
+        out.append(" ".join([cell["drafter"], *told]))
+    return out
+
+
+def short(axis: str) -> str:
+    """The last part of an axis' name, for people."""
+    name = axis.rpartition(".")[2] if axis.startswith(tuple(f"{group}." for group in GROUPS)) else axis
+    return SHORT.get(name, name)
+
+
+def _could_have(point: Mapping[str, Any], axis: str) -> bool:
+    """Whether an option that this cell does not set is one of its own drafter or verifier."""
+    return any(axis.startswith(f"{group}.{point[group]}.") for group in GROUPS)

@@ -1,0 +1,146 @@
+"""Runs cells on a Ray cluster, or on a Ray started here (the ``ray`` extra).
+
+One actor is one worker: it loads a model once and keeps it until a cell needs another, and is handed cells of the same
+model as long as there are any. Ray places the actors by the plan's resources. Workers need the package, the models
+and the prompt files where this machine has them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import time
+from collections.abc import Generator, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from specdec.bench.cell import Cell
+from specdec.embedded import one_line
+from specdec.errors import SpecDecError
+from specdec.sweep.launch import Watch, failed, measure
+from specdec.sweep.plan import loading
+from specdec.sweep.schema import Resources
+
+POLL = 0.5  # seconds between looks at the workers
+
+
+class Worker:
+    """Lives in a process of Ray's; ``progress`` answers while ``run`` is at work."""
+
+    def __init__(self, data_dir: str | None) -> None:
+        from specdec.bench.run import Decoders  # heavy
+
+        self.decoders = Decoders(Path(data_dir) if data_dir else None)
+        self.state = (0, 0, 0)
+        self.name = f"{platform.node()}:{os.getpid()}"
+
+    def run(self, values: dict[str, Any]) -> dict[str, Any]:
+        self.state = (0, 0, 0)
+        return measure(Cell.from_dict(values), self.decoders, self._progress) | {"worker": self.name}
+
+    def _progress(self, done: int, total: int, tokens: int) -> None:
+        self.state = (done, total, tokens)
+
+    def progress(self) -> tuple[int, int, int]:
+        return self.state
+
+
+def on_ray(
+    cells: Sequence[Cell], resources: Resources, address: str | None, data_dir: Path | None, watch: Watch
+) -> Generator[dict[str, Any]]:
+    """Measure ``cells`` on the cluster at ``address`` (None: $RAY_ADDRESS, else a Ray of our own on this machine).
+
+    Raises SpecDecError if Ray is not installed or not reached, or if a cell asks for more than any machine has.
+    """
+    ray = _connect(address)
+    try:
+        count = min(len(cells), _room(ray, resources))
+        actor = ray.remote(
+            num_cpus=resources.cpus,
+            num_gpus=resources.gpus,
+            memory=int(resources.memory_gb * 1e9) or None,
+            max_concurrency=2,
+        )(Worker)
+        folder = None if data_dir is None else str(data_dir.resolve())
+        yield from _Pool(ray, lambda: actor.remote(folder), count, watch).run(list(cells))
+    finally:
+        ray.shutdown()  # with its actors
+
+
+class _Pool:
+    def __init__(self, ray: Any, start: Any, count: int, watch: Watch) -> None:
+        self.ray, self.start, self.watch = ray, start, watch
+        self.idle: list[tuple[Any, tuple[str, ...] | None]] = [(start(), None) for _ in range(count)]
+        self.busy: dict[Any, tuple[Any, Cell, float]] = {}
+
+    def run(self, waiting: list[Cell]) -> Iterator[dict[str, Any]]:
+        while waiting or self.busy:
+            while waiting and self.idle:
+                worker, model = self.idle.pop(0)
+                cell = next((c for c in waiting if loading(c) == model), waiting[0])
+                waiting.remove(cell)
+                self.busy[worker.run.remote(cell.as_dict())] = (worker, cell, time.perf_counter())
+                self.watch(cell, 0, 0, 0)
+            done, _ = self.ray.wait(list(self.busy), timeout=POLL)
+            for reference in done:
+                yield self._collect(reference)
+            if not done:
+                self._look()
+
+    def _collect(self, reference: Any) -> dict[str, Any]:
+        worker, cell, since = self.busy.pop(reference)
+        try:
+            record: dict[str, Any] = self.ray.get(reference)
+        except self.ray.exceptions.RayError as error:  # the worker died, of memory as a rule, or could not begin
+            self.ray.kill(worker)
+            self.idle.append((self.start(), None))
+            why = SpecDecError(f"its worker was lost: {one_line(error)}")
+            return failed(cell, why, time.perf_counter() - since)
+        self.idle.append((worker, loading(cell)))
+        return record
+
+    def _look(self) -> None:
+        for worker, cell, _ in self.busy.values():
+            try:
+                self.watch(cell, *self.ray.get(worker.progress.remote(), timeout=POLL))
+            except self.ray.exceptions.RayError:  # not placed yet, or dead: its result will say
+                continue
+
+
+def _connect(address: str | None) -> Any:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    try:
+        import ray
+    except ImportError:
+        raise SpecDecError("--launcher ray needs Ray; pip install 'specdec-m2r2[ray]'") from None
+    where = address or os.environ.get("RAY_ADDRESS")
+    try:
+        ray.init(
+            address=where, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=None if where else False
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        what = f"no Ray cluster at '{where}'" if where else "Ray does not start on this machine"
+        raise SpecDecError(f"{what}: {one_line(error)}; check --ray-address, or leave it out to run here") from None
+    return ray
+
+
+def _room(ray: Any, resources: Resources) -> int:
+    """How many cells the cluster can run at once. Raises SpecDecError if no machine of it can run one."""
+    asked = {"CPU": resources.cpus, "GPU": resources.gpus, "memory": resources.memory_gb * 1e9}
+    asked = {name: amount for name, amount in asked.items() if amount}
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    room = sum(int(min(node.get(name, 0) / amount for name, amount in asked.items())) for node in nodes)
+    if room < 1:
+        largest = {name: max((node.get(name, 0) for node in nodes), default=0) for name in asked}
+        raise SpecDecError(
+            "no machine of the cluster can run a cell: it asks for "
+            + ", ".join(f"{_amount(name, asked[name])} of at most {_amount(name, largest[name])}" for name in asked)
+            + "; change 'resources'"
+        )
+    return min(room, resources.workers or room)
+
+
+def _amount(name: str, value: float) -> str:
+    return f"{value / 1e9:.1f} GB of memory" if name == "memory" else f"{value:g} {name}s"

@@ -1,0 +1,210 @@
+"""The report of a folder of results: one HTML file that needs nothing else, and its pictures as PNG files beside it."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from specdec import __version__
+from specdec.artifacts import replace
+from specdec.errors import SpecDecError
+from specdec.sweep import axes
+from specdec.sweep.results import Record, Results, Table, command, speedup_of, table
+
+PAGE = "report.html"
+SECTIONS = {
+    "speedup": "Speedup",
+    "acceptance": "Acceptance by position",
+    "quality": "Quality against speed",
+    "heat": "Two axes at once",
+}
+EMPTY = {
+    "speedup": "No cell was measured beside a baseline.",
+    "acceptance": "Nothing was drafted.",
+    "quality": "No rule that may change the output took part: there is no quality to trade.",
+    "heat": "Fewer than two axes were swept: there is no map to draw.",
+}
+ENVIRONMENT = {"memory_gb": "memory (GB)", "load_average": "load average", "runtime_note": "about the runtime"}
+CSS = """
+:root { color-scheme: light; }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 62rem; background: #fff; color: #1a1a1a;
+  font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
+h1 { font-size: 1.6rem; line-height: 1.2; margin: 0 0 .25rem; }
+h2 { font-size: 1.15rem; margin: 2.5rem 0 .5rem; padding-top: .6rem; border-top: 2px solid #1a1a1a; }
+h3 { font-size: 1rem; margin: 1.2rem 0 .2rem; }
+p { margin: .3rem 0 .6rem; max-width: 42rem; }
+nav { margin: 1rem 0; font-size: .9rem; } nav a { margin-right: 1rem; white-space: nowrap; }
+a { color: #1a1a1a; }
+dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: .5rem 1.5rem; margin: 1rem 0; }
+dl div { border-left: 3px solid #1a1a1a; padding-left: .6rem; }
+dt { font-size: .8rem; color: #444; } dd { margin: 0; font-size: 1.15rem; overflow-wrap: anywhere; }
+dd small { font-size: .8rem; color: #444; display: block; }
+figure { margin: .5rem 0 1.5rem; } figure img { display: block; width: 100%; max-width: 40rem; height: auto; }
+figcaption { font-size: .85rem; color: #333; max-width: 40rem; }
+.wide { overflow-x: auto; margin: .5rem 0; }
+table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid #ccc; vertical-align: top; }
+thead th { border-bottom: 2px solid #1a1a1a; white-space: nowrap; } tbody th { font-weight: 600; }
+td { white-space: nowrap; } td.text { white-space: normal; min-width: 14rem; }
+pre { background: #f4f4f4; padding: .6rem .8rem; overflow-x: auto; font-size: .8rem; line-height: 1.4; }
+details summary { cursor: pointer; margin: .5rem 0; }
+footer { margin-top: 3rem; font-size: .8rem; color: #444; }
+@media print { .wide, pre { overflow: visible; white-space: pre-wrap; } td, thead th { white-space: normal; } }
+"""
+
+
+def write_page(results: Results, folder: Path) -> Path:
+    """Write the page and its pictures into ``folder``; return the page's path. Raises SpecDecError if it cannot."""
+    try:
+        from specdec.sweep.pictures import draw_all
+    except ImportError:
+        raise SpecDecError(
+            "the page needs matplotlib; pip install 'specdec-m2r2[plot]', or use --format csv, markdown or json"
+        ) from None
+    drawn = draw_all(results.done)
+    for picture in (picture for pictures in drawn.values() for picture in pictures):
+        replace(folder / f"{picture.name}.png", picture.png)
+    body = [_head(results)]
+    for section, title in SECTIONS.items():
+        figures = [
+            (f"<h3>{_e(p.title)}</h3>" if p.title else "")
+            + f'<figure><img src="data:image/png;base64,{base64.b64encode(p.png).decode()}" alt="{_e(p.alt)}">'
+            + f"<figcaption>{_e(p.caption)}</figcaption></figure>"
+            for p in drawn[section]
+        ]
+        body.append(_section(section, title, "".join(figures) or f"<p>{EMPTY[section]}</p>"))
+    body.append(_section("table", "All cells", _table(table(results.records))))
+    if results.failed:
+        body.append(_section("failures", "Cells that failed", _failures(results.failed)))
+    body.append(_section("environment", "Environment", _environment(results.done)))
+    body.append(_section("commands", "Commands", _commands(results)))
+    page = (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{_e(results.name)}: specdec report</title><style>{CSS}</style></head>\n<body>\n"
+        + "\n".join(body)
+        + f"\n<footer>specdec {__version__}</footer>\n</body></html>\n"
+    )
+    replace(folder / PAGE, page.encode())
+    return folder / PAGE
+
+
+def _e(text: object) -> str:
+    return html.escape(str(text))
+
+
+def _section(name: str, title: str, inside: str) -> str:
+    return f'<section id="{name}"><h2>{_e(title)}</h2>\n{inside}</section>'
+
+
+def _head(results: Results) -> str:
+    done, failed = len(results.done), len(results.failed)
+    counts = [f"{done} of {done + failed + results.missing} cells"]
+    counts += [f"{failed} failed"] if failed else []
+    counts += [f"{results.missing} not run yet"] if results.missing else []
+    facts = [("measured", ", ".join(counts), "")]
+    ranked = [
+        (gain[1]["value"], label, gain)
+        for label, record in zip(axes.labels([r["cell"] for r in results.done]), results.done, strict=True)
+        if (gain := speedup_of(record))
+    ]
+    if ranked:
+        _, label, (name, value) = max(ranked, key=lambda item: item[0])
+        facts.append(("fastest", f"{value['value']:.2f} × {name}", f"{label}; 95 % interval {_range(value)}"))
+    facts += _equal(results.done)
+    first = results.done[0] if results.done else results.records[0]
+    models = list(dict.fromkeys(r["cell"]["model"] for r in results.records))
+    about = first.get("environment", {})
+    machine = [about.get(key) for key in ("dtype", "gpu" if about.get("gpu") else "cpu") if about.get(key)]
+    facts.append(("model", ", ".join(models), ", ".join(machine)))
+    links = [*SECTIONS.items(), ("table", "All cells"), ("environment", "Environment"), ("commands", "Commands")]
+    return (
+        f"<header><h1>{_e(results.name)}</h1>"
+        + (f"<p>{_e(results.description)}</p>" if results.description else "")
+        + "<dl>"
+        + "".join(f"<div><dt>{_e(t)}</dt><dd>{_e(v)}<small>{_e(n)}</small></dd></div>" for t, v, n in facts)
+        + "</dl><nav>"
+        + "".join(f'<a href="#{name}">{_e(title)}</a>' for name, title in links)
+        + "</nav></header>"
+    )
+
+
+def _range(value: Mapping[str, Any]) -> str:
+    return "unknown" if value.get("low") is None else f"{value['low']:.2f} to {value['high']:.2f}"
+
+
+def _equal(records: Sequence[Record]) -> list[tuple[str, str, str]]:
+    """How many outputs of lossless rules were those of plain decoding."""
+    found = [r["arm"]["equal_to_plain"] for r in records if r["arm"]["lossless"] and r["arm"].get("equal_to_plain")]
+    if not found:
+        return []
+    total, equal, ties, faults = (sum(f.get(k) or 0 for f in found) for k in ("of", "equal", "near_ties", "faults"))
+    notes = [f"{ties} differ at a near-tie of the logits"] if ties else []
+    notes += [f"{faults} FAULTS"] if faults else []
+    return [("same text as plain decoding", f"{equal} of {total} outputs", ", ".join(notes) or "lossless rules")]
+
+
+def _table(table: Table) -> str:
+    head = "".join(f'<th scope="col">{_e(name)}</th>' for name in table.header)
+    rows = []
+    for row in table.rows:
+        cells = "".join(
+            f"<td{' class=text' if name in ('error', 'value') else ''}>{_e(cell)}</td>"
+            for name, cell in zip(table.header[1:], row[1:], strict=True)
+        )
+        rows.append(f'<tr><th scope="row">{_e(row[0])}</th>{cells}</tr>')
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+
+
+def _failures(records: Sequence[Record]) -> str:
+    rows = [[_name(r), r["error"]] for r in records]
+    return _table(Table(["cell", "error"], rows))
+
+
+def _name(record: Record) -> str:
+    options = record["cell"]["drafter_options"]
+    return record["cell"]["drafter"] + (f" {json.dumps(options, ensure_ascii=False)}" if options else "")
+
+
+def _environment(records: Sequence[Record]) -> str:
+    """One row a fact; what differs between cells shows all its values, numbers as a range."""
+    facts: dict[str, list[Any]] = {}
+    for record in records:
+        for name, value in record["environment"].items():
+            facts.setdefault(name, [])
+            if value is not None and value not in facts[name]:
+                facts[name].append(value)
+        prompts = record["prompts"]
+        what = f"{prompts['name']}: {prompts['conversations']} conversations, {prompts['turns']} turns"
+        what += f", {len(prompts['skipped'])} skipped" if prompts["skipped"] else ""
+        what += f" ({prompts['licence']})" if prompts.get("licence") else ""
+        facts.setdefault("prompts", [])
+        if what not in facts["prompts"]:
+            facts["prompts"].append(what)
+    rows = [[ENVIRONMENT.get(name, name), _span(values)] for name, values in facts.items() if values]
+    return _table(Table(["fact", "value"], rows))
+
+
+def _span(values: Sequence[Any]) -> str:
+    if len(values) > 2 and (all(isinstance(v, int | float) for v in values) or all(map(_date, values))):
+        return f"{min(values)} to {max(values)}"
+    return "; ".join(map(str, values))
+
+
+def _date(value: Any) -> bool:
+    return isinstance(value, str) and re.match(r"\d{4}-\d\d-\d\dT", value) is not None
+
+
+def _commands(results: Results) -> str:
+    names = axes.labels([record["cell"] for record in results.records])
+    single = "\n".join(
+        f"# {name}\n{command(record['cell'])}" for name, record in zip(names, results.records, strict=True)
+    )
+    whole = f"<p>Everything:</p><pre>{_e(results.command)}</pre>" if results.command else ""
+    return f"{whole}<details open><summary>One cell at a time</summary><pre>{_e(single)}</pre></details>"

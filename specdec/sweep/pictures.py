@@ -1,0 +1,330 @@
+"""The pictures of a report, as matplotlib figures: narrow enough for a telephone, and told apart without colour.
+
+Drafters differ by hatch, marker and line style first, by colour second. Every function returns None where there is
+nothing to draw. Needs matplotlib (the ``plot`` extra).
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from matplotlib import colormaps, rc_context
+from matplotlib.figure import Figure
+
+from specdec.sweep import axes
+from specdec.sweep.results import NAMES, Record, baselines
+
+WIDTH = 5.2  # inches; at a telephone's width, text of 9 points stays readable
+MOST_BARS, MOST_LINES = 48, 8
+INK, FAINT = "#1a1a1a", "#c8c8c8"
+COLOURS = ("#56b4e9", "#e69f00", "#009e73", "#cc79a7", "#f0e442", "#0072b2", "#d55e00", "#bbbbbb")  # Okabe and Ito
+HATCHES = ("", "///", "...", "xxx", "\\\\\\", "ooo", "---", "+++")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+LINES = ("-", "--", ":", "-.")
+STYLE: dict[Any, Any] = {
+    "font.size": 9,
+    "axes.titlesize": 9.5,
+    "axes.edgecolor": INK,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "hatch.linewidth": 0.6,
+    "text.parse_math": False,  # a name with a dollar sign is a name
+}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """name: of the file. caption: what is seen, for the page. alt: the same in figures, for who cannot see it."""
+
+    name: str
+    title: str
+    caption: str
+    alt: str
+    png: bytes
+
+
+class Styles:
+    """One look for each drafter, the same in every picture."""
+
+    def __init__(self, records: Sequence[Record]) -> None:
+        self.order = list(dict.fromkeys(record["cell"]["drafter"] for record in records))
+
+    def number(self, record: Record) -> int:
+        return self.order.index(record["cell"]["drafter"])
+
+    def bar(self, record: Record) -> dict[str, Any]:
+        n = self.number(record)
+        return {"color": COLOURS[n % len(COLOURS)], "hatch": HATCHES[n % len(HATCHES)], "edgecolor": INK}
+
+    def point(self, number: int) -> dict[str, Any]:
+        return {
+            "color": COLOURS[number % len(COLOURS)],
+            "marker": MARKERS[number % len(MARKERS)],
+            "markeredgecolor": INK,
+            "markeredgewidth": 0.7,
+        }
+
+
+def draw_all(records: Sequence[Record]) -> dict[str, list[Picture]]:
+    """The pictures of these records (of cells that did not fail), by section of the report."""
+    with rc_context(STYLE):
+        return {
+            "speedup": _some([_speedup(records, name) for name in baselines(records)]),
+            "acceptance": _some([_acceptance(records)]),
+            "quality": _some([_quality(records)]),
+            "heat": _some(_heat_maps(records)),
+        }
+
+
+def _some(pictures: Sequence[Picture | None]) -> list[Picture]:
+    return [picture for picture in pictures if picture is not None]
+
+
+def _speedup(records: Sequence[Record], baseline: str) -> Picture | None:
+    """Horizontal bars with 95 % intervals."""
+    chosen = [r for r in records if r["arm"]["speedup"].get(baseline) and r["cell"]["drafter"] != baseline]
+    if not chosen:
+        return None
+    cut = len(chosen) > MOST_BARS
+    if cut:
+        chosen = sorted(chosen, key=lambda r: -r["arm"]["speedup"][baseline]["value"])[:MOST_BARS]
+    names, styles = axes.labels([r["cell"] for r in chosen]), Styles(records)
+    figure = Figure(figsize=(WIDTH, 0.9 + 0.27 * len(chosen)), layout="constrained")
+    ax = figure.subplots()
+    for y, record in enumerate(chosen):
+        value, low, high = _bounds(record["arm"]["speedup"][baseline])
+        ax.barh(y, value, height=0.72, linewidth=0.8, **styles.bar(record))
+        ax.plot([low, high], [y, y], color=INK, linewidth=1.6, solid_capstyle="butt")
+        for end in (low, high):
+            ax.plot([end, end], [y - 0.17, y + 0.17], color=INK, linewidth=1.2)
+        ax.text(max(value, high), y, f"  {value:.2f}", va="center", ha="left")
+    ax.axvline(1, color=INK, linewidth=1, linestyle=(0, (4, 2)))
+    ax.set_yticks(range(len(chosen)), [_short(name) for name in names])
+    ax.tick_params(axis="y", length=0)
+    ax.set_ylim(len(chosen) - 0.4, -0.6)
+    ax.set_xlim(0, ax.get_xlim()[1] * 1.08)
+    ax.set_xlabel(f"seconds per token of {_name(baseline)} / ours")
+    best = max(chosen, key=lambda r: r["arm"]["speedup"][baseline]["value"])
+    caption = (
+        f"Speed over {_name(baseline)}, measured beside it prompt by prompt, prefill included. Bars are medians, the "
+        "lines on them 95 % bootstrap intervals; the dashed line is equal speed."
+    )
+    if cut:
+        caption += f" Only the fastest {MOST_BARS} are drawn."
+    alt = f"Bars of {len(chosen)} cells; the fastest is {names[chosen.index(best)]} with " + _words(
+        best["arm"]["speedup"][baseline]
+    )
+    return _picture(figure, f"speedup-over-{baseline.partition('=')[0]}", f"Over {_name(baseline)}", caption, alt)
+
+
+def _acceptance(records: Sequence[Record]) -> Picture | None:
+    """Lines: the share of drafts that deep whose token stood, by position."""
+    chosen = [r for r in records if r["arm"].get("acceptance_per_position")]
+    if not chosen:
+        return None
+    cut = len(chosen) > MOST_LINES
+    if cut:  # the best of each drafter first
+        ranked = sorted(chosen, key=lambda r: -r["arm"]["mean_acceptance_length"]["value"])
+        first = {r["cell"]["drafter"]: r for r in reversed(ranked)}
+        rest = [r for r in ranked if r not in first.values()]
+        keep = [*first.values(), *rest][:MOST_LINES]
+        chosen = [r for r in chosen if r in keep]
+    names = axes.labels([r["cell"] for r in chosen])
+    figure = Figure(figsize=(WIDTH, 3.0 + 0.2 * len(chosen)), layout="constrained")
+    ax = figure.subplots()
+    styles = Styles(chosen)
+    for number, (record, name) in enumerate(zip(chosen, names, strict=True)):
+        shares = record["arm"]["acceptance_per_position"]
+        style = styles.point(number)
+        ax.plot(range(1, len(shares) + 1), shares, LINES[number % 4], linewidth=1.5, markersize=6, label=name, **style)
+    longest = max(len(r["arm"]["acceptance_per_position"]) for r in chosen)
+    ax.set_xticks(range(1, longest + 1, 1 + longest // 13))
+    ax.set_ylim(0, 1.03)
+    ax.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "25 %", "50 %", "75 %", "100 %"])
+    ax.grid(axis="y", color=FAINT, linewidth=0.6)
+    ax.set_xlabel("position in the draft")
+    ax.set_ylabel("accepted")
+    figure.legend(loc="outside lower left", frameon=False, ncols=1, handlelength=3.5)
+    caption = "Of the drafts that reached a position, the share whose token there stood."
+    if cut:
+        caption += f" Only {MOST_LINES} cells are drawn, each drafter's best first."
+    firsts = ", ".join(
+        f"{name}: {r['arm']['acceptance_per_position'][0]:.0%}" for r, name in zip(chosen, names, strict=True)
+    )
+    return _picture(figure, "acceptance", "", caption, f"Accepted at the first position: {firsts}")
+
+
+def _quality(records: Sequence[Record]) -> Picture | None:
+    """Points: what a lossy rule gives up against what it gains, one panel for each measure of quality."""
+    chosen = [r for r in records if r["arm"].get("quality") and baselines([r])]
+    measures = {
+        "agreement": "agreement with the full model",
+        "rouge_l": "ROUGE-L against its output",
+        "nll": "NLL per token under it",
+    }
+    measures = {key: name for key, name in measures.items() if any(r["arm"]["quality"].get(key) for r in chosen)}
+    if not chosen or not measures or all(r["arm"]["lossless"] for r in chosen):
+        return None
+    baseline = baselines(chosen)[0]
+    chosen = [r for r in chosen if r["arm"]["speedup"].get(baseline)]
+    groups: dict[str, list[Record]] = {}
+    for record in chosen:
+        cell = record["cell"]
+        groups.setdefault(f"{cell['drafter']}, {cell['verifier']}", []).append(record)
+    styles = Styles(chosen)
+    figure = Figure(figsize=(WIDTH, 2.5 * len(measures) + 0.2 * len(groups) + 0.3), layout="constrained")
+    panels = figure.subplots(len(measures), 1, sharex=True, squeeze=False)[:, 0]
+    for ax, (key, title) in zip(panels, measures.items(), strict=True):
+        for number, (name, group) in enumerate(groups.items()):
+            points = sorted(
+                (_bounds(r["arm"]["speedup"][baseline]), _bounds(r["arm"]["quality"][key]))
+                for r in group
+                if r["arm"]["quality"].get(key)
+            )
+            if not points:
+                continue
+            xs, ys = [p[0] for p in points], [p[1] for p in points]
+            for x, y in points:
+                ax.plot([x[1], x[2]], [y[0], y[0]], color=FAINT, linewidth=1, zorder=1)
+                ax.plot([x[0], x[0]], [y[1], y[2]], color=FAINT, linewidth=1, zorder=1)
+            line = LINES[number % 4]
+            ax.plot(
+                [x[0] for x in xs],
+                [y[0] for y in ys],
+                line,
+                linewidth=1.1,
+                markersize=6.5,
+                label=name,
+                **styles.point(number),
+            )
+        ax.axvline(1, color=INK, linewidth=0.8, linestyle=(0, (4, 2)))
+        ax.grid(color=FAINT, linewidth=0.4)
+        ax.set_title(title, loc="left")
+    panels[-1].set_xlabel(f"speed, x {_name(baseline)}")
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower left", frameon=False, handlelength=3.5)
+    caption = (
+        "What a rule that may change the output gives up (down, or for NLL up) for what it gains (to the right); a "
+        "line joins the settings of one drafter and rule. Grey crosses are 95 % intervals."
+    )
+    spans = "; ".join(
+        f"{name}: {min(v):.2f} to {max(v):.2f}"
+        for name, group in groups.items()
+        if (v := [r["arm"]["quality"]["agreement"]["value"] for r in group if r["arm"]["quality"].get("agreement")])
+    )
+    return _picture(figure, "quality", "", caption, f"Agreement with the full model: {spans}")
+
+
+def _heat_maps(records: Sequence[Record]) -> list[Picture | None]:
+    """Speedups over two swept axes: of all cells (drafter and the widest setting), and of each drafter's own."""
+    over = baselines(records)
+    if not over:
+        return []
+    chosen = [r for r in records if r["arm"]["speedup"].get(over[0]) and r["cell"]["drafter"] not in over[:1]]
+    settings = [name for name in axes.varying([r["cell"] for r in chosen]) if "." not in name and name != "drafter"]
+    out = []
+    widest = max(settings, key=lambda name: len(_values(chosen, name)), default=None)
+    if widest and len(Styles(chosen).order) > 1:
+        out.append(_heat(chosen, over[0], "drafter", widest, "heat-drafters", ""))
+    for drafter in Styles(chosen).order:
+        own = [r for r in chosen if r["cell"]["drafter"] == drafter]
+        differing = axes.varying([r["cell"] for r in own])
+        pair = sorted(differing, key=lambda name: -len(_values(own, name)))[:2]
+        if len(pair) == 2 and min(len(_values(own, name)) for name in pair) > 1:
+            safe = "".join(c if c.isalnum() or c in "+-" else "-" for c in drafter)
+            out.append(_heat(own, over[0], pair[0], pair[1], f"heat-{safe}", drafter))
+    return out
+
+
+def _heat(records: Sequence[Record], baseline: str, down: str, across: str, name: str, of: str) -> Picture | None:
+    rows, columns = _values(records, down), _values(records, across)
+    found: dict[tuple[int, int], list[float]] = {}
+    for record in records:
+        point = axes.values(record["cell"])
+        if down in point and across in point:
+            place = rows.index(point[down]), columns.index(point[across])
+            found.setdefault(place, []).append(record["arm"]["speedup"][baseline]["value"])
+    if len(found) < 3:
+        return None
+    figure = Figure(figsize=(WIDTH, 1.0 + 0.34 * len(rows)), layout="constrained")
+    ax = figure.subplots()
+    grid = {place: median(values) for place, values in found.items()}
+    low, high = min(grid.values()), max(grid.values())
+    shade = colormaps["Blues"]  # light to dark: the same order in grey
+    for (y, x), value in grid.items():
+        depth = 0.08 + 0.8 * ((value - low) / (high - low) if high > low else 0.5)
+        ax.fill([x - 0.5, x + 0.5, x + 0.5, x - 0.5], [y - 0.5, y - 0.5, y + 0.5, y + 0.5], color=shade(depth))
+        best = value == high
+        ax.text(
+            x,
+            y,
+            f"{value:.2f}",
+            ha="center",
+            va="center",
+            color="white" if depth > 0.55 else INK,
+            fontweight="bold" if best else "normal",
+        )
+    ax.set_xticks(range(len(columns)), [_short(axes.flow(v), 16) or "default" for v in columns])
+    ax.set_yticks(range(len(rows)), [_short(axes.flow(v)) or "default" for v in rows])
+    ax.set_xlim(-0.5, len(columns) - 0.5)
+    ax.set_ylim(len(rows) - 0.5, -0.5)
+    ax.tick_params(length=0)
+    for side in ax.spines.values():
+        side.set_visible(False)
+    ax.set_xlabel(axes.short(across))
+    ax.set_ylabel(axes.short(down))
+    caption = f"Speed over {_name(baseline)}; darker is faster, the fastest in bold."
+    if any(len(values) > 1 for values in found.values()):
+        caption += " Where several cells share a field, it is their median."
+    place = max(grid, key=lambda place: grid[place])
+    alt = (
+        f"{len(grid)} fields; the fastest is {axes.short(down)} {axes.flow(rows[place[0]])}, "
+        f"{axes.short(across)} {axes.flow(columns[place[1]])} with {grid[place]:.2f} x"
+    )
+    return _picture(figure, name, of or f"{axes.short(down)} and {axes.short(across)}", caption, alt)
+
+
+def _values(records: Sequence[Record], axis: str) -> list[Any]:
+    """The values of an axis among these records; numbers in order, the rest as they come."""
+    taken: list[Any] = []
+    for record in records:
+        point = axes.values(record["cell"])
+        if axis in point and point[axis] not in taken:
+            taken.append(point[axis])
+    if all(isinstance(value, int | float) for value in taken):
+        return sorted(taken)
+    return taken
+
+
+def _bounds(estimate: Mapping[str, Any]) -> tuple[float, float, float]:
+    value = estimate["value"]
+    low, high = estimate.get("low"), estimate.get("high")
+    return value, value if low is None else low, value if high is None else high
+
+
+def _words(estimate: Mapping[str, Any]) -> str:
+    value, low, high = _bounds(estimate)
+    return f"{value:.2f} x (95 % interval {low:.2f} to {high:.2f})"
+
+
+def _name(baseline: str) -> str:
+    return {"none": "plain decoding"}.get(baseline, NAMES.get(baseline, baseline))
+
+
+def _short(text: str, most: int = 34) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def _picture(figure: Figure, name: str, title: str, caption: str, alt: str) -> Picture:
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=200, facecolor="white", metadata={"Software": None})
+    return Picture(name, title, caption, alt, data.getvalue())

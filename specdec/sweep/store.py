@@ -1,0 +1,140 @@
+"""The folder of a sweep: what was planned, and one line for every cell that has ended.
+
+    sweep.json    name, description, command, resources and the cells of the plan, by key
+    cells.jsonl   one record a line, only ever appended to: the result of ``run_cell``, or {"key", "cell", "error",
+                  "seconds"} for a cell that failed; where a key is there twice, the later line counts
+
+A line is written in one piece and synced, so that a process killed at any moment leaves whole lines and at most one
+broken end, which the next one to write cuts off. Knows nothing of how cells are run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from specdec.errors import SpecDecError
+from specdec.sweep.plan import Plan
+
+MANIFEST, RECORDS, LOCK = "sweep.json", "cells.jsonl", ".lock"
+
+
+class Store:
+    """The folder of one sweep."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def check(self, plan: Plan, resume: bool) -> None:
+        """Raise SpecDecError if the folder holds another sweep, or this one without ``resume``, or anything else."""
+        keys = {cell.key() for cell in plan.cells}
+        if self.manifest.is_file():
+            before = self.read_manifest()
+            planned = set(before["cells"])
+            if planned != keys:
+                raise SpecDecError(
+                    f"'{self.folder}' holds another sweep ('{before['name']}', {len(planned)} cells; this one has "
+                    f"{len(keys)}, of which {len(keys & planned)} are the same); give another --output"
+                )
+            if not resume:
+                raise SpecDecError(
+                    f"'{self.folder}' holds this sweep already ({len(self.records())} of {len(keys)} cells); "
+                    "go on with --resume, or give another --output"
+                )
+        elif self.folder.is_dir() and any(path.name != LOCK for path in self.folder.iterdir()):
+            raise SpecDecError(f"'{self.folder}' is not empty and holds no sweep; give another --output")
+
+    def begin(self, plan: Plan, command: str) -> dict[str, dict[str, Any]]:
+        """Make the folder ready for ``plan``; return the records it has already, by key. Under ``lock`` only."""
+        if not self.manifest.is_file():
+            from specdec.artifacts import replace  # heavy
+
+            manifest = {
+                "name": plan.name,
+                "description": plan.description,
+                "command": command,
+                "resources": asdict(plan.resources),
+                "cells": {cell.key(): cell.as_dict() for cell in plan.cells},
+            }
+            replace(self.manifest, (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
+        self._mend()
+        return self.records()
+
+    @contextmanager
+    def lock(self, plan: Plan, resume: bool) -> Iterator[None]:
+        """Hold the folder for ``plan``. Raises SpecDecError as ``check`` does, and if another process holds it."""
+        self.check(plan, resume)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.folder / LOCK, timeout=0):
+                self.check(plan, resume)  # another process may just have begun one
+                yield
+        except Timeout:
+            raise SpecDecError(f"another sweep is writing into '{self.folder}'; wait for it or end it") from None
+        except (FileExistsError, NotADirectoryError, PermissionError) as error:
+            raise SpecDecError(f"cannot write to '{self.folder}': {error.strerror}; give another --output") from None
+
+    @property
+    def manifest(self) -> Path:
+        return self.folder / MANIFEST
+
+    def read_manifest(self) -> dict[str, Any]:
+        """The plan as it was when the sweep began. Raises SpecDecError if it is missing or broken."""
+        try:
+            manifest = json.loads(self.manifest.read_text("utf-8"))
+            if isinstance(manifest["cells"], dict) and isinstance(manifest["name"], str):
+                return dict(manifest)
+        except FileNotFoundError:
+            raise SpecDecError(f"'{self.folder}' holds no sweep: there is no {MANIFEST} in it") from None
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        raise SpecDecError(f"'{self.manifest}' is broken; it cannot be told which sweep this is")
+
+    def records(self) -> dict[str, dict[str, Any]]:
+        """Every record by key. Raises SpecDecError for a broken line (other than an unfinished last one)."""
+        path = self.folder / RECORDS
+        if not path.is_file():
+            return {}
+        records = {}
+        lines = path.read_bytes().split(b"\n")
+        for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline is unfinished, or nothing
+            try:
+                record = json.loads(line)
+                records[record["key"]] = record
+            except (ValueError, KeyError, TypeError):
+                raise SpecDecError(
+                    f"line {number} of '{path}' is broken; remove it and --resume repeats its cell"
+                ) from None
+        return records
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Write one record, and see to it that it is on the disk."""
+        line = json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        descriptor = os.open(self.folder / RECORDS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            start = os.lseek(descriptor, 0, os.SEEK_END)
+            try:
+                written = 0
+                while written < len(line):
+                    written += os.write(descriptor, line[written:])
+                os.fsync(descriptor)
+            except OSError:  # a full disk: no half line stays
+                os.ftruncate(descriptor, start)
+                raise
+        finally:
+            os.close(descriptor)
+
+    def _mend(self) -> None:
+        """Cut off the unfinished end that a killed process may have left."""
+        path = self.folder / RECORDS
+        if path.is_file():
+            data = path.read_bytes()
+            if not data.endswith(b"\n") and data:
+                os.truncate(path, data.rfind(b"\n") + 1)
