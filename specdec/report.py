@@ -18,7 +18,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from specdec.decoder import GenerationOutput, SpecDecoder
-    from specdec.verify import Difference
+    from specdec.replay import Difference
 
 Facts = list[tuple[str, str]]
 

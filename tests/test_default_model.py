@@ -14,7 +14,7 @@ import torch
 
 from specdec import SpecDecoder
 from specdec.text import encode
-from specdec.verify import NEAR_TIE, margins
+from specdec.replay import NEAR_TIE, margins
 
 pytestmark = pytest.mark.model
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from specdec.errors import SpecDecError
+from specdec.replay import replay
 from specdec.target import Target
-from specdec.verify import replay
 
 
 @dataclass(frozen=True)

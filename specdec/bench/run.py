@@ -22,8 +22,8 @@ from specdec.bench.figures import Request, figures
 from specdec.bench.prompts import Conversation, PromptSet, load_prompts, spread
 from specdec.decoder import SpecDecoder
 from specdec.errors import SpecDecError
+from specdec.replay import first_difference
 from specdec.text import encode
-from specdec.verify import first_difference
 
 # Settings that make an arm; in the others, cells that run side by side must agree.
 OWN = ("drafter", "drafter_options", "verifier", "verifier_options", "num_speculative_tokens", "against")

@@ -1,0 +1,1 @@
+"""The losslessness certificate: ``specdec verify``."""

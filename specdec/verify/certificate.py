@@ -1,0 +1,145 @@
+"""A certificate: greedy and sampled output of one decoder on the user's prompts, as data and as one page of text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from specdec.bench.environment import environment
+from specdec.bench.prompts import Conversation
+from specdec.decoder import SpecDecoder
+from specdec.errors import SpecDecError
+from specdec.replay import NEAR_TIE
+from specdec.sampling import SamplingParams
+from specdec.text import encode
+from specdec.verify.checks import ALPHA, ORDER, TAIL, Fit, Greedy, expected, fit, misfits
+
+Progress = Callable[[int, int, int], None]  # steps done, steps in all, tokens so far
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is checked: the greedy answer to the first turn of each conversation at each depth, and ``draws`` sampled
+    continuations of the first prompt at each of ``positions``, at the last depth, with ``params``."""
+
+    depths: Sequence[int | str]
+    conversations: Sequence[Conversation]
+    max_new_tokens: int
+    draws: int
+    positions: Sequence[int]
+    params: SamplingParams
+
+
+class Certificate:
+    """Filled by ``run``, which may be interrupted; what was checked until then stays."""
+
+    def __init__(self, decoder: SpecDecoder, plan: Plan) -> None:
+        self.decoder, self.plan = decoder, plan
+        self.dtype = decoder.target.dtype
+        depths = plan.depths if decoder.drafter.name != "none" else plan.depths[:1]
+        self.greedy = [Greedy(depth, self.dtype == torch.float32) for depth in depths]
+        self.fits: list[Fit] = []
+        self.complete = False
+        self.environment = environment()
+
+    def run(self, progress: Progress = lambda done, total, tokens: None) -> None:
+        """Check everything. Raises SpecDecError for prompts that do not fit the model."""
+        plan, decoder, context = self.plan, self.decoder, self.decoder.target.context
+        total = len(plan.conversations) * (1 + len(self.greedy)) + len(plan.positions) * plan.draws
+        done = tokens = 0
+
+        def step(new: int) -> None:
+            nonlocal done, tokens
+            done, tokens = done + 1, tokens + new
+            progress(done, total, tokens)
+
+        first: tuple[list[int], list[int]] = [], []
+        for conversation in plan.conversations:
+            prompt = encode(decoder.tokenizer, conversation.turns[0])
+            count = min(plan.max_new_tokens, context - len(prompt))
+            if count < 1:
+                raise SpecDecError(f"prompt {conversation.id} has {len(prompt)} tokens; the context is {context}")
+            right = expected(decoder, prompt, count)
+            first = first if first[0] else (prompt, right)
+            step(len(right))
+            for check in self.greedy:
+                depth = check.depth
+                answer = decoder.generate(prompt, max_new_tokens=count, num_speculative_tokens=depth).token_ids
+                check.take(decoder, conversation.id, prompt, answer, right, count)
+                step(len(answer))
+        for position in plan.positions if plan.draws else ():
+            prompt, right = first
+            held = prompt + right[:position]
+            if position >= len(right) or len(held) + TAIL > context:
+                raise SpecDecError(f"position {position} lies behind the answer to the first prompt; use --positions")
+            self.fits.append(fit(decoder, held, position, plan.draws, plan.params, self.greedy[-1].depth, step))
+        self.complete = True
+
+    @property
+    def passed(self) -> bool:
+        return all(check.passed for check in self.greedy) and not misfits(self.fits)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as plain values, for JSON."""
+        return {
+            "passed": self.passed,
+            "complete": self.complete,
+            "near_tie": NEAR_TIE[self.dtype],
+            "greedy": [asdict(check) | {"passed": check.passed} for check in self.greedy],
+            "sampling": [asdict(one) | {"passed": one not in misfits(self.fits)} for one in self.fits],
+            "sampling_level": ALPHA,
+            "environment": self.environment,
+        }
+
+    def page(self, title: Sequence[str]) -> str:
+        """The certificate as text; ``title``: lines that say of what."""
+        about, verdict = self.environment, "PASSED" if self.passed else "FAILED"
+        lines = [f"Losslessness: {verdict}{'' if self.complete else ' so far (cut short)'}", "", *title]
+        lines.append(f"machine    {about['cpu']}, {about['threads']} threads")
+        versions = ", ".join(f"{name} {about[name]}" for name in ("specdec", "torch", "transformers"))
+        lines.append(f"versions   {versions}, commit {about['commit'] or 'unknown'}")
+        return "\n".join([*lines, "", *self._greedy_lines(), "", *self._sampling_lines()])
+
+    def _greedy_lines(self) -> list[str]:
+        rule = f"every token is its choice, or a near-tie: at most {NEAR_TIE[self.dtype]:g} below its best logit"
+        if self.dtype == torch.float32:
+            rule = "float32: the tokens of model.generate"
+        rows: list[tuple[Any, ...]] = [
+            ("depth", "answers", "tokens", "= generate", "its choice", "near-ties", "largest gap", "faults", "")
+        ]
+        for c in self.greedy:
+            counts = (c.depth, c.answers, c.tokens, c.equal, c.argmax, c.near_ties, f"{c.largest_gap:.3g}", c.faults)
+            rows.append((*counts, _word(c.passed)))
+        faults = [f"  FAULT at depth {c.depth}, {detail}" for c in self.greedy for detail in c.details]
+        return [f"Greedy decoding, replayed by the model's own forward pass ({rule})", *_columns(rows), *faults]
+
+    def _sampling_lines(self) -> list[str]:
+        params, bad = self.plan.params, misfits(self.fits)
+        how = f"temperature {params.temperature:g}, top-p {params.top_p:g}, top-k {params.top_k}"
+        if not self.fits:
+            return [f"Sampling ({how}): not tested"]
+        rows: list[tuple[Any, ...]] = [
+            ("from token", "draws", "tokens", "of probability 0", "chi-square", "p-value", "")
+        ]
+        for f in self.fits:
+            figures = (f.position, f.draws, f.tokens, f.impossible, f"{f.chi_square:.1f}", f"{f.p_value:.2g}")
+            rows.append((*figures, _word(f not in bad)))
+        test = f"  places of the tokens in the model's distribution: chi-square of {ORDER} degrees, level {ALPHA:g}"
+        note = ["  rounding moves probabilities a little in this dtype; float32 is the strict test"]
+        return [f"Sampling ({how})", test, *_columns(rows), *(note if self.dtype != torch.float32 else [])]
+
+
+def _columns(rows: Sequence[Sequence[Any]]) -> list[str]:
+    """Lines of a plain-text table, indented."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return [
+        "  " + "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells
+    ]
+
+
+def _word(passed: bool) -> str:
+    return "ok" if passed else "FAULT"

@@ -1,0 +1,224 @@
+"""The losslessness certificate: what is right passes, what is biased is caught, and the command says so."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Scripted, greedy_reference, tiny_model
+from tiny import save_tiny
+from typer.testing import CliRunner
+
+from specdec import SpecDecoder, cli
+from specdec.draft import Draft, Verdict
+from specdec.sampling import SamplingParams, draw
+from specdec.verifiers.exact import ExactVerifier
+from specdec.verify.checks import Greedy, chi_square_tail, expected, fit, misfits
+
+PROMPT = [5, 17, 9, 3, 21, 17, 9]
+
+
+class Sampled(Scripted):
+    """Drafts a chain of tokens drawn from one fixed distribution, and says so in ``q``."""
+
+    def __init__(self, q: torch.Tensor) -> None:
+        super().__init__(None)
+        self.q = q
+
+    def propose(self, state, limit: int) -> Draft:
+        rows = [[draw(self.q, g) for _ in range(limit)] for g in state.sampler.generators]
+        q = self.q.expand(len(rows), limit, -1)
+        return Draft(torch.tensor(rows), tuple(range(limit)), q.clone())
+
+
+class Rule:
+    """A wrong acceptance rule of a chain: ``wrong`` names the mistake."""
+
+    name = "rule"
+    lossless = True  # it says so
+
+    def __init__(self, wrong: str) -> None:
+        self.wrong = wrong
+
+    def judge(self, draft: Draft, p: torch.Tensor, generators: list[torch.Generator]) -> Verdict:
+        paths, nexts = [], []
+        for b, tokens in enumerate(draft.tokens.tolist()):
+            path = [0]
+            for node, token in enumerate(tokens, start=1):
+                q = draft.q[b, node - 1]
+                ratio = float(p[b, node - 1, token] / q[token])
+                if self.wrong == "accepts all" or float(torch.rand((), generator=generators[b])) < ratio:
+                    path.append(node)
+                else:
+                    break
+            rest = p[b, path[-1]]  # "no residual": the rejected token may be drawn again
+            paths.append(path)
+            nexts.append(draw(rest, generators[b]))
+        return Verdict(paths, nexts)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model("llama", vocab_size=24)
+
+
+@pytest.fixture(scope="module")
+def peaked(model) -> torch.Tensor:
+    """A distribution to draft from that is far from the model's."""
+    return torch.linspace(0, 3, 24).softmax(0)
+
+
+def sampling(model, drafter, verifier, draws: int = 600):
+    decoder = SpecDecoder(model, drafter=drafter, verifier=verifier)
+    return fit(decoder, PROMPT, 0, draws, SamplingParams(1.0, seed=3), 3)
+
+
+@pytest.mark.parametrize("top_k", [0, 6])
+def test_exact_sampling_fits(model, peaked, top_k: int) -> None:
+    decoder = SpecDecoder(model, drafter=Sampled(peaked))
+    found = fit(decoder, PROMPT, 0, 300, SamplingParams(1.0, top_k=top_k, seed=3), 3)
+    assert found.tokens > 1000 and found.impossible == 0 and not misfits([found])
+
+
+@pytest.mark.parametrize("wrong", ["accepts all", "no residual"])
+def test_biased_rules_are_caught(model, peaked, wrong: str) -> None:
+    assert misfits([sampling(model, Sampled(peaked), Rule(wrong))])
+
+
+def test_a_drafter_that_lies_about_its_distribution_is_caught(model, peaked) -> None:
+    class Liar(Sampled):
+        def propose(self, state, limit: int) -> Draft:
+            draft = super().propose(state, limit)
+            draft.q = torch.full_like(draft.q, 1 / 24)
+            return draft
+
+    assert misfits([sampling(model, Liar(peaked), ExactVerifier())])
+
+
+def test_tokens_of_probability_zero_are_caught_however_few(model) -> None:
+    found = sampling(model, "none", "exact", draws=16)
+    assert not misfits([found])
+    decoder = SpecDecoder(model, drafter="none")
+    generate = decoder.generate_batch
+    decoder.generate_batch = lambda prompts, **more: generate(prompts, **more | {"top_k": 0})  # forgets top-k
+    found = fit(decoder, PROMPT, 0, 16, SamplingParams(1.0, top_k=2, seed=3), 3)
+    assert found.impossible and misfits([found])
+
+
+def test_chi_square_tail_is_the_textbook_one() -> None:
+    assert chi_square_tail(16.919, 9) == pytest.approx(0.05, abs=1e-4)
+    assert chi_square_tail(27.877, 9) == pytest.approx(0.001, abs=1e-5)
+
+
+# --- greedy ----------------------------------------------------------------------------------------------------------
+
+
+def judged(model, answer: list[int], dtype: torch.dtype = torch.float32) -> Greedy:
+    decoder = SpecDecoder(model, drafter="none")
+    right = greedy_reference(model, PROMPT, 12)
+    check = Greedy(3, dtype == torch.float32)
+    check.take(decoder, "p", PROMPT, answer, right, 12)
+    return check
+
+
+def test_the_tokens_of_generate_pass(model) -> None:
+    right = greedy_reference(model, PROMPT, 12)
+    check = judged(model, right)
+    assert check.passed and (check.equal, check.argmax, check.near_ties) == (1, len(right), 0)
+    assert expected(SpecDecoder(model, drafter="none"), PROMPT, 12) == right
+
+
+def test_one_wrong_token_is_a_fault_with_its_place_and_gap(model) -> None:
+    right = greedy_reference(model, PROMPT, 12)
+    wrong = [*right[:4], (right[4] + 1) % 24 or 3, *right[5:]]
+    check = judged(model, wrong)
+    assert not check.passed and check.faults and check.equal == 0
+    assert check.details[0].startswith(f"prompt p: token 4 is {wrong[4]}, ")
+
+
+def test_an_answer_cut_short_is_a_fault(model) -> None:
+    right = greedy_reference(model, PROMPT, 12)
+    check = judged(model, right[:5])
+    assert not check.passed and "ends after 5 of 12" in check.details[0]
+
+
+def test_in_bfloat16_a_near_tie_passes_and_a_fault_does_not() -> None:
+    model = tiny_model("llama", vocab_size=24).to(torch.bfloat16)
+    head = model.get_output_embeddings().weight
+    right = greedy_reference(model, PROMPT, 12)
+    with torch.no_grad():
+        head[20] = head[right[0]]  # a twin: the same logit
+    decoder = SpecDecoder(model, drafter="none")
+    check = Greedy(3, strict=False)
+    check.take(decoder, "p", PROMPT, [20], right, 1)
+    assert check.passed and check.equal == 0
+    gaps = model(torch.tensor([PROMPT])).logits[0, -1].float()
+    check.take(decoder, "p", PROMPT, [int(gaps.argmin())], right, 1)
+    assert not check.passed and check.largest_gap > 0.5
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_tiny(tmp_path_factory.mktemp("tiny")))
+
+
+@pytest.fixture
+def run(folder: str, tmp_path: Path):
+    def call(*args: str):
+        fixed = ["--model", folder, "--drafter", "prompt-lookup", "--limit", "2", "--max-new-tokens", "20"]
+        return CliRunner().invoke(cli.app, ["verify", *fixed, "--draws", "24", "--positions", "0,3", *args])
+
+    return call
+
+
+def test_a_lossless_decoder_gets_its_certificate(run, tmp_path: Path) -> None:
+    result = run("--depths", "1,4,auto", "--output", str(tmp_path / "out"), "--json")
+    assert result.exit_code == 0, result.output
+    page, last = result.stdout.rsplit("\n", 2)[0], result.stdout.splitlines()[-1]
+    assert page.startswith("Losslessness: PASSED") and "prompt-lookup" in page
+    data = json.loads(last)
+    assert data == json.loads((tmp_path / "out/certificate.json").read_text())
+    assert (tmp_path / "out/certificate.txt").read_text().strip() == page.strip()
+    assert [(c["depth"], c["equal"], c["answers"]) for c in data["greedy"]] == [(1, 2, 2), (4, 2, 2), ("auto", 2, 2)]
+    assert [(f["position"], f["draws"]) for f in data["sampling"]] == [(0, 24), (3, 24)]
+    assert data["passed"] and data["complete"] and data["environment"]["threads"]
+
+
+def test_bfloat16_is_replayed(run) -> None:
+    result = run("--dtype", "bfloat16", "--draws", "0", "--json")
+    data = json.loads(result.stdout.splitlines()[-1])
+    assert result.exit_code == 0 and data["near_tie"] == 0.5 and data["sampling"] == []
+    assert all(c["argmax"] + c["near_ties"] == c["tokens"] for c in data["greedy"])
+
+
+def test_a_biased_rule_fails_with_exit_code_1(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def accept_first(self, draft, p, generators):
+        depth = [[0, *range(1, 1 + sum(t >= 0 for t in row[:1]))] for row in draft.tokens.tolist()]
+        return Verdict(depth, [draw(p[b, path[-1]], generators[b]) for b, path in enumerate(depth)])
+
+    monkeypatch.setattr(ExactVerifier, "judge", accept_first)
+    result = run("--depths", "3", "--draws", "0")
+    assert result.exit_code == 1 and "Losslessness: FAILED" in result.stdout and "FAULT at depth 3" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--depths", "1,x"], "--depths takes numbers"),
+        (["--positions", "-1"], "--positions takes numbers"),
+        (["--temperature", "0"], "--temperature"),
+        (["--verifier", "exakt"], "did you mean 'exact'"),
+        (["--drafter", "prompt-lokup"], "did you mean 'prompt-lookup'"),
+        (["--prompts", "nowhere.jsonl"], "no prompt file 'nowhere.jsonl'"),
+        (["--positions", "999"], "position 999"),
+    ],
+)
+def test_bad_input_is_one_line(run, args: list[str], words: str) -> None:
+    result = run(*args)
+    (line,) = result.stderr.splitlines()
+    assert result.exit_code == 2 and line.startswith("error: ") and words in line
