@@ -1,6 +1,6 @@
 """End to end on the real default model: the shipped drafter drafts, and nothing changes.
 
-The model is fetched once from the package registry into the cache folder. ``benchmarks/proof.py`` is the long form.
+The model is fetched once from the package registry into the cache folder. ``specdec verify`` is the long form.
 """
 
 from __future__ import annotations
