@@ -68,7 +68,7 @@ class Comparison:
 
     def facts(self) -> Facts:
         speed = "no decode step to time" if self.speedup is None else f"{self.speedup:.2f}x"
-        return [
+        facts = [
             ("speedup over plain decoding", speed),
             ("plain tokens/s", f"{self.plain.metrics.tokens_per_second:.1f}"),
             ("output identical to plain decoding", self.verdict),
