@@ -17,6 +17,7 @@ class NoDrafter:
     name: ClassVar[str] = "none"
     summary: ClassVar[str] = "plain decoding, the baseline"
     taps: tuple[int, ...] = ()
+    stateless: ClassVar[bool] = True  # rows may join a generation under way
 
     @classmethod
     def load(cls, target: Target, source: str | None = None, **given: Any) -> NoDrafter:

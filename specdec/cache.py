@@ -170,6 +170,18 @@ class KVCache:
             for b, n in enumerate(self.rows):
                 self.positions[b, n : self.committed] = -1
 
+    def join(self, other: KVCache) -> None:
+        """Add the rows of ``other`` after those of this cache. Nothing may be uncommitted in either."""
+        mine, theirs = self.committed, other.committed
+        slots = (max(mine, theirs) // self.block + 1) * self.block
+        self.keys = [_stack(a, b, mine, theirs, slots) for a, b in zip(self.keys, other.keys, strict=True)]
+        self.values = [_stack(a, b, mine, theirs, slots) for a, b in zip(self.values, other.values, strict=True)]
+        positions = self.positions.new_full((self.batch + other.batch, slots), -1)
+        positions[: self.batch, :mine] = self.positions[:, :mine]
+        positions[self.batch :, :theirs] = other.positions[:, :theirs]
+        self.positions, self.rows, self.committed = positions, self.rows + other.rows, max(mine, theirs)
+        self.lengths = [self.committed] * len(self.lengths)
+
     def select(self, rows: Sequence[int]) -> None:
         """Keep only ``rows`` of the batch, in that order. Nothing may be uncommitted."""
         index = torch.tensor(list(rows), device=self.device)
@@ -179,3 +191,12 @@ class KVCache:
         self.rows = [self.rows[i] for i in rows]
         self.committed = max(self.rows, default=0)
         self.lengths = [self.committed] * len(self.lengths)
+
+
+def _stack(a: Tensor | None, b: Tensor | None, filled_a: int, filled_b: int, slots: int) -> Tensor | None:
+    """Entries [B, H, S, d] of two caches below one another, with room for ``slots``; those missing are zero."""
+    if a is None or b is None:
+        return None
+    out = a.new_zeros(len(a) + len(b), a.shape[1], slots, a.shape[3])
+    out[: len(a), :, :filled_a], out[len(a) :, :, :filled_b] = a[:, :, :filled_a], b[:, :, :filled_b]
+    return out

@@ -53,6 +53,30 @@ class Loop:
             self.ledger.restart()
             yield self._commit(self._round())
 
+    def admit(self, prompts: list[list[int]], limits: list[int], sampler: Sampler) -> list[tuple[int, list[int]]]:
+        """Add rows between two rounds, with the sampler of theirs; return their first tokens, as ``rounds`` does.
+
+        They are numbered after those there are. For drafters that keep nothing per row (``stateless``).
+        """
+        assert getattr(self.drafter, "stateless", False), "this drafter's rows begin together"
+        first, state = len(self.metrics), self.state
+
+        def stop(row: int, token: int) -> str | None:
+            return self.stop(first + row, token)
+
+        guests = Loop(self.target, self.drafter, self.verifier, sampler, prompts, limits, stop, self.policy)
+        events = guests._commit(guests._prefill(), prefill=True)
+        self.limits, self.metrics = self.limits + limits, self.metrics + guests.metrics
+        self.finished |= {first + row: reason for row, reason in guests.finished.items()}
+        if not self.rows:
+            self.state = guests.state
+        elif guests.rows:
+            state.ids += guests.state.ids
+            state.cache.join(guests.state.cache)
+            state.sampler.generators += sampler.generators
+        self.rows += [first + row for row in guests.rows]
+        return [(first + row, tokens) for row, tokens in events]
+
     @torch.inference_mode()
     def _prefill(self) -> list[list[int]]:
         """Run the prompts through the target; return each row's first token."""

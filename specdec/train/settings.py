@@ -30,6 +30,8 @@ class TrainSettings:
 
     # Answers by the base itself, where the files hold prompts only.
     max_new_tokens: int = 256
+    sampled: float = 0.0  # share of the prompts answered at ``temperature``, the others greedily
+    temperature: float = 0.8
     eval_fraction: float = 0.03  # of the prompts, held out for evaluation, but
     eval_answers: int = 100  # no more than these
 
@@ -58,6 +60,8 @@ class TrainSettings:
             value = getattr(self, key)
             if value is not None and value <= 0:
                 raise SpecDecError(f"setting '{key}' must be positive, not {value}")
+        if not 0 <= self.sampled <= 1 or self.temperature <= 0:
+            raise SpecDecError("setting 'sampled' must lie between 0 and 1, and 'temperature' above 0")
         if not 0 < self.eval_fraction < 1 or not 0 < self.decay <= 1:
             raise SpecDecError("settings 'eval_fraction' and 'decay' must lie between 0 and 1")
 

@@ -33,7 +33,7 @@ from specdec.errors import SpecDecError
 from specdec.train import batches as windows_of
 from specdec.train import data, states
 from specdec.train import settings as settings_of
-from specdec.train.answers import answer_prompts, encode_prompts
+from specdec.train.answers import Sampling, answer_prompts, encode_prompts
 from specdec.train.batches import Batch, Window
 from specdec.train.method import Method, Work, lookup
 from specdec.train.plot import draw_curves
@@ -63,7 +63,8 @@ def train(settings: TrainSettings, resume: bool = False, console: Console | None
     data.refuse_held_out(items, held, tokenizer.decode)
     with _progress(console) as progress:
         prompts = encode_prompts(tokenizer, items, settings.model)
-        answers = answer_prompts(output, model, tokenizer, prompts, settings.max_new_tokens, progress)
+        sampling = Sampling(settings.sampled, settings.temperature, settings.seed)
+        answers = answer_prompts(output, model, tokenizer, prompts, settings.max_new_tokens, sampling, progress)
         usable = [a for a in answers if len(a) <= target.context and len(a.response_ids) > 1]
         train, held_out = data.split(usable, settings.eval_fraction)
         held_out = held_out[: settings.eval_answers]
