@@ -1,70 +1,111 @@
-"""Layer skipping: the model drafts for itself without some of its layers (Draft & Verify, arXiv 2309.08168; SWIFT).
+"""Layer skipping: the model drafts for itself without some of its parts (Draft & Verify, arXiv 2309.08168; SWIFT).
 
-Needs no training, and agrees with the full model as far as the model is indifferent to those layers. The layers before
-the first skipped one are exact: their states are handed over and scoring resumes there. What drafted tokens leave in
-the cache of later layers is provisional. Skips whole layers, not the attention or the MLP of one.
+Needs no training, and agrees with the full model as far as the model is indifferent to those parts: the attention or
+the MLP of a layer, or both (SWIFT, arXiv 2410.06916). The layers before the first skipped part are exact: their states
+are handed over and scoring resumes there. What drafted tokens leave in the cache of later layers is provisional.
+``specdec tune layer-skip`` looks for the parts whose loss costs least.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 import torch
+import yaml
 from torch import Tensor
 
 from specdec import options
+from specdec.cache import KVCache, Mask
 from specdec.draft import Draft, State
 from specdec.errors import SpecDecError
 from specdec.target import Target
 
 from .chain import draft_chain
 
+Step = tuple[Literal["layers", "attention", "mlp"], int, int]  # what is run, on layers [lo, hi)
+SETTINGS = ("attn", "mlp")
+KEYS = ("drafter", "base", *SETTINGS, "siblings", "measured")  # of a file
+
+
+def steps_without(attn: Collection[int], mlp: Collection[int], num_layers: int) -> list[Step]:
+    """The way through the model without the attention of layers ``attn`` and the MLP of layers ``mlp``."""
+    steps: list[Step] = []
+    for layer in range(num_layers):
+        if layer in attn and layer in mlp:
+            continue
+        if layer in attn or layer in mlp:
+            steps.append(("mlp" if layer in attn else "attention", layer, layer + 1))
+        elif steps and steps[-1][0] == "layers" and steps[-1][2] == layer:
+            steps[-1] = "layers", steps[-1][1], layer + 1
+        else:
+            steps.append(("layers", layer, layer + 1))
+    return steps
+
+
+def run_step(target: Target, step: Step, x: Tensor, positions: Tensor, mask: Mask, cache: KVCache) -> Tensor:
+    """One step of the way: [B, T, D] -> [B, T, D]; arguments as in ``Target.layers``."""
+    part, lo, hi = step
+    if part == "layers":
+        return target.layers(x, lo, hi, positions, mask, cache)
+    return target.sublayer(x, lo, part, positions, mask, cache)
+
 
 class LayerSkipDrafter:
-    """Drafts a chain through the layers that are not in ``skip``, read out by the model's own norm and head.
+    """Drafts a chain through what is not skipped, read out by the model's own norm and head.
 
-    skip: layers to leave out; None: the fifth of them around the middle, which models miss least.
+    skip: layers to leave out. attn, mlp: layers whose attention or MLP is left out. Nothing given: the fifth of the
+    layers around the middle, which models miss least.
     siblings: number of further candidates at each depth of the chain, which cost no drafting.
-    Raises SpecDecError, when bound, if ``skip`` removes every layer, none, or one outside the model.
+    Raises SpecDecError, when bound, if what is skipped is everything, nothing, or outside the model.
     """
 
     name: ClassVar[str] = "layer-skip"
-    summary: ClassVar[str] = "the model itself without some of its layers; no training"
+    summary: ClassVar[str] = "the model itself without some layers or parts of them; no training"
     taps: tuple[int, ...] = ()
 
-    def __init__(self, skip: Sequence[int] | None = None, siblings: Sequence[int] = ()) -> None:
-        self.skip = None if skip is None else options.wholes("skip", skip, 0)
+    def __init__(
+        self,
+        skip: Sequence[int] | None = None,
+        siblings: Sequence[int] = (),
+        attn: Sequence[int] = (),
+        mlp: Sequence[int] = (),
+    ) -> None:
+        self.default = skip is None and not attn and not mlp
+        whole = options.wholes("skip", () if skip is None else skip, 0)
+        self.attn = {*whole, *options.wholes("attn", attn, 0)}
+        self.mlp = {*whole, *options.wholes("mlp", mlp, 0)}
         self.siblings = options.wholes("siblings", siblings, 0)
-        self.ranges: list[tuple[int, int]] = []  # layers [lo, hi) that drafting runs
+        self.steps: list[Step] = []
         self.exit_layer = 0  # layers below are run as in the full model
 
     @classmethod
     def load(cls, target: Target, source: str | None = None, **given: Any) -> LayerSkipDrafter:
-        options.check(cls.name, given, ("skip", "siblings"), source)
-        return cls(**given)
+        """From options, or from a YAML file that ``specdec tune layer-skip`` wrote; options stand above the file's."""
+        options.check(cls.name, given, ("skip", *SETTINGS, "siblings"))
+        kept = {} if source is None else read_skips(Path(source), target)
+        if source is not None and (odd := [name for name in ("skip", *SETTINGS) if name in given]):
+            raise SpecDecError(f"drafter 'layer-skip' takes what to skip from '{source}' or from '{odd[0]}', not both")
+        return cls(**(kept | given))
 
     def bind(self, target: Target) -> None:
-        count = target.num_layers
-        skipped = self.skipped(count)
-        kept = [layer for layer in range(count) if layer not in skipped]
-        if not skipped or not kept or max(skipped) >= count:
+        n = target.num_layers
+        if self.default:
+            self.attn = self.mlp = set(range(2 * n // 5, 3 * n // 5))
+        skipped = self.attn | self.mlp
+        self.steps = steps_without(self.attn, self.mlp, n)
+        if not skipped or not self.steps or max(skipped) >= n:
             raise SpecDecError(
-                f"skip must name some of the model's layers 0 .. {count - 1}, not all of them; got {sorted(skipped)}"
+                f"layer-skip must leave out some of the model's layers 0 .. {n - 1} or parts of them, not everything; "
+                f"got attn {sorted(self.attn)}, mlp {sorted(self.mlp)}"
             )
         self.exit_layer = min(skipped)
-        starts = [layer for layer in kept if layer - 1 not in kept]
-        ends = [layer + 1 for layer in kept if layer + 1 not in kept]
-        self.ranges = list(zip(starts, ends, strict=True))
-
-    def skipped(self, num_layers: int) -> set[int]:
-        """The layers that a model of ``num_layers`` drafts without."""
-        return set(range(2 * num_layers // 5, 3 * num_layers // 5) if self.skip is None else self.skip)
 
     @property
     def path(self) -> str:
         """What the cost of drafting depends on."""
-        return str(self.ranges)
+        return str(self.steps)
 
     def start(self, batch: int) -> None:
         pass
@@ -72,18 +113,20 @@ class LayerSkipDrafter:
     def propose(self, state: State, limit: int) -> Draft:
         target, cache = state.target, state.cache
         states: list[Tensor] = []
+        attending = [(lo, hi) for part, lo, hi in self.steps if part != "mlp"]
+        first = attending[0][0] if attending else 0
 
         def step(token: Tensor, positions: Tensor) -> Tensor:
-            x, mask = target.embed(token, positions), cache.mask(self.ranges[0][0], positions)
-            for lo, hi in self.ranges:
-                x = target.layers(x, lo, hi, positions, mask, cache)
-                if hi == self.exit_layer:
+            x, mask = target.embed(token, positions), cache.mask(first, positions)
+            for way in self.steps:
+                x = run_step(target, way, x, positions, mask, cache)
+                if way[2] == self.exit_layer:
                     states.append(x)
             return target.readout(x)[:, 0]
 
         draft = draft_chain(state, limit, step, self.siblings)
-        for lo, hi in self.ranges:
-            if lo > self.exit_layer:
+        for lo, hi in attending:
+            if lo >= self.exit_layer:
                 cache.trim(max(draft.depths()), lo, hi)
         if states:
             draft.states, draft.exit_layer = torch.cat(states, 1), self.exit_layer
@@ -94,3 +137,20 @@ class LayerSkipDrafter:
 
     def select(self, rows: list[int]) -> None:
         pass
+
+
+def read_skips(path: Path, target: Target) -> dict[str, Any]:
+    """The options in a file of skips. Raises SpecDecError if it is none, or was tuned on another model."""
+    try:
+        data = yaml.safe_load(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SpecDecError(f"cannot read the skip set '{path}': {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict) or data.get("drafter") != "layer-skip" or not set(data) <= set(KEYS):
+        raise SpecDecError(f"'{path}' is no skip set; make one: specdec tune layer-skip --prompts FILE --output {path}")
+    base = data.get("base")
+    if isinstance(base, dict) and base.get("fingerprint") not in (None, target.fingerprint):
+        raise SpecDecError(
+            f"the skip set '{path}' was tuned on {base.get('name', 'other weights')}, not on the loaded model; "
+            "tune one for it: specdec tune layer-skip"
+        )
+    return {name: data[name] for name in (*SETTINGS, "siblings") if name in data}

@@ -34,6 +34,7 @@ from specdec.errors import SpecDecError
 from specdec.sweep.command import report as sweep_report
 from specdec.sweep.command import sweep
 from specdec.train.command import app as train_app
+from specdec.tune.command import app as tune_app
 from specdec.verify.command import verify
 
 if TYPE_CHECKING:
@@ -113,6 +114,7 @@ app.add_typer(
 app.command(epilog="Example: specdec bench --drafters hf,none,prompt-lookup,m2r2 --limit 8 --output DIR")(bench)
 app.command(epilog="Example: specdec verify --model my-model --drafter my-drafter --prompts prompts.jsonl")(verify)
 app.command(epilog="Example: specdec sweep quick drafter=m2r2,prompt-lookup --output DIR")(sweep)
+app.add_typer(tune_app, name="tune")
 app.command("report", epilog="Example: specdec report DIR --format markdown")(sweep_report)
 
 

@@ -39,7 +39,7 @@ class Target(ABC):
 
     runtime: str  # "reference", "fused", ...
     tokenizer: Any = None  # the model's, where known: drafters with a model of their own compare it
-    _gated: ReferenceTarget | None = None
+    _by_parts: ReferenceTarget | None = None
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -86,9 +86,9 @@ class Target(ABC):
         works for any runtime but costs what the reference runtime does. Raises SpecDecError if the model's layers have
         no such part.
         """
-        if self._gated is None:
-            self._gated = ReferenceTarget(self.model)
-        return self._gated.sublayer(x, layer, part, positions, mask, cache)
+        if self._by_parts is None:
+            self._by_parts = ReferenceTarget(self.model)
+        return self._by_parts.sublayer(x, layer, part, positions, mask, cache)
 
     @abstractmethod
     def readout(self, x: Tensor, head: nn.Linear | None = None) -> Tensor:

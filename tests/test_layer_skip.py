@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
+
 import pytest
 import torch
-from conftest import FAMILIES, tiny_model
+import yaml
+from conftest import FAMILIES, greedy_reference, tiny_model
+from test_loop import PROMPTS
+from tiny import save_tiny
+from transformers import PreTrainedModel
+from typer.testing import CliRunner
 
+from specdec import SpecDecError, SpecDecoder
+from specdec.cli import app
+from specdec.draft import State
+from specdec.drafters.layer_skip import LayerSkipDrafter, steps_without
+from specdec.prefill import prefill
+from specdec.sampling import Sampler, SamplingParams
 from specdec.target import ReferenceTarget
+from specdec.tune.layer_skip import Prices, Search, Skips, expected_tokens
 
 PARALLEL = ("phi", "gpt_neox")  # attention and MLP read the same input
 
@@ -34,3 +49,124 @@ def test_the_parts_of_a_layer_make_the_layer(family: str) -> None:
     both = attention + mlp - x if family in PARALLEL else run("attention", "mlp")
     torch.testing.assert_close(both, whole)
     torch.testing.assert_close(run("layer"), whole)  # the model has its parts back
+
+
+def without(model: PreTrainedModel, attn: tuple[int, ...], mlp: tuple[int, ...]) -> PreTrainedModel:
+    """A copy of a llama in which these parts change nothing."""
+    model = copy.deepcopy(model)
+    for layers, path in ((attn, "self_attn.o_proj"), (mlp, "mlp.down_proj")):
+        for layer in layers:
+            torch.nn.init.zeros_(model.model.layers[layer].get_submodule(path).weight)
+    return model
+
+
+SETS = [((1,), ()), ((), (0, 3)), ((0, 1, 2, 3), (2,)), ((2,), (0, 1, 2, 3)), ((1, 2), (2, 3))]
+
+
+@pytest.mark.parametrize("runtime", ["reference", "fused"])
+@pytest.mark.parametrize(("attn", "mlp"), SETS)
+def test_parts_that_change_nothing_are_not_missed(
+    llama: PreTrainedModel, attn: tuple[int, ...], mlp: tuple[int, ...], runtime: str
+) -> None:
+    model = without(llama, attn, mlp)
+    decoder = SpecDecoder(
+        model, drafter="layer-skip", drafter_options={"attn": list(attn), "mlp": list(mlp)}, runtime=runtime
+    )
+    outs = decoder.generate_batch(PROMPTS, max_new_tokens=21, num_speculative_tokens=4, ignore_eos=True)
+    for out, prompt in zip(outs, PROMPTS, strict=True):
+        assert out.token_ids == greedy_reference(model, prompt, 21) or 2 in out.token_ids
+        assert set(out.metrics.per_step_accepted[:-1]) == {4}
+    # ... and those that do are missed, but never by the output.
+    decoder = SpecDecoder(
+        llama, drafter="layer-skip", drafter_options={"attn": list(attn), "mlp": list(mlp)}, runtime=runtime
+    )
+    out = decoder.generate(PROMPTS[0], max_new_tokens=21, num_speculative_tokens=4)
+    assert out.token_ids == greedy_reference(llama, PROMPTS[0], 21)
+
+
+def test_the_way_without_some_parts() -> None:
+    assert steps_without({2}, {2}, 5) == [("layers", 0, 2), ("layers", 3, 5)]
+    assert steps_without({1, 2}, {2, 3}, 5) == [("layers", 0, 1), ("mlp", 1, 2), ("attention", 3, 4), ("layers", 4, 5)]
+    assert steps_without({0, 1}, {0, 1}, 2) == []
+
+
+# --- the search ----------------------------------------------------------------------------------------------------
+
+CHEAP = Prices(layer=1.0, attention=0.4, mlp=0.6, ends=0.1, score={1: 4.1, 4: 4.2, 16: 4.5})
+
+
+def search(model: PreTrainedModel, prices: Prices = CHEAP) -> Search:
+    texts = [(prompt, greedy_reference(model, prompt, 12)) for prompt in PROMPTS]
+    return Search(ReferenceTarget(model), texts, prices)
+
+
+def test_a_candidate_is_judged_by_what_it_would_draft_first(llama: PreTrainedModel) -> None:
+    target, looking = ReferenceTarget(llama), search(llama)
+    answers = [greedy_reference(llama, prompt, 12) for prompt in PROMPTS]
+    for attn, mlp in SETS[2:4]:
+        skips, drafter = looking.judge(Skips(frozenset(attn), frozenset(mlp))), LayerSkipDrafter(attn=attn, mlp=mlp)
+        drafter.bind(target)
+        right = []
+        for prompt, answer in zip(PROMPTS, answers, strict=True):
+            for cut, token in enumerate(answer):
+                state = State(target, target.new_cache(), Sampler(SamplingParams()), [[*prompt, *answer[:cut]]])
+                if len(state.ids[0]) > 1:
+                    prefill(target, state.cache, [state.ids[0][:-1]])
+                right.append(int(drafter.propose(state, 1).tokens[0, 0]) == token)
+        assert 0 < skips.agreement < 1 and skips.agreement == pytest.approx(sum(right) / len(right))
+
+
+def test_what_is_never_missed_is_found_and_priced(llama: PreTrainedModel) -> None:
+    model = without(llama, (1, 2), (2,))
+    best = search(model).run(3.0, lambda text: None)[0]
+    assert {*best.attn, *best.mlp} >= {1, 2} and 1 in best.attn and 2 in best.attn and 2 in best.mlp
+    found = search(model).judge(Skips(frozenset({1, 2}), frozenset({2})))
+    assert found.agreement == 1 and found.tokens == found.depth + 1
+    # Per draft: ends, layers 0 and 3, the MLP of 1. Scoring without layer 0, which drafting has run, but for one token.
+    score = CHEAP.score[4] + (found.depth - 3) / 12 * 0.3
+    seconds = found.depth * (0.1 + 2 * 1.0 + 0.6) + score - (score - 0.1) / 4 + 1.0
+    assert found.predicted == pytest.approx(found.tokens / seconds * 4.1)
+
+
+def test_parts_that_cost_as_much_as_the_layer_are_left_in(llama: PreTrainedModel) -> None:
+    dear = Prices(layer=1.0, attention=1.5, mlp=1.2, ends=0.1, score=CHEAP.score)
+    assert all(s.attn == s.mlp for s in search(llama, dear).run(1.0, lambda text: None))
+
+
+def test_rounds_along_hits() -> None:
+    assert expected_tokens([[True] * 6], 2) == 3
+    assert expected_tokens([[False] * 5], 3) == 1
+    assert expected_tokens([[True, False, True, True]], 3) == 2  # the second round runs out of text
+    assert expected_tokens([[True]], 3) == 1
+
+
+def test_the_command_writes_a_file_that_drafts(tmp_path: Path) -> None:
+    folder, output = save_tiny(tmp_path / "model"), tmp_path / "skips.yaml"
+    (tmp_path / "prompts.txt").write_text("What is rain?\nName a river.\n")
+    options = f"--prompts {tmp_path / 'prompts.txt'} --model {folder} --output {output} --minutes 0.05"
+    result = CliRunner().invoke(app, ["tune", "layer-skip", *options.split()])
+    assert result.exit_code == 0, result.output
+    assert "measured x" in result.output and "plain decoding" in result.output
+    data = yaml.safe_load(output.read_text())
+    assert data["drafter"] == "layer-skip" and data["attn"] + data["mlp"]
+    decoder = SpecDecoder.from_pretrained(str(folder), drafter=f"layer-skip={output}")
+    assert sorted(decoder.drafter.attn) == data["attn"] and sorted(decoder.drafter.mlp) == data["mlp"]  # type: ignore[attr-defined]
+    plain = decoder.with_drafter("none").generate("ab", max_new_tokens=12)
+    assert decoder.generate("ab", max_new_tokens=12, num_speculative_tokens=3).token_ids == plain.token_ids
+
+
+def test_files_that_are_no_skip_sets_are_refused(llama: PreTrainedModel, tmp_path: Path) -> None:
+    path, target = tmp_path / "skips.yaml", ReferenceTarget(llama)
+    for text, options, message in (
+        ("- 1\n", {}, "is no skip set; make one: specdec tune layer-skip"),
+        ("drafter: m2r2\n", {}, "is no skip set"),
+        ("drafter: layer-skip\nlayers: [1]\n", {}, "is no skip set"),
+        ("drafter: [", {}, "cannot read the skip set"),
+        ("drafter: layer-skip\nattn: [a]\n", {}, "attn must be a list of whole numbers"),
+        ("drafter: layer-skip\nbase: {name: other, fingerprint: 1}\nattn: [1]\n", {}, "was tuned on other, not on"),
+        ("drafter: layer-skip\nattn: [1]\n", {"skip": [2]}, "or from 'skip', not both"),
+    ):
+        path.write_text(text)
+        with pytest.raises(SpecDecError, match=message) as caught:
+            LayerSkipDrafter.load(target, str(path), **options)
+        assert "\n" not in str(caught.value)
