@@ -315,8 +315,29 @@ def test_lines_of_every_kind_are_read_and_broken_ones_are_named(tmp_path: Path) 
     (tmp_path / "empty").write_text("\n")
     with pytest.raises(SpecDecError, match="no prompts in"):
         data.read([tmp_path / "empty"])
-    with pytest.raises(SpecDecError, match="cannot read prompts"):
+    with pytest.raises(SpecDecError, match="cannot read"):
         data.read([tmp_path / "missing"])
+
+
+def test_plain_text_becomes_pieces_that_are_trained_on_and_may_stand_alone(tmp_path: Path) -> None:
+    assert [len(p) for p in data.pieces(range(1000), 300)] == [300, 300, 300, 100]
+    assert data.pieces(range(317), 300)[1:] == []  # too short to learn from
+    assert sum((p.prompt_ids + p.response_ids for p in data.pieces(range(600), 300)), ()) == tuple(range(600))
+    text = tmp_path / "book.txt"
+    text.write_text("".join(f"line {n} of a book that goes on\n" for n in range(60)))
+    folder, preset = save_tiny(tmp_path / "model"), tmp_path / "preset.yaml"
+    preset.write_text(
+        "segments: [[2, 4]]\nfinal_leap: true\nrank: 2\ndraft_vocab: 50\nrows: 4\nwindow: 8\ncompile: false\n"
+        "text_tokens: 64\neval_fraction: 0.2\n"
+    )
+    command = ["train", "m2r2", "--model", str(folder), "--text", str(text), "--output", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, [*command, "--preset", str(preset), "--dtype", "float32", "--steps", "3"])
+    assert result.exit_code == 0, result.output
+    training = artifacts.read_config(tmp_path / "out")["training"]
+    assert training["tokens_in_answers"] > 1000
+    text.write_text(" \n")
+    with pytest.raises(SpecDecError, match=r"text file .* is empty"):
+        data.read_texts([text])
 
 
 def test_held_out_prompts_are_refused_in_text_and_in_token_ids() -> None:

@@ -21,8 +21,13 @@ def _group() -> None:
 
 def run(
     context: typer.Context,
-    prompts: Annotated[list[Path], typer.Option(help="JSONL of prompts or token-id answers, or plain lines; .gz too.")],
     output: Annotated[Path, typer.Option(help="Folder for the drafter and everything the run needs to go on.")],
+    prompts: Annotated[
+        list[Path] | None, typer.Option(help="JSONL of prompts or token-id answers, or plain lines; .gz too.")
+    ] = None,
+    text: Annotated[
+        list[Path] | None, typer.Option(help="Plain text to learn from as it is, beside answers or alone; .gz too.")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="Base model: a name, a folder or a Hugging Face id.")] = None,
     preset: Annotated[
         str | None, typer.Option(help="Settings: a preset's name or a YAML file; else the method's own preset.")
@@ -44,9 +49,11 @@ def run(
     from specdec.train.trainer import said, train
 
     overrides: dict[str, Any] = {
-        "prompts": [str(path) for path in prompts],
         "output": str(output),
-        "holdout": [str(path) for path in holdout or ()] or None,
+        **{
+            key: [str(path) for path in paths] if paths else None
+            for key, paths in (("prompts", prompts), ("text", text), ("holdout", holdout))
+        },
         **{"model": model, "minutes": minutes, "steps": steps, "dtype": dtype, "device": device, "seed": seed},
         **_assignments(set_ or ()),
     }

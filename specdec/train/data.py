@@ -19,6 +19,8 @@ from torch import Tensor
 
 from specdec.errors import SpecDecError
 
+TEXT_CONTEXT = 16  # tokens at the beginning of a piece of text that are not trained on
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -44,21 +46,34 @@ def read(paths: Sequence[Path]) -> list[Answer | Prompt]:
 
     Raises SpecDecError for unreadable files, for a broken line (with its number) and if there is nothing at all.
     """
-    items = [_parse(line, path, number) for path in paths for number, line in _lines(path)]
+    items = [_parse(line.strip(), path, n) for path in paths for n, line in _lines(path) if line.strip()]
     if not items:
-        raise SpecDecError(f"no prompts in {', '.join(map(str, paths)) or 'the settings'}; give --prompts FILE")
+        raise SpecDecError(f"no prompts in {', '.join(map(str, paths))}; write some, or give another file")
     return items
+
+
+def read_texts(paths: Sequence[Path]) -> list[str]:
+    """Each file's whole text; ``.gz`` is unpacked. Raises SpecDecError for unreadable files and empty ones."""
+    texts = ["".join(line for _, line in _lines(path)) for path in paths]
+    for path, text in zip(paths, texts, strict=True):
+        if not text.strip():
+            raise SpecDecError(f"text file '{path}' is empty; leave it out")
+    return texts
+
+
+def pieces(ids: Sequence[int], length: int) -> list[Answer]:
+    """Token ids of a text as answers of ``length`` tokens in all; the first few are its prompt, context only."""
+    parts = [tuple(ids[start : start + length]) for start in range(0, len(ids), length)]
+    return [Answer(part[:TEXT_CONTEXT], part[TEXT_CONTEXT:]) for part in parts if len(part) > TEXT_CONTEXT + 1]
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     try:
         with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield number, line.strip()
+            yield from enumerate(file, start=1)
     except (OSError, UnicodeDecodeError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
-        raise SpecDecError(f"cannot read prompts from '{path}': {reason}") from None
+        raise SpecDecError(f"cannot read '{path}': {reason}") from None
 
 
 def _parse(line: str, path: Path, number: int) -> Answer | Prompt:
@@ -84,7 +99,10 @@ def _parse(line: str, path: Path, number: int) -> Answer | Prompt:
 
 
 def refuse_held_out(
-    items: Sequence[Answer | Prompt], held_out: Sequence[Answer | Prompt], decode: Callable[[Sequence[int]], str]
+    items: Sequence[Answer | Prompt],
+    held_out: Sequence[Answer | Prompt],
+    decode: Callable[[Sequence[int]], str],
+    what: str = "prompt",
 ) -> None:
     """Raise SpecDecError if a prompt to train on contains one that must be held out (compared as lower-case words)."""
     words = [" " + " ".join(_text(item, decode).lower().split()) + " " for item in items]
@@ -94,7 +112,7 @@ def refuse_held_out(
         for index, text in enumerate(words):
             if needle in text:
                 raise SpecDecError(
-                    f"prompt {index + 1} to train on contains the held-out prompt '{needle.strip()[:60]}'; "
+                    f"{what} {index + 1} to train on contains the held-out prompt '{needle.strip()[:60]}'; "
                     "remove it from the training file"
                 )
 

@@ -21,6 +21,8 @@ class TrainSettings:
     method: str = ""
     model: str = "smollm2-135m-instruct"
     prompts: tuple[str, ...] = ()  # files of prompts or of token-id answers
+    text: tuple[str, ...] = ()  # files of plain text: the base's choice at every position, no answers needed
+    text_tokens: int = 512  # of a piece of text
     holdout: tuple[str, ...] = ()  # files whose prompts must not be trained on
     output: str = ""
     dtype: str = "bfloat16"  # of the frozen base and of the student's passes; master weights are float32
@@ -50,7 +52,9 @@ class TrainSettings:
     eval_minutes: float = 10.0
     compile: bool = True  # torch.compile, where the model has a direct path
 
-    positive: ClassVar[tuple[str, ...]] = ("rows", "window", "max_new_tokens", "minutes", "steps", "fit_tokens")
+    positive: ClassVar[tuple[str, ...]] = (
+        *("rows", "window", "max_new_tokens", "text_tokens", "minutes", "steps", "fit_tokens"),
+    )
 
     def check(self) -> None:
         """Raise SpecDecError for values out of range; methods add to it."""

@@ -52,22 +52,29 @@ def train(settings: TrainSettings, resume: bool = False, console: Console | None
     number any more; what was computed stays, and ``resume`` goes on from it.
     """
     console = console or Console(stderr=True)
+    if not settings.prompts and not settings.text:
+        raise SpecDecError("nothing to train on; give --prompts FILE or --text FILE")
+    # What can be judged without the model comes first.
+    items = data.read([Path(p) for p in settings.prompts]) if settings.prompts else []
+    texts = data.read_texts([Path(p) for p in settings.text])
+    held = data.read([Path(p) for p in settings.holdout]) if settings.holdout else []
     output = _open_output(settings, resume)
     keep_freed_memory()
     model, tokenizer = hub.load(settings.model, dtype=settings.dtype, device=settings.device)
     target = TrainingTarget(model.requires_grad_(False), compiled=settings.compile)
     mark = hub.fingerprint(model)
     method = lookup(settings.method)(settings, target)
-    items = data.read([Path(p) for p in settings.prompts])
-    held = data.read([Path(p) for p in settings.holdout]) if settings.holdout else []
     data.refuse_held_out(items, held, tokenizer.decode)
+    data.refuse_held_out([data.Prompt((text,)) for text in texts], held, tokenizer.decode, "text")
     with _progress(console) as progress:
         prompts = encode_prompts(tokenizer, items, settings.model)
         sampling = Sampling(settings.sampled, settings.temperature, settings.seed)
         answers = answer_prompts(output, model, tokenizer, prompts, settings.max_new_tokens, sampling, progress)
         usable = [a for a in answers if len(a) <= target.context and len(a.response_ids) > 1]
-        train, held_out = data.split(usable, settings.eval_fraction)
-        held_out = held_out[: settings.eval_answers]
+        plain = [tokenizer(text, add_special_tokens=False, verbose=False).input_ids for text in texts]
+        read = [p for ids in plain for p in data.pieces(ids, min(settings.text_tokens, target.context))]
+        train, held_out = data.split(usable or read, settings.eval_fraction)  # answers are what is to be drafted
+        train, held_out = train + (read if usable else []), held_out[: settings.eval_answers]
         random.Random(settings.seed).shuffle(train)
         vocab = None
         if settings.draft_vocab:
