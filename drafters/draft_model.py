@@ -16,8 +16,8 @@ from torch import Tensor
 from specdec import hub, options
 from specdec.draft import Draft, State
 from specdec.errors import SpecDecError
-from specdec.runtimes import make_target
 from specdec.prefill import prefill
+from specdec.runtimes import make_target
 from specdec.target import Target
 
 from .chain import draft_chain

@@ -25,10 +25,15 @@ from specdec.adapters import Adapters
 from specdec.cache import KVCache, Mask
 from specdec.draft import Draft, State
 from specdec.errors import SpecDecError
+from specdec.kernels import rms_unit
 from specdec.target import Target
 
+from .arla import Router
+from .beam import draft_beam
 from .chain import draft_chain, within
 from .vocabulary import DraftVocabulary, check_vocabulary
+
+BEAM = 4  # nodes of a level that are drafted from: together they cost about what one costs
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,12 @@ class M2R2Path:
     def layers_run(self) -> int:
         """Layers a drafted token runs through."""
         return self.exit_layer + sum(hi - lo for lo, hi in self.segments)
+
+    @property
+    def residuals(self) -> int:
+        """Residuals that a router sees on this way: the early ones, those in and behind the segments, the last."""
+        early = self.exit_layer if self.adapts_early else min(self.exit_layer, 1)
+        return early + sum(hi - lo + 1 for lo, hi in self.segments) + self.final_leap
 
     def check(self, num_layers: int) -> None:
         """Raise SpecDecError unless 0 <= E <= lo < hi <= ... <= N."""
@@ -89,21 +100,23 @@ class M2R2Path:
 
 @dataclass
 class Carry:
-    """Deep states of the previous token: ``final`` [B, T, D], and ``inputs[s]`` [B, T, D] of segment s."""
+    """Deep states of the previous token: ``final`` [B, T, D], and ``inputs[s]`` [B, T, D] of segment s.
+
+    passed: the residuals [B, T, D] beyond E that led to ``final``, where there is a router to see them.
+    """
 
     final: Tensor
     inputs: list[Tensor]
-
-
-def rms_unit(x: Tensor) -> Tensor:
-    """x / rms(x) over the last axis, in x's dtype."""
-    return torch.nn.functional.rms_norm(x, x.shape[-1:], eps=1e-6)
+    passed: list[Tensor] = field(default_factory=list)
 
 
 class M2R2(nn.Module):
-    """Parameters and forward of the accelerated residual; used alike for drafting and for training."""
+    """Parameters and forward of the accelerated residual; used alike for drafting and for training.
 
-    def __init__(self, path: M2R2Path, target: Target, draft_vocab: Tensor | None = None) -> None:
+    router: width of the latents of a router that says how likely the draft is right; 0: none.
+    """
+
+    def __init__(self, path: M2R2Path, target: Target, draft_vocab: Tensor | None = None, router: int = 0) -> None:
         super().__init__()
         path.check(target.num_layers)
         self.path, self.num_layers = path, target.num_layers
@@ -122,30 +135,34 @@ class M2R2(nn.Module):
         self.leaps = nn.ModuleList(nn.Linear(3 * d, d) for _ in path.segments)
         if path.final_leap:
             self.leaps.append(nn.Linear(2 * d, d))
-        self.frozen: list[kernels.Linear] = []  # the leaps, once nothing is trained any more
+        self.router = Router(path.residuals, d, router) if router else None
+        self.frozen: list[Callable[[Sequence[Tensor]], Tensor]] = []  # the leaps, once nothing is trained any more
         self.register_buffer("draft_vocab", draft_vocab)  # int32 [V'], or None: the full vocabulary
         self.draft_vocab: Tensor | None
 
+    def parts(self, index: int, x: Tensor, carry: Carry) -> list[Tensor]:
+        """What leap ``index`` of residual ``x`` [B, T, D] is a linear map of, once each has unit RMS: 2 or 3 of it."""
+        inputs = [carry.inputs[index]] if index < len(self.path.segments) else []
+        return [x, carry.final, *inputs]
+
     def features(self, index: int, x: Tensor, carry: Carry) -> Tensor:
-        """What leap ``index`` of residual ``x`` [B, T, D] is a linear map of: [B, T, 2 D or 3 D]."""
-        parts = [rms_unit(x), rms_unit(carry.final)]
-        if index < len(self.path.segments):
-            parts.append(rms_unit(carry.inputs[index]))
-        return torch.cat(parts, -1)
+        """The input of leap ``index``: [B, T, 2 D or 3 D]."""
+        return torch.cat([rms_unit(part) for part in self.parts(index, x, carry)], -1)
 
     def leap(self, index: int, x: Tensor, carry: Carry) -> Tensor:
         """Leap ``index`` of residual ``x`` [B, T, D] -> [B, T, D]."""
-        features = self.features(index, x, carry)
         if self.frozen:
-            return self.frozen[index](features)
+            return self.frozen[index](self.parts(index, x, carry))
         layer = self.leaps[index]
         assert isinstance(layer, nn.Linear)
+        features = self.features(index, x, carry)
         return nn.functional.linear(features, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
 
     def freeze(self, target: Target) -> None:
         """Prepare for drafting: parameters in the target's dtype and place, leaps in their fastest storage."""
         self.to(target.device, target.dtype).requires_grad_(False).eval()
-        self.frozen = [kernels.frozen(leap.weight, leap.bias) for leap in self.leaps if isinstance(leap, nn.Linear)]
+        leaps = [leap for leap in self.leaps if isinstance(leap, nn.Linear)]
+        self.frozen = [kernels.frozen_of_units(leap.weight, leap.bias) for leap in leaps]
 
     def beyond(
         self, target: Target, p: Tensor, carry: Carry, positions: Tensor, mask: Callable[[int], Mask], cache: KVCache
@@ -155,14 +172,21 @@ class M2R2(nn.Module):
         ``mask(lo)`` is asked for the mask of the segment that begins at layer ``lo``. Returns this token's carry; its
         ``final`` is what the head reads.
         """
-        inputs = []
+        inputs, passed = [], list[Tensor]()
         for s, (lo, hi) in enumerate(self.path.segments):
             p = self.leap(s, p, carry)
             inputs.append(p)
-            p = target.layers(p, lo, hi, positions, mask(lo), cache, adapters=self.adapters)
+            taps = self.watch(lo, hi)
+            p = target.layers(p, lo, hi, positions, mask(lo), cache, taps=taps, adapters=self.adapters)
+            passed += (taps or {}).values()
         if self.path.final_leap:
             p = self.leap(len(self.path.segments), p, carry)
-        return Carry(p, inputs)
+            passed.append(p)
+        return Carry(p, inputs, passed)
+
+    def watch(self, lo: int, hi: int) -> dict[int, Tensor] | None:
+        """Taps for the residuals before, in and behind layers [lo, hi), where there is a router to see them."""
+        return None if self.router is None else {layer: torch.empty(0) for layer in range(lo, hi + 1)}
 
 
 class M2R2Drafter:
@@ -218,18 +242,27 @@ class M2R2Drafter:
         target, cache, carry, vocabulary = state.target, state.cache, self.carry, self.vocabulary
         assert carry is not None, "observe() runs before propose()"
         vocabulary.follow(state)
+        if self.siblings is None and self._grows(state):
+            return self._tree(state, limit)
         siblings = within(self.suggested, limit, state.spare) if self.siblings is None else self.siblings
         states: list[Tensor] = []
+        passed: list[Tensor] = []
+        router = self.network.router
 
         def step(token: Tensor, positions: Tensor) -> Tensor:
-            nonlocal carry
+            nonlocal carry, passed
             assert carry is not None
-            h, p = self._early(target, target.embed(token, positions), positions, cache)
+            h, p, passed = self._early(target, target.embed(token, positions), positions, cache)
             states.append(h)
             carry = self.network.beyond(target, p, carry, positions, partial(cache.mask, positions=positions), cache)
             return vocabulary.logits(carry.final)[:, 0]
 
-        draft = draft_chain(state, limit, step, siblings, vocabulary.tokens)
+        def certainty(logits: Tensor) -> Tensor:
+            assert carry is not None and router is not None
+            return router([*passed, *carry.passed], logits[:, None]).sigmoid()
+
+        routed = None if router is None else certainty
+        draft = draft_chain(state, limit, step, siblings, vocabulary.tokens, routed)
         for lo, hi in self.path.segments:
             cache.trim(len(states), lo, hi)  # provisional entries: exact ones come with the scoring pass
         if self.path.exit_layer:
@@ -238,20 +271,48 @@ class M2R2Drafter:
             draft.layers = torch.full_like(draft.tokens, self.path.layers_run)
         return draft
 
-    def _early(self, target: Target, x: Tensor, positions: Tensor, cache: KVCache) -> tuple[Tensor, Tensor]:
-        """Layers [0, E) for h and p of one token: x [B, 1, D] -> h[E], p[E]. Only h stays in the cache."""
-        e = self.path.exit_layer
+    def _grows(self, state: State) -> bool:
+        """Whether a tree is drafted level by level: it has to pay in scoring alone, and to be one greedy row's."""
+        judged = state.threshold is None and state.sampler.plain_greedy
+        return judged and state.spare > 0 and not self.path.exit_layer and state.cache.batch == 1
+
+    def _tree(self, state: State, limit: int) -> Draft:
+        target, cache, carry, run = state.target, state.cache, self.carry, 0
+
+        def step(tokens: Tensor, positions: Tensor, parents: Tensor, paths: Tensor) -> Tensor:
+            nonlocal carry, run
+            assert carry is not None
+            carry, run = Carry(carry.final[:, parents], [x[:, parents] for x in carry.inputs]), run + len(parents)
+            mask = partial(cache.mask, positions=positions, tree=paths)
+            carry = self.network.beyond(target, target.embed(tokens, positions), carry, positions, mask, cache)
+            return self.vocabulary.logits(carry.final)
+
+        draft = draft_beam(state, limit, limit + state.spare, BEAM, step, self.vocabulary.tokens)
+        for lo, hi in self.path.segments:
+            cache.trim(run, lo, hi)
+        return draft
+
+    def _early(
+        self, target: Target, x: Tensor, positions: Tensor, cache: KVCache
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Layers [0, E) for h and p of one token: x [B, 1, D] -> h[E], p[E], and the residuals that a router sees.
+
+        Only h stays in the cache.
+        """
+        e, router = self.path.exit_layer, self.network.router
         if not self.path.adapts_early:
             h = target.layers(x, 0, e, positions, cache.mask(0, positions), cache) if e else x
-            return h, h
+            return h, h, [h] if e and router is not None else []
         # h and p as two tokens at one position: both see h's keys (shared KV), nobody sees p's.
         both = positions.expand(-1, 2)
         tree = torch.ones(2, cache.lengths[0] + 2 - cache.committed, dtype=torch.bool)
         tree[:, -1] = False
         mask = cache.mask(0, both, tree)
-        y = target.layers(torch.cat((x, x), 1), 0, e, both, mask, cache, adapters=self.network.adapters, adapted=1)
+        taps = self.network.watch(1, e)
+        adapters = self.network.adapters
+        y = target.layers(torch.cat((x, x), 1), 0, e, both, mask, cache, taps=taps, adapters=adapters, adapted=1)
         cache.trim(1, 0, e)
-        return y[:, :1], y[:, 1:]
+        return y[:, :1], y[:, 1:], [p[:, 1:] for p in (taps or {}).values()]
 
     def observe(self, paths: list[list[int]], taps: dict[int, Tensor]) -> None:
         last = torch.tensor([[path[-1]] if path else [0] for path in paths], device=taps[self.taps[-1]].device)
@@ -286,7 +347,8 @@ def load_network(target: Target, config: dict[str, Any], tensors: dict[str, Tens
         raise SpecDecError(f"the folder holds a '{config.get('drafter')}' drafter, not an m2r2 one")
     vocab = tensors.get("draft_vocab")
     check_vocabulary(vocab, target)
-    network = M2R2(M2R2Path.from_json(config.get("path", {})), target, vocab)
+    router = options.whole("the drafter's router width", config.get("router", 0), 0)
+    network = M2R2(M2R2Path.from_json(config.get("path", {})), target, vocab, router)
     own = network.state_dict()
     if set(own) != set(tensors) or any(own[key].shape != tensors[key].shape for key in own):
         odd = sorted(set(own) ^ set(tensors)) or sorted(k for k in own if own[k].shape != tensors[k].shape)

@@ -54,6 +54,7 @@ class KVCache:
         self.block, self.device = block, torch.device(device)
         self.keys: list[Tensor | None] = [None] * num_layers  # each (B, H, capacity, d)
         self.values: list[Tensor | None] = [None] * num_layers
+        self.whole: Tensor | None = None  # (2, N, B, H, capacity, d), which all keys and values are parts of, or not
         self.lengths = [0] * num_layers  # filled slots per layer
         self.rows = [0] * batch  # committed tokens per row
         self.committed = 0  # committed slots: the longest row
@@ -89,16 +90,23 @@ class KVCache:
     def reserve(self, lo: int, hi: int, count: int, heads: int, head_dim: int, dtype: torch.dtype) -> int:
         """Count the next ``count`` slots of layers [lo, hi) as filled, with room for a runtime to write them itself.
 
-        Returns the first of them. ``keys`` and ``values`` of these layers are then [B, heads, capacity, head_dim],
-        contiguous, with a capacity that is a multiple of ``block``.
+        Returns the first of them. ``keys`` and ``values`` of each layer are then [B, heads, capacity, head_dim],
+        contiguous, with a capacity that is a multiple of ``block``: parts of one buffer, which is moved in one piece.
         """
         start = self.lengths[lo]
-        like = torch.empty(self.batch, heads, 0, head_dim, dtype=dtype, device=self.device)
-        for layer in range(lo, hi):
-            self.keys[layer] = self._room(self.keys[layer], like, start, start + count)
-            self.values[layer] = self._room(self.values[layer], like, start, start + count)
-            self.lengths[layer] = start + count
+        end, old = start + count, self.whole
+        if old is None or old.shape[4] < end:
+            filled = max(self.lengths)
+            slots = -(-max(end, filled + filled // 4) // self.block) * self.block
+            shape = (2, len(self.lengths), self.batch, heads, slots, head_dim)
+            self._divide(torch.zeros(shape, dtype=dtype, device=self.device))
+            if old is not None and self.whole is not None:
+                self.whole[:, :, :, :, :filled] = old[:, :, :, :, :filled]
+        self.lengths[lo:hi] = [end] * (hi - lo)
         return start
+
+    def _divide(self, whole: Tensor) -> None:
+        self.whole, self.keys, self.values = whole, list(whole[0]), list(whole[1])
 
     def _room(self, buffer: Tensor | None, like: Tensor, start: int, end: int) -> Tensor:
         """Return a buffer with at least ``end`` slots that begins with the first ``start`` slots of ``buffer``."""
@@ -159,9 +167,12 @@ class KVCache:
                 src += [self.committed + j for j in path]
                 dst += range(self.rows[b], self.rows[b] + len(path))
             index = torch.tensor([row, src, dst], device=self.device)
-            for buffer in (*self.keys, *self.values):
-                if buffer is not None:
-                    buffer[index[0], :, index[2]] = buffer[index[0], :, index[1]]
+            if self.whole is not None:
+                self.whole[:, :, index[0], :, index[2]] = self.whole[:, :, index[0], :, index[1]]
+            else:
+                for buffer in (*self.keys, *self.values):
+                    if buffer is not None:
+                        buffer[index[0], :, index[2]] = buffer[index[0], :, index[1]]
             self.positions[index[0], index[2]] = self.positions[index[0], index[1]]
         self.rows = [n + len(path) for n, path in zip(self.rows, paths, strict=True)]
         self.committed = max(self.rows)
@@ -174,8 +185,11 @@ class KVCache:
         """Add the rows of ``other`` after those of this cache. Nothing may be uncommitted in either."""
         mine, theirs = self.committed, other.committed
         slots = (max(mine, theirs) // self.block + 1) * self.block
-        self.keys = [_stack(a, b, mine, theirs, slots) for a, b in zip(self.keys, other.keys, strict=True)]
-        self.values = [_stack(a, b, mine, theirs, slots) for a, b in zip(self.values, other.values, strict=True)]
+        if (whole := _stack(self.whole, other.whole, mine, theirs, slots)) is not None:
+            self._divide(whole)
+        else:
+            self.keys = [_stack(a, b, mine, theirs, slots) for a, b in zip(self.keys, other.keys, strict=True)]
+            self.values = [_stack(a, b, mine, theirs, slots) for a, b in zip(self.values, other.values, strict=True)]
         positions = self.positions.new_full((self.batch + other.batch, slots), -1)
         positions[: self.batch, :mine] = self.positions[:, :mine]
         positions[self.batch :, :theirs] = other.positions[:, :theirs]
@@ -185,8 +199,11 @@ class KVCache:
     def select(self, rows: Sequence[int]) -> None:
         """Keep only ``rows`` of the batch, in that order. Nothing may be uncommitted."""
         index = torch.tensor(list(rows), device=self.device)
-        self.keys = [None if t is None else t.index_select(0, index) for t in self.keys]
-        self.values = [None if t is None else t.index_select(0, index) for t in self.values]
+        if self.whole is not None:
+            self._divide(self.whole.index_select(2, index))
+        else:
+            self.keys = [None if t is None else t.index_select(0, index) for t in self.keys]
+            self.values = [None if t is None else t.index_select(0, index) for t in self.values]
         self.positions = self.positions.index_select(0, index)
         self.rows = [self.rows[i] for i in rows]
         self.committed = max(self.rows, default=0)
@@ -194,9 +211,11 @@ class KVCache:
 
 
 def _stack(a: Tensor | None, b: Tensor | None, filled_a: int, filled_b: int, slots: int) -> Tensor | None:
-    """Entries [B, H, S, d] of two caches below one another, with room for ``slots``; those missing are zero."""
+    """Entries [..., B, H, S, d] of two caches below one another, with room for ``slots``; those missing are zero."""
     if a is None or b is None:
         return None
-    out = a.new_zeros(len(a) + len(b), a.shape[1], slots, a.shape[3])
-    out[: len(a), :, :filled_a], out[len(a) :, :, :filled_b] = a[:, :, :filled_a], b[:, :, :filled_b]
+    rows, (heads, _, head_dim) = a.shape[-4], a.shape[-3:]
+    out = a.new_zeros(*a.shape[:-4], rows + b.shape[-4], heads, slots, head_dim)
+    out[..., :rows, :, :filled_a, :] = a[..., :filled_a, :]
+    out[..., rows:, :, :filled_b, :] = b[..., :filled_b, :]
     return out

@@ -36,6 +36,7 @@ from specdec.errors import SpecDecError
 Linear = Callable[[Tensor], Tensor]
 
 LAYER_HINT, HEAD_HINT = 16, 1  # row counts whose blocked layout was fastest at all of 1..16 rows
+UNIT_EPS = 1e-6  # of ``rms_unit``
 GROUP = 32  # inputs that share a scale and a zero point in an int4 map
 INT4_ROWS = range(1, 13)  # beyond, 16-bit products are faster
 _ALL, _NONE = range(1, 1 << 62), range(0)
@@ -148,6 +149,20 @@ def frozen(weight: Tensor, bias: Tensor | None = None) -> Linear:
     if native.serves(weight):
         return native.Packed(weight, bias)
     return (packed if 1 in packed_rows(weight.dtype, weight.device) else dense)(weight.detach(), bias)
+
+
+def frozen_of_units(weight: Tensor, bias: Tensor | None = None) -> Callable[[Sequence[Tensor]], Tensor]:
+    """``linear(cat(parts, each divided by its RMS))`` for weights that no longer change, in their fastest storage."""
+    if native.serves(weight):
+        packed_ = native.Packed(weight, bias)
+        return lambda parts: packed_.of_units(parts, UNIT_EPS)
+    linear = frozen(weight, bias)
+    return lambda parts: linear(torch.cat([rms_unit(part) for part in parts], -1))
+
+
+def rms_unit(x: Tensor) -> Tensor:
+    """x / rms(x) over the last axis, in x's dtype."""
+    return F.rms_norm(x, x.shape[-1:], eps=UNIT_EPS)
 
 
 def fuse(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:

@@ -306,7 +306,8 @@ static void product(const Map *map, const LowRank *low, int t, const uint32_t *x
 
 /* -- parts of a layer --------------------------------------------------------------------------------------------- */
 
-/* RMS norm over the features of FM `x`, to VN (as transformers rounds: once after scaling, once after the weight). */
+/* RMS norm over the features of FM `x`, to VN (as transformers rounds: once after scaling, once after the weight).
+ * weight NULL: ones. */
 static void norm(const float *x, const float *weight, int features, float eps, uint32_t *out) {
     F s[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
     for (int i = 0; i < features; i++) {
@@ -319,7 +320,7 @@ static void norm(const float *x, const float *weight, int features, float eps, u
     for (int i = 0; i < features; i += 2) {
         F a = rounded(_mm512_mul_ps(_mm512_load_ps(x + 16 * i), factor));
         F b = rounded(_mm512_mul_ps(_mm512_load_ps(x + 16 * i + 16), factor));
-        a = _mm512_mul_ps(a, _mm512_set1_ps(weight[i])), b = _mm512_mul_ps(b, _mm512_set1_ps(weight[i + 1]));
+        if (weight) a = _mm512_mul_ps(a, _mm512_set1_ps(weight[i])), b = _mm512_mul_ps(b, _mm512_set1_ps(weight[i + 1]));
         _mm512_store_si512(out + 8 * i, paired(a, b));
     }
 }
@@ -673,20 +674,24 @@ int specdec_layers(const Model *m, const Call *c) {
     return failed ? -1 : 0;
 }
 
-/* out [rows, width] = map(norm(x)) for x [rows, map->in], all bf16; weight NULL: no norm. Returns 0, or -1 without memory. */
-int specdec_linear(const Map *map, const float *weight, float eps, const bf16 *x, int rows, bf16 *out, int width, int threads) {
-    int blocks = (rows + 15) / 16, features = map->in;
-    float *fm = room(64 * (size_t)blocks * features);
+/* out [rows, width] = map(x), all bf16, for x [rows, map->in] in `parts` pieces [rows, map->in / parts], one beside the
+ * other; each piece goes through an RMS norm if eps > 0 (weight NULL: ones). Returns 0, or -1 without memory. */
+int specdec_linear(const Map *map, const float *weight, float eps, const bf16 *const *x, int parts, int rows, bf16 *out,
+                   int width, int threads) {
+    int blocks = (rows + 15) / 16, features = map->in, piece = features / parts;
+    float *fm = room(64 * (size_t)blocks * piece);
     uint32_t *vn = room(32 * (size_t)blocks * features);
     if (fm && vn) {
-        to_blocks(x, rows, features, fm);
-        for (int b = 0; b < blocks; b++) {
-            const float *from = fm + (int64_t)b * features * 16;
-            uint32_t *to = vn + (int64_t)b * features * 8;
-            if (weight) norm(from, weight, features, eps, to);
-            else
-                for (int i = 0; i < features; i += 2)
-                    _mm512_store_si512(to + 8 * i, paired(_mm512_load_ps(from + 16 * i), _mm512_load_ps(from + 16 * i + 16)));
+        for (int part = 0; part < parts; part++) {
+            to_blocks(x[part], rows, piece, fm);
+            for (int b = 0; b < blocks; b++) {
+                const float *from = fm + (int64_t)b * piece * 16;
+                uint32_t *to = vn + ((int64_t)b * features + part * piece) * 8;
+                if (eps > 0) norm(from, weight, piece, eps, to);
+                else
+                    for (int i = 0; i < piece; i += 2)
+                        _mm512_store_si512(to + 8 * i, paired(_mm512_load_ps(from + 16 * i), _mm512_load_ps(from + 16 * i + 16)));
+            }
         }
 #pragma omp parallel num_threads(threads)
         {

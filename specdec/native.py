@@ -69,7 +69,7 @@ def library() -> Any:
         raise SpecDecError("the native runtime needs an x86 CPU with AVX-512 BF16")
     found.specdec_large_pages.argtypes = (POINTER, ctypes.c_int64)
     found.specdec_pack.argtypes = (INT, INT, POINTER, INT, INT, POINTER, INT)
-    found.specdec_linear.argtypes = (POINTER, POINTER, ctypes.c_float, POINTER, INT, POINTER, INT, INT)
+    found.specdec_linear.argtypes = (POINTER, POINTER, ctypes.c_float, POINTER, INT, INT, POINTER, INT, INT)
     found.specdec_layers.argtypes = (POINTER, POINTER)
     return found
 
@@ -127,21 +127,21 @@ class Packed:
         self.struct = Map(kind, -(-out // 16) * 16, inp, 0, tiles.data_ptr(), pointer(self.bias))
 
     def __call__(self, x: Tensor, norm: Tensor | None = None, eps: float = 0.0) -> Tensor:
-        """bf16 [..., in] -> [..., out], after an RMS norm with weight ``norm`` [in] (float32) if given."""
-        x = x.contiguous()
-        out = torch.empty(*x.shape[:-1], self.width, dtype=torch.bfloat16)
-        done(
-            library().specdec_linear(
-                ctypes.byref(self.struct),
-                pointer(norm),
-                eps,
-                x.data_ptr(),
-                x.numel() // self.inp,
-                out.data_ptr(),
-                self.width,
-                torch.get_num_threads(),
-            )
-        )
+        """bf16 [..., in] -> [..., out]; with ``eps`` after an RMS norm with weight ``norm`` [in] (float32)."""
+        return self._run((x,), norm, eps)
+
+    def of_units(self, parts: Sequence[Tensor], eps: float) -> Tensor:
+        """bf16 parts [..., in / n] -> [..., out]: each divided by its RMS, then one beside the other."""
+        return self._run(parts, None, eps)
+
+    def _run(self, parts: Sequence[Tensor], norm: Tensor | None, eps: float) -> Tensor:
+        parts = [part.contiguous() for part in parts]
+        out = torch.empty(*parts[0].shape[:-1], self.width, dtype=torch.bfloat16)
+        sources = (POINTER * len(parts))(*(part.data_ptr() for part in parts))
+        sizes = len(parts), out.numel() // self.width
+        threads = torch.get_num_threads()
+        struct, weight = ctypes.byref(self.struct), pointer(norm)
+        done(library().specdec_linear(struct, weight, eps, sources, *sizes, out.data_ptr(), self.width, threads))
         return out
 
 
