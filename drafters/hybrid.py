@@ -32,7 +32,10 @@ class HybridDrafter:
 
     @classmethod
     def load(cls, target: Target, source: str | None = None, **given: Any) -> HybridDrafter:
-        """Load the drafters that ``source`` joins; the options of each are given under its name."""
+        """Load the drafters that ``source`` joins; the options of each are given under its name.
+
+        A drafter may have other defaults where another one stands behind it: ``before_others``, of its class.
+        """
         parts = registry.parse(source) if source else []
         if len(parts) < 2:
             raise SpecDecError("drafter 'hybrid' needs at least two drafters; join them: prompt-lookup+m2r2")
@@ -40,7 +43,12 @@ class HybridDrafter:
         for name, own in given.items():
             if not isinstance(own, Mapping):
                 raise SpecDecError(f"drafter 'hybrid' takes the options of '{name}' as a mapping; got {own!r}")
-        return cls([registry.lookup("drafters", n).load(target, s, **given.get(n, {})) for n, s in parts])
+        members = []
+        for place, (name, own_source) in enumerate(parts, start=1):
+            found = registry.lookup("drafters", name)
+            usual = getattr(found, "before_others", {}) if place < len(parts) else {}
+            members.append(found.load(target, own_source, **{**usual, **given.get(name, {})}))
+        return cls(members)
 
     @property
     def taps(self) -> tuple[int, ...]:

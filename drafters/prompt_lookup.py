@@ -1,10 +1,12 @@
 """Prompt lookup: what followed the last occurrence of the current n-gram (Saxena 2023; HF's prompt_lookup_num_tokens).
 
-Needs no training and no model: it looks in the prompt and in what has been generated.
+Needs no training and no model: it looks in the prompt and in what has been generated, and optionally in the texts of
+earlier requests (as suffix decoding does, arXiv 2411.04975). Those change what is drafted, never the output.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -16,19 +18,63 @@ from specdec.target import Target
 
 from .trie import merge
 
+STORE = 100_000  # tokens of earlier requests that ``store: true`` keeps: some 100 MB
+
+Place = tuple[list[int], int]  # a text, and where in it a continuation starts
+
+
+class _Index:
+    """n-gram -> where its continuations start, those with different first tokens, latest first."""
+
+    def __init__(self, sizes: range, most: int) -> None:
+        self.sizes, self.most, self.places = sizes, most, dict[tuple[int, ...], tuple[Place, ...]]()
+
+    def add(self, ids: list[int], begin: int) -> None:
+        """Enter the n-grams of ``ids`` whose continuation starts at ``begin`` or later."""
+        for end in range(max(begin, 1), len(ids)):
+            for n in self.sizes:
+                if n <= end:
+                    key = tuple(ids[end - n : end])
+                    others = [place for place in self.places.get(key, ()) if place[0][place[1]] != ids[end]]
+                    self.places[key] = ((ids, end), *others[: self.most - 1])
+
+
+class _Store:
+    """Texts of earlier requests, at most ``size`` tokens. The older half is forgotten as a whole."""
+
+    def __init__(self, sizes: range, most: int, size: int) -> None:
+        self.make = lambda: _Index(sizes, most)
+        self.young, self.old, self.size, self.tokens = self.make(), self.make(), size, 0
+
+    def add(self, ids: list[int]) -> None:
+        if self.tokens + len(ids) > self.size // 2:
+            self.young, self.old, self.tokens = self.make(), self.young, 0
+        text = ids[-(self.size // 2) :]
+        self.young.add(text, 0)
+        self.tokens += len(text)
+
 
 class PromptLookupDrafter:
     """Deterministic drafts by n-gram match, longest n-gram first, latest occurrence first.
 
     prompt_lookup_max / prompt_lookup_min: longest and shortest n-gram that is looked up (tokens).
     continuations: most continuations of a draft; they begin with different tokens, so that more than one makes a tree.
+    store: tokens of earlier requests, prompts and outputs, that are remembered and looked up after the text itself;
+        0 or false: none; true: 100,000.
     """
 
     name: ClassVar[str] = "prompt-lookup"
-    summary: ClassVar[str] = "n-gram lookup in the prompt and the output; no training"
+    summary: ClassVar[str] = "n-gram lookup in the prompt, the output and earlier requests; no training"
+    before_others: ClassVar[dict[str, Any]] = {"prompt_lookup_min": 2}  # options where another drafter stands behind
     taps: tuple[int, ...] = ()
 
-    def __init__(self, prompt_lookup_max: int = 3, prompt_lookup_min: int = 1, continuations: int = 1) -> None:
+    def __init__(
+        self,
+        prompt_lookup_max: int = 8,
+        prompt_lookup_min: int = 1,
+        continuations: int = 1,
+        store: int | bool = False,
+    ) -> None:
         shortest = options.whole("prompt_lookup_min", prompt_lookup_min, 1)
         longest = options.whole("prompt_lookup_max", prompt_lookup_max, 1)
         if shortest > longest:
@@ -37,39 +83,54 @@ class PromptLookupDrafter:
             )
         self.sizes = range(longest, shortest - 1, -1)
         self.continuations = options.whole("continuations", continuations, 1)
+        size = STORE * store if isinstance(store, bool) else options.whole("store", store, 0)
+        self.store = _Store(self.sizes, self.continuations, size) if size else None
+        self.texts: list[list[int]] = []  # the rows' and, until the next generation, those of rows that have ended
         self.start(1)
 
     @classmethod
     def load(cls, target: Target, source: str | None = None, **given: Any) -> PromptLookupDrafter:
-        options.check(cls.name, given, ("prompt_lookup_max", "prompt_lookup_min", "continuations"), source)
+        known = ("prompt_lookup_max", "prompt_lookup_min", "continuations", "store")
+        options.check(cls.name, given, known, source)
         return cls(**given)
 
     def bind(self, target: Target) -> None:
         pass
 
     def start(self, batch: int) -> None:
-        # Per row: n-gram -> where its continuations start, those with different first tokens, latest first.
-        self.indexes: list[dict[tuple[int, ...], tuple[int, ...]]] = [{} for _ in range(batch)]
+        if self.store is not None:
+            for text in self.texts:
+                self.store.add(text)
+        self.texts = []
+        self.indexes = [_Index(self.sizes, self.continuations) for _ in range(batch)]
         self.seen = [0] * batch  # tokens indexed so far
 
     def propose(self, state: State, limit: int) -> Draft:
+        if self.store is not None and not self.texts:
+            self.texts = list(state.ids)  # they grow as the rows do
         return merge([self._lookup(b, ids, limit) for b, ids in enumerate(state.ids)], state.cache.device)[0]
 
     def _lookup(self, row: int, ids: list[int], limit: int) -> list[list[int]]:
-        index, most = self.indexes[row], self.continuations
         # An n-gram enters the index once its continuation is known, so the current suffix never finds itself.
-        for end in range(max(self.seen[row], 1), len(ids)):
-            for n in self.sizes:
-                if n <= end:
-                    key = tuple(ids[end - n : end])
-                    others = [start for start in index.get(key, ()) if ids[start] != ids[end]]
-                    index[key] = (end, *others[: most - 1])
+        self.indexes[row].add(ids, self.seen[row])
         self.seen[row] = len(ids)
         found: dict[int, list[int]] = {}  # by first token
+        for text, start in self._places(row, ids):
+            found.setdefault(text[start], text[start : start + limit])
+            if len(found) == self.continuations:
+                break
+        return list(found.values())
+
+    def _places(self, row: int, ids: list[int]) -> Iterator[Place]:
+        """Where what the text ends with occurred before: long matches first, in the text itself first."""
+        indexes = [self.indexes[row]]
+        if self.store is not None:
+            indexes += [self.store.young, self.store.old]
         for n in self.sizes:
-            for start in index.get(tuple(ids[-n:]), ()) if n <= len(ids) else ():
-                found.setdefault(ids[start], ids[start : start + limit])
-        return list(found.values())[:most]
+            if n <= len(ids):
+                key = tuple(ids[-n:])
+                for index in indexes:
+                    yield from index.places.get(key, ())
 
     def observe(self, paths: list[list[int]], taps: dict[int, Tensor]) -> None:
         pass

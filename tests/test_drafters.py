@@ -179,6 +179,54 @@ def test_prompt_lookup_drafts_different_continuations_longest_match_first(llama:
     assert draft_after(PromptLookupDrafter(prompt_lookup_min=2, continuations=9), target, ids) == expected[:2]
 
 
+def test_prompt_lookup_prefers_the_longest_match_to_the_latest(llama: PreTrainedModel) -> None:
+    target, ids = ReferenceTarget(llama), [1, 2, 3, 4, 50, 9, 2, 3, 4, 60, 1, 2, 3, 4]
+    assert draft_after(PromptLookupDrafter(), target, ids, 1) == [(50,)]
+    assert draft_after(PromptLookupDrafter(prompt_lookup_max=3), target, ids, 1) == [(60,)]
+
+
+def finish(drafter: PromptLookupDrafter, target: Target, *texts: list[int]) -> None:
+    """Let ``drafter`` see whole requests."""
+    for text in texts:
+        drafter.start(1)
+        drafter.propose(State(target, target.new_cache(), None, [text]), 1)  # type: ignore[arg-type]
+
+
+def test_a_store_remembers_earlier_requests_and_prefers_the_text_itself(llama: PreTrainedModel) -> None:
+    target = ReferenceTarget(llama)
+    drafter, without = PromptLookupDrafter(store=100), PromptLookupDrafter()
+    for each in (drafter, without):
+        finish(each, target, [5, 6, 7, 8, 9])
+        each.start(1)
+    assert draft_after(drafter, target, [1, 6, 7]) == [(8, 9)] and draft_after(without, target, [1, 6, 7]) == [()]
+    drafter.start(1)
+    assert draft_after(drafter, target, [7, 30, 1, 6, 7]) == [(8, 9)]  # a longer match than in its own text
+    drafter.start(1)
+    assert draft_after(drafter, target, [6, 7, 40, 1, 6, 7]) == [(40, 1, 6)]  # as long a one
+
+
+def test_a_store_forgets_the_oldest_and_is_bounded(llama: PreTrainedModel) -> None:
+    target, drafter = ReferenceTarget(llama), PromptLookupDrafter(2, store=40)
+    finish(drafter, target, *([10 * i + j for j in range(10)] for i in range(9)), [0])
+    store = drafter.store
+    assert store is not None and store.tokens <= 20
+    assert len(store.young.places) + len(store.old.places) <= 2 * 40  # n-grams of one and two tokens
+    drafter.start(1)
+    assert draft_after(drafter, target, [3, 4]) == [()] and draft_after(drafter, target, [83, 84]) == [(85, 86, 87)]
+    finish(drafter, target, list(range(60)))  # longer than the store: its end is kept
+    drafter.start(1)
+    assert draft_after(drafter, target, [50]) == [(51, 52, 53)] and store.tokens <= 20
+
+
+def test_the_output_of_every_row_enters_the_store(llama: PreTrainedModel) -> None:
+    decoder = SpecDecoder(llama, drafter="prompt-lookup", drafter_options={"store": True})
+    first = decoder.generate_batch(PROMPTS, max_new_tokens=16, num_speculative_tokens=4)
+    again = decoder.generate_batch(PROMPTS, max_new_tokens=16, num_speculative_tokens=4)
+    for prompt, a, b in zip(PROMPTS, first, again, strict=True):
+        assert a.token_ids == b.token_ids == greedy_reference(llama, prompt, 16)
+        assert b.metrics.mean_acceptance_length > max(2.5, a.metrics.mean_acceptance_length)
+
+
 def test_what_the_lookahead_pool_learns_is_what_the_model_says(llama: PreTrainedModel) -> None:
     target, drafter = ReferenceTarget(llama), LookaheadDrafter(window=3, ngram=3, guesses=99)
     propose, drafted = drafter.propose, []
@@ -246,6 +294,7 @@ def test_joined_drafters_take_their_options_by_name(llama: PreTrainedModel) -> N
     decoder = SpecDecoder(llama, drafter="prompt-lookup+early-exit", drafter_options=options)
     lookup, early = decoder.drafter.members  # type: ignore[attr-defined]
     assert lookup.continuations == 2 and early.exit_layer == 3
+    assert 1 not in lookup.sizes  # one token in common says too little where another drafter can do better
     assert decoder.generate(PROMPTS[0], max_new_tokens=12).token_ids == greedy_reference(llama, PROMPTS[0], 12)
 
 
@@ -256,7 +305,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("none=folder", {}, "'none' is not loaded from anything; leave '=folder' out"),
     ("prompt-lookup", {"continuation": 2}, "no option 'continuation' .did you mean 'continuations'"),
     ("prompt-lookup", {"continuations": 0}, "continuations must be a whole number >= 1; got 0"),
-    ("prompt-lookup", {"prompt_lookup_min": 4}, "got 4 and 3"),
+    ("prompt-lookup", {"prompt_lookup_min": 4, "prompt_lookup_max": 3}, "got 4 and 3"),
+    ("prompt-lookup", {"store": -1}, "store must be a whole number >= 0; got -1"),
     ("early-exit", {"exit_layer": 0}, "exit_layer must be a whole number in 1 .. 3; got 0"),
     ("early-exit", {"exit_layer": 4}, "exit_layer must be a whole number in 1 .. 3; got 4"),
     ("early-exit", {"exit_layer": "two"}, "exit_layer must be a whole number in 1 .. 3; got 'two'"),
