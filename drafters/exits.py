@@ -24,6 +24,7 @@ from specdec.errors import SpecDecError
 from specdec.target import Target
 
 from .chain import best_probability, draft_chain
+from .m2r2 import rms_unit
 from .vocabulary import DraftVocabulary, check_vocabulary
 
 
@@ -59,27 +60,33 @@ class Climb:
 
 
 class ExitHeads(nn.Module):
-    """What is trained at exits: a small residual module each, from h[E] towards h[N]; they share the output head.
+    """What is trained at exits: a small module each, from h[E] towards h[N]; they share the output head.
 
-    final = gain * unit(h) + up(silu(down(unit(h)))) with unit(h) = h / rms(h). Untrained it is read out like h itself.
+    final = map(u) + up(silu(down(u))) with u = h / rms(h), map the identity at first: untrained it is read out like h.
     exits: layers, rising. width: hidden size of the modules. draft_vocab: int32 [V'], or None for the full vocabulary.
     """
 
     def __init__(self, exits: Sequence[int], width: int, target: Target, draft_vocab: Tensor | None = None) -> None:
         super().__init__()
         self.exits, self.width, d = check_exits(exits, target.num_layers), width, target.hidden_size
-        self.gain = nn.ParameterList(nn.Parameter(torch.ones(d)) for _ in self.exits)
+        self.map = nn.ModuleList(nn.Linear(d, d) for _ in self.exits)
         self.down = nn.ModuleList(nn.Linear(d, width) for _ in self.exits)
         self.up = nn.ModuleList(nn.Linear(width, d, bias=False) for _ in self.exits)
-        for parameter in self.up.parameters():
-            nn.init.zeros_(parameter)
+        with torch.no_grad():
+            for straight in self.map:
+                assert isinstance(straight, nn.Linear)
+                straight.weight.copy_(torch.eye(d))
+                straight.bias.zero_()
+            for parameter in self.up.parameters():
+                parameter.zero_()
         self.register_buffer("draft_vocab", draft_vocab)
         self.draft_vocab: Tensor | None
 
     def forward(self, index: int, h: Tensor) -> Tensor:
         """States h [B, T, D] at exit ``index`` -> the estimate of h[N] [B, T, D] that the head reads."""
-        unit = F.rms_norm(h, h.shape[-1:], eps=1e-6)
-        return unit * self.gain[index] + self.up[index](F.silu(self.down[index](unit)))
+        unit = rms_unit(h)
+        out: Tensor = self.map[index](unit) + self.up[index](F.silu(self.down[index](unit)))
+        return out
 
     def config(self) -> dict[str, Any]:
         """The entries of a drafter folder's config.json."""

@@ -23,6 +23,7 @@ from specdec.target import Target
 
 from .chain import draft_chain
 from .exits import load_into
+from .m2r2 import rms_unit
 from .vocabulary import DraftVocabulary, check_vocabulary
 
 
@@ -43,8 +44,7 @@ class Routers(nn.Module):
 
     def score(self, layer: int, x: Tensor) -> Tensor:
         """Of the residual x [B, T, D] before ``layer`` -> [B, T, 1]."""
-        unit = F.rms_norm(x, x.shape[-1:], eps=1e-6)
-        return F.linear(unit, self.weight[layer - self.first, None], self.bias[layer - self.first, None])
+        return F.linear(rms_unit(x), self.weight[layer - self.first, None], self.bias[layer - self.first, None])
 
 
 class MixtureOfDepthsDrafter:

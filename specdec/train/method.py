@@ -28,8 +28,12 @@ if TYPE_CHECKING:  # the command line imports this module for the names alone
     from specdec.train.states import Wanted
 
 METHODS: dict[str, str] = {
+    "arla": "specdec.train.arla:ArlaMethod",
+    "deed": "specdec.train.exits:DeedMethod",
+    "early-exit": "specdec.train.exits:EarlyExitMethod",
     "m2r2": "specdec.train.m2r2:M2R2Method",
     "medusa": "specdec.train.medusa:MedusaMethod",
+    "mixture-of-depths": "specdec.train.exits:MixtureOfDepthsMethod",
 }
 
 

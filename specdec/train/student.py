@@ -25,10 +25,14 @@ def exact_carry(network: M2R2, batch: Batch) -> Carry:
     return Carry(batch.before[network.num_layers], [batch.before[lo] for lo, _ in path.segments])
 
 
-def early(network: M2R2, target: Target, batch: Batch) -> Tensor:
-    """p[E] [B, T, D]: the exact state, or what the adapted early layers make of it on exact keys and values."""
-    path = network.path
+def early(network: M2R2, target: Target, batch: Batch, passed: list[Tensor] | None = None) -> Tensor:
+    """p[E] [B, T, D]: the exact state, or what the adapted early layers make of it on exact keys and values.
+
+    passed: filled with the residuals on the way that a router sees.
+    """
+    path, passed = network.path, [] if passed is None else passed
     if path.exit_layer and not path.adapts_early:
+        passed.append(batch.hidden[path.exit_layer])
         return batch.hidden[path.exit_layer]
     x = target.embed(batch.ids, batch.positions)
     if not path.exit_layer:
@@ -37,19 +41,28 @@ def early(network: M2R2, target: Target, batch: Batch) -> Tensor:
     exact = keys[:, None] <= batch.positions[:, :, None]  # (B, T, S)
     own = torch.zeros(*exact.shape[:2], x.shape[1], dtype=torch.bool, device=x.device)
     mask = Mask(batch.positions, torch.cat((keys, batch.positions), 1), torch.cat((exact, own), 2))
-    cache = batch.cache(target.num_layers)
-    return target.layers(x, 0, path.exit_layer, batch.positions, mask, cache, adapters=network.adapters)
+    cache, taps = batch.cache(target.num_layers), network.watch(1, path.exit_layer)
+    x = target.layers(x, 0, path.exit_layer, batch.positions, mask, cache, taps=taps, adapters=network.adapters)
+    passed += (taps or {}).values()
+    return x
 
 
 def drafts(network: M2R2, target: Target, batch: Batch, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield, for s = 1 .. steps, the estimates of h[N] [B, T, D] and which positions have them (bool [B, T])."""
-    p, carry = early(network, target, batch), exact_carry(network, batch)
+    for final, _, valid in passages(network, target, batch, steps):
+        yield final, valid
+
+
+def passages(network: M2R2, target: Target, batch: Batch, steps: int) -> Iterator[tuple[Tensor, list[Tensor], Tensor]]:
+    """As ``drafts``, with the residuals, each [B, T, D], that a router sees on the way to each estimate."""
+    first: list[Tensor] = []
+    p, carry = early(network, target, batch, first), exact_carry(network, batch)
     cache = batch.cache(target.num_layers)
     valid = batch.valid
     for step in range(1, steps + 1):
         mask = step_mask(batch, step)
         carry = network.beyond(target, p, carry, batch.positions, _same(mask), cache)
-        yield carry.final, valid
+        yield carry.final, [*first, *carry.passed], valid
         carry = Carry(_later(carry.final), [_later(x) for x in carry.inputs])
         valid = valid & _later(valid)
 

@@ -1,0 +1,130 @@
+"""Training of ARLA: a router beside a finished M2R2, from whether its drafts are the base's own choices.
+
+The drafter is loaded from its folder and stays as it is; what is written is that drafter with the router. Drafts are
+the drafter's own, step after step, as they are when it decides whether to go on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from specdec import artifacts
+from specdec.drafters.m2r2 import M2R2, load_network
+from specdec.errors import SpecDecError
+from specdec.train.batches import Batch
+from specdec.train.evaluate import known_tokens
+from specdec.train.m2r2 import wanted_states
+from specdec.train.method import Method
+from specdec.train.runtime import TrainingTarget
+from specdec.train.settings import TrainSettings
+from specdec.train.states import Wanted
+from specdec.train.student import Judge, passages
+
+LEVELS = (0.5, 0.7, 0.8, 0.9, 0.95)  # thresholds at which evaluation looks
+
+
+@dataclass(frozen=True)
+class ArlaSettings(TrainSettings):
+    """Which drafter gets a router, and how large it is."""
+
+    drafter: str = "m2r2"  # a drafter folder, or the name of one shipped for the model
+    width: int = 16  # of the latents
+    draft_steps: int = 3  # of the drafter's own drafts the router learns from
+
+    positive: ClassVar[tuple[str, ...]] = (*TrainSettings.positive, "width", "draft_steps")
+
+
+class ArlaMethod(Method):
+    """Cross-entropy of the router's probability with whether the draft's best token is the base's."""
+
+    name: ClassVar[str] = "arla"
+    settings_class: ClassVar[type[TrainSettings]] = ArlaSettings
+    settings: ArlaSettings
+
+    def __init__(self, settings: ArlaSettings, target: TrainingTarget) -> None:
+        super().__init__(settings, target)
+        shipped = None if Path(settings.drafter).is_dir() else artifacts.shipped(settings.drafter, target.fingerprint)
+        self.folder = shipped or Path(settings.drafter)
+        self.trained = artifacts.read_config(self.folder)
+        artifacts.check_base(self.trained, target.fingerprint, str(self.folder))
+        tensors = {k: t for k, t in artifacts.read_tensors(self.folder).items() if not k.startswith("router.")}
+        network = load_network(target, self.trained | {"router": 0}, tensors)
+        self.path, self.base_tensors = network.path, tensors
+
+    def wanted(self) -> Wanted:
+        return wanted_states(self.path, self.target.num_layers)
+
+    def build(self, vocab: Tensor | None) -> M2R2:
+        own = self.base_tensors.get("draft_vocab")
+        network = M2R2(self.path, self.target, own, self.settings.width)
+        missing = network.load_state_dict(self.base_tensors, strict=False).missing_keys
+        assert all(key.startswith("router.") for key in missing)
+        for name, parameter in network.named_parameters():
+            parameter.requires_grad_(name.startswith("router."))
+        self.judge = Judge(self.target, None if own is None else own.to(self.target.device))
+        return network
+
+    def _steps(self, network: M2R2, batch: Batch) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Per draft step: log-odds of the router [B, T], whether the draft is right, and which positions have it."""
+        assert network.router is not None
+        judge, vocab = self.judge, network.draft_vocab
+        judge.begin(batch)
+        known = batch.valid if vocab is None else known_tokens(batch, set(vocab.tolist()))
+        for final, passed, valid in passages(network, self.target, batch, self.settings.draft_steps):
+            with torch.no_grad():
+                logits = judge.logits(final)
+                hit = judge.hits(logits, logits.amax(-1), judge.best) & known
+            yield network.router([p.detach() for p in passed], logits), hit, valid
+
+    def loss(self, network: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        assert isinstance(network, M2R2)
+        loss, figures = torch.zeros((), device=self.target.device), dict[str, float]()
+        for step, (odds, hit, valid) in enumerate(self._steps(network, batch)):
+            loss = loss + F.binary_cross_entropy_with_logits(odds, hit.float(), weight=valid.float(), reduction="sum")
+            right = ((odds > 0) == hit)[valid].float().mean()
+            figures["agree" if step == 0 else f"agree{step + 1}"] = float(right)
+        return loss / (batch.valid.sum() * self.settings.draft_steps), figures
+
+    def evaluate(self, network: nn.Module, batches: Iterable[Batch]) -> dict[str, Any]:
+        """Of the router's probability over all draft steps, and of the draft's own softmax beside it.
+
+        ``entropy``: cross-entropy in nats. ``leave``: share of the tokens above each threshold of ``levels``, and
+        ``right``: how many of those are the base's.
+        """
+        assert isinstance(network, M2R2) and network.router is not None
+        found: list[Tensor] = []
+        for batch in batches:
+            found += [torch.stack((o[v], h[v].float())).cpu() for o, h, v in self._steps(network, batch)]
+        odds, right = torch.cat(found, 1)  # (positions,) each
+        if not len(odds):
+            raise SpecDecError("the held-out answers are too short to evaluate the router on; give more")
+        entropy = float(F.binary_cross_entropy_with_logits(odds, right))
+        leave = [odds.sigmoid() >= level for level in LEVELS]
+        return {
+            "levels": list(LEVELS),
+            "leave": [round(float(on.float().mean()), 4) for on in leave],
+            "right": [round(float(right[on].mean()) if bool(on.any()) else 1.0, 4) for on in leave],
+            "entropy": round(entropy, 4),
+            "score": round(-entropy, 4),
+            "positions": len(odds),
+        }
+
+    @staticmethod
+    def describe(figures: dict[str, Any]) -> str:
+        at = ", ".join(
+            f"{level:g}: {share:.0%} leave, {right:.0%} right"
+            for level, share, right in zip(figures["levels"], figures["leave"], figures["right"], strict=True)
+        )
+        return f"cross-entropy {figures['entropy']:.3f}; at threshold {at}"
+
+    def config(self, network: nn.Module) -> dict[str, Any]:
+        kept = ("drafter", "path", "siblings")
+        base: dict[str, Any] = {key: self.trained[key] for key in kept if key in self.trained}
+        return {**base, "router": self.settings.width, "before_router": self.trained.get("training")}
