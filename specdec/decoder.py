@@ -16,9 +16,9 @@ from specdec.costs import Costs, costs
 from specdec.depth import AutoDepth, DepthPolicy, FixedDepth
 from specdec.draft import Drafter, Verifier
 from specdec.errors import SpecDecError
-from specdec.runtimes import make_target
 from specdec.loop import Loop
 from specdec.metrics import RequestMetrics
+from specdec.runtimes import make_target
 from specdec.sampling import Sampler, SamplingParams
 from specdec.text import Detokenizer, Prompt, encode
 

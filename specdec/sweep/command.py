@@ -57,12 +57,14 @@ def sweep(
     if ray_address and launcher is not Launcher.ray:
         raise SpecDecError("--ray-address is for --launcher ray")
     with terminal.status("checking"):
-        from specdec.sweep.estimate import turns_of
+        from specdec.bench.prompts import load_prompts
         from specdec.sweep.plan import find, load_plan
 
         plan = load_plan(find(file), overrides or [])
-        for cell in {cell.prompts: cell for cell in plan.cells}.values():
-            turns_of(cell, data_dir)  # missing or broken prompts are told before anything runs
+        for name in dict.fromkeys(cell.prompts for cell in plan.cells):  # what is missing is told before anything runs
+            found = load_prompts(name, data_dir)
+            if found.licence:
+                say(f"prompts: {found.name} ({found.licence})")
     store = Store(output or Path("runs") / plan.name)
     if dry_run:
         show.plan(plan, store.records(), data_dir)

@@ -24,7 +24,8 @@ INT4 = 0.5  # time per token with int4 weights
 def estimate(cells: Sequence[Cell], records: Iterable[Mapping[str, Any]], data_dir: Path | None) -> float | None:
     """Seconds for ``cells``, one after the other; None if a model's size is not known here.
 
-    records: of cells that have run already; their time per token is then what counts, where the model is the same.
+    Raises SpecDecError if prompts cannot be had. records: of cells that have run already; their time per token is then
+    what counts, where the model is the same.
     """
     known: dict[str, list[float]] = {}
     turns: dict[tuple[str, int | None], int] = {}
@@ -47,16 +48,12 @@ def estimate(cells: Sequence[Cell], records: Iterable[Mapping[str, Any]], data_d
     return total
 
 
-def turns_of(cell: Cell, data_dir: Path | None) -> int:
-    """The number of user turns in the cell's prompts. Raises SpecDecError if they cannot be had."""
-    return sum(len(c.turns) for c in spread(load_prompts(cell.prompts, data_dir).conversations, cell.limit))
-
-
 def _tokens(cell: Cell, turns: dict[tuple[str, int | None], int], data_dir: Path | None) -> float:
     """Passes over the model, at most: new tokens of all arms, those of a batch counted once."""
     key = cell.prompts, cell.limit
     if key not in turns:
-        turns[key] = turns_of(cell, data_dir)
+        conversations = spread(load_prompts(cell.prompts, data_dir).conversations, cell.limit)
+        turns[key] = sum(len(conversation.turns) for conversation in conversations)
     arms = sum(HF if arm.partition("=")[0] in HF_ARMS else 1 for arm in {cell.drafter, *cell.against})
     return turns[key] / cell.batch_size * cell.repetitions * cell.max_new_tokens * arms
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import html
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -45,8 +44,8 @@ dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr));
 dl div { border-left: 3px solid #1a1a1a; padding-left: .6rem; }
 dt { font-size: .8rem; color: #444; } dd { margin: 0; font-size: 1.15rem; overflow-wrap: anywhere; }
 dd small { font-size: .8rem; color: #444; display: block; }
-figure { margin: .5rem 0 1.5rem; } figure img { display: block; width: 100%; max-width: 40rem; height: auto; }
-figcaption { font-size: .85rem; color: #333; max-width: 40rem; }
+figure { margin: .5rem 0 1.5rem; } figure img { display: block; width: 100%; max-width: 36rem; height: auto; }
+figcaption { font-size: .85rem; color: #333; max-width: 36rem; }
 .wide { overflow-x: auto; margin: .5rem 0; }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid #ccc; vertical-align: top; }
@@ -67,10 +66,12 @@ def write_page(results: Results, folder: Path) -> Path:
         raise SpecDecError(
             "the page needs matplotlib; pip install 'specdec-m2r2[plot]', or use --format csv, markdown or json"
         ) from None
-    drawn = draw_all(results.done)
+    names = axes.labels([record["cell"] for record in results.records])
+    labels = {record["key"]: name for record, name in zip(results.records, names, strict=True)}
+    drawn = draw_all(results.done, labels)
     for picture in (picture for pictures in drawn.values() for picture in pictures):
         replace(folder / f"{picture.name}.png", picture.png)
-    body = [_head(results)]
+    body = [_head(results, labels)]
     for section, title in SECTIONS.items():
         figures = [
             (f"<h3>{_e(p.title)}</h3>" if p.title else "")
@@ -81,9 +82,9 @@ def write_page(results: Results, folder: Path) -> Path:
         body.append(_section(section, title, "".join(figures) or f"<p>{EMPTY[section]}</p>"))
     body.append(_section("table", "All cells", _table(table(results.records))))
     if results.failed:
-        body.append(_section("failures", "Cells that failed", _failures(results.failed)))
+        body.append(_section("failures", "Cells that failed", _failures(results.failed, labels)))
     body.append(_section("environment", "Environment", _environment(results.done)))
-    body.append(_section("commands", "Commands", _commands(results)))
+    body.append(_section("commands", "Commands", _commands(results, labels)))
     page = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -103,16 +104,14 @@ def _section(name: str, title: str, inside: str) -> str:
     return f'<section id="{name}"><h2>{_e(title)}</h2>\n{inside}</section>'
 
 
-def _head(results: Results) -> str:
+def _head(results: Results, labels: Mapping[str, str]) -> str:
     done, failed = len(results.done), len(results.failed)
     counts = [f"{done} of {done + failed + results.missing} cells"]
     counts += [f"{failed} failed"] if failed else []
     counts += [f"{results.missing} not run yet"] if results.missing else []
     facts = [("measured", ", ".join(counts), "")]
     ranked = [
-        (gain[1]["value"], label, gain)
-        for label, record in zip(axes.labels([r["cell"] for r in results.done]), results.done, strict=True)
-        if (gain := speedup_of(record))
+        (gain[1]["value"], labels[record["key"]], gain) for record in results.done if (gain := speedup_of(record))
     ]
     if ranked:
         _, label, (name, value) = max(ranked, key=lambda item: item[0])
@@ -130,7 +129,7 @@ def _head(results: Results) -> str:
         + "<dl>"
         + "".join(f"<div><dt>{_e(t)}</dt><dd>{_e(v)}<small>{_e(n)}</small></dd></div>" for t, v, n in facts)
         + "</dl><nav>"
-        + "".join(f'<a href="#{name}">{_e(title)}</a>' for name, title in links)
+        + " ".join(f'<a href="#{name}">{_e(title)}</a>' for name, title in links)
         + "</nav></header>"
     )
 
@@ -162,14 +161,8 @@ def _table(table: Table) -> str:
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
 
 
-def _failures(records: Sequence[Record]) -> str:
-    rows = [[_name(r), r["error"]] for r in records]
-    return _table(Table(["cell", "error"], rows))
-
-
-def _name(record: Record) -> str:
-    options = record["cell"]["drafter_options"]
-    return record["cell"]["drafter"] + (f" {json.dumps(options, ensure_ascii=False)}" if options else "")
+def _failures(records: Sequence[Record], labels: Mapping[str, str]) -> str:
+    return _table(Table(["cell", "error"], [[labels[r["key"]], r["error"]] for r in records]))
 
 
 def _environment(records: Sequence[Record]) -> str:
@@ -178,7 +171,7 @@ def _environment(records: Sequence[Record]) -> str:
     for record in records:
         for name, value in record["environment"].items():
             facts.setdefault(name, [])
-            if value is not None and value not in facts[name]:
+            if value not in (None, "", *facts[name]):
                 facts[name].append(value)
         prompts = record["prompts"]
         what = f"{prompts['name']}: {prompts['conversations']} conversations, {prompts['turns']} turns"
@@ -201,10 +194,7 @@ def _date(value: Any) -> bool:
     return isinstance(value, str) and re.match(r"\d{4}-\d\d-\d\dT", value) is not None
 
 
-def _commands(results: Results) -> str:
-    names = axes.labels([record["cell"] for record in results.records])
-    single = "\n".join(
-        f"# {name}\n{command(record['cell'])}" for name, record in zip(names, results.records, strict=True)
-    )
+def _commands(results: Results, labels: Mapping[str, str]) -> str:
+    single = "\n".join(f"# {labels[record['key']]}\n{command(record['cell'])}" for record in results.records)
     whole = f"<p>Everything:</p><pre>{_e(results.command)}</pre>" if results.command else ""
     return f"{whole}<details open><summary>One cell at a time</summary><pre>{_e(single)}</pre></details>"

@@ -7,6 +7,7 @@ nothing to draw. Needs matplotlib (the ``plot`` extra).
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -18,7 +19,7 @@ from matplotlib.figure import Figure
 from specdec.sweep import axes
 from specdec.sweep.results import NAMES, Record, baselines
 
-WIDTH = 5.2  # inches; at a telephone's width, text of 9 points stays readable
+WIDTH = 4.5  # inches; at a telephone's width, text of 9 points stays readable
 MOST_BARS, MOST_LINES = 48, 8
 INK, FAINT = "#1a1a1a", "#c8c8c8"
 COLOURS = ("#56b4e9", "#e69f00", "#009e73", "#cc79a7", "#f0e442", "#0072b2", "#d55e00", "#bbbbbb")  # Okabe and Ito
@@ -53,10 +54,14 @@ class Picture:
 
 
 class Styles:
-    """One look for each drafter, the same in every picture."""
+    """One look for each drafter and one name for each cell, the same in every picture."""
 
-    def __init__(self, records: Sequence[Record]) -> None:
+    def __init__(self, records: Sequence[Record], labels: Mapping[str, str]) -> None:
         self.order = list(dict.fromkeys(record["cell"]["drafter"] for record in records))
+        self.labels = labels
+
+    def names(self, records: Sequence[Record]) -> list[str]:
+        return [self.labels[record["key"]] for record in records]
 
     def number(self, record: Record) -> int:
         return self.order.index(record["cell"]["drafter"])
@@ -74,13 +79,14 @@ class Styles:
         }
 
 
-def draw_all(records: Sequence[Record]) -> dict[str, list[Picture]]:
-    """The pictures of these records (of cells that did not fail), by section of the report."""
+def draw_all(records: Sequence[Record], labels: Mapping[str, str]) -> dict[str, list[Picture]]:
+    """The pictures of these records (of cells that did not fail), by section. labels: names of cells by key."""
+    styles = Styles(records, labels)
     with rc_context(STYLE):
         return {
-            "speedup": _some([_speedup(records, name) for name in baselines(records)]),
-            "acceptance": _some([_acceptance(records)]),
-            "quality": _some([_quality(records)]),
+            "speedup": _some([_speedup(records, name, styles) for name in baselines(records)]),
+            "acceptance": _some([_acceptance(records, styles)]),
+            "quality": _some([_quality(records, styles)]),
             "heat": _some(_heat_maps(records)),
         }
 
@@ -89,7 +95,7 @@ def _some(pictures: Sequence[Picture | None]) -> list[Picture]:
     return [picture for picture in pictures if picture is not None]
 
 
-def _speedup(records: Sequence[Record], baseline: str) -> Picture | None:
+def _speedup(records: Sequence[Record], baseline: str, styles: Styles) -> Picture | None:
     """Horizontal bars with 95 % intervals."""
     chosen = [r for r in records if r["arm"]["speedup"].get(baseline) and r["cell"]["drafter"] != baseline]
     if not chosen:
@@ -97,8 +103,10 @@ def _speedup(records: Sequence[Record], baseline: str) -> Picture | None:
     cut = len(chosen) > MOST_BARS
     if cut:
         chosen = sorted(chosen, key=lambda r: -r["arm"]["speedup"][baseline]["value"])[:MOST_BARS]
-    names, styles = axes.labels([r["cell"] for r in chosen]), Styles(records)
-    figure = Figure(figsize=(WIDTH, 0.9 + 0.27 * len(chosen)), layout="constrained")
+    names = styles.names(chosen)
+    ticks = [textwrap.fill(_short(name, 72), 26) for name in names]
+    lines = sum(max(1.0, 0.8 * (1 + tick.count("\n"))) for tick in ticks)
+    figure = Figure(figsize=(WIDTH, 0.9 + 0.27 * lines), layout="constrained")
     ax = figure.subplots()
     for y, record in enumerate(chosen):
         value, low, high = _bounds(record["arm"]["speedup"][baseline])
@@ -106,9 +114,17 @@ def _speedup(records: Sequence[Record], baseline: str) -> Picture | None:
         ax.plot([low, high], [y, y], color=INK, linewidth=1.6, solid_capstyle="butt")
         for end in (low, high):
             ax.plot([end, end], [y - 0.17, y + 0.17], color=INK, linewidth=1.2)
-        ax.text(max(value, high), y, f"  {value:.2f}", va="center", ha="left")
+        ax.annotate(
+            f"{value:.2f}",
+            (max(value, high), y),
+            xytext=(5, 0),
+            textcoords="offset points",
+            va="center",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+            zorder=3,
+        )
     ax.axvline(1, color=INK, linewidth=1, linestyle=(0, (4, 2)))
-    ax.set_yticks(range(len(chosen)), [_short(name) for name in names])
+    ax.set_yticks(range(len(chosen)), ticks)
     ax.tick_params(axis="y", length=0)
     ax.set_ylim(len(chosen) - 0.4, -0.6)
     ax.set_xlim(0, ax.get_xlim()[1] * 1.08)
@@ -126,7 +142,7 @@ def _speedup(records: Sequence[Record], baseline: str) -> Picture | None:
     return _picture(figure, f"speedup-over-{baseline.partition('=')[0]}", f"Over {_name(baseline)}", caption, alt)
 
 
-def _acceptance(records: Sequence[Record]) -> Picture | None:
+def _acceptance(records: Sequence[Record], styles: Styles) -> Picture | None:
     """Lines: the share of drafts that deep whose token stood, by position."""
     chosen = [r for r in records if r["arm"].get("acceptance_per_position")]
     if not chosen:
@@ -138,10 +154,9 @@ def _acceptance(records: Sequence[Record]) -> Picture | None:
         rest = [r for r in ranked if r not in first.values()]
         keep = [*first.values(), *rest][:MOST_LINES]
         chosen = [r for r in chosen if r in keep]
-    names = axes.labels([r["cell"] for r in chosen])
+    names = styles.names(chosen)
     figure = Figure(figsize=(WIDTH, 3.0 + 0.2 * len(chosen)), layout="constrained")
     ax = figure.subplots()
-    styles = Styles(chosen)
     for number, (record, name) in enumerate(zip(chosen, names, strict=True)):
         shares = record["arm"]["acceptance_per_position"]
         style = styles.point(number)
@@ -163,7 +178,7 @@ def _acceptance(records: Sequence[Record]) -> Picture | None:
     return _picture(figure, "acceptance", "", caption, f"Accepted at the first position: {firsts}")
 
 
-def _quality(records: Sequence[Record]) -> Picture | None:
+def _quality(records: Sequence[Record], styles: Styles) -> Picture | None:
     """Points: what a lossy rule gives up against what it gains, one panel for each measure of quality."""
     chosen = [r for r in records if r["arm"].get("quality") and baselines([r])]
     measures = {
@@ -180,7 +195,6 @@ def _quality(records: Sequence[Record]) -> Picture | None:
     for record in chosen:
         cell = record["cell"]
         groups.setdefault(f"{cell['drafter']}, {cell['verifier']}", []).append(record)
-    styles = Styles(chosen)
     figure = Figure(figsize=(WIDTH, 2.5 * len(measures) + 0.2 * len(groups) + 0.3), layout="constrained")
     panels = figure.subplots(len(measures), 1, sharex=True, squeeze=False)[:, 0]
     for ax, (key, title) in zip(panels, measures.items(), strict=True):
@@ -232,10 +246,11 @@ def _heat_maps(records: Sequence[Record]) -> list[Picture | None]:
     chosen = [r for r in records if r["arm"]["speedup"].get(over[0]) and r["cell"]["drafter"] not in over[:1]]
     settings = [name for name in axes.varying([r["cell"] for r in chosen]) if "." not in name and name != "drafter"]
     out = []
+    drafters = list(dict.fromkeys(r["cell"]["drafter"] for r in chosen))
     widest = max(settings, key=lambda name: len(_values(chosen, name)), default=None)
-    if widest and len(Styles(chosen).order) > 1:
+    if widest and len(drafters) > 1:
         out.append(_heat(chosen, over[0], "drafter", widest, "heat-drafters", ""))
-    for drafter in Styles(chosen).order:
+    for drafter in drafters:
         own = [r for r in chosen if r["cell"]["drafter"] == drafter]
         differing = axes.varying([r["cell"] for r in own])
         pair = sorted(differing, key=lambda name: -len(_values(own, name)))[:2]
@@ -326,5 +341,5 @@ def _short(text: str, most: int = 34) -> str:
 
 def _picture(figure: Figure, name: str, title: str, caption: str, alt: str) -> Picture:
     data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=200, facecolor="white", metadata={"Software": None})
+    figure.savefig(data, format="png", dpi=220, facecolor="white", metadata={"Software": None})
     return Picture(name, title, caption, alt, data.getvalue())
