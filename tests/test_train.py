@@ -30,6 +30,7 @@ from specdec.train.data import Answer, Prompt
 from specdec.train.evaluate import walk
 from specdec.train.fit import fit_leaps
 from specdec.train.m2r2 import M2R2Settings, path_of, wanted_states
+from specdec.train.medusa import MedusaSettings
 from specdec.train.runtime import TrainingTarget
 from specdec.train.settings import from_mapping, load_settings
 from specdec.train.speed import predict
@@ -225,6 +226,34 @@ def test_a_killed_run_goes_on_to_exactly_the_weights_of_an_uninterrupted_one(
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
     reported = [json.loads(line)["update"] for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
     assert reported == sorted(reported)
+
+
+def test_a_run_may_begin_from_a_trained_drafter_of_the_same_shape(answers: Path, tmp_path: Path) -> None:
+    first = train(recipe(answers, tmp_path / "first", steps=40, learning_rate=2e-2, leap_rate=5e-3))
+    other = {"init": str(tmp_path / "first"), "segments": [], "search": True, "rank": 7}  # that drafter's path counts
+    again = train(recipe(answers, tmp_path / "again", steps=2, **other))
+    assert evaluations(tmp_path / "again")[0]["top1"] == first["top1"]
+    assert again["score"] >= first["score"]
+    config = artifacts.read_config(tmp_path / "again")
+    assert config["path"] == artifacts.read_config(tmp_path / "first")["path"]
+    assert (
+        config["training"]["began_from"]["updates"] == artifacts.read_config(tmp_path / "first")["training"]["updates"]
+    )
+
+    config["base"]["fingerprint"] = "another"
+    (tmp_path / "first" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SpecDecError, match="was trained for base weights another"):
+        train(recipe(answers, tmp_path / "foreign", init=str(tmp_path / "first")))
+    with pytest.raises(SpecDecError, match="does not exist"):
+        train(recipe(answers, tmp_path / "missing", init=str(tmp_path / "nowhere")))
+    short = from_mapping(
+        MedusaSettings,
+        {"prompts": [str(answers)], "output": str(tmp_path / "medusa"), "dtype": "float32", "method": "medusa"}
+        | {"init": str(tmp_path / "again"), "heads": 2, "window": 8, "draft_vocab": 60, "steps": 1, "minutes": None},
+        "test",
+    )
+    with pytest.raises(SpecDecError, match=r"cannot begin a 'medusa' drafter from .*again'"):
+        train(short)
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_drafter(

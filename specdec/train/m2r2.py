@@ -10,11 +10,13 @@ import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from specdec import artifacts
 from specdec.drafters.m2r2 import M2R2, M2R2Path
 from specdec.errors import SpecDecError
 from specdec.target import Target
@@ -32,7 +34,7 @@ from specdec.train.student import Judge, drafts
 
 @dataclass(frozen=True)
 class M2R2Settings(TrainSettings):
-    """The path of the accelerated residual, and what it learns from."""
+    """The path of the accelerated residual, and what it learns from. With ``init`` that drafter's path counts."""
 
     search: bool = False  # choose exit layer and segments by measured cost and closed-form agreement; or give them:
     exit_layer: int = 0
@@ -69,11 +71,14 @@ class M2R2Method(Method):
 
     def __init__(self, settings: M2R2Settings, target: TrainingTarget) -> None:
         super().__init__(settings, target)
-        if not settings.search:
+        self.searches = settings.search and not settings.init
+        if settings.init:
+            self.path = M2R2Path.from_json(artifacts.read_config(Path(settings.init)).get("path", {}))
+        elif not settings.search:
             self.path = path_of(settings, target)
 
     def prepare(self, work: Work) -> None:
-        if self.settings.search:
+        if self.searches:
             found = choose_path(self.settings, self.target, work)
             settings = dataclasses.replace(
                 self.settings,

@@ -28,6 +28,7 @@ class TrainSettings:
     dtype: str = "bfloat16"  # of the frozen base and of the student's passes; master weights are float32
     device: str = "cpu"
     seed: int = 0
+    init: str = ""  # a trained drafter's folder to begin from; empty: from what has a closed form
     draft_vocab: int = 8192  # most frequent tokens of the answers; 0: the full vocabulary
 
     # Answers by the base itself, where the files hold prompts only.

@@ -42,6 +42,7 @@ from specdec.train.settings import TrainSettings
 from specdec.train.speed import measure, predict
 
 RECIPE, METRICS, CHECKPOINT = "train.yaml", "metrics.jsonl", "checkpoint.safetensors"
+Trained = tuple[dict[str, Any], dict[str, Tensor]]  # configuration and tensors of a drafter
 REPORT_UPDATES = 10  # updates a line of metrics.jsonl
 
 
@@ -63,6 +64,7 @@ def train(settings: TrainSettings, resume: bool = False, console: Console | None
     model, tokenizer = hub.load(settings.model, dtype=settings.dtype, device=settings.device)
     target = TrainingTarget(model.requires_grad_(False), compiled=settings.compile)
     mark = hub.fingerprint(model)
+    begin = read_drafter(settings.init, mark) if settings.init else None
     method = lookup(settings.method)(settings, target)
     data.refuse_held_out(items, held, tokenizer.decode)
     data.refuse_held_out([data.Prompt((text,)) for text in texts], held, tokenizer.decode, "text")
@@ -95,6 +97,7 @@ def train(settings: TrainSettings, resume: bool = False, console: Console | None
         "hidden_size": target.hidden_size,
         "vocab_size": target.vocab_size,
     }
+    run.begin = begin
     return run.train(resume)
 
 
@@ -114,6 +117,7 @@ class Run:
         torch.manual_seed(settings.seed)  # the masters' first values
         self.method, self.settings, self.target, self.output, self.console = method, settings, target, output, console
         self.base: dict[str, Any] = {}
+        self.begin: Trained | None = None  # the drafter to begin from
         self.masters = method.build(vocab).to(target.device)  # float32
         self.network = copy.deepcopy(self.masters).to(target.dtype)  # what runs
         self.records, self.held_out = train, held_out
@@ -129,14 +133,17 @@ class Run:
     # -- the run ------------------------------------------------------------------------------------------------
 
     def train(self, resume: bool) -> dict[str, Any]:
-        """From the checkpoint, or from what has a closed form, to the end of the schedule."""
+        """From the checkpoint, a trained drafter or what has a closed form, to the end of the schedule."""
         if resume and (self.output / CHECKPOINT).exists():
             self._restore()
         else:
-            self.method.fit(self.network, self._fit_batches)
-            with torch.no_grad():
-                for name, parameter in self._running().items():
-                    self.parameters[name].copy_(parameter)
+            if self.begin is not None:
+                self._begin_from(self.begin)
+            else:
+                self.method.fit(self.network, self._fit_batches)
+                with torch.no_grad():
+                    for name, parameter in self._running().items():
+                        self.parameters[name].copy_(parameter)
             self._evaluate()
         settings, earlier, start = self.settings, self.seconds, time.monotonic()
         saved = evaluated = start
@@ -219,6 +226,21 @@ class Run:
         return {n: p for n, p in self.network.named_parameters() if p.requires_grad}
 
     @torch.no_grad()
+    def _begin_from(self, drafter: Trained) -> None:
+        config, tensors = drafter
+        kind = self.method.config(self.network)["drafter"]
+        odd = [n for n, p in self.parameters.items() if n not in tensors or tensors[n].shape != p.shape]
+        if odd or config["drafter"] != kind:
+            what = f"its '{odd[0]}' is missing or of another shape" if odd else f"it is a '{config['drafter']}' one"
+            raise SpecDecError(
+                f"cannot begin a '{kind}' drafter from '{self.settings.init}': {what}; train without init, or with the "
+                f"settings in its {RECIPE}"
+            )
+        for name, parameter in self.parameters.items():
+            parameter.copy_(tensors[name])
+        self._refresh()
+
+    @torch.no_grad()
     def _refresh(self) -> None:
         """The running copy follows the masters."""
         for name, parameter in self._running().items():
@@ -268,7 +290,7 @@ class Run:
         return {"speedup": self.speedup, "depth": depth, "draft_cost": round(self.costs.draft / plain, 4)}
 
     def _export(self, figures: dict[str, Any]) -> None:
-        training = {
+        training: dict[str, Any] = {
             "answers": len(self.records),
             "tokens_in_answers": sum(end - start for _, start, end in self.windows),
             "tokens_seen": self.tokens,
@@ -277,6 +299,8 @@ class Run:
             "recipe": RECIPE,
             "held_out": figures,
         }
+        if self.begin is not None:
+            training["began_from"] = self.begin[0].get("training", {})
         config = {"version": 1, "base": self.base, **self.method.config(self.network), "training": training}
         dtype = torch.bfloat16 if self.target.dtype == torch.bfloat16 else torch.float32
         tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in self.method.tensors(self.masters).items()}
@@ -337,6 +361,13 @@ def said(figures: dict[str, Any]) -> str:
     if not figures["depth"]:
         return "; predicted slower than plain decoding here"
     return f"; predicted {figures['speedup']:.2f}x here at {figures['depth']} drafts a round"
+
+
+def read_drafter(folder: str, mark: str) -> Trained:
+    """A trained drafter's configuration and tensors. Raises SpecDecError if it is none, or of another base."""
+    config = artifacts.read_config(Path(folder))
+    artifacts.check_base(config, mark, folder)
+    return config, artifacts.read_tensors(Path(folder))
 
 
 def _open_output(settings: TrainSettings, resume: bool) -> Path:
