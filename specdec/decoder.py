@@ -107,8 +107,9 @@ class SpecDecoder:
     def _drafter(self, drafter: str | Path | Drafter, options: dict[str, Any]) -> Drafter:
         """Load the drafter if it is named, and bind it."""
         if isinstance(drafter, str | Path):
-            parts = registry.parse(str(drafter))
-            name, source = parts[0] if len(parts) == 1 else ("hybrid", str(drafter))
+            text = drafter if isinstance(drafter, str) else str(drafter.absolute())  # a folder may be called "medusa"
+            parts = registry.parse(text)
+            name, source = parts[0] if len(parts) == 1 else ("hybrid", text)
             drafter = cast(Drafter, registry.lookup("drafters", name).load(self.target, source, **options))
         unjudged = getattr(self.verifier, "threshold", None) is not None
         if unjudged and drafter.name != "none" and not getattr(drafter, "leaves_early", False):

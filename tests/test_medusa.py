@@ -122,6 +122,19 @@ def test_rare_words_of_a_rows_own_context_are_drafted(llama: PreTrainedModel) ->
     assert 95 in tokens[0] and 95 not in tokens[1]
 
 
+def test_a_folder_may_be_called_as_a_drafter_is(
+    llama: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = ReferenceTarget(llama)
+    base = {"base": {"fingerprint": target.fingerprint}, "accuracy": ACCURACY}
+    config = {"drafter": "medusa", "heads": 2, "layers": 1, "rooted": False, **base}
+    artifacts.write(tmp_path / "medusa", config, dict(random_network(2, 1, False, None).state_dict()))
+    monkeypatch.chdir(tmp_path)
+    assert SpecDecoder(llama, drafter=Path("medusa")).drafter.name == "medusa"
+    with pytest.raises(SpecDecError, match="no Medusa drafter is shipped"):
+        SpecDecoder(llama, drafter="medusa")
+
+
 def test_a_folder_is_read_back_and_checked(llama: PreTrainedModel, tmp_path: Path) -> None:
     target = ReferenceTarget(llama)
     network = random_network(2, 2, True, torch.arange(0, 97, 2, dtype=torch.int32))
