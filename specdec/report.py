@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -162,9 +163,15 @@ def columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         for row in (header, *rows):
             print("\t".join(row))  # rich would expand the tabs
         return
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for name in header:
-        table.add_column(name, overflow="fold")
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+    # Words stay whole where they fit; the first columns get the room that is left.
+    cells = list(zip(header, *rows, strict=True))  # by column
+    words = [max((cell_len(word) for cell in column for word in cell.split()), default=0) for column in cells]
+    room = console.width - sum(words) - 2 * (len(words) - 1)
+    for name, column, word in zip(header, cells, words, strict=True):
+        more = min(max(map(cell_len, column)) - word, max(room, 0))
+        table.add_column(name, overflow="fold", width=word + more if room >= 0 else None)
+        room -= more
     for row in rows:
         table.add_row(*map(Text, row))
     console.print(table)

@@ -8,7 +8,8 @@ Importing this module imports nothing heavy. ``run_cell`` returns one JSON-able 
     cell         ``cell.as_dict()``
     arm          FIGURES of the cell's own arm
     against      {baseline: FIGURES}; baselines of cells that ran together are the same measurements
-    prompts      {"name", "conversations", "turns", "skipped": [what did not fit the model's context, and why]}
+    prompts      {"name", "licence", "sha256" (of the file), "conversations", "turns", "skipped": [what did not fit the
+                 model's context, and why]}
     environment  cpu, threads, memory, versions, git commit, device, runtime, dtype ... as plain values
     seconds      wall time of the run
     interrupted  True if the run was cut short; the figures are of what was done

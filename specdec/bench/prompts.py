@@ -1,6 +1,6 @@
 """Prompt sets: a file, our own small set, or a public set by name, found in a data folder or fetched from its home.
 
-A downloaded file is checked against a pinned SHA-256 and kept in the cache folder. Knows no tokenizer and no model.
+A downloaded file is checked against its SHA-256 and kept in the cache folder. Knows no tokenizer and no model.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import urllib.request
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from http.client import HTTPException
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -36,23 +37,27 @@ class Conversation:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Conversations of one source. licence: what to tell the user about it; empty for files and our own set."""
+    """Conversations of one source. sha256: of the file that was read. licence: what to tell the user about it; empty
+    for files and our own set."""
 
     name: str
     conversations: tuple[Conversation, ...]
+    sha256: str
     licence: str = ""
 
 
 @dataclass(frozen=True)
 class Home:
-    """Where a public set comes from. url and sha256 are None where no checksum of the file is known to us.
+    """Where a public set comes from.
 
-    turns: makes the turns of one of the file's records; the plain reading comes first.
+    sha256: of the file at ``url``. None: no published checksum is known to us; the first download's is then kept beside
+    it, and every later use and download is checked against that. turns: makes the turns of one of the file's records;
+    the plain reading comes first.
     """
 
     page: str
     licence: str
-    url: str | None = None
+    url: str
     sha256: str | None = None
     turns: Callable[[dict[str, Any]], Any] = lambda record: None
 
@@ -88,16 +93,20 @@ SETS: dict[str, Home] = {
         lambda record: CODE + record["prompt"].rstrip() + "\n```" if "task_id" in record else None,
     ),
     "koala": Home(
-        "https://github.com/arnav-gudibande/koala-test-set", "Apache-2.0; its authors ask not to train on it"
+        "https://github.com/arnav-gudibande/koala-test-set",
+        "Apache-2.0; its authors ask not to train on it",
+        RAW + "arnav-gudibande/koala-test-set/main/koala_test_set.jsonl",
     ),
     "self-instruct": Home(
         "https://github.com/yizhongw/self-instruct (human_eval/user_oriented_instructions.jsonl)",
         "Apache-2.0",
+        RAW + "yizhongw/self-instruct/main/human_eval/user_oriented_instructions.jsonl",
         turns=lambda record: _with_input(record.get("instruction"), (record.get("instances") or [{}])[0].get("input")),
     ),
     "wizardlm": Home(
         "https://github.com/nlpxucan/WizardLM (WizardLM/data/WizardLM_testset.jsonl)",
         "CC BY-NC 4.0 (research, not commercial)",
+        RAW + "nlpxucan/WizardLM/ce0d433589335d419aa8101abd71685ae7d187f3/WizardLM/data/WizardLM_testset.jsonl",
         turns=lambda record: record.get("Instruction"),
     ),
 }
@@ -112,18 +121,18 @@ def load_prompts(name: str, data_dir: Path | None = None) -> PromptSet:
     empty, and a broken line, with its number.
     """
     if name == "own":
-        return PromptSet(name, _read(Path(str(files("specdec.bench") / "data" / "own.jsonl"))))
+        return _read(name, Path(str(files("specdec.bench") / "data" / "own.jsonl")))
     if name in SETS:
         home = SETS[name]
         path = _local(name, data_dir) or _downloaded(name, home)
-        return PromptSet(name, _read(path, home.turns), f"{home.licence}; {home.page}")
+        return _read(name, path, f"{home.licence}; {home.page}", home.turns)
     path = Path(name).expanduser()
     if not path.is_file():
         known = ["own", *SETS]
         raise SpecDecError(
             f"there is no prompt file '{name}'{did_you_mean(name, known)}; give a file or one of {', '.join(known)}"
         )
-    return PromptSet(path.name, _read(path))
+    return _read(path.name, path)
 
 
 def spread(conversations: Sequence[Conversation], limit: int | None) -> list[Conversation]:
@@ -147,23 +156,25 @@ def _local(name: str, data_dir: Path | None) -> Path | None:
 
 def _downloaded(name: str, home: Home) -> Path:
     by_hand = f"put it as '{name}.jsonl' into a folder and give that with --data-dir or ${DATA}; it is at {home.page}"
-    if home.url is None or home.sha256 is None:
-        raise SpecDecError(f"prompt set '{name}' is in no data folder, and is not downloaded by itself; {by_hand}")
     path = cache_dir() / "prompts" / f"{name}.jsonl{'.gz' if home.url.endswith('.gz') else ''}"
-    if path.is_file() and _sha256(path.read_bytes()) == home.sha256:
+    first = path.with_name(f"{path.name}.sha256")  # of the first download
+    known = home.sha256 or (first.read_text("utf-8").strip() if first.is_file() else None)
+    if known and path.is_file() and _sha256(path.read_bytes()) == known:
         return path
     try:
         with urllib.request.urlopen(home.url, timeout=TIMEOUT) as answer:
             data = answer.read()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, HTTPException) as error:
         raise SpecDecError(f"prompt set '{name}' cannot be downloaded ({one_line(error)}); {by_hand}") from None
     found = _sha256(data)
-    if found != home.sha256:
+    if known and found != known:
         raise SpecDecError(
-            f"checksum mismatch: {home.url} has sha256 {found} instead of {home.sha256}; try again, or {by_hand}"
+            f"checksum mismatch: {home.url} has sha256 {found} instead of {known}; try again, or {by_hand}"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     replace(path, data)
+    if not home.sha256:
+        replace(first, f"{found}\n".encode())
     return path
 
 
@@ -171,16 +182,19 @@ def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _read(path: Path, turns: Callable[[dict[str, Any]], Any] = lambda record: None) -> tuple[Conversation, ...]:
+def _read(
+    name: str, path: Path, licence: str = "", turns: Callable[[dict[str, Any]], Any] = lambda record: None
+) -> PromptSet:
     try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
-            lines = [(number, line.strip()) for number, line in enumerate(file, start=1) if line.strip()]
+        data = path.read_bytes()
+        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
         raise SpecDecError(f"cannot read prompts from '{path}': {reason}") from None
+    lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if not lines:
         raise SpecDecError(f"prompt file '{path}' is empty; give one prompt a line")
-    return tuple(_parse(line, path, number, turns) for number, line in lines)
+    return PromptSet(name, tuple(_parse(line, path, number, turns) for number, line in lines), _sha256(data), licence)
 
 
 def _parse(line: str, path: Path, number: int, make: Callable[[dict[str, Any]], Any]) -> Conversation:

@@ -126,7 +126,8 @@ class Run:
 
     def _add(self, cell: Cell) -> None:
         """Load the cell's own arm under a name of its own."""
-        key = _identity(cell).key()
+        cell = _identity(cell)
+        key = cell.key()
         if key in self.names:
             return
         name, number = cell.drafter, 1
@@ -152,7 +153,8 @@ class Run:
             self.seconds = time.perf_counter() - start
 
     def _warm_up(self) -> None:
-        rows = [self._encode([c.turns[0]])[-CONTEXT:] for c in self.groups[0]]
+        most = min(CONTEXT, self.base.target.context - WARM_UP)
+        rows = [self._encode([c.turns[0]])[-most:] for c in self.groups[0]]
         for arm in self.arms.values():
             arm.reply(rows, WARM_UP, self.first.seed)
 
@@ -165,12 +167,13 @@ class Run:
         count = min(self.first.max_new_tokens, *(self.base.target.context - len(ids) for ids in prompts))
         names, shift = list(self.arms), len(self.requests) // len(self.arms) % len(self.arms)
         made: dict[str, Request] = {}
-        for name in names[len(names) - shift :] + names[: len(names) - shift]:
+        order = names[len(names) - shift :] + names[: len(names) - shift]
+        for name in order:
             with PeakMemory(self.base.target.device) as memory:
                 reply = self.arms[name].reply(prompts, count, self.first.seed + len(self.requests))
             reply.peak_memory_mb = memory.mb
             made[name] = Request(name, repetition, group, turn, conversations, prompts, reply)
-        for name in names:
+        for name in order:
             self._judge(made[name], made[self.plain])
             self.requests.append(made[name])
             if self.record:
@@ -236,6 +239,7 @@ class Run:
         prompts = {
             "name": self.prompt_set.name,
             "licence": self.prompt_set.licence,
+            "sha256": self.prompt_set.sha256,
             "conversations": sum(map(len, self.groups)),
             "turns": sum(len(c.turns) for group in self.groups for c in group),
             "skipped": self.skipped,

@@ -50,24 +50,25 @@ def say(message: str) -> None:
 
 
 def estimate(value: dict[str, float | None] | None, form: str = ".2f") -> str:
-    """An estimate and its interval: ``2.41 [2.30, 2.55]``; empty if there is none."""
+    """An estimate and its interval: ``2.41 [2.30–2.55]``; empty if there is none."""
     if value is None:
         return ""
     if value["low"] is None:
         return f"{value['value']:{form}}"
-    return f"{value['value']:{form}} [{value['low']:{form}}, {value['high']:{form}}]"
+    return f"{value['value']:{form}} [{value['low']:{form}}–{value['high']:{form}}]"
 
 
 def tables(summary: dict[str, Any]) -> None:
     """Print the figures of a benchmark: what it was, speed, and where the time went."""
     arms, cell, about, prompts = (summary[key] for key in ("arms", "configuration", "environment", "prompts"))
     skipped = f", {len(prompts['skipped'])} skipped" if prompts["skipped"] else ""
+    times = f"{cell['repetitions']} repetition{'s' * (cell['repetitions'] > 1)}"
     how = "greedy" if cell["temperature"] == 0 else f"temperature {cell['temperature']:g}"
     print(
         f"{cell['model']}, {about['dtype']}, {about['runtime']} runtime on {about['device']}, {about['threads']} "
         f"threads, {about['cpu']}\n"
         f"{prompts['conversations']} conversations of {prompts['name']}{skipped}, {how}, at most "
-        f"{cell['max_new_tokens']} tokens, batch of {cell['batch_size']}, {cell['repetitions']} repetitions, "
+        f"{cell['max_new_tokens']} tokens, batch of {cell['batch_size']}, {times}, "
         f"{summary['seconds']:.0f} s{' (interrupted)' if summary['interrupted'] else ''}"
     )
     print()

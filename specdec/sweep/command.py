@@ -53,7 +53,10 @@ def sweep(
         Path | None, typer.Option(metavar="DIR", envvar="SPECDEC_DATA", help="Folder of named prompt sets.")
     ] = None,
 ) -> None:
-    """Measure a grid of settings, one cell after the other; a sweep that was ended goes on with --resume."""
+    """Measure a grid of settings, one cell after the other; a sweep that was ended goes on with --resume.
+
+    A cell that fails is recorded with its error, the rest goes on, and the exit code is 1.
+    """
     if ray_address and launcher is not Launcher.ray:
         raise SpecDecError("--ray-address is for --launcher ray")
     with terminal.status("checking"):
@@ -104,6 +107,8 @@ def sweep(
         raise typer.Exit(INTERRUPTED)
     if not done:
         raise SpecDecError(f"every cell failed; the first: {next(iter(records.values()))['error']}")
+    if errors:
+        raise typer.Exit(1)
 
 
 def report(

@@ -44,12 +44,14 @@ dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr));
 dl div { border-left: 3px solid #1a1a1a; padding-left: .6rem; }
 dt { font-size: .8rem; color: #444; } dd { margin: 0; font-size: 1.15rem; overflow-wrap: anywhere; }
 dd small { font-size: .8rem; color: #444; display: block; }
-figure { margin: .5rem 0 1.5rem; } figure img { display: block; width: 100%; max-width: 36rem; height: auto; }
-figcaption { font-size: .85rem; color: #333; max-width: 36rem; }
+figure { margin: .5rem 0 1.5rem; display: flex; flex-wrap: wrap; gap: .3rem 1.5rem; align-items: flex-start; }
+figure img { display: block; width: 36rem; max-width: 100%; height: auto; }
+figcaption { flex: 1 1 14rem; max-width: 36rem; font-size: .85rem; color: #333; }
 .wide { overflow-x: auto; margin: .5rem 0; }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid #ccc; vertical-align: top; }
 thead th { border-bottom: 2px solid #1a1a1a; white-space: nowrap; } tbody th { font-weight: 600; }
+tbody th { position: sticky; left: 0; background: #fff; }
 td { white-space: nowrap; } td.text { white-space: normal; min-width: 14rem; }
 pre { background: #f4f4f4; padding: .6rem .8rem; overflow-x: auto; font-size: .8rem; line-height: 1.4; }
 details summary { cursor: pointer; margin: .5rem 0; }
@@ -115,7 +117,7 @@ def _head(results: Results, labels: Mapping[str, str]) -> str:
     ]
     if ranked:
         _, label, (name, value) = max(ranked, key=lambda item: item[0])
-        facts.append(("fastest", f"{value['value']:.2f} × {name}", f"{label}; 95 % interval {_range(value)}"))
+        facts.append(("fastest", f"{value['value']:.2f} × {name}", f"{label}; 95 % interval {_range(value)}"))
     facts += _equal(results.done)
     first = results.done[0] if results.done else results.records[0]
     models = list(dict.fromkeys(r["cell"]["model"] for r in results.records))
@@ -176,6 +178,7 @@ def _environment(records: Sequence[Record]) -> str:
         prompts = record["prompts"]
         what = f"{prompts['name']}: {prompts['conversations']} conversations, {prompts['turns']} turns"
         what += f", {len(prompts['skipped'])} skipped" if prompts["skipped"] else ""
+        what += f", sha256 {prompts['sha256'][:12]}" if prompts.get("sha256") else ""
         what += f" ({prompts['licence']})" if prompts.get("licence") else ""
         facts.setdefault("prompts", [])
         if what not in facts["prompts"]:

@@ -22,7 +22,16 @@ from specdec.sweep.results import NAMES, Record, baselines
 WIDTH = 4.5  # inches; at a telephone's width, text of 9 points stays readable
 MOST_BARS, MOST_LINES = 48, 8
 INK, FAINT = "#1a1a1a", "#c8c8c8"
-COLOURS = ("#56b4e9", "#e69f00", "#009e73", "#cc79a7", "#f0e442", "#0072b2", "#d55e00", "#bbbbbb")  # Okabe and Ito
+COLOURS = (
+    "#56b4e9",
+    "#e69f00",
+    "#009e73",
+    "#cc79a7",
+    "#0072b2",
+    "#d55e00",
+    "#8f8f8f",
+    "#8c6d31",
+)  # after Okabe and Ito
 HATCHES = ("", "///", "...", "xxx", "\\\\\\", "ooo", "---", "+++")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 LINES = ("-", "--", ":", "-.")
@@ -54,7 +63,7 @@ class Picture:
 
 
 class Styles:
-    """One look for each drafter and one name for each cell, the same in every picture."""
+    """One bar for each drafter and one name for each cell, the same in every picture; lines go by number."""
 
     def __init__(self, records: Sequence[Record], labels: Mapping[str, str]) -> None:
         self.order = list(dict.fromkeys(record["cell"]["drafter"] for record in records))
@@ -132,7 +141,7 @@ def _speedup(records: Sequence[Record], baseline: str, styles: Styles) -> Pictur
     best = max(chosen, key=lambda r: r["arm"]["speedup"][baseline]["value"])
     caption = (
         f"Speed over {_name(baseline)}, measured beside it prompt by prompt, prefill included. Bars are medians, the "
-        "lines on them 95 % bootstrap intervals; the dashed line is equal speed."
+        "lines on them 95 % bootstrap intervals; the dashed line is equal speed."
     )
     if cut:
         caption += f" Only the fastest {MOST_BARS} are drawn."
@@ -228,7 +237,7 @@ def _quality(records: Sequence[Record], styles: Styles) -> Picture | None:
     figure.legend(handles, names, loc="outside lower left", frameon=False, handlelength=3.5)
     caption = (
         "What a rule that may change the output gives up (down, or for NLL up) for what it gains (to the right); a "
-        "line joins the settings of one drafter and rule. Grey crosses are 95 % intervals."
+        "line joins the settings of one drafter and rule. Grey crosses are 95 % intervals."
     )
     spans = "; ".join(
         f"{name}: {min(v):.2f} to {max(v):.2f}"

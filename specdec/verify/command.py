@@ -103,6 +103,7 @@ def verify(
         "drafter": drafter,
         "verifier": getattr(rule, "label", rule.name),
         "prompts": f"{len(plan.conversations)} of {found.name}",
+        "prompts_sha256": found.sha256,
         "max_new_tokens": max_new_tokens,
     }
     title = [
