@@ -12,7 +12,7 @@ import torch
 from transformers import LogitsProcessor, PreTrainedModel
 
 from specdec import embedded, hub, registry
-from specdec.costs import Costs, costs
+from specdec.costs import Costs, costs, mend
 from specdec.depth import AutoDepth, DepthPolicy, FixedDepth
 from specdec.draft import Drafter, Verifier
 from specdec.errors import SpecDecError
@@ -215,8 +215,14 @@ class SpecDecoder:
         if not live:  # a fresh one, that looks at no clock: what depends on the depths repeats
             return AutoDepth(self._costs.score, self._costs.draft, live=False)
         if self._auto is None:  # one for all greedy requests: what it has learned about this drafter stays
-            self._auto = AutoDepth(self._costs.score, self._costs.draft)
+            self._auto = AutoDepth(self._costs.score, self._costs.draft, accepted=self._costs.accepted)
         return self._auto
+
+    def _ended(self, generation: Generation) -> None:
+        """What a request found out about costs stays, where it differs from what was kept."""
+        self._open = None
+        if generation.loop.policy is self._auto and self._auto is not None and self._costs is not None:
+            self._costs = mend(self.target, self.drafter, self._costs, self._auto)
 
     def eos_ids(self) -> frozenset[int]:
         """Token ids that end a generation, as ``model.generate`` takes them."""
@@ -286,7 +292,7 @@ class Generation:
         if self.rounds is not None:
             self.rounds = None
             self.loop.state.cache = self.decoder.target.new_cache(0)
-            self.decoder._open = None
+            self.decoder._ended(self)
 
     def __enter__(self) -> Generation:
         return self

@@ -8,6 +8,8 @@ intervals whose cost it bounds. Knows nothing about models: seconds and counts i
 from __future__ import annotations
 
 import bisect
+import statistics
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
@@ -53,8 +55,10 @@ class AutoDepth:
     a_j: running acceptance of the j-th drafted token given the ones before; d: seconds per drafted depth; s(n): those
     of a round that scores n tokens, without drafting; B: rows of the batch; w: tokens lately scored per drafted depth
     (1 for chains). ``score`` gives s at some sizes and ``draft`` is d, as measured on this machine; with ``live``, both
-    are followed as rounds go by. Without it decisions depend on what was drafted and accepted alone, so that seeded
-    sampling repeats.
+    are followed as rounds go by, by running medians: a slow round (another process, a growing buffer) swings nothing,
+    and figures from a busy hour are mended by the first rounds that disagree. Without it decisions depend on what was
+    drafted and accepted alone, so that seeded sampling repeats. ``accepted``: what an earlier policy knew
+    (``known``), to begin with.
     """
 
     MOST = 8  # deepest draft considered
@@ -62,60 +66,80 @@ class AutoDepth:
     PRIOR, WEIGHT = 0.6, 3.0  # acceptance assumed before anything was seen; how many observations a belief is worth
     SIBLING, SIBLINGS = 0.03, 8  # tokens that a node beside the chain is taken to add to a round; most such nodes
     PROBE_SHARE = 0.01  # share of the time that probing a losing drafter may cost
+    CREDIT = 100  # plain rounds that a first probe need not wait for: it may cost about one token
+    RECENT = 15  # rounds whose median is believed
 
-    def __init__(self, score: Mapping[int, float], draft: float, live: bool = True) -> None:
-        self.score = dict(score)
-        self.stood, self.offered = [0.0] * self.MOST, [0.0] * self.MOST
+    def __init__(
+        self, score: Mapping[int, float], draft: float, live: bool = True, accepted: Sequence[float] = ()
+    ) -> None:
+        self.score, self.sizes = dict(score), sorted(score)
+        begin = list(accepted)[: self.MOST]
+        self.offered = [3 * self.WEIGHT] * len(begin) + [0.0] * (self.MOST - len(begin))
+        self.stood = [3 * self.WEIGHT * share for share in begin] + [0.0] * (self.MOST - len(begin))
         self.belief_weight = [self.WEIGHT] * self.MOST  # fades as observations come in
-        self.draft, self.live, self.batch, self.width = draft, live, 1, 1.0
-        self.drift = 1.0  # measured seconds of a round over what ``score`` says
-        self.since_probe = 0
+        self.live, self.batch, self.width = live, 1, 1.0
+        self.ratios: deque[float] = deque(maxlen=self.RECENT)  # measured seconds of a round over what ``score`` says
+        # Of drafting one depth, on a machine as fast as ``score`` says: what slows drafting slows scoring, too.
+        self.steps: deque[float] = deque([draft], maxlen=self.RECENT)
+        self.drift, self.draft = 1.0, draft  # what these come to now
+        self.since_probe = self.CREDIT
+        self._speeds: list[float] = []  # of this round
 
     def depth(self, batch: int) -> int:
-        self.batch = batch
-        best = max(range(self.MOST + 1), key=self.speed)
+        self.batch, self._speeds = batch, []
+        speeds = self.speeds()
+        best = max(range(self.MOST + 1), key=speeds.__getitem__)
         if best:
             return best
-        probe = max(range(1, self.MOST + 1), key=self.speed)
+        probe = max(range(1, self.MOST + 1), key=speeds.__getitem__)
+        plain = 1 / speeds[0]
         # A probe costs this much more than decoding its tokens plainly would.
-        excess = (1 / self.speed(probe) - 1 / self.speed(0)) * self.expected(probe)
-        plain = 1 / self.speed(0)
+        excess = (1 / speeds[probe] - plain) * self.expected()[probe]
         return probe if self.since_probe * plain * self.PROBE_SHARE >= excess else 0
 
     def confidence(self) -> float:
         """Drafting one token more pays if P(chain stands) x seconds per token exceeds what that token costs."""
-        per_token = 1 / max(self.speed(k) for k in range(self.MOST + 1))
         one_more = self.draft + max(self.seconds(2 * self.batch) - self.seconds(self.batch), 0.0)
-        return min(one_more / per_token, 1.0)
+        return min(one_more * max(self.speeds()), 1.0)
 
     def spare(self, batch: int, depth: int) -> int:
         """The most that cost less than the tokens they are taken to add, by the measured price of scoring them."""
-        worth = self.SIBLING / self.speed(depth)  # seconds
+        worth = self.SIBLING / self.speeds()[min(depth, self.MOST)]  # seconds
         chain = self.seconds(batch * (1 + depth))
         prices = ((m, self.seconds(batch * (1 + depth + m)) - chain) for m in range(1, self.SIBLINGS + 1))
         return max((m for m, price in prices if price <= m * worth), default=0)
 
-    def expected(self, depth: int) -> float:
-        """Tokens a round of ``depth`` is expected to yield. A position is believed to be like the one before it."""
-        total, reach, belief = 1.0, 1.0, self.PRIOR
-        for position in range(depth):
-            weight = self.belief_weight[position]
-            belief = (self.stood[position] + weight * belief) / (self.offered[position] + weight)
+    def expected(self) -> list[float]:
+        """Tokens a round of each depth is expected to yield. A position is believed to be like the one before it."""
+        totals, reach, belief = [1.0], 1.0, self.PRIOR
+        for stood, offered, weight in zip(self.stood, self.offered, self.belief_weight, strict=True):
+            belief = (stood + weight * belief) / (offered + weight)
             reach *= belief
-            total += reach
-        return total
+            totals.append(totals[-1] + reach)
+        return totals
 
     def seconds(self, rows: float) -> float:
         """Seconds of a round that scores ``rows`` tokens, without drafting: linear between and beyond known sizes."""
-        known = sorted(self.score)
-        at = min(max(bisect.bisect_left(known, rows), 1), len(known) - 1)
-        below, above = known[at - 1], known[at]
+        at = min(max(bisect.bisect_left(self.sizes, rows), 1), len(self.sizes) - 1)
+        below, above = self.sizes[at - 1], self.sizes[at]
         low, high = self.score[below], self.score[above]
         return self.drift * (low + (rows - below) / (above - below) * max(high - low, 0.0))
 
-    def speed(self, depth: int) -> float:
-        """Expected tokens per second when drafting ``depth`` tokens a round."""
-        return self.expected(depth) / (depth * self.draft + self.seconds(self.batch * (1 + depth * self.width)))
+    def speeds(self) -> list[float]:
+        """Expected tokens per second when drafting so many tokens a round: 0, 1, .. ``MOST``."""
+        if not self._speeds:
+            per_depth = self.batch * self.width
+            self._speeds = [
+                tokens / (depth * self.draft + self.seconds(self.batch + depth * per_depth))
+                for depth, tokens in enumerate(self.expected())
+            ]
+        return self._speeds
+
+    def known(self) -> list[float]:
+        """The running acceptance of each position that enough was seen of."""
+        seen = [n >= 3 * self.WEIGHT for n in self.offered]
+        count = seen.index(False) if False in seen else self.MOST
+        return [s / n for s, n in zip(self.stood[:count], self.offered[:count], strict=True)]
 
     def observe(self, drafted: Sequence[int], accepted: Sequence[int], rows: int, draft: float, rest: float) -> None:
         deepest = max(drafted)
@@ -123,12 +147,12 @@ class AutoDepth:
         if deepest:
             self.width = 0.8 * self.width + 0.2 * (rows / len(drafted) - 1) / deepest
         if self.live:
-            # A single slow round (another process, a growing buffer) must not swing the estimates.
-            ratio = min(max(rest / (self.seconds(rows) / self.drift), 0.5 * self.drift), 2.0 * self.drift)
-            self.drift = self.MEMORY * self.drift + (1 - self.MEMORY) * ratio
+            # The lower median: what is in the way of a round only ever makes it longer.
+            self.ratios.append(rest * self.drift / self.seconds(rows))
+            self.drift = statistics.median_low(self.ratios)
             if deepest:
-                step = draft / deepest
-                self.draft = 0.9 * self.draft + 0.1 * (min(step, 2.0 * self.draft) if self.draft else step)
+                self.steps.append(draft / deepest / self.drift)
+            self.draft = self.drift * statistics.median_low(self.steps)
         for position in range(min(deepest, self.MOST)):
             # Only rows whose chain stood up to here say anything about this position.
             reached = [a for d, a in zip(drafted, accepted, strict=True) if d > position and a >= position]

@@ -38,6 +38,7 @@ class Target(ABC):
     """
 
     runtime: str  # "reference", "fused", ...
+    storage = "as loaded"  # what the layers' weights are held in
     tokenizer: Any = None  # the model's, where known: drafters with a model of their own compare it
     _by_parts: ReferenceTarget | None = None
 

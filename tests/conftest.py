@@ -74,6 +74,7 @@ def scripted_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Automatic depth rests on these figures instead of timing the tiny model: one more scored token is cheap."""
     given = Costs({n: 1 + 0.02 * n for n in (1, 2, 4, 8, 16)}, draft=0.1)
     monkeypatch.setattr("specdec.decoder.costs", lambda *args: given)
+    monkeypatch.setattr("specdec.decoder.mend", lambda target, drafter, kept, policy: kept)
     monkeypatch.setattr("specdec.train.speed.costs", lambda *args: given)
 
 

@@ -22,7 +22,7 @@ def simulate(
 ) -> tuple[float, list[int]]:
     """Milliseconds for ``tokens`` tokens, and the depths chosen. A tree scores ``width`` tokens at each depth."""
     done, total, depths = 0, 0.0, []
-    true = AutoDepth(SCORE, 0.0)
+    true = AutoDepth(SCORE, 0.0)  # what the machine takes, whatever the policy was told
     while done < tokens:
         depth = policy.depth(1)
         accepted = 0
@@ -102,6 +102,59 @@ def test_a_wrong_figure_for_drafting_is_corrected_by_what_rounds_take() -> None:
     policy = AutoDepth(SCORE, 0.01)
     _, depths = simulate(0.5, 15.0, 600, random.Random(6), policy)
     assert depths[0] > 0 and sum(depths[-100:]) <= 20
+
+
+@pytest.mark.parametrize(("busy", "slow"), [(12.0, 36.0), (1.0, 36.0), (12.0, 1.0), (0.3, 3.0)])
+def test_figures_measured_on_a_busy_machine_are_mended_and_speculation_comes_back(busy: float, slow: float) -> None:
+    """Scoring told ``busy`` times and drafting ``slow`` times too dear: the request loses little, and then nothing."""
+    rng, policy = random.Random(11), AutoDepth({n: busy * s for n, s in SCORE.items()}, 2.0 * slow)
+    simulate(0.7, 2.0, 400, rng, policy)
+    total, depths = simulate(0.7, 2.0, 600, rng, policy)
+    assert min(depths[-100:]) > 0
+    assert total / 600 <= 1.08 * min(fixed(0.7, 2.0, k) for k in range(AutoDepth.MOST + 1))
+    assert policy.draft == pytest.approx(2.0, rel=0.2) and policy.seconds(1) == pytest.approx(SCORE[1], rel=0.2)
+
+
+def test_a_machine_that_becomes_slow_slows_both_sides_and_changes_nothing() -> None:
+    """Three times slower for a while, drafting and scoring alike: the depth that was best still is."""
+    policy = AutoDepth(SCORE, 2.0)
+    simulate(0.7, 2.0, 300, random.Random(4), policy)
+    before = policy.depth(1)
+    for _ in range(40):
+        policy.observe([before], [before], 1 + before, 6.0 * before, 3 * AutoDepth(SCORE, 0.0).seconds(1 + before))
+        assert policy.depth(1) >= before - 1
+
+
+@pytest.mark.parametrize("draft", [0.5, 3.0, 8.0, 20.0, 60.0])
+def test_a_drafter_of_random_tokens_never_costs_three_percent(draft: float) -> None:
+    """First request included, once the policy has met the drafter before; costs in any order of magnitude."""
+    policy = AutoDepth(SCORE, draft, accepted=[0.0] * 4)
+    for seed in range(4):
+        total, _ = simulate(0.0, draft, 128, random.Random(seed), policy, noise=0.0)
+        assert 128 * SCORE[1] / total >= 0.97
+
+
+def test_an_adversary_whose_first_drafts_stand_and_no_later_one_is_bounded() -> None:
+    policy, total, done = AutoDepth(SCORE, 3.0), 0.0, 0
+    true = AutoDepth(SCORE, 0.0)
+    while done < 3000:
+        depth = policy.depth(1)
+        probing = sum(policy.offered) < 6
+        accepted = depth if probing else 0
+        total += 3.0 * depth + true.seconds(1 + depth)
+        policy.observe([depth], [accepted], 1 + depth, 3.0 * depth, true.seconds(1 + depth))
+        done += 1 + accepted
+    assert done * SCORE[1] / total >= 0.96
+
+
+def test_what_was_learned_about_a_drafter_begins_the_next_policy() -> None:
+    policy = AutoDepth(SCORE, 2.0)
+    assert policy.known() == []
+    simulate(0.7, 2.0, 600, random.Random(9), policy)
+    known = policy.known()
+    assert known and all(a == pytest.approx(0.7, abs=0.3) for a in known)
+    again = AutoDepth(SCORE, 2.0, accepted=known)
+    assert abs(again.depth(1) - policy.depth(1)) <= 1 and again.expected()[1] == pytest.approx(1 + known[0], abs=0.05)
 
 
 def test_without_live_figures_decisions_follow_acceptance_alone() -> None:
