@@ -14,6 +14,8 @@ from torch import Tensor
 
 from specdec.draft import Draft, State
 
+WIDTH = 4  # nodes of a level that are drafted on from: together they cost about what one costs
+
 
 def draft_beam(
     state: State,

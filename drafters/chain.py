@@ -1,18 +1,118 @@
 """Drafting token by token with a model: what every drafter that does so shares.
 
 The chain follows the preferred tokens; siblings beside it cost no drafting, only scoring. Knows how tokens are picked
-from logits, not where the logits come from.
+from logits and which siblings pay, not where the logits come from.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from specdec import options
 from specdec.draft import Draft, State
+from specdec.errors import SpecDecError
 from specdec.sampling import draw
+from specdec.trees import best_tree
+
+SHAPE = ("siblings", "nodes")  # options of every drafter of chains
+
+
+class Shape:
+    """How many siblings stand at each depth of a chain: as many as are given, or those that are seen to pay.
+
+    siblings: number of further candidates at each depth (depths beyond its length have none). nodes: most nodes of the
+    tree, which is then the one expected to keep the most tokens (``best_tree``), by how often the first, second, ...
+    choice at each depth has been right in this generation. Neither: such a tree of as many nodes as the chain has and
+    scoring has room for beside it (``State.spare``; none at a fixed depth). Raises SpecDecError for bad values.
+    """
+
+    DEPTHS, RANKS = 8, 5  # positions and choices that are counted
+    FIRST, NEXT, WEIGHT = 0.6, 0.35, 4.0  # believed before anything was seen: of a first choice, of each further one
+
+    def __init__(self, siblings: Sequence[int] | None = None, nodes: int | None = None) -> None:
+        if siblings is not None and nodes is not None:
+            raise SpecDecError("give the siblings at each depth, or how many nodes the tree may have, not both")
+        self.siblings = None if siblings is None else options.wholes("siblings", siblings, 0)
+        self.nodes = None if nodes is None else options.whole("nodes", nodes, 1)
+        self.start()
+
+    def start(self) -> None:
+        """Forget what was seen: a generation does not depend on earlier ones."""
+        self.right = [[0.0] * self.RANKS for _ in range(self.DEPTHS)]
+        self.offered = [[0.0] * self.RANKS for _ in range(self.DEPTHS)]
+        self.pending: tuple[int, ...] = ()  # parents of the draft that is being judged
+
+    def fit(self, limit: int, spare: int) -> tuple[int, Sequence[int]]:
+        """The chain's depth, at most ``limit`` >= 1, and the siblings at each depth."""
+        if self.siblings is not None or (self.nodes is None and not spare):
+            return limit, self.siblings or ()
+        tree = best_tree(self._accuracy()[:limit], self.nodes or limit + spare, chain=True)
+        depths = tree.depths()
+        return max(depths) + 1, [depths.count(depth) - 1 for depth in range(max(depths) + 1)]
+
+    def _accuracy(self) -> list[list[float]]:
+        believed = [self.FIRST * self.NEXT**rank for rank in range(self.RANKS)]
+        return [
+            [(r + self.WEIGHT * b) / (n + self.WEIGHT) for r, n, b in zip(right, offered, believed, strict=True)]
+            for right, offered in zip(self.right, self.offered, strict=True)
+        ]
+
+    def drafted(self, draft: Draft) -> None:
+        """Note the draft that ``observe`` will hear about."""
+        self.pending = draft.parents
+
+    def observe(self, paths: Sequence[Sequence[int]]) -> None:
+        """Count which choices were right, of the draft noted last."""
+        parents, self.pending = self.pending, ()
+        for path in paths if parents else ():
+            kept = set(path)
+            for depth in range(self.DEPTHS):
+                choices = [node for node, parent in enumerate(parents, start=1) if parent == depth]
+                for rank, node in enumerate(choices[: self.RANKS]):
+                    self.offered[depth][rank] += 1
+                    self.right[depth][rank] += node in kept
+                if depth + 1 not in kept:  # the chain's nodes come first: number i + 1 is the one at depth i
+                    break
+
+
+class ChainDrafter:
+    """What drafters of chains have in common: the options of their shape, and nothing to keep by row.
+
+    siblings, nodes: see ``Shape``.
+    """
+
+    name: ClassVar[str]
+    taps: tuple[int, ...] = ()
+
+    def __init__(self, siblings: Sequence[int] | None = None, nodes: int | None = None) -> None:
+        self.shape = Shape(siblings, nodes)
+
+    def start(self, batch: int) -> None:
+        self.shape.start()
+
+    def chain(
+        self,
+        state: State,
+        limit: int,
+        step: Callable[[Tensor, Tensor], Tensor],
+        vocab: Tensor | None = None,
+        certainty: Callable[[Tensor], Tensor] | None = None,
+    ) -> Draft:
+        """``draft_chain`` with the siblings of ``shape``."""
+        limit, siblings = self.shape.fit(limit, state.spare)
+        draft = draft_chain(state, limit, step, siblings, vocab, certainty)
+        self.shape.drafted(draft)
+        return draft
+
+    def observe(self, paths: list[list[int]], taps: dict[int, Tensor]) -> None:
+        self.shape.observe(paths)
+
+    def select(self, rows: list[int]) -> None:
+        pass
 
 
 class _Nodes:
@@ -79,16 +179,6 @@ def draft_chain(
     )
 
 
-def within(siblings: Sequence[int], depth: int, spare: int) -> list[int]:
-    """The most promising ``spare`` of the ``siblings`` of a chain of ``depth``: first ones first, then early ones."""
-    out = [0] * depth
-    for level in range(max(siblings, default=0)):
-        for at, wanted in enumerate(siblings[:depth]):
-            if wanted > level and spare > 0:
-                out[at], spare = out[at] + 1, spare - 1
-    return out
-
-
 def _pick(
     state: State, logits: Tensor, width: int, prefixes: list[list[int]], vocab: Tensor | None
 ) -> tuple[Tensor, list[Tensor]]:
@@ -136,6 +226,21 @@ def _without_replacement(p: Tensor, count: int, generators: list[torch.Generator
         q.append(p)
         p = p.scatter(1, token.clamp_min(0), 0.0)
     return torch.cat(tokens, 1), q
+
+
+def first_sure(read: Callable[[int], tuple[Tensor, ...]], exits: int, bar: float) -> tuple[Tensor, ...]:
+    """What each row has at the first of its exits that is sure enough, else at the last.
+
+    ``read(i)`` takes all rows to exit i and returns how sure each is [B, 1], and anything else [B, ...].
+    """
+    found = read(0)
+    for index in range(1, exits):
+        on = found[0] < bar  # (B, 1): rows that go on
+        if not bool(on.any()):
+            break
+        pairs = zip(read(index), found, strict=True)
+        found = tuple(torch.where(on.view(-1, *[1] * (old.dim() - 1)), new, old) for new, old in pairs)
+    return found
 
 
 def best_probability(logits: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from specdec.draft import State
 from specdec.errors import SpecDecError
 from specdec.target import Target
 
+from .chain import SHAPE, first_sure
 from .exits import Climb, ExitDrafter, ExitHeads
 
 
@@ -26,23 +27,27 @@ class DeedDrafter(ExitDrafter):
     """Drafts a chain whose tokens leave at the first exit that is sure of its best token, or at the last.
 
     exit_confidence: how sure, in [0, 1]; where drafts stand unjudged, the verifier's threshold takes its place.
-    siblings: number of further candidates at each depth of the chain, which cost no drafting.
+    siblings, nodes: see ``Shape``.
     """
 
     name: ClassVar[str] = "deed"
     summary: ClassVar[str] = "several trained exits, each token leaves at the first that is sure of it"
     training: ClassVar[str] = "specdec train deed"
 
-    def __init__(self, heads: ExitHeads, exit_confidence: float = 0.5, siblings: Sequence[int] = ()) -> None:
-        super().__init__(heads, siblings)
-        if not isinstance(exit_confidence, int | float) or not 0 <= exit_confidence <= 1:
-            raise SpecDecError(f"exit_confidence must be a probability in [0, 1]; got {exit_confidence!r}")
-        self.exits, self.bar = heads.exits, float(exit_confidence)
+    def __init__(
+        self,
+        heads: ExitHeads,
+        exit_confidence: float = 0.5,
+        siblings: Sequence[int] | None = None,
+        nodes: int | None = None,
+    ) -> None:
+        super().__init__(heads, siblings, nodes)
+        self.exits, self.bar = heads.exits, options.probability("exit_confidence", exit_confidence)
 
     @classmethod
     def load(cls, target: Target, source: str | None = None, **given: Any) -> DeedDrafter:
         """From a drafter folder, or the one shipped for the target. Raises SpecDecError if there is none."""
-        options.check(cls.name, given, ("exit_confidence", "siblings"))
+        options.check(cls.name, given, ("exit_confidence", *SHAPE))
         folder = Path(source) if source is not None else artifacts.shipped(cls.name, target.fingerprint)
         if folder is None:
             name = target.model.config._name_or_path or "MODEL"
@@ -58,13 +63,10 @@ class DeedDrafter(ExitDrafter):
 
     def leave(self, climb: Climb, state: State, depth: int) -> tuple[Tensor, Tensor, Tensor]:
         bar = self.bar if state.threshold is None else state.threshold
-        logits, sure = self.read(climb.to(self.exits[0]))
-        layers = torch.full_like(sure, self.exits[0], dtype=torch.long)
-        for index, layer in enumerate(self.exits[1:], start=1):
-            on = sure < bar  # (B, 1): rows that go on
-            if not bool(on.any()):
-                break
-            deeper, surer = self.read(climb.to(layer), index)
-            logits, sure = torch.where(on, deeper, logits), torch.where(on, surer, sure)
-            layers = layers.masked_fill(on, layer)
+
+        def read(index: int) -> tuple[Tensor, ...]:
+            logits, sure = self.read(climb.to(self.exits[index]), index)
+            return sure, logits, torch.full_like(sure, self.exits[index], dtype=torch.long)
+
+        sure, logits, layers = first_sure(read, len(self.exits), bar)
         return logits, sure, layers

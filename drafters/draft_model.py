@@ -20,32 +20,37 @@ from specdec.prefill import prefill
 from specdec.runtimes import make_target
 from specdec.target import Target
 
-from .chain import draft_chain
+from .chain import SHAPE, ChainDrafter
 
 
-class DraftModelDrafter:
+class DraftModelDrafter(ChainDrafter):
     """Drafts a chain with the model behind ``own``, which must have the target's vocabulary.
 
     own: the draft model as a target of its own. tokenizer: the draft model's, to be compared with the target's.
-    siblings: number of further candidates at each depth of the chain, which cost no drafting.
+    siblings, nodes: see ``Shape``.
     Drafts nothing where the text has outgrown the draft model's context.
     Raises SpecDecError, when bound, if the vocabularies differ.
     """
 
     name: ClassVar[str] = "draft-model"
     summary: ClassVar[str] = "a second, smaller model with the same vocabulary (draft-model=NAME); no training"
-    taps: tuple[int, ...] = ()
 
-    def __init__(self, own: Target, tokenizer: Any = None, siblings: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        own: Target,
+        tokenizer: Any = None,
+        siblings: Sequence[int] | None = None,
+        nodes: int | None = None,
+    ) -> None:
+        super().__init__(siblings, nodes)
         self.own, self.tokenizer = own, tokenizer
-        self.siblings = options.wholes("siblings", siblings, 0)
         self.vocab: Tensor | None = None  # int64 [V'], the tokens both models have; None: all of them
         self.start(1)
 
     @classmethod
     def load(cls, target: Target, source: str | None = None, **given: Any) -> DraftModelDrafter:
         """Load the draft model: ``source``, or the option ``model``, is whatever ``hub.load`` takes."""
-        options.check(cls.name, given, ("model", "siblings"))
+        options.check(cls.name, given, ("model", *SHAPE))
         model = given.get("model", source)
         if not isinstance(model, str) or not model:
             raise SpecDecError(
@@ -53,7 +58,7 @@ class DraftModelDrafter:
                 "Hugging Face id; in Python also drafter_options={'model': NAME})"
             )
         loaded, tokenizer = hub.load(model, dtype=target.dtype, device=target.device)
-        return cls(make_target(loaded)[0], tokenizer, given.get("siblings", ()))
+        return cls(make_target(loaded)[0], tokenizer, given.get("siblings"), given.get("nodes"))
 
     @property
     def path(self) -> str:
@@ -73,6 +78,7 @@ class DraftModelDrafter:
         self.start(1)
 
     def start(self, batch: int) -> None:
+        super().start(batch)
         self.cache = self.own.new_cache(batch)
         self.fed: list[list[int]] = [[] for _ in range(batch)]  # drafted tokens that are in the cache, uncommitted
 
@@ -92,7 +98,7 @@ class DraftModelDrafter:
             logits = own.readout(x)[:, 0]
             return logits if self.vocab is None else logits[:, : self.vocab.numel()]
 
-        draft = draft_chain(state, limit, step, self.siblings, self.vocab)
+        draft = self.chain(state, limit, step, self.vocab)
         self.fed = draft.tokens[:, : max(draft.depths()) - 1].tolist()
         return draft
 
@@ -110,9 +116,6 @@ class DraftModelDrafter:
         last = self.own.vocab_size - 1  # padding of the target's embedding may lie beyond it
         new = [[min(t, last) for t in row[n:]] for n, row in zip(cache.rows, ids, strict=True)]
         return prefill(self.own, cache, new)
-
-    def observe(self, paths: list[list[int]], taps: dict[int, Tensor]) -> None:
-        pass
 
     def select(self, rows: list[int]) -> None:
         self.cache.trim(self.cache.lengths[0] - self.cache.committed)

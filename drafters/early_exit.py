@@ -18,6 +18,7 @@ from specdec.draft import State
 from specdec.errors import SpecDecError
 from specdec.target import Target
 
+from .chain import SHAPE
 from .exits import Climb, ExitDrafter, ExitHeads
 
 
@@ -26,7 +27,7 @@ class EarlyExitDrafter(ExitDrafter):
 
     exit_layer: E, 1 <= E < N; None: that of ``heads``, else a third of the layers, about where models trained for it
         exit.
-    siblings: number of further candidates at each depth of the chain, which cost no drafting.
+    siblings, nodes: see ``Shape``.
     Raises SpecDecError, when bound, if the exit layer is outside the model.
     """
 
@@ -35,15 +36,19 @@ class EarlyExitDrafter(ExitDrafter):
     training: ClassVar[str] = "specdec train early-exit"
 
     def __init__(
-        self, exit_layer: int | None = None, siblings: Sequence[int] = (), heads: ExitHeads | None = None
+        self,
+        exit_layer: int | None = None,
+        siblings: Sequence[int] | None = None,
+        nodes: int | None = None,
+        heads: ExitHeads | None = None,
     ) -> None:
-        super().__init__(heads, siblings)
+        super().__init__(heads, siblings, nodes)
         self.exit_layer = heads.exits[0] if heads is not None else exit_layer
 
     @classmethod
     def load(cls, target: Target, source: str | None = None, **given: Any) -> EarlyExitDrafter:
         """With the trained exit of a folder, or of the one shipped for the target, unless ``exit_layer`` says where."""
-        options.check(cls.name, given, ("exit_layer", "siblings"))
+        options.check(cls.name, given, ("exit_layer", *SHAPE))
         if source is not None and "exit_layer" in given:
             raise SpecDecError(f"'{source}' has its own exit layer; leave exit_layer out, or the folder")
         shipped = None if "exit_layer" in given else artifacts.shipped(cls.name, target.fingerprint)

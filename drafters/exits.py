@@ -8,7 +8,7 @@ run are run for all of them at once, just in time, when a later token goes deepe
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,10 +21,10 @@ from specdec import artifacts, options
 from specdec.cache import KVCache
 from specdec.draft import Draft, State
 from specdec.errors import SpecDecError
+from specdec.kernels import rms_unit
 from specdec.target import Target
 
-from .chain import best_probability, draft_chain
-from .m2r2 import rms_unit
+from .chain import ChainDrafter, best_probability
 from .vocabulary import DraftVocabulary, check_vocabulary
 
 
@@ -126,19 +126,19 @@ def check_exits(exits: Sequence[int], num_layers: int) -> tuple[int, ...]:
     return given
 
 
-class ExitDrafter(ABC):
+class ExitDrafter(ChainDrafter):
     """Drafts a chain of tokens that each leave at one of the exits; subclasses say which, token by token.
 
-    siblings: number of further candidates at each depth of the chain, which cost no drafting.
-    heads: trained modules at the exits; None: the model's own norm and head.
+    heads: trained modules at the exits; None: the model's own norm and head. siblings, nodes: see ``Shape``.
     """
 
-    name: ClassVar[str]
     leaves_early: ClassVar[bool] = True
-    taps: tuple[int, ...] = ()
 
-    def __init__(self, heads: ExitHeads | None = None, siblings: Sequence[int] = ()) -> None:
-        self.heads, self.siblings = heads, options.wholes("siblings", siblings, 0)
+    def __init__(
+        self, heads: ExitHeads | None = None, siblings: Sequence[int] | None = None, nodes: int | None = None
+    ) -> None:
+        super().__init__(siblings, nodes)
+        self.heads = heads
 
     def bind(self, target: Target) -> None:
         if self.heads is not None:
@@ -164,6 +164,7 @@ class ExitDrafter(ABC):
         return logits, best_probability(logits)
 
     def start(self, batch: int) -> None:
+        super().start(batch)
         self.vocabulary.start()
 
     def propose(self, state: State, limit: int) -> Draft:
@@ -178,14 +179,8 @@ class ExitDrafter(ABC):
             layers.append(run)
             return logits
 
-        draft = draft_chain(state, limit, step, self.siblings, self.vocabulary.tokens, lambda logits: certainty)
+        draft = self.chain(state, limit, step, self.vocabulary.tokens, lambda logits: certainty)
         draft.states, draft.exit_layer = climb.finish()
         if state.threshold is not None:
             draft.layers = torch.cat(layers, 1)[:, : draft.tokens.shape[1]]
         return draft
-
-    def observe(self, paths: list[list[int]], taps: dict[int, Tensor]) -> None:  # noqa: B027 (nothing to see)
-        pass
-
-    def select(self, rows: list[int]) -> None:  # noqa: B027 (nothing kept by row)
-        pass

@@ -22,11 +22,11 @@ from specdec.draft import Draft, State
 from specdec.errors import SpecDecError
 from specdec.target import Target
 
-from .chain import draft_chain
+from .chain import SHAPE, ChainDrafter
 
 Step = tuple[Literal["layers", "attention", "mlp"], int, int]  # what is run, on layers [lo, hi)
 SETTINGS = ("attn", "mlp")
-KEYS = ("drafter", "base", *SETTINGS, "siblings", "measured")  # of a file
+KEYS = ("drafter", "base", *SETTINGS, *SHAPE, "measured")  # of a file
 
 
 def steps_without(attn: Collection[int], mlp: Collection[int], num_layers: int) -> list[Step]:
@@ -52,38 +52,38 @@ def run_step(target: Target, step: Step, x: Tensor, positions: Tensor, mask: Mas
     return target.sublayer(x, lo, part, positions, mask, cache)
 
 
-class LayerSkipDrafter:
+class LayerSkipDrafter(ChainDrafter):
     """Drafts a chain through what is not skipped, read out by the model's own norm and head.
 
     skip: layers to leave out. attn, mlp: layers whose attention or MLP is left out. Nothing given: the fifth of the
     layers around the middle, which models miss least.
-    siblings: number of further candidates at each depth of the chain, which cost no drafting.
+    siblings, nodes: see ``Shape``.
     Raises SpecDecError, when bound, if what is skipped is everything, nothing, or outside the model.
     """
 
     name: ClassVar[str] = "layer-skip"
     summary: ClassVar[str] = "the model itself without some layers or parts of them; no training"
-    taps: tuple[int, ...] = ()
 
     def __init__(
         self,
         skip: Sequence[int] | None = None,
-        siblings: Sequence[int] = (),
+        siblings: Sequence[int] | None = None,
         attn: Sequence[int] = (),
         mlp: Sequence[int] = (),
+        nodes: int | None = None,
     ) -> None:
+        super().__init__(siblings, nodes)
         self.default = skip is None and not attn and not mlp
         whole = options.wholes("skip", () if skip is None else skip, 0)
         self.attn = {*whole, *options.wholes("attn", attn, 0)}
         self.mlp = {*whole, *options.wholes("mlp", mlp, 0)}
-        self.siblings = options.wholes("siblings", siblings, 0)
         self.steps: list[Step] = []
         self.exit_layer = 0  # layers below are run as in the full model
 
     @classmethod
     def load(cls, target: Target, source: str | None = None, **given: Any) -> LayerSkipDrafter:
         """From options, or from a YAML file that ``specdec tune layer-skip`` wrote; options stand above the file's."""
-        options.check(cls.name, given, ("skip", *SETTINGS, "siblings"))
+        options.check(cls.name, given, ("skip", *SETTINGS, *SHAPE))
         kept = {} if source is None else read_skips(Path(source), target)
         if source is not None and (odd := [name for name in ("skip", *SETTINGS) if name in given]):
             raise SpecDecError(f"drafter 'layer-skip' takes what to skip from '{source}' or from '{odd[0]}', not both")
@@ -107,9 +107,6 @@ class LayerSkipDrafter:
         """What the cost of drafting depends on."""
         return str(self.steps)
 
-    def start(self, batch: int) -> None:
-        pass
-
     def propose(self, state: State, limit: int) -> Draft:
         target, cache = state.target, state.cache
         states: list[Tensor] = []
@@ -124,19 +121,13 @@ class LayerSkipDrafter:
                     states.append(x)
             return target.readout(x)[:, 0]
 
-        draft = draft_chain(state, limit, step, self.siblings)
+        draft = self.chain(state, limit, step)
         for lo, hi in attending:
             if lo >= self.exit_layer:
                 cache.trim(max(draft.depths()), lo, hi)
         if states:
             draft.states, draft.exit_layer = torch.cat(states, 1), self.exit_layer
         return draft
-
-    def observe(self, paths: list[list[int]], taps: dict[int, Tensor]) -> None:
-        pass
-
-    def select(self, rows: list[int]) -> None:
-        pass
 
 
 def read_skips(path: Path, target: Target) -> dict[str, Any]:
@@ -153,4 +144,4 @@ def read_skips(path: Path, target: Target) -> dict[str, Any]:
             f"the skip set '{path}' was tuned on {base.get('name', 'other weights')}, not on the loaded model; "
             "tune one for it: specdec tune layer-skip"
         )
-    return {name: data[name] for name in (*SETTINGS, "siblings") if name in data}
+    return {name: data[name] for name in (*SETTINGS, *SHAPE) if name in data}

@@ -5,13 +5,18 @@ attending to h's exact keys and values; then, optionally, it *leaps*: one matrix
 deep states (the carry), to the input of a later segment of the model's own layers, and a last leap lands on the final
 state h[N]. Its readout is the draft. h[E] and everything cached below E are exact and kept, so scoring resumes at E.
 
+There may be several exits on the way, each with a rate of its own (the mixture): a token leaves at the first whose
+router (ARLA) is sure enough of it. What earlier tokens of the draft have not run is run for all of them at once when a
+later token goes deeper.
+
 The published abstract describes early layers with adapters and shared KV (here: a path without segments and leaps).
 The leap, the carry and the fit by ridge regression are our own extension.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -29,11 +34,9 @@ from specdec.kernels import rms_unit
 from specdec.target import Target
 
 from .arla import Router
-from .beam import draft_beam
-from .chain import draft_chain, within
+from .beam import WIDTH, draft_beam
+from .chain import SHAPE, ChainDrafter, best_probability, first_sure
 from .vocabulary import DraftVocabulary, check_vocabulary
-
-BEAM = 4  # nodes of a level that are drafted from: together they cost about what one costs
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,10 @@ class M2R2Path:
 
     exit_layer: E; layers [0, E) are shared with the slow residual, scoring resumes there.
     segments: later layer ranges [lo, hi) the residual leaps to, in order.
-    final_leap: whether a last leap maps the end of the path to the final state (else it is read out as it is).
+    final_leap: whether a last leap maps the end of the path (each exit) to the final state, or it is read out as it is.
     adapters: ``{layer: [module paths]}`` that carry low-rank adapters of rank ``rank``.
+    exits: layers, rising, behind which a token may leave before the end of the path: up to E, where p then starts again
+        from h, or the ends of segments.
     """
 
     exit_layer: int
@@ -51,6 +56,7 @@ class M2R2Path:
     final_leap: bool = False
     rank: int = 32
     adapters: dict[int, list[str]] = field(default_factory=dict)
+    exits: tuple[int, ...] = ()
 
     @property
     def adapts_early(self) -> bool:
@@ -58,26 +64,53 @@ class M2R2Path:
         return any(layer < self.exit_layer for layer in self.adapters)
 
     @property
-    def layers_run(self) -> int:
-        """Layers a drafted token runs through."""
-        return self.exit_layer + sum(hi - lo for lo, hi in self.segments)
+    def end(self) -> int:
+        """The last exit: the layer behind which the path ends."""
+        return self.segments[-1][1] if self.segments else self.exit_layer
 
     @property
-    def residuals(self) -> int:
-        """Residuals that a router sees on this way: the early ones, those in and behind the segments, the last."""
-        early = self.exit_layer if self.adapts_early else min(self.exit_layer, 1)
-        return early + sum(hi - lo + 1 for lo, hi in self.segments) + self.final_leap
+    def shared(self) -> list[tuple[int, int]]:
+        """Stretches [lo, hi) of the layers that h runs, too; p starts each from h."""
+        stops = sorted({*(layer for layer in self.exits if layer < self.exit_layer), self.exit_layer})
+        return list(zip([0, *stops], stops, strict=False)) if self.exit_layer else []
+
+    @property
+    def stretches(self) -> list[tuple[int, int]]:
+        """All layers that a token may run, in order: ``shared``, then the segments."""
+        return [*self.shared, *self.segments]
+
+    @property
+    def reach(self) -> list[int]:
+        """For each exit, the last one included: stretches run before a token leaves there."""
+        ends = [hi for _, hi in self.stretches]
+        return [ends.index(layer) + 1 for layer in (*self.exits, self.end)]
+
+    def layers_run(self, exit: int = -1) -> int:
+        """Layers that a token runs which leaves at exit number ``exit``."""
+        return sum(hi - lo for lo, hi in self.stretches[: self.reach[exit]])
+
+    def residuals(self, exit: int = -1) -> int:
+        """Residuals that the router at an exit sees: the early ones, those in and behind the segments, the last."""
+        run, early = self.stretches[: self.reach[exit]], len(self.shared)
+        seen = sum(hi - lo if self.adapts_early else 1 for lo, hi in run[:early])
+        return seen + sum(hi - lo + 1 for lo, hi in run[early:]) + self.final_leap
 
     def check(self, num_layers: int) -> None:
-        """Raise SpecDecError unless 0 <= E <= lo < hi <= ... <= N."""
+        """Raise SpecDecError unless 0 <= E <= lo < hi <= ... <= N, and all exits are stops on that way."""
         edge = self.exit_layer
-        good = 0 <= edge < num_layers and self.layers_run > 0 and self.rank > 0
+        good = 0 <= edge < num_layers and (edge > 0 or len(self.segments) > 0) and self.rank > 0
         for lo, hi in self.segments:
             good, edge = good and edge <= lo < hi <= num_layers, hi
         if not good:
             raise SpecDecError(
                 f"an M2R2 path with exit layer {self.exit_layer} and segments {[list(s) for s in self.segments]} "
                 f"does not fit a model of {num_layers} layers: need 0 <= exit <= lo < hi <= ... <= {num_layers}"
+            )
+        stops = {*range(1, self.exit_layer + 1), *(hi for _, hi in self.segments)} - {self.end}
+        if not set(self.exits) <= stops or list(self.exits) != sorted(set(self.exits)):
+            raise SpecDecError(
+                f"exits of an M2R2 path must be rising layers before its end, up to the exit layer {self.exit_layer} "
+                f"or at the end of a segment; got {list(self.exits)} on a path that ends at {self.end}"
             )
 
     def to_json(self) -> dict[str, Any]:
@@ -93,6 +126,7 @@ class M2R2Path:
                 bool(data["final_leap"]),
                 int(data["rank"]),
                 {int(layer): [str(p) for p in paths] for layer, paths in data["adapters"].items()},
+                tuple(int(layer) for layer in data.get("exits", ())),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise SpecDecError(f"the drafter's config.json has no valid M2R2 path ({error!r})") from None
@@ -100,20 +134,19 @@ class M2R2Path:
 
 @dataclass
 class Carry:
-    """Deep states of the previous token: ``final`` [B, T, D], and ``inputs[s]`` [B, T, D] of segment s.
+    """Deep states of the previous token: ``final`` [B, T, D], and ``inputs[s]`` [B, T, D] of segment s, as far as run.
 
-    passed: the residuals [B, T, D] beyond E that led to ``final``, where there is a router to see them.
+    A drafted token's are what its own leaps landed on.
     """
 
     final: Tensor
     inputs: list[Tensor]
-    passed: list[Tensor] = field(default_factory=list)
 
 
 class M2R2(nn.Module):
     """Parameters and forward of the accelerated residual; used alike for drafting and for training.
 
-    router: width of the latents of a router that says how likely the draft is right; 0: none.
+    router: width of the latents of a router at each exit that says how likely the draft is right; 0: none.
     """
 
     def __init__(self, path: M2R2Path, target: Target, draft_vocab: Tensor | None = None, router: int = 0) -> None:
@@ -130,12 +163,13 @@ class M2R2(nn.Module):
             shapes[layer] = {name: linears[name] for name in names}
         self.adapters = Adapters(shapes, path.rank)
         d = target.hidden_size
-        # Segment leaps see [p; previous final state; previous state at the landing]; at the final leap the last two
+        # Segment leaps see [p; previous final state; previous state at the landing]; at a final leap the last two
         # are one and the same.
         self.leaps = nn.ModuleList(nn.Linear(3 * d, d) for _ in path.segments)
         if path.final_leap:
-            self.leaps.append(nn.Linear(2 * d, d))
-        self.router = Router(path.residuals, d, router) if router else None
+            self.leaps.extend(nn.Linear(2 * d, d) for _ in path.reach)
+        counts = [path.residuals(index) for index in range(len(path.reach))]
+        self.routers = nn.ModuleList(Router(count, d, router) for count in counts) if router else None
         self.frozen: list[Callable[[Sequence[Tensor]], Tensor]] = []  # the leaps, once nothing is trained any more
         self.register_buffer("draft_vocab", draft_vocab)  # int32 [V'], or None: the full vocabulary
         self.draft_vocab: Tensor | None
@@ -150,13 +184,17 @@ class M2R2(nn.Module):
         return torch.cat([rms_unit(part) for part in self.parts(index, x, carry)], -1)
 
     def leap(self, index: int, x: Tensor, carry: Carry) -> Tensor:
-        """Leap ``index`` of residual ``x`` [B, T, D] -> [B, T, D]."""
+        """Leap ``index`` of residual ``x`` [B, T, D] -> [B, T, D]: to that segment, or, numbered on, at an exit."""
         if self.frozen:
             return self.frozen[index](self.parts(index, x, carry))
         layer = self.leaps[index]
         assert isinstance(layer, nn.Linear)
         features = self.features(index, x, carry)
         return nn.functional.linear(features, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
+
+    def estimate(self, exit: int, p: Tensor, carry: Carry) -> Tensor:
+        """The estimate of h[N] [B, T, D] that the head reads, from the residual p at exit number ``exit``."""
+        return self.leap(len(self.path.segments) + exit, p, carry) if self.path.final_leap else p
 
     def freeze(self, target: Target) -> None:
         """Prepare for drafting: parameters in the target's dtype and place, leaps in their fastest storage."""
@@ -165,35 +203,145 @@ class M2R2(nn.Module):
         self.frozen = [kernels.frozen_of_units(leap.weight, leap.bias) for leap in leaps]
 
     def beyond(
-        self, target: Target, p: Tensor, carry: Carry, positions: Tensor, mask: Callable[[int], Mask], cache: KVCache
-    ) -> Carry:
-        """From p[E] [B, T, D] along the leaps and segments to the estimate of h[N], given the previous carry.
+        self,
+        target: Target,
+        p: Tensor,
+        carry: Carry,
+        positions: Tensor,
+        mask: Callable[[int], Mask],
+        cache: KVCache,
+        watched: bool = False,
+    ) -> Iterator[tuple[Tensor, Tensor, list[Tensor]]]:
+        """From p[E] [B, T, D] along the leaps and segments, given the previous carry.
 
-        ``mask(lo)`` is asked for the mask of the segment that begins at layer ``lo``. Returns this token's carry; its
-        ``final`` is what the head reads.
+        ``mask(lo)`` is asked for the mask of the segment that begins at layer ``lo``. Yields for each segment where the
+        residual landed and where it got to, and, if ``watched``, the residuals that a router sees.
         """
-        inputs, passed = [], list[Tensor]()
         for s, (lo, hi) in enumerate(self.path.segments):
-            p = self.leap(s, p, carry)
-            inputs.append(p)
-            taps = self.watch(lo, hi)
-            p = target.layers(p, lo, hi, positions, mask(lo), cache, taps=taps, adapters=self.adapters)
-            passed += (taps or {}).values()
-        if self.path.final_leap:
-            p = self.leap(len(self.path.segments), p, carry)
-            passed.append(p)
-        return Carry(p, inputs, passed)
+            landed = self.leap(s, p, carry)
+            taps = watch(lo, hi) if watched else None
+            p = target.layers(landed, lo, hi, positions, mask(lo), cache, taps=taps, adapters=self.adapters)
+            yield landed, p, list((taps or {}).values())
 
-    def watch(self, lo: int, hi: int) -> dict[int, Tensor] | None:
-        """Taps for the residuals before, in and behind layers [lo, hi), where there is a router to see them."""
-        return None if self.router is None else {layer: torch.empty(0) for layer in range(lo, hi + 1)}
+    def beside(
+        self, target: Target, x: Tensor, lo: int, hi: int, positions: Tensor, cache: KVCache, watched: bool = False
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Shared layers [lo, hi) for h and p of the next tokens of a chain, both from ``x`` = h[lo] [B, n, D].
+
+        Returns h[hi], p[hi] and, if ``watched``, the residuals that a router sees. Only h stays in the cache.
+        """
+        if not self.path.adapts_early:
+            h = target.layers(x, lo, hi, positions, cache.mask(lo, positions), cache)
+            return h, h, [h]
+        # h and p as two tokens at one position: both see h's keys (shared KV), nobody sees p's.
+        n, old = x.shape[1], cache.lengths[lo] - cache.committed
+        chain = torch.ones(n, old + n, dtype=torch.bool).tril(old)
+        tree = torch.cat((chain, torch.zeros(n, n, dtype=torch.bool)), 1).repeat(2, 1)
+        both = torch.cat((positions, positions), 1)
+        mask = cache.mask(lo, both, tree)
+        taps = watch(lo + 1, hi) if watched else None
+        y = target.layers(torch.cat((x, x), 1), lo, hi, both, mask, cache, taps=taps, adapters=self.adapters, adapted=n)
+        cache.trim(n, lo, hi)
+        return y[:, :n], y[:, n:], [p[:, n:] for p in (taps or {}).values()]
 
 
-class M2R2Drafter:
-    """Drafts with a trained M2R2: a chain, and optionally siblings beside it that cost no drafting.
+def watch(lo: int, hi: int) -> dict[int, Tensor]:
+    """Taps for the residuals before, in and behind layers [lo, hi), for a router to see."""
+    return {layer: torch.empty(0) for layer in range(lo, hi + 1)}
 
-    siblings: number of further candidates at each depth of the chain (depths beyond its length have none). Without
-        them, those of ``suggested`` are used that scoring has room for (``State.spare``).
+
+@dataclass
+class _Token:
+    """A drafted token on its way. run: stretches behind it; h, p: its residuals there [B, 1, D].
+
+    before: the previous token's carry. own: what it carries on. passed: what a router has seen of it.
+    """
+
+    positions: Tensor
+    h: Tensor
+    p: Tensor
+    before: Carry
+    own: Carry
+    run: int = 0
+    passed: list[Tensor] = field(default_factory=list)
+
+
+class _Passage:
+    """The tokens of a draft on their way along the path. Earlier tokens are never behind later ones."""
+
+    def __init__(self, network: M2R2, target: Target, cache: KVCache, carry: Carry) -> None:
+        self.network, self.target, self.cache, self.carry = network, target, cache, carry
+        self.tokens: list[_Token] = []
+
+    def push(self, token: Tensor, positions: Tensor) -> None:
+        """Add a token, int64 [B, 1], at the beginning of the path."""
+        before = self.tokens[-1].own if self.tokens else self.carry
+        x = self.target.embed(token, positions)
+        self.tokens.append(_Token(positions, x, x, before, Carry(x, [])))
+
+    def to(self, exit: int) -> tuple[Tensor, list[Tensor]]:
+        """Take the last token to an exit: the estimate of h[N] [B, 1, D] there, and the residuals a router sees."""
+        network, token = self.network, self.tokens[-1]
+        self._run(network.path.reach[exit])
+        final = network.estimate(exit, token.p, token.before)
+        return final, [*token.passed, final] if network.path.final_leap else token.passed
+
+    def _run(self, stretches: int) -> None:
+        """Run so many stretches of the last token, and what earlier ones have not run of them."""
+        network, target, cache = self.network, self.target, self.cache
+        shared, watched = network.path.shared, network.routers is not None
+        for stretch in range(self.tokens[-1].run, stretches):
+            late = [token for token in self.tokens if token.run == stretch]
+            positions = torch.cat([token.positions for token in late], 1)  # (B, n)
+            lo, hi = network.path.stretches[stretch]
+            if stretch < len(shared):
+                x = torch.cat([token.h for token in late], 1)
+                h, p, passed = network.beside(target, x, lo, hi, positions, cache, watched)
+                for place, token in enumerate(late):
+                    token.h = h[:, place : place + 1]
+            else:
+                segment, landed = stretch - len(shared), list[Tensor]()
+                for token in late:  # one after another: each lands by the one before
+                    landed.append(network.leap(segment, token.p, token.before))
+                    token.own.inputs.append(landed[-1])
+                mask, taps = cache.mask(lo, positions), watch(lo, hi) if watched else None
+                x = torch.cat(landed, 1)
+                p = target.layers(x, lo, hi, positions, mask, cache, taps=taps, adapters=network.adapters)
+                passed = list((taps or {}).values())
+            for place, token in enumerate(late):
+                token.p, token.run = p[:, place : place + 1], stretch + 1
+                token.passed += [residual[:, place : place + 1] for residual in passed]
+
+    def finish(self) -> tuple[Tensor | None, int]:
+        """Exact states [B, n, D] at the deepest shared layer that a token has run, and that layer; None at layer 0.
+
+        Provisional entries leave the cache: exact ones come with the scoring pass.
+        """
+        path, cache = self.network.path, self.cache
+        for segment, (lo, hi) in enumerate(path.segments, start=len(path.shared)):
+            cache.trim(sum(token.run > segment for token in self.tokens), lo, hi)
+        if not path.shared:
+            return None, 0
+        deepest = min(self.tokens[0].run, len(path.shared))
+        for stretch in range(deepest):
+            if late := [token for token in self.tokens if token.run == stretch]:
+                positions = torch.cat([token.positions for token in late], 1)
+                lo, hi = path.shared[stretch]
+                x, mask = torch.cat([token.h for token in late], 1), cache.mask(lo, positions)
+                h = self.target.layers(x, lo, hi, positions, mask, cache)
+                for place, token in enumerate(late):
+                    token.h, token.run = h[:, place : place + 1], stretch + 1
+        return torch.cat([token.h for token in self.tokens], 1), path.shared[deepest - 1][1]
+
+
+class M2R2Drafter(ChainDrafter):
+    """Drafts with a trained M2R2: a chain with siblings that cost no drafting, or a tree that is grown level by level.
+
+    A tree is grown where the whole path is one exit that shares no layer with scoring, for one greedy row; it has
+    ``nodes`` nodes, else those that scoring has room for, and ``width`` nodes of a level are drafted on from.
+    siblings, nodes: see ``Shape``; siblings that are given make a chain.
+    exit_confidence: how sure, in [0, 1], a token must be to leave before the last exit; where drafts stand unjudged,
+        the verifier's threshold takes its place.
     Raises SpecDecError if no trained drafter fits the target.
     """
 
@@ -202,16 +350,24 @@ class M2R2Drafter:
     training: ClassVar[str] = "specdec train m2r2"
     leaves_early: ClassVar[bool] = True
 
-    def __init__(self, network: M2R2, siblings: Sequence[int] | None = None, suggested: Sequence[int] = ()) -> None:
-        self.network, self.suggested = network, options.wholes("suggested siblings", suggested, 0)
-        self.siblings = None if siblings is None else options.wholes("siblings", siblings, 0)
-        self.path = network.path
+    def __init__(
+        self,
+        network: M2R2,
+        siblings: Sequence[int] | None = None,
+        nodes: int | None = None,
+        width: int = WIDTH,
+        exit_confidence: float = 0.5,
+    ) -> None:
+        super().__init__(siblings, nodes)
+        self.network, self.path = network, network.path
+        self.width = options.whole("width", width, 1)
+        self.bar = options.probability("exit_confidence", exit_confidence)
         self.carry: Carry | None = None
 
     @classmethod
     def load(cls, target: Target, source: str | None = None, **given: Any) -> M2R2Drafter:
         """From a drafter folder, or (``source`` None) the one shipped for the target's weights."""
-        options.check(cls.name, given, ("siblings",))
+        options.check(cls.name, given, (*SHAPE, "width", "exit_confidence"))
         mark = target.fingerprint
         folder = Path(source) if source is not None else artifacts.shipped(cls.name, mark)
         if folder is None:
@@ -222,11 +378,10 @@ class M2R2Drafter:
             )
         config = artifacts.read_config(folder)
         artifacts.check_base(config, mark, str(folder))
-        network = load_network(target, config, artifacts.read_tensors(folder))
-        return cls(network, given.get("siblings"), config.get("siblings", ()))
+        return cls(load_network(target, config, artifacts.read_tensors(folder)), **given)
 
     @property
-    def taps(self) -> tuple[int, ...]:
+    def taps(self) -> tuple[int, ...]:  # type: ignore[override]
         return (*(lo for lo, _ in self.path.segments), self.network.num_layers)
 
     def bind(self, target: Target) -> None:
@@ -235,86 +390,73 @@ class M2R2Drafter:
         self.start(1)
 
     def start(self, batch: int) -> None:
+        super().start(batch)
         self.carry = None
         self.vocabulary.start()
 
     def propose(self, state: State, limit: int) -> Draft:
-        target, cache, carry, vocabulary = state.target, state.cache, self.carry, self.vocabulary
-        assert carry is not None, "observe() runs before propose()"
-        vocabulary.follow(state)
-        if self.siblings is None and self._grows(state):
-            return self._tree(state, limit)
-        siblings = within(self.suggested, limit, state.spare) if self.siblings is None else self.siblings
-        states: list[Tensor] = []
-        passed: list[Tensor] = []
-        router = self.network.router
+        assert self.carry is not None, "observe() runs before propose()"
+        self.vocabulary.follow(state)
+        if self._grows(state):
+            return self._tree(state, limit, self.carry)
+        network, path, vocabulary = self.network, self.path, self.vocabulary
+        passage = _Passage(network, state.target, state.cache, self.carry)
+        bar = self.bar if state.threshold is None else state.threshold
+        decides = network.routers is not None or len(path.reach) > 1
+        certainty, layers = torch.empty(0), list[Tensor]()
+
+        def read(exit: int) -> tuple[Tensor, ...]:
+            final, passed = passage.to(exit)
+            logits = vocabulary.logits(final)[:, 0]
+            sure = logits[:, :1]  # not asked for
+            if network.routers is not None:
+                sure = network.routers[exit](passed, logits[:, None]).sigmoid()
+            elif decides:
+                sure = best_probability(logits)
+            return sure, logits, final, torch.full_like(sure, path.layers_run(exit), dtype=torch.long)
 
         def step(token: Tensor, positions: Tensor) -> Tensor:
-            nonlocal carry, passed
-            assert carry is not None
-            h, p, passed = self._early(target, target.embed(token, positions), positions, cache)
-            states.append(h)
-            carry = self.network.beyond(target, p, carry, positions, partial(cache.mask, positions=positions), cache)
-            return vocabulary.logits(carry.final)[:, 0]
+            nonlocal certainty
+            passage.push(token, positions)
+            certainty, logits, passage.tokens[-1].own.final, run = first_sure(read, len(path.reach), bar)
+            layers.append(run)
+            return logits
 
-        def certainty(logits: Tensor) -> Tensor:
-            assert carry is not None and router is not None
-            return router([*passed, *carry.passed], logits[:, None]).sigmoid()
-
-        routed = None if router is None else certainty
-        draft = draft_chain(state, limit, step, siblings, vocabulary.tokens, routed)
-        for lo, hi in self.path.segments:
-            cache.trim(len(states), lo, hi)  # provisional entries: exact ones come with the scoring pass
-        if self.path.exit_layer:
-            draft.states, draft.exit_layer = torch.cat(states, 1), self.path.exit_layer
+        routed = (lambda logits: certainty) if decides else None
+        draft = self.chain(state, limit, step, vocabulary.tokens, routed)
+        draft.states, draft.exit_layer = passage.finish()
         if state.threshold is not None:
-            draft.layers = torch.full_like(draft.tokens, self.path.layers_run)
+            draft.layers = torch.cat(layers, 1)[:, : draft.tokens.shape[1]]
         return draft
 
     def _grows(self, state: State) -> bool:
         """Whether a tree is drafted level by level: it has to pay in scoring alone, and to be one greedy row's."""
-        judged = state.threshold is None and state.sampler.plain_greedy
-        return judged and state.spare > 0 and not self.path.exit_layer and state.cache.batch == 1
+        judged = state.threshold is None and state.sampler.plain_greedy and state.cache.batch == 1
+        wide = self.shape.siblings is None and (state.spare > 0 or self.shape.nodes is not None)
+        return judged and wide and not self.path.exit_layer and not self.path.exits
 
-    def _tree(self, state: State, limit: int) -> Draft:
-        target, cache, carry, run = state.target, state.cache, self.carry, 0
+    def _tree(self, state: State, limit: int, carry: Carry) -> Draft:
+        target, cache, network, run = state.target, state.cache, self.network, 0
 
         def step(tokens: Tensor, positions: Tensor, parents: Tensor, paths: Tensor) -> Tensor:
             nonlocal carry, run
-            assert carry is not None
-            carry, run = Carry(carry.final[:, parents], [x[:, parents] for x in carry.inputs]), run + len(parents)
+            before, run = Carry(carry.final[:, parents], [x[:, parents] for x in carry.inputs]), run + len(parents)
             mask = partial(cache.mask, positions=positions, tree=paths)
-            carry = self.network.beyond(target, target.embed(tokens, positions), carry, positions, mask, cache)
+            p, inputs = target.embed(tokens, positions), list[Tensor]()
+            for landed, ran, _ in network.beyond(target, p, before, positions, mask, cache):
+                inputs.append(landed)
+                p = ran
+            carry = Carry(network.estimate(0, p, before), inputs)
             return self.vocabulary.logits(carry.final)
 
-        draft = draft_beam(state, limit, limit + state.spare, BEAM, step, self.vocabulary.tokens)
+        nodes = self.shape.nodes or limit + state.spare
+        draft = draft_beam(state, limit, nodes, self.width, step, self.vocabulary.tokens)
         for lo, hi in self.path.segments:
             cache.trim(run, lo, hi)
         return draft
 
-    def _early(
-        self, target: Target, x: Tensor, positions: Tensor, cache: KVCache
-    ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Layers [0, E) for h and p of one token: x [B, 1, D] -> h[E], p[E], and the residuals that a router sees.
-
-        Only h stays in the cache.
-        """
-        e, router = self.path.exit_layer, self.network.router
-        if not self.path.adapts_early:
-            h = target.layers(x, 0, e, positions, cache.mask(0, positions), cache) if e else x
-            return h, h, [h] if e and router is not None else []
-        # h and p as two tokens at one position: both see h's keys (shared KV), nobody sees p's.
-        both = positions.expand(-1, 2)
-        tree = torch.ones(2, cache.lengths[0] + 2 - cache.committed, dtype=torch.bool)
-        tree[:, -1] = False
-        mask = cache.mask(0, both, tree)
-        taps = self.network.watch(1, e)
-        adapters = self.network.adapters
-        y = target.layers(torch.cat((x, x), 1), 0, e, both, mask, cache, taps=taps, adapters=adapters, adapted=1)
-        cache.trim(1, 0, e)
-        return y[:, :1], y[:, 1:], [p[:, 1:] for p in (taps or {}).values()]
-
     def observe(self, paths: list[list[int]], taps: dict[int, Tensor]) -> None:
+        super().observe(paths, taps)
         last = torch.tensor([[path[-1]] if path else [0] for path in paths], device=taps[self.taps[-1]].device)
         alive = torch.tensor([bool(path) for path in paths], device=last.device)[:, None, None]
 
@@ -349,6 +491,7 @@ def load_network(target: Target, config: dict[str, Any], tensors: dict[str, Tens
     check_vocabulary(vocab, target)
     router = options.whole("the drafter's router width", config.get("router", 0), 0)
     network = M2R2(M2R2Path.from_json(config.get("path", {})), target, vocab, router)
+    tensors = {re.sub(r"^router\.", "routers.0.", key): tensor for key, tensor in tensors.items()}  # of one exit, once
     own = network.state_dict()
     if set(own) != set(tensors) or any(own[key].shape != tensors[key].shape for key in own):
         odd = sorted(set(own) ^ set(tensors)) or sorted(k for k in own if own[k].shape != tensors[k].shape)

@@ -26,10 +26,10 @@ from specdec import artifacts, kernels, options
 from specdec.draft import Draft, State
 from specdec.embedded import one_line
 from specdec.errors import SpecDecError
+from specdec.kernels import rms_unit
 from specdec.target import Target
 from specdec.trees import best_tree
 
-from .m2r2 import rms_unit
 from .vocabulary import DraftVocabulary, check_vocabulary
 
 PUBLIC, PICKLE = "medusa_lm_head.safetensors", "medusa_lm_head.pt"

@@ -19,11 +19,11 @@ from torch.nn import functional as F
 from specdec import artifacts, options
 from specdec.draft import Draft, State
 from specdec.errors import SpecDecError
+from specdec.kernels import rms_unit
 from specdec.target import Target
 
-from .chain import draft_chain
+from .chain import SHAPE, ChainDrafter
 from .exits import load_into
-from .m2r2 import rms_unit
 from .vocabulary import DraftVocabulary, check_vocabulary
 
 
@@ -47,25 +47,25 @@ class Routers(nn.Module):
         return F.linear(rms_unit(x), self.weight[layer - self.first, None], self.bias[layer - self.first, None])
 
 
-class MixtureOfDepthsDrafter:
+class MixtureOfDepthsDrafter(ChainDrafter):
     """Drafts a chain through the layers that trained routers choose for each token; a batch runs what any row needs.
 
-    siblings: number of further candidates at each depth of the chain, which cost no drafting.
+    siblings, nodes: see ``Shape``.
     """
 
     name: ClassVar[str] = "mixture-of-depths"
     summary: ClassVar[str] = "the layers that a trained router chooses for each token"
     training: ClassVar[str] = "specdec train mixture-of-depths"
     leaves_early: ClassVar[bool] = True
-    taps: tuple[int, ...] = ()
 
-    def __init__(self, routers: Routers, siblings: Sequence[int] = ()) -> None:
-        self.routers, self.siblings = routers, options.wholes("siblings", siblings, 0)
+    def __init__(self, routers: Routers, siblings: Sequence[int] | None = None, nodes: int | None = None) -> None:
+        super().__init__(siblings, nodes)
+        self.routers = routers
 
     @classmethod
     def load(cls, target: Target, source: str | None = None, **given: Any) -> MixtureOfDepthsDrafter:
         """From a drafter folder, or the one shipped for the target. Raises SpecDecError if there is none."""
-        options.check(cls.name, given, ("siblings",))
+        options.check(cls.name, given, SHAPE)
         folder = Path(source) if source is not None else artifacts.shipped(cls.name, target.fingerprint)
         if folder is None:
             name = target.model.config._name_or_path or "MODEL"
@@ -94,6 +94,7 @@ class MixtureOfDepthsDrafter:
         self.vocabulary = DraftVocabulary(target, self.routers.draft_vocab)
 
     def start(self, batch: int) -> None:
+        super().start(batch)
         self.vocabulary.start()
 
     def propose(self, state: State, limit: int) -> Draft:
@@ -119,7 +120,7 @@ class MixtureOfDepthsDrafter:
             depths.append(run)
             return self.vocabulary.logits(x)[:, 0]
 
-        draft = draft_chain(state, limit, step, self.siblings, self.vocabulary.tokens)
+        draft = self.chain(state, limit, step, self.vocabulary.tokens)
         for layer in routed:
             cache.trim(len(states) - len(waiting[layer]), layer, layer + 1)  # provisional
         draft.states, draft.exit_layer = torch.cat(states, 1), first
@@ -127,9 +128,3 @@ class MixtureOfDepthsDrafter:
             run = torch.tensor(depths[: draft.tokens.shape[1]], device=cache.device, dtype=torch.long)
             draft.layers = run.expand(cache.batch, -1)
         return draft
-
-    def observe(self, paths: list[list[int]], taps: dict[int, Tensor]) -> None:
-        pass
-
-    def select(self, rows: list[int]) -> None:
-        pass

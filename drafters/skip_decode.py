@@ -18,6 +18,7 @@ from specdec.draft import State
 from specdec.errors import SpecDecError
 from specdec.target import Target
 
+from .chain import SHAPE
 from .exits import Climb, ExitDrafter
 
 
@@ -26,7 +27,7 @@ class SkipDecodeDrafter(ExitDrafter):
 
     deepest, shallowest: exit of the first and of the last tokens, 1 <= shallowest <= deepest < N; None: four and two
         fifths of the layers. horizon: new tokens until the shallowest exit is reached.
-    siblings: number of further candidates at each depth of the chain, which cost no drafting.
+    siblings, nodes: see ``Shape``.
     Raises SpecDecError, when bound, if the exits are outside the model or in the wrong order.
     """
 
@@ -38,15 +39,16 @@ class SkipDecodeDrafter(ExitDrafter):
         deepest: int | None = None,
         shallowest: int | None = None,
         horizon: int = 128,
-        siblings: Sequence[int] = (),
+        siblings: Sequence[int] | None = None,
+        nodes: int | None = None,
     ) -> None:
-        super().__init__(siblings=siblings)
+        super().__init__(siblings=siblings, nodes=nodes)
         self.bounds, self.horizon = (shallowest, deepest), options.whole("horizon", horizon, 1)
         self.begins: list[int] = []  # tokens of each row's prompt
 
     @classmethod
     def load(cls, target: Target, source: str | None = None, **given: Any) -> SkipDecodeDrafter:
-        options.check(cls.name, given, ("deepest", "shallowest", "horizon", "siblings"), source)
+        options.check(cls.name, given, ("deepest", "shallowest", "horizon", *SHAPE), source)
         return cls(**given)
 
     def bind(self, target: Target) -> None:

@@ -36,6 +36,13 @@ def wholes(name: str, values: Any, low: int) -> tuple[int, ...]:
     return tuple(values)
 
 
+def probability(name: str, value: Any) -> float:
+    """``value``, if it is a number in [0, 1]. Raises SpecDecError otherwise."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise SpecDecError(f"{name} must be a probability in [0, 1]; got {value!r}")
+    return float(value)
+
+
 def assignments(flag: str, pairs: Iterable[str]) -> dict[str, Any]:
     """``KEY=VALUE`` texts of a repeatable ``flag`` as a mapping; values are YAML. Raises SpecDecError otherwise."""
     import yaml

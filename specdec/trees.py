@@ -30,8 +30,10 @@ class Tree(NamedTuple):
         return out
 
 
-def best_tree(accuracy: Sequence[Sequence[float]], budget: int) -> Tree:
+def best_tree(accuracy: Sequence[Sequence[float]], budget: int, chain: bool = False) -> Tree:
     """The tree of at most ``budget`` >= 1 nodes with the most accepted tokens, where positions err independently.
+
+    chain: only first choices are drafted on from, so that the others stand beside a chain.
 
     accuracy[depth][rank]: probability in [0, 1] that the candidate of that rank is the right token at that depth.
     A node is accepted if all candidates on its path are right, so with probability a(path) = prod accuracy[d][r_d], and
@@ -61,5 +63,6 @@ def best_tree(accuracy: Sequence[Sequence[float]], budget: int) -> Tree:
         parents.append(parent)
         ranks.append(rank)
         total -= negative
-        offer(len(parents), depth + 1, -negative)
+        if rank == 0 or not chain:
+            offer(len(parents), depth + 1, -negative)
     return Tree(tuple(parents), tuple(ranks), total)

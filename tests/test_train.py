@@ -405,7 +405,6 @@ def test_presets_load_and_settings_are_checked(tmp_path: Path) -> None:
     assert load_settings(M2R2Settings, "m2r2", None, {"steps": 5}).search
     assert not load_settings(M2R2Settings, "m2r2", "m2r2-paper", {}).segments
     own = tmp_path / "own.yaml"
-    assert load_settings(M2R2Settings, "m2r2", None, {}).siblings == (3, 2, 2, 1)
     own.write_text("learning_rate: 1e-5\nsegments: [[1, 2]]\nfinal_leap: true\n")
     settings = load_settings(M2R2Settings, "m2r2", str(own), {"rank": 3, "seed": None})
     assert (settings.learning_rate, settings.segments, settings.rank) == (1e-5, ((1, 2),), 3)

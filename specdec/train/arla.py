@@ -20,7 +20,7 @@ from specdec.drafters.m2r2 import M2R2, load_network
 from specdec.errors import SpecDecError
 from specdec.train.batches import Batch
 from specdec.train.evaluate import known_tokens
-from specdec.train.m2r2 import wanted_states
+from specdec.train.m2r2 import figure_name, wanted_states
 from specdec.train.method import Method
 from specdec.train.runtime import TrainingTarget
 from specdec.train.settings import TrainSettings
@@ -54,7 +54,7 @@ class ArlaMethod(Method):
         self.folder = shipped or Path(settings.drafter)
         self.trained = artifacts.read_config(self.folder)
         artifacts.check_base(self.trained, target.fingerprint, str(self.folder))
-        tensors = {k: t for k, t in artifacts.read_tensors(self.folder).items() if not k.startswith("router.")}
+        tensors = {k: t for k, t in artifacts.read_tensors(self.folder).items() if not k.startswith("router")}
         network = load_network(target, self.trained | {"router": 0}, tensors)
         self.path, self.base_tensors = network.path, tensors
 
@@ -65,40 +65,43 @@ class ArlaMethod(Method):
         own = self.base_tensors.get("draft_vocab")
         network = M2R2(self.path, self.target, own, self.settings.width)
         missing = network.load_state_dict(self.base_tensors, strict=False).missing_keys
-        assert all(key.startswith("router.") for key in missing)
+        assert all(key.startswith("routers.") for key in missing)
         for name, parameter in network.named_parameters():
-            parameter.requires_grad_(name.startswith("router."))
+            parameter.requires_grad_(name.startswith("routers."))
         self.judge = Judge(self.target, None if own is None else own.to(self.target.device))
         return network
 
     def _steps(self, network: M2R2, batch: Batch) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Per draft step: log-odds of the router [B, T], whether the draft is right, and which positions have it."""
-        assert network.router is not None
+        """Per step and exit: log-odds of the router [B, T], whether the draft is right, and which positions have it."""
+        assert network.routers is not None
         judge, vocab = self.judge, network.draft_vocab
         judge.begin(batch)
         known = batch.valid if vocab is None else known_tokens(batch, set(vocab.tolist()))
-        for final, passed, valid in passages(network, self.target, batch, self.settings.draft_steps):
-            with torch.no_grad():
-                logits = judge.logits(final)
-                hit = judge.hits(logits, logits.amax(-1), judge.best) & known
-            yield network.router([p.detach() for p in passed], logits), hit, valid
+        for exits, valid in passages(network, self.target, batch, self.settings.draft_steps, watched=True):
+            for router, (final, passed) in zip(network.routers, exits, strict=True):
+                with torch.no_grad():
+                    logits = judge.logits(final)
+                    hit = judge.hits(logits, logits.amax(-1), judge.best) & known
+                yield router([p.detach() for p in passed], logits), hit, valid
 
     def loss(self, network: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         assert isinstance(network, M2R2)
         loss, figures = torch.zeros((), device=self.target.device), dict[str, float]()
-        for step, (odds, hit, valid) in enumerate(self._steps(network, batch)):
+        exits = len(self.path.reach)
+        for number, (odds, hit, valid) in enumerate(self._steps(network, batch)):
             loss = loss + F.binary_cross_entropy_with_logits(odds, hit.float(), weight=valid.float(), reduction="sum")
             right = ((odds > 0) == hit)[valid].float().mean()
-            figures["agree" if step == 0 else f"agree{step + 1}"] = float(right)
-        return loss / (batch.valid.sum() * self.settings.draft_steps), figures
+            step, exit = divmod(number, exits)
+            figures[figure_name(self.path, step, exit)] = float(right)
+        return loss / (batch.valid.sum() * self.settings.draft_steps * exits), figures
 
     def evaluate(self, network: nn.Module, batches: Iterable[Batch]) -> dict[str, Any]:
-        """Of the router's probability over all draft steps, and of the draft's own softmax beside it.
+        """Of the routers' probabilities over all draft steps and exits.
 
         ``entropy``: cross-entropy in nats. ``leave``: share of the tokens above each threshold of ``levels``, and
         ``right``: how many of those are the base's.
         """
-        assert isinstance(network, M2R2) and network.router is not None
+        assert isinstance(network, M2R2)
         found: list[Tensor] = []
         for batch in batches:
             found += [torch.stack((o[v], h[v].float())).cpu() for o, h, v in self._steps(network, batch)]
@@ -125,6 +128,6 @@ class ArlaMethod(Method):
         return f"cross-entropy {figures['entropy']:.3f}; at threshold {at}"
 
     def config(self, network: nn.Module) -> dict[str, Any]:
-        kept = ("drafter", "path", "siblings")
+        kept = ("drafter", "path")
         base: dict[str, Any] = {key: self.trained[key] for key in kept if key in self.trained}
         return {**base, "router": self.settings.width, "before_router": self.trained.get("training")}

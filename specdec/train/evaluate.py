@@ -14,7 +14,7 @@ from torch import Tensor
 from specdec.drafters.m2r2 import M2R2
 from specdec.target import Target
 from specdec.train.batches import Batch
-from specdec.train.student import Judge, drafts
+from specdec.train.student import Judge, passages
 
 
 @torch.no_grad()
@@ -30,17 +30,24 @@ def evaluate(
     draft vocabulary, which is the drafter's own and the tokens of the context, lacks it). ``overlap``: 1 - TV of base
     and draft at temperature 1. ``cosine``: of the draft's final state and h[N]. ``chain``: P(the first i drafted tokens
     all stand), and ``score``: mean acceptance length, of greedy decoding along the answers with chains of ``steps``;
-    rounds that a window cuts short are left out.
+    rounds that a window cuts short are left out. All of that is about the last exit; ``exits``: ``top1`` of the first
+    step at each exit before it.
     """
     judge = Judge(target, network.draft_vocab)
     own = None if network.draft_vocab is None else set(network.draft_vocab.tolist())
+    sooner = torch.zeros(len(network.path.exits), dtype=torch.float64)
     sums = torch.zeros(5, steps, dtype=torch.float64)  # positions, top1, top3, overlap, cosine
     lengths: list[int] = []
     for batch in batches:
         judge.begin(batch)
         known = batch.valid if own is None else known_tokens(batch, own)
         hits: list[Tensor] = []
-        for s, (final, valid) in enumerate(drafts(network, target, batch, steps)):
+        for s, (exits, valid) in enumerate(passages(network, target, batch, steps)):
+            for number, (final, _) in enumerate(exits[:-1] if s == 0 else ()):
+                logits = judge.logits(final)
+                right = judge.hits(logits, logits.amax(-1), judge.best) & known & valid
+                sooner[number] += right.sum().double().cpu()
+            final, _ = exits[-1]
             logits = judge.logits(final)
             at_best = logits.gather(-1, judge.best.clamp_min(0)[..., None])
             rank = (logits > at_best).sum(-1)
@@ -58,6 +65,8 @@ def evaluate(
     result: dict[str, Any] = {n: [round(x, 4) for x in row] for n, row in zip(names, mean, strict=True)}
     result["chain"] = standing(lengths, steps)
     result["score"] = round(1 + sum(result["chain"]), 3)
+    if network.path.exits:
+        result["exits"] = [round(float(share), 4) for share in sooner / sums[0, 0].clamp_min(1)]
     result["positions"] = int(sums[0, 0])
     return result
 

@@ -29,7 +29,7 @@ from specdec.train.method import Method, Work
 from specdec.train.runtime import TrainingTarget, can_compile
 from specdec.train.settings import TrainSettings
 from specdec.train.states import Wanted, compute, digest
-from specdec.train.student import Judge, drafts
+from specdec.train.student import Judge, passages
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,10 @@ class M2R2Settings(TrainSettings):
     exit_layer: int = 0
     segments: tuple[tuple[int, int], ...] = ()
     final_leap: bool = False
+    exits: tuple[int, ...] = ()  # layers behind which a token may leave before the end of the path
     layers_of: int | None = None  # depth of the model these layers were chosen on: scaled to others; None: as they are
     rank: int = 64
     adapt: tuple[str, ...] = ()  # linear maps with adapters; empty: all of the segments' layers
-    siblings: tuple[int, ...] = ()  # suggested further candidates at each depth, where scoring them is cheap
     draft_steps: int = 2  # of its own drafts the student learns from
     leap_rate: float = 6e-4  # learning rate of the leaps; ``learning_rate`` is the adapters'
     focus: float = 1.0  # weight of a later step where the drafter's earlier steps had already gone wrong
@@ -56,14 +56,16 @@ class M2R2Settings(TrainSettings):
 
     def check(self) -> None:
         super().check()
-        if self.search and (self.segments or self.exit_layer):
-            raise SpecDecError("setting 'search' excludes 'segments' and 'exit_layer'; set search=false to give a path")
+        if self.search and (self.segments or self.exit_layer or self.exits):
+            raise SpecDecError(
+                "setting 'search' excludes 'segments', 'exit_layer' and 'exits'; set search=false to give a path"
+            )
         if not self.search and not self.segments and not self.exit_layer:
             raise SpecDecError("give 'segments' or 'exit_layer', or set search=true")
 
 
 class M2R2Method(Method):
-    """KL to the base at each of the drafter's own steps, and optionally the cosine of p to h[N]."""
+    """KL to the base at each of the drafter's own steps, the mean of its exits, and optionally the cosine to h[N]."""
 
     name: ClassVar[str] = "m2r2"
     settings_class: ClassVar[type[TrainSettings]] = M2R2Settings
@@ -117,22 +119,21 @@ class M2R2Method(Method):
         figures: dict[str, float] = {}
         right = torch.empty(0)
         deep = batch.hidden[target.num_layers].float()
-        for s, (final, valid) in enumerate(drafts(network, target, batch, settings.draft_steps)):
-            logits = judge.logits(final)
-            kl, top = judge.loss(logits)
-            weight = valid.float()
-            hit = judge.hits(logits, top, judge.next)
+        for s, (exits, valid) in enumerate(passages(network, target, batch, settings.draft_steps)):
+            weight, reached = valid.float(), valid
             if s:
                 reached = torch.cat((torch.zeros_like(right[:, :1]), right[:, :-1]), 1)
                 weight = weight * torch.where(reached, 1.0, settings.focus)
-                hit = hit & reached
-            right = hit
-            loss = loss + (kl * weight).sum() / count
-            if settings.align:
-                away = 1 - torch.cosine_similarity(final.float(), deep, -1)
-                loss = loss + settings.align * (away * weight).sum() / count
-            agree = judge.hits(logits, top, judge.best)[valid].float().mean()
-            figures["agree" if s == 0 else f"agree{s + 1}"] = float(agree)
+            for exit, (final, _) in enumerate(exits):
+                logits = judge.logits(final)
+                kl, top = judge.loss(logits)
+                loss = loss + (kl * weight).sum() / (count * len(exits))
+                if settings.align:
+                    away = 1 - torch.cosine_similarity(final.float(), deep, -1)
+                    loss = loss + settings.align * (away * weight).sum() / (count * len(exits))
+                agree = judge.hits(logits, top, judge.best)[valid].float().mean()
+                figures[figure_name(self.path, s, exit)] = float(agree)
+                right = judge.hits(logits, top, judge.next) & reached  # of the last exit, in the end
         return loss, figures
 
     def evaluate(self, network: nn.Module, batches: Iterable[Batch]) -> dict[str, Any]:
@@ -142,13 +143,15 @@ class M2R2Method(Method):
     @staticmethod
     def describe(figures: dict[str, Any]) -> str:
         chain = ", ".join(f"{x:.3f}" for x in figures["top1"])
+        exits = ", ".join(f"{x:.3f}" for x in figures.get("exits", ()))
+        sooner = f"; at the exits before, {exits}" if exits else ""
         return (
-            f"{figures['score']:.2f} tokens a round of {len(figures['top1'])} drafts (agreement {chain}; "
+            f"{figures['score']:.2f} tokens a round of {len(figures['top1'])} drafts (agreement {chain}{sooner}; "
             f"1 - TV {figures['overlap'][0]:.3f})"
         )
 
     def config(self, network: nn.Module) -> dict[str, Any]:
-        return {"drafter": "m2r2", "path": self.path.to_json(), "siblings": list(self.settings.siblings)}
+        return {"drafter": "m2r2", "path": self.path.to_json()}
 
 
 def choose_path(settings: M2R2Settings, target: TrainingTarget, work: Work) -> search.Candidate:
@@ -206,6 +209,8 @@ def path_of(settings: M2R2Settings, target: Target) -> M2R2Path:
     exit_layer = round(settings.exit_layer * scale) or min(settings.exit_layer, 1)
     ends = [(round(lo * scale), round(hi * scale)) for lo, hi in settings.segments]
     segments = tuple((lo, max(hi, lo + 1)) for lo, hi in ends)
+    stops = dict(zip((hi for _, hi in settings.segments), (hi for _, hi in segments), strict=True))
+    exits = tuple(stops.get(layer) or round(layer * scale) for layer in settings.exits)
     for lo, hi in segments or ((0, exit_layer),):
         for layer in range(lo, hi):
             names = list(target.linears(layer))
@@ -214,11 +219,17 @@ def path_of(settings: M2R2Settings, target: Target) -> M2R2Path:
             if early:
                 names = [n for n in names if not any(key in n for key in ("k_proj", "v_proj", "c_attn", "key_value"))]
             adapters[layer] = names
-    path = M2R2Path(exit_layer, segments, settings.final_leap, settings.rank, adapters)
+    path = M2R2Path(exit_layer, segments, settings.final_leap, settings.rank, adapters, exits)
     path.check(target.num_layers)
     if not any(adapters.values()) and not settings.final_leap:
         raise SpecDecError("setting 'adapt' names no linear map of this model, so there is nothing to train")
     return path
+
+
+def figure_name(path: M2R2Path, step: int, exit: int) -> str:
+    """What the agreement of a step at an exit is called: agree, agree2, ...; at an exit before the last, agree@LAYER."""
+    base = "agree" if step == 0 else f"agree{step + 1}"
+    return f"{base}@{path.exits[exit]}" if exit < len(path.exits) else base
 
 
 def wanted_states(path: M2R2Path, num_layers: int) -> Wanted:
@@ -227,6 +238,7 @@ def wanted_states(path: M2R2Path, num_layers: int) -> Wanted:
     hidden = {*(lo for lo, _ in path.segments), num_layers}
     if path.adapts_early:
         kv += range(path.exit_layer)
-    elif path.exit_layer:
-        hidden.add(path.exit_layer)
+        hidden |= {lo for lo, _ in path.shared if lo}
+    else:
+        hidden |= {hi for _, hi in path.shared}
     return Wanted(tuple(sorted(kv)), tuple(sorted(hidden)))

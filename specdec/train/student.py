@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from specdec.cache import Mask
-from specdec.drafters.m2r2 import M2R2, Carry
+from specdec.drafters.m2r2 import M2R2, Carry, watch
 from specdec.target import Target
 from specdec.train.batches import Batch
 
@@ -25,56 +25,75 @@ def exact_carry(network: M2R2, batch: Batch) -> Carry:
     return Carry(batch.before[network.num_layers], [batch.before[lo] for lo, _ in path.segments])
 
 
-def early(network: M2R2, target: Target, batch: Batch, passed: list[Tensor] | None = None) -> Tensor:
-    """p[E] [B, T, D]: the exact state, or what the adapted early layers make of it on exact keys and values.
+def shared(network: M2R2, target: Target, batch: Batch, watched: bool = False) -> list[tuple[Tensor, list[Tensor]]]:
+    """p [B, T, D] behind each stretch that h runs, too, and, if ``watched``, the residuals up to there.
 
-    passed: filled with the residuals on the way that a router sees.
+    p is the exact state, or what the adapted layers make of that before the stretch, on exact keys and values.
     """
-    path, passed = network.path, [] if passed is None else passed
-    if path.exit_layer and not path.adapts_early:
-        passed.append(batch.hidden[path.exit_layer])
-        return batch.hidden[path.exit_layer]
+    path, found, passed = network.path, list[tuple[Tensor, list[Tensor]]](), list[Tensor]()
+    if not path.adapts_early:
+        return [(batch.hidden[hi], [batch.hidden[h] for _, h in path.shared if h <= hi]) for _, hi in path.shared]
     x = target.embed(batch.ids, batch.positions)
-    if not path.exit_layer:
-        return x
     keys = torch.arange(batch.slots, device=x.device).expand(len(x), -1)  # (B, S)
     exact = keys[:, None] <= batch.positions[:, :, None]  # (B, T, S)
     own = torch.zeros(*exact.shape[:2], x.shape[1], dtype=torch.bool, device=x.device)
     mask = Mask(batch.positions, torch.cat((keys, batch.positions), 1), torch.cat((exact, own), 2))
-    cache, taps = batch.cache(target.num_layers), network.watch(1, path.exit_layer)
-    x = target.layers(x, 0, path.exit_layer, batch.positions, mask, cache, taps=taps, adapters=network.adapters)
-    passed += (taps or {}).values()
-    return x
+    cache = batch.cache(target.num_layers)
+    for lo, hi in path.shared:
+        taps = watch(lo + 1, hi) if watched else None
+        start = batch.hidden[lo] if lo else x
+        p = target.layers(start, lo, hi, batch.positions, mask, cache, taps=taps, adapters=network.adapters)
+        passed = [*passed, *(taps or {}).values()]
+        found.append((p, passed))
+    return found
 
 
 def drafts(network: M2R2, target: Target, batch: Batch, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield, for s = 1 .. steps, the estimates of h[N] [B, T, D] and which positions have them (bool [B, T])."""
-    for final, _, valid in passages(network, target, batch, steps):
-        yield final, valid
+    """Yield, for s = 1 .. steps, the last exit's estimates of h[N] [B, T, D] and which positions have them [B, T]."""
+    for exits, valid in passages(network, target, batch, steps):
+        yield exits[-1][0], valid
 
 
-def passages(network: M2R2, target: Target, batch: Batch, steps: int) -> Iterator[tuple[Tensor, list[Tensor], Tensor]]:
-    """As ``drafts``, with the residuals, each [B, T, D], that a router sees on the way to each estimate."""
-    first: list[Tensor] = []
-    p, carry = early(network, target, batch, first), exact_carry(network, batch)
-    cache = batch.cache(target.num_layers)
-    valid = batch.valid
+def passages(
+    network: M2R2, target: Target, batch: Batch, steps: int, watched: bool = False
+) -> Iterator[tuple[list[tuple[Tensor, list[Tensor]]], Tensor]]:
+    """Yield, for s = 1 .. steps, what each exit has, and which positions have it (bool [B, T]).
+
+    That is the estimate of h[N] [B, T, D] and, if ``watched``, the residuals, each [B, T, D], that the router there
+    sees. What a step carries on is the last exit's.
+    """
+    path, early = network.path, shared(network, target, batch, watched)
+    start, first = early[-1] if early else (target.embed(batch.ids, batch.positions), [])
+    carry, cache, valid = exact_carry(network, batch), batch.cache(target.num_layers), batch.valid
     for step in range(1, steps + 1):
-        mask = step_mask(batch, step)
-        carry = network.beyond(target, p, carry, batch.positions, _same(mask), cache)
-        yield carry.final, [*first, *carry.passed], valid
-        carry = Carry(_later(carry.final), [_later(x) for x in carry.inputs])
+        ends, passed, inputs = list(early), first, list[Tensor]()
+        mask = _same(step_mask(batch, step))
+        for landed, p, more in network.beyond(target, start, carry, batch.positions, mask, cache, watched):
+            inputs.append(landed)
+            passed = [*passed, *more]
+            ends.append((p, passed))
+        exits = list[tuple[Tensor, list[Tensor]]]()
+        for exit, run in enumerate(path.reach):
+            p, passed = ends[run - 1]
+            final = network.estimate(exit, p, carry)
+            exits.append((final, [*passed, final] if path.final_leap else passed))
+        yield exits, valid
+        carry = Carry(_later(exits[-1][0]), [_later(x) for x in inputs])
         valid = valid & _later(valid)
 
 
 def landings(network: M2R2, target: Target, batch: Batch, index: int) -> tuple[Tensor, Carry]:
-    """What leap ``index`` starts from in step 1: the residual [B, T, D] behind the segments before it; the carry."""
-    x, carry, cache = early(network, target, batch), exact_carry(network, batch), batch.cache(target.num_layers)
-    mask = step_mask(batch, 1)
-    for s, (lo, hi) in enumerate(network.path.segments[:index]):
-        x = network.leap(s, x, carry)
-        x = target.layers(x, lo, hi, batch.positions, mask, cache, adapters=network.adapters)
-    return x, carry
+    """What leap ``index`` starts from in step 1: the residual [B, T, D] behind the stretches before it; the carry."""
+    path, carry = network.path, exact_carry(network, batch)
+    early, segments = shared(network, target, batch), len(path.segments)
+    ends = [p for p, _ in early] or [target.embed(batch.ids, batch.positions)]
+    run = len(path.shared) + index if index < segments else path.reach[index - segments]  # stretches
+    if run > len(path.shared):
+        mask, cache = _same(step_mask(batch, 1)), batch.cache(target.num_layers)
+        way = network.beyond(target, ends[-1], carry, batch.positions, mask, cache)
+        ends += [p for _, (_, p, _) in zip(range(run - len(path.shared)), way, strict=False)]
+        return ends[-1], carry
+    return ends[max(run - 1, 0)], carry
 
 
 def step_mask(batch: Batch, step: int) -> Mask:
