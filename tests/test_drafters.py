@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import Scripted, greedy_reference
-from test_loop import PROMPTS, m2r2, other_model, run
 from transformers import PreTrainedModel
+from zoo import PROMPTS, m2r2, other_model, run
 
 from specdec import SpecDecError, SpecDecoder, registry
 from specdec.draft import Draft, Drafter, State

@@ -1,91 +1,23 @@
-"""Drafters that leave the model early: exact when judged, nothing computed twice, what they refuse."""
+"""Drafters that leave the model early: nothing is computed twice, what they refuse. (Output: test_matrix.)"""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, greedy_reference, tiny_model
 from test_drafters import without
-from test_exact import p_value
-from test_loop import PROMPTS, run, run_no_eos
 from transformers import PreTrainedModel
+from zoo import PROMPTS, heads, routers, run
 
 from specdec import SpecDecError, SpecDecoder, artifacts
 from specdec.draft import Drafter
 from specdec.drafters.deed import DeedDrafter
-from specdec.drafters.early_exit import EarlyExitDrafter
-from specdec.drafters.exits import ExitHeads
 from specdec.drafters.mixture_of_depths import MixtureOfDepthsDrafter, Routers
 from specdec.drafters.skip_decode import SkipDecodeDrafter
 from specdec.target import ReferenceTarget, Target
-
-
-def heads(target: Target, *exits: int, vocab: int | None = 2) -> ExitHeads:
-    """Random modules, over every second token."""
-    torch.manual_seed(2)
-    some = None if vocab is None else torch.arange(0, target.vocab_size, vocab, dtype=torch.int32)
-    network = ExitHeads(exits, 8, target, some)
-    for parameter in network.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return network
-
-
-def routers(target: Target, first: int = 1, vocab: int | None = 2) -> Routers:
-    """Random routers: about half of the routed layers are run."""
-    torch.manual_seed(3)
-    some = None if vocab is None else torch.arange(0, target.vocab_size, vocab, dtype=torch.int32)
-    network = Routers(first, target, some)
-    torch.nn.init.normal_(network.weight)
-    torch.nn.init.zeros_(network.bias)
-    return network
-
-
-def drafters(target: Target) -> dict[str, Drafter]:
-    return {
-        "early-exit": EarlyExitDrafter(),
-        "early-exit: tree": EarlyExitDrafter(3, (2, 1)),
-        "early-exit: trained, tree": EarlyExitDrafter(heads=heads(target, 2), siblings=(2, 1)),
-        "deed": DeedDrafter(heads(target, 1, 2, 3), 0.2),
-        "deed: always deep, tree": DeedDrafter(heads(target, 1, 3, vocab=None), 1.0, (2, 0, 1)),
-        "skip-decode": SkipDecodeDrafter(3, 1, horizon=9),
-        "skip-decode: tree": SkipDecodeDrafter(3, 1, horizon=9, siblings=(1, 1)),
-        "mixture-of-depths": MixtureOfDepthsDrafter(routers(target)),
-        "mixture-of-depths: tree": MixtureOfDepthsDrafter(routers(target, 2, None), (1, 2)),
-    }
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_equals_generate_in_a_ragged_batch_and_alone(family: str) -> None:
-    model = tiny_model(family)
-    target = ReferenceTarget(model)
-    expected = [greedy_reference(model, prompt, 16) for prompt in PROMPTS]
-    for name, drafter in drafters(target).items():
-        assert run(target, drafter, PROMPTS, 16)[0] == expected, name
-        assert run(target, drafter, PROMPTS[:1], 16, depth=7)[0] == expected[:1], name
-
-
-@pytest.mark.parametrize("name", ["early-exit: trained, tree", "deed", "skip-decode: tree", "mixture-of-depths: tree"])
-def test_sampling_follows_the_model(name: str) -> None:
-    model = tiny_model("llama", vocab_size=5, eos_token_id=None, pad_token_id=None, bos_token_id=None)
-    target, prompt, total = ReferenceTarget(model), [1, 2, 1, 2], 1024
-    counts: Counter[tuple[int, ...]] = Counter()
-    for seed in range(0, total, 512):
-        drafter = drafters(target)[name]
-        out, _ = run_no_eos(target, drafter, [prompt] * 512, 2, temperature=1.5, top_k=3, seed=seed)
-        counts.update(tuple(tokens) for tokens in out)
-    expected = {}
-    for outcome in product(range(5), repeat=2):
-        logits = model(torch.tensor([[*prompt, *outcome[:1]]])).logits[0, -2:].double() / 1.5
-        floor = logits.topk(3, -1).values[:, -1:]
-        p = logits.masked_fill(logits < floor, float("-inf")).softmax(-1)
-        expected[outcome] = float(p[range(2), list(outcome)].prod())
-    assert p_value(counts, expected, total) > 1e-3
 
 
 def calls_of(target: Target, drafter: Drafter, count: int = 6) -> list[tuple[int, int, int]]:

@@ -9,10 +9,10 @@ import pytest
 import torch
 import yaml
 from conftest import FAMILIES, greedy_reference, tiny_model
-from test_loop import PROMPTS
 from tiny import save_tiny
 from transformers import PreTrainedModel
 from typer.testing import CliRunner
+from zoo import PROMPTS
 
 from specdec import SpecDecError, SpecDecoder
 from specdec.cli import app

@@ -1,115 +1,22 @@
-"""The loop returns what plain decoding returns, whatever is drafted: every drafter, tree, batch and family."""
+"""The loop returns what plain decoding returns, whatever is drafted: oracles, batches, ends. (Drafters: test_matrix)"""
 
 from __future__ import annotations
 
-import functools
 import random
-from collections import Counter
-from itertools import pairwise, product
-from typing import Any
+from itertools import pairwise
 
 import pytest
 import torch
-from conftest import FAMILIES, Scripted, greedy_reference, tiny_model
-from test_exact import p_value
+from conftest import Scripted, greedy_reference, tiny_model
 from transformers import LogitsProcessor, PreTrainedModel
+from zoo import PROMPTS, every, m2r2, run
 
 from specdec.depth import FixedDepth
-from specdec.draft import Drafter
-from specdec.drafters.draft_model import DraftModelDrafter
-from specdec.drafters.early_exit import EarlyExitDrafter
-from specdec.drafters.hybrid import HybridDrafter
-from specdec.drafters.layer_skip import LayerSkipDrafter
-from specdec.drafters.lookahead import LookaheadDrafter
-from specdec.drafters.m2r2 import M2R2, M2R2Drafter, M2R2Path
 from specdec.drafters.none import NoDrafter
-from specdec.drafters.prompt_lookup import PromptLookupDrafter
 from specdec.loop import Loop
 from specdec.sampling import Sampler, SamplingParams
-from specdec.target import ReferenceTarget, Target
+from specdec.target import ReferenceTarget
 from specdec.verifiers.exact import ExactVerifier
-
-PROMPTS = [[5, 6, 7, 8], [9, 10, 11, 12, 13, 14, 15], [3]]
-
-
-def run(
-    target: Target, drafter: Drafter, prompts: list[list[int]], count: int, depth: int = 4, **sampling: float
-) -> tuple[list[list[int]], Loop]:
-    drafter.bind(target)
-    sampler = Sampler(SamplingParams(**sampling), rows=len(prompts))  # type: ignore[arg-type]
-    out: list[list[int]] = [[] for _ in prompts]
-    limits = [count] * len(prompts)
-    eos = lambda row, token: "eos" if token == 2 else None  # noqa: E731
-    loop = Loop(target, drafter, ExactVerifier(), sampler, prompts, limits, eos, FixedDepth(depth))
-    for events in loop.rounds():
-        for row, tokens in events:
-            out[row] += tokens
-    return out, loop
-
-
-def m2r2(
-    target: Target,
-    exit_layer: int,
-    segments: tuple[tuple[int, int], ...],
-    leap: bool,
-    early: bool,
-    siblings: tuple[int, ...] = (),
-) -> M2R2Drafter:
-    """A random M2R2 that drafts over every second token."""
-    torch.manual_seed(1)
-    layers = [layer for lo, hi in segments for layer in range(lo, hi)] + (list(range(exit_layer)) if early else [])
-    path = M2R2Path(exit_layer, segments, leap, 4, {layer: list(target.linears(layer)) for layer in layers})
-    network = M2R2(path, target, torch.arange(0, 97, 2, dtype=torch.int32))
-    for parameter in network.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    return M2R2Drafter(network, siblings)
-
-
-@functools.cache
-def other_model(vocab: int = 97, noise: float = 0.1, **changes: int | None) -> Target:
-    """A second model: its weights are the small llama's, disturbed (a little, so that they often agree)."""
-    model = tiny_model("llama", vocab_size=vocab, **changes)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(noise * parameter.std() * torch.randn(parameter.shape) if parameter.dim() > 1 else 0)
-    return ReferenceTarget(model)
-
-
-def drafters(target: Target) -> dict[str, Drafter]:
-    return {
-        "none": NoDrafter(),
-        "prompt-lookup": PromptLookupDrafter(),
-        "prompt-lookup: tree": PromptLookupDrafter(continuations=3),
-        "lookahead": LookaheadDrafter(),
-        "m2r2: early layers with adapters": m2r2(target, 2, (), False, True),
-        "m2r2: leap": m2r2(target, 1, ((2, 3),), True, False),
-        "m2r2: leap to the end, adapters everywhere": m2r2(target, 1, ((2, 4),), False, True),
-        "m2r2: two leaps, no early layer": m2r2(target, 0, ((1, 2), (3, 4)), True, False),
-        "m2r2: tree": m2r2(target, 2, (), False, True, (3, 0, 2)),
-        "m2r2: tree after a leap": m2r2(target, 1, ((2, 4),), False, False, (1, 1, 1, 1)),
-        "draft-model": DraftModelDrafter(other_model()),
-        "draft-model: tree, ends with its context": DraftModelDrafter(
-            other_model(max_position_embeddings=16), siblings=(2, 0, 1)
-        ),
-        "early-exit": EarlyExitDrafter(),
-        "early-exit: tree": EarlyExitDrafter(3, (2, 1)),
-        "layer-skip": LayerSkipDrafter(),
-        "hybrid: lookup, m2r2": HybridDrafter([PromptLookupDrafter(2, 2), m2r2(target, 1, ((2, 3),), True, False)]),
-        "hybrid: lookup, lookahead": HybridDrafter([PromptLookupDrafter(2, 2, 2), LookaheadDrafter()]),
-        "hybrid: an exit above a layer that m2r2 observes": HybridDrafter(
-            [PromptLookupDrafter(2, 2), EarlyExitDrafter(3), m2r2(target, 1, ((2, 3),), True, False)]
-        ),
-        "layer-skip: tree without the first layer": LayerSkipDrafter([0, 2], (1, 1, 1)),
-    }
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_equals_generate_for_every_drafter_in_a_ragged_batch(family: str) -> None:
-    model = tiny_model(family)
-    target = ReferenceTarget(model)
-    expected = [greedy_reference(model, prompt, 16) for prompt in PROMPTS]
-    for name, drafter in drafters(target).items():
-        assert run(target, drafter, PROMPTS, 16)[0] == expected, name
 
 
 @pytest.mark.parametrize("depth", [1, 3, 7])
@@ -223,7 +130,7 @@ def test_processors_apply_alike_to_drafted_corrected_and_bonus_tokens(llama: Pre
     )
     expected = out[0, len(prompt) :].tolist()
     assert expected != greedy_reference(llama, prompt, 24)  # the penalty matters here
-    for drafter in drafters(target).values():
+    for drafter in every(target).values():
         assert run(target, drafter, [prompt], 24, repetition_penalty=1.7)[0] == [expected]
 
 
@@ -279,57 +186,5 @@ def test_long_prompts_are_prefilled_in_chunks(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("specdec.prefill.CHUNK", 3)
     model = tiny_model("mistral")
     target = ReferenceTarget(model)
-    for name, drafter in drafters(target).items():
+    for name, drafter in every(target).items():
         assert run(target, drafter, PROMPTS, 12)[0] == [greedy_reference(model, p, 12) for p in PROMPTS], name
-
-
-@pytest.mark.parametrize(
-    "kind", ["none", "m2r2: leap", "m2r2: tree", "prompt-lookup", "layer-skip: tree", "draft-model", "lookahead"]
-)
-def test_sampling_through_the_whole_loop_follows_the_model(kind: str) -> None:
-    """Joint distribution of the first three tokens over a vocabulary of five, with temperature and top-k."""
-    model = tiny_model("llama", vocab_size=5, eos_token_id=None, pad_token_id=None, bos_token_id=None)
-    target, prompt, total = ReferenceTarget(model), [1, 2, 1, 2], 1536
-    drafter: Drafter = drafters_small(target)[kind]
-    counts: Counter[tuple[int, ...]] = Counter()
-    for seed in range(0, total, 512):
-        out, _ = run_no_eos(target, drafter, [prompt] * 512, 3, temperature=1.5, top_k=3, seed=seed)
-        counts.update(tuple(tokens) for tokens in out)
-    expected = {}
-    for outcome in product(range(5), repeat=3):
-        logits = model(torch.tensor([[*prompt, *outcome[:2]]])).logits[0, -3:].double() / 1.5
-        floor = logits.topk(3, -1).values[:, -1:]
-        p = logits.masked_fill(logits < floor, float("-inf")).softmax(-1)
-        expected[outcome] = float(p[range(3), list(outcome)].prod())
-    assert p_value(counts, expected, total) > 1e-3
-
-
-def drafters_small(target: Target) -> dict[str, Drafter]:
-    def network(*path: Any) -> M2R2Drafter:
-        drafter = m2r2(target, *path)
-        drafter.network.draft_vocab = torch.tensor([0, 1, 3, 4], dtype=torch.int32)
-        return drafter
-
-    return {
-        "none": NoDrafter(),
-        "prompt-lookup": PromptLookupDrafter(),
-        "m2r2: leap": network(1, ((2, 3),), True, False),
-        "m2r2: tree": network(2, (), False, True, (2, 1)),
-        "layer-skip: tree": LayerSkipDrafter([1], (1, 1)),
-        "lookahead": LookaheadDrafter(2, 2),
-        "draft-model": DraftModelDrafter(other_model(5, 1.0, eos_token_id=None, pad_token_id=None, bos_token_id=None)),
-    }
-
-
-def run_no_eos(
-    target: Target, drafter: Drafter, prompts: list[list[int]], count: int, **sampling: float
-) -> tuple[list[list[int]], Loop]:
-    drafter.bind(target)
-    sampler = Sampler(SamplingParams(**sampling), rows=len(prompts))  # type: ignore[arg-type]
-    limits = [count] * len(prompts)
-    loop = Loop(target, drafter, ExactVerifier(), sampler, prompts, limits, lambda r, t: None, FixedDepth(2))
-    out: list[list[int]] = [[] for _ in prompts]
-    for events in loop.rounds():
-        for row, tokens in events:
-            out[row] += tokens
-    return out, loop

@@ -10,10 +10,10 @@ import pytest
 import torch
 from conftest import tiny_model
 from safetensors.torch import save_file
-from test_loop import PROMPTS, run
 from test_train import answers, greedy  # noqa: F401 (fixtures)
 from torch import Tensor
 from transformers import PreTrainedModel
+from zoo import PROMPTS, run
 
 from specdec import SpecDecError, SpecDecoder, artifacts, hub
 from specdec.draft import Draft, State

@@ -227,7 +227,7 @@ def path_of(settings: M2R2Settings, target: Target) -> M2R2Path:
 
 
 def figure_name(path: M2R2Path, step: int, exit: int) -> str:
-    """What the agreement of a step at an exit is called: agree, agree2, ...; at an exit before the last, agree@LAYER."""
+    """What the agreement of a step at an exit is called: agree, agree2, ...; before the last one, agree@LAYER."""
     base = "agree" if step == 0 else f"agree{step + 1}"
     return f"{base}@{path.exits[exit]}" if exit < len(path.exits) else base
 

@@ -1,0 +1,130 @@
+"""All drafters, as chains and trees, greedy and sampled, on tiny model families: plain decoding's very output."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from itertools import product
+
+import pytest
+import torch
+from conftest import FAMILIES, greedy_reference, tiny_model
+from test_exact import KeepsAll, p_value
+from transformers import PreTrainedModel, TopPLogitsWarper
+from zoo import PROMPTS, chains, every, run, trees
+
+from specdec import registry
+from specdec.draft import Draft, Drafter, State
+from specdec.drafters.layer_skip import LayerSkipDrafter
+from specdec.target import ReferenceTarget, Target
+
+WHOLE = ("llama", "mistral", "gpt2", "qwen3_moe")  # families for which all variants are run
+SHAPED = set(registry.DRAFTERS) - {"none"}
+
+
+def test_the_matrix_has_every_drafter(llama: PreTrainedModel) -> None:
+    target = ReferenceTarget(llama)
+    chain, tree = ({name.partition(":")[0] for name in made(target)} for made in (chains, trees))
+    assert tree == SHAPED and chain | {"lookahead"} == set(registry.DRAFTERS)  # lookahead's window is a tree
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_equals_generate_in_a_ragged_batch(family: str) -> None:
+    model = tiny_model(family)
+    target = ReferenceTarget(model)
+    expected = [greedy_reference(model, prompt, 12) for prompt in PROMPTS]
+    made = every if family in WHOLE else trees  # every drafter that is not none can draft a tree
+    for name, drafter in made(target).items():
+        assert run(target, drafter, PROMPTS, 12)[0] == expected, name
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text"])
+def test_greedy_equals_generate_alone_with_eager_attention(family: str) -> None:
+    model = tiny_model(family, "eager")
+    target, prompt = ReferenceTarget(model), PROMPTS[1]
+    expected, shapes = greedy_reference(model, prompt, 16), set()
+    for name, drafter in trees(target).items():
+        out, loop = run(target, drafter, [prompt], 16, depth=7)
+        assert out == [expected], name
+        metrics = loop.metrics[0]
+        shapes |= {name} if metrics.num_draft_tokens > sum(metrics.per_step_drafted) else set()
+    assert shapes == set(trees(target))  # all of them were trees, not chains
+
+
+# --- sampling ------------------------------------------------------------------------------------------------------
+
+PROMPT, ROWS, VOCAB = [1, 2, 1, 2], 512, 5
+
+
+def small(family: str) -> PreTrainedModel:
+    """A model of five tokens, of which temperature and top-p leave several."""
+    ends = dict.fromkeys(("eos_token_id", "pad_token_id", "bos_token_id"))
+    return tiny_model(family, vocab_size=VOCAB, **ends)
+
+
+def expected(model: PreTrainedModel, temperature: float, top_p: float, count: int = 3) -> dict[tuple[int, ...], float]:
+    """The distribution of the first ``count`` tokens after ``PROMPT``."""
+    outcomes = list(product(range(VOCAB), repeat=count))
+    ids = torch.tensor([[*PROMPT, *outcome[:-1]] for outcome in outcomes])
+    logits = model(ids).logits[:, -count:].double() / temperature
+    p = TopPLogitsWarper(top_p)(None, logits.view(-1, VOCAB)).softmax(-1).view(-1, count, VOCAB)  # type: ignore[arg-type]
+    chosen = p.gather(2, torch.tensor(outcomes)[..., None])[..., 0]
+    return dict(zip(outcomes, chosen.prod(-1).tolist(), strict=True))
+
+
+def fit(target: Target, drafter: Drafter, temperature: float = 0.8, top_p: float = 0.9) -> float:
+    """P-value of the first three tokens, sampled through the whole loop."""
+    out, _ = run(target, drafter, [PROMPT] * ROWS, 3, depth=2, eos=None, temperature=temperature, top_p=top_p, seed=11)
+    assert isinstance(target, ReferenceTarget)
+    return p_value(Counter(map(tuple, out)), expected(target.model, temperature, top_p), ROWS)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gpt2"])
+@pytest.mark.parametrize("shape", [chains, trees])
+def test_sampling_follows_the_model(family: str, shape: Callable[[Target], dict[str, Drafter]]) -> None:
+    model = small(family)
+    assert sum(p > 1e-3 for p in expected(model, 0.8, 0.9).values()) > 8
+    target = ReferenceTarget(model)
+    p = {name: fit(target, drafter) for name, drafter in shape(target).items()}
+    assert min(p.values()) > 1e-4, p
+
+
+# --- controls that must fail -----------------------------------------------------------------------------------------
+
+
+class Liar(LayerSkipDrafter):
+    """Draws from one distribution and reports another."""
+
+    def propose(self, state: State, limit: int) -> Draft:
+        draft = super().propose(state, limit)
+        draft.q = None if draft.q is None else torch.full_like(draft.q, 1 / VOCAB)
+        return draft
+
+
+class Mixed(LayerSkipDrafter):
+    """Says of a tree that it is a chain: siblings see one another."""
+
+    def propose(self, state: State, limit: int) -> Draft:
+        draft = super().propose(state, limit)
+        draft.ancestors = lambda: None  # type: ignore[method-assign]
+        return draft
+
+
+def test_a_drafter_that_lies_about_its_distribution_fails() -> None:
+    target = ReferenceTarget(small("llama"))
+    assert fit(target, LayerSkipDrafter([1])) > 1e-4 > fit(target, Liar([1]))
+
+
+def test_a_rule_that_keeps_everything_fails() -> None:
+    model = tiny_model("llama")
+    target, reference = ReferenceTarget(model), greedy_reference(model, PROMPTS[0], 16)
+    out, _ = run(target, LayerSkipDrafter([0]), PROMPTS[:1], 16, verifier=KeepsAll())  # type: ignore[arg-type]
+    assert out != [reference]
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_a_tree_scored_as_a_chain_fails(family: str) -> None:
+    model = tiny_model(family)
+    target, references = ReferenceTarget(model), [greedy_reference(model, prompt, 24) for prompt in PROMPTS]
+    assert run(target, LayerSkipDrafter([1], (2, 2)), PROMPTS, 24)[0] == references
+    assert run(target, Mixed([1], (2, 2)), PROMPTS, 24)[0] != references

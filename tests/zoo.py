@@ -1,0 +1,184 @@
+"""Every drafter, small and random, as a chain and as a tree, and a way to run them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from conftest import tiny_model
+
+from specdec.depth import FixedDepth
+from specdec.draft import Drafter, Verifier
+from specdec.drafters.arla import Router
+from specdec.drafters.deed import DeedDrafter
+from specdec.drafters.draft_model import DraftModelDrafter
+from specdec.drafters.early_exit import EarlyExitDrafter
+from specdec.drafters.exits import ExitHeads
+from specdec.drafters.hybrid import HybridDrafter
+from specdec.drafters.layer_skip import LayerSkipDrafter
+from specdec.drafters.lookahead import LookaheadDrafter
+from specdec.drafters.m2r2 import M2R2, M2R2Drafter, M2R2Path, PaperM2R2Drafter
+from specdec.drafters.medusa import Medusa, MedusaDrafter
+from specdec.drafters.mixture_of_depths import MixtureOfDepthsDrafter, Routers
+from specdec.drafters.none import NoDrafter
+from specdec.drafters.prompt_lookup import PromptLookupDrafter
+from specdec.drafters.skip_decode import SkipDecodeDrafter
+from specdec.loop import Loop
+from specdec.sampling import Sampler, SamplingParams
+from specdec.target import ReferenceTarget, Target
+from specdec.verifiers.exact import ExactVerifier
+
+PROMPTS = [[5, 6, 7, 8], [9, 10, 11, 12, 13, 14, 15], [3]]
+EOS = 2
+
+
+def run(
+    target: Target,
+    drafter: Drafter,
+    prompts: list[list[int]],
+    count: int,
+    depth: int = 4,
+    eos: int | None = EOS,
+    verifier: Verifier | None = None,
+    **sampling: float,
+) -> tuple[list[list[int]], Loop]:
+    """The new tokens of each prompt, at most ``count``, and the loop that made them."""
+    drafter.bind(target)
+    sampler = Sampler(SamplingParams(**sampling), rows=len(prompts))  # type: ignore[arg-type]
+    out: list[list[int]] = [[] for _ in prompts]
+    limits = [count] * len(prompts)
+    stop = lambda row, token: "eos" if token == eos else None  # noqa: E731
+    loop = Loop(target, drafter, verifier or ExactVerifier(), sampler, prompts, limits, stop, FixedDepth(depth))
+    for events in loop.rounds():
+        for row, tokens in events:
+            out[row] += tokens
+    return out, loop
+
+
+def half(target: Target) -> torch.Tensor:
+    """A reduced draft vocabulary: about half of the tokens, the last one included."""
+    return torch.arange((target.vocab_size - 1) % 2, target.vocab_size, 2, dtype=torch.int32)
+
+
+def m2r2(
+    target: Target,
+    exit_layer: int,
+    segments: tuple[tuple[int, int], ...],
+    leap: bool,
+    early: bool,
+    siblings: Sequence[int] | None = None,
+    *,
+    exits: tuple[int, ...] = (),
+    router: int = 0,
+    kind: type[M2R2Drafter] = M2R2Drafter,
+    **options: int,
+) -> M2R2Drafter:
+    """A random M2R2 that drafts over every second token."""
+    torch.manual_seed(1)
+    layers = [layer for lo, hi in segments for layer in range(lo, hi)] + (list(range(exit_layer)) if early else [])
+    adapters = {layer: list(target.linears(layer)) for layer in layers}
+    network = M2R2(M2R2Path(exit_layer, segments, leap, 4, adapters, exits), target, half(target), router)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    for each in network.routers or ():
+        assert isinstance(each, Router)
+        torch.nn.init.normal_(each.out.weight, std=2.0)  # unsure of some, sure of others
+    return kind(network, siblings, **options)
+
+
+def heads(target: Target, *exits: int, whole: bool = False) -> ExitHeads:
+    """Random modules, over every second token or the whole vocabulary."""
+    torch.manual_seed(2)
+    network = ExitHeads(exits, 8, target, None if whole else half(target))
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return network
+
+
+def routers(target: Target, first: int = 1, whole: bool = False) -> Routers:
+    """Random routers: about half of the routed layers are run."""
+    torch.manual_seed(3)
+    network = Routers(first, target, None if whole else half(target))
+    torch.nn.init.normal_(network.weight)
+    torch.nn.init.zeros_(network.bias)
+    return network
+
+
+def medusa(target: Target, nodes: int | None = None, rooted: bool = False) -> MedusaDrafter:
+    torch.manual_seed(3)
+    network = Medusa(target.hidden_size, 3, 1, rooted, half(target))
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return MedusaDrafter(network, [[0.6, 0.3], [0.5, 0.3], [0.4, 0.2]], nodes)
+
+
+@functools.cache
+def other_model(vocab: int = 97, noise: float = 0.1, **changes: int | None) -> Target:
+    """A second model: its weights are the small llama's, disturbed (a little, so that they often agree)."""
+    model = tiny_model("llama", vocab_size=vocab, **changes)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(noise * parameter.std() * torch.randn(parameter.shape) if parameter.dim() > 1 else 0)
+    return ReferenceTarget(model)
+
+
+def second(target: Target, **changes: int | None) -> Target:
+    """A second model with the vocabulary of ``target``."""
+    few = target.vocab_size < 10
+    ends = dict.fromkeys(("eos_token_id", "pad_token_id", "bos_token_id")) if few else {}
+    return other_model(target.vocab_size, 1.0 if few else 0.1, **ends, **changes)
+
+
+def chains(target: Target) -> dict[str, Drafter]:
+    """Every drafter as a chain (of those that can be one), by name; what follows ": " tells variants apart."""
+    return {
+        "none": NoDrafter(),
+        "prompt-lookup": PromptLookupDrafter(),
+        "m2r2: leap": m2r2(target, 1, ((2, 3),), True, False),
+        "m2r2: leap to the end, adapters everywhere": m2r2(target, 1, ((2, 4),), False, True),
+        "m2r2: two leaps, no early layer": m2r2(target, 0, ((1, 2), (3, 4)), True, False),
+        "m2r2: three early exits": m2r2(target, 3, (), False, True, exits=(1, 2), router=4),
+        "m2r2: exits that need no adapter": m2r2(target, 2, ((2, 4),), True, False, exits=(1, 2)),
+        "m2r2: an early exit, one behind a leap": m2r2(target, 1, ((1, 2), (3, 4)), True, True, exits=(1, 2), router=4),
+        "m2r2-paper": m2r2(target, 2, (), False, True, kind=PaperM2R2Drafter),
+        "medusa": medusa(target, rooted=True),
+        "draft-model": DraftModelDrafter(second(target)),
+        "early-exit": EarlyExitDrafter(),
+        "early-exit: trained": EarlyExitDrafter(heads=heads(target, 2)),
+        "deed": DeedDrafter(heads(target, 1, 2, 3), 0.2),
+        "skip-decode": SkipDecodeDrafter(3, 1, horizon=9),
+        "mixture-of-depths": MixtureOfDepthsDrafter(routers(target)),
+        "layer-skip": LayerSkipDrafter(),
+        "layer-skip: parts": LayerSkipDrafter(attn=[1, 2], mlp=[2, 3]),
+        "hybrid": HybridDrafter([PromptLookupDrafter(2, 2), m2r2(target, 1, ((2, 3),), True, False)]),
+        "hybrid: an exit above a layer that m2r2 observes": HybridDrafter(
+            [PromptLookupDrafter(2, 2), EarlyExitDrafter(3), m2r2(target, 1, ((2, 3),), True, False)]
+        ),
+    }
+
+
+def trees(target: Target) -> dict[str, Drafter]:
+    """Every drafter that can draft a tree, doing so."""
+    return {
+        "prompt-lookup": PromptLookupDrafter(continuations=3),
+        "lookahead": LookaheadDrafter(),
+        "m2r2": m2r2(target, 2, (), False, True, (3, 0, 2)),
+        "m2r2: after a leap": m2r2(target, 1, ((2, 4),), False, False, (1, 1, 1, 1)),
+        "m2r2: grown level by level": m2r2(target, 0, ((1, 2), (3, 4)), True, False, nodes=9, width=3),
+        "m2r2: several exits": m2r2(target, 2, ((3, 4),), True, False, (2, 1), exits=(1, 2), router=4),
+        "m2r2-paper": m2r2(target, 2, (), False, True, nodes=7, kind=PaperM2R2Drafter),
+        "medusa": medusa(target, 9),
+        "draft-model": DraftModelDrafter(second(target, max_position_embeddings=16), siblings=(2, 0, 1)),
+        "early-exit": EarlyExitDrafter(3, (2, 1)),
+        "early-exit: trained": EarlyExitDrafter(nodes=8, heads=heads(target, 2)),
+        "deed": DeedDrafter(heads(target, 1, 3, whole=True), 1.0, (2, 0, 1)),
+        "skip-decode": SkipDecodeDrafter(3, 1, horizon=9, siblings=(1, 1)),
+        "mixture-of-depths": MixtureOfDepthsDrafter(routers(target, 2, whole=True), (1, 2)),
+        "layer-skip": LayerSkipDrafter([0, 2], (1, 1, 1)),
+        "hybrid": HybridDrafter([PromptLookupDrafter(2, 2, 2), LookaheadDrafter()]),
+    }
+
+
+def every(target: Target) -> dict[str, Drafter]:
+    return chains(target) | {f"{name} (tree)": drafter for name, drafter in trees(target).items()}
