@@ -97,7 +97,7 @@ class Liar(LayerSkipDrafter):
 
     def propose(self, state: State, limit: int) -> Draft:
         draft = super().propose(state, limit)
-        draft.q = None if draft.q is None else torch.full_like(draft.q, 1 / VOCAB)
+        draft.q = None if draft.q is None else draft.q.flip(-1)
         return draft
 
 

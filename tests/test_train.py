@@ -34,7 +34,7 @@ from specdec.train.medusa import MedusaSettings
 from specdec.train.runtime import TrainingTarget
 from specdec.train.settings import from_mapping, load_settings
 from specdec.train.speed import predict
-from specdec.train.student import Judge, drafts
+from specdec.train.student import Judge, passages
 from specdec.train.trainer import train
 
 PATHS = {
@@ -42,6 +42,8 @@ PATHS = {
     "leap from 1": M2R2Path(1, ((2, 3),), True, 4, {2: ["self_attn.v_proj"]}),
     "early": M2R2Path(2, (), False, 4, {0: ["self_attn.q_proj", "mlp.down_proj"], 1: ["self_attn.o_proj"]}),
     "mixed": M2R2Path(1, ((2, 3),), True, 4, {0: ["mlp.up_proj"], 2: ["self_attn.k_proj"]}),
+    "early exits": M2R2Path(3, (), False, 4, {n: ["self_attn.q_proj", "mlp.down_proj"] for n in range(3)}, (1, 2)),
+    "exits on the way": M2R2Path(2, ((2, 3), (3, 4)), True, 4, {0: ["mlp.up_proj"], 2: ["mlp.up_proj"]}, (1, 3)),
 }
 
 
@@ -55,9 +57,9 @@ def shaken(path: M2R2Path, target: TrainingTarget, vocab: torch.Tensor | None = 
     return network.requires_grad_(False)
 
 
-def drafted(network: M2R2, target: TrainingTarget, ids: list[int], count: int) -> list[int]:
-    """What the drafter itself proposes after ``ids`` (the last is the root)."""
-    drafter = M2R2Drafter(network)
+def drafted(network: M2R2, target: TrainingTarget, ids: list[int], count: int, sure: float = 1.0) -> list[int]:
+    """What the drafter itself proposes after ``ids`` (the last is the root), leaving at the last exit or where sure."""
+    drafter = M2R2Drafter(network, exit_confidence=sure)
     drafter.bind(target)
     drafter.start(1)
     cache, old = target.new_cache(), len(ids) - 1
@@ -91,10 +93,11 @@ def test_the_student_drafts_exactly_as_the_drafter(name: str, direct: bool) -> N
         target.forget()
         root = len(ids) - 1 - rows[0][1]  # the window index of the root's position
         own = [
-            int(judge.logits(final)[0, root + step].argmax())
-            for step, (final, _) in enumerate(drafts(network, target, batch, 3))
+            [int(judge.logits(final)[0, root + step].argmax()) for final, _ in exits]
+            for step, (exits, _) in enumerate(passages(network, target, batch, 3))
         ]
-        assert own == chain
+        assert [tokens[-1] for tokens in own] == chain
+        assert own[0][0] == drafted(network, target, ids, 1, sure=0.0)[0]  # at the first exit
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])
