@@ -219,9 +219,11 @@ def _without_replacement(p: Tensor, count: int, generators: list[torch.Generator
     for _ in range(count):
         mass = p.sum(-1, keepdim=True)  # (B, 1)
         p = torch.where(mass > 0, p / mass, p)
-        alive = mass[:, 0] > 0
-        drawn = [draw(row, g) if a else -1 for row, g, a in zip(p, generators, alive.tolist(), strict=True)]
-        token = torch.tensor(drawn, device=p.device)[:, None]
+        alive = (mass[:, 0] > 0).nonzero()[:, 0].tolist()
+        token = torch.full((len(p), 1), -1, device=p.device)
+        if alive:
+            drawn = draw(p[alive], [generators[b] for b in alive])
+            token[alive, 0] = torch.tensor(drawn, device=p.device)
         tokens.append(token)
         q.append(p)
         p = p.scatter(1, token.clamp_min(0), 0.0)

@@ -9,6 +9,7 @@ holes (position -1) that no query sees. Knows nothing about models, tokens or ac
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -54,7 +55,8 @@ class KVCache:
         self.block, self.device = block, torch.device(device)
         self.keys: list[Tensor | None] = [None] * num_layers  # each (B, H, capacity, d)
         self.values: list[Tensor | None] = [None] * num_layers
-        self.whole: Tensor | None = None  # (2, N, B, H, capacity, d), which all keys and values are parts of, or not
+        # (2, N, rows, H, capacity, d), which all keys and values are parts of, or not; rows beyond B are room
+        self.whole: Tensor | None = None
         self.lengths = [0] * num_layers  # filled slots per layer
         self.rows = [0] * batch  # committed tokens per row
         self.committed = 0  # committed slots: the longest row
@@ -99,14 +101,16 @@ class KVCache:
             filled = max(self.lengths)
             slots = -(-max(end, filled + filled // 4) // self.block) * self.block
             shape = (2, len(self.lengths), self.batch, heads, slots, head_dim)
-            self._divide(torch.zeros(shape, dtype=dtype, device=self.device))
-            if old is not None and self.whole is not None:
-                self.whole[:, :, :, :, :filled] = old[:, :, :, :, :filled]
+            whole = torch.zeros(shape, dtype=dtype, device=self.device)
+            if old is not None:
+                whole[..., :filled, :] = old[:, :, : self.batch, :, :filled]
+            self._divide(whole)
         self.lengths[lo:hi] = [end] * (hi - lo)
         return start
 
     def _divide(self, whole: Tensor) -> None:
-        self.whole, self.keys, self.values = whole, list(whole[0]), list(whole[1])
+        self.whole, (keys, values) = whole, whole[:, :, : self.batch]
+        self.keys, self.values = list(keys), list(values)
 
     def _room(self, buffer: Tensor | None, like: Tensor, start: int, end: int) -> Tensor:
         """Return a buffer with at least ``end`` slots that begins with the first ``start`` slots of ``buffer``."""
@@ -183,33 +187,50 @@ class KVCache:
 
     def join(self, other: KVCache) -> None:
         """Add the rows of ``other`` after those of this cache. Nothing may be uncommitted in either."""
-        mine, theirs = self.committed, other.committed
+        mine, theirs, first = self.committed, other.committed, self.batch
         slots = (max(mine, theirs) // self.block + 1) * self.block
-        if (whole := _stack(self.whole, other.whole, mine, theirs, slots)) is not None:
-            self._divide(whole)
-        else:
-            self.keys = [_stack(a, b, mine, theirs, slots) for a, b in zip(self.keys, other.keys, strict=True)]
-            self.values = [_stack(a, b, mine, theirs, slots) for a, b in zip(self.values, other.values, strict=True)]
-        positions = self.positions.new_full((self.batch + other.batch, slots), -1)
-        positions[: self.batch, :mine] = self.positions[:, :mine]
-        positions[self.batch :, :theirs] = other.positions[:, :theirs]
+        positions = self.positions.new_full((first + other.batch, slots), -1)
+        positions[:first, :mine] = self.positions[:, :mine]
+        positions[first:, :theirs] = other.positions[:, :theirs]
         self.positions, self.rows, self.committed = positions, self.rows + other.rows, max(mine, theirs)
         self.lengths = [self.committed] * len(self.lengths)
+        whole, added = self.whole, other.whole
+        if whole is None or added is None:
+            self.keys = [_stack(a, b, mine, theirs, slots) for a, b in zip(self.keys, other.keys, strict=True)]
+            self.values = [_stack(a, b, mine, theirs, slots) for a, b in zip(self.values, other.values, strict=True)]
+        elif whole.shape[2] >= self.batch and whole.shape[4] >= slots:
+            whole[:, :, first : self.batch, :, :theirs] = added[:, :, : other.batch, :, :theirs]
+            self._divide(whole)
+        else:
+            self._divide(_stack(whole[:, :, :first], added[:, :, : other.batch], mine, theirs, slots))
 
     def select(self, rows: Sequence[int]) -> None:
-        """Keep only ``rows`` of the batch, in that order. Nothing may be uncommitted."""
-        index = torch.tensor(list(rows), device=self.device)
-        if self.whole is not None:
-            self._divide(self.whole.index_select(2, index))
-        else:
-            self.keys = [None if t is None else t.index_select(0, index) for t in self.keys]
-            self.values = [None if t is None else t.index_select(0, index) for t in self.values]
+        """Keep only ``rows`` of the batch, in that order. Nothing may be uncommitted.
+
+        Cheapest where few rows change their place, and none moves to where another comes from.
+        """
+        index, whole, filled = torch.tensor(list(rows), device=self.device), self.whole, self.committed
         self.positions = self.positions.index_select(0, index)
         self.rows = [self.rows[i] for i in rows]
         self.committed = max(self.rows, default=0)
         self.lengths = [self.committed] * len(self.lengths)
+        if whole is None:
+            self.keys = [None if t is None else t.index_select(0, index) for t in self.keys]
+            self.values = [None if t is None else t.index_select(0, index) for t in self.values]
+            return
+        moves = {to: row for to, row in enumerate(rows) if to != row}
+        if moves.keys() & moves.values():
+            whole = whole.index_select(2, index)
+        else:
+            for to, row in moves.items():
+                whole[:, :, to, :, :filled] = whole[:, :, row, :, :filled]
+        self._divide(whole)
 
 
+@overload
+def _stack(a: Tensor, b: Tensor, filled_a: int, filled_b: int, slots: int) -> Tensor: ...
+@overload
+def _stack(a: Tensor | None, b: Tensor | None, filled_a: int, filled_b: int, slots: int) -> Tensor | None: ...
 def _stack(a: Tensor | None, b: Tensor | None, filled_a: int, filled_b: int, slots: int) -> Tensor | None:
     """Entries [..., B, H, S, d] of two caches below one another, with room for ``slots``; those missing are zero."""
     if a is None or b is None:

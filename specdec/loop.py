@@ -53,6 +53,7 @@ class Loop:
             self.ledger.restart()
             yield self._commit(self._round())
 
+    @torch.inference_mode()
     def admit(self, prompts: list[list[int]], limits: list[int], sampler: Sampler) -> list[tuple[int, list[int]]]:
         """Add rows between two rounds, with the sampler of theirs; return their first tokens, as ``rounds`` does.
 
@@ -84,7 +85,7 @@ class Loop:
         last = prefill(self.target, state.cache, state.ids, self._taps, self.drafter.observe)  # (B, 1, D)
         logits = self.target.readout(last)  # (B, 1, V)
         p = state.sampler.distribution(logits, lambda: [[ids] for ids in state.ids])
-        firsts = [[draw(p[b, 0], g)] for b, g in enumerate(state.sampler.generators)]
+        firsts = [[token] for token in draw(p[:, 0], state.sampler.generators)]
         self.ledger.mark("prefill")
         return firsts
 
@@ -141,6 +142,7 @@ class Loop:
     def _taps(self) -> dict[int, Tensor]:
         return {layer: torch.empty(0) for layer in self.drafter.taps}
 
+    @torch.inference_mode()
     def _commit(self, new: list[list[int]], prefill: bool = False) -> list[tuple[int, list[int]]]:
         """Append each row's new tokens, cut where plain decoding would stop, and drop the rows that ended."""
         events, alive = [], []
@@ -167,12 +169,20 @@ class Loop:
             if row not in self.finished:
                 alive.append(b)
         if len(alive) < len(self.rows):
+            alive = _close_up(alive)
             self.rows = [self.rows[b] for b in alive]
             if alive:
                 self.state.ids = [self.state.ids[b] for b in alive]
                 for part in (self.state.cache, self.state.sampler, self.drafter):
                     part.select(alive)
         return events
+
+
+def _close_up(alive: list[int]) -> list[int]:
+    """The rows that go on, in an order that moves few of them: the last ones take the places of those that ended."""
+    count = len(alive)
+    stay, last = {b for b in alive if b < count}, iter([b for b in alive if b >= count])
+    return [b if b in stay else next(last) for b in range(count)]
 
 
 def _prefixes(ids: list[list[int]], draft: Draft) -> list[list[list[int]]]:

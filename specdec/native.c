@@ -365,12 +365,27 @@ static void rotate(float *head, const Model *m, const float *weight, const float
     }
 }
 
+/* Whether one of 16 keys is seen (memory behind the last key's entry may be read). */
+static inline int seen(const uint16_t *visible, int key) {
+    if (!visible) return 1;
+    __m256i any = _mm256_loadu_si256((const __m256i *)(visible + key));
+    return !_mm256_testz_si256(any, any);
+}
+
+/* Keys in blocks of 16, without the blocks that nobody sees: holes of ragged rows, what lies before a window. */
+#define EACH_BLOCK(s)                     \
+    for (int s = 0; s < count; s += 16) \
+        if (seen(visible, s))
+#define EACH_KEY(s)   \
+    EACH_BLOCK(block) \
+    for (int s = block; s < block + 16 && s < count; s++)
+
 /* out[column][dims] += p[key][column] v[key][dims], 16 dims at a time; COLUMNS at once. */
 #define WEIGHTED_SUM(COLUMNS)                                                                                        \
     for (int at = 0; at < d; at += 16) {                                                                             \
         F acc[COLUMNS];                                                                                              \
         for (int c = 0; c < COLUMNS; c++) acc[c] = _mm512_setzero_ps();                                              \
-        for (int s = from; s < count; s++) {                                                                         \
+        EACH_KEY(s) {                                                                                                \
             F v = load_bf16(values + (int64_t)s * d + at);                                                           \
             for (int c = 0; c < COLUMNS; c++) acc[c] = _mm512_fmadd_ps(_mm512_set1_ps(p[16 * s + c]), v, acc[c]);    \
         }                                                                                                            \
@@ -382,15 +397,7 @@ static void rotate(float *head, const Model *m, const float *weight, const float
  * [count rounded up to 16][16]; out: [16][d]. */
 static void attend(const bf16 *keys, const bf16 *values, int count, int d, const uint32_t *queries, int columns,
                    const uint16_t *visible, float scale, float *p, float *out) {
-    int from = 0;
-    if (visible)
-        while (from + 16 < count) { /* before a sliding window nothing is seen */
-            uint16_t any = 0;
-            for (int s = from; s < from + 16; s++) any |= visible[s];
-            if (any) break;
-            from += 16;
-        }
-    for (int s = from; s < count; s += 16) {
+    EACH_BLOCK(s) {
         if (has_amx) {
             _tile_zero(0);
             for (int k = 0; k < d; k += 32) {
@@ -412,13 +419,13 @@ static void attend(const bf16 *keys, const bf16 *values, int count, int d, const
         }
     }
     F most = _mm512_set1_ps(-1e30f), sum = _mm512_setzero_ps(), scales = _mm512_set1_ps(scale);
-    for (int s = from; s < count; s++) {
+    EACH_KEY(s) {
         __mmask16 see = visible ? visible[s] : 0xffff;
         F v = _mm512_mul_ps(_mm512_load_ps(p + 16 * s), scales);
         _mm512_store_ps(p + 16 * s, v);
         most = _mm512_mask_max_ps(most, see, most, v);
     }
-    for (int s = from; s < count; s++) {
+    EACH_KEY(s) {
         __mmask16 see = visible ? visible[s] : 0xffff;
         F v = _mm512_maskz_mov_ps(see, exp16(_mm512_sub_ps(_mm512_load_ps(p + 16 * s), most)));
         sum = _mm512_add_ps(sum, v);
@@ -598,7 +605,7 @@ static void run_layer(Pass *p, int index, uint32_t *normed, float *scores, int m
 /* For each key and 16 columns (a token and a query head of the group each), which columns see it. */
 static uint16_t *columns_seeing(const Pass *p, const uint8_t *mask) {
     const Call *c = p->c;
-    uint16_t *out = room(2 * (size_t)c->batch * p->column_blocks * p->slots);
+    uint16_t *out = room(2 * (size_t)c->batch * p->column_blocks * p->slots + 32);
     if (!out) return NULL;
     memset(out, 0, 2 * (size_t)c->batch * p->column_blocks * p->slots);
     for (int line = 0; line < c->batch; line++)

@@ -113,13 +113,16 @@ def one_hot(index: Tensor, size: int) -> Tensor:
     return torch.zeros(*index.shape, size, device=index.device).scatter_(-1, index[..., None], 1.0)
 
 
-def draw(p: Tensor, generator: torch.Generator) -> int:
-    """Draw from ``p`` [V] (need not sum to one) by inverse CDF. A point mass uses no random number."""
-    best = int(p.argmax())
-    if p[best] >= 1.0:
-        return best
-    cdf = p.double().cumsum(0)
-    u = torch.rand((), generator=generator, dtype=torch.float64).item() * cdf[-1].item()
-    # right=True skips outcomes of probability zero; the clamp guards u == cdf[-1] after rounding.
-    index = int(torch.searchsorted(cdf, torch.tensor(u, dtype=cdf.dtype, device=cdf.device), right=True))
-    return index if index < p.numel() else int(p.nonzero()[-1])
+def draw(p: Tensor, generators: Sequence[torch.Generator]) -> list[int]:
+    """Draw from each row of ``p`` [B, V] (need not sum to one) by inverse CDF. Point masses use no random number."""
+    mass, best = p.max(-1)
+    drawn: list[int] = best.tolist()
+    spread = [b for b, most in enumerate(mass.tolist()) if most < 1.0]
+    if spread:
+        cdf = p[spread].double().cumsum(-1)
+        share = [torch.rand((), generator=generators[b], dtype=torch.float64).item() for b in spread]
+        u = torch.tensor(share, dtype=cdf.dtype, device=cdf.device)[:, None] * cdf[:, -1:]
+        # right=True skips outcomes of probability zero; the test guards u == cdf[-1] after rounding.
+        for b, index in zip(spread, torch.searchsorted(cdf, u, right=True)[:, 0].tolist(), strict=True):
+            drawn[b] = index if index < p.shape[-1] else int(p[b].nonzero()[-1])
+    return drawn

@@ -91,3 +91,34 @@ def test_entries_with_gradients_are_seen_by_autograd() -> None:
     keys, _ = cache.append(0, k, k)
     keys.sum().backward()
     assert k.grad is not None and k.grad.abs().sum() > 0
+
+
+def test_rows_come_and_go_in_the_room_of_one_buffer() -> None:
+    def write(cache: KVCache, tokens: list[list[int]]) -> None:
+        """As a runtime that fills reserved slots itself."""
+        cache.mask(0, torch.tensor(cache.rows)[:, None] + torch.arange(len(tokens[0])))
+        start, end = cache.reserve(0, 3, len(tokens[0]), 1, 2, torch.float), cache.lengths[0]
+        for keys, values in zip(cache.keys, cache.values, strict=True):
+            assert keys is not None and values is not None and keys[0].is_contiguous()
+            keys[:, :, start:end], values[:, :, start:end] = entries(tokens), -entries(tokens)
+
+    cache, guests = KVCache(3, 4, block=4), KVCache(3, 2, block=4)
+    write(cache, [[1, 2, 3], [4, 5, 6], [7, 8, 9], [10, 11, 12]])
+    cache.keep([[0, 1, 2], [0], [0, 1], [0]])
+    room = cache.whole
+    cache.select([0, 3])  # the last takes the place of one that ended
+    assert [contents(cache, 1, b) for b in range(2)] == [[1, 2, 3], [10]] and cache.whole is room
+    write(guests, [[13, 14], [15, 16]])
+    guests.keep([[0, 1], [0]])
+    cache.join(guests)
+    assert cache.whole is room and cache.rows == [3, 1, 2, 1]
+    write(cache, [[17], [18], [19], [20]])
+    cache.keep([[0]] * 4)
+    expected = [[1, 2, 3, 17], [10, 18], [13, 14, 19], [15, 20]]
+    for layer in range(3):
+        assert [contents(cache, layer, b) for b in range(4)] == expected
+    visible = cache.mask(0, torch.tensor([[4], [2], [3], [2]])).bool_mask()
+    assert visible is not None and visible[:, 0, 0].sum(-1).tolist() == [5, 3, 4, 3]
+    cache.select([2, 1, 0])  # rows that come from where others go
+    cache.join(guests)  # too many for the room
+    assert [contents(cache, 2, b) for b in range(5)] == [expected[2], expected[1], expected[0], [13, 14], [15]]

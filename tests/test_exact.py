@@ -49,7 +49,7 @@ def chain(q: Tensor | None, generator: torch.Generator) -> Draft:
     tokens, rows, last = [], [], 0
     for _ in range(DEPTH - 1):
         row = one_hot(torch.tensor((last + 1) % V), V) if q is None else q[last]
-        last = draw(row, generator)
+        [last] = draw(row[None], [generator])
         tokens.append(last)
         rows.append(row)
     return Draft(torch.tensor([tokens]), (0, 1), None if q is None else torch.stack(rows)[None])
@@ -61,14 +61,14 @@ def tree(q: Tensor | None, generator: torch.Generator) -> Draft:
     if q is None:
         a, b, second = 1, 2, None
     else:
-        a = draw(first, generator)
+        [a] = draw(first[None], [generator])
         rest = first.clone()
         rest[a] = 0
         # A point mass leaves nothing to draw a second sibling from: draw it from another distribution.
         second = rest / rest.sum() if rest.sum() > 0 else torch.ones(V) / V
-        b = draw(second, generator)
+        [b] = draw(second[None], [generator])
     under = [one_hot(torch.tensor((t + 1) % V), V) if q is None else q[t] for t in (a, b)]
-    c, d = (draw(row, generator) for row in under)
+    c, d = (draw(row[None], [generator])[0] for row in under)
     rows = None if q is None else torch.stack([first, second, *under])[None]
     return Draft(torch.tensor([[a, b, c, d]]), (0, 0, 1, 2), rows)
 
@@ -104,7 +104,7 @@ class KeepsAll:
 
     def judge(self, draft: Draft, p: Tensor, generators: list[torch.Generator]) -> Verdict:
         path = [0, *range(1, 1 + draft.tokens.shape[1])]
-        return Verdict([path], [draw(p[0, path[-1]], generators[0])])
+        return Verdict([path], draw(p[:, path[-1]], generators))
 
 
 class NoResidual(ExactVerifier):
@@ -112,7 +112,7 @@ class NoResidual(ExactVerifier):
 
     def judge(self, draft: Draft, p: Tensor, generators: list[torch.Generator]) -> Verdict:
         verdict = super().judge(draft, p, generators)
-        return Verdict(verdict.paths, [draw(p[0, verdict.paths[0][-1]], generators[0])])
+        return Verdict(verdict.paths, draw(p[:, verdict.paths[0][-1]], generators))
 
 
 class WrongQ(ExactVerifier):

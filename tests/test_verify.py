@@ -28,7 +28,7 @@ class Sampled(Scripted):
         self.q = q
 
     def propose(self, state, limit: int) -> Draft:
-        rows = [[draw(self.q, g) for _ in range(limit)] for g in state.sampler.generators]
+        rows = [[draw(self.q[None], [g])[0] for _ in range(limit)] for g in state.sampler.generators]
         q = self.q.expand(len(rows), limit, -1)
         return Draft(torch.tensor(rows), tuple(range(limit)), q.clone())
 
@@ -55,7 +55,7 @@ class Rule:
                     break
             rest = p[b, path[-1]]  # "no residual": the rejected token may be drawn again
             paths.append(path)
-            nexts.append(draw(rest, generators[b]))
+            nexts += draw(rest[None], [generators[b]])
         return Verdict(paths, nexts)
 
 
@@ -199,7 +199,7 @@ def test_bfloat16_is_replayed(run) -> None:
 def test_a_biased_rule_fails_with_exit_code_1(run, monkeypatch: pytest.MonkeyPatch) -> None:
     def accept_first(self, draft, p, generators):
         depth = [[0, *range(1, 1 + sum(t >= 0 for t in row[:1]))] for row in draft.tokens.tolist()]
-        return Verdict(depth, [draw(p[b, path[-1]], generators[b]) for b, path in enumerate(depth)])
+        return Verdict(depth, draw(p[range(len(depth)), [path[-1] for path in depth]], generators))
 
     monkeypatch.setattr(ExactVerifier, "judge", accept_first)
     result = run("--depths", "3", "--draws", "0")

@@ -47,4 +47,4 @@ class ConfidentVerifier:
                 if parent == path[-1] and tokens[node - 1] >= 0:
                     path.append(node)
             paths.append(path)
-        return Verdict(paths, [draw(p[b, path[-1]], generators[b]) for b, path in enumerate(paths)])
+        return Verdict(paths, draw(p[range(len(paths)), [path[-1] for path in paths]], generators))

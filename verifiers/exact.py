@@ -26,7 +26,7 @@ class ExactVerifier:
         children: dict[int, list[int]] = {}
         for node, parent in enumerate(draft.parents, start=1):
             children.setdefault(parent, []).append(node)
-        paths, next_tokens = [], []
+        paths, rests = [], []
         for b, (tokens, generator) in enumerate(zip(draft.tokens.tolist(), generators, strict=True)):
             path, rest = [0], p[b, 0]  # rest (V,): what remains of p at the end of the path
             while True:
@@ -43,8 +43,8 @@ class ExactVerifier:
                 else:
                     break
             paths.append(path)
-            next_tokens.append(draw(rest, generator))
-        return Verdict(paths, next_tokens)
+            rests.append(rest)
+        return Verdict(paths, draw(torch.stack(rests), generators))
 
 
 def _accept(p: Tensor, q: Tensor | None, token: int, generator: torch.Generator) -> bool:

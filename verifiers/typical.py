@@ -59,4 +59,4 @@ class TypicalVerifier:
                 if stands and (len(ends[-1][0]), ends[-1][1]) > (len(best[0]), best[1]):
                     best = ends[-1]
             paths.append(best[0])
-        return Verdict(paths, [draw(p[b, path[-1]], generators[b]) for b, path in enumerate(paths)])
+        return Verdict(paths, draw(p[range(len(paths)), [path[-1] for path in paths]], generators))
