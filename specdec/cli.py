@@ -15,7 +15,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from enum import StrEnum
 from importlib.resources import files
@@ -30,7 +30,8 @@ from typer.core import TyperGroup
 from specdec import __version__, options, registry, report
 from specdec.bench.command import bench
 from specdec.embedded import DEFAULT_MODEL, embedded_models
-from specdec.errors import SpecDecError
+from specdec.errors import SpecDecError, did_you_mean
+from specdec.pack_experts import pack_experts
 from specdec.sweep.command import report as sweep_report
 from specdec.sweep.command import sweep
 from specdec.train.command import app as train_app
@@ -39,6 +40,7 @@ from specdec.verify.command import verify
 
 if TYPE_CHECKING:
     from specdec.decoder import GenerationOutput, SpecDecoder
+    from specdec.experts.offload import ExpertOptions
 
 WARM_UP = 8  # tokens each arm of --compare decodes before it is timed
 INTERRUPTED = 130
@@ -114,6 +116,7 @@ app.add_typer(
 app.command(epilog="Example: specdec bench --drafters hf,none,prompt-lookup,m2r2 --limit 8 --output DIR")(bench)
 app.command(epilog="Example: specdec verify --model my-model --drafter my-drafter --prompts prompts.jsonl")(verify)
 app.command(epilog="Example: specdec sweep quick drafter=m2r2,prompt-lookup --output DIR")(sweep)
+app.command("pack-experts", epilog="Example: specdec pack-experts my-moe experts --fit answers.jsonl")(pack_experts)
 app.add_typer(tune_app, name="tune")
 app.command("report", epilog="Example: specdec report DIR --format markdown")(sweep_report)
 
@@ -165,7 +168,7 @@ def _panel(title: str) -> Callable[..., Any]:
     return option
 
 
-_model, _text, _sampling, _output = map(_panel, ("Model", "Text", "Sampling", "Output"))
+_model, _experts, _text, _sampling, _output = map(_panel, ("Model", "Experts", "Text", "Sampling", "Output"))
 
 
 @app.command(
@@ -211,6 +214,17 @@ def generate(
     trust_remote_code: Annotated[
         bool, _model("--trust-remote-code", "Run Python code that comes with the model.")
     ] = False,
+    expert_cache: Annotated[
+        str | None,
+        _experts("--expert-cache", "Offload experts; keep this share (0.25) or size (300MB) of them.", "SIZE"),
+    ] = None,
+    expert_prefetch: Annotated[
+        str, _experts("--expert-prefetch", "none, previous-token, residual, m2r2; oracle, shuffled: for study.", "NAME")
+    ] = "none",
+    expert_option: Annotated[
+        list[str] | None,
+        _experts("--expert-option", "folder=DIR, eviction=least-stale, bandwidth=1e9 ...; repeatable.", "KEY=VALUE"),
+    ] = None,
     system: Annotated[str | None, _text("--system", "System message before the prompt.", "TEXT")] = None,
     raw: Annotated[bool, _text("--raw", "Use the prompt as it is, without the chat template.")] = False,
     stop: Annotated[
@@ -267,6 +281,7 @@ def generate(
             rule_options["exit_threshold"] = exit_threshold
         rule = registry.verifier(verifier, rule_options, exact)
         drafter_options = options.assignments("--drafter-option", drafter_option or [])
+        experts = _expert_options(expert_cache, expert_prefetch, expert_option or [])
     decoder = SpecDecoder.from_pretrained(
         model,
         drafter,
@@ -278,6 +293,7 @@ def generate(
         weights=weights.value,
         drafter_options=drafter_options,
         verifier=rule,
+        experts=experts,
     )
     ids = encode(decoder.tokenizer, text, chat=False if raw else None, system=system)
     plain, baseline_settings = None, settings | {"num_speculative_tokens": 1}
@@ -287,6 +303,8 @@ def generate(
             for arm, own in ((decoder, settings), (plain, baseline_settings)):
                 arm.generate(ids[-64:], **own | {"max_new_tokens": WARM_UP, "stop": []}, ignore_eos=True)
 
+    if expert_prefetch == "oracle":  # it knows what it has seen
+        _decode(decoder, ids, settings, _discard, True)
     output = _decode(decoder, ids, settings, _discard if as_json else _write, silent)
     if not as_json:
         _write("\n")
@@ -336,6 +354,31 @@ def _read(prompt: str | None) -> str:
     if not prompt.strip():
         raise SpecDecError("the prompt is empty; give some text")
     return prompt
+
+
+def _expert_options(cache: str | None, prefetch: str, more: list[str]) -> ExpertOptions | None:
+    """What --expert-cache and its like say; None without them. Raises SpecDecError for what cannot be."""
+    from specdec.experts.offload import ExpertOptions
+
+    if cache is None:
+        if prefetch != "none" or more:
+            raise SpecDecError(
+                "--expert-prefetch and --expert-option go with --expert-cache; give its size, such as 0.25"
+            )
+        return None
+    given = options.assignments("--expert-option", more)
+    for name, kind in (("folder", lambda text: Path(str(text))), ("bandwidth", float), ("latency", float)):
+        with suppress(ValueError, TypeError):  # else refused below; YAML takes 1e9 for a text
+            given |= {name: kind(given[name])} if name in given else {}
+    known = [name for name in ExpertOptions.__dataclass_fields__ if name not in ("cache", "prefetch")]
+    for name in given:
+        if name not in known:
+            raise SpecDecError(
+                f"there is no expert option '{name}'{did_you_mean(name, known)}; there are: {', '.join(known)}"
+            )
+    found = ExpertOptions(options.size("--expert-cache", cache), prefetch, **given)
+    found.check()
+    return found
 
 
 def _depth(text: str) -> int | str:

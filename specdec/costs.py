@@ -116,6 +116,8 @@ def _place(target: Target, drafter: Drafter) -> tuple[Path, str]:
         machine += torch.cuda.get_device_name(target.device)
     what = f"{machine} {torch.__version__} {target.runtime} {target.storage} {target.dtype} {target.fingerprint}"
     what += f" {drafter.name} {getattr(drafter, 'path', '')}"
+    if target.experts is not None:  # more rows need more experts: what loading them takes is part of the cost
+        what += f" {target.experts.describe()}"
     return embedded.cache_dir() / "costs" / f"{hashlib.sha256(what.encode()).hexdigest()[:24]}.json", what
 
 

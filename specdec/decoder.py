@@ -16,6 +16,7 @@ from specdec.costs import Costs, costs, mend
 from specdec.depth import AutoDepth, DepthPolicy, FixedDepth
 from specdec.draft import Drafter, Verifier
 from specdec.errors import SpecDecError
+from specdec.experts.offload import ExpertOptions, Meter, Offload
 from specdec.loop import Loop
 from specdec.metrics import RequestMetrics
 from specdec.runtimes import make_target
@@ -51,6 +52,8 @@ class SpecDecoder:
     lossless with respect to it.
     verifier: the acceptance rule, a name (with its ``verifier_options``) or an object: "exact", or a lossy one, such as
     "confident". exact: refuse lossy rules.
+    experts: of a mixture-of-experts model, keep them in slow memory and load them as they are needed
+    (``ExpertOptions``); until ``close``, they are then gone from ``model``.
     Raises SpecDecError if the model is unsupported or the drafter does not fit it.
     """
 
@@ -66,11 +69,14 @@ class SpecDecoder:
         verifier: str | Verifier = "exact",
         verifier_options: dict[str, Any] | None = None,
         exact: bool = False,
+        experts: ExpertOptions | None = None,
     ) -> None:
         self.verifier = registry.verifier(verifier, verifier_options, exact)
         self.model, self.tokenizer = model.eval(), tokenizer
         self.target, self.runtime_note = make_target(model, runtime, weights)
         self.target.tokenizer = tokenizer
+        if experts is not None:
+            self.target.experts = Offload(model, self.target.fingerprint, experts)
         self.drafter = self._drafter(drafter, drafter_options or {})
         self._open: Generation | None = None
         self._auto: AutoDepth | None = None
@@ -96,6 +102,12 @@ class SpecDecoder:
             name, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code
         )
         return cls(model, tokenizer, drafter, **options)
+
+    def close(self) -> None:
+        """Give the model back as it was: experts that were offloaded are in memory again. Nothing else needs it."""
+        if self.target.experts is not None:
+            self.target.experts.close()
+            self.target.experts = None
 
     def with_drafter(self, drafter: str | Path | Drafter, **drafter_options: Any) -> SpecDecoder:
         """A second decoder with another drafter, sharing this one's model, tokenizer, target and verifier."""
@@ -253,6 +265,7 @@ class Generation:
             decoder.target, decoder.drafter, decoder.verifier, sampler, prompts, limits, self._stop, policy
         )
         self.rounds: Iterator[list[tuple[int, list[int]]]] | None = self.loop.rounds()
+        self.meter: Meter | None = None  # of expert loads, from the end of the prefill on
 
     def _stop(self, row: int, token: int) -> str | None:
         """Take one new token of ``row`` into its output; say whether the row ends with it, and why."""
@@ -268,6 +281,8 @@ class Generation:
         while self.rounds is not None:
             self.pieces = [""] * len(self.tokens)
             events = next(self.rounds, None)
+            if self.meter is None and self.decoder.target.experts is not None:
+                self.meter = Meter.begin(self.decoder.target.experts.store)
             if events is None:
                 self.close()
                 return
@@ -280,6 +295,10 @@ class Generation:
     def outputs(self) -> list[GenerationOutput]:
         """What every row has so far."""
         out = []
+        if self.meter is not None and self.decoder.target.experts is not None:
+            decoded = sum(len(tokens) - 1 for tokens in self.tokens)  # the first of each row came with the prefill
+            for metrics in self.loop.metrics:
+                metrics.experts = self.meter.figures(decoded)
         for row, (tokens, text) in enumerate(zip(self.tokens, self.texts, strict=True)):
             if text is not None:
                 text.finish()

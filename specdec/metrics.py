@@ -14,6 +14,7 @@ class RequestMetrics:
 
     per_step_drafted / per_step_accepted: draft depth offered and drafted tokens kept, per round after the prefill.
     num_layers: the model's N. exit_layers: layers run for each token that left the model early and stood unjudged.
+    experts: while decoding (all rows together), what offloaded experts cost (``specdec.experts.offload.Meter``).
     """
 
     num_prompt_tokens: int = 0
@@ -26,6 +27,7 @@ class RequestMetrics:
     num_layers: int = 0
     exit_layers: list[int] = field(default_factory=list)
     ledger: dict[str, float] = field(default_factory=dict)
+    experts: dict[str, float] = field(default_factory=dict)
 
     @property
     def num_spec_steps(self) -> int:
@@ -90,7 +92,8 @@ class RequestMetrics:
         names = (
             "num_prompt_tokens num_new_tokens prefill_seconds decode_seconds tokens_per_second mean_acceptance_length "
             "draft_acceptance_rate num_spec_steps num_draft_tokens num_accepted_draft_tokens acceptance_histogram "
-            "acceptance_per_position per_step_drafted per_step_accepted mean_layers_per_token exit_shares ledger"
+            "acceptance_per_position per_step_drafted per_step_accepted mean_layers_per_token exit_shares ledger "
+            "experts"
         )
         return {name: getattr(self, name) for name in names.split()}
 

@@ -57,3 +57,23 @@ def assignments(flag: str, pairs: Iterable[str]) -> dict[str, Any]:
         if not (key and given):
             raise SpecDecError(f"{flag} takes KEY=VALUE, such as exit_layer=8 or skip=[4,5]; got '{pair}'")
     return out
+
+
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def size(flag: str, text: str) -> float | int:
+    """A share ("0.25", "25%") as a float in (0, 1], or a size ("300MB", "2GiB", "1000000") as an int of bytes."""
+    number = text.strip().upper()
+    unit = next((u for u in sorted(UNITS, key=len, reverse=True) if number.endswith(u)), "")
+    try:
+        value = float(number.removesuffix(unit).removesuffix("%"))
+        share = value / 100 if number.endswith("%") else value
+        if unit or (value > 1 and not number.endswith("%")):
+            if value * UNITS.get(unit, 1) >= 1:
+                return int(value * UNITS.get(unit, 1))
+        elif 0 < share <= 1:
+            return share
+    except (ValueError, OverflowError):
+        pass
+    raise SpecDecError(f"{flag} takes a share in (0, 1], such as 0.25, or a size, such as 300MB; got '{text}'")

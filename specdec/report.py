@@ -122,6 +122,8 @@ def statistics(decoder: SpecDecoder, output: GenerationOutput, comparison: Compa
             ("layers per token", f"{m.mean_layers_per_token:.1f} of {m.num_layers}"),
             ("tokens that left", shares),
         ]
+    if decoder.target.experts is not None:
+        blocks.append(experts(decoder.target.experts.describe(), m.experts))
     if comparison is not None:
         blocks.append(comparison.facts())
     if verbose:
@@ -142,6 +144,19 @@ def statistics(decoder: SpecDecoder, output: GenerationOutput, comparison: Compa
         for first in range(0, len(block), side_by_side):
             table.add_row(*(Text(cell) for pair in block[first : first + side_by_side] for cell in pair))
         console.print(table)
+
+
+def experts(what: str, figures: dict[str, float]) -> Facts:
+    """What loading experts took while decoding."""
+    if not figures:
+        return [("experts", what)]
+    return [
+        ("experts", what),
+        ("experts found cached", f"{figures['hit_rate']:.0%}"),
+        ("in time", f"{figures['in_time_rate']:.0%}"),
+        ("read per accepted token", f"{figures['bytes_per_token'] / 1e6:.2f} MB"),
+        ("stalled per token", f"{figures['stall_ms_per_token']:.1f} ms"),
+    ]
 
 
 def rule(decoder: SpecDecoder) -> str:

@@ -11,7 +11,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from specdec import hub
 from specdec.adapters import Adapters
 from specdec.cache import KVCache, Mask
 from specdec.errors import SpecDecError
+
+if TYPE_CHECKING:
+    from specdec.experts.offload import Offload
 
 Part = Literal["attention", "mlp"]
 PARTS: dict[str, tuple[str, ...]] = {  # what decoder layers call them
@@ -40,6 +43,7 @@ class Target(ABC):
     runtime: str  # "reference", "fused", ...
     storage = "as loaded"  # what the layers' weights are held in
     tokenizer: Any = None  # the model's, where known: drafters with a model of their own compare it
+    experts: Offload | None = None  # where experts are loaded from slow memory, what loads them
     _by_parts: ReferenceTarget | None = None
 
     def __init__(self, model: PreTrainedModel) -> None:

@@ -17,6 +17,15 @@ TEMPLATE = (
 
 def save_tiny(folder: Path, context: int = 4096) -> Path:
     """Write a float32 llama whose every token is one character, without special ones: it generates up to the limit."""
+    return _save(folder, "llama", {"max_position_embeddings": context})
+
+
+def save_tiny_moe(folder: Path) -> Path:
+    """The same as a mixture of 6 experts, of which a token takes 2."""
+    return _save(folder, "mixtral", {"num_local_experts": 6, "num_experts_per_tok": 2})
+
+
+def _save(folder: Path, kind: str, more: dict[str, object]) -> Path:
     characters = string.printable.replace("\r", "")
     backend = Tokenizer(models.WordLevel({c: i for i, c in enumerate(characters)}))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
@@ -24,6 +33,6 @@ def save_tiny(folder: Path, context: int = 4096) -> Path:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)
-    size = {"vocab_size": len(characters), "max_position_embeddings": context}
-    tiny_model("llama", eos_token_id=None, bos_token_id=None, **size).save_pretrained(folder)
+    size = {"vocab_size": len(characters), **more}
+    tiny_model(kind, eos_token_id=None, bos_token_id=None, **size).save_pretrained(folder)
     return folder

@@ -1,0 +1,64 @@
+"""The experts of a Hugging Face mixture-of-experts model: where they are, and what their routers see."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from specdec.errors import SpecDecError
+
+
+@dataclass(frozen=True)
+class MoELayer:
+    """One layer with E experts of width F over a residual of width D.
+
+    block: the module with ``gate`` (the router) and ``experts``. norm: what the router's input comes out of.
+    """
+
+    index: int
+    block: Any
+    norm: Any
+
+    @property
+    def experts(self) -> Any:
+        return self.block.experts
+
+    @property
+    def router(self) -> Tensor:
+        """[E, D]"""
+        weight: Tensor = self.block.gate.weight
+        return weight.detach()
+
+    @property
+    def top_k(self) -> int:
+        return int(self.block.gate.top_k)
+
+
+def moe_layers(model: PreTrainedModel) -> list[MoELayer]:
+    """The layers of ``model`` that hold experts as fused tensors ``gate_up_proj`` [E, 2 F, D], ``down_proj`` [E, D, F].
+
+    Raises SpecDecError for a model without experts, and for experts held in any other way.
+    """
+    found, kind = [], model.config.model_type
+    for index, layer in enumerate(getattr(model.base_model, "layers", ())):
+        block = next((m for m in layer.children() if hasattr(m, "experts")), None)
+        if block is None:
+            continue
+        experts, router = block.experts, getattr(getattr(block, "gate", None), "weight", None)
+        shapes = [tuple(getattr(getattr(experts, n, None), "shape", ())) for n in ("gate_up_proj", "down_proj")]
+        norm = getattr(layer, "post_attention_layernorm", None)
+        known = [len(shape) for shape in shapes] == [3, 3] and router is not None and norm is not None
+        if not known or getattr(experts, "is_transposed", False) or getattr(experts, "has_bias", False):
+            raise SpecDecError(
+                f"model type '{kind}' holds the experts of layer {index} in a way not known here; known are Mixtral, "
+                "OLMoE and Qwen3-MoE as transformers 5 holds them"
+            )
+        found.append(MoELayer(index, block, norm))
+    if not found:
+        raise SpecDecError(
+            f"model type '{kind}' has no experts; use one that has, such as a Mixtral, or no expert options"
+        )
+    return found

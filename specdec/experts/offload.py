@@ -1,0 +1,282 @@
+"""Putting an expert store under a model: its experts modules are replaced by ones that ask the store.
+
+While attached, the model's expert weights are gone from memory; ``close`` reads them back from the packed file. The
+arithmetic is that of transformers' own loop over experts, in its order, so what is computed does not depend on where
+the weights come from, on what is cached, or on what is prefetched.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from specdec.embedded import cache_dir
+from specdec.errors import SpecDecError, did_you_mean
+from specdec.experts import packed, predict
+from specdec.experts.cache import EVICTIONS
+from specdec.experts.control import Controller
+from specdec.experts.layers import moe_layers
+from specdec.experts.predict import Predictor, Sight
+from specdec.experts.store import Counters, ExpertStore
+from specdec.experts.tiers import DiskTier, EmulatedTier, PinnedTier, Tier, aligned
+
+FLOOR = 0.3  # least need of an expert that is prefetched
+
+
+@dataclass(frozen=True)
+class ExpertOptions:
+    """How experts are offloaded.
+
+    cache: fast memory for experts, as a share of all (float) or in bytes (int). prefetch: one of ``PREDICTORS``.
+    folder: the packed file's; None: one in the user's cache, packed at first use. eviction: "lru" or "least-stale"
+    ("none": on demand without a cache, for study). bandwidth, latency: an emulated slow memory (bytes/s, s) instead of
+    the disk. adaptive: stop prefetching where it does not pay.
+    """
+
+    cache: float = 0.25
+    prefetch: str = "none"
+    folder: Path | None = None
+    eviction: str = "lru"
+    bandwidth: float | None = None
+    latency: float = 0.0
+    adaptive: bool = True
+
+    def check(self) -> None:
+        """Raise SpecDecError for values that no model could make good."""
+        for what, value, known in (
+            ("expert predictor", self.prefetch, predict.PREDICTORS),
+            ("eviction", self.eviction, EVICTIONS),
+        ):
+            if value not in known:
+                raise SpecDecError(
+                    f"unknown {what} '{value}'{did_you_mean(value, known)}; there are: {', '.join(known)}"
+                )
+        for name, kinds in (("bandwidth", (float, int, type(None))), ("latency", (float, int)), ("adaptive", (bool,))):
+            if type(value := getattr(self, name)) not in kinds:
+                raise SpecDecError(f"the expert option {name} cannot be {value!r}")
+
+
+class _Experts(nn.Module):
+    """Stands in for the experts module of one layer."""
+
+    def __init__(self, owner: Offload, row: int, act: Any) -> None:
+        super().__init__()
+        self.__dict__["owner"], self.row, self.act = owner, row, act
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """hidden_states [T, D], the experts of each token and their weights [T, k] -> [T, D]."""
+        owner: Offload = self.__dict__["owner"]
+        routed = top_k_index.tolist()
+        experts = sorted({expert for token in routed for expert in token})
+        one = hidden_states.shape[0] == 1
+        parts = {}
+        with owner.store.demand(self.row, experts) as stream:
+            owner.look(self.row, hidden_states, routed)  # while what is missing is being loaded
+            for expert, (gate_up, down) in stream:
+                if one:
+                    tokens, x, weight = None, hidden_states, top_k_weights[:, routed[0].index(expert), None]
+                else:
+                    place, tokens = torch.where(top_k_index.T.eq(expert))
+                    x, weight = hidden_states[tokens], top_k_weights[tokens, place, None]
+                gate, up = F.linear(x, gate_up).chunk(2, dim=-1)
+                parts[expert] = tokens, (F.linear(self.act(gate) * up, down) * weight).to(hidden_states.dtype)
+        out = torch.zeros_like(hidden_states)
+        for expert in experts:  # in the order of the model's own loop, whatever came first
+            tokens, part = parts[expert]
+            out = out.add_(part) if tokens is None else out.index_add_(0, tokens, part)
+        return out
+
+
+class Offload:
+    """The experts of a model, held in slow memory for as long as this lives.
+
+    ``store``, ``predictor`` and ``controller`` can be looked at; ``note`` says where experts come from.
+    Raises SpecDecError if the model has no experts, or the options do not fit it.
+    """
+
+    def __init__(self, model: PreTrainedModel, fingerprint: str, options: ExpertOptions) -> None:
+        options.check()
+        self.model, self.fingerprint, self.options = model, fingerprint, options
+        self.layers = moe_layers(model)
+        self.folder, self.packed_now = options.folder or cache_dir() / "experts" / fingerprint, False
+        self.index = self._index()
+        self.top_k = self.layers[0].top_k
+        self.predictor = self._predictor(options.prefetch)
+        tier = self._tier()
+        try:
+            self.store = ExpertStore(self.index, tier, options.cache, self.top_k, options.eviction)
+        except SpecDecError:
+            tier.close()
+            raise
+        self.note = tier.note
+        self.controller = Controller(adaptive=options.adaptive)
+        self.residuals: dict[int, Tensor] = {}
+        self.own = [layer.experts for layer in self.layers]
+        self.hooks: list[Any] = []
+        self._attach()
+
+    def describe(self) -> str:
+        """One line for reports."""
+        slots = len(self.store.caches[0].slots)
+        text = (
+            f"{slots} of {self.index.num_experts} experts per layer cached ({self.store.resident_bytes / 1e6:.0f} MB)"
+        )
+        return f"{text}, prefetch {self.options.prefetch}" + (f"; {self.note}" if self.note else "")
+
+    def look(self, row: int, state: Tensor, routed: list[list[int]]) -> None:
+        """Called with the router's input [T, D] and the experts of a layer's tokens: predict, and prefetch."""
+        self.controller.visit(row, len(routed), self.store)
+        predictor = self.predictor
+        if predictor is None:
+            return
+        sight = Sight(row, self.residuals[row].view_as(state), state, routed)
+        if not self.controller.on or len(routed) > predictor.most_tokens:
+            predictor.look(sight)
+            return
+        for target, need in predictor.ahead(sight):
+            self._prefetch(target, need, (target - row) % len(self.layers))
+
+    def _prefetch(self, row: int, need: list[float], distance: int) -> None:
+        """Load the experts most needed there, as many as the slots and the bytes that can arrive in time allow."""
+        slots = len(self.store.caches[row].slots)
+        wanted = sorted((e for e, n in enumerate(need) if n >= FLOOR), key=lambda e: -need[e])[:slots]
+        absent = self.store.missing(row, wanted)
+        if not absent:
+            return
+        room = self.controller.bytes_within(distance, self.store)
+        fit = max(int(min(room / self.index.stride, slots)), int(distance == 1))
+        late = set(absent[fit:])
+        self.store.prefetch(row, [e for e in wanted if e not in late], frozenset(wanted))
+
+    def close(self) -> None:
+        """Give the model its experts back, read from the packed file, and end loading."""
+        if not self.hooks:
+            return
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks = []
+        self.store.close()
+        with _reader(self.folder, self.index) as read:
+            for row, (layer, own) in enumerate(zip(self.layers, self.own, strict=True)):
+                count, width, hidden = self.index.num_experts, self.index.width, self.index.hidden
+                dtype, device = packed.DTYPES[self.index.dtype], self.model.device
+                gate_up = torch.empty(count, 2 * width, hidden, dtype=dtype, device=device)
+                down = torch.empty(count, hidden, width, dtype=dtype, device=device)
+                for expert in range(count):
+                    a, b = self.index.views(read(row * count + expert))
+                    gate_up[expert].copy_(a)
+                    down[expert].copy_(b)
+                own.gate_up_proj.data, own.down_proj.data = gate_up, down
+                layer.block.experts = own
+
+    # -- how it is put together -----------------------------------------------------------------------------------
+
+    def _index(self) -> packed.Index:
+        if self.options.folder is None:
+            try:
+                index = packed.open_index(self.folder)
+                packed.check_model(index, self.layers, self.fingerprint, self.folder)
+                return index
+            except SpecDecError:  # not packed yet, in another dtype, or damaged
+                self.packed_now = True
+                return packed.pack(self.layers, self.fingerprint, self.folder)
+        index = packed.open_index(self.folder)
+        packed.check_model(index, self.layers, self.fingerprint, self.folder)
+        return index
+
+    def _predictor(self, name: str) -> Predictor | None:
+        rows, experts = len(self.layers), self.index.num_experts
+        if name == "none":
+            return None
+        if name == "previous-token":
+            return predict.PreviousToken(rows, experts)
+        if name == "oracle":
+            return predict.Oracle(experts)
+        if name == "residual":
+            return predict.residual(self.layers)
+        leaps = predict.read_leaps(self.folder, self.fingerprint, experts, self.index.hidden)
+        return leaps if name == "m2r2" else predict.Shuffled(leaps, rows, experts)
+
+    def _tier(self) -> Tier:
+        options, device = self.options, self.model.device
+        if device.type == "cuda":
+            if options.bandwidth is not None:
+                raise SpecDecError("the emulated slow memory is for studies on a CPU; leave the bandwidth out on a GPU")
+            return PinnedTier(self.folder, self.index, device)
+        if device.type != "cpu":
+            raise SpecDecError(f"experts are offloaded on a CPU or a CUDA device; the model is on '{device}'")
+        if options.bandwidth is not None:
+            return EmulatedTier(self.folder, self.index, options.bandwidth, options.latency)
+        return DiskTier(self.folder, self.index)
+
+    def _attach(self) -> None:
+        for row, (layer, own) in enumerate(zip(self.layers, self.own, strict=True)):
+            layer.block.experts = _Experts(self, row, own.act_fn)
+            if self.predictor is not None:
+                self.hooks.append(layer.norm.register_forward_pre_hook(self._remember(row)))
+            for name in ("gate_up_proj", "down_proj"):
+                weight = getattr(own, name)
+                weight.data = weight.data.new_empty(0)
+        self.hooks.append(_Nothing())  # attached, whether or not there is a predictor
+
+    def _remember(self, row: int) -> Any:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            self.residuals[row] = inputs[0]
+
+        return hook
+
+
+class _Nothing:
+    def remove(self) -> None: ...
+
+
+@contextmanager
+def _reader(folder: Path, index: packed.Index) -> Iterator[Any]:
+    tier, (slot,) = DiskTier(folder, index), aligned(1, index.stride)
+
+    def read(block: int) -> Tensor:
+        tier.read(block, slot, 0, index.stride)
+        return slot
+
+    try:
+        yield read
+    finally:
+        tier.close()
+
+
+@dataclass
+class Meter:
+    """What the store did over a stretch of decoding."""
+
+    store: ExpertStore
+    start: Counters
+    began: float
+
+    @classmethod
+    def begin(cls, store: ExpertStore) -> Meter:
+        return cls(store, store.counters.since(Counters()), time.perf_counter())
+
+    def figures(self, new_tokens: int) -> dict[str, float]:
+        """Figures since the beginning; bytes and stalls per new token."""
+        c = self.store.counters.since(self.start)
+        demanded, tokens = max(c.demanded, 1), max(new_tokens, 1)
+        return {
+            "demanded": c.demanded,
+            "hit_rate": c.hits / demanded,
+            "in_time_rate": c.in_time / demanded,
+            "prefetched": c.prefetched,
+            "prefetch_unused": c.unused,
+            "bytes_read": c.bytes,
+            "bytes_per_token": c.bytes / tokens,
+            "stall_ms_per_token": 1e3 * c.stall_seconds / tokens,
+            "resident_bytes": self.store.resident_bytes,
+        }

@@ -1,0 +1,329 @@
+"""The expert store: slots in fast memory, a cache per layer, and one thread that loads what is demanded or foreseen.
+
+Demands come first: between any two chunks the thread turns to them, and takes up a prefetch again afterwards. A failed
+prefetch is forgotten; the demand that follows reads anew. One thread, so that a slot given to another expert is never
+written by two.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+from specdec.errors import SpecDecError
+from specdec.experts.cache import LayerCache, Slot
+from specdec.experts.packed import Index
+from specdec.experts.tiers import CHUNK, Tier
+
+Weights = tuple[Tensor, Tensor]  # gate and up [2 F, D], down [D, F]
+Event = tuple[str, int, tuple[int, ...], tuple[int, ...]]  # "use" or "prefetch", row, experts, those to spare
+
+
+@dataclass
+class Counters:
+    """What a store has done. Experts are counted per layer and demand (one pass over any number of tokens).
+
+    demanded = hits + misses; hits = in_time + late: there when demanded, or on their way by a prefetch. prefetched:
+    requested ahead; unused: those evicted without a demand. bytes_demand, bytes_prefetch: read for either (what a
+    demand took over in mid-transfer counts for both). stall_seconds: the model waited. failed: prefetches that did.
+    """
+
+    demands: int = 0
+    demanded: int = 0
+    in_time: int = 0
+    late: int = 0
+    misses: int = 0
+    prefetched: int = 0
+    unused: int = 0
+    evictions: int = 0
+    failed: int = 0
+    bytes_demand: int = 0
+    bytes_prefetch: int = 0
+    stall_seconds: float = 0.0
+    load_seconds: float = 0.0
+
+    @property
+    def hits(self) -> int:
+        return self.in_time + self.late
+
+    @property
+    def bytes(self) -> int:
+        return self.bytes_demand + self.bytes_prefetch
+
+    def since(self, earlier: Counters) -> Counters:
+        old = asdict(earlier)
+        return Counters(**{name: value - old[name] for name, value in asdict(self).items()})
+
+
+class _Job:
+    """Loading of one block into one slot."""
+
+    def __init__(self, block: int, memory: Tensor, demanded: bool) -> None:
+        self.block, self.memory, self.demanded = block, memory, demanded
+        self.done = 0  # bytes
+        self.ready = self.cancelled = False
+        self.error: Exception | None = None
+
+
+class ExpertStore:
+    """Experts of the packed file ``index`` in at most ``budget`` bytes of fast memory, loaded through ``tier``.
+
+    budget: bytes (int), or a share of all experts (float <= 1). top_k: experts that one token needs of a layer.
+    Raises SpecDecError if a layer's part of the budget holds fewer.
+    """
+
+    def __init__(
+        self, index: Index, tier: Tier, budget: float, top_k: int, eviction: str = "lru", chunk: int = CHUNK
+    ) -> None:
+        self.index, self.tier, self.chunk = index, tier, chunk
+        self.budget = budget_bytes(budget, index)
+        rows = len(index.layers)
+        per_layer = min(self.budget // (rows * index.stride), index.num_experts)
+        if per_layer < top_k:
+            least = rows * top_k * index.stride
+            raise SpecDecError(
+                f"an expert cache of {self.budget / 1e6:.4g} MB holds {per_layer} experts per layer, but one token "
+                f"needs {top_k}; give at least {least / index.total_bytes:.3g} ({least / 1e6:.4g} MB)"
+            )
+        memory = tier.slots(rows * per_layer)
+        self.memory = [memory[row * per_layer : (row + 1) * per_layer] for row in range(rows)]
+        self.views = [[index.views(slot) for slot in slots] for slots in self.memory]
+        self.caches = [LayerCache(per_layer, eviction) for _ in range(rows)]
+        self.jobs: list[list[_Job | None]] = [[None] * per_layer for _ in range(rows)]
+        self.counters = Counters()
+        self.trace: list[Event] | None = None  # set to a list to record
+        self._demands: deque[_Job] = deque()
+        self._prefetches: deque[_Job] = deque()
+        self._change = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._load, name="experts", daemon=True)
+        self._thread.start()
+
+    @property
+    def resident_bytes(self) -> int:
+        """Fast memory taken: all slots, filled or not."""
+        return sum(len(slots) for slots in self.memory) * self.index.stride
+
+    @property
+    def backlog(self) -> int:
+        """Bytes that are requested and not yet there."""
+        with self._change:
+            return sum(self.index.stride - job.done for job in (*self._demands, *self._prefetches))
+
+    @contextmanager
+    def demand(self, row: int, experts: Sequence[int]) -> Iterator[Iterator[tuple[int, Weights]]]:
+        """Request ``experts`` (ascending) of a layer for computing with them now; iterate over what it enters with.
+
+        What is missing is being loaded from then on. Each expert is held until the next is asked for; those in the
+        cache come first. More experts than slots pass through in turn.
+        """
+        cache = self.caches[row]
+        held: deque[tuple[int, Slot]] = deque()
+        with self._change:
+            self._record("use", row, experts)
+            for emptied in cache.begin():
+                self._abandon(row, emptied)
+            held += [(expert, slot) for expert in experts if (slot := cache.pin(expert)) is not None]
+            there = {expert for expert, _ in held}
+            missing = deque(expert for expert in experts if expert not in there)
+            count = self.counters
+            count.demands, count.demanded = count.demands + 1, count.demanded + len(experts)
+            count.misses += len(missing)
+            late = []
+            for pair in held:
+                job = self._job(row, pair[1])
+                if not job.ready:
+                    late.append(pair)
+                    self._promote(job)
+            count.in_time, count.late = count.in_time + len(held) - len(late), count.late + len(late)
+            if late and len(experts) <= len(cache.slots):  # all fit: what is evicted does not depend on their order
+                held = deque([pair for pair in held if pair not in late] + late)
+            held += self._admit(row, missing)
+            self._settle()
+        try:
+            yield self._serve(row, held, missing)
+        finally:
+            with self._change:  # nothing, unless the iteration was given up
+                for _, slot in held:
+                    cache.release(slot)
+
+    def _serve(self, row: int, held: deque[tuple[int, Slot]], missing: deque[int]) -> Iterator[tuple[int, Weights]]:
+        cache, memory, views, tier = self.caches[row], self.memory[row], self.views[row], self.tier
+        while held:
+            expert, slot = held[0]
+            self._wait(self._job(row, slot))
+            tier.acquire(memory[slot.number])
+            yield expert, views[slot.number]
+            tier.release(memory[slot.number])
+            with self._change:
+                held.popleft()
+                cache.release(slot)
+                if missing:
+                    held += self._admit(row, missing)
+                    self._settle()
+
+    def prefetch(self, row: int, experts: Sequence[int], spare: frozenset[int] = frozenset()) -> int:
+        """Request ``experts`` of a layer ahead of their demand, most wanted first; returns how many were not there.
+
+        Never evicts an expert in use or demanded, nor one of ``spare``: with all others taken, the rest is left out.
+        """
+        cache, asked, spare = self.caches[row], 0, spare.union(experts)
+        with self._change:
+            self._record("prefetch", row, experts, spare)
+            for expert in experts:
+                if not cache.touch(expert):
+                    slot = cache.admit(expert, demanded=False, spare=spare)
+                    if slot is None:
+                        break
+                    self._start(row, slot, demanded=False)
+                    asked += 1
+            self.counters.prefetched += asked
+            self._settle()
+        return asked
+
+    def missing(self, row: int, experts: Sequence[int]) -> list[int]:
+        """Those of ``experts`` that have no slot."""
+        with self._change:
+            return [expert for expert in experts if expert not in self.caches[row].where]
+
+    def close(self) -> None:
+        """End the thread and free the slots. The store is of no use afterwards."""
+        with self._change:
+            self._closed = True
+            self._change.notify_all()
+        self._thread.join()
+        self.tier.close()
+        self.memory, self.views = [], []
+
+    # -- under the lock -----------------------------------------------------------------------------------------
+
+    def _record(self, what: str, row: int, experts: Sequence[int], spare: frozenset[int] = frozenset()) -> None:
+        if self.trace is not None:
+            self.trace.append((what, row, tuple(experts), tuple(sorted(spare))))
+
+    def _job(self, row: int, slot: Slot) -> _Job:
+        job = self.jobs[row][slot.number]
+        assert job is not None
+        return job
+
+    def _admit(self, row: int, missing: deque[int]) -> deque[tuple[int, Slot]]:
+        admitted: deque[tuple[int, Slot]] = deque()
+        while missing and (slot := self.caches[row].admit(missing[0], demanded=True)) is not None:
+            self._start(row, slot, demanded=True)
+            admitted.append((missing.popleft(), slot))
+        return admitted
+
+    def _start(self, row: int, slot: Slot, demanded: bool) -> None:
+        self._abandon(row, slot)
+        assert slot.expert is not None
+        job = _Job(row * self.index.num_experts + slot.expert, self.memory[row][slot.number], demanded)
+        self.jobs[row][slot.number] = job
+        (self._demands if demanded else self._prefetches).append(job)
+        self._change.notify_all()
+
+    def _abandon(self, row: int, slot: Slot) -> None:
+        """What is still being loaded into the slot is of no use any more."""
+        job = self.jobs[row][slot.number]
+        if job is not None and not job.ready:
+            job.cancelled = True
+            for queue in (self._demands, self._prefetches):
+                if job in queue:
+                    queue.remove(job)
+
+    def _promote(self, job: _Job) -> None:
+        if not job.ready and job in self._prefetches:
+            self._prefetches.remove(job)
+            self._demands.append(job)
+
+    def _settle(self) -> None:
+        self.counters.evictions = sum(cache.evictions for cache in self.caches)
+        self.counters.unused = sum(cache.unused for cache in self.caches)
+
+    # -- waiting and loading --------------------------------------------------------------------------------------
+
+    def _wait(self, job: _Job) -> None:
+        if job.ready:
+            return
+        start = time.perf_counter()
+        with self._change:
+            while not job.ready and job.error is None:
+                self._change.wait()
+            self.counters.stall_seconds += time.perf_counter() - start
+        if job.error is not None:
+            raise job.error
+
+    def _load(self) -> None:
+        """The thread: one chunk of the foremost job at a time."""
+        while True:
+            with self._change:
+                while not (self._demands or self._prefetches or self._closed):
+                    self._change.wait()
+                if self._closed:
+                    return
+                urgent = bool(self._demands)
+                job = (self._demands or self._prefetches)[0]
+                start, stop = job.done, min(job.done + self.chunk, self.index.stride)
+            began, error = time.perf_counter(), None
+            try:
+                self.tier.read(job.block, job.memory, start, stop)
+            except SpecDecError as refused:
+                error = refused
+            except Exception as failed:  # of whatever type: the waiting model has to hear of it
+                error = SpecDecError(f"loading {self.index.name(job.block)} failed: {_reason(failed)}")
+            with self._change:
+                self.counters.load_seconds += time.perf_counter() - began
+                if urgent:
+                    self.counters.bytes_demand += stop - start
+                else:
+                    self.counters.bytes_prefetch += stop - start
+                if not job.cancelled:
+                    self._finish(job, stop, error)
+
+    def _finish(self, job: _Job, stop: int, error: Exception | None) -> None:
+        queue = self._demands if job in self._demands else self._prefetches
+        if error is None:
+            job.done = stop
+            if stop < self.index.stride:
+                return
+            job.ready = True
+        elif job.demanded:
+            job.error = error
+            self._forget(job)
+        else:  # a prefetch: forgotten, or, if it has been demanded meanwhile, begun anew as a demand
+            self.counters.failed += 1
+            if queue is self._demands:
+                job.done, job.demanded = 0, True
+                return
+            self._forget(job)
+        queue.remove(job)
+        self._change.notify_all()
+
+    def _forget(self, job: _Job) -> None:
+        """Empty the slot of a job that failed; one that is pinned is emptied by the error that its user gets."""
+        row, expert = divmod(job.block, self.index.num_experts)
+        slot = self.caches[row].where[expert]
+        if slot.pins:
+            del self.caches[row].where[expert]
+            slot.expert, slot.speculative = None, False
+        else:
+            self.caches[row].drop(slot)
+
+
+def budget_bytes(budget: float, index: Index) -> int:
+    """Bytes of an expert cache given as a share (float in (0, 1]) or as bytes (int). Raises SpecDecError for others."""
+    if isinstance(budget, int) and budget > 1:
+        return budget
+    if not 0 < budget <= 1:
+        raise SpecDecError(f"an expert cache is a share in (0, 1] or a number of bytes; got {budget}")
+    return int(budget * index.total_bytes + 0.5)
+
+
+def _reason(error: Exception) -> Any:
+    return getattr(error, "strerror", None) or error

@@ -1,0 +1,103 @@
+"""``specdec pack-experts``: the packed expert file of a model, and a predictor for loading experts ahead of time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from specdec import report
+from specdec.errors import SpecDecError
+
+if TYPE_CHECKING:
+    from specdec.train.data import Answer
+
+HELD_OUT = 8  # every so many texts one is kept to say how good the predictor is, at most this many
+NEW_TOKENS = 192  # of an answer that the model still has to give
+
+
+def pack_experts(
+    model: Annotated[str, typer.Argument(help="A mixture-of-experts model: a folder or a Hugging Face id.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder for the packed file.")],
+    dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), bfloat16, float16 or float32.")] = "auto",
+    fit: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Also fit the m2r2 predictor, on answers (token ids) or prompts in JSONL; .gz too."
+        ),
+    ] = None,
+    texts: Annotated[int, typer.Option(help="Texts of FILE to fit on.", min=4)] = 128,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
+) -> None:
+    """Write the experts of a model into one file, to be loaded as they are needed (generate --expert-cache)."""
+    from specdec import hub
+    from specdec.experts import packed, predict
+    from specdec.experts.layers import moe_layers
+
+    items = None if fit is None else _read(fit)
+    loaded, tokenizer = hub.load(model, dtype=dtype, trust_remote_code=trust_remote_code)
+    layers, fingerprint = moe_layers(loaded), hub.fingerprint(loaded)
+    with _progress("packing", "experts") as tell:
+        index = packed.pack(layers, fingerprint, folder, tell)
+    print(
+        f"{folder / packed.BLOCKS}: {len(index.layers)} layers of {index.num_experts} experts, "
+        f"{index.stride / 1e6:.2f} MB each, {index.total_bytes / 1e6:.0f} MB"
+    )
+    if items is None:
+        return
+    from specdec.train.expert_leaps import fit_expert_leaps, recalls
+
+    answers = _answers(loaded, tokenizer, items[:texts])
+    held = answers[::HELD_OUT][:HELD_OUT]
+    rest = [answer for answer in answers if answer not in held]
+    with _progress("fitting", "texts") as tell:
+        leaps = fit_expert_leaps(loaded, rest, lambda done: tell(done, len(rest)))
+    figures = recalls(loaded, leaps, held)
+    predict.write_leaps(folder, leaps, fingerprint, {"recall": figures, "texts": len(rest)})
+    distances = list(next(iter(figures.values())))
+    rows = [(name, *(f"{by[d]:.1%}" for d in distances)) for name, by in figures.items()]
+    print(
+        f"{folder / predict.LEAPS}: share of the experts needed that are foreseen, by layers ahead, on held-out texts"
+    )
+    report.columns(("predictor", *map(str, distances)), rows)
+
+
+def _read(path: Path) -> list[Any]:
+    from specdec.train.data import read
+
+    items = read([path])
+    if len(items) < 4:
+        raise SpecDecError(f"'{path}' has {len(items)} texts; a predictor needs at least 4")
+    return items
+
+
+def _answers(model: Any, tokenizer: Any, items: list[Any]) -> list[Answer]:
+    """The texts as answers; prompts are answered by the model."""
+    from specdec.decoder import SpecDecoder
+    from specdec.train.answers import encode_prompts
+    from specdec.train.data import Answer
+
+    out = []
+    decoder = None
+    with _progress("answering", "prompts") as tell:
+        for number, item in enumerate(encode_prompts(tokenizer, items, model.config._name_or_path), start=1):
+            if not isinstance(item, Answer):
+                decoder = decoder or SpecDecoder(model, tokenizer, "none")
+                reply = decoder.generate(item, max_new_tokens=NEW_TOKENS)
+                item = Answer(tuple(item), tuple(reply.token_ids))
+            out.append(item)
+            tell(number, len(items))
+    return out
+
+
+@contextmanager
+def _progress(what: str, unit: str) -> Iterator[Any]:
+    parts = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
+    with Progress(*parts, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

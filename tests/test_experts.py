@@ -1,0 +1,423 @@
+"""Experts in slow memory: caches and stores by their invariants, packed files by what breaks them."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from specdec import hub
+from specdec.errors import SpecDecError
+from specdec.experts import packed, tiers
+from specdec.experts.cache import LayerCache
+from specdec.experts.layers import moe_layers
+from specdec.experts.replay import replay
+from specdec.experts.store import ExpertStore, budget_bytes
+
+EXPERTS, ROWS = 6, 2
+INDEX = packed.Index("0", "float32", list(range(ROWS)), EXPERTS, 4, 3, [0] * ROWS * EXPERTS)
+
+
+class Shelf:
+    """A tier in memory: block b is filled with the byte b. ``gate`` holds reads back; ``broken`` blocks raise."""
+
+    note = ""
+
+    def __init__(self) -> None:
+        self.reads: list[int] = []
+        self.gate = threading.Event()
+        self.gate.set()
+        self.broken: dict[int, list[Exception]] = {}
+
+    def slots(self, count):
+        return tiers.aligned(count, INDEX.stride)
+
+    def read(self, block, slot, start, stop):
+        self.gate.wait()
+        self.reads.append(block)
+        if self.broken.get(block):
+            raise self.broken[block].pop(0)
+        slot[start:stop] = block
+
+    def acquire(self, slot): ...
+
+    def release(self, slot): ...
+
+    def close(self): ...
+
+
+@pytest.fixture
+def shelf():
+    return Shelf()
+
+
+@pytest.fixture
+def store(shelf):
+    made = ExpertStore(INDEX, shelf, ROWS * 3 * INDEX.stride, 2)
+    yield made
+    shelf.gate.set()
+    made.close()
+
+
+def use(store: ExpertStore, row: int, experts: list[int]) -> list[int]:
+    """Demand experts, look at what is in their slots, and return them in the order they came."""
+    order = []
+    with store.demand(row, experts) as stream:
+        for expert, (gate_up, down) in stream:
+            block = row * INDEX.num_experts + expert
+            assert bool((gate_up.view(torch.uint8) == block).all()) and bool((down.view(torch.uint8) == block).all())
+            order.append(expert)
+    return order
+
+
+SET = st.lists(st.integers(0, EXPERTS - 1), min_size=1, max_size=EXPERTS, unique=True)
+CALLS = st.lists(
+    st.tuples(st.sampled_from(("use", "prefetch")), st.integers(0, ROWS - 1), SET, SET), min_size=1, max_size=40
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(CALLS, st.integers(1, EXPERTS), st.sampled_from(("lru", "least-stale")), st.booleans())
+def test_every_byte_is_accounted_for_and_a_replay_agrees(calls, slots, eviction, chunked):
+    shelf = Shelf()
+    chunk = 4096 if chunked else 1 << 20
+    store = ExpertStore(INDEX, shelf, ROWS * slots * INDEX.stride, 1, eviction, chunk)
+    store.trace = []
+    try:
+        for kind, row, experts, spare in calls:
+            before = set(store.caches[row].where)
+            if kind == "use":
+                assert sorted(use(store, row, sorted(experts))) == sorted(experts)
+            else:
+                store.prefetch(row, experts, frozenset(spare))
+                assert before & set(spare) <= set(store.caches[row].where)
+            count, caches = store.counters, store.caches
+            inside = sum(len(cache.where) for cache in caches)
+            assert store.resident_bytes <= store.budget
+            assert inside <= ROWS * slots and not any(slot.pins for cache in caches for slot in cache.slots)
+            assert count.in_time + count.late + count.misses == count.demanded
+            assert count.misses + count.prefetched == count.evictions + inside
+            assert all(cache.where[s.expert] is s for cache in caches for s in cache.slots if s.expert is not None)
+        same = replay(store.trace, slots, eviction)
+        assert (same.demanded, same.hits, same.prefetched) == (count.demanded, count.hits, count.prefetched)
+        assert (same.evictions, same.unused) == (count.evictions, count.unused)
+        best = replay(store.trace, slots, "belady")
+        demands = [event for event in store.trace if event[0] == "use"]
+        if all(len(experts) <= slots for _, _, experts, _ in demands):
+            assert best.hits >= replay(demands, slots, "lru").hits
+    finally:
+        store.close()
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, EXPERTS - 1)), max_size=60), st.integers(1, 4))
+def test_what_is_pinned_stays(steps, slots):
+    cache, pinned = LayerCache(slots), {}
+    for action, expert in steps:
+        if action == 0 and expert in cache.where:
+            pinned[expert] = cache.pin(expert)
+        elif action == 1 and expert in pinned:
+            slot = pinned.pop(expert)
+            while slot.pins:
+                cache.release(slot)
+        elif action >= 2 and expert not in cache.where:
+            slot = cache.admit(expert, demanded=action == 3)
+            assert (slot is None) == (len(pinned) == slots)
+            if slot is not None and action == 3:
+                pinned[expert] = slot
+        assert all(cache.where.get(e) is slot and slot.expert == e for e, slot in pinned.items())
+
+
+def test_demands_overtake_prefetches(store, shelf):
+    shelf.gate.clear()
+    store.prefetch(0, [0, 1])  # the first is being read, the second waits
+    while not store._prefetches:
+        time.sleep(0.001)
+    threading.Timer(0.05, shelf.gate.set).start()
+    assert use(store, 1, [4]) == [4]
+    assert shelf.reads.index(10) <= 1
+    assert use(store, 0, [0, 1]) and store.counters.misses == 1
+
+
+def test_a_chunked_prefetch_gives_way_between_chunks(shelf):
+    index = packed.Index("0", "float32", [0], 4, 64, 64, [0] * 4)  # 12 chunks of 4096
+    shelf.slots = lambda count: tiers.aligned(count, index.stride)
+    store = ExpertStore(index, shelf, 2 * index.stride, 1, chunk=4096)
+    shelf.gate.clear()
+    store.prefetch(0, [0])
+    threading.Timer(0.05, shelf.gate.set).start()
+    with store.demand(0, [1]) as stream:
+        assert [expert for expert, _ in stream] == [1]
+    first = shelf.reads.index(1)
+    assert first <= 2 and shelf.reads[first : first + 12] == [1] * 12
+    store.close()
+
+
+def test_a_prefetch_evicts_neither_what_is_in_use_nor_what_is_spared(store):
+    use(store, 0, [0, 1, 2])
+    with store.demand(0, [0, 1]) as stream:
+        next(stream)
+        assert store.prefetch(0, [4, 5]) == 1  # only the place of expert 2
+        assert {0, 1} <= set(store.caches[0].where)
+    assert store.prefetch(0, [3], frozenset({0, 1, 4})) == 0
+
+
+def test_more_experts_than_slots_pass_through(store):
+    assert use(store, 0, [0, 1]) == [0, 1]
+    assert sorted(use(store, 0, list(range(EXPERTS)))) == list(range(EXPERTS))
+    assert store.counters.in_time == 2
+
+
+def test_a_failed_prefetch_is_forgotten_and_read_anew_on_demand(store, shelf):
+    shelf.broken[3] = [OSError(errno.EIO, "Input/output error")]
+    store.prefetch(0, [3])
+    while not store.counters.failed:
+        time.sleep(0.001)
+    assert 3 not in store.caches[0].where
+    assert use(store, 0, [3]) == [3]
+
+
+def test_a_prefetch_that_fails_after_it_was_demanded_is_tried_again(store, shelf):
+    shelf.broken[3] = [OSError(errno.EIO, "Input/output error")]
+    shelf.gate.clear()
+    store.prefetch(0, [3])
+    threading.Timer(0.05, shelf.gate.set).start()
+    assert use(store, 0, [3]) == [3] and shelf.reads == [3, 3]
+
+
+def test_a_failed_demand_is_one_line_and_the_store_goes_on(store, shelf):
+    shelf.broken[3] = [OSError(errno.EIO, "Input/output error")]
+    with pytest.raises(SpecDecError, match="loading expert 3 of layer 0 failed: Input/output error"):
+        use(store, 0, [2, 3, 4])
+    assert not any(slot.pins for slot in store.caches[0].slots)
+    assert use(store, 0, [2, 3, 4]) == [2, 4, 3]
+
+
+def test_an_iteration_that_is_given_up_holds_nothing(store):
+    with store.demand(0, [0, 1]) as stream:
+        next(stream)
+    with store.demand(0, [0, 1]):
+        pass
+    assert not any(slot.pins for slot in store.caches[0].slots)
+
+
+def test_no_cache_keeps_nothing():
+    shelf = Shelf()
+    store = ExpertStore(INDEX, shelf, ROWS * 2 * INDEX.stride, 2, "none")
+    for _ in range(3):
+        use(store, 0, [0, 1])
+    assert store.counters.hits == 0 and shelf.reads == [0, 1] * 3
+    store.close()
+
+
+@pytest.mark.parametrize("budget", [0, -1, 1.5, 0.0])
+def test_a_budget_that_is_neither_share_nor_bytes_is_refused(budget):
+    with pytest.raises(SpecDecError, match="share in"):
+        budget_bytes(budget, INDEX)
+
+
+def test_a_cache_smaller_than_one_token_is_refused():
+    with pytest.raises(SpecDecError, match=r"holds 1 experts per layer, but one token needs 2; give at least 0.333"):
+        ExpertStore(INDEX, Shelf(), 0.2, 2)
+
+
+# -- packed files and tiers -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def mixtral():
+    return tiny_model("mixtral")
+
+
+@pytest.fixture
+def folder(mixtral, tmp_path) -> Path:
+    packed.pack(moe_layers(mixtral), hub.fingerprint(mixtral), tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("make", [tiers.DiskTier, lambda f, i: tiers.EmulatedTier(f, i, 1e9)])
+def test_a_packed_expert_comes_back_bit_by_bit(mixtral, folder, make):
+    index = packed.open_index(folder)
+    tier = make(folder, index)
+    (slot,) = tier.slots(1)
+    for row, layer in enumerate(moe_layers(mixtral)):
+        for expert in range(index.num_experts):
+            tier.read(row * index.num_experts + expert, slot, 0, index.stride)
+            gate_up, down = index.views(slot)
+            assert torch.equal(gate_up, layer.experts.gate_up_proj[expert])
+            assert torch.equal(down, layer.experts.down_proj[expert])
+    tier.close()
+
+
+def test_a_flipped_byte_is_named(folder):
+    index = packed.open_index(folder)
+    with (folder / packed.BLOCKS).open("r+b") as file:
+        file.seek(6 * index.stride + 100)
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 1]))
+    tier = tiers.DiskTier(folder, index)
+    (slot,) = tier.slots(1)
+    tier.read(5, slot, 0, index.stride)
+    with pytest.raises(SpecDecError, match="damaged: expert 2 of layer 1 does not have its checksum"):
+        tier.read(6, slot, 0, index.stride)
+
+
+def test_a_truncated_file_is_refused(folder):
+    os.truncate(folder / packed.BLOCKS, 5000)
+    with pytest.raises(SpecDecError, match=r"has 5000 bytes, its index says .* truncated"):
+        packed.open_index(folder)
+
+
+def test_a_file_truncated_while_it_is_read_is_named(folder):
+    index = packed.open_index(folder)
+    tier = tiers.DiskTier(folder, index)
+    os.truncate(folder / packed.BLOCKS, index.stride + 10)
+    with pytest.raises(SpecDecError, match="ends within expert 2 of layer 0"):
+        tier.read(2, tier.slots(1)[0], 0, index.stride)
+
+
+def test_short_reads_are_continued(folder, monkeypatch):
+    index = packed.open_index(folder)
+    tier, real = tiers.DiskTier(folder, index), os.preadv
+    whole, short = tier.slots(2)
+    tier.read(1, whole, 0, index.stride)
+    monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset: real(fd, [buffers[0][:4096]], offset))
+    tier.read(1, short, 0, index.stride)
+    assert torch.equal(whole, short)
+
+
+def test_without_o_direct_it_falls_back_and_says_so(folder, monkeypatch):
+    real = os.open
+
+    def refuse(path, flags, *args, **more):
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real(path, flags, *args, **more)
+
+    monkeypatch.setattr(os, "open", refuse)
+    index = packed.open_index(folder)
+    tier = tiers.DiskTier(folder, index)
+    tier.read(0, tier.slots(1)[0], 0, index.stride)
+    assert "no O_DIRECT" in tier.note and "page cache" in tier.note
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_old_file(mixtral, folder, monkeypatch):
+    old = (folder / packed.BLOCKS).read_bytes()
+
+    def full(fd):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(SpecDecError, match=r"cannot write the packed experts .* No space left on device; .* MB"):
+        packed.pack(moe_layers(mixtral), "f", folder)
+    assert (folder / packed.BLOCKS).read_bytes() == old and packed.open_index(folder)
+    assert sorted(path.name for path in folder.iterdir()) == [packed.BLOCKS, packed.INDEX]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 2}', '{"format": 1, "fingerprint": 3}'])
+def test_a_broken_index_is_refused(folder, text):
+    (folder / packed.INDEX).write_text(text)
+    with pytest.raises(SpecDecError, match="no index of packed experts"):
+        packed.open_index(folder)
+
+
+def test_an_index_of_lies_is_refused(folder):
+    data = json.loads((folder / packed.INDEX).read_text())
+    (folder / packed.INDEX).write_text(json.dumps(data | {"checksums": data["checksums"][1:]}))
+    with pytest.raises(SpecDecError, match="contradicts itself"):
+        packed.open_index(folder)
+
+
+def test_a_missing_folder_says_how_to_make_it(tmp_path):
+    with pytest.raises(SpecDecError, match=r"experts.json is missing; write it with 'specdec pack-experts"):
+        packed.open_index(tmp_path / "nothing")
+
+
+def test_another_models_file_is_refused(folder, mixtral):
+    index = packed.open_index(folder)
+    with pytest.raises(SpecDecError, match="fingerprint"):
+        packed.check_model(index, moe_layers(mixtral), "other", folder)
+
+
+def test_the_emulated_tier_takes_as_long_as_declared(folder):
+    index = packed.open_index(folder)
+    tier = tiers.EmulatedTier(folder, index, bandwidth=index.stride / 0.004, latency=0.001)
+    (slot,) = tier.slots(1)
+    start = time.perf_counter()
+    for block in range(8):
+        tier.read(block, slot, 0, index.stride)
+    assert 0.04 <= time.perf_counter() - start < 0.4
+
+
+@pytest.mark.parametrize("bandwidth", [0.0, -1.0])
+def test_an_emulated_tier_of_no_bandwidth_is_refused(folder, bandwidth):
+    with pytest.raises(SpecDecError, match="bandwidth > 0"):
+        tiers.EmulatedTier(folder, packed.open_index(folder), bandwidth)
+
+
+class FakeCuda:
+    """Stands in for ``torch.cuda``: logs what is ordered against what."""
+
+    def __init__(self):
+        self.log = []
+
+    def is_available(self):
+        return False
+
+    def Stream(self, device):
+        return FakeStream("side", self.log)
+
+    def current_stream(self, device):
+        return FakeStream("model", self.log)
+
+    def Event(self):
+        return FakeEvent(self.log)
+
+    def stream(self, stream):
+        return stream
+
+
+class FakeStream:
+    def __init__(self, name, log):
+        self.name, self.log = name, log
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error): ...
+
+    def wait_event(self, event):
+        self.log.append(f"{self.name} waits for {event.stream}")
+
+
+class FakeEvent:
+    def __init__(self, log):
+        self.log, self.stream = log, ""
+
+    def record(self, stream):
+        self.stream = stream.name
+
+    def synchronize(self): ...
+
+
+def test_copies_to_a_gpu_wait_for_kernels_and_kernels_for_copies(folder):
+    cuda, index = FakeCuda(), packed.open_index(folder)
+    tier = tiers.PinnedTier(folder, index, torch.device("cpu"), cuda)
+    (slot,) = tier.slots(1)
+    tier.read(3, slot, 0, index.stride)
+    assert cuda.log == []  # nothing used the slot before
+    tier.acquire(slot)
+    tier.release(slot)
+    tier.read(4, slot, 0, index.stride)
+    assert cuda.log == ["model waits for side", "side waits for model"]
+    index.check(4, slot)

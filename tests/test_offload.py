@@ -1,0 +1,271 @@
+"""Experts of whole models in slow memory: the same tokens, less memory, and everything put back."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+import torch
+from conftest import Scripted, greedy_reference, tiny_model
+from tiny import save_tiny_moe
+from typer.testing import CliRunner
+
+from specdec import SpecDecoder, cli, hub
+from specdec.errors import SpecDecError
+from specdec.experts import packed, predict
+from specdec.experts.control import LONGEST, WINDOW, Controller
+from specdec.experts.layers import moe_layers
+from specdec.experts.offload import ExpertOptions
+from specdec.experts.replay import replay
+from specdec.experts.store import Counters
+from specdec.train.data import Answer
+from specdec.train.expert_leaps import fit_expert_leaps, recalls
+
+PROMPT, COUNT = [5, 9, 11, 3, 7, 20, 31], 24
+TINY = {"num_hidden_layers": 6, "num_experts_per_tok": 2, "eos_token_id": None}
+SIZES = {"mixtral": {"num_local_experts": 6}, "olmoe": {"num_experts": 6}, "qwen3_moe": {"num_experts": 6}}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPECDEC_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module", params=list(SIZES))
+def moe(request):
+    return tiny_model(request.param, **TINY, **SIZES[request.param])
+
+
+@pytest.fixture(scope="module")
+def mixtral():
+    return tiny_model("mixtral", **TINY, **SIZES["mixtral"])
+
+
+@pytest.fixture(scope="module")
+def folder(mixtral, tmp_path_factory):
+    """Packed experts of ``mixtral`` with fitted leaps."""
+    path = tmp_path_factory.mktemp("packed")
+    fingerprint = hub.fingerprint(mixtral)
+    packed.pack(moe_layers(mixtral), fingerprint, path)
+    predict.write_leaps(path, fit_expert_leaps(mixtral, texts(8)), fingerprint, {})
+    return path
+
+
+def texts(count: int, seed: int = 0) -> list[Answer]:
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(3, 97, (count, 60), generator=generator).tolist()
+    return [Answer(tuple(row[:4]), tuple(row[4:])) for row in rows]
+
+
+def decoded(model, drafter="none", experts=None, **options):
+    decoder = SpecDecoder(model, None, drafter, experts=experts)
+    try:
+        return decoder.generate(PROMPT, max_new_tokens=COUNT, ignore_eos=True, **options)
+    finally:
+        decoder.close()
+
+
+def bytes_of(model) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+@pytest.mark.parametrize("cache", [2 / 6, 0.5, 1.0])
+def test_tokens_are_the_models_own(moe, cache):
+    assert decoded(moe, experts=ExpertOptions(cache, "residual")).token_ids == greedy_reference(moe, PROMPT, COUNT)
+
+
+@pytest.mark.parametrize("prefetch", predict.PREDICTORS)
+@pytest.mark.parametrize("eviction", ["lru", "least-stale", "none"])
+def test_no_predictor_and_no_eviction_changes_a_token(mixtral, folder, prefetch, eviction):
+    options = ExpertOptions(2 / 6, prefetch, folder, eviction, adaptive=False)
+    assert decoded(mixtral, experts=options).token_ids == greedy_reference(mixtral, PROMPT, COUNT)
+
+
+@pytest.mark.parametrize("drafter", ["prompt-lookup", "lookahead", "layer-skip"])
+def test_with_any_drafter(mixtral, folder, drafter):
+    own = greedy_reference(mixtral, PROMPT, COUNT)
+    for prefetch in ("none", "m2r2"):
+        out = decoded(mixtral, drafter, ExpertOptions(0.5, prefetch, folder), num_speculative_tokens=3)
+        assert out.token_ids == own
+
+
+def test_with_a_tree_and_in_a_batch(mixtral, folder):
+    tree = Scripted(lambda ids, limit: [(ids[-1], 0), (5, 0), (9, 1)][: 3 if limit > 1 else 2])
+    own = greedy_reference(mixtral, PROMPT, COUNT)
+    decoder = SpecDecoder(mixtral, None, tree, experts=ExpertOptions(0.5, "m2r2", folder))
+    outs = decoder.generate_batch([PROMPT, PROMPT[:4]], max_new_tokens=COUNT, num_speculative_tokens=2, ignore_eos=True)
+    decoder.close()
+    assert [out.token_ids for out in outs] == [own, greedy_reference(mixtral, PROMPT[:4], COUNT)]
+
+
+def test_sampling_draws_the_same_tokens(mixtral, folder):
+    own = decoded(mixtral, temperature=0.9, seed=3).token_ids
+    assert decoded(mixtral, experts=ExpertOptions(0.5, "m2r2", folder), temperature=0.9, seed=3).token_ids == own
+
+
+def test_memory_shrinks_and_close_restores_every_bit(moe):
+    before = {name: p.clone() for name, p in moe.named_parameters()}
+    held = sum(layer.experts.gate_up_proj.nbytes + layer.experts.down_proj.nbytes for layer in moe_layers(moe))
+    decoder = SpecDecoder(moe, None, "none", experts=ExpertOptions(2 / 6))
+    assert bytes_of(moe) == sum(p.numel() * p.element_size() for p in before.values()) - held
+    assert decoder.target.experts.store.resident_bytes <= decoder.target.experts.index.total_bytes / 3
+    decoder.close()
+    decoder.close()
+    after = dict(moe.named_parameters())
+    assert after.keys() == before.keys() and all(torch.equal(after[name], p) for name, p in before.items())
+
+
+def test_figures_are_of_the_decoding_alone_and_agree_with_a_replay(mixtral, folder):
+    decoder = SpecDecoder(mixtral, None, "none", experts=ExpertOptions(2 / 6, "m2r2", folder, adaptive=False))
+    store = decoder.target.experts.store
+    store.trace = []
+    figures = decoder.generate(PROMPT, max_new_tokens=COUNT, ignore_eos=True).metrics.experts
+    assert figures["demanded"] == (COUNT - 1) * 6 * 2  # one token a pass: layers times k
+    assert figures["bytes_per_token"] == figures["bytes_read"] / (COUNT - 1)
+    same = replay(store.trace, len(store.caches[0].slots))
+    assert (same.demanded, same.hits, same.prefetched, same.evictions, same.unused) == (
+        store.counters.demanded,
+        store.counters.hits,
+        store.counters.prefetched,
+        store.counters.evictions,
+        store.counters.unused,
+    )
+    decoder.close()
+
+
+def test_the_oracle_misses_nothing_it_has_seen(mixtral, folder):
+    options = ExpertOptions(2 / 6, "oracle", folder, adaptive=False, bandwidth=1e9)
+    decoder = SpecDecoder(mixtral, None, "none", experts=options)
+    decoder.target.experts.controller.bytes_within = lambda distance, store: float("inf")
+    rates = [
+        decoder.generate(PROMPT, max_new_tokens=COUNT, ignore_eos=True).metrics.experts["hit_rate"] for _ in range(2)
+    ]
+    decoder.close()
+    assert rates[0] < rates[1] == 1.0
+
+
+def test_leaps_that_can_be_learnt_are_learnt_and_kept(mixtral, folder):
+    fitted = fit_expert_leaps(mixtral, texts(16))
+    kept = predict.read_leaps(folder, hub.fingerprint(mixtral), 6, 32)
+    assert [len(t) for t in kept.targets] == [3] * 6 and kept.targets[5] == [3, 1, 0]
+    by = recalls(mixtral, fitted, texts(4, seed=1))
+    assert by["m2r2"][4] > by["residual"][4] and by["m2r2"][1] > by["previous-token"][1]
+
+
+def test_a_damaged_expert_is_named_and_the_decoder_survives(mixtral, tmp_path):
+    index = packed.pack(moe_layers(mixtral), hub.fingerprint(mixtral), tmp_path)
+    decoder = SpecDecoder(mixtral, None, "none", experts=ExpertOptions(0.5, folder=tmp_path))
+    good = (tmp_path / packed.BLOCKS).read_bytes()
+    with (tmp_path / packed.BLOCKS).open("r+b") as file:
+        for block in range(len(index.checksums)):
+            file.seek(block * index.stride + 8)
+            file.write(b"\xff\xff\xff")
+    with pytest.raises(SpecDecError, match=r"damaged: expert \d of layer 0"):
+        decoder.generate(PROMPT, max_new_tokens=4)
+    while decoder.target.experts.store.backlog:
+        time.sleep(0.001)
+    with (tmp_path / packed.BLOCKS).open("r+b") as file:
+        file.write(good)
+    out = decoder.generate(PROMPT, max_new_tokens=COUNT, ignore_eos=True)
+    decoder.close()
+    assert out.token_ids == greedy_reference(mixtral, PROMPT, COUNT)
+
+
+def test_the_controller_stops_what_does_not_pay_and_keeps_what_does():
+    class Store:
+        counters = Counters()
+
+    def run(cost: dict[bool, float], monkeypatch) -> float:
+        control, clock, on, visits = Controller(), [0.0], 0, 60 * WINDOW * 4
+        monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+        for visit in range(visits):
+            control.visit(visit % 4, 1, Store)
+            on += control.on
+            clock[0] += cost[control.on]
+        return on / visits
+
+    with pytest.MonkeyPatch.context() as patch:
+        assert run({True: 0.002, False: 0.001}, patch) < 0.25
+        assert run({True: 0.001, False: 0.002}, patch) > 0.75
+    assert LONGEST > 8
+
+
+# -- the command line -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> str:
+    return str(save_tiny_moe(tmp_path_factory.mktemp("moe")))
+
+
+def run(*args: str):
+    return CliRunner().invoke(cli.app, list(args))
+
+
+def error(result) -> str:
+    assert result.exit_code == 2 and result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    return line
+
+
+FAST = ("--drafter", "none", "--max-new-tokens", "12", "--raw")
+
+
+def test_packing_fitting_and_generating(saved, tmp_path):
+    prompts = tmp_path / "answers.jsonl"
+    rows = [{"prompt_ids": list(a.prompt_ids), "response_ids": list(a.response_ids)} for a in texts(12)]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = run("pack-experts", saved, str(tmp_path / "x"), "--fit", str(prompts))
+    assert result.exit_code == 0, result.stderr
+    assert "4 layers of 6 experts" in result.stdout and "m2r2\t" in result.stdout
+    plain = run("generate", "Hello", "--model", saved, *FAST)
+    options = ("--expert-cache", "0.5", "--expert-prefetch", "m2r2", "--expert-option", f"folder={tmp_path / 'x'}")
+    ours = run("generate", "Hello", "--model", saved, *FAST, *options)
+    assert ours.exit_code == 0 and ours.stdout == plain.stdout
+    assert "3 of 6 experts per layer cached" in ours.stderr and "read per accepted token: " in ours.stderr
+    asked = run("generate", "Hello", "--model", saved, *FAST, "--json", "--compare", *options)
+    assert json.loads(asked.stdout)["metrics"]["experts"]["demanded"] == 11 * 4 * 2
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--expert-prefetch", "m2r2"], "go with --expert-cache"),
+        (["--expert-cache", "much"], "takes a share in (0, 1], such as 0.25, or a size"),
+        (["--expert-cache", "0"], "takes a share"),
+        (["--expert-cache", "0.2"], "holds 1 experts per layer, but one token needs 2"),
+        (
+            ["--expert-cache", "0.5", "--expert-prefetch", "m2r3"],
+            "unknown expert predictor 'm2r3' (did you mean 'm2r2'",
+        ),
+        (["--expert-cache", "0.5", "--expert-prefetch", "m2r2"], "no expert predictor in"),
+        (["--expert-cache", "0.5", "--expert-option", "colour=red"], "there is no expert option 'colour'"),
+        (["--expert-cache", "0.5", "--expert-option", "eviction=fifo"], "unknown eviction 'fifo'"),
+        (["--expert-cache", "0.5", "--expert-option", "bandwidth=fast"], "bandwidth cannot be 'fast'"),
+        (["--expert-cache", "0.5", "--expert-option", "folder=nowhere"], "holds no packed experts"),
+    ],
+)
+def test_bad_input_is_one_line(saved, args, message):
+    assert message in error(run("generate", "Hello", "--model", saved, *FAST, *args))
+
+
+def test_a_model_without_experts_is_one_line(tmp_path):
+    from tiny import save_tiny
+
+    folder = str(save_tiny(tmp_path / "dense"))
+    assert "has no experts" in error(run("generate", "Hello", "--model", folder, *FAST, "--expert-cache", "0.5"))
+    assert "has no experts" in error(run("pack-experts", folder, str(tmp_path / "x")))
+
+
+def test_experts_of_another_model_or_dtype_are_one_line(saved, folder, tmp_path):
+    own = tmp_path / "own"
+    assert run("pack-experts", saved, str(own)).exit_code == 0
+    for place, more, message in (
+        (folder, [], "those of a model with fingerprint"),
+        (own, ["--dtype", "bfloat16"], "packed in float32, the model is loaded in bfloat16"),
+    ):
+        args = ["--expert-cache", "0.5", "--expert-option", f"folder={place}", *more]
+        assert message in error(run("generate", "Hello", "--model", saved, *FAST, *args))
