@@ -47,6 +47,7 @@ def run(
     from specdec.train.method import lookup  # heavy imports stay out of --help
     from specdec.train.settings import load_settings
     from specdec.train.trainer import said, train
+    from specdec.train.world import leads
 
     overrides: dict[str, Any] = {
         "output": str(output),
@@ -59,8 +60,12 @@ def run(
     }
     method = str(context.command.name)
     kind = lookup(method)
-    figures = train(load_settings(kind.settings_class, method, preset, overrides), resume, Console(stderr=True))
-    Console().print(f"{output}: {kind.describe(figures)}{said(figures)}", highlight=False, soft_wrap=True)
+    figures = train(
+        load_settings(kind.settings_class, method, preset, overrides), resume, Console(stderr=True, quiet=not leads())
+    )
+    Console(quiet=not leads()).print(
+        f"{output}: {kind.describe(figures)}{said(figures)}", highlight=False, soft_wrap=True
+    )
 
 
 for _name in METHODS:

@@ -35,11 +35,13 @@ from specdec.train import data, states
 from specdec.train import settings as settings_of
 from specdec.train.answers import Sampling, answer_prompts, encode_prompts
 from specdec.train.batches import Batch, Window
+from specdec.train.data import Answer
 from specdec.train.method import Method, Work, lookup
 from specdec.train.plot import draw_curves
 from specdec.train.runtime import TrainingTarget, keep_freed_memory
 from specdec.train.settings import TrainSettings
 from specdec.train.speed import measure, predict
+from specdec.train.world import World, join
 
 RECIPE, METRICS, CHECKPOINT = "train.yaml", "metrics.jsonl", "checkpoint.safetensors"
 Trained = tuple[dict[str, Any], dict[str, Tensor]]  # configuration and tensors of a drafter
@@ -59,9 +61,27 @@ def train(settings: TrainSettings, resume: bool = False, console: Console | None
     items = data.read([Path(p) for p in settings.prompts]) if settings.prompts else []
     texts = data.read_texts([Path(p) for p in settings.text])
     held = data.read([Path(p) for p in settings.holdout]) if settings.holdout else []
+    with join(settings.device) as world:
+        if settings.rows < world.size:
+            raise SpecDecError(f"{world.size} processes cannot share batches of {settings.rows} rows; raise 'rows'")
+        with world.after_the_first():
+            run = _prepare(settings, resume or not world.first, console, world, items, texts, held)
+        return run.train(resume)
+
+
+def _prepare(
+    settings: TrainSettings,
+    resume: bool,
+    console: Console,
+    world: World,
+    items: Sequence[Answer | data.Prompt],
+    texts: Sequence[str],
+    held: Sequence[Answer | data.Prompt],
+) -> Run:
+    """Everything that comes before gradients; what an earlier run, or the first process, has done is read."""
     output = _open_output(settings, resume)
     keep_freed_memory()
-    model, tokenizer = hub.load(settings.model, dtype=settings.dtype, device=settings.device)
+    model, tokenizer = hub.load(settings.model, dtype=settings.dtype, device=world.device)
     target = TrainingTarget(model.requires_grad_(False), compiled=settings.compile)
     mark = hub.fingerprint(model)
     begin = read_drafter(settings.init, mark) if settings.init else None
@@ -88,7 +108,7 @@ def train(settings: TrainSettings, resume: bool = False, console: Console | None
             task = progress.add_task(f"teacher states ({name})", total=sum(map(len, part)))
             folder = output / "states" / name
             store[name] = states.compute(folder, target, part, method.wanted(), mark, partial(progress.advance, task))
-    run = Run(method, vocab, store["train"].records, store["eval"].records, output, console)
+    run = Run(method, vocab, store["train"].records, store["eval"].records, output, console, world)
     run.base = {
         "fingerprint": mark,
         "name": settings.model,
@@ -98,7 +118,7 @@ def train(settings: TrainSettings, resume: bool = False, console: Console | None
         "vocab_size": target.vocab_size,
     }
     run.begin = begin
-    return run.train(resume)
+    return run
 
 
 class Run:
@@ -112,8 +132,10 @@ class Run:
         held_out: Sequence[states.Record],
         output: Path,
         console: Console,
+        world: World,
     ) -> None:
         settings, target = method.settings, method.target
+        self.world = world
         torch.manual_seed(settings.seed)  # the masters' first values
         self.method, self.settings, self.target, self.output, self.console = method, settings, target, output, console
         self.base: dict[str, Any] = {}
@@ -139,12 +161,14 @@ class Run:
         else:
             if self.begin is not None:
                 self._begin_from(self.begin)
-            else:
+            elif self.world.first:
                 self.method.fit(self.network, self._fit_batches)
                 with torch.no_grad():
                     for name, parameter in self._running().items():
                         self.parameters[name].copy_(parameter)
             self._evaluate()
+            self.world.copy([p.detach() for p in self.parameters.values()])
+            self._refresh()
         settings, earlier, start = self.settings, self.seconds, time.monotonic()
         saved = evaluated = start
         sums: dict[str, float] = {}
@@ -154,7 +178,7 @@ class Run:
             for epoch, rows in stream:
                 now = time.monotonic()
                 self.seconds = earlier + now - start
-                done = self._done()
+                done = self.world.share(self._done())
                 if done >= 1:
                     break
                 figures = self._step(rows, self._rate(done))
@@ -179,10 +203,12 @@ class Run:
                 if now - evaluated > 60 * settings.eval_minutes:
                     self._evaluate()
                     evaluated = time.monotonic()
-        self._save()
-        self._evaluate()
-        draw_curves(self.output / METRICS, self.output / "training.png", self.console)
-        best: dict[str, Any] = artifacts.read_config(self.output)["training"]["held_out"]
+        with self.world.after_the_first():
+            self._save()
+            self._evaluate()
+            if self.world.first:
+                draw_curves(self.output / METRICS, self.output / "training.png", self.console)
+            best: dict[str, Any] = artifacts.read_config(self.output)["training"]["held_out"]
         return best
 
     def _lost(self) -> SpecDecError:
@@ -202,7 +228,8 @@ class Run:
         return min(1.0, (self.update + 1) / self.settings.warmup, (1 - done) / self.settings.decay)
 
     def _step(self, rows: Sequence[Window], rate: float) -> dict[str, float]:
-        """One update on one batch."""
+        """One update on one batch, of which each process takes its share of rows."""
+        rows = rows[self.world.rank :: self.world.size]
         batch = windows_of.assemble(self.records, rows, self.settings.window, self.target.device)
         self.target.forget()
         loss, figures = self.method.loss(self.network, batch)
@@ -211,15 +238,28 @@ class Run:
         for name, parameter in self.parameters.items():
             gradient, working[name].grad = working[name].grad, None
             parameter.grad = None if gradient is None else gradient.float()
+        count = float(batch.valid.sum())
+        figures |= {"loss": float(loss.detach())}
+        if self.world.size > 1:
+            figures, count = self._together(figures, count)
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.clip)
-        figures |= {"loss": float(loss.detach()), "gradient": float(norm), "rate": rate}
+        figures |= {"gradient": float(norm), "rate": rate}
         if math.isfinite(figures["loss"] + figures["gradient"]):
             for group, full in zip(self.optimizer.param_groups, self.rates, strict=True):
                 group["lr"] = full * rate
             self.optimizer.step()
             self._refresh()
-            self.update, self.tokens = self.update + 1, self.tokens + int(batch.valid.sum())
+            self.update, self.tokens = self.update + 1, self.tokens + int(count)
         return figures
+
+    def _together(self, figures: dict[str, float], count: float) -> tuple[dict[str, float], float]:
+        """From the gradients, figures and tokens of this process's share to those of the whole batch."""
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters.values()]
+        values = gradients[0].new_tensor(list(figures.values()))
+        (*gradients, values), total = self.world.mean([*gradients, values], count)
+        for parameter, gradient in zip(self.parameters.values(), gradients, strict=True):
+            parameter.grad = gradient
+        return dict(zip(figures, values.tolist(), strict=True)), total
 
     def _running(self) -> dict[str, nn.Parameter]:
         """The trained parameters of the running copy, named as the masters' are."""
@@ -258,7 +298,9 @@ class Run:
     # -- what it writes -----------------------------------------------------------------------------------------
 
     def _evaluate(self) -> None:
-        """Measure on held-out answers; keep the drafter if it is the best so far."""
+        """Measure on held-out answers; keep the drafter if it is the best so far. Only the first process does."""
+        if not self.world.first:
+            return
         rows, width = self.settings.rows, self.settings.window
         chosen = sorted(windows_of.windows(self.held_out, width), key=lambda w: w[2])
         groups = (chosen[i : i + rows] for i in range(0, len(chosen), rows))
@@ -307,6 +349,8 @@ class Run:
         artifacts.write(self.output, config, tensors)
 
     def _log(self, line: dict[str, Any]) -> None:
+        if not self.world.first:
+            return
         try:
             with (self.output / METRICS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"seconds": round(self.seconds, 1), **line}) + "\n")
@@ -317,6 +361,8 @@ class Run:
         """Everything that the rest of the run depends on, in one file that is replaced as a whole."""
         if not all(bool(p.isfinite().all()) for p in self.parameters.values()):
             raise self._lost()
+        if not self.world.first:
+            return
         tensors = {f"masters/{name}": p.detach() for name, p in self.parameters.items()}
         for index, slot in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer/{index}/{key}": torch.as_tensor(value) for key, value in slot.items()}
@@ -348,7 +394,7 @@ class Run:
             raise SpecDecError(f"'{path}' is no checkpoint of this run ({error}); delete it to start anew") from None
         self._refresh()
         metrics = self.output / METRICS
-        if metrics.exists():  # what followed the checkpoint will be done again
+        if self.world.first and metrics.exists():  # what followed the checkpoint will be done again
             lines = metrics.read_text("utf-8").splitlines(keepends=True)
             kept = [line for line in lines if json.loads(line)["update"] <= self.update]
             artifacts.replace(metrics, "".join(kept).encode())
