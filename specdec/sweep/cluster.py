@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import socket
 import time
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
@@ -117,6 +118,7 @@ def _connect(address: str | None) -> Any:
         raise SpecDecError("--launcher ray needs Ray; pip install 'specdec-m2r2[ray]'") from None
     where = address or os.environ.get("RAY_ADDRESS")
     try:
+        _knock(where or "")
         ray.init(
             address=where, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=None if where else False
         )
@@ -124,6 +126,13 @@ def _connect(address: str | None) -> Any:
         what = f"no Ray cluster at '{where}'" if where else "Ray does not start on this machine"
         raise SpecDecError(f"{what}: {one_line(error)}; check --ray-address, or leave it out to run here") from None
     return ray
+
+
+def _knock(where: str) -> None:
+    """Raise OSError if nobody listens at HOST:PORT: Ray itself would try for ten minutes."""
+    host, _, port = where.removeprefix("ray://").rpartition(":")
+    if port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 def _room(ray: Any, resources: Resources) -> int:

@@ -131,7 +131,8 @@ def check_name(group: str, name: str) -> None:
     try:
         registry.parse(name)
     except SpecDecError:
-        if near := did_you_mean(name, HF_ARMS):
+        near = did_you_mean(name, (*registry.names("drafters"), *HF_ARMS))
+        if any(f"'{arm}'" in near for arm in HF_ARMS):
             raise SpecDecError(f"unknown drafter '{name}'{near}") from None
         raise
 

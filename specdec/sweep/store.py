@@ -33,7 +33,10 @@ class Store:
         self.folder = folder
 
     def check(self, plan: Plan, resume: bool) -> None:
-        """Raise SpecDecError if the folder holds another sweep, or this one without ``resume``, or anything else."""
+        """Raise SpecDecError if the folder holds another sweep, or this one without ``resume``, or anything else.
+
+        A sweep of which no cell has ended may begin anew.
+        """
         keys = {cell.key() for cell in plan.cells}
         if self.manifest.is_file():
             before = self.read_manifest()
@@ -43,9 +46,9 @@ class Store:
                     f"'{self.folder}' holds another sweep ('{before['name']}', {len(planned)} cells; this one has "
                     f"{len(keys)}, of which {len(keys & planned)} are the same); give another --output"
                 )
-            if not resume:
+            if (ended := len(self.records())) and not resume:
                 raise SpecDecError(
-                    f"'{self.folder}' holds this sweep already ({len(self.records())} of {len(keys)} cells); "
+                    f"'{self.folder}' holds this sweep already ({ended} of {len(keys)} cells); "
                     "go on with --resume, or give another --output"
                 )
         elif self.folder.is_dir() and any(path.name != LOCK for path in self.folder.iterdir()):

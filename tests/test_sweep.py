@@ -1,0 +1,426 @@
+"""specdec sweep: files are checked to the line, every cell is kept as it ends, and nothing is measured twice."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from measured import result
+from tiny import save_tiny
+from typer.testing import CliRunner
+
+from specdec import SpecDecoder, cli
+from specdec.bench.cell import Cell
+from specdec.errors import SpecDecError
+from specdec.sweep.launch import failed
+from specdec.sweep.plan import load_plan, shipped
+from specdec.sweep.store import RECORDS, Store
+from specdec.text import encode
+
+GRID = """
+drafter:
+  none:
+  prompt-lookup: {continuations: [1, 3]}
+  early-exit: {exit_layer: 2}
+num_speculative_tokens: [2, 4]
+max_new_tokens: 12
+"""
+CELLS = 1 + 2 * (2 + 1)  # plain decoding has no draft to be 2 or 4 tokens long
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def write(tmp_path: Path):
+    def call(text: str) -> Path:
+        (tmp_path / "sweep.yaml").write_text(text)
+        return tmp_path / "sweep.yaml"
+
+    return call
+
+
+@pytest.fixture
+def grid(write, folder: Path, tmp_path: Path) -> Path:
+    """The sweep file of ``GRID`` on the tiny model."""
+    (tmp_path / "prompts.txt").write_text("abcabcabcabc\nhello hello hello\none two one two\n")
+    return write(f"model: {folder}\nprompts: {tmp_path / 'prompts.txt'}\n{GRID}")
+
+
+@pytest.fixture
+def sweep(grid: Path, tmp_path: Path):
+    """Run ``specdec sweep FILE ARGS`` in this process."""
+
+    def call(*args: str, file: object = grid, output: str = "out"):
+        return CliRunner().invoke(cli.app, ["sweep", str(file), "--output", str(tmp_path / output), *args])
+
+    return call
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Counter:
+    """Cells take no time; how often each was measured."""
+    runs: Counter = Counter()
+
+    def run_cell(cell: Cell, decoders: object, progress: object = None) -> dict:
+        runs[cell.key()] += 1
+        return result(cell)
+
+    monkeypatch.setattr("specdec.sweep.launch.run_cell", run_cell)
+    return runs
+
+
+def one_line_error(outcome) -> str:
+    line = outcome.stderr.splitlines()[-1]
+    assert outcome.exit_code == 2 and line.startswith("error: "), outcome.output
+    return line
+
+
+# --- what a file says ------------------------------------------------------------------------------------------------
+
+
+def points(plan, *names: str) -> list[tuple]:
+    return [tuple(cell.as_dict()[name] for name in names) for cell in plan.cells]
+
+
+def test_lists_are_axes_and_options_belong_to_their_drafter(write) -> None:
+    plan = load_plan(write(GRID))
+    assert points(plan, "drafter", "drafter_options", "num_speculative_tokens") == [
+        ("none", {}, "auto"),
+        ("prompt-lookup", {"continuations": 1}, 2),
+        ("prompt-lookup", {"continuations": 3}, 2),
+        ("prompt-lookup", {"continuations": 1}, 4),
+        ("prompt-lookup", {"continuations": 3}, 4),
+        ("early-exit", {"exit_layer": 2}, 2),
+        ("early-exit", {"exit_layer": 2}, 4),
+    ]
+    assert len({cell.key() for cell in plan.cells}) == CELLS
+
+
+def test_zipped_axes_step_together_and_conditions_drop_cells(write) -> None:
+    text = "model: [a, b]\ndtype: [float32, bfloat16]\ntemperature: [0, 0.7]\ndrafter: [none, prompt-lookup]\n"
+    text += "zip: [[model, dtype]]\nexclude:\n  - {drafter: prompt-lookup, temperature: 0.7, model: b}\n"
+    plan = load_plan(write(text))
+    assert Counter(points(plan, "model", "dtype")) == {("a", "float32"): 4, ("b", "bfloat16"): 3}
+    assert ("b", "prompt-lookup", 0.7) not in points(plan, "model", "drafter", "temperature")
+    models = [cell.model for cell in plan.cells]
+    assert models == sorted(models)  # one load each
+
+
+def test_the_command_line_goes_over_the_file(write) -> None:
+    changes = ["drafter.early-exit.exit_layer=1,2,3", "num_speculative_tokens=5", "limit=2", "name=mine"]
+    plan = load_plan(write(GRID), changes)
+    assert plan.name == "mine" and set(points(plan, "limit")) == {(2,)}
+    assert [c.drafter_options["exit_layer"] for c in plan.cells if c.drafter == "early-exit"] == [1, 2, 3]
+    plan = load_plan(write(GRID), ["drafter=prompt-lookup"])  # a selection keeps its options
+    assert {c.drafter for c in plan.cells} == {"prompt-lookup"} and len(plan.cells) == 4
+
+
+def test_shipped_sweeps_are_what_they_say() -> None:
+    plans = {name: load_plan(path) for name, path in shipped().items()}
+    assert set(plans) == {"quick", "paper", "dynamic"}
+    paper = plans["paper"].cells
+    assert {c.prompts for c in paper} == {"mt-bench", "koala", "self-instruct", "wizardlm"}
+    others = {"none", "m2r2", "m2r2-paper", "medusa", "lookahead", "deed", "layer-skip", "prompt-lookup"}
+    assert {c.drafter for c in paper} == others and {c.verifier for c in paper} == {"exact"}
+    two = load_plan(shipped()["paper"], ["model=big", "drafter=none,draft-model"])
+    assert {c.drafter for c in two.cells} == {"none", "draft-model"}
+    assert {c.verifier for c in plans["dynamic"].cells} == {"confident", "typical"}
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "words"),
+    [
+        ("drafters: m2r2\n", 1, "unknown key 'drafters' in a sweep (did you mean 'drafter'?)"),
+        ("\nmax_new_tokens: many\n", 2, "max_new_tokens must be a whole number >= 1; got 'many'"),
+        ("temperature: [0, -1]\n", 1, "temperature must be a number >= 0"),
+        ("drafter:\n  none:\n  promt-lookup:\n", 3, "did you mean 'prompt-lookup'"),
+        ("drafter:\n  prompt-lookup:\n    ngrams: 3\n", 3, "ngrams"),
+        ("drafter: hff\n", 1, "did you mean 'hf'"),
+        ("verifier: exakt\n", 1, "did you mean 'exact'"),
+        ("limit: 2\nlimit: 3\n", 2, "for the second time"),
+        ("limit: [2, 2]\n", 1, "has the value 2 twice"),
+        ("limit: []\n", 1, "the sweep would have no cell"),
+        ("drafter: {}\n", 1, "the sweep would have no cell"),
+        ("drafter: none\nexclude:\n  - {drafter: none}\n", 1, "has no cell: exclude drops them all"),
+        ("drafter: none\nexclude:\n  - {drafter: nome}\n", 3, "did you mean 'none'"),
+        ("exclude:\n  - {limits: 2}\nlimit: 2\n", 2, "did you mean 'limit'"),
+        ("limit: [1, 2]\nseed: [1, 2, 3]\nzip: [[limit, seed]]\n", 3, "limit has 2, seed has 3"),
+        ("limit: [1, 2]\nzip: [[limit, sed]]\nseed: [1, 2]\n", 2, "did you mean 'seed'"),
+        ("resources: {cpu: 2}\n", 1, "did you mean 'cpus'"),
+        ("resources: {cpus: 0}\n", 1, "cpus must be a number above 0"),
+        ("weights: int4\ndtype: float32\n", 1, "cannot go with dtype float32"),
+        ("against: [non]\n", 1, "did you mean 'none'"),
+        ("seed: [1, 2\n", 2, "this is no YAML"),
+        ("seed: !!python/object/apply:os.getcwd []\n", 1, ""),
+        ("a: &a [*a]\n", 1, "expand without end"),
+        ("- drafter\n", 1, "must be a mapping"),
+        ("", 0, "the file is empty"),
+    ],
+)
+def test_a_bad_file_is_one_line_with_its_place(sweep, write, tmp_path: Path, text: str, line: int, words: str) -> None:
+    error = one_line_error(sweep(file=write(text)))
+    assert words in error and (f"sweep.yaml:{line}: " in error if line else "sweep.yaml: " in error)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("limt=3", "did you mean 'limit'"),
+        ("limit", "SETTING=VALUE,VALUE"),
+        ("limit=", "gives no value"),
+        ("limit=few", "override 'limit=few': limit must be"),
+        ("drafter.early-exi.exit_layer=2", "did you mean 'early-exit'"),
+        ("drafter.early-exit.exit_layr=2", "exit_lay"),
+    ],
+)
+def test_a_bad_override_is_one_line(sweep, change: str, words: str) -> None:
+    assert words in one_line_error(sweep(change))
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["prompts=nowhere.jsonl"], "no prompt file 'nowhere.jsonl'"),
+        (["prompts=mt-bench", "--data-dir", "/nowhere"], "no data folder"),
+        (["--ray-address", "auto"], "is for --launcher ray"),
+        (["--resume", "seed=1,2,3,4,5,6,7,8,9,0", "limit=" + ",".join(map(str, range(1, 2000)))], "more than the most"),
+    ],
+)
+def test_what_is_missing_is_told_before_anything_runs(sweep, tmp_path: Path, args: list[str], words: str) -> None:
+    assert words in one_line_error(sweep(*args)) and not (tmp_path / "out").exists()
+
+
+def test_an_unknown_file_names_the_shipped_ones(sweep) -> None:
+    assert "did you mean 'quick'" in one_line_error(sweep(file="quik"))
+
+
+def test_a_dry_run_prints_the_plan_and_an_estimate_and_writes_nothing(sweep, tmp_path: Path) -> None:
+    outcome = sweep("--dry-run")
+    assert outcome.exit_code == 0 and not (tmp_path / "out").exists()
+    assert len(outcome.stdout.splitlines()) == 1 + CELLS and outcome.stdout.count("to do") == CELLS
+    assert f"{CELLS} cells, {CELLS} to do; time on this machine, one by one: about " in outcome.stderr
+
+
+# --- a golden sweep --------------------------------------------------------------------------------------------------
+
+
+def test_a_sweep_measures_what_the_decoder_does(sweep, folder: Path, tmp_path: Path) -> None:
+    """Everything but the clock's figures is what SpecDecoder says of the same prompts, alone."""
+    outcome = sweep()
+    assert outcome.exit_code == 0, outcome.output
+    records = [json.loads(line) for line in (tmp_path / "out" / RECORDS).read_text().splitlines()]
+    assert len(records) == CELLS and outcome.stderr.count(" x plain (") == CELLS
+    base = SpecDecoder.from_pretrained(str(folder), "none")
+    prompts = [encode(base.tokenizer, line) for line in (tmp_path / "prompts.txt").read_text().splitlines()]
+    for record in records:
+        cell, arm = record["cell"], record["arm"]
+        decoder = base.with_drafter(cell["drafter"], **cell["drafter_options"])
+        depth = 2 if cell["drafter"] == "none" else cell["num_speculative_tokens"]
+        outs = [decoder.generate(p, max_new_tokens=12, num_speculative_tokens=depth) for p in prompts]
+        accepted = [n for out in outs for n in out.metrics.per_step_accepted]
+        assert arm["acceptance_histogram"] == [accepted.count(n) for n in range(max(accepted) + 1)]
+        assert arm["tokens"] == 36 and arm["equal_to_plain"] == {"equal": 3, "near_ties": 0, "faults": 0, "of": 3}
+        assert record["against"]["none"]["tokens"] == 36 and not record["interrupted"]
+    lengths = {r["cell"]["drafter"]: r["arm"]["mean_acceptance_length"]["value"] for r in records}
+    assert lengths["none"] == 1 < lengths["prompt-lookup"]
+
+
+def test_a_cell_that_fails_is_recorded_and_the_rest_goes_on(sweep, tmp_path: Path) -> None:
+    args = [
+        "drafter=none,m2r2,prompt-lookup",
+        "num_speculative_tokens=2",
+        "limit=1",
+        "drafter.prompt-lookup.continuations=1",
+    ]
+    outcome = sweep(*args)  # no m2r2 drafter is shipped for the tiny model
+    assert outcome.exit_code == 1 and "2 of 3 cells are done, 1 failed; go on with: " in outcome.stderr
+    records = Store(tmp_path / "out").records()
+    (broken,) = [record for record in records.values() if "error" in record]
+    assert broken["cell"]["drafter"] == "m2r2" and "train one" in broken["error"] and len(records) == 3
+    again = sweep(*args, "--resume")
+    assert "2 of 3 cells are done already" in again.stderr and "[3/3] m2r2: failed" in again.stderr
+    lines = (tmp_path / "out" / RECORDS).read_text().splitlines()
+    assert len(lines) == 4 and Counter(json.loads(line)["key"] for line in lines)[broken["key"]] == 2
+    only = sweep("drafter=m2r2", "limit=1", output="none")
+    assert "every cell failed; the first: " in one_line_error(only)
+
+
+def test_an_unforeseen_error_is_recorded_in_one_line() -> None:
+    cell = Cell(drafter="none")
+    assert failed(cell, RuntimeError("a\nb"), 1.0)["error"] == "unexpected RuntimeError: a b"
+    assert failed(cell, RuntimeError("DefaultCPUAllocator: can't allocate memory: 3"), 1.0)["error"] == "out of memory"
+    assert failed(cell, SpecDecError("as it is"), 1.0)["error"] == "as it is"
+
+
+# --- kill and resume -------------------------------------------------------------------------------------------------
+
+
+def test_a_file_cut_anywhere_resumes_to_the_same_cells(sweep, counted: Counter, tmp_path: Path) -> None:
+    """Whatever a killed process has written is a beginning of the file that a whole run writes."""
+    assert sweep().exit_code == 0
+    path = tmp_path / "out" / RECORDS
+    whole, planned = path.read_bytes(), set(counted)
+    dice = random.Random(11)
+    for at in [0, 1, len(whole) - 1, whole.index(b"\n") + 1, *(dice.randrange(len(whole)) for _ in range(8))]:
+        path.write_bytes(whole[:at])
+        kept = {json.loads(line)["key"] for line in whole[:at].split(b"\n")[:-1]}
+        counted.clear()
+        outcome = sweep("--resume")
+        assert outcome.exit_code == 0, outcome.output
+        assert set(counted) == planned - kept and set(counted.values()) <= {1}  # no more and no less
+        assert Store(tmp_path / "out").records().keys() == planned
+        assert len(path.read_text().splitlines()) == CELLS
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_killed_process_resumes_to_the_same_cells(sweep, counted: Counter, tmp_path: Path, monkeypatch) -> None:
+    dice = random.Random(5)
+
+    def slow(cell: Cell, decoders: object, progress: object = None) -> dict:
+        counted[cell.key()] += 1
+        time.sleep(0.03)
+        return result(cell)
+
+    monkeypatch.setattr("specdec.sweep.launch.run_cell", slow)
+    partial = 0
+    for attempt in range(6):
+        output = f"out{attempt}"
+        child = os.fork()
+        if child == 0:
+            sweep(output=output)
+            os._exit(0)
+        records = tmp_path / output / RECORDS
+        for _ in range(500):  # until its first cell
+            if records.is_file() and records.stat().st_size:
+                break
+            time.sleep(0.02)
+        time.sleep(dice.uniform(0, 0.15))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        kept = set(Store(tmp_path / output).records())
+        partial += 0 < len(kept) < CELLS
+        counted.clear()
+        assert sweep("--resume", output=output).exit_code == 0
+        planned = set(Store(tmp_path / output).read_manifest()["cells"])
+        assert Store(tmp_path / output).records().keys() == planned and len(planned) == CELLS
+        assert set(counted) == planned - kept
+    assert partial  # some were caught in the middle
+
+
+def test_ctrl_c_ends_a_sweep_between_records(grid: Path, tmp_path: Path) -> None:
+    """As a shell sees it, on the tiny model; what has ended stays."""
+    command = [
+        sys.executable,
+        "-m",
+        "specdec",
+        "sweep",
+        str(grid),
+        "--output",
+        str(tmp_path / "out"),
+        "repetitions=30",
+    ]
+    with subprocess.Popen([*command, "drafter=none,early-exit"], stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert "[1/3] none: " in process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        rest = process.stderr.read()
+    assert (
+        process.returncode == 130 and "interrupted; 1 of 3 cells are done; go on with: " in rest and "--resume" in rest
+    )
+    assert "Traceback" not in rest and len(Store(tmp_path / "out").records()) == 1
+
+
+def test_a_full_disk_leaves_no_half_line(sweep, counted: Counter, tmp_path: Path, monkeypatch) -> None:
+    real, calls = os.fsync, 0
+
+    def full(descriptor: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 4:  # the plan was the first
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert "no space left on the disk" in one_line_error(sweep())
+    assert (tmp_path / "out" / RECORDS).read_text().count("\n") == len(Store(tmp_path / "out").records()) == 2
+    assert sweep("--resume").exit_code == 0 and len(Store(tmp_path / "out").records()) == CELLS
+
+
+def test_a_folder_belongs_to_one_sweep(sweep, counted: Counter, tmp_path: Path) -> None:
+    assert sweep().exit_code == 0
+    assert "holds this sweep already (7 of 7 cells); go on with --resume" in one_line_error(sweep())
+    assert "holds another sweep ('sweep', 7 cells; this one has 9" in one_line_error(
+        sweep("drafter=none,early-exit", "seed=1,2,3", "--resume")
+    )
+    before, done = (tmp_path / "out" / RECORDS).read_bytes(), counted.total()
+    assert sweep("--resume").exit_code == 0 and counted.total() == done  # nothing to do
+    assert (tmp_path / "out" / RECORDS).read_bytes() == before
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/thesis.tex").write_text("mine")
+    assert "is not empty and holds no sweep" in one_line_error(sweep(output="other"))
+    (tmp_path / "file").write_text("")
+    assert "cannot write to" in one_line_error(sweep(output="file"))
+
+
+def test_two_sweeps_do_not_write_into_one_folder(sweep, counted: Counter, grid: Path, tmp_path: Path) -> None:
+    plan = load_plan(grid)
+    with Store(tmp_path / "out").lock(plan, resume=False):
+        assert "another sweep is writing into" in one_line_error(sweep())
+
+
+def test_a_broken_line_is_told_with_its_number(sweep, counted: Counter, tmp_path: Path) -> None:
+    assert sweep().exit_code == 0
+    path = tmp_path / "out" / RECORDS
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], "{broken", *lines[2:]]) + "\n")
+    assert "line 2 of " in one_line_error(sweep("--resume"))
+
+
+# --- Ray -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_real_local_ray_with_two_workers_measures_the_same_cells(sweep, grid: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    more = "resources: {cpus: 1, workers: 2}\n"
+    grid.write_text(grid.read_text() + more)
+    changes = ["drafter=prompt-lookup,m2r2", "repetitions=3"]
+    outcome = sweep(*changes, "--launcher", "ray", output="ray")
+    assert outcome.exit_code == 1, outcome.output  # m2r2 fails to load: in its cells alone
+    records = Store(tmp_path / "ray").records()
+    assert "4 of 6 cells are done, 2 failed" in outcome.stderr and len(records) == 6
+    good = {key: record for key, record in records.items() if "error" not in record}
+    assert len({record["worker"] for record in good.values()}) == 2
+    assert {r["cell"]["drafter"] for r in records.values() if "error" in r} == {"m2r2"}
+    sweep(*changes, output="here")
+    for key, record in Store(tmp_path / "here").records().items():
+        if "error" in record:
+            assert records[key]["error"] == record["error"]
+            continue
+        for figure in ("tokens", "equal_to_plain", "acceptance_histogram", "mean_acceptance_length"):
+            assert good[key]["arm"][figure] == record["arm"][figure]
+    resumed = sweep(*changes, "--resume", output="ray")  # begun there, ended here
+    assert "4 of 6 cells are done already" in resumed.stderr
+
+
+def test_no_ray_is_one_line(sweep, grid: Path, monkeypatch) -> None:
+    pytest.importorskip("ray")
+    start = time.perf_counter()
+    for address in ("127.0.0.1:1", "ray://127.0.0.1:1"):
+        error = one_line_error(sweep("--launcher", "ray", "--ray-address", address))
+        assert f"no Ray cluster at '{address}'" in error and "--ray-address" in error
+    assert time.perf_counter() - start < 30
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert "pip install 'specdec-m2r2[ray]'" in one_line_error(sweep("--launcher", "ray"))
