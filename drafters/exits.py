@@ -133,6 +133,7 @@ class ExitDrafter(ChainDrafter):
     """
 
     leaves_early: ClassVar[bool] = True
+    leaves_state: ClassVar[bool] = True
 
     def __init__(
         self, heads: ExitHeads | None = None, siblings: Sequence[int] | None = None, nodes: int | None = None

@@ -381,6 +381,11 @@ class M2R2Drafter(ChainDrafter):
         return cls(load_network(target, config, artifacts.read_tensors(folder)), **given)
 
     @property
+    def leaves_state(self) -> bool:
+        """Whether drafted tokens leave with an exact state of the model, not only with an estimate of its last."""
+        return self.path.exit_layer > 0 and not self.path.segments
+
+    @property
     def taps(self) -> tuple[int, ...]:  # type: ignore[override]
         return (*(lo for lo, _ in self.path.segments), self.network.num_layers)
 

@@ -83,6 +83,9 @@ class KVCache:
             new_k = k if old_k is None else torch.cat((old_k[:, :, :start], k), 2)
             new_v = v if old_v is None else torch.cat((old_v[:, :, :start], v), 2)
         else:
+            if self.whole is not None:  # stays one piece
+                self._enlarge(end, k.shape[1], k.shape[3], k.dtype)
+                old_k, old_v = self.keys[layer], self.values[layer]
             new_k, new_v = self._room(old_k, k, start, end), self._room(old_v, v, start, end)
             new_k[:, :, start:end], new_v[:, :, start:end] = k, v
         self.keys[layer], self.values[layer], self.lengths[layer] = new_k, new_v, end
@@ -96,7 +99,13 @@ class KVCache:
         contiguous, with a capacity that is a multiple of ``block``: parts of one buffer, which is moved in one piece.
         """
         start = self.lengths[lo]
-        end, old = start + count, self.whole
+        self._enlarge(start + count, heads, head_dim, dtype)
+        self.lengths[lo:hi] = [start + count] * (hi - lo)
+        return start
+
+    def _enlarge(self, end: int, heads: int, head_dim: int, dtype: torch.dtype) -> None:
+        """Make ``whole`` hold at least ``end`` slots."""
+        old = self.whole
         if old is None or old.shape[4] < end:
             filled = max(self.lengths)
             slots = -(-max(end, filled + filled // 4) // self.block) * self.block
@@ -105,8 +114,6 @@ class KVCache:
             if old is not None:
                 whole[..., :filled, :] = old[:, :, : self.batch, :, :filled]
             self._divide(whole)
-        self.lengths[lo:hi] = [end] * (hi - lo)
-        return start
 
     def _divide(self, whole: Tensor) -> None:
         self.whole, (keys, values) = whole, whole[:, :, : self.batch]

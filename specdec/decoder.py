@@ -131,6 +131,11 @@ class SpecDecoder:
                 f"'{drafter.name}' does not"
             )
         drafter.bind(self.target)
+        if getattr(self.verifier, "propagates", False) and not getattr(drafter, "leaves_state", drafter.name == "none"):
+            raise SpecDecError(
+                "states are propagated from the layer at which a token leaves (early-exit, deed, skip-decode, "
+                f"m2r2-paper); '{drafter.name}' leaves no state there; use fill=exact"
+            )
         return drafter
 
     def generate(self, prompt: Prompt, **options: Any) -> GenerationOutput:

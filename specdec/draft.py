@@ -132,8 +132,9 @@ class Drafter(Protocol):
 class Verifier(Protocol):
     """Decides how much of a draft stands. ``lossless`` says whether the output keeps the target's distribution.
 
-    A rule that judges nothing has a ``threshold`` for the drafter to keep (``State.threshold``); a lossy rule may have
-    a ``label``, its name with its settings.
+    A rule that judges nothing has a ``threshold`` for the drafter to keep (``State.threshold``), and may have
+    ``propagates``: deeper layers get the keys and values of what stands from its state at the draft's exit layer. A
+    lossy rule may have a ``label``, its name with its settings.
     """
 
     name: ClassVar[str]

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from specdec.depth import DepthPolicy
@@ -113,12 +114,16 @@ class Loop:
                 y = target.layers(y, 0, exit_layer, late, mask, cache)
             x = y if x is None else torch.cat((x, y), 1)
         assert x is not None
-        taps, mask = self._taps(), cache.mask(exit_layer, positions, tree)
-        x = target.layers(x, exit_layer, target.num_layers, positions, mask, cache, taps)
-        logits = target.readout(x)  # (B, 1 + M, V)
+        taps, filled = self._taps(), self._fill(draft, x, positions)
+        mask = cache.mask(exit_layer, positions[:, filled:], tree)
+        x = target.layers(x[:, filled:], exit_layer, target.num_layers, positions[:, filled:], mask, cache, taps)
+        logits = target.readout(x)
         if target.num_layers + 1 in taps:
             taps[target.num_layers + 1] = logits
-        p = state.sampler.distribution(logits, lambda: _prefixes(state.ids, draft))
+        if filled:  # nobody asks about tokens whose states were propagated
+            logits = F.pad(logits, (0, 0, filled, 0))
+            taps = {layer: F.pad(seen, (0, 0, filled, 0)) if seen.numel() else seen for layer, seen in taps.items()}
+        p = state.sampler.distribution(logits, lambda: _prefixes(state.ids, draft))  # (B, 1 + M, V)
         rest = self.ledger.mark("score")
 
         verdict = self.verifier.judge(draft, p, state.sampler.generators)
@@ -138,6 +143,20 @@ class Loop:
         offered, accepted = [m.per_step_drafted[-1] for m in seen], [m.per_step_accepted[-1] for m in seen]
         self.policy.observe(offered, accepted, tokens.numel(), drafting, rest)
         return new
+
+    def _fill(self, draft: Draft, x: Tensor, positions: Tensor) -> int:
+        """How many block tokens need not be run deeper, their states x [B, 1 + M, D] at the exit being propagated.
+
+        Those before the last token of every row, where drafted tokens stand unjudged and the rule allows it.
+        """
+        if not getattr(self.verifier, "propagates", False):
+            return 0
+        filled = int((draft.tokens >= 0).sum(1).min())
+        if filled:
+            early, cache = positions[:, :filled], self.state.cache
+            mask = cache.mask(draft.exit_layer, early)
+            self.target.fill(x[:, :filled], draft.exit_layer, early, mask, cache)
+        return filled
 
     def _taps(self) -> dict[int, Tensor]:
         return {layer: torch.empty(0) for layer in self.drafter.taps}

@@ -95,6 +95,15 @@ class Target(ABC):
             self._by_parts = ReferenceTarget(self.model)
         return self._by_parts.sublayer(x, layer, part, positions, mask, cache)
 
+    def fill(self, x: Tensor, lo: int, positions: Tensor, mask: Mask, cache: KVCache) -> None:
+        """Append to layers [lo, N) the keys and values that each makes of ``x`` [B, T, D], and run nothing else.
+
+        State propagation: ``x`` stands for the input of all of them. Through the model's own modules, as ``sublayer``.
+        """
+        if self._by_parts is None:
+            self._by_parts = ReferenceTarget(self.model)
+        self._by_parts.fill(x, lo, positions, mask, cache)
+
     @abstractmethod
     def readout(self, x: Tensor, head: nn.Linear | None = None) -> Tensor:
         """Final states [B, T, D] -> logits [B, T, V]: final norm, output head (or ``head``), the model's logit cap."""
@@ -131,15 +140,22 @@ def _windows(config: Any) -> list[int | None]:
     return [known[kind] for kind in kinds]
 
 
-class _Bridge(Cache):
-    """Hands our cache to HF attention layers."""
+class _Filled(Exception):
+    """A layer has handed over its keys and values, which was all that was wanted of it."""
 
-    def __init__(self, cache: KVCache) -> None:
+
+class _Bridge(Cache):
+    """Hands our cache to HF attention layers. only_fill: a layer ends there, by ``_Filled``."""
+
+    def __init__(self, cache: KVCache, only_fill: bool = False) -> None:
         super().__init__(layers=[])
-        self.kv = cache
+        self.kv, self.only_fill = cache, only_fill
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        return self.kv.append(layer_idx, key_states, value_states)
+        views = self.kv.append(layer_idx, key_states, value_states)
+        if self.only_fill:
+            raise _Filled
+        return views
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.kv.lengths[layer_idx]
@@ -180,7 +196,10 @@ class _Gate(nn.Module):
             if self.index in call.taps:
                 call.taps[self.index] = hidden
             args, kwargs = owner.with_mask(self.index, args, kwargs, call.mask)
-            out = self.__dict__["inner"](hidden, *args, **kwargs)
+            try:
+                out = self.__dict__["inner"](hidden, *args, **kwargs)
+            except _Filled:
+                out = (hidden,) if owner.tuples else hidden
             hidden = out[0] if isinstance(out, tuple) else out
             owner.tuples = isinstance(out, tuple)
             if self.index == call.hi - 1:
@@ -248,17 +267,13 @@ class ReferenceTarget(Target):
         if lo >= hi:
             return x
         call = _Pass(x, lo, hi, mask, taps)
-        ids = positions.new_zeros(x.shape[:2])
-        with self._gates(call), self._adapt(adapters, lo, hi, adapted, x.shape[0]):
-            self.base(
-                input_ids=ids,
-                position_ids=positions,
-                attention_mask=self._any_mask(ids),
-                cache=_Bridge(cache),
-                use_cache=True,
-            )
+        with self._adapt(adapters, lo, hi, adapted, x.shape[0]):
+            self._run(call, positions, _Bridge(cache))
         assert call.result is not None
         return call.result
+
+    def fill(self, x: Tensor, lo: int, positions: Tensor, mask: Mask, cache: KVCache) -> None:
+        self._run(_Pass(x, lo, self.num_layers, mask, None), positions, _Bridge(cache, only_fill=True))
 
     def sublayer(self, x: Tensor, layer: int, part: Part, positions: Tensor, mask: Mask, cache: KVCache) -> Tensor:
         other = "mlp" if part == "attention" else "attention"
@@ -304,6 +319,18 @@ class ReferenceTarget(Target):
         return {path: size for path, size in found.items() if "expert" not in path and "router" not in path}
 
     # -- how it is done -----------------------------------------------------------------------------------------
+
+    def _run(self, call: _Pass, positions: Tensor, bridge: _Bridge) -> None:
+        """Put ``call`` through the model, its layers as gates."""
+        ids = positions.new_zeros(positions.shape)
+        with self._gates(call):
+            self.base(
+                input_ids=ids,
+                position_ids=positions,
+                attention_mask=self._any_mask(ids),
+                cache=bridge,
+                use_cache=True,
+            )
 
     @contextmanager
     def _gates(self, call: _Pass) -> Iterator[None]:
