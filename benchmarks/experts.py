@@ -1,0 +1,232 @@
+"""Expert loading compared: arms at one byte budget, interleaved prompt by prompt; tables, a plot, JSON.
+
+    specdec pack-experts MODEL DIR --fit answers.jsonl.gz
+    python benchmarks/experts.py --model MODEL --folder DIR --answers answers.jsonl.gz --json out.json --plot out.png
+
+Slow memory is emulated (a declared bandwidth, one transfer at a time); its speed is the ratio of loading what a
+token needs of a layer (k experts) to computing that layer; computing is timed with all experts resident, in the same
+run. Every arm must give the same tokens, and an offline replay of each arm's demands and prefetches must arrive at the
+engine's own counters, or the script fails. ``in time`` is the share of demanded experts that were there when asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from dataclasses import asdict
+from io import TextIOWrapper
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from specdec import SpecDecoder, hub
+from specdec.experts import predict
+from specdec.experts.control import Controller
+from specdec.experts.offload import ExpertOptions, Offload
+from specdec.experts.replay import MACHINES, OLMOE, replay, seconds_per_token
+from specdec.experts.store import Counters, ExpertStore
+from specdec.experts.tiers import EmulatedTier
+from specdec.train.data import Answer, read
+
+ARMS = ("resident", "on-demand", "lru", "previous-token", "residual", "m2r2", "oracle", "shuffled")
+MAIN = ("on-demand", "lru", "previous-token", "residual", "m2r2", "oracle", "shuffled")
+
+
+class Arm:
+    """One way to hold the experts: a store, a predictor and a controller, put under the model for one request."""
+
+    def __init__(self, name: str, owner: Offload, share: float, predictor: Any, adaptive: bool, eviction: str) -> None:
+        eviction = "none" if name == "on-demand" else eviction
+        self.name, self.predictor, self.adaptive, self.eviction = name, predictor, adaptive, eviction
+        tier = EmulatedTier(owner.folder, owner.index, 1e12)
+        self.tier, self.runs = tier, list[dict[str, Any]]()
+        self.store = ExpertStore(owner.index, tier, 1.0 if name == "resident" else share, owner.top_k, eviction)
+        self.store.trace = []
+
+    def run(self, decoder: SpecDecoder, prompt: list[int], tokens: int, bandwidth: float) -> list[int]:
+        owner = decoder.target.experts
+        assert owner is not None and self.store.trace is not None
+        self.tier.bandwidth = bandwidth
+        owner.store, owner.predictor, owner.controller = self.store, self.predictor, Controller(self.adaptive)
+        out = decoder.generate(prompt, max_new_tokens=tokens, ignore_eos=True)
+        m = out.metrics
+        self.runs.append(m.experts | {"ms_per_token": 1e3 * m.decode_seconds / (m.num_new_tokens - 1)})
+        return out.token_ids
+
+    def figures(self) -> dict[str, float]:
+        return {name: statistics.mean(run[name] for run in self.runs) for name in self.runs[0]}
+
+    def check(self) -> None:
+        """The engine's counters against a replay of all it was asked for."""
+        if self.eviction == "none":
+            return
+        assert self.store.trace is not None
+        same, own = replay(self.store.trace, len(self.store.caches[0].slots), self.eviction), self.store.counters
+        ours = (own.demanded, own.hits, own.prefetched, own.evictions, own.unused)
+        assert (same.demanded, same.hits, same.prefetched, same.evictions, same.unused) == ours, self.name
+
+
+def make(owner: Offload, share: float, names: list[str], args: argparse.Namespace, oracle: predict.Oracle) -> list[Arm]:
+    rows, experts = len(owner.layers), owner.index.num_experts
+    leaps = lambda: predict.read_leaps(args.folder, owner.fingerprint, experts, owner.index.hidden)  # noqa: E731
+    made = {
+        "previous-token": lambda: predict.PreviousToken(rows, experts),
+        "residual": lambda: predict.residual(owner.layers),
+        "m2r2": leaps,
+        "oracle": lambda: oracle,
+        "shuffled": lambda: predict.Shuffled(leaps(), rows, experts),
+    }
+    return [Arm(name, owner, share, made.get(name, lambda: None)(), args.adaptive, args.eviction) for name in names]
+
+
+def compare(decoder: SpecDecoder, arms: list[Arm], prompts: list[list[int]], tokens: int, bandwidth: float) -> None:
+    for arm in arms:
+        arm.runs.clear()
+    for prompt in prompts:
+        first = None
+        for arm in arms:
+            ids = arm.run(decoder, prompt, tokens, bandwidth)
+            first = ids if first is None else first
+            assert ids == first, f"{arm.name} changed the tokens"
+    for arm in arms:
+        arm.check()
+
+
+def show(console: Console, title: str, arms: list[Arm]) -> dict[str, dict[str, float]]:
+    found = {arm.name: arm.figures() for arm in arms}
+    slow, best = found.get("on-demand"), found.get("oracle")
+    table = Table(title=title)
+    for column in ("arm", "ms/token", "x on demand", "of oracle", "hits", "in time", "stall ms", "MB/token", "unused"):
+        table.add_column(column, justify="left" if column == "arm" else "right")
+    for name, f in found.items():
+        table.add_row(
+            name,
+            f"{f['ms_per_token']:.1f}",
+            f"{slow['ms_per_token'] / f['ms_per_token']:.2f}" if slow else "",
+            f"{best['ms_per_token'] / f['ms_per_token']:.0%}" if best else "",
+            f"{f['hit_rate']:.1%}",
+            f"{f['in_time_rate']:.1%}",
+            f"{f['stall_ms_per_token']:.1f}",
+            f"{f['bytes_per_token'] / 1e6:.2f}",
+            f"{f['prefetch_unused'] / max(f['prefetched'], 1):.0%}",
+        )
+    console.print(table)
+    return found
+
+
+def project(console: Console, found: dict[str, dict[str, float]]) -> None:
+    """What the transfers measured here would cost a model of OLMoE's size."""
+    table = Table(title="OLMoE's size (16 x 64 experts of 12 MiB, top-8), computed from the transfers above: tokens/s")
+    for column in ("arm", *(machine.name for machine in MACHINES)):
+        table.add_column(column, justify="left" if column == "arm" else "right")
+    for name, f in found.items():
+        if name in MAIN:
+            prefetched, missed = f["prefetched"] / f["demanded"], 1 - f["hit_rate"]
+            rates = [1 / seconds_per_token(OLMOE, machine, missed, prefetched) for machine in MACHINES]
+            table.add_row(name, *(f"{rate:.1f}" for rate in rates))
+    console.print(table)
+
+
+def keep(path: Path | None, result: dict[str, Any]) -> None:
+    if path is not None:
+        path.write_text(json.dumps(result, default=str, indent=1) + "\n")
+
+
+def plot(path: Path, by_size: dict[float, dict[str, dict[str, float]]]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    sizes = sorted(by_size)
+    for name in MAIN[1:]:
+        label = {"lru": "LRU alone"}.get(name, f"LRU + {name}")
+        axes[0].plot(sizes, [100 * by_size[s][name]["in_time_rate"] for s in sizes], marker="o", label=label)
+        axes[1].plot(sizes, [1e3 / by_size[s][name]["ms_per_token"] for s in sizes], marker="o", label=label)
+    for axis, label in zip(axes, ("experts there in time, %", "tokens/s"), strict=True):
+        axis.set(xlabel="cache, share of all experts", ylabel=label)
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--folder", type=Path, required=True, help="of specdec pack-experts --fit")
+    parser.add_argument("--answers", type=Path, required=True, help="JSON lines with prompt_ids; every 8th row is used")
+    parser.add_argument("--prompts", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--cache", type=float, default=0.25)
+    parser.add_argument("--ratios", default="0.25,0.5,1,2,4")
+    parser.add_argument("--sizes", default="", help="cache sizes for the plot, such as 0.25,0.5,0.75; at ratio 1")
+    parser.add_argument("--eviction", default="lru", choices=("lru", "least-stale"))
+    parser.add_argument("--adaptive", action="store_true", help="let the controller turn prefetching off")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # a run that is cut short has shown what it had
+    model, tokenizer = hub.load(args.model)
+    options = ExpertOptions(1.0, "m2r2", args.folder)
+    decoder = SpecDecoder(model, tokenizer, "none", experts=options)
+    owner = decoder.target.experts
+    assert owner is not None
+    first = owner.store
+    rows = [row for row in read([args.answers]) if isinstance(row, Answer)]
+    prompts = [list(row.prompt_ids[-64:]) for row in rows[4 :: max(len(rows) // (args.prompts + 1), 1)]][: args.prompts]
+    oracle, console = predict.Oracle(owner.index.num_experts), Console(width=120)
+    result: dict[str, Any] = {"settings": vars(args), "ratios": {}, "sizes": {}}
+
+    resident, teacher = make(owner, 1.0, ["resident", "oracle"], args, oracle)
+    for _ in range(2):  # the first fills the cache
+        compare(decoder, [resident, teacher], prompts, args.tokens, 1e12)
+    layer = resident.figures()["ms_per_token"] / 1e3 / len(owner.layers)
+    demand = owner.top_k * owner.index.stride
+    console.print(
+        f"computing: {1e3 * layer:.3f} ms a layer, all experts resident; a token needs {demand / 1e6:.2f} MB of it"
+    )
+    result["layer_ms"] = 1e3 * layer
+    teacher.store.close()
+
+    arms = [resident, *make(owner, args.cache, list(MAIN), args, oracle)]
+    for ratio in map(float, filter(None, args.ratios.split(","))):
+        bandwidth = demand / (ratio * layer)
+        compare(decoder, arms, prompts, args.tokens, bandwidth)
+        title = f"cache {args.cache:.0%}, load/compute {ratio:g} (emulated {bandwidth / 1e9:.2f} GB/s)"
+        result["ratios"][ratio] = found = show(console, title, arms)
+        if ratio == 1:
+            project(console, found)
+        keep(args.json, result)
+    trace = next(arm for arm in arms if arm.name == "lru").store.trace or []
+    slots = len(arms[-1].store.caches[0].slots)
+    for policy in ("lru", "least-stale", "belady"):
+        result[f"replay_{policy}"] = rate = replay(trace, slots, policy).hit_rate
+        console.print(f"replay of the demands alone, prompts included, {policy}: {rate:.1%} hits")
+    for arm in arms[1:]:
+        arm.store.close()
+    for share in map(float, filter(None, args.sizes.split(","))):
+        some = make(owner, share, list(MAIN[1:]), args, oracle)
+        compare(decoder, some, prompts, args.tokens, demand / layer)
+        result["sizes"][share] = show(console, f"cache {share:.0%}, load/compute 1", some)
+        for arm in some:
+            arm.store.close()
+        if args.plot is not None:
+            plot(args.plot, result["sizes"])
+        keep(args.json, result)
+    resident.store.close()
+    owner.store = first
+    decoder.close()
+    assert asdict(first.counters.since(Counters()))["failed"] == 0
+
+
+if __name__ == "__main__":
+    main()
