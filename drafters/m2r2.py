@@ -199,6 +199,7 @@ class M2R2(nn.Module):
     def freeze(self, target: Target) -> None:
         """Prepare for drafting: parameters in the target's dtype and place, leaps in their fastest storage."""
         self.to(target.device, target.dtype).requires_grad_(False).eval()
+        self.adapters.coarse = True
         leaps = [leap for leap in self.leaps if isinstance(leap, nn.Linear)]
         self.frozen = [kernels.frozen_of_units(leap.weight, leap.bias) for leap in leaps]
 

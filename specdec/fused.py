@@ -67,7 +67,6 @@ class FusedTarget(Target):
 
     weights: "dense" (as loaded) or "int4". The base is then the rounded model; blocks of many rows (prompts, large
     trees) run on its 16-bit form, which is the model's own parameters.
-    ``spread``: the difference from the model's own logits in the self-check, relative to the largest logit.
     Raises SpecDecError for models it does not know or does not reproduce; the reference runtime may still take them.
     """
 
@@ -100,7 +99,7 @@ class FusedTarget(Target):
         if weights == "int4":
             for weight, _ in (pair for layer in self._weights for pair in layer.values()):
                 kernels.check_int4(weight)  # before any of them is rounded
-            self.runtime = "fused int4"
+            self.runtime, self.storage = "fused int4", "4 bits, rounded"
             self.fast_rows, self._make_fast = kernels.INT4_ROWS, kernels.int4
         else:
             self.fast_rows, self._make_fast = self.packed_rows, kernels.packed

@@ -145,16 +145,16 @@ def packed_silu_gated(weight: Tensor, bias: Tensor | None = None) -> Linear:
 
 
 def frozen(weight: Tensor, bias: Tensor | None = None) -> Linear:
-    """For weights that no longer change: in the fastest storage at one row."""
+    """For weights of a drafter that no longer change: in the fastest storage at one row, which may round."""
     if native.serves(weight):
-        return native.Packed(weight, bias)
+        return native.Packed(weight, bias, coarse=True)
     return (packed if 1 in packed_rows(weight.dtype, weight.device) else dense)(weight.detach(), bias)
 
 
 def frozen_of_units(weight: Tensor, bias: Tensor | None = None) -> Callable[[Sequence[Tensor]], Tensor]:
-    """``linear(cat(parts, each divided by its RMS))`` for weights that no longer change, in their fastest storage."""
+    """``linear(cat(parts, each divided by its RMS))``, likewise."""
     if native.serves(weight):
-        packed_ = native.Packed(weight, bias)
+        packed_ = native.Packed(weight, bias, coarse=True)
         return lambda parts: packed_.of_units(parts, UNIT_EPS)
     linear = frozen(weight, bias)
     return lambda parts: linear(torch.cat([rms_unit(part) for part in parts], -1))

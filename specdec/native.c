@@ -8,7 +8,8 @@
  * nor on the cache slots of a tree's branches.
  *
  * Layouts, for blocks of 16 tokens ("lanes"): FM, feature-major floats f[features][16]; VN, pairs of bf16
- * v[features / 2][16], what the tile products read. Knows nothing of Python, models' names, or drafting.
+ * v[features / 2][16], what the tile products read; QN, its form for I8 maps, quads of int8 q[features / 4][16], and then
+ * each lane's scale. Drafts need not be exact: their maps may be I8, whose products need no unpacking. Knows nothing of Python, models' names, or drafting.
  */
 #include <stdint.h>
 #include <stdlib.h>
@@ -25,11 +26,11 @@
 int omp_get_thread_num(void);
 int omp_get_num_threads(void);
 
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,f16c,fma,avx2,amx-tile,amx-bf16")
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,f16c,fma,avx2,amx-tile,amx-bf16,amx-int8")
 
-enum { BF16 = 0, Q8 = 1, Q4 = 2 };
+enum { BF16 = 0, Q8 = 1, Q4 = 2, I8 = 3 }; /* I8: for drafts; both sides of the product are rounded to 8 bits */
 enum { MOST_BLOCKS = 4, RING = 8, AHEAD = 2, PREFETCH = 4096 };
-static const int TILE_BYTES[3] = {1024, 32 + 512, 64 + 256}; /* 16 x 32: bf16 | scales f16[16], int8 | scales, lows, nibbles */
+static const int TILE_BYTES[4] = {1024, 32 + 512, 64 + 256, 1024}; /* 16 x 32: bf16 | scales f16[16], int8 | scales, lows, nibbles; I8: 16 x 64 */
 
 typedef uint16_t bf16;
 typedef __m512 F;
@@ -38,6 +39,7 @@ typedef struct {       /* y = W x (+ bias) */
     int32_t kind, out, in, unused; /* out: multiple of 16; in: multiple of 32 */
     const uint8_t *tiles; /* [out / 16][in / 32] */
     const float *bias;    /* [out] or NULL */
+    const float *scale;   /* I8: [out] */
 } Map;
 
 typedef struct {       /* low-rank terms beside a map: y += up (down x) */
@@ -251,7 +253,67 @@ static void amx_product(int kind, const uint8_t *tiles, int count, const uint8_t
 #undef MULTIPLY
 }
 
-/* The same without AMX. */
+/* The same for int8 tiles and QN, times the scales of both. */
+static void i8_product(const uint8_t *tiles, int count, const uint8_t *x, int64_t stride, int blocks, const float *scale,
+                       float *sums) {
+    int32_t *whole = (int32_t *)sums;
+    _tile_zero(0);
+    if (blocks > 1) _tile_zero(1);
+    if (blocks > 2) _tile_zero(2);
+    if (blocks > 3) _tile_zero(3);
+    for (int k = 0; k < count; k++) {
+        const uint8_t *tile = tiles + 1024 * (int64_t)k, *lanes = x + 1024 * (int64_t)k;
+        for (int i = 0; i < 1024; i += 64) _mm_prefetch((const char *)tile + PREFETCH + i, _MM_HINT_T0);
+        _tile_loadd(4, tile, 64);
+        _tile_loadd(5, lanes, 64);
+        _tile_dpbssd(0, 4, 5);
+        if (blocks > 1) { _tile_loadd(6, lanes + stride, 64); _tile_dpbssd(1, 4, 6); }
+        if (blocks > 2) { _tile_loadd(5, lanes + 2 * stride, 64); _tile_dpbssd(2, 4, 5); }
+        if (blocks > 3) { _tile_loadd(6, lanes + 3 * stride, 64); _tile_dpbssd(3, 4, 6); }
+    }
+    _tile_stored(0, whole, 64);
+    if (blocks > 1) _tile_stored(1, whole + 256, 64);
+    if (blocks > 2) _tile_stored(2, whole + 512, 64);
+    if (blocks > 3) _tile_stored(3, whole + 768, 64);
+    for (int b = 0; b < blocks; b++) {
+        F lane = _mm512_loadu_ps((const float *)(x + b * stride + 1024 * (int64_t)count));
+        for (int o = 0; o < 16; o++) {
+            F v = _mm512_cvtepi32_ps(_mm512_load_si512(whole + 256 * b + 16 * o));
+            _mm512_store_ps(sums + 256 * b + 16 * o, _mm512_mul_ps(v, _mm512_mul_ps(lane, _mm512_set1_ps(scale[o]))));
+        }
+    }
+}
+
+/* Bytes of a block of QN. */
+static int64_t qn_bytes(int features) { return 16 * (int64_t)features + 64; }
+
+/* VN to QN: each lane by its largest value. */
+static void to_qn(const uint32_t *vn, int features, int blocks, uint8_t *qn) {
+    const __m512i upper = _mm512_set1_epi32((int)0xffff0000), byte = _mm512_set1_epi32(255);
+    for (int b = 0; b < blocks; b++, vn += 8 * features, qn += qn_bytes(features)) {
+        __m512i most = _mm512_setzero_si512(); /* without their signs, floats order as integers do */
+        for (int i = 0; i < features / 2; i++) {
+            __m512i pair = _mm512_load_si512(vn + 16 * i);
+            most = _mm512_max_epi32(most, _mm512_and_si512(_mm512_slli_epi32(pair, 16), _mm512_set1_epi32(0x7fffffff)));
+            most = _mm512_max_epi32(most, _mm512_and_si512(pair, _mm512_set1_epi32(0x7fff0000)));
+        }
+        F largest = _mm512_max_ps(_mm512_castsi512_ps(most), _mm512_set1_ps(1e-20f));
+        F inverse = _mm512_div_ps(_mm512_set1_ps(127.0f), largest);
+#define WHOLE(bits) _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_castsi512_ps(bits), inverse))
+        for (int i = 0; i < features / 4; i++) {
+            __m512i p = _mm512_load_si512(vn + 32 * i), q = _mm512_load_si512(vn + 32 * i + 16);
+            __m512i low = _mm512_or_si512(_mm512_and_si512(WHOLE(_mm512_slli_epi32(p, 16)), byte),
+                                          _mm512_slli_epi32(_mm512_and_si512(WHOLE(_mm512_and_si512(p, upper)), byte), 8));
+            __m512i high = _mm512_or_si512(_mm512_and_si512(WHOLE(_mm512_slli_epi32(q, 16)), byte),
+                                           _mm512_slli_epi32(_mm512_and_si512(WHOLE(_mm512_and_si512(q, upper)), byte), 8));
+            _mm512_store_si512(qn + 64 * (int64_t)i, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+        }
+#undef WHOLE
+        _mm512_store_ps((float *)(qn + 16 * (int64_t)features), _mm512_mul_ps(largest, _mm512_set1_ps(1 / 127.0f)));
+    }
+}
+
+/* amx_product without AMX. */
 static void add_tile(const uint8_t *rows, const uint8_t *x, float *sums) {
     F acc[16];
     for (int o = 0; o < 16; o++) acc[o] = _mm512_loadu_ps(sums + 16 * o);
@@ -280,8 +342,8 @@ static void avx_product(int kind, const uint8_t *tiles, int count, const uint8_t
             add_tile(tiles2 + 1024 * (int64_t)k, x2 + b * stride2 + 1024 * (int64_t)k, sums + 256 * b);
 }
 
-/* The sums of output tile `t` of `map` (and `low`, on `down_x`, its rank's activations) for `blocks` blocks of VN `x`,
- * bias added. */
+/* The sums of output tile `t` of `map` (and `low`, on `down_x`, its rank's activations) for `blocks` blocks of VN (for
+ * an I8 map QN) `x`, bias added. */
 static void product(const Map *map, const LowRank *low, int t, const uint32_t *x, const uint32_t *down_x, int blocks,
                     float *sums) {
     int count = map->in / 32, count2 = 0;
@@ -294,7 +356,10 @@ static void product(const Map *map, const LowRank *low, int t, const uint32_t *x
         stride2 = 32 * (int64_t)low->down.out;
     }
     const uint8_t *tiles = map->tiles + TILE_BYTES[map->kind] * (int64_t)count * t;
-    (has_amx ? amx_product : avx_product)(map->kind, tiles, count, (const uint8_t *)x, 32 * (int64_t)map->in, up, count2, x2,
+    if (map->kind == I8)
+        i8_product(map->tiles + 16 * (int64_t)map->in * t, map->in / 64, (const uint8_t *)x, qn_bytes(map->in), blocks,
+                   map->scale + 16 * t, sums);
+    else (has_amx ? amx_product : avx_product)(map->kind, tiles, count, (const uint8_t *)x, 32 * (int64_t)map->in, up, count2, x2,
                                           stride2, blocks, sums);
     if (map->bias)
         for (int b = 0; b < blocks; b++)
@@ -302,6 +367,17 @@ static void product(const Map *map, const LowRank *low, int t, const uint32_t *x
                 float *row = sums + 256 * b + 16 * o;
                 _mm512_store_ps(row, _mm512_add_ps(_mm512_load_ps(row), _mm512_set1_ps(map->bias[16 * t + o])));
             }
+}
+
+/* What `map` reads of VN `x`: itself, or its QN in `scratch`. And that from block `b` on. */
+static const uint32_t *input_of(const Map *map, const uint32_t *x, int blocks, uint8_t *scratch) {
+    if (map->kind != I8) return x;
+    to_qn(x, map->in, blocks, scratch);
+    return (const uint32_t *)scratch;
+}
+
+static inline const uint32_t *from_block(const Map *map, const uint32_t *x, int b) {
+    return x + b * (map->kind == I8 ? qn_bytes(map->in) / 4 : 8 * (int64_t)map->in);
 }
 
 /* -- parts of a layer --------------------------------------------------------------------------------------------- */
@@ -490,7 +566,7 @@ static void add_product(Pass *p, const Map *map, const LowRank *low, const uint3
         int blocks = p->blocks - b0 < MOST_BLOCKS ? p->blocks - b0 : MOST_BLOCKS;
         for (int t = from; t < to; t++) {
             const uint32_t *low_x = low ? ranked + (int64_t)b0 * low->down.out * 8 : NULL;
-            product(map, low, t, in + (int64_t)b0 * map->in * 8, low_x, blocks, sums);
+            product(map, low, t, from_block(map, in, b0), low_x, blocks, sums);
             for (int b = 0; b < blocks; b++)
                 for (int o = 0; o < 16; o++) {
                     float *x = p->x + ((int64_t)(b0 + b) * map->out + 16 * t + o) * 16;
@@ -500,7 +576,7 @@ static void add_product(Pass *p, const Map *map, const LowRank *low, const uint3
     }
 }
 
-static void run_layer(Pass *p, int index, uint32_t *normed, float *scores, int me, int n) {
+static void run_layer(Pass *p, int index, uint32_t *normed, float *scores, uint8_t *coarse, int me, int n) {
     const Model *m = p->m;
     const Call *c = p->c;
     const Layer *layer = m->layers + index;
@@ -512,12 +588,13 @@ static void run_layer(Pass *p, int index, uint32_t *normed, float *scores, int m
     for (int b = 0; b < p->blocks; b++) /* every thread for itself: cheaper than waiting for each other */
         norm(p->x + (int64_t)b * m->hidden * 16, layer->norm_in, m->hidden, m->eps, normed + (int64_t)b * m->hidden * 8);
     rank_down(p, LOW(0), normed, p->ranked[0], me, n);
+    const uint32_t *seen = input_of(&layer->qkv, normed, p->blocks, coarse);
     share(total * d / 16, me, n, &from, &to);
     for (int b0 = 0; b0 < p->blocks; b0 += MOST_BLOCKS) {
         int blocks = p->blocks - b0 < MOST_BLOCKS ? p->blocks - b0 : MOST_BLOCKS;
         for (int t = from; t < to; t++) {
             const uint32_t *low_x = low && low[0].ks ? p->ranked[0] + (int64_t)b0 * low[0].down.out * 8 : NULL;
-            product(&layer->qkv, LOW(0), t, normed + (int64_t)b0 * m->hidden * 8, low_x, blocks, sums);
+            product(&layer->qkv, LOW(0), t, from_block(&layer->qkv, seen, b0), low_x, blocks, sums);
             for (int b = 0; b < blocks; b++)
                 memcpy(p->qkv + ((int64_t)(b0 + b) * total * d + 16 * t) * 16, sums + 256 * b, 1024);
         }
@@ -567,17 +644,19 @@ static void run_layer(Pass *p, int index, uint32_t *normed, float *scores, int m
     sync_threads(&p->barrier, n);
 
     rank_down(p, LOW(1), p->attended, p->ranked[1], me, n);
-    add_product(p, &layer->out, LOW(1), p->attended, p->ranked[1], me, n);
+    seen = input_of(&layer->out, p->attended, p->blocks, coarse);
+    add_product(p, &layer->out, LOW(1), seen, p->ranked[1], me, n);
     sync_threads(&p->barrier, n);
 
     for (int b = 0; b < p->blocks; b++)
         norm(p->x + (int64_t)b * m->hidden * 16, layer->norm_mlp, m->hidden, m->eps, normed + (int64_t)b * m->hidden * 8);
     rank_down(p, LOW(2), normed, p->ranked[0], me, n);
+    seen = input_of(&layer->gate_up, normed, p->blocks, coarse);
     share(m->inner / 16, me, n, &from, &to);
     for (int b0 = 0; b0 < p->blocks; b0 += MOST_BLOCKS) {
         int blocks = p->blocks - b0 < MOST_BLOCKS ? p->blocks - b0 : MOST_BLOCKS;
         for (int t = from; t < to; t++) {
-            const uint32_t *x = normed + (int64_t)b0 * m->hidden * 8;
+            const uint32_t *x = from_block(&layer->gate_up, seen, b0);
             const uint32_t *low_x = low && low[2].ks ? p->ranked[0] + (int64_t)b0 * low[2].down.out * 8 : NULL;
             product(&layer->gate_up, LOW(2), 2 * t, x, low_x, blocks, gate);
             product(&layer->gate_up, LOW(2), 2 * t + 1, x, low_x, blocks, sums);
@@ -597,7 +676,8 @@ static void run_layer(Pass *p, int index, uint32_t *normed, float *scores, int m
     sync_threads(&p->barrier, n);
 
     rank_down(p, LOW(3), p->inner, p->ranked[1], me, n);
-    add_product(p, &layer->down, LOW(3), p->inner, p->ranked[1], me, n);
+    seen = input_of(&layer->down, p->inner, p->blocks, coarse);
+    add_product(p, &layer->down, LOW(3), seen, p->ranked[1], me, n);
     sync_threads(&p->barrier, n);
 #undef LOW
 }
@@ -639,8 +719,11 @@ int specdec_layers(const Model *m, const Call *c) {
     p.ranked[1] = room(32 * blocks * (p.ranks + 2));
     p.queries = room(2 * (size_t)p.rows * m->heads * m->head_dim);
     p.visible = calloc((size_t)c->windows, sizeof *p.visible);
-    /* By thread: the normed block, attention's scores. */
-    size_t normed = (32 * blocks * m->hidden + 63) / 64 * 64, own = normed + 64 * ((size_t)p.slots + 16);
+    /* By thread: the normed block, attention's scores, QN of the widest input. */
+    size_t widest = m->inner > m->hidden ? m->inner : m->hidden;
+    if (widest < (size_t)m->heads * m->head_dim) widest = (size_t)m->heads * m->head_dim;
+    size_t normed = (32 * blocks * m->hidden + 63) / 64 * 64, scored = normed + 64 * ((size_t)p.slots + 16);
+    size_t own = scored + blocks * qn_bytes((int)widest);
     uint8_t *scratch = room(own * threads);
     failed = !(p.x && p.qkv && p.cos && p.sin && p.attended && p.inner && p.ranked[0] && p.ranked[1] && p.queries && p.visible && scratch);
     for (int w = 0; !failed && w < c->windows; w++)
@@ -666,7 +749,7 @@ int specdec_layers(const Model *m, const Call *c) {
                     share(p.rows, me, n, &from, &to);
                     from_blocks(p.x, from, to, m->hidden, c->taps[index]);
                 }
-                run_layer(&p, index, (uint32_t *)mine, (float *)(mine + normed), me, n);
+                run_layer(&p, index, (uint32_t *)mine, (float *)(mine + normed), mine + scored, me, n);
             }
             int from, to;
             share(p.rows, me, n, &from, &to);
@@ -688,7 +771,8 @@ int specdec_linear(const Map *map, const float *weight, float eps, const bf16 *c
     int blocks = (rows + 15) / 16, features = map->in, piece = features / parts;
     float *fm = room(64 * (size_t)blocks * piece);
     uint32_t *vn = room(32 * (size_t)blocks * features);
-    if (fm && vn) {
+    uint8_t *qn = room(blocks * qn_bytes(features));
+    if (fm && vn && qn) {
         for (int part = 0; part < parts; part++) {
             to_blocks(x[part], rows, piece, fm);
             for (int b = 0; b < blocks; b++) {
@@ -700,6 +784,7 @@ int specdec_linear(const Map *map, const float *weight, float eps, const bf16 *c
                         _mm512_store_si512(to + 8 * i, paired(_mm512_load_ps(from + 16 * i), _mm512_load_ps(from + 16 * i + 16)));
             }
         }
+        const uint32_t *seen = input_of(map, vn, blocks, qn);
 #pragma omp parallel num_threads(threads)
         {
             float sums[MOST_BLOCKS * 256] __attribute__((aligned(64)));
@@ -710,7 +795,7 @@ int specdec_linear(const Map *map, const float *weight, float eps, const bf16 *c
             for (int b0 = 0; b0 < blocks; b0 += MOST_BLOCKS) {
                 int some = blocks - b0 < MOST_BLOCKS ? blocks - b0 : MOST_BLOCKS;
                 for (int t = from; t < to; t++) {
-                    product(map, NULL, t, vn + (int64_t)b0 * features * 8, NULL, some, sums);
+                    product(map, NULL, t, from_block(map, seen, b0), NULL, some, sums);
                     int left = width - 16 * t;
                     __mmask16 mask = left >= 16 ? 0xffff : (__mmask16)((1 << (left > 0 ? left : 0)) - 1);
                     for (int r = 16 * b0; r < 16 * (b0 + some) && r < rows; r++) {
@@ -722,8 +807,8 @@ int specdec_linear(const Map *map, const float *weight, float eps, const bf16 *c
             leave_tiles();
         }
     }
-    int failed = !(fm && vn);
-    free(fm), free(vn);
+    int failed = !(fm && vn && qn);
+    free(fm), free(vn), free(qn);
     return failed ? -1 : 0;
 }
 
@@ -876,8 +961,23 @@ int specdec_pack(int kind, int rounding, bf16 *weights, int out, int in, uint8_t
     return good;
 }
 
-/* Bytes of a tile of `kind`, 0 for an unknown one. */
-int specdec_tile_bytes(int kind) { return kind >= BF16 && kind <= Q4 ? TILE_BYTES[kind] : 0; }
+/* Round bf16 weights [out, in] to I8 tiles and a scale per row; rows up to the next multiple of 16 are zero. */
+void specdec_pack_i8(const bf16 *weights, int out, int in, uint8_t *tiles, float *scale, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (int row = 0; row < (out + 15) / 16 * 16; row++) {
+        float most = 0;
+        const bf16 *source = weights + (int64_t)row * in;
+        for (int i = 0; row < out && i < in; i++) most = __builtin_fmaxf(most, __builtin_fabsf(widen(source[i])));
+        scale[row] = most / 127;
+        for (int i = 0; i < in; i++) {
+            float v = most > 0 ? __builtin_rintf(widen(source[i]) * (127 / most)) : 0;
+            tiles[16 * (int64_t)in * (row / 16) + 1024 * (i / 64) + 64 * (row % 16) + i % 64] = (uint8_t)(int8_t)v;
+        }
+    }
+}
+
+/* Bytes of a tile of `kind`, 0 for one that this CPU does not have. */
+int specdec_tile_bytes(int kind) { return kind >= BF16 && kind < I8 + has_amx ? TILE_BYTES[kind] : 0; }
 
 /* Ask for large pages for memory that will be read in whole, again and again. */
 void specdec_large_pages(void *memory, int64_t bytes) {
@@ -894,7 +994,7 @@ int specdec_open(int most) {
           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bf16")))
         return 0;
     if (most < 2 || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return most < 1 ? 0 : 1;
-    int tiles = d >> 22 & 1 && d >> 24 & 1;            /* AMX-BF16, AMX-TILE */
+    int tiles = d >> 22 & 1 && d >> 24 & 1 && d >> 25 & 1; /* AMX-BF16, AMX-TILE, AMX-INT8 */
     if (tiles) tiles = syscall(SYS_arch_prctl, 0x1023, 18) == 0; /* ARCH_REQ_XCOMP_PERM: tile data */
     has_amx = tiles;
     return tiles ? 2 : 1;

@@ -18,12 +18,15 @@ from torch import Tensor
 
 from specdec.errors import SpecDecError
 
-BF16, Q8, Q4 = 0, 1, 2  # as in native.c
+BF16, Q8, Q4, I8 = 0, 1, 2, 3  # as in native.c
 POINTER, INT = ctypes.c_void_p, ctypes.c_int32
 
 
 class Map(ctypes.Structure):
-    _fields_ = (("kind", INT), ("out", INT), ("inp", INT), ("unused", INT), ("tiles", POINTER), ("bias", POINTER))
+    _fields_ = (
+        *((name, INT) for name in ("kind", "out", "inp", "unused")),
+        *((name, POINTER) for name in ("tiles", "bias", "scale")),
+    )
 
 
 class LowRank(ctypes.Structure):
@@ -69,6 +72,7 @@ def library() -> Any:
         raise SpecDecError("the native runtime needs an x86 CPU with AVX-512 BF16")
     found.specdec_large_pages.argtypes = (POINTER, ctypes.c_int64)
     found.specdec_pack.argtypes = (INT, INT, POINTER, INT, INT, POINTER, INT)
+    found.specdec_pack_i8.argtypes = (POINTER, INT, INT, POINTER, POINTER, INT)
     found.specdec_linear.argtypes = (POINTER, POINTER, ctypes.c_float, POINTER, INT, INT, POINTER, INT, INT)
     found.specdec_layers.argtypes = (POINTER, POINTER)
     return found
@@ -102,11 +106,18 @@ class Packed:
     """A linear map ``x W.T + bias`` in tiles. weight: bf16 [out, in]; kinds: storage to try, in order, before bf16.
 
     rounding: the first of ``kinds`` is used even if it is not exact; ``weight`` is then rounded in place.
+    coarse: for drafts, which need not be exact: weights, and what they are multiplied with, are rounded to 8 bits where
+        this CPU has such products.
     Raises SpecDecError if ``in`` is not a multiple of 32.
     """
 
     def __init__(
-        self, weight: Tensor, bias: Tensor | None = None, kinds: Sequence[int] = (), rounding: bool = False
+        self,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        kinds: Sequence[int] = (),
+        rounding: bool = False,
+        coarse: bool = False,
     ) -> None:
         lib, (out, inp) = library(), weight.shape
         if inp % 32:
@@ -114,17 +125,23 @@ class Packed:
         weight = weight.detach()
         source = weight.contiguous()
         columns, self.width, self.inp = inp // 32, out, inp
-        for kind in (*kinds, BF16):
-            tiles = _arena.look(-(-out // 16) * columns * lib.specdec_tile_bytes(kind))
-            threads = torch.get_num_threads()
-            if lib.specdec_pack(kind, rounding, source.data_ptr(), out, inp, tiles.data_ptr(), threads):
-                break
+        threads, scale = torch.get_num_threads(), None
+        if coarse and inp % 64 == 0 and lib.specdec_tile_bytes(I8):
+            kind, scale = I8, torch.empty(-(-out // 16) * 16)
+            tiles = _arena.look(-(-out // 16) * 16 * inp)
+            lib.specdec_pack_i8(source.data_ptr(), out, inp, tiles.data_ptr(), scale.data_ptr(), threads)
+        else:
+            for kind in (*kinds, BF16):
+                tiles = _arena.look(-(-out // 16) * columns * lib.specdec_tile_bytes(kind))
+                if lib.specdec_pack(kind, rounding, source.data_ptr(), out, inp, tiles.data_ptr(), threads):
+                    break
         _arena.take(tiles.numel())
         if rounding and source is not weight:
             weight.copy_(source)
         self.kind, self.tiles = kind, tiles
         self.bias = None if bias is None else F.pad(bias.detach().float(), (0, -out % 16)).contiguous()
-        self.struct = Map(kind, -(-out // 16) * 16, inp, 0, tiles.data_ptr(), pointer(self.bias))
+        self.scale = scale
+        self.struct = Map(kind, -(-out // 16) * 16, inp, 0, tiles.data_ptr(), pointer(self.bias), pointer(scale))
 
     def __call__(self, x: Tensor, norm: Tensor | None = None, eps: float = 0.0) -> Tensor:
         """bf16 [..., in] -> [..., out]; with ``eps`` after an RMS norm with weight ``norm`` [in] (float32)."""

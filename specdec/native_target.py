@@ -29,7 +29,9 @@ NAMES = {BF16: "16 bits", Q8: "8 bits", Q4: "4 bits"}
 
 
 class NativeTarget(Target):
-    """The native runtime. No gradients. A token's result does not depend on what else is in its pass, to the last bit.
+    """The native runtime. No gradients. What drafts alone see (merged adapters marked ``coarse``, reduced heads) is
+    rounded to 8 bits where that is faster; all else is bf16, and a token's result does not depend on what else is in
+    its pass, to the last bit.
 
     weights: "auto" (in 4 or 8 bits where they hold the values exactly, else bf16), "dense" (bf16), "int8" or "int4"
     (layers rounded where need be; ``model`` is rounded with them: it is the base).
@@ -70,15 +72,19 @@ class NativeTarget(Target):
         self.final_norm, self.eps = decoder.norm.weight.detach().float(), float(decoder.norm.variance_epsilon)
         scale = float(first.self_attn.scaling)
         sizes = self.hidden_size, self.heads, self.kv_heads, self.head_dim, self.inner, 2 * rotated
-        self._model = native.Model(*sizes, self.eps, scale, ctypes.addressof(self._layers))
+        self._sizes = (*sizes, self.eps, scale)
+        self._model = native.Model(*self._sizes, ctypes.addressof(self._layers))
         self.kinds_of_windows = sorted(set(self.windows), key=str)
         self._window = (INT * self.num_layers)(*(self.kinds_of_windows.index(w) for w in self.windows))
         self.embedding: Tensor = decoder.embed_tokens.weight.detach()
         self._heads: WeakKeyDictionary[nn.Module, Packed] = WeakKeyDictionary()
         self._adapted: WeakKeyDictionary[Adapters, dict[int, Any]] = WeakKeyDictionary()
+        self._coarse: WeakKeyDictionary[Adapters, dict[tuple[int, int], Any]] = WeakKeyDictionary()
         kinds = {getattr(layer, slot).kind for layer in self._layers for slot in ("qkv", "out", "gate_up", "down")}
         self.storage = NAMES[kinds.pop()] if len(kinds) == 1 else "16 bits or less"
-        fused.check_logits(self)
+        if self.rounding:
+            self.storage += ", rounded where they had to be"
+        self.spread = fused.check_logits(self)
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         return F.embedding(ids, self.embedding)
@@ -116,7 +122,11 @@ class NativeTarget(Target):
         cos, sin = self._rotary(positions, mask)
         masks = [self._mask(mask, window) for window in self.kinds_of_windows]
         mask_table = (POINTER * len(masks))(*map(pointer, masks))
-        low = None if adapters is None else self._low_rank(adapters, lo, hi)
+        model, low = self._model, None
+        if adapters is not None and adapters.coarse and adapted is None:
+            model = self._merged(adapters, lo, hi)
+        elif adapters is not None:
+            low = self._low_rank(adapters, lo, hi)
         call = native.Call(
             *(batch, t, lo, hi, start, torch.get_num_threads(), 0 if adapted is None else adapted, len(masks)),
             *(y.data_ptr(), cos.data_ptr(), sin.data_ptr()),
@@ -126,14 +136,15 @@ class NativeTarget(Target):
             ctypes.addressof(tapped),
             None if low is None else ctypes.addressof(low),
         )
-        done(self.lib.specdec_layers(ctypes.byref(self._model), ctypes.byref(call)))
+        done(self.lib.specdec_layers(ctypes.byref(model), ctypes.byref(call)))
         return y
 
     def readout(self, x: Tensor, head: nn.Linear | None = None) -> Tensor:
         module: Any = self.model.get_output_embeddings() if head is None else head
         packed = self._heads.get(module)
         if packed is None:
-            packed = self._heads[module] = Packed(module.weight, module.bias, (Q4, Q8) if self.kinds else ())
+            kinds = (Q4, Q8) if self.kinds else ()
+            packed = self._heads[module] = Packed(module.weight, module.bias, kinds, coarse=head is not None)
         return packed(x.reshape(-1, x.shape[-1]), self.final_norm, self.eps).view(*x.shape[:2], -1)
 
     def linears(self, layer: int) -> dict[str, tuple[int, int]]:
@@ -182,6 +193,30 @@ class NativeTarget(Target):
                     made[layer] = self._adapt(layer, adapters)
                 pointers[layer] = ctypes.addressof(made[layer][0])
         return pointers
+
+    def _merged(self, adapters: Adapters, lo: int, hi: int) -> native.Model:
+        """The model with ``adapters`` merged into layers [lo, hi), rounded to 8 bits: for drafts alone. Made once."""
+        made = self._coarse.setdefault(adapters, {})
+        if (lo, hi) not in made:
+            layers = (native.Layer * self.num_layers)(*self._layers)
+            alive = [self._merge(layers[layer], layer, adapters) for layer in range(lo, hi)]
+            made[lo, hi] = native.Model(*self._sizes, ctypes.addressof(layers)), layers, alive
+        return made[lo, hi][0]
+
+    def _merge(self, struct: native.Layer, layer: int, adapters: Adapters) -> list[Packed]:
+        factors, alive = adapters.factors(layer), []
+        for slot, pairs in fused.modules(self.model.model.layers[layer]).items():  # type: ignore[union-attr, index]
+            weight = torch.cat([module.weight.detach() for _, module in pairs]).float()
+            for path in (path for path in factors if self._parts[path][0] == slot):
+                _, start, stop = self._parts[path]
+                down, up = (factor.detach().float() for factor in factors[path])
+                weight[start:stop] += up @ down
+            bias = None if pairs[0][1].bias is None else torch.cat([module.bias.detach() for _, module in pairs])
+            if slot == "gate_up":
+                weight, bias = _alternate(weight), None if bias is None else _alternate(bias)
+            alive.append(Packed(weight.bfloat16(), bias, coarse=True))
+            setattr(struct, slot, alive[-1].struct)
+        return alive
 
     def _adapt(self, layer: int, adapters: Adapters) -> tuple[Any, list[Any]]:
         structs, alive = (native.LowRank * 4)(), []

@@ -111,7 +111,7 @@ def statistics(decoder: SpecDecoder, output: GenerationOutput, comparison: Compa
             ("mean acceptance length", f"{m.mean_acceptance_length:.2f}"),
             ("acceptance rate", rate),
             ("rounds", str(m.num_spec_steps)),
-            ("runtime", " ".join(runtime(decoder).values())),
+            ("runtime", ", ".join(runtime(decoder).values())),
         ]
     ]
     if not decoder.verifier.lossless:
@@ -128,6 +128,7 @@ def statistics(decoder: SpecDecoder, output: GenerationOutput, comparison: Compa
         blocks.append(comparison.facts())
     if verbose:
         blocks.append([(f"{phase} time", f"{seconds:.3f} s") for phase, seconds in m.ledger.items()])
+        blocks.append([("self-check difference", f"{decoder.target.spread:.1e} of the largest logit")])
         if decoder.runtime_note:
             blocks.append([("runtime note", decoder.runtime_note)])
     console = stderr()
@@ -166,9 +167,10 @@ def rule(decoder: SpecDecoder) -> str:
 
 
 def runtime(decoder: SpecDecoder) -> dict[str, str]:
-    """Which runtime ran, in which dtype, where."""
+    """Which runtime ran, in which dtype, where, and what its weights are held in."""
     target = decoder.target
-    return {"runtime": target.runtime, "dtype": str(target.dtype).removeprefix("torch."), "device": str(target.device)}
+    dtype, device = str(target.dtype).removeprefix("torch."), str(target.device)
+    return {"runtime": target.runtime, "dtype": dtype, "device": device, "storage": target.storage}
 
 
 def columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -42,6 +42,7 @@ class Target(ABC):
 
     runtime: str  # "reference", "fused", ...
     storage = "as loaded"  # what the layers' weights are held in
+    spread: float  # difference from the model's own logits in the self-check at load, relative to the largest logit
     tokenizer: Any = None  # the model's, where known: drafters with a model of their own compare it
     experts: Offload | None = None  # where experts are loaded from slow memory, what loads them
     _by_parts: ReferenceTarget | None = None
@@ -401,6 +402,7 @@ class ReferenceTarget(Target):
                 f"model type '{self.model.config.model_type}' gives different logits when run layer by layer "
                 f"(relative difference {spread:.1e}); it is not supported"
             )
+        self.spread = spread
 
 
 def refuse_unsupported(model: PreTrainedModel) -> None:
