@@ -36,6 +36,7 @@ from specdec.sweep.command import report as sweep_report
 from specdec.sweep.command import sweep
 from specdec.train.command import app as train_app
 from specdec.tune.command import app as tune_app
+from specdec.tune.settings import place, recall
 from specdec.verify.command import verify
 
 if TYPE_CHECKING:
@@ -178,8 +179,14 @@ _model, _experts, _text, _sampling, _output = map(_panel, ("Model", "Experts", "
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="'-', or nothing in a pipe, reads it from stdin.")] = None,
     drafter: Annotated[
-        str, _model("--drafter", "Name (see 'specdec drafters'), NAME=SOURCE, folder, or several joined by +.", "NAME")
-    ] = "m2r2",
+        str,
+        _model(
+            "--drafter",
+            "Name (see 'specdec drafters'), NAME=SOURCE, folder, or several joined by +; auto: what 'specdec tune "
+            "drafter' found for the model, else m2r2.",
+            "NAME",
+        ),
+    ] = "auto",
     drafter_option: Annotated[
         list[str] | None,
         _model("--drafter-option", "An option of the drafter, such as exit_layer=8; repeatable.", "KEY=VALUE"),
@@ -254,6 +261,11 @@ def generate(
     """Generate text. It streams to stdout as it is accepted; statistics go to stderr."""
     silent = quiet or as_json
     text = _read(prompt)
+    if drafter == "auto":
+        tuned = recall(place(model, dtype, device, runtime.value, weights.value))
+        drafter = "m2r2" if tuned is None else tuned.drafter
+        if tuned is not None and num_speculative_tokens == "auto":
+            num_speculative_tokens = str(tuned.num_speculative_tokens)
     settings: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "num_speculative_tokens": _depth(num_speculative_tokens),

@@ -10,6 +10,7 @@ import copy
 import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,11 @@ OWN = ("drafter", "drafter_options", "verifier", "verifier_options", "num_specul
 class Decoders:
     """What cells share: the loaded model (the last one used), its drafters, and prompt sets.
 
-    data_dir: the folder of named prompt sets; None: $SPECDEC_DATA.
+    data_dir: the folder of named prompt sets; None: $SPECDEC_DATA. first_turns: conversations end after their first.
     """
 
-    def __init__(self, data_dir: Path | None = None) -> None:
-        self.data_dir = data_dir
+    def __init__(self, data_dir: Path | None = None, first_turns: bool = False) -> None:
+        self.data_dir, self.first_turns = data_dir, first_turns
         self._base: tuple[tuple[str, ...], SpecDecoder] | None = None
         self._arms: dict[str, SpecDecoder] = {}
         self._prompts: dict[str, PromptSet] = {}
@@ -68,7 +69,11 @@ class Decoders:
     def prompts(self, cell: Cell) -> PromptSet:
         """The cell's whole prompt set."""
         if cell.prompts not in self._prompts:
-            self._prompts[cell.prompts] = load_prompts(cell.prompts, self.data_dir)
+            found = load_prompts(cell.prompts, self.data_dir)
+            if self.first_turns:
+                shorter = tuple(replace(c, turns=c.turns[:1]) for c in found.conversations)
+                found = replace(found, conversations=shorter)
+            self._prompts[cell.prompts] = found
         return self._prompts[cell.prompts]
 
 

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from specdec import report
-from specdec.bench.show import hush, say
+from specdec.bench.show import Bar, hush, say
 from specdec.embedded import DEFAULT_MODEL
 from specdec.errors import SpecDecError
+from specdec.tune.settings import Tuned, place, store
 
 if TYPE_CHECKING:
     from specdec.tune.layer_skip import Skips
@@ -25,6 +26,69 @@ app = typer.Typer(no_args_is_help=True, help="Choose settings for your model, ma
 @app.callback()
 def _group() -> None:
     """Choose settings for your model, machine and prompts, by measurement."""
+
+
+@app.command(
+    "drafter",
+    epilog='Example: specdec tune drafter --prompts prompts.jsonl; then: specdec generate "Why is the sky blue?"',
+)
+def drafter(
+    prompts: Annotated[
+        str, typer.Option(metavar="FILE|NAME", help="As in bench; the first turn of each conversation counts.")
+    ] = "own",
+    drafters: Annotated[
+        str | None, typer.Option(metavar="NAMES", help="Only these, with commas between; else all that fit.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Prompts, spread over the file.")] = 8,
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="Most new tokens of an answer.")] = 96,
+    model: Annotated[str, typer.Option(help="Name, Hugging Face id, folder or GGUF file.")] = DEFAULT_MODEL,
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps ...")] = "cpu",
+    runtime: Annotated[str, typer.Option(help="auto, native, fused or reference.")] = "auto",
+    weights: Annotated[str, typer.Option(help="auto, dense, int8 or int4.")] = "auto",
+) -> None:
+    """Find the fastest drafter and draft length, and keep them: generate uses them from then on."""
+    with report.status("loading"):
+        from specdec.bench.cell import Cell
+        from specdec.bench.run import Decoders
+        from specdec.tune.drafter import candidates, every, search
+
+        hush()
+        base = Cell(
+            model=model, dtype=dtype, device=device, runtime=runtime, weights=weights, drafter="none", prompts=prompts,
+            limit=limit, max_new_tokens=max_new_tokens,
+        )  # fmt: skip
+        decoders = Decoders(first_turns=True)
+        decoders.base(base)
+        named = [name.strip() for name in drafters.split(",") if name.strip()] if drafters else None
+        cells, refused = candidates(decoders, base, named or every())
+    for line in refused:
+        say(f"left out: {line}")
+    if not cells:
+        raise SpecDecError("no drafter fits the model; see 'specdec drafters'")
+    with Bar("tune") as bar:
+        rows = search(decoders, cells, bar)
+    cells_of = [
+        (row.cell.drafter, str(row.cell.num_speculative_tokens), f"{row.tokens_per_round:.2f}", f"{row.speedup:.2f}")
+        for row in rows
+    ]
+    report.columns(("drafter", "draft length", "tokens/round", "x plain"), cells_of)
+    best = rows[0]
+    if faults := sum(row.faults for row in rows):
+        raise SpecDecError(f"{faults} outputs differ from plain decoding; nothing is kept, please report this")
+    worth = best.speedup > 1
+    tuned = Tuned(
+        best.cell.drafter if worth else "none",
+        best.cell.num_speculative_tokens if worth else "auto",
+        round(best.speedup, 3) if worth else 1.0,
+        f"{limit} of {prompts}",
+    )
+    path = place(model, dtype, device, runtime, weights)
+    store(path, tuned)
+    depth = tuned.num_speculative_tokens
+    length = "" if depth == "auto" else f" --num-speculative-tokens {depth}"
+    say(f"kept in {path}")
+    say(f"specdec generate now uses --drafter {tuned.drafter}{length} for this model: {tuned.speedup:.2f}x plain")
 
 
 @app.command(

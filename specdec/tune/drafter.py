@@ -1,0 +1,76 @@
+"""The search for the fastest drafter: every one that fits the model, then fixed depths for the best of them.
+
+Measured side by side on the user's prompts, as ``specdec bench`` does. Knows nothing of command lines.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from specdec import registry
+from specdec.bench.cell import Cell, Progress
+from specdec.bench.run import Decoders, Run
+from specdec.errors import SpecDecError
+
+DEPTHS = (2, 3, 4, 6)  # fixed depths that the best drafter is tried at
+ENOUGH = 1.02  # a fixed depth has to be this much faster than the automatic one, which adapts
+JOINED = ("prompt-lookup", "m2r2", "early-exit", "deed")  # tried behind a prompt lookup, too, if they fit
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured setting. speedup: median over prompts, whole calls, over plain decoding."""
+
+    cell: Cell
+    speedup: float
+    tokens_per_round: float
+    faults: int
+
+
+def candidates(decoders: Decoders, base: Cell, names: list[str]) -> tuple[list[Cell], list[str]]:
+    """The cells whose drafter fits the model, and why the others do not."""
+    cells, refused = [], []
+    for name in names:
+        cell = replace(base, drafter=name)
+        try:
+            decoders.arm(cell)
+            cells.append(cell)
+        except SpecDecError as error:
+            refused.append(f"{name}: {error}")
+    return cells, refused
+
+
+def every() -> list[str]:
+    """All drafters, and the joined ones that are worth a try."""
+    alone = [name for name in registry.names("drafters") if name not in ("none", "hybrid")]
+    return [*alone, *(f"prompt-lookup+{name}" for name in JOINED[1:])]
+
+
+def measure(decoders: Decoders, cells: list[Cell], progress: Progress | None) -> list[Row]:
+    """The settings, fastest first."""
+    run = Run(cells, decoders, progress)
+    run.execute()
+    if run.interrupted:
+        raise KeyboardInterrupt
+    rows = []
+    for cell, result in zip(cells, run.results(), strict=True):
+        arm: dict[str, Any] = result["arm"]
+        speedup, length = arm["speedup"]["none"], arm["mean_acceptance_length"]
+        faults = (arm["equal_to_plain"] or {}).get("faults") or 0
+        rows.append(Row(cell, speedup["value"] if speedup else 0.0, length["value"] if length else 1.0, faults))
+    return sorted(rows, key=lambda row: -row.speedup)
+
+
+def search(decoders: Decoders, cells: list[Cell], progress: Progress | None = None) -> list[Row]:
+    """Every cell at automatic depth, then the best at fixed ones; first the one to keep."""
+    rows = measure(decoders, cells, progress)
+    best = rows[0]
+    if best.speedup > 1:
+        # In one run with the automatic depth: only what ran side by side is compared.
+        depths: list[int | str] = ["auto", *DEPTHS]
+        again = measure(decoders, [replace(best.cell, num_speculative_tokens=k) for k in depths], progress)
+        auto = next(row for row in again if row.cell.num_speculative_tokens == "auto")
+        best = again[0] if again[0].speedup >= ENOUGH * auto.speedup else auto
+        rows = [best, *(row for row in again if row is not best), *(row for row in rows[1:])]
+    return rows

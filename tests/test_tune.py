@@ -1,0 +1,100 @@
+"""``specdec tune drafter``: what is fastest is told, kept for this model on this machine, and used by generate."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny import save_tiny
+from typer.testing import CliRunner
+
+from specdec import cli
+from specdec.bench.cell import Cell
+from specdec.errors import SpecDecError
+from specdec.tune import drafter as search
+from specdec.tune.settings import Tuned, place, recall, store
+
+PROMPTS = [{"turns": ["one two three one two", "and again"]}, {"turns": ["two one two one two one"]}]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def run(folder: Path, tmp_path: Path, monkeypatch):
+    """Run ``specdec ARGS`` on the tiny model in this process, with a cache folder of its own."""
+    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "cache"))
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps(p) + "\n" for p in PROMPTS))
+
+    def call(*args: str):
+        args = tuple(str(file) if arg == "PROMPTS" else arg for arg in args)
+        return CliRunner().invoke(cli.app, [*args, "--model", str(folder)])
+
+    return call
+
+
+def test_the_fastest_is_kept_and_generate_uses_it(run, folder: Path, monkeypatch) -> None:
+    speeds = {"lookahead": 1.3, "prompt-lookup": 1.1}  # at automatic depth; at 3 tokens, lookahead is faster still
+    ran: list[list[Cell]] = []
+
+    def measure(decoders, cells, progress):
+        ran.append(cells)
+        assert all(len(c.turns) == 1 for c in decoders.prompts(cells[0]).conversations)
+        rows = [search.Row(c, speeds[c.drafter] + 0.2 * (c.num_speculative_tokens == 3), 1.5, 0) for c in cells]
+        return sorted(rows, key=lambda row: -row.speedup)
+
+    monkeypatch.setattr(search, "measure", measure)
+    arguments = ("tune", "drafter", "--prompts", "PROMPTS", "--drafters", "prompt-lookup,m2r2,lookahead")
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    assert "left out: m2r2: no M2R2 drafter is shipped" in " ".join(result.stderr.split())
+    assert [c.drafter for c in ran[0]] == ["prompt-lookup", "lookahead"] and {c.drafter for c in ran[1]} == {
+        "lookahead"
+    }
+    lines = [line.split("\t") for line in result.stdout.splitlines()]
+    assert lines[1] == ["lookahead", "3", "1.50", "1.50"] and lines[-1][0] == "prompt-lookup"
+    used = json.loads(run("generate", "one two", "--max-new-tokens", "4", "--json").stdout)
+    assert used["drafter"] == "lookahead" and used["settings"]["num_speculative_tokens"] == 3
+    named = json.loads(run("generate", "one two", "--max-new-tokens", "4", "--json", "--drafter", "none").stdout)
+    assert named["drafter"] == "none" and named["settings"]["num_speculative_tokens"] == "auto"
+
+
+def test_without_a_faster_drafter_plain_decoding_is_kept(run, folder: Path, monkeypatch) -> None:
+    monkeypatch.setattr(search, "measure", lambda decoders, cells, progress: [search.Row(cells[0], 0.98, 1.0, 0)])
+    assert run("tune", "drafter", "--prompts", "PROMPTS", "--drafters", "lookahead").exit_code == 0
+    kept = recall(place(str(folder), "auto", "cpu", "auto", "auto"))
+    assert kept is not None and kept.drafter == "none"
+
+
+def test_an_output_that_differs_keeps_nothing(run, folder: Path, monkeypatch) -> None:
+    monkeypatch.setattr(search, "measure", lambda decoders, cells, progress: [search.Row(cells[0], 0.9, 1.0, 2)])
+    result = run("tune", "drafter", "--prompts", "PROMPTS", "--drafters", "lookahead")
+    assert result.exit_code != 0 and recall(place(str(folder), "auto", "cpu", "auto", "auto")) is None
+
+
+def test_it_measures_real_decoding(run) -> None:
+    result = run(
+        *("tune", "drafter", "--prompts", "PROMPTS", "--drafters", "prompt-lookup,lookahead", "--max-new-tokens", "6")
+    )
+    assert result.exit_code == 0, result.output
+    rows = [line.split("\t") for line in result.stdout.splitlines()[1:]]
+    assert {row[0] for row in rows} == {"prompt-lookup", "lookahead"} and all(float(row[3]) > 0 for row in rows)
+
+
+def test_settings_are_kept_per_model_and_planted_files_are_data(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path))
+    path, tuned = place("a", "auto", "cpu", "auto", "auto"), Tuned("m2r2", 4, 1.5, "8 of own")
+    assert recall(path) is None
+    store(path, tuned)
+    assert recall(path) == tuned and recall(place("a", "auto", "cpu", "auto", "int4")) is None
+    for text in ("", "[]", '{"drafter": "m2r2"}', json.dumps({**vars(tuned), "num_speculative_tokens": -3})):
+        path.write_text(text)
+        assert recall(path) is None
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "file"))
+    with pytest.raises(SpecDecError, match="cannot keep the setting"):
+        store(place("a", "auto", "cpu", "auto", "auto"), tuned)
