@@ -97,6 +97,7 @@ class Loop:
         room = max(self.limits[r] - self.metrics[r].num_new_tokens for r in self.rows) - 1  # the bonus token is one
         limit = min(self.policy.depth(cache.batch), room, target.context - 1 - cache.committed)
         state.confidence, state.spare = self.policy.confidence(), self.policy.spare(cache.batch, limit)
+        self.ledger.mark("overhead")
         draft = drafter.propose(state, limit) if limit > 0 else Draft.empty(cache.batch, cache.device)
         drafting = self.ledger.mark("draft")
 
@@ -142,6 +143,7 @@ class Loop:
         seen = [self.metrics[r] for r in self.rows]
         offered, accepted = [m.per_step_drafted[-1] for m in seen], [m.per_step_accepted[-1] for m in seen]
         self.policy.observe(offered, accepted, tokens.numel(), drafting, rest)
+        self.ledger.mark("overhead")
         return new
 
     def _fill(self, draft: Draft, x: Tensor, positions: Tensor) -> int:
@@ -164,8 +166,7 @@ class Loop:
     @torch.inference_mode()
     def _commit(self, new: list[list[int]], prefill: bool = False) -> list[tuple[int, list[int]]]:
         """Append each row's new tokens, cut where plain decoding would stop, and drop the rows that ended."""
-        events, alive = [], []
-        seconds = sum(self.ledger.seconds.values())
+        events, alive, rows = [], [], list(self.rows)
         for b, (row, tokens) in enumerate(zip(self.rows, new, strict=True)):
             metrics, kept = self.metrics[row], 0
             for token in tokens:
@@ -180,13 +181,11 @@ class Loop:
             if not prefill:
                 metrics.per_step_accepted[-1] = min(metrics.per_step_accepted[-1], kept)
                 del metrics.exit_layers[metrics.num_accepted_draft_tokens :]
-            metrics.prefill_seconds = self.ledger.seconds["prefill"]
-            metrics.decode_seconds = seconds - metrics.prefill_seconds
-            metrics.ledger = dict(self.ledger.seconds)
             self.state.ids[b] += tokens[:kept]
             events.append((row, tokens[:kept]))
             if row not in self.finished:
                 alive.append(b)
+        self.ledger.mark("detokenise")
         if len(alive) < len(self.rows):
             alive = _close_up(alive)
             self.rows = [self.rows[b] for b in alive]
@@ -194,6 +193,13 @@ class Loop:
                 self.state.ids = [self.state.ids[b] for b in alive]
                 for part in (self.state.cache, self.state.sampler, self.drafter):
                     part.select(alive)
+        self.ledger.mark("overhead")
+        seconds = sum(self.ledger.seconds.values())
+        for row in rows:
+            metrics = self.metrics[row]
+            metrics.prefill_seconds = self.ledger.seconds["prefill"]
+            metrics.decode_seconds = seconds - metrics.prefill_seconds
+            metrics.ledger = dict(self.ledger.seconds)
         return events
 
 

@@ -13,6 +13,8 @@ class RequestMetrics:
     """What one request took. Seconds are wall time; a batch shares its rounds' time.
 
     per_step_drafted / per_step_accepted: draft depth offered and drafted tokens kept, per round after the prefill.
+    ledger: seconds by phase: prefill, draft, score, accept, commit, detokenise (text and stop strings) and overhead
+        (choosing depths, bookkeeping). They sum up to the wall time but for what the caller does between rounds.
     num_layers: the model's N. exit_layers: layers run for each token that left the model early and stood unjudged.
     experts: while decoding (all rows together), what offloaded experts cost (``specdec.experts.offload.Meter``).
     """

@@ -27,7 +27,7 @@ FIGURES of an arm (one request is one batch of prompts, answered once; all token
     acceptance_per_position   [share of drafts that deep whose token stood]
     acceptance_histogram      entry n: rounds that accepted n drafted tokens
     mean_layers_per_token     EST, layers a token went through before it stood, pooled; None for hf arms
-    ledger_ms_per_round       {"draft", "score", "accept", "commit": ms}; {} for hf arms
+    ledger_ms_per_round       {"draft", "score", "accept", "commit", "detokenise", "overhead": ms}; {} for hf arms
     peak_memory_mb  of the process during the arm's calls (CPU, Linux), or allocated on the CUDA device; None elsewhere
     equal_to_plain  {"equal", "near_ties", "faults", "of"}: outputs against plain decoding (near_ties and faults are
                     None for a lossy rule, which may differ); None for sampling
