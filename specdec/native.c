@@ -557,6 +557,37 @@ static void rank_down(Pass *p, const LowRank *low, const uint32_t *x, uint32_t *
     sync_threads(&p->barrier, n);
 }
 
+static inline F silu_times(F gate, F up) {
+    F g = rounded(gate), e = exp16(_mm512_sub_ps(_mm512_setzero_ps(), _mm512_max_ps(g, _mm512_set1_ps(-80.0f))));
+    return _mm512_mul_ps(rounded(_mm512_div_ps(g, _mm512_add_ps(_mm512_set1_ps(1.0f), e))), rounded(up));
+}
+
+/* silu(gate) up for 16 outputs of a block; with few tokens, several outputs share a vector. Absent lanes get 0. */
+static void gated(const float *gate, const float *up, int tokens, F *act) {
+#define QUAD(from, o)                                                                                                \
+    _mm512_insertf32x4(_mm512_insertf32x4(_mm512_insertf32x4(_mm512_castps128_ps512(_mm_load_ps((from) + 16 * (o))),  \
+        _mm_load_ps((from) + 16 * (o) + 16), 1), _mm_load_ps((from) + 16 * (o) + 32), 2), _mm_load_ps((from) + 16 * (o) + 48), 3)
+#define TWO(from, o) _mm512_insertf32x8(_mm512_castps256_ps512(_mm256_load_ps((from) + 16 * (o))), _mm256_load_ps((from) + 16 * (o) + 16), 1)
+    if (tokens <= 4) {
+        for (int o = 0; o < 16; o += 4) {
+            F v = silu_times(QUAD(gate, o), QUAD(up, o));
+            act[o] = _mm512_maskz_mov_ps(15, v);
+            act[o + 1] = _mm512_maskz_shuffle_f32x4(15, v, v, 1);
+            act[o + 2] = _mm512_maskz_shuffle_f32x4(15, v, v, 2);
+            act[o + 3] = _mm512_maskz_shuffle_f32x4(15, v, v, 3);
+        }
+    } else if (tokens <= 8) {
+        for (int o = 0; o < 16; o += 2) {
+            F v = silu_times(TWO(gate, o), TWO(up, o));
+            act[o] = _mm512_maskz_mov_ps(255, v);
+            act[o + 1] = _mm512_maskz_shuffle_f32x4(255, v, v, 14);
+        }
+    } else
+        for (int o = 0; o < 16; o++) act[o] = silu_times(_mm512_load_ps(gate + 16 * o), _mm512_load_ps(up + 16 * o));
+#undef QUAD
+#undef TWO
+}
+
 /* x += map(VN in), rounded as transformers does: the product once, the sum once. */
 static void add_product(Pass *p, const Map *map, const LowRank *low, const uint32_t *in, const uint32_t *ranked, int me, int n) {
     float sums[MOST_BLOCKS * 256] __attribute__((aligned(64)));
@@ -663,12 +694,7 @@ static void run_layer(Pass *p, int index, uint32_t *normed, float *scores, uint8
             for (int b = 0; b < blocks; b++) {
                 uint32_t *inner = p->inner + ((int64_t)(b0 + b) * m->inner + 16 * t) * 8;
                 F act[16];
-                for (int o = 0; o < 16; o++) { /* silu(gate) up */
-                    F g = rounded(_mm512_load_ps(gate + 256 * b + 16 * o)), u = rounded(_mm512_load_ps(sums + 256 * b + 16 * o));
-                    F e = exp16(_mm512_sub_ps(_mm512_setzero_ps(), _mm512_max_ps(g, _mm512_set1_ps(-80.0f))));
-                    g = rounded(_mm512_div_ps(g, _mm512_add_ps(_mm512_set1_ps(1.0f), e)));
-                    act[o] = _mm512_mul_ps(g, u);
-                }
+                gated(gate + 256 * b, sums + 256 * b, p->rows - 16 * (b0 + b), act);
                 for (int o = 0; o < 16; o += 2) _mm512_store_si512(inner + 8 * o, paired(act[o], act[o + 1]));
             }
         }

@@ -147,6 +147,15 @@ class NativeTarget(Target):
             packed = self._heads[module] = Packed(module.weight, module.bias, kinds, coarse=head is not None)
         return packed(x.reshape(-1, x.shape[-1]), self.final_norm, self.eps).view(*x.shape[:2], -1)
 
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of weights that a pass reads: all layers' and the output head's, as they are stored."""
+        head: Any = self.model.get_output_embeddings()
+        if head not in self._heads:
+            self.readout(torch.zeros(1, 1, self.hidden_size, dtype=torch.bfloat16))
+        packed = [item for item in self._alive if isinstance(item, Packed)]
+        return sum(item.tiles.numel() for item in (*packed, self._heads[head]))
+
     def linears(self, layer: int) -> dict[str, tuple[int, int]]:
         modules = fused.modules(self.model.model.layers[layer])  # type: ignore[union-attr, index]
         return {path: (m.in_features, stop - start) for path, (_, start, stop), m in self._adaptable(modules)}

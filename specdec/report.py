@@ -111,7 +111,7 @@ def statistics(decoder: SpecDecoder, output: GenerationOutput, comparison: Compa
             ("mean acceptance length", f"{m.mean_acceptance_length:.2f}"),
             ("acceptance rate", rate),
             ("rounds", str(m.num_spec_steps)),
-            ("runtime", ", ".join(runtime(decoder).values())),
+            ("runtime", " ".join(list(runtime(decoder).values())[:3]) + f", weights {_held(decoder)}"),
         ]
     ]
     if not decoder.verifier.lossless:
@@ -164,6 +164,11 @@ def rule(decoder: SpecDecoder) -> str:
     """The acceptance rule by name; a lossy one says so, with its settings."""
     verifier = decoder.verifier
     return verifier.name if verifier.lossless else f"lossy ({getattr(verifier, 'label', verifier.name)})"
+
+
+def _held(decoder: SpecDecoder) -> str:
+    storage = decoder.target.storage
+    return storage if storage == "as loaded" else f"in {storage}"
 
 
 def runtime(decoder: SpecDecoder) -> dict[str, str]:

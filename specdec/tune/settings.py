@@ -11,7 +11,6 @@ import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from specdec.artifacts import replace
 from specdec.embedded import cache_dir
 from specdec.errors import SpecDecError
 
@@ -36,6 +35,8 @@ def place(model: str, dtype: str, device: str, runtime: str, weights: str) -> Pa
 
 def store(path: Path, tuned: Tuned) -> None:
     """Keep ``tuned``. Raises SpecDecError if the cache folder cannot be written."""
+    from specdec.artifacts import replace  # heavy
+
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         replace(path, (json.dumps(asdict(tuned)) + "\n").encode())
