@@ -21,7 +21,7 @@ from specdec.sweep.results import NAMES, Record, baselines
 
 WIDTH = 4.5  # inches; at a telephone's width, text of 9 points stays readable
 MOST_BARS, MOST_LINES = 48, 8
-INK, FAINT = "#1a1a1a", "#c8c8c8"
+INK, GREY, FAINT = "#1a1a1a", "#777777", "#d4d4d4"
 COLOURS = (
     "#56b4e9",
     "#e69f00",
@@ -217,8 +217,8 @@ def _quality(records: Sequence[Record], styles: Styles) -> Picture | None:
                 continue
             xs, ys = [p[0] for p in points], [p[1] for p in points]
             for x, y in points:
-                ax.plot([x[1], x[2]], [y[0], y[0]], color=FAINT, linewidth=1, zorder=1)
-                ax.plot([x[0], x[0]], [y[1], y[2]], color=FAINT, linewidth=1, zorder=1)
+                ax.plot([x[1], x[2]], [y[0], y[0]], color=GREY, linewidth=1.3, zorder=1.5)
+                ax.plot([x[0], x[0]], [y[1], y[2]], color=GREY, linewidth=1.3, zorder=1.5)
             line = LINES[number % 4]
             ax.plot(
                 [x[0] for x in xs],

@@ -1,0 +1,264 @@
+"""specdec report: one page that needs nothing else and is looked at in a browser; tables and data for the rest."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import shlex
+import shutil
+import struct
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from measured import estimate, result
+from typer.testing import CliRunner
+
+from specdec import cli
+from specdec.bench.cell import Cell
+from specdec.sweep.page import PAGE
+from specdec.sweep.plan import Plan, load_plan, shipped
+from specdec.sweep.schema import Resources
+from specdec.sweep.store import Store
+
+pytest.importorskip("matplotlib")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+in_a_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+
+
+def fill(folder: Path, records: list[dict], missing: tuple[Cell, ...] = (), name: str = "mine <&>") -> Path:
+    """The folder of a sweep that has these records."""
+    cells = (*(Cell.from_dict(record["cell"]) for record in records), *missing)
+    store = Store(folder)
+    folder.mkdir()
+    store.begin(Plan(name, "What it is for.", cells, Resources()), "specdec sweep mine.yaml")
+    for record in records:
+        store.append(record)
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A sweep with everything in it: two axes, a lossy rule, a second baseline, failures, a cell that has not run."""
+    records = []
+    for depth in (2, 4, 6):
+        for continuations in (1, 3):
+            cell = Cell(
+                drafter="prompt-lookup",
+                drafter_options={"continuations": continuations},
+                num_speculative_tokens=depth,
+                against=("none", "hf"),
+            )
+            speed = 1 + depth / 10 + continuations / 5
+            records.append(result(cell, speed, speedup={"none": estimate(speed), "hf": estimate(2 * speed)}))
+        for threshold in (0.5, 0.9):
+            options = {"exit_threshold": threshold}
+            cell = Cell(drafter="m2r2", verifier="confident", verifier_options=options, num_speculative_tokens=depth)
+            quality = {"agreement": estimate(threshold), "nll": estimate(2 - threshold), "rouge_l": estimate(threshold)}
+            records.append(result(cell, 2.5 - threshold, lossless=False, quality=quality))
+    broken = Cell(drafter="medusa=no/such/folder <script>alert(1)</script>")
+    error = "there is no folder 'no/such/folder'; train one"
+    records.append({"key": broken.key(), "cell": broken.as_dict(), "error": error, "seconds": 0.1})
+    return fill(tmp_path / "sweep", records, (Cell(drafter="none"),))
+
+
+def report(folder: Path, *args: str):
+    return CliRunner().invoke(cli.app, ["report", str(folder), *args])
+
+
+class Page(HTMLParser):
+    """What a page shows, and what it would fetch."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.fetched: list[str] = []
+        self.images: list[dict[str, str]] = []
+        self.texts: list[str] = []
+        self.tags: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs) -> None:
+        given = {key: value or "" for key, value in attrs}
+        self.tags.append(tag)
+        self.fetched += [value for key, value in given.items() if key in ("src", "href", "data") and value[0] != "#"]
+        if tag == "img":
+            self.images.append(given)
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+def test_the_page_needs_nothing_else_and_says_everything(folder: Path) -> None:
+    outcome = report(folder)
+    assert outcome.exit_code == 0, outcome.output
+    text = (folder / PAGE).read_text()
+    page = Page(text)
+    assert all(source.startswith("data:image/png;base64,") for source in page.fetched) and "url(" not in text
+    assert "script" not in page.tags and "mine &lt;&amp;&gt;" in text  # names are text, whatever is in them
+    shown = " ".join(page.texts)
+    assert "12 of 14 cells, 1 failed, 1 not run yet" in shown and "What it is for." in shown
+    assert "2.20 × plain" in shown and "95\u00a0% interval 1.98 to 2.42" in shown
+    assert "24 of 24 outputs" in shown  # of the lossless rule alone
+    assert "a CPU" in shown and "sha256 0123456789ab" in shown
+    assert "there is no folder 'no/such/folder'; train one" in shown
+    assert "specdec sweep mine.yaml" in shown and shown.count("specdec bench --drafters") == 13
+    names = sorted(path.stem for path in folder.glob("*.png"))
+    heat = ["heat-drafters", "heat-m2r2", "heat-prompt-lookup"]
+    assert names == sorted(["acceptance", "quality", "speedup-over-none", "speedup-over-hf", *heat])
+    assert len(page.images) == len(names) and all(image["alt"] for image in page.images)
+    for path in folder.glob("*.png"):
+        width, _ = struct.unpack(">II", path.read_bytes()[16:24])
+        assert width >= 900  # two device pixels for each of a telephone's
+    assert outcome.stdout.count("\n") == 1 + 13 and "error" in outcome.stdout.splitlines()[0]
+
+
+def test_every_command_measures_its_cell_again(folder: Path) -> None:
+    """What the page prints is what the command line takes for that very cell."""
+    report(folder)
+    (block,) = re.findall(r"<summary>One cell at a time</summary><pre>(.*?)</pre>", (folder / PAGE).read_text(), re.S)
+    lines = [line for line in block.replace("&#x27;", "'").splitlines() if line.startswith("specdec bench")]
+    wanted = [record["cell"] for record in Store(folder).records().values()]
+    for line, cell in zip(lines, wanted, strict=True):
+        words = shlex.split(line.replace("&lt;", "<").replace("&gt;", ">"))
+        given = dict(zip(words[2::2], words[3::2], strict=True))
+        assert given.pop("--drafters").split(",")[-1] == cell["drafter"]
+        assert given.get("--num-speculative-tokens", "auto") == str(cell["num_speculative_tokens"])
+        if cell["drafter"] == "prompt-lookup":
+            assert (
+                given["--drafter-option"] == f"prompt-lookup.continuations={cell['drafter_options']['continuations']}"
+            )
+        if cell["verifier"] == "confident":
+            assert given["--verifier-option"] == f"exit_threshold={cell['verifier_options']['exit_threshold']}"
+
+
+def test_data_for_programs(folder: Path) -> None:
+    rows = list(csv.DictReader(io.StringIO(report(folder, "--format", "csv").stdout)))
+    assert len(rows) == 13 and rows[0]["drafter"] == "prompt-lookup" and rows[-1]["error"]
+    assert float(rows[0]["speedup.none"]) == pytest.approx(1.4)
+    assert float(rows[0]["speedup.none_low"]) < 1.4 < float(rows[0]["speedup.none_high"])
+    data = json.loads(report(folder, "--format", "json").stdout)
+    assert len(data["records"]) == 13 and data["missing"] == 1 and data["command"] == "specdec sweep mine.yaml"
+    lines = report(folder, "--format", "markdown").stdout.splitlines()
+    assert len({line.count("|") for line in lines}) == 1 and len(lines) == 2 + 13 and "1.40 [1.26–1.54]" in lines[2]
+    assert not list(folder.glob("*.png"))  # only the page draws
+
+
+def test_a_benchmark_has_a_report_as_well(tmp_path: Path) -> None:
+    arms = [
+        {"drafter": name, "drafter_options": {}, **result(Cell(drafter=name), speed)["arm"]}
+        for name, speed in (("none", 1.0), ("m2r2", 2.0))
+    ]
+    shared = result(Cell())
+    settings = {k: v for k, v in Cell().as_dict().items() if not k.startswith("drafter")}
+    summary = {"command": "specdec bench", "configuration": settings, "arms": arms, "interrupted": False}
+    summary |= {key: shared[key] for key in ("prompts", "environment", "seconds")}
+    (tmp_path / "bench.json").write_text(json.dumps(summary))
+    outcome = report(tmp_path)
+    assert outcome.exit_code == 0 and (tmp_path / "speedup-over-none.png").is_file()
+    assert [line.split("\t")[0] for line in outcome.stdout.splitlines()] == ["cell", "none", "m2r2"]
+    (tmp_path / "bench.json").write_text("{}")
+    assert "it is no summary of 'specdec bench'" in report(tmp_path).stderr
+
+
+def test_bars_of_drafters_differ_without_colour() -> None:
+    from specdec.sweep.pictures import HATCHES, LINES, MARKERS, Styles
+
+    records = [result(Cell(drafter=name)) for name in ("none", "m2r2", "medusa", "lookahead", "deed", "early-exit")]
+    styles = Styles(records, {})
+    assert len({styles.bar(record)["hatch"] for record in records}) == len(records)
+    assert len(set(MARKERS)) == len(set(HATCHES)) == 8 and len(set(LINES)) == 4
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda path: None, "there is no folder"),
+        (lambda path: path.mkdir(), "holds no results: there is neither sweep.json nor bench.json"),
+        (lambda path: fill(path, [], (Cell(drafter="none"),)), "holds no results yet"),
+        (lambda path: (path.mkdir(), (path / "sweep.json").write_text("{}")), "is broken"),
+        (lambda path: (path.mkdir(), (path / "bench.json").write_text("[")), "cannot read"),
+    ],
+)
+def test_bad_folders_are_one_line(tmp_path: Path, make, words: str) -> None:
+    make(tmp_path / "folder")
+    outcome = report(tmp_path / "folder")
+    (line,) = outcome.stderr.splitlines()
+    assert outcome.exit_code == 2 and words in line
+
+
+def test_a_page_without_matplotlib_is_one_line(folder: Path, monkeypatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "specdec.sweep.pictures", None)
+    outcome = report(folder)
+    assert outcome.exit_code == 2 and "pip install 'specdec-m2r2[plot]'" in outcome.stderr
+    assert report(folder, "--format", "markdown").exit_code == 0
+
+
+# --- in a browser ----------------------------------------------------------------------------------------------------
+
+PROBE = """<script>addEventListener("load", () => {
+  const size = (e) => parseFloat(getComputedStyle(e).fontSize);
+  const right = (e) => e.getBoundingClientRect().right;
+  const inside = (e) => e.closest(".wide, pre, script");  // these scroll by themselves
+  const all = [...document.querySelectorAll("body *")].filter((e) => e.offsetParent && !inside(e));
+  document.title = JSON.stringify({
+    inner: innerWidth, scroll: document.documentElement.scrollWidth,
+    images: [...document.images].map((i) => [i.complete && i.naturalWidth, i.getBoundingClientRect().width]),
+    smallest: Math.min(...all.filter((e) => e.innerText).map(size)),
+    outside: all.filter((e) => right(e) > innerWidth + 1).map((e) => e.outerHTML.slice(0, 80)),
+    sections: [...document.querySelectorAll("section h2")].map((e) => e.innerText)})})</script>"""
+
+
+def browse(page: Path, width: int, work: Path) -> tuple[dict, Path]:
+    """Open the page ``width`` CSS pixels wide: what a script in it measured, and a screenshot."""
+    assert CHROMIUM
+    probed, shot = work / "probed.html", work / f"{width}.png"
+    probed.write_text(page.read_text().replace("</body>", PROBE + "</body>"))
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    command = [CHROMIUM, *flags.split(), "--disable-component-update", "--disable-sync", "--hide-scrollbars"]
+    command += [f"--user-data-dir={work / 'profile'}", f"--window-size={width},2600", "--virtual-time-budget=5000"]
+
+    def run(*args: str) -> str:
+        return subprocess.run([*command, *args], capture_output=True, text=True, timeout=120, check=True).stdout
+
+    run(f"--screenshot={shot}", page.as_uri())
+    (title,) = re.findall(r"<title>(.*?)</title>", run("--dump-dom", probed.as_uri()), re.S)
+    return json.loads(
+        title.replace("&quot;", '"').replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
+    ), shot
+
+
+def look(page: Path, width: int, work: Path) -> None:
+    """The page fits the width, its text can be read, its pictures are there, and it is not blank in grey."""
+    from PIL import Image
+
+    seen, shot = browse(page, width, work)
+    assert seen["inner"] == width and seen["scroll"] <= width and not seen["outside"], seen
+    assert seen["smallest"] >= 12 and {"Speedup", "All cells", "Environment", "Commands"} <= set(seen["sections"])
+    assert seen["images"] and all(natural > 800 and 250 < shown < width for natural, shown in seen["images"])
+    grey = Image.open(shot).convert("L")
+    counts = grey.histogram()
+    assert grey.width == width and sum(counts[:64]) > 0.01 * grey.width * grey.height > 0  # ink
+    assert sum(counts[240:]) > 0.5 * grey.width * grey.height  # on paper
+
+
+@in_a_browser
+@pytest.mark.parametrize("width", [1280, 500])
+def test_the_page_in_a_browser(folder: Path, tmp_path: Path, width: int) -> None:
+    report(folder)
+    look(folder / PAGE, width, tmp_path)
+
+
+@pytest.mark.model
+@in_a_browser
+def test_the_report_of_the_quick_sweep_in_a_browser(tmp_path: Path) -> None:
+    """The shipped quick.yaml on the default model, cut to the shortest that measures every one of its cells."""
+    short = ["limit=1", "max_new_tokens=8"]
+    outcome = CliRunner().invoke(cli.app, ["sweep", "quick", "--output", str(tmp_path / "quick"), *short])
+    assert outcome.exit_code == 0, outcome.output
+    assert len(Store(tmp_path / "quick").records()) == len(load_plan(shipped()["quick"]).cells) == 10
+    assert report(tmp_path / "quick").exit_code == 0
+    for width in (1280, 500):
+        look(tmp_path / "quick" / PAGE, width, tmp_path)
