@@ -201,20 +201,21 @@ class Killed(BaseException):
     pass
 
 
+@pytest.mark.parametrize("checkpoint", [11, None])
 def test_a_killed_run_goes_on_to_exactly_the_weights_of_an_uninterrupted_one(
-    answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint: int | None
 ) -> None:
     train(recipe(answers, tmp_path / "whole"))
     step = trainer.Run._step
 
-    def killed_after_a_checkpoint(run: trainer.Run, *args: Any) -> dict[str, float]:
-        if run.update == 11:
+    def killed(run: trainer.Run, *args: Any) -> dict[str, float]:
+        if run.update == checkpoint:
             run._save()
         if run.update == 17:
             raise Killed
         return step(run, *args)
 
-    monkeypatch.setattr(trainer.Run, "_step", killed_after_a_checkpoint)
+    monkeypatch.setattr(trainer.Run, "_step", killed)
     with pytest.raises(Killed):
         train(recipe(answers, tmp_path / "parts"))
     monkeypatch.setattr(trainer.Run, "_step", step)
@@ -229,6 +230,7 @@ def test_a_killed_run_goes_on_to_exactly_the_weights_of_an_uninterrupted_one(
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
     reported = [json.loads(line)["update"] for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
     assert reported == sorted(reported)
+    assert len(evaluations(tmp_path / "parts")) == len(evaluations(tmp_path / "whole"))
 
 
 def test_a_run_may_begin_from_a_trained_drafter_of_the_same_shape(answers: Path, tmp_path: Path) -> None:

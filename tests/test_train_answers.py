@@ -13,8 +13,8 @@ from rich.progress import Progress
 from specdec import SpecDecoder
 from specdec.errors import SpecDecError
 from specdec.train import answers
-from specdec.train.answers import Sampling, answer_prompts
-from specdec.train.data import Answer
+from specdec.train.answers import Sampling, answer_prompts, encode_prompts
+from specdec.train.data import Answer, Prompt
 
 ENDS = [*range(3, 97, 12)]  # answers end early and late
 GREEDY = Sampling(0.0, 0.8, 0)
@@ -46,6 +46,18 @@ def test_answers_of_a_refilled_batch_are_those_of_plain_decoding(tmp_path: Path)
     for prompt, answer in zip(prompts, out[1:], strict=True):
         assert isinstance(prompt, list) and list(answer.response_ids) == greedy_reference(model, prompt, 14)
     assert len({len(a.response_ids) for a in out}) > 3
+
+
+def test_rows_that_come_and_go_in_the_native_runtime_do_not_touch_each_other(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32}
+    decoder = SpecDecoder(tiny_model("llama", eos_token_id=ENDS, **sizes).bfloat16(), None, drafter="none")
+    if decoder.target.runtime != "native":
+        pytest.skip("this machine has no native runtime")
+    prompts = [tuple(p) for p in some_prompts(14)]
+    together = {a.prompt_ids: a.response_ids for a in answers._generate(decoder, prompts, 300, GREEDY)}
+    for prompt in prompts:
+        assert together[prompt] == tuple(decoder.generate(list(prompt), max_new_tokens=300).token_ids)
+    assert len({len(answer) for answer in together.values()}) > 3
 
 
 def test_a_share_of_the_prompts_is_answered_by_sampling_and_each_draws_for_itself(tmp_path: Path) -> None:
@@ -80,6 +92,15 @@ def test_a_killed_run_keeps_what_it_has_and_goes_on(tmp_path: Path, monkeypatch:
     assert asked == [11, 6] and len(file.read_text().splitlines()) == 11
     with pytest.raises(SpecDecError, match="answers to other prompts"):
         made(tmp_path / "parts", prompts[1:])
+
+
+def test_a_model_without_chat_template_takes_answers_as_token_ids_only() -> None:
+    class Tokens:
+        chat_template = None
+
+    with pytest.raises(SpecDecError, match="model 'plain' has no chat template for text prompts; give answers as"):
+        encode_prompts(Tokens(), [Prompt(("Hello",))], "plain")
+    assert encode_prompts(Tokens(), [Answer((1,), (2, 3))], "plain") == [Answer((1,), (2, 3))]
 
 
 def test_a_full_disk_and_a_prompt_that_is_too_long_are_clear_lines(

@@ -159,6 +159,8 @@ class Run:
         if resume and (self.output / CHECKPOINT).exists():
             self._restore()
         else:
+            if self.world.first:  # a run that was killed before its first checkpoint begins anew
+                (self.output / METRICS).unlink(missing_ok=True)
             if self.begin is not None:
                 self._begin_from(self.begin)
             elif self.world.first:
