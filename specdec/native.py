@@ -68,13 +68,16 @@ def library() -> Any:
         found = ctypes.CDLL(str(path))
     except OSError as error:
         raise SpecDecError(f"the native kernels cannot be loaded ({error})") from None
-    if not found.specdec_open(2):
-        raise SpecDecError("the native runtime needs an x86 CPU with AVX-512 BF16")
-    found.specdec_large_pages.argtypes = (POINTER, ctypes.c_int64)
-    found.specdec_pack.argtypes = (INT, INT, POINTER, INT, INT, POINTER, INT)
-    found.specdec_pack_i8.argtypes = (POINTER, INT, INT, POINTER, POINTER, INT)
-    found.specdec_linear.argtypes = (POINTER, POINTER, ctypes.c_float, POINTER, INT, INT, POINTER, INT, INT)
-    found.specdec_layers.argtypes = (POINTER, POINTER)
+    try:
+        if not found.specdec_open(2):
+            raise SpecDecError("the native runtime needs an x86 CPU with AVX-512 BF16")
+        found.specdec_large_pages.argtypes = (POINTER, ctypes.c_int64)
+        found.specdec_pack.argtypes = (INT, INT, POINTER, INT, INT, POINTER, INT)
+        found.specdec_pack_i8.argtypes = (POINTER, INT, INT, POINTER, POINTER, INT)
+        found.specdec_linear.argtypes = (POINTER, POINTER, ctypes.c_float, POINTER, INT, INT, POINTER, INT, INT)
+        found.specdec_layers.argtypes = (POINTER, POINTER)
+    except AttributeError:  # an editable install whose sources went on without it
+        raise SpecDecError("the native kernels were built from older sources; install specdec again") from None
     return found
 
 

@@ -254,7 +254,15 @@ def test_a_run_may_begin_from_a_trained_drafter_of_the_same_shape(answers: Path,
     short = from_mapping(
         MedusaSettings,
         {"prompts": [str(answers)], "output": str(tmp_path / "medusa"), "dtype": "float32", "method": "medusa"}
-        | {"init": str(tmp_path / "again"), "heads": 2, "window": 8, "draft_vocab": 60, "steps": 1, "minutes": None},
+        | {
+            "init": str(tmp_path / "again"),
+            "heads": 2,
+            "window": 8,
+            "draft_vocab": 60,
+            "steps": 1,
+            "minutes": None,
+            "compile": False,
+        },
         "test",
     )
     with pytest.raises(SpecDecError, match=r"cannot begin a 'medusa' drafter from .*again'"):
