@@ -32,8 +32,9 @@ COLOURS = (
     "#8f8f8f",
     "#8c6d31",
 )  # after Okabe and Ito
-HATCHES = ("", "///", "...", "xxx", "\\\\\\", "ooo", "---", "+++")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+# Eleven of each beside eight colours: 88 pairs before one comes again.
+HATCHES = ("", "///", "...", "xxx", "\\\\\\", "ooo", "---", "+++", "//..", "|||", "--..")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", "p", ">")
 LINES = ("-", "--", ":", "-.")
 STYLE: dict[Any, Any] = {
     "font.size": 9,
