@@ -169,7 +169,7 @@ def test_bars_of_drafters_differ_without_colour() -> None:
     records = [result(Cell(drafter=name)) for name in ("none", "m2r2", "medusa", "lookahead", "deed", "early-exit")]
     styles = Styles(records, {})
     assert len({styles.bar(record)["hatch"] for record in records}) == len(records)
-    assert len(set(MARKERS)) == len(set(HATCHES)) == 8 and len(set(LINES)) == 4
+    assert len(set(MARKERS)) == len(set(HATCHES)) == 11 and len(set(LINES)) == 4
 
 
 @pytest.mark.parametrize(
