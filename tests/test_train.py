@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gzip
+import io
 import json
 import random
 from pathlib import Path
@@ -11,7 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.backends.common
 from conftest import tiny_model
+from rich.console import Console
 from safetensors.torch import load_file
 from tiny import save_tiny
 from typer.testing import CliRunner
@@ -546,3 +549,31 @@ def test_a_killed_search_measures_nothing_twice(
     train(searched(answers, tmp_path / "parts"), resume=True)
     whole, parts = (json.loads((tmp_path / name / "search.json").read_text()) for name in ("whole", "parts"))
     assert whole == parts and calls["whole"] == calls["parts"]
+
+
+# -- compilation --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_training_goes_on_when_compilation_fails_and_says_so_once(
+    answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """Whatever the compiler's fault is, in whichever pass: the weights are those of a run that never compiles."""
+    torch._dynamo.reset()
+
+    def broken(graph: torch.fx.GraphModule, inputs: list[torch.Tensor], **_: Any) -> Any:
+        passes = "backward" if any("tangents" in node.name for node in graph.graph.nodes) else "forward"
+        if passes == where:
+            raise RuntimeError("error: Microsoft Visual C++ 14.0 or greater is required.\nGet it somewhere")
+        return graph.forward
+
+    backend = torch._dynamo.backends.common.aot_autograd(fw_compiler=broken, bw_compiler=broken)
+    compiling = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda part, dynamic: compiling(part, backend=backend, dynamic=dynamic))
+    said = io.StringIO()
+    train(recipe(answers, tmp_path / "out", compile=True, steps=3), console=Console(file=said, width=300))
+    lines = [line for line in said.getvalue().splitlines() if "torch.compile" in line]
+    assert len(lines) == 1 and "training goes on without it" in lines[0] and "Visual C++" in lines[0]
+    train(recipe(answers, tmp_path / "plain", compile=False, steps=3))
+    out, plain = (load_file(tmp_path / name / "checkpoint.safetensors") for name in ("out", "plain"))
+    assert all(torch.equal(out[key], plain[key]) for key in plain)

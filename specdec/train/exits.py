@@ -24,7 +24,7 @@ from specdec.train.batches import Batch
 from specdec.train.evaluate import known_tokens, standing, walk
 from specdec.train.fit import Moments
 from specdec.train.method import Method
-from specdec.train.runtime import TrainingTarget, can_compile
+from specdec.train.runtime import TrainingTarget
 from specdec.train.settings import TrainSettings
 from specdec.train.states import Wanted
 from specdec.train.student import Judge
@@ -60,8 +60,7 @@ class DeedMethod(Method):
         return Wanted((), (*self.exits, self.target.num_layers))
 
     def build(self, vocab: Tensor | None) -> ExitHeads:
-        compiled = self.settings.compile and self.target.direct and can_compile(self.target.device)
-        self.judge = Judge(self.target, vocab, self.settings.sharpen, compiled=compiled)
+        self.judge = Judge(self.target, vocab, self.settings.sharpen, compiled=True)
         return ExitHeads(self.exits, self.settings.width, self.target, vocab)
 
     @torch.no_grad()
@@ -180,8 +179,7 @@ class MixtureOfDepthsMethod(Method):
         return Wanted((), (self.target.num_layers,))
 
     def build(self, vocab: Tensor | None) -> Routers:
-        compiled = self.settings.compile and self.target.direct and can_compile(self.target.device)
-        self.judge = Judge(self.target, vocab, self.settings.sharpen, compiled=compiled)
+        self.judge = Judge(self.target, vocab, self.settings.sharpen, compiled=True)
         return Routers(self.settings.first, self.target, vocab)
 
     def _draft(self, network: Routers, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,7 @@ from specdec.train.data import Answer
 from specdec.train.evaluate import evaluate
 from specdec.train.fit import fit_leaps
 from specdec.train.method import Method, Work
-from specdec.train.runtime import TrainingTarget, can_compile
+from specdec.train.runtime import TrainingTarget
 from specdec.train.settings import TrainSettings
 from specdec.train.states import Wanted, compute, digest
 from specdec.train.student import Judge, passages
@@ -95,8 +95,7 @@ class M2R2Method(Method):
         return wanted_states(self.path, self.target.num_layers)
 
     def build(self, vocab: Tensor | None) -> M2R2:
-        compiled = self.settings.compile and self.target.direct and can_compile(self.target.device)
-        self.judge = Judge(self.target, vocab, self.settings.sharpen, compiled=compiled)
+        self.judge = Judge(self.target, vocab, self.settings.sharpen, compiled=True)
         return M2R2(self.path, self.target, vocab)
 
     def groups(self, masters: nn.Module) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from specdec.errors import SpecDecError
 from specdec.train.batches import Batch
 from specdec.train.evaluate import known_tokens
 from specdec.train.method import Method
-from specdec.train.runtime import TrainingTarget, can_compile
+from specdec.train.runtime import TrainingTarget
 from specdec.train.settings import TrainSettings
 from specdec.train.states import Wanted
 from specdec.train.student import Judge
@@ -56,8 +56,7 @@ class MedusaMethod(Method):
 
     def build(self, vocab: Tensor | None) -> Medusa:
         settings = self.settings
-        compiled = settings.compile and self.target.direct and can_compile(self.target.device)
-        self.judge = Judge(self.target, vocab, settings.sharpen, compiled=compiled)
+        self.judge = Judge(self.target, vocab, settings.sharpen, compiled=True)
         return Medusa(self.target.hidden_size, settings.heads, settings.blocks, settings.rooted, vocab)
 
     def loss(self, network: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:

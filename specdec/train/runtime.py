@@ -13,10 +13,12 @@ import logging
 import os
 import shutil
 import sys
+import textwrap
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch._functorch.config as functorch_config
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -33,13 +35,16 @@ LINEARS = (
 
 
 class TrainingTarget(ReferenceTarget):
-    """A ``ReferenceTarget`` that is fast on blocks of many tokens. ``compiled``: use ``torch.compile`` where it works.
+    """A ``ReferenceTarget`` that is fast on blocks of many tokens.
 
-    Merged adapter weights are kept from call to call: call ``forget`` when the adapters have changed.
+    compiled: use ``torch.compile`` where the model has a direct path and compilation works; ``say`` is told once where
+    it does not. Merged adapter weights are kept from call to call: call ``forget`` when the adapters have changed.
     """
 
-    def __init__(self, model: PreTrainedModel, compiled: bool = False) -> None:
-        self.direct = False
+    def __init__(
+        self, model: PreTrainedModel, compiled: bool = False, say: Callable[[str], None] = lambda line: None
+    ) -> None:
+        self.direct, self.compiles, self.say = False, False, say
         self._merged: dict[int, list[Tensor]] = {}
         self._train: tuple[Callable[..., Any], ...] = (_before, _after)  # blocks of one shape, with gradients
         self._teach: tuple[Callable[..., Any], ...] = (_before, _after)  # blocks of any shape
@@ -50,10 +55,37 @@ class TrainingTarget(ReferenceTarget):
         )
         if self.direct:
             self._self_check()  # raises for a direct path that strays from the model
-            if compiled and can_compile(self.device):
-                logging.getLogger("torch._inductor").setLevel(logging.ERROR)
-                self._train = tuple(torch.compile(part, dynamic=False) for part in (_before, _after))
-                self._teach = tuple(torch.compile(part, dynamic=True) for part in (_before, _after))
+            self.compiles = compiled and can_compile(self.device)
+            self._train = tuple(self.compiled(part) for part in (_before, _after))
+            self._teach = tuple(self.compiled(part, dynamic=True) for part in (_before, _after))
+
+    def compiled(self, part: Callable[..., Any], dynamic: bool = False) -> Callable[..., Any]:
+        """``part``, a function of tensors without side effects, compiled if this target compiles.
+
+        Compilers fail for reasons that are none of the training's (a broken toolchain, a full disk for their files):
+        from the first failure on, every part of this target runs as it is written.
+        """
+        if not self.compiles:
+            return part
+        logging.getLogger("torch._inductor").setLevel(logging.ERROR)
+        logging.getLogger("torch._dynamo").setLevel(logging.ERROR)
+        # By default the backward pass is compiled when it is needed, far from the call that could do without.
+        functorch_config.force_non_lazy_backward_lowering = True
+        quick = torch.compile(part, dynamic=dynamic)
+
+        def run(*args: Any) -> Any:
+            if self.compiles:
+                try:
+                    return quick(*args)
+                except Exception as error:
+                    values = part(*args)  # raises what is not the compiler's fault
+                    self.compiles = False
+                    reason = textwrap.shorten(f"{type(error).__name__}: {error}", 160, placeholder=" ...")
+                    self.say(f"torch.compile failed, training goes on without it, but slower ({reason})")
+                    return values
+            return part(*args)
+
+        return run
 
     def forget(self) -> None:
         """Drop merged weights: the adapters have changed, or a new graph begins."""

@@ -8,7 +8,6 @@ drafter's own (``specdec.drafters.m2r2``).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from specdec.cache import Mask
 from specdec.drafters.m2r2 import M2R2, Carry, watch
 from specdec.target import Target
 from specdec.train.batches import Batch
+from specdec.train.runtime import TrainingTarget
 
 
 def exact_carry(network: M2R2, batch: Batch) -> Carry:
@@ -122,6 +122,7 @@ class Judge:
     The vocabulary of a batch is the drafter's own plus up to ``extra`` of the tokens the base would choose in it (the
     drafter adds the tokens of its context in the same way), filled up with any others so that shapes stay the same.
     ``sharpen``: share of the target's mass moved onto the base's most likely token, where the vocabulary has it.
+    ``compiled``: where the target compiles, for batches of one shape.
     """
 
     def __init__(
@@ -132,8 +133,9 @@ class Judge:
         self.extra = 0 if vocab is None else min(extra, target.vocab_size - len(vocab))
         self.head: nn.Linear | None = None
         self.place: Tensor | None = None  # token id -> index in the batch's vocabulary, or -1
-        self.compare: Callable[..., Any] = torch.compile(_compare, dynamic=False) if compiled else _compare
-        self.soften: Callable[..., Any] = torch.compile(_soften, dynamic=False) if compiled else _soften
+        self.compare, self.soften = _compare, _soften
+        if compiled and isinstance(target, TrainingTarget):
+            self.compare, self.soften = target.compiled(_compare), target.compiled(_soften)
 
     def index(self, ids: Tensor) -> Tensor:
         return ids if self.place is None else self.place[ids]

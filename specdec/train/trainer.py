@@ -82,7 +82,8 @@ def _prepare(
     output = _open_output(settings, resume)
     keep_freed_memory()
     model, tokenizer = hub.load(settings.model, dtype=settings.dtype, device=world.device)
-    target = TrainingTarget(model.requires_grad_(False), compiled=settings.compile)
+    say = partial(console.print, highlight=False, markup=False)
+    target = TrainingTarget(model.requires_grad_(False), settings.compile, say)
     mark = hub.fingerprint(model)
     begin = read_drafter(settings.init, mark) if settings.init else None
     method = lookup(settings.method)(settings, target)
