@@ -35,16 +35,14 @@ LEAP: dict[str, Any] = {"search": False, "segments": [[20, 24]], "final_leap": T
 ROWS: dict[str, tuple[str, float, dict[str, Any]]] = {  # name: preset, share of the answers, settings
     "20-23, rank 56": ("m2r2", SHARE, LEAP),
     "20-23, rank 16": ("m2r2", SHARE, LEAP | {"rank": 16}),
-    "20-23, rank 32": ("m2r2", SHARE, LEAP | {"rank": 32}),
-    "20-23, rank 64": ("m2r2", SHARE, LEAP | {"rank": 64}),
     "20-22": ("m2r2", SHARE, LEAP | {"segments": [[20, 23]]}),
     "20-24": ("m2r2", SHARE, LEAP | {"segments": [[20, 25]]}),
-    "exit 3, 20-23": ("m2r2", SHARE, LEAP | {"exit_layer": 3}),
     "m2r2-paper (exit 6)": ("m2r2-paper", SHARE, {}),
-    "an eighth of the answers": ("m2r2", SHARE / 2, LEAP),
     "a sixteenth of the answers": ("m2r2", SHARE / 4, LEAP),
-    "half of the answers": ("m2r2", SHARE * 2, LEAP),
+    "exit 3, 20-23": ("m2r2", SHARE, LEAP | {"exit_layer": 3}),
+    "20-23, rank 32": ("m2r2", SHARE, LEAP | {"rank": 32}),
     "22-24": ("m2r2", SHARE, LEAP | {"segments": [[22, 25]]}),
+    "an eighth of the answers": ("m2r2", SHARE / 2, LEAP),
 }
 
 
@@ -148,7 +146,7 @@ def main() -> None:
     parser.add_argument("what", choices=("run", "table"))
     parser.add_argument("--prompts", type=Path, help="token-id answers (run)")
     parser.add_argument("--output", type=Path, required=True, help="folder of all rows")
-    parser.add_argument("--steps", type=int, default=240, help="updates of each row (run)")
+    parser.add_argument("--steps", type=int, default=160, help="updates of each row (run)")
     given = parser.parse_args()
     if given.what == "table":
         table(given.output)

@@ -286,6 +286,11 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_drafter(
     with pytest.raises(SpecDecError, match="no number any more at update 5"):
         train(recipe(answers, tmp_path / "out"))
     assert all(t.isfinite().all() for t in artifacts.read_tensors(tmp_path / "out").values())
+    kept = load_file(tmp_path / "out" / "checkpoint.safetensors")
+    monkeypatch.setattr(Judge, "loss", loss)
+    train(recipe(answers, tmp_path / "whole", steps=5, decay=1e-9))  # the rate does not fall in so few updates
+    whole = load_file(tmp_path / "whole" / "checkpoint.safetensors")
+    assert kept.keys() == whole.keys() and all(t.isfinite().all() for t in kept.values())
 
 
 def test_a_full_disk_is_one_clear_line(answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

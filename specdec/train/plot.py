@@ -31,7 +31,11 @@ def draw_curves(metrics: Path, picture: Path, console: Console) -> None:
     agreement.set(xlabel="training tokens", ylabel="top-1 agreement with the model")
     if agreement.get_legend_handles_labels()[0]:
         agreement.legend(fontsize=8)
-    figure.savefig(picture, dpi=110)
+    try:
+        figure.savefig(picture, dpi=110)
+    except OSError as error:
+        picture.unlink(missing_ok=True)
+        console.print(f"no {picture.name}: {error.strerror or error}")
 
 
 def _series(lines: list[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:

@@ -174,6 +174,7 @@ class Run:
             self._refresh()
         settings, earlier, start = self.settings, self.seconds, time.monotonic()
         saved = evaluated = start
+        text = ""  # how it goes
         sums: dict[str, float] = {}
         with _progress(self.console) as progress:
             task = progress.add_task("training", total=1000)
@@ -185,7 +186,10 @@ class Run:
                 if done >= 1:
                     break
                 figures = self._step(rows, self._rate(done))
-                if not math.isfinite(figures["loss"] + figures["gradient"]):
+                if not math.isfinite(figures["loss"] + figures["gradient"]):  # the update was left out
+                    with self.world.after_the_first():
+                        self._save()
+                        self._evaluate()
                     raise self._lost()
                 for key, value in figures.items():
                     sums[key] = sums.get(key, 0.0) + value
@@ -196,12 +200,13 @@ class Run:
                     left = (1 - done) / max(done, 1e-6) * self.seconds
                     text = f"{speed:.0f} tokens/s, loss {means['loss']:.3f}, agreement {means['agree']:.3f}"
                     text += f", {self.speedup:.2f}x" if self.speedup else ""
-                    progress.update(
-                        task, completed=1000 * done, description=f"training: {text}, {left / 60:.0f} min left"
-                    )
+                    text += f", {left / 60:.0f} min left"
+                    progress.update(task, completed=1000 * done, description=f"training: {text}")
                     sums = {}
                 if now - saved > 60 * settings.checkpoint_minutes:
                     self._save()
+                    if text and not self.console.is_terminal:  # where no bar moves
+                        self.console.print(f"update {self.update}: {text}", highlight=False, soft_wrap=True)
                     saved = time.monotonic()
                 if now - evaluated > 60 * settings.eval_minutes:
                     self._evaluate()
@@ -216,8 +221,8 @@ class Run:
 
     def _lost(self) -> SpecDecError:
         return SpecDecError(
-            f"the loss is no number any more at update {self.update}; '{self.output}' keeps the last good drafter and "
-            "checkpoint: train again with a lower learning_rate in another --output"
+            f"the loss is no number any more at update {self.update}; '{self.output}' keeps the drafter as it was "
+            f"until then: go on from it with --set init={self.output} and a lower learning_rate in another --output"
         )
 
     def _done(self) -> float:
@@ -396,11 +401,25 @@ class Run:
         except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
             raise SpecDecError(f"'{path}' is no checkpoint of this run ({error}); delete it to start anew") from None
         self._refresh()
-        metrics = self.output / METRICS
-        if self.world.first and metrics.exists():  # what followed the checkpoint will be done again
-            lines = metrics.read_text("utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if json.loads(line)["update"] <= self.update]
-            artifacts.replace(metrics, "".join(kept).encode())
+        if self.world.first:
+            self._rewind()
+
+    def _rewind(self) -> None:
+        """Cut off the metrics that followed the checkpoint: that will be done again."""
+        path, kept = self.output / METRICS, ""
+        try:
+            for line in path.read_text("utf-8").splitlines(keepends=True) if path.exists() else ():
+                if not line.endswith("\n") or json.loads(line)["update"] > self.update:
+                    break
+                kept += line
+        except (ValueError, KeyError, TypeError):
+            pass  # the run was killed as it wrote this line
+        except OSError as error:
+            raise SpecDecError(f"cannot read '{path}': {error.strerror or error}") from None
+        try:
+            artifacts.replace(path, kept.encode())
+        except OSError as error:
+            raise _full(self.output, error) from None
 
 
 def said(figures: dict[str, Any]) -> str:
