@@ -18,7 +18,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -30,11 +29,11 @@ from specdec.adapters import Adapters
 from specdec.cache import KVCache, Mask
 from specdec.draft import Draft, State
 from specdec.errors import SpecDecError
+from specdec.growth import WIDTH, Bounds, Route, Seed, likeliest
 from specdec.kernels import rms_unit
 from specdec.target import Target
 
 from .arla import Router
-from .beam import WIDTH, draft_beam
 from .chain import SHAPE, ChainDrafter, best_probability, first_sure
 from .vocabulary import DraftVocabulary, check_vocabulary
 
@@ -170,7 +169,7 @@ class M2R2(nn.Module):
             self.leaps.extend(nn.Linear(2 * d, d) for _ in path.reach)
         counts = [path.residuals(index) for index in range(len(path.reach))]
         self.routers = nn.ModuleList(Router(count, d, router) for count in counts) if router else None
-        self.frozen: list[Callable[[Sequence[Tensor]], Tensor]] = []  # the leaps, once nothing is trained any more
+        self.frozen: list[kernels.UnitMap] = []  # the leaps, once nothing is trained any more
         self.register_buffer("draft_vocab", draft_vocab)  # int32 [V'], or None: the full vocabulary
         self.draft_vocab: Tensor | None
 
@@ -201,7 +200,7 @@ class M2R2(nn.Module):
         self.to(target.device, target.dtype).requires_grad_(False).eval()
         self.adapters.coarse = True
         leaps = [leap for leap in self.leaps if isinstance(leap, nn.Linear)]
-        self.frozen = [kernels.frozen_of_units(leap.weight, leap.bias) for leap in leaps]
+        self.frozen = [kernels.UnitMap(leap.weight, leap.bias) for leap in leaps]
 
     def beyond(
         self,
@@ -339,7 +338,8 @@ class M2R2Drafter(ChainDrafter):
     """Drafts with a trained M2R2: a chain with siblings that cost no drafting, or a tree that is grown level by level.
 
     A tree is grown where the whole path is one exit that shares no layer with scoring, for one greedy row; it has
-    ``nodes`` nodes, else those that scoring has room for, and ``width`` nodes of a level are drafted on from.
+    ``nodes`` nodes, else those that scoring has room for (a chain if it has none), and ``width`` nodes of a level are
+    drafted on from.
     siblings, nodes: see ``Shape``; siblings that are given make a chain.
     exit_confidence: how sure, in [0, 1], a token must be to leave before the last exit; where drafts stand unjudged,
         the verifier's threshold takes its place.
@@ -436,30 +436,17 @@ class M2R2Drafter(ChainDrafter):
         return draft
 
     def _grows(self, state: State) -> bool:
-        """Whether a tree is drafted level by level: it has to pay in scoring alone, and to be one greedy row's."""
+        """Whether a draft grows level by level: it has to pay in scoring alone, and to be one greedy row's."""
         judged = state.threshold is None and state.sampler.plain_greedy and state.cache.batch == 1
-        wide = self.shape.siblings is None and (state.spare > 0 or self.shape.nodes is not None)
-        return judged and wide and not self.path.exit_layer and not self.path.exits
+        return judged and self.shape.siblings is None and not self.path.exit_layer and not self.path.exits
 
     def _tree(self, state: State, limit: int, carry: Carry) -> Draft:
-        target, cache, network, run = state.target, state.cache, self.network, 0
-
-        def step(tokens: Tensor, positions: Tensor, parents: Tensor, paths: Tensor) -> Tensor:
-            nonlocal carry, run
-            before, run = Carry(carry.final[:, parents], [x[:, parents] for x in carry.inputs]), run + len(parents)
-            mask = partial(cache.mask, positions=positions, tree=paths)
-            p, inputs = target.embed(tokens, positions), list[Tensor]()
-            for landed, ran, _ in network.beyond(target, p, before, positions, mask, cache):
-                inputs.append(landed)
-                p = ran
-            carry = Carry(network.estimate(0, p, before), inputs)
-            return self.vocabulary.logits(carry.final)
-
-        nodes = self.shape.nodes or limit + state.spare
-        draft = draft_beam(state, limit, nodes, self.width, step, self.vocabulary.tokens)
-        for lo, hi in self.path.segments:
-            cache.trim(run, lo, hi)
-        return draft
+        network, vocabulary = self.network, self.vocabulary
+        route = Route(network.frozen, self.path.segments, network.adapters, vocabulary.heads, vocabulary.tokens)
+        seed = Seed(state.ids[0][-1], state.cache.rows[0], carry.final, carry.inputs)
+        width = self.width if self.shape.nodes or state.spare else 1
+        found = state.target.grow(state.cache, seed, route, Bounds(limit, width, state.confidence))
+        return likeliest(found, self.shape.nodes or limit + state.spare, state.cache.device)
 
     def observe(self, paths: list[list[int]], taps: dict[int, Tensor]) -> None:
         super().observe(paths, taps)

@@ -48,6 +48,11 @@ class DraftVocabulary:
             unseen = [[t not in context for t in self.more] for context in contexts]
             self.hidden = torch.tensor(unseen, device=self.trained.device)
 
+    @property
+    def heads(self) -> list[nn.Linear | None]:
+        """What ``tokens`` are read out by, one head beside the other (None: the model's own). For one row."""
+        return [self.head] if self.more_head is None else [self.head, self.more_head]
+
     def logits(self, final: Tensor) -> Tensor:
         """Draft logits [B, T, V'] over ``tokens``, from final states [B, T, D]."""
         logits = self.target.readout(final, self.head)

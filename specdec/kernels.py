@@ -151,13 +151,21 @@ def frozen(weight: Tensor, bias: Tensor | None = None) -> Linear:
     return (packed if 1 in packed_rows(weight.dtype, weight.device) else dense)(weight.detach(), bias)
 
 
-def frozen_of_units(weight: Tensor, bias: Tensor | None = None) -> Callable[[Sequence[Tensor]], Tensor]:
-    """``linear(cat(parts, each divided by its RMS))``, likewise."""
-    if native.serves(weight):
-        packed_ = native.Packed(weight, bias, coarse=True)
-        return lambda parts: packed_.of_units(parts, UNIT_EPS)
-    linear = frozen(weight, bias)
-    return lambda parts: linear(torch.cat([rms_unit(part) for part in parts], -1))
+class UnitMap:
+    """``linear(cat(parts, each divided by its RMS))`` for a weight that no longer changes, as ``frozen``.
+
+    packed: its form for the compiled kernels, where they serve.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self.packed = native.Packed(weight, bias, coarse=True) if native.serves(weight) else None
+        self.linear = None if self.packed else frozen(weight, bias)
+
+    def __call__(self, parts: Sequence[Tensor]) -> Tensor:
+        if self.linear is None:
+            assert self.packed is not None
+            return self.packed.of_units(parts, UNIT_EPS)
+        return self.linear(torch.cat([rms_unit(part) for part in parts], -1))
 
 
 def rms_unit(x: Tensor) -> Tensor:

@@ -62,8 +62,9 @@ typedef struct {
 
 typedef struct {
     int32_t batch, tokens, lo, hi, start, threads, adapted, windows; /* start: first new cache slot */
-    bf16 *x;                     /* [batch * tokens, hidden], in and out */
-    const float *cos, *sin;      /* [batch * tokens, rotated / 2] */
+    bf16 *x;                     /* [batch * tokens, hidden], in and out; unused in a passage */
+    const int64_t *positions;    /* [batch * tokens] */
+    const float *rotary;         /* [position][cosines, sines][rotated / 2] */
     bf16 **keys, **values;       /* by layer: [batch, kv_heads, capacity, head_dim] */
     const int32_t *capacity;     /* by layer: slots */
     const uint8_t *const *masks; /* by window kind: [batch, tokens, start + tokens], 1 = visible; NULL: all visible */
@@ -87,7 +88,7 @@ static void sync_threads(Barrier *b, int n) {
         return;
     }
     for (int spins = 0; __atomic_load_n(&b->phase, __ATOMIC_ACQUIRE) == phase; spins++) {
-        if (spins > 20000) sched_yield(); /* somebody else has the core that we wait for */
+        if (spins > 400) sched_yield(); /* somebody else has the core that we wait for */
         else _mm_pause();
     }
 }
@@ -525,10 +526,12 @@ typedef struct {
     const Model *m;
     const Call *c;
     int rows, blocks, group, column_blocks, slots, ranks;
+    size_t scored, coarse, own;              /* a thread's scratch: where scores and QN begin in it, its size */
     float *x, *qkv, *cos, *sin;              /* FM; cos and sin [block][rotated / 2][16] */
     uint32_t *attended, *inner, *ranked[2];  /* VN */
     bf16 *queries;                           /* [rows, heads, head_dim] */
     uint16_t **visible;                      /* by window kind: [batch][column block][slots], or NULL */
+    uint8_t *scratch;                        /* by thread: the normed block, attention's scores, QN of the widest input */
     Barrier barrier;
 } Pass;
 
@@ -723,71 +726,320 @@ static uint16_t *columns_seeing(const Pass *p, const uint8_t *mask) {
     return out;
 }
 
+/* Layers [lo, hi) of the call, in a team. */
+static void run_layers(Pass *p, int me, int n) {
+    const Call *c = p->c;
+    uint8_t *mine = p->scratch + p->own * me;
+    for (int index = c->lo; index < c->hi; index++) {
+        if (c->taps[index]) {
+            int from, to;
+            share(p->rows, me, n, &from, &to);
+            from_blocks(p->x, from, to, p->m->hidden, c->taps[index]);
+        }
+        run_layer(p, index, (uint32_t *)mine, (float *)(mine + p->scored), mine + p->coarse, me, n);
+    }
+}
+
+/* Room for passes of `m` over so many tokens as `c` has, over at most `slots` cached ones, whose maps read at most
+ * `widest` inputs besides the layers' own. Returns 0, or -1 without memory. `end` in any case. */
+static int begin(Pass *p, const Model *m, const Call *c, int slots, int widest) {
+    memset(p, 0, sizeof *p);
+    p->m = m, p->rows = c->batch * c->tokens, p->blocks = (p->rows + 15) / 16, p->group = m->heads / m->kv_heads;
+    p->column_blocks = (c->tokens * p->group + 15) / 16;
+    int total = (m->heads + 2 * m->kv_heads) * m->head_dim, half = m->rotated / 2;
+    size_t blocks = (size_t)p->blocks;
+    for (int l = c->lo; c->low && l < c->hi; l++)
+        for (int i = 0; c->low[l] && i < 4; i++)
+            if (c->low[l][i].ks && c->low[l][i].down.out > p->ranks) p->ranks = c->low[l][i].down.out;
+    p->x = room(64 * blocks * m->hidden);
+    p->qkv = room(64 * blocks * total);
+    p->cos = room(64 * blocks * half);
+    p->sin = room(64 * blocks * half);
+    p->attended = room(32 * blocks * m->heads * m->head_dim);
+    p->inner = room(32 * blocks * m->inner);
+    p->ranked[0] = room(32 * blocks * (p->ranks + 2));
+    p->ranked[1] = room(32 * blocks * (p->ranks + 2));
+    p->queries = room(2 * (size_t)p->rows * m->heads * m->head_dim);
+    if (widest < m->hidden) widest = m->hidden;
+    p->scored = (32 * blocks * widest + 63) / 64 * 64;
+    if (widest < m->inner) widest = m->inner;
+    if (widest < m->heads * m->head_dim) widest = m->heads * m->head_dim;
+    p->coarse = p->scored + 64 * ((size_t)slots + 16);
+    p->own = p->coarse + blocks * qn_bytes(widest);
+    p->scratch = room(p->own * c->threads);
+    if (!(p->x && p->qkv && p->cos && p->sin && p->attended && p->inner && p->ranked[0] && p->ranked[1] && p->queries && p->scratch))
+        return -1;
+    memset(p->attended, 0, 32 * blocks * m->heads * m->head_dim);
+    memset(p->cos, 0, 64 * blocks * half);
+    memset(p->sin, 0, 64 * blocks * half);
+    for (int r = 0; r < p->rows; r++)
+        for (int i = 0; i < half; i++) {
+            int64_t at = ((int64_t)(r / 16) * half + i) * 16 + r % 16, from = c->positions[r] * 2 * half + i;
+            p->cos[at] = c->rotary[from], p->sin[at] = c->rotary[from + half];
+        }
+    return 0;
+}
+
+static void end(Pass *p) {
+    free(p->x), free(p->qkv), free(p->cos), free(p->sin), free(p->attended), free(p->inner), free(p->ranked[0]);
+    free(p->ranked[1]), free(p->queries), free(p->scratch);
+}
+
+/* Aim a pass at a call's cached tokens. Returns 0, or -1 without memory. `leave` in any case. */
+static int aim(Pass *p, const Call *c) {
+    p->c = c, p->slots = c->start + c->tokens;
+    memset(&p->barrier, 0, sizeof p->barrier);
+    p->visible = calloc((size_t)c->windows, sizeof *p->visible);
+    for (int w = 0; p->visible && w < c->windows; w++)
+        if (c->masks[w] && !(p->visible[w] = columns_seeing(p, c->masks[w]))) return -1;
+    return p->visible ? 0 : -1;
+}
+
+static void leave(Pass *p) {
+    for (int w = 0; p->visible && w < p->c->windows; w++) free(p->visible[w]);
+    free(p->visible);
+}
+
 /* Run layers [lo, hi) of a call. Returns 0, or -1 if there is no memory (nothing has happened then). */
 int specdec_layers(const Model *m, const Call *c) {
     Pass p;
-    memset(&p, 0, sizeof p);
-    p.m = m, p.c = c, p.rows = c->batch * c->tokens, p.blocks = (p.rows + 15) / 16, p.group = m->heads / m->kv_heads;
-    p.column_blocks = (c->tokens * p.group + 15) / 16;
-    p.slots = c->start + c->tokens;
-    int total = (m->heads + 2 * m->kv_heads) * m->head_dim, half = m->rotated / 2, threads = c->threads, failed = 0;
-    size_t blocks = (size_t)p.blocks;
-    for (int l = c->lo; c->low && l < c->hi; l++)
-        for (int i = 0; c->low[l] && i < 4; i++)
-            if (c->low[l][i].ks && c->low[l][i].down.out > p.ranks) p.ranks = c->low[l][i].down.out;
-    p.x = room(64 * blocks * m->hidden);
-    p.qkv = room(64 * blocks * total);
-    p.cos = room(64 * blocks * half);
-    p.sin = room(64 * blocks * half);
-    p.attended = room(32 * blocks * m->heads * m->head_dim);
-    p.inner = room(32 * blocks * m->inner);
-    p.ranked[0] = room(32 * blocks * (p.ranks + 2));
-    p.ranked[1] = room(32 * blocks * (p.ranks + 2));
-    p.queries = room(2 * (size_t)p.rows * m->heads * m->head_dim);
-    p.visible = calloc((size_t)c->windows, sizeof *p.visible);
-    /* By thread: the normed block, attention's scores, QN of the widest input. */
-    size_t widest = m->inner > m->hidden ? m->inner : m->hidden;
-    if (widest < (size_t)m->heads * m->head_dim) widest = (size_t)m->heads * m->head_dim;
-    size_t normed = (32 * blocks * m->hidden + 63) / 64 * 64, scored = normed + 64 * ((size_t)p.slots + 16);
-    size_t own = scored + blocks * qn_bytes((int)widest);
-    uint8_t *scratch = room(own * threads);
-    failed = !(p.x && p.qkv && p.cos && p.sin && p.attended && p.inner && p.ranked[0] && p.ranked[1] && p.queries && p.visible && scratch);
-    for (int w = 0; !failed && w < c->windows; w++)
-        if (c->masks[w]) failed = !(p.visible[w] = columns_seeing(&p, c->masks[w]));
+    int failed = begin(&p, m, c, c->start + c->tokens, 0) | aim(&p, c);
     if (!failed) {
         to_blocks(c->x, p.rows, m->hidden, p.x);
-        memset(p.attended, 0, 32 * blocks * m->heads * m->head_dim);
-        memset(p.cos, 0, 64 * blocks * half);
-        memset(p.sin, 0, 64 * blocks * half);
-        for (int r = 0; r < p.rows; r++)
-            for (int i = 0; i < half; i++) {
-                int64_t at = ((int64_t)(r / 16) * half + i) * 16 + r % 16;
-                p.cos[at] = c->cos[(int64_t)r * half + i], p.sin[at] = c->sin[(int64_t)r * half + i];
-            }
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(c->threads)
         {
-            int me = omp_get_thread_num(), n = omp_get_num_threads();
+            int me = omp_get_thread_num(), n = omp_get_num_threads(), from, to;
             enter_tiles();
-            uint8_t *mine = scratch + own * me;
-            for (int index = c->lo; index < c->hi; index++) {
-                if (c->taps[index]) {
-                    int from, to;
-                    share(p.rows, me, n, &from, &to);
-                    from_blocks(p.x, from, to, m->hidden, c->taps[index]);
-                }
-                run_layer(&p, index, (uint32_t *)mine, (float *)(mine + normed), mine + scored, me, n);
-            }
-            int from, to;
+            run_layers(&p, me, n);
             share(p.rows, me, n, &from, &to);
             from_blocks(p.x, from, to, m->hidden, c->x);
             leave_tiles();
         }
         if (c->taps[c->hi]) memcpy(c->taps[c->hi], c->x, 2 * (size_t)p.rows * m->hidden);
     }
-    for (int w = 0; p.visible && w < c->windows; w++) free(p.visible[w]);
-    free(p.x), free(p.qkv), free(p.cos), free(p.sin), free(p.attended), free(p.inner), free(p.ranked[0]), free(p.ranked[1]);
-    free(p.queries), free(p.visible), free(scratch);
-    return failed ? -1 : 0;
+    leave(&p), end(&p);
+    return failed;
+}
+
+/* -- drafting ----------------------------------------------------------------------------------------------------- */
+
+enum { MOST_LEGS = 8, MOST_WIDTH = 16 };
+
+typedef struct {        /* a leap, and the layers behind it */
+    const Map *leap;        /* of the parts, each divided by its RMS: the residual, the previous final state (, `carried`) */
+    const bf16 *carried;    /* [hidden]: the root's previous state where the layers begin */
+    const Model *model;     /* the first leg has layers; the last may have none (NULL) */
+    const Call *call;       /* of one token at the first free slot, without masks */
+} Leg;
+
+typedef struct {        /* a tree that grows from one root, level by level */
+    int32_t legs, levels, width, root; /* width: tokens of a level that are drafted on from, children of each */
+    const Leg *leg;
+    const bf16 *embedding;  /* [vocabulary, hidden] */
+    const bf16 *final;      /* [hidden]: the root's previous final state */
+    const Map *head[2];     /* what follows is read out by, one beside the other; the second may be NULL */
+    int32_t outputs[2];     /* of each head, those that count */
+    const int64_t *tokens;  /* [outputs]: what they stand for, or NULL: themselves */
+    const float *norm;
+    float eps, unit_eps;    /* of the final norm, of the leaps' */
+    float confidence;       /* growing ends when no path is as probable */
+    int32_t windows;
+    const int32_t *window;  /* by window kind: positions that a token sees, or 0: all */
+    float *scores;          /* out: [levels * width * width], log-probabilities of the candidates' paths */
+    int32_t *ids, *parents; /* out: their tokens; 0: the root, i + 1: candidate i */
+} Growth;
+
+typedef struct {        /* of a thread's share of the outputs, by lane */
+    float most[16] __attribute__((aligned(64))), sum[16] __attribute__((aligned(64))), floor[16] __attribute__((aligned(64)));
+    float values[16][MOST_WIDTH];
+    int32_t ids[16][MOST_WIDTH];
+} Best;
+
+static void insert(Best *best, int lane, int count, float value, int32_t id) {
+    float *values = best->values[lane];
+    int32_t *ids = best->ids[lane], at = count - 1;
+    for (; at > 0 && value > values[at - 1]; at--) values[at] = values[at - 1], ids[at] = ids[at - 1];
+    values[at] = value, ids[at] = id;
+    best->floor[lane] = values[count - 1];
+}
+
+/* before, carried: FM; landed: out, [rows, hidden]. */
+static void leap(Pass *p, const Map *map, const float *before, const float *carried, float eps, bf16 *landed, int me, int n) {
+    uint8_t *mine = p->scratch + p->own * me;
+    uint32_t *normed = (uint32_t *)mine;
+    int hidden = p->m->hidden, from, to;
+    float sums[256] __attribute__((aligned(64)));
+    norm(p->x, NULL, hidden, eps, normed);
+    norm(before, NULL, hidden, eps, normed + 8 * hidden);
+    if (carried) norm(carried, NULL, hidden, eps, normed + 16 * hidden);
+    const uint32_t *seen = input_of(map, normed, 1, mine + p->coarse);
+    sync_threads(&p->barrier, n);
+    share(hidden / 16, me, n, &from, &to);
+    for (int t = from; t < to; t++) {
+        product(map, NULL, t, seen, NULL, 1, sums);
+        for (int o = 0; o < 16; o++) _mm512_store_ps(p->x + 16 * (16 * t + o), rounded(_mm512_load_ps(sums + 16 * o)));
+    }
+    sync_threads(&p->barrier, n);
+    share(p->rows, me, n, &from, &to);
+    from_blocks(p->x, from, to, hidden, landed);
+}
+
+static void read_out(Pass *p, const Growth *g, Best *best, int me, int n) {
+    uint8_t *mine = p->scratch + p->own * me;
+    float sums[256] __attribute__((aligned(64)));
+    F most = _mm512_set1_ps(-1e30f), sum = _mm512_setzero_ps();
+    for (int lane = 0; lane < 16; lane++) {
+        best->floor[lane] = -1e30f;
+        for (int i = 0; i < g->width; i++) best->values[lane][i] = -1e30f, best->ids[lane][i] = 0;
+    }
+    norm(p->x, g->norm, p->m->hidden, g->eps, (uint32_t *)mine);
+    for (int h = 0; h < 2 && g->head[h]; h++) {
+        const uint32_t *seen = input_of(g->head[h], (uint32_t *)mine, 1, mine + p->coarse);
+        int from, to, first = h ? g->outputs[0] : 0;
+        share((g->outputs[h] + 15) / 16, me, n, &from, &to);
+        for (int t = from; t < to; t++) {
+            product(g->head[h], NULL, t, seen, NULL, 1, sums);
+            int some = g->outputs[h] - 16 * t < 16 ? g->outputs[h] - 16 * t : 16;
+            F top = most;
+            for (int o = 0; o < some; o++) top = _mm512_max_ps(top, _mm512_load_ps(sums + 16 * o));
+            sum = _mm512_mul_ps(sum, exp16(_mm512_sub_ps(most, top)));
+            most = top;
+            for (int o = 0; o < some; o++) {
+                F v = _mm512_load_ps(sums + 16 * o);
+                sum = _mm512_add_ps(sum, exp16(_mm512_sub_ps(v, most)));
+                __mmask16 good = _mm512_cmp_ps_mask(v, _mm512_load_ps(best->floor), _CMP_GT_OQ) & (__mmask16)((1u << p->rows) - 1);
+                for (; good; good &= (__mmask16)(good - 1)) {
+                    int lane = __builtin_ctz(good);
+                    insert(best, lane, g->width, sums[16 * o + lane], first + 16 * t + o);
+                }
+            }
+        }
+    }
+    _mm512_store_ps(best->most, most), _mm512_store_ps(best->sum, sum);
+}
+
+/* One lane of what the threads found, merged into the first one's, as log-probabilities. */
+static void merge(Best *best, int lane, int count, int threads) {
+    float most = best->most[lane], sum = 0;
+    for (int t = 1; t < threads; t++) most = best[t].most[lane] > most ? best[t].most[lane] : most;
+    for (int t = 0; t < threads; t++) sum += best[t].sum[lane] * __builtin_expf(best[t].most[lane] - most);
+    for (int t = 1; t < threads; t++)
+        for (int i = 0; i < count && best[t].values[lane][i] > best->floor[lane]; i++)
+            insert(best, lane, count, best[t].values[lane][i], best[t].ids[lane][i]);
+    for (int i = 0; i < count; i++) best->values[lane][i] -= most + __builtin_logf(sum);
+}
+
+/* The pass of a level: `x` [rows, hidden] goes through all legs to `best`. The states of a level, [legs + 1][MOST_WIDTH]
+ * [hidden]: where each leap landed and, last, the final ones; `before` is the level's parents'. Returns 0, or -1. */
+static int run_level(const Growth *g, const Call *calls, const bf16 *x, const bf16 *before, bf16 *states, Best *best, float *fm) {
+    Pass p, passes[MOST_LEGS];
+    const Model *m = g->leg[0].model;
+    int aimed = 0, widest = 3 * m->hidden, threads = calls->threads;
+    int64_t block = (int64_t)m->hidden * 16, final = g->legs * block;
+    int failed = begin(&p, m, calls, calls->start + calls->tokens, widest);
+    for (; !failed && aimed < g->legs; aimed++) {
+        passes[aimed] = p;
+        if (!g->leg[aimed].call) continue;
+        passes[aimed].m = g->leg[aimed].model;
+        failed = aim(passes + aimed, calls + aimed);
+    }
+    if (!failed) {
+        to_blocks(x, p.rows, m->hidden, p.x);
+        for (int i = 0; i <= g->legs; i++) to_blocks(before + i * block, p.rows, m->hidden, fm + i * block);
+#pragma omp parallel num_threads(threads)
+        {
+            int me = omp_get_thread_num(), n = omp_get_num_threads(), from, to;
+            enter_tiles();
+            for (int i = 0; i < g->legs; i++) {
+                leap(passes + i, g->leg[i].leap, fm + final, g->leg[i].call ? fm + i * block : NULL, g->unit_eps, states + i * block, me, n);
+                if (g->leg[i].call) run_layers(passes + i, me, n);
+            }
+            share(p.rows, me, n, &from, &to);
+            from_blocks(p.x, from, to, m->hidden, states + final);
+            read_out(&p, g, best + me, me, n);
+            leave_tiles();
+        }
+        for (int r = 0; r < p.rows; r++) merge(best, r, g->width, threads);
+    }
+    for (int i = 0; i < aimed; i++)
+        if (g->leg[i].call) leave(passes + i);
+    end(&p);
+    return failed;
+}
+
+/* Grow a tree; the slots behind each call's first one need room for all tokens that are drafted from. Returns how many
+ * candidates were found, or -1 without memory. */
+int specdec_grow(const Growth *g) {
+    const Model *m = g->leg[0].model;
+    const Call *like = g->leg[0].call;
+    int width = g->width, hidden = m->hidden, found = 0, rows = 1, drafted = 0, failed = 0;
+    int64_t block = (int64_t)hidden * 16, first = *like->positions;
+    size_t states = 2 * (size_t)block * (g->legs + 1), most = (size_t)g->levels * width;
+    Call calls[MOST_LEGS];
+    int64_t positions[MOST_WIDTH] = {first};
+    int32_t tokens[MOST_WIDTH] = {g->root}, nodes[MOST_WIDTH] = {0}, origin[MOST_WIDTH] = {0};
+    float score[MOST_WIDTH] = {0};
+    bf16 *x = room(2 * block), *before = room(states), *now = room(states);
+    float *fm = room(2 * states);
+    Best *best = room(sizeof(Best) * like->threads);
+    uint8_t *paths = calloc(2 * MOST_WIDTH, most + 1); /* of this and the next level: which drafted tokens lie on a path */
+    uint8_t *mask = room((size_t)g->windows * width * (like->start + most));
+    const uint8_t *masks[MOST_LEGS];
+    failed = !(x && before && now && fm && best && paths && mask);
+    for (int i = 0; !failed && i < g->legs; i++) {
+        if (g->leg[i].call) calls[i] = *g->leg[i].call, memcpy(before + i * block, g->leg[i].carried, 2 * (size_t)hidden);
+        else memset(before + i * block, 0, 2 * (size_t)hidden);
+    }
+    if (!failed) memcpy(before + g->legs * block, g->final, 2 * (size_t)hidden);
+    for (int level = 0; !failed && level < g->levels; level++) {
+        int slots = like->start + drafted + rows;
+        uint8_t *path = paths + (level & 1 ? MOST_WIDTH * (most + 1) : 0), *next = paths + (level & 1 ? 0 : MOST_WIDTH * (most + 1));
+        for (int w = 0; w < g->windows; w++) {
+            masks[w] = mask + (size_t)w * width * (like->start + most);
+            for (int r = 0; r < rows; r++) {
+                uint8_t *see = (uint8_t *)masks[w] + (size_t)r * slots;
+                memset(see, 1, (size_t)like->start);
+                path[r * (most + 1) + drafted + r] = 1;
+                memcpy(see + like->start, path + r * (most + 1), (size_t)(drafted + rows));
+                int64_t hidden_ = g->window[w] ? first + level - g->window[w] + 1 : 0; /* slots before are out of sight */
+                if (hidden_ > 0) memset(see, 0, (size_t)(hidden_ < like->start ? hidden_ : like->start));
+            }
+        }
+        for (int r = 0; r < rows; r++) {
+            positions[r] = first + level;
+            memcpy(x + (int64_t)r * hidden, g->embedding + (int64_t)tokens[r] * hidden, 2 * (size_t)hidden);
+        }
+        for (int i = 0; i < g->legs; i++)
+            if (g->leg[i].call) calls[i].tokens = rows, calls[i].start = like->start + drafted, calls[i].positions = positions, calls[i].masks = masks;
+        failed = run_level(g, calls, x, before, now, best, fm);
+        if (failed) break;
+        int begun = found, chosen[MOST_WIDTH], some = 0;
+        for (int r = 0; r < rows; r++)
+            for (int i = 0; i < width; i++, found++) {
+                int32_t id = best->ids[r][i];
+                g->scores[found] = score[r] + best->values[r][i];
+                g->ids[found] = g->tokens ? (int32_t)g->tokens[id] : id;
+                g->parents[found] = nodes[r];
+            }
+        for (int i = begun; i < found; i++) { /* the likeliest of them, the first one first */
+            if (some == width && g->scores[i] <= g->scores[chosen[width - 1]]) continue;
+            int at = some < width ? some++ : width - 1;
+            for (; at > 0 && g->scores[i] > g->scores[chosen[at - 1]]; at--) chosen[at] = chosen[at - 1];
+            chosen[at] = i;
+        }
+        if (__builtin_expf(g->scores[chosen[0]]) < g->confidence) break;
+        for (int r = 0; r < some; r++) {
+            origin[r] = (chosen[r] - begun) / width;
+            memset(next + r * (most + 1), 0, most + 1);
+            memcpy(next + r * (most + 1), path + origin[r] * (most + 1), (size_t)(drafted + rows));
+            for (int i = 0; i <= g->legs; i++)
+                memcpy(before + i * block + (int64_t)r * hidden, now + i * block + (int64_t)origin[r] * hidden, 2 * (size_t)hidden);
+            tokens[r] = g->ids[chosen[r]], nodes[r] = chosen[r] + 1, score[r] = g->scores[chosen[r]];
+        }
+        drafted += rows, rows = some;
+    }
+    free(x), free(before), free(now), free(fm), free(best), free(paths), free(mask);
+    return failed ? -1 : found;
 }
 
 /* out [rows, width] = map(x), all bf16, for x [rows, map->in] in `parts` pieces [rows, map->in / parts], one beside the

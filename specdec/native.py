@@ -51,7 +51,23 @@ class Model(ctypes.Structure):
 class Call(ctypes.Structure):
     _fields_ = (
         *((n, INT) for n in ("batch", "tokens", "lo", "hi", "start", "threads", "adapted", "windows")),
-        *((n, POINTER) for n in ("x", "cos", "sin", "keys", "values", "capacity", "masks", "window", "taps", "low")),
+        *((n, POINTER) for n in ("x", "positions", "rotary", "keys", "values", "capacity", "masks", "window")),
+        *((n, POINTER) for n in ("taps", "low")),
+    )
+
+
+class Leg(ctypes.Structure):
+    _fields_ = tuple((name, POINTER) for name in ("leap", "carried", "model", "call"))
+
+
+class Growth(ctypes.Structure):
+    _fields_ = (
+        *((name, INT) for name in ("legs", "levels", "width", "root")),
+        *((name, POINTER) for name in ("leg", "embedding", "final")),
+        *(("head", POINTER * 2), ("outputs", INT * 2), ("tokens", POINTER), ("norm", POINTER)),
+        *((name, ctypes.c_float) for name in ("eps", "unit_eps", "confidence")),
+        *(("windows", INT), ("window", POINTER)),
+        *((name, POINTER) for name in ("scores", "ids", "parents")),
     )
 
 
@@ -76,6 +92,7 @@ def library() -> Any:
         found.specdec_pack_i8.argtypes = (POINTER, INT, INT, POINTER, POINTER, INT)
         found.specdec_linear.argtypes = (POINTER, POINTER, ctypes.c_float, POINTER, INT, INT, POINTER, INT, INT)
         found.specdec_layers.argtypes = (POINTER, POINTER)
+        found.specdec_grow.argtypes = (POINTER,)
     except AttributeError:  # an editable install whose sources went on without it
         raise SpecDecError("the native kernels were built from older sources; install specdec again") from None
     return found
@@ -182,5 +199,5 @@ def pointer(tensor: Tensor | None) -> int | None:
 
 def done(code: int) -> None:
     """Raise MemoryError for what a kernel returns when it had no memory."""
-    if code:
+    if code < 0:
         raise MemoryError("can't allocate memory for a pass of the native runtime")

@@ -8,6 +8,8 @@ in them) are stored so: fewer bytes to read, the same numbers. Knows nothing abo
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -16,10 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from specdec import fused, native
+from specdec import fused, kernels, native
 from specdec.adapters import Adapters
 from specdec.cache import KVCache, Mask
 from specdec.errors import SpecDecError
+from specdec.growth import Bounds, Candidates, Route, Seed
 from specdec.native import BF16, INT, POINTER, Q4, Q8, Packed, done, pointer
 from specdec.target import Target, refuse_unsupported
 
@@ -75,6 +78,7 @@ class NativeTarget(Target):
         self._sizes = (*sizes, self.eps, scale)
         self._model = native.Model(*self._sizes, ctypes.addressof(self._layers))
         self.kinds_of_windows = sorted(set(self.windows), key=str)
+        self._spans = (INT * len(self.kinds_of_windows))(*(window or 0 for window in self.kinds_of_windows))
         self._window = (INT * self.num_layers)(*(self.kinds_of_windows.index(w) for w in self.windows))
         self.embedding: Tensor = decoder.embed_tokens.weight.detach()
         self._heads: WeakKeyDictionary[nn.Module, Packed] = WeakKeyDictionary()
@@ -101,50 +105,63 @@ class NativeTarget(Target):
         adapters: Adapters | None = None,
         adapted: int | None = None,
     ) -> Tensor:
-        (batch, t, _), count = x.shape, self.num_layers + 1
         y = x.to(torch.bfloat16, memory_format=torch.contiguous_format, copy=True)
-        tapped = (POINTER * count)()
-        if taps is not None:
-            for layer in taps:
-                if lo <= layer <= hi:
-                    taps[layer] = torch.empty_like(y)
-                    tapped[layer] = taps[layer].data_ptr()
+        taps = {} if taps is None else taps
+        for layer in taps:
+            if lo <= layer <= hi:
+                taps[layer] = torch.empty_like(y)
         if lo >= hi:
-            if taps is not None and lo in taps:
+            if lo in taps:
                 taps[lo] = y
             return y
-        start = cache.reserve(lo, hi, t, self.kv_heads, self.head_dim, torch.bfloat16)
-        keys, values, capacity = (POINTER * count)(), (POINTER * count)(), (INT * count)()
-        for layer in range(lo, hi):
-            k, v = cache.keys[layer], cache.values[layer]
-            assert k is not None and v is not None
-            keys[layer], values[layer], capacity[layer] = k.data_ptr(), v.data_ptr(), k.shape[2]
-        cos, sin = self._rotary(positions, mask)
-        masks = [self._mask(mask, window) for window in self.kinds_of_windows]
-        mask_table = (POINTER * len(masks))(*map(pointer, masks))
-        model, low = self._model, None
-        if adapters is not None and adapters.coarse and adapted is None:
-            model = self._merged(adapters, lo, hi)
-        elif adapters is not None:
-            low = self._low_rank(adapters, lo, hi)
-        call = native.Call(
-            *(batch, t, lo, hi, start, torch.get_num_threads(), 0 if adapted is None else adapted, len(masks)),
-            *(y.data_ptr(), cos.data_ptr(), sin.data_ptr()),
-            *(ctypes.addressof(keys), ctypes.addressof(values), ctypes.addressof(capacity)),
-            ctypes.addressof(mask_table),
-            ctypes.addressof(self._window),
-            ctypes.addressof(tapped),
-            None if low is None else ctypes.addressof(low),
-        )
+        model, call, _alive = self._call(y, lo, hi, positions, mask, cache, adapters, adapted, taps)
         done(self.lib.specdec_layers(ctypes.byref(model), ctypes.byref(call)))
         return y
 
+    def grow(self, cache: KVCache, seed: Seed, route: Route, bounds: Bounds) -> Candidates:
+        maps, heads = [leap.packed for leap in route.leaps], [self._head(head) for head in route.heads]
+        levels, width, outputs = bounds.levels, bounds.width, sum(head.width for head in heads)
+        near = any(window is not None and window <= levels for window in self.windows)
+        served = route.adapters.coarse and route.segments and width <= min(16, outputs) and not near
+        if not (served and len(maps) <= 8 and len(heads) <= 2 and all(maps)):
+            return super().grow(cache, seed, route, bounds)
+        self._rotary_tables(seed.position + levels)
+        position, drafted = torch.tensor([[seed.position]]), 1 + (levels - 1) * width
+        legs, alive = (native.Leg * len(maps))(), list[Any]()
+        for index, leap in enumerate(maps):
+            behind: list[int] = []
+            if index < len(route.segments):
+                (lo, hi), state = route.segments[index], seed.carried[index].contiguous()
+                called = self._call(state, lo, hi, position, None, cache, route.adapters, count=drafted)
+                behind = [state.data_ptr(), *map(ctypes.addressof, called[:2])]
+                alive += [state, called]
+            legs[index] = native.Leg(ctypes.addressof(leap.struct), *behind)
+        final, count = seed.final.contiguous(), levels * width * width
+        scores, ids, parents = (ctypes.c_float * count)(), (INT * count)(), (INT * count)()
+        call = native.Growth(
+            *(
+                len(maps),
+                levels,
+                width,
+                seed.token,
+                ctypes.addressof(legs),
+                self.embedding.data_ptr(),
+                final.data_ptr(),
+            ),
+            (POINTER * 2)(*(ctypes.addressof(head.struct) for head in heads)),
+            (INT * 2)(*(head.width for head in heads)),
+            *(pointer(route.tokens), self.final_norm.data_ptr(), self.eps, kernels.UNIT_EPS, bounds.confidence),
+            *(len(self._spans), ctypes.addressof(self._spans)),
+            *map(ctypes.addressof, (scores, ids, parents)),
+        )
+        found = self.lib.specdec_grow(ctypes.byref(call))
+        for lo, hi in route.segments:
+            cache.trim(drafted, lo, hi)
+        done(found)
+        return Candidates(scores[:found], ids[:found], parents[:found])
+
     def readout(self, x: Tensor, head: nn.Linear | None = None) -> Tensor:
-        module: Any = self.model.get_output_embeddings() if head is None else head
-        packed = self._heads.get(module)
-        if packed is None:
-            kinds = (Q4, Q8) if self.kinds else ()
-            packed = self._heads[module] = Packed(module.weight, module.bias, kinds, coarse=head is not None)
+        packed = self._head(head)
         return packed(x.reshape(-1, x.shape[-1]), self.final_norm, self.eps).view(*x.shape[:2], -1)
 
     @property
@@ -159,6 +176,64 @@ class NativeTarget(Target):
     def linears(self, layer: int) -> dict[str, tuple[int, int]]:
         modules = fused.modules(self.model.model.layers[layer])  # type: ignore[union-attr, index]
         return {path: (m.in_features, stop - start) for path, (_, start, stop), m in self._adaptable(modules)}
+
+    # -- calls ------------------------------------------------------------------------------------------------------
+
+    def _call(
+        self,
+        x: Tensor,
+        lo: int,
+        hi: int,
+        positions: Tensor,
+        mask: Mask | None,
+        cache: KVCache,
+        adapters: Adapters | None,
+        adapted: int | None = None,
+        taps: Mapping[int, Tensor] = MappingProxyType({}),
+        count: int = 0,
+    ) -> tuple[native.Model, native.Call, list[Any]]:
+        """Layers [lo, hi) on ``x`` as the kernels take them, and what must live as long as that.
+
+        count: slots to take, if not one for each token. mask: None where the kernels make their own.
+        """
+        (batch, t, _), whole = x.shape, self.num_layers + 1
+        start = cache.reserve(lo, hi, count or t, self.kv_heads, self.head_dim, torch.bfloat16)
+        keys, values, capacity = (POINTER * whole)(), (POINTER * whole)(), (INT * whole)()
+        for layer in range(lo, hi):
+            k, v = cache.keys[layer], cache.values[layer]
+            assert k is not None and v is not None
+            keys[layer], values[layer], capacity[layer] = k.data_ptr(), v.data_ptr(), k.shape[2]
+        tapped = (POINTER * whole)()
+        for layer in taps:
+            if lo <= layer <= hi:
+                tapped[layer] = taps[layer].data_ptr()
+        masks = [None if mask is None else self._mask(mask, window) for window in self.kinds_of_windows]
+        mask_table = (POINTER * len(masks))(*map(pointer, masks))
+        model, low = self._model, None
+        if adapters is not None and adapters.coarse and adapted is None:
+            model = self._merged(adapters, lo, hi)
+        elif adapters is not None:
+            low = self._low_rank(adapters, lo, hi)
+        positions, rotary = positions.contiguous(), self._rotary_tables(int(positions.max()) + 1)
+        call = native.Call(
+            *(batch, t, lo, hi, start, torch.get_num_threads(), 0 if adapted is None else adapted, len(masks)),
+            *(x.data_ptr(), positions.data_ptr(), rotary.data_ptr()),
+            *(ctypes.addressof(keys), ctypes.addressof(values), ctypes.addressof(capacity)),
+            ctypes.addressof(mask_table),
+            ctypes.addressof(self._window),
+            ctypes.addressof(tapped),
+            None if low is None else ctypes.addressof(low),
+        )
+        return model, call, [positions, rotary, keys, values, capacity, mask_table, masks, tapped, low]
+
+    def _head(self, head: nn.Linear | None) -> Packed:
+        """The output head, or ``head`` instead, packed at first use."""
+        module: Any = self.model.get_output_embeddings() if head is None else head
+        packed = self._heads.get(module)
+        if packed is None:
+            kinds = (Q4, Q8) if self.kinds else ()
+            packed = self._heads[module] = Packed(module.weight, module.bias, kinds, coarse=head is not None)
+        return packed
 
     # -- what is prepared once --------------------------------------------------------------------------------------
 
@@ -260,17 +335,6 @@ class NativeTarget(Target):
                 tables = self.rotary(torch.empty(0, dtype=self.dtype), every)
             self.tables = torch.stack([table[0].chunk(2, -1)[0].float() for table in tables], 1)
         return self.tables
-
-    def _rotary(self, positions: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:
-        """Cosines and sines [B, T, rotated / 2] of ``positions`` [B, T]."""
-        shared = positions is mask.query  # consecutive calls on one mask share what is derived from it
-        if not (shared and "cos" in mask.memo):
-            cos, sin = self._rotary_tables(int(positions.max()) + 1)[positions].unbind(2)
-            mask_cos, mask_sin = cos.contiguous(), sin.contiguous()
-            if not shared:
-                return mask_cos, mask_sin
-            mask.memo["cos"], mask.memo["sin"] = mask_cos, mask_sin
-        return mask.memo["cos"], mask.memo["sin"]  # type: ignore[return-value]
 
     def _mask(self, mask: Mask, window: int | None) -> Tensor | None:
         key = ("native", window)

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from specdec import hub
+from specdec import growth, hub
 from specdec.adapters import Adapters
 from specdec.cache import KVCache, Mask
 from specdec.errors import SpecDecError
+from specdec.growth import Bounds, Candidates, Route, Seed
 
 if TYPE_CHECKING:
     from specdec.experts.offload import Offload
@@ -108,6 +109,10 @@ class Target(ABC):
     @abstractmethod
     def readout(self, x: Tensor, head: nn.Linear | None = None) -> Tensor:
         """Final states [B, T, D] -> logits [B, T, V]: final norm, output head (or ``head``), the model's logit cap."""
+
+    def grow(self, cache: KVCache, seed: Seed, route: Route, bounds: Bounds) -> Candidates:
+        """Draft a tree along ``route`` from ``seed``, for the one row of ``cache``, which is left as it was."""
+        return growth.grow(self, cache, seed, route, bounds)
 
     @abstractmethod
     def linears(self, layer: int) -> dict[str, tuple[int, int]]:

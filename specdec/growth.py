@@ -1,0 +1,116 @@
+"""Drafting a tree level by level: the likeliest few nodes of each level are drafted on from, in one pass.
+
+For one greedy row and residuals whose pass costs the same for a few tokens as for one. As EAGLE-2 (arXiv 2406.16858)
+grows its trees: a node is worth the product of the draft's own probabilities along its path. Runtimes may have a way
+of their own to grow (``Target.grow``); this one is made of their other parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from specdec.adapters import Adapters
+from specdec.cache import KVCache
+from specdec.draft import Draft
+from specdec.kernels import UnitMap
+
+if TYPE_CHECKING:
+    from specdec.target import Target
+
+WIDTH = 4  # nodes of a level that are drafted on from: together they cost about what one costs
+
+
+class Route(NamedTuple):
+    """The way of a drafting residual from a token's embedding to what follows.
+
+    Leap s maps [residual; previous final state; previous state at ``lo``], each divided by its RMS, to the input of
+    layers [lo, hi) = ``segments[s]``, which run with ``adapters``; a further leap maps [residual; previous final state]
+    to the final state. ``heads`` read it out, one beside the other (None: the model's own): outputs stand for
+    ``tokens``, int64 [V'] (None: for themselves).
+    """
+
+    leaps: Sequence[UnitMap]
+    segments: Sequence[tuple[int, int]]
+    adapters: Adapters
+    heads: Sequence[nn.Linear | None]
+    tokens: Tensor | None
+
+
+@dataclass
+class Seed:
+    """What a tree grows from: the root token, its position, and the states of the token before it.
+
+    final: [1, 1, D]. carried: for each segment of the route, the state where it begins [1, 1, D].
+    """
+
+    token: int
+    position: int
+    final: Tensor
+    carried: Sequence[Tensor]
+
+
+class Candidates(NamedTuple):
+    """Nodes as they were found: log-probability of the path, token, and parent (0: the root, i + 1: node i)."""
+
+    scores: list[float]
+    tokens: list[int]
+    parents: list[int]
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """How far to grow: levels; nodes of a level that are drafted on from, and children of each; the probability that
+    some path must have for another level."""
+
+    levels: int
+    width: int = WIDTH
+    confidence: float = 0.0
+
+
+def grow(target: Target, cache: KVCache, seed: Seed, route: Route, bounds: Bounds) -> Candidates:
+    """All candidates within ``bounds``, for the one row of ``cache``, which is left as it was."""
+    found, device = Candidates([], [], []), cache.device
+    tokens = torch.tensor([[seed.token]], device=device)  # (1, W)
+    parents = torch.zeros(1, dtype=torch.long)  # (W,) each token's parent in the level before
+    nodes = torch.zeros(1, dtype=torch.long)  # (W,) each token's node: 0 is the root, i + 1 candidate i
+    paths = torch.ones(1, 1, dtype=torch.bool)  # (W, U): which of the U tokens run so far lie on a token's path
+    scores = torch.zeros(1)  # (W,) log-probability of each token's path
+    final, carried = seed.final, list(seed.carried)
+    for level in range(bounds.levels):
+        positions = torch.full_like(tokens, seed.position + level)
+        x, before, landed = target.embed(tokens, positions), final[:, parents], list[Tensor]()
+        for leap, state, (lo, hi) in zip(route.leaps, carried, route.segments, strict=False):
+            landed.append(leap([x, before, state[:, parents]]))
+            mask = cache.mask(lo, positions, paths)
+            x = target.layers(landed[-1], lo, hi, positions, mask, cache, adapters=route.adapters)
+        final = route.leaps[-1]([x, before]) if len(route.leaps) > len(route.segments) else x
+        carried = landed
+        logits = torch.cat([target.readout(final, head) for head in route.heads], -1)[0]  # (W, V')
+        best, index = logits.float().log_softmax(-1).topk(min(bounds.width, logits.shape[-1]))  # (W, k)
+        joint, ids = scores[:, None] + best.cpu(), index if route.tokens is None else route.tokens[index]
+        first = len(found.scores) + 1
+        found.scores.extend(joint.flatten().tolist())
+        found.tokens.extend(ids.flatten().tolist())
+        found.parents.extend(nodes[:, None].expand_as(joint).flatten().tolist())
+        scores, chosen = joint.flatten().topk(min(bounds.width, joint.numel()))
+        if float(scores[0].exp()) < bounds.confidence:
+            break
+        parents, nodes = chosen // joint.shape[1], first + chosen
+        tokens = ids.flatten()[chosen.to(device)][None]
+        paths = torch.cat((paths[parents], torch.eye(len(chosen), dtype=torch.bool)), 1)
+    for lo, hi in route.segments:
+        cache.trim(cache.lengths[lo] - cache.committed, lo, hi)
+    return found
+
+
+def likeliest(found: Candidates, budget: int, device: torch.device) -> Draft:
+    """The tree of the ``budget`` best candidates. A candidate's parent scores at least as well, and comes before it."""
+    kept = sorted(sorted(range(len(found.scores)), key=lambda i: (-found.scores[i], i))[:budget])
+    place = {0: 0} | {node + 1: at for at, node in enumerate(kept, start=1)}
+    tokens = torch.tensor([[found.tokens[node] for node in kept]], dtype=torch.long, device=device)
+    return Draft(tokens, tuple(place[found.parents[node]] for node in kept))
