@@ -450,6 +450,10 @@ class M2R2Drafter(ChainDrafter):
 
     def observe(self, paths: list[list[int]], taps: dict[int, Tensor]) -> None:
         super().observe(paths, taps)
+        if len(paths) == 1 and paths[0]:
+            kept = slice(paths[0][-1], paths[0][-1] + 1)
+            self.carry = Carry(taps[self.taps[-1]][:, kept], [taps[lo][:, kept] for lo, _ in self.path.segments])
+            return
         last = torch.tensor([[path[-1]] if path else [0] for path in paths], device=taps[self.taps[-1]].device)
         alive = torch.tensor([bool(path) for path in paths], device=last.device)[:, None, None]
 

@@ -28,6 +28,7 @@ class DraftVocabulary:
     def start(self) -> None:
         self.tokens = self.trained
         self.known = set() if self.trained is None else set(self.trained.tolist())
+        self.read = 0  # tokens of a single row's context that have been looked at
         self.more: list[int] = []  # tokens of the context that the trained ones lack
         self.more_head: nn.Linear | None = None
         self.hidden: Tensor | None = None  # bool [B, added], where rows differ: added tokens that a row has not seen
@@ -36,7 +37,9 @@ class DraftVocabulary:
         """Add the context's tokens. No row drafts from another's context."""
         if self.trained is None:
             return
-        contexts = [set(ids) for ids in state.ids]
+        first = self.read if len(state.ids) == 1 else 0
+        contexts = [set(ids[first:]) for ids in state.ids]
+        self.read = len(state.ids[0])
         if fresh := set[int]().union(*contexts) - self.known:
             self.known |= fresh
             self.more += sorted(fresh)

@@ -8,7 +8,7 @@ holes (position -1) that no query sees. Knows nothing about models, tokens or ac
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import overload
 
 import torch
@@ -19,13 +19,23 @@ class Mask:
     """Which cached keys each query may attend to.
 
     ``query`` [B, T] and ``keys`` [B, S] hold positions (-1: hole); ``visible`` [B, T, S] is a bool tensor, or None
-    when every key is visible to every query. Runtimes read ``full`` or ``sliding`` and may keep what they derive from
-    them in ``memo`` (one mask serves many layers).
+    when every key is visible to every query, or what makes such a tensor when it is asked for. Runtimes read
+    ``bool_mask`` and may keep what they derive from it in ``memo`` (one mask serves many layers).
+    causal: each query sees just the slots up to its own, the last T of S, and slots are positions (no holes).
     """
 
-    def __init__(self, query: Tensor, keys: Tensor, visible: Tensor | None) -> None:
-        self.query, self.keys, self.visible = query, keys, visible
+    def __init__(
+        self, query: Tensor, keys: Tensor, visible: Tensor | Callable[[], Tensor] | None, causal: bool = False
+    ) -> None:
+        self.query, self.keys, self.causal = query, keys, causal
+        self._visible = visible
         self.memo: dict[object, Tensor | None] = {}
+
+    @property
+    def visible(self) -> Tensor | None:
+        if callable(self._visible):
+            self._visible = self._visible()
+        return self._visible
 
     def bool_mask(self, window: int | None = None) -> Tensor | None:
         """Return the mask as bool [B, 1, T, S] (True = attend), or None where nothing is hidden.
@@ -145,13 +155,16 @@ class KVCache:
         self.positions[:, start:end] = positions
         keys = self.positions[:, :end]
         t, u = positions.shape[1], end - self.committed
-        if tree is None and t == 1 and not self.ragged:
-            return Mask(positions, keys, None)
-        if tree is None:
-            tree = torch.ones(t, u, dtype=torch.bool, device=self.device).tril(u - t)
-        old = (keys[:, None, : self.committed] >= 0).expand(-1, t, -1)  # (B, T, committed)
-        new = tree.to(self.device)[None].expand(self.batch, -1, -1)  # (B, T, U)
-        return Mask(positions, keys, torch.cat((old, new), 2))
+        chain, batch, committed, device = tree is None, self.batch, self.committed, self.device
+        if chain and t == 1 and not self.ragged:
+            return Mask(positions, keys, None, causal=True)
+
+        def visible() -> Tensor:
+            seen = torch.ones(t, u, dtype=torch.bool, device=device).tril(u - t) if tree is None else tree.to(device)
+            old = (keys[:, None, :committed] >= 0).expand(-1, t, -1)  # (B, T, committed)
+            return torch.cat((old, seen[None].expand(batch, -1, -1)), 2)
+
+        return Mask(positions, keys, visible, causal=chain and not self.ragged)
 
     def trim(self, count: int, lo: int = 0, hi: int | None = None) -> None:
         """Drop the last ``count`` slots of layers [lo, hi). Committed slots cannot be dropped (ValueError)."""

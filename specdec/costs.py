@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from specdec import artifacts, embedded
+from specdec import artifacts, embedded, kernels
 from specdec.cache import KVCache
 from specdec.depth import AutoDepth, FixedDepth
 from specdec.draft import Drafter, Verifier
@@ -169,4 +169,4 @@ def time_drafting(target: Target, drafter: Drafter, verifier: Verifier) -> float
 def _pass(target: Target, ids: Tensor, positions: Tensor, cache: KVCache) -> None:
     x = target.embed(ids, positions)
     x = target.layers(x, 0, target.num_layers, positions, cache.mask(0, positions), cache)
-    target.readout(x).argmax(-1)
+    kernels.argmax(target.readout(x))

@@ -173,6 +173,12 @@ def rms_unit(x: Tensor) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], eps=UNIT_EPS)
 
 
+def argmax(logits: Tensor) -> Tensor:
+    """``logits.argmax(-1)``."""
+    fast = logits.dtype == torch.bfloat16 and logits.device.type == "cpu" and native.runs()
+    return native.argmax(logits) if fast else logits.argmax(-1)
+
+
 def fuse(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
     """One weight [sum of outs, in] (and bias) for linear maps of one input.
 

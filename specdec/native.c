@@ -62,6 +62,8 @@ typedef struct {
 
 typedef struct {
     int32_t batch, tokens, lo, hi, start, threads, adapted, windows; /* start: first new cache slot */
+    int32_t causal, unused;      /* each token sees the slots up to its own, within its window: there are no masks */
+    const int32_t *spans;        /* by window kind: how many of the last slots are seen; 0: all */
     bf16 *x;                     /* [batch * tokens, hidden], in and out; unused in a passage */
     const int64_t *positions;    /* [batch * tokens] */
     const float *rotary;         /* [position][cosines, sines][rotated / 2] */
@@ -711,17 +713,22 @@ static void run_layer(Pass *p, int index, uint32_t *normed, float *scores, uint8
 #undef LOW
 }
 
-/* For each key and 16 columns (a token and a query head of the group each), which columns see it. */
-static uint16_t *columns_seeing(const Pass *p, const uint8_t *mask) {
+/* For each key and 16 columns (a token and a query head of the group each), which columns see it. mask NULL: the last
+ * `span` keys up to a token's own, or all of them. */
+static uint16_t *columns_seeing(const Pass *p, const uint8_t *mask, int span) {
     const Call *c = p->c;
     uint16_t *out = room(2 * (size_t)c->batch * p->column_blocks * p->slots + 32);
     if (!out) return NULL;
     memset(out, 0, 2 * (size_t)c->batch * p->column_blocks * p->slots);
     for (int line = 0; line < c->batch; line++)
         for (int col = 0; col < c->tokens * p->group; col++) {
-            const uint8_t *see = mask + ((int64_t)line * c->tokens + col / p->group) * p->slots;
+            int token = col / p->group, end = mask ? p->slots : c->start + token + 1, first = span && span < end ? end - span : 0;
+            const uint8_t *see = mask ? mask + ((int64_t)line * c->tokens + token) * p->slots : NULL;
             uint16_t *to = out + ((int64_t)line * p->column_blocks + col / 16) * p->slots, bit = (uint16_t)(1 << col % 16);
-            for (int s = 0; s < p->slots; s++) to[s] |= see[s] ? bit : 0;
+            if (mask)
+                for (int s = 0; s < end; s++) to[s] |= see[s] ? bit : 0;
+            else
+                for (int s = first; s < end; s++) to[s] |= bit;
         }
     return out;
 }
@@ -791,7 +798,8 @@ static int aim(Pass *p, const Call *c) {
     memset(&p->barrier, 0, sizeof p->barrier);
     p->visible = calloc((size_t)c->windows, sizeof *p->visible);
     for (int w = 0; p->visible && w < c->windows; w++)
-        if (c->masks[w] && !(p->visible[w] = columns_seeing(p, c->masks[w]))) return -1;
+        if (c->causal ? c->tokens > 1 || (c->spans[w] && c->spans[w] < p->slots) : c->masks[w] != NULL)
+            if (!(p->visible[w] = columns_seeing(p, c->causal ? NULL : c->masks[w], c->spans[w]))) return -1;
     return p->visible ? 0 : -1;
 }
 
@@ -843,8 +851,6 @@ typedef struct {        /* a tree that grows from one root, level by level */
     const float *norm;
     float eps, unit_eps;    /* of the final norm, of the leaps' */
     float confidence;       /* growing ends when no path is as probable */
-    int32_t windows;
-    const int32_t *window;  /* by window kind: positions that a token sees, or 0: all */
     float *scores;          /* out: [levels * width * width], log-probabilities of the candidates' paths */
     int32_t *ids, *parents; /* out: their tokens; 0: the root, i + 1: candidate i */
 } Growth;
@@ -983,7 +989,7 @@ int specdec_grow(const Growth *g) {
     float *fm = room(2 * states);
     Best *best = room(sizeof(Best) * like->threads);
     uint8_t *paths = calloc(2 * MOST_WIDTH, most + 1); /* of this and the next level: which drafted tokens lie on a path */
-    uint8_t *mask = room((size_t)g->windows * width * (like->start + most));
+    uint8_t *mask = room((size_t)like->windows * width * (like->start + most));
     const uint8_t *masks[MOST_LEGS];
     failed = !(x && before && now && fm && best && paths && mask);
     for (int i = 0; !failed && i < g->legs; i++) {
@@ -994,14 +1000,14 @@ int specdec_grow(const Growth *g) {
     for (int level = 0; !failed && level < g->levels; level++) {
         int slots = like->start + drafted + rows;
         uint8_t *path = paths + (level & 1 ? MOST_WIDTH * (most + 1) : 0), *next = paths + (level & 1 ? 0 : MOST_WIDTH * (most + 1));
-        for (int w = 0; w < g->windows; w++) {
+        for (int w = 0; w < like->windows; w++) {
             masks[w] = mask + (size_t)w * width * (like->start + most);
             for (int r = 0; r < rows; r++) {
                 uint8_t *see = (uint8_t *)masks[w] + (size_t)r * slots;
                 memset(see, 1, (size_t)like->start);
                 path[r * (most + 1) + drafted + r] = 1;
                 memcpy(see + like->start, path + r * (most + 1), (size_t)(drafted + rows));
-                int64_t hidden_ = g->window[w] ? first + level - g->window[w] + 1 : 0; /* slots before are out of sight */
+                int64_t hidden_ = like->spans[w] ? first + level - like->spans[w] + 1 : 0; /* slots before are out of sight */
                 if (hidden_ > 0) memset(see, 0, (size_t)(hidden_ < like->start ? hidden_ : like->start));
             }
         }
@@ -1010,7 +1016,7 @@ int specdec_grow(const Growth *g) {
             memcpy(x + (int64_t)r * hidden, g->embedding + (int64_t)tokens[r] * hidden, 2 * (size_t)hidden);
         }
         for (int i = 0; i < g->legs; i++)
-            if (g->leg[i].call) calls[i].tokens = rows, calls[i].start = like->start + drafted, calls[i].positions = positions, calls[i].masks = masks;
+            if (g->leg[i].call) calls[i].tokens = rows, calls[i].start = like->start + drafted, calls[i].positions = positions, calls[i].masks = masks, calls[i].causal = 0;
         failed = run_level(g, calls, x, before, now, best, fm);
         if (failed) break;
         int begun = found, chosen[MOST_WIDTH], some = 0;
@@ -1088,6 +1094,28 @@ int specdec_linear(const Map *map, const float *weight, float eps, const bf16 *c
     int failed = !(fm && vn && qn);
     free(fm), free(vn), free(qn);
     return failed ? -1 : 0;
+}
+
+/* The first of the largest values of each row of bf16 [rows, width]. */
+void specdec_argmax(const bf16 *x, int rows, int width, int64_t *out, int threads) {
+#pragma omp parallel for num_threads(rows < threads ? rows : threads)
+    for (int r = 0; r < rows; r++) {
+        const bf16 *row = x + (int64_t)r * width;
+        F most = _mm512_set1_ps(-__builtin_inff());
+        int i = 0;
+        for (; i + 16 <= width; i += 16) most = _mm512_max_ps(most, load_bf16(row + i));
+        float largest = _mm512_reduce_max_ps(most);
+        for (; i < width; i++) largest = widen(row[i]) > largest ? widen(row[i]) : largest;
+        for (i = 0; i + 16 <= width; i += 16) {
+            __mmask16 equal_ = _mm512_cmp_ps_mask(load_bf16(row + i), _mm512_set1_ps(largest), _CMP_EQ_OQ);
+            if (equal_) {
+                i += __builtin_ctz(equal_);
+                break;
+            }
+        }
+        while (i < width && widen(row[i]) != largest) i++;
+        out[r] = i < width ? i : 0;
+    }
 }
 
 /* -- packing ------------------------------------------------------------------------------------------------------ */

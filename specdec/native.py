@@ -51,7 +51,8 @@ class Model(ctypes.Structure):
 class Call(ctypes.Structure):
     _fields_ = (
         *((n, INT) for n in ("batch", "tokens", "lo", "hi", "start", "threads", "adapted", "windows")),
-        *((n, POINTER) for n in ("x", "positions", "rotary", "keys", "values", "capacity", "masks", "window")),
+        *((n, INT) for n in ("causal", "unused")),
+        *((n, POINTER) for n in ("spans", "x", "positions", "rotary", "keys", "values", "capacity", "masks", "window")),
         *((n, POINTER) for n in ("taps", "low")),
     )
 
@@ -66,7 +67,6 @@ class Growth(ctypes.Structure):
         *((name, POINTER) for name in ("leg", "embedding", "final")),
         *(("head", POINTER * 2), ("outputs", INT * 2), ("tokens", POINTER), ("norm", POINTER)),
         *((name, ctypes.c_float) for name in ("eps", "unit_eps", "confidence")),
-        *(("windows", INT), ("window", POINTER)),
         *((name, POINTER) for name in ("scores", "ids", "parents")),
     )
 
@@ -91,6 +91,7 @@ def library() -> Any:
         found.specdec_pack.argtypes = (INT, INT, POINTER, INT, INT, POINTER, INT)
         found.specdec_pack_i8.argtypes = (POINTER, INT, INT, POINTER, POINTER, INT)
         found.specdec_linear.argtypes = (POINTER, POINTER, ctypes.c_float, POINTER, INT, INT, POINTER, INT, INT)
+        found.specdec_argmax.argtypes = (POINTER, INT, INT, POINTER, INT)
         found.specdec_layers.argtypes = (POINTER, POINTER)
         found.specdec_grow.argtypes = (POINTER,)
     except AttributeError:  # an editable install whose sources went on without it
@@ -184,13 +185,25 @@ class Packed:
 
 def serves(weight: Tensor) -> bool:
     """Whether a linear map with this weight [out, in] can be ``Packed`` here."""
-    if weight.dtype != torch.bfloat16 or weight.device.type != "cpu" or weight.shape[1] % 32:
-        return False
+    return weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and not weight.shape[1] % 32 and runs()
+
+
+@functools.cache
+def runs() -> bool:
+    """Whether the kernels are there, and this CPU runs them."""
     try:
         library()
     except SpecDecError:
         return False
     return True
+
+
+def argmax(x: Tensor) -> Tensor:
+    """``x.argmax(-1)`` of bf16 [..., V] on a CPU that ``library`` is for; NaN is nowhere the largest."""
+    x = x.contiguous()
+    out = torch.empty(x.shape[:-1], dtype=torch.long)
+    library().specdec_argmax(x.data_ptr(), out.numel(), x.shape[-1], out.data_ptr(), torch.get_num_threads())
+    return out
 
 
 def pointer(tensor: Tensor | None) -> int | None:

@@ -119,11 +119,12 @@ class NativeTarget(Target):
         return y
 
     def grow(self, cache: KVCache, seed: Seed, route: Route, bounds: Bounds) -> Candidates:
-        maps, heads = [leap.packed for leap in route.leaps], [self._head(head) for head in route.heads]
+        maps = [leap.packed for leap in route.leaps if leap.packed is not None]
+        heads = [self._head(head) for head in route.heads]
         levels, width, outputs = bounds.levels, bounds.width, sum(head.width for head in heads)
         near = any(window is not None and window <= levels for window in self.windows)
         served = route.adapters.coarse and route.segments and width <= min(16, outputs) and not near
-        if not (served and len(maps) <= 8 and len(heads) <= 2 and all(maps)):
+        if not (served and len(maps) == len(route.leaps) <= 8 and len(heads) <= 2):
             return super().grow(cache, seed, route, bounds)
         self._rotary_tables(seed.position + levels)
         position, drafted = torch.tensor([[seed.position]]), 1 + (levels - 1) * width
@@ -133,26 +134,18 @@ class NativeTarget(Target):
             if index < len(route.segments):
                 (lo, hi), state = route.segments[index], seed.carried[index].contiguous()
                 called = self._call(state, lo, hi, position, None, cache, route.adapters, count=drafted)
-                behind = [state.data_ptr(), *map(ctypes.addressof, called[:2])]
+                behind = [state.data_ptr(), ctypes.addressof(called[0]), ctypes.addressof(called[1])]
                 alive += [state, called]
             legs[index] = native.Leg(ctypes.addressof(leap.struct), *behind)
         final, count = seed.final.contiguous(), levels * width * width
         scores, ids, parents = (ctypes.c_float * count)(), (INT * count)(), (INT * count)()
         call = native.Growth(
-            *(
-                len(maps),
-                levels,
-                width,
-                seed.token,
-                ctypes.addressof(legs),
-                self.embedding.data_ptr(),
-                final.data_ptr(),
-            ),
+            *(len(maps), levels, width, seed.token, ctypes.addressof(legs)),
+            *(self.embedding.data_ptr(), final.data_ptr()),
             (POINTER * 2)(*(ctypes.addressof(head.struct) for head in heads)),
             (INT * 2)(*(head.width for head in heads)),
             *(pointer(route.tokens), self.final_norm.data_ptr(), self.eps, kernels.UNIT_EPS, bounds.confidence),
-            *(len(self._spans), ctypes.addressof(self._spans)),
-            *map(ctypes.addressof, (scores, ids, parents)),
+            *(ctypes.addressof(out) for out in (scores, ids, parents)),
         )
         found = self.lib.specdec_grow(ctypes.byref(call))
         for lo, hi in route.segments:
@@ -207,7 +200,8 @@ class NativeTarget(Target):
         for layer in taps:
             if lo <= layer <= hi:
                 tapped[layer] = taps[layer].data_ptr()
-        masks = [None if mask is None else self._mask(mask, window) for window in self.kinds_of_windows]
+        causal = mask is None or mask.causal
+        masks = [None if mask is None or causal else self._mask(mask, window) for window in self.kinds_of_windows]
         mask_table = (POINTER * len(masks))(*map(pointer, masks))
         model, low = self._model, None
         if adapters is not None and adapters.coarse and adapted is None:
@@ -217,6 +211,7 @@ class NativeTarget(Target):
         positions, rotary = positions.contiguous(), self._rotary_tables(int(positions.max()) + 1)
         call = native.Call(
             *(batch, t, lo, hi, start, torch.get_num_threads(), 0 if adapted is None else adapted, len(masks)),
+            *(causal, 0, ctypes.addressof(self._spans)),
             *(x.data_ptr(), positions.data_ptr(), rotary.data_ptr()),
             *(ctypes.addressof(keys), ctypes.addressof(values), ctypes.addressof(capacity)),
             ctypes.addressof(mask_table),

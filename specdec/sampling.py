@@ -21,6 +21,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from specdec import kernels
 from specdec.errors import SpecDecError
 
 
@@ -86,7 +87,7 @@ class Sampler:
         ``prefixes()[b][t]`` are the tokens before position (b, t), asked for only when a processor looks at them.
         """
         if self.greedy and not self.prefix_processors:
-            return one_hot(logits.argmax(-1), logits.shape[-1])
+            return one_hot(kernels.argmax(logits), logits.shape[-1])
         scores = logits.float().reshape(-1, logits.shape[-1])  # (B * T, V)
         if self.prefix_processors:
             scores = scores.clone()

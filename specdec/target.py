@@ -121,13 +121,18 @@ class Target(ABC):
     def reduced_head(self, token_ids: Tensor) -> nn.Linear:
         """The output head restricted to ``token_ids`` [V'], for ``readout(x, head)`` -> [B, T, V']."""
         full = self.model.get_output_embeddings()
-        index = token_ids.to(full.weight.device)
-        bias = getattr(full, "bias", None)
-        head = nn.Linear(full.weight.shape[1], index.numel(), bias=bias is not None, device="meta")
-        head.weight = nn.Parameter(full.weight.detach()[index].contiguous(), requires_grad=False)
-        if bias is not None:
-            head.bias = nn.Parameter(bias.detach()[index], requires_grad=False)
-        return head
+        index, bias = token_ids.to(full.weight.device), getattr(full, "bias", None)
+        return _Given(full.weight.detach()[index], None if bias is None else bias.detach()[index])
+
+
+class _Given(nn.Linear):
+    """A linear map of given values: drawing values first would cost more than the map itself."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = weight.shape
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)  # type: ignore[assignment]
 
 
 def _windows(config: Any) -> list[int | None]:

@@ -9,7 +9,7 @@ import torch
 from conftest import tiny_model
 from test_fused import ROPES, adapted_pass, apart, play, random_adapters, rough_model
 
-from specdec import native
+from specdec import growth, kernels, native
 from specdec.errors import SpecDecError
 from specdec.native_target import FAMILIES, NativeTarget
 from specdec.runtimes import make_target
@@ -204,6 +204,67 @@ def test_coarse_adapters_are_merged_for_drafts_and_leave_the_model_exact(family:
     assert torch.equal(adapted_pass(target, None, t, None), plain)
     if t > 1:  # some tokens are the model's own there: exact
         assert torch.equal(adapted_pass(target, adapters, t, 1)[:, :-1], plain[:, :-1])
+
+
+@pytest.mark.parametrize(("family", "window"), [("llama", None), ("mistral", 12), ("qwen2", None)])
+@pytest.mark.parametrize("bounds", [growth.Bounds(5, 1), growth.Bounds(4, 3), growth.Bounds(6, 4, 0.02)])
+@torch.inference_mode()
+def test_trees_grow_in_one_call_as_they_do_in_parts(family: str, window: int | None, bounds: growth.Bounds) -> None:
+    model = model_of(family, **({} if window is None else {"sliding_window": window}))
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(6)  # few near ties
+    target = NativeTarget(model)
+    torch.manual_seed(6)
+    route = random_route(target, heads=2)
+    cache, ids = target.new_cache(), torch.randint(3, 97, (1, 21))
+    positions = torch.arange(21)[None]
+    taps = {1: torch.empty(0), 3: torch.empty(0)}
+    mask = cache.mask(0, positions)
+    final = target.layers(target.embed(ids, positions), 0, 4, positions, mask, cache, taps)[:, -1:]
+    cache.keep([list(range(21))])
+    seed = growth.Seed(5, 21, final, [tap[:, -1:] for tap in taps.values()])
+    whole, parts = target.grow(cache, seed, route, bounds), growth.grow(target, cache, seed, route, bounds)
+    assert cache.lengths == [21] * 4
+    assert len(whole.scores) == len(parts.scores) > bounds.width
+    assert whole.parents[: bounds.width] == [0] * bounds.width
+    ours, theirs = by_path(whole), by_path(parts)
+    common = ours.keys() & theirs.keys()
+    assert len(common) > 0.7 * len(theirs)  # near ties may fall either way
+    assert max(abs(ours[path] - theirs[path]) for path in common) < 0.3
+    # What was committed is as it was.
+    again = target.new_cache()
+    target.layers(target.embed(ids, positions), 0, 4, positions, again.mask(0, positions), again)
+    assert all(torch.equal(a[:, :, :21], b[:, :, :21]) for a, b in zip(cache.keys, again.keys, strict=True))
+
+
+def by_path(found: growth.Candidates) -> dict[tuple[int, ...], float]:
+    paths: list[tuple[int, ...]] = [()]
+    for token, parent in zip(found.tokens, found.parents, strict=True):
+        paths.append((*paths[parent], token))
+    return dict(zip(paths[1:], found.scores, strict=True))
+
+
+def random_route(target: Target, heads: int) -> growth.Route:
+    """Two leaps to segments and one to the end, over a reduced vocabulary of so many heads."""
+    with torch.inference_mode(False):
+        adapters = random_adapters(ReferenceTarget(target.model)).bfloat16()
+    adapters.coarse, d, tokens = True, target.hidden_size, torch.randperm(97)[:70]
+    leaps = [
+        kernels.UnitMap((torch.randn(d, n * d) / (n * d) ** 0.5).bfloat16(), torch.randn(d).bfloat16())
+        for n in (3, 3, 2)
+    ]
+    parts = [target.reduced_head(part) for part in tokens.split([50, 20][:heads])]
+    return growth.Route(leaps, ((1, 2), (3, 4)), adapters, parts, tokens)
+
+
+def test_the_largest_of_a_row() -> None:
+    torch.manual_seed(4)
+    x = torch.randn(2, 3, 1003).bfloat16()  # 16 bits: many ties, of which the first counts
+    x[0, 0], x[0, 1, 1001], x[1, 2] = -0.0, 9.0, float("-inf")
+    x[0, 0, 40] = 0.0
+    best = native.argmax(x)
+    assert best.shape == (2, 3) and best[0, 1] == 1001 and best[0, 0] == 0
+    assert torch.equal(best, x.float().argmax(-1))
 
 
 def test_refusals_and_fallback() -> None:
