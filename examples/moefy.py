@@ -2,16 +2,18 @@
 
     python examples/moefy.py --answers answers.jsonl.gz --output smollm2-135m-moe --minutes 20
 
-1. Run the dense model on some of its own answers; cluster each MLP's neurons by co-activation into equal experts.
+1. Run the dense model on some of its own answers. The neurons that add most to a layer's residual become a shared
+   expert that every token uses; the others are clustered by co-activation into equal experts.
 2. Fit by ridge regression, layer after layer: the router, from the MLP's input to how much each expert contributes, and
    the down projection, from the routed neurons to what is missing to the dense model's residual.
 3. Train experts and routers by self-distillation: KL to the dense model on its answers, and the residual after every
    layer. ``--minutes`` are minutes of CPU time, so that a shared machine trains no less; ``checkpoint.pt`` in the
    output folder is picked up again after an interruption.
 
-The result is a stock ``MixtralForCausalLM`` folder with the dense model's tokenizer. Mixtral's top-k weights sum to 1,
-the parts of a split MLP each count once: the factor k is folded into the experts' down projections. Routing then is a
-property of what the model learned, not of a random matrix, which caps any predictor.
+The result is a stock ``Qwen2MoeForCausalLM`` folder with the dense model's tokenizer. Its top-k weights sum to 1 and
+its shared expert's gate is a constant 1/2, but the parts of a split MLP each count once: the factors k and 2 are folded
+into the down projections. Routing then is a property of what the model learned, not of a random matrix, which caps any
+predictor.
 
 Answers: JSON lines with ``prompt_ids`` and ``response_ids`` of the dense model (``specdec train`` keeps such a file
 beside what it trains). Every 32nd is held out for the figures: top-1 agreement with the dense model, and NLL.
@@ -32,7 +34,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from specdec import hub
 
@@ -45,30 +47,31 @@ LAYER_WEIGHT = 2.0  # of the mean relative error of the residuals, beside the KL
 
 
 class Routed(nn.Module):
-    """An MLP split into E experts of F neurons, as trained: dense products, neurons of unrouted experts masked.
+    """An MLP split into S shared neurons and E experts of F: dense products, neurons of unrouted experts masked.
 
-    gate, up: [E F, D]; down: [D, E F]; router: [E, D]. All float32.
+    gate, up: [S + E F, D]; down: [D, S + E F]; router: [E, D]. All float32.
     """
 
-    def __init__(self, mlp: Any, order: Tensor, router: Tensor, top_k: int) -> None:
+    def __init__(self, mlp: Any, order: Tensor, router: Tensor, top_k: int, shared: int) -> None:
         super().__init__()
         self.gate = nn.Parameter(mlp.gate_proj.weight.float()[order])
         self.up = nn.Parameter(mlp.up_proj.weight.float()[order])
         self.down = nn.Parameter(mlp.down_proj.weight.float()[:, order])
         self.router = nn.Parameter(router)
-        self.top_k, self.act = top_k, mlp.act_fn
+        self.top_k, self.shared, self.act = top_k, shared, mlp.act_fn
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(self.hidden(x), self.down)
 
     def hidden(self, x: Tensor) -> Tensor:
-        """[..., D] -> [..., E F]: the neurons, weighed by k times the probability of their expert, or 0."""
+        """[..., D] -> [..., S + E F]: the neurons; routed ones weighed by k times their expert's probability, or 0."""
         logits = F.linear(x, self.router).float()  # (..., E)
         top = logits.topk(self.top_k, -1)
         weights = torch.zeros_like(logits).scatter(-1, top.indices, self.top_k * top.values.softmax(-1))
         hidden = self.act(F.linear(x, self.gate)) * F.linear(x, self.up)
-        hidden = hidden.unflatten(-1, (logits.shape[-1], -1)) * weights.to(hidden.dtype)[..., None]
-        return hidden.flatten(-2)
+        shared, routed = hidden.tensor_split([self.shared], -1)
+        routed = routed.unflatten(-1, (logits.shape[-1], -1)) * weights.to(hidden.dtype)[..., None]
+        return torch.cat((shared, routed.flatten(-2)), -1)
 
 
 def read_answers(path: Path) -> list[dict[str, list[int]]]:
@@ -125,7 +128,7 @@ def clusters(activations: Tensor, experts: int, rounds: int = 12) -> Tensor:
 
 
 @torch.inference_mode()
-def split(model: Any, rows: list[dict[str, list[int]]], experts: int, top_k: int) -> list[Routed]:
+def split(model: Any, rows: list[dict[str, list[int]]], experts: int, top_k: int, shared: int) -> list[Routed]:
     """The routed form of every MLP of ``model``: neurons clustered, routers and down projections fitted in closed form.
 
     Layer after layer, on the residual that the routed layers below produce: the down projection is the ridge
@@ -145,11 +148,12 @@ def split(model: Any, rows: list[dict[str, list[int]]], experts: int, top_k: int
         layer.mlp, x = mlp, kept.x.flatten(0, 1)
         a = (mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)).float()  # (B T, N)
         weighed = a * mlp.down_proj.weight.float().norm(dim=0)  # what a neuron adds to the residual
-        order = clusters(weighed[::2], experts)
-        share = weighed[:, order].unflatten(1, (experts, -1)).norm(dim=2)  # (B T, E)
+        first, rest = weighed.square().mean(0).argsort(descending=True).tensor_split([shared])
+        order = torch.cat((first, rest[clusters(weighed[::2, rest], experts)]))
+        share = weighed[:, order[shared:]].unflatten(1, (experts, -1)).norm(dim=2)  # (B T, E)
         wish = (share - share.mean(1, keepdim=True)) / share.std(1, keepdim=True)
         router = ROUTER_SCALE * ridge(x.float(), wish, torch.zeros(x.shape[1], experts), 1e-2).T.contiguous()
-        module = Routed(mlp, order, router, top_k)
+        module = Routed(mlp, order, router, top_k, shared)
         hidden = module.hidden(x.float())
         missing = (goal - middle).float().flatten(0, 1)
         # A first token's residual is hundreds of times the others': each token counts by its relative error.
@@ -266,31 +270,37 @@ def evaluate(model: Any, rows: list[Any], forms: dict[str, list[Any]]) -> dict[s
     return {f"nll_{name}": value / count for name, value in nll.items()} | {"agreement": agree / count}
 
 
-def export(model: Any, routed: list[Routed], top_k: int) -> MixtralForCausalLM:
-    """The stock MoE: same attention, norms and embeddings; k folded into the experts' down projections."""
-    old, experts = model.config, routed[0].router.shape[0]
+def export(model: Any, routed: list[Routed]) -> Qwen2MoeForCausalLM:
+    """The stock MoE: same attention, norms and embeddings; k and 2 folded into the down projections."""
+    old, experts, top_k, shared = model.config, routed[0].router.shape[0], routed[0].top_k, routed[0].shared
     keep = (
         "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads hidden_act "
         "max_position_embeddings rms_norm_eps pad_token_id bos_token_id eos_token_id tie_word_embeddings "
         "rope_parameters"
     )
-    config = MixtralConfig(
+    config = Qwen2MoeConfig(
         **{name: getattr(old, name) for name in keep.split()},
-        intermediate_size=old.intermediate_size // experts,
-        num_local_experts=experts,
+        moe_intermediate_size=(old.intermediate_size - shared) // experts,
+        shared_expert_intermediate_size=shared,
+        num_experts=experts,
         num_experts_per_tok=top_k,
-        head_dim=getattr(old, "head_dim", None) or old.hidden_size // old.num_attention_heads,
+        norm_topk_prob=True,
+        qkv_bias=False,
         dtype=torch.bfloat16,
     )
-    moe = MixtralForCausalLM(config).to(torch.bfloat16)
+    moe = Qwen2MoeForCausalLM(config).to(torch.bfloat16)
     state = {name: value for name, value in model.state_dict().items() if ".mlp." not in name}
     for i, module in enumerate(routed):
         prefix = f"model.layers.{i}.mlp."
-        gate, up = (w.detach().unflatten(0, (experts, -1)) for w in (module.gate, module.up))  # (E, F, D)
+        (gate, gates), (up, ups) = (w.detach().tensor_split([shared]) for w in (module.gate, module.up))
+        down, downs = module.down.detach().tensor_split([shared], 1)  # (D, S), (D, E F)
+        state[prefix + "shared_expert.gate_proj.weight"], state[prefix + "shared_expert.up_proj.weight"] = gate, up
+        state[prefix + "shared_expert.down_proj.weight"] = 2 * down
+        state[prefix + "shared_expert_gate.weight"] = torch.zeros(1, old.hidden_size)
         state[prefix + "gate.weight"] = module.router.detach()
-        state[prefix + "experts.gate_up_proj"] = torch.cat((gate, up), 1)
-        down = top_k * module.down.detach().unflatten(1, (experts, -1))  # (D, E, F)
-        state[prefix + "experts.down_proj"] = down.transpose(0, 1)
+        both = [w.unflatten(0, (experts, -1)) for w in (gates, ups)]  # (E, F, D)
+        state[prefix + "experts.gate_up_proj"] = torch.cat(both, 1)
+        state[prefix + "experts.down_proj"] = top_k * downs.unflatten(1, (experts, -1)).transpose(0, 1)
     moe.load_state_dict({name: value.to(torch.bfloat16) for name, value in state.items()})
     moe.generation_config = model.generation_config
     return moe.eval()
@@ -301,6 +311,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m-instruct", help="a dense Llama-like model")
     parser.add_argument("--answers", type=Path, required=True, help="JSON lines with prompt_ids and response_ids")
     parser.add_argument("--output", type=Path, required=True, help="folder of the new model")
+    parser.add_argument("--shared", type=int, default=512, help="neurons of the shared expert")
     parser.add_argument("--experts", type=int, default=16)
     parser.add_argument("--top-k", type=int, default=4)
     parser.add_argument("--minutes", type=float, default=20.0, help="CPU minutes of training")
@@ -310,22 +321,25 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     model, tokenizer = hub.load(args.model, dtype="bfloat16")
-    if model.config.model_type != "llama" or model.config.intermediate_size % args.experts:
-        parser.error(f"needs a Llama model whose MLP width is a multiple of {args.experts}")
+    width = model.config.intermediate_size - args.shared
+    if model.config.model_type != "llama" or args.shared < 1 or width < args.experts or width % args.experts:
+        parser.error(f"needs a Llama model whose MLP width is {args.shared} and a multiple of {args.experts}")
     rows = read_answers(args.answers)
     held, rest = rows[::HELD_OUT], [row for i, row in enumerate(rows) if i % HELD_OUT]
     args.output.mkdir(parents=True, exist_ok=True)
     dense = [layer.mlp for layer in model.model.layers]
     if (args.output / "checkpoint.pt").is_file():  # all parameters come from it
         blank = torch.zeros(args.experts, model.config.hidden_size)
-        routed = [Routed(mlp, torch.arange(mlp.gate_proj.out_features), blank.clone(), args.top_k) for mlp in dense]
+        order = torch.arange(model.config.intermediate_size)
+        routed = [Routed(mlp, order, blank.clone(), args.top_k, args.shared) for mlp in dense]
     else:
-        routed = split(model, rest, args.experts, args.top_k)
-    print("at first and routed", json.dumps(evaluate(model, held[:24], {"dense": dense, "moe": routed})), flush=True)
+        routed = split(model, rest, args.experts, args.top_k, args.shared)
+        first = evaluate(model, held[:24], {"dense": dense, "moe": routed})
+        print("before training, 24 held-out answers", json.dumps(first), flush=True)
     train(args, model, dense, routed, rest)
     figures = evaluate(model, held, {"dense": dense, "moe": routed})
     use(model, dense)
-    export(model, routed, args.top_k).save_pretrained(args.output)
+    export(model, routed).save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
     (args.output / "moefy.json").write_text(json.dumps({**vars(args), **figures}, default=str, indent=2) + "\n")
     print("held-out answers", json.dumps(figures), flush=True)

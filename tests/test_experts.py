@@ -71,10 +71,10 @@ def store(shelf):
 def use(store: ExpertStore, row: int, experts: list[int]) -> list[int]:
     """Demand experts, look at what is in their slots, and return them in the order they came."""
     order = []
-    with store.demand(row, experts) as stream:
-        for expert, (gate_up, down) in stream:
-            block = row * INDEX.num_experts + expert
-            assert bool((gate_up.view(torch.uint8) == block).all()) and bool((down.view(torch.uint8) == block).all())
+    with store.demand(row, experts) as groups:
+        for expert, slot in (pair for group in groups for pair in group):
+            block, weights = row * INDEX.num_experts + expert, store.weights[row]
+            assert all(bool((each[slot].view(torch.uint8) == block).all()) for each in weights)
             order.append(expert)
     return order
 
@@ -156,7 +156,7 @@ def test_a_chunked_prefetch_gives_way_between_chunks(shelf):
     store.prefetch(0, [0])
     threading.Timer(0.05, shelf.gate.set).start()
     with store.demand(0, [1]) as stream:
-        assert [expert for expert, _ in stream] == [1]
+        assert [expert for group in stream for expert, _ in group] == [1]
     first = shelf.reads.index(1)
     assert first <= 2 and shelf.reads[first : first + 12] == [1] * 12
     store.close()

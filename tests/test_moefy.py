@@ -34,15 +34,15 @@ def test_all_parts_together_are_the_dense_model(moefy):
     dense = tiny_model("llama", hidden_size=64, intermediate_size=64).to(torch.bfloat16)
     ids = torch.tensor([rows(1)[0]["response_ids"]])
     order = torch.randperm(64, generator=torch.Generator().manual_seed(1))
-    parts = [moefy.Routed(layer.mlp, order, torch.zeros(4, 64), 4) for layer in dense.model.layers]
-    assert relative(moefy.export(dense, parts, 4)(ids).logits, dense(ids).logits) < 0.05
+    parts = [moefy.Routed(layer.mlp, order, torch.zeros(4, 64), 4, 32) for layer in dense.model.layers]
+    assert relative(moefy.export(dense, parts)(ids).logits, dense(ids).logits) < 0.05
 
 
 def test_what_is_fitted_and_trained_is_what_is_exported(moefy, monkeypatch):
     monkeypatch.setattr(moefy, "WIDTH", 32)
     dense = tiny_model("llama", hidden_size=64, intermediate_size=64).to(torch.bfloat16)
     mlps = [layer.mlp for layer in dense.model.layers]
-    routed = moefy.split(dense, rows(16), 4, 2)
+    routed = moefy.split(dense, rows(16), 4, 2, 32)
     ids, answer = moefy.collate(rows(3))
     kl, error = moefy.distil(dense, mlps, routed, ids, answer)
     (kl + error).backward()
@@ -51,4 +51,4 @@ def test_what_is_fitted_and_trained_is_what_is_exported(moefy, monkeypatch):
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         own = dense(ids).logits
         moefy.use(dense, mlps)
-        assert relative(moefy.export(dense, routed, 2)(ids).logits, own) < 0.15
+        assert relative(moefy.export(dense, routed)(ids).logits, own) < 0.15

@@ -24,7 +24,12 @@ from specdec.train.expert_leaps import fit_expert_leaps, recalls
 
 PROMPT, COUNT = [5, 9, 11, 3, 7, 20, 31], 24
 TINY = {"num_hidden_layers": 6, "num_experts_per_tok": 2, "eos_token_id": None}
-SIZES = {"mixtral": {"num_local_experts": 6}, "olmoe": {"num_experts": 6}, "qwen3_moe": {"num_experts": 6}}
+SIZES = {
+    "mixtral": {"num_local_experts": 6},
+    "olmoe": {"num_experts": 6},
+    "qwen2_moe": {"num_experts": 6},
+    "qwen3_moe": {"num_experts": 6},
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -75,6 +80,18 @@ def bytes_of(model) -> int:
 @pytest.mark.parametrize("cache", [2 / 6, 0.5, 1.0])
 def test_tokens_are_the_models_own(moe, cache):
     assert decoded(moe, experts=ExpertOptions(cache, "residual")).token_ids == greedy_reference(moe, PROMPT, COUNT)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("count", [1, 5, 60])
+def test_logits_are_the_models_own_to_the_bit(dtype, count):
+    model = tiny_model("qwen3_moe", **TINY, **SIZES["qwen3_moe"]).to(dtype)
+    ids = torch.randint(3, 97, (1, count), generator=torch.Generator().manual_seed(0))
+    own = model(ids).logits
+    decoder = SpecDecoder(model, None, "none", experts=ExpertOptions(2 / 6, "residual"))
+    first, again = model(ids).logits, model(ids).logits
+    decoder.close()
+    assert torch.equal(first, own) and torch.equal(again, own)
 
 
 @pytest.mark.parametrize("prefetch", predict.PREDICTORS)

@@ -54,7 +54,7 @@ def moe_layers(model: PreTrainedModel) -> list[MoELayer]:
         if not known or getattr(experts, "is_transposed", False) or getattr(experts, "has_bias", False):
             raise SpecDecError(
                 f"model type '{kind}' holds the experts of layer {index} in a way not known here; known are Mixtral, "
-                "OLMoE and Qwen3-MoE as transformers 5 holds them"
+                "OLMoE, Qwen2-MoE and Qwen3-MoE as transformers 5 holds them"
             )
         found.append(MoELayer(index, block, norm))
     if not found:

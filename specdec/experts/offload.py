@@ -1,8 +1,9 @@
 """Putting an expert store under a model: its experts modules are replaced by ones that ask the store.
 
 While attached, the model's expert weights are gone from memory; ``close`` reads them back from the packed file. The
-arithmetic is that of transformers' own loop over experts, in its order, so what is computed does not depend on where
-the weights come from, on what is cached, or on what is prefetched.
+arithmetic is that of transformers' grouped products over resident experts: a product of its own per expert, on the
+slots as they lie, and one sum per token. So what is computed does not depend on where the weights come from, on what
+is cached, or on what is prefetched.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -75,25 +77,36 @@ class _Experts(nn.Module):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [T, D], the experts of each token and their weights [T, k] -> [T, D]."""
         owner: Offload = self.__dict__["owner"]
+        store, k, device = owner.store, top_k_index.shape[1], hidden_states.device
         routed = top_k_index.tolist()
-        experts = sorted({expert for token in routed for expert in token})
-        one = hidden_states.shape[0] == 1
-        parts = {}
-        with owner.store.demand(self.row, experts) as stream:
+        wanted: dict[int, list[int]] = {}  # by expert, which of the T k pairs of token and expert
+        for pair, expert in enumerate(expert for token in routed for expert in token):
+            wanted.setdefault(expert, []).append(pair)
+        out = hidden_states.new_empty(hidden_states.shape[0] * k, hidden_states.shape[1])  # of each pair
+        with store.demand(self.row, sorted(wanted)) as groups:
             owner.look(self.row, hidden_states, routed)  # while what is missing is being loaded
-            for expert, (gate_up, down) in stream:
-                if one:
-                    tokens, x, weight = None, hidden_states, top_k_weights[:, routed[0].index(expert), None]
-                else:
-                    place, tokens = torch.where(top_k_index.T.eq(expert))
-                    x, weight = hidden_states[tokens], top_k_weights[tokens, place, None]
-                gate, up = F.linear(x, gate_up).chunk(2, dim=-1)
-                parts[expert] = tokens, (F.linear(self.act(gate) * up, down) * weight).to(hidden_states.dtype)
-        out = torch.zeros_like(hidden_states)
-        for expert in experts:  # in the order of the model's own loop, whatever came first
-            tokens, part = parts[expert]
-            out = out.add_(part) if tokens is None else out.index_add_(0, tokens, part)
-        return out
+            gate_up, down = store.weights[self.row]
+            for group in groups:
+                by_slot = {slot: wanted[expert] for expert, slot in group}
+                ends = list(accumulate(len(by_slot.get(slot, ())) for slot in range(len(gate_up))))
+                offsets = torch.tensor(ends, dtype=torch.int32, device=device)
+                pairs = torch.tensor([pair for slot in sorted(by_slot) for pair in by_slot[slot]], device=device)
+                gate, up = grouped(hidden_states[pairs // k], gate_up, offsets).chunk(2, -1)
+                out[pairs] = grouped(self.act(gate) * up, down, offsets)
+        weighted = out * top_k_weights.reshape(-1, 1)
+        return weighted.view(-1, k, weighted.shape[1]).sum(1).to(hidden_states.dtype)
+
+
+def grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """Rows x [n, in] times the one of weight [S, out, in] that each group of rows has: [n, out].
+
+    ends: int32 [S], where the rows of each group end.
+    """
+    old = x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) < (8, 0)
+    if hasattr(F, "grouped_mm") and not old:
+        return F.grouped_mm(x, weight.mT, offs=ends)
+    parts = x.tensor_split(ends.tolist()[:-1])
+    return torch.cat([F.linear(part, w) for part, w in zip(parts, weight, strict=True) if len(part)])
 
 
 class Offload:
@@ -241,7 +254,7 @@ class _Nothing:
 
 @contextmanager
 def _reader(folder: Path, index: packed.Index) -> Iterator[Any]:
-    tier, (slot,) = DiskTier(folder, index), aligned(1, index.stride)
+    tier, slot = DiskTier(folder, index), aligned(1, index.stride)[0]
 
     def read(block: int) -> Tensor:
         tier.read(block, slot, 0, index.stride)

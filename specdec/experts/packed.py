@@ -62,10 +62,10 @@ class Index:
         return f"expert {block % self.num_experts} of layer {self.layers[block // self.num_experts]}"
 
     def views(self, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """The gate-and-up [2 F, D] and down [D, F] weights in a block's ``memory`` (uint8 [stride])."""
-        values = memory[: self.block_bytes].view(DTYPES[self.dtype])
-        split = 2 * self.width * self.hidden
-        return values[:split].view(2 * self.width, self.hidden), values[split:].view(self.hidden, self.width)
+        """The gate-and-up [..., 2 F, D] and down [..., D, F] weights in ``memory`` (uint8 [..., stride]) of blocks."""
+        values = memory[..., : self.block_bytes].view(DTYPES[self.dtype])
+        gate_up, down = values.tensor_split([2 * self.width * self.hidden], -1)
+        return gate_up.unflatten(-1, (-1, self.hidden)), down.unflatten(-1, (-1, self.width))
 
     def check(self, block: int, memory: Tensor) -> None:
         """Raise SpecDecError, naming the expert, unless ``memory`` (on the CPU) holds what was packed."""

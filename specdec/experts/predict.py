@@ -14,19 +14,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from specdec import artifacts
 from specdec.errors import SpecDecError
 from specdec.experts.layers import MoELayer
-from specdec.kernels import rms_unit
+from specdec.kernels import UNIT_EPS
 
 PREDICTORS = ("none", "previous-token", "residual", "m2r2", "oracle", "shuffled")
 DISTANCES = (4, 2, 1)  # layers ahead that are predicted at a layer, far ones first
 REACH = max(DISTANCES)
 
 Forecast = list[tuple[int, list[float]]]  # row, need of each of its experts
+Array = npt.NDArray[np.float32]
 
 
 @dataclass
@@ -84,6 +87,7 @@ class Leaps(Predictor):
 
     Closed form: a leap of the residual is a ridge regression, which is linear in its goal; so the router applied to the
     leap's result *is* one regression from the same features to the router's logits, and only that is kept.
+    In NumPy: a forecast costs each layer a few products of some 50 rows, where most of torch's time is calling it.
     """
 
     def __init__(
@@ -99,32 +103,51 @@ class Leaps(Predictor):
         self.name = name  # type: ignore[misc]
         self.targets, self.now, self.before, self.bias = targets, now, before, bias
         self.slope, self.top_k = slope, top_k
-        width = now[0].shape[2] if len(now[0]) else 1
-        self.last = torch.zeros(len(targets), width)  # each row's router input for the token before
+        self._now = [w.float().flatten(0, 1).T.contiguous().numpy() for w in now]  # (D, n E)
+        # What each row's forecasts start from: the bias, and what the previous token's state at the target says.
+        self._bias = [b.float().numpy() for b in bias]  # (n, E)
+        self._start = [b.copy() for b in self._bias]
+        self._into: list[list[tuple[int, int]]] = [[] for _ in targets]  # by target: the forecasts of it
+        for j, rows in enumerate(targets):
+            for i, row in enumerate(rows):
+                self._into[row].append((j, i))
+        if before is not None:
+            stacks = [[before[j][i] for j, i in into] or [before[0][0, :0]] for into in self._into]
+            self._before = [torch.cat(stack).float().numpy() for stack in stacks]  # (m E, D)
 
     def look(self, sight: Sight) -> None:
-        self.last[sight.row] = rms_unit(sight.state[-1:].float())[0]
+        if self.before is None or not (into := self._into[sight.row]):
+            return
+        said = (self._before[sight.row] @ _unit(sight.state[-1])).reshape(len(into), -1)
+        for (j, i), part in zip(into, said, strict=True):
+            np.add(part, self._bias[j][i], out=self._start[j][i])
 
-    def logits(self, sight: Sight) -> Tensor:
+    def logits(self, sight: Sight) -> Array:
         """[T, n, E]: estimates of the routers' logits at the row's targets."""
-        j = sight.row
-        x = rms_unit(sight.residual.float())  # (T, D)
-        z = torch.matmul(x, self.now[j].flatten(0, 1).T).unflatten(1, self.bias[j].shape) + self.bias[j]
-        if self.before is not None:
-            z = z + torch.bmm(self.before[j], self.last[self.targets[j]].unsqueeze(2)).squeeze(2)
-        return z
+        start = self._start[sight.row]
+        return (_unit(sight.residual) @ self._now[sight.row]).reshape(-1, *start.shape) + start
 
     def ahead(self, sight: Sight) -> Forecast:
         targets = self.targets[sight.row]
         self.look(sight)
-        if not targets:
-            return []
-        z = self.logits(sight)
-        top = z.topk(min(self.top_k + 1, z.shape[2]), 2).values
-        middle = top[..., -2:].mean(2, keepdim=True)
-        need = torch.sigmoid(self.slope * (z - middle))
-        need = need[0] if len(need) == 1 else 1 - (1 - need).prod(0)  # (n, E)
-        return list(zip(targets, need.tolist(), strict=True))
+        return list(zip(targets, needs(self.logits(sight), self.top_k, self.slope), strict=True)) if targets else []
+
+
+def needs(logits: Array, top_k: int, slope: float) -> list[list[float]]:
+    """Estimated router logits [T, n, E] -> how likely any of the T tokens needs an expert, [n][E].
+
+    One halfway between the k-th and the next logit is as likely as not.
+    """
+    ranked = np.sort(logits, 2)[..., -top_k - 1 :]
+    middle = ranked[..., :2].mean(2, keepdims=True)
+    spared = 1 / (1 + np.exp(np.clip(slope * (logits - middle), -30, 30)))
+    return (1 - spared.prod(0)).tolist()  # type: ignore[no-any-return]
+
+
+def _unit(x: Tensor) -> Array:
+    """x [..., D] / rms(x), as ``kernels.rms_unit``."""
+    values: Array = x.float().cpu().numpy()
+    return values / np.sqrt(np.square(values).mean(-1, keepdims=True) + UNIT_EPS)
 
 
 def residual(layers: list[MoELayer]) -> Leaps:

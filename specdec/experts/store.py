@@ -22,7 +22,7 @@ from specdec.experts.cache import LayerCache, Slot
 from specdec.experts.packed import Index
 from specdec.experts.tiers import CHUNK, Tier
 
-Weights = tuple[Tensor, Tensor]  # gate and up [2 F, D], down [D, F]
+Group = list[tuple[int, int]]  # experts and the numbers of their slots
 Event = tuple[str, int, tuple[int, ...], tuple[int, ...]]  # "use" or "prefetch", row, experts, those to spare
 
 
@@ -92,9 +92,10 @@ class ExpertStore:
                 f"an expert cache of {self.budget / 1e6:.4g} MB holds {per_layer} experts per layer, but one token "
                 f"needs {top_k}; give at least {least / index.total_bytes:.3g} ({least / 1e6:.4g} MB)"
             )
-        memory = tier.slots(rows * per_layer)
-        self.memory = [memory[row * per_layer : (row + 1) * per_layer] for row in range(rows)]
-        self.views = [[index.views(slot) for slot in slots] for slots in self.memory]
+        self.memory = tier.slots(rows * per_layer).unflatten(0, (rows, per_layer))  # (rows, S, stride)
+        # Per row: gate and up [S, 2 F, D], down [S, D, F] of all its slots.
+        self.weights: list[tuple[Tensor, Tensor]] = [index.views(slots) for slots in self.memory]
+        self.places = [list(slots) for slots in self.memory]  # uint8 [stride] each
         self.caches = [LayerCache(per_layer, eviction) for _ in range(rows)]
         self.jobs: list[list[_Job | None]] = [[None] * per_layer for _ in range(rows)]
         self.counters = Counters()
@@ -109,7 +110,7 @@ class ExpertStore:
     @property
     def resident_bytes(self) -> int:
         """Fast memory taken: all slots, filled or not."""
-        return sum(len(slots) for slots in self.memory) * self.index.stride
+        return self.memory.numel()
 
     @property
     def backlog(self) -> int:
@@ -118,11 +119,12 @@ class ExpertStore:
             return sum(self.index.stride - job.done for job in (*self._demands, *self._prefetches))
 
     @contextmanager
-    def demand(self, row: int, experts: Sequence[int]) -> Iterator[Iterator[tuple[int, Weights]]]:
+    def demand(self, row: int, experts: Sequence[int]) -> Iterator[Iterator[Group]]:
         """Request ``experts`` (ascending) of a layer for computing with them now; iterate over what it enters with.
 
-        What is missing is being loaded from then on. Each expert is held until the next is asked for; those in the
-        cache come first. More experts than slots pass through in turn.
+        What is missing is being loaded from then on. Groups of experts come as they are there, the cached ones first,
+        with their slots in ``weights[row]``, and are held until the end. More experts than slots pass through one by
+        one, each held until the next is asked for.
         """
         cache = self.caches[row]
         held: deque[tuple[int, Slot]] = deque()
@@ -136,38 +138,46 @@ class ExpertStore:
             count = self.counters
             count.demands, count.demanded = count.demands + 1, count.demanded + len(experts)
             count.misses += len(missing)
-            late = []
-            for pair in held:
-                job = self._job(row, pair[1])
-                if not job.ready:
-                    late.append(pair)
-                    self._promote(job)
+            late = [job for _, slot in held if not (job := self._job(row, slot)).ready]
+            for job in late:
+                self._promote(job)
             count.in_time, count.late = count.in_time + len(held) - len(late), count.late + len(late)
-            if late and len(experts) <= len(cache.slots):  # all fit: what is evicted does not depend on their order
-                held = deque([pair for pair in held if pair not in late] + late)
             held += self._admit(row, missing)
             self._settle()
         try:
-            yield self._serve(row, held, missing)
+            yield self._together(row, held) if len(experts) <= len(cache.slots) else self._in_turn(row, held, missing)
         finally:
-            with self._change:  # nothing, unless the iteration was given up
+            with self._change:
                 for _, slot in held:
                     cache.release(slot)
 
-    def _serve(self, row: int, held: deque[tuple[int, Slot]], missing: deque[int]) -> Iterator[tuple[int, Weights]]:
-        cache, memory, views, tier = self.caches[row], self.memory[row], self.views[row], self.tier
-        while held:
+    def _together(self, row: int, held: Sequence[tuple[int, Slot]]) -> Iterator[Group]:
+        waiting, places = [(expert, slot, self._job(row, slot)) for expert, slot in held], self.places[row]
+        while waiting:
+            there = [each for each in waiting if each[2].ready]
+            if not there:
+                self._wait([job for _, _, job in waiting])
+                continue
+            for _, slot, _ in there:
+                self.tier.acquire(places[slot.number])
+            yield [(expert, slot.number) for expert, slot, _ in there]
+            for _, slot, _ in there:
+                self.tier.release(places[slot.number])
+            waiting = [each for each in waiting if each not in there]
+
+    def _in_turn(self, row: int, held: deque[tuple[int, Slot]], missing: deque[int]) -> Iterator[Group]:
+        cache, places = self.caches[row], self.places[row]
+        while held:  # in an order that does not depend on time, as what they evict depends on it
             expert, slot = held[0]
-            self._wait(self._job(row, slot))
-            tier.acquire(memory[slot.number])
-            yield expert, views[slot.number]
-            tier.release(memory[slot.number])
+            self._wait([self._job(row, slot)])
+            self.tier.acquire(places[slot.number])
+            yield [(expert, slot.number)]
+            self.tier.release(places[slot.number])
             with self._change:
                 held.popleft()
                 cache.release(slot)
-                if missing:
-                    held += self._admit(row, missing)
-                    self._settle()
+                held += self._admit(row, missing)
+                self._settle()
 
     def prefetch(self, row: int, experts: Sequence[int], spare: frozenset[int] = frozenset()) -> int:
         """Request ``experts`` of a layer ahead of their demand, most wanted first; returns how many were not there.
@@ -190,8 +200,8 @@ class ExpertStore:
 
     def missing(self, row: int, experts: Sequence[int]) -> list[int]:
         """Those of ``experts`` that have no slot."""
-        with self._change:
-            return [expert for expert in experts if expert not in self.caches[row].where]
+        where = self.caches[row].where  # without the lock: only a prefetch that fails changes it beside the caller
+        return [expert for expert in experts if expert not in where]
 
     def close(self) -> None:
         """End the thread and free the slots. The store is of no use afterwards."""
@@ -200,7 +210,7 @@ class ExpertStore:
             self._change.notify_all()
         self._thread.join()
         self.tier.close()
-        self.memory, self.views = [], []
+        self.memory, self.weights, self.places = self.memory.new_empty(0), [], []
 
     # -- under the lock -----------------------------------------------------------------------------------------
 
@@ -223,7 +233,7 @@ class ExpertStore:
     def _start(self, row: int, slot: Slot, demanded: bool) -> None:
         self._abandon(row, slot)
         assert slot.expert is not None
-        job = _Job(row * self.index.num_experts + slot.expert, self.memory[row][slot.number], demanded)
+        job = _Job(row * self.index.num_experts + slot.expert, self.places[row][slot.number], demanded)
         self.jobs[row][slot.number] = job
         (self._demands if demanded else self._prefetches).append(job)
         self._change.notify_all()
@@ -248,16 +258,18 @@ class ExpertStore:
 
     # -- waiting and loading --------------------------------------------------------------------------------------
 
-    def _wait(self, job: _Job) -> None:
-        if job.ready:
+    def _wait(self, jobs: list[_Job]) -> None:
+        """Until one of ``jobs`` is ready. Raises what made one of them fail."""
+        if any(job.ready for job in jobs):
             return
         start = time.perf_counter()
         with self._change:
-            while not job.ready and job.error is None:
+            while not any(job.ready or job.error for job in jobs):
                 self._change.wait()
             self.counters.stall_seconds += time.perf_counter() - start
-        if job.error is not None:
-            raise job.error
+        for job in jobs:
+            if job.error is not None:
+                raise job.error
 
     def _load(self) -> None:
         """The thread: one chunk of the foremost job at a time."""

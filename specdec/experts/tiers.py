@@ -18,6 +18,7 @@ from specdec.errors import SpecDecError
 from specdec.experts.packed import ALIGNMENT, BLOCKS, Index, buffer
 
 CHUNK = 1 << 20  # bytes of one request: what a demand may have to wait for
+AT_ONCE = 1e-4  # seconds between two requests of a busy queue
 
 
 class Tier(Protocol):
@@ -25,8 +26,8 @@ class Tier(Protocol):
 
     note: str
 
-    def slots(self, count: int) -> list[Tensor]:
-        """Fast memory for ``count`` experts: uint8 [stride] each."""
+    def slots(self, count: int) -> Tensor:
+        """Fast memory for ``count`` experts: uint8 [count, stride]."""
 
     def read(self, block: int, slot: Tensor, start: int, stop: int) -> None:
         """Fill bytes [start, stop) of ``slot`` from ``block``; with the last byte the block is checked.
@@ -43,11 +44,11 @@ class Tier(Protocol):
     def close(self) -> None: ...
 
 
-def aligned(count: int, stride: int) -> list[Tensor]:
-    """``count`` page-aligned pieces of ``stride`` bytes of one buffer on the CPU."""
+def aligned(count: int, stride: int) -> Tensor:
+    """Page-aligned bytes [count, stride] on the CPU; ``stride`` is a number of pages."""
     buffer = torch.zeros(count * stride + ALIGNMENT, dtype=torch.uint8)
     start = -buffer.data_ptr() % ALIGNMENT
-    return list(buffer[start : start + count * stride].split(stride))
+    return buffer[start : start + count * stride].view(count, stride)
 
 
 class _HostTier:
@@ -59,7 +60,7 @@ class _HostTier:
         self.path, self.index = folder / BLOCKS, index
         self.checked = [False] * len(index.checksums)
 
-    def slots(self, count: int) -> list[Tensor]:
+    def slots(self, count: int) -> Tensor:
         return aligned(count, self.index.stride)
 
     def acquire(self, slot: Tensor) -> None: ...
@@ -110,23 +111,27 @@ class EmulatedTier(_HostTier):
     """RAM that takes as long as a declared bandwidth (bytes/s) and latency (s a request) say: for study.
 
     One bucket serves demands and prefetches. Waiting sleeps, so the processor stays free, as during a real transfer.
+    A request that follows the one before at once begins where that one ended, however late the sleeper awoke.
     """
 
     def __init__(self, folder: Path, index: Index, bandwidth: float, latency: float = 0.0) -> None:
         super().__init__(folder, index)
         if not (bandwidth > 0 and latency >= 0):
             raise SpecDecError(f"an emulated tier needs a bandwidth > 0 and a latency >= 0; got {bandwidth}, {latency}")
-        self.bandwidth, self.latency, self.free = bandwidth, latency, 0.0
+        self.bandwidth, self.latency, self.free, self.returned = bandwidth, latency, 0.0, 0.0
         self.source = torch.from_file(str(self.path), size=index.total_bytes, dtype=torch.uint8)
         self.note = f"emulated slow memory: {bandwidth / 1e9:.3g} GB/s, {latency * 1e6:.0f} us a request"
 
     def read(self, block: int, slot: Tensor, start: int, stop: int) -> None:
-        self.free = max(self.free, time.perf_counter()) + self.latency + (stop - start) / self.bandwidth
+        now = time.perf_counter()
+        begin = self.free if now - self.returned < AT_ONCE else now
+        self.free = begin + self.latency + (stop - start) / self.bandwidth
         base = block * self.index.stride
         slot[start:stop].copy_(self.source[base + start : base + stop])
         self._check(block, slot, stop)
         while (rest := self.free - time.perf_counter()) > 0:
             time.sleep(rest)
+        self.returned = time.perf_counter()
 
     def close(self) -> None:
         self.source = torch.empty(0, dtype=torch.uint8)
@@ -152,8 +157,8 @@ class PinnedTier:
         self.copied: dict[int, Any] = {}  # by address of the slot: the event after its copy
         self.used: dict[int, Any] = {}  # the event after its last use
 
-    def slots(self, count: int) -> list[Tensor]:
-        return list(torch.empty(count, self.index.stride, dtype=torch.uint8, device=self.device).unbind())
+    def slots(self, count: int) -> Tensor:
+        return torch.empty(count, self.index.stride, dtype=torch.uint8, device=self.device)
 
     def read(self, block: int, slot: Tensor, start: int, stop: int) -> None:
         base, key = block * self.index.stride, slot.data_ptr()

@@ -117,7 +117,7 @@ def recalls(model: PreTrainedModel, leaps: Leaps, answers: Sequence[Answer]) -> 
                     arm.look(sight)
                     if not arm.targets[j]:
                         continue
-                    best = arm.logits(sight)[0].topk(k, 1).indices
+                    best = arm.logits(sight)[0].argsort(1)[:, -k:]
                     for row, experts in zip(arm.targets[j], best, strict=True):
                         if row > j:
                             hits[name][row - j] += int(chosen[row, t, experts].sum())
