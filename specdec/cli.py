@@ -226,7 +226,12 @@ def generate(
         _experts("--expert-cache", "Offload experts; keep this share (0.25) or size (300MB) of them.", "SIZE"),
     ] = None,
     expert_prefetch: Annotated[
-        str, _experts("--expert-prefetch", "none, previous-token, residual, m2r2; oracle, shuffled: for study.", "NAME")
+        str,
+        _experts(
+            "--expert-prefetch",
+            "none, previous-token, residual, m2r2, m2r2-paper; oracle, shuffled: for study.",
+            "NAME",
+        ),
     ] = "none",
     expert_option: Annotated[
         list[str] | None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,9 +16,11 @@ from specdec.errors import SpecDecError
 
 if TYPE_CHECKING:
     from specdec.train.data import Answer
+    from specdec.train.expert_leaps import Share
 
 HELD_OUT = 8  # every so many texts one is kept to say how good the predictor is, at most this many
 NEW_TOKENS = 192  # of an answer that the model still has to give
+EPOCHS = 4  # of training adapters
 
 
 def pack_experts(
@@ -32,6 +34,9 @@ def pack_experts(
         ),
     ] = None,
     texts: Annotated[int, typer.Option(help="Texts of FILE to fit on.", min=4)] = 128,
+    rate: Annotated[
+        int | None, typer.Option(help="Also train the m2r2-paper predictor: adapters at this rate, 2 or 4.", min=2)
+    ] = None,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
 ) -> None:
     """Write the experts of a model into one file, to be loaded as they are needed (generate --expert-cache)."""
@@ -39,6 +44,8 @@ def pack_experts(
     from specdec.experts import packed, predict
     from specdec.experts.layers import moe_layers
 
+    if rate is not None and fit is None:
+        raise SpecDecError("--rate trains on texts; give them with --fit FILE")
     items = None if fit is None else _read(fit)
     loaded, tokenizer = hub.load(model, dtype=dtype, trust_remote_code=trust_remote_code)
     layers, fingerprint = moe_layers(loaded), hub.fingerprint(loaded)
@@ -50,6 +57,7 @@ def pack_experts(
     )
     if items is None:
         return
+    from specdec.train.expert_adapters import fit_expert_adapters
     from specdec.train.expert_leaps import fit_expert_leaps, recalls
 
     answers = _answers(loaded, tokenizer, items[:texts])
@@ -57,14 +65,42 @@ def pack_experts(
     rest = [answer for answer in answers if answer not in held]
     with _progress("fitting", "texts") as tell:
         leaps = fit_expert_leaps(loaded, rest, lambda done: tell(done, len(rest)))
-    figures = recalls(loaded, leaps, held)
+    what = "share of the experts needed that are foreseen, by layers ahead, on held-out texts"
+    shown: dict[str, predict.Forecaster] = {"m2r2": leaps, "residual": predict.residual(layers)}
+    figures = _shares(recalls(loaded, shown, held))
     predict.write_leaps(folder, leaps, fingerprint, {"recall": figures, "texts": len(rest)})
-    distances = list(next(iter(figures.values())))
-    rows = [(name, *(f"{by[d]:.1%}" for d in distances)) for name, by in figures.items()]
-    print(
-        f"{folder / predict.LEAPS}: share of the experts needed that are foreseen, by layers ahead, on held-out texts"
-    )
-    report.columns(("predictor", *map(str, distances)), rows)
+    print(f"{folder / predict.LEAPS}: {what}")
+    _show(figures)
+    if rate is None:
+        return
+    with _progress("training", "texts") as tell:
+        adapters = fit_expert_adapters(loaded, rest, rate, EPOCHS, lambda done, _: tell(done, EPOCHS * len(rest)))
+    same = fit_expert_leaps(loaded, rest, targets=adapters.targets)  # leaps over the very distances
+    shown = {"m2r2-paper": adapters, "leaps alike": same, "residual": predict.residual(layers, adapters.targets)}
+    last = len(layers) - 1
+    figures = _shares(recalls(loaded, shown, held), ((1, 4), (5, 8), (9, last), (1, last)))
+    predict.write_adapters(folder, adapters, fingerprint, {"recall": figures, "texts": len(rest)})
+    print(f"{folder / predict.ADAPTERS}: rate {rate}, {what}")
+    _show(figures)
+
+
+def _shares(
+    found: dict[str, dict[int, Share]], spans: Sequence[tuple[int, int]] | None = None
+) -> dict[str, dict[str, float]]:
+    """Recall by predictor and distance, or by span of distances."""
+    from specdec.train.expert_leaps import within
+
+    spans = spans or [(d, d) for d in next(iter(found.values()))]
+    names = [str(a) if a == b else f"{a}-{b}" for a, b in spans]
+    return {
+        predictor: {name: within(by, *span) for name, span in zip(names, spans, strict=True)}
+        for predictor, by in found.items()
+    }
+
+
+def _show(figures: dict[str, dict[str, float]]) -> None:
+    rows = [(name, *(f"{share:.1%}" for share in by.values())) for name, by in figures.items()]
+    report.columns(("predictor", *next(iter(figures.values()))), rows)
 
 
 def _read(path: Path) -> list[Any]:

@@ -20,7 +20,8 @@ from specdec.experts.offload import ExpertOptions
 from specdec.experts.replay import replay
 from specdec.experts.store import Counters
 from specdec.train.data import Answer
-from specdec.train.expert_leaps import fit_expert_leaps, recalls
+from specdec.train.expert_adapters import accelerate, fit_expert_adapters, misalignment
+from specdec.train.expert_leaps import fit_expert_leaps, observe, recalls, within
 
 PROMPT, COUNT = [5, 9, 11, 3, 7, 20, 31], 24
 TINY = {"num_hidden_layers": 6, "num_experts_per_tok": 2, "eos_token_id": None}
@@ -51,11 +52,12 @@ def mixtral():
 
 @pytest.fixture(scope="module")
 def folder(mixtral, tmp_path_factory):
-    """Packed experts of ``mixtral`` with fitted leaps."""
+    """Packed experts of ``mixtral`` with fitted leaps and trained adapters."""
     path = tmp_path_factory.mktemp("packed")
     fingerprint = hub.fingerprint(mixtral)
     packed.pack(moe_layers(mixtral), fingerprint, path)
     predict.write_leaps(path, fit_expert_leaps(mixtral, texts(8)), fingerprint, {})
+    predict.write_adapters(path, fit_expert_adapters(mixtral, texts(8), 2, epochs=20), fingerprint, {})
     return path
 
 
@@ -168,8 +170,26 @@ def test_leaps_that_can_be_learnt_are_learnt_and_kept(mixtral, folder):
     fitted = fit_expert_leaps(mixtral, texts(16))
     kept = predict.read_leaps(folder, hub.fingerprint(mixtral), 6, 32)
     assert [len(t) for t in kept.targets] == [3] * 6 and kept.targets[5] == [3, 1, 0]
-    by = recalls(mixtral, fitted, texts(4, seed=1))
-    assert by["m2r2"][4] > by["residual"][4] and by["m2r2"][1] > by["previous-token"][1]
+    arms = {"m2r2": fitted, "residual": predict.residual(moe_layers(mixtral))}
+    by = recalls(mixtral, arms, texts(4, seed=1))
+    share = {name: [within(each, d, d) for d in (1, 2, 4)] for name, each in by.items()}
+    assert share["m2r2"][2] > share["residual"][2] and share["m2r2"][0] > share["previous-token"][0]
+
+
+def test_adapters_learn_to_run_ahead_and_are_kept(mixtral, folder):
+    layers, learnt = moe_layers(mixtral), texts(8)[0]  # a random model's layers have little in common across texts
+    kept = predict.read_adapters(folder, hub.fingerprint(mixtral), layers)
+    assert kept.rate == 2 and kept.targets == [[1], [2, 3], [4, 5], [], [], []]
+    x = [residual.float() for residual, _ in observe(mixtral, layers, learnt)]
+    assert misalignment(x, kept.down, kept.up, 2) < 0.8 * misalignment(x, kept.down, 0 * kept.up, 2)
+    for t in (3, 4):  # what was trained is what decoding runs, token by token
+        for j, p in enumerate(accelerate(x, kept.down, kept.up)):
+            sight = predict.Sight(j, x[j][t : t + 1], x[j][t : t + 1], [])
+            kept.look(sight)
+            logits = kept.logits(sight)[0]
+            for row, own in zip(kept.targets[j], logits, strict=True):
+                unit = layers[row].norm(p[t])  # the target's own norm and router
+                torch.testing.assert_close(torch.tensor(own), layers[row].router @ unit, rtol=1e-3, atol=1e-3)
 
 
 def test_a_damaged_expert_is_named_and_the_decoder_survives(mixtral, tmp_path):
@@ -235,13 +255,14 @@ def test_packing_fitting_and_generating(saved, tmp_path):
     prompts = tmp_path / "answers.jsonl"
     rows = [{"prompt_ids": list(a.prompt_ids), "response_ids": list(a.response_ids)} for a in texts(12)]
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    result = run("pack-experts", saved, str(tmp_path / "x"), "--fit", str(prompts))
+    result = run("pack-experts", saved, str(tmp_path / "x"), "--fit", str(prompts), "--rate", "2")
     assert result.exit_code == 0, result.stderr
-    assert "4 layers of 6 experts" in result.stdout and "m2r2\t" in result.stdout
+    assert "4 layers of 6 experts" in result.stdout and "m2r2\t" in result.stdout and "m2r2-paper\t" in result.stdout
     plain = run("generate", "Hello", "--model", saved, *FAST)
-    options = ("--expert-cache", "0.5", "--expert-prefetch", "m2r2", "--expert-option", f"folder={tmp_path / 'x'}")
-    ours = run("generate", "Hello", "--model", saved, *FAST, *options)
-    assert ours.exit_code == 0 and ours.stdout == plain.stdout
+    for name in ("m2r2-paper", "m2r2"):
+        options = ("--expert-cache", "0.5", "--expert-prefetch", name, "--expert-option", f"folder={tmp_path / 'x'}")
+        ours = run("generate", "Hello", "--model", saved, *FAST, *options)
+        assert ours.exit_code == 0 and ours.stdout == plain.stdout
     assert "3 of 6 experts per layer cached" in ours.stderr and "read per accepted token: " in ours.stderr
     asked = run("generate", "Hello", "--model", saved, *FAST, "--json", "--compare", *options)
     assert json.loads(asked.stdout)["metrics"]["experts"]["demanded"] == 11 * 4 * 2
@@ -259,6 +280,7 @@ def test_packing_fitting_and_generating(saved, tmp_path):
             "unknown expert predictor 'm2r3' (did you mean 'm2r2'",
         ),
         (["--expert-cache", "0.5", "--expert-prefetch", "m2r2"], "no expert predictor in"),
+        (["--expert-cache", "0.5", "--expert-prefetch", "m2r2-paper"], "--fit ANSWERS --rate R"),
         (["--expert-cache", "0.5", "--expert-option", "colour=red"], "there is no expert option 'colour'"),
         (["--expert-cache", "0.5", "--expert-option", "eviction=fifo"], "unknown eviction 'fifo'"),
         (["--expert-cache", "0.5", "--expert-option", "bandwidth=fast"], "bandwidth cannot be 'fast'"),

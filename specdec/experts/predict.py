@@ -24,12 +24,13 @@ from specdec.errors import SpecDecError
 from specdec.experts.layers import MoELayer
 from specdec.kernels import UNIT_EPS
 
-PREDICTORS = ("none", "previous-token", "residual", "m2r2", "oracle", "shuffled")
+PREDICTORS = ("none", "previous-token", "residual", "m2r2", "m2r2-paper", "oracle", "shuffled")
 DISTANCES = (4, 2, 1)  # layers ahead that are predicted at a layer, far ones first
 REACH = max(DISTANCES)
 
 Forecast = list[tuple[int, list[float]]]  # row, need of each of its experts
 Array = npt.NDArray[np.float32]
+_NOTHING: Array = np.zeros((0, 0), np.float32)
 
 
 @dataclass
@@ -79,7 +80,27 @@ class PreviousToken(Predictor):
         return [] if seen is None else [(row, seen)]
 
 
-class Leaps(Predictor):
+class Forecaster(Predictor):
+    """A predictor that estimates the logits of routers ahead: those of rows ``targets[j]`` at row j."""
+
+    targets: list[list[int]]
+    slope: float
+    top_k: int
+
+    @abstractmethod
+    def look(self, sight: Sight) -> None: ...
+
+    @abstractmethod
+    def logits(self, sight: Sight) -> Array:
+        """[T, n, E]: the estimates at the row, after ``look``."""
+
+    def ahead(self, sight: Sight) -> Forecast:
+        self.look(sight)
+        targets = self.targets[sight.row]
+        return list(zip(targets, needs(self.logits(sight), self.top_k, self.slope), strict=True)) if targets else []
+
+
+class Leaps(Forecaster):
     """Routers of layers ahead applied to an estimate of their residual that is linear in what is known here.
 
     now[j]: [n, E, D], for the residual at row j. before[j]: [n, E, D], for the previous token's router input at each
@@ -123,14 +144,9 @@ class Leaps(Predictor):
             np.add(part, self._bias[j][i], out=self._start[j][i])
 
     def logits(self, sight: Sight) -> Array:
-        """[T, n, E]: estimates of the routers' logits at the row's targets."""
         start = self._start[sight.row]
-        return (_unit(sight.residual) @ self._now[sight.row]).reshape(-1, *start.shape) + start
-
-    def ahead(self, sight: Sight) -> Forecast:
-        targets = self.targets[sight.row]
-        self.look(sight)
-        return list(zip(targets, needs(self.logits(sight), self.top_k, self.slope), strict=True)) if targets else []
+        estimates: Array = (_unit(sight.residual) @ self._now[sight.row]).reshape(-1, *start.shape) + start
+        return estimates
 
 
 def needs(logits: Array, top_k: int, slope: float) -> list[list[float]]:
@@ -144,20 +160,71 @@ def needs(logits: Array, top_k: int, slope: float) -> list[list[float]]:
     return (1 - spared.prod(0)).tolist()  # type: ignore[no-any-return]
 
 
-def _unit(x: Tensor) -> Array:
-    """x [..., D] / rms(x), as ``kernels.rms_unit``."""
+def _rows(x: Tensor) -> Array:
     values: Array = x.float().cpu().numpy()
-    return values / np.sqrt(np.square(values).mean(-1, keepdims=True) + UNIT_EPS)
+    return values
 
 
-def residual(layers: list[MoELayer]) -> Leaps:
+def _unit(x: Tensor) -> Array:
+    return _unit_rows(_rows(x))
+
+
+def _unit_rows(x: Array) -> Array:
+    """x [..., D] / rms(x), as ``kernels.rms_unit``."""
+    unit: Array = x / np.sqrt(np.square(x).mean(-1, keepdims=True) + UNIT_EPS)
+    return unit
+
+
+class Accelerated(Forecaster):
+    """The paper's form: a second residual p that runs ahead of the first at rate R, helped by low-rank adapters.
+
+        p[0] = x[0] + up_0 down_0 u(x[0]);   p[j] = p[j-1] + (x[j] - x[j-1]) + up_j down_j u(p[j-1] + x[j] - x[j-1])
+
+    x[j]: the residual in front of row j's router; u: at unit RMS; down [n, r, D], up [n, D, r]. At row j, p stands for
+    the residual of row R j, and the routers of rows R j .. R j + R - 1 are applied to it. It shares what the layers
+    add to x, where the paper runs them on p once more: that would need experts of its own.
+    """
+
+    name = "m2r2-paper"
+
+    def __init__(self, layers: list[MoELayer], rate: int, down: Tensor, up: Tensor) -> None:
+        rows = len(layers)
+        self.rate, self.down, self.up = rate, down, up
+        self.targets = [[t for t in range(rate * j, rate * j + rate) if j < t < rows] for j in range(rows)]
+        self.slope, self.top_k, self.num_experts = slope_of(layers), layers[0].top_k, len(layers[0].router)
+        self._down, self._up = down.transpose(1, 2).numpy(), up.transpose(1, 2).numpy()
+        routers = _routers(layers)
+        self._routers = [torch.cat([routers[t] for t in ts] or [routers[0][:0]]).T.numpy() for ts in self.targets]
+        self._row, self._x, self._p = -1, _NOTHING, _NOTHING
+
+    def look(self, sight: Sight) -> None:
+        j, x = sight.row, _rows(sight.residual)
+        if j >= len(self._down):
+            return
+        goes_on = j == self._row + 1 and j and x.shape == self._x.shape  # else: a pass that begins here
+        p: Array = self._p + (x - self._x) if goes_on else x
+        self._p = p + (_unit_rows(p) @ self._down[j]) @ self._up[j]
+        self._row, self._x = j, x
+
+    def logits(self, sight: Sight) -> Array:
+        z: Array = (_unit_rows(self._p) @ self._routers[sight.row]).reshape(len(self._p), -1, self.num_experts)
+        return z
+
+
+def residual(layers: list[MoELayer], targets: list[list[int]] | None = None) -> Leaps:
     """The plain residual: routers ahead applied to the residual as it is here, to the last layer of this token."""
-    targets = [[j + d for d in DISTANCES if j + d < len(layers)] for j in range(len(layers))]
-    routers = [layer.router.float().cpu() * layer.norm.weight.detach().float().cpu() for layer in layers]
+    if targets is None:
+        targets = [[j + d for d in DISTANCES if j + d < len(layers)] for j in range(len(layers))]
+    routers = _routers(layers)
     empty = torch.zeros(0, *routers[0].shape)
     now = [torch.stack([routers[t] for t in rows]) if rows else empty for rows in targets]
     bias = [torch.zeros(n.shape[:2]) for n in now]
     return Leaps("residual", targets, now, None, bias, slope_of(layers), layers[0].top_k)
+
+
+def _routers(layers: list[MoELayer]) -> list[Tensor]:
+    """Each row's router [E, D], for a residual at unit RMS."""
+    return [layer.router.float().cpu() * layer.norm.weight.detach().float().cpu() for layer in layers]
 
 
 def slope_of(layers: list[MoELayer]) -> float:
@@ -209,7 +276,7 @@ class Shuffled(Predictor):
 
 # -- on disk -------------------------------------------------------------------------------------------------------
 
-LEAPS = "leaps"  # folder beside the packed experts
+LEAPS, ADAPTERS = "leaps", "adapters"  # folders beside the packed experts
 
 
 def write_leaps(folder: Path, leaps: Leaps, fingerprint: str, figures: dict[str, Any]) -> None:
@@ -224,13 +291,7 @@ def write_leaps(folder: Path, leaps: Leaps, fingerprint: str, figures: dict[str,
 
 def read_leaps(folder: Path, fingerprint: str, num_experts: int, hidden: int) -> Leaps:
     """Inverse of ``write_leaps``. Raises SpecDecError if there are none, or not for this model."""
-    if not (folder / LEAPS).is_dir():
-        raise SpecDecError(
-            f"no expert predictor in '{folder}'; fit one with 'specdec pack-experts MODEL DIR --fit ANSWERS', or use "
-            "--expert-prefetch residual"
-        )
-    config, tensors = artifacts.read_config(folder / LEAPS), artifacts.read_tensors(folder / LEAPS)
-    artifacts.check_base(config, fingerprint, str(folder / LEAPS))
+    config, tensors = _read(folder, LEAPS, fingerprint, "--fit ANSWERS")
     try:
         targets = [[int(t) for t in row] for row in config["targets"]]
         now, before, bias = ([tensors[f"{j}/{part}"].float() for j in range(len(targets))] for part in PARTS)
@@ -240,9 +301,42 @@ def read_leaps(folder: Path, fingerprint: str, num_experts: int, hidden: int) ->
                 raise ValueError("a tensor of another shape")
         return Leaps("m2r2", targets, now, before, bias, float(config["slope"]), int(config["top_k"]))
     except (KeyError, TypeError, ValueError) as error:
-        raise SpecDecError(
-            f"'{folder / LEAPS}' is no expert predictor for this model ({error!r}); fit it again"
-        ) from None
+        raise _unfit(folder / LEAPS, error) from None
 
 
 PARTS = ("now", "before", "bias")
+
+
+def write_adapters(folder: Path, found: Accelerated, fingerprint: str, figures: dict[str, Any]) -> None:
+    """Keep trained adapters beside the packed experts in ``folder``. Raises SpecDecError if the disk refuses."""
+    config = {"drafter": "expert-adapters", "base": {"fingerprint": fingerprint}, "rate": found.rate}
+    artifacts.write(folder / ADAPTERS, config | {"figures": figures}, {"down": found.down, "up": found.up})
+
+
+def read_adapters(folder: Path, fingerprint: str, layers: list[MoELayer]) -> Accelerated:
+    """Inverse of ``write_adapters``. Raises SpecDecError if there are none, or not for this model."""
+    config, tensors = _read(folder, ADAPTERS, fingerprint, "--fit ANSWERS --rate R")
+    try:
+        rate, down, up = int(config["rate"]), tensors["down"].float(), tensors["up"].float()
+        width = layers[0].router.shape[1]
+        if rate < 2 or len(down) > len(layers) or not down.shape[::2] == up.shape[:2] == (len(down), width):
+            raise ValueError("a tensor of another shape")
+        return Accelerated(layers, rate, down, up)
+    except (KeyError, TypeError, ValueError) as error:
+        raise _unfit(folder / ADAPTERS, error) from None
+
+
+def _read(folder: Path, name: str, fingerprint: str, how: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    path = folder / name
+    if not path.is_dir():
+        raise SpecDecError(
+            f"no expert predictor in '{path}'; fit one with 'specdec pack-experts MODEL DIR {how}', or use "
+            "--expert-prefetch residual"
+        )
+    config, tensors = artifacts.read_config(path), artifacts.read_tensors(path)
+    artifacts.check_base(config, fingerprint, str(path))
+    return config, tensors
+
+
+def _unfit(path: Path, error: Exception) -> SpecDecError:
+    return SpecDecError(f"'{path}' is no expert predictor for this model ({error!r}); fit it again")

@@ -8,8 +8,10 @@ of the next token are ahead of the last ones of this token. Knows nothing about 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.experts.layers import MoELayer, moe_layers
-from specdec.experts.predict import DISTANCES, Leaps, Sight, residual, slope_of
+from specdec.experts.predict import DISTANCES, Forecaster, Leaps, Sight, slope_of
 from specdec.kernels import rms_unit
 from specdec.train.data import Answer
 from specdec.train.fit import Moments
@@ -58,15 +60,19 @@ def pairs(rows: int) -> list[list[tuple[int, bool]]]:
 
 @torch.inference_mode()
 def fit_expert_leaps(
-    model: PreTrainedModel, answers: Sequence[Answer], progress: Callable[[int], None] | None = None
+    model: PreTrainedModel,
+    answers: Sequence[Answer],
+    progress: Callable[[int], None] | None = None,
+    targets: list[list[int]] | None = None,
 ) -> Leaps:
     """Leaps of ``model``, whose experts are in memory, from texts it should be good at: its own answers.
 
-    progress: told the texts seen.
+    progress: told the texts seen. targets: the rows, of the same token, that each row predicts; None: those at
+    ``DISTANCES``, of the next token too.
     """
     layers = moe_layers(model)
     rows = len(layers)
-    plan = pairs(rows)
+    plan = pairs(rows) if targets is None else [[(l, False) for l in ahead] for ahead in targets]
     problems = [((f"x{j}", f"p{l}{w:d}"), f"y{l}{w:d}") for j in range(rows) for l, w in plan[j]]
     moments = Moments(problems)
     for number, answer in enumerate(answers, start=1):
@@ -85,31 +91,37 @@ def fit_expert_leaps(
         if progress is not None:
             progress(number)
     width = model.config.hidden_size
-    now, before, bias = [], [], []
+    now, before, bias = list[Tensor](), list[Tensor](), list[Tensor]()
+    none = torch.zeros(0, len(layers[0].router), width)
     for j in range(rows):
+        if not plan[j]:
+            now, before, bias = [*now, none], [*before, none], [*bias, none[:, :, 0]]
+            continue
         solved = [moments.solve((f"x{j}", f"p{l}{w:d}"), f"y{l}{w:d}") for l, w in plan[j]]
         now.append(torch.stack([w[:, :width] for w, _ in solved]))
         before.append(torch.stack([w[:, width:] for w, _ in solved]))
         bias.append(torch.stack([b for _, b in solved]))
-    targets = [[l for l, _ in plan[j]] for j in range(rows)]
-    return Leaps("m2r2", targets, now, before, bias, slope_of(layers), layers[0].top_k)
+    return Leaps(
+        "m2r2", [[l for l, _ in plan[j]] for j in range(rows)], now, before, bias, slope_of(layers), layers[0].top_k
+    )
 
 
 @torch.inference_mode()
-def recalls(model: PreTrainedModel, leaps: Leaps, answers: Sequence[Answer]) -> dict[str, dict[int, float]]:
+def recalls(
+    model: PreTrainedModel, arms: Mapping[str, Forecaster], answers: Sequence[Answer]
+) -> dict[str, dict[int, Share]]:
     """Share of the experts a token is routed to that are among the k foremost predicted, by layers ahead.
 
-    For the leaps, the plain residual, and the experts of the previous token. Token by token, as decoding sees them.
+    For each of ``arms`` at its own targets, and for the experts of the previous token at those of the first. Token by
+    token, as decoding sees them.
     """
     layers = moe_layers(model)
-    rows, k = len(layers), layers[0].top_k
-    arms = {"m2r2": leaps, "residual": residual(layers)}
-    hits = {name: dict.fromkeys(sorted(DISTANCES), 0) for name in (*arms, "previous-token")}
-    total = dict.fromkeys(sorted(DISTANCES), 0)
+    k, first = layers[0].top_k, next(iter(arms.values()))
+    found: dict[str, dict[int, Share]] = {name: defaultdict(Share) for name in (*arms, "previous-token")}
     for answer in answers:
         seen = observe(model, layers, answer)
         logits = torch.stack([n.float() @ layer.router.float().T for (_, n), layer in zip(seen, layers, strict=True)])
-        chosen = torch.zeros_like(logits, dtype=torch.bool).scatter_(2, logits.topk(k, 2).indices, True)  # (rows, T, E)
+        chosen = torch.zeros_like(logits, dtype=torch.bool).scatter_(2, logits.topk(k, 2).indices, True).numpy()
         for t in range(len(answer.prompt_ids), logits.shape[1]):
             for j, (x, n) in enumerate(seen):
                 sight = Sight(j, x[t : t + 1], n[t : t + 1], [])
@@ -120,9 +132,28 @@ def recalls(model: PreTrainedModel, leaps: Leaps, answers: Sequence[Answer]) -> 
                     best = arm.logits(sight)[0].argsort(1)[:, -k:]
                     for row, experts in zip(arm.targets[j], best, strict=True):
                         if row > j:
-                            hits[name][row - j] += int(chosen[row, t, experts].sum())
-                for d in DISTANCES:
-                    if j + d < rows:
-                        total[d] += k
-                        hits["previous-token"][d] += int((chosen[j + d, t] & chosen[j + d, t - 1]).sum())
-    return {name: {d: count / max(total[d], 1) for d, count in by.items()} for name, by in hits.items()}
+                            found[name][row - j].add(int(chosen[row, t, experts].sum()), k)
+                for row in first.targets[j]:
+                    if row > j:
+                        found["previous-token"][row - j].add(int((chosen[row, t] & chosen[row, t - 1]).sum()), k)
+    return {name: dict(sorted(by.items())) for name, by in found.items()}
+
+
+@dataclass
+class Share:
+    """``hits`` of ``total``."""
+
+    hits: int = 0
+    total: int = 0
+
+    def add(self, hits: int, total: int) -> None:
+        self.hits, self.total = self.hits + hits, self.total + total
+
+    def __float__(self) -> float:
+        return self.hits / max(self.total, 1)
+
+
+def within(by: Mapping[int, Share], low: int, high: int) -> float:
+    """The share over all distances from ``low`` to ``high``."""
+    parts = [share for distance, share in by.items() if low <= distance <= high]
+    return float(Share(sum(p.hits for p in parts), sum(p.total for p in parts)))

@@ -1,0 +1,76 @@
+"""Adapters for expert prefetch, the paper's form: an accelerated residual trained to run ahead at a given rate.
+
+    loss = mean over rows j of 1 - cos(p[j], x[R j]),  j = 0 .. (N - 1) / R
+
+with x[j] the residual in front of row j's router and p[j] the accelerated one (``predict.Accelerated``): the per-layer
+alignment term of arXiv 2502.02040, on answer positions, base frozen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from specdec.experts.layers import moe_layers
+from specdec.experts.predict import Accelerated
+from specdec.kernels import rms_unit
+from specdec.train.data import Answer
+from specdec.train.expert_leaps import observe
+
+RANK = 32
+LEARNING_RATE, WARMUP = 2e-3, 20  # peak, and steps until it is reached
+
+
+def accelerate(x: Sequence[Tensor], down: Tensor, up: Tensor) -> list[Tensor]:
+    """Residuals x[j] [T, D] -> accelerated ones p[j] [T, D]; down [n, r, D], up [n, D, r], for the first n rows."""
+    p, out = x[0], []
+    for j, (a, b) in enumerate(zip(down, up, strict=True)):
+        p = p + (x[j] - x[j - 1]) if j else p
+        p = p + F.linear(F.linear(rms_unit(p), a), b)
+        out.append(p)
+    return out
+
+
+def misalignment(x: Sequence[Tensor], down: Tensor, up: Tensor, rate: int) -> Tensor:
+    """The loss above, of residuals x[j] [T, D]."""
+    ahead = accelerate(x, down, up)
+    return torch.stack([1 - F.cosine_similarity(p, x[rate * j], -1).mean() for j, p in enumerate(ahead)]).mean()
+
+
+def fit_expert_adapters(
+    model: PreTrainedModel,
+    answers: Sequence[Answer],
+    rate: int,
+    epochs: int = 4,
+    progress: Callable[[int, float], None] | None = None,
+) -> Accelerated:
+    """Train adapters of ``model``, whose experts are in memory, on its own answers: one step per text and epoch.
+
+    progress: told the texts seen, and the smoothed loss.
+    """
+    layers, width = moe_layers(model), model.config.hidden_size
+    count, generator = (len(layers) - 1) // rate + 1, torch.Generator().manual_seed(0)
+    down = nn.Parameter(torch.randn(count, RANK, width, generator=generator) / width**0.5)
+    up = nn.Parameter(torch.zeros(count, width, RANK))
+    optimizer = torch.optim.AdamW([down, up], lr=LEARNING_RATE, weight_decay=0.0)
+    steps, smooth = epochs * len(answers), None
+    shape = lambda step: min(1.0, (step + 1) / WARMUP) * (1 - step / steps)  # noqa: E731
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, shape)
+    for step in range(steps):
+        answer = answers[int(torch.randint(len(answers), (1,), generator=generator))]
+        seen = observe(model, layers, answer)
+        x = [residual[len(answer.prompt_ids) - 1 :].float().clone() for residual, _ in seen]
+        if len(x[0]):
+            loss = misalignment(x, down, up, rate)
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            smooth = loss.item() if smooth is None else 0.95 * smooth + 0.05 * loss.item()
+        schedule.step()
+        if progress is not None:
+            progress(step + 1, smooth or 0.0)
+    return Accelerated(layers, rate, down.detach(), up.detach())
