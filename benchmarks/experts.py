@@ -1,12 +1,16 @@
 """Expert loading compared: arms at one byte budget, interleaved prompt by prompt; tables, a plot, JSON.
 
     specdec pack-experts MODEL DIR --fit answers.jsonl.gz
-    python benchmarks/experts.py --model MODEL --folder DIR --answers answers.jsonl.gz --json out.json --plot out.png
+    python benchmarks/experts.py --model MODEL --folder DIR --answers answers.jsonl.gz --json out.json
+    python benchmarks/experts.py ... --json out.json --ratios "" --sizes 0.25,0.375,0.5,0.75 --plot out.png
 
 Slow memory is emulated (a declared bandwidth, one transfer at a time); its speed is the ratio of loading what a
 token needs of a layer (k experts) to computing that layer; computing is timed with all experts resident, in the same
 run. Every arm must give the same tokens, and an offline replay of each arm's demands and prefetches must arrive at the
 engine's own counters, or the script fails. ``in time`` is the share of demanded experts that were there when asked for.
+Results are added to those in the JSON file, so that several short runs make one table and one plot.
+
+One thread computes and one loads, so that two cores do both at once, as an accelerator and its copy engine would.
 """
 
 from __future__ import annotations
@@ -78,6 +82,7 @@ def make(owner: Offload, share: float, names: list[str], args: argparse.Namespac
         "previous-token": lambda: predict.PreviousToken(rows, experts),
         "residual": lambda: predict.residual(owner.layers),
         "m2r2": leaps,
+        "m2r2-paper": lambda: predict.read_adapters(args.folder, owner.fingerprint, owner.layers),
         "oracle": lambda: oracle,
         "shuffled": lambda: predict.Shuffled(leaps(), rows, experts),
     }
@@ -132,25 +137,54 @@ def project(console: Console, found: dict[str, dict[str, float]]) -> None:
     console.print(table)
 
 
+def summary(console: Console, ratios: dict[str, dict[str, dict[str, float]]]) -> None:
+    """Speed against loading on demand at every ratio measured so far, and what of m2r2's is whose."""
+    order = sorted(ratios, key=float)
+    table = Table(title="x on demand, by load/compute")
+    for column in ("arm", *order):
+        table.add_column(column, justify="left" if column == "arm" else "right")
+    speed = {
+        r: {name: ratios[r]["on-demand"]["ms_per_token"] / f["ms_per_token"] for name, f in ratios[r].items()}
+        for r in order
+    }
+    for name in next(iter(ratios.values())):
+        table.add_row(name, *(f"{speed[r][name]:.2f}" for r in order))
+    for what, better, worse in (("m2r2: by the cache", "lru", "on-demand"), ("m2r2: by loading ahead", "m2r2", "lru")):
+        table.add_row(what, *(f"x {speed[r][better] / speed[r][worse]:.2f}" for r in order))
+    table.add_row("m2r2 of oracle", *(f"{speed[r]['m2r2'] / speed[r]['oracle']:.0%}" for r in order))
+    table.add_row("m2r2 in time", *(f"{ratios[r]['m2r2']['in_time_rate']:.1%}" for r in order))
+    console.print(table)
+
+
+def kept(path: Path | None) -> dict[str, Any]:
+    result = json.loads(path.read_text()) if path is not None and path.is_file() else {}
+    return {"ratios": {}, "sizes": {}} | result
+
+
 def keep(path: Path | None, result: dict[str, Any]) -> None:
     if path is not None:
         path.write_text(json.dumps(result, default=str, indent=1) + "\n")
 
 
-def plot(path: Path, by_size: dict[float, dict[str, dict[str, float]]]) -> None:
+STYLES = ("o-", "s--", "^:", "D-", "v-.", "x:")  # told apart in grey, too
+
+
+def plot(path: Path, by_size: dict[str, dict[str, dict[str, float]]]) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    sizes = sorted(by_size)
-    for name in MAIN[1:]:
+    sizes = sorted(by_size, key=float)
+    across = [100 * float(s) for s in sizes]
+    for name, style in zip(MAIN[1:], STYLES, strict=True):
         label = {"lru": "LRU alone"}.get(name, f"LRU + {name}")
-        axes[0].plot(sizes, [100 * by_size[s][name]["in_time_rate"] for s in sizes], marker="o", label=label)
-        axes[1].plot(sizes, [1e3 / by_size[s][name]["ms_per_token"] for s in sizes], marker="o", label=label)
+        width = 2.5 if name == "m2r2" else 1.2
+        axes[0].plot(across, [100 * by_size[s][name]["in_time_rate"] for s in sizes], style, lw=width, label=label)
+        axes[1].plot(across, [1e3 / by_size[s][name]["ms_per_token"] for s in sizes], style, lw=width, label=label)
     for axis, label in zip(axes, ("experts there in time, %", "tokens/s"), strict=True):
-        axis.set(xlabel="cache, share of all experts", ylabel=label)
+        axis.set(xlabel="cache, % of all experts", ylabel=label)
         axis.grid(alpha=0.3)
     axes[0].legend()
     figure.savefig(path, dpi=120)
@@ -168,7 +202,7 @@ def main() -> None:
     parser.add_argument("--sizes", default="", help="cache sizes for the plot, such as 0.25,0.5,0.75; at ratio 1")
     parser.add_argument("--eviction", default="lru", choices=("lru", "least-stale"))
     parser.add_argument("--adaptive", action="store_true", help="let the controller turn prefetching off")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
@@ -184,7 +218,7 @@ def main() -> None:
     rows = [row for row in read([args.answers]) if isinstance(row, Answer)]
     prompts = [list(row.prompt_ids[-64:]) for row in rows[4 :: max(len(rows) // (args.prompts + 1), 1)]][: args.prompts]
     oracle, console = predict.Oracle(owner.index.num_experts), Console(width=120)
-    result: dict[str, Any] = {"settings": vars(args), "ratios": {}, "sizes": {}}
+    result = kept(args.json) | {"settings": vars(args)}
 
     resident, teacher = make(owner, 1.0, ["resident", "oracle"], args, oracle)
     for _ in range(2):  # the first fills the cache
@@ -202,26 +236,31 @@ def main() -> None:
         bandwidth = demand / (ratio * layer)
         compare(decoder, arms, prompts, args.tokens, bandwidth)
         title = f"cache {args.cache:.0%}, load/compute {ratio:g} (emulated {bandwidth / 1e9:.2f} GB/s)"
-        result["ratios"][ratio] = found = show(console, title, arms)
+        result["ratios"][f"{ratio:g}"] = found = show(console, title, arms)
         if ratio == 1:
             project(console, found)
         keep(args.json, result)
+    if result["ratios"]:
+        summary(console, result["ratios"])
     trace = next(arm for arm in arms if arm.name == "lru").store.trace or []
-    slots = len(arms[-1].store.caches[0].slots)
-    for policy in ("lru", "least-stale", "belady"):
-        result[f"replay_{policy}"] = rate = replay(trace, slots, policy).hit_rate
-        console.print(f"replay of the demands alone, prompts included, {policy}: {rate:.1%} hits")
+    for policy in ("lru", "least-stale", "belady") if trace else ():
+        rates = [
+            replay(trace, slots, policy).hit_rate for slots in (owner.top_k, 3 * owner.top_k // 2, 2 * owner.top_k)
+        ]
+        result[f"replay_{policy}"] = rates
+        hits = ", ".join(f"{rate:.1%}" for rate in rates)
+        console.print(f"replay of the demands, prompts included, with k, 1.5 k and 2 k slots a layer, {policy}: {hits}")
     for arm in arms[1:]:
         arm.store.close()
     for share in map(float, filter(None, args.sizes.split(","))):
         some = make(owner, share, list(MAIN[1:]), args, oracle)
         compare(decoder, some, prompts, args.tokens, demand / layer)
-        result["sizes"][share] = show(console, f"cache {share:.0%}, load/compute 1", some)
+        result["sizes"][f"{share:g}"] = show(console, f"cache {share:.0%}, load/compute 1", some)
         for arm in some:
             arm.store.close()
-        if args.plot is not None:
-            plot(args.plot, result["sizes"])
         keep(args.json, result)
+    if args.plot is not None and result["sizes"]:
+        plot(args.plot, result["sizes"])
     resident.store.close()
     owner.store = first
     decoder.close()

@@ -7,18 +7,21 @@ import time
 
 import pytest
 import torch
+import zoo
 from conftest import Scripted, greedy_reference, tiny_model
 from tiny import save_tiny_moe
 from typer.testing import CliRunner
 
-from specdec import SpecDecoder, cli, hub
+from specdec import SpecDecoder, cli, costs, hub
+from specdec.depth import AutoDepth
 from specdec.errors import SpecDecError
 from specdec.experts import packed, predict
 from specdec.experts.control import LONGEST, WINDOW, Controller
 from specdec.experts.layers import moe_layers
-from specdec.experts.offload import ExpertOptions
+from specdec.experts.offload import ExpertOptions, Offload
 from specdec.experts.replay import replay
 from specdec.experts.store import Counters
+from specdec.target import ReferenceTarget
 from specdec.train.data import Answer
 from specdec.train.expert_adapters import accelerate, fit_expert_adapters, misalignment
 from specdec.train.expert_leaps import fit_expert_leaps, observe, recalls, within
@@ -103,12 +106,45 @@ def test_no_predictor_and_no_eviction_changes_a_token(mixtral, folder, prefetch,
     assert decoded(mixtral, experts=options).token_ids == greedy_reference(mixtral, PROMPT, COUNT)
 
 
-@pytest.mark.parametrize("drafter", ["prompt-lookup", "lookahead", "layer-skip"])
-def test_with_any_drafter(mixtral, folder, drafter):
-    own = greedy_reference(mixtral, PROMPT, COUNT)
-    for prefetch in ("none", "m2r2"):
-        out = decoded(mixtral, drafter, ExpertOptions(0.5, prefetch, folder), num_speculative_tokens=3)
-        assert out.token_ids == own
+def test_with_every_drafter_as_chain_and_as_tree(mixtral, folder):
+    target = ReferenceTarget(mixtral)
+    own = [greedy_reference(mixtral, PROMPT, 8)]
+    target.experts = offload = Offload(mixtral, target.fingerprint, ExpertOptions(0.5, "m2r2", folder, adaptive=False))
+    try:
+        made = zoo.every(target)
+        assert {"m2r2", "prompt-lookup", "medusa"} <= {name.partition(":")[0] for name in made}
+        for name, drafter in made.items():
+            assert zoo.run(target, drafter, [PROMPT], 8, eos=None)[0] == own, name
+    finally:
+        offload.close()
+
+
+def test_figures_of_a_drafter_are_per_accepted_token(mixtral, folder):
+    drafter = zoo.m2r2(ReferenceTarget(mixtral), 2, ((4, 6),), True, True)
+    plain, drafted = (
+        decoded(mixtral, d, ExpertOptions(2 / 6, "none", folder, "none"), num_speculative_tokens=3)
+        for d in ("none", drafter)
+    )
+    assert drafted.token_ids == plain.token_ids and drafted.metrics.num_draft_tokens
+    figures = drafted.metrics.experts
+    assert figures["bytes_per_token"] == figures["bytes_read"] / (COUNT - 1)
+    assert figures["bytes_per_token"] > plain.metrics.experts["bytes_per_token"]  # rejected drafts had experts, too
+
+
+def test_the_depth_controller_sees_what_more_rows_load_and_drafts_less(mixtral, folder):
+    target = ReferenceTarget(mixtral)
+    options = ExpertOptions(2 / 6, folder=folder, bandwidth=1e12, latency=0.006)  # 6 ms an expert
+    target.experts = offload = Offload(mixtral, target.fingerprint, options)
+    try:
+        score = costs.time_scoring(target, 1)
+    finally:
+        offload.close()
+    assert score[8] > 1.3 * score[1]
+    flat = dict.fromkeys(score, score[1])
+    slow, fast = (
+        AutoDepth(s, score[1] / 100, live=False, accepted=[0.6] * AutoDepth.MOST).depth(1) for s in (score, flat)
+    )
+    assert slow < fast
 
 
 def test_with_a_tree_and_in_a_batch(mixtral, folder):
