@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from specdec import pages
 from specdec.draft import State
 from specdec.errors import SpecDecError
 from specdec.target import Target
@@ -23,6 +24,7 @@ class DraftVocabulary:
     def __init__(self, target: Target, trained: Tensor | None) -> None:
         self.target, self.trained = target, None if trained is None else trained.long()
         self.head = None if self.trained is None else target.reduced_head(self.trained)
+        pages.release(target.model.get_output_embeddings().weight.detach())
         self.start()
 
     def start(self) -> None:

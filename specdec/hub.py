@@ -18,6 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, Repository
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 
+from specdec import pages
 from specdec.embedded import EMBEDDED, one_line, prepared, quietly
 from specdec.errors import SpecDecError, did_you_mean
 
@@ -88,6 +89,7 @@ def fingerprint(model: PreTrainedModel) -> str:
         if content not in seen:
             seen.add(content)
             digest.update(f"{name} ".encode() + content)
+        pages.release(parameter.detach())
     return digest.hexdigest()[:32]
 
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from specdec import fused, kernels, native
+from specdec import fused, kernels, native, pages
 from specdec.adapters import Adapters
 from specdec.cache import KVCache, Mask
 from specdec.errors import SpecDecError
@@ -88,7 +88,8 @@ class NativeTarget(Target):
         self.storage = NAMES[kinds.pop()] if len(kinds) == 1 else "16 bits or less"
         if self.rounding:
             self.storage += ", rounded where they had to be"
-        self.spread = fused.check_logits(self)
+        with pages.sparing(decoder.layers):
+            self.spread = fused.check_logits(self)
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         return F.embedding(ids, self.embedding)
@@ -228,6 +229,7 @@ class NativeTarget(Target):
         if packed is None:
             kinds = (Q4, Q8) if self.kinds else ()
             packed = self._heads[module] = Packed(module.weight, module.bias, kinds, coarse=head is not None)
+            pages.release(module.weight.detach())
         return packed
 
     # -- what is prepared once --------------------------------------------------------------------------------------
@@ -252,6 +254,7 @@ class NativeTarget(Target):
                 rows = _parted(weight) if slot == "gate_up" else weight
                 for module, part in zip(weights, rows.split([w.shape[0] for w in weights]), strict=True):
                     module.copy_(part)
+            pages.release(*weights)
             self._alive.append(packed)
             setattr(struct, slot, packed.struct)
         attention = layer.self_attn
@@ -295,6 +298,7 @@ class NativeTarget(Target):
                 weight, bias = _alternate(weight), None if bias is None else _alternate(bias)
             alive.append(Packed(weight.bfloat16(), bias, coarse=True))
             setattr(struct, slot, alive[-1].struct)
+            pages.release(*(module.weight.detach() for _, module in pairs))
         return alive
 
     def _adapt(self, layer: int, adapters: Adapters) -> tuple[Any, list[Any]]:
