@@ -59,14 +59,20 @@ class AutoDepth:
     and figures from a busy hour are mended by the first rounds that disagree. Without it decisions depend on what was
     drafted and accepted alone, so that seeded sampling repeats. ``accepted``: what an earlier policy knew
     (``known``), to begin with.
+
+    Estimates may be wrong, so two accounts, in tokens that plain decoding would have yielded, bound what is lost:
+    ``trust`` bears the failure of any draft, and rounds that gain restore it; ``credit`` grows by ``SHARE`` in plain
+    rounds and bears what probes really took.
     """
 
     MOST = 8  # deepest draft considered
     MEMORY = 0.96  # weight of the past in running figures, per round
     PRIOR, WEIGHT = 0.6, 3.0  # acceptance assumed before anything was seen; how many observations a belief is worth
     SIBLING, SIBLINGS = 0.03, 8  # tokens that a node beside the chain is taken to add to a round; most such nodes
-    PROBE_SHARE = 0.01  # share of the time that probing a losing drafter may cost
-    CREDIT = 100  # plain rounds that a first probe need not wait for: it may cost about one token
+    SHARE = 0.01  # of the time that drafting which does not pay may cost
+    CREDIT = 0.5  # tokens' worth of time that a first probe may cost at once
+    DEAREST = 8.0  # tokens' worth of time that a probe is believed to have cost at most: the machine may have slept
+    TRUST, MOST_TRUST = 1.5, 16.0  # tokens' worth of time that drafting may have lost, at first and after successes
     RECENT = 15  # rounds whose median is believed
 
     def __init__(
@@ -82,20 +88,26 @@ class AutoDepth:
         # Of drafting one depth, on a machine as fast as ``score`` says: what slows drafting slows scoring, too.
         self.steps: deque[float] = deque([draft], maxlen=self.RECENT)
         self.drift, self.draft = 1.0, draft  # what these come to now
-        self.since_probe = self.CREDIT
+        self.credit, self.trust = self.CREDIT, self.TRUST  # what a probe, and any draft, may lose by now, in tokens
+        self.probing = False
         self._speeds: list[float] = []  # of this round
 
     def depth(self, batch: int) -> int:
         self.batch, self._speeds = batch, []
         speeds = self.speeds()
         best = max(range(self.MOST + 1), key=speeds.__getitem__)
+        self.probing = best == 0
         if best:
-            return best
+            return max((k for k in range(best + 1) if self.loss(k) <= self.trust), default=0)
         probe = max(range(1, self.MOST + 1), key=speeds.__getitem__)
-        plain = 1 / speeds[0]
         # A probe costs this much more than decoding its tokens plainly would.
-        excess = (1 / speeds[probe] - plain) * self.expected()[probe]
-        return probe if self.since_probe * plain * self.PROBE_SHARE >= excess else 0
+        excess = self.expected()[probe] * (speeds[0] / speeds[probe] - 1)
+        return probe if excess <= self.credit else 0
+
+    def loss(self, depth: int) -> float:
+        """What a round of this depth loses if nothing of it stands: tokens that plain decoding yields in the time."""
+        rows = self.batch * (1 + depth * self.width)
+        return (depth * self.draft + self.seconds(rows)) / self.seconds(self.batch) - 1
 
     def confidence(self) -> float:
         """Drafting one token more pays if P(chain stands) x seconds per token exceeds what that token costs."""
@@ -107,7 +119,7 @@ class AutoDepth:
         worth = self.SIBLING / self.speeds()[min(depth, self.MOST)]  # seconds
         chain = self.seconds(batch * (1 + depth))
         prices = ((m, self.seconds(batch * (1 + depth + m)) - chain) for m in range(1, self.SIBLINGS + 1))
-        return max((m for m, price in prices if price <= m * worth), default=0)
+        return max((m for m, price in prices if price <= m * worth), default=0) if depth else 0
 
     def expected(self) -> list[float]:
         """Tokens a round of each depth is expected to yield. A position is believed to be like the one before it."""
@@ -143,7 +155,6 @@ class AutoDepth:
 
     def observe(self, drafted: Sequence[int], accepted: Sequence[int], rows: int, draft: float, rest: float) -> None:
         deepest = max(drafted)
-        self.since_probe = 0 if deepest else self.since_probe + 1
         if deepest:
             self.width = 0.8 * self.width + 0.2 * (rows / len(drafted) - 1) / deepest
         if self.live:
@@ -153,6 +164,16 @@ class AutoDepth:
             if deepest:
                 self.steps.append(draft / deepest / self.drift)
             self.draft = self.drift * statistics.median_low(self.steps)
+        if deepest:
+            plain, got = self.seconds(len(drafted)), 1 + statistics.fmean(accepted)
+            usual = deepest * self.draft + self.seconds(rows)
+            self.trust = min(self.trust + got - usual / plain, self.MOST_TRUST)
+            if self.probing:  # what it really took: a drafter that was not asked for long may have to catch up
+                spent = draft + rest if self.live else usual
+                self.credit -= min(max(spent / plain - got, 0.0), self.DEAREST)
+        else:
+            self.trust = min(self.trust + self.SHARE, self.MOST_TRUST)
+            self.credit += self.SHARE
         for position in range(min(deepest, self.MOST)):
             # Only rows whose chain stood up to here say anything about this position.
             reached = [a for d, a in zip(drafted, accepted, strict=True) if d > position and a >= position]
