@@ -1,15 +1,19 @@
-"""Decoding speed of the default model, everything that can be compared in one interleaved run; the last line is JSON.
+"""Decoding speed of the default model, everything that can be compared in interleaved runs; the last line is JSON.
 
-    python benchmarks/decoding.py --prompts mt-bench --data-dir DIR --limit 10 --output result.json
+    python benchmarks/decoding.py --data-dir DIR --limit 10 --output result.jsonl --seconds 100
+    python benchmarks/decoding.py ... --arms "generate,none auto,prompt-lookup+m2r2 auto,economize lookup,llama.cpp"
 
 Arms: ``model.generate`` (bf16) with its prompt lookup and its early exit; our plain loop and drafters on dense bf16
-weights and on the weights as they are stored by default (in 4 bits, exactly the same values); and, where they can be
-imported, economize and flashspec (their prompt lookup, which needs no training) and llama.cpp on the model's own GGUF
-file (llama-cpp-python). What cannot be imported or fails is named with its reason. Every arm answers the first turn of
-every prompt, greedily, in an order that rotates. Beside each: milliseconds per token (median over prompts, whole
-calls), speed against model.generate and against plain decoding with the same weights (medians of ratios, prompt by
-prompt), outputs equal to plain decoding's, and for the plain loops the roofline: weights read once per token at the
-measured read bandwidth, and the fraction reached.
+weights, on the weights as they are stored by default ("auto": in 4 bits, exactly the same values) and on int8 and int4
+ones; and, where they can be imported, economize and flashspec (their prompt lookup, which needs no training) and
+llama.cpp on the model's own GGUF file (llama-cpp-python). What cannot be imported or fails is named with its reason.
+
+Every arm answers the first turn of every prompt, greedily, in an order that rotates; what was measured is added to the
+output file, which a later call completes (``--seconds``) and sums up as a whole. Beside each arm: milliseconds per
+token (median over prompts, whole calls), speed against model.generate and against plain decoding with the same weights
+(medians of ratios, each prompt within one process), outputs equal to plain decoding's; and the roofline: bytes of the
+model's layers and head that were read per token (passes counted; what drafters read of their own is not), and the
+fraction reached of the measured read bandwidth.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -48,10 +53,6 @@ def generate(model: Any, **options: Any) -> Arm:
         return out[0, len(ids) :].tolist()
 
     return run
-
-
-def ours(decoder: SpecDecoder) -> Arm:
-    return lambda ids, count: decoder.generate(ids, max_new_tokens=count).token_ids
 
 
 def economize_lookup(load: Callable[[], Any], folder: Path) -> Arm:
@@ -99,6 +100,143 @@ PEERS: dict[str, Callable[[Callable[[], Any], Path], Arm]] = {
     "flashspec lookup": flashspec_lookup,
     "llama.cpp": llama_cpp,
 }
+HF: dict[str, dict[str, Any]] = {
+    "generate": {},
+    "generate lookup": {"prompt_lookup_num_tokens": 10},
+    "generate early exit": {"assistant_early_exit": 10},
+}
+ARMS = (*HF, *(f"{name} {kind}" for kind in ("dense", "auto", "int8", "int4") for name in OURS), *PEERS)
+USUAL = "generate,generate lookup,none dense,m2r2 dense,none auto,m2r2 auto,prompt-lookup+m2r2 auto"
+
+
+class Reads:
+    """Bytes of the model's layers and head that are read, counted as its modules run."""
+
+    def __init__(self, model: Any) -> None:
+        self.bytes = 0
+        for module in (*model.model.layers, model.lm_head):
+            size = sum(p.nbytes for p in module.parameters())
+            module.register_forward_hook(lambda *_, size=size: self.add(size))
+
+    def add(self, size: int) -> None:
+        self.bytes += size
+
+
+class Bench:
+    """The arms, made at first use: an arm that fails is a finding, and named with its reason."""
+
+    def __init__(self) -> None:
+        self.folder, self.name = embedded.prepared(embedded.DEFAULT_MODEL), embedded.DEFAULT_MODEL
+        self.decoders: dict[str, SpecDecoder] = {}
+        self.reads: dict[str, Reads] = {}
+        self.model: Any = None
+
+    def make(self, arm: str) -> Arm:
+        if arm in HF:
+            if self.model is None:
+                self.model = hub.load(self.name)[0]
+                self.reads |= dict.fromkeys(HF, Reads(self.model))
+            return generate(self.model, **HF[arm])
+        if arm in PEERS:
+            return PEERS[arm](lambda: self._counted(arm), self.folder)
+        drafter, _, kind = arm.rpartition(" ")
+        if kind not in self.decoders:  # a model of its own: "int4" rounds it
+            self.decoders[kind] = SpecDecoder.from_pretrained(self.name, drafter="none", weights=kind)
+        return self._ours(arm, self.decoders[kind].with_drafter(drafter))
+
+    def _counted(self, arm: str) -> Any:
+        model = hub.load(self.name)[0]
+        self.reads[arm] = Reads(model)
+        return model
+
+    def _ours(self, arm: str, decoder: SpecDecoder) -> Arm:
+        target: Any = decoder.target
+        reads = self.reads[arm] = Reads.__new__(Reads)
+        reads.bytes = 0
+
+        def run(ids: list[int], count: int) -> list[int]:
+            out = decoder.generate(ids, max_new_tokens=count)
+            reads.add(target.bytes_read * (1 + out.metrics.num_spec_steps))  # the prefill is one pass, too
+            return out.token_ids
+
+        return run
+
+
+def measure(args: argparse.Namespace, console: Console) -> dict[str, str]:
+    """Run what is not in ``args.output`` yet, prompt by prompt, until the time is up; return why arms did not run."""
+    begin, bench = time.perf_counter(), Bench()
+    conversations = spread(load_prompts(args.prompts, args.data_dir).conversations, args.limit)
+    tokenizer = hub.load(embedded.DEFAULT_MODEL)[1]
+    prompts = [encode(tokenizer, c.turns[0]) for c in conversations]
+    names = [name.strip() for name in args.arms.split(",")]
+    if unknown := [name for name in names if name not in ARMS]:
+        sys.exit(f"unknown arms: {', '.join(unknown)}; there are: {', '.join(ARMS)}")
+    done = {row["prompt"] for row in rows_of(args) if row["arms"] == names}
+    arms, missing = dict[str, Arm](), dict[str, str]()
+    for name in names:
+        try:
+            arms[name] = bench.make(name)
+            for _ in range(2):
+                arms[name](prompts[0][-64:], WARM_UP)
+        except Exception as error:
+            missing[name] = f"{type(error).__name__}: {embedded.one_line(error)}"
+            arms.pop(name, None)
+    bandwidth, threads, took = read_bandwidth(), torch.get_num_threads(), 0.0
+    for number, ids in enumerate(track(prompts, "decoding", console=Console(stderr=True))):
+        late = time.perf_counter() - begin + 1.2 * took > args.seconds
+        if number in done or late:
+            continue
+        order, start = list(arms), time.perf_counter()
+        shift, runs = number % len(order), {}
+        for name in order[shift:] + order[:shift]:
+            reads = bench.reads.get(name)
+            before, clock = reads.bytes if reads else 0, time.perf_counter()
+            out = arms[name](ids, args.max_new_tokens)
+            seconds = time.perf_counter() - clock
+            runs[name] = {"seconds": seconds, "tokens": out, "read": reads.bytes - before if reads else None}
+        took = max(took, time.perf_counter() - start)
+        row = {"prompt": number, "arms": names, "threads": threads, "bandwidth": bandwidth, "runs": runs}
+        with args.output.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+    return missing
+
+
+def rows_of(args: argparse.Namespace) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in args.output.read_text().splitlines()] if args.output.exists() else []
+
+
+def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A line per arm. Ratios are medians over prompts, each within one run of one process."""
+
+    def per_token(run: dict[str, Any]) -> float:
+        return float(run["seconds"]) / max(len(run["tokens"]), 1)
+
+    def ratio(name: str, base: str) -> float | None:
+        both = [row["runs"] for row in rows if name in row["runs"] and base in row["runs"]]
+        return round(statistics.median(per_token(r[base]) / per_token(r[name]) for r in both), 3) if both else None
+
+    lines = []
+    for name in ARMS:
+        runs = [(row["runs"][name], row) for row in rows if name in row["runs"]]
+        if not runs:
+            continue
+        kind = name.rpartition(" ")[2] if name not in HF and name not in PEERS else "auto"
+        plain = [(run, row["runs"][f"none {kind}"]) for run, row in runs if f"none {kind}" in row["runs"]]
+        line: dict[str, Any] = {
+            "arm": name,
+            "prompts": len(runs),
+            "ms_per_token": round(1e3 * statistics.median(per_token(run) for run, _ in runs), 2),
+            "x_generate": ratio(name, "generate"),
+            "x_plain": ratio(name, f"none {kind}"),
+            "equal": f"{sum(a['tokens'] == b['tokens'] for a, b in plain)}/{len(plain)}",
+        }
+        counted = [(run, row) for run, row in runs if run["read"]]
+        if counted:
+            line["mb_per_token"] = round(statistics.median(r["read"] / len(r["tokens"]) for r, _ in counted) / 1e6, 1)
+            shares = (run["read"] / row["bandwidth"] / run["seconds"] for run, row in counted)
+            line["roofline_reached"] = round(statistics.median(shares), 3)
+        lines.append(line)
+    return lines
 
 
 def main() -> None:
@@ -107,91 +245,33 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, default=None)
     parser.add_argument("--limit", type=int, default=10)
     parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--without", default="", help="arms to leave out, with commas between")
-    parser.add_argument("--output", type=Path, default=None, help="a file for the last line")
+    parser.add_argument("--arms", default=USUAL, help=f"with commas between; there are: {', '.join(ARMS)}")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no prompt that would end later")
+    parser.add_argument("--output", type=Path, required=True, help="what is measured is added to this file")
     args = parser.parse_args()
-    folder, console = embedded.prepared(embedded.DEFAULT_MODEL), Console()
-
-    def load() -> Any:
-        return hub.load(embedded.DEFAULT_MODEL)[0]
-
-    plain = {kind: SpecDecoder.from_pretrained(drafter="none", weights=kind) for kind in ("dense", "auto")}
-    model = plain["auto"].model
-    arms: dict[str, Arm] = {
-        "generate": generate(model),
-        "generate lookup": generate(model, prompt_lookup_num_tokens=10),
-        "generate early exit": generate(model, assistant_early_exit=10),
-    }
-    for kind, decoder in plain.items():
-        for name in OURS:
-            arms[f"{name} {kind}"] = ours(decoder if name == "none" else decoder.with_drafter(name))
-    missing: dict[str, str] = {}
-    without = [name.strip() for name in args.without.split(",")]
-    for name, make in PEERS.items():
-        try:
-            if name not in without:
-                arms[name] = make(load, folder)
-        except Exception as error:  # a peer that does not run here is a finding, not a failure of ours
-            missing[name] = f"{type(error).__name__}: {embedded.one_line(error)}"
-    arms = {name: arm for name, arm in arms.items() if name not in without}
-    tokenizer = plain["auto"].tokenizer
-    conversations = spread(load_prompts(args.prompts, args.data_dir).conversations, args.limit)
-    prompts = [encode(tokenizer, c.turns[0]) for c in conversations]
-    for name in list(arms):
-        try:
-            for _ in range(2):
-                arms[name](prompts[0][-64:], WARM_UP)
-        except Exception as error:
-            missing[name] = f"{type(error).__name__}: {embedded.one_line(error)}"
-            del arms[name]
-    bandwidth = read_bandwidth()
-    seconds: dict[str, list[float]] = {name: [] for name in arms}
-    tokens: dict[str, list[list[int]]] = {name: [] for name in arms}
-    for number, ids in enumerate(track(prompts, "decoding", console=Console(stderr=True))):
-        order = list(arms)
-        shift = number % len(order)
-        for name in order[shift:] + order[:shift]:
-            start = time.perf_counter()
-            out = arms[name](ids, args.max_new_tokens)
-            seconds[name].append((time.perf_counter() - start) / max(len(out), 1))
-            tokens[name].append(out)
-
-    def ratio(name: str, base: str) -> float | None:
-        if base not in seconds:
-            return None
-        return round(statistics.median(b / a for a, b in zip(seconds[name], seconds[base], strict=True)), 3)
-
-    rows: list[dict[str, Any]] = []
-    for name in arms:
-        kind = name.rpartition(" ")[2]
-        own = f"none {kind}" if kind in plain else "none auto"
-        row: dict[str, Any] = {
-            "arm": name,
-            "ms_per_token": round(1e3 * statistics.median(seconds[name]), 2),
-            "x_generate": ratio(name, "generate"),
-            "x_plain": ratio(name, own),
-            "equal": sum(a == b for a, b in zip(tokens[name], tokens.get("none auto", []), strict=False)),
-        }
-        if name in ("none dense", "none auto"):
-            read = plain[kind].target.bytes_read  # type: ignore[attr-defined]
-            row |= {"mb_per_token": round(read / 1e6, 1), "roofline_ms": round(1e3 * read / bandwidth, 2)}
-            row["roofline_reached"] = round(row["roofline_ms"] / row["ms_per_token"], 3)
-        rows.append(row)
-    table = Table(title=f"{len(prompts)} first turns of {args.prompts}; {bandwidth / 1e9:.1f} GB/s read")
-    for column in ("arm", "ms/token", "x generate", "x plain", "equal", "roofline"):
+    console = Console()
+    missing = measure(args, console)
+    rows = rows_of(args)
+    if not rows:
+        sys.exit("nothing was measured: give it more --seconds")
+    lines = summary(rows)
+    gigabytes = statistics.median(row["bandwidth"] for row in rows) / 1e9
+    table = Table(title=f"first turns of {args.prompts}; {gigabytes:.1f} GB/s read, {rows[0]['threads']} threads")
+    for column in ("arm", "prompts", "ms/token", "x generate", "x plain", "equal", "MB/token", "of roofline"):
         table.add_column(column, justify="left" if column == "arm" else "right")
-    for row in rows:
-        limit = f"{row['roofline_ms']} ms, {row['roofline_reached']:.0%}" if "roofline_ms" in row else ""
-        cells = (row["ms_per_token"], row["x_generate"], row["x_plain"], f"{row['equal']}/{len(prompts)}", limit)
-        table.add_row(row["arm"], *map(str, cells))
+    for line in lines:
+        reached = f"{line['roofline_reached']:.0%}" if "roofline_reached" in line else ""
+        cells = [line[key] for key in ("prompts", "ms_per_token", "x_generate", "x_plain", "equal")]
+        table.add_row(line["arm"], *("" if c is None else str(c) for c in (*cells, line.get("mb_per_token"))), reached)
     console.print(table)
     for name, why in missing.items():
         console.print(f"{name} did not run: {why}", markup=False)
-    result = {"rows": rows, "missing": missing, "gb_per_s": round(bandwidth / 1e9, 1), "environment": environment()}
-    line = json.dumps(result | {"prompts": args.prompts, "limit": args.limit})
-    if args.output:
-        args.output.write_text(line + "\n")
-    print(line)
+    print(
+        json.dumps(
+            {"rows": lines, "missing": missing, "gb_per_s": round(gigabytes, 1), "prompts": args.prompts}
+            | {"environment": environment()}
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from specdec.errors import SpecDecError
 from specdec.kernels import Linear
 from specdec.target import Target, refuse_unsupported
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "olmo2", "phi3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "olmo2", "phi3", "gemma")
 
 Norm = Callable[[Tensor], Tensor]
 
@@ -109,6 +109,8 @@ class FusedTarget(Target):
         self._heads: WeakKeyDictionary[nn.Module, tuple[Linear, Linear]] = WeakKeyDictionary()
         self.final_norm = _norm(decoder.norm, kind)
         self.embedding: Tensor = decoder.embed_tokens.weight.detach()
+        scale = getattr(decoder.embed_tokens, "embed_scale", None)  # Gemma's
+        self.embed_scale: Tensor | None = None if scale is None else scale.to(self.dtype)
         self.rotary = decoder.rotary_emb
         self.tables = torch.empty(0)
         self.sign = torch.tensor([[1.0], [-1.0]], dtype=self.dtype, device=self.device)  # (2, 1)
@@ -118,7 +120,8 @@ class FusedTarget(Target):
         self.spread = check_logits(self)
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
-        return F.embedding(ids, self.embedding)
+        x = F.embedding(ids, self.embedding)
+        return x if self.embed_scale is None else x * self.embed_scale
 
     def layers(
         self,
@@ -355,14 +358,21 @@ def _rotate(qk: Tensor, cos: Tensor, sin: Tensor) -> None:
 
 def _norm(module: Any, kind: str) -> Norm:
     """The RMS norm over the last axis."""
-    weight, eps, shape = module.weight.detach(), float(module.variance_epsilon), [module.weight.shape[0]]
+    weight, shape = module.weight.detach(), [module.weight.shape[0]]
+    if kind == "gemma":  # its weights lie around zero; it rounds last of all
+        one_more, eps = 1 + weight.float(), float(module.eps)
+        return lambda x: torch.rms_norm(x.float(), shape, one_more, eps).to(x.dtype)
+    eps = float(module.variance_epsilon)
     if kind == "olmo2":  # scales before it rounds to the model's dtype
         return lambda x: torch.rms_norm(x, shape, weight, eps)
     return lambda x: torch.rms_norm(x, shape, None, eps) * weight
 
 
-def _pair_norm(module: Any) -> Norm:
+def _pair_norm(module: Any, kind: str) -> Norm:
     """The RMS norm of y, given the pair (y, -y) [R, 2, D]: its mean is zero, so layer_norm is the RMS norm."""
+    if kind == "gemma":
+        norm = _norm(module, kind)
+        return lambda pair: norm(pair.select(1, 0))
     weight, eps = module.weight.detach(), float(module.variance_epsilon)
     shape, double, layer_norm = [2, weight.shape[0]], torch.stack((weight, weight)), torch.layer_norm
     return lambda pair: layer_norm(pair, shape, double, None, eps).select(1, 0)
@@ -375,7 +385,7 @@ def _layer_norms(layer: Any, kind: str) -> tuple[Any, ...]:
     last = layer.post_attention_layernorm
     if kind == "olmo2":
         return None, *inner, _norm(last, kind), None, _norm(layer.post_feedforward_layernorm, kind)
-    return _pair_norm(layer.input_layernorm), *inner, None, _pair_norm(last), None
+    return _pair_norm(layer.input_layernorm, kind), *inner, None, _pair_norm(last, kind), None
 
 
 def modules(layer: Any) -> dict[str, list[tuple[str, nn.Linear]]]:

@@ -36,7 +36,8 @@ def load(
 
     name_or_path: an embedded model's name (fetched at first use), else a local folder, a ``.gguf`` file (unpacked to
     plain weights), or a Hugging Face id. Weights are read from safetensors or GGUF only, never from pickles.
-    dtype: "auto" (the checkpoint's own) or one of float32, bfloat16, float16. revision: for Hugging Face ids.
+    dtype: "auto" (the checkpoint's own; bfloat16 for a GGUF file) or one of float32, bfloat16, float16.
+    revision: for Hugging Face ids.
     attn_implementation: None lets transformers choose (sdpa where the model supports it, else eager).
     Raises SpecDecError, in one line, for whatever is unknown, missing, broken or beyond this machine.
     """
@@ -53,6 +54,7 @@ def load(
         tokenizer = _tokenizer(name, source, options)
         if "gguf_file" in options:  # plain weights, whatever kernels for packed ones are installed
             options |= {"quantization_config": GgufConfig(dequantize=True)}
+            kind = torch.bfloat16 if kind == "auto" else kind
         else:
             options |= {"config": config, "use_safetensors": True, "ignore_mismatched_sizes": True}  # checked below
         if attn_implementation is not None:

@@ -38,6 +38,7 @@ FAMILIES: dict[str, dict[str, object]] = {
     "mistral": {"sliding_window": 5},
     "qwen2": {},
     "qwen3": {"head_dim": 8},
+    "gemma": {"head_dim": 8},
     "gemma2": {"head_dim": 8, "sliding_window": 5},
     "gemma3_text": {
         "head_dim": 8,

@@ -8,17 +8,19 @@ import shutil
 from pathlib import Path
 from unittest.mock import Mock
 
+import gguf
 import pytest
 import torch
 from conftest import tiny_model
 from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
-from tiny_gguf import NAME, forbidden
+from tiny_gguf import NAME, forbidden, write_gguf
 from torch import nn
 from transformers import AutoConfig
 
-from specdec import embedded, hub
+from specdec import embedded, hub, native
 from specdec.errors import SpecDecError
+from specdec.runtimes import make_target
 
 # --- loading --------------------------------------------------------------------------------------------------------
 
@@ -38,6 +40,22 @@ def test_a_gguf_file_becomes_plain_weights(published):
     up = torch.from_numpy(published.tensors["blk.0.ffn_up.weight"])
     assert torch.equal(model.model.layers[0].mlp.up_proj.weight, up)
     assert tokenizer.decode(tokenizer("abc")["input_ids"]) == "abc"
+
+
+@pytest.mark.parametrize(("kind", "storage"), [("Q4_1", "4 bits"), ("Q8_0", "8 bits")])
+def test_a_packed_gguf_file_runs_in_as_many_bits_with_the_same_values(tmp_path, kind, storage):
+    packed = gguf.GGMLQuantizationType[kind]
+    tensors = write_gguf(tmp_path / "it.gguf", 64, 2, packed)
+    model, _ = hub.load(tmp_path / "it.gguf")
+    up = torch.from_numpy(gguf.dequantize(gguf.quants.quantize(tensors["blk.1.ffn_up.weight"], packed), packed))
+    assert torch.equal(model.model.layers[1].mlp.up_proj.weight, up.bfloat16())
+    try:
+        native.library()
+    except SpecDecError:
+        assert make_target(model)[0].runtime == "fused"
+    else:
+        target = make_target(model)[0]
+        assert (target.runtime, target.storage) == ("native", storage)
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,14 @@ import numpy as np
 NAME = "tiny-test-model"
 
 
-def write_gguf(path: Path) -> dict[str, np.ndarray]:
-    """A 2-layer random Llama with a byte-level vocabulary in which "\\n\\n" is one token. Returns the fp32 tensors."""
+def write_gguf(
+    path: Path, width: int = 32, heads: int = 4, packed: gguf.GGMLQuantizationType | None = None
+) -> dict[str, np.ndarray]:
+    """A 2-layer random Llama with a byte-level vocabulary in which "\\n\\n" is one token. Returns the fp32 tensors.
+
+    width: hidden size; every two of ``heads`` share keys. packed: how the layers' matrices are stored (None: in fp32).
+    """
+    size, inner, shared = width // heads, width * 3 // 2, width // 2
     random = np.random.default_rng(0)
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     rest = [byte for byte in range(256) if byte not in printable]
@@ -19,11 +25,11 @@ def write_gguf(path: Path) -> dict[str, np.ndarray]:
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(2)
     writer.add_context_length(64)
-    writer.add_embedding_length(32)
-    writer.add_feed_forward_length(48)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_rope_dimension_count(8)
+    writer.add_embedding_length(width)
+    writer.add_feed_forward_length(inner)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(heads // 2)
+    writer.add_rope_dimension_count(size)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(len(tokens))
     writer.add_tokenizer_model("gpt2")
@@ -34,15 +40,19 @@ def write_gguf(path: Path) -> dict[str, np.ndarray]:
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_chat_template("{{ messages[0]['content'] }}")
-    shapes = {"token_embd": (len(tokens), 32), "output_norm": (32,)}
+    shapes = {"token_embd": (len(tokens), width), "output_norm": (width,)}
     for i in range(2):
-        shapes |= {f"blk.{i}.attn_norm": (32,), f"blk.{i}.ffn_norm": (32,)}
-        shapes |= {f"blk.{i}.attn_q": (32, 32), f"blk.{i}.attn_k": (16, 32)}
-        shapes |= {f"blk.{i}.attn_v": (16, 32), f"blk.{i}.attn_output": (32, 32)}
-        shapes |= {f"blk.{i}.ffn_gate": (48, 32), f"blk.{i}.ffn_up": (48, 32), f"blk.{i}.ffn_down": (32, 48)}
+        shapes |= {f"blk.{i}.attn_norm": (width,), f"blk.{i}.ffn_norm": (width,)}
+        shapes |= {f"blk.{i}.attn_q": (width, width), f"blk.{i}.attn_k": (shared, width)}
+        shapes |= {f"blk.{i}.attn_v": (shared, width), f"blk.{i}.attn_output": (width, width)}
+        shapes |= {f"blk.{i}.ffn_gate": (inner, width), f"blk.{i}.ffn_up": (inner, width)}
+        shapes |= {f"blk.{i}.ffn_down": (width, inner)}
     tensors = {f"{name}.weight": random.standard_normal(shape, np.float32) for name, shape in shapes.items()}
     for name, tensor in tensors.items():
-        writer.add_tensor(name, tensor)
+        if packed is not None and name.startswith("blk") and tensor.ndim == 2:
+            writer.add_tensor(name, gguf.quants.quantize(tensor, packed), raw_dtype=packed)
+        else:
+            writer.add_tensor(name, tensor)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
