@@ -6,16 +6,18 @@ Knows no drafter, no text and no command line: tokens in, tokens out, for a batc
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from specdec import kernels
 from specdec.depth import DepthPolicy
-from specdec.draft import Draft, Drafter, State, Verifier
+from specdec.draft import Draft, Drafter, State, Verdict, Verifier
 from specdec.metrics import Ledger, RequestMetrics
 from specdec.prefill import prefill
-from specdec.sampling import Sampler, draw
+from specdec.sampling import Sampler, draw, one_hot
 from specdec.target import Target
 
 
@@ -124,10 +126,14 @@ class Loop:
         if filled:  # nobody asks about tokens whose states were propagated
             logits = F.pad(logits, (0, 0, filled, 0))
             taps = {layer: F.pad(seen, (0, 0, filled, 0)) if seen.numel() else seen for layer, seen in taps.items()}
-        p = state.sampler.distribution(logits, lambda: _prefixes(state.ids, draft))  # (B, 1 + M, V)
-        rest = self.ledger.mark("score")
-
-        verdict = self.verifier.judge(draft, p, state.sampler.generators)
+        if state.sampler.plain_greedy:
+            choice = kernels.argmax(logits)  # (B, 1 + M)
+            rest = self.ledger.mark("score")
+            verdict = _judge_choice(self.verifier, draft, choice, state.sampler.generators)
+        else:
+            p = state.sampler.distribution(logits, lambda: _prefixes(state.ids, draft))  # (B, 1 + M, V)
+            rest = self.ledger.mark("score")
+            verdict = self.verifier.judge(draft, p, state.sampler.generators)
         rest += self.ledger.mark("accept")
         cache.keep(verdict.paths)
         drafter.observe(verdict.paths, taps)
@@ -201,6 +207,15 @@ class Loop:
             metrics.decode_seconds = seconds - metrics.prefill_seconds
             metrics.ledger = dict(self.ledger.seconds)
         return events
+
+
+def _judge_choice(verifier: Verifier, draft: Draft, choice: Tensor, generators: list[torch.Generator]) -> Verdict:
+    """The verdict on point masses at ``choice`` [B, 1 + M]: the verifier's own rule, over the few tokens that occur."""
+    count = choice.shape[1]
+    names, index = torch.cat((choice, draft.tokens.clamp_min(0)), 1).unique(return_inverse=True)
+    tokens = index[:, count:].masked_fill(draft.tokens < 0, -1)
+    verdict = verifier.judge(replace(draft, tokens=tokens), one_hot(index[:, :count], len(names)), generators)
+    return Verdict(verdict.paths, names[verdict.next_tokens].tolist())
 
 
 def _close_up(alive: list[int]) -> list[int]:
