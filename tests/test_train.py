@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import random
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from specdec.train.evaluate import walk
 from specdec.train.fit import fit_leaps
 from specdec.train.m2r2 import M2R2Settings, path_of, wanted_states
 from specdec.train.medusa import MedusaSettings
+from specdec.train.method import lookup
 from specdec.train.runtime import TrainingTarget
 from specdec.train.settings import from_mapping, load_settings
 from specdec.train.speed import predict
@@ -396,6 +398,30 @@ def test_held_out_prompts_are_refused_in_text_and_in_token_ids() -> None:
     for item in (Prompt(("Tell me:  why IS the\nsky blue?",)), Answer((1,), (2,))):
         with pytest.raises(SpecDecError, match="prompt 1 to train on contains the held-out prompt"):
             data.refuse_held_out([item], held, lambda ids: "user why is the sky blue? assistant")
+
+
+def test_a_run_that_is_told_to_hold_its_prompts_out_does_not_begin(answers: Path, tmp_path: Path) -> None:
+    held = tmp_path / "held.jsonl"
+    held.write_text(answers.read_text().splitlines()[3])
+    with pytest.raises(SpecDecError, match=r"prompt 4 to train on contains the held-out prompt .* remove it"):
+        train(recipe(answers, tmp_path / "out", holdout=[str(held)]))
+    assert not (tmp_path / "out" / "states").exists()
+    (tmp_path / "text.txt").write_text("1 2 3 " + held_text(held) + " 4")
+    with pytest.raises(SpecDecError, match="text 1 to train on contains"):
+        train(recipe(answers, tmp_path / "other", prompts=[], text=[str(tmp_path / "text.txt")], holdout=[str(held)]))
+
+
+def held_text(path: Path) -> str:
+    return " ".join(map(str, json.loads(path.read_text())["prompt_ids"]))
+
+
+def test_recipes_of_shipped_drafters_are_presets() -> None:
+    recipes = sorted((files("specdec.drafters") / "pretrained").glob("*/*/train.yaml"))  # type: ignore[attr-defined]
+    assert recipes
+    for path in recipes:
+        kind = lookup(artifacts.read_config(path.parent)["drafter"])
+        settings = load_settings(kind.settings_class, kind.name, str(path), {})
+        assert settings.prompts and settings.minutes
 
 
 def test_the_draft_vocabulary_is_the_most_frequent_answer_tokens_and_the_ends() -> None:

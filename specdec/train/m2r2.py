@@ -49,7 +49,7 @@ class M2R2Settings(TrainSettings):
     focus: float = 1.0  # weight of a later step where the drafter's earlier steps had already gone wrong
     align: float = 0.0  # weight of 1 - cos(p, h[N])
 
-    search_tokens: int = 24_000  # answer tokens that the search fits leaps on
+    search_tokens: int = 12_000  # answer tokens that the search fits leaps on
     search_gain: float = 1.25  # what training is taken to add to the log-odds of agreement; so much it was seen to
 
     positive: ClassVar[tuple[str, ...]] = (*TrainSettings.positive, "draft_steps", "rank", "search_tokens")
@@ -181,7 +181,7 @@ def choose_path(settings: M2R2Settings, target: TrainingTarget, work: Work) -> s
         mark,
     )
     found = looking.run(lambda share, text: work.progress.update(task, completed=share, description=f"search: {text}"))
-    search.show(looking.rows_of_table(), work.console)
+    search.show(looking.rows_of_table(), looking.costs, work.console)
     work.console.print(f"chosen: {found.key}", highlight=False)
     shutil.rmtree(folder)  # large, and of no use any more
     return found

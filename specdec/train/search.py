@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from specdec import artifacts
-from specdec.costs import Costs, time_drafting, time_scoring
+from specdec.costs import CONFIRMED, Costs, time_drafting, time_scoring
 from specdec.decoder import SpecDecoder
 from specdec.drafters.m2r2 import M2R2, M2R2Drafter, M2R2Path, rms_unit
 from specdec.errors import SpecDecError
@@ -42,8 +43,9 @@ EVAL_TOKENS = 8_000  # held-out answer positions
 LANDINGS = 16  # most layers a first leap is tried to
 LONGEST, SHORT = 6, 3  # most layers of a single stretch, and of the first of two
 EXITS = (1, 2)  # early layers tried before the leap of the best paths; the others start from the embedding
-RANKED, PAIRED = 16, 3  # paths whose chains are measured; stretches that get a second one
-TIMINGS = 7  # of each measured cost
+RANKED, PAIRED = 10, 2  # paths whose chains are measured; stretches that get a second one
+TIMINGS, PATIENCE = 7, 10.0  # fewest timings of each cost; seconds after which there are no more
+SEVERAL = 4  # leaps, layer by layer, that are timed to find the price of one
 FADE = 0.8  # agreement of a second draft over that of the first, for ranking
 
 Segments = tuple[tuple[int, int], ...]
@@ -84,18 +86,30 @@ class PathCosts:
 def path_costs(target: TrainingTarget, vocab: Tensor | None) -> PathCosts:
     """Measure them, with untrained drafters of three shapes (seconds; values do not matter for them)."""
     half, count = target.num_layers // 2, target.num_layers
-    longer = min(half + LONGEST, count)
+    longer = min(LONGEST, count - half)
+    several = min(SEVERAL, longer)
     decoder = SpecDecoder(target.model, None, drafter="none")
+    singles = tuple((half + i, half + i + 1) for i in range(several))
     drafters = []
-    for segments in (((half, half + 1),), ((half, longer),), ((half, half + 1), (half + 1, half + 2))):
+    for segments in (singles[:1], ((half, half + longer),), singles):
         drafters.append(M2R2Drafter(M2R2(M2R2Path(0, segments, True), decoder.target, vocab), siblings=()))
         drafters[-1].bind(decoder.target)
     # In turns, and the least of each: what else the machine does must not end up in a difference.
-    runs = [[time_drafting(decoder.target, d, decoder.verifier) for d in drafters] for _ in range(TIMINGS)]
-    one, many, two = (min(times) for times in zip(*runs, strict=True))
-    layer = max(many - one, 0.0) / (longer - half - 1)
-    leap = max(two - one - layer, 0.0)
-    return PathCosts(time_scoring(decoder.target), layer, leap, max(one - layer - 2 * leap, 0.0))
+    runs: list[list[float]] = [[] for _ in drafters]
+    score: dict[int, list[float]] = {}
+    start = time.perf_counter()
+    while len(runs[0]) < TIMINGS or time.perf_counter() - start < PATIENCE:
+        for times, drafter in zip(runs, drafters, strict=True):
+            times.append(time_drafting(decoder.target, drafter, decoder.verifier))
+        for n, seconds in time_scoring(decoder.target, 1).items():
+            score.setdefault(n, []).append(seconds)
+        leasts = [sorted(times)[:2] for times in (*runs, *score.values())]
+        if len(runs[0]) >= TIMINGS and all(second <= CONFIRMED * least for least, second in leasts):
+            break
+    one, many, split = map(min, runs)
+    layer = max(many - one, 0.0) / (longer - 1)
+    leap = max(split - one - (several - 1) * layer, 0.0) / (several - 1)
+    return PathCosts({n: min(s) for n, s in score.items()}, layer, leap, max(one - layer - 2 * leap, 0.0))
 
 
 def trained(chain: Sequence[float], gain: float) -> list[float]:
@@ -177,7 +191,7 @@ class Search:
             progress(0.4 * (index + 1) / len(starts), f"stretches from layer {lo}")
         best = self._best(lambda c: len(c.segments) == 1 and c.final_leap and c.layers <= SHORT)[:PAIRED]
         for index, base in enumerate(best):
-            (lo, hi), step = base.segments[0], max((self.count - starts[0]) // 8, 1)
+            (lo, hi), step = base.segments[0], max((self.count - starts[0]) // 6, 1)
             for later in range(hi, self.count, step):
                 self._rank(0, ((lo, hi),), later, range(later + 1, min(later + 2, self.count) + 1))
             for sooner in range(lo - 1, starts[0] - 1, -step):
@@ -405,8 +419,8 @@ def chosen_before(folder: Path, mark: str) -> Candidate | None:
         return None
 
 
-def show(rows: Sequence[dict[str, Any]], console: Console, most: int = 24) -> None:
-    """Print the best ``most`` candidates."""
+def show(rows: Sequence[dict[str, Any]], costs: PathCosts, console: Console, most: int = 24) -> None:
+    """Print the best ``most`` candidates, and what the costs rest on."""
     table = Table(title="paths, closed form only", title_justify="left")
     for name in ("path", "draft cost", "agreement 1-4", "tokens/round", "speedup", "after training", "depth"):
         table.add_column(name, justify="left" if name == "path" else "right")
@@ -421,3 +435,9 @@ def show(rows: Sequence[dict[str, Any]], console: Console, most: int = 24) -> No
             str(row["depth"]),
         )
     console.print(table)
+    parts = ("layer", costs.layer), ("leap", costs.leap), ("all else", costs.rest)
+    console.print(
+        f"measured: plain decoding {1e3 * costs.score[1]:.2f} ms a token; of a draft, "
+        + ", ".join(f"{name} {1e3 * seconds:.2f} ms" for name, seconds in parts),
+        highlight=False,
+    )
