@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 HELD_OUT = 8  # every so many texts one is kept to say how good the predictor is, at most this many
 NEW_TOKENS = 192  # of an answer that the model still has to give
-EPOCHS = 4  # of training adapters
+EPOCHS = 2  # of training adapters
 
 
 def pack_experts(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from itertools import count
 
 import pytest
 import torch
@@ -245,6 +246,37 @@ def test_a_damaged_expert_is_named_and_the_decoder_survives(mixtral, tmp_path):
     out = decoder.generate(PROMPT, max_new_tokens=COUNT, ignore_eos=True)
     decoder.close()
     assert out.token_ids == greedy_reference(mixtral, PROMPT, COUNT)
+
+
+def test_prefetches_that_fail_change_no_token(mixtral, folder):
+    options = ExpertOptions(0.5, "m2r2", folder, adaptive=False)
+    decoder = SpecDecoder(mixtral, None, "none", experts=options)
+    store, reads = decoder.target.experts.store, count()
+    real = store.tier.read
+
+    def flaky(block, slot, start, stop):
+        if not store._demands and next(reads) % 2:
+            raise OSError(5, "Input/output error")
+        real(block, slot, start, stop)
+
+    store.tier.read = flaky
+    out = decoder.generate(PROMPT, max_new_tokens=COUNT, ignore_eos=True)
+    failed = store.counters.failed
+    decoder.close()
+    assert out.token_ids == greedy_reference(mixtral, PROMPT, COUNT) and failed > 3
+
+
+def test_a_prefetch_puts_out_only_what_is_clearly_less_needed(mixtral, folder):
+    decoder = SpecDecoder(mixtral, None, "none", experts=ExpertOptions(2 / 6, folder=folder))
+    offload = decoder.target.experts
+    with offload.store.demand(3, [0, 1]):
+        pass
+    there = offload.store.caches[3].where
+    offload._prefetch(3, [0.9, 0.5, 0.6, 0.0, 0.0, 0.0], 4)  # 0.1 a layer of distance is asked for
+    assert set(there) == {0, 1}
+    offload._prefetch(3, [0.9, 0.5, 0.95, 0.0, 0.0, 0.0], 4)
+    assert set(there) == {0, 2}
+    decoder.close()
 
 
 def test_the_controller_stops_what_does_not_pay_and_keeps_what_does():

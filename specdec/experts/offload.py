@@ -32,6 +32,7 @@ from specdec.experts.store import Counters, ExpertStore
 from specdec.experts.tiers import DiskTier, EmulatedTier, PinnedTier, Tier, aligned
 
 FLOOR = 0.3  # least need of an expert that is prefetched
+STAY = 0.1  # by how much more it must be needed, per layer of distance, than the cached one that it would put out
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,9 @@ class Offload:
     def _prefetch(self, row: int, need: list[float], distance: int) -> None:
         """Load the experts most needed there, as many as the slots and the bytes that can arrive in time allow."""
         slots = len(self.store.caches[row].slots)
-        wanted = sorted((e for e, n in enumerate(need) if n >= FLOOR), key=lambda e: -need[e])[:slots]
+        there = self.store.caches[row].where
+        worth = [n + STAY * distance * (e in there) for e, n in enumerate(need)]
+        wanted = sorted((e for e, n in enumerate(need) if n >= FLOOR), key=worth.__getitem__, reverse=True)[:slots]
         absent = self.store.missing(row, wanted)
         if not absent:
             return

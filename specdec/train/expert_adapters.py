@@ -23,6 +23,7 @@ from specdec.train.expert_leaps import observe
 
 RANK = 32
 LEARNING_RATE, WARMUP = 2e-3, 20  # peak, and steps until it is reached
+STEPS = 4  # gradient steps on a text, each on a part of its positions
 
 
 def accelerate(x: Sequence[Tensor], down: Tensor, up: Tensor) -> list[Tensor]:
@@ -45,10 +46,10 @@ def fit_expert_adapters(
     model: PreTrainedModel,
     answers: Sequence[Answer],
     rate: int,
-    epochs: int = 4,
+    epochs: int = 1,
     progress: Callable[[int, float], None] | None = None,
 ) -> Accelerated:
-    """Train adapters of ``model``, whose experts are in memory, on its own answers: one step per text and epoch.
+    """Train adapters of ``model``, whose experts are in memory, on its own answers.
 
     progress: told the texts seen, and the smoothed loss.
     """
@@ -57,20 +58,21 @@ def fit_expert_adapters(
     down = nn.Parameter(torch.randn(count, RANK, width, generator=generator) / width**0.5)
     up = nn.Parameter(torch.zeros(count, width, RANK))
     optimizer = torch.optim.AdamW([down, up], lr=LEARNING_RATE, weight_decay=0.0)
-    steps, smooth = epochs * len(answers), None
+    order = [int(i) for _ in range(epochs) for i in torch.randperm(len(answers), generator=generator)]
+    steps, smooth = STEPS * len(order), None
     shape = lambda step: min(1.0, (step + 1) / WARMUP) * (1 - step / steps)  # noqa: E731
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, shape)
-    for step in range(steps):
-        answer = answers[int(torch.randint(len(answers), (1,), generator=generator))]
-        seen = observe(model, layers, answer)
-        x = [residual[len(answer.prompt_ids) - 1 :].float().clone() for residual, _ in seen]
-        if len(x[0]):
-            loss = misalignment(x, down, up, rate)
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            smooth = loss.item() if smooth is None else 0.95 * smooth + 0.05 * loss.item()
-        schedule.step()
+    for number, text in enumerate(order, start=1):
+        seen, begin = observe(model, layers, answers[text]), len(answers[text].prompt_ids) - 1
+        x = torch.stack([residual[begin:].float() for residual, _ in seen]).clone()  # (N, T, D)
+        for part in torch.randperm(x.shape[1], generator=generator).tensor_split(STEPS):
+            if len(part):
+                loss = misalignment(x[:, part].unbind(), down, up, rate)
+                optimizer.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                smooth = loss.item() if smooth is None else 0.95 * smooth + 0.05 * loss.item()
+            schedule.step()
         if progress is not None:
-            progress(step + 1, smooth or 0.0)
+            progress(number, smooth or 0.0)
     return Accelerated(layers, rate, down.detach(), up.detach())
