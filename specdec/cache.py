@@ -48,7 +48,7 @@ class Mask:
                 near = self.query[:, :, None] - self.keys[:, None, :] < window  # (B, T, S)
                 if visible is not None:
                     visible = visible & near
-                elif not bool(near.all()):
+                elif near.device.type != "cpu" or not bool(near.all()):  # elsewhere, looking costs more than a mask
                     visible = near
             self.memo[window] = None if visible is None else visible[:, None]  # (B, 1, T, S)
         return self.memo[window]
@@ -57,11 +57,18 @@ class Mask:
 class KVCache:
     """Keys and values of all layers for a batch of ragged rows.
 
-    Buffers are allocated on first use of a layer and grow in blocks of ``block`` slots. When gradients are needed
-    (training), entries are concatenated instead, so that autograd sees them.
+    Buffers are allocated on first use of a layer (``whole``, whatever is in it, is used first) and grow in blocks of
+    ``block`` slots. When gradients are needed (training), entries are concatenated instead, so that autograd sees them.
     """
 
-    def __init__(self, num_layers: int, batch: int, device: torch.device | str = "cpu", block: int = 256) -> None:
+    def __init__(
+        self,
+        num_layers: int,
+        batch: int,
+        device: torch.device | str = "cpu",
+        block: int = 256,
+        whole: Tensor | None = None,
+    ) -> None:
         self.block, self.device = block, torch.device(device)
         self.keys: list[Tensor | None] = [None] * num_layers  # each (B, H, capacity, d)
         self.values: list[Tensor | None] = [None] * num_layers
@@ -71,6 +78,8 @@ class KVCache:
         self.rows = [0] * batch  # committed tokens per row
         self.committed = 0  # committed slots: the longest row
         self.positions = torch.full((batch, block), -1, dtype=torch.long, device=self.device)  # (B, capacity)
+        if whole is not None:
+            self._divide(whole)
 
     @property
     def batch(self) -> int:

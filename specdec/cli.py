@@ -149,6 +149,7 @@ def root(
 class Runtime(StrEnum):
     auto = "auto"
     native = "native"
+    graphs = "graphs"
     fused = "fused"
     reference = "reference"
 
@@ -211,7 +212,8 @@ def generate(
     ] = "auto",
     device: Annotated[str, _model("--device", "cpu, cuda, cuda:1, mps ...", "DEVICE")] = "cpu",
     runtime: Annotated[
-        Runtime, _model("--runtime", "auto (the fastest that serves the model), native, fused or reference.", "NAME")
+        Runtime,
+        _model("--runtime", "auto (the fastest that serves the model), native, graphs, fused or reference.", "NAME"),
     ] = Runtime.auto,
     weights: Annotated[
         Weights,

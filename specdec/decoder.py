@@ -46,7 +46,7 @@ class SpecDecoder:
     drafter: a name (``specdec drafters``), a drafter folder, names and folders joined by "+" (the first that finds
     something drafts), or a Drafter object; NAME=SOURCE says what it is loaded from, such as draft-model=MODEL.
     drafter_options: its options; those of joined drafters are mappings under their names.
-    runtime: "auto" (the fastest that serves the model here), "native", "fused" or "reference".
+    runtime: "auto" (the fastest that serves the model here), "native", "graphs", "fused" or "reference".
     weights: "auto" (as loaded; stored in fewer bits where those hold the very same values), "dense" (as loaded), "int8"
     or "int4" (layers rounded; bfloat16 on a CPU). What is rounded is then the base, in ``model`` too: output is
     lossless with respect to it.

@@ -13,7 +13,7 @@ queries and keys together; masks are additive terms (SDPA converts boolean ones 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -33,6 +33,7 @@ from specdec.target import Target, refuse_unsupported
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "olmo2", "phi3", "gemma")
 
 Norm = Callable[[Tensor], Tensor]
+Append = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]  # layer, its new keys and values -> all of them
 
 
 class _Layer(NamedTuple):
@@ -135,21 +136,43 @@ class FusedTarget(Target):
         adapters: Adapters | None = None,
         adapted: int | None = None,
     ) -> Tensor:
-        batch, t, width = x.shape
         grad = torch.is_grad_enabled() and (
             x.requires_grad or (adapters is not None and any(p.requires_grad for p in adapters.parameters()))
         )
+        stack, multiple = self._maps(x, lo, hi, adapters, adapted, grad), 1 if grad else self.key_multiple
+        masks = {w: self._additive(mask, w, multiple) for w in set(self.windows[lo:hi])}
+
+        def append(index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            return cache.append(index, k, v, multiple)
+
+        return self._run(x, lo, hi, stack, self._rotary(positions, mask), masks, append, taps)
+
+    def _maps(
+        self, x: Tensor, lo: int, hi: int, adapters: Adapters | None, adapted: int | None, grad: bool
+    ) -> list[_Layer]:
+        """The layers in the storage that is fastest for ``x`` [B, T, D], with the adapters in them."""
+        batch, t, _ = x.shape
         stack = self._fast if batch * t in self.fast_rows and not grad else self._dense
-        if adapters is not None:
-            whole = None if adapted == t else adapted
-            stack = self._with_adapters(stack, lo, hi, adapters, batch, whole, grad)
-        cos, sin = self._rotary(positions, mask)
-        windows = self.windows
-        multiple = 1 if grad else self.key_multiple
-        masks = {w: self._additive(mask, w, multiple) for w in set(windows[lo:hi])}
+        if adapters is None:
+            return stack
+        return self._with_adapters(stack, lo, hi, adapters, batch, None if adapted == t else adapted, grad)
+
+    def _run(
+        self,
+        x: Tensor,
+        lo: int,
+        hi: int,
+        stack: list[_Layer],
+        rotary: tuple[Tensor, Tensor],
+        masks: Mapping[int | None, Tensor | None],
+        append: Append,
+        taps: dict[int, Tensor] | None,
+    ) -> Tensor:
+        """``layers`` once everything is prepared: tensors in, tensors out, nothing read from them."""
+        (batch, t, width), (cos, sin), windows = x.shape, rotary, self.windows
         d, heads, kv_heads, groups = self.head_dim, self.heads, self.kv_heads, self.groups
         total = heads + 2 * kv_heads
-        scale, append, attend, sign = self.scale, cache.append, F.scaled_dot_product_attention, self.sign
+        scale, attend, sign = self.scale, F.scaled_dot_product_attention, self.sign
         y = x.reshape(batch * t, width)
         pair = torch.stack((y, -y), 1)  # (B T, 2, D)
         for index in range(lo, hi):
@@ -161,7 +184,7 @@ class FusedTarget(Target):
             if norm_q is not None and norm_k is not None:
                 qk = self._normed(qk, norm_q, norm_k)
             _rotate(qk, cos, sin)
-            keys, values = append(index, qk.narrow(2, heads, kv_heads).transpose(1, 2), v.transpose(1, 2), multiple)
+            keys, values = append(index, qk.narrow(2, heads, kv_heads).transpose(1, 2), v.transpose(1, 2))
             # The query heads that share a key head become rows of it: (B, Hkv, T G, d).
             q = qk.narrow(2, 0, heads)
             if t == 1:
@@ -223,12 +246,12 @@ class FusedTarget(Target):
         q, k = norm_q(parts[0]), norm_k(parts[1])
         return torch.cat((q.view(*qk.shape[:2], -1, qk.shape[3]), k.view(*qk.shape[:2], -1, qk.shape[3])), 2)
 
-    def _rotary(self, positions: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:
-        """Cosines and signed sines [B, T, 1, 2, d / 2] of ``positions`` [B, T], for ``_rotate``."""
+    def _rotary(self, positions: Tensor, mask: Mask, count: int | None = None) -> tuple[Tensor, Tensor]:
+        """Cosines and signed sines [B, T, 1, 2, d / 2] of ``positions`` [B, T] (all < ``count``), for ``_rotate``."""
         shared = positions is mask.query  # consecutive calls on one mask share what is derived from it
         if shared and "cos" in mask.memo:
             return mask.memo["cos"], mask.memo["sin"]  # type: ignore[return-value]
-        count = int(positions.max()) + 1
+        count = int(positions.max()) + 1 if count is None else count
         if count > self.tables.shape[0]:
             every = torch.arange(max(count, min(2 * count, self.context), 512), device=self.device)[None]
             probe = torch.empty(0, dtype=self.dtype, device=self.device)

@@ -7,19 +7,20 @@ from transformers import PreTrainedModel
 
 from specdec.errors import SpecDecError, did_you_mean
 from specdec.fused import FusedTarget
+from specdec.graphs import GraphedTarget
 from specdec.native_target import KINDS, NativeTarget
 from specdec.target import ReferenceTarget, Target
 
-RUNTIMES = ("auto", "native", "fused", "reference")
+RUNTIMES = ("auto", "native", "graphs", "fused", "reference")
 WEIGHTS = tuple(KINDS)
 
 
 def make_target(model: PreTrainedModel, runtime: str = "auto", weights: str = "auto") -> tuple[Target, str]:
     """The target of ``model`` in the runtime asked for, and a one-line note ("" if there is nothing to say).
 
-    runtime "auto": native where it serves the model on this machine, else fused, else the reference runtime, the note
-    saying why. weights: "auto" (as loaded; stored in fewer bits where they hold the very values), "dense" (as loaded),
-    "int8" or "int4" (layers rounded, in the model too: what is rounded is the base).
+    runtime "auto": native (CPUs) or graphs (CUDA) where it serves the model on this machine, else fused, else the
+    reference runtime, the note saying why. weights: "auto" (as loaded; stored in fewer bits where they hold the very
+    values), "dense" (as loaded), "int8" or "int4" (layers rounded, in the model too: what is rounded is the base).
     Raises SpecDecError if the model is unsupported, or unfit for what was named.
     """
     for what, value, known in (("runtime", runtime, RUNTIMES), ("weights", weights, WEIGHTS)):
@@ -29,15 +30,16 @@ def make_target(model: PreTrainedModel, runtime: str = "auto", weights: str = "a
     if runtime == "reference" and rounded:
         raise SpecDecError(f"{weights} weights need the native or the fused runtime; use --weights auto")
     reasons: list[str] = []
-    fit = model.dtype == torch.bfloat16 and model.device.type == "cpu"  # for native
-    for name in RUNTIMES[1 if fit else 2 :] if runtime == "auto" else (runtime,):
+    first = {"cpu": ["native"] if model.dtype == torch.bfloat16 else [], "cuda": ["graphs"]}.get(model.device.type, [])
+    for name in [*first, "fused", "reference"] if runtime == "auto" else [runtime]:
         try:
             if name == "native":
                 return NativeTarget(model, weights), ""
-            if name == "fused" and weights == "int8":
+            if name in ("fused", "graphs") and weights == "int8":
                 raise SpecDecError("8-bit weights need the native runtime")
-            if name == "fused":
-                return FusedTarget(model, "int4" if rounded else "dense"), "; ".join(reasons)
+            if name in ("fused", "graphs"):
+                kind = FusedTarget if name == "fused" else GraphedTarget
+                return kind(model, "int4" if rounded else "dense"), "; ".join(reasons)
             if not rounded:
                 return ReferenceTarget(model), "; ".join(reasons)
         except SpecDecError as error:

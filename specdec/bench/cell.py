@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     from specdec.bench.run import Decoders
 
 HF_ARMS = ("hf", "hf-lookup", "hf-early-exit", "hf-draft-model")
-RUNTIMES = ("auto", "native", "fused", "reference")
+RUNTIMES = ("auto", "native", "graphs", "fused", "reference")
 WEIGHTS = ("auto", "dense", "int8", "int4")
 BASELINES = ("none", "hf", "hf-lookup", "hf-early-exit")
 

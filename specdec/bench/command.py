@@ -62,7 +62,7 @@ def bench(
     ] = None,
     dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), bfloat16, float16 or float32.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps ...")] = "cpu",
-    runtime: Annotated[str, typer.Option(help="auto, native, fused or reference.")] = "auto",
+    runtime: Annotated[str, typer.Option(help="auto, native, graphs, fused or reference.")] = "auto",
     weights: Annotated[str, typer.Option(help="auto, dense, int8 or int4.")] = "auto",
     output: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder for results.jsonl (every request) and bench.json.")

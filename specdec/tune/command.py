@@ -44,7 +44,7 @@ def drafter(
     model: Annotated[str, typer.Option(help="Name, Hugging Face id, folder or GGUF file.")] = DEFAULT_MODEL,
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps ...")] = "cpu",
-    runtime: Annotated[str, typer.Option(help="auto, native, fused or reference.")] = "auto",
+    runtime: Annotated[str, typer.Option(help="auto, native, graphs, fused or reference.")] = "auto",
     weights: Annotated[str, typer.Option(help="auto, dense, int8 or int4.")] = "auto",
 ) -> None:
     """Find the fastest drafter and draft length, and keep them: generate uses them from then on."""
@@ -108,7 +108,7 @@ def layer_skip(
     model: Annotated[str, typer.Option(help="Name, Hugging Face id, folder or GGUF file.")] = DEFAULT_MODEL,
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps ...")] = "cpu",
-    runtime: Annotated[str, typer.Option(help="auto, native, fused or reference.")] = "auto",
+    runtime: Annotated[str, typer.Option(help="auto, native, graphs, fused or reference.")] = "auto",
     weights: Annotated[str, typer.Option(help="auto, dense, int8 or int4.")] = "auto",
     seed: Annotated[int, typer.Option(min=0, help="Of the search.")] = 0,
 ) -> None:

@@ -53,7 +53,7 @@ def verify(
         str, typer.Option(help="float32 demands equal tokens; bfloat16 and float16 are replayed.")
     ] = "float32",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps ...")] = "cpu",
-    runtime: Annotated[str, typer.Option(help="auto, native, fused or reference.")] = "auto",
+    runtime: Annotated[str, typer.Option(help="auto, native, graphs, fused or reference.")] = "auto",
     weights: Annotated[str, typer.Option(help="auto, dense, int8 or int4.")] = "auto",
     output: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder for certificate.txt and certificate.json.")

@@ -1,0 +1,171 @@
+"""The fused runtime by CUDA graphs: on a GPU, launching a step's small kernels takes longer than running them.
+
+A pass is captured once for each number of rows, range of layers and capacity of the cache, and then replayed: its
+inputs (states, rotary factors, masks and the cache slots to write) are copied into buffers of its own, attention runs
+over the whole capacity, and what lies beyond the filled slots is masked. When the cache grows, passes are captured
+anew. Long blocks (prompts) run as they do in the fused runtime. Knows nothing about drafting.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from specdec.adapters import Adapters
+from specdec.cache import KVCache, Mask
+from specdec.errors import SpecDecError
+from specdec.fused import FusedTarget
+
+ROWS = 64  # passes over more tokens are not captured
+STEPS = 64  # captured passes that are kept, those used last
+
+
+class Graph(Protocol):
+    """A function without arguments, recorded: ``replay`` does the same again to the same memory."""
+
+    def replay(self) -> None: ...
+
+
+class CudaGraph:
+    """``run``, recorded on the current CUDA device. It must neither read what it computes nor depend on the host."""
+
+    def __init__(self, run: Callable[[], None]) -> None:
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            run()  # libraries allocate at first use, which cannot be recorded
+        torch.cuda.current_stream().wait_stream(aside)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            run()
+
+    def replay(self) -> None:
+        self.graph.replay()
+
+
+class _Step:
+    """``function`` of tensors of fixed shapes, recorded."""
+
+    def __init__(
+        self,
+        function: Callable[..., Sequence[Tensor]],
+        inputs: Sequence[Tensor],
+        record: Callable[[Callable[[], None]], Graph],
+    ) -> None:
+        self.inputs = [x.clone() for x in inputs]
+        self.outputs = [torch.empty_like(y) for y in function(*self.inputs)]
+
+        def run() -> None:
+            for out, y in zip(self.outputs, function(*self.inputs), strict=True):
+                out.copy_(y)
+
+        self.graph = record(run)
+
+    def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        for buffer, x in zip(self.inputs, inputs, strict=True):
+            buffer.copy_(x)
+        self.graph.replay()
+        return [out.clone() for out in self.outputs]  # the next replay writes over them
+
+
+class GraphedTarget(FusedTarget):
+    """The fused runtime by recorded passes. ``record`` makes a ``Graph`` of a function; tests put a stand-in there.
+
+    Caches of ``new_cache`` take turns in one buffer per batch size, so that passes stay recorded from one generation to
+    the next; what runs while it is lent is not recorded. Raises SpecDecError as ``FusedTarget``, and without a GPU.
+    """
+
+    runtime = "graphs"
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        weights: str = "dense",
+        record: Callable[[Callable[[], None]], Graph] = CudaGraph,
+    ) -> None:
+        if record is CudaGraph and model.device.type != "cuda":
+            raise SpecDecError(f"CUDA graphs need the model on a CUDA device, not on '{model.device}'")
+        self.record = record
+        self._steps: OrderedDict[Any, _Step] = OrderedDict()
+        self._buffers: dict[int, tuple[weakref.ref[KVCache], Tensor]] = {}  # by batch size: its last user, and it
+        super().__init__(model, weights)
+
+    def new_cache(self, batch: int = 1) -> KVCache:
+        user, whole = self._buffers.get(batch, (None, None))
+        if not batch or (user is not None and user() is not None):
+            return super().new_cache(batch)
+        if whole is None:
+            shape = (2, self.num_layers, batch, self.kv_heads, 256, self.head_dim)
+            whole = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        cache = KVCache(self.num_layers, batch, self.device, whole=whole)
+        self._buffers[batch] = weakref.ref(cache), whole
+        return cache
+
+    def layers(
+        self,
+        x: Tensor,
+        lo: int,
+        hi: int,
+        positions: Tensor,
+        mask: Mask,
+        cache: KVCache,
+        taps: dict[int, Tensor] | None = None,
+        adapters: Adapters | None = None,
+        adapted: int | None = None,
+    ) -> Tensor:
+        batch, t, _ = x.shape
+        user, whole = self._buffers.get(batch, (None, None))
+        lent = user is not None and user() is cache
+        if lo >= hi or batch * t > ROWS or not lent or not torch.is_inference_mode_enabled():
+            return super().layers(x, lo, hi, positions, mask, cache, taps, adapters, adapted)
+        start = cache.reserve(lo, hi, t, self.kv_heads, self.head_dim, self.dtype)
+        assert user is not None and cache.whole is not None
+        if cache.whole is not whole:  # it has grown
+            whole = cache.whole
+            self._buffers[batch] = user, whole
+            self._steps = OrderedDict((key, step) for key, step in self._steps.items() if key[0] != batch)
+        keys, values = whole[0], whole[1]  # (N, B, Hkv, capacity, d)
+        stack = self._maps(x, lo, hi, adapters, adapted, grad=False)[lo:hi]
+        windows = sorted(set(self.windows[lo:hi]), key=str)
+        tapped = sorted(layer for layer in taps or () if lo <= layer <= hi)
+
+        def function(x: Tensor, slots: Tensor, cos: Tensor, sin: Tensor, *terms: Tensor) -> list[Tensor]:
+            def append(index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+                return keys[index].index_copy_(2, slots, k), values[index].index_copy_(2, slots, v)
+
+            seen = {layer: x for layer in tapped}
+            masks = dict(zip(windows, terms, strict=True))
+            y = self._run(x, lo, hi, [*self._dense[:lo], *stack], (cos, sin), masks, append, seen)
+            return [y, *(seen[layer] for layer in tapped)]
+
+        rotary = self._rotary(positions, mask, mask.keys.shape[1])  # no position is beyond its slot
+        terms = [self._additive(mask, window, whole.shape[4]) for window in windows]
+        slots = torch.arange(start, start + t, device=self.device)
+        # The maps' identity stands for the adapters in them, too: they are made anew whenever those have changed.
+        key = batch, t, lo, hi, tuple(tapped), tuple(id(m) for layer in stack for m in layer)
+        y, *seen = self._step(key, function, [x, slots, *rotary, *(term for term in terms if term is not None)])
+        if taps is not None:
+            taps.update(zip(tapped, seen, strict=True))
+        return y
+
+    def readout(self, x: Tensor, head: nn.Linear | None = None) -> Tensor:
+        batch, t, _ = x.shape
+        if batch * t > ROWS or not torch.is_inference_mode_enabled():
+            return super().readout(x, head)
+        readout, module = super().readout, self.model.get_output_embeddings() if head is None else head
+        return self._step((None, batch, t, id(module)), lambda x: [readout(x, module)], [x])[0]
+
+    def _step(self, key: Any, function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -> list[Tensor]:
+        step = self._steps.get(key)
+        if step is None:
+            step = self._steps[key] = _Step(function, inputs, self.record)
+        self._steps.move_to_end(key)
+        if len(self._steps) > STEPS:
+            self._steps.popitem(last=False)
+        return step(inputs)

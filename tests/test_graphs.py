@@ -1,0 +1,176 @@
+"""The fused runtime by recorded passes: the eager one's numbers, whatever is replayed, grows, or is rolled back.
+
+Recording needs a GPU. ``Replay`` stands in: it runs the function again on the same memory, and fails where a real
+graph would do something else: if an operation, a number or a tensor from outside has changed since it was recorded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import greedy_reference, tiny_model
+from test_fused import adapted_pass, play, random_adapters, rough_model
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+from zoo import PROMPTS, every, run
+
+from specdec.errors import SpecDecError
+from specdec.fused import FusedTarget
+from specdec.graphs import GraphedTarget
+from specdec.runtimes import make_target
+
+
+def _memory(tensor: Tensor) -> int:
+    opaque = tensor.layout == torch._mkldnn  # type: ignore[attr-defined]
+    return id(tensor) if opaque else tensor.untyped_storage().data_ptr()
+
+
+class _Log(TorchDispatchMode):
+    """The operations that run, with their numbers, and the memory of the tensors that came from outside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Any] = []
+        self.made: list[Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        inside = {_memory(t) for t in self.made}
+        entry = [str(func)]
+        for value in tree_flatten((args, kwargs))[0]:
+            if isinstance(value, Tensor):
+                own = _memory(value)
+                entry.append(f"{tuple(value.shape)} {'made' if own in inside else own}")
+            else:
+                entry.append(str(value))
+        assert "item" not in entry[0] and "nonzero" not in entry[0], "the host waits for the device"
+        out = func(*args, **(kwargs or {}))
+        self.made += [t for t in tree_flatten(out)[0] if isinstance(t, Tensor)]
+        self.seen.append(entry)
+        return out
+
+
+class Replay:
+    recorded = replayed = 0
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self.function, self.log = function, self._run(function)
+        Replay.recorded += 1
+
+    def _run(self, function: Callable[[], None]) -> list[Any]:
+        with _Log() as log:
+            function()
+        return log.seen
+
+    def replay(self) -> None:
+        Replay.replayed += 1
+        assert self._run(self.function) == self.log, "a graph would do what was recorded"
+
+
+@pytest.fixture(autouse=True)
+def count() -> None:
+    Replay.recorded = Replay.replayed = 0
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "olmo2", "gemma"])
+@torch.inference_mode()
+def test_equal_to_the_eager_runtime(family: str) -> None:
+    """Ragged rows, single tokens, a tree with a kept branch, resumed blocks, windows."""
+    model = rough_model(family)
+    target = GraphedTarget(model, record=Replay)
+    for _ in range(2):
+        for got, expected in zip(play(target), play(FusedTarget(model)), strict=True):
+            assert torch.allclose(got, expected, atol=2e-5)
+    assert 0 < Replay.recorded < Replay.replayed
+
+
+@torch.inference_mode()
+def test_passes_are_recorded_once_for_each_row_count_and_again_when_the_cache_grows() -> None:
+    model = tiny_model("llama", max_position_embeddings=2048)
+    target, eager = GraphedTarget(model, record=Replay), FusedTarget(model)
+    torch.manual_seed(3)
+    ids = torch.randint(3, 97, (1, 700))
+    ends = [240, *range(241, 251), 255, 259, 260, 580, 584]
+    blocks = list(zip([0, *ends], ends, strict=False))
+
+    def logits(target: FusedTarget) -> Tensor:
+        cache, out = target.new_cache(), []
+        for a, b in blocks:
+            positions = torch.arange(a, b)[None]
+            x = target.layers(target.embed(ids[:, a:b], positions), 0, 4, positions, cache.mask(0, positions), cache)
+            out.append(target.readout(x))
+            cache.keep([list(range(b - a))])
+        return torch.cat(out, 1)
+
+    Replay.recorded = 0
+    assert torch.allclose(logits(target), logits(eager), atol=2e-5)
+    first = Replay.recorded
+    assert first < 16
+    assert torch.allclose(logits(target), logits(eager), atol=2e-5)  # the second generation begins in the grown buffer
+    assert torch.allclose(logits(target), logits(eager), atol=2e-5)
+    again = Replay.recorded
+    assert torch.allclose(logits(target), logits(eager), atol=2e-5)
+    assert Replay.recorded == again
+
+
+@pytest.mark.parametrize(
+    "drafter",
+    ["none", "m2r2: leap", "m2r2-paper", "layer-skip", "lookahead (tree)", "medusa (tree)", "m2r2-paper (tree)"],
+)
+def test_generations_are_the_models_own(drafter: str) -> None:
+    """A batch whose rows end one after the other; twice, in the same buffer."""
+    model = tiny_model("llama")
+    target = GraphedTarget(model, record=Replay)
+    for _ in range(2):
+        out, _loop = run(target, every(target)[drafter], PROMPTS, 20)
+        assert out == [greedy_reference(model, prompt, 20) for prompt in PROMPTS]
+        del _loop
+    assert Replay.replayed > Replay.recorded > 0
+
+
+@torch.inference_mode()
+def test_changed_adapters_are_recorded_anew() -> None:
+    target = GraphedTarget(rough_model("llama"), record=Replay)
+    with torch.inference_mode(False):
+        adapters = random_adapters(target)
+    before = adapted_pass(target, adapters, 3, 1)
+    with torch.inference_mode(False), torch.no_grad():
+        for parameter in adapters.parameters():
+            parameter.mul_(2)
+    after = adapted_pass(target, adapters, 3, 1)
+    assert not torch.allclose(after, before)
+    assert torch.allclose(after, adapted_pass(FusedTarget(target.model), adapters, 3, 1), atol=2e-5)
+
+
+@torch.inference_mode()
+def test_a_second_cache_of_the_same_size_runs_beside_the_first() -> None:
+    target = GraphedTarget(tiny_model("llama"), record=Replay)
+    first, second = target.new_cache(), target.new_cache()
+    ids, positions = torch.tensor([[5, 6, 7]]), torch.arange(3)[None]
+    for x, cache in ((ids, first), (ids + 1, second)):
+        got = target.layers(target.embed(x, positions), 0, 4, positions, cache.mask(0, positions), cache)
+        other = FusedTarget(target.model)
+        alone = other.new_cache()
+        expected = other.layers(other.embed(x, positions), 0, 4, positions, alone.mask(0, positions), alone)
+        assert torch.allclose(got, expected, atol=2e-5)
+    assert Replay.replayed > 0
+
+
+@torch.inference_mode()
+def test_the_stand_in_fails_where_a_graph_would_go_wrong() -> None:
+    x, state = torch.ones(3), {"times": 2}
+    graph = Replay(lambda: x.mul_(state["times"]))
+    graph.replay()
+    state["times"] = 3
+    with pytest.raises(AssertionError, match="what was recorded"):
+        graph.replay()
+    with pytest.raises(AssertionError, match="waits"):
+        Replay(lambda: x.add_(x.sum().item()))
+
+
+def test_without_a_gpu_it_says_so() -> None:
+    with pytest.raises(SpecDecError, match="need the model on a CUDA device, not on 'cpu'"):
+        make_target(tiny_model("llama"), "graphs")
