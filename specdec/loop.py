@@ -5,6 +5,7 @@ Knows no drafter, no text and no command line: tokens in, tokens out, for a batc
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -211,11 +212,13 @@ class Loop:
 
 def _judge_choice(verifier: Verifier, draft: Draft, choice: Tensor, generators: list[torch.Generator]) -> Verdict:
     """The verdict on point masses at ``choice`` [B, 1 + M]: the verifier's own rule, over the few tokens that occur."""
-    count = choice.shape[1]
-    names, index = torch.cat((choice, draft.tokens.clamp_min(0)), 1).unique(return_inverse=True)
-    tokens = index[:, count:].masked_fill(draft.tokens < 0, -1)
-    verdict = verifier.judge(replace(draft, tokens=tokens), one_hot(index[:, :count], len(names)), generators)
-    return Verdict(verdict.paths, names[verdict.next_tokens].tolist())
+    picked, drafted = choice.tolist(), draft.tokens.tolist()
+    place = {token: at for at, token in enumerate({*itertools.chain(*picked, *drafted)} - {-1})}
+    few = one_hot(torch.tensor([[place[token] for token in row] for row in picked], device=choice.device), len(place))
+    tokens = torch.tensor([[place.get(token, -1) for token in row] for row in drafted], dtype=torch.long)
+    verdict = verifier.judge(replace(draft, tokens=tokens), few, generators)
+    names = list(place)
+    return Verdict(verdict.paths, [names[token] for token in verdict.next_tokens])
 
 
 def _close_up(alive: list[int]) -> list[int]:
