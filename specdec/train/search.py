@@ -39,12 +39,13 @@ from specdec.train.student import drafts, step_mask
 
 FILE = "search.json"
 STEPS = 4  # drafts of a chain
-EVAL_TOKENS = 8_000  # held-out answer positions
-LANDINGS = 16  # most layers a first leap is tried to
+EVAL_TOKENS = 6_000  # held-out answer positions
+LANDINGS = 8  # layers that a first leap is tried to at first; then those between, beside the best
 LONGEST, SHORT = 6, 3  # most layers of a single stretch, and of the first of two
 EXITS = (1, 2)  # early layers tried before the leap of the best paths; the others start from the embedding
+BETWEEN = 2  # best landings whose neighbours are tried
 RANKED, PAIRED = 10, 2  # paths whose chains are measured; stretches that get a second one
-TIMINGS, PATIENCE = 7, 10.0  # fewest timings of each cost; seconds after which there are no more
+TIMINGS, PATIENCE = 3, 10.0  # fewest timings of each cost; seconds after which there are no more
 SEVERAL = 4  # leaps, layer by layer, that are timed to find the price of one
 FADE = 0.8  # agreement of a second draft over that of the first, for ranking
 
@@ -124,7 +125,7 @@ def trained(chain: Sequence[float], gain: float) -> list[float]:
 
 
 def landings(num_layers: int) -> list[int]:
-    """The layers that first leaps are tried to: the later half, at most ``LANDINGS`` of them."""
+    """The layers that first leaps are tried to at first: of the later half, at most ``LANDINGS``."""
     half = range(num_layers // 2, num_layers)
     step = -(-len(half) // LANDINGS)
     return list(half)[::step]
@@ -186,9 +187,13 @@ class Search:
         starts = landings(self.count)
         progress(0.0, "first leaps")
         for index, lo in enumerate(starts):
-            his = range(lo + 1, min(lo + LONGEST, self.count) + 1)
-            self._rank(0, (), lo, his)
-            progress(0.4 * (index + 1) / len(starts), f"stretches from layer {lo}")
+            self._rank(0, (), lo, range(lo + 1, min(lo + LONGEST, self.count) + 1))
+            progress(0.3 * (index + 1) / len(starts), f"stretches from layer {lo}")
+        for start in list(dict.fromkeys(c.segments[0][0] for c in self._best(lambda c: True)))[:BETWEEN]:
+            for lo in (start - 1, start + 1):
+                if starts[0] <= lo < self.count:
+                    self._rank(0, (), lo, range(lo + 1, min(lo + LONGEST, self.count) + 1))
+                    progress(0.4, f"stretches from layer {lo}")
         best = self._best(lambda c: len(c.segments) == 1 and c.final_leap and c.layers <= SHORT)[:PAIRED]
         for index, base in enumerate(best):
             (lo, hi), step = base.segments[0], max((self.count - starts[0]) // 6, 1)
@@ -286,8 +291,9 @@ class Search:
             if index:
                 start, end = segments[index - 1]
                 self._fit(exit_layer, segments[: index - 1], start, {end: [lo]})
-            else:  # all landings at once cost little more than one
-                self._fit(exit_layer, (), None, {0: sorted({lo, *(landings(self.count) if not exit_layer else [])})})
+            else:  # several landings at once cost less than one after another
+                goals = {lo, *(landings(self.count) if not exit_layer else [])}
+                self._fit(exit_layer, (), None, {0: sorted(g for g in goals if (exit_layer, (), g) not in self.fitted)})
         if candidate.final_leap and (exit_layer, segments, self.count) not in self.fitted:
             self._fit(exit_layer, segments[:-1], segments[-1][0], {hi: [self.count] for hi in ends})
 
