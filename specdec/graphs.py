@@ -145,11 +145,15 @@ class GraphedTarget(FusedTarget):
             return [y, *(seen[layer] for layer in tapped)]
 
         rotary = self._rotary(positions, mask, mask.keys.shape[1])  # no position is beyond its slot
-        terms = [self._additive(mask, window, whole.shape[4]) for window in windows]
+        shape = batch, 1, t * self.groups, whole.shape[4]
+        terms = []
+        for window in windows:
+            term = self._additive(mask, window, shape[3])
+            terms.append(x.new_zeros(shape) if term is None else term)  # None: the cache is full to the brim
         slots = torch.arange(start, start + t, device=self.device)
         # The maps' identity stands for the adapters in them, too: they are made anew whenever those have changed.
         key = batch, t, lo, hi, tuple(tapped), tuple(id(m) for layer in stack for m in layer)
-        y, *seen = self._step(key, function, [x, slots, *rotary, *(term for term in terms if term is not None)])
+        y, *seen = self._step(key, function, [x, slots, *rotary, *terms])
         if taps is not None:
             taps.update(zip(tapped, seen, strict=True))
         return y
