@@ -238,6 +238,7 @@ def main() -> None:
         title = f"cache {args.cache:.0%}, load/compute {ratio:g} (emulated {bandwidth / 1e9:.2f} GB/s)"
         result["ratios"][f"{ratio:g}"] = found = show(console, title, arms)
         if ratio == 1:
+            result["sizes"][f"{args.cache:g}"] = found
             project(console, found)
         keep(args.json, result)
     if result["ratios"]:
