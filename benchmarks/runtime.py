@@ -7,6 +7,11 @@ bfloat16 only). A step is embedding, all layers and the head for T new tokens af
 T - 1 drafted tokens runs it; the new entries are dropped again afterwards, outside the timing. Printed: median ms, the
 best in brackets, and the fraction of the roofline: weights (int4: 5 bits each in the layers, 16 in the head) and cached
 entries read once at the measured read bandwidth.
+
+    python benchmarks/runtime.py --model smollm2-135m-instruct --decode --contexts 200,1000,2000,4000
+
+What a round of decoding takes by the length of the context, in the native runtime: whole rounds, the compiled layers
+(whose attention grows with the context), and all that is beside them, which should not.
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,8 +29,10 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from specdec import SpecDecoder
 from specdec.fused import FusedTarget
 from specdec.target import ReferenceTarget, Target
+from specdec.text import encode
 
 Step = tuple[Callable[[], Any], Callable[[], None]]  # what is timed, and what undoes it
 
@@ -73,18 +81,72 @@ def bytes_read(model: Any, context: int, bits: float) -> float:
     return layers * bits / 8 + size * (model.get_output_embeddings().weight.numel() + entries)
 
 
+class Timed:
+    """The compiled kernels, with a clock around the layers."""
+
+    def __init__(self, library: Any) -> None:
+        self.library, self.seconds = library, 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.library, name)
+
+    def specdec_layers(self, *args: Any) -> Any:
+        start = time.perf_counter()
+        code = self.library.specdec_layers(*args)
+        self.seconds += time.perf_counter() - start
+        return code
+
+
+def decode(args: argparse.Namespace, console: Console, rounds: int = 32) -> dict[str, Any]:
+    """Milliseconds of a round at each context: {"drafter_context": [whole, beside the layers]}."""
+    plain = SpecDecoder.from_pretrained(args.model, drafter="none", runtime="native")
+    target: Any = plain.target
+    target.lib = clock = Timed(target.lib)
+    text = " ".join(path.read_text("utf-8") for path in sorted(Path(__file__).parents[1].glob("specdec/*.py")))
+    ids, contexts = encode(plain.tokenizer, text, chat=False), [int(c) for c in args.contexts.split(",")]
+    arms = {"none": plain, "prompt-lookup": plain.with_drafter("prompt-lookup")}
+    times: dict[tuple[str, int], list[tuple[float, float]]] = {}
+    for _ in range(args.repeats):
+        for context in contexts:
+            for name, decoder in arms.items():
+                options: dict[str, Any] = {"num_speculative_tokens": 4} if name != "none" else {}
+                with decoder.open([ids[:context]], max_new_tokens=rounds, ignore_eos=True, **options) as generation:
+                    steps = iter(generation)
+                    next(steps)  # the prefill
+                    start, layers = time.perf_counter(), clock.seconds
+                    for _ in steps:
+                        now, inside = time.perf_counter(), clock.seconds
+                        times.setdefault((name, context), []).append((now - start, inside - layers))
+                        start, layers = time.perf_counter(), clock.seconds
+    table = Table(title="ms a round, by context; all that grows but attention is in the last column")
+    for column in ("drafter", "context", "round", "layers", "beside them"):
+        table.add_column(column, justify="left" if column == "drafter" else "right")
+    result: dict[str, Any] = {}
+    for (name, context), seconds in sorted(times.items()):
+        whole = 1e3 * statistics.median(total for total, _ in seconds)
+        beside = 1e3 * statistics.median(total - inside for total, inside in seconds)
+        table.add_row(name, str(context), f"{whole:.2f}", f"{whole - beside:.2f}", f"{beside:.3f}")
+        result[f"{name}_{context}"] = [round(whole, 3), round(beside, 3)]
+    console.print(table)
+    return result
+
+
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="a Hugging Face model folder")
+    parser.add_argument("--model", required=True, help="a Hugging Face model folder (--decode: any model)")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rows", default="1,2,4,5,8,16")
     parser.add_argument("--contexts", default="200,2000")
     parser.add_argument("--arms", default="hf,reference,fused", help="any of hf, reference, fused, int4")
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--decode", action="store_true", help="rounds of decoding by context instead")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.decode:
+        print(json.dumps(decode(args, Console())))
+        return
 
     def load() -> Any:
         return AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).eval()
