@@ -43,7 +43,6 @@ ROWS: dict[str, tuple[str, float, dict[str, Any]]] = {  # name: preset, share of
     "exit 3, 20-23": ("m2r2", SHARE, LEAP | {"exit_layer": 3}),
     "20-23, rank 32": ("m2r2", SHARE, LEAP | {"rank": 32}),
     "2.3 times the answers": ("m2r2", 0.35, LEAP),
-    "22-24": ("m2r2", SHARE, LEAP | {"segments": [[22, 25]]}),
 }
 
 
@@ -149,7 +148,7 @@ def main() -> None:
     parser.add_argument("what", choices=("run", "table"))
     parser.add_argument("--prompts", type=Path, help="token-id answers (run)")
     parser.add_argument("--output", type=Path, required=True, help="folder of all rows")
-    parser.add_argument("--steps", type=int, default=80, help="updates of each row (run)")
+    parser.add_argument("--steps", type=int, default=40, help="updates of each row (run)")
     given = parser.parse_args()
     if given.what == "table":
         table(given.output)

@@ -324,6 +324,7 @@ class Run:
             f"update {self.update}, {self.tokens} tokens, {self.seconds / 60:.1f} min: "
             f"{self.method.describe(figures)}{said(figures)}",
             highlight=False,
+            soft_wrap=True,
         )
         if figures["score"] > self.best:
             self.best = figures["score"]
