@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from specdec import embedded
 from specdec.costs import Costs
 from specdec.draft import Draft, State
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background, and inherited by what tests start
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SMALL = {
     "vocab_size": 97,
