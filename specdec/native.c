@@ -1,15 +1,16 @@
 /* The native runtime's kernels: whole decoder layers of a Llama-like model in one call, for x86 CPUs with AVX-512 BF16.
  *
- * Weights lie in tiles of 16 outputs x 32 inputs, in bf16, or in 8 or 4 bits that unpack to bf16; a tile is unpacked in
- * the first-level cache and multiplied with 16 tokens at once (AMX where there is one, else AVX-512 BF16), so a pass
- * costs what reading the weights costs, however many of the 16 tokens are there. Every token is computed by the same
- * operations in the same order whatever is scored beside it: attention adds the visible keys one by one, and an
- * invisible one adds an exact zero. So a token's logits do not depend, to the last bit, on how many tokens a pass has,
- * nor on the cache slots of a tree's branches.
+ * Weights lie in tiles of 16 outputs x 32 inputs, in bf16, or in 8 or 4 bits that unpack to bf16. With AMX, a tile is
+ * unpacked in the first-level cache and multiplied with 16 tokens at once: a pass costs what reading the weights costs,
+ * however many of the 16 tokens are there. Without, a tile's rows are unpacked into registers and multiplied with one
+ * token after another. Every token is computed by the same operations in the same order whatever is scored beside it:
+ * attention adds the visible keys one by one, and an invisible one adds an exact zero. So a token's logits do not depend,
+ * to the last bit, on how many tokens a pass has, nor on the cache slots of a tree's branches.
  *
  * Layouts, for blocks of 16 tokens ("lanes"): FM, feature-major floats f[features][16]; VN, pairs of bf16
- * v[features / 2][16], what the tile products read; QN, its form for I8 maps, quads of int8 q[features / 4][16], and then
- * each lane's scale. Drafts need not be exact: their maps may be I8, whose products need no unpacking. Knows nothing of Python, models' names, or drafting.
+ * v[features / 2][16], what AMX's products read; QN, its form for I8 maps, quads of int8 q[features / 4][16], and then
+ * each lane's scale; RN and QR (below), what the products without AMX read. Drafts need not be exact: their maps may be
+ * I8, whose products need no unpacking. Knows nothing of Python, models' names, or drafting.
  */
 #include <stdint.h>
 #include <stdlib.h>
@@ -26,10 +27,10 @@
 int omp_get_thread_num(void);
 int omp_get_num_threads(void);
 
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,f16c,fma,avx2,amx-tile,amx-bf16,amx-int8")
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni,f16c,fma,avx2,amx-tile,amx-bf16,amx-int8")
 
 enum { BF16 = 0, Q8 = 1, Q4 = 2, I8 = 3 }; /* I8: for drafts; both sides of the product are rounded to 8 bits */
-enum { MOST_BLOCKS = 4, RING = 8, AHEAD = 2, PREFETCH = 4096 };
+enum { MOST_BLOCKS = 4, RING = 8, AHEAD = 2, PREFETCH = 4096, MOST_EXPECTED = 1024 };
 static const int TILE_BYTES[4] = {1024, 32 + 512, 64 + 256, 1024}; /* 16 x 32: bf16 | scales f16[16], int8 | scales, lows, nibbles; I8: 16 x 64 */
 
 typedef uint16_t bf16;
@@ -127,6 +128,26 @@ static inline __m512i paired(F even, F odd) {
     return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
 }
 
+/* 16 rows of 16 dwords to their columns. */
+static inline void transpose(__m512i *a) {
+    __m512i b[16];
+    for (int i = 0; i < 16; i += 2) {
+        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) /* a[i + c]: of rows i .., columns c, 4 + c, 8 + c, 12 + c */
+        for (int h = 0; h < 2; h++) {
+            a[i + 2 * h] = _mm512_unpacklo_epi64(b[i + h], b[i + 2 + h]);
+            a[i + 2 * h + 1] = _mm512_unpackhi_epi64(b[i + h], b[i + 2 + h]);
+        }
+    for (int c = 0; c < 4; c++) {
+        __m512i even = _mm512_shuffle_i32x4(a[c], a[4 + c], 0x88), odd = _mm512_shuffle_i32x4(a[c], a[4 + c], 0xdd);
+        __m512i even2 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0x88), odd2 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0xdd);
+        a[c] = _mm512_shuffle_i32x4(even, even2, 0x88), a[8 + c] = _mm512_shuffle_i32x4(even, even2, 0xdd);
+        a[4 + c] = _mm512_shuffle_i32x4(odd, odd2, 0x88), a[12 + c] = _mm512_shuffle_i32x4(odd, odd2, 0xdd);
+    }
+}
+
 /* exp(x) for x <= ~88; relative error below 2e-7. */
 static inline F exp16(F x) {
     x = _mm512_max_ps(x, _mm512_set1_ps(-87.0f));
@@ -145,7 +166,7 @@ static inline F exp16(F x) {
 
 /* -- tiles -------------------------------------------------------------------------------------------------------- */
 
-static int has_amx;
+static int has_amx, has_i8;
 
 typedef struct {
     uint8_t palette, start, zero[14];
@@ -168,43 +189,45 @@ static void leave_tiles(void) {
 
 /* A tile's 16 x 32 weights as bf16 rows of 64 bytes. The same code unpacks when weights are fitted, so what was found
  * equal there is equal here. */
+static inline __attribute__((always_inline)) void unpack_quad(const uint8_t *codes, const float *scale, const float *low, __m512i *row) {
+    const F steps = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i nibble = _mm512_set1_epi16(15), second = _mm512_set1_epi16(16);
+    __m512i words = _mm512_loadu_si512(codes); /* word w, nibble j: row j of the four, column w */
+    F a = _mm512_fmadd_ps(steps, _mm512_set1_ps(scale[0]), _mm512_set1_ps(low[0]));
+    F b = _mm512_fmadd_ps(steps, _mm512_set1_ps(scale[1]), _mm512_set1_ps(low[1]));
+    F c = _mm512_fmadd_ps(steps, _mm512_set1_ps(scale[2]), _mm512_set1_ps(low[2]));
+    F d = _mm512_fmadd_ps(steps, _mm512_set1_ps(scale[3]), _mm512_set1_ps(low[3]));
+    /* Two rows share a table of 32 entries; the fifth bit of an index says which. */
+    __m512i ab = (__m512i)_mm512_cvtne2ps_pbh(b, a), cd = (__m512i)_mm512_cvtne2ps_pbh(d, c);
+    __m512i other = _mm512_ternarylogic_epi32(_mm512_srli_epi16(words, 4), nibble, second, 0xea); /* x & y | z */
+    row[0] = _mm512_permutexvar_epi16(_mm512_and_si512(words, nibble), ab);
+    row[1] = _mm512_permutexvar_epi16(other, ab);
+    row[2] = _mm512_permutexvar_epi16(_mm512_and_si512(_mm512_srli_epi16(words, 8), nibble), cd);
+    row[3] = _mm512_permutexvar_epi16(_mm512_or_si512(_mm512_srli_epi16(words, 12), second), cd);
+}
+
 static inline void unpack_q4(const uint8_t *tile, uint8_t *rows) {
     float scale[16] __attribute__((aligned(64))), low[16] __attribute__((aligned(64)));
     _mm512_store_ps(scale, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)tile)));
     _mm512_store_ps(low, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(tile + 32))));
-    const F steps = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512i nibble = _mm512_set1_epi16(15), second = _mm512_set1_epi16(16);
     for (int quad = 0; quad < 4; quad++) {
-        const float *d = scale + 4 * quad, *m = low + 4 * quad;
-        __m512i words = _mm512_loadu_si512(tile + 64 + 64 * quad); /* word w, nibble j: row 4 quad + j, column w */
-        F a = _mm512_fmadd_ps(steps, _mm512_set1_ps(d[0]), _mm512_set1_ps(m[0]));
-        F b = _mm512_fmadd_ps(steps, _mm512_set1_ps(d[1]), _mm512_set1_ps(m[1]));
-        F e = _mm512_fmadd_ps(steps, _mm512_set1_ps(d[2]), _mm512_set1_ps(m[2]));
-        F f = _mm512_fmadd_ps(steps, _mm512_set1_ps(d[3]), _mm512_set1_ps(m[3]));
-        /* Two rows share a table of 32 entries; the fifth bit of an index says which. */
-        __m512i ab = (__m512i)_mm512_cvtne2ps_pbh(b, a), ef = (__m512i)_mm512_cvtne2ps_pbh(f, e);
-        __m512i first = _mm512_and_si512(words, nibble);
-        __m512i other = _mm512_ternarylogic_epi32(_mm512_srli_epi16(words, 4), nibble, second, 0xea); /* x & y | z */
-        __m512i third = _mm512_and_si512(_mm512_srli_epi16(words, 8), nibble);
-        __m512i last = _mm512_or_si512(_mm512_srli_epi16(words, 12), second);
-        uint8_t *to = rows + 256 * quad;
-        _mm512_store_si512(to, _mm512_permutexvar_epi16(first, ab));
-        _mm512_store_si512(to + 64, _mm512_permutexvar_epi16(other, ab));
-        _mm512_store_si512(to + 128, _mm512_permutexvar_epi16(third, ef));
-        _mm512_store_si512(to + 192, _mm512_permutexvar_epi16(last, ef));
+        __m512i row[4];
+        unpack_quad(tile + 64 + 64 * quad, scale + 4 * quad, low + 4 * quad, row);
+        for (int o = 0; o < 4; o++) _mm512_store_si512(rows + 256 * quad + 64 * o, row[o]);
     }
+}
+
+static inline __m512i unpack_row(const uint8_t *codes, float scale) {
+    F s = _mm512_set1_ps(scale);
+    F a = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)codes)));
+    F b = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(codes + 16))));
+    return (__m512i)_mm512_cvtne2ps_pbh(_mm512_mul_ps(b, s), _mm512_mul_ps(a, s));
 }
 
 static inline void unpack_q8(const uint8_t *tile, uint8_t *rows) {
     float scale[16] __attribute__((aligned(64)));
     _mm512_store_ps(scale, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)tile)));
-    for (int row = 0; row < 16; row++) {
-        const uint8_t *codes = tile + 32 + 32 * row;
-        F s = _mm512_set1_ps(scale[row]);
-        F a = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)codes)));
-        F b = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(codes + 16))));
-        _mm512_store_si512(rows + 64 * row, (__m512i)_mm512_cvtne2ps_pbh(_mm512_mul_ps(b, s), _mm512_mul_ps(a, s)));
-    }
+    for (int row = 0; row < 16; row++) _mm512_store_si512(rows + 64 * row, unpack_row(tile + 32 + 32 * row, scale[row]));
 }
 
 static inline void unpack(int kind, const uint8_t *tile, uint8_t *rows) {
@@ -212,12 +235,17 @@ static inline void unpack(int kind, const uint8_t *tile, uint8_t *rows) {
     else unpack_q8(tile, rows);
 }
 
-/* sums[block][16 outputs][16 lanes] of one output tile over `count` input tiles at `tiles`, and then over `count2` bf16
- * tiles at `tiles2`. x, x2: VN of the first block, `stride`, `stride2` bytes a block. */
-static void amx_product(int kind, const uint8_t *tiles, int count, const uint8_t *x, int64_t stride, const uint8_t *tiles2,
-                        int count2, const uint8_t *x2, int64_t stride2, int blocks, float *sums) {
+typedef struct { /* what is multiplied: `count` tiles of `step` bytes; tokens `stride` bytes apart, blocks of them `block` */
+    const uint8_t *tiles, *x;
+    int64_t step, stride, block;
+    int count;
+} Side;
+
+/* sums[block][16 outputs][16 lanes] of one output tile: tiles of `kind` on VN, and then side b's, which are bf16. */
+static void amx_product(int kind, const Side *a, const Side *b, int blocks, float *sums) {
+    const uint8_t *tiles = a->tiles, *x = a->x;
+    int count = a->count, bytes = (int)a->step;
     uint8_t ring[RING][1024] __attribute__((aligned(64)));
-    int bytes = TILE_BYTES[kind];
     _tile_zero(0);
     if (blocks > 1) _tile_zero(1);
     if (blocks > 2) _tile_zero(2);
@@ -236,7 +264,7 @@ static void amx_product(int kind, const uint8_t *tiles, int count, const uint8_t
         for (int k = 0; k < count; k++) {
             const uint8_t *tile = tiles + 1024 * (int64_t)k;
             for (int i = 0; i < 1024; i += 64) _mm_prefetch((const char *)tile + PREFETCH + i, _MM_HINT_T0);
-            MULTIPLY(tile, x + 1024 * (int64_t)k, stride);
+            MULTIPLY(tile, x + 1024 * (int64_t)k, a->block);
         }
     } else {
         for (int k = 0; k < count + AHEAD; k++) { /* unpack ahead: a tile load waits for stores to reach the cache */
@@ -245,10 +273,10 @@ static void amx_product(int kind, const uint8_t *tiles, int count, const uint8_t
                 for (int i = 0; i < bytes; i += 64) _mm_prefetch((const char *)tile + PREFETCH + i, _MM_HINT_T0);
                 unpack(kind, tile, ring[k % RING]);
             }
-            if (k >= AHEAD) MULTIPLY(ring[(k - AHEAD) % RING], x + 1024 * (int64_t)(k - AHEAD), stride);
+            if (k >= AHEAD) MULTIPLY(ring[(k - AHEAD) % RING], x + 1024 * (int64_t)(k - AHEAD), a->block);
         }
     }
-    for (int k = 0; k < count2; k++) MULTIPLY(tiles2 + 1024 * (int64_t)k, x2 + 1024 * (int64_t)k, stride2);
+    for (int k = 0; k < b->count; k++) MULTIPLY(b->tiles + 1024 * (int64_t)k, b->x + 1024 * (int64_t)k, b->block);
     _tile_stored(0, sums, 64);
     if (blocks > 1) _tile_stored(1, sums + 256, 64);
     if (blocks > 2) _tile_stored(2, sums + 512, 64);
@@ -257,15 +285,16 @@ static void amx_product(int kind, const uint8_t *tiles, int count, const uint8_t
 }
 
 /* The same for int8 tiles and QN, times the scales of both. */
-static void i8_product(const uint8_t *tiles, int count, const uint8_t *x, int64_t stride, int blocks, const float *scale,
-                       float *sums) {
+static void i8_tiles(const Side *a, int tokens, const float *scale, float *sums) {
     int32_t *whole = (int32_t *)sums;
+    int blocks = (tokens + 15) / 16, count = a->count;
+    int64_t stride = a->block;
     _tile_zero(0);
     if (blocks > 1) _tile_zero(1);
     if (blocks > 2) _tile_zero(2);
     if (blocks > 3) _tile_zero(3);
     for (int k = 0; k < count; k++) {
-        const uint8_t *tile = tiles + 1024 * (int64_t)k, *lanes = x + 1024 * (int64_t)k;
+        const uint8_t *tile = a->tiles + 1024 * (int64_t)k, *lanes = a->x + 1024 * (int64_t)k;
         for (int i = 0; i < 1024; i += 64) _mm_prefetch((const char *)tile + PREFETCH + i, _MM_HINT_T0);
         _tile_loadd(4, tile, 64);
         _tile_loadd(5, lanes, 64);
@@ -279,7 +308,7 @@ static void i8_product(const uint8_t *tiles, int count, const uint8_t *x, int64_
     if (blocks > 2) _tile_stored(2, whole + 512, 64);
     if (blocks > 3) _tile_stored(3, whole + 768, 64);
     for (int b = 0; b < blocks; b++) {
-        F lane = _mm512_loadu_ps((const float *)(x + b * stride + 1024 * (int64_t)count));
+        F lane = _mm512_loadu_ps((const float *)(a->x + b * stride + 1024 * (int64_t)count));
         for (int o = 0; o < 16; o++) {
             F v = _mm512_cvtepi32_ps(_mm512_load_si512(whole + 256 * b + 16 * o));
             _mm512_store_ps(sums + 256 * b + 16 * o, _mm512_mul_ps(v, _mm512_mul_ps(lane, _mm512_set1_ps(scale[o]))));
@@ -287,8 +316,8 @@ static void i8_product(const uint8_t *tiles, int count, const uint8_t *x, int64_
     }
 }
 
-/* Bytes of a block of QN. */
-static int64_t qn_bytes(int features) { return 16 * (int64_t)features + 64; }
+/* Bytes of a block of QN, or of QR. */
+static int64_t qn_bytes(int features) { return 16 * (int64_t)features + 128; }
 
 /* VN to QN: each lane by its largest value. */
 static void to_qn(const uint32_t *vn, int features, int blocks, uint8_t *qn) {
@@ -316,54 +345,200 @@ static void to_qn(const uint32_t *vn, int features, int blocks, uint8_t *qn) {
     }
 }
 
-/* amx_product without AMX. */
-static void add_tile(const uint8_t *rows, const uint8_t *x, float *sums) {
-    F acc[16];
-    for (int o = 0; o < 16; o++) acc[o] = _mm512_loadu_ps(sums + 16 * o);
-    for (int j = 0; j < 16; j++) {
-        __m512bh lanes = (__m512bh)_mm512_loadu_si512(x + 64 * j);
-        for (int o = 0; o < 16; o++) {
-            int32_t pair;
-            memcpy(&pair, rows + 64 * o + 4 * j, 4);
-            acc[o] = _mm512_dpbf16_ps(acc[o], (__m512bh)_mm512_set1_epi32(pair), lanes);
+/* -- the same without AMX ------------------------------------------------------------------------------------------
+ * A tile's rows are multiplied with one token after another: a pass of few tokens costs few products. Inputs are in
+ * rows: RN, bf16 [16 tokens][features]; QR, its form for I8 maps, int8 [16][features], each token's scale, and 128 times
+ * its sum (the products take weights without sign, 128 too large). */
+
+enum { ROWS = 6 }; /* tokens multiplied at once: 24 sums, 4 rows and a token fit the registers */
+
+/* VN to RN. */
+static void to_rows(const uint32_t *vn, int features, int tokens, uint32_t *rows) {
+    int width = features / 2;
+    for (int i = 0; i < width; i += 16) {
+        __m512i a[16];
+        for (int j = 0; j < 16; j++) a[j] = _mm512_load_si512(vn + 16 * (i + j));
+        transpose(a);
+        for (int r = 0; r < tokens; r++) _mm512_store_si512(rows + (int64_t)r * width + i, a[r]);
+    }
+}
+
+/* RN to QR: each token by its largest value. */
+static void to_qr(const uint32_t *rn, int features, int tokens, uint8_t *qr) {
+    F *scales = (F *)(qr + 16 * (int64_t)features);
+    const __m512i upper = _mm512_set1_epi32((int)0xffff0000);
+    float lane[16] __attribute__((aligned(64))) = {0}, sums[16] __attribute__((aligned(64))) = {0};
+    for (int r = 0; r < tokens; r++) {
+        const uint32_t *row = rn + (int64_t)r * features / 2;
+        F most = _mm512_set1_ps(1e-20f);
+        for (int i = 0; i < features / 2; i += 16) {
+            __m512i pair = _mm512_load_si512(row + i);
+            most = _mm512_max_ps(most, _mm512_abs_ps(_mm512_castsi512_ps(_mm512_slli_epi32(pair, 16))));
+            most = _mm512_max_ps(most, _mm512_abs_ps(_mm512_castsi512_ps(_mm512_and_si512(pair, upper))));
+        }
+        float largest = _mm512_reduce_max_ps(most);
+        F inverse = _mm512_set1_ps(127.0f / largest);
+        __m512i sum = _mm512_setzero_si512();
+        for (int i = 0; i < features; i += 16) {
+            __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(load_bf16((const bf16 *)row + i), inverse));
+            sum = _mm512_add_epi32(sum, whole);
+            _mm_store_si128((__m128i *)(qr + (int64_t)r * features + i), _mm512_cvtsepi32_epi8(whole));
+        }
+        lane[r] = largest / 127.0f, sums[r] = 128.0f * (float)_mm512_reduce_add_epi32(sum);
+    }
+    scales[0] = _mm512_load_ps(lane), scales[1] = _mm512_load_ps(sums);
+}
+
+/* Scales and lows of a row of tiles, float [tile][scale, low][16 outputs]: from memory they are spread for nothing. */
+static inline __attribute__((always_inline)) void read_scales(int kind, const uint8_t *tiles, int count, float *scales) {
+    for (int k = 0; k < count; k++, tiles += TILE_BYTES[kind], scales += 32) {
+        _mm512_store_ps(scales, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)tiles)));
+        if (kind == Q4) _mm512_store_ps(scales + 16, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(tiles + 32))));
+    }
+}
+
+/* Rows 4 quad .. of a tile, with its `scales`. */
+static inline __attribute__((always_inline)) void four_rows(int kind, const uint8_t *at, int quad, const float *scales, __m512i *row) {
+    if (kind == Q4) unpack_quad(at + 64 + 64 * quad, scales + 4 * quad, scales + 16 + 4 * quad, row);
+    else
+        for (int o = 0; o < 4; o++)
+            row[o] = kind == Q8 ? unpack_row(at + 32 + 32 * (4 * quad + o), scales[4 * quad + o])
+                                : _mm512_load_si512(at + 256 * quad + 64 * o);
+}
+
+/* The sums of four vectors' elements, side by side. */
+static inline __m128 sums_of(F a, F b, F c, F d) {
+    F ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    F cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    F all = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+    __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+
+/* sums[4 outputs][16 lanes] of `tokens` <= ROWS tokens: both sides' products are added one after the other in 16 places,
+ * and those in the end, so a token's result is the same whatever is computed beside it. ahead: bytes to what will be
+ * read next, or 0. */
+static inline __attribute__((always_inline)) void four_outputs(int kind, int tokens, const Side *a, const Side *b, int quad,
+                                                               const float *scales, int64_t ahead, float *sums) {
+    __m512i row[4], whole[4][ROWS]; /* a kind has sums of one type: casts would keep the compiler from using registers */
+    F sum[4][ROWS];
+    for (int o = 0; o < 4; o++)
+        for (int r = 0; r < tokens; r++)
+            if (kind == I8) whole[o][r] = _mm512_setzero_si512();
+            else sum[o][r] = _mm512_setzero_ps();
+    for (int k = 0; k < a->count; k++) {
+        const uint8_t *tile = a->tiles + a->step * k, *x = a->x + 64 * k;
+        if (ahead)
+            for (int64_t i = 64 * quad; i < a->step; i += 256) _mm_prefetch((const char *)tile + ahead + i, _MM_HINT_T0);
+        four_rows(kind, tile, quad, scales + 32 * k, row);
+        for (int r = 0; r < tokens; r++) {
+            __m512i token = _mm512_load_si512(x + a->stride * r);
+            for (int o = 0; o < 4; o++)
+                if (kind == I8) whole[o][r] = _mm512_dpbusd_epi32(whole[o][r], row[o], token);
+                else sum[o][r] = _mm512_dpbf16_ps(sum[o][r], (__m512bh)row[o], (__m512bh)token);
         }
     }
-    for (int o = 0; o < 16; o++) _mm512_storeu_ps(sums + 16 * o, acc[o]);
-}
-
-static void avx_product(int kind, const uint8_t *tiles, int count, const uint8_t *x, int64_t stride, const uint8_t *tiles2,
-                        int count2, const uint8_t *x2, int64_t stride2, int blocks, float *sums) {
-    uint8_t scratch[1024] __attribute__((aligned(64)));
-    memset(sums, 0, 1024 * (size_t)blocks);
-    for (int k = 0; k < count; k++) {
-        const uint8_t *rows = tiles + TILE_BYTES[kind] * (int64_t)k;
-        if (kind != BF16) unpack(kind, rows, scratch), rows = scratch;
-        for (int b = 0; b < blocks; b++) add_tile(rows, x + b * stride + 1024 * (int64_t)k, sums + 256 * b);
+    for (int k = 0; kind != I8 && k < b->count; k++) {
+        four_rows(BF16, b->tiles + b->step * k, quad, NULL, row);
+        for (int r = 0; r < tokens; r++) {
+            __m512bh token = (__m512bh)_mm512_load_si512(b->x + 64 * k + b->stride * r);
+            for (int o = 0; o < 4; o++) sum[o][r] = _mm512_dpbf16_ps(sum[o][r], (__m512bh)row[o], token);
+        }
     }
-    for (int k = 0; k < count2; k++)
-        for (int b = 0; b < blocks; b++)
-            add_tile(tiles2 + 1024 * (int64_t)k, x2 + b * stride2 + 1024 * (int64_t)k, sums + 256 * b);
+    for (int r = 0; r < tokens; r++) {
+        float four[4] __attribute__((aligned(16)));
+        if (kind == I8)
+            for (int o = 0; o < 4; o++) sum[o][r] = _mm512_cvtepi32_ps(whole[o][r]);
+        _mm_store_ps(four, sums_of(sum[0][r], sum[1][r], sum[2][r], sum[3][r]));
+        for (int o = 0; o < 4; o++) sums[16 * o + r] = four[o];
+    }
 }
 
-/* The sums of output tile `t` of `map` (and `low`, on `down_x`, its rank's activations) for `blocks` blocks of VN (for
- * an I8 map QN) `x`, bias added. */
-static void product(const Map *map, const LowRank *low, int t, const uint32_t *x, const uint32_t *down_x, int blocks,
+static inline __attribute__((always_inline)) void few_tokens(int kind, int tokens, const Side *a, const Side *b, int quad,
+                                                             const float *scales, int64_t ahead, float *sums) {
+    switch (tokens) {
+    case 1: four_outputs(kind, 1, a, b, quad, scales, ahead, sums); break;
+    case 2: four_outputs(kind, 2, a, b, quad, scales, ahead, sums); break;
+    case 3: four_outputs(kind, 3, a, b, quad, scales, ahead, sums); break;
+    case 4: four_outputs(kind, 4, a, b, quad, scales, ahead, sums); break;
+    case 5: four_outputs(kind, 5, a, b, quad, scales, ahead, sums); break;
+    default: four_outputs(kind, 6, a, b, quad, scales, ahead, sums);
+    }
+}
+
+static inline __attribute__((always_inline)) void rows_of_kind(int kind, const Side *a, const Side *b, int tokens, float *sums) {
+    const int packed = kind == Q4 || kind == Q8;
+    float scales[packed ? 32 * a->count : 16] __attribute__((aligned(64)));
+    if (packed) read_scales(kind, a->tiles, a->count, scales);
+    if (tokens <= ROWS) {
+        for (int quad = 0; quad < 4; quad++) few_tokens(kind, tokens, a, b, quad, scales, a->step * a->count, sums + 64 * quad);
+        return;
+    }
+    uint8_t unpacked[packed ? 256 * (size_t)a->count : 64] __attribute__((aligned(64)));
+    for (int quad = 0; quad < 4; quad++) {
+        Side from = *a, beside = *b;
+        if (packed) { /* once for all tokens */
+            for (int k = 0; k < a->count; k++) {
+                __m512i row[4];
+                const uint8_t *tile = a->tiles + a->step * k;
+                for (int64_t i = 64 * quad; i < a->step; i += 256)
+                    _mm_prefetch((const char *)tile + a->step * a->count + i, _MM_HINT_T0);
+                four_rows(kind, tile, quad, scales + 32 * k, row);
+                for (int o = 0; o < 4; o++) _mm512_store_si512(unpacked + 256 * (size_t)k + 64 * o, row[o]);
+            }
+            from.tiles = unpacked, from.step = 256, beside.tiles += 256 * quad;
+        }
+        for (int r = 0; r < tokens; r += r % 16 == 12 ? 4 : ROWS) {
+            int left = tokens - r < 16 - r % 16 ? tokens - r : 16 - r % 16;
+            from.x = a->x + a->block * (r / 16) + a->stride * (r % 16), beside.x = b->x + b->block * (r / 16) + b->stride * (r % 16);
+            few_tokens(packed ? BF16 : kind, left, &from, &beside, packed ? 0 : quad, NULL, 0, sums + 256 * (r / 16) + 64 * quad + r % 16);
+        }
+    }
+}
+
+/* sums[block][16 outputs][16 lanes], as amx_product, from rows. Lanes without a token are 0. */
+static void row_product(int kind, const Side *a, const Side *b, int tokens, float *sums) {
+    memset(sums, 0, 1024 * (size_t)((tokens + 15) / 16));
+    if (kind == Q4) rows_of_kind(Q4, a, b, tokens, sums);
+    else if (kind == Q8) rows_of_kind(Q8, a, b, tokens, sums);
+    else if (kind == I8) rows_of_kind(I8, a, b, tokens, sums);
+    else rows_of_kind(BF16, a, b, tokens, sums);
+}
+
+/* As i8_tiles, from QR. */
+static void i8_rows(const Side *a, int tokens, const float *scale, float *sums) {
+    const Side none = {NULL, NULL, 1024, 0, 0, 0};
+    row_product(I8, a, &none, tokens, sums);
+    for (int b = 0; b < (tokens + 15) / 16; b++) {
+        const F *lanes = (const F *)(a->x + b * a->block + 1024 * (int64_t)a->count); /* their scales, and sums */
+        for (int o = 0; o < 16; o++) {
+            F v = _mm512_sub_ps(_mm512_load_ps(sums + 256 * b + 16 * o), lanes[1]);
+            _mm512_store_ps(sums + 256 * b + 16 * o, _mm512_mul_ps(v, _mm512_mul_ps(lanes[0], _mm512_set1_ps(scale[o]))));
+        }
+    }
+}
+
+/* Bytes of a block of what `map` reads, for the layout that `input_of` makes. */
+static int64_t block_bytes(const Map *map) { return map->kind == I8 ? qn_bytes(map->in) : 32 * (int64_t)map->in; }
+
+/* The sums of output tile `t` of `map` (and `low`, on `down_x`, its rank's activations) for `tokens` tokens, from the
+ * block on that `x` begins with, in the layout that `input_of` makes; bias added. */
+static void product(const Map *map, const LowRank *low, int t, const uint32_t *x, const uint32_t *down_x, int tokens,
                     float *sums) {
-    int count = map->in / 32, count2 = 0;
-    const uint8_t *up = NULL, *x2 = NULL;
-    int64_t stride2 = 0;
+    int count = map->in / 32, blocks = (tokens + 15) / 16;
+    Side a = {map->tiles + TILE_BYTES[map->kind] * (int64_t)count * t, (const uint8_t *)x, TILE_BYTES[map->kind],
+              2 * (int64_t)map->in, block_bytes(map), count};
+    Side b = {NULL, NULL, 1024, 0, 0, 0};
     if (low && low->first[t] >= 0) {
-        count2 = low->ks;
-        up = low->up + 1024 * (int64_t)low->ks * t;
-        x2 = (const uint8_t *)down_x + 1024 * (int64_t)low->first[t];
-        stride2 = 32 * (int64_t)low->down.out;
+        b.count = low->ks, b.stride = 2 * (int64_t)low->down.out, b.block = 16 * b.stride;
+        b.tiles = low->up + 1024 * (int64_t)low->ks * t;
+        b.x = (const uint8_t *)down_x + (has_amx ? 1024 : 64) * (int64_t)low->first[t];
     }
-    const uint8_t *tiles = map->tiles + TILE_BYTES[map->kind] * (int64_t)count * t;
-    if (map->kind == I8)
-        i8_product(map->tiles + 16 * (int64_t)map->in * t, map->in / 64, (const uint8_t *)x, qn_bytes(map->in), blocks,
-                   map->scale + 16 * t, sums);
-    else (has_amx ? amx_product : avx_product)(map->kind, tiles, count, (const uint8_t *)x, 32 * (int64_t)map->in, up, count2, x2,
-                                          stride2, blocks, sums);
+    if (map->kind == I8) {
+        a.tiles = map->tiles + 16 * (int64_t)map->in * t, a.count = map->in / 64, a.stride = map->in;
+        (has_amx ? i8_tiles : i8_rows)(&a, tokens, map->scale + 16 * t, sums);
+    } else if (has_amx) amx_product(map->kind, &a, &b, blocks, sums);
+    else row_product(map->kind, &a, &b, tokens, sums);
     if (map->bias)
         for (int b = 0; b < blocks; b++)
             for (int o = 0; o < 16; o++) {
@@ -372,16 +547,24 @@ static void product(const Map *map, const LowRank *low, int t, const uint32_t *x
             }
 }
 
-/* What `map` reads of VN `x`: itself, or its QN in `scratch`. And that from block `b` on. */
-static const uint32_t *input_of(const Map *map, const uint32_t *x, int blocks, uint8_t *scratch) {
-    if (map->kind != I8) return x;
-    to_qn(x, map->in, blocks, scratch);
+/* What `map` reads of VN `x`: itself with AMX, or else RN in `scratch`; for I8 maps QN or QR. And that from block `b` on. */
+static const uint32_t *input_of(const Map *map, const uint32_t *x, int tokens, uint8_t *scratch) {
+    int features = map->in, blocks = (tokens + 15) / 16;
+    if (has_amx && map->kind != I8) return x;
+    if (has_amx) to_qn(x, features, blocks, scratch);
+    for (int b = 0; !has_amx && b < blocks; b++) {
+        int some = tokens - 16 * b < 16 ? tokens - 16 * b : 16;
+        uint8_t *to = scratch + b * block_bytes(map), *rows = map->kind == I8 ? scratch + blocks * block_bytes(map) : to;
+        to_rows(x + 8 * (int64_t)features * b, features, some, (uint32_t *)rows);
+        if (map->kind == I8) to_qr((const uint32_t *)rows, features, some, to);
+    }
     return (const uint32_t *)scratch;
 }
 
-static inline const uint32_t *from_block(const Map *map, const uint32_t *x, int b) {
-    return x + b * (map->kind == I8 ? qn_bytes(map->in) / 4 : 8 * (int64_t)map->in);
-}
+/* Bytes of `input_of`'s scratch. */
+static int64_t scratch_bytes(int features, int blocks) { return (blocks + 1) * (32 * (int64_t)features + 128); }
+
+static inline const uint32_t *from_block(const Map *map, const uint32_t *x, int b) { return x + b * block_bytes(map) / 4; }
 
 /* -- parts of a layer --------------------------------------------------------------------------------------------- */
 
@@ -444,78 +627,91 @@ static void rotate(float *head, const Model *m, const float *weight, const float
     }
 }
 
-/* Whether one of 16 keys is seen (memory behind the last key's entry may be read). */
-static inline int seen(const uint16_t *visible, int key) {
-    if (!visible) return 1;
-    __m256i any = _mm256_loadu_si256((const __m256i *)(visible + key));
-    return !_mm256_testz_si256(any, any);
+/* Which of 16 keys a column sees, for all of them: bits of `visible` by key and column, NULL: all. */
+static inline __m256i seen(const uint16_t *visible, int key) {
+    return visible ? _mm256_loadu_si256((const __m256i *)(visible + key)) : _mm256_set1_epi16(-1);
 }
 
-/* Keys in blocks of 16, without the blocks that nobody sees: holes of ragged rows, what lies before a window. */
-#define EACH_BLOCK(s)                     \
+/* Keys in blocks of 16, without the blocks that nobody sees: holes of ragged rows, what lies before a window. (Memory
+ * behind the last key's entry may be read.) */
+#define EACH_BLOCK(s)                   \
     for (int s = 0; s < count; s += 16) \
-        if (seen(visible, s))
-#define EACH_KEY(s)   \
-    EACH_BLOCK(block) \
-    for (int s = block; s < block + 16 && s < count; s++)
+        if (!visible || !_mm256_testz_si256(seen(visible, s), seen(visible, s)))
 
-/* out[column][dims] += p[key][column] v[key][dims], 16 dims at a time; COLUMNS at once. */
+/* out[column][dims] += p[key][column] v[key][dims], 16 dims at a time; COLUMNS at once. The keys are added in order, and
+ * so are the weights themselves: the order is all that a sum depends on. */
 #define WEIGHTED_SUM(COLUMNS)                                                                                        \
     for (int at = 0; at < d; at += 16) {                                                                             \
-        F acc[COLUMNS];                                                                                              \
-        for (int c = 0; c < COLUMNS; c++) acc[c] = _mm512_setzero_ps();                                              \
-        EACH_KEY(s) {                                                                                                \
-            F v = load_bf16(values + (int64_t)s * d + at);                                                           \
-            for (int c = 0; c < COLUMNS; c++) acc[c] = _mm512_fmadd_ps(_mm512_set1_ps(p[16 * s + c]), v, acc[c]);    \
+        F acc[COLUMNS], all[COLUMNS];                                                                                \
+        for (int c = 0; c < COLUMNS; c++) acc[c] = all[c] = _mm512_setzero_ps();                                     \
+        EACH_BLOCK(block)                                                                                            \
+        for (int i = 0; i < 16 && block + i < count; i++) {                                                          \
+            F v = load_bf16(values + (int64_t)(block + i) * d + at);                                                 \
+            const float *weight = p + 16 * block + i;                                                                \
+            for (int c = 0; c < COLUMNS; c++) acc[c] = _mm512_fmadd_ps(_mm512_set1_ps(weight[16 * c]), v, acc[c]);   \
+            if (!at)                                                                                                 \
+                for (int c = 0; c < COLUMNS; c++) all[c] = _mm512_add_ps(_mm512_set1_ps(weight[16 * c]), all[c]);    \
         }                                                                                                            \
-        for (int c = 0; c < COLUMNS; c++) _mm512_store_ps(out + c * d + at, acc[c]);                                 \
+        for (int c = 0; c < COLUMNS; c++) {                                                                          \
+            _mm512_store_ps(out + c * d + at, acc[c]);                                                               \
+            if (!at) sum[c] = all[c];                                                                                \
+        }                                                                                                            \
     }
 
 /* Attention of up to 16 columns (a token and a head each) to `count` keys of one key head.
- * queries: VN [d / 2][16 columns]; visible: for each key the columns that see it, or NULL (all see all). p: scratch
- * [count rounded up to 16][16]; out: [16][d]. */
+ * queries: VN [d / 2][16 columns]; visible: for each key the columns that see it, or NULL (all see all). p: scratch,
+ * [blocks of 16 keys][column][key]; out: [16][d]. Memory of whole blocks of keys is read. */
 static void attend(const bf16 *keys, const bf16 *values, int count, int d, const uint32_t *queries, int columns,
                    const uint16_t *visible, float scale, float *p, float *out) {
+    F most[16], sum[16], scales = _mm512_set1_ps(scale);
+    for (int c = 0; c < 16; c++) most[c] = _mm512_set1_ps(-1e30f);
     EACH_BLOCK(s) {
+        float *to = p + 16 * s;
+        __m256i see = seen(visible, s);
+        __mmask16 there = count - s < 16 ? (__mmask16)((1 << (count - s)) - 1) : 0xffff;
         if (has_amx) {
+            __m512i a[16];
             _tile_zero(0);
             for (int k = 0; k < d; k += 32) {
                 _tile_loadd(4, keys + (int64_t)s * d + k, 2 * d);
                 _tile_loadd(5, queries + 8 * k, 64);
                 _tile_dpbf16ps(0, 4, 5);
             }
-            _tile_stored(0, p + 16 * s, 64);
-        } else {
-            for (int i = s; i < s + 16 && i < count; i++) {
-                F acc = _mm512_setzero_ps();
-                for (int j = 0; j < d / 2; j++) {
-                    int32_t pair;
-                    memcpy(&pair, keys + (int64_t)i * d + 2 * j, 4);
-                    acc = _mm512_dpbf16_ps(acc, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)_mm512_loadu_si512(queries + 16 * j));
+            _tile_stored(0, to, 64);
+            for (int i = 0; i < 16; i++) a[i] = _mm512_load_si512(to + 16 * i);
+            transpose(a);
+            for (int c = 0; c < 16; c++) _mm512_store_si512(to + 16 * c, a[c]);
+        } else
+            for (int k = 0; k < d; k += 32) {
+                __m512i a[16];
+                for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(keys + (int64_t)(s + i) * d + k);
+                transpose(a);
+                for (int c = 0; c < columns; c++) {
+                    F acc = k ? _mm512_load_ps(to + 16 * c) : _mm512_setzero_ps();
+                    for (int j = 0; j < 16; j++)
+                        acc = _mm512_dpbf16_ps(acc, (__m512bh)a[j], (__m512bh)_mm512_set1_epi32((int)queries[16 * (k / 2 + j) + c]));
+                    _mm512_store_ps(to + 16 * c, acc);
                 }
-                _mm512_store_ps(p + 16 * i, acc);
             }
+        for (int c = 0; c < columns; c++) {
+            __mmask16 mine = there & _mm256_movepi16_mask(_mm256_sll_epi16(see, _mm_cvtsi32_si128(15 - c)));
+            F v = _mm512_mask_mul_ps(_mm512_set1_ps(-1e30f), mine, _mm512_load_ps(to + 16 * c), scales);
+            _mm512_store_ps(to + 16 * c, v);
+            most[c] = _mm512_max_ps(most[c], v);
         }
     }
-    F most = _mm512_set1_ps(-1e30f), sum = _mm512_setzero_ps(), scales = _mm512_set1_ps(scale);
-    EACH_KEY(s) {
-        __mmask16 see = visible ? visible[s] : 0xffff;
-        F v = _mm512_mul_ps(_mm512_load_ps(p + 16 * s), scales);
-        _mm512_store_ps(p + 16 * s, v);
-        most = _mm512_mask_max_ps(most, see, most, v);
+    for (int c = 0; c < columns; c++) most[c] = _mm512_set1_ps(_mm512_reduce_max_ps(most[c]));
+    EACH_BLOCK(s)
+    for (int c = 0; c < columns; c++) {
+        F v = _mm512_load_ps(p + 16 * (s + c));
+        __mmask16 mine = _mm512_cmp_ps_mask(v, _mm512_set1_ps(-1e30f), _CMP_NLE_UQ);
+        _mm512_store_ps(p + 16 * (s + c), _mm512_maskz_mov_ps(mine, exp16(_mm512_sub_ps(v, most[c]))));
     }
-    EACH_KEY(s) {
-        __mmask16 see = visible ? visible[s] : 0xffff;
-        F v = _mm512_maskz_mov_ps(see, exp16(_mm512_sub_ps(_mm512_load_ps(p + 16 * s), most)));
-        sum = _mm512_add_ps(sum, v);
-        _mm512_store_ps(p + 16 * s, v);
+    if (columns <= 3) { WEIGHTED_SUM(3) } else if (columns <= 4) { WEIGHTED_SUM(4) } else if (columns <= 8) { WEIGHTED_SUM(8) } else { WEIGHTED_SUM(16) }
+    for (int c = 0; c < columns; c++) {
+        F share_ = _mm512_div_ps(_mm512_set1_ps(1.0f), _mm512_max_ps(sum[c], _mm512_set1_ps(1e-30f)));
+        for (int at = 0; at < d; at += 16) _mm512_store_ps(out + c * d + at, _mm512_mul_ps(_mm512_load_ps(out + c * d + at), share_));
     }
-    if (columns <= 4) { WEIGHTED_SUM(4) } else if (columns <= 8) { WEIGHTED_SUM(8) } else { WEIGHTED_SUM(16) }
-    float share_[16] __attribute__((aligned(64)));
-    _mm512_store_ps(share_, _mm512_div_ps(_mm512_set1_ps(1.0f), _mm512_max_ps(sum, _mm512_set1_ps(1e-30f))));
-    for (int c = 0; c < columns; c++)
-        for (int at = 0; at < d; at += 16)
-            _mm512_store_ps(out + c * d + at, _mm512_mul_ps(_mm512_load_ps(out + c * d + at), _mm512_set1_ps(share_[c])));
 }
 
 /* -- the pass ----------------------------------------------------------------------------------------------------- */
@@ -537,24 +733,34 @@ typedef struct {
     Barrier barrier;
 } Pass;
 
-/* Low-rank activations down x of `low` for all blocks (VN), zero where a token has no adapters; then all threads wait. */
+/* Tokens from block b0 on, of as many blocks as are multiplied at once. */
+static int tokens_from(const Pass *p, int b0) {
+    int left = p->rows - 16 * b0;
+    return left < 16 * MOST_BLOCKS ? left : 16 * MOST_BLOCKS;
+}
+
+/* Low-rank activations down x of `low` for all blocks (VN; without AMX RN), zero where a token has no adapters; then all
+ * threads wait. */
 static void rank_down(Pass *p, const LowRank *low, const uint32_t *x, uint32_t *ranked, int me, int n) {
     if (!low) return;
     float sums[MOST_BLOCKS * 256] __attribute__((aligned(64)));
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     int from, to, first = p->c->adapted > 0 ? p->c->tokens - p->c->adapted : 0;
     share(low->down.out / 16, me, n, &from, &to);
     for (int b0 = 0; b0 < p->blocks; b0 += MOST_BLOCKS) {
-        int blocks = p->blocks - b0 < MOST_BLOCKS ? p->blocks - b0 : MOST_BLOCKS;
+        int tokens = tokens_from(p, b0), blocks = (tokens + 15) / 16;
         for (int t = from; t < to; t++) {
-            product(&low->down, NULL, t, x + (int64_t)b0 * low->down.in * 8, NULL, blocks, sums);
+            product(&low->down, NULL, t, x + (int64_t)b0 * low->down.in * 8, NULL, tokens, sums);
             for (int b = 0; b < blocks; b++) {
                 __mmask16 adapted = 0;
                 for (int lane = 0; lane < 16; lane++)
                     if (((b0 + b) * 16 + lane) % p->c->tokens >= first) adapted |= (__mmask16)(1 << lane);
-                uint32_t *out = ranked + ((int64_t)(b0 + b) * low->down.out + 16 * t) * 8;
+                uint32_t *out = ranked + (int64_t)(b0 + b) * low->down.out * 8;
                 for (int o = 0; o < 16; o += 2) {
                     const float *row = sums + 256 * b + 16 * o;
-                    _mm512_store_si512(out + 8 * o, _mm512_maskz_mov_epi32(adapted, paired(_mm512_load_ps(row), _mm512_load_ps(row + 16))));
+                    __m512i pairs = _mm512_maskz_mov_epi32(adapted, paired(_mm512_load_ps(row), _mm512_load_ps(row + 16)));
+                    if (has_amx) _mm512_store_si512(out + 8 * (16 * t + o), pairs);
+                    else _mm512_i32scatter_epi32(out + 8 * t + o / 2, _mm512_mullo_epi32(lanes, _mm512_set1_epi32(low->down.out / 2)), pairs, 4);
                 }
             }
         }
@@ -599,15 +805,30 @@ static void add_product(Pass *p, const Map *map, const LowRank *low, const uint3
     int from, to;
     share(map->out / 16, me, n, &from, &to);
     for (int b0 = 0; b0 < p->blocks; b0 += MOST_BLOCKS) {
-        int blocks = p->blocks - b0 < MOST_BLOCKS ? p->blocks - b0 : MOST_BLOCKS;
+        int tokens = tokens_from(p, b0), blocks = (tokens + 15) / 16;
         for (int t = from; t < to; t++) {
             const uint32_t *low_x = low ? ranked + (int64_t)b0 * low->down.out * 8 : NULL;
-            product(map, low, t, from_block(map, in, b0), low_x, blocks, sums);
+            product(map, low, t, from_block(map, in, b0), low_x, tokens, sums);
             for (int b = 0; b < blocks; b++)
                 for (int o = 0; o < 16; o++) {
                     float *x = p->x + ((int64_t)(b0 + b) * map->out + 16 * t + o) * 16;
                     _mm512_store_ps(x, rounded(_mm512_add_ps(_mm512_load_ps(x), rounded(_mm512_load_ps(sums + 256 * b + 16 * o)))));
                 }
+        }
+    }
+}
+
+/* Part `at` of `parts` of the cached keys and values that the thread will attend to: on their way while it multiplies. */
+static void expect(const Pass *p, int index, int at, int parts, int me, int n) {
+    const Model *m = p->m;
+    const Call *c = p->c;
+    int items = c->batch * m->kv_heads, from, to;
+    share(p->slots < MOST_EXPECTED ? p->slots * m->head_dim / 32 : 0, at, parts, &from, &to);
+    for (int item = me; item < items; item += n) {
+        int64_t first = (int64_t)item * c->capacity[index] * m->head_dim;
+        for (int line = from; line < to; line++) {
+            _mm_prefetch((const char *)(c->keys[index] + first + 32 * line), _MM_HINT_T1);
+            _mm_prefetch((const char *)(c->values[index] + first + 32 * line), _MM_HINT_T1);
         }
     }
 }
@@ -623,14 +844,15 @@ static void run_layer(Pass *p, int index, uint32_t *normed, float *scores, uint8
 
     for (int b = 0; b < p->blocks; b++) /* every thread for itself: cheaper than waiting for each other */
         norm(p->x + (int64_t)b * m->hidden * 16, layer->norm_in, m->hidden, m->eps, normed + (int64_t)b * m->hidden * 8);
-    rank_down(p, LOW(0), normed, p->ranked[0], me, n);
-    const uint32_t *seen = input_of(&layer->qkv, normed, p->blocks, coarse);
+    const uint32_t *seen = input_of(&layer->qkv, normed, p->rows, coarse);
+    rank_down(p, LOW(0), seen, p->ranked[0], me, n);
     share(total * d / 16, me, n, &from, &to);
     for (int b0 = 0; b0 < p->blocks; b0 += MOST_BLOCKS) {
-        int blocks = p->blocks - b0 < MOST_BLOCKS ? p->blocks - b0 : MOST_BLOCKS;
+        int tokens = tokens_from(p, b0), blocks = (tokens + 15) / 16;
         for (int t = from; t < to; t++) {
+            if (!b0) expect(p, index, t - from, to - from, me, n);
             const uint32_t *low_x = low && low[0].ks ? p->ranked[0] + (int64_t)b0 * low[0].down.out * 8 : NULL;
-            product(&layer->qkv, LOW(0), t, from_block(&layer->qkv, seen, b0), low_x, blocks, sums);
+            product(&layer->qkv, LOW(0), t, from_block(&layer->qkv, seen, b0), low_x, tokens, sums);
             for (int b = 0; b < blocks; b++)
                 memcpy(p->qkv + ((int64_t)(b0 + b) * total * d + 16 * t) * 16, sums + 256 * b, 1024);
         }
@@ -673,29 +895,32 @@ static void run_layer(Pass *p, int index, uint32_t *normed, float *scores, uint8
         for (int col = 0; col < columns; col++) {
             int row = line * c->tokens + (first + col) / p->group, head = kv * p->group + (first + col) % p->group;
             uint32_t *lane = p->attended + ((int64_t)(row / 16) * m->heads * d + head * d) * 8 + row % 16;
-            for (int i = 0; i < d; i += 2)
-                lane[8 * i] = narrow(out[col * d + i]) | (uint32_t)narrow(out[col * d + i + 1]) << 16;
+            for (int i = 0; i < d; i += 16) {
+                uint32_t pairs[8] __attribute__((aligned(32)));
+                _mm256_store_si256((__m256i *)pairs, narrow16(_mm512_load_ps(out + col * d + i)));
+                for (int j = 0; j < 8; j++) lane[8 * i + 16 * j] = pairs[j];
+            }
         }
     }
     sync_threads(&p->barrier, n);
 
-    rank_down(p, LOW(1), p->attended, p->ranked[1], me, n);
-    seen = input_of(&layer->out, p->attended, p->blocks, coarse);
+    seen = input_of(&layer->out, p->attended, p->rows, coarse);
+    rank_down(p, LOW(1), seen, p->ranked[1], me, n);
     add_product(p, &layer->out, LOW(1), seen, p->ranked[1], me, n);
     sync_threads(&p->barrier, n);
 
     for (int b = 0; b < p->blocks; b++)
         norm(p->x + (int64_t)b * m->hidden * 16, layer->norm_mlp, m->hidden, m->eps, normed + (int64_t)b * m->hidden * 8);
-    rank_down(p, LOW(2), normed, p->ranked[0], me, n);
-    seen = input_of(&layer->gate_up, normed, p->blocks, coarse);
+    seen = input_of(&layer->gate_up, normed, p->rows, coarse);
+    rank_down(p, LOW(2), seen, p->ranked[0], me, n);
     share(m->inner / 16, me, n, &from, &to);
     for (int b0 = 0; b0 < p->blocks; b0 += MOST_BLOCKS) {
-        int blocks = p->blocks - b0 < MOST_BLOCKS ? p->blocks - b0 : MOST_BLOCKS;
+        int tokens = tokens_from(p, b0), blocks = (tokens + 15) / 16;
         for (int t = from; t < to; t++) {
             const uint32_t *x = from_block(&layer->gate_up, seen, b0);
             const uint32_t *low_x = low && low[2].ks ? p->ranked[0] + (int64_t)b0 * low[2].down.out * 8 : NULL;
-            product(&layer->gate_up, LOW(2), 2 * t, x, low_x, blocks, gate);
-            product(&layer->gate_up, LOW(2), 2 * t + 1, x, low_x, blocks, sums);
+            product(&layer->gate_up, LOW(2), 2 * t, x, low_x, tokens, gate);
+            product(&layer->gate_up, LOW(2), 2 * t + 1, x, low_x, tokens, sums);
             for (int b = 0; b < blocks; b++) {
                 uint32_t *inner = p->inner + ((int64_t)(b0 + b) * m->inner + 16 * t) * 8;
                 F act[16];
@@ -706,8 +931,8 @@ static void run_layer(Pass *p, int index, uint32_t *normed, float *scores, uint8
     }
     sync_threads(&p->barrier, n);
 
-    rank_down(p, LOW(3), p->inner, p->ranked[1], me, n);
-    seen = input_of(&layer->down, p->inner, p->blocks, coarse);
+    seen = input_of(&layer->down, p->inner, p->rows, coarse);
+    rank_down(p, LOW(3), seen, p->ranked[1], me, n);
     add_product(p, &layer->down, LOW(3), seen, p->ranked[1], me, n);
     sync_threads(&p->barrier, n);
 #undef LOW
@@ -772,7 +997,7 @@ static int begin(Pass *p, const Model *m, const Call *c, int slots, int widest) 
     if (widest < m->inner) widest = m->inner;
     if (widest < m->heads * m->head_dim) widest = m->heads * m->head_dim;
     p->coarse = p->scored + 64 * ((size_t)slots + 16);
-    p->own = p->coarse + blocks * qn_bytes(widest);
+    p->own = p->coarse + scratch_bytes(widest, p->blocks);
     p->scratch = room(p->own * c->threads);
     if (!(p->x && p->qkv && p->cos && p->sin && p->attended && p->inner && p->ranked[0] && p->ranked[1] && p->queries && p->scratch))
         return -1;
@@ -878,11 +1103,11 @@ static void leap(Pass *p, const Map *map, const float *before, const float *carr
     norm(p->x, NULL, hidden, eps, normed);
     norm(before, NULL, hidden, eps, normed + 8 * hidden);
     if (carried) norm(carried, NULL, hidden, eps, normed + 16 * hidden);
-    const uint32_t *seen = input_of(map, normed, 1, mine + p->coarse);
+    const uint32_t *seen = input_of(map, normed, p->rows, mine + p->coarse);
     sync_threads(&p->barrier, n);
     share(hidden / 16, me, n, &from, &to);
     for (int t = from; t < to; t++) {
-        product(map, NULL, t, seen, NULL, 1, sums);
+        product(map, NULL, t, seen, NULL, p->rows, sums);
         for (int o = 0; o < 16; o++) _mm512_store_ps(p->x + 16 * (16 * t + o), rounded(_mm512_load_ps(sums + 16 * o)));
     }
     sync_threads(&p->barrier, n);
@@ -900,11 +1125,11 @@ static void read_out(Pass *p, const Growth *g, Best *best, int me, int n) {
     }
     norm(p->x, g->norm, p->m->hidden, g->eps, (uint32_t *)mine);
     for (int h = 0; h < 2 && g->head[h]; h++) {
-        const uint32_t *seen = input_of(g->head[h], (uint32_t *)mine, 1, mine + p->coarse);
+        const uint32_t *seen = input_of(g->head[h], (uint32_t *)mine, p->rows, mine + p->coarse);
         int from, to, first = h ? g->outputs[0] : 0;
         share((g->outputs[h] + 15) / 16, me, n, &from, &to);
         for (int t = from; t < to; t++) {
-            product(g->head[h], NULL, t, seen, NULL, 1, sums);
+            product(g->head[h], NULL, t, seen, NULL, p->rows, sums);
             int some = g->outputs[h] - 16 * t < 16 ? g->outputs[h] - 16 * t : 16;
             F top = most;
             for (int o = 0; o < some; o++) top = _mm512_max_ps(top, _mm512_load_ps(sums + 16 * o));
@@ -1055,8 +1280,8 @@ int specdec_linear(const Map *map, const float *weight, float eps, const bf16 *c
     int blocks = (rows + 15) / 16, features = map->in, piece = features / parts;
     float *fm = room(64 * (size_t)blocks * piece);
     uint32_t *vn = room(32 * (size_t)blocks * features);
-    uint8_t *qn = room(blocks * qn_bytes(features));
-    if (fm && vn && qn) {
+    uint8_t *scratch = room(scratch_bytes(features, blocks));
+    if (fm && vn && scratch) {
         for (int part = 0; part < parts; part++) {
             to_blocks(x[part], rows, piece, fm);
             for (int b = 0; b < blocks; b++) {
@@ -1068,7 +1293,7 @@ int specdec_linear(const Map *map, const float *weight, float eps, const bf16 *c
                         _mm512_store_si512(to + 8 * i, paired(_mm512_load_ps(from + 16 * i), _mm512_load_ps(from + 16 * i + 16)));
             }
         }
-        const uint32_t *seen = input_of(map, vn, blocks, qn);
+        const uint32_t *seen = input_of(map, vn, rows, scratch);
 #pragma omp parallel num_threads(threads)
         {
             float sums[MOST_BLOCKS * 256] __attribute__((aligned(64)));
@@ -1077,9 +1302,9 @@ int specdec_linear(const Map *map, const float *weight, float eps, const bf16 *c
             enter_tiles();
             share(map->out / 16, omp_get_thread_num(), omp_get_num_threads(), &from, &to);
             for (int b0 = 0; b0 < blocks; b0 += MOST_BLOCKS) {
-                int some = blocks - b0 < MOST_BLOCKS ? blocks - b0 : MOST_BLOCKS;
+                int some = blocks - b0 < MOST_BLOCKS ? blocks - b0 : MOST_BLOCKS, tokens = rows - 16 * b0;
                 for (int t = from; t < to; t++) {
-                    product(map, NULL, t, from_block(map, seen, b0), NULL, some, sums);
+                    product(map, NULL, t, from_block(map, seen, b0), NULL, tokens < 16 * some ? tokens : 16 * some, sums);
                     int left = width - 16 * t;
                     __mmask16 mask = left >= 16 ? 0xffff : (__mmask16)((1 << (left > 0 ? left : 0)) - 1);
                     for (int r = 16 * b0; r < 16 * (b0 + some) && r < rows; r++) {
@@ -1091,8 +1316,8 @@ int specdec_linear(const Map *map, const float *weight, float eps, const bf16 *c
             leave_tiles();
         }
     }
-    int failed = !(fm && vn && qn);
-    free(fm), free(vn), free(qn);
+    int failed = !(fm && vn && scratch);
+    free(fm), free(vn), free(scratch);
     return failed ? -1 : 0;
 }
 
@@ -1267,7 +1492,8 @@ int specdec_pack(int kind, int rounding, bf16 *weights, int out, int in, uint8_t
     return good;
 }
 
-/* Round bf16 weights [out, in] to I8 tiles and a scale per row; rows up to the next multiple of 16 are zero. */
+/* Round bf16 weights [out, in] to I8 tiles (without AMX: 128 more) and a scale per row; rows up to the next multiple of
+ * 16 are zero. */
 void specdec_pack_i8(const bf16 *weights, int out, int in, uint8_t *tiles, float *scale, int threads) {
 #pragma omp parallel for num_threads(threads)
     for (int row = 0; row < (out + 15) / 16 * 16; row++) {
@@ -1277,13 +1503,13 @@ void specdec_pack_i8(const bf16 *weights, int out, int in, uint8_t *tiles, float
         scale[row] = most / 127;
         for (int i = 0; i < in; i++) {
             float v = most > 0 ? __builtin_rintf(widen(source[i]) * (127 / most)) : 0;
-            tiles[16 * (int64_t)in * (row / 16) + 1024 * (i / 64) + 64 * (row % 16) + i % 64] = (uint8_t)(int8_t)v;
+            tiles[16 * (int64_t)in * (row / 16) + 1024 * (i / 64) + 64 * (row % 16) + i % 64] = (uint8_t)((int)v + (has_amx ? 0 : 128));
         }
     }
 }
 
 /* Bytes of a tile of `kind`, 0 for one that this CPU does not have. */
-int specdec_tile_bytes(int kind) { return kind >= BF16 && kind < I8 + has_amx ? TILE_BYTES[kind] : 0; }
+int specdec_tile_bytes(int kind) { return kind >= BF16 && kind < I8 + has_i8 ? TILE_BYTES[kind] : 0; }
 
 /* Ask for large pages for memory that will be read in whole, again and again. */
 void specdec_large_pages(void *memory, int64_t bytes) {
@@ -1294,15 +1520,16 @@ void specdec_large_pages(void *memory, int64_t bytes) {
 /* What this CPU can do: 0 nothing here, 1 AVX-512 BF16, 2 AMX too. `most` forbids more. Call first. */
 int specdec_open(int most) {
     unsigned a, b, c, d;
-    has_amx = 0;
+    has_amx = has_i8 = 0;
     __builtin_cpu_init();
     if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bf16")))
         return 0;
+    has_i8 = __builtin_cpu_supports("avx512vnni") > 0;
     if (most < 2 || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return most < 1 ? 0 : 1;
     int tiles = d >> 22 & 1 && d >> 24 & 1 && d >> 25 & 1; /* AMX-BF16, AMX-TILE, AMX-INT8 */
     if (tiles) tiles = syscall(SYS_arch_prctl, 0x1023, 18) == 0; /* ARCH_REQ_XCOMP_PERM: tile data */
-    has_amx = tiles;
+    has_amx = tiles, has_i8 |= tiles;
     return tiles ? 2 : 1;
 }
 #else
