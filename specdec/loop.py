@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,7 +19,7 @@ from specdec.depth import DepthPolicy
 from specdec.draft import Draft, Drafter, State, Verdict, Verifier
 from specdec.metrics import Ledger, RequestMetrics
 from specdec.prefill import prefill
-from specdec.sampling import Sampler, draw, one_hot
+from specdec.sampling import Sampler, draw
 from specdec.target import Target
 
 
@@ -214,9 +215,12 @@ def _judge_choice(verifier: Verifier, draft: Draft, choice: Tensor, generators: 
     """The verdict on point masses at ``choice`` [B, 1 + M]: the verifier's own rule, over the few tokens that occur."""
     picked, drafted = choice.tolist(), draft.tokens.tolist()
     place = {token: at for at, token in enumerate({*itertools.chain(*picked, *drafted)} - {-1})}
-    few = one_hot(torch.tensor([[place[token] for token in row] for row in picked], device=choice.device), len(place))
+    few = np.zeros((*choice.shape, len(place)), np.float32)
+    for b, row in enumerate(picked):
+        for i, token in enumerate(row):
+            few[b, i, place[token]] = 1
     tokens = torch.tensor([[place.get(token, -1) for token in row] for row in drafted], dtype=torch.long)
-    verdict = verifier.judge(replace(draft, tokens=tokens), few, generators)
+    verdict = verifier.judge(replace(draft, tokens=tokens), torch.from_numpy(few), generators)
     names = list(place)
     return Verdict(verdict.paths, [names[token] for token in verdict.next_tokens])
 

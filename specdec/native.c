@@ -638,25 +638,29 @@ static inline __m256i seen(const uint16_t *visible, int key) {
     for (int s = 0; s < count; s += 16) \
         if (!visible || !_mm256_testz_si256(seen(visible, s), seen(visible, s)))
 
-/* out[column][dims] += p[key][column] v[key][dims], 16 dims at a time; COLUMNS at once. The keys are added in order, and
- * so are the weights themselves: the order is all that a sum depends on. */
+#define EACH_KEY(s)   \
+    EACH_BLOCK(block) \
+    for (int s = block; s < block + 16 && s < count; s++)
+
+/* sum[column] = the sum of p[key][column], out[column][dims] that of p[key][column] v[key][dims], 16 dims at a time;
+ * COLUMNS at once. Keys are added in order: on where they lie nothing depends. */
 #define WEIGHTED_SUM(COLUMNS)                                                                                        \
-    for (int at = 0; at < d; at += 16) {                                                                             \
-        F acc[COLUMNS], all[COLUMNS];                                                                                \
-        for (int c = 0; c < COLUMNS; c++) acc[c] = all[c] = _mm512_setzero_ps();                                     \
-        EACH_BLOCK(block)                                                                                            \
-        for (int i = 0; i < 16 && block + i < count; i++) {                                                          \
-            F v = load_bf16(values + (int64_t)(block + i) * d + at);                                                 \
-            const float *weight = p + 16 * block + i;                                                                \
-            for (int c = 0; c < COLUMNS; c++) acc[c] = _mm512_fmadd_ps(_mm512_set1_ps(weight[16 * c]), v, acc[c]);   \
-            if (!at)                                                                                                 \
-                for (int c = 0; c < COLUMNS; c++) all[c] = _mm512_add_ps(_mm512_set1_ps(weight[16 * c]), all[c]);    \
+    do {                                                                                                             \
+        F acc[COLUMNS];                                                                                              \
+        for (int c = 0; c < COLUMNS; c++) acc[c] = _mm512_setzero_ps();                                              \
+        EACH_KEY(s)                                                                                                  \
+        for (int c = 0; c < COLUMNS; c++) acc[c] = _mm512_add_ps(_mm512_set1_ps(p[15 * block + s + 16 * c]), acc[c]); \
+        for (int c = 0; c < COLUMNS; c++) sum[c] = acc[c];                                                           \
+        for (int at = 0; at < d; at += 16) {                                                                         \
+            for (int c = 0; c < COLUMNS; c++) acc[c] = _mm512_setzero_ps();                                          \
+            EACH_KEY(s) {                                                                                            \
+                F v = load_bf16(values + (int64_t)s * d + at);                                                       \
+                for (int c = 0; c < COLUMNS; c++)                                                                    \
+                    acc[c] = _mm512_fmadd_ps(_mm512_set1_ps(p[15 * block + s + 16 * c]), v, acc[c]);                 \
+            }                                                                                                        \
+            for (int c = 0; c < COLUMNS; c++) _mm512_store_ps(out + c * d + at, acc[c]);                             \
         }                                                                                                            \
-        for (int c = 0; c < COLUMNS; c++) {                                                                          \
-            _mm512_store_ps(out + c * d + at, acc[c]);                                                               \
-            if (!at) sum[c] = all[c];                                                                                \
-        }                                                                                                            \
-    }
+    } while (0)
 
 /* Attention of up to 16 columns (a token and a head each) to `count` keys of one key head.
  * queries: VN [d / 2][16 columns]; visible: for each key the columns that see it, or NULL (all see all). p: scratch,
@@ -707,7 +711,11 @@ static void attend(const bf16 *keys, const bf16 *values, int count, int d, const
         __mmask16 mine = _mm512_cmp_ps_mask(v, _mm512_set1_ps(-1e30f), _CMP_NLE_UQ);
         _mm512_store_ps(p + 16 * (s + c), _mm512_maskz_mov_ps(mine, exp16(_mm512_sub_ps(v, most[c]))));
     }
-    if (columns <= 3) { WEIGHTED_SUM(3) } else if (columns <= 4) { WEIGHTED_SUM(4) } else if (columns <= 8) { WEIGHTED_SUM(8) } else { WEIGHTED_SUM(16) }
+    if (columns <= 3) WEIGHTED_SUM(3);
+    else if (columns <= 6) WEIGHTED_SUM(6);
+    else if (columns <= 9) WEIGHTED_SUM(9);
+    else if (columns <= 12) WEIGHTED_SUM(12);
+    else WEIGHTED_SUM(16);
     for (int c = 0; c < columns; c++) {
         F share_ = _mm512_div_ps(_mm512_set1_ps(1.0f), _mm512_max_ps(sum[c], _mm512_set1_ps(1e-30f)));
         for (int at = 0; at < d; at += 16) _mm512_store_ps(out + c * d + at, _mm512_mul_ps(_mm512_load_ps(out + c * d + at), share_));

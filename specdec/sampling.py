@@ -10,6 +10,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from transformers import (
@@ -114,16 +116,15 @@ def one_hot(index: Tensor, size: int) -> Tensor:
     return torch.zeros(*index.shape, size, device=index.device).scatter_(-1, index[..., None], 1.0)
 
 
-def draw(p: Tensor, generators: Sequence[torch.Generator]) -> list[int]:
+def draw(p: Tensor | npt.NDArray[np.float32], generators: Sequence[torch.Generator]) -> list[int]:
     """Draw from each row of ``p`` [B, V] (need not sum to one) by inverse CDF. Point masses use no random number."""
-    mass, best = p.max(-1)
-    drawn: list[int] = best.tolist()
-    spread = [b for b, most in enumerate(mass.tolist()) if most < 1.0]
-    if spread:
-        cdf = p[spread].double().cumsum(-1)
-        share = [torch.rand((), generator=generators[b], dtype=torch.float64).item() for b in spread]
-        u = torch.tensor(share, dtype=cdf.dtype, device=cdf.device)[:, None] * cdf[:, -1:]
-        # right=True skips outcomes of probability zero; the test guards u == cdf[-1] after rounding.
-        for b, index in zip(spread, torch.searchsorted(cdf, u, right=True)[:, 0].tolist(), strict=True):
-            drawn[b] = index if index < p.shape[-1] else int(p[b].nonzero()[-1])
+    rows = p.float().cpu().numpy() if isinstance(p, Tensor) else p
+    drawn: list[int] = rows.argmax(-1).tolist()
+    for b, (row, generator) in enumerate(zip(rows, generators, strict=True)):
+        if row[drawn[b]] < 1:
+            cdf = row.cumsum(dtype=np.float64)
+            u = torch.rand((), generator=generator, dtype=torch.float64).item() * cdf[-1]
+            # On the right: outcomes of probability zero are skipped. Rounding may make u the whole sum.
+            index = int(cdf.searchsorted(u, "right"))
+            drawn[b] = index if index < len(row) else int(row.nonzero()[0][-1])
     return drawn

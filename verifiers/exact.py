@@ -9,11 +9,15 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from specdec.draft import Draft, Verdict
 from specdec.sampling import draw
+
+Row = npt.NDArray[np.float32]  # a distribution [V]
 
 
 class ExactVerifier:
@@ -26,28 +30,30 @@ class ExactVerifier:
         children: dict[int, list[int]] = {}
         for node, parent in enumerate(draft.parents, start=1):
             children.setdefault(parent, []).append(node)
+        # Read once, then judged where a look at a number costs little.
+        masses, drawn = p.cpu().numpy(), None if draft.q is None else draft.q.cpu().numpy()
         paths, rests = [], []
         for b, (tokens, generator) in enumerate(zip(draft.tokens.tolist(), generators, strict=True)):
-            path, rest = [0], p[b, 0]  # rest (V,): what remains of p at the end of the path
+            path, rest = [0], masses[b, 0]  # rest (V,): what remains of p at the end of the path
             while True:
                 for node in children.get(path[-1], ()):
                     token = tokens[node - 1]
                     if token < 0:
                         continue
-                    q = None if draft.q is None else draft.q[b, node - 1]
+                    q = None if drawn is None else drawn[b, node - 1]
                     if _accept(rest, q, token, generator):
                         path.append(node)
-                        rest = p[b, node]
+                        rest = masses[b, node]
                         break
                     rest = _residual(rest, q, token)
                 else:
                     break
             paths.append(path)
             rests.append(rest)
-        return Verdict(paths, draw(torch.stack(rests), generators))
+        return Verdict(paths, draw(np.stack(rests), generators))
 
 
-def _accept(p: Tensor, q: Tensor | None, token: int, generator: torch.Generator) -> bool:
+def _accept(p: Row, q: Row | None, token: int, generator: torch.Generator) -> bool:
     """True with probability min(1, p / q) of ``token``."""
     have, drafted = float(p[token]), 1.0 if q is None else float(q[token])
     # Certain outcomes use no random number, so greedy decoding never touches the generator.
@@ -56,14 +62,14 @@ def _accept(p: Tensor, q: Tensor | None, token: int, generator: torch.Generator)
     return torch.rand((), generator=generator, dtype=torch.float64).item() * drafted < have
 
 
-def _residual(p: Tensor, q: Tensor | None, token: int) -> Tensor:
+def _residual(p: Row, q: Row | None, token: int) -> Row:
     """norm(max(p - q, 0)) after ``token``, drawn from ``q`` [V] (None: a point mass), was rejected."""
     if q is not None:
-        rest = (p - q).clamp_min(0)
+        rest = np.maximum(p - q, 0)
     elif p[token] == 0:
         return p
     else:
-        rest = p.clone()
+        rest = p.copy()
         rest[token] = 0
     total = rest.sum()
     # No mass left means p = q up to rounding, and then a rejection is itself a rounding event: p is the answer.
