@@ -92,6 +92,12 @@ def test_a_killed_run_keeps_what_it_has_and_goes_on(tmp_path: Path, monkeypatch:
     assert asked == [11, 6] and len(file.read_text().splitlines()) == 11
     with pytest.raises(SpecDecError, match="answers to other prompts"):
         made(tmp_path / "parts", prompts[1:])
+    for damage, message in (("x", "answers to other prompts"), ('{"a": 1', "line 12 of"), ('{"a": 1}', "line 12 of")):
+        kept = file.read_text()
+        file.write_text(kept + damage + "\n")
+        with pytest.raises(SpecDecError, match=message):
+            made(tmp_path / "parts", prompts)
+        file.write_text(kept)
 
 
 def test_a_model_without_chat_template_takes_answers_as_token_ids_only() -> None:

@@ -22,7 +22,7 @@ from specdec.errors import SpecDecError
 from specdec.loop import Loop
 from specdec.sampling import Sampler, SamplingParams
 from specdec.text import encode
-from specdec.train.data import Answer, Prompt
+from specdec.train.data import Answer, Prompt, parse
 
 FILE = "answers.jsonl"
 ROWS, REFILL = 48, 12  # rows of the batch; those that must have ended before new ones come
@@ -135,15 +135,11 @@ def _written(path: Path, prompts: set[tuple[int, ...]]) -> dict[tuple[int, ...],
         return made
     good = 0
     with path.open("r+b") as file:
-        for line in file:
-            try:
-                data = json.loads(line)
-            except ValueError:
-                break
+        for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n"):
                 break
-            answer = Answer(tuple(data["prompt_ids"]), tuple(data["response_ids"]))
-            if answer.prompt_ids not in prompts:
+            answer = parse(line.decode(errors="replace").strip(), path, number)
+            if not isinstance(answer, Answer) or answer.prompt_ids not in prompts:
                 raise SpecDecError(f"'{path}' holds answers to other prompts; use another --output or delete it")
             made[answer.prompt_ids] = answer
             good += len(line)

@@ -46,7 +46,7 @@ def read(paths: Sequence[Path]) -> list[Answer | Prompt]:
 
     Raises SpecDecError for unreadable files, for a broken line (with its number) and if there is nothing at all.
     """
-    items = [_parse(line.strip(), path, n) for path in paths for n, line in _lines(path) if line.strip()]
+    items = [parse(line.strip(), path, n) for path in paths for n, line in _lines(path) if line.strip()]
     if not items:
         raise SpecDecError(f"no prompts in {', '.join(map(str, paths))}; write some, or give another file")
     return items
@@ -76,7 +76,8 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         raise SpecDecError(f"cannot read '{path}': {reason}") from None
 
 
-def _parse(line: str, path: Path, number: int) -> Answer | Prompt:
+def parse(line: str, path: Path, number: int) -> Answer | Prompt:
+    """What a line of a file is. Raises SpecDecError, with its number, for one that is neither."""
     if not line.startswith("{"):
         return Prompt((line,))
     try:
@@ -96,6 +97,17 @@ def _parse(line: str, path: Path, number: int) -> Answer | Prompt:
         f"line {number} of '{path}' has no usable 'turns', 'prompt' or 'prompt_ids' + 'response_ids'; "
         "repair or remove it"
     )
+
+
+def refuse_foreign(items: Sequence[Answer | Prompt], vocab_size: int) -> None:
+    """Raise SpecDecError for token ids that a vocabulary of that size does not have."""
+    for number, item in enumerate(items, start=1):
+        largest = max(item.prompt_ids + item.response_ids) if isinstance(item, Answer) else 0
+        if largest >= vocab_size:
+            raise SpecDecError(
+                f"answer {number} to train on holds token {largest}, but the model's vocabulary ends at "
+                f"{vocab_size - 1}; give answers of this model, or prompts for it to answer"
+            )
 
 
 def refuse_held_out(

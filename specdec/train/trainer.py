@@ -87,6 +87,7 @@ def _prepare(
     mark = hub.fingerprint(model)
     begin = read_drafter(settings.init, mark) if settings.init else None
     method = lookup(settings.method)(settings, target)
+    data.refuse_foreign(items, target.vocab_size)
     data.refuse_held_out(items, held, tokenizer.decode)
     data.refuse_held_out([data.Prompt((text,)) for text in texts], held, tokenizer.decode, "text")
     with _progress(console) as progress:
