@@ -42,6 +42,8 @@ ROWS: dict[str, tuple[str, float, dict[str, Any]]] = {  # name: preset, share of
     "half of the answers": ("m2r2", SHARE / 2, LEAP),
     "exit 3, 20-23": ("m2r2", SHARE, LEAP | {"exit_layer": 3}),
     "20-23, rank 32": ("m2r2", SHARE, LEAP | {"rank": 32}),
+    "20-23, rank 64": ("m2r2", SHARE, LEAP | {"rank": 64}),
+    "a quarter of the answers": ("m2r2", SHARE / 4, LEAP),
     "2.3 times the answers": ("m2r2", 0.35, LEAP),
 }
 

@@ -94,6 +94,19 @@ class M2R2Path:
         seen = sum(hi - lo if self.adapts_early else 1 for lo, hi in run[:early])
         return seen + sum(hi - lo + 1 for lo, hi in run[early:]) + self.final_leap
 
+    def aims(self, num_layers: int) -> list[int]:
+        """For each residual that the last exit's router sees: the layer whose input h it runs ahead to.
+
+        A stretch [lo, hi) that ends at an exit goes from h[lo] to h[N], at rate (N - lo) / (hi - lo), where no leap
+        goes on from there; any other goes at rate 1.
+        """
+        found, last = list[int](), {*self.exits, self.end}
+        for number, (lo, hi) in enumerate(self.stretches):
+            rate = (num_layers - lo) / (hi - lo) if hi in last and not self.final_leap else 1
+            first = lo if number >= len(self.shared) else lo + 1 if self.adapts_early else hi
+            found += [lo + round(rate * (layer - lo)) for layer in range(first, hi + 1)]
+        return found + [num_layers] * self.final_leap
+
     def check(self, num_layers: int) -> None:
         """Raise SpecDecError unless 0 <= E <= lo < hi <= ... <= N, and all exits are stops on that way."""
         edge = self.exit_layer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import gzip
 import io
@@ -24,7 +25,7 @@ from specdec import SpecDecoder, artifacts, hub
 from specdec.cli import app
 from specdec.costs import Costs
 from specdec.draft import State
-from specdec.drafters.m2r2 import M2R2, M2R2Drafter, M2R2Path
+from specdec.drafters.m2r2 import M2R2, M2R2Drafter, M2R2Path, load_network
 from specdec.errors import SpecDecError
 from specdec.sampling import Sampler, SamplingParams
 from specdec.target import ReferenceTarget
@@ -238,9 +239,17 @@ def test_a_killed_run_goes_on_to_exactly_the_weights_of_an_uninterrupted_one(
     assert len(evaluations(tmp_path / "parts")) == len(evaluations(tmp_path / "whole"))
 
 
-def test_a_run_may_begin_from_a_trained_drafter_of_the_same_shape(answers: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("searches", [True, False])
+def test_a_run_may_begin_from_a_trained_drafter_of_the_same_shape(
+    answers: Path, tmp_path: Path, searches: bool
+) -> None:
     first = train(recipe(answers, tmp_path / "first", steps=40, learning_rate=2e-2, leap_rate=5e-3))
-    other = {"init": str(tmp_path / "first"), "segments": [], "search": True, "rank": 7}  # that drafter's path counts
+    other = {
+        "init": str(tmp_path / "first"),
+        "segments": [],
+        "search": searches,
+        "rank": 7,
+    }  # that drafter's path counts
     again = train(recipe(answers, tmp_path / "again", steps=2, **other))
     assert evaluations(tmp_path / "again")[0]["top1"] == first["top1"]
     assert again["score"] >= first["score"]
@@ -411,6 +420,15 @@ def test_a_run_that_is_told_to_hold_its_prompts_out_does_not_begin(answers: Path
         train(recipe(answers, tmp_path / "other", prompts=[], text=[str(tmp_path / "text.txt")], holdout=[str(held)]))
 
 
+def test_answers_of_a_model_with_a_larger_vocabulary_are_refused(answers: Path, tmp_path: Path) -> None:
+    with answers.open("a") as file:
+        file.write('\n{"prompt_ids": [5], "response_ids": [6, 97]}')  # of 97 tokens
+    with pytest.raises(
+        SpecDecError, match="answer 41 to train on holds token 97, but the model's vocabulary ends at 96"
+    ):
+        train(recipe(answers, tmp_path / "out"))
+
+
 def held_text(path: Path) -> str:
     return " ".join(map(str, json.loads(path.read_text())["prompt_ids"]))
 
@@ -486,6 +504,43 @@ def test_the_command_answers_prompts_trains_and_leaves_a_drafter(tmp_path: Path)
     assert decoder.generate("hello", max_new_tokens=16).text == plain.generate("hello", max_new_tokens=16).text
     again = CliRunner().invoke(app, [*command, "--steps", "4", "--resume"])
     assert again.exit_code == 2 and "steps 3 -> 4" in again.output
+
+
+def test_each_residual_runs_ahead_to_the_layer_that_its_rate_says() -> None:
+    early, leap = M2R2Path(6, (), False, 4, {0: ["mlp.up_proj"]}), M2R2Path(0, ((20, 24),), True, 4)
+    assert early.aims(30) == [5, 10, 15, 20, 25, 30]
+    assert dataclasses.replace(early, exits=(2,)).aims(30) == [15, 30, 9, 16, 23, 30]  # p begins anew behind an exit
+    assert leap.aims(30) == [20, 21, 22, 23, 24, 30]
+    assert M2R2Path(3, ((26, 28),), False, 4).aims(30) == [3, 26, 28, 30]
+    for path in (*PATHS.values(), early, leap):
+        assert len(path.aims(30)) == path.residuals()
+
+
+def test_alignment_brings_a_layer_before_the_exit_nearer_to_where_it_runs_ahead_to(
+    answers: Path, tmp_path: Path
+) -> None:
+    paper = {"exit_layer": 2, "segments": [], "final_leap": False, "draft_steps": 1, "steps": 60}
+    paper |= {"learning_rate": 2e-2, "draft_vocab": 0}
+    model, _ = hub.load("tiny")
+    target, cosines = TrainingTarget(model), {}
+    some = [a for a in data.read([answers]) if isinstance(a, Answer)]
+    for align in (0.0, 3.0):
+        train(recipe(answers, tmp_path / f"{align}", align=align, **paper))
+        config, tensors = artifacts.read_config(tmp_path / f"{align}"), artifacts.read_tensors(tmp_path / f"{align}")
+        network = load_network(target, config, tensors)
+        aims = network.path.aims(4)
+        assert aims == [2, 4]
+        wanted = dataclasses.replace(wanted_states(network.path, 4), hidden=(2, 4))
+        records = states._records(states._teach(target, some, wanted, lambda n: None), wanted)
+        batch = assemble(records, windows(records, 8), 8, target.device)
+        target.forget()
+        exits, _ = next(passages(network, target, batch, 1, watched=True))
+        pairs = zip(exits[-1][1], aims, strict=True)
+        cosines[align] = [
+            float(torch.cosine_similarity(p.detach(), batch.hidden[aim], -1)[batch.valid].mean()) for p, aim in pairs
+        ]
+    assert cosines[3.0][0] > cosines[0.0][0] + 0.1
+    assert cosines[3.0][1] > cosines[0.0][1] - 0.01  # the exit, which KL brings there, too
 
 
 def test_given_paths_scale_with_the_depth_of_the_model() -> None:

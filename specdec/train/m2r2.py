@@ -47,7 +47,7 @@ class M2R2Settings(TrainSettings):
     draft_steps: int = 2  # of its own drafts the student learns from
     leap_rate: float = 6e-4  # learning rate of the leaps; ``learning_rate`` is the adapters'
     focus: float = 1.0  # weight of a later step where the drafter's earlier steps had already gone wrong
-    align: float = 0.0  # weight of 1 - cos(p, h[N])
+    align: float = 0.0  # weight of 1 - cos(p[k], h[R k]), summed over the layers k of the path
 
     search_tokens: int = 12_000  # answer tokens that the search fits leaps on
     search_gain: float = 1.25  # what training is taken to add to the log-odds of agreement; so much it was seen to
@@ -60,12 +60,15 @@ class M2R2Settings(TrainSettings):
             raise SpecDecError(
                 "setting 'search' excludes 'segments', 'exit_layer' and 'exits'; set search=false to give a path"
             )
-        if not self.search and not self.segments and not self.exit_layer:
+        if not (self.search or self.segments or self.exit_layer or self.init):
             raise SpecDecError("give 'segments' or 'exit_layer', or set search=true")
 
 
 class M2R2Method(Method):
-    """KL to the base at each of the drafter's own steps, the mean of its exits, and optionally the cosine to h[N]."""
+    """KL to the base at each of the drafter's own steps, the mean of its exits, and optionally the rate's alignment.
+
+    That is, of every residual of the path, with the state of the base that it runs ahead to (``M2R2Path.aims``).
+    """
 
     name: ClassVar[str] = "m2r2"
     settings_class: ClassVar[type[TrainSettings]] = M2R2Settings
@@ -92,7 +95,9 @@ class M2R2Method(Method):
             self.path = path_of(settings, self.target)
 
     def wanted(self) -> Wanted:
-        return wanted_states(self.path, self.target.num_layers)
+        wanted = wanted_states(self.path, self.target.num_layers)
+        aims = self.path.aims(self.target.num_layers) if self.settings.align else ()
+        return dataclasses.replace(wanted, hidden=tuple(sorted({*wanted.hidden, *aims})))
 
     def build(self, vocab: Tensor | None) -> M2R2:
         self.judge = Judge(self.target, vocab, self.settings.sharpen, compiled=True)
@@ -117,8 +122,9 @@ class M2R2Method(Method):
         loss = torch.zeros((), device=target.device)
         figures: dict[str, float] = {}
         right = torch.empty(0)
-        deep = batch.hidden[target.num_layers].float()
-        for s, (exits, valid) in enumerate(passages(network, target, batch, settings.draft_steps)):
+        aims = self.path.aims(target.num_layers)
+        watched = settings.align > 0
+        for s, (exits, valid) in enumerate(passages(network, target, batch, settings.draft_steps, watched)):
             weight, reached = valid.float(), valid
             if s:
                 reached = torch.cat((torch.zeros_like(right[:, :1]), right[:, :-1]), 1)
@@ -127,12 +133,12 @@ class M2R2Method(Method):
                 logits = judge.logits(final)
                 kl, top = judge.loss(logits)
                 loss = loss + (kl * weight).sum() / (count * len(exits))
-                if settings.align:
-                    away = 1 - torch.cosine_similarity(final.float(), deep, -1)
-                    loss = loss + settings.align * (away * weight).sum() / (count * len(exits))
                 agree = judge.hits(logits, top, judge.best)[valid].float().mean()
                 figures[figure_name(self.path, s, exit)] = float(agree)
                 right = judge.hits(logits, top, judge.next) & reached  # of the last exit, in the end
+            for p, aim in zip(exits[-1][1], aims, strict=True) if watched else ():
+                away = 1 - torch.cosine_similarity(p.float(), batch.hidden[aim].float(), -1)
+                loss = loss + settings.align * (away * weight).sum() / count
         return loss, figures
 
     def evaluate(self, network: nn.Module, batches: Iterable[Batch]) -> dict[str, Any]:
