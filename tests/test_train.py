@@ -481,6 +481,11 @@ def test_presets_load_and_settings_are_checked(tmp_path: Path) -> None:
     ):
         with pytest.raises(SpecDecError, match=message):
             from_mapping(M2R2Settings, values, "test")
+    own.write_text("segments: [[1, 2]]\nsteps: 40\nminutes: null\n")
+    longer = load_settings(M2R2Settings, "m2r2", str(own), {"minutes": 2.0})
+    assert (longer.minutes, longer.steps) == (2.0, None)
+    with pytest.raises(SpecDecError, match="either minutes or steps"):
+        load_settings(M2R2Settings, "m2r2", str(own), {"minutes": 2.0, "steps": 3})
     with pytest.raises(SpecDecError, match="did you mean 'm2r2-paper'"):
         load_settings(M2R2Settings, "m2r2", "m2r2-papr", {})
 
@@ -589,6 +594,21 @@ def test_the_search_chooses_the_path_of_largest_predicted_speedup_and_trains_it(
     assert chosen.key == whole[0]["path"] and whole[0]["speedup_trained"] == best["speedup_trained"]
     assert {"exit 0, 2-3", "exit 0, 2 + 3", "exit 0, 3, no last leap"} <= {row["path"] for row in table}
     assert not (out / "states" / "search").exists()
+
+
+@pytest.mark.parametrize("steady", [True, False])
+def test_a_search_says_when_the_machine_was_too_busy_for_its_costs(
+    steady: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = random.Random(0)
+    noise = (lambda: 1.0) if steady else (lambda: draw.choice([1.0, 2.0, 4.0, 8.0, 16.0]))
+    monkeypatch.setattr(search, "PATIENCE", 0.0)
+    monkeypatch.setattr(search, "time_drafting", lambda *args: noise())
+    monkeypatch.setattr(search, "time_scoring", lambda *args: {n: noise() for n in (1, 2, 4, 8)})
+    costs = search.path_costs(TrainingTarget(tiny_model("llama")), None)
+    said = io.StringIO()
+    search.show([], costs, Console(file=said, width=300))
+    assert costs.steady == steady and ("too busy" in said.getvalue()) != steady
 
 
 def test_leaps_of_the_search_are_those_that_training_fits(answers: Path, tmp_path: Path) -> None:

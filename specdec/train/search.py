@@ -72,12 +72,16 @@ class Candidate:
 
 @dataclass(frozen=True)
 class PathCosts:
-    """Seconds: ``score[n]`` of a pass over n tokens; of a draft: a layer, a leap, and all the rest of it."""
+    """Seconds: ``score[n]`` of a pass over n tokens; of a draft: a layer, a leap, and all the rest of it.
+
+    steady: whether each figure that these rest on was reached twice; if not, the machine was busy with something else.
+    """
 
     score: dict[int, float]
     layer: float
     leap: float
     rest: float
+    steady: bool = True
 
     def of(self, candidate: Candidate) -> Costs:
         leaps = len(candidate.segments) + candidate.final_leap
@@ -98,19 +102,19 @@ def path_costs(target: TrainingTarget, vocab: Tensor | None) -> PathCosts:
     # In turns, and the least of each: what else the machine does must not end up in a difference.
     runs: list[list[float]] = [[] for _ in drafters]
     score: dict[int, list[float]] = {}
-    start = time.perf_counter()
-    while len(runs[0]) < TIMINGS or time.perf_counter() - start < PATIENCE:
+    start, steady = time.perf_counter(), False
+    while not steady and (len(runs[0]) < TIMINGS or time.perf_counter() - start < PATIENCE):
         for times, drafter in zip(runs, drafters, strict=True):
             times.append(time_drafting(decoder.target, drafter, decoder.verifier))
         for n, seconds in time_scoring(decoder.target, 1).items():
             score.setdefault(n, []).append(seconds)
         leasts = [sorted(times)[:2] for times in (*runs, *score.values())]
-        if len(runs[0]) >= TIMINGS and all(second <= CONFIRMED * least for least, second in leasts):
-            break
+        steady = len(runs[0]) >= TIMINGS and all(second <= CONFIRMED * least for least, second in leasts)
     one, many, split = map(min, runs)
     layer = max(many - one, 0.0) / (longer - 1)
     leap = max(split - one - (several - 1) * layer, 0.0) / (several - 1)
-    return PathCosts({n: min(s) for n, s in score.items()}, layer, leap, max(one - layer - 2 * leap, 0.0))
+    rest = max(one - layer - 2 * leap, 0.0)
+    return PathCosts({n: min(s) for n, s in score.items()}, layer, leap, rest, steady)
 
 
 def trained(chain: Sequence[float], gain: float) -> list[float]:
@@ -427,23 +431,32 @@ def chosen_before(folder: Path, mark: str) -> Candidate | None:
 
 def show(rows: Sequence[dict[str, Any]], costs: PathCosts, console: Console, most: int = 24) -> None:
     """Print the best ``most`` candidates, and what the costs rest on."""
-    table = Table(title="paths, closed form only", title_justify="left")
-    for name in ("path", "draft cost", "agreement 1-4", "tokens/round", "speedup", "after training", "depth"):
-        table.add_column(name, justify="left" if name == "path" else "right")
+    table = Table(title="paths, closed form only", title_justify="left", box=None, pad_edge=False)
+    for name in ("path", "cost", "agreement 1-4", "tokens", "now", "trained", "at"):
+        table.add_column(name, justify="left" if name in ("path", "agreement 1-4") else "right")
     for row in rows[:most]:
         table.add_row(
             row["path"],
             f"{row['draft_cost']:.3f}",
-            " ".join(f"{a:.3f}" for a in row["agreement"]),
+            " ".join(f"{a:.2f}" for a in row["agreement"]),
             "" if row["tokens_per_round"] is None else f"{row['tokens_per_round']:.2f}",
-            f"{row['speedup']:.2f}",
-            f"{row['speedup_trained']:.2f}",
+            f"{row['speedup']:.2f}x",
+            f"{row['speedup_trained']:.2f}x",
             str(row["depth"]),
         )
     console.print(table)
     parts = ("layer", costs.layer), ("leap", costs.leap), ("all else", costs.rest)
     console.print(
-        f"measured: plain decoding {1e3 * costs.score[1]:.2f} ms a token; of a draft, "
+        "cost: of a draft, in plain steps; tokens: a round of four drafts; now, trained: predicted speedups, the "
+        f"second at so many drafts. Measured: plain decoding {1e3 * costs.score[1]:.2f} ms a token; of a draft, "
         + ", ".join(f"{name} {1e3 * seconds:.2f} ms" for name, seconds in parts),
         highlight=False,
+        soft_wrap=True,
     )
+    if not costs.steady:
+        console.print(
+            "the machine was too busy for these costs to be trusted, nor is the choice: search again, in another "
+            "--output, when nothing else runs",
+            highlight=False,
+            soft_wrap=True,
+        )

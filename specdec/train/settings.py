@@ -85,8 +85,9 @@ def load_settings(kind: type[S], method: str, preset: str | None, overrides: Map
     if values.setdefault("method", method) != method:
         raise SpecDecError(f"preset '{preset}' is for 'specdec train {values['method']}'")
     values.update({key: value for key, value in overrides.items() if value is not None})
-    if overrides.get("steps") is not None:
-        values["minutes"] = None
+    for length, other in (("steps", "minutes"), ("minutes", "steps")):
+        if overrides.get(length) is not None and overrides.get(other) is None:
+            values[other] = None  # the preset's
     return from_mapping(kind, values, f"preset '{preset}'")
 
 
