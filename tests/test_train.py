@@ -429,6 +429,14 @@ def test_answers_of_a_model_with_a_larger_vocabulary_are_refused(answers: Path, 
         train(recipe(answers, tmp_path / "out"))
 
 
+def test_a_run_that_failed_before_it_computed_anything_does_not_block_its_folder(answers: Path, tmp_path: Path) -> None:
+    with pytest.raises(SpecDecError, match="does not fit a model of 4 layers"):
+        train(recipe(answers, tmp_path / "out", segments=[[3, 9]]))
+    train(recipe(answers, tmp_path / "out", steps=1))
+    with pytest.raises(SpecDecError, match="holds a training run"):
+        train(recipe(answers, tmp_path / "out", steps=1))
+
+
 def held_text(path: Path) -> str:
     return " ".join(map(str, json.loads(path.read_text())["prompt_ids"]))
 
@@ -477,6 +485,8 @@ def test_presets_load_and_settings_are_checked(tmp_path: Path) -> None:
         ({"lerning_rate": 1.0}, "did you mean 'learning_rate'"),
         ({"rank": "many"}, "setting 'rank' cannot be 'many'"),
         ({"rows": 0}, "setting 'rows' must be positive"),
+        ({"warmup": 0}, "setting 'warmup' must be positive"),
+        ({"draft_vocab": -1}, "'draft_vocab' not below 0"),
         ({"steps": 3}, "either minutes or steps"),
     ):
         with pytest.raises(SpecDecError, match=message):

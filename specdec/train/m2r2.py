@@ -216,6 +216,8 @@ def path_of(settings: M2R2Settings, target: Target) -> M2R2Path:
     segments = tuple((lo, max(hi, lo + 1)) for lo, hi in ends)
     stops = dict(zip((hi for _, hi in settings.segments), (hi for _, hi in segments), strict=True))
     exits = tuple(stops.get(layer) or round(layer * scale) for layer in settings.exits)
+    path = M2R2Path(exit_layer, segments, settings.final_leap, settings.rank, {}, exits)
+    path.check(target.num_layers)
     for lo, hi in segments or ((0, exit_layer),):
         for layer in range(lo, hi):
             names = list(target.linears(layer))
@@ -224,11 +226,9 @@ def path_of(settings: M2R2Settings, target: Target) -> M2R2Path:
             if early:
                 names = [n for n in names if not any(key in n for key in ("k_proj", "v_proj", "c_attn", "key_value"))]
             adapters[layer] = names
-    path = M2R2Path(exit_layer, segments, settings.final_leap, settings.rank, adapters, exits)
-    path.check(target.num_layers)
     if not any(adapters.values()) and not settings.final_leap:
         raise SpecDecError("setting 'adapt' names no linear map of this model, so there is nothing to train")
-    return path
+    return dataclasses.replace(path, adapters=adapters)
 
 
 def figure_name(path: M2R2Path, step: int, exit: int) -> str:

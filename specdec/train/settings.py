@@ -55,6 +55,7 @@ class TrainSettings:
 
     positive: ClassVar[tuple[str, ...]] = (
         *("rows", "window", "max_new_tokens", "text_tokens", "minutes", "steps", "fit_tokens"),
+        *("eval_answers", "warmup", "clip"),
     )
 
     def check(self) -> None:
@@ -67,6 +68,8 @@ class TrainSettings:
                 raise SpecDecError(f"setting '{key}' must be positive, not {value}")
         if not 0 <= self.sampled <= 1 or self.temperature <= 0:
             raise SpecDecError("setting 'sampled' must lie between 0 and 1, and 'temperature' above 0")
+        if not 0 <= self.sharpen <= 1 or self.draft_vocab < 0:
+            raise SpecDecError("setting 'sharpen' must lie between 0 and 1, and 'draft_vocab' not below 0")
         if not 0 < self.eval_fraction < 1 or not 0 < self.decay <= 1:
             raise SpecDecError("settings 'eval_fraction' and 'decay' must lie between 0 and 1")
 

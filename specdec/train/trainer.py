@@ -441,13 +441,13 @@ def read_drafter(folder: str, mark: str) -> Trained:
 
 
 def _open_output(settings: TrainSettings, resume: bool) -> Path:
-    """Make the folder, or check that it holds a run with the same settings."""
+    """Make the folder, or check that it holds a run with the same settings. One that computed nothing is no run."""
     if not settings.output:
         raise SpecDecError("no output folder; give --output DIR")
     output = Path(settings.output)
     recipe = output / RECIPE
     try:
-        if recipe.exists():
+        if recipe.exists() and any(path != recipe for path in output.iterdir()):
             kept = yaml.safe_load(recipe.read_text("utf-8"))
             if kept["method"] != settings.method:
                 raise SpecDecError(f"'{output}' holds a run of 'specdec train {kept['method']}'; use another --output")
