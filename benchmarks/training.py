@@ -22,12 +22,13 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from specdec import artifacts, hub
+from specdec import SpecDecoder, artifacts, hub
+from specdec.costs import measure
 from specdec.train import data, states
 from specdec.train.m2r2 import M2R2Settings, path_of, wanted_states
-from specdec.train.runtime import TrainingTarget
+from specdec.train.runtime import training_target
 from specdec.train.settings import load_settings
-from specdec.train.speed import measure, predict
+from specdec.train.speed import predict
 from specdec.train.trainer import train
 
 SHARE = 0.154  # of the answers, where a row says nothing else
@@ -78,7 +79,7 @@ def write_answers(prompts: Path, output: Path) -> None:
 def share_states(output: Path, names: list[str], steps: int) -> None:
     """Compute the teacher states of all rows with the same answers, and have their folders point there."""
     model, _ = hub.load(M2R2Settings.model, dtype=M2R2Settings.dtype, device="cpu")
-    target = TrainingTarget(model.requires_grad_(False), compiled=True)
+    target = training_target(model)
     for share in dict.fromkeys(ROWS[name][1] for name in names):
         rows = [name for name in names if ROWS[name][1] == share]
         recipes = [settings_of(output, name, steps) for name in rows]
@@ -128,7 +129,8 @@ def table(output: Path) -> None:
             for line in map(json.loads, (folder(output, name) / "metrics.jsonl").read_text("utf-8").splitlines())
             if "evaluation" in line
         ]
-        costs = measure(model, folder(output, name))
+        decoder = SpecDecoder(model, None, drafter=folder(output, name))
+        costs = measure(decoder.target, decoder.drafter, decoder.verifier)  # not what a busy machine has kept
         before, after = figures[0], figures[-1]
         tokens = artifacts.read_config(folder(output, name))["training"]["tokens_in_answers"]
         speedup, depth = predict(after["chain"], costs)

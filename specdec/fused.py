@@ -68,12 +68,13 @@ class FusedTarget(Target):
 
     weights: "dense" (as loaded) or "int4". The base is then the rounded model; blocks of many rows (prompts, large
     trees) run on its 16-bit form, which is the model's own parameters.
+    packs: hold dense weights a second time, in the layout that is fastest where nothing is trained.
     Raises SpecDecError for models it does not know or does not reproduce; the reference runtime may still take them.
     """
 
     runtime = "fused"
 
-    def __init__(self, model: PreTrainedModel, weights: str = "dense") -> None:
+    def __init__(self, model: PreTrainedModel, weights: str = "dense", packs: bool = True) -> None:
         refuse_unsupported(model)
         super().__init__(model)
         kind, config = model.config.model_type, model.config
@@ -96,7 +97,7 @@ class FusedTarget(Target):
         self._weights = [_fuse_layer(layer) for layer in decoder.layers]
         self._norms = [_layer_norms(layer, kind) for layer in decoder.layers]
         self._parts = adapter_parts(decoder.layers[0])
-        self.packed_rows = kernels.packed_rows(self.dtype, self.device)
+        self.packed_rows = kernels.packed_rows(self.dtype, self.device) if packs else range(0)
         if weights == "int4":
             for weight, _ in (pair for layer in self._weights for pair in layer.values()):
                 kernels.check_int4(weight)  # before any of them is rounded

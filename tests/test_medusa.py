@@ -23,7 +23,7 @@ from specdec.train import data, states
 from specdec.train.batches import assemble, windows
 from specdec.train.data import Answer
 from specdec.train.medusa import MedusaMethod, MedusaSettings
-from specdec.train.runtime import TrainingTarget
+from specdec.train.runtime import training_target
 from specdec.train.settings import from_mapping
 from specdec.train.student import Judge
 from specdec.train.trainer import train
@@ -205,7 +205,7 @@ def settings(**changes: Any) -> MedusaSettings:
 
 @torch.inference_mode()
 def test_heads_learn_exactly_what_the_drafter_drafts() -> None:
-    target = TrainingTarget(tiny_model("llama"))
+    target = training_target(tiny_model("llama"))
     method = MedusaMethod(settings(heads=3), target)
     network = random_network(3, 2, True)
     drafter = MedusaDrafter(network, [[1.0]] * 3)  # a chain of each head's best

@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import random
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,10 @@ from specdec.costs import Costs
 from specdec.draft import State
 from specdec.drafters.m2r2 import M2R2, M2R2Drafter, M2R2Path, load_network
 from specdec.errors import SpecDecError
+from specdec.fused import FAMILIES as FUSED
+from specdec.fused import FusedTarget
 from specdec.sampling import Sampler, SamplingParams
-from specdec.target import ReferenceTarget
+from specdec.target import ReferenceTarget, Target
 from specdec.train import data, search, states, trainer
 from specdec.train.batches import assemble, epoch, stream, windows
 from specdec.train.data import Answer, Prompt
@@ -37,7 +40,7 @@ from specdec.train.fit import fit_leaps
 from specdec.train.m2r2 import M2R2Settings, path_of, wanted_states
 from specdec.train.medusa import MedusaSettings
 from specdec.train.method import lookup
-from specdec.train.runtime import TrainingTarget
+from specdec.train.runtime import training_target
 from specdec.train.settings import from_mapping, load_settings
 from specdec.train.speed import predict
 from specdec.train.student import Judge, passages
@@ -53,7 +56,7 @@ PATHS = {
 }
 
 
-def shaken(path: M2R2Path, target: TrainingTarget, vocab: torch.Tensor | None = None) -> M2R2:
+def shaken(path: M2R2Path, target: Target, vocab: torch.Tensor | None = None) -> M2R2:
     """A network whose every parameter matters."""
     network = M2R2(path, target, vocab)
     torch.manual_seed(1)
@@ -63,7 +66,7 @@ def shaken(path: M2R2Path, target: TrainingTarget, vocab: torch.Tensor | None = 
     return network.requires_grad_(False)
 
 
-def drafted(network: M2R2, target: TrainingTarget, ids: list[int], count: int, sure: float = 1.0) -> list[int]:
+def drafted(network: M2R2, target: Target, ids: list[int], count: int, sure: float = 1.0) -> list[int]:
     """What the drafter itself proposes after ``ids`` (the last is the root), leaving at the last exit or where sure."""
     drafter = M2R2Drafter(network, exit_confidence=sure)
     drafter.bind(target)
@@ -79,12 +82,11 @@ def drafted(network: M2R2, target: TrainingTarget, ids: list[int], count: int, s
     return drafter.propose(state, count).tokens[0].tolist()
 
 
-@pytest.mark.parametrize("direct", [True, False])
+@pytest.mark.parametrize("runtime", [training_target, ReferenceTarget])
 @pytest.mark.parametrize("name", PATHS)
 @torch.inference_mode()
-def test_the_student_drafts_exactly_as_the_drafter(name: str, direct: bool) -> None:
-    target = TrainingTarget(tiny_model("llama"))
-    target.direct = direct
+def test_the_student_drafts_exactly_as_the_drafter(name: str, runtime: Callable[..., Target]) -> None:
+    target = runtime(tiny_model("llama"))
     path = PATHS[name]
     network = shaken(path, target)
     judge = Judge(target, None)
@@ -96,7 +98,6 @@ def test_the_student_drafts_exactly_as_the_drafter(name: str, direct: bool) -> N
         records = states._records(states._teach(target, [answer], wanted, lambda n: None), wanted)
         rows = windows(records, 64)
         batch = assemble(records, rows, 64, target.device)
-        target.forget()
         root = len(ids) - 1 - rows[0][1]  # the window index of the root's position
         own = [
             [int(judge.logits(final)[0, root + step].argmax()) for final, _ in exits]
@@ -106,12 +107,13 @@ def test_the_student_drafts_exactly_as_the_drafter(name: str, direct: bool) -> N
         assert own[0][0] == drafted(network, target, ids, 1, sure=0.0)[0]  # at the first exit
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral"])
-def test_the_direct_path_has_the_reference_values_and_gradients(family: str) -> None:
+@pytest.mark.parametrize("family", FUSED)
+def test_training_has_the_reference_values_and_gradients(family: str) -> None:
     model = tiny_model(family)
-    path = M2R2Path(0, ((1, 4),), True, 3, {layer: ["self_attn.k_proj", "mlp.down_proj"] for layer in (1, 2, 3)})
+    names = ["self_attn.qkv_proj" if family == "phi3" else "self_attn.k_proj", "mlp.down_proj"]
+    path = M2R2Path(0, ((1, 4),), True, 3, dict.fromkeys((1, 2, 3), names))
     results = []
-    for target in (ReferenceTarget(model), TrainingTarget(model)):
+    for target in (ReferenceTarget(model), training_target(model)):
         network = shaken(path, target).requires_grad_(True)
         x, positions = (
             torch.randn(2, 11, 32, generator=torch.Generator().manual_seed(3)),
@@ -121,7 +123,7 @@ def test_the_direct_path_has_the_reference_values_and_gradients(family: str) -> 
         y = target.layers(x, 1, 4, positions, cache.mask(1, positions), cache, adapters=network.adapters)
         y.square().sum().backward()
         results.append([y.detach(), *(p.grad for p in network.adapters.parameters())])
-    assert TrainingTarget(model).direct
+    assert isinstance(training_target(model), FusedTarget)
     for reference, direct in zip(*results, strict=True):
         torch.testing.assert_close(direct, reference, rtol=1e-4, atol=1e-5 * float(reference.abs().max()))
 
@@ -335,7 +337,7 @@ def test_damaged_and_foreign_teacher_states_are_refused(answers: Path, tmp_path:
 def test_states_are_written_shard_by_shard_and_go_on_after_a_kill(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    target = TrainingTarget(tiny_model("llama"))
+    target = training_target(tiny_model("llama"))
     some = [Answer((3, 4, 5), tuple(range(6, 12 + n))) for n in range(6)]
     wanted = states.Wanted((2,), (4,))
     monkeypatch.setattr(states, "SHARD_ANSWERS", 2)
@@ -537,7 +539,7 @@ def test_alignment_brings_a_layer_before_the_exit_nearer_to_where_it_runs_ahead_
     paper = {"exit_layer": 2, "segments": [], "final_leap": False, "draft_steps": 1, "steps": 60}
     paper |= {"learning_rate": 2e-2, "draft_vocab": 0}
     model, _ = hub.load("tiny")
-    target, cosines = TrainingTarget(model), {}
+    target, cosines = training_target(model), {}
     some = [a for a in data.read([answers]) if isinstance(a, Answer)]
     for align in (0.0, 3.0):
         train(recipe(answers, tmp_path / f"{align}", align=align, **paper))
@@ -548,7 +550,6 @@ def test_alignment_brings_a_layer_before_the_exit_nearer_to_where_it_runs_ahead_
         wanted = dataclasses.replace(wanted_states(network.path, 4), hidden=(2, 4))
         records = states._records(states._teach(target, some, wanted, lambda n: None), wanted)
         batch = assemble(records, windows(records, 8), 8, target.device)
-        target.forget()
         exits, _ = next(passages(network, target, batch, 1, watched=True))
         pairs = zip(exits[-1][1], aims, strict=True)
         cosines[align] = [
@@ -615,14 +616,14 @@ def test_a_search_says_when_the_machine_was_too_busy_for_its_costs(
     monkeypatch.setattr(search, "PATIENCE", 0.0)
     monkeypatch.setattr(search, "time_drafting", lambda *args: noise())
     monkeypatch.setattr(search, "time_scoring", lambda *args: {n: noise() for n in (1, 2, 4, 8)})
-    costs = search.path_costs(TrainingTarget(tiny_model("llama")), None)
+    costs = search.path_costs(training_target(tiny_model("llama")), None)
     said = io.StringIO()
     search.show([], costs, Console(file=said, width=300))
     assert costs.steady == steady and ("too busy" in said.getvalue()) != steady
 
 
 def test_leaps_of_the_search_are_those_that_training_fits(answers: Path, tmp_path: Path) -> None:
-    target = TrainingTarget(tiny_model("llama", eos_token_id=None))
+    target = training_target(tiny_model("llama", eos_token_id=None))
     some = [a for a in data.read([answers]) if isinstance(a, Answer)]
     store = states.compute(tmp_path / "states", target, some, search.wanted(4), "mark")
     costs = search.PathCosts({1: 1.0, 2: 1.0}, 0.1, 0.1, 0.1)

@@ -18,11 +18,11 @@ from torch.nn import functional as F
 from specdec import artifacts
 from specdec.drafters.m2r2 import M2R2, load_network
 from specdec.errors import SpecDecError
+from specdec.target import Target
 from specdec.train.batches import Batch
 from specdec.train.evaluate import known_tokens
 from specdec.train.m2r2 import figure_name, wanted_states
 from specdec.train.method import Method
-from specdec.train.runtime import TrainingTarget
 from specdec.train.settings import TrainSettings
 from specdec.train.states import Wanted
 from specdec.train.student import Judge, passages
@@ -48,7 +48,7 @@ class ArlaMethod(Method):
     settings_class: ClassVar[type[TrainSettings]] = ArlaSettings
     settings: ArlaSettings
 
-    def __init__(self, settings: ArlaSettings, target: TrainingTarget) -> None:
+    def __init__(self, settings: ArlaSettings, target: Target) -> None:
         super().__init__(settings, target)
         shipped = None if Path(settings.drafter).is_dir() else artifacts.shipped(settings.drafter, target.fingerprint)
         self.folder = shipped or Path(settings.drafter)

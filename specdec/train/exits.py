@@ -20,11 +20,11 @@ from specdec.drafters.exits import ExitHeads, check_exits
 from specdec.drafters.m2r2 import rms_unit
 from specdec.drafters.mixture_of_depths import Routers
 from specdec.errors import SpecDecError
+from specdec.target import Target
 from specdec.train.batches import Batch
 from specdec.train.evaluate import known_tokens, standing, walk
 from specdec.train.fit import Moments
 from specdec.train.method import Method
-from specdec.train.runtime import TrainingTarget
 from specdec.train.settings import TrainSettings
 from specdec.train.states import Wanted
 from specdec.train.student import Judge
@@ -51,7 +51,7 @@ class DeedMethod(Method):
     settings_class: ClassVar[type[TrainSettings]] = ExitSettings
     settings: ExitSettings
 
-    def __init__(self, settings: ExitSettings, target: TrainingTarget) -> None:
+    def __init__(self, settings: ExitSettings, target: Target) -> None:
         super().__init__(settings, target)
         scale = target.num_layers / (settings.layers_of or target.num_layers)
         self.exits = check_exits([max(round(layer * scale), 1) for layer in settings.exits], target.num_layers)
@@ -60,7 +60,7 @@ class DeedMethod(Method):
         return Wanted((), (*self.exits, self.target.num_layers))
 
     def build(self, vocab: Tensor | None) -> ExitHeads:
-        self.judge = Judge(self.target, vocab, self.settings.sharpen, compiled=True)
+        self.judge = Judge(self.target, vocab, self.settings.sharpen, compiled=self.compiled)
         return ExitHeads(self.exits, self.settings.width, self.target, vocab)
 
     @torch.no_grad()
@@ -143,7 +143,7 @@ class EarlyExitMethod(DeedMethod):
 
     name: ClassVar[str] = "early-exit"
 
-    def __init__(self, settings: ExitSettings, target: TrainingTarget) -> None:
+    def __init__(self, settings: ExitSettings, target: Target) -> None:
         super().__init__(settings, target)
         if len(self.exits) != 1:
             raise SpecDecError(
@@ -179,7 +179,7 @@ class MixtureOfDepthsMethod(Method):
         return Wanted((), (self.target.num_layers,))
 
     def build(self, vocab: Tensor | None) -> Routers:
-        self.judge = Judge(self.target, vocab, self.settings.sharpen, compiled=True)
+        self.judge = Judge(self.target, vocab, self.settings.sharpen, compiled=self.compiled)
         return Routers(self.settings.first, self.target, vocab)
 
     def _draft(self, network: Routers, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,6 @@ from specdec.train.data import Answer
 from specdec.train.evaluate import evaluate
 from specdec.train.fit import fit_leaps
 from specdec.train.method import Method, Work
-from specdec.train.runtime import TrainingTarget
 from specdec.train.settings import TrainSettings
 from specdec.train.states import Wanted, compute, digest
 from specdec.train.student import Judge, passages
@@ -74,7 +73,7 @@ class M2R2Method(Method):
     settings_class: ClassVar[type[TrainSettings]] = M2R2Settings
     settings: M2R2Settings
 
-    def __init__(self, settings: M2R2Settings, target: TrainingTarget) -> None:
+    def __init__(self, settings: M2R2Settings, target: Target) -> None:
         super().__init__(settings, target)
         self.searches = settings.search and not settings.init
         if settings.init:
@@ -100,7 +99,7 @@ class M2R2Method(Method):
         return dataclasses.replace(wanted, hidden=tuple(sorted({*wanted.hidden, *aims})))
 
     def build(self, vocab: Tensor | None) -> M2R2:
-        self.judge = Judge(self.target, vocab, self.settings.sharpen, compiled=True)
+        self.judge = Judge(self.target, vocab, self.settings.sharpen, compiled=self.compiled)
         return M2R2(self.path, self.target, vocab)
 
     def groups(self, masters: nn.Module) -> list[dict[str, Any]]:
@@ -159,7 +158,7 @@ class M2R2Method(Method):
         return {"drafter": "m2r2", "path": self.path.to_json()}
 
 
-def choose_path(settings: M2R2Settings, target: TrainingTarget, work: Work) -> search.Candidate:
+def choose_path(settings: M2R2Settings, target: Target, work: Work) -> search.Candidate:
     """The path an earlier search in the output folder chose, or that of a new one; its table is printed."""
     limits = {"train": settings.search_tokens, "eval": search.EVAL_TOKENS}
     parts = {"train": _first(work.train, limits["train"]), "eval": _first(work.held_out, limits["eval"])}

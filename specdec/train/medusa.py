@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from specdec.drafters.m2r2 import rms_unit
 from specdec.drafters.medusa import Medusa
 from specdec.errors import SpecDecError
+from specdec.target import Target
 from specdec.train.batches import Batch
 from specdec.train.evaluate import known_tokens
 from specdec.train.method import Method
-from specdec.train.runtime import TrainingTarget
 from specdec.train.settings import TrainSettings
 from specdec.train.states import Wanted
 from specdec.train.student import Judge
@@ -45,7 +45,7 @@ class MedusaMethod(Method):
     settings_class: ClassVar[type[TrainSettings]] = MedusaSettings
     settings: MedusaSettings
 
-    def __init__(self, settings: MedusaSettings, target: TrainingTarget) -> None:
+    def __init__(self, settings: MedusaSettings, target: Target) -> None:
         super().__init__(settings, target)
         if settings.heads >= settings.window:
             raise SpecDecError(f"setting 'window' must exceed the {settings.heads} heads; got {settings.window}")
@@ -56,7 +56,7 @@ class MedusaMethod(Method):
 
     def build(self, vocab: Tensor | None) -> Medusa:
         settings = self.settings
-        self.judge = Judge(self.target, vocab, settings.sharpen, compiled=True)
+        self.judge = Judge(self.target, vocab, settings.sharpen, compiled=self.compiled)
         return Medusa(self.target.hidden_size, settings.heads, settings.blocks, settings.rooted, vocab)
 
     def loss(self, network: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:

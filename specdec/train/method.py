@@ -21,9 +21,9 @@ if TYPE_CHECKING:  # the command line imports this module for the names alone
     from rich.progress import Progress
     from torch import Tensor, nn
 
+    from specdec.target import Target
     from specdec.train.batches import Batch
     from specdec.train.data import Answer
-    from specdec.train.runtime import TrainingTarget
     from specdec.train.settings import TrainSettings
     from specdec.train.states import Wanted
 
@@ -66,14 +66,16 @@ class Method(ABC):
     the running copy; after each update it follows the masters.
 
     name: the method's in ``METHODS``. settings_class: ``TrainSettings`` with the method's own settings and defaults.
+    compiled: compiles a function of tensors that is called with one shape; the trainer may set it before ``build``.
     """
 
     name: ClassVar[str]
     settings_class: ClassVar[type[TrainSettings]]
 
-    def __init__(self, settings: Any, target: TrainingTarget) -> None:
+    def __init__(self, settings: Any, target: Target) -> None:
         """Raise SpecDecError for settings that do not fit the model."""
         self.settings, self.target = settings, target
+        self.compiled: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda part: part
 
     def prepare(self, work: Work) -> None:  # noqa: B027 (optional)
         """Decide what takes answers to decide, such as layers by a search. What is found must be kept in ``output``."""

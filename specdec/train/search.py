@@ -28,11 +28,11 @@ from specdec.costs import CONFIRMED, Costs, time_drafting, time_scoring
 from specdec.decoder import SpecDecoder
 from specdec.drafters.m2r2 import M2R2, M2R2Drafter, M2R2Path, rms_unit
 from specdec.errors import SpecDecError
+from specdec.target import Target
 from specdec.train import batches as windows_of
 from specdec.train.batches import Batch
 from specdec.train.evaluate import standing, walk
 from specdec.train.fit import Moments
-from specdec.train.runtime import TrainingTarget
 from specdec.train.speed import predict
 from specdec.train.states import Record, Wanted
 from specdec.train.student import drafts, step_mask
@@ -88,7 +88,7 @@ class PathCosts:
         return Costs(self.score, self.rest + candidate.layers * self.layer + leaps * self.leap)
 
 
-def path_costs(target: TrainingTarget, vocab: Tensor | None) -> PathCosts:
+def path_costs(target: Target, vocab: Tensor | None) -> PathCosts:
     """Measure them, with untrained drafters of three shapes (seconds; values do not matter for them)."""
     half, count = target.num_layers // 2, target.num_layers
     longer = min(LONGEST, count - half)
@@ -150,7 +150,7 @@ class Search:
 
     def __init__(
         self,
-        target: TrainingTarget,
+        target: Target,
         vocab: Tensor | None,
         train: Sequence[Record],
         held_out: Sequence[Record],

@@ -51,7 +51,7 @@ class TrainSettings:
     sharpen: float = 0.0  # share of the target's mass moved onto the base's most likely token
     checkpoint_minutes: float = 3.0
     eval_minutes: float = 10.0
-    compile: bool = True  # torch.compile, where the model has a direct path
+    compile: bool = True  # the loss, with torch.compile
 
     positive: ClassVar[tuple[str, ...]] = (
         *("rows", "window", "max_new_tokens", "text_tokens", "minutes", "steps", "fit_tokens"),

@@ -8,6 +8,7 @@ drafter's own (``specdec.drafters.m2r2``).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,6 @@ from specdec.cache import Mask
 from specdec.drafters.m2r2 import M2R2, Carry, watch
 from specdec.target import Target
 from specdec.train.batches import Batch
-from specdec.train.runtime import TrainingTarget
 
 
 def exact_carry(network: M2R2, batch: Batch) -> Carry:
@@ -122,20 +122,23 @@ class Judge:
     The vocabulary of a batch is the drafter's own plus up to ``extra`` of the tokens the base would choose in it (the
     drafter adds the tokens of its context in the same way), filled up with any others so that shapes stay the same.
     ``sharpen``: share of the target's mass moved onto the base's most likely token, where the vocabulary has it.
-    ``compiled``: where the target compiles, for batches of one shape.
+    ``compiled``: compiles a function of tensors, where batches have one shape.
     """
 
     def __init__(
-        self, target: Target, vocab: Tensor | None, sharpen: float = 0.0, extra: int = 512, compiled: bool = False
+        self,
+        target: Target,
+        vocab: Tensor | None,
+        sharpen: float = 0.0,
+        extra: int = 512,
+        compiled: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda part: part,
     ) -> None:
         self.target, self.sharpen = target, sharpen
         self.vocab = None if vocab is None else vocab.long()
         self.extra = 0 if vocab is None else min(extra, target.vocab_size - len(vocab))
         self.head: nn.Linear | None = None
         self.place: Tensor | None = None  # token id -> index in the batch's vocabulary, or -1
-        self.compare, self.soften = _compare, _soften
-        if compiled and isinstance(target, TrainingTarget):
-            self.compare, self.soften = target.compiled(_compare), target.compiled(_soften)
+        self.compare, self.soften = compiled(_compare), compiled(_soften)
 
     def index(self, ids: Tensor) -> Tensor:
         return ids if self.place is None else self.place[ids]

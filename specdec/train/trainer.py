@@ -38,7 +38,7 @@ from specdec.train.batches import Batch, Window
 from specdec.train.data import Answer
 from specdec.train.method import Method, Work, lookup
 from specdec.train.plot import draw_curves
-from specdec.train.runtime import TrainingTarget, keep_freed_memory
+from specdec.train.runtime import Compiler, keep_freed_memory, training_target
 from specdec.train.settings import TrainSettings
 from specdec.train.speed import measure, predict
 from specdec.train.world import World, join
@@ -82,11 +82,12 @@ def _prepare(
     output = _open_output(settings, resume)
     keep_freed_memory()
     model, tokenizer = hub.load(settings.model, dtype=settings.dtype, device=world.device)
-    say = partial(console.print, highlight=False, markup=False)
-    target = TrainingTarget(model.requires_grad_(False), settings.compile, say)
+    target = training_target(model)
     mark = hub.fingerprint(model)
     begin = read_drafter(settings.init, mark) if settings.init else None
     method = lookup(settings.method)(settings, target)
+    if settings.compile:
+        method.compiled = Compiler(target.device, partial(console.print, highlight=False, markup=False))
     data.refuse_foreign(items, target.vocab_size)
     data.refuse_held_out(items, held, tokenizer.decode)
     data.refuse_held_out([data.Prompt((text,)) for text in texts], held, tokenizer.decode, "text")
@@ -240,7 +241,6 @@ class Run:
         """One update on one batch, of which each process takes its share of rows."""
         rows = rows[self.world.rank :: self.world.size]
         batch = windows_of.assemble(self.records, rows, self.settings.window, self.target.device)
-        self.target.forget()
         loss, figures = self.method.loss(self.network, batch)
         loss.backward()  # type: ignore[no-untyped-call]
         working = self._running()
@@ -313,7 +313,6 @@ class Run:
         rows, width = self.settings.rows, self.settings.window
         chosen = sorted(windows_of.windows(self.held_out, width), key=lambda w: w[2])
         groups = (chosen[i : i + rows] for i in range(0, len(chosen), rows))
-        self.target.forget()
         with torch.no_grad():
             figures = self.method.evaluate(
                 self.network, (windows_of.assemble(self.held_out, g, width, self.target.device) for g in groups)
