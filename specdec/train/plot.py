@@ -23,11 +23,12 @@ def draw_curves(metrics: Path, picture: Path, console: Console) -> None:
     loss, agreement = figure.subplots(1, 2)
     loss.plot(*_series(updates, "loss"), linewidth=0.8)
     loss.set(xlabel="training tokens", ylabel="loss")
-    for key in sorted({key for line in updates for key in line if key.startswith("agree")}):
-        agreement.plot(*_series([u for u in updates if key in u], key), linewidth=0.5, alpha=0.5)
+    for number, key in enumerate(sorted({key for line in updates for key in line if key.startswith("agree")})):
+        points = _series([u for u in updates if key in u], key)
+        agreement.plot(*points, linewidth=0.7, alpha=0.6, color=f"C{number}", label=f"training, {key}")
     for step in range(len(evaluations[0]["evaluation"].get("top1", ())) if evaluations else 0):
-        points = [(line["tokens"], line["evaluation"]["top1"][step]) for line in evaluations]
-        agreement.plot(*zip(*points, strict=True), marker="o", label=f"held out, step {step + 1}")
+        held = [(line["tokens"], line["evaluation"]["top1"][step]) for line in evaluations]
+        agreement.plot(*zip(*held, strict=True), marker="o", color=f"C{step}", label=f"held out, step {step + 1}")
     agreement.set(xlabel="training tokens", ylabel="top-1 agreement with the model")
     if agreement.get_legend_handles_labels()[0]:
         agreement.legend(fontsize=8)
