@@ -1,6 +1,6 @@
 """What a drafter buys on this machine: how far its chains stand, set against what drafting and scoring cost.
 
-The costs are those of the drafter as users run it (its folder, the fused runtime where it fits), measured once.
+The costs are those of the drafter as users run it (from its folder, in the runtime that serves it), measured once.
 """
 
 from __future__ import annotations
