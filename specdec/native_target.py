@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from specdec import fused, kernels, native, pages
+from specdec import embedded, fused, kernels, native, pages
 from specdec.adapters import Adapters
 from specdec.cache import KVCache, Mask
 from specdec.errors import SpecDecError
@@ -90,6 +90,7 @@ class NativeTarget(Target):
             self.storage += ", rounded where they had to be"
         with pages.sparing(decoder.layers):
             self.spread = fused.check_logits(self)
+        pages.trim()
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         return F.embedding(ids, self.embedding)
@@ -241,7 +242,8 @@ class NativeTarget(Target):
         for slot, pairs in fused.modules(layer).items():
             weights = [module.weight.detach() for _, module in pairs]
             biases = [module.bias for _, module in pairs]
-            weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+            # A copy where it will be rounded: in place, the changed pages would stay beside the file's.
+            weight = weights[0] if len(weights) == 1 and not self.rounding else torch.cat(weights)
             bias = None if biases[0] is None else torch.cat([b.detach() for b in biases])
             if weight.shape[0] % 32:
                 raise SpecDecError(
@@ -252,9 +254,9 @@ class NativeTarget(Target):
             packed = Packed(weight, bias, self.kinds, self.rounding)
             if self.rounding:  # the model is the base: it holds what was packed
                 rows = _parted(weight) if slot == "gate_up" else weight
-                for module, part in zip(weights, rows.split([w.shape[0] for w in weights]), strict=True):
-                    module.copy_(part)
-            pages.release(*weights)
+                parts = rows.split([w.shape[0] for w in weights])
+                pages.park([module.weight for _, module in pairs], parts, embedded.cache_dir() / "parked")
+            pages.release(*weights, *(module.weight.detach() for _, module in pairs))
             self._alive.append(packed)
             setattr(struct, slot, packed.struct)
         attention = layer.self_attn
@@ -283,6 +285,7 @@ class NativeTarget(Target):
             layers = (native.Layer * self.num_layers)(*self._layers)
             alive = [self._merge(layers[layer], layer, adapters) for layer in range(lo, hi)]
             made[lo, hi] = native.Model(*self._sizes, ctypes.addressof(layers)), layers, alive
+            pages.trim()
         return made[lo, hi][0]
 
     def _merge(self, struct: native.Layer, layer: int, adapters: Adapters) -> list[Packed]:

@@ -2,15 +2,19 @@
 
 safetensors files are mapped: pages of theirs that nobody has written to can be dropped and come again from the file
 when they are next touched. So a runtime that holds its own form of a weight need not pay for the model's, and the model
-stays whole. Where this cannot be told (other systems than Linux, weights that were converted), nothing is done.
+stays whole. Weights that are changed on the way (rounded) get a file of their own first. Where this cannot be told or
+had (other systems than Linux, a full disk), nothing is given back.
 """
 
 from __future__ import annotations
 
 import ctypes
 import mmap
+import os
+import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +35,35 @@ def release(*tensors: Tensor) -> int:
             ctypes.CDLL(None).madvise(ctypes.c_void_p(first * size), ctypes.c_size_t((last - first) * size), _DONT_NEED)
             freed += (last - first) * size
     return freed
+
+
+def trim() -> None:
+    """Give back what the C library keeps of memory that was freed: making packed weights leaves much of it behind."""
+    with suppress(AttributeError, OSError):  # no glibc
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def park(parameters: Sequence[nn.Parameter], values: Sequence[Tensor], folder: Path) -> None:
+    """Have ``parameters`` hold ``values`` in a nameless file in ``folder``, from where they come when they are touched.
+
+    The file is gone with the process. Where it cannot be had, the parameters hold the values in memory.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            for parameter, value in zip(parameters, values, strict=True):
+                begin, size = file.seek(0, os.SEEK_END), parameter.nbytes
+                os.posix_fallocate(file.fileno(), begin, size)  # a disk that fills up later would be a bus error
+                file.write(value.to(parameter.dtype).contiguous().view(torch.uint8).numpy())
+            file.flush()
+            name = f"/proc/self/fd/{file.fileno()}"
+            whole = torch.from_file(name, shared=True, size=file.tell(), dtype=torch.uint8)
+    except (OSError, RuntimeError):
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.detach().copy_(value)
+        return
+    for parameter, part in zip(parameters, whole.split([p.nbytes for p in parameters]), strict=True):
+        parameter.data = part.view(parameter.dtype).view(parameter.shape)
 
 
 def _unchanged(first: int, count: int) -> bool:
