@@ -43,7 +43,7 @@ def trim() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def park(parameters: Sequence[nn.Parameter], values: Sequence[Tensor], folder: Path) -> None:
+def park(parameters: Sequence[Tensor], values: Sequence[Tensor], folder: Path) -> None:
     """Have ``parameters`` hold ``values`` in a nameless file in ``folder``, from where they come when they are touched.
 
     The file is gone with the process. Where it cannot be had, the parameters hold the values in memory.
