@@ -16,6 +16,7 @@ from specdec import options
 from specdec.draft import Draft, State
 from specdec.errors import SpecDecError
 from specdec.sampling import draw
+from specdec.transfer import waits
 from specdec.trees import best_tree
 
 SHAPE = ("siblings", "nodes")  # options of every drafter of chains
@@ -145,7 +146,8 @@ def draft_chain(
     vocab: int64 [V'], the tokens that logits are over; None: all of the target's.
     certainty: takes the logits of a step and returns the probability [B, 1] that their best token is the model's; None:
         what the logits say themselves.
-    Ends early once no row's whole chain stands with a probability of ``state.confidence``. Where nothing will be
+    Ends early once no row's whole chain stands with a probability of ``state.confidence``, where a look at it costs
+    nothing. Where nothing will be
     judged, a row's chain ends before the first token less certain than ``state.threshold``, and has no siblings.
     """
     chain, beside = _Nodes(), _Nodes()
@@ -167,7 +169,7 @@ def draft_chain(
         chain.add(token if state.threshold is None else token.masked_fill(~going, -1), q[:1], depth)
         beside.add(tokens[:, 1:], q[1:], depth)
         positions = positions + 1
-        if state.confidence > 0:
+        if state.confidence > 0 and not waits(token.device):
             reach = reach * (_probability(logits, token, vocab) if certainty is None else certainty(logits))
             if float(reach.max()) < state.confidence:
                 break

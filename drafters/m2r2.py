@@ -32,6 +32,7 @@ from specdec.errors import SpecDecError
 from specdec.growth import WIDTH, Bounds, Route, Seed, likeliest
 from specdec.kernels import rms_unit
 from specdec.target import Target
+from specdec.transfer import upload, waits
 
 from .arla import Router
 from .chain import SHAPE, ChainDrafter, best_probability, first_sure
@@ -451,7 +452,8 @@ class M2R2Drafter(ChainDrafter):
     def _grows(self, state: State) -> bool:
         """Whether a draft grows level by level: it has to pay in scoring alone, and to be one greedy row's."""
         judged = state.threshold is None and state.sampler.plain_greedy and state.cache.batch == 1
-        return judged and self.shape.siblings is None and not self.path.exit_layer and not self.path.exits
+        worth = bool(self.shape.nodes) or not waits(state.cache.device)  # what has grown is read before it is scored
+        return judged and worth and self.shape.siblings is None and not self.path.exit_layer and not self.path.exits
 
     def _tree(self, state: State, limit: int, carry: Carry) -> Draft:
         network, vocabulary = self.network, self.vocabulary
@@ -467,8 +469,8 @@ class M2R2Drafter(ChainDrafter):
             kept = slice(paths[0][-1], paths[0][-1] + 1)
             self.carry = Carry(taps[self.taps[-1]][:, kept], [taps[lo][:, kept] for lo, _ in self.path.segments])
             return
-        last = torch.tensor([[path[-1]] if path else [0] for path in paths], device=taps[self.taps[-1]].device)
-        alive = torch.tensor([bool(path) for path in paths], device=last.device)[:, None, None]
+        last = upload([[path[-1]] if path else [0] for path in paths], taps[self.taps[-1]].device)
+        alive = upload([bool(path) for path in paths], last.device, torch.bool)[:, None, None]
 
         def at_last(layer: int, old: Tensor | None) -> Tensor:
             x = taps[layer].gather(1, last[:, :, None].expand(-1, -1, taps[layer].shape[2]))  # (B, 1, D)

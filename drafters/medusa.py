@@ -28,6 +28,7 @@ from specdec.embedded import one_line
 from specdec.errors import SpecDecError
 from specdec.kernels import rms_unit
 from specdec.target import Target
+from specdec.transfer import upload
 from specdec.trees import best_tree
 
 from .vocabulary import DraftVocabulary, check_vocabulary
@@ -178,9 +179,9 @@ class MedusaDrafter:
 
     def observe(self, paths: list[list[int]], taps: dict[int, Tensor]) -> None:
         states = taps[self.taps[0]]  # (B, T, D)
-        last = torch.tensor([path[-1] if path else 0 for path in paths], device=states.device)
+        last = upload([path[-1] if path else 0 for path in paths], states.device)
         new = states[torch.arange(len(paths), device=states.device), last][:, None]
-        alive = torch.tensor([bool(path) for path in paths], device=states.device)[:, None, None]
+        alive = upload([bool(path) for path in paths], states.device, torch.bool)[:, None, None]
         self.final = new if self.final is None else torch.where(alive, new, self.final)
 
     def select(self, rows: list[int]) -> None:

@@ -13,6 +13,7 @@ from specdec import pages
 from specdec.draft import State
 from specdec.errors import SpecDecError
 from specdec.target import Target
+from specdec.transfer import upload
 
 
 class DraftVocabulary:
@@ -45,13 +46,13 @@ class DraftVocabulary:
         if fresh := set[int]().union(*contexts) - self.known:
             self.known |= fresh
             self.more += sorted(fresh)
-            added = torch.tensor(self.more, device=self.trained.device)
+            added = upload(self.more, self.trained.device)
             self.more_head = self.target.reduced_head(added)
             self.tokens = torch.cat((self.trained, added))
         self.hidden = None
         if len(contexts) > 1 and self.more:
             unseen = [[t not in context for t in self.more] for context in contexts]
-            self.hidden = torch.tensor(unseen, device=self.trained.device)
+            self.hidden = upload(unseen, self.trained.device, torch.bool)
 
     @property
     def heads(self) -> list[nn.Linear | None]:

@@ -14,6 +14,8 @@ from typing import overload
 import torch
 from torch import Tensor
 
+from specdec.transfer import upload
+
 
 class Mask:
     """Which cached keys each query may attend to.
@@ -199,7 +201,7 @@ class KVCache:
                 row += [b] * len(path)
                 src += [self.committed + j for j in path]
                 dst += range(self.rows[b], self.rows[b] + len(path))
-            index = torch.tensor([row, src, dst], device=self.device)
+            index = upload([row, src, dst], self.device)
             if self.whole is not None:
                 self.whole[:, :, index[0], :, index[2]] = self.whole[:, :, index[0], :, index[1]]
             else:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from specdec.transfer import upload
+
 if TYPE_CHECKING:
     from specdec.cache import KVCache
     from specdec.sampling import Sampler
@@ -93,12 +95,12 @@ class State:
     @property
     def roots(self) -> Tensor:
         """The root token of each row, int64 [B, 1]."""
-        return torch.tensor([[row[-1]] for row in self.ids], device=self.cache.device)
+        return upload([[row[-1]] for row in self.ids], self.cache.device)
 
     @property
     def positions(self) -> Tensor:
         """The position of each row's root, int64 [B, 1]."""
-        return torch.tensor([[n] for n in self.cache.rows], device=self.cache.device)
+        return upload([[n] for n in self.cache.rows], self.cache.device)
 
 
 class Drafter(Protocol):

@@ -18,6 +18,7 @@ from specdec.adapters import Adapters
 from specdec.cache import KVCache
 from specdec.draft import Draft
 from specdec.kernels import UnitMap
+from specdec.transfer import upload, waits
 
 if TYPE_CHECKING:
     from specdec.target import Target
@@ -74,13 +75,13 @@ class Bounds:
 
 def grow(target: Target, cache: KVCache, seed: Seed, route: Route, bounds: Bounds) -> Candidates:
     """All candidates within ``bounds``, for the one row of ``cache``, which is left as it was."""
-    found, device = Candidates([], [], []), cache.device
-    tokens = torch.tensor([[seed.token]], device=device)  # (1, W)
-    parents = torch.zeros(1, dtype=torch.long)  # (W,) each token's parent in the level before
-    nodes = torch.zeros(1, dtype=torch.long)  # (W,) each token's node: 0 is the root, i + 1 candidate i
-    paths = torch.ones(1, 1, dtype=torch.bool)  # (W, U): which of the U tokens run so far lie on a token's path
-    scores = torch.zeros(1)  # (W,) log-probability of each token's path
-    final, carried = seed.final, list(seed.carried)
+    device = cache.device
+    tokens = upload([[seed.token]], device)  # (1, W)
+    parents = torch.zeros(1, dtype=torch.long, device=device)  # (W,) each token's parent in the level before
+    nodes = torch.zeros(1, dtype=torch.long, device=device)  # (W,) each token's node: 0 is the root, i + 1 candidate i
+    paths = torch.ones(1, 1, dtype=torch.bool, device=device)  # (W, U): which tokens run so far lie on a token's path
+    scores = torch.zeros(1, device=device)  # (W,) log-probability of each token's path
+    final, carried, found, count = seed.final, list(seed.carried), list[Tensor](), 0
     for level in range(bounds.levels):
         positions = torch.full_like(tokens, seed.position + level)
         x, before, landed = target.embed(tokens, positions), final[:, parents], list[Tensor]()
@@ -92,25 +93,24 @@ def grow(target: Target, cache: KVCache, seed: Seed, route: Route, bounds: Bound
         carried = landed
         logits = torch.cat([target.readout(final, head) for head in route.heads], -1)[0]  # (W, V')
         best, index = logits.float().log_softmax(-1).topk(min(bounds.width, logits.shape[-1]))  # (W, k)
-        joint, ids = scores[:, None] + best.cpu(), index if route.tokens is None else route.tokens[index]
-        first = len(found.scores) + 1
-        found.scores.extend(joint.flatten().tolist())
-        found.tokens.extend(ids.flatten().tolist())
-        found.parents.extend(nodes[:, None].expand_as(joint).flatten().tolist())
+        joint, ids = scores[:, None] + best, index if route.tokens is None else route.tokens[index]
+        # Whole numbers below 2^53 are themselves in float64: everything comes back in one read.
+        found.append(torch.stack((joint.double(), ids.double(), nodes[:, None].expand_as(ids).double())).flatten(1))
         scores, chosen = joint.flatten().topk(min(bounds.width, joint.numel()))
-        if float(scores[0].exp()) < bounds.confidence:
+        if not waits(device) and float(scores[0].exp()) < bounds.confidence:
             break
-        parents, nodes = chosen // joint.shape[1], first + chosen
-        tokens = ids.flatten()[chosen.to(device)][None]
-        paths = torch.cat((paths[parents], torch.eye(len(chosen), dtype=torch.bool)), 1)
+        parents, nodes = chosen // joint.shape[1], 1 + count + chosen
+        tokens, count = ids.flatten()[chosen][None], count + joint.numel()
+        paths = torch.cat((paths[parents], torch.eye(len(chosen), dtype=torch.bool, device=device)), 1)
     for lo, hi in route.segments:
         cache.trim(cache.lengths[lo] - cache.committed, lo, hi)
-    return found
+    values, ids, origins = torch.cat(found, 1).tolist()
+    return Candidates(values, [int(token) for token in ids], [int(node) for node in origins])
 
 
 def likeliest(found: Candidates, budget: int, device: torch.device) -> Draft:
     """The tree of the ``budget`` best candidates. A candidate's parent scores at least as well, and comes before it."""
     kept = sorted(sorted(range(len(found.scores)), key=lambda i: (-found.scores[i], i))[:budget])
     place = {0: 0} | {node + 1: at for at, node in enumerate(kept, start=1)}
-    tokens = torch.tensor([[found.tokens[node] for node in kept]], dtype=torch.long, device=device)
+    tokens = upload([[found.tokens[node] for node in kept]], device)
     return Draft(tokens, tuple(place[found.parents[node]] for node in kept))

@@ -21,6 +21,7 @@ from specdec.metrics import Ledger, RequestMetrics
 from specdec.prefill import prefill
 from specdec.sampling import Sampler, draw
 from specdec.target import Target
+from specdec.transfer import download, upload
 
 
 class Loop:
@@ -107,7 +108,7 @@ class Loop:
 
         tokens = torch.cat((state.roots, draft.tokens.clamp_min(0)), 1)  # (B, 1 + M)
         depths = draft.depths()
-        positions = state.positions + torch.tensor(depths, device=cache.device)
+        positions = state.positions + upload(depths, cache.device)
         tree, exit_layer = draft.ancestors(), draft.exit_layer
         done = 0 if draft.states is None else draft.states.shape[1]  # block tokens that are already at exit_layer
         x = draft.states
@@ -129,17 +130,18 @@ class Loop:
             logits = F.pad(logits, (0, 0, filled, 0))
             taps = {layer: F.pad(seen, (0, 0, filled, 0)) if seen.numel() else seen for layer, seen in taps.items()}
         if state.sampler.plain_greedy:
-            choice = kernels.argmax(logits)  # (B, 1 + M)
+            drafted, choice = download(draft.tokens, kernels.argmax(logits))  # [B][M], [B][1 + M]
             rest = self.ledger.mark("score")
-            verdict = _judge_choice(self.verifier, draft, choice, state.sampler.generators)
+            verdict = _judge_choice(self.verifier, draft, drafted, choice, state.sampler.generators)
         else:
             p = state.sampler.distribution(logits, lambda: _prefixes(state.ids, draft))  # (B, 1 + M, V)
+            drafted = draft.tokens.tolist()
             rest = self.ledger.mark("score")
             verdict = self.verifier.judge(draft, p, state.sampler.generators)
         rest += self.ledger.mark("accept")
         cache.keep(verdict.paths)
         drafter.observe(verdict.paths, taps)
-        new, drafted = [], draft.tokens.tolist()
+        new = []
         for b, (path, token) in enumerate(zip(verdict.paths, verdict.next_tokens, strict=True)):
             nodes = [n for n, t in enumerate(drafted[b], start=1) if t >= 0]
             deepest = max((depths[n] for n in nodes), default=0)
@@ -211,12 +213,17 @@ class Loop:
         return events
 
 
-def _judge_choice(verifier: Verifier, draft: Draft, choice: Tensor, generators: list[torch.Generator]) -> Verdict:
-    """The verdict on point masses at ``choice`` [B, 1 + M]: the verifier's own rule, over the few tokens that occur."""
-    picked, drafted = choice.tolist(), draft.tokens.tolist()
-    place = {token: at for at, token in enumerate({*itertools.chain(*picked, *drafted)} - {-1})}
-    few = np.zeros((*choice.shape, len(place)), np.float32)
-    for b, row in enumerate(picked):
+def _judge_choice(
+    verifier: Verifier,
+    draft: Draft,
+    drafted: list[list[int]],
+    choice: list[list[int]],
+    generators: list[torch.Generator],
+) -> Verdict:
+    """The verdict on point masses at ``choice`` [B][1 + M]: the verifier's own rule, over the few tokens that occur."""
+    place = {token: at for at, token in enumerate({*itertools.chain(*choice, *drafted)} - {-1})}
+    few = np.zeros((len(choice), len(choice[0]), len(place)), np.float32)
+    for b, row in enumerate(choice):
         for i, token in enumerate(row):
             few[b, i, place[token]] = 1
     tokens = torch.tensor([[place.get(token, -1) for token in row] for row in drafted], dtype=torch.long)

@@ -54,7 +54,7 @@ def park(parameters: Sequence[Tensor], values: Sequence[Tensor], folder: Path) -
             for parameter, value in zip(parameters, values, strict=True):
                 begin, size = file.seek(0, os.SEEK_END), parameter.nbytes
                 os.posix_fallocate(file.fileno(), begin, size)  # a disk that fills up later would be a bus error
-                file.write(value.to(parameter.dtype).contiguous().view(torch.uint8).numpy())
+                file.write(value.to(parameter.dtype).contiguous().view(torch.uint8).numpy().data)
             file.flush()
             name = f"/proc/self/fd/{file.fileno()}"
             whole = torch.from_file(name, shared=True, size=file.tell(), dtype=torch.uint8)

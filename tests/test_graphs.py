@@ -14,13 +14,18 @@ import torch
 from conftest import greedy_reference, tiny_model
 from test_fused import adapted_pass, play, random_adapters, rough_model
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 from zoo import PROMPTS, every, run
 
+from specdec import cache as caches
+from specdec import draft, growth, loop, transfer
+from specdec.drafters import chain, m2r2, medusa, trie, vocabulary
 from specdec.errors import SpecDecError
 from specdec.fused import FusedTarget
 from specdec.graphs import GraphedTarget
+from specdec.loop import Loop
 from specdec.runtimes import make_target
 
 
@@ -174,3 +179,76 @@ def test_the_stand_in_fails_where_a_graph_would_go_wrong() -> None:
 def test_without_a_gpu_it_says_so() -> None:
     with pytest.raises(SpecDecError, match="need the model on a CUDA device, not on 'cpu'"):
         make_target(tiny_model("llama"), "graphs")
+
+
+class _Waits(TorchFunctionMode):
+    """Counts where the host would wait for a device that works behind it.
+
+    Tensors stand for the device's if they were made with a ``device``, as the engine makes them, or from such ones;
+    ``transfer.upload`` makes them without waiting. Looking at their numbers waits, and so does making them from lists.
+    """
+
+    LOOKS = ("tolist", "item", "numpy", "cpu", "nonzero", "__bool__", "__int__", "__float__", "__index__", "unique")
+
+    def __init__(self, target: GraphedTarget, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.there = {_memory(p) for p in target.model.parameters()}  # storages of the device
+        self.alive: list[Tensor] = []  # so that no address is used twice
+        self.waits: list[str] = []
+        self.uploading = False
+        upload = transfer.upload
+
+        def quiet(values: Any, device: torch.device, *dtype: torch.dtype) -> Tensor:
+            self.uploading = True
+            out = self.mark(upload(values, device, *dtype))
+            self.uploading = False
+            return out
+
+        for module in (draft, loop, caches, growth, m2r2, medusa, vocabulary, trie):
+            monkeypatch.setattr(module, "upload", quiet)
+        for module in (chain, m2r2, growth):
+            monkeypatch.setattr(module, "waits", lambda device: True)
+
+    def mark(self, out: Any) -> Any:
+        for tensor in tree_flatten(out)[0]:
+            if isinstance(tensor, Tensor) and tensor.numel():
+                self.there.add(_memory(tensor))
+                self.alive.append(tensor)
+        return out
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        given = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)]
+        there = any(_memory(t) in self.there for t in given)
+        name = getattr(func, "__name__", "")
+        out = func(*args, **kwargs)
+        if there and name in self.LOOKS:
+            self.waits.append(name)
+            return out
+        if self.uploading:
+            return out
+        if name in ("tensor", "as_tensor") and kwargs.get("device") is not None:
+            self.waits.append("made from a list")
+        return self.mark(out) if there or kwargs.get("device") is not None else out
+
+
+@pytest.mark.parametrize("drafter", ["none", "m2r2: leap", "m2r2-paper", "medusa", "layer-skip", "prompt-lookup"])
+@torch.inference_mode()
+def test_a_greedy_round_waits_for_the_device_once(drafter: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    target = GraphedTarget(model, record=Replay)
+    plain = [greedy_reference(model, PROMPTS[1], 24)]
+    run(target, every(target)[drafter], [PROMPTS[1]], 24)  # everything is recorded
+    counter, counts, rounds = _Waits(target, monkeypatch), list[int](), Loop._round
+
+    def counted(self: Loop) -> list[list[int]]:
+        before = len(counter.waits)
+        with counter:
+            new = rounds(self)
+        counts.append(len(counter.waits) - before)
+        return new
+
+    monkeypatch.setattr(Loop, "_round", counted)
+    out, _ = run(target, every(target)[drafter], [PROMPTS[1]], 24)
+    assert out == plain
+    assert set(counts) == {1}, counter.waits

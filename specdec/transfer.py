@@ -1,0 +1,33 @@
+"""Small tensors between the host and a device.
+
+A GPU works behind the host: who reads from it waits until all of its work is done, and so does who writes to it from
+memory that the system may move. So a round reads once, and writes from pinned memory.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def upload(values: Any, device: torch.device, dtype: torch.dtype = torch.long) -> Tensor:
+    """``torch.tensor(values, dtype=dtype, device=device)`` that nobody waits for."""
+    tensor = torch.tensor(values, dtype=dtype)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def download(*tensors: Tensor) -> list[list[list[Any]]]:
+    """Each of ``tensors`` [B, n] of one dtype and device as lists, in one read."""
+    rows = torch.cat(tensors, 1).tolist()
+    ends = [0]
+    for tensor in tensors:
+        ends.append(ends[-1] + tensor.shape[1])
+    return [[row[start:end] for row in rows] for start, end in itertools.pairwise(ends)]
+
+
+def waits(device: torch.device) -> bool:
+    """Whether a look at a tensor's numbers waits for the device."""
+    return device.type != "cpu"
