@@ -74,6 +74,7 @@ class AutoDepth:
     DEAREST = 8.0  # tokens' worth of time that a probe is believed to have cost at most: the machine may have slept
     TRUST, MOST_TRUST = 1.5, 16.0  # tokens' worth of time that drafting may have lost, at first and after successes
     RECENT = 15  # rounds whose median is believed
+    REST = 3  # plain rounds after one that was decided: they change little, and deciding costs time, too
 
     def __init__(
         self, score: Mapping[int, float], draft: float, live: bool = True, accepted: Sequence[float] = ()
@@ -90,10 +91,14 @@ class AutoDepth:
         self.drift, self.draft = 1.0, draft  # what these come to now
         self.credit, self.trust = self.CREDIT, self.TRUST  # what a probe, and any draft, may lose by now, in tokens
         self.probing = False
+        self.rest = 0  # plain rounds to go before anything is decided
         self._speeds: list[float] = []  # of this round
 
     def depth(self, batch: int) -> int:
-        self.batch, self._speeds = batch, []
+        if self.rest and batch == self.batch:
+            self.rest -= 1
+            return 0
+        self.batch, self._speeds, self.rest = batch, [], 0
         speeds = self.speeds()
         best = max(range(self.MOST + 1), key=speeds.__getitem__)
         self.probing = best == 0
@@ -102,7 +107,10 @@ class AutoDepth:
         probe = max(range(1, self.MOST + 1), key=speeds.__getitem__)
         # A probe costs this much more than decoding its tokens plainly would.
         excess = self.expected()[probe] * (speeds[0] / speeds[probe] - 1)
-        return probe if excess <= self.credit else 0
+        if excess <= self.credit:
+            return probe
+        self.rest = self.REST
+        return 0
 
     def loss(self, depth: int) -> float:
         """What a round of this depth loses if nothing of it stands: tokens that plain decoding yields in the time."""

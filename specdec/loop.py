@@ -101,7 +101,8 @@ class Loop:
         state, target, cache, drafter = self.state, self.target, self.state.cache, self.drafter
         room = max(self.limits[r] - self.metrics[r].num_new_tokens for r in self.rows) - 1  # the bonus token is one
         limit = min(self.policy.depth(cache.batch), room, target.context - 1 - cache.committed)
-        state.confidence, state.spare = self.policy.confidence(), self.policy.spare(cache.batch, limit)
+        if limit > 0:
+            state.confidence, state.spare = self.policy.confidence(), self.policy.spare(cache.batch, limit)
         self.ledger.mark("overhead")
         draft = drafter.propose(state, limit) if limit > 0 else Draft.empty(cache.batch, cache.device)
         drafting = self.ledger.mark("draft")
