@@ -36,7 +36,6 @@ SHORT = {"fit_tokens": 40_000, "eval_answers": 40}
 LEAP: dict[str, Any] = {"search": False, "segments": [[20, 24]], "final_leap": True, **SHORT}
 ROWS: dict[str, tuple[str, float, dict[str, Any]]] = {  # name: preset, share of the answers, settings
     "20-23, rank 56": ("m2r2", SHARE, LEAP),
-    "23": ("m2r2", SHARE, LEAP | {"segments": [[23, 24]]}),
     "20-22": ("m2r2", SHARE, LEAP | {"segments": [[20, 23]]}),
     "20-24": ("m2r2", SHARE, LEAP | {"segments": [[20, 25]]}),
     "20-23, rank 16": ("m2r2", SHARE, LEAP | {"rank": 16}),
