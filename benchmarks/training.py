@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from specdec import SpecDecoder, artifacts, hub
-from specdec.costs import measure
+from specdec.costs import Costs, measure
 from specdec.train import data, states
 from specdec.train.m2r2 import M2R2Settings, path_of, wanted_states
 from specdec.train.runtime import training_target
@@ -116,25 +116,34 @@ def run(prompts: Path, output: Path, steps: int, names: list[str]) -> None:
         (folder(output, name) / "seconds").write_text(f"{time.process_time() - start:.0f}")
 
 
-def table(output: Path) -> None:
+def measured(output: Path, names: list[str]) -> dict[str, Costs]:
+    """What drafting and scoring cost with each row's drafter: the least of two visits; scoring is the same for all."""
     model, _ = hub.load(M2R2Settings.model, dtype=M2R2Settings.dtype, device="cpu")
+    found: dict[str, list[Costs]] = {name: [] for name in names}
+    for name in names * 2:
+        decoder = SpecDecoder(model, None, drafter=folder(output, name))
+        found[name].append(measure(decoder.target, decoder.drafter, decoder.verifier))
+    every = [costs.score for visits in found.values() for costs in visits]
+    score = {n: min(seconds[n] for seconds in every) for n in every[0]}
+    return {name: Costs(score, min(costs.draft for costs in visits)) for name, visits in found.items()}
+
+
+def table(output: Path) -> None:
     rows = []
+    names = [name for name in ROWS if (folder(output, name) / "seconds").exists()]
+    costs = measured(output, names)
     print("| row | draft cost | tokens learnt from | agreement, steps 1-4 | 1 - TV | tokens a round | predicted |")
     print("|---|---|---|---|---|---|---|")
-    for name in ROWS:
-        if not (folder(output, name) / "seconds").exists():
-            continue
+    for name in names:
         figures = [
             line["evaluation"]
             for line in map(json.loads, (folder(output, name) / "metrics.jsonl").read_text("utf-8").splitlines())
             if "evaluation" in line
         ]
-        decoder = SpecDecoder(model, None, drafter=folder(output, name))
-        costs = measure(decoder.target, decoder.drafter, decoder.verifier)  # not what a busy machine has kept
         before, after = figures[0], figures[-1]
         tokens = artifacts.read_config(folder(output, name))["training"]["tokens_in_answers"]
-        speedup, depth = predict(after["chain"], costs)
-        cost = costs.draft / costs.score[1]
+        speedup, depth = predict(after["chain"], costs[name])
+        cost = costs[name].draft / costs[name].score[1]
         rows.append(
             {"row": name, "cost": cost, "tokens": tokens, "closed_form": before, "trained": after}
             | {"speedup": speedup, "depth": depth, "cpu_seconds": int((folder(output, name) / "seconds").read_text())}
