@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 HELD_OUT = 8  # every so many texts one is kept to say how good the predictor is, at most this many
 NEW_TOKENS = 192  # of an answer that the model still has to give
 EPOCHS = 2  # of training adapters
+STUDIED = (4, 2, 1, 0)  # layers ahead that recall is measured at
 
 
 def pack_experts(
@@ -64,11 +65,12 @@ def pack_experts(
     held = answers[::HELD_OUT][:HELD_OUT]
     rest = [answer for answer in answers if answer not in held]
     with _progress("fitting", "texts") as tell:
-        leaps = fit_expert_leaps(loaded, rest, lambda done: tell(done, len(rest)))
+        leaps = fit_expert_leaps(loaded, rest, lambda done: tell(done, len(rest)), distances=STUDIED)
     what = "share of the experts needed that are foreseen, by layers ahead, on held-out texts"
-    shown: dict[str, predict.Forecaster] = {"m2r2": leaps, "residual": predict.residual(layers)}
+    shown: dict[str, predict.Forecaster] = {"m2r2": leaps, "residual": predict.residual(layers, distances=STUDIED)}
     figures = _shares(recalls(loaded, shown, held))
-    predict.write_leaps(folder, leaps, fingerprint, {"recall": figures, "texts": len(rest)})
+    used = leaps.within(predict.DISTANCES)
+    predict.write_leaps(folder, used, fingerprint, {"recall": figures, "texts": len(rest)})
     print(f"{folder / predict.LEAPS}: {what}")
     _show(figures)
     if rate is None:

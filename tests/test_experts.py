@@ -30,7 +30,7 @@ INDEX = packed.Index("0", "float32", list(range(ROWS)), EXPERTS, 4, 3, [0] * ROW
 class Shelf:
     """A tier in memory: block b is filled with the byte b. ``gate`` holds reads back; ``broken`` blocks raise."""
 
-    note = ""
+    note, chunk = "", tiers.CHUNK
 
     def __init__(self) -> None:
         self.reads: list[int] = []
@@ -89,8 +89,8 @@ CALLS = st.lists(
 @given(CALLS, st.integers(1, EXPERTS), st.sampled_from(("lru", "least-stale")), st.booleans())
 def test_every_byte_is_accounted_for_and_a_replay_agrees(calls, slots, eviction, chunked):
     shelf = Shelf()
-    chunk = 4096 if chunked else 1 << 20
-    store = ExpertStore(INDEX, shelf, ROWS * slots * INDEX.stride, 1, eviction, chunk)
+    shelf.chunk = 4096 if chunked else tiers.CHUNK
+    store = ExpertStore(INDEX, shelf, ROWS * slots * INDEX.stride, 1, eviction)
     store.trace = []
     try:
         for kind, row, experts, spare in calls:
@@ -151,7 +151,8 @@ def test_demands_overtake_prefetches(store, shelf):
 def test_a_chunked_prefetch_gives_way_between_chunks(shelf):
     index = packed.Index("0", "float32", [0], 4, 64, 64, [0] * 4)  # 12 chunks of 4096
     shelf.slots = lambda count: tiers.aligned(count, index.stride)
-    store = ExpertStore(index, shelf, 2 * index.stride, 1, chunk=4096)
+    shelf.chunk = 4096
+    store = ExpertStore(index, shelf, 2 * index.stride, 1)
     shelf.gate.clear()
     store.prefetch(0, [0])
     threading.Timer(0.05, shelf.gate.set).start()

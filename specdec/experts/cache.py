@@ -24,19 +24,27 @@ class Slot:
     speculative: bool = False  # prefetched, and not demanded since
 
 
+@dataclass
+class Evicted:
+    """evictions: experts put out; unused: those among them that were prefetched for nothing."""
+
+    evictions: int = 0
+    unused: int = 0
+
+
 class LayerCache:
     """The experts of one layer in ``slots`` slots.
 
     eviction: "lru" (the one named longest ago), "least-stale" (by whole demands: of those not named since the oldest
     one, the one demanded least often; after SpecMD's policy), or "none" (keeps nothing between demands: loading on
-    demand without a cache). Pinned slots are never evicted.
+    demand without a cache). Pinned slots are never evicted. count: where evictions are counted.
     """
 
-    def __init__(self, slots: int, eviction: str = "lru") -> None:
+    def __init__(self, slots: int, eviction: str = "lru", count: Evicted | None = None) -> None:
         self.slots = [Slot(number) for number in range(slots)]
         self.where: dict[int, Slot] = {}
         self.eviction, self.tick, self.order = eviction, 0, 0
-        self.evictions = self.unused = 0  # experts put out; those among them that were prefetched for nothing
+        self.count = count or Evicted()
 
     def begin(self) -> list[Slot]:
         """Begin a demand. Returns the slots it empties ("none" only)."""
@@ -88,8 +96,8 @@ class LayerCache:
     def drop(self, slot: Slot) -> None:
         """Put the expert of an unpinned slot out."""
         assert slot.expert is not None and not slot.pins
-        self.evictions += 1
-        self.unused += slot.speculative
+        self.count.evictions += 1
+        self.count.unused += slot.speculative
         del self.where[slot.expert]
         slot.expert, slot.speculative = None, False
 

@@ -15,14 +15,14 @@ SMOOTH = 0.3
 class Controller:
     """Turns prefetching off where passes are slower with it, and estimates what a prefetch can load in time.
 
-    Passes with and without prefetching are timed in windows. The faster side runs; the other is probed again after 4,
-    8, ... ``LONGEST`` windows, so that probing costs little. adaptive: False keeps it on.
+    Passes with and without prefetching are timed in windows, the first two with either. The faster side runs; the other
+    is probed again after 4, 8, ... ``LONGEST`` windows, so that probing costs little. adaptive: False keeps it on.
     """
 
     def __init__(self, adaptive: bool = True) -> None:
         self.adaptive, self.on = adaptive, True
         self.seconds: dict[bool, float | None] = {True: None, False: None}  # per layer visited, smoothed
-        self.pause, self.left = 4, 4  # windows until the other side is probed
+        self.pause, self.left = 2, 1  # windows until the other side is probed
         self.probing = False
         self.visits = self.rows = 0
         self.spent = self.busy = 0.0
@@ -46,13 +46,13 @@ class Controller:
                 self._window(self.spent / self.visits)
         self.last, self._stalled = now, stalled
 
-    def bytes_within(self, distance: int, store: ExpertStore) -> float:
-        """Bytes, beyond those already requested, that can be loaded while ``distance`` layers compute."""
+    def bytes_within(self, ahead: float, store: ExpertStore) -> float:
+        """Bytes, beyond those already requested, that can be loaded while ``ahead`` layers compute."""
         count = store.counters
         if count.load_seconds <= 0:
             return float("inf")
         speed = count.bytes / count.load_seconds
-        return distance * self.layer_seconds * speed - store.backlog
+        return ahead * self.layer_seconds * speed - store.backlog
 
     def _window(self, seconds: float) -> None:
         self.spent, self.visits = 0.0, 0

@@ -15,12 +15,14 @@ from specdec.errors import SpecDecError
 class MoELayer:
     """One layer with E experts of width F over a residual of width D.
 
-    block: the module with ``gate`` (the router) and ``experts``. norm: what the router's input comes out of.
+    block: the module with ``gate`` (the router) and ``experts``. norm: what the router's input comes out of. entry: the
+    norm that a pass enters the layer by.
     """
 
     index: int
     block: Any
     norm: Any
+    entry: Any
 
     @property
     def experts(self) -> Any:
@@ -49,14 +51,14 @@ def moe_layers(model: PreTrainedModel) -> list[MoELayer]:
             continue
         experts, router = block.experts, getattr(getattr(block, "gate", None), "weight", None)
         shapes = [tuple(getattr(getattr(experts, n, None), "shape", ())) for n in ("gate_up_proj", "down_proj")]
-        norm = getattr(layer, "post_attention_layernorm", None)
-        known = [len(shape) for shape in shapes] == [3, 3] and router is not None and norm is not None
+        norms = [getattr(layer, name, None) for name in ("post_attention_layernorm", "input_layernorm")]
+        known = [len(shape) for shape in shapes] == [3, 3] and router is not None and None not in norms
         if not known or getattr(experts, "is_transposed", False) or getattr(experts, "has_bias", False):
             raise SpecDecError(
                 f"model type '{kind}' holds the experts of layer {index} in a way not known here; known are Mixtral, "
                 "OLMoE, Qwen2-MoE and Qwen3-MoE as transformers 5 holds them"
             )
-        found.append(MoELayer(index, block, norm))
+        found.append(MoELayer(index, block, *norms))
     if not found:
         raise SpecDecError(
             f"model type '{kind}' has no experts; use one that has, such as a Mixtral, or no expert options"

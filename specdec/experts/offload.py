@@ -27,12 +27,13 @@ from specdec.experts import packed, predict
 from specdec.experts.cache import EVICTIONS
 from specdec.experts.control import Controller
 from specdec.experts.layers import moe_layers
-from specdec.experts.predict import Predictor, Sight
+from specdec.experts.predict import Predictor
 from specdec.experts.store import Counters, ExpertStore
 from specdec.experts.tiers import DiskTier, EmulatedTier, PinnedTier, Tier, aligned
 
-FLOOR = 0.3  # least need of an expert that is prefetched
+FLOOR = 0.4  # least need of an expert that is prefetched
 STAY = 0.1  # by how much more it must be needed, per layer of distance, than the cached one that it would put out
+LEAD = 0.6  # of a layer's time passes from when it is entered to its demand
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,8 @@ class _Experts(nn.Module):
             wanted.setdefault(expert, []).append(pair)
         out = hidden_states.new_empty(hidden_states.shape[0] * k, hidden_states.shape[1])  # of each pair
         with store.demand(self.row, sorted(wanted)) as groups:
-            owner.look(self.row, hidden_states, routed)  # while what is missing is being loaded
+            if owner.predictor is not None:
+                owner.predictor.routed(self.row, routed)
             gate_up, down = store.weights[self.row]
             for group in groups:
                 by_slot = {slot: wanted[expert] for expert, slot in group}
@@ -133,7 +135,7 @@ class Offload:
             raise
         self.note = tier.note
         self.controller = Controller(adaptive=options.adaptive)
-        self.residuals: dict[int, Tensor] = {}
+        self.entered = 0  # layers, while predicting
         self.own = [layer.experts for layer in self.layers]
         self.hooks: list[Any] = []
         self._attach()
@@ -146,32 +148,36 @@ class Offload:
         )
         return f"{text}, prefetch {self.options.prefetch}" + (f"; {self.note}" if self.note else "")
 
-    def look(self, row: int, state: Tensor, routed: list[list[int]]) -> None:
-        """Called with the router's input [T, D] and the experts of a layer's tokens: predict, and prefetch."""
-        self.controller.visit(row, len(routed), self.store)
+    def enter(self, row: int, x: Tensor) -> None:
+        """Called as a pass enters a layer, with the residual [T, D]: predict, and prefetch."""
+        self.controller.visit(row, len(x), self.store)
         predictor = self.predictor
         if predictor is None:
             return
-        sight = Sight(row, self.residuals[row].view_as(state), state, routed)
-        if not self.controller.on or len(routed) > predictor.most_tokens:
-            predictor.look(sight)
+        if not self.controller.on or len(x) > predictor.most_tokens:
+            predictor.look(row, x)
             return
-        for target, need in predictor.ahead(sight):
+        for target, need in predictor.ahead(row, x):
             self._prefetch(target, need, (target - row) % len(self.layers))
+        self.entered += 1
 
     def _prefetch(self, row: int, need: list[float], distance: int) -> None:
         """Load the experts most needed there, as many as the slots and the bytes that can arrive in time allow."""
-        slots = len(self.store.caches[row].slots)
-        there = self.store.caches[row].where
-        worth = [n + STAY * distance * (e in there) for e, n in enumerate(need)]
-        wanted = sorted((e for e, n in enumerate(need) if n >= FLOOR), key=worth.__getitem__, reverse=True)[:slots]
-        absent = self.store.missing(row, wanted)
+        cache, ahead = self.store.caches[row], distance + LEAD
+        slots, there = len(cache.slots), cache.where  # looked at without the lock: a failing prefetch may change it
+        wanted = [expert for expert, n in enumerate(need) if n >= FLOOR]
+        if all(expert in there for expert in wanted):
+            return
+        wanted.sort(key=lambda expert: need[expert] + STAY * ahead * (expert in there), reverse=True)
+        del wanted[slots:]
+        absent = [expert for expert in wanted if expert not in there]
         if not absent:
             return
-        room = self.controller.bytes_within(distance, self.store)
-        fit = max(int(min(room / self.index.stride, slots)), int(distance == 1))
+        room = self.controller.bytes_within(ahead, self.store) / self.store.stride
+        fit = max(round(min(room, slots)), int(not distance))
         late = set(absent[fit:])
-        self.store.prefetch(row, [e for e in wanted if e not in late], frozenset(wanted))
+        some = [expert for expert in wanted if expert not in late]
+        self.store.prefetch(row, some, frozenset(wanted), self.entered + distance)
 
     def close(self) -> None:
         """Give the model its experts back, read from the packed file, and end loading."""
@@ -239,22 +245,13 @@ class Offload:
     def _attach(self) -> None:
         for row, (layer, own) in enumerate(zip(self.layers, self.own, strict=True)):
             layer.block.experts = _Experts(self, row, own.act_fn)
-            if self.predictor is not None:
-                self.hooks.append(layer.norm.register_forward_pre_hook(self._remember(row)))
+            self.hooks.append(layer.entry.register_forward_pre_hook(self._entering(row)))
             for name in ("gate_up_proj", "down_proj"):
                 weight = getattr(own, name)
                 weight.data = weight.data.new_empty(0)
-        self.hooks.append(_Nothing())  # attached, whether or not there is a predictor
 
-    def _remember(self, row: int) -> Any:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            self.residuals[row] = inputs[0]
-
-        return hook
-
-
-class _Nothing:
-    def remove(self) -> None: ...
+    def _entering(self, row: int) -> Any:
+        return lambda _, inputs: self.enter(row, inputs[0].flatten(0, -2))
 
 
 @contextmanager

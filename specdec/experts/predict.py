@@ -1,16 +1,16 @@
-"""Predictors: which experts the layers ahead will be routed to, from what is known at a layer.
+"""Predictors: which experts a layer and those ahead will be routed to, from what is known as a pass enters the layer.
 
-A predictor is asked once per layer and pass, when the layer's routing is known, and answers for layers ahead with, for
-every expert, how likely it is to be needed: the *need* [E], in [0, 1]. Layers are counted by rows of the packed file;
-rows after the last are the first ones of the next token. Predictions never touch the computation: a wrong one costs
-time. Knows nothing of caches.
+A predictor is asked once per layer and pass, before the layer's attention, and answers for this layer and layers ahead
+with, for every expert, how likely it is to be needed: the *need* [E], in [0, 1]. Layers are counted by rows of the
+packed file; rows after the last are the first ones of the next token. Predictions never touch the computation: a wrong
+one costs time. Knows nothing of caches.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,25 +25,12 @@ from specdec.experts.layers import MoELayer
 from specdec.kernels import UNIT_EPS
 
 PREDICTORS = ("none", "previous-token", "residual", "m2r2", "m2r2-paper", "oracle", "shuffled")
-DISTANCES = (4, 2, 1)  # layers ahead that are predicted at a layer, far ones first
-REACH = max(DISTANCES)
+DISTANCES = (1, 0)  # layers ahead that are predicted at a layer, far ones first
+REACH = 4  # layers ahead that the oracle knows
 
 Forecast = list[tuple[int, list[float]]]  # row, need of each of its experts
 Array = npt.NDArray[np.float32]
 _NOTHING: Array = np.zeros((0, 0), np.float32)
-
-
-@dataclass
-class Sight:
-    """What is known at a layer. residual, state [T, D]: before and after the norm in front of the router.
-
-    routed: the experts of each token, [T][k].
-    """
-
-    row: int
-    residual: Tensor
-    state: Tensor
-    routed: list[list[int]]
 
 
 class Predictor(ABC):
@@ -53,12 +40,15 @@ class Predictor(ABC):
     most_tokens = 16
 
     @abstractmethod
-    def ahead(self, sight: Sight) -> Forecast:
-        """Needs of rows ahead, after a look at this one. Called for every row of every pass."""
+    def ahead(self, row: int, x: Tensor) -> Forecast:
+        """Needs of this row and rows ahead, from the residual [T, D] that enters it. Called for every row of a pass."""
 
-    def look(self, sight: Sight) -> None:
+    def look(self, row: int, x: Tensor) -> None:
         """As ``ahead``, where no forecast is wanted."""
-        self.ahead(sight)
+        self.ahead(row, x)
+
+    def routed(self, row: int, experts: list[list[int]]) -> None:
+        """Told what the row's router chose for each token, [T][k]."""
 
 
 class PreviousToken(Predictor):
@@ -70,45 +60,46 @@ class PreviousToken(Predictor):
         self.seen: list[list[float] | None] = [None] * rows
         self.num_experts = num_experts
 
-    def ahead(self, sight: Sight) -> Forecast:
+    def ahead(self, row: int, x: Tensor) -> Forecast:
+        target = (row + DISTANCES[0]) % len(self.seen)
+        seen = self.seen[target]
+        return [] if seen is None else [(target, seen)]
+
+    def routed(self, row: int, experts: list[list[int]]) -> None:
         need = [0.0] * self.num_experts
-        for expert in sight.routed[-1]:
+        for expert in experts[-1]:
             need[expert] = 1.0
-        self.seen[sight.row] = need
-        row = (sight.row + REACH) % len(self.seen)
-        seen = self.seen[row]
-        return [] if seen is None else [(row, seen)]
+        self.seen[row] = need
 
 
 class Forecaster(Predictor):
-    """A predictor that estimates the logits of routers ahead: those of rows ``targets[j]`` at row j."""
+    """A predictor that estimates the logits of routers: those of rows ``targets[j]`` at row j."""
 
     targets: list[list[int]]
     slope: float
     top_k: int
 
     @abstractmethod
-    def look(self, sight: Sight) -> None: ...
+    def logits(self, row: int, x: Tensor) -> Array:
+        """[T, n, E]: the estimates at the row, in a pass that has been at the rows before."""
 
-    @abstractmethod
-    def logits(self, sight: Sight) -> Array:
-        """[T, n, E]: the estimates at the row, after ``look``."""
+    def ahead(self, row: int, x: Tensor) -> Forecast:
+        return list(zip(self.targets[row], needs(self.logits(row, x), self.top_k, self.slope), strict=True))
 
-    def ahead(self, sight: Sight) -> Forecast:
-        self.look(sight)
-        targets = self.targets[sight.row]
-        return list(zip(targets, needs(self.logits(sight), self.top_k, self.slope), strict=True)) if targets else []
+    def look(self, row: int, x: Tensor) -> None:
+        self.logits(row, x)
 
 
 class Leaps(Forecaster):
-    """Routers of layers ahead applied to an estimate of their residual that is linear in what is known here.
+    """Routers applied to an estimate of their residual that is linear in what is known at a layer.
 
-    now[j]: [n, E, D], for the residual at row j. before[j]: [n, E, D], for the previous token's router input at each
-    target, or None. Both at unit RMS. bias[j]: [n, E]. targets[j]: n rows. slope: of a need's logit by the router's.
+    now[j]: [n, E, D], for the residual that enters row j. before[j]: [n, E, D], for the one that entered each target
+    with the previous token, or None. Both at unit RMS. bias[j]: [n, E]. targets[j]: n rows. slope: of a need's logit by
+    the router's.
 
     Closed form: a leap of the residual is a ridge regression, which is linear in its goal; so the router applied to the
     leap's result *is* one regression from the same features to the router's logits, and only that is kept.
-    In NumPy: a forecast costs each layer a few products of some 50 rows, where most of torch's time is calling it.
+    In NumPy, all a row's state is multiplied with in one product: the time of a forecast is that of calling things.
     """
 
     def __init__(
@@ -124,29 +115,36 @@ class Leaps(Forecaster):
         self.name = name  # type: ignore[misc]
         self.targets, self.now, self.before, self.bias = targets, now, before, bias
         self.slope, self.top_k = slope, top_k
-        self._now = [w.float().flatten(0, 1).T.contiguous().numpy() for w in now]  # (D, n E)
         # What each row's forecasts start from: the bias, and what the previous token's state at the target says.
         self._bias = [b.float().numpy() for b in bias]  # (n, E)
         self._start = [b.copy() for b in self._bias]
         self._into: list[list[tuple[int, int]]] = [[] for _ in targets]  # by target: the forecasts of it
         for j, rows in enumerate(targets):
             for i, row in enumerate(rows):
-                self._into[row].append((j, i))
-        if before is not None:
-            stacks = [[before[j][i] for j, i in into] or [before[0][0, :0]] for into in self._into]
-            self._before = [torch.cat(stack).float().numpy() for stack in stacks]  # (m E, D)
+                if before is not None:
+                    self._into[row].append((j, i))
+        parts = [[n, *(before[j][i : i + 1] for j, i in into if before)] for n, into in zip(now, self._into, strict=True)]
+        self._weights = [torch.cat(each).float().flatten(0, 1).T.contiguous().numpy() for each in parts]  # (D, (n + m) E)
 
-    def look(self, sight: Sight) -> None:
-        if self.before is None or not (into := self._into[sight.row]):
-            return
-        said = (self._before[sight.row] @ _unit(sight.state[-1])).reshape(len(into), -1)
-        for (j, i), part in zip(into, said, strict=True):
+    def logits(self, row: int, x: Tensor) -> Array:
+        start, into = self._start[row], self._into[row]
+        said = (_unit_rows(_rows(x)) @ self._weights[row]).reshape(len(x), -1, start.shape[1])  # (T, n + m, E)
+        estimates: Array = said[:, : len(start)] + start
+        for (j, i), part in zip(into, said[-1, len(start) :], strict=True):
             np.add(part, self._bias[j][i], out=self._start[j][i])
-
-    def logits(self, sight: Sight) -> Array:
-        start = self._start[sight.row]
-        estimates: Array = (_unit(sight.residual) @ self._now[sight.row]).reshape(-1, *start.shape) + start
         return estimates
+
+    def within(self, distances: Sequence[int]) -> Leaps:
+        """Only those to rows that far ahead."""
+        rows = len(self.targets)
+        kept = [[i for i, t in enumerate(ts) if (t - j) % rows in distances] for j, ts in enumerate(self.targets)]
+        now, before, bias = (
+            None if each is None else [w[i] for w, i in zip(each, kept, strict=True)]
+            for each in (self.now, self.before, self.bias)
+        )
+        targets = [[ts[i] for i in some] for ts, some in zip(self.targets, kept, strict=True)]
+        assert now is not None and bias is not None
+        return Leaps(self.name, targets, now, before, bias, self.slope, self.top_k)
 
 
 def needs(logits: Array, top_k: int, slope: float) -> list[list[float]]:
@@ -154,10 +152,10 @@ def needs(logits: Array, top_k: int, slope: float) -> list[list[float]]:
 
     One halfway between the k-th and the next logit is as likely as not.
     """
-    ranked = np.sort(logits, 2)[..., -top_k - 1 :]
-    middle = ranked[..., :2].mean(2, keepdims=True)
-    spared = 1 / (1 + np.exp(np.clip(slope * (logits - middle), -30, 30)))
-    return (1 - spared.prod(0)).tolist()  # type: ignore[no-any-return]
+    ranked = np.sort(logits, 2)
+    middle = (ranked[..., -top_k] + ranked[..., -top_k - 1]) / 2 if top_k < logits.shape[2] else ranked[..., 0]
+    spared = 1 / (1 + np.exp(np.minimum(slope * (logits - middle[..., None]), 30)))
+    return (1 - (spared[0] if len(spared) == 1 else spared.prod(0))).tolist()  # type: ignore[no-any-return]
 
 
 def _rows(x: Tensor) -> Array:
@@ -165,13 +163,9 @@ def _rows(x: Tensor) -> Array:
     return values
 
 
-def _unit(x: Tensor) -> Array:
-    return _unit_rows(_rows(x))
-
-
 def _unit_rows(x: Array) -> Array:
-    """x [..., D] / rms(x), as ``kernels.rms_unit``."""
-    unit: Array = x / np.sqrt(np.square(x).mean(-1, keepdims=True) + UNIT_EPS)
+    """x [T, D] / rms(x), as ``kernels.rms_unit``."""
+    unit: Array = x / np.sqrt(np.einsum("td,td->t", x, x)[:, None] / x.shape[1] + UNIT_EPS)
     return unit
 
 
@@ -180,9 +174,9 @@ class Accelerated(Forecaster):
 
         p[0] = x[0] + up_0 down_0 u(x[0]);   p[j] = p[j-1] + (x[j] - x[j-1]) + up_j down_j u(p[j-1] + x[j] - x[j-1])
 
-    x[j]: the residual in front of row j's router; u: at unit RMS; down [n, r, D], up [n, D, r]. At row j, p stands for
-    the residual of row R j, and the routers of rows R j .. R j + R - 1 are applied to it. It shares what the layers
-    add to x, where the paper runs them on p once more: that would need experts of its own.
+    x[j]: the residual that enters row j; u: at unit RMS; down [n, r, D], up [n, D, r]. At row j, p stands for the
+    residual in front of the router of row R j, and the routers of rows R j .. R j + R - 1 are applied to it. It shares
+    what the layers add to x, where the paper runs them on p once more: that would need experts of its own.
     """
 
     name = "m2r2-paper"
@@ -190,31 +184,30 @@ class Accelerated(Forecaster):
     def __init__(self, layers: list[MoELayer], rate: int, down: Tensor, up: Tensor) -> None:
         rows = len(layers)
         self.rate, self.down, self.up = rate, down, up
-        self.targets = [[t for t in range(rate * j, rate * j + rate) if j < t < rows] for j in range(rows)]
+        self.targets = [[t for t in range(rate * j, rate * j + rate) if t < rows] for j in range(rows)]
         self.slope, self.top_k, self.num_experts = slope_of(layers), layers[0].top_k, len(layers[0].router)
         self._down, self._up = down.transpose(1, 2).numpy(), up.transpose(1, 2).numpy()
         routers = _routers(layers)
         self._routers = [torch.cat([routers[t] for t in ts] or [routers[0][:0]]).T.numpy() for ts in self.targets]
         self._row, self._x, self._p = -1, _NOTHING, _NOTHING
 
-    def look(self, sight: Sight) -> None:
-        j, x = sight.row, _rows(sight.residual)
-        if j >= len(self._down):
-            return
-        goes_on = j == self._row + 1 and j and x.shape == self._x.shape  # else: a pass that begins here
-        p: Array = self._p + (x - self._x) if goes_on else x
-        self._p = p + (_unit_rows(p) @ self._down[j]) @ self._up[j]
-        self._row, self._x = j, x
-
-    def logits(self, sight: Sight) -> Array:
-        z: Array = (_unit_rows(self._p) @ self._routers[sight.row]).reshape(len(self._p), -1, self.num_experts)
-        return z
+    def logits(self, row: int, x: Tensor) -> Array:
+        if row < len(self._down):
+            entering = _rows(x)
+            goes_on = row == self._row + 1 and row and entering.shape == self._x.shape  # else: a pass that begins here
+            p: Array = self._p + (entering - self._x) if goes_on else entering
+            self._p = p + (_unit_rows(p) @ self._down[row]) @ self._up[row]
+            self._row, self._x = row, entering
+        z: Array = _unit_rows(self._p) @ self._routers[row]
+        return z.reshape(len(z), len(self.targets[row]), self.num_experts)
 
 
-def residual(layers: list[MoELayer], targets: list[list[int]] | None = None) -> Leaps:
-    """The plain residual: routers ahead applied to the residual as it is here, to the last layer of this token."""
+def residual(
+    layers: list[MoELayer], targets: list[list[int]] | None = None, distances: Sequence[int] = DISTANCES
+) -> Leaps:
+    """The plain residual: routers applied to the residual as it enters a layer, up to the last layer of this token."""
     if targets is None:
-        targets = [[j + d for d in DISTANCES if j + d < len(layers)] for j in range(len(layers))]
+        targets = [[j + d for d in distances if j + d < len(layers)] for j in range(len(layers))]
     routers = _routers(layers)
     empty = torch.zeros(0, *routers[0].shape)
     now = [torch.stack([routers[t] for t in rows]) if rows else empty for rows in targets]
@@ -242,19 +235,20 @@ class Oracle(Predictor):
     def __init__(self, num_experts: int) -> None:
         self.num_experts = num_experts
         self.follows: dict[bytes, list[tuple[int, frozenset[int]]]] = {}
-        self.recent: deque[bytes] = deque(maxlen=REACH)
+        self.recent: deque[bytes] = deque(maxlen=REACH + 1)
 
-    def ahead(self, sight: Sight) -> Forecast:
-        experts = frozenset(expert for token in sight.routed for expert in token)
-        for key in self.recent:
-            if len(self.follows[key]) < REACH:
-                self.follows[key].append((sight.row, experts))
-        state = sight.residual.detach().contiguous().view(torch.uint8)
-        key = sight.row.to_bytes(4, "little") + state.cpu().numpy().tobytes()
+    def ahead(self, row: int, x: Tensor) -> Forecast:
+        key = row.to_bytes(4, "little") + x.detach().contiguous().view(torch.uint8).cpu().numpy().tobytes()
         known = self.follows.setdefault(key, [])
         if key not in self.recent:
             self.recent.append(key)
         return [(row, [float(e in experts) for e in range(self.num_experts)]) for row, experts in known]
+
+    def routed(self, row: int, experts: list[list[int]]) -> None:
+        chosen = frozenset(expert for token in experts for expert in token)
+        for key in self.recent:
+            if len(self.follows[key]) <= REACH:
+                self.follows[key].append((row, chosen))
 
 
 class Shuffled(Predictor):
@@ -267,11 +261,11 @@ class Shuffled(Predictor):
         generator = torch.Generator().manual_seed(0)
         self.order = [torch.randperm(num_experts, generator=generator).tolist() for _ in range(rows)]
 
-    def look(self, sight: Sight) -> None:
-        self.inner.look(sight)
+    def look(self, row: int, x: Tensor) -> None:
+        self.inner.look(row, x)
 
-    def ahead(self, sight: Sight) -> Forecast:
-        return [(row, [need[e] for e in self.order[row]]) for row, need in self.inner.ahead(sight)]
+    def ahead(self, row: int, x: Tensor) -> Forecast:
+        return [(target, [need[e] for e in self.order[target]]) for target, need in self.inner.ahead(row, x)]
 
 
 # -- on disk -------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The expert store: slots in fast memory, a cache per layer, and one thread that loads what is demanded or foreseen.
 
-Demands come first: between any two chunks the thread turns to them, and takes up a prefetch again afterwards. A failed
+Demands come first, then the prefetches that are due first: between any two chunks the thread turns to what is now the
+foremost, and takes up the other again afterwards. A failed
 prefetch is forgotten; the demand that follows reads anew. One thread, so that a slot given to another expert is never
 written by two.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import threading
 import time
+from bisect import insort
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,21 +20,23 @@ from typing import Any
 from torch import Tensor
 
 from specdec.errors import SpecDecError
-from specdec.experts.cache import LayerCache, Slot
+from specdec.experts.cache import Evicted, LayerCache, Slot
 from specdec.experts.packed import Index
-from specdec.experts.tiers import CHUNK, Tier
+from specdec.experts.tiers import Tier
+
+APART = 4 << 20  # bytes of experts below which those that are there are not computed with before the others are, too
 
 Group = list[tuple[int, int]]  # experts and the numbers of their slots
 Event = tuple[str, int, tuple[int, ...], tuple[int, ...]]  # "use" or "prefetch", row, experts, those to spare
 
 
 @dataclass
-class Counters:
+class Counters(Evicted):
     """What a store has done. Experts are counted per layer and demand (one pass over any number of tokens).
 
     demanded = hits + misses; hits = in_time + late: there when demanded, or on their way by a prefetch. prefetched:
-    requested ahead; unused: those evicted without a demand. bytes_demand, bytes_prefetch: read for either (what a
-    demand took over in mid-transfer counts for both). stall_seconds: the model waited. failed: prefetches that did.
+    requested ahead. bytes_demand, bytes_prefetch: read for either (what a demand took over in mid-transfer counts for
+    both). stall_seconds: the model waited. failed: prefetches that did.
     """
 
     demands: int = 0
@@ -41,8 +45,6 @@ class Counters:
     late: int = 0
     misses: int = 0
     prefetched: int = 0
-    unused: int = 0
-    evictions: int = 0
     failed: int = 0
     bytes_demand: int = 0
     bytes_prefetch: int = 0
@@ -63,10 +65,10 @@ class Counters:
 
 
 class _Job:
-    """Loading of one block into one slot."""
+    """Loading of one block into one slot. due: of prefetches, the least is loaded first."""
 
-    def __init__(self, block: int, memory: Tensor, demanded: bool) -> None:
-        self.block, self.memory, self.demanded = block, memory, demanded
+    def __init__(self, block: int, memory: Tensor, demanded: bool, due: float) -> None:
+        self.block, self.memory, self.demanded, self.due = block, memory, demanded, due
         self.done = 0  # bytes
         self.ready = self.cancelled = False
         self.error: Exception | None = None
@@ -79,10 +81,8 @@ class ExpertStore:
     Raises SpecDecError if a layer's part of the budget holds fewer.
     """
 
-    def __init__(
-        self, index: Index, tier: Tier, budget: float, top_k: int, eviction: str = "lru", chunk: int = CHUNK
-    ) -> None:
-        self.index, self.tier, self.chunk = index, tier, chunk
+    def __init__(self, index: Index, tier: Tier, budget: float, top_k: int, eviction: str = "lru") -> None:
+        self.index, self.tier, self.stride = index, tier, index.stride
         self.budget = budget_bytes(budget, index)
         rows = len(index.layers)
         per_layer = min(self.budget // (rows * index.stride), index.num_experts)
@@ -96,12 +96,12 @@ class ExpertStore:
         # Per row: gate and up [S, 2 F, D], down [S, D, F] of all its slots.
         self.weights: list[tuple[Tensor, Tensor]] = [index.views(slots) for slots in self.memory]
         self.places = [list(slots) for slots in self.memory]  # uint8 [stride] each
-        self.caches = [LayerCache(per_layer, eviction) for _ in range(rows)]
-        self.jobs: list[list[_Job | None]] = [[None] * per_layer for _ in range(rows)]
         self.counters = Counters()
+        self.caches = [LayerCache(per_layer, eviction, self.counters) for _ in range(rows)]
+        self.jobs: list[list[_Job | None]] = [[None] * per_layer for _ in range(rows)]
         self.trace: list[Event] | None = None  # set to a list to record
         self._demands: deque[_Job] = deque()
-        self._prefetches: deque[_Job] = deque()
+        self._prefetches: list[_Job] = []
         self._change = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._load, name="experts", daemon=True)
@@ -114,9 +114,8 @@ class ExpertStore:
 
     @property
     def backlog(self) -> int:
-        """Bytes that are requested and not yet there."""
-        with self._change:
-            return sum(self.index.stride - job.done for job in (*self._demands, *self._prefetches))
+        """Bytes of the experts that are requested and not yet there."""
+        return (len(self._demands) + len(self._prefetches)) * self.stride
 
     @contextmanager
     def demand(self, row: int, experts: Sequence[int]) -> Iterator[Iterator[Group]]:
@@ -143,7 +142,6 @@ class ExpertStore:
                 self._promote(job)
             count.in_time, count.late = count.in_time + len(held) - len(late), count.late + len(late)
             held += self._admit(row, missing)
-            self._settle()
         try:
             yield self._together(row, held) if len(experts) <= len(cache.slots) else self._in_turn(row, held, missing)
         finally:
@@ -153,6 +151,9 @@ class ExpertStore:
 
     def _together(self, row: int, held: Sequence[tuple[int, Slot]]) -> Iterator[Group]:
         waiting, places = [(expert, slot, self._job(row, slot)) for expert, slot in held], self.places[row]
+        if len(waiting) * self.stride < APART:
+            for _, _, job in waiting:
+                self._wait([job])
         while waiting:
             there = [each for each in waiting if each[2].ready]
             if not there:
@@ -177,10 +178,11 @@ class ExpertStore:
                 held.popleft()
                 cache.release(slot)
                 held += self._admit(row, missing)
-                self._settle()
 
-    def prefetch(self, row: int, experts: Sequence[int], spare: frozenset[int] = frozenset()) -> int:
+    def prefetch(self, row: int, experts: Sequence[int], spare: frozenset[int] = frozenset(), due: float = 0.0) -> int:
         """Request ``experts`` of a layer ahead of their demand, most wanted first; returns how many were not there.
+
+        due: when they are demanded, in any unit; of several requests, the one that is due first is loaded first.
 
         Never evicts an expert in use or demanded, nor one of ``spare``: with all others taken, the rest is left out.
         """
@@ -192,16 +194,10 @@ class ExpertStore:
                     slot = cache.admit(expert, demanded=False, spare=spare)
                     if slot is None:
                         break
-                    self._start(row, slot, demanded=False)
+                    self._start(row, slot, demanded=False, due=due)
                     asked += 1
             self.counters.prefetched += asked
-            self._settle()
         return asked
-
-    def missing(self, row: int, experts: Sequence[int]) -> list[int]:
-        """Those of ``experts`` that have no slot."""
-        where = self.caches[row].where  # without the lock: only a prefetch that fails changes it beside the caller
-        return [expert for expert in experts if expert not in where]
 
     def close(self) -> None:
         """End the thread and free the slots. The store is of no use afterwards."""
@@ -230,12 +226,15 @@ class ExpertStore:
             admitted.append((missing.popleft(), slot))
         return admitted
 
-    def _start(self, row: int, slot: Slot, demanded: bool) -> None:
+    def _start(self, row: int, slot: Slot, demanded: bool, due: float = 0.0) -> None:
         self._abandon(row, slot)
         assert slot.expert is not None
-        job = _Job(row * self.index.num_experts + slot.expert, self.places[row][slot.number], demanded)
+        job = _Job(row * self.index.num_experts + slot.expert, self.places[row][slot.number], demanded, due)
         self.jobs[row][slot.number] = job
-        (self._demands if demanded else self._prefetches).append(job)
+        if demanded:
+            self._demands.append(job)
+        else:
+            insort(self._prefetches, job, key=lambda each: each.due)
         self._change.notify_all()
 
     def _abandon(self, row: int, slot: Slot) -> None:
@@ -251,10 +250,6 @@ class ExpertStore:
         if not job.ready and job in self._prefetches:
             self._prefetches.remove(job)
             self._demands.append(job)
-
-    def _settle(self) -> None:
-        self.counters.evictions = sum(cache.evictions for cache in self.caches)
-        self.counters.unused = sum(cache.unused for cache in self.caches)
 
     # -- waiting and loading --------------------------------------------------------------------------------------
 
@@ -273,15 +268,18 @@ class ExpertStore:
 
     def _load(self) -> None:
         """The thread: one chunk of the foremost job at a time."""
+        done: tuple[_Job, int, Exception | None] | None = None
         while True:
             with self._change:
+                if done is not None and not done[0].cancelled:
+                    self._finish(*done)
                 while not (self._demands or self._prefetches or self._closed):
                     self._change.wait()
                 if self._closed:
                     return
                 urgent = bool(self._demands)
                 job = (self._demands or self._prefetches)[0]
-                start, stop = job.done, min(job.done + self.chunk, self.index.stride)
+                start, stop = job.done, min(job.done + self.tier.chunk, self.stride)
             began, error = time.perf_counter(), None
             try:
                 self.tier.read(job.block, job.memory, start, stop)
@@ -289,20 +287,19 @@ class ExpertStore:
                 error = refused
             except Exception as failed:  # of whatever type: the waiting model has to hear of it
                 error = SpecDecError(f"loading {self.index.name(job.block)} failed: {_reason(failed)}")
-            with self._change:
-                self.counters.load_seconds += time.perf_counter() - began
-                if urgent:
-                    self.counters.bytes_demand += stop - start
-                else:
-                    self.counters.bytes_prefetch += stop - start
-                if not job.cancelled:
-                    self._finish(job, stop, error)
+            done = job, stop, error
+            count = self.counters  # these are this thread's alone
+            count.load_seconds += time.perf_counter() - began
+            if urgent:
+                count.bytes_demand += stop - start
+            else:
+                count.bytes_prefetch += stop - start
 
     def _finish(self, job: _Job, stop: int, error: Exception | None) -> None:
         queue = self._demands if job in self._demands else self._prefetches
         if error is None:
             job.done = stop
-            if stop < self.index.stride:
+            if stop < self.stride:
                 return
             job.ready = True
         elif job.demanded:

@@ -17,14 +17,18 @@ from torch import Tensor
 from specdec.errors import SpecDecError
 from specdec.experts.packed import ALIGNMENT, BLOCKS, Index, buffer
 
-CHUNK = 1 << 20  # bytes of one request: what a demand may have to wait for
+CHUNK = 1 << 20  # most bytes of one request: what a demand may have to wait for
+QUANTUM = 2e-4  # seconds of one request of an emulated tier
 AT_ONCE = 1e-4  # seconds between two requests of a busy queue
 
 
 class Tier(Protocol):
-    """note: one line on what timings mean here, or ""."""
+    """note: one line on what timings mean here, or "". chunk: bytes to read at once."""
 
     note: str
+
+    @property
+    def chunk(self) -> int: ...
 
     def slots(self, count: int) -> Tensor:
         """Fast memory for ``count`` experts: uint8 [count, stride]."""
@@ -54,7 +58,7 @@ def aligned(count: int, stride: int) -> Tensor:
 class _HostTier:
     """Slots in RAM; each block is checked when it is first read."""
 
-    note = ""
+    note, chunk = "", CHUNK
 
     def __init__(self, folder: Path, index: Index) -> None:
         self.path, self.index = folder / BLOCKS, index
@@ -122,6 +126,11 @@ class EmulatedTier(_HostTier):
         self.source = torch.from_file(str(self.path), size=index.total_bytes, dtype=torch.uint8)
         self.note = f"emulated slow memory: {bandwidth / 1e9:.3g} GB/s, {latency * 1e6:.0f} us a request"
 
+    @property
+    def chunk(self) -> int:
+        pages = round(self.bandwidth * max(QUANTUM, 4 * self.latency) / ALIGNMENT)
+        return min(max(pages, 1) * ALIGNMENT, CHUNK)
+
     def read(self, block: int, slot: Tensor, start: int, stop: int) -> None:
         now = time.perf_counter()
         begin = self.free if now - self.returned < AT_ONCE else now
@@ -144,7 +153,7 @@ class PinnedTier:
     model's stream waits for the copy. cuda: ``torch.cuda``, or what stands in for it.
     """
 
-    note = ""
+    note, chunk = "", CHUNK
 
     def __init__(self, folder: Path, index: Index, device: torch.device, cuda: Any = torch.cuda) -> None:
         self.index, self.device, self.cuda = index, device, cuda

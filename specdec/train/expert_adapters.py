@@ -1,9 +1,9 @@
 """Adapters for expert prefetch, the paper's form: an accelerated residual trained to run ahead at a given rate.
 
-    loss = mean over rows j of 1 - cos(p[j], x[R j]),  j = 0 .. (N - 1) / R
+    loss = mean over rows j of 1 - cos(p[j], y[R j]),  j = 0 .. (N - 1) / R
 
-with x[j] the residual in front of row j's router and p[j] the accelerated one (``predict.Accelerated``): the per-layer
-alignment term of arXiv 2502.02040, on answer positions, base frozen.
+with y[j] the residual in front of row j's router and p[j] the accelerated one (``predict.Accelerated``), made of the
+residuals x[j] that enter the rows: the per-layer alignment term of arXiv 2502.02040, on answer positions, base frozen.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ def accelerate(x: Sequence[Tensor], down: Tensor, up: Tensor) -> list[Tensor]:
     return out
 
 
-def misalignment(x: Sequence[Tensor], down: Tensor, up: Tensor, rate: int) -> Tensor:
-    """The loss above, of residuals x[j] [T, D]."""
+def misalignment(x: Sequence[Tensor], y: Sequence[Tensor], down: Tensor, up: Tensor, rate: int) -> Tensor:
+    """The loss above, of residuals x[j], y[j] [T, D]."""
     ahead = accelerate(x, down, up)
-    return torch.stack([1 - F.cosine_similarity(p, x[rate * j], -1).mean() for j, p in enumerate(ahead)]).mean()
+    return torch.stack([1 - F.cosine_similarity(p, y[rate * j], -1).mean() for j, p in enumerate(ahead)]).mean()
 
 
 def fit_expert_adapters(
@@ -64,10 +64,10 @@ def fit_expert_adapters(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, shape)
     for number, text in enumerate(order, start=1):
         seen, begin = observe(model, layers, answers[text]), len(answers[text].prompt_ids) - 1
-        x = torch.stack([residual[begin:].float() for residual, _ in seen]).clone()  # (N, T, D)
+        x, y = (torch.stack([r[begin:].float() for r in each]).clone() for each in (seen.entering, seen.middle))
         for part in torch.randperm(x.shape[1], generator=generator).tensor_split(STEPS):
             if len(part):
-                loss = misalignment(x[:, part].unbind(), down, up, rate)
+                loss = misalignment(x[:, part].unbind(), y[:, part].unbind(), down, up, rate)
                 optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()

@@ -1,7 +1,7 @@
-"""Leaps for expert prefetch, in closed form: from a layer's residual and the previous token's state to routers ahead.
+"""Leaps for expert prefetch, in closed form: from a layer's residual and the previous token's to routers ahead.
 
-For a layer j and a layer l ahead, ridge regression from [unit RMS of the residual at j; unit RMS of the previous
-token's router input at l; 1] to the router logits at l. Because ridge regression is linear in its goal, this equals a
+For a layer j and a layer l ahead (or l = j), ridge regression from [unit RMS of the residual that enters j; unit RMS of
+the one that entered l with the previous token; 1] to the router logits at l. Because ridge regression is linear in its goal, this equals a
 leap to the normalised residual of layer l followed by that layer's own router (see ``specdec.experts.predict``). Layers
 of the next token are ahead of the last ones of this token. Knows nothing about gradients.
 """
@@ -10,52 +10,49 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.experts.layers import MoELayer, moe_layers
-from specdec.experts.predict import DISTANCES, Forecaster, Leaps, Sight, slope_of
+from specdec.experts.predict import DISTANCES, Forecaster, Leaps, slope_of
 from specdec.kernels import rms_unit
 from specdec.train.data import Answer
 from specdec.train.fit import Moments
 
 CONTEXT = 384  # tokens of an answer, prompt included
 
-Seen = list[tuple[Tensor, Tensor]]  # per row: residual and router input [T, D] of one text
+@dataclass
+class Seen:
+    """Of one text, in each row [T, D]: the residual as it enters, the one in front of the router, the router's input."""
 
-
-@contextmanager
-def watching(layers: list[MoELayer]) -> Any:
-    """Collects what the routers of a model see while it runs: a list that is filled by each forward pass."""
-    seen: dict[str, list[Tensor]] = {"residual": [], "state": []}
-    hooks = []
-    for layer in layers:
-        hooks.append(layer.norm.register_forward_pre_hook(lambda _, x: seen["residual"].append(x[0].flatten(0, 1))))
-        hooks.append(layer.block.gate.register_forward_pre_hook(lambda _, x: seen["state"].append(x[0].flatten(0, -2))))
-    try:
-        yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
+    entering: list[Tensor] = field(default_factory=list)
+    middle: list[Tensor] = field(default_factory=list)
+    state: list[Tensor] = field(default_factory=list)
 
 
 @torch.inference_mode()
 def observe(model: PreTrainedModel, layers: list[MoELayer], answer: Answer) -> Seen:
     """Run the model over a text once."""
     ids = torch.tensor([(answer.prompt_ids + answer.response_ids)[:CONTEXT]], device=model.device)
-    with watching(layers) as seen:
+    seen, hooks = Seen(), []
+    for layer in layers:
+        places = ((layer.entry, seen.entering), (layer.norm, seen.middle), (layer.block.gate, seen.state))
+        for module, into in places:
+            hooks.append(module.register_forward_pre_hook(lambda _, x, into=into: into.append(x[0].flatten(0, -2))))
+    try:
         model(ids, use_cache=False)
-    return list(zip(seen["residual"], seen["state"], strict=True))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
 
 
-def pairs(rows: int) -> list[list[tuple[int, bool]]]:
-    """For each row, the rows it predicts, far ones first, and whether they are the next token's."""
-    return [[((j + d) % rows, j + d >= rows) for d in DISTANCES if d < rows] for j in range(rows)]
+def pairs(rows: int, distances: Sequence[int]) -> list[list[tuple[int, bool]]]:
+    """For each row, the rows it predicts, and whether they are the next token's."""
+    return [[((j + d) % rows, j + d >= rows) for d in distances if d < rows] for j in range(rows)]
 
 
 @torch.inference_mode()
@@ -64,28 +61,28 @@ def fit_expert_leaps(
     answers: Sequence[Answer],
     progress: Callable[[int], None] | None = None,
     targets: list[list[int]] | None = None,
+    distances: Sequence[int] = DISTANCES,
 ) -> Leaps:
     """Leaps of ``model``, whose experts are in memory, from texts it should be good at: its own answers.
 
     progress: told the texts seen. targets: the rows, of the same token, that each row predicts; None: those at
-    ``DISTANCES``, of the next token too.
+    ``distances``, of the next token too.
     """
     layers = moe_layers(model)
     rows = len(layers)
-    plan = pairs(rows) if targets is None else [[(l, False) for l in ahead] for ahead in targets]
+    plan = pairs(rows, distances) if targets is None else [[(l, False) for l in ahead] for ahead in targets]
     problems = [((f"x{j}", f"p{l}{w:d}"), f"y{l}{w:d}") for j in range(rows) for l, w in plan[j]]
     moments = Moments(problems)
     for number, answer in enumerate(answers, start=1):
         seen = observe(model, layers, answer)
-        if len(seen[0][0]) < 3:
+        if len(seen.entering[0]) < 3:
             continue
-        parts = {}
-        for j, (x, _) in enumerate(seen):
-            parts[f"x{j}"] = rms_unit(x.float())[1:-1]
+        parts, units = {}, [rms_unit(x.float()) for x in seen.entering]
+        for j, unit in enumerate(units):
+            parts[f"x{j}"] = unit[1:-1]
         for l, wrap in {pair for targets in plan for pair in targets}:
-            n, router = seen[l][1].float(), layers[l].router.float()
-            logits, unit = n @ router.T, rms_unit(n)
-            parts[f"p{l}{wrap:d}"] = unit[1:-1] if wrap else unit[:-2]
+            logits = seen.state[l].float() @ layers[l].router.float().T
+            parts[f"p{l}{wrap:d}"] = units[l][1:-1] if wrap else units[l][:-2]
             parts[f"y{l}{wrap:d}"] = logits[2:] if wrap else logits[1:-1]
         moments.add(parts)
         if progress is not None:
@@ -120,21 +117,17 @@ def recalls(
     found: dict[str, dict[int, Share]] = {name: defaultdict(Share) for name in (*arms, "previous-token")}
     for answer in answers:
         seen = observe(model, layers, answer)
-        logits = torch.stack([n.float() @ layer.router.float().T for (_, n), layer in zip(seen, layers, strict=True)])
+        logits = torch.stack([n.float() @ l.router.float().T for n, l in zip(seen.state, layers, strict=True)])
         chosen = torch.zeros_like(logits, dtype=torch.bool).scatter_(2, logits.topk(k, 2).indices, True).numpy()
         for t in range(len(answer.prompt_ids), logits.shape[1]):
-            for j, (x, n) in enumerate(seen):
-                sight = Sight(j, x[t : t + 1], n[t : t + 1], [])
+            for j, x in enumerate(seen.entering):
                 for name, arm in arms.items():
-                    arm.look(sight)
-                    if not arm.targets[j]:
-                        continue
-                    best = arm.logits(sight)[0].argsort(1)[:, -k:]
+                    best = arm.logits(j, x[t : t + 1])[0].argsort(1)[:, -k:]
                     for row, experts in zip(arm.targets[j], best, strict=True):
-                        if row > j:
+                        if row >= j:
                             found[name][row - j].add(int(chosen[row, t, experts].sum()), k)
                 for row in first.targets[j]:
-                    if row > j:
+                    if row >= j:
                         found["previous-token"][row - j].add(int((chosen[row, t] & chosen[row, t - 1]).sum()), k)
     return {name: dict(sorted(by.items())) for name, by in found.items()}
 
