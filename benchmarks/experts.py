@@ -8,6 +8,7 @@ Slow memory is emulated (a declared bandwidth, one transfer at a time); its spee
 token needs of a layer (k experts) to computing that layer; computing is timed with all experts resident, in the same
 run. Every arm must give the same tokens, and an offline replay of each arm's demands and prefetches must arrive at the
 engine's own counters, or the script fails. ``in time`` is the share of demanded experts that were there when asked for.
+Prefetching is on throughout, but for the arm ``controlled``: m2r2 with the controller that users get.
 Results are added to those in the JSON file, so that several short runs make one table and one plot.
 
 One thread computes and one loads, so that two cores do both at once, as an accelerator and its copy engine would.
@@ -37,16 +38,18 @@ from specdec.experts.store import Counters, ExpertStore
 from specdec.experts.tiers import EmulatedTier
 from specdec.train.data import Answer, read
 
-ARMS = ("resident", "on-demand", "lru", "previous-token", "residual", "m2r2", "oracle", "shuffled")
+HELD_OUT = 32  # every so many rows are prompts: those that neither moefy.py nor pack-experts --fit learns from
 MAIN = ("on-demand", "lru", "previous-token", "residual", "m2r2", "oracle", "shuffled")
 
 
 class Arm:
     """One way to hold the experts: a store, a predictor and a controller, put under the model for one request."""
 
-    def __init__(self, name: str, owner: Offload, share: float, predictor: Any, adaptive: bool, eviction: str) -> None:
+    controller: Controller
+
+    def __init__(self, name: str, owner: Offload, share: float, predictor: Any, eviction: str) -> None:
         eviction = "none" if name == "on-demand" else eviction
-        self.name, self.predictor, self.adaptive, self.eviction = name, predictor, adaptive, eviction
+        self.name, self.predictor, self.eviction = name, predictor, eviction
         tier = EmulatedTier(owner.folder, owner.index, 1e12)
         self.tier, self.runs = tier, list[dict[str, Any]]()
         self.store = ExpertStore(owner.index, tier, 1.0 if name == "resident" else share, owner.top_k, eviction)
@@ -56,7 +59,7 @@ class Arm:
         owner = decoder.target.experts
         assert owner is not None and self.store.trace is not None
         self.tier.bandwidth = bandwidth
-        owner.store, owner.predictor, owner.controller = self.store, self.predictor, Controller(self.adaptive)
+        owner.store, owner.predictor, owner.controller = self.store, self.predictor, self.controller
         out = decoder.generate(prompt, max_new_tokens=tokens, ignore_eos=True)
         m = out.metrics
         self.runs.append(m.experts | {"ms_per_token": 1e3 * m.decode_seconds / (m.num_new_tokens - 1)})
@@ -82,16 +85,18 @@ def make(owner: Offload, share: float, names: list[str], args: argparse.Namespac
         "previous-token": lambda: predict.PreviousToken(rows, experts),
         "residual": lambda: predict.residual(owner.layers),
         "m2r2": leaps,
+        "controlled": leaps,
         "m2r2-paper": lambda: predict.read_adapters(args.folder, owner.fingerprint, owner.layers),
         "oracle": lambda: oracle,
         "shuffled": lambda: predict.Shuffled(leaps(), rows, experts),
     }
-    return [Arm(name, owner, share, made.get(name, lambda: None)(), args.adaptive, args.eviction) for name in names]
+    return [Arm(name, owner, share, made.get(name, lambda: None)(), args.eviction) for name in names]
 
 
 def compare(decoder: SpecDecoder, arms: list[Arm], prompts: list[list[int]], tokens: int, bandwidth: float) -> None:
     for arm in arms:
         arm.runs.clear()
+        arm.controller = Controller(adaptive=arm.name == "controlled")
     for prompt in prompts:
         first = None
         for arm in arms:
@@ -194,14 +199,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--folder", type=Path, required=True, help="of specdec pack-experts --fit")
-    parser.add_argument("--answers", type=Path, required=True, help="JSON lines with prompt_ids; every 8th row is used")
+    parser.add_argument("--answers", type=Path, required=True, help="JSON lines with prompt_ids and response_ids")
     parser.add_argument("--prompts", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--cache", type=float, default=0.25)
     parser.add_argument("--ratios", default="0.25,0.5,1,2,4")
     parser.add_argument("--sizes", default="", help="cache sizes for the plot, such as 0.25,0.5,0.75; at ratio 1")
     parser.add_argument("--eviction", default="lru", choices=("lru", "least-stale"))
-    parser.add_argument("--adaptive", action="store_true", help="let the controller turn prefetching off")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
@@ -216,7 +220,7 @@ def main() -> None:
     assert owner is not None
     first = owner.store
     rows = [row for row in read([args.answers]) if isinstance(row, Answer)]
-    prompts = [list(row.prompt_ids[-64:]) for row in rows[4 :: max(len(rows) // (args.prompts + 1), 1)]][: args.prompts]
+    prompts = [list(row.prompt_ids[-64:]) for row in rows[::HELD_OUT]][: args.prompts]
     oracle, console = predict.Oracle(owner.index.num_experts), Console(width=120)
     result = kept(args.json) | {"settings": vars(args)}
 
@@ -231,7 +235,7 @@ def main() -> None:
     result["layer_ms"] = 1e3 * layer
     teacher.store.close()
 
-    arms = [resident, *make(owner, args.cache, list(MAIN), args, oracle)]
+    arms = [resident, *make(owner, args.cache, [*MAIN, "controlled"], args, oracle)]
     for ratio in map(float, filter(None, args.ratios.split(","))):
         bandwidth = demand / (ratio * layer)
         compare(decoder, arms, prompts, args.tokens, bandwidth)

@@ -148,6 +148,16 @@ def test_demands_overtake_prefetches(store, shelf):
     assert use(store, 0, [0, 1]) and store.counters.misses == 1
 
 
+def test_what_is_due_first_is_loaded_first(store, shelf):
+    shelf.gate.clear()
+    for row, expert, due in ((0, 0, 1), (1, 3, 4), (0, 1, 2), (1, 4, 3)):
+        store.prefetch(row, [expert], due=due)
+    shelf.gate.set()
+    while store.backlog:
+        time.sleep(0.001)
+    assert shelf.reads == [0, 1, 10, 9]
+
+
 def test_a_chunked_prefetch_gives_way_between_chunks(shelf):
     index = packed.Index("0", "float32", [0], 4, 64, 64, [0] * 4)  # 12 chunks of 4096
     shelf.slots = lambda count: tiers.aligned(count, index.stride)
@@ -358,6 +368,11 @@ def test_the_emulated_tier_takes_as_long_as_declared(folder):
     for block in range(8):
         tier.read(block, slot, 0, index.stride)
     assert 0.04 <= time.perf_counter() - start < 0.4
+
+
+@pytest.mark.parametrize(("bandwidth", "latency", "chunk"), [(1e5, 0, 4096), (1e8, 0, 20480), (1e8, 1e-3, 401408)])
+def test_an_emulated_request_lasts_a_fifth_of_a_millisecond_or_four_latencies(folder, bandwidth, latency, chunk):
+    assert tiers.EmulatedTier(folder, packed.open_index(folder), bandwidth, latency).chunk == chunk
 
 
 @pytest.mark.parametrize("bandwidth", [0.0, -1.0])

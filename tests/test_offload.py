@@ -90,7 +90,9 @@ def test_tokens_are_the_models_own(moe, cache):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("count", [1, 5, 60])
-def test_logits_are_the_models_own_to_the_bit(dtype, count):
+@pytest.mark.parametrize("apart", [0, 1 << 30])
+def test_logits_are_the_models_own_to_the_bit(dtype, count, apart, monkeypatch):
+    monkeypatch.setattr("specdec.experts.store.APART", apart)  # those that are there at once, or all together
     model = tiny_model("qwen3_moe", **TINY, **SIZES["qwen3_moe"]).to(dtype)
     ids = torch.randint(3, 97, (1, count), generator=torch.Generator().manual_seed(0))
     own = model(ids).logits

@@ -47,7 +47,7 @@ class Predictor(ABC):
         """As ``ahead``, where no forecast is wanted."""
         self.ahead(row, x)
 
-    def routed(self, row: int, experts: list[list[int]]) -> None:
+    def routed(self, row: int, experts: list[list[int]]) -> None:  # noqa: B027 (most predictors need not know)
         """Told what the row's router chose for each token, [T][k]."""
 
 
@@ -123,8 +123,10 @@ class Leaps(Forecaster):
             for i, row in enumerate(rows):
                 if before is not None:
                     self._into[row].append((j, i))
-        parts = [[n, *(before[j][i : i + 1] for j, i in into if before)] for n, into in zip(now, self._into, strict=True)]
-        self._weights = [torch.cat(each).float().flatten(0, 1).T.contiguous().numpy() for each in parts]  # (D, (n + m) E)
+        self._weights = []  # what a row's state is multiplied with, (D, (n + m) E)
+        for n, into in zip(now, self._into, strict=True):
+            stack = torch.cat([n, *(before[j][i : i + 1] for j, i in into if before)])
+            self._weights.append(stack.float().flatten(0, 1).T.contiguous().numpy())
 
     def logits(self, row: int, x: Tensor) -> Array:
         start, into = self._start[row], self._into[row]

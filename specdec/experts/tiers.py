@@ -58,11 +58,15 @@ def aligned(count: int, stride: int) -> Tensor:
 class _HostTier:
     """Slots in RAM; each block is checked when it is first read."""
 
-    note, chunk = "", CHUNK
+    note = ""
 
     def __init__(self, folder: Path, index: Index) -> None:
         self.path, self.index = folder / BLOCKS, index
         self.checked = [False] * len(index.checksums)
+
+    @property
+    def chunk(self) -> int:
+        return CHUNK
 
     def slots(self, count: int) -> Tensor:
         return aligned(count, self.index.stride)

@@ -1,9 +1,10 @@
 """Leaps for expert prefetch, in closed form: from a layer's residual and the previous token's to routers ahead.
 
 For a layer j and a layer l ahead (or l = j), ridge regression from [unit RMS of the residual that enters j; unit RMS of
-the one that entered l with the previous token; 1] to the router logits at l. Because ridge regression is linear in its goal, this equals a
-leap to the normalised residual of layer l followed by that layer's own router (see ``specdec.experts.predict``). Layers
-of the next token are ahead of the last ones of this token. Knows nothing about gradients.
+the one that entered l with the previous token; 1] to the router logits at l. Because ridge regression is linear in its
+goal, this equals a leap to the normalised residual of layer l followed by that layer's own router (see
+``specdec.experts.predict``). Layers of the next token are ahead of the last ones of this token. Knows nothing about
+gradients.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ from specdec.train.fit import Moments
 
 CONTEXT = 384  # tokens of an answer, prompt included
 
+
 @dataclass
 class Seen:
-    """Of one text, in each row [T, D]: the residual as it enters, the one in front of the router, the router's input."""
+    """Of one text, by row, [T, D] each: what enters, what is in front of the router, and the router's input."""
 
     entering: list[Tensor] = field(default_factory=list)
     middle: list[Tensor] = field(default_factory=list)
