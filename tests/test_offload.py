@@ -273,9 +273,9 @@ def test_a_prefetch_puts_out_only_what_is_clearly_less_needed(mixtral, folder):
     with offload.store.demand(3, [0, 1]):
         pass
     there = offload.store.caches[3].where
-    offload._prefetch(3, [0.9, 0.5, 0.6, 0.0, 0.0, 0.0], 4)  # 0.1 a layer of distance is asked for
+    offload._prefetch(3, [0.9, 0.5, 0.7, 0.0, 0.0, 0.0], 1)  # a cached one gets 0.25
     assert set(there) == {0, 1}
-    offload._prefetch(3, [0.9, 0.5, 0.98, 0.0, 0.0, 0.0], 4)
+    offload._prefetch(3, [0.9, 0.5, 0.8, 0.0, 0.0, 0.0], 1)
     assert set(there) == {0, 2}
     decoder.close()
 

@@ -16,13 +16,13 @@ class Controller:
     """Turns prefetching off where passes are slower with it, and estimates what a prefetch can load in time.
 
     Passes with and without prefetching are timed in windows, the first two with either. The faster side runs; the other
-    is probed again after 4, 8, ... ``LONGEST`` windows, so that probing costs little. adaptive: False keeps it on.
+    is probed again after 8, 16, ... ``LONGEST`` windows, so that probing costs little. adaptive: False keeps it on.
     """
 
     def __init__(self, adaptive: bool = True) -> None:
         self.adaptive, self.on = adaptive, True
         self.seconds: dict[bool, float | None] = {True: None, False: None}  # per layer visited, smoothed
-        self.pause, self.left = 2, 1  # windows until the other side is probed
+        self.pause, self.left = 4, 1  # windows until the other side is probed
         self.probing = False
         self.visits = self.rows = 0
         self.spent = self.busy = 0.0

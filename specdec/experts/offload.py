@@ -32,7 +32,7 @@ from specdec.experts.store import Counters, ExpertStore
 from specdec.experts.tiers import DiskTier, EmulatedTier, PinnedTier, Tier, aligned
 
 FLOOR = 0.4  # least need of an expert that is prefetched
-STAY = 0.1  # by how much more it must be needed, per layer of distance, than the cached one that it would put out
+STAY = (0.03, 0.25)  # by how much more than the cached one that it would put out: in the layer entered, and ahead of it
 LEAD = 0.6  # of a layer's time passes from when it is entered to its demand
 
 
@@ -168,7 +168,8 @@ class Offload:
         wanted = [expert for expert, n in enumerate(need) if n >= FLOOR]
         if all(expert in there for expert in wanted):
             return
-        wanted.sort(key=lambda expert: need[expert] + STAY * ahead * (expert in there), reverse=True)
+        stay = STAY[min(distance, 1)]
+        wanted.sort(key=lambda expert: need[expert] + stay * (expert in there), reverse=True)
         del wanted[slots:]
         absent = [expert for expert in wanted if expert not in there]
         if not absent:

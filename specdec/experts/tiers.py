@@ -127,7 +127,7 @@ class EmulatedTier(_HostTier):
         if not (bandwidth > 0 and latency >= 0):
             raise SpecDecError(f"an emulated tier needs a bandwidth > 0 and a latency >= 0; got {bandwidth}, {latency}")
         self.bandwidth, self.latency, self.free, self.returned = bandwidth, latency, 0.0, 0.0
-        self.source = torch.from_file(str(self.path), size=index.total_bytes, dtype=torch.uint8)
+        self.source = buffer(torch.from_file(str(self.path), size=index.total_bytes, dtype=torch.uint8))
         self.note = f"emulated slow memory: {bandwidth / 1e9:.3g} GB/s, {latency * 1e6:.0f} us a request"
 
     @property
@@ -140,14 +140,15 @@ class EmulatedTier(_HostTier):
         begin = self.free if now - self.returned < AT_ONCE else now
         self.free = begin + self.latency + (stop - start) / self.bandwidth
         base = block * self.index.stride
-        slot[start:stop].copy_(self.source[base + start : base + stop])
+        # Python's own copy: torch's would give the interpreter away and ask for it back, from a model that computes.
+        buffer(slot)[start:stop] = self.source[base + start : base + stop]
         self._check(block, slot, stop)
         while (rest := self.free - time.perf_counter()) > 0:
             time.sleep(rest)
         self.returned = time.perf_counter()
 
     def close(self) -> None:
-        self.source = torch.empty(0, dtype=torch.uint8)
+        self.source = memoryview(b"")
 
 
 class PinnedTier:
