@@ -30,7 +30,7 @@ int omp_get_num_threads(void);
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni,f16c,fma,avx2,amx-tile,amx-bf16,amx-int8")
 
 enum { BF16 = 0, Q8 = 1, Q4 = 2, I8 = 3 }; /* I8: for drafts; both sides of the product are rounded to 8 bits */
-enum { MOST_BLOCKS = 4, RING = 8, AHEAD = 2, PREFETCH = 4096, MOST_EXPECTED = 1024 };
+enum { MOST_BLOCKS = 4, RING = 8, AHEAD = 2, PREFETCH = 4096, MOST_EXPECTED = 1024, SOON = 64 }; /* SOON: keys ahead that are sent for */
 static const int TILE_BYTES[4] = {1024, 32 + 512, 64 + 256, 1024}; /* 16 x 32: bf16 | scales f16[16], int8 | scales, lows, nibbles; I8: 16 x 64 */
 
 typedef uint16_t bf16;
@@ -642,23 +642,28 @@ static inline __m256i seen(const uint16_t *visible, int key) {
     EACH_BLOCK(block) \
     for (int s = block; s < block + 16 && s < count; s++)
 
-/* sum[column] = the sum of p[key][column], out[column][dims] that of p[key][column] v[key][dims], 16 dims at a time;
- * COLUMNS at once. Keys are added in order: on where they lie nothing depends. */
-#define WEIGHTED_SUM(COLUMNS)                                                                                        \
+/* sum[column] = the sum of p[key][column], out[column][dims] that of p[key][column] v[key][dims]; COLUMNS and PARTS times
+ * 16 dims at once. Keys are added in order: on where they lie nothing depends. */
+#define WEIGHTED_SUM(COLUMNS, PARTS)                                                                                 \
     do {                                                                                                             \
-        F acc[COLUMNS];                                                                                              \
-        for (int c = 0; c < COLUMNS; c++) acc[c] = _mm512_setzero_ps();                                              \
+        F acc[PARTS][COLUMNS], v[PARTS];                                                                             \
+        for (int c = 0; c < COLUMNS; c++) acc[0][c] = _mm512_setzero_ps();                                           \
         EACH_KEY(s)                                                                                                  \
-        for (int c = 0; c < COLUMNS; c++) acc[c] = _mm512_add_ps(_mm512_set1_ps(p[15 * block + s + 16 * c]), acc[c]); \
-        for (int c = 0; c < COLUMNS; c++) sum[c] = acc[c];                                                           \
-        for (int at = 0; at < d; at += 16) {                                                                         \
-            for (int c = 0; c < COLUMNS; c++) acc[c] = _mm512_setzero_ps();                                          \
+        for (int c = 0; c < COLUMNS; c++)                                                                            \
+            acc[0][c] = _mm512_add_ps(_mm512_set1_ps(p[(columns - 1) * block + s + 16 * c]), acc[0][c]);                        \
+        for (int c = 0; c < COLUMNS; c++) sum[c] = acc[0][c];                                                        \
+        for (int at = 0; at < d; at += 16 * PARTS) {                                                                 \
+            for (int i = 0; i < PARTS; i++)                                                                          \
+                for (int c = 0; c < COLUMNS; c++) acc[i][c] = _mm512_setzero_ps();                                   \
             EACH_KEY(s) {                                                                                            \
-                F v = load_bf16(values + (int64_t)s * d + at);                                                       \
-                for (int c = 0; c < COLUMNS; c++)                                                                    \
-                    acc[c] = _mm512_fmadd_ps(_mm512_set1_ps(p[15 * block + s + 16 * c]), v, acc[c]);                 \
+                for (int i = 0; i < PARTS; i++) v[i] = load_bf16(values + (int64_t)s * d + at + 16 * i);             \
+                for (int c = 0; c < COLUMNS; c++) {                                                                  \
+                    F weight = _mm512_set1_ps(p[(columns - 1) * block + s + 16 * c]);                                           \
+                    for (int i = 0; i < PARTS; i++) acc[i][c] = _mm512_fmadd_ps(weight, v[i], acc[i][c]);            \
+                }                                                                                                    \
             }                                                                                                        \
-            for (int c = 0; c < COLUMNS; c++) _mm512_store_ps(out + c * d + at, acc[c]);                             \
+            for (int i = 0; i < PARTS; i++)                                                                          \
+                for (int c = 0; c < COLUMNS; c++) _mm512_store_ps(out + c * d + at + 16 * i, acc[i][c]);             \
         }                                                                                                            \
     } while (0)
 
@@ -670,10 +675,15 @@ static void attend(const bf16 *keys, const bf16 *values, int count, int d, const
     F most[16], sum[16], scales = _mm512_set1_ps(scale);
     for (int c = 0; c < 16; c++) most[c] = _mm512_set1_ps(-1e30f);
     EACH_BLOCK(s) {
-        float *to = p + 16 * s;
+        float *to = p + columns * s;
+        for (int i = 0; i < 16 * d; i += 32) {
+            _mm_prefetch((const char *)(keys + (int64_t)(s + SOON) * d + i), _MM_HINT_T0);
+            _mm_prefetch((const char *)(values + (int64_t)s * d + i), _MM_HINT_T1);
+        }
         __m256i see = seen(visible, s);
         __mmask16 there = count - s < 16 ? (__mmask16)((1 << (count - s)) - 1) : 0xffff;
         if (has_amx) {
+            float tile[256] __attribute__((aligned(64)));
             __m512i a[16];
             _tile_zero(0);
             for (int k = 0; k < d; k += 32) {
@@ -681,10 +691,10 @@ static void attend(const bf16 *keys, const bf16 *values, int count, int d, const
                 _tile_loadd(5, queries + 8 * k, 64);
                 _tile_dpbf16ps(0, 4, 5);
             }
-            _tile_stored(0, to, 64);
-            for (int i = 0; i < 16; i++) a[i] = _mm512_load_si512(to + 16 * i);
+            _tile_stored(0, tile, 64);
+            for (int i = 0; i < 16; i++) a[i] = _mm512_load_si512(tile + 16 * i);
             transpose(a);
-            for (int c = 0; c < 16; c++) _mm512_store_si512(to + 16 * c, a[c]);
+            for (int c = 0; c < columns; c++) _mm512_store_si512(to + 16 * c, a[c]);
         } else
             for (int k = 0; k < d; k += 32) {
                 __m512i a[16];
@@ -707,15 +717,16 @@ static void attend(const bf16 *keys, const bf16 *values, int count, int d, const
     for (int c = 0; c < columns; c++) most[c] = _mm512_set1_ps(_mm512_reduce_max_ps(most[c]));
     EACH_BLOCK(s)
     for (int c = 0; c < columns; c++) {
-        F v = _mm512_load_ps(p + 16 * (s + c));
+        F v = _mm512_load_ps(p + columns * s + 16 * c);
         __mmask16 mine = _mm512_cmp_ps_mask(v, _mm512_set1_ps(-1e30f), _CMP_NLE_UQ);
-        _mm512_store_ps(p + 16 * (s + c), _mm512_maskz_mov_ps(mine, exp16(_mm512_sub_ps(v, most[c]))));
+        _mm512_store_ps(p + columns * s + 16 * c, _mm512_maskz_mov_ps(mine, exp16(_mm512_sub_ps(v, most[c]))));
     }
-    if (columns <= 3) WEIGHTED_SUM(3);
-    else if (columns <= 6) WEIGHTED_SUM(6);
-    else if (columns <= 9) WEIGHTED_SUM(9);
-    else if (columns <= 12) WEIGHTED_SUM(12);
-    else WEIGHTED_SUM(16);
+    if (columns <= 3 && d % 64 == 0) WEIGHTED_SUM(3, 4);
+    else if (columns <= 6 && d % 64 == 0) WEIGHTED_SUM(6, 4);
+    else if (columns <= 6) WEIGHTED_SUM(6, 2);
+    else if (columns <= 9) WEIGHTED_SUM(9, 2);
+    else if (columns <= 12) WEIGHTED_SUM(12, 2);
+    else WEIGHTED_SUM(16, 1);
     for (int c = 0; c < columns; c++) {
         F share_ = _mm512_div_ps(_mm512_set1_ps(1.0f), _mm512_max_ps(sum[c], _mm512_set1_ps(1e-30f)));
         for (int at = 0; at < d; at += 16) _mm512_store_ps(out + c * d + at, _mm512_mul_ps(_mm512_load_ps(out + c * d + at), share_));
