@@ -669,14 +669,15 @@ static inline __m256i seen(const uint16_t *visible, int key) {
 
 /* Attention of up to 16 columns (a token and a head each) to `count` keys of one key head.
  * queries: VN [d / 2][16 columns]; visible: for each key the columns that see it, or NULL (all see all). p: scratch,
- * [blocks of 16 keys][column][key]; out: [16][d]. Memory of whole blocks of keys is read. */
+ * [blocks of 16 keys][column][key]; out: [16][d]. once: no other columns read these keys: they
+ * are sent for ahead. Memory of whole blocks of keys is read. */
 static void attend(const bf16 *keys, const bf16 *values, int count, int d, const uint32_t *queries, int columns,
-                   const uint16_t *visible, float scale, float *p, float *out) {
+                   const uint16_t *visible, float scale, int once, float *p, float *out) {
     F most[16], sum[16], scales = _mm512_set1_ps(scale);
     for (int c = 0; c < 16; c++) most[c] = _mm512_set1_ps(-1e30f);
     EACH_BLOCK(s) {
         float *to = p + columns * s;
-        for (int i = 0; i < 16 * d; i += 32) {
+        for (int i = 0; once && i < 16 * d; i += 32) {
             _mm_prefetch((const char *)(keys + (int64_t)(s + SOON) * d + i), _MM_HINT_T0);
             _mm_prefetch((const char *)(values + (int64_t)s * d + i), _MM_HINT_T1);
         }
@@ -910,7 +911,7 @@ static void run_layer(Pass *p, int index, uint32_t *normed, float *scores, uint8
         int64_t cached = ((int64_t)line * m->kv_heads + kv) * c->capacity[index] * d;
         const uint16_t *visible = p->visible[c->window[index]];
         if (visible) visible += ((int64_t)line * p->column_blocks + block) * p->slots;
-        attend(c->keys[index] + cached, c->values[index] + cached, p->slots, d, q, columns, visible, m->scale, scores, out);
+        attend(c->keys[index] + cached, c->values[index] + cached, p->slots, d, q, columns, visible, m->scale, p->column_blocks == 1, scores, out);
         for (int col = 0; col < columns; col++) {
             int row = line * c->tokens + (first + col) / p->group, head = kv * p->group + (first + col) % p->group;
             uint32_t *lane = p->attended + ((int64_t)(row / 16) * m->heads * d + head * d) * 8 + row % 16;
