@@ -146,8 +146,8 @@ def draft_chain(
     vocab: int64 [V'], the tokens that logits are over; None: all of the target's.
     certainty: takes the logits of a step and returns the probability [B, 1] that their best token is the model's; None:
         what the logits say themselves.
-    Ends early once no row's whole chain stands with a probability of ``state.confidence``, where looking at it waits for
-    no device. Where nothing will be judged, a row's chain ends before the first token less certain than
+    Ends early once no row's whole chain stands with a probability of ``state.confidence``, where looking at it waits
+    for no device. Where nothing will be judged, a row's chain ends before the first token less certain than
     ``state.threshold``, and has no siblings.
     """
     chain, beside = _Nodes(), _Nodes()
