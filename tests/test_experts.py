@@ -28,12 +28,14 @@ INDEX = packed.Index("0", "float32", list(range(ROWS)), EXPERTS, 4, 3, [0] * ROW
 
 
 class Shelf:
-    """A tier in memory: block b is filled with the byte b. ``gate`` holds reads back; ``broken`` blocks raise."""
+    """A tier in memory: block b is filled with the byte b, ``chunk`` bytes a read. ``gate`` holds reads back; ``broken``
+    blocks raise."""
 
     note, chunk = "", tiers.CHUNK
 
     def __init__(self) -> None:
         self.reads: list[int] = []
+        self.hurried = 0
         self.gate = threading.Event()
         self.gate.set()
         self.broken: dict[int, list[Exception]] = {}
@@ -46,7 +48,12 @@ class Shelf:
         self.reads.append(block)
         if self.broken.get(block):
             raise self.broken[block].pop(0)
+        stop = min(stop, start + self.chunk)
         slot[start:stop] = block
+        return stop
+
+    def hurry(self):
+        self.hurried += 1
 
     def acquire(self, slot): ...
 
@@ -171,6 +178,28 @@ def test_a_chunked_prefetch_gives_way_between_chunks(shelf):
     first = shelf.reads.index(1)
     assert first <= 2 and shelf.reads[first : first + 12] == [1] * 12
     store.close()
+
+
+def test_a_demand_hurries_the_prefetch_that_is_being_read_but_no_demand(store, shelf):
+    shelf.gate.clear()
+    store.prefetch(0, [0, 1])
+    while store._reading is None:
+        time.sleep(0.001)
+    with store.demand(0, [0, 1]):  # the very one that is being read
+        assert shelf.hurried == 0
+    store.prefetch(0, [2])
+    with store.demand(1, [4]):
+        assert shelf.hurried == 0
+    shelf.gate.set()
+    while store.backlog:
+        time.sleep(0.001)
+    shelf.gate.clear()
+    store.prefetch(0, [3])
+    while store._reading is None:
+        time.sleep(0.001)
+    with store.demand(1, [5]):
+        assert shelf.hurried == 1
+    shelf.gate.set()
 
 
 def test_a_prefetch_evicts_neither_what_is_in_use_nor_what_is_spared(store):
@@ -370,9 +399,22 @@ def test_the_emulated_tier_takes_as_long_as_declared(folder):
     assert 0.04 <= time.perf_counter() - start < 0.4
 
 
-@pytest.mark.parametrize(("bandwidth", "latency", "chunk"), [(1e5, 0, 4096), (1e8, 0, 20480), (1e8, 1e-3, 401408)])
-def test_an_emulated_request_lasts_a_fifth_of_a_millisecond_or_four_latencies(folder, bandwidth, latency, chunk):
-    assert tiers.EmulatedTier(folder, packed.open_index(folder), bandwidth, latency).chunk == chunk
+@pytest.mark.parametrize(("latency", "quantum"), [(0.0, tiers.QUANTUM), (0.01, 0.04)])
+def test_a_hurried_emulated_read_ends_with_its_quantum_and_is_gone_on_with(folder, latency, quantum):
+    index = packed.open_index(folder)
+    tier = tiers.EmulatedTier(folder, index, index.stride / 0.4, latency)
+    slot, whole = tier.slots(2)
+    timer = threading.Timer(0.05, tier.hurry)
+    timer.start()
+    start = time.perf_counter()
+    done = tier.read(1, slot, 0, index.stride)
+    assert latency + quantum < time.perf_counter() - start < 0.3
+    assert 0 < done < index.stride and done % packed.ALIGNMENT == 0
+    timer.join()
+    assert tier.read(1, slot, done, index.stride) == index.stride
+    tier.bandwidth = 1e12
+    tier.read(1, whole, 0, index.stride)
+    assert torch.equal(slot, whole)
 
 
 @pytest.mark.parametrize("bandwidth", [0.0, -1.0])

@@ -1,9 +1,9 @@
 """The expert store: slots in fast memory, a cache per layer, and one thread that loads what is demanded or foreseen.
 
 Demands come first, then the prefetches that are due first: between any two chunks the thread turns to what is now the
-foremost, and takes up the other again afterwards. A failed
-prefetch is forgotten; the demand that follows reads anew. One thread, so that a slot given to another expert is never
-written by two.
+foremost, and takes up the other again afterwards; a demand hurries the prefetch that is being read. A failed prefetch
+is forgotten; the demand that follows reads anew. One thread, so that a slot given to another expert is never written by
+two.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 from specdec.errors import SpecDecError
 from specdec.experts.cache import Evicted, LayerCache, Slot
 from specdec.experts.packed import Index
-from specdec.experts.tiers import Tier
+from specdec.experts.tiers import CHUNK, Tier
 
 APART = 4 << 20  # bytes of experts below which those that are there are not computed with before the others are, too
 
@@ -102,6 +102,7 @@ class ExpertStore:
         self.trace: list[Event] | None = None  # set to a list to record
         self._demands: deque[_Job] = deque()
         self._prefetches: list[_Job] = []
+        self._reading: _Job | None = None
         self._change = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._load, name="experts", daemon=True)
@@ -232,7 +233,7 @@ class ExpertStore:
         job = _Job(row * self.index.num_experts + slot.expert, self.places[row][slot.number], demanded, due)
         self.jobs[row][slot.number] = job
         if demanded:
-            self._demands.append(job)
+            self._urge(job)
         else:
             insort(self._prefetches, job, key=lambda each: each.due)
         self._change.notify_all()
@@ -249,7 +250,12 @@ class ExpertStore:
     def _promote(self, job: _Job) -> None:
         if not job.ready and job in self._prefetches:
             self._prefetches.remove(job)
-            self._demands.append(job)
+            self._urge(job)
+
+    def _urge(self, job: _Job) -> None:
+        self._demands.append(job)
+        if self._reading not in (None, *self._demands):
+            self.tier.hurry()
 
     # -- waiting and loading --------------------------------------------------------------------------------------
 
@@ -271,6 +277,7 @@ class ExpertStore:
         done: tuple[_Job, int, Exception | None] | None = None
         while True:
             with self._change:
+                self._reading = None
                 if done is not None and not done[0].cancelled:
                     self._finish(*done)
                 while not (self._demands or self._prefetches or self._closed):
@@ -279,10 +286,11 @@ class ExpertStore:
                     return
                 urgent = bool(self._demands)
                 job = (self._demands or self._prefetches)[0]
-                start, stop = job.done, min(job.done + self.tier.chunk, self.stride)
+                self._reading = job
+                start, stop = job.done, min(job.done + CHUNK, self.stride)
             began, error = time.perf_counter(), None
             try:
-                self.tier.read(job.block, job.memory, start, stop)
+                stop = self.tier.read(job.block, job.memory, start, stop)
             except SpecDecError as refused:
                 error = refused
             except Exception as failed:  # of whatever type: the waiting model has to hear of it

@@ -6,7 +6,9 @@ A tier provides the fast memory (slots) and fills parts of a slot on call, from 
 from __future__ import annotations
 
 import errno
+import math
 import os
+import threading
 import time
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,26 +20,27 @@ from specdec.errors import SpecDecError
 from specdec.experts.packed import ALIGNMENT, BLOCKS, Index, buffer
 
 CHUNK = 1 << 20  # most bytes of one request: what a demand may have to wait for
-QUANTUM = 2e-4  # seconds of one request of an emulated tier
+QUANTUM = 2e-4  # seconds, or QUANTUM_LATENCIES: of what an emulated tier still transfers once it is hurried
+QUANTUM_LATENCIES = 4
 AT_ONCE = 1e-4  # seconds between two requests of a busy queue
 
 
 class Tier(Protocol):
-    """note: one line on what timings mean here, or "". chunk: bytes to read at once."""
+    """note: one line on what timings mean here, or ""."""
 
     note: str
-
-    @property
-    def chunk(self) -> int: ...
 
     def slots(self, count: int) -> Tensor:
         """Fast memory for ``count`` experts: uint8 [count, stride]."""
 
-    def read(self, block: int, slot: Tensor, start: int, stop: int) -> None:
-        """Fill bytes [start, stop) of ``slot`` from ``block``; with the last byte the block is checked.
+    def read(self, block: int, slot: Tensor, start: int, stop: int) -> int:
+        """Fill bytes of ``slot`` from ``block``, [start, stop) or the first of them; returns where it ended.
 
-        Raises SpecDecError (naming the expert) or OSError.
+        With the last byte the block is checked. Raises SpecDecError (naming the expert) or OSError.
         """
+
+    def hurry(self) -> None:
+        """Called, from another thread, while a ``read`` keeps something more urgent waiting: it may end early."""
 
     def acquire(self, slot: Tensor) -> None:
         """Called before the model computes with a filled slot."""
@@ -64,16 +67,14 @@ class _HostTier:
         self.path, self.index = folder / BLOCKS, index
         self.checked = [False] * len(index.checksums)
 
-    @property
-    def chunk(self) -> int:
-        return CHUNK
-
     def slots(self, count: int) -> Tensor:
         return aligned(count, self.index.stride)
 
     def acquire(self, slot: Tensor) -> None: ...
 
     def release(self, slot: Tensor) -> None: ...
+
+    def hurry(self) -> None: ...
 
     def _check(self, block: int, slot: Tensor, stop: int) -> None:
         if stop == self.index.stride and not self.checked[block]:
@@ -100,7 +101,7 @@ class DiskTier(_HostTier):
                 "this file system has no O_DIRECT: expert loads may come from the page cache, and so their timings"
             )
 
-    def read(self, block: int, slot: Tensor, start: int, stop: int) -> None:
+    def read(self, block: int, slot: Tensor, start: int, stop: int) -> int:
         memory, base = buffer(slot), block * self.index.stride
         while start < stop:
             count = os.preadv(self.file, [memory[start:stop]], base + start)
@@ -110,6 +111,7 @@ class DiskTier(_HostTier):
                 )
             start += count
         self._check(block, slot, stop)
+        return stop
 
     def close(self) -> None:
         os.close(self.file)
@@ -119,7 +121,8 @@ class EmulatedTier(_HostTier):
     """RAM that takes as long as a declared bandwidth (bytes/s) and latency (s a request) say: for study.
 
     One bucket serves demands and prefetches. Waiting sleeps, so the processor stays free, as during a real transfer.
-    A request that follows the one before at once begins where that one ended, however late the sleeper awoke.
+    A request that follows the one before at once begins where that one ended, however late the sleeper awoke. A
+    hurried one ends with the quantum that is being transferred.
     """
 
     def __init__(self, folder: Path, index: Index, bandwidth: float, latency: float = 0.0) -> None:
@@ -128,24 +131,29 @@ class EmulatedTier(_HostTier):
             raise SpecDecError(f"an emulated tier needs a bandwidth > 0 and a latency >= 0; got {bandwidth}, {latency}")
         self.bandwidth, self.latency, self.free, self.returned = bandwidth, latency, 0.0, 0.0
         self.source = buffer(torch.from_file(str(self.path), size=index.total_bytes, dtype=torch.uint8))
+        self.hurried = threading.Event()
         self.note = f"emulated slow memory: {bandwidth / 1e9:.3g} GB/s, {latency * 1e6:.0f} us a request"
 
-    @property
-    def chunk(self) -> int:
-        pages = round(self.bandwidth * max(QUANTUM, 4 * self.latency) / ALIGNMENT)
-        return min(max(pages, 1) * ALIGNMENT, CHUNK)
+    def hurry(self) -> None:
+        self.hurried.set()
 
-    def read(self, block: int, slot: Tensor, start: int, stop: int) -> None:
+    def read(self, block: int, slot: Tensor, start: int, stop: int) -> int:
         now = time.perf_counter()
-        begin = self.free if now - self.returned < AT_ONCE else now
-        self.free = begin + self.latency + (stop - start) / self.bandwidth
+        begin = self.latency + (self.free if now - self.returned < AT_ONCE else now)
+        self.free = begin + (stop - start) / self.bandwidth
         base = block * self.index.stride
         # Python's own copy: torch's would give the interpreter away and ask for it back, from a model that computes.
         buffer(slot)[start:stop] = self.source[base + start : base + stop]
+        if self.hurried.wait(max(self.free - time.perf_counter(), 0.0)):
+            self.hurried.clear()
+            quantum = max(QUANTUM, QUANTUM_LATENCIES * self.latency)
+            passed = quantum * math.ceil(max(time.perf_counter() - begin, 0.0) / quantum + 1e-9)
+            stop = min(stop, start + math.ceil(passed * self.bandwidth / ALIGNMENT) * ALIGNMENT)
+            self.free = begin + (stop - start) / self.bandwidth
+            time.sleep(max(self.free - time.perf_counter(), 0.0))
         self._check(block, slot, stop)
-        while (rest := self.free - time.perf_counter()) > 0:
-            time.sleep(rest)
         self.returned = time.perf_counter()
+        return stop
 
     def close(self) -> None:
         self.source = memoryview(b"")
@@ -158,7 +166,7 @@ class PinnedTier:
     model's stream waits for the copy. cuda: ``torch.cuda``, or what stands in for it.
     """
 
-    note, chunk = "", CHUNK
+    note = ""
 
     def __init__(self, folder: Path, index: Index, device: torch.device, cuda: Any = torch.cuda) -> None:
         self.index, self.device, self.cuda = index, device, cuda
@@ -174,7 +182,7 @@ class PinnedTier:
     def slots(self, count: int) -> Tensor:
         return torch.empty(count, self.index.stride, dtype=torch.uint8, device=self.device)
 
-    def read(self, block: int, slot: Tensor, start: int, stop: int) -> None:
+    def read(self, block: int, slot: Tensor, start: int, stop: int) -> int:
         base, key = block * self.index.stride, slot.data_ptr()
         with self.cuda.stream(self.stream):
             if start == 0 and key in self.used:
@@ -184,6 +192,9 @@ class PinnedTier:
             event.record(self.stream)
         event.synchronize()  # in the loading thread: what it reports as filled is filled
         self.copied[key] = event
+        return stop
+
+    def hurry(self) -> None: ...
 
     def acquire(self, slot: Tensor) -> None:
         self.cuda.current_stream(self.device).wait_event(self.copied[slot.data_ptr()])
