@@ -28,8 +28,10 @@ INDEX = packed.Index("0", "float32", list(range(ROWS)), EXPERTS, 4, 3, [0] * ROW
 
 
 class Shelf:
-    """A tier in memory: block b is filled with the byte b, ``chunk`` bytes a read. ``gate`` holds reads back; ``broken``
-    blocks raise."""
+    """A tier in memory: block b is filled with the byte b, at most ``chunk`` bytes a read.
+
+    ``gate`` holds reads back; ``broken`` blocks raise.
+    """
 
     note, chunk = "", tiers.CHUNK
 

@@ -22,6 +22,7 @@ from specdec.experts.layers import moe_layers
 from specdec.experts.offload import ExpertOptions, Offload
 from specdec.experts.replay import replay
 from specdec.experts.store import Counters
+from specdec.kernels import rms_unit
 from specdec.target import ReferenceTarget
 from specdec.train.data import Answer
 from specdec.train.expert_adapters import accelerate, fit_expert_adapters, misalignment
@@ -265,7 +266,7 @@ def test_prefetches_that_fail_change_no_token(mixtral, folder):
     def flaky(block, slot, start, stop):
         if not store._demands and next(reads) % 2:
             raise OSError(5, "Input/output error")
-        real(block, slot, start, stop)
+        return real(block, slot, start, stop)
 
     store.tier.read = flaky
     out = decoder.generate(PROMPT, max_new_tokens=COUNT, ignore_eos=True)
@@ -285,6 +286,26 @@ def test_a_prefetch_puts_out_only_what_is_clearly_less_needed(mixtral, folder):
     offload._prefetch(3, [0.9, 0.5, 0.8, 0.0, 0.0, 0.0], 1)
     assert set(there) == {0, 2}
     decoder.close()
+
+
+def test_a_leap_is_one_regression_from_all_that_is_known():
+    rows, experts, width, tokens = 5, 6, 32, 4
+    torch.manual_seed(0)
+    targets = [[(j + 1) % rows, j] for j in range(rows)]
+    now, *past = ([torch.randn(2, experts, width) for _ in range(rows)] for _ in range(4))
+    bias = [torch.randn(2, experts) for _ in range(rows)]
+    leaps = predict.Leaps("m2r2", targets, now, dict(zip(predict.PAST, past, strict=True)), bias, 1.0, 2)
+    last, before, router = past
+    x, s = torch.randn(2, tokens, rows, width)  # what enters each row, and its router's input
+    for t in range(tokens):
+        for j in range(rows):
+            found = torch.from_numpy(leaps.logits(j, x[t, j][None])[0])
+            leaps.routed(j, s[t, j][None], [])
+            for i, l in enumerate(targets[j]) if t else ():
+                seen = t if l < j else t - 1
+                want = now[j][i] @ rms_unit(x[t, j]) + last[j][i] @ (s[t, j - 1] if j else s[t - 1, -1]) + bias[j][i]
+                want += before[j][i] @ rms_unit(x[seen, l]) + router[j][i] @ s[seen, l]
+                assert torch.allclose(found[i], want, atol=1e-4)
 
 
 def test_the_controller_stops_what_does_not_pay_and_keeps_what_does():

@@ -87,7 +87,7 @@ class _Experts(nn.Module):
         out = hidden_states.new_empty(hidden_states.shape[0] * k, hidden_states.shape[1])  # of each pair
         with store.demand(self.row, sorted(wanted)) as groups:
             if owner.predictor is not None:
-                owner.predictor.routed(self.row, routed)
+                owner.predictor.routed(self.row, hidden_states, routed)
             gate_up, down = store.weights[self.row]
             for group in groups:
                 by_slot = {slot: wanted[expert] for expert, slot in group}

@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,6 +28,7 @@ from specdec.kernels import UNIT_EPS
 PREDICTORS = ("none", "previous-token", "residual", "m2r2", "m2r2-paper", "oracle", "shuffled")
 DISTANCES = (1, 0)  # layers ahead that are predicted at a layer, far ones first
 REACH = 4  # layers ahead that the oracle knows
+PAST = ("last", "before", "router")  # what leaps know beside the residual that enters
 
 Forecast = list[tuple[int, list[float]]]  # row, need of each of its experts
 Array = npt.NDArray[np.float32]
@@ -47,8 +49,8 @@ class Predictor(ABC):
         """As ``ahead``, where no forecast is wanted."""
         self.ahead(row, x)
 
-    def routed(self, row: int, experts: list[list[int]]) -> None:  # noqa: B027 (most predictors need not know)
-        """Told what the row's router chose for each token, [T][k]."""
+    def routed(self, row: int, x: Tensor, experts: list[list[int]]) -> None:  # noqa: B027 (some need not know)
+        """Told what the row's router chose for each token, [T][k], given x [T, D]."""
 
 
 class PreviousToken(Predictor):
@@ -65,7 +67,7 @@ class PreviousToken(Predictor):
         seen = self.seen[target]
         return [] if seen is None else [(target, seen)]
 
-    def routed(self, row: int, experts: list[list[int]]) -> None:
+    def routed(self, row: int, x: Tensor, experts: list[list[int]]) -> None:
         need = [0.0] * self.num_experts
         for expert in experts[-1]:
             need[expert] = 1.0
@@ -91,15 +93,16 @@ class Forecaster(Predictor):
 
 
 class Leaps(Forecaster):
-    """Routers applied to an estimate of their residual that is linear in what is known at a layer.
+    """Routers applied to an estimate of their input that is linear in what is known at a layer.
 
-    now[j]: [n, E, D], for the residual that enters row j. before[j]: [n, E, D], for the one that entered each target
-    with the previous token, or None. Both at unit RMS. bias[j]: [n, E]. targets[j]: n rows. slope: of a need's logit by
-    the router's.
+    now[j]: [n, E, D], for the residual that enters row j, at unit RMS. past: the like for what else is known, by name
+    (``PAST``), or nothing: "last", for the router's input a row before (of this token; at row 0 of the one before);
+    "before", for the residual that entered each target with the previous token, at unit RMS; "router", for the router's
+    input there. bias[j]: [n, E]. targets[j]: n rows. slope: of a need's logit by the router's.
 
     Closed form: a leap of the residual is a ridge regression, which is linear in its goal; so the router applied to the
     leap's result *is* one regression from the same features to the router's logits, and only that is kept.
-    In NumPy, all a row's state is multiplied with in one product: the time of a forecast is that of calling things.
+    In NumPy, all a state is multiplied with in one product: the time of a forecast is that of calling things.
     """
 
     def __init__(
@@ -107,46 +110,71 @@ class Leaps(Forecaster):
         name: str,
         targets: list[list[int]],
         now: list[Tensor],
-        before: list[Tensor] | None,
+        past: dict[str, list[Tensor]],
         bias: list[Tensor],
         slope: float,
         top_k: int,
     ) -> None:
         self.name = name  # type: ignore[misc]
-        self.targets, self.now, self.before, self.bias = targets, now, before, bias
+        self.targets, self.now, self.past, self.bias = targets, now, past, bias
         self.slope, self.top_k = slope, top_k
-        # What each row's forecasts start from: the bias, and what the previous token's state at the target says.
-        self._bias = [b.float().numpy() for b in bias]  # (n, E)
-        self._start = [b.copy() for b in self._bias]
-        self._into: list[list[tuple[int, int]]] = [[] for _ in targets]  # by target: the forecasts of it
-        for j, rows in enumerate(targets):
-            for i, row in enumerate(rows):
-                if before is not None:
-                    self._into[row].append((j, i))
-        self._weights = []  # what a row's state is multiplied with, (D, (n + m) E)
-        for n, into in zip(now, self._into, strict=True):
-            stack = torch.cat([n, *(before[j][i : i + 1] for j, i in into if before)])
-            self._weights.append(stack.float().flatten(0, 1).T.contiguous().numpy())
+        # Forecasts lie in the order of their targets, so that those of one target are a slice.
+        order = sorted((t, j, i) for j, rows in enumerate(targets) for i, t in enumerate(rows))
+        place = {(j, i): p for p, (_, j, i) in enumerate(order)}
+        self._from = [np.array([place[j, i] for i in range(len(rows))], int) for j, rows in enumerate(targets)]
+        ends = np.searchsorted([t for t, _, _ in order], range(len(targets) + 1)).tolist()
+        self._into = [slice(a, b if past else a) for a, b in pairwise(ends)]
+        # What each forecast starts from: the bias, and what the previous token's states at the target say.
+        experts = bias[0].shape[1]
+        self._bias: Array = np.stack([bias[j][i].float().numpy() for _, j, i in order])  # (forecasts, E)
+        self._start = self._bias.copy()
+        self._last = [np.zeros((1, len(rows), experts), np.float32) for rows in targets]  # what the row before said
+        # What the states of a row are multiplied with: the one that enters, (D, (n + m) E), and the router's input.
+        known = {name: [each[j][i] for _, j, i in order] for name, each in past.items()}
+        self._weights = [_columns(n, known.get("before", [])[at]) for n, at in zip(now, self._into, strict=True)]
+        after = [*past["last"][1:], past["last"][0]] if past else []
+        self._routers = [_columns(n, known["router"][at]) for n, at in zip(after, self._into, strict=False)]
 
     def logits(self, row: int, x: Tensor) -> Array:
-        start, into = self._start[row], self._into[row]
-        said = (_unit_rows(_rows(x)) @ self._weights[row]).reshape(len(x), -1, start.shape[1])  # (T, n + m, E)
-        estimates: Array = said[:, : len(start)] + start
-        for (j, i), part in zip(into, said[-1, len(start) :], strict=True):
-            np.add(part, self._bias[j][i], out=self._start[j][i])
+        values, last, count, into = _rows(x), self._last[row], len(self._from[row]), self._into[row]
+        said = values @ self._weights[row] * _to_unit(values)
+        said = said.reshape(len(x), -1, self._bias.shape[1])  # (T, n + m, E)
+        if len(last) != len(x):
+            last = last[-1:]
+        estimates: Array = said[:, :count] + (self._start[self._from[row]] + last)
+        np.add(said[-1, count:], self._bias[into], out=self._start[into])
         return estimates
+
+    def look(self, row: int, x: Tensor) -> None:
+        self.logits(row, x[-1:])
+
+    def routed(self, row: int, x: Tensor, experts: list[list[int]]) -> None:
+        if not self._routers:
+            return
+        after, into = (row + 1) % len(self.targets), self._into[row]
+        values = _rows(x if after and len(x) <= self.most_tokens else x[-1:])
+        said = (values @ self._routers[row]).reshape(len(values), -1, self._bias.shape[1])
+        count = len(self._from[after])
+        self._last[after] = said[:, :count]
+        self._start[into] += said[-1, count:]
 
     def within(self, distances: Sequence[int]) -> Leaps:
         """Only those to rows that far ahead."""
         rows = len(self.targets)
         kept = [[i for i, t in enumerate(ts) if (t - j) % rows in distances] for j, ts in enumerate(self.targets)]
-        now, before, bias = (
-            None if each is None else [w[i] for w, i in zip(each, kept, strict=True)]
-            for each in (self.now, self.before, self.bias)
-        )
-        targets = [[ts[i] for i in some] for ts, some in zip(self.targets, kept, strict=True)]
-        assert now is not None and bias is not None
-        return Leaps(self.name, targets, now, before, bias, self.slope, self.top_k)
+
+        def some(each: list[Tensor]) -> list[Tensor]:
+            return [w[i] for w, i in zip(each, kept, strict=True)]
+
+        targets = [[ts[i] for i in these] for ts, these in zip(self.targets, kept, strict=True)]
+        past = {name: some(each) for name, each in self.past.items()}
+        return Leaps(self.name, targets, some(self.now), past, some(self.bias), self.slope, self.top_k)
+
+
+def _columns(first: Tensor, others: list[Tensor]) -> Array:
+    """[n, E, D] and m times [E, D] -> (D, (n + m) E)."""
+    columns: Array = torch.cat([first, *(each[None] for each in others)]).float().flatten(0, 1).T.contiguous().numpy()
+    return columns
 
 
 def needs(logits: Array, top_k: int, slope: float) -> list[list[float]]:
@@ -165,10 +193,10 @@ def _rows(x: Tensor) -> Array:
     return values
 
 
-def _unit_rows(x: Array) -> Array:
-    """x [T, D] / rms(x), as ``kernels.rms_unit``."""
-    unit: Array = x / np.sqrt(np.einsum("td,td->t", x, x)[:, None] / x.shape[1] + UNIT_EPS)
-    return unit
+def _to_unit(x: Array) -> Array:
+    """What makes rows x [T, D] those of ``kernels.rms_unit``: [T, 1]."""
+    scale: Array = 1 / np.sqrt((x @ x.T).diagonal()[:, None] / x.shape[1] + UNIT_EPS)
+    return scale
 
 
 class Accelerated(Forecaster):
@@ -198,9 +226,9 @@ class Accelerated(Forecaster):
             entering = _rows(x)
             goes_on = row == self._row + 1 and row and entering.shape == self._x.shape  # else: a pass that begins here
             p: Array = self._p + (entering - self._x) if goes_on else entering
-            self._p = p + (_unit_rows(p) @ self._down[row]) @ self._up[row]
+            self._p = p + (p @ self._down[row] * _to_unit(p)) @ self._up[row]
             self._row, self._x = row, entering
-        z: Array = _unit_rows(self._p) @ self._routers[row]
+        z: Array = self._p @ self._routers[row] * _to_unit(self._p)
         return z.reshape(len(z), len(self.targets[row]), self.num_experts)
 
 
@@ -214,7 +242,7 @@ def residual(
     empty = torch.zeros(0, *routers[0].shape)
     now = [torch.stack([routers[t] for t in rows]) if rows else empty for rows in targets]
     bias = [torch.zeros(n.shape[:2]) for n in now]
-    return Leaps("residual", targets, now, None, bias, slope_of(layers), layers[0].top_k)
+    return Leaps("residual", targets, now, {}, bias, slope_of(layers), layers[0].top_k)
 
 
 def _routers(layers: list[MoELayer]) -> list[Tensor]:
@@ -246,7 +274,7 @@ class Oracle(Predictor):
             self.recent.append(key)
         return [(row, [float(e in experts) for e in range(self.num_experts)]) for row, experts in known]
 
-    def routed(self, row: int, experts: list[list[int]]) -> None:
+    def routed(self, row: int, x: Tensor, experts: list[list[int]]) -> None:
         chosen = frozenset(expert for token in experts for expert in token)
         for key in self.recent:
             if len(self.follows[key]) <= REACH:
@@ -266,6 +294,9 @@ class Shuffled(Predictor):
     def look(self, row: int, x: Tensor) -> None:
         self.inner.look(row, x)
 
+    def routed(self, row: int, x: Tensor, experts: list[list[int]]) -> None:
+        self.inner.routed(row, x, experts)
+
     def ahead(self, row: int, x: Tensor) -> Forecast:
         return [(target, [need[e] for e in self.order[target]]) for target, need in self.inner.ahead(row, x)]
 
@@ -277,10 +308,8 @@ LEAPS, ADAPTERS = "leaps", "adapters"  # folders beside the packed experts
 
 def write_leaps(folder: Path, leaps: Leaps, fingerprint: str, figures: dict[str, Any]) -> None:
     """Keep fitted leaps beside the packed experts in ``folder``. Raises SpecDecError if the disk refuses."""
-    assert leaps.before is not None
-    tensors: dict[str, Tensor] = {}
-    for j, (now, before, bias) in enumerate(zip(leaps.now, leaps.before, leaps.bias, strict=True)):
-        tensors |= {f"{j}/now": now, f"{j}/before": before, f"{j}/bias": bias}
+    parts = {"now": leaps.now, **leaps.past, "bias": leaps.bias}
+    tensors = {f"{j}/{name}": tensor for name, each in parts.items() for j, tensor in enumerate(each)}
     config = {"drafter": "expert-leaps", "base": {"fingerprint": fingerprint}, "targets": leaps.targets}
     artifacts.write(folder / LEAPS, config | {"slope": leaps.slope, "top_k": leaps.top_k, "figures": figures}, tensors)
 
@@ -290,17 +319,16 @@ def read_leaps(folder: Path, fingerprint: str, num_experts: int, hidden: int) ->
     config, tensors = _read(folder, LEAPS, fingerprint, "--fit ANSWERS")
     try:
         targets = [[int(t) for t in row] for row in config["targets"]]
-        now, before, bias = ([tensors[f"{j}/{part}"].float() for j in range(len(targets))] for part in PARTS)
-        for rows, a, b, c in zip(targets, now, before, bias, strict=True):
-            shape = (len(rows), num_experts, hidden)
-            if not (a.shape == b.shape == shape and c.shape == shape[:2] and all(0 <= t < len(targets) for t in rows)):
-                raise ValueError("a tensor of another shape")
-        return Leaps("m2r2", targets, now, before, bias, float(config["slope"]), int(config["top_k"]))
+        parts = {name: [tensors[f"{j}/{name}"].float() for j in range(len(targets))] for name in ("now", *PAST, "bias")}
+        for name, each in parts.items():
+            for rows, part in zip(targets, each, strict=True):
+                shape = (len(rows), num_experts, hidden)[: 2 if name == "bias" else 3]
+                if part.shape != shape or not all(0 <= t < len(targets) for t in rows):
+                    raise ValueError("a tensor of another shape")
+        past = {name: parts[name] for name in PAST}
+        return Leaps("m2r2", targets, parts["now"], past, parts["bias"], float(config["slope"]), int(config["top_k"]))
     except (KeyError, TypeError, ValueError) as error:
         raise _unfit(folder / LEAPS, error) from None
-
-
-PARTS = ("now", "before", "bias")
 
 
 def write_adapters(folder: Path, found: Accelerated, fingerprint: str, figures: dict[str, Any]) -> None:

@@ -1,10 +1,10 @@
 """Leaps for expert prefetch, in closed form: from a layer's residual and the previous token's to routers ahead.
 
-For a layer j and a layer l ahead (or l = j), ridge regression from [unit RMS of the residual that enters j; unit RMS of
-the one that entered l with the previous token; 1] to the router logits at l. Because ridge regression is linear in its
-goal, this equals a leap to the normalised residual of layer l followed by that layer's own router (see
-``specdec.experts.predict``). Layers of the next token are ahead of the last ones of this token. Knows nothing about
-gradients.
+For a layer j and a layer l ahead (or l = j), ridge regression to the router logits at l from [unit RMS of the residual
+that enters j; the router's input a layer before j; unit RMS of the residual that entered l with the previous token; the
+router's input there; 1]. Because ridge regression is linear in its goal, this equals a leap to the normalised
+residual of layer l followed by that layer's own router (see ``specdec.experts.predict``). Layers of the next token are
+ahead of the last ones of this token. Knows nothing about gradients.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.experts.layers import MoELayer, moe_layers
-from specdec.experts.predict import DISTANCES, Forecaster, Leaps, slope_of
+from specdec.experts.predict import DISTANCES, PAST, Forecaster, Leaps, slope_of
 from specdec.kernels import rms_unit
 from specdec.train.data import Answer
 from specdec.train.fit import Moments
@@ -73,36 +73,42 @@ def fit_expert_leaps(
     layers = moe_layers(model)
     rows = len(layers)
     plan = pairs(rows, distances) if targets is None else [[(l, False) for l in ahead] for ahead in targets]
-    problems = [((f"x{j}", f"p{l}{w:d}"), f"y{l}{w:d}") for j in range(rows) for l, w in plan[j]]
-    moments = Moments(problems)
+    problems = [
+        [((f"x{j}", f"s{j}", f"p{l}{w:d}", f"r{l}{w:d}"), f"y{l}{w:d}") for l, w in ahead]
+        for j, ahead in enumerate(plan)
+    ]
+    moments = Moments(problem for some in problems for problem in some)
+    scales = [float(layer.norm.weight.detach().float().square().mean().sqrt()) for layer in layers]
     for number, answer in enumerate(answers, start=1):
         seen = observe(model, layers, answer)
         if len(seen.entering[0]) < 3:
             continue
         parts, units = {}, [rms_unit(x.float()) for x in seen.entering]
+        states = [x.float() / scale for x, scale in zip(seen.state, scales, strict=True)]  # of about unit RMS, too
         for j, unit in enumerate(units):
-            parts[f"x{j}"] = unit[1:-1]
+            parts[f"x{j}"], parts[f"s{j}"] = unit[1:-1], states[j - 1][1:-1] if j else states[-1][:-2]
         for l, wrap in {pair for targets in plan for pair in targets}:
             logits = seen.state[l].float() @ layers[l].router.float().T
-            parts[f"p{l}{wrap:d}"] = units[l][1:-1] if wrap else units[l][:-2]
+            for name, each in ((f"p{l}{wrap:d}", units[l]), (f"r{l}{wrap:d}", states[l])):
+                parts[name] = each[1:-1] if wrap else each[:-2]
             parts[f"y{l}{wrap:d}"] = logits[2:] if wrap else logits[1:-1]
         moments.add(parts)
         if progress is not None:
             progress(number)
     width = model.config.hidden_size
-    now, before, bias = list[Tensor](), list[Tensor](), list[Tensor]()
+    weights: dict[str, list[Tensor]] = {name: [] for name in ("now", *PAST, "bias")}
     none = torch.zeros(0, len(layers[0].router), width)
-    for j in range(rows):
-        if not plan[j]:
-            now, before, bias = [*now, none], [*before, none], [*bias, none[:, :, 0]]
-            continue
-        solved = [moments.solve((f"x{j}", f"p{l}{w:d}"), f"y{l}{w:d}") for l, w in plan[j]]
-        now.append(torch.stack([w[:, :width] for w, _ in solved]))
-        before.append(torch.stack([w[:, width:] for w, _ in solved]))
-        bias.append(torch.stack([b for _, b in solved]))
-    return Leaps(
-        "m2r2", [[l for l, _ in plan[j]] for j in range(rows)], now, before, bias, slope_of(layers), layers[0].top_k
-    )
+    for j, some in enumerate(problems):
+        solved = [moments.solve(*problem) for problem in some]
+        found = [torch.stack(each) for each in zip(*(w.split(width, 1) for w, _ in solved), strict=True)] or [none] * 4
+        found[1] = found[1] / scales[j - 1]
+        found[3] = torch.stack([w / scales[l] for w, (l, _) in zip(found[3], plan[j], strict=True)]) if some else none
+        found.append(torch.stack([b for _, b in solved]) if some else none[..., 0])
+        for name, part in zip(weights, found, strict=True):
+            weights[name].append(part)
+    targets = [[l for l, _ in ahead] for ahead in plan]
+    past = {name: weights[name] for name in PAST}
+    return Leaps("m2r2", targets, weights["now"], past, weights["bias"], slope_of(layers), layers[0].top_k)
 
 
 @torch.inference_mode()
@@ -128,6 +134,7 @@ def recalls(
                     for row, experts in zip(arm.targets[j], best, strict=True):
                         if row >= j:
                             found[name][row - j].add(int(chosen[row, t, experts].sum()), k)
+                    arm.routed(j, seen.state[j][t : t + 1], [])
                 for row in first.targets[j]:
                     if row >= j:
                         found["previous-token"][row - j].add(int((chosen[row, t] & chosen[row, t - 1]).sum()), k)
