@@ -103,6 +103,7 @@ class Loop:
         limit = min(self.policy.depth(cache.batch), room, target.context - 1 - cache.committed)
         if limit > 0:
             state.confidence, state.spare = self.policy.confidence(), self.policy.spare(cache.batch, limit)
+            state.exit = self.policy.exit
         self.ledger.mark("overhead")
         draft = drafter.propose(state, limit) if limit > 0 else Draft.empty(cache.batch, cache.device)
         drafting = self.ledger.mark("draft")
