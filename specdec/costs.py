@@ -7,20 +7,15 @@ what requests then find otherwise is mended.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
-import platform
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from specdec import artifacts, embedded, kernels
+from specdec import kernels, measured
 from specdec.cache import KVCache
 from specdec.depth import AutoDepth, FixedDepth
 from specdec.draft import Drafter, Verifier
@@ -31,7 +26,6 @@ from specdec.target import Target
 ROWS = (1, 2, 3, 4, 5, 6, 8, 9, 12, 16)  # numbers of scored tokens that are timed
 CONTEXT = 128  # cached tokens while timing
 REPEATS, PATIENCE = 3, 4.0  # fewest rounds of timings; seconds after which there is no other
-CONFIRMED = 1.1  # a figure is believed once it was reached a second time, within this factor
 DRAFTED = 4  # depth of the timed drafts
 WRONG = 1.25  # kept figures that are further from what rounds take are mended
 ACCEPTANCE = 0.1  # kept acceptance that differs by more is written anew
@@ -52,19 +46,18 @@ class Costs:
 
 def costs(target: Target, drafter: Drafter, verifier: Verifier) -> Costs:
     """The figures for ``drafter`` on ``target``, from the cache folder or by measuring (a few seconds, once)."""
-    path, what = _place(target, drafter)
+    what, kept = _what(target, drafter), measured.read(_what(target, drafter))
     try:
-        kept = json.loads(path.read_text("utf-8"))
         score = {int(n): float(s) for n, s in kept["score"].items()}
         found = Costs(score, tuple(map(float, kept["drafts"])), _pairs(kept["accepted"]))
         good = all(0 <= share <= 1 and seen > 0 for known in found.accepted for share, seen in known)
         whole = set(found.score) == set(ROWS) and len(found.drafts) == num_exits(drafter)
         if whole and good and min(found.score.values()) > 0 and min(found.drafts) >= 0:
             return found
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
-        pass  # not measured yet, or not readable: measure
+    except (ValueError, KeyError, AttributeError, TypeError):
+        pass  # not measured yet, or no such figures: measure
     fresh = measure(target, drafter, verifier)
-    _keep(path, what, fresh)
+    measured.keep(what, asdict(fresh))
     return fresh
 
 
@@ -82,7 +75,7 @@ def mend(target: Target, drafter: Drafter, kept: Costs, policy: AutoDepth) -> Co
     if not wrong and not _news(known, kept.accepted):
         return kept
     mended = Costs(score, drafts, known) if wrong else Costs(kept.score, kept.drafts, known)
-    _keep(*_place(target, drafter), mended)
+    measured.keep(_what(target, drafter), asdict(mended))
     return mended
 
 
@@ -124,34 +117,18 @@ def measure(target: Target, drafter: Drafter, verifier: Verifier) -> Costs:
             draft.append(time_drafting(target, drafter, verifier, exit if len(drafts) > 1 else None))
         sure = 0.01 * min(score[1])  # a draft so cheap needs no better figure
         dear = [draft for draft in drafts if min(draft) >= sure]
-        if rounds >= REPEATS and all(map(_confirmed, [*score.values(), *dear])):
+        if rounds >= REPEATS and all(map(measured.confirmed, [*score.values(), *dear])):
             break
     return Costs({n: min(s) for n, s in score.items()}, tuple(map(min, drafts)))
 
 
-def _confirmed(seconds: Sequence[float]) -> bool:
-    least, second = sorted(seconds)[:2]
-    return second <= CONFIRMED * least
-
-
-def _place(target: Target, drafter: Drafter) -> tuple[Path, str]:
-    """The file of the figures, and what they depend on."""
-    machine = f"{platform.processor()} {platform.machine()} {platform.node()} {torch.get_num_threads()}"
-    if target.device.type == "cuda":
-        machine += torch.cuda.get_device_name(target.device)
-    what = f"{machine} {torch.__version__} {target.runtime} {target.storage} {target.dtype} {target.fingerprint}"
+def _what(target: Target, drafter: Drafter) -> str:
+    """What the figures depend on."""
+    what = f"{measured.machine(target.device)} {target.runtime} {target.storage} {target.dtype} {target.fingerprint}"
     what += f" {drafter.name} {getattr(drafter, 'path', '')}"
     if target.experts is not None:  # more rows need more experts: what loading them takes is part of the cost
         what += f" {target.experts.describe()}"
-    return embedded.cache_dir() / "costs" / f"{hashlib.sha256(what.encode()).hexdigest()[:24]}.json", what
-
-
-def _keep(path: Path, what: str, figures: Costs) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        artifacts.replace(path, json.dumps(asdict(figures) | {"of": what}).encode())
-    except OSError:
-        pass  # a cache folder that cannot be written costs these seconds again, nothing else
+    return what
 
 
 @torch.inference_mode()

@@ -116,7 +116,7 @@ class AutoDepth:
     DEAREST = 8.0  # tokens' worth of time that a probe is believed to have cost at most: the machine may have slept
     TRUST, MOST_TRUST = 1.2, 16.0  # tokens' worth of time that drafting may have lost, at first and after successes
     RECENT = 15  # rounds whose median is believed
-    REST = 3  # plain rounds after one that was decided: they change little, and deciding costs time, too
+    REST = 15  # most plain rounds until the next decision: they change little, and deciding costs time, too
 
     def __init__(
         self,
@@ -151,8 +151,8 @@ class AutoDepth:
         probe, deep = max(others, key=lambda way: speeds[way[0]][way[1]], default=(at, 0))
         excess = self.expected(probe)[deep] * (most / speeds[probe][deep] - 1)
         self.probing = bool(deep) and excess <= self.credit and (not pays or self.loss(deep, probe) <= self.trust)
-        if not (pays or self.probing):
-            self.rest = self.REST
+        if not (pays or self.probing):  # until a probe can be paid for
+            self.rest = int(min((excess - self.credit) / self.SHARE, self.REST))
             return 0
         if self.probing:
             at, best = probe, deep

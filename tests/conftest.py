@@ -82,6 +82,12 @@ def tiny_model(family: str = "llama", attention: str | None = None, **changes: o
 
 
 @pytest.fixture(autouse=True)
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ways that compute the same are chosen by rule, not by what a clock says while tests run."""
+    monkeypatch.setattr("specdec.measured.seconds", lambda what, ways: None)
+
+
+@pytest.fixture(autouse=True)
 def scripted_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Automatic depth rests on these figures instead of timing the tiny model: one more scored token is cheap."""
 

@@ -23,8 +23,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from specdec import artifacts
-from specdec.costs import CONFIRMED, Costs, time_drafting, time_scoring
+from specdec import artifacts, measured
+from specdec.costs import Costs, time_drafting, time_scoring
 from specdec.decoder import SpecDecoder
 from specdec.drafters.m2r2 import M2R2, M2R2Drafter, M2R2Path, rms_unit
 from specdec.errors import SpecDecError
@@ -109,7 +109,7 @@ def path_costs(target: Target, vocab: Tensor | None) -> PathCosts:
         for n, seconds in time_scoring(decoder.target, 1).items():
             score.setdefault(n, []).append(seconds)
         leasts = [sorted(times)[:2] for times in (*runs, *score.values())]
-        steady = len(runs[0]) >= TIMINGS and all(second <= CONFIRMED * least for least, second in leasts)
+        steady = len(runs[0]) >= TIMINGS and all(second <= measured.CONFIRMED * least for least, second in leasts)
     one, many, split = map(min, runs)
     layer = max(many - one, 0.0) / (longer - 1)
     leap = max(split - one - (several - 1) * layer, 0.0) / (several - 1)
