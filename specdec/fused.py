@@ -116,6 +116,8 @@ class FusedTarget(Target):
         self._heads: WeakKeyDictionary[nn.Module, dict[str, Linear]] = WeakKeyDictionary()
         self.final_norm = _norm(decoder.norm, kind)
         self.head_plan = self._plan_head(heads)
+        if self.plan.seconds:
+            self.chosen = f"rows of layers: {self.plan}; of the head: {self.head_plan}"
         self.embedding: Tensor = decoder.embed_tokens.weight.detach()
         scale = getattr(decoder.embed_tokens, "embed_scale", None)  # Gemma's
         self.embed_scale: Tensor | None = None if scale is None else scale.to(self.dtype)

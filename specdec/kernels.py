@@ -27,13 +27,14 @@ rows, packed 7.0, 7.5, 6.3, 4.8; without AVX-512, bf16 dense 2.7 a row, and pack
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from specdec import native
+from specdec import measured, native
 from specdec.errors import SpecDecError
 
 Linear = Callable[[Tensor], Tensor]
@@ -43,7 +44,6 @@ UNIT_EPS = 1e-6  # of ``rms_unit``
 GROUP = 32  # inputs that share a scale and a zero point in an int4 map
 SIZES = (1, 2, 3, 4, 5, 6, 8, 12, 16, 64)  # row counts that are timed; the last stands for all above the one before
 USUAL = {"dense": range(1 << 62), "packed": range(1, 1 << 62), "int4": range(1, 13)}  # where each is best, untimed
-WORTH = 1.05  # another storage than the usual, or more rows than there are, must be faster by this factor
 
 
 def packable(dtype: torch.dtype, device: torch.device) -> bool:
@@ -70,6 +70,17 @@ class Plan:
     def __call__(self, rows: int) -> tuple[str, int]:
         return self.few[rows] if rows < len(self.few) else (self.many, rows)
 
+    def __str__(self) -> str:
+        """``1-3 as 4 packed, 4-16 packed, more dense``."""
+        said = []
+        for (storage, more), group in itertools.groupby(
+            range(1, len(self.few)), lambda rows: (self.few[rows][0], self.few[rows][1] * (self.few[rows][1] > rows))
+        ):
+            found = list(group)
+            span = str(found[0]) if len(found) == 1 else f"{found[0]}-{found[-1]}"
+            said.append(f"{span}{f' as {more}' if more else ''} {storage}")
+        return ", ".join([*said, f"more {self.many}"])
+
     def _best(self, rows: int) -> tuple[str, int]:
         usual = next(storage for storage in self.storages if rows in USUAL[storage] or storage == self.storages[-1])
         if self.seconds is None:
@@ -79,7 +90,9 @@ class Plan:
             for size in (size for size in SIZES if size >= rows and (size == SIZES[-1]) == (rows > SIZES[-2])):
                 # A number of rows that was not timed costs what the next one does.
                 to = rows if (storage, rows) not in costs else size
-                costs[storage, to] = self.seconds[f"{storage} {size}"] * WORTH ** ((storage != usual) + (to != rows))
+                costs[storage, to] = self.seconds[f"{storage} {size}"] * measured.WORTH ** (
+                    (storage != usual) + (to != rows)
+                )
         return min(costs, key=costs.__getitem__)
 
 

@@ -21,6 +21,7 @@ from specdec import artifacts, embedded
 
 CONFIRMED = 1.1  # a figure is believed once it was reached a second time, within this factor
 REPEATS, PATIENCE = 3, 3.0  # fewest timings of each way; seconds after which there is no other
+WORTH = 1.05  # another way than the usual must be faster by this factor
 SPARE = 0.5  # cores beyond those that are timed which others may use and be taken for idle
 
 
@@ -72,6 +73,11 @@ def seconds(what: str, ways: Mapping[str, Callable[[], object]]) -> dict[str, fl
     best = {way: min(times) for way, times in found.items()}
     keep(what, best)
     return best
+
+
+def choose(found: Mapping[str, float] | None, usual: str) -> str:
+    """The fastest of what was found; the usual one unless another is faster by ``WORTH``, or nothing is known."""
+    return usual if found is None else min(found, key=lambda way: found[way] * (1.0 if way == usual else WORTH))
 
 
 def confirmed(timings: Sequence[float]) -> bool:

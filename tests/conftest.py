@@ -17,7 +17,7 @@ import torch
 from tiny_gguf import NAME, write_gguf
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from specdec import embedded
+from specdec import embedded, measured
 from specdec.costs import Costs, num_exits
 from specdec.draft import Draft, Drafter, State, Verifier
 from specdec.target import Target
@@ -25,6 +25,7 @@ from specdec.target import Target
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background, and inherited by what tests start
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+SECONDS = measured.seconds  # before ``unmeasured``
 SMALL = {
     "vocab_size": 97,
     "hidden_size": 32,
