@@ -406,6 +406,8 @@ class M2R2Drafter(ChainDrafter):
 
     @property
     def taps(self) -> tuple[int, ...]:  # type: ignore[override]
+        if not self.network.leaps:  # nothing reads a carry
+            return ()
         return (*(lo for lo, _ in self.path.segments), self.network.num_layers)
 
     def bind(self, target: Target) -> None:
@@ -415,7 +417,7 @@ class M2R2Drafter(ChainDrafter):
 
     def start(self, batch: int) -> None:
         super().start(batch)
-        self.carry = None
+        self.carry = None if self.taps else Carry(torch.empty(0), [])
         self.vocabulary.start()
 
     def propose(self, state: State, limit: int) -> Draft:
@@ -470,6 +472,8 @@ class M2R2Drafter(ChainDrafter):
 
     def observe(self, paths: list[list[int]], taps: dict[int, Tensor]) -> None:
         super().observe(paths, taps)
+        if not self.taps:
+            return
         if len(paths) == 1 and paths[0]:
             kept = slice(paths[0][-1], paths[0][-1] + 1)
             self.carry = Carry(taps[self.taps[-1]][:, kept], [taps[lo][:, kept] for lo, _ in self.path.segments])
@@ -488,7 +492,7 @@ class M2R2Drafter(ChainDrafter):
         )
 
     def select(self, rows: list[int]) -> None:
-        if self.carry is not None:
+        if self.taps and self.carry is not None:
             self.carry = Carry(self.carry.final[rows], [x[rows] for x in self.carry.inputs])
 
 
