@@ -193,14 +193,14 @@ class NativeTarget(Target):
 
         count: slots to take, if not one for each token. mask: None where the kernels make their own.
         """
-        (batch, t, _), whole = x.shape, self.num_layers + 1
+        (batch, t, _), n = x.shape, self.num_layers
         start = cache.reserve(lo, hi, count or t, self.kv_heads, self.head_dim, torch.bfloat16)
-        keys, values, capacity = (POINTER * whole)(), (POINTER * whole)(), (INT * whole)()
-        for layer in range(lo, hi):
-            k, v = cache.keys[layer], cache.values[layer]
-            assert k is not None and v is not None
-            keys[layer], values[layer], capacity[layer] = k.data_ptr(), v.data_ptr(), k.shape[2]
-        tapped = (POINTER * whole)()
+        whole = cache.whole  # (2, N, rows, Hkv, capacity, d)
+        assert whole is not None
+        begin, half, step = whole.data_ptr(), 2 * whole.stride(0), 2 * whole.stride(1)  # in bytes
+        keys = (POINTER * n)(*range(begin, begin + half, step))
+        values = (POINTER * n)(*range(begin + half, begin + 2 * half, step))
+        capacity, tapped = (INT * n)(*[whole.shape[4]] * n), (POINTER * (n + 1))()
         for layer in taps:
             if lo <= layer <= hi:
                 tapped[layer] = taps[layer].data_ptr()
@@ -212,7 +212,7 @@ class NativeTarget(Target):
             model = self._merged(adapters, lo, hi)
         elif adapters is not None:
             low = self._low_rank(adapters, lo, hi)
-        positions, rotary = positions.contiguous(), self._rotary_tables(int(positions.max()) + 1)
+        positions, rotary = positions.contiguous(), self._rotary_tables(start + t)  # no position is beyond its slot
         call = native.Call(
             *(batch, t, lo, hi, start, native.threads(batch * t), 0 if adapted is None else adapted, len(masks)),
             *(causal, 0, ctypes.addressof(self._spans)),
