@@ -12,7 +12,7 @@ import itertools
 import operator
 import statistics
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 
@@ -144,25 +144,24 @@ class AutoDepth:
         self.batch, self._speeds, self.rest = batch, [], 0
         self._settle()
         speeds = self.speeds()
-        at, best = max(self._drafts(), key=lambda way: speeds[way[0]][way[1]])
-        most, pays = self.most(), speeds[at][best] > speeds[0][0]
-        # A probe costs this much more than yielding its tokens in the best way would.
-        others = [way for way in self._drafts() if not pays or way[0] != at]
-        probe, deep = max(others, key=lambda way: speeds[way[0]][way[1]], default=(at, 0))
-        excess = self.expected(probe)[deep] * (most / speeds[probe][deep] - 1)
-        self.probing = bool(deep) and excess <= self.credit and (not pays or self.loss(deep, probe) <= self.trust)
-        if not (pays or self.probing):  # until a probe can be paid for
-            self.rest = int(min((excess - self.credit) / self.SHARE, self.REST))
-            return 0
-        if self.probing:
-            at, best = probe, deep
+        ways = [(exit, max(range(1, self.MOST + 1), key=known.__getitem__)) for exit, known in enumerate(speeds)]
+        ways.sort(key=lambda way: -speeds[way[0]][way[1]])  # each exit with its best depth, the best one first
+        at, depth = ways[0]
+        pays = speeds[at][depth] > speeds[0][0]
+        others, self.probing = ways[1:] if pays else ways, False
+        if others:
+            probe, deep = others[0]
+            # It costs this much more than yielding its tokens in the best way would.
+            excess = self.expected(probe)[deep] * (self.most() / speeds[probe][deep] - 1)
+            self.probing = excess <= self.credit and (not pays or self.loss(deep, probe) <= self.trust)
+            if self.probing:
+                at, depth = probe, deep
+            elif not pays:  # until it can be paid for
+                self.rest = int(min((excess - self.credit) / self.SHARE, self.REST))
+                return 0
         if self.exit is not None:
             self.exit = at
-        return best if not pays else max((k for k in range(best + 1) if self.loss(k, at) <= self.trust), default=0)
-
-    def _drafts(self) -> Iterator[tuple[int, int]]:
-        """Every exit and depth that may be drafted."""
-        return itertools.product(range(len(self.exits)), range(1, self.MOST + 1))
+        return max((k for k in range(depth + 1) if self.loss(k, at) <= self.trust), default=0) if pays else depth
 
     def loss(self, depth: int, exit: int = 0) -> float:
         """What a round of this depth loses if nothing of it stands: tokens that plain decoding yields in the time."""
