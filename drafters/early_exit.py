@@ -43,7 +43,7 @@ class EarlyExitDrafter(ExitDrafter):
         heads: ExitHeads | None = None,
     ) -> None:
         super().__init__(heads, siblings, nodes)
-        self.exit_layer = heads.exits[0] if heads is not None else exit_layer
+        self.given = heads.exits[0] if heads is not None else exit_layer
 
     @classmethod
     def load(cls, target: Target, source: str | None = None, **given: Any) -> EarlyExitDrafter:
@@ -56,7 +56,7 @@ class EarlyExitDrafter(ExitDrafter):
         return cls(**given, heads=None if folder is None else ExitHeads.load(target, folder, cls.name))
 
     def bind(self, target: Target) -> None:
-        count, given = target.num_layers, self.exit_layer
+        count, given = target.num_layers, self.given
         self.exit_layer = options.whole("exit_layer", max(count // 3, 1) if given is None else given, 1, count - 1)
         around = (count // 6, self.exit_layer, count // 2) if given is None else (self.exit_layer,)
         self.layers = sorted({max(layer, 1) for layer in around})
@@ -72,6 +72,5 @@ class EarlyExitDrafter(ExitDrafter):
 
     def leave(self, climb: Climb, state: State, depth: int) -> tuple[Tensor, Tensor, Tensor]:
         layer = self.exit_layer if state.exit is None else self.layers[state.exit]
-        assert layer is not None
         logits, sure = self.read(climb.to(layer))
         return logits, sure, torch.full_like(sure, layer, dtype=torch.long)

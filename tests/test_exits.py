@@ -73,7 +73,7 @@ def test_no_token_goes_beyond_the_exit_that_the_controller_chose(llama: PreTrain
         chosen = exit if num_exits(drafter) > 1 else None  # as AutoDepth has it
         calls = calls_of(target, drafter, exit=chosen)
         assert num_exits(drafter) == len(set(layers))
-        drafted = itertools.takewhile(lambda call: call[1] < target.num_layers, calls)
+        drafted = itertools.takewhile(lambda call: call[1] < 4, calls)
         assert max(end for _, end, _ in drafted) == (usual if chosen is None else layers[chosen])
 
 
