@@ -40,7 +40,7 @@ def one(drafter: str, weights: str, tokens: int) -> None:
     decoder = SpecDecoder.from_pretrained(drafter=drafter, weights=weights)
     loaded = resident("VmRSS")
     with decoder.open([PROMPT], max_new_tokens=tokens, ignore_eos=True) as generation:
-        for _ in generation:
+        for _ in generation.steps():
             cache = generation.loop.state.cache
             cached = sum(t.numel() * t.element_size() for t in (*cache.keys, *cache.values) if t is not None)
     target = decoder.target

@@ -111,7 +111,7 @@ def decode(args: argparse.Namespace, console: Console, rounds: int = 32) -> dict
             for name, decoder in arms.items():
                 options: dict[str, Any] = {"num_speculative_tokens": 4} if name != "none" else {}
                 with decoder.open([ids[:context]], max_new_tokens=rounds, ignore_eos=True, **options) as generation:
-                    steps = iter(generation)
+                    steps = generation.steps()
                     next(steps)  # the prefill
                     start, layers = time.perf_counter(), clock.seconds
                     for _ in steps:

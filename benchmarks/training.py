@@ -125,7 +125,7 @@ def measured(output: Path, names: list[str]) -> dict[str, Costs]:
         found[name].append(measure(decoder.target, decoder.drafter, decoder.verifier))
     every = [costs.score for visits in found.values() for costs in visits]
     score = {n: min(seconds[n] for seconds in every) for n in every[0]}
-    return {name: Costs(score, min(costs.draft for costs in visits)) for name, visits in found.items()}
+    return {name: Costs(score, (min(costs.drafts[-1] for costs in visits),)) for name, visits in found.items()}
 
 
 def table(output: Path) -> None:
@@ -143,7 +143,7 @@ def table(output: Path) -> None:
         before, after = figures[0], figures[-1]
         tokens = artifacts.read_config(folder(output, name))["training"]["tokens_in_answers"]
         speedup, depth = predict(after["chain"], costs[name])
-        cost = costs[name].draft / costs[name].score[1]
+        cost = costs[name].drafts[-1] / costs[name].score[1]
         rows.append(
             {"row": name, "cost": cost, "tokens": tokens, "closed_form": before, "trained": after}
             | {"speedup": speedup, "depth": depth, "cpu_seconds": int((folder(output, name) / "seconds").read_text())}

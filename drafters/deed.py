@@ -26,7 +26,8 @@ from .exits import Climb, ExitDrafter, ExitHeads
 class DeedDrafter(ExitDrafter):
     """Drafts a chain whose tokens leave at the first exit that is sure of its best token, or at the last.
 
-    exit_confidence: how sure, in [0, 1]; where drafts stand unjudged, the verifier's threshold takes its place.
+    exit_confidence: how sure, in [0, 1]; where drafts stand unjudged, the verifier's threshold takes its place. Which
+        exit is the last, is for the controller to choose (``State.exit``).
     siblings, nodes: see ``Shape``.
     """
 
@@ -58,6 +59,10 @@ class DeedDrafter(ExitDrafter):
         return cls(ExitHeads.load(target, folder, cls.name), **given)
 
     @property
+    def num_exits(self) -> int:
+        return len(self.exits)
+
+    @property
     def path(self) -> str:
         return f"{self.exits} {self.bar}"
 
@@ -68,5 +73,5 @@ class DeedDrafter(ExitDrafter):
             logits, sure = self.read(climb.to(self.exits[index]), index)
             return sure, logits, torch.full_like(sure, self.exits[index], dtype=torch.long)
 
-        sure, logits, layers = first_sure(read, len(self.exits), bar)
+        sure, logits, layers = first_sure(read, self.num_exits if state.exit is None else state.exit + 1, bar)
         return logits, sure, layers

@@ -26,7 +26,7 @@ class EarlyExitDrafter(ExitDrafter):
     """Drafts a chain through layers [0, E), read out by the model's own norm and head or by a trained module and head.
 
     exit_layer: E, 1 <= E < N; None: that of ``heads``, else a third of the layers, about where models trained for it
-        exit.
+        exit, or a sixth or half of them where the controller finds that better (``State.exit``).
     siblings, nodes: see ``Shape``.
     Raises SpecDecError, when bound, if the exit layer is outside the model.
     """
@@ -43,7 +43,7 @@ class EarlyExitDrafter(ExitDrafter):
         heads: ExitHeads | None = None,
     ) -> None:
         super().__init__(heads, siblings, nodes)
-        self.exit_layer = heads.exits[0] if heads is not None else exit_layer
+        self.given = heads.exits[0] if heads is not None else exit_layer
 
     @classmethod
     def load(cls, target: Target, source: str | None = None, **given: Any) -> EarlyExitDrafter:
@@ -56,15 +56,21 @@ class EarlyExitDrafter(ExitDrafter):
         return cls(**given, heads=None if folder is None else ExitHeads.load(target, folder, cls.name))
 
     def bind(self, target: Target) -> None:
-        wanted = max(target.num_layers // 3, 1) if self.exit_layer is None else self.exit_layer
-        self.exit_layer = options.whole("exit_layer", wanted, 1, target.num_layers - 1)
+        count, given = target.num_layers, self.given
+        self.exit_layer = options.whole("exit_layer", max(count // 3, 1) if given is None else given, 1, count - 1)
+        around = (count // 6, self.exit_layer, count // 2) if given is None else (self.exit_layer,)
+        self.layers = sorted({max(layer, 1) for layer in around})
         super().bind(target)
 
     @property
+    def num_exits(self) -> int:
+        return len(self.layers)
+
+    @property
     def path(self) -> str:
-        return f"{self.exit_layer} {self.heads is not None}"
+        return f"{self.layers} {self.heads is not None}"
 
     def leave(self, climb: Climb, state: State, depth: int) -> tuple[Tensor, Tensor, Tensor]:
-        assert self.exit_layer is not None
-        logits, sure = self.read(climb.to(self.exit_layer))
-        return logits, sure, torch.full_like(sure, self.exit_layer, dtype=torch.long)
+        layer = self.exit_layer if state.exit is None else self.layers[state.exit]
+        logits, sure = self.read(climb.to(layer))
+        return logits, sure, torch.full_like(sure, layer, dtype=torch.long)

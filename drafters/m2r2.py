@@ -356,7 +356,7 @@ class M2R2Drafter(ChainDrafter):
     drafted on from.
     siblings, nodes: see ``Shape``; siblings that are given make a chain.
     exit_confidence: how sure, in [0, 1], a token must be to leave before the last exit; where drafts stand unjudged,
-        the verifier's threshold takes its place.
+        the verifier's threshold takes its place. Which exit is the last, is for the controller to choose.
     Raises SpecDecError if no trained drafter fits the target.
     """
 
@@ -401,7 +401,13 @@ class M2R2Drafter(ChainDrafter):
         return self.path.exit_layer > 0 and not self.path.segments
 
     @property
+    def num_exits(self) -> int:
+        return len(self.path.reach)
+
+    @property
     def taps(self) -> tuple[int, ...]:  # type: ignore[override]
+        if not self.network.leaps:  # nothing reads a carry
+            return ()
         return (*(lo for lo, _ in self.path.segments), self.network.num_layers)
 
     def bind(self, target: Target) -> None:
@@ -411,7 +417,7 @@ class M2R2Drafter(ChainDrafter):
 
     def start(self, batch: int) -> None:
         super().start(batch)
-        self.carry = None
+        self.carry = None if self.taps else Carry(torch.empty(0), [])
         self.vocabulary.start()
 
     def propose(self, state: State, limit: int) -> Draft:
@@ -423,6 +429,7 @@ class M2R2Drafter(ChainDrafter):
         passage = _Passage(network, state.target, state.cache, self.carry)
         bar = self.bar if state.threshold is None else state.threshold
         decides = network.routers is not None or len(path.reach) > 1
+        last = self.num_exits if state.exit is None else state.exit + 1
         certainty, layers = torch.empty(0), list[Tensor]()
 
         def read(exit: int) -> tuple[Tensor, ...]:
@@ -438,7 +445,7 @@ class M2R2Drafter(ChainDrafter):
         def step(token: Tensor, positions: Tensor) -> Tensor:
             nonlocal certainty
             passage.push(token, positions)
-            certainty, logits, passage.tokens[-1].own.final, run = first_sure(read, len(path.reach), bar)
+            certainty, logits, passage.tokens[-1].own.final, run = first_sure(read, last, bar)
             layers.append(run)
             return logits
 
@@ -465,6 +472,8 @@ class M2R2Drafter(ChainDrafter):
 
     def observe(self, paths: list[list[int]], taps: dict[int, Tensor]) -> None:
         super().observe(paths, taps)
+        if not self.taps:
+            return
         if len(paths) == 1 and paths[0]:
             kept = slice(paths[0][-1], paths[0][-1] + 1)
             self.carry = Carry(taps[self.taps[-1]][:, kept], [taps[lo][:, kept] for lo, _ in self.path.segments])
@@ -483,7 +492,7 @@ class M2R2Drafter(ChainDrafter):
         )
 
     def select(self, rows: list[int]) -> None:
-        if self.carry is not None:
+        if self.taps and self.carry is not None:
             self.carry = Carry(self.carry.final[rows], [x[rows] for x in self.carry.inputs])
 
 

@@ -7,18 +7,15 @@ what requests then find otherwise is mended.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import platform
+import itertools
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from specdec import artifacts, embedded, kernels
+from specdec import kernels, measured
 from specdec.cache import KVCache
 from specdec.depth import AutoDepth, FixedDepth
 from specdec.draft import Drafter, Verifier
@@ -29,7 +26,6 @@ from specdec.target import Target
 ROWS = (1, 2, 3, 4, 5, 6, 8, 9, 12, 16)  # numbers of scored tokens that are timed
 CONTEXT = 128  # cached tokens while timing
 REPEATS, PATIENCE = 3, 4.0  # fewest rounds of timings; seconds after which there is no other
-CONFIRMED = 1.1  # a figure is believed once it was reached a second time, within this factor
 DRAFTED = 4  # depth of the timed drafts
 WRONG = 1.25  # kept figures that are further from what rounds take are mended
 ACCEPTANCE = 0.1  # kept acceptance that differs by more is written anew
@@ -37,30 +33,31 @@ ACCEPTANCE = 0.1  # kept acceptance that differs by more is written anew
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds: ``score[n]`` of a pass over n tokens (embedding, layers, readout), ``draft`` per drafted token.
+    """Seconds: ``score[n]`` of a pass over n tokens (embedding, layers, readout), ``drafts`` per drafted token.
 
-    accepted: how often the drafted token of each position stood, in requests up to now.
+    drafts: for each exit that tokens may go to at most. accepted: for each, how often the drafted token of each
+    position stood in requests up to now, and how many times that was seen (``AutoDepth.known``).
     """
 
     score: dict[int, float]
-    draft: float
-    accepted: tuple[float, ...] = ()
+    drafts: tuple[float, ...]
+    accepted: tuple[tuple[tuple[float, float], ...], ...] = ()
 
 
 def costs(target: Target, drafter: Drafter, verifier: Verifier) -> Costs:
     """The figures for ``drafter`` on ``target``, from the cache folder or by measuring (a few seconds, once)."""
-    path, what = _place(target, drafter)
+    what, kept = _what(target, drafter), measured.read(_what(target, drafter))
     try:
-        kept = json.loads(path.read_text("utf-8"))
         score = {int(n): float(s) for n, s in kept["score"].items()}
-        found = Costs(score, float(kept["draft"]), tuple(float(a) for a in kept.get("accepted", ())))
-        good = all(0 <= a <= 1 for a in found.accepted) and found.draft >= 0
-        if set(found.score) == set(ROWS) and min(found.score.values()) > 0 and good:
+        found = Costs(score, tuple(map(float, kept["drafts"])), _pairs(kept["accepted"]))
+        good = all(0 <= share <= 1 and seen > 0 for known in found.accepted for share, seen in known)
+        whole = set(found.score) == set(ROWS) and len(found.drafts) == num_exits(drafter)
+        if whole and good and min(found.score.values()) > 0 and min(found.drafts) >= 0:
             return found
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
-        pass  # not measured yet, or not readable: measure
+    except (ValueError, KeyError, AttributeError, TypeError):
+        pass  # not measured yet, or no such figures: measure
     fresh = measure(target, drafter, verifier)
-    _keep(path, what, fresh)
+    measured.keep(what, asdict(fresh))
     return fresh
 
 
@@ -71,15 +68,33 @@ def mend(target: Target, drafter: Drafter, kept: Costs, policy: AutoDepth) -> Co
     the price of drafting beside that of scoring both ways.
     """
     faster = policy.drift if policy.drift * WRONG < 1 else 1.0
-    score, draft = {n: faster * s for n, s in policy.score.items()}, faster * policy.draft / policy.drift
-    wrong = _apart(draft, kept.draft) or _apart(min(score.values()), min(kept.score.values()))
-    known = tuple(policy.known())
-    same = [abs(a - b) <= ACCEPTANCE for a, b in zip(known, kept.accepted, strict=False)]
-    if not wrong and len(known) <= len(kept.accepted) and all(same):
+    score = {n: faster * s for n, s in policy.score.items()}
+    drafts = tuple(faster * known.draft / policy.drift for known in policy.exits)
+    wrong = any(map(_apart, drafts, kept.drafts)) or _apart(min(score.values()), min(kept.score.values()))
+    known = _pairs(policy.known())
+    if not wrong and not _news(known, kept.accepted):
         return kept
-    mended = Costs(score, draft, known) if wrong else Costs(kept.score, kept.draft, known)
-    _keep(*_place(target, drafter), mended)
+    mended = Costs(score, drafts, known) if wrong else Costs(kept.score, kept.drafts, known)
+    measured.keep(_what(target, drafter), asdict(mended))
     return mended
+
+
+def num_exits(drafter: Drafter) -> int:
+    """Exits that a controller may choose from: each has costs of its own."""
+    return int(getattr(drafter, "num_exits", 1))
+
+
+def _pairs(accepted: Any) -> tuple[tuple[tuple[float, float], ...], ...]:
+    return tuple(tuple((float(share), float(seen)) for share, seen in known) for known in accepted)
+
+
+def _news(now: Any, kept: Any) -> bool:
+    """Whether acceptance differs from what was kept, or rests on more observations than that did."""
+    for fresh, old in itertools.zip_longest(now, kept, fillvalue=()):
+        for (share, seen), (before, times) in itertools.zip_longest(fresh, old, fillvalue=(0.0, 0.0)):
+            if abs(share - before) > ACCEPTANCE or min(seen, AutoDepth.KNOWN) > WRONG * times:
+                return True
+    return False
 
 
 def _apart(a: float, b: float) -> bool:
@@ -92,41 +107,28 @@ def measure(target: Target, drafter: Drafter, verifier: Verifier) -> Costs:
     The least counts: whatever else runs only ever makes a pass slower.
     """
     score: dict[int, list[float]] = {n: [] for n in ROWS}
-    draft: list[float] = []
-    start = time.perf_counter()
-    while len(draft) < REPEATS or time.perf_counter() - start < PATIENCE:
+    drafts: list[list[float]] = [[] for _ in range(num_exits(drafter))]
+    start, rounds = time.perf_counter(), 0
+    while rounds < REPEATS or time.perf_counter() - start < PATIENCE:
+        rounds += 1
         for n, seconds in time_scoring(target, 1).items():
             score[n].append(seconds)
-        draft.append(time_drafting(target, drafter, verifier))
+        for exit, draft in enumerate(drafts):
+            draft.append(time_drafting(target, drafter, verifier, exit if len(drafts) > 1 else None))
         sure = 0.01 * min(score[1])  # a draft so cheap needs no better figure
-        if len(draft) >= REPEATS and all(map(_confirmed, score.values())) and (_confirmed(draft) or min(draft) < sure):
+        dear = [draft for draft in drafts if min(draft) >= sure]
+        if rounds >= REPEATS and all(map(measured.confirmed, [*score.values(), *dear])):
             break
-    return Costs({n: min(s) for n, s in score.items()}, min(draft))
+    return Costs({n: min(s) for n, s in score.items()}, tuple(map(min, drafts)))
 
 
-def _confirmed(seconds: Sequence[float]) -> bool:
-    least, second = sorted(seconds)[:2]
-    return second <= CONFIRMED * least
-
-
-def _place(target: Target, drafter: Drafter) -> tuple[Path, str]:
-    """The file of the figures, and what they depend on."""
-    machine = f"{platform.processor()} {platform.machine()} {platform.node()} {torch.get_num_threads()}"
-    if target.device.type == "cuda":
-        machine += torch.cuda.get_device_name(target.device)
-    what = f"{machine} {torch.__version__} {target.runtime} {target.storage} {target.dtype} {target.fingerprint}"
+def _what(target: Target, drafter: Drafter) -> str:
+    """What the figures depend on."""
+    what = f"{measured.machine(target.device)} {target.runtime} {target.storage} {target.dtype} {target.fingerprint}"
     what += f" {drafter.name} {getattr(drafter, 'path', '')}"
     if target.experts is not None:  # more rows need more experts: what loading them takes is part of the cost
         what += f" {target.experts.describe()}"
-    return embedded.cache_dir() / "costs" / f"{hashlib.sha256(what.encode()).hexdigest()[:24]}.json", what
-
-
-def _keep(path: Path, what: str, figures: Costs) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        artifacts.replace(path, json.dumps(asdict(figures) | {"of": what}).encode())
-    except OSError:
-        pass  # a cache folder that cannot be written costs these seconds again, nothing else
+    return what
 
 
 @torch.inference_mode()
@@ -151,10 +153,10 @@ def time_scoring(target: Target, repeats: int = 5) -> dict[int, float]:
     return {n: min(s) for n, s in seconds.items()}
 
 
-def time_drafting(target: Target, drafter: Drafter, verifier: Verifier) -> float:
+def time_drafting(target: Target, drafter: Drafter, verifier: Verifier, exit: int | None = None) -> float:
     """Seconds per token that ``drafter`` drafts, the least of a short generation; 0 if it drafts nothing there."""
     prompt = [(7 * i) % target.vocab_size for i in range(min(CONTEXT, target.context // 2))]
-    policy, sampler = FixedDepth(DRAFTED), Sampler(SamplingParams())
+    policy, sampler = FixedDepth(DRAFTED, exit), Sampler(SamplingParams())
     limit = min(8 * DRAFTED, target.context - len(prompt))
     loop = Loop(target, drafter, verifier, sampler, [prompt], [limit], lambda row, token: None, policy)
     steps, before = [], 0.0

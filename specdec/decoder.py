@@ -145,7 +145,7 @@ class SpecDecoder:
     def generate_batch(self, prompts: Sequence[Prompt], **options: Any) -> list[GenerationOutput]:
         """Generate from several prompts at once; rows may differ in length, acceptance and end."""
         with self.open(prompts, **options) as generation:
-            for _ in generation:
+            for _ in generation.steps():
                 pass
             return generation.outputs()
 
@@ -230,9 +230,9 @@ class SpecDecoder:
         if self._costs is None:
             self._costs = costs(self.target, self.drafter, self.verifier)
         if not live:  # a fresh one, that looks at no clock: what depends on the depths repeats
-            return AutoDepth(self._costs.score, self._costs.draft, live=False)
+            return AutoDepth(self._costs.score, self._costs.drafts, live=False)
         if self._auto is None:  # one for all greedy requests: what it has learned about this drafter stays
-            self._auto = AutoDepth(self._costs.score, self._costs.draft, accepted=self._costs.accepted)
+            self._auto = AutoDepth(self._costs.score, self._costs.drafts, accepted=self._costs.accepted)
         return self._auto
 
     def _ended(self, generation: Generation) -> None:
@@ -250,7 +250,10 @@ class SpecDecoder:
 
 
 class Generation:
-    """A generation under way. Iterating yields, per round, the new text of each row ("" where there is none)."""
+    """A generation under way. Iterating yields, per round, the new text of each row ("" where there is none).
+
+    ``steps`` runs the same rounds, without reading text that nobody waits for: ``outputs`` has it in the end.
+    """
 
     def __init__(
         self,
@@ -265,7 +268,6 @@ class Generation:
         self.decoder, self.eos = decoder, eos
         self.tokens: list[list[int]] = [[] for _ in prompts]
         self.texts = [Detokenizer(decoder.tokenizer, stops) if decoder.tokenizer else None for _ in prompts]
-        self.pieces = [""] * len(prompts)
         self.loop = Loop(
             decoder.target, decoder.drafter, decoder.verifier, sampler, prompts, limits, self._stop, policy
         )
@@ -277,25 +279,32 @@ class Generation:
         self.tokens[row].append(token)
         text = self.texts[row]
         if text is not None:
-            self.pieces[row] += text.push(token)
+            text.push(token)
         if token in self.eos:
             return "eos"
         return "stop" if text is not None and text.stopped else None
 
     def __iter__(self) -> Iterator[list[str]]:
+        for events in self.steps():
+            ledger, pieces = self.loop.ledger, [""] * len(self.tokens)
+            ledger.restart()
+            for row, _ in events:
+                text = self.texts[row]
+                if text is not None:
+                    pieces[row] = text.finish() if row in self.loop.finished else text.take()
+            ledger.mark("detokenise")
+            yield pieces
+
+    def steps(self) -> Iterator[list[tuple[int, list[int]]]]:
+        """Run the rounds; yield for each the rows that went on, and their new tokens."""
         while self.rounds is not None:
-            self.pieces = [""] * len(self.tokens)
             events = next(self.rounds, None)
             if self.meter is None and self.decoder.target.experts is not None:
                 self.meter = Meter.begin(self.decoder.target.experts.store)
             if events is None:
                 self.close()
                 return
-            for row, _ in events:
-                text = self.texts[row]
-                if row in self.loop.finished and text is not None:
-                    self.pieces[row] += text.finish()
-            yield self.pieces
+            yield events
 
     def outputs(self) -> list[GenerationOutput]:
         """What every row has so far."""

@@ -80,6 +80,8 @@ class State:
 
     confidence: below this probability that its whole chain stands, drafting on costs more than it brings.
     spare: nodes that may be added beside the chain because scoring them is cheap.
+    exit: of a drafter with several exits (``num_exits``), the number of the last that tokens may go to; None: it has
+        none to choose, or is free to.
     threshold: what is drafted will stand unjudged; a drafter that leaves the model early proposes only tokens it is at
         least this sure of. None: a verifier judges what is drafted.
     """
@@ -90,6 +92,7 @@ class State:
     ids: list[list[int]]
     confidence: float = 0.0
     spare: int = 0
+    exit: int | None = None
     threshold: float | None = None
 
     @property
@@ -107,6 +110,7 @@ class Drafter(Protocol):
     """Proposes tokens. ``taps`` names the layers whose input states it wants to observe.
 
     N stands for the final state, N + 1 for the logits [B, 1 + M, V] of a round (a prompt has none: an empty tensor).
+    A drafter may have ``num_exits``: it then keeps to ``State.exit``.
     """
 
     name: ClassVar[str]

@@ -13,6 +13,7 @@ queries and keys together; masks are additive terms (SDPA converts boolean ones 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -23,13 +24,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from specdec import kernels
+from specdec import kernels, measured
 from specdec.adapters import Adapters
 from specdec.cache import KVCache, Mask
 from specdec.errors import SpecDecError
 from specdec.kernels import Linear
 from specdec.target import Target, refuse_unsupported
 
+TIMED = 96 << 20  # bytes of weights that storages are timed on
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "olmo2", "phi3", "gemma")
 
 Norm = Callable[[Tensor], Tensor]
@@ -69,6 +71,7 @@ class FusedTarget(Target):
     weights: "dense" (as loaded) or "int4". The base is then the rounded model; blocks of many rows (prompts, large
     trees) run on its 16-bit form, which is the model's own parameters.
     packs: hold dense weights a second time, in the layout that is fastest where nothing is trained.
+    plan: which storage serves how many rows, by timings on this machine.
     Raises SpecDecError for models it does not know or does not reproduce; the reference runtime may still take them.
     """
 
@@ -97,19 +100,24 @@ class FusedTarget(Target):
         self._weights = [_fuse_layer(layer) for layer in decoder.layers]
         self._norms = [_layer_norms(layer, kind) for layer in decoder.layers]
         self._parts = adapter_parts(decoder.layers[0])
-        self.packed_rows = kernels.packed_rows(self.dtype, self.device) if packs else range(0)
+        makers: dict[str, Callable[..., Linear]] = {"packed": kernels.packed}
+        if not (packs and kernels.packable(self.dtype, self.device)):
+            makers = {}
+        heads = [*makers, "dense"]
         if weights == "int4":
             for weight, _ in (pair for layer in self._weights for pair in layer.values()):
                 kernels.check_int4(weight)  # before any of them is rounded
-            self.runtime, self.storage = "fused int4", "4 bits, rounded"
-            self.fast_rows, self._make_fast = kernels.INT4_ROWS, kernels.int4
-        else:
-            self.fast_rows, self._make_fast = self.packed_rows, kernels.packed
-        self._fast = self._stack(self._make_fast) if self.fast_rows else []
-        self._dense = self._stack(kernels.dense)
+            self.runtime, self.storage, makers = "fused int4", "4 bits, rounded", {"int4": kernels.int4}
+        self._makers = {**makers, "dense": kernels.dense}
+        self._stacks = {name: self._stack(make) for name, make in self._makers.items()}
+        self.plan = self._plan_layers()
+        self._stacks = {name: self._stacks[name] for name in {*self.plan.used, "dense"}}
         self._adapted: WeakKeyDictionary[Adapters, _Adapted] = WeakKeyDictionary()
-        self._heads: WeakKeyDictionary[nn.Module, tuple[Linear, Linear]] = WeakKeyDictionary()
+        self._heads: WeakKeyDictionary[nn.Module, dict[str, Linear]] = WeakKeyDictionary()
         self.final_norm = _norm(decoder.norm, kind)
+        self.head_plan = self._plan_head(heads)
+        if self.plan.seconds:
+            self.chosen = f"rows of layers: {self.plan}; of the head: {self.head_plan}"
         self.embedding: Tensor = decoder.embed_tokens.weight.detach()
         scale = getattr(decoder.embed_tokens, "embed_scale", None)  # Gemma's
         self.embed_scale: Tensor | None = None if scale is None else scale.to(self.dtype)
@@ -140,23 +148,25 @@ class FusedTarget(Target):
         grad = torch.is_grad_enabled() and (
             x.requires_grad or (adapters is not None and any(p.requires_grad for p in adapters.parameters()))
         )
-        stack, multiple = self._maps(x, lo, hi, adapters, adapted, grad), 1 if grad else self.key_multiple
+        (stack, rows), multiple = self._maps(x, lo, hi, adapters, adapted, grad), 1 if grad else self.key_multiple
         masks = {w: self._additive(mask, w, multiple) for w in set(self.windows[lo:hi])}
 
         def append(index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
             return cache.append(index, k, v, multiple)
 
-        return self._run(x, lo, hi, stack, self._rotary(positions, mask), masks, append, taps)
+        return self._run(x, lo, hi, stack, rows, self._rotary(positions, mask), masks, append, taps)
 
     def _maps(
         self, x: Tensor, lo: int, hi: int, adapters: Adapters | None, adapted: int | None, grad: bool
-    ) -> list[_Layer]:
-        """The layers in the storage that is fastest for ``x`` [B, T, D], with the adapters in them."""
+    ) -> tuple[list[_Layer], int]:
+        """The layers in the storage that is fastest for ``x`` [B, T, D], with the adapters in them; rows to run."""
         batch, t, _ = x.shape
-        stack = self._fast if batch * t in self.fast_rows and not grad else self._dense
+        storage, rows = ("dense", batch * t) if grad else self.plan(batch * t)
         if adapters is None:
-            return stack
-        return self._with_adapters(stack, lo, hi, adapters, batch, None if adapted == t else adapted, grad)
+            return self._stacks[storage], rows
+        some = None if adapted == t else adapted
+        made = self._with_adapters(storage, lo, hi, adapters, batch, some, grad)
+        return made, rows if some is None else batch * t
 
     def _run(
         self,
@@ -164,23 +174,33 @@ class FusedTarget(Target):
         lo: int,
         hi: int,
         stack: list[_Layer],
+        rows: int,
         rotary: tuple[Tensor, Tensor],
         masks: Mapping[int | None, Tensor | None],
         append: Append,
         taps: dict[int, Tensor] | None,
     ) -> Tensor:
-        """``layers`` once everything is prepared: tensors in, tensors out, nothing read from them."""
+        """``layers`` once everything is prepared: tensors in, tensors out, nothing read from them.
+
+        rows: what maps are given, B T of them filled.
+        """
         (batch, t, width), (cos, sin), windows = x.shape, rotary, self.windows
+        filled = batch * t
         d, heads, kv_heads, groups = self.head_dim, self.heads, self.kv_heads, self.groups
         total = heads + 2 * kv_heads
         scale, attend, sign = self.scale, F.scaled_dot_product_attention, self.sign
-        y = x.reshape(batch * t, width)
-        pair = torch.stack((y, -y), 1)  # (B T, 2, D)
+        y = x.reshape(filled, width)
+        if rows > filled:
+            y = F.pad(y, (0, 0, 0, rows - filled))
+        pair = torch.stack((y, -y), 1)  # (rows, 2, D)
         for index in range(lo, hi):
             if taps is not None and index in taps:
-                taps[index] = pair[:, 0].view(batch, t, width)
+                taps[index] = pair[:filled, 0].view(batch, t, width)
             norm_in, norm_q, norm_k, norm_attention, norm_mlp_in, norm_mlp, qkv, out, gated, down = stack[index]
-            h = qkv(pair.select(1, 0) if norm_in is None else norm_in(pair)).view(batch, t, total, d)
+            h = qkv(pair.select(1, 0) if norm_in is None else norm_in(pair))
+            if rows > filled:
+                h = h[:filled]
+            h = h.view(batch, t, total, d)
             qk, v = h.narrow(2, 0, heads + kv_heads), h.narrow(2, heads + kv_heads, kv_heads)
             if norm_q is not None and norm_k is not None:
                 qk = self._normed(qk, norm_q, norm_k)
@@ -195,11 +215,12 @@ class FusedTarget(Target):
             a = attend(q, keys, values, attn_mask=masks[windows[index]], scale=scale)
             if t > 1:
                 a = a.view(batch, kv_heads, t, groups, d).transpose(1, 2)
-            a = out(a.reshape(batch * t, heads * d))
+            a = a.reshape(filled, heads * d)
+            a = out(F.pad(a, (0, 0, 0, rows - filled)) if rows > filled else a)
             pair = torch.addcmul(pair, (a if norm_attention is None else norm_attention(a)).unsqueeze(1), sign)
             a = down(gated(pair.select(1, 0) if norm_mlp_in is None else norm_mlp_in(pair)))
             pair = torch.addcmul(pair, (a if norm_mlp is None else norm_mlp(a)).unsqueeze(1), sign)
-        y = pair[:, 0].view(batch, t, width)
+        y = pair[:filled, 0].view(batch, t, width)
         if taps is not None and hi in taps:
             taps[hi] = y
         return y
@@ -207,9 +228,11 @@ class FusedTarget(Target):
     def readout(self, x: Tensor, head: nn.Linear | None = None) -> Tensor:
         module = self.model.get_output_embeddings() if head is None else head
         rows = x.shape[0] * x.shape[1]
-        plain, fast = self._head(module)
-        linear = fast if rows in self.packed_rows and not (torch.is_grad_enabled() and x.requires_grad) else plain
-        return linear(self.final_norm(x.reshape(rows, -1))).view(*x.shape[:2], -1)
+        grad = torch.is_grad_enabled() and x.requires_grad
+        storage, to = ("dense", rows) if grad else self.head_plan(rows)
+        y = self.final_norm(x.reshape(rows, -1))
+        y = self._head(module, storage)(F.pad(y, (0, 0, 0, to - rows)) if to > rows else y)
+        return y[:rows].view(*x.shape[:2], -1)
 
     def linears(self, layer: int) -> dict[str, tuple[int, int]]:
         weights = self._weights[layer]
@@ -229,15 +252,51 @@ class FusedTarget(Target):
             return kernels.packed_silu_gated(weight, bias)
         return kernels.Gated(make(weight, bias), self.act)
 
-    def _head(self, module: Any) -> tuple[Linear, Linear]:
-        found = self._heads.get(module)
-        if found is None:
-            bias = getattr(module, "bias", None)
-            weight, bias = module.weight.detach(), None if bias is None else bias.detach()
-            plain = kernels.dense(weight, bias)
-            found = (plain, kernels.packed(weight, bias, kernels.HEAD_HINT) if self.packed_rows else plain)
-            self._heads[module] = found
-        return found
+    def _head(self, module: Any, storage: str) -> Linear:
+        made = self._heads.setdefault(module, {})
+        if storage not in made:
+            weight, bias = module.weight.detach(), getattr(module, "bias", None)
+            bias = None if bias is None else bias.detach()
+            packed = storage == "packed"
+            made[storage] = kernels.packed(weight, bias, kernels.HEAD_HINT) if packed else kernels.dense(weight, bias)
+        return made[storage]
+
+    def _plan_layers(self) -> kernels.Plan:
+        """By products with as many of the layers as no cache of the machine holds."""
+        size = sum(weight.nbytes for weight, _ in self._weights[0].values())
+        count = min(-(-TIMED // size), self.num_layers)
+        width, inner = self.heads * self.head_dim, self._weights[0]["down"][0].shape[1]
+
+        def way(storage: str, rows: int) -> Callable[[], object]:
+            x, a, z = (torch.zeros(rows, n, dtype=self.dtype) for n in (self.hidden_size, width, inner))
+
+            def run() -> None:
+                for layer in self._stacks[storage][:count]:
+                    layer.qkv(x), layer.out(a), layer.gated(x), layer.down(z)
+
+            return run
+
+        shapes = sorted((slot, tuple(weight.shape)) for slot, (weight, _) in self._weights[0].items())
+        return self._plan(f"{count} layers {shapes}", list(self._makers), way)
+
+    def _plan_head(self, storages: list[str]) -> kernels.Plan:
+        head: Any = self.model.get_output_embeddings()
+
+        def way(storage: str, rows: int) -> Callable[[], object]:
+            x = torch.zeros(rows, self.hidden_size, dtype=self.dtype)
+            return lambda: self._head(head, storage)(x)
+
+        plan = self._plan(f"head {tuple(head.weight.shape)}", storages, way)
+        made = self._heads.get(head, {})
+        self._heads[head] = {storage: made[storage] for storage in made if storage in plan.used}
+        return plan
+
+    def _plan(self, what: str, storages: list[str], way: Callable[[str, int], Callable[[], object]]) -> kernels.Plan:
+        """By the timings of each way to run so many rows, if there is a choice."""
+        if len(storages) == 1:
+            return kernels.Plan(storages, None)
+        ways = {f"{s} {rows}": way(s, rows) for s, rows in itertools.product(storages, kernels.SIZES)}
+        return kernels.Plan(storages, measured.seconds(f"{self.dtype} {what} {storages}", ways))
 
     def _normed(self, qk: Tensor, norm_q: Norm, norm_k: Norm) -> Tensor:
         """Queries and keys [B, T, H + Hkv, d] after their norms: per head (Qwen3), or over all heads (OLMo 2)."""
@@ -282,10 +341,10 @@ class FusedTarget(Target):
         return mask.memo[key]
 
     def _with_adapters(
-        self, stack: list[_Layer], lo: int, hi: int, adapters: Adapters, batch: int, adapted: int | None, grad: bool
+        self, storage: str, lo: int, hi: int, adapters: Adapters, batch: int, adapted: int | None, grad: bool
     ) -> list[_Layer]:
-        """``stack`` with the adapters of layers [lo, hi): merged where they act on all tokens, else beside the maps."""
-        stack, fast = list(stack), stack is self._fast
+        """All layers, with the adapters of [lo, hi): merged where they act on all tokens, else beside the maps."""
+        stack = list(self._stacks[storage])
         made = self._adapted.get(adapters)
         if made is None:
             made = self._adapted[adapters] = _Adapted([*adapters.parameters()])
@@ -295,24 +354,23 @@ class FusedTarget(Target):
         for index in range(lo, hi):
             if index not in adapters.paths:
                 continue
-            key = (index, fast, None if adapted is None else (batch, adapted))
+            key = (index, storage, None if adapted is None else (batch, adapted))
             layer = None if grad else made.layers.get(key)
             if layer is None:
-                layer = self._adapt(stack[index], index, adapters, fast, batch, adapted, grad)
+                layer = self._adapt(stack[index], index, adapters, storage, batch, adapted, grad)
                 if not grad:
                     made.layers[key] = layer
             stack[index] = layer
         return stack
 
     def _adapt(
-        self, layer: _Layer, index: int, adapters: Adapters, fast: bool, batch: int, adapted: int | None, grad: bool
+        self, layer: _Layer, index: int, adapters: Adapters, storage: str, batch: int, adapted: int | None, grad: bool
     ) -> _Layer:
         by_slot: dict[str, list[tuple[Tensor, Tensor, int]]] = {}
         for path, (down, up) in adapters.factors(index).items():
             slot, start, _ = self._parts[path]
             by_slot.setdefault(slot, []).append((down, up, start) if grad else (down.detach(), up.detach(), start))
-        make = self._make_fast if fast else kernels.dense
-        maps = {}
+        make, maps = self._makers[storage], {}
         for slot, parts in by_slot.items():
             weight, bias = self._weights[index][slot]
             low = kernels.LowRank(parts, weight.shape[0], self.dtype)

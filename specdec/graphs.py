@@ -131,7 +131,7 @@ class GraphedTarget(FusedTarget):
             self._buffers[batch] = user, whole
             self._steps = OrderedDict((key, step) for key, step in self._steps.items() if key[0] != batch)
         keys, values = whole[0], whole[1]  # (N, B, Hkv, capacity, d)
-        stack = self._maps(x, lo, hi, adapters, adapted, grad=False)[lo:hi]
+        stack = self._maps(x, lo, hi, adapters, adapted, grad=False)[0][lo:hi]
         windows = sorted(set(self.windows[lo:hi]), key=str)
         tapped = sorted(layer for layer in taps or () if lo <= layer <= hi)
 
@@ -141,7 +141,7 @@ class GraphedTarget(FusedTarget):
 
             seen = {layer: x for layer in tapped}
             masks = dict(zip(windows, terms, strict=True))
-            y = self._run(x, lo, hi, [*self._dense[:lo], *stack], (cos, sin), masks, append, seen)
+            y = self._run(x, lo, hi, [*self._stacks["dense"][:lo], *stack], batch * t, (cos, sin), masks, append, seen)
             return [y, *(seen[layer] for layer in tapped)]
 
         rotary = self._rotary(positions, mask, mask.keys.shape[1])  # no position is beyond its slot

@@ -103,13 +103,16 @@ class Loop:
         limit = min(self.policy.depth(cache.batch), room, target.context - 1 - cache.committed)
         if limit > 0:
             state.confidence, state.spare = self.policy.confidence(), self.policy.spare(cache.batch, limit)
+            state.exit = self.policy.exit
         self.ledger.mark("overhead")
         draft = drafter.propose(state, limit) if limit > 0 else Draft.empty(cache.batch, cache.device)
         drafting = self.ledger.mark("draft")
 
-        tokens = torch.cat((state.roots, draft.tokens.clamp_min(0)), 1)  # (B, 1 + M)
         depths = draft.depths()
-        positions = state.positions + upload(depths, cache.device)
+        tokens, positions = state.roots, state.positions  # (B, 1)
+        if draft.parents:
+            tokens = torch.cat((tokens, draft.tokens.clamp_min(0)), 1)  # (B, 1 + M)
+            positions = positions + upload(depths, cache.device)
         tree, exit_layer = draft.ancestors(), draft.exit_layer
         done = 0 if draft.states is None else draft.states.shape[1]  # block tokens that are already at exit_layer
         x = draft.states
@@ -222,6 +225,8 @@ def _judge_choice(
     generators: list[torch.Generator],
 ) -> Verdict:
     """The verdict on point masses at ``choice`` [B][1 + M]: the verifier's own rule, over the few tokens that occur."""
+    if not draft.parents:  # nothing to judge
+        return Verdict([[0] for _ in choice], [row[0] for row in choice])
     place = {token: at for at, token in enumerate({*itertools.chain(*choice, *drafted)} - {-1})}
     few = np.zeros((len(choice), len(choice[0]), len(place)), np.float32)
     for b, row in enumerate(choice):

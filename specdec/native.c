@@ -27,7 +27,7 @@
 int omp_get_thread_num(void);
 int omp_get_num_threads(void);
 
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni,f16c,fma,avx2,amx-tile,amx-bf16,amx-int8")
+#pragma GCC target("prfchw,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni,f16c,fma,avx2,amx-tile,amx-bf16,amx-int8")
 
 enum { BF16 = 0, Q8 = 1, Q4 = 2, I8 = 3 }; /* I8: for drafts; both sides of the product are rounded to 8 bits */
 enum { MOST_BLOCKS = 4, RING = 8, AHEAD = 2, PREFETCH = 4096, MOST_EXPECTED = 1024, SOON = 64 }; /* SOON: keys ahead that are sent for */
@@ -429,7 +429,7 @@ static inline __attribute__((always_inline)) void four_outputs(int kind, int tok
     for (int k = 0; k < a->count; k++) {
         const uint8_t *tile = a->tiles + a->step * k, *x = a->x + 64 * k;
         if (ahead)
-            for (int64_t i = 64 * quad; i < a->step; i += 256) _mm_prefetch((const char *)tile + ahead + i, _MM_HINT_T0);
+            for (int64_t i = 64 * quad; i < a->step; i += 256) _mm_prefetch((const char *)tile + ahead + i, _MM_HINT_T1);
         four_rows(kind, tile, quad, scales + 32 * k, row);
         for (int r = 0; r < tokens; r++) {
             __m512i token = _mm512_load_si512(x + a->stride * r);
@@ -482,7 +482,7 @@ static inline __attribute__((always_inline)) void rows_of_kind(int kind, const S
                 __m512i row[4];
                 const uint8_t *tile = a->tiles + a->step * k;
                 for (int64_t i = 64 * quad; i < a->step; i += 256)
-                    _mm_prefetch((const char *)tile + a->step * a->count + i, _MM_HINT_T0);
+                    _mm_prefetch((const char *)tile + a->step * a->count + i, _MM_HINT_T1);
                 four_rows(kind, tile, quad, scales + 32 * k, row);
                 for (int o = 0; o < 4; o++) _mm512_store_si512(unpacked + 256 * (size_t)k + 64 * o, row[o]);
             }
@@ -491,7 +491,7 @@ static inline __attribute__((always_inline)) void rows_of_kind(int kind, const S
         for (int r = 0; r < tokens; r += r % 16 == 12 ? 4 : ROWS) {
             int left = tokens - r < 16 - r % 16 ? tokens - r : 16 - r % 16;
             from.x = a->x + a->block * (r / 16) + a->stride * (r % 16), beside.x = b->x + b->block * (r / 16) + b->stride * (r % 16);
-            few_tokens(packed ? BF16 : kind, left, &from, &beside, packed ? 0 : quad, NULL, 0, sums + 256 * (r / 16) + 64 * quad + r % 16);
+            few_tokens(packed ? BF16 : kind, left, &from, &beside, packed ? 0 : quad, NULL, packed || r ? 0 : a->step * a->count, sums + 256 * (r / 16) + 64 * quad + r % 16);
         }
     }
 }
@@ -828,6 +828,8 @@ static void add_product(Pass *p, const Map *map, const LowRank *low, const uint3
         int tokens = tokens_from(p, b0), blocks = (tokens + 15) / 16;
         for (int t = from; t < to; t++) {
             const uint32_t *low_x = low ? ranked + (int64_t)b0 * low->down.out * 8 : NULL;
+            for (int b = 0; b < blocks; b++)
+                for (int o = 0; o < 16; o++) __builtin_prefetch(p->x + ((int64_t)(b0 + b) * map->out + 16 * t + o) * 16, 1);
             product(map, low, t, from_block(map, in, b0), low_x, tokens, sums);
             for (int b = 0; b < blocks; b++)
                 for (int o = 0; o < 16; o++) {

@@ -122,6 +122,22 @@ class _Arena:
 
 _arena = _Arena()
 
+TIMED = (1, 5)  # tokens of the passes by which ways to run are compared: plain decoding, and scoring a draft
+TIMED_BYTES = 64 << 20  # of bf16 weights in them, more than caches hold
+FEW = 16  # tokens of a pass that decodes; more are a prompt's
+_most = 1 << 30  # threads that such a pass takes at most
+
+
+def threads(tokens: int) -> int:
+    """Threads for a pass over so many tokens: PyTorch's, or fewer where few tokens were found to be faster in fewer."""
+    return min(torch.get_num_threads(), _most) if tokens <= FEW else torch.get_num_threads()
+
+
+def limit_threads(most: int) -> None:
+    """Let passes over few tokens take at most so many threads. The pool is the process's, and so is this."""
+    global _most
+    _most = most
+
 
 class Packed:
     """A linear map ``x W.T + bias`` in tiles. weight: bf16 [out, in]; kinds: storage to try, in order, before bf16.
@@ -146,15 +162,15 @@ class Packed:
         weight = weight.detach()
         source = weight.contiguous()
         columns, self.width, self.inp = inp // 32, out, inp
-        threads, scale = torch.get_num_threads(), None
+        workers, scale = torch.get_num_threads(), None
         if coarse and inp % 64 == 0 and lib.specdec_tile_bytes(I8):
             kind, scale = I8, torch.empty(-(-out // 16) * 16)
             tiles = _arena.look(-(-out // 16) * 16 * inp)
-            lib.specdec_pack_i8(source.data_ptr(), out, inp, tiles.data_ptr(), scale.data_ptr(), threads)
+            lib.specdec_pack_i8(source.data_ptr(), out, inp, tiles.data_ptr(), scale.data_ptr(), workers)
         else:
             for kind in (*kinds, BF16):
                 tiles = _arena.look(-(-out // 16) * columns * lib.specdec_tile_bytes(kind))
-                if lib.specdec_pack(kind, rounding, source.data_ptr(), out, inp, tiles.data_ptr(), threads):
+                if lib.specdec_pack(kind, rounding, source.data_ptr(), out, inp, tiles.data_ptr(), workers):
                     break
         _arena.take(tiles.numel())
         if rounding and source is not weight:
@@ -177,9 +193,8 @@ class Packed:
         out = torch.empty(*parts[0].shape[:-1], self.width, dtype=torch.bfloat16)
         sources = (POINTER * len(parts))(*(part.data_ptr() for part in parts))
         sizes = len(parts), out.numel() // self.width
-        threads = torch.get_num_threads()
-        struct, weight = ctypes.byref(self.struct), pointer(norm)
-        done(library().specdec_linear(struct, weight, eps, sources, *sizes, out.data_ptr(), self.width, threads))
+        struct, weight, count = ctypes.byref(self.struct), pointer(norm), threads(sizes[1])
+        done(library().specdec_linear(struct, weight, eps, sources, *sizes, out.data_ptr(), self.width, count))
         return out
 
 
@@ -202,7 +217,7 @@ def argmax(x: Tensor) -> Tensor:
     """``x.argmax(-1)`` of bf16 [..., V] on a CPU that ``library`` is for; NaN is nowhere the largest."""
     x = x.contiguous()
     out = torch.empty(x.shape[:-1], dtype=torch.long)
-    library().specdec_argmax(x.data_ptr(), out.numel(), x.shape[-1], out.data_ptr(), torch.get_num_threads())
+    library().specdec_argmax(x.data_ptr(), out.numel(), x.shape[-1], out.data_ptr(), threads(out.numel()))
     return out
 
 

@@ -2,13 +2,13 @@
 
 Builds what the kernels read (packed weights, pointers, masks) and calls them; raises SpecDecError for machines and
 models that it does not serve. Weights that four or eight bits hold *exactly* (those of a checkpoint that was published
-in them) are stored so: fewer bytes to read, the same numbers. Knows nothing about drafting.
+in them) are stored so where that is faster here: fewer bytes to read, the same numbers. Knows nothing about drafting.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from specdec import embedded, fused, kernels, native, pages
+from specdec import embedded, fused, kernels, measured, native, pages
 from specdec.adapters import Adapters
 from specdec.cache import KVCache, Mask
 from specdec.errors import SpecDecError
@@ -36,8 +36,8 @@ class NativeTarget(Target):
     rounded to 8 bits where that is faster; all else is bf16, and a token's result does not depend on what else is in
     its pass, to the last bit.
 
-    weights: "auto" (in 4 or 8 bits where they hold the values exactly, else bf16), "dense" (bf16), "int8" or "int4"
-    (layers rounded where need be; ``model`` is rounded with them: it is the base).
+    weights: "auto" (in 4 or 8 bits where they hold the values exactly and are no slower, else bf16), "dense" (bf16),
+    "int8" or "int4" (layers rounded where need be; ``model`` is rounded with them: it is the base).
     ``storage``: what the layers' weights are held in. Raises SpecDecError for what it does not serve.
     """
 
@@ -63,7 +63,8 @@ class NativeTarget(Target):
                 f"{type(act).__name__} and heads of {self.head_dim}"
             )
         self.heads, self.kv_heads = int(config.num_attention_heads), int(config.num_key_value_heads)
-        self.kinds, self.rounding = KINDS[weights], weights in ("int8", "int4")
+        self.rounding = weights in ("int8", "int4")
+        self.kinds = _fastest(decoder.layers) if weights == "auto" else KINDS[weights]
         self._parts = fused.adapter_parts(first)
         self._layers = (native.Layer * self.num_layers)()
         self._alive: list[Any] = []  # what the structures point to
@@ -91,6 +92,7 @@ class NativeTarget(Target):
         with pages.sparing(decoder.layers):
             self.spread = fused.check_logits(self)
         pages.trim()
+        self._limit_threads()
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         return F.embedding(ids, self.embedding)
@@ -191,14 +193,14 @@ class NativeTarget(Target):
 
         count: slots to take, if not one for each token. mask: None where the kernels make their own.
         """
-        (batch, t, _), whole = x.shape, self.num_layers + 1
+        (batch, t, _), n = x.shape, self.num_layers
         start = cache.reserve(lo, hi, count or t, self.kv_heads, self.head_dim, torch.bfloat16)
-        keys, values, capacity = (POINTER * whole)(), (POINTER * whole)(), (INT * whole)()
-        for layer in range(lo, hi):
-            k, v = cache.keys[layer], cache.values[layer]
-            assert k is not None and v is not None
-            keys[layer], values[layer], capacity[layer] = k.data_ptr(), v.data_ptr(), k.shape[2]
-        tapped = (POINTER * whole)()
+        whole = cache.whole  # (2, N, rows, Hkv, capacity, d)
+        assert whole is not None
+        begin, half, step = whole.data_ptr(), 2 * whole.stride(0), 2 * whole.stride(1)  # in bytes
+        keys = (POINTER * n)(*range(begin, begin + half, step))
+        values = (POINTER * n)(*range(begin + half, begin + 2 * half, step))
+        capacity, tapped = (INT * n)(*[whole.shape[4]] * n), (POINTER * (n + 1))()
         for layer in taps:
             if lo <= layer <= hi:
                 tapped[layer] = taps[layer].data_ptr()
@@ -210,9 +212,9 @@ class NativeTarget(Target):
             model = self._merged(adapters, lo, hi)
         elif adapters is not None:
             low = self._low_rank(adapters, lo, hi)
-        positions, rotary = positions.contiguous(), self._rotary_tables(int(positions.max()) + 1)
+        positions, rotary = positions.contiguous(), self._rotary_tables(start + t)  # no position is beyond its slot
         call = native.Call(
-            *(batch, t, lo, hi, start, torch.get_num_threads(), 0 if adapted is None else adapted, len(masks)),
+            *(batch, t, lo, hi, start, native.threads(batch * t), 0 if adapted is None else adapted, len(masks)),
             *(causal, 0, ctypes.addressof(self._spans)),
             *(x.data_ptr(), positions.data_ptr(), rotary.data_ptr()),
             *(ctypes.addressof(keys), ctypes.addressof(values), ctypes.addressof(capacity)),
@@ -232,6 +234,32 @@ class NativeTarget(Target):
             packed = self._heads[module] = Packed(module.weight, module.bias, kinds, coarse=head is not None)
             pages.release(module.weight.detach())
         return packed
+
+    # -- what is measured once ---------------------------------------------------------------------------------------
+
+    def _limit_threads(self) -> None:
+        """As few threads for few tokens as are fastest on this machine."""
+        most, cache = torch.get_num_threads(), self.new_cache()
+        native.limit_threads(most)
+        counts = [most >> halvings for halvings in range(most.bit_length())]
+
+        def way(count: int) -> Callable[[], object]:
+            def run() -> None:
+                native.limit_threads(count)
+                for t in native.TIMED:
+                    positions, x = torch.arange(t)[None], torch.zeros(1, t, self.hidden_size, dtype=torch.bfloat16)
+                    y = self.layers(x, 0, self.num_layers, positions, cache.mask(0, positions), cache)
+                    self.readout(y)
+                    cache.trim(t)
+
+            return run
+
+        if most > 1:
+            what = f"threads {self.fingerprint} {self.storage}"
+            found = measured.seconds(what, {str(count): way(count) for count in counts})
+            count = int(measured.choose(found, str(most)))
+            native.limit_threads(count)
+            self.chosen = f"{self.storage}; {count} of {most} threads for up to {native.FEW} tokens" if found else ""
 
     # -- what is prepared once --------------------------------------------------------------------------------------
 
@@ -344,6 +372,35 @@ class NativeTarget(Target):
             visible = mask.bool_mask(window)
             mask.memo[key] = None if visible is None else visible.contiguous()
         return mask.memo[key]
+
+
+def _fastest(layers: Sequence[Any]) -> tuple[int, ...]:
+    """The storages to try before bf16: of those that hold weights exactly, none if bf16 is faster on this machine."""
+    maps: dict[str, list[Packed]] = {"packed": [], "dense": []}
+    weights = [fused.modules(layer)["down"][0][1].weight.detach() for layer in layers]
+    exact = Packed(weights[0], None, KINDS["auto"]).kind
+    if exact == BF16:
+        return KINDS["auto"]
+
+    def way(name: str, rows: int) -> Callable[[], object]:
+        x = torch.zeros(rows, weights[0].shape[1], dtype=torch.bfloat16)
+
+        def run() -> None:
+            if not maps[name]:
+                for weight in weights[:count]:
+                    maps[name].append(Packed(weight, None, KINDS["auto"] if name == "packed" else ()))
+                    pages.release(weight)
+            for packed in maps[name]:
+                packed(x)
+
+        return run
+
+    count = min(-(-native.TIMED_BYTES // weights[0].nbytes), len(weights))
+    ways = {f"{name} {rows}": way(name, rows) for name in maps for rows in native.TIMED}
+    found = measured.seconds(f"{NAMES[exact]} {tuple(weights[0].shape)} {count}", ways)
+    pages.trim()
+    total = found and {name: sum(found[f"{name} {rows}"] for rows in native.TIMED) for name in maps}
+    return KINDS["auto"] if measured.choose(total, "packed") == "packed" else ()
 
 
 def _alternate(rows: Tensor) -> Tensor:

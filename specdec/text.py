@@ -54,7 +54,8 @@ def encode(tokenizer: Any, prompt: Prompt, chat: bool | None = None, system: str
 class Detokenizer:
     """Incremental text of one output, with stop strings.
 
-    ``push`` returns the text that has become certain: complete characters that cannot be the beginning of a stop
+    Tokens are taken in by ``push``, and read when their text is asked for (or at once, where a stop string may be in
+    them). ``take`` returns the text that has become certain: complete characters that cannot be the beginning of a stop
     string. Once ``stopped``, the text ends before the stop string.
     """
 
@@ -63,19 +64,27 @@ class Detokenizer:
         self.ids: list[int] = []
         self.start = self.read = 0  # ids[start:read] is context whose text has been taken, ids[read:] is new
         self.text = ""  # all complete text, up to the stop string
-        self.sent = 0  # characters of it that push() has returned
+        self.sent = 0  # characters of it that take() has returned
         self.stopped = False
 
-    def push(self, token: int) -> str:
+    def push(self, token: int) -> None:
         self.ids.append(token)
+        if self.stop:
+            self._read()
+
+    def take(self) -> str:
+        if not self.stop:
+            self._read()
+        hold = max((n for s in self.stop for n in range(1, len(s)) if self.text.endswith(s[:n])), default=0)
+        return self._send(len(self.text) - (0 if self.stopped else hold))
+
+    def _read(self) -> None:
         before = self._decode(self.ids[self.start : self.read])
         after = self._decode(self.ids[self.start :])
         # A trailing replacement character is most likely half of a multi-byte one: wait for the rest.
         if len(after) > len(before) and not after.endswith("�"):
             self._extend(after[len(before) :])
             self.start, self.read = self.read, len(self.ids)
-        hold = max((n for s in self.stop for n in range(1, len(s)) if self.text.endswith(s[:n])), default=0)
-        return self._send(len(self.text) - (0 if self.stopped else hold))
 
     def finish(self) -> str:
         """The text held back so far, at the end of the output."""

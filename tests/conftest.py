@@ -17,13 +17,15 @@ import torch
 from tiny_gguf import NAME, write_gguf
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from specdec import embedded
-from specdec.costs import Costs
-from specdec.draft import Draft, State
+from specdec import embedded, measured
+from specdec.costs import Costs, num_exits
+from specdec.draft import Draft, Drafter, State, Verifier
+from specdec.target import Target
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background, and inherited by what tests start
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+SECONDS = measured.seconds  # before ``unmeasured``
 SMALL = {
     "vocab_size": 97,
     "hidden_size": 32,
@@ -81,12 +83,21 @@ def tiny_model(family: str = "llama", attention: str | None = None, **changes: o
 
 
 @pytest.fixture(autouse=True)
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ways that compute the same are chosen by rule, not by what a clock says while tests run."""
+    monkeypatch.setattr("specdec.measured.seconds", lambda what, ways: None)
+
+
+@pytest.fixture(autouse=True)
 def scripted_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Automatic depth rests on these figures instead of timing the tiny model: one more scored token is cheap."""
-    given = Costs({n: 1 + 0.02 * n for n in (1, 2, 4, 8, 16)}, draft=0.1)
-    monkeypatch.setattr("specdec.decoder.costs", lambda *args: given)
+
+    def given(target: Target, drafter: Drafter, verifier: Verifier) -> Costs:
+        return Costs({n: 1 + 0.02 * n for n in (1, 2, 4, 8, 16)}, (0.1,) * num_exits(drafter))
+
+    monkeypatch.setattr("specdec.decoder.costs", given)
     monkeypatch.setattr("specdec.decoder.mend", lambda target, drafter, kept, policy: kept)
-    monkeypatch.setattr("specdec.train.speed.costs", lambda *args: given)
+    monkeypatch.setattr("specdec.train.speed.costs", given)
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,16 @@ from transformers import PreTrainedModel
 from zoo import PROMPTS, heads, routers, run
 
 from specdec import SpecDecError, SpecDecoder, artifacts
+from specdec.costs import num_exits
 from specdec.draft import Drafter
 from specdec.drafters.deed import DeedDrafter
+from specdec.drafters.early_exit import EarlyExitDrafter
 from specdec.drafters.mixture_of_depths import MixtureOfDepthsDrafter, Routers
 from specdec.drafters.skip_decode import SkipDecodeDrafter
 from specdec.target import ReferenceTarget, Target
 
 
-def calls_of(target: Target, drafter: Drafter, count: int = 6) -> list[tuple[int, int, int]]:
+def calls_of(target: Target, drafter: Drafter, count: int = 6, exit: int | None = None) -> list[tuple[int, int, int]]:
     """(first layer, end, tokens) of every pass after the prompt's."""
     calls: list[tuple[int, int, int]] = []
     layers = ReferenceTarget.layers
@@ -31,7 +34,7 @@ def calls_of(target: Target, drafter: Drafter, count: int = 6) -> list[tuple[int
         return layers(target, x, lo, hi, *args, **more)  # type: ignore[arg-type]
 
     target.layers = spy  # type: ignore[method-assign]
-    run(target, drafter, PROMPTS[:1], count)
+    run(target, drafter, PROMPTS[:1], count, exit=exit)
     return calls[1:]
 
 
@@ -55,6 +58,23 @@ def test_the_exit_falls_with_position(llama: PreTrainedModel) -> None:
     calls = calls_of(ReferenceTarget(llama), SkipDecodeDrafter(3, 1, horizon=5))
     # Exits 3, 2, 2, 1; then all catch up with the deepest, and the last drafted token is run for the first time.
     assert calls[:8] == [(0, 3, 1), *[(0, 2, 1)] * 2, (0, 1, 1), (1, 2, 1), (2, 3, 3), (0, 3, 1), (3, 4, 5)]
+
+
+@pytest.mark.parametrize("exit", [0, 1, None])
+def test_no_token_goes_beyond_the_exit_that_the_controller_chose(llama: PreTrainedModel, exit: int | None) -> None:
+    """Nothing is sure, so each token goes as far as it may: without a choice, to the last exit or the usual one."""
+    for drafter, layers, usual in (
+        (DeedDrafter(heads(ReferenceTarget(llama), 1, 3), 1.0), (1, 3), 3),
+        (EarlyExitDrafter(), (1, 2), 1),
+        (EarlyExitDrafter(heads=heads(ReferenceTarget(llama), 2)), (2, 2), 2),
+    ):
+        target = ReferenceTarget(llama)
+        drafter.bind(target)
+        chosen = exit if num_exits(drafter) > 1 else None  # as AutoDepth has it
+        calls = calls_of(target, drafter, exit=chosen)
+        assert num_exits(drafter) == len(set(layers))
+        drafted = itertools.takewhile(lambda call: call[1] < 4, calls)
+        assert max(end for _, end, _ in drafted) == (usual if chosen is None else layers[chosen])
 
 
 @pytest.mark.parametrize("useless", [(2,), (1, 3)])

@@ -53,7 +53,7 @@ def test_the_ledger_books_each_phase_and_sums_up_to_the_wall(llama: PreTrainedMo
         "prefill": 6.0,
         "draft": 3.0 * sum(depth > 0 for depth in m.per_step_drafted),
         "score": 5.0 * rounds,
-        "accept": 2.0 * rounds,
+        "accept": 2.0 * sum(depth > 0 for depth in m.per_step_drafted),  # else there is nothing to judge
         "commit": 1.0 * rounds,
         "detokenise": 0.125 * m.num_new_tokens,
         "overhead": 0.75 * rounds,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -141,6 +141,42 @@ def test_a_published_four_bit_model_runs_in_four_bits_with_the_same_logits() -> 
     assert all(torch.equal(a, b) for a, b in zip(play(few), play(dense), strict=True))
     model.model.layers[2].mlp.down_proj.weight[0, 0] += 1
     assert NativeTarget(model).storage == "16 bits or less"
+
+
+def test_storage_and_threads_are_those_that_timings_prefer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Timings that have sixteen bits, and one thread of two, faster: other ways to the same bits."""
+    model = model_of("llama")
+    for name, value in model.named_parameters():
+        if "proj.weight" in name:
+            value.detach().copy_(published(4, *value.shape))
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(native, "_most", native._most)  # put back in the end
+    asked: list[dict[str, object]] = []
+
+    def timings(fast: str) -> None:
+        def seconds(what: str, ways: dict[str, Callable[[], object]]) -> dict[str, float]:
+            asked.append({way: run() for way, run in ways.items()})
+            return {way: 1.0 if fast in way.split() else 2.0 for way in ways}
+
+        monkeypatch.setattr("specdec.measured.seconds", seconds)
+
+    try:
+        torch.set_num_threads(2)
+        timings("packed")
+        few = NativeTarget(model)
+        assert few.storage == "4 bits" and native.threads(1) == 2 and "2 of 2 threads" in few.chosen
+        with torch.inference_mode():
+            expected = play(few)
+        timings("dense")
+        assert NativeTarget(model).storage == "16 bits"
+        timings("1")
+        narrow = NativeTarget(model)
+        assert (native.threads(1), native.threads(native.FEW + 1)) == (1, 2) and "1 of 2 threads" in narrow.chosen
+        with torch.inference_mode():
+            assert all(torch.equal(a, b) for a, b in zip(play(narrow), expected, strict=True))
+        assert [sorted(ways) for ways in asked[:2]] == [["dense 1", "dense 5", "packed 1", "packed 5"], ["1", "2"]]
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize(("weights", "most"), [("int4", 0.15), ("int8", 0.01)])

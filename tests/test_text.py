@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 
@@ -34,7 +36,8 @@ def feed(text: str, stop: list[str] = []) -> tuple[list[str], Detokenizer]:  # n
     detokenizer = Detokenizer(Bytes(), stop)
     pieces = []
     for byte in text.encode():
-        pieces.append(detokenizer.push(byte))
+        detokenizer.push(byte)
+        pieces.append(detokenizer.take())
         if detokenizer.stopped:
             break
     pieces.append(detokenizer.finish())
@@ -57,8 +60,23 @@ def test_text_ends_before_the_first_stop_string() -> None:
 
 def test_the_beginning_of_a_stop_string_is_held_back_until_it_is_none() -> None:
     detokenizer = Detokenizer(Bytes(), ["END"])
-    assert [detokenizer.push(b) for b in b"aENx"] == ["a", "", "", "ENx"]
-    assert [detokenizer.push(b) for b in b"yE"] == ["y", ""] and detokenizer.finish() == "E"
+
+    def piece(byte: int) -> str:
+        detokenizer.push(byte)
+        return detokenizer.take()
+
+    assert [piece(b) for b in b"aENx"] == ["a", "", "", "ENx"]
+    assert [piece(b) for b in b"yE"] == ["y", ""] and detokenizer.finish() == "E"
+
+
+def test_text_that_nobody_asks_for_is_read_in_one_piece_at_the_end() -> None:
+    tokenizer = Bytes()
+    tokenizer.decode = Mock(side_effect=tokenizer.decode)  # type: ignore[method-assign]
+    detokenizer = Detokenizer(tokenizer)
+    for byte in "naïve".encode():
+        detokenizer.push(byte)
+    assert not tokenizer.decode.called
+    assert detokenizer.finish() == "naïve" and tokenizer.decode.call_count == 1
 
 
 def test_prompts_of_every_kind_become_ids() -> None:

@@ -41,6 +41,7 @@ def run(
     depth: int = 4,
     eos: int | None = EOS,
     verifier: Verifier | None = None,
+    exit: int | None = None,
     **sampling: float,
 ) -> tuple[list[list[int]], Loop]:
     """The new tokens of each prompt, at most ``count``, and the loop that made them."""
@@ -49,7 +50,8 @@ def run(
     out: list[list[int]] = [[] for _ in prompts]
     limits = [count] * len(prompts)
     stop = lambda row, token: "eos" if token == eos else None  # noqa: E731
-    loop = Loop(target, drafter, verifier or ExactVerifier(), sampler, prompts, limits, stop, FixedDepth(depth))
+    policy = FixedDepth(depth, exit)
+    loop = Loop(target, drafter, verifier or ExactVerifier(), sampler, prompts, limits, stop, policy)
     for events in loop.rounds():
         for row, tokens in events:
             out[row] += tokens

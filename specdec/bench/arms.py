@@ -74,7 +74,7 @@ class OwnArm:
             top_k=cell.top_k,
             seed=seed,
         ) as generation:
-            rounds = iter(generation)
+            rounds = generation.steps()
             next(rounds)
             first = time.perf_counter() - start
             for _ in rounds:

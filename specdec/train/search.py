@@ -23,8 +23,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from specdec import artifacts
-from specdec.costs import CONFIRMED, Costs, time_drafting, time_scoring
+from specdec import artifacts, measured
+from specdec.costs import Costs, time_drafting, time_scoring
 from specdec.decoder import SpecDecoder
 from specdec.drafters.m2r2 import M2R2, M2R2Drafter, M2R2Path, rms_unit
 from specdec.errors import SpecDecError
@@ -85,7 +85,7 @@ class PathCosts:
 
     def of(self, candidate: Candidate) -> Costs:
         leaps = len(candidate.segments) + candidate.final_leap
-        return Costs(self.score, self.rest + candidate.layers * self.layer + leaps * self.leap)
+        return Costs(self.score, (self.rest + candidate.layers * self.layer + leaps * self.leap,))
 
 
 def path_costs(target: Target, vocab: Tensor | None) -> PathCosts:
@@ -109,7 +109,7 @@ def path_costs(target: Target, vocab: Tensor | None) -> PathCosts:
         for n, seconds in time_scoring(decoder.target, 1).items():
             score.setdefault(n, []).append(seconds)
         leasts = [sorted(times)[:2] for times in (*runs, *score.values())]
-        steady = len(runs[0]) >= TIMINGS and all(second <= CONFIRMED * least for least, second in leasts)
+        steady = len(runs[0]) >= TIMINGS and all(second <= measured.CONFIRMED * least for least, second in leasts)
     one, many, split = map(min, runs)
     layer = max(many - one, 0.0) / (longer - 1)
     leap = max(split - one - (several - 1) * layer, 0.0) / (several - 1)
@@ -406,7 +406,7 @@ class Search:
             rows.append(
                 {
                     "path": candidate.key,
-                    "draft_cost": round(self.costs.of(candidate).draft / plain, 4),
+                    "draft_cost": round(self.costs.of(candidate).drafts[-1] / plain, 4),
                     "agreement": measured.get("agreement", [self.first[candidate.key]]),
                     "tokens_per_round": round(1 + sum(measured["chain"]), 3) if measured else None,
                     "speedup": round(fitted[0], 3),

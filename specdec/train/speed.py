@@ -30,11 +30,11 @@ def predict(chain: Sequence[float], costs: Costs, nodes: Sequence[int] | None = 
     s, d: ``costs``. That scoring may resume from a draft's states is left out: a pass over fewer layers is saved for
     the drafted tokens, but the last of them still needs one.
     """
-    seconds = AutoDepth(costs.score, costs.draft).seconds
+    seconds, draft = AutoDepth(costs.score, costs.drafts).seconds, costs.drafts[-1]
     best, depth, tokens = 1.0, 0, 1.0
     for k, stands in enumerate(chain, start=1):
         tokens += stands
-        speedup = tokens * seconds(1) / (k * costs.draft + seconds(1 + (nodes[k - 1] if nodes else k)))
+        speedup = tokens * seconds(1) / (k * draft + seconds(1 + (nodes[k - 1] if nodes else k)))
         if speedup > best:
             best, depth = speedup, k
     return best, depth
