@@ -143,7 +143,7 @@ def table(output: Path) -> None:
         before, after = figures[0], figures[-1]
         tokens = artifacts.read_config(folder(output, name))["training"]["tokens_in_answers"]
         speedup, depth = predict(after["chain"], costs[name])
-        cost = costs[name].drafts[-1] / costs[name].score[1]
+        cost = costs[name].drafts[-1][1] / costs[name].score[1]
         rows.append(
             {"row": name, "cost": cost, "tokens": tokens, "closed_form": before, "trained": after}
             | {"speedup": speedup, "depth": depth, "cpu_seconds": int((folder(output, name) / "seconds").read_text())}

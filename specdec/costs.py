@@ -28,19 +28,21 @@ CONTEXT = 128  # cached tokens while timing
 REPEATS, PATIENCE = 3, 4.0  # fewest rounds of timings; seconds after which there is no other
 DRAFTED = 4  # depth of the timed drafts
 WRONG = 1.25  # kept figures that are further from what rounds take are mended
+
 ACCEPTANCE = 0.1  # kept acceptance that differs by more is written anew
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds: ``score[n]`` of a pass over n tokens (embedding, layers, readout), ``drafts`` per drafted token.
+    """Seconds: ``score[n]`` of a pass over n tokens (embedding, layers, readout), ``drafts`` of drafting.
 
-    drafts: for each exit that tokens may go to at most. accepted: for each, how often the drafted token of each
-    position stood in requests up to now, and how many times that was seen (``AutoDepth.known``).
+    drafts: the first drafted token and each further one, for each exit that tokens may go to at most. accepted: for
+    each exit, how often the drafted token of each position stood in requests up to now, and how many times that was
+    seen (``AutoDepth.known``).
     """
 
     score: dict[int, float]
-    drafts: tuple[float, ...]
+    drafts: tuple[tuple[float, float], ...]
     accepted: tuple[tuple[tuple[float, float], ...], ...] = ()
 
 
@@ -49,10 +51,10 @@ def costs(target: Target, drafter: Drafter, verifier: Verifier) -> Costs:
     what, kept = _what(target, drafter), measured.read(_what(target, drafter))
     try:
         score = {int(n): float(s) for n, s in kept["score"].items()}
-        found = Costs(score, tuple(map(float, kept["drafts"])), _pairs(kept["accepted"]))
+        found = Costs(score, _pairs(kept["drafts"]), tuple(map(_pairs, kept["accepted"])))
         good = all(0 <= share <= 1 and seen > 0 for known in found.accepted for share, seen in known)
         whole = set(found.score) == set(ROWS) and len(found.drafts) == num_exits(drafter)
-        if whole and good and min(found.score.values()) > 0 and min(found.drafts) >= 0:
+        if whole and good and min(found.score.values()) > 0 and min(map(min, found.drafts)) >= 0:
             return found
     except (ValueError, KeyError, AttributeError, TypeError):
         pass  # not measured yet, or no such figures: measure
@@ -69,9 +71,11 @@ def mend(target: Target, drafter: Drafter, kept: Costs, policy: AutoDepth) -> Co
     """
     faster = policy.drift if policy.drift * WRONG < 1 else 1.0
     score = {n: faster * s for n, s in policy.score.items()}
-    drafts = tuple(faster * known.draft / policy.drift for known in policy.exits)
-    wrong = any(map(_apart, drafts, kept.drafts)) or _apart(min(score.values()), min(kept.score.values()))
-    known = _pairs(policy.known())
+    scales = [faster * known.scale / policy.drift for known in policy.exits]
+    drafts = tuple((a * known.first, a * known.further) for a, known in zip(scales, policy.exits, strict=True))
+    figures = [*itertools.chain(*drafts), min(score.values())]
+    wrong = any(map(_apart, figures, [*itertools.chain(*kept.drafts), min(kept.score.values())]))
+    known = tuple(map(_pairs, policy.known()))
     if not wrong and not _news(known, kept.accepted):
         return kept
     mended = Costs(score, drafts, known) if wrong else Costs(kept.score, kept.drafts, known)
@@ -84,15 +88,15 @@ def num_exits(drafter: Drafter) -> int:
     return int(getattr(drafter, "num_exits", 1))
 
 
-def _pairs(accepted: Any) -> tuple[tuple[tuple[float, float], ...], ...]:
-    return tuple(tuple((float(share), float(seen)) for share, seen in known) for known in accepted)
+def _pairs(given: Any) -> tuple[tuple[float, float], ...]:
+    return tuple((float(a), float(b)) for a, b in given)
 
 
 def _news(now: Any, kept: Any) -> bool:
     """Whether acceptance differs from what was kept, or rests on more observations than that did."""
     for fresh, old in itertools.zip_longest(now, kept, fillvalue=()):
         for (share, seen), (before, times) in itertools.zip_longest(fresh, old, fillvalue=(0.0, 0.0)):
-            if abs(share - before) > ACCEPTANCE or min(seen, AutoDepth.KNOWN) > WRONG * times:
+            if abs(share - before) > ACCEPTANCE or min(seen, AutoDepth.ENOUGH) > WRONG * times:
                 return True
     return False
 
@@ -107,19 +111,30 @@ def measure(target: Target, drafter: Drafter, verifier: Verifier) -> Costs:
     The least counts: whatever else runs only ever makes a pass slower.
     """
     score: dict[int, list[float]] = {n: [] for n in ROWS}
-    drafts: list[list[float]] = [[] for _ in range(num_exits(drafter))]
+    exits: list[int | None] = [*range(num_exits(drafter))] if num_exits(drafter) > 1 else [None]
+    drafts: dict[tuple[int | None, int], list[float]] = {(exit, depth): [] for exit in exits for depth in (1, DRAFTED)}
     start, rounds = time.perf_counter(), 0
     while rounds < REPEATS or time.perf_counter() - start < PATIENCE:
         rounds += 1
         for n, seconds in time_scoring(target, 1).items():
             score[n].append(seconds)
-        for exit, draft in enumerate(drafts):
-            draft.append(time_drafting(target, drafter, verifier, exit if len(drafts) > 1 else None))
+        for (exit, depth), draft in drafts.items():
+            draft.append(time_drafting(target, drafter, verifier, depth, exit))
         sure = 0.01 * min(score[1])  # a draft so cheap needs no better figure
-        dear = [draft for draft in drafts if min(draft) >= sure]
+        dear = [draft for draft in drafts.values() if min(draft) >= sure]
         if rounds >= REPEATS and all(map(measured.confirmed, [*score.values(), *dear])):
             break
-    return Costs({n: min(s) for n, s in score.items()}, tuple(map(min, drafts)))
+    best = {way: min(draft) for way, draft in drafts.items()}
+    return Costs({n: min(s) for n, s in score.items()}, tuple(_line(best[e, 1], best[e, DRAFTED]) for e in exits))
+
+
+def _line(one: float, each: float) -> tuple[float, float]:
+    """Seconds of the first drafted token and of a further one, from one alone and from each of ``DRAFTED``.
+
+    No draft is dearer for being deeper: a drafter that finds nothing alone (0) costs alike.
+    """
+    further = (DRAFTED * each - one) / (DRAFTED - 1)
+    return (one, further) if one > 0 and 0 <= further <= one else (each, each)
 
 
 def _what(target: Target, drafter: Drafter) -> str:
@@ -153,11 +168,13 @@ def time_scoring(target: Target, repeats: int = 5) -> dict[int, float]:
     return {n: min(s) for n, s in seconds.items()}
 
 
-def time_drafting(target: Target, drafter: Drafter, verifier: Verifier, exit: int | None = None) -> float:
+def time_drafting(
+    target: Target, drafter: Drafter, verifier: Verifier, depth: int = DRAFTED, exit: int | None = None
+) -> float:
     """Seconds per token that ``drafter`` drafts, the least of a short generation; 0 if it drafts nothing there."""
     prompt = [(7 * i) % target.vocab_size for i in range(min(CONTEXT, target.context // 2))]
-    policy, sampler = FixedDepth(DRAFTED, exit), Sampler(SamplingParams())
-    limit = min(8 * DRAFTED, target.context - len(prompt))
+    policy, sampler = FixedDepth(depth, exit), Sampler(SamplingParams())
+    limit = min(8 * depth, target.context - len(prompt))
     loop = Loop(target, drafter, verifier, sampler, [prompt], [limit], lambda row, token: None, policy)
     steps, before = [], 0.0
     for number, _ in enumerate(loop.rounds()):

@@ -231,7 +231,9 @@ class SpecDecoder:
             self._costs = costs(self.target, self.drafter, self.verifier)
         if not live:  # a fresh one, that looks at no clock: what depends on the depths repeats
             return AutoDepth(self._costs.score, self._costs.drafts, live=False)
-        if self._auto is None:  # one for all greedy requests: what it has learned about this drafter stays
+        if self._auto is not None:
+            self._auto.begin()
+        else:  # one for all greedy requests: what it has learned about this drafter stays
             self._auto = AutoDepth(self._costs.score, self._costs.drafts, accepted=self._costs.accepted)
         return self._auto
 

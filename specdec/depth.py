@@ -56,26 +56,39 @@ class FixedDepth:
 class _Exit:
     """What is known of drafts whose tokens go to one exit at most.
 
-    draft: seconds per drafted depth, as measured. accepted: of each position, how often it stood in earlier requests,
-    and how many times that was seen.
+    first, further: seconds for the first drafted depth and for each after it, as measured. accepted: of each position,
+    how often it stood in earlier requests, and how many times that was seen.
     """
 
-    def __init__(self, draft: float, accepted: Sequence[tuple[float, float]]) -> None:
-        policy = AutoDepth
-        self.offered, self.stood = [0.0] * policy.MOST, [0.0] * policy.MOST
-        for position, (share, seen) in enumerate(accepted[: policy.MOST]):
-            self.offered[position] = min(seen, policy.KNOWN)
-            self.stood[position] = share * self.offered[position]
-        self.belief_weight = [policy.WEIGHT] * policy.MOST  # fades as observations come in
-        # Of drafting one depth, on a machine as fast as ``score`` says: what slows drafting slows scoring, too.
-        self.steps: deque[float] = deque([draft], maxlen=policy.RECENT)
-        self.draft = draft  # what these come to now
+    def __init__(self, first: float, further: float, accepted: Sequence[tuple[float, float]]) -> None:
+        most = AutoDepth.MOST
+        self.first, self.further = max(first, 1e-9), max(further, 1e-9)  # one that did not draft is followed, too
+        # Measured over ``first`` and ``further``, on a machine as fast as ``score`` says: what slows drafting slows
+        # scoring, too.
+        self.ratios: deque[float] = deque([1.0], maxlen=AutoDepth.RECENT)
+        self.scale = 1.0  # what these and the machine's drift come to now
+        # Of all requests, and of this one: how often a position was offered and stood.
+        self.all_offered, self.all_stood = [0.0] * most, [0.0] * most
+        for position, (share, seen) in enumerate(accepted[:most]):
+            self.all_offered[position], self.all_stood[position] = seen, share * seen
+        self.begin()
+
+    def begin(self) -> None:
+        """A new request: texts differ, so what earlier ones accepted is a belief that few observations outweigh."""
+        most, more = AutoDepth.MOST, AutoDepth.MORE
+        self.offered, self.stood = [0.0] * most, [0.0] * most
+        self.belief_weight = [AutoDepth.WEIGHT + more * min(n / AutoDepth.ENOUGH, 1.0) for n in self.all_offered]
+
+    def cost(self, depth: int) -> float:
+        """Seconds of drafting so deep."""
+        return self.scale * (self.first + (depth - 1) * self.further) if depth else 0.0
 
     def beliefs(self) -> list[float]:
         """Acceptance of each position given the ones before. One is believed to be like the one before it."""
-        found, belief = [], AutoDepth.PRIOR
-        for stood, offered, weight in zip(self.stood, self.offered, self.belief_weight, strict=True):
-            belief = (stood + weight * belief) / (offered + weight)
+        found, belief, weight = [], AutoDepth.PRIOR, AutoDepth.WEIGHT
+        for position, own in enumerate(self.belief_weight):
+            belief = (self.all_stood[position] + weight * belief) / (self.all_offered[position] + weight)
+            belief = (self.stood[position] + own * belief) / (self.offered[position] + own)
             found.append(belief)
         return found
 
@@ -85,21 +98,27 @@ class _Exit:
             reached = [a for d, a in zip(drafted, accepted, strict=True) if d > position and a >= position]
             if reached:
                 share = sum(a > position for a in reached) / len(reached)
-                self.stood[position] = AutoDepth.MEMORY * self.stood[position] + share
-                self.offered[position] = AutoDepth.MEMORY * self.offered[position] + 1
-                self.belief_weight[position] *= AutoDepth.MEMORY
+                memory, long = AutoDepth.MEMORY, AutoDepth.LONG
+                self.stood[position] = memory * self.stood[position] + share
+                self.offered[position] = memory * self.offered[position] + 1
+                self.belief_weight[position] *= memory
+                self.all_stood[position] = long * self.all_stood[position] + share
+                self.all_offered[position] = long * self.all_offered[position] + 1
 
 
 class AutoDepth:
-    """Maximises expected tokens per second: (1 + sum_i prod_{j <= i} a_j) / (k d + s(B + B k w)), over exits, depths k.
+    """Maximises expected tokens per second over exits and depths k:
 
-    a_j: running acceptance of the j-th drafted token given the ones before; d: seconds per drafted depth, both of an
-    exit; s(n): those of a round that scores n tokens, without drafting; B: rows of the batch; w: tokens lately scored
-    per drafted depth (1 for chains). ``score`` gives s at some sizes and ``drafts`` are d for each exit, as measured on
-    this machine; with ``live``, both are followed as rounds go by, by running medians: a slow round (another process, a
-    growing buffer) swings nothing, and figures from a busy hour are mended by the first rounds that disagree. Without
-    it decisions depend on what was drafted and accepted alone, so that seeded sampling repeats. ``accepted``: for each
-    exit, what an earlier policy knew (``known``), to begin with.
+        (1 + sum_i prod_{j <= i} a_j) / (d(k) + s(B + B k w))
+
+    a_j: running acceptance of the j-th drafted token given the ones before; d(k): seconds of drafting k deep, both of
+    an exit; s(n): those of a round that scores n tokens, without drafting; B: rows of the batch; w: tokens lately
+    scored per drafted depth (1 for chains). ``score`` gives s at some sizes and ``drafts``, for each exit, seconds of
+    the first drafted depth and of each further one, as measured on this machine; with ``live``, all are followed as
+    rounds go by, by running medians: a slow round (another process, a growing buffer) swings nothing, and figures from
+    a busy hour are mended by the first rounds that disagree. Without it decisions depend on what was drafted and
+    accepted alone, so that seeded sampling repeats. ``accepted``: for each exit, what an earlier policy knew
+    (``known``), to begin with. ``begin`` says that another request does.
 
     Estimates may be wrong, so two accounts, in tokens that what is best would have yielded, bound what is lost:
     ``trust`` bears the failure of any draft, and rounds that gain restore it; ``credit`` grows by ``SHARE`` in rounds
@@ -109,7 +128,8 @@ class AutoDepth:
     MOST = 8  # deepest draft considered
     MEMORY = 0.96  # weight of the past in running figures, per round
     PRIOR, WEIGHT = 0.6, 3.0  # acceptance assumed before anything was seen; how many observations a belief is worth
-    KNOWN = 9.0  # most observations that what an earlier policy saw is worth
+    MORE, ENOUGH = 4.0, 30.0  # and a belief that rests on so many earlier observations
+    LONG = 0.997  # as ``MEMORY``, over requests
     SIBLING, SIBLINGS = 0.03, 8  # tokens that a node beside the chain is taken to add to a round; most such nodes
     SHARE = 0.006  # of the time that drafting which does not pay may cost
     CREDIT = 0.3  # tokens' worth of time that a first probe may cost at once
@@ -121,13 +141,13 @@ class AutoDepth:
     def __init__(
         self,
         score: Mapping[int, float],
-        drafts: Sequence[float],
+        drafts: Sequence[tuple[float, float]],
         live: bool = True,
         accepted: Sequence[Sequence[tuple[float, float]]] = (),
     ) -> None:
         self.score, self.sizes = dict(score), sorted(score)
         earlier = [*accepted, *[()] * len(drafts)]
-        self.exits = [_Exit(*known) for known in zip(drafts, earlier, strict=False)]
+        self.exits = [_Exit(*draft, known) for draft, known in zip(drafts, earlier, strict=False)]
         self.exit: int | None = None if len(self.exits) == 1 else 0
         self.live, self.batch, self.width = live, 1, 1.0
         self.ratios: deque[float] = deque(maxlen=self.RECENT)  # measured seconds of a round over what ``score`` says
@@ -136,6 +156,12 @@ class AutoDepth:
         self.probing = False
         self.rest = 0  # plain rounds to go before anything is decided
         self._speeds: list[list[float]] = []  # of this round
+
+    def begin(self) -> None:
+        """Forget what is the last request's alone."""
+        self.rest, self.trust = 0, max(self.trust, self.TRUST)
+        for known in self.exits:
+            known.begin()
 
     def depth(self, batch: int) -> int:
         if self.rest and batch == self.batch:
@@ -166,11 +192,12 @@ class AutoDepth:
     def loss(self, depth: int, exit: int = 0) -> float:
         """What a round of this depth loses if nothing of it stands: tokens that plain decoding yields in the time."""
         rows = self.batch * (1 + depth * self.width)
-        return (depth * self.exits[exit].draft + self.seconds(rows)) / self.seconds(self.batch) - 1
+        return (self.exits[exit].cost(depth) + self.seconds(rows)) / self.seconds(self.batch) - 1
 
     def confidence(self) -> float:
         """Drafting one token more pays if P(chain stands) x seconds per token exceeds what that token costs."""
-        one_more = self.exits[self.exit or 0].draft + max(self.seconds(2 * self.batch) - self.seconds(self.batch), 0.0)
+        known, scored = self.exits[self.exit or 0], self.seconds(2 * self.batch) - self.seconds(self.batch)
+        one_more = known.scale * known.further + max(scored, 0.0)
         return min(one_more * self.most(), 1.0)
 
     def spare(self, batch: int, depth: int) -> int:
@@ -197,7 +224,7 @@ class AutoDepth:
         if not self._speeds:
             rows = [self.seconds(self.batch * (1 + depth * self.width)) for depth in range(self.MOST + 1)]
             self._speeds = [
-                [n / (k * known.draft + s) for k, (n, s) in enumerate(zip(self.expected(at), rows, strict=True))]
+                [n / (known.cost(k) + s) for k, (n, s) in enumerate(zip(self.expected(at), rows, strict=True))]
                 for at, known in enumerate(self.exits)
             ]
         return self._speeds
@@ -208,7 +235,7 @@ class AutoDepth:
 
     def known(self) -> list[list[tuple[float, float]]]:
         """For each exit, of each position that was drafted: how often it stood, and how many times that was seen."""
-        pairs = (zip(known.stood, known.offered, strict=True) for known in self.exits)
+        pairs = (zip(known.all_stood, known.all_offered, strict=True) for known in self.exits)
         return [[(stood / seen, seen) for stood, seen in positions if seen >= 1] for positions in pairs]
 
     def observe(self, drafted: Sequence[int], accepted: Sequence[int], rows: int, draft: float, rest: float) -> None:
@@ -222,9 +249,9 @@ class AutoDepth:
         best, used = self.most(), self.exits[self.exit or 0]
         self.width = 0.8 * self.width + 0.2 * (rows / len(drafted) - 1) / deepest
         if self.live:
-            used.steps.append(draft / deepest / self._settle())
+            used.ratios.append(draft / self._settle() / (used.first + (deepest - 1) * used.further))
             self._settle()
-        usual, got = deepest * used.draft + self.seconds(rows), 1 + statistics.fmean(accepted)
+        usual, got = used.cost(deepest) + self.seconds(rows), 1 + statistics.fmean(accepted)
         self.trust = min(self.trust + got - usual / self.seconds(len(drafted)), self.MOST_TRUST)
         if self.probing:  # what it really took: a drafter that was not asked for long may have to catch up
             spent = draft + rest if self.live else usual
@@ -239,5 +266,5 @@ class AutoDepth:
             # The lower median: what is in the way of a round only ever makes it longer.
             self.drift = statistics.median_low(self.ratios)
             for known in self.exits:
-                known.draft = self.drift * statistics.median_low(known.steps)
+                known.scale = self.drift * statistics.median_low(known.ratios)
         return self.drift

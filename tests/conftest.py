@@ -93,7 +93,7 @@ def scripted_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Automatic depth rests on these figures instead of timing the tiny model: one more scored token is cheap."""
 
     def given(target: Target, drafter: Drafter, verifier: Verifier) -> Costs:
-        return Costs({n: 1 + 0.02 * n for n in (1, 2, 4, 8, 16)}, (0.1,) * num_exits(drafter))
+        return Costs({n: 1 + 0.02 * n for n in (1, 2, 4, 8, 16)}, ((0.1, 0.1),) * num_exits(drafter))
 
     monkeypatch.setattr("specdec.decoder.costs", given)
     monkeypatch.setattr("specdec.decoder.mend", lambda target, drafter, kept, policy: kept)

@@ -26,7 +26,7 @@ def test_costs_are_measured_once_and_again_when_something_changes(tmp_path: Path
     monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path))
     target, verifier = ReferenceTarget(tiny_model()), ExactVerifier()
     first = costs.costs(target, PromptLookupDrafter(), verifier)
-    assert set(first.score) == set(costs.ROWS) and min(first.score.values()) > 0 and first.drafts[0] >= 0
+    assert set(first.score) == set(costs.ROWS) and min(first.score.values()) > 0 and min(first.drafts[0]) >= 0
     assert costs.costs(target, PromptLookupDrafter(), verifier) == first  # times never repeat by chance
     (kept,) = (tmp_path / "costs").iterdir()
     kept.write_text("{}")
@@ -40,7 +40,7 @@ def test_costs_are_measured_once_and_again_when_something_changes(tmp_path: Path
 def test_an_unwritable_cache_only_costs_time(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "file"))
-    assert costs.costs(ReferenceTarget(tiny_model()), NoDrafter(), ExactVerifier()).drafts == (0.0,)
+    assert costs.costs(ReferenceTarget(tiny_model()), NoDrafter(), ExactVerifier()).drafts == ((0.0, 0.0),)
 
 
 def test_a_planted_file_is_read_as_data(tmp_path: Path, monkeypatch) -> None:
@@ -62,14 +62,14 @@ def test_figures_that_requests_contradict_are_mended_for_good(tmp_path: Path, mo
     target, drafter, verifier = ReferenceTarget(tiny_model()), PromptLookupDrafter(), ExactVerifier()
     costs.costs(target, drafter, verifier)
     (file,) = (tmp_path / "costs").iterdir()
-    data = json.loads(file.read_text()) | {"score": {str(n): 75.0 + n for n in costs.ROWS}, "drafts": [47.0]}
+    data = json.loads(file.read_text()) | {"score": {str(n): 75.0 + n for n in costs.ROWS}, "drafts": [[47.0, 47.0]]}
     file.write_text(json.dumps(data))  # as a busy machine would have it
     kept = costs.costs(target, drafter, verifier)
     policy = AutoDepth(kept.score, kept.drafts)
     for _ in range(30):
         policy.observe([2], [1], 3, 2 * 1.3, 6.3)
     mended = costs.mend(target, drafter, kept, policy)
-    assert 5 < mended.score[1] < 7 and 1 < mended.drafts[0] < 1.6 and mended.accepted[0][0][0] == 1.0
+    assert 5 < mended.score[1] < 7 and 1 < mended.drafts[0][0] < 1.6 and mended.accepted[0][0][0] == 1.0
     assert costs.costs(target, drafter, verifier) == mended
     again = AutoDepth(mended.score, mended.drafts, accepted=mended.accepted)
     for _ in range(10):
@@ -88,5 +88,5 @@ def test_timing_goes_on_until_the_least_was_reached_twice(monkeypatch) -> None:
     monkeypatch.setattr(costs, "PATIENCE", 1e9)
     monkeypatch.setattr(costs, "time_scoring", scoring)
     monkeypatch.setattr(costs, "time_drafting", lambda *args: 1.2)
-    assert costs.measure(None, None, None) == costs.Costs({n: 6 + 0.1 * n for n in costs.ROWS}, (1.2,))
+    assert costs.measure(None, None, None) == costs.Costs({n: 6 + 0.1 * n for n in costs.ROWS}, ((1.2, 1.2),))
     assert next(rounds) == 6

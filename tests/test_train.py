@@ -570,7 +570,7 @@ def test_given_paths_scale_with_the_depth_of_the_model() -> None:
 
 
 def test_the_predicted_speedup_weighs_acceptance_against_measured_costs() -> None:
-    costs = Costs({1: 10.0, 2: 11.0, 3: 12.0, 5: 14.0}, drafts=(1.0,))
+    costs = Costs({1: 10.0, 2: 11.0, 3: 12.0, 5: 14.0}, drafts=((1.0, 1.0),))
     # One draft: 1.5 tokens in 1 + 11 of 10 units; a second adds 0.4 tokens for 2 more; a third too little.
     assert predict([0.5, 0.4, 0.05], costs) == (pytest.approx(1.9 * 10 / 14), 2)
     assert predict([0.5], costs, nodes=[4]) == (1.0, 0)  # its tree costs 14 to score

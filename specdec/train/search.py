@@ -85,7 +85,8 @@ class PathCosts:
 
     def of(self, candidate: Candidate) -> Costs:
         leaps = len(candidate.segments) + candidate.final_leap
-        return Costs(self.score, (self.rest + candidate.layers * self.layer + leaps * self.leap,))
+        draft = self.rest + candidate.layers * self.layer + leaps * self.leap
+        return Costs(self.score, ((draft, draft),))
 
 
 def path_costs(target: Target, vocab: Tensor | None) -> PathCosts:
@@ -406,7 +407,7 @@ class Search:
             rows.append(
                 {
                     "path": candidate.key,
-                    "draft_cost": round(self.costs.of(candidate).drafts[-1] / plain, 4),
+                    "draft_cost": round(self.costs.of(candidate).drafts[-1][1] / plain, 4),
                     "agreement": measured.get("agreement", [self.first[candidate.key]]),
                     "tokens_per_round": round(1 + sum(measured["chain"]), 3) if measured else None,
                     "speedup": round(fitted[0], 3),

@@ -34,7 +34,7 @@ def predict(chain: Sequence[float], costs: Costs, nodes: Sequence[int] | None = 
     best, depth, tokens = 1.0, 0, 1.0
     for k, stands in enumerate(chain, start=1):
         tokens += stands
-        speedup = tokens * seconds(1) / (k * draft + seconds(1 + (nodes[k - 1] if nodes else k)))
+        speedup = tokens * seconds(1) / (draft[0] + (k - 1) * draft[1] + seconds(1 + (nodes[k - 1] if nodes else k)))
         if speedup > best:
             best, depth = speedup, k
     return best, depth

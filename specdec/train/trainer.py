@@ -338,7 +338,7 @@ class Run:
         speedup, depth = predict(figures["chain"], self.costs, figures.get("nodes"))
         self.speedup = round(speedup, 3)
         plain = self.costs.score[1]
-        return {"speedup": self.speedup, "depth": depth, "draft_cost": round(self.costs.drafts[-1] / plain, 4)}
+        return {"speedup": self.speedup, "depth": depth, "draft_cost": round(self.costs.drafts[-1][1] / plain, 4)}
 
     def _export(self, figures: dict[str, Any]) -> None:
         training: dict[str, Any] = {
