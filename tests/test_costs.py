@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -90,3 +91,14 @@ def test_timing_goes_on_until_the_least_was_reached_twice(monkeypatch) -> None:
     monkeypatch.setattr(costs, "time_drafting", lambda *args: 1.2)
     assert costs.measure(None, None, None) == costs.Costs({n: 6 + 0.1 * n for n in costs.ROWS}, ((1.2, 1.2),))
     assert next(rounds) == 6
+
+
+def test_each_exit_and_the_first_token_of_a_draft_have_prices_of_their_own(monkeypatch) -> None:
+    """One token takes 2 (exit 0) or 4 (exit 1); of four, each takes 1.25 or 2.5. A lookup that finds none takes 0."""
+    monkeypatch.setattr(costs, "time_scoring", lambda target, repeats: dict.fromkeys(costs.ROWS, 6.0))
+    alone = lambda target, drafter, verifier, depth, exit: (2.0 if depth == 1 else 1.25) * (1 + (exit or 0))  # noqa: E731
+    monkeypatch.setattr(costs, "time_drafting", alone)
+    assert costs.measure(None, Mock(num_exits=2), None).drafts == ((2.0, 1.0), (4.0, 2.0))
+    assert costs.measure(None, Mock(num_exits=1), None).drafts == ((2.0, 1.0),)
+    monkeypatch.setattr(costs, "time_drafting", lambda *args: 0.0)
+    assert costs.measure(None, Mock(num_exits=1), None).drafts == ((0.0, 0.0),)
