@@ -28,7 +28,6 @@ CONTEXT = 128  # cached tokens while timing
 REPEATS, PATIENCE = 3, 4.0  # fewest rounds of timings; seconds after which there is no other
 DRAFTED = 4  # depth of the timed drafts
 WRONG = 1.25  # kept figures that are further from what rounds take are mended
-
 ACCEPTANCE = 0.1  # kept acceptance that differs by more is written anew
 
 

@@ -20,7 +20,7 @@ import torch
 from specdec import artifacts, embedded
 
 CONFIRMED = 1.1  # a figure is believed once it was reached a second time, within this factor
-REPEATS, PATIENCE = 3, 3.0  # fewest timings of each way; seconds after which there is no other
+REPEATS, PATIENCE = 3, 1.0  # fewest timings of each way; seconds after which there is no other
 WORTH = 1.05  # another way than the usual must be faster by this factor
 SPARE = 0.5  # cores beyond those that are timed which others may use and be taken for idle
 

@@ -125,16 +125,17 @@ _arena = _Arena()
 TIMED = (1, 5)  # tokens of the passes by which ways to run are compared: plain decoding, and scoring a draft
 TIMED_BYTES = 64 << 20  # of bf16 weights in them, more than caches hold
 FEW = 16  # tokens of a pass that decodes; more are a prompt's
-_most = 1 << 30  # threads that such a pass takes at most
+_most: int | None = None  # threads that such a pass takes at most, if fewer than there are
 
 
 def threads(tokens: int) -> int:
     """Threads for a pass over so many tokens: PyTorch's, or fewer where few tokens were found to be faster in fewer."""
-    return min(torch.get_num_threads(), _most) if tokens <= FEW else torch.get_num_threads()
+    count = torch.get_num_threads()
+    return count if _most is None or tokens > FEW else min(count, _most)
 
 
-def limit_threads(most: int) -> None:
-    """Let passes over few tokens take at most so many threads. The pool is the process's, and so is this."""
+def limit_threads(most: int | None) -> None:
+    """Let passes over few tokens take at most so many threads; None: all. The pool is the process's, and so is this."""
     global _most
     _most = most
 

@@ -240,7 +240,7 @@ class NativeTarget(Target):
     def _limit_threads(self) -> None:
         """As few threads for few tokens as are fastest on this machine."""
         most, cache = torch.get_num_threads(), self.new_cache()
-        native.limit_threads(most)
+        native.limit_threads(None)
         counts = [most >> halvings for halvings in range(most.bit_length())]
 
         def way(count: int) -> Callable[[], object]:
@@ -258,7 +258,7 @@ class NativeTarget(Target):
             what = f"threads {self.fingerprint} {self.storage}"
             found = measured.seconds(what, {str(count): way(count) for count in counts})
             count = int(measured.choose(found, str(most)))
-            native.limit_threads(count)
+            native.limit_threads(count if count < most else None)
             self.chosen = f"{self.storage}; {count} of {most} threads for up to {native.FEW} tokens" if found else ""
 
     # -- what is prepared once --------------------------------------------------------------------------------------

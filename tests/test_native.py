@@ -174,6 +174,10 @@ def test_storage_and_threads_are_those_that_timings_prefer(monkeypatch: pytest.M
         assert (native.threads(1), native.threads(native.FEW + 1)) == (1, 2) and "1 of 2 threads" in narrow.chosen
         with torch.inference_mode():
             assert all(torch.equal(a, b) for a, b in zip(play(narrow), expected, strict=True))
+        timings("packed")
+        NativeTarget(model)
+        torch.set_num_threads(3)
+        assert native.threads(1) == 3  # "all" is no number that stays
         assert [sorted(ways) for ways in asked[:2]] == [["dense 1", "dense 5", "packed 1", "packed 5"], ["1", "2"]]
     finally:
         torch.set_num_threads(threads)
