@@ -113,10 +113,10 @@ class AutoDepth:
 
     a_j: running acceptance of the j-th drafted token given the ones before; d(k): seconds of drafting k deep, both of
     an exit; s(n): those of a round that scores n tokens, without drafting; B: rows of the batch; w: tokens lately
-    scored per drafted depth (1 for chains). ``score`` gives s at some sizes and ``drafts``, for each exit, seconds of
-    the first drafted depth and of each further one, as measured on this machine; with ``live``, all are followed as
-    rounds go by, by running medians: a slow round (another process, a growing buffer) swings nothing, and figures from
-    a busy hour are mended by the first rounds that disagree. Without it decisions depend on what was drafted and
+    scored per drafted depth (1 for chains, and for trees no larger than ``spare`` has room for). ``score`` gives s at
+    some sizes and ``drafts``, for each exit, seconds of the first drafted depth and of each further one, as measured on
+    this machine; with ``live``, all are followed as rounds go by, by running medians: a slow round (another process, a
+    growing buffer) swings nothing, and figures from a busy hour are mended by the first rounds that disagree. Without it decisions depend on what was drafted and
     accepted alone, so that seeded sampling repeats. ``accepted``: for each exit, what an earlier policy knew
     (``known``), to begin with. ``begin`` says that another request does.
 
@@ -154,6 +154,7 @@ class AutoDepth:
         self.drift = 1.0  # what these come to now
         self.credit, self.trust = self.CREDIT, self.TRUST  # what a probe, and any draft, may lose by now, in tokens
         self.probing = False
+        self.room = 0  # nodes of a row that count as a chain this round
         self.rest = 0  # plain rounds to go before anything is decided
         self._speeds: list[list[float]] = []  # of this round
 
@@ -167,7 +168,7 @@ class AutoDepth:
         if self.rest and batch == self.batch:
             self.rest -= 1
             return 0
-        self.batch, self._speeds, self.rest = batch, [], 0
+        self.batch, self._speeds, self.rest, self.room = batch, [], 0, 0
         self._settle()
         speeds = self.speeds()
         ways = [(exit, max(range(1, self.MOST + 1), key=known.__getitem__)) for exit, known in enumerate(speeds)]
@@ -205,7 +206,9 @@ class AutoDepth:
         worth = self.SIBLING / self.speeds()[self.exit or 0][min(depth, self.MOST)]  # seconds
         chain = self.seconds(batch * (1 + depth))
         prices = ((m, self.seconds(batch * (1 + depth + m)) - chain) for m in range(1, self.SIBLINGS + 1))
-        return max((m for m, price in prices if price <= m * worth), default=0) if depth else 0
+        found = max((m for m, price in prices if price <= m * worth), default=0) if depth else 0
+        self.room = depth + found
+        return found
 
     def expected(self, exit: int = 0) -> list[float]:
         """Tokens a round of each depth is expected to yield."""
@@ -247,7 +250,9 @@ class AutoDepth:
             self.credit += self.SHARE
             return
         best, used = self.most(), self.exits[self.exit or 0]
-        self.width = 0.8 * self.width + 0.2 * (rows / len(drafted) - 1) / deepest
+        nodes = rows / len(drafted) - 1
+        # Siblings pay for themselves, at another depth others: they say nothing of what deeper drafts would score.
+        self.width = 0.8 * self.width + 0.2 * (1.0 if nodes <= self.room else nodes / deepest)
         if self.live:
             used.ratios.append(draft / self._settle() / (used.first + (deepest - 1) * used.further))
             self._settle()

@@ -191,7 +191,7 @@ def packed_silu_gated(weight: Tensor, bias: Tensor | None = None) -> Linear:
 def frozen(weight: Tensor, bias: Tensor | None = None) -> Linear:
     """For weights of a drafter that no longer change: in the fastest storage at one row, which may round."""
     if native.serves(weight):
-        return native.Packed(weight, bias, coarse=True)
+        return native.Packed(weight, bias, coarse=(native.I8,))
     return (packed if packable(weight.dtype, weight.device) else dense)(weight.detach(), bias)
 
 
@@ -202,7 +202,7 @@ class UnitMap:
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        self.packed = native.Packed(weight, bias, coarse=True) if native.serves(weight) else None
+        self.packed = native.Packed(weight, bias, coarse=(native.I8,)) if native.serves(weight) else None
         self.linear = None if self.packed else frozen(weight, bias)
 
     def __call__(self, parts: Sequence[Tensor]) -> Tensor:

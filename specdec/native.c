@@ -10,7 +10,7 @@
  * Layouts, for blocks of 16 tokens ("lanes"): FM, feature-major floats f[features][16]; VN, pairs of bf16
  * v[features / 2][16], what AMX's products read; QN, its form for I8 maps, quads of int8 q[features / 4][16], and then
  * each lane's scale; RN and QR (below), what the products without AMX read. Drafts need not be exact: their maps may be
- * I8, whose products need no unpacking. Knows nothing of Python, models' names, or drafting.
+ * I8, whose products need no unpacking, or I4, half as large. Knows nothing of Python, models' names, or drafting.
  */
 #include <stdint.h>
 #include <stdlib.h>
@@ -29,9 +29,10 @@ int omp_get_num_threads(void);
 
 #pragma GCC target("prfchw,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni,f16c,fma,avx2,amx-tile,amx-bf16,amx-int8")
 
-enum { BF16 = 0, Q8 = 1, Q4 = 2, I8 = 3 }; /* I8: for drafts; both sides of the product are rounded to 8 bits */
+enum { BF16 = 0, Q8 = 1, Q4 = 2, I8 = 3, I4 = 4 }; /* I8, I4: for drafts; what they are multiplied with is rounded to 8 bits */
 enum { MOST_BLOCKS = 4, RING = 8, AHEAD = 2, PREFETCH = 4096, MOST_EXPECTED = 1024, SOON = 64 }; /* SOON: keys ahead that are sent for */
-static const int TILE_BYTES[4] = {1024, 32 + 512, 64 + 256, 1024}; /* 16 x 32: bf16 | scales f16[16], int8 | scales, lows, nibbles; I8: 16 x 64 */
+static const int TILE_BYTES[5] = {1024, 32 + 512, 64 + 256, 1024, 64 + 512}; /* 16 x 32: bf16 | scales f16[16], int8 | scales, lows, nibbles;
+    16 x 64: int8 | scales f16[16][2] (of a row's even and odd quads), for two rows each: nibbles of one above the other's */
 
 typedef uint16_t bf16;
 typedef __m512 F;
@@ -40,7 +41,7 @@ typedef struct {       /* y = W x (+ bias) */
     int32_t kind, out, in, unused; /* out: multiple of 16; in: multiple of 32 */
     const uint8_t *tiles; /* [out / 16][in / 32] */
     const float *bias;    /* [out] or NULL */
-    const float *scale;   /* I8: [out] */
+    const float *scale;   /* I8: [out]; I4: what a row's products are too large by, [out] */
 } Map;
 
 typedef struct {       /* low-rank terms beside a map: y += up (down x) */
@@ -166,7 +167,7 @@ static inline F exp16(F x) {
 
 /* -- tiles -------------------------------------------------------------------------------------------------------- */
 
-static int has_amx, has_i8;
+static int has_amx, has_vnni;
 
 typedef struct {
     uint8_t palette, start, zero[14];
@@ -189,21 +190,30 @@ static void leave_tiles(void) {
 
 /* A tile's 16 x 32 weights as bf16 rows of 64 bytes. The same code unpacks when weights are fitted, so what was found
  * equal there is equal here. */
-static inline __attribute__((always_inline)) void unpack_quad(const uint8_t *codes, const float *scale, const float *low, __m512i *row) {
+static inline __attribute__((always_inline)) void make_tables(const float *scale, const float *low, __m512i *table) {
     const F steps = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512i nibble = _mm512_set1_epi16(15), second = _mm512_set1_epi16(16);
-    __m512i words = _mm512_loadu_si512(codes); /* word w, nibble j: row j of the four, column w */
     F a = _mm512_fmadd_ps(steps, _mm512_set1_ps(scale[0]), _mm512_set1_ps(low[0]));
     F b = _mm512_fmadd_ps(steps, _mm512_set1_ps(scale[1]), _mm512_set1_ps(low[1]));
     F c = _mm512_fmadd_ps(steps, _mm512_set1_ps(scale[2]), _mm512_set1_ps(low[2]));
     F d = _mm512_fmadd_ps(steps, _mm512_set1_ps(scale[3]), _mm512_set1_ps(low[3]));
     /* Two rows share a table of 32 entries; the fifth bit of an index says which. */
-    __m512i ab = (__m512i)_mm512_cvtne2ps_pbh(b, a), cd = (__m512i)_mm512_cvtne2ps_pbh(d, c);
+    table[0] = (__m512i)_mm512_cvtne2ps_pbh(b, a), table[1] = (__m512i)_mm512_cvtne2ps_pbh(d, c);
+}
+
+static inline __attribute__((always_inline)) void look_up(const uint8_t *codes, const __m512i *table, __m512i *row) {
+    const __m512i nibble = _mm512_set1_epi16(15), second = _mm512_set1_epi16(16);
+    __m512i words = _mm512_loadu_si512(codes); /* word w, nibble j: row j of the four, column w */
     __m512i other = _mm512_ternarylogic_epi32(_mm512_srli_epi16(words, 4), nibble, second, 0xea); /* x & y | z */
-    row[0] = _mm512_permutexvar_epi16(_mm512_and_si512(words, nibble), ab);
-    row[1] = _mm512_permutexvar_epi16(other, ab);
-    row[2] = _mm512_permutexvar_epi16(_mm512_and_si512(_mm512_srli_epi16(words, 8), nibble), cd);
-    row[3] = _mm512_permutexvar_epi16(_mm512_or_si512(_mm512_srli_epi16(words, 12), second), cd);
+    row[0] = _mm512_permutexvar_epi16(_mm512_and_si512(words, nibble), table[0]);
+    row[1] = _mm512_permutexvar_epi16(other, table[0]);
+    row[2] = _mm512_permutexvar_epi16(_mm512_and_si512(_mm512_srli_epi16(words, 8), nibble), table[1]);
+    row[3] = _mm512_permutexvar_epi16(_mm512_or_si512(_mm512_srli_epi16(words, 12), second), table[1]);
+}
+
+static inline __attribute__((always_inline)) void unpack_quad(const uint8_t *codes, const float *scale, const float *low, __m512i *row) {
+    __m512i table[2];
+    make_tables(scale, low, table);
+    look_up(codes, table, row);
 }
 
 static inline void unpack_q4(const uint8_t *tile, uint8_t *rows) {
@@ -347,8 +357,8 @@ static void to_qn(const uint32_t *vn, int features, int blocks, uint8_t *qn) {
 
 /* -- the same without AMX ------------------------------------------------------------------------------------------
  * A tile's rows are multiplied with one token after another: a pass of few tokens costs few products. Inputs are in
- * rows: RN, bf16 [16 tokens][features]; QR, its form for I8 maps, int8 [16][features], each token's scale, and 128 times
- * its sum (the products take weights without sign, 128 too large). */
+ * rows: RN, bf16 [16 tokens][features]; QR, its form for I8 and I4 maps, int8 [16][features], each token's scale, and 128
+ * times its sum. These products take one side without sign: I8's weights are 128 too large, for I4 the tokens. */
 
 enum { ROWS = 6 }; /* tokens multiplied at once: 24 sums, 4 rows and a token fit the registers */
 
@@ -363,10 +373,11 @@ static void to_rows(const uint32_t *vn, int features, int tokens, uint32_t *rows
     }
 }
 
-/* RN to QR: each token by its largest value. */
-static void to_qr(const uint32_t *rn, int features, int tokens, uint8_t *qr) {
+/* RN to QR for a map of `kind`: each token by its largest value. */
+static void to_qr(int kind, const uint32_t *rn, int features, int tokens, uint8_t *qr) {
     F *scales = (F *)(qr + 16 * (int64_t)features);
     const __m512i upper = _mm512_set1_epi32((int)0xffff0000);
+    const __m128i more = _mm_set1_epi8(kind == I4 ? -128 : 0);
     float lane[16] __attribute__((aligned(64))) = {0}, sums[16] __attribute__((aligned(64))) = {0};
     for (int r = 0; r < tokens; r++) {
         const uint32_t *row = rn + (int64_t)r * features / 2;
@@ -382,28 +393,41 @@ static void to_qr(const uint32_t *rn, int features, int tokens, uint8_t *qr) {
         for (int i = 0; i < features; i += 16) {
             __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(load_bf16((const bf16 *)row + i), inverse));
             sum = _mm512_add_epi32(sum, whole);
-            _mm_store_si128((__m128i *)(qr + (int64_t)r * features + i), _mm512_cvtsepi32_epi8(whole));
+            _mm_store_si128((__m128i *)(qr + (int64_t)r * features + i), _mm_xor_si128(_mm512_cvtsepi32_epi8(whole), more));
         }
         lane[r] = largest / 127.0f, sums[r] = 128.0f * (float)_mm512_reduce_add_epi32(sum);
     }
     scales[0] = _mm512_load_ps(lane), scales[1] = _mm512_load_ps(sums);
 }
 
-/* Scales and lows of a row of tiles, float [tile][scale, low][16 outputs]: from memory they are spread for nothing. */
+/* Scales and lows of a row of tiles, float [tile][scale, low][16 outputs] (I4: [16 outputs][scale, scale]): from memory
+ * they are spread for nothing. */
 static inline __attribute__((always_inline)) void read_scales(int kind, const uint8_t *tiles, int count, float *scales) {
     for (int k = 0; k < count; k++, tiles += TILE_BYTES[kind], scales += 32) {
         _mm512_store_ps(scales, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)tiles)));
-        if (kind == Q4) _mm512_store_ps(scales + 16, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(tiles + 32))));
+        if (kind != Q8) _mm512_store_ps(scales + 16, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(tiles + 32))));
     }
 }
 
 /* Rows 4 quad .. of a tile, with its `scales`. */
 static inline __attribute__((always_inline)) void four_rows(int kind, const uint8_t *at, int quad, const float *scales, __m512i *row) {
     if (kind == Q4) unpack_quad(at + 64 + 64 * quad, scales + 4 * quad, scales + 16 + 4 * quad, row);
+    else if (kind == I4)
+        for (int o = 0; o < 4; o += 2) { /* in the upper half of a byte, 16 times as large */
+            __m512i codes = _mm512_loadu_si512(at + 64 + 128 * quad + 32 * o), upper = _mm512_set1_epi8(-16);
+            row[o] = _mm512_and_si512(codes, upper), row[o + 1] = _mm512_and_si512(_mm512_slli_epi16(codes, 4), upper);
+        }
     else
         for (int o = 0; o < 4; o++)
             row[o] = kind == Q8 ? unpack_row(at + 32 + 32 * (4 * quad + o), scales[4 * quad + o])
                                 : _mm512_load_si512(at + 256 * quad + 64 * o);
+}
+
+/* Two floats, again and again. */
+static inline F pair_of(const float *p) {
+    int64_t both;
+    memcpy(&both, p, 8);
+    return _mm512_castsi512_ps(_mm512_set1_epi64(both));
 }
 
 /* The sums of four vectors' elements, side by side. */
@@ -415,65 +439,83 @@ static inline __m128 sums_of(F a, F b, F c, F d) {
     return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
 
-/* sums[4 outputs][16 lanes] of `tokens` <= ROWS tokens: both sides' products are added one after the other in 16 places,
+/* sums[4 outputs][16 lanes], in `lanes`, of `tokens` <= ROWS tokens: both sides' products are added one after the other in 16 places,
  * and those in the end, so a token's result is the same whatever is computed beside it. ahead: bytes to what will be
  * read next, or 0. */
-static inline __attribute__((always_inline)) void four_outputs(int kind, int tokens, const Side *a, const Side *b, int quad,
-                                                               const float *scales, int64_t ahead, float *sums) {
-    __m512i row[4], whole[4][ROWS]; /* a kind has sums of one type: casts would keep the compiler from using registers */
+static inline __attribute__((always_inline)) void four_outputs(int kind, int tokens, const Side *a, const Side *b, int quad, const float *scales,
+                                                               int64_t ahead, __mmask16 lanes, float *sums) {
+    __m512i row[4], next[4], whole[4][ROWS]; /* a kind has sums of one type: casts would keep the compiler from using registers */
     F sum[4][ROWS];
     for (int o = 0; o < 4; o++)
         for (int r = 0; r < tokens; r++)
             if (kind == I8) whole[o][r] = _mm512_setzero_si512();
             else sum[o][r] = _mm512_setzero_ps();
+    if (kind == Q4) make_tables(scales + 4 * quad, scales + 16 + 4 * quad, next);
+    if (kind == Q8) four_rows(kind, a->tiles, quad, scales, next);
     for (int k = 0; k < a->count; k++) {
         const uint8_t *tile = a->tiles + a->step * k, *x = a->x + 64 * k;
         if (ahead)
             for (int64_t i = 64 * quad; i < a->step; i += 256) _mm_prefetch((const char *)tile + ahead + i, _MM_HINT_T1);
-        four_rows(kind, tile, quad, scales + 32 * k, row);
+        /* What the next products need is begun before these: they would wait for it behind them. */
+        int after = k + 1 < a->count ? 1 : 0;
+        const float *soon = scales + 32 * (k + after) + 4 * quad;
+        if (kind == Q4) {
+            __m512i table[2] = {next[0], next[1]};
+            make_tables(soon, soon + 16, next);
+            look_up(tile + 64 + 64 * quad, table, row);
+        } else if (kind == Q8) {
+            memcpy(row, next, sizeof row);
+            four_rows(kind, tile + a->step * after, quad, scales + 32 * (k + after), next);
+        } else four_rows(kind, tile, quad, scales + 32 * k, row);
         for (int r = 0; r < tokens; r++) {
             __m512i token = _mm512_load_si512(x + a->stride * r);
             for (int o = 0; o < 4; o++)
                 if (kind == I8) whole[o][r] = _mm512_dpbusd_epi32(whole[o][r], row[o], token);
-                else sum[o][r] = _mm512_dpbf16_ps(sum[o][r], (__m512bh)row[o], (__m512bh)token);
+                else if (kind == I4) {
+                    F part = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(_mm512_setzero_si512(), token, row[o]));
+                    sum[o][r] = _mm512_fmadd_ps(part, pair_of(scales + 32 * k + 2 * (4 * quad + o)), sum[o][r]);
+                } else sum[o][r] = _mm512_dpbf16_ps(sum[o][r], (__m512bh)row[o], (__m512bh)token);
         }
     }
-    for (int k = 0; kind != I8 && k < b->count; k++) {
+    for (int k = 0; kind < I8 && k < b->count; k++) {
         four_rows(BF16, b->tiles + b->step * k, quad, NULL, row);
         for (int r = 0; r < tokens; r++) {
             __m512bh token = (__m512bh)_mm512_load_si512(b->x + 64 * k + b->stride * r);
             for (int o = 0; o < 4; o++) sum[o][r] = _mm512_dpbf16_ps(sum[o][r], (__m512bh)row[o], token);
         }
     }
-    for (int r = 0; r < tokens; r++) {
-        float four[4] __attribute__((aligned(16)));
-        if (kind == I8)
-            for (int o = 0; o < 4; o++) sum[o][r] = _mm512_cvtepi32_ps(whole[o][r]);
-        _mm_store_ps(four, sums_of(sum[0][r], sum[1][r], sum[2][r], sum[3][r]));
-        for (int o = 0; o < 4; o++) sums[16 * o + r] = four[o];
+    __m128 four[8]; /* of a token four outputs, and then of an output four tokens */
+    for (int r = 0; r < 8; r++) {
+        for (int o = 0; o < 4 && kind == I8 && r < tokens; o++) sum[o][r] = _mm512_cvtepi32_ps(whole[o][r]);
+        four[r] = r < tokens ? sums_of(sum[0][r], sum[1][r], sum[2][r], sum[3][r]) : _mm_setzero_ps();
     }
+    _MM_TRANSPOSE4_PS(four[0], four[1], four[2], four[3]);
+    _MM_TRANSPOSE4_PS(four[4], four[5], four[6], four[7]);
+    for (int o = 0; o < 4; o++)
+        _mm512_mask_storeu_ps(sums + 16 * o, lanes, _mm512_zextps256_ps512(_mm256_set_m128(four[4 + o], four[o])));
 }
 
 static inline __attribute__((always_inline)) void few_tokens(int kind, int tokens, const Side *a, const Side *b, int quad,
-                                                             const float *scales, int64_t ahead, float *sums) {
+                                                             const float *scales, int64_t ahead, __mmask16 lanes, float *sums) {
     switch (tokens) {
-    case 1: four_outputs(kind, 1, a, b, quad, scales, ahead, sums); break;
-    case 2: four_outputs(kind, 2, a, b, quad, scales, ahead, sums); break;
-    case 3: four_outputs(kind, 3, a, b, quad, scales, ahead, sums); break;
-    case 4: four_outputs(kind, 4, a, b, quad, scales, ahead, sums); break;
-    case 5: four_outputs(kind, 5, a, b, quad, scales, ahead, sums); break;
-    default: four_outputs(kind, 6, a, b, quad, scales, ahead, sums);
+    case 1: four_outputs(kind, 1, a, b, quad, scales, ahead, lanes, sums); break;
+    case 2: four_outputs(kind, 2, a, b, quad, scales, ahead, lanes, sums); break;
+    case 3: four_outputs(kind, 3, a, b, quad, scales, ahead, lanes, sums); break;
+    case 4: four_outputs(kind, 4, a, b, quad, scales, ahead, lanes, sums); break;
+    case 5: four_outputs(kind, 5, a, b, quad, scales, ahead, lanes, sums); break;
+    default: four_outputs(kind, 6, a, b, quad, scales, ahead, lanes, sums);
     }
 }
 
 static inline __attribute__((always_inline)) void rows_of_kind(int kind, const Side *a, const Side *b, int tokens, float *sums) {
-    const int packed = kind == Q4 || kind == Q8;
-    float scales[packed ? 32 * a->count : 16] __attribute__((aligned(64)));
-    if (packed) read_scales(kind, a->tiles, a->count, scales);
+    const int packed = kind == Q4 || kind == Q8, scaled = packed || kind == I4;
+    float scales[scaled ? 32 * a->count : 16] __attribute__((aligned(64)));
+    if (scaled) read_scales(kind, a->tiles, a->count, scales);
     if (tokens <= ROWS) {
-        for (int quad = 0; quad < 4; quad++) few_tokens(kind, tokens, a, b, quad, scales, a->step * a->count, sums + 64 * quad);
+        for (int quad = 0; quad < 4; quad++) few_tokens(kind, tokens, a, b, quad, scales, a->step * a->count, 0xffff, sums + 64 * quad);
         return;
     }
+    memset(sums, 0, 1024 * (size_t)((tokens + 15) / 16));
     uint8_t unpacked[packed ? 256 * (size_t)a->count : 64] __attribute__((aligned(64)));
     for (int quad = 0; quad < 4; quad++) {
         Side from = *a, beside = *b;
@@ -491,35 +533,37 @@ static inline __attribute__((always_inline)) void rows_of_kind(int kind, const S
         for (int r = 0; r < tokens; r += r % 16 == 12 ? 4 : ROWS) {
             int left = tokens - r < 16 - r % 16 ? tokens - r : 16 - r % 16;
             from.x = a->x + a->block * (r / 16) + a->stride * (r % 16), beside.x = b->x + b->block * (r / 16) + b->stride * (r % 16);
-            few_tokens(packed ? BF16 : kind, left, &from, &beside, packed ? 0 : quad, NULL, packed || r ? 0 : a->step * a->count, sums + 256 * (r / 16) + 64 * quad + r % 16);
+            few_tokens(packed ? BF16 : kind, left, &from, &beside, packed ? 0 : quad, scales, packed || r ? 0 : a->step * a->count,
+                       (__mmask16)((1 << (left < ROWS ? left : ROWS)) - 1), sums + 256 * (r / 16) + 64 * quad + r % 16);
         }
     }
 }
 
 /* sums[block][16 outputs][16 lanes], as amx_product, from rows. Lanes without a token are 0. */
 static void row_product(int kind, const Side *a, const Side *b, int tokens, float *sums) {
-    memset(sums, 0, 1024 * (size_t)((tokens + 15) / 16));
     if (kind == Q4) rows_of_kind(Q4, a, b, tokens, sums);
     else if (kind == Q8) rows_of_kind(Q8, a, b, tokens, sums);
     else if (kind == I8) rows_of_kind(I8, a, b, tokens, sums);
+    else if (kind == I4) rows_of_kind(I4, a, b, tokens, sums);
     else rows_of_kind(BF16, a, b, tokens, sums);
 }
 
-/* As i8_tiles, from QR. */
-static void i8_rows(const Side *a, int tokens, const float *scale, float *sums) {
+/* As i8_tiles, from QR, for I8 and I4. */
+static void rounded_rows(int kind, const Side *a, int tokens, const float *scale, float *sums) {
     const Side none = {NULL, NULL, 1024, 0, 0, 0};
-    row_product(I8, a, &none, tokens, sums);
+    row_product(kind, a, &none, tokens, sums);
     for (int b = 0; b < (tokens + 15) / 16; b++) {
         const F *lanes = (const F *)(a->x + b * a->block + 1024 * (int64_t)a->count); /* their scales, and sums */
         for (int o = 0; o < 16; o++) {
-            F v = _mm512_sub_ps(_mm512_load_ps(sums + 256 * b + 16 * o), lanes[1]);
-            _mm512_store_ps(sums + 256 * b + 16 * o, _mm512_mul_ps(v, _mm512_mul_ps(lanes[0], _mm512_set1_ps(scale[o]))));
+            F v = _mm512_load_ps(sums + 256 * b + 16 * o), own = _mm512_set1_ps(scale[o]);
+            v = kind == I4 ? _mm512_mul_ps(_mm512_sub_ps(v, own), lanes[0]) : _mm512_mul_ps(_mm512_sub_ps(v, lanes[1]), _mm512_mul_ps(lanes[0], own));
+            _mm512_store_ps(sums + 256 * b + 16 * o, v);
         }
     }
 }
 
 /* Bytes of a block of what `map` reads, for the layout that `input_of` makes. */
-static int64_t block_bytes(const Map *map) { return map->kind == I8 ? qn_bytes(map->in) : 32 * (int64_t)map->in; }
+static int64_t block_bytes(const Map *map) { return map->kind >= I8 ? qn_bytes(map->in) : 32 * (int64_t)map->in; }
 
 /* The sums of output tile `t` of `map` (and `low`, on `down_x`, its rank's activations) for `tokens` tokens, from the
  * block on that `x` begins with, in the layout that `input_of` makes; bias added. */
@@ -534,9 +578,10 @@ static void product(const Map *map, const LowRank *low, int t, const uint32_t *x
         b.tiles = low->up + 1024 * (int64_t)low->ks * t;
         b.x = (const uint8_t *)down_x + (has_amx ? 1024 : 64) * (int64_t)low->first[t];
     }
-    if (map->kind == I8) {
-        a.tiles = map->tiles + 16 * (int64_t)map->in * t, a.count = map->in / 64, a.stride = map->in;
-        (has_amx ? i8_tiles : i8_rows)(&a, tokens, map->scale + 16 * t, sums);
+    if (map->kind >= I8) {
+        a.count = map->in / 64, a.tiles = map->tiles + a.step * a.count * t, a.stride = map->in;
+        if (has_amx) i8_tiles(&a, tokens, map->scale + 16 * t, sums);
+        else rounded_rows(map->kind, &a, tokens, map->scale + 16 * t, sums);
     } else if (has_amx) amx_product(map->kind, &a, &b, blocks, sums);
     else row_product(map->kind, &a, &b, tokens, sums);
     if (map->bias)
@@ -547,16 +592,17 @@ static void product(const Map *map, const LowRank *low, int t, const uint32_t *x
             }
 }
 
-/* What `map` reads of VN `x`: itself with AMX, or else RN in `scratch`; for I8 maps QN or QR. And that from block `b` on. */
+/* What `map` reads of VN `x`: itself with AMX, or else RN in `scratch`; for I8 and I4 maps QN or QR. And that from block
+ * `b` on. */
 static const uint32_t *input_of(const Map *map, const uint32_t *x, int tokens, uint8_t *scratch) {
     int features = map->in, blocks = (tokens + 15) / 16;
-    if (has_amx && map->kind != I8) return x;
+    if (has_amx && map->kind < I8) return x;
     if (has_amx) to_qn(x, features, blocks, scratch);
     for (int b = 0; !has_amx && b < blocks; b++) {
         int some = tokens - 16 * b < 16 ? tokens - 16 * b : 16;
-        uint8_t *to = scratch + b * block_bytes(map), *rows = map->kind == I8 ? scratch + blocks * block_bytes(map) : to;
+        uint8_t *to = scratch + b * block_bytes(map), *rows = map->kind >= I8 ? scratch + blocks * block_bytes(map) : to;
         to_rows(x + 8 * (int64_t)features * b, features, some, (uint32_t *)rows);
-        if (map->kind == I8) to_qr((const uint32_t *)rows, features, some, to);
+        if (map->kind >= I8) to_qr(map->kind, (const uint32_t *)rows, features, some, to);
     }
     return (const uint32_t *)scratch;
 }
@@ -1470,6 +1516,26 @@ static void round8(const float *w, float *q, bf16 *scale) {
     }
 }
 
+/* Codes in -8 .. 7 for 32 weights; returns the scale that fits them best, of a few ranges the one with the least error. */
+static float symmetric4(const float *w, float *q) {
+    float most = 0, best = -1, found = 0;
+    for (int i = 0; i < 32; i++) most = __builtin_fabsf(w[i]) > __builtin_fabsf(most) ? w[i] : most;
+    memset(q, 0, 32 * sizeof *q);
+    for (float range = 6.5f; most != 0 && range < 10; range += 0.5f) { /* the largest becomes -8 or so */
+        float codes[32], qq = 0, qw = 0;
+        for (int i = 0; i < 32; i++) {
+            float v = __builtin_rintf(w[i] * (-range / most));
+            codes[i] = v > 7 ? 7 : v < -8 ? -8 : v;
+            qq += codes[i] * codes[i], qw += codes[i] * w[i];
+        }
+        if (qw * qw > best * qq) { /* the more, the smaller the error */
+            best = qw * qw / qq, found = qw / qq;
+            memcpy(q, codes, sizeof codes);
+        }
+    }
+    return found;
+}
+
 /* Pack bf16 weights [out, in] into tiles of `kind`; rows up to the next multiple of 16 are zero. Weights that the kind
  * does not hold exactly: with `rounding` they are rounded, in place too, else packing ends. Returns 1 if all were packed. */
 int specdec_pack(int kind, int rounding, bf16 *weights, int out, int in, uint8_t *tiles, int threads) {
@@ -1530,8 +1596,36 @@ void specdec_pack_i8(const bf16 *weights, int out, int in, uint8_t *tiles, float
     }
 }
 
-/* Bytes of a tile of `kind`, 0 for one that this CPU does not have. */
-int specdec_tile_bytes(int kind) { return kind >= BF16 && kind < I8 + has_i8 ? TILE_BYTES[kind] : 0; }
+/* Round bf16 weights [out, in] to I4 tiles, and what a row's products with tokens that are 128 too large exceed them by;
+ * rows up to the next multiple of 16 are zero. Each half of a row's 64 inputs has the scale that fits it best. */
+void specdec_pack_i4(const bf16 *weights, int out, int in, uint8_t *tiles, float *excess, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (int pair = 0; pair < (out + 15) / 16 * 8; pair++) /* two rows at a time: they share bytes */
+        for (int row = 2 * pair; row < 2 * pair + 2; row++) {
+            float sum = 0;
+            for (int k = 0; k < in / 64; k++) {
+                uint8_t *tile = tiles + TILE_BYTES[I4] * ((int64_t)(row / 16) * (in / 64) + k), *codes = tile + 64 + 64 * (row % 16 / 2);
+                if (row % 2 == 0) memset(codes, 0, 64);
+                for (int side = 0; side < 2; side++) {
+                    float w[32], q[32];
+                    for (int i = 0; i < 32; i++)
+                        w[i] = row < out ? widen(weights[(int64_t)row * in + 64 * k + i / 4 * 8 + 4 * side + i % 4]) : 0;
+                    bf16 scale = half_of(symmetric4(w, q) / 16);
+                    memcpy(tile + 2 * (2 * (row % 16) + side), &scale, 2);
+                    for (int i = 0; i < 32; i++) {
+                        sum += 16 * q[i] * half(scale);
+                        codes[i / 4 * 8 + 4 * side + i % 4] |= (uint8_t)(((int)q[i] & 15) << (row % 2 ? 0 : 4));
+                    }
+                }
+            }
+            excess[row] = 128 * sum;
+        }
+}
+
+/* Bytes of a tile of `kind`, 0 for one that this CPU does not have, or does better without. */
+int specdec_tile_bytes(int kind) {
+    return kind < BF16 || kind > I4 || (kind == I8 && !has_vnni && !has_amx) || (kind == I4 && (!has_vnni || has_amx)) ? 0 : TILE_BYTES[kind];
+}
 
 /* Ask for large pages for memory that will be read in whole, again and again. */
 void specdec_large_pages(void *memory, int64_t bytes) {
@@ -1542,16 +1636,16 @@ void specdec_large_pages(void *memory, int64_t bytes) {
 /* What this CPU can do: 0 nothing here, 1 AVX-512 BF16, 2 AMX too. `most` forbids more. Call first. */
 int specdec_open(int most) {
     unsigned a, b, c, d;
-    has_amx = has_i8 = 0;
+    has_amx = has_vnni = 0;
     __builtin_cpu_init();
     if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bf16")))
         return 0;
-    has_i8 = __builtin_cpu_supports("avx512vnni") > 0;
+    has_vnni = __builtin_cpu_supports("avx512vnni") > 0;
     if (most < 2 || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return most < 1 ? 0 : 1;
     int tiles = d >> 22 & 1 && d >> 24 & 1 && d >> 25 & 1; /* AMX-BF16, AMX-TILE, AMX-INT8 */
     if (tiles) tiles = syscall(SYS_arch_prctl, 0x1023, 18) == 0; /* ARCH_REQ_XCOMP_PERM: tile data */
-    has_amx = tiles, has_i8 |= tiles;
+    has_amx = tiles;
     return tiles ? 2 : 1;
 }
 #else

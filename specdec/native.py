@@ -18,7 +18,7 @@ from torch import Tensor
 
 from specdec.errors import SpecDecError
 
-BF16, Q8, Q4, I8 = 0, 1, 2, 3  # as in native.c
+BF16, Q8, Q4, I8, I4 = range(5)  # as in native.c
 POINTER, INT = ctypes.c_void_p, ctypes.c_int32
 
 
@@ -90,6 +90,7 @@ def library() -> Any:
         found.specdec_large_pages.argtypes = (POINTER, ctypes.c_int64)
         found.specdec_pack.argtypes = (INT, INT, POINTER, INT, INT, POINTER, INT)
         found.specdec_pack_i8.argtypes = (POINTER, INT, INT, POINTER, POINTER, INT)
+        found.specdec_pack_i4.argtypes = found.specdec_pack_i8.argtypes
         found.specdec_linear.argtypes = (POINTER, POINTER, ctypes.c_float, POINTER, INT, INT, POINTER, INT, INT)
         found.specdec_argmax.argtypes = (POINTER, INT, INT, POINTER, INT)
         found.specdec_layers.argtypes = (POINTER, POINTER)
@@ -144,8 +145,8 @@ class Packed:
     """A linear map ``x W.T + bias`` in tiles. weight: bf16 [out, in]; kinds: storage to try, in order, before bf16.
 
     rounding: the first of ``kinds`` is used even if it is not exact; ``weight`` is then rounded in place.
-    coarse: for drafts, which need not be exact: weights, and what they are multiplied with, are rounded to 8 bits where
-        this CPU has such products.
+    coarse: for drafts, which need not be exact: ``(I8,)`` or ``(I4, I8)``, tried in order before all else. Weights
+        are rounded to 8 or 4 bits, and what they are multiplied with to 8, where this CPU gains by such products.
     Raises SpecDecError if ``in`` is not a multiple of 32.
     """
 
@@ -155,7 +156,7 @@ class Packed:
         bias: Tensor | None = None,
         kinds: Sequence[int] = (),
         rounding: bool = False,
-        coarse: bool = False,
+        coarse: Sequence[int] = (),
     ) -> None:
         lib, (out, inp) = library(), weight.shape
         if inp % 32:
@@ -164,10 +165,12 @@ class Packed:
         source = weight.contiguous()
         columns, self.width, self.inp = inp // 32, out, inp
         workers, scale = torch.get_num_threads(), None
-        if coarse and inp % 64 == 0 and lib.specdec_tile_bytes(I8):
-            kind, scale = I8, torch.empty(-(-out // 16) * 16)
-            tiles = _arena.look(-(-out // 16) * 16 * inp)
-            lib.specdec_pack_i8(source.data_ptr(), out, inp, tiles.data_ptr(), scale.data_ptr(), workers)
+        served = [kind for kind in coarse if lib.specdec_tile_bytes(kind) and not inp % 64]
+        if served:
+            kind, scale = served[0], torch.empty(-(-out // 16) * 16)
+            tiles = _arena.look(-(-out // 16) * (columns // 2) * lib.specdec_tile_bytes(kind))
+            pack = lib.specdec_pack_i4 if kind == I4 else lib.specdec_pack_i8
+            pack(source.data_ptr(), out, inp, tiles.data_ptr(), scale.data_ptr(), workers)
         else:
             for kind in (*kinds, BF16):
                 tiles = _arena.look(-(-out // 16) * columns * lib.specdec_tile_bytes(kind))

@@ -23,7 +23,7 @@ from specdec.adapters import Adapters
 from specdec.cache import KVCache, Mask
 from specdec.errors import SpecDecError
 from specdec.growth import Bounds, Candidates, Route, Seed
-from specdec.native import BF16, INT, POINTER, Q4, Q8, Packed, done, pointer
+from specdec.native import BF16, I4, I8, INT, POINTER, Q4, Q8, Packed, done, pointer
 from specdec.target import Target, refuse_unsupported
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
@@ -33,7 +33,7 @@ NAMES = {BF16: "16 bits", Q8: "8 bits", Q4: "4 bits"}
 
 class NativeTarget(Target):
     """The native runtime. No gradients. What drafts alone see (merged adapters marked ``coarse``, reduced heads) is
-    rounded to 8 bits where that is faster; all else is bf16, and a token's result does not depend on what else is in
+    rounded to 8 or 4 bits where that is faster; all else is bf16, and a token's result does not depend on what else is in
     its pass, to the last bit.
 
     weights: "auto" (in 4 or 8 bits where they hold the values exactly and are no slower, else bf16), "dense" (bf16),
@@ -231,7 +231,8 @@ class NativeTarget(Target):
         packed = self._heads.get(module)
         if packed is None:
             kinds = (Q4, Q8) if self.kinds else ()
-            packed = self._heads[module] = Packed(module.weight, module.bias, kinds, coarse=head is not None)
+            coarse = () if head is None else (I8,)
+            packed = self._heads[module] = Packed(module.weight, module.bias, kinds, coarse=coarse)
             pages.release(module.weight.detach())
         return packed
 
@@ -307,7 +308,7 @@ class NativeTarget(Target):
         return pointers
 
     def _merged(self, adapters: Adapters, lo: int, hi: int) -> native.Model:
-        """The model with ``adapters`` merged into layers [lo, hi), rounded to 8 bits: for drafts alone. Made once."""
+        """The model with ``adapters`` merged into layers [lo, hi), rounded: for drafts alone. Made once."""
         made = self._coarse.setdefault(adapters, {})
         if (lo, hi) not in made:
             layers = (native.Layer * self.num_layers)(*self._layers)
@@ -327,7 +328,7 @@ class NativeTarget(Target):
             bias = None if pairs[0][1].bias is None else torch.cat([module.bias.detach() for _, module in pairs])
             if slot == "gate_up":
                 weight, bias = _alternate(weight), None if bias is None else _alternate(bias)
-            alive.append(Packed(weight.bfloat16(), bias, coarse=True))
+            alive.append(Packed(weight.bfloat16(), bias, coarse=(I4, I8)))
             setattr(struct, slot, alive[-1].struct)
             pages.release(*(module.weight.detach() for _, module in pairs))
         return alive

@@ -20,22 +20,25 @@ def simulate(
     noise: float = 0.1,
     width: int = 1,
     behind: float = 0.0,
+    fills: bool = False,
 ) -> tuple[float, list[int]]:
     """Milliseconds for ``tokens`` tokens, and the depths chosen. A tree scores ``width`` tokens at each depth.
 
+    fills: it adds as many siblings as there is room for; they add nothing.
     behind: what a drafter with a cache of its own takes to catch up, per plain round since its last draft.
     """
     done, total, depths, since = 0, 0.0, [], 0
     true = AutoDepth(SCORE, [(0.0, 0.0)])  # what the machine takes, whatever the policy was told
     while done < tokens:
         depth = policy.depth(1)
+        rows = 1 + depth * width + (policy.spare(1, depth) if fills else 0)
         accepted = 0
         while accepted < depth and rng.random() < acceptance:
             accepted += 1
         spent = (draft * depth + (behind * since if depth else 0.0)) * rng.uniform(1 - noise, 1 + noise)
         since = 0 if depth else since + 1
-        rest = true.seconds(1 + depth * width) * rng.uniform(1 - noise, 1 + noise)
-        policy.observe([depth], [accepted], 1 + depth * width, spent, rest)
+        rest = true.seconds(rows) * rng.uniform(1 - noise, 1 + noise)
+        policy.observe([depth], [accepted], rows, spent, rest)
         done, total = done + accepted + 1, total + spent + rest
         depths.append(depth)
     return total, depths
@@ -100,6 +103,19 @@ def test_it_counts_every_token_of_a_tree_not_only_its_depth() -> None:
     assert depths[-50:].count(0) == 0
     _, depths = simulate(0.3, 0.0, 400, random.Random(5), tree, noise=0.0, width=9)
     assert depths[-50:].count(0) > 40
+
+
+@pytest.mark.parametrize("draft", [1.0, 3.0, 4.0])
+def test_siblings_do_not_make_deeper_drafts_look_dear(draft: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is room for more of them beside a short chain than beside a long one."""
+    monkeypatch.setitem(globals(), "SCORE", {1: 20.0, 2: 20.0, 4: 20.0, 8: 21.0, 16: 40.0})
+    mean = {}
+    for fills in (False, True):
+        policy = AutoDepth(SCORE, [(draft, draft)])
+        simulate(0.8, draft, 200, random.Random(6), policy, fills=fills)
+        _, depths = simulate(0.8, draft, 800, random.Random(6), policy, fills=fills)
+        mean[fills] = sum(depths) / len(depths)
+    assert abs(mean[True] - mean[False]) < 0.4
 
 
 def test_it_notices_when_a_useless_drafter_becomes_good_and_the_reverse() -> None:

@@ -219,16 +219,36 @@ def test_head_of_any_width() -> None:
     assert apart(target.readout(x, target.reduced_head(few)), target.readout(x)[..., few]) < 0.03  # for drafts: 8 bits
 
 
-@pytest.mark.parametrize("rows", [1, 16, 70])
+@pytest.mark.parametrize("rows", [1, 5, 16, 70])
+@pytest.mark.parametrize(("bits", "least", "most"), [(8, 0, 0.02), (4, 0.05, 0.12)])
 @torch.inference_mode()
-def test_coarse_maps_are_within_eight_bits_and_do_not_depend_on_other_rows(rows: int) -> None:
+def test_coarse_maps_are_within_their_bits_and_do_not_depend_on_other_rows(
+    bits: int, least: float, most: float, rows: int
+) -> None:
     torch.manual_seed(12)
     weight, bias, x = torch.randn(50, 192).bfloat16(), torch.randn(50).bfloat16(), torch.randn(rows, 192).bfloat16()
-    coarse, dense = native.Packed(weight, bias, coarse=True), native.Packed(weight, bias)
-    assert coarse.kind == (native.I8 if native.library().specdec_tile_bytes(native.I8) else native.BF16)
-    assert apart(coarse(x).float(), dense(x).float()) < 0.02
+    asked = (native.I4, native.I8) if bits == 4 else (native.I8,)
+    served = [kind for kind in asked if native.library().specdec_tile_bytes(kind)]
+    coarse, dense = native.Packed(weight, bias, coarse=asked), native.Packed(weight, bias)
+    assert coarse.kind == (served[0] if served else native.BF16)
+    if coarse.kind == asked[0]:
+        assert least < apart(coarse(x).float(), dense(x).float()) < most
     assert torch.equal(coarse(x)[-1:], coarse(x[-1:]))
-    assert native.Packed(weight[:, :96], coarse=True).kind == native.BF16  # no multiple of 64
+    assert native.Packed(weight[:, :96], coarse=asked).kind == native.BF16  # no multiple of 64
+
+
+@torch.inference_mode()
+def test_four_coarse_bits_hold_what_four_bits_can() -> None:
+    """Codes -8 .. 7 times a scale for the even quads of 64 inputs, and one for the odd: nothing is rounded."""
+    if not native.library().specdec_tile_bytes(native.I4):
+        pytest.skip("this CPU does better with eight bits")
+    torch.manual_seed(13)
+    codes = torch.randint(-8, 8, (40, 2, 8, 2, 4))
+    codes[:, :, 0, :, 0] = -8
+    weight = (codes * torch.tensor([0.5, 0.03125]).view(2, 1)).view(40, 128).bfloat16()
+    x = torch.randint(-127, 128, (7, 128)).bfloat16()
+    x[:, 0] = 127  # a token's scale is 1
+    assert torch.equal(native.Packed(weight, coarse=(native.I4,))(x), (x.double() @ weight.double().T).bfloat16())
 
 
 @pytest.mark.parametrize(("family", "t"), [("llama", 1), ("qwen2", 4), ("phi3", 20)])
@@ -240,7 +260,8 @@ def test_coarse_adapters_are_merged_for_drafts_and_leave_the_model_exact(family:
     plain, expected = adapted_pass(target, None, t, None), adapted_pass(target, adapters, t, None)
     adapters.coarse = True
     got = adapted_pass(target, adapters, t, None)
-    assert apart(got.float(), expected.float()) < 0.15 < apart(plain.float(), expected.float())
+    share = 0.6 if native.library().specdec_tile_bytes(native.I4) else 0.2  # of what the adapters change
+    assert (got - expected).float().norm() < share * (plain - expected).float().norm()
     assert torch.equal(adapted_pass(target, None, t, None), plain)
     if t > 1:  # some tokens are the model's own there: exact
         assert torch.equal(adapted_pass(target, adapters, t, 1)[:, :-1], plain[:, :-1])
@@ -254,23 +275,26 @@ def test_trees_grow_in_one_call_as_they_do_in_parts(family: str, window: int | N
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(6)  # few near ties
     target = NativeTarget(model)
-    torch.manual_seed(6)
-    route = random_route(target, heads=2)
-    cache, ids = target.new_cache(), torch.randint(3, 97, (1, 21))
+    cache, ids = target.new_cache(), torch.randint(3, 97, (1, 21), generator=torch.Generator().manual_seed(6))
     positions = torch.arange(21)[None]
     taps = {1: torch.empty(0), 3: torch.empty(0)}
     mask = cache.mask(0, positions)
     final = target.layers(target.embed(ids, positions), 0, 4, positions, mask, cache, taps)[:, -1:]
     cache.keep([list(range(21))])
     seed = growth.Seed(5, 21, final, [tap[:, -1:] for tap in taps.values()])
-    whole, parts = target.grow(cache, seed, route, bounds), growth.grow(target, cache, seed, route, bounds)
-    assert cache.lengths == [21] * 4
-    assert len(whole.scores) == len(parts.scores) > bounds.width
-    assert whole.parents[: bounds.width] == [0] * bounds.width
-    ours, theirs = by_path(whole), by_path(parts)
-    common = ours.keys() & theirs.keys()
-    assert len(common) > 0.7 * len(theirs)  # near ties may fall either way
-    assert max(abs(ours[path] - theirs[path]) for path in common) < 0.3
+    total = same = 0
+    for number in range(4):
+        torch.manual_seed(number)
+        route = random_route(target, heads=2)
+        whole, parts = target.grow(cache, seed, route, bounds), growth.grow(target, cache, seed, route, bounds)
+        assert cache.lengths == [21] * 4
+        assert len(parts.scores) > bounds.width
+        assert whole.parents[: bounds.width] == [0] * bounds.width
+        ours, theirs = by_path(whole), by_path(parts)
+        common = ours.keys() & theirs.keys()
+        assert max(abs(ours[path] - theirs[path]) for path in common) < 0.3
+        total, same = total + len(theirs), same + len(common)
+    assert same > 0.75 * total  # near ties may fall either way, and take all behind them along
     # What was committed is as it was.
     again = target.new_cache()
     target.layers(target.embed(ids, positions), 0, 4, positions, again.mask(0, positions), again)
