@@ -116,9 +116,9 @@ class AutoDepth:
     scored per drafted depth (1 for chains, and for trees no larger than ``spare`` has room for). ``score`` gives s at
     some sizes and ``drafts``, for each exit, seconds of the first drafted depth and of each further one, as measured on
     this machine; with ``live``, all are followed as rounds go by, by running medians: a slow round (another process, a
-    growing buffer) swings nothing, and figures from a busy hour are mended by the first rounds that disagree. Without it decisions depend on what was drafted and
-    accepted alone, so that seeded sampling repeats. ``accepted``: for each exit, what an earlier policy knew
-    (``known``), to begin with. ``begin`` says that another request does.
+    growing buffer) swings nothing, and figures from a busy hour are mended by the first rounds that disagree. Without
+    it decisions depend on what was drafted and accepted alone, so that seeded sampling repeats. ``accepted``: for each
+    exit, what an earlier policy knew (``known``), to begin with. ``begin`` says that another request does.
 
     Estimates may be wrong, so two accounts, in tokens that what is best would have yielded, bound what is lost:
     ``trust`` bears the failure of any draft, and rounds that gain restore it; ``credit`` grows by ``SHARE`` in rounds

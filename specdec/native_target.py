@@ -33,8 +33,8 @@ NAMES = {BF16: "16 bits", Q8: "8 bits", Q4: "4 bits"}
 
 class NativeTarget(Target):
     """The native runtime. No gradients. What drafts alone see (merged adapters marked ``coarse``, reduced heads) is
-    rounded to 8 or 4 bits where that is faster; all else is bf16, and a token's result does not depend on what else is in
-    its pass, to the last bit.
+    rounded to 8 or 4 bits where that is faster; all else is bf16, and a token's result does not depend on what else is
+    in its pass, to the last bit.
 
     weights: "auto" (in 4 or 8 bits where they hold the values exactly and are no slower, else bf16), "dense" (bf16),
     "int8" or "int4" (layers rounded where need be; ``model`` is rounded with them: it is the base).
