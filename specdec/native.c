@@ -714,11 +714,11 @@ static inline __m256i seen(const uint16_t *visible, int key) {
     } while (0)
 
 /* Attention of up to 16 columns (a token and a head each) to `count` keys of one key head.
- * queries: VN [d / 2][16 columns]; visible: for each key the columns that see it, or NULL (all see all). p: scratch,
- * [blocks of 16 keys][column][key]; out: [16][d]. once: no other columns read these keys: they
- * are sent for ahead. Memory of whole blocks of keys is read. */
+ * queries: VN [d / 2][16 columns]; visible: for each key the columns that see it, as bits from `bit` on, or NULL (all see
+ * all). p: scratch, [blocks of 16 keys][column][key]; out: [16][d]. once: no other columns read these keys: they are sent
+ * for ahead. Memory of whole blocks of keys is read. */
 static void attend(const bf16 *keys, const bf16 *values, int count, int d, const uint32_t *queries, int columns,
-                   const uint16_t *visible, float scale, int once, float *p, float *out) {
+                   const uint16_t *visible, int bit, float scale, int once, float *p, float *out) {
     F most[16], sum[16], scales = _mm512_set1_ps(scale);
     for (int c = 0; c < 16; c++) most[c] = _mm512_set1_ps(-1e30f);
     EACH_BLOCK(s) {
@@ -755,7 +755,7 @@ static void attend(const bf16 *keys, const bf16 *values, int count, int d, const
                 }
             }
         for (int c = 0; c < columns; c++) {
-            __mmask16 mine = there & _mm256_movepi16_mask(_mm256_sll_epi16(see, _mm_cvtsi32_si128(15 - c)));
+            __mmask16 mine = there & _mm256_movepi16_mask(_mm256_sll_epi16(see, _mm_cvtsi32_si128(15 - bit - c)));
             F v = _mm512_mask_mul_ps(_mm512_set1_ps(-1e30f), mine, _mm512_load_ps(to + 16 * c), scales);
             _mm512_store_ps(to + 16 * c, v);
             most[c] = _mm512_max_ps(most[c], v);
@@ -890,9 +890,10 @@ static void add_product(Pass *p, const Map *map, const LowRank *low, const uint3
 static void expect(const Pass *p, int index, int at, int parts, int me, int n) {
     const Model *m = p->m;
     const Call *c = p->c;
-    int items = c->batch * m->kv_heads, from, to;
+    int items = c->batch * m->kv_heads, turns = items / n, from, to;
     share(p->slots < MOST_EXPECTED ? p->slots * m->head_dim / 32 : 0, at, parts, &from, &to);
-    for (int item = me; item < items; item += n) {
+    for (int turn = 0; turn < turns + items % n; turn++) { /* as in run_layer */
+        int item = turn < turns ? turn * n + me : turns * n + turn - turns;
         int64_t first = (int64_t)item * c->capacity[index] * m->head_dim;
         for (int line = from; line < to; line++) {
             _mm_prefetch((const char *)(c->keys[index] + first + 32 * line), _MM_HINT_T1);
@@ -946,10 +947,14 @@ static void run_layer(Pass *p, int index, uint32_t *normed, float *scores, uint8
 
     uint32_t q[16 * 128] __attribute__((aligned(64)));
     float out[16 * 256] __attribute__((aligned(64)));
-    int items = c->batch * m->kv_heads * p->column_blocks;
-    for (int item = me; item < items; item += n) {
+    int items = c->batch * m->kv_heads * p->column_blocks, turns = items / n;
+    for (int turn = 0; turn < turns + items % n; turn++) { /* the last items, fewer than threads, are shared by columns */
+        int item = turn < turns ? turn * n + me : turns * n + turn - turns;
         int block = item % p->column_blocks, kv = item / p->column_blocks % m->kv_heads, line = item / p->column_blocks / m->kv_heads;
-        int first = 16 * block, columns = c->tokens * p->group - first < 16 ? c->tokens * p->group - first : 16;
+        int bit = 0, end = c->tokens * p->group - 16 * block < 16 ? c->tokens * p->group - 16 * block : 16;
+        if (turn >= turns) share(end, me, n, &bit, &end);
+        int first = 16 * block + bit, columns = end - bit;
+        if (!columns) continue;
         memset(q, 0, 32 * d);
         for (int col = 0; col < columns; col++) {
             int row = line * c->tokens + (first + col) / p->group, head = kv * p->group + (first + col) % p->group;
@@ -959,7 +964,7 @@ static void run_layer(Pass *p, int index, uint32_t *normed, float *scores, uint8
         int64_t cached = ((int64_t)line * m->kv_heads + kv) * c->capacity[index] * d;
         const uint16_t *visible = p->visible[c->window[index]];
         if (visible) visible += ((int64_t)line * p->column_blocks + block) * p->slots;
-        attend(c->keys[index] + cached, c->values[index] + cached, p->slots, d, q, columns, visible, m->scale, p->column_blocks == 1, scores, out);
+        attend(c->keys[index] + cached, c->values[index] + cached, p->slots, d, q, columns, visible, bit, m->scale, p->column_blocks == 1, scores, out);
         for (int col = 0; col < columns; col++) {
             int row = line * c->tokens + (first + col) / p->group, head = kv * p->group + (first + col) % p->group;
             uint32_t *lane = p->attended + ((int64_t)(row / 16) * m->heads * d + head * d) * 8 + row % 16;

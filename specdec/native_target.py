@@ -68,6 +68,7 @@ class NativeTarget(Target):
         self._parts = fused.adapter_parts(first)
         self._layers = (native.Layer * self.num_layers)()
         self._alive: list[Any] = []  # what the structures point to
+        self._known: tuple[Any, Any] = (None, None)  # the last cache's memory, and the pointers to it
         for layer, struct in zip(decoder.layers, self._layers, strict=True):
             self._pack_layer(layer, struct)
         self.inner = self._layers[0].down.inp
@@ -197,13 +198,12 @@ class NativeTarget(Target):
         start = cache.reserve(lo, hi, count or t, self.kv_heads, self.head_dim, torch.bfloat16)
         whole = cache.whole  # (2, N, rows, Hkv, capacity, d)
         assert whole is not None
-        begin, half, step = whole.data_ptr(), 2 * whole.stride(0), 2 * whole.stride(1)  # in bytes
-        keys = (POINTER * n)(*range(begin, begin + half, step))
-        values = (POINTER * n)(*range(begin + half, begin + 2 * half, step))
-        capacity, tapped = (INT * n)(*[whole.shape[4]] * n), (POINTER * (n + 1))()
-        for layer in taps:
-            if lo <= layer <= hi:
-                tapped[layer] = taps[layer].data_ptr()
+        keys, values, capacity, tapped = self._slots(whole)
+        if taps:
+            tapped = (POINTER * (n + 1))()
+            for layer in taps:
+                if lo <= layer <= hi:
+                    tapped[layer] = taps[layer].data_ptr()
         causal = mask is None or mask.causal
         masks = [None if mask is None or causal else self._mask(mask, window) for window in self.kinds_of_windows]
         mask_table = (POINTER * len(masks))(*map(pointer, masks))
@@ -224,6 +224,17 @@ class NativeTarget(Target):
             None if low is None else ctypes.addressof(low),
         )
         return model, call, [positions, rotary, keys, values, capacity, mask_table, masks, tapped, low]
+
+    def _slots(self, whole: Tensor) -> tuple[Any, Any, Any, Any]:
+        """By layer, pointers to keys and values in ``whole`` [2, N, B, Hkv, capacity, d], the capacity, and no taps."""
+        begin, half, step = whole.data_ptr(), 2 * whole.stride(0), 2 * whole.stride(1)  # in bytes
+        what = begin, half, step, whole.shape[4]
+        if self._known[0] != what:
+            n = self.num_layers
+            keys = (POINTER * n)(*range(begin, begin + half, step))
+            values = (POINTER * n)(*range(begin + half, begin + 2 * half, step))
+            self._known = what, (keys, values, (INT * n)(*[whole.shape[4]] * n), (POINTER * (n + 1))())
+        return self._known[1]
 
     def _head(self, head: nn.Linear | None) -> Packed:
         """The output head, or ``head`` instead, packed at first use."""
