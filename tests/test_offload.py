@@ -351,7 +351,8 @@ def test_packing_fitting_and_generating(saved, tmp_path):
     prompts = tmp_path / "answers.jsonl"
     rows = [{"prompt_ids": list(a.prompt_ids), "response_ids": list(a.response_ids)} for a in texts(12)]
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    result = run("pack-experts", saved, str(tmp_path / "x"), "--fit", str(prompts), "--rate", "2")
+    args = ("--fit", str(prompts), "--rate", "2", "--expert-cache", "0.5")
+    result = run("pack-experts", saved, str(tmp_path / "x"), *args)
     assert result.exit_code == 0, result.stderr
     assert "4 layers of 6 experts" in result.stdout and "m2r2\t" in result.stdout and "m2r2-paper\t" in result.stdout
     plain = run("generate", "Hello", "--model", saved, *FAST)
