@@ -8,6 +8,7 @@ into a fingerprint. Knows nothing of caches or decoding.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,7 +26,7 @@ from specdec.errors import SpecDecError
 
 FUSED = ("gate_up_proj", "down_proj")  # [E, 2 F, D] and [E, D, F]
 SAMPLES = 512
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64}
 # A layer's experts in a checkpoint: fused already, or matrices of their own, of which gate and up lie on one another.
 _EXPERTS = r"(?:model\.)?layers\.(\d+)\.\w+\.experts"
 _TENSOR = re.compile(rf"({_EXPERTS})(?:\.(\d+)\.(\w+)\.weight|\.({'|'.join(FUSED)}))")
@@ -33,30 +34,34 @@ _PLACES = {"gate_proj": (0, 0), "up_proj": (0, 1), "down_proj": (1, 0), "w1": (0
 
 
 @dataclass(frozen=True)
-class Matrix:
-    """rows x columns numbers, row by row, that begin at byte ``offset`` of a file."""
+class Span:
+    """A tensor, row by row, from byte ``offset`` of a file on."""
 
     path: Path
     offset: int
-    rows: int
-    columns: int
+    shape: tuple[int, ...]
     dtype: torch.dtype
 
-    def after(self, count: int) -> Matrix:
-        """The one of that number in a row of equal ones that begins with this."""
-        return replace(self, offset=self.offset + count * self.rows * self.columns * self.dtype.itemsize)
+    def row(self, number: int) -> Span:
+        """One element along the first dimension."""
+        step = math.prod(self.shape[1:]) * self.dtype.itemsize
+        return replace(self, offset=self.offset + number * step, shape=self.shape[1:])
 
-    def read(self, first: int = 0, count: int | None = None) -> Tensor:
-        """``count`` numbers from number ``first`` on (None: all), [n]. Raises SpecDecError if the file lacks them."""
-        values = torch.empty(self.rows * self.columns if count is None else count, dtype=self.dtype)
+    def read(self) -> Tensor:
+        """All of it."""
+        return self.numbers(0, math.prod(self.shape)).view(self.shape)
+
+    def numbers(self, first: int, count: int) -> Tensor:
+        """``count`` of its numbers, [count]. Raises SpecDecError if the file does not have them any more."""
+        values = torch.empty(count, dtype=self.dtype)
         try:
             with self.path.open("rb") as file:
                 file.seek(self.offset + first * self.dtype.itemsize)
                 got = file.readinto(memoryview(values.view(torch.uint8).numpy()))  # type: ignore[arg-type]
         except OSError as error:
-            raise SpecDecError(f"cannot read the experts in '{self.path}': {error.strerror or error}") from None
+            raise SpecDecError(f"cannot read weights in '{self.path}': {error.strerror or error}") from None
         if got != values.nbytes:
-            raise SpecDecError(f"'{self.path}' ends within its experts: it was truncated; get it again")
+            raise SpecDecError(f"'{self.path}' ends within its weights: it was truncated; get it again")
         return values
 
 
@@ -64,18 +69,18 @@ class Matrix:
 class Fused:
     """The tensor [E, rows, columns] that transformers would make of ``experts``: of each, matrices on one another."""
 
-    experts: list[list[Matrix]]
+    experts: list[list[Span]]
 
     @property
     def shape(self) -> tuple[int, int, int]:
         first = self.experts[0]
-        return len(self.experts), sum(m.rows for m in first), first[0].columns
+        return len(self.experts), sum(m.shape[0] for m in first), first[0].shape[1]
 
     def read(self, expert: int, into: Tensor) -> None:
         """Copy one expert into a tensor [rows, columns] of any dtype."""
         matrices = self.experts[expert]
-        for matrix, rows in zip(matrices, into.split([m.rows for m in matrices]), strict=True):
-            rows.copy_(matrix.read().view_as(rows))
+        for matrix, rows in zip(matrices, into.split([m.shape[0] for m in matrices]), strict=True):
+            rows.copy_(matrix.read())
 
     def sample(self, dtype: torch.dtype) -> Tensor:
         """What ``sample`` takes of the tensor, in ``dtype``."""
@@ -84,10 +89,10 @@ class Fused:
         for position in positions(count * rows * columns).tolist():
             expert, number = divmod(position, rows * columns)
             for matrix in self.experts[expert]:
-                if number < matrix.rows * columns:
-                    values.append(matrix.read(number, 1))
+                if number < (size := math.prod(matrix.shape)):
+                    values.append(matrix.numbers(number, 1))
                     break
-                number -= matrix.rows * columns
+                number -= size
         return torch.cat(values).to(dtype)
 
 
@@ -157,15 +162,16 @@ def sample(parameter: Tensor) -> Tensor:
 
 @dataclass
 class Checkpoint:
-    """The tensors in safetensors files: ``others``, mapped from them, and the ``fused`` ones of experts, by name."""
+    """The tensors in safetensors files, by name; the ``fused`` ones are of experts."""
 
-    others: dict[str, Tensor] = field(default_factory=dict)
+    others: dict[str, Span] = field(default_factory=dict)
     fused: dict[str, Fused] = field(default_factory=dict)
 
     def state(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """All tensors by name, with zeros that take no memory for experts, as if loaded in ``dtype``."""
+        """All tensors by name: those of experts are zeros of ``dtype`` that take no memory, the others are read."""
         zero = torch.zeros((), dtype=dtype)
-        return {**self.others, **{name: zero.expand(fused.shape) for name, fused in self.fused.items()}}
+        experts = {name: zero.expand(fused.shape) for name, fused in self.fused.items()}
+        return experts | {name: span.read() for name, span in self.others.items()}
 
     def leave(self, model: PreTrainedModel) -> None:
         """Put ``StoredExperts`` into ``model``, which has been loaded from ``state``."""
@@ -177,44 +183,51 @@ class Checkpoint:
 
 
 def open_checkpoint(files: Iterable[Path]) -> Checkpoint | None:
-    """What is in ``files``; None if no experts are, or in a way not known here.
+    """What is in ``files``; None if no experts are, or anything in a way not known here.
 
     Raises SafetensorError for a file that is broken, SpecDecError for experts that do not fit one another.
     """
-    found, parts = Checkpoint(), defaultdict[str, dict[tuple[int, int], Matrix]](dict)
+    found, parts = Checkpoint(), defaultdict[str, dict[tuple[int, int], Span]](dict)
     for path in files:
-        with safe_open(path, framework="pt") as file:  # refuses what is not safetensors
-            for name in file.keys():  # noqa: SIM118 (it is no mapping)
-                if _TENSOR.fullmatch(name) is None:
-                    found.others[name] = file.get_tensor(name)
-        with path.open("rb") as raw:
-            begin = 8 + int.from_bytes(raw.read(8), "little")
-            header = json.loads(raw.read(begin - 8))
+        begin, header = _header(path)
         for name, entry in header.items():
+            if entry["dtype"] not in DTYPES:
+                return None
+            span = Span(path, begin + entry["data_offsets"][0], tuple(entry["shape"]), DTYPES[entry["dtype"]])
             match = _TENSOR.fullmatch(name)
             if match is None:
+                found.others[name] = span
                 continue
             prefix, _, expert, part, fused = match.groups("")
-            if entry["dtype"] not in DTYPES or not (fused or part in _PLACES):
-                return None
-            *count, rows, columns = entry["shape"]
-            matrix = Matrix(path, begin + entry["data_offsets"][0], rows, columns, DTYPES[entry["dtype"]])
             if fused:
-                parts[name] = {(e, 0): matrix.after(e) for e in range(*count)}
-            else:
+                parts[name] = {(number, 0): span.row(number) for number in range(span.shape[0])}
+            elif part in _PLACES:
                 tensor, place = _PLACES[part]
-                parts[f"{prefix}.{FUSED[tensor]}"][int(expert), place] = matrix
+                parts[f"{prefix}.{FUSED[tensor]}"][int(expert), place] = span
+            else:
+                return None
     found.fused = {name: Fused(_in_order(name, matrices)) for name, matrices in parts.items()}
     whole = all(f"{name.rpartition('.')[0]}.{other}" in parts for name in parts for other in FUSED)
     return found if parts and whole else None
 
 
-def _in_order(name: str, matrices: dict[tuple[int, int], Matrix]) -> list[list[Matrix]]:
+def _header(path: Path) -> tuple[int, dict[str, Any]]:
+    """Where the data of a safetensors file begins, and what they are."""
+    with safe_open(path, framework="numpy"):  # refuses what is broken; for torch it would map more than may fit
+        pass
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header: dict[str, Any] = json.loads(file.read(size))
+    header.pop("__metadata__", None)
+    return 8 + size, header
+
+
+def _in_order(name: str, matrices: dict[tuple[int, int], Span]) -> list[list[Span]]:
     """Of each expert, its matrices: as many, and as large, as those of the others."""
-    experts = defaultdict[int, list[Matrix]](list)
+    experts = defaultdict[int, list[Span]](list)
     for (expert, _), matrix in sorted(matrices.items()):
         experts[expert].append(matrix)
-    kinds = {tuple((m.rows, m.columns, m.dtype) for m in each) for each in experts.values()}
+    kinds = {tuple((m.shape, m.dtype) for m in each) for each in experts.values()}
     if list(experts) != list(range(len(experts))) or len(kinds) != 1:
         raise SpecDecError(f"the checkpoint lacks a part of '{name}', or has it in several shapes; get it again")
     return list(experts.values())
