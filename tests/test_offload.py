@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from specdec import SpecDecoder, cli, costs, hub
 from specdec.depth import AutoDepth
 from specdec.errors import SpecDecError
-from specdec.experts import packed, predict
+from specdec.experts import packed, predict, tiers
 from specdec.experts.control import LONGEST, WINDOW, Controller
 from specdec.experts.layers import moe_layers
 from specdec.experts.offload import ExpertOptions, Offload
@@ -256,7 +256,8 @@ def test_a_damaged_expert_is_named_and_the_decoder_survives(mixtral, tmp_path):
     assert out.token_ids == greedy_reference(mixtral, PROMPT, COUNT)
 
 
-def test_prefetches_that_fail_change_no_token(mixtral, folder):
+@pytest.mark.parametrize("fault", [OSError(5, "Input/output error"), RuntimeError(), None])
+def test_prefetches_that_fail_change_no_token(mixtral, folder, fault):
     options = ExpertOptions(0.5, "m2r2", folder, adaptive=False)
     decoder = SpecDecoder(mixtral, None, "none", experts=options)
     store, reads = decoder.target.experts.store, count()
@@ -264,7 +265,10 @@ def test_prefetches_that_fail_change_no_token(mixtral, folder):
 
     def flaky(block, slot, start, stop):
         if not store._demands and next(reads) % 2:
-            raise OSError(5, "Input/output error")
+            slot[start:stop] = 7  # and what it left is of no use
+            if fault is None:
+                return None
+            raise fault
         return real(block, slot, start, stop)
 
     store.tier.read = flaky
@@ -272,6 +276,31 @@ def test_prefetches_that_fail_change_no_token(mixtral, folder):
     failed = store.counters.failed
     decoder.close()
     assert out.token_ids == greedy_reference(mixtral, PROMPT, COUNT) and failed > 3
+
+
+def broken_after(reads: int, monkeypatch) -> None:
+    real, left = tiers.DiskTier.read, count()
+
+    def read(self, block, slot, start, stop):
+        return None if next(left) >= reads else real(self, block, slot, start, stop)
+
+    monkeypatch.setattr(tiers.DiskTier, "read", read)
+
+
+def test_tokens_that_came_before_a_failure_are_kept(mixtral, folder):
+    own = greedy_reference(mixtral, PROMPT, COUNT)
+    decoder = SpecDecoder(mixtral, None, "none", experts=ExpertOptions(2 / 6, "none", folder, "none"))
+    with pytest.MonkeyPatch.context() as patch:
+        broken_after(100, patch)  # a token needs 12
+        with decoder.open([PROMPT], max_new_tokens=COUNT, ignore_eos=True) as generation:
+            seen = []
+            with pytest.raises(SpecDecError, match=r"loading expert \d of layer \d failed"):
+                for events in generation.steps():
+                    seen += events[0][1]
+            (out,) = generation.outputs()
+    assert out.finish_reason == "interrupted" and out.token_ids == seen == own[: len(seen)] and 0 < len(seen) < COUNT
+    assert decoder.generate(PROMPT, max_new_tokens=COUNT, ignore_eos=True).token_ids == own
+    decoder.close()
 
 
 def test_a_prefetch_puts_out_only_what_is_clearly_less_needed(mixtral, folder):
@@ -405,3 +434,20 @@ def test_experts_of_another_model_or_dtype_are_one_line(saved, folder, tmp_path)
     ):
         args = ["--expert-cache", "0.5", "--expert-option", f"folder={place}", *more]
         assert message in error(run("generate", "Hello", "--model", saved, *FAST, *args))
+
+
+def test_the_text_that_came_before_a_failure_is_printed(saved):
+    options = ("--expert-cache", "0.5", "--expert-option", "eviction=none")  # a token needs 8
+    plain = run("generate", "Hello", "--model", saved, *FAST, *options).stdout
+
+    def broken(*more: str):
+        with pytest.MonkeyPatch.context() as patch:
+            broken_after(60, patch)
+            result = run("generate", "Hello", "--model", saved, *FAST, *options, *more)
+        assert result.exit_code == 2 and "loading expert" in result.stderr.splitlines()[-1]
+        return result.stdout
+
+    text = broken("--quiet").removesuffix("\n")
+    assert plain.startswith(text) and 0 < len(text) < len(plain) - 1
+    asked = json.loads(broken("--json"))
+    assert asked["text"] == text and asked["finish_reason"] == "interrupted"
