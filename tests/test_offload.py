@@ -17,11 +17,9 @@ from specdec import SpecDecoder, cli, costs, hub
 from specdec.depth import AutoDepth
 from specdec.errors import SpecDecError
 from specdec.experts import packed, predict, tiers
-from specdec.experts.control import LONGEST, WINDOW, Controller
 from specdec.experts.layers import moe_layers
 from specdec.experts.offload import ExpertOptions, Offload
 from specdec.experts.replay import replay
-from specdec.experts.store import Counters
 from specdec.kernels import rms_unit
 from specdec.target import ReferenceTarget
 from specdec.train.data import Answer
@@ -177,6 +175,8 @@ def test_memory_shrinks_and_close_restores_every_bit(moe):
     decoder = SpecDecoder(moe, None, "none", experts=ExpertOptions(2 / 6))
     assert bytes_of(moe) == sum(p.numel() * p.element_size() for p in before.values()) - held
     assert decoder.target.experts.store.resident_bytes <= decoder.target.experts.index.total_bytes / 3
+    with pytest.raises(SpecDecError, match="offloaded already; close the decoder"):
+        SpecDecoder(moe, None, "none", experts=ExpertOptions(2 / 6))
     decoder.close()
     decoder.close()
     after = dict(moe.named_parameters())
@@ -336,23 +336,29 @@ def test_a_leap_is_one_regression_from_all_that_is_known():
                 assert torch.allclose(found[i], want, atol=1e-4)
 
 
-def test_the_controller_stops_what_does_not_pay_and_keeps_what_does():
-    class Store:
-        counters = Counters()
+@pytest.mark.parametrize("name", ["m2r2", "oracle"])
+def test_without_prefetching_no_forecast_is_made(mixtral, folder, name):
+    decoder = SpecDecoder(mixtral, None, "none", experts=ExpertOptions(0.5, name, folder, adaptive=False))
+    offload, seen = decoder.target.experts, {True: 0, False: 0}
+    predictor = offload.predictor
 
-    def run(cost: dict[bool, float], monkeypatch) -> float:
-        control, clock, on, visits = Controller(), [0.0], 0, 60 * WINDOW * 4
-        monkeypatch.setattr("time.perf_counter", lambda: clock[0])
-        for visit in range(visits):
-            control.visit(visit % 4, 1, Store)
-            on += control.on
-            clock[0] += cost[control.on]
-        return on / visits
+    def counted(own):
+        def told(row, x, *more):
+            seen[len(x) > 1] += 1
+            return own(row, x, *more)
 
-    with pytest.MonkeyPatch.context() as patch:
-        assert run({True: 0.002, False: 0.001}, patch) < 0.25
-        assert run({True: 0.001, False: 0.002}, patch) > 0.75
-    assert LONGEST > 8
+        return told
+
+    for method in ("look", "ahead", "routed"):
+        setattr(predictor, method, counted(getattr(predictor, method)))
+    offload.controller.on = False
+    out = decoder.generate(3 * PROMPT, max_new_tokens=8, ignore_eos=True)  # a prompt that is told of to begin with
+    assert seen[True] >= 12 and (seen[False] == 0) == (name == "m2r2")
+    assert offload.store.counters.prefetched == 0
+    offload.controller.on = True
+    again = decoder.generate(3 * PROMPT, max_new_tokens=8, ignore_eos=True)
+    assert seen[False] > 0 and again.token_ids == out.token_ids
+    decoder.close()
 
 
 # -- the command line -------------------------------------------------------------------------------------------------

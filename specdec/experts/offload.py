@@ -85,7 +85,7 @@ class _Experts(Absent):
             wanted.setdefault(expert, []).append(pair)
         out = hidden_states.new_empty(hidden_states.shape[0] * k, hidden_states.shape[1])  # of each pair
         with store.demand(self.row, sorted(wanted)) as groups:
-            if owner.predictor is not None:
+            if owner.predictor is not None and owner.watching:
                 owner.predictor.routed(self.row, hidden_states, routed)
             gate_up, down = store.weights[self.row]
             for group in groups:
@@ -122,6 +122,8 @@ class Offload:
         options.check()
         self.model, self.fingerprint, self.options = model, fingerprint, options
         self.layers = moe_layers(model)
+        if any(isinstance(layer.experts, _Experts) for layer in self.layers):
+            raise SpecDecError("the experts of this model are offloaded already; close the decoder that has them")
         self.folder = options.folder or cache_dir() / "experts" / fingerprint
         self.index = self._index()
         self.top_k = self.layers[0].top_k
@@ -135,6 +137,7 @@ class Offload:
         self.note = tier.note
         self.controller = Controller(adaptive=options.adaptive)
         self.entered = 0  # layers, while predicting
+        self.watching = False  # whether the predictor is told of this pass
         self.own = [layer.experts for layer in self.layers]
         self.hooks: list[Any] = []
         self._attach()
@@ -150,10 +153,14 @@ class Offload:
     def enter(self, row: int, x: Tensor) -> None:
         """Called as a pass enters a layer, with the residual [T, D]: predict, and prefetch."""
         self.controller.visit(row, len(x), self.store)
-        predictor = self.predictor
+        predictor, on = self.predictor, self.controller.on
         if predictor is None:
             return
-        if not self.controller.on or len(x) > predictor.most_tokens:
+        prompt = len(x) > predictor.most_tokens
+        self.watching = on or prompt or predictor.learns
+        if not self.watching:
+            return
+        if prompt or not on:
             predictor.look(row, x)
             return
         for target, need in predictor.ahead(row, x):
