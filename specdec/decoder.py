@@ -77,7 +77,11 @@ class SpecDecoder:
         self.target.tokenizer = tokenizer
         if experts is not None:
             self.target.experts = Offload(model, self.target.fingerprint, experts)
-        self.drafter = self._drafter(drafter, drafter_options or {})
+        try:
+            self.drafter = self._drafter(drafter, drafter_options or {})
+        except BaseException:
+            self.close()
+            raise
         self._open: Generation | None = None
         self._auto: AutoDepth | None = None
         self._costs: Costs | None = None

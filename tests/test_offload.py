@@ -183,6 +183,13 @@ def test_memory_shrinks_and_close_restores_every_bit(moe):
     assert after.keys() == before.keys() and all(torch.equal(after[name], p) for name, p in before.items())
 
 
+def test_a_drafter_that_is_refused_costs_the_model_nothing(mixtral, folder):
+    before = bytes_of(mixtral)
+    with pytest.raises(SpecDecError, match="m2r3"):
+        SpecDecoder(mixtral, None, "m2r3", experts=ExpertOptions(0.5, folder=folder))
+    assert bytes_of(mixtral) == before
+
+
 def test_figures_are_of_the_decoding_alone_and_agree_with_a_replay(mixtral, folder):
     decoder = SpecDecoder(mixtral, None, "none", experts=ExpertOptions(2 / 6, "m2r2", folder, adaptive=False))
     store = decoder.target.experts.store
