@@ -324,14 +324,14 @@ def generate(
 
     if expert_prefetch == "oracle":  # it knows what it has seen
         _decode(decoder, ids, settings, _discard, True)
-    output = _decode(decoder, ids, settings, _discard if as_json else _write, silent)
+    output, failed = _decode(decoder, ids, settings, _discard if as_json else _write, silent)
     if not as_json:
         _write("\n")
     comparison, interrupted = None, output.finish_reason == "interrupted"
     if plain is not None and not interrupted:
         if not silent:
             report.note("decoding plainly, to compare ...")  # no spinner: its thread would slow this arm
-        baseline = _decode(plain, ids, baseline_settings, _discard, silent)
+        baseline, failed = _decode(plain, ids, baseline_settings, _discard, silent)
         interrupted = baseline.finish_reason == "interrupted"
         if not interrupted:
             comparison = _compare(decoder, ids, settings, output, baseline)
@@ -355,6 +355,8 @@ def generate(
         _print_json(result if comparison is None else result | {"compare": comparison.as_dict()})
     elif not quiet:
         report.statistics(decoder, output, comparison, verbose)
+    if failed is not None:
+        raise failed
     if interrupted:
         raise typer.Exit(INTERRUPTED)
     if comparison is not None and comparison.fault:
@@ -435,20 +437,29 @@ def _interruptible() -> Iterator[Event]:
 
 def _decode(
     decoder: SpecDecoder, ids: list[int], settings: dict[str, Any], write: Callable[[str], None], silent: bool
-) -> GenerationOutput:
-    """One generation, its text handed to ``write`` as it comes. Ctrl-C ends it with what there is."""
+) -> tuple[GenerationOutput, SpecDecError | None]:
+    """One generation, its text handed to ``write`` as it comes. Ctrl-C ends it with what there is.
+
+    So does what makes it fail, which is returned, too; raised, if nothing has been generated.
+    """
     with report.status("measuring", silent or settings["num_speculative_tokens"] != "auto"):  # once per machine
         generation = decoder.open([ids], **settings)
     sent = 0
+    failed: SpecDecError | None = None
     with _interruptible() as interrupted, generation:
-        for (piece,) in generation:
-            write(piece)
-            sent += len(piece)
-            if interrupted.is_set():
-                break
+        try:
+            for (piece,) in generation:
+                write(piece)
+                sent += len(piece)
+                if interrupted.is_set():
+                    break
+        except SpecDecError as error:
+            failed = error
         output = generation.outputs()[0]
+        if failed is not None and not output.token_ids:
+            raise failed
         write(output.text[sent:])  # held back as the possible beginning of a stop string or character
-    return output
+    return output, failed
 
 
 def _compare(

@@ -77,7 +77,11 @@ class SpecDecoder:
         self.target.tokenizer = tokenizer
         if experts is not None:
             self.target.experts = Offload(model, self.target.fingerprint, experts)
-        self.drafter = self._drafter(drafter, drafter_options or {})
+        try:
+            self.drafter = self._drafter(drafter, drafter_options or {})
+        except BaseException:
+            self.close()
+            raise
         self._open: Generation | None = None
         self._auto: AutoDepth | None = None
         self._costs: Costs | None = None
@@ -92,19 +96,27 @@ class SpecDecoder:
         device: str | torch.device = "cpu",
         revision: str | None = None,
         trust_remote_code: bool = False,
+        experts: ExpertOptions | None = None,
         **options: Any,
     ) -> SpecDecoder:
         """Load an embedded model, a Hugging Face id, a local folder or a GGUF file, and a drafter for it.
 
-        ``options`` go to the constructor. Raises SpecDecError with the reason if anything is missing or unfit.
+        experts: as in the constructor; those of a safetensors checkpoint are then never in memory all at once, and
+        after ``close`` they are in the checkpoint only. ``options`` go to the constructor. Raises SpecDecError with the
+        reason if anything is missing or unfit.
         """
         model, tokenizer = hub.load(
-            name, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code
+            name,
+            dtype=dtype,
+            device=device,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            experts=experts is None,
         )
-        return cls(model, tokenizer, drafter, **options)
+        return cls(model, tokenizer, drafter, experts=experts, **options)
 
     def close(self) -> None:
-        """Give the model back as it was: experts that were offloaded are in memory again. Nothing else needs it."""
+        """Give the model back as it was: experts that were offloaded are where they were. Nothing else needs it."""
         if self.target.experts is not None:
             self.target.experts.close()
             self.target.experts = None

@@ -79,10 +79,10 @@ class FusedTarget(Target):
 
     def __init__(self, model: PreTrainedModel, weights: str = "dense", packs: bool = True) -> None:
         refuse_unsupported(model)
-        super().__init__(model)
         kind, config = model.config.model_type, model.config
         if kind not in FAMILIES:
             raise SpecDecError(f"model type '{kind}' is unknown to the fused runtime (it knows {', '.join(FAMILIES)})")
+        super().__init__(model)
         decoder: Any = model.model
         check_rotary(decoder.rotary_emb)
         attention = decoder.layers[0].self_attn

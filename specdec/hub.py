@@ -16,9 +16,19 @@ import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    GgufConfig,
+    PreTrainedModel,
+)
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils.hub import get_checkpoint_shard_files
 
-from specdec import pages
+from specdec import pages, stored
 from specdec.embedded import EMBEDDED, one_line, prepared, quietly
 from specdec.errors import SpecDecError, did_you_mean
 
@@ -31,6 +41,7 @@ def load(
     revision: str | None = None,
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
+    experts: bool = True,
 ) -> tuple[PreTrainedModel, Any]:
     """Load a decoder-only model, frozen and in evaluation mode, and its tokenizer.
 
@@ -39,6 +50,8 @@ def load(
     dtype: "auto" (the checkpoint's own; bfloat16 for a GGUF file) or one of float32, bfloat16, float16.
     revision: for Hugging Face ids.
     attn_implementation: None lets transformers choose (sdpa where the model supports it, else eager).
+    experts: False leaves those of a mixture in the checkpoint (``stored.StoredExperts``), if it is one of safetensors
+    that holds them as published models do; the model can then decode by ``SpecDecoder(experts=...)`` only.
     Raises SpecDecError, in one line, for whatever is unknown, missing, broken or beyond this machine.
     """
     name = os.fspath(name_or_path)
@@ -60,7 +73,12 @@ def load(
         if attn_implementation is not None:
             options |= {"attn_implementation": attn_implementation}
         with _explained(name, options):
-            loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=kind, output_loading_info=True, **options)
+            checkpoint = None if experts or "gguf_file" in options else _checkpoint(source, options)
+            if checkpoint is None:
+                load: Any = AutoModelForCausalLM.from_pretrained
+                loaded = load(source, dtype=kind, output_loading_info=True, **options)
+            else:
+                loaded = _without_experts(source, checkpoint, kind, options)
             model, info = loaded[0].to(place), loaded[1]
     names = {key for key, _ in model.named_parameters()}
     unfit = sorted(names & {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
@@ -81,10 +99,7 @@ def fingerprint(model: PreTrainedModel) -> str:
     """
     digest, seen = hashlib.sha256(), set()
     for name, parameter in sorted(model.named_parameters(remove_duplicate=False)):
-        size = parameter.numel()
-        count = min(size, 512)
-        index = torch.arange(count, device=parameter.device) * size // max(count, 1)
-        sample = parameter.detach()[torch.unravel_index(index, parameter.shape)].to(torch.bfloat16)
+        sample = stored.sample(parameter).to(torch.bfloat16)
         # Below 2^-16 float16 cannot hold every bf16 value; zero also has one sign only.
         sample = torch.where(sample.abs() < 2**-16, torch.zeros_like(sample), sample)
         content = f"{tuple(parameter.shape)}".encode() + sample.cpu().view(torch.int16).numpy().tobytes()
@@ -207,6 +222,41 @@ def _explained(name: str, options: dict[str, Any]) -> Iterator[None]:
         elif "trust_remote_code" in str(error):
             reason = "it needs Python code of its own; pass trust_remote_code only if you trust its authors"
         raise SpecDecError(f"cannot load model '{name}': {reason}") from error
+
+
+def _checkpoint(source: str | Path, options: dict[str, Any]) -> stored.Checkpoint | None:
+    """The checkpoint, fetched if need be, of a mixture that can be loaded without its experts; else None."""
+    config, where = options["config"], _where(options)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "quantization_config", None):
+        return None
+    find = lambda file: cached_file(source, file, _raise_exceptions_for_missing_entries=False, **where)  # noqa: E731
+    if (only := find(SAFE_WEIGHTS_NAME)) is not None:
+        return stored.open_checkpoint([Path(only)])
+    if (index := find(SAFE_WEIGHTS_INDEX_NAME)) is not None:
+        return stored.open_checkpoint([Path(p) for p in get_checkpoint_shard_files(source, index, **where)[0]])
+    return None
+
+
+def _without_experts(
+    source: str | Path, checkpoint: stored.Checkpoint, dtype: str | torch.dtype, options: dict[str, Any]
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """What ``from_pretrained`` returns, of a model whose experts are left in ``checkpoint``."""
+    config = options["config"]
+    if not isinstance(dtype, torch.dtype):  # auto
+        dtype = config.dtype or next(iter(checkpoint.others.values())).dtype
+    given = {key: options[key] for key in options if key in ("ignore_mismatched_sizes", "attn_implementation")}
+    with contextlib.suppress(OSError):  # none of its own: made of the model's
+        given["generation_config"] = GenerationConfig.from_pretrained(source, **_where(options))
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model, info = kind.from_pretrained(
+        None, config=config, state_dict=checkpoint.state(dtype), dtype=dtype, output_loading_info=True, **given
+    )
+    checkpoint.leave(model)
+    return model, info
+
+
+def _where(options: dict[str, Any]) -> dict[str, Any]:
+    return {key: options[key] for key in ("revision", "local_files_only") if key in options}
 
 
 def _tokenizer(name: str, source: str | Path, options: dict[str, Any]) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,10 +11,12 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from specdec import report
+from specdec import options, report
 from specdec.errors import SpecDecError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from specdec.train.data import Answer
     from specdec.train.expert_leaps import Share
 
@@ -38,17 +40,21 @@ def pack_experts(
     rate: Annotated[
         int | None, typer.Option(help="Also train the m2r2-paper predictor: adapters at this rate, 2 or 4.", min=2)
     ] = None,
+    expert_cache: Annotated[
+        str, typer.Option(metavar="SIZE", help="Share (0.25) or size (8GB) of the experts that --fit keeps in memory.")
+    ] = "1.0",
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
 ) -> None:
     """Write the experts of a model into one file, to be loaded as they are needed (generate --expert-cache)."""
     from specdec import hub
-    from specdec.experts import packed, predict
+    from specdec.experts import packed
     from specdec.experts.layers import moe_layers
+    from specdec.experts.offload import ExpertOptions, Offload
 
     if rate is not None and fit is None:
         raise SpecDecError("--rate trains on texts; give them with --fit FILE")
-    items = None if fit is None else _read(fit)
-    loaded, tokenizer = hub.load(model, dtype=dtype, trust_remote_code=trust_remote_code)
+    items, cache = None if fit is None else _read(fit), options.size("--expert-cache", expert_cache)
+    loaded, tokenizer = hub.load(model, dtype=dtype, trust_remote_code=trust_remote_code, experts=False)
     layers, fingerprint = moe_layers(loaded), hub.fingerprint(loaded)
     with _progress("packing", "experts") as tell:
         index = packed.pack(layers, fingerprint, folder, tell)
@@ -56,12 +62,19 @@ def pack_experts(
         f"{folder / packed.BLOCKS}: {len(index.layers)} layers of {index.num_experts} experts, "
         f"{index.stride / 1e6:.2f} MB each, {index.total_bytes / 1e6:.0f} MB"
     )
-    if items is None:
-        return
+    if items is not None:
+        with closing(Offload(loaded, fingerprint, ExpertOptions(cache, folder=folder))):
+            _fit(loaded, fingerprint, folder, _answers(loaded, tokenizer, items[:texts]), rate)
+
+
+def _fit(loaded: PreTrainedModel, fingerprint: str, folder: Path, answers: list[Answer], rate: int | None) -> None:
+    """Fit the predictors to all but a few of ``answers``, write them, and print how good they are on those few."""
+    from specdec.experts import predict
+    from specdec.experts.layers import moe_layers
     from specdec.train.expert_adapters import fit_expert_adapters
     from specdec.train.expert_leaps import fit_expert_leaps, recalls
 
-    answers = _answers(loaded, tokenizer, items[:texts])
+    layers = moe_layers(loaded)
     held = answers[::HELD_OUT][:HELD_OUT]
     rest = [answer for answer in answers if answer not in held]
     with _progress("fitting", "texts") as tell:

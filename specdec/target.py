@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from specdec import growth, hub
+from specdec import growth, hub, stored
 from specdec.adapters import Adapters
 from specdec.cache import KVCache, Mask
 from specdec.errors import SpecDecError
@@ -253,7 +253,8 @@ class ReferenceTarget(Target):
         parameters = list(inspect.signature(self.blocks[0].forward).parameters)
         # GPT-2 passes the mask by position, the others by name.
         self.mask_index = parameters.index("attention_mask") - 1 if "attention_mask" in parameters else None
-        self._self_check()
+        with stored.idle(model):
+            self._self_check()
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         call = _Pass(None, 0, 0, None, None)

@@ -244,6 +244,31 @@ def test_a_failed_demand_is_one_line_and_the_store_goes_on(store, shelf):
     assert use(store, 0, [2, 3, 4]) == [2, 4, 3]
 
 
+@pytest.mark.parametrize("reached", [None, 0, 1 << 30, "all"])
+def test_a_tier_that_does_not_say_how_far_it_came_is_one_line(store, shelf, reached):
+    real, shelf.read = shelf.read, lambda *args: reached
+    with pytest.raises(SpecDecError, match=f"loading expert 3 of layer 0 failed: .* came to {reached}"):
+        use(store, 0, [3])
+    store.prefetch(0, [4])
+    while not store.counters.failed:
+        time.sleep(0.001)
+    shelf.read = real
+    assert use(store, 0, [3, 4]) == [3, 4] and store.counters.hits == 0
+
+
+def test_whoever_waits_for_a_thread_that_has_ended_hears_why(store, monkeypatch):
+    assert use(store, 0, [0]) == [0]
+    monkeypatch.setattr(store, "_finish", lambda *_: 1 / 0)
+    monkeypatch.setattr("threading.excepthook", lambda _: pytest.fail("the thread ended silently"))
+    for experts in ([1], [2]):
+        with pytest.raises(
+            SpecDecError, match=r"loading of experts has ended \(ZeroDivisionError.*; make a new decoder"
+        ):
+            use(store, 0, experts)
+    assert store.prefetch(1, [5]) == 1 and use(store, 0, [0]) == [0]  # what is there stays
+    assert not store._thread.is_alive() and not any(slot.pins for slot in store.caches[0].slots)
+
+
 def test_an_iteration_that_is_given_up_holds_nothing(store):
     with store.demand(0, [0, 1]) as stream:
         next(stream)

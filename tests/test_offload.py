@@ -16,12 +16,10 @@ from typer.testing import CliRunner
 from specdec import SpecDecoder, cli, costs, hub
 from specdec.depth import AutoDepth
 from specdec.errors import SpecDecError
-from specdec.experts import packed, predict
-from specdec.experts.control import LONGEST, WINDOW, Controller
+from specdec.experts import packed, predict, tiers
 from specdec.experts.layers import moe_layers
 from specdec.experts.offload import ExpertOptions, Offload
 from specdec.experts.replay import replay
-from specdec.experts.store import Counters
 from specdec.kernels import rms_unit
 from specdec.target import ReferenceTarget
 from specdec.train.data import Answer
@@ -81,7 +79,7 @@ def decoded(model, drafter="none", experts=None, **options):
 
 
 def bytes_of(model) -> int:
-    return sum(p.numel() * p.element_size() for p in model.parameters())
+    return sum(p.numel() * p.element_size() for p in model.parameters() if not p.is_meta)
 
 
 @pytest.mark.parametrize("cache", [2 / 6, 0.5, 1.0])
@@ -177,10 +175,19 @@ def test_memory_shrinks_and_close_restores_every_bit(moe):
     decoder = SpecDecoder(moe, None, "none", experts=ExpertOptions(2 / 6))
     assert bytes_of(moe) == sum(p.numel() * p.element_size() for p in before.values()) - held
     assert decoder.target.experts.store.resident_bytes <= decoder.target.experts.index.total_bytes / 3
+    with pytest.raises(SpecDecError, match="offloaded already; close the decoder"):
+        SpecDecoder(moe, None, "none", experts=ExpertOptions(2 / 6))
     decoder.close()
     decoder.close()
     after = dict(moe.named_parameters())
     assert after.keys() == before.keys() and all(torch.equal(after[name], p) for name, p in before.items())
+
+
+def test_a_drafter_that_is_refused_costs_the_model_nothing(mixtral, folder):
+    before = bytes_of(mixtral)
+    with pytest.raises(SpecDecError, match="m2r3"):
+        SpecDecoder(mixtral, None, "m2r3", experts=ExpertOptions(0.5, folder=folder))
+    assert bytes_of(mixtral) == before
 
 
 def test_figures_are_of_the_decoding_alone_and_agree_with_a_replay(mixtral, folder):
@@ -256,7 +263,8 @@ def test_a_damaged_expert_is_named_and_the_decoder_survives(mixtral, tmp_path):
     assert out.token_ids == greedy_reference(mixtral, PROMPT, COUNT)
 
 
-def test_prefetches_that_fail_change_no_token(mixtral, folder):
+@pytest.mark.parametrize("fault", [OSError(5, "Input/output error"), RuntimeError(), None])
+def test_prefetches_that_fail_change_no_token(mixtral, folder, fault):
     options = ExpertOptions(0.5, "m2r2", folder, adaptive=False)
     decoder = SpecDecoder(mixtral, None, "none", experts=options)
     store, reads = decoder.target.experts.store, count()
@@ -264,7 +272,10 @@ def test_prefetches_that_fail_change_no_token(mixtral, folder):
 
     def flaky(block, slot, start, stop):
         if not store._demands and next(reads) % 2:
-            raise OSError(5, "Input/output error")
+            slot[start:stop] = 7  # and what it left is of no use
+            if fault is None:
+                return None
+            raise fault
         return real(block, slot, start, stop)
 
     store.tier.read = flaky
@@ -272,6 +283,31 @@ def test_prefetches_that_fail_change_no_token(mixtral, folder):
     failed = store.counters.failed
     decoder.close()
     assert out.token_ids == greedy_reference(mixtral, PROMPT, COUNT) and failed > 3
+
+
+def broken_after(reads: int, monkeypatch) -> None:
+    real, left = tiers.DiskTier.read, count()
+
+    def read(self, block, slot, start, stop):
+        return None if next(left) >= reads else real(self, block, slot, start, stop)
+
+    monkeypatch.setattr(tiers.DiskTier, "read", read)
+
+
+def test_tokens_that_came_before_a_failure_are_kept(mixtral, folder):
+    own = greedy_reference(mixtral, PROMPT, COUNT)
+    decoder = SpecDecoder(mixtral, None, "none", experts=ExpertOptions(2 / 6, "none", folder, "none"))
+    with pytest.MonkeyPatch.context() as patch:
+        broken_after(100, patch)  # a token needs 12
+        with decoder.open([PROMPT], max_new_tokens=COUNT, ignore_eos=True) as generation:
+            seen = []
+            with pytest.raises(SpecDecError, match=r"loading expert \d of layer \d failed"):
+                for events in generation.steps():
+                    seen += events[0][1]
+            (out,) = generation.outputs()
+    assert out.finish_reason == "interrupted" and out.token_ids == seen == own[: len(seen)] and 0 < len(seen) < COUNT
+    assert decoder.generate(PROMPT, max_new_tokens=COUNT, ignore_eos=True).token_ids == own
+    decoder.close()
 
 
 def test_a_prefetch_puts_out_only_what_is_clearly_less_needed(mixtral, folder):
@@ -307,23 +343,29 @@ def test_a_leap_is_one_regression_from_all_that_is_known():
                 assert torch.allclose(found[i], want, atol=1e-4)
 
 
-def test_the_controller_stops_what_does_not_pay_and_keeps_what_does():
-    class Store:
-        counters = Counters()
+@pytest.mark.parametrize("name", ["m2r2", "oracle"])
+def test_without_prefetching_no_forecast_is_made(mixtral, folder, name):
+    decoder = SpecDecoder(mixtral, None, "none", experts=ExpertOptions(0.5, name, folder, adaptive=False))
+    offload, seen = decoder.target.experts, {True: 0, False: 0}
+    predictor = offload.predictor
 
-    def run(cost: dict[bool, float], monkeypatch) -> float:
-        control, clock, on, visits = Controller(), [0.0], 0, 60 * WINDOW * 4
-        monkeypatch.setattr("time.perf_counter", lambda: clock[0])
-        for visit in range(visits):
-            control.visit(visit % 4, 1, Store)
-            on += control.on
-            clock[0] += cost[control.on]
-        return on / visits
+    def counted(own):
+        def told(row, x, *more):
+            seen[len(x) > 1] += 1
+            return own(row, x, *more)
 
-    with pytest.MonkeyPatch.context() as patch:
-        assert run({True: 0.002, False: 0.001}, patch) < 0.25
-        assert run({True: 0.001, False: 0.002}, patch) > 0.75
-    assert LONGEST > 8
+        return told
+
+    for method in ("look", "ahead", "routed"):
+        setattr(predictor, method, counted(getattr(predictor, method)))
+    offload.controller.on = False
+    out = decoder.generate(3 * PROMPT, max_new_tokens=8, ignore_eos=True)  # a prompt that is told of to begin with
+    assert seen[True] >= 12 and (seen[False] == 0) == (name == "m2r2")
+    assert offload.store.counters.prefetched == 0
+    offload.controller.on = True
+    again = decoder.generate(3 * PROMPT, max_new_tokens=8, ignore_eos=True)
+    assert seen[False] > 0 and again.token_ids == out.token_ids
+    decoder.close()
 
 
 # -- the command line -------------------------------------------------------------------------------------------------
@@ -351,7 +393,8 @@ def test_packing_fitting_and_generating(saved, tmp_path):
     prompts = tmp_path / "answers.jsonl"
     rows = [{"prompt_ids": list(a.prompt_ids), "response_ids": list(a.response_ids)} for a in texts(12)]
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    result = run("pack-experts", saved, str(tmp_path / "x"), "--fit", str(prompts), "--rate", "2")
+    args = ("--fit", str(prompts), "--rate", "2", "--expert-cache", "0.5")
+    result = run("pack-experts", saved, str(tmp_path / "x"), *args)
     assert result.exit_code == 0, result.stderr
     assert "4 layers of 6 experts" in result.stdout and "m2r2\t" in result.stdout and "m2r2-paper\t" in result.stdout
     plain = run("generate", "Hello", "--model", saved, *FAST)
@@ -404,3 +447,20 @@ def test_experts_of_another_model_or_dtype_are_one_line(saved, folder, tmp_path)
     ):
         args = ["--expert-cache", "0.5", "--expert-option", f"folder={place}", *more]
         assert message in error(run("generate", "Hello", "--model", saved, *FAST, *args))
+
+
+def test_the_text_that_came_before_a_failure_is_printed(saved):
+    options = ("--expert-cache", "0.5", "--expert-option", "eviction=none")  # a token needs 8
+    plain = run("generate", "Hello", "--model", saved, *FAST, *options).stdout
+
+    def broken(*more: str):
+        with pytest.MonkeyPatch.context() as patch:
+            broken_after(60, patch)
+            result = run("generate", "Hello", "--model", saved, *FAST, *options, *more)
+        assert result.exit_code == 2 and "loading expert" in result.stderr.splitlines()[-1]
+        return result.stdout
+
+    text = broken("--quiet").removesuffix("\n")
+    assert plain.startswith(text) and 0 < len(text) < len(plain) - 1
+    asked = json.loads(broken("--json"))
+    assert asked["text"] == text and asked["finish_reason"] == "interrupted"

@@ -20,9 +20,10 @@ def save_tiny(folder: Path, context: int = 4096) -> Path:
     return _save(folder, "llama", {"max_position_embeddings": context})
 
 
-def save_tiny_moe(folder: Path) -> Path:
+def save_tiny_moe(folder: Path, kind: str = "mixtral") -> Path:
     """The same as a mixture of 6 experts, of which a token takes 2."""
-    return _save(folder, "mixtral", {"num_local_experts": 6, "num_experts_per_tok": 2})
+    count = "num_local_experts" if kind == "mixtral" else "num_experts"
+    return _save(folder, kind, {count: 6, "num_experts_per_tok": 2})
 
 
 def _save(folder: Path, kind: str, more: dict[str, object]) -> Path:

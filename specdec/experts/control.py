@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 import time
+from collections import deque
 
 from specdec.experts.store import ExpertStore
 
-WINDOW = 4  # passes through the model that are timed together
+WINDOW = 5  # passes through the model on one side; the first, in which caches and forecasts change over, is not counted
+RECENT = 7  # comparisons of two sides whose median is believed
+SHARE = 0.02  # of the time that trying the side which loses may cost
+LONGEST = 64  # most windows until it is tried again
 MOST_TOKENS = 16  # passes over more tokens (prompts) are not compared
-LONGEST = 64  # windows between two probes of the side that loses
-SMOOTH = 0.3
 
 
 class Controller:
     """Turns prefetching off where passes are slower with it, and estimates what a prefetch can load in time.
 
-    Passes with and without prefetching are timed in windows, the first two with either. The faster side runs; the other
-    is probed again after 8, 16, ... ``LONGEST`` windows, so that probing costs little. adaptive: False keeps it on.
+    Passes are timed in windows. Where prefetching is turned on or off between two windows, these are compared: what
+    slows the machine down slows both. The side that wins by the median of the last comparisons runs; the other is tried
+    again for one window after as many as pay for it. adaptive: False keeps prefetching on.
     """
 
     def __init__(self, adaptive: bool = True) -> None:
         self.adaptive, self.on = adaptive, True
-        self.seconds: dict[bool, float | None] = {True: None, False: None}  # per layer visited, smoothed
-        self.pause, self.left = 4, 1  # windows until the other side is probed
-        self.probing = False
+        self.ratios: deque[float] = deque(maxlen=RECENT)  # time with prefetching over that without
+        self.left = 0  # windows until the other side is tried
+        self.passes: list[float] = []  # seconds per layer visited, in this window
+        self.before: tuple[bool, float] | None = None  # the window before: its side, and the median of its passes
         self.visits = self.rows = 0
-        self.spent = self.busy = 0.0
+        self.spent = 0.0
         self.last: float | None = None
         self.layer_seconds = 0.0  # computing of one layer, without stalls
         self._stalled = 0.0
@@ -42,8 +48,12 @@ class Controller:
             self.spent, self.visits = self.spent + spent, self.visits + 1
             weight = 0.05 if self.layer_seconds else 1.0
             self.layer_seconds += weight * (max(computing, 0.0) - self.layer_seconds)
-            if row == 0 and self.visits >= WINDOW * self.rows:
-                self._window(self.spent / self.visits)
+            if row == 0 and self.visits >= self.rows:
+                self.passes.append(self.spent / self.visits)
+                self.spent, self.visits = 0.0, 0
+                if self.adaptive and len(self.passes) == WINDOW:
+                    self._choose(statistics.median(self.passes[1:]))
+                    self.passes.clear()
         self.last, self._stalled = now, stalled
 
     def bytes_within(self, ahead: float, store: ExpertStore) -> float:
@@ -54,18 +64,20 @@ class Controller:
         speed = count.bytes / count.load_seconds
         return ahead * self.layer_seconds * speed - store.backlog
 
-    def _window(self, seconds: float) -> None:
-        self.spent, self.visits = 0.0, 0
-        old = self.seconds[self.on]
-        self.seconds[self.on] = seconds if old is None else old + SMOOTH * (seconds - old)
-        if not self.adaptive:
+    def _choose(self, seconds: float) -> None:
+        """What the next window does, after one that took ``seconds`` per layer visited."""
+        compared = self.before is not None and self.before[0] != self.on
+        if self.before is not None and compared:
+            self.ratios.append(seconds / self.before[1] if self.on else self.before[1] / seconds)
+        self.before = self.on, seconds
+        if len(self.ratios) < 2:
+            self.on = not self.on
             return
-        self.left -= 1
-        with_, without = self.seconds[True], self.seconds[False]
-        if self.probing or self.left <= 0:
-            if self.probing and with_ is not None and without is not None:
-                better = with_ <= without
-                self.probing, self.pause = False, min(2 * self.pause, LONGEST)
-                self.on, self.left = better, self.pause
-            else:
-                self.probing, self.on, self.left = True, not self.on, 1
+        believed = statistics.median(self.ratios)
+        best, lost = believed <= 1, max(believed, 1 / believed) - 1
+        if compared:
+            self.on, self.left = best, min(math.ceil(lost / SHARE), LONGEST)
+        else:
+            self.left -= 1
+            if self.left <= 0:
+                self.on = not best

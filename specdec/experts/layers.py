@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.errors import SpecDecError
+from specdec.stored import FUSED, StoredExperts
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,14 @@ class MoELayer:
     def top_k(self) -> int:
         return int(self.block.gate.top_k)
 
+    def read(self, expert: int, gate_up: Tensor, down: Tensor) -> None:
+        """Copy the weights of one expert, from memory or the checkpoint, into gate_up [2 F, D] and down [D, F]."""
+        if isinstance(self.experts, StoredExperts):
+            self.experts.read(expert, gate_up, down)
+        else:
+            gate_up.copy_(self.experts.gate_up_proj[expert])
+            down.copy_(self.experts.down_proj[expert])
+
 
 def moe_layers(model: PreTrainedModel) -> list[MoELayer]:
     """The layers of ``model`` that hold experts as fused tensors ``gate_up_proj`` [E, 2 F, D], ``down_proj`` [E, D, F].
@@ -50,7 +59,7 @@ def moe_layers(model: PreTrainedModel) -> list[MoELayer]:
         if block is None:
             continue
         experts, router = block.experts, getattr(getattr(block, "gate", None), "weight", None)
-        shapes = [tuple(getattr(getattr(experts, n, None), "shape", ())) for n in ("gate_up_proj", "down_proj")]
+        shapes = [tuple(getattr(getattr(experts, n, None), "shape", ())) for n in FUSED]
         norms = [getattr(layer, name, None) for name in ("post_attention_layernorm", "input_layernorm")]
         known = [len(shape) for shape in shapes] == [3, 3] and router is not None and None not in norms
         if not known or getattr(experts, "is_transposed", False) or getattr(experts, "has_bias", False):

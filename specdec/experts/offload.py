@@ -1,16 +1,14 @@
 """Putting an expert store under a model: its experts modules are replaced by ones that ask the store.
 
-While attached, the model's expert weights are gone from memory; ``close`` reads them back from the packed file. The
-arithmetic is that of transformers' grouped products over resident experts: a product of its own per expert, on the
-slots as they lie, and one sum per token. So what is computed does not depend on where the weights come from, on what
-is cached, or on what is prefetched.
+While attached, the model's expert weights are not in memory; ``close`` reads them back from the packed file, unless
+they were in a checkpoint before. The arithmetic is that of transformers' grouped products over resident experts: a
+product of its own per expert, on the slots as they lie, and one sum per token. So what is computed does not depend on
+where the weights come from, on what is cached, or on what is prefetched.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -18,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.embedded import cache_dir
@@ -30,6 +28,7 @@ from specdec.experts.layers import moe_layers
 from specdec.experts.predict import Predictor
 from specdec.experts.store import Counters, ExpertStore
 from specdec.experts.tiers import DiskTier, EmulatedTier, PinnedTier, Tier, aligned
+from specdec.stored import FUSED, Absent, StoredExperts, sample
 
 FLOOR = 0.4  # least need of an expert that is prefetched
 STAY = (0.03, 0.25)  # by how much more than the cached one that it would put out: in the layer entered, and ahead of it
@@ -69,12 +68,12 @@ class ExpertOptions:
                 raise SpecDecError(f"the expert option {name} cannot be {value!r}")
 
 
-class _Experts(nn.Module):
-    """Stands in for the experts module of one layer."""
+class _Experts(Absent):
+    """Computes with the experts of one layer as the store has them."""
 
-    def __init__(self, owner: Offload, row: int, act: Any) -> None:
-        super().__init__()
-        self.__dict__["owner"], self.row, self.act = owner, row, act
+    def __init__(self, owner: Offload, row: int, own: Any) -> None:
+        super().__init__(own, [sample(getattr(own, name)) for name in FUSED])
+        self.__dict__["owner"], self.row = owner, row
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [T, D], the experts of each token and their weights [T, k] -> [T, D]."""
@@ -86,7 +85,7 @@ class _Experts(nn.Module):
             wanted.setdefault(expert, []).append(pair)
         out = hidden_states.new_empty(hidden_states.shape[0] * k, hidden_states.shape[1])  # of each pair
         with store.demand(self.row, sorted(wanted)) as groups:
-            if owner.predictor is not None:
+            if owner.predictor is not None and owner.watching:
                 owner.predictor.routed(self.row, hidden_states, routed)
             gate_up, down = store.weights[self.row]
             for group in groups:
@@ -95,7 +94,7 @@ class _Experts(nn.Module):
                 offsets = torch.tensor(ends, dtype=torch.int32, device=device)
                 pairs = torch.tensor([pair for slot in sorted(by_slot) for pair in by_slot[slot]], device=device)
                 gate, up = grouped(hidden_states[pairs // k], gate_up, offsets).chunk(2, -1)
-                out[pairs] = grouped(self.act(gate) * up, down, offsets)
+                out[pairs] = grouped(self.act_fn(gate) * up, down, offsets)
         weighted = out * top_k_weights.reshape(-1, 1)
         return weighted.view(-1, k, weighted.shape[1]).sum(1).to(hidden_states.dtype)
 
@@ -123,7 +122,9 @@ class Offload:
         options.check()
         self.model, self.fingerprint, self.options = model, fingerprint, options
         self.layers = moe_layers(model)
-        self.folder, self.packed_now = options.folder or cache_dir() / "experts" / fingerprint, False
+        if any(isinstance(layer.experts, _Experts) for layer in self.layers):
+            raise SpecDecError("the experts of this model are offloaded already; close the decoder that has them")
+        self.folder = options.folder or cache_dir() / "experts" / fingerprint
         self.index = self._index()
         self.top_k = self.layers[0].top_k
         self.predictor = self._predictor(options.prefetch)
@@ -136,6 +137,7 @@ class Offload:
         self.note = tier.note
         self.controller = Controller(adaptive=options.adaptive)
         self.entered = 0  # layers, while predicting
+        self.watching = False  # whether the predictor is told of this pass
         self.own = [layer.experts for layer in self.layers]
         self.hooks: list[Any] = []
         self._attach()
@@ -151,10 +153,14 @@ class Offload:
     def enter(self, row: int, x: Tensor) -> None:
         """Called as a pass enters a layer, with the residual [T, D]: predict, and prefetch."""
         self.controller.visit(row, len(x), self.store)
-        predictor = self.predictor
+        predictor, on = self.predictor, self.controller.on
         if predictor is None:
             return
-        if not self.controller.on or len(x) > predictor.most_tokens:
+        prompt = len(x) > predictor.most_tokens
+        self.watching = on or prompt or predictor.learns
+        if not self.watching:
+            return
+        if prompt or not on:
             predictor.look(row, x)
             return
         for target, need in predictor.ahead(row, x):
@@ -181,25 +187,17 @@ class Offload:
         self.store.prefetch(row, some, frozenset(wanted), self.entered + distance)
 
     def close(self) -> None:
-        """Give the model its experts back, read from the packed file, and end loading."""
+        """Give the model its experts back, those that were in memory from the packed file, and end loading."""
         if not self.hooks:
             return
         for hook in self.hooks:
             hook.remove()
         self.hooks = []
         self.store.close()
-        with _reader(self.folder, self.index) as read:
-            for row, (layer, own) in enumerate(zip(self.layers, self.own, strict=True)):
-                count, width, hidden = self.index.num_experts, self.index.width, self.index.hidden
-                dtype, device = packed.DTYPES[self.index.dtype], self.model.device
-                gate_up = torch.empty(count, 2 * width, hidden, dtype=dtype, device=device)
-                down = torch.empty(count, hidden, width, dtype=dtype, device=device)
-                for expert in range(count):
-                    a, b = self.index.views(read(row * count + expert))
-                    gate_up[expert].copy_(a)
-                    down[expert].copy_(b)
-                own.gate_up_proj.data, own.down_proj.data = gate_up, down
-                layer.block.experts = own
+        for row, (layer, own) in enumerate(zip(self.layers, self.own, strict=True)):
+            if not isinstance(own, StoredExperts):
+                own.gate_up_proj.data, own.down_proj.data = self._read_back(row)
+            layer.block.experts = own
 
     # -- how it is put together -----------------------------------------------------------------------------------
 
@@ -210,7 +208,6 @@ class Offload:
                 packed.check_model(index, self.layers, self.fingerprint, self.folder)
                 return index
             except SpecDecError:  # not packed yet, in another dtype, or damaged
-                self.packed_now = True
                 return packed.pack(self.layers, self.fingerprint, self.folder)
         index = packed.open_index(self.folder)
         packed.check_model(index, self.layers, self.fingerprint, self.folder)
@@ -243,30 +240,31 @@ class Offload:
             return EmulatedTier(self.folder, self.index, options.bandwidth, options.latency)
         return DiskTier(self.folder, self.index)
 
+    def _read_back(self, row: int) -> tuple[Tensor, Tensor]:
+        """All experts of a layer: [E, 2 F, D] and [E, D, F]."""
+        tier, slot, count = DiskTier(self.folder, self.index), aligned(1, self.index.stride)[0], self.index.num_experts
+        parts = self.index.views(slot)
+        fused = [torch.empty(count, *part.shape, dtype=part.dtype, device=self.model.device) for part in parts]
+        try:
+            for expert in range(count):
+                tier.read(row * count + expert, slot, 0, self.index.stride)
+                for whole, part in zip(fused, parts, strict=True):
+                    whole[expert].copy_(part)
+        finally:
+            tier.close()
+        return fused[0], fused[1]
+
     def _attach(self) -> None:
         for row, (layer, own) in enumerate(zip(self.layers, self.own, strict=True)):
-            layer.block.experts = _Experts(self, row, own.act_fn)
+            layer.block.experts = _Experts(self, row, own)
             self.hooks.append(layer.entry.register_forward_pre_hook(self._entering(row)))
-            for name in ("gate_up_proj", "down_proj"):
-                weight = getattr(own, name)
-                weight.data = weight.data.new_empty(0)
+            if not isinstance(own, StoredExperts):
+                for name in FUSED:
+                    weight = getattr(own, name)
+                    weight.data = weight.data.new_empty(0)
 
     def _entering(self, row: int) -> Any:
         return lambda _, inputs: self.enter(row, inputs[0].flatten(0, -2))
-
-
-@contextmanager
-def _reader(folder: Path, index: packed.Index) -> Iterator[Any]:
-    tier, slot = DiskTier(folder, index), aligned(1, index.stride)[0]
-
-    def read(block: int) -> Tensor:
-        tier.read(block, slot, 0, index.stride)
-        return slot
-
-    try:
-        yield read
-    finally:
-        tier.close()
 
 
 @dataclass

@@ -100,8 +100,7 @@ def pack(
                         f"layer {layer.index} has experts of another shape; they cannot be packed together"
                     )
                 for expert in range(count):
-                    gate_up.copy_(layer.experts.gate_up_proj[expert])
-                    down.copy_(layer.experts.down_proj[expert])
+                    layer.read(expert, gate_up, down)
                     index.checksums.append(zlib.crc32(buffer(memory)[: index.block_bytes]))
                     file.write(buffer(memory))
                     if progress is not None:

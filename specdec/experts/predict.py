@@ -36,10 +36,14 @@ _NOTHING: Array = np.zeros((0, 0), np.float32)
 
 
 class Predictor(ABC):
-    """``most_tokens``: passes over more tokens need most experts anyway and are not predicted."""
+    """``most_tokens``: passes over more tokens need most experts anyway and are not predicted.
+
+    ``learns``: from every pass. Others are told nothing of passes without prefetching, and begin anew after them.
+    """
 
     name: ClassVar[str]
     most_tokens = 16
+    learns = False
 
     @abstractmethod
     def ahead(self, row: int, x: Tensor) -> Forecast:
@@ -261,6 +265,7 @@ class Oracle(Predictor):
 
     name = "oracle"
     most_tokens = 1 << 30
+    learns = True
 
     def __init__(self, num_experts: int) -> None:
         self.num_experts = num_experts

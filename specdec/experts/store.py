@@ -3,7 +3,7 @@
 Demands come first, then the prefetches that are due first: between any two chunks the thread turns to what is now the
 foremost, and takes up the other again afterwards; a demand hurries the prefetch that is being read. A failed prefetch
 is forgotten; the demand that follows reads anew. One thread, so that a slot given to another expert is never written by
-two.
+two. Should it end, whoever waits for it hears why.
 """
 
 from __future__ import annotations
@@ -105,7 +105,8 @@ class ExpertStore:
         self._reading: _Job | None = None
         self._change = threading.Condition()
         self._closed = False
-        self._thread = threading.Thread(target=self._load, name="experts", daemon=True)
+        self._ended: SpecDecError | None = None  # why the thread did, unasked
+        self._thread = threading.Thread(target=self._run, name="experts", daemon=True)
         self._thread.start()
 
     @property
@@ -265,15 +266,24 @@ class ExpertStore:
             return
         start = time.perf_counter()
         with self._change:
-            while not any(job.ready or job.error for job in jobs):
+            while not (self._ended or any(job.ready or job.error for job in jobs)):
                 self._change.wait()
             self.counters.stall_seconds += time.perf_counter() - start
-        for job in jobs:
-            if job.error is not None:
-                raise job.error
+        for error in (*(job.error for job in jobs), self._ended):
+            if error is not None:
+                raise error
+
+    def _run(self) -> None:
+        """The thread."""
+        try:
+            self._load()
+        except BaseException as error:  # a fault of ours
+            with self._change:
+                self._ended = SpecDecError(f"loading of experts has ended ({error!r}); make a new decoder")
+                self._change.notify_all()
 
     def _load(self) -> None:
-        """The thread: one chunk of the foremost job at a time."""
+        """One chunk of the foremost job at a time."""
         done: tuple[_Job, int, Exception | None] | None = None
         while True:
             with self._change:
@@ -290,7 +300,10 @@ class ExpertStore:
                 start, stop = job.done, min(job.done + CHUNK, self.stride)
             began, error = time.perf_counter(), None
             try:
-                stop = self.tier.read(job.block, job.memory, start, stop)
+                reached = self.tier.read(job.block, job.memory, start, stop)
+                if not (isinstance(reached, int) and start < reached <= stop):
+                    raise ValueError(f"the slow memory was asked for bytes {start} to {stop}, and came to {reached}")
+                stop = reached
             except SpecDecError as refused:
                 error = refused
             except Exception as failed:  # of whatever type: the waiting model has to hear of it

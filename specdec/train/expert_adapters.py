@@ -49,7 +49,7 @@ def fit_expert_adapters(
     epochs: int = 1,
     progress: Callable[[int, float], None] | None = None,
 ) -> Accelerated:
-    """Train adapters of ``model``, whose experts are in memory, on its own answers.
+    """Train adapters of ``model``, whose experts are in memory or offloaded, on its own answers.
 
     progress: told the texts seen, and the smoothed loss.
     """

@@ -65,7 +65,7 @@ def fit_expert_leaps(
     targets: list[list[int]] | None = None,
     distances: Sequence[int] = DISTANCES,
 ) -> Leaps:
-    """Leaps of ``model``, whose experts are in memory, from texts it should be good at: its own answers.
+    """Leaps of ``model``, whose experts are in memory or offloaded, from texts it should be good at: its own answers.
 
     progress: told the texts seen. targets: the rows, of the same token, that each row predicts; None: those at
     ``distances``, of the next token too.

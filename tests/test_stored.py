@@ -1,0 +1,239 @@
+"""Mixtures loaded without their experts: the same model, the same tokens, a fraction of the memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import greedy_reference
+from safetensors.torch import load_file, save_file
+from tiny import save_tiny_moe
+from tiny_gguf import forbidden
+from transformers import AutoModelForCausalLM, MixtralConfig
+
+from specdec import SpecDecoder, hub, stored
+from specdec.errors import SpecDecError
+from specdec.experts import packed
+from specdec.experts.layers import moe_layers
+from specdec.experts.offload import ExpertOptions
+
+PROMPT, COUNT = [5, 9, 11, 3, 7, 20, 31], 24
+FORMS = ["matrices", "fused", "shards"]  # an expert's matrices apart, as published models have them, or fused
+
+
+def saved(path: Path, kind: str, form: str) -> Path:
+    """A float32 mixture on disk."""
+    save_tiny_moe(path, kind)
+    if form != "matrices":
+        model = AutoModelForCausalLM.from_pretrained(path)
+        (path / "model.safetensors").unlink()
+        several = form == "shards"
+        model.save_pretrained(path, save_original_format=several, max_shard_size="40KB" if several else "1GB")
+        assert (path / "model.safetensors").exists() != several
+    return path
+
+
+@pytest.fixture(
+    scope="module",
+    params=[(kind, form) for kind in ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe") for form in FORMS],
+    ids="-".join,
+)
+def folder(request, tmp_path_factory) -> Path:
+    return saved(tmp_path_factory.mktemp("model"), *request.param)
+
+
+@pytest.fixture
+def mixtral(tmp_path) -> Path:
+    return saved(tmp_path / "mixtral", "mixtral", "matrices")
+
+
+def edit(folder: Path, change) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+@contextmanager
+def unread() -> Iterator[None]:
+    """Meanwhile no expert is read from a checkpoint."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stored.Span, "numbers", forbidden)
+        yield
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_it_is_the_same_model(folder, dtype):
+    whole, left = hub.load(folder, dtype=dtype)[0], hub.load(folder, dtype=dtype, experts=False)[0]
+    own, found = dict(whole.named_parameters()), dict(left.named_parameters())
+    assert own.keys() == found.keys()
+    for name, value in own.items():
+        assert (found[name].shape, found[name].dtype) == (value.shape, value.dtype)
+        assert found[name].is_meta == (".experts." in name)
+        assert found[name].is_meta or torch.equal(found[name], value)
+    for a, b in zip(moe_layers(whole), moe_layers(left), strict=True):
+        for expert, (gate_up, down) in enumerate(zip(a.experts.gate_up_proj, a.experts.down_proj, strict=True)):
+            parts = torch.empty_like(gate_up), torch.empty_like(down)
+            b.read(expert, *parts)
+            assert torch.equal(parts[0], gate_up) and torch.equal(parts[1], down)
+    assert hub.fingerprint(left) == hub.fingerprint(whole)
+    assert left.config.to_dict() == whole.config.to_dict()
+    assert left.generation_config.to_dict() == whole.generation_config.to_dict()
+
+
+def test_tokens_are_those_of_the_model_in_memory(folder, tmp_path):
+    whole, left = hub.load(folder)[0], hub.load(folder, experts=False)[0]
+    index = packed.pack(moe_layers(left), hub.fingerprint(left), tmp_path)
+    assert index == packed.pack(moe_layers(whole), hub.fingerprint(whole), tmp_path / "whole")
+    with unread():
+        decoder = SpecDecoder(left, None, "none", experts=ExpertOptions(2 / 6, "residual", tmp_path))
+        assert decoder.generate(PROMPT, max_new_tokens=COUNT).token_ids == greedy_reference(whole, PROMPT, COUNT)
+        decoder.close()
+
+
+def test_closed_it_is_without_experts_again(mixtral, tmp_path):
+    options = ExpertOptions(0.5, folder=tmp_path)
+    packed.pack(moe_layers(model := hub.load(mixtral, experts=False)[0]), hub.fingerprint(model), tmp_path)
+    decoder = SpecDecoder.from_pretrained(mixtral, "none", experts=options)
+    model, mark = decoder.model, decoder.target.fingerprint
+    own = decoder.generate(PROMPT, max_new_tokens=COUNT).token_ids
+    decoder.close()
+    assert all(p.is_meta for name, p in model.named_parameters() if ".experts." in name)
+    with pytest.raises(SpecDecError, match="was loaded without its experts"):
+        model(torch.tensor([PROMPT]))
+    again = SpecDecoder(model, None, "none", experts=options)
+    assert again.target.fingerprint == mark and again.generate(PROMPT, max_new_tokens=COUNT).token_ids == own
+    again.close()
+
+
+def test_a_packed_file_of_a_model_that_differs_in_one_expert_only_is_refused(mixtral, tmp_path):
+    model = hub.load(mixtral, experts=False)[0]
+    packed.pack(moe_layers(model), hub.fingerprint(model), tmp_path)
+    name = "model.layers.2.block_sparse_moe.experts.5.w2.weight"
+    edit(mixtral, lambda tensors: tensors[name].mul_(1.5))
+    with pytest.raises(SpecDecError, match=r"those of a model with fingerprint .* pack this model, or load that one"):
+        SpecDecoder.from_pretrained(mixtral, "none", experts=ExpertOptions(0.5, folder=tmp_path))
+
+
+EXPERT = "model.layers.1.block_sparse_moe.experts"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(f"{EXPERT}.3.w1.weight"), f"lacks a part of '{EXPERT}.gate_up_proj', or has it in several"),
+        (lambda t: t.update({f"{EXPERT}.0.w2.weight": torch.zeros(5, 48)}), "lacks a part of .*down_proj"),
+        (
+            lambda t: [t.pop(f"{EXPERT}.5.w{i}.weight") for i in (1, 2, 3)],
+            "do not fit its config.json: 2 missing or of",
+        ),
+        (lambda t: [t.pop(n) for n in list(t) if n.startswith(EXPERT)], "do not fit its config.json: 2 missing or"),
+        (lambda t: t.pop("model.layers.1.block_sparse_moe.gate.weight"), "do not fit its config.json: 1 missing"),
+    ],
+)
+def test_a_checkpoint_that_lacks_something_is_one_line(mixtral, change, message):
+    edit(mixtral, change)
+    with pytest.raises(SpecDecError, match=message) as error:
+        hub.load(mixtral, experts=False)
+    assert "\n" not in str(error.value)
+
+
+def test_a_checkpoint_that_ends_early_is_one_line(mixtral, tmp_path):
+    model = hub.load(mixtral, experts=False)[0]
+    os.truncate(mixtral / "model.safetensors", 30_000)
+    with pytest.raises(SpecDecError, match="ends within its weights: it was truncated"):
+        packed.pack(moe_layers(model), "f", tmp_path)
+    with pytest.raises(SpecDecError, match="a safetensors file is truncated or broken"):
+        hub.load(mixtral, experts=False)
+    (mixtral / "model.safetensors").unlink()
+    with pytest.raises(SpecDecError, match=r"cannot read weights in .* No such file"):
+        packed.pack(moe_layers(model), "f", tmp_path)
+    with pytest.raises(SpecDecError, match="Weights are read from safetensors only"):
+        hub.load(mixtral, experts=False)
+    assert not list(tmp_path.glob("*experts*"))
+
+
+def test_experts_held_in_a_way_not_known_are_loaded_with_the_rest(mixtral):
+    edit(mixtral, lambda tensors: tensors.update({"own.scale": torch.ones(1, dtype=torch.uint8)}))
+    model = hub.load(mixtral, experts=False)[0]
+    assert not any(p.is_meta for p in model.parameters())
+    assert model(torch.tensor([PROMPT])).logits.isfinite().all()
+
+
+def test_from_the_cache_of_hugging_face(mixtral, tmp_path, monkeypatch):
+    repository, commit = tmp_path / "hf/models--some--one", "0" * 40
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs/main").write_text(commit)
+    shutil.copytree(mixtral, repository / "snapshots" / commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hf"))
+    monkeypatch.setattr("socket.socket.connect", forbidden)
+    model = hub.load("some/one", experts=False)[0]
+    assert moe_layers(model)[0].experts.gate_up_proj.is_meta
+    assert hub.fingerprint(model) == hub.fingerprint(hub.load(mixtral)[0])
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+PEAKS = """
+import json, sys
+from pathlib import Path
+from specdec import SpecDecoder, hub
+from specdec.experts import packed
+from specdec.experts.layers import moe_layers
+from specdec.experts.offload import ExpertOptions
+
+large, small, folder = map(Path, sys.argv[1:])
+
+def pack():
+    model, _ = hub.load(large, experts=False)
+    packed.pack(moe_layers(model), hub.fingerprint(model), folder)
+
+def offloaded():
+    answer(SpecDecoder.from_pretrained(large, "none", experts=ExpertOptions(0.25, "residual", folder)))
+
+def whole():
+    answer(SpecDecoder.from_pretrained(large, "none"))
+
+def answer(decoder):
+    print(decoder.generate(list(range(3, 60)), max_new_tokens=8).token_ids)
+
+def peak(work):
+    Path("/proc/self/clear_refs").write_text("5")
+    start = status("VmRSS")
+    work()
+    return status("VmHWM") - start
+
+def status(name):
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)]
+    return 1024 * int(line.split()[1])
+
+hub.load(small)  # what it needs is imported
+print(json.dumps([peak(pack), peak(offloaded), peak(whole)]))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+def test_experts_are_never_in_memory_all_at_once(mixtral, tmp_path):
+    large = shutil.copytree(mixtral, tmp_path / "large", ignore=shutil.ignore_patterns("*.safetensors"))
+    config = MixtralConfig.from_pretrained(mixtral, hidden_size=512, intermediate_size=1024, num_local_experts=16)
+    config.update({"num_hidden_layers": 5, "num_attention_heads": 8, "num_key_value_heads": 8, "dtype": torch.bfloat16})
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    experts = sum(p.nbytes for name, p in model.named_parameters() if ".experts." in name)
+    rest = sum(p.nbytes for p in model.parameters()) - experts
+    model.save_pretrained(large, max_shard_size="60MB")
+    command = [sys.executable, "-c", PEAKS, large, mixtral, tmp_path / "packed"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    ours, own, peaks = map(json.loads, run.stdout.splitlines())
+    pack, offloaded, whole = (peak - rest for peak in peaks)
+    assert ours == own
+    assert whole > experts > 250e6  # the measure sees them
+    assert pack < experts / 8 and offloaded < experts / 2  # a quarter of them, and what computing takes
