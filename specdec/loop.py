@@ -127,18 +127,20 @@ class Loop:
         taps, filled = self._taps(), self._fill(draft, x, positions)
         mask = cache.mask(exit_layer, positions[:, filled:], tree)
         x = target.layers(x[:, filled:], exit_layer, target.num_layers, positions[:, filled:], mask, cache, taps)
-        logits = target.readout(x)
-        if target.num_layers + 1 in taps:
-            taps[target.num_layers + 1] = logits
+        greedy, tapped = state.sampler.plain_greedy, target.num_layers + 1 in taps
+        scores = target.choose(x) if greedy and not tapped else target.readout(x)  # (B, 1 + M): tokens, or (.., V)
+        if tapped:
+            taps[target.num_layers + 1] = scores
         if filled:  # nobody asks about tokens whose states were propagated
-            logits = F.pad(logits, (0, 0, filled, 0))
+            scores = F.pad(scores, (*[0, 0] * (scores.dim() - 2), filled, 0))
             taps = {layer: F.pad(seen, (0, 0, filled, 0)) if seen.numel() else seen for layer, seen in taps.items()}
-        if state.sampler.plain_greedy:
-            drafted, choice = download(draft.tokens, kernels.argmax(logits))  # [B][M], [B][1 + M]
+        if greedy:
+            best = kernels.argmax(scores) if tapped else scores
+            drafted, choice = download(draft.tokens, best)  # [B][M], [B][1 + M]
             rest = self.ledger.mark("score")
             verdict = _judge_choice(self.verifier, draft, drafted, choice, state.sampler.generators)
         else:
-            p = state.sampler.distribution(logits, lambda: _prefixes(state.ids, draft))  # (B, 1 + M, V)
+            p = state.sampler.distribution(scores, lambda: _prefixes(state.ids, draft))  # (B, 1 + M, V)
             drafted = draft.tokens.tolist()
             rest = self.ledger.mark("score")
             verdict = self.verifier.judge(draft, p, state.sampler.generators)

@@ -1347,14 +1347,19 @@ int specdec_grow(const Growth *g) {
 }
 
 /* out [rows, width] = map(x), all bf16, for x [rows, map->in] in `parts` pieces [rows, map->in / parts], one beside the
- * other; each piece goes through an RMS norm if eps > 0 (weight NULL: ones). Returns 0, or -1 without memory. */
+ * other; each piece goes through an RMS norm if eps > 0 (weight NULL: ones). `best` [rows], if not NULL, is made instead:
+ * the first of each row's largest outputs. Returns 0, or -1 without memory. */
 int specdec_linear(const Map *map, const float *weight, float eps, const bf16 *const *x, int parts, int rows, bf16 *out,
-                   int width, int threads) {
+                   int64_t *best, int width, int threads) {
     int blocks = (rows + 15) / 16, features = map->in, piece = features / parts;
     float *fm = room(64 * (size_t)blocks * piece);
     uint32_t *vn = room(32 * (size_t)blocks * features);
     uint8_t *scratch = room(scratch_bytes(features, blocks));
-    if (fm && vn && scratch) {
+    float *tops = room(128 * (size_t)blocks * threads); /* by thread and row: the largest output so far, and which */
+    if (fm && vn && scratch && tops) {
+        for (int lane = 0; lane < 16 * blocks * threads; lane++) tops[lane] = -__builtin_inff();
+        int32_t *which = (int32_t *)(tops + 16 * blocks * threads);
+        memset(which, 0, 64 * (size_t)blocks * threads);
         for (int part = 0; part < parts; part++) {
             to_blocks(x[part], rows, piece, fm);
             for (int b = 0; b < blocks; b++) {
@@ -1371,14 +1376,26 @@ int specdec_linear(const Map *map, const float *weight, float eps, const bf16 *c
         {
             float sums[MOST_BLOCKS * 256] __attribute__((aligned(64)));
             const __m512i column = _mm512_slli_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), 4);
-            int from, to;
+            int from, to, me = omp_get_thread_num();
             enter_tiles();
-            share(map->out / 16, omp_get_thread_num(), omp_get_num_threads(), &from, &to);
+            share(map->out / 16, me, omp_get_num_threads(), &from, &to);
             for (int b0 = 0; b0 < blocks; b0 += MOST_BLOCKS) {
                 int some = blocks - b0 < MOST_BLOCKS ? blocks - b0 : MOST_BLOCKS, tokens = rows - 16 * b0;
                 for (int t = from; t < to; t++) {
                     product(map, NULL, t, from_block(map, seen, b0), NULL, tokens < 16 * some ? tokens : 16 * some, sums);
                     int left = width - 16 * t;
+                    for (int b = 0; best && b < some; b++) {
+                        int lanes = 16 * (blocks * me + b0 + b);
+                        F top = _mm512_load_ps(tops + lanes);
+                        __m512i at = _mm512_load_si512(which + lanes);
+                        for (int o = 0; o < 16 && o < left; o++) {
+                            F v = rounded(_mm512_load_ps(sums + 256 * b + 16 * o));
+                            __mmask16 more = _mm512_cmp_ps_mask(v, top, _CMP_GT_OQ);
+                            top = _mm512_mask_mov_ps(top, more, v), at = _mm512_mask_mov_epi32(at, more, _mm512_set1_epi32(16 * t + o));
+                        }
+                        _mm512_store_ps(tops + lanes, top), _mm512_store_si512(which + lanes, at);
+                    }
+                    if (best) continue;
                     __mmask16 mask = left >= 16 ? 0xffff : (__mmask16)((1 << (left > 0 ? left : 0)) - 1);
                     for (int r = 16 * b0; r < 16 * (b0 + some) && r < rows; r++) {
                         F v = _mm512_i32gather_ps(column, sums + 256 * (r / 16 - b0) + r % 16, 4);
@@ -1388,9 +1405,14 @@ int specdec_linear(const Map *map, const float *weight, float eps, const bf16 *c
             }
             leave_tiles();
         }
+        for (int r = 0; best && r < rows; r++) {
+            int of = r; /* threads have outputs in order, so the first one of equals stays */
+            for (int lane = r; lane < 16 * blocks * threads; lane += 16 * blocks) of = tops[lane] > tops[of] ? lane : of;
+            best[r] = which[of];
+        }
     }
-    int failed = !(fm && vn && scratch);
-    free(fm), free(vn), free(scratch);
+    int failed = !(fm && vn && scratch && tops);
+    free(fm), free(vn), free(scratch), free(tops);
     return failed ? -1 : 0;
 }
 

@@ -91,7 +91,8 @@ def library() -> Any:
         found.specdec_pack.argtypes = (INT, INT, POINTER, INT, INT, POINTER, INT)
         found.specdec_pack_i8.argtypes = (POINTER, INT, INT, POINTER, POINTER, INT)
         found.specdec_pack_i4.argtypes = found.specdec_pack_i8.argtypes
-        found.specdec_linear.argtypes = (POINTER, POINTER, ctypes.c_float, POINTER, INT, INT, POINTER, INT, INT)
+        linear = (POINTER, POINTER, ctypes.c_float, POINTER, INT, INT, POINTER, POINTER, INT, INT)
+        found.specdec_linear.argtypes = linear
         found.specdec_argmax.argtypes = (POINTER, INT, INT, POINTER, INT)
         found.specdec_layers.argtypes = (POINTER, POINTER)
         found.specdec_grow.argtypes = (POINTER,)
@@ -192,14 +193,21 @@ class Packed:
         """bf16 parts [..., in / n] -> [..., out]: each divided by its RMS, then one beside the other."""
         return self._run(parts, None, eps)
 
-    def _run(self, parts: Sequence[Tensor], norm: Tensor | None, eps: float) -> Tensor:
+    def largest(self, x: Tensor, norm: Tensor | None, eps: float) -> Tensor:
+        """The first of the largest of ``self(x, norm, eps)``, without making that: int64 [...]. NaN is nowhere it."""
+        return self._run((x,), norm, eps, torch.empty(x.shape[:-1], dtype=torch.long))
+
+    def _run(self, parts: Sequence[Tensor], norm: Tensor | None, eps: float, best: Tensor | None = None) -> Tensor:
         parts = [part.contiguous() for part in parts]
-        out = torch.empty(*parts[0].shape[:-1], self.width, dtype=torch.bfloat16)
+        shape = parts[0].shape[:-1]
+        out = torch.empty(*shape, self.width, dtype=torch.bfloat16) if best is None else None
         sources = (POINTER * len(parts))(*(part.data_ptr() for part in parts))
-        sizes = len(parts), out.numel() // self.width
+        sizes, targets = (len(parts), shape.numel()), (pointer(out), pointer(best))
         struct, weight, count = ctypes.byref(self.struct), pointer(norm), threads(sizes[1])
-        done(library().specdec_linear(struct, weight, eps, sources, *sizes, out.data_ptr(), self.width, count))
-        return out
+        done(library().specdec_linear(struct, weight, eps, sources, *sizes, *targets, self.width, count))
+        found = out if best is None else best
+        assert found is not None
+        return found
 
 
 def serves(weight: Tensor) -> bool:

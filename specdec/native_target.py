@@ -162,6 +162,9 @@ class NativeTarget(Target):
         packed = self._head(head)
         return packed(x.reshape(-1, x.shape[-1]), self.final_norm, self.eps).view(*x.shape[:2], -1)
 
+    def choose(self, x: Tensor) -> Tensor:
+        return self._head(None).largest(x, self.final_norm, self.eps)
+
     @property
     def bytes_read(self) -> int:
         """Bytes of weights that a pass reads: all layers' and the output head's, as they are stored."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from specdec import growth, hub, stored
+from specdec import growth, hub, kernels, stored
 from specdec.adapters import Adapters
 from specdec.cache import KVCache, Mask
 from specdec.errors import SpecDecError
@@ -110,6 +110,10 @@ class Target(ABC):
     @abstractmethod
     def readout(self, x: Tensor, head: nn.Linear | None = None) -> Tensor:
         """Final states [B, T, D] -> logits [B, T, V]: final norm, output head (or ``head``), the model's logit cap."""
+
+    def choose(self, x: Tensor) -> Tensor:
+        """Final states [B, T, D] -> the token with the largest logit, the first of equals: int64 [B, T]."""
+        return kernels.argmax(self.readout(x))
 
     def grow(self, cache: KVCache, seed: Seed, route: Route, bounds: Bounds) -> Candidates:
         """Draft a tree along ``route`` from ``seed``, for the one row of ``cache``, which is left as it was."""

@@ -331,6 +331,25 @@ def test_the_largest_of_a_row() -> None:
     assert torch.equal(best, x.float().argmax(-1))
 
 
+@pytest.mark.parametrize("rows", [1, 5, 17, 70])
+def test_the_largest_output_is_found_without_the_outputs(rows: int) -> None:
+    torch.manual_seed(5)
+    weight, norm = torch.randn(1003, 64).bfloat16(), torch.rand(64)
+    weight[500:] = weight[:503].clone()  # ties, of which the first counts
+    weight[1002] = 3 * weight[1002]
+    x = torch.randn(rows, 64).bfloat16()
+    x[-1] = float("nan") if rows > 1 else x[-1]
+    packed, threads = native.Packed(weight), torch.get_num_threads()
+    expected = native.argmax(packed(x, norm, 1e-5))
+    assert expected.max() < 500 or 1002 in expected
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            assert torch.equal(packed.largest(x[:, None], norm, 1e-5)[:, 0], expected)
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_refusals_and_fallback() -> None:
     with pytest.raises(SpecDecError, match="bfloat16 on a CPU"):
         NativeTarget(tiny_model("llama", **SIZES))
