@@ -11,9 +11,9 @@ llama.cpp on the model's own GGUF file (llama-cpp-python). What cannot be import
 Every arm answers the first turn of every prompt, greedily, in an order that rotates; what was measured is added to the
 output file, which a later call completes (``--seconds``) and sums up as a whole. Beside each arm: milliseconds per
 token (median over prompts, whole calls), speed against model.generate and against plain decoding with the same weights
-(medians of ratios, each prompt within one process), outputs equal to plain decoding's; and the roofline: bytes of the
-model's layers and head that were read per token (passes counted; what drafters read of their own is not), and the
-fraction reached of the measured read bandwidth.
+(medians of ratios, each prompt within one process), for ours without the prompt's prefill, too; outputs equal to plain
+decoding's; and the roofline: bytes of the model's layers and head that were read per token (passes counted; what
+drafters read of their own is not), and the fraction reached of the measured read bandwidth.
 """
 
 from __future__ import annotations
@@ -139,6 +139,7 @@ class Bench:
         self.folder, self.name = embedded.prepared(embedded.DEFAULT_MODEL), embedded.DEFAULT_MODEL
         self.decoders: dict[str, SpecDecoder] = {}
         self.reads: dict[str, Reads] = {}
+        self.prefill: dict[str, float] = {}  # seconds, of the last call of ours
         self.model: Any = None
 
     def make(self, arm: str) -> Arm:
@@ -167,6 +168,7 @@ class Bench:
         def run(ids: list[int], count: int) -> list[int]:
             out = decoder.generate(ids, max_new_tokens=count)
             reads.add(target.bytes_read * (1 + out.metrics.num_spec_steps))  # the prefill is one pass, too
+            self.prefill[arm] = out.metrics.prefill_seconds
             return out.token_ids
 
         return run
@@ -202,7 +204,8 @@ def measure(args: argparse.Namespace, console: Console) -> dict[str, str]:
             before, clock = reads.bytes if reads else 0, time.perf_counter()
             out = arms[name](ids, args.max_new_tokens)
             seconds = time.perf_counter() - clock
-            runs[name] = {"seconds": seconds, "tokens": out, "read": reads.bytes - before if reads else None}
+            read, prefill = reads.bytes - before if reads else None, bench.prefill.get(name, 0.0)
+            runs[name] = {"seconds": seconds, "prefill": prefill, "tokens": out, "read": read}
         took = max(took, time.perf_counter() - start)
         row = {"prompt": number, "arms": names, "threads": threads, "bandwidth": bandwidth, "runs": runs}
         with args.output.open("a") as file:
@@ -217,12 +220,13 @@ def rows_of(args: argparse.Namespace) -> list[dict[str, Any]]:
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """A line per arm. Ratios are medians over prompts, each within one run of one process."""
 
-    def per_token(run: dict[str, Any]) -> float:
-        return float(run["seconds"]) / max(len(run["tokens"]), 1)
+    def per_token(run: dict[str, Any], without: str = "") -> float:
+        return float(run["seconds"] - run.get(without, 0.0)) / max(len(run["tokens"]), 1)
 
-    def ratio(name: str, base: str) -> float | None:
+    def ratio(name: str, base: str, without: str = "") -> float | None:
         both = [row["runs"] for row in rows if name in row["runs"] and base in row["runs"]]
-        return round(statistics.median(per_token(r[base]) / per_token(r[name]) for r in both), 3) if both else None
+        ratios = [per_token(r[base], without) / per_token(r[name], without) for r in both]
+        return round(statistics.median(ratios), 3) if ratios else None
 
     lines = []
     for name in ARMS:
@@ -237,6 +241,9 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "ms_per_token": round(1e3 * statistics.median(per_token(run) for run, _ in runs), 2),
             "x_generate": ratio(name, "generate"),
             "x_plain": ratio(name, f"none {kind}"),
+            "x_plain_decoding": ratio(name, f"none {kind}", "prefill")
+            if name not in HF and name not in PEERS
+            else None,
             "equal": f"{sum(a['tokens'] == b['tokens'] for a, b in plain)}/{len(plain)}",
         }
         counted = [(run, row) for run, row in runs if run["read"]]
@@ -266,11 +273,21 @@ def main() -> None:
     lines = summary(rows)
     gigabytes = statistics.median(row["bandwidth"] for row in rows) / 1e9
     table = Table(title=f"first turns of {args.prompts}; {gigabytes:.1f} GB/s read, {rows[0]['threads']} threads")
-    for column in ("arm", "prompts", "ms/token", "x generate", "x plain", "equal", "MB/token", "of roofline"):
+    for column in (
+        "arm",
+        "prompts",
+        "ms/token",
+        "x generate",
+        "x plain",
+        "decoding",
+        "equal",
+        "MB/token",
+        "of roofline",
+    ):
         table.add_column(column, justify="left" if column == "arm" else "right")
     for line in lines:
         reached = f"{line['roofline_reached']:.0%}" if "roofline_reached" in line else ""
-        cells = [line[key] for key in ("prompts", "ms_per_token", "x_generate", "x_plain", "equal")]
+        cells = [line[key] for key in ("prompts", "ms_per_token", "x_generate", "x_plain", "x_plain_decoding", "equal")]
         table.add_row(line["arm"], *("" if c is None else str(c) for c in (*cells, line.get("mb_per_token"))), reached)
     console.print(table)
     for name, why in missing.items():
