@@ -128,19 +128,22 @@ class Loop:
         mask = cache.mask(exit_layer, positions[:, filled:], tree)
         x = target.layers(x[:, filled:], exit_layer, target.num_layers, positions[:, filled:], mask, cache, taps)
         greedy, tapped = state.sampler.plain_greedy, target.num_layers + 1 in taps
-        scores = target.choose(x) if greedy and not tapped else target.readout(x)  # (B, 1 + M): tokens, or (.., V)
+        choice = target.choose(x) if greedy and not tapped else None  # (B, 1 + M)
+        logits = target.readout(x) if choice is None else torch.empty(0)  # (B, 1 + M, V)
         if tapped:
-            taps[target.num_layers + 1] = scores
+            taps[target.num_layers + 1] = logits
+        if greedy and choice is None:
+            choice = kernels.argmax(logits)
         if filled:  # nobody asks about tokens whose states were propagated
-            scores = F.pad(scores, (*[0, 0] * (scores.dim() - 2), filled, 0))
+            choice = None if choice is None else F.pad(choice, (filled, 0))
+            logits = F.pad(logits, (0, 0, filled, 0)) if choice is None else logits
             taps = {layer: F.pad(seen, (0, 0, filled, 0)) if seen.numel() else seen for layer, seen in taps.items()}
-        if greedy:
-            best = kernels.argmax(scores) if tapped else scores
-            drafted, choice = download(draft.tokens, best)  # [B][M], [B][1 + M]
+        if choice is not None:
+            drafted, chosen = download(draft.tokens, choice)  # [B][M], [B][1 + M]
             rest = self.ledger.mark("score")
-            verdict = _judge_choice(self.verifier, draft, drafted, choice, state.sampler.generators)
+            verdict = _judge_choice(self.verifier, draft, drafted, chosen, state.sampler.generators)
         else:
-            p = state.sampler.distribution(scores, lambda: _prefixes(state.ids, draft))  # (B, 1 + M, V)
+            p = state.sampler.distribution(logits, lambda: _prefixes(state.ids, draft))  # (B, 1 + M, V)
             drafted = draft.tokens.tolist()
             rest = self.ledger.mark("score")
             verdict = self.verifier.judge(draft, p, state.sampler.generators)

@@ -103,6 +103,17 @@ static void share(int count, int me, int n, int *from, int *to) {
     *to = (int)((int64_t)count * (me + 1) / n);
 }
 
+/* Of `items` of work that `n` threads take in turns: how many turns there are. The items of the last ones are fewer than
+ * threads, and all take part in each of them. */
+static int turns_of(int items, int n) { return items / n + items % n; }
+
+/* What thread `me` works on in a turn, and whether with all others. */
+static int item_of(int turn, int items, int me, int n, int *together) {
+    int whole = items / n;
+    *together = turn >= whole;
+    return *together ? whole * n + turn - whole : turn * n + me;
+}
+
 /* -- numbers ------------------------------------------------------------------------------------------------------ */
 
 static inline float widen(bf16 v) {
@@ -439,9 +450,9 @@ static inline __m128 sums_of(F a, F b, F c, F d) {
     return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
 
-/* sums[4 outputs][16 lanes], in `lanes`, of `tokens` <= ROWS tokens: both sides' products are added one after the other in 16 places,
- * and those in the end, so a token's result is the same whatever is computed beside it. ahead: bytes to what will be
- * read next, or 0. */
+/* sums[4 outputs][16 lanes], in `lanes`, of `tokens` <= ROWS tokens: both sides' products are added one after the other
+ * in 16 places, and those in the end, so a token's result is the same whatever is computed beside it. ahead: bytes to what
+ * will be read next, or 0. */
 static inline __attribute__((always_inline)) void four_outputs(int kind, int tokens, const Side *a, const Side *b, int quad, const float *scales,
                                                                int64_t ahead, __mmask16 lanes, float *sums) {
     __m512i row[4], next[4], whole[4][ROWS]; /* a kind has sums of one type: casts would keep the compiler from using registers */
@@ -890,10 +901,10 @@ static void add_product(Pass *p, const Map *map, const LowRank *low, const uint3
 static void expect(const Pass *p, int index, int at, int parts, int me, int n) {
     const Model *m = p->m;
     const Call *c = p->c;
-    int items = c->batch * m->kv_heads, turns = items / n, from, to;
+    int items = c->batch * m->kv_heads, together, from, to;
     share(p->slots < MOST_EXPECTED ? p->slots * m->head_dim / 32 : 0, at, parts, &from, &to);
-    for (int turn = 0; turn < turns + items % n; turn++) { /* as in run_layer */
-        int item = turn < turns ? turn * n + me : turns * n + turn - turns;
+    for (int turn = 0; turn < turns_of(items, n); turn++) {
+        int item = item_of(turn, items, me, n, &together);
         int64_t first = (int64_t)item * c->capacity[index] * m->head_dim;
         for (int line = from; line < to; line++) {
             _mm_prefetch((const char *)(c->keys[index] + first + 32 * line), _MM_HINT_T1);
@@ -947,12 +958,12 @@ static void run_layer(Pass *p, int index, uint32_t *normed, float *scores, uint8
 
     uint32_t q[16 * 128] __attribute__((aligned(64)));
     float out[16 * 256] __attribute__((aligned(64)));
-    int items = c->batch * m->kv_heads * p->column_blocks, turns = items / n;
-    for (int turn = 0; turn < turns + items % n; turn++) { /* the last items, fewer than threads, are shared by columns */
-        int item = turn < turns ? turn * n + me : turns * n + turn - turns;
+    int items = c->batch * m->kv_heads * p->column_blocks, together;
+    for (int turn = 0; turn < turns_of(items, n); turn++) {
+        int item = item_of(turn, items, me, n, &together);
         int block = item % p->column_blocks, kv = item / p->column_blocks % m->kv_heads, line = item / p->column_blocks / m->kv_heads;
         int bit = 0, end = c->tokens * p->group - 16 * block < 16 ? c->tokens * p->group - 16 * block : 16;
-        if (turn >= turns) share(end, me, n, &bit, &end);
+        if (together) share(end, me, n, &bit, &end); /* by columns */
         int first = 16 * block + bit, columns = end - bit;
         if (!columns) continue;
         memset(q, 0, 32 * d);

@@ -200,14 +200,12 @@ class Packed:
     def _run(self, parts: Sequence[Tensor], norm: Tensor | None, eps: float, best: Tensor | None = None) -> Tensor:
         parts = [part.contiguous() for part in parts]
         shape = parts[0].shape[:-1]
-        out = torch.empty(*shape, self.width, dtype=torch.bfloat16) if best is None else None
+        made = torch.empty(*shape, self.width, dtype=torch.bfloat16) if best is None else best
         sources = (POINTER * len(parts))(*(part.data_ptr() for part in parts))
-        sizes, targets = (len(parts), shape.numel()), (pointer(out), pointer(best))
+        sizes, targets = (len(parts), shape.numel()), (made.data_ptr() if best is None else None, pointer(best))
         struct, weight, count = ctypes.byref(self.struct), pointer(norm), threads(sizes[1])
         done(library().specdec_linear(struct, weight, eps, sources, *sizes, *targets, self.width, count))
-        found = out if best is None else best
-        assert found is not None
-        return found
+        return made
 
 
 def serves(weight: Tensor) -> bool:
