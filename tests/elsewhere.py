@@ -2,10 +2,11 @@
 
     python tests/elsewhere.py decode | train
 
-Runs every drafter but a second model, or the trainers, on such tensors. As on a GPU, an operation on tensors of two devices is an error
-(but for CPU scalars, and indices on the CPU). What this cannot tell: kernels' numbers, streams, CUDA graphs, speed; and
-there is no backward pass, in whose place every trained parameter gets some gradient. In a process of its own, because
-it registers a CUDA device with PyTorch. Exits with 1 and a line for everything that failed.
+Runs every drafter but a second model, or the trainers, on such tensors. As on a GPU, an operation on tensors of two
+devices is an error (but for CPU scalars, and indices on the CPU). What this cannot tell: kernels' numbers, streams,
+CUDA graphs, speed; and there is no backward pass, in whose place every trained parameter gets some gradient. In a
+process of its own, because it registers a CUDA device with PyTorch. Exits with 1 and a line for everything that
+failed.
 """
 
 from __future__ import annotations
