@@ -71,7 +71,7 @@ class HybridDrafter:
         *first, last = self.members
         for member in first:
             draft = member.propose(state, limit)
-            if draft.parents and bool((draft.tokens >= 0).any(1).all()):
+            if draft.parents and all(max(row) >= 0 for row in draft.lists()):
                 break
             _give_back(draft, state.cache)
         else:

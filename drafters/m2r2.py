@@ -413,6 +413,7 @@ class M2R2Drafter(ChainDrafter):
     def bind(self, target: Target) -> None:
         self.network.freeze(target)
         self.vocabulary = DraftVocabulary(target, self.network.draft_vocab)
+        self.route: Route | None = None  # what trees grow along
         self.start(1)
 
     def start(self, batch: int) -> None:
@@ -463,8 +464,10 @@ class M2R2Drafter(ChainDrafter):
         return judged and worth and self.shape.siblings is None and not self.path.exit_layer and not self.path.exits
 
     def _tree(self, state: State, limit: int, carry: Carry) -> Draft:
-        network, vocabulary = self.network, self.vocabulary
-        route = Route(network.frozen, self.path.segments, network.adapters, vocabulary.heads, vocabulary.tokens)
+        network, vocabulary, route = self.network, self.vocabulary, self.route
+        if route is None or route.tokens is not vocabulary.tokens:  # the vocabulary has grown
+            heads, tokens = vocabulary.heads, vocabulary.tokens
+            route = self.route = Route(network.frozen, self.path.segments, network.adapters, heads, tokens)
         seed = Seed(state.ids[0][-1], state.cache.rows[0], carry.final, carry.inputs)
         width = self.width if self.shape.nodes or state.spare else 1
         found = state.target.grow(state.cache, seed, route, Bounds(limit, width, state.confidence))

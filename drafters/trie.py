@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 
 from specdec.draft import Draft
-from specdec.transfer import upload
 
 
 def merge(rows: Sequence[Sequence[Sequence[int]]], device: torch.device | str = "cpu") -> tuple[Draft, list[list[int]]]:
@@ -40,5 +39,4 @@ def merge(rows: Sequence[Sequence[Sequence[int]]], device: torch.device | str = 
         found.append(tokens)
         ends.append(last)
     table = [[tokens.get(node, -1) for node in range(1, len(parents) + 1)] for tokens in found]
-    ids = upload(table, torch.device(device)).view(len(rows), len(parents))
-    return Draft(ids, tuple(parents)), ends
+    return Draft(table, tuple(parents), device=device), ends

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from specdec.transfer import upload
+from specdec.transfer import upload, waits
 
 if TYPE_CHECKING:
     from specdec.cache import KVCache
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from specdec.target import Target
 
 
-@dataclass
 class Draft:
     """A tree of proposed tokens for every row of the batch (one shape for all rows).
 
-    tokens: int64 [B, M]; -1 marks a node that a row does not have.
+    tokens: int64 [B, M], or lists [B][M], from which the tensor is made on ``device`` if it is asked for; -1 marks a
+        node that a row does not have. listed: the lists, where the host has them.
     parents: block index of each node's parent (0 = root); a chain is (0, 1, 2, ...).
     q: [B, M, V], the distribution each node was drawn from (given its earlier siblings); None if deterministic.
     states: [B, S, D], hidden states at layer ``exit_layer`` of the first S block tokens, whose keys and values below
@@ -33,12 +33,27 @@ class Draft:
         the model early.
     """
 
-    tokens: Tensor
-    parents: tuple[int, ...]
-    q: Tensor | None = None
-    states: Tensor | None = None
-    exit_layer: int = 0
-    layers: Tensor | None = None
+    def __init__(
+        self,
+        tokens: Tensor | list[list[int]],
+        parents: tuple[int, ...],
+        q: Tensor | None = None,
+        states: Tensor | None = None,
+        exit_layer: int = 0,
+        layers: Tensor | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.listed: list[list[int]] | None = tokens if isinstance(tokens, list) else None
+        self._tokens: Tensor | None = None if isinstance(tokens, list) else tokens
+        self.parents, self.q, self.states, self.exit_layer, self.layers = parents, q, states, exit_layer, layers
+        self.device = torch.device(device)
+
+    @property
+    def tokens(self) -> Tensor:
+        if self._tokens is None:
+            assert self.listed is not None
+            self._tokens = upload(self.listed, self.device).view(len(self.listed), len(self.parents))
+        return self._tokens
 
     @property
     def is_chain(self) -> bool:
@@ -50,6 +65,12 @@ class Draft:
         for parent in self.parents:
             out.append(out[parent] + 1)
         return out
+
+    def lists(self) -> list[list[int]]:
+        """``tokens`` as lists [B][M]."""
+        if self.listed is None:
+            self.listed = self.tokens.tolist()
+        return self.listed
 
     def ancestors(self) -> Tensor | None:
         """Bool [1 + M, 1 + M]: row i marks the block tokens on i's path to the root. None for a chain (causal)."""
@@ -63,7 +84,7 @@ class Draft:
     @classmethod
     def empty(cls, batch: int, device: torch.device | str = "cpu") -> Draft:
         """A draft of no tokens: scoring it is plain decoding."""
-        return cls(torch.empty(batch, 0, dtype=torch.long, device=device), ())
+        return cls([[]] * batch, (), device=device)
 
 
 @dataclass
@@ -105,6 +126,15 @@ class State:
         """The position of each row's root, int64 [B, 1]."""
         return upload([[n] for n in self.cache.rows], self.cache.device)
 
+    def block(self, draft: Draft) -> tuple[Tensor, Tensor]:
+        """The tokens that scoring ``draft`` runs, roots first, and their positions: int64 [B, 1 + M] each."""
+        device, depths = self.cache.device, draft.depths()
+        positions = upload([[n + depth for depth in depths] for n in self.cache.rows], device)
+        if draft.listed is None and waits(device):  # reading drafted tokens would wait for them
+            return torch.cat((self.roots, draft.tokens.clamp_min(0)), 1), positions
+        rows = zip(self.ids, draft.lists(), strict=True)
+        return upload([[ids[-1], *(max(token, 0) for token in tokens)] for ids, tokens in rows], device), positions
+
 
 class Drafter(Protocol):
     """Proposes tokens. ``taps`` names the layers whose input states it wants to observe.
@@ -137,6 +167,9 @@ class Drafter(Protocol):
 
 class Verifier(Protocol):
     """Decides how much of a draft stands. ``lossless`` says whether the output keeps the target's distribution.
+
+    The verdict is a function of the draft and ``p``, and of the generators where ``p`` leaves a choice: those on point
+    masses (greedy decoding) are kept.
 
     A rule that judges nothing has a ``threshold`` for the drafter to keep (``State.threshold``), and may have
     ``propagates``: deeper layers get the keys and values of what stands from its state at the draft's exit layer. A

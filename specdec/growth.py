@@ -110,7 +110,9 @@ def grow(target: Target, cache: KVCache, seed: Seed, route: Route, bounds: Bound
 
 def likeliest(found: Candidates, budget: int, device: torch.device) -> Draft:
     """The tree of the ``budget`` best candidates. A candidate's parent scores at least as well, and comes before it."""
-    kept = sorted(sorted(range(len(found.scores)), key=lambda i: (-found.scores[i], i))[:budget])
-    place = {0: 0} | {node + 1: at for at, node in enumerate(kept, start=1)}
-    tokens = upload([[found.tokens[node] for node in kept]], device)
-    return Draft(tokens, tuple(place[found.parents[node]] for node in kept))
+    tokens, parents = found.tokens, found.parents
+    if len(tokens) > budget:
+        kept = sorted(sorted(range(len(tokens)), key=lambda i: (-found.scores[i], i))[:budget])
+        place = {0: 0} | {node + 1: at for at, node in enumerate(kept, start=1)}
+        tokens, parents = [tokens[node] for node in kept], [place[parents[node]] for node in kept]
+    return Draft([tokens], tuple(parents), device=device)

@@ -5,11 +5,10 @@ Knows no drafter, no text and no command line: tokens in, tokens out, for a batc
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+import functools
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any, cast
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,7 +20,7 @@ from specdec.metrics import Ledger, RequestMetrics
 from specdec.prefill import prefill
 from specdec.sampling import Sampler, draw
 from specdec.target import Target
-from specdec.transfer import download, upload
+from specdec.transfer import download
 
 
 class Loop:
@@ -108,11 +107,7 @@ class Loop:
         draft = drafter.propose(state, limit) if limit > 0 else Draft.empty(cache.batch, cache.device)
         drafting = self.ledger.mark("draft")
 
-        depths = draft.depths()
-        tokens, positions = state.roots, state.positions  # (B, 1)
-        if draft.parents:
-            tokens = torch.cat((tokens, draft.tokens.clamp_min(0)), 1)  # (B, 1 + M)
-            positions = positions + upload(depths, cache.device)
+        depths, (tokens, positions) = draft.depths(), state.block(draft)  # (B, 1 + M)
         tree, exit_layer = draft.ancestors(), draft.exit_layer
         done = 0 if draft.states is None else draft.states.shape[1]  # block tokens that are already at exit_layer
         x = draft.states
@@ -139,18 +134,21 @@ class Loop:
             logits = F.pad(logits, (0, 0, filled, 0)) if choice is None else logits
             taps = {layer: F.pad(seen, (0, 0, filled, 0)) if seen.numel() else seen for layer, seen in taps.items()}
         if choice is not None:
-            drafted, chosen = download(draft.tokens, choice)  # [B][M], [B][1 + M]
+            if draft.listed is None:
+                draft.listed, chosen = download(draft.tokens, choice)  # [B][M], [B][1 + M]
+            else:
+                chosen = choice.tolist()
             rest = self.ledger.mark("score")
-            verdict = _judge_choice(self.verifier, draft, drafted, chosen, state.sampler.generators)
+            verdict = _judge_choice(self.verifier, draft, chosen)
         else:
             p = state.sampler.distribution(logits, lambda: _prefixes(state.ids, draft))  # (B, 1 + M, V)
-            drafted = draft.tokens.tolist()
+            draft.lists()
             rest = self.ledger.mark("score")
             verdict = self.verifier.judge(draft, p, state.sampler.generators)
         rest += self.ledger.mark("accept")
         cache.keep(verdict.paths)
         drafter.observe(verdict.paths, taps)
-        new = []
+        drafted, new = draft.lists(), []
         for b, (path, token) in enumerate(zip(verdict.paths, verdict.next_tokens, strict=True)):
             nodes = [n for n, t in enumerate(drafted[b], start=1) if t >= 0]
             deepest = max((depths[n] for n in nodes), default=0)
@@ -222,25 +220,35 @@ class Loop:
         return events
 
 
-def _judge_choice(
-    verifier: Verifier,
-    draft: Draft,
-    drafted: list[list[int]],
-    choice: list[list[int]],
-    generators: list[torch.Generator],
-) -> Verdict:
-    """The verdict on point masses at ``choice`` [B][1 + M]: the verifier's own rule, over the few tokens that occur."""
+def _judge_choice(verifier: Verifier, draft: Draft, choice: list[list[int]]) -> Verdict:
+    """The verdict on point masses at ``choice`` [B][1 + M], by the verifier's own rule."""
     if not draft.parents:  # nothing to judge
         return Verdict([[0] for _ in choice], [row[0] for row in choice])
-    place = {token: at for at, token in enumerate({*itertools.chain(*choice, *drafted)} - {-1})}
-    few = np.zeros((len(choice), len(choice[0]), len(place)), np.float32)
-    for b, row in enumerate(choice):
-        for i, token in enumerate(row):
-            few[b, i, place[token]] = 1
-    tokens = torch.tensor([[place.get(token, -1) for token in row] for row in drafted], dtype=torch.long)
-    verdict = verifier.judge(replace(draft, tokens=tokens), torch.from_numpy(few), generators)
-    names = list(place)
-    return Verdict(verdict.paths, [names[token] for token in verdict.next_tokens])
+    verdict = Verdict([], [])
+    for tokens, row in zip(draft.lists(), choice, strict=True):
+        nodes = zip(tokens, draft.parents, strict=True)
+        match = tuple(token == row[parent] if token >= 0 else None for token, parent in nodes)
+        path, at = _judge_match(cast(Hashable, verifier), draft.parents, match)
+        verdict.paths.append(list(path))
+        verdict.next_tokens.append(row[at])
+    return verdict
+
+
+@functools.lru_cache(maxsize=1024)
+def _judge_match(
+    verifier: Any, parents: tuple[int, ...], match: tuple[bool | None, ...]
+) -> tuple[tuple[int, ...], int]:
+    """The path that stands in a row, and the block token whose choice follows it.
+
+    match: which drafted tokens are the choice after their parents (None: no such token). With point masses nothing else
+    counts, so each choice is a token of its own here, and one more stands for all others.
+    """
+    count = 1 + len(parents)
+    names = {None: -1, False: count}
+    tokens = [names.get(same, parent) for same, parent in zip(match, parents, strict=True)]
+    p = torch.eye(count, count + 1)[None]  # (1, 1 + M, 2 + M)
+    verdict = verifier.judge(Draft([tokens], parents), p, [torch.Generator()])
+    return tuple(verdict.paths[0]), verdict.next_tokens[0]
 
 
 def _close_up(alive: list[int]) -> list[int]:
@@ -253,7 +261,7 @@ def _close_up(alive: list[int]) -> list[int]:
 def _prefixes(ids: list[list[int]], draft: Draft) -> list[list[list[int]]]:
     """The tokens up to and including each block token, per row: what a logits processor looks at."""
     out = []
-    for row, tokens in zip(ids, draft.tokens.tolist(), strict=True):
+    for row, tokens in zip(ids, draft.lists(), strict=True):
         block = [row]
         for token, parent in zip(tokens, draft.parents, strict=True):
             block.append([*block[parent], max(token, 0)])

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,12 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from specdec import embedded, fused, kernels, measured, native, pages
+from specdec import embedded, fused, measured, native, pages
 from specdec.adapters import Adapters
 from specdec.cache import KVCache, Mask
 from specdec.errors import SpecDecError
 from specdec.growth import Bounds, Candidates, Route, Seed
 from specdec.native import BF16, I4, I8, INT, POINTER, Q4, Q8, Packed, done, pointer
+from specdec.native_growth import Growth
 from specdec.target import Target, refuse_unsupported
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
@@ -84,6 +84,9 @@ class NativeTarget(Target):
         self._window = (INT * self.num_layers)(*(self.kinds_of_windows.index(w) for w in self.windows))
         self.embedding: Tensor = decoder.embed_tokens.weight.detach()
         self._heads: WeakKeyDictionary[nn.Module, Packed] = WeakKeyDictionary()
+        self._readout: Packed | None = None  # the model's own
+        self._untapped = (POINTER * (self.num_layers + 1))()
+        self._grown: tuple[Route | None, dict[tuple[int, int], Growth]] = (None, {})  # of the last route, by size
         self._adapted: WeakKeyDictionary[Adapters, dict[int, Any]] = WeakKeyDictionary()
         self._coarse: WeakKeyDictionary[Adapters, dict[tuple[int, int], Any]] = WeakKeyDictionary()
         kinds = {getattr(layer, slot).kind for layer in self._layers for slot in ("qkv", "out", "gate_up", "down")}
@@ -96,7 +99,7 @@ class NativeTarget(Target):
         self._limit_threads()
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
-        return F.embedding(ids, self.embedding)
+        return torch.embedding(self.embedding, ids)
 
     def layers(
         self,
@@ -113,66 +116,37 @@ class NativeTarget(Target):
         y = x.to(torch.bfloat16, memory_format=torch.contiguous_format, copy=True)
         taps = {} if taps is None else taps
         for layer in taps:
-            if lo <= layer <= hi:
+            if lo <= layer < hi:
                 taps[layer] = torch.empty_like(y)
-        if lo >= hi:
-            if lo in taps:
-                taps[lo] = y
-            return y
-        model, call, _alive = self._call(y, lo, hi, positions, mask, cache, adapters, adapted, taps)
-        done(self.lib.specdec_layers(ctypes.byref(model), ctypes.byref(call)))
+        if lo < hi:
+            model, call, _alive = self._call(y, lo, hi, positions, mask, cache, adapters, adapted, taps)
+            done(self.lib.specdec_layers(ctypes.byref(model), ctypes.byref(call)))
+        if hi in taps and lo <= hi:
+            taps[hi] = y
         return y
 
     def grow(self, cache: KVCache, seed: Seed, route: Route, bounds: Bounds) -> Candidates:
-        maps = [leap.packed for leap in route.leaps if leap.packed is not None]
-        heads = [self._head(head) for head in route.heads]
-        levels, width, outputs = bounds.levels, bounds.width, sum(head.width for head in heads)
-        near = any(window is not None and window <= levels for window in self.windows)
-        served = route.adapters.coarse and route.segments and width <= min(16, outputs) and not near
-        if not (served and len(maps) == len(route.leaps) <= 8 and len(heads) <= 2):
+        if not Growth.serves(self, route, bounds):
             return super().grow(cache, seed, route, bounds)
-        self._rotary_tables(seed.position + levels)
-        position, drafted = torch.tensor([[seed.position]]), 1 + (levels - 1) * width
-        legs, alive = (native.Leg * len(maps))(), list[Any]()
-        for index, leap in enumerate(maps):
-            behind: list[int] = []
-            if index < len(route.segments):
-                (lo, hi), state = route.segments[index], seed.carried[index].contiguous()
-                called = self._call(state, lo, hi, position, None, cache, route.adapters, count=drafted)
-                behind = [state.data_ptr(), ctypes.addressof(called[0]), ctypes.addressof(called[1])]
-                alive += [state, called]
-            legs[index] = native.Leg(ctypes.addressof(leap.struct), *behind)
-        final, count = seed.final.contiguous(), levels * width * width
-        scores, ids, parents = (ctypes.c_float * count)(), (INT * count)(), (INT * count)()
-        call = native.Growth(
-            *(len(maps), levels, width, seed.token, ctypes.addressof(legs)),
-            *(self.embedding.data_ptr(), final.data_ptr()),
-            (POINTER * 2)(*(ctypes.addressof(head.struct) for head in heads)),
-            (INT * 2)(*(head.width for head in heads)),
-            *(pointer(route.tokens), self.final_norm.data_ptr(), self.eps, kernels.UNIT_EPS, bounds.confidence),
-            *(ctypes.addressof(out) for out in (scores, ids, parents)),
-        )
-        found = self.lib.specdec_grow(ctypes.byref(call))
-        for lo, hi in route.segments:
-            cache.trim(drafted, lo, hi)
-        done(found)
-        return Candidates(scores[:found], ids[:found], parents[:found])
+        if self._grown[0] is not route:
+            self._grown = route, {}
+        made, size = self._grown[1], (bounds.levels, bounds.width)
+        if size not in made:
+            made[size] = Growth(self, route, *size)
+        return made[size](cache, seed, bounds.confidence)
 
     def readout(self, x: Tensor, head: nn.Linear | None = None) -> Tensor:
-        packed = self._head(head)
+        packed = self.head(head)
         return packed(x.reshape(-1, x.shape[-1]), self.final_norm, self.eps).view(*x.shape[:2], -1)
 
     def choose(self, x: Tensor) -> Tensor:
-        return self._head(None).largest(x, self.final_norm, self.eps)
+        return self.head(None).largest(x, self.final_norm, self.eps)
 
     @property
     def bytes_read(self) -> int:
         """Bytes of weights that a pass reads: all layers' and the output head's, as they are stored."""
-        head: Any = self.model.get_output_embeddings()
-        if head not in self._heads:
-            self.readout(torch.zeros(1, 1, self.hidden_size, dtype=torch.bfloat16))
         packed = [item for item in self._alive if isinstance(item, Packed)]
-        return sum(item.tiles.numel() for item in (*packed, self._heads[head]))
+        return sum(item.tiles.numel() for item in (*packed, self.head(None)))
 
     def linears(self, layer: int) -> dict[str, tuple[int, int]]:
         modules = fused.modules(self.model.model.layers[layer])  # type: ignore[union-attr, index]
@@ -186,61 +160,75 @@ class NativeTarget(Target):
         lo: int,
         hi: int,
         positions: Tensor,
-        mask: Mask | None,
+        mask: Mask,
         cache: KVCache,
         adapters: Adapters | None,
-        adapted: int | None = None,
-        taps: Mapping[int, Tensor] = MappingProxyType({}),
-        count: int = 0,
+        adapted: int | None,
+        taps: Mapping[int, Tensor],
     ) -> tuple[native.Model, native.Call, list[Any]]:
-        """Layers [lo, hi) on ``x`` as the kernels take them, and what must live as long as that.
-
-        count: slots to take, if not one for each token. mask: None where the kernels make their own.
-        """
-        (batch, t, _), n = x.shape, self.num_layers
-        start = cache.reserve(lo, hi, count or t, self.kv_heads, self.head_dim, torch.bfloat16)
-        whole = cache.whole  # (2, N, rows, Hkv, capacity, d)
-        assert whole is not None
-        keys, values, capacity, tapped = self._slots(whole)
-        if taps:
-            tapped = (POINTER * (n + 1))()
-            for layer in taps:
-                if lo <= layer <= hi:
-                    tapped[layer] = taps[layer].data_ptr()
-        causal = mask is None or mask.causal
-        masks = [None if mask is None or causal else self._mask(mask, window) for window in self.kinds_of_windows]
-        mask_table = (POINTER * len(masks))(*map(pointer, masks))
-        model, low = self._model, None
+        """Layers [lo, hi) on ``x`` as the kernels take them, and what must live as long as that."""
+        (batch, t, _), model, low = x.shape, self._model, None
         if adapters is not None and adapters.coarse and adapted is None:
             model = self._merged(adapters, lo, hi)
         elif adapters is not None:
             low = self._low_rank(adapters, lo, hi)
-        positions, rotary = positions.contiguous(), self._rotary_tables(start + t)  # no position is beyond its slot
-        call = native.Call(
-            *(batch, t, lo, hi, start, native.threads(batch * t), 0 if adapted is None else adapted, len(masks)),
-            *(causal, 0, ctypes.addressof(self._spans)),
-            *(x.data_ptr(), positions.data_ptr(), rotary.data_ptr()),
-            *(ctypes.addressof(keys), ctypes.addressof(values), ctypes.addressof(capacity)),
-            ctypes.addressof(mask_table),
-            ctypes.addressof(self._window),
-            ctypes.addressof(tapped),
-            None if low is None else ctypes.addressof(low),
-        )
-        return model, call, [positions, rotary, keys, values, capacity, mask_table, masks, tapped, low]
+        masks = [] if mask.causal else [self._mask(mask, window) for window in self.kinds_of_windows]
+        call, positions = self._new_call(batch, t, lo, hi), positions.contiguous()
+        alive = [positions, masks, low, self.place(call, cache, lo, hi, t)]
+        call.adapted, call.causal = 0 if adapted is None else adapted, mask.causal
+        call.x, call.positions = x.data_ptr(), positions.data_ptr()
+        if masks:
+            alive.append(mask_table := (POINTER * len(masks))(*map(pointer, masks)))
+            call.masks = ctypes.addressof(mask_table)
+        if any(lo <= layer < hi for layer in taps):
+            tapped = (POINTER * (self.num_layers + 1))()
+            for layer in taps:
+                if lo <= layer < hi:
+                    tapped[layer] = taps[layer].data_ptr()
+            alive.append(tapped)
+            call.taps = ctypes.addressof(tapped)
+        if low is not None:
+            call.low = ctypes.addressof(low)
+        return model, call, alive
 
-    def _slots(self, whole: Tensor) -> tuple[Any, Any, Any, Any]:
-        """By layer, pointers to keys and values in ``whole`` [2, N, B, Hkv, capacity, d], the capacity, and no taps."""
+    def draft_call(self, lo: int, hi: int, adapters: Adapters) -> tuple[native.Model, native.Call]:
+        """Layers [lo, hi) with coarse ``adapters`` on one token, for kernels that make masks and states themselves."""
+        call = self._new_call(1, 1, lo, hi)
+        call.causal = 1
+        return self._merged(adapters, lo, hi), call
+
+    def place(self, call: native.Call, cache: KVCache, lo: int, hi: int, count: int) -> Any:
+        """Have ``call`` write to the next ``count`` slots of the cache's layers [lo, hi); return what must live."""
+        call.start = cache.reserve(lo, hi, count, self.kv_heads, self.head_dim, torch.bfloat16)
+        assert cache.whole is not None
+        rotary = self._rotary_tables(call.start + count)  # no position is beyond its slot
+        keys, values, capacity = slots = self._slots(cache.whole)
+        call.rotary, call.capacity = rotary.data_ptr(), ctypes.addressof(capacity)
+        call.keys, call.values = ctypes.addressof(keys), ctypes.addressof(values)
+        return rotary, slots
+
+    def _new_call(self, batch: int, t: int, lo: int, hi: int) -> native.Call:
+        """What a call has that no cache and no states change."""
+        call = native.Call(batch, t, lo, hi, 0, native.threads(batch * t), 0, len(self.kinds_of_windows))
+        call.spans, call.window = ctypes.addressof(self._spans), ctypes.addressof(self._window)
+        call.taps = ctypes.addressof(self._untapped)
+        return call
+
+    def _slots(self, whole: Tensor) -> tuple[Any, Any, Any]:
+        """By layer, pointers to keys and values in ``whole`` [2, N, B, Hkv, capacity, d], and the capacity."""
         begin, half, step = whole.data_ptr(), 2 * whole.stride(0), 2 * whole.stride(1)  # in bytes
         what = begin, half, step, whole.shape[4]
         if self._known[0] != what:
             n = self.num_layers
             keys = (POINTER * n)(*range(begin, begin + half, step))
             values = (POINTER * n)(*range(begin + half, begin + 2 * half, step))
-            self._known = what, (keys, values, (INT * n)(*[whole.shape[4]] * n), (POINTER * (n + 1))())
+            self._known = what, (keys, values, (INT * n)(*[whole.shape[4]] * n))
         return self._known[1]
 
-    def _head(self, head: nn.Linear | None) -> Packed:
+    def head(self, head: nn.Linear | None) -> Packed:
         """The output head, or ``head`` instead, packed at first use."""
+        if head is None and self._readout is not None:
+            return self._readout
         module: Any = self.model.get_output_embeddings() if head is None else head
         packed = self._heads.get(module)
         if packed is None:
@@ -248,6 +236,8 @@ class NativeTarget(Target):
             coarse = () if head is None else (I8,)
             packed = self._heads[module] = Packed(module.weight, module.bias, kinds, coarse=coarse)
             pages.release(module.weight.detach())
+        if head is None:
+            self._readout = packed
         return packed
 
     # -- what is measured once ---------------------------------------------------------------------------------------

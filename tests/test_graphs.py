@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_flatten
 from zoo import PROMPTS, every, run
 
 from specdec import cache as caches
-from specdec import draft, growth, loop, transfer
-from specdec.drafters import chain, m2r2, medusa, trie, vocabulary
+from specdec import draft, growth, transfer
+from specdec.drafters import chain, m2r2, medusa, vocabulary
 from specdec.errors import SpecDecError
 from specdec.fused import FusedTarget
 from specdec.graphs import GraphedTarget
@@ -204,9 +204,9 @@ class _Waits(TorchFunctionMode):
             self.uploading = False
             return out
 
-        for module in (draft, loop, caches, growth, m2r2, medusa, vocabulary, trie):
+        for module in (draft, caches, growth, m2r2, medusa, vocabulary):
             monkeypatch.setattr(module, "upload", quiet)
-        for module in (chain, m2r2, growth):
+        for module in (chain, draft, m2r2, growth):
             monkeypatch.setattr(module, "waits", lambda device: True)
 
     def mark(self, out: Any) -> Any:

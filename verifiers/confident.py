@@ -46,7 +46,7 @@ class ConfidentVerifier:
 
     def judge(self, draft: Draft, p: Tensor, generators: list[torch.Generator]) -> Verdict:
         paths = []
-        for tokens in draft.tokens.tolist():
+        for tokens in draft.lists():
             path = [0]
             for node, parent in enumerate(draft.parents, start=1):
                 if parent == path[-1] and tokens[node - 1] >= 0:

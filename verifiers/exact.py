@@ -33,7 +33,7 @@ class ExactVerifier:
         # Read once, then judged where a look at a number costs little.
         masses, drawn = p.cpu().numpy(), None if draft.q is None else draft.q.cpu().numpy()
         paths, rests = [], []
-        for b, (tokens, generator) in enumerate(zip(draft.tokens.tolist(), generators, strict=True)):
+        for b, (tokens, generator) in enumerate(zip(draft.lists(), generators, strict=True)):
             path, rest = [0], masses[b, 0]  # rest (V,): what remains of p at the end of the path
             while True:
                 for node in children.get(path[-1], ()):

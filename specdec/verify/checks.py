@@ -186,7 +186,7 @@ class Watched:
 
     def judge(self, draft: Draft, p: Tensor, generators: list[torch.Generator]) -> Verdict:
         verdict = self.rule.judge(draft, p, generators)
-        for b, (path, tokens) in enumerate(zip(verdict.paths, draft.tokens.tolist(), strict=True)):
+        for b, (path, tokens) in enumerate(zip(verdict.paths, draft.lists(), strict=True)):
             first: dict[int, int] = {}  # of each node's children
             for node, parent in enumerate(draft.parents, start=1):
                 if tokens[node - 1] >= 0:

@@ -1,0 +1,79 @@
+"""Growing a draft in one native call: what the kernels read is built once for a route, and used again every round.
+
+Between two passes all code is cold, so a round changes few fields here and builds nothing. Knows the kernels'
+structures, and of the model only what ``NativeTarget`` hands over.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from specdec import kernels, native
+from specdec.cache import KVCache
+from specdec.growth import Bounds, Candidates, Route, Seed
+from specdec.native import INT, POINTER, done, pointer
+
+if TYPE_CHECKING:
+    from specdec.native_target import NativeTarget
+
+
+class Growth:
+    """Trees of ``levels`` levels, ``width`` nodes of which are drafted on from, along ``route``."""
+
+    def __init__(self, target: NativeTarget, route: Route, levels: int, width: int) -> None:
+        self.target, self.route, self.drafted = target, route, 1 + (levels - 1) * width
+        self.position = (ctypes.c_int64 * 1)()
+        count = levels * width * width
+        self.found = (ctypes.c_float * count)(), (INT * count)(), (INT * count)()  # scores, tokens, parents
+        maps, heads = [leap.packed for leap in route.leaps], [target.head(head) for head in route.heads]
+        self.legs = (native.Leg * len(maps))()
+        self.calls: list[native.Call] = []
+        self.alive: list[Any] = [maps, heads]
+        for leg, leap in zip(self.legs, maps, strict=True):
+            assert leap is not None
+            leg.leap = ctypes.addressof(leap.struct)
+        for leg, (lo, hi) in zip(self.legs, route.segments, strict=False):
+            model, call = target.draft_call(lo, hi, route.adapters)
+            call.positions = ctypes.addressof(self.position)
+            leg.model, leg.call = ctypes.addressof(model), ctypes.addressof(call)
+            self.calls.append(call)
+            self.alive.append(model)
+        self.struct = native.Growth(
+            *(len(maps), levels, width, 0, ctypes.addressof(self.legs)),
+            *(target.embedding.data_ptr(), None),
+            (POINTER * 2)(*(ctypes.addressof(head.struct) for head in heads)),
+            (INT * 2)(*(head.width for head in heads)),
+            *(pointer(route.tokens), target.final_norm.data_ptr(), target.eps, kernels.UNIT_EPS, 0.0),
+            *(ctypes.addressof(out) for out in self.found),
+        )
+
+    @staticmethod
+    def serves(target: NativeTarget, route: Route, bounds: Bounds) -> bool:
+        outputs = sum(head.out_features if isinstance(head, nn.Linear) else target.vocab_size for head in route.heads)
+        near = any(window is not None and window <= bounds.levels for window in target.windows)
+        return (
+            bool(route.adapters.coarse and route.segments and not near)
+            and bounds.width <= min(16, outputs)
+            and len(route.leaps) <= 8
+            and len(route.heads) <= 2
+            and all(leap.packed is not None for leap in route.leaps)
+        )
+
+    def __call__(self, cache: KVCache, seed: Seed, confidence: float) -> Candidates:
+        target, struct, segments = self.target, self.struct, self.route.segments
+        final, carried = seed.final.contiguous(), [state.contiguous() for state in seed.carried]
+        self.position[0] = seed.position
+        for leg, call, state, (lo, hi) in zip(self.legs, self.calls, carried, segments, strict=False):
+            target.place(call, cache, lo, hi, self.drafted)
+            call.threads = native.threads(1)
+            leg.carried = call.x = state.data_ptr()
+        struct.root, struct.final, struct.confidence = seed.token, final.data_ptr(), confidence
+        count = target.lib.specdec_grow(ctypes.byref(struct))
+        for lo, hi in segments:
+            cache.trim(self.drafted, lo, hi)
+        done(count)
+        scores, tokens, parents = self.found
+        return Candidates(scores[:count], tokens[:count], parents[:count])
