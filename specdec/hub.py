@@ -29,7 +29,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from specdec import pages, stored
-from specdec.embedded import EMBEDDED, one_line, prepared, quietly
+from specdec.embedded import EMBEDDED, converted, one_line, prepared, quietly
 from specdec.errors import SpecDecError, did_you_mean
 
 
@@ -45,8 +45,9 @@ def load(
 ) -> tuple[PreTrainedModel, Any]:
     """Load a decoder-only model, frozen and in evaluation mode, and its tokenizer.
 
-    name_or_path: an embedded model's name (fetched at first use), else a local folder, a ``.gguf`` file (unpacked to
-    plain weights), or a Hugging Face id. Weights are read from safetensors or GGUF only, never from pickles.
+    name_or_path: an embedded model's name (fetched at first use), else a local folder, a ``.gguf`` file (converted into
+    a folder in the cache at first use), or a Hugging Face id. Weights are read from safetensors or GGUF only, never
+    from pickles.
     dtype: "auto" (the checkpoint's own; bfloat16 for a GGUF file) or one of float32, bfloat16, float16.
     revision: for Hugging Face ids.
     attn_implementation: None lets transformers choose (sdpa where the model supports it, else eager).
@@ -57,38 +58,57 @@ def load(
     name = os.fspath(name_or_path)
     place, kind = _device(device), _dtype(dtype)
     _try_out(place, kind)
-    source, options = _source(name, revision)
+    source, options = _source(name, revision, kind)
     options |= {"trust_remote_code": trust_remote_code}
     with quietly(f"Loading {name}") if options["local_files_only"] else contextlib.nullcontext():
-        with _explained(name, options):
-            config = AutoConfig.from_pretrained(source, **options)
-        if config.is_encoder_decoder:
-            raise SpecDecError(f"'{name}' is an encoder-decoder model ({config.model_type}); use a decoder-only one")
-        tokenizer = _tokenizer(name, source, options)
-        if "gguf_file" in options:  # plain weights, whatever kernels for packed ones are installed
-            options |= {"quantization_config": GgufConfig(dequantize=True)}
-            kind = torch.bfloat16 if kind == "auto" else kind
-        else:
-            options |= {"config": config, "use_safetensors": True, "ignore_mismatched_sizes": True}  # checked below
+        config, tokenizer = _parts(name, source, options)
+        options |= {"config": config, "use_safetensors": True, "ignore_mismatched_sizes": True}  # checked below
         if attn_implementation is not None:
             options |= {"attn_implementation": attn_implementation}
-        with _explained(name, options):
-            checkpoint = None if experts or "gguf_file" in options else _checkpoint(source, options)
+        with _explained(name):
+            checkpoint = None if experts else _checkpoint(source, options)
             if checkpoint is None:
                 load: Any = AutoModelForCausalLM.from_pretrained
                 loaded = load(source, dtype=kind, output_loading_info=True, **options)
             else:
                 loaded = _without_experts(source, checkpoint, kind, options)
             model, info = loaded[0].to(place), loaded[1]
+    _check_fit(name, model, info)
+    model.config._name_or_path = name  # what messages call it, not the cache folder
+    return model.eval().requires_grad_(False), tokenizer
+
+
+def dequantized(name: str, file: Path, dtype: str) -> tuple[PreTrainedModel, Any]:
+    """The model and tokenizer of a GGUF file itself, all weights in memory; messages call it ``name``."""
+    options: dict[str, Any] = {"local_files_only": True, "gguf_file": file.name}
+    with quietly():
+        _, tokenizer = _parts(name, file.parent, options)
+        options |= {"quantization_config": GgufConfig(dequantize=True)}  # whatever kernels for packed ones there are
+        with _explained(name):
+            load: Any = AutoModelForCausalLM.from_pretrained
+            model, info = load(file.parent, dtype=DTYPES[dtype], output_loading_info=True, **options)
+    _check_fit(name, model, info)
+    return model, tokenizer
+
+
+def _parts(name: str, source: str | Path, options: dict[str, Any]) -> tuple[Any, Any]:
+    """The config, of a decoder-only model, and the tokenizer."""
+    with _explained(name):
+        config = AutoConfig.from_pretrained(source, **options)
+    if config.is_encoder_decoder:
+        raise SpecDecError(f"'{name}' is an encoder-decoder model ({config.model_type}); use a decoder-only one")
+    return config, _tokenizer(name, source, options)
+
+
+def _check_fit(name: str, model: PreTrainedModel, info: dict[str, Any]) -> None:
+    """Refuse a model of which some weights were not in the checkpoint: transformers leaves them random."""
     names = {key for key, _ in model.named_parameters()}
     unfit = sorted(names & {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
-    if unfit:  # transformers leaves them random
+    if unfit:
         raise SpecDecError(
             f"the weights of '{name}' do not fit its config.json: {len(unfit)} missing or of another shape, "
             f"such as '{unfit[0]}'"
         )
-    model.config._name_or_path = name  # what messages call it, not the cache folder
-    return model.eval().requires_grad_(False), tokenizer
 
 
 def fingerprint(model: PreTrainedModel) -> str:
@@ -149,8 +169,8 @@ def _try_out(place: torch.device, dtype: str | torch.dtype) -> None:
         raise SpecDecError(f"this machine cannot compute in {what} on device '{place}' ({one_line(error)})") from None
 
 
-def _source(name: str, revision: str | None) -> tuple[str | Path, dict[str, Any]]:
-    """Where the model is, and the options that tell transformers' ``from_pretrained`` so."""
+def _source(name: str, revision: str | None, dtype: str | torch.dtype) -> tuple[str | Path, dict[str, Any]]:
+    """Where the model is, or is now put, and the options that tell transformers' ``from_pretrained`` so."""
     path = Path(name).expanduser()
     options: dict[str, Any] = {"local_files_only": True}
     if revision is not None and (name in EMBEDDED or path.exists()):
@@ -166,7 +186,7 @@ def _source(name: str, revision: str | None) -> tuple[str | Path, dict[str, Any]
         with path.open("rb") as file:
             if file.read(4) != b"GGUF":
                 raise SpecDecError(f"'{name}' is no GGUF file; give a .gguf file, a model folder or a model's name")
-        path, options = path.parent, options | {"gguf_file": path.name}
+        path = converted(name, path, str(torch.bfloat16 if dtype == "auto" else dtype).removeprefix("torch."))
     else:
         return name, _repository(name, revision)
     return path, options
@@ -207,7 +227,7 @@ def _repository(name: str, revision: str | None) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _explained(name: str, options: dict[str, Any]) -> Iterator[None]:
+def _explained(name: str) -> Iterator[None]:
     """Turn whatever transformers raises while it reads a model (untrusted files: any type) into one line."""
     try:
         yield

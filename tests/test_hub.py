@@ -34,7 +34,7 @@ def folder(cache, tmp_path) -> Path:
     return tmp_path / "llama"
 
 
-def test_a_gguf_file_becomes_plain_weights(published):
+def test_a_gguf_file_becomes_plain_weights(cache, published):
     model, tokenizer = hub.load(published.gguf, dtype="float32")
     assert type(model.model.layers[0].mlp.up_proj) is nn.Linear
     up = torch.from_numpy(published.tensors["blk.0.ffn_up.weight"])
@@ -43,7 +43,7 @@ def test_a_gguf_file_becomes_plain_weights(published):
 
 
 @pytest.mark.parametrize(("kind", "storage"), [("Q4_1", "4 bits"), ("Q8_0", "8 bits")])
-def test_a_packed_gguf_file_runs_in_as_many_bits_with_the_same_values(tmp_path, kind, storage):
+def test_a_packed_gguf_file_runs_in_as_many_bits_with_the_same_values(cache, tmp_path, kind, storage):
     packed = gguf.GGMLQuantizationType[kind]
     tensors = write_gguf(tmp_path / "it.gguf", 64, 2, packed)
     model, _ = hub.load(tmp_path / "it.gguf")

@@ -11,14 +11,20 @@ NAME = "tiny-test-model"
 
 
 def write_gguf(
-    path: Path, width: int = 32, heads: int = 4, packed: gguf.GGMLQuantizationType | None = None
+    path: Path,
+    width: int = 32,
+    heads: int = 4,
+    packed: gguf.GGMLQuantizationType | None = None,
+    seed: int = 0,
+    pre: str = "smollm",
 ) -> dict[str, np.ndarray]:
     """A 2-layer random Llama with a byte-level vocabulary in which "\\n\\n" is one token. Returns the fp32 tensors.
 
     width: hidden size; every two of ``heads`` share keys. packed: how the layers' matrices are stored (None: in fp32).
+    pre: the pre-tokenizer.
     """
     size, inner, shared = width // heads, width * 3 // 2, width // 2
-    random = np.random.default_rng(0)
+    random = np.random.default_rng(seed)
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     rest = [byte for byte in range(256) if byte not in printable]
     tokens = ["<|endoftext|>", "<s>", "</s>", *map(chr, printable), *(chr(256 + i) for i in range(len(rest))), "ĊĊ"]
@@ -33,7 +39,7 @@ def write_gguf(
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(len(tokens))
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
+    writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
     writer.add_token_types([3, 3, 3, *[1] * (len(tokens) - 3)])
     writer.add_token_merges(["Ċ Ċ"])
