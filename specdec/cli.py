@@ -208,7 +208,7 @@ def generate(
         str, _model("--model", "Name (see 'specdec models'), Hugging Face id, folder or GGUF file.", "NAME")
     ] = DEFAULT_MODEL,
     dtype: Annotated[
-        str, _model("--dtype", "auto (the checkpoint's), bfloat16, float16 or float32.", "DTYPE")
+        str, _model("--dtype", "auto (the checkpoint's), fastest, bfloat16, float16 or float32.", "DTYPE")
     ] = "auto",
     device: Annotated[str, _model("--device", "cpu, cuda, cuda:1, mps ...", "DEVICE")] = "cpu",
     runtime: Annotated[

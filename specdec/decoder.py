@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from transformers import LogitsProcessor, PreTrainedModel
 
-from specdec import embedded, hub, registry
+from specdec import dtypes, embedded, hub, registry
 from specdec.costs import Costs, costs, mend
 from specdec.depth import AutoDepth, DepthPolicy, FixedDepth
 from specdec.draft import Drafter, Verifier
@@ -101,19 +101,29 @@ class SpecDecoder:
     ) -> SpecDecoder:
         """Load an embedded model, a Hugging Face id, a local folder or a GGUF file, and a drafter for it.
 
+        dtype: as ``hub.load``, or "fastest": of those that hold the weights exactly, the one that is fastest on this
+        machine, by timings that are kept (``dtypes``). Another one than the checkpoint's is another base.
         experts: as in the constructor; those of a safetensors checkpoint are then never in memory all at once, and
         after ``close`` they are in the checkpoint only. ``options`` go to the constructor. Raises SpecDecError with the
         reason if anything is missing or unfit.
         """
+        fastest = dtype == dtypes.FASTEST
+        if fastest and experts is not None:
+            raise SpecDecError("with offloaded experts the dtype stays the checkpoint's; leave 'fastest' out")
         model, tokenizer = hub.load(
             name,
-            dtype=dtype,
+            dtype="auto" if fastest else dtype,
             device=device,
             revision=revision,
             trust_remote_code=trust_remote_code,
             experts=experts is None,
         )
-        return cls(model, tokenizer, drafter, experts=experts, **options)
+        chosen = ""
+        if fastest:
+            chosen = dtypes.convert(model, options.get("runtime", "auto"), options.get("weights", "auto"))
+        decoder = cls(model, tokenizer, drafter, experts=experts, **options)
+        decoder.target.chosen = "; ".join(filter(None, (chosen, decoder.target.chosen)))
+        return decoder
 
     def close(self) -> None:
         """Give the model back as it was: experts that were offloaded are where they were. Nothing else needs it."""

@@ -249,7 +249,7 @@ class ReferenceTarget(Target):
         refuse_unsupported(model)
         super().__init__(model)
         self.attention = model.config._attn_implementation
-        self.decoder, self.attr = _find_layers(model, self.num_layers)
+        self.decoder, self.attr = find_layers(model, self.num_layers)
         self.blocks = list(getattr(self.decoder, self.attr))
         self.base = model.base_model
         self.head_owner, self.head_attr = _owner_of(model, model.get_output_embeddings())
@@ -452,7 +452,7 @@ def _adapter_hook(down: Tensor, up: Tensor, adapted: int | None, batch: int) -> 
     return hook
 
 
-def _find_layers(model: PreTrainedModel, count: int) -> tuple[nn.Module, str]:
+def find_layers(model: PreTrainedModel, count: int) -> tuple[nn.Module, str]:
     """The module that owns the list of decoder layers, and the attribute's name."""
     for module in model.base_model.modules():
         for name, child in module.named_children():

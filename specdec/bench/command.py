@@ -60,7 +60,7 @@ def bench(
     verifier_option: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="An option of the rule; repeatable.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), bfloat16, float16 or float32.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), fastest, bfloat16, float16, float32.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps ...")] = "cpu",
     runtime: Annotated[str, typer.Option(help="auto, native, graphs, fused or reference.")] = "auto",
     weights: Annotated[str, typer.Option(help="auto, dense, int8 or int4.")] = "auto",
