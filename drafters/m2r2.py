@@ -478,8 +478,9 @@ class M2R2Drafter(ChainDrafter):
         if not self.taps:
             return
         if len(paths) == 1 and paths[0]:
-            kept = slice(paths[0][-1], paths[0][-1] + 1)
-            self.carry = Carry(taps[self.taps[-1]][:, kept], [taps[lo][:, kept] for lo, _ in self.path.segments])
+            kept = paths[0][-1]
+            final, *inputs = (taps[layer].narrow(1, kept, 1) for layer in (self.taps[-1], *self.taps[:-1]))
+            self.carry = Carry(final, inputs)
             return
         last = upload([[path[-1]] if path else [0] for path in paths], taps[self.taps[-1]].device)
         alive = upload([bool(path) for path in paths], last.device, torch.bool)[:, None, None]

@@ -22,6 +22,8 @@ from specdec.sampling import Sampler, draw
 from specdec.target import Target
 from specdec.transfer import download
 
+NOTHING = torch.empty(0)
+
 
 class Loop:
     """One generation. ``rounds`` yields, after the prefill and after each round, ``[(row, new tokens), ...]``.
@@ -112,36 +114,35 @@ class Loop:
         done = 0 if draft.states is None else draft.states.shape[1]  # block tokens that are already at exit_layer
         x = draft.states
         if done < tokens.shape[1]:
-            late = positions[:, done:]
-            y = target.embed(tokens[:, done:], late)
+            late = _after(done, positions)
+            y = target.embed(_after(done, tokens), late)
             if exit_layer:
                 mask = cache.mask(0, late, None if tree is None else tree[done:])
                 y = target.layers(y, 0, exit_layer, late, mask, cache)
             x = y if x is None else torch.cat((x, y), 1)
         assert x is not None
         taps, filled = self._taps(), self._fill(draft, x, positions)
-        mask = cache.mask(exit_layer, positions[:, filled:], tree)
-        x = target.layers(x[:, filled:], exit_layer, target.num_layers, positions[:, filled:], mask, cache, taps)
+        x, late = _after(filled, x), _after(filled, positions)
+        mask = cache.mask(exit_layer, late, tree)
+        x = target.layers(x, exit_layer, target.num_layers, late, mask, cache, taps)
         greedy, tapped = state.sampler.plain_greedy, target.num_layers + 1 in taps
-        choice = target.choose(x) if greedy and not tapped else None  # (B, 1 + M)
-        logits = target.readout(x) if choice is None else torch.empty(0)  # (B, 1 + M, V)
+        logits = target.readout(x) if tapped or not greedy else NOTHING  # (B, 1 + M, V)
         if tapped:
             taps[target.num_layers + 1] = logits
-        if greedy and choice is None:
-            choice = kernels.argmax(logits)
         if filled:  # nobody asks about tokens whose states were propagated
-            choice = None if choice is None else F.pad(choice, (filled, 0))
-            logits = F.pad(logits, (0, 0, filled, 0)) if choice is None else logits
             taps = {layer: F.pad(seen, (0, 0, filled, 0)) if seen.numel() else seen for layer, seen in taps.items()}
-        if choice is not None:
-            if draft.listed is None:
-                draft.listed, chosen = download(draft.tokens, choice)  # [B][M], [B][1 + M]
+        if greedy:
+            unread = [draft.tokens] if draft.listed is None else []
+            if tapped:
+                *read, chosen = download(*unread, kernels.argmax(logits))  # [B][M], [B][1 + M]
             else:
-                chosen = choice.tolist()
+                *read, chosen = target.choose(x, *unread)
+            draft.listed = read[0] if read else draft.listed
             rest = self.ledger.mark("score")
-            verdict = _judge_choice(self.verifier, draft, chosen)
+            verdict = _judge_choice(self.verifier, draft, [[0] * filled + row for row in chosen] if filled else chosen)
         else:
-            p = state.sampler.distribution(logits, lambda: _prefixes(state.ids, draft))  # (B, 1 + M, V)
+            p = F.pad(logits, (0, 0, filled, 0)) if filled else logits
+            p = state.sampler.distribution(p, lambda: _prefixes(state.ids, draft))  # (B, 1 + M, V)
             draft.lists()
             rest = self.ledger.mark("score")
             verdict = self.verifier.judge(draft, p, state.sampler.generators)
@@ -178,7 +179,7 @@ class Loop:
         return filled
 
     def _taps(self) -> dict[int, Tensor]:
-        return {layer: torch.empty(0) for layer in self.drafter.taps}
+        return dict.fromkeys(self.drafter.taps, NOTHING)
 
     @torch.inference_mode()
     def _commit(self, new: list[list[int]], prefill: bool = False) -> list[tuple[int, list[int]]]:
@@ -218,6 +219,11 @@ class Loop:
             metrics.decode_seconds = seconds - metrics.prefill_seconds
             metrics.ledger = dict(self.ledger.seconds)
         return events
+
+
+def _after(count: int, x: Tensor) -> Tensor:
+    """``x`` [B, T, ...] without the first ``count`` tokens. A slice costs as much if it takes everything."""
+    return x[:, count:] if count else x
 
 
 def _judge_choice(verifier: Verifier, draft: Draft, choice: list[list[int]]) -> Verdict:

@@ -193,19 +193,24 @@ class Packed:
         """bf16 parts [..., in / n] -> [..., out]: each divided by its RMS, then one beside the other."""
         return self._run(parts, None, eps)
 
-    def largest(self, x: Tensor, norm: Tensor | None, eps: float) -> Tensor:
-        """The first of the largest of ``self(x, norm, eps)``, without making that: int64 [...]. NaN is nowhere it."""
-        return self._run((x,), norm, eps, torch.empty(x.shape[:-1], dtype=torch.long))
+    def largest(self, x: Tensor, norm: Tensor | None, eps: float) -> list[int]:
+        """The first of the largest of ``self(x, norm, eps)``, without making that, flat. NaN is nowhere it."""
+        found = (ctypes.c_int64 * (x.numel() // self.inp))()
+        self._call((x,), norm, eps, len(found), None, ctypes.addressof(found))
+        return found[:]
 
-    def _run(self, parts: Sequence[Tensor], norm: Tensor | None, eps: float, best: Tensor | None = None) -> Tensor:
-        parts = [part.contiguous() for part in parts]
-        shape = parts[0].shape[:-1]
-        made = torch.empty(*shape, self.width, dtype=torch.bfloat16) if best is None else best
-        sources = (POINTER * len(parts))(*(part.data_ptr() for part in parts))
-        sizes, targets = (len(parts), shape.numel()), (made.data_ptr() if best is None else None, pointer(best))
-        struct, weight, count = ctypes.byref(self.struct), pointer(norm), threads(sizes[1])
-        done(library().specdec_linear(struct, weight, eps, sources, *sizes, *targets, self.width, count))
+    def _run(self, parts: Sequence[Tensor], norm: Tensor | None, eps: float) -> Tensor:
+        made = torch.empty(*parts[0].shape[:-1], self.width, dtype=torch.bfloat16)
+        self._call(parts, norm, eps, made.numel() // self.width, made.data_ptr(), None)
         return made
+
+    def _call(
+        self, parts: Sequence[Tensor], norm: Tensor | None, eps: float, rows: int, out: int | None, best: int | None
+    ) -> None:
+        parts = [part.contiguous() for part in parts]
+        sources = (POINTER * len(parts))(*(part.data_ptr() for part in parts))
+        struct, weight, sizes = ctypes.byref(self.struct), pointer(norm), (len(parts), rows)
+        done(library().specdec_linear(struct, weight, eps, sources, *sizes, out, best, self.width, threads(rows)))
 
 
 def serves(weight: Tensor) -> bool:

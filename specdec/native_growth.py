@@ -9,11 +9,9 @@ from __future__ import annotations
 import ctypes
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
 from specdec import kernels, native
 from specdec.cache import KVCache
-from specdec.growth import Bounds, Candidates, Route, Seed
+from specdec.growth import Candidates, Route, Seed
 from specdec.native import INT, POINTER, done, pointer
 
 if TYPE_CHECKING:
@@ -51,16 +49,12 @@ class Growth:
         )
 
     @staticmethod
-    def serves(target: NativeTarget, route: Route, bounds: Bounds) -> bool:
-        outputs = sum(head.out_features if isinstance(head, nn.Linear) else target.vocab_size for head in route.heads)
-        near = any(window is not None and window <= bounds.levels for window in target.windows)
-        return (
-            bool(route.adapters.coarse and route.segments and not near)
-            and bounds.width <= min(16, outputs)
-            and len(route.leaps) <= 8
-            and len(route.heads) <= 2
-            and all(leap.packed is not None for leap in route.leaps)
-        )
+    def serves(target: NativeTarget, route: Route, levels: int, width: int) -> bool:
+        """Whether the kernels take such a route and such a tree."""
+        outputs = sum(target.vocab_size if head is None else head.out_features for head in route.heads)
+        near = any(window is not None and window <= levels for window in target.windows)
+        fits = width <= min(16, outputs) and len(route.leaps) <= 8 and len(route.heads) <= 2 and not near
+        return fits and route.adapters.coarse and bool(route.segments) and all(leap.packed for leap in route.leaps)
 
     def __call__(self, cache: KVCache, seed: Seed, confidence: float) -> Candidates:
         target, struct, segments = self.target, self.struct, self.route.segments

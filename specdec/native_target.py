@@ -86,7 +86,10 @@ class NativeTarget(Target):
         self._heads: WeakKeyDictionary[nn.Module, Packed] = WeakKeyDictionary()
         self._readout: Packed | None = None  # the model's own
         self._untapped = (POINTER * (self.num_layers + 1))()
-        self._grown: tuple[Route | None, dict[tuple[int, int], Growth]] = (None, {})  # of the last route, by size
+        self._grown: tuple[Route | None, dict[tuple[int, int], Growth | None]] = (
+            None,
+            {},
+        )  # of the last route, by size
         self._adapted: WeakKeyDictionary[Adapters, dict[int, Any]] = WeakKeyDictionary()
         self._coarse: WeakKeyDictionary[Adapters, dict[tuple[int, int], Any]] = WeakKeyDictionary()
         kinds = {getattr(layer, slot).kind for layer in self._layers for slot in ("qkv", "out", "gate_up", "down")}
@@ -126,21 +129,22 @@ class NativeTarget(Target):
         return y
 
     def grow(self, cache: KVCache, seed: Seed, route: Route, bounds: Bounds) -> Candidates:
-        if not Growth.serves(self, route, bounds):
-            return super().grow(cache, seed, route, bounds)
         if self._grown[0] is not route:
             self._grown = route, {}
         made, size = self._grown[1], (bounds.levels, bounds.width)
         if size not in made:
-            made[size] = Growth(self, route, *size)
-        return made[size](cache, seed, bounds.confidence)
+            made[size] = Growth(self, route, *size) if Growth.serves(self, route, *size) else None
+        grown = made[size]
+        return super().grow(cache, seed, route, bounds) if grown is None else grown(cache, seed, bounds.confidence)
 
     def readout(self, x: Tensor, head: nn.Linear | None = None) -> Tensor:
         packed = self.head(head)
         return packed(x.reshape(-1, x.shape[-1]), self.final_norm, self.eps).view(*x.shape[:2], -1)
 
-    def choose(self, x: Tensor) -> Tensor:
-        return self.head(None).largest(x, self.final_norm, self.eps)
+    def choose(self, x: Tensor, *beside: Tensor) -> list[list[list[int]]]:
+        (batch, t, _), found = x.shape, self.head(None).largest(x, self.final_norm, self.eps)
+        rows = [found] if batch == 1 else [found[start : start + t] for start in range(0, batch * t, t)]
+        return [*(tensor.tolist() for tensor in beside), rows]
 
     @property
     def bytes_read(self) -> int:

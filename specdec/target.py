@@ -22,6 +22,7 @@ from specdec.adapters import Adapters
 from specdec.cache import KVCache, Mask
 from specdec.errors import SpecDecError
 from specdec.growth import Bounds, Candidates, Route, Seed
+from specdec.transfer import download
 
 if TYPE_CHECKING:
     from specdec.experts.offload import Offload
@@ -111,9 +112,12 @@ class Target(ABC):
     def readout(self, x: Tensor, head: nn.Linear | None = None) -> Tensor:
         """Final states [B, T, D] -> logits [B, T, V]: final norm, output head (or ``head``), the model's logit cap."""
 
-    def choose(self, x: Tensor) -> Tensor:
-        """Final states [B, T, D] -> the token with the largest logit, the first of equals: int64 [B, T]."""
-        return kernels.argmax(self.readout(x))
+    def choose(self, x: Tensor, *beside: Tensor) -> list[list[list[int]]]:
+        """Final states [B, T, D] -> the token with the largest logit, the first of equals, as a list [B][T].
+
+        Before it come the lists of ``beside``, int64 [B, n] each: the device is read once.
+        """
+        return download(*beside, kernels.argmax(self.readout(x)))
 
     def grow(self, cache: KVCache, seed: Seed, route: Route, bounds: Bounds) -> Candidates:
         """Draft a tree along ``route`` from ``seed``, for the one row of ``cache``, which is left as it was."""

@@ -21,6 +21,8 @@ def upload(values: Any, device: torch.device, dtype: torch.dtype = torch.long) -
 
 def download(*tensors: Tensor) -> list[list[list[Any]]]:
     """Each of ``tensors`` [B, n] of one dtype and device as lists, in one read."""
+    if len(tensors) == 1:
+        return [tensors[0].tolist()]
     rows = torch.cat(tensors, 1).tolist()
     ends = [0]
     for tensor in tensors:
