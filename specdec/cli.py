@@ -219,6 +219,9 @@ def generate(
         Weights,
         _model("--weights", "auto, dense, or layers rounded to int8 or int4 (CPU, bfloat16): the base, then.", "KIND"),
     ] = Weights.auto,
+    compile: Annotated[
+        bool, _model("--compile", "Compile layers of the fused or graphs runtime (torch.compile; slow to start).")
+    ] = False,
     revision: Annotated[str | None, _model("--revision", "Branch, tag or commit of a Hugging Face id.", "REV")] = None,
     trust_remote_code: Annotated[
         bool, _model("--trust-remote-code", "Run Python code that comes with the model.")
@@ -269,7 +272,7 @@ def generate(
     silent = quiet or as_json
     text = _read(prompt)
     if drafter == "auto":
-        tuned = recall(place(model, dtype, device, runtime.value, weights.value))
+        tuned = recall(place(model, dtype, device, runtime.value, weights.value, compile))
         drafter = "m2r2" if tuned is None else tuned.drafter
         if tuned is not None and num_speculative_tokens == "auto":
             num_speculative_tokens = str(tuned.num_speculative_tokens)
@@ -310,6 +313,7 @@ def generate(
         trust_remote_code=trust_remote_code,
         runtime=runtime.value,
         weights=weights.value,
+        compile=compile,
         drafter_options=drafter_options,
         verifier=rule,
         experts=experts,

@@ -50,6 +50,8 @@ class SpecDecoder:
     weights: "auto" (as loaded; stored in fewer bits where those hold the very same values), "dense" (as loaded), "int8"
     or "int4" (layers rounded; bfloat16 on a CPU). What is rounded is then the base, in ``model`` too: output is
     lossless with respect to it.
+    compile: put the layers of the fused or graphs runtime, with dense weights, through torch.compile, which takes its
+    time at each new kind of pass. runtime "auto" is then one of these two.
     verifier: the acceptance rule, a name (with its ``verifier_options``) or an object: "exact", or a lossy one, such as
     "confident". exact: refuse lossy rules.
     experts: of a mixture-of-experts model, keep them in slow memory and load them as they are needed
@@ -66,6 +68,7 @@ class SpecDecoder:
         drafter_options: dict[str, Any] | None = None,
         runtime: str = "auto",
         weights: str = "auto",
+        compile: bool = False,
         verifier: str | Verifier = "exact",
         verifier_options: dict[str, Any] | None = None,
         exact: bool = False,
@@ -73,7 +76,7 @@ class SpecDecoder:
     ) -> None:
         self.verifier = registry.verifier(verifier, verifier_options, exact)
         self.model, self.tokenizer = model.eval(), tokenizer
-        self.target, self.runtime_note = make_target(model, runtime, weights)
+        self.target, self.runtime_note = make_target(model, runtime, weights, compile)
         self.target.tokenizer = tokenizer
         if experts is not None:
             self.target.experts = Offload(model, self.target.fingerprint, experts)

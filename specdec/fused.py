@@ -16,6 +16,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -24,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from specdec import kernels, measured
+from specdec import compiled, kernels, measured
 from specdec.adapters import Adapters
 from specdec.cache import KVCache, Mask
 from specdec.errors import SpecDecError
@@ -71,13 +72,17 @@ class FusedTarget(Target):
     weights: "dense" (as loaded) or "int4". The base is then the rounded model; blocks of many rows (prompts, large
     trees) run on its 16-bit form, which is the model's own parameters.
     packs: hold dense weights a second time, in the layout that is fastest where nothing is trained.
+    compile: in inference mode, what a layer does before and after its attention is compiled (``specdec.compiled``),
+    once for all layers; their weights are then dense.
     plan: which storage serves how many rows, by timings on this machine.
     Raises SpecDecError for models it does not know or does not reproduce; the reference runtime may still take them.
     """
 
     runtime = "fused"
 
-    def __init__(self, model: PreTrainedModel, weights: str = "dense", packs: bool = True) -> None:
+    def __init__(
+        self, model: PreTrainedModel, weights: str = "dense", packs: bool = True, compile: bool = False
+    ) -> None:
         refuse_unsupported(model)
         kind, config = model.config.model_type, model.config
         if kind not in FAMILIES:
@@ -104,6 +109,12 @@ class FusedTarget(Target):
         if not (packs and kernels.packable(self.dtype, self.device)):
             makers = {}
         heads = [*makers, "dense"]
+        self._compiled: list[Callable[..., Any]] = []  # _before and _after
+        if compile:
+            compiled.check(self.device)
+            self.runtime, makers = f"{self.runtime} compiled", {}
+            parts = (FusedTarget._before, ((0,), (0, 1), (0, 1))), (FusedTarget._after, ((0,), (0, 2)))
+            self._compiled = [compiled.part(*part) for part in parts]
         if weights == "int4":
             for weight, _ in (pair for layer in self._weights for pair in layer.values()):
                 kernels.check_int4(weight)  # before any of them is rounded
@@ -185,10 +196,11 @@ class FusedTarget(Target):
         rows: what maps are given, B T of them filled.
         """
         (batch, t, width), (cos, sin), windows = x.shape, rotary, self.windows
+        scale, attend = self.scale, F.scaled_dot_product_attention
+        before, after = self._before, self._after
+        if self._compiled and torch.is_inference_mode_enabled():
+            before, after = (partial(part, self) for part in self._compiled)
         filled = batch * t
-        d, heads, kv_heads, groups = self.head_dim, self.heads, self.kv_heads, self.groups
-        total = heads + 2 * kv_heads
-        scale, attend, sign = self.scale, F.scaled_dot_product_attention, self.sign
         y = x.reshape(filled, width)
         if rows > filled:
             y = F.pad(y, (0, 0, 0, rows - filled))
@@ -196,34 +208,52 @@ class FusedTarget(Target):
         for index in range(lo, hi):
             if taps is not None and index in taps:
                 taps[index] = pair[:filled, 0].view(batch, t, width)
-            norm_in, norm_q, norm_k, norm_attention, norm_mlp_in, norm_mlp, qkv, out, gated, down = stack[index]
-            h = qkv(pair.select(1, 0) if norm_in is None else norm_in(pair))
-            if rows > filled:
-                h = h[:filled]
-            h = h.view(batch, t, total, d)
-            qk, v = h.narrow(2, 0, heads + kv_heads), h.narrow(2, heads + kv_heads, kv_heads)
-            if norm_q is not None and norm_k is not None:
-                qk = self._normed(qk, norm_q, norm_k)
-            _rotate(qk, cos, sin)
-            keys, values = append(index, qk.narrow(2, heads, kv_heads).transpose(1, 2), v.transpose(1, 2))
-            # The query heads that share a key head become rows of it: (B, Hkv, T G, d).
-            q = qk.narrow(2, 0, heads)
-            if t == 1:
-                q = q.view(batch, kv_heads, groups, d)
-            else:
-                q = q.view(batch, t, kv_heads, groups, d).transpose(1, 2).reshape(batch, kv_heads, t * groups, d)
+            layer = stack[index]
+            q, k, v = before(layer, pair, cos, sin)
+            keys, values = append(index, k, v)
             a = attend(q, keys, values, attn_mask=masks[windows[index]], scale=scale)
-            if t > 1:
-                a = a.view(batch, kv_heads, t, groups, d).transpose(1, 2)
-            a = a.reshape(filled, heads * d)
-            a = out(F.pad(a, (0, 0, 0, rows - filled)) if rows > filled else a)
-            pair = torch.addcmul(pair, (a if norm_attention is None else norm_attention(a)).unsqueeze(1), sign)
-            a = down(gated(pair.select(1, 0) if norm_mlp_in is None else norm_mlp_in(pair)))
-            pair = torch.addcmul(pair, (a if norm_mlp is None else norm_mlp(a)).unsqueeze(1), sign)
+            pair = after(layer, pair, a)
         y = pair[:filled, 0].view(batch, t, width)
         if taps is not None and hi in taps:
             taps[hi] = y
         return y
+
+    def _before(self, layer: _Layer, pair: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What a layer's attention is given: queries (B, Hkv, T G, d), new keys and values (B, Hkv, T, d).
+
+        Query heads that share a key head are rows of it.
+        """
+        norm_in, norm_q, norm_k, _, _, _, qkv, *_ = layer
+        (batch, t, *_), d, heads, kv_heads, groups = cos.shape, self.head_dim, self.heads, self.kv_heads, self.groups
+        h = qkv(pair.select(1, 0) if norm_in is None else norm_in(pair))
+        if h.shape[0] > batch * t:
+            h = h[: batch * t]
+        h = h.view(batch, t, heads + 2 * kv_heads, d)
+        qk, v = h.narrow(2, 0, heads + kv_heads), h.narrow(2, heads + kv_heads, kv_heads)
+        if norm_q is not None and norm_k is not None:
+            qk = self._normed(qk, norm_q, norm_k)
+        _rotate(qk, cos, sin)
+        q = qk.narrow(2, 0, heads)
+        if t == 1:
+            q = q.view(batch, kv_heads, groups, d)
+        else:
+            q = q.view(batch, t, kv_heads, groups, d).transpose(1, 2).reshape(batch, kv_heads, t * groups, d)
+        return q, qk.narrow(2, heads, kv_heads).transpose(1, 2), v.transpose(1, 2)
+
+    def _after(self, layer: _Layer, pair: Tensor, a: Tensor) -> Tensor:
+        """The residual (rows, 2, D) once the attention's result ``a`` (B, Hkv, T G, d) and the MLP's have joined it."""
+        _, _, _, norm_attention, norm_mlp_in, norm_mlp, _, out, gated, down = layer
+        (batch, kv_heads, rows, d), groups, sign = a.shape, self.groups, self.sign
+        t = rows // groups
+        if t > 1:
+            a = a.view(batch, kv_heads, t, groups, d).transpose(1, 2)
+        a, more = a.reshape(batch * t, kv_heads * groups * d), pair.shape[0] - batch * t
+        if more > 0:
+            a = F.pad(a, (0, 0, 0, more))
+        a = out(a)
+        pair = torch.addcmul(pair, (a if norm_attention is None else norm_attention(a)).unsqueeze(1), sign)
+        a = down(gated(pair.select(1, 0) if norm_mlp_in is None else norm_mlp_in(pair)))
+        return torch.addcmul(pair, (a if norm_mlp is None else norm_mlp(a)).unsqueeze(1), sign)
 
     def readout(self, x: Tensor, head: nn.Linear | None = None) -> Tensor:
         module = self.model.get_output_embeddings() if head is None else head

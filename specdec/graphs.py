@@ -59,6 +59,7 @@ class _Step:
         record: Callable[[Callable[[], None]], Graph],
     ) -> None:
         self.inputs = [x.clone() for x in inputs]
+        # The first call also compiles what is compiled: that cannot be recorded.
         self.outputs = [torch.empty_like(y) for y in function(*self.inputs)]
 
         def run() -> None:
@@ -88,13 +89,14 @@ class GraphedTarget(FusedTarget):
         model: PreTrainedModel,
         weights: str = "dense",
         record: Callable[[Callable[[], None]], Graph] = CudaGraph,
+        compile: bool = False,
     ) -> None:
         if record is CudaGraph and model.device.type != "cuda":
             raise SpecDecError(f"CUDA graphs need the model on a CUDA device, not on '{model.device}'")
         self.record = record
         self._steps: OrderedDict[Any, _Step] = OrderedDict()
         self._buffers: dict[int, tuple[weakref.ref[KVCache], Tensor]] = {}  # by batch size: its last user, and it
-        super().__init__(model, weights)
+        super().__init__(model, weights, compile=compile)
 
     def new_cache(self, batch: int = 1) -> KVCache:
         user, whole = self._buffers.get(batch, (None, None))

@@ -15,12 +15,15 @@ RUNTIMES = ("auto", "native", "graphs", "fused", "reference")
 WEIGHTS = tuple(KINDS)
 
 
-def make_target(model: PreTrainedModel, runtime: str = "auto", weights: str = "auto") -> tuple[Target, str]:
+def make_target(
+    model: PreTrainedModel, runtime: str = "auto", weights: str = "auto", compile: bool = False
+) -> tuple[Target, str]:
     """The target of ``model`` in the runtime asked for, and a one-line note ("" if there is nothing to say).
 
     runtime "auto": native (CPUs) or graphs (CUDA) where it serves the model on this machine, else fused, else the
     reference runtime, the note saying why. weights: "auto" (as loaded; stored in fewer bits where they hold the very
     values), "dense" (as loaded), "int8" or "int4" (layers rounded, in the model too: what is rounded is the base).
+    compile: run the layers' dense maps, norms and activations through torch.compile; "auto" then is graphs or fused.
     Raises SpecDecError if the model is unsupported, or unfit for what was named.
     """
     for what, value, known in (("runtime", runtime, RUNTIMES), ("weights", weights, WEIGHTS)):
@@ -29,21 +32,31 @@ def make_target(model: PreTrainedModel, runtime: str = "auto", weights: str = "a
     rounded = weights in ("int8", "int4")
     if runtime == "reference" and rounded:
         raise SpecDecError(f"{weights} weights need the native or the fused runtime; use --weights auto")
+    if compile and (rounded or runtime in ("native", "reference")):
+        named = f"{weights} weights" if rounded else f"the {runtime} runtime"
+        raise SpecDecError(
+            f"compile is for the fused and graphs runtimes and dense weights, not for {named}; leave one out"
+        )
     reasons: list[str] = []
     first = {"cpu": ["native"] if model.dtype == torch.bfloat16 else [], "cuda": ["graphs"]}.get(model.device.type, [])
-    for name in [*first, "fused", "reference"] if runtime == "auto" else [runtime]:
+    last = [] if compile else ["reference"]
+    for name in [*first, "fused", *last] if runtime == "auto" else [runtime]:
         try:
+            if compile and name == "native":
+                raise SpecDecError("there is nothing in it to compile")
             if name == "native":
                 return NativeTarget(model, weights), ""
             if name in ("fused", "graphs") and weights == "int8":
                 raise SpecDecError("8-bit weights need the native runtime")
             if name in ("fused", "graphs"):
                 kind = FusedTarget if name == "fused" else GraphedTarget
-                return kind(model, "int4" if rounded else "dense"), "; ".join(reasons)
+                return kind(model, "int4" if rounded else "dense", compile=compile), "; ".join(reasons)
             if not rounded:
                 return ReferenceTarget(model), "; ".join(reasons)
         except SpecDecError as error:
             if runtime != "auto":
                 raise
             reasons.append(f"no {name} runtime: {error}")
+    if compile:
+        raise SpecDecError(f"compile is not possible here ({'; '.join(reasons)}); go on without it")
     raise SpecDecError(f"{weights} weights are not possible here ({'; '.join(reasons)}); use --weights auto")

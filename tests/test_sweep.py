@@ -161,6 +161,8 @@ def test_shipped_sweeps_are_what_they_say() -> None:
         ("resources: {cpu: 2}\n", 1, "did you mean 'cpus'"),
         ("resources: {cpus: 0}\n", 1, "cpus must be a number above 0"),
         ("weights: int4\ndtype: float32\n", 1, "cannot go with dtype float32"),
+        ("compile: true\nruntime: native\n", 1, "cannot go with runtime native"),
+        ("compile: 1\n", 1, "compile must be true or false"),
         ("against: [non]\n", 1, "did you mean 'none'"),
         ("seed: [1, 2\n", 2, "this is no YAML"),
         ("seed: !!python/object/apply:os.getcwd []\n", 1, ""),

@@ -78,6 +78,7 @@ class Cell:
     device: str = "cpu"
     runtime: str = "auto"
     weights: str = "auto"
+    compile: bool = False
     drafter: str = "m2r2"
     drafter_options: dict[str, Any] = field(default_factory=dict)
     verifier: str = "exact"
@@ -100,6 +101,7 @@ class Cell:
         for name, known in (("runtime", RUNTIMES), ("weights", WEIGHTS)):
             value = getattr(self, name)
             _check(name, value in known, f"one of {', '.join(known)}{did_you_mean(str(value), known)}", self)
+        _check("compile", isinstance(self.compile, bool), "true or false", self)
         for name in ("drafter_options", "verifier_options"):
             value = getattr(self, name)
             _check(name, isinstance(value, dict) and all(isinstance(key, str) for key in value), "a mapping", self)
@@ -138,7 +140,10 @@ class Cell:
 
     def key(self) -> str:
         """A name that is the same for equal cells, in every process and on every machine; 16 hex digits."""
-        text = json.dumps(self.as_dict(), sort_keys=True, ensure_ascii=True)
+        settings = self.as_dict()
+        if not self.compile:
+            del settings["compile"]  # younger than results that are kept
+        text = json.dumps(settings, sort_keys=True, ensure_ascii=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -64,6 +64,7 @@ def bench(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps ...")] = "cpu",
     runtime: Annotated[str, typer.Option(help="auto, native, graphs, fused or reference.")] = "auto",
     weights: Annotated[str, typer.Option(help="auto, dense, int8 or int4.")] = "auto",
+    compile: Annotated[bool, typer.Option("--compile", help="As in generate.")] = False,
     output: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder for results.jsonl (every request) and bench.json.")
     ] = None,
@@ -86,6 +87,7 @@ def bench(
         "device": device,
         "runtime": runtime,
         "weights": weights,
+        "compile": compile,
         "verifier": verifier,
         "verifier_options": options.assignments("--verifier-option", verifier_option or []),
         "num_speculative_tokens": depth,

@@ -38,18 +38,18 @@ class Decoders:
 
     def __init__(self, data_dir: Path | None = None, first_turns: bool = False) -> None:
         self.data_dir, self.first_turns = data_dir, first_turns
-        self._base: tuple[tuple[str, ...], SpecDecoder] | None = None
+        self._base: tuple[tuple[Any, ...], SpecDecoder] | None = None
         self._arms: dict[str, SpecDecoder] = {}
         self._prompts: dict[str, PromptSet] = {}
 
     def base(self, cell: Cell) -> SpecDecoder:
         """The cell's model, decoding plainly."""
-        key = (cell.model, cell.dtype, cell.device, cell.runtime, cell.weights)
+        key = (cell.model, cell.dtype, cell.device, cell.runtime, cell.weights, cell.compile)
         if self._base is None or self._base[0] != key:
             self._base, self._arms = None, {}  # free the last one first
-            model, dtype, device, runtime, weights = key
+            model, dtype, device, runtime, weights, compile = key
             base = SpecDecoder.from_pretrained(
-                model, "none", dtype=dtype, device=device, runtime=runtime, weights=weights
+                model, "none", dtype=dtype, device=device, runtime=runtime, weights=weights, compile=compile
             )
             self._base = key, base
         return self._base[1]

@@ -46,7 +46,7 @@ from specdec.sweep.schema import (
 )
 
 MOST_CELLS = 10_000
-LOADING = ("model", "dtype", "device", "runtime", "weights")  # cells that share these share a loaded model
+LOADING = ("model", "dtype", "device", "runtime", "weights", "compile")  # cells that share these share a loaded model
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ class Sweep:
             cells.setdefault(cell.key(), cell)
         if not cells:
             self.root.fail("this sweep has no cell: exclude drops them all")
-        loads: dict[tuple[str, ...], int] = {}
+        loads: dict[tuple[Any, ...], int] = {}
         order = {key: loads.setdefault(loading(cell), len(loads)) for key, cell in cells.items()}
         ordered = sorted(cells, key=lambda key: order[key])
         return Plan(self.name, self.description, tuple(cells[key] for key in ordered), self.resources)
@@ -235,6 +235,11 @@ class Sweep:
                 f"weights {cell.weights} need bfloat16, the CPU and a runtime of ours; they cannot go with "
                 f"dtype {cell.dtype}, device {cell.device}, runtime {cell.runtime}; exclude the combination"
             )
+        if cell.compile and (cell.weights in ("int8", "int4") or cell.runtime in ("native", "reference")):
+            self.items["compile"].fail(
+                "compile is for the fused and graphs runtimes and dense weights; it cannot go with "
+                f"runtime {cell.runtime}, weights {cell.weights}; exclude the combination"
+            )
         for group in GROUPS:
             name, own = getattr(cell, group), getattr(cell, f"{group}_options")
             try:
@@ -252,7 +257,7 @@ class Sweep:
         return found[min(found)] if found else self.names[group][name]
 
 
-def loading(cell: Cell) -> tuple[str, ...]:
+def loading(cell: Cell) -> tuple[Any, ...]:
     """What decides which model is loaded, and how."""
     return tuple(getattr(cell, name) for name in LOADING)
 

@@ -8,10 +8,7 @@ over the draft vocabulary is what still pays.
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import logging
-import os
-import shutil
 import sys
 import textwrap
 from collections.abc import Callable
@@ -21,6 +18,7 @@ import torch
 import torch._functorch.config as functorch_config
 from transformers import PreTrainedModel
 
+from specdec.compiled import can_compile
 from specdec.errors import SpecDecError
 from specdec.fused import FusedTarget
 from specdec.target import ReferenceTarget, Target
@@ -66,13 +64,6 @@ class Compiler:
             return part(*args)
 
         return run
-
-
-def can_compile(device: torch.device) -> bool:
-    """Whether ``torch.compile`` finds what it needs: a C++ compiler for the CPU, triton elsewhere."""
-    if device.type == "cpu":
-        return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++"))
-    return importlib.util.find_spec("triton") is not None
 
 
 def keep_freed_memory() -> None:

@@ -46,6 +46,7 @@ def drafter(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps ...")] = "cpu",
     runtime: Annotated[str, typer.Option(help="auto, native, graphs, fused or reference.")] = "auto",
     weights: Annotated[str, typer.Option(help="auto, dense, int8 or int4.")] = "auto",
+    compile: Annotated[bool, typer.Option("--compile", help="As in generate.")] = False,
 ) -> None:
     """Find the fastest drafter and draft length, and keep them: generate uses them from then on."""
     with report.status("loading"):
@@ -55,8 +56,8 @@ def drafter(
 
         hush()
         base = Cell(
-            model=model, dtype=dtype, device=device, runtime=runtime, weights=weights, drafter="none", prompts=prompts,
-            limit=limit, max_new_tokens=max_new_tokens,
+            model=model, dtype=dtype, device=device, runtime=runtime, weights=weights, compile=compile,
+            drafter="none", prompts=prompts, limit=limit, max_new_tokens=max_new_tokens,
         )  # fmt: skip
         decoders = Decoders(first_turns=True)
         decoders.base(base)
@@ -83,7 +84,7 @@ def drafter(
         round(best.speedup, 3) if worth else 1.0,
         f"{limit} of {prompts}",
     )
-    path = place(model, dtype, device, runtime, weights)
+    path = place(model, dtype, device, runtime, weights, compile)
     store(path, tuned)
     depth = tuned.num_speculative_tokens
     length = "" if depth == "auto" else f" --num-speculative-tokens {depth}"
@@ -110,6 +111,7 @@ def layer_skip(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps ...")] = "cpu",
     runtime: Annotated[str, typer.Option(help="auto, native, graphs, fused or reference.")] = "auto",
     weights: Annotated[str, typer.Option(help="auto, dense, int8 or int4.")] = "auto",
+    compile: Annotated[bool, typer.Option("--compile", help="As in generate.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of the search.")] = 0,
 ) -> None:
     """Search the layers, and parts of layers, that drafting does best without: fastest, not most often right."""
@@ -122,7 +124,7 @@ def layer_skip(
         hush()
         found = spread(load_prompts(prompts).conversations, limit)
         decoder = SpecDecoder.from_pretrained(
-            model, "none", dtype=dtype, device=device, runtime=runtime, weights=weights
+            model, "none", dtype=dtype, device=device, runtime=runtime, weights=weights, compile=compile
         )
     target = decoder.target
     with report.status("measuring"):

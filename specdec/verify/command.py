@@ -55,6 +55,7 @@ def verify(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps ...")] = "cpu",
     runtime: Annotated[str, typer.Option(help="auto, native, graphs, fused or reference.")] = "auto",
     weights: Annotated[str, typer.Option(help="auto, dense, int8 or int4.")] = "auto",
+    compile: Annotated[bool, typer.Option("--compile", help="As in generate.")] = False,
     output: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder for certificate.txt and certificate.json.")
     ] = None,
@@ -82,7 +83,9 @@ def verify(
             say(f"prompts: {prompts} ({found.licence})")
         if output:
             _make(output)
-        base = SpecDecoder.from_pretrained(model, "none", dtype=dtype, device=device, runtime=runtime, weights=weights)
+        base = SpecDecoder.from_pretrained(
+            model, "none", dtype=dtype, device=device, runtime=runtime, weights=weights, compile=compile
+        )
         ruled = copy.copy(base)
         ruled.verifier = rule
         decoder = ruled.with_drafter(drafter, **options.assignments("--drafter-option", drafter_option or []))
