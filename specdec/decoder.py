@@ -123,7 +123,8 @@ class SpecDecoder:
         )
         chosen = ""
         if fastest:
-            chosen = dtypes.convert(model, options.get("runtime", "auto"), options.get("weights", "auto"))
+            way = {name: options[name] for name in ("runtime", "weights", "compile") if name in options}
+            chosen = dtypes.convert(model, **way)
         decoder = cls(model, tokenizer, drafter, experts=experts, **options)
         decoder.target.chosen = "; ".join(filter(None, (chosen, decoder.target.chosen)))
         return decoder

@@ -22,7 +22,7 @@ from specdec.target import Target, find_layers
 FASTEST = "fastest"
 
 
-def convert(model: PreTrainedModel, runtime: str = "auto", weights: str = "auto") -> str:
+def convert(model: PreTrainedModel, runtime: str = "auto", weights: str = "auto", compile: bool = False) -> str:
     """Bring ``model`` into the dtype that is fastest in the runtime asked for; return which, and why, in a line.
 
     Its own and float32, which holds the values of both 16-bit dtypes, are timed on as many of its layers as no cache
@@ -37,7 +37,7 @@ def convert(model: PreTrainedModel, runtime: str = "auto", weights: str = "auto"
         sample = _few_layers(model)
         for kind in (own, torch.float32):
             few: Any = copy.deepcopy(sample)
-            targets[kind] = make_target(few.to(kind), runtime, weights)[0]
+            targets[kind] = make_target(few.to(kind), runtime, weights, compile)[0]
     except SpecDecError as error:  # of the one or the other
         return f"{_name(own)}: nothing else to choose ({error})"
     what = f"dtype {targets[own].fingerprint} {[f'{t.runtime} {t.storage}' for t in targets.values()]}"
