@@ -10,7 +10,6 @@ from __future__ import annotations
 import bisect
 import itertools
 import operator
-import statistics
 from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Protocol
@@ -256,7 +255,7 @@ class AutoDepth:
         if self.live:
             used.ratios.append(draft / self._settle() / (used.first + (deepest - 1) * used.further))
             self._settle()
-        usual, got = used.cost(deepest) + self.seconds(rows), 1 + statistics.fmean(accepted)
+        usual, got = used.cost(deepest) + self.seconds(rows), 1 + sum(accepted) / len(accepted)
         self.trust = min(self.trust + got - usual / self.seconds(len(drafted)), self.MOST_TRUST)
         if self.probing:  # what it really took: a drafter that was not asked for long may have to catch up
             spent = draft + rest if self.live else usual
@@ -269,7 +268,12 @@ class AutoDepth:
         """Take what the last rounds took for what the next will take; return how much slower that is than ``score``."""
         if self.ratios:
             # The lower median: what is in the way of a round only ever makes it longer.
-            self.drift = statistics.median_low(self.ratios)
+            self.drift = _median(self.ratios)
             for known in self.exits:
-                known.scale = self.drift * statistics.median_low(known.ratios)
+                known.scale = self.drift * _median(known.ratios)
         return self.drift
+
+
+def _median(figures: Sequence[float]) -> float:
+    """The median, of an even number the lower one. Short: all code between two passes is cold."""
+    return sorted(figures)[(len(figures) - 1) // 2]
