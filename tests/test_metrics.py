@@ -6,7 +6,7 @@ import pytest
 from conftest import Scripted
 from transformers import PreTrainedModel
 
-from specdec import metrics
+from specdec import loop, metrics
 from specdec.depth import FixedDepth
 from specdec.loop import Loop
 from specdec.sampling import Sampler, SamplingParams
@@ -36,24 +36,24 @@ def test_the_ledger_books_each_phase_and_sums_up_to_the_wall(llama: PreTrainedMo
     )
     drafter.bind(target)
     monkeypatch.setattr(drafter, "propose", takes(3.0, drafter.propose))
-    monkeypatch.setattr(verifier, "judge", takes(2.0, verifier.judge))
+    monkeypatch.setattr(loop, "_judge_choice", takes(2.0, loop._judge_choice))
     monkeypatch.setattr(target, "layers", takes(5.0, target.layers))
     monkeypatch.setattr(drafter, "observe", takes(1.0, drafter.observe))
     policy = FixedDepth(3)
     monkeypatch.setattr(policy, "observe", takes(0.5, policy.observe))
     monkeypatch.setattr(policy, "depth", takes(0.25, policy.depth))
     stop = takes(0.125, lambda row, token: None)
-    loop = Loop(target, drafter, verifier, Sampler(SamplingParams()), [[5, 6]], [10], stop, policy)
+    generation = Loop(target, drafter, verifier, Sampler(SamplingParams()), [[5, 6]], [10], stop, policy)
     away = 0.0
-    for _ in loop.rounds():
+    for _ in generation.rounds():
         now, away = now + 100.0, away + 100.0  # the caller's own time is nobody's
-    m = loop.metrics[0]
+    m = generation.metrics[0]
     rounds = m.num_spec_steps
     assert m.ledger == {
         "prefill": 6.0,
         "draft": 3.0 * sum(depth > 0 for depth in m.per_step_drafted),
         "score": 5.0 * rounds,
-        "accept": 2.0 * sum(depth > 0 for depth in m.per_step_drafted),  # else there is nothing to judge
+        "accept": 2.0 * rounds,
         "commit": 1.0 * rounds,
         "detokenise": 0.125 * m.num_new_tokens,
         "overhead": 0.75 * rounds,
