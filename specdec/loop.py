@@ -6,8 +6,7 @@ Knows no drafter, no text and no command line: tokens in, tokens out, for a batc
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Iterator
-from typing import Any, cast
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -234,16 +233,27 @@ def _judge_choice(verifier: Verifier, draft: Draft, choice: list[list[int]]) -> 
     for tokens, row in zip(draft.lists(), choice, strict=True):
         nodes = zip(tokens, draft.parents, strict=True)
         match = tuple(token == row[parent] if token >= 0 else None for token, parent in nodes)
-        path, at = _judge_match(cast(Hashable, verifier), draft.parents, match)
+        path, at = _judge_match(_Same(verifier), draft.parents, match)
         verdict.paths.append(list(path))
         verdict.next_tokens.append(row[at])
     return verdict
 
 
+class _Same:
+    """A verifier as a key: itself, whatever it says that it equals."""
+
+    def __init__(self, verifier: Verifier) -> None:
+        self.verifier = verifier
+
+    def __hash__(self) -> int:
+        return id(self.verifier)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.verifier is other.verifier
+
+
 @functools.lru_cache(maxsize=1024)
-def _judge_match(
-    verifier: Any, parents: tuple[int, ...], match: tuple[bool | None, ...]
-) -> tuple[tuple[int, ...], int]:
+def _judge_match(rule: _Same, parents: tuple[int, ...], match: tuple[bool | None, ...]) -> tuple[tuple[int, ...], int]:
     """The path that stands in a row, and the block token whose choice follows it.
 
     match: which drafted tokens are the choice after their parents (None: no such token). With point masses nothing else
@@ -253,7 +263,7 @@ def _judge_match(
     names = {None: -1, False: count}
     tokens = [names.get(same, parent) for same, parent in zip(match, parents, strict=True)]
     p = torch.eye(count, count + 1)[None]  # (1, 1 + M, 2 + M)
-    verdict = verifier.judge(Draft([tokens], parents), p, [torch.Generator()])
+    verdict = rule.verifier.judge(Draft([tokens], parents), p, [torch.Generator()])
     return tuple(verdict.paths[0]), verdict.next_tokens[0]
 
 

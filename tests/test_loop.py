@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass
 from itertools import pairwise
 
 import pytest
@@ -11,12 +12,16 @@ from conftest import Scripted, greedy_reference, tiny_model
 from transformers import LogitsProcessor, PreTrainedModel
 from zoo import PROMPTS, every, m2r2, run
 
+from specdec import loop
 from specdec.depth import FixedDepth
+from specdec.draft import Draft, Verdict, Verifier
 from specdec.drafters.none import NoDrafter
 from specdec.loop import Loop
-from specdec.sampling import Sampler, SamplingParams
+from specdec.sampling import Sampler, SamplingParams, one_hot
 from specdec.target import ReferenceTarget
+from specdec.verifiers.confident import ConfidentVerifier
 from specdec.verifiers.exact import ExactVerifier
+from specdec.verifiers.typical import TypicalVerifier
 
 
 @pytest.mark.parametrize("depth", [1, 3, 7])
@@ -188,3 +193,40 @@ def test_long_prompts_are_prefilled_in_chunks(monkeypatch: pytest.MonkeyPatch) -
     target = ReferenceTarget(model)
     for name, drafter in every(target).items():
         assert run(target, drafter, PROMPTS, 12)[0] == [greedy_reference(model, p, 12) for p in PROMPTS], name
+
+
+@dataclass
+class Unhashable(ExactVerifier):
+    """A rule that cannot be the key of a dictionary."""
+
+    calls: int = 0
+
+    def judge(self, draft: Draft, p: torch.Tensor, generators: list[torch.Generator]) -> Verdict:
+        self.calls += 1
+        return super().judge(draft, p, generators)
+
+
+@pytest.mark.parametrize("rule", [ExactVerifier(), TypicalVerifier(), ConfidentVerifier(), Unhashable()])
+def test_kept_verdicts_on_greedy_drafts_are_the_rules_own(rule: Verifier) -> None:
+    source = torch.Generator().manual_seed(3)
+    pick = lambda high, *size: torch.randint(0, high, size, generator=source).tolist()  # noqa: E731
+    for _ in range(200):
+        count = 1 + pick(6, 1)[0]
+        parents = tuple(pick(node, 1)[0] for node in range(1, count + 1))
+        seen: list[set[int]] = [set() for _ in range(count + 1)]  # by parent: siblings differ
+        tokens = []
+        for parent in parents:
+            free = sorted({*range(-1, 7)} - (seen[parent] - {-1}))
+            tokens.append(free[pick(len(free), 1)[0]])
+            seen[parent].add(tokens[-1])
+        choice = pick(7, 1, count + 1)
+        draft, generators = Draft([tokens], parents), [torch.Generator()]
+        direct = rule.judge(draft, one_hot(torch.tensor(choice), 7), generators)
+        assert loop._judge_choice(rule, draft, choice) == direct
+
+
+def test_a_verdict_is_kept_for_its_rule_alone() -> None:
+    first, second = Unhashable(), Unhashable()
+    for rule, calls in ((first, 1), (first, 1), (second, 1)):
+        verdict = loop._judge_choice(rule, Draft([[4, 9], [9, 4]], (0, 1)), [[4, 9, 3], [9, 4, 8]])
+        assert verdict == Verdict([[0, 1, 2]] * 2, [3, 8]) and rule.calls == calls
