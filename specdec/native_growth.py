@@ -1,28 +1,48 @@
 """Growing a draft in one native call: what the kernels read is built once for a route, and used again every round.
 
 Between two passes all code is cold, so a round changes few fields here and builds nothing. Knows the kernels'
-structures, and of the model only what ``NativeTarget`` hands over.
+structures, and of the model only what ``Kernels`` hands over.
 """
 
 from __future__ import annotations
 
 import ctypes
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
+
+from torch import Tensor, nn
 
 from specdec import kernels, native
+from specdec.adapters import Adapters
 from specdec.cache import KVCache
 from specdec.growth import Candidates, Route, Seed
 from specdec.native import INT, POINTER, done, pointer
 
-if TYPE_CHECKING:
-    from specdec.native_target import NativeTarget
+
+class Kernels(Protocol):
+    """What the native runtime has of a model."""
+
+    lib: Any
+    embedding: Tensor
+    final_norm: Tensor
+    eps: float
+    vocab_size: int
+    windows: list[int | None]
+
+    def head(self, head: nn.Linear | None) -> native.Packed:
+        """An output head, packed; None: the model's own."""
+
+    def draft_call(self, lo: int, hi: int, adapters: Adapters) -> tuple[native.Model, native.Call]:
+        """Layers [lo, hi) with ``adapters`` on one token, for kernels that make masks and states themselves."""
+
+    def place(self, call: native.Call, cache: KVCache, lo: int, hi: int, count: int) -> Any:
+        """Have ``call`` write to the next ``count`` slots of layers [lo, hi); return what must live as long."""
 
 
 class Growth:
     """Trees of ``levels`` levels, ``width`` nodes of which are drafted on from, along ``route``."""
 
-    def __init__(self, target: NativeTarget, route: Route, levels: int, width: int) -> None:
-        self.target, self.route, self.drafted = target, route, 1 + (levels - 1) * width
+    def __init__(self, target: Kernels, route: Route, levels: int, width: int) -> None:
+        self.route, self.drafted = route, 1 + (levels - 1) * width
         self.position = (ctypes.c_int64 * 1)()
         count = levels * width * width
         self.found = (ctypes.c_float * count)(), (INT * count)(), (INT * count)()  # scores, tokens, parents
@@ -49,15 +69,15 @@ class Growth:
         )
 
     @staticmethod
-    def serves(target: NativeTarget, route: Route, levels: int, width: int) -> bool:
+    def serves(target: Kernels, route: Route, levels: int, width: int) -> bool:
         """Whether the kernels take such a route and such a tree."""
         outputs = sum(target.vocab_size if head is None else head.out_features for head in route.heads)
         near = any(window is not None and window <= levels for window in target.windows)
         fits = width <= min(16, outputs) and len(route.leaps) <= 8 and len(route.heads) <= 2 and not near
         return fits and route.adapters.coarse and bool(route.segments) and all(leap.packed for leap in route.leaps)
 
-    def __call__(self, cache: KVCache, seed: Seed, confidence: float) -> Candidates:
-        target, struct, segments = self.target, self.struct, self.route.segments
+    def __call__(self, target: Kernels, cache: KVCache, seed: Seed, confidence: float) -> Candidates:
+        struct, segments = self.struct, self.route.segments
         final, carried = seed.final.contiguous(), [state.contiguous() for state in seed.carried]
         self.position[0] = seed.position
         for leg, call, state, (lo, hi) in zip(self.legs, self.calls, carried, segments, strict=False):

@@ -135,7 +135,9 @@ class NativeTarget(Target):
         if size not in made:
             made[size] = Growth(self, route, *size) if Growth.serves(self, route, *size) else None
         grown = made[size]
-        return super().grow(cache, seed, route, bounds) if grown is None else grown(cache, seed, bounds.confidence)
+        return (
+            super().grow(cache, seed, route, bounds) if grown is None else grown(self, cache, seed, bounds.confidence)
+        )
 
     def readout(self, x: Tensor, head: nn.Linear | None = None) -> Tensor:
         packed = self.head(head)
