@@ -377,7 +377,10 @@ class M2R2Drafter(ChainDrafter):
         self.network, self.path = network, network.path
         self.width = options.whole("width", width, 1)
         self.bar = options.probability("exit_confidence", exit_confidence)
-        self.carry: Carry | None = None
+        # The states of the last block's tokens, and which token the carry is of: to slice them costs more between two
+        # passes than to point at them. Of several rows, that token's alone.
+        self.block: Carry | None = None
+        self.place = 0
 
     @classmethod
     def load(cls, target: Target, source: str | None = None, **given: Any) -> M2R2Drafter:
@@ -418,16 +421,16 @@ class M2R2Drafter(ChainDrafter):
 
     def start(self, batch: int) -> None:
         super().start(batch)
-        self.carry = None if self.taps else Carry(torch.empty(0), [])
+        self.block, self.place = None if self.taps else Carry(torch.empty(0), []), 0
         self.vocabulary.start()
 
     def propose(self, state: State, limit: int) -> Draft:
-        assert self.carry is not None, "observe() runs before propose()"
+        assert self.block is not None, "observe() runs before propose()"
         self.vocabulary.follow(state)
         if self._grows(state):
-            return self._tree(state, limit, self.carry)
+            return self._tree(state, limit, self.block)
         network, path, vocabulary = self.network, self.path, self.vocabulary
-        passage = _Passage(network, state.target, state.cache, self.carry)
+        passage = _Passage(network, state.target, state.cache, self._carry(self.block))
         bar = self.bar if state.threshold is None else state.threshold
         decides = network.routers is not None or len(path.reach) > 1
         last = self.num_exits if state.exit is None else state.exit + 1
@@ -463,12 +466,19 @@ class M2R2Drafter(ChainDrafter):
         worth = bool(self.shape.nodes) or not waits(state.cache.device)  # what has grown is read before it is scored
         return judged and worth and self.shape.siblings is None and not self.path.exit_layer and not self.path.exits
 
-    def _tree(self, state: State, limit: int, carry: Carry) -> Draft:
+    def _carry(self, block: Carry) -> Carry:
+        """Of the token before each root."""
+        if not self.taps or block.final.shape[1] == 1:
+            return block
+        final, *inputs = (x.narrow(1, self.place, 1) for x in (block.final, *block.inputs))
+        return Carry(final, inputs)
+
+    def _tree(self, state: State, limit: int, block: Carry) -> Draft:
         network, vocabulary, route = self.network, self.vocabulary, self.route
         if route is None or route.tokens is not vocabulary.tokens:  # the vocabulary has grown
             heads, tokens = vocabulary.heads, vocabulary.tokens
             route = self.route = Route(network.frozen, self.path.segments, network.adapters, heads, tokens)
-        seed = Seed(state.ids[0][-1], state.cache.rows[0], carry.final, carry.inputs)
+        seed = Seed(state.ids[0][-1], state.cache.rows[0], block.final, block.inputs, self.place)
         width = self.width if self.shape.nodes or state.spare else 1
         found = state.target.grow(state.cache, seed, route, Bounds(limit, width, state.confidence))
         return likeliest(found, self.shape.nodes or limit + state.spare, state.cache.device)
@@ -478,9 +488,7 @@ class M2R2Drafter(ChainDrafter):
         if not self.taps:
             return
         if len(paths) == 1 and paths[0]:
-            kept = paths[0][-1]
-            final, *inputs = (taps[layer].narrow(1, kept, 1) for layer in (self.taps[-1], *self.taps[:-1]))
-            self.carry = Carry(final, inputs)
+            self.block, self.place = Carry(taps[self.taps[-1]], [taps[layer] for layer in self.taps[:-1]]), paths[0][-1]
             return
         last = upload([[path[-1]] if path else [0] for path in paths], taps[self.taps[-1]].device)
         alive = upload([bool(path) for path in paths], last.device, torch.bool)[:, None, None]
@@ -489,15 +497,15 @@ class M2R2Drafter(ChainDrafter):
             x = taps[layer].gather(1, last[:, :, None].expand(-1, -1, taps[layer].shape[2]))  # (B, 1, D)
             return x if old is None else torch.where(alive, x, old)
 
-        old = self.carry
-        self.carry = Carry(
-            at_last(self.taps[-1], old.final if old else None),
-            [at_last(lo, old.inputs[s] if old else None) for s, (lo, _) in enumerate(self.path.segments)],
-        )
+        old = None if self.block is None else self._carry(self.block)
+        final = at_last(self.taps[-1], old.final if old else None)
+        inputs = [at_last(lo, old.inputs[s] if old else None) for s, (lo, _) in enumerate(self.path.segments)]
+        self.block, self.place = Carry(final, inputs), 0
 
     def select(self, rows: list[int]) -> None:
-        if self.taps and self.carry is not None:
-            self.carry = Carry(self.carry.final[rows], [x[rows] for x in self.carry.inputs])
+        if self.taps and self.block is not None:
+            carry = self._carry(self.block)
+            self.block, self.place = Carry(carry.final[rows], [x[rows] for x in carry.inputs]), 0
 
 
 class PaperM2R2Drafter(M2R2Drafter):

@@ -46,13 +46,15 @@ class Route(NamedTuple):
 class Seed:
     """What a tree grows from: the root token, its position, and the states of the token before it.
 
-    final: [1, 1, D]. carried: for each segment of the route, the state where it begins [1, 1, D].
+    final: [1, T, D]. carried: for each segment of the route, the states where it begins [1, T, D]. place: the token before
+    the root among these T.
     """
 
     token: int
     position: int
     final: Tensor
     carried: Sequence[Tensor]
+    place: int = 0
 
 
 class Candidates(NamedTuple):
@@ -81,7 +83,8 @@ def grow(target: Target, cache: KVCache, seed: Seed, route: Route, bounds: Bound
     nodes = torch.zeros(1, dtype=torch.long, device=device)  # (W,) each token's node: 0 is the root, i + 1 candidate i
     paths = torch.ones(1, 1, dtype=torch.bool, device=device)  # (W, U): which tokens run so far lie on a token's path
     scores = torch.zeros(1, device=device)  # (W,) log-probability of each token's path
-    final, carried, found, count = seed.final, list(seed.carried), list[Tensor](), 0
+    final, *carried = (x[:, seed.place : seed.place + 1] for x in (seed.final, *seed.carried))
+    found, count = list[Tensor](), 0
     for level in range(bounds.levels):
         positions = torch.full_like(tokens, seed.position + level)
         x, before, landed = target.embed(tokens, positions), final[:, parents], list[Tensor]()

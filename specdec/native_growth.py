@@ -78,13 +78,14 @@ class Growth:
 
     def __call__(self, target: Kernels, cache: KVCache, seed: Seed, confidence: float) -> Candidates:
         struct, segments = self.struct, self.route.segments
-        final, carried = seed.final.contiguous(), [state.contiguous() for state in seed.carried]
+        final, *carried = (x.contiguous() for x in (seed.final, *seed.carried))
+        before = seed.place * final.shape[2] * final.element_size()  # bytes
         self.position[0] = seed.position
         for leg, call, state, (lo, hi) in zip(self.legs, self.calls, carried, segments, strict=False):
             target.place(call, cache, lo, hi, self.drafted)
             call.threads = native.threads(1)
-            leg.carried = call.x = state.data_ptr()
-        struct.root, struct.final, struct.confidence = seed.token, final.data_ptr(), confidence
+            leg.carried = call.x = state.data_ptr() + before
+        struct.root, struct.final, struct.confidence = seed.token, final.data_ptr() + before, confidence
         count = target.lib.specdec_grow(ctypes.byref(struct))
         for lo, hi in segments:
             cache.trim(self.drafted, lo, hi)

@@ -279,15 +279,18 @@ def test_trees_grow_in_one_call_as_they_do_in_parts(family: str, window: int | N
     positions = torch.arange(21)[None]
     taps = {1: torch.empty(0), 3: torch.empty(0)}
     mask = cache.mask(0, positions)
-    final = target.layers(target.embed(ids, positions), 0, 4, positions, mask, cache, taps)[:, -1:]
+    final = target.layers(target.embed(ids, positions), 0, 4, positions, mask, cache, taps)
     cache.keep([list(range(21))])
-    seed = growth.Seed(5, 21, final, [tap[:, -1:] for tap in taps.values()])
+    seed = growth.Seed(5, 21, final, list(taps.values()), place=20)
     total = same = 0
     for number in range(4):
         torch.manual_seed(number)
         route = random_route(target, heads=2)
         whole, parts = target.grow(cache, seed, route, bounds), growth.grow(target, cache, seed, route, bounds)
         assert cache.lengths == [21] * 4
+        # Built for the route the first time, and used again.
+        states = growth.Seed(5, 21, final[:, -1:].clone(), [tap[:, -1:].clone() for tap in taps.values()])
+        assert target.grow(cache, states, route, bounds) == whole
         assert len(parts.scores) > bounds.width
         assert whole.parents[: bounds.width] == [0] * bounds.width
         ours, theirs = by_path(whole), by_path(parts)
