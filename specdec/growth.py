@@ -46,8 +46,8 @@ class Route(NamedTuple):
 class Seed:
     """What a tree grows from: the root token, its position, and the states of the token before it.
 
-    final: [1, T, D]. carried: for each segment of the route, the states where it begins [1, T, D]. place: the token before
-    the root among these T.
+    final: [1, T, D]. carried: for each segment of the route, the states where it begins [1, T, D]. place: of these T,
+    the token before the root.
     """
 
     token: int
