@@ -8,9 +8,11 @@ holes (position -1) that no query sees. Knows nothing about models, tokens or ac
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import overload
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -60,7 +62,8 @@ class KVCache:
     """Keys and values of all layers for a batch of ragged rows.
 
     Buffers are allocated on first use of a layer (``whole``, whatever is in it, is used first) and grow in blocks of
-    ``block`` slots. When gradients are needed (training), entries are concatenated instead, so that autograd sees them.
+    ``block`` slots; on a CPU, where memory is taken as it is written, they begin with room for all slots that are
+    ``expected``. When gradients are needed (training), entries are concatenated instead, so that autograd sees them.
     """
 
     def __init__(
@@ -80,6 +83,7 @@ class KVCache:
         self.rows = [0] * batch  # committed tokens per row
         self.committed = 0  # committed slots: the longest row
         self.positions = torch.full((batch, block), -1, dtype=torch.long, device=self.device)  # (B, capacity)
+        self.expected = 0
         if whole is not None:
             self._divide(whole)
 
@@ -129,9 +133,8 @@ class KVCache:
         old = self.whole
         if old is None or old.shape[4] < end:
             filled = max(self.lengths)
-            slots = -(-max(end, filled + filled // 4) // self.block) * self.block
-            shape = (2, len(self.lengths), self.batch, heads, slots, head_dim)
-            whole = torch.zeros(shape, dtype=dtype, device=self.device)
+            slots = self._slots(end, filled)
+            whole = _zeros((2, len(self.lengths), self.batch, heads, slots, head_dim), dtype, self.device)
             if old is not None:
                 whole[..., :filled, :] = old[:, :, : self.batch, :, :filled]
             self._divide(whole)
@@ -144,12 +147,17 @@ class KVCache:
         """Return a buffer with at least ``end`` slots that begins with the first ``start`` slots of ``buffer``."""
         if buffer is not None and buffer.shape[2] >= end:
             return buffer
-        # Grow by at least a quarter, so that long generations copy each entry a bounded number of times.
-        slots = -(-max(end, start + start // 4) // self.block) * self.block
-        grown = like.new_zeros(like.shape[0], like.shape[1], slots, like.shape[3])
+        shape = like.shape[0], like.shape[1], self._slots(end, start), like.shape[3]
+        grown = _zeros(shape, like.dtype, like.device)
         if buffer is not None:
             grown[:, :, :start] = buffer[:, :, :start]
         return grown
+
+    def _slots(self, end: int, filled: int) -> int:
+        """The capacity of a buffer for ``end`` slots, of which there were ``filled`` before."""
+        # Grow by at least a quarter, so that long generations copy each entry a bounded number of times.
+        most = max(end, filled + filled // 4, self.expected if self.device.type == "cpu" else 0)
+        return -(-most // self.block) * self.block
 
     def mask(self, layer: int, positions: Tensor, tree: Tensor | None = None) -> Mask:
         """Register the next T slots of ``layer`` at ``positions`` [B, T] and return what they may attend to.
@@ -256,6 +264,15 @@ class KVCache:
             for to, row in moves.items():
                 whole[:, :, to, :, :filled] = whole[:, :, row, :, :filled]
         self._divide(whole)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """As ``torch.zeros``, on a CPU from pages that nobody has touched: they take memory as they are written."""
+    size = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or not size:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    room = torch.from_numpy(np.zeros(size + 64, np.uint8))
+    return room[-room.data_ptr() % 64 :][:size].view(dtype).view(shape)
 
 
 @overload

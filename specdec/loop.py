@@ -22,6 +22,7 @@ from specdec.target import Target
 from specdec.transfer import download
 
 NOTHING = torch.empty(0)
+DRAFTED = 16  # slots that the nodes of a usual draft take
 
 
 class Loop:
@@ -46,6 +47,8 @@ class Loop:
         self.limits, self.stop, self.policy = limits, stop, policy
         self.state = State(target, target.new_cache(len(prompts)), sampler, [list(p) for p in prompts])
         self.state.threshold = getattr(verifier, "threshold", None)
+        longest = max((len(p) + limit for p, limit in zip(prompts, limits, strict=True)), default=0)
+        self.state.cache.expected = min(longest + DRAFTED, target.context)
         self.rows = list(range(len(prompts)))  # the request behind each row of the batch
         self.finished: dict[int, str] = {}
         self.metrics = [RequestMetrics(num_prompt_tokens=len(p), num_layers=target.num_layers) for p in prompts]

@@ -322,15 +322,17 @@ class NativeTarget(Target):
         made = self._coarse.setdefault(adapters, {})
         if (lo, hi) not in made:
             layers = (native.Layer * self.num_layers)(*self._layers)
-            alive = [self._merge(layers[layer], layer, adapters) for layer in range(lo, hi)]
+            alive = []
+            for layer in range(lo, hi):
+                alive.append(self._merge(layers[layer], layer, adapters))
+                pages.trim()  # what one leaves behind would add to the peak of the next
             made[lo, hi] = native.Model(*self._sizes, ctypes.addressof(layers)), layers, alive
-            pages.trim()
         return made[lo, hi][0]
 
     def _merge(self, struct: native.Layer, layer: int, adapters: Adapters) -> list[Packed]:
         factors, alive = adapters.factors(layer), []
         for slot, pairs in fused.modules(self.model.model.layers[layer]).items():  # type: ignore[union-attr, index]
-            weight = torch.cat([module.weight.detach() for _, module in pairs]).float()
+            weight = torch.cat([module.weight.detach().float() for _, module in pairs])
             for path in (path for path in factors if self._parts[path][0] == slot):
                 _, start, stop = self._parts[path]
                 down, up = (factor.detach().float() for factor in factors[path])

@@ -122,3 +122,25 @@ def test_rows_come_and_go_in_the_room_of_one_buffer() -> None:
     cache.select([2, 1, 0])  # rows that come from where others go
     cache.join(guests)  # too many for the room
     assert [contents(cache, 2, b) for b in range(5)] == [expected[2], expected[1], expected[0], [13, 14], [15]]
+
+
+@pytest.mark.parametrize("one_piece", [False, True])
+def test_buffers_begin_with_the_room_that_is_expected(one_piece: bool) -> None:
+    cache = KVCache(num_layers=2, batch=1, block=4)
+    cache.expected = 10
+
+    def add(count: int) -> int:
+        if one_piece:
+            cache.reserve(0, 2, count, 1, 8, torch.float32)
+        else:
+            for layer in range(2):
+                cache.append(layer, torch.ones(1, 1, count, 8), torch.ones(1, 1, count, 8))
+        keys = cache.keys[0]
+        assert keys is not None and keys.data_ptr() % 64 == 0
+        return keys.data_ptr()
+
+    first = add(3)
+    assert cache.keys[0].shape[2] == 12 and not cache.keys[0][:, :, 3:].any()  # type: ignore[union-attr]
+    assert add(9) == first  # not moved
+    add(1)
+    assert cache.keys[0].shape[2] == 16  # type: ignore[union-attr]
