@@ -86,10 +86,8 @@ class NativeTarget(Target):
         self._heads: WeakKeyDictionary[nn.Module, Packed] = WeakKeyDictionary()
         self._readout: Packed | None = None  # the model's own
         self._untapped = (POINTER * (self.num_layers + 1))()
-        self._grown: tuple[Route | None, dict[tuple[int, int], Growth | None]] = (
-            None,
-            {},
-        )  # of the last route, by size
+        # Of the last route, by levels and width; None: not served.
+        self._grown: tuple[Route | None, dict[tuple[int, int], Growth | None]] = (None, {})
         self._adapted: WeakKeyDictionary[Adapters, dict[int, Any]] = WeakKeyDictionary()
         self._coarse: WeakKeyDictionary[Adapters, dict[tuple[int, int], Any]] = WeakKeyDictionary()
         kinds = {getattr(layer, slot).kind for layer in self._layers for slot in ("qkv", "out", "gate_up", "down")}
@@ -134,10 +132,9 @@ class NativeTarget(Target):
         made, size = self._grown[1], (bounds.levels, bounds.width)
         if size not in made:
             made[size] = Growth(self, route, *size) if Growth.serves(self, route, *size) else None
-        grown = made[size]
-        return (
-            super().grow(cache, seed, route, bounds) if grown is None else grown(self, cache, seed, bounds.confidence)
-        )
+        if (grown := made[size]) is None:
+            return super().grow(cache, seed, route, bounds)
+        return grown(self, cache, seed, bounds.confidence)
 
     def readout(self, x: Tensor, head: nn.Linear | None = None) -> Tensor:
         packed = self.head(head)
