@@ -18,6 +18,8 @@ from torch import Tensor
 
 from specdec.transfer import upload
 
+AHEAD = 1 << 30  # bytes of slots that buffers begin with at most because they are expected
+
 
 class Mask:
     """Which cached keys each query may attend to.
@@ -62,7 +64,7 @@ class KVCache:
     """Keys and values of all layers for a batch of ragged rows.
 
     Buffers are allocated on first use of a layer (``whole``, whatever is in it, is used first) and grow in blocks of
-    ``block`` slots; on a CPU, where memory is taken as it is written, they begin with room for all slots that are
+    ``block`` slots; on a CPU, where memory is taken as it is written, they begin with room for the slots that are
     ``expected``. When gradients are needed (training), entries are concatenated instead, so that autograd sees them.
     """
 
@@ -133,7 +135,7 @@ class KVCache:
         old = self.whole
         if old is None or old.shape[4] < end:
             filled = max(self.lengths)
-            slots = self._slots(end, filled)
+            slots = self._slots(end, filled, heads * head_dim * dtype.itemsize)
             whole = _zeros((2, len(self.lengths), self.batch, heads, slots, head_dim), dtype, self.device)
             if old is not None:
                 whole[..., :filled, :] = old[:, :, : self.batch, :, :filled]
@@ -147,16 +149,22 @@ class KVCache:
         """Return a buffer with at least ``end`` slots that begins with the first ``start`` slots of ``buffer``."""
         if buffer is not None and buffer.shape[2] >= end:
             return buffer
-        shape = like.shape[0], like.shape[1], self._slots(end, start), like.shape[3]
+        slots = self._slots(end, start, like.shape[1] * like.shape[3] * like.element_size())
+        shape = like.shape[0], like.shape[1], slots, like.shape[3]
         grown = _zeros(shape, like.dtype, like.device)
         if buffer is not None:
             grown[:, :, :start] = buffer[:, :, :start]
         return grown
 
-    def _slots(self, end: int, filled: int) -> int:
-        """The capacity of a buffer for ``end`` slots, of which there were ``filled`` before."""
+    def _slots(self, end: int, filled: int, size: int) -> int:
+        """The capacity of a buffer for ``end`` slots, of which there were ``filled`` before.
+
+        size: bytes of a row's keys in one slot of a layer.
+        """
+        # An answer may end early, so what is asked of the system beforehand is bounded.
+        ahead = min(self.expected, AHEAD // max(2 * len(self.lengths) * self.batch * size, 1))
         # Grow by at least a quarter, so that long generations copy each entry a bounded number of times.
-        most = max(end, filled + filled // 4, self.expected if self.device.type == "cpu" else 0)
+        most = max(end, filled + filled // 4, ahead if self.device.type == "cpu" else 0)
         return -(-most // self.block) * self.block
 
     def mask(self, layer: int, positions: Tensor, tree: Tensor | None = None) -> Mask:

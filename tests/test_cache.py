@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from specdec import cache as cache_module
 from specdec.cache import KVCache
 
 
@@ -144,3 +145,11 @@ def test_buffers_begin_with_the_room_that_is_expected(one_piece: bool) -> None:
     assert add(9) == first  # not moved
     add(1)
     assert cache.keys[0].shape[2] == 16  # type: ignore[union-attr]
+
+
+def test_no_more_is_taken_ahead_than_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_module, "AHEAD", 2 * 2 * 3 * 64 * 8)  # eight slots of two layers and three rows
+    cache = KVCache(num_layers=2, batch=3, block=4)
+    cache.expected = 10_000_000
+    cache.reserve(0, 2, 3, 1, 16, torch.float32)
+    assert cache.keys[0] is not None and cache.keys[0].shape[2] == 8
