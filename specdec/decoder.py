@@ -115,7 +115,7 @@ class SpecDecoder:
             raise SpecDecError("with offloaded experts the dtype stays the checkpoint's; leave 'fastest' out")
         model, tokenizer = hub.load(
             name,
-            dtype="auto" if fastest else dtype,
+            dtype="auto" if fastest else hub.as_dtype(dtype, also=(dtypes.FASTEST,)),
             device=device,
             revision=revision,
             trust_remote_code=trust_remote_code,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ def load(
     Raises SpecDecError, in one line, for whatever is unknown, missing, broken or beyond this machine.
     """
     name = os.fspath(name_or_path)
-    place, kind = _device(device), _dtype(dtype)
+    place, kind = _device(device), as_dtype(dtype)
     _try_out(place, kind)
     source, options = _source(name, revision, kind)
     options |= {"trust_remote_code": trust_remote_code}
@@ -136,13 +136,14 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
-def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+def as_dtype(dtype: str | torch.dtype, also: Sequence[str] = ()) -> str | torch.dtype:
+    """What transformers takes. Raises SpecDecError for an unknown one, naming those of the caller (``also``), too."""
     if dtype == "auto" or dtype in DTYPES.values():
         return dtype
     name = str(dtype).removeprefix("torch.")
     if isinstance(dtype, str) and SHORT.get(name, name) in DTYPES:
         return DTYPES[SHORT.get(name, name)]
-    known = ["auto", *DTYPES, *SHORT]
+    known = ["auto", *also, *DTYPES, *SHORT]
     raise SpecDecError(f"unknown dtype '{name}'{did_you_mean(name, known)}; known: {', '.join(known)}")
 
 

@@ -64,3 +64,8 @@ def test_where_there_is_nothing_to_choose_nothing_is_timed(
     assert wide.target.dtype == torch.float32 and "nothing else to choose" in wide.target.chosen and not seen
     with pytest.raises(SpecDecError, match="dtype stays the checkpoint's"):
         SpecDecoder.from_pretrained(str(folder), "none", dtype="fastest", experts=ExpertOptions(cache=0.5))
+
+
+def test_a_misspelt_one_is_told_of_all_there_are(folder: Path) -> None:
+    with pytest.raises(SpecDecError, match=r"did you mean 'fastest'.*known: auto, fastest, "):
+        SpecDecoder.from_pretrained(str(folder), "none", dtype="fastst")

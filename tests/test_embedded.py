@@ -14,7 +14,7 @@ import sys
 import textwrap
 import threading
 import time
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,8 +24,11 @@ import torch
 from conftest import IN_A_CHILD
 from tiny_gguf import NAME, forbidden, write_gguf
 
-from specdec import convert, embedded, hub
+from specdec import SpecDecoder, convert, embedded, hub
 from specdec.errors import SpecDecError
+from specdec.experts.layers import moe_layers
+from specdec.experts.offload import ExpertOptions
+from specdec.stored import StoredExperts
 
 
 def assert_nothing_left(cache) -> None:
@@ -235,6 +238,18 @@ def test_a_file_is_converted_once(cache, own, monkeypatch, capsys):
     again, _ = hub.load("own.gguf")  # the same file by another name
     assert hub.fingerprint(again) == hub.fingerprint(model) and again.config._name_or_path == "own.gguf"
     assert capsys.readouterr().err == ""
+
+
+def test_experts_of_a_converted_mixture_stay_in_its_checkpoint(cache, tmp_path):
+    write_gguf(tmp_path / "moe.gguf", experts=4)
+    whole, _ = hub.load(tmp_path / "moe.gguf")
+    left, tokenizer = hub.load(tmp_path / "moe.gguf", experts=False)
+    assert {type(layer.experts) for layer in moe_layers(left)} == {StoredExperts}
+    assert hub.fingerprint(left) == hub.fingerprint(whole)
+    plain = SpecDecoder(whole, tokenizer, "none").generate([1, 40, 41], max_new_tokens=8, ignore_eos=True)
+    with closing(SpecDecoder(left, tokenizer, "none", experts=ExpertOptions(cache=0.5))) as decoder:
+        out = decoder.generate([1, 40, 41], max_new_tokens=8, ignore_eos=True)
+        assert out.token_ids == plain.token_ids and out.metrics.experts["demanded"]
 
 
 def test_a_dtype_has_a_conversion_of_its_own(cache, own, published):
