@@ -1449,6 +1449,83 @@ void specdec_argmax(const bf16 *x, int rows, int width, int64_t *out, int thread
     }
 }
 
+/* -- forecasts of experts ----------------------------------------------------------------------------------------- */
+
+typedef struct { /* one row of `Leaps` in experts/predict.py, which says what it all means */
+    int32_t hidden, experts, here, after, told, first, top_k, unused; /* told: so many forecasts, from `first` on */
+    float slope, unit_eps;
+    const float *entering; /* [hidden][here + told][experts] */
+    const float *routing;  /* [hidden][after + told][experts] */
+    const int32_t *from;   /* [here]: which forecasts are made */
+    const float *bias;     /* [forecasts][experts] */
+    float *start;          /* the like */
+    const float *last;     /* [tokens][here][experts] */
+    float *next;           /* [tokens][after][experts] */
+} Foresight;
+
+/* y [columns] = x [hidden] times w [hidden][columns]; returns the sum of x's squares. wide: x is float, or else bf16. */
+static float project(int hidden, const void *x, int wide, const float *restrict w, int columns, float *restrict y) {
+    float sum = 0;
+    memset(y, 0, sizeof(float) * (size_t)columns);
+    for (int i = 0; i < hidden; i++, w += columns) {
+        float v = wide ? ((const float *)x)[i] : widen(((const bf16 *)x)[i]);
+        sum += v * v;
+        for (int c = 0; c < columns; c++) y[c] += v * w[c];
+    }
+    return sum;
+}
+
+/* How likely each of the tokens that enter is not to need an expert, multiplied into `spared` [experts]. */
+static void spare(const Foresight *f, const float *logits, float *spared) {
+    float top[f->top_k + 1]; /* falling */
+    for (int k = 0; k <= f->top_k; k++) top[k] = -__builtin_inff();
+    for (int e = 0; e < f->experts; e++)
+        if (logits[e] > top[f->top_k]) {
+            int k = f->top_k;
+            for (; k && top[k - 1] < logits[e]; k--) top[k] = top[k - 1];
+            top[k] = logits[e];
+        }
+    float middle = f->top_k < f->experts ? (top[f->top_k - 1] + top[f->top_k]) / 2 : top[f->top_k - 1];
+    for (int e = 0; e < f->experts; e++) {
+        float odds = f->slope * (logits[e] - middle);
+        spared[e] *= 1 / (1 + __builtin_expf(odds < 30 ? odds : 30));
+    }
+}
+
+/* `Leaps.ahead`: states x [tokens, hidden] enter the row, `last` is of `known` tokens -> need [here, experts]. */
+void specdec_foresee(const Foresight *f, const char *x, int wide, int tokens, int known, float *need) {
+    int experts = f->experts, columns = (f->here + f->told) * experts, some = f->here * experts;
+    float y[columns + 1], z[experts];
+    for (int i = 0; i < some; i++) need[i] = 1;
+    for (int t = 0; t < tokens; t++, x += f->hidden * (wide ? 4 : 2)) {
+        float squares = project(f->hidden, x, wide, f->entering, columns, y);
+        float scale = 1 / __builtin_sqrtf(squares / (float)f->hidden + f->unit_eps);
+        const float *last = f->last + (int64_t)(known == tokens ? t : known - 1) * some;
+        for (int i = 0; i < f->here; i++) {
+            const float *start = f->start + (int64_t)f->from[i] * experts;
+            for (int e = 0; e < experts; e++) z[e] = y[i * experts + e] * scale + start[e] + last[i * experts + e];
+            spare(f, z, need + i * experts);
+        }
+        if (t == tokens - 1) {
+            int64_t at = (int64_t)f->first * experts;
+            for (int c = 0; c < columns - some; c++) f->start[at + c] = y[some + c] * scale + f->bias[at + c];
+        }
+    }
+    for (int i = 0; i < some; i++) need[i] = 1 - need[i];
+}
+
+/* `Leaps.routed`: x [tokens, hidden] is what the row's router is given. */
+void specdec_routed(const Foresight *f, const char *x, int wide, int tokens) {
+    int columns = (f->after + f->told) * f->experts, some = f->after * f->experts;
+    float y[columns + 1];
+    for (int t = 0; t < tokens; t++, x += f->hidden * (wide ? 4 : 2)) {
+        project(f->hidden, x, wide, f->routing, columns, y);
+        memcpy(f->next + (int64_t)t * some, y, sizeof(float) * (size_t)some);
+        if (t == tokens - 1)
+            for (int c = 0; c < columns - some; c++) f->start[(int64_t)f->first * f->experts + c] += y[some + c];
+    }
+}
+
 /* -- packing ------------------------------------------------------------------------------------------------------ */
 
 static inline bf16 half_of(float v) { return (bf16)_cvtss_sh(v, 0); }

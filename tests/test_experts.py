@@ -21,7 +21,7 @@ from specdec.experts import packed, tiers
 from specdec.experts.cache import LayerCache
 from specdec.experts.layers import moe_layers
 from specdec.experts.replay import replay
-from specdec.experts.store import ExpertStore, budget_bytes
+from specdec.experts.store import ExpertStore, Foreseen, budget_bytes
 
 EXPERTS, ROWS = 6, 2
 INDEX = packed.Index("0", "float32", list(range(ROWS)), EXPERTS, 4, 3, [0] * ROWS * EXPERTS)
@@ -88,6 +88,29 @@ def use(store: ExpertStore, row: int, experts: list[int]) -> list[int]:
     return order
 
 
+def foresee(store: ExpertStore, row: int, experts: list[int], spare=(), due: float = 0.0) -> None:
+    """Have experts loaded ahead, the first ones first, but not in the place of those to spare."""
+    need = [2.0 if expert in spare else 0.0 for expert in range(EXPERTS)]
+    for place, expert in enumerate(experts):
+        need[expert] = 1 - place / 100
+    store.foresee({row: Foreseen(need, experts, due=due)})
+
+
+def settle(store: ExpertStore) -> None:
+    while not store.resting:
+        time.sleep(0.001)
+
+
+def check(store: ExpertStore, slots: int) -> None:
+    count, caches = store.counters, store.caches
+    inside = sum(len(cache.where) for cache in caches)
+    assert store.resident_bytes <= store.budget
+    assert inside <= ROWS * slots and not any(slot.pins for cache in caches for slot in cache.slots)
+    assert count.in_time + count.late + count.misses == count.demanded
+    assert count.misses + count.prefetched == count.evictions + inside
+    assert all(cache.where[s.expert] is s for cache in caches for s in cache.slots if s.expert is not None)
+
+
 SET = st.lists(st.integers(0, EXPERTS - 1), min_size=1, max_size=EXPERTS, unique=True)
 CALLS = st.lists(
     st.tuples(st.sampled_from(("use", "prefetch")), st.integers(0, ROWS - 1), SET, SET), min_size=1, max_size=40
@@ -95,8 +118,8 @@ CALLS = st.lists(
 
 
 @settings(max_examples=60, deadline=None)
-@given(CALLS, st.integers(1, EXPERTS), st.sampled_from(("lru", "least-stale")), st.booleans())
-def test_every_byte_is_accounted_for_and_a_replay_agrees(calls, slots, eviction, chunked):
+@given(CALLS, st.integers(1, EXPERTS), st.sampled_from(("lru", "least-stale")), st.booleans(), st.booleans())
+def test_every_byte_is_accounted_for_and_a_replay_agrees(calls, slots, eviction, chunked, in_time):
     shelf = Shelf()
     shelf.chunk = 4096 if chunked else tiers.CHUNK
     store = ExpertStore(INDEX, shelf, ROWS * slots * INDEX.stride, 1, eviction)
@@ -107,15 +130,15 @@ def test_every_byte_is_accounted_for_and_a_replay_agrees(calls, slots, eviction,
             if kind == "use":
                 assert sorted(use(store, row, sorted(experts))) == sorted(experts)
             else:
-                store.prefetch(row, experts, frozenset(spare))
-                assert before & set(spare) <= set(store.caches[row].where)
-            count, caches = store.counters, store.caches
-            inside = sum(len(cache.where) for cache in caches)
-            assert store.resident_bytes <= store.budget
-            assert inside <= ROWS * slots and not any(slot.pins for cache in caches for slot in cache.slots)
-            assert count.in_time + count.late + count.misses == count.demanded
-            assert count.misses + count.prefetched == count.evictions + inside
-            assert all(cache.where[s.expert] is s for cache in caches for s in cache.slots if s.expert is not None)
+                foresee(store, row, experts, spare)
+                if in_time:
+                    settle(store)
+            with store._change:
+                if kind == "prefetch":
+                    assert before & {*spare} - {*experts} <= set(store.caches[row].where)
+                check(store, slots)
+        settle(store)
+        count = store.counters
         same = replay(store.trace, slots, eviction)
         assert (same.demanded, same.hits, same.prefetched) == (count.demanded, count.hits, count.prefetched)
         assert (same.evictions, same.unused) == (count.evictions, count.unused)
@@ -146,25 +169,59 @@ def test_what_is_pinned_stays(steps, slots):
         assert all(cache.where.get(e) is slot and slot.expert == e for e, slot in pinned.items())
 
 
+def begun(store: ExpertStore) -> None:
+    while store._reading is None:
+        time.sleep(0.001)
+
+
 def test_demands_overtake_prefetches(store, shelf):
     shelf.gate.clear()
-    store.prefetch(0, [0, 1])  # the first is being read, the second waits
-    while not store._prefetches:
-        time.sleep(0.001)
+    foresee(store, 0, [0, 1])
+    begun(store)
     threading.Timer(0.05, shelf.gate.set).start()
     assert use(store, 1, [4]) == [4]
-    assert shelf.reads.index(10) <= 1
+    assert shelf.reads[:2] == [0, 10]
+    settle(store)
     assert use(store, 0, [0, 1]) and store.counters.misses == 1
 
 
 def test_what_is_due_first_is_loaded_first(store, shelf):
     shelf.gate.clear()
-    for row, expert, due in ((0, 0, 1), (1, 3, 4), (0, 1, 2), (1, 4, 3)):
-        store.prefetch(row, [expert], due=due)
+    foresee(store, 1, [3, 4], due=2)
+    begun(store)
+    foresee(store, 0, [1, 0], due=1)
     shelf.gate.set()
-    while store.backlog:
-        time.sleep(0.001)
-    assert shelf.reads == [0, 1, 10, 9]
+    settle(store)
+    assert shelf.reads == [9, 1, 0, 10]
+
+
+def test_what_there_was_no_time_for_puts_nothing_out(store, shelf):
+    use(store, 0, [0, 1, 2])
+    shelf.gate.clear()
+    foresee(store, 0, [3, 4, 5])
+    begun(store)
+    assert set(store.caches[0].where) == {1, 2, 3}
+    threading.Timer(0.05, shelf.gate.set).start()
+    assert use(store, 0, [1, 2]) == [1, 2]  # while 3 is still being read
+    settle(store)
+    assert shelf.reads == [0, 1, 2, 3] and store.counters.prefetched == 1
+
+
+def test_a_forecast_takes_the_place_of_the_one_before(store, shelf):
+    shelf.gate.clear()
+    foresee(store, 0, [3, 4])
+    begun(store)
+    foresee(store, 0, [5])
+    shelf.gate.set()
+    settle(store)
+    assert shelf.reads == [3, 5]
+
+
+def test_one_that_is_needed_as_much_stays(store, shelf):
+    use(store, 0, [0, 1, 2])
+    store.foresee({0: Foreseen([0.2, 0.5, 0.9, 0.6, 0.4, 0.7], [2, 5, 3], margin=0.15)})
+    settle(store)
+    assert set(store.caches[0].where) == {1, 2, 5}  # 5 for 0; but 3 is not needed clearly more than 1
 
 
 def test_a_chunked_prefetch_gives_way_between_chunks(shelf):
@@ -173,44 +230,41 @@ def test_a_chunked_prefetch_gives_way_between_chunks(shelf):
     shelf.chunk = 4096
     store = ExpertStore(index, shelf, 2 * index.stride, 1)
     shelf.gate.clear()
-    store.prefetch(0, [0])
+    foresee(store, 0, [0])
+    begun(store)
     threading.Timer(0.05, shelf.gate.set).start()
     with store.demand(0, [1]) as stream:
         assert [expert for group in stream for expert, _ in group] == [1]
     first = shelf.reads.index(1)
-    assert first <= 2 and shelf.reads[first : first + 12] == [1] * 12
+    assert first == 1 and shelf.reads[first : first + 12] == [1] * 12
     store.close()
 
 
 def test_a_demand_hurries_the_prefetch_that_is_being_read_but_no_demand(store, shelf):
     shelf.gate.clear()
-    store.prefetch(0, [0, 1])
-    while store._reading is None:
-        time.sleep(0.001)
+    foresee(store, 0, [0, 1])
+    begun(store)
     with store.demand(0, [0, 1]):  # the very one that is being read
         assert shelf.hurried == 0
-    store.prefetch(0, [2])
     with store.demand(1, [4]):
         assert shelf.hurried == 0
     shelf.gate.set()
-    while store.backlog:
-        time.sleep(0.001)
+    settle(store)
     shelf.gate.clear()
-    store.prefetch(0, [3])
-    while store._reading is None:
-        time.sleep(0.001)
+    foresee(store, 0, [3])
+    begun(store)
     with store.demand(1, [5]):
         assert shelf.hurried == 1
     shelf.gate.set()
 
 
-def test_a_prefetch_evicts_neither_what_is_in_use_nor_what_is_spared(store):
+def test_a_prefetch_puts_out_nothing_that_is_in_use(store):
     use(store, 0, [0, 1, 2])
     with store.demand(0, [0, 1]) as stream:
         next(stream)
-        assert store.prefetch(0, [4, 5]) == 1  # only the place of expert 2
-        assert {0, 1} <= set(store.caches[0].where)
-    assert store.prefetch(0, [3], frozenset({0, 1, 4})) == 0
+        foresee(store, 0, [4, 5])
+        settle(store)
+        assert set(store.caches[0].where) == {0, 1, 4}
 
 
 def test_more_experts_than_slots_pass_through(store):
@@ -221,17 +275,19 @@ def test_more_experts_than_slots_pass_through(store):
 
 def test_a_failed_prefetch_is_forgotten_and_read_anew_on_demand(store, shelf):
     shelf.broken[3] = [OSError(errno.EIO, "Input/output error")]
-    store.prefetch(0, [3])
+    foresee(store, 0, [3])
     while not store.counters.failed:
         time.sleep(0.001)
-    assert 3 not in store.caches[0].where
+    settle(store)
+    assert 3 not in store.caches[0].where and shelf.reads == [3]
     assert use(store, 0, [3]) == [3]
 
 
 def test_a_prefetch_that_fails_after_it_was_demanded_is_tried_again(store, shelf):
     shelf.broken[3] = [OSError(errno.EIO, "Input/output error")]
     shelf.gate.clear()
-    store.prefetch(0, [3])
+    foresee(store, 0, [3])
+    begun(store)
     threading.Timer(0.05, shelf.gate.set).start()
     assert use(store, 0, [3]) == [3] and shelf.reads == [3, 3]
 
@@ -249,7 +305,7 @@ def test_a_tier_that_does_not_say_how_far_it_came_is_one_line(store, shelf, reac
     real, shelf.read = shelf.read, lambda *args: reached
     with pytest.raises(SpecDecError, match=f"loading expert 3 of layer 0 failed: .* came to {reached}"):
         use(store, 0, [3])
-    store.prefetch(0, [4])
+    foresee(store, 0, [4])
     while not store.counters.failed:
         time.sleep(0.001)
     shelf.read = real
@@ -265,7 +321,8 @@ def test_whoever_waits_for_a_thread_that_has_ended_hears_why(store, monkeypatch)
             SpecDecError, match=r"loading of experts has ended \(ZeroDivisionError.*; make a new decoder"
         ):
             use(store, 0, experts)
-    assert store.prefetch(1, [5]) == 1 and use(store, 0, [0]) == [0]  # what is there stays
+    foresee(store, 1, [5])
+    assert use(store, 0, [0]) == [0]  # what is there stays
     assert not store._thread.is_alive() and not any(slot.pins for slot in store.caches[0].slots)
 
 

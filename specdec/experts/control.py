@@ -1,4 +1,4 @@
-"""Whether and how much to prefetch: from measured times, as with drafting depth. Knows no models and no predictors."""
+"""Whether to prefetch: from measured times, as with drafting depth. Knows no models, stores and predictors."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import math
 import statistics
 import time
 from collections import deque
-
-from specdec.experts.store import ExpertStore
 
 WINDOW = 5  # passes through the model on one side; the first, in which caches and forecasts change over, is not counted
 RECENT = 7  # comparisons of two sides whose median is believed
@@ -17,7 +15,7 @@ MOST_TOKENS = 16  # passes over more tokens (prompts) are not compared
 
 
 class Controller:
-    """Turns prefetching off where passes are slower with it, and estimates what a prefetch can load in time.
+    """Turns prefetching off where passes are slower with it.
 
     Passes are timed in windows. Where prefetching is turned on or off between two windows, these are compared: what
     slows the machine down slows both. The side that wins by the median of the last comparisons runs; the other is tried
@@ -33,36 +31,23 @@ class Controller:
         self.visits = self.rows = 0
         self.spent = 0.0
         self.last: float | None = None
-        self.layer_seconds = 0.0  # computing of one layer, without stalls
-        self._stalled = 0.0
 
-    def visit(self, row: int, tokens: int, store: ExpertStore) -> None:
+    def visit(self, row: int, tokens: int) -> None:
         """Called at each MoE layer of each pass."""
-        now, stalled = time.perf_counter(), store.counters.stall_seconds
+        now = time.perf_counter()
         self.rows = max(self.rows, row + 1)
         if tokens > MOST_TOKENS:
             self.last = None
             return
         if self.last is not None and now - self.last < 1.0:  # else: the model has rested in between
-            spent, computing = now - self.last, now - self.last - (stalled - self._stalled)
-            self.spent, self.visits = self.spent + spent, self.visits + 1
-            weight = 0.05 if self.layer_seconds else 1.0
-            self.layer_seconds += weight * (max(computing, 0.0) - self.layer_seconds)
+            self.spent, self.visits = self.spent + now - self.last, self.visits + 1
             if row == 0 and self.visits >= self.rows:
                 self.passes.append(self.spent / self.visits)
                 self.spent, self.visits = 0.0, 0
                 if self.adaptive and len(self.passes) == WINDOW:
                     self._choose(statistics.median(self.passes[1:]))
                     self.passes.clear()
-        self.last, self._stalled = now, stalled
-
-    def bytes_within(self, ahead: float, store: ExpertStore) -> float:
-        """Bytes, beyond those already requested, that can be loaded while ``ahead`` layers compute."""
-        count = store.counters
-        if count.load_seconds <= 0:
-            return float("inf")
-        speed = count.bytes / count.load_seconds
-        return ahead * self.layer_seconds * speed - store.backlog
+        self.last = now
 
     def _choose(self, seconds: float) -> None:
         """What the next window does, after one that took ``seconds`` per layer visited."""

@@ -26,13 +26,12 @@ from specdec.experts.cache import EVICTIONS
 from specdec.experts.control import Controller
 from specdec.experts.layers import moe_layers
 from specdec.experts.predict import Predictor
-from specdec.experts.store import Counters, ExpertStore
+from specdec.experts.store import Counters, ExpertStore, Foreseen
 from specdec.experts.tiers import DiskTier, EmulatedTier, PinnedTier, Tier, aligned
 from specdec.stored import FUSED, Absent, StoredExperts, sample
 
 FLOOR = 0.4  # least need of an expert that is prefetched
 STAY = (0.03, 0.25)  # by how much more than the cached one that it would put out: in the layer entered, and ahead of it
-LEAD = 0.6  # of a layer's time passes from when it is entered to its demand
 
 
 @dataclass(frozen=True)
@@ -134,7 +133,7 @@ class Offload:
         except SpecDecError:
             tier.close()
             raise
-        self.note = tier.note
+        self.note, self.slots = tier.note, len(self.store.caches[0].slots)
         self.controller = Controller(adaptive=options.adaptive)
         self.entered = 0  # layers, while predicting
         self.watching = False  # whether the predictor is told of this pass
@@ -144,15 +143,13 @@ class Offload:
 
     def describe(self) -> str:
         """One line for reports."""
-        slots = len(self.store.caches[0].slots)
-        text = (
-            f"{slots} of {self.index.num_experts} experts per layer cached ({self.store.resident_bytes / 1e6:.0f} MB)"
-        )
+        size = f"{self.store.resident_bytes / 1e6:.0f} MB"
+        text = f"{self.slots} of {self.index.num_experts} experts per layer cached ({size})"
         return f"{text}, prefetch {self.options.prefetch}" + (f"; {self.note}" if self.note else "")
 
     def enter(self, row: int, x: Tensor) -> None:
         """Called as a pass enters a layer, with the residual [T, D]: predict, and prefetch."""
-        self.controller.visit(row, len(x), self.store)
+        self.controller.visit(row, len(x))
         predictor, on = self.predictor, self.controller.on
         if predictor is None:
             return
@@ -163,28 +160,21 @@ class Offload:
         if prompt or not on:
             predictor.look(row, x)
             return
-        for target, need in predictor.ahead(row, x):
-            self._prefetch(target, need, (target - row) % len(self.layers))
+        rows = len(self.layers)
+        self._foresee({target: ((target - row) % rows, need) for target, need in predictor.ahead(row, x)})
         self.entered += 1
 
-    def _prefetch(self, row: int, need: list[float], distance: int) -> None:
-        """Load the experts most needed there, as many as the slots and the bytes that can arrive in time allow."""
-        cache, ahead = self.store.caches[row], distance + LEAD
-        slots, there = len(cache.slots), cache.where  # looked at without the lock: a failing prefetch may change it
-        wanted = [expert for expert, n in enumerate(need) if n >= FLOOR]
-        if all(expert in there for expert in wanted):
-            return
-        stay = STAY[min(distance, 1)]
-        wanted.sort(key=lambda expert: need[expert] + stay * (expert in there), reverse=True)
-        del wanted[slots:]
-        absent = [expert for expert in wanted if expert not in there]
-        if not absent:
-            return
-        room = self.controller.bytes_within(ahead, self.store) / self.store.stride
-        fit = max(round(min(room, slots)), int(not distance))
-        late = set(absent[fit:])
-        some = [expert for expert in wanted if expert not in late]
-        self.store.prefetch(row, some, frozenset(wanted), self.entered + distance)
+    def _foresee(self, needs: dict[int, tuple[int, list[float]]]) -> None:
+        """Have those experts loaded that are likely to be needed, the likeliest first, while there is time.
+
+        needs: by row, how many layers ahead it is, and what it needs.
+        """
+        seen = {}
+        for row, (distance, need) in needs.items():
+            wanted = sorted((e for e, n in enumerate(need) if n >= FLOOR), key=need.__getitem__, reverse=True)
+            stay = STAY[min(distance, len(STAY) - 1)]
+            seen[row] = Foreseen(need, wanted[: self.slots], stay, self.entered + distance)
+        self.store.foresee(seen)
 
     def close(self) -> None:
         """Give the model its experts back, those that were in memory from the packed file, and end loading."""

@@ -8,6 +8,7 @@ one costs time. Knows nothing of caches.
 
 from __future__ import annotations
 
+import ctypes
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
@@ -20,13 +21,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from specdec import artifacts
+from specdec import artifacts, native
 from specdec.errors import SpecDecError
 from specdec.experts.layers import MoELayer
 from specdec.kernels import UNIT_EPS
 
 PREDICTORS = ("none", "previous-token", "residual", "m2r2", "m2r2-paper", "oracle", "shuffled")
-DISTANCES = (1, 0)  # layers ahead that are predicted at a layer, far ones first
+DISTANCES = (2, 1, 0)  # layers ahead that are predicted at a layer, far ones first
 REACH = 4  # layers ahead that the oracle knows
 PAST = ("last", "before", "router")  # what leaps know beside the residual that enters
 
@@ -106,7 +107,8 @@ class Leaps(Forecaster):
 
     Closed form: a leap of the residual is a ridge regression, which is linear in its goal; so the router applied to the
     leap's result *is* one regression from the same features to the router's logits, and only that is kept.
-    In NumPy, all a state is multiplied with in one product: the time of a forecast is that of calling things.
+    In NumPy, all a state is multiplied with in one product: the time of a forecast is that of calling things. Where the
+    native kernels run, a forecast is one call: between two layers all code is cold, and calls are dear.
     """
 
     def __init__(
@@ -132,15 +134,29 @@ class Leaps(Forecaster):
         experts = bias[0].shape[1]
         self._bias: Array = np.stack([bias[j][i].float().numpy() for _, j, i in order])  # (forecasts, E)
         self._start = self._bias.copy()
-        self._last = [np.zeros((1, len(rows), experts), np.float32) for rows in targets]  # what the row before said
+        # What the row before said of each token, and of how many.
+        self._last = [np.zeros((self.most_tokens, len(rows), experts), np.float32) for rows in targets]
+        self._known = [1] * len(targets)
         # What the states of a row are multiplied with: the one that enters, (D, (n + m) E), and the router's input.
         known = {name: [each[j][i] for _, j, i in order] for name, each in past.items()}
         self._weights = [_columns(n, known.get("before", [])[at]) for n, at in zip(now, self._into, strict=True)]
         after = [*past["last"][1:], past["last"][0]] if past else []
         self._routers = [_columns(n, known["router"][at]) for n, at in zip(after, self._into, strict=False)]
+        self._need = np.empty((max(map(len, targets)), experts), np.float32)
+        self._native = self._foresights()
+
+    def ahead(self, row: int, x: Tensor) -> Forecast:
+        if not self._native or not _plain(x):
+            return super().ahead(row, x)
+        need, wide = self._need[: len(self.targets[row])], x.dtype == torch.float32
+        native.at_once().specdec_foresee(
+            self._native[row], x.data_ptr(), wide, len(x), self._known[row], need.ctypes.data
+        )
+        return list(zip(self.targets[row], need.tolist(), strict=True))
 
     def logits(self, row: int, x: Tensor) -> Array:
-        values, last, count, into = _rows(x), self._last[row], len(self._from[row]), self._into[row]
+        values, last = _rows(x), self._last[row][: self._known[row]]
+        count, into = len(self._from[row]), self._into[row]
         said = values @ self._weights[row] * _to_unit(values)
         said = said.reshape(len(x), -1, self._bias.shape[1])  # (T, n + m, E)
         if len(last) != len(x):
@@ -156,11 +172,41 @@ class Leaps(Forecaster):
         if not self._routers:
             return
         after, into = (row + 1) % len(self.targets), self._into[row]
-        values = _rows(x if after and len(x) <= self.most_tokens else x[-1:])
+        if not after or len(x) > self.most_tokens:
+            x = x[-1:]
+        self._known[after] = len(x)
+        if self._native and _plain(x):
+            wide = x.dtype == torch.float32
+            native.at_once().specdec_routed(self._native[row], x.data_ptr(), wide, len(x))
+            return
+        values = _rows(x)
         said = (values @ self._routers[row]).reshape(len(values), -1, self._bias.shape[1])
         count = len(self._from[after])
-        self._last[after] = said[:, :count]
+        self._last[after][: len(x)] = said[:, :count]
         self._start[into] += said[-1, count:]
+
+    def _foresights(self) -> list[Any]:
+        """Pointers to what the native kernels need of each row; empty where there are none."""
+        try:
+            native.at_once()
+        except SpecDecError:
+            return []
+        rows, (_, experts) = len(self.targets), self._bias.shape
+        self._held = [np.ascontiguousarray(places, np.int32) for places in self._from]  # what pointers point to
+        made = []
+        for row, into in enumerate(self._into):
+            after = (row + 1) % rows
+            entering, routing = self._weights[row], self._routers[row] if self._routers else None
+            made.append(
+                native.Foresight(
+                    *(len(entering), experts, len(self._from[row]), len(self._from[after])),
+                    *(into.stop - into.start, into.start, self.top_k, 0, self.slope, UNIT_EPS),
+                    *(entering.ctypes.data, routing.ctypes.data if routing is not None else None),
+                    *(each.ctypes.data for each in (self._held[row], self._bias, self._start)),
+                    *(self._last[row].ctypes.data, self._last[after].ctypes.data),
+                )
+            )
+        return [ctypes.pointer(each) for each in made]
 
     def within(self, distances: Sequence[int]) -> Leaps:
         """Only those to rows that far ahead."""
@@ -190,6 +236,11 @@ def needs(logits: Array, top_k: int, slope: float) -> list[list[float]]:
     middle = (ranked[..., -top_k] + ranked[..., -top_k - 1]) / 2 if top_k < logits.shape[2] else ranked[..., 0]
     spared = 1 / (1 + np.exp(np.minimum(slope * (logits - middle[..., None]), 30)))
     return (1 - (spared[0] if len(spared) == 1 else spared.prod(0))).tolist()  # type: ignore[no-any-return]
+
+
+def _plain(x: Tensor) -> bool:
+    """Whether the native kernels can read it."""
+    return x.dtype in (torch.bfloat16, torch.float32) and x.device.type == "cpu" and x.is_contiguous()
 
 
 def _rows(x: Tensor) -> Array:

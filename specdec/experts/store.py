@@ -1,18 +1,18 @@
 """The expert store: slots in fast memory, a cache per layer, and one thread that loads what is demanded or foreseen.
 
-Demands come first, then the prefetches that are due first: between any two chunks the thread turns to what is now the
-foremost, and takes up the other again afterwards; a demand hurries the prefetch that is being read. A failed prefetch
-is forgotten; the demand that follows reads anew. One thread, so that a slot given to another expert is never written by
-two. Should it end, whoever waits for it hears why.
+Demands come first, then what is foreseen, by layers in the order of their demands: between any two chunks the thread
+turns to what is now the foremost, and takes up the other again afterwards; a demand hurries the prefetch that is being
+read. An expert that is foreseen puts out another one only as its loading begins: until then forecasts may change, and
+what there is no time for costs nothing. A failed prefetch is forgotten; the demand that follows reads anew. One thread,
+so that a slot given to another expert is never written by two. Should it end, whoever waits for it hears why.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from bisect import insort
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -24,6 +24,7 @@ from specdec.experts.cache import Evicted, LayerCache, Slot
 from specdec.experts.packed import Index
 from specdec.experts.tiers import CHUNK, Tier
 
+ALIKE = 0.05  # needs so far apart are one: among the least needed, the cache's own order of eviction decides
 APART = 4 << 20  # bytes of experts below which those that are there are not computed with before the others are, too
 
 Group = list[tuple[int, int]]  # experts and the numbers of their slots
@@ -35,7 +36,7 @@ class Counters(Evicted):
     """What a store has done. Experts are counted per layer and demand (one pass over any number of tokens).
 
     demanded = hits + misses; hits = in_time + late: there when demanded, or on their way by a prefetch. prefetched:
-    requested ahead. bytes_demand, bytes_prefetch: read for either (what a demand took over in mid-transfer counts for
+    begun ahead. bytes_demand, bytes_prefetch: read for either (what a demand took over in mid-transfer counts for
     both). stall_seconds: the model waited. failed: prefetches that did.
     """
 
@@ -49,7 +50,6 @@ class Counters(Evicted):
     bytes_demand: int = 0
     bytes_prefetch: int = 0
     stall_seconds: float = 0.0
-    load_seconds: float = 0.0
 
     @property
     def hits(self) -> int:
@@ -65,13 +65,33 @@ class Counters(Evicted):
 
 
 class _Job:
-    """Loading of one block into one slot. due: of prefetches, the least is loaded first."""
+    """Loading of one block into one slot."""
 
-    def __init__(self, block: int, memory: Tensor, demanded: bool, due: float) -> None:
-        self.block, self.memory, self.demanded, self.due = block, memory, demanded, due
+    def __init__(self, block: int, memory: Tensor, demanded: bool) -> None:
+        self.block, self.memory, self.demanded = block, memory, demanded
         self.done = 0  # bytes
         self.ready = self.cancelled = False
         self.error: Exception | None = None
+
+
+@dataclass
+class Foreseen:
+    """What a layer will need.
+
+    need: of each of its E experts, any unit. wanted: those worth loading, the most needed first. margin: by how much
+    more one must be needed than another that it puts out. due: when the layer demands them; the least is loaded first.
+    """
+
+    need: list[float]
+    wanted: list[int]
+    margin: float = 0.0
+    due: float = 0.0
+
+    def keeps(self, there: Collection[int], expert: int) -> frozenset[int]:
+        """Those ``there`` that ``expert`` must not put out: all but the least needed, if these are clearly less so."""
+        need = self.need
+        least = min(need[expert] - self.margin, min(map(need.__getitem__, there), default=0.0) + ALIKE)
+        return frozenset(other for other in there if need[other] >= least)
 
 
 class ExpertStore:
@@ -101,8 +121,9 @@ class ExpertStore:
         self.jobs: list[list[_Job | None]] = [[None] * per_layer for _ in range(rows)]
         self.trace: list[Event] | None = None  # set to a list to record
         self._demands: deque[_Job] = deque()
-        self._prefetches: list[_Job] = []
+        self._foreseen: dict[int, Foreseen] = {}  # by row
         self._reading: _Job | None = None
+        self._resting = True
         self._change = threading.Condition()
         self._closed = False
         self._ended: SpecDecError | None = None  # why the thread did, unasked
@@ -115,9 +136,10 @@ class ExpertStore:
         return self.memory.numel()
 
     @property
-    def backlog(self) -> int:
-        """Bytes of the experts that are requested and not yet there."""
-        return (len(self._demands) + len(self._prefetches)) * self.stride
+    def resting(self) -> bool:
+        """Whether there is nothing to load."""
+        with self._change:
+            return self._resting
 
     @contextmanager
     def demand(self, row: int, experts: Sequence[int]) -> Iterator[Iterator[Group]]:
@@ -131,6 +153,7 @@ class ExpertStore:
         held: deque[tuple[int, Slot]] = deque()
         with self._change:
             self._record("use", row, experts)
+            self._foreseen.pop(row, None)
             for emptied in cache.begin():
                 self._abandon(row, emptied)
             held += [(expert, slot) for expert in experts if (slot := cache.pin(expert)) is not None]
@@ -141,7 +164,7 @@ class ExpertStore:
             count.misses += len(missing)
             late = [job for _, slot in held if not (job := self._job(row, slot)).ready]
             for job in late:
-                self._promote(job)
+                self._urge(job)
             count.in_time, count.late = count.in_time + len(held) - len(late), count.late + len(late)
             held += self._admit(row, missing)
         try:
@@ -181,25 +204,16 @@ class ExpertStore:
                 cache.release(slot)
                 held += self._admit(row, missing)
 
-    def prefetch(self, row: int, experts: Sequence[int], spare: frozenset[int] = frozenset(), due: float = 0.0) -> int:
-        """Request ``experts`` of a layer ahead of their demand, most wanted first; returns how many were not there.
+    def foresee(self, seen: dict[int, Foreseen]) -> None:
+        """Load ahead of its next demand what a row is foreseen to need; takes the place of what was before, by row.
 
-        due: when they are demanded, in any unit; of several requests, the one that is due first is loaded first.
-
-        Never evicts an expert in use or demanded, nor one of ``spare``: with all others taken, the rest is left out.
+        Never puts out an expert in use or demanded, nor one that is needed as much.
         """
-        cache, asked, spare = self.caches[row], 0, spare.union(experts)
         with self._change:
-            self._record("prefetch", row, experts, spare)
-            for expert in experts:
-                if not cache.touch(expert):
-                    slot = cache.admit(expert, demanded=False, spare=spare)
-                    if slot is None:
-                        break
-                    self._start(row, slot, demanded=False, due=due)
-                    asked += 1
-            self.counters.prefetched += asked
-        return asked
+            self._foreseen |= seen
+            if self._resting and not all(self._ready(row, e) for row, each in seen.items() for e in each.wanted):
+                self._resting = False
+                self._change.notify_all()
 
     def close(self) -> None:
         """End the thread and free the slots. The store is of no use afterwards."""
@@ -216,6 +230,10 @@ class ExpertStore:
         if self.trace is not None:
             self.trace.append((what, row, tuple(experts), tuple(sorted(spare))))
 
+    def _ready(self, row: int, expert: int) -> bool:
+        slot = self.caches[row].where.get(expert)
+        return slot is not None and self._job(row, slot).ready
+
     def _job(self, row: int, slot: Slot) -> _Job:
         job = self.jobs[row][slot.number]
         assert job is not None
@@ -228,35 +246,59 @@ class ExpertStore:
             admitted.append((missing.popleft(), slot))
         return admitted
 
-    def _start(self, row: int, slot: Slot, demanded: bool, due: float = 0.0) -> None:
+    def _start(self, row: int, slot: Slot, demanded: bool) -> _Job:
         self._abandon(row, slot)
         assert slot.expert is not None
-        job = _Job(row * self.index.num_experts + slot.expert, self.places[row][slot.number], demanded, due)
+        job = _Job(row * self.index.num_experts + slot.expert, self.places[row][slot.number], demanded)
         self.jobs[row][slot.number] = job
         if demanded:
             self._urge(job)
-        else:
-            insort(self._prefetches, job, key=lambda each: each.due)
-        self._change.notify_all()
+        return job
 
     def _abandon(self, row: int, slot: Slot) -> None:
         """What is still being loaded into the slot is of no use any more."""
         job = self.jobs[row][slot.number]
         if job is not None and not job.ready:
             job.cancelled = True
-            for queue in (self._demands, self._prefetches):
-                if job in queue:
-                    queue.remove(job)
-
-    def _promote(self, job: _Job) -> None:
-        if not job.ready and job in self._prefetches:
-            self._prefetches.remove(job)
-            self._urge(job)
+            if job in self._demands:
+                self._demands.remove(job)
 
     def _urge(self, job: _Job) -> None:
-        self._demands.append(job)
+        if job not in self._demands:
+            self._demands.append(job)
         if self._reading not in (None, *self._demands):
             self.tier.hurry()
+        self._resting = False
+        self._change.notify_all()
+
+    def _foremost(self) -> _Job | None:
+        """What to load now."""
+        if self._demands:
+            return self._demands[0]
+        for row, seen in sorted(self._foreseen.items(), key=lambda each: each[1].due):
+            job = self._ahead(row, seen)
+            if job is not None:
+                return job
+            del self._foreseen[row]  # it has all it can have
+        return None
+
+    def _ahead(self, row: int, seen: Foreseen) -> _Job | None:
+        """The most needed of what the row foresees and has not, begun now if it was not before."""
+        cache = self.caches[row]
+        for expert in seen.wanted:
+            slot = cache.where.get(expert)
+            if slot is not None:
+                if not (job := self._job(row, slot)).ready:
+                    return job
+                continue
+            spare = seen.keeps(cache.where, expert)
+            slot = cache.admit(expert, demanded=False, spare=spare)
+            if slot is None:
+                return None
+            self._record("prefetch", row, (expert,), spare)
+            self.counters.prefetched += 1
+            return self._start(row, slot, demanded=False)
+        return None
 
     # -- waiting and loading --------------------------------------------------------------------------------------
 
@@ -290,15 +332,14 @@ class ExpertStore:
                 self._reading = None
                 if done is not None and not done[0].cancelled:
                     self._finish(*done)
-                while not (self._demands or self._prefetches or self._closed):
+                while (job := self._foremost()) is None and not self._closed:
+                    self._resting = True
                     self._change.wait()
-                if self._closed:
+                if job is None or self._closed:
                     return
-                urgent = bool(self._demands)
-                job = (self._demands or self._prefetches)[0]
-                self._reading = job
+                self._reading, urgent = job, job in self._demands
                 start, stop = job.done, min(job.done + CHUNK, self.stride)
-            began, error = time.perf_counter(), None
+            error = None
             try:
                 reached = self.tier.read(job.block, job.memory, start, stop)
                 if not (isinstance(reached, int) and start < reached <= stop):
@@ -310,14 +351,13 @@ class ExpertStore:
                 error = SpecDecError(f"loading {self.index.name(job.block)} failed: {_reason(failed)}")
             done = job, stop, error
             count = self.counters  # these are this thread's alone
-            count.load_seconds += time.perf_counter() - began
             if urgent:
                 count.bytes_demand += stop - start
             else:
                 count.bytes_prefetch += stop - start
 
     def _finish(self, job: _Job, stop: int, error: Exception | None) -> None:
-        queue = self._demands if job in self._demands else self._prefetches
+        urgent = job in self._demands
         if error is None:
             job.done = stop
             if stop < self.stride:
@@ -326,18 +366,20 @@ class ExpertStore:
         elif job.demanded:
             job.error = error
             self._forget(job)
-        else:  # a prefetch: forgotten, or, if it has been demanded meanwhile, begun anew as a demand
+        else:
             self.counters.failed += 1
-            if queue is self._demands:
+            if urgent:  # demanded meanwhile: begun anew
                 job.done, job.demanded = 0, True
                 return
             self._forget(job)
-        queue.remove(job)
+        if urgent:
+            self._demands.remove(job)
         self._change.notify_all()
 
     def _forget(self, job: _Job) -> None:
         """Empty the slot of a job that failed; one that is pinned is emptied by the error that its user gets."""
         row, expert = divmod(job.block, self.index.num_experts)
+        self._foreseen.pop(row, None)  # it would be tried again and again
         slot = self.caches[row].where[expert]
         if slot.pins:
             del self.caches[row].where[expert]
