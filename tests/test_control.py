@@ -25,7 +25,7 @@ def decode(monkeypatch):
         monkeypatch.setattr("time.perf_counter", lambda: clock)
         for number in range(passes):
             for row in range(LAYERS):
-                control.visit(row, 1)
+                control.visit(row, 1, 0.0)
                 stall = 20 if noise.random() < 0.005 else 1
                 clock += cost(number, control.on) * other(number) * stall * math.exp(noise.gauss(0, 0.2))
             sides.append(control.on)
@@ -83,6 +83,6 @@ def test_pauses_and_prompts_are_not_compared(monkeypatch):
     for number in range(40 * WINDOW):
         tokens = 64 if number % 7 == 0 else 1
         for row in range(LAYERS):
-            control.visit(row, tokens)
+            control.visit(row, tokens, 0.0)
             clock += 30 if number % 11 == 0 else 0.5 if tokens > 1 else 0.002 if control.on else 0.001
     assert control.ratios and all(1.9 < ratio < 2.1 for ratio in control.ratios)

@@ -224,6 +224,20 @@ def test_one_that_is_needed_as_much_stays(store, shelf):
     assert set(store.caches[0].where) == {1, 2, 5}  # 5 for 0; but 3 is not needed clearly more than 1
 
 
+def test_a_layer_that_lacks_little_is_left_for_later(store, shelf):
+    use(store, 0, [0, 1, 2])
+    need = [0.9, 0.0, 0.0, 0.8, 0.7, 0.6]
+    store.foresee({0: Foreseen(need, [0, 3], patience=INDEX.stride)})
+    settle(store)
+    assert shelf.reads == [0, 1, 2]
+    store.foresee({0: Foreseen(need, [0, 3, 4], patience=INDEX.stride)})
+    settle(store)
+    assert shelf.reads == [0, 1, 2, 3]  # and what it lacks now is little
+    store.foresee({0: Foreseen(need, [0, 3, 4])})
+    settle(store)
+    assert shelf.reads == [0, 1, 2, 3, 4]
+
+
 def test_a_chunked_prefetch_gives_way_between_chunks(shelf):
     index = packed.Index("0", "float32", [0], 4, 64, 64, [0] * 4)  # 12 chunks of 4096
     shelf.slots = lambda count: tiers.aligned(count, index.stride)

@@ -329,6 +329,23 @@ def test_a_prefetch_puts_out_only_what_is_clearly_less_needed(mixtral, folder):
     decoder.close()
 
 
+@pytest.mark.parametrize(("name", "waits"), [("m2r2", True), ("residual", True), ("previous-token", False)])
+def test_only_who_will_know_more_waits_where_there_is_time(mixtral, folder, name, waits):
+    decoder = SpecDecoder(mixtral, None, "none", experts=ExpertOptions(2 / 6, name, folder, adaptive=False))
+    offload = decoder.target.experts
+    with offload.store.demand(3, [0, 1]):
+        pass
+    settle(offload.store)
+    offload.controller.layer_seconds = 1e3  # time for any number of experts
+    offload._foresee({3: (1, [0.0, 0.0, 0.9, 0.8, 0.0, 0.0])})
+    settle(offload.store)
+    assert set(offload.store.caches[3].where) == ({0, 1} if waits else {2, 3})
+    offload._foresee({3: (0, [0.0, 0.0, 0.9, 0.8, 0.0, 0.0])})
+    settle(offload.store)
+    assert set(offload.store.caches[3].where) == {2, 3}
+    decoder.close()
+
+
 def test_a_leap_is_one_regression_from_all_that_is_known():
     rows, experts, width, tokens = 5, 6, 32, 4
     torch.manual_seed(0)

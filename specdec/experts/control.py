@@ -1,4 +1,4 @@
-"""Whether to prefetch: from measured times, as with drafting depth. Knows no models, stores and predictors."""
+"""Whether to prefetch, and how early: from measured times. Knows no models, stores and predictors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MOST_TOKENS = 16  # passes over more tokens (prompts) are not compared
 
 
 class Controller:
-    """Turns prefetching off where passes are slower with it.
+    """Turns prefetching off where passes are slower with it, and measures how long a layer computes.
 
     Passes are timed in windows. Where prefetching is turned on or off between two windows, these are compared: what
     slows the machine down slows both. The side that wins by the median of the last comparisons runs; the other is tried
@@ -31,23 +31,28 @@ class Controller:
         self.visits = self.rows = 0
         self.spent = 0.0
         self.last: float | None = None
+        self.layer_seconds = 0.0  # computing of one layer, without waiting for experts
+        self._waited = 0.0
 
-    def visit(self, row: int, tokens: int) -> None:
-        """Called at each MoE layer of each pass."""
+    def visit(self, row: int, tokens: int, waited: float) -> None:
+        """Called at each MoE layer of each pass. waited: seconds for experts so far."""
         now = time.perf_counter()
         self.rows = max(self.rows, row + 1)
         if tokens > MOST_TOKENS:
             self.last = None
             return
         if self.last is not None and now - self.last < 1.0:  # else: the model has rested in between
-            self.spent, self.visits = self.spent + now - self.last, self.visits + 1
+            spent = now - self.last
+            self.spent, self.visits = self.spent + spent, self.visits + 1
+            weight = 0.05 if self.layer_seconds else 1.0
+            self.layer_seconds += weight * (max(spent - (waited - self._waited), 0.0) - self.layer_seconds)
             if row == 0 and self.visits >= self.rows:
                 self.passes.append(self.spent / self.visits)
                 self.spent, self.visits = 0.0, 0
                 if self.adaptive and len(self.passes) == WINDOW:
                     self._choose(statistics.median(self.passes[1:]))
                     self.passes.clear()
-        self.last = now
+        self.last, self._waited = now, waited
 
     def _choose(self, seconds: float) -> None:
         """What the next window does, after one that took ``seconds`` per layer visited."""

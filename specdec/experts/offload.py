@@ -31,6 +31,7 @@ from specdec.experts.tiers import DiskTier, EmulatedTier, PinnedTier, Tier, alig
 from specdec.stored import FUSED, Absent, StoredExperts, sample
 
 FLOOR = 0.4  # least need of an expert that is prefetched
+SOON = 0.3  # of a layer's time: what can be loaded in it waits until the layer is entered
 STAY = (0.03, 0.25)  # by how much more than the cached one that it would put out: in the layer entered, and ahead of it
 
 
@@ -133,7 +134,7 @@ class Offload:
         except SpecDecError:
             tier.close()
             raise
-        self.note, self.slots = tier.note, len(self.store.caches[0].slots)
+        self.note = tier.note
         self.controller = Controller(adaptive=options.adaptive)
         self.entered = 0  # layers, while predicting
         self.watching = False  # whether the predictor is told of this pass
@@ -143,13 +144,15 @@ class Offload:
 
     def describe(self) -> str:
         """One line for reports."""
-        size = f"{self.store.resident_bytes / 1e6:.0f} MB"
-        text = f"{self.slots} of {self.index.num_experts} experts per layer cached ({size})"
+        slots = len(self.store.caches[0].slots)
+        text = (
+            f"{slots} of {self.index.num_experts} experts per layer cached ({self.store.resident_bytes / 1e6:.0f} MB)"
+        )
         return f"{text}, prefetch {self.options.prefetch}" + (f"; {self.note}" if self.note else "")
 
     def enter(self, row: int, x: Tensor) -> None:
         """Called as a pass enters a layer, with the residual [T, D]: predict, and prefetch."""
-        self.controller.visit(row, len(x))
+        self.controller.visit(row, len(x), self.store.counters.stall_seconds)
         predictor, on = self.predictor, self.controller.on
         if predictor is None:
             return
@@ -169,11 +172,15 @@ class Offload:
 
         needs: by row, how many layers ahead it is, and what it needs.
         """
-        seen = {}
+        seen, later = {}, 0.0
+        if self.predictor is not None and self.predictor.refines:
+            later = SOON * self.controller.layer_seconds * self.store.speed
         for row, (distance, need) in needs.items():
             wanted = sorted((e for e, n in enumerate(need) if n >= FLOOR), key=need.__getitem__, reverse=True)
             stay = STAY[min(distance, len(STAY) - 1)]
-            seen[row] = Foreseen(need, wanted[: self.slots], stay, self.entered + distance)
+            patience = later if distance else 0.0
+            slots = len(self.store.caches[row].slots)
+            seen[row] = Foreseen(need, wanted[:slots], stay, self.entered + distance, patience)
         self.store.foresee(seen)
 
     def close(self) -> None:

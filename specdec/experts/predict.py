@@ -40,11 +40,13 @@ class Predictor(ABC):
     """``most_tokens``: passes over more tokens need most experts anyway and are not predicted.
 
     ``learns``: from every pass. Others are told nothing of passes without prefetching, and begin anew after them.
+    ``refines``: knows more of a row as a pass enters it than before.
     """
 
     name: ClassVar[str]
     most_tokens = 16
     learns = False
+    refines = False
 
     @abstractmethod
     def ahead(self, row: int, x: Tensor) -> Forecast:
@@ -124,6 +126,7 @@ class Leaps(Forecaster):
         self.name = name  # type: ignore[misc]
         self.targets, self.now, self.past, self.bias = targets, now, past, bias
         self.slope, self.top_k = slope, top_k
+        self.refines = all(j in rows for j, rows in enumerate(targets))
         # Forecasts lie in the order of their targets, so that those of one target are a slice.
         order = sorted((t, j, i) for j, rows in enumerate(targets) for i, t in enumerate(rows))
         place = {(j, i): p for p, (_, j, i) in enumerate(order)}
@@ -343,7 +346,7 @@ class Shuffled(Predictor):
     name = "shuffled"
 
     def __init__(self, inner: Predictor, rows: int, num_experts: int) -> None:
-        self.inner = inner
+        self.inner, self.refines = inner, inner.refines
         generator = torch.Generator().manual_seed(0)
         self.order = [torch.randperm(num_experts, generator=generator).tolist() for _ in range(rows)]
 

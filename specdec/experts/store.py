@@ -37,7 +37,7 @@ class Counters(Evicted):
 
     demanded = hits + misses; hits = in_time + late: there when demanded, or on their way by a prefetch. prefetched:
     begun ahead. bytes_demand, bytes_prefetch: read for either (what a demand took over in mid-transfer counts for
-    both). stall_seconds: the model waited. failed: prefetches that did.
+    both). stall_seconds: the model waited; load_seconds: the slow memory was busy. failed: prefetches that did.
     """
 
     demands: int = 0
@@ -50,6 +50,7 @@ class Counters(Evicted):
     bytes_demand: int = 0
     bytes_prefetch: int = 0
     stall_seconds: float = 0.0
+    load_seconds: float = 0.0
 
     @property
     def hits(self) -> int:
@@ -80,12 +81,14 @@ class Foreseen:
 
     need: of each of its E experts, any unit. wanted: those worth loading, the most needed first. margin: by how much
     more one must be needed than another that it puts out. due: when the layer demands them; the least is loaded first.
+    patience: bytes; a layer that lacks no more has time enough later, when more is known.
     """
 
     need: list[float]
     wanted: list[int]
     margin: float = 0.0
     due: float = 0.0
+    patience: float = 0.0
 
     def keeps(self, there: Collection[int], expert: int) -> frozenset[int]:
         """Those ``there`` that ``expert`` must not put out: all but the least needed, if these are clearly less so."""
@@ -134,6 +137,11 @@ class ExpertStore:
     def resident_bytes(self) -> int:
         """Fast memory taken: all slots, filled or not."""
         return self.memory.numel()
+
+    @property
+    def speed(self) -> float:
+        """Bytes/s that have been loaded so far; 0 before."""
+        return self.counters.bytes / self.counters.load_seconds if self.counters.load_seconds else 0.0
 
     @property
     def resting(self) -> bool:
@@ -285,6 +293,8 @@ class ExpertStore:
     def _ahead(self, row: int, seen: Foreseen) -> _Job | None:
         """The most needed of what the row foresees and has not, begun now if it was not before."""
         cache = self.caches[row]
+        if seen.patience and sum(not self._ready(row, e) for e in seen.wanted) * self.stride <= seen.patience:
+            return None
         for expert in seen.wanted:
             slot = cache.where.get(expert)
             if slot is not None:
@@ -339,7 +349,7 @@ class ExpertStore:
                     return
                 self._reading, urgent = job, job in self._demands
                 start, stop = job.done, min(job.done + CHUNK, self.stride)
-            error = None
+            began, error = time.perf_counter(), None
             try:
                 reached = self.tier.read(job.block, job.memory, start, stop)
                 if not (isinstance(reached, int) and start < reached <= stop):
@@ -351,6 +361,7 @@ class ExpertStore:
                 error = SpecDecError(f"loading {self.index.name(job.block)} failed: {_reason(failed)}")
             done = job, stop, error
             count = self.counters  # these are this thread's alone
+            count.load_seconds += time.perf_counter() - began
             if urgent:
                 count.bytes_demand += stop - start
             else:
