@@ -5,9 +5,10 @@
     python benchmarks/experts.py ... --json out.json --ratios "" --sizes 0.25,0.375,0.5,0.75 --plot out.png
 
 Slow memory is emulated (a declared bandwidth, one transfer at a time); its speed is the ratio of loading what a
-token needs of a layer (k experts) to computing that layer; computing is timed with all experts resident, in the same
-run. Every arm must give the same tokens, and an offline replay of each arm's demands and prefetches must arrive at the
-engine's own counters, or the script fails. ``in time`` is the share of demanded experts that were there when asked for.
+token needs of a layer (k experts) to computing that layer; computing is timed with all experts resident, for each
+prompt anew, as machines slow down and recover. Every arm must give the same tokens, and an offline replay of each arm's
+demands and prefetches must arrive at the engine's own counters, or the script fails. ``in time`` is the share of
+demanded experts that were there when asked for.
 Prefetching is on throughout, but for the arm ``controlled``: m2r2 with the controller that users get.
 Results are added to those in the JSON file, so that several short runs make one table and one plot.
 
@@ -20,6 +21,7 @@ import argparse
 import json
 import statistics
 import sys
+import time
 from dataclasses import asdict
 from io import TextIOWrapper
 from pathlib import Path
@@ -39,6 +41,7 @@ from specdec.experts.tiers import EmulatedTier
 from specdec.train.data import Answer, read
 
 HELD_OUT = 32  # every so many rows are prompts: those that neither moefy.py nor pack-experts --fit learns from
+FAST = 1e12  # bytes/s
 MAIN = ("on-demand", "lru", "previous-token", "residual", "m2r2", "oracle", "shuffled")
 
 
@@ -50,7 +53,8 @@ class Arm:
     def __init__(self, name: str, owner: Offload, share: float, predictor: Any, eviction: str) -> None:
         eviction = "none" if name == "on-demand" else eviction
         self.name, self.predictor, self.eviction = name, predictor, eviction
-        tier = EmulatedTier(owner.folder, owner.index, 1e12)
+        self.demand = owner.top_k * owner.index.stride  # bytes that a token needs of a layer
+        tier = EmulatedTier(owner.folder, owner.index, FAST)
         self.tier, self.runs = tier, list[dict[str, Any]]()
         self.store = ExpertStore(owner.index, tier, 1.0 if name == "resident" else share, owner.top_k, eviction)
         self.store.trace = []
@@ -73,6 +77,8 @@ class Arm:
         if self.eviction == "none":
             return
         assert self.store.trace is not None
+        while not self.store.resting:  # what was foreseen last is still being loaded
+            time.sleep(0.001)
         same, own = replay(self.store.trace, len(self.store.caches[0].slots), self.eviction), self.store.counters
         ours = (own.demanded, own.hits, own.prefetched, own.evictions, own.unused)
         assert (same.demanded, same.hits, same.prefetched, same.evictions, same.unused) == ours, self.name
@@ -93,16 +99,19 @@ def make(owner: Offload, share: float, names: list[str], args: argparse.Namespac
     return [Arm(name, owner, share, made.get(name, lambda: None)(), args.eviction) for name in names]
 
 
-def compare(decoder: SpecDecoder, arms: list[Arm], prompts: list[list[int]], tokens: int, bandwidth: float) -> None:
-    for arm in arms:
+def compare(
+    decoder: SpecDecoder, resident: Arm, arms: list[Arm], prompts: list[list[int]], tokens: int, ratio: float = 0.0
+) -> None:
+    """Run all arms over all prompts; ratio: of loading what a layer demands to computing it."""
+    for arm in (resident, *arms):
         arm.runs.clear()
         arm.controller = Controller(adaptive=arm.name == "controlled")
     for prompt in prompts:
-        first = None
+        first = resident.run(decoder, prompt, tokens, FAST)
+        layer = resident.runs[-1]["ms_per_token"] / 1e3 / len(resident.store.caches)
+        bandwidth = resident.demand / (ratio * layer) if ratio else FAST
         for arm in arms:
-            ids = arm.run(decoder, prompt, tokens, bandwidth)
-            first = ids if first is None else first
-            assert ids == first, f"{arm.name} changed the tokens"
+            assert arm.run(decoder, prompt, tokens, bandwidth) == first, f"{arm.name} changed the tokens"
     for arm in arms:
         arm.check()
 
@@ -226,21 +235,18 @@ def main() -> None:
 
     resident, teacher = make(owner, 1.0, ["resident", "oracle"], args, oracle)
     for _ in range(2):  # the first fills the cache
-        compare(decoder, [resident, teacher], prompts, args.tokens, 1e12)
-    layer = resident.figures()["ms_per_token"] / 1e3 / len(owner.layers)
-    demand = owner.top_k * owner.index.stride
+        compare(decoder, resident, [teacher], prompts, args.tokens)
+    result["layer_ms"] = layer = resident.figures()["ms_per_token"] / len(owner.layers)
     console.print(
-        f"computing: {1e3 * layer:.3f} ms a layer, all experts resident; a token needs {demand / 1e6:.2f} MB of it"
+        f"computing: {layer:.3f} ms a layer, all experts resident; a token needs {resident.demand / 1e6:.2f} MB of it"
     )
-    result["layer_ms"] = 1e3 * layer
     teacher.store.close()
 
-    arms = [resident, *make(owner, args.cache, [*MAIN, "controlled"], args, oracle)]
+    arms = make(owner, args.cache, [*MAIN, "controlled"], args, oracle)
     for ratio in map(float, filter(None, args.ratios.split(","))):
-        bandwidth = demand / (ratio * layer)
-        compare(decoder, arms, prompts, args.tokens, bandwidth)
-        title = f"cache {args.cache:.0%}, load/compute {ratio:g} (emulated {bandwidth / 1e9:.2f} GB/s)"
-        result["ratios"][f"{ratio:g}"] = found = show(console, title, arms)
+        compare(decoder, resident, arms, prompts, args.tokens, ratio)
+        title = f"cache {args.cache:.0%}, load/compute {ratio:g}"
+        result["ratios"][f"{ratio:g}"] = found = show(console, title, [resident, *arms])
         if ratio == 1:
             result["sizes"][f"{args.cache:g}"] = found
             project(console, found)
@@ -255,11 +261,11 @@ def main() -> None:
         result[f"replay_{policy}"] = rates
         hits = ", ".join(f"{rate:.1%}" for rate in rates)
         console.print(f"replay of the demands, prompts included, with k, 1.5 k and 2 k slots a layer, {policy}: {hits}")
-    for arm in arms[1:]:
+    for arm in arms:
         arm.store.close()
     for share in map(float, filter(None, args.sizes.split(","))):
         some = make(owner, share, list(MAIN[1:]), args, oracle)
-        compare(decoder, some, prompts, args.tokens, demand / layer)
+        compare(decoder, resident, some, prompts, args.tokens, 1.0)
         result["sizes"][f"{share:g}"] = show(console, f"cache {share:.0%}, load/compute 1", some)
         for arm in some:
             arm.store.close()

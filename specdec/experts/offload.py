@@ -31,7 +31,7 @@ from specdec.experts.tiers import DiskTier, EmulatedTier, PinnedTier, Tier, alig
 from specdec.stored import FUSED, Absent, StoredExperts, sample
 
 FLOOR = 0.4  # least need of an expert that is prefetched
-SOON = 0.3  # of a layer's time: what can be loaded in it waits until the layer is entered
+SOON = 0.15  # of a layer's time: what can be loaded in it waits until the layer is entered
 STAY = (0.03, 0.25)  # by how much more than the cached one that it would put out: in the layer entered, and ahead of it
 
 
