@@ -1,7 +1,7 @@
 """Which experts of a layer are in fast memory: slots, pins and eviction. No threads, no tensors, no clock.
 
 What a cache holds follows from the sequence of calls alone, never from timing: a slot belongs to an expert from the
-moment it is requested. So an offline replay of the calls arrives at the very same hits.
+moment its loading is requested. So an offline replay of the calls arrives at the very same hits.
 """
 
 from __future__ import annotations
@@ -67,13 +67,6 @@ class LayerCache:
     def release(self, slot: Slot) -> None:
         slot.pins -= 1
         assert slot.pins >= 0
-
-    def touch(self, expert: int) -> bool:
-        """Name an expert as about to be needed; whether it has a slot."""
-        slot = self.where.get(expert)
-        if slot is not None:
-            self._name(slot, demanded=False)
-        return slot is not None
 
     def admit(self, expert: int, demanded: bool, spare: frozenset[int] = frozenset()) -> Slot | None:
         """Give ``expert`` a slot, by eviction if need be; demanded: and pin it. None if every slot is taken.
