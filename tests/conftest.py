@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import time
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from specdec import convert, embedded, measured
 from specdec.costs import Costs, num_exits
 from specdec.draft import Draft, Drafter, State, Verifier
+from specdec.experts.store import ExpertStore
 from specdec.target import Target
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background, and inherited by what tests start
@@ -178,6 +180,12 @@ class Scripted:
         parents = tuple(parent for _, parent in longest)
         tokens = [[token for token, _ in row] + [-1] * (len(longest) - len(row)) for row in rows]
         return Draft(torch.tensor(tokens, dtype=torch.long).view(len(rows), len(longest)), parents)
+
+
+def settle(store: ExpertStore) -> None:
+    """Wait until an expert store has loaded all that is demanded and foreseen."""
+    while not store.resting:
+        time.sleep(0.001)
 
 
 def greedy_reference(model: PreTrainedModel, ids: list[int], count: int) -> list[int]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import settle, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -94,11 +94,6 @@ def foresee(store: ExpertStore, row: int, experts: list[int], spare=(), due: flo
     for place, expert in enumerate(experts):
         need[expert] = 1 - place / 100
     store.foresee({row: Foreseen(need, experts, due=due)})
-
-
-def settle(store: ExpertStore) -> None:
-    while not store.resting:
-        time.sleep(0.001)
 
 
 def check(store: ExpertStore, slots: int) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import time
 from itertools import count
 
 import pytest
 import torch
 import zoo
-from conftest import Scripted, greedy_reference, tiny_model
+from conftest import Scripted, greedy_reference, settle, tiny_model
 from tiny import save_tiny_moe
 from typer.testing import CliRunner
 
@@ -76,11 +75,6 @@ def decoded(model, drafter="none", experts=None, **options):
         return decoder.generate(PROMPT, max_new_tokens=COUNT, ignore_eos=True, **options)
     finally:
         decoder.close()
-
-
-def settle(store) -> None:
-    while not store.resting:
-        time.sleep(0.001)
 
 
 def bytes_of(model) -> int:

@@ -27,7 +27,7 @@ from specdec.experts.layers import MoELayer
 from specdec.kernels import UNIT_EPS
 
 PREDICTORS = ("none", "previous-token", "residual", "m2r2", "m2r2-paper", "oracle", "shuffled")
-DISTANCES = (2, 1, 0)  # layers ahead that are predicted at a layer, far ones first
+DISTANCES = (2, 1, 0)  # layers ahead that are predicted at a layer
 REACH = 4  # layers ahead that the oracle knows
 PAST = ("last", "before", "router")  # what leaps know beside the residual that enters
 
@@ -70,7 +70,7 @@ class PreviousToken(Predictor):
         self.num_experts = num_experts
 
     def ahead(self, row: int, x: Tensor) -> Forecast:
-        target = (row + DISTANCES[0]) % len(self.seen)
+        target = (row + 1) % len(self.seen)
         seen = self.seen[target]
         return [] if seen is None else [(target, seen)]
 
