@@ -95,7 +95,7 @@ def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if away and strays and not excused:
         raise RuntimeError(f"{name}: tensors on two devices: {[(str(x.device), tuple(x.shape)) for x in tensors]}")
     told = kwargs.get("device")
-    if told is not None:
+    if told is not None and told.type != "meta":
         kwargs = {key: value for key, value in kwargs.items() if key != "pin_memory"} | {"device": HERE}
     out = func(*tree_map(home, args), **tree_map(home, kwargs))
     if func._schema.is_mutable and name.endswith("_") and isinstance(args[0], Tensor):
@@ -131,7 +131,8 @@ class Before(TorchFunctionMode):
         for at, value in enumerate(given):
             if at and (isinstance(value, torch.device) or value == "cpu" or value == "cuda"):
                 told, given[at] = torch.device(value), HERE
-        if isinstance(named.get("device"), torch.device | str):
+        meta = str(named.get("device")) == "meta"  # where models are made before their weights are loaded: left alone
+        if isinstance(named.get("device"), torch.device | str) and not meta:
             told, named["device"] = torch.device(named["device"]), HERE
         if told is None:
             return self._plain(func, given, named)
