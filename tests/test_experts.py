@@ -139,6 +139,7 @@ def test_every_byte_is_accounted_for_and_a_replay_agrees(calls, slots, eviction,
         assert (same.evictions, same.unused) == (count.evictions, count.unused)
         best = replay(store.trace, slots, "belady")
         demands = [event for event in store.trace if event[0] == "use"]
+        assert count.misses_alone == count.demanded - replay(demands, slots, "lru").hits
         if all(len(experts) <= slots for _, _, experts, _ in demands):
             assert best.hits >= replay(demands, slots, "lru").hits
     finally:

@@ -8,6 +8,7 @@ where the weights come from, on what is cached, or on what is prefetched.
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from itertools import accumulate
@@ -137,6 +138,7 @@ class Offload:
         self.note = tier.note
         self.controller = Controller(adaptive=options.adaptive)
         self.entered = 0  # layers, while predicting
+        self.predicting = 0.0  # seconds
         self.watching = False  # whether the predictor is told of this pass
         self.own = [layer.experts for layer in self.layers]
         self.hooks: list[Any] = []
@@ -152,7 +154,8 @@ class Offload:
 
     def enter(self, row: int, x: Tensor) -> None:
         """Called as a pass enters a layer, with the residual [T, D]: predict, and prefetch."""
-        self.controller.visit(row, len(x), self.store.counters.stall_seconds)
+        done = self.store.counters
+        self.controller.visit(row, len(x), done.stall_seconds, done.alone_seconds - self.predicting)
         predictor, on = self.predictor, self.controller.on
         if predictor is None:
             return
@@ -163,9 +166,10 @@ class Offload:
         if prompt or not on:
             predictor.look(row, x)
             return
-        rows = len(self.layers)
+        rows, began = len(self.layers), time.perf_counter()
         self._foresee({target: ((target - row) % rows, need) for target, need in predictor.ahead(row, x)})
         self.entered += 1
+        self.predicting += time.perf_counter() - began
 
     def _foresee(self, needs: dict[int, tuple[int, list[float]]]) -> None:
         """Have those experts loaded that are likely to be needed, the likeliest first, while there is time.
@@ -174,7 +178,7 @@ class Offload:
         """
         seen, later = {}, 0.0
         if self.predictor is not None and self.predictor.refines:
-            later = SOON * self.controller.layer_seconds * self.store.speed
+            later = SOON * self.controller.layer_seconds / (self.store.byte_seconds or math.inf)
         for row, (distance, need) in needs.items():
             wanted = sorted((e for e, n in enumerate(need) if n >= FLOOR), key=need.__getitem__, reverse=True)
             stay = STAY[min(distance, len(STAY) - 1)]

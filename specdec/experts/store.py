@@ -25,6 +25,7 @@ from specdec.experts.packed import Index
 from specdec.experts.tiers import CHUNK, Tier
 
 ALIKE = 0.05  # needs so far apart are one: among the least needed, the cache's own order of eviction decides
+FADES = 0.98  # how much of its weight a transfer has in the measured speed when the next one has been made
 APART = 4 << 20  # bytes of experts below which those that are there are not computed with before the others are, too
 
 Group = list[tuple[int, int]]  # experts and the numbers of their slots
@@ -38,6 +39,8 @@ class Counters(Evicted):
     demanded = hits + misses; hits = in_time + late: there when demanded, or on their way by a prefetch. prefetched:
     begun ahead. bytes_demand, bytes_prefetch: read for either (what a demand took over in mid-transfer counts for
     both). stall_seconds: the model waited; load_seconds: the slow memory was busy. failed: prefetches that did.
+    misses_alone, alone_seconds: misses if nothing were loaded ahead, and the waiting for them, reckoned by the speed of
+    late.
     """
 
     demands: int = 0
@@ -51,6 +54,8 @@ class Counters(Evicted):
     bytes_prefetch: int = 0
     stall_seconds: float = 0.0
     load_seconds: float = 0.0
+    misses_alone: int = 0
+    alone_seconds: float = 0.0
 
     @property
     def hits(self) -> int:
@@ -123,9 +128,11 @@ class ExpertStore:
         self.caches = [LayerCache(per_layer, eviction, self.counters) for _ in range(rows)]
         self.jobs: list[list[_Job | None]] = [[None] * per_layer for _ in range(rows)]
         self.trace: list[Event] | None = None  # set to a list to record
+        self._recent: list[list[int]] = [[] for _ in range(rows)]  # what each cache would hold without prefetching
         self._demands: deque[_Job] = deque()
         self._foreseen: dict[int, Foreseen] = {}  # by row
         self._reading: _Job | None = None
+        self._pace = 0.0, 0.0  # seconds, and the bytes loaded in them, of late
         self._resting = True
         self._change = threading.Condition()
         self._closed = False
@@ -139,9 +146,10 @@ class ExpertStore:
         return self.memory.numel()
 
     @property
-    def speed(self) -> float:
-        """Bytes/s that have been loaded so far; 0 before."""
-        return self.counters.bytes / self.counters.load_seconds if self.counters.load_seconds else 0.0
+    def byte_seconds(self) -> float:
+        """What loading a byte takes, of late; 0 before anything was loaded."""
+        spent, loaded = self._pace
+        return spent / loaded if loaded else 0.0
 
     @property
     def resting(self) -> bool:
@@ -174,6 +182,9 @@ class ExpertStore:
             for job in late:
                 self._urge(job)
             count.in_time, count.late = count.in_time + len(held) - len(late), count.late + len(late)
+            alone = self._alone(row, experts)
+            count.misses_alone += alone
+            count.alone_seconds += alone * self.stride * self.byte_seconds
             held += self._admit(row, missing)
         try:
             yield self._together(row, held) if len(experts) <= len(cache.slots) else self._in_turn(row, held, missing)
@@ -181,6 +192,15 @@ class ExpertStore:
             with self._change:
                 for _, slot in held:
                     cache.release(slot)
+
+    def _alone(self, row: int, experts: Sequence[int]) -> int:
+        """How many of ``experts`` a cache (LRU) would lack that is asked for demands only."""
+        recent = self._recent[row]
+        missing = [expert for expert in experts if expert not in recent]
+        there = [expert for expert in experts if expert in recent]
+        older = [expert for expert in recent if expert not in there]
+        self._recent[row] = (older + there + missing)[-len(self.caches[row].slots) :]
+        return len(missing)
 
     def _together(self, row: int, held: Sequence[tuple[int, Slot]]) -> Iterator[Group]:
         waiting, places = [(expert, slot, self._job(row, slot)) for expert, slot in held], self.places[row]
@@ -360,8 +380,10 @@ class ExpertStore:
             except Exception as failed:  # of whatever type: the waiting model has to hear of it
                 error = SpecDecError(f"loading {self.index.name(job.block)} failed: {_reason(failed)}")
             done = job, stop, error
-            count = self.counters  # these are this thread's alone
-            count.load_seconds += time.perf_counter() - began
+            count, spent = self.counters, time.perf_counter() - began  # these are this thread's alone
+            count.load_seconds += spent
+            if error is None:
+                self._pace = FADES * self._pace[0] + spent, FADES * self._pace[1] + stop - start
             if urgent:
                 count.bytes_demand += stop - start
             else:
