@@ -8,6 +8,7 @@ anew. Long blocks (prompts) run as they do in the fused runtime. Knows nothing a
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -33,17 +34,18 @@ class Graph(Protocol):
 
 
 class CudaGraph:
-    """``run``, recorded on the current CUDA device. It must neither read what it computes nor depend on the host."""
+    """``run``, recorded on a CUDA device. It must neither read what it computes nor depend on the host."""
 
-    def __init__(self, run: Callable[[], None]) -> None:
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            run()  # libraries allocate at first use, which cannot be recorded
-        torch.cuda.current_stream().wait_stream(aside)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            run()
+    def __init__(self, run: Callable[[], None], device: torch.device) -> None:
+        with torch.cuda.device(device):  # streams are of the current one
+            aside = torch.cuda.Stream()
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):
+                run()  # libraries allocate at first use, which cannot be recorded
+            torch.cuda.current_stream().wait_stream(aside)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                run()
 
     def replay(self) -> None:
         self.graph.replay()
@@ -76,7 +78,7 @@ class _Step:
 
 
 class GraphedTarget(FusedTarget):
-    """The fused runtime by recorded passes. ``record`` makes a ``Graph`` of a function; tests put a stand-in there.
+    """The fused runtime by recorded passes. ``record`` makes a ``Graph`` of a function (None: CUDA's); tests have another.
 
     Caches of ``new_cache`` take turns in one buffer per batch size, so that passes stay recorded from one generation to
     the next; what runs while it is lent is not recorded. Raises SpecDecError as ``FusedTarget``, and without a GPU.
@@ -88,12 +90,12 @@ class GraphedTarget(FusedTarget):
         self,
         model: PreTrainedModel,
         weights: str = "dense",
-        record: Callable[[Callable[[], None]], Graph] = CudaGraph,
+        record: Callable[[Callable[[], None]], Graph] | None = None,
         compile: bool = False,
     ) -> None:
-        if record is CudaGraph and model.device.type != "cuda":
+        if record is None and model.device.type != "cuda":
             raise SpecDecError(f"CUDA graphs need the model on a CUDA device, not on '{model.device}'")
-        self.record = record
+        self.record = record or functools.partial(CudaGraph, device=model.device)
         self._steps: OrderedDict[Any, _Step] = OrderedDict()
         self._buffers: dict[int, tuple[weakref.ref[KVCache], Tensor]] = {}  # by batch size: its last user, and it
         super().__init__(model, weights, compile=compile)

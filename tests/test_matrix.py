@@ -65,8 +65,8 @@ def small(family: str) -> PreTrainedModel:
 def expected(model: PreTrainedModel, temperature: float, top_p: float, count: int = 3) -> dict[tuple[int, ...], float]:
     """The distribution of the first ``count`` tokens after ``PROMPT``."""
     outcomes = list(product(range(VOCAB), repeat=count))
-    ids = torch.tensor([[*PROMPT, *outcome[:-1]] for outcome in outcomes])
-    logits = model(ids).logits[:, -count:].double() / temperature
+    ids = torch.tensor([[*PROMPT, *outcome[:-1]] for outcome in outcomes], device=model.device)
+    logits = model(ids).logits[:, -count:].double().cpu() / temperature
     p = TopPLogitsWarper(top_p)(None, logits.view(-1, VOCAB)).softmax(-1).view(-1, count, VOCAB)  # type: ignore[arg-type]
     chosen = p.gather(2, torch.tensor(outcomes)[..., None])[..., 0]
     return dict(zip(outcomes, chosen.prod(-1).tolist(), strict=True))

@@ -1,0 +1,205 @@
+"""On a CUDA device, where there is one: what stand-ins on a CPU cannot show. Skipped elsewhere."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import zoo
+from conftest import FAMILIES, settle, tiny_model
+from safetensors.torch import load_file
+from test_matrix import Liar, fit, small
+from test_train_world import launched
+from tiny import save_tiny, save_tiny_moe
+from typer.testing import CliRunner
+
+from specdec import SpecDecoder, hub
+from specdec.cli import app
+from specdec.drafters.draft_model import DraftModelDrafter
+from specdec.drafters.layer_skip import LayerSkipDrafter
+from specdec.drafters.prompt_lookup import PromptLookupDrafter
+from specdec.experts import packed, tiers
+from specdec.experts.layers import moe_layers
+from specdec.experts.offload import ExpertOptions
+from specdec.experts.store import ExpertStore, Foreseen
+from specdec.target import ReferenceTarget
+
+DEVICE = torch.device("cuda:0")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+several = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one CUDA device at most")
+ROWS = 12  # tokens
+
+
+def generated(model: Any, prompt: list[int], count: int) -> list[int]:
+    ids = torch.tensor([prompt], device=model.device)
+    return model.generate(ids, max_new_tokens=count, do_sample=False, pad_token_id=0)[0, len(prompt) :].tolist()
+
+
+# --- decoding ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("runtime", ["reference", "fused", "graphs"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
+def test_every_drafter_returns_the_models_own_tokens(runtime: str, family: str) -> None:
+    model = tiny_model(family).to(DEVICE)
+    expected = [generated(model, prompt, ROWS) for prompt in zoo.PROMPTS]
+    decoder = SpecDecoder(model, drafter="none", runtime=runtime)
+    assert decoder.target.runtime == runtime
+    for name, drafter in zoo.every(decoder.target).items():
+        if not name.startswith("draft-model"):  # the second model of those is on the CPU
+            for _ in range(2):  # what was recorded, and again
+                made = decoder.with_drafter(drafter).generate_batch(zoo.PROMPTS, max_new_tokens=ROWS)
+                assert [each.token_ids for each in made] == expected, name
+
+
+def test_a_second_model_drafts() -> None:
+    model = tiny_model("llama").to(DEVICE)
+    drafter = DraftModelDrafter(ReferenceTarget(tiny_model("llama").to(DEVICE)))
+    decoder = SpecDecoder(model, drafter=drafter)
+    out = decoder.generate(zoo.PROMPTS[0], max_new_tokens=ROWS, num_speculative_tokens=3)
+    assert out.token_ids == generated(model, zoo.PROMPTS[0], ROWS)
+    assert out.metrics.draft_acceptance_rate > 0.7
+
+
+def test_sampling_follows_the_model_and_a_liar_is_caught() -> None:
+    target = ReferenceTarget(small("llama").to(DEVICE))
+    p = {name: fit(target, drafter) for name, drafter in zoo.every(target).items() if "draft-model" not in name}
+    assert min(p.values()) > 1e-4 > fit(target, Liar([1])), p
+
+
+@pytest.mark.parametrize("runtime", ["fused", "graphs"])
+def test_in_bfloat16_every_other_token_is_a_near_tie(runtime: str, tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "model")
+    command = ["verify", "--model", str(folder), "--drafter", "prompt-lookup", "--dtype", "bfloat16"]
+    result = CliRunner().invoke(app, [*command, "--device", "cuda", "--runtime", runtime])
+    assert result.exit_code == 0, result.output
+
+
+@several
+def test_the_second_device_records_its_own_passes() -> None:
+    model = tiny_model("llama").to("cuda:1")
+    decoder = SpecDecoder(model, drafter=PromptLookupDrafter())
+    assert decoder.target.runtime == "graphs"
+    for _ in range(2):
+        out = decoder.generate(zoo.PROMPTS[0], max_new_tokens=ROWS)
+        assert out.token_ids == generated(model, zoo.PROMPTS[0], ROWS)
+
+
+# --- experts ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if "experts" in str(FAMILIES[family])])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_offloaded_experts_compute_what_resident_ones_do(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = tiny_model(family).to(DEVICE, dtype)
+    own = generated(model, zoo.PROMPTS[1], ROWS)
+    outputs = []
+    for drafter in ("none", LayerSkipDrafter([1])):
+        options = ExpertOptions(0.5, "residual", tmp_path / "packed", adaptive=False)
+        if not options.folder.exists():
+            packed.pack(moe_layers(model), hub.fingerprint(model), options.folder)
+        decoder = SpecDecoder(model, drafter=drafter, experts=options)
+        outputs.append(decoder.generate(zoo.PROMPTS[1], max_new_tokens=ROWS, num_speculative_tokens=2))
+        assert outputs[-1].metrics.experts["prefetched"]
+        decoder.close()
+    if dtype == torch.float32:
+        assert [out.token_ids for out in outputs] == [own, own]
+    assert generated(model, zoo.PROMPTS[1], ROWS) == own  # they are back
+
+
+class Unordered(tiers.PinnedTier):
+    """Control: copies do not wait for what computes with a slot."""
+
+    def release(self, slot: torch.Tensor) -> None: ...
+
+
+@pytest.mark.parametrize("kind", [tiers.PinnedTier, Unordered])
+def test_a_slot_is_not_written_while_kernels_have_it(kind: type[tiers.PinnedTier], tmp_path: Path) -> None:
+    """The model's stream is far behind: what it reads of a slot is what was there when it was asked to."""
+    layers = moe_layers(tiny_model("mixtral", num_local_experts=6))
+    index = packed.pack(layers, "of a test", tmp_path)
+    store = ExpertStore(index, kind(tmp_path, index, DEVICE), len(index.layers) * 2 * index.stride, 2)
+    source = tiers.PinnedTier(tmp_path, index, DEVICE)
+    kept: list[tuple[int, torch.Tensor]] = []
+    try:
+        for first in (0, 2, 4, 0):
+            with store.demand(0, [first, first + 1]) as groups:
+                for group in groups:
+                    torch.cuda._sleep(50_000_000)  # cycles: some 30 ms
+                    kept += [(expert, store.places[0][slot].clone()) for expert, slot in group]
+            following = [(first + 2) % 6, (first + 3) % 6]
+            store.foresee({0: Foreseen([float(e in following) for e in range(6)], following)})
+            settle(store)
+        torch.cuda.synchronize()
+        right = [torch.equal(copy.cpu(), source.blocks[e * index.stride :][: index.stride].cpu()) for e, copy in kept]
+    finally:
+        store.close()
+    assert len(right) == 8 and all(right) == (kind is tiers.PinnedTier)
+
+
+def test_the_command_with_a_mixture_left_in_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "cache"))
+    folder = save_tiny_moe(tmp_path / "model")
+    command = ["generate", "hello", "--model", str(folder), "--drafter", "prompt-lookup", "--max-new-tokens", "16"]
+    command += ["--dtype", "float32", "--device", "cuda"]
+    plain, offloaded = (
+        CliRunner().invoke(app, [*command, *more])
+        for more in ([], ["--expert-cache", "0.5", "--expert-prefetch", "residual"])
+    )
+    assert plain.exit_code == offloaded.exit_code == 0, plain.output + offloaded.output
+    assert plain.stdout == offloaded.stdout and plain.stdout.strip()
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+SMALL = "draft_vocab: 50\nrows: 4\nwindow: 8\nmax_new_tokens: 12\neval_fraction: 0.2\n"
+OWN = {
+    "m2r2": "segments: [[2, 4]]\nfinal_leap: true\nrank: 2\n",
+    "medusa": "",
+    "deed": "exits: [1, 2, 3]\n",
+    "mixture-of-depths": "",
+}
+
+
+def training(method: str, tmp_path: Path, *more: str, settings: str = "compile: false\n") -> list[str]:
+    if not (tmp_path / "model").exists():
+        save_tiny(tmp_path / "model")
+    draw, prompts = random.Random(0), tmp_path / "prompts.txt"
+    prompts.write_text("".join(f"question {draw.randrange(1000)}\n" for _ in range(24)))
+    preset = tmp_path / "preset.yaml"
+    preset.write_text(OWN[method] + SMALL + settings)
+    command = ["train", method, "--model", str(tmp_path / "model"), "--prompts", str(prompts)]
+    return [*command, "--preset", str(preset), "--device", "cuda", *more]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("compile", ["false", "true"])
+@pytest.mark.parametrize("method", OWN)
+def test_what_is_trained_there_drafts(method: str, compile: str, dtype: str, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    command = training(method, tmp_path, "--dtype", dtype, settings=f"compile: {compile}\n")
+    result = CliRunner().invoke(app, [*command, "--output", str(output), "--steps", "20"])
+    assert result.exit_code == 0, result.output
+    tensors = load_file(output / "model.safetensors")
+    assert all(bool(tensor.isfinite().all()) for tensor in tensors.values() if tensor.is_floating_point())
+    decoders = (
+        SpecDecoder.from_pretrained(str(tmp_path / "model"), drafter, dtype="float32", device="cuda")
+        for drafter in (str(output), "none")
+    )
+    drafted, plain = (each.generate("hello", max_new_tokens=24, num_speculative_tokens=2) for each in decoders)
+    assert drafted.token_ids == plain.token_ids and drafted.metrics.num_draft_tokens
+
+
+@several
+def test_two_devices_train_the_weights_of_one(tmp_path: Path) -> None:
+    for processes in (1, 2):
+        command = training("m2r2", tmp_path, "--dtype", "float32", "--steps", "12")
+        run = launched(processes, [*command, "--output", str(tmp_path / str(processes))])
+        assert run.returncode == 0, run.stderr
+    one, two = (load_file(tmp_path / str(n) / "checkpoint.safetensors") for n in (1, 2))
+    for key in one:
+        torch.testing.assert_close(one[key], two[key], rtol=1e-2, atol=1e-4)
