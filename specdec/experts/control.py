@@ -9,7 +9,6 @@ from collections import deque
 
 WINDOW = 5  # passes through the model on one side; the first, in which caches and forecasts change over, is not counted
 RECENT = 7  # comparisons of two sides whose median is believed
-SURE = 0.9  # of the time that passes would take without prefetching: if reckoned to take less, it pays until measured
 SHARE = 0.02  # of the time that trying the side which loses may cost
 LONGEST = 64  # most windows until it is tried again
 MOST_TOKENS = 16  # passes over more tokens (prompts) are not compared
@@ -21,8 +20,7 @@ class Controller:
     Passes are timed in windows. Where prefetching is turned on or off between two windows, these are compared: what
     slows the machine down slows both. The side that wins by the median of the last comparisons runs; the other is tried
     again for one window after as many as pay for it. Before there are comparisons, what the cache alone would have
-    waited for is reckoned: where that is clearly longer, the other side is not tried sooner than can be paid for,
-    either. adaptive: False keeps prefetching on.
+    waited for is reckoned, and believed where it speaks for prefetching. adaptive: False keeps prefetching on.
     """
 
     def __init__(self, adaptive: bool = True) -> None:
@@ -74,7 +72,7 @@ class Controller:
         self.before = self.on, seconds
         if len(self.ratios) >= 2:
             believed = statistics.median(self.ratios)
-        elif self.on and reckoned < SURE:
+        elif self.on and reckoned < 1:
             believed = reckoned
         else:
             self.on = not self.on
