@@ -8,7 +8,8 @@ Slow memory is emulated (a declared bandwidth, one transfer at a time); its spee
 token needs of a layer (k experts) to computing that layer; computing is timed with all experts resident, for each
 prompt anew, as machines slow down and recover. Every arm must give the same tokens, and an offline replay of each arm's
 demands and prefetches must arrive at the engine's own counters, or the script fails. ``in time`` is the share of
-demanded experts that were there when asked for.
+demanded experts that were there when asked for. Speeds are compared prompt by prompt, arms taking turns in order, and
+given as medians.
 Prefetching is on throughout, but for the arm ``controlled``: m2r2 with the controller that users get.
 Results are added to those in the JSON file, so that several short runs make one table and one plot.
 
@@ -45,6 +46,14 @@ FAST = 1e12  # bytes/s
 MAIN = ("on-demand", "lru", "previous-token", "residual", "m2r2", "oracle", "shuffled")
 
 
+Figures = dict[str, Any]  # of an arm
+
+
+def faster(one: Figures, other: Figures) -> float:
+    """How many times as fast ``one`` was as ``other``: the median over the prompts, of which each ran both in turn."""
+    return statistics.median(theirs / own for own, theirs in zip(one["ms"], other["ms"], strict=True))
+
+
 class Arm:
     """One way to hold the experts: a store, a predictor and a controller, put under the model for one request."""
 
@@ -69,8 +78,11 @@ class Arm:
         self.runs.append(m.experts | {"ms_per_token": 1e3 * m.decode_seconds / (m.num_new_tokens - 1)})
         return out.token_ids
 
-    def figures(self) -> dict[str, float]:
-        return {name: statistics.mean(run[name] for run in self.runs) for name in self.runs[0]}
+    def figures(self) -> Figures:
+        """Means over the prompts, the median of ms_per_token, and ms, each prompt's."""
+        found: Figures = {name: statistics.mean(run[name] for run in self.runs) for name in self.runs[0]}
+        ms = [run["ms_per_token"] for run in self.runs]
+        return found | {"ms": ms, "ms_per_token": statistics.median(ms)}
 
     def check(self) -> None:
         """The engine's counters against a replay of all it was asked for."""
@@ -117,7 +129,7 @@ def compare(
         arm.check()
 
 
-def show(console: Console, title: str, arms: list[Arm]) -> dict[str, dict[str, float]]:
+def show(console: Console, title: str, arms: list[Arm]) -> dict[str, Figures]:
     found = {arm.name: arm.figures() for arm in arms}
     slow, best = found.get("on-demand"), found.get("oracle")
     table = Table(title=title)
@@ -127,8 +139,8 @@ def show(console: Console, title: str, arms: list[Arm]) -> dict[str, dict[str, f
         table.add_row(
             name,
             f"{f['ms_per_token']:.1f}",
-            f"{slow['ms_per_token'] / f['ms_per_token']:.2f}" if slow else "",
-            f"{best['ms_per_token'] / f['ms_per_token']:.0%}" if best else "",
+            f"{faster(f, slow):.2f}" if slow else "",
+            f"{faster(f, best):.0%}" if best else "",
             f"{f['hit_rate']:.1%}",
             f"{f['in_time_rate']:.1%}",
             f"{f['stall_ms_per_token']:.1f}",
@@ -139,7 +151,7 @@ def show(console: Console, title: str, arms: list[Arm]) -> dict[str, dict[str, f
     return found
 
 
-def project(console: Console, found: dict[str, dict[str, float]]) -> None:
+def project(console: Console, found: dict[str, Figures]) -> None:
     """What the transfers measured here would cost a model of OLMoE's size."""
     table = Table(title="OLMoE's size (16 x 64 experts of 12 MiB, top-8), computed from the transfers above: tokens/s")
     for column in ("arm", *(machine.name for machine in MACHINES)):
@@ -152,21 +164,18 @@ def project(console: Console, found: dict[str, dict[str, float]]) -> None:
     console.print(table)
 
 
-def summary(console: Console, ratios: dict[str, dict[str, dict[str, float]]]) -> None:
+def summary(console: Console, ratios: dict[str, dict[str, Figures]]) -> None:
     """Speed against loading on demand at every ratio measured so far, and what of m2r2's is whose."""
     order = sorted(ratios, key=float)
     table = Table(title="x on demand, by load/compute")
     for column in ("arm", *order):
         table.add_column(column, justify="left" if column == "arm" else "right")
-    speed = {
-        r: {name: ratios[r]["on-demand"]["ms_per_token"] / f["ms_per_token"] for name, f in ratios[r].items()}
-        for r in order
-    }
     for name in next(iter(ratios.values())):
-        table.add_row(name, *(f"{speed[r][name]:.2f}" for r in order))
+        table.add_row(name, *(f"{faster(ratios[r][name], ratios[r]['on-demand']):.2f}" for r in order))
     for what, better, worse in (("m2r2: by the cache", "lru", "on-demand"), ("m2r2: by loading ahead", "m2r2", "lru")):
-        table.add_row(what, *(f"x {speed[r][better] / speed[r][worse]:.2f}" for r in order))
-    table.add_row("m2r2 of oracle", *(f"{speed[r]['m2r2'] / speed[r]['oracle']:.0%}" for r in order))
+        table.add_row(what, *(f"x {faster(ratios[r][better], ratios[r][worse]):.2f}" for r in order))
+    for name in ("m2r2", "controlled"):
+        table.add_row(f"{name} of oracle", *(f"{faster(ratios[r][name], ratios[r]['oracle']):.0%}" for r in order))
     table.add_row("m2r2 in time", *(f"{ratios[r]['m2r2']['in_time_rate']:.1%}" for r in order))
     console.print(table)
 
@@ -184,7 +193,7 @@ def keep(path: Path | None, result: dict[str, Any]) -> None:
 STYLES = ("o-", "s--", "^:", "D-", "v-.", "x:")  # told apart in grey, too
 
 
-def plot(path: Path, by_size: dict[str, dict[str, dict[str, float]]]) -> None:
+def plot(path: Path, by_size: dict[str, dict[str, Figures]]) -> None:
     import matplotlib
 
     matplotlib.use("Agg")

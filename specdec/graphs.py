@@ -78,7 +78,7 @@ class _Step:
 
 
 class GraphedTarget(FusedTarget):
-    """The fused runtime by recorded passes. ``record`` makes a ``Graph`` of a function (None: CUDA's); tests have another.
+    """The fused runtime by recorded passes. ``record`` makes a ``Graph`` of a function; tests have one of their own.
 
     Caches of ``new_cache`` take turns in one buffer per batch size, so that passes stay recorded from one generation to
     the next; what runs while it is lent is not recorded. Raises SpecDecError as ``FusedTarget``, and without a GPU.
