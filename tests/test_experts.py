@@ -490,23 +490,23 @@ def test_the_emulated_tier_takes_as_long_as_declared(folder):
     start = time.perf_counter()
     for block in range(8):
         tier.read(block, slot, 0, index.stride)
-    assert 0.04 <= time.perf_counter() - start < 0.4
+    assert 0.04 <= time.perf_counter() - start < 1
 
 
 @pytest.mark.parametrize(("latency", "quantum"), [(0.0, tiers.QUANTUM), (0.01, 0.04)])
 def test_a_hurried_emulated_read_ends_with_its_quantum_and_is_gone_on_with(folder, latency, quantum):
     index = packed.open_index(folder)
-    tier = tiers.EmulatedTier(folder, index, index.stride / 0.4, latency)
+    tier = tiers.EmulatedTier(folder, index, index.stride / 4, latency)
     slot, whole = tier.slots(2)
     timer = threading.Timer(0.05, tier.hurry)
     timer.start()
     start = time.perf_counter()
     done = tier.read(1, slot, 0, index.stride)
-    assert latency + quantum < time.perf_counter() - start < 0.3
+    assert latency + quantum < time.perf_counter() - start < 2  # the whole would take 4
     assert 0 < done < index.stride and done % packed.ALIGNMENT == 0
     timer.join()
-    assert tier.read(1, slot, done, index.stride) == index.stride
     tier.bandwidth = 1e12
+    assert tier.read(1, slot, done, index.stride) == index.stride
     tier.read(1, whole, 0, index.stride)
     assert torch.equal(slot, whole)
 
