@@ -16,6 +16,7 @@ from specdec import SpecDecoder, cli, costs, hub
 from specdec.depth import AutoDepth
 from specdec.errors import SpecDecError
 from specdec.experts import packed, predict, tiers
+from specdec.experts.control import Controller
 from specdec.experts.layers import moe_layers
 from specdec.experts.offload import ExpertOptions, Offload
 from specdec.experts.replay import replay
@@ -219,6 +220,21 @@ def test_the_oracle_misses_nothing_it_has_seen(mixtral, folder):
     ]
     decoder.close()
     assert rates[0] < rates[1] == 1.0
+
+
+def test_prefetching_that_pays_is_not_turned_off_to_find_out(mixtral, folder):
+    options = ExpertOptions(2 / 6, "oracle", folder, bandwidth=4e6)  # loading an expert takes longer than a layer
+    decoder = SpecDecoder(mixtral, None, "none", experts=options)
+    offload = decoder.target.experts
+    demand = offload.store.demand
+    offload.store.demand = lambda row, experts: settle(offload.store) or demand(row, experts)  # all comes in time
+    compared = []
+    for _ in range(2):  # the same sampled text, of which the oracle knows nothing at first
+        offload.controller = Controller()
+        decoder.generate(PROMPT, max_new_tokens=COUNT, ignore_eos=True, temperature=5.0, seed=1)
+        compared.append(len(offload.controller.ratios))
+    decoder.close()
+    assert compared[0] > compared[1] == 0 and offload.controller.on
 
 
 def test_leaps_that_can_be_learnt_are_learnt_and_kept(mixtral, folder):

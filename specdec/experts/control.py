@@ -1,4 +1,4 @@
-"""Whether to prefetch, and how early: from measured times. Knows no models, stores and predictors."""
+"""Whether to prefetch, from measured times. Knows no models, stores and predictors."""
 
 from __future__ import annotations
 

@@ -38,9 +38,8 @@ class Counters(Evicted):
 
     demanded = hits + misses; hits = in_time + late: there when demanded, or on their way by a prefetch. prefetched:
     begun ahead. bytes_demand, bytes_prefetch: read for either (what a demand took over in mid-transfer counts for
-    both). stall_seconds: the model waited; load_seconds: the slow memory was busy. failed: prefetches that did.
-    misses_alone, alone_seconds: misses if nothing were loaded ahead, and the waiting for them, reckoned by the speed of
-    late.
+    both). stall_seconds: the model waited. failed: prefetches that did. misses_alone, alone_seconds: misses if nothing
+    were loaded ahead, and the waiting for them, reckoned by ``byte_seconds``.
     """
 
     demands: int = 0
@@ -53,7 +52,6 @@ class Counters(Evicted):
     bytes_demand: int = 0
     bytes_prefetch: int = 0
     stall_seconds: float = 0.0
-    load_seconds: float = 0.0
     misses_alone: int = 0
     alone_seconds: float = 0.0
 
@@ -380,10 +378,10 @@ class ExpertStore:
             except Exception as failed:  # of whatever type: the waiting model has to hear of it
                 error = SpecDecError(f"loading {self.index.name(job.block)} failed: {_reason(failed)}")
             done = job, stop, error
-            count, spent = self.counters, time.perf_counter() - began  # these are this thread's alone
-            count.load_seconds += spent
             if error is None:
+                spent = time.perf_counter() - began
                 self._pace = FADES * self._pace[0] + spent, FADES * self._pace[1] + stop - start
+            count = self.counters  # these are this thread's alone
             if urgent:
                 count.bytes_demand += stop - start
             else:
