@@ -15,7 +15,6 @@ from torch import Tensor
 from specdec import options
 from specdec.draft import Draft, State
 from specdec.errors import SpecDecError
-from specdec.sampling import draw
 from specdec.transfer import waits
 from specdec.trees import best_tree
 
@@ -117,16 +116,14 @@ class ChainDrafter:
 
 
 class _Nodes:
-    """Draft nodes being collected: tokens [B, n] and distributions [B, V], under the chain's node at ``depth``."""
+    """Draft nodes being collected: tokens [B, n] under the chain's node at ``depth``."""
 
     def __init__(self) -> None:
         self.tokens: list[Tensor] = []
-        self.q: list[Tensor] = []
         self.parents: list[int] = []
 
-    def add(self, tokens: Tensor, q: list[Tensor], depth: int) -> None:
+    def add(self, tokens: Tensor, depth: int) -> None:
         self.tokens.append(tokens)
-        self.q += q
         self.parents += [depth] * tokens.shape[1]  # chain node i has block index i + 1, the root 0
 
 
@@ -154,7 +151,7 @@ def draft_chain(
     token, positions = state.roots, state.positions  # (B, 1)
     going = torch.ones_like(token, dtype=torch.bool)  # rows whose chain goes on
     none = token[:, :0]
-    prefixes = [list(ids) for ids in state.ids]
+    prefixes = [] if state.sampler.plain_greedy else [list(ids) for ids in state.ids]
     reach = torch.ones(token.shape, device=token.device)  # probability that a row's whole chain stands
     for depth in range(limit):
         logits = step(token, positions)
@@ -164,72 +161,40 @@ def draft_chain(
             going &= sure >= state.threshold
             if not bool(going.any()):
                 break
-        tokens, q = _pick(state, logits, width, prefixes, vocab)
+        tokens = _pick(state, logits, width, prefixes, vocab)
         token = tokens[:, :1]
-        chain.add(token if state.threshold is None else token.masked_fill(~going, -1), q[:1], depth)
-        beside.add(tokens[:, 1:], q[1:], depth)
+        chain.add(token if state.threshold is None else token.masked_fill(~going, -1), depth)
+        beside.add(tokens[:, 1:], depth)
         positions = positions + 1
         if state.confidence > 0 and not waits(token.device):
             reach = reach * (_probability(logits, token, vocab) if certainty is None else certainty(logits))
             if float(reach.max()) < state.confidence:
                 break
-    every = [*chain.q, *beside.q]
-    return Draft(
-        torch.cat((none, *chain.tokens, *beside.tokens), 1),
-        (*chain.parents, *beside.parents),
-        q=torch.stack(every, 1) if every else None,
-    )
+    return Draft(torch.cat((none, *chain.tokens, *beside.tokens), 1), (*chain.parents, *beside.parents))
 
 
-def _pick(
-    state: State, logits: Tensor, width: int, prefixes: list[list[int]], vocab: Tensor | None
-) -> tuple[Tensor, list[Tensor]]:
-    """Tokens [B, width] after the chain's end, from draft logits [B, V'], and the distribution of each if sampled.
+def _pick(state: State, logits: Tensor, width: int, prefixes: list[list[int]], vocab: Tensor | None) -> Tensor:
+    """Tokens [B, width] after the chain's end, best first, from draft logits [B, V'].
 
-    The first continues the chain (and is appended to its ``prefixes``); the others are its siblings, in order of
-    preference (greedy: the most likely tokens; sampling: draws without replacement, each with its own distribution
-    [B, V]).
+    The first continues the chain (and is appended to its ``prefixes``), the others are its siblings: those that the
+    draft's logits rank next, under the noise by which the target will choose. -1: processing leaves no such token.
     """
-    if state.sampler.plain_greedy:
+    sampler, size = state.sampler, state.target.vocab_size
+    if sampler.plain_greedy:
         best = logits.topk(width).indices if width > 1 else logits.argmax(-1, keepdim=True)
-        return (best if vocab is None else vocab[best]), []
-    small = vocab is not None and not state.sampler.prefix_processors  # processors look tokens up by their ids
-    if vocab is not None and not small:
-        full = logits.new_full((logits.shape[0], state.target.vocab_size), float("-inf"))
+        return best if vocab is None else vocab[best]
+    if vocab is not None and sampler.needs_prefixes:  # processors look tokens up by their ids
+        full = logits.new_full((logits.shape[0], size), float("-inf"))
         full[:, vocab] = logits
-        logits = full
-    p = state.sampler.distribution(logits[:, None], lambda: [[prefix] for prefix in prefixes])[:, 0]  # (B, V or V')
-    if state.sampler.greedy:
-        # Processed logits are a point mass: siblings would have no probability to be anything else.
-        chosen, q = p.argmax(-1, keepdim=True), list[Tensor]()
-    else:
-        chosen, q = _without_replacement(p, width, state.sampler.generators)
-        if small and vocab is not None:
-            chosen = torch.where(chosen < 0, chosen, vocab[chosen.clamp_min(0)])
-            q = [row.new_zeros(row.shape[0], state.target.vocab_size).index_copy_(1, vocab, row) for row in q]
-    for prefix, token in zip(prefixes, chosen[:, 0].tolist(), strict=True):
+        logits, vocab = full, None
+    scores = sampler.scores(logits[:, None], lambda: [[prefix] for prefix in prefixes])
+    scores = sampler.perturb(scores, [[len(prefix)] for prefix in prefixes], size, vocab)[:, 0]  # (B, V')
+    values, best = scores.topk(min(width, scores.shape[1]))
+    tokens = best if vocab is None else vocab[best]
+    tokens[:, 1:].masked_fill_(values[:, 1:].isneginf(), -1)
+    for prefix, token in zip(prefixes, tokens[:, 0].tolist(), strict=True):
         prefix.append(token)
-    return chosen, q
-
-
-def _without_replacement(p: Tensor, count: int, generators: list[torch.Generator]) -> tuple[Tensor, list[Tensor]]:
-    """Draw ``count`` distinct tokens per row of p [B, V]: tokens [B, count] and the distribution of each draw.
-
-    A row that runs out of mass gets -1: no such node.
-    """
-    tokens, q = [], []
-    for _ in range(count):
-        mass = p.sum(-1, keepdim=True)  # (B, 1)
-        p = torch.where(mass > 0, p / mass, p)
-        alive = (mass[:, 0] > 0).nonzero()[:, 0].tolist()
-        token = torch.full((len(p), 1), -1, device=p.device)
-        if alive:
-            drawn = draw(p[alive], [generators[b] for b in alive])
-            token[alive, 0] = torch.tensor(drawn, device=p.device)
-        tokens.append(token)
-        q.append(p)
-        p = p.scatter(1, token.clamp_min(0), 0.0)
-    return torch.cat(tokens, 1), q
+    return tokens
 
 
 def first_sure(read: Callable[[int], tuple[Tensor, ...]], exits: int, bar: float) -> tuple[Tensor, ...]:

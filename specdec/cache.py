@@ -200,6 +200,10 @@ class KVCache:
                 raise ValueError(f"cannot trim {count} slots of layer {layer}: only uncommitted ones can be dropped")
             self.lengths[layer] -= count
 
+    def roll_back(self) -> None:
+        """Drop everything that is not committed, in all layers."""
+        self.lengths = [self.committed] * len(self.lengths)
+
     def keep(self, paths: Sequence[Sequence[int]]) -> None:
         """Commit, for each row, the uncommitted slots listed in ``paths`` (ascending indices), and drop the others.
 

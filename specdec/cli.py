@@ -470,14 +470,16 @@ def _compare(
     decoder: SpecDecoder, ids: list[int], settings: dict[str, Any], ours: GenerationOutput, plain: GenerationOutput
 ) -> report.Comparison:
     from specdec.replay import first_difference, margins
+    from specdec.sampling import SamplingParams
 
-    judged, difference, verifier = settings["temperature"] == 0, None, decoder.verifier
-    if not verifier.lossless:
-        agreed = (margins(decoder.target, ids, ours.token_ids) <= 0).float().mean().item()
-        return report.Comparison(ours, plain, judged, None, report.rule(decoder), agreed)
-    if judged and settings["repetition_penalty"] == 1:
-        difference = first_difference(decoder.target, ids, ours.token_ids, plain.token_ids)
-    return report.Comparison(ours, plain, judged, difference)
+    params = SamplingParams(**{name: settings[name] for name in SamplingParams.__dataclass_fields__})
+    sampler = decoder.sampler([ids], params)
+    if not decoder.verifier.lossless:
+        agreed = (margins(decoder.target, ids, ours.token_ids, sampler) <= 0).float().mean().item()
+        return report.Comparison(ours, plain, None, report.rule(decoder), agreed)
+    return report.Comparison(
+        ours, plain, first_difference(decoder.target, ids, ours.token_ids, plain.token_ids, sampler)
+    )
 
 
 def _write(text: str) -> None:

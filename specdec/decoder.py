@@ -20,8 +20,10 @@ from specdec.experts.offload import ExpertOptions, Meter, Offload
 from specdec.loop import Loop
 from specdec.metrics import RequestMetrics
 from specdec.runtimes import make_target
-from specdec.sampling import Sampler, SamplingParams
+from specdec.sampling import Sampler, SamplingParams, streams
 from specdec.text import Detokenizer, Prompt, encode
+
+LOSSY_DEPTH = 4  # of drafts under a lossy rule that scores them, where the depth is "auto"
 
 
 @dataclass
@@ -149,15 +151,15 @@ class SpecDecoder:
             parts = registry.parse(text)
             name, source = parts[0] if len(parts) == 1 else ("hybrid", text)
             drafter = cast(Drafter, registry.lookup("drafters", name).load(self.target, source, **options))
-        unjudged = getattr(self.verifier, "threshold", None) is not None
-        if unjudged and drafter.name != "none" and not getattr(drafter, "leaves_early", False):
+        unscored = self.verifier.threshold is not None
+        if unscored and drafter.name != "none" and not getattr(drafter, "leaves_early", False):
             raise SpecDecError(
                 f"verifier '{self.verifier.name}' judges nothing, so it takes a drafter that leaves the model early "
                 "and knows how sure it is (m2r2, m2r2-paper, early-exit, deed, skip-decode, mixture-of-depths); "
                 f"'{drafter.name}' does not"
             )
         drafter.bind(self.target)
-        if getattr(self.verifier, "propagates", False) and not getattr(drafter, "leaves_state", drafter.name == "none"):
+        if self.verifier.propagates and not getattr(drafter, "leaves_state", drafter.name == "none"):
             raise SpecDecError(
                 "states are propagated from the layer at which a token leaves (early-exit, deed, skip-decode, "
                 f"m2r2-paper); '{drafter.name}' leaves no state there; use fill=exact"
@@ -169,10 +171,17 @@ class SpecDecoder:
         return self.generate_batch([prompt], **options)[0]
 
     def generate_batch(self, prompts: Sequence[Prompt], **options: Any) -> list[GenerationOutput]:
-        """Generate from several prompts at once; rows may differ in length, acceptance and end."""
+        """Generate from several prompts at once; rows may differ in length, acceptance and end.
+
+        A SpecDecError that ends decoding carries what was generated until then as ``outputs``.
+        """
         with self.open(prompts, **options) as generation:
-            for _ in generation.steps():
-                pass
+            try:
+                for _ in generation.steps():
+                    pass
+            except SpecDecError as error:
+                error.outputs = generation.outputs()
+                raise
             return generation.outputs()
 
     def stream(self, prompt: Prompt, **options: Any) -> Iterator[str]:
@@ -239,27 +248,33 @@ class SpecDecoder:
             self,
             ids,
             [min(max_new_tokens, context - len(row)) for row in ids],
-            self._policy(num_speculative_tokens, live=params.temperature == 0 and self.verifier.lossless),
-            Sampler(params, list(logits_processor), len(ids)),
+            self._policy(num_speculative_tokens),
+            self.sampler(ids, params, logits_processor),
             stops,
             frozenset() if ignore_eos else self.eos_ids(),
         )
         return self._open
 
-    def _policy(self, num_speculative_tokens: int | str, live: bool) -> DepthPolicy:
+    def sampler(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, processors: Sequence[LogitsProcessor] = ()
+    ) -> Sampler:
+        """What chooses the tokens of a batch of prompts (token ids)."""
+        return Sampler(params, processors, streams(prompts))
+
+    def _policy(self, num_speculative_tokens: int | str) -> DepthPolicy:
         if isinstance(num_speculative_tokens, int):
             return FixedDepth(num_speculative_tokens)
         if self.drafter.name == "none":
             return FixedDepth(0)
-        if getattr(self.verifier, "threshold", None) is not None:
-            return FixedDepth(AutoDepth.MOST)  # when to stop is the drafter's to say: no clock may change the text
+        if self.verifier.threshold is not None:
+            return FixedDepth(AutoDepth.MOST)  # the drafter's confidence ends a draft
+        if not self.verifier.lossless:
+            return FixedDepth(LOSSY_DEPTH)  # the text depends on the depth, so no clock may choose it
         if self._costs is None:
             self._costs = costs(self.target, self.drafter, self.verifier)
-        if not live:  # a fresh one, that looks at no clock: what depends on the depths repeats
-            return AutoDepth(self._costs.score, self._costs.drafts, live=False)
         if self._auto is not None:
             self._auto.begin()
-        else:  # one for all greedy requests: what it has learned about this drafter stays
+        else:  # one for all requests: what it has learned about this drafter stays
             self._auto = AutoDepth(self._costs.score, self._costs.drafts, accepted=self._costs.accepted)
         return self._auto
 

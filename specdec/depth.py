@@ -114,9 +114,8 @@ class AutoDepth:
     an exit; s(n): those of a round that scores n tokens, without drafting; B: rows of the batch; w: tokens lately
     scored per drafted depth (1 for chains, and for trees no larger than ``spare`` has room for). ``score`` gives s at
     some sizes and ``drafts``, for each exit, seconds of the first drafted depth and of each further one, as measured on
-    this machine; with ``live``, all are followed as rounds go by, by running medians: a slow round (another process, a
-    growing buffer) swings nothing, and figures from a busy hour are mended by the first rounds that disagree. Without
-    it decisions depend on what was drafted and accepted alone, so that seeded sampling repeats. ``accepted``: for each
+    this machine; all are followed as rounds go by, by running medians: a slow round (another process, a growing buffer)
+    swings nothing, and figures from a busy hour are mended by the first rounds that disagree. ``accepted``: for each
     exit, what an earlier policy knew (``known``), to begin with. ``begin`` says that another request does.
 
     Estimates may be wrong, so two accounts, in tokens that what is best would have yielded, bound what is lost:
@@ -141,14 +140,13 @@ class AutoDepth:
         self,
         score: Mapping[int, float],
         drafts: Sequence[tuple[float, float]],
-        live: bool = True,
         accepted: Sequence[Sequence[tuple[float, float]]] = (),
     ) -> None:
         self.score, self.sizes = dict(score), sorted(score)
         earlier = [*accepted, *[()] * len(drafts)]
         self.exits = [_Exit(*draft, known) for draft, known in zip(drafts, earlier, strict=False)]
         self.exit: int | None = None if len(self.exits) == 1 else 0
-        self.live, self.batch, self.width = live, 1, 1.0
+        self.batch, self.width = 1, 1.0
         self.ratios: deque[float] = deque(maxlen=self.RECENT)  # measured seconds of a round over what ``score`` says
         self.drift = 1.0  # what these come to now
         self.credit, self.trust = self.CREDIT, self.TRUST  # what a probe, and any draft, may lose by now, in tokens
@@ -242,8 +240,7 @@ class AutoDepth:
 
     def observe(self, drafted: Sequence[int], accepted: Sequence[int], rows: int, draft: float, rest: float) -> None:
         deepest = max(drafted)
-        if self.live:
-            self.ratios.append(rest * self.drift / self.seconds(rows))
+        self.ratios.append(rest * self.drift / self.seconds(rows))
         if not deepest:
             self.trust = min(self.trust + self.SHARE, self.MOST_TRUST)
             self.credit += self.SHARE
@@ -252,14 +249,12 @@ class AutoDepth:
         nodes = rows / len(drafted) - 1
         # Siblings pay for themselves, at another depth others: they say nothing of what deeper drafts would score.
         self.width = 0.8 * self.width + 0.2 * (1.0 if nodes <= self.room else nodes / deepest)
-        if self.live:
-            used.ratios.append(draft / self._settle() / (used.first + (deepest - 1) * used.further))
-            self._settle()
+        used.ratios.append(draft / self._settle() / (used.first + (deepest - 1) * used.further))
+        self._settle()
         usual, got = used.cost(deepest) + self.seconds(rows), 1 + sum(accepted) / len(accepted)
         self.trust = min(self.trust + got - usual / self.seconds(len(drafted)), self.MOST_TRUST)
         if self.probing:  # what it really took: a drafter that was not asked for long may have to catch up
-            spent = draft + rest if self.live else usual
-            self.credit -= min(max(spent * best - got, 0.0), self.DEAREST)
+            self.credit -= min(max((draft + rest) * best - got, 0.0), self.DEAREST)
         elif len(self.exits) > 1:
             self.credit += self.SHARE
         used.see(drafted, accepted)

@@ -1,6 +1,6 @@
-"""What drafters and verifiers exchange: a tree of proposed tokens, and the verdict on it.
+"""What drafters and verifiers exchange: a tree of proposed tokens, and what of it is accepted.
 
-A round scores a *block* of 1 + M tokens: index 0 is the root (the last committed token, whose successor is sought),
+A step scores a *block* of 1 + M tokens: index 0 is the root (the last committed token, whose successor is sought),
 indices 1 .. M are the draft's nodes in topological order.
 """
 
@@ -26,7 +26,6 @@ class Draft:
     tokens: int64 [B, M], or lists [B][M], from which the tensor is made on ``device`` if it is asked for; -1 marks a
         node that a row does not have. listed: the lists, where the host has them.
     parents: block index of each node's parent (0 = root); a chain is (0, 1, 2, ...).
-    q: [B, M, V], the distribution each node was drawn from (given its earlier siblings); None if deterministic.
     states: [B, S, D], hidden states at layer ``exit_layer`` of the first S block tokens, whose keys and values below
         that layer are already in the cache: scoring resumes there.
     layers: int64 [B, M], the layers each node's token went through when it was drafted; known to drafters that leave
@@ -37,7 +36,6 @@ class Draft:
         self,
         tokens: Tensor | list[list[int]],
         parents: tuple[int, ...],
-        q: Tensor | None = None,
         states: Tensor | None = None,
         exit_layer: int = 0,
         layers: Tensor | None = None,
@@ -45,7 +43,7 @@ class Draft:
     ) -> None:
         self.listed: list[list[int]] | None = tokens if isinstance(tokens, list) else None
         self._tokens: Tensor | None = None if isinstance(tokens, list) else tokens
-        self.parents, self.q, self.states, self.exit_layer, self.layers = parents, q, states, exit_layer, layers
+        self.parents, self.states, self.exit_layer, self.layers = parents, states, exit_layer, layers
         self.device = torch.device(device)
 
     @property
@@ -88,8 +86,8 @@ class Draft:
 
 
 @dataclass
-class Verdict:
-    """What stands of a draft: for each row the kept block indices (root first) and the token that follows them."""
+class Acceptance:
+    """What is accepted of a draft: for each row the block indices (root first) and the token that follows them."""
 
     paths: list[list[int]]
     next_tokens: list[int]
@@ -131,7 +129,7 @@ class State:
         device, depths = self.cache.device, draft.depths()
         positions = upload([[n + depth for depth in depths] for n in self.cache.rows], device)
         if draft.listed is None and waits(device):  # reading drafted tokens would wait for them
-            return torch.cat((self.roots, draft.tokens.clamp_min(0)), 1), positions
+            return torch.cat((self.roots, draft.tokens.clamp(0, self.target.vocab_size - 1)), 1), positions
         rows = zip(self.ids, draft.lists(), strict=True)
         return upload([[ids[-1], *(max(token, 0) for token in tokens)] for ids, tokens in rows], device), positions
 
@@ -165,19 +163,59 @@ class Drafter(Protocol):
         """Keep only ``rows`` of the batch."""
 
 
-class Verifier(Protocol):
-    """Decides how much of a draft stands. ``lossless`` says whether the output keeps the target's distribution.
+class Verifier:
+    """Decides how much of a draft is accepted. A rule is a function of the draft and the target's choices.
 
-    The verdict is a function of the draft and ``p``, and of the generators where ``p`` leaves a choice: those on point
-    masses (greedy decoding) are kept.
-
-    A rule that judges nothing has a ``threshold`` for the drafter to keep (``State.threshold``), and may have
-    ``propagates``: deeper layers get the keys and values of what stands from its state at the draft's exit layer. A
-    lossy rule may have a ``label``, its name with its settings.
+    name; label: the name with the rule's settings. lossless: whether the output is what plain decoding returns.
+    needs_probabilities: whether ``verify`` reads ``p`` where tokens are sampled.
+    threshold: of a rule that accepts without scoring, the confidence that a drafter must have in each token
+    (``State.threshold``). propagates: deeper layers get the keys and values of accepted tokens from their states at the
+    draft's exit layer.
     """
 
     name: ClassVar[str]
     lossless: ClassVar[bool]
+    needs_probabilities: ClassVar[bool] = False
+    threshold: float | None = None
+    propagates: bool = False
 
-    def judge(self, draft: Draft, p: Tensor, generators: list[torch.Generator]) -> Verdict:
-        """Judge ``draft`` by the target's distributions ``p`` [B, 1 + M, V], one generator per row."""
+    @property
+    def label(self) -> str:
+        return self.name
+
+    def verify(self, draft: Draft, chosen: list[list[int]], p: Tensor | None) -> Acceptance:
+        """Accept a path of ``draft`` for each row.
+
+        chosen: [B][1 + M], the token that the target chooses after each block token (-1: its logits are not finite).
+        p: [B, 1 + M, V], the target's distributions; None if the rule does not need them, or in greedy decoding.
+        """
+        raise NotImplementedError
+
+
+class DrafterWarning(UserWarning):
+    """A drafter failed or proposed what cannot be scored; the request goes on without it."""
+
+
+def check_draft(draft: Draft, batch: int, limit: int, vocab_size: int) -> str | None:
+    """Why ``draft`` cannot be scored for ``batch`` rows, at most ``limit`` deep; None if it can.
+
+    Tokens that only a device holds are checked when they are read.
+    """
+    count, parents = len(draft.parents), draft.parents
+    if any(not 0 <= parent <= node for node, parent in enumerate(parents)):
+        return f"its tree is not in topological order (parents {parents})"
+    if max(draft.depths()) > limit:
+        return f"it is {max(draft.depths())} tokens deep, {limit} are allowed"
+    if draft.listed is None and (waits(draft.device) or tuple(draft.tokens.shape) != (batch, count)):
+        return None if tuple(draft.tokens.shape) == (batch, count) else f"its tokens are {tuple(draft.tokens.shape)}"
+    return check_tokens(draft.lists(), batch, count, vocab_size)
+
+
+def check_tokens(rows: list[list[int]], batch: int, count: int, vocab_size: int) -> str | None:
+    """Why drafted tokens [B][M] cannot be scored; None if they can."""
+    if len(rows) != batch or any(len(row) != count for row in rows):
+        return f"its tokens are not {batch} rows of {count}"
+    for row in rows:
+        if row and not -1 <= min(row) <= max(row) < vocab_size:
+            return f"token {min(row) if min(row) < -1 else max(row)} is outside the vocabulary of {vocab_size}"
+    return None

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 
 class SpecDecError(Exception):
-    """A problem the user can act on. The command line prints it as one line and exits with code 2."""
+    """A problem the user can act on. The command line prints it as one line and exits with code 2.
+
+    outputs: what a generation had produced when it failed, a ``GenerationOutput`` per row; empty elsewhere.
+    """
+
+    outputs: Sequence[Any] = ()
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -1,23 +1,25 @@
-"""The one decoding loop: prefill, then draft, score, accept, commit, for every drafter and every acceptance rule.
+"""The one decoding loop: prefill, then draft, score, verify, commit, for every drafter and every acceptance rule.
 
 Knows no drafter, no text and no command line: tokens in, tokens out, for a batch of ragged rows.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from specdec import kernels
 from specdec.depth import DepthPolicy
-from specdec.draft import Draft, Drafter, State, Verdict, Verifier
+from specdec.draft import Acceptance, Draft, Drafter, DrafterWarning, State, Verifier, check_draft, check_tokens
+from specdec.errors import SpecDecError
 from specdec.metrics import Ledger, RequestMetrics
 from specdec.prefill import prefill
-from specdec.sampling import Sampler, draw
+from specdec.sampling import Sampler
 from specdec.target import Target
 from specdec.transfer import download
 
@@ -25,11 +27,23 @@ NOTHING = torch.empty(0)
 DRAFTED = 16  # slots that the nodes of a usual draft take
 
 
-class Loop:
-    """One generation. ``rounds`` yields, after the prefill and after each round, ``[(row, new tokens), ...]``.
+@dataclass
+class Scores:
+    """What a scoring pass says of a block. chosen: [B][1 + M], the target's choice after each block token (-1: its
+    logits are not finite). p: its distributions [B, 1 + M, V], where the verifier reads them. taps: tapped states."""
 
-    ``limits[b]``: most new tokens of row b. ``stop(row, token)`` is asked for each new token in order and returns a
+    chosen: list[list[int]]
+    p: Tensor | None
+    taps: dict[int, Tensor]
+
+
+class Loop:
+    """One generation. ``rounds`` yields, after the prefill and after each step, ``[(row, new tokens), ...]``.
+
+    ``limits[b]``: most new tokens of row b. ``stop(row, token)`` is called for each new token in order and returns a
     finish reason or None; a row ends there, or at its limit with reason "length". Reasons land in ``finished``.
+    Raises SpecDecError where the model's logits are not finite, after yielding the tokens before that position. A
+    drafter that fails, or proposes what cannot be scored, is dropped with a DrafterWarning; decoding goes on plainly.
     """
 
     def __init__(
@@ -43,47 +57,53 @@ class Loop:
         stop: Callable[[int, int], str | None],
         policy: DepthPolicy,
     ) -> None:
-        self.target, self.drafter, self.verifier = target, drafter, verifier
-        self.limits, self.stop, self.policy = limits, stop, policy
+        self.target, self.verifier, self.limits, self.stop, self.policy = target, verifier, limits, stop, policy
+        self.drafter: Drafter | None = drafter
         self.state = State(target, target.new_cache(len(prompts)), sampler, [list(p) for p in prompts])
-        self.state.threshold = getattr(verifier, "threshold", None)
+        self.state.threshold = verifier.threshold
         longest = max((len(p) + limit for p, limit in zip(prompts, limits, strict=True)), default=0)
         self.state.cache.expected = min(longest + DRAFTED, target.context)
         self.rows = list(range(len(prompts)))  # the request behind each row of the batch
         self.finished: dict[int, str] = {}
         self.metrics = [RequestMetrics(num_prompt_tokens=len(p), num_layers=target.num_layers) for p in prompts]
-        self.ledger = Ledger()
-        drafter.start(len(prompts))
+        self.ledger = Ledger(target.device)
+        self.fault: str | None = None  # why decoding cannot go on
+        with self._drafting():
+            drafter.start(len(prompts))
 
     def rounds(self) -> Iterator[list[tuple[int, list[int]]]]:
         self.ledger.restart()
         yield self._commit(self._prefill(), prefill=True)
-        while self.rows:
+        while self.rows and self.fault is None:
             self.ledger.restart()
-            yield self._commit(self._round())
+            yield self._commit(self._step())
+        if self.fault is not None:
+            raise SpecDecError(self.fault)
 
     @torch.inference_mode()
     def admit(self, prompts: list[list[int]], limits: list[int], sampler: Sampler) -> list[tuple[int, list[int]]]:
-        """Add rows between two rounds, with the sampler of theirs; return their first tokens, as ``rounds`` does.
+        """Add rows between two steps, with samplers of their own; return their first tokens, as ``rounds`` does.
 
         They are numbered after those there are. For drafters that keep nothing per row (``stateless``).
         """
-        assert getattr(self.drafter, "stateless", False), "this drafter's rows begin together"
+        assert self.drafter is None or getattr(self.drafter, "stateless", False), "this drafter's rows begin together"
         first, state = len(self.metrics), self.state
 
         def stop(row: int, token: int) -> str | None:
             return self.stop(first + row, token)
 
+        assert self.drafter is not None
         guests = Loop(self.target, self.drafter, self.verifier, sampler, prompts, limits, stop, self.policy)
         events = guests._commit(guests._prefill(), prefill=True)
         self.limits, self.metrics = self.limits + limits, self.metrics + guests.metrics
         self.finished |= {first + row: reason for row, reason in guests.finished.items()}
+        self.fault = self.fault or guests.fault
         if not self.rows:
             self.state = guests.state
         elif guests.rows:
             state.ids += guests.state.ids
             state.cache.join(guests.state.cache)
-            state.sampler.generators += sampler.generators
+            state.sampler.join(guests.state.sampler)
         self.rows += [first + row for row in guests.rows]
         return [(first + row, tokens) for row, tokens in events]
 
@@ -91,87 +111,111 @@ class Loop:
     def _prefill(self) -> list[list[int]]:
         """Run the prompts through the target; return each row's first token."""
         state = self.state
-        last = prefill(self.target, state.cache, state.ids, self._taps, self.drafter.observe)  # (B, 1, D)
-        logits = self.target.readout(last)  # (B, 1, V)
-        p = state.sampler.distribution(logits, lambda: [[ids] for ids in state.ids])
-        firsts = [[token] for token in draw(p[:, 0], state.sampler.generators)]
+        last = prefill(self.target, state.cache, state.ids, self._taps, self._observe)  # (B, 1, D)
+        if state.sampler.plain_greedy:
+            [chosen] = self.target.choose(last)
+        else:
+            scores = state.sampler.scores(self.target.readout(last), lambda: [[ids] for ids in state.ids])  # (B, 1, V)
+            chosen = state.sampler.choose(scores, [[len(ids)] for ids in state.ids]).tolist()
         self.ledger.mark("prefill")
-        return firsts
+        return chosen
 
     @torch.inference_mode()
-    def _round(self) -> list[list[int]]:
-        """Draft, score, accept, commit; return each row's new tokens."""
-        state, target, cache, drafter = self.state, self.target, self.state.cache, self.drafter
-        room = max(self.limits[r] - self.metrics[r].num_new_tokens for r in self.rows) - 1  # the bonus token is one
-        limit = min(self.policy.depth(cache.batch), room, target.context - 1 - cache.committed)
-        if limit > 0:
-            state.confidence, state.spare = self.policy.confidence(), self.policy.spare(cache.batch, limit)
+    def _step(self) -> list[list[int]]:
+        """Draft, score, verify, commit; return each row's new tokens."""
+        limit = self._budget()
+        self.ledger.begin()
+        draft = self._draft(limit)
+        self.ledger.mark("draft")
+        scores = self._score(draft)
+        self.ledger.mark("score")
+        accepted = self.verifier.verify(draft, scores.chosen, scores.p)
+        self.ledger.mark("accept")
+        self.state.cache.keep(accepted.paths)
+        self._observe(accepted.paths, scores.taps)
+        self._count(draft, accepted)
+        self.ledger.mark("commit")
+        self._learn(draft)
+        drafted = draft.lists()
+        pairs = zip(accepted.paths, accepted.next_tokens, strict=True)
+        return [[drafted[b][node - 1] for node in path[1:]] + [token] for b, (path, token) in enumerate(pairs)]
+
+    def _budget(self) -> int:
+        """How deep to draft in this step."""
+        state, cache, depth = self.state, self.state.cache, self.policy.depth(self.state.cache.batch)
+        if self.verifier.lossless:  # a lossy rule's text may depend on the depth, which no other row may change
+            depth = min(depth, max(self.limits[r] - self.metrics[r].num_new_tokens for r in self.rows) - 1)
+        depth = min(depth, self.target.context - 1 - cache.committed) if self.drafter is not None else 0
+        if depth > 0:
+            state.confidence, state.spare = self.policy.confidence(), self.policy.spare(cache.batch, depth)
             state.exit = self.policy.exit
         self.ledger.mark("overhead")
-        draft = drafter.propose(state, limit) if limit > 0 else Draft.empty(cache.batch, cache.device)
-        drafting = self.ledger.mark("draft")
+        return max(depth, 0)
 
-        depths, (tokens, positions) = draft.depths(), state.block(draft)  # (B, 1 + M)
-        tree, exit_layer = draft.ancestors(), draft.exit_layer
-        done = 0 if draft.states is None else draft.states.shape[1]  # block tokens that are already at exit_layer
-        x = draft.states
-        if done < tokens.shape[1]:
-            late = _after(done, positions)
-            y = target.embed(_after(done, tokens), late)
-            if exit_layer:
-                mask = cache.mask(0, late, None if tree is None else tree[done:])
-                y = target.layers(y, 0, exit_layer, late, mask, cache)
-            x = y if x is None else torch.cat((x, y), 1)
-        assert x is not None
+    def _draft(self, limit: int) -> Draft:
+        """What the drafter proposes, at most ``limit`` deep, if it can be scored; else nothing."""
+        state = self.state
+        if limit and self.drafter is not None:
+            with self._drafting():
+                draft = self.drafter.propose(state, limit)
+                fault = check_draft(draft, state.cache.batch, limit, self.target.vocab_size)
+                if fault is None:
+                    return draft
+                self._drop(f"proposed a draft that cannot be scored: {fault}")
+        state.cache.roll_back()  # what a drafter that failed has left there
+        return Draft.empty(state.cache.batch, state.cache.device)
+
+    def _score(self, draft: Draft) -> Scores:
+        """Run the block through the target from where the draft's states end; choose a token after each of its own."""
+        state, target, cache = self.state, self.target, self.state.cache
+        tokens, positions = state.block(draft)  # (B, 1 + M)
+        x, tree, exit_layer = self._resume(draft, tokens, positions), draft.ancestors(), draft.exit_layer
         taps, filled = self._taps(), self._fill(draft, x, positions)
         x, late = _after(filled, x), _after(filled, positions)
-        mask = cache.mask(exit_layer, late, tree)
-        x = target.layers(x, exit_layer, target.num_layers, late, mask, cache, taps)
+        x = target.layers(x, exit_layer, target.num_layers, late, cache.mask(exit_layer, late, tree), cache, taps)
         greedy, tapped = state.sampler.plain_greedy, target.num_layers + 1 in taps
-        logits = target.readout(x) if tapped or not greedy else NOTHING  # (B, 1 + M, V)
-        if tapped:
-            taps[target.num_layers + 1] = logits
-        if filled:  # nobody asks about tokens whose states were propagated
-            taps = {layer: F.pad(seen, (0, 0, filled, 0)) if seen.numel() else seen for layer, seen in taps.items()}
-        if greedy:
-            unread = [draft.tokens] if draft.listed is None else []
-            if tapped:
-                *read, chosen = download(*unread, kernels.argmax(logits))  # [B][M], [B][1 + M]
-            else:
-                *read, chosen = target.choose(x, *unread)
-            draft.listed = read[0] if read else draft.listed
-            rest = self.ledger.mark("score")
-            verdict = _judge_choice(self.verifier, draft, [[0] * filled + row for row in chosen] if filled else chosen)
+        p, unread = None, [draft.tokens] if draft.listed is None else []
+        if greedy and not tapped:
+            *read, chosen = target.choose(x, *unread)
         else:
-            p = F.pad(logits, (0, 0, filled, 0)) if filled else logits
-            p = state.sampler.distribution(p, lambda: _prefixes(state.ids, draft))  # (B, 1 + M, V)
-            draft.lists()
-            rest = self.ledger.mark("score")
-            verdict = self.verifier.judge(draft, p, state.sampler.generators)
-        rest += self.ledger.mark("accept")
-        cache.keep(verdict.paths)
-        drafter.observe(verdict.paths, taps)
-        drafted, new = draft.lists(), []
-        for b, (path, token) in enumerate(zip(verdict.paths, verdict.next_tokens, strict=True)):
-            nodes = [n for n, t in enumerate(drafted[b], start=1) if t >= 0]
-            deepest = max((depths[n] for n in nodes), default=0)
-            self.metrics[self.rows[b]].step(deepest, len(nodes), len(path) - 1)
-            new.append([drafted[b][n - 1] for n in path[1:]] + [token])
-            if state.threshold is not None and draft.layers is not None:
-                self.metrics[self.rows[b]].exit_layers += draft.layers[b, [n - 1 for n in path[1:]]].tolist()
-        rest += self.ledger.mark("commit")
-        seen = [self.metrics[r] for r in self.rows]
-        offered, accepted = [m.per_step_drafted[-1] for m in seen], [m.per_step_accepted[-1] for m in seen]
-        self.policy.observe(offered, accepted, tokens.numel(), drafting, rest)
-        self.ledger.mark("overhead")
-        return new
+            logits = target.readout(x)  # (B, 1 + M - filled, V)
+            if tapped:
+                taps[target.num_layers + 1] = logits
+            scores = state.sampler.scores(logits, lambda: _prefixes(state.ids, draft, filled))
+            after = [[len(ids) + depth for depth in draft.depths()[filled:]] for ids in state.ids]
+            *read, chosen = download(*unread, state.sampler.choose(scores, after))  # [B][M], [B][1 + M - filled]
+            if self.verifier.needs_probabilities and not greedy:
+                p = scores.softmax(-1)
+        if read:
+            draft.listed = read[0]
+            if fault := check_tokens(read[0], cache.batch, len(draft.parents), target.vocab_size):
+                self._drop(f"proposed tokens that cannot be scored: {fault}")
+                draft.listed = [[-1] * len(draft.parents)] * cache.batch
+        if filled:  # nothing asks about tokens whose states were propagated
+            chosen = [[0] * filled + row for row in chosen]
+            p = None if p is None else F.pad(p, (0, 0, filled, 0))
+            taps = {layer: F.pad(seen, (0, 0, filled, 0)) if seen.numel() else seen for layer, seen in taps.items()}
+        return Scores(chosen, p, taps)
+
+    def _resume(self, draft: Draft, tokens: Tensor, positions: Tensor) -> Tensor:
+        """The block's states [B, 1 + M, D] at the draft's exit layer: those the draft has, and the others run now."""
+        target, cache, exit_layer = self.target, self.state.cache, draft.exit_layer
+        done = 0 if draft.states is None else draft.states.shape[1]
+        if draft.states is not None and done == tokens.shape[1]:
+            return draft.states
+        late, tree = _after(done, positions), draft.ancestors()
+        y = target.embed(_after(done, tokens), late)
+        if exit_layer:
+            mask = cache.mask(0, late, None if tree is None else tree[done:])
+            y = target.layers(y, 0, exit_layer, late, mask, cache)
+        return y if draft.states is None else torch.cat((draft.states, y), 1)
 
     def _fill(self, draft: Draft, x: Tensor, positions: Tensor) -> int:
         """How many block tokens need not be run deeper, their states x [B, 1 + M, D] at the exit being propagated.
 
-        Those before the last token of every row, where drafted tokens stand unjudged and the rule allows it.
+        Those before the last token of every row, where drafted tokens are accepted without scoring.
         """
-        if not getattr(self.verifier, "propagates", False):
+        if not self.verifier.propagates:
             return 0
         filled = int((draft.tokens >= 0).sum(1).min())
         if filled:
@@ -180,8 +224,48 @@ class Loop:
             self.target.fill(x[:, :filled], draft.exit_layer, early, mask, cache)
         return filled
 
+    # -- the drafter, which must not end a request --------------------------------------------------------------------
+
+    @contextmanager
+    def _drafting(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self._drop(f"failed ({type(error).__name__}: {error})")
+
+    def _drop(self, why: str) -> None:
+        """Go on without the drafter."""
+        assert self.drafter is not None
+        warnings.warn(f"drafter '{self.drafter.name}' {why}; decoding goes on without it", DrafterWarning, stacklevel=2)
+        self.drafter = None
+
     def _taps(self) -> dict[int, Tensor]:
-        return dict.fromkeys(self.drafter.taps, NOTHING)
+        return dict.fromkeys(self.drafter.taps if self.drafter is not None else (), NOTHING)
+
+    def _observe(self, paths: list[list[int]], taps: dict[int, Tensor]) -> None:
+        if self.drafter is not None:
+            with self._drafting():
+                self.drafter.observe(paths, taps)
+
+    # -- after a step -------------------------------------------------------------------------------------------------
+
+    def _count(self, draft: Draft, accepted: Acceptance) -> None:
+        """Book what was drafted and accepted in each row's metrics."""
+        drafted, depths = draft.lists(), draft.depths()
+        for b, path in enumerate(accepted.paths):
+            metrics = self.metrics[self.rows[b]]
+            nodes = [node for node, token in enumerate(drafted[b], start=1) if token >= 0]
+            metrics.step(max((depths[node] for node in nodes), default=0), len(nodes), len(path) - 1)
+            if self.verifier.threshold is not None and draft.layers is not None:
+                metrics.exit_layers += draft.layers[b, [node - 1 for node in path[1:]]].tolist()
+
+    def _learn(self, draft: Draft) -> None:
+        """Let the depth policy see what the step took and yielded."""
+        seen, step = [self.metrics[r] for r in self.rows], self.ledger.step
+        offered, accepted = [m.per_step_drafted[-1] for m in seen], [m.per_step_accepted[-1] for m in seen]
+        rest = step["score"] + step["accept"] + step["commit"]
+        self.policy.observe(offered, accepted, len(seen) * (1 + len(draft.parents)), step["draft"], rest)
+        self.ledger.mark("overhead")
 
     @torch.inference_mode()
     def _commit(self, new: list[list[int]], prefill: bool = False) -> list[tuple[int, list[int]]]:
@@ -190,6 +274,9 @@ class Loop:
         for b, (row, tokens) in enumerate(zip(self.rows, new, strict=True)):
             metrics, kept = self.metrics[row], 0
             for token in tokens:
+                if token < 0:
+                    self.fault = self.fault or _not_finite(self.target, row, len(self.state.ids[b]) + kept, len(rows))
+                    break
                 kept += 1
                 metrics.num_new_tokens += 1
                 reason = self.stop(row, token)
@@ -205,14 +292,10 @@ class Loop:
             events.append((row, tokens[:kept]))
             if row not in self.finished:
                 alive.append(b)
+        self.state.sampler.forget([len(ids) for ids in self.state.ids])
         self.ledger.mark("detokenise")
         if len(alive) < len(self.rows):
-            alive = _close_up(alive)
-            self.rows = [self.rows[b] for b in alive]
-            if alive:
-                self.state.ids = [self.state.ids[b] for b in alive]
-                for part in (self.state.cache, self.state.sampler, self.drafter):
-                    part.select(alive)
+            self._select(_close_up(alive))
         self.ledger.mark("overhead")
         seconds = sum(self.ledger.seconds.values())
         for row in rows:
@@ -222,52 +305,28 @@ class Loop:
             metrics.ledger = dict(self.ledger.seconds)
         return events
 
+    def _select(self, alive: list[int]) -> None:
+        """Keep only the rows ``alive`` of the batch, in that order."""
+        self.rows = [self.rows[b] for b in alive]
+        if not alive:
+            return
+        self.state.ids = [self.state.ids[b] for b in alive]
+        self.state.cache.select(alive)
+        self.state.sampler.select(alive)
+        if self.drafter is not None:
+            with self._drafting():
+                self.drafter.select(alive)
+
 
 def _after(count: int, x: Tensor) -> Tensor:
     """``x`` [B, T, ...] without the first ``count`` tokens. A slice costs as much if it takes everything."""
     return x[:, count:] if count else x
 
 
-def _judge_choice(verifier: Verifier, draft: Draft, choice: list[list[int]]) -> Verdict:
-    """The verdict on point masses at ``choice`` [B][1 + M], by the verifier's own rule."""
-    if not draft.parents:  # nothing to judge
-        return Verdict([[0] for _ in choice], [row[0] for row in choice])
-    verdict = Verdict([], [])
-    for tokens, row in zip(draft.lists(), choice, strict=True):
-        nodes = zip(tokens, draft.parents, strict=True)
-        match = tuple(token == row[parent] if token >= 0 else None for token, parent in nodes)
-        path, at = _judge_match(_Same(verifier), draft.parents, match)
-        verdict.paths.append(list(path))
-        verdict.next_tokens.append(row[at])
-    return verdict
-
-
-class _Same:
-    """A verifier as a key: itself, whatever it says that it equals."""
-
-    def __init__(self, verifier: Verifier) -> None:
-        self.verifier = verifier
-
-    def __hash__(self) -> int:
-        return id(self.verifier)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.verifier is other.verifier
-
-
-@functools.lru_cache(maxsize=1024)
-def _judge_match(rule: _Same, parents: tuple[int, ...], match: tuple[bool | None, ...]) -> tuple[tuple[int, ...], int]:
-    """The path that stands in a row, and the block token whose choice follows it.
-
-    match: which drafted tokens are the choice after their parents (None: no such token). With point masses nothing else
-    counts, so each choice is a token of its own here, and one more stands for all others.
-    """
-    count = 1 + len(parents)
-    names = {None: -1, False: count}
-    tokens = [names.get(same, parent) for same, parent in zip(match, parents, strict=True)]
-    p = torch.eye(count, count + 1)[None]  # (1, 1 + M, 2 + M)
-    verdict = rule.verifier.judge(Draft([tokens], parents), p, [torch.Generator()])
-    return tuple(verdict.paths[0]), verdict.next_tokens[0]
+def _not_finite(target: Target, row: int, position: int, rows: int) -> str:
+    where = f"position {position}" + (f" of row {row}" if rows > 1 else "")
+    remedy = "use --dtype float32" if target.dtype == torch.float16 else "the checkpoint may be damaged; get it again"
+    return f"the model's logits are not finite at {where} ({target.dtype}); {remedy}"
 
 
 def _close_up(alive: list[int]) -> list[int]:
@@ -277,12 +336,12 @@ def _close_up(alive: list[int]) -> list[int]:
     return [b if b in stay else next(last) for b in range(count)]
 
 
-def _prefixes(ids: list[list[int]], draft: Draft) -> list[list[list[int]]]:
-    """The tokens up to and including each block token, per row: what a logits processor looks at."""
+def _prefixes(ids: list[list[int]], draft: Draft, start: int = 0) -> Sequence[Sequence[Sequence[int]]]:
+    """The tokens up to and including each block token from ``start`` on, per row: what a logits processor reads."""
     out = []
     for row, tokens in zip(ids, draft.lists(), strict=True):
         block = [row]
         for token, parent in zip(tokens, draft.parents, strict=True):
             block.append([*block[parent], max(token, 0)])
-        out.append(block)
+        out.append(block[start:])
     return out

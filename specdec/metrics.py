@@ -7,6 +7,10 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
+from specdec.transfer import Stamp, stamp
+
 
 @dataclass
 class RequestMetrics:
@@ -101,19 +105,42 @@ class RequestMetrics:
 
 
 class Ledger:
-    """Wall seconds by phase: ``mark(phase)`` books the time since the previous mark."""
+    """Wall seconds by phase: ``mark(phase)`` books the time since the previous mark.
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+    A device may run behind the host, which then only sees how long launching took. So drafting is also measured on the
+    device's own clock, and what it took there is moved from the phase that waits for it.
+
+    seconds: by phase, of all steps. step: by phase, since ``restart``.
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.device, self.seconds, self.step = device, dict[str, float](), dict[str, float]()
         self._last = time.perf_counter()
+        self._begin: Stamp | None = None
+        self._behind: tuple[str, float, Stamp, Stamp] | None = None
 
     def restart(self) -> None:
         """Start the clock anew; the time since the last mark belongs to no phase."""
-        self._last = time.perf_counter()
+        self._last, self.step, self._behind = time.perf_counter(), {}, None
 
-    def mark(self, phase: str) -> float:
-        """Book the time since the previous mark under ``phase`` and return it."""
+    def begin(self) -> None:
+        """The phase that begins now is measured on the device."""
+        self._begin = stamp(self.device)
+
+    def mark(self, phase: str) -> None:
+        """Book the time since the previous mark under ``phase``."""
         now = time.perf_counter()
         spent, self._last = now - self._last, now
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + spent
-        return spent
+        if self._behind is not None:  # this phase has waited for the device
+            name, launching, start, end = self._behind
+            late = min(max(start.elapsed_time(end) / 1e3 - launching, 0.0), spent)
+            self._book(name, late)
+            spent, self._behind = spent - late, None
+        if self._begin is not None and (end_stamp := stamp(self.device)) is not None:
+            self._behind = phase, spent, self._begin, end_stamp
+        self._begin = None
+        self._book(phase, spent)
+
+    def _book(self, phase: str, spent: float) -> None:
+        for seconds in (self.seconds, self.step):
+            seconds[phase] = seconds.get(phase, 0.0) + spent

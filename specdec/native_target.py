@@ -8,6 +8,7 @@ in them) are stored so where that is faster here: fewer bytes to read, the same 
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -142,6 +143,9 @@ class NativeTarget(Target):
 
     def choose(self, x: Tensor, *beside: Tensor) -> list[list[list[int]]]:
         (batch, t, _), found = x.shape, self.head(None).largest(x, self.final_norm, self.eps)
+        if not math.isfinite(float(x.sum())):  # one number is read where all is well
+            finite = x.isfinite().all(-1).flatten().tolist()
+            found = [token if good else -1 for token, good in zip(found, finite, strict=True)]
         rows = [found] if batch == 1 else [found[start : start + t] for start in range(0, batch * t, t)]
         return [*(tensor.tolist() for tensor in beside), rows]
 

@@ -6,11 +6,13 @@ round differently, so tokens whose logits nearly tie may flip; replay tells such
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from specdec.sampling import Sampler
 from specdec.target import Target
 
 # Largest gap between the best logit and a token's logit (natural-log units) that rounding explains, by dtype. Measured
@@ -19,26 +21,36 @@ NEAR_TIE = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.06}
 
 
 @torch.inference_mode()
-def replay(target: Target, prompt: list[int], tokens: list[int]) -> Tensor:
-    """Teacher-forced logits, float32 [n, V]: row i is what the target predicts in place of ``tokens[i]`` (n tokens)."""
+def replay(target: Target, prompt: list[int], tokens: list[int], sampler: Sampler | None = None) -> Tensor:
+    """Teacher-forced logits, float32 [n, V]: row i is what the target predicts in place of ``tokens[i]`` (n tokens).
+
+    sampler: of one row; the logits are then processed and perturbed, so that the argmax is the token it chooses.
+    """
     ids = torch.tensor([prompt + tokens], device=target.device)
     positions = torch.arange(ids.shape[1], device=target.device)[None]
     cache = target.new_cache()
     x = target.embed(ids, positions)
     x = target.layers(x, 0, target.num_layers, positions, cache.mask(0, positions), cache)
-    return target.readout(x[:, len(prompt) - 1 : -1])[0].float()
+    logits = target.readout(x[:, len(prompt) - 1 : -1])  # (1, n, V)
+    if sampler is None:
+        return logits[0].float()
+    scores = sampler.scores(logits, lambda: [[prompt + tokens[:i] for i in range(len(tokens))]])
+    return sampler.perturb(scores, [range(len(prompt), len(prompt) + len(tokens))], scores.shape[-1])[0]
 
 
-def margins(target: Target, prompt: list[int], tokens: list[int]) -> Tensor:
-    """Best logit minus the logit of each token under replay, [n]; 0 where the token is the argmax."""
-    logits = replay(target, prompt, tokens)
+def margins(target: Target, prompt: list[int], tokens: list[int], sampler: Sampler | None = None) -> Tensor:
+    """Best logit minus the logit of each token under replay, [n]; 0 where the token is the choice."""
+    logits = replay(target, prompt, tokens, sampler)
     chosen = torch.tensor(tokens, device=logits.device)[:, None]
     return logits.amax(-1) - logits.gather(1, chosen)[:, 0]
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The first place where two greedy outputs differ, and the gap between the two tokens' logits there."""
+    """The first place where two outputs differ, and the gap between the two tokens' logits there.
+
+    An infinite gap between sampled tokens is the edge of top-k, top-p or min-p, which rounding moves.
+    """
 
     index: int
     ours: int | None
@@ -51,8 +63,13 @@ class Difference:
         return f"first difference at token {self.index}: {kind}, logit gap {self.margin:.3g}"
 
 
-def first_difference(target: Target, prompt: list[int], ours: list[int], plain: list[int]) -> Difference | None:
-    """Compare two greedy outputs; None if they are equal. A difference in length alone is a fault (infinite gap)."""
+def first_difference(
+    target: Target, prompt: list[int], ours: list[int], plain: list[int], sampler: Sampler | None = None
+) -> Difference | None:
+    """Compare two outputs of one request, greedy or sampled by ``sampler``; None if they are equal.
+
+    A difference in length alone is a fault (infinite gap).
+    """
     if ours == plain:
         return None
     common = min(len(ours), len(plain))
@@ -60,8 +77,10 @@ def first_difference(target: Target, prompt: list[int], ours: list[int], plain: 
     if index == common:
         ends = [row[index] if len(row) > common else None for row in (ours, plain)]
         return Difference(index, ends[0], ends[1], float("inf"), False)
-    logits = replay(target, prompt, plain[: index + 1])[index]
+    logits = replay(target, prompt, plain[: index + 1], sampler)[index]
     pair = logits[[ours[index], plain[index]]]
     # Both must be near the top: two equally unlikely tokens are no tie.
     margin = float(logits.max() - pair.min())
-    return Difference(index, ours[index], plain[index], margin, margin <= NEAR_TIE[target.dtype])
+    filtered = sampler is not None and sampler.filters and math.isinf(margin)
+    limit = NEAR_TIE[target.dtype] * (1.0 if sampler is None else sampler.sharpness)
+    return Difference(index, ours[index], plain[index], margin, margin <= limit or filtered)

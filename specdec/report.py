@@ -29,17 +29,14 @@ class Comparison:
     """Plain decoding of the same prompt in the same run.
 
     speedup: plain decode seconds per token over ours; None if either decoded no token after its first.
-    judged: whether the outputs can be compared (greedy decoding); sampled outputs are equal only in distribution.
-    difference: where two greedy outputs part, as replay of the raw logits explains it; None if they are equal, or if a
-        repetition penalty changed the logits that decided.
+    difference: where two outputs part, as replay of the logits explains it; None if they are equal, or may differ.
     lossy: the acceptance rule, if it may change the output; a difference is then no fault.
     agreement: share of our tokens that the full model would choose after those before them; known for lossy rules.
     """
 
     ours: GenerationOutput
     plain: GenerationOutput
-    judged: bool
-    difference: Difference | None
+    difference: Difference | None = None
     lossy: str = ""
     agreement: float | None = None
 
@@ -49,8 +46,8 @@ class Comparison:
         return ours / plain if ours > 0 and plain > 0 else None
 
     @property
-    def identical(self) -> bool | None:
-        return self.ours.token_ids == self.plain.token_ids if self.judged else None
+    def identical(self) -> bool:
+        return self.ours.token_ids == self.plain.token_ids
 
     @property
     def fault(self) -> bool:
@@ -59,13 +56,11 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        if not self.judged:
-            return "not comparable: sampling"
         if self.identical:
             return "yes"
         if self.lossy:
             return f"no: {self.lossy}"
-        return f"no ({self.difference or 'not explained: a repetition penalty changes the logits'})"
+        return f"no ({self.difference})"
 
     def facts(self) -> Facts:
         speed = "no decode step to time" if self.speedup is None else f"{self.speedup:.2f}x"

@@ -115,9 +115,13 @@ class Target(ABC):
     def choose(self, x: Tensor, *beside: Tensor) -> list[list[list[int]]]:
         """Final states [B, T, D] -> the token with the largest logit, the first of equals, as a list [B][T].
 
-        Before it come the lists of ``beside``, int64 [B, n] each: the device is read once.
+        -1 where the logits are not finite. Before it come the lists of ``beside``, int64 [B, n] each: the device is
+        read once.
         """
-        return download(*beside, kernels.argmax(self.readout(x)))
+        logits = self.readout(x)
+        best = kernels.argmax(logits)
+        finite = logits.gather(-1, best[..., None])[..., 0].isfinite()
+        return download(*beside, best.masked_fill(~finite, -1))
 
     def grow(self, cache: KVCache, seed: Seed, route: Route, bounds: Bounds) -> Candidates:
         """Draft a tree along ``route`` from ``seed``, for the one row of ``cache``, which is left as it was."""

@@ -7,7 +7,7 @@ memory that the system may move. So a round reads once, and writes from pinned m
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -28,6 +28,22 @@ def download(*tensors: Tensor) -> list[list[list[Any]]]:
     for tensor in tensors:
         ends.append(ends[-1] + tensor.shape[1])
     return [[row[start:end] for row in rows] for start, end in itertools.pairwise(ends)]
+
+
+class Stamp(Protocol):
+    """A point in a device's work, with its time once the device has got there."""
+
+    def elapsed_time(self, end: Any) -> float:
+        """Milliseconds to ``end``; both must have been reached."""
+
+
+def stamp(device: torch.device | None) -> Stamp | None:
+    """A stamp behind the work that ``device`` has been given so far; None where the host waits for it anyway."""
+    if device is None or device.type != "cuda":
+        return None
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
 
 
 def waits(device: torch.device) -> bool:

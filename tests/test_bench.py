@@ -206,9 +206,9 @@ def test_peak_memory_is_that_of_the_arm_at_work() -> None:
     assert busy.mb - idle.mb > 200 and busy.mb - after.mb > 200
 
 
-def test_sampled_outputs_are_not_judged(bench) -> None:
+def test_sampled_outputs_are_those_of_plain_decoding(bench) -> None:
     summary = measured(bench("--temperature", "0.9", "--json"))
-    assert [arm["equal_to_plain"] for arm in summary["arms"]] == [None, None]
+    assert all(arm["equal_to_plain"]["equal"] == arm["equal_to_plain"]["of"] > 0 for arm in summary["arms"])
 
 
 LOSSY = {"verifier": "confident", "verifier_options": {"exit_threshold": 0.0}}

@@ -149,16 +149,16 @@ def test_compare_in_json_times_both_arms(run) -> None:
     assert both["speedup"] == pytest.approx(speeds[0] / speeds[1])
 
 
-def test_compare_does_not_judge_samples(run) -> None:
-    result = run("hello", "--compare", "--temperature", "1")
-    assert result.exit_code == 0 and "plain decoding: not comparable: sampling" in result.stderr
+def test_sampled_text_is_that_of_plain_decoding(run) -> None:
+    result = run("hello", "--compare", "--temperature", "1", "--top-p", "0.9", "--repetition-penalty", "1.1")
+    assert result.exit_code == 0 and "identical to plain decoding: yes" in result.stderr
 
 
 def test_compare_reports_a_wrong_output_as_a_fault(run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def accept_all(self, draft, p, generators):
-        return specdec.Verdict([list(range(p.shape[1]))], [int(p[0, -1].argmax())])
+    def accept_all(self, draft, chosen, p):
+        return specdec.Acceptance([list(range(len(chosen[0])))], [chosen[0][-1]])
 
-    monkeypatch.setattr(registry.lookup("verifiers", "exact"), "judge", accept_all)
+    monkeypatch.setattr(registry.lookup("verifiers", "exact"), "verify", accept_all)
     result = run("hello hello hello", "--compare")
     assert result.exit_code == 1
     assert re.search(r"identical to plain decoding: no \(first difference at token \d+: FAULT", result.stderr)

@@ -209,17 +209,6 @@ def test_what_was_learned_about_a_drafter_begins_the_next_policy() -> None:
     )
 
 
-def test_without_live_figures_decisions_follow_acceptance_alone() -> None:
-    def depths(slow: float) -> list[int]:
-        policy, out, rng = AutoDepth(SCORE, [(3.0, 3.0)], live=False), [], random.Random(7)
-        for _ in range(200):
-            out.append(policy.depth(1))
-            policy.observe([out[-1]], [rng.randrange(out[-1] + 1)], 1 + out[-1], slow * out[-1], slow)
-        return out
-
-    assert depths(1.0) == depths(900.0)
-
-
 def test_large_batches_make_deep_drafts_dear() -> None:
     policy = AutoDepth(SCORE, [(1.0, 1.0)])
     simulate(0.7, 1.0, 600, random.Random(8), policy)

@@ -1,4 +1,4 @@
-"""Exact acceptance follows the target's distribution: chi-square on joint outcomes, with controls that must fail."""
+"""Sampling follows the target's distribution whatever is drafted: chi-square on joint outcomes, with controls."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from specdec.draft import Draft, Verdict
-from specdec.sampling import draw, one_hot
+from specdec.draft import Acceptance, Draft, Verifier
+from specdec.sampling import Noise, Sampler, SamplingParams, streams
 from specdec.verifiers.exact import ExactVerifier
 
 V, DEPTH, RUNS = 3, 3, 6000
@@ -34,114 +34,177 @@ def matrix(seed: int, zeros: bool = False) -> Tensor:
     return p / p.sum(-1, keepdim=True)
 
 
-TARGET = matrix(1)
-# How a node's token is drafted: a chain matrix to draw from and report, or a rule that is deterministic.
-DRAFTS = {
-    "q differs": matrix(2),
-    "q = p": TARGET,
-    "q = 0 where p > 0": matrix(3, zeros=True),
-    "q one-hot": one_hot(torch.tensor([2, 0, 1]), V),
-    "deterministic": None,
+TARGET = matrix(1, zeros=True)
+Choose = Callable[[Tensor, int], int]  # the token that a distribution [V] and a position's noise give
+Script = Callable[[Choose, int, int], list[tuple[int, int]]]  # (choose, root, its position) -> (token, parent) nodes
+
+
+def drawn(q: Tensor) -> Script:
+    """Drafts what ``q`` chooses under the target's own noise, a sibling beside each token."""
+
+    def script(choose: Choose, root: int, at: int) -> list[tuple[int, int]]:
+        first = choose(q[root], at + 1)
+        second = choose(q[first], at + 2)
+        return [(first, 0), (second, 1), ((first + 1) % V, 0), ((second + 2) % V, 1)]
+
+    return script
+
+
+def knows(wanted: bool) -> Script:
+    """Drafts just what the target will choose, or never."""
+
+    def script(choose: Choose, root: int, at: int) -> list[tuple[int, int]]:
+        first = (choose(TARGET[root], at + 1) + (not wanted)) % V
+        return [(first, 0), ((choose(TARGET[first], at + 2) + (not wanted)) % V, 1)]
+
+    return script
+
+
+DRAFTS: dict[str, Script] = {
+    "q differs": drawn(matrix(2)),
+    "q = p": drawn(TARGET),
+    "q = 0 where p > 0": drawn(matrix(3, zeros=True)),
+    "deterministic": lambda choose, root, at: [((root + 2) % V, 0), ((root + 1) % V, 1), ((root + 1) % V, 0)],
+    "knows the choice": knows(True),
+    "avoids the choice": knows(False),
+    "nothing": lambda choose, root, at: [],
 }
 
 
-def chain(q: Tensor | None, generator: torch.Generator) -> Draft:
-    tokens, rows, last = [], [], 0
-    for _ in range(DEPTH - 1):
-        row = one_hot(torch.tensor((last + 1) % V), V) if q is None else q[last]
-        [last] = draw(row[None], [generator])
-        tokens.append(last)
-        rows.append(row)
-    return Draft(torch.tensor([tokens]), (0, 1), None if q is None else torch.stack(rows)[None])
-
-
-def tree(q: Tensor | None, generator: torch.Generator) -> Draft:
-    """Two siblings drawn without replacement after the root, one child under each."""
-    first = torch.ones(V) / V if q is None else q[0]
-    if q is None:
-        a, b, second = 1, 2, None
-    else:
-        [a] = draw(first[None], [generator])
-        rest = first.clone()
-        rest[a] = 0
-        # A point mass leaves nothing to draw a second sibling from: draw it from another distribution.
-        second = rest / rest.sum() if rest.sum() > 0 else torch.ones(V) / V
-        [b] = draw(second[None], [generator])
-    under = [one_hot(torch.tensor((t + 1) % V), V) if q is None else q[t] for t in (a, b)]
-    c, d = (draw(row[None], [generator])[0] for row in under)
-    rows = None if q is None else torch.stack([first, second, *under])[None]
-    return Draft(torch.tensor([[a, b, c, d]]), (0, 0, 1, 2), rows)
-
-
-def sample(make: Callable[[Tensor | None, torch.Generator], Draft], q: Tensor | None, verifier: object) -> float:
-    """P-value of DEPTH tokens after token 0, decoded by rounds of ``verifier`` (the last round is cut)."""
-    generator = torch.Generator().manual_seed(7)
+def sample(script: Script, verifier: Verifier, noise: Callable[[int], Callable[[int, int], Tensor]] = Noise) -> float:
+    """P-value of DEPTH tokens after token 0, decoded by steps of ``verifier`` (the last step is cut)."""
     counts: Counter[tuple[int, ...]] = Counter()
-    for _ in range(RUNS):
-        out: list[int] = []
-        while len(out) < DEPTH:
-            root = out[-1] if out else 0
-            # The draft starts from token 0 always: a poor draft must not matter.
-            draft = make(q, generator)
-            block = torch.tensor([root, *draft.tokens[0].tolist()])
-            verdict = verifier.judge(draft, TARGET[block][None], [generator])  # type: ignore[attr-defined]
-            out += [int(draft.tokens[0, n - 1]) for n in verdict.paths[0][1:]] + verdict.next_tokens
-        counts[tuple(out[:DEPTH])] += 1
+    for run in range(RUNS):
+        own = noise(run)
+
+        def choose(p: Tensor, position: int, own: Callable[[int, int], Tensor] = own) -> int:
+            return int((p.log() + own(position, V)).argmax())
+
+        out = [0]
+        while len(out) <= DEPTH:
+            at = len(out) - 1
+            nodes = script(choose, out[-1], at)
+            tokens, parents = [t for t, _ in nodes], tuple(p for _, p in nodes)
+            draft = Draft([tokens], parents)
+            block = [out[-1], *tokens]
+            chosen = [choose(TARGET[t], at + 1 + depth) for t, depth in zip(block, draft.depths(), strict=True)]
+            accepted = verifier.verify(draft, [chosen], TARGET[block][None])
+            out += [tokens[n - 1] for n in accepted.paths[0][1:]] + accepted.next_tokens
+        counts[tuple(out[1 : DEPTH + 1])] += 1
     expected = {
         o: float(TARGET[0, o[0]] * TARGET[o[0], o[1]] * TARGET[o[1], o[2]]) for o in product(range(V), repeat=DEPTH)
     }
     return p_value(counts, expected, RUNS)
 
 
-@pytest.mark.parametrize("make", [chain, tree])
 @pytest.mark.parametrize("kind", DRAFTS)
-def test_sampling_is_exact(make: Callable[[Tensor | None, torch.Generator], Draft], kind: str) -> None:
-    assert sample(make, DRAFTS[kind], ExactVerifier()) > 1e-3
+def test_sampling_is_exact(kind: str) -> None:
+    assert sample(DRAFTS[kind], ExactVerifier()) > 1e-3
 
 
-class KeepsAll:
-    """Control: every drafted token stands."""
+class AcceptsAll(Verifier):
+    """Control: every drafted token of the chain is accepted."""
 
-    def judge(self, draft: Draft, p: Tensor, generators: list[torch.Generator]) -> Verdict:
-        path = [0, *range(1, 1 + draft.tokens.shape[1])]
-        return Verdict([path], draw(p[:, path[-1]], generators))
+    name, lossless = "accepts all", True
 
-
-class NoResidual(ExactVerifier):
-    """Control: after a rejection the correction is drawn from p instead of the residual."""
-
-    def judge(self, draft: Draft, p: Tensor, generators: list[torch.Generator]) -> Verdict:
-        verdict = super().judge(draft, p, generators)
-        return Verdict(verdict.paths, draw(p[:, verdict.paths[0][-1]], generators))
-
-
-class WrongQ(ExactVerifier):
-    """Control: a deterministic draft judged as if it had been drawn from a flat q."""
-
-    def judge(self, draft: Draft, p: Tensor, generators: list[torch.Generator]) -> Verdict:
-        flat = torch.full((1, draft.tokens.shape[1], V), 1 / V)
-        return super().judge(Draft(draft.tokens, draft.parents, flat), p, generators)
+    def verify(self, draft: Draft, chosen: list[list[int]], p: Tensor | None) -> Acceptance:
+        paths = []
+        for tokens in draft.lists():
+            path = [0]
+            for node, parent in enumerate(draft.parents, start=1):
+                if parent == path[-1] and tokens[node - 1] >= 0:
+                    path.append(node)
+            paths.append(path)
+        return Acceptance(paths, [row[path[-1]] for row, path in zip(chosen, paths, strict=True)])
 
 
-@pytest.mark.parametrize(
-    ("verifier", "kind"), [(KeepsAll(), "q differs"), (NoResidual(), "q differs"), (WrongQ(), "deterministic")]
-)
-def test_biased_rules_are_caught(verifier: object, kind: str) -> None:
-    assert sample(chain, DRAFTS[kind], verifier) < 1e-6
+class AcceptsLikely(ExactVerifier):
+    """Control: a drafted token that the target likes well enough is accepted, too."""
+
+    def verify(self, draft: Draft, chosen: list[list[int]], p: Tensor | None) -> Acceptance:
+        assert p is not None
+        own = [row.copy() for row in chosen]
+        for node, parent in enumerate(draft.parents):
+            if parent == node and p[0, parent, draft.lists()[0][node]] > 0.4:
+                own[0][parent] = draft.lists()[0][node]
+        return super().verify(draft, own, p)
 
 
-def test_greedy_takes_the_matching_sibling_and_uses_no_random_numbers() -> None:
-    generator = torch.Generator().manual_seed(0)
-    before = generator.get_state()
+@pytest.mark.parametrize("verifier", [AcceptsAll(), AcceptsLikely()])
+def test_biased_rules_are_caught(verifier: Verifier) -> None:
+    assert sample(DRAFTS["deterministic"], verifier) < 1e-6
+
+
+def test_noise_that_repeats_is_caught() -> None:
+    def repeats(seed: int) -> Callable[[int, int], Tensor]:
+        own = Noise(seed)
+        return lambda position, size: own(0, size)
+
+    assert sample(DRAFTS["q = p"], ExactVerifier(), repeats) < 1e-6
+
+
+def test_greedy_takes_the_matching_sibling() -> None:
     draft = Draft(torch.tensor([[2, 1, 0, -1]]), (0, 0, 2, 3))
-    p = one_hot(torch.tensor([[1, 0, 0, 2, 2]]), 3)
-    verdict = ExactVerifier().judge(draft, p, [generator])
-    assert verdict == Verdict([[0, 2, 3]], [2])
-    assert torch.equal(generator.get_state(), before)
+    assert ExactVerifier().verify(draft, [[1, 0, 0, 2, 2]], None) == Acceptance([[0, 2, 3]], [2])
+    assert ExactVerifier().verify(draft, [[-1, 0, 0, 2, 2]], None) == Acceptance([[0]], [-1])  # -1 matches nothing
 
 
-def test_rejection_with_no_mass_left_falls_back_to_p() -> None:
-    p = torch.tensor([[[0.5, 0.5, 0.0]] * 2])
-    draft = Draft(torch.tensor([[2]]), (0,), p[:, :1])  # drawn where p = q = 0: only rounding can do that
-    verdict = ExactVerifier().judge(draft, p, [torch.Generator().manual_seed(0)])
-    assert verdict.paths == [[0]] and verdict.next_tokens[0] in (0, 1)
+# -- the noise --------------------------------------------------------------------------------------------------------
+
+
+def test_noise_depends_on_seed_stream_and_position_alone() -> None:
+    noise = Noise(5, 1)
+    later, first = noise(9, 50).clone(), noise(2, 50).clone()
+    again = Noise(5, 1)
+    assert torch.equal(again(2, 50), first) and torch.equal(again(9, 50), later)
+    others = (Noise(6, 1)(2, 50), Noise(5, 2)(2, 50), Noise(5, 1)(3, 50), Noise(6, 0)(2, 50))
+    assert all(not torch.equal(other, first) for other in others)
+    again.forget(9)
+    assert list(again.made) == [9] and torch.equal(again(2, 50), first)
+
+
+def test_streams_of_near_seeds_are_independent() -> None:
+    """Draws of seed s, stream 1 and of seed s + 1, stream 0 from one distribution: all pairs as often as due."""
+    p, counts = torch.tensor([0.5, 0.3, 0.2]), Counter[tuple[int, ...]]()
+    for seed in range(3000):
+        pair = [int((p.log() + noise(4, 3)).argmax()) for noise in (Noise(seed, 1), Noise(seed + 1, 0))]
+        counts[tuple(pair)] += 1
+    expected = {(a, b): float(p[a] * p[b]) for a, b in product(range(3), repeat=2)}
+    assert p_value(counts, expected, 3000) > 1e-3
+
+
+def test_rare_tokens_are_drawn_as_rarely_as_they_should() -> None:
+    """A noise of too few bits would draw some token of a large vocabulary out of turn."""
+    scores = torch.full((1, 1, 50_000), -40.0)
+    scores[..., 7] = 0.0
+    sampler = Sampler(SamplingParams(1.0))
+    drawn_ = [int(sampler.choose(scores, [[position]])[0, 0]) for position in range(300)]
+    assert set(drawn_) == {7}
+
+
+def test_rows_of_a_batch_may_differ_and_are_those_of_a_row_alone() -> None:
+    logits = torch.randn(3, 2, 20, generator=torch.Generator().manual_seed(0))
+    at = [[4, 5], [9, 10], [4, 5]]
+    params = (SamplingParams(0.8, top_k=5, seed=3), SamplingParams(), SamplingParams(0.8, top_k=5, seed=4))
+    together = Sampler(params[0])
+    for more in params[1:]:
+        together.join(Sampler(more))
+    chosen = together.choose(together.scores(logits, lambda: []), at)
+    for b, own in enumerate(params):
+        alone = Sampler(own)
+        assert torch.equal(alone.choose(alone.scores(logits[b : b + 1], lambda: []), [at[b]])[0], chosen[b])
+    assert torch.equal(chosen[1], logits[1].argmax(-1)) and not together.plain_greedy
+    together.select([2, 1])
+    assert torch.equal(together.choose(together.scores(logits[[2, 1]], lambda: []), [at[2], at[1]]), chosen[[2, 1]])
+
+
+def test_logits_that_are_not_finite_give_no_token() -> None:
+    scores = torch.zeros(1, 4, 5)
+    scores[0, 1, 2], scores[0, 2, 3] = float("nan"), float("inf")
+    scores[0, 3] = float("-inf")
+    for params in (SamplingParams(), SamplingParams(1.0)):
+        assert (Sampler(params).choose(scores, [[1, 2, 3, 4]])[0] < 0).tolist() == [False, True, True, True]
+
+
+def test_streams_tell_equal_prompts_apart_and_nothing_else() -> None:
+    assert streams([[1], [2], [1], [1, 2], [2], [1]]) == [0, 0, 1, 0, 1, 2]

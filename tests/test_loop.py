@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, permutations
 
 import pytest
 import torch
@@ -12,16 +11,15 @@ from conftest import Scripted, greedy_reference, tiny_model
 from transformers import LogitsProcessor, PreTrainedModel
 from zoo import PROMPTS, every, m2r2, run
 
-from specdec import loop
+from specdec import SpecDecError
 from specdec.depth import FixedDepth
-from specdec.draft import Draft, Verdict, Verifier
+from specdec.draft import Draft, DrafterWarning, State
+from specdec.drafters.early_exit import EarlyExitDrafter
 from specdec.drafters.none import NoDrafter
 from specdec.loop import Loop
-from specdec.sampling import Sampler, SamplingParams, one_hot
+from specdec.sampling import Sampler, SamplingParams, streams
 from specdec.target import ReferenceTarget
-from specdec.verifiers.confident import ConfidentVerifier
 from specdec.verifiers.exact import ExactVerifier
-from specdec.verifiers.typical import TypicalVerifier
 
 
 @pytest.mark.parametrize("depth", [1, 3, 7])
@@ -151,7 +149,7 @@ class OnlyOddAfterEven(LogitsProcessor):
 
 def test_custom_processors_see_the_path_to_their_node(llama: PreTrainedModel) -> None:
     target = ReferenceTarget(llama)
-    drafter = Scripted(lambda ids, limit: [(4, 0), (5, 0), (6, 1), (7, 2), (7, 1)])
+    drafter = Scripted(lambda ids, limit: [(4, 0), (5, 0), (6, 1), (7, 2), (7, 1)] if limit > 1 else [(4, 0), (5, 0)])
     drafter.bind(target)
     sampler = Sampler(SamplingParams(), [OnlyOddAfterEven()])
     loop = Loop(target, drafter, ExactVerifier(), sampler, [PROMPTS[0]], [20], lambda r, t: None, FixedDepth(4))
@@ -195,38 +193,133 @@ def test_long_prompts_are_prefilled_in_chunks(monkeypatch: pytest.MonkeyPatch) -
         assert run(target, drafter, PROMPTS, 12)[0] == [greedy_reference(model, p, 12) for p in PROMPTS], name
 
 
-@dataclass
-class Unhashable(ExactVerifier):
-    """A rule that cannot be the key of a dictionary."""
-
-    calls: int = 0
-
-    def judge(self, draft: Draft, p: torch.Tensor, generators: list[torch.Generator]) -> Verdict:
-        self.calls += 1
-        return super().judge(draft, p, generators)
+# -- what goes wrong --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rule", [ExactVerifier(), TypicalVerifier(), ConfidentVerifier(), Unhashable()])
-def test_kept_verdicts_on_greedy_drafts_are_the_rules_own(rule: Verifier) -> None:
-    source = torch.Generator().manual_seed(3)
-    pick = lambda high, *size: torch.randint(0, high, size, generator=source).tolist()  # noqa: E731
-    for _ in range(200):
-        count = 1 + pick(6, 1)[0]
-        parents = tuple(pick(node, 1)[0] for node in range(1, count + 1))
-        seen: list[set[int]] = [set() for _ in range(count + 1)]  # by parent: siblings differ
-        tokens = []
-        for parent in parents:
-            free = sorted({*range(-1, 7)} - (seen[parent] - {-1}))
-            tokens.append(free[pick(len(free), 1)[0]])
-            seen[parent].add(tokens[-1])
-        choice = pick(7, 1, count + 1)
-        draft, generators = Draft([tokens], parents), [torch.Generator()]
-        direct = rule.judge(draft, one_hot(torch.tensor(choice), 7), generators)
-        assert loop._judge_choice(rule, draft, choice) == direct
+class Breaks(ReferenceTarget):
+    """Logits are not finite where the token at ``position`` is chosen."""
+
+    position = 9
+
+    def layers(self, x, lo, hi, positions, *args, **kwargs):
+        x = super().layers(x, lo, hi, positions, *args, **kwargs)
+        broken = (positions == self.position - 1) & (hi == self.num_layers)
+        return x.masked_fill(broken[..., None], float("nan"))
 
 
-def test_a_verdict_is_kept_for_its_rule_alone() -> None:
-    first, second = Unhashable(), Unhashable()
-    for rule, calls in ((first, 1), (first, 1), (second, 1)):
-        verdict = loop._judge_choice(rule, Draft([[4, 9], [9, 4]], (0, 1)), [[4, 9, 3], [9, 4, 8]])
-        assert verdict == Verdict([[0, 1, 2]] * 2, [3, 8]) and rule.calls == calls
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS])
+def test_logits_that_are_not_finite_end_it_with_one_error_and_lose_nothing(
+    llama: PreTrainedModel, temperature: float, prompts: list[list[int]]
+) -> None:
+    whole, _ = run(ReferenceTarget(llama), NoDrafter(), prompts, 20, eos=None, temperature=temperature)
+    out: list[list[int]] = [[] for _ in prompts]
+    target = Breaks(llama)
+    ahead = {tuple(p): row for p, row in zip(prompts, whole, strict=True)}
+
+    def script(ids: list[int], limit: int) -> list[tuple[int, int]]:
+        prompt = next(p for p in ahead if tuple(ids[: len(p)]) == p)
+        return [(token, i) for i, token in enumerate(ahead[prompt][len(ids) - len(prompt) :][:limit])]
+
+    drafter = Scripted(script)  # the broken position lies inside an accepted draft
+    drafter.bind(target)
+    sampler = Sampler(SamplingParams(temperature), streams=streams(prompts))
+    generation = Loop(
+        target, drafter, ExactVerifier(), sampler, prompts, [20] * len(prompts), lambda r, t: None, FixedDepth(3)
+    )
+    with pytest.raises(SpecDecError, match=r"logits are not finite at position 9.*float32"):
+        for events in generation.rounds():
+            for row, tokens in events:
+                out[row] += tokens
+    longest = max(prompts, key=len)
+    assert len(longest) + len(out[prompts.index(longest)]) == 9
+    assert all(tokens == right[: len(tokens)] for tokens, right in zip(out, whole, strict=True))
+
+
+FAULTY = {
+    "raises": lambda ids, limit: 1 // 0,
+    "a token outside the vocabulary": lambda ids, limit: [(97, 0)],
+    "a negative token": lambda ids, limit: [(-2, 0)],
+    "too deep": lambda ids, limit: [(5, i) for i in range(limit + 1)],
+    "a parent that comes later": lambda ids, limit: [(5, 1), (6, 0)],
+    "a negative parent": lambda ids, limit: [(5, -1)],
+}
+
+
+@pytest.mark.parametrize("name", FAULTY)
+def test_a_faulty_drafter_is_dropped_and_decoding_goes_on(llama: PreTrainedModel, name: str) -> None:
+    script, calls = FAULTY[name], 0
+
+    def later(ids: list[int], limit: int) -> list[tuple[int, int]]:
+        nonlocal calls
+        calls += 1
+        return script(ids, limit) if calls > 2 else [(7, 0)]  # type: ignore[return-value]
+
+    with pytest.warns(DrafterWarning, match="decoding goes on without it"):
+        out, _ = run(ReferenceTarget(llama), Scripted(later), PROMPTS[:1], 20)
+    assert out == [greedy_reference(llama, PROMPTS[0], 20)] and calls == 3
+
+
+@pytest.mark.parametrize("method", ["start", "observe", "select"])
+def test_a_drafter_that_fails_elsewhere_is_dropped_too(llama: PreTrainedModel, method: str) -> None:
+    right = [greedy_reference(llama, prompt, 20) for prompt in PROMPTS]
+    drafter = Scripted(lambda ids, limit: [(right[0][len(ids) - 4], 0)] if ids[:4] == PROMPTS[0] else [])  # ends first
+
+    def fails(*args: object) -> None:
+        raise IndexError("index 9 is out of bounds")
+
+    setattr(drafter, method, fails)
+    with pytest.warns(DrafterWarning, match="IndexError: index 9"):
+        assert run(ReferenceTarget(llama), drafter, PROMPTS, 20)[0] == right
+
+
+def test_what_a_failed_drafter_left_in_the_cache_is_rolled_back(llama: PreTrainedModel) -> None:
+    target = ReferenceTarget(llama)
+
+    class HalfWay(Scripted):
+        def propose(self, state: State, limit: int) -> Draft:
+            x = state.target.embed(state.roots, state.positions)
+            state.target.layers(x, 0, 2, state.positions, state.cache.mask(0, state.positions), state.cache)
+            raise RuntimeError("half way")
+
+    with pytest.warns(DrafterWarning, match="half way"):
+        assert run(target, HalfWay(None), PROMPTS, 20)[0] == [greedy_reference(llama, p, 20) for p in PROMPTS]
+
+
+# -- seeds ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_seed_gives_the_text_of_plain_decoding_whatever_drafts_at_whatever_depth(llama: PreTrainedModel) -> None:
+    target = ReferenceTarget(llama)
+    plain, _ = run(target, NoDrafter(), PROMPTS, 16, temperature=1.5, top_p=0.9, seed=4)
+    assert plain != run(target, NoDrafter(), PROMPTS, 16, temperature=1.5, top_p=0.9, seed=5)[0]
+    for depth in (1, 4):
+        for name, drafter in every(target).items():
+            assert run(target, drafter, PROMPTS, 16, depth, temperature=1.5, top_p=0.9, seed=4)[0] == plain, name
+
+
+def test_a_row_depends_neither_on_its_neighbours_nor_on_its_place(llama: PreTrainedModel) -> None:
+    target, drafter = ReferenceTarget(llama), EarlyExitDrafter(3)
+    alone = {tuple(p): run(target, drafter, [p], 16, temperature=1.2, seed=4)[0][0] for p in PROMPTS}
+    for order in permutations(PROMPTS):
+        out, _ = run(target, drafter, list(order), 16, temperature=1.2, seed=4)
+        assert out == [alone[tuple(p)] for p in order]
+    twice, _ = run(target, drafter, [PROMPTS[0], PROMPTS[1], PROMPTS[0]], 16, temperature=1.2, seed=4)
+    assert twice[0] == alone[tuple(PROMPTS[0])] != twice[2]
+
+
+def test_guests_keep_their_own_sampler(llama: PreTrainedModel) -> None:
+    """Rows that join are sampled by their own parameters to the end, and so are those that were there."""
+    target = ReferenceTarget(llama)
+    host, guest = SamplingParams(1.2, seed=3), SamplingParams(2.0, top_k=9, seed=8)
+    right = [run(target, NoDrafter(), [PROMPTS[i]], 12, eos=None, **vars(p))[0][0] for i, p in enumerate((host, guest))]
+    out: dict[int, list[int]] = {0: [], 1: []}
+    stop = lambda row, token: None  # noqa: E731
+    generation = Loop(target, NoDrafter(), ExactVerifier(), Sampler(host), PROMPTS[:1], [12], stop, FixedDepth(0))
+    rounds = generation.rounds()
+    out[0] += next(rounds)[0][1] + next(rounds)[0][1]
+    out[1] += generation.admit(PROMPTS[1:2], [12], Sampler(guest))[0][1]
+    for events in rounds:
+        for row, tokens in events:
+            out[row] += tokens
+    assert [out[0], out[1]] == right

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from conftest import Scripted
 from transformers import PreTrainedModel
 
-from specdec import loop, metrics
+from specdec import metrics
 from specdec.depth import FixedDepth
 from specdec.loop import Loop
 from specdec.sampling import Sampler, SamplingParams
@@ -36,7 +37,7 @@ def test_the_ledger_books_each_phase_and_sums_up_to_the_wall(llama: PreTrainedMo
     )
     drafter.bind(target)
     monkeypatch.setattr(drafter, "propose", takes(3.0, drafter.propose))
-    monkeypatch.setattr(loop, "_judge_choice", takes(2.0, loop._judge_choice))
+    monkeypatch.setattr(verifier, "verify", takes(2.0, verifier.verify))
     monkeypatch.setattr(target, "layers", takes(5.0, target.layers))
     monkeypatch.setattr(drafter, "observe", takes(1.0, drafter.observe))
     policy = FixedDepth(3)
@@ -59,3 +60,31 @@ def test_the_ledger_books_each_phase_and_sums_up_to_the_wall(llama: PreTrainedMo
         "overhead": 0.75 * rounds,
     }
     assert sum(m.ledger.values()) == pytest.approx(now - away) == m.prefill_seconds + m.decode_seconds
+
+
+def test_what_a_device_drafts_behind_the_host_is_booked_as_drafting(monkeypatch) -> None:
+    """Launching takes 1 s, drafting 6 s on the device, scoring 3 s; the host waits when it reads."""
+    host = device = 0.0
+
+    class Event:
+        def __init__(self) -> None:
+            self.at = max(host, device)
+
+        def elapsed_time(self, end: Event) -> float:
+            return 1e3 * (end.at - self.at)
+
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: host)
+    monkeypatch.setattr(metrics, "stamp", lambda device: Event())
+    ledger = metrics.Ledger(torch.device("cuda"))
+    for _ in range(2):
+        host = max(host, device)
+        ledger.restart()
+        ledger.begin()
+        host, device = host + 1, host + 6
+        ledger.mark("draft")
+        host, device = host + 1, device + 3
+        host = max(host, device)
+        ledger.mark("score")
+        ledger.mark("commit")
+        assert ledger.step == {"draft": 6.0, "score": 3.0, "commit": 0.0}
+    assert ledger.seconds == {"draft": 12.0, "score": 6.0, "commit": 0.0}

@@ -8,55 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Scripted, greedy_reference, tiny_model
+from test_exact import AcceptsAll
 from tiny import save_tiny
 from typer.testing import CliRunner
 
 from specdec import SpecDecoder, cli
-from specdec.draft import Draft, Verdict
-from specdec.sampling import SamplingParams, draw
+from specdec.sampling import Noise, SamplingParams
 from specdec.verifiers.exact import ExactVerifier
-from specdec.verify.checks import Greedy, chi_square_tail, expected, fit, misfits
+from specdec.verify.checks import Fit, Greedy, chi_square_tail, expected, fit, misfits
 
 PROMPT = [5, 17, 9, 3, 21, 17, 9]
-
-
-class Sampled(Scripted):
-    """Drafts a chain of tokens drawn from one fixed distribution, and says so in ``q``."""
-
-    def __init__(self, q: torch.Tensor) -> None:
-        super().__init__(None)
-        self.q = q
-
-    def propose(self, state, limit: int) -> Draft:
-        rows = [[draw(self.q[None], [g])[0] for _ in range(limit)] for g in state.sampler.generators]
-        q = self.q.expand(len(rows), limit, -1)
-        return Draft(torch.tensor(rows), tuple(range(limit)), q.clone())
-
-
-class Rule:
-    """A wrong acceptance rule of a chain: ``wrong`` names the mistake."""
-
-    name = "rule"
-    lossless = True  # it says so
-
-    def __init__(self, wrong: str) -> None:
-        self.wrong = wrong
-
-    def judge(self, draft: Draft, p: torch.Tensor, generators: list[torch.Generator]) -> Verdict:
-        paths, nexts = [], []
-        for b, tokens in enumerate(draft.tokens.tolist()):
-            path = [0]
-            for node, token in enumerate(tokens, start=1):
-                q = draft.q[b, node - 1]
-                ratio = float(p[b, node - 1, token] / q[token])
-                if self.wrong == "accepts all" or float(torch.rand((), generator=generators[b])) < ratio:
-                    path.append(node)
-                else:
-                    break
-            rest = p[b, path[-1]]  # "no residual": the rejected token may be drawn again
-            paths.append(path)
-            nexts += draw(rest[None], [generators[b]])
-        return Verdict(paths, nexts)
 
 
 @pytest.fixture(scope="module")
@@ -64,43 +25,37 @@ def model():
     return tiny_model("llama", vocab_size=24)
 
 
-@pytest.fixture(scope="module")
-def peaked(model) -> torch.Tensor:
-    """A distribution to draft from that is far from the model's."""
-    return torch.linspace(0, 3, 24).softmax(0)
+def drafting(ids: list[int], limit: int) -> list[tuple[int, int]]:
+    return [((7 * len(ids) + i) % 24, i) for i in range(limit)]
 
 
-def sampling(model, drafter, verifier, draws: int = 600):
-    decoder = SpecDecoder(model, drafter=drafter, verifier=verifier)
-    return fit(decoder, PROMPT, 0, draws, SamplingParams(1.0, seed=3), 3)
+def sampling(model, verifier, draws: int = 300, **more: int) -> Fit:
+    decoder = SpecDecoder(model, drafter=Scripted(drafting), verifier=verifier)
+    return fit(decoder, PROMPT, 0, draws, SamplingParams(1.0, seed=3, **more), 3)
 
 
 @pytest.mark.parametrize("top_k", [0, 6])
-def test_exact_sampling_fits(model, peaked, top_k: int) -> None:
-    decoder = SpecDecoder(model, drafter=Sampled(peaked))
-    found = fit(decoder, PROMPT, 0, 300, SamplingParams(1.0, top_k=top_k, seed=3), 3)
-    assert found.tokens > 1000 and found.impossible == 0 and not misfits([found])
+def test_exact_sampling_fits(model, top_k: int) -> None:
+    found = sampling(model, "exact", top_k=top_k)
+    assert found.tokens > 1000 and found.choices == found.tokens and not misfits([found])
 
 
-@pytest.mark.parametrize("wrong", ["accepts all", "no residual"])
-def test_biased_rules_are_caught(model, peaked, wrong: str) -> None:
-    assert misfits([sampling(model, Sampled(peaked), Rule(wrong))])
+def test_a_rule_that_lets_drafts_through_is_caught(model) -> None:
+    found = sampling(model, AcceptsAll(), 16)
+    assert found.faults and misfits([found])
 
 
-def test_a_drafter_that_lies_about_its_distribution_is_caught(model, peaked) -> None:
-    class Liar(Sampled):
-        def propose(self, state, limit: int) -> Draft:
-            draft = super().propose(state, limit)
-            draft.q = torch.full_like(draft.q, 1 / 24)
-            return draft
-
-    assert misfits([sampling(model, Liar(peaked), ExactVerifier())])
+def test_noise_that_is_not_gumbel_is_caught(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drafts then have no influence, but tokens are not drawn from the model's distribution."""
+    noise = Noise.__call__
+    monkeypatch.setattr(Noise, "__call__", lambda self, position, size: 0.8 * noise(self, position, size))
+    found = sampling(model, "exact", 600)
+    assert not found.faults and misfits([found])
 
 
 def test_tokens_of_probability_zero_are_caught_however_few(model) -> None:
-    found = sampling(model, "none", "exact", draws=16)
-    assert not misfits([found])
     decoder = SpecDecoder(model, drafter="none")
+    assert not misfits([fit(decoder, PROMPT, 0, 16, SamplingParams(1.0, top_k=2, seed=3), 3)])
     generate = decoder.generate_batch
     decoder.generate_batch = lambda prompts, **more: generate(prompts, **more | {"top_k": 0})  # forgets top-k
     found = fit(decoder, PROMPT, 0, 16, SamplingParams(1.0, top_k=2, seed=3), 3)
@@ -197,11 +152,7 @@ def test_bfloat16_is_replayed(run) -> None:
 
 
 def test_a_biased_rule_fails_with_exit_code_1(run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def accept_first(self, draft, p, generators):
-        depth = [[0, *range(1, 1 + sum(t >= 0 for t in row[:1]))] for row in draft.tokens.tolist()]
-        return Verdict(depth, draw(p[range(len(depth)), [path[-1] for path in depth]], generators))
-
-    monkeypatch.setattr(ExactVerifier, "judge", accept_first)
+    monkeypatch.setattr(ExactVerifier, "verify", AcceptsAll().verify)
     result = run("--depths", "3", "--draws", "0")
     assert result.exit_code == 1 and "Losslessness: FAILED" in result.stdout and "FAULT at depth 3" in result.stdout
 

@@ -25,7 +25,7 @@ from specdec.drafters.none import NoDrafter
 from specdec.drafters.prompt_lookup import PromptLookupDrafter
 from specdec.drafters.skip_decode import SkipDecodeDrafter
 from specdec.loop import Loop
-from specdec.sampling import Sampler, SamplingParams
+from specdec.sampling import Sampler, SamplingParams, streams
 from specdec.target import ReferenceTarget, Target
 from specdec.verifiers.exact import ExactVerifier
 
@@ -46,7 +46,7 @@ def run(
 ) -> tuple[list[list[int]], Loop]:
     """The new tokens of each prompt, at most ``count``, and the loop that made them."""
     drafter.bind(target)
-    sampler = Sampler(SamplingParams(**sampling), rows=len(prompts))  # type: ignore[arg-type]
+    sampler = Sampler(SamplingParams(**sampling), streams=streams(prompts))  # type: ignore[arg-type]
     out: list[list[int]] = [[] for _ in prompts]
     limits = [count] * len(prompts)
     stop = lambda row, token: "eos" if token == eos else None  # noqa: E731

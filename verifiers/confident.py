@@ -1,8 +1,8 @@
-"""Dynamic computing: a drafted token stands unjudged, because the drafter was sure of it when it left the model early.
+"""Dynamic computing: a drafted token is accepted without scoring if the drafter was sure of it when it left the model.
 
 Lossy: the output is the full model's only as far as the drafter's confidence deserves it. The threshold is the
 drafter's to keep (``State.threshold``): it drafts a token only if it gives it at least this probability of being the
-full model's. The pass that would have judged the draft fills in the layers the drafted tokens skipped, all at once
+full model's. The pass that would have scored the draft fills in the layers the drafted tokens skipped, all at once
 and exactly, and yields the token after them, which is always the full model's (early exiting as in CALM, arXiv
 2207.07061). CALM's own way, to propagate states, is an option: the layers above a token's exit then get their keys and
 values from its state there, approximately, and only the last token is run through them.
@@ -12,19 +12,17 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from specdec import options
-from specdec.draft import Draft, Verdict
+from specdec.draft import Acceptance, Draft, Verifier
 from specdec.errors import SpecDecError
-from specdec.sampling import draw
 
 FILLS = ("exact", "propagate")
 
 
-class ConfidentVerifier:
-    """Keeps every drafted token of the chain (of a tree: the first child's path), and draws the next one from p.
+class ConfidentVerifier(Verifier):
+    """Accepts every drafted token of the chain (of a tree: the first child's path); the target chooses the next one.
 
     exit_threshold: least confidence, in [0, 1], with which a token may leave early; 0 asks for none. fill: "exact", or
     "propagate" for drafters whose tokens leave with a state of the model. Raises SpecDecError for any other value.
@@ -44,12 +42,13 @@ class ConfidentVerifier:
         """How results name the rule."""
         return f"{self.name}, threshold {self.threshold:g}{', states propagated' * self.propagates}"
 
-    def judge(self, draft: Draft, p: Tensor, generators: list[torch.Generator]) -> Verdict:
-        paths = []
-        for tokens in draft.lists():
+    def verify(self, draft: Draft, chosen: list[list[int]], p: Tensor | None) -> Acceptance:
+        accepted = Acceptance([], [])
+        for tokens, choices in zip(draft.lists(), chosen, strict=True):
             path = [0]
             for node, parent in enumerate(draft.parents, start=1):
                 if parent == path[-1] and tokens[node - 1] >= 0:
                     path.append(node)
-            paths.append(path)
-        return Verdict(paths, draw(p[range(len(paths)), [path[-1] for path in paths]], generators))
+            accepted.paths.append(path)
+            accepted.next_tokens.append(choices[path[-1]])
+        return accepted

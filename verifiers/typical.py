@@ -15,13 +15,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from specdec.draft import Draft, Verdict
+from specdec.draft import Acceptance, Draft, Verifier
 from specdec.errors import SpecDecError
-from specdec.sampling import draw
+
+from .exact import ExactVerifier
 
 
-class TypicalVerifier:
-    """Keeps the longest path of plausible tokens; of several, the one the model finds likeliest.
+class TypicalVerifier(Verifier):
+    """Accepts the longest path of plausible tokens; of several, the one the model finds likeliest.
 
     epsilon: probability in (0, 1) that always suffices. delta: > 0, share of exp(-H) that suffices where the model is
     unsure. The defaults are the paper's. Raises SpecDecError for any other value.
@@ -29,6 +30,7 @@ class TypicalVerifier:
 
     name: ClassVar[str] = "typical"
     lossless: ClassVar[bool] = False
+    needs_probabilities: ClassVar[bool] = True
 
     def __init__(self, epsilon: float = 0.09, delta: float = 0.3) -> None:
         if not isinstance(epsilon, int | float) or not 0 < epsilon < 1:
@@ -42,7 +44,9 @@ class TypicalVerifier:
         """How results name the rule."""
         return f"{self.name}, epsilon {self.epsilon:g}, delta {self.delta:g}"
 
-    def judge(self, draft: Draft, p: Tensor, generators: list[torch.Generator]) -> Verdict:
+    def verify(self, draft: Draft, chosen: list[list[int]], p: Tensor | None) -> Acceptance:
+        if p is None:
+            return ExactVerifier().verify(draft, chosen, p)
         entropy = -torch.special.xlogy(p, p).sum(-1)  # (B, 1 + M)
         least = (self.delta * torch.exp(-entropy)).clamp_max(self.epsilon)
         before = torch.tensor(draft.parents, dtype=torch.long, device=p.device)
@@ -50,13 +54,13 @@ class TypicalVerifier:
         plausible = (chance > least[:, before]) & (draft.tokens >= 0)
         paths = []
         for passes, logs in zip(plausible.tolist(), chance.log().tolist(), strict=True):
-            ends: list[tuple[list[int], float]] = [([0], 0.0)]  # per block token: its path and log p, if it stands
+            ends: list[tuple[list[int], float]] = [([0], 0.0)]  # per block token: its path and log p, if it passes
             best = ends[0]
             for node, parent in enumerate(draft.parents):
                 path, log = ends[parent]
-                stands = passes[node] and path
-                ends.append(([*path, node + 1], log + logs[node]) if stands else ([], 0.0))
-                if stands and (len(ends[-1][0]), ends[-1][1]) > (len(best[0]), best[1]):
+                fits = passes[node] and path
+                ends.append(([*path, node + 1], log + logs[node]) if fits else ([], 0.0))
+                if fits and (len(ends[-1][0]), ends[-1][1]) > (len(best[0]), best[1]):
                     best = ends[-1]
             paths.append(best[0])
-        return Verdict(paths, draw(p[range(len(paths)), [path[-1] for path in paths]], generators))
+        return Acceptance(paths, [row[path[-1]] for row, path in zip(chosen, paths, strict=True)])

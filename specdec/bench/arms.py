@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from transformers.generation.streamers import BaseStreamer
@@ -21,6 +21,7 @@ from specdec.bench.cell import Cell
 from specdec.decoder import SpecDecoder
 from specdec.errors import SpecDecError
 from specdec.metrics import RequestMetrics
+from specdec.sampling import Sampler, SamplingParams
 
 WARM_UP, CONTEXT = 8, 64  # new tokens and prompt tokens of the request that warms an arm up
 LOOKUP = 10  # tokens that model.generate's prompt lookup drafts where our depth is automatic
@@ -49,18 +50,31 @@ class Reply:
 
 
 class Arm(Protocol):
+    """seeded: sampled tokens depend on the seed alone, as those of plain decoding do."""
+
     lossless: bool
+    seeded: ClassVar[bool]
 
     def reply(self, prompts: list[list[int]], count: int, seed: int) -> Reply:
         """Answer ``prompts`` with at most ``count`` new tokens each."""
+
+    def sampler(self, prompts: list[list[int]], seed: int) -> Sampler | None:
+        """What chooses the tokens of such a reply; None: model.generate does."""
 
 
 class OwnArm:
     """Our loop with one drafter and one acceptance rule."""
 
+    seeded: ClassVar[bool] = True
+
     def __init__(self, decoder: SpecDecoder, cell: Cell) -> None:
         self.decoder, self.cell = decoder, cell
         self.lossless = decoder.verifier.lossless
+
+    def sampler(self, prompts: list[list[int]], seed: int) -> Sampler | None:
+        cell = self.cell
+        params = SamplingParams(cell.temperature, top_k=cell.top_k, top_p=cell.top_p, seed=seed)
+        return self.decoder.sampler(prompts, params)
 
     def reply(self, prompts: list[list[int]], count: int, seed: int) -> Reply:
         cell = self.cell
@@ -95,6 +109,10 @@ class HFArm:
     """``model.generate``: plain, with prompt lookup, an early exit (option: exit_layer), or a draft model."""
 
     lossless = True
+    seeded: ClassVar[bool] = False
+
+    def sampler(self, prompts: list[list[int]], seed: int) -> Sampler | None:
+        return None
 
     def __init__(self, base: SpecDecoder, name: str, given: dict[str, Any], cell: Cell) -> None:
         self.model, self.eos, self.name = base.model, base.eos_ids(), name

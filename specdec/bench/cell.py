@@ -30,7 +30,7 @@ FIGURES of an arm (one request is one batch of prompts, answered once; all token
     ledger_ms_per_round       {"draft", "score", "accept", "commit", "detokenise", "overhead": ms}; {} for hf arms
     peak_memory_mb  of the process during the arm's calls (CPU, Linux), or allocated on the CUDA device; None elsewhere
     equal_to_plain  {"equal", "near_ties", "faults", "of"}: outputs against plain decoding (near_ties and faults are
-                    None for a lossy rule, which may differ); None for sampling
+                    None for a lossy rule, which may differ); None for sampling beside hf arms
     quality         {"agreement", "nll", "rouge_l": EST} under the full model, where a lossy rule took part; else None
     categories      {category: {"requests", "tokens", "tokens_per_second": EST, "speedup": {baseline: EST},
                     "mean_acceptance_length": EST or None}}

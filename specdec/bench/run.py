@@ -172,14 +172,15 @@ class Run:
         count = min(self.first.max_new_tokens, *(self.base.target.context - len(ids) for ids in prompts))
         names, shift = list(self.arms), len(self.requests) // len(self.arms) % len(self.arms)
         made: dict[str, Request] = {}
+        seed = self.first.seed + len(self.requests)
         order = names[len(names) - shift :] + names[: len(names) - shift]
         for name in order:
             with PeakMemory(self.base.target.device) as memory:
-                reply = self.arms[name].reply(prompts, count, self.first.seed + len(self.requests))
+                reply = self.arms[name].reply(prompts, count, seed)
             reply.peak_memory_mb = memory.mb
             made[name] = Request(name, repetition, group, turn, conversations, prompts, reply)
         for name in order:
-            self._judge(made[name], made[self.plain])
+            self._judge(made[name], made[self.plain], seed)
             self.requests.append(made[name])
             if self.record:
                 self.record(made[name])
@@ -220,16 +221,21 @@ class Run:
             return encode(self.base.tokenizer, [{"role": roles[i % 2], "content": t} for i, t in enumerate(texts)])
         return encode(self.base.tokenizer, "\n\n".join(texts))
 
-    def _judge(self, request: Request, plain: Request) -> None:
-        target, lossless = self.base.target, self.arms[request.arm].lossless
+    def _judge(self, request: Request, plain: Request, seed: int) -> None:
+        target, arm = self.base.target, self.arms[request.arm]
+        comparable = self.first.temperature == 0 or (arm.seeded and self.arms[self.plain].seeded)
         rows = list(zip(request.prompts, request.reply.tokens, plain.reply.tokens, strict=True))
-        for prompt, ours, theirs in rows:
+        for b, (prompt, ours, theirs) in enumerate(rows):
             verdict: str | None = None
-            if self.first.temperature == 0:
+            if comparable:
                 verdict = "equal"
                 if ours != theirs:
-                    verdict = "differs"
-                    difference = first_difference(target, prompt, ours, theirs) if lossless else None
+                    verdict, difference = "differs", None
+                    if arm.lossless:
+                        sampler = arm.sampler(request.prompts, seed)
+                        if sampler is not None:
+                            sampler.select([b])
+                        difference = first_difference(target, prompt, ours, theirs, sampler)
                     if difference is not None:
                         verdict = "near-tie" if difference.near_tie else "fault"
             request.verdicts.append(verdict)

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.progress import Progress
 
 from specdec.decoder import SpecDecoder
@@ -113,8 +112,7 @@ def _refilled(
     def batch(start: int, count: int) -> tuple[list[list[int]], list[int], Sampler]:
         some = prompts[start : start + count]
         params = [sampling.params(p) for p in some]
-        sampler = Sampler(params[0], [], len(some))
-        sampler.generators = [torch.Generator().manual_seed(p.seed) for p in params]
+        sampler = Sampler(params[0], streams=[p.seed for p in params])
         return [list(p) for p in some], [min(limit, target.context - len(p)) for p in some], sampler
 
     rows, limits, sampler = batch(0, ROWS)

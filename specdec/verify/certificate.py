@@ -122,12 +122,13 @@ class Certificate:
         if not self.fits:
             return [f"Sampling ({how}): not tested"]
         rows: list[tuple[Any, ...]] = [
-            ("from token", "draws", "tokens", "of probability 0", "chi-square", "p-value", "")
+            ("from token", "draws", "tokens", "its choice", "near-ties", "faults", "chi-square", "p-value", "")
         ]
         for f in self.fits:
-            figures = (f.position, f.draws, f.tokens, f.impossible, f"{f.chi_square:.1f}", f"{f.p_value:.2g}")
-            rows.append((*figures, _word(f not in bad)))
-        test = f"  places of the tokens in the model's distribution: chi-square of {ORDER} degrees, level {ALPHA:g}"
+            counts = (f.position, f.draws, f.tokens, f.choices, f.near_ties, f.faults)
+            rows.append((*counts, f"{f.chi_square:.1f}", f"{f.p_value:.2g}", _word(f not in bad)))
+        test = "  each token against the model's choice under the same noise; places of the tokens in the model's "
+        test += f"distribution: chi-square of {ORDER} degrees, level {ALPHA:g}"
         note = ["  rounding moves probabilities a little in this dtype; float32 is the strict test"]
         return [f"Sampling ({how})", test, *_columns(rows), *(note if self.dtype != torch.float32 else [])]
 

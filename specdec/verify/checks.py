@@ -6,18 +6,16 @@ no command line and no files.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, cast
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from specdec.decoder import SpecDecoder
-from specdec.draft import Draft, Verdict, Verifier
 from specdec.replay import NEAR_TIE
-from specdec.sampling import Sampler, SamplingParams, one_hot
+from specdec.sampling import Sampler, SamplingParams
 
 TAIL = 4  # tokens of each draw that are tested
 ROWS = 8  # draws decoded together
@@ -103,18 +101,25 @@ def _where(mask: Tensor) -> list[int]:
 
 @dataclass(frozen=True)
 class Fit:
-    """Sampled tokens after one context, against the model's distribution there.
+    """Sampled tokens after one context, against the model's own choice under the same noise, and its distribution.
 
-    position: tokens of the greedy answer that the context holds beside the prompt. impossible: drawn tokens that have
-    probability 0. chi_square: Neyman's smooth statistic, with ``ORDER`` degrees of freedom.
+    position: tokens of the greedy answer that the context holds beside the prompt. choices: tokens that the model
+    itself chooses there; near_ties: others within ``NEAR_TIE`` of its choice; the rest are faults. impossible: drawn
+    tokens that have probability 0. chi_square: Neyman's smooth statistic, with ``ORDER`` degrees of freedom.
     """
 
     position: int
     draws: int
     tokens: int
+    choices: int
+    near_ties: int
     impossible: int
     chi_square: float
     p_value: float
+
+    @property
+    def faults(self) -> int:
+        return self.tokens - self.choices - self.near_ties
 
 
 def fit(
@@ -128,41 +133,39 @@ def fit(
 ) -> Fit:
     """Draw ``draws`` continuations of ``context``, up to ``TAIL`` tokens each, and test all their tokens together.
 
-    Order the vocabulary in any way that the tokens before x determine: if x is drawn from p, then u = P(tokens ahead of
-    x) + v p(x), v uniform, is uniform on [0, 1), and all the u are independent (Rosenblatt 1952). Tokens that the
-    drafter likes better than the model does, by q / p, go first: what acceptance gets wrong, it gets wrong along that
-    order. Where nothing was drafted, likely tokens go first.
+    Each token must be the argmax of the model's perturbed logits: then drafts have had no influence. That these are
+    draws from its distribution p is tested apart: with tokens ordered by p, u = P(tokens ahead of x) + v p(x), v
+    uniform, is uniform on [0, 1), and all the u are independent (Rosenblatt 1952).
     """
-    watched = Watched(decoder.verifier)
-    decoder = copy.copy(decoder)
-    decoder.verifier = cast(Verifier, watched)
     generator = torch.Generator().manual_seed(params.seed)
     places: list[float] = []
-    impossible, done = 0, 0
+    choices, ties, impossible, done = 0, 0, 0, 0
     while done < draws:
-        rows, seed = min(ROWS, draws - done), params.seed + done
+        rows, own = min(ROWS, draws - done), replace(params, seed=params.seed + done)
         outputs = decoder.generate_batch(
             [context] * rows,
             max_new_tokens=TAIL,
             num_speculative_tokens=depth,
-            temperature=params.temperature,
-            top_k=params.top_k,
-            top_p=params.top_p,
-            seed=seed,
+            **{name: getattr(own, name) for name in ("temperature", "top_k", "top_p", "seed")},
         )
         done += rows
-        for row, output in enumerate(outputs):
-            drafted = watched.drafted.pop(seed + row, [])
-            for i, (token, p) in enumerate(
-                zip(output.token_ids, _distributions(decoder, context, output.token_ids, params), strict=True)
-            ):
-                q = drafted[i - 1] if 0 < i <= len(drafted) else None  # the first token came with the prefill
-                v = torch.rand((), generator=generator, dtype=torch.double)
+        for stream, output in enumerate(outputs):
+            sampler = Sampler(own, streams=[stream])
+            limit = NEAR_TIE[decoder.target.dtype] * sampler.sharpness
+            scores = sampler.scores(witness(decoder.model, context, output.token_ids)[None], lambda: [])  # (1, n, V)
+            after = range(len(context), len(context) + len(output.token_ids))
+            perturbed = sampler.perturb(scores, [after], scores.shape[-1])[0]
+            for token, noisy, p in zip(output.token_ids, perturbed, scores[0].softmax(-1).double().cpu(), strict=True):
+                gap = float(noisy.max() - noisy[token])
+                choices += gap == 0
+                ties += 0 < gap <= limit
                 impossible += bool(p[token] <= 0)
-                places.append(float(_ahead(p, q, token) + v * p[token]))
+                v = torch.rand((), generator=generator, dtype=torch.double)
+                places.append(float(p[p > p[token]].sum() + v * p[token]))
             progress(len(output.token_ids))
     statistic = smooth(torch.tensor(places, dtype=torch.double))
-    return Fit(position, draws, len(places), impossible, statistic, chi_square_tail(statistic, ORDER))
+    p_value = chi_square_tail(statistic, ORDER)
+    return Fit(position, draws, len(places), choices, ties, impossible, statistic, p_value)
 
 
 def smooth(u: Tensor) -> float:
@@ -173,48 +176,6 @@ def smooth(u: Tensor) -> float:
     return float(sum((2 * j + 1) * part.sum() ** 2 / len(u) for j, part in enumerate(polynomials, start=1)))
 
 
-class Watched:
-    """An acceptance rule, and what was drafted for each token it let through: ``drafted[seed of the row]`` holds, per
-    token, the distribution [V] of the first candidate, or None."""
-
-    def __init__(self, rule: Verifier) -> None:
-        self.rule = rule
-        self.drafted: dict[int, list[Tensor | None]] = {}
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.rule, name)
-
-    def judge(self, draft: Draft, p: Tensor, generators: list[torch.Generator]) -> Verdict:
-        verdict = self.rule.judge(draft, p, generators)
-        for b, (path, tokens) in enumerate(zip(verdict.paths, draft.lists(), strict=True)):
-            first: dict[int, int] = {}  # of each node's children
-            for node, parent in enumerate(draft.parents, start=1):
-                if tokens[node - 1] >= 0:
-                    first.setdefault(parent, node)
-            for node in path:
-                child, q = first.get(node), None
-                if child is not None:
-                    q = one_hot(draft.tokens[b, child - 1], p.shape[-1]) if draft.q is None else draft.q[b, child - 1]
-                self.drafted.setdefault(generators[b].initial_seed(), []).append(q)
-        return verdict
-
-
-def _ahead(p: Tensor, q: Tensor | None, token: int) -> Tensor:
-    """The probability of the tokens that go before ``token``: those with more q / p, among equals the likelier."""
-    order = p.argsort(descending=True, stable=True)
-    if q is not None:
-        lean = q.double().cpu()[order] / p[order].clamp_min(1e-300)
-        order = order[lean.argsort(descending=True, stable=True)]
-    place = int((order == token).nonzero())
-    return p[order[:place]].sum()
-
-
-def _distributions(decoder: SpecDecoder, context: list[int], tokens: list[int], params: SamplingParams) -> Tensor:
-    """The model's distribution for each of ``tokens``, after temperature, top-k and top-p; double [n, V]."""
-    logits = witness(decoder.model, context, tokens)[None]  # (1, n, V)
-    return Sampler(params).distribution(logits, lambda: [])[0].double().cpu()
-
-
 def chi_square_tail(statistic: float, degrees: int) -> float:
     """P(X >= statistic) of the chi-square distribution."""
     half = torch.tensor([degrees / 2, statistic / 2], dtype=torch.double)
@@ -223,4 +184,4 @@ def chi_square_tail(statistic: float, degrees: int) -> float:
 
 def misfits(fits: list[Fit]) -> list[Fit]:
     """The fits that a lossless decoder would not have shown, at level ``ALPHA`` for all of them (Bonferroni)."""
-    return [fit for fit in fits if fit.impossible or fit.p_value < ALPHA / len(fits)]
+    return [fit for fit in fits if fit.faults or fit.impossible or fit.p_value < ALPHA / len(fits)]
