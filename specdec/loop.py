@@ -230,6 +230,8 @@ class Loop:
     def _drafting(self) -> Iterator[None]:
         try:
             yield
+        except DrafterWarning:  # where warnings are errors
+            raise
         except Exception as error:
             self._drop(f"failed ({type(error).__name__}: {error})")
 

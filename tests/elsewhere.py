@@ -16,7 +16,9 @@ import ctypes
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,7 @@ from typer.testing import CliRunner  # noqa: E402
 
 from specdec import SpecDecoder, hub, kernels  # noqa: E402
 from specdec.cli import app  # noqa: E402
+from specdec.draft import DrafterWarning  # noqa: E402
 
 THERE, HERE = torch.device("cuda:0"), torch.device("cpu")
 GUARD = """
@@ -177,6 +180,19 @@ def some_gradients(loss: Tensor, *_: Any) -> None:
         left += [following for following, _ in node.next_functions]
 
 
+class Event:
+    """A stamp in the work of the device that is not there."""
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        self.at = 0.0
+
+    def record(self, stream: object = None) -> None:
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, end: Event) -> float:
+        return 1e3 * (end.at - self.at)
+
+
 @contextlib.contextmanager
 def elsewhere() -> Iterator[None]:
     """Make the device be there, as far as it can be, for the rest of the process."""
@@ -190,6 +206,8 @@ def elsewhere() -> Iterator[None]:
     stand_ins: Any = torch.cuda
     stand_ins._lazy_init = stand_ins.synchronize = stand_ins.set_device = lambda *_: None
     stand_ins.get_device_name, stand_ins.device_count = (lambda *_: "elsewhere"), lambda: 1
+    stand_ins.Event, stand_ins.current_stream = Event, lambda *_: None
+    warnings.simplefilter("error", DrafterWarning)  # else decoding goes on without what fails
     usual = nn.Module.to
 
     def to(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

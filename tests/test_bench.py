@@ -346,16 +346,16 @@ def agree(one: dict, other: dict) -> None:
 def test_every_arm_continues_with_the_plain_answer(cell, monkeypatch) -> None:
     """Even where an arm's own answer was another: what comes next is measured on the same prompt."""
     made: list[Request] = []
-    run = Run([cell(drafter="prompt-lookup", temperature=1.5)], Decoders(), record=made.append)
+    run = Run([cell(drafter="hf", temperature=1.5)], Decoders(), record=made.append)
     run.execute()
     chat = [request for request in made if request.conversations[0].id == "chat"]
     first = {r.arm: r.reply.tokens[0] for r in chat if r.turn == 0}
     second = {r.arm: r.prompts[0] for r in chat if r.turn == 1}
-    assert first["none"] != first["prompt-lookup"]
+    assert first["none"] != first["hf"]
     answer = run.base.tokenizer.decode(first["none"])
     texts = ("abcabcabc", answer, "and then abcabc")
     messages = [{"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(texts)]
-    assert second["none"] == second["prompt-lookup"] == encode(run.base.tokenizer, messages)
+    assert second["none"] == second["hf"] == encode(run.base.tokenizer, messages)
 
 
 def test_our_own_set_is_there_and_a_limit_spreads_over_it() -> None:

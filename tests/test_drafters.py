@@ -264,7 +264,7 @@ def test_a_drafter_proposes_the_same_whoever_drafted_before(llama: PreTrainedMod
         """Two right tokens and a wrong one, at some lengths; rows seldom agree on it, so one of them is kept alone."""
         prompt = next(p for p in ahead if tuple(ids[: len(p)]) == p)
         right = ahead[prompt][len(ids) - len(prompt) :][:2]
-        return [(t, i) for i, t in enumerate([*right, 96])] if len(ids) % 2 else []
+        return [(t, i) for i, t in enumerate([*right, 96][:limit])] if len(ids) % 2 else []
 
     alone = proposals(target, make[name]())
     second = make[name]()

@@ -239,7 +239,7 @@ def test_a_greedy_round_waits_for_the_device_once(drafter: str, monkeypatch: pyt
     target = GraphedTarget(model, record=Replay)
     plain = [greedy_reference(model, PROMPTS[1], 24)]
     run(target, every(target)[drafter], [PROMPTS[1]], 24)  # everything is recorded
-    counter, counts, rounds = _Waits(target, monkeypatch), list[int](), Loop._round
+    counter, counts, rounds = _Waits(target, monkeypatch), list[int](), Loop._step
 
     def counted(self: Loop) -> list[list[int]]:
         before = len(counter.waits)
@@ -248,7 +248,7 @@ def test_a_greedy_round_waits_for_the_device_once(drafter: str, monkeypatch: pyt
         counts.append(len(counter.waits) - before)
         return new
 
-    monkeypatch.setattr(Loop, "_round", counted)
+    monkeypatch.setattr(Loop, "_step", counted)
     out, _ = run(target, every(target)[drafter], [PROMPTS[1]], 24)
     assert out == plain
     assert set(counts) == {1}, counter.waits

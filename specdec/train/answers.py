@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +112,7 @@ def _refilled(
     def batch(start: int, count: int) -> tuple[list[list[int]], list[int], Sampler]:
         some = prompts[start : start + count]
         params = [sampling.params(p) for p in some]
-        sampler = Sampler(params[0], streams=[p.seed for p in params])
+        sampler = Sampler(replace(params[0], seed=sampling.seed), streams=[p.seed for p in params])
         return [list(p) for p in some], [min(limit, target.context - len(p)) for p in some], sampler
 
     rows, limits, sampler = batch(0, ROWS)
