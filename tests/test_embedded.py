@@ -32,8 +32,12 @@ from specdec.stored import StoredExperts
 
 
 def assert_nothing_left(cache) -> None:
-    assert not cache.folder.exists()
-    assert not (cache.root / "tmp").exists() or not list((cache.root / "tmp").iterdir())
+    assert not cache.folder.exists() and not works(cache)
+
+
+def works(cache) -> list[Path]:
+    """Work in progress, or left by a dead process."""
+    return [path for path in (cache.root / "specdec-work").glob("*") if path.is_dir()]
 
 
 def fake_convert(name, gguf, folder, dtype, console):
@@ -53,7 +57,7 @@ def test_first_use_converts_exactly_and_the_second_is_local(cache, published, mo
     assert tokenizer.decode(tokenizer("Hé 12\n\n3")["input_ids"]) == "Hé 12\n\n3"
     assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi"
     assert embedded._sha256(cache.folder / "model.gguf") == published.entry.gguf_sha256
-    assert not list((cache.root / "tmp").iterdir())
+    assert not works(cache)
 
     monkeypatch.setattr(embedded, "_convert", forbidden)
     again, _ = hub.load(NAME)
@@ -133,11 +137,11 @@ def test_a_killed_process_leaves_nothing_under_the_final_name(cache, published, 
         assert process.stdout.readline() == "converting\n"
         process.send_signal(signal.SIGKILL)
     assert not cache.folder.exists()
-    assert list((cache.root / "tmp").iterdir()), "the test means to leave something behind"
+    assert works(cache), "the test means to leave something behind"
 
     monkeypatch.setattr(embedded, "_convert", fake_convert)
     assert embedded.prepared(NAME) == cache.folder  # not stopped by the dead process's lock
-    assert not list((cache.root / "tmp").iterdir())
+    assert not works(cache)
 
 
 def test_two_at_once_prepare_once(cache, monkeypatch, capsys):
@@ -168,7 +172,7 @@ def test_a_damaged_cache_is_rebuilt_from_the_gguf_file_if_that_is_whole(cache, f
     assert hub.fingerprint(hub.load(NAME)[0]) == before
     assert cache.downloads == downloads
     assert f"is made again: {file}" in capsys.readouterr().err
-    assert not list((cache.root / "tmp").iterdir())
+    assert not works(cache)
 
 
 def test_a_missing_file_is_named(cache, capsys):
@@ -176,6 +180,25 @@ def test_a_missing_file_is_named(cache, capsys):
     (cache.folder / "model.safetensors").unlink()
     hub.load(NAME)
     assert "model.safetensors is missing" in capsys.readouterr().err
+
+
+def test_a_shared_folder_as_cache_loses_nothing_that_is_not_ours(cache):
+    for name in ("tmp/theirs/notes.txt", "lock", "models/other/config.json", "old", "specdec.json"):
+        (cache.root / name).parent.mkdir(parents=True, exist_ok=True)
+        (cache.root / name).write_text("theirs")
+    theirs = sorted(path for path in cache.root.rglob("*") if path.is_file())
+    hub.load(NAME)
+    assert all(path.read_text() == "theirs" for path in theirs)
+
+
+@pytest.mark.parametrize("name", [f"models/{NAME}", "specdec-work"])
+def test_a_folder_of_our_name_that_somebody_else_made_is_left_alone(cache, name):
+    (cache.root / name / "dir").mkdir(parents=True)
+    (cache.root / name / "dir/config.json").write_text("theirs")
+    with pytest.raises(SpecDecError, match=r"specdec did not make it|was not made by specdec") as error:
+        hub.load(NAME)
+    assert "move it away" in str(error.value)
+    assert (cache.root / name / "dir/config.json").read_text() == "theirs"
 
 
 def test_too_little_disk_space_is_noticed_before_the_download(cache, monkeypatch):
@@ -230,7 +253,7 @@ def test_a_file_is_converted_once(cache, own, monkeypatch, capsys):
     assert model.dtype == torch.bfloat16 and model.config._name_or_path == str(own)
     assert tokenizer.convert_ids_to_tokens(tokenizer("\n\n1")["input_ids"]) == ["ĊĊ", "1"]
     assert hub.fingerprint(model) == hub.fingerprint(hub.load(NAME)[0])  # of the same file: its drafters fit
-    assert not list(folders(cache)[0].glob("*.gguf")) and not list((cache.root / "tmp").iterdir())
+    assert not list(folders(cache)[0].glob("*.gguf")) and not works(cache)
 
     monkeypatch.setattr(embedded, "_convert", forbidden)
     monkeypatch.chdir(own.parent)
@@ -269,7 +292,7 @@ def test_a_changed_file_is_converted_again_and_the_old_conversion_goes(cache, ow
     after = hub.fingerprint(hub.load(own)[0])
     assert before != after == hub.fingerprint(hub.load(own)[0])
     assert seen == [[]], "gone before the new one needs the room"
-    assert len(folders(cache)) == 1 and not list((cache.root / "tmp").iterdir())
+    assert len(folders(cache)) == 1 and not works(cache)
     assert capsys.readouterr().err.count("is made again: its GGUF file has changed") == 1
 
 
@@ -285,7 +308,7 @@ def test_a_conversion_needs_room(cache, own, monkeypatch):
     monkeypatch.setattr(hub, "dequantized", forbidden)  # it is noticed before
     with pytest.raises(SpecDecError, match=r"^not enough disk space.* 64 MB needed.*, 1 MB free.*SPECDEC_CACHE"):
         hub.load(own)
-    assert not folders(cache) and not list((cache.root / "tmp").iterdir())
+    assert not folders(cache) and not works(cache)
 
 
 def test_a_disk_that_fills_up_during_the_conversion(cache, own, monkeypatch):
@@ -295,7 +318,7 @@ def test_a_disk_that_fills_up_during_the_conversion(cache, own, monkeypatch):
     monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full)
     with pytest.raises(SpecDecError, match=r"^not enough disk space"):
         hub.load(own)
-    assert not folders(cache) and not list((cache.root / "tmp").iterdir())
+    assert not folders(cache) and not works(cache)
 
 
 def test_a_file_without_some_weights_is_not_converted(cache, own, monkeypatch):
@@ -355,7 +378,7 @@ def script(cache, own, tmp_path, monkeypatch):
         hub.load(own)
 
     yield run
-    assert not folders(cache) and not list((cache.root / "tmp").iterdir())
+    assert not folders(cache) and not works(cache)
 
 
 @pytest.mark.parametrize(

@@ -431,6 +431,16 @@ def test_answers_of_a_model_with_a_larger_vocabulary_are_refused(answers: Path, 
         train(recipe(answers, tmp_path / "out"))
 
 
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "metrics.jsonl", "states/search/theirs"])
+def test_an_output_folder_with_files_of_somebody_else_is_refused(answers: Path, tmp_path: Path, name: str) -> None:
+    out = tmp_path / "out"
+    (out / name).parent.mkdir(parents=True)
+    (out / name).write_text("theirs")
+    with pytest.raises(SpecDecError, match=r"that no training run wrote; give another --output"):
+        train(recipe(answers, out))
+    assert (out / name).read_text() == "theirs" and not (out / "train.yaml").exists()
+
+
 def test_a_run_that_failed_before_it_computed_anything_does_not_block_its_folder(answers: Path, tmp_path: Path) -> None:
     with pytest.raises(SpecDecError, match="does not fit a model of 4 layers"):
         train(recipe(answers, tmp_path / "out", segments=[[3, 9]]))

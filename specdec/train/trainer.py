@@ -33,6 +33,7 @@ from specdec.errors import SpecDecError
 from specdec.train import batches as windows_of
 from specdec.train import data, states
 from specdec.train import settings as settings_of
+from specdec.train.answers import FILE as ANSWERS
 from specdec.train.answers import Sampling, answer_prompts, encode_prompts
 from specdec.train.batches import Batch, Window
 from specdec.train.data import Answer
@@ -44,6 +45,8 @@ from specdec.train.speed import measure, predict
 from specdec.train.world import World, join
 
 RECIPE, METRICS, CHECKPOINT = "train.yaml", "metrics.jsonl", "checkpoint.safetensors"
+# What a run writes, replaces and deletes in its output folder, which must not be somebody else's.
+WRITTEN = (artifacts.CONFIG, artifacts.WEIGHTS, METRICS, CHECKPOINT, ANSWERS, "states")
 Trained = tuple[dict[str, Any], dict[str, Tensor]]  # configuration and tensors of a drafter
 REPORT_UPDATES = 10  # updates a line of metrics.jsonl
 
@@ -456,6 +459,8 @@ def _open_output(settings: TrainSettings, resume: bool) -> Path:
             if differs := settings_of.differences(earlier, settings):
                 detail = ", ".join(f"{k} {getattr(earlier, k)!r} -> {getattr(settings, k)!r}" for k in differs)
                 raise SpecDecError(f"cannot resume '{output}' with other settings: {detail}")
+        if not recipe.exists() and (there := [name for name in WRITTEN if (output / name).exists()]):
+            raise SpecDecError(f"'{output}' holds a '{there[0]}' that no training run wrote; give another --output")
         output.mkdir(parents=True, exist_ok=True)
         artifacts.replace(recipe, settings_of.to_yaml(dataclasses.replace(settings, output="")).encode())
     except (OSError, yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
