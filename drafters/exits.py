@@ -25,7 +25,7 @@ from specdec.kernels import rms_unit
 from specdec.target import Target
 
 from .chain import ChainDrafter, best_probability
-from .vocabulary import DraftVocabulary, check_vocabulary
+from .vocabulary import DraftVocabulary
 
 
 class Climb:
@@ -99,26 +99,12 @@ class ExitHeads(nn.Module):
         if config["drafter"] != drafter:
             raise SpecDecError(f"'{folder}' holds a '{config['drafter']}' drafter, not a {drafter} one")
         artifacts.check_base(config, target.fingerprint, str(folder))
-        tensors = artifacts.read_tensors(folder)
-        exits, width = config.get("exits"), config.get("width")
-        if not isinstance(exits, list) or type(width) is not int or width < 1:
-            raise SpecDecError(f"config.json in '{folder}' has no valid exits and width")
-        check_vocabulary(tensors.get("draft_vocab"), target)
-        made = cls(exits, width, target, tensors.get("draft_vocab"))
-        load_into(made, tensors, folder)
-        return made
+        width = artifacts.inner("width", config.get("width"), target.hidden_size)
+        exits = check_exits(config.get("exits"), target.num_layers)
+        return artifacts.load(folder, target.vocab_size, lambda vocab: cls(exits, width, target, vocab))
 
 
-def load_into(module: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
-    """Give ``module`` its tensors. Raises SpecDecError if they are not the ones it has."""
-    own = module.state_dict()
-    odd = sorted(set(own) ^ set(tensors)) or sorted(k for k in own if own[k].shape != tensors[k].shape)
-    if odd:
-        raise SpecDecError(f"config.json and model.safetensors in '{folder}' do not fit each other (tensor '{odd[0]}')")
-    module.load_state_dict(tensors)
-
-
-def check_exits(exits: Sequence[int], num_layers: int) -> tuple[int, ...]:
+def check_exits(exits: Any, num_layers: int) -> tuple[int, ...]:
     """``exits``, if they rise within the model. Raises SpecDecError otherwise."""
     given = options.wholes("exits", exits, 1)
     if not given or max(given) >= num_layers or list(given) != sorted(set(given)):

@@ -36,7 +36,7 @@ from specdec.transfer import upload, waits
 
 from .arla import Router
 from .chain import SHAPE, ChainDrafter, best_probability, first_sure
-from .vocabulary import DraftVocabulary, check_vocabulary
+from .vocabulary import DraftVocabulary
 
 
 @dataclass(frozen=True)
@@ -133,14 +133,18 @@ class M2R2Path:
     def from_json(cls, data: dict[str, Any]) -> M2R2Path:
         """Inverse of ``to_json``. Raises SpecDecError for anything that is not one."""
         try:
-            return cls(
-                int(data["exit_layer"]),
-                tuple((int(lo), int(hi)) for lo, hi in data["segments"]),
+            path = cls(
+                data["exit_layer"],
+                tuple((lo, hi) for lo, hi in data["segments"]),
                 bool(data["final_leap"]),
-                int(data["rank"]),
+                data["rank"],
                 {int(layer): [str(p) for p in paths] for layer, paths in data["adapters"].items()},
-                tuple(int(layer) for layer in data.get("exits", ())),
+                tuple(data.get("exits", ())),
             )
+            numbers = (path.exit_layer, path.rank, *path.exits, *(n for segment in path.segments for n in segment))
+            if odd := [n for n in numbers if type(n) is not int]:
+                raise ValueError(f"{odd[0]!r} is no whole number")
+            return path
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise SpecDecError(f"the drafter's config.json has no valid M2R2 path ({error!r})") from None
 
@@ -396,7 +400,7 @@ class M2R2Drafter(ChainDrafter):
             )
         config = artifacts.read_config(folder)
         artifacts.check_base(config, mark, str(folder))
-        return cls(load_network(target, config, artifacts.read_tensors(folder)), **given)
+        return cls(load_network(target, config, folder), **given)
 
     @property
     def leaves_state(self) -> bool:
@@ -516,18 +520,12 @@ class PaperM2R2Drafter(M2R2Drafter):
     training: ClassVar[str] = "specdec train m2r2 --preset m2r2-paper"
 
 
-def load_network(target: Target, config: dict[str, Any], tensors: dict[str, Tensor]) -> M2R2:
-    """Build the network a drafter folder describes. Raises SpecDecError if its files do not belong together."""
+def load_network(target: Target, config: dict[str, Any], folder: Path) -> M2R2:
+    """The network that a drafter folder with this config holds. Raises SpecDecError if its files do not fit."""
     if config.get("drafter") != "m2r2":
-        raise SpecDecError(f"the folder holds a '{config.get('drafter')}' drafter, not an m2r2 one")
-    vocab = tensors.get("draft_vocab")
-    check_vocabulary(vocab, target)
-    router = options.whole("the drafter's router width", config.get("router", 0), 0)
-    network = M2R2(M2R2Path.from_json(config.get("path", {})), target, vocab, router)
-    tensors = {re.sub(r"^router\.", "routers.0.", key): tensor for key, tensor in tensors.items()}  # of one exit, once
-    own = network.state_dict()
-    if set(own) != set(tensors) or any(own[key].shape != tensors[key].shape for key in own):
-        odd = sorted(set(own) ^ set(tensors)) or sorted(k for k in own if own[k].shape != tensors[k].shape)
-        raise SpecDecError(f"the drafter's config.json and model.safetensors do not fit each other (tensor '{odd[0]}')")
-    network.load_state_dict(tensors)
-    return network
+        raise SpecDecError(f"'{folder}' holds a '{config.get('drafter')}' drafter, not an m2r2 one")
+    path, router = M2R2Path.from_json(config.get("path", {})), config.get("router", 0)
+    artifacts.inner("the rank", path.rank, target.hidden_size)
+    router = router and artifacts.inner("the router's width", router, target.hidden_size)
+    rename = lambda name: re.sub(r"^router\.", "routers.0.", name)  # noqa: E731 (of one exit, once)
+    return artifacts.load(folder, target.vocab_size, lambda vocab: M2R2(path, target, vocab, router), rename)

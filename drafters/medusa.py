@@ -10,7 +10,6 @@ The tree's shape follows from how often a head's first, second, ... choice was s
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
@@ -18,8 +17,6 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from specdec import artifacts, kernels, options
@@ -31,8 +28,9 @@ from specdec.target import Target
 from specdec.transfer import upload
 from specdec.trees import best_tree
 
-from .vocabulary import DraftVocabulary, check_vocabulary
+from .vocabulary import DraftVocabulary
 
+HEADS, BLOCKS = 64, 16  # most heads that are read, and blocks of each
 PUBLIC, PICKLE = "medusa_lm_head.safetensors", "medusa_lm_head.pt"
 # Of a public checkpoint nobody has said how often its heads are right: falling by a quarter from head to head, and by
 # more than half from a head's choice to its next.
@@ -121,7 +119,7 @@ class MedusaDrafter:
             return cls(network, ASSUMED[: network.heads], given.get("nodes"), own)
         config = artifacts.read_config(folder)
         artifacts.check_base(config, mark, str(folder))
-        network = load_network(target, config, artifacts.read_tensors(folder))
+        network = load_network(target, config, folder)
         return cls(network, config.get("accuracy", ()), given.get("nodes"))
 
     @property
@@ -189,32 +187,26 @@ class MedusaDrafter:
             self.final = self.final[rows]
 
 
-def load_network(target: Target, config: dict[str, Any], tensors: dict[str, Tensor]) -> Medusa:
-    """The network that a drafter folder describes. Raises SpecDecError if its files do not belong together."""
+def load_network(target: Target, config: dict[str, Any], folder: Path) -> Medusa:
+    """The network that a drafter folder with this config holds. Raises SpecDecError if its files do not fit."""
     if config.get("drafter") != "medusa":
-        raise SpecDecError(f"the folder holds a '{config.get('drafter')}' drafter, not a medusa one")
-    vocab, width = tensors.get("draft_vocab"), target.hidden_size
-    check_vocabulary(vocab, target)
-    heads = options.whole("heads of the Medusa drafter", config.get("heads"), 1)
-    layers = options.whole("layers of the Medusa drafter", config.get("layers"), 1)
-    network = Medusa(width, heads, layers, bool(config.get("rooted")), vocab)
-    own = network.state_dict()
-    for key in sorted(own.keys() | tensors.keys()):
-        needed, found = (tuple(t[key].shape) if key in t else "missing" for t in (own, tensors))
-        if needed != found:
-            raise SpecDecError(
-                f"the drafter's config.json and model.safetensors do not fit each other: tensor '{key}' is {found}, "
-                f"and {heads} heads of {layers} layers on this model (D = {width}) need {needed}"
-            )
-    network.load_state_dict(tensors)
-    return network
+        raise SpecDecError(f"'{folder}' holds a '{config.get('drafter')}' drafter, not a medusa one")
+    heads, layers = _counts(config.get("heads"), config.get("layers"))
+    make = lambda vocab: Medusa(target.hidden_size, heads, layers, bool(config.get("rooted")), vocab)  # noqa: E731
+    return artifacts.load(folder, target.vocab_size, make)
+
+
+def _counts(heads: Any, layers: Any) -> tuple[int, int]:
+    """Heads, and blocks of each, if there can be so many. Raises SpecDecError otherwise."""
+    what = "of the Medusa drafter"
+    return options.whole(f"heads {what}", heads, 1, HEADS), options.whole(f"layers {what}", layers, 1, BLOCKS)
 
 
 def _checked(accuracy: Any, heads: int) -> list[list[float]]:
     """``accuracy`` as a table of floats. Raises SpecDecError unless it has a row of shares for each head."""
     try:
         table = [[float(share) for share in row] for row in accuracy]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         table = []
     if len(table) < heads or not all(row and all(0 <= share <= 1 for share in row) for row in table):
         raise SpecDecError(f"the Medusa drafter's 'accuracy' must hold shares in [0, 1] for each of its {heads} heads")
@@ -240,10 +232,9 @@ def _folder(source: str) -> Path:
 
 def _public_config(folder: Path) -> dict[str, Any] | None:
     """config.json if it is that of a public checkpoint, else None."""
-    try:
-        config = json.loads((folder / artifacts.CONFIG).read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError):
+    if not (folder / artifacts.CONFIG).is_file():
         return None
+    config = artifacts.read_json(folder / artifacts.CONFIG)
     return config if isinstance(config, dict) and "medusa_num_heads" in config else None
 
 
@@ -260,28 +251,21 @@ def _read_public(folder: Path, config: dict[str, Any], target: Target) -> tuple[
             f"'{folder}' has no {PUBLIC}; {pickled or 'get the whole checkpoint'}; "
             "save its tensors with safetensors.torch.save_file"
         )
-    try:
-        heads, layers = int(config["medusa_num_heads"]), int(config.get("medusa_num_layers", 1))
-        tensors = load_file(path)
-    except (SafetensorError, OSError, TypeError, ValueError) as error:
-        raise SpecDecError(f"cannot read the Medusa heads in '{folder}': {one_line(error)}") from None
-    if heads < 1 or layers < 1:
-        raise SpecDecError(f"the Medusa heads in '{folder}' need at least one head of one block; got {heads}, {layers}")
+    heads, layers = _counts(config["medusa_num_heads"], config.get("medusa_num_layers", 1))
     wanted: dict[str, tuple[int, ...]] = {f"{k}.{layers}.weight": (v, d) for k in range(heads)}
     for k, n in product(range(heads), range(layers)):
         wanted |= {f"{k}.{n}.linear.weight": (d, d), f"{k}.{n}.linear.bias": (d,)}
-    for name, shape in wanted.items():
-        found = tuple(tensors[name].shape) if name in tensors else "nothing"
-        if found != shape:
-            base = config.get("base_model_name_or_path", "another model")
-            raise SpecDecError(
-                f"the Medusa heads in '{folder}' were made for {base}: tensor '{name}' is {found}, and this model "
-                f"(D = {d}, V = {v}) needs {shape}"
-            )
-    if heads < 1 or layers < 1:
-        raise SpecDecError(
-            f"the Medusa heads in '{folder}' are {heads} of {layers} blocks; at least one of one is needed"
-        )
+    with artifacts.opened(path) as stored:
+        for name, shape in wanted.items():
+            held = stored.header.get(name)
+            if held is None or tuple(held.shape) != shape or not held.is_floating_point():
+                base = config.get("base_model_name_or_path", "another model")
+                found = "nothing" if held is None else tuple(held.shape)
+                raise SpecDecError(
+                    f"the Medusa heads in '{folder}' were made for {base}: tensor '{name}' is {found}, and this model "
+                    f"(D = {d}, V = {v}) needs {shape}"
+                )
+        tensors = {name: stored.read(name) for name in wanted}
     network, own = Medusa(d, heads, layers), []
     for k in range(heads):
         for n in range(layers):

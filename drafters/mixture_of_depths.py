@@ -23,8 +23,7 @@ from specdec.kernels import rms_unit
 from specdec.target import Target
 
 from .chain import SHAPE, ChainDrafter
-from .exits import load_into
-from .vocabulary import DraftVocabulary, check_vocabulary
+from .vocabulary import DraftVocabulary
 
 
 class Routers(nn.Module):
@@ -77,11 +76,8 @@ class MixtureOfDepthsDrafter(ChainDrafter):
         if config["drafter"] != cls.name:
             raise SpecDecError(f"'{folder}' holds a '{config['drafter']}' drafter, not a {cls.name} one")
         artifacts.check_base(config, target.fingerprint, str(folder))
-        tensors = artifacts.read_tensors(folder)
-        vocab = tensors.get("draft_vocab")
-        check_vocabulary(vocab, target)
-        routers = Routers(config.get("first", 0), target, vocab)
-        load_into(routers, tensors, folder)
+        first = config.get("first", 0)
+        routers = artifacts.load(folder, target.vocab_size, lambda vocab: Routers(first, target, vocab))
         return cls(routers, **given)
 
     @property

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from specdec import pages
 from specdec.draft import State
-from specdec.errors import SpecDecError
 from specdec.target import Target
 from specdec.transfer import upload
 
@@ -68,9 +67,3 @@ class DraftVocabulary:
         if self.hidden is not None:
             more = more.masked_fill(self.hidden[:, None], float("-inf"))
         return torch.cat((logits, more), -1)
-
-
-def check_vocabulary(vocab: Tensor | None, target: Target) -> None:
-    """Raise SpecDecError if a drafter's ``vocab`` names tokens that the model does not have."""
-    if vocab is not None and vocab.numel() and not 0 <= int(vocab.min()) <= int(vocab.max()) < target.vocab_size:
-        raise SpecDecError("the drafter's draft vocabulary names tokens that the model does not have")

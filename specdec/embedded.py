@@ -265,7 +265,7 @@ def _defect(folder: Path, key: dict[str, Any]) -> str | None:
         sizes = {str(name): int(size) for name, size in manifest["files"].items()}
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return f"{MANIFEST} is broken"
     for name, size in sizes.items():
         path = folder / name

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import zoo
 from conftest import tiny_model
+from safetensors.torch import load_file, save_file
 
 from specdec import SpecDecoder, artifacts
 from specdec.drafters.m2r2 import M2R2, M2R2Path
@@ -67,6 +69,82 @@ def test_damaged_and_foreign_folders_are_refused(folder: Path, damage, message: 
     with pytest.raises(SpecDecError, match=message) as caught:
         SpecDecoder(tiny_model(), drafter=folder)
     assert "\n" not in str(caught.value)
+
+
+def tensors(folder: Path, **change: torch.Tensor) -> None:
+    save_file(load_file(folder / "model.safetensors") | change, folder / "model.safetensors")
+
+
+NAN, INF = torch.full((32, 96), torch.nan), torch.full((32,), torch.inf)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "config.json").write_text("[" * 100_000), "nested too deeply"),
+        (lambda f: (f / "config.json").write_text('{"drafter": "m2r2", "n": ' + "9" * 5000 + "}"), "cannot read"),
+        (lambda f: (f / "config.json").write_text(" " * 5_000_000 + "{}"), "more than 4 MB"),
+        (lambda f: change(f, base=["x"]), "'base' is not a mapping"),
+        (lambda f: change(f, path=PATH.to_json() | {"rank": 10**9}), "rank in .* in 1 .. 512; got 1000000000"),
+        (lambda f: change(f, path=PATH.to_json() | {"rank": 4.5}), "no valid M2R2 path"),
+        (lambda f: change(f, path=PATH.to_json() | {"exit_layer": float("inf")}), "no valid M2R2 path"),
+        (lambda f: change(f, router=10**9), "the router's width in .* in 1 .. 512; got 1000000000"),
+        (lambda f: tensors(f, **{"leaps.0.weight": NAN}), "tensor 'leaps.0.weight' in .* holds NaN or infinite"),
+        (
+            lambda f: tensors(f, **{"leaps.0.bias": torch.full((32,), torch.inf)}),
+            "tensor 'leaps.0.bias' in .* NaN or inf",
+        ),
+        (lambda f: tensors(f, **{"leaps.0.bias": torch.zeros(32, dtype=torch.int32)}), "of whole numbers; for this"),
+        (lambda f: tensors(f, **{"leaps.0.bias": torch.zeros(32, dtype=torch.uint8)}), "is U8; it must be one of"),
+        (lambda f: tensors(f, draft_vocab=torch.zeros(5, 10, dtype=torch.int32)), "draft vocabulary .* is .5, 10. of"),
+        (lambda f: tensors(f, draft_vocab=torch.zeros(50)), "draft vocabulary .* it must be a list of 1 .. 97 whole"),
+        (lambda f: tensors(f, draft_vocab=torch.zeros(98, dtype=torch.int32)), "must be a list of 1 .. 97 whole"),
+        (lambda f: tensors(f, draft_vocab=torch.tensor([97])), "names tokens that the model does not have"),
+        (lambda f: tensors(f, draft_vocab=torch.tensor([-1])), "names tokens that the model does not have"),
+    ],
+)
+def test_what_no_drafter_has_is_refused_before_anything_is_allocated(
+    folder: Path, damage, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model()
+    damage(folder)
+    made = torch.randn
+    bounded = lambda *size, **given: made(*size, **given) if max(size) < 10**6 else pytest.fail("allocated")  # noqa: E731
+    monkeypatch.setattr(torch, "randn", bounded)
+    with pytest.raises(SpecDecError, match=message) as caught:
+        SpecDecoder(model, drafter=folder)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("name", ["deed", "mixture-of-depths", "medusa", "public"])
+def test_every_learned_drafter_is_bounded_and_finite(tmp_path: Path, name: str) -> None:
+    target = ReferenceTarget(tiny_model())
+    networks = {"deed": zoo.heads(target, 1, 3), "mixture-of-depths": zoo.routers(target), "medusa": zoo.medusa(target)}
+    network = getattr(networks.get(name), "network", networks.get(name))
+    counts = {"deed": {"exits": [1, 3], "width": 8}, "mixture-of-depths": {"first": 1}}
+    counts["medusa"] = {"heads": 3, "layers": 1, "accuracy": [[0.5]] * 3}
+    config = {"drafter": name, "base": {"fingerprint": target.fingerprint}, **counts.get(name, {})}
+    if name == "public":
+        config = {"medusa_num_heads": 1, "medusa_num_layers": 1}
+        blocks = {"0.0.linear.weight": torch.zeros(32, 32), "0.0.linear.bias": torch.zeros(32)}
+        artifacts.write(tmp_path, config, blocks | {"0.1.weight": torch.zeros(97, 32)})
+        (tmp_path / "model.safetensors").rename(tmp_path / "medusa_lm_head.safetensors")
+    else:
+        artifacts.write(tmp_path, config, network.state_dict())
+    kind = "medusa" if name == "public" else name
+    SpecDecoder(target.model, drafter=f"{kind}={tmp_path}", runtime="reference")
+    key = {"deed": "width", "mixture-of-depths": "first", "medusa": "heads", "public": "medusa_num_heads"}[name]
+    change(tmp_path, **{key: 10**9})
+    with pytest.raises(SpecDecError, match=r"must be a whole number in 1 .. .*; got 1000000000"):
+        SpecDecoder(target.model, drafter=f"{kind}={tmp_path}", runtime="reference")
+    change(tmp_path, **config)
+    file = next(tmp_path.glob("*.safetensors"))
+    stored = load_file(file)
+    odd = next(key for key in stored if stored[key].is_floating_point())
+    stored[odd].view(-1)[0] = torch.nan
+    save_file(stored, file)
+    with pytest.raises(SpecDecError, match=f"tensor '{odd}' in .* holds NaN or infinite values"):
+        SpecDecoder(target.model, drafter=f"{kind}={tmp_path}", runtime="reference")
 
 
 def test_a_drafter_for_other_weights_is_refused_with_both_fingerprints(folder: Path) -> None:

@@ -152,7 +152,7 @@ def test_bad_options_are_refused_in_one_line(
         ({"exits": [3, 1]}, r"exits must be rising layers in 1 .. 3; got \[3, 1\]"),
         ({"exits": [1, 4]}, r"exits must be rising layers in 1 .. 3; got \[1, 4\]"),
         ({"exits": [1]}, "do not fit each other"),
-        ({"width": "wide"}, "no valid exits and width"),
+        ({"width": "wide"}, "width in the drafter.s config.json must be a whole number in 1 .. 512; got .wide."),
         ({"drafter": "early-exit"}, "holds a 'early-exit' drafter, not a deed one"),
         ({"base": {"fingerprint": "other"}}, "trained for base weights other"),
     ],

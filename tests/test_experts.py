@@ -458,7 +458,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_file(mixtral, folder, monkey
     assert sorted(path.name for path in folder.iterdir()) == [packed.BLOCKS, packed.INDEX]
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 2}', '{"format": 1, "fingerprint": 3}'])
+@pytest.mark.parametrize("text", ["", "[]", "{}", "[" * 100_000, '{"format": 2}', '{"format": 1, "fingerprint": 3}'])
 def test_a_broken_index_is_refused(folder, text):
     (folder / packed.INDEX).write_text(text)
     with pytest.raises(SpecDecError, match="no index of packed experts"):

@@ -100,13 +100,15 @@ def test_options_shape_what_is_drafted(llama: PreTrainedModel) -> None:
             M2R2Drafter(M2R2(M2R2Path(2), target), **options)
 
 
-def test_files_of_one_exit_from_before_there_were_several_are_read(llama: PreTrainedModel) -> None:
+def test_files_of_one_exit_from_before_there_were_several_are_read(llama: PreTrainedModel, tmp_path: Path) -> None:
     target = ReferenceTarget(llama)
     network = M2R2(M2R2Path(1, ((2, 3),), True, 4, {2: ["mlp.up_proj"]}), target, router=4)
     path = {key: value for key, value in network.path.to_json().items() if key != "exits"}
     tensors = {key.replace("routers.0.", "router."): tensor for key, tensor in network.state_dict().items()}
     assert any(key.startswith("router.") for key in tensors)
-    read = load_network(target, {"drafter": "m2r2", "path": path, "router": 4, "siblings": [3, 2]}, tensors)
+    config = {"drafter": "m2r2", "path": path, "router": 4, "siblings": [3, 2]}
+    artifacts.write(tmp_path, config, tensors)
+    read = load_network(target, config, tmp_path)
     assert read.path == network.path
     assert all(torch.equal(a, b) for a, b in zip(read.parameters(), network.parameters(), strict=True))
 

@@ -553,8 +553,8 @@ def test_alignment_brings_a_layer_before_the_exit_nearer_to_where_it_runs_ahead_
     some = [a for a in data.read([answers]) if isinstance(a, Answer)]
     for align in (0.0, 3.0):
         train(recipe(answers, tmp_path / f"{align}", align=align, **paper))
-        config, tensors = artifacts.read_config(tmp_path / f"{align}"), artifacts.read_tensors(tmp_path / f"{align}")
-        network = load_network(target, config, tensors)
+        folder = tmp_path / f"{align}"
+        network = load_network(target, artifacts.read_config(folder), folder)
         aims = network.path.aims(4)
         assert aims == [2, 4]
         wanted = dataclasses.replace(wanted_states(network.path, 4), hidden=(2, 4))

@@ -144,7 +144,7 @@ def open_index(folder: Path) -> Index:
         raise SpecDecError(
             f"'{folder}' holds no packed experts: {Path(error.filename).name} is missing; {hint}"
         ) from None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise SpecDecError(f"'{path}' is no index of packed experts ({error}); {hint}") from None
     if size != index.total_bytes:
         raise SpecDecError(

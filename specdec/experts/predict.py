@@ -375,19 +375,23 @@ def write_leaps(folder: Path, leaps: Leaps, fingerprint: str, figures: dict[str,
 
 def read_leaps(folder: Path, fingerprint: str, num_experts: int, hidden: int) -> Leaps:
     """Inverse of ``write_leaps``. Raises SpecDecError if there are none, or not for this model."""
-    config, tensors = _read(folder, LEAPS, fingerprint, "--fit ANSWERS")
+    path = folder / LEAPS
+    config = _config(path, fingerprint, "--fit ANSWERS")
     try:
         targets = [[int(t) for t in row] for row in config["targets"]]
-        parts = {name: [tensors[f"{j}/{name}"].float() for j in range(len(targets))] for name in ("now", *PAST, "bias")}
-        for name, each in parts.items():
-            for rows, part in zip(targets, each, strict=True):
-                shape = (len(rows), num_experts, hidden)[: 2 if name == "bias" else 3]
-                if part.shape != shape or not all(0 <= t < len(targets) for t in rows):
-                    raise ValueError("a tensor of another shape")
+        if not all(0 <= t < len(targets) for row in targets for t in row):
+            raise ValueError("a layer that is not there")
+        shapes = {
+            f"{j}/{name}": (len(row), num_experts, hidden)[: 2 if name == "bias" else 3]
+            for j, row in enumerate(targets)
+            for name in ("now", *PAST, "bias")
+        }
+        tensors = _tensors(path, shapes)
+        parts = {name: [tensors[f"{j}/{name}"] for j in range(len(targets))] for name in ("now", *PAST, "bias")}
         past = {name: parts[name] for name in PAST}
         return Leaps("m2r2", targets, parts["now"], past, parts["bias"], float(config["slope"]), int(config["top_k"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise _unfit(folder / LEAPS, error) from None
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise _unfit(path, error) from None
 
 
 def write_adapters(folder: Path, found: Accelerated, fingerprint: str, figures: dict[str, Any]) -> None:
@@ -398,27 +402,37 @@ def write_adapters(folder: Path, found: Accelerated, fingerprint: str, figures: 
 
 def read_adapters(folder: Path, fingerprint: str, layers: list[MoELayer]) -> Accelerated:
     """Inverse of ``write_adapters``. Raises SpecDecError if there are none, or not for this model."""
-    config, tensors = _read(folder, ADAPTERS, fingerprint, "--fit ANSWERS --rate R")
+    path = folder / ADAPTERS
+    config = _config(path, fingerprint, "--fit ANSWERS --rate R")
     try:
-        rate, down, up = int(config["rate"]), tensors["down"].float(), tensors["up"].float()
-        width = layers[0].router.shape[1]
-        if rate < 2 or len(down) > len(layers) or not down.shape[::2] == up.shape[:2] == (len(down), width):
+        rate, width = int(config["rate"]), layers[0].router.shape[1]
+        with artifacts.opened(path / artifacts.WEIGHTS) as stored:
+            rows, rank = stored.header["down"].shape[:2]
+        if rate < 2 or rows > len(layers) or rank > artifacts.WIDEST * width:
             raise ValueError("a tensor of another shape")
-        return Accelerated(layers, rate, down, up)
-    except (KeyError, TypeError, ValueError) as error:
-        raise _unfit(folder / ADAPTERS, error) from None
+        tensors = _tensors(path, {"down": (rows, rank, width), "up": (rows, width, rank)})
+        return Accelerated(layers, rate, tensors["down"], tensors["up"])
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise _unfit(path, error) from None
 
 
-def _read(folder: Path, name: str, fingerprint: str, how: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    path = folder / name
+def _config(path: Path, fingerprint: str, how: str) -> dict[str, Any]:
     if not path.is_dir():
         raise SpecDecError(
             f"no expert predictor in '{path}'; fit one with 'specdec pack-experts MODEL DIR {how}', or use "
             "--expert-prefetch residual"
         )
-    config, tensors = artifacts.read_config(path), artifacts.read_tensors(path)
+    config = artifacts.read_config(path)
     artifacts.check_base(config, fingerprint, str(path))
-    return config, tensors
+    return config
+
+
+def _tensors(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """The tensors of a predictor, float32. Raises ValueError, before anything is read, for those of another shape."""
+    with artifacts.opened(path / artifacts.WEIGHTS) as stored:
+        if odd := [name for name, shape in shapes.items() if tuple(stored.header[name].shape) != shape]:
+            raise ValueError(f"'{odd[0]}' has another shape")
+        return {name: stored.read(name).float() for name in shapes}
 
 
 def _unfit(path: Path, error: Exception) -> SpecDecError:

@@ -54,9 +54,9 @@ class ArlaMethod(Method):
         self.folder = shipped or Path(settings.drafter)
         self.trained = artifacts.read_config(self.folder)
         artifacts.check_base(self.trained, target.fingerprint, str(self.folder))
-        tensors = {k: t for k, t in artifacts.read_tensors(self.folder).items() if not k.startswith("router")}
-        network = load_network(target, self.trained | {"router": 0}, tensors)
-        self.path, self.base_tensors = network.path, tensors
+        network = load_network(target, self.trained, self.folder)
+        own = network.state_dict()
+        self.path, self.base_tensors = network.path, {k: own[k] for k in own if not k.startswith("routers.")}
 
     def wanted(self) -> Wanted:
         return wanted_states(self.path, self.target.num_layers)
