@@ -174,6 +174,16 @@ def quietly(status: str = "") -> Iterator[None]:
             transformers_logging.set_verbosity(verbosity)
 
 
+@contextlib.contextmanager
+def progress(text: str, what: str) -> Iterator[Callable[[int, int], None]]:
+    """Say ``text`` on stderr, then show how far ``what`` is; yields what takes how much is done, and of how much."""
+    console = Console(file=sys.stderr)
+    _tell(console, text)
+    with _progress(console) as bar:
+        task = bar.add_task(what, total=None, amount="")
+        yield lambda done, total: bar.update(task, completed=done, total=total, amount=f"{done}/{total}")
+
+
 def one_line(error: BaseException) -> str:
     """The error's message as one line of bearable length."""
     text = " ".join(str(error).split()) or type(error).__name__

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 
 from specdec import SpecDecoder, hub, stored
 from specdec.errors import SpecDecError
-from specdec.experts import packed
+from specdec.experts import packed, tiers
 from specdec.experts.layers import moe_layers
 from specdec.experts.offload import ExpertOptions
 
@@ -122,6 +123,84 @@ def test_a_packed_file_of_a_model_that_differs_in_one_expert_only_is_refused(mix
         SpecDecoder.from_pretrained(mixtral, "none", experts=ExpertOptions(0.5, folder=tmp_path))
 
 
+def unsampled(tensors) -> None:
+    """Change one number, which no fingerprint looks at."""
+    tensors["model.layers.2.block_sparse_moe.experts.5.w2.weight"][7, 3] += 0.5
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache/experts"
+
+
+def packed_number(folder: Path) -> float:
+    """What ``unsampled`` changes, as it is packed."""
+    index = packed.open_index(folder)
+    tier, memory = tiers.DiskTier(folder, index), tiers.aligned(1, index.stride)[0]
+    tier.read(2 * 6 + 5, memory, 0, index.stride)
+    tier.close()
+    return float(index.views(memory)[1][7, 3])
+
+
+def test_an_edit_that_the_fingerprint_does_not_see_is_packed_anew(mixtral, cache, capsys):
+    def number() -> float:
+        SpecDecoder.from_pretrained(mixtral, "none", experts=ExpertOptions(0.5)).close()
+        (folder,) = cache.iterdir()  # the old one does not stay
+        return packed_number(folder)
+
+    before, mark = number(), hub.fingerprint(hub.load(mixtral)[0])
+    said = capsys.readouterr().err
+    assert f"Packing the experts of {mixtral} (0 MB) into {cache}" in said and "once" in said
+    number()
+    assert "Packing" not in capsys.readouterr().err
+    edit(mixtral, unsampled)
+    assert hub.fingerprint(hub.load(mixtral)[0]) == mark
+    assert number() == before + 0.5
+
+
+def test_an_edit_in_memory_is_packed_anew(mixtral, cache):
+    model, marks = hub.load(mixtral)[0], []
+    for _ in range(2):
+        own = greedy_reference(model, PROMPT, COUNT)
+        decoder = SpecDecoder(model, None, "none", experts=ExpertOptions(0.5))
+        assert decoder.generate(PROMPT, max_new_tokens=COUNT).token_ids == own
+        marks.append(packed_number(decoder.target.experts.folder))
+        decoder.close()
+        moe_layers(model)[2].experts.down_proj[5, 7, 3] += 0.5
+    assert marks[1] == marks[0] + 0.5
+
+
+def test_a_folder_packed_before_an_edit_is_refused_and_one_of_a_copy_is_taken(mixtral, tmp_path):
+    model, options = hub.load(mixtral, experts=False)[0], ExpertOptions(0.5, folder=tmp_path / "packed")
+    packed.pack(moe_layers(model), hub.fingerprint(model), options.folder)
+    copied = Path(shutil.copytree(mixtral, tmp_path / "copy"))
+    SpecDecoder.from_pretrained(copied, "none", experts=options).close()
+    layers = moe_layers(hub.load(copied, experts=False)[0])
+    assert packed.open_index(options.folder).source == packed.origin(layers).state  # compared once
+    edit(mixtral, unsampled)
+    with pytest.raises(SpecDecError, match=r"not those of the loaded model: expert 5 of layer 2 differs; pack"):
+        SpecDecoder.from_pretrained(mixtral, "none", experts=options)
+
+
+def test_what_is_refused_is_refused_before_anything_is_packed(mixtral, cache, monkeypatch, capsys):
+    for options in (ExpertOptions(0.1), ExpertOptions(0.5, "m2r2")):
+        with pytest.raises(SpecDecError, match=r"holds 0 experts|no expert predictor"):
+            SpecDecoder.from_pretrained(mixtral, "none", experts=options)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=99_999))
+    with pytest.raises(SpecDecError, match=r"^not enough disk space in .* MB needed for the packed experts, 0 MB free"):
+        SpecDecoder.from_pretrained(mixtral, "none", experts=ExpertOptions(0.5))
+    assert not list(cache.rglob("*experts*"))
+
+
+def test_an_index_of_somebody_else_is_left_alone(mixtral, tmp_path):
+    model = hub.load(mixtral, experts=False)[0]
+    (tmp_path / packed.INDEX).write_text('["theirs"]')
+    with pytest.raises(SpecDecError, match=r"experts.json' was not made by specdec; move it away"):
+        packed.pack(moe_layers(model), hub.fingerprint(model), tmp_path)
+    assert (tmp_path / packed.INDEX).read_text() == '["theirs"]'
+
+
 EXPERT = "model.layers.1.block_sparse_moe.experts"
 
 
@@ -185,7 +264,7 @@ PEAKS = """
 import json, sys
 from pathlib import Path
 from specdec import SpecDecoder, hub
-from specdec.experts import packed
+from specdec.experts import packed, tiers
 from specdec.experts.layers import moe_layers
 from specdec.experts.offload import ExpertOptions
 

@@ -20,14 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdec.embedded import cache_dir
+from specdec.embedded import cache_dir, progress
 from specdec.errors import SpecDecError, did_you_mean
 from specdec.experts import packed, predict
 from specdec.experts.cache import EVICTIONS
 from specdec.experts.control import Controller
 from specdec.experts.layers import moe_layers
 from specdec.experts.predict import Predictor
-from specdec.experts.store import Counters, ExpertStore, Foreseen
+from specdec.experts.store import Counters, ExpertStore, Foreseen, slots_per_layer
 from specdec.experts.tiers import DiskTier, EmulatedTier, PinnedTier, Tier, aligned
 from specdec.stored import FUSED, Absent, StoredExperts, sample
 
@@ -41,7 +41,8 @@ class ExpertOptions:
     """How experts are offloaded.
 
     cache: fast memory for experts, as a share of all (float) or in bytes (int). prefetch: one of ``PREDICTORS``.
-    folder: the packed file's; None: one in the user's cache, packed at first use. eviction: "lru" or "least-stale"
+    folder: the packed file's; None: one in the user's cache, packed at first use, and anew when the weights have
+    changed. eviction: "lru" or "least-stale"
     ("none": on demand without a cache, for study). bandwidth, latency: an emulated slow memory (bytes/s, s) instead of
     the disk. adaptive: stop prefetching where it does not pay.
     """
@@ -125,10 +126,13 @@ class Offload:
         self.layers = moe_layers(model)
         if any(isinstance(layer.experts, _Experts) for layer in self.layers):
             raise SpecDecError("the experts of this model are offloaded already; close the decoder that has them")
-        self.folder = options.folder or cache_dir() / "experts" / fingerprint
-        self.index = self._index()
         self.top_k = self.layers[0].top_k
-        self.predictor = self._predictor(options.prefetch)
+        planned = packed.plan(self.layers, fingerprint)
+        slots_per_layer(options.cache, planned, self.top_k)  # what is refused is refused before anything is packed
+        origin = packed.origin(self.layers)
+        self.folder = options.folder or cache_dir() / "experts" / origin.place
+        self.predictor = self._predictor(options.prefetch, planned)
+        self.index = self._index(origin, planned)
         tier = self._tier()
         try:
             self.store = ExpertStore(self.index, tier, options.cache, self.top_k, options.eviction)
@@ -202,20 +206,30 @@ class Offload:
 
     # -- how it is put together -----------------------------------------------------------------------------------
 
-    def _index(self) -> packed.Index:
-        if self.options.folder is None:
-            try:
-                index = packed.open_index(self.folder)
-                packed.check_model(index, self.layers, self.fingerprint, self.folder)
+    def _index(self, origin: packed.Origin, planned: packed.Index) -> packed.Index:
+        """That of the folder given, if it is this model's; of the cache's, which is packed unless it is as it was."""
+        if self.options.folder is not None:
+            index = packed.open_index(self.folder)
+            packed.check_model(index, self.layers, self.fingerprint, self.folder)
+            if index.source != origin.state:
+                text = f"Comparing the packed experts in {self.folder} with the model, once."
+                with progress(text, "Comparing experts") as tell:
+                    packed.same_weights(index, self.layers, self.folder, tell)
+            return index
+        try:
+            index = packed.open_index(self.folder)
+            packed.check_model(index, self.layers, self.fingerprint, self.folder)
+            if index.source == origin.state:
                 return index
-            except SpecDecError:  # not packed yet, in another dtype, or damaged
-                return packed.pack(self.layers, self.fingerprint, self.folder)
-        index = packed.open_index(self.folder)
-        packed.check_model(index, self.layers, self.fingerprint, self.folder)
-        return index
+        except SpecDecError:  # not packed yet, or damaged
+            pass
+        name = self.model.config._name_or_path or "the model"
+        text = f"Packing the experts of {name} ({planned.total_bytes / 1e6:.0f} MB) into {self.folder}, once."
+        with progress(text, "Packing experts") as tell:
+            return packed.pack(self.layers, self.fingerprint, self.folder, tell)
 
-    def _predictor(self, name: str) -> Predictor | None:
-        rows, experts = len(self.layers), self.index.num_experts
+    def _predictor(self, name: str, planned: packed.Index) -> Predictor | None:
+        rows, experts = len(self.layers), planned.num_experts
         if name == "none":
             return None
         if name == "previous-token":
@@ -226,7 +240,7 @@ class Offload:
             return predict.residual(self.layers)
         if name == "m2r2-paper":
             return predict.read_adapters(self.folder, self.fingerprint, self.layers)
-        leaps = predict.read_leaps(self.folder, self.fingerprint, experts, self.index.hidden)
+        leaps = predict.read_leaps(self.folder, self.fingerprint, experts, planned.hidden)
         return leaps if name == "m2r2" else predict.Shuffled(leaps, rows, experts)
 
     def _tier(self) -> Tier:

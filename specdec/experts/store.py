@@ -109,15 +109,8 @@ class ExpertStore:
 
     def __init__(self, index: Index, tier: Tier, budget: float, top_k: int, eviction: str = "lru") -> None:
         self.index, self.tier, self.stride = index, tier, index.stride
-        self.budget = budget_bytes(budget, index)
-        rows = len(index.layers)
-        per_layer = min(self.budget // (rows * index.stride), index.num_experts)
-        if per_layer < top_k:
-            least = rows * top_k * index.stride
-            raise SpecDecError(
-                f"an expert cache of {self.budget / 1e6:.4g} MB holds {per_layer} experts per layer, but one token "
-                f"needs {top_k}; give at least {least / index.total_bytes:.3g} ({least / 1e6:.4g} MB)"
-            )
+        self.budget, rows = budget_bytes(budget, index), len(index.layers)
+        per_layer = slots_per_layer(budget, index, top_k)
         self.memory = tier.slots(rows * per_layer).unflatten(0, (rows, per_layer))  # (rows, S, stride)
         # Per row: gate and up [S, 2 F, D], down [S, D, F] of all its slots.
         self.weights: list[tuple[Tensor, Tensor]] = [index.views(slots) for slots in self.memory]
@@ -426,6 +419,19 @@ def budget_bytes(budget: float, index: Index) -> int:
     if not 0 < budget <= 1:
         raise SpecDecError(f"an expert cache is a share in (0, 1] or a number of bytes; got {budget}")
     return int(budget * index.total_bytes + 0.5)
+
+
+def slots_per_layer(budget: float, index: Index, top_k: int) -> int:
+    """Experts of each layer that ``budget`` holds. Raises SpecDecError for fewer than one token needs."""
+    size, rows = budget_bytes(budget, index), len(index.layers)
+    per_layer = min(size // (rows * index.stride), index.num_experts)
+    if per_layer < top_k:
+        least = rows * top_k * index.stride
+        raise SpecDecError(
+            f"an expert cache of {size / 1e6:.4g} MB holds {per_layer} experts per layer, but one token "
+            f"needs {top_k}; give at least {least / index.total_bytes:.3g} ({least / 1e6:.4g} MB)"
+        )
+    return per_layer
 
 
 def _reason(error: Exception) -> Any:
