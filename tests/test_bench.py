@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import re
 import statistics
 import threading
 from collections.abc import Iterator
@@ -421,41 +422,49 @@ def served(tmp_path: Path, monkeypatch) -> Iterator[dict[str, bytes]]:
         monkeypatch.delenv(name, raising=False)
     url = f"http://127.0.0.1:{server.server_port}"
     data = gzip.compress(b'{"task_id": "HumanEval/0", "prompt": "def f():"}\n', mtime=0)
-    files["/HumanEval.jsonl.gz"], files["/koala.jsonl"] = data, b'{"id": "koala_0", "prompt": "Sing."}\n'
+    files["/HumanEval.jsonl.gz"] = data
     real = SETS["humaneval"]
     pinned = Home(real.page, real.licence, f"{url}/HumanEval.jsonl.gz", hashlib.sha256(data).hexdigest(), real.turns)
     monkeypatch.setitem(SETS, "humaneval", pinned)
-    monkeypatch.setitem(SETS, "koala", Home("https://example.org", "Apache-2.0", f"{url}/koala.jsonl"))
     yield files
     server.shutdown()
     server.server_close()
 
 
-@pytest.mark.parametrize("name", ["humaneval", "koala"])
-def test_a_set_is_fetched_once_and_checked(served: dict[str, bytes], tmp_path: Path, name: str) -> None:
-    """humaneval has a published checksum; koala has none: what came first is what must come again."""
-    first, path = load_prompts(name), next(iter(p for p in served if name in p.lower()))
+def test_a_set_is_fetched_once_and_checked(served: dict[str, bytes], tmp_path: Path) -> None:
+    path = "/HumanEval.jsonl.gz"
     good, served[path] = served[path], b"something else"
-    assert load_prompts(name) == first and first.sha256 == hashlib.sha256(good).hexdigest()
-    (cached,) = (p for p in (tmp_path / "cache/prompts").iterdir() if p.name.startswith(name) and p.suffix != ".sha256")
+    with pytest.raises(SpecDecError, match="checksum mismatch"):  # the first download is not trusted
+        load_prompts("humaneval")
+    assert not list((tmp_path / "cache").rglob("*.*"))
+    served[path] = good
+    first = load_prompts("humaneval")
+    assert first.sha256 == hashlib.sha256(good).hexdigest()
+    served[path] = b"something else"
+    assert load_prompts("humaneval") == first
+    (cached,) = (tmp_path / "cache/prompts").iterdir()
     cached.write_bytes(b"broken on the disk")
     with pytest.raises(SpecDecError, match="checksum mismatch"):
-        load_prompts(name)
+        load_prompts("humaneval")
     served[path] = good
-    assert load_prompts(name) == first and cached.read_bytes() == good
+    assert load_prompts("humaneval") == first and cached.read_bytes() == good
 
 
 def test_a_set_that_cannot_be_had_says_where_it_is(served: dict[str, bytes]) -> None:
     served.clear()
-    for name in ("humaneval", "koala"):
-        with pytest.raises(SpecDecError, match=rf"'{name}' cannot be downloaded .*--data-dir.*https://"):
+    with pytest.raises(SpecDecError, match=r"'humaneval' cannot be downloaded .*--data-dir.*https://"):
+        load_prompts("humaneval")
+    for name in ("koala", "self-instruct", "wizardlm"):
+        with pytest.raises(SpecDecError, match=rf"'{name}' is not downloaded, .*checksum; .*--data-dir.*https://"):
             load_prompts(name)
 
 
-def test_every_public_home_is_pinned_or_says_that_it_is_not() -> None:
+def test_whatever_is_downloaded_has_a_revision_and_a_checksum() -> None:
     assert set(SETS) == {"mt-bench", "koala", "self-instruct", "wizardlm", "spec-bench", "humaneval", "gsm8k"}
     for home in SETS.values():
-        assert home.licence and home.url.startswith("https://") and (home.sha256 is None or len(home.sha256) == 64)
+        assert home.licence and home.page.startswith("https://") and (home.url is None) == (home.sha256 is None)
+        assert home.url is None or re.search(r"^https://.*/[0-9a-f]{40}/", home.url)
+        assert home.sha256 is None or re.fullmatch(r"[0-9a-f]{64}", home.sha256)
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Prompt sets: a file, our own small set, or a public set by name, found in a data folder or fetched from its home.
 
-A downloaded file is checked against its SHA-256 and kept in the cache folder. Knows no tokenizer and no model.
+What is downloaded has a fixed revision and a known SHA-256, and is kept in the cache folder; sets of which we know no
+checksum are not downloaded. Knows no tokenizer and no model.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from specdec.errors import SpecDecError, did_you_mean
 
 DATA = "SPECDEC_DATA"  # environment variable: the data folder
 TIMEOUT = 20  # seconds for a download to answer
+MOST_BYTES = 1 << 26  # of a download
 
 
 @dataclass(frozen=True)
@@ -50,14 +52,13 @@ class PromptSet:
 class Home:
     """Where a public set comes from.
 
-    sha256: of the file at ``url``. None: no published checksum is known to us; the first download's is then kept beside
-    it, and every later use and download is checked against that. turns: makes the turns of one of the file's records;
-    the plain reading comes first.
+    url, sha256: of one revision of the file, and its checksum. None: no checksum is known to us, so the user has to get
+    the file. turns: makes the turns of one of the file's records; the plain reading comes first.
     """
 
     page: str
     licence: str
-    url: str
+    url: str | None = None
     sha256: str | None = None
     turns: Callable[[dict[str, Any]], Any] = lambda record: None
 
@@ -93,20 +94,17 @@ SETS: dict[str, Home] = {
         lambda record: CODE + record["prompt"].rstrip() + "\n```" if "task_id" in record else None,
     ),
     "koala": Home(
-        "https://github.com/arnav-gudibande/koala-test-set",
+        "https://github.com/arnav-gudibande/koala-test-set (koala_test_set.jsonl)",
         "Apache-2.0; its authors ask not to train on it",
-        RAW + "arnav-gudibande/koala-test-set/main/koala_test_set.jsonl",
     ),
     "self-instruct": Home(
         "https://github.com/yizhongw/self-instruct (human_eval/user_oriented_instructions.jsonl)",
         "Apache-2.0",
-        RAW + "yizhongw/self-instruct/main/human_eval/user_oriented_instructions.jsonl",
         turns=lambda record: _with_input(record.get("instruction"), (record.get("instances") or [{}])[0].get("input")),
     ),
     "wizardlm": Home(
         "https://github.com/nlpxucan/WizardLM (WizardLM/data/WizardLM_testset.jsonl)",
         "CC BY-NC 4.0 (research, not commercial)",
-        RAW + "nlpxucan/WizardLM/ce0d433589335d419aa8101abd71685ae7d187f3/WizardLM/data/WizardLM_testset.jsonl",
         turns=lambda record: record.get("Instruction"),
     ),
 }
@@ -156,25 +154,23 @@ def _local(name: str, data_dir: Path | None) -> Path | None:
 
 def _downloaded(name: str, home: Home) -> Path:
     by_hand = f"put it as '{name}.jsonl' into a folder and give that with --data-dir or ${DATA}; it is at {home.page}"
+    if home.url is None or home.sha256 is None:
+        raise SpecDecError(f"prompt set '{name}' is not downloaded, for want of a published checksum; {by_hand}")
     path = cache_dir() / "prompts" / f"{name}.jsonl{'.gz' if home.url.endswith('.gz') else ''}"
-    first = path.with_name(f"{path.name}.sha256")  # of the first download
-    known = home.sha256 or (first.read_text("utf-8").strip() if first.is_file() else None)
-    if known and path.is_file() and _sha256(path.read_bytes()) == known:
+    if path.is_file() and _sha256(path.read_bytes()) == home.sha256:
         return path
     try:
         with urllib.request.urlopen(home.url, timeout=TIMEOUT) as answer:
-            data = answer.read()
+            data = answer.read(MOST_BYTES)
     except (OSError, ValueError, HTTPException) as error:
         raise SpecDecError(f"prompt set '{name}' cannot be downloaded ({one_line(error)}); {by_hand}") from None
     found = _sha256(data)
-    if known and found != known:
+    if found != home.sha256:
         raise SpecDecError(
-            f"checksum mismatch: {home.url} has sha256 {found} instead of {known}; try again, or {by_hand}"
+            f"checksum mismatch: {home.url} has sha256 {found} instead of {home.sha256}; try again, or {by_hand}"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     replace(path, data)
-    if not home.sha256:
-        replace(first, f"{found}\n".encode())
     return path
 
 
