@@ -79,7 +79,8 @@ class MedusaDrafter:
 
     accuracy[k][r]: how often choice r of head k is the model's own. nodes: nodes of the tree; None: as many as the
     chain of the asked depth, and those that scoring has room for beside it (``State.spare``).
-    own: output heads of a public checkpoint; None: the model's.
+    own: output heads of a public checkpoint; None: the model's. source: where public heads come from: a folder, or a
+        Hugging Face id with the commit that was read.
     Raises SpecDecError if no trained heads fit the target.
     """
 
@@ -93,8 +94,9 @@ class MedusaDrafter:
         accuracy: Sequence[Sequence[float]],
         nodes: int | None = None,
         own: Sequence[nn.Linear] | None = None,
+        source: str = "",
     ) -> None:
-        self.network, self.own = network, own
+        self.network, self.own, self.source = network, own, source
         self.accuracy = _checked(accuracy, network.heads)
         self.nodes = None if nodes is None else options.whole("nodes", nodes, 1)
 
@@ -102,11 +104,14 @@ class MedusaDrafter:
     def load(cls, target: Target, source: str | None = None, **given: Any) -> MedusaDrafter:
         """From a folder of ours or with public heads, a Hugging Face id with those, or the one shipped for the model.
 
-        Option: ``nodes``. Raises SpecDecError for anything missing, broken or made for another model.
+        Options: ``nodes``, and ``revision`` (branch, tag or commit) of a Hugging Face id. Raises SpecDecError for
+        anything missing, broken or made for another model.
         """
-        options.check(cls.name, given, ("nodes",))
-        mark = target.fingerprint
-        folder = artifacts.shipped(cls.name, mark) if source is None else _folder(source)
+        options.check(cls.name, given, ("nodes", "revision"))
+        mark, revision = target.fingerprint, given.get("revision")
+        folder, named = (artifacts.shipped(cls.name, mark), "") if source is None else _folder(source, revision)
+        if source is None and revision is not None:
+            raise SpecDecError("option 'revision' goes with Medusa heads by Hugging Face id: --drafter medusa=ID")
         if folder is None:
             name = target.model.config._name_or_path or "MODEL"
             raise SpecDecError(
@@ -116,7 +121,7 @@ class MedusaDrafter:
         public = _public_config(folder)
         if public is not None:
             network, own = _read_public(folder, public, target)
-            return cls(network, ASSUMED[: network.heads], given.get("nodes"), own)
+            return cls(network, ASSUMED[: network.heads], given.get("nodes"), own, named)
         config = artifacts.read_config(folder)
         artifacts.check_base(config, mark, str(folder))
         network = load_network(target, config, folder)
@@ -216,18 +221,23 @@ def _checked(accuracy: Any, heads: int) -> list[list[float]]:
 # --- public checkpoints --------------------------------------------------------------------------------------------
 
 
-def _folder(source: str) -> Path:
-    """The folder ``source``, or that of a Hugging Face id, of which no pickle is fetched."""
+def _folder(source: str, revision: Any) -> tuple[Path, str]:
+    """The folder ``source``, or that of a Hugging Face id, of which no pickle is fetched; and what to call it."""
+    if revision is not None and not isinstance(revision, str):
+        raise SpecDecError(f"revision must be a branch, tag or commit in quotes; got {revision!r}")
     if Path(source).is_dir() or source.startswith((".", "/", "~")) or source.count("/") != 1:
-        return Path(source)
+        if revision is not None:
+            raise SpecDecError(f"a revision ('{revision}') goes with a Hugging Face id, and '{source}' is not one")
+        return Path(source), source
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(source, allow_patterns=["config.json", PUBLIC]))
+        found = Path(snapshot_download(source, revision=revision, allow_patterns=["config.json", PUBLIC]))
     except Exception as error:  # the type depends on the HTTP library
         raise SpecDecError(
             f"cannot get Medusa heads '{source}' ({one_line(error)}); name a folder or a Hugging Face id"
         ) from None
+    return found, f"{source}@{found.name}"  # snapshots are called by their commits
 
 
 def _public_config(folder: Path) -> dict[str, Any] | None:
