@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from gguf import GGUFReader
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors import SafetensorError
@@ -109,6 +111,27 @@ def _check_fit(name: str, model: PreTrainedModel, info: dict[str, Any]) -> None:
             f"the weights of '{name}' do not fit its config.json: {len(unfit)} missing or of another shape, "
             f"such as '{unfit[0]}'"
         )
+
+
+def own_name(name: str) -> str:
+    """What to call the model ``name`` in files that others may read: never by a path of this machine.
+
+    An embedded model's name and a Hugging Face id are that; a GGUF file says what it holds (``general.name``), and a
+    folder's config what it was saved from, unless that is a path, too. Else it is called as its file or folder is.
+    """
+    path = Path(name).expanduser()
+    if name in EMBEDDED or not path.exists():
+        return name
+    said = ""
+    with contextlib.suppress(Exception):  # untrusted files: any type
+        if path.is_file():
+            field = GGUFReader(path).get_field("general.name")
+            said = "" if field is None else str(field.contents())
+        else:
+            said = str(json.loads((path / "config.json").read_text("utf-8")).get("_name_or_path", ""))
+    said = " ".join(said.split())
+    a_path = said.startswith(("/", ".", "~")) or "\\" in said or said.count("/") > 1 or Path(said).exists()
+    return path.resolve().name if a_path else said
 
 
 def fingerprint(model: PreTrainedModel) -> str:

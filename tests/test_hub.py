@@ -183,6 +183,38 @@ def test_a_repository_that_does_not_exist(monkeypatch):
 # --- fingerprints -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("saved_from", "expected"),
+    [
+        ("org/some-model", "org/some-model"),
+        ("/home/me/some-model", "mine"),
+        ("./out/model", "mine"),
+        ("C:\\\\models\\\\x", "mine"),
+        ("a/b/c", "mine"),
+        ("", "mine"),
+        ("here", "mine"),  # a folder of that name is there
+    ],
+)
+def test_a_folders_own_name_is_never_a_path(tmp_path, monkeypatch, saved_from, expected):
+    (tmp_path / "here/mine").mkdir(parents=True)
+    (tmp_path / "here/mine/config.json").write_text(json.dumps({"_name_or_path": saved_from}))
+    monkeypatch.chdir(tmp_path)
+    assert hub.own_name("here/mine") == expected
+    monkeypatch.chdir(tmp_path / "here/mine")
+    assert hub.own_name(".") == ("here" if expected == "mine" and saved_from == "here" else expected)
+
+
+@pytest.mark.parametrize("told", ["A Model 1B", "/home/me/model", None])
+def test_a_gguf_files_own_name_is_what_it_says(tmp_path, monkeypatch, told):
+    write = gguf.GGUFWriter.add_block_count
+    monkeypatch.setattr(
+        gguf.GGUFWriter, "add_block_count", lambda self, n: (told and self.add_name(told), write(self, n))
+    )
+    write_gguf(tmp_path / "mine.gguf")
+    assert hub.own_name(str(tmp_path / "mine.gguf")) == (told if told == "A Model 1B" else "mine.gguf")
+    assert hub.own_name("org/name") == "org/name" and hub.own_name(embedded.DEFAULT_MODEL) == embedded.DEFAULT_MODEL
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
 def test_fingerprint_does_not_depend_on_the_dtype(family):
     model = tiny_model(family, initializer_range=1e-5)  # many values that float16 holds with few bits only

@@ -148,6 +148,7 @@ def test_the_command_writes_a_file_that_drafts(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "measured x" in result.output and "plain decoding" in result.output
     data = yaml.safe_load(output.read_text())
+    assert data["base"]["name"] == "model" and str(tmp_path) not in output.read_text()
     assert data["drafter"] == "layer-skip" and data["attn"] + data["mlp"]
     decoder = SpecDecoder.from_pretrained(str(folder), drafter=f"layer-skip={output}")
     assert sorted(decoder.drafter.attn) == data["attn"] and sorted(decoder.drafter.mlp) == data["mlp"]  # type: ignore[attr-defined]

@@ -431,6 +431,23 @@ def test_answers_of_a_model_with_a_larger_vocabulary_are_refused(answers: Path, 
         train(recipe(answers, tmp_path / "out"))
 
 
+def test_nothing_that_is_published_names_a_path_of_this_machine(answers: Path, tmp_path: Path) -> None:
+    base, out = tmp_path / "bases/my-base", tmp_path / "out"
+    base.mkdir(parents=True)
+    (base / "config.json").write_text('{"_name_or_path": "' + str(base) + '"}')
+    train(recipe(answers, tmp_path / "first", steps=2))
+    (tmp_path / "held.jsonl").write_text('{"prompt_ids": [3, 3, 3], "response_ids": [4]}\n')
+    more = {"model": str(base), "init": str(tmp_path / "first"), "holdout": [str(tmp_path / "held.jsonl")]}
+    train(recipe(answers, out, steps=2, **more))
+    config, recorded = (out / "config.json").read_text(), (out / "train.yaml").read_text()
+    assert str(tmp_path) not in config + recorded
+    assert json.loads(config)["base"]["name"] == "my-base" and "model: my-base\n" in recorded
+    assert "- answers.jsonl\n" in recorded and "init: first\n" in recorded
+    train(recipe(answers, out, steps=2, **more), resume=True)
+    with pytest.raises(SpecDecError, match=r"cannot resume .* with other settings: model 'my-base' -> 'other'"):
+        train(recipe(answers, out, steps=2, **more | {"model": "other"}), resume=True)
+
+
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "metrics.jsonl", "states/search/theirs"])
 def test_an_output_folder_with_files_of_somebody_else_is_refused(answers: Path, tmp_path: Path, name: str) -> None:
     out = tmp_path / "out"

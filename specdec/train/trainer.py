@@ -117,7 +117,7 @@ def _prepare(
     run = Run(method, vocab, store["train"].records, store["eval"].records, output, console, world)
     run.base = {
         "fingerprint": mark,
-        "name": settings.model,
+        "name": hub.own_name(settings.model),
         "model_type": model.config.model_type,
         "num_layers": target.num_layers,
         "hidden_size": target.hidden_size,
@@ -456,16 +456,28 @@ def _open_output(settings: TrainSettings, resume: bool) -> Path:
             earlier = settings_of.from_mapping(type(settings), kept, f"'{recipe}'")
             if not resume:
                 raise SpecDecError(f"'{output}' holds a training run; pass --resume to go on, or another --output")
-            if differs := settings_of.differences(earlier, settings):
-                detail = ", ".join(f"{k} {getattr(earlier, k)!r} -> {getattr(settings, k)!r}" for k in differs)
+            pair = _recorded(earlier), _recorded(settings)
+            if differs := settings_of.differences(*pair):
+                detail = ", ".join(f"{k} {getattr(pair[0], k)!r} -> {getattr(pair[1], k)!r}" for k in differs)
                 raise SpecDecError(f"cannot resume '{output}' with other settings: {detail}")
         if not recipe.exists() and (there := [name for name in WRITTEN if (output / name).exists()]):
             raise SpecDecError(f"'{output}' holds a '{there[0]}' that no training run wrote; give another --output")
         output.mkdir(parents=True, exist_ok=True)
-        artifacts.replace(recipe, settings_of.to_yaml(dataclasses.replace(settings, output="")).encode())
+        artifacts.replace(recipe, settings_of.to_yaml(_recorded(settings)).encode())
     except (OSError, yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
         raise SpecDecError(f"cannot use '{output}' as output folder: {error}") from None
     return output
+
+
+def _recorded(settings: TrainSettings) -> TrainSettings:
+    """``settings`` without paths of this machine: who publishes a drafter's folder publishes them."""
+    called: dict[str, Any] = {"model": hub.own_name(settings.model), "output": ""}
+    for key in ("prompts", "text", "holdout"):
+        called[key] = tuple(Path(path).name for path in getattr(settings, key))
+    for key in ("init", "drafter"):
+        if value := getattr(settings, key, ""):
+            called[key] = Path(value).resolve().name
+    return dataclasses.replace(settings, **called)
 
 
 def _end_ids(model: Any, tokenizer: Any) -> list[int]:

@@ -116,6 +116,7 @@ def layer_skip(
 ) -> None:
     """Search the layers, and parts of layers, that drafting does best without: fastest, not most often right."""
     with report.status("loading"):
+        from specdec import hub
         from specdec.bench.prompts import load_prompts, spread
         from specdec.decoder import SpecDecoder
         from specdec.text import encode
@@ -151,7 +152,7 @@ def layer_skip(
     _show(best)
     first = best[0]
     assert first.measured is not None
-    _write(output, first, {"name": model, "fingerprint": target.fingerprint})
+    _write(output, first, {"name": hub.own_name(model), "fingerprint": target.fingerprint})
     say(
         f"{output}: {first.measured:.2f}x plain decoding, of {len(search.seen)} sets tried; "
         f"use --drafter layer-skip={output}"
