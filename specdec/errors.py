@@ -16,6 +16,10 @@ class SpecDecError(Exception):
     outputs: Sequence[Any] = ()
 
 
+class NotFiniteError(SpecDecError):
+    """The model itself gives NaN or infinite logits: no runtime can serve it."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return ``" (did you mean 'x'?)"`` for the closest of ``known``, or an empty string."""
     close = difflib.get_close_matches(name, list(known), n=1)

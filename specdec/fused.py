@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from specdec import compiled, kernels, measured
+from specdec import compiled, hub, kernels, measured
 from specdec.adapters import Adapters
 from specdec.cache import KVCache, Mask
 from specdec.errors import SpecDecError
@@ -438,6 +438,8 @@ def check_logits(target: Target) -> float:
             cache.keep([list(range(b - a))])
     except (TypeError, RuntimeError, AttributeError, IndexError) as error:
         raise SpecDecError(f"model type '{kind}' does not run in the {target.runtime} runtime ({error})") from error
+    if not bool(own.isfinite().all()):
+        raise hub.not_finite(target.model)
     apart = (own - torch.cat(ours, 1).float()).abs().amax(-1)[0] / own.abs().max().clamp_min(1e-6)  # (T,)
     spread = max(apart[:prompt].median().item(), apart[prompt:].median().item())
     if not spread < (1e-4 if target.dtype == torch.float32 else 5e-2):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
-from specdec.errors import SpecDecError, did_you_mean
+from specdec.errors import NotFiniteError, SpecDecError, did_you_mean
 from specdec.fused import FusedTarget
 from specdec.graphs import GraphedTarget
 from specdec.native_target import KINDS, NativeTarget
@@ -53,6 +53,8 @@ def make_target(
                 return kind(model, "int4" if rounded else "dense", compile=compile), "; ".join(reasons)
             if not rounded:
                 return ReferenceTarget(model), "; ".join(reasons)
+        except NotFiniteError:
+            raise
         except SpecDecError as error:
             if runtime != "auto":
                 raise

@@ -420,6 +420,8 @@ class ReferenceTarget(Target):
                 f"model type '{self.model.config.model_type}' cannot be run layer by layer ({error}); "
                 "it is not supported"
             ) from error
+        if not bool(own.isfinite().all()):
+            raise hub.not_finite(self.model)
         spread = (own - ours).abs().max().item() / max(own.abs().max().item(), 1e-6)
         if not spread < (1e-4 if self.dtype == torch.float32 else 5e-2):
             raise SpecDecError(

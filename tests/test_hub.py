@@ -215,6 +215,24 @@ def test_a_gguf_files_own_name_is_what_it_says(tmp_path, monkeypatch, told):
     assert hub.own_name("org/name") == "org/name" and hub.own_name(embedded.DEFAULT_MODEL) == embedded.DEFAULT_MODEL
 
 
+@pytest.mark.parametrize("runtime", ["auto", "fused", "reference"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_broken_weights_are_named(folder, runtime, value):
+    model = hub.load(folder, dtype="float32" if runtime == "reference" else "bfloat16")[0]
+    model.model.layers[2].mlp.up_proj.weight[3, 5] = value
+    with pytest.raises(
+        SpecDecError, match=r"the weights of '.*' are broken: 'model.layers.2.mlp.up_proj.weight' holds NaN"
+    ):
+        make_target(model, runtime)
+
+
+def test_logits_that_overflow_are_the_dtypes_fault(folder):
+    model = hub.load(folder, dtype="float16")[0]
+    model.lm_head.weight.mul_(1e5)
+    with pytest.raises(SpecDecError, match=r"gives NaN or infinite logits in float16; load it in bfloat16 or float32"):
+        make_target(model)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
 def test_fingerprint_does_not_depend_on_the_dtype(family):
     model = tiny_model(family, initializer_range=1e-5)  # many values that float16 holds with few bits only

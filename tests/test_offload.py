@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from itertools import count
 
 import pytest
 import torch
 import zoo
 from conftest import Scripted, greedy_reference, settle, tiny_model
+from safetensors.torch import load_file, save_file
 from tiny import save_tiny_moe
 from typer.testing import CliRunner
 
@@ -260,6 +262,34 @@ def test_adapters_learn_to_run_ahead_and_are_kept(mixtral, folder):
             for row, own in zip(kept.targets[j], logits, strict=True):
                 unit = layers[row].norm(p[t])  # the target's own norm and router
                 torch.testing.assert_close(torch.tensor(own), layers[row].router @ unit, rtol=1e-3, atol=1e-3)
+
+
+def test_a_predictor_with_broken_or_boundless_figures_is_one_line(mixtral, folder, tmp_path):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    options = {name: ExpertOptions(0.5, name, tmp_path) for name in ("m2r2", "m2r2-paper")}
+
+    def refused(name: str) -> str:
+        with pytest.raises(SpecDecError) as error:
+            SpecDecoder(mixtral, None, "none", experts=options[name])
+        return str(error.value)
+
+    for name, part, key in (("m2r2", predict.LEAPS, "0/now"), ("m2r2-paper", predict.ADAPTERS, "up")):
+        file = tmp_path / part / "model.safetensors"
+        whole = load_file(file)
+        save_file(whole | {key: torch.full_like(whole[key], torch.nan)}, file)
+        assert f"tensor '{key}' in" in refused(name) and "NaN or infinite" in refused(name)
+        save_file(whole | {key: whole[key][:-1]}, file)
+        assert "is no expert predictor for this model" in refused(name)
+        save_file(whole, file)
+    for name, part, odd in (
+        ("m2r2", predict.LEAPS, {"top_k": 1e400}),
+        ("m2r2", predict.LEAPS, {"top_k": 10**9}),
+        ("m2r2", predict.LEAPS, {"top_k": 2, "slope": torch.nan}),
+        ("m2r2-paper", predict.ADAPTERS, {"rate": 10**9}),
+    ):
+        config = tmp_path / part / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | odd))
+        assert "is no expert predictor for this model" in refused(name)
 
 
 def test_a_damaged_expert_is_named_and_the_decoder_survives(mixtral, tmp_path):

@@ -9,6 +9,7 @@ one costs time. Knows nothing of caches.
 from __future__ import annotations
 
 import ctypes
+import math
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
@@ -389,7 +390,10 @@ def read_leaps(folder: Path, fingerprint: str, num_experts: int, hidden: int) ->
         tensors = _tensors(path, shapes)
         parts = {name: [tensors[f"{j}/{name}"] for j in range(len(targets))] for name in ("now", *PAST, "bias")}
         past = {name: parts[name] for name in PAST}
-        return Leaps("m2r2", targets, parts["now"], past, parts["bias"], float(config["slope"]), int(config["top_k"]))
+        slope, top_k = float(config["slope"]), int(config["top_k"])
+        if not math.isfinite(slope) or not 1 <= top_k <= num_experts:
+            raise ValueError("slope or top_k out of range")
+        return Leaps("m2r2", targets, parts["now"], past, parts["bias"], slope, top_k)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise _unfit(path, error) from None
 
@@ -408,7 +412,7 @@ def read_adapters(folder: Path, fingerprint: str, layers: list[MoELayer]) -> Acc
         rate, width = int(config["rate"]), layers[0].router.shape[1]
         with artifacts.opened(path / artifacts.WEIGHTS) as stored:
             rows, rank = stored.header["down"].shape[:2]
-        if rate < 2 or rows > len(layers) or rank > artifacts.WIDEST * width:
+        if not 2 <= rate <= max(len(layers), 2) or rows > len(layers) or rank > artifacts.WIDEST * width:
             raise ValueError("a tensor of another shape")
         tensors = _tensors(path, {"down": (rows, rank, width), "up": (rows, width, rank)})
         return Accelerated(layers, rate, tensors["down"], tensors["up"])
