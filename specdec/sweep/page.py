@@ -94,7 +94,7 @@ def write_page(results: Results, folder: Path) -> Path:
         + "\n".join(body)
         + f"\n<footer>specdec {__version__}</footer>\n</body></html>\n"
     )
-    replace(folder / PAGE, page.encode())
+    replace(folder / PAGE, page.encode(errors="backslashreplace"))
     return folder / PAGE
 
 

@@ -6,7 +6,9 @@ nothing to draw. Needs matplotlib (the ``plot`` extra).
 
 from __future__ import annotations
 
+import hashlib
 import io
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ from specdec.sweep.results import NAMES, Record, baselines
 
 WIDTH = 4.5  # inches; at a telephone's width, text of 9 points stays readable
 MOST_BARS, MOST_LINES = 48, 8
+LONGEST_NAME = 60  # characters of a drafter's name in a file's
 INK, GREY, FAINT = "#1a1a1a", "#777777", "#d4d4d4"
 COLOURS = (
     "#56b4e9",
@@ -149,7 +152,7 @@ def _speedup(records: Sequence[Record], baseline: str, styles: Styles) -> Pictur
     alt = f"Bars of {len(chosen)} cells; the fastest is {names[chosen.index(best)]} with " + _words(
         best["arm"]["speedup"][baseline]
     )
-    return _picture(figure, f"speedup-over-{baseline.partition('=')[0]}", f"Over {_name(baseline)}", caption, alt)
+    return _picture(figure, f"speedup-over-{_file(baseline)}", f"Over {_name(baseline)}", caption, alt)
 
 
 def _acceptance(records: Sequence[Record], styles: Styles) -> Picture | None:
@@ -265,8 +268,7 @@ def _heat_maps(records: Sequence[Record]) -> list[Picture | None]:
         differing = axes.varying([r["cell"] for r in own])
         pair = sorted(differing, key=lambda name: -len(_values(own, name)))[:2]
         if len(pair) == 2 and min(len(_values(own, name)) for name in pair) > 1:
-            safe = "".join(c if c.isalnum() or c in "+-" else "-" for c in drafter)
-            out.append(_heat(own, over[0], pair[0], pair[1], f"heat-{safe}", drafter))
+            out.append(_heat(own, over[0], pair[0], pair[1], f"heat-{_file(drafter)}", drafter))
     return out
 
 
@@ -343,6 +345,13 @@ def _words(estimate: Mapping[str, Any]) -> str:
 
 def _name(baseline: str) -> str:
     return {"none": "plain decoding"}.get(baseline, NAMES.get(baseline, baseline))
+
+
+def _file(name: str) -> str:
+    """``name`` as part of a file's name; one that is changed for it gets a mark, so that no two become one."""
+    safe = re.sub(r"[^A-Za-z0-9+-]", "-", name)[:LONGEST_NAME]
+    mark = hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:6]
+    return safe if safe == name else f"{safe}-{mark}"
 
 
 def _short(text: str, most: int = 34) -> str:
