@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-import yaml
 from torch import Tensor
 
-from specdec import options
+from specdec import inputs, options
 from specdec.cache import KVCache, Mask
 from specdec.draft import Draft, State
 from specdec.errors import SpecDecError
@@ -133,8 +132,8 @@ class LayerSkipDrafter(ChainDrafter):
 def read_skips(path: Path, target: Target) -> dict[str, Any]:
     """The options in a file of skips. Raises SpecDecError if it is none, or was tuned on another model."""
     try:
-        data = yaml.safe_load(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        data = inputs.read_yaml(path)
+    except (OSError, ValueError) as error:
         raise SpecDecError(f"cannot read the skip set '{path}': {' '.join(str(error).split())}") from None
     if not isinstance(data, dict) or data.get("drafter") != "layer-skip" or not set(data) <= set(KEYS):
         raise SpecDecError(f"'{path}' is no skip set; make one: specdec tune layer-skip --prompts FILE --output {path}")

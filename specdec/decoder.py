@@ -229,8 +229,8 @@ class SpecDecoder:
         if self._open is not None:
             raise SpecDecError("a stream of this SpecDecoder is still open; finish or close it first")
         params = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-        ids = [encode(self.tokenizer, prompt, chat, system) for prompt in prompts]
         context = self.target.context
+        ids = [encode(self.tokenizer, prompt, chat, system, context=context) for prompt in prompts]
         for row in ids:
             if len(row) >= context:
                 raise SpecDecError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from specdec import inputs
 from specdec.errors import SpecDecError, did_you_mean
 
 
@@ -45,14 +46,12 @@ def probability(name: str, value: Any) -> float:
 
 def assignments(flag: str, pairs: Iterable[str]) -> dict[str, Any]:
     """``KEY=VALUE`` texts of a repeatable ``flag`` as a mapping; values are YAML. Raises SpecDecError otherwise."""
-    import yaml
-
     out: dict[str, Any] = {}
     for pair in pairs:
         key, given, value = pair.partition("=")
         try:
-            out[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
+            out[key] = inputs.parse_yaml(value)
+        except ValueError:
             given = ""
         if not (key and given):
             raise SpecDecError(f"{flag} takes KEY=VALUE, such as exit_layer=8 or skip=[4,5]; got '{pair}'")

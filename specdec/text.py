@@ -9,14 +9,18 @@ from torch import Tensor
 
 from specdec.errors import SpecDecError
 
+LONG_TOKEN = 16  # characters; shorter prompts than the context holds of such tokens are tokenised to see
 Prompt = str | Sequence[int] | Tensor | Sequence[dict[str, str]]
 
 
-def encode(tokenizer: Any, prompt: Prompt, chat: bool | None = None, system: str | None = None) -> list[int]:
+def encode(
+    tokenizer: Any, prompt: Prompt, chat: bool | None = None, system: str | None = None, context: int | None = None
+) -> list[int]:
     """Turn a prompt into token ids.
 
     prompt: text, token ids (list or tensor of one sequence), or chat messages (``[{"role", "content"}, ...]``).
     chat: wrap text in the tokenizer's chat template; None does so where there is one. Ids are taken as they are.
+    context: refuse text that is too long for so many tokens before it is tokenised, which may take minutes.
     Raises SpecDecError for an empty prompt, or a chat without a template.
     """
     if isinstance(prompt, Tensor):
@@ -31,6 +35,8 @@ def encode(tokenizer: Any, prompt: Prompt, chat: bool | None = None, system: str
         raise SpecDecError("the prompt is empty; give some text")
     if tokenizer is None:
         raise SpecDecError("text prompts need a tokenizer; pass token ids or give SpecDecoder a tokenizer")
+    if context is not None and isinstance(prompt, str):
+        _check_length(tokenizer, prompt, context)
     has_template = bool(getattr(tokenizer, "chat_template", None))
     if isinstance(prompt, str):
         if chat is False or (chat is None and not has_template):
@@ -49,6 +55,18 @@ def encode(tokenizer: Any, prompt: Prompt, chat: bool | None = None, system: str
     except Exception as error:  # templates are code of the model's author and raise what they like
         raise SpecDecError(f"the chat template refuses these messages: {error}") from None
     return [int(t) for t in tokenizer(text, add_special_tokens=False).input_ids]
+
+
+def _check_length(tokenizer: Any, text: str, context: int) -> None:
+    """Raise SpecDecError for text with more characters than ``context`` of the tokenizer's longest tokens have."""
+    if len(text) <= LONG_TOKEN * context:
+        return
+    most = context * max(map(len, tokenizer.get_vocab()))
+    if len(text) > most:
+        raise SpecDecError(
+            f"the prompt has {len(text)} characters; the model's context of {context} tokens holds at most {most}; "
+            "shorten it"
+        )
 
 
 class Detokenizer:

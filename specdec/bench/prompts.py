@@ -6,12 +6,9 @@ checksum are not downloaded. Knows no tokenizer and no model.
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
 import os
 import urllib.request
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -19,6 +16,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from specdec import inputs
 from specdec.artifacts import replace
 from specdec.embedded import cache_dir, one_line
 from specdec.errors import SpecDecError, did_you_mean
@@ -182,24 +180,24 @@ def _read(
     name: str, path: Path, licence: str = "", turns: Callable[[dict[str, Any]], Any] = lambda record: None
 ) -> PromptSet:
     try:
-        data = path.read_bytes()
-        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError, EOFError, zlib.error) as error:
+        lines = [(number, line.strip()) for number, line in inputs.lines(path) if line.strip()]
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise SpecDecError(f"cannot read prompts from '{path}': {reason}") from None
-    lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if not lines:
         raise SpecDecError(f"prompt file '{path}' is empty; give one prompt a line")
-    return PromptSet(name, tuple(_parse(line, path, number, turns) for number, line in lines), _sha256(data), licence)
+    return PromptSet(name, tuple(_parse(line, path, number, turns) for number, line in lines), digest, licence)
 
 
 def _parse(line: str, path: Path, number: int, make: Callable[[dict[str, Any]], Any]) -> Conversation:
     if not line.startswith("{"):
         return Conversation(str(number), "", (line,))
     try:
-        record: Any = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise SpecDecError(f"line {number} of '{path}' is broken JSON ({error.msg}); repair or remove it") from None
+        record: Any = inputs.parse_json(line)
+    except ValueError as error:
+        raise SpecDecError(f"line {number} of '{path}' is broken JSON ({error}); repair or remove it") from None
     try:
         turns = record.get("turns", make(record) or record.get("prompt"))
     except (AttributeError, IndexError, KeyError, TypeError):

@@ -10,9 +10,10 @@ from typing import Any, NoReturn
 
 import yaml
 
+from specdec import inputs
 from specdec.errors import SpecDecError, did_you_mean
 
-MOST_NODES = 50_000  # aliases of aliases of aliases end here
+MOST_NODES = 50_000  # values of a file; aliases of aliases of aliases end here
 _FLOAT = re.compile(r"[-+]?(\d[\d_]*\.?|\d*\.\d+)([eE][-+]?\d+)?")  # YAML 1.1 takes 1e-5 for a string, people do not
 
 
@@ -73,10 +74,11 @@ def show(value: Any) -> str:
 def load(path: Path) -> Node:
     """The YAML file as a node. Raises SpecDecError with the line for what is no YAML or has a key twice."""
     try:
-        text = path.read_text("utf-8-sig")
+        with path.open("rb") as file:
+            text = inputs.whole(file, inputs.DOCUMENT).decode("utf-8-sig")
     except FileNotFoundError:
         raise SpecDecError(f"there is no file '{path}'") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise SpecDecError(f"cannot read '{path}': {error}") from None
     return parse(text, str(path))
 
@@ -95,6 +97,8 @@ def parse(text: str, source: str, first: int = 1) -> Node:
         raise SpecDecError(f"{source}:{line}: this is no YAML: {' '.join((error.problem or '').split())}") from None
     except yaml.YAMLError as error:
         raise SpecDecError(f"{source}: this is no YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise SpecDecError(f"{source}: values are nested too deeply") from None
     finally:
         loader.dispose()
 
@@ -105,8 +109,10 @@ class _Reader:
 
     def read(self, node: yaml.Node, above: tuple[int, ...]) -> Node:
         self.count += 1
-        if id(node) in above or self.count > MOST_NODES:
-            self.fail(node, "the aliases of this file expand without end")
+        if id(node) in above:
+            self.fail(node, "an alias stands within what it stands for")
+        if self.count > MOST_NODES:
+            self.fail(node, f"more than {MOST_NODES} values, those of aliases counted; give fewer")
         above = (*above, id(node))
         value: Any
         if isinstance(node, yaml.MappingNode):
@@ -138,7 +144,7 @@ class _Reader:
     def _scalar(self, node: yaml.Node) -> Any:
         try:
             value = self.loader.construct_object(node)
-        except (ValueError, yaml.constructor.ConstructorError):  # a date like 2026-13-45, a !!python tag
+        except Exception:  # a date like 2026-13-45, a !!python tag, !!bool maybe: constructors raise what they like
             value = yaml  # no value of a file
         if isinstance(value, str) and not node.style and _FLOAT.fullmatch(value):  # type: ignore[attr-defined]
             return float(value.replace("_", ""))

@@ -16,6 +16,8 @@ def override(items: dict[str, Node], text: str) -> None:
             return
     key, equals, value = text.partition("=")
     head, _, tail = key.partition(".")
+    if not equals and text in (*GROUPS, *SETTINGS, WHOLE, "name"):
+        raise SpecDecError(f"override '{text}' gives no value; write {text}=VALUE,VALUE")
     if not equals or (key not in (*GROUPS, *SETTINGS, WHOLE, "name") and head != "resources"):
         near = did_you_mean(key, (*GROUPS, *SETTINGS, WHOLE, "name"))
         raise SpecDecError(

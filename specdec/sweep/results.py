@@ -87,7 +87,7 @@ def _benchmark(path: Path) -> Results:
             cell = Cell.from_dict(summary["configuration"] | own)
             records.append({"key": cell.key(), "cell": cell.as_dict(), "arm": arm, "against": {}, **shared})
         return Results("benchmark", "", str(summary["command"]), records)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise SpecDecError(f"cannot read '{path}': {error!r}; it is no summary of 'specdec bench'") from None
 
 

@@ -96,7 +96,7 @@ class Store:
                 return dict(manifest)
         except FileNotFoundError:
             raise SpecDecError(f"'{self.folder}' holds no sweep: there is no {MANIFEST} in it") from None
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             pass
         raise SpecDecError(f"'{self.manifest}' is broken; it cannot be told which sweep this is")
 
@@ -111,7 +111,7 @@ class Store:
             try:
                 record = json.loads(line)
                 records[record["key"]] = record
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 raise SpecDecError(
                     f"line {number} of '{path}' is broken; remove it and --resume repeats its cell"
                 ) from None

@@ -5,8 +5,6 @@ Knows tokenisers only through ``encode`` callables, and nothing about models or 
 
 from __future__ import annotations
 
-import gzip
-import json
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specdec import inputs
 from specdec.errors import SpecDecError
 
 TEXT_CONTEXT = 16  # tokens at the beginning of a piece of text that are not trained on
@@ -69,11 +68,9 @@ def pieces(ids: Sequence[int], length: int) -> list[Answer]:
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
-            yield from enumerate(file, start=1)
-    except (OSError, UnicodeDecodeError, EOFError, zlib.error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise SpecDecError(f"cannot read '{path}': {reason}") from None
+        yield from inputs.lines(path)
+    except ValueError as error:
+        raise SpecDecError(f"cannot read '{path}': {error}") from None
 
 
 def parse(line: str, path: Path, number: int) -> Answer | Prompt:
@@ -81,9 +78,9 @@ def parse(line: str, path: Path, number: int) -> Answer | Prompt:
     if not line.startswith("{"):
         return Prompt((line,))
     try:
-        data: Any = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise SpecDecError(f"line {number} of '{path}' is broken JSON ({error.msg}); repair or remove it") from None
+        data: Any = inputs.parse_json(line)
+    except ValueError as error:
+        raise SpecDecError(f"line {number} of '{path}' is broken JSON ({error}); repair or remove it") from None
     if "response_ids" in data:
         ids = data.get("prompt_ids"), data["response_ids"]
         if all(isinstance(part, list) and part and all(type(i) is int and i >= 0 for i in part) for part in ids):

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, TypeVar
 
 import yaml
 
+from specdec import inputs
 from specdec.errors import SpecDecError, did_you_mean
 
 
@@ -130,8 +131,8 @@ def _preset(name: str) -> dict[str, Any]:
             f"no training preset '{name}'{did_you_mean(name, known)}; known: {', '.join(known)}, or a YAML file"
         )
     try:
-        data = yaml.safe_load(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        data = inputs.read_yaml(path)
+    except (OSError, ValueError) as error:
         raise SpecDecError(f"cannot read training preset '{path}': {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         raise SpecDecError(f"training preset '{path}' is not a mapping of settings")

@@ -194,7 +194,7 @@ def _read_index(folder: Path) -> dict:  # type: ignore[type-arg]
         index = json.loads((folder / INDEX).read_text("utf-8"))
         if index["version"] != VERSION or not isinstance(index["shards"], list):
             raise ValueError("another format")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise SpecDecError(f"'{folder / INDEX}' is no index of teacher states ({error}); delete the folder") from None
     return index
 

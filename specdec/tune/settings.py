@@ -53,5 +53,5 @@ def recall(path: Path) -> Tuned | None:
         depth = kept["num_speculative_tokens"]
         good = depth == "auto" or (type(depth) is int and depth >= 1)
         return Tuned(str(kept["drafter"]), depth, float(kept["speedup"]), str(kept["prompts"])) if good else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None

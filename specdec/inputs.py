@@ -1,0 +1,74 @@
+"""Text that users give: bounded before it is read, decoded as UTF-8, parsed as JSON or YAML.
+
+Functions raise ValueError with the reason in a few words; the caller says where. Imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+LINE = 64 << 20  # bytes of a line, and of a prompt on stdin
+DOCUMENT = 4 << 20  # bytes of a YAML file
+
+
+def argument(name: str, text: str) -> str:
+    """A command-line argument as UTF-8, whatever the locale."""
+    try:
+        return os.fsencode(text).decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not UTF-8 text ({error.reason})") from None
+
+
+def whole(file: IO[bytes], most: int) -> bytes:
+    """All of ``file``, of which no more than ``most`` bytes are read."""
+    data = file.read(most + 1)
+    if len(data) > most:
+        raise ValueError(f"larger than {most / 1e6:.0f} MB")
+    return data
+
+
+def lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines of a UTF-8 file, numbered from 1; ``.gz`` is unpacked, and a byte-order mark left out."""
+    number = 0
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            while data := file.readline(LINE + 1):
+                number += 1
+                if len(data) > LINE:
+                    raise ValueError(f"line {number} is larger than {LINE / 1e6:.0f} MB")
+                yield number, data.decode("utf-8-sig" if number == 1 else "utf-8").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"line {number} is not UTF-8 text ({error.reason})") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(getattr(error, "strerror", None) or str(error)) from None
+
+
+def parse_json(text: str | bytes) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(error.msg) from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def parse_yaml(text: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except Exception as error:  # constructors of explicit tags and of dates raise what they like
+        raise ValueError(" ".join(str(error).split())) from None
+
+
+def read_yaml(path: Path) -> Any:
+    with path.open("rb") as file:
+        return parse_yaml(whole(file, DOCUMENT).decode("utf-8-sig"))

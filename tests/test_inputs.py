@@ -1,0 +1,150 @@
+"""Files and arguments of users: bounded, decoded, parsed, and refused with a sentence that says where."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+from pathlib import Path
+
+import pytest
+
+from specdec import inputs, options, registry
+from specdec.bench.prompts import load_prompts
+from specdec.errors import SpecDecError
+from specdec.sweep import document
+from specdec.sweep.overrides import override
+from specdec.sweep.results import load_results
+from specdec.text import encode
+from specdec.train import data
+from specdec.train.settings import TrainSettings, load_settings
+from specdec.tune.settings import recall
+
+DEEP = "[" * 100_000
+ODD = ("a: 2026-13-45", "a: !!bool maybe", "a: !!int ''", "a: !!timestamp x", "a: " + "1" * 5000, "a: [", f"a: {DEEP}")
+
+
+@pytest.mark.parametrize("text", ODD, ids=[text[:20] for text in ODD])
+def test_yaml_that_cannot_be_read_is_refused_everywhere(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(text)
+    with pytest.raises(SpecDecError, match="takes KEY=VALUE"):
+        options.assignments("--drafter-option", [f"a={text[3:]}"])
+    with pytest.raises(SpecDecError, match="cannot read training preset"):
+        load_settings(TrainSettings, "m2r2", str(path), {})
+    with pytest.raises(SpecDecError, match=r"x\.yaml"):
+        document.load(path)
+
+
+@pytest.mark.parametrize("text", ['{"turns": ' + DEEP, '{"turns": ' + "1" * 5000 + "}", '{"turns"'], ids=[0, 1, 2])
+def test_json_that_cannot_be_read_is_refused_everywhere(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text(f"fine\n{text}\n")
+    for read in (lambda: load_prompts(str(path)), lambda: data.read([path])):
+        with pytest.raises(SpecDecError, match=r"line 2 of '.*' is broken JSON"):
+            read()
+
+
+def test_results_and_tuned_settings_that_are_nested_without_end(tmp_path: Path) -> None:
+    (tmp_path / "bench.json").write_text(DEEP)
+    with pytest.raises(SpecDecError, match="cannot read"):
+        load_results(tmp_path)
+    (tmp_path / "sweep.json").write_text(DEEP)
+    with pytest.raises(SpecDecError, match="is broken"):
+        load_results(tmp_path)
+    assert recall(tmp_path / "bench.json") is None
+
+
+def test_no_more_of_a_file_is_read_than_is_bearable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inputs, "LINE", 2_000_000)
+    monkeypatch.setattr(inputs, "DOCUMENT", 2_000_000)
+    long, packed, sweep = tmp_path / "long.jsonl", tmp_path / "long.jsonl.gz", tmp_path / "long.yaml"
+    text = "fine\n" + "x" * 2_000_001
+    long.write_text(text)
+    packed.write_bytes(gzip.compress(text.encode()))
+    sweep.write_text(text)
+    for path in (long, packed):
+        for read in (lambda path=path: load_prompts(str(path)), lambda path=path: data.read([path])):
+            with pytest.raises(SpecDecError, match="line 2 is larger than 2 MB"):
+                read()
+    for read in (lambda: document.load(sweep), lambda: load_settings(TrainSettings, "m2r2", str(sweep), {})):
+        with pytest.raises(SpecDecError, match="larger than 2 MB"):
+            read()
+
+    class Endless(io.RawIOBase):
+        taken = 0
+
+        def read(self, size: int = -1) -> bytes:
+            assert size >= 0
+            self.taken += size
+            return b"y" * size
+
+    endless = Endless()
+    with pytest.raises(ValueError, match="larger than 1 MB"):
+        inputs.whole(endless, 1_000_000)  # type: ignore[arg-type]
+    assert endless.taken <= 1_000_001
+
+
+def test_a_prompt_that_cannot_fit_is_refused_before_it_is_tokenised() -> None:
+    class Tokenizer:
+        chat_template = None
+
+        def get_vocab(self) -> dict[str, int]:
+            return {"a": 0, "x" * 32: 1}
+
+        def __call__(self, text: str) -> None:
+            raise AssertionError("minutes go by")
+
+    for chat in (None, False):
+        with pytest.raises(SpecDecError, match="321 characters; the model's context of 10 tokens holds at most 320"):
+            encode(Tokenizer(), "x" * 321, chat, context=10)
+    with pytest.raises(AssertionError, match="minutes"):
+        encode(Tokenizer(), "x" * 320, context=10)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "x.txt"
+    path.write_text("first\nsecond", "utf-8-sig")
+    assert [c.turns[0] for c in load_prompts(str(path)).conversations] == ["first", "second"]
+    assert data.read([path]) == [data.Prompt(("first",)), data.Prompt(("second",))]
+    assert data.read_texts([path]) == ["first\nsecond"]
+
+
+def test_lines_of_windows_are_lines(tmp_path: Path) -> None:
+    path = tmp_path / "x.txt"
+    path.write_bytes(b"first\r\nsecond\r\n")
+    assert data.read_texts([path]) == ["first\nsecond\n"]
+
+
+def test_an_argument_is_utf_8_whatever_the_locale() -> None:
+    assert inputs.argument("the prompt", os.fsdecode("Grüße".encode())) == "Grüße"
+    with pytest.raises(ValueError, match="the prompt is not UTF-8 text"):
+        inputs.argument("the prompt", os.fsdecode(b"\xff"))
+
+
+@pytest.mark.parametrize("text", ["", " ", "+", "m2r2+", "=x"])
+def test_a_drafter_without_a_name_is_no_folder(text: str) -> None:
+    with pytest.raises(SpecDecError, match="no drafter is named"):
+        registry.parse(text)
+
+
+def test_an_override_without_a_value_says_so() -> None:
+    with pytest.raises(SpecDecError, match="override 'drafter' gives no value; write drafter=VALUE,VALUE"):
+        override({}, "drafter")
+    with pytest.raises(SpecDecError, match=r"did you mean 'drafter'\?"):
+        override({}, "draftre=m2r2")
+
+
+def test_many_values_are_not_called_aliases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(document, "MOST_NODES", 50)
+    path = tmp_path / "x.yaml"
+    path.write_text(f"seed: {list(range(60))}\n")
+    with pytest.raises(SpecDecError, match="more than 50 values") as caught:
+        document.load(path)
+    path.write_text("a: &a [x, x, x, x, x, x, x, x]\nb: &b [*a, *a, *a, *a, *a, *a]\n")
+    with pytest.raises(SpecDecError, match="more than 50 values, those of aliases counted"):
+        document.load(path)
+    path.write_text("a: &a [*a]\n")
+    with pytest.raises(SpecDecError, match="an alias stands within"):
+        document.load(path)
+    assert "alias stands" not in str(caught.value)
