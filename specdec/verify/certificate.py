@@ -17,19 +17,22 @@ from specdec.sampling import SamplingParams
 from specdec.text import encode
 from specdec.verify.checks import ALPHA, ORDER, TAIL, Fit, Greedy, expected, fit, misfits
 
+POSITIONS = (0, 16)  # tokens of the first answer that sampling is tested after
 Progress = Callable[[int, int, int], None]  # steps done, steps in all, tokens so far
 
 
 @dataclass(frozen=True)
 class Plan:
     """What is checked: the greedy answer to the first turn of each conversation at each depth, and ``draws`` sampled
-    continuations of the first prompt at each of ``positions``, at the last depth, with ``params``."""
+    continuations of the first prompt at each of ``positions``, at the last depth, with ``params``.
+
+    positions: None is ``POSITIONS``, as far as the first answer reaches."""
 
     depths: Sequence[int | str]
     conversations: Sequence[Conversation]
     max_new_tokens: int
     draws: int
-    positions: Sequence[int]
+    positions: Sequence[int] | None
     params: SamplingParams
 
 
@@ -48,7 +51,8 @@ class Certificate:
     def run(self, progress: Progress = lambda done, total, tokens: None) -> None:
         """Check everything. Raises SpecDecError for prompts that do not fit the model."""
         plan, decoder, context = self.plan, self.decoder, self.decoder.target.context
-        total = len(plan.conversations) * (1 + len(self.greedy)) + len(plan.positions) * plan.draws
+        positions = POSITIONS if plan.positions is None else plan.positions
+        total = len(plan.conversations) * (1 + len(self.greedy)) + len(positions) * plan.draws
         done = tokens = 0
 
         def step(new: int) -> None:
@@ -70,10 +74,13 @@ class Certificate:
                 answer = decoder.generate(prompt, max_new_tokens=count, num_speculative_tokens=depth).token_ids
                 check.take(decoder, conversation.id, prompt, answer, right, count)
                 step(len(answer))
-        for position in plan.positions if plan.draws else ():
+        for position in positions if plan.draws else ():
             prompt, right = first
             held = prompt + right[:position]
             if position >= len(right) or len(held) + TAIL > context:
+                if plan.positions is None:
+                    total -= plan.draws
+                    continue
                 raise SpecDecError(f"position {position} lies behind the answer to the first prompt; use --positions")
             self.fits.append(fit(decoder, held, position, plan.draws, plan.params, self.greedy[-1].depth, step))
         self.complete = True

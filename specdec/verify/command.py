@@ -18,6 +18,7 @@ from specdec import options, registry, report
 from specdec.bench.show import Bar, hush, say
 from specdec.embedded import DEFAULT_MODEL
 from specdec.errors import SpecDecError
+from specdec.terminal import write
 
 INTERRUPTED = 130
 
@@ -43,8 +44,11 @@ def verify(
     depths: Annotated[str, typer.Option(metavar="K,K,..", help="Draft depths to check; numbers or auto.")] = "1,3,7",
     draws: Annotated[int, typer.Option(min=0, help="Sampled continuations at each position; 0: none.")] = 128,
     positions: Annotated[
-        str, typer.Option(metavar="N,N,..", help="Where in the first answer sampling is tested, in tokens.")
-    ] = "0,16",
+        str | None,
+        typer.Option(
+            metavar="N,N,..", help="Where in the first answer sampling is tested, in tokens; 0 and 16 if it is so long."
+        ),
+    ] = None,
     temperature: Annotated[float, typer.Option(help="Of the sampling.")] = 1.0,
     top_p: Annotated[float, typer.Option(help="Of the sampling.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
@@ -65,7 +69,11 @@ def verify(
     distribution. Exit code 1 if something does not hold.
     """
     chosen = _depths(depths)
-    places = _wholes("--positions", positions)
+    places = None if positions is None else _wholes("--positions", positions)
+    if places and draws and max(places) >= max_new_tokens:
+        raise SpecDecError(
+            f"position {max(places)} lies behind answers of {max_new_tokens} tokens; see --max-new-tokens"
+        )
     if temperature <= 0:
         raise SpecDecError("--temperature is that of the sampling and must be > 0; greedy decoding is always checked")
     with report.status("loading"):
@@ -116,7 +124,7 @@ def verify(
         f"command    {about['command']}",
     ]
     page, data = certificate.page(title), about | certificate.as_dict()
-    print(page)
+    write(f"{page}\n")
     if output:
         from specdec.artifacts import replace
 
