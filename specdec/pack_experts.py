@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
 from specdec import options, report
 from specdec.errors import SpecDecError
+from specdec.terminal import Progress, write
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,9 +58,9 @@ def pack_experts(
     layers, fingerprint = moe_layers(loaded), hub.fingerprint(loaded)
     with _progress("packing", "experts") as tell:
         index = packed.pack(layers, fingerprint, folder, tell)
-    print(
+    write(
         f"{folder / packed.BLOCKS}: {len(index.layers)} layers of {index.num_experts} experts, "
-        f"{index.stride / 1e6:.2f} MB each, {index.total_bytes / 1e6:.0f} MB"
+        f"{index.stride / 1e6:.2f} MB each, {index.total_bytes / 1e6:.0f} MB\n"
     )
     if items is not None:
         with closing(Offload(loaded, fingerprint, ExpertOptions(cache, folder=folder))):
@@ -84,7 +84,7 @@ def _fit(loaded: PreTrainedModel, fingerprint: str, folder: Path, answers: list[
     figures = _shares(recalls(loaded, shown, held))
     used = leaps.within(predict.DISTANCES)
     predict.write_leaps(folder, used, fingerprint, {"recall": figures, "texts": len(rest)})
-    print(f"{folder / predict.LEAPS}: {what}")
+    write(f"{folder / predict.LEAPS}: {what}\n")
     _show(figures)
     if rate is None:
         return
@@ -95,7 +95,7 @@ def _fit(loaded: PreTrainedModel, fingerprint: str, folder: Path, answers: list[
     last = len(layers) - 1
     figures = _shares(recalls(loaded, shown, held), ((1, 4), (5, 8), (9, last), (1, last)))
     predict.write_adapters(folder, adapters, fingerprint, {"recall": figures, "texts": len(rest)})
-    print(f"{folder / predict.ADAPTERS}: rate {rate}, {what}")
+    write(f"{folder / predict.ADAPTERS}: rate {rate}, {what}\n")
     _show(figures)
 
 
@@ -148,7 +148,7 @@ def _answers(model: Any, tokenizer: Any, items: list[Any]) -> list[Answer]:
 
 @contextmanager
 def _progress(what: str, unit: str) -> Iterator[Any]:
-    parts = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
-    with Progress(*parts, console=Console(stderr=True), transient=True) as bar:
+    parts = (BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
+    with Progress(*parts, transient=True) as bar:
         task = bar.add_task(what)
         yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,4 +1,4 @@
-"""What the command line shows: statistics, comparison with plain decoding, tables, status and error lines.
+"""What the command line shows: statistics, comparison with plain decoding, tables, notes and error lines.
 
 The same figures are a small table on a terminal and ``label: value`` lines (or tab-separated columns) in a pipe.
 Knows results and metrics, but no models and no commands; imports nothing heavy.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +16,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from specdec.terminal import printable, shown
+from specdec.terminal import status as status
+from specdec.terminal import stderr as stderr
+
 if TYPE_CHECKING:
     from specdec.decoder import GenerationOutput, SpecDecoder
     from specdec.replay import Difference
+    from specdec.tune.settings import Tuned
 
 Facts = list[tuple[str, str]]
+ENOUGH = 8  # drafted tokens, before it is remarked that none was accepted
 
 
 @dataclass(frozen=True)
@@ -92,8 +97,18 @@ class Comparison:
         }
 
 
-def statistics(decoder: SpecDecoder, output: GenerationOutput, comparison: Comparison | None, verbose: bool) -> None:
-    """Print the figures of one generation to stderr."""
+def statistics(
+    decoder: SpecDecoder,
+    output: GenerationOutput,
+    comparison: Comparison | None,
+    verbose: bool,
+    source: str = "",
+    tuned: Tuned | None = None,
+) -> None:
+    """Print the figures of one generation to stderr.
+
+    source: what the drafter was asked for by, where that is not its name. tuned: the settings that were applied.
+    """
     m = output.metrics
     rate = f"{m.draft_acceptance_rate:.0%}" if m.num_draft_tokens else "nothing drafted"
     blocks: list[Facts] = [
@@ -106,9 +121,12 @@ def statistics(decoder: SpecDecoder, output: GenerationOutput, comparison: Compa
             ("mean acceptance length", f"{m.mean_acceptance_length:.2f}"),
             ("acceptance rate", rate),
             ("rounds", str(m.num_spec_steps)),
+            ("drafter", drafter(decoder) + (f" (from {source})" if source else "")),
             ("runtime", " ".join(list(runtime(decoder).values())[:3]) + f", weights {_held(decoder)}"),
         ]
     ]
+    if tuned is not None:
+        blocks[-1].append(("settings", f"tuned ({tuned.speedup:.2f}x plain on {tuned.prompts})"))
     if not decoder.verifier.lossless:
         blocks.append([("acceptance rule", rule(decoder))])
     if m.exit_layers:
@@ -121,6 +139,8 @@ def statistics(decoder: SpecDecoder, output: GenerationOutput, comparison: Compa
         blocks.append(experts(decoder.target.experts.describe(), m.experts))
     if comparison is not None:
         blocks.append(comparison.facts())
+    if hint := unaccepted(decoder, output):
+        blocks.append([("note", hint)])
     if verbose:
         blocks.append([(f"{phase} time", f"{seconds:.3f} s") for phase, seconds in m.ledger.items()])
         blocks.append([("self-check difference", f"{decoder.target.spread:.1e} of the largest logit")])
@@ -131,7 +151,7 @@ def statistics(decoder: SpecDecoder, output: GenerationOutput, comparison: Compa
     console = stderr()
     if not console.is_terminal:
         for block in blocks:
-            console.print("; ".join(f"{label}: {value}" for label, value in block), markup=False, soft_wrap=True)
+            console.print(Text("; ".join(f"{label}: {value}" for label, value in block)), soft_wrap=True)
         return
     for block in blocks:
         side_by_side = 1 if any(len(value) > 24 for _, value in block) else 2
@@ -140,7 +160,7 @@ def statistics(decoder: SpecDecoder, output: GenerationOutput, comparison: Compa
             table.add_column(style="dim", min_width=22)
             table.add_column(overflow="fold", min_width=12)
         for first in range(0, len(block), side_by_side):
-            table.add_row(*(Text(cell) for pair in block[first : first + side_by_side] for cell in pair))
+            table.add_row(*(shown(console, cell) for pair in block[first : first + side_by_side] for cell in pair))
         console.print(table)
 
 
@@ -155,6 +175,25 @@ def experts(what: str, figures: dict[str, float]) -> Facts:
         ("read per accepted token", f"{figures['bytes_per_token'] / 1e6:.2f} MB"),
         ("stalled per token", f"{figures['stall_ms_per_token']:.1f} ms"),
     ]
+
+
+def drafter(decoder: SpecDecoder) -> str:
+    """The drafter that ran, by name; joined ones with their members' names."""
+    members = getattr(decoder.drafter, "members", None)
+    return "+".join(member.name for member in members) if members else decoder.drafter.name
+
+
+def unaccepted(decoder: SpecDecoder, output: GenerationOutput) -> str:
+    """What to do about a drafter of whose tokens none was accepted; empty where some were, or too few were drafted."""
+    m = output.metrics
+    if m.num_draft_tokens < ENOUGH or m.num_accepted_draft_tokens:
+        return ""
+    trained = getattr(decoder.drafter, "training", None)
+    advice = f"train one for this model ({trained})" if trained else "'specdec drafters' lists others"
+    return (
+        f"none of the {m.num_draft_tokens} tokens that {drafter(decoder)} drafted was accepted: it does not fit this "
+        f"model or this prompt; {advice}, or decode plainly (--drafter none)"
+    )
 
 
 def rule(decoder: SpecDecoder) -> str:
@@ -183,37 +222,28 @@ def columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
             print("\t".join(row))  # rich would expand the tabs
         return
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+    header, rows = [printable(name) for name in header], [[printable(cell) for cell in row] for row in rows]
     # Words stay whole where they fit; the first columns get the room that is left.
     cells = list(zip(header, *rows, strict=True))  # by column
     words = [max((cell_len(word) for cell in column for word in cell.split()), default=0) for column in cells]
     room = console.width - sum(words) - 2 * (len(words) - 1)
     for name, column, word in zip(header, cells, words, strict=True):
         more = min(max(map(cell_len, column)) - word, max(room, 0))
-        table.add_column(name, overflow="fold", width=word + more if room >= 0 else None)
+        table.add_column(Text(name), overflow="fold", width=word + more if room >= 0 else None)
         room -= more
     for row in rows:
         table.add_row(*map(Text, row))
     console.print(table)
 
 
-def status(message: str, quiet: bool = False) -> AbstractContextManager[Any]:
-    """A spinner on stderr while something is loading, where a terminal can show it."""
-    console = stderr()
-    return nullcontext() if quiet or not console.is_terminal else console.status(Text(message))
-
-
 def note(message: str) -> None:
     """One dim line on stderr, only on a terminal."""
     console = stderr()
     if console.is_terminal:
-        console.print(Text(message, style="dim"))
+        console.print(shown(console, message, style="dim"))
 
 
 def error(message: str) -> None:
     """``error: <message>`` on stderr, always one line."""
-    line = " ".join(message.split())
-    stderr().print(Text.assemble(("error: ", "bold red"), line), soft_wrap=True)
-
-
-def stderr() -> Console:
-    return Console(stderr=True, highlight=False)
+    console, line = stderr(), " ".join(message.split())
+    console.print(Text.assemble(("error: ", "bold red"), shown(console, line)), soft_wrap=True)

@@ -126,6 +126,7 @@ def published(tmp_path_factory) -> SimpleNamespace:
         wheel_sha256=embedded._sha256(wheel),
         member="tiny/tiny.gguf",
         gguf_sha256=embedded._sha256(path),
+        cached_bytes=500_000,
         disk_bytes=1_000_000,
         licence="none",
         description="a test",

@@ -7,19 +7,27 @@ import json
 import os
 import pty
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tty
+from contextlib import suppress
 from inspect import signature
 from pathlib import Path
+from threading import Event
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from tiny import save_tiny
 from typer.testing import CliRunner
 
 import specdec
-from specdec import cli, embedded, registry
+from specdec import cli, embedded, inputs, loop, registry, terminal
+from specdec.draft import Draft
+from specdec.tune.settings import Tuned
 
 COMMAND = [sys.executable, "-c", "from specdec.cli import main; main()"]
 FIGURES = ("tokens/s: ", "mean acceptance length: ", "acceptance rate: ", "rounds: ", "prefill: ", "finish: length")
@@ -125,6 +133,52 @@ def test_the_number_of_drafted_tokens_is_chosen_or_fixed(run) -> None:
     assert chosen["settings"]["num_speculative_tokens"] == "auto" and chosen["text"] == fixed["text"]
 
 
+def test_the_statistics_name_the_drafter_and_tuned_settings(run, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "; drafter: prompt-lookup; " in run("hello").stderr
+    joined = f"prompt-lookup+draft-model={model}"
+    assert f"; drafter: prompt-lookup+draft-model (from {joined}); " in run("hello", "--drafter", joined).stderr
+    out = json.loads(run("hello", "--json", "--drafter", joined).stdout)
+    assert (out["drafter"], out["drafter_source"]) == ("prompt-lookup+draft-model", joined) and out["tuned"] is None
+    monkeypatch.setattr(cli, "recall", lambda path: Tuned("prompt-lookup", 2, 1.5, "8 of own"))
+    assert "; settings: tuned (1.50x plain on 8 of own)" in run("hello", "--drafter", "auto").stderr
+    out = json.loads(run("hello", "--drafter", "auto", "--json").stdout)
+    assert out["drafter"] == "prompt-lookup" and out["drafter_source"] is None
+    assert out["tuned"] == {
+        "drafter": "prompt-lookup",
+        "num_speculative_tokens": 2,
+        "speedup": 1.5,
+        "prompts": "8 of own",
+    }
+
+
+def test_a_drafter_that_is_never_right_is_remarked_on(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = json.loads(run("hello", "--json").stdout)["token_ids"]
+    wrong = next(token for token in range(90) if token not in said)
+
+    def never(self, state, limit):
+        return Draft(torch.full((len(state.ids), 2), wrong), (0, 1))
+
+    monkeypatch.setattr(registry.lookup("drafters", "prompt-lookup"), "propose", never)
+    result, out = run("hello"), json.loads(run("hello", "--json").stdout)
+    note = r"none of the \d+ tokens that prompt-lookup drafted was accepted: .*; 'specdec drafters' lists others, or "
+    assert re.search(note + r"decode plainly \(--drafter none\)", result.stderr) and re.match(note, out["note"])
+    assert json.loads(run("hello", "--json", "--drafter", "none").stdout)["note"] is None
+
+
+def test_reading_a_long_prompt_is_remarked_on_in_a_pipe(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    said, heard, prefill = [], Event(), loop.prefill
+
+    def slow(*args):
+        heard.clear()
+        assert heard.wait(60)
+        return prefill(*args)
+
+    monkeypatch.setattr(terminal, "EVERY", 0.005)
+    monkeypatch.setattr(terminal, "tell", lambda console, text: (said.append(text), heard.set()))
+    monkeypatch.setattr(loop, "prefill", slow)
+    assert run("hello", "--raw").exit_code == 0 and "reading the prompt of 5 tokens (1 s)" in said
+
+
 def test_sampling_options_and_seed_reach_the_sampler(run) -> None:
     texts = [run("hello", "--temperature", "1.5", "--seed", seed).stdout for seed in ("1", "1", "2")]
     assert texts[0] == texts[1] != texts[2]
@@ -184,6 +238,13 @@ BAD = {
     "temperature": (["x", "--temperature", "-1"], "temperature must be >= 0"),
     "not a number": (["x", "--temperature", "nan"], "temperature must be >= 0"),
     "top-p": (["x", "--top-p", "0"], "top_p must be in (0, 1]"),
+    "no drafter": (["x", "--drafter", ""], "no drafter is named"),
+    "drafters without names": (["x", "--drafter", "+"], "no drafter is named"),
+    "prompt in another encoding": ([os.fsdecode(b"\xff")], "the prompt is not UTF-8 text"),
+    "stop in another encoding": (["x", "--stop", os.fsdecode(b"\xff")], "--stop is not UTF-8 text"),
+    "system in another encoding": (["x", "--system", os.fsdecode(b"\xff")], "--system is not UTF-8 text"),
+    "deep nesting": (["x", "--drafter-option", "a=" + "[" * 100_000], "takes KEY=VALUE"),
+    "a date that is none": (["x", "--drafter-option", "a=2026-13-45"], "takes KEY=VALUE"),
     "K": (["x", "--num-speculative-tokens", "0"], "--num-speculative-tokens must be 'auto' or a number >= 1; got '0'"),
     "K no number": (["x", "--num-speculative-tokens", "many"], "must be 'auto' or a number >= 1; got 'many'"),
     "max new tokens": (["x", "--max-new-tokens", "0"], "'--max-new-tokens'"),
@@ -206,6 +267,20 @@ def test_bad_input_is_one_line_and_exit_code_2(
 
 def test_stdin_that_is_no_text_is_refused(run) -> None:
     assert "not UTF-8" in one_line_error(run("-", stdin=b"\xff\xfe"))
+
+
+def test_a_byte_order_mark_on_stdin_is_no_part_of_the_prompt(run) -> None:
+    assert run("-", stdin="\ufeffhello".encode()).stdout == run("hello").stdout
+
+
+def test_no_more_of_stdin_is_read_than_a_prompt_may_have(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inputs, "LINE", 1_000_000)
+    line = one_line_error(run("-", stdin=b"y" * 1_000_001))
+    assert "the prompt on stdin is larger than 1 MB; shorten it" in line
+
+
+def test_a_prompt_far_too_long_is_refused_before_it_is_tokenised(run) -> None:
+    assert "the model's context of 4096 tokens holds at most" in one_line_error(run("-", stdin=b"y" * 100_000))
 
 
 def test_unknown_command_suggests_one() -> None:
@@ -235,6 +310,11 @@ def test_a_full_disk_and_a_full_memory_are_told_plainly(run, monkeypatch: pytest
     assert "no space left on the disk while writing '/some/file'" in one_line_error(run("x"))
     monkeypatch.setattr(cli, "_decode", failing(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")))
     assert "out of memory" in one_line_error(run("x"))
+
+
+def test_what_is_nested_without_end_is_no_fault_of_ours(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "_decode", failing(RecursionError("maximum recursion depth exceeded")))
+    assert "nested too deeply" in one_line_error(run("x"))
 
 
 def test_a_fault_of_ours_is_one_line_and_a_traceback_only_on_demand(run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,6 +360,70 @@ def test_a_closed_pipe_ends_quietly(model: str) -> None:
     process.stderr.close()
 
 
+def call(model: str, *args: str, **streams: Any) -> subprocess.CompletedProcess[bytes]:
+    fixed = ["--model", model, "--drafter", "prompt-lookup", "--max-new-tokens", "24", "--num-speculative-tokens", "4"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"} | streams.pop("env", {})
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | streams
+    return subprocess.run([*COMMAND, "generate", *fixed, *args], env=env, timeout=120, check=False, **pipes)
+
+
+@pytest.fixture(scope="module")
+def answer(model: str) -> bytes:
+    return call(model, "hello", "--quiet").stdout
+
+
+def test_statistics_that_cannot_be_written_do_not_cost_the_answer(model: str, answer: bytes) -> None:
+    with open("/dev/full", "wb") as full:
+        done = call(model, "hello", stderr=full)
+    assert (done.returncode, done.stdout) == (0, answer)
+    done = call(model, "hello", stderr=None, preexec_fn=lambda: os.close(2))
+    assert (done.returncode, done.stdout) == (0, answer)
+
+
+def test_an_answer_that_cannot_be_written_is_an_error(model: str) -> None:
+    for what in ("hello",), ("hello", "--json"):
+        with open("/dev/full", "wb") as full:
+            done = call(model, *what, stdout=full)
+        last = done.stderr.decode().splitlines()[-1]
+        assert (done.returncode, last) == (2, "error: cannot write to stdout: No space left on device")
+    done = call(model, "hello", stdout=None, preexec_fn=lambda: os.close(1))
+    assert done.returncode == 2 and done.stderr.startswith(b"error: stdout is closed") and done.stderr.count(b"\n") == 1
+    with open("/dev/full", "wb") as full:  # so little that it is written at the end
+        done = subprocess.run([*COMMAND, "models"], stdout=full, stderr=subprocess.PIPE, timeout=60)
+    assert (done.returncode, done.stderr) == (2, b"error: cannot write to stdout: No space left on device\n")
+
+
+def test_any_prompt_goes_under_any_locale(model: str, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(model, tmp_path / "model"))
+    tokenizer = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    tokenizer["model"]["vocab"]["\u00fc"] = tokenizer["model"]["vocab"].pop("~")
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer), "utf-8")
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    usual, done = (call(str(folder), "d\u00fcnn", "--json", env=env) for env in ({}, ascii_only))
+    assert (done.returncode, usual.returncode) == (0, 0), done.stderr
+    assert json.loads(done.stdout)["token_ids"] == json.loads(usual.stdout)["token_ids"]
+
+
+def test_control_characters_of_a_model_are_escaped_on_a_terminal_alone(model: str) -> None:
+    args = ("hello", "--max-new-tokens", "400", "--quiet", "--temperature", "3")
+    raw = call(model, *args).stdout
+    assert re.search(rb"[\x0b\x0c]", raw)  # the tokenizer has these two
+    outer, inner = pty.openpty()
+    try:
+        with os.fdopen(outer, "rb", closefd=False) as screen:
+            tty.setraw(inner)
+            done = call(model, *args, stdout=inner)
+            os.close(inner)
+            shown = b""
+            with suppress(OSError):  # the end of a terminal
+                while piece := screen.read1():
+                    shown += piece
+    finally:
+        os.close(outer)
+    assert done.returncode == 0
+    assert shown == raw.replace(b"\x0b", b"\\x0b").replace(b"\x0c", b"\\x0c")
+
+
 def test_help_imports_nothing_heavy_and_every_command_shows_an_example() -> None:
     heavy = "print([m for m in ('torch', 'transformers', 'numpy') if m in __import__('sys').modules])"
     script = f"import atexit; atexit.register(lambda: {heavy}); from specdec.cli import main; main()"
@@ -308,10 +452,16 @@ def test_the_default_model_is_the_embedded_one() -> None:
 def test_models_lists_the_embedded_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path))
     header, *rows = CliRunner().invoke(cli.app, ["models"]).stdout.splitlines()
-    assert header.split("\t") == ["name", "licence", "download", "cached", "where"]
-    assert rows[0].split("\t")[:4] == ["smollm2-135m-instruct", "Apache-2.0", "93 MB", "no"]
+    assert header.split("\t") == ["name", "licence", "download", "on disk", "cached", "where"]
+    assert rows[0].split("\t")[:5] == ["smollm2-135m-instruct", "Apache-2.0", "93 MB", "371 MB", "no"]
     (row,) = json.loads(CliRunner().invoke(cli.app, ["models", "--json"]).stdout)
     assert row["name"] == "smollm2-135m-instruct" and row["cached"] is False
+
+
+def test_the_readme_and_the_command_agree_on_sizes() -> None:
+    entry, readme = embedded.EMBEDDED[embedded.DEFAULT_MODEL], Path(__file__).parent.parent / "README.md"
+    sizes = f"{entry.wheel_bytes / 1e6:.0f} MB, once; {entry.cached_bytes / 1e6:.0f} MB in the cache"
+    assert sizes in readme.read_text("utf-8")
 
 
 def test_drafters_lists_summaries_training_and_what_is_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,21 +6,18 @@ import time
 import warnings
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.text import Text
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
 from specdec import report
+from specdec.terminal import Progress, stderr, tell, write
 
 
 class Bar:
-    """A progress bar on stderr, where there is a terminal; called with (done, total, tokens decoded so far)."""
+    """Progress on stderr; called with (done, total, tokens decoded so far)."""
 
     def __init__(self, what: str) -> None:
-        console = report.stderr()
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
-        self.progress = Progress(
-            TextColumn("{task.description}"), *columns, console=console, transient=True, disable=not console.is_terminal
-        )
+        self.progress = Progress(*columns, transient=True)
         self.task = self.progress.add_task(what, total=None, rate="")
         self.start = time.perf_counter()
 
@@ -46,7 +43,7 @@ def hush() -> None:
 
 def say(message: str) -> None:
     """One line on stderr."""
-    report.stderr().print(Text(message), soft_wrap=True)
+    tell(stderr(), message)
 
 
 def estimate(value: dict[str, float | None] | None, form: str = ".2f") -> str:
@@ -64,14 +61,13 @@ def tables(summary: dict[str, Any]) -> None:
     skipped = f", {len(prompts['skipped'])} skipped" if prompts["skipped"] else ""
     times = f"{cell['repetitions']} repetition{'s' * (cell['repetitions'] > 1)}"
     how = "greedy" if cell["temperature"] == 0 else f"temperature {cell['temperature']:g}"
-    print(
+    write(
         f"{cell['model']}, {about['dtype']}, {about['runtime']} runtime on {about['device']}, {about['threads']} "
         f"threads, {about['cpu']}\n"
         f"{prompts['conversations']} conversations of {prompts['name']}{skipped}, {how}, at most "
         f"{cell['max_new_tokens']} tokens, batch of {cell['batch_size']}, {times}, "
-        f"{summary['seconds']:.0f} s{' (interrupted)' if summary['interrupted'] else ''}"
+        f"{summary['seconds']:.0f} s{' (interrupted)' if summary['interrupted'] else ''}\n\n"
     )
-    print()
     hf = any("hf" in arm["speedup"] for arm in arms)
     header = ["arm", "tok/s", "x plain", *(["x generate"] if hf else []), "first token ms", "tokens/round", "equal"]
     rows = []

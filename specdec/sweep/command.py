@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from specdec import report as terminal
+from specdec import terminal
 from specdec.bench.show import say
 from specdec.errors import SpecDecError
 from specdec.sweep import show
@@ -120,7 +120,7 @@ def report(
     """Show what a sweep or a benchmark measured: a table here, and a page with pictures in its folder."""
     results = load_results(folder)
     if form is not Format.html:
-        print(render(results, form.value), end="")
+        terminal.write(render(results, form.value))
         return
     with terminal.status("drawing"):
         from specdec.sweep.page import write_page  # heavy

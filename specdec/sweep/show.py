@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.text import Text
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from specdec import report
 from specdec.bench.cell import Cell
@@ -16,6 +15,7 @@ from specdec.bench.show import say
 from specdec.sweep import axes
 from specdec.sweep.plan import Plan
 from specdec.sweep.results import Table, speedup_of
+from specdec.terminal import Progress, duration, tell
 
 
 def plan(plan: Plan, records: Mapping[str, Mapping[str, Any]], data_dir: Path | None) -> None:
@@ -38,16 +38,6 @@ def plan(plan: Plan, records: Mapping[str, Mapping[str, Any]], data_dir: Path | 
     say(f"{plan.name}: {len(plan.cells)} cells, {len(waiting)} to do; time on this machine, one by one: {took}")
 
 
-def duration(seconds: float) -> str:
-    """For people: ``40 s``, ``3 min``, ``2 h 10 min``, ``3 days``."""
-    if seconds < 90:
-        return f"{max(round(seconds, -1 if seconds > 20 else 0), 1):.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 90:
-        return f"{minutes} min"
-    return f"{minutes // 60} h {minutes % 60} min" if minutes < 48 * 60 else f"{minutes / 1440:.1f} days"
-
-
 class Screen:
     """Progress on stderr: bars on a terminal, and a line for every cell that ends."""
 
@@ -55,15 +45,11 @@ class Screen:
         names = axes.labels([cell.as_dict() for cell in plan.cells])
         self.labels = {cell.key(): name for cell, name in zip(plan.cells, names, strict=True)}
         self.ended_cells, self.total, self.start = done, len(plan.cells), time.perf_counter()
-        self.console = report.stderr()
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeElapsedColumn())
         self.bars = Progress(
-            TextColumn("{task.description}"),
             *columns,
-            console=self.console,
             transient=True,
             refresh_per_second=2,  # a faster one would slow what is measured
-            disable=not self.console.is_terminal,
         )
         self.all = self.bars.add_task("cells", total=self.total, completed=done, rate="")
         self.tasks: dict[str, TaskID] = {}
@@ -100,8 +86,8 @@ class Screen:
             gain = speedup_of(record)
             what = f"{rate['value']:.1f} tok/s" if rate else "nothing to time"
             what += f", {gain[1]['value']:.2f} x {gain[0]}" if gain else ""
-        line = f"[{self.ended_cells}/{self.total}] {self.labels[key]}: {what} ({record['seconds']:.0f} s)"
-        self.console.print(Text(line), soft_wrap=True)
+        counted = f"[{self.ended_cells}/{self.total}]"
+        tell(self.bars.console, f"{counted} {self.labels[key]}: {what} ({record['seconds']:.0f} s)")
 
 
 def table(table: Table) -> None:

@@ -13,13 +13,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rich.progress import Progress
 
 from specdec.decoder import SpecDecoder
 from specdec.depth import FixedDepth
 from specdec.errors import SpecDecError
 from specdec.loop import Loop
 from specdec.sampling import Sampler, SamplingParams
+from specdec.terminal import Progress
 from specdec.text import encode
 from specdec.train.data import Answer, Prompt, parse
 

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
+from specdec import inputs
 from specdec.errors import SpecDecError
+from specdec.terminal import stderr, write
 from specdec.train.method import METHODS
 
 app = typer.Typer(no_args_is_help=True, help="Train drafters for a model, from its own answers.")
@@ -60,12 +61,11 @@ def run(
     }
     method = str(context.command.name)
     kind = lookup(method)
-    figures = train(
-        load_settings(kind.settings_class, method, preset, overrides), resume, Console(stderr=True, quiet=not leads())
-    )
-    Console(quiet=not leads()).print(
-        f"{output}: {kind.describe(figures)}{said(figures)}", highlight=False, soft_wrap=True
-    )
+    console = stderr()
+    console.quiet = not leads()
+    figures = train(load_settings(kind.settings_class, method, preset, overrides), resume, console)
+    if leads():
+        write(f"{output}: {kind.describe(figures)}{said(figures)}\n")
 
 
 for _name in METHODS:
@@ -78,15 +78,13 @@ for _name in METHODS:
 
 def _assignments(pairs: list[str] | tuple[()]) -> dict[str, Any]:
     """``KEY=VALUE`` with VALUE read as YAML."""
-    import yaml
-
     values = {}
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not equals:
             raise SpecDecError(f"--set takes KEY=VALUE, not '{pair}'")
         try:
-            values[key] = yaml.safe_load(text)
-        except yaml.YAMLError:
+            values[key] = inputs.parse_yaml(text)
+        except ValueError:
             raise SpecDecError(f"--set {pair}: the value is no YAML") from None
     return values

@@ -20,6 +20,7 @@ from specdec import artifacts
 from specdec.drafters.m2r2 import M2R2, M2R2Path
 from specdec.errors import SpecDecError
 from specdec.target import Target
+from specdec.terminal import tell
 from specdec.train import search
 from specdec.train.batches import Batch
 from specdec.train.data import Answer
@@ -187,7 +188,7 @@ def choose_path(settings: M2R2Settings, target: Target, work: Work) -> search.Ca
     )
     found = looking.run(lambda share, text: work.progress.update(task, completed=share, description=f"search: {text}"))
     search.show(looking.rows_of_table(), looking.costs, work.console)
-    work.console.print(f"chosen: {found.key}", highlight=False)
+    tell(work.console, f"chosen: {found.key}")
     shutil.rmtree(folder)  # large, and of no use any more
     return found
 

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:  # the command line imports this module for the names alone
     from rich.console import Console
-    from rich.progress import Progress
     from torch import Tensor, nn
 
     from specdec.target import Target
+    from specdec.terminal import Progress
     from specdec.train.batches import Batch
     from specdec.train.data import Answer
     from specdec.train.settings import TrainSettings

@@ -8,13 +8,15 @@ from typing import Any
 
 from rich.console import Console
 
+from specdec.terminal import tell
+
 
 def draw_curves(metrics: Path, picture: Path, console: Console) -> None:
     """Loss and agreement over training tokens, with the evaluations on held-out answers, as a PNG file."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        console.print(f"no {picture.name}: matplotlib is not installed (pip install 'specdec-m2r2[plot]')")
+        tell(console, f"no {picture.name}: matplotlib is not installed (pip install 'specdec-m2r2[plot]')")
         return
     lines = [json.loads(line) for line in metrics.read_text("utf-8").splitlines() if line.strip()]
     updates = [line for line in lines if "loss" in line]
@@ -36,7 +38,7 @@ def draw_curves(metrics: Path, picture: Path, console: Console) -> None:
         figure.savefig(picture, dpi=110)
     except OSError as error:
         picture.unlink(missing_ok=True)
-        console.print(f"no {picture.name}: {error.strerror or error}")
+        tell(console, f"no {picture.name}: {error.strerror or error}")
 
 
 def _series(lines: list[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:

@@ -29,6 +29,7 @@ from specdec.decoder import SpecDecoder
 from specdec.drafters.m2r2 import M2R2, M2R2Drafter, M2R2Path, rms_unit
 from specdec.errors import SpecDecError
 from specdec.target import Target
+from specdec.terminal import tell
 from specdec.train import batches as windows_of
 from specdec.train.batches import Batch
 from specdec.train.evaluate import standing, walk
@@ -447,17 +448,15 @@ def show(rows: Sequence[dict[str, Any]], costs: PathCosts, console: Console, mos
         )
     console.print(table)
     parts = ("layer", costs.layer), ("leap", costs.leap), ("all else", costs.rest)
-    console.print(
+    tell(
+        console,
         "cost: of a draft, in plain steps; tokens: a round of four drafts; now, trained: predicted speedups, the "
         f"second at so many drafts. Measured: plain decoding {1e3 * costs.score[1]:.2f} ms a token; of a draft, "
         + ", ".join(f"{name} {1e3 * seconds:.2f} ms" for name, seconds in parts),
-        highlight=False,
-        soft_wrap=True,
     )
     if not costs.steady:
-        console.print(
+        tell(
+            console,
             "the machine was too busy for these costs to be trusted, nor is the choice: search again, in another "
             "--output, when nothing else runs",
-            highlight=False,
-            soft_wrap=True,
         )

@@ -20,16 +20,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, TimeElapsedColumn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from specdec import artifacts, hub
+from specdec import artifacts, hub, inputs
 from specdec.costs import Costs
 from specdec.errors import SpecDecError
+from specdec.terminal import Progress, stderr, tell
 from specdec.train import batches as windows_of
 from specdec.train import data, states
 from specdec.train import settings as settings_of
@@ -57,7 +57,7 @@ def train(settings: TrainSettings, resume: bool = False, console: Console | None
     Raises SpecDecError for unusable settings, prompts, models and folders, for a full disk and for a loss that is no
     number any more; what was computed stays, and ``resume`` goes on from it.
     """
-    console = console or Console(stderr=True)
+    console = console or stderr()
     if not settings.prompts and not settings.text:
         raise SpecDecError("nothing to train on; give --prompts FILE or --text FILE")
     # What can be judged without the model comes first.
@@ -90,7 +90,7 @@ def _prepare(
     begin = read_drafter(settings.init, mark) if settings.init else None
     method = lookup(settings.method)(settings, target)
     if settings.compile:
-        method.compiled = Compiler(target.device, partial(console.print, highlight=False, markup=False))
+        method.compiled = Compiler(target.device, partial(tell, console))
     data.refuse_foreign(items, target.vocab_size)
     data.refuse_held_out(items, held, tokenizer.decode)
     data.refuse_held_out([data.Prompt((text,)) for text in texts], held, tokenizer.decode, "text")
@@ -210,8 +210,6 @@ class Run:
                     sums = {}
                 if now - saved > 60 * settings.checkpoint_minutes:
                     self._save()
-                    if text and not self.console.is_terminal:  # where no bar moves
-                        self.console.print(f"update {self.update}: {text}", highlight=False, soft_wrap=True)
                     saved = time.monotonic()
                 if now - evaluated > 60 * settings.eval_minutes:
                     self._evaluate()
@@ -323,11 +321,10 @@ class Run:
         if "chain" in figures:
             figures |= self._speedup(figures)
         self._log({"update": self.update, "tokens": self.tokens, "evaluation": figures})
-        self.console.print(
+        tell(
+            self.console,
             f"update {self.update}, {self.tokens} tokens, {self.seconds / 60:.1f} min: "
             f"{self.method.describe(figures)}{said(figures)}",
-            highlight=False,
-            soft_wrap=True,
         )
         if figures["score"] > self.best:
             self.best = figures["score"]
@@ -450,7 +447,7 @@ def _open_output(settings: TrainSettings, resume: bool) -> Path:
     recipe = output / RECIPE
     try:
         if recipe.exists() and any(path != recipe for path in output.iterdir()):
-            kept = yaml.safe_load(recipe.read_text("utf-8"))
+            kept = inputs.read_yaml(recipe)
             if kept["method"] != settings.method:
                 raise SpecDecError(f"'{output}' holds a run of 'specdec train {kept['method']}'; use another --output")
             earlier = settings_of.from_mapping(type(settings), kept, f"'{recipe}'")
@@ -464,7 +461,7 @@ def _open_output(settings: TrainSettings, resume: bool) -> Path:
             raise SpecDecError(f"'{output}' holds a '{there[0]}' that no training run wrote; give another --output")
         output.mkdir(parents=True, exist_ok=True)
         artifacts.replace(recipe, settings_of.to_yaml(_recorded(settings)).encode())
-    except (OSError, yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise SpecDecError(f"cannot use '{output}' as output folder: {error}") from None
     return output
 
@@ -494,4 +491,4 @@ def _full(output: Path, error: OSError) -> SpecDecError:
 
 
 def _progress(console: Console) -> Progress:
-    return Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console)
+    return Progress(BarColumn(), TimeElapsedColumn(), console=console)

@@ -1,0 +1,162 @@
+"""What a terminal and a pipe are shown: control characters, progress, streams that fail."""
+
+from __future__ import annotations
+
+import io
+import re
+import sys
+from pathlib import Path
+from threading import Event
+
+import pytest
+from rich.console import Console
+
+import specdec
+from specdec import report, terminal
+from specdec.errors import SpecDecError
+
+NASTY = "a\x1b]0;title\x07\x1b[2Jb\x9b31m\x7f\u202ec\r"
+SAFE = "a\\x1b]0;title\\x07\\x1b[2Jb\\x9b31m\\x7f\\u202ec\\x0d"
+
+
+class Tty(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+class Heard(io.StringIO):
+    """A pipe that says when something has been written to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.event = Event()
+
+    def write(self, text: str) -> int:
+        count = super().write(text)
+        if text.endswith("\n"):
+            self.event.set()
+        return count
+
+
+@pytest.fixture
+def heard(monkeypatch: pytest.MonkeyPatch) -> Heard:
+    """stderr as a pipe, for ``terminal.stderr``, with a line of progress every few milliseconds."""
+    stream = Heard()
+    monkeypatch.setattr(terminal, "stderr", lambda: Console(file=stream, highlight=False))
+    monkeypatch.setattr(terminal, "EVERY", 0.005)
+    return stream
+
+
+# --- control characters ----------------------------------------------------------------------------------------------
+
+
+def test_control_characters_are_escaped_on_a_terminal_and_untouched_in_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    for stream, shown in ((Tty(), SAFE), (io.StringIO(), NASTY)):
+        monkeypatch.setattr(sys, "stdout", stream)
+        for piece in NASTY:  # as a model streams it: a sequence comes in pieces
+            terminal.write(piece)
+        assert stream.getvalue() == shown
+    assert terminal.printable("é\t\n漢👩‍💻 שלום") == "é\t\n漢👩‍💻 שלום"
+
+
+def test_names_are_escaped_and_are_no_markup_wherever_a_terminal_shows_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    out, err = Tty(), Tty()
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    name = "x\x1b]0;[bold]y\x07"
+    report.columns(("name", name), [("model", name)])
+    assert out.getvalue().count("x\\x1b]0;[bold]y\\x07") == 2
+    report.note(name)
+    report.error(name)
+    terminal.tell(terminal.stderr(), name)
+    with terminal.status(name), terminal.Progress() as bars:
+        bars.add_task(name)
+    shown = err.getvalue()
+    assert "\x1b]0;" not in shown and "\x07" not in shown and shown.count("x\\x1b]0;[bold]y\\x07") >= 4
+
+
+# --- progress --------------------------------------------------------------------------------------------------------
+
+
+def test_a_pipe_gets_lines_while_something_is_under_way(heard: Heard) -> None:
+    with terminal.status("loading x") as status:
+        assert heard.event.wait(60)
+        status.update("loading y [bold]")
+        heard.event.clear()
+        assert heard.event.wait(60)
+    lines = heard.getvalue().splitlines()
+    assert lines[0] == "loading x (1 s)" and lines[-1] == "loading y [bold] (1 s)"
+
+
+def test_a_pipe_gets_a_line_for_each_task_that_has_not_ended(heard: Heard) -> None:
+    with terminal.Progress() as bars:
+        bars.add_task("done", total=2, completed=2)
+        bars.add_task("hidden", total=2, visible=False)
+        bars.update(bars.add_task("answers", total=4), advance=1)
+        bars.add_task("converting", total=None)
+        heard.event.clear()
+        assert heard.event.wait(60)
+    shown = heard.getvalue()
+    assert re.search(r"^answers: 25 % \(\d+ s\)$", shown, re.M) and "done" not in shown and "hidden" not in shown
+
+
+def test_only_the_innermost_of_two_says_something(heard: Heard) -> None:
+    with terminal.status("outer"):
+        heard.event.wait(60)
+        with terminal.status("inner"):
+            heard.event.clear()
+            said = len(heard.getvalue())
+            for _ in range(3):
+                assert heard.event.wait(60)
+                heard.event.clear()
+            assert "outer" not in heard.getvalue()[said:].split("\n", 1)[1]  # one may have been on its way
+            quiet = terminal.status("unheard", quiet=True)
+            with quiet:
+                pass
+
+
+def test_progress_that_cannot_be_written_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = Event()
+
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            tried.set()
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(terminal, "stderr", lambda: Console(file=Full()))
+    monkeypatch.setattr(terminal, "EVERY", 0.005)
+    with terminal.status("loading"):
+        assert tried.wait(60)
+
+
+def test_a_quiet_console_gets_no_line(heard: Heard) -> None:
+    console = Console(file=heard, quiet=True)
+    with terminal.Progress(console=console) as bars:
+        bars.add_task("answers", total=4)
+        assert not terminal._lines
+    assert heard.getvalue() == ""
+
+
+def test_progress_has_one_home() -> None:
+    """Bars and spinners of rich alone would be silent in a pipe, and take names for markup."""
+    root = Path(specdec.__file__).parent
+    for path in root.rglob("*.py"):
+        text = path.read_text("utf-8")
+        if path.name != "terminal.py":
+            assert not re.search(r"from rich\.progress import [^\n]*\bProgress\b|console\.status\(", text), path
+
+
+# --- standard streams ------------------------------------------------------------------------------------------------
+
+
+def test_a_stream_that_failed_writes_to_nowhere_from_then_on() -> None:
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(28, "No space left on device")
+
+    stream = terminal.Stream(Full(), terminal._stdout_failed)
+    with pytest.raises(SpecDecError, match="cannot write to stdout: No space left on device"):
+        stream.write("x")
+    stream.write("x")
+    stream.flush()
