@@ -54,6 +54,7 @@ class SamplingParams:
             (0 < self.top_p <= 1, "top_p", "in (0, 1] (1 = off)"),
             (0 <= self.min_p <= 1, "min_p", "in [0, 1] (0 = off)"),
             (self.repetition_penalty > 0, "repetition_penalty", "> 0 (1 = off)"),
+            (0 <= self.seed <= 2**63 - 1, "seed", f"a whole number in [0, {2**63 - 1}]"),
         )
         for good, name, need in checks:
             if not good:

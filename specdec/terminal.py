@@ -213,8 +213,8 @@ class Progress(progress.Progress):
     def _tell(self, seconds: float) -> None:
         for task in self.tasks:
             if task.visible and (task.total is None or task.completed < task.total):
-                share = "" if task.total is None else f" {task.percentage:.0f} %"
-                tell(self.console, f"{task.description}:{share} ({duration(task.elapsed or seconds)})")
+                share = "" if task.total is None else f": {task.percentage:.0f} %"
+                tell(self.console, f"{task.description}{share} ({duration(task.elapsed or seconds)})")
 
 
 def duration(seconds: float) -> str:

@@ -182,6 +182,7 @@ def test_reading_a_long_prompt_is_remarked_on_in_a_pipe(run, monkeypatch: pytest
 def test_sampling_options_and_seed_reach_the_sampler(run) -> None:
     texts = [run("hello", "--temperature", "1.5", "--seed", seed).stdout for seed in ("1", "1", "2")]
     assert texts[0] == texts[1] != texts[2]
+    assert run("hello", "--temperature", "1.5", "--seed", str(2**63 - 1)).exit_code == 0
     assert run("hello", "--temperature", "1.5", "--top-k", "1").stdout == run("hello").stdout
 
 
@@ -245,6 +246,8 @@ BAD = {
     "system in another encoding": (["x", "--system", os.fsdecode(b"\xff")], "--system is not UTF-8 text"),
     "deep nesting": (["x", "--drafter-option", "a=" + "[" * 100_000], "takes KEY=VALUE"),
     "a date that is none": (["x", "--drafter-option", "a=2026-13-45"], "takes KEY=VALUE"),
+    "seed": (["x", "--seed", "-1"], "seed must be a whole number in [0, 9223372036854775807]; got -1"),
+    "huge seed": (["x", "--seed", str(2**63)], "seed must be a whole number in [0, 9223372036854775807]; got 92233"),
     "K": (["x", "--num-speculative-tokens", "0"], "--num-speculative-tokens must be 'auto' or a number >= 1; got '0'"),
     "K no number": (["x", "--num-speculative-tokens", "many"], "must be 'auto' or a number >= 1; got 'many'"),
     "max new tokens": (["x", "--max-new-tokens", "0"], "'--max-new-tokens'"),

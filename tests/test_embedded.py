@@ -346,7 +346,7 @@ def test_a_child_converts(cache, own, monkeypatch, capfd):
     monkeypatch.setattr(embedded, "_convert", IN_A_CHILD)
     monkeypatch.setattr(hub, "dequantized", forbidden)  # in this process
     assert hub.load(own)[0].dtype == torch.bfloat16
-    assert "Converting to bfloat16" in capfd.readouterr().err
+    assert "converting it to bfloat16" in capfd.readouterr().err
 
 
 def test_what_cannot_be_converted_is_the_last_line_of_output(own, tmp_path, monkeypatch, capsys):

@@ -115,6 +115,29 @@ def test_the_page_needs_nothing_else_and_says_everything(folder: Path) -> None:
     assert outcome.stdout.count("\n") == 1 + 13 and "error" in outcome.stdout.splitlines()[0]
 
 
+def test_names_in_a_results_folder_lead_out_of_no_folder(tmp_path: Path) -> None:
+    """Drafters and baselines are what records say they are: their pictures lie in the folder, each under its own."""
+    names = ["../../up", "/abs", "a/b", "a-b", "x" * 400, "\x1b[2J"]
+    records = []
+    for name in names:
+        for depth in (2, 4):
+            for threads in (1, 2):
+                cell = Cell(drafter=name, num_speculative_tokens=depth, max_new_tokens=threads)
+                records.append(result(cell, speedup={"../../over": estimate(1.0 + depth / 10)}))
+    folder = tmp_path / "a" / "b" / "sweep"
+    folder.parent.mkdir(parents=True)
+    fill(folder, records)
+    before = set(tmp_path.rglob("*"))
+    outcome = report(folder)
+    assert outcome.exit_code == 0, outcome.output
+    made = set(tmp_path.rglob("*")) - before
+    assert {path.parent for path in made} == {folder}
+    pictures = sorted(path.stem for path in folder.glob("heat-*.png"))
+    assert len(pictures) == 1 + len(names) and "heat-a-b" in pictures
+    assert all(re.fullmatch(r"[A-Za-z0-9+-]{1,90}", name) for name in pictures)
+    assert [path.stem for path in folder.glob("speedup-*")] and not list(tmp_path.glob("*.png"))
+
+
 def test_every_command_measures_its_cell_again(folder: Path) -> None:
     """What the page prints is what the command line takes for that very cell."""
     report(folder)

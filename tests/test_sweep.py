@@ -166,7 +166,7 @@ def test_shipped_sweeps_are_what_they_say() -> None:
         ("against: [non]\n", 1, "did you mean 'none'"),
         ("seed: [1, 2\n", 2, "this is no YAML"),
         ("seed: !!python/object/apply:os.getcwd []\n", 1, ""),
-        ("a: &a [*a]\n", 1, "expand without end"),
+        ("a: &a [*a]\n", 1, "an alias stands within"),
         ("- drafter\n", 1, "must be a mapping"),
         ("", 0, "the file is empty"),
     ],
@@ -181,7 +181,7 @@ def test_a_bad_file_is_one_line_with_its_place(sweep, write, tmp_path: Path, tex
     ("change", "words"),
     [
         ("limt=3", "did you mean 'limit'"),
-        ("limit", "SETTING=VALUE,VALUE"),
+        ("limit", "write limit=VALUE,VALUE"),
         ("limit=", "gives no value"),
         ("limit=few", "override 'limit=few': limit must be"),
         ("drafter.early-exi.exit_layer=2", "did you mean 'early-exit'"),

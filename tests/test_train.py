@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import random
+import sys
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
@@ -40,6 +41,7 @@ from specdec.train.fit import fit_leaps
 from specdec.train.m2r2 import M2R2Settings, path_of, wanted_states
 from specdec.train.medusa import MedusaSettings
 from specdec.train.method import lookup
+from specdec.train.plot import draw_curves
 from specdec.train.runtime import training_target
 from specdec.train.settings import from_mapping, load_settings
 from specdec.train.speed import predict
@@ -721,3 +723,10 @@ def test_training_goes_on_when_compilation_fails_and_says_so_once(
     train(recipe(answers, tmp_path / "plain", compile=False, steps=3))
     out, plain = (load_file(tmp_path / name / "checkpoint.safetensors") for name in ("out", "plain"))
     assert all(torch.equal(out[key], plain[key]) for key in plain)
+
+
+def test_without_matplotlib_the_package_is_named_with_its_extra(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    out = io.StringIO()
+    draw_curves(tmp_path / "metrics.jsonl", tmp_path / "training.png", Console(file=out, width=200))
+    assert "pip install 'specdec-m2r2[plot]'" in out.getvalue()

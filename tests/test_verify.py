@@ -144,6 +144,20 @@ def test_a_lossless_decoder_gets_its_certificate(run, tmp_path: Path) -> None:
     assert data["passed"] and data["complete"] and data["environment"]["threads"]
 
 
+def test_default_positions_are_those_that_the_first_answer_reaches(folder: str) -> None:
+    fixed = ["--model", folder, "--drafter", "prompt-lookup", "--limit", "1", "--depths", "2", "--draws", "8", "--json"]
+    for tokens, positions in ((16, [0]), (17, [0, 16])):
+        result = CliRunner().invoke(cli.app, ["verify", *fixed, "--max-new-tokens", str(tokens)])
+        assert result.exit_code == 0, result.output
+        data = json.loads(result.stdout.splitlines()[-1])
+        assert data["complete"] and [fit["position"] for fit in data["sampling"]] == positions
+
+
+def test_positions_behind_every_answer_are_refused_before_loading(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SpecDecoder, "from_pretrained", None)
+    assert "position 20 lies behind" in run("--positions", "0,20").stderr
+
+
 def test_bfloat16_is_replayed(run) -> None:
     result = run("--dtype", "bfloat16", "--draws", "0", "--json")
     data = json.loads(result.stdout.splitlines()[-1])
@@ -167,6 +181,8 @@ def test_a_biased_rule_fails_with_exit_code_1(run, monkeypatch: pytest.MonkeyPat
         (["--drafter", "prompt-lokup"], "did you mean 'prompt-lookup'"),
         (["--prompts", "nowhere.jsonl"], "no prompt file 'nowhere.jsonl'"),
         (["--positions", "999"], "position 999"),
+        (["--positions", "20"], "position 20 lies behind answers of 20 tokens"),
+        (["--seed", "-1"], "seed must be a whole number"),
     ],
 )
 def test_bad_input_is_one_line(run, args: list[str], words: str) -> None:

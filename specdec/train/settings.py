@@ -67,6 +67,8 @@ class TrainSettings:
             value = getattr(self, key)
             if value is not None and value <= 0:
                 raise SpecDecError(f"setting '{key}' must be positive, not {value}")
+        if not 0 <= self.seed <= 2**63 - 1:
+            raise SpecDecError(f"setting 'seed' must be a whole number in [0, {2**63 - 1}], not {self.seed}")
         if not 0 <= self.sampled <= 1 or self.temperature <= 0:
             raise SpecDecError("setting 'sampled' must lie between 0 and 1, and 'temperature' above 0")
         if not 0 <= self.sharpen <= 1 or self.draft_vocab < 0:

@@ -52,7 +52,7 @@ def verify(
     temperature: Annotated[float, typer.Option(help="Of the sampling.")] = 1.0,
     top_p: Annotated[float, typer.Option(help="Of the sampling.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
-    seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     dtype: Annotated[
         str, typer.Option(help="float32 demands equal tokens; bfloat16 and float16 are replayed.")
     ] = "float32",
