@@ -316,7 +316,7 @@ def generate(
         rule = registry.verifier(verifier, rule_options, exact)
         drafter_options = options.assignments("--drafter-option", drafter_option or [])
         experts = _expert_options(expert_cache, expert_prefetch, expert_option or [])
-    with report.status(f"loading {model}", silent):
+    with report.status(f"preparing {model}", silent):
         decoder = SpecDecoder.from_pretrained(
             model,
             drafter,

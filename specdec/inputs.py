@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-LINE = 64 << 20  # bytes of a line, and of a prompt on stdin
-DOCUMENT = 4 << 20  # bytes of a YAML file
+LINE = 64_000_000  # bytes of a line, and of a prompt on stdin
+DOCUMENT = 4_000_000  # bytes of a YAML file
 
 
 def argument(name: str, text: str) -> str:

@@ -27,7 +27,7 @@ from typer.testing import CliRunner
 import specdec
 from specdec import cli, embedded, inputs, loop, registry, terminal
 from specdec.draft import Draft
-from specdec.tune.settings import Tuned
+from specdec.tune.settings import Tuned, place, store
 
 COMMAND = [sys.executable, "-c", "from specdec.cli import main; main()"]
 FIGURES = ("tokens/s: ", "mean acceptance length: ", "acceptance rate: ", "rounds: ", "prefill: ", "finish: length")
@@ -133,16 +133,18 @@ def test_the_number_of_drafted_tokens_is_chosen_or_fixed(run) -> None:
     assert chosen["settings"]["num_speculative_tokens"] == "auto" and chosen["text"] == fixed["text"]
 
 
-def test_the_statistics_name_the_drafter_and_tuned_settings(run, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_statistics_name_the_drafter_and_tuned_settings(run, model: str) -> None:
     assert "; drafter: prompt-lookup; " in run("hello").stderr
     joined = f"prompt-lookup+draft-model={model}"
     assert f"; drafter: prompt-lookup+draft-model (from {joined}); " in run("hello", "--drafter", joined).stderr
     out = json.loads(run("hello", "--json", "--drafter", joined).stdout)
     assert (out["drafter"], out["drafter_source"]) == ("prompt-lookup+draft-model", joined) and out["tuned"] is None
-    monkeypatch.setattr(cli, "recall", lambda path: Tuned("prompt-lookup", 2, 1.5, "8 of own"))
-    assert "; settings: tuned (1.50x plain on 8 of own)" in run("hello", "--drafter", "auto").stderr
-    out = json.loads(run("hello", "--drafter", "auto", "--json").stdout)
+    store(place(model, "auto", "cpu", "auto", "auto"), Tuned("prompt-lookup", 2, 1.5, "8 of own"))
+    auto = ("hello", "--drafter", "auto", "--device", "cpu", "--num-speculative-tokens", "auto")
+    assert "; settings: tuned (1.50x plain on 8 of own)" in run(*auto).stderr
+    out = json.loads(run(*auto, "--json").stdout)
     assert out["drafter"] == "prompt-lookup" and out["drafter_source"] is None
+    assert out["settings"]["num_speculative_tokens"] == 2
     assert out["tuned"] == {
         "drafter": "prompt-lookup",
         "num_speculative_tokens": 2,
