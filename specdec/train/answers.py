@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-
 from specdec.decoder import SpecDecoder
 from specdec.depth import FixedDepth
 from specdec.errors import SpecDecError
