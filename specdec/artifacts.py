@@ -184,11 +184,21 @@ def replace(path: Path, data: bytes) -> None:
 
 def shipped(drafter: str, fingerprint: str) -> Path | None:
     """The folder of a drafter of that kind shipped in the package for the base with that fingerprint, if any."""
+    return next((folder for folder, base in _shipped(drafter) if base.get("fingerprint") == fingerprint), None)
+
+
+def may_be_shipped(drafter: str, config: Any) -> bool:
+    """Whether one is shipped for a base of the kind and size of the model with this Hugging Face ``config``."""
+    text = config.get_text_config()
+    size = {"num_layers": text.num_hidden_layers, "hidden_size": text.hidden_size, "model_type": config.model_type}
+    return any(all(base.get(key, value) == value for key, value in size.items()) for _, base in _shipped(drafter))
+
+
+def _shipped(drafter: str) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Each shipped folder of that kind of drafter, and what its config says about its base."""
     root = Path(str(importlib.resources.files("specdec.drafters"))) / "pretrained"
     for path in sorted(root.glob(f"{drafter}/*/{CONFIG}")):
-        if read_config(path.parent).get("base", {}).get("fingerprint") == fingerprint:
-            return path.parent
-    return None
+        yield path.parent, read_config(path.parent).get("base", {})
 
 
 def check_base(config: dict[str, Any], fingerprint: str, where: str) -> None:

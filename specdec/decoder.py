@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel
 
-from specdec import dtypes, embedded, hub, registry
+from specdec import dtypes, embedded, generation_config, hub, options, registry
 from specdec.costs import Costs, costs, mend
 from specdec.depth import AutoDepth, DepthPolicy, FixedDepth
 from specdec.draft import Drafter, Verifier
@@ -19,9 +21,48 @@ from specdec.errors import SpecDecError
 from specdec.experts.offload import ExpertOptions, Meter, Offload
 from specdec.loop import Loop
 from specdec.metrics import RequestMetrics
-from specdec.runtimes import make_target
+from specdec.runtimes import make_target, needs_cpu
 from specdec.sampling import Sampler, SamplingParams, streams
 from specdec.text import Detokenizer, Prompt, encode
+from specdec.tune.settings import DEFAULTS, Tuned, place, recall
+
+_PATH = options.instance("text or a path", str, Path)
+_MAPPING = options.NONE | options.Kind(
+    "a mapping by name", lambda value: isinstance(value, Mapping) and all(map(options.TEXT.holds, value))
+)
+_EXPERTS = options.instance("ExpertOptions", ExpertOptions) | options.NONE
+
+CONSTRUCTOR = {
+    "model": options.Kind(
+        "a loaded model; SpecDecoder.from_pretrained loads one by name",
+        lambda value: callable(value.get_output_embeddings),  # wrapped ones, too
+    ),
+    "drafter": _PATH | options.Kind("a Drafter", lambda value: callable(value.propose)),
+    "drafter_options": _MAPPING,
+    "runtime": options.TEXT,
+    "weights": options.TEXT,
+    "compile": options.BOOL,
+    "verifier": options.TEXT | options.Kind("a Verifier", lambda value: callable(value.verify)),
+    "verifier_options": _MAPPING,
+    "exact": options.BOOL,
+    "experts": _EXPERTS,
+}
+LOADING = {
+    "name": options.instance("text or a path", str, os.PathLike),
+    "drafter": CONSTRUCTOR["drafter"],
+    "dtype": options.instance("text or a torch.dtype", str, torch.dtype),
+    "device": options.instance("text or a torch.device", str, torch.device),
+    "revision": options.TEXT | options.NONE,
+    "trust_remote_code": options.BOOL,
+    "experts": _EXPERTS,
+}
+REQUEST = {
+    "max_new_tokens": options.wholes_from(1),
+    "num_speculative_tokens": options.one_of("auto") | options.wholes_from(1),
+    "stop": options.TEXT | options.lists("texts", options.TEXT.holds),
+    "logits_processor": options.lists("logits processors", callable),
+    "ignore_eos": options.BOOL,
+}
 
 LOSSY_DEPTH = 4  # of drafts under a lossy rule that scores them, where the depth is "auto"
 
@@ -46,7 +87,8 @@ class SpecDecoder:
 
     model, tokenizer: as loaded by transformers (the tokenizer may be None if all prompts are token ids).
     drafter: a name (``specdec drafters``), a drafter folder, names and folders joined by "+" (the first that finds
-    something drafts), or a Drafter object; NAME=SOURCE says what it is loaded from, such as draft-model=MODEL.
+    something drafts), or a Drafter object; NAME=SOURCE says what it is loaded from, such as draft-model=MODEL. "auto"
+    is the m2r2 shipped for the model, else, with a warning, prompt-lookup. ``drafter`` is then that one.
     drafter_options: its options; those of joined drafters are mappings under their names.
     runtime: "auto" (the fastest that serves the model here), "native", "graphs", "fused" or "reference".
     weights: "auto" (as loaded; stored in fewer bits where those hold the very same values), "dense" (as loaded), "int8"
@@ -61,11 +103,12 @@ class SpecDecoder:
     Raises SpecDecError if the model is unsupported or the drafter does not fit it.
     """
 
+    @options.named("SpecDecoder")
     def __init__(
         self,
         model: PreTrainedModel,
         tokenizer: Any = None,
-        drafter: str | Path | Drafter = "m2r2",
+        drafter: str | Path | Drafter = "auto",
         *,
         drafter_options: dict[str, Any] | None = None,
         runtime: str = "auto",
@@ -76,6 +119,14 @@ class SpecDecoder:
         exact: bool = False,
         experts: ExpertOptions | None = None,
     ) -> None:
+        given = {
+            "model": model, "drafter": drafter, "drafter_options": drafter_options, "runtime": runtime,
+            "weights": weights, "compile": compile, "verifier": verifier, "verifier_options": verifier_options,
+            "exact": exact, "experts": experts,
+        }  # fmt: skip
+        options.check_values(given, CONSTRUCTOR)
+        self.tuned: Tuned | None = None  # what ``specdec tune drafter`` found, where it is applied
+        self._kept: Tuned | None = None  # the same, where there is anything for this model
         self.verifier = registry.verifier(verifier, verifier_options, exact)
         self.model, self.tokenizer = model.eval(), tokenizer
         self.target, self.runtime_note = make_target(model, runtime, weights, compile)
@@ -83,7 +134,7 @@ class SpecDecoder:
         if experts is not None:
             self.target.experts = Offload(model, self.target.fingerprint, experts)
         try:
-            self.drafter = self._drafter(drafter, drafter_options or {})
+            self.drafter = self._drafter(drafter, dict(drafter_options or {}))
         except BaseException:
             self.close()
             raise
@@ -91,30 +142,51 @@ class SpecDecoder:
         self._auto: AutoDepth | None = None
         self._costs: Costs | None = None
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.target.device
+
     @classmethod
+    @options.named("SpecDecoder.from_pretrained", __init__)
     def from_pretrained(
         cls,
         name: str = embedded.DEFAULT_MODEL,
-        drafter: str | Path | Drafter = "m2r2",
+        drafter: str | Path | Drafter = "auto",
         *,
         dtype: str | torch.dtype = "auto",
-        device: str | torch.device = "cpu",
+        device: str | torch.device = "auto",
         revision: str | None = None,
         trust_remote_code: bool = False,
         experts: ExpertOptions | None = None,
-        **options: Any,
+        **more: Any,
     ) -> SpecDecoder:
         """Load an embedded model, a Hugging Face id, a local folder or a GGUF file, and a drafter for it.
 
+        drafter: as in the constructor; "auto" is first of all what ``specdec tune drafter`` found for the model, with
+        its depth of drafts (``tuned``).
+        device: "auto" is the first CUDA device that can compute, else the CPU; the CPU, too, for what runs there alone
+        (the native runtime, weights in int8 or int4). ``device`` says which it is.
         dtype: as ``hub.load``, or "fastest": of those that hold the weights exactly, the one that is fastest on this
         machine, by timings that are kept (``dtypes``). Another one than the checkpoint's is another base.
         experts: as in the constructor; those of a safetensors checkpoint are then never in memory all at once, and
-        after ``close`` they are in the checkpoint only. ``options`` go to the constructor. Raises SpecDecError with the
+        after ``close`` they are in the checkpoint only. ``more`` goes to the constructor. Raises SpecDecError with the
         reason if anything is missing or unfit.
         """
+        given = {
+            "name": name, "drafter": drafter, "dtype": dtype, "device": device, "revision": revision,
+            "trust_remote_code": trust_remote_code, "experts": experts,
+        }  # fmt: skip
+        options.check_values(given, LOADING)
+        way = {key: more.get(key, usual) for key, usual in DEFAULTS.items()}
+        options.check_values(way, CONSTRUCTOR)
+        if device == "auto" and needs_cpu(way["runtime"], way["weights"]):
+            device = "cpu"
         fastest = dtype == dtypes.FASTEST
         if fastest and experts is not None:
             raise SpecDecError("with offloaded experts the dtype stays the checkpoint's; leave 'fastest' out")
+        if isinstance(drafter, str):
+            registry.parse(drafter)  # before the model, which may have to be downloaded
         model, tokenizer = hub.load(
             name,
             dtype="auto" if fastest else hub.as_dtype(dtype, also=(dtypes.FASTEST,)),
@@ -122,12 +194,13 @@ class SpecDecoder:
             revision=revision,
             trust_remote_code=trust_remote_code,
             experts=experts is None,
+            check=lambda config: registry.refuse_early(drafter, config, name) if isinstance(drafter, str) else None,
         )
-        chosen = ""
-        if fastest:
-            way = {name: options[name] for name in ("runtime", "weights", "compile") if name in options}
-            chosen = dtypes.convert(model, **way)
-        decoder = cls(model, tokenizer, drafter, experts=experts, **options)
+        chosen = dtypes.convert(model, **way) if fastest else ""
+        kept = recall(place(os.fspath(name), str(dtype).removeprefix("torch."), str(model.device), **way))
+        drafter, tuned = _recalled(drafter, kept)
+        decoder = cls(model, tokenizer, drafter, experts=experts, **more)
+        decoder.tuned, decoder._kept = tuned, kept
         decoder.target.chosen = "; ".join(filter(None, (chosen, decoder.target.chosen)))
         return decoder
 
@@ -139,18 +212,20 @@ class SpecDecoder:
 
     def with_drafter(self, drafter: str | Path | Drafter, **drafter_options: Any) -> SpecDecoder:
         """A second decoder with another drafter, sharing this one's model, tokenizer, target and verifier."""
+        options.check_values({"drafter": drafter}, CONSTRUCTOR)
         other = copy.copy(self)
+        drafter, other.tuned = _recalled(drafter, self._kept)
         other.drafter = other._drafter(drafter, drafter_options)
         other._open = other._auto = other._costs = None
         return other
 
-    def _drafter(self, drafter: str | Path | Drafter, options: dict[str, Any]) -> Drafter:
+    def _drafter(self, drafter: str | Path | Drafter, given: dict[str, Any]) -> Drafter:
         """Load the drafter if it is named, and bind it."""
         if isinstance(drafter, str | Path):
             text = drafter if isinstance(drafter, str) else str(drafter.absolute())  # a folder may be called "medusa"
             parts = registry.parse(text)
             name, source = parts[0] if len(parts) == 1 else ("hybrid", text)
-            drafter = cast(Drafter, registry.lookup("drafters", name).load(self.target, source, **options))
+            drafter = cast(Drafter, registry.lookup("drafters", name).load(self.target, source, **given))
         unscored = self.verifier.threshold is not None
         if unscored and drafter.name != "none" and not getattr(drafter, "leaves_early", False):
             raise SpecDecError(
@@ -166,16 +241,18 @@ class SpecDecoder:
             )
         return drafter
 
-    def generate(self, prompt: Prompt, **options: Any) -> GenerationOutput:
+    def generate(self, prompt: Prompt, **given: Any) -> GenerationOutput:
         """Generate from one prompt (text, token ids, a tensor, or chat messages). Options: see ``open``."""
-        return self.generate_batch([prompt], **options)[0]
+        options.check_names("generate", given, _OPTIONS)
+        return self.generate_batch([prompt], **given)[0]
 
-    def generate_batch(self, prompts: Sequence[Prompt], **options: Any) -> list[GenerationOutput]:
+    def generate_batch(self, prompts: Sequence[Prompt], **given: Any) -> list[GenerationOutput]:
         """Generate from several prompts at once; rows may differ in length, acceptance and end.
 
         A SpecDecError that ends decoding carries what was generated until then as ``outputs``.
         """
-        with self.open(prompts, **options) as generation:
+        options.check_names("generate_batch", given, _OPTIONS)
+        with self.open(prompts, **given) as generation:
             try:
                 for _ in generation.steps():
                     pass
@@ -184,13 +261,18 @@ class SpecDecoder:
                 raise
             return generation.outputs()
 
-    def stream(self, prompt: Prompt, **options: Any) -> Iterator[str]:
+    def stream(self, prompt: Prompt, **given: Any) -> Iterator[str]:
         """Yield text as it is accepted. Closing the iterator early ends the generation and frees its memory."""
-        with self.open([prompt], **options) as generation:
+        options.check_names("stream", given, _OPTIONS)
+        return self._stream(prompt, given)
+
+    def _stream(self, prompt: Prompt, given: dict[str, Any]) -> Iterator[str]:
+        with self.open([prompt], **given) as generation:
             for pieces in generation:
                 if pieces[0]:
                     yield pieces[0]
 
+    @options.named("open")
     def open(
         self,
         prompts: Sequence[Prompt],
@@ -201,7 +283,7 @@ class SpecDecoder:
         top_k: int = 0,
         top_p: float = 1.0,
         min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
+        repetition_penalty: float | None = None,
         seed: int = 0,
         stop: str | Sequence[str] = (),
         chat: bool | None = None,
@@ -213,24 +295,34 @@ class SpecDecoder:
 
         max_new_tokens: most new tokens per row (also bounded by the model's context).
         num_speculative_tokens: depth of each round's draft; "auto" chooses it from measured costs and running
-        acceptance, down to plain decoding. temperature 0 is greedy; the sampling options are those of
-        ``SamplingParams``. stop: strings that end a row. chat: wrap text in the chat template (None: if the
-        tokenizer has one), after a ``system`` message. logits_processor: HF processors, applied to every position.
-        ignore_eos: go on to the limit. Raises SpecDecError for values out of range and prompts that do not fit.
+        acceptance, down to plain decoding (of ``tuned`` settings, it is theirs). temperature 0 is greedy; the sampling
+        options are those of ``SamplingParams``. repetition_penalty: None is that of the model's ``generation_config``,
+        of which ``specdec.generation_config`` says what is honoured. stop: strings that end a row; special tokens in
+        them are matched, too. chat: wrap text in the chat template (None: if the tokenizer has one), after a ``system``
+        message. logits_processor: HF processors, applied to every position. ignore_eos: go on to the limit.
+        Raises SpecDecError for values of the wrong type or out of range and for prompts that do not fit.
         """
-        if max_new_tokens < 1:
-            raise SpecDecError(f"max_new_tokens must be >= 1; got {max_new_tokens}")
-        if num_speculative_tokens != "auto" and not (
-            isinstance(num_speculative_tokens, int) and num_speculative_tokens >= 1
-        ):
-            raise SpecDecError(f"num_speculative_tokens must be 'auto' or >= 1; got {num_speculative_tokens}")
+        given = {
+            "max_new_tokens": max_new_tokens, "num_speculative_tokens": num_speculative_tokens, "stop": stop,
+            "logits_processor": logits_processor, "ignore_eos": ignore_eos,
+        }  # fmt: skip
+        options.check_values(given, REQUEST)
+        penalty = 1.0 if repetition_penalty is None else repetition_penalty
+        params = SamplingParams(temperature, top_k, top_p, min_p, penalty, seed)
+        if isinstance(prompts, Tensor) and prompts.dim() == 2:
+            prompts = list(prompts)
+        if not isinstance(prompts, Sequence) or isinstance(prompts, str | bytes):
+            raise SpecDecError(f"prompts must be a list of prompts; got {options.shown(prompts)}; generate takes one")
         if not prompts:
             raise SpecDecError("there is no prompt to generate from")
         if self._open is not None:
             raise SpecDecError("a stream of this SpecDecoder is still open; finish or close it first")
-        params = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+        names = ["prompt"] if len(prompts) == 1 else [f"prompts[{i}]" for i in range(len(prompts))]
         context = self.target.context
-        ids = [encode(self.tokenizer, prompt, chat, system, context=context) for prompt in prompts]
+        ids = [
+            encode(self.tokenizer, prompt, chat, system, name, context)
+            for name, prompt in zip(names, prompts, strict=True)
+        ]
         for row in ids:
             if len(row) >= context:
                 raise SpecDecError(
@@ -244,26 +336,47 @@ class SpecDecoder:
         stops = [stop] if isinstance(stop, str) else list(stop)
         if stops and self.tokenizer is None:
             raise SpecDecError("stop strings need a tokenizer; give SpecDecoder one")
+        if num_speculative_tokens == "auto" and self.tuned is not None:
+            num_speculative_tokens = self.tuned.num_speculative_tokens
+        limits = [min(int(max_new_tokens), context - len(row)) for row in ids]
         self._open = Generation(
             self,
             ids,
-            [min(max_new_tokens, context - len(row)) for row in ids],
+            limits,
             self._policy(num_speculative_tokens),
-            self.sampler(ids, params, logits_processor),
+            self.sampler(ids, limits, params, repetition_penalty, logits_processor),
             stops,
             frozenset() if ignore_eos else self.eos_ids(),
         )
         return self._open
 
     def sampler(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams, processors: Sequence[LogitsProcessor] = ()
+        self,
+        prompts: Sequence[Sequence[int]],
+        limits: Sequence[int],
+        params: SamplingParams,
+        repetition_penalty: float | None = None,
+        processors: Sequence[LogitsProcessor] = (),
     ) -> Sampler:
-        """What chooses the tokens of a batch of prompts (token ids)."""
-        return Sampler(params, processors, streams(prompts))
+        """What chooses the tokens of a batch of prompts (token ids), at most ``limits`` new ones each.
+
+        repetition_penalty: as in ``open``; that of ``params`` is not used.
+        """
+        own = replace(params, repetition_penalty=1.0)  # transformers makes the penalty, too
+        rows = [
+            generation_config.processors(self.model, row, limit, repetition_penalty, processors)
+            for row, limit in zip(prompts, limits, strict=True)
+        ]
+        if not any(rows):
+            return Sampler(own, streams=streams(prompts))
+        sampler = Sampler(own, streams=())
+        for made, stream in zip(rows, streams(prompts), strict=True):
+            sampler.join(Sampler(own, made, [stream]))
+        return sampler
 
     def _policy(self, num_speculative_tokens: int | str) -> DepthPolicy:
-        if isinstance(num_speculative_tokens, int):
-            return FixedDepth(num_speculative_tokens)
+        if num_speculative_tokens != "auto":
+            return FixedDepth(int(num_speculative_tokens))
         if self.drafter.name == "none":
             return FixedDepth(0)
         if self.verifier.threshold is not None:
@@ -286,10 +399,15 @@ class SpecDecoder:
 
     def eos_ids(self) -> frozenset[int]:
         """Token ids that end a generation, as ``model.generate`` takes them."""
-        eos = self.model.generation_config.eos_token_id if self.model.generation_config else None
-        if eos is None:
-            eos = getattr(self.tokenizer, "eos_token_id", None)
-        return frozenset() if eos is None else frozenset([eos] if isinstance(eos, int) else eos)
+        return generation_config.ends(self.model, self.tokenizer)
+
+
+_OPTIONS = options.keywords(SpecDecoder.open, only=True)
+
+
+def _recalled(drafter: str | Path | Drafter, kept: Tuned | None) -> tuple[str | Path | Drafter, Tuned | None]:
+    """The drafter, and the tuned settings if they say which it is."""
+    return (kept.drafter, kept) if drafter == "auto" and kept is not None else (drafter, None)
 
 
 class Generation:

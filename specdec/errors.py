@@ -1,4 +1,4 @@
-"""The one error type that users see: what is wrong, why, and what to do, in one line."""
+"""What users see of a problem, an error or a warning: what is wrong, why, and what to do, in one line."""
 
 from __future__ import annotations
 
@@ -18,6 +18,10 @@ class SpecDecError(Exception):
 
 class NotFiniteError(SpecDecError):
     """The model itself gives NaN or infinite logits: no runtime can serve it."""
+
+
+class SpecDecWarning(UserWarning):
+    """Something the user may want to change. The command line prints it as one line on stderr and goes on."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

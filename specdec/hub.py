@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ def load(
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
     experts: bool = True,
+    check: Callable[[Any], None] | None = None,
 ) -> tuple[PreTrainedModel, Any]:
     """Load a decoder-only model, frozen and in evaluation mode, and its tokenizer.
 
@@ -51,19 +52,23 @@ def load(
     a folder in the cache at first use), or a Hugging Face id. Weights are read from safetensors or GGUF only, never
     from pickles.
     dtype: "auto" (the checkpoint's own; bfloat16 for a GGUF file) or one of float32, bfloat16, float16.
+    device: "auto" (the first CUDA device that can compute, else the CPU) or what PyTorch calls one.
     revision: for Hugging Face ids.
     attn_implementation: None lets transformers choose (sdpa where the model supports it, else eager).
     experts: False leaves those of a mixture in the checkpoint (``stored.StoredExperts``), if it is one of safetensors
     that holds them as published models do; the model can then decode by ``SpecDecoder(experts=...)`` only.
+    check: called with the model's config before its weights are read; it raises for a model that is not wanted.
     Raises SpecDecError, in one line, for whatever is unknown, missing, broken or beyond this machine.
     """
     name = os.fspath(name_or_path)
-    place, kind = _device(device), as_dtype(dtype)
-    _try_out(place, kind)
+    kind = as_dtype(dtype)
+    place = find_device(device, kind)
     source, options = _source(name, revision, kind)
     options |= {"trust_remote_code": trust_remote_code}
     with quietly(f"Loading {name}") if options["local_files_only"] else contextlib.nullcontext():
         config, tokenizer = _parts(name, source, options)
+        if check is not None:
+            check(config)
         options |= {"config": config, "use_safetensors": True, "ignore_mismatched_sizes": True}  # checked below
         if attn_implementation is not None:
             options |= {"attn_implementation": attn_implementation}
@@ -78,6 +83,13 @@ def load(
     _check_fit(name, model, info)
     model.config._name_or_path = name  # what messages call it, not the cache folder
     return model.eval().requires_grad_(False), tokenizer
+
+
+def read_config(name: str, dtype: str | torch.dtype = "auto") -> Any:
+    """The config of the model that ``load`` would load; its weights may have to be fetched, but are not read."""
+    source, options = _source(name, None, as_dtype(dtype))
+    with _explained(name):
+        return AutoConfig.from_pretrained(source, **options)
 
 
 def dequantized(name: str, file: Path, dtype: str) -> tuple[PreTrainedModel, Any]:
@@ -182,11 +194,22 @@ def as_dtype(dtype: str | torch.dtype, also: Sequence[str] = ()) -> str | torch.
     raise SpecDecError(f"unknown dtype '{name}'{did_you_mean(name, known)}; known: {', '.join(known)}")
 
 
+def find_device(device: str | torch.device, dtype: str | torch.dtype = "auto") -> torch.device:
+    """The device meant, tried out in ``dtype``. Raises SpecDecError if it is unknown, not there or cannot compute."""
+    if device == "auto":
+        with contextlib.suppress(SpecDecError):  # a driver or a GPU that this PyTorch does not serve
+            return find_device("cuda", dtype)
+        device = "cpu"
+    place = _device(device)
+    _try_out(place, dtype)
+    return place
+
+
 def _device(device: str | torch.device) -> torch.device:
     try:
         place = torch.device(device)
     except (RuntimeError, TypeError, ValueError):
-        raise SpecDecError(f"unknown device '{device}'; known: cpu, cuda, cuda:N, mps") from None
+        raise SpecDecError(f"unknown device '{device}'; known: auto, cpu, cuda, cuda:N, mps") from None
     if place.type == "mps" and not torch.backends.mps.is_available():
         raise SpecDecError("device 'mps' is not there: this PyTorch or this machine has no Metal")
     if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
@@ -268,7 +291,9 @@ def _explained(name: str) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError:
-        raise SpecDecError(f"'{name}' does not fit into the device's memory; use a smaller dtype or model") from None
+        raise SpecDecError(
+            f"'{name}' does not fit into the device's memory; use a smaller dtype or model, or the device cpu"
+        ) from None
     except Exception as error:
         reason = one_line(error)
         if isinstance(error, SafetensorError):

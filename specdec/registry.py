@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from specdec.errors import SpecDecError, did_you_mean
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 
 DRAFTERS: dict[str, str] = {
     "none": "specdec.drafters.none:NoDrafter",
+    "auto": "specdec.drafters.auto:AutoDrafter",
     "deed": "specdec.drafters.deed:DeedDrafter",
     "draft-model": "specdec.drafters.draft_model:DraftModelDrafter",
     "early-exit": "specdec.drafters.early_exit:EarlyExitDrafter",
@@ -90,10 +93,28 @@ def parse(text: str) -> list[tuple[str, str | None]]:
     if text in names("drafters") or Path(text).is_dir():
         return [_part(text)]
     joined, _, source = text.partition("=")
+    if not all(part.strip() for part in joined.split("+")):
+        raise SpecDecError(f"'+' joins two drafters, and one is missing in '{text}'; for example: prompt-lookup+m2r2")
     parts = [_part(part) for part in joined.split("+")]
     if source:
         parts[-1] = parts[-1][0], source
     return parts
+
+
+def refuse_early(drafter: str, config: Any, name: str) -> None:
+    """Raise SpecDecError for a trained drafter that is named alone, where none is shipped for a model of that size.
+
+    config: of the model called ``name``, whose weights are not loaded. The message is the drafter's own.
+    """
+    from specdec import artifacts  # heavy
+
+    for part, source in parse(drafter):
+        found = lookup("drafters", part)
+        if source is None and getattr(found, "training", None) and not artifacts.may_be_shipped(part, config):
+            model = SimpleNamespace(config=SimpleNamespace(_name_or_path=name))
+            unloaded = SimpleNamespace(fingerprint="", model=model)
+            with suppress(AttributeError):  # it looks further: it can do without
+                found.load(unloaded)
 
 
 def _part(text: str) -> tuple[str, str | None]:

@@ -9,10 +9,15 @@ from specdec.errors import NotFiniteError, SpecDecError, did_you_mean
 from specdec.fused import FusedTarget
 from specdec.graphs import GraphedTarget
 from specdec.native_target import KINDS, NativeTarget
-from specdec.target import ReferenceTarget, Target
+from specdec.target import ReferenceTarget, Target, refuse_unsupported
 
 RUNTIMES = ("auto", "native", "graphs", "fused", "reference")
 WEIGHTS = tuple(KINDS)
+
+
+def needs_cpu(runtime: str, weights: str) -> bool:
+    """Whether what is asked for runs on the CPU alone, whatever other device there is."""
+    return runtime == "native" or weights in ("int8", "int4")
 
 
 def make_target(
@@ -20,9 +25,10 @@ def make_target(
 ) -> tuple[Target, str]:
     """The target of ``model`` in the runtime asked for, and a one-line note ("" if there is nothing to say).
 
-    runtime "auto": native (CPUs) or graphs (CUDA) where it serves the model on this machine, else fused, else the
-    reference runtime, the note saying why. weights: "auto" (as loaded; stored in fewer bits where they hold the very
-    values), "dense" (as loaded), "int8" or "int4" (layers rounded, in the model too: what is rounded is the base).
+    runtime "auto": native (CPUs) or graphs (CUDA) where it serves the model on this machine, else fused (not on mps),
+    else the reference runtime, the note saying why. weights: "auto" (as loaded; stored in fewer bits where they hold
+    the very values), "dense" (as loaded), "int8" or "int4" (layers rounded, in the model too: what is rounded is the
+    base).
     compile: run the layers' dense maps, norms and activations through torch.compile; "auto" then is graphs or fused.
     Raises SpecDecError if the model is unsupported, or unfit for what was named.
     """
@@ -31,16 +37,18 @@ def make_target(
             raise SpecDecError(f"unknown {what} '{value}'{did_you_mean(value, known)}; there are: {', '.join(known)}")
     rounded = weights in ("int8", "int4")
     if runtime == "reference" and rounded:
-        raise SpecDecError(f"{weights} weights need the native or the fused runtime; use --weights auto")
+        raise SpecDecError(f"{weights} weights need the native or the fused runtime; use weights 'auto'")
     if compile and (rounded or runtime in ("native", "reference")):
         named = f"{weights} weights" if rounded else f"the {runtime} runtime"
         raise SpecDecError(
             f"compile is for the fused and graphs runtimes and dense weights, not for {named}; leave one out"
         )
+    refuse_unsupported(model)
     reasons: list[str] = []
-    first = {"cpu": ["native"] if model.dtype == torch.bfloat16 else [], "cuda": ["graphs"]}.get(model.device.type, [])
+    native = ["native"] if model.dtype == torch.bfloat16 else []
+    first = {"cpu": [*native, "fused"], "cuda": ["graphs", "fused"], "mps": []}.get(model.device.type, ["fused"])
     last = [] if compile else ["reference"]
-    for name in [*first, "fused", *last] if runtime == "auto" else [runtime]:
+    for name in [*first, *last] if runtime == "auto" else [runtime]:
         try:
             if compile and name == "native":
                 raise SpecDecError("there is nothing in it to compile")
@@ -56,9 +64,10 @@ def make_target(
         except NotFiniteError:
             raise
         except SpecDecError as error:
-            if runtime != "auto":
+            if runtime != "auto" or name == "reference":  # it is about the model: that runtime serves all supported
                 raise
             reasons.append(f"no {name} runtime: {error}")
+    why = "; ".join(reasons) or f"on {model.device.type} there is the reference runtime alone"
     if compile:
-        raise SpecDecError(f"compile is not possible here ({'; '.join(reasons)}); go on without it")
-    raise SpecDecError(f"{weights} weights are not possible here ({'; '.join(reasons)}); use --weights auto")
+        raise SpecDecError(f"compile is not possible here ({why}); go on without it")
+    raise SpecDecError(f"{weights} weights are not possible here ({why}); use weights 'auto'")

@@ -10,7 +10,6 @@ order. Knows nothing about drafts.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,7 +26,16 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from specdec.errors import SpecDecError
+from specdec import options
+
+SAMPLING = {
+    "temperature": options.numbers(">= 0 (0 = greedy)", lambda value: value >= 0),
+    "top_k": options.wholes_from(0, note=" (0 = off)"),
+    "top_p": options.numbers("in (0, 1] (1 = off)", lambda value: 0 < value <= 1),
+    "min_p": options.numbers("in [0, 1] (0 = off)", lambda value: 0 <= value <= 1),
+    "repetition_penalty": options.numbers("> 0 (1 = off)", lambda value: value > 0),
+    "seed": options.SEED,
+}
 
 Prefixes = Callable[[], Sequence[Sequence[Sequence[int]]]]  # [B][T]: the tokens before each position
 
@@ -36,8 +44,9 @@ Prefixes = Callable[[], Sequence[Sequence[Sequence[int]]]]  # [B][T]: the tokens
 class SamplingParams:
     """How the next token is chosen.
 
-    temperature: 0 = greedy (the most likely token). top_k: 0 = off. top_p, min_p: nucleus and relative cut-off.
-    repetition_penalty: 1 = off. seed: of the noise by which tokens are drawn.
+    temperature: 0 = greedy (the most likely token), and so is all below ``options.GREEDY_BELOW``. top_k: 0 = off.
+    top_p, min_p: nucleus and relative cut-off. repetition_penalty: 1 = off. seed: of the noise by which tokens are
+    drawn, a whole number in [0, 2**63 - 1].
     """
 
     temperature: float = 0.0
@@ -48,17 +57,11 @@ class SamplingParams:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        checks = (
-            (math.isfinite(self.temperature) and self.temperature >= 0, "temperature", ">= 0 (0 = greedy)"),
-            (self.top_k >= 0, "top_k", ">= 0 (0 = off)"),
-            (0 < self.top_p <= 1, "top_p", "in (0, 1] (1 = off)"),
-            (0 <= self.min_p <= 1, "min_p", "in [0, 1] (0 = off)"),
-            (self.repetition_penalty > 0, "repetition_penalty", "> 0 (1 = off)"),
-            (0 <= self.seed <= 2**63 - 1, "seed", f"a whole number in [0, {2**63 - 1}]"),
-        )
-        for good, name, need in checks:
-            if not good:
-                raise SpecDecError(f"{name} must be {need}; got {getattr(self, name)}")
+        options.check_values(vars(self), SAMPLING)
+        for name, value in vars(self).items():  # NumPy's numbers become Python's
+            object.__setattr__(self, name, int(value) if options.is_whole(value) else float(value))
+        if self.temperature < options.GREEDY_BELOW:
+            object.__setattr__(self, "temperature", 0.0)
 
 
 class Transforms:

@@ -8,10 +8,13 @@ import weakref
 import pytest
 import torch
 from conftest import Scripted, greedy_reference, tiny_model
-from test_text import Bytes
-from transformers import PreTrainedModel
+from test_text import Bytes, special_tokenizer
+from tiny import save_tiny
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from specdec import SpecDecError, SpecDecoder
+from specdec import SpecDecError, SpecDecoder, artifacts, hub
+from specdec.errors import SpecDecWarning
+from specdec.tune.settings import Tuned, place, store
 
 PROMPT = [5, 6, 7, 8]
 
@@ -116,12 +119,12 @@ def test_the_model_stays_usable_and_unchanged(llama, decoder: SpecDecoder) -> No
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_new_tokens": 0}, "max_new_tokens must be >= 1"),
-        ({"num_speculative_tokens": 0}, "num_speculative_tokens must be 'auto' or >= 1"),
-        ({"temperature": -1}, "temperature must be >= 0"),
-        ({"temperature": float("nan")}, "temperature must be >= 0"),
-        ({"top_p": 0.0}, "top_p must be in"),
-        ({"top_k": -1}, "top_k must be >= 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be a whole number >= 1"),
+        ({"num_speculative_tokens": 0}, "num_speculative_tokens must be 'auto' or a whole number >= 1"),
+        ({"temperature": -1}, "temperature must be a number >= 0"),
+        ({"temperature": float("nan")}, "temperature must be a number >= 0"),
+        ({"top_p": 0.0}, "top_p must be a number in"),
+        ({"top_k": -1}, "top_k must be a whole number >= 0"),
         ({"prompt": list(range(3, 90)) * 2}, "does not fit the model's context of 128"),
         ({"prompt": [5, 97]}, "outside the model's vocabulary"),
         ({"prompt": []}, "empty"),
@@ -133,3 +136,203 @@ def test_bad_input_is_refused_in_one_line(decoder: SpecDecoder, options: dict, m
         decoder.generate(prompt, **options)
     assert "\n" not in str(caught.value)
     assert decoder.generate(PROMPT, max_new_tokens=2).finish_reason == "length"  # nothing is left open
+
+
+WRONG: dict[str, list[object]] = {
+    "max_new_tokens": [2.5, "8", None, True, 0, -1],
+    "num_speculative_tokens": ["many", 0, 2.5, None, True],
+    "temperature": ["hot", None, True, -1, float("nan"), float("inf"), 10**400, torch.tensor([1.0, 2.0])],
+    "top_k": [2.0, "5", None, -1],
+    "top_p": ["x", None, 0, 1.5],
+    "min_p": ["x", -0.1, 2],
+    "repetition_penalty": ["x", 0, float("nan")],
+    "seed": [2**63, 2**70, -1, 1.5, "x", None],
+    "stop": [5, ["a", 5], None, b"a"],
+    "chat": [1, "yes"],
+    "system": [5, ["a"]],
+    "logits_processor": [5, [5], None],
+    "ignore_eos": [1, None],
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_options_are_refused_by_name(decoder: SpecDecoder, name: str) -> None:
+    methods = {
+        "generate": lambda **given: decoder.generate(PROMPT, **given),
+        "generate_batch": lambda **given: decoder.generate_batch([PROMPT], **given),
+        "stream": lambda **given: list(decoder.stream(PROMPT, **given)),
+        "open": lambda **given: decoder.open([PROMPT], **given),
+    }
+    for value in WRONG[name]:
+        for method in methods.values():
+            with pytest.raises(SpecDecError, match=f"^{name} must be ") as caught:
+                method(**{name: value})
+            assert "\n" not in str(caught.value) and len(str(caught.value)) < 160
+    assert decoder.generate(PROMPT, max_new_tokens=2).finish_reason == "length"  # nothing is left open
+
+
+def test_wrong_prompts_are_refused_by_name(decoder: SpecDecoder) -> None:
+    with pytest.raises(SpecDecError, match=r"^prompt must be text, token ids"):
+        decoder.generate(None)  # type: ignore[arg-type]
+    with pytest.raises(SpecDecError, match=r"^prompts\[1\] must be text, token ids .* got True"):
+        decoder.generate_batch([PROMPT, True])  # type: ignore[list-item]
+    for prompts in ("text", b"text", 5, None, iter([PROMPT])):
+        with pytest.raises(SpecDecError, match=r"^prompts must be a list of prompts; got .*; generate takes one"):
+            decoder.generate_batch(prompts)  # type: ignore[arg-type]
+    rows = decoder.generate_batch(torch.tensor([PROMPT, PROMPT]), max_new_tokens=3)  # type: ignore[arg-type]
+    assert len(rows) == 2 and rows[0].token_ids == rows[1].token_ids
+
+
+def test_a_wrong_keyword_names_the_method_that_was_called(llama, decoder: SpecDecoder) -> None:
+    calls = {
+        "generate": lambda: decoder.generate(PROMPT, max_tokens=5),
+        "generate_batch": lambda: decoder.generate_batch([PROMPT], max_tokens=5),
+        "stream": lambda: decoder.stream(PROMPT, max_tokens=5),
+        "open": lambda: decoder.open([PROMPT], max_tokens=5),  # type: ignore[call-arg]
+    }
+    for method, call in calls.items():
+        with pytest.raises(SpecDecError, match=rf"^{method} takes no 'max_tokens' \(did you mean 'max_new_tokens'\?\)"):
+            call()
+    with pytest.raises(SpecDecError, match=r"^SpecDecoder takes no 'drafters' \(did you mean 'drafter'\?\); it takes"):
+        SpecDecoder(llama, drafters="none")  # type: ignore[call-arg]
+    with pytest.raises(SpecDecError, match=r"from_pretrained takes no 'weight' \(did you mean 'weights'\?\); it takes"):
+        SpecDecoder.from_pretrained("nowhere", weight="int8")
+    with pytest.raises(SpecDecError, match=r"from_pretrained takes no 'model'.*; it takes name, drafter, "):
+        SpecDecoder.from_pretrained(model="nowhere")  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"model": "smollm2-135m-instruct"}, "model must be a loaded model; SpecDecoder.from_pretrained loads one"),
+        ({"drafter": 5}, "drafter must be text or a path or a Drafter; got 5"),
+        ({"drafter": ""}, "the drafter's name is empty; name one"),
+        ({"drafter": "+"}, r"'\+' joins two drafters, and one is missing in '\+'; for example: prompt-lookup\+m2r2"),
+        ({"drafter": "prompt-lookup+"}, "one is missing in 'prompt-lookup.'"),
+        ({"drafter_options": [1]}, "drafter_options must be None or a mapping by name"),
+        ({"drafter_options": {1: 2}}, "drafter_options must be None or a mapping by name"),
+        ({"runtime": 5}, "runtime must be text"),
+        ({"weights": None}, "weights must be text"),
+        ({"compile": "yes"}, "compile must be True or False"),
+        ({"verifier": 5}, "verifier must be text or a Verifier"),
+        ({"exact": 1}, "exact must be True or False"),
+        ({"experts": 0.25}, "experts must be ExpertOptions or None"),
+    ],
+)
+def test_wrong_arguments_of_the_constructor_are_refused(llama, given: dict, message: str) -> None:
+    with pytest.raises(SpecDecError, match=message):
+        SpecDecoder(**{"model": llama, "drafter": "none"} | given)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"name": 5}, "name must be text or a path; got 5"),
+        ({"dtype": 32}, "dtype must be text or a torch.dtype"),
+        ({"device": 0}, "device must be text or a torch.device"),
+        ({"revision": 1}, "revision must be text or None"),
+        ({"trust_remote_code": "yes"}, "trust_remote_code must be True or False"),
+        ({"drafter": "promt-lookup"}, "unknown drafter 'promt-lookup'"),
+        ({"runtime": 5}, "runtime must be text"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_anything_is_loaded(monkeypatch, given: dict, message: str) -> None:
+    monkeypatch.setattr(hub, "load", None)
+    with pytest.raises(SpecDecError, match=message):
+        SpecDecoder.from_pretrained(**given)
+
+
+def test_vanishing_temperatures_are_greedy(decoder: SpecDecoder) -> None:
+    greedy = decoder.generate(PROMPT, max_new_tokens=8).token_ids
+    for temperature in (1e-40, 5e-324, 9e-6):
+        assert decoder.generate(PROMPT, max_new_tokens=8, temperature=temperature).token_ids == greedy
+    assert len(decoder.generate(PROMPT, max_new_tokens=8, temperature=1e-5).token_ids) == 8
+
+
+def test_the_largest_seed_serves_every_row(decoder: SpecDecoder) -> None:
+    outs = decoder.generate_batch([PROMPT, PROMPT], max_new_tokens=4, temperature=1.0, seed=2**63 - 1)
+    assert [len(out.token_ids) for out in outs] == [4, 4]
+
+
+def test_a_stop_string_that_is_a_special_token_ends_the_output() -> None:
+    tokenizer = special_tokenizer("plain")
+    model = tiny_model(vocab_size=len(tokenizer), eos_token_id=None)
+    special = tokenizer.convert_tokens_to_ids("<|user|>")
+    decoder = SpecDecoder(model, tokenizer, "prompt-lookup")
+
+    def user_fifth(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if ids.shape[1] == len(PROMPT) + 4:
+            scores = torch.full_like(scores, float("-inf"))
+            scores[:, special] = 0
+        return scores
+
+    out = decoder.generate(PROMPT, max_new_tokens=12, stop="<|user|>", logits_processor=[user_fifth])
+    assert (out.finish_reason, len(out.token_ids), out.token_ids[-1]) == ("stop", 5, special)
+    assert out.text == tokenizer.decode(out.token_ids[:4])
+
+
+# --- which drafter, on what ----------------------------------------------------------------------------------------
+
+
+def test_the_default_drafter_of_a_model_without_a_shipped_one_is_prompt_lookup(llama) -> None:
+    with pytest.warns(SpecDecWarning, match="so prompt-lookup drafts; to train one: specdec train m2r2 --model MODEL"):
+        decoder = SpecDecoder(llama)
+    assert decoder.drafter.name == "prompt-lookup" and decoder.tuned is None
+    with pytest.raises(SpecDecError, match="no M2R2 drafter is shipped for this model"):
+        SpecDecoder(llama, drafter="m2r2")
+
+
+def test_the_default_drafter_is_the_tuned_one_with_its_depth(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "cache"))
+    name = str(save_tiny(tmp_path / "model"))
+    store(place(name, "auto", "cpu", "auto", "auto"), Tuned("lookahead", 3, 1.5, "8 of own"))
+    decoder = SpecDecoder.from_pretrained(name)
+    assert decoder.drafter.name == "lookahead" and decoder.tuned is not None and decoder.device.type == "cpu"
+    with decoder.open([PROMPT]) as generation:
+        assert generation.loop.policy.depth(1) == 3
+    plain = decoder.with_drafter("none")
+    assert plain.tuned is None and plain.with_drafter("auto").drafter.name == "lookahead"
+    assert SpecDecoder.from_pretrained(name, "prompt-lookup").tuned is None
+
+
+@pytest.mark.parametrize("drafter", ["m2r2", "m2r2-paper", "medusa", "deed", "mixture-of-depths", "prompt-lookup+m2r2"])
+def test_a_trained_drafter_that_is_not_shipped_is_refused_before_the_weights(tmp_path, monkeypatch, drafter) -> None:
+    name = str(save_tiny(tmp_path))
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+    with pytest.raises(
+        SpecDecError, match=rf"shipped for this model.*train .*{name}|shipped for this model; train them"
+    ):
+        SpecDecoder.from_pretrained(name, drafter)
+    monkeypatch.setattr(artifacts, "may_be_shipped", lambda drafter, config: True)
+    with pytest.raises(SpecDecError, match="cannot load model"):  # the weights are needed to tell
+        SpecDecoder.from_pretrained(name, drafter)
+
+
+def test_automatic_devices(monkeypatch) -> None:
+    assert hub.find_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(hub, "_try_out", lambda place, dtype: None)
+    assert hub.find_device("auto").type == "cuda"
+    asked = []
+
+    def load(name: str, *, device: str, **more: object) -> None:
+        asked.append(device)
+        raise SpecDecError("enough")
+
+    monkeypatch.setattr(hub, "load", load)
+    for more in ({}, {"weights": "int8"}, {"runtime": "native"}, {"weights": "int8", "device": "cuda"}):
+        with pytest.raises(SpecDecError, match="enough"):
+            SpecDecoder.from_pretrained("model", **more)
+    assert asked == ["auto", "cpu", "cpu", "cuda"]
+
+
+def test_a_cuda_device_that_cannot_compute_is_passed_over(monkeypatch) -> None:
+    def refuse(place: torch.device, dtype: object) -> None:
+        if place.type == "cuda":
+            raise SpecDecError("no kernel image")
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(hub, "_try_out", refuse)
+    assert hub.find_device("auto").type == "cpu"
+    with pytest.raises(SpecDecError, match="no kernel image"):
+        hub.find_device("cuda")

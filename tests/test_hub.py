@@ -85,7 +85,7 @@ def test_attention_falls_back_to_eager_where_sdpa_would_be_wrong(folder):
         ({"name_or_path": __file__}, "is no GGUF file"),
         ({"dtype": "bfloat17"}, r"unknown dtype 'bfloat17' \(did you mean 'bfloat16'\?\); known: auto, float32"),
         ({"dtype": torch.int8}, "unknown dtype 'int8'"),
-        ({"device": "gpu"}, "unknown device 'gpu'; known: cpu, cuda"),
+        ({"device": "gpu"}, "unknown device 'gpu'; known: auto, cpu, cuda"),
         ({"device": "meta"}, "cannot compute in float32 on device 'meta'"),
         ({"device": "cuda:99"}, "device 'cuda:99' is not there"),
         ({"revision": "v1"}, "a revision .* goes with a Hugging Face id"),

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from specdec.adapters import Adapters
 from specdec.draft import Draft
 from specdec.errors import SpecDecError
+from specdec.runtimes import make_target
 from specdec.target import ReferenceTarget
 
 PIECES = ((0, 9), (9, 10), (10, 14))  # a prompt, a single token, a block
@@ -100,5 +101,7 @@ def test_unsupported_models_are_refused_with_the_reason() -> None:
         AutoConfig.for_model("bloom", hidden_size=16, n_layer=2, n_head=2, vocab_size=50)
     )
     for model, reason in ((t5, "encoder-decoder"), (mamba, "recurrent state"), (bloom, "not supported")):
-        with pytest.raises(SpecDecError, match=reason):
-            ReferenceTarget(model.eval())
+        for make in (ReferenceTarget, make_target):
+            with pytest.raises(SpecDecError, match=rf"^model type '{model.config.model_type}' .*{reason}") as caught:
+                make(model.eval())
+            assert "runtime" not in str(caught.value)  # it is about the model

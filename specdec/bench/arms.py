@@ -58,8 +58,8 @@ class Arm(Protocol):
     def reply(self, prompts: list[list[int]], count: int, seed: int) -> Reply:
         """Answer ``prompts`` with at most ``count`` new tokens each."""
 
-    def sampler(self, prompts: list[list[int]], seed: int) -> Sampler | None:
-        """What chooses the tokens of such a reply; None: model.generate does."""
+    def sampler(self, prompts: list[list[int]], count: int, seed: int) -> Sampler:
+        """What chooses the tokens of such a reply."""
 
 
 class OwnArm:
@@ -71,10 +71,10 @@ class OwnArm:
         self.decoder, self.cell = decoder, cell
         self.lossless = decoder.verifier.lossless
 
-    def sampler(self, prompts: list[list[int]], seed: int) -> Sampler | None:
+    def sampler(self, prompts: list[list[int]], count: int, seed: int) -> Sampler:
         cell = self.cell
         params = SamplingParams(cell.temperature, top_k=cell.top_k, top_p=cell.top_p, seed=seed)
-        return self.decoder.sampler(prompts, params)
+        return self.decoder.sampler(prompts, [count] * len(prompts), params)
 
     def reply(self, prompts: list[list[int]], count: int, seed: int) -> Reply:
         cell = self.cell
@@ -111,11 +111,11 @@ class HFArm:
     lossless = True
     seeded: ClassVar[bool] = False
 
-    def sampler(self, prompts: list[list[int]], seed: int) -> Sampler | None:
-        return None
+    def sampler(self, prompts: list[list[int]], count: int, seed: int) -> Sampler:
+        return self.base.sampler(prompts, [count] * len(prompts), SamplingParams())  # greedy replies are compared
 
     def __init__(self, base: SpecDecoder, name: str, given: dict[str, Any], cell: Cell) -> None:
-        self.model, self.eos, self.name = base.model, base.eos_ids(), name
+        self.base, self.model, self.eos, self.name = base, base.model, base.eos_ids(), name
         kind, _, source = name.partition("=")
         options.check(kind, given, ("exit_layer",) if kind == "hf-early-exit" else ())
         if kind != "hf" and cell.batch_size > 1:
@@ -153,7 +153,6 @@ class HFArm:
                 attention_mask=mask,
                 max_new_tokens=count,
                 pad_token_id=pad,
-                repetition_penalty=1.0,
                 streamer=clock,
                 **self.sampling,
                 **self.extra,

@@ -180,7 +180,7 @@ class Run:
             reply.peak_memory_mb = memory.mb
             made[name] = Request(name, repetition, group, turn, conversations, prompts, reply)
         for name in order:
-            self._judge(made[name], made[self.plain], seed)
+            self._judge(made[name], made[self.plain], count, seed)
             self.requests.append(made[name])
             if self.record:
                 self.record(made[name])
@@ -221,7 +221,7 @@ class Run:
             return encode(self.base.tokenizer, [{"role": roles[i % 2], "content": t} for i, t in enumerate(texts)])
         return encode(self.base.tokenizer, "\n\n".join(texts))
 
-    def _judge(self, request: Request, plain: Request, seed: int) -> None:
+    def _judge(self, request: Request, plain: Request, count: int, seed: int) -> None:
         target, arm = self.base.target, self.arms[request.arm]
         comparable = self.first.temperature == 0 or (arm.seeded and self.arms[self.plain].seeded)
         rows = list(zip(request.prompts, request.reply.tokens, plain.reply.tokens, strict=True))
@@ -232,9 +232,8 @@ class Run:
                 if ours != theirs:
                     verdict, difference = "differs", None
                     if arm.lossless:
-                        sampler = arm.sampler(request.prompts, seed)
-                        if sampler is not None:
-                            sampler.select([b])
+                        sampler = arm.sampler(request.prompts, count, seed)
+                        sampler.select([b])
                         difference = first_difference(target, prompt, ours, theirs, sampler)
                     if difference is not None:
                         verdict = "near-tie" if difference.near_tie else "fault"

@@ -26,6 +26,9 @@ class Tuned:
     prompts: str
 
 
+DEFAULTS = {"runtime": "auto", "weights": "auto", "compile": False}
+
+
 def place(model: str, dtype: str, device: str, runtime: str, weights: str, compile: bool = False) -> Path:
     """The file of the setting for a model, loaded so, on this machine."""
     local = Path(model)

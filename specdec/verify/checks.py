@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specdec import generation_config
 from specdec.decoder import SpecDecoder
 from specdec.replay import NEAR_TIE
 from specdec.sampling import Sampler, SamplingParams
@@ -25,10 +26,14 @@ SHOWN = 10  # faults kept in detail
 
 
 @torch.inference_mode()
-def witness(model: Any, prompt: list[int], tokens: list[int]) -> Tensor:
-    """Teacher-forced logits of the model's own forward, float32 [n, V]: row i predicts ``tokens[i]`` (n tokens)."""
+def witness(model: Any, prompt: list[int], tokens: list[int], count: int) -> Tensor:
+    """Teacher-forced logits of the model's own forward, float32 [n, V]: row i predicts ``tokens[i]`` (n tokens).
+
+    They are processed as the model's generation_config asks for requests of ``count`` new tokens.
+    """
     ids = torch.tensor([prompt + tokens], device=model.device)  # (1, T)
-    return model(ids).logits[0, len(prompt) - 1 : -1].float()
+    logits = model(ids).logits[0, len(prompt) - 1 : -1].float()
+    return generation_config.process(generation_config.processors(model, prompt, count), prompt, tokens, logits)
 
 
 def expected(decoder: SpecDecoder, prompt: list[int], count: int) -> list[int]:
@@ -39,7 +44,6 @@ def expected(decoder: SpecDecoder, prompt: list[int], count: int) -> list[int]:
         attention_mask=torch.ones_like(ids),
         max_new_tokens=count,
         do_sample=False,
-        repetition_penalty=1.0,
         pad_token_id=next(iter(decoder.eos_ids()), 0),
     )
     return [int(token) for token in out[0, len(prompt) :]]
@@ -73,7 +77,7 @@ class Greedy:
         self, decoder: SpecDecoder, name: str, prompt: list[int], answer: list[int], right: list[int], count: int
     ) -> None:
         """Judge the ``answer`` to the prompt called ``name`` by what model.generate said and by replay."""
-        logits = witness(decoder.model, prompt, answer)
+        logits = witness(decoder.model, prompt, answer, count)
         gaps = logits.amax(-1) - logits.gather(1, logits.new_tensor(answer).long()[:, None])[:, 0]  # (n,)
         limit, eos = NEAR_TIE[decoder.target.dtype], decoder.eos_ids()
         self.answers += 1
@@ -152,7 +156,8 @@ def fit(
         for stream, output in enumerate(outputs):
             sampler = Sampler(own, streams=[stream])
             limit = NEAR_TIE[decoder.target.dtype] * sampler.sharpness
-            scores = sampler.scores(witness(decoder.model, context, output.token_ids)[None], lambda: [])  # (1, n, V)
+            logits = witness(decoder.model, context, output.token_ids, TAIL)[None]  # (1, n, V)
+            scores = sampler.scores(logits, lambda: [])
             after = range(len(context), len(context) + len(output.token_ids))
             perturbed = sampler.perturb(scores, [after], scores.shape[-1])[0]
             for token, noisy, p in zip(output.token_ids, perturbed, scores[0].softmax(-1).double().cpu(), strict=True):

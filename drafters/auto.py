@@ -1,0 +1,34 @@
+"""The default: M2R2 where one is shipped for the model, prompt lookup elsewhere."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, ClassVar
+
+from specdec import artifacts, options, registry
+from specdec.draft import Drafter
+from specdec.errors import SpecDecWarning
+from specdec.target import Target
+
+
+class AutoDrafter:
+    """Loads another drafter; nothing is drafted by this one."""
+
+    name: ClassVar[str] = "auto"
+    summary: ClassVar[str] = "what 'specdec tune drafter' found, else a shipped m2r2, else prompt-lookup"
+
+    @classmethod
+    def load(cls, target: Target, source: str | None = None, **given: Any) -> Drafter:
+        """The drafter for ``target``, with its options ``given``. Warns where no trained one is shipped."""
+        options.check(cls.name, (), source=source)
+        name = "prompt-lookup" if artifacts.shipped("m2r2", target.fingerprint) is None else "m2r2"
+        if name == "prompt-lookup":
+            base = target.model.config._name_or_path or "MODEL"
+            warnings.warn(
+                "no trained drafter is shipped for this model, so prompt-lookup drafts; to train one: "
+                f"specdec train m2r2 --model {base} --prompts FILE --output DIR",
+                SpecDecWarning,
+                stacklevel=2,
+            )
+        drafter: Drafter = registry.lookup("drafters", name).load(target, **given)
+        return drafter
