@@ -152,7 +152,7 @@ class Bench:
             return PEERS[arm](lambda: self._counted(arm), self.folder)
         drafter, _, kind = arm.rpartition(" ")
         if kind not in self.decoders:  # a model of its own: "int4" rounds it
-            self.decoders[kind] = SpecDecoder.from_pretrained(self.name, drafter="none", weights=kind)
+            self.decoders[kind] = SpecDecoder.from_pretrained(self.name, drafter="none", weights=kind, device="cpu")
         return self._ours(arm, self.decoders[kind].with_drafter(drafter))
 
     def _counted(self, arm: str) -> Any:

@@ -37,7 +37,7 @@ def one(drafter: str, weights: str, tokens: int) -> None:
     tokenizer = AutoTokenizer.from_pretrained(embedded.prepared(embedded.DEFAULT_MODEL))
     base = resident("VmRSS")
     del tokenizer
-    decoder = SpecDecoder.from_pretrained(drafter=drafter, weights=weights)
+    decoder = SpecDecoder.from_pretrained(drafter=drafter, weights=weights, device="cpu")
     loaded = resident("VmRSS")
     with decoder.open([PROMPT], max_new_tokens=tokens, ignore_eos=True) as generation:
         for _ in generation.steps():

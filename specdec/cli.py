@@ -30,13 +30,12 @@ from typer.core import TyperGroup
 from specdec import __version__, inputs, options, registry, report, terminal
 from specdec.bench.command import bench
 from specdec.embedded import DEFAULT_MODEL, embedded_models
-from specdec.errors import SpecDecError, did_you_mean
+from specdec.errors import SpecDecError, SpecDecWarning, did_you_mean
 from specdec.pack_experts import pack_experts
 from specdec.sweep.command import report as sweep_report
 from specdec.sweep.command import sweep
 from specdec.train.command import app as train_app
 from specdec.tune.command import app as tune_app
-from specdec.tune.settings import place, recall
 from specdec.verify.command import verify
 
 if TYPE_CHECKING:
@@ -193,7 +192,7 @@ def generate(
         _model(
             "--drafter",
             "Name (see 'specdec drafters'), NAME=SOURCE, folder, or several joined by +; auto: what 'specdec tune "
-            "drafter' found for the model, else m2r2.",
+            "drafter' found for the model, else the m2r2 shipped for it, else prompt-lookup.",
             "NAME",
         ),
     ] = "auto",
@@ -219,7 +218,9 @@ def generate(
     dtype: Annotated[
         str, _model("--dtype", "auto (the checkpoint's), fastest, bfloat16, float16 or float32.", "DTYPE")
     ] = "auto",
-    device: Annotated[str, _model("--device", "cpu, cuda, cuda:1, mps ...", "DEVICE")] = "cpu",
+    device: Annotated[
+        str, _model("--device", "auto (CUDA where there is one, else cpu), cpu, cuda, cuda:1, mps ...", "DEVICE")
+    ] = "auto",
     runtime: Annotated[
         Runtime,
         _model("--runtime", "auto (the fastest that serves the model), native, graphs, fused or reference.", "NAME"),
@@ -267,8 +268,9 @@ def generate(
         float, _sampling("--min-p", "Keep tokens at least this likely, relative to the likeliest.", "P")
     ] = 0.0,
     repetition_penalty: Annotated[
-        float, _sampling("--repetition-penalty", "Above 1 discourages repetition.", "R")
-    ] = 1.0,
+        float | None,
+        _sampling("--repetition-penalty", "Above 1 discourages repetition; if not given, the model's own.", "R"),
+    ] = None,
     seed: Annotated[int, _sampling("--seed", "Same seed, same text.", "N")] = 0,
     compare: Annotated[
         bool, _output("--compare", "Also decode plainly: speedup, and is the output identical?")
@@ -282,12 +284,6 @@ def generate(
     text = _read(prompt)
     system = None if system is None else _utf8("--system", system)
     stop = [_utf8("--stop", one) for one in stop or []]
-    tuned = None
-    if drafter == "auto":
-        tuned = recall(place(model, dtype, device, runtime.value, weights.value, compile))
-        drafter = "m2r2" if tuned is None else tuned.drafter
-        if tuned is not None and num_speculative_tokens == "auto":
-            num_speculative_tokens = str(tuned.num_speculative_tokens)
     settings: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "num_speculative_tokens": _depth(num_speculative_tokens),
@@ -306,7 +302,8 @@ def generate(
         from specdec.text import encode
 
         # What can be judged without the model comes first: it may have to be downloaded.
-        SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+        penalty = 1.0 if repetition_penalty is None else repetition_penalty
+        settings["temperature"] = SamplingParams(temperature, top_k, top_p, min_p, penalty, seed).temperature
         registry.parse(drafter)
         rule_options = options.assignments("--verifier-option", verifier_option or [])
         if exit_threshold is not None:
@@ -331,6 +328,11 @@ def generate(
             verifier=rule,
             experts=experts,
         )
+    tuned = decoder.tuned
+    if drafter == "auto":
+        drafter = decoder.drafter.name if tuned is None else tuned.drafter
+    if tuned is not None and num_speculative_tokens == "auto":
+        settings["num_speculative_tokens"] = tuned.num_speculative_tokens
     ids = encode(decoder.tokenizer, text, chat=False if raw else None, system=system, context=decoder.target.context)
     plain, baseline_settings = None, settings | {"num_speculative_tokens": 1}
     if compare:
@@ -446,10 +448,12 @@ def _depth(text: str) -> int | str:
 
 
 def _hush(verbose: bool) -> None:
-    """Keep the warnings of libraries off stderr, unless asked for."""
+    """Keep the warnings of libraries off stderr, unless asked for. Ours are lines of their own."""
+    report.warn_in_lines()
     if verbose:
         return
     warnings.filterwarnings("ignore")
+    warnings.filterwarnings("default", category=SpecDecWarning)
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -508,8 +512,11 @@ def _compare(
     from specdec.replay import first_difference, margins
     from specdec.sampling import SamplingParams
 
-    params = SamplingParams(**{name: settings[name] for name in SamplingParams.__dataclass_fields__})
-    sampler = decoder.sampler([ids], params)
+    params = SamplingParams(
+        **{name: settings[name] for name in SamplingParams.__dataclass_fields__ if name != "repetition_penalty"}
+    )
+    count = min(settings["max_new_tokens"], decoder.target.context - len(ids))
+    sampler = decoder.sampler([ids], [count], params, settings["repetition_penalty"])
     if not decoder.verifier.lossless:
         agreed = (margins(decoder.target, ids, ours.token_ids, sampler) <= 0).float().mean().item()
         return report.Comparison(ours, plain, None, report.rule(decoder), agreed)

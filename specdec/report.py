@@ -7,6 +7,7 @@ Knows results and metrics, but no models and no commands; imports nothing heavy.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from specdec.errors import SpecDecWarning
 from specdec.terminal import printable, shown
 from specdec.terminal import status as status
 from specdec.terminal import stderr as stderr
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
 Facts = list[tuple[str, str]]
 ENOUGH = 8  # drafted tokens, before it is remarked that none was accepted
+_python_warns = warnings.showwarning
 
 
 @dataclass(frozen=True)
@@ -241,6 +244,19 @@ def note(message: str) -> None:
     console = stderr()
     if console.is_terminal:
         console.print(shown(console, message, style="dim"))
+
+
+def warn_in_lines() -> None:
+    """From now on, each ``SpecDecWarning`` is one line on stderr."""
+    warnings.showwarning = _warn
+
+
+def _warn(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+    if issubclass(category, SpecDecWarning):
+        console = stderr()
+        console.print(shown(console, f"note: {message}"), soft_wrap=True)
+    else:
+        _python_warns(message, category, *where, **more)
 
 
 def error(message: str) -> None:

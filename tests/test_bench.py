@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import json
 import re
+import shutil
 import statistics
 import threading
 from collections.abc import Iterator
@@ -487,9 +488,32 @@ def test_a_broken_prompt_file_is_one_line(bench, tmp_path: Path, text: str, word
     assert words in one_line_error(bench("--prompts", str(tmp_path / "bad.jsonl")))
 
 
+def test_by_default_m2r2_is_left_out_where_none_is_shipped(folder: Path, file: Path) -> None:
+    arguments = ["--model", str(folder), "--prompts", str(file), "--max-new-tokens", "4", "--limit", "1", "--json"]
+    result = CliRunner().invoke(cli.app, ["bench", *arguments])
+    assert {arm["drafter"] for arm in measured(result)["arms"]} == {"hf", "none", "prompt-lookup"}
+    assert "no m2r2 is shipped for this model, so it is left out" in result.stderr
+
+
+def test_a_drafter_that_is_not_shipped_is_refused_before_the_weights(cell, monkeypatch) -> None:
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+    with pytest.raises(SpecDecError, match="no M2R2 drafter is shipped for this model"):
+        Run([cell(drafter="none"), cell(drafter="m2r2")], Decoders())
+
+
+def test_penalties_of_a_model_are_no_faults(folder: Path, file: Path, tmp_path: Path) -> None:
+    copied = shutil.copytree(folder, tmp_path / "model")
+    (copied / "generation_config.json").write_text('{"repetition_penalty": 1.5, "no_repeat_ngram_size": 3}')
+    arguments = ["--model", str(copied), "--prompts", str(file), "--max-new-tokens", "12", "--limit", "1", "--json"]
+    arms = measured(CliRunner().invoke(cli.app, ["bench", *arguments, "--drafters", "hf,none,prompt-lookup"]))["arms"]
+    assert all(arm["equal_to_plain"]["equal"] == arm["equal_to_plain"]["of"] for arm in arms)
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [
+        (["--drafters", "prompt-lookup,m2r2", "--dtype", "float32"], "no M2R2 drafter is shipped"),
+        (["--seed", str(2**63)], "seed must be a whole number in [0, "),
         (["--drafters", ","], "--drafters names no arm"),
         (["--drafters", "prompt-lokup"], "did you mean 'prompt-lookup'"),
         (["--drafters", "none,m2r2"], "train one"),  # nothing is measured: it is found out before

@@ -221,6 +221,30 @@ def test_compare_reports_a_wrong_output_as_a_fault(run, monkeypatch: pytest.Monk
     assert re.search(r"identical to plain decoding: no \(first difference at token \d+: FAULT", result.stderr)
 
 
+def test_vanishing_temperatures_are_greedy(run) -> None:
+    result = run("hello", "--compare", "--temperature", "1e-40")
+    assert result.exit_code == 0 and "output identical to plain decoding: yes" in result.stderr
+    assert result.stdout == run("hello").stdout
+
+
+def test_compare_replays_with_the_repetition_penalty(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def accept_all(self, draft, p, generators):
+        return specdec.Verdict([list(range(p.shape[1]))], [int(p[0, -1].argmax())])
+
+    monkeypatch.setattr(registry.lookup("verifiers", "exact"), "judge", accept_all)
+    result = run("hello hello hello", "--compare", "--repetition-penalty", "1.2")
+    assert result.exit_code == 1 and "FAULT" in result.stderr
+
+
+def test_without_a_shipped_drafter_prompt_lookup_drafts_and_a_note_says_so(run) -> None:
+    result = run("hello", "--drafter", "auto")
+    assert result.exit_code == 0
+    (note,) = [line for line in result.stderr.splitlines() if line.startswith("note: ")]
+    assert "prompt-lookup drafts; to train one: specdec train m2r2 --model" in note
+    found = json.loads(run("hello", "--drafter", "auto", "--json").stdout)
+    assert found["drafter"] == "prompt-lookup" and found["device"] == "cpu"
+
+
 # --- bad input -------------------------------------------------------------------------------------------------------
 
 BAD = {
@@ -235,12 +259,10 @@ BAD = {
     "no draft model": (["x", "--drafter", "draft-model"], "name it: draft-model=NAME"),
     "drafter folder without files": (["x", "--drafter", "."], "config.json is missing"),
     "no drafter shipped": (["x", "--drafter", "m2r2"], "specdec train m2r2"),
+    "nothing joined": (["x", "--drafter", "+"], "'+' joins two drafters, and one is missing in '+'"),
     "unknown model": (["x", "--model", "./nowhere"], "./nowhere"),
     "mistyped model": (["x", "--model", "smollm2-135m-instrukt"], "did you mean 'smollm2-135m-instruct'?"),
     "empty prompt": (["  "], "the prompt is empty"),
-    "temperature": (["x", "--temperature", "-1"], "temperature must be >= 0"),
-    "not a number": (["x", "--temperature", "nan"], "temperature must be >= 0"),
-    "top-p": (["x", "--top-p", "0"], "top_p must be in (0, 1]"),
     "no drafter": (["x", "--drafter", ""], "no drafter is named"),
     "drafters without names": (["x", "--drafter", "+"], "no drafter is named"),
     "prompt in another encoding": ([os.fsdecode(b"\xff")], "the prompt is not UTF-8 text"),
@@ -250,6 +272,9 @@ BAD = {
     "a date that is none": (["x", "--drafter-option", "a=2026-13-45"], "takes KEY=VALUE"),
     "seed": (["x", "--seed", "-1"], "seed must be a whole number in [0, 9223372036854775807]; got -1"),
     "huge seed": (["x", "--seed", str(2**63)], "seed must be a whole number in [0, 9223372036854775807]; got 92233"),
+    "temperature": (["x", "--temperature", "-1"], "temperature must be a number >= 0"),
+    "not a number": (["x", "--temperature", "nan"], "temperature must be a number >= 0"),
+    "top-p": (["x", "--top-p", "0"], "top_p must be a number in (0, 1]"),
     "K": (["x", "--num-speculative-tokens", "0"], "--num-speculative-tokens must be 'auto' or a number >= 1; got '0'"),
     "K no number": (["x", "--num-speculative-tokens", "many"], "must be 'auto' or a number >= 1; got 'many'"),
     "max new tokens": (["x", "--max-new-tokens", "0"], "'--max-new-tokens'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -156,6 +157,15 @@ def test_default_positions_are_those_that_the_first_answer_reaches(folder: str) 
 def test_positions_behind_every_answer_are_refused_before_loading(run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SpecDecoder, "from_pretrained", None)
     assert "position 20 lies behind" in run("--positions", "0,20").stderr
+
+
+def test_a_model_with_penalties_and_the_default_drafter_get_theirs(folder: str, tmp_path: Path) -> None:
+    copied = shutil.copytree(folder, tmp_path / "model")
+    (copied / "generation_config.json").write_text('{"repetition_penalty": 1.5, "suppress_tokens": [3, 4, 5]}')
+    arguments = ["--limit", "1", "--max-new-tokens", "12", "--draws", "24", "--positions", "0", "--depths", "3"]
+    result = CliRunner().invoke(cli.app, ["verify", "--model", str(copied), *arguments])
+    assert result.exit_code == 0, result.output
+    assert "so prompt-lookup drafts" in result.stderr
 
 
 def test_bfloat16_is_replayed(run) -> None:

@@ -49,6 +49,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from specdec import options
 from specdec.embedded import DEFAULT_MODEL
 from specdec.errors import SpecDecError, did_you_mean
 
@@ -75,11 +76,11 @@ class Cell:
 
     model: str = DEFAULT_MODEL
     dtype: str = "auto"
-    device: str = "cpu"
+    device: str = "auto"
     runtime: str = "auto"
     weights: str = "auto"
     compile: bool = False
-    drafter: str = "m2r2"
+    drafter: str = "auto"
     drafter_options: dict[str, Any] = field(default_factory=dict)
     verifier: str = "exact"
     verifier_options: dict[str, Any] = field(default_factory=dict)
@@ -107,8 +108,8 @@ class Cell:
             _check(name, isinstance(value, dict) and all(isinstance(key, str) for key in value), "a mapping", self)
         for name in ("max_new_tokens", "batch_size", "repetitions"):
             _check(name, _whole(getattr(self, name), 1), "a whole number >= 1", self)
-        for name in ("top_k", "seed"):
-            _check(name, _whole(getattr(self, name), 0), "a whole number >= 0", self)
+        _check("top_k", _whole(self.top_k, 0), "a whole number >= 0", self)
+        _check("seed", options.SEED.holds(self.seed), options.SEED.need, self)
         _check("limit", self.limit is None or _whole(self.limit, 1), "a whole number >= 1, or null for all", self)
         depth = self.num_speculative_tokens
         _check("num_speculative_tokens", depth == "auto" or _whole(depth, 1), "'auto' or a whole number >= 1", self)
@@ -119,6 +120,8 @@ class Cell:
             _check("against", name in BASELINES, f"a list of {', '.join(BASELINES)}{near}", self)
         for name in ("temperature", "top_p"):  # 0 and 0.0 are one cell
             object.__setattr__(self, name, float(getattr(self, name)))
+        if self.temperature < options.GREEDY_BELOW:
+            object.__setattr__(self, "temperature", 0.0)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Cell:

@@ -24,13 +24,14 @@ INTERRUPTED = 130
 def bench(
     model: Annotated[str, typer.Option(help="Name, Hugging Face id, folder or GGUF file.")] = DEFAULT_MODEL,
     drafters: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="NAMES",
             help="Arms, with commas between: drafters, and hf, hf-lookup, hf-early-exit, hf-draft-model=MODEL "
-            "(model.generate and its assisted modes). none (plain decoding) always runs.",
+            "(model.generate and its assisted modes). none (plain decoding) always runs. If not given: "
+            "hf, none, prompt-lookup, and m2r2 where one is shipped for the model.",
         ),
-    ] = ARMS,
+    ] = None,
     drafter_option: Annotated[
         list[str] | None, typer.Option(metavar="ARM.KEY=VALUE", help="An option of one arm; repeatable.")
     ] = None,
@@ -61,7 +62,7 @@ def bench(
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="An option of the rule; repeatable.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), fastest, bfloat16, float16, float32.")] = "auto",
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps ...")] = "cpu",
+    device: Annotated[str, typer.Option(help="auto (CUDA, else cpu), cpu, cuda, cuda:1, mps ...")] = "auto",
     runtime: Annotated[str, typer.Option(help="auto, native, graphs, fused or reference.")] = "auto",
     weights: Annotated[str, typer.Option(help="auto, dense, int8 or int4.")] = "auto",
     compile: Annotated[bool, typer.Option("--compile", help="As in generate.")] = False,
@@ -75,7 +76,7 @@ def bench(
     Medians with 95 % bootstrap intervals. Every arm answers the same prompts; a conversation goes on with the plain
     arm's answer.
     """
-    names = [name.strip() for name in drafters.split(",") if name.strip()]
+    names = [name.strip() for name in (ARMS if drafters is None else drafters).split(",") if name.strip()]
     if not names:
         raise SpecDecError(f"--drafters names no arm; give some, such as {ARMS}")
     depth = int(num_speculative_tokens) if num_speculative_tokens.isdecimal() else num_speculative_tokens
@@ -106,12 +107,16 @@ def bench(
     cells = [Cell(**shared, drafter=name, drafter_options=own.get(name, {})) for name in every]
     folder = _folder(output) if output else None
     with report.status("loading"):
+        from specdec.artifacts import shipped
         from specdec.bench.run import Decoders, Run
 
         hush()
         decoders = Decoders(data_dir)
         if licence := decoders.prompts(cells[0]).licence:
             say(f"prompts: {prompts} ({licence})")
+        if drafters is None and shipped("m2r2", decoders.base(cells[0]).target.fingerprint) is None:
+            cells = [cell for cell in cells if cell.drafter != "m2r2"]
+            say("no m2r2 is shipped for this model, so it is left out; train one: specdec train m2r2 --model ...")
         run = Run(cells, decoders)
     with (
         (folder / "results.jsonl").open("a", buffering=1, encoding="utf-8") if folder else nullcontext() as log,

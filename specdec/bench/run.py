@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from specdec import registry
+from specdec import dtypes, hub, options, registry
 from specdec.bench import quality as judge
 from specdec.bench.arms import CONTEXT, WARM_UP, Arm, HFArm, OwnArm, PeakMemory
 from specdec.bench.cell import HF_ARMS, Cell, Progress
@@ -42,11 +42,15 @@ class Decoders:
         self._arms: dict[str, SpecDecoder] = {}
         self._prompts: dict[str, PromptSet] = {}
 
-    def base(self, cell: Cell) -> SpecDecoder:
-        """The cell's model, decoding plainly."""
+    def base(self, cell: Cell, drafters: Sequence[str] = ()) -> SpecDecoder:
+        """The cell's model, decoding plainly; not loaded if one of ``drafters`` cannot fit a model of its size."""
         key = (cell.model, cell.dtype, cell.device, cell.runtime, cell.weights, cell.compile)
         if self._base is None or self._base[0] != key:
             self._base, self._arms = None, {}  # free the last one first
+            if any(drafter != "none" for drafter in drafters):
+                config = hub.read_config(cell.model, "auto" if cell.dtype == dtypes.FASTEST else cell.dtype)
+                for drafter in drafters:
+                    registry.refuse_early(drafter, config, cell.model)
             model, dtype, device, runtime, weights, compile = key
             base = SpecDecoder.from_pretrained(
                 model, "none", dtype=dtype, device=device, runtime=runtime, weights=weights, compile=compile
@@ -100,7 +104,8 @@ class Run:
             if differing:
                 raise SpecDecError(f"cells side by side must agree in {', '.join(differing)}")
         self.prompt_set = decoders.prompts(first)
-        self.base = decoders.base(first)
+        named = [cell.drafter for cell in cells if cell.drafter.partition("=")[0] not in HF_ARMS]
+        self.base = decoders.base(first, named)
         self.arms: dict[str, Arm] = {}
         self.names: dict[str, str] = {}  # of the arm of each cell, by the cell's key
         for cell in cells:
@@ -172,7 +177,7 @@ class Run:
         count = min(self.first.max_new_tokens, *(self.base.target.context - len(ids) for ids in prompts))
         names, shift = list(self.arms), len(self.requests) // len(self.arms) % len(self.arms)
         made: dict[str, Request] = {}
-        seed = self.first.seed + len(self.requests)
+        seed = (self.first.seed + len(self.requests)) % (options.MAX_SEED + 1)
         order = names[len(names) - shift :] + names[: len(names) - shift]
         for name in order:
             with PeakMemory(self.base.target.device) as memory:

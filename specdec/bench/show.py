@@ -9,6 +9,7 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
 from specdec import report
+from specdec.errors import SpecDecWarning
 from specdec.terminal import Progress, stderr, tell, write
 
 
@@ -34,10 +35,12 @@ class Bar:
 
 
 def hush() -> None:
-    """Keep the warnings of libraries off stderr."""
+    """Keep the warnings of libraries off stderr. Ours are lines of their own."""
     from transformers.utils import logging
 
+    report.warn_in_lines()
     warnings.filterwarnings("ignore")
+    warnings.filterwarnings("default", category=SpecDecWarning)
     logging.set_verbosity_error()
 
 

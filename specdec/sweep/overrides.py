@@ -16,17 +16,18 @@ def override(items: dict[str, Node], text: str) -> None:
             return
     key, equals, value = text.partition("=")
     head, _, tail = key.partition(".")
-    if not equals and text in (*GROUPS, *SETTINGS, WHOLE, "name"):
+    known = (*GROUPS, *SETTINGS, WHOLE, "name")
+    if not equals and text in known:
         raise SpecDecError(f"override '{text}' gives no value; write {text}=VALUE,VALUE")
-    if not equals or (key not in (*GROUPS, *SETTINGS, WHOLE, "name") and head != "resources"):
-        near = did_you_mean(key, (*GROUPS, *SETTINGS, WHOLE, "name"))
+    if not equals or (key not in known and head != "resources"):
+        near = did_you_mean(key, known)
         raise SpecDecError(
             f"cannot override with '{text}'{near}; it is SETTING=VALUE,VALUE or drafter.NAME.OPTION=VALUE"
         )
     node = _values(value, text)
     if head == "resources":
-        known = dict(items["resources"].items("resources")) if "resources" in items else {}
-        items["resources"] = Node(known | {tail: node.each()[0]}, node.source, 0)
+        given = dict(items["resources"].items("resources")) if "resources" in items else {}
+        items["resources"] = Node(given | {tail: node.each()[0]}, node.source, 0)
     elif key in GROUPS:  # a selection: those that the file knows keep their options
         before = named(items[key], key) if key in items else {}
         after = named(node, key)

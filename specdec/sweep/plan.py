@@ -229,7 +229,7 @@ class Sweep:
                     _put(values[f"{group}_options"], name.removeprefix(prefix).split("."), value)
         cell = Cell.from_dict(values)
         if cell.weights in ("int8", "int4") and (
-            cell.dtype not in ("auto", "bfloat16") or cell.device != "cpu" or cell.runtime == "reference"
+            cell.dtype not in ("auto", "bfloat16") or cell.device not in ("auto", "cpu") or cell.runtime == "reference"
         ):
             self.items["weights"].fail(
                 f"weights {cell.weights} need bfloat16, the CPU and a runtime of ours; they cannot go with "

@@ -38,7 +38,7 @@ def run(
     holdout: Annotated[list[Path] | None, typer.Option(help="Files whose prompts must not be trained on.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")] = False,
     dtype: Annotated[str | None, typer.Option(help="bfloat16 or float32.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto (CUDA where there is one), cpu or cuda.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of shuffling and of the first weights.")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other setting of train.yaml.")

@@ -27,7 +27,7 @@ class TrainSettings:
     holdout: tuple[str, ...] = ()  # files whose prompts must not be trained on
     output: str = ""
     dtype: str = "bfloat16"  # of the frozen base and of the student's passes; master weights are float32
-    device: str = "cpu"
+    device: str = "auto"  # the first CUDA device that can compute, else the CPU
     seed: int = 0
     init: str = ""  # a trained drafter's folder to begin from; empty: from what has a closed form
     draft_vocab: int = 8192  # most frequent tokens of the answers; 0: the full vocabulary
@@ -119,9 +119,9 @@ def to_yaml(settings: TrainSettings) -> str:
 
 
 def differences(a: TrainSettings, b: TrainSettings) -> list[str]:
-    """Names of the settings in which two runs differ (where the output lies does not count)."""
+    """Names of the settings in which two runs differ (where they compute and where the output lies do not count)."""
     left, right = dataclasses.asdict(a), dataclasses.asdict(b)
-    return [key for key in left if key != "output" and left[key] != right[key]]
+    return [key for key in left if key not in ("output", "device") and left[key] != right[key]]
 
 
 def _preset(name: str) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def train(settings: TrainSettings, resume: bool = False, console: Console | None
     items = data.read([Path(p) for p in settings.prompts]) if settings.prompts else []
     texts = data.read_texts([Path(p) for p in settings.text])
     held = data.read([Path(p) for p in settings.holdout]) if settings.holdout else []
-    with join(settings.device) as world:
+    with join(str(hub.find_device(settings.device))) as world:
         if settings.rows < world.size:
             raise SpecDecError(f"{world.size} processes cannot share batches of {settings.rows} rows; raise 'rows'")
         with world.after_the_first():

@@ -43,7 +43,7 @@ def drafter(
     max_new_tokens: Annotated[int, typer.Option(min=2, help="Most new tokens of an answer.")] = 96,
     model: Annotated[str, typer.Option(help="Name, Hugging Face id, folder or GGUF file.")] = DEFAULT_MODEL,
     dtype: Annotated[str, typer.Option(help="auto, fastest, bfloat16, float16 or float32.")] = "auto",
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps ...")] = "cpu",
+    device: Annotated[str, typer.Option(help="auto (CUDA, else cpu), cpu, cuda, cuda:1, mps ...")] = "auto",
     runtime: Annotated[str, typer.Option(help="auto, native, graphs, fused or reference.")] = "auto",
     weights: Annotated[str, typer.Option(help="auto, dense, int8 or int4.")] = "auto",
     compile: Annotated[bool, typer.Option("--compile", help="As in generate.")] = False,
@@ -60,7 +60,7 @@ def drafter(
             drafter="none", prompts=prompts, limit=limit, max_new_tokens=max_new_tokens,
         )  # fmt: skip
         decoders = Decoders(first_turns=True)
-        decoders.base(base)
+        device = str(decoders.base(base).device)
         named = [name.strip() for name in drafters.split(",") if name.strip()] if drafters else None
         cells, refused = candidates(decoders, base, named or every())
     for line in refused:
@@ -108,7 +108,7 @@ def layer_skip(
     limit: Annotated[int, typer.Option(min=1, help="Prompts, spread over the file.")] = 12,
     model: Annotated[str, typer.Option(help="Name, Hugging Face id, folder or GGUF file.")] = DEFAULT_MODEL,
     dtype: Annotated[str, typer.Option(help="auto, fastest, bfloat16, float16 or float32.")] = "auto",
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps ...")] = "cpu",
+    device: Annotated[str, typer.Option(help="auto (CUDA, else cpu), cpu, cuda, cuda:1, mps ...")] = "auto",
     runtime: Annotated[str, typer.Option(help="auto, native, graphs, fused or reference.")] = "auto",
     weights: Annotated[str, typer.Option(help="auto, dense, int8 or int4.")] = "auto",
     compile: Annotated[bool, typer.Option("--compile", help="As in generate.")] = False,

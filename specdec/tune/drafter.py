@@ -43,7 +43,7 @@ def candidates(decoders: Decoders, base: Cell, names: list[str]) -> tuple[list[C
 
 def every() -> list[str]:
     """All drafters, and the joined ones that are worth a try."""
-    alone = [name for name in registry.names("drafters") if name not in ("none", "hybrid")]
+    alone = [name for name in registry.names("drafters") if name not in ("none", "auto", "hybrid")]
     return [*alone, *(f"prompt-lookup+{name}" for name in JOINED[1:])]
 
 

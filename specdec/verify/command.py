@@ -5,7 +5,6 @@ Exit code 0 if everything held, 1 if something did not, 2 for bad input, 130 if 
 
 from __future__ import annotations
 
-import copy
 import json
 import shlex
 import sys
@@ -25,7 +24,7 @@ INTERRUPTED = 130
 
 def verify(
     model: Annotated[str, typer.Option(help="Name, Hugging Face id, folder or GGUF file.")] = DEFAULT_MODEL,
-    drafter: Annotated[str, typer.Option(help="As in generate.")] = "m2r2",
+    drafter: Annotated[str, typer.Option(help="As in generate.")] = "auto",
     drafter_option: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="An option of the drafter; repeatable.")
     ] = None,
@@ -56,7 +55,7 @@ def verify(
     dtype: Annotated[
         str, typer.Option(help="float32 demands equal tokens; bfloat16 and float16 are replayed.")
     ] = "float32",
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps ...")] = "cpu",
+    device: Annotated[str, typer.Option(help="auto (CUDA, else cpu), cpu, cuda, cuda:1, mps ...")] = "auto",
     runtime: Annotated[str, typer.Option(help="auto, native, graphs, fused or reference.")] = "auto",
     weights: Annotated[str, typer.Option(help="auto, dense, int8 or int4.")] = "auto",
     compile: Annotated[bool, typer.Option("--compile", help="As in generate.")] = False,
@@ -74,8 +73,11 @@ def verify(
         raise SpecDecError(
             f"position {max(places)} lies behind answers of {max_new_tokens} tokens; see --max-new-tokens"
         )
-    if temperature <= 0:
-        raise SpecDecError("--temperature is that of the sampling and must be > 0; greedy decoding is always checked")
+    if temperature < options.GREEDY_BELOW:
+        raise SpecDecError(
+            f"--temperature is that of the sampling and must be >= {options.GREEDY_BELOW:g}; greedy decoding is always "
+            "checked"
+        )
     with report.status("loading"):
         from specdec.bench.prompts import load_prompts, spread
         from specdec.decoder import SpecDecoder
@@ -91,12 +93,18 @@ def verify(
             say(f"prompts: {prompts} ({found.licence})")
         if output:
             _make(output)
-        base = SpecDecoder.from_pretrained(
-            model, "none", dtype=dtype, device=device, runtime=runtime, weights=weights, compile=compile
+        decoder = SpecDecoder.from_pretrained(
+            model,
+            drafter,
+            drafter_options=options.assignments("--drafter-option", drafter_option or []),
+            verifier=rule,
+            dtype=dtype,
+            device=device,
+            runtime=runtime,
+            weights=weights,
+            compile=compile,
         )
-        ruled = copy.copy(base)
-        ruled.verifier = rule
-        decoder = ruled.with_drafter(drafter, **options.assignments("--drafter-option", drafter_option or []))
+        drafter = decoder.tuned.drafter if decoder.tuned else decoder.drafter.name if drafter == "auto" else drafter
     plan = Plan(chosen, spread(found.conversations, limit), max_new_tokens, draws, places, params)
     certificate = Certificate(decoder, plan)
     try:
