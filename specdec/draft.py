@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from specdec.errors import SpecDecWarning
 from specdec.transfer import upload, waits
 
 if TYPE_CHECKING:
@@ -192,7 +193,7 @@ class Verifier:
         raise NotImplementedError
 
 
-class DrafterWarning(UserWarning):
+class DrafterWarning(SpecDecWarning):
     """A drafter failed or proposed what cannot be scored; the request goes on without it."""
 
 

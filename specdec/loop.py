@@ -16,7 +16,7 @@ from torch import Tensor
 
 from specdec.depth import DepthPolicy
 from specdec.draft import Acceptance, Draft, Drafter, DrafterWarning, State, Verifier, check_draft, check_tokens
-from specdec.errors import SpecDecError
+from specdec.errors import NotFiniteError
 from specdec.metrics import Ledger, RequestMetrics
 from specdec.prefill import prefill
 from specdec.sampling import Sampler
@@ -42,7 +42,7 @@ class Loop:
 
     ``limits[b]``: most new tokens of row b. ``stop(row, token)`` is called for each new token in order and returns a
     finish reason or None; a row ends there, or at its limit with reason "length". Reasons land in ``finished``.
-    Raises SpecDecError where the model's logits are not finite, after yielding the tokens before that position. A
+    Raises NotFiniteError where the model's logits are not finite, after yielding the tokens before that position. A
     drafter that fails, or proposes what cannot be scored, is dropped with a DrafterWarning; decoding goes on plainly.
     """
 
@@ -78,7 +78,7 @@ class Loop:
             self.ledger.restart()
             yield self._commit(self._step())
         if self.fault is not None:
-            raise SpecDecError(self.fault)
+            raise NotFiniteError(self.fault)
 
     @torch.inference_mode()
     def admit(self, prompts: list[list[int]], limits: list[int], sampler: Sampler) -> list[tuple[int, list[int]]]:
