@@ -1,17 +1,23 @@
-"""Tiny random models, a fake package index and scripted drafters shared by the tests."""
+"""Tiny random models, a fake package index and scripted drafters shared by the tests.
+
+``--strict-skips`` (continuous integration): a test that is skipped for a reason not in ``SKIPS`` fails.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
-import time
 import zipfile
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+if "PYTEST_XDIST_WORKER" in os.environ:  # a core each, for the processes that tests start too
+    os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 
 import pytest
 import torch
@@ -29,6 +35,15 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's backgro
 
 SECONDS = measured.seconds  # before ``unmeasured``
 IN_A_CHILD = embedded._convert  # before ``cache``
+SKIPS = (  # what a machine may lack: patterns of the reasons
+    "there is (no|one) CUDA device",
+    "there is a real device",
+    "stands on the inside of PyTorch",
+    "the native runtime needs an x86 CPU with AVX-512 BF16",
+    "no native (kernels|runtime) here",
+    "this CPU has no AMX",
+    "this CPU does better with eight bits",
+)
 SMALL = {
     "vocab_size": 97,
     "hidden_size": 32,
@@ -83,6 +98,43 @@ def tiny_model(family: str = "llama", attention: str | None = None, **changes: o
             if parameter.dim() > 1:
                 parameter.mul_(4)
     return model.requires_grad_(False)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--strict-skips", action="store_true", help="fail where a test is skipped that should run")
+
+
+def _strict(report: pytest.TestReport | pytest.CollectReport, config: pytest.Config) -> None:
+    """A skip for an unknown reason is a failure."""
+    if report.skipped and not hasattr(report, "wasxfail") and config.getoption("strict_skips"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        if not any(re.search(known, reason) for known in SKIPS):
+            report.outcome, report.longrepr = "failed", f"{report.nodeid}: unexpected skip: {reason}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    _strict(report, item.config)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    _strict(report, collector.config)
+    return report
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """PyTorch computes in two threads, whatever the machine has."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)
@@ -185,8 +237,8 @@ class Scripted:
 
 def settle(store: ExpertStore) -> None:
     """Wait until an expert store has loaded all that is demanded and foreseen."""
-    while not store.resting:
-        time.sleep(0.001)
+    with store._change:
+        assert store._change.wait_for(lambda: store._resting, 60)
 
 
 def greedy_reference(model: PreTrainedModel, ids: list[int], count: int) -> list[int]:

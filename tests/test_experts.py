@@ -36,6 +36,7 @@ class Shelf:
     note, chunk = "", tiers.CHUNK
 
     def __init__(self) -> None:
+        self.held = threading.Semaphore(0)  # reads that came to a closed gate
         self.reads: list[int] = []
         self.hurried = 0
         self.gate = threading.Event()
@@ -46,6 +47,8 @@ class Shelf:
         return tiers.aligned(count, INDEX.stride)
 
     def read(self, block, slot, start, stop):
+        if not self.gate.is_set():
+            self.held.release()
         self.gate.wait()
         self.reads.append(block)
         if self.broken.get(block):
@@ -166,15 +169,32 @@ def test_what_is_pinned_stays(steps, slots):
 
 
 def begun(store: ExpertStore) -> None:
-    while store._reading is None:
-        time.sleep(0.001)
+    """Wait until a read is held back by the gate."""
+    assert store.tier.held.acquire(timeout=60)
+
+
+def open_on_demand(store: ExpertStore) -> None:
+    """Open the gate once an expert is demanded."""
+
+    def wait() -> None:
+        with store._change:
+            store._change.wait_for(lambda: store._demands, 60)
+        store.tier.gate.set()
+
+    threading.Thread(target=wait).start()
+
+
+def failed(store: ExpertStore) -> None:
+    """Wait until a prefetch has failed."""
+    with store._change:
+        assert store._change.wait_for(lambda: store.counters.failed, 60)
 
 
 def test_demands_overtake_prefetches(store, shelf):
     shelf.gate.clear()
     foresee(store, 0, [0, 1])
     begun(store)
-    threading.Timer(0.05, shelf.gate.set).start()
+    open_on_demand(store)
     assert use(store, 1, [4]) == [4]
     assert shelf.reads[:2] == [0, 10]
     settle(store)
@@ -197,8 +217,8 @@ def test_what_there_was_no_time_for_puts_nothing_out(store, shelf):
     foresee(store, 0, [3, 4, 5])
     begun(store)
     assert set(store.caches[0].where) == {1, 2, 3}
-    threading.Timer(0.05, shelf.gate.set).start()
     assert use(store, 0, [1, 2]) == [1, 2]  # while 3 is still being read
+    shelf.gate.set()
     settle(store)
     assert shelf.reads == [0, 1, 2, 3] and store.counters.prefetched == 1
 
@@ -242,7 +262,7 @@ def test_a_chunked_prefetch_gives_way_between_chunks(shelf):
     shelf.gate.clear()
     foresee(store, 0, [0])
     begun(store)
-    threading.Timer(0.05, shelf.gate.set).start()
+    open_on_demand(store)
     with store.demand(0, [1]) as stream:
         assert [expert for group in stream for expert, _ in group] == [1]
     first = shelf.reads.index(1)
@@ -286,8 +306,7 @@ def test_more_experts_than_slots_pass_through(store):
 def test_a_failed_prefetch_is_forgotten_and_read_anew_on_demand(store, shelf):
     shelf.broken[3] = [OSError(errno.EIO, "Input/output error")]
     foresee(store, 0, [3])
-    while not store.counters.failed:
-        time.sleep(0.001)
+    failed(store)
     settle(store)
     assert 3 not in store.caches[0].where and shelf.reads == [3]
     assert use(store, 0, [3]) == [3]
@@ -298,7 +317,7 @@ def test_a_prefetch_that_fails_after_it_was_demanded_is_tried_again(store, shelf
     shelf.gate.clear()
     foresee(store, 0, [3])
     begun(store)
-    threading.Timer(0.05, shelf.gate.set).start()
+    open_on_demand(store)
     assert use(store, 0, [3]) == [3] and shelf.reads == [3, 3]
 
 
@@ -316,8 +335,7 @@ def test_a_tier_that_does_not_say_how_far_it_came_is_one_line(store, shelf, reac
     with pytest.raises(SpecDecError, match=f"loading expert 3 of layer 0 failed: .* came to {reached}"):
         use(store, 0, [3])
     foresee(store, 0, [4])
-    while not store.counters.failed:
-        time.sleep(0.001)
+    failed(store)
     shelf.read = real
     assert use(store, 0, [3, 4]) == [3, 4] and store.counters.hits == 0
 

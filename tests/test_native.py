@@ -20,6 +20,7 @@ try:
 except SpecDecError as error:
     pytest.skip(str(error), allow_module_level=True)
 
+pytestmark = pytest.mark.usefixtures("two_threads")  # kernels share work among them
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32}
 PHI = {"hidden_size": 128, "intermediate_size": 96}  # its heads share the hidden size
 VARIANTS = [(family, {}) for family in FAMILIES] + [(f, {"rope_parameters": rope}) for f, rope in ROPES.items()]

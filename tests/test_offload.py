@@ -89,6 +89,7 @@ def test_tokens_are_the_models_own(moe, cache):
     assert decoded(moe, experts=ExpertOptions(cache, "residual")).token_ids == greedy_reference(moe, PROMPT, COUNT)
 
 
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("count", [1, 5, 60])
 @pytest.mark.parametrize("apart", [0, 1 << 30])

@@ -355,6 +355,7 @@ class ExpertStore:
                     self._finish(*done)
                 while (job := self._foremost()) is None and not self._closed:
                     self._resting = True
+                    self._change.notify_all()
                     self._change.wait()
                 if job is None or self._closed:
                     return

@@ -1,0 +1,33 @@
+"""Builds the native kernels; everything else is in pyproject.toml.
+
+The kernels are a shared library that is loaded through ctypes, not a Python module: one wheel serves every Python 3.
+"""
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+
+class SharedLibrary(build_ext):
+    def get_ext_filename(self, fullname: str) -> str:
+        return f"{fullname.replace('.', '/')}.so"
+
+
+class PlatformWheel(bdist_wheel):
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+setup(
+    cmdclass={"build_ext": SharedLibrary, "bdist_wheel": PlatformWheel},
+    ext_modules=[
+        Extension(
+            "specdec._native",
+            sources=["specdec/native.c"],
+            # No -fopenmp for the linker: the threads are those of the OpenMP library that PyTorch brings.
+            extra_compile_args=["-O3", "-fopenmp"],
+            libraries=["m"],
+            optional=True,  # without a C compiler the other runtimes serve
+        )
+    ],
+)
