@@ -26,6 +26,7 @@ setup(
             sources=["specdec/native.c"],
             # No -fopenmp for the linker: the threads are those of the OpenMP library that PyTorch brings.
             extra_compile_args=["-O3", "-fopenmp"],
+            extra_link_args=["-s"],
             libraries=["m"],
             optional=True,  # without a C compiler the other runtimes serve
         )

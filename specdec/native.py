@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import sysconfig
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from torch import Tensor
 
 from specdec.errors import SpecDecError
 
+LIBRARY = Path(__file__).with_name("_native.so")  # setup.py builds it
+log = logging.getLogger(__name__)
 BF16, Q8, Q4, I8, I4 = range(5)  # as in native.c
 POINTER, INT = ctypes.c_void_p, ctypes.c_int32
 
@@ -79,17 +81,35 @@ class Foresight(ctypes.Structure):
     )
 
 
+def could_run(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether this CPU has what the kernels need, as far as Linux tells; they may not be built."""
+    try:
+        flags = set(cpuinfo.read_text("utf-8", "replace").split())
+    except OSError:
+        return False
+    return {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"} <= flags
+
+
+@functools.cache
+def _notice() -> None:
+    if could_run():
+        log.warning(
+            "The native kernels are not built, so bfloat16 models run several times slower than this CPU can. "
+            "Install a C compiler, then install specdec again."
+        )
+
+
 @functools.cache
 def library() -> Any:
     """The compiled kernels. Raises SpecDecError if they are missing, or this CPU cannot run them."""
-    path = Path(__file__).with_name(f"_native{sysconfig.get_config_var('EXT_SUFFIX')}")
-    if not path.exists():
+    if not LIBRARY.exists():
+        _notice()
         raise SpecDecError("the native kernels are not built; install specdec where there is a C compiler")
     # The kernels run in PyTorch's own pool of threads: a second pool would fight it for the cores.
     pool = next((Path(torch.__file__).parent.parent).glob("torch*/**/libgomp*.so*"), None)
     try:
         ctypes.CDLL(str(pool) if pool else "libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
-        found = ctypes.CDLL(str(path))
+        found = ctypes.CDLL(str(LIBRARY))
     except OSError as error:
         raise SpecDecError(f"the native kernels cannot be loaded ({error})") from None
     try:

@@ -50,6 +50,7 @@ def count(folder: Path) -> Iterator[Callable[[], int]]:
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [4, 8])
 def test_all_layers_share_what_is_compiled(layers: int, count: Callable[[], int]) -> None:
     """One row and several, before and after attention: compiled at load, and good for every chain that follows."""
@@ -61,6 +62,7 @@ def test_all_layers_share_what_is_compiled(layers: int, count: Callable[[], int]
     assert count() == 4
 
 
+@pytest.mark.slow
 def test_another_family_passes_the_check_on_load(count: Callable[[], int]) -> None:
     """Norms on queries, keys and results, rotary in float32: a prompt and single tokens against the model's own."""
     target = FusedTarget(rough_model("olmo2"), compile=True)
@@ -94,6 +96,7 @@ class Rerun:
         Rerun.replayed += 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("runtime", "drafter"), [("fused", "m2r2: leap"), ("graphs", "m2r2: leap"), ("graphs", "prompt-lookup")]
 )
@@ -114,12 +117,14 @@ def test_generations_are_the_models_own(runtime: str, drafter: str, count: Calla
     assert 4 <= count() <= 16
 
 
+@pytest.mark.slow
 def test_the_stand_in_fails_where_something_would_be_compiled(count: Callable[[], int]) -> None:
     quick = torch.compile(lambda x: x * 2)
     with pytest.raises(RuntimeError, match="fail_on_recompile"), torch.inference_mode():
         Rerun(lambda: quick(torch.ones(3)))
 
 
+@pytest.mark.slow
 def test_gradients_pass_it_by(count: Callable[[], int]) -> None:
     model, grads = rough_model("llama"), []
     for target in (FusedTarget(model), FusedTarget(model, compile=True)):
@@ -133,6 +138,7 @@ def test_gradients_pass_it_by(count: Callable[[], int]) -> None:
         assert a is not None and b is not None and torch.equal(a, b)
 
 
+@pytest.mark.slow
 def test_chosen_by_the_public_api(tmp_path: Path, count: Callable[[], int]) -> None:
     path = save_tiny(tmp_path / "model")
     plain = SpecDecoder.from_pretrained(str(path), "none").generate("once upon a time", max_new_tokens=12)
@@ -153,6 +159,7 @@ def test_cells_that_are_not_compiled_keep_their_names() -> None:
     assert cell.key() == "a5c7ae02938005b9" != replace(cell, compile=True).key()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("runtime", "weights", "text"),
     [

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 pytestmark = [
+    pytest.mark.slow,  # every drafter and every trainer
     pytest.mark.skipif(not torch.__version__.startswith("2.13."), reason="stands on the inside of PyTorch 2.13"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real device"),
     pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler"),

@@ -188,9 +188,9 @@ def test_generation_stops_at_the_context_limit() -> None:
 def test_long_prompts_are_prefilled_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("specdec.prefill.CHUNK", 3)
     model = tiny_model("mistral")
-    target = ReferenceTarget(model)
+    target, expected = ReferenceTarget(model), [greedy_reference(model, p, 12) for p in PROMPTS]
     for name, drafter in every(target).items():
-        assert run(target, drafter, PROMPTS, 12)[0] == [greedy_reference(model, p, 12) for p in PROMPTS], name
+        assert run(target, drafter, PROMPTS, 12)[0] == expected, name
 
 
 # -- what goes wrong --------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from specdec.sweep.store import Store
 
 pytest.importorskip("matplotlib")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-in_a_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+no_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
 
 
 def fill(folder: Path, records: list[dict], missing: tuple[Cell, ...] = (), name: str = "mine <&>") -> Path:
@@ -267,7 +267,8 @@ def look(page: Path, width: int, work: Path) -> None:
     assert sum(counts[240:]) > 0.5 * grey.width * grey.height  # on paper
 
 
-@in_a_browser
+@pytest.mark.slow
+@no_browser
 @pytest.mark.parametrize("width", [1280, 500])
 def test_the_page_in_a_browser(folder: Path, tmp_path: Path, width: int) -> None:
     report(folder)
@@ -275,7 +276,8 @@ def test_the_page_in_a_browser(folder: Path, tmp_path: Path, width: int) -> None
 
 
 @pytest.mark.model
-@in_a_browser
+@pytest.mark.slow
+@no_browser
 def test_the_report_of_the_quick_sweep_in_a_browser(tmp_path: Path) -> None:
     """The shipped quick.yaml on the default model, cut to the shortest that measures every one of its cells."""
     short = ["limit=1", "max_new_tokens=8"]

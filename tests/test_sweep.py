@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 from specdec import SpecDecoder, cli
 from specdec.bench.cell import Cell
 from specdec.errors import SpecDecError
+from specdec.sweep import launch
 from specdec.sweep.launch import failed
 from specdec.sweep.plan import load_plan, shipped
 from specdec.sweep.store import RECORDS, Store
@@ -288,38 +289,46 @@ def test_a_file_cut_anywhere_resumes_to_the_same_cells(sweep, counted: Counter, 
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_killed_process_resumes_to_the_same_cells(sweep, counted: Counter, tmp_path: Path, monkeypatch) -> None:
-    dice = random.Random(5)
+@pytest.mark.parametrize("where", ["in a cell", "as it writes"])
+@pytest.mark.parametrize("count", [1, 3, 6])
+def test_a_killed_process_resumes_to_the_same_cells(
+    sweep, counted: Counter, tmp_path: Path, monkeypatch, where: str, count: int
+) -> None:
+    """Killed while it measures the cell after ``count`` records, or before a line that is written is on the disk."""
+    ready, done = os.pipe()
+    measure, fsync = launch.run_cell, os.fsync
 
-    def slow(cell: Cell, decoders: object, progress: object = None) -> dict:
-        counted[cell.key()] += 1
-        time.sleep(0.03)
-        return result(cell)
+    def stop() -> None:
+        os.write(done, b"!")
+        signal.pause()
 
-    monkeypatch.setattr("specdec.sweep.launch.run_cell", slow)
-    partial = 0
-    for attempt in range(6):
-        output = f"out{attempt}"
-        child = os.fork()
-        if child == 0:
-            sweep(output=output)
-            os._exit(0)
-        records = tmp_path / output / RECORDS
-        for _ in range(500):  # until its first cell
-            if records.is_file() and records.stat().st_size:
-                break
-            time.sleep(0.02)
-        time.sleep(dice.uniform(0, 0.15))
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        kept = set(Store(tmp_path / output).records())
-        partial += 0 < len(kept) < CELLS
-        counted.clear()
-        assert sweep("--resume", output=output).exit_code == 0
-        planned = set(Store(tmp_path / output).read_manifest()["cells"])
-        assert Store(tmp_path / output).records().keys() == planned and len(planned) == CELLS
-        assert set(counted) == planned - kept
-    assert partial  # some were caught in the middle
+    def measured(cell: Cell, decoders: object, progress: object = None) -> dict:
+        if where == "in a cell" and counted.total() == count:
+            stop()
+        return measure(cell, decoders, progress)
+
+    def synced(descriptor: int) -> None:
+        if where == "as it writes" and counted.total() == count:
+            stop()
+        fsync(descriptor)
+
+    child = os.fork()
+    if child == 0:
+        monkeypatch.setattr(launch, "run_cell", measured)
+        monkeypatch.setattr(os, "fsync", synced)
+        sweep()
+        os._exit(1)
+    os.close(done)
+    stopped = os.read(ready, 1)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    os.close(ready)
+    kept = set(Store(tmp_path / "out").records())
+    assert stopped == b"!" and len(kept) == count
+    assert sweep("--resume").exit_code == 0
+    planned = set(Store(tmp_path / "out").read_manifest()["cells"])
+    assert Store(tmp_path / "out").records().keys() == planned and len(planned) == CELLS
+    assert set(counted) == planned - kept
 
 
 def test_ctrl_c_ends_a_sweep_between_records(grid: Path, tmp_path: Path) -> None:
@@ -394,6 +403,7 @@ def test_a_broken_line_is_told_with_its_number(sweep, counted: Counter, tmp_path
 # --- Ray -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_real_local_ray_with_two_workers_measures_the_same_cells(sweep, grid: Path, tmp_path: Path) -> None:
     pytest.importorskip("ray")
     more = "resources: {cpus: 1, workers: 2}\n"

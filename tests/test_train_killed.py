@@ -6,24 +6,43 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import save_tiny
 
+pytestmark = pytest.mark.slow  # three processes of their own
 STEPS = 120
+STOPS = """
+import signal
+from specdec.cli import main
+from specdec.train.trainer import Run
+
+def save(run, save=Run._save):
+    run.saved = True
+    save(run)
+
+def log(run, line, log=Run._log):
+    log(run, line)
+    if line["update"] >= 30 and hasattr(run, "saved"):
+        print("reached", flush=True)
+        signal.pause()
+
+Run._save, Run._log = save, log
+main()
+"""
 
 
-def command(folder: Path, output: str, *more: str) -> list[str]:
+def command(folder: Path, output: str, *more: str, program: tuple[str, ...] = ("-m", "specdec")) -> list[str]:
     given = {"segments": "[[2,4]]", "search": "false", "final_leap": "true", "rank": 4, "draft_vocab": 50}
     given |= {"rows": 4, "window": 8, "fit_tokens": 200, "compile": "false", "max_new_tokens": 12}
     given |= {"eval_fraction": 0.2, "checkpoint_minutes": 0.0005}  # every few updates
     options = ["--model", str(folder / "model"), "--prompts", str(folder / "prompts.txt"), "--dtype", "float32"]
     options += [f"--set={key}={value}" for key, value in given.items()]
-    start = [sys.executable, "-m", "specdec", "train", "m2r2", "--steps", str(STEPS)]
-    return [*start, *options, "--output", str(folder / output), *more]
+    start = ["train", "m2r2", "--steps", str(STEPS)]
+    return [sys.executable, *program, *start, *options, "--output", str(folder / output), *more]
 
 
 def updates(metrics: Path) -> list[int]:
@@ -35,15 +54,14 @@ def test_a_process_killed_in_training_resumes_to_the_very_weights_of_an_uninterr
     save_tiny(tmp_path / "model")
     (tmp_path / "prompts.txt").write_text("".join(f"question {n}\n" for n in range(24)))
     whole = subprocess.Popen(command(tmp_path, "whole"), stderr=subprocess.PIPE, text=True)
-    parts = subprocess.Popen(command(tmp_path, "parts"), stderr=subprocess.DEVNULL)
+    stops = command(tmp_path, "parts", program=("-c", STOPS))  # after an update that no checkpoint has
+    parts = subprocess.Popen(stops, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
-        end = time.monotonic() + 240
-        while max(updates(tmp_path / "parts" / "metrics.jsonl"), default=0) < 10 and time.monotonic() < end:
-            time.sleep(0.005)
+        assert parts.stdout is not None and "reached\n" in iter(parts.stdout.readline, "")
         parts.kill()
         assert parts.wait() == -signal.SIGKILL
         reached = max(updates(tmp_path / "parts" / "metrics.jsonl"))
-        assert 10 <= reached < STEPS
+        assert 30 <= reached < STEPS
         with (tmp_path / "parts" / "metrics.jsonl").open("a") as file:
             file.write('{"seconds": 1')  # as if it had been writing just then
         again = subprocess.run(command(tmp_path, "parts", "--resume"), capture_output=True, text=True, timeout=240)

@@ -8,10 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import save_tiny
 from transformers import AutoModelForCausalLM
+
+pytestmark = pytest.mark.slow  # four processes of their own
 
 
 def launched(processes: int, arguments: list[str]) -> subprocess.CompletedProcess[str]:

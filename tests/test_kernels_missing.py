@@ -1,0 +1,48 @@
+"""Where the native kernels are not built, one notice says so, if the CPU could run them; the other runtimes serve."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import tiny_model
+
+from specdec import native
+from specdec.errors import SpecDecError
+from specdec.runtimes import make_target
+
+FLAGS = "flags : fpu avx512f avx512bw avx512vl avx512dq avx512_bf16\n"
+
+
+@pytest.fixture
+def missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(native, "LIBRARY", tmp_path / "_native.so")
+    native.library.cache_clear()
+    native._notice.cache_clear()
+    yield
+    native.library.cache_clear()
+    native._notice.cache_clear()
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_missing_kernels_give_one_notice_where_they_could_run(
+    missing: None, able: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(native, "could_run", lambda: able)
+    for _ in range(2):
+        with pytest.raises(SpecDecError, match="kernels are not built"):
+            native.library()
+        assert not native.runs()
+    model = tiny_model("llama", hidden_size=64, intermediate_size=96, head_dim=32).bfloat16()
+    assert make_target(model)[0].runtime == "fused"
+    assert [r.message.partition(",")[0] for r in caplog.records] == ["The native kernels are not built"] * able
+
+
+def test_what_this_cpu_can_run_is_read_from_its_flags(tmp_path: Path) -> None:
+    info = tmp_path / "cpuinfo"
+    assert not native.could_run(info)
+    info.write_text(FLAGS)
+    assert native.could_run(info)
+    info.write_text(FLAGS.replace(" avx512_bf16", ""))
+    assert not native.could_run(info)
