@@ -186,6 +186,7 @@ def test_without_a_compiler_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
         make_target(tiny_model("llama"), "fused", compile=True)
 
 
+@pytest.mark.slow
 def test_a_broken_compiler_is_one_line(tmp_path: Path, folder: Path) -> None:
     compiler = tmp_path / "broken"
     compiler.write_text("#!/bin/sh\nexit 1\n")
