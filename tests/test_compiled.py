@@ -159,7 +159,6 @@ def test_cells_that_are_not_compiled_keep_their_names() -> None:
     assert cell.key() == "a5c7ae02938005b9" != replace(cell, compile=True).key()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("runtime", "weights", "text"),
     [
