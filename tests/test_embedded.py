@@ -152,8 +152,13 @@ def test_two_at_once_prepare_once(cache, monkeypatch, capsys):
         assert waits.wait(60)
         fake_convert(*arguments)
 
+    def told(console, text):
+        tell(console, text)
+        if text.startswith("Waiting"):
+            waits.set()
+
     monkeypatch.setattr(embedded, "_convert", convert)
-    monkeypatch.setattr(embedded, "_tell", lambda console, text: tell(console, text) or waits.set())
+    monkeypatch.setattr(embedded, "_tell", told)
     threads = [threading.Thread(target=lambda: found.append(embedded.prepared(NAME))) for _ in range(2)]
     for thread in threads:
         thread.start()
