@@ -19,7 +19,8 @@
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
 #include <cpuid.h>
 #include <immintrin.h>
-#include <sched.h>
+#include <limits.h>
+#include <linux/futex.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -80,21 +81,30 @@ typedef struct {
 /* -- threads ------------------------------------------------------------------------------------------------------ */
 
 typedef struct {
-    volatile int32_t waiting __attribute__((aligned(64)));
-    volatile int32_t phase __attribute__((aligned(64)));
+    int32_t waiting __attribute__((aligned(64)));
+    int32_t phase __attribute__((aligned(64)));
+    int32_t asleep __attribute__((aligned(64)));
 } Barrier;
 
+enum { SPINS = 1000 }; /* some 20 to 50 microseconds: others reach a barrier sooner, unless they have lost their core */
+
+/* Wait for all `n` threads: spin, and then sleep in the kernel, which gives the core to whom we wait for. */
 static void sync_threads(Barrier *b, int n) {
     int32_t phase = __atomic_load_n(&b->phase, __ATOMIC_ACQUIRE);
     if (__atomic_add_fetch(&b->waiting, 1, __ATOMIC_ACQ_REL) == n) {
-        b->waiting = 0;
-        __atomic_store_n(&b->phase, phase + 1, __ATOMIC_RELEASE);
+        __atomic_store_n(&b->waiting, 0, __ATOMIC_RELAXED);
+        __atomic_store_n(&b->phase, phase + 1, __ATOMIC_SEQ_CST);
+        if (__atomic_load_n(&b->asleep, __ATOMIC_SEQ_CST)) syscall(SYS_futex, &b->phase, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);
         return;
     }
-    for (int spins = 0; __atomic_load_n(&b->phase, __ATOMIC_ACQUIRE) == phase; spins++) {
-        if (spins > 400) sched_yield(); /* somebody else has the core that we wait for */
-        else _mm_pause();
+    for (int spins = 0; spins < SPINS; spins++) {
+        if (__atomic_load_n(&b->phase, __ATOMIC_ACQUIRE) != phase) return;
+        _mm_pause();
     }
+    /* Whoever ends the phase sees us in `asleep`, or the kernel sees that the phase has ended. */
+    __atomic_add_fetch(&b->asleep, 1, __ATOMIC_SEQ_CST);
+    while (__atomic_load_n(&b->phase, __ATOMIC_SEQ_CST) == phase) syscall(SYS_futex, &b->phase, FUTEX_WAIT_PRIVATE, phase, NULL, NULL, 0);
+    __atomic_sub_fetch(&b->asleep, 1, __ATOMIC_RELAXED);
 }
 
 /* The share [*from, *to) of `count` items that thread `me` of `n` works on. */
@@ -1233,12 +1243,12 @@ static void read_out(Pass *p, const Growth *g, Best *best, int me, int n) {
     _mm512_store_ps(best->most, most), _mm512_store_ps(best->sum, sum);
 }
 
-/* One lane of what the threads found, merged into the first one's, as log-probabilities. */
-static void merge(Best *best, int lane, int count, int threads) {
+/* One lane of what the threads of the team found, merged into the first one's, as log-probabilities. */
+static void merge(Best *best, int lane, int count, int team) {
     float most = best->most[lane], sum = 0;
-    for (int t = 1; t < threads; t++) most = best[t].most[lane] > most ? best[t].most[lane] : most;
-    for (int t = 0; t < threads; t++) sum += best[t].sum[lane] * __builtin_expf(best[t].most[lane] - most);
-    for (int t = 1; t < threads; t++)
+    for (int t = 1; t < team; t++) most = best[t].most[lane] > most ? best[t].most[lane] : most;
+    for (int t = 0; t < team; t++) sum += best[t].sum[lane] * __builtin_expf(best[t].most[lane] - most);
+    for (int t = 1; t < team; t++)
         for (int i = 0; i < count && best[t].values[lane][i] > best->floor[lane]; i++)
             insert(best, lane, count, best[t].values[lane][i], best[t].ids[lane][i]);
     for (int i = 0; i < count; i++) best->values[lane][i] -= most + __builtin_logf(sum);
@@ -1249,7 +1259,7 @@ static void merge(Best *best, int lane, int count, int threads) {
 static int run_level(const Growth *g, const Call *calls, const bf16 *x, const bf16 *before, bf16 *states, Best *best, float *fm) {
     Pass p, passes[MOST_LEGS];
     const Model *m = g->leg[0].model;
-    int aimed = 0, widest = 3 * m->hidden, threads = calls->threads;
+    int aimed = 0, widest = 3 * m->hidden, threads = calls->threads, team = 1; /* there may be fewer than we ask for */
     int64_t block = (int64_t)m->hidden * 16, final = g->legs * block;
     int failed = begin(&p, m, calls, calls->start + calls->tokens, widest);
     for (; !failed && aimed < g->legs; aimed++) {
@@ -1264,6 +1274,7 @@ static int run_level(const Growth *g, const Call *calls, const bf16 *x, const bf
 #pragma omp parallel num_threads(threads)
         {
             int me = omp_get_thread_num(), n = omp_get_num_threads(), from, to;
+            if (!me) team = n;
             enter_tiles();
             for (int i = 0; i < g->legs; i++) {
                 leap(passes + i, g->leg[i].leap, fm + final, g->leg[i].call ? fm + i * block : NULL, g->unit_eps, states + i * block, me, n);
@@ -1274,7 +1285,7 @@ static int run_level(const Growth *g, const Call *calls, const bf16 *x, const bf
             read_out(&p, g, best + me, me, n);
             leave_tiles();
         }
-        for (int r = 0; r < p.rows; r++) merge(best, r, g->width, threads);
+        for (int r = 0; r < p.rows; r++) merge(best, r, g->width, team);
     }
     for (int i = 0; i < aimed; i++)
         if (g->leg[i].call) leave(passes + i);
@@ -1383,13 +1394,15 @@ int specdec_linear(const Map *map, const float *weight, float eps, const bf16 *c
             }
         }
         const uint32_t *seen = input_of(map, vn, rows, scratch);
+        int team = 1; /* there may be fewer threads than we ask for */
 #pragma omp parallel num_threads(threads)
         {
             float sums[MOST_BLOCKS * 256] __attribute__((aligned(64)));
             const __m512i column = _mm512_slli_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), 4);
-            int from, to, me = omp_get_thread_num();
+            int from, to, me = omp_get_thread_num(), n = omp_get_num_threads();
+            if (!me) team = n;
             enter_tiles();
-            share(map->out / 16, me, omp_get_num_threads(), &from, &to);
+            share(map->out / 16, me, n, &from, &to);
             for (int b0 = 0; b0 < blocks; b0 += MOST_BLOCKS) {
                 int some = blocks - b0 < MOST_BLOCKS ? blocks - b0 : MOST_BLOCKS, tokens = rows - 16 * b0;
                 for (int t = from; t < to; t++) {
@@ -1418,7 +1431,7 @@ int specdec_linear(const Map *map, const float *weight, float eps, const bf16 *c
         }
         for (int r = 0; best && r < rows; r++) {
             int of = r; /* threads have outputs in order, so the first one of equals stays */
-            for (int lane = r; lane < 16 * blocks * threads; lane += 16 * blocks) of = tops[lane] > tops[of] ? lane : of;
+            for (int lane = r; lane < 16 * blocks * team; lane += 16 * blocks) of = tops[lane] > tops[of] ? lane : of;
             best[r] = which[of];
         }
     }
@@ -1751,16 +1764,13 @@ void specdec_large_pages(void *memory, int64_t bytes) {
 /* What this CPU can do: 0 nothing here, 1 AVX-512 BF16, 2 AMX too. `most` forbids more. Call first. */
 int specdec_open(int most) {
     unsigned a, b, c, d;
-    has_amx = has_vnni = 0;
     __builtin_cpu_init();
-    if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bf16")))
+    if (most < 1 || !(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bf16")))
         return 0;
-    has_vnni = __builtin_cpu_supports("avx512vnni") > 0;
-    if (most < 2 || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return most < 1 ? 0 : 1;
-    int tiles = d >> 22 & 1 && d >> 24 & 1 && d >> 25 & 1; /* AMX-BF16, AMX-TILE, AMX-INT8 */
+    int tiles = most > 1 && __get_cpuid_count(7, 0, &a, &b, &c, &d) && d >> 22 & 1 && d >> 24 & 1 && d >> 25 & 1; /* AMX-BF16, AMX-TILE, AMX-INT8 */
     if (tiles) tiles = syscall(SYS_arch_prctl, 0x1023, 18) == 0; /* ARCH_REQ_XCOMP_PERM: tile data */
-    has_amx = tiles;
+    has_vnni = __builtin_cpu_supports("avx512vnni") > 0, has_amx = tiles; /* once: another thread may be using them */
     return tiles ? 2 : 1;
 }
 #else

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -303,6 +305,38 @@ def test_trees_grow_in_one_call_as_they_do_in_parts(family: str, window: int | N
     again = target.new_cache()
     target.layers(target.embed(ids, positions), 0, 4, positions, again.mask(0, positions), again)
     assert all(torch.equal(a[:, :, :21], b[:, :, :21]) for a, b in zip(cache.keys, again.keys, strict=True))
+
+
+@torch.inference_mode()
+def test_more_threads_than_cores_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some of them sleep at every barrier, and each is woken."""
+    target = NativeTarget(model_of("llama"))
+    expected = play(target)
+    monkeypatch.setattr(native, "threads", lambda tokens: 4 * (os.cpu_count() or 1))
+    assert all(torch.equal(a, b) for a, b in zip(play(target), expected, strict=True))
+
+
+@torch.inference_mode()
+def test_trees_grow_alike_in_a_team_that_is_smaller_than_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under OMP_THREAD_LIMIT or OMP_DYNAMIC."""
+    openmp = ctypes.CDLL(torch._C.__file__)
+    target, ids, positions = NativeTarget(model_of("llama")), torch.tensor([[5, 6, 7]]), torch.arange(3)[None]
+    cache, taps = target.new_cache(), {1: torch.empty(0), 3: torch.empty(0)}
+    final = target.layers(target.embed(ids, positions), 0, 4, positions, cache.mask(0, positions), cache, taps)
+    cache.keep([[0, 1, 2]])
+    seed = growth.Seed(5, 3, final, list(taps.values()), place=2)
+    torch.manual_seed(1)
+    route = random_route(target, heads=2)
+    monkeypatch.setattr(native, "threads", lambda tokens: 3)
+    most = openmp.omp_get_max_active_levels()
+    try:
+        expected = target.grow(cache, seed, route, growth.Bounds(3, 3))
+        openmp.omp_set_max_active_levels(0)  # teams of one thread
+        found = target.grow(cache, seed, route, growth.Bounds(3, 3))
+    finally:
+        openmp.omp_set_max_active_levels(most)
+    assert (found.tokens, found.parents) == (expected.tokens, expected.parents)
+    assert found.scores == pytest.approx(expected.scores, abs=1e-5)
 
 
 def by_path(found: growth.Candidates) -> dict[tuple[int, ...], float]:
