@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -86,6 +86,7 @@ class KVCache:
         self.committed = 0  # committed slots: the longest row
         self.positions = torch.full((batch, block), -1, dtype=torch.long, device=self.device)  # (B, capacity)
         self.expected = 0
+        self.memo: dict[object, Any] = {}  # what runtimes derive from ``whole``, for as long as it is the same
         if whole is not None:
             self._divide(whole)
 
@@ -142,7 +143,7 @@ class KVCache:
             self._divide(whole)
 
     def _divide(self, whole: Tensor) -> None:
-        self.whole, (keys, values) = whole, whole[:, :, : self.batch]
+        self.memo, self.whole, (keys, values) = {}, whole, whole[:, :, : self.batch]
         self.keys, self.values = list(keys), list(values)
 
     def _room(self, buffer: Tensor | None, like: Tensor, start: int, end: int) -> Tensor:

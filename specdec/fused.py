@@ -256,7 +256,7 @@ class FusedTarget(Target):
         return torch.addcmul(pair, (a if norm_mlp is None else norm_mlp(a)).unsqueeze(1), sign)
 
     def readout(self, x: Tensor, head: nn.Linear | None = None) -> Tensor:
-        module = self.model.get_output_embeddings() if head is None else head
+        module = self.own_head if head is None else head
         rows = x.shape[0] * x.shape[1]
         grad = torch.is_grad_enabled() and x.requires_grad
         storage, to = ("dense", rows) if grad else self.head_plan(rows)
@@ -310,7 +310,7 @@ class FusedTarget(Target):
         return self._plan(f"{count} layers {shapes}", list(self._makers), way)
 
     def _plan_head(self, storages: list[str]) -> kernels.Plan:
-        head: Any = self.model.get_output_embeddings()
+        head = self.own_head
 
         def way(storage: str, rows: int) -> Callable[[], object]:
             x = torch.zeros(rows, self.hidden_size, dtype=self.dtype)
@@ -342,13 +342,15 @@ class FusedTarget(Target):
         if shared and "cos" in mask.memo:
             return mask.memo["cos"], mask.memo["sin"]  # type: ignore[return-value]
         count = int(positions.max()) + 1 if count is None else count
-        if count > self.tables.shape[0]:
+        tables = self.tables
+        if count > tables.shape[0]:
             every = torch.arange(max(count, min(2 * count, self.context), 512), device=self.device)[None]
             probe = torch.empty(0, dtype=self.dtype, device=self.device)
             with torch.no_grad():
                 cos, sin = (table[0].unflatten(1, (2, -1)) for table in self.rotary(probe, every))  # (P, 2, d / 2)
-            self.tables = torch.stack((cos, sin * sin.new_tensor([[-1.0], [1.0]])), 1)
-        cos, sin = self.tables[positions].unsqueeze(3).unbind(2)
+            # Another thread may put shorter ones there: these are long enough for this call.
+            tables = self.tables = torch.stack((cos, sin * sin.new_tensor([[-1.0], [1.0]])), 1)
+        cos, sin = tables[positions].unsqueeze(3).unbind(2)
         if shared:
             mask.memo["cos"], mask.memo["sin"] = cos, sin
         return cos, sin

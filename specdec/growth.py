@@ -8,8 +8,8 @@ of their own to grow (``Target.grow``); this one is made of their other parts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,13 +26,14 @@ if TYPE_CHECKING:
 WIDTH = 4  # nodes of a level that are drafted on from: together they cost about what one costs
 
 
-class Route(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Route:
     """The way of a drafting residual from a token's embedding to what follows.
 
     Leap s maps [residual; previous final state; previous state at ``lo``], each divided by its RMS, to the input of
     layers [lo, hi) = ``segments[s]``, which run with ``adapters``; a further leap maps [residual; previous final state]
     to the final state. ``heads`` read it out, one beside the other (None: the model's own): outputs stand for
-    ``tokens``, int64 [V'] (None: for themselves).
+    ``tokens``, int64 [V'] (None: for themselves). made: what runtimes make of it once.
     """
 
     leaps: Sequence[UnitMap]
@@ -40,6 +41,7 @@ class Route(NamedTuple):
     adapters: Adapters
     heads: Sequence[nn.Linear | None]
     tokens: Tensor | None
+    made: dict[object, Any] = field(default_factory=dict)
 
 
 @dataclass

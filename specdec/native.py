@@ -8,6 +8,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+import os
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from specdec import cores
 from specdec.errors import SpecDecError
 
 LIBRARY = Path(__file__).with_name("_native.so")  # setup.py builds it
@@ -105,10 +108,8 @@ def library() -> Any:
     if not LIBRARY.exists():
         _notice()
         raise SpecDecError("the native kernels are not built; install specdec where there is a C compiler")
-    # The kernels run in PyTorch's own pool of threads: a second pool would fight it for the cores.
-    pool = next((Path(torch.__file__).parent.parent).glob("torch*/**/libgomp*.so*"), None)
     try:
-        ctypes.CDLL(str(pool) if pool else "libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
+        ctypes.CDLL(openmp(), mode=ctypes.RTLD_GLOBAL)
         found = ctypes.CDLL(str(LIBRARY))
     except OSError as error:
         raise SpecDecError(f"the native kernels cannot be loaded ({error})") from None
@@ -130,6 +131,22 @@ def library() -> Any:
     return found
 
 
+def openmp() -> str:
+    """The OpenMP library that PyTorch runs in: a second one would fight it for the cores."""
+    torch_itself, process = ctypes.CDLL(torch._C.__file__), ctypes.CDLL(None)
+    try:
+        entry, found = ctypes.cast(torch_itself.GOMP_parallel, POINTER), _Symbol()
+        if process.dladdr(entry, ctypes.byref(found)) and found.file:
+            return os.fsdecode(found.file)
+    except AttributeError:  # PyTorch was built without it, or the system has no dladdr
+        pass
+    return "libgomp.so.1"
+
+
+class _Symbol(ctypes.Structure):  # Dl_info
+    _fields_ = (("file", ctypes.c_char_p), ("base", POINTER), ("name", ctypes.c_char_p), ("address", POINTER))
+
+
 @functools.cache
 def at_once() -> Any:
     """The kernels that take microseconds, called without giving Python's lock away: getting it back may take longer.
@@ -149,19 +166,29 @@ class _Arena:
     PIECE, PAGE = 32 << 20, 2 << 20
 
     def __init__(self) -> None:
-        self.piece, self.used = torch.empty(0, dtype=torch.uint8), 0
+        self.piece, self.used, self.lock = torch.empty(0, dtype=torch.uint8), 0, threading.Lock()
 
-    def look(self, size: int) -> Tensor:
-        """The next ``size`` bytes, aligned to a cache line; they stay free until they are taken."""
-        if self.used + size > self.piece.numel():
-            room = max(size, self.PIECE) + self.PAGE
-            whole = torch.empty(room, dtype=torch.uint8)
-            library().specdec_large_pages(whole.data_ptr(), room)
-            self.piece, self.used = whole[-whole.data_ptr() % self.PAGE :], 0
-        return self.piece[self.used : self.used + size]
+    def take(self, size: int) -> Tensor:
+        """The next ``size`` bytes, aligned to a cache line. They are the caller's."""
+        with self.lock:
+            if self.used + size > self.piece.numel():
+                room = max(size, self.PIECE) + self.PAGE
+                whole = torch.empty(room, dtype=torch.uint8)
+                library().specdec_large_pages(whole.data_ptr(), room)
+                self.piece, self.used = whole[-whole.data_ptr() % self.PAGE :], 0
+            begin, self.used = self.used, self.used + _lines(size)
+            return self.piece[begin : begin + size]
 
-    def take(self, size: int) -> None:
-        self.used += -(-size // 64) * 64
+    def give_back(self, region: Tensor) -> None:
+        """Free what was taken, unless another thread has taken more since: it is then lost."""
+        with self.lock:
+            if region.data_ptr() + _lines(region.numel()) == self.piece.data_ptr() + self.used:
+                self.used -= _lines(region.numel())
+
+
+def _lines(size: int) -> int:
+    """``size`` bytes in whole cache lines."""
+    return -(-size // 64) * 64
 
 
 _arena = _Arena()
@@ -173,8 +200,8 @@ _most: int | None = None  # threads that such a pass takes at most, if fewer tha
 
 
 def threads(tokens: int) -> int:
-    """Threads for a pass over so many tokens: PyTorch's, or fewer where few tokens were found to be faster in fewer."""
-    count = torch.get_num_threads()
+    """Threads for a pass over so many tokens, or fewer where few tokens were found to be faster in fewer."""
+    count = cores.threads()
     return count if _most is None or tokens > FEW else min(count, _most)
 
 
@@ -207,19 +234,19 @@ class Packed:
         weight = weight.detach()
         source = weight.contiguous()
         columns, self.width, self.inp = inp // 32, out, inp
-        workers, scale = torch.get_num_threads(), None
+        workers, scale = cores.threads(), None
         served = [kind for kind in coarse if lib.specdec_tile_bytes(kind) and not inp % 64]
         if served:
             kind, scale = served[0], torch.empty(-(-out // 16) * 16)
-            tiles = _arena.look(-(-out // 16) * (columns // 2) * lib.specdec_tile_bytes(kind))
+            tiles = _arena.take(-(-out // 16) * (columns // 2) * lib.specdec_tile_bytes(kind))
             pack = lib.specdec_pack_i4 if kind == I4 else lib.specdec_pack_i8
             pack(source.data_ptr(), out, inp, tiles.data_ptr(), scale.data_ptr(), workers)
         else:
             for kind in (*kinds, BF16):
-                tiles = _arena.look(-(-out // 16) * columns * lib.specdec_tile_bytes(kind))
+                tiles = _arena.take(-(-out // 16) * columns * lib.specdec_tile_bytes(kind))
                 if lib.specdec_pack(kind, rounding, source.data_ptr(), out, inp, tiles.data_ptr(), workers):
                     break
-        _arena.take(tiles.numel())
+                _arena.give_back(tiles)
         if rounding and source is not weight:
             weight.copy_(source)
         self.kind, self.tiles = kind, tiles

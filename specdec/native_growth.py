@@ -39,10 +39,10 @@ class Kernels(Protocol):
 
 
 class Growth:
-    """Trees of ``levels`` levels, ``width`` nodes of which are drafted on from, along ``route``."""
+    """Trees of ``levels`` levels, ``width`` nodes of which are drafted on from, along ``route``; one at a time."""
 
     def __init__(self, target: Kernels, route: Route, levels: int, width: int) -> None:
-        self.route, self.drafted = route, 1 + (levels - 1) * width
+        self.segments, self.drafted = route.segments, 1 + (levels - 1) * width
         self.position = (ctypes.c_int64 * 1)()
         count = levels * width * width
         self.found = (ctypes.c_float * count)(), (INT * count)(), (INT * count)()  # scores, tokens, parents
@@ -77,12 +77,13 @@ class Growth:
         return fits and route.adapters.coarse and bool(route.segments) and all(leap.packed for leap in route.leaps)
 
     def __call__(self, target: Kernels, cache: KVCache, seed: Seed, confidence: float) -> Candidates:
-        struct, segments = self.struct, self.route.segments
+        struct, segments = self.struct, self.segments
         final, *carried = (x.contiguous() for x in (seed.final, *seed.carried))
         before = seed.place * final.shape[2] * final.element_size()  # bytes
         self.position[0] = seed.position
+        alive = []
         for leg, call, state, (lo, hi) in zip(self.legs, self.calls, carried, segments, strict=False):
-            target.place(call, cache, lo, hi, self.drafted)
+            alive.append(target.place(call, cache, lo, hi, self.drafted))
             call.threads = native.threads(1)
             leg.carried = call.x = state.data_ptr() + before
         struct.root, struct.final, struct.confidence = seed.token, final.data_ptr() + before, confidence

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from specdec import embedded, fused, measured, native, pages
+from specdec import cores, embedded, fused, measured, native, pages
 from specdec.adapters import Adapters
 from specdec.cache import KVCache, Mask
 from specdec.errors import SpecDecError
@@ -69,7 +69,6 @@ class NativeTarget(Target):
         self._parts = fused.adapter_parts(first)
         self._layers = (native.Layer * self.num_layers)()
         self._alive: list[Any] = []  # what the structures point to
-        self._known: tuple[Any, Any] = (None, None)  # the last cache's memory, and the pointers to it
         for layer, struct in zip(decoder.layers, self._layers, strict=True):
             self._pack_layer(layer, struct)
         self.inner = self._layers[0].down.inp
@@ -87,8 +86,6 @@ class NativeTarget(Target):
         self._heads: WeakKeyDictionary[nn.Module, Packed] = WeakKeyDictionary()
         self._readout: Packed | None = None  # the model's own
         self._untapped = (POINTER * (self.num_layers + 1))()
-        # Of the last route, by levels and width; None: not served.
-        self._grown: tuple[Route | None, dict[tuple[int, int], Growth | None]] = (None, {})
         self._adapted: WeakKeyDictionary[Adapters, dict[int, Any]] = WeakKeyDictionary()
         self._coarse: WeakKeyDictionary[Adapters, dict[tuple[int, int], Any]] = WeakKeyDictionary()
         kinds = {getattr(layer, slot).kind for layer in self._layers for slot in ("qkv", "out", "gate_up", "down")}
@@ -128,14 +125,19 @@ class NativeTarget(Target):
         return y
 
     def grow(self, cache: KVCache, seed: Seed, route: Route, bounds: Bounds) -> Candidates:
-        if self._grown[0] is not route:
-            self._grown = route, {}
-        made, size = self._grown[1], (bounds.levels, bounds.width)
-        if size not in made:
-            made[size] = Growth(self, route, *size) if Growth.serves(self, route, *size) else None
-        if (grown := made[size]) is None:
+        size = bounds.levels, bounds.width
+        if (self, size) not in route.made:
+            route.made[self, size] = [] if Growth.serves(self, route, *size) else None
+        idle = route.made[self, size]  # those that nobody is using; None: not served
+        if idle is None:
             return super().grow(cache, seed, route, bounds)
-        return grown(self, cache, seed, bounds.confidence)
+        try:
+            growth = idle.pop()
+        except IndexError:
+            growth = Growth(self, route, *size)
+        found = growth(self, cache, seed, bounds.confidence)
+        idle.append(growth)
+        return found
 
     def readout(self, x: Tensor, head: nn.Linear | None = None) -> Tensor:
         packed = self.head(head)
@@ -156,7 +158,8 @@ class NativeTarget(Target):
         return sum(item.tiles.numel() for item in (*packed, self.head(None)))
 
     def linears(self, layer: int) -> dict[str, tuple[int, int]]:
-        modules = fused.modules(self.model.model.layers[layer])  # type: ignore[union-attr, index]
+        with self.lock:
+            modules = fused.modules(self.model.model.layers[layer])  # type: ignore[union-attr, index]
         return {path: (m.in_features, stop - start) for path, (_, start, stop), m in self._adaptable(modules)}
 
     # -- calls ------------------------------------------------------------------------------------------------------
@@ -207,9 +210,8 @@ class NativeTarget(Target):
     def place(self, call: native.Call, cache: KVCache, lo: int, hi: int, count: int) -> Any:
         """Have ``call`` write to the next ``count`` slots of the cache's layers [lo, hi); return what must live."""
         call.start = cache.reserve(lo, hi, count, self.kv_heads, self.head_dim, torch.bfloat16)
-        assert cache.whole is not None
         rotary = self._rotary_tables(call.start + count)  # no position is beyond its slot
-        keys, values, capacity = slots = self._slots(cache.whole)
+        keys, values, capacity = slots = self._slots(cache)
         call.rotary, call.capacity = rotary.data_ptr(), ctypes.addressof(capacity)
         call.keys, call.values = ctypes.addressof(keys), ctypes.addressof(values)
         return rotary, slots
@@ -221,37 +223,38 @@ class NativeTarget(Target):
         call.taps = ctypes.addressof(self._untapped)
         return call
 
-    def _slots(self, whole: Tensor) -> tuple[Any, Any, Any]:
-        """By layer, pointers to keys and values in ``whole`` [2, N, B, Hkv, capacity, d], and the capacity."""
-        begin, half, step = whole.data_ptr(), 2 * whole.stride(0), 2 * whole.stride(1)  # in bytes
-        what = begin, half, step, whole.shape[4]
-        if self._known[0] != what:
-            n = self.num_layers
+    def _slots(self, cache: KVCache) -> tuple[Any, Any, Any]:
+        """By layer, pointers to keys and values in the cache's buffer [2, N, B, Hkv, capacity, d], and the capacity."""
+        slots, whole = cache.memo.get("native"), cache.whole
+        if slots is None:
+            assert whole is not None
+            n, begin, half, step = self.num_layers, whole.data_ptr(), 2 * whole.stride(0), 2 * whole.stride(1)  # bytes
             keys = (POINTER * n)(*range(begin, begin + half, step))
             values = (POINTER * n)(*range(begin + half, begin + 2 * half, step))
-            self._known = what, (keys, values, (INT * n)(*[whole.shape[4]] * n))
-        return self._known[1]
+            slots = cache.memo["native"] = keys, values, (INT * n)(*[whole.shape[4]] * n)
+        return slots
 
     def head(self, head: nn.Linear | None) -> Packed:
         """The output head, or ``head`` instead, packed at first use."""
         if head is None and self._readout is not None:
             return self._readout
-        module: Any = self.model.get_output_embeddings() if head is None else head
-        packed = self._heads.get(module)
-        if packed is None:
-            kinds = (Q4, Q8) if self.kinds else ()
-            coarse = () if head is None else (I8,)
-            packed = self._heads[module] = Packed(module.weight, module.bias, kinds, coarse=coarse)
-            pages.release(module.weight.detach())
-        if head is None:
-            self._readout = packed
+        module: Any = self.own_head if head is None else head
+        with self.lock:
+            packed = self._heads.get(module)
+            if packed is None:
+                kinds = (Q4, Q8) if self.kinds else ()
+                coarse = () if head is None else (I8,)
+                packed = self._heads[module] = Packed(module.weight, module.bias, kinds, coarse=coarse)
+                pages.release(module.weight.detach())
+            if head is None:
+                self._readout = packed
         return packed
 
     # -- what is measured once ---------------------------------------------------------------------------------------
 
     def _limit_threads(self) -> None:
         """As few threads for few tokens as are fastest on this machine."""
-        most, cache = torch.get_num_threads(), self.new_cache()
+        most, cache = cores.threads(), self.new_cache()
         native.limit_threads(None)
         counts = [most >> halvings for halvings in range(most.bit_length())]
 
@@ -314,21 +317,26 @@ class NativeTarget(Target):
         for layer in range(lo, hi):
             if layer in adapters.paths:
                 if layer not in made:
-                    made[layer] = self._adapt(layer, adapters)
+                    with self.lock:
+                        made[layer] = made.get(layer) or self._adapt(layer, adapters)
                 pointers[layer] = ctypes.addressof(made[layer][0])
         return pointers
 
     def _merged(self, adapters: Adapters, lo: int, hi: int) -> native.Model:
         """The model with ``adapters`` merged into layers [lo, hi), rounded: for drafts alone. Made once."""
         made = self._coarse.setdefault(adapters, {})
-        if (lo, hi) not in made:
-            layers = (native.Layer * self.num_layers)(*self._layers)
-            alive = []
-            for layer in range(lo, hi):
-                alive.append(self._merge(layers[layer], layer, adapters))
-                pages.trim()  # what one leaves behind would add to the peak of the next
-            made[lo, hi] = native.Model(*self._sizes, ctypes.addressof(layers)), layers, alive
+        with self.lock:
+            if (lo, hi) not in made:
+                made[lo, hi] = self._make_merged(adapters, lo, hi)
         return made[lo, hi][0]
+
+    def _make_merged(self, adapters: Adapters, lo: int, hi: int) -> tuple[native.Model, Any, list[Any]]:
+        layers = (native.Layer * self.num_layers)(*self._layers)
+        alive = []
+        for layer in range(lo, hi):
+            alive.append(self._merge(layers[layer], layer, adapters))
+            pages.trim()  # what one leaves behind would add to the peak of the next
+        return native.Model(*self._sizes, ctypes.addressof(layers)), layers, alive
 
     def _merge(self, struct: native.Layer, layer: int, adapters: Adapters) -> list[Packed]:
         factors, alive = adapters.factors(layer), []
@@ -373,12 +381,17 @@ class NativeTarget(Target):
 
     def _rotary_tables(self, count: int) -> Tensor:
         """Cosines and sines [P, 2, rotated / 2] (float32) of at least ``count`` positions."""
-        if count > self.tables.shape[0]:
+        tables = self.tables
+        if count <= tables.shape[0]:
+            return tables
+        with self.lock:
+            if count <= self.tables.shape[0]:
+                return self.tables
             every = torch.arange(max(count, min(2 * count, self.context), 512))[None]
             with torch.no_grad():
-                tables = self.rotary(torch.empty(0, dtype=self.dtype), every)
-            self.tables = torch.stack([table[0].chunk(2, -1)[0].float() for table in tables], 1)
-        return self.tables
+                made = self.rotary(torch.empty(0, dtype=self.dtype), every)
+            self.tables = torch.stack([table[0].chunk(2, -1)[0].float() for table in made], 1)
+            return self.tables
 
     def _mask(self, mask: Mask, window: int | None) -> Tensor | None:
         key = ("native", window)

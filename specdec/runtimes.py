@@ -9,7 +9,7 @@ from specdec.errors import NotFiniteError, SpecDecError, did_you_mean
 from specdec.fused import FusedTarget
 from specdec.graphs import GraphedTarget
 from specdec.native_target import KINDS, NativeTarget
-from specdec.target import ReferenceTarget, Target, refuse_unsupported
+from specdec.target import ReferenceTarget, Target, lock_of, refuse_unsupported
 
 RUNTIMES = ("auto", "native", "graphs", "fused", "reference")
 WEIGHTS = tuple(KINDS)
@@ -44,7 +44,12 @@ def make_target(
             f"compile is for the fused and graphs runtimes and dense weights, not for {named}; leave one out"
         )
     refuse_unsupported(model)
-    reasons: list[str] = []
+    with lock_of(model):  # a runtime may put its own form of the weights into the model
+        return _make(model, runtime, weights, compile)
+
+
+def _make(model: PreTrainedModel, runtime: str, weights: str, compile: bool) -> tuple[Target, str]:
+    rounded, reasons = weights in ("int8", "int4"), list[str]()
     native = ["native"] if model.dtype == torch.bfloat16 else []
     first = {"cpu": [*native, "fused"], "cuda": ["graphs", "fused"], "mps": []}.get(model.device.type, ["fused"])
     last = [] if compile else ["reference"]

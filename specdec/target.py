@@ -8,16 +8,18 @@ final norms and logit caps stay the model's own. Knows nothing about drafting or
 from __future__ import annotations
 
 import inspect
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from specdec import growth, hub, kernels, stored
+from specdec import cores, growth, hub, kernels, stored
 from specdec.adapters import Adapters
 from specdec.cache import KVCache, Mask
 from specdec.errors import SpecDecError
@@ -34,8 +36,21 @@ PARTS: dict[str, tuple[str, ...]] = {  # what decoder layers call them
 }
 
 
+_locks: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+_finding = threading.Lock()
+
+
+def lock_of(model: nn.Module) -> Any:
+    """The reentrant lock of a model, held by whoever changes it, be it for a call, or needs it unchanged."""
+    with _finding:
+        return _locks.setdefault(model, threading.RLock())
+
+
 class Target(ABC):
     """A causal language model with N layers, run in pieces.
+
+    Several threads may use it at once, each with caches of its own: what belongs to a generation is in its cache, and
+    what is made once for all of them is made under ``lock``, which is the model's.
 
     Attributes: ``model`` (the unmodified HF model), ``num_layers`` N, ``hidden_size`` D, ``vocab_size`` V,
     ``fingerprint`` (of the weights as loaded), ``context`` (most positions), ``windows`` (attention window per layer,
@@ -51,14 +66,17 @@ class Target(ABC):
     _by_parts: ReferenceTarget | None = None
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
+        self.model, self.lock = model, lock_of(model)
+        with self.lock:
+            self.own_head: Any = model.get_output_embeddings()
+            self.fingerprint = hub.fingerprint(model)
+        cores.fit()
         config = model.config.get_text_config()
         self.num_layers = int(config.num_hidden_layers)
         self.hidden_size = int(config.hidden_size)
-        self.vocab_size = int(model.get_output_embeddings().weight.shape[0])
+        self.vocab_size = int(self.own_head.weight.shape[0])
         self.context = int(getattr(config, "max_position_embeddings", None) or 1 << 30)
         self.windows = _windows(config)
-        self.fingerprint = hub.fingerprint(model)
         self.device, self.dtype = model.device, model.dtype
 
     def new_cache(self, batch: int = 1) -> KVCache:
@@ -95,18 +113,20 @@ class Target(ABC):
         works for any runtime but costs what the reference runtime does. Raises SpecDecError if the model's layers have
         no such part.
         """
-        if self._by_parts is None:
-            self._by_parts = ReferenceTarget(self.model)
-        return self._by_parts.sublayer(x, layer, part, positions, mask, cache)
+        return self._own_modules().sublayer(x, layer, part, positions, mask, cache)
 
     def fill(self, x: Tensor, lo: int, positions: Tensor, mask: Mask, cache: KVCache) -> None:
         """Append to layers [lo, N) the keys and values that each makes of ``x`` [B, T, D], and run nothing else.
 
         State propagation: ``x`` stands for the input of all of them. Through the model's own modules, as ``sublayer``.
         """
-        if self._by_parts is None:
-            self._by_parts = ReferenceTarget(self.model)
-        self._by_parts.fill(x, lo, positions, mask, cache)
+        self._own_modules().fill(x, lo, positions, mask, cache)
+
+    def _own_modules(self) -> ReferenceTarget:
+        with self.lock:
+            if self._by_parts is None:
+                self._by_parts = ReferenceTarget(self.model)
+            return self._by_parts
 
     @abstractmethod
     def readout(self, x: Tensor, head: nn.Linear | None = None) -> Tensor:
@@ -133,7 +153,7 @@ class Target(ABC):
 
     def reduced_head(self, token_ids: Tensor) -> nn.Linear:
         """The output head restricted to ``token_ids`` [V'], for ``readout(x, head)`` -> [B, T, V']."""
-        full = self.model.get_output_embeddings()
+        full = self.own_head
         index, bias = token_ids.to(full.weight.device), getattr(full, "bias", None)
         return _Given(full.weight.detach()[index], None if bias is None else bias.detach()[index])
 
@@ -248,6 +268,7 @@ class _Nothing(nn.Module):
 class ReferenceTarget(Target):
     """The reference runtime: exact on any decoder-only HF model, checked on load.
 
+    A call changes the model for as long as it takes, under the model's lock: threads take turns.
     Raises SpecDecError for encoder-decoder, recurrent or otherwise unsupported models, with the reason.
     """
 
@@ -257,15 +278,14 @@ class ReferenceTarget(Target):
         refuse_unsupported(model)
         super().__init__(model)
         self.attention = model.config._attn_implementation
-        self.decoder, self.attr = find_layers(model, self.num_layers)
-        self.blocks = list(getattr(self.decoder, self.attr))
-        self.base = model.base_model
-        self.head_owner, self.head_attr = _owner_of(model, model.get_output_embeddings())
-        self.tuples = False
-        parameters = list(inspect.signature(self.blocks[0].forward).parameters)
-        # GPT-2 passes the mask by position, the others by name.
-        self.mask_index = parameters.index("attention_mask") - 1 if "attention_mask" in parameters else None
-        with stored.idle(model):
+        self.base, self.tuples = model.base_model, False
+        with self.lock, stored.idle(model):
+            self.decoder, self.attr = find_layers(model, self.num_layers)
+            self.blocks = list(getattr(self.decoder, self.attr))
+            self.head_owner, self.head_attr = _owner_of(model, self.own_head)
+            parameters = list(inspect.signature(self.blocks[0].forward).parameters)
+            # GPT-2 passes the mask by position, the others by name.
+            self.mask_index = parameters.index("attention_mask") - 1 if "attention_mask" in parameters else None
             self._self_check()
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
@@ -292,7 +312,7 @@ class ReferenceTarget(Target):
         if lo >= hi:
             return x
         call = _Pass(x, lo, hi, mask, taps)
-        with self._adapt(adapters, lo, hi, adapted, x.shape[0]):
+        with self.lock, self._adapt(adapters, lo, hi, adapted, x.shape[0]):
             self._run(call, positions, _Bridge(cache))
         assert call.result is not None
         return call.result
@@ -301,6 +321,10 @@ class ReferenceTarget(Target):
         self._run(_Pass(x, lo, self.num_layers, mask, None), positions, _Bridge(cache, only_fill=True))
 
     def sublayer(self, x: Tensor, layer: int, part: Part, positions: Tensor, mask: Mask, cache: KVCache) -> Tensor:
+        with self.lock:
+            return self._sublayer(x, layer, part, positions, mask, cache)
+
+    def _sublayer(self, x: Tensor, layer: int, part: Part, positions: Tensor, mask: Mask, cache: KVCache) -> Tensor:
         other = "mlp" if part == "attention" else "attention"
         block = self.blocks[layer]
         modules = {name: module for name, module in block.named_children() if name in PARTS[other]}
@@ -317,8 +341,8 @@ class ReferenceTarget(Target):
 
     def readout(self, x: Tensor, head: nn.Linear | None = None) -> Tensor:
         ids = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)
-        own = getattr(self.head_owner, self.head_attr)
         with self._gates(_Pass(x, 0, 0, None, None)):
+            own = getattr(self.head_owner, self.head_attr)
             if head is not None:
                 setattr(self.head_owner, self.head_attr, head)
             try:
@@ -334,7 +358,9 @@ class ReferenceTarget(Target):
 
     def linears(self, layer: int) -> dict[str, tuple[int, int]]:
         found = {}
-        for path, module in self.blocks[layer].named_modules():
+        with self.lock:
+            modules = list(self.blocks[layer].named_modules())
+        for path, module in modules:
             weight = getattr(module, "weight", None)
             if isinstance(module, nn.Linear):
                 found[path] = (module.in_features, module.out_features)
@@ -359,12 +385,13 @@ class ReferenceTarget(Target):
 
     @contextmanager
     def _gates(self, call: _Pass) -> Iterator[None]:
-        own = getattr(self.decoder, self.attr)
-        setattr(self.decoder, self.attr, nn.ModuleList([_Gate(self, i, call) for i in range(self.num_layers)]))
-        try:
-            yield
-        finally:
-            setattr(self.decoder, self.attr, own)
+        with self.lock:
+            own = getattr(self.decoder, self.attr)
+            setattr(self.decoder, self.attr, nn.ModuleList([_Gate(self, i, call) for i in range(self.num_layers)]))
+            try:
+                yield
+            finally:
+                setattr(self.decoder, self.attr, own)
 
     @contextmanager
     def _adapt(self, adapters: Adapters | None, lo: int, hi: int, adapted: int | None, batch: int) -> Iterator[None]:

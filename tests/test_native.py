@@ -11,7 +11,7 @@ import torch
 from conftest import tiny_model
 from test_fused import ROPES, adapted_pass, apart, play, random_adapters, rough_model
 
-from specdec import growth, kernels, native
+from specdec import cores, growth, kernels, native
 from specdec.errors import SpecDecError
 from specdec.native_target import FAMILIES, NativeTarget
 from specdec.runtimes import make_target
@@ -154,6 +154,7 @@ def test_storage_and_threads_are_those_that_timings_prefer(monkeypatch: pytest.M
             value.detach().copy_(published(4, *value.shape))
     threads = torch.get_num_threads()
     monkeypatch.setattr(native, "_most", native._most)  # put back in the end
+    monkeypatch.setattr(cores, "cpus", lambda: 3)
     asked: list[dict[str, object]] = []
 
     def timings(fast: str) -> None:
@@ -370,7 +371,8 @@ def test_the_largest_of_a_row() -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 5, 17, 70])
-def test_the_largest_output_is_found_without_the_outputs(rows: int) -> None:
+def test_the_largest_output_is_found_without_the_outputs(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cores, "cpus", lambda: 3)
     torch.manual_seed(5)
     weight, norm = torch.randn(1003, 64).bfloat16(), torch.rand(64)
     weight[500:] = weight[:503].clone()  # ties, of which the first counts
