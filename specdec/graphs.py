@@ -25,6 +25,7 @@ from specdec.fused import FusedTarget
 
 ROWS = 64  # passes over more tokens are not captured
 STEPS = 64  # captured passes that are kept, those used last
+HEADS = 64  # drafters' heads of up to so many outputs, twice, ... share captured passes
 
 
 class Graph(Protocol):
@@ -44,7 +45,7 @@ class CudaGraph:
                 run()  # libraries allocate at first use, which cannot be recorded
             torch.cuda.current_stream().wait_stream(aside)
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # others may use the device meanwhile
                 run()
 
     def replay(self) -> None:
@@ -77,11 +78,33 @@ class _Step:
         return [out.clone() for out in self.outputs]  # the next replay writes over them
 
 
+class _Held:
+    """A head of ``room`` outputs that takes the values of others: what was recorded with it serves all of them.
+
+    Drafters make heads anew as their vocabulary follows the context.
+    """
+
+    def __init__(self, like: nn.Linear, room: int) -> None:
+        way = {"bias": like.bias is not None, "device": like.weight.device, "dtype": like.weight.dtype}
+        self.head = nn.utils.skip_init(nn.Linear, like.in_features, room, **way).requires_grad_(False)
+        self.now: tuple[weakref.ref[nn.Linear] | None, object] = None, None  # whose values, and which version of them
+
+    def hold(self, head: nn.Linear) -> None:
+        """Take the values of ``head``, unless they are there. Outputs beyond its own have no meaning."""
+        version = tuple(0 if p.is_inference() else p._version for p in head.parameters())
+        source, known = self.now
+        if source is None or source() is not head or known != version:
+            for own, values in zip(self.head.parameters(), head.parameters(), strict=True):
+                own[: len(values)] = values.detach()
+            self.now = weakref.ref(head), version
+
+
 class GraphedTarget(FusedTarget):
     """The fused runtime by recorded passes. ``record`` makes a ``Graph`` of a function; tests have one of their own.
 
     Caches of ``new_cache`` take turns in one buffer per batch size, so that passes stay recorded from one generation to
-    the next; what runs while it is lent is not recorded. Raises SpecDecError as ``FusedTarget``, and without a GPU.
+    the next; what runs while it is lent is not recorded. Recorded passes share their buffers, so threads take turns at
+    the model's lock. Raises SpecDecError as ``FusedTarget``, and without a GPU.
     """
 
     runtime = "graphs"
@@ -98,18 +121,20 @@ class GraphedTarget(FusedTarget):
         self.record = record or functools.partial(CudaGraph, device=model.device)
         self._steps: OrderedDict[Any, _Step] = OrderedDict()
         self._buffers: dict[int, tuple[weakref.ref[KVCache], Tensor]] = {}  # by batch size: its last user, and it
+        self._held: dict[tuple[int, bool], _Held] = {}  # by room for outputs, and whether there is a bias
         super().__init__(model, weights, compile=compile)
 
     def new_cache(self, batch: int = 1) -> KVCache:
-        user, whole = self._buffers.get(batch, (None, None))
-        if not batch or (user is not None and user() is not None):
-            return super().new_cache(batch)
-        if whole is None:
-            shape = (2, self.num_layers, batch, self.kv_heads, 256, self.head_dim)
-            whole = torch.zeros(shape, dtype=self.dtype, device=self.device)
-        cache = KVCache(self.num_layers, batch, self.device, whole=whole)
-        self._buffers[batch] = weakref.ref(cache), whole
-        return cache
+        with self.lock:
+            user, whole = self._buffers.get(batch, (None, None))
+            if not batch or (user is not None and user() is not None):
+                return super().new_cache(batch)
+            if whole is None:
+                shape = (2, self.num_layers, batch, self.kv_heads, 256, self.head_dim)
+                whole = torch.zeros(shape, dtype=self.dtype, device=self.device)
+            cache = KVCache(self.num_layers, batch, self.device, whole=whole)
+            self._buffers[batch] = weakref.ref(cache), whole
+            return cache
 
     def layers(
         self,
@@ -124,12 +149,30 @@ class GraphedTarget(FusedTarget):
         adapted: int | None = None,
     ) -> Tensor:
         batch, t, _ = x.shape
-        user, whole = self._buffers.get(batch, (None, None))
+        user, _ = self._buffers.get(batch, (None, None))
         lent = user is not None and user() is cache
         if lo >= hi or batch * t > ROWS or not lent or not torch.is_inference_mode_enabled():
             return super().layers(x, lo, hi, positions, mask, cache, taps, adapters, adapted)
+        with self.lock:
+            return self._recorded(x, lo, hi, positions, mask, cache, {} if taps is None else taps, adapters, adapted)
+
+    def _recorded(
+        self,
+        x: Tensor,
+        lo: int,
+        hi: int,
+        positions: Tensor,
+        mask: Mask,
+        cache: KVCache,
+        taps: dict[int, Tensor],
+        adapters: Adapters | None,
+        adapted: int | None,
+    ) -> Tensor:
+        """``layers`` for the cache that the buffer is lent to."""
+        batch, t, _ = x.shape
+        user, whole = self._buffers[batch]
         start = cache.reserve(lo, hi, t, self.kv_heads, self.head_dim, self.dtype)
-        assert user is not None and cache.whole is not None
+        assert cache.whole is not None
         if cache.whole is not whole:  # it has grown
             whole = cache.whole
             self._buffers[batch] = user, whole
@@ -137,7 +180,7 @@ class GraphedTarget(FusedTarget):
         keys, values = whole[0], whole[1]  # (N, B, Hkv, capacity, d)
         stack = self._maps(x, lo, hi, adapters, adapted, grad=False)[0][lo:hi]
         windows = sorted(set(self.windows[lo:hi]), key=str)
-        tapped = sorted(layer for layer in taps or () if lo <= layer <= hi)
+        tapped = sorted(layer for layer in taps if lo <= layer <= hi)
 
         def function(x: Tensor, slots: Tensor, cos: Tensor, sin: Tensor, *terms: Tensor) -> list[Tensor]:
             def append(index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -155,19 +198,32 @@ class GraphedTarget(FusedTarget):
             term = self._additive(mask, window, shape[3])
             terms.append(x.new_zeros(shape) if term is None else term)  # None: the cache is full to the brim
         slots = torch.arange(start, start + t, device=self.device)
-        # The maps' identity stands for the adapters in them, too: they are made anew whenever those have changed.
-        key = batch, t, lo, hi, tuple(tapped), tuple(id(m) for layer in stack for m in layer)
+        # The maps stand for the adapters in them, too: they are made anew whenever those have changed. Being the key,
+        # they live as long as what was recorded with them.
+        key = batch, t, lo, hi, tuple(tapped), tuple(m for layer in stack for m in layer)
         y, *seen = self._step(key, function, [x, slots, *rotary, *terms])
-        if taps is not None:
-            taps.update(zip(tapped, seen, strict=True))
+        taps.update(zip(tapped, seen, strict=True))
         return y
 
     def readout(self, x: Tensor, head: nn.Linear | None = None) -> Tensor:
         batch, t, _ = x.shape
         if batch * t > ROWS or not torch.is_inference_mode_enabled():
             return super().readout(x, head)
-        readout, module = super().readout, self.model.get_output_embeddings() if head is None else head
-        return self._step((None, batch, t, id(module)), lambda x: [readout(x, module)], [x])[0]
+        readout = super().readout
+        with self.lock:
+            if head is None:
+                return self._step((None, batch, t), lambda x: [readout(x)], [x])[0]
+            size = -(-head.out_features // HEADS) * HEADS, head.bias is not None
+            held = self._held.get(size)
+            if held is None:
+                held = self._held[size] = _Held(head, size[0])
+            held.hold(head)
+            read = held.head
+
+            def function(x: Tensor) -> list[Tensor]:
+                return [read(self.final_norm(x.reshape(batch * t, -1))).view(batch, t, -1)]
+
+            return self._step((None, batch, t, size), function, [x])[0][..., : head.out_features]
 
     def _step(self, key: Any, function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -> list[Tensor]:
         step = self._steps.get(key)

@@ -6,6 +6,8 @@ graph would do something else: if an operation, a number or a tensor from outsid
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +15,7 @@ import pytest
 import torch
 from conftest import greedy_reference, tiny_model
 from test_fused import adapted_pass, play, random_adapters, rough_model
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
@@ -148,6 +150,55 @@ def test_changed_adapters_are_recorded_anew() -> None:
     after = adapted_pass(target, adapters, 3, 1)
     assert not torch.allclose(after, before)
     assert torch.allclose(after, adapted_pass(FusedTarget(target.model), adapters, 3, 1), atol=2e-5)
+
+
+@torch.inference_mode()
+def test_heads_that_are_made_anew_share_what_was_recorded() -> None:
+    """As a draft vocabulary grows; another head may have the address of one that is gone."""
+    target = GraphedTarget(tiny_model("llama"), record=Replay)
+    eager, x, before = FusedTarget(target.model), torch.randn(1, 2, 32), Replay.recorded
+    for count in range(1, 60):
+        head = target.reduced_head(torch.arange(count) % 97)
+        assert torch.allclose(target.readout(x, head), eager.readout(x, head), atol=2e-5)
+        del head
+    head, other = target.reduced_head(torch.arange(7)), target.reduced_head(torch.arange(7, 14))
+    for each in (head, other, head):
+        assert torch.allclose(target.readout(x, each), eager.readout(x, each), atol=2e-5)
+    with torch.inference_mode(False), torch.no_grad():
+        trained = nn.Linear(32, 7, bias=False)
+        with torch.inference_mode():
+            once = target.readout(x, trained)
+        trained.weight.mul_(2)
+        with torch.inference_mode():
+            assert torch.allclose(target.readout(x, trained), 2 * once, atol=2e-5)
+    assert Replay.recorded == before + 1
+
+
+@torch.inference_mode()
+def test_weights_live_as_long_as_what_was_recorded_with_them() -> None:
+    """A CUDA graph knows addresses alone: unlike the stand-in's function, it keeps nothing alive."""
+
+    class Recorded:
+        def __init__(self, function: Callable[[], None]) -> None:
+            function()
+
+        def replay(self) -> None:
+            pass
+
+    target = GraphedTarget(rough_model("llama"), record=Replay)
+    target.record = Recorded
+    with torch.inference_mode(False):
+        adapters = random_adapters(target)
+    adapted_pass(target, adapters, 3, 1)
+    maps = [weakref.ref(layer.qkv) for layer in target._adapted[adapters].layers.values()]
+    with torch.inference_mode(False), torch.no_grad():
+        next(adapters.parameters()).mul_(2)  # they are made anew
+    adapted_pass(target, adapters, 3, 1)
+    gc.collect()
+    assert maps and all(each() is not None for each in maps)
+    target._steps.clear()
+    gc.collect()
+    assert all(each() is None for each in maps)
 
 
 @torch.inference_mode()
