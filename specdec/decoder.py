@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -66,6 +68,9 @@ REQUEST = {
 
 LOSSY_DEPTH = 4  # of drafts under a lossy rule that scores them, where the depth is "auto"
 
+_claiming = threading.Lock()
+_busy: set[int] = set()  # ids of the drafters that a generation is using
+
 
 @dataclass
 class GenerationOutput:
@@ -83,7 +88,10 @@ class GenerationOutput:
 
 
 class SpecDecoder:
-    """A causal language model with a drafter. Runs one generation at a time.
+    """A causal language model with a drafter. Runs one generation at a time, in any thread.
+
+    Decoders in several threads may share a model and a target (``with_drafter``), but no Drafter object: it belongs to
+    the generation under way, and a second request is refused.
 
     model, tokenizer: as loaded by transformers (the tokenizer may be None if all prompts are token ids).
     drafter: a name (``specdec drafters``), a drafter folder, names and folders joined by "+" (the first that finds
@@ -138,7 +146,6 @@ class SpecDecoder:
         except BaseException:
             self.close()
             raise
-        self._open: Generation | None = None
         self._auto: AutoDepth | None = None
         self._costs: Costs | None = None
 
@@ -216,7 +223,7 @@ class SpecDecoder:
         other = copy.copy(self)
         drafter, other.tuned = _recalled(drafter, self._kept)
         other.drafter = other._drafter(drafter, drafter_options)
-        other._open = other._auto = other._costs = None
+        other._auto = other._costs = None
         return other
 
     def _drafter(self, drafter: str | Path | Drafter, given: dict[str, Any]) -> Drafter:
@@ -315,8 +322,6 @@ class SpecDecoder:
             raise SpecDecError(f"prompts must be a list of prompts; got {options.shown(prompts)}; generate takes one")
         if not prompts:
             raise SpecDecError("there is no prompt to generate from")
-        if self._open is not None:
-            raise SpecDecError("a stream of this SpecDecoder is still open; finish or close it first")
         names = ["prompt"] if len(prompts) == 1 else [f"prompts[{i}]" for i in range(len(prompts))]
         context = self.target.context
         ids = [
@@ -339,16 +344,33 @@ class SpecDecoder:
         if num_speculative_tokens == "auto" and self.tuned is not None:
             num_speculative_tokens = self.tuned.num_speculative_tokens
         limits = [min(int(max_new_tokens), context - len(row)) for row in ids]
-        self._open = Generation(
-            self,
-            ids,
-            limits,
-            self._policy(num_speculative_tokens),
-            self.sampler(ids, limits, params, repetition_penalty, logits_processor),
-            stops,
-            frozenset() if ignore_eos else self.eos_ids(),
-        )
-        return self._open
+        claim = self._claim()
+        try:
+            generation = Generation(
+                self,
+                ids,
+                limits,
+                self._policy(num_speculative_tokens),
+                self.sampler(ids, limits, params, repetition_penalty, logits_processor),
+                stops,
+                frozenset() if ignore_eos else self.eos_ids(),
+            )
+        except BaseException:
+            _busy.discard(claim)
+            raise
+        generation.release = weakref.finalize(generation, _busy.discard, claim)  # also if it is dropped unfinished
+        return generation
+
+    def _claim(self) -> int:
+        """Take the drafter for a generation. Raises SpecDecError if another one is using it."""
+        with _claiming:
+            if id(self.drafter) in _busy:
+                raise SpecDecError(
+                    "a generation of this SpecDecoder is still open; finish or close it first, or make a second "
+                    "decoder for requests at the same time (with_drafter)"
+                )
+            _busy.add(id(self.drafter))
+            return id(self.drafter)
 
     def sampler(
         self,
@@ -393,9 +415,11 @@ class SpecDecoder:
 
     def _ended(self, generation: Generation) -> None:
         """What a request found out about costs stays, where it differs from what was kept."""
-        self._open = None
-        if generation.loop.policy is self._auto and self._auto is not None and self._costs is not None:
-            self._costs = mend(self.target, self.drafter, self._costs, self._auto)
+        try:
+            if generation.loop.policy is self._auto and self._auto is not None and self._costs is not None:
+                self._costs = mend(self.target, self.drafter, self._costs, self._auto)
+        finally:
+            generation.release()
 
     def eos_ids(self) -> frozenset[int]:
         """Token ids that end a generation, as ``model.generate`` takes them."""
@@ -434,6 +458,8 @@ class Generation:
         )
         self.rounds: Iterator[list[tuple[int, list[int]]]] | None = self.loop.rounds()
         self.meter: Meter | None = None  # of expert loads, from the end of the prefill on
+        self.release: Callable[[], object] = lambda: None  # the drafter
+        self._turn = threading.RLock()  # closing waits for the step that another thread is in
 
     def _stop(self, row: int, token: int) -> str | None:
         """Take one new token of ``row`` into its output; say whether the row ends with it, and why."""
@@ -458,14 +484,20 @@ class Generation:
 
     def steps(self) -> Iterator[list[tuple[int, list[int]]]]:
         """Run the rounds; yield for each the rows that went on, and their new tokens."""
-        while self.rounds is not None:
+        while (events := self._step()) is not None:
+            yield events
+
+    def _step(self) -> list[tuple[int, list[int]]] | None:
+        """One round, or None at the end."""
+        with self._turn:
+            if self.rounds is None:
+                return None
             events = next(self.rounds, None)
             if self.meter is None and self.decoder.target.experts is not None:
                 self.meter = Meter.begin(self.decoder.target.experts.store)
             if events is None:
                 self.close()
-                return
-            yield events
+            return events
 
     def outputs(self) -> list[GenerationOutput]:
         """What every row has so far."""
@@ -483,10 +515,11 @@ class Generation:
 
     def close(self) -> None:
         """End the generation and free its cache; ``outputs`` stays available."""
-        if self.rounds is not None:
-            self.rounds = None
-            self.loop.state.cache = self.decoder.target.new_cache(0)
-            self.decoder._ended(self)
+        with self._turn:
+            if self.rounds is not None:
+                self.rounds = None
+                self.loop.state.cache = self.decoder.target.new_cache(0)
+                self.decoder._ended(self)
 
     def __enter__(self) -> Generation:
         return self
