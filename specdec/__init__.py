@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,11 @@ if TYPE_CHECKING:
     from specdec.errors import SpecDecError
     from specdec.metrics import RequestMetrics
     from specdec.sampling import SamplingParams
+
+# OpenMP reads this when torch is imported: threads that wait spin for up to half a millisecond and then sleep. By
+# default they spin for up to 15, on cores that those they wait for may need.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 __version__ = version("specdec-m2r2")
 __all__ = [

@@ -1,11 +1,12 @@
 """How many threads this process should use, and what becomes of them in a forked child.
 
-PyTorch counts the CPUs of the machine. A container may use fewer of them, and threads beyond that only wait for each
+PyTorch counts the cores of the machine. A container may use fewer of them, and threads beyond that only wait for each
 other. A forked child has none of its parent's threads, but OpenMP believes that they are there and waits for them.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import math
 import os
@@ -31,9 +32,11 @@ def fit() -> None:
 
 @functools.cache
 def cpus() -> int:
-    """CPUs that this process may use: by its affinity, and by the quotas of its control groups, rounded up."""
+    """CPUs that this process may use: by its affinity, the quotas of its control groups, and OMP_THREAD_LIMIT."""
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(min([affinity, *map(math.ceil, _quotas())]), 1)
+    # PyTorch does not ask for the limit, and products of its libraries are wrong in a team smaller than they ask for.
+    limit = getattr(ctypes.CDLL(torch._C.__file__), "omp_get_thread_limit", lambda: affinity)()
+    return max(min([affinity, limit, *map(math.ceil, _quotas())]), 1)
 
 
 def _quotas() -> list[float]:

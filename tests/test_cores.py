@@ -91,6 +91,17 @@ def test_kernels_and_pytorch_use_no_more_threads_than_cpus(groups: Path, monkeyp
     assert torch.get_num_threads() == 2
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"), [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")]
+)
+def test_waiting_threads_of_pytorch_spin_for_a_bounded_time(given: dict[str, str], expected: str) -> None:
+    """Unless somebody has said what they should do."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    command = [sys.executable, "-c", "import specdec, os; print(os.environ.get('GOMP_SPINCOUNT'))"]
+    done = subprocess.run(command, env=kept | given, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == expected
+
+
 @pytest.mark.skipif(not native.runs(), reason="there are no native kernels here")
 def test_kernels_run_in_the_openmp_that_pytorch_has_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not in another one that lies among the packages."""
