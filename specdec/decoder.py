@@ -459,7 +459,7 @@ class Generation:
         self.rounds: Iterator[list[tuple[int, list[int]]]] | None = self.loop.rounds()
         self.meter: Meter | None = None  # of expert loads, from the end of the prefill on
         self.release: Callable[[], object] = lambda: None  # the drafter
-        self._turn = threading.RLock()  # closing waits for the step that another thread is in
+        self._turn, self._closing = threading.RLock(), False  # closing waits for the step that another thread is in
 
     def _stop(self, row: int, token: int) -> str | None:
         """Take one new token of ``row`` into its output; say whether the row ends with it, and why."""
@@ -490,7 +490,8 @@ class Generation:
     def _step(self) -> list[tuple[int, list[int]]] | None:
         """One round, or None at the end."""
         with self._turn:
-            if self.rounds is None:
+            if self.rounds is None or self._closing:
+                self.close()
                 return None
             events = next(self.rounds, None)
             if self.meter is None and self.decoder.target.experts is not None:
@@ -515,6 +516,7 @@ class Generation:
 
     def close(self) -> None:
         """End the generation and free its cache; ``outputs`` stays available."""
+        self._closing = True
         with self._turn:
             if self.rounds is not None:
                 self.rounds = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -310,18 +311,19 @@ def test_a_drafter_object_serves_one_request_at_a_time() -> None:
 def test_closing_waits_for_the_step_of_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the next request would begin while the drafter is still in use."""
     decoder = SpecDecoder(tiny_model("llama"), None, "prompt-lookup", runtime="reference")
-    generation, began, propose = decoder.open([PROMPTS[0]]), list[bool](), PromptLookupDrafter.propose
+    generation, closed, propose = decoder.open([PROMPTS[0]]), list[bool](), PromptLookupDrafter.propose
 
     def slow(self: PromptLookupDrafter, *arguments: Any) -> Any:
         thread = threading.Thread(target=generation.close)
         thread.start()
-        thread.join(0.1)  # it would be done
-        began.append(not thread.is_alive())
+        while not generation._closing:
+            time.sleep(0.001)
+        closed.append(not thread.is_alive())
         return propose(self, *arguments)
 
     steps = generation.steps()
     next(steps)
     monkeypatch.setattr(PromptLookupDrafter, "propose", slow)
     next(steps)
-    assert began == [False]
+    assert closed == [False]
     assert list(steps) == [] and generation.outputs()[0].finish_reason == "interrupted"
