@@ -129,7 +129,7 @@ def test_unusable_prompts_are_refused(tokenizer, prompt, options, message) -> No
         np.array([0.5]),
         np.array(["a"]),
     ],
-    ids=str,
+    ids=lambda prompt: type(prompt).__name__,
 )
 def test_what_is_no_prompt_is_refused_by_name(prompt) -> None:
     with pytest.raises(SpecDecError, match=r"^prompts\[3\] must be text, token ids .*; got ") as caught:
