@@ -88,8 +88,8 @@ def parse(text: str) -> list[tuple[str, str | None]]:
     Each is a registered name or a drafter folder, which is then its source (its config.json has the name). The last may
     say what it is loaded from: "NAME=SOURCE". Raises SpecDecError for an unknown name and a folder that is none.
     """
-    if not all(part.strip() for part in text.partition("=")[0].split("+")):
-        raise SpecDecError(f"no drafter is named in '{text}'; 'specdec drafters' lists them, and + joins several")
+    if not text.strip():
+        raise SpecDecError("the drafter's name is empty; name one (see 'specdec drafters'), or leave it at 'auto'")
     if text in names("drafters") or Path(text).is_dir():
         return [_part(text)]
     joined, _, source = text.partition("=")

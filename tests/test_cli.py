@@ -228,10 +228,10 @@ def test_vanishing_temperatures_are_greedy(run) -> None:
 
 
 def test_compare_replays_with_the_repetition_penalty(run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def accept_all(self, draft, p, generators):
-        return specdec.Verdict([list(range(p.shape[1]))], [int(p[0, -1].argmax())])
+    def accept_all(self, draft, chosen, p):
+        return specdec.Acceptance([list(range(len(chosen[0])))], [chosen[0][-1]])
 
-    monkeypatch.setattr(registry.lookup("verifiers", "exact"), "judge", accept_all)
+    monkeypatch.setattr(registry.lookup("verifiers", "exact"), "verify", accept_all)
     result = run("hello hello hello", "--compare", "--repetition-penalty", "1.2")
     assert result.exit_code == 1 and "FAULT" in result.stderr
 
@@ -263,8 +263,7 @@ BAD = {
     "unknown model": (["x", "--model", "./nowhere"], "./nowhere"),
     "mistyped model": (["x", "--model", "smollm2-135m-instrukt"], "did you mean 'smollm2-135m-instruct'?"),
     "empty prompt": (["  "], "the prompt is empty"),
-    "no drafter": (["x", "--drafter", ""], "no drafter is named"),
-    "drafters without names": (["x", "--drafter", "+"], "no drafter is named"),
+    "no drafter": (["x", "--drafter", ""], "the drafter's name is empty"),
     "prompt in another encoding": ([os.fsdecode(b"\xff")], "the prompt is not UTF-8 text"),
     "stop in another encoding": (["x", "--stop", os.fsdecode(b"\xff")], "--stop is not UTF-8 text"),
     "system in another encoding": (["x", "--system", os.fsdecode(b"\xff")], "--system is not UTF-8 text"),

@@ -10,8 +10,8 @@ from conftest import Scripted, greedy_reference, tiny_model
 from transformers import PreTrainedModel, RepetitionPenaltyLogitsProcessor, WatermarkingConfig
 
 from specdec import SpecDecError, SpecDecoder
-from specdec.generation_config import processors
 from specdec.replay import first_difference, margins
+from specdec.sampling import SamplingParams
 from specdec.verify.checks import expected, witness
 
 PROMPT, COUNT = [5, 6, 7, 8], 24
@@ -90,7 +90,7 @@ def test_replay_sees_what_was_decided_by() -> None:
     model = asking(repetition_penalty=1.7, eos_token_id=None)
     decoder = SpecDecoder(model, drafter="none")
     tokens = decoder.generate(PROMPT, max_new_tokens=COUNT).token_ids
-    made = processors(model, PROMPT, COUNT)
+    made = decoder.sampler([PROMPT], [COUNT], SamplingParams())
     assert margins(decoder.target, PROMPT, tokens, made).max() == 0 < margins(decoder.target, PROMPT, tokens).max()
     logits = witness(model, PROMPT, tokens, COUNT)
     assert torch.equal(logits.argmax(-1), torch.tensor(tokens))

@@ -18,11 +18,12 @@ FLAGS = "flags : fpu avx512f avx512bw avx512vl avx512dq avx512_bf16\n"
 @pytest.fixture
 def missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(native, "LIBRARY", tmp_path / "_native.so")
-    native.library.cache_clear()
-    native._notice.cache_clear()
+    cached = native.library, native.runs, native._notice
+    for function in cached:
+        function.cache_clear()
     yield
-    native.library.cache_clear()
-    native._notice.cache_clear()
+    for function in cached:
+        function.cache_clear()
 
 
 @pytest.mark.parametrize("able", [True, False])

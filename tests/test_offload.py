@@ -154,7 +154,7 @@ def test_the_depth_controller_sees_what_more_rows_load_and_drafts_less(mixtral, 
     assert score[8] > 1.3 * score[1]
     flat = dict.fromkeys(score, score[1])
     known = [[(0.6, 9.0)] * AutoDepth.MOST]
-    slow, fast = (AutoDepth(s, [(score[1] / 100, score[1] / 100)], False, known).depth(1) for s in (score, flat))
+    slow, fast = (AutoDepth(s, [(score[1] / 100, score[1] / 100)], known).depth(1) for s in (score, flat))
     assert slow < fast
 
 
