@@ -11,7 +11,7 @@ from specdec.errors import SpecDecWarning
 from specdec.target import Target
 
 
-class AutoDrafter:
+class AutoDrafter(Drafter):
     """Loads another drafter; nothing is drafted by this one."""
 
     name: ClassVar[str] = "auto"

@@ -7,13 +7,12 @@ from logits and which siblings pay, not where the logits come from.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from specdec import options
-from specdec.draft import Draft, State
+from specdec.draft import Draft, Drafter, State
 from specdec.errors import SpecDecError
 from specdec.transfer import waits
 from specdec.trees import best_tree
@@ -79,14 +78,11 @@ class Shape:
                     break
 
 
-class ChainDrafter:
+class ChainDrafter(Drafter):
     """What drafters of chains have in common: the options of their shape, and nothing to keep by row.
 
     siblings, nodes: see ``Shape``.
     """
-
-    name: ClassVar[str]
-    taps: tuple[int, ...] = ()
 
     def __init__(self, siblings: Sequence[int] | None = None, nodes: int | None = None) -> None:
         self.shape = Shape(siblings, nodes)
@@ -110,9 +106,6 @@ class ChainDrafter:
 
     def observe(self, paths: list[list[int]], taps: dict[int, Tensor]) -> None:
         self.shape.observe(paths)
-
-    def select(self, rows: list[int]) -> None:
-        pass
 
 
 class _Nodes:

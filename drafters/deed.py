@@ -44,6 +44,7 @@ class DeedDrafter(ExitDrafter):
     ) -> None:
         super().__init__(heads, siblings, nodes)
         self.exits, self.bar = heads.exits, options.probability("exit_confidence", exit_confidence)
+        self.num_exits, self.path = len(self.exits), f"{self.exits} {self.bar}"
 
     @classmethod
     def load(cls, target: Target, source: str | None = None, **given: Any) -> DeedDrafter:
@@ -57,14 +58,6 @@ class DeedDrafter(ExitDrafter):
                 f"--model {name} --prompts FILE --output DIR, then pass --drafter DIR"
             )
         return cls(ExitHeads.load(target, folder, cls.name), **given)
-
-    @property
-    def num_exits(self) -> int:
-        return len(self.exits)
-
-    @property
-    def path(self) -> str:
-        return f"{self.exits} {self.bar}"
 
     def leave(self, climb: Climb, state: State, depth: int) -> tuple[Tensor, Tensor, Tensor]:
         bar = self.bar if state.threshold is None else state.threshold

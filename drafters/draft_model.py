@@ -43,7 +43,7 @@ class DraftModelDrafter(ChainDrafter):
         nodes: int | None = None,
     ) -> None:
         super().__init__(siblings, nodes)
-        self.own, self.tokenizer = own, tokenizer
+        self.own, self.tokenizer, self.path = own, tokenizer, own.fingerprint
         self.vocab: Tensor | None = None  # int64 [V'], the tokens both models have; None: all of them
         self.start(1)
 
@@ -59,11 +59,6 @@ class DraftModelDrafter(ChainDrafter):
             )
         loaded, tokenizer = hub.load(model, dtype=target.dtype, device=target.device)
         return cls(make_target(loaded)[0], tokenizer, given.get("siblings"), given.get("nodes"))
-
-    @property
-    def path(self) -> str:
-        """What the cost of drafting depends on."""
-        return self.own.fingerprint
 
     def bind(self, target: Target) -> None:
         ours, theirs = target.vocab_size, self.own.vocab_size

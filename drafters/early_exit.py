@@ -60,15 +60,8 @@ class EarlyExitDrafter(ExitDrafter):
         self.exit_layer = options.whole("exit_layer", max(count // 3, 1) if given is None else given, 1, count - 1)
         around = (count // 6, self.exit_layer, count // 2) if given is None else (self.exit_layer,)
         self.layers = sorted({max(layer, 1) for layer in around})
+        self.num_exits, self.path = len(self.layers), f"{self.layers} {self.heads is not None}"
         super().bind(target)
-
-    @property
-    def num_exits(self) -> int:
-        return len(self.layers)
-
-    @property
-    def path(self) -> str:
-        return f"{self.layers} {self.heads is not None}"
 
     def leave(self, climb: Climb, state: State, depth: int) -> tuple[Tensor, Tensor, Tensor]:
         layer = self.exit_layer if state.exit is None else self.layers[state.exit]

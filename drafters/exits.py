@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -118,8 +118,8 @@ class ExitDrafter(ChainDrafter):
     heads: trained modules at the exits; None: the model's own norm and head. siblings, nodes: see ``Shape``.
     """
 
-    leaves_early: ClassVar[bool] = True
-    leaves_state: ClassVar[bool] = True
+    leaves_early = True
+    leaves_state = True
 
     def __init__(
         self, heads: ExitHeads | None = None, siblings: Sequence[int] | None = None, nodes: int | None = None
@@ -131,11 +131,6 @@ class ExitDrafter(ChainDrafter):
         if self.heads is not None:
             self.heads.to(target.device, target.dtype).requires_grad_(False).eval()
         self.vocabulary = DraftVocabulary(target, None if self.heads is None else self.heads.draft_vocab)
-
-    @property
-    @abstractmethod
-    def path(self) -> str:
-        """What the cost of drafting depends on."""
 
     @abstractmethod
     def leave(self, climb: Climb, state: State, depth: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -18,7 +18,7 @@ from specdec.errors import SpecDecError
 from specdec.target import Target
 
 
-class HybridDrafter:
+class HybridDrafter(Drafter):
     """Asks ``members`` in order and takes the first draft that has a token for every row, else the last one's.
 
     A round has one drafter for the whole batch: rows do not mix them.
@@ -29,6 +29,10 @@ class HybridDrafter:
 
     def __init__(self, members: Sequence[Drafter]) -> None:
         self.members = list(members)
+
+    @property
+    def label(self) -> str:
+        return "+".join(member.name for member in self.members)
 
     @classmethod
     def load(cls, target: Target, source: str | None = None, **given: Any) -> HybridDrafter:
@@ -46,22 +50,15 @@ class HybridDrafter:
         members = []
         for place, (name, own_source) in enumerate(parts, start=1):
             found = registry.lookup("drafters", name)
-            usual = getattr(found, "before_others", {}) if place < len(parts) else {}
+            usual = found.before_others if place < len(parts) else {}
             members.append(found.load(target, own_source, **{**usual, **given.get(name, {})}))
         return cls(members)
-
-    @property
-    def taps(self) -> tuple[int, ...]:
-        return tuple(sorted({layer for member in self.members for layer in member.taps}))
-
-    @property
-    def path(self) -> str:
-        """What the cost of drafting depends on."""
-        return "+".join(f"{member.name} {getattr(member, 'path', '')}" for member in self.members)
 
     def bind(self, target: Target) -> None:
         for member in self.members:
             member.bind(target)
+        self.taps = tuple(sorted({layer for member in self.members for layer in member.taps}))
+        self.path = "+".join(f"{member.name} {member.path}" for member in self.members)
 
     def start(self, batch: int) -> None:
         for member in self.members:

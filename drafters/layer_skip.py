@@ -99,12 +99,7 @@ class LayerSkipDrafter(ChainDrafter):
                 f"layer-skip must leave out some of the model's layers 0 .. {n - 1} or parts of them, not everything; "
                 f"got attn {sorted(self.attn)}, mlp {sorted(self.mlp)}"
             )
-        self.exit_layer = min(skipped)
-
-    @property
-    def path(self) -> str:
-        """What the cost of drafting depends on."""
-        return str(self.steps)
+        self.exit_layer, self.path = min(skipped), str(self.steps)
 
     def propose(self, state: State, limit: int) -> Draft:
         target, cache = state.target, state.cache

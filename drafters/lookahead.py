@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from specdec import options
-from specdec.draft import Draft, State
+from specdec.draft import Draft, Drafter, State
 from specdec.target import Target
 
 from .trie import merge
@@ -32,7 +32,7 @@ class _Row:
         self.random = random.Random(0)  # its own: a row does not depend on what else is in the batch
 
 
-class LookaheadDrafter:
+class LookaheadDrafter(Drafter):
     """Drafts n-grams from a pool that a Jacobi window of guesses fills as the text is generated.
 
     window: positions ahead that are guessed. ngram: tokens of an n-gram, >= 2. guesses: most n-grams drafted per round.
@@ -42,7 +42,6 @@ class LookaheadDrafter:
 
     name: ClassVar[str] = "lookahead"
     summary: ClassVar[str] = "Jacobi window and n-gram pool in the scoring pass; no training"
-    taps: tuple[int, ...] = ()
 
     def __init__(self, window: int = 4, ngram: int = 3, guesses: int = 4) -> None:
         self.window = options.whole("window", window, 1)

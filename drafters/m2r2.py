@@ -367,7 +367,7 @@ class M2R2Drafter(ChainDrafter):
     name: ClassVar[str] = "m2r2"
     summary: ClassVar[str] = "accelerated residual of the model itself; trained, shipped for the default model"
     training: ClassVar[str] = "specdec train m2r2"
-    leaves_early: ClassVar[bool] = True
+    leaves_early = True
 
     def __init__(
         self,
@@ -378,7 +378,12 @@ class M2R2Drafter(ChainDrafter):
         exit_confidence: float = 0.5,
     ) -> None:
         super().__init__(siblings, nodes)
-        self.network, self.path = network, network.path
+        self.network = network
+        path = network.path
+        self.path, self.num_exits = str(path), len(path.reach)
+        self.leaves_state = path.exit_layer > 0 and not path.segments
+        if network.leaps:  # else nothing reads a carry
+            self.taps = (*(lo for lo, _ in path.segments), network.num_layers)
         self.width = options.whole("width", width, 1)
         self.bar = options.probability("exit_confidence", exit_confidence)
         # The states of the last block's tokens, and which token the carry is of: to slice them costs more between two
@@ -402,21 +407,6 @@ class M2R2Drafter(ChainDrafter):
         artifacts.check_base(config, mark, str(folder))
         return cls(load_network(target, config, folder), **given)
 
-    @property
-    def leaves_state(self) -> bool:
-        """Whether drafted tokens leave with an exact state of the model, not only with an estimate of its last."""
-        return self.path.exit_layer > 0 and not self.path.segments
-
-    @property
-    def num_exits(self) -> int:
-        return len(self.path.reach)
-
-    @property
-    def taps(self) -> tuple[int, ...]:  # type: ignore[override]
-        if not self.network.leaps:  # nothing reads a carry
-            return ()
-        return (*(lo for lo, _ in self.path.segments), self.network.num_layers)
-
     def bind(self, target: Target) -> None:
         self.network.freeze(target)
         self.vocabulary = DraftVocabulary(target, self.network.draft_vocab)
@@ -433,7 +423,7 @@ class M2R2Drafter(ChainDrafter):
         self.vocabulary.follow(state)
         if self._grows(state):
             return self._tree(state, limit, self.block)
-        network, path, vocabulary = self.network, self.path, self.vocabulary
+        network, path, vocabulary = self.network, self.network.path, self.vocabulary
         passage = _Passage(network, state.target, state.cache, self._carry(self.block))
         bar = self.bar if state.threshold is None else state.threshold
         decides = network.routers is not None or len(path.reach) > 1
@@ -466,9 +456,10 @@ class M2R2Drafter(ChainDrafter):
 
     def _grows(self, state: State) -> bool:
         """Whether a draft grows level by level: it has to pay in scoring alone, and to be one greedy row's."""
+        path = self.network.path
         judged = state.threshold is None and state.sampler.plain_greedy and state.cache.batch == 1
         worth = bool(self.shape.nodes) or not waits(state.cache.device)  # what has grown is read before it is scored
-        return judged and worth and self.shape.siblings is None and not self.path.exit_layer and not self.path.exits
+        return judged and worth and self.shape.siblings is None and not path.exit_layer and not path.exits
 
     def _carry(self, block: Carry) -> Carry:
         """Of the token before each root."""
@@ -481,7 +472,7 @@ class M2R2Drafter(ChainDrafter):
         network, vocabulary, route = self.network, self.vocabulary, self.route
         if route is None or route.tokens is not vocabulary.tokens:  # the vocabulary has grown
             heads, tokens = vocabulary.heads, vocabulary.tokens
-            route = self.route = Route(network.frozen, self.path.segments, network.adapters, heads, tokens)
+            route = self.route = Route(network.frozen, network.path.segments, network.adapters, heads, tokens)
         seed = Seed(state.ids[0][-1], state.cache.rows[0], block.final, block.inputs, self.place)
         width = self.width if self.shape.nodes or state.spare else 1
         found = state.target.grow(state.cache, seed, route, Bounds(limit, width, state.confidence))
@@ -503,7 +494,7 @@ class M2R2Drafter(ChainDrafter):
 
         old = None if self.block is None else self._carry(self.block)
         final = at_last(self.taps[-1], old.final if old else None)
-        inputs = [at_last(lo, old.inputs[s] if old else None) for s, (lo, _) in enumerate(self.path.segments)]
+        inputs = [at_last(lo, old.inputs[s] if old else None) for s, (lo, _) in enumerate(self.network.path.segments)]
         self.block, self.place = Carry(final, inputs), 0
 
     def select(self, rows: list[int]) -> None:

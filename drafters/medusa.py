@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from specdec import artifacts, kernels, options
-from specdec.draft import Draft, State
+from specdec.draft import Draft, Drafter, State
 from specdec.embedded import one_line
 from specdec.errors import SpecDecError
 from specdec.kernels import rms_unit
@@ -74,7 +74,7 @@ class Medusa(nn.Module):
         self.frozen = kernels.frozen(self.weights[0].flatten(0, 1), self.biases[0].flatten())
 
 
-class MedusaDrafter:
+class MedusaDrafter(Drafter):
     """Drafts the tree that is expected to keep the most tokens for its number of nodes.
 
     accuracy[k][r]: how often choice r of head k is the model's own. nodes: nodes of the tree; None: as many as the
@@ -127,12 +127,6 @@ class MedusaDrafter:
         network = load_network(target, config, folder)
         return cls(network, config.get("accuracy", ()), given.get("nodes"))
 
-    @property
-    def path(self) -> str:
-        """What the cost of drafting depends on."""
-        vocab, shapes = self.network.draft_vocab, [tuple(weight.shape) for weight in self.network.weights]
-        return f"{shapes} {self.own is not None} {None if vocab is None else len(vocab)}"
-
     def bind(self, target: Target) -> None:
         self.taps = (target.num_layers,)
         network = self.network
@@ -144,7 +138,9 @@ class MedusaDrafter:
             self.norm = nn.Linear(network.width, network.width, bias=False, device="meta")
             one = torch.eye(network.width, device=target.device, dtype=target.dtype)
             self.norm.weight = nn.Parameter(one, requires_grad=False)
-        size = target.vocab_size if network.draft_vocab is None else len(network.draft_vocab)
+        vocab, shapes = network.draft_vocab, [tuple(weight.shape) for weight in network.weights]
+        self.path = f"{shapes} {self.own is not None} {None if vocab is None else len(vocab)}"
+        size = target.vocab_size if vocab is None else len(vocab)
         self.table = [row[:size] for row in self.accuracy]
         self.shapes: dict[tuple[int, int], tuple[tuple[int, ...], list[int], tuple[int, ...]]] = {}
         self.start(1)

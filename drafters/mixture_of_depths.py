@@ -55,7 +55,7 @@ class MixtureOfDepthsDrafter(ChainDrafter):
     name: ClassVar[str] = "mixture-of-depths"
     summary: ClassVar[str] = "the layers that a trained router chooses for each token"
     training: ClassVar[str] = "specdec train mixture-of-depths"
-    leaves_early: ClassVar[bool] = True
+    leaves_early = True
 
     def __init__(self, routers: Routers, siblings: Sequence[int] | None = None, nodes: int | None = None) -> None:
         super().__init__(siblings, nodes)
@@ -80,13 +80,9 @@ class MixtureOfDepthsDrafter(ChainDrafter):
         routers = artifacts.load(folder, target.vocab_size, lambda vocab: Routers(first, target, vocab))
         return cls(routers, **given)
 
-    @property
-    def path(self) -> str:
-        """What the cost of drafting depends on."""
-        return f"{self.routers.first} {float(self.routers.weight.sum())}"
-
     def bind(self, target: Target) -> None:
         self.routers.to(target.device, target.dtype).requires_grad_(False).eval()
+        self.path = f"{self.routers.first} {float(self.routers.weight.sum())}"
         self.vocabulary = DraftVocabulary(target, self.routers.draft_vocab)
 
     def start(self, batch: int) -> None:

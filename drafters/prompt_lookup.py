@@ -9,10 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
-from torch import Tensor
-
 from specdec import options
-from specdec.draft import Draft, State
+from specdec.draft import Draft, Drafter, State
 from specdec.errors import SpecDecError
 from specdec.target import Target
 
@@ -54,7 +52,7 @@ class _Store:
         self.tokens += len(text)
 
 
-class PromptLookupDrafter:
+class PromptLookupDrafter(Drafter):
     """Deterministic drafts by n-gram match, longest n-gram first, latest occurrence first.
 
     prompt_lookup_max / prompt_lookup_min: longest and shortest n-gram that is looked up (tokens).
@@ -66,7 +64,6 @@ class PromptLookupDrafter:
     name: ClassVar[str] = "prompt-lookup"
     summary: ClassVar[str] = "n-gram lookup in the prompt, the output and earlier requests; no training"
     before_others: ClassVar[dict[str, Any]] = {"prompt_lookup_min": 2}  # options where another drafter stands behind
-    taps: tuple[int, ...] = ()
 
     def __init__(
         self,
@@ -93,9 +90,6 @@ class PromptLookupDrafter:
         known = ("prompt_lookup_max", "prompt_lookup_min", "continuations", "store")
         options.check(cls.name, given, known, source)
         return cls(**given)
-
-    def bind(self, target: Target) -> None:
-        pass
 
     def start(self, batch: int) -> None:
         if self.store is not None:
@@ -131,9 +125,6 @@ class PromptLookupDrafter:
                 key = tuple(ids[-n:])
                 for index in indexes:
                     yield from index.places.get(key, ())
-
-    def observe(self, paths: list[list[int]], taps: dict[int, Tensor]) -> None:
-        pass
 
     def select(self, rows: list[int]) -> None:
         self.indexes, self.seen = [self.indexes[i] for i in rows], [self.seen[i] for i in rows]

@@ -59,11 +59,8 @@ class SkipDecodeDrafter(ExitDrafter):
         self.high = options.whole("deepest", high, 1, count - 1)
         if self.low > self.high:
             raise SpecDecError(f"the exit falls from deepest to shallowest; got {self.high} and {self.low}")
+        self.path = f"{self.low} {self.high} {self.horizon}"
         super().bind(target)
-
-    @property
-    def path(self) -> str:
-        return f"{self.low} {self.high} {self.horizon}"
 
     def start(self, batch: int) -> None:
         super().start(batch)

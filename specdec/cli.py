@@ -361,7 +361,7 @@ def generate(
             "token_ids": output.token_ids,
             "finish_reason": output.finish_reason,
             "model": model,
-            "drafter": report.drafter(decoder),
+            "drafter": decoder.drafter.label,
             "drafter_source": _source(decoder, drafter) or None,
             "drafter_options": drafter_options,
             "tuned": None if tuned is None else asdict(tuned),
@@ -387,7 +387,7 @@ def generate(
 
 def _source(decoder: SpecDecoder, asked: str) -> str:
     """What the drafter was asked for by, where that is not its name: a folder, or NAME=SOURCE."""
-    return "" if asked == report.drafter(decoder) else asked
+    return "" if asked == decoder.drafter.label else asked
 
 
 def _utf8(name: str, text: str) -> str:
@@ -579,8 +579,8 @@ def drafters(as_json: AsJson = False) -> None:
 def _drafter(name: str) -> dict[str, Any]:
     try:
         found = registry.lookup("drafters", name)
-        summary, training = getattr(found, "summary", ""), getattr(found, "training", None)
-    except (ImportError, AttributeError) as error:  # one broken plug-in must not hide the others
+        summary, training = found.summary, found.training
+    except (ImportError, AttributeError, SpecDecError) as error:  # one broken plug-in must not hide the others
         summary, training = f"cannot be loaded: {error}", None
     shipped = Path(str(files("specdec.drafters"))) / "pretrained" / name
     return {

@@ -52,7 +52,7 @@ def costs(target: Target, drafter: Drafter, verifier: Verifier) -> Costs:
         score = {int(n): float(s) for n, s in kept["score"].items()}
         found = Costs(score, _pairs(kept["drafts"]), tuple(map(_pairs, kept["accepted"])))
         good = all(0 <= share <= 1 and seen > 0 for known in found.accepted for share, seen in known)
-        whole = set(found.score) == set(ROWS) and len(found.drafts) == num_exits(drafter)
+        whole = set(found.score) == set(ROWS) and len(found.drafts) == drafter.num_exits
         if whole and good and min(found.score.values()) > 0 and min(map(min, found.drafts)) >= 0:
             return found
     except (ValueError, KeyError, AttributeError, TypeError):
@@ -82,11 +82,6 @@ def mend(target: Target, drafter: Drafter, kept: Costs, policy: AutoDepth) -> Co
     return mended
 
 
-def num_exits(drafter: Drafter) -> int:
-    """Exits that a controller may choose from: each has costs of its own."""
-    return int(getattr(drafter, "num_exits", 1))
-
-
 def _pairs(given: Any) -> tuple[tuple[float, float], ...]:
     return tuple((float(a), float(b)) for a, b in given)
 
@@ -110,7 +105,7 @@ def measure(target: Target, drafter: Drafter, verifier: Verifier) -> Costs:
     The least counts: whatever else runs only ever makes a pass slower.
     """
     score: dict[int, list[float]] = {n: [] for n in ROWS}
-    exits: list[int | None] = [*range(num_exits(drafter))] if num_exits(drafter) > 1 else [None]
+    exits: list[int | None] = [*range(drafter.num_exits)] if drafter.num_exits > 1 else [None]
     drafts: dict[tuple[int | None, int], list[float]] = {(exit, depth): [] for exit in exits for depth in (1, DRAFTED)}
     start, rounds = time.perf_counter(), 0
     while rounds < REPEATS or time.perf_counter() - start < PATIENCE:
@@ -139,7 +134,7 @@ def _line(one: float, each: float) -> tuple[float, float]:
 def _what(target: Target, drafter: Drafter) -> str:
     """What the figures depend on."""
     what = f"{measured.machine(target.device)} {target.runtime} {target.storage} {target.dtype} {target.fingerprint}"
-    what += f" {drafter.name} {getattr(drafter, 'path', '')}"
+    what += f" {drafter.name} {drafter.path}"
     if target.experts is not None:  # more rows need more experts: what loading them takes is part of the cost
         what += f" {target.experts.describe()}"
     return what

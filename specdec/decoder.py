@@ -39,7 +39,7 @@ CONSTRUCTOR = {
         "a loaded model; SpecDecoder.from_pretrained loads one by name",
         lambda value: callable(value.get_output_embeddings),  # wrapped ones, too
     ),
-    "drafter": _PATH | options.Kind("a Drafter", lambda value: callable(value.propose)),
+    "drafter": _PATH | options.instance("a Drafter", Drafter),
     "drafter_options": _MAPPING,
     "runtime": options.TEXT,
     "weights": options.TEXT,
@@ -234,14 +234,14 @@ class SpecDecoder:
             name, source = parts[0] if len(parts) == 1 else ("hybrid", text)
             drafter = cast(Drafter, registry.lookup("drafters", name).load(self.target, source, **given))
         unscored = self.verifier.threshold is not None
-        if unscored and drafter.name != "none" and not getattr(drafter, "leaves_early", False):
+        if unscored and drafter.drafts and not drafter.leaves_early:
             raise SpecDecError(
                 f"verifier '{self.verifier.name}' judges nothing, so it takes a drafter that leaves the model early "
                 "and knows how sure it is (m2r2, m2r2-paper, early-exit, deed, skip-decode, mixture-of-depths); "
                 f"'{drafter.name}' does not"
             )
         drafter.bind(self.target)
-        if self.verifier.propagates and not getattr(drafter, "leaves_state", drafter.name == "none"):
+        if self.verifier.propagates and drafter.drafts and not drafter.leaves_state:
             raise SpecDecError(
                 "states are propagated from the layer at which a token leaves (early-exit, deed, skip-decode, "
                 f"m2r2-paper); '{drafter.name}' leaves no state there; use fill=exact"
@@ -399,7 +399,7 @@ class SpecDecoder:
     def _policy(self, num_speculative_tokens: int | str) -> DepthPolicy:
         if num_speculative_tokens != "auto":
             return FixedDepth(int(num_speculative_tokens))
-        if self.drafter.name == "none":
+        if not self.drafter.drafts:
             return FixedDepth(0)
         if self.verifier.threshold is not None:
             return FixedDepth(AutoDepth.MOST)  # the drafter's confidence ends a draft

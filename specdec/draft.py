@@ -6,8 +6,9 @@ indices 1 .. M are the draft's nodes in topological order.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -135,32 +136,54 @@ class State:
         return upload([[ids[-1], *(max(token, 0) for token in tokens)] for ids, tokens in rows], device), positions
 
 
-class Drafter(Protocol):
-    """Proposes tokens. ``taps`` names the layers whose input states it wants to observe.
+class Drafter(ABC):
+    """Proposes tokens. A subclass implements ``propose``; the other methods do nothing unless it overrides them.
 
-    N stands for the final state, N + 1 for the logits [B, 1 + M, V] of a round (a prompt has none: an empty tensor).
-    A drafter may have ``num_exits``: it then keeps to ``State.exit``.
+    name: as in the registry. summary: one line about it. training: the command that trains one; None: it needs none.
+    before_others: options that differ where another drafter stands behind it (``HybridDrafter``).
+    drafts: False for the drafter that never proposes anything.
+    taps: layers whose input states ``observe`` receives; N stands for the final state, N + 1 for the logits
+        [B, 1 + M, V] of a step (a prompt has none: an empty tensor).
+    num_exits: exits to choose from; if there are several, the drafter keeps to ``State.exit``.
+    leaves_early: tokens may leave the model early, with a confidence (``State.threshold``). leaves_state: they leave
+        with an exact state of the model. stateless: nothing is kept by row, so rows may join a generation.
+    path: what the cost of drafting depends on, beside the name.
     """
 
     name: ClassVar[str]
-    taps: tuple[int, ...]
+    summary: ClassVar[str] = ""
+    training: ClassVar[str | None] = None
+    before_others: ClassVar[dict[str, Any]] = {}
+    drafts: ClassVar[bool] = True
+    taps: tuple[int, ...] = ()
+    num_exits: int = 1
+    leaves_early: bool = False
+    leaves_state: bool = False
+    stateless: bool = False
+    path: str = ""
 
-    def bind(self, target: Target) -> None:
+    @property
+    def label(self) -> str:
+        """The name, for people; of joined drafters the names of all."""
+        return self.name
+
+    def bind(self, target: Target) -> None:  # noqa: B027 (optional)
         """Attach to a target once; raise SpecDecError if the two do not fit."""
 
-    def start(self, batch: int) -> None:
+    def start(self, batch: int) -> None:  # noqa: B027 (optional)
         """Begin a generation of ``batch`` rows; forget the previous one."""
 
+    @abstractmethod
     def propose(self, state: State, limit: int) -> Draft:
         """Draft at most ``limit`` >= 1 tokens in depth after each row's root."""
 
-    def observe(self, paths: list[list[int]], taps: dict[int, Tensor]) -> None:
-        """See the states [B, T, D] at the tapped layers of a block just run (prompt or round), and what was kept.
+    def observe(self, paths: list[list[int]], taps: dict[int, Tensor]) -> None:  # noqa: B027 (optional)
+        """Receive the states [B, T, D] at the tapped layers of a block just run (prompt or step), and what is accepted.
 
         Layers below the exit layer of a draft with states are not run again, so their taps stay empty.
         """
 
-    def select(self, rows: list[int]) -> None:
+    def select(self, rows: list[int]) -> None:  # noqa: B027 (optional)
         """Keep only ``rows`` of the batch."""
 
 

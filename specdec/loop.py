@@ -86,7 +86,7 @@ class Loop:
 
         They are numbered after those there are. For drafters that keep nothing per row (``stateless``).
         """
-        assert self.drafter is None or getattr(self.drafter, "stateless", False), "this drafter's rows begin together"
+        assert self.drafter is None or self.drafter.stateless, "this drafter's rows begin together"
         first, state = len(self.metrics), self.state
 
         def stop(row: int, token: int) -> str | None:

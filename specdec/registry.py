@@ -56,8 +56,14 @@ def lookup(kind: str, name: str) -> Any:
         raise SpecDecError(
             f"unknown {kind[:-1]} '{name}'{did_you_mean(name, known)}; known: {', '.join(sorted(known))}"
         )
+    from specdec.draft import Drafter, Verifier  # heavy
+
     module, _, attribute = known[name].partition(":")
-    return getattr(importlib.import_module(module), attribute)
+    found = getattr(importlib.import_module(module), attribute)
+    base = Drafter if kind == "drafters" else Verifier
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise SpecDecError(f"{kind[:-1]} '{name}' ({known[name]}) is not a subclass of specdec.draft.{base.__name__}")
+    return found
 
 
 def verifier(rule: str | Verifier, options: Mapping[str, Any] | None = None, exact: bool = False) -> Verifier:
@@ -110,7 +116,7 @@ def refuse_early(drafter: str, config: Any, name: str) -> None:
 
     for part, source in parse(drafter):
         found = lookup("drafters", part)
-        if source is None and getattr(found, "training", None) and not artifacts.may_be_shipped(part, config):
+        if source is None and found.training and not artifacts.may_be_shipped(part, config):
             model = SimpleNamespace(config=SimpleNamespace(_name_or_path=name))
             unloaded = SimpleNamespace(fingerprint="", model=model)
             with suppress(AttributeError):  # it looks further: it can do without

@@ -124,7 +124,7 @@ def statistics(
             ("mean acceptance length", f"{m.mean_acceptance_length:.2f}"),
             ("acceptance rate", rate),
             ("rounds", str(m.num_spec_steps)),
-            ("drafter", drafter(decoder) + (f" (from {source})" if source else "")),
+            ("drafter", decoder.drafter.label + (f" (from {source})" if source else "")),
             ("runtime", " ".join(list(runtime(decoder).values())[:3]) + f", weights {_held(decoder)}"),
         ]
     ]
@@ -180,22 +180,16 @@ def experts(what: str, figures: dict[str, float]) -> Facts:
     ]
 
 
-def drafter(decoder: SpecDecoder) -> str:
-    """The drafter that ran, by name; joined ones with their members' names."""
-    members = getattr(decoder.drafter, "members", None)
-    return "+".join(member.name for member in members) if members else decoder.drafter.name
-
-
 def unaccepted(decoder: SpecDecoder, output: GenerationOutput) -> str:
     """What to do about a drafter of whose tokens none was accepted; empty where some were, or too few were drafted."""
     m = output.metrics
     if m.num_draft_tokens < ENOUGH or m.num_accepted_draft_tokens:
         return ""
-    trained = getattr(decoder.drafter, "training", None)
-    advice = f"train one for this model ({trained})" if trained else "'specdec drafters' lists others"
+    training = decoder.drafter.training
+    advice = f"train one for this model ({training})" if training else "'specdec drafters' lists others"
     return (
-        f"none of the {m.num_draft_tokens} tokens that {drafter(decoder)} drafted was accepted: it does not fit this "
-        f"model or this prompt; {advice}, or decode plainly (--drafter none)"
+        f"none of the {m.num_draft_tokens} tokens that {decoder.drafter.label} drafted was accepted: it does not fit "
+        f"this model or this prompt; {advice}, or decode plainly (--drafter none)"
     )
 
 

@@ -26,7 +26,7 @@ from tiny_gguf import NAME, write_gguf
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from specdec import convert, embedded, measured
-from specdec.costs import Costs, num_exits
+from specdec.costs import Costs
 from specdec.draft import Draft, Drafter, State, Verifier
 from specdec.experts.store import ExpertStore
 from specdec.target import Target
@@ -149,7 +149,7 @@ def scripted_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Automatic depth rests on these figures instead of timing the tiny model: one more scored token is cheap."""
 
     def given(target: Target, drafter: Drafter, verifier: Verifier) -> Costs:
-        return Costs({n: 1 + 0.02 * n for n in (1, 2, 4, 8, 16)}, ((0.1, 0.1),) * num_exits(drafter))
+        return Costs({n: 1 + 0.02 * n for n in (1, 2, 4, 8, 16)}, ((0.1, 0.1),) * drafter.num_exits)
 
     monkeypatch.setattr("specdec.decoder.costs", given)
     monkeypatch.setattr("specdec.decoder.mend", lambda target, drafter, kept, policy: kept)
@@ -207,26 +207,13 @@ def cache(published, tmp_path, monkeypatch) -> SimpleNamespace:
     return state
 
 
-class Scripted:
+class Scripted(Drafter):
     """A drafter that proposes what ``script(ids, limit)`` returns for each row: [(token, parent block index), ...]."""
 
     name = "scripted"
-    taps: tuple[int, ...] = ()
 
     def __init__(self, script):
         self.script = script
-
-    def bind(self, target):
-        pass
-
-    def start(self, batch):
-        pass
-
-    def observe(self, paths, taps):
-        pass
-
-    def select(self, rows):
-        pass
 
     def propose(self, state: State, limit: int) -> Draft:
         rows = [self.script(ids, limit) for ids in state.ids]

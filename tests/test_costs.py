@@ -89,7 +89,9 @@ def test_timing_goes_on_until_the_least_was_reached_twice(monkeypatch) -> None:
     monkeypatch.setattr(costs, "PATIENCE", 1e9)
     monkeypatch.setattr(costs, "time_scoring", scoring)
     monkeypatch.setattr(costs, "time_drafting", lambda *args: 1.2)
-    assert costs.measure(None, None, None) == costs.Costs({n: 6 + 0.1 * n for n in costs.ROWS}, ((1.2, 1.2),))
+    assert costs.measure(None, Mock(num_exits=1), None) == costs.Costs(
+        {n: 6 + 0.1 * n for n in costs.ROWS}, ((1.2, 1.2),)
+    )
     assert next(rounds) == 6
 
 

@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 from zoo import PROMPTS, heads, routers, run
 
 from specdec import SpecDecError, SpecDecoder, artifacts
-from specdec.costs import num_exits
 from specdec.draft import Drafter
 from specdec.drafters.deed import DeedDrafter
 from specdec.drafters.early_exit import EarlyExitDrafter
@@ -70,9 +69,9 @@ def test_no_token_goes_beyond_the_exit_that_the_controller_chose(llama: PreTrain
     ):
         target = ReferenceTarget(llama)
         drafter.bind(target)
-        chosen = exit if num_exits(drafter) > 1 else None  # as AutoDepth has it
+        chosen = exit if drafter.num_exits > 1 else None  # as AutoDepth has it
         calls = calls_of(target, drafter, exit=chosen)
-        assert num_exits(drafter) == len(set(layers))
+        assert drafter.num_exits == len(set(layers))
         drafted = itertools.takewhile(lambda call: call[1] < 4, calls)
         assert max(end for _, end, _ in drafted) == (usual if chosen is None else layers[chosen])
 

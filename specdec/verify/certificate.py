@@ -42,7 +42,7 @@ class Certificate:
     def __init__(self, decoder: SpecDecoder, plan: Plan) -> None:
         self.decoder, self.plan = decoder, plan
         self.dtype = decoder.target.dtype
-        depths = plan.depths if decoder.drafter.name != "none" else plan.depths[:1]
+        depths = plan.depths if decoder.drafter.drafts else plan.depths[:1]
         self.greedy = [Greedy(depth, self.dtype == torch.float32) for depth in depths]
         self.fits: list[Fit] = []
         self.complete = False
