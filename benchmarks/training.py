@@ -27,25 +27,26 @@ from specdec.costs import Costs, measure
 from specdec.train import data, states
 from specdec.train.m2r2 import M2R2Settings, path_of, wanted_states
 from specdec.train.runtime import training_target
-from specdec.train.settings import load_settings
+from specdec.train.settings import TrainSettings, load_settings
 from specdec.train.speed import predict
 from specdec.train.trainer import train
 
+DEFAULTS = TrainSettings()
 SHARE = 0.154  # of the answers, where a row says nothing else
 SHORT = {"fit_tokens": 40_000, "eval_answers": 40}
-LEAP: dict[str, Any] = {"search": False, "segments": [[20, 24]], "final_leap": True, **SHORT}
+PROJECTED: dict[str, Any] = {"segments": [[20, 24]], "final_leap": True, **SHORT}
 ROWS: dict[str, tuple[str, float, dict[str, Any]]] = {  # name: preset, share of the answers, settings
-    "20-23, rank 56": ("m2r2", SHARE, LEAP),
-    "20-22": ("m2r2", SHARE, LEAP | {"segments": [[20, 23]]}),
-    "20-24": ("m2r2", SHARE, LEAP | {"segments": [[20, 25]]}),
-    "20-23, rank 16": ("m2r2", SHARE, LEAP | {"rank": 16}),
+    "20-23, rank 56": ("m2r2", SHARE, PROJECTED),
+    "20-22": ("m2r2", SHARE, PROJECTED | {"segments": [[20, 23]]}),
+    "20-24": ("m2r2", SHARE, PROJECTED | {"segments": [[20, 25]]}),
+    "20-23, rank 16": ("m2r2", SHARE, PROJECTED | {"rank": 16}),
     "m2r2-paper (exit 6)": ("m2r2-paper", SHARE, SHORT),
-    "half of the answers": ("m2r2", SHARE / 2, LEAP),
-    "exit 3, 20-23": ("m2r2", SHARE, LEAP | {"exit_layer": 3}),
-    "20-23, rank 32": ("m2r2", SHARE, LEAP | {"rank": 32}),
-    "20-23, rank 64": ("m2r2", SHARE, LEAP | {"rank": 64}),
-    "a quarter of the answers": ("m2r2", SHARE / 4, LEAP),
-    "2.3 times the answers": ("m2r2", 0.35, LEAP),
+    "half of the answers": ("m2r2", SHARE / 2, PROJECTED),
+    "exit 3, 20-23": ("m2r2", SHARE, PROJECTED | {"exit_layer": 3}),
+    "20-23, rank 32": ("m2r2", SHARE, PROJECTED | {"rank": 32}),
+    "20-23, rank 64": ("m2r2", SHARE, PROJECTED | {"rank": 64}),
+    "a quarter of the answers": ("m2r2", SHARE / 4, PROJECTED),
+    "2.3 times the answers": ("m2r2", 0.35, PROJECTED),
 }
 
 
@@ -66,7 +67,7 @@ def answers_file(output: Path, share: float) -> Path:
 def write_answers(prompts: Path, output: Path) -> None:
     """A file for each share: all answers that are held out, and the first of the others in an order drawn once."""
     answers = [a for a in data.read([prompts]) if isinstance(a, data.Answer) and len(a.response_ids) > 1]
-    train_, held = data.split(answers, M2R2Settings.eval_fraction)
+    train_, held = data.split(answers, DEFAULTS.eval_fraction)
     random.Random(0).shuffle(train_)
     for share in {share for _, share, _ in ROWS.values()}:
         if answers_file(output, share).exists():
@@ -78,7 +79,7 @@ def write_answers(prompts: Path, output: Path) -> None:
 
 def share_states(output: Path, names: list[str], steps: int) -> None:
     """Compute the teacher states of all rows with the same answers, and have their folders point there."""
-    model, _ = hub.load(M2R2Settings.model, dtype=M2R2Settings.dtype, device="cpu")
+    model, _ = hub.load(DEFAULTS.model, dtype=DEFAULTS.dtype, device="cpu")
     target = training_target(model)
     for share in dict.fromkeys(ROWS[name][1] for name in names):
         rows = [name for name in names if ROWS[name][1] == share]
@@ -118,7 +119,7 @@ def run(prompts: Path, output: Path, steps: int, names: list[str]) -> None:
 
 def measured(output: Path, names: list[str]) -> dict[str, Costs]:
     """What drafting and scoring cost with each row's drafter: the least of two visits; scoring is the same for all."""
-    model, _ = hub.load(M2R2Settings.model, dtype=M2R2Settings.dtype, device="cpu")
+    model, _ = hub.load(DEFAULTS.model, dtype=DEFAULTS.dtype, device="cpu")
     found: dict[str, list[Costs]] = {name: [] for name in names}
     for name in names * 2:
         decoder = SpecDecoder(model, None, drafter=folder(output, name))
@@ -132,7 +133,9 @@ def table(output: Path) -> None:
     rows = []
     names = [name for name in ROWS if (folder(output, name) / "seconds").exists()]
     costs = measured(output, names)
-    print("| row | draft cost | tokens learnt from | agreement, steps 1-4 | 1 - TV | tokens a round | predicted |")
+    print(
+        "| row | draft cost | tokens learnt from | agreement, steps 1-4 | 1 - TV | mean acceptance length | predicted |"
+    )
     print("|---|---|---|---|---|---|---|")
     for name in names:
         figures = [

@@ -10,6 +10,8 @@ from specdec.draft import Drafter
 from specdec.errors import SpecDecWarning
 from specdec.target import Target
 
+from . import trained
+
 
 class AutoDrafter(Drafter):
     """Loads another drafter; nothing is drafted by this one."""
@@ -23,10 +25,9 @@ class AutoDrafter(Drafter):
         options.check(cls.name, (), source=source)
         name = "prompt-lookup" if artifacts.shipped("m2r2", target.fingerprint) is None else "m2r2"
         if name == "prompt-lookup":
-            base = target.model.config._name_or_path or "MODEL"
             warnings.warn(
                 "no trained drafter is shipped for this model, so prompt-lookup drafts; to train one: "
-                f"specdec train m2r2 --model {base} --prompts FILE --output DIR",
+                f"{trained.command('specdec train m2r2', target)}",
                 SpecDecWarning,
                 stacklevel=2,
             )

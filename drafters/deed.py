@@ -2,31 +2,30 @@
 
 Each exit has a trained adaptation module; all share one head. A token that goes deeper finds the deeper features of the
 draft's earlier tokens computed just in time. The paper trains a model together with its exits; here the base stays
-frozen, drafts are verified (or stand, under a confident verifier), and their states are reused.
+frozen, drafts are verified (or accepted unscored, under a confident verifier), and their states are reused.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from specdec import artifacts, options
+from specdec import options
 from specdec.draft import State
-from specdec.errors import SpecDecError
 from specdec.target import Target
 
+from . import trained
 from .chain import SHAPE, first_sure
-from .exits import Climb, ExitDrafter, ExitHeads
+from .exits import ExitDrafter, ExitHeads, PartialPass
 
 
 class DeedDrafter(ExitDrafter):
     """Drafts a chain whose tokens leave at the first exit that is sure of its best token, or at the last.
 
-    exit_confidence: how sure, in [0, 1]; where drafts stand unjudged, the verifier's threshold takes its place. Which
+    exit_confidence: how sure, in [0, 1]; where drafts are not verified, the verifier's threshold takes its place. Which
         exit is the last, is for the controller to choose (``State.exit``).
     siblings, nodes: see ``Shape``.
     """
@@ -50,20 +49,13 @@ class DeedDrafter(ExitDrafter):
     def load(cls, target: Target, source: str | None = None, **given: Any) -> DeedDrafter:
         """From a drafter folder, or the one shipped for the target. Raises SpecDecError if there is none."""
         options.check(cls.name, given, ("exit_confidence", *SHAPE))
-        folder = Path(source) if source is not None else artifacts.shipped(cls.name, target.fingerprint)
-        if folder is None:
-            name = target.model.config._name_or_path or "MODEL"
-            raise SpecDecError(
-                f"drafter 'deed' needs trained exits and none are shipped for this model; train them: {cls.training} "
-                f"--model {name} --prompts FILE --output DIR, then pass --drafter DIR"
-            )
-        return cls(ExitHeads.load(target, folder, cls.name), **given)
+        return cls(ExitHeads.load(target, trained.find(cls, target, source), cls.name), **given)
 
-    def leave(self, climb: Climb, state: State, depth: int) -> tuple[Tensor, Tensor, Tensor]:
+    def leave(self, tokens: PartialPass, state: State, depth: int) -> tuple[Tensor, Tensor, Tensor]:
         bar = self.bar if state.threshold is None else state.threshold
 
         def read(index: int) -> tuple[Tensor, ...]:
-            logits, sure = self.read(climb.to(self.exits[index]), index)
+            logits, sure = self.read(tokens.to(self.exits[index]), index)
             return sure, logits, torch.full_like(sure, self.exits[index], dtype=torch.long)
 
         sure, logits, layers = first_sure(read, self.num_exits if state.exit is None else state.exit + 1, bar)

@@ -19,7 +19,7 @@ from specdec.errors import SpecDecError
 from specdec.target import Target
 
 from .chain import SHAPE
-from .exits import Climb, ExitDrafter, ExitHeads
+from .exits import ExitDrafter, ExitHeads, PartialPass
 
 
 class EarlyExitDrafter(ExitDrafter):
@@ -63,7 +63,7 @@ class EarlyExitDrafter(ExitDrafter):
         self.num_exits, self.path = len(self.layers), f"{self.layers} {self.heads is not None}"
         super().bind(target)
 
-    def leave(self, climb: Climb, state: State, depth: int) -> tuple[Tensor, Tensor, Tensor]:
+    def leave(self, tokens: PartialPass, state: State, depth: int) -> tuple[Tensor, Tensor, Tensor]:
         layer = self.exit_layer if state.exit is None else self.layers[state.exit]
-        logits, sure = self.read(climb.to(layer))
+        logits, sure = self.read(tokens.to(layer))
         return logits, sure, torch.full_like(sure, layer, dtype=torch.long)

@@ -1,6 +1,6 @@
 """Drafting through the model's first layers: what every drafter that leaves the model early shares.
 
-A drafted token climbs layer by layer and leaves at an exit; its readout there is the draft. What it has computed is
+A drafted token runs layer by layer and leaves at an exit; its readout there is the draft. What it has computed is
 exact: it is kept, and scoring resumes where the deepest token left. Layers that earlier tokens of the draft have not
 run are run for all of them at once, just in time, when a later token goes deeper (DEED, Tang et al. 2023, arXiv
 2311.08623). Knows nothing of acceptance.
@@ -24,12 +24,13 @@ from specdec.errors import SpecDecError
 from specdec.kernels import rms_unit
 from specdec.target import Target
 
+from . import trained
 from .chain import ChainDrafter, best_probability
 from .vocabulary import DraftVocabulary
 
 
-class Climb:
-    """The tokens of a draft on their way up. Earlier tokens are never below later ones."""
+class PartialPass:
+    """The tokens of a draft, each run through some of the layers. Earlier tokens are never below later ones."""
 
     def __init__(self, target: Target, cache: KVCache) -> None:
         self.target, self.cache = target, cache
@@ -95,10 +96,7 @@ class ExitHeads(nn.Module):
     @classmethod
     def load(cls, target: Target, folder: Path, drafter: str) -> ExitHeads:
         """From a folder of ``drafter``. Raises SpecDecError if it is another's, or its files do not fit the target."""
-        config = artifacts.read_config(folder)
-        if config["drafter"] != drafter:
-            raise SpecDecError(f"'{folder}' holds a '{config['drafter']}' drafter, not a {drafter} one")
-        artifacts.check_base(config, target.fingerprint, str(folder))
+        config = trained.read_config(folder, drafter, target)
         width = artifacts.inner("width", config.get("width"), target.hidden_size)
         exits = check_exits(config.get("exits"), target.num_layers)
         return artifacts.load(folder, target.vocab_size, lambda vocab: cls(exits, width, target, vocab))
@@ -133,8 +131,8 @@ class ExitDrafter(ChainDrafter):
         self.vocabulary = DraftVocabulary(target, None if self.heads is None else self.heads.draft_vocab)
 
     @abstractmethod
-    def leave(self, climb: Climb, state: State, depth: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Take the last token of ``climb``, ``depth`` tokens after the root, to where it leaves.
+    def leave(self, tokens: PartialPass, state: State, depth: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Take the last token of ``tokens``, ``depth`` tokens after the root, to where it leaves.
 
         Returns its draft logits [B, V'], the probability [B, 1] that their best token is the full model's, and the
         layers it went through, int64 [B, 1].
@@ -151,18 +149,18 @@ class ExitDrafter(ChainDrafter):
 
     def propose(self, state: State, limit: int) -> Draft:
         self.vocabulary.follow(state)
-        climb, certainty = Climb(state.target, state.cache), torch.empty(0)
+        tokens, certainty = PartialPass(state.target, state.cache), torch.empty(0)
         layers: list[Tensor] = []
 
         def step(token: Tensor, positions: Tensor) -> Tensor:
             nonlocal certainty
-            climb.push(token, positions)
-            logits, certainty, run = self.leave(climb, state, len(layers))
+            tokens.push(token, positions)
+            logits, certainty, run = self.leave(tokens, state, len(layers))
             layers.append(run)
             return logits
 
         draft = self.chain(state, limit, step, self.vocabulary.tokens, lambda logits: certainty)
-        draft.states, draft.exit_layer = climb.finish()
+        draft.states, draft.exit_layer = tokens.finish()
         if state.threshold is not None:
             draft.layers = torch.cat(layers, 1)[:, : draft.tokens.shape[1]]
         return draft

@@ -5,7 +5,7 @@ the paper), and an output head. Ours share the model's own final norm and output
 that a folder holds the blocks alone, and their first block may also read the embedding of the root (as in Hydra, arXiv
 2402.05109, at no cost for all heads at once). Public checkpoints, with an output head for each, are read as they are.
 The tree's shape follows from how often a head's first, second, ... choice was seen to be right. Its nodes are certain
-(no distribution goes with them), which the exact rule judges without bias.
+(no distribution goes with them), which the exact rule verifies without bias.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from specdec.target import Target
 from specdec.transfer import upload
 from specdec.trees import best_tree
 
+from . import trained
 from .vocabulary import DraftVocabulary
 
 HEADS, BLOCKS = 64, 16  # most heads that are read, and blocks of each
@@ -108,24 +109,17 @@ class MedusaDrafter(Drafter):
         anything missing, broken or made for another model.
         """
         options.check(cls.name, given, ("nodes", "revision"))
-        mark, revision = target.fingerprint, given.get("revision")
-        folder, named = (artifacts.shipped(cls.name, mark), "") if source is None else _folder(source, revision)
+        revision, nodes = given.get("revision"), given.get("nodes")
         if source is None and revision is not None:
             raise SpecDecError("option 'revision' goes with Medusa heads by Hugging Face id: --drafter medusa=ID")
-        if folder is None:
-            name = target.model.config._name_or_path or "MODEL"
-            raise SpecDecError(
-                f"no Medusa drafter is shipped for this model; train one: specdec train medusa --model {name} "
-                "--prompts FILE --output DIR, then pass --drafter DIR; or name public heads: --drafter medusa=FOLDER"
-            )
-        public = _public_config(folder)
-        if public is not None:
+        folder, named = (trained.find(cls, target, None), "") if source is None else _folder(source, revision)
+        if (public := _public_config(folder)) is not None:
             network, own = _read_public(folder, public, target)
-            return cls(network, ASSUMED[: network.heads], given.get("nodes"), own, named)
-        config = artifacts.read_config(folder)
-        artifacts.check_base(config, mark, str(folder))
-        network = load_network(target, config, folder)
-        return cls(network, config.get("accuracy", ()), given.get("nodes"))
+            return cls(network, ASSUMED[: network.heads], nodes, own, named)
+        config = trained.read_config(folder, cls.name, target)
+        heads, layers = _counts(config.get("heads"), config.get("layers"))
+        make = lambda vocab: Medusa(target.hidden_size, heads, layers, bool(config.get("rooted")), vocab)  # noqa: E731
+        return cls(artifacts.load(folder, target.vocab_size, make), config.get("accuracy", ()), nodes)
 
     def bind(self, target: Target) -> None:
         self.taps = (target.num_layers,)
@@ -186,15 +180,6 @@ class MedusaDrafter(Drafter):
     def select(self, rows: list[int]) -> None:
         if self.final is not None:
             self.final = self.final[rows]
-
-
-def load_network(target: Target, config: dict[str, Any], folder: Path) -> Medusa:
-    """The network that a drafter folder with this config holds. Raises SpecDecError if its files do not fit."""
-    if config.get("drafter") != "medusa":
-        raise SpecDecError(f"'{folder}' holds a '{config.get('drafter')}' drafter, not a medusa one")
-    heads, layers = _counts(config.get("heads"), config.get("layers"))
-    make = lambda vocab: Medusa(target.hidden_size, heads, layers, bool(config.get("rooted")), vocab)  # noqa: E731
-    return artifacts.load(folder, target.vocab_size, make)
 
 
 def _counts(heads: Any, layers: Any) -> tuple[int, int]:

@@ -9,7 +9,6 @@ sequence for each layer; that looks ahead, so here a token runs a layer where it
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -18,10 +17,10 @@ from torch.nn import functional as F
 
 from specdec import artifacts, options
 from specdec.draft import Draft, State
-from specdec.errors import SpecDecError
 from specdec.kernels import rms_unit
 from specdec.target import Target
 
+from . import trained
 from .chain import SHAPE, ChainDrafter
 from .vocabulary import DraftVocabulary
 
@@ -65,18 +64,8 @@ class MixtureOfDepthsDrafter(ChainDrafter):
     def load(cls, target: Target, source: str | None = None, **given: Any) -> MixtureOfDepthsDrafter:
         """From a drafter folder, or the one shipped for the target. Raises SpecDecError if there is none."""
         options.check(cls.name, given, SHAPE)
-        folder = Path(source) if source is not None else artifacts.shipped(cls.name, target.fingerprint)
-        if folder is None:
-            name = target.model.config._name_or_path or "MODEL"
-            raise SpecDecError(
-                f"drafter '{cls.name}' needs trained routers and none are shipped for this model; train them: "
-                f"{cls.training} --model {name} --prompts FILE --output DIR, then pass --drafter DIR"
-            )
-        config = artifacts.read_config(folder)
-        if config["drafter"] != cls.name:
-            raise SpecDecError(f"'{folder}' holds a '{config['drafter']}' drafter, not a {cls.name} one")
-        artifacts.check_base(config, target.fingerprint, str(folder))
-        first = config.get("first", 0)
+        folder = trained.find(cls, target, source)
+        first = trained.read_config(folder, cls.name, target).get("first", 0)
         routers = artifacts.load(folder, target.vocab_size, lambda vocab: Routers(first, target, vocab))
         return cls(routers, **given)
 

@@ -19,7 +19,7 @@ from specdec.errors import SpecDecError
 from specdec.target import Target
 
 from .chain import SHAPE
-from .exits import Climb, ExitDrafter
+from .exits import ExitDrafter, PartialPass
 
 
 class SkipDecodeDrafter(ExitDrafter):
@@ -69,10 +69,10 @@ class SkipDecodeDrafter(ExitDrafter):
     def select(self, rows: list[int]) -> None:
         self.begins = [self.begins[row] for row in rows] if self.begins else []
 
-    def leave(self, climb: Climb, state: State, depth: int) -> tuple[Tensor, Tensor, Tensor]:
+    def leave(self, tokens: PartialPass, state: State, depth: int) -> tuple[Tensor, Tensor, Tensor]:
         self.begins = self.begins or [len(ids) - 1 for ids in state.ids]  # the first new token is known by now
         done = min(len(ids) - begin for ids, begin in zip(state.ids, self.begins, strict=True)) + depth
         # Rows share their layers: those of the row that is least far.
         layer = self.high - round((self.high - self.low) * min(done / self.horizon, 1.0))
-        logits, sure = self.read(climb.to(layer))
+        logits, sure = self.read(tokens.to(layer))
         return logits, sure, torch.full_like(sure, layer, dtype=torch.long)

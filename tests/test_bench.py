@@ -497,7 +497,7 @@ def test_by_default_m2r2_is_left_out_where_none_is_shipped(folder: Path, file: P
 
 def test_a_drafter_that_is_not_shipped_is_refused_before_the_weights(cell, monkeypatch) -> None:
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
-    with pytest.raises(SpecDecError, match="no M2R2 drafter is shipped for this model"):
+    with pytest.raises(SpecDecError, match="no m2r2 drafter is shipped for this model"):
         Run([cell(drafter="none"), cell(drafter="m2r2")], Decoders())
 
 
@@ -512,7 +512,7 @@ def test_penalties_of_a_model_are_no_faults(folder: Path, file: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["--drafters", "prompt-lookup,m2r2", "--dtype", "float32"], "no M2R2 drafter is shipped"),
+        (["--drafters", "prompt-lookup,m2r2", "--dtype", "float32"], "no m2r2 drafter is shipped"),
         (["--seed", str(2**63)], "seed must be a whole number in [0, "),
         (["--drafters", ","], "--drafters names no arm"),
         (["--drafters", "prompt-lokup"], "did you mean 'prompt-lookup'"),

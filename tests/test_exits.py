@@ -125,9 +125,9 @@ def test_folders_bring_back_the_drafter(llama: PreTrainedModel, tmp_path: Path) 
 
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
-    ("deed", {}, "'deed' needs trained exits and none are shipped for this model; train them: specdec train deed"),
+    ("deed", {}, "no deed drafter is shipped for this model; train one: specdec train deed"),
     ("deed", {"exit_layer": 3}, "no option 'exit_layer'"),
-    ("mixture-of-depths", {}, "needs trained routers and none are shipped for this model"),
+    ("mixture-of-depths", {}, "no mixture-of-depths drafter is shipped for this model"),
     ("skip-decode", {"deepest": 4}, "deepest must be a whole number in 1 .. 3; got 4"),
     ("skip-decode", {"deepest": 1, "shallowest": 2}, "falls from deepest to shallowest; got 1 and 2"),
     ("skip-decode", {"horizon": 0}, "horizon must be a whole number >= 1"),

@@ -106,9 +106,10 @@ def test_files_of_one_exit_from_before_there_were_several_are_read(llama: PreTra
     path = {key: value for key, value in network.path.to_json().items() if key != "exits"}
     tensors = {key.replace("routers.0.", "router."): tensor for key, tensor in network.state_dict().items()}
     assert any(key.startswith("router.") for key in tensors)
-    config = {"drafter": "m2r2", "path": path, "router": 4, "siblings": [3, 2]}
+    base = {"fingerprint": target.fingerprint}
+    config = {"drafter": "m2r2", "base": base, "path": path, "router": 4, "siblings": [3, 2]}
     artifacts.write(tmp_path, config, tensors)
-    read = load_network(target, config, tmp_path)
+    read = load_network(target, tmp_path)
     assert read.path == network.path
     assert all(torch.equal(a, b) for a, b in zip(read.parameters(), network.parameters(), strict=True))
 
@@ -118,7 +119,7 @@ def test_files_of_one_exit_from_before_there_were_several_are_read(llama: PreTra
 
 def common(answers: Path, output: Path) -> dict[str, Any]:  # noqa: F811
     values: dict[str, Any] = {"prompts": [str(answers)], "output": str(output), "dtype": "float32", "minutes": None}
-    return values | {"steps": 60, "rows": 4, "window": 8, "fit_tokens": 200, "eval_fraction": 0.15, "compile": False}
+    return values | {"steps": 60, "rows": 4, "window": 8, "fit_tokens": 200, "eval_fraction": 0.15}
 
 
 PATHS: list[dict[str, Any]] = [

@@ -25,7 +25,7 @@ from specdec.train.data import Answer
 from specdec.train.medusa import MedusaMethod, MedusaSettings
 from specdec.train.runtime import training_target
 from specdec.train.settings import from_mapping
-from specdec.train.student import Judge
+from specdec.train.student import Teacher
 from specdec.train.trainer import train
 
 V, D = 97, 32
@@ -131,7 +131,7 @@ def test_a_folder_may_be_called_as_a_drafter_is(
     artifacts.write(tmp_path / "medusa", config, dict(random_network(2, 1, False, None).state_dict()))
     monkeypatch.chdir(tmp_path)
     assert SpecDecoder(llama, drafter=Path("medusa")).drafter.name == "medusa"
-    with pytest.raises(SpecDecError, match="no Medusa drafter is shipped"):
+    with pytest.raises(SpecDecError, match="no medusa drafter is shipped"):
         SpecDecoder(llama, drafter="medusa")
 
 
@@ -171,7 +171,7 @@ def test_what_cannot_be_used_is_refused_in_one_line(llama: PreTrainedModel, tmp_
     wide = public(tmp_path / "wide", Medusa(48, 2), torch.randn(2, V, 48))
     other = public(tmp_path / "other", random_network(), torch.randn(2, 60, D))
     for source, options, message in (
-        (None, {}, "no Medusa drafter is shipped for this model; train one: specdec train medusa"),
+        (None, {}, "no medusa drafter is shipped for this model; train one: specdec train medusa"),
         (fewer, {"nodes": 0}, "tensor '2.1.weight' is nothing"),
         (pickled, {}, r"medusa_lm_head.pt is a pickle, .* not read"),
         (broken, {}, "no safetensors file"),
@@ -218,7 +218,6 @@ def settings(**changes: Any) -> MedusaSettings:
         "rows": 4,
         "window": 8,
         "eval_fraction": 0.15,
-        "compile": False,
         "learning_rate": 2e-2,
         "nodes": 5,
     }
@@ -235,8 +234,8 @@ def test_heads_learn_exactly_what_the_drafter_drafts() -> None:
     answer, wanted = Answer(tuple(ids[:4]), tuple(ids[4:])), method.wanted()
     records = states._records(states._teach(target, [answer], wanted, lambda n: None), wanted)
     batch = assemble(records, rows := windows(records, 64), 64, target.device)
-    judge = Judge(target, None)
-    says = [judge.logits(final)[0].argmax(-1) for final, _ in method._drafts(network, batch)]
+    teacher = Teacher(target, None)
+    says = [teacher.logits(final)[0].argmax(-1) for final, _ in method._drafts(network, batch)]
     for length in (9, 20, 31):  # the last token of so many is the root
         drafter.bind(target)
         cache, positions = target.new_cache(), torch.arange(length - 1)[None]

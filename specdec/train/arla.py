@@ -7,7 +7,6 @@ the drafter's own, step after step, as they are when it decides whether to go on
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,29 +15,25 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from specdec import artifacts
-from specdec.drafters.m2r2 import M2R2, load_network
+from specdec.drafters.m2r2_network import M2R2, load_network
 from specdec.errors import SpecDecError
 from specdec.target import Target
 from specdec.train.batches import Batch
-from specdec.train.evaluate import known_tokens
 from specdec.train.m2r2 import figure_name, wanted_states
 from specdec.train.method import Method
-from specdec.train.settings import TrainSettings
+from specdec.train.settings import Positive, TrainSettings
 from specdec.train.states import Wanted
-from specdec.train.student import Judge, passages
+from specdec.train.student import Teacher, draft_steps
 
 LEVELS = (0.5, 0.7, 0.8, 0.9, 0.95)  # thresholds at which evaluation looks
 
 
-@dataclass(frozen=True)
 class ArlaSettings(TrainSettings):
     """Which drafter gets a router, and how large it is."""
 
     drafter: str = "m2r2"  # a drafter folder, or the name of one shipped for the model
-    width: int = 16  # of the latents
-    draft_steps: int = 3  # of the drafter's own drafts the router learns from
-
-    positive: ClassVar[tuple[str, ...]] = (*TrainSettings.positive, "width", "draft_steps")
+    width: Positive = 16  # of the latents
+    draft_steps: Positive = 3  # of the drafter's own drafts the router learns from
 
 
 class ArlaMethod(Method):
@@ -52,9 +47,8 @@ class ArlaMethod(Method):
         super().__init__(settings, target)
         shipped = None if Path(settings.drafter).is_dir() else artifacts.shipped(settings.drafter, target.fingerprint)
         self.folder = shipped or Path(settings.drafter)
+        network = load_network(target, self.folder)
         self.trained = artifacts.read_config(self.folder)
-        artifacts.check_base(self.trained, target.fingerprint, str(self.folder))
-        network = load_network(target, self.trained, self.folder)
         own = network.state_dict()
         self.path, self.base_tensors = network.path, {k: own[k] for k in own if not k.startswith("routers.")}
 
@@ -68,20 +62,20 @@ class ArlaMethod(Method):
         assert all(key.startswith("routers.") for key in missing)
         for name, parameter in network.named_parameters():
             parameter.requires_grad_(name.startswith("routers."))
-        self.judge = Judge(self.target, None if own is None else own.to(self.target.device))
+        self.teacher = Teacher(self.target, None if own is None else own.to(self.target.device))
         return network
 
     def _steps(self, network: M2R2, batch: Batch) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Per step and exit: log-odds of the router [B, T], whether the draft is right, and which positions have it."""
         assert network.routers is not None
-        judge, vocab = self.judge, network.draft_vocab
-        judge.begin(batch)
-        known = batch.valid if vocab is None else known_tokens(batch, set(vocab.tolist()))
-        for exits, valid in passages(network, self.target, batch, self.settings.draft_steps, watched=True):
+        teacher = self.teacher
+        teacher.begin(batch)
+        known = teacher.known(batch)
+        for exits, valid in draft_steps(network, self.target, batch, self.settings.draft_steps, watched=True):
             for router, (final, passed) in zip(network.routers, exits, strict=True):
                 with torch.no_grad():
-                    logits = judge.logits(final)
-                    hit = judge.hits(logits, logits.amax(-1), judge.best) & known
+                    logits = teacher.logits(final)
+                    hit = teacher.hits(logits) & known
                 yield router([p.detach() for p in passed], logits), hit, valid
 
     def loss(self, network: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:

@@ -7,8 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from specdec import inputs
-from specdec.errors import SpecDecError
+from specdec import options
 from specdec.terminal import stderr, write
 from specdec.train.method import METHODS
 
@@ -40,6 +39,9 @@ def run(
     dtype: Annotated[str | None, typer.Option(help="bfloat16 or float32.")] = None,
     device: Annotated[str | None, typer.Option(help="auto (CUDA where there is one), cpu or cuda.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of shuffling and of the first weights.")] = None,
+    search: Annotated[
+        bool, typer.Option("--search", help="m2r2: choose the layers by closed-form agreement and measured cost.")
+    ] = False,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other setting of train.yaml.")
     ] = None,
@@ -47,7 +49,7 @@ def run(
     """The command of every method; which one, its name says."""
     from specdec.train.method import lookup  # heavy imports stay out of --help
     from specdec.train.settings import load_settings
-    from specdec.train.trainer import said, train
+    from specdec.train.trainer import speedup_text, train
     from specdec.train.world import leads
 
     overrides: dict[str, Any] = {
@@ -57,7 +59,8 @@ def run(
             for key, paths in (("prompts", prompts), ("text", text), ("holdout", holdout))
         },
         **{"model": model, "minutes": minutes, "steps": steps, "dtype": dtype, "device": device, "seed": seed},
-        **_assignments(set_ or ()),
+        **({"search": True} if search else {}),
+        **options.assignments("--set", set_ or ()),
     }
     method = str(context.command.name)
     kind = lookup(method)
@@ -65,7 +68,7 @@ def run(
     console.quiet = not leads()
     figures = train(load_settings(kind.settings_class, method, preset, overrides), resume, console)
     if leads():
-        write(f"{output}: {kind.describe(figures)}{said(figures)}\n")
+        write(f"{output}: {kind.describe(figures)}{speedup_text(figures)}\n")
 
 
 for _name in METHODS:
@@ -74,17 +77,3 @@ for _name in METHODS:
         help=f"Train {_name} for a model by distillation from it; the model stays frozen.",
         epilog=f"Example: specdec train {_name} --prompts prompts.jsonl --output my-drafter --minutes 30",
     )(run)
-
-
-def _assignments(pairs: list[str] | tuple[()]) -> dict[str, Any]:
-    """``KEY=VALUE`` with VALUE read as YAML."""
-    values = {}
-    for pair in pairs:
-        key, equals, text = pair.partition("=")
-        if not equals:
-            raise SpecDecError(f"--set takes KEY=VALUE, not '{pair}'")
-        try:
-            values[key] = inputs.parse_yaml(text)
-        except ValueError:
-            raise SpecDecError(f"--set {pair}: the value is no YAML") from None
-    return values

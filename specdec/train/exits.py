@@ -8,40 +8,37 @@ of layers run at the capacity.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from specdec.cache import Mask
 from specdec.drafters.exits import ExitHeads, check_exits
-from specdec.drafters.m2r2 import rms_unit
 from specdec.drafters.mixture_of_depths import Routers
 from specdec.errors import SpecDecError
+from specdec.kernels import rms_unit
 from specdec.target import Target
 from specdec.train.batches import Batch
-from specdec.train.evaluate import known_tokens, standing, walk
+from specdec.train.evaluate import acceptance_lengths, accepted_shares
 from specdec.train.fit import Moments
 from specdec.train.method import Method
-from specdec.train.settings import TrainSettings
+from specdec.train.settings import Positive, TrainSettings
 from specdec.train.states import Wanted
-from specdec.train.student import Judge
+from specdec.train.student import Teacher
 
-STEPS = 4  # drafts a round in evaluation
+STEPS = 4  # drafts a step in evaluation
 SURE = 0.5  # confidence at which evaluation has a token leave, as the drafter's own default
 
 
-@dataclass(frozen=True)
 class ExitSettings(TrainSettings):
     """Where the exits are and how large their modules."""
 
     exits: tuple[int, ...] = ()
     layers_of: int | None = None  # depth of the model the exits were chosen on: scaled to others; None: as they are
-    width: int = 96  # hidden size of an exit's module
-
-    positive: ClassVar[tuple[str, ...]] = (*TrainSettings.positive, "width")
+    width: Positive = 96  # hidden size of an exit's module
 
 
 class DeedMethod(Method):
@@ -60,7 +57,7 @@ class DeedMethod(Method):
         return Wanted((), (*self.exits, self.target.num_layers))
 
     def build(self, vocab: Tensor | None) -> ExitHeads:
-        self.judge = Judge(self.target, vocab, self.settings.sharpen, compiled=self.compiled)
+        self.teacher = Teacher(self.target, vocab, self.settings.sharpen)
         return ExitHeads(self.exits, self.settings.width, self.target, vocab)
 
     @torch.no_grad()
@@ -79,14 +76,13 @@ class DeedMethod(Method):
                 parameter.copy_(found)
 
     def loss(self, network: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
-        self.judge.begin(batch)
+        self.teacher.begin(batch)
         count, figures = batch.valid.sum(), dict[str, float]()
         loss = torch.zeros((), device=self.target.device)
         for index, layer in enumerate(self.exits):
-            logits = self.judge.logits(network(index, batch.hidden[layer]))
-            kl, top = self.judge.loss(logits)
-            loss = loss + (kl * batch.valid).sum() / (count * len(self.exits))
-            agree = self.judge.hits(logits, top, self.judge.best)[batch.valid].float().mean()
+            logits = self.teacher.logits(network(index, batch.hidden[layer]))
+            loss = loss + (self.teacher.loss(logits) * batch.valid).sum() / (count * len(self.exits))
+            agree = self.teacher.hits(logits)[batch.valid].float().mean()
             figures["agree" if index == 0 else f"agree{index + 1}"] = float(agree)
         return loss, figures
 
@@ -96,26 +92,27 @@ class DeedMethod(Method):
         ``top1``: agreement then. ``layers``: run per token. ``chain`` and ``score``: as for other drafters.
         """
         assert isinstance(network, ExitHeads)
-        judge, vocab = Judge(self.target, network.draft_vocab), network.draft_vocab
-        own = None if vocab is None else set(vocab.tolist())
+        teacher = Teacher(self.target, network.draft_vocab)
         sums = torch.zeros(len(self.exits) + 3, dtype=torch.float64)  # per exit, chosen, layers, positions
         lengths: list[int] = []
         for batch in batches:
-            judge.begin(batch)
-            known = batch.valid if own is None else known_tokens(batch, own)
+            teacher.begin(batch)
+            known = teacher.known(batch)
             chosen, layers, left = torch.zeros_like(known), torch.zeros_like(batch.ids), torch.zeros_like(known)
             for index, layer in enumerate(self.exits):
-                logits = judge.logits(network(index, batch.hidden[layer])).float()
-                top = logits.amax(-1)
-                hit = judge.hits(logits, top, judge.best) & known & batch.valid
-                leaves = ~left & ((torch.exp(top - logits.logsumexp(-1)) >= SURE) | (layer == self.exits[-1]))
+                logits = teacher.logits(network(index, batch.hidden[layer])).float()
+                hit = teacher.hits(logits) & known & batch.valid
+                sure = torch.exp(logits.amax(-1) - logits.logsumexp(-1)) >= SURE
+                leaves = ~left & (sure | (layer == self.exits[-1]))
                 chosen, layers, left = chosen | (hit & leaves), layers + layer * leaves, left | leaves
                 sums[index] += hit.sum().cpu()
             found = chosen.sum(), (layers * batch.valid).sum(), batch.valid.sum()
             sums[len(self.exits) :] += torch.stack(found).double().cpu()
             for row, count in zip(chosen.tolist(), batch.valid.sum(1).tolist(), strict=True):
-                lengths += walk([row] * STEPS, count)  # what is drafted rests on exact states: every step is the same
-        shares, chain = (sums / sums[-1].clamp_min(1)).tolist(), standing(lengths, STEPS)
+                lengths += acceptance_lengths(
+                    [row] * STEPS, count
+                )  # what is drafted rests on exact states: every step is the same
+        shares, chain = (sums / sums[-1].clamp_min(1)).tolist(), accepted_shares(lengths, STEPS)
         return {
             "agreement": [round(x, 4) for x in shares[: len(self.exits)]],
             "top1": [round(shares[-3], 4)],
@@ -129,8 +126,8 @@ class DeedMethod(Method):
     def describe(figures: dict[str, Any]) -> str:
         exits = ", ".join(f"{x:.3f}" for x in figures["agreement"])
         return (
-            f"{figures['score']:.2f} tokens a round of {STEPS} drafts (agreement at the exits {exits}; leaving where "
-            f"sure {figures['top1'][0]:.3f} after {figures['layers']:.1f} layers)"
+            f"mean acceptance length {figures['score']:.2f} with {STEPS} drafts (agreement at the exits {exits}; "
+            f"leaving where sure {figures['top1'][0]:.3f} after {figures['layers']:.1f} layers)"
         )
 
     def config(self, network: nn.Module) -> dict[str, Any]:
@@ -151,18 +148,12 @@ class EarlyExitMethod(DeedMethod):
             )
 
 
-@dataclass(frozen=True)
 class DepthSettings(TrainSettings):
     """Which layers are routed, and how many of them may run."""
 
     first: int = 3  # layers below are always run
-    capacity: float = 0.5  # share of the routed layers that a token runs
+    capacity: float = Field(0.5, gt=0, lt=1)  # share of the routed layers that a token runs
     pressure: float = 20.0  # weight of the squared distance of that share from the capacity
-
-    def check(self) -> None:
-        super().check()
-        if not 0 < self.capacity < 1:
-            raise SpecDecError(f"setting 'capacity' must lie between 0 and 1, not {self.capacity}")
 
 
 class MixtureOfDepthsMethod(Method):
@@ -179,7 +170,7 @@ class MixtureOfDepthsMethod(Method):
         return Wanted((), (self.target.num_layers,))
 
     def build(self, vocab: Tensor | None) -> Routers:
-        self.judge = Judge(self.target, vocab, self.settings.sharpen, compiled=self.compiled)
+        self.teacher = Teacher(self.target, vocab, self.settings.sharpen)
         return Routers(self.settings.first, self.target, vocab)
 
     def _draft(self, network: Routers, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -209,21 +200,25 @@ class MixtureOfDepthsMethod(Method):
 
     def loss(self, network: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         assert isinstance(network, Routers)
-        self.judge.begin(batch)
+        self.teacher.begin(batch)
         x, share = self._draft(network, batch)
-        logits = self.judge.logits(x)
-        kl, top = self.judge.loss(logits)
+        logits = self.teacher.logits(x)
         count = batch.valid.sum()
         mean = (share * batch.valid).sum() / count
-        agree = self.judge.hits(logits, top, self.judge.best)[batch.valid].float().mean()
-        loss = (kl * batch.valid).sum() / count + self.settings.pressure * (mean - self.settings.capacity) ** 2
+        agree = self.teacher.hits(logits)[batch.valid].float().mean()
+        loss = (self.teacher.loss(logits) * batch.valid).sum() / count + self.settings.pressure * (
+            mean - self.settings.capacity
+        ) ** 2
         return loss, {"agree": float(agree), "share": float(mean.detach())}
 
     def evaluate(self, network: nn.Module, batches: Iterable[Batch]) -> dict[str, Any]:
         """``top1``: agreement of a first draft. ``share``: of the routed layers it ran. ``score`` heeds both."""
         assert isinstance(network, Routers)
-        positions, hits, ran = 0, 0, 0.0
-        for batch, hit, shares in self._judged(network, batches):
+        teacher, positions, hits, ran = Teacher(self.target, network.draft_vocab), 0, 0, 0.0
+        for batch in batches:
+            teacher.begin(batch)
+            x, shares = self._draft(network, batch)
+            hit = teacher.hits(teacher.logits(x)) & teacher.known(batch) & batch.valid
             positions, hits = positions + int(batch.valid.sum()), hits + int(hit.sum())
             ran += float((shares * batch.valid).sum())
         agreement, share = hits / max(positions, 1), ran / max(positions, 1)
@@ -234,16 +229,6 @@ class MixtureOfDepthsMethod(Method):
             "score": round(agreement - 10 * over, 4),
             "positions": positions,
         }
-
-    def _judged(self, network: Routers, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Tensor, Tensor]]:
-        judge, vocab = Judge(self.target, network.draft_vocab), network.draft_vocab
-        own = None if vocab is None else set(vocab.tolist())
-        for batch in batches:
-            judge.begin(batch)
-            known = batch.valid if own is None else known_tokens(batch, own)
-            x, share = self._draft(network, batch)
-            logits = judge.logits(x)
-            yield batch, judge.hits(logits, logits.amax(-1), judge.best) & known & batch.valid, share
 
     @staticmethod
     def describe(figures: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Closed-form leaps: ridge regression of the landing state on a leap's features, by streaming normal equations.
+"""Closed-form projections: ridge regression of a state on a projection's features, by streaming normal equations.
 
 Sums are kept in float64. Knows nothing about gradients.
 """
@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from specdec.drafters.m2r2 import M2R2
+from specdec.drafters.m2r2_network import M2R2
 from specdec.target import Target
 from specdec.train.batches import Batch
-from specdec.train.student import landings
+from specdec.train.student import projected_from
 
 ONE = "1"  # the part of constant features
 RIDGE = 1e-3  # of the mean diagonal of the normal matrix
@@ -56,16 +56,15 @@ def _solve(gram: Tensor, cross: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def fit_leaps(network: M2R2, target: Target, batches: Callable[[], Iterable[Batch]]) -> None:
-    """Set the leaps one after another, each on the path that the earlier ones make (step 1, exact carry)."""
-    for index, leap in enumerate(network.leaps):
-        assert isinstance(leap, nn.Linear)
+def fit_projections(network: M2R2, target: Target, batches: Callable[[], Iterable[Batch]]) -> None:
+    """Set the projections one after another, each on the path that the earlier ones make (step 1, exact carry)."""
+    for index, projection in enumerate(network.projections):
         goal = network.path.segments[index][0] if index < len(network.path.segments) else network.num_layers
         moments = Moments([(["features"], "goal")])
         for batch in batches():
-            x, carry = landings(network, target, batch, index)
+            x, carry = projected_from(network, target, batch, index)
             parts = {"features": network.features(index, x, carry), "goal": batch.hidden[goal]}
             moments.add({name: part[batch.valid] for name, part in parts.items()})
         weight, bias = moments.solve(["features"], "goal")
-        leap.weight.copy_(weight)
-        leap.bias.copy_(bias)
+        projection.weight.copy_(weight)
+        projection.bias.copy_(bias)

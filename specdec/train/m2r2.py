@@ -1,4 +1,6 @@
-"""Training of M2R2: a path (searched or given), leaps in closed form, then gradients for leaps and adapters.
+"""Training of M2R2: projections in closed form, then gradients for projections and adapters.
+
+The path of the presets is the one that is shipped for 30 layers, scaled to the model's depth (``layers_of``).
 
 The loss is distillation on the drafter's own states, as many steps ahead as it will draft from them.
 """
@@ -6,62 +8,60 @@ The loss is distillation on the drafter's own states, as many steps ahead as it 
 from __future__ import annotations
 
 import dataclasses
-import shutil
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from pydantic import model_validator
 from torch import Tensor, nn
 
 from specdec import artifacts
-from specdec.drafters.m2r2 import M2R2, M2R2Path
+from specdec.drafters.m2r2_network import M2R2
+from specdec.drafters.m2r2_path import M2R2Path
 from specdec.errors import SpecDecError
 from specdec.target import Target
-from specdec.terminal import tell
 from specdec.train import search
 from specdec.train.batches import Batch
-from specdec.train.data import Answer
 from specdec.train.evaluate import evaluate
-from specdec.train.fit import fit_leaps
+from specdec.train.fit import fit_projections
 from specdec.train.method import Method, Work
-from specdec.train.settings import TrainSettings
-from specdec.train.states import Wanted, compute, digest
-from specdec.train.student import Judge, passages
+from specdec.train.settings import Positive, TrainSettings
+from specdec.train.states import Wanted
+from specdec.train.student import Teacher, draft_steps
 
 
-@dataclass(frozen=True)
 class M2R2Settings(TrainSettings):
     """The path of the accelerated residual, and what it learns from. With ``init`` that drafter's path counts."""
 
-    search: bool = False  # choose exit layer and segments by measured cost and closed-form agreement; or give them:
+    replaces: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        **TrainSettings.replaces,
+        "search": {"segments": [], "exit_layer": 0, "exits": []},
+    }
+
+    search: bool = False  # choose a segment by measured cost and closed-form agreement; or give the path:
     exit_layer: int = 0
     segments: tuple[tuple[int, int], ...] = ()
     final_leap: bool = False
     exits: tuple[int, ...] = ()  # layers behind which a token may leave before the end of the path
     layers_of: int | None = None  # depth of the model these layers were chosen on: scaled to others; None: as they are
-    rank: int = 64
+    rank: Positive = 64
     adapt: tuple[str, ...] = ()  # linear maps with adapters; empty: all of the segments' layers
-    draft_steps: int = 2  # of its own drafts the student learns from
-    leap_rate: float = 6e-4  # learning rate of the leaps; ``learning_rate`` is the adapters'
+    draft_steps: Positive = 2  # of its own drafts the student learns from
+    leap_rate: float = 6e-4  # learning rate of the projections; ``learning_rate`` is the adapters'
     focus: float = 1.0  # weight of a later step where the drafter's earlier steps had already gone wrong
     align: float = 0.0  # weight of 1 - cos(p[k], h[R k]), summed over the layers k of the path
 
-    search_tokens: int = 12_000  # answer tokens that the search fits leaps on
-    search_gain: float = 1.25  # what training is taken to add to the log-odds of agreement; so much it was seen to
+    search_tokens: Positive = 12_000  # answer tokens that the search fits projections on
+    search_gain: float = 1.25  # what training adds to the log-odds of agreement, as measured
 
-    positive: ClassVar[tuple[str, ...]] = (*TrainSettings.positive, "draft_steps", "rank", "search_tokens")
-
-    def check(self) -> None:
-        super().check()
+    @model_validator(mode="after")
+    def _one_path(self) -> M2R2Settings:
         if self.search and (self.segments or self.exit_layer or self.exits):
-            raise SpecDecError(
-                "setting 'search' excludes 'segments', 'exit_layer' and 'exits'; set search=false to give a path"
-            )
+            raise ValueError("'search' excludes 'segments', 'exit_layer' and 'exits'; set search=false to give a path")
         if not (self.search or self.segments or self.exit_layer or self.init):
-            raise SpecDecError("give 'segments' or 'exit_layer', or set search=true")
+            raise ValueError("give 'segments' or 'exit_layer', or set search=true")
+        return self
 
 
 class M2R2Method(Method):
@@ -84,15 +84,9 @@ class M2R2Method(Method):
 
     def prepare(self, work: Work) -> None:
         if self.searches:
-            found = choose_path(self.settings, self.target, work)
-            settings = dataclasses.replace(
-                self.settings,
-                exit_layer=found.exit_layer,
-                segments=found.segments,
-                final_leap=found.final_leap,
-                layers_of=None,
-            )
-            self.path = path_of(settings, self.target)
+            segment = search.choose(self.settings, self.target, work)
+            found = {"segments": (segment,), "final_leap": True, "layers_of": None}
+            self.path = path_of(self.settings.model_copy(update=found), self.target)
 
     def wanted(self) -> Wanted:
         wanted = wanted_states(self.path, self.target.num_layers)
@@ -100,42 +94,40 @@ class M2R2Method(Method):
         return dataclasses.replace(wanted, hidden=tuple(sorted({*wanted.hidden, *aims})))
 
     def build(self, vocab: Tensor | None) -> M2R2:
-        self.judge = Judge(self.target, vocab, self.settings.sharpen, compiled=self.compiled)
+        self.teacher = Teacher(self.target, vocab, self.settings.sharpen)
         return M2R2(self.path, self.target, vocab)
 
     def groups(self, masters: nn.Module) -> list[dict[str, Any]]:
         named = dict(masters.named_parameters())
-        leaps = [p for name, p in named.items() if name.startswith("leaps")]
-        adapters = [p for name, p in named.items() if name.startswith("adapters")]
-        rates = ((leaps, self.settings.leap_rate), (adapters, self.settings.learning_rate))
-        return [{"params": params, "lr": rate} for params, rate in rates if params]
+        rates = (("leaps", self.settings.leap_rate), ("adapters", self.settings.learning_rate))
+        groups = [([p for name, p in named.items() if name.startswith(part)], rate) for part, rate in rates]
+        return [{"params": params, "lr": rate} for params, rate in groups if params]
 
     def fit(self, network: nn.Module, batches: Callable[[], Iterable[Batch]]) -> None:
         assert isinstance(network, M2R2)
-        fit_leaps(network, self.target, batches)
+        fit_projections(network, self.target, batches)
 
     def loss(self, network: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         assert isinstance(network, M2R2)
-        settings, judge, target = self.settings, self.judge, self.target
-        judge.begin(batch)
+        settings, teacher, target = self.settings, self.teacher, self.target
+        teacher.begin(batch)
         count = batch.valid.sum()
         loss = torch.zeros((), device=target.device)
         figures: dict[str, float] = {}
         right = torch.empty(0)
         aims = self.path.aims(target.num_layers)
         watched = settings.align > 0
-        for s, (exits, valid) in enumerate(passages(network, target, batch, settings.draft_steps, watched)):
+        for s, (exits, valid) in enumerate(draft_steps(network, target, batch, settings.draft_steps, watched)):
             weight, reached = valid.float(), valid
             if s:
                 reached = torch.cat((torch.zeros_like(right[:, :1]), right[:, :-1]), 1)
                 weight = weight * torch.where(reached, 1.0, settings.focus)
             for exit, (final, _) in enumerate(exits):
-                logits = judge.logits(final)
-                kl, top = judge.loss(logits)
-                loss = loss + (kl * weight).sum() / (count * len(exits))
-                agree = judge.hits(logits, top, judge.best)[valid].float().mean()
+                logits = teacher.logits(final)
+                loss = loss + (teacher.loss(logits) * weight).sum() / (count * len(exits))
+                agree = teacher.hits(logits)[valid].float().mean()
                 figures[figure_name(self.path, s, exit)] = float(agree)
-                right = judge.hits(logits, top, judge.next) & reached  # of the last exit, in the end
+                right = teacher.hits(logits, teacher.next) & reached  # of the last exit, in the end
             for p, aim in zip(exits[-1][1], aims, strict=True) if watched else ():
                 away = 1 - torch.cosine_similarity(p.float(), batch.hidden[aim].float(), -1)
                 loss = loss + settings.align * (away * weight).sum() / count
@@ -151,57 +143,12 @@ class M2R2Method(Method):
         exits = ", ".join(f"{x:.3f}" for x in figures.get("exits", ()))
         sooner = f"; at the exits before, {exits}" if exits else ""
         return (
-            f"{figures['score']:.2f} tokens a round of {len(figures['top1'])} drafts (agreement {chain}{sooner}; "
-            f"1 - TV {figures['overlap'][0]:.3f})"
+            f"mean acceptance length {figures['score']:.2f} with {len(figures['top1'])} drafts "
+            f"(agreement {chain}{sooner}; 1 - TV {figures['overlap'][0]:.3f})"
         )
 
     def config(self, network: nn.Module) -> dict[str, Any]:
         return {"drafter": "m2r2", "path": self.path.to_json()}
-
-
-def choose_path(settings: M2R2Settings, target: Target, work: Work) -> search.Candidate:
-    """The path an earlier search in the output folder chose, or that of a new one; its table is printed."""
-    limits = {"train": settings.search_tokens, "eval": search.EVAL_TOKENS}
-    parts = {"train": _first(work.train, limits["train"]), "eval": _first(work.held_out, limits["eval"])}
-    vocab = 0 if work.vocab is None else len(work.vocab)
-    mark = f"{work.mark} {digest([*parts['train'], *parts['eval']])} {vocab} {settings.window}"
-    if (before := search.chosen_before(work.output, mark)) is not None:
-        return before
-    records = {}
-    folder = work.output / "states" / "search"
-    for name, part in parts.items():
-        task = work.progress.add_task(f"teacher states (search, {name})", total=sum(map(len, part)))
-        wanted = search.wanted(target.num_layers)
-        done = partial(work.progress.advance, task)
-        records[name] = compute(folder / name, target, part, wanted, work.mark, done).records
-    task = work.progress.add_task("search", total=1.0)
-    looking = search.Search(
-        target,
-        work.vocab,
-        records["train"],
-        records["eval"],
-        settings.rows,
-        settings.window,
-        settings.search_gain,
-        work.output,
-        mark,
-    )
-    found = looking.run(lambda share, text: work.progress.update(task, completed=share, description=f"search: {text}"))
-    search.show(looking.rows_of_table(), looking.costs, work.console)
-    tell(work.console, f"chosen: {found.key}")
-    shutil.rmtree(folder)  # large, and of no use any more
-    return found
-
-
-def _first(answers: Sequence[Answer], tokens: int) -> list[Answer]:
-    """The first answers, up to about so many answer tokens."""
-    some, seen = [], 0
-    for answer in answers:
-        if seen >= tokens:
-            break
-        some.append(answer)
-        seen += len(answer.response_ids)
-    return some
 
 
 def path_of(settings: M2R2Settings, target: Target) -> M2R2Path:
@@ -212,7 +159,7 @@ def path_of(settings: M2R2Settings, target: Target) -> M2R2Path:
     adapters: dict[int, list[str]] = {}
     early, scale = not settings.segments, target.num_layers / (settings.layers_of or target.num_layers)
     exit_layer = round(settings.exit_layer * scale) or min(settings.exit_layer, 1)
-    ends = [(round(lo * scale), round(hi * scale)) for lo, hi in settings.segments]
+    ends = [(min(round(lo * scale), target.num_layers - 1), round(hi * scale)) for lo, hi in settings.segments]
     segments = tuple((lo, max(hi, lo + 1)) for lo, hi in ends)
     stops = dict(zip((hi for _, hi in settings.segments), (hi for _, hi in segments), strict=True))
     exits = tuple(stops.get(layer) or round(layer * scale) for layer in settings.exits)

@@ -3,43 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from specdec.drafters.m2r2 import rms_unit
 from specdec.drafters.medusa import Medusa
 from specdec.errors import SpecDecError
+from specdec.kernels import rms_unit
 from specdec.target import Target
 from specdec.train.batches import Batch
-from specdec.train.evaluate import known_tokens
 from specdec.train.method import Method
-from specdec.train.settings import TrainSettings
+from specdec.train.settings import Positive, PositiveFloat, TrainSettings
 from specdec.train.states import Wanted
-from specdec.train.student import Judge
+from specdec.train.student import Teacher
 from specdec.trees import best_tree
 
 RANKS = 10  # choices of a head whose accuracy is measured
 
 
-@dataclass(frozen=True)
 class MedusaSettings(TrainSettings):
     """How many heads, of how many residual blocks, and how much the later ones count."""
 
-    heads: int = 4
-    blocks: int = 1  # residual blocks of a head
+    heads: Positive = 4
+    blocks: Positive = 1  # residual blocks of a head
     rooted: bool = True  # the first one also reads the root's embedding
-    fade: float = 0.8  # weight of a head's loss relative to the head before (the paper's lambda)
-    nodes: int = 15  # of the tree that evaluation walks
-
-    positive: ClassVar[tuple[str, ...]] = (*TrainSettings.positive, "heads", "blocks", "fade", "nodes")
+    fade: PositiveFloat = 0.8  # weight of a head's loss relative to the head before (the paper's lambda)
+    nodes: Positive = 15  # of the tree that evaluation walks
 
 
 class MedusaMethod(Method):
-    """KL of each head's tokens to the base's own distribution where they stand."""
+    """KL of each head's tokens to the base's own distribution at their positions."""
 
     name: ClassVar[str] = "medusa"
     settings_class: ClassVar[type[TrainSettings]] = MedusaSettings
@@ -56,20 +51,19 @@ class MedusaMethod(Method):
 
     def build(self, vocab: Tensor | None) -> Medusa:
         settings = self.settings
-        self.judge = Judge(self.target, vocab, settings.sharpen, compiled=self.compiled)
+        self.teacher = Teacher(self.target, vocab, settings.sharpen)
         return Medusa(self.target.hidden_size, settings.heads, settings.blocks, settings.rooted, vocab)
 
     def loss(self, network: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
-        judge = self.judge
-        judge.begin(batch)
+        teacher = self.teacher
+        teacher.begin(batch)
         count, weight = batch.valid.sum(), 1.0
         loss = torch.zeros((), device=self.target.device)
         figures: dict[str, float] = {}
         for k, (final, valid) in enumerate(self._drafts(network, batch)):
-            logits = judge.logits(final)
-            kl, top = judge.loss(logits)
-            loss = loss + weight * (kl * valid).sum() / count
-            agree = judge.hits(logits, top, judge.best)[valid].float().mean()
+            logits = teacher.logits(final)
+            loss = loss + weight * (teacher.loss(logits) * valid).sum() / count
+            agree = teacher.hits(logits)[valid].float().mean()
             figures["agree" if k == 0 else f"agree{k + 1}"] = float(agree)
             weight *= self.settings.fade
         return loss, figures
@@ -92,33 +86,28 @@ class MedusaMethod(Method):
         the tokens of the context, are wrong.
         """
         assert isinstance(network, Medusa)
-        heads, vocab = network.heads, network.draft_vocab
-        judge = Judge(self.target, vocab)
-        own = None if vocab is None else set(vocab.tolist())
-        found = []  # ranks of the base's choices, int64 [rounds, K]
+        heads, teacher = network.heads, Teacher(self.target, network.draft_vocab)
+        found = []  # ranks of the base's choices, int64 [steps, K]
         for batch in batches:
-            judge.begin(batch)
-            known = batch.valid if own is None else known_tokens(batch, own)
-            ranks = []
+            teacher.begin(batch)
+            known, ranks = teacher.known(batch), []
             for k, (final, _) in enumerate(self._drafts(network, batch)):
-                logits = judge.logits(final)
-                at_best = logits.gather(-1, judge.best.clamp_min(0)[..., None])
-                rank = (logits > at_best).sum(-1).masked_fill((judge.best < 0) | ~known, RANKS)
+                rank = teacher.ranks(teacher.logits(final)).masked_fill(~known, RANKS)
                 ranks.append(rank[:, k : k + rank.shape[1] - heads + 1])  # by the root's position
             whole = batch.valid[:, heads - 1 :]  # every head's token lies in the window
             found.append(torch.stack(ranks, -1)[whole].clamp_max(RANKS).cpu())
-        rounds = torch.cat(found)
-        if not len(rounds):
+        steps = torch.cat(found)
+        if not len(steps):
             raise SpecDecError(
                 f"the held-out answers have no {heads} tokens in a row to try {heads} heads on; give more"
             )
-        shares = torch.stack([(rounds == r).float().mean(0) for r in range(RANKS)], 1)  # (K, RANKS)
+        shares = torch.stack([(steps == r).float().mean(0) for r in range(RANKS)], 1)  # (K, RANKS)
         self.accuracy = [[round(share, 4) for share in row] for row in shares.tolist()]
         tree = best_tree(self.accuracy, self.settings.nodes)
         paths: list[tuple[int, ...]] = [()]
         for parent, choice in zip(tree.parents, tree.ranks, strict=True):
             paths.append((*paths[parent], choice))
-        reached = [max(d for d in range(heads + 1) if tuple(r[:d]) in paths) for r in rounds.tolist()]
+        reached = [max(d for d in range(heads + 1) if tuple(r[:d]) in paths) for r in steps.tolist()]
         chain = [round(sum(n > d for n in reached) / len(reached), 4) for d in range(heads)]
         return {
             "accuracy": self.accuracy,
@@ -127,14 +116,15 @@ class MedusaMethod(Method):
             "chain": chain,
             "nodes": [sum(depth <= d for depth in tree.depths()) for d in range(heads)],
             "score": round(1 + sum(chain), 3),
-            "positions": len(rounds),
+            "positions": len(steps),
         }
 
     @staticmethod
     def describe(figures: dict[str, Any]) -> str:
         heads = ", ".join(f"{x:.3f}" for x in figures["top1"])
         wide = ", ".join(f"{x:.3f}" for x in figures["top3"])
-        return f"{figures['score']:.2f} tokens a round of {figures['nodes'][-1]} nodes (heads {heads}; top 3 {wide})"
+        length, nodes = figures["score"], figures["nodes"][-1]
+        return f"mean acceptance length {length:.2f} with {nodes} nodes (heads {heads}; top 3 {wide})"
 
     def config(self, network: nn.Module) -> dict[str, Any]:
         settings = self.settings

@@ -66,7 +66,6 @@ class Method(ABC):
     the running copy; after each update it follows the masters.
 
     name: the method's in ``METHODS``. settings_class: ``TrainSettings`` with the method's own settings and defaults.
-    compiled: compiles a function of tensors that is called with one shape; the trainer may set it before ``build``.
     """
 
     name: ClassVar[str]
@@ -75,7 +74,6 @@ class Method(ABC):
     def __init__(self, settings: Any, target: Target) -> None:
         """Raise SpecDecError for settings that do not fit the model."""
         self.settings, self.target = settings, target
-        self.compiled: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda part: part
 
     def prepare(self, work: Work) -> None:  # noqa: B027 (optional)
         """Decide what takes answers to decide, such as layers by a search. What is found must be kept in ``output``."""
@@ -110,7 +108,7 @@ class Method(ABC):
     def evaluate(self, network: nn.Module, batches: Iterable[Batch]) -> dict[str, Any]:
         """Figures on held-out answers, for metrics and config.json. ``score`` picks the best: larger is better.
 
-        ``chain`` (optional): P(the first i drafted tokens all stand), i = 1, 2, ...; from it follows the predicted
+        ``chain`` (optional): P(the first i drafts are all accepted), i = 1, 2, ...; from it follows the predicted
         speedup. ``nodes`` (optional): tokens scored beside the root for a draft of depth i; without it i. ``top1``
         (optional): agreement per draft step, which is plotted.
         """

@@ -1,80 +1,89 @@
-"""Settings of a training run: a dataclass filled from a YAML preset and overrides. Knows nothing about running one."""
+"""Settings of a training run: a pydantic model filled from a YAML preset and overrides."""
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.resources
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from specdec import inputs
 from specdec.errors import SpecDecError, did_you_mean
+from specdec.options import shown
+
+Positive = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Files = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
 
 
-@dataclass(frozen=True)
-class TrainSettings:
-    """What decides a run of any method; written, with the method's own, to ``train.yaml`` in the output folder."""
+class TrainSettings(BaseModel):
+    """What decides a run of any method; written, with the method's own, to ``train.yaml`` in the output folder.
+
+    replaces: for a setting that is given, what becomes of the preset's settings that exclude it.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    replaces: ClassVar[Mapping[str, Mapping[str, Any]]] = {"steps": {"minutes": None}, "minutes": {"steps": None}}
 
     method: str = ""
     model: str = "smollm2-135m-instruct"
-    prompts: tuple[str, ...] = ()  # files of prompts or of token-id answers
-    text: tuple[str, ...] = ()  # files of plain text: the base's choice at every position, no answers needed
-    text_tokens: int = 512  # of a piece of text
-    holdout: tuple[str, ...] = ()  # files whose prompts must not be trained on
+    prompts: Files = ()  # files of prompts or of token-id answers
+    text: Files = ()  # files of plain text: the base's choice at every position, no answers needed
+    text_tokens: Positive = 512  # of a piece of text
+    holdout: Files = ()  # files whose prompts must not be trained on
     output: str = ""
     dtype: str = "bfloat16"  # of the frozen base and of the student's passes; master weights are float32
     device: str = "auto"  # the first CUDA device that can compute, else the CPU
-    seed: int = 0
+    seed: int = Field(0, ge=0, le=2**63 - 1)
     init: str = ""  # a trained drafter's folder to begin from; empty: from what has a closed form
-    draft_vocab: int = 8192  # most frequent tokens of the answers; 0: the full vocabulary
+    draft_vocab: int = Field(8192, ge=0)  # most frequent tokens of the answers; 0: the full vocabulary
 
     # Answers by the base itself, where the files hold prompts only.
-    max_new_tokens: int = 256
-    sampled: float = 0.0  # share of the prompts answered at ``temperature``, the others greedily
-    temperature: float = 0.8
-    eval_fraction: float = 0.03  # of the prompts, held out for evaluation, but
-    eval_answers: int = 100  # no more than these
+    max_new_tokens: Positive = 256
+    sampled: Share = 0.0  # share of the prompts answered at ``temperature``, the others greedily
+    temperature: PositiveFloat = 0.8
+    eval_fraction: float = Field(0.03, gt=0, lt=1)  # of the prompts, held out for evaluation, but
+    eval_answers: Positive = 100  # no more than these
 
     # Training.
-    minutes: float | None = 30.0  # of gradient training (answers and teacher states come before), or
-    steps: int | None = None  # this many updates
-    rows: int = 16  # windows a batch
-    window: int = 64  # answer positions a window
-    fit_tokens: int = 100_000  # for what is fitted in closed form
+    minutes: PositiveFloat | None = 30.0  # of gradient training (answers and teacher states come before), or
+    steps: Positive | None = None  # this many updates
+    rows: Positive = 16  # windows a batch
+    window: Positive = 64  # answer positions a window
+    fit_tokens: Positive = 100_000  # for what is fitted in closed form
     learning_rate: float = 2e-3  # AdamW
-    warmup: int = 20  # updates
-    decay: float = 1.0  # last share of the run over which the rate falls linearly to zero
-    clip: float = 1.0
-    sharpen: float = 0.0  # share of the target's mass moved onto the base's most likely token
+    warmup: Positive = 20  # updates
+    decay: float = Field(1.0, gt=0, le=1)  # last share of the run over which the rate falls linearly to zero
+    clip: PositiveFloat = 1.0
+    sharpen: Share = 0.0  # share of the target's mass moved onto the base's most likely token
     checkpoint_minutes: float = 3.0
     eval_minutes: float = 10.0
-    compile: bool = True  # the loss, with torch.compile
 
-    positive: ClassVar[tuple[str, ...]] = (
-        *("rows", "window", "max_new_tokens", "text_tokens", "minutes", "steps", "fit_tokens"),
-        *("eval_answers", "warmup", "clip"),
-    )
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_bool_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError("it does not take true or false")
+        return value
 
-    def check(self) -> None:
-        """Raise SpecDecError for values out of range; methods add to it."""
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainSettings:
         if (self.minutes is None) == (self.steps is None):
-            raise SpecDecError("give either minutes or steps as the length of the training")
-        for key in self.positive:
-            value = getattr(self, key)
-            if value is not None and value <= 0:
-                raise SpecDecError(f"setting '{key}' must be positive, not {value}")
-        if not 0 <= self.seed <= 2**63 - 1:
-            raise SpecDecError(f"setting 'seed' must be a whole number in [0, {2**63 - 1}], not {self.seed}")
-        if not 0 <= self.sampled <= 1 or self.temperature <= 0:
-            raise SpecDecError("setting 'sampled' must lie between 0 and 1, and 'temperature' above 0")
-        if not 0 <= self.sharpen <= 1 or self.draft_vocab < 0:
-            raise SpecDecError("setting 'sharpen' must lie between 0 and 1, and 'draft_vocab' not below 0")
-        if not 0 < self.eval_fraction < 1 or not 0 < self.decay <= 1:
-            raise SpecDecError("settings 'eval_fraction' and 'decay' must lie between 0 and 1")
+            raise ValueError("give either minutes or steps as the length of the training")
+        return self
 
 
 S = TypeVar("S", bound=TrainSettings)
@@ -90,38 +99,39 @@ def load_settings(kind: type[S], method: str, preset: str | None, overrides: Map
     values = dict(_preset(preset))
     if values.setdefault("method", method) != method:
         raise SpecDecError(f"preset '{preset}' is for 'specdec train {values['method']}'")
-    values.update({key: value for key, value in overrides.items() if value is not None})
-    for length, other in (("steps", "minutes"), ("minutes", "steps")):
-        if overrides.get(length) is not None and overrides.get(other) is None:
-            values[other] = None  # the preset's
-    return from_mapping(kind, values, f"preset '{preset}'")
+    given = {key: value for key, value in overrides.items() if value is not None}
+    for key, others in kind.replaces.items():
+        if given.get(key):
+            values |= others
+    return from_mapping(kind, values | given, f"preset '{preset}'")
 
 
 def from_mapping(kind: type[S], values: Mapping[str, Any], where: str) -> S:
     """Settings from plain values. Raises SpecDecError for unknown keys, wrong kinds and values out of range."""
-    fields = {field.name: field for field in dataclasses.fields(kind)}
-    clean: dict[str, Any] = {}
-    for key, value in values.items():
-        if key not in fields:
-            raise SpecDecError(f"{where} has an unknown setting '{key}'{did_you_mean(key, fields)}")
-        clean[key] = _convert(value, str(fields[key].type), key, where)
-    settings = kind(**clean)
-    settings.check()
-    return settings
+    known = {key: value for key, value in values.items() if key != "compile"}  # a setting of earlier versions
+    try:
+        return kind.model_validate(known)
+    except ValidationError as error:
+        found = error.errors()[0]
+        key, reason = ".".join(map(str, found["loc"])), found["msg"].removeprefix("Value error, ")
+        if found["type"] == "extra_forbidden":
+            raise SpecDecError(
+                f"{where} has an unknown setting '{key}'{did_you_mean(key, kind.model_fields)}"
+            ) from None
+        if not key:
+            raise SpecDecError(f"{where}: {reason}") from None
+        reason = reason[0].lower() + reason[1:]
+        raise SpecDecError(f"{where}: setting '{key}' cannot be {shown(found['input'])}: {reason}") from None
 
 
 def to_yaml(settings: TrainSettings) -> str:
-    def plain(value: Any) -> Any:
-        return [plain(item) for item in value] if isinstance(value, tuple) else value
-
-    data = {key: plain(value) for key, value in dataclasses.asdict(settings).items()}
-    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def differences(a: TrainSettings, b: TrainSettings) -> list[str]:
     """Names of the settings in which two runs differ (where they compute and where the output lies do not count)."""
-    left, right = dataclasses.asdict(a), dataclasses.asdict(b)
-    return [key for key in left if key not in ("output", "device") and left[key] != right[key]]
+    left, right = a.model_dump(exclude={"output", "device"}), b.model_dump()
+    return [key for key in left if left[key] != right[key]]
 
 
 def _preset(name: str) -> dict[str, Any]:
@@ -139,27 +149,3 @@ def _preset(name: str) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise SpecDecError(f"training preset '{path}' is not a mapping of settings")
     return data
-
-
-def _convert(value: Any, kind: str, key: str, where: str) -> Any:
-    """``value`` as the annotated type. YAML 1.1 reads 1e-5 as a string and knows no tuples."""
-    try:
-        if value is None and "None" in kind:
-            return None
-        if kind.startswith("tuple[tuple"):
-            return tuple((int(lo), int(hi)) for lo, hi in value)
-        if kind.startswith("tuple[int"):
-            return tuple(int(item) for item in value)
-        if kind.startswith("tuple"):
-            return tuple(str(item) for item in ([value] if isinstance(value, str) else value))
-        if kind.startswith("float"):
-            return float(value)
-        if kind.startswith("int") and not isinstance(value, bool) and int(value) == float(value):
-            return int(value)
-        if kind == "bool" and isinstance(value, bool):
-            return value
-        if kind == "str" and isinstance(value, str):
-            return value
-    except (TypeError, ValueError):
-        pass
-    raise SpecDecError(f"{where}: setting '{key}' cannot be {value!r}; it is a {kind}")

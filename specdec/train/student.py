@@ -2,19 +2,18 @@
 
 Step s at position t is what the drafter does s tokens past the last verified one: exact keys and values up to t - s,
 provisional ones of its own steps since, and the carry of its own step s - 1 at t - 1. Parameters and forward are the
-drafter's own (``specdec.drafters.m2r2``).
+drafter's own (``specdec.drafters.m2r2_network``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from specdec.cache import Mask
-from specdec.drafters.m2r2 import M2R2, Carry, watch
+from specdec.drafters.m2r2_network import M2R2, Carry, watch
 from specdec.target import Target
 from specdec.train.batches import Batch
 
@@ -26,9 +25,9 @@ def exact_carry(network: M2R2, batch: Batch) -> Carry:
 
 
 def shared(network: M2R2, target: Target, batch: Batch, watched: bool = False) -> list[tuple[Tensor, list[Tensor]]]:
-    """p [B, T, D] behind each stretch that h runs, too, and, if ``watched``, the residuals up to there.
+    """p [B, T, D] behind each stage that h runs, too, and, if ``watched``, the residuals up to there.
 
-    p is the exact state, or what the adapted layers make of that before the stretch, on exact keys and values.
+    p is the exact state, or what the adapted layers make of that before the stage, on exact keys and values.
     """
     path, found, passed = network.path, list[tuple[Tensor, list[Tensor]]](), list[Tensor]()
     if not path.adapts_early:
@@ -48,13 +47,7 @@ def shared(network: M2R2, target: Target, batch: Batch, watched: bool = False) -
     return found
 
 
-def drafts(network: M2R2, target: Target, batch: Batch, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield, for s = 1 .. steps, the last exit's estimates of h[N] [B, T, D] and which positions have them [B, T]."""
-    for exits, valid in passages(network, target, batch, steps):
-        yield exits[-1][0], valid
-
-
-def passages(
+def draft_steps(
     network: M2R2, target: Target, batch: Batch, steps: int, watched: bool = False
 ) -> Iterator[tuple[list[tuple[Tensor, list[Tensor]]], Tensor]]:
     """Yield, for s = 1 .. steps, what each exit has, and which positions have it (bool [B, T]).
@@ -66,34 +59,34 @@ def passages(
     start, first = early[-1] if early else (target.embed(batch.ids, batch.positions), [])
     carry, cache, valid = exact_carry(network, batch), batch.cache(target.num_layers), batch.valid
     for step in range(1, steps + 1):
-        ends, passed, inputs = list(early), first, list[Tensor]()
-        mask = _same(step_mask(batch, step))
-        for landed, p, more in network.beyond(target, start, carry, batch.positions, mask, cache, watched):
-            inputs.append(landed)
+        ends, p, passed, inputs = list(early), start, first, list[Tensor]()
+        mask = step_mask(batch, step)
+        for index in range(len(path.segments)):
+            inputs.append(network.project(index, p, carry))
+            p, more = network.segment(target, index, inputs[-1], batch.positions, mask, cache, watched)
             passed = [*passed, *more]
             ends.append((p, passed))
         exits = list[tuple[Tensor, list[Tensor]]]()
         for exit, run in enumerate(path.reach):
             p, passed = ends[run - 1]
             final = network.estimate(exit, p, carry)
-            exits.append((final, [*passed, final] if path.final_leap else passed))
+            exits.append((final, [*passed, final] if path.final_projection else passed))
         yield exits, valid
         carry = Carry(_later(exits[-1][0]), [_later(x) for x in inputs])
         valid = valid & _later(valid)
 
 
-def landings(network: M2R2, target: Target, batch: Batch, index: int) -> tuple[Tensor, Carry]:
-    """What leap ``index`` starts from in step 1: the residual [B, T, D] behind the stretches before it; the carry."""
+def projected_from(network: M2R2, target: Target, batch: Batch, index: int) -> tuple[Tensor, Carry]:
+    """What projection ``index`` maps in step 1: the residual [B, T, D] behind the stages before it, and the carry."""
     path, carry = network.path, exact_carry(network, batch)
     early, segments = shared(network, target, batch), len(path.segments)
-    ends = [p for p, _ in early] or [target.embed(batch.ids, batch.positions)]
-    run = len(path.shared) + index if index < segments else path.reach[index - segments]  # stretches
-    if run > len(path.shared):
-        mask, cache = _same(step_mask(batch, 1)), batch.cache(target.num_layers)
-        way = network.beyond(target, ends[-1], carry, batch.positions, mask, cache)
-        ends += [p for _, (_, p, _) in zip(range(run - len(path.shared)), way, strict=False)]
-        return ends[-1], carry
-    return ends[max(run - 1, 0)], carry
+    ends = [target.embed(batch.ids, batch.positions), *(p for p, _ in early)]
+    run = len(path.shared) + index if index < segments else path.reach[index - segments]  # stages
+    mask, cache = step_mask(batch, 1), batch.cache(target.num_layers)
+    for segment in range(run - len(path.shared)):
+        x = network.project(segment, ends[-1], carry)
+        ends.append(network.segment(target, segment, x, batch.positions, mask, cache)[0])
+    return ends[run], carry
 
 
 def step_mask(batch: Batch, step: int) -> Mask:
@@ -107,45 +100,33 @@ def step_mask(batch: Batch, step: int) -> Mask:
     return Mask(batch.positions, torch.cat((keys, *[batch.positions] * step), 1), torch.cat((exact, *own), 2))
 
 
-def _same(mask: Mask) -> Callable[[int], Mask]:
-    return lambda lo: mask
-
-
 def _later(x: Tensor) -> Tensor:
     """Shift [B, T, ...] by one position: what t - 1 had is now at t; the first position gets zeros."""
     return torch.cat((torch.zeros_like(x[:, :1]), x[:, :-1]), 1)
 
 
-class Judge:
-    """The teacher's side of a batch: soft targets over a draft vocabulary, and how well logits meet them.
+class Teacher:
+    """The base's side of a batch: soft targets over a draft vocabulary, and how well logits meet them.
 
     The vocabulary of a batch is the drafter's own plus up to ``extra`` of the tokens the base would choose in it (the
     drafter adds the tokens of its context in the same way), filled up with any others so that shapes stay the same.
     ``sharpen``: share of the target's mass moved onto the base's most likely token, where the vocabulary has it.
-    ``compiled``: compiles a function of tensors, where batches have one shape.
     """
 
-    def __init__(
-        self,
-        target: Target,
-        vocab: Tensor | None,
-        sharpen: float = 0.0,
-        extra: int = 512,
-        compiled: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda part: part,
-    ) -> None:
+    def __init__(self, target: Target, vocab: Tensor | None, sharpen: float = 0.0, extra: int = 512) -> None:
         self.target, self.sharpen = target, sharpen
         self.vocab = None if vocab is None else vocab.long()
+        self.own = set() if vocab is None else set(vocab.tolist())
         self.extra = 0 if vocab is None else min(extra, target.vocab_size - len(vocab))
         self.head: nn.Linear | None = None
         self.place: Tensor | None = None  # token id -> index in the batch's vocabulary, or -1
-        self.compare, self.soften = compiled(_compare), compiled(_soften)
-
-    def index(self, ids: Tensor) -> Tensor:
-        return ids if self.place is None else self.place[ids]
 
     @torch.no_grad()
     def begin(self, batch: Batch) -> None:
-        """Targets for this batch: p [B, T, V'], restricted to its vocabulary and renormalised."""
+        """Targets for this batch: p [B, T, V'], restricted to its vocabulary and renormalised.
+
+        best, next: indices of the base's and the text's next tokens. mass: the base's probability of the vocabulary.
+        """
         if self.vocab is not None:
             seen = torch.zeros(self.target.vocab_size, dtype=torch.int8, device=self.vocab.device)
             seen[batch.best[batch.valid]] = 1
@@ -155,36 +136,45 @@ class Judge:
             self.head = self.target.reduced_head(vocab)
             self.place = torch.full_like(seen, -1, dtype=torch.long)
             self.place[vocab] = torch.arange(len(vocab), device=vocab.device)
-        logits = self.target.readout(batch.hidden[self.target.num_layers], self.head)
-        self.best, self.next = self.index(batch.best), self.index(batch.next_ids)
-        self.p, self.mass, self.entropy = self.soften(logits, self.best, batch.log_z, self.sharpen)
+        self.best, self.next = (i if self.place is None else self.place[i] for i in (batch.best, batch.next_ids))
+        x = self.target.readout(batch.hidden[self.target.num_layers], self.head)
+        logits = x.float()
+        inside = torch.logsumexp(logits, -1, keepdim=True)
+        p = torch.exp(logits - inside)
+        if self.sharpen:
+            one = torch.arange(p.shape[-1], device=p.device) == self.best[..., None]
+            share = self.sharpen * (self.best >= 0)[..., None]
+            p = p * (1 - share) + share * one
+        self.entropy = -torch.special.xlogy(p, p).sum(-1)
+        self.p, self.mass = p.to(x.dtype), torch.exp(inside[..., 0] - batch.log_z)
 
     def logits(self, final: Tensor) -> Tensor:
         return self.target.readout(final, self.head)
 
-    def loss(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """KL(target || draft) per position [B, T], and the draft's highest logit [B, T]."""
-        cross, top = self.compare(logits, self.p)
-        return cross - self.entropy, top
+    def loss(self, logits: Tensor) -> Tensor:
+        """KL(target || draft) per position [B, T]."""
+        x = logits.float()
+        return torch.logsumexp(x, -1) - (self.p.float() * x).sum(-1) - self.entropy
 
-    def hits(self, logits: Tensor, top: Tensor, index: Tensor) -> Tensor:
-        """Whether the draft's choice is ``index`` [B, T] (-1: outside the vocabulary, never)."""
-        return (logits.detach().gather(-1, index.clamp_min(0)[..., None])[..., 0] >= top) & (index >= 0)
+    def hits(self, logits: Tensor, index: Tensor | None = None) -> Tensor:
+        """Whether the draft's choice is ``index`` [B, T] (None: the base's; -1: outside the vocabulary, never)."""
+        index, logits = self.best if index is None else index, logits.detach()
+        return (logits.gather(-1, index.clamp_min(0)[..., None])[..., 0] >= logits.amax(-1)) & (index >= 0)
 
+    def ranks(self, logits: Tensor) -> Tensor:
+        """How many tokens the draft prefers to the base's choice [B, T]; outside the vocabulary, all."""
+        above = (logits > logits.gather(-1, self.best.clamp_min(0)[..., None])).sum(-1)
+        return above.masked_fill(self.best < 0, logits.shape[-1])
 
-def _soften(logits: Tensor, best: Tensor, log_z: Tensor, sharpen: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Base logits [B, T, V'] -> target p, the base's full mass inside V' [B, T], entropy of p [B, T]."""
-    x = logits.float()
-    inside = torch.logsumexp(x, -1, keepdim=True)
-    p = torch.exp(x - inside)
-    if sharpen:
-        one = torch.arange(x.shape[-1], device=x.device) == best[..., None]
-        share = sharpen * (best >= 0)[..., None]
-        p = p * (1 - share) + share * one
-    entropy = -torch.special.xlogy(p, p).sum(-1)
-    return p.to(logits.dtype), torch.exp(inside[..., 0] - log_z), entropy
-
-
-def _compare(logits: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-    x = logits.float()
-    return torch.logsumexp(x, -1) - (p.float() * x).sum(-1), logits.detach().amax(-1)
+    def known(self, batch: Batch) -> Tensor:
+        """Where the base's choice is in the drafter's vocabulary or in the context so far: bool [B, T]."""
+        if self.vocab is None:
+            return batch.valid
+        known = torch.zeros_like(batch.valid)
+        for b, text in enumerate(batch.texts):
+            ids, start, best = text.tolist(), int(batch.positions[b, 0]), batch.best[b].tolist()
+            seen = self.own | set(ids[:start])
+            for i, token in enumerate(ids[start:]):
+                seen.add(token)
+                known[b, i] = best[i] in seen
+        return known

@@ -9,7 +9,6 @@ output folder: the drafter (``config.json``, ``model.safetensors``, the best so 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
 import math
 import random
@@ -39,7 +38,7 @@ from specdec.train.batches import Batch, Window
 from specdec.train.data import Answer
 from specdec.train.method import Method, Work, lookup
 from specdec.train.plot import draw_curves
-from specdec.train.runtime import Compiler, keep_freed_memory, training_target
+from specdec.train.runtime import keep_freed_memory, training_target
 from specdec.train.settings import TrainSettings
 from specdec.train.speed import measure, predict
 from specdec.train.world import World, join
@@ -54,7 +53,7 @@ REPORT_UPDATES = 10  # updates a line of metrics.jsonl
 def train(settings: TrainSettings, resume: bool = False, console: Console | None = None) -> dict[str, Any]:
     """Train, write the best drafter to ``settings.output`` and return its figures on held-out answers.
 
-    Raises SpecDecError for unusable settings, prompts, models and folders, for a full disk and for a loss that is no
+    Raises SpecDecError for unusable settings, prompts, models and folders, for a full disk and for a loss that is not a
     number any more; what was computed stays, and ``resume`` goes on from it.
     """
     console = console or stderr()
@@ -89,8 +88,6 @@ def _prepare(
     mark = hub.fingerprint(model)
     begin = read_drafter(settings.init, mark) if settings.init else None
     method = lookup(settings.method)(settings, target)
-    if settings.compile:
-        method.compiled = Compiler(target.device, partial(tell, console))
     data.refuse_foreign(items, target.vocab_size)
     data.refuse_held_out(items, held, tokenizer.decode)
     data.refuse_held_out([data.Prompt((text,)) for text in texts], held, tokenizer.decode, "text")
@@ -224,7 +221,7 @@ class Run:
 
     def _lost(self) -> SpecDecError:
         return SpecDecError(
-            f"the loss is no number any more at update {self.update}; '{self.output}' keeps the drafter as it was "
+            f"the loss is not a number any more at update {self.update}; '{self.output}' keeps the drafter as it was "
             f"until then: go on from it with --set init={self.output} and a lower learning_rate in another --output"
         )
 
@@ -324,7 +321,7 @@ class Run:
         tell(
             self.console,
             f"update {self.update}, {self.tokens} tokens, {self.seconds / 60:.1f} min: "
-            f"{self.method.describe(figures)}{said(figures)}",
+            f"{self.method.describe(figures)}{speedup_text(figures)}",
         )
         if figures["score"] > self.best:
             self.best = figures["score"]
@@ -400,7 +397,7 @@ class Run:
             self.update, self.tokens = int(state["update"]), int(state["tokens"])
             self.seconds, self.best = float(state["seconds"]), float(state["best"])
         except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
-            raise SpecDecError(f"'{path}' is no checkpoint of this run ({error}); delete it to start anew") from None
+            raise SpecDecError(f"'{path}' is not a checkpoint of this run ({error}); delete it to start anew") from None
         self._refresh()
         if self.world.first:
             self._rewind()
@@ -423,24 +420,24 @@ class Run:
             raise _full(self.output, error) from None
 
 
-def said(figures: dict[str, Any]) -> str:
+def speedup_text(figures: dict[str, Any]) -> str:
     """The predicted speedup for people, or nothing."""
     if "speedup" not in figures:
         return ""
     if not figures["depth"]:
         return "; predicted slower than plain decoding here"
-    return f"; predicted {figures['speedup']:.2f}x here at {figures['depth']} drafts a round"
+    return f"; predicted {figures['speedup']:.2f}x here at {figures['depth']} drafts a step"
 
 
 def read_drafter(folder: str, mark: str) -> Trained:
-    """A trained drafter's configuration and tensors. Raises SpecDecError if it is none, or of another base."""
+    """A trained drafter's configuration and tensors. Raises SpecDecError if it is not one, or of another base."""
     config = artifacts.read_config(Path(folder))
     artifacts.check_base(config, mark, folder)
     return config, artifacts.read_tensors(Path(folder))
 
 
 def _open_output(settings: TrainSettings, resume: bool) -> Path:
-    """Make the folder, or check that it holds a run with the same settings. One that computed nothing is no run."""
+    """Make the folder, or check that it holds a run with the same settings. An empty one does not count."""
     if not settings.output:
         raise SpecDecError("no output folder; give --output DIR")
     output = Path(settings.output)
@@ -474,7 +471,7 @@ def _recorded(settings: TrainSettings) -> TrainSettings:
     for key in ("init", "drafter"):
         if value := getattr(settings, key, ""):
             called[key] = Path(value).resolve().name
-    return dataclasses.replace(settings, **called)
+    return settings.model_copy(update=called)
 
 
 def _end_ids(model: Any, tokenizer: Any) -> list[int]:

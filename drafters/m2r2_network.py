@@ -1,0 +1,148 @@
+"""The parameters of an M2R2 and their forward pass, used alike for drafting and for training."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from specdec import artifacts, kernels
+from specdec.adapters import Adapters
+from specdec.cache import KVCache, Mask
+from specdec.errors import SpecDecError
+from specdec.kernels import rms_unit
+from specdec.target import Target
+
+from . import trained
+from .arla import Router
+from .m2r2_path import M2R2Path
+
+
+@dataclass
+class Carry:
+    """Deep states of the previous token: ``final`` [B, T, D], and ``inputs[s]`` [B, T, D] of segment s, as far as run.
+
+    A drafted token's are its own projections.
+    """
+
+    final: Tensor
+    inputs: list[Tensor]
+
+
+class M2R2(nn.Module):
+    """Parameters and forward of the accelerated residual; used alike for drafting and for training.
+
+    router: width of the latents of a router at each exit that says how likely the draft is right; 0: none.
+    """
+
+    def __init__(self, path: M2R2Path, target: Target, draft_vocab: Tensor | None = None, router: int = 0) -> None:
+        super().__init__()
+        path.check(target.num_layers)
+        self.path, self.num_layers = path, target.num_layers
+        shapes = {}
+        for layer, names in path.adapters.items():
+            if not 0 <= layer < target.num_layers:
+                raise SpecDecError(f"the drafter has adapters on layer {layer}; the model has {target.num_layers}")
+            linears = target.linears(layer)
+            if missing := [name for name in names if name not in linears]:
+                raise SpecDecError(f"the drafter has adapters on '{missing[0]}', which layer {layer} does not have")
+            shapes[layer] = {name: linears[name] for name in names}
+        self.adapters = Adapters(shapes, path.rank)
+        d = target.hidden_size
+        # Named as in a drafter's files. To a segment: of [p; previous final state; previous state where the segment
+        # begins]; to the final state the last two are one and the same.
+        self.leaps = nn.ModuleList(nn.Linear(3 * d, d) for _ in path.segments)
+        if path.final_projection:
+            self.leaps.extend(nn.Linear(2 * d, d) for _ in path.reach)
+        counts = [path.residuals(index) for index in range(len(path.reach))]
+        self.routers = nn.ModuleList(Router(count, d, router) for count in counts) if router else None
+        self.frozen: list[kernels.UnitMap] = []  # the projections, once nothing is trained any more
+        self.register_buffer("draft_vocab", draft_vocab)  # int32 [V'], or None: the full vocabulary
+        self.draft_vocab: Tensor | None
+
+    @property
+    def projections(self) -> list[nn.Linear]:
+        """One to each segment, then, if the path has final projections, one to the final state at each exit."""
+        return [each for each in self.leaps if isinstance(each, nn.Linear)]
+
+    def parts(self, index: int, x: Tensor, carry: Carry) -> list[Tensor]:
+        """What projection ``index`` of ``x`` [B, T, D] is a linear map of, once each has unit RMS: 2 or 3 of it."""
+        inputs = [carry.inputs[index]] if index < len(self.path.segments) else []
+        return [x, carry.final, *inputs]
+
+    def features(self, index: int, x: Tensor, carry: Carry) -> Tensor:
+        """The input of projection ``index``: [B, T, 2 D or 3 D]."""
+        return torch.cat([rms_unit(part) for part in self.parts(index, x, carry)], -1)
+
+    def project(self, index: int, x: Tensor, carry: Carry) -> Tensor:
+        """Projection ``index`` of residual ``x`` [B, T, D] -> [B, T, D]."""
+        if self.frozen:
+            return self.frozen[index](self.parts(index, x, carry))
+        layer = self.projections[index]
+        features = self.features(index, x, carry)
+        return nn.functional.linear(features, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
+
+    def estimate(self, exit: int, p: Tensor, carry: Carry) -> Tensor:
+        """The estimate of h[N] [B, T, D] that the head reads, from the residual p at exit number ``exit``."""
+        return self.project(len(self.path.segments) + exit, p, carry) if self.path.final_projection else p
+
+    def freeze(self, target: Target) -> None:
+        """Prepare for drafting: parameters in the target's dtype and place, projections in their fastest format."""
+        self.to(target.device, target.dtype).requires_grad_(False).eval()
+        self.adapters.coarse = True
+        self.frozen = [kernels.UnitMap(each.weight, each.bias) for each in self.projections]
+
+    def segment(
+        self,
+        target: Target,
+        index: int,
+        x: Tensor,
+        positions: Tensor,
+        mask: Mask,
+        cache: KVCache,
+        watched: bool = False,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Run segment ``index`` from ``x`` [B, T, D]: its end and, if ``watched``, the residuals that a router sees."""
+        lo, hi = self.path.segments[index]
+        taps = watch(lo, hi) if watched else None
+        p = target.layers(x, lo, hi, positions, mask, cache, taps=taps, adapters=self.adapters)
+        return p, list((taps or {}).values())
+
+    def beside(
+        self, target: Target, x: Tensor, lo: int, hi: int, positions: Tensor, cache: KVCache, watched: bool = False
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Shared layers [lo, hi) for h and p of the next tokens of a chain, both from ``x`` = h[lo] [B, n, D].
+
+        Returns h[hi], p[hi] and, if ``watched``, the residuals that a router sees. Only h stays in the cache.
+        """
+        if not self.path.adapts_early:
+            h = target.layers(x, lo, hi, positions, cache.mask(lo, positions), cache)
+            return h, h, [h]
+        # h and p as two tokens at one position: both see h's keys (shared KV), nobody sees p's.
+        n, old = x.shape[1], cache.lengths[lo] - cache.committed
+        chain = torch.ones(n, old + n, dtype=torch.bool).tril(old)
+        tree = torch.cat((chain, torch.zeros(n, n, dtype=torch.bool)), 1).repeat(2, 1)
+        both = torch.cat((positions, positions), 1)
+        mask = cache.mask(lo, both, tree)
+        taps = watch(lo + 1, hi) if watched else None
+        y = target.layers(torch.cat((x, x), 1), lo, hi, both, mask, cache, taps=taps, adapters=self.adapters, adapted=n)
+        cache.trim(n, lo, hi)
+        return y[:, :n], y[:, n:], [p[:, n:] for p in (taps or {}).values()]
+
+
+def watch(lo: int, hi: int) -> dict[int, Tensor]:
+    """Taps for the residuals before, in and behind layers [lo, hi), for a router to see."""
+    return {layer: torch.empty(0) for layer in range(lo, hi + 1)}
+
+
+def load_network(target: Target, folder: Path) -> M2R2:
+    """The network in a drafter folder. Raises SpecDecError if it does not fit the target."""
+    config = trained.read_config(folder, "m2r2", target)
+    path, router = M2R2Path.from_json(config.get("path", {})), config.get("router", 0)
+    artifacts.inner("the rank", path.rank, target.hidden_size)
+    router = router and artifacts.inner("the router's width", router, target.hidden_size)
+    rename = lambda name: re.sub(r"^router\.", "routers.0.", name)  # noqa: E731 (of one exit, once)
+    return artifacts.load(folder, target.vocab_size, lambda vocab: M2R2(path, target, vocab, router), rename)

@@ -1,0 +1,97 @@
+"""Running the tokens of a draft along an M2R2's draft path, each as far as it goes.
+
+What earlier tokens of the draft have not run is run for all of them at once when a later token goes deeper.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from specdec.cache import KVCache
+from specdec.target import Target
+
+from .m2r2_network import M2R2, Carry
+
+
+@dataclass
+class _Token:
+    """A drafted token. run: stages behind it; h, p: its residuals there [B, 1, D].
+
+    before: the previous token's carry. own: what it carries on. passed: residuals that a router has seen.
+    """
+
+    positions: Tensor
+    h: Tensor
+    p: Tensor
+    before: Carry
+    own: Carry
+    run: int = 0
+    passed: list[Tensor] = field(default_factory=list)
+
+
+class PathPass:
+    """The tokens of a draft on the draft path. Earlier tokens are never behind later ones."""
+
+    def __init__(self, network: M2R2, target: Target, cache: KVCache, carry: Carry) -> None:
+        self.network, self.target, self.cache, self.carry = network, target, cache, carry
+        self.tokens: list[_Token] = []
+
+    def push(self, token: Tensor, positions: Tensor) -> None:
+        """Add a token, int64 [B, 1], at the beginning of the path."""
+        before = self.tokens[-1].own if self.tokens else self.carry
+        x = self.target.embed(token, positions)
+        self.tokens.append(_Token(positions, x, x, before, Carry(x, [])))
+
+    def to(self, exit: int) -> tuple[Tensor, list[Tensor]]:
+        """Take the last token to an exit: the estimate of h[N] [B, 1, D] there, and the residuals a router sees."""
+        network, token = self.network, self.tokens[-1]
+        self._run(network.path.reach[exit])
+        final = network.estimate(exit, token.p, token.before)
+        return final, [*token.passed, final] if network.path.final_projection else token.passed
+
+    def _run(self, stages: int) -> None:
+        """Run so many stages of the last token, and what earlier ones have not run of them."""
+        network, target, cache = self.network, self.target, self.cache
+        shared, watched = network.path.shared, network.routers is not None
+        for stage in range(self.tokens[-1].run, stages):
+            late = [token for token in self.tokens if token.run == stage]
+            positions = torch.cat([token.positions for token in late], 1)  # (B, n)
+            lo, hi = network.path.stages[stage]
+            if stage < len(shared):
+                x = torch.cat([token.h for token in late], 1)
+                h, p, passed = network.beside(target, x, lo, hi, positions, cache, watched)
+                for place, token in enumerate(late):
+                    token.h = h[:, place : place + 1]
+            else:
+                index = stage - len(shared)
+                for token in late:  # one after another: each depends on the projection of the one before
+                    token.own.inputs.append(network.project(index, token.p, token.before))
+                x, mask = torch.cat([token.own.inputs[index] for token in late], 1), cache.mask(lo, positions)
+                p, passed = network.segment(target, index, x, positions, mask, cache, watched)
+            for place, token in enumerate(late):
+                token.p, token.run = p[:, place : place + 1], stage + 1
+                token.passed += [residual[:, place : place + 1] for residual in passed]
+
+    def finish(self) -> tuple[Tensor | None, int]:
+        """Exact states [B, n, D] at the deepest shared layer that a token has run, and that layer; None at layer 0.
+
+        Provisional entries leave the cache: exact ones come with the scoring pass.
+        """
+        path, cache = self.network.path, self.cache
+        for segment, (lo, hi) in enumerate(path.segments, start=len(path.shared)):
+            cache.trim(sum(token.run > segment for token in self.tokens), lo, hi)
+        if not path.shared:
+            return None, 0
+        deepest = min(self.tokens[0].run, len(path.shared))
+        for stage in range(deepest):
+            if late := [token for token in self.tokens if token.run == stage]:
+                positions = torch.cat([token.positions for token in late], 1)
+                lo, hi = path.shared[stage]
+                x, mask = torch.cat([token.h for token in late], 1), cache.mask(lo, positions)
+                h = self.target.layers(x, lo, hi, positions, mask, cache)
+                for place, token in enumerate(late):
+                    token.h, token.run = h[:, place : place + 1], stage + 1
+        return torch.cat([token.h for token in self.tokens], 1), path.shared[deepest - 1][1]

@@ -1,0 +1,120 @@
+"""The draft path of an M2R2: which layers, in which order, and where a token may leave. Knows no tensors."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from specdec.errors import SpecDecError
+
+
+@dataclass(frozen=True)
+class M2R2Path:
+    """The draft path: how the accelerated residual goes through the model.
+
+    exit_layer: E; layers [0, E) are shared with the slow residual, scoring resumes there.
+    segments: later layer ranges [lo, hi) that the residual is projected to, in order.
+    final_projection: whether each exit is projected onto the final state, or read out as it is.
+    adapters: ``{layer: [module paths]}`` that carry low-rank adapters of rank ``rank``.
+    exits: layers, rising, behind which a token may leave before the end of the path: up to E, where p then starts again
+        from h, or the ends of segments.
+    """
+
+    exit_layer: int
+    segments: tuple[tuple[int, int], ...] = ()
+    final_projection: bool = False
+    rank: int = 32
+    adapters: dict[int, list[str]] = field(default_factory=dict)
+    exits: tuple[int, ...] = ()
+
+    @property
+    def adapts_early(self) -> bool:
+        """Whether p differs from h below the exit layer."""
+        return any(layer < self.exit_layer for layer in self.adapters)
+
+    @property
+    def end(self) -> int:
+        """The last exit: the layer behind which the path ends."""
+        return self.segments[-1][1] if self.segments else self.exit_layer
+
+    @property
+    def shared(self) -> list[tuple[int, int]]:
+        """Stages [lo, hi) of the layers that h runs, too; p starts each from h."""
+        stops = sorted({*(layer for layer in self.exits if layer < self.exit_layer), self.exit_layer})
+        return list(zip([0, *stops], stops, strict=False)) if self.exit_layer else []
+
+    @property
+    def stages(self) -> list[tuple[int, int]]:
+        """All layers that a token may run, in order: ``shared``, then the segments."""
+        return [*self.shared, *self.segments]
+
+    @property
+    def reach(self) -> list[int]:
+        """For each exit, the last one included: stages run before a token leaves there."""
+        ends = [hi for _, hi in self.stages]
+        return [ends.index(layer) + 1 for layer in (*self.exits, self.end)]
+
+    def layers_run(self, exit: int = -1) -> int:
+        """Layers that a token runs which leaves at exit number ``exit``."""
+        return sum(hi - lo for lo, hi in self.stages[: self.reach[exit]])
+
+    def residuals(self, exit: int = -1) -> int:
+        """Residuals that the router at an exit sees: the early ones, those in and behind the segments, the last."""
+        run, early = self.stages[: self.reach[exit]], len(self.shared)
+        seen = sum(hi - lo if self.adapts_early else 1 for lo, hi in run[:early])
+        return seen + sum(hi - lo + 1 for lo, hi in run[early:]) + self.final_projection
+
+    def aims(self, num_layers: int) -> list[int]:
+        """For each residual that the last exit's router sees: the layer whose input h it runs ahead to.
+
+        A stage [lo, hi) that ends at an exit goes from h[lo] to h[N], at rate (N - lo) / (hi - lo), where no
+        projection follows; any other goes at rate 1.
+        """
+        found, last = list[int](), {*self.exits, self.end}
+        for number, (lo, hi) in enumerate(self.stages):
+            rate = (num_layers - lo) / (hi - lo) if hi in last and not self.final_projection else 1
+            first = lo if number >= len(self.shared) else lo + 1 if self.adapts_early else hi
+            found += [lo + round(rate * (layer - lo)) for layer in range(first, hi + 1)]
+        return found + [num_layers] * self.final_projection
+
+    def check(self, num_layers: int) -> None:
+        """Raise SpecDecError unless 0 <= E <= lo < hi <= ... <= N, and all exits are stops on that way."""
+        edge = self.exit_layer
+        good = 0 <= edge < num_layers and (edge > 0 or len(self.segments) > 0) and self.rank > 0
+        for lo, hi in self.segments:
+            good, edge = good and edge <= lo < hi <= num_layers, hi
+        if not good:
+            raise SpecDecError(
+                f"an M2R2 path with exit layer {self.exit_layer} and segments {[list(s) for s in self.segments]} "
+                f"does not fit a model of {num_layers} layers: need 0 <= exit <= lo < hi <= ... <= {num_layers}"
+            )
+        stops = {*range(1, self.exit_layer + 1), *(hi for _, hi in self.segments)} - {self.end}
+        if not set(self.exits) <= stops or list(self.exits) != sorted(set(self.exits)):
+            raise SpecDecError(
+                f"exits of an M2R2 path must be rising layers before its end, up to the exit layer {self.exit_layer} "
+                f"or at the end of a segment; got {list(self.exits)} on a path that ends at {self.end}"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """The ``path`` of a drafter's config.json, which calls the final projection a leap."""
+        data = asdict(self)
+        return {"final_leap" if key == "final_projection" else key: value for key, value in data.items()}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> M2R2Path:
+        """Inverse of ``to_json``. Raises SpecDecError for anything that is not one."""
+        try:
+            path = cls(
+                data["exit_layer"],
+                tuple((lo, hi) for lo, hi in data["segments"]),
+                bool(data["final_leap"]),
+                data["rank"],
+                {int(layer): [str(p) for p in paths] for layer, paths in data["adapters"].items()},
+                tuple(data.get("exits", ())),
+            )
+            numbers = (path.exit_layer, path.rank, *path.exits, *(n for segment in path.segments for n in segment))
+            if odd := [n for n in numbers if type(n) is not int]:
+                raise ValueError(f"{odd[0]!r} is not a whole number")
+            return path
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise SpecDecError(f"the drafter's config.json has no valid M2R2 path ({error!r})") from None
