@@ -1,6 +1,7 @@
 """Text that users give: bounded before it is read, decoded as UTF-8, parsed as JSON or YAML.
 
-Functions raise ValueError with the reason in a few words; the caller says where. Imports nothing heavy.
+Functions raise ValueError with the reason in a few words, and the caller says where; those that read files of prompts
+raise SpecDecError. Imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
+
+from specdec.errors import SpecDecError
 
 LINE = 64_000_000  # bytes of a line, and of a prompt on stdin
 DOCUMENT = 4_000_000  # bytes of a YAML file
@@ -47,6 +50,34 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
         raise ValueError(f"line {number} is not UTF-8 text ({error.reason})") from None
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(getattr(error, "strerror", None) or str(error)) from None
+
+
+def prompts(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The records of a file of prompts: a JSON object on each line, or plain text, which is ``{"prompt": text}``.
+
+    With each comes where it stands, for messages. Raises SpecDecError for an unreadable file and for broken JSON.
+    """
+    try:
+        for number, line in lines(path):
+            where, text = f"line {number} of '{path}'", line.strip()
+            if text.startswith("{"):
+                try:
+                    yield where, parse_json(text)
+                except ValueError as error:
+                    raise SpecDecError(f"{where} is broken JSON ({error}); repair or remove it") from None
+            elif text:
+                yield where, {"prompt": text}
+    except ValueError as error:
+        raise SpecDecError(f"cannot read '{path}': {error}") from None
+
+
+def turns(record: dict[str, Any]) -> tuple[str, ...]:
+    """The user turns of a record of prompts, its ``turns`` or ``prompt``; empty if it has none that can be used."""
+    found = record.get("turns", record.get("prompt"))
+    found = [found] if isinstance(found, str) else found
+    if isinstance(found, list) and all(isinstance(turn, str) and turn.strip() for turn in found):
+        return tuple(found)
+    return ()
 
 
 def parse_json(text: str | bytes) -> Any:

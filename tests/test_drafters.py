@@ -23,6 +23,7 @@ from specdec.drafters.hybrid import HybridDrafter
 from specdec.drafters.layer_skip import LayerSkipDrafter
 from specdec.drafters.lookahead import LookaheadDrafter
 from specdec.drafters.m2r2 import M2R2, M2R2Drafter, M2R2Path
+from specdec.drafters.none import NoDrafter
 from specdec.drafters.prompt_lookup import PromptLookupDrafter
 from specdec.target import ReferenceTarget, Target
 
@@ -339,6 +340,28 @@ def test_bad_options_are_refused_in_one_line(
 
 
 # --- the page that tells how to add one ----------------------------------------------------------------------------
+
+
+class Silent(Drafter):
+    """Writes nothing but ``propose``."""
+
+    name = "silent"
+
+    def propose(self, state: State, limit: int) -> Draft:
+        return Draft.empty(len(state.ids), state.cache.device)
+
+
+def test_a_drafter_has_working_defaults_for_everything_but_propose(llama: PreTrainedModel) -> None:
+    target = ReferenceTarget(llama)
+    plain, _ = run(target, NoDrafter(), PROMPTS, 12)
+    assert run(target, Silent(), PROMPTS, 12)[0] == plain
+    assert (Silent.num_exits, Silent.taps, Silent.training, Silent().label) == (1, (), None, "silent")
+
+
+def test_a_class_that_is_not_a_drafter_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(registry.DRAFTERS, "other", "specdec.draft:Draft")
+    with pytest.raises(SpecDecError, match=r"drafter 'other' \(specdec.draft:Draft\) is not a subclass of .*Drafter"):
+        registry.lookup("drafters", "other")
 
 
 def test_the_documented_example_works_as_an_outside_package(

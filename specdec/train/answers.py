@@ -7,6 +7,7 @@ and students.
 from __future__ import annotations
 
 import json
+import os
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +21,8 @@ from specdec.loop import Loop
 from specdec.sampling import Sampler, SamplingParams
 from specdec.terminal import Progress
 from specdec.text import encode
-from specdec.train.data import Answer, Prompt, parse
+from specdec.train.data import Answer, Prompt, records
+from specdec.train.files import writing
 
 FILE = "answers.jsonl"
 ROWS, REFILL = 48, 12  # rows of the batch; those that must have ended before new ones come
@@ -69,18 +71,13 @@ def answer_prompts(
     left = [p for p in dict.fromkeys(prompts) if p not in made]
     task = progress.add_task("answers", total=len(made) + len(left), completed=len(made), visible=bool(left))
     if left:
-        try:
-            with (output / FILE).open("a", encoding="utf-8") as file:
-                for answer in _generate(SpecDecoder(model, tokenizer, drafter="none"), left, limit, sampling):
-                    ids = {"prompt_ids": answer.prompt_ids, "response_ids": answer.response_ids}
-                    file.write(json.dumps(ids) + "\n")
-                    file.flush()
-                    made[answer.prompt_ids] = answer
-                    progress.update(task, completed=len(made))
-        except OSError as error:
-            raise SpecDecError(
-                f"cannot write answers to '{output}': {error.strerror or error}; free space and --resume"
-            ) from None
+        with writing("answers", output), (output / FILE).open("a", encoding="utf-8") as file:
+            for answer in _generate(SpecDecoder(model, tokenizer, drafter="none"), left, limit, sampling):
+                ids = {"prompt_ids": answer.prompt_ids, "response_ids": answer.response_ids}
+                file.write(json.dumps(ids) + "\n")
+                file.flush()
+                made[answer.prompt_ids] = answer
+                progress.update(task, completed=len(made))
     return [item if isinstance(item, Answer) else made[tuple(item)] for item in items]
 
 
@@ -128,17 +125,10 @@ def _refilled(
 def _written(path: Path, prompts: set[tuple[int, ...]]) -> dict[tuple[int, ...], Answer]:
     """The answers an earlier run left; a line that it did not finish is cut off."""
     made: dict[tuple[int, ...], Answer] = {}
-    if not path.exists():
-        return made
-    good = 0
-    with path.open("r+b") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n"):
-                break
-            answer = parse(line.decode(errors="replace").strip(), path, number)
+    if path.exists():
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+        for answer in records(path):
             if not isinstance(answer, Answer) or answer.prompt_ids not in prompts:
                 raise SpecDecError(f"'{path}' holds answers to other prompts; use another --output or delete it")
             made[answer.prompt_ids] = answer
-            good += len(line)
-        file.truncate(good)
     return made

@@ -29,7 +29,6 @@ class Batch:
     next_ids: Tensor  # int64 [B, T], the text's own next token
     positions: Tensor  # int64 [B, T]
     valid: Tensor  # bool [B, T]
-    ends: Tensor  # int64 [B], first position after the window: exact entries from there on are padding
     kv: dict[int, tuple[Tensor, Tensor]]
     hidden: dict[int, Tensor]  # layer -> its input at each position [B, T, D]
     before: dict[int, Tensor]  # the same, one position earlier
@@ -76,44 +75,35 @@ def assemble(
     records: Sequence[Record], rows: Sequence[Window], length: int, device: torch.device, block: int = 64
 ) -> Batch:
     """Copy the windows' states out of the records; T = ``length``, S a multiple of ``block``."""
-    n = len(rows)
+    picked = [(records[index], start, end) for index, start, end in rows]
     slots = -(-max(end for _, _, end in rows) // block) * block
-    some = records[rows[0][0]]
+    layers, hidden = picked[0][0].kv, picked[0][0].hidden
 
-    def room(shape: tuple[int, ...], like: Tensor) -> Tensor:
-        return torch.zeros(n, *shape, dtype=like.dtype)
+    def pad(parts: list[Tensor], size: int = length) -> Tensor:
+        """Stack ragged parts, zeros behind each."""
+        out = torch.zeros(len(parts), size, *parts[0].shape[1:], dtype=parts[0].dtype)
+        for row, part in zip(out, parts, strict=True):
+            row[: len(part)] = part
+        return out.to(device)
 
-    ids, nxt = torch.zeros(n, length, dtype=torch.long), torch.zeros(n, length, dtype=torch.long)
-    best, log_z = torch.zeros(n, length, dtype=torch.long), torch.zeros(n, length)
-    valid = torch.zeros(n, length, dtype=torch.bool)
-    hidden = {layer: room((length, h.shape[1]), h) for layer, h in some.hidden.items()}
-    before = {layer: room((length, h.shape[1]), h) for layer, h in some.hidden.items()}
-    kv = {layer: (room((slots, *k.shape[1:]), k), room((slots, *v.shape[1:]), v)) for layer, (k, v) in some.kv.items()}
+    def states(layer: int, shift: int) -> Tensor:
+        return pad([r.hidden[layer][start - r.first + shift : end - r.first + shift] for r, start, end in picked])
+
+    def exact(layer: int, part: int) -> Tensor:
+        return pad([r.kv[layer][part][:end] for r, _, end in picked], slots).transpose(1, 2)
+
     starts = torch.tensor([start for _, start, _ in rows])
-    for b, (index, start, end) in enumerate(rows):
-        record, count = records[index], end - start
-        ids[b, :count], nxt[b, :count] = record.ids[start:end], record.ids[start + 1 : end + 1]
-        valid[b, :count] = True
-        a, z = start - record.first, end - record.first
-        best[b, :count], log_z[b, :count] = record.best[a:z], record.log_z[a:z]
-        for layer, states in record.hidden.items():
-            hidden[layer][b, :count], before[layer][b, :count] = states[a:z], states[a - 1 : z - 1]
-        for layer, pair in record.kv.items():
-            for room_, exact in zip(kv[layer], pair, strict=True):
-                room_[b, :end] = exact[:end]
-    positions = starts[:, None] + torch.arange(length)
     return Batch(
-        ids.to(device),
-        nxt.to(device),
-        positions.to(device),
-        valid.to(device),
-        torch.tensor([end for _, _, end in rows]).to(device),
-        {layer: (k.transpose(1, 2).to(device), v.transpose(1, 2).to(device)) for layer, (k, v) in kv.items()},
-        {layer: x.to(device) for layer, x in hidden.items()},
-        {layer: x.to(device) for layer, x in before.items()},
-        best.to(device),
-        log_z.to(device),
-        [records[index].ids[:end] for index, _, end in rows],
+        ids=pad([r.ids[start:end].long() for r, start, end in picked]),
+        next_ids=pad([r.ids[start + 1 : end + 1].long() for r, start, end in picked]),
+        positions=(starts[:, None] + torch.arange(length)).to(device),
+        valid=pad([torch.ones(end - start, dtype=torch.bool) for _, start, end in rows]),
+        kv={layer: (exact(layer, 0), exact(layer, 1)) for layer in layers},
+        hidden={layer: states(layer, 0) for layer in hidden},
+        before={layer: states(layer, -1) for layer in hidden},
+        best=pad([r.best[start - r.first : end - r.first].long() for r, start, end in picked]),
+        log_z=pad([r.log_z[start - r.first : end - r.first] for r, start, end in picked]),
+        texts=[r.ids[:end] for r, _, end in picked],
     )
 
 

@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,17 +44,35 @@ def read(paths: Sequence[Path]) -> list[Answer | Prompt]:
 
     Raises SpecDecError for unreadable files, for a broken line (with its number) and if there is nothing at all.
     """
-    items = [parse(line.strip(), path, n) for path in paths for n, line in _lines(path) if line.strip()]
+    items = [item for path in paths for item in records(path)]
     if not items:
         raise SpecDecError(f"no prompts in {', '.join(map(str, paths))}; write some, or give another file")
     return items
 
 
+def records(path: Path) -> Iterator[Answer | Prompt]:
+    """The answers and prompts of one file, which may be empty."""
+    for where, record in inputs.prompts(path):
+        ids = record.get("prompt_ids"), record.get("response_ids")
+        if all(isinstance(part, list) and part and all(type(i) is int and i >= 0 for i in part) for part in ids):
+            yield Answer(*map(tuple, ids))  # type: ignore[arg-type]
+        elif "response_ids" not in record and (turns := inputs.turns(record)):
+            yield Prompt(turns)
+        else:
+            raise SpecDecError(
+                f"{where} has no usable 'turns', 'prompt' or 'prompt_ids' + 'response_ids'; repair or remove it"
+            )
+
+
 def read_texts(paths: Sequence[Path]) -> list[str]:
     """Each file's whole text; ``.gz`` is unpacked. Raises SpecDecError for unreadable files and empty ones."""
-    texts = ["".join(line for _, line in _lines(path)) for path in paths]
-    for path, text in zip(paths, texts, strict=True):
-        if not text.strip():
+    texts = []
+    for path in paths:
+        try:
+            texts.append("".join(line for _, line in inputs.lines(path)))
+        except ValueError as error:
+            raise SpecDecError(f"cannot read '{path}': {error}") from None
+        if not texts[-1].strip():
             raise SpecDecError(f"text file '{path}' is empty; leave it out")
     return texts
 
@@ -64,36 +81,6 @@ def pieces(ids: Sequence[int], length: int) -> list[Answer]:
     """Token ids of a text as answers of ``length`` tokens in all; the first few are its prompt, context only."""
     parts = [tuple(ids[start : start + length]) for start in range(0, len(ids), length)]
     return [Answer(part[:TEXT_CONTEXT], part[TEXT_CONTEXT:]) for part in parts if len(part) > TEXT_CONTEXT + 1]
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    try:
-        yield from inputs.lines(path)
-    except ValueError as error:
-        raise SpecDecError(f"cannot read '{path}': {error}") from None
-
-
-def parse(line: str, path: Path, number: int) -> Answer | Prompt:
-    """What a line of a file is. Raises SpecDecError, with its number, for one that is neither."""
-    if not line.startswith("{"):
-        return Prompt((line,))
-    try:
-        data: Any = inputs.parse_json(line)
-    except ValueError as error:
-        raise SpecDecError(f"line {number} of '{path}' is broken JSON ({error}); repair or remove it") from None
-    if "response_ids" in data:
-        ids = data.get("prompt_ids"), data["response_ids"]
-        if all(isinstance(part, list) and part and all(type(i) is int and i >= 0 for i in part) for part in ids):
-            return Answer(tuple(ids[0]), tuple(ids[1]))
-    else:
-        turns = data.get("turns", data.get("prompt"))
-        turns = [turns] if isinstance(turns, str) else turns
-        if isinstance(turns, list) and turns and all(isinstance(turn, str) and turn.strip() for turn in turns):
-            return Prompt(tuple(turns))
-    raise SpecDecError(
-        f"line {number} of '{path}' has no usable 'turns', 'prompt' or 'prompt_ids' + 'response_ids'; "
-        "repair or remove it"
-    )
 
 
 def refuse_foreign(items: Sequence[Answer | Prompt], vocab_size: int) -> None:

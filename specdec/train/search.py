@@ -33,6 +33,7 @@ from specdec.target import Target
 from specdec.train import batches as windows_of
 from specdec.train.batches import Batch
 from specdec.train.data import Answer
+from specdec.train.files import writing
 from specdec.train.fit import Moments
 from specdec.train.method import Work
 from specdec.train.speed import predict
@@ -69,10 +70,7 @@ def choose(settings: M2R2Settings, target: Target, work: Work) -> Segment:
     """
     if target.num_layers < 2:
         raise SpecDecError("a model of one layer is too shallow to search; give 'segments'")
-    parts = {
-        "train": _first(work.train, settings.search_tokens),
-        "eval": _first(work.held_out, EVAL_TOKENS),
-    }
+    parts = {"train": _first(work.train, settings.search_tokens), "eval": _first(work.held_out, EVAL_TOKENS)}
     vocab = 0 if work.vocab is None else len(work.vocab)
     mark = f"{work.mark} {digest([*parts['train'], *parts['eval']])} {vocab} {settings.window}"
     file, folder = work.output / FILE, work.output / "states" / "search"
@@ -93,11 +91,9 @@ def choose(settings: M2R2Settings, target: Target, work: Work) -> Segment:
         work.progress.advance(task)
     rows = rank(found, draft_costs(target, work.vocab), settings.search_gain)
     _show(rows, work.console)
-    try:
-        table = {"mark": mark, "chosen": rows[0].segment, "table": [dataclasses.asdict(row) for row in rows]}
+    table = {"mark": mark, "chosen": rows[0].segment, "table": [dataclasses.asdict(row) for row in rows]}
+    with writing(FILE, work.output):
         artifacts.replace(file, json.dumps(table, indent=1).encode())
-    except OSError as error:
-        raise SpecDecError(f"cannot write '{file}': {error.strerror or error}; free space and --resume") from None
     shutil.rmtree(folder)  # large, and of no use any more
     return rows[0].segment
 

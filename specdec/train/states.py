@@ -23,6 +23,7 @@ from specdec.cache import KVCache, Mask
 from specdec.errors import SpecDecError
 from specdec.target import Target
 from specdec.train.data import Answer
+from specdec.train.files import writing
 
 INDEX, VERSION = "index.json", 1
 SHARD_ANSWERS = 256
@@ -111,7 +112,7 @@ def compute(
         full = Wanted(tuple(index["kv"]), tuple(index["hidden"]))
     else:
         full = wanted
-    try:
+    with writing("teacher states", folder):
         folder.mkdir(parents=True, exist_ok=True)
         for number in range(len(shards), -(-len(answers) // SHARD_ANSWERS)):
             chunk = answers[number * SHARD_ANSWERS : (number + 1) * SHARD_ANSWERS]
@@ -121,11 +122,6 @@ def compute(
             (folder / f"{name}.part").replace(folder / name)
             shards.append({"file": name, "sha256": _sha256(folder / name), "answers": len(chunk)})
             replace(folder / INDEX, json.dumps(head | {"shards": shards}, indent=1).encode())
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise SpecDecError(
-            f"cannot write teacher states to '{folder}': {reason}; what is written stays, free space and --resume"
-        ) from None
     return StateStore(folder, wanted)
 
 
@@ -195,7 +191,9 @@ def _read_index(folder: Path) -> dict:  # type: ignore[type-arg]
         if index["version"] != VERSION or not isinstance(index["shards"], list):
             raise ValueError("another format")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise SpecDecError(f"'{folder / INDEX}' is no index of teacher states ({error}); delete the folder") from None
+        raise SpecDecError(
+            f"'{folder / INDEX}' is not an index of teacher states ({error}); delete the folder"
+        ) from None
     return index
 
 

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from specdec import artifacts, hub, inputs
+from specdec import artifacts, generation_config, hub, inputs
 from specdec.costs import Costs
 from specdec.errors import SpecDecError
 from specdec.terminal import Progress, stderr, tell
@@ -36,6 +36,7 @@ from specdec.train.answers import FILE as ANSWERS
 from specdec.train.answers import Sampling, answer_prompts, encode_prompts
 from specdec.train.batches import Batch, Window
 from specdec.train.data import Answer
+from specdec.train.files import writing
 from specdec.train.method import Method, Work, lookup
 from specdec.train.plot import draw_curves
 from specdec.train.runtime import keep_freed_memory, training_target
@@ -103,8 +104,10 @@ def _prepare(
         random.Random(settings.seed).shuffle(train)
         vocab = None
         if settings.draft_vocab:
-            ends = _end_ids(model, tokenizer)
-            vocab = data.draft_vocabulary(train, settings.draft_vocab, ends, target.vocab_size).to(target.device)
+            ends = generation_config.ends(model, tokenizer)
+            vocab = data.draft_vocabulary(train, settings.draft_vocab, sorted(ends), target.vocab_size).to(
+                target.device
+            )
         method.prepare(Work(output, train, held_out, vocab, mark, console, progress))
         store = {}
         for name, part in (("eval", held_out), ("train", train)):
@@ -357,11 +360,8 @@ class Run:
     def _log(self, line: dict[str, Any]) -> None:
         if not self.world.first:
             return
-        try:
-            with (self.output / METRICS).open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"seconds": round(self.seconds, 1), **line}) + "\n")
-        except OSError as error:
-            raise _full(self.output, error) from None
+        with writing("metrics", self.output), (self.output / METRICS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"seconds": round(self.seconds, 1), **line}) + "\n")
 
     def _save(self) -> None:
         """Everything that the rest of the run depends on, in one file that is replaced as a whole."""
@@ -374,10 +374,8 @@ class Run:
             tensors |= {f"optimizer/{index}/{key}": torch.as_tensor(value) for key, value in slot.items()}
         state = {"update": self.update, "tokens": self.tokens, "seconds": self.seconds, "best": self.best}
         contiguous = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
-        try:
+        with writing("a checkpoint", self.output):
             artifacts.replace(self.output / CHECKPOINT, save(contiguous, {"state": json.dumps(state)}))
-        except OSError as error:
-            raise _full(self.output, error) from None
 
     def _restore(self) -> None:
         path = self.output / CHECKPOINT
@@ -414,10 +412,8 @@ class Run:
             pass  # the run was killed as it wrote this line
         except OSError as error:
             raise SpecDecError(f"cannot read '{path}': {error.strerror or error}") from None
-        try:
+        with writing("metrics", self.output):
             artifacts.replace(path, kept.encode())
-        except OSError as error:
-            raise _full(self.output, error) from None
 
 
 def speedup_text(figures: dict[str, Any]) -> str:
@@ -472,19 +468,6 @@ def _recorded(settings: TrainSettings) -> TrainSettings:
         if value := getattr(settings, key, ""):
             called[key] = Path(value).resolve().name
     return settings.model_copy(update=called)
-
-
-def _end_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Token ids that end an answer."""
-    ends = model.generation_config.eos_token_id if model.generation_config is not None else None
-    found = list(ends) if isinstance(ends, list) else [ends]
-    return [int(i) for i in dict.fromkeys([*found, getattr(tokenizer, "eos_token_id", None)]) if i is not None]
-
-
-def _full(output: Path, error: OSError) -> SpecDecError:
-    return SpecDecError(
-        f"cannot write to '{output}': {error.strerror or error}; the last checkpoint stays, free space and --resume"
-    )
 
 
 def _progress(console: Console) -> Progress:
