@@ -21,7 +21,7 @@ SHAPE = ("siblings", "nodes")  # options of every drafter of chains
 
 
 class Shape:
-    """How many siblings stand at each depth of a chain: as many as are given, or those that are seen to pay.
+    """How many siblings each depth of a chain has: as many as are given, or those that are measured to pay.
 
     siblings: number of further candidates at each depth (depths beyond its length have none). nodes: most nodes of the
     tree, which is then the one expected to keep the most tokens (``best_tree``), by how often the first, second, ...
@@ -43,7 +43,7 @@ class Shape:
         """Forget what was seen: a generation does not depend on earlier ones."""
         self.right = [[0.0] * self.RANKS for _ in range(self.DEPTHS)]
         self.offered = [[0.0] * self.RANKS for _ in range(self.DEPTHS)]
-        self.pending: tuple[int, ...] = ()  # parents of the draft that is being judged
+        self.pending: tuple[int, ...] = ()  # parents of the draft that is being verified
 
     def fit(self, limit: int, spare: int) -> tuple[int, Sequence[int]]:
         """The chain's depth, at most ``limit`` >= 1, and the siblings at each depth."""
@@ -130,22 +130,22 @@ def draft_chain(
 ) -> Draft:
     """Draft up to ``limit`` tokens after each row's root; the chain's nodes come first, then the siblings.
 
-    step: takes tokens and their positions (int64 [B, 1]) and returns the logits [B, V'] of what follows them; asked
+    step: takes tokens and their positions (int64 [B, 1]) and returns the logits [B, V'] of what follows them; called
         first for the roots, then for each drafted token but the last.
     siblings: number of further candidates at each depth of the chain (depths beyond its length have none).
     vocab: int64 [V'], the tokens that logits are over; None: all of the target's.
     certainty: takes the logits of a step and returns the probability [B, 1] that their best token is the model's; None:
         what the logits say themselves.
-    Ends early once no row's whole chain stands with a probability of ``state.confidence``, where looking at it waits
-    for no device. Where nothing will be judged, a row's chain ends before the first token less certain than
-    ``state.threshold``, and has no siblings.
+    Ends early once no row's whole chain is accepted with a probability of ``state.confidence``, where reading that
+    does not wait for a device. Where nothing will be verified, a row's chain ends before the first token that is less
+    certain than ``state.threshold``, and has no siblings.
     """
     chain, beside = _Nodes(), _Nodes()
     token, positions = state.roots, state.positions  # (B, 1)
     going = torch.ones_like(token, dtype=torch.bool)  # rows whose chain goes on
     none = token[:, :0]
     prefixes = [] if state.sampler.plain_greedy else [list(ids) for ids in state.ids]
-    reach = torch.ones(token.shape, device=token.device)  # probability that a row's whole chain stands
+    reach = torch.ones(token.shape, device=token.device)  # probability that a row's whole chain is accepted
     for depth in range(limit):
         logits = step(token, positions)
         width = 1 + (siblings[depth] if depth < len(siblings) else 0)

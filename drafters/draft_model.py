@@ -98,14 +98,14 @@ class DraftModelDrafter(ChainDrafter):
         return draft
 
     def _catch_up(self, ids: list[list[int]]) -> Tensor:
-        """Keep the drafted tokens that stood and run what is new of ``ids``: the roots' final states [B, 1, D]."""
+        """Keep the accepted drafts and run what is new of ``ids``: the roots' final states [B, 1, D]."""
         cache = self.cache
-        stood = [
+        accepted = [
             sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(fed, row[n:-1], strict=False)))
             for fed, n, row in zip(self.fed, cache.rows, ids, strict=True)
         ]
-        if any(stood):
-            cache.keep([list(range(n)) for n in stood])
+        if any(accepted):
+            cache.keep([list(range(n)) for n in accepted])
         else:
             cache.trim(cache.lengths[0] - cache.committed)
         last = self.own.vocab_size - 1  # padding of the target's embedding may lie beyond it

@@ -1,7 +1,7 @@
-"""Several drafters in turn: the first that proposes something drafts the round, as in ``prompt-lookup+m2r2``.
+"""Several drafters in turn: the first that proposes something drafts the step, as in ``prompt-lookup+m2r2``.
 
 One that is cheap and right now and then comes first, one that always has an answer last. All of them see what became
-of every round, whoever drafted it.
+of every step, whoever drafted it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from specdec.target import Target
 class HybridDrafter(Drafter):
     """Asks ``members`` in order and takes the first draft that has a token for every row, else the last one's.
 
-    A round has one drafter for the whole batch: rows do not mix them.
+    A step has one drafter for the whole batch: rows do not mix them.
     """
 
     name: ClassVar[str] = "hybrid"
@@ -74,7 +74,7 @@ class HybridDrafter(Drafter):
         else:
             draft = last.propose(state, limit)
         if draft.exit_layer > min(self.taps, default=draft.exit_layer):
-            _give_back(draft, state.cache)  # another member looks at layers that scoring would not run
+            _give_back(draft, state.cache)  # another member observes layers that scoring would not run
         return draft
 
     def observe(self, paths: list[list[int]], taps: dict[int, Tensor]) -> None:

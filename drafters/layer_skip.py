@@ -81,7 +81,7 @@ class LayerSkipDrafter(ChainDrafter):
 
     @classmethod
     def load(cls, target: Target, source: str | None = None, **given: Any) -> LayerSkipDrafter:
-        """From options, or from a YAML file that ``specdec tune layer-skip`` wrote; options stand above the file's."""
+        """From options, or from a YAML file that ``specdec tune layer-skip`` wrote; options override the file's."""
         options.check(cls.name, given, ("skip", *SETTINGS, *SHAPE))
         kept = {} if source is None else read_skips(Path(source), target)
         if source is not None and (odd := [name for name in ("skip", *SETTINGS) if name in given]):
@@ -131,7 +131,9 @@ def read_skips(path: Path, target: Target) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise SpecDecError(f"cannot read the skip set '{path}': {' '.join(str(error).split())}") from None
     if not isinstance(data, dict) or data.get("drafter") != "layer-skip" or not set(data) <= set(KEYS):
-        raise SpecDecError(f"'{path}' is no skip set; make one: specdec tune layer-skip --prompts FILE --output {path}")
+        raise SpecDecError(
+            f"'{path}' is not a skip set; make one: specdec tune layer-skip --prompts FILE --output {path}"
+        )
     base = data.get("base")
     if isinstance(base, dict) and base.get("fingerprint") not in (None, target.fingerprint):
         raise SpecDecError(

@@ -28,15 +28,15 @@ class _Row:
         self.pool: dict[int, list[tuple[int, ...]]] = {}  # first token -> what followed it, latest first
         self.seen = 0  # tokens whose n-grams are in the pool
         self.window: list[list[int]] = []  # trajectories; the head of number i is a guess for position root + 1 + i
-        self.ends: list[int] = []  # block indices at which they end in this round's draft
+        self.ends: list[int] = []  # block indices at which they end in this step's draft
         self.random = random.Random(0)  # its own: a row does not depend on what else is in the batch
 
 
 class LookaheadDrafter(Drafter):
     """Drafts n-grams from a pool that a Jacobi window of guesses fills as the text is generated.
 
-    window: positions ahead that are guessed. ngram: tokens of an n-gram, >= 2. guesses: most n-grams drafted per round.
-    A round scores up to ``(window + guesses) * (ngram - 1)`` tokens and the root. Only trajectories that end within the
+    window: positions ahead that are guessed. ngram: tokens of an n-gram, >= 2. guesses: most n-grams drafted per step.
+    A step scores up to ``(window + guesses) * (ngram - 1)`` tokens and the root. Only trajectories that end within the
     draft's depth limit are run.
     """
 

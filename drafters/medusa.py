@@ -33,8 +33,8 @@ from .vocabulary import DraftVocabulary
 
 HEADS, BLOCKS = 64, 16  # most heads that are read, and blocks of each
 PUBLIC, PICKLE = "medusa_lm_head.safetensors", "medusa_lm_head.pt"
-# Of a public checkpoint nobody has said how often its heads are right: falling by a quarter from head to head, and by
-# more than half from a head's choice to its next.
+# How often the heads of a public checkpoint are right is not published. Assumed: a quarter less from head to head, and
+# less than half from a head's choice to its next.
 ASSUMED = [[0.55 * 0.75**head * 0.4**rank for rank in range(10)] for head in range(8)]
 
 
@@ -70,7 +70,7 @@ class Medusa(nn.Module):
         return y
 
     def freeze(self, target: Target) -> None:
-        """Prepare for drafting: parameters in the target's dtype and place, the largest map in its fastest storage."""
+        """Prepare for drafting: parameters in the target's dtype and place, the largest map in its fastest format."""
         self.to(target.device, target.dtype).requires_grad_(False).eval()
         self.frozen = kernels.frozen(self.weights[0].flatten(0, 1), self.biases[0].flatten())
 
@@ -79,7 +79,7 @@ class MedusaDrafter(Drafter):
     """Drafts the tree that is expected to keep the most tokens for its number of nodes.
 
     accuracy[k][r]: how often choice r of head k is the model's own. nodes: nodes of the tree; None: as many as the
-    chain of the asked depth, and those that scoring has room for beside it (``State.spare``).
+    chain of the given depth, and those that cost little to score beside it (``State.spare``).
     own: output heads of a public checkpoint; None: the model's. source: where public heads come from: a folder, or a
         Hugging Face id with the commit that was read.
     Raises SpecDecError if no trained heads fit the target.

@@ -1,7 +1,7 @@
 """SkipDecode: the later a token of an answer, the fewer layers it gets (Del Corro et al. 2023, arXiv 2307.02628).
 
 The exit falls linearly with position, so that no token needs keys and values above an earlier one's exit. The model's
-own head reads the exit; nothing is trained. The paper lets every token stand (here: a confident verifier with threshold
+own head reads the exit; nothing is trained. The paper accepts every token (here: a confident verifier with threshold
 0) and never runs the layers it skipped; here the next deep pass fills them in.
 """
 

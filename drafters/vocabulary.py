@@ -18,7 +18,7 @@ from specdec.transfer import upload
 class DraftVocabulary:
     """Readout of final states over ``tokens``, int64 [V'] (None: every token).
 
-    trained: the drafter's own tokens, int [V'], or None. ``start`` begins a generation, ``follow`` each round.
+    trained: the drafter's own tokens, int [V'], or None. ``start`` begins a generation, ``follow`` each step.
     """
 
     def __init__(self, target: Target, trained: Tensor | None) -> None:
@@ -30,7 +30,7 @@ class DraftVocabulary:
     def start(self) -> None:
         self.tokens = self.trained
         self.known = set() if self.trained is None else set(self.trained.tolist())
-        self.read = 0  # tokens of a single row's context that have been looked at
+        self.read = 0  # tokens of a single row's context that have been read
         self.more: list[int] = []  # tokens of the context that the trained ones lack
         self.more_head: nn.Linear | None = None
         self.hidden: Tensor | None = None  # bool [B, added], where rows differ: added tokens that a row has not seen

@@ -159,9 +159,9 @@ def test_the_command_writes_a_file_that_drafts(tmp_path: Path) -> None:
 def test_files_that_are_no_skip_sets_are_refused(llama: PreTrainedModel, tmp_path: Path) -> None:
     path, target = tmp_path / "skips.yaml", ReferenceTarget(llama)
     for text, options, message in (
-        ("- 1\n", {}, "is no skip set; make one: specdec tune layer-skip"),
-        ("drafter: m2r2\n", {}, "is no skip set"),
-        ("drafter: layer-skip\nlayers: [1]\n", {}, "is no skip set"),
+        ("- 1\n", {}, "is not a skip set; make one: specdec tune layer-skip"),
+        ("drafter: m2r2\n", {}, "is not a skip set"),
+        ("drafter: layer-skip\nlayers: [1]\n", {}, "is not a skip set"),
         ("drafter: [", {}, "cannot read the skip set"),
         ("drafter: layer-skip\nattn: [a]\n", {}, "attn must be a list of whole numbers"),
         ("drafter: layer-skip\nbase: {name: other, fingerprint: 1}\nattn: [1]\n", {}, "was tuned on other, not on"),

@@ -596,12 +596,16 @@ def test_alignment_brings_a_layer_before_the_exit_nearer_to_where_it_runs_ahead_
 
 def test_given_paths_scale_with_the_depth_of_the_model() -> None:
     target = ReferenceTarget(tiny_model())  # 4 layers, the paths were chosen on 30
-    given = {"search": False, "segments": [[20, 24]], "final_leap": True, "layers_of": 30}
     leap, paper = (
         path_of(load_settings(M2R2Settings, "m2r2", name, changes), target)
-        for name, changes in (("m2r2", given), ("m2r2-paper", {}))
+        for name, changes in (("m2r2", {}), ("m2r2-paper", {}))
     )
     assert (leap.exit_layer, leap.segments) == (0, ((3, 4),)) and (paper.exit_layer, paper.segments) == (1, ())
+    for layers, segment in ((1, (0, 1)), (2, (1, 2)), (12, (8, 10)), (24, (16, 19)), (30, (20, 24)), (60, (40, 48))):
+        target.num_layers = layers
+        target.linears = lambda layer: {"mlp.up_proj": (8, 8)}  # type: ignore[assignment, method-assign, return-value]
+        path = path_of(load_settings(M2R2Settings, "m2r2", None, {}), target)
+        assert (path.exit_layer, path.segments, path.final_projection) == (0, (segment,), True)
 
 
 def test_the_predicted_speedup_weighs_acceptance_against_measured_costs() -> None:

@@ -1,6 +1,6 @@
 """Windows of answers with the teacher states a student needs, padded into batches, in an order fixed by the seed.
 
-A window is a stretch of consecutive answer positions: short rows keep attention over provisional entries small and mix
+A window is a run of consecutive answer positions: short rows keep attention over provisional entries small and mix
 many answers in one batch. Knows nothing about losses and parameters.
 """
 

@@ -108,10 +108,9 @@ class DeedMethod(Method):
                 sums[index] += hit.sum().cpu()
             found = chosen.sum(), (layers * batch.valid).sum(), batch.valid.sum()
             sums[len(self.exits) :] += torch.stack(found).double().cpu()
+            # All inputs are exact states, so every draft of a chain is the same.
             for row, count in zip(chosen.tolist(), batch.valid.sum(1).tolist(), strict=True):
-                lengths += acceptance_lengths(
-                    [row] * STEPS, count
-                )  # what is drafted rests on exact states: every step is the same
+                lengths += acceptance_lengths([row] * STEPS, count)
         shares, chain = (sums / sums[-1].clamp_min(1)).tolist(), accepted_shares(lengths, STEPS)
         return {
             "agreement": [round(x, 4) for x in shares[: len(self.exits)]],

@@ -8,6 +8,7 @@ The loss is distillation on the drafter's own states, as many steps ahead as it 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -159,7 +160,8 @@ def path_of(settings: M2R2Settings, target: Target) -> M2R2Path:
     adapters: dict[int, list[str]] = {}
     early, scale = not settings.segments, target.num_layers / (settings.layers_of or target.num_layers)
     exit_layer = round(settings.exit_layer * scale) or min(settings.exit_layer, 1)
-    ends = [(min(round(lo * scale), target.num_layers - 1), round(hi * scale)) for lo, hi in settings.segments]
+    most = target.num_layers - 1 if settings.layers_of else math.inf  # where a scaled segment may begin
+    ends = [(int(min(round(lo * scale), most)), round(hi * scale)) for lo, hi in settings.segments]
     segments = tuple((lo, max(hi, lo + 1)) for lo, hi in ends)
     stops = dict(zip((hi for _, hi in settings.segments), (hi for _, hi in segments), strict=True))
     exits = tuple(stops.get(layer) or round(layer * scale) for layer in settings.exits)

@@ -1,4 +1,4 @@
-"""What a drafter buys on this machine: how far its chains stand, set against what drafting and scoring cost.
+"""Predicted speedup on this machine: how many drafts are accepted, against what drafting and scoring cost.
 
 The costs are those of the drafter as users run it (from its folder, in the runtime that serves it), measured once.
 """
@@ -26,14 +26,14 @@ def predict(chain: Sequence[float], costs: Costs, nodes: Sequence[int] | None = 
 
         (1 + chain_1 + ... + chain_k) s(1) / (k d + s(1 + nodes_k))
 
-    chain: P(the first i drafted tokens all stand). nodes: tokens scored for a draft of depth i (None: i, a chain).
+    chain: P(the first i drafts are all accepted). nodes: tokens scored for a draft of depth i (None: i, a chain).
     s, d: ``costs``. That scoring may resume from a draft's states is left out: a pass over fewer layers is saved for
     the drafted tokens, but the last of them still needs one.
     """
     seconds, draft = AutoDepth(costs.score, costs.drafts).seconds, costs.drafts[-1]
     best, depth, tokens = 1.0, 0, 1.0
-    for k, stands in enumerate(chain, start=1):
-        tokens += stands
+    for k, accepted in enumerate(chain, start=1):
+        tokens += accepted
         speedup = tokens * seconds(1) / (draft[0] + (k - 1) * draft[1] + seconds(1 + (nodes[k - 1] if nodes else k)))
         if speedup > best:
             best, depth = speedup, k

@@ -87,7 +87,7 @@ def compute(
     fingerprint: str,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> StateStore:
-    """Complete the store in ``folder`` for these answers and open it. ``progress`` is told the tokens done.
+    """Complete the store in ``folder`` for these answers and open it. ``progress`` receives the tokens done.
 
     Raises SpecDecError if the folder holds states of another model or other answers, and if the disk is full.
     """

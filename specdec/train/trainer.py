@@ -60,7 +60,7 @@ def train(settings: TrainSettings, resume: bool = False, console: Console | None
     console = console or stderr()
     if not settings.prompts and not settings.text:
         raise SpecDecError("nothing to train on; give --prompts FILE or --text FILE")
-    # What can be judged without the model comes first.
+    # What can be checked without the model comes first.
     items = data.read([Path(p) for p in settings.prompts]) if settings.prompts else []
     texts = data.read_texts([Path(p) for p in settings.text])
     held = data.read([Path(p) for p in settings.holdout]) if settings.holdout else []
@@ -104,10 +104,8 @@ def _prepare(
         random.Random(settings.seed).shuffle(train)
         vocab = None
         if settings.draft_vocab:
-            ends = generation_config.ends(model, tokenizer)
-            vocab = data.draft_vocabulary(train, settings.draft_vocab, sorted(ends), target.vocab_size).to(
-                target.device
-            )
+            ends = sorted(generation_config.ends(model, tokenizer))
+            vocab = data.draft_vocabulary(train, settings.draft_vocab, ends, target.vocab_size).to(target.device)
         method.prepare(Work(output, train, held_out, vocab, mark, console, progress))
         store = {}
         for name, part in (("eval", held_out), ("train", train)):
