@@ -29,6 +29,7 @@ from typer.core import TyperGroup
 
 from specdec import __version__, inputs, options, registry, report, terminal
 from specdec.bench.command import bench
+from specdec.doctor import doctor
 from specdec.embedded import DEFAULT_MODEL, embedded_models
 from specdec.errors import SpecDecError, SpecDecWarning, did_you_mean
 from specdec.pack_experts import pack_experts
@@ -125,6 +126,7 @@ app.command(epilog="Example: specdec sweep quick drafter=m2r2,prompt-lookup --ou
 app.command("pack-experts", epilog="Example: specdec pack-experts my-moe experts --fit answers.jsonl")(pack_experts)
 app.add_typer(tune_app, name="tune")
 app.command("report", epilog="Example: specdec report DIR --format markdown")(sweep_report)
+app.command(epilog="Example: specdec doctor --json")(doctor)
 
 
 def main() -> None:

@@ -1,0 +1,154 @@
+"""What a bug report needs: versions, CPU, kernels, devices, threads, the cache, models and shipped drafters.
+
+Reads the machine and the cache folder; loads no model and downloads nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Iterable
+from importlib import metadata
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from specdec import embedded
+from specdec.errors import SpecDecError
+
+PACKAGES = ("specdec-m2r2", "torch", "transformers", "numpy", "safetensors", "gguf", "accelerate", "ray")
+CPU_FLAGS = (
+    "avx2",
+    "avx512f",
+    "avx512bw",
+    "avx512vl",
+    "avx512dq",
+    "avx512_bf16",
+    "avx512_vnni",
+    "amx_bf16",
+    "amx_int8",
+)
+VARIABLES = ("SPECDEC_", "OMP_", "GOMP_", "CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "HF_HOME")
+
+
+def collect() -> dict[str, Any]:
+    """Plain values for JSON. What this system does not report is None or empty."""
+    from specdec.bench.environment import environment  # imports torch
+
+    machine = environment()
+    return {
+        "versions": _versions(),
+        "commit": machine["commit"],
+        "system": machine["system"],
+        "cpu": {"name": machine["cpu"], "memory_gb": machine["memory_gb"], "features": _features()},
+        "kernels": _kernels(),
+        "device": _device(),
+        "threads": _threads(),
+        "cache": _cache(),
+        "models": {row.name: row.cached for row in embedded.embedded_models()},
+        "shipped_drafters": _shipped(),
+        "variables": {name: os.environ[name] for name in sorted(os.environ) if name.startswith(VARIABLES)},
+    }
+
+
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Print what a bug report needs: versions, CPU features, kernels, device, threads, cache, models, drafters."""
+    report = collect()
+    if as_json:
+        print(json.dumps(report, ensure_ascii=False))
+        return
+    for name, value in _lines(report):
+        print(f"{name:<17} {value}")
+
+
+def _lines(report: dict[str, Any]) -> Iterable[tuple[str, str]]:
+    cpu, kernels, device = report["cpu"], report["kernels"], report["device"]
+    threads, cache = report["threads"], report["cache"]
+    yield from ((name, version or "not installed") for name, version in report["versions"].items())
+    yield "commit", report["commit"] or "not a checkout"
+    yield "system", report["system"]
+    yield "cpu", f"{cpu['name']}, {cpu['memory_gb'] or '?'} GB of memory"
+    yield "cpu features", " ".join(cpu["features"]) or "none of those that the kernels use"
+    yield "native kernels", "built and usable" if kernels["usable"] else f"not usable: {kernels['reason']}"
+    yield "device", device["name"] + (f"; {device['no_cuda']}" if device["no_cuda"] else "")
+    yield "threads", f"{threads['used']} (CPUs of this process: {threads['cpus']})"
+    size = f", {cache['bytes'] / 1e6:.0f} MB, {cache['free_bytes'] / 1e9:.1f} GB free on its disk"
+    yield "cache", cache["folder"] + (size if cache["exists"] else ", not created yet")
+    models = (f"{name} ({'in' if there else 'not in'} the cache)" for name, there in report["models"].items())
+    yield "models", ", ".join(models)
+    shipped = ", ".join(f"{name} for {', '.join(models)}" for name, models in report["shipped_drafters"].items())
+    yield "shipped drafters", shipped or "none"
+    yield "variables", " ".join(f"{name}={value}" for name, value in report["variables"].items()) or "none"
+
+
+def _versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def _features(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:
+    """Those of ``CPU_FLAGS`` that Linux reports."""
+    try:
+        flags = set(cpuinfo.read_text("utf-8", "replace").split())
+    except OSError:
+        return []
+    return [flag for flag in CPU_FLAGS if flag in flags]
+
+
+def _kernels() -> dict[str, Any]:
+    from specdec import native
+
+    try:
+        native.library()
+    except SpecDecError as error:
+        return {"built": native.LIBRARY.exists(), "usable": False, "reason": str(error)}
+    return {"built": True, "usable": True, "reason": ""}
+
+
+def _device() -> dict[str, str]:
+    """The device that ``auto`` chooses, and why it is not a CUDA device."""
+    import torch
+
+    from specdec import hub
+
+    try:
+        return {"name": f"cuda ({torch.cuda.get_device_name(hub.find_device('cuda'))})", "no_cuda": ""}
+    except SpecDecError as error:
+        return {"name": "cpu", "no_cuda": str(error)}
+
+
+def _threads() -> dict[str, int]:
+    from specdec import cores
+
+    return {"used": cores.threads(), "cpus": cores.cpus()}
+
+
+def _cache() -> dict[str, Any]:
+    """Size of the cache folder, symbolic links not followed. Files that vanish meanwhile do not count."""
+    folder, size, free = embedded.cache_dir(), 0, 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            try:
+                size += os.lstat(os.path.join(parent, name)).st_size
+            except OSError:
+                continue
+    if folder.exists():
+        disk = os.statvfs(folder)
+        free = disk.f_bavail * disk.f_frsize
+    return {"folder": str(folder), "exists": folder.exists(), "bytes": size, "free_bytes": free}
+
+
+def _shipped() -> dict[str, list[str]]:
+    root = Path(str(files("specdec.drafters"))) / "pretrained"
+    found: dict[str, list[str]] = {}
+    for config in sorted(root.glob("*/*/config.json")):
+        found.setdefault(config.parent.parent.name, []).append(config.parent.name)
+    return found

@@ -1,0 +1,55 @@
+"""``specdec doctor``: every line that a bug report needs, also where something is missing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from specdec import cli, doctor, native
+from specdec.errors import SpecDecError
+
+
+@pytest.fixture(autouse=True)
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_json_holds_what_the_lines_print(empty_cache: Path) -> None:
+    (empty_cache / "models").mkdir(parents=True)
+    (empty_cache / "models" / "file").write_bytes(b"12345")
+    report = json.loads(CliRunner().invoke(cli.app, ["doctor", "--json"]).stdout)
+    assert report["versions"]["torch"] and report["versions"]["specdec-m2r2"]
+    assert report["cache"]["folder"] == str(empty_cache) and report["cache"]["bytes"] == 5
+    assert report["cache"]["free_bytes"] > 0
+    assert report["models"] == {"smollm2-135m-instruct": False}
+    assert report["shipped_drafters"]["m2r2"] == ["smollm2-135m-instruct"]
+    assert report["threads"]["used"] >= 1 and report["device"]["name"]
+    assert report["kernels"]["usable"] == native.runs()
+
+
+def test_lines_name_the_cache_that_is_not_there_and_the_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    lines = CliRunner().invoke(cli.app, ["doctor"]).stdout
+    assert "not created yet" in lines and "OMP_NUM_THREADS=1" in lines
+    assert "smollm2-135m-instruct (not in the cache)" in lines
+
+
+def test_kernels_that_are_missing_are_named_with_the_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def missing() -> None:
+        raise SpecDecError("the native kernels are not built")
+
+    monkeypatch.setattr(native, "library", missing)
+    monkeypatch.setattr(native, "LIBRARY", tmp_path / "_native.so")
+    assert doctor._kernels() == {"built": False, "usable": False, "reason": "the native kernels are not built"}
+    assert "not usable: the native kernels are not built" in CliRunner().invoke(cli.app, ["doctor"]).stdout
+
+
+def test_cpu_features_are_those_that_the_kernels_use(tmp_path: Path) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("flags\t\t: fpu avx2 avx512f amx_tile amx_bf16\n")
+    assert doctor._features(cpuinfo) == ["avx2", "avx512f", "amx_bf16"]
+    assert doctor._features(tmp_path / "none") == []
