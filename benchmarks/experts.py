@@ -104,7 +104,6 @@ def make(owner: Offload, share: float, names: list[str], args: argparse.Namespac
         "residual": lambda: predict.residual(owner.layers),
         "m2r2": leaps,
         "controlled": leaps,
-        "m2r2-paper": lambda: predict.read_adapters(args.folder, owner.fingerprint, owner.layers),
         "oracle": lambda: oracle,
         "shuffled": lambda: predict.Shuffled(leaps(), rows, experts),
     }

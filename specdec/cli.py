@@ -246,7 +246,7 @@ def generate(
         str,
         _experts(
             "--expert-prefetch",
-            "none, previous-token, residual, m2r2, m2r2-paper; oracle, shuffled: for study.",
+            "none, previous-token, residual, m2r2; oracle, shuffled: for study.",
             "NAME",
         ),
     ] = "none",

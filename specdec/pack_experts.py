@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,11 +18,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from specdec.train.data import Answer
-    from specdec.train.expert_leaps import Share
 
 HELD_OUT = 8  # every so many texts one is kept to say how good the predictor is, at most this many
 NEW_TOKENS = 192  # of an answer that the model still has to give
-EPOCHS = 2  # of training adapters
 STUDIED = (4, 2, 1, 0)  # layers ahead that recall is measured at
 
 
@@ -37,9 +35,6 @@ def pack_experts(
         ),
     ] = None,
     texts: Annotated[int, typer.Option(help="Texts of FILE to fit on.", min=4)] = 128,
-    rate: Annotated[
-        int | None, typer.Option(help="Also train the m2r2-paper predictor: adapters at this rate, 2 or 4.", min=2)
-    ] = None,
     expert_cache: Annotated[
         str, typer.Option(metavar="SIZE", help="Share (0.25) or size (8GB) of the experts that --fit keeps in memory.")
     ] = "1.0",
@@ -51,69 +46,37 @@ def pack_experts(
     from specdec.experts.layers import moe_layers
     from specdec.experts.offload import ExpertOptions, Offload
 
-    if rate is not None and fit is None:
-        raise SpecDecError("--rate trains on texts; give them with --fit FILE")
     items, cache = None if fit is None else _read(fit), options.size("--expert-cache", expert_cache)
     loaded, tokenizer = hub.load(model, dtype=dtype, trust_remote_code=trust_remote_code, experts=False)
     layers, fingerprint = moe_layers(loaded), hub.fingerprint(loaded)
-    with _progress("packing", "experts") as tell:
-        index = packed.pack(layers, fingerprint, folder, tell)
+    with _progress("packing", "experts") as update:
+        index = packed.pack(layers, fingerprint, folder, update)
     write(
         f"{folder / packed.BLOCKS}: {len(index.layers)} layers of {index.num_experts} experts, "
         f"{index.stride / 1e6:.2f} MB each, {index.total_bytes / 1e6:.0f} MB\n"
     )
     if items is not None:
         with closing(Offload(loaded, fingerprint, ExpertOptions(cache, folder=folder))):
-            _fit(loaded, fingerprint, folder, _answers(loaded, tokenizer, items[:texts]), rate)
+            _fit(loaded, fingerprint, folder, _answers(loaded, tokenizer, items[:texts]))
 
 
-def _fit(loaded: PreTrainedModel, fingerprint: str, folder: Path, answers: list[Answer], rate: int | None) -> None:
-    """Fit the predictors to all but a few of ``answers``, write them, and print how good they are on those few."""
+def _fit(loaded: PreTrainedModel, fingerprint: str, folder: Path, answers: list[Answer]) -> None:
+    """Fit the predictor to all but a few of ``answers``, write it, and print its recall on those few."""
     from specdec.experts import predict
     from specdec.experts.layers import moe_layers
-    from specdec.train.expert_adapters import fit_expert_adapters
     from specdec.train.expert_leaps import fit_expert_leaps, recalls
 
-    layers = moe_layers(loaded)
     held = answers[::HELD_OUT][:HELD_OUT]
     rest = [answer for answer in answers if answer not in held]
-    with _progress("fitting", "texts") as tell:
-        leaps = fit_expert_leaps(loaded, rest, lambda done: tell(done, len(rest)), distances=STUDIED)
-    what = "share of the experts needed that are foreseen, by layers ahead, on held-out texts"
-    shown: dict[str, predict.Forecaster] = {"m2r2": leaps, "residual": predict.residual(layers, distances=STUDIED)}
-    figures = _shares(recalls(loaded, shown, held))
-    used = leaps.within(predict.DISTANCES)
-    predict.write_leaps(folder, used, fingerprint, {"recall": figures, "texts": len(rest)})
-    write(f"{folder / predict.LEAPS}: {what}\n")
-    _show(figures)
-    if rate is None:
-        return
-    with _progress("training", "texts") as tell:
-        adapters = fit_expert_adapters(loaded, rest, rate, EPOCHS, lambda done, _: tell(done, EPOCHS * len(rest)))
-    same = fit_expert_leaps(loaded, rest, targets=adapters.targets)  # leaps over the very distances
-    shown = {"m2r2-paper": adapters, "leaps alike": same, "residual": predict.residual(layers, adapters.targets)}
-    last = len(layers) - 1
-    figures = _shares(recalls(loaded, shown, held), ((1, 4), (5, 8), (9, last), (1, last)))
-    predict.write_adapters(folder, adapters, fingerprint, {"recall": figures, "texts": len(rest)})
-    write(f"{folder / predict.ADAPTERS}: rate {rate}, {what}\n")
-    _show(figures)
-
-
-def _shares(
-    found: dict[str, dict[int, Share]], spans: Sequence[tuple[int, int]] | None = None
-) -> dict[str, dict[str, float]]:
-    """Recall by predictor and distance, or by span of distances."""
-    from specdec.train.expert_leaps import within
-
-    spans = spans or [(d, d) for d in next(iter(found.values()))]
-    names = [str(a) if a == b else f"{a}-{b}" for a, b in spans]
-    return {
-        predictor: {name: within(by, *span) for name, span in zip(names, spans, strict=True)}
-        for predictor, by in found.items()
-    }
-
-
-def _show(figures: dict[str, dict[str, float]]) -> None:
+    with _progress("fitting", "texts") as update:
+        leaps = fit_expert_leaps(loaded, rest, lambda done: update(done, len(rest)), STUDIED)
+    residual = predict.residual(moe_layers(loaded), STUDIED)
+    found = recalls(loaded, {"m2r2": leaps, "residual": residual}, held)
+    figures = {name: {str(ahead): float(share) for ahead, share in by.items()} for name, by in found.items()}
+    predict.write_leaps(folder, leaps.within(predict.DISTANCES), fingerprint, {"recall": figures, "texts": len(rest)})
+    write(
+        f"{folder / predict.LEAPS}: share of needed experts that are predicted, by layers ahead, on held-out texts\n"
+    )
     rows = [(name, *(f"{share:.1%}" for share in by.values())) for name, by in figures.items()]
     report.columns(("predictor", *next(iter(figures.values()))), rows)
 
@@ -135,14 +98,14 @@ def _answers(model: Any, tokenizer: Any, items: list[Any]) -> list[Answer]:
 
     out = []
     decoder = None
-    with _progress("answering", "prompts") as tell:
+    with _progress("answering", "prompts") as update:
         for number, item in enumerate(encode_prompts(tokenizer, items, model.config._name_or_path), start=1):
             if not isinstance(item, Answer):
                 decoder = decoder or SpecDecoder(model, tokenizer, "none")
                 reply = decoder.generate(item, max_new_tokens=NEW_TOKENS)
                 item = Answer(tuple(item), tuple(reply.token_ids))
             out.append(item)
-            tell(number, len(items))
+            update(number, len(items))
     return out
 
 

@@ -238,8 +238,6 @@ class Offload:
             return predict.Oracle(experts)
         if name == "residual":
             return predict.residual(self.layers)
-        if name == "m2r2-paper":
-            return predict.read_adapters(self.folder, self.fingerprint, self.layers)
         leaps = predict.read_leaps(self.folder, self.fingerprint, experts, planned.hidden)
         return leaps if name == "m2r2" else predict.Shuffled(leaps, rows, experts)
 

@@ -27,14 +27,13 @@ from specdec.errors import SpecDecError
 from specdec.experts.layers import MoELayer
 from specdec.kernels import UNIT_EPS
 
-PREDICTORS = ("none", "previous-token", "residual", "m2r2", "m2r2-paper", "oracle", "shuffled")
+PREDICTORS = ("none", "previous-token", "residual", "m2r2", "oracle", "shuffled")
 DISTANCES = (2, 1, 0)  # layers ahead that are predicted at a layer
 REACH = 4  # layers ahead that the oracle knows
 PAST = ("last", "before", "router")  # what leaps know beside the residual that enters
 
 Forecast = list[tuple[int, list[float]]]  # row, need of each of its experts
 Array = npt.NDArray[np.float32]
-_NOTHING: Array = np.zeros((0, 0), np.float32)
 
 
 class Predictor(ABC):
@@ -258,45 +257,9 @@ def _to_unit(x: Array) -> Array:
     return scale
 
 
-class Accelerated(Forecaster):
-    """The paper's form: a second residual p that runs ahead of the first at rate R, helped by low-rank adapters.
-
-        p[0] = x[0] + up_0 down_0 u(x[0]);   p[j] = p[j-1] + (x[j] - x[j-1]) + up_j down_j u(p[j-1] + x[j] - x[j-1])
-
-    x[j]: the residual that enters row j; u: at unit RMS; down [n, r, D], up [n, D, r]. At row j, p stands for the
-    residual in front of the router of row R j, and the routers of rows R j .. R j + R - 1 are applied to it. It shares
-    what the layers add to x, where the paper runs them on p once more: that would need experts of its own.
-    """
-
-    name = "m2r2-paper"
-
-    def __init__(self, layers: list[MoELayer], rate: int, down: Tensor, up: Tensor) -> None:
-        rows = len(layers)
-        self.rate, self.down, self.up = rate, down, up
-        self.targets = [[t for t in range(rate * j, rate * j + rate) if t < rows] for j in range(rows)]
-        self.slope, self.top_k, self.num_experts = slope_of(layers), layers[0].top_k, len(layers[0].router)
-        self._down, self._up = down.transpose(1, 2).numpy(), up.transpose(1, 2).numpy()
-        routers = _routers(layers)
-        self._routers = [torch.cat([routers[t] for t in ts] or [routers[0][:0]]).T.numpy() for ts in self.targets]
-        self._row, self._x, self._p = -1, _NOTHING, _NOTHING
-
-    def logits(self, row: int, x: Tensor) -> Array:
-        if row < len(self._down):
-            entering = _rows(x)
-            goes_on = row == self._row + 1 and row and entering.shape == self._x.shape  # else: a pass that begins here
-            p: Array = self._p + (entering - self._x) if goes_on else entering
-            self._p = p + (p @ self._down[row] * _to_unit(p)) @ self._up[row]
-            self._row, self._x = row, entering
-        z: Array = self._p @ self._routers[row] * _to_unit(self._p)
-        return z.reshape(len(z), len(self.targets[row]), self.num_experts)
-
-
-def residual(
-    layers: list[MoELayer], targets: list[list[int]] | None = None, distances: Sequence[int] = DISTANCES
-) -> Leaps:
+def residual(layers: list[MoELayer], distances: Sequence[int] = DISTANCES) -> Leaps:
     """The plain residual: routers applied to the residual as it enters a layer, up to the last layer of this token."""
-    if targets is None:
-        targets = [[j + d for d in distances if j + d < len(layers)] for j in range(len(layers))]
+    targets = [[j + d for d in distances if j + d < len(layers)] for j in range(len(layers))]
     routers = _routers(layers)
     empty = torch.zeros(0, *routers[0].shape)
     now = [torch.stack([routers[t] for t in rows]) if rows else empty for rows in targets]
@@ -363,7 +326,7 @@ class Shuffled(Predictor):
 
 # -- on disk -------------------------------------------------------------------------------------------------------
 
-LEAPS, ADAPTERS = "leaps", "adapters"  # folders beside the packed experts
+LEAPS = "leaps"  # folder beside the packed experts
 
 
 def write_leaps(folder: Path, leaps: Leaps, fingerprint: str, figures: dict[str, Any]) -> None:
@@ -377,7 +340,7 @@ def write_leaps(folder: Path, leaps: Leaps, fingerprint: str, figures: dict[str,
 def read_leaps(folder: Path, fingerprint: str, num_experts: int, hidden: int) -> Leaps:
     """Inverse of ``write_leaps``. Raises SpecDecError if there are none, or not for this model."""
     path = folder / LEAPS
-    config = _config(path, fingerprint, "--fit ANSWERS")
+    config = _config(path, fingerprint)
     try:
         targets = [[int(t) for t in row] for row in config["targets"]]
         if not all(0 <= t < len(targets) for row in targets for t in row):
@@ -398,32 +361,10 @@ def read_leaps(folder: Path, fingerprint: str, num_experts: int, hidden: int) ->
         raise _unfit(path, error) from None
 
 
-def write_adapters(folder: Path, found: Accelerated, fingerprint: str, figures: dict[str, Any]) -> None:
-    """Keep trained adapters beside the packed experts in ``folder``. Raises SpecDecError if the disk refuses."""
-    config = {"drafter": "expert-adapters", "base": {"fingerprint": fingerprint}, "rate": found.rate}
-    artifacts.write(folder / ADAPTERS, config | {"figures": figures}, {"down": found.down, "up": found.up})
-
-
-def read_adapters(folder: Path, fingerprint: str, layers: list[MoELayer]) -> Accelerated:
-    """Inverse of ``write_adapters``. Raises SpecDecError if there are none, or not for this model."""
-    path = folder / ADAPTERS
-    config = _config(path, fingerprint, "--fit ANSWERS --rate R")
-    try:
-        rate, width = int(config["rate"]), layers[0].router.shape[1]
-        with artifacts.opened(path / artifacts.WEIGHTS) as stored:
-            rows, rank = stored.header["down"].shape[:2]
-        if not 2 <= rate <= max(len(layers), 2) or rows > len(layers) or rank > artifacts.WIDEST * width:
-            raise ValueError("a tensor of another shape")
-        tensors = _tensors(path, {"down": (rows, rank, width), "up": (rows, width, rank)})
-        return Accelerated(layers, rate, tensors["down"], tensors["up"])
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise _unfit(path, error) from None
-
-
-def _config(path: Path, fingerprint: str, how: str) -> dict[str, Any]:
+def _config(path: Path, fingerprint: str) -> dict[str, Any]:
     if not path.is_dir():
         raise SpecDecError(
-            f"no expert predictor in '{path}'; fit one with 'specdec pack-experts MODEL DIR {how}', or use "
+            f"no expert predictor in '{path}'; fit one with 'specdec pack-experts MODEL DIR --fit ANSWERS', or use "
             "--expert-prefetch residual"
         )
     config = artifacts.read_config(path)
@@ -440,4 +381,4 @@ def _tensors(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor
 
 
 def _unfit(path: Path, error: Exception) -> SpecDecError:
-    return SpecDecError(f"'{path}' is no expert predictor for this model ({error!r}); fit it again")
+    return SpecDecError(f"'{path}' is not an expert predictor for this model ({error!r}); fit it again")

@@ -62,17 +62,15 @@ def fit_expert_leaps(
     model: PreTrainedModel,
     answers: Sequence[Answer],
     progress: Callable[[int], None] | None = None,
-    targets: list[list[int]] | None = None,
     distances: Sequence[int] = DISTANCES,
 ) -> Leaps:
     """Leaps of ``model``, whose experts are in memory or offloaded, from texts it should be good at: its own answers.
 
-    progress: told the texts seen. targets: the rows, of the same token, that each row predicts; None: those at
-    ``distances``, of the next token too.
+    progress: called with the number of texts read. distances: how many layers ahead each layer predicts.
     """
     layers = moe_layers(model)
     rows = len(layers)
-    plan = pairs(rows, distances) if targets is None else [[(l, False) for l in ahead] for ahead in targets]
+    plan = pairs(rows, distances)
     problems = [
         [((f"x{j}", f"s{j}", f"p{l}{w:d}", f"r{l}{w:d}"), f"y{l}{w:d}") for l, w in ahead]
         for j, ahead in enumerate(plan)
@@ -153,9 +151,3 @@ class Share:
 
     def __float__(self) -> float:
         return self.hits / max(self.total, 1)
-
-
-def within(by: Mapping[int, Share], low: int, high: int) -> float:
-    """The share over all distances from ``low`` to ``high``."""
-    parts = [share for distance, share in by.items() if low <= distance <= high]
-    return float(Share(sum(p.hits for p in parts), sum(p.total for p in parts)))
