@@ -1,16 +1,15 @@
-"""Expert loading compared: arms at one byte budget, interleaved prompt by prompt; tables, a plot, JSON.
+"""Expert loading compared: methods at one byte budget, interleaved prompt by prompt; tables, a plot, JSON.
 
     specdec pack-experts MODEL DIR --fit answers.jsonl.gz
     python benchmarks/experts.py --model MODEL --folder DIR --answers answers.jsonl.gz --json out.json
     python benchmarks/experts.py ... --json out.json --ratios "" --sizes 0.25,0.375,0.5,0.75 --plot out.png
 
-Slow memory is emulated (a declared bandwidth, one transfer at a time); its speed is the ratio of loading what a
-token needs of a layer (k experts) to computing that layer; computing is timed with all experts resident, for each
-prompt anew, as machines slow down and recover. Every arm must give the same tokens, and an offline replay of each arm's
-demands and prefetches must arrive at the engine's own counters, or the script fails. ``in time`` is the share of
-demanded experts that were there when asked for. Speeds are compared prompt by prompt, arms taking turns in order, and
-given as medians.
-Prefetching is on throughout, but for the arm ``controlled``: m2r2 with the controller that users get.
+Slow memory is emulated (a declared bandwidth, one transfer at a time); its speed is the ratio of loading what a token
+needs of a layer (k experts) to computing that layer; computing is timed with all experts resident, for each prompt
+anew, as machines slow down and recover. Every method must give the same tokens, and an offline replay of its demands
+and prefetches must arrive at the store's own counters, or the script fails. ``in time`` is the share of demanded
+experts that were ready when demanded. Speeds are compared prompt by prompt, methods taking turns in order, and given as
+medians. Prefetching is on throughout, but for the method ``controlled``: m2r2 with the controller that users get.
 Results are added to those in the JSON file, so that several short runs make one table and one plot.
 
 One thread computes and one loads, so that two cores do both at once, as an accelerator and its copy engine would.
@@ -29,16 +28,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from expert_study import MACHINES, OLMOE, EmulatedTier, Oracle, Shuffled, StudyStore, replay, seconds_per_token
 from rich.console import Console
 from rich.table import Table
 
 from specdec import SpecDecoder, hub
 from specdec.experts import predict
+from specdec.experts.cache import Counters
 from specdec.experts.control import Controller
 from specdec.experts.offload import ExpertOptions, Offload
-from specdec.experts.replay import MACHINES, OLMOE, replay, seconds_per_token
-from specdec.experts.store import Counters, ExpertStore
-from specdec.experts.tiers import EmulatedTier
 from specdec.train.data import Answer, read
 
 HELD_OUT = 32  # every so many rows are prompts: those that neither moefy.py nor pack-experts --fit learns from
@@ -46,7 +44,7 @@ FAST = 1e12  # bytes/s
 MAIN = ("on-demand", "lru", "previous-token", "residual", "m2r2", "oracle", "shuffled")
 
 
-Figures = dict[str, Any]  # of an arm
+Figures = dict[str, Any]  # of a method
 
 
 def faster(one: Figures, other: Figures) -> float:
@@ -54,23 +52,22 @@ def faster(one: Figures, other: Figures) -> float:
     return statistics.median(theirs / own for own, theirs in zip(one["ms"], other["ms"], strict=True))
 
 
-class Arm:
+class Method:
     """One way to hold the experts: a store, a predictor and a controller, put under the model for one request."""
 
     controller: Controller
 
-    def __init__(self, name: str, owner: Offload, share: float, predictor: Any, eviction: str) -> None:
-        eviction = "none" if name == "on-demand" else eviction
-        self.name, self.predictor, self.eviction = name, predictor, eviction
+    def __init__(self, name: str, owner: Offload, share: float, predictor: Any) -> None:
+        self.name, self.predictor = name, predictor
         self.demand = owner.top_k * owner.index.stride  # bytes that a token needs of a layer
         tier = EmulatedTier(owner.folder, owner.index, FAST)
         self.tier, self.runs = tier, list[dict[str, Any]]()
-        self.store = ExpertStore(owner.index, tier, 1.0 if name == "resident" else share, owner.top_k, eviction)
-        self.store.trace = []
+        size = 1.0 if name == "resident" else share
+        self.store = StudyStore(owner.index, tier, size, owner.top_k, caching=name != "on-demand")
 
     def run(self, decoder: SpecDecoder, prompt: list[int], tokens: int, bandwidth: float) -> list[int]:
         owner = decoder.target.experts
-        assert owner is not None and self.store.trace is not None
+        assert owner is not None
         self.tier.bandwidth = bandwidth
         owner.store, owner.predictor, owner.controller = self.store, self.predictor, self.controller
         out = decoder.generate(prompt, max_new_tokens=tokens, ignore_eos=True)
@@ -86,54 +83,68 @@ class Arm:
 
     def check(self) -> None:
         """The engine's counters against a replay of all it was asked for."""
-        if self.eviction == "none":
+        if not self.store.caching:
             return
-        assert self.store.trace is not None
-        while not self.store.resting:  # what was foreseen last is still being loaded
+        while not self.store.idle:  # what was predicted last is still being loaded
             time.sleep(0.001)
-        same, own = replay(self.store.trace, len(self.store.caches[0].slots), self.eviction), self.store.counters
+        same, own = replay(self.store.trace, len(self.store.caches[0].slots)), self.store.counters
         ours = (own.demanded, own.hits, own.prefetched, own.evictions, own.unused)
         assert (same.demanded, same.hits, same.prefetched, same.evictions, same.unused) == ours, self.name
 
 
-def make(owner: Offload, share: float, names: list[str], args: argparse.Namespace, oracle: predict.Oracle) -> list[Arm]:
+def make(owner: Offload, share: float, names: list[str], args: argparse.Namespace, oracle: Oracle) -> list[Method]:
     rows, experts = len(owner.layers), owner.index.num_experts
-    leaps = lambda: predict.read_leaps(args.folder, owner.fingerprint, experts, owner.index.hidden)  # noqa: E731
+    fitted = lambda: predict.read_predictor(args.folder, owner.fingerprint, experts, owner.index.hidden)  # noqa: E731
     made = {
         "previous-token": lambda: predict.PreviousToken(rows, experts),
         "residual": lambda: predict.residual(owner.layers),
-        "m2r2": leaps,
-        "controlled": leaps,
+        "m2r2": fitted,
+        "controlled": fitted,
         "oracle": lambda: oracle,
-        "shuffled": lambda: predict.Shuffled(leaps(), rows, experts),
+        "shuffled": lambda: Shuffled(fitted(), rows, experts),
     }
-    return [Arm(name, owner, share, made.get(name, lambda: None)(), args.eviction) for name in names]
+    return [Method(name, owner, share, made.get(name, lambda: None)()) for name in names]
 
 
 def compare(
-    decoder: SpecDecoder, resident: Arm, arms: list[Arm], prompts: list[list[int]], tokens: int, ratio: float = 0.0
+    decoder: SpecDecoder,
+    resident: Method,
+    methods: list[Method],
+    prompts: list[list[int]],
+    tokens: int,
+    ratio: float = 0.0,
 ) -> None:
-    """Run all arms over all prompts; ratio: of loading what a layer demands to computing it."""
-    for arm in (resident, *arms):
-        arm.runs.clear()
-        arm.controller = Controller(adaptive=arm.name == "controlled")
+    """Run all methods over all prompts; ratio: of loading what a layer demands to computing it."""
+    for method in (resident, *methods):
+        method.runs.clear()
+        method.controller = Controller(adaptive=method.name == "controlled")
     for number, prompt in enumerate(prompts):
         first = resident.run(decoder, prompt, tokens, FAST)
         layer = resident.runs[-1]["ms_per_token"] / 1e3 / len(resident.store.caches)
         bandwidth = resident.demand / (ratio * layer) if ratio else FAST
-        at = number % len(arms)
-        for arm in (*arms[at:], *arms[:at]):  # none is always behind the same other one
-            assert arm.run(decoder, prompt, tokens, bandwidth) == first, f"{arm.name} changed the tokens"
-    for arm in arms:
-        arm.check()
+        at = number % len(methods)
+        for method in (*methods[at:], *methods[:at]):  # each takes every place
+            assert method.run(decoder, prompt, tokens, bandwidth) == first, f"{method.name} changed the tokens"
+    for method in methods:
+        method.check()
 
 
-def show(console: Console, title: str, arms: list[Arm]) -> dict[str, Figures]:
-    found = {arm.name: arm.figures() for arm in arms}
+def show(console: Console, title: str, methods: list[Method]) -> dict[str, Figures]:
+    found = {method.name: method.figures() for method in methods}
     slow, best = found.get("on-demand"), found.get("oracle")
     table = Table(title=title)
-    for column in ("arm", "ms/token", "x on demand", "of oracle", "hits", "in time", "stall ms", "MB/token", "unused"):
-        table.add_column(column, justify="left" if column == "arm" else "right")
+    for column in (
+        "method",
+        "ms/token",
+        "x on demand",
+        "of oracle",
+        "hits",
+        "in time",
+        "stall ms",
+        "MB/token",
+        "unused",
+    ):
+        table.add_column(column, justify="left" if column == "method" else "right")
     for name, f in found.items():
         table.add_row(
             name,
@@ -153,8 +164,8 @@ def show(console: Console, title: str, arms: list[Arm]) -> dict[str, Figures]:
 def project(console: Console, found: dict[str, Figures]) -> None:
     """What the transfers measured here would cost a model of OLMoE's size."""
     table = Table(title="OLMoE's size (16 x 64 experts of 12 MiB, top-8), computed from the transfers above: tokens/s")
-    for column in ("arm", *(machine.name for machine in MACHINES)):
-        table.add_column(column, justify="left" if column == "arm" else "right")
+    for column in ("method", *(machine.name for machine in MACHINES)):
+        table.add_column(column, justify="left" if column == "method" else "right")
     for name, f in found.items():
         if name in MAIN:
             prefetched, missed = f["prefetched"] / f["demanded"], 1 - f["hit_rate"]
@@ -167,8 +178,8 @@ def summary(console: Console, ratios: dict[str, dict[str, Figures]]) -> None:
     """Speed against loading on demand at every ratio measured so far, and what of m2r2's is whose."""
     order = sorted(ratios, key=float)
     table = Table(title="x on demand, by load/compute")
-    for column in ("arm", *order):
-        table.add_column(column, justify="left" if column == "arm" else "right")
+    for column in ("method", *order):
+        table.add_column(column, justify="left" if column == "method" else "right")
     for name in next(iter(ratios.values())):
         table.add_row(name, *(f"{faster(ratios[r][name], ratios[r]['on-demand']):.2f}" for r in order))
     for what, better, worse in (("m2r2: by the cache", "lru", "on-demand"), ("m2r2: by loading ahead", "m2r2", "lru")):
@@ -189,7 +200,7 @@ def keep(path: Path | None, result: dict[str, Any]) -> None:
         path.write_text(json.dumps(result, default=str, indent=1) + "\n")
 
 
-STYLES = ("o-", "s--", "^:", "D-", "v-.", "x:")  # told apart in grey, too
+STYLES = ("o-", "s--", "^:", "D-", "v-.", "x:")  # distinct in grey, too
 
 
 def plot(path: Path, by_size: dict[str, dict[str, Figures]]) -> None:
@@ -223,7 +234,6 @@ def main() -> None:
     parser.add_argument("--cache", type=float, default=0.25)
     parser.add_argument("--ratios", default="0.25,0.5,1,2,4")
     parser.add_argument("--sizes", default="", help="cache sizes for the plot, such as 0.25,0.5,0.75; at ratio 1")
-    parser.add_argument("--eviction", default="lru", choices=("lru", "least-stale"))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
@@ -239,7 +249,7 @@ def main() -> None:
     first = owner.store
     rows = [row for row in read([args.answers]) if isinstance(row, Answer)]
     prompts = [list(row.prompt_ids[-64:]) for row in rows[::HELD_OUT]][: args.prompts]
-    oracle, console = predict.Oracle(owner.index.num_experts), Console(width=120)
+    oracle, console = Oracle(owner.index.num_experts), Console(width=120)
     result = kept(args.json) | {"settings": vars(args)}
 
     resident, teacher = make(owner, 1.0, ["resident", "oracle"], args, oracle)
@@ -251,33 +261,33 @@ def main() -> None:
     )
     teacher.store.close()
 
-    arms = make(owner, args.cache, [*MAIN, "controlled"], args, oracle)
+    methods = make(owner, args.cache, [*MAIN, "controlled"], args, oracle)
     for ratio in map(float, filter(None, args.ratios.split(","))):
-        compare(decoder, resident, arms, prompts, args.tokens, ratio)
+        compare(decoder, resident, methods, prompts, args.tokens, ratio)
         title = f"cache {args.cache:.0%}, load/compute {ratio:g}"
-        result["ratios"][f"{ratio:g}"] = found = show(console, title, [resident, *arms])
+        result["ratios"][f"{ratio:g}"] = found = show(console, title, [resident, *methods])
         if ratio == 1:
             result["sizes"][f"{args.cache:g}"] = found
             project(console, found)
         keep(args.json, result)
     if result["ratios"]:
         summary(console, result["ratios"])
-    trace = next(arm for arm in arms if arm.name == "lru").store.trace or []
-    for policy in ("lru", "least-stale", "belady") if trace else ():
+    trace = next(method for method in methods if method.name == "lru").store.trace
+    for policy in ("lru", "belady") if trace else ():
         rates = [
             replay(trace, slots, policy).hit_rate for slots in (owner.top_k, 3 * owner.top_k // 2, 2 * owner.top_k)
         ]
         result[f"replay_{policy}"] = rates
         hits = ", ".join(f"{rate:.1%}" for rate in rates)
         console.print(f"replay of the demands, prompts included, with k, 1.5 k and 2 k slots a layer, {policy}: {hits}")
-    for arm in arms:
-        arm.store.close()
+    for method in methods:
+        method.store.close()
     for share in map(float, filter(None, args.sizes.split(","))):
         some = make(owner, share, list(MAIN[1:]), args, oracle)
         compare(decoder, resident, some, prompts, args.tokens, 1.0)
         result["sizes"][f"{share:g}"] = show(console, f"cache {share:.0%}, load/compute 1", some)
-        for arm in some:
-            arm.store.close()
+        for method in some:
+            method.store.close()
         keep(args.json, result)
     if args.plot is not None and result["sizes"]:
         plot(args.plot, result["sizes"])

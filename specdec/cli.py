@@ -16,7 +16,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from enum import StrEnum
 from importlib.resources import files
@@ -246,13 +246,13 @@ def generate(
         str,
         _experts(
             "--expert-prefetch",
-            "none, previous-token, residual, m2r2; oracle, shuffled: for study.",
+            "Load experts ahead where it pays: none, previous-token, residual or m2r2.",
             "NAME",
         ),
     ] = "none",
     expert_option: Annotated[
         list[str] | None,
-        _experts("--expert-option", "folder=DIR, eviction=least-stale, bandwidth=1e9 ...; repeatable.", "KEY=VALUE"),
+        _experts("--expert-option", "folder=DIR, adaptive=false; repeatable.", "KEY=VALUE"),
     ] = None,
     system: Annotated[str | None, _text("--system", "System message before the prompt.", "TEXT")] = None,
     raw: Annotated[bool, _text("--raw", "Use the prompt as it is, without the chat template.")] = False,
@@ -343,8 +343,6 @@ def generate(
             for arm, own in ((decoder, settings), (plain, baseline_settings)):
                 arm.generate(ids[-64:], **own | {"max_new_tokens": WARM_UP, "stop": []}, ignore_eos=True)
 
-    if expert_prefetch == "oracle":  # it knows what it has seen
-        _decode(decoder, ids, settings, _discard, True)
     output, failed = _decode(decoder, ids, settings, _discard if as_json else terminal.write, silent)
     if not as_json:
         terminal.write("\n")
@@ -429,18 +427,13 @@ def _expert_options(cache: str | None, prefetch: str, more: list[str]) -> Expert
             )
         return None
     given = options.assignments("--expert-option", more)
-    for name, kind in (("folder", lambda text: Path(str(text))), ("bandwidth", float), ("latency", float)):
-        with suppress(ValueError, TypeError):  # else refused below; YAML takes 1e9 for a text
-            given |= {name: kind(given[name])} if name in given else {}
-    known = [name for name in ExpertOptions.__dataclass_fields__ if name not in ("cache", "prefetch")]
+    known = ("folder", "adaptive")
     for name in given:
         if name not in known:
-            raise SpecDecError(
-                f"there is no expert option '{name}'{did_you_mean(name, known)}; there are: {', '.join(known)}"
-            )
-    found = ExpertOptions(options.size("--expert-cache", cache), prefetch, **given)
-    found.check()
-    return found
+            raise SpecDecError(f"unknown expert option '{name}'{did_you_mean(name, known)}; known: {', '.join(known)}")
+    if "folder" in given:
+        given["folder"] = Path(str(given["folder"]))
+    return ExpertOptions(options.size("--expert-cache", cache), prefetch, **given)
 
 
 def _depth(text: str) -> int | str:

@@ -64,18 +64,19 @@ def _fit(loaded: PreTrainedModel, fingerprint: str, folder: Path, answers: list[
     """Fit the predictor to all but a few of ``answers``, write it, and print its recall on those few."""
     from specdec.experts import predict
     from specdec.experts.layers import moe_layers
-    from specdec.train.expert_leaps import fit_expert_leaps, recalls
+    from specdec.train.expert_leaps import fit_predictor, recalls
 
     held = answers[::HELD_OUT][:HELD_OUT]
     rest = [answer for answer in answers if answer not in held]
     with _progress("fitting", "texts") as update:
-        leaps = fit_expert_leaps(loaded, rest, lambda done: update(done, len(rest)), STUDIED)
+        predictor = fit_predictor(loaded, rest, lambda done: update(done, len(rest)), STUDIED)
     residual = predict.residual(moe_layers(loaded), STUDIED)
-    found = recalls(loaded, {"m2r2": leaps, "residual": residual}, held)
-    figures = {name: {str(ahead): float(share) for ahead, share in by.items()} for name, by in found.items()}
-    predict.write_leaps(folder, leaps.within(predict.DISTANCES), fingerprint, {"recall": figures, "texts": len(rest)})
+    found = recalls(loaded, {"m2r2": predictor, "residual": residual}, held)
+    figures = {name: {str(ahead): share for ahead, share in by.items()} for name, by in found.items()}
+    used = predictor.within(predict.DISTANCES)
+    predict.write_predictor(folder, used, fingerprint, {"recall": figures, "texts": len(rest)})
     write(
-        f"{folder / predict.LEAPS}: share of needed experts that are predicted, by layers ahead, on held-out texts\n"
+        f"{folder / predict.FOLDER}: share of needed experts that are predicted, by layers ahead, on held-out texts\n"
     )
     rows = [(name, *(f"{share:.1%}" for share in by.values())) for name, by in figures.items()]
     report.columns(("predictor", *next(iter(figures.values()))), rows)

@@ -226,7 +226,7 @@ class Scripted(Drafter):
 def settle(store: ExpertStore) -> None:
     """Wait until an expert store has loaded all that is demanded and foreseen."""
     with store._change:
-        assert store._change.wait_for(lambda: store._resting, 60)
+        assert store._change.wait_for(lambda: store._idle, 60)
 
 
 def greedy_reference(model: PreTrainedModel, ids: list[int], count: int) -> list[int]:

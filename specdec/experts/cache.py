@@ -1,107 +1,109 @@
-"""Which experts of a layer are in fast memory: slots, pins and eviction. No threads, no tensors, no clock.
+"""Which experts of a layer are in fast memory: slots, pins and LRU eviction. No threads, no tensors, no clock.
 
-What a cache holds follows from the sequence of calls alone, never from timing: a slot belongs to an expert from the
-moment its loading is requested. So an offline replay of the calls arrives at the very same hits.
+A slot belongs to an expert from the moment its loading is requested. So what a cache holds follows from the sequence of
+calls alone, never from timing.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
-EVICTIONS = ("lru", "least-stale", "none")
+
+@dataclass
+class Counters:
+    """What a store has done. Experts are counted per layer and demand (one pass over any number of tokens).
+
+    demanded = hits + misses; hits = in_time + late: ready when demanded, or still on their way by a prefetch.
+    prefetched: loads begun ahead. evictions; unused: prefetched experts among them that were never demanded.
+    bytes_demand, bytes_prefetch: read for either. stall_seconds: the model waited. failed: failed prefetches.
+    """
+
+    demanded: int = 0
+    in_time: int = 0
+    late: int = 0
+    misses: int = 0
+    prefetched: int = 0
+    evictions: int = 0
+    unused: int = 0
+    failed: int = 0
+    bytes_demand: int = 0
+    bytes_prefetch: int = 0
+    stall_seconds: float = 0.0
+
+    @property
+    def hits(self) -> int:
+        return self.in_time + self.late
+
+    @property
+    def bytes(self) -> int:
+        return self.bytes_demand + self.bytes_prefetch
+
+    def since(self, earlier: Counters) -> Counters:
+        old = asdict(earlier)
+        return Counters(**{name: value - old[name] for name, value in asdict(self).items()})
 
 
 @dataclass
 class Slot:
-    """A place for one expert. ``pins``: users that hold it; ``tick``: the layer's demand when it was last named."""
+    """A place for one expert. pins: users that hold it; used: the cache's call that last named it."""
 
     number: int
     expert: int | None = None
     pins: int = 0
-    tick: int = -1
-    order: int = -1  # of all namings, the last one's number
-    uses: int = 0  # demands since it was admitted
-    speculative: bool = False  # prefetched, and not demanded since
-
-
-@dataclass
-class Evicted:
-    """evictions: experts put out; unused: those among them that were prefetched for nothing."""
-
-    evictions: int = 0
-    unused: int = 0
+    used: int = -1
+    prefetched: bool = False  # and not demanded since
 
 
 class LayerCache:
     """The experts of one layer in ``slots`` slots.
 
-    eviction: "lru" (the one named longest ago), "least-stale" (by whole demands: of those not named since the oldest
-    one, the one demanded least often; after SpecMD's policy), or "none" (keeps nothing between demands: loading on
-    demand without a cache). Pinned slots are never evicted. count: where evictions are counted.
+    A new expert takes an empty slot; else that of a prefetched expert which the demand at hand does not name (it was
+    predicted wrongly); else the least recently used one. Pinned slots are never evicted.
     """
 
-    def __init__(self, slots: int, eviction: str = "lru", count: Evicted | None = None) -> None:
+    def __init__(self, slots: int, counters: Counters | None = None) -> None:
         self.slots = [Slot(number) for number in range(slots)]
         self.where: dict[int, Slot] = {}
-        self.eviction, self.tick, self.order = eviction, 0, 0
-        self.count = count or Evicted()
-
-    def begin(self) -> list[Slot]:
-        """Begin a demand. Returns the slots it empties ("none" only)."""
-        self.tick += 1
-        if self.eviction != "none":
-            return []
-        emptied = [slot for slot in self.slots if slot.expert is not None and not slot.pins]
-        for slot in emptied:
-            self.drop(slot)
-        return emptied
+        self.calls = 0
+        self.counters = counters or Counters()
 
     def pin(self, expert: int) -> Slot | None:
         """The slot of a demanded expert, held until ``release``; None if it has none."""
         slot = self.where.get(expert)
         if slot is not None:
             slot.pins += 1
-            self._name(slot, demanded=True)
+            self._use(slot, prefetched=False)
         return slot
 
     def release(self, slot: Slot) -> None:
         slot.pins -= 1
         assert slot.pins >= 0
 
-    def admit(self, expert: int, demanded: bool, spare: frozenset[int] = frozenset()) -> Slot | None:
+    def admit(self, expert: int, demanded: bool, keep: frozenset[int] = frozenset()) -> Slot | None:
         """Give ``expert`` a slot, by eviction if need be; demanded: and pin it. None if every slot is taken.
 
-        spare: experts that a prefetch must not evict.
+        keep: experts that must not be evicted.
         """
         assert expert not in self.where
-        free = (s for s in self.slots if not s.pins and (s.expert is None or s.expert not in spare))
-        slot = min(free, key=lambda s: self._worth(s, demanded), default=None)
+        free = (s for s in self.slots if not s.pins and (s.expert is None or s.expert not in keep))
+        slot = min(free, key=lambda s: (s.expert is not None, not (demanded and s.prefetched), s.used), default=None)
         if slot is None:
             return None
         if slot.expert is not None:
-            self.drop(slot)
-        slot.expert, slot.uses, slot.speculative = expert, 0, not demanded
+            self.evict(slot)
+        slot.expert = expert
         self.where[expert] = slot
         slot.pins = int(demanded)
-        self._name(slot, demanded)
+        self._use(slot, prefetched=not demanded)
         return slot
 
-    def drop(self, slot: Slot) -> None:
-        """Put the expert of an unpinned slot out."""
+    def evict(self, slot: Slot) -> None:
         assert slot.expert is not None and not slot.pins
-        self.count.evictions += 1
-        self.count.unused += slot.speculative
+        self.counters.evictions += 1
+        self.counters.unused += slot.prefetched
         del self.where[slot.expert]
-        slot.expert, slot.speculative = None, False
+        slot.expert, slot.prefetched = None, False
 
-    def _worth(self, slot: Slot, demanded: bool) -> tuple[int, ...]:
-        """The least is evicted. A prefetch that the demand at hand does not name was wrong: first to go."""
-        kind = 0 if slot.expert is None else 1 if demanded and slot.speculative else 2
-        return (kind, slot.tick, slot.uses, slot.order) if self.eviction == "least-stale" else (kind, slot.order)
-
-    def _name(self, slot: Slot, demanded: bool) -> None:
-        self.order += 1
-        slot.tick, slot.order = self.tick, self.order
-        if demanded:
-            slot.uses += 1
-            slot.speculative = False
+    def _use(self, slot: Slot, prefetched: bool) -> None:
+        self.calls += 1
+        slot.used, slot.prefetched = self.calls, prefetched

@@ -1,4 +1,4 @@
-"""Whether to prefetch, from measured times. Knows no models, stores and predictors."""
+"""Whether to prefetch, from measured times. Knows no models, stores or predictors."""
 
 from __future__ import annotations
 
@@ -7,80 +7,60 @@ import statistics
 import time
 from collections import deque
 
-WINDOW = 5  # passes through the model on one side; the first, in which caches and forecasts change over, is not counted
-RECENT = 7  # comparisons of two sides whose median is believed
-SHARE = 0.02  # of the time that trying the side which loses may cost
+WINDOW = 5  # passes with the same choice; the first, in which caches and forecasts change over, is not counted
+RECENT = 7  # comparisons whose median decides
+SHARE = 0.02  # of the time that trying the slower choice may cost
 LONGEST = 64  # most windows until it is tried again
 MOST_TOKENS = 16  # passes over more tokens (prompts) are not compared
 
 
 class Controller:
-    """Turns prefetching off where passes are slower with it, and measures how long a layer computes.
+    """Turns prefetching off where passes are slower with it.
 
-    Passes are timed in windows. Where prefetching is turned on or off between two windows, these are compared: what
-    slows the machine down slows both. The side that wins by the median of the last comparisons runs; the other is tried
-    again for one window after as many as pay for it. Before there are comparisons, what the cache alone would have
-    waited for is reckoned, and believed where it speaks for prefetching. adaptive: False keeps prefetching on.
+    Passes are timed in windows, and two neighbouring windows with and without prefetching make one comparison: what
+    slows the machine down slows both. The faster choice by the median of the last comparisons runs. The other is tried
+    again for one window as often as ``SHARE`` of the time pays for. adaptive: False keeps prefetching on.
     """
 
     def __init__(self, adaptive: bool = True) -> None:
         self.adaptive, self.on = adaptive, True
         self.ratios: deque[float] = deque(maxlen=RECENT)  # time with prefetching over that without
-        self.left = 0  # windows until the other side is tried
-        self.passes: list[tuple[float, float]] = []  # seconds per layer visited, in this window; saved, as reckoned
-        self.before: tuple[bool, float] | None = None  # the window before: its side, and the median of its passes
-        self.visits = self.rows = 0
-        self.spent = self.saved = 0.0
+        self.left = 0  # windows until the other choice is tried
+        self.passes: list[float] = []  # seconds per layer, in this window
+        self.before: tuple[bool, float] | None = None  # the window before: its choice, and the median of its passes
+        self.layers: list[float] = []  # seconds of the layers entered in this pass
+        self.rows = 0
         self.last: float | None = None
-        self.layer_seconds = 0.0  # computing of one layer, without waiting for experts
-        self._waited = self._alone = 0.0
 
-    def visit(self, row: int, tokens: int, waited: float, alone: float = 0.0) -> None:
-        """Called at each MoE layer of each pass.
-
-        waited: seconds for experts so far. alone: those that, as reckoned, had been waited without prefetching, less
-        those that predicting took.
-        """
+    def enter(self, row: int, tokens: int) -> None:
+        """Called as a pass over so many tokens enters a MoE layer."""
         now = time.perf_counter()
         self.rows = max(self.rows, row + 1)
-        if tokens > MOST_TOKENS:
-            self.last = None
+        last, self.last = self.last, now if tokens <= MOST_TOKENS else None
+        if last is None or self.last is None or now - last > 1.0:  # after a prompt, or a rest of the model
             return
-        if self.last is not None and now - self.last < 1.0:  # else: the model has rested in between
-            spent = now - self.last
-            self.spent, self.visits = self.spent + spent, self.visits + 1
-            self.saved += (alone - self._alone) - (waited - self._waited)
-            weight = 0.05 if self.layer_seconds else 1.0
-            self.layer_seconds += weight * (max(spent - (waited - self._waited), 0.0) - self.layer_seconds)
-            if row == 0 and self.visits >= self.rows:
-                self.passes.append((self.spent / self.visits, self.saved / self.visits))
-                self.spent, self.saved, self.visits = 0.0, 0.0, 0
-                if self.adaptive and len(self.passes) == WINDOW:
-                    seconds, saved = map(statistics.median, zip(*self.passes[1:], strict=True))
-                    self._choose(seconds, seconds / max(seconds + saved, 1e-9))
-                    self.passes.clear()
-        self.last, self._waited, self._alone = now, waited, alone
+        self.layers.append(now - last)
+        if row == 0 and len(self.layers) >= self.rows:
+            self.passes.append(statistics.mean(self.layers))
+            self.layers.clear()
+            if self.adaptive and len(self.passes) == WINDOW:
+                self._choose(statistics.median(self.passes[1:]))
+                self.passes.clear()
 
-    def _choose(self, seconds: float, reckoned: float) -> None:
-        """What the next window does, after one that took ``seconds`` per layer visited.
-
-        reckoned: of the time without prefetching, where it was on.
-        """
-        first, compared = self.before is None, self.before is not None and self.before[0] != self.on
+    def _choose(self, seconds: float) -> None:
+        """Choose for the next window, after one that took ``seconds`` per layer."""
+        compared = self.before is not None and self.before[0] != self.on
         if self.before is not None and compared:
             self.ratios.append(seconds / self.before[1] if self.on else self.before[1] / seconds)
         self.before = self.on, seconds
-        if len(self.ratios) >= 2:
-            believed = statistics.median(self.ratios)
-        elif self.on and reckoned < 1:
-            believed = reckoned
-        else:
+        if len(self.ratios) < 2:
             self.on = not self.on
             return
-        best, lost = believed <= 1, max(believed, 1 / believed) - 1
-        if first or compared:
-            self.on, self.left = best, min(math.ceil(lost / SHARE), LONGEST)
+        ratio = statistics.median(self.ratios)
+        faster, lost = ratio <= 1, max(ratio, 1 / ratio) - 1
+        if compared:
+            self.on, self.left = faster, min(math.ceil(lost / SHARE), LONGEST)
         else:
             self.left -= 1
             if self.left <= 0:
-                self.on = not best
+                self.on = not faster

@@ -1,77 +1,62 @@
-"""Putting an expert store under a model: its experts modules are replaced by ones that ask the store.
+"""Puts an expert store under a model: its experts modules are replaced by ones that ask the store.
 
 While attached, the model's expert weights are not in memory; ``close`` reads them back from the packed file, unless
-they were in a checkpoint before. The arithmetic is that of transformers' grouped products over resident experts: a
-product of its own per expert, on the slots as they lie, and one sum per token. So what is computed does not depend on
-where the weights come from, on what is cached, or on what is prefetched.
+they were left in a checkpoint. The arithmetic is that of transformers' grouped products over resident experts: one
+product per expert, on the slots as they lie, and one sum per token. So the result does not depend on where the weights
+come from, on what is cached, or on what is prefetched.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.embedded import cache_dir, progress
-from specdec.errors import SpecDecError, did_you_mean
+from specdec.errors import SpecDecError
 from specdec.experts import packed, predict
-from specdec.experts.cache import EVICTIONS
+from specdec.experts.cache import Counters
 from specdec.experts.control import Controller
 from specdec.experts.layers import moe_layers
 from specdec.experts.predict import Predictor
-from specdec.experts.store import Counters, ExpertStore, Foreseen, slots_per_layer
-from specdec.experts.tiers import DiskTier, EmulatedTier, PinnedTier, Tier, aligned
+from specdec.experts.store import ExpertStore, Forecast, slots_per_layer
+from specdec.experts.tiers import DiskTier, PinnedTier, Tier, aligned
+from specdec.settings import Settings
 from specdec.stored import FUSED, Absent, StoredExperts, sample
 
-FLOOR = 0.4  # least need of an expert that is prefetched
-SOON = 0.15  # of a layer's time: what can be loaded in it waits until the layer is entered
-STAY = (0.03, 0.25)  # by how much more than the cached one that it would put out: in the layer entered, and ahead of it
+LIKELY = 0.4  # least need of an expert that is prefetched
+MARGIN = (0.03, 0.25)  # by how much it must exceed that of the expert it evicts: in the layer entered, and ahead of it
 
 
-@dataclass(frozen=True)
-class ExpertOptions:
+class ExpertOptions(Settings):
     """How experts are offloaded.
 
-    cache: fast memory for experts, as a share of all (float) or in bytes (int). prefetch: one of ``PREDICTORS``.
+    cache: fast memory for experts, as a share of all (float) or in bytes (int). prefetch: what predicts experts.
     folder: the packed file's; None: one in the user's cache, packed at first use, and anew when the weights have
-    changed. eviction: "lru" or "least-stale"
-    ("none": on demand without a cache, for study). bandwidth, latency: an emulated slow memory (bytes/s, s) instead of
-    the disk. adaptive: stop prefetching where it does not pay.
+    changed. adaptive: stop prefetching where it does not pay.
     """
 
-    cache: float = 0.25
-    prefetch: str = "none"
-    folder: Path | None = None
-    eviction: str = "lru"
-    bandwidth: float | None = None
-    latency: float = 0.0
-    adaptive: bool = True
+    cache: float | int = Field(0.25, description="a share (float) or a number of bytes (int)")
+    prefetch: Literal["none", "previous-token", "residual", "m2r2"] = Field(
+        "none", description="none, previous-token, residual or m2r2"
+    )
+    folder: Path | None = Field(None, description="a Path or None")
+    adaptive: bool = Field(True, description="True or False")
 
-    def check(self) -> None:
-        """Raise SpecDecError for values that no model could make good."""
-        for what, value, known in (
-            ("expert predictor", self.prefetch, predict.PREDICTORS),
-            ("eviction", self.eviction, EVICTIONS),
-        ):
-            if value not in known:
-                raise SpecDecError(
-                    f"unknown {what} '{value}'{did_you_mean(value, known)}; there are: {', '.join(known)}"
-                )
-        for name, kinds in (("bandwidth", (float, int, type(None))), ("latency", (float, int)), ("adaptive", (bool,))):
-            if type(value := getattr(self, name)) not in kinds:
-                raise SpecDecError(f"the expert option {name} cannot be {value!r}")
+    def __init__(self, cache: float = 0.25, prefetch: str = "none", folder: Path | None = None, **more: Any) -> None:
+        super().__init__(cache=cache, prefetch=prefetch, folder=folder, **more)
 
 
 class _Experts(Absent):
-    """Computes with the experts of one layer as the store has them."""
+    """Computes with the experts of one layer from the store's slots."""
 
     def __init__(self, owner: Offload, row: int, own: Any) -> None:
         super().__init__(own, [sample(getattr(own, name)) for name in FUSED])
@@ -87,8 +72,8 @@ class _Experts(Absent):
             wanted.setdefault(expert, []).append(pair)
         out = hidden_states.new_empty(hidden_states.shape[0] * k, hidden_states.shape[1])  # of each pair
         with store.demand(self.row, sorted(wanted)) as groups:
-            if owner.predictor is not None and owner.watching:
-                owner.predictor.routed(self.row, hidden_states, routed)
+            if owner.predictor is not None:
+                owner.predictor.routed(self.row, routed)
             gate_up, down = store.weights[self.row]
             for group in groups:
                 by_slot = {slot: wanted[expert] for expert, slot in group}
@@ -121,7 +106,6 @@ class Offload:
     """
 
     def __init__(self, model: PreTrainedModel, fingerprint: str, options: ExpertOptions) -> None:
-        options.check()
         self.model, self.fingerprint, self.options = model, fingerprint, options
         self.layers = moe_layers(model)
         if any(isinstance(layer.experts, _Experts) for layer in self.layers):
@@ -135,15 +119,13 @@ class Offload:
         self.index = self._index(origin, planned)
         tier = self._tier()
         try:
-            self.store = ExpertStore(self.index, tier, options.cache, self.top_k, options.eviction)
+            self.store = ExpertStore(self.index, tier, options.cache, self.top_k)
         except SpecDecError:
             tier.close()
             raise
         self.note = tier.note
         self.controller = Controller(adaptive=options.adaptive)
         self.entered = 0  # layers, while predicting
-        self.predicting = 0.0  # seconds
-        self.watching = False  # whether the predictor is told of this pass
         self.own = [layer.experts for layer in self.layers]
         self.hooks: list[Any] = []
         self._attach()
@@ -158,38 +140,20 @@ class Offload:
 
     def enter(self, row: int, x: Tensor) -> None:
         """Called as a pass enters a layer, with the residual [T, D]: predict, and prefetch."""
-        done = self.store.counters
-        self.controller.visit(row, len(x), done.stall_seconds, done.alone_seconds - self.predicting)
-        predictor, on = self.predictor, self.controller.on
-        if predictor is None:
-            return
-        prompt = len(x) > predictor.most_tokens
-        self.watching = on or prompt or predictor.learns
-        if not self.watching:
-            return
-        if prompt or not on:
-            predictor.look(row, x)
-            return
-        rows, began = len(self.layers), time.perf_counter()
-        self._foresee({target: ((target - row) % rows, need) for target, need in predictor.ahead(row, x)})
-        self.entered += 1
-        self.predicting += time.perf_counter() - began
+        self.controller.enter(row, len(x))
+        if self.predictor is not None and self.controller.on and len(x) <= self.predictor.most_tokens:
+            self.foresee(row, self.predictor.ahead(row, x))
+            self.entered += 1
 
-    def _foresee(self, needs: dict[int, tuple[int, list[float]]]) -> None:
-        """Have those experts loaded that are likely to be needed, the likeliest first, while there is time.
-
-        needs: by row, how many layers ahead it is, and what it needs.
-        """
-        seen, later = {}, 0.0
-        if self.predictor is not None and self.predictor.refines:
-            later = SOON * self.controller.layer_seconds / (self.store.byte_seconds or math.inf)
-        for row, (distance, need) in needs.items():
-            wanted = sorted((e for e, n in enumerate(need) if n >= FLOOR), key=need.__getitem__, reverse=True)
-            stay = STAY[min(distance, len(STAY) - 1)]
-            patience = later if distance else 0.0
-            slots = len(self.store.caches[row].slots)
-            seen[row] = Foreseen(need, wanted[:slots], stay, self.entered + distance, patience)
-        self.store.foresee(seen)
+    def foresee(self, row: int, needs: predict.Needs) -> None:
+        """Have the experts loaded that are likely to be needed, the likeliest first, as many as the slots hold."""
+        forecasts = {}
+        for target, need in needs:
+            distance = (target - row) % len(self.layers)
+            likely = sorted((e for e, n in enumerate(need) if n >= LIKELY), key=need.__getitem__, reverse=True)
+            wanted = likely[: len(self.store.caches[target].slots)]
+            forecasts[target] = Forecast(need, wanted, MARGIN[distance > 0], self.entered + distance)
+        self.store.foresee(forecasts)
 
     def close(self) -> None:
         """Give the model its experts back, those that were in memory from the packed file, and end loading."""
@@ -207,50 +171,40 @@ class Offload:
     # -- how it is put together -----------------------------------------------------------------------------------
 
     def _index(self, origin: packed.Origin, planned: packed.Index) -> packed.Index:
-        """That of the folder given, if it is this model's; of the cache's, which is packed unless it is as it was."""
-        if self.options.folder is not None:
-            index = packed.open_index(self.folder)
-            packed.check_model(index, self.layers, self.fingerprint, self.folder)
-            if index.source != origin.state:
-                text = f"Comparing the packed experts in {self.folder} with the model, once."
-                with progress(text, "Comparing experts") as tell:
-                    packed.same_weights(index, self.layers, self.folder, tell)
-            return index
+        """The index of the packed file: packed anew in the user's cache if it is not this model's, else refused."""
         try:
             index = packed.open_index(self.folder)
             packed.check_model(index, self.layers, self.fingerprint, self.folder)
             if index.source == origin.state:
                 return index
         except SpecDecError:  # not packed yet, or damaged
-            pass
+            if self.options.folder is not None:
+                raise
+        if self.options.folder is not None:
+            text = f"Comparing the packed experts in {self.folder} with the model, once."
+            with progress(text, "Comparing experts") as update:
+                packed.same_weights(index, self.layers, self.folder, update)
+            return index
         name = self.model.config._name_or_path or "the model"
         text = f"Packing the experts of {name} ({planned.total_bytes / 1e6:.0f} MB) into {self.folder}, once."
-        with progress(text, "Packing experts") as tell:
-            return packed.pack(self.layers, self.fingerprint, self.folder, tell)
+        with progress(text, "Packing experts") as update:
+            return packed.pack(self.layers, self.fingerprint, self.folder, update)
 
     def _predictor(self, name: str, planned: packed.Index) -> Predictor | None:
-        rows, experts = len(self.layers), planned.num_experts
-        if name == "none":
-            return None
         if name == "previous-token":
-            return predict.PreviousToken(rows, experts)
-        if name == "oracle":
-            return predict.Oracle(experts)
+            return predict.PreviousToken(len(self.layers), planned.num_experts)
         if name == "residual":
             return predict.residual(self.layers)
-        leaps = predict.read_leaps(self.folder, self.fingerprint, experts, planned.hidden)
-        return leaps if name == "m2r2" else predict.Shuffled(leaps, rows, experts)
+        if name == "m2r2":
+            return predict.read_predictor(self.folder, self.fingerprint, planned.num_experts, planned.hidden)
+        return None
 
     def _tier(self) -> Tier:
-        options, device = self.options, self.model.device
+        device = self.model.device
         if device.type == "cuda":
-            if options.bandwidth is not None:
-                raise SpecDecError("the emulated slow memory is for studies on a CPU; leave the bandwidth out on a GPU")
             return PinnedTier(self.folder, self.index, device)
         if device.type != "cpu":
             raise SpecDecError(f"experts are offloaded on a CPU or a CUDA device; the model is on '{device}'")
-        if options.bandwidth is not None:
-            return EmulatedTier(self.folder, self.index, options.bandwidth, options.latency)
         return DiskTier(self.folder, self.index)
 
     def _read_back(self, row: int) -> tuple[Tensor, Tensor]:

@@ -1,71 +1,35 @@
-"""The expert store: slots in fast memory, a cache per layer, and one thread that loads what is demanded or foreseen.
+"""The expert store: slots in fast memory, an LRU cache per layer, and one thread that loads experts.
 
-Demands come first, then what is foreseen, by layers in the order of their demands: between any two chunks the thread
-turns to what is now the foremost, and takes up the other again afterwards; a demand hurries the prefetch that is being
-read. An expert that is foreseen puts out another one only as its loading begins: until then forecasts may change, and
-what there is no time for costs nothing. A failed prefetch is forgotten; the demand that follows reads anew. One thread,
-so that a slot given to another expert is never written by two. Should it end, whoever waits for it hears why.
+Demands are loaded first, then forecasts, by layers in the order of their demands; between two chunks the thread turns
+to what is most urgent then. A forecast evicts an expert only when its own loading begins: until then it may change, and
+what there is no time for costs nothing. A failed prefetch is forgotten, and the demand that follows reads again.
+
+One thread loads, so two loads never write the same slot. If it ends, whoever waits for it gets the reason. A forked
+child has no such thread and starts its own.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from specdec.errors import SpecDecError
-from specdec.experts.cache import Evicted, LayerCache, Slot
+from specdec.experts.cache import Counters, LayerCache, Slot
 from specdec.experts.packed import Index
 from specdec.experts.tiers import CHUNK, Tier
 
-ALIKE = 0.05  # needs so far apart are one: among the least needed, the cache's own order of eviction decides
-FADES = 0.98  # how much of its weight a transfer has in the measured speed when the next one has been made
-APART = 4 << 20  # bytes of experts below which those that are there are not computed with before the others are, too
+SAME_NEED = 0.05  # experts whose needs differ by less are evicted in LRU order
+OVERLAP_FROM = 4 << 20  # bytes of a demand from which computing begins before all its experts are ready
 
 Group = list[tuple[int, int]]  # experts and the numbers of their slots
-Event = tuple[str, int, tuple[int, ...], tuple[int, ...]]  # "use" or "prefetch", row, experts, those to spare
-
-
-@dataclass
-class Counters(Evicted):
-    """What a store has done. Experts are counted per layer and demand (one pass over any number of tokens).
-
-    demanded = hits + misses; hits = in_time + late: there when demanded, or on their way by a prefetch. prefetched:
-    begun ahead. bytes_demand, bytes_prefetch: read for either (what a demand took over in mid-transfer counts for
-    both). stall_seconds: the model waited. failed: prefetches that did. misses_alone, alone_seconds: misses if nothing
-    were loaded ahead, and the waiting for them, reckoned by ``byte_seconds``.
-    """
-
-    demands: int = 0
-    demanded: int = 0
-    in_time: int = 0
-    late: int = 0
-    misses: int = 0
-    prefetched: int = 0
-    failed: int = 0
-    bytes_demand: int = 0
-    bytes_prefetch: int = 0
-    stall_seconds: float = 0.0
-    misses_alone: int = 0
-    alone_seconds: float = 0.0
-
-    @property
-    def hits(self) -> int:
-        return self.in_time + self.late
-
-    @property
-    def bytes(self) -> int:
-        return self.bytes_demand + self.bytes_prefetch
-
-    def since(self, earlier: Counters) -> Counters:
-        old = asdict(earlier)
-        return Counters(**{name: value - old[name] for name, value in asdict(self).items()})
 
 
 class _Job:
@@ -79,25 +43,25 @@ class _Job:
 
 
 @dataclass
-class Foreseen:
+class Forecast:
     """What a layer will need.
 
-    need: of each of its E experts, any unit. wanted: those worth loading, the most needed first. margin: by how much
-    more one must be needed than another that it puts out. due: when the layer demands them; the least is loaded first.
-    patience: bytes; a layer that lacks no more has time enough later, when more is known.
+    need: of each of its E experts, how likely it is. wanted: those worth loading, the most needed first. margin: by how
+    much more an expert must be needed than one that it evicts. due: when the layer demands them; the least is loaded
+    first.
     """
 
     need: list[float]
     wanted: list[int]
     margin: float = 0.0
     due: float = 0.0
-    patience: float = 0.0
 
-    def keeps(self, there: Collection[int], expert: int) -> frozenset[int]:
-        """Those ``there`` that ``expert`` must not put out: all but the least needed, if these are clearly less so."""
+    def keep(self, cached: Collection[int], expert: int) -> frozenset[int]:
+        """Those of ``cached`` that ``expert`` must not evict: all but the least needed, if it is clearly less so."""
         need = self.need
-        least = min(need[expert] - self.margin, min(map(need.__getitem__, there), default=0.0) + ALIKE)
-        return frozenset(other for other in there if need[other] >= least)
+        least = min((need[other] for other in cached), default=0.0)
+        limit = min(need[expert] - self.margin, least + SAME_NEED)
+        return frozenset(other for other in cached if need[other] >= limit)
 
 
 class ExpertStore:
@@ -107,7 +71,7 @@ class ExpertStore:
     Raises SpecDecError if a layer's part of the budget holds fewer.
     """
 
-    def __init__(self, index: Index, tier: Tier, budget: float, top_k: int, eviction: str = "lru") -> None:
+    def __init__(self, index: Index, tier: Tier, budget: float, top_k: int) -> None:
         self.index, self.tier, self.stride = index, tier, index.stride
         self.budget, rows = budget_bytes(budget, index), len(index.layers)
         per_layer = slots_per_layer(budget, index, top_k)
@@ -116,123 +80,56 @@ class ExpertStore:
         self.weights: list[tuple[Tensor, Tensor]] = [index.views(slots) for slots in self.memory]
         self.places = [list(slots) for slots in self.memory]  # uint8 [stride] each
         self.counters = Counters()
-        self.caches = [LayerCache(per_layer, eviction, self.counters) for _ in range(rows)]
+        self.caches = [LayerCache(per_layer, self.counters) for _ in range(rows)]
         self.jobs: list[list[_Job | None]] = [[None] * per_layer for _ in range(rows)]
-        self.trace: list[Event] | None = None  # set to a list to record
-        self._recent: list[list[int]] = [[] for _ in range(rows)]  # what each cache would hold without prefetching
         self._demands: deque[_Job] = deque()
-        self._foreseen: dict[int, Foreseen] = {}  # by row
-        self._reading: _Job | None = None
-        self._pace = 0.0, 0.0  # seconds, and the bytes loaded in them, of late
-        self._resting = True
+        self._forecasts: dict[int, Forecast] = {}  # by row
         self._change = threading.Condition()
-        self._closed = False
-        self._ended: SpecDecError | None = None  # why the thread did, unasked
-        self._thread = threading.Thread(target=self._run, name="experts", daemon=True)
-        self._thread.start()
+        self._idle, self._closed = True, False
+        self._ended: SpecDecError | None = None  # why the thread did, before it was closed
+        self._start_thread()
+        _open.add(self)
 
     @property
     def resident_bytes(self) -> int:
         """Fast memory taken: all slots, filled or not."""
         return self.memory.numel()
 
-    @property
-    def byte_seconds(self) -> float:
-        """What loading a byte takes, of late; 0 before anything was loaded."""
-        spent, loaded = self._pace
-        return spent / loaded if loaded else 0.0
-
-    @property
-    def resting(self) -> bool:
-        """Whether there is nothing to load."""
-        with self._change:
-            return self._resting
-
     @contextmanager
     def demand(self, row: int, experts: Sequence[int]) -> Iterator[Iterator[Group]]:
         """Request ``experts`` (ascending) of a layer for computing with them now; iterate over what it enters with.
 
-        What is missing is being loaded from then on. Groups of experts come as they are there, the cached ones first,
-        with their slots in ``weights[row]``, and are held until the end. More experts than slots pass through one by
-        one, each held until the next is asked for.
+        Missing experts are being loaded from then on. Groups come as they are ready, with their slots in
+        ``weights[row]``, and are held until the end. More experts than slots come one by one, each held until the next
+        is asked for.
         """
-        cache = self.caches[row]
-        held: deque[tuple[int, Slot]] = deque()
+        cache, held = self.caches[row], list[tuple[int, Slot]]()
         with self._change:
-            self._record("use", row, experts)
-            self._foreseen.pop(row, None)
-            for emptied in cache.begin():
-                self._abandon(row, emptied)
-            held += [(expert, slot) for expert in experts if (slot := cache.pin(expert)) is not None]
-            there = {expert for expert, _ in held}
-            missing = deque(expert for expert in experts if expert not in there)
-            count = self.counters
-            count.demands, count.demanded = count.demands + 1, count.demanded + len(experts)
-            count.misses += len(missing)
-            late = [job for _, slot in held if not (job := self._job(row, slot)).ready]
-            for job in late:
-                self._urge(job)
-            count.in_time, count.late = count.in_time + len(held) - len(late), count.late + len(late)
-            alone = self._alone(row, experts)
-            count.misses_alone += alone
-            count.alone_seconds += alone * self.stride * self.byte_seconds
-            held += self._admit(row, missing)
+            self._forecasts.pop(row, None)
+            cached = [expert for expert in experts if expert in cache.where]
+            waiting = deque([*cached, *(expert for expert in experts if expert not in cache.where)])
+            count, late = self.counters, sum(not self._ready(row, expert) for expert in cached)
+            count.demanded += len(experts)
+            count.in_time, count.late = count.in_time + len(cached) - late, count.late + late
+            count.misses += len(experts) - len(cached)
+            self._hold(row, waiting, held)
         try:
-            yield self._together(row, held) if len(experts) <= len(cache.slots) else self._in_turn(row, held, missing)
+            yield self._groups(row, waiting, held)
         finally:
             with self._change:
                 for _, slot in held:
                     cache.release(slot)
 
-    def _alone(self, row: int, experts: Sequence[int]) -> int:
-        """How many of ``experts`` a cache (LRU) would lack that is asked for demands only."""
-        recent = self._recent[row]
-        missing = [expert for expert in experts if expert not in recent]
-        there = [expert for expert in experts if expert in recent]
-        older = [expert for expert in recent if expert not in there]
-        self._recent[row] = (older + there + missing)[-len(self.caches[row].slots) :]
-        return len(missing)
+    def foresee(self, forecasts: dict[int, Forecast]) -> None:
+        """Load ahead of its next demand what a row will need; replaces the row's earlier forecast.
 
-    def _together(self, row: int, held: Sequence[tuple[int, Slot]]) -> Iterator[Group]:
-        waiting, places = [(expert, slot, self._job(row, slot)) for expert, slot in held], self.places[row]
-        if len(waiting) * self.stride < APART:
-            for _, _, job in waiting:
-                self._wait([job])
-        while waiting:
-            there = [each for each in waiting if each[2].ready]
-            if not there:
-                self._wait([job for _, _, job in waiting])
-                continue
-            for _, slot, _ in there:
-                self.tier.acquire(places[slot.number])
-            yield [(expert, slot.number) for expert, slot, _ in there]
-            for _, slot, _ in there:
-                self.tier.release(places[slot.number])
-            waiting = [each for each in waiting if each not in there]
-
-    def _in_turn(self, row: int, held: deque[tuple[int, Slot]], missing: deque[int]) -> Iterator[Group]:
-        cache, places = self.caches[row], self.places[row]
-        while held:  # in an order that does not depend on time, as what they evict depends on it
-            expert, slot = held[0]
-            self._wait([self._job(row, slot)])
-            self.tier.acquire(places[slot.number])
-            yield [(expert, slot.number)]
-            self.tier.release(places[slot.number])
-            with self._change:
-                held.popleft()
-                cache.release(slot)
-                held += self._admit(row, missing)
-
-    def foresee(self, seen: dict[int, Foreseen]) -> None:
-        """Load ahead of its next demand what a row is foreseen to need; takes the place of what was before, by row.
-
-        Never puts out an expert in use or demanded, nor one that is needed as much.
+        Never evicts an expert in use or demanded, nor one that is needed as much.
         """
         with self._change:
-            self._foreseen |= seen
-            if self._resting and not all(self._ready(row, e) for row, each in seen.items() for e in each.wanted):
-                self._resting = False
-                self._change.notify_all()
+            self._forecasts |= forecasts
+            if not self._idle or all(self._ready(row, e) for row, each in forecasts.items() for e in each.wanted):
+                return
+            self._wake()
 
     def close(self) -> None:
         """End the thread and free the slots. The store is of no use afterwards."""
@@ -243,11 +140,29 @@ class ExpertStore:
         self.tier.close()
         self.memory, self.weights, self.places = self.memory.new_empty(0), [], []
 
-    # -- under the lock -----------------------------------------------------------------------------------------
+    def _groups(self, row: int, waiting: deque[int], held: list[tuple[int, Slot]]) -> Iterator[Group]:
+        cache, places, todo = self.caches[row], self.places[row], list(held)
+        if not waiting and len(todo) * self.stride < OVERLAP_FROM:
+            for _, slot in todo:
+                self._wait([self._job(row, slot)])
+        while todo:
+            # While experts wait for a slot, the order must not depend on time: what they evict depends on it.
+            group = todo[:1] if waiting else [each for each in todo if self._job(row, each[1]).ready]
+            self._wait([self._job(row, slot) for _, slot in group or todo])
+            if not group:
+                continue
+            for _, slot in group:
+                self.tier.acquire(places[slot.number])
+            yield [(expert, slot.number) for expert, slot in group]
+            for _, slot in group:
+                self.tier.release(places[slot.number])
+            todo = [each for each in todo if each not in group]
+            if waiting:
+                with self._change:
+                    cache.release(held.pop(0)[1])
+                    todo += self._hold(row, waiting, held)
 
-    def _record(self, what: str, row: int, experts: Sequence[int], spare: frozenset[int] = frozenset()) -> None:
-        if self.trace is not None:
-            self.trace.append((what, row, tuple(experts), tuple(sorted(spare))))
+    # -- under the lock -----------------------------------------------------------------------------------------
 
     def _ready(self, row: int, expert: int) -> bool:
         slot = self.caches[row].where.get(expert)
@@ -258,68 +173,74 @@ class ExpertStore:
         assert job is not None
         return job
 
-    def _admit(self, row: int, missing: deque[int]) -> deque[tuple[int, Slot]]:
-        admitted: deque[tuple[int, Slot]] = deque()
-        while missing and (slot := self.caches[row].admit(missing[0], demanded=True)) is not None:
-            self._start(row, slot, demanded=True)
-            admitted.append((missing.popleft(), slot))
-        return admitted
+    def _hold(self, row: int, waiting: deque[int], held: list[tuple[int, Slot]]) -> list[tuple[int, Slot]]:
+        """Pin the first experts of ``waiting``, as many as there are slots, and move them to ``held``."""
+        cache, first = self.caches[row], len(held)
+        while waiting:
+            slot = cache.pin(waiting[0])
+            if slot is not None:
+                job = self._job(row, slot)
+            elif (slot := cache.admit(waiting[0], demanded=True)) is not None:
+                job = self._start_job(row, slot, demanded=True)
+            else:
+                break
+            if not job.ready:
+                self._urge(job)
+            held.append((waiting.popleft(), slot))
+        return held[first:]
 
-    def _start(self, row: int, slot: Slot, demanded: bool) -> _Job:
-        self._abandon(row, slot)
+    def _start_job(self, row: int, slot: Slot, demanded: bool) -> _Job:
+        """Load the slot's expert; what was still being loaded into the slot is of no use any more."""
+        old = self.jobs[row][slot.number]
+        if old is not None and not old.ready:
+            old.cancelled = True
+            if old in self._demands:
+                self._demands.remove(old)
         assert slot.expert is not None
         job = _Job(row * self.index.num_experts + slot.expert, self.places[row][slot.number], demanded)
         self.jobs[row][slot.number] = job
-        if demanded:
-            self._urge(job)
         return job
 
-    def _abandon(self, row: int, slot: Slot) -> None:
-        """What is still being loaded into the slot is of no use any more."""
-        job = self.jobs[row][slot.number]
-        if job is not None and not job.ready:
-            job.cancelled = True
-            if job in self._demands:
-                self._demands.remove(job)
-
     def _urge(self, job: _Job) -> None:
+        """Load this job before all forecasts."""
         if job not in self._demands:
             self._demands.append(job)
-        if self._reading not in (None, *self._demands):
-            self.tier.hurry()
-        self._resting = False
+        self._wake()
+
+    def _wake(self) -> None:
+        if not (self._thread.is_alive() or self._ended or self._closed):
+            self._start_thread()  # this process was forked: it has no threads but the one that forked
+        self._idle = False
         self._change.notify_all()
 
-    def _foremost(self) -> _Job | None:
+    def _next_job(self) -> _Job | None:
         """What to load now."""
         if self._demands:
             return self._demands[0]
-        for row, seen in sorted(self._foreseen.items(), key=lambda each: each[1].due):
-            job = self._ahead(row, seen)
+        for row, forecast in sorted(self._forecasts.items(), key=lambda each: each[1].due):
+            job = self._next_prefetch(row, forecast)
             if job is not None:
                 return job
-            del self._foreseen[row]  # it has all it can have
+            del self._forecasts[row]  # it has all it can have
         return None
 
-    def _ahead(self, row: int, seen: Foreseen) -> _Job | None:
-        """The most needed of what the row foresees and has not, begun now if it was not before."""
+    def _next_prefetch(self, row: int, forecast: Forecast) -> _Job | None:
+        """The most needed expert of the forecast that is not ready, begun now if it was not before."""
         cache = self.caches[row]
-        if seen.patience and sum(not self._ready(row, e) for e in seen.wanted) * self.stride <= seen.patience:
-            return None
-        for expert in seen.wanted:
+        for expert in forecast.wanted:
             slot = cache.where.get(expert)
-            if slot is not None:
-                if not (job := self._job(row, slot)).ready:
-                    return job
-                continue
-            spare = seen.keeps(cache.where, expert)
-            slot = cache.admit(expert, demanded=False, spare=spare)
             if slot is None:
-                return None
-            self._record("prefetch", row, (expert,), spare)
-            self.counters.prefetched += 1
-            return self._start(row, slot, demanded=False)
+                return self._prefetch(row, expert, forecast.keep(cache.where, expert))
+            if not (job := self._job(row, slot)).ready:
+                return job
         return None
+
+    def _prefetch(self, row: int, expert: int, keep: frozenset[int]) -> _Job | None:
+        slot = self.caches[row].admit(expert, demanded=False, keep=keep)
+        if slot is None:
+            return None
+        self.counters.prefetched += 1
+        return self._start_job(row, slot, demanded=False)
 
     # -- waiting and loading --------------------------------------------------------------------------------------
 
@@ -336,6 +257,10 @@ class ExpertStore:
             if error is not None:
                 raise error
 
+    def _start_thread(self) -> None:
+        self._thread = threading.Thread(target=self._run, name="experts", daemon=True)
+        self._thread.start()
+
     def _run(self) -> None:
         """The thread."""
         try:
@@ -346,22 +271,20 @@ class ExpertStore:
                 self._change.notify_all()
 
     def _load(self) -> None:
-        """One chunk of the foremost job at a time."""
+        """One chunk of the most urgent job at a time."""
         done: tuple[_Job, int, Exception | None] | None = None
         while True:
             with self._change:
-                self._reading = None
                 if done is not None and not done[0].cancelled:
                     self._finish(*done)
-                while (job := self._foremost()) is None and not self._closed:
-                    self._resting = True
+                while (job := self._next_job()) is None and not self._closed:
+                    self._idle = True
                     self._change.notify_all()
                     self._change.wait()
                 if job is None or self._closed:
                     return
-                self._reading, urgent = job, job in self._demands
-                start, stop = job.done, min(job.done + CHUNK, self.stride)
-            began, error = time.perf_counter(), None
+                urgent, start, stop = job in self._demands, job.done, min(job.done + CHUNK, self.stride)
+            error = None
             try:
                 reached = self.tier.read(job.block, job.memory, start, stop)
                 if not (isinstance(reached, int) and start < reached <= stop):
@@ -370,16 +293,13 @@ class ExpertStore:
             except SpecDecError as refused:
                 error = refused
             except Exception as failed:  # of whatever type: the waiting model has to hear of it
-                error = SpecDecError(f"loading {self.index.name(job.block)} failed: {_reason(failed)}")
+                reason = getattr(failed, "strerror", None) or failed
+                error = SpecDecError(f"loading {self.index.name(job.block)} failed: {reason}")
             done = job, stop, error
-            if error is None:
-                spent = time.perf_counter() - began
-                self._pace = FADES * self._pace[0] + spent, FADES * self._pace[1] + stop - start
-            count = self.counters  # these are this thread's alone
-            if urgent:
-                count.bytes_demand += stop - start
+            if urgent:  # these counters are this thread's alone
+                self.counters.bytes_demand += stop - start
             else:
-                count.bytes_prefetch += stop - start
+                self.counters.bytes_prefetch += stop - start
 
     def _finish(self, job: _Job, stop: int, error: Exception | None) -> None:
         urgent = job in self._demands
@@ -393,7 +313,7 @@ class ExpertStore:
             self._forget(job)
         else:
             self.counters.failed += 1
-            if urgent:  # demanded meanwhile: begun anew
+            if urgent:  # demanded meanwhile: read again
                 job.done, job.demanded = 0, True
                 return
             self._forget(job)
@@ -402,15 +322,35 @@ class ExpertStore:
         self._change.notify_all()
 
     def _forget(self, job: _Job) -> None:
-        """Empty the slot of a job that failed; one that is pinned is emptied by the error that its user gets."""
+        """Empty the slot of a job that failed; one that is pinned is released by the user, who gets the error."""
         row, expert = divmod(job.block, self.index.num_experts)
-        self._foreseen.pop(row, None)  # it would be tried again and again
+        self._forecasts.pop(row, None)  # it would be tried again and again
         slot = self.caches[row].where[expert]
         if slot.pins:
             del self.caches[row].where[expert]
-            slot.expert, slot.speculative = None, False
+            slot.expert, slot.prefetched = None, False
         else:
-            self.caches[row].drop(slot)
+            self.caches[row].evict(slot)
+
+
+# A fork copies the locks as they are: taken before it, they are free afterwards, and what they guard is whole.
+_open: weakref.WeakSet[ExpertStore] = weakref.WeakSet()
+_forking: list[ExpertStore] = []
+
+
+def _before_fork() -> None:
+    _forking.extend(_open)
+    for store in _forking:
+        store._change.acquire()
+
+
+def _after_fork() -> None:
+    while _forking:
+        _forking.pop()._change.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork)
 
 
 def budget_bytes(budget: float, index: Index) -> int:
@@ -433,7 +373,3 @@ def slots_per_layer(budget: float, index: Index, top_k: int) -> int:
             f"needs {top_k}; give at least {least / index.total_bytes:.3g} ({least / 1e6:.4g} MB)"
         )
     return per_layer
-
-
-def _reason(error: Exception) -> Any:
-    return getattr(error, "strerror", None) or error

@@ -1,4 +1,4 @@
-"""Slow memory that experts are loaded from, behind one interface: disk, an emulated tier for study, host RAM to a GPU.
+"""Slow memory that experts are loaded from, behind one interface: the disk, or pinned host memory to a GPU.
 
 A tier provides the fast memory (slots) and fills parts of a slot on call, from one thread. It knows nothing of caches.
 """
@@ -6,10 +6,7 @@ A tier provides the fast memory (slots) and fills parts of a slot on call, from 
 from __future__ import annotations
 
 import errno
-import math
 import os
-import threading
-import time
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,9 +17,6 @@ from specdec.errors import SpecDecError
 from specdec.experts.packed import ALIGNMENT, BLOCKS, Index, buffer
 
 CHUNK = 1 << 20  # most bytes of one request: what a demand may have to wait for
-QUANTUM = 2e-4  # seconds, or QUANTUM_LATENCIES: of what an emulated tier still transfers once it is hurried
-QUANTUM_LATENCIES = 4
-AT_ONCE = 1e-4  # seconds between two requests of a busy queue
 
 
 class Tier(Protocol):
@@ -38,9 +32,6 @@ class Tier(Protocol):
 
         With the last byte the block is checked. Raises SpecDecError (naming the expert) or OSError.
         """
-
-    def hurry(self) -> None:
-        """Called, from another thread, while a ``read`` keeps something more urgent waiting: it may end early."""
 
     def acquire(self, slot: Tensor) -> None:
         """Called before the model computes with a filled slot."""
@@ -58,35 +49,17 @@ def aligned(count: int, stride: int) -> Tensor:
     return buffer[start : start + count * stride].view(count, stride)
 
 
-class _HostTier:
-    """Slots in RAM; each block is checked when it is first read."""
+class DiskTier:
+    """The packed file, read past the page cache (O_DIRECT) where the file system can, into slots in RAM.
+
+    Each block is checked when it is first read.
+    """
 
     note = ""
 
     def __init__(self, folder: Path, index: Index) -> None:
         self.path, self.index = folder / BLOCKS, index
         self.checked = [False] * len(index.checksums)
-
-    def slots(self, count: int) -> Tensor:
-        return aligned(count, self.index.stride)
-
-    def acquire(self, slot: Tensor) -> None: ...
-
-    def release(self, slot: Tensor) -> None: ...
-
-    def hurry(self) -> None: ...
-
-    def _check(self, block: int, slot: Tensor, stop: int) -> None:
-        if stop == self.index.stride and not self.checked[block]:
-            self.index.check(block, slot)
-            self.checked[block] = True
-
-
-class DiskTier(_HostTier):
-    """The packed file, read past the page cache (O_DIRECT) where the file system can."""
-
-    def __init__(self, folder: Path, index: Index) -> None:
-        super().__init__(folder, index)
         try:
             self.file = os.open(self.path, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
             self.direct = hasattr(os, "O_DIRECT")
@@ -97,9 +70,10 @@ class DiskTier(_HostTier):
                 raise SpecDecError(f"cannot read '{self.path}': {error.strerror}") from None
             self.file, self.direct = os.open(self.path, os.O_RDONLY), False
         if not self.direct:
-            self.note = (
-                "this file system has no O_DIRECT: expert loads may come from the page cache, and so their timings"
-            )
+            self.note = "this file system has no O_DIRECT: expert loads, and their timings, may be the page cache's"
+
+    def slots(self, count: int) -> Tensor:
+        return aligned(count, self.index.stride)
 
     def read(self, block: int, slot: Tensor, start: int, stop: int) -> int:
         memory, base = buffer(slot), block * self.index.stride
@@ -110,53 +84,17 @@ class DiskTier(_HostTier):
                     f"'{self.path}' ends within {self.index.name(block)}: it was truncated; pack it again"
                 )
             start += count
-        self._check(block, slot, stop)
+        if stop == self.index.stride and not self.checked[block]:
+            self.index.check(block, slot)
+            self.checked[block] = True
         return stop
+
+    def acquire(self, slot: Tensor) -> None: ...
+
+    def release(self, slot: Tensor) -> None: ...
 
     def close(self) -> None:
         os.close(self.file)
-
-
-class EmulatedTier(_HostTier):
-    """RAM that takes as long as a declared bandwidth (bytes/s) and latency (s a request) say: for study.
-
-    One bucket serves demands and prefetches. Waiting sleeps, so the processor stays free, as during a real transfer.
-    A request that follows the one before at once begins where that one ended, however late the sleeper awoke. A
-    hurried one ends with the quantum that is being transferred.
-    """
-
-    def __init__(self, folder: Path, index: Index, bandwidth: float, latency: float = 0.0) -> None:
-        super().__init__(folder, index)
-        if not (bandwidth > 0 and latency >= 0):
-            raise SpecDecError(f"an emulated tier needs a bandwidth > 0 and a latency >= 0; got {bandwidth}, {latency}")
-        self.bandwidth, self.latency, self.free, self.returned = bandwidth, latency, 0.0, 0.0
-        self.source = buffer(torch.from_file(str(self.path), size=index.total_bytes, dtype=torch.uint8))
-        self.hurried = threading.Event()
-        self.note = f"emulated slow memory: {bandwidth / 1e9:.3g} GB/s, {latency * 1e6:.0f} us a request"
-
-    def hurry(self) -> None:
-        self.hurried.set()
-
-    def read(self, block: int, slot: Tensor, start: int, stop: int) -> int:
-        now = time.perf_counter()
-        begin = self.latency + (self.free if now - self.returned < AT_ONCE else now)
-        self.free = begin + (stop - start) / self.bandwidth
-        base = block * self.index.stride
-        # Python's own copy: torch's would give the interpreter away and ask for it back, from a model that computes.
-        buffer(slot)[start:stop] = self.source[base + start : base + stop]
-        if self.hurried.wait(max(self.free - time.perf_counter(), 0.0)):
-            self.hurried.clear()
-            quantum = max(QUANTUM, QUANTUM_LATENCIES * self.latency)
-            passed = quantum * math.ceil(max(time.perf_counter() - begin, 0.0) / quantum + 1e-9)
-            stop = min(stop, start + math.ceil(passed * self.bandwidth / ALIGNMENT) * ALIGNMENT)
-            self.free = begin + (stop - start) / self.bandwidth
-            time.sleep(max(self.free - time.perf_counter(), 0.0))
-        self._check(block, slot, stop)
-        self.returned = time.perf_counter()
-        return stop
-
-    def close(self) -> None:
-        self.source = memoryview(b"")
 
 
 class PinnedTier:
@@ -193,8 +131,6 @@ class PinnedTier:
         event.synchronize()  # in the loading thread: what it reports as filled is filled
         self.copied[key] = event
         return stop
-
-    def hurry(self) -> None: ...
 
     def acquire(self, slot: Tensor) -> None:
         self.cuda.current_stream(self.device).wait_event(self.copied[slot.data_ptr()])
