@@ -76,14 +76,6 @@ class Growth(ctypes.Structure):
     )
 
 
-class Foresight(ctypes.Structure):
-    _fields_ = (
-        *((n, INT) for n in ("hidden", "experts", "here", "after", "told", "first", "top_k", "unused")),
-        *((n, ctypes.c_float) for n in ("slope", "unit_eps")),
-        *((n, POINTER) for n in ("entering", "routing", "origin", "bias", "start", "last", "next")),
-    )
-
-
 def could_run(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     """Whether this CPU has what the kernels need, as far as Linux tells; they may not be built."""
     try:
@@ -125,7 +117,6 @@ def library() -> Any:
         found.specdec_argmax.argtypes = (POINTER, INT, INT, POINTER, INT)
         found.specdec_layers.argtypes = (POINTER, POINTER)
         found.specdec_grow.argtypes = (POINTER,)
-        found.specdec_foresee, found.specdec_routed  # noqa: B018 (are they there?)
     except AttributeError:  # an editable install whose sources went on without it
         raise SpecDecError("the native kernels were built from older sources; install specdec again") from None
     return found
@@ -145,19 +136,6 @@ def openmp() -> str:
 
 class _Symbol(ctypes.Structure):  # Dl_info
     _fields_ = (("file", ctypes.c_char_p), ("base", POINTER), ("name", ctypes.c_char_p), ("address", POINTER))
-
-
-@functools.cache
-def at_once() -> Any:
-    """The kernels that take microseconds, called without giving Python's lock away: getting it back may take longer.
-
-    Raises SpecDecError as ``library``.
-    """
-    found = ctypes.PyDLL(library()._name)
-    found.specdec_foresee.argtypes = (POINTER, POINTER, INT, INT, INT, POINTER)
-    found.specdec_routed.argtypes = (POINTER, POINTER, INT, INT)
-    found.specdec_foresee.restype = found.specdec_routed.restype = None
-    return found
 
 
 class _Arena:
