@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 HELD_OUT = 8  # every so many texts one is kept to say how good the predictor is, at most this many
 NEW_TOKENS = 192  # of an answer that the model still has to give
-STUDIED = (4, 2, 1, 0)  # layers ahead that recall is measured at
 
 
 def pack_experts(
@@ -69,12 +68,11 @@ def _fit(loaded: PreTrainedModel, fingerprint: str, folder: Path, answers: list[
     held = answers[::HELD_OUT][:HELD_OUT]
     rest = [answer for answer in answers if answer not in held]
     with _progress("fitting", "texts") as update:
-        predictor = fit_predictor(loaded, rest, lambda done: update(done, len(rest)), STUDIED)
-    residual = predict.residual(moe_layers(loaded), STUDIED)
+        predictor = fit_predictor(loaded, rest, lambda done: update(done, len(rest)))
+    residual = predict.residual(moe_layers(loaded))
     found = recalls(loaded, {"m2r2": predictor, "residual": residual}, held)
     figures = {name: {str(ahead): share for ahead, share in by.items()} for name, by in found.items()}
-    used = predictor.within(predict.DISTANCES)
-    predict.write_predictor(folder, used, fingerprint, {"recall": figures, "texts": len(rest)})
+    predict.write_predictor(folder, predictor, fingerprint, {"recall": figures, "texts": len(rest)})
     write(
         f"{folder / predict.FOLDER}: share of needed experts that are predicted, by layers ahead, on held-out texts\n"
     )

@@ -517,7 +517,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_file(mixtral, folder, monkey
 @pytest.mark.parametrize("text", ["", "[]", "{}", "[" * 100_000, '{"format": 2}', '{"format": 1, "fingerprint": 3}'])
 def test_a_broken_index_is_refused(folder, text):
     (folder / packed.INDEX).write_text(text)
-    with pytest.raises(SpecDecError, match="no index of packed experts"):
+    with pytest.raises(SpecDecError, match="not an index of packed experts"):
         packed.open_index(folder)
 
 

@@ -15,7 +15,7 @@ import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -86,8 +86,9 @@ class Index:
 class Origin:
     """What experts are read from. place: hash of where they are; state: of what is there, too.
 
-    Experts in a checkpoint are told by their files: resolved paths (those of Hugging Face's cache hold the content's
-    hash), sizes and times. Experts in memory are told by all their bytes; place and state are then the same.
+    Experts in a checkpoint are identified by their files: resolved paths (those of Hugging Face's cache hold the
+    content's hash), sizes and times. Experts in memory are identified by all their bytes; place and state are then the
+    same.
     """
 
     place: str
@@ -152,16 +153,10 @@ def pack(
                 f"{free / 1e6:.0f} MB free; make room, or pack into a folder on another disk: specdec pack-experts"
             )
         handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{BLOCKS}.")
-        memory = torch.zeros(index.stride, dtype=torch.uint8)
-        gate_up, down = index.views(memory)
         with os.fdopen(handle, "wb") as file:
-            for layer in layers:
-                for expert in range(index.num_experts):
-                    layer.read(expert, gate_up, down)
-                    index.checksums.append(zlib.crc32(buffer(memory)[: index.block_bytes]))
-                    file.write(buffer(memory))
-                    if progress is not None:
-                        progress(len(index.checksums), len(layers) * index.num_experts)
+            for memory in _blocks(index, layers, progress):
+                index.checksums.append(zlib.crc32(memory[: index.block_bytes]))
+                file.write(memory)
             file.flush()
             os.fsync(file.fileno())
         (folder / INDEX).unlink(missing_ok=True)  # never an index beside blocks it does not describe
@@ -176,6 +171,18 @@ def pack(
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
     return index
+
+
+def _blocks(index: Index, layers: list[MoELayer], progress: Callable[[int, int], None] | None) -> Iterator[memoryview]:
+    """Each block as it is packed, one after another in the same memory."""
+    memory = torch.zeros(index.stride, dtype=torch.uint8)
+    gate_up, down = index.views(memory)
+    for row, layer in enumerate(layers):
+        for expert in range(index.num_experts):
+            layer.read(expert, gate_up, down)
+            yield buffer(memory)
+            if progress is not None:
+                progress(row * index.num_experts + expert + 1, len(layers) * index.num_experts)
 
 
 def _is_index(path: Path) -> bool:
@@ -214,7 +221,7 @@ def open_index(folder: Path) -> Index:
             f"'{folder}' holds no packed experts: {Path(error.filename).name} is missing; {hint}"
         ) from None
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise SpecDecError(f"'{path}' is no index of packed experts ({error}); {hint}") from None
+        raise SpecDecError(f"'{path}' is not an index of packed experts ({error}); {hint}") from None
     if size != index.total_bytes:
         raise SpecDecError(
             f"'{folder / BLOCKS}' has {size} bytes, its index says {index.total_bytes}: it is truncated or not its "
@@ -235,18 +242,12 @@ def same_weights(
     same = (index.layers, index.num_experts, index.hidden, index.width)
     if same != (expected.layers, expected.num_experts, expected.hidden, expected.width):
         raise SpecDecError(f"the experts in '{folder}' are of other shapes than the loaded model's; pack this model")
-    memory = torch.zeros(index.stride, dtype=torch.uint8)
-    gate_up, down = index.views(memory)
-    for block, checksum in enumerate(index.checksums):
-        row, expert = divmod(block, index.num_experts)
-        layers[row].read(expert, gate_up, down)
-        if zlib.crc32(buffer(memory)[: index.block_bytes]) != checksum:
+    for block, memory in enumerate(_blocks(index, layers, progress)):
+        if zlib.crc32(memory[: index.block_bytes]) != index.checksums[block]:
             raise SpecDecError(
                 f"the experts in '{folder}' are not those of the loaded model: {index.name(block)} differs; pack this "
                 "model again"
             )
-        if progress is not None:
-            progress(block + 1, len(index.checksums))
     with suppress(OSError):
         _write_index(replace(index, source=state), folder)
 

@@ -89,14 +89,6 @@ class LinearPredictor(Predictor):
     def ahead(self, row: int, x: Tensor) -> Needs:
         return list(zip(self.targets[row], needs(self.logits(row, x), self.top_k, self.slope), strict=True))
 
-    def within(self, distances: Sequence[int]) -> LinearPredictor:
-        """Only the rows that far ahead."""
-        rows = len(self.targets)
-        kept = [[i for i, t in enumerate(ts) if (t - j) % rows in distances] for j, ts in enumerate(self.targets)]
-        targets = [[ts[i] for i in these] for ts, these in zip(self.targets, kept, strict=True)]
-        weight, bias = ([part[i] for part, i in zip(p, kept, strict=True)] for p in (self.weight, self.bias))
-        return LinearPredictor(targets, weight, bias, self.slope, self.top_k)
-
 
 def needs(logits: Array, top_k: int, slope: float) -> list[list[float]]:
     """Estimated router logits [T, n, E] -> how likely any of the T tokens needs an expert, [n][E].
