@@ -3,7 +3,7 @@
 Needs no training, and agrees with the full model as far as the model is indifferent to those parts: the attention or
 the MLP of a layer, or both (SWIFT, arXiv 2410.06916). The layers before the first skipped part are exact: their states
 are handed over and scoring resumes there. What drafted tokens leave in the cache of later layers is provisional.
-``specdec tune layer-skip`` looks for the parts whose loss costs least.
+``examples/layer_skip.py`` looks for the parts whose loss costs least.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class LayerSkipDrafter(ChainDrafter):
 
     @classmethod
     def load(cls, target: Target, source: str | None = None, **given: Any) -> LayerSkipDrafter:
-        """From options, or from a YAML file that ``specdec tune layer-skip`` wrote; options override the file's."""
+        """From options, or from a YAML file that ``examples/layer_skip.py`` wrote; options override the file's."""
         options.check(cls.name, given, ("skip", *SETTINGS, *SHAPE))
         kept = {} if source is None else read_skips(Path(source), target)
         if source is not None and (odd := [name for name in ("skip", *SETTINGS) if name in given]):
@@ -131,13 +131,11 @@ def read_skips(path: Path, target: Target) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise SpecDecError(f"cannot read the skip set '{path}': {' '.join(str(error).split())}") from None
     if not isinstance(data, dict) or data.get("drafter") != "layer-skip" or not set(data) <= set(KEYS):
-        raise SpecDecError(
-            f"'{path}' is not a skip set; make one: specdec tune layer-skip --prompts FILE --output {path}"
-        )
+        raise SpecDecError(f"'{path}' is not a skip set; make one: python examples/layer_skip.py --output {path}")
     base = data.get("base")
     if isinstance(base, dict) and base.get("fingerprint") not in (None, target.fingerprint):
         raise SpecDecError(
             f"the skip set '{path}' was tuned on {base.get('name', 'other weights')}, not on the loaded model; "
-            "tune one for it: specdec tune layer-skip"
+            "make one for it: python examples/layer_skip.py"
         )
     return {name: data[name] for name in (*SETTINGS, *SHAPE) if name in data}

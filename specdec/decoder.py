@@ -26,7 +26,7 @@ from specdec.metrics import RequestMetrics
 from specdec.runtimes import make_target, needs_cpu
 from specdec.sampling import Sampler, SamplingParams, streams
 from specdec.text import Detokenizer, Prompt, encode
-from specdec.tune.settings import DEFAULTS, Tuned, place, recall
+from specdec.tuned import DEFAULTS, Tuned, place, recall
 
 _PATH = options.instance("text or a path", str, Path)
 _MAPPING = options.NONE | options.Kind(

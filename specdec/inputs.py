@@ -7,6 +7,7 @@ raise SpecDecError. Imports nothing heavy.
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import os
 import zlib
@@ -34,6 +35,12 @@ def whole(file: IO[bytes], most: int) -> bytes:
     if len(data) > most:
         raise ValueError(f"larger than {most / 1e6:.0f} MB")
     return data
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def lines(path: Path) -> Iterator[tuple[int, str]]:

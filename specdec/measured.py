@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from specdec import artifacts, embedded
+from specdec.machine import processor
 
 CONFIRMED = 1.1  # a figure is believed once it was reached a second time, within this factor
 REPEATS, PATIENCE = 3, 1.0  # fewest timings of each way; seconds after which there is no other
@@ -28,7 +29,9 @@ SPARE = 0.5  # cores beyond those that are timed which others may use and be tak
 def machine(device: torch.device) -> str:
     """What timings on ``device`` depend on, of the machine and of PyTorch."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    cpu = f"{_cpu()} {platform.machine()} {platform.node()}"
+    fields = processor()
+    cpu = " ".join(fields[key] for key in ("cpu family", "model", "model name") if key in fields)
+    cpu = f"{cpu} {platform.machine()} {platform.node()}"
     return f"{cpu} {name} {torch.__version__} {torch.backends.cpu.get_cpu_capability()}"
 
 
@@ -110,16 +113,6 @@ class _Others:
             return None
         user, nice, system = ticks[:3]
         return time.perf_counter(), (user + nice + system) / tick - time.process_time()
-
-
-def _cpu() -> str:
-    """The processor's name, as far as the system tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines()
-        wanted = ("model name", "cpu family", "model\t")
-        return " ".join(line.split(":", 1)[1].strip() for line in lines[:16] if line.startswith(wanted))
-    except (OSError, IndexError):
-        return platform.processor()
 
 
 def _place(what: str) -> Path:

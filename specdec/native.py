@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from specdec import cores
+from specdec import cores, machine
 from specdec.errors import SpecDecError
 
 LIBRARY = Path(__file__).with_name("_native.so")  # setup.py builds it
@@ -76,13 +76,10 @@ class Growth(ctypes.Structure):
     )
 
 
-def could_run(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+def could_run(cpuinfo: Path = machine.CPUINFO) -> bool:
     """Whether this CPU has what the kernels need, as far as Linux tells; they may not be built."""
-    try:
-        flags = set(cpuinfo.read_text("utf-8", "replace").split())
-    except OSError:
-        return False
-    return {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"} <= flags
+    flags = machine.processor(cpuinfo).get("flags", "").split()
+    return {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"} <= set(flags)
 
 
 @functools.cache

@@ -10,11 +10,28 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from numbers import Integral, Real
 from typing import Any, ParamSpec, TypeVar
 
 from specdec import inputs
 from specdec.errors import SpecDecError, did_you_mean
+
+
+class Runtime(StrEnum):
+    auto = "auto"
+    native = "native"
+    graphs = "graphs"
+    fused = "fused"
+    reference = "reference"
+
+
+class Weights(StrEnum):
+    auto = "auto"
+    dense = "dense"
+    int8 = "int8"
+    int4 = "int4"
+
 
 MAX_SEED = 2**63 - 1
 GREEDY_BELOW = 1e-5  # temperatures below it: logits / T would overflow float32, and the softmax is one-hot anyway

@@ -96,11 +96,11 @@ def parse(text: str) -> list[tuple[str, str | None]]:
     """
     if not text.strip():
         raise SpecDecError("the drafter's name is empty; name one (see 'specdec drafters'), or leave it at 'auto'")
-    if text in names("drafters") or Path(text).is_dir():
-        return [_part(text)]
     joined, _, source = text.partition("=")
     if not all(part.strip() for part in joined.split("+")):
         raise SpecDecError(f"'+' joins two drafters, and one is missing in '{text}'; for example: prompt-lookup+m2r2")
+    if text in names("drafters") or Path(text).is_dir():
+        return [_part(text)]
     parts = [_part(part) for part in joined.split("+")]
     if source:
         parts[-1] = parts[-1][0], source

@@ -8,11 +8,11 @@ from transformers import PreTrainedModel
 from specdec.errors import NotFiniteError, SpecDecError, did_you_mean
 from specdec.fused import FusedTarget
 from specdec.graphs import GraphedTarget
-from specdec.native_target import KINDS, NativeTarget
+from specdec.native_target import NativeTarget
+from specdec.options import Runtime, Weights
 from specdec.target import ReferenceTarget, Target, lock_of, refuse_unsupported
 
-RUNTIMES = ("auto", "native", "graphs", "fused", "reference")
-WEIGHTS = tuple(KINDS)
+RUNTIMES, WEIGHTS = tuple(Runtime), tuple(Weights)
 
 
 def needs_cpu(runtime: str, weights: str) -> bool:

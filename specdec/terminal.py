@@ -1,4 +1,4 @@
-"""The terminal: the standard streams, progress while something takes long, and text that may hold control characters.
+"""The terminal: the standard streams, notes, errors and tables, progress, and text that may hold control characters.
 
 On a terminal progress is a spinner or a bar, and control characters are shown escaped. In a pipe progress is a line
 every half minute, and text is left as it is. Knows no commands; imports nothing heavy.
@@ -10,19 +10,23 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from threading import Event, Thread
 from typing import IO, Any
 
 import rich.status
 from rich import progress
+from rich.cells import cell_len
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
-from specdec.errors import SpecDecError
+from specdec.errors import SpecDecError, SpecDecWarning
 
-EVERY = 30.0  # seconds between two lines of progress where the output is no terminal
+EVERY = 30.0  # seconds between two lines of progress where the output is not a terminal
+_python_warns = warnings.showwarning
 
 # C0 but for tab and newline, DEL, C1, and what changes the direction of the text that follows.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -51,6 +55,64 @@ def stderr() -> Console:
 def tell(console: Console, text: str) -> None:
     """Print one line, without markup."""
     console.print(shown(console, text), soft_wrap=True)
+
+
+def say(message: str) -> None:
+    """Print one line to stderr."""
+    tell(stderr(), message)
+
+
+def note(message: str) -> None:
+    """Print one dim line to stderr, only on a terminal."""
+    console = stderr()
+    if console.is_terminal:
+        console.print(shown(console, message, style="dim"))
+
+
+def error(message: str) -> None:
+    """Print ``error: <message>`` to stderr, always on one line."""
+    console, line = stderr(), " ".join(message.split())
+    console.print(Text.assemble(("error: ", "bold red"), shown(console, line)), soft_wrap=True)
+
+
+def warn_in_lines(verbose: bool = False) -> None:
+    """From now on each ``SpecDecWarning`` is one line on stderr. Unless ``verbose``, libraries print no warnings."""
+    warnings.showwarning = _warn
+    if not verbose:
+        warnings.filterwarnings("ignore")
+        warnings.filterwarnings("default", category=SpecDecWarning)
+        from transformers.utils import logging  # heavy
+
+        logging.set_verbosity_error()
+
+
+def _warn(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+    if issubclass(category, SpecDecWarning):
+        say(f"note: {message}")
+    else:
+        _python_warns(message, category, *where, **more)
+
+
+def columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table to stdout: aligned on a terminal, tab-separated in a pipe."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        for row in (header, *rows):
+            print("\t".join(row))  # rich would expand the tabs
+        return
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+    header, rows = [printable(name) for name in header], [[printable(cell) for cell in row] for row in rows]
+    # Words stay whole where they fit; the first columns take the width that is left.
+    cells = list(zip(header, *rows, strict=True))  # by column
+    words = [max((cell_len(word) for cell in column for word in cell.split()), default=0) for column in cells]
+    room = console.width - sum(words) - 2 * (len(words) - 1)
+    for name, column, word in zip(header, cells, words, strict=True):
+        more = min(max(map(cell_len, column)) - word, max(room, 0))
+        table.add_column(Text(name), overflow="fold", width=word + more if room >= 0 else None)
+        room -= more
+    for row in rows:
+        table.add_row(*map(Text, row))
+    console.print(table)
 
 
 # --- standard streams ------------------------------------------------------------------------------------------------
@@ -134,7 +196,7 @@ _lines: list[Lines] = []  # those open, inner ones last
 
 
 class Status:
-    """What is under way; ``update`` says it anew."""
+    """What is under way; ``update`` replaces it."""
 
     def __init__(self, message: str) -> None:
         self.message = message
@@ -164,20 +226,20 @@ def _alone() -> Iterator[None]:
 
 @contextmanager
 def status(message: str, quiet: bool = False) -> Iterator[Status]:
-    """Say on stderr that something is under way: with a spinner on a terminal, else with a line every half minute."""
-    console, said = stderr(), Status(message)
+    """Show on stderr that something is under way: a spinner on a terminal, else a line every half minute."""
+    console, current = stderr(), Status(message)
     if quiet:
-        yield said
+        yield current
     elif console.is_terminal:
-        with _alone(), console.status(said) as spinner:
+        with _alone(), console.status(current) as spinner:
             _spinners.append(spinner)
             try:
-                yield said
+                yield current
             finally:
                 _spinners.remove(spinner)
     else:
-        with Lines(lambda seconds: tell(console, f"{said.message} ({duration(seconds)})")):
-            yield said
+        with Lines(lambda seconds: tell(console, f"{current.message} ({duration(seconds)})")):
+            yield current
 
 
 class Description(progress.ProgressColumn):
@@ -215,6 +277,28 @@ class Progress(progress.Progress):
             if task.visible and (task.total is None or task.completed < task.total):
                 share = "" if task.total is None else f": {task.percentage:.0f} %"
                 tell(self.console, f"{task.description}{share} ({duration(task.elapsed or seconds)})")
+
+
+class Bar:
+    """Progress of one task on stderr. It is called with the steps done, the steps in all and the tokens so far."""
+
+    def __init__(self, what: str, unit: str = "") -> None:
+        columns = (progress.BarColumn(), progress.MofNCompleteColumn(), progress.TextColumn("{task.fields[rate]}"))
+        self.progress = Progress(*columns, progress.TimeRemainingColumn(), transient=True)
+        self.task = self.progress.add_task(what, total=None, rate=unit)
+        self.start = time.perf_counter()
+
+    def __enter__(self) -> Bar:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.progress.stop()
+
+    def __call__(self, done: int, total: int, tokens: int | None = None) -> None:
+        self.progress.update(self.task, completed=done, total=total)
+        if tokens is not None:
+            self.progress.update(self.task, rate=f"{tokens / (time.perf_counter() - self.start):.1f} tok/s")
 
 
 def duration(seconds: float) -> str:

@@ -25,7 +25,7 @@ import torch
 from tiny_gguf import NAME, write_gguf
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from specdec import convert, embedded, measured
+from specdec import convert, embedded, inputs, measured
 from specdec.costs import Costs
 from specdec.draft import Draft, Drafter, State, Verifier
 from specdec.experts.store import ExpertStore
@@ -176,9 +176,9 @@ def published(tmp_path_factory) -> SimpleNamespace:
         version="1.0",
         wheel=wheel.name,
         wheel_bytes=wheel.stat().st_size,
-        wheel_sha256=embedded._sha256(wheel),
+        wheel_sha256=inputs.sha256(wheel),
         member="tiny/tiny.gguf",
-        gguf_sha256=embedded._sha256(path),
+        gguf_sha256=inputs.sha256(path),
         cached_bytes=500_000,
         disk_bytes=1_000_000,
         licence="none",

@@ -11,8 +11,8 @@ def estimate(value: float, spread: float = 0.1) -> dict[str, float]:
     return {"value": value, "low": value * (1 - spread), "high": value * (1 + spread)}
 
 
-def arm(name: str, speed: float, accepted: list[float], lossless: bool = True, **more: Any) -> dict[str, Any]:
-    """The figures of an arm that is ``speed`` times as fast as plain decoding."""
+def method(name: str, speed: float, accepted: list[float], lossless: bool = True, **more: Any) -> dict[str, Any]:
+    """The figures of a method that is ``speed`` times as fast as plain decoding."""
     return {
         "name": name,
         "requests": 4,
@@ -44,8 +44,8 @@ def result(cell: Cell, speed: float = 1.5, **more: Any) -> dict[str, Any]:
     return {
         "key": cell.key(),
         "cell": cell.as_dict(),
-        "arm": arm(cell.drafter, speed, accepted, **more),
-        "against": {"none": arm("none", 1.0, [])},
+        "method": method(cell.drafter, speed, accepted, **more),
+        "baselines": {"none": method("none", 1.0, [])},
         "prompts": {
             "name": cell.prompts,
             "licence": "",

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from specdec import SpecDecError, SpecDecoder, artifacts, hub
 from specdec.errors import SpecDecWarning
-from specdec.tune.settings import Tuned, place, store
+from specdec.tuned import Tuned, place, store
 
 PROMPT = [5, 6, 7, 8]
 

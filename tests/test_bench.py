@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from specdec import SpecDecoder, cli
-from specdec.bench import arms, prompts, stats
+from specdec.bench import methods, prompts, stats
 from specdec.bench.cell import Cell
 from specdec.bench.figures import Request
 from specdec.bench.prompts import SETS, Home, load_prompts, spread
@@ -86,25 +86,25 @@ def one_line_error(result) -> str:
 
 # --- the figures -----------------------------------------------------------------------------------------------------
 
-ARMS = "hf,hf-lookup,none,prompt-lookup,early-exit"
+METHODS = "hf,hf-lookup,none,prompt-lookup,early-exit"
 
 
 def test_what_is_printed_is_what_was_measured(bench, folder: Path, file: Path, tmp_path: Path) -> None:
     result = bench(
         *("--repetitions", "2", "--output", str(tmp_path / "out"), "--json", "--drafter-option"),
         "early-exit.exit_layer=2",
-        drafters=ARMS,
+        drafters=METHODS,
     )
-    summary, names = measured(result), ARMS.split(",")
+    summary, names = measured(result), METHODS.split(",")
     assert summary == json.loads((tmp_path / "out/bench.json").read_text())
     requests = [json.loads(line) for line in (tmp_path / "out/results.jsonl").read_text().splitlines()]
     turns = [requests[i : i + len(names)] for i in range(0, len(requests), len(names))]
-    assert len(turns) == 2 * 4 and [arm["name"] for arm in summary["arms"]] == names
+    assert len(turns) == 2 * 4 and [method["name"] for method in summary["methods"]] == names
     # Side by side: A B C, then C A B ...
-    order = [request["arm"] for request in turns[0]]
+    order = [request["method"] for request in turns[0]]
     assert sorted(order) == sorted(names)
     for turn in turns:
-        assert [request["arm"] for request in turn] == order
+        assert [request["method"] for request in turn] == order
         order = [order[-1], *order[:-1]]
 
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -117,51 +117,52 @@ def test_what_is_printed_is_what_was_measured(bench, folder: Path, file: Path, t
             answer = greedy_reference(model, encode(tokenizer, chat), NEW)
             right[conversation["id"], number] = answer
             chat.append({"role": "assistant", "content": tokenizer.decode(answer)})
-    for request in requests:  # raw ids, of every arm and every turn
+    for request in requests:  # raw ids, of every method and every turn
         (row,) = request["rows"]
-        assert row["token_ids"] == right[row["id"], request["turn"]] and row["verdict"] == "equal"
+        assert row["token_ids"] == right[row["id"], request["turn"]] and row["equality"] == "equal"
         assert 0 < request["first_token_seconds"] < request["seconds"] and request["first_tokens"] == 1
 
-    own = {name: [r for turn in turns for r in turn if r["arm"] == name] for name in names}
-    for arm in summary["arms"]:
-        mine, plain, hf = own[arm["name"]], own["none"], own["hf"]
+    own = {name: [r for turn in turns for r in turn if r["method"] == name] for name in names}
+    for method in summary["methods"]:
+        mine, plain, hf = own[method["name"]], own["none"], own["hf"]
         seconds = {id(r): r["seconds"] / len(r["rows"][0]["token_ids"]) for r in (*mine, *plain, *hf)}
-        assert (arm["requests"], arm["tokens"]) == (8, 8 * NEW) and arm["lossless"] and arm["quality"] is None
-        assert arm["equal_to_plain"] == {"equal": 8, "near_ties": 0, "faults": 0, "of": 8}
-        close(arm["tokens_per_second"], statistics.median(NEW / r["seconds"] for r in mine))
-        close(arm["first_token_ms"], statistics.median(1e3 * r["first_token_seconds"] for r in mine))
+        assert (method["requests"], method["tokens"]) == (8, 8 * NEW)
+        assert method["lossless"] and method["quality"] is None
+        assert method["equal_to_plain"] == {"equal": 8, "near_ties": 0, "faults": 0, "of": 8}
+        close(method["tokens_per_second"], statistics.median(NEW / r["seconds"] for r in mine))
+        close(method["first_token_ms"], statistics.median(1e3 * r["first_token_seconds"] for r in mine))
         later = [1e3 * (r["seconds"] - r["first_token_seconds"]) / (NEW - 1) for r in mine]
-        close(arm["decode_ms_per_token"], statistics.median(later))
+        close(method["decode_ms_per_token"], statistics.median(later))
         for label, others in (("none", plain), ("hf", hf)):
             gains = [seconds[id(b)] / seconds[id(a)] for a, b in zip(mine, others, strict=True)]
-            close(arm["speedup"][label], statistics.median(gains))
+            close(method["speedup"][label], statistics.median(gains))
         metrics = [r["rows"][0]["metrics"] for r in mine if "metrics" in r["rows"][0]]
-        assert set(arm["categories"]) == {"talk", "lists"} and arm["categories"]["talk"]["requests"] == 6
-        if arm["name"].startswith("hf"):
-            assert not metrics and arm["mean_acceptance_length"] is None and arm["ledger_ms_per_round"] == {}
+        assert set(method["categories"]) == {"talk", "lists"} and method["categories"]["talk"]["requests"] == 6
+        if method["name"].startswith("hf"):
+            assert not metrics and method["mean_acceptance_length"] is None and method["ledger_ms_per_step"] == {}
             continue
         drafted = [n for m in metrics for n in m["per_step_drafted"]]
         accepted = [n for m in metrics for n in m["per_step_accepted"]]
-        close(arm["mean_acceptance_length"], 1 + sum(accepted) / len(accepted))
-        close(arm["prefill_ms"], statistics.median(1e3 * m["prefill_seconds"] for m in metrics))
-        assert arm["acceptance_histogram"] == [accepted.count(n) for n in range(max(accepted) + 1)]
-        assert arm["acceptance_per_position"] == pytest.approx(
+        close(method["mean_acceptance_length"], 1 + sum(accepted) / len(accepted))
+        close(method["prefill_ms"], statistics.median(1e3 * m["prefill_seconds"] for m in metrics))
+        assert method["acceptance_histogram"] == [accepted.count(n) for n in range(max(accepted) + 1)]
+        assert method["acceptance_per_position"] == pytest.approx(
             [
                 sum(a > i for a in accepted) / offered
                 for i in range(max(drafted))
                 if (offered := sum(d > i for d in drafted))
             ]
         )
-        for phase, ms in arm["ledger_ms_per_round"].items():
+        for phase, ms in method["ledger_ms_per_step"].items():
             assert ms == pytest.approx(1e3 * sum(m["ledger"][phase] for m in metrics) / len(accepted))
-        assert {"draft", "score", "accept", "commit"} <= set(arm["ledger_ms_per_round"])
-    lookup = summary["arms"][3]
+        assert {"draft", "score", "accept", "commit"} <= set(method["ledger_ms_per_step"])
+    lookup = summary["methods"][3]
     assert lookup["mean_acceptance_length"]["value"] > 1 and lookup["acceptance_rate"] > 0  # it does speculate
 
     prints = hashlib.sha256(file.read_bytes()).hexdigest()
     assert summary["prompts"]["sha256"] == prints and summary["prompts"]["turns"] == 4
     assert summary["environment"]["threads"] and summary["environment"]["dtype"] == "float32"
-    assert all(name in result.stdout for name in names) and "8/8" in result.stdout
+    assert all(name in result.stdout for name in names) and "8 of 8" in result.stdout
 
 
 def close(estimate: dict, value: float) -> None:
@@ -176,32 +177,32 @@ def test_a_batch_counts_each_row_up_to_its_own_end(cell) -> None:
     rows = [encode(run.base.tokenizer, text) for text in ("one", "a longer prompt, padded by nobody", "abc")]
     whole = [greedy_reference(run.base.model, row, NEW) for row in rows]
     run.base.model.generation_config.eos_token_id = whole[0][4]  # the first row ends early
-    decoders._arms.clear()
+    decoders._loaded.clear()
     ends = [row.index(whole[0][4]) + 1 if whole[0][4] in row else NEW for row in whole]
     right = [row[:end] for row, end in zip(whole, ends, strict=True)]
     for drafter in ("hf", "none", "prompt-lookup"):
-        assert decoders.arm(cell(drafter=drafter, batch_size=3)).reply(rows, NEW, 0).tokens == right
+        assert decoders.method(cell(drafter=drafter, batch_size=3)).reply(rows, NEW, 0).tokens == right
     assert len(right[0]) <= 5 and max(map(len, right)) == NEW
 
 
 @pytest.mark.parametrize("extra", [{}, {"exit_layer": 2}])
-def test_assisted_modes_of_generate_are_arms_and_leave_the_model_as_it_was(cell, folder: Path, extra: dict) -> None:
+def test_assisted_modes_of_generate_are_methods_and_leave_the_model_as_it_was(cell, folder: Path, extra: dict) -> None:
     name = "hf-early-exit" if extra else f"hf-draft-model={folder}"
     decoders = Decoders()
-    arm = decoders.arm(cell(drafter=name, drafter_options=extra))
-    plain = decoders.arm(cell(drafter="hf"))
+    method = decoders.method(cell(drafter=name, drafter_options=extra))
+    plain = decoders.method(cell(drafter="hf"))
     prompt = [encode(decoders.base(cell()).tokenizer, "abcabc")]
     before = decoders.base(cell()).model.generation_config.to_dict()
-    assert arm.reply(prompt, NEW, 0).tokens == plain.reply(prompt, NEW, 0).tokens
+    assert method.reply(prompt, NEW, 0).tokens == plain.reply(prompt, NEW, 0).tokens
     assert decoders.base(cell()).model.generation_config.to_dict() == before
 
 
-def test_peak_memory_is_that_of_the_arm_at_work() -> None:
-    with arms.PeakMemory(torch.device("cpu")) as idle:
+def test_peak_memory_is_that_of_the_method_at_work() -> None:
+    with methods.PeakMemory(torch.device("cpu")) as idle:
         pass
-    with arms.PeakMemory(torch.device("cpu")) as busy:
+    with methods.PeakMemory(torch.device("cpu")) as busy:
         torch.ones(60_000_000)  # 240 MB
-    with arms.PeakMemory(torch.device("cpu")) as after:
+    with methods.PeakMemory(torch.device("cpu")) as after:
         pass
     if idle.mb is None or busy.mb is None or after.mb is None:
         pytest.skip("this system does not tell")
@@ -210,19 +211,19 @@ def test_peak_memory_is_that_of_the_arm_at_work() -> None:
 
 def test_sampled_outputs_are_those_of_plain_decoding(bench) -> None:
     summary = measured(bench("--temperature", "0.9", "--json"))
-    assert all(arm["equal_to_plain"]["equal"] == arm["equal_to_plain"]["of"] > 0 for arm in summary["arms"])
+    assert all(method["equal_to_plain"]["equal"] == method["equal_to_plain"]["of"] > 0 for method in summary["methods"])
 
 
 LOSSY = {"verifier": "confident", "verifier_options": {"exit_threshold": 0.0}}
 
 
-def test_a_lossy_rule_is_judged_by_the_full_model(cell, folder: Path) -> None:
+def test_a_lossy_rule_is_compared_with_the_full_model(cell, folder: Path) -> None:
     pytest.importorskip("rouge_score")
     made: list[Request] = []
     run = Run([cell(drafter="early-exit", **LOSSY)], Decoders(), record=made.append)
     run.execute()
     (result,) = run.results()
-    plain, lossy = result["against"]["none"], result["arm"]
+    plain, lossy = result["baselines"]["none"], result["method"]
     assert plain["lossless"] and not lossy["lossless"]
     assert lossy["equal_to_plain"]["faults"] is None and lossy["equal_to_plain"]["equal"] < 4
     assert plain["quality"]["agreement"]["value"] == plain["quality"]["rouge_l"]["value"] == 1
@@ -231,7 +232,7 @@ def test_a_lossy_rule_is_judged_by_the_full_model(cell, folder: Path) -> None:
 
     model, agreed, nll, count = AutoModelForCausalLM.from_pretrained(folder), 0, 0.0, 0
     for request in made:
-        if request.arm == "early-exit":
+        if request.method == "early-exit":
             prompt, answer = request.prompts[0], torch.tensor(request.reply.tokens[0])
             logits = model(torch.tensor([prompt + answer.tolist()])).logits[0, len(prompt) - 1 : -1].detach()
             agreed += int((logits.argmax(-1) == answer).sum())
@@ -256,7 +257,7 @@ def test_what_does_not_fit_the_context_is_told_and_left_out(file: Path, tmp_path
     fixed = ["bench", "--model", str(small), "--drafters", "prompt-lookup", "--num-speculative-tokens", "2"]
     result = CliRunner().invoke(cli.app, [*fixed, "--prompts", str(file), "--max-new-tokens", "8", "--json"])
     summary = measured(result)
-    assert summary["arms"][0]["requests"] == 3 and len(summary["prompts"]["skipped"]) == 1
+    assert summary["methods"][0]["requests"] == 3 and len(summary["prompts"]["skipped"]) == 1
     assert "skipped chat, turn 2: " in result.stderr and "context of 64" in result.stderr
     (tmp_path / "long.txt").write_text("x" * 80)
     line = one_line_error(CliRunner().invoke(cli.app, [*fixed, "--prompts", str(tmp_path / "long.txt")]))
@@ -265,7 +266,7 @@ def test_what_does_not_fit_the_context_is_told_and_left_out(file: Path, tmp_path
 
 @pytest.mark.parametrize(("calls", "kept"), [(5, 2), (2, 0)])
 def test_an_interrupt_keeps_what_was_measured(bench, tmp_path: Path, monkeypatch, calls: int, kept: int) -> None:
-    reply, count = arms.OwnArm.reply, 0
+    reply, count = methods.OwnMethod.reply, 0
 
     def interrupted(*args: object):
         nonlocal count
@@ -274,13 +275,13 @@ def test_an_interrupt_keeps_what_was_measured(bench, tmp_path: Path, monkeypatch
             raise KeyboardInterrupt
         return reply(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(arms.OwnArm, "reply", interrupted)
+    monkeypatch.setattr(methods.OwnMethod, "reply", interrupted)
     result = bench("--output", str(tmp_path / "out"))
     assert result.exit_code == 130
     assert len((tmp_path / "out/results.jsonl").read_text().splitlines()) == 2 * (calls // 2)
     if kept:
         summary = json.loads((tmp_path / "out/bench.json").read_text())
-        assert summary["interrupted"] and summary["arms"][0]["requests"] == kept and "(interrupted)" in result.stdout
+        assert summary["interrupted"] and summary["methods"][0]["requests"] == kept and "(interrupted)" in result.stdout
 
 
 # --- intervals -------------------------------------------------------------------------------------------------------
@@ -328,10 +329,10 @@ def test_two_runs_of_a_cell_agree_within_their_intervals(cell, tmp_path: Path, m
     many.write_text("".join(f"abcabc number {i} abc\n" for i in range(12)))
     decoders, runs = Decoders(), []
     for seed in (1, 2):
-        monkeypatch.setattr(arms, "time", Noise(seed))
+        monkeypatch.setattr(methods, "time", Noise(seed))
         run = Run([cell(drafter="prompt-lookup", prompts=str(many), temperature=1.0, seed=100 * seed)], decoders)
         run.execute()
-        runs.append(run.results()[0]["arm"])
+        runs.append(run.results()[0]["method"])
     for figure in ("tokens_per_second", "first_token_ms", "mean_acceptance_length"):
         agree(*(run[figure] for run in runs))
     agree(*(run["speedup"]["none"] for run in runs))
@@ -345,14 +346,14 @@ def agree(one: dict, other: dict) -> None:
 # --- conversations and prompt sets -----------------------------------------------------------------------------------
 
 
-def test_every_arm_continues_with_the_plain_answer(cell, monkeypatch) -> None:
-    """Even where an arm's own answer was another: what comes next is measured on the same prompt."""
+def test_every_method_continues_with_the_plain_answer(cell, monkeypatch) -> None:
+    """Even where a method's own answer was another: what comes next is measured on the same prompt."""
     made: list[Request] = []
     run = Run([cell(drafter="hf", temperature=1.5)], Decoders(), record=made.append)
     run.execute()
     chat = [request for request in made if request.conversations[0].id == "chat"]
-    first = {r.arm: r.reply.tokens[0] for r in chat if r.turn == 0}
-    second = {r.arm: r.prompts[0] for r in chat if r.turn == 1}
+    first = {r.method: r.reply.tokens[0] for r in chat if r.turn == 0}
+    second = {r.method: r.prompts[0] for r in chat if r.turn == 1}
     assert first["none"] != first["hf"]
     answer = run.base.tokenizer.decode(first["none"])
     texts = ("abcabcabc", answer, "and then abcabc")
@@ -491,8 +492,8 @@ def test_a_broken_prompt_file_is_one_line(bench, tmp_path: Path, text: str, word
 def test_by_default_m2r2_is_left_out_where_none_is_shipped(folder: Path, file: Path) -> None:
     arguments = ["--model", str(folder), "--prompts", str(file), "--max-new-tokens", "4", "--limit", "1", "--json"]
     result = CliRunner().invoke(cli.app, ["bench", *arguments])
-    assert {arm["drafter"] for arm in measured(result)["arms"]} == {"hf", "none", "prompt-lookup"}
-    assert "no m2r2 is shipped for this model, so it is left out" in result.stderr
+    assert {method["drafter"] for method in measured(result)["methods"]} == {"hf", "none", "prompt-lookup"}
+    assert "m2r2 is left out: none is shipped for this model" in result.stderr
 
 
 def test_a_drafter_that_is_not_shipped_is_refused_before_the_weights(cell, monkeypatch) -> None:
@@ -505,8 +506,10 @@ def test_penalties_of_a_model_are_no_faults(folder: Path, file: Path, tmp_path: 
     copied = shutil.copytree(folder, tmp_path / "model")
     (copied / "generation_config.json").write_text('{"repetition_penalty": 1.5, "no_repeat_ngram_size": 3}')
     arguments = ["--model", str(copied), "--prompts", str(file), "--max-new-tokens", "12", "--limit", "1", "--json"]
-    arms = measured(CliRunner().invoke(cli.app, ["bench", *arguments, "--drafters", "hf,none,prompt-lookup"]))["arms"]
-    assert all(arm["equal_to_plain"]["equal"] == arm["equal_to_plain"]["of"] for arm in arms)
+    made = measured(CliRunner().invoke(cli.app, ["bench", *arguments, "--drafters", "hf,none,prompt-lookup"]))[
+        "methods"
+    ]
+    assert all(method["equal_to_plain"]["equal"] == method["equal_to_plain"]["of"] for method in made)
 
 
 @pytest.mark.parametrize(
@@ -514,20 +517,20 @@ def test_penalties_of_a_model_are_no_faults(folder: Path, file: Path, tmp_path: 
     [
         (["--drafters", "prompt-lookup,m2r2", "--dtype", "float32"], "no m2r2 drafter is shipped"),
         (["--seed", str(2**63)], "seed must be a whole number in [0, "),
-        (["--drafters", ","], "--drafters names no arm"),
+        (["--drafters", ","], "--drafters names no method"),
         (["--drafters", "prompt-lokup"], "did you mean 'prompt-lookup'"),
         (["--drafters", "none,m2r2"], "train one"),  # nothing is measured: it is found out before
         (["--drafters", "hf-draft-model"], "hf-draft-model=MODEL"),
         (["--drafters", "hf-lookup", "--batch-size", "2"], "one prompt at a time"),
-        (["--drafter-option", "depth=3"], "ARM.KEY=VALUE"),
+        (["--drafter-option", "depth=3"], "DRAFTER.KEY=VALUE"),
         (["--drafter-option", "prompt-lookup.ngrams=3"], "ngrams"),
         (["--prompts", "mt_bench"], "did you mean 'mt-bench'"),
         (["--prompts", "mt-bench", "--data-dir", "/nowhere"], "no data folder '/nowhere'"),
-        (["--limit", "0"], "limit must be"),
+        (["--limit", "0"], "--limit"),
         (["--temperature", "-1"], "temperature must be"),
-        (["--num-speculative-tokens", "many"], "num_speculative_tokens must be"),
+        (["--num-speculative-tokens", "many"], "--num-speculative-tokens must be"),
         (["--verifier", "exakt"], "did you mean 'exact'"),
-        (["--runtime", "nativ"], "did you mean 'native'"),
+        (["--runtime", "nativ"], "is not one of 'auto', 'native'"),
         (["--model", "/nowhere"], "/nowhere"),
     ],
 )

@@ -26,11 +26,12 @@ from typer.testing import CliRunner
 
 import specdec
 from specdec import cli, embedded, inputs, loop, registry, terminal
+from specdec.cli import generate, listings
 from specdec.draft import Draft
-from specdec.tune.settings import Tuned, place, store
+from specdec.tuned import Tuned, place, store
 
 COMMAND = [sys.executable, "-c", "from specdec.cli import main; main()"]
-FIGURES = ("tokens/s: ", "mean acceptance length: ", "acceptance rate: ", "rounds: ", "prefill: ", "finish: length")
+FIGURES = ("tokens/s: ", "mean acceptance length: ", "acceptance rate: ", "steps: ", "prefill: ", "finish: length")
 
 
 @pytest.fixture(scope="module")
@@ -259,7 +260,6 @@ BAD = {
     "no draft model": (["x", "--drafter", "draft-model"], "name it: draft-model=NAME"),
     "drafter folder without files": (["x", "--drafter", "."], "config.json is missing"),
     "no drafter shipped": (["x", "--drafter", "m2r2"], "specdec train m2r2"),
-    "nothing joined": (["x", "--drafter", "+"], "'+' joins two drafters, and one is missing in '+'"),
     "unknown model": (["x", "--model", "./nowhere"], "./nowhere"),
     "mistyped model": (["x", "--model", "smollm2-135m-instrukt"], "did you mean 'smollm2-135m-instruct'?"),
     "empty prompt": (["  "], "the prompt is empty"),
@@ -335,19 +335,19 @@ def failing(error: BaseException):
 
 
 def test_a_full_disk_and_a_full_memory_are_told_plainly(run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "_decode", failing(OSError(errno.ENOSPC, "No space left on device", "/some/file")))
+    monkeypatch.setattr(generate, "_decode", failing(OSError(errno.ENOSPC, "No space left on device", "/some/file")))
     assert "no space left on the disk while writing '/some/file'" in one_line_error(run("x"))
-    monkeypatch.setattr(cli, "_decode", failing(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")))
+    monkeypatch.setattr(generate, "_decode", failing(RuntimeError("x: can't allocate memory: you tried")))
     assert "out of memory" in one_line_error(run("x"))
 
 
 def test_what_is_nested_without_end_is_no_fault_of_ours(run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "_decode", failing(RecursionError("maximum recursion depth exceeded")))
+    monkeypatch.setattr(generate, "_decode", failing(RecursionError("maximum recursion depth exceeded")))
     assert "nested too deeply" in one_line_error(run("x"))
 
 
 def test_a_fault_of_ours_is_one_line_and_a_traceback_only_on_demand(run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "_decode", failing(TypeError("two\nlines")))
+    monkeypatch.setattr(generate, "_decode", failing(TypeError("two\nlines")))
     line = one_line_error(run("x"), code=1)
     assert line == "error: unexpected TypeError: two lines; run with SPECDEC_DEBUG=1 for the traceback"
     assert "Traceback" in run("x", "--verbose").stderr
@@ -474,7 +474,7 @@ def test_version_and_bare_call() -> None:
 
 
 def test_the_default_model_is_the_embedded_one() -> None:
-    default = signature(cli.generate).parameters["model"].default
+    default = signature(generate.generate).parameters["model"].default
     assert default == embedded.DEFAULT_MODEL and default in embedded.EMBEDDED
 
 
@@ -497,7 +497,7 @@ def test_drafters_lists_summaries_training_and_what_is_shipped(tmp_path: Path, m
     folder = tmp_path / "pretrained" / "m2r2" / "some-model"
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")
-    monkeypatch.setattr(cli, "files", lambda package: tmp_path)
+    monkeypatch.setattr(listings, "files", lambda package: tmp_path)
     rows = {row["name"]: row for row in json.loads(CliRunner().invoke(cli.app, ["drafters", "--json"]).stdout)}
     assert rows["m2r2"]["training"] == "specdec train m2r2" and rows["m2r2"]["shipped_for"] == ["some-model"]
     assert rows["prompt-lookup"]["training"] is None and rows["prompt-lookup"]["shipped_for"] == []

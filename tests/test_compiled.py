@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,7 +14,6 @@ from torch._dynamo.utils import counters
 from zoo import PROMPTS, every, run
 
 from specdec import SpecDecoder, compiled
-from specdec.bench.cell import Cell
 from specdec.errors import SpecDecError
 from specdec.fused import FusedTarget
 from specdec.graphs import GraphedTarget
@@ -154,11 +148,6 @@ def test_the_native_runtime_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> N
     assert (target.runtime, note) == ("fused compiled", "no native runtime: there is nothing in it to compile")
 
 
-def test_cells_that_are_not_compiled_keep_their_names() -> None:
-    cell = Cell(device="cpu", drafter="m2r2")
-    assert cell.key() == "a5c7ae02938005b9" != replace(cell, compile=True).key()
-
-
 @pytest.mark.parametrize(
     ("runtime", "weights", "text"),
     [
@@ -183,17 +172,3 @@ def test_without_a_compiler_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "g++")
     with pytest.raises(SpecDecError, match=r"needs a C\+\+ compiler .*; install it"):
         make_target(tiny_model("llama"), "fused", compile=True)
-
-
-@pytest.mark.slow
-def test_a_broken_compiler_is_one_line(tmp_path: Path, folder: Path) -> None:
-    compiler = tmp_path / "broken"
-    compiler.write_text("#!/bin/sh\nexit 1\n")
-    compiler.chmod(0o755)
-    more: dict[str, Any] = {"CXX": str(compiler), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "files")}
-    model = str(save_tiny(tmp_path / "model"))
-    command = [sys.executable, "-m", "specdec", "generate", "hi", "--model", model, "--drafter", "none", "--compile"]
-    done = subprocess.run(command, env=os.environ | more, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("error: ") and "torch.compile failed" in done.stderr
-    assert len(done.stderr.splitlines()) == 1

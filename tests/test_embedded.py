@@ -24,7 +24,7 @@ import torch
 from conftest import IN_A_CHILD
 from tiny_gguf import NAME, forbidden, write_gguf
 
-from specdec import SpecDecoder, convert, embedded, hub
+from specdec import SpecDecoder, convert, embedded, hub, inputs
 from specdec.errors import SpecDecError
 from specdec.experts.layers import moe_layers
 from specdec.experts.offload import ExpertOptions
@@ -56,7 +56,7 @@ def test_first_use_converts_exactly_and_the_second_is_local(cache, published, mo
         assert torch.equal(model.model.get_parameter(f"{ours}.weight"), expected)
     assert tokenizer.decode(tokenizer("Hé 12\n\n3")["input_ids"]) == "Hé 12\n\n3"
     assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi"
-    assert embedded._sha256(cache.folder / "model.gguf") == published.entry.gguf_sha256
+    assert inputs.sha256(cache.folder / "model.gguf") == published.entry.gguf_sha256
     assert not works(cache)
 
     monkeypatch.setattr(embedded, "_convert", forbidden)

@@ -18,7 +18,7 @@ from specdec.sweep.results import load_results
 from specdec.text import encode
 from specdec.train import data
 from specdec.train.settings import TrainSettings, load_settings
-from specdec.tune.settings import recall
+from specdec.tuned import recall
 
 DEEP = "[" * 100_000
 ODD = ("a: 2026-13-45", "a: !!bool maybe", "a: !!int ''", "a: !!timestamp x", "a: " + "1" * 5000, "a: [", f"a: {DEEP}")

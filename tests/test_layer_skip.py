@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import runpy
 from pathlib import Path
 
 import pytest
@@ -11,17 +12,17 @@ import yaml
 from conftest import FAMILIES, greedy_reference, tiny_model
 from tiny import save_tiny
 from transformers import PreTrainedModel
-from typer.testing import CliRunner
 from zoo import PROMPTS
 
 from specdec import SpecDecError, SpecDecoder
-from specdec.cli import app
 from specdec.draft import State
 from specdec.drafters.layer_skip import LayerSkipDrafter, steps_without
 from specdec.prefill import prefill
 from specdec.sampling import Sampler, SamplingParams
 from specdec.target import ReferenceTarget
-from specdec.tune.layer_skip import Prices, Search, Skips, expected_tokens
+
+RECIPE = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "layer_skip.py"))
+Prices, Search, Skips = (RECIPE[name] for name in ("Prices", "Search", "Skips"))
 
 PARALLEL = ("phi", "gpt_neox")  # attention and MLP read the same input
 
@@ -95,16 +96,16 @@ def test_the_way_without_some_parts() -> None:
 CHEAP = Prices(layer=1.0, attention=0.4, mlp=0.6, ends=0.1, score={1: 4.1, 4: 4.2, 16: 4.5})
 
 
-def search(model: PreTrainedModel, prices: Prices = CHEAP) -> Search:
+def search(model: PreTrainedModel, prices=CHEAP):
     texts = [(prompt, greedy_reference(model, prompt, 12)) for prompt in PROMPTS]
     return Search(ReferenceTarget(model), texts, prices)
 
 
-def test_a_candidate_is_judged_by_what_it_would_draft_first(llama: PreTrainedModel) -> None:
+def test_a_candidate_is_measured_by_what_it_would_draft_first(llama: PreTrainedModel) -> None:
     target, looking = ReferenceTarget(llama), search(llama)
     answers = [greedy_reference(llama, prompt, 12) for prompt in PROMPTS]
     for attn, mlp in SETS[2:4]:
-        skips, drafter = looking.judge(Skips(frozenset(attn), frozenset(mlp))), LayerSkipDrafter(attn=attn, mlp=mlp)
+        skips, drafter = looking.measure(Skips(frozenset(attn), frozenset(mlp))), LayerSkipDrafter(attn=attn, mlp=mlp)
         drafter.bind(target)
         right = []
         for prompt, answer in zip(PROMPTS, answers, strict=True):
@@ -120,7 +121,7 @@ def test_what_is_never_missed_is_found_and_priced(llama: PreTrainedModel) -> Non
     model = without(llama, (1, 2), (2,))
     best = search(model).run(3.0, lambda text: None)[0]
     assert {*best.attn, *best.mlp} >= {1, 2} and 1 in best.attn and 2 in best.attn and 2 in best.mlp
-    found = search(model).judge(Skips(frozenset({1, 2}), frozenset({2})))
+    found = search(model).measure(Skips(frozenset({1, 2}), frozenset({2})))
     assert found.agreement == 1 and found.tokens == found.depth + 1
     # Per draft: ends, layers 0 and 3, the MLP of 1. Scoring without layer 0, which drafting has run, but for one token.
     score = CHEAP.score[4] + (found.depth - 3) / 12 * 0.3
@@ -133,20 +134,20 @@ def test_parts_that_cost_as_much_as_the_layer_are_left_in(llama: PreTrainedModel
     assert all(s.attn == s.mlp for s in search(llama, dear).run(1.0, lambda text: None))
 
 
-def test_rounds_along_hits() -> None:
-    assert expected_tokens([[True] * 6], 2) == 3
-    assert expected_tokens([[False] * 5], 3) == 1
-    assert expected_tokens([[True, False, True, True]], 3) == 2  # the second round runs out of text
-    assert expected_tokens([[True]], 3) == 1
+def test_steps_along_hits() -> None:
+    assert RECIPE["expected_tokens"]([[True] * 6], 2) == 3
+    assert RECIPE["expected_tokens"]([[False] * 5], 3) == 1
+    assert RECIPE["expected_tokens"]([[True, False, True, True]], 3) == 2  # the second step runs out of text
+    assert RECIPE["expected_tokens"]([[True]], 3) == 1
 
 
-def test_the_command_writes_a_file_that_drafts(tmp_path: Path) -> None:
+def test_the_recipe_writes_a_file_that_drafts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, output = save_tiny(tmp_path / "model"), tmp_path / "skips.yaml"
     (tmp_path / "prompts.txt").write_text("What is rain?\nName a river.\n")
     options = f"--prompts {tmp_path / 'prompts.txt'} --model {folder} --output {output} --minutes 0.05"
-    result = CliRunner().invoke(app, ["tune", "layer-skip", *options.split()])
-    assert result.exit_code == 0, result.output
-    assert "measured x" in result.output and "plain decoding" in result.output
+    RECIPE["main"](options.split())
+    printed = capsys.readouterr()
+    assert "measured x" in printed.out and "plain decoding" in printed.err
     data = yaml.safe_load(output.read_text())
     assert data["base"]["name"] == "model" and str(tmp_path) not in output.read_text()
     assert data["drafter"] == "layer-skip" and data["attn"] + data["mlp"]
@@ -159,7 +160,7 @@ def test_the_command_writes_a_file_that_drafts(tmp_path: Path) -> None:
 def test_files_that_are_no_skip_sets_are_refused(llama: PreTrainedModel, tmp_path: Path) -> None:
     path, target = tmp_path / "skips.yaml", ReferenceTarget(llama)
     for text, options, message in (
-        ("- 1\n", {}, "is not a skip set; make one: specdec tune layer-skip"),
+        ("- 1\n", {}, "is not a skip set; make one: python examples/layer_skip.py"),
         ("drafter: m2r2\n", {}, "is not a skip set"),
         ("drafter: layer-skip\nlayers: [1]\n", {}, "is not a skip set"),
         ("drafter: [", {}, "cannot read the skip set"),

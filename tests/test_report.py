@@ -31,7 +31,7 @@ no_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this ma
 
 def fill(folder: Path, records: list[dict], missing: tuple[Cell, ...] = (), name: str = "mine <&>") -> Path:
     """The folder of a sweep that has these records."""
-    cells = (*(Cell.from_dict(record["cell"]) for record in records), *missing)
+    cells = (*(Cell(**record["cell"]) for record in records), *missing)
     store = Store(folder)
     folder.mkdir()
     store.begin(Plan(name, "What it is for.", cells, Resources()), "specdec sweep mine.yaml")
@@ -170,20 +170,20 @@ def test_data_for_programs(folder: Path) -> None:
 
 
 def test_a_benchmark_has_a_report_as_well(tmp_path: Path) -> None:
-    arms = [
-        {"drafter": name, "drafter_options": {}, **result(Cell(drafter=name), speed)["arm"]}
+    methods = [
+        {"drafter": name, "drafter_options": {}, **result(Cell(drafter=name), speed)["method"]}
         for name, speed in (("none", 1.0), ("m2r2", 2.0))
     ]
     shared = result(Cell())
     settings = {k: v for k, v in Cell().as_dict().items() if not k.startswith("drafter")}
-    summary = {"command": "specdec bench", "configuration": settings, "arms": arms, "interrupted": False}
+    summary = {"command": "specdec bench", "configuration": settings, "methods": methods, "interrupted": False}
     summary |= {key: shared[key] for key in ("prompts", "environment", "seconds")}
     (tmp_path / "bench.json").write_text(json.dumps(summary))
     outcome = report(tmp_path)
     assert outcome.exit_code == 0 and (tmp_path / "speedup-over-none.png").is_file()
     assert [line.split("\t")[0] for line in outcome.stdout.splitlines()] == ["cell", "none", "m2r2"]
     (tmp_path / "bench.json").write_text("{}")
-    assert "it is no summary of 'specdec bench'" in report(tmp_path).stderr
+    assert "it is not a summary of 'specdec bench'" in report(tmp_path).stderr
 
 
 def test_bars_of_drafters_differ_without_colour() -> None:

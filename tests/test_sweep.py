@@ -162,8 +162,6 @@ def test_shipped_sweeps_are_what_they_say() -> None:
         ("resources: {cpu: 2}\n", 1, "did you mean 'cpus'"),
         ("resources: {cpus: 0}\n", 1, "cpus must be a number above 0"),
         ("weights: int4\ndtype: float32\n", 1, "cannot go with dtype float32"),
-        ("compile: true\nruntime: native\n", 1, "cannot go with runtime native"),
-        ("compile: 1\n", 1, "compile must be true or false"),
         ("against: [non]\n", 1, "did you mean 'none'"),
         ("seed: [1, 2\n", 2, "this is no YAML"),
         ("seed: !!python/object/apply:os.getcwd []\n", 1, ""),
@@ -210,11 +208,11 @@ def test_an_unknown_file_names_the_shipped_ones(sweep) -> None:
     assert "did you mean 'quick'" in one_line_error(sweep(file="quik"))
 
 
-def test_a_dry_run_prints_the_plan_and_an_estimate_and_writes_nothing(sweep, tmp_path: Path) -> None:
+def test_a_dry_run_prints_the_plan_and_writes_nothing(sweep, tmp_path: Path) -> None:
     outcome = sweep("--dry-run")
     assert outcome.exit_code == 0 and not (tmp_path / "out").exists()
     assert len(outcome.stdout.splitlines()) == 1 + CELLS and outcome.stdout.count("to do") == CELLS
-    assert f"{CELLS} cells, {CELLS} to do; time on this machine, one by one: about " in outcome.stderr
+    assert f"{CELLS} cells, {CELLS} to do" in outcome.stderr
 
 
 # --- a golden sweep --------------------------------------------------------------------------------------------------
@@ -229,15 +227,15 @@ def test_a_sweep_measures_what_the_decoder_does(sweep, folder: Path, tmp_path: P
     base = SpecDecoder.from_pretrained(str(folder), "none")
     prompts = [encode(base.tokenizer, line) for line in (tmp_path / "prompts.txt").read_text().splitlines()]
     for record in records:
-        cell, arm = record["cell"], record["arm"]
+        cell, method = record["cell"], record["method"]
         decoder = base.with_drafter(cell["drafter"], **cell["drafter_options"])
         depth = 2 if cell["drafter"] == "none" else cell["num_speculative_tokens"]
         outs = [decoder.generate(p, max_new_tokens=12, num_speculative_tokens=depth) for p in prompts]
         accepted = [n for out in outs for n in out.metrics.per_step_accepted]
-        assert arm["acceptance_histogram"] == [accepted.count(n) for n in range(max(accepted) + 1)]
-        assert arm["tokens"] == 36 and arm["equal_to_plain"] == {"equal": 3, "near_ties": 0, "faults": 0, "of": 3}
-        assert record["against"]["none"]["tokens"] == 36 and not record["interrupted"]
-    lengths = {r["cell"]["drafter"]: r["arm"]["mean_acceptance_length"]["value"] for r in records}
+        assert method["acceptance_histogram"] == [accepted.count(n) for n in range(max(accepted) + 1)]
+        assert method["tokens"] == 36 and method["equal_to_plain"] == {"equal": 3, "near_ties": 0, "faults": 0, "of": 3}
+        assert record["baselines"]["none"]["tokens"] == 36 and not record["interrupted"]
+    lengths = {r["cell"]["drafter"]: r["method"]["mean_acceptance_length"]["value"] for r in records}
     assert lengths["none"] == 1 < lengths["prompt-lookup"]
 
 
@@ -422,7 +420,7 @@ def test_a_real_local_ray_with_two_workers_measures_the_same_cells(sweep, grid: 
             assert records[key]["error"] == record["error"]
             continue
         for figure in ("tokens", "equal_to_plain", "acceptance_histogram", "mean_acceptance_length"):
-            assert good[key]["arm"][figure] == record["arm"][figure]
+            assert good[key]["method"][figure] == record["method"][figure]
     resumed = sweep(*changes, "--resume", output="ray")  # begun there, ended here
     assert "4 of 6 cells are done already" in resumed.stderr
 

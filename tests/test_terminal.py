@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 import specdec
-from specdec import report, terminal
+from specdec import terminal
 from specdec.errors import SpecDecError
 
 NASTY = "a\x1b]0;title\x07\x1b[2Jb\x9b31m\x7f\u202ec\r"
@@ -65,10 +65,10 @@ def test_names_are_escaped_and_are_no_markup_wherever_a_terminal_shows_them(monk
     monkeypatch.setattr(sys, "stdout", out)
     monkeypatch.setattr(sys, "stderr", err)
     name = "x\x1b]0;[bold]y\x07"
-    report.columns(("name", name), [("model", name)])
+    terminal.columns(("name", name), [("model", name)])
     assert out.getvalue().count("x\\x1b]0;[bold]y\\x07") == 2
-    report.note(name)
-    report.error(name)
+    terminal.note(name)
+    terminal.error(name)
     terminal.tell(terminal.stderr(), name)
     with terminal.status(name), terminal.Progress() as bars:
         bars.add_task(name)

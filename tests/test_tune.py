@@ -13,7 +13,7 @@ from specdec import cli
 from specdec.bench.cell import Cell
 from specdec.errors import SpecDecError
 from specdec.tune import drafter as search
-from specdec.tune.settings import Tuned, place, recall, store
+from specdec.tuned import Tuned, place, recall, store
 
 PROMPTS = [{"turns": ["one two three one two", "and again"]}, {"turns": ["two one two one two one"]}]
 
@@ -91,7 +91,6 @@ def test_settings_are_kept_per_model_and_planted_files_are_data(tmp_path: Path, 
     assert recall(path) is None
     store(path, tuned)
     assert recall(path) == tuned and recall(place("a", "auto", "cpu", "auto", "int4")) is None
-    assert recall(place("a", "auto", "cpu", "auto", "auto", compile=True)) is None
     for text in ("", "[]", '{"drafter": "m2r2"}', json.dumps({**vars(tuned), "num_speculative_tokens": -3})):
         path.write_text(text)
         assert recall(path) is None

@@ -15,13 +15,14 @@ import torch
 import transformers
 
 import specdec
+from specdec.machine import processor_name
 
 
 def environment() -> dict[str, Any]:
     """Plain values for JSON; what this system does not tell is None."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "cpu": _cpu(),
+        "cpu": processor_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_gb": _memory_gb(),
@@ -35,14 +36,6 @@ def environment() -> dict[str, Any]:
         "specdec": specdec.__version__,
         "commit": _commit(),
     }
-
-
-def _cpu() -> str:
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _memory_gb() -> float | None:

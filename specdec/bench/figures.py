@@ -1,4 +1,4 @@
-"""What the requests of an arm come to: the FIGURES that ``specdec.bench.cell`` describes. Knows no models."""
+"""Sums up the requests of a method: the FIGURES that ``specdec.bench.cell`` describes. Knows no models."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from specdec.bench import stats
-from specdec.bench.arms import Reply
+from specdec.bench.methods import Reply
 from specdec.bench.prompts import Conversation
 from specdec.bench.quality import Quality
 from specdec.metrics import RequestMetrics
@@ -14,17 +14,17 @@ from specdec.metrics import RequestMetrics
 
 @dataclass
 class Request:
-    """One batch of prompts answered once by one arm. ``verdicts``: per row "equal", "near-tie", "fault", "differs"
+    """One batch of prompts answered once by one method. ``equality``: per row "equal", "near-tie", "fault", "differs"
     (a lossy rule) or None (sampling)."""
 
-    arm: str
+    method: str
     repetition: int
     group: int
     turn: int
     conversations: list[Conversation]
     prompts: list[list[int]]
     reply: Reply
-    verdicts: list[str | None] = field(default_factory=list)
+    equality: list[str | None] = field(default_factory=list)
     qualities: list[Quality] = field(default_factory=list)
 
     @property
@@ -40,13 +40,13 @@ class Request:
                 "category": conversation.category,
                 "prompt_tokens": len(self.prompts[b]),
                 "token_ids": reply.tokens[b],
-                "verdict": self.verdicts[b],
+                "equality": self.equality[b],
             }
             if reply.metrics:
                 row |= {"finish_reason": reply.reasons[b], "metrics": reply.metrics[b].as_dict()}
             rows.append(row)
         return {
-            "arm": self.arm,
+            "method": self.method,
             "repetition": self.repetition,
             "turn": self.turn,
             "seconds": reply.seconds,
@@ -58,7 +58,7 @@ class Request:
 
 
 def figures(name: str, mine: list[Request], baselines: dict[str, list[Request]], lossless: bool) -> dict[str, Any]:
-    """Sum up the requests of one arm; ``baselines``: what other arms made of the same prompts, by label."""
+    """Sum up the requests of one method; ``baselines``: requests of other methods for the same prompts, by label."""
     by_place = {label: {r.place: r for r in requests} for label, requests in baselines.items()}
     replies, groups = [r.reply for r in mine], [r.group for r in mine]
     later = [(r.count - r.first_tokens, r.seconds - r.first_seconds) for r in replies]
@@ -67,7 +67,7 @@ def figures(name: str, mine: list[Request], baselines: dict[str, list[Request]],
     rows = [m for reply in replies for m in reply.metrics]
     together = _together(rows)
     drafted = sum(m.num_draft_tokens for m in rows)
-    verdicts = [v for r in mine for v in r.verdicts if v is not None]
+    equality = [one for r in mine for one in r.equality if one is not None]
     memory = [r.peak_memory_mb for r in replies if r.peak_memory_mb is not None]
     prefills = [reply.metrics[0].prefill_seconds * 1e3 for reply in replies if reply.metrics]
     return {
@@ -87,15 +87,15 @@ def figures(name: str, mine: list[Request], baselines: dict[str, list[Request]],
         "acceptance_per_position": together.acceptance_per_position,
         "acceptance_histogram": together.acceptance_histogram,
         "mean_layers_per_token": _layers(mine),
-        "ledger_ms_per_round": _ledger(replies),
+        "ledger_ms_per_step": _ledger(replies),
         "peak_memory_mb": max(memory, default=None),
         "equal_to_plain": {
-            "equal": verdicts.count("equal"),
-            "near_ties": verdicts.count("near-tie") if lossless else None,
-            "faults": verdicts.count("fault") if lossless else None,
-            "of": len(verdicts),
+            "equal": equality.count("equal"),
+            "near_ties": equality.count("near-tie") if lossless else None,
+            "faults": equality.count("fault") if lossless else None,
+            "of": len(equality),
         }
-        if verdicts
+        if equality
         else None,
         "quality": _quality(mine),
         "categories": _categories(mine, by_place),
@@ -136,7 +136,7 @@ def _pace(reply: Reply, after_first: bool) -> float:
 
 
 def _together(rows: list[RequestMetrics]) -> RequestMetrics:
-    """The rounds of several requests as those of one."""
+    """The steps of several requests as those of one."""
     return RequestMetrics(
         per_step_drafted=[n for m in rows for n in m.per_step_drafted],
         per_step_accepted=[n for m in rows for n in m.per_step_accepted],
@@ -157,11 +157,11 @@ def _layers(requests: list[Request]) -> stats.Estimate | None:
 
 
 def _ledger(replies: list[Reply]) -> dict[str, float]:
-    """Milliseconds per round by phase. The rows of a batch share their rounds: the longest row saw all of them."""
+    """Milliseconds per step by phase. The rows of a batch share their steps: the longest row saw all of them."""
     longest = [max(r.metrics, key=lambda m: m.decode_seconds) for r in replies if r.metrics]
-    rounds = sum(m.num_spec_steps for m in longest)
+    steps = sum(m.num_spec_steps for m in longest)
     phases = dict.fromkeys(phase for m in longest for phase in m.ledger if phase != "prefill")
-    return {p: 1e3 * sum(m.ledger.get(p, 0.0) for m in longest) / rounds for p in phases} if rounds else {}
+    return {p: 1e3 * sum(m.ledger.get(p, 0.0) for m in longest) / steps for p in phases} if steps else {}
 
 
 def _quality(requests: list[Request]) -> dict[str, Any] | None:

@@ -29,7 +29,7 @@ def require() -> None:
 
 
 def quality(target: Target, tokenizer: Any, prompt: list[int], tokens: list[int], plain: list[int]) -> Quality:
-    """Judge ``tokens`` as a continuation of ``prompt``; ``plain`` is what the full model answered."""
+    """Compare ``tokens`` after ``prompt`` with the full model's choices and with its own answer, ``plain``."""
     from rouge_score.rouge_scorer import RougeScorer
 
     logits = replay(target, prompt, tokens)  # (n, V)

@@ -17,28 +17,26 @@ from pathlib import Path
 from typing import Any
 
 from specdec.bench.cell import Cell
+from specdec.bench.run import Decoders
 from specdec.embedded import one_line
 from specdec.errors import SpecDecError
 from specdec.sweep.launch import Watch, failed, measure
-from specdec.sweep.plan import loading
 from specdec.sweep.schema import Resources
 
-POLL = 0.5  # seconds between looks at the workers
+POLL = 0.5  # seconds between two queries of the workers' progress
 
 
 class Worker:
     """Lives in a process of Ray's; ``progress`` answers while ``run`` is at work."""
 
     def __init__(self, data_dir: str | None) -> None:
-        from specdec.bench.run import Decoders  # heavy
-
         self.decoders = Decoders(Path(data_dir) if data_dir else None)
         self.state = (0, 0, 0)
         self.name = f"{platform.node()}:{os.getpid()}"
 
     def run(self, values: dict[str, Any]) -> dict[str, Any]:
         self.state = (0, 0, 0)
-        return measure(Cell.from_dict(values), self.decoders, self._progress) | {"worker": self.name}
+        return measure(Cell(**values), self.decoders, self._progress) | {"worker": self.name}
 
     def _progress(self, done: int, total: int, tokens: int) -> None:
         self.state = (done, total, tokens)
@@ -72,14 +70,14 @@ def on_ray(
 class _Pool:
     def __init__(self, ray: Any, start: Any, count: int, watch: Watch) -> None:
         self.ray, self.start, self.watch = ray, start, watch
-        self.idle: list[tuple[Any, tuple[str, ...] | None]] = [(start(), None) for _ in range(count)]
+        self.idle: list[tuple[Any, dict[str, str] | None]] = [(start(), None) for _ in range(count)]
         self.busy: dict[Any, tuple[Any, Cell, float]] = {}
 
     def run(self, waiting: list[Cell]) -> Iterator[dict[str, Any]]:
         while waiting or self.busy:
             while waiting and self.idle:
                 worker, model = self.idle.pop(0)
-                cell = next((c for c in waiting if loading(c) == model), waiting[0])
+                cell = next((c for c in waiting if c.loading == model), waiting[0])
                 waiting.remove(cell)
                 self.busy[worker.run.remote(cell.as_dict())] = (worker, cell, time.perf_counter())
                 self.watch(cell, 0, 0, 0)
@@ -98,7 +96,7 @@ class _Pool:
             self.idle.append((self.start(), None))
             why = SpecDecError(f"its worker was lost: {one_line(error)}")
             return failed(cell, why, time.perf_counter() - since)
-        self.idle.append((worker, loading(cell)))
+        self.idle.append((worker, cell.loading))
         return record
 
     def _look(self) -> None:

@@ -9,24 +9,18 @@ import json
 import time
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from specdec.bench.cell import Cell, Progress, run_cell
-from specdec.bench.show import hush
+from specdec.bench.cell import Cell, Progress
+from specdec.bench.run import Decoders, run_cell
 from specdec.embedded import one_line
 from specdec.errors import SpecDecError
-
-if TYPE_CHECKING:
-    from specdec.bench.run import Decoders
 
 Watch = Callable[[Cell, int, int, int], None]  # a cell under way; requests done, requests in all, tokens so far
 
 
 def locally(cells: Sequence[Cell], data_dir: Path | None, watch: Watch) -> Generator[dict[str, Any]]:
     """Measure ``cells`` here, in order. A model stays loaded until a cell needs another."""
-    from specdec.bench.run import Decoders  # heavy
-
-    hush()
     decoders = Decoders(data_dir)
     for cell in cells:
         watch(cell, 0, 0, 0)

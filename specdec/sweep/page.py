@@ -12,8 +12,7 @@ from typing import Any
 from specdec import __version__
 from specdec.artifacts import replace
 from specdec.errors import SpecDecError
-from specdec.sweep import axes
-from specdec.sweep.results import Record, Results, Table, command, speedup_of, table
+from specdec.sweep.results import Record, Results, Table, command, speedup_of
 
 PAGE = "report.html"
 SECTIONS = {
@@ -68,8 +67,7 @@ def write_page(results: Results, folder: Path) -> Path:
         raise SpecDecError(
             "the page needs matplotlib; pip install 'specdec-m2r2[plot]', or use --format csv, markdown or json"
         ) from None
-    names = axes.labels([record["cell"] for record in results.records])
-    labels = {record["key"]: name for record, name in zip(results.records, names, strict=True)}
+    labels = {record["key"]: label for record, label in zip(results.records, results.labels(), strict=True)}
     drawn = draw_all(results.done, labels)
     for picture in (picture for pictures in drawn.values() for picture in pictures):
         replace(folder / f"{picture.name}.png", picture.png)
@@ -82,7 +80,7 @@ def write_page(results: Results, folder: Path) -> Path:
             for p in drawn[section]
         ]
         body.append(_section(section, title, "".join(figures) or f"<p>{EMPTY[section]}</p>"))
-    body.append(_section("table", "All cells", _table(table(results.records))))
+    body.append(_section("table", "All cells", _table(results.table())))
     if results.failed:
         body.append(_section("failures", "Cells that failed", _failures(results.failed, labels)))
     body.append(_section("environment", "Environment", _environment(results.done)))
@@ -142,7 +140,9 @@ def _range(value: Mapping[str, Any]) -> str:
 
 def _equal(records: Sequence[Record]) -> list[tuple[str, str, str]]:
     """How many outputs of lossless rules were those of plain decoding."""
-    found = [r["arm"]["equal_to_plain"] for r in records if r["arm"]["lossless"] and r["arm"].get("equal_to_plain")]
+    found = [
+        r["method"]["equal_to_plain"] for r in records if r["method"]["lossless"] and r["method"]["equal_to_plain"]
+    ]
     if not found:
         return []
     total, equal, ties, faults = (sum(f.get(k) or 0 for f in found) for k in ("of", "equal", "near_ties", "faults"))

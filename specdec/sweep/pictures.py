@@ -1,4 +1,4 @@
-"""The pictures of a report, as matplotlib figures: narrow enough for a telephone, and told apart without colour.
+"""The pictures of a report, as matplotlib figures: narrow enough for a telephone, distinguishable without colour.
 
 Drafters differ by hatch, marker and line style first, by colour second. Every function returns None where there is
 nothing to draw. Needs matplotlib (the ``plot`` extra).
@@ -25,16 +25,7 @@ WIDTH = 4.5  # inches; at a telephone's width, text of 9 points stays readable
 MOST_BARS, MOST_LINES = 48, 8
 LONGEST_NAME = 60  # characters of a drafter's name in a file's
 INK, GREY, FAINT = "#1a1a1a", "#777777", "#d4d4d4"
-COLOURS = (
-    "#56b4e9",
-    "#e69f00",
-    "#009e73",
-    "#cc79a7",
-    "#0072b2",
-    "#d55e00",
-    "#8f8f8f",
-    "#8c6d31",
-)  # after Okabe and Ito
+COLOURS = ("#56b4e9", "#e69f00", "#009e73", "#cc79a7", "#0072b2", "#d55e00", "#8f8f8f", "#8c6d31")  # Okabe and Ito
 # Eleven of each beside eight colours: 88 pairs before one comes again.
 HATCHES = ("", "///", "...", "xxx", "\\\\\\", "ooo", "---", "+++", "//..", "|||", "--..")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", "p", ">")
@@ -76,20 +67,16 @@ class Styles:
     def names(self, records: Sequence[Record]) -> list[str]:
         return [self.labels[record["key"]] for record in records]
 
-    def number(self, record: Record) -> int:
-        return self.order.index(record["cell"]["drafter"])
-
     def bar(self, record: Record) -> dict[str, Any]:
-        n = self.number(record)
+        n = self.order.index(record["cell"]["drafter"])
         return {"color": COLOURS[n % len(COLOURS)], "hatch": HATCHES[n % len(HATCHES)], "edgecolor": INK}
 
-    def point(self, number: int) -> dict[str, Any]:
-        return {
-            "color": COLOURS[number % len(COLOURS)],
-            "marker": MARKERS[number % len(MARKERS)],
-            "markeredgecolor": INK,
-            "markeredgewidth": 0.7,
-        }
+
+def _line(number: int) -> dict[str, Any]:
+    """The style of a line with markers."""
+    colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+    edge = {"markeredgecolor": INK, "markeredgewidth": 0.7}
+    return {"color": colour, "marker": marker, "linestyle": LINES[number % len(LINES)], "markersize": 6} | edge
 
 
 def draw_all(records: Sequence[Record], labels: Mapping[str, str]) -> dict[str, list[Picture]]:
@@ -110,39 +97,30 @@ def _some(pictures: Sequence[Picture | None]) -> list[Picture]:
 
 def _speedup(records: Sequence[Record], baseline: str, styles: Styles) -> Picture | None:
     """Horizontal bars with 95 % intervals."""
-    chosen = [r for r in records if r["arm"]["speedup"].get(baseline) and r["cell"]["drafter"] != baseline]
+    chosen = [r for r in records if r["method"]["speedup"].get(baseline) and r["cell"]["drafter"] != baseline]
     if not chosen:
         return None
     cut = len(chosen) > MOST_BARS
     if cut:
-        chosen = sorted(chosen, key=lambda r: -r["arm"]["speedup"][baseline]["value"])[:MOST_BARS]
+        chosen = sorted(chosen, key=lambda r: -r["method"]["speedup"][baseline]["value"])[:MOST_BARS]
     names = styles.names(chosen)
     ticks = [textwrap.fill(_short(name, 72), 26) for name in names]
     lines = sum(max(1.0, 0.8 * (1 + tick.count("\n"))) for tick in ticks)
     figure = Figure(figsize=(WIDTH, 0.9 + 0.27 * lines), layout="constrained")
     ax = figure.subplots()
     for y, record in enumerate(chosen):
-        value, low, high = _bounds(record["arm"]["speedup"][baseline])
+        value, low, high = _bounds(record["method"]["speedup"][baseline])
         ax.barh(y, value, height=0.72, linewidth=0.8, **styles.bar(record))
-        ax.plot([low, high], [y, y], color=INK, linewidth=1.6, solid_capstyle="butt")
-        for end in (low, high):
-            ax.plot([end, end], [y - 0.17, y + 0.17], color=INK, linewidth=1.2)
-        ax.annotate(
-            f"{value:.2f}",
-            (max(value, high), y),
-            xytext=(5, 0),
-            textcoords="offset points",
-            va="center",
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
-            zorder=3,
-        )
+        ax.plot([low, high], [y, y], color=INK, linewidth=1.6, marker="|", markersize=8)
+        place, white = (max(value, high), y), {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        ax.annotate(f"{value:.2f}", place, (5, 0), textcoords="offset points", va="center", bbox=white, zorder=3)
     ax.axvline(1, color=INK, linewidth=1, linestyle=(0, (4, 2)))
     ax.set_yticks(range(len(chosen)), ticks)
     ax.tick_params(axis="y", length=0)
     ax.set_ylim(len(chosen) - 0.4, -0.6)
     ax.set_xlim(0, ax.get_xlim()[1] * 1.08)
     ax.set_xlabel(f"seconds per token of {_name(baseline)} / ours")
-    best = max(chosen, key=lambda r: r["arm"]["speedup"][baseline]["value"])
+    best = max(chosen, key=lambda r: r["method"]["speedup"][baseline]["value"])
     caption = (
         f"Speed over {_name(baseline)}, measured beside it prompt by prompt, prefill included. Bars are medians, the "
         "lines on them 95 % bootstrap intervals; the dashed line is equal speed."
@@ -150,19 +128,19 @@ def _speedup(records: Sequence[Record], baseline: str, styles: Styles) -> Pictur
     if cut:
         caption += f" Only the fastest {MOST_BARS} are drawn."
     alt = f"Bars of {len(chosen)} cells; the fastest is {names[chosen.index(best)]} with " + _words(
-        best["arm"]["speedup"][baseline]
+        best["method"]["speedup"][baseline]
     )
     return _picture(figure, f"speedup-over-{_file(baseline)}", f"Over {_name(baseline)}", caption, alt)
 
 
 def _acceptance(records: Sequence[Record], styles: Styles) -> Picture | None:
-    """Lines: the share of drafts that deep whose token stood, by position."""
-    chosen = [r for r in records if r["arm"].get("acceptance_per_position")]
+    """Lines: the share of drafts that deep whose token was accepted, by position."""
+    chosen = [r for r in records if r["method"].get("acceptance_per_position")]
     if not chosen:
         return None
     cut = len(chosen) > MOST_LINES
     if cut:  # the best of each drafter first
-        ranked = sorted(chosen, key=lambda r: -r["arm"]["mean_acceptance_length"]["value"])
+        ranked = sorted(chosen, key=lambda r: -r["method"]["mean_acceptance_length"]["value"])
         first = {r["cell"]["drafter"]: r for r in reversed(ranked)}
         rest = [r for r in ranked if r not in first.values()]
         keep = [*first.values(), *rest][:MOST_LINES]
@@ -171,10 +149,9 @@ def _acceptance(records: Sequence[Record], styles: Styles) -> Picture | None:
     figure = Figure(figsize=(WIDTH, 3.0 + 0.2 * len(chosen)), layout="constrained")
     ax = figure.subplots()
     for number, (record, name) in enumerate(zip(chosen, names, strict=True)):
-        shares = record["arm"]["acceptance_per_position"]
-        style = styles.point(number)
-        ax.plot(range(1, len(shares) + 1), shares, LINES[number % 4], linewidth=1.5, markersize=6, label=name, **style)
-    longest = max(len(r["arm"]["acceptance_per_position"]) for r in chosen)
+        shares = record["method"]["acceptance_per_position"]
+        ax.plot(range(1, len(shares) + 1), shares, linewidth=1.5, label=name, **_line(number))
+    longest = max(len(r["method"]["acceptance_per_position"]) for r in chosen)
     ax.set_xticks(range(1, longest + 1, 1 + longest // 13))
     ax.set_ylim(0, 1.03)
     ax.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "25 %", "50 %", "75 %", "100 %"])
@@ -182,28 +159,28 @@ def _acceptance(records: Sequence[Record], styles: Styles) -> Picture | None:
     ax.set_xlabel("position in the draft")
     ax.set_ylabel("accepted")
     figure.legend(loc="outside lower left", frameon=False, ncols=1, handlelength=3.5)
-    caption = "Of the drafts that reached a position, the share whose token there stood."
+    caption = "Of the drafts that reached a position, the share whose token there was accepted."
     if cut:
         caption += f" Only {MOST_LINES} cells are drawn, each drafter's best first."
     firsts = ", ".join(
-        f"{name}: {r['arm']['acceptance_per_position'][0]:.0%}" for r, name in zip(chosen, names, strict=True)
+        f"{name}: {r['method']['acceptance_per_position'][0]:.0%}" for r, name in zip(chosen, names, strict=True)
     )
     return _picture(figure, "acceptance", "", caption, f"Accepted at the first position: {firsts}")
 
 
 def _quality(records: Sequence[Record], styles: Styles) -> Picture | None:
     """Points: what a lossy rule gives up against what it gains, one panel for each measure of quality."""
-    chosen = [r for r in records if r["arm"].get("quality") and baselines([r])]
+    chosen = [r for r in records if r["method"].get("quality") and baselines([r])]
     measures = {
         "agreement": "agreement with the full model",
         "rouge_l": "ROUGE-L against its output",
         "nll": "NLL per token under it",
     }
-    measures = {key: name for key, name in measures.items() if any(r["arm"]["quality"].get(key) for r in chosen)}
-    if not chosen or not measures or all(r["arm"]["lossless"] for r in chosen):
+    measures = {key: name for key, name in measures.items() if any(r["method"]["quality"].get(key) for r in chosen)}
+    if not chosen or not measures or all(r["method"]["lossless"] for r in chosen):
         return None
     baseline = baselines(chosen)[0]
-    chosen = [r for r in chosen if r["arm"]["speedup"].get(baseline)]
+    chosen = [r for r in chosen if r["method"]["speedup"].get(baseline)]
     groups: dict[str, list[Record]] = {}
     for record in chosen:
         cell = record["cell"]
@@ -213,26 +190,17 @@ def _quality(records: Sequence[Record], styles: Styles) -> Picture | None:
     for ax, (key, title) in zip(panels, measures.items(), strict=True):
         for number, (name, group) in enumerate(groups.items()):
             points = sorted(
-                (_bounds(r["arm"]["speedup"][baseline]), _bounds(r["arm"]["quality"][key]))
+                (_bounds(r["method"]["speedup"][baseline]), _bounds(r["method"]["quality"][key]))
                 for r in group
-                if r["arm"]["quality"].get(key)
+                if r["method"]["quality"].get(key)
             )
             if not points:
                 continue
-            xs, ys = [p[0] for p in points], [p[1] for p in points]
             for x, y in points:
                 ax.plot([x[1], x[2]], [y[0], y[0]], color=GREY, linewidth=1.3, zorder=1.5)
                 ax.plot([x[0], x[0]], [y[1], y[2]], color=GREY, linewidth=1.3, zorder=1.5)
-            line = LINES[number % 4]
-            ax.plot(
-                [x[0] for x in xs],
-                [y[0] for y in ys],
-                line,
-                linewidth=1.1,
-                markersize=6.5,
-                label=name,
-                **styles.point(number),
-            )
+            xs, ys = [x[0] for x, _ in points], [y[0] for _, y in points]
+            ax.plot(xs, ys, linewidth=1.1, label=name, **_line(number))
         ax.axvline(1, color=INK, linewidth=0.8, linestyle=(0, (4, 2)))
         ax.grid(color=FAINT, linewidth=0.4)
         ax.set_title(title, loc="left")
@@ -246,7 +214,11 @@ def _quality(records: Sequence[Record], styles: Styles) -> Picture | None:
     spans = "; ".join(
         f"{name}: {min(v):.2f} to {max(v):.2f}"
         for name, group in groups.items()
-        if (v := [r["arm"]["quality"]["agreement"]["value"] for r in group if r["arm"]["quality"].get("agreement")])
+        if (
+            v := [
+                r["method"]["quality"]["agreement"]["value"] for r in group if r["method"]["quality"].get("agreement")
+            ]
+        )
     )
     return _picture(figure, "quality", "", caption, f"Agreement with the full model: {spans}")
 
@@ -256,7 +228,7 @@ def _heat_maps(records: Sequence[Record]) -> list[Picture | None]:
     over = baselines(records)
     if not over:
         return []
-    chosen = [r for r in records if r["arm"]["speedup"].get(over[0]) and r["cell"]["drafter"] not in over[:1]]
+    chosen = [r for r in records if r["method"]["speedup"].get(over[0]) and r["cell"]["drafter"] not in over[:1]]
     settings = [name for name in axes.varying([r["cell"] for r in chosen]) if "." not in name and name != "drafter"]
     out = []
     drafters = list(dict.fromkeys(r["cell"]["drafter"] for r in chosen))
@@ -279,7 +251,7 @@ def _heat(records: Sequence[Record], baseline: str, down: str, across: str, name
         point = axes.values(record["cell"])
         if down in point and across in point:
             place = rows.index(point[down]), columns.index(point[across])
-            found.setdefault(place, []).append(record["arm"]["speedup"][baseline]["value"])
+            found.setdefault(place, []).append(record["method"]["speedup"][baseline]["value"])
     if len(found) < 3:
         return None
     figure = Figure(figsize=(WIDTH, 1.0 + 0.34 * len(rows)), layout="constrained")
@@ -290,16 +262,8 @@ def _heat(records: Sequence[Record], baseline: str, down: str, across: str, name
     for (y, x), value in grid.items():
         depth = 0.08 + 0.8 * ((value - low) / (high - low) if high > low else 0.5)
         ax.fill([x - 0.5, x + 0.5, x + 0.5, x - 0.5], [y - 0.5, y - 0.5, y + 0.5, y + 0.5], color=shade(depth))
-        best = value == high
-        ax.text(
-            x,
-            y,
-            f"{value:.2f}",
-            ha="center",
-            va="center",
-            color="white" if depth > 0.55 else INK,
-            fontweight="bold" if best else "normal",
-        )
+        ink, weight = "white" if depth > 0.55 else INK, "bold" if value == high else "normal"
+        ax.text(x, y, f"{value:.2f}", ha="center", va="center", color=ink, fontweight=weight)
     ax.set_xticks(range(len(columns)), [_short(axes.flow(v), 16) or "default" for v in columns])
     ax.set_yticks(range(len(rows)), [_short(axes.flow(v)) or "default" for v in rows])
     ax.set_xlim(-0.5, len(columns) - 0.5)

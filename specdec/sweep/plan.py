@@ -14,7 +14,6 @@ of running cells.
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.resources
 import math
 import re
@@ -24,7 +23,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from specdec.bench.cell import HF_ARMS, Cell
+from specdec.bench.cell import Cell
 from specdec.errors import SpecDecError, did_you_mean
 from specdec.sweep.document import Node, load, show
 from specdec.sweep.overrides import override
@@ -35,9 +34,9 @@ from specdec.sweep.schema import (
     WHOLE,
     Axis,
     Resources,
-    against,
     check_name,
     check_options,
+    checked,
     named,
     options,
     place,
@@ -46,7 +45,6 @@ from specdec.sweep.schema import (
 )
 
 MOST_CELLS = 10_000
-LOADING = ("model", "dtype", "device", "runtime", "weights", "compile")  # cells that share these share a loaded model
 
 
 @dataclass(frozen=True)
@@ -98,7 +96,7 @@ class Sweep:
         self.name = text(items.get("name"), name)
         self.description = text(items.get("description"), "")
         self.resources = resources(items.get("resources"))
-        self.against = against(items.get(WHOLE))
+        self.against = None if WHOLE not in items else checked(Cell, WHOLE, _as_list(items[WHOLE]))
         self.axes = [Axis(name, self._setting(name, items[name])) for name in SETTINGS if name in items]
         defaults = Cell()
         self.names = {group: self._group(group, getattr(defaults, group)) for group in GROUPS}
@@ -117,11 +115,7 @@ class Sweep:
             node.fail(f"'{name}' is an empty list: the sweep would have no cell")
         seen: list[Any] = []
         for value in values:
-            plain = value.plain()
-            try:
-                Cell(**{name: plain})
-            except SpecDecError as error:
-                value.fail(str(error))
+            plain = checked(Cell, name, value)
             if plain in seen:
                 value.fail(f"'{name}' has the value {show(plain)} twice")
             seen.append(plain)
@@ -209,10 +203,9 @@ class Sweep:
             cells.setdefault(cell.key(), cell)
         if not cells:
             self.root.fail("this sweep has no cell: exclude drops them all")
-        loads: dict[tuple[Any, ...], int] = {}
-        order = {key: loads.setdefault(loading(cell), len(loads)) for key, cell in cells.items()}
-        ordered = sorted(cells, key=lambda key: order[key])
-        return Plan(self.name, self.description, tuple(cells[key] for key in ordered), self.resources)
+        loads = list(dict.fromkeys(tuple(cell.loading.values()) for cell in cells.values()))
+        ordered = sorted(cells.values(), key=lambda cell: loads.index(tuple(cell.loading.values())))
+        return Plan(self.name, self.description, tuple(ordered), self.resources)
 
     def _cell(self, point: dict[str, Any]) -> Cell:
         values: dict[str, Any] = {} if self.against is None else {WHOLE: self.against}
@@ -227,7 +220,7 @@ class Sweep:
             for name, value in point.items():
                 if name.startswith(prefix):
                     _put(values[f"{group}_options"], name.removeprefix(prefix).split("."), value)
-        cell = Cell.from_dict(values)
+        cell = Cell(**values)
         if cell.weights in ("int8", "int4") and (
             cell.dtype not in ("auto", "bfloat16") or cell.device not in ("auto", "cpu") or cell.runtime == "reference"
         ):
@@ -235,18 +228,13 @@ class Sweep:
                 f"weights {cell.weights} need bfloat16, the CPU and a runtime of ours; they cannot go with "
                 f"dtype {cell.dtype}, device {cell.device}, runtime {cell.runtime}; exclude the combination"
             )
-        if cell.compile and (cell.weights in ("int8", "int4") or cell.runtime in ("native", "reference")):
-            self.items["compile"].fail(
-                "compile is for the fused and graphs runtimes and dense weights; it cannot go with "
-                f"runtime {cell.runtime}, weights {cell.weights}; exclude the combination"
-            )
         for group in GROUPS:
             name, own = getattr(cell, group), getattr(cell, f"{group}_options")
             try:
                 check_options(group, name, own)
             except SpecDecError as error:
                 self._blame(group, name, str(error)).fail(str(error))
-        return _canonical(cell)
+        return cell.canonical()
 
     def _blame(self, group: str, name: str, message: str) -> Node:
         """Where the option stands that ``message`` is about; else the name it is an option of."""
@@ -257,20 +245,8 @@ class Sweep:
         return found[min(found)] if found else self.names[group][name]
 
 
-def loading(cell: Cell) -> tuple[Any, ...]:
-    """What decides which model is loaded, and how."""
-    return tuple(getattr(cell, name) for name in LOADING)
-
-
-def _canonical(cell: Cell) -> Cell:
-    """The cell without what makes no difference: plain decoding has no draft to be long or to be judged."""
-    if cell.drafter.partition("=")[0] in HF_ARMS:
-        cell = dataclasses.replace(cell, verifier="exact", verifier_options={})
-    if cell.drafter == "none":
-        cell = dataclasses.replace(cell, verifier="exact", verifier_options={})
-    if cell.drafter in ("none", "hf"):
-        cell = dataclasses.replace(cell, num_speculative_tokens="auto")
-    return cell
+def _as_list(node: Node) -> Node:
+    return Node(node.each(), node.source, node.line)
 
 
 def _together(axes: list[Axis], zips: list[list[str]]) -> list[list[dict[str, Any]]]:

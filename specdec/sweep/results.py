@@ -1,4 +1,4 @@
-"""What a folder of results holds, whoever wrote it (``specdec sweep`` or ``specdec bench``), as tables and as text.
+"""The results in a folder of ``specdec sweep`` or ``specdec bench``, as tables and as text.
 
 A record is what ``specdec.bench.cell`` describes, or {"key", "cell", "error"}. Knows no pictures and no HTML.
 """
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from specdec.bench.cell import Cell
-from specdec.bench.show import estimate
 from specdec.errors import SpecDecError
 from specdec.sweep import axes
 from specdec.sweep.store import MANIFEST, Store
@@ -25,6 +24,12 @@ BENCH = "bench.json"
 NAMES = {"none": "plain", "hf": "model.generate"}  # of baselines, for people
 Record = Mapping[str, Any]
 Estimate = Mapping[str, Any]  # {"value", "low", "high"}; the bounds may be None
+
+
+@dataclass(frozen=True)
+class Table:
+    header: list[str]
+    rows: list[list[str]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -45,11 +50,32 @@ class Results:
     def failed(self) -> list[Record]:
         return [record for record in self.records if "error" in record]
 
+    def labels(self) -> list[str]:
+        """A short name for each record's cell."""
+        return axes.labels([record["cell"] for record in self.records])
 
-@dataclass(frozen=True)
-class Table:
-    header: list[str]
-    rows: list[list[str]] = field(default_factory=list)
+    def table(self) -> Table:
+        """What most people want to know of each cell, columns that are empty left out."""
+        over = baselines(self.done)
+        header = ["cell", "tok/s", *(f"x {NAMES.get(name, name)}" for name in over)]
+        header += ["acceptance length", "accepted", "first token", "equal to plain", "agreement", "NLL", "ROUGE-L"]
+        header += ["layers/token", "error"]
+        rows = []
+        for label, record in zip(self.labels(), self.records, strict=True):
+            if "error" in record:
+                rows.append([label, *[""] * (len(header) - 2), record["error"]])
+                continue
+            method = record["method"]
+            rate, first, quality = method["acceptance_rate"], method["first_token_ms"], method["quality"] or {}
+            row = [label, interval(method["tokens_per_second"], ".1f")]
+            row += [interval(method["speedup"].get(name)) for name in over]
+            row += [interval(method["mean_acceptance_length"]), "" if rate is None else f"{rate:.0%}"]
+            row += ["" if first is None else f"{first['value']:.0f} ms", equality(method)]
+            row += [interval(quality.get(name), ".3f") for name in ("agreement", "nll", "rouge_l")]
+            row += [interval(method["mean_layers_per_token"], ".1f") if quality else "", ""]
+            rows.append(row)
+        used = [i for i in range(len(header)) if any(row[i] for row in rows)]
+        return Table([header[i] for i in used], [[row[i] for i in used] for row in rows])
 
 
 def load_results(folder: Path) -> Results:
@@ -77,18 +103,21 @@ def load_results(folder: Path) -> Results:
 
 
 def _benchmark(path: Path) -> Results:
-    """A benchmark's summary as records, one an arm."""
     try:
-        summary = json.loads(path.read_text("utf-8"))
-        shared = {key: summary[key] for key in ("prompts", "environment", "seconds")}
-        records = []
-        for arm in summary["arms"]:
-            own = {name: arm[name] for name in ("drafter", "drafter_options")}
-            cell = Cell.from_dict(summary["configuration"] | own)
-            records.append({"key": cell.key(), "cell": cell.as_dict(), "arm": arm, "against": {}, **shared})
-        return Results("benchmark", "", str(summary["command"]), records)
+        return from_benchmark(json.loads(path.read_text("utf-8")))
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise SpecDecError(f"cannot read '{path}': {error!r}; it is no summary of 'specdec bench'") from None
+        raise SpecDecError(f"cannot read '{path}': {error!r}; it is not a summary of 'specdec bench'") from None
+
+
+def from_benchmark(summary: Mapping[str, Any]) -> Results:
+    """A benchmark's summary as results, one record a method."""
+    shared = {key: summary[key] for key in ("prompts", "environment", "seconds")}
+    records = []
+    for method in summary["methods"]:
+        own = {name: method[name] for name in ("drafter", "drafter_options")}
+        cell = Cell(**summary["configuration"] | own)
+        records.append({"key": cell.key(), "cell": cell.as_dict(), "method": method, "baselines": {}, **shared})
+    return Results("benchmark", "", str(summary["command"]), records)
 
 
 # For people.
@@ -96,7 +125,7 @@ def _benchmark(path: Path) -> Results:
 
 def speedup_of(record: Record, baseline: str | None = None) -> tuple[str, Estimate] | None:
     """A baseline's name and the speedup over it; without ``baseline``, over the first that there is one for."""
-    for name, value in record["arm"]["speedup"].items():
+    for name, value in record["method"]["speedup"].items():
         if value is not None and baseline in (None, name):
             return NAMES.get(name, name), value
     return None
@@ -104,68 +133,34 @@ def speedup_of(record: Record, baseline: str | None = None) -> tuple[str, Estima
 
 def baselines(records: Sequence[Record]) -> list[str]:
     """Every baseline that some record has a speedup over."""
-    return list(dict.fromkeys(n for r in records for n, value in r["arm"]["speedup"].items() if value is not None))
+    return list(dict.fromkeys(n for r in records for n, value in r["method"]["speedup"].items() if value is not None))
 
 
-def equality(record: Record) -> str:
-    """Whether the output was that of plain decoding: ``12 of 12``, with what differed."""
-    found = record["arm"].get("equal_to_plain")
-    if not found:
+def interval(estimate: Estimate | None, form: str = ".2f") -> str:
+    """An estimate with its interval: ``2.41 [2.30–2.55]``; empty if there is none."""
+    if estimate is None:
         return ""
-    notes = [f"{found[key]} {name}" for key, name in (("near_ties", "near-tie"), ("faults", "FAULT")) if found.get(key)]
+    if estimate["low"] is None:
+        return f"{estimate['value']:{form}}"
+    return f"{estimate['value']:{form}} [{estimate['low']:{form}}–{estimate['high']:{form}}]"
+
+
+def equality(method: Mapping[str, Any]) -> str:
+    """How many outputs equal those of plain decoding: ``12 of 12``, with what differed."""
+    found = method["equal_to_plain"]
+    if not found:
+        return "sampled"
+    notes = [f"{found[key]} {name}" for key, name in (("near_ties", "near-tie"), ("faults", "FAULT")) if found[key]]
+    notes += [] if method["lossless"] else ["lossy"]
     return f"{found['equal']} of {found['of']}" + (f" ({', '.join(notes)})" if notes else "")
-
-
-def table(records: Sequence[Record]) -> Table:
-    """What most people want to know of each cell, columns that are empty left out."""
-    good = [record for record in records if "error" not in record]
-    over = baselines(good)
-    header = ["cell", "tok/s", *(f"x {NAMES.get(name, name)}" for name in over)]
-    header += [
-        "tokens/round",
-        "accepted",
-        "first token",
-        "equal to plain",
-        "agreement",
-        "NLL",
-        "ROUGE-L",
-        "layers/token",
-        "error",
-    ]
-    rows = []
-    for label, record in zip(axes.labels([r["cell"] for r in records]), records, strict=True):
-        if "error" in record:
-            rows.append([label, *[""] * (len(header) - 2), record["error"]])
-            continue
-        arm = record["arm"]
-        rate, first = arm.get("acceptance_rate"), arm.get("first_token_ms")
-        quality = arm.get("quality") or {}
-        rows.append(
-            [
-                label,
-                estimate(arm["tokens_per_second"], ".1f"),
-                *(estimate(arm["speedup"].get(name)) for name in over),
-                estimate(arm.get("mean_acceptance_length")),
-                "" if rate is None else f"{rate:.0%}",
-                "" if first is None else f"{first['value']:.0f} ms",
-                equality(record),
-                estimate(quality.get("agreement"), ".3f"),
-                estimate(quality.get("nll"), ".3f"),
-                estimate(quality.get("rouge_l"), ".3f"),
-                estimate(arm.get("mean_layers_per_token"), ".1f") if quality else "",
-                "",
-            ]
-        )
-    kept = [i for i in range(len(header)) if any(row[i] for row in rows)]
-    return Table([header[i] for i in kept], [[row[i] for i in kept] for row in rows])
 
 
 def command(cell: Mapping[str, Any]) -> str:
     """The ``specdec bench`` that measures one cell, with what differs from the defaults."""
     defaults = Cell().as_dict()
     drafter = cell["drafter"]
-    arms = [*(name for name in cell["against"] if name not in ("none", drafter)), drafter]
-    words = ["specdec", "bench", "--drafters", ",".join(arms)]
+    names = [*(name for name in cell["against"] if name not in ("none", drafter)), drafter]
+    words = ["specdec", "bench", "--drafters", ",".join(names)]
     for path, value in axes.flat("", cell["drafter_options"]).items():
         words += ["--drafter-option", f"{drafter}.{path}={axes.flow(value)}"]
     for path, value in axes.flat("", cell["verifier_options"]).items():
@@ -184,7 +179,7 @@ def render(results: Results, form: str) -> str:
     if form == "json":
         return json.dumps(dataclasses.asdict(results), ensure_ascii=False, indent=1) + "\n"
     if form == "markdown":
-        return _markdown(table(results.records))
+        return _markdown(results.table())
     return _csv(results.records)
 
 
@@ -203,7 +198,7 @@ def _csv(records: Sequence[Record]) -> str:
         if "error" in record:
             row["error"] = record["error"]
         else:
-            row |= _figures(record["arm"])
+            row |= _figures(record["method"])
         row["seconds"] = record.get("seconds")
         rows.append(row)
     out = io.StringIO()
@@ -213,10 +208,10 @@ def _csv(records: Sequence[Record]) -> str:
     return out.getvalue()
 
 
-def _figures(arm: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """An arm's figures as flat columns: an estimate is three of them."""
+def _figures(method: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A method's figures as flat columns: an estimate is three of them."""
     out: dict[str, Any] = {}
-    for name, value in arm.items():
+    for name, value in method.items():
         if name in ("name", "drafter", "drafter_options", "categories"):
             continue
         if isinstance(value, Mapping) and set(value) == {"value", "low", "high"}:

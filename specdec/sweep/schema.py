@@ -1,39 +1,37 @@
-"""What a sweep file may say: its keys, and what each of them may be. Knows nothing of how cells are made of it.
+"""The keys of a sweep file and their values. Knows nothing of how cells are made of them.
 
-The keys are the settings of a cell; names and options of drafters and verifiers are asked of the plug-ins themselves.
+The keys are the settings of a cell; plug-ins themselves check their names and options.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import Field
+
 from specdec import options as drafter_options
 from specdec import registry
-from specdec.bench.cell import HF_ARMS, Cell
+from specdec.bench.cell import HF_METHODS, Cell
 from specdec.errors import SpecDecError, did_you_mean
+from specdec.settings import Settings
 from specdec.sweep.document import Node, show
 
 GROUPS = ("drafter", "verifier")  # settings that have options of their own
 WHOLE = "against"  # a setting that is a list itself
-SETTINGS = tuple(
-    f.name for f in dataclasses.fields(Cell) if not f.name.endswith("options") and f.name not in (*GROUPS, WHOLE)
-)
+SETTINGS = tuple(name for name in Cell.model_fields if not name.endswith("options") and name not in (*GROUPS, WHOLE))
 KEYS = ("name", "description", "zip", "exclude", "resources", *GROUPS, *SETTINGS, WHOLE)
 
 
-@dataclass(frozen=True)
-class Resources:
+class Resources(Settings):
     """What one cell needs of a cluster. workers: most cells at once; None: as many as fit."""
 
-    cpus: float = 1
-    gpus: float = 0
-    memory_gb: float = 0
-    workers: int | None = None
+    cpus: float = Field(1, gt=0, description="a number above 0")
+    gpus: float = Field(0, ge=0, description="a number >= 0")
+    memory_gb: float = Field(0, ge=0, description="a number >= 0")
+    workers: int | None = Field(None, gt=0, description="a whole number above 0")
 
 
 @dataclass(frozen=True)
@@ -55,25 +53,19 @@ def text(node: Node | None, default: str) -> str:
 
 
 def resources(node: Node | None) -> Resources:
-    given = {} if node is None else node.known("resources", [f.name for f in dataclasses.fields(Resources)])
+    given = {} if node is None else node.known("resources", Resources.model_fields)
     for name, value in given.items():
-        plain = value.plain()
-        whole = name == "workers"
-        good = type(plain) is int if whole else type(plain) in (int, float) and math.isfinite(plain)
-        if not good or plain < 0 or (plain == 0 and name in ("workers", "cpus")):
-            value.fail(f"{name} must be a {'whole number' if whole else 'number'} above 0; got {show(plain)}")
+        checked(Resources, name, value)
     return Resources(**{name: value.plain() for name, value in given.items()})
 
 
-def against(node: Node | None) -> list[str] | None:
-    if node is None:
-        return None
-    names = [value.plain() for value in node.each()]
+def checked(settings: type[Settings], name: str, node: Node) -> Any:
+    """The node's value, if it is good as the setting ``name``. Raises SpecDecError with its line otherwise."""
     try:
-        Cell(against=tuple(names))
+        settings(**{name: node.plain()})
     except SpecDecError as error:
         node.fail(str(error))
-    return names
+    return node.plain()
 
 
 def named(node: Node, what: str) -> dict[str, Node]:
@@ -119,11 +111,11 @@ def check_name(group: str, name: str) -> None:
     if group == "verifier":
         registry.lookup("verifiers", name)
         return
-    arm, _, source = name.partition("=")
-    if arm in HF_ARMS:
-        if (arm == "hf-draft-model") != bool(source):
+    method, _, source = name.partition("=")
+    if method in HF_METHODS:
+        if (method == "hf-draft-model") != bool(source):
             raise SpecDecError(
-                f"'{arm}' is not loaded from anything; leave '={source}' out"
+                f"'{method}' is not loaded from anything; leave '={source}' out"
                 if source
                 else "'hf-draft-model' needs a model; name it: hf-draft-model=MODEL"
             )
@@ -131,8 +123,8 @@ def check_name(group: str, name: str) -> None:
     try:
         registry.parse(name)
     except SpecDecError:
-        near = did_you_mean(name, (*registry.names("drafters"), *HF_ARMS))
-        if any(f"'{arm}'" in near for arm in HF_ARMS):
+        near = did_you_mean(name, (*registry.names("drafters"), *HF_METHODS))
+        if any(f"'{method}'" in near for method in HF_METHODS):
             raise SpecDecError(f"unknown drafter '{name}'{near}") from None
         raise
 
@@ -145,9 +137,9 @@ def check_options(group: str, name: str, given: dict[str, Any]) -> None:
         except TypeError as error:
             raise SpecDecError(f"verifier '{name}' does not take these options: {error}") from None
         return
-    arm = name.partition("=")[0]
-    if arm in HF_ARMS:
-        drafter_options.check(arm, given, ("exit_layer",) if arm == "hf-early-exit" else ())
+    method = name.partition("=")[0]
+    if method in HF_METHODS:
+        drafter_options.check(method, given, ("exit_layer",) if method == "hf-early-exit" else ())
         return
     parts = registry.parse(name)
     if len(parts) > 1:

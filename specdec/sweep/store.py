@@ -14,7 +14,6 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +62,7 @@ class Store:
                 "name": plan.name,
                 "description": plan.description,
                 "command": command,
-                "resources": asdict(plan.resources),
+                "resources": plan.resources.model_dump(),
                 "cells": {cell.key(): cell.as_dict() for cell in plan.cells},
             }
             replace(self.manifest, (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from specdec import inputs
 from specdec.artifacts import replace
 from specdec.cache import KVCache, Mask
 from specdec.errors import SpecDecError
@@ -120,7 +121,7 @@ def compute(
             name = f"states-{number:05d}.safetensors"
             save_file(tensors, folder / f"{name}.part")
             (folder / f"{name}.part").replace(folder / name)
-            shards.append({"file": name, "sha256": _sha256(folder / name), "answers": len(chunk)})
+            shards.append({"file": name, "sha256": inputs.sha256(folder / name), "answers": len(chunk)})
             replace(folder / INDEX, json.dumps(head | {"shards": shards}, indent=1).encode())
     return StateStore(folder, wanted)
 
@@ -200,13 +201,8 @@ def _read_index(folder: Path) -> dict:  # type: ignore[type-arg]
 def _load(folder: Path, shard: dict[str, str]) -> dict[str, Tensor]:
     path = folder / str(shard["file"])
     try:
-        if _sha256(path) == shard["sha256"]:
+        if inputs.sha256(path) == shard["sha256"]:
             return load_file(path)
     except (OSError, SafetensorError):
         pass
     raise SpecDecError(f"shard '{path}' is missing, truncated or not the one that was written; delete '{folder}'")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -5,7 +5,7 @@ Measured side by side on the user's prompts, as ``specdec bench`` does. Knows no
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from specdec import registry
@@ -24,7 +24,7 @@ class Row:
 
     cell: Cell
     speedup: float
-    tokens_per_round: float
+    acceptance_length: float
     faults: int
 
 
@@ -32,9 +32,9 @@ def candidates(decoders: Decoders, base: Cell, names: list[str]) -> tuple[list[C
     """The cells whose drafter fits the model, and why the others do not."""
     cells, refused = [], []
     for name in names:
-        cell = replace(base, drafter=name)
+        cell = base.but(drafter=name)
         try:
-            decoders.arm(cell)
+            decoders.method(cell)
             cells.append(cell)
         except SpecDecError as error:
             refused.append(f"{name}: {error}")
@@ -55,9 +55,9 @@ def measure(decoders: Decoders, cells: list[Cell], progress: Progress | None) ->
         raise KeyboardInterrupt
     rows = []
     for cell, result in zip(cells, run.results(), strict=True):
-        arm: dict[str, Any] = result["arm"]
-        speedup, length = arm["speedup"]["none"], arm["mean_acceptance_length"]
-        faults = (arm["equal_to_plain"] or {}).get("faults") or 0
+        method: dict[str, Any] = result["method"]
+        speedup, length = method["speedup"]["none"], method["mean_acceptance_length"]
+        faults = (method["equal_to_plain"] or {}).get("faults") or 0
         rows.append(Row(cell, speedup["value"] if speedup else 0.0, length["value"] if length else 1.0, faults))
     return sorted(rows, key=lambda row: -row.speedup)
 
@@ -69,7 +69,7 @@ def search(decoders: Decoders, cells: list[Cell], progress: Progress | None = No
     if best.speedup > 1:
         # In one run with the automatic depth: only what ran side by side is compared.
         depths: list[int | str] = ["auto", *DEPTHS]
-        again = measure(decoders, [replace(best.cell, num_speculative_tokens=k) for k in depths], progress)
+        again = measure(decoders, [best.cell.but(num_speculative_tokens=k) for k in depths], progress)
         auto = next(row for row in again if row.cell.num_speculative_tokens == "auto")
         best = again[0] if again[0].speedup >= ENOUGH * auto.speedup else auto
         rows = [best, *(row for row in again if row is not best), *(row for row in rows[1:])]

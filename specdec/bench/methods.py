@@ -1,4 +1,4 @@
-"""The arms of a benchmark: our decoder with a drafter, or ``model.generate`` in one of its modes, timed alike.
+"""The methods of a benchmark: our decoder with a drafter, or ``model.generate`` in one of its modes, timed alike.
 
 Tokens are raw ids on both sides, cut after the end-of-sequence token; nothing is re-tokenised. Knows no prompt sets and
 no statistics.
@@ -23,7 +23,7 @@ from specdec.errors import SpecDecError
 from specdec.metrics import RequestMetrics
 from specdec.sampling import Sampler, SamplingParams
 
-WARM_UP, CONTEXT = 8, 64  # new tokens and prompt tokens of the request that warms an arm up
+WARM_UP, CONTEXT = 8, 64  # new tokens and prompt tokens of the request that warms a method up
 LOOKUP = 10  # tokens that model.generate's prompt lookup drafts where our depth is automatic
 
 
@@ -32,7 +32,7 @@ class Reply:
     """One request: a batch of prompts answered once.
 
     tokens: new ids per row. seconds: the whole call. first_seconds: until the first token; first_tokens came with it
-    (assisted generation hands over whole rounds). metrics: per row, of our own loop. reasons: why each row ended.
+    (assisted generation hands over whole steps). metrics: per row, of our own loop. reasons: why each row ended.
     peak_memory_mb: None where the system does not tell.
     """
 
@@ -49,7 +49,7 @@ class Reply:
         return sum(map(len, self.tokens))
 
 
-class Arm(Protocol):
+class Method(Protocol):
     """seeded: sampled tokens depend on the seed alone, as those of plain decoding do."""
 
     lossless: bool
@@ -62,7 +62,7 @@ class Arm(Protocol):
         """What chooses the tokens of such a reply."""
 
 
-class OwnArm:
+class OwnMethod:
     """Our loop with one drafter and one acceptance rule."""
 
     seeded: ClassVar[bool] = True
@@ -88,10 +88,10 @@ class OwnArm:
             top_k=cell.top_k,
             seed=seed,
         ) as generation:
-            rounds = generation.steps()
-            next(rounds)
+            steps = generation.steps()
+            next(steps)
             first = time.perf_counter() - start
-            for _ in rounds:
+            for _ in steps:
                 pass
             outputs = generation.outputs()
         seconds = time.perf_counter() - start
@@ -105,7 +105,7 @@ class OwnArm:
         )
 
 
-class HFArm:
+class HFMethod:
     """``model.generate``: plain, with prompt lookup, an early exit (option: exit_layer), or a draft model."""
 
     lossless = True
@@ -119,7 +119,7 @@ class HFArm:
         kind, _, source = name.partition("=")
         options.check(kind, given, ("exit_layer",) if kind == "hf-early-exit" else ())
         if kind != "hf" and cell.batch_size > 1:
-            raise SpecDecError(f"arm '{name}' decodes one prompt at a time; leave it out or use --batch-size 1")
+            raise SpecDecError(f"'{name}' decodes one prompt at a time; leave it out or use --batch-size 1")
         depth = cell.num_speculative_tokens
         self.extra: dict[str, Any] = {}
         if kind == "hf-lookup":
@@ -130,7 +130,7 @@ class HFArm:
             self.extra["assistant_early_exit"] = options.whole("exit_layer", exit_layer, 1, layers - 1)
         elif kind == "hf-draft-model":
             if not source:
-                raise SpecDecError("arm 'hf-draft-model' needs a model; give hf-draft-model=MODEL")
+                raise SpecDecError("'hf-draft-model' needs a model; give hf-draft-model=MODEL")
             self.extra["assistant_model"] = hub.load(source, dtype=base.target.dtype, device=base.target.device)[0]
         self.drafts = kind in ("hf-early-exit", "hf-draft-model")
         self.depth = depth
@@ -162,7 +162,7 @@ class HFArm:
 
     @contextmanager
     def _draft_depth(self) -> Iterator[None]:
-        """Assisted generation drafts as deep as our arms; it reads that from the assistant's own configuration."""
+        """Assisted generation drafts as deep as our drafters; it reads that from the assistant's own configuration."""
         config = getattr(self.extra.get("assistant_model", self.model), "generation_config", None)
         given: dict[str, Any] = {}
         if self.drafts and self.depth != "auto":

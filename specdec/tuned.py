@@ -1,7 +1,6 @@
 """Tuned settings: what ``specdec tune drafter`` found for a model on this machine, kept for ``specdec generate``.
 
-One small JSON file per model, dtype, device, runtime (compiled or not), weights and machine, in the cache folder.
-Imports nothing heavy.
+One small JSON file per model, dtype, device, runtime, weights and machine, in the cache folder. Imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -26,14 +25,13 @@ class Tuned:
     prompts: str
 
 
-DEFAULTS = {"runtime": "auto", "weights": "auto", "compile": False}
+DEFAULTS = {"runtime": "auto", "weights": "auto"}
 
 
-def place(model: str, dtype: str, device: str, runtime: str, weights: str, compile: bool = False) -> Path:
+def place(model: str, dtype: str, device: str, runtime: str, weights: str) -> Path:
     """The file of the setting for a model, loaded so, on this machine."""
     local = Path(model)
     name = str(local.resolve()) if local.exists() else model
-    runtime = f"{runtime} compiled" if compile else runtime
     what = json.dumps([name, dtype, device, runtime, weights, platform.node(), platform.machine()])
     return cache_dir() / "tuned" / f"{hashlib.sha256(what.encode()).hexdigest()[:24]}.json"
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
-from specdec import options, report
+from specdec import options
 from specdec.errors import SpecDecError
-from specdec.terminal import Progress, write
+from specdec.terminal import Bar, columns, write
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,7 +46,7 @@ def pack_experts(
     items, cache = None if fit is None else _read(fit), options.size("--expert-cache", expert_cache)
     loaded, tokenizer = hub.load(model, dtype=dtype, trust_remote_code=trust_remote_code, experts=False)
     layers, fingerprint = moe_layers(loaded), hub.fingerprint(loaded)
-    with _progress("packing", "experts") as update:
+    with Bar("packing", "experts") as update:
         index = packed.pack(layers, fingerprint, folder, update)
     write(
         f"{folder / packed.BLOCKS}: {len(index.layers)} layers of {index.num_experts} experts, "
@@ -67,7 +65,7 @@ def _fit(loaded: PreTrainedModel, fingerprint: str, folder: Path, answers: list[
 
     held = answers[::HELD_OUT][:HELD_OUT]
     rest = [answer for answer in answers if answer not in held]
-    with _progress("fitting", "texts") as update:
+    with Bar("fitting", "texts") as update:
         predictor = fit_predictor(loaded, rest, lambda done: update(done, len(rest)))
     residual = predict.residual(moe_layers(loaded))
     found = recalls(loaded, {"m2r2": predictor, "residual": residual}, held)
@@ -77,7 +75,7 @@ def _fit(loaded: PreTrainedModel, fingerprint: str, folder: Path, answers: list[
         f"{folder / predict.FOLDER}: share of needed experts that are predicted, by layers ahead, on held-out texts\n"
     )
     rows = [(name, *(f"{share:.1%}" for share in by.values())) for name, by in figures.items()]
-    report.columns(("predictor", *next(iter(figures.values()))), rows)
+    columns(("predictor", *next(iter(figures.values()))), rows)
 
 
 def _read(path: Path) -> list[Any]:
@@ -97,7 +95,7 @@ def _answers(model: Any, tokenizer: Any, items: list[Any]) -> list[Answer]:
 
     out = []
     decoder = None
-    with _progress("answering", "prompts") as update:
+    with Bar("answering", "prompts") as update:
         for number, item in enumerate(encode_prompts(tokenizer, items, model.config._name_or_path), start=1):
             if not isinstance(item, Answer):
                 decoder = decoder or SpecDecoder(model, tokenizer, "none")
@@ -106,11 +104,3 @@ def _answers(model: Any, tokenizer: Any, items: list[Any]) -> list[Answer]:
             out.append(item)
             update(number, len(items))
     return out
-
-
-@contextmanager
-def _progress(what: str, unit: str) -> Iterator[Any]:
-    parts = (BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
-    with Progress(*parts, transient=True) as bar:
-        task = bar.add_task(what)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,35 +1,26 @@
-"""What the command line shows: statistics, comparison with plain decoding, tables, notes and error lines.
+"""The figures of one generation and its comparison with plain decoding.
 
-The same figures are a small table on a terminal and ``label: value`` lines (or tab-separated columns) in a pipe.
-Knows results and metrics, but no models and no commands; imports nothing heavy.
+They are a small table on a terminal and ``label: value`` lines in a pipe. Imports nothing heavy.
 """
 
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rich.cells import cell_len
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from specdec.errors import SpecDecWarning
-from specdec.terminal import printable, shown
-from specdec.terminal import status as status
-from specdec.terminal import stderr as stderr
+from specdec.terminal import shown, stderr
 
 if TYPE_CHECKING:
     from specdec.decoder import GenerationOutput, SpecDecoder
     from specdec.replay import Difference
-    from specdec.tune.settings import Tuned
+    from specdec.tuned import Tuned
 
 Facts = list[tuple[str, str]]
 ENOUGH = 8  # drafted tokens, before it is remarked that none was accepted
-_python_warns = warnings.showwarning
 
 
 @dataclass(frozen=True)
@@ -37,8 +28,8 @@ class Comparison:
     """Plain decoding of the same prompt in the same run.
 
     speedup: plain decode seconds per token over ours; None if either decoded no token after its first.
-    difference: where two outputs part, as replay of the logits explains it; None if they are equal, or may differ.
-    lossy: the acceptance rule, if it may change the output; a difference is then no fault.
+    difference: where the outputs differ first, explained by a replay of the logits; None if they are equal or may
+    differ. lossy: the acceptance rule, if it may change the output; a difference is then not a fault.
     agreement: share of our tokens that the full model would choose after those before them; known for lossy rules.
     """
 
@@ -63,7 +54,7 @@ class Comparison:
         return not self.lossy and self.difference is not None and not self.difference.near_tie
 
     @property
-    def verdict(self) -> str:
+    def outcome(self) -> str:
         if self.identical:
             return "yes"
         if self.lossy:
@@ -75,7 +66,7 @@ class Comparison:
         facts = [
             ("speedup over plain decoding", speed),
             ("plain tokens/s", f"{self.plain.metrics.tokens_per_second:.1f}"),
-            ("output identical to plain decoding", self.verdict),
+            ("output identical to plain decoding", self.outcome),
         ]
         if self.agreement is not None:
             facts.append(("agreement with the full model", f"{self.agreement:.0%}"))
@@ -87,7 +78,7 @@ class Comparison:
             "speedup": self.speedup,
             "identical": self.identical,
             "fault": self.fault,
-            "verdict": self.verdict,
+            "outcome": self.outcome,
             "agreement": self.agreement,
             "first_difference": None if self.difference is None else self.difference.index,
             "logit_gap": gap if gap is not None and math.isfinite(gap) else None,
@@ -123,7 +114,7 @@ def statistics(
             ("decode", f"{m.decode_seconds:.2f} s"),
             ("mean acceptance length", f"{m.mean_acceptance_length:.2f}"),
             ("acceptance rate", rate),
-            ("rounds", str(m.num_spec_steps)),
+            ("steps", str(m.num_spec_steps)),
             ("drafter", decoder.drafter.label + (f" (from {source})" if source else "")),
             ("runtime", " ".join(list(runtime(decoder).values())[:3]) + f", weights {_held(decoder)}"),
         ]
@@ -196,7 +187,7 @@ def unaccepted(decoder: SpecDecoder, output: GenerationOutput) -> str:
 def rule(decoder: SpecDecoder) -> str:
     """The acceptance rule by name; a lossy one says so, with its settings."""
     verifier = decoder.verifier
-    return verifier.name if verifier.lossless else f"lossy ({getattr(verifier, 'label', verifier.name)})"
+    return verifier.name if verifier.lossless else f"lossy ({verifier.label})"
 
 
 def _held(decoder: SpecDecoder) -> str:
@@ -209,51 +200,3 @@ def runtime(decoder: SpecDecoder) -> dict[str, str]:
     target = decoder.target
     dtype, device = str(target.dtype).removeprefix("torch."), str(target.device)
     return {"runtime": target.runtime, "dtype": dtype, "device": device, "storage": target.storage}
-
-
-def columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table to stdout: aligned on a terminal, tab-separated in a pipe."""
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        for row in (header, *rows):
-            print("\t".join(row))  # rich would expand the tabs
-        return
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
-    header, rows = [printable(name) for name in header], [[printable(cell) for cell in row] for row in rows]
-    # Words stay whole where they fit; the first columns get the room that is left.
-    cells = list(zip(header, *rows, strict=True))  # by column
-    words = [max((cell_len(word) for cell in column for word in cell.split()), default=0) for column in cells]
-    room = console.width - sum(words) - 2 * (len(words) - 1)
-    for name, column, word in zip(header, cells, words, strict=True):
-        more = min(max(map(cell_len, column)) - word, max(room, 0))
-        table.add_column(Text(name), overflow="fold", width=word + more if room >= 0 else None)
-        room -= more
-    for row in rows:
-        table.add_row(*map(Text, row))
-    console.print(table)
-
-
-def note(message: str) -> None:
-    """One dim line on stderr, only on a terminal."""
-    console = stderr()
-    if console.is_terminal:
-        console.print(shown(console, message, style="dim"))
-
-
-def warn_in_lines() -> None:
-    """From now on, each ``SpecDecWarning`` is one line on stderr."""
-    warnings.showwarning = _warn
-
-
-def _warn(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
-    if issubclass(category, SpecDecWarning):
-        console = stderr()
-        console.print(shown(console, f"note: {message}"), soft_wrap=True)
-    else:
-        _python_warns(message, category, *where, **more)
-
-
-def error(message: str) -> None:
-    """``error: <message>`` on stderr, always one line."""
-    console, line = stderr(), " ".join(message.split())
-    console.print(Text.assemble(("error: ", "bold red"), shown(console, line)), soft_wrap=True)

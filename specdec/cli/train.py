@@ -60,7 +60,7 @@ def run(
         },
         **{"model": model, "minutes": minutes, "steps": steps, "dtype": dtype, "device": device, "seed": seed},
         **({"search": True} if search else {}),
-        **options.assignments("--set", set_ or ()),
+        **options.assignments("--set", set_ or []),
     }
     method = str(context.command.name)
     kind = lookup(method)

@@ -1,0 +1,187 @@
+"""``specdec bench``: what it measures is described in ``specdec.bench.cell``."""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from specdec import options, terminal
+from specdec.cli import shared
+from specdec.cli.shared import INTERRUPTED
+from specdec.embedded import DEFAULT_MODEL
+from specdec.errors import SpecDecError
+
+METHODS = "hf,none,prompt-lookup,m2r2"
+
+
+def bench(
+    model: shared.Model = DEFAULT_MODEL,
+    drafters: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="Methods, with commas between: drafters, and hf, hf-lookup, hf-early-exit, hf-draft-model=MODEL "
+            "(model.generate and its assisted modes). none (plain decoding) always runs. If not given: "
+            "hf, none, prompt-lookup, and m2r2 where one is shipped for the model.",
+        ),
+    ] = None,
+    drafter_option: Annotated[
+        list[str] | None, typer.Option(metavar="DRAFTER.KEY=VALUE", help="An option of one drafter; repeatable.")
+    ] = None,
+    prompts: shared.Prompts = "own",
+    data_dir: shared.DataDir = None,
+    limit: shared.Limit = None,
+    max_new_tokens: shared.MaxNewTokens = 128,
+    repetitions: Annotated[int, typer.Option(help="Times that everything is decoded.", min=1)] = 1,
+    batch_size: Annotated[int, typer.Option(help="Prompts decoded together.", min=1)] = 1,
+    num_speculative_tokens: shared.Depth = "auto",
+    temperature: shared.Temperature = 0.0,
+    top_p: shared.TopP = 1.0,
+    top_k: shared.TopK = 0,
+    seed: shared.Seed = 0,
+    verifier: shared.Verifier = "exact",
+    verifier_option: shared.VerifierOption = None,
+    dtype: shared.Dtype = "auto",
+    device: shared.Device = "auto",
+    runtime: shared.Runtime = options.Runtime.auto,
+    weights: shared.Weights = options.Weights.auto,
+    output: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder for results.jsonl (every request) and bench.json.")
+    ] = None,
+    as_json: shared.JsonLine = False,
+) -> None:
+    """Measure drafters against plain decoding and model.generate, side by side, prompt by prompt.
+
+    Medians with 95 % bootstrap intervals. Every method answers the same prompts; a conversation goes on with the answer
+    of plain decoding.
+    """
+    names = shared.commas(METHODS if drafters is None else drafters)
+    if not names:
+        raise SpecDecError(f"--drafters names no method; give some, such as {METHODS}")
+    own = _by_method(names, drafter_option or [])
+    with terminal.status("loading"):
+        from specdec.artifacts import shipped
+        from specdec.bench.cell import Cell
+        from specdec.bench.run import Decoders, Run
+        from specdec.sweep.results import from_benchmark
+
+        terminal.warn_in_lines()
+        base = Cell(
+            model=model,
+            dtype=dtype,
+            device=device,
+            runtime=runtime,
+            weights=weights,
+            verifier=verifier,
+            verifier_options=options.assignments("--verifier-option", verifier_option or []),
+            num_speculative_tokens=shared.depth(num_speculative_tokens),
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            seed=seed,
+            prompts=prompts,
+            limit=limit,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            repetitions=repetitions,
+            against=("none", *(["hf"] if "hf" in names else [])),
+        )
+        every = names if "none" in names else ["none", *names]
+        cells = [base.but(drafter=name, drafter_options=own.get(name, {})) for name in every]
+        folder = _folder(output) if output else None
+        decoders = Decoders(data_dir)
+        if licence := decoders.prompts(base).licence:
+            terminal.say(f"prompts: {prompts} ({licence})")
+        if drafters is None and shipped("m2r2", decoders.base(base).target.fingerprint) is None:
+            cells = [cell for cell in cells if cell.drafter != "m2r2"]
+            terminal.say("m2r2 is left out: none is shipped for this model; train one: specdec train m2r2 --model ...")
+        run = Run(cells, decoders)
+    with (
+        (folder / "results.jsonl").open("a", buffering=1, encoding="utf-8") if folder else nullcontext() as log,
+        terminal.Bar("bench") as bar,
+    ):
+        run.progress = bar
+        if log:
+            run.record = lambda request: log.write(json.dumps(request.as_dict(), ensure_ascii=False) + "\n")
+        try:
+            run.execute()
+        except KeyboardInterrupt:
+            if not run.requests:
+                raise
+    results = run.results()
+    summary = {
+        "command": shared.command_line(),
+        "configuration": {k: v for k, v in base.as_dict().items() if k not in ("drafter", "drafter_options")},
+        "methods": [
+            {"drafter": r["cell"]["drafter"], "drafter_options": r["cell"]["drafter_options"], **r["method"]}
+            for r in results
+        ],
+        **{key: results[0][key] for key in ("prompts", "environment", "seconds", "interrupted")},
+    }
+    if folder:
+        shared.write_json(folder / "bench.json", summary)
+    _print(summary, from_benchmark(summary).table())
+    if as_json:
+        shared.print_json(summary)
+    if run.interrupted:
+        raise typer.Exit(INTERRUPTED)
+
+
+def _by_method(names: list[str], pairs: list[str]) -> dict[str, dict[str, Any]]:
+    """``DRAFTER.KEY=VALUE`` texts as options by drafter; names may have dots in them."""
+    out: dict[str, dict[str, Any]] = {}
+    for pair in pairs:
+        fits = [name for name in names if pair.startswith(f"{name}.")]
+        if not fits:
+            raise SpecDecError(f"--drafter-option takes DRAFTER.KEY=VALUE with a name of --drafters; got '{pair}'")
+        name = max(fits, key=len)
+        out.setdefault(name, {}).update(options.assignments("--drafter-option", [pair[len(name) + 1 :]]))
+    return out
+
+
+def _folder(output: Path) -> Path:
+    """The output folder, made if need be. Raises SpecDecError if it holds another benchmark."""
+    for name in ("bench.json", "results.jsonl"):
+        if (output / name).exists():
+            raise SpecDecError(f"'{output}' already holds a benchmark ({name}); choose another --output, or delete it")
+    return shared.make_folder(output)
+
+
+def _print(summary: dict[str, Any], table: Any) -> None:
+    """Print what was measured, the figures, and where the time went."""
+    cell, about, prompts = (summary[key] for key in ("configuration", "environment", "prompts"))
+    skipped = f", {len(prompts['skipped'])} skipped" if prompts["skipped"] else ""
+    times = f"{cell['repetitions']} repetition{'s' * (cell['repetitions'] > 1)}"
+    how = "greedy" if cell["temperature"] == 0 else f"temperature {cell['temperature']:g}"
+    terminal.write(
+        f"{cell['model']}, {about['dtype']}, {about['runtime']} runtime on {about['device']}, {about['threads']} "
+        f"threads, {about['cpu']}\n"
+        f"{prompts['conversations']} conversations of {prompts['name']}{skipped}, {how}, at most "
+        f"{cell['max_new_tokens']} tokens, batch of {cell['batch_size']}, {times}, "
+        f"{summary['seconds']:.0f} s{' (interrupted)' if summary['interrupted'] else ''}\n\n"
+    )
+    terminal.columns(table.header, table.rows)
+    print()
+    methods = summary["methods"]
+    phases = list(dict.fromkeys(phase for method in methods for phase in method["ledger_ms_per_step"]))
+    header = ["method", "prefill ms", "decode ms/token", *(f"{p} ms/step" for p in phases), "accepted at 1, 2 ..", "MB"]
+    rows = []
+    for method in methods:
+        ledger, memory = method["ledger_ms_per_step"], method["peak_memory_mb"]
+        rows.append(
+            [
+                method["name"],
+                f"{method['prefill_ms']['value']:.0f}" if method["prefill_ms"] else "",
+                f"{method['decode_ms_per_token']['value']:.1f}" if method["decode_ms_per_token"] else "",
+                *(f"{ledger[p]:.1f}" if p in ledger else "" for p in phases),
+                " ".join(f"{share:.2f}".removeprefix("0") for share in method["acceptance_per_position"]),
+                "" if memory is None else f"{memory:.0f}",
+            ]
+        )
+    terminal.columns(header, rows)
+    for line in prompts["skipped"]:
+        terminal.say(f"skipped {line}")

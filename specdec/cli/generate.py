@@ -1,0 +1,320 @@
+"""``specdec generate``."""
+
+from __future__ import annotations
+
+import itertools
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from threading import Event
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from specdec import inputs, options, registry, terminal
+from specdec.cli import shared, statistics
+from specdec.cli.shared import INTERRUPTED, panel, print_json
+from specdec.embedded import DEFAULT_MODEL
+from specdec.errors import SpecDecError, did_you_mean
+
+if TYPE_CHECKING:
+    from specdec.decoder import GenerationOutput, SpecDecoder
+    from specdec.experts.offload import ExpertOptions
+
+LONG = 1024  # tokens of a prompt that is worth a spinner
+WARM_UP = 8  # tokens that each side of --compare decodes before it is timed
+
+_model, _experts, _text, _sampling, _output = map(panel, ("Model", "Experts", "Text", "Sampling", "Output"))
+
+
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="'-', or nothing in a pipe, reads it from stdin.")] = None,
+    drafter: shared.Drafter = "auto",
+    drafter_option: shared.DrafterOption = None,
+    verifier: shared.Verifier = "exact",
+    verifier_option: shared.VerifierOption = None,
+    exit_threshold: Annotated[
+        float | None,
+        _model("--exit-threshold", "Of confident: how sure, in [0, 1], a token must be to leave early.", "P"),
+    ] = None,
+    exact: Annotated[bool, _model("--exact", "Refuse a lossy acceptance rule.")] = False,
+    model: shared.Model = DEFAULT_MODEL,
+    dtype: shared.Dtype = "auto",
+    device: shared.Device = "auto",
+    runtime: shared.Runtime = options.Runtime.auto,
+    weights: shared.Weights = options.Weights.auto,
+    revision: Annotated[str | None, _model("--revision", "Branch, tag or commit of a Hugging Face id.", "REV")] = None,
+    trust_remote_code: Annotated[
+        bool, _model("--trust-remote-code", "Run Python code that comes with the model.")
+    ] = False,
+    expert_cache: Annotated[
+        str | None,
+        _experts("--expert-cache", "Offload experts; keep this share (0.25) or size (300MB) of them.", "SIZE"),
+    ] = None,
+    expert_prefetch: Annotated[
+        str,
+        _experts(
+            "--expert-prefetch",
+            "Load experts ahead where it pays: none, previous-token, residual or m2r2.",
+            "NAME",
+        ),
+    ] = "none",
+    expert_option: Annotated[
+        list[str] | None,
+        _experts("--expert-option", "folder=DIR, adaptive=false; repeatable.", "KEY=VALUE"),
+    ] = None,
+    system: Annotated[str | None, _text("--system", "System message before the prompt.", "TEXT")] = None,
+    raw: Annotated[bool, _text("--raw", "Use the prompt as it is, without the chat template.")] = False,
+    stop: Annotated[
+        list[str] | None, _text("--stop", "End before this text; repeatable.", "TEXT", show_default=False)
+    ] = None,
+    max_new_tokens: Annotated[int, _text("--max-new-tokens", "Most new tokens.", "N", min=1)] = 128,
+    num_speculative_tokens: shared.Depth = "auto",
+    temperature: shared.Temperature = 0.0,
+    top_p: shared.TopP = 1.0,
+    top_k: shared.TopK = 0,
+    min_p: Annotated[
+        float, _sampling("--min-p", "Keep tokens at least this likely, relative to the likeliest.", "P")
+    ] = 0.0,
+    repetition_penalty: Annotated[
+        float | None,
+        _sampling("--repetition-penalty", "Above 1 discourages repetition; if not given, the model's own.", "R"),
+    ] = None,
+    seed: shared.Seed = 0,
+    compare: Annotated[
+        bool, _output("--compare", "Also decode plainly: speedup, and is the output identical?")
+    ] = False,
+    as_json: Annotated[bool, _output("--json", "Print one JSON object instead of streaming.")] = False,
+    quiet: Annotated[bool, _output("--quiet", "No statistics.")] = False,
+    verbose: Annotated[bool, _output("--verbose", "More statistics, warnings, tracebacks.")] = False,
+) -> None:
+    """Generate text. It streams to stdout as it is accepted; statistics go to stderr."""
+    silent = quiet or as_json
+    text = _read(prompt)
+    system = None if system is None else _utf8("--system", system)
+    stop = [_utf8("--stop", one) for one in stop or []]
+    settings: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "num_speculative_tokens": shared.depth(num_speculative_tokens),
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+        "stop": stop,
+    }
+    with terminal.status("starting", silent):
+        terminal.warn_in_lines(verbose)
+        from specdec.decoder import SpecDecoder
+        from specdec.sampling import SamplingParams
+        from specdec.text import encode
+
+        # What can be checked without the model comes first: it may have to be downloaded.
+        penalty = 1.0 if repetition_penalty is None else repetition_penalty
+        settings["temperature"] = SamplingParams(temperature, top_k, top_p, min_p, penalty, seed).temperature
+        registry.parse(drafter)
+        rule_options = options.assignments("--verifier-option", verifier_option or [])
+        if exit_threshold is not None:
+            if verifier != "confident":
+                raise SpecDecError(f"--exit-threshold belongs to --verifier confident; '{verifier}' has none")
+            rule_options["exit_threshold"] = exit_threshold
+        rule = registry.verifier(verifier, rule_options, exact)
+        drafter_options = options.assignments("--drafter-option", drafter_option or [])
+        experts = _expert_options(expert_cache, expert_prefetch, expert_option or [])
+    with terminal.status(f"preparing {model}", silent):
+        decoder = SpecDecoder.from_pretrained(
+            model,
+            drafter,
+            dtype=dtype,
+            device=device,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            runtime=runtime,
+            weights=weights,
+            drafter_options=drafter_options,
+            verifier=rule,
+            experts=experts,
+        )
+    tuned = decoder.tuned
+    if drafter == "auto":
+        drafter = decoder.drafter.name if tuned is None else tuned.drafter
+    if tuned is not None and num_speculative_tokens == "auto":
+        settings["num_speculative_tokens"] = tuned.num_speculative_tokens
+    ids = encode(decoder.tokenizer, text, chat=False if raw else None, system=system, context=decoder.target.context)
+    plain, baseline_settings = None, settings | {"num_speculative_tokens": 1}
+    if compare:
+        plain = decoder.with_drafter("none")
+        with terminal.status("warming up", silent):
+            for either, own in ((decoder, settings), (plain, baseline_settings)):
+                either.generate(ids[-64:], **own | {"max_new_tokens": WARM_UP, "stop": []}, ignore_eos=True)
+
+    output, failed = _decode(decoder, ids, settings, _discard if as_json else terminal.write, silent)
+    if not as_json:
+        terminal.write("\n")
+    comparison, interrupted = None, output.finish_reason == "interrupted"
+    if plain is not None and not interrupted:
+        if not silent:
+            terminal.note("decoding plainly, to compare ...")  # no spinner: its thread would slow decoding
+        baseline, failed = _decode(plain, ids, baseline_settings, _discard, silent)
+        interrupted = baseline.finish_reason == "interrupted"
+        if not interrupted:
+            comparison = _compare(decoder, ids, settings, output, baseline)
+
+    if as_json:
+        result = {
+            "text": output.text,
+            "token_ids": output.token_ids,
+            "finish_reason": output.finish_reason,
+            "model": model,
+            "drafter": decoder.drafter.label,
+            "drafter_source": _source(decoder, drafter) or None,
+            "drafter_options": drafter_options,
+            "tuned": None if tuned is None else asdict(tuned),
+            **statistics.runtime(decoder),
+            "runtime_note": decoder.runtime_note,
+            "lossless": rule.lossless,
+            "verifier": statistics.rule(decoder),
+            "settings": settings
+            | {"system": system, "chat": not raw and bool(getattr(decoder.tokenizer, "chat_template", None))},
+            "metrics": output.metrics.as_dict(),
+            "note": statistics.unaccepted(decoder, output) or None,
+        }
+        print_json(result if comparison is None else result | {"compare": comparison.as_dict()})
+    elif not quiet:
+        statistics.statistics(decoder, output, comparison, verbose, _source(decoder, drafter), tuned)
+    if failed is not None:
+        raise failed
+    if interrupted:
+        raise typer.Exit(INTERRUPTED)
+    if comparison is not None and comparison.fault:
+        raise typer.Exit(1)
+
+
+def _source(decoder: SpecDecoder, asked: str) -> str:
+    """What the drafter was asked for by, where that is not its name: a folder, or NAME=SOURCE."""
+    return "" if asked == decoder.drafter.label else asked
+
+
+def _utf8(name: str, text: str) -> str:
+    try:
+        return inputs.argument(name, text)
+    except ValueError as error:
+        raise SpecDecError(f"{error}; give it in UTF-8") from None
+
+
+def _read(prompt: str | None) -> str:
+    """The prompt, from the argument or stdin. Raises SpecDecError if there is none, and for one that is no text."""
+    if prompt is None and (sys.stdin is None or sys.stdin.isatty()):
+        raise SpecDecError('no prompt; give one, for example: specdec generate "Why is the sky blue?"')
+    if prompt is None or prompt == "-":
+        try:
+            data = inputs.whole(sys.stdin.buffer, inputs.LINE)
+            prompt = data.decode("utf-8-sig").removesuffix("\n").removesuffix("\r")
+        except UnicodeDecodeError as error:
+            raise SpecDecError(f"the prompt on stdin is not UTF-8 text ({error.reason})") from None
+        except ValueError as error:
+            raise SpecDecError(f"the prompt on stdin is {error}; shorten it") from None
+    else:
+        prompt = _utf8("the prompt", prompt)
+    if not prompt.strip():
+        raise SpecDecError("the prompt is empty; give some text")
+    return prompt
+
+
+def _expert_options(cache: str | None, prefetch: str, more: list[str]) -> ExpertOptions | None:
+    """What --expert-cache and its like say; None without them. Raises SpecDecError for what cannot be."""
+    from specdec.experts.offload import ExpertOptions
+
+    if cache is None:
+        if prefetch != "none" or more:
+            raise SpecDecError(
+                "--expert-prefetch and --expert-option go with --expert-cache; give its size, such as 0.25"
+            )
+        return None
+    given = options.assignments("--expert-option", more)
+    known = ("folder", "adaptive")
+    for name in given:
+        if name not in known:
+            raise SpecDecError(f"unknown expert option '{name}'{did_you_mean(name, known)}; known: {', '.join(known)}")
+    if "folder" in given:
+        given["folder"] = Path(str(given["folder"]))
+    return ExpertOptions(options.size("--expert-cache", cache), prefetch, **given)
+
+
+@contextmanager
+def _interruptible() -> Iterator[Event]:
+    """Turn the first Ctrl-C into an event, so that it cuts no step and no write in half; a second one raises."""
+    interrupted, before = Event(), signal.getsignal(signal.SIGINT)
+
+    def handler(number: int, frame: object) -> None:
+        interrupted.set()
+        signal.signal(signal.SIGINT, before)
+
+    if before is not signal.SIG_IGN:  # ignored, for example, in a script's background jobs
+        signal.signal(signal.SIGINT, handler)
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _decode(
+    decoder: SpecDecoder, ids: list[int], settings: dict[str, Any], write: Callable[[str], None], silent: bool
+) -> tuple[GenerationOutput, SpecDecError | None]:
+    """One generation, its text handed to ``write`` as it comes. Ctrl-C ends it with what there is.
+
+    So does what makes it fail, which is returned, too; raised, if nothing has been generated.
+    """
+    with terminal.status("measuring", silent or settings["num_speculative_tokens"] != "auto"):  # once per machine
+        generation = decoder.open([ids], **settings)
+    sent = 0
+    failed: SpecDecError | None = None
+    with _interruptible() as interrupted, generation:
+        try:
+            pieces = iter(generation)
+            with terminal.status(f"reading the prompt of {len(ids)} tokens", silent or _short(ids)):
+                first = next(pieces)
+            for (piece,) in itertools.chain([first], pieces):
+                write(piece)
+                sent += len(piece)
+                if interrupted.is_set():
+                    break
+        except SpecDecError as error:
+            failed = error
+        output = generation.outputs()[0]
+        if failed is not None and not output.token_ids:
+            raise failed
+        write(output.text[sent:])  # held back as the possible beginning of a stop string or character
+    return output, failed
+
+
+def _compare(
+    decoder: SpecDecoder, ids: list[int], settings: dict[str, Any], ours: GenerationOutput, plain: GenerationOutput
+) -> statistics.Comparison:
+    from specdec.replay import first_difference, margins
+    from specdec.sampling import SamplingParams
+
+    params = SamplingParams(
+        **{name: settings[name] for name in SamplingParams.__dataclass_fields__ if name != "repetition_penalty"}
+    )
+    count = min(settings["max_new_tokens"], decoder.target.context - len(ids))
+    sampler = decoder.sampler([ids], [count], params, settings["repetition_penalty"])
+    if not decoder.verifier.lossless:
+        agreed = (margins(decoder.target, ids, ours.token_ids, sampler) <= 0).float().mean().item()
+        return statistics.Comparison(ours, plain, None, statistics.rule(decoder), agreed)
+    return statistics.Comparison(
+        ours, plain, first_difference(decoder.target, ids, ours.token_ids, plain.token_ids, sampler)
+    )
+
+
+def _short(ids: list[int]) -> bool:
+    """Whether a terminal does without a spinner while the prompt is read: its thread takes time from the model."""
+    return len(ids) < LONG and terminal.stderr().is_terminal
+
+
+def _discard(text: str) -> None:
+    pass

@@ -1,0 +1,58 @@
+"""``specdec models`` and ``specdec drafters``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from specdec import registry, terminal
+from specdec.cli.shared import print_json
+from specdec.embedded import embedded_models
+from specdec.errors import SpecDecError
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def models(as_json: AsJson = False) -> None:
+    """List the embedded models: licence, size of the download and in the cache, whether they are there, and where."""
+    rows = embedded_models()
+    if as_json:
+        print_json([asdict(row) for row in rows])
+        return
+    cells = []
+    for row in rows:
+        sizes = [f"{size / 1e6:.0f} MB" for size in (row.download_bytes, row.cached_bytes)]
+        cells.append((row.name, row.licence, *sizes, "yes" if row.cached else "no", row.where))
+    terminal.columns(("name", "licence", "download", "on disk", "cached", "where"), cells)
+
+
+def drafters(as_json: AsJson = False) -> None:
+    """List the drafters: what they are, how to train them, and for which models one is shipped."""
+    rows = [_drafter(name) for name in sorted(registry.names("drafters"))]
+    if as_json:
+        print_json(rows)
+        return
+    cells = [
+        (row["name"], row["summary"], row["training"] or "not needed", ", ".join(row["shipped_for"]) or "-")
+        for row in rows
+    ]
+    terminal.columns(("name", "summary", "training", "shipped for"), cells)
+
+
+def _drafter(name: str) -> dict[str, Any]:
+    try:
+        found = registry.lookup("drafters", name)
+        summary, training = found.summary, found.training
+    except (ImportError, AttributeError, SpecDecError) as error:  # one broken plug-in must not hide the others
+        summary, training = f"cannot be loaded: {error}", None
+    shipped = Path(str(files("specdec.drafters"))) / "pretrained" / name
+    return {
+        "name": name,
+        "summary": summary,
+        "training": training,
+        "shipped_for": sorted(path.parent.name for path in shipped.glob("*/config.json")),
+    }

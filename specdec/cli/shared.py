@@ -1,0 +1,124 @@
+"""Options that several commands take, and small helpers for their arguments."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from specdec import options
+from specdec.errors import SpecDecError
+
+INTERRUPTED = 130  # exit code of Ctrl-C
+
+
+def panel(title: str) -> Callable[..., Any]:
+    """A maker of options listed under ``title`` in the help."""
+
+    def option(name: str, help: str, metavar: str | None = None, **more: Any) -> Any:
+        return typer.Option(name, help=help, metavar=metavar, rich_help_panel=title, **more)
+
+    return option
+
+
+_model, _sampling, _output = map(panel, ("Model", "Sampling", "Output"))
+
+Model = Annotated[str, _model("--model", "Name (see 'specdec models'), Hugging Face id, folder or GGUF file.", "NAME")]
+Dtype = Annotated[str, _model("--dtype", "auto (the checkpoint's), bfloat16, float16 or float32.", "DTYPE")]
+Device = Annotated[
+    str, _model("--device", "auto (CUDA where there is one, else cpu), cpu, cuda, cuda:1, mps ...", "DEVICE")
+]
+Runtime = Annotated[
+    options.Runtime,
+    _model("--runtime", "auto (the fastest that serves the model), native, graphs, fused or reference.", "NAME"),
+]
+Weights = Annotated[
+    options.Weights,
+    _model("--weights", "auto, dense, or layers rounded to int8 or int4 (CPU, bfloat16): the base, then.", "KIND"),
+]
+Drafter = Annotated[
+    str,
+    _model(
+        "--drafter",
+        "Name (see 'specdec drafters'), NAME=SOURCE, folder, or several joined by +; auto: what 'specdec tune "
+        "drafter' found for the model, else the m2r2 shipped for it, else prompt-lookup.",
+        "NAME",
+    ),
+]
+DrafterOption = Annotated[
+    list[str] | None,
+    _model("--drafter-option", "An option of the drafter, such as exit_layer=8; repeatable.", "KEY=VALUE"),
+]
+Verifier = Annotated[str, _model("--verifier", "exact, or a lossy acceptance rule: typical, confident.", "NAME")]
+VerifierOption = Annotated[
+    list[str] | None,
+    _model("--verifier-option", "An option of the acceptance rule, such as epsilon=0.1; repeatable.", "KEY=VALUE"),
+]
+
+Prompts = Annotated[
+    str,
+    typer.Option(
+        metavar="FILE|NAME",
+        help="JSONL with turns and category, plain lines, or own, mt-bench, koala, self-instruct, wizardlm, "
+        "spec-bench, humaneval, gsm8k.",
+    ),
+]
+FirstTurns = Annotated[
+    str, typer.Option(metavar="FILE|NAME", help="As in bench; the first turn of each conversation counts.")
+]
+DataDir = Annotated[
+    Path | None, typer.Option(metavar="DIR", envvar="SPECDEC_DATA", help="Folder of named prompt sets.")
+]
+Limit = Annotated[int | None, typer.Option(min=1, help="Conversations, spread over the set; all if not given.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Most new tokens of an answer.")]
+Depth = Annotated[
+    str, typer.Option("--num-speculative-tokens", metavar="K", help="Tokens drafted a step; auto adapts, down to none.")
+]
+Temperature = Annotated[float, _sampling("--temperature", "0 is greedy: always the likeliest token.", "T")]
+TopP = Annotated[float, _sampling("--top-p", "Keep the likeliest tokens up to this total probability.", "P")]
+TopK = Annotated[int, _sampling("--top-k", "Keep this many likeliest tokens; 0 is off.", "N")]
+Seed = Annotated[int, _sampling("--seed", "Same seed, same text.", "N")]
+JsonLine = Annotated[bool, _output("--json", "End with everything as one line of JSON.")]
+
+
+def depth(text: str, flag: str = "--num-speculative-tokens") -> int | Literal["auto"]:
+    """A draft depth. Raises SpecDecError for what is neither 'auto' nor a number >= 1."""
+    if text == "auto":
+        return "auto"
+    if text.isdecimal() and int(text) >= 1:
+        return int(text)
+    raise SpecDecError(f"{flag} must be 'auto' or a number >= 1; got '{text}'")
+
+
+def commas(text: str) -> list[str]:
+    """The parts of a list with commas between."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def command_line(*more: str) -> str:
+    """The command that runs, as a shell takes it."""
+    return shlex.join(["specdec", *sys.argv[1:], *more])
+
+
+def make_folder(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SpecDecError(f"cannot write to '{folder}': {error.strerror}") from None
+    return folder
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, ensure_ascii=False, allow_nan=False))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write indented JSON; the file is whole or as it was."""
+    from specdec.artifacts import replace  # heavy
+
+    replace(path, (json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode())

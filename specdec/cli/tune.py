@@ -1,0 +1,81 @@
+"""``specdec tune``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from specdec import options, terminal
+from specdec.cli import shared
+from specdec.embedded import DEFAULT_MODEL
+from specdec.errors import SpecDecError
+from specdec.terminal import say
+from specdec.tuned import Tuned, place, store
+
+app = typer.Typer(no_args_is_help=True, help="Choose settings for your model, machine and prompts, by measurement.")
+
+
+@app.callback()
+def _group() -> None:
+    """Choose settings for your model, machine and prompts, by measurement."""
+
+
+@app.command(
+    "drafter",
+    epilog='Example: specdec tune drafter --prompts prompts.jsonl; then: specdec generate "Why is the sky blue?"',
+)
+def drafter(
+    prompts: shared.FirstTurns = "own",
+    drafters: Annotated[
+        str | None, typer.Option(metavar="NAMES", help="Only these, with commas between; else all that fit.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Prompts, spread over the file.")] = 8,
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="Most new tokens of an answer.")] = 96,
+    model: shared.Model = DEFAULT_MODEL,
+    dtype: shared.Dtype = "auto",
+    device: shared.Device = "auto",
+    runtime: shared.Runtime = options.Runtime.auto,
+    weights: shared.Weights = options.Weights.auto,
+) -> None:
+    """Find the fastest drafter and draft length, and keep them: generate uses them from then on."""
+    with terminal.status("loading"):
+        from specdec.bench.cell import Cell
+        from specdec.bench.run import Decoders
+        from specdec.tune.drafter import candidates, every, search
+
+        terminal.warn_in_lines()
+        base = Cell(
+            model=model, dtype=dtype, device=device, runtime=runtime, weights=weights,
+            drafter="none", prompts=prompts, limit=limit, max_new_tokens=max_new_tokens,
+        )  # fmt: skip
+        decoders = Decoders(first_turns=True)
+        device = str(decoders.base(base).device)
+        cells, refused = candidates(decoders, base, shared.commas(drafters or "") or every())
+    for line in refused:
+        say(f"left out: {line}")
+    if not cells:
+        raise SpecDecError("no drafter fits the model; see 'specdec drafters'")
+    with terminal.Bar("tune") as bar:
+        rows = search(decoders, cells, bar)
+    cells_of = [
+        (row.cell.drafter, str(row.cell.num_speculative_tokens), f"{row.acceptance_length:.2f}", f"{row.speedup:.2f}")
+        for row in rows
+    ]
+    terminal.columns(("drafter", "draft length", "acceptance length", "x plain"), cells_of)
+    best = rows[0]
+    if faults := sum(row.faults for row in rows):
+        raise SpecDecError(f"{faults} outputs differ from plain decoding; nothing is kept, please report this")
+    worth = best.speedup > 1
+    tuned = Tuned(
+        best.cell.drafter if worth else "none",
+        best.cell.num_speculative_tokens if worth else "auto",
+        round(best.speedup, 3) if worth else 1.0,
+        f"{limit} of {prompts}",
+    )
+    path = place(model, dtype, device, runtime, weights)
+    store(path, tuned)
+    depth = tuned.num_speculative_tokens
+    length = "" if depth == "auto" else f" --num-speculative-tokens {depth}"
+    say(f"kept in {path}")
+    say(f"specdec generate now uses --drafter {tuned.drafter}{length} for this model: {tuned.speedup:.2f}x plain")
