@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import io
 import json
 import re
@@ -142,10 +143,10 @@ def test_every_command_measures_its_cell_again(folder: Path) -> None:
     """What the page prints is what the command line takes for that very cell."""
     report(folder)
     (block,) = re.findall(r"<summary>One cell at a time</summary><pre>(.*?)</pre>", (folder / PAGE).read_text(), re.S)
-    lines = [line for line in block.replace("&#x27;", "'").splitlines() if line.startswith("specdec bench")]
+    lines = [line for line in html.unescape(block).splitlines() if line.startswith("specdec bench")]
     wanted = [record["cell"] for record in Store(folder).records().values()]
     for line, cell in zip(lines, wanted, strict=True):
-        words = shlex.split(line.replace("&lt;", "<").replace("&gt;", ">"))
+        words = shlex.split(line)
         given = dict(zip(words[2::2], words[3::2], strict=True))
         assert given.pop("--drafters").split(",")[-1] == cell["drafter"]
         assert given.get("--num-speculative-tokens", "auto") == str(cell["num_speculative_tokens"])

@@ -184,7 +184,7 @@ def test_a_biased_rule_fails_with_exit_code_1(run, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["--depths", "1,x"], "--depths takes numbers"),
+        (["--depths", "1,x"], "--depths must be 'auto' or a number >= 1; got 'x'"),
         (["--positions", "-1"], "--positions takes numbers"),
         (["--temperature", "0"], "--temperature"),
         (["--verifier", "exakt"], "did you mean 'exact'"),

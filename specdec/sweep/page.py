@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import base64
-import html
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from jinja2 import Environment
 
 from specdec import __version__
 from specdec.artifacts import replace
@@ -15,19 +16,44 @@ from specdec.errors import SpecDecError
 from specdec.sweep.results import Record, Results, Table, command, speedup_of
 
 PAGE = "report.html"
-SECTIONS = {
-    "speedup": "Speedup",
-    "acceptance": "Acceptance by position",
-    "quality": "Quality against speed",
-    "heat": "Two axes at once",
-}
-EMPTY = {
-    "speedup": "No cell was measured beside a baseline.",
-    "acceptance": "Nothing was drafted.",
-    "quality": "No rule that may change the output took part: there is no quality to trade.",
-    "heat": "Fewer than two axes were swept: there is no map to draw.",
+SECTIONS = {  # name: title, and the text where there is no picture
+    "speedup": ("Speedup", "No cell was measured beside a baseline."),
+    "acceptance": ("Acceptance by position", "Nothing was drafted."),
+    "quality": ("Quality against speed", "No rule that may change the output took part: there is no quality to trade."),
+    "heat": ("Two axes at once", "Fewer than two axes were swept: there is no map to draw."),
 }
 ENVIRONMENT = {"memory_gb": "memory (GB)", "load_average": "load average", "runtime_note": "about the runtime"}
+TEMPLATE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ results.name }}: specdec report</title><style>{{ css|safe }}</style></head>
+<body>
+{%- macro draw(table) %}
+<div class="wide"><table>
+<thead><tr>{% for name in table.header %}<th scope="col">{{ name }}</th>{% endfor %}</tr></thead>
+<tbody>{% for row in table.rows %}<tr>{% for cell in row %}{% if loop.first %}<th scope="row">{{ cell }}</th>
+{%- else %}<td{% if table.header[loop.index0] in ("error", "value") %} class=text{% endif %}>{{ cell }}</td>{% endif %}
+{%- endfor %}</tr>
+{% endfor %}</tbody></table></div>
+{%- endmacro %}
+<header><h1>{{ results.name }}</h1>{% if results.description %}<p>{{ results.description }}</p>{% endif %}
+<dl>{% for title, value, note in facts %}<div><dt>{{ title }}</dt><dd>{{ value }}<small>{{ note }}</small></dd></div>
+{% endfor %}</dl>
+<nav>{% for name, (title, _) in sections.items() %}<a href="#{{ name }}">{{ title }}</a> {% endfor -%}
+<a href="#table">All cells</a> <a href="#environment">Environment</a> <a href="#commands">Commands</a></nav></header>
+{% for name, (title, empty) in sections.items() %}<section id="{{ name }}"><h2>{{ title }}</h2>
+{% for p in pictures[name] %}{% if p.title %}<h3>{{ p.title }}</h3>{% endif %}
+<figure><img src="data:image/png;base64,{{ encoded(p.png) }}" alt="{{ p.alt }}">
+<figcaption>{{ p.caption }}</figcaption></figure>{% else %}<p>{{ empty }}</p>{% endfor %}</section>
+{% endfor %}
+<section id="table"><h2>All cells</h2>{{ draw(results.table()) }}</section>
+{% if failures.rows %}<section id="failures"><h2>Cells that failed</h2>{{ draw(failures) }}</section>{% endif %}
+<section id="environment"><h2>Environment</h2>{{ draw(environment) }}</section>
+<section id="commands"><h2>Commands</h2>
+{% if results.command %}<p>Everything:</p><pre>{{ results.command }}</pre>{% endif %}
+<details open><summary>One cell at a time</summary><pre>{{ commands }}</pre></details></section>
+<footer>specdec {{ version }}</footer>
+</body></html>
+"""
 CSS = """
 :root { color-scheme: light; }
 * { box-sizing: border-box; }
@@ -71,40 +97,28 @@ def write_page(results: Results, folder: Path) -> Path:
     drawn = draw_all(results.done, labels)
     for picture in (picture for pictures in drawn.values() for picture in pictures):
         replace(folder / f"{picture.name}.png", picture.png)
-    body = [_head(results, labels)]
-    for section, title in SECTIONS.items():
-        figures = [
-            (f"<h3>{_e(p.title)}</h3>" if p.title else "")
-            + f'<figure><img src="data:image/png;base64,{base64.b64encode(p.png).decode()}" alt="{_e(p.alt)}">'
-            + f"<figcaption>{_e(p.caption)}</figcaption></figure>"
-            for p in drawn[section]
-        ]
-        body.append(_section(section, title, "".join(figures) or f"<p>{EMPTY[section]}</p>"))
-    body.append(_section("table", "All cells", _table(results.table())))
-    if results.failed:
-        body.append(_section("failures", "Cells that failed", _failures(results.failed, labels)))
-    body.append(_section("environment", "Environment", _environment(results.done)))
-    body.append(_section("commands", "Commands", _commands(results, labels)))
     page = (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{_e(results.name)}: specdec report</title><style>{CSS}</style></head>\n<body>\n"
-        + "\n".join(body)
-        + f"\n<footer>specdec {__version__}</footer>\n</body></html>\n"
+        Environment(autoescape=True)
+        .from_string(TEMPLATE)
+        .render(
+            results=results,
+            css=CSS,
+            facts=_facts(results, labels),
+            sections=SECTIONS,
+            pictures=drawn,
+            encoded=lambda png: base64.b64encode(png).decode(),
+            failures=Table(["cell", "error"], [[labels[r["key"]], r["error"]] for r in results.failed]),
+            environment=_environment(results.done),
+            commands="\n".join(f"# {labels[r['key']]}\n{command(r['cell'])}" for r in results.records),
+            version=__version__,
+        )
     )
     replace(folder / PAGE, page.encode(errors="backslashreplace"))
     return folder / PAGE
 
 
-def _e(text: object) -> str:
-    return html.escape(str(text))
-
-
-def _section(name: str, title: str, inside: str) -> str:
-    return f'<section id="{name}"><h2>{_e(title)}</h2>\n{inside}</section>'
-
-
-def _head(results: Results, labels: Mapping[str, str]) -> str:
+def _facts(results: Results, labels: Mapping[str, str]) -> list[tuple[str, str, str]]:
+    """The most important figures: title, value and note."""
     done, failed = len(results.done), len(results.failed)
     counts = [f"{done} of {done + failed + results.missing} cells"]
     counts += [f"{failed} failed"] if failed else []
@@ -122,16 +136,7 @@ def _head(results: Results, labels: Mapping[str, str]) -> str:
     about = first.get("environment", {})
     machine = [about.get(key) for key in ("dtype", "gpu" if about.get("gpu") else "cpu") if about.get(key)]
     facts.append(("model", ", ".join(models), ", ".join(machine)))
-    links = [*SECTIONS.items(), ("table", "All cells"), ("environment", "Environment"), ("commands", "Commands")]
-    return (
-        f"<header><h1>{_e(results.name)}</h1>"
-        + (f"<p>{_e(results.description)}</p>" if results.description else "")
-        + "<dl>"
-        + "".join(f"<div><dt>{_e(t)}</dt><dd>{_e(v)}<small>{_e(n)}</small></dd></div>" for t, v, n in facts)
-        + "</dl><nav>"
-        + " ".join(f'<a href="#{name}">{_e(title)}</a>' for name, title in links)
-        + "</nav></header>"
-    )
+    return facts
 
 
 def _range(value: Mapping[str, Any]) -> str:
@@ -151,23 +156,7 @@ def _equal(records: Sequence[Record]) -> list[tuple[str, str, str]]:
     return [("same text as plain decoding", f"{equal} of {total} outputs", ", ".join(notes) or "lossless rules")]
 
 
-def _table(table: Table) -> str:
-    head = "".join(f'<th scope="col">{_e(name)}</th>' for name in table.header)
-    rows = []
-    for row in table.rows:
-        cells = "".join(
-            f"<td{' class=text' if name in ('error', 'value') else ''}>{_e(cell)}</td>"
-            for name, cell in zip(table.header[1:], row[1:], strict=True)
-        )
-        rows.append(f'<tr><th scope="row">{_e(row[0])}</th>{cells}</tr>')
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
-
-
-def _failures(records: Sequence[Record], labels: Mapping[str, str]) -> str:
-    return _table(Table(["cell", "error"], [[labels[r["key"]], r["error"]] for r in records]))
-
-
-def _environment(records: Sequence[Record]) -> str:
+def _environment(records: Sequence[Record]) -> Table:
     """One row a fact; what differs between cells shows all its values, numbers as a range."""
     facts: dict[str, list[Any]] = {}
     for record in records:
@@ -184,7 +173,7 @@ def _environment(records: Sequence[Record]) -> str:
         if what not in facts["prompts"]:
             facts["prompts"].append(what)
     rows = [[ENVIRONMENT.get(name, name), _span(values)] for name, values in facts.items() if values]
-    return _table(Table(["fact", "value"], rows))
+    return Table(["fact", "value"], rows)
 
 
 def _span(values: Sequence[Any]) -> str:
@@ -195,9 +184,3 @@ def _span(values: Sequence[Any]) -> str:
 
 def _date(value: Any) -> bool:
     return isinstance(value, str) and re.match(r"\d{4}-\d\d-\d\dT", value) is not None
-
-
-def _commands(results: Results, labels: Mapping[str, str]) -> str:
-    single = "\n".join(f"# {labels[record['key']]}\n{command(record['cell'])}" for record in results.records)
-    whole = f"<p>Everything:</p><pre>{_e(results.command)}</pre>" if results.command else ""
-    return f"{whole}<details open><summary>One cell at a time</summary><pre>{_e(single)}</pre></details>"
