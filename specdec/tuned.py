@@ -48,7 +48,7 @@ def store(path: Path, tuned: Tuned) -> None:
 
 
 def recall(path: Path) -> Tuned | None:
-    """What was kept; None if there is nothing, or nothing readable."""
+    """The setting in a file; None if there is none that can be read."""
     try:
         kept = json.loads(path.read_text("utf-8"))
         depth = kept["num_speculative_tokens"]

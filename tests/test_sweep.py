@@ -163,9 +163,9 @@ def test_shipped_sweeps_are_what_they_say() -> None:
         ("resources: {cpus: 0}\n", 1, "cpus must be a number above 0"),
         ("weights: int4\ndtype: float32\n", 1, "cannot go with dtype float32"),
         ("against: [non]\n", 1, "did you mean 'none'"),
-        ("seed: [1, 2\n", 2, "this is no YAML"),
+        ("seed: [1, 2\n", 2, "this is not YAML"),
         ("seed: !!python/object/apply:os.getcwd []\n", 1, ""),
-        ("a: &a [*a]\n", 1, "an alias stands within"),
+        ("a: &a [*a]\n", 1, "an alias is within"),
         ("- drafter\n", 1, "must be a mapping"),
         ("", 0, "the file is empty"),
     ],
@@ -224,6 +224,7 @@ def test_a_sweep_measures_what_the_decoder_does(sweep, folder: Path, tmp_path: P
     assert outcome.exit_code == 0, outcome.output
     records = [json.loads(line) for line in (tmp_path / "out" / RECORDS).read_text().splitlines()]
     assert len(records) == CELLS and outcome.stderr.count(" x plain (") == CELLS
+    assert outcome.stderr.count(" left)") == CELLS - 1
     base = SpecDecoder.from_pretrained(str(folder), "none")
     prompts = [encode(base.tokenizer, line) for line in (tmp_path / "prompts.txt").read_text().splitlines()]
     for record in records:

@@ -19,7 +19,7 @@ from specdec.machine import processor_name
 
 
 def environment() -> dict[str, Any]:
-    """Plain values for JSON; what this system does not tell is None."""
+    """Plain values for JSON; None for what this system does not report."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "cpu": processor_name(),

@@ -24,6 +24,7 @@ from specdec.metrics import RequestMetrics
 from specdec.sampling import Sampler, SamplingParams
 
 WARM_UP, CONTEXT = 8, 64  # new tokens and prompt tokens of the request that warms a method up
+SAMPLING = ("temperature", "top_p", "top_k")
 LOOKUP = 10  # tokens that model.generate's prompt lookup drafts where our depth is automatic
 
 
@@ -33,7 +34,7 @@ class Reply:
 
     tokens: new ids per row. seconds: the whole call. first_seconds: until the first token; first_tokens came with it
     (assisted generation hands over whole steps). metrics: per row, of our own loop. reasons: why each row ended.
-    peak_memory_mb: None where the system does not tell.
+    peak_memory_mb: None where the system does not report it.
     """
 
     tokens: list[list[int]]
@@ -73,21 +74,14 @@ class OwnMethod:
 
     def sampler(self, prompts: list[list[int]], count: int, seed: int) -> Sampler:
         cell = self.cell
-        params = SamplingParams(cell.temperature, top_k=cell.top_k, top_p=cell.top_p, seed=seed)
+        params = SamplingParams(cell.temperature, cell.top_k, cell.top_p, seed=seed)
         return self.decoder.sampler(prompts, [count] * len(prompts), params)
 
     def reply(self, prompts: list[list[int]], count: int, seed: int) -> Reply:
         cell = self.cell
         start = time.perf_counter()
-        with self.decoder.open(
-            prompts,
-            max_new_tokens=count,
-            num_speculative_tokens=cell.num_speculative_tokens,
-            temperature=cell.temperature,
-            top_p=cell.top_p,
-            top_k=cell.top_k,
-            seed=seed,
-        ) as generation:
+        settings = {name: getattr(cell, name) for name in ("num_speculative_tokens", *SAMPLING)}
+        with self.decoder.open(prompts, max_new_tokens=count, seed=seed, **settings) as generation:
             steps = generation.steps()
             next(steps)
             first = time.perf_counter() - start
@@ -136,8 +130,7 @@ class HFMethod:
         self.depth = depth
         self.sampling: dict[str, Any] = {"do_sample": False}
         if cell.temperature > 0:
-            keys = ("temperature", "top_p", "top_k")
-            self.sampling = {"do_sample": True, **{key: getattr(cell, key) for key in keys}}
+            self.sampling = {"do_sample": True, **{name: getattr(cell, name) for name in SAMPLING}}
 
     def reply(self, prompts: list[list[int]], count: int, seed: int) -> Reply:
         width, device = max(map(len, prompts)), self.model.device

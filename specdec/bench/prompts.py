@@ -37,7 +37,7 @@ class Conversation:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Conversations of one source. sha256: of the file that was read. licence: what to tell the user about it; empty
+    """Conversations of one source. sha256: of the file that was read. licence: what the user has to know of it; empty
     for files and our own set."""
 
     name: str

@@ -194,9 +194,9 @@ def generate(
         raise typer.Exit(1)
 
 
-def _source(decoder: SpecDecoder, asked: str) -> str:
-    """What the drafter was asked for by, where that is not its name: a folder, or NAME=SOURCE."""
-    return "" if asked == decoder.drafter.label else asked
+def _source(decoder: SpecDecoder, given: str) -> str:
+    """What names the drafter where that is not its name: a folder, or NAME=SOURCE."""
+    return "" if given == decoder.drafter.label else given
 
 
 def _utf8(name: str, text: str) -> str:

@@ -101,7 +101,7 @@ def statistics(
 ) -> None:
     """Print the figures of one generation to stderr.
 
-    source: what the drafter was asked for by, where that is not its name. tuned: the settings that were applied.
+    source: the folder or NAME=SOURCE that the drafter was given by. tuned: the settings that were applied.
     """
     m = output.metrics
     rate = f"{m.draft_acceptance_rate:.0%}" if m.num_draft_tokens else "nothing drafted"

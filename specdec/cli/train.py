@@ -46,7 +46,7 @@ def run(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other setting of train.yaml.")
     ] = None,
 ) -> None:
-    """The command of every method; which one, its name says."""
+    """Train the drafter that the command is named after."""
     from specdec.train.method import lookup  # heavy imports stay out of --help
     from specdec.train.settings import load_settings
     from specdec.train.trainer import speedup_text, train

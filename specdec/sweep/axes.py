@@ -51,7 +51,7 @@ def varying(cells: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
 
 
 def labels(cells: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A name for each cell: its drafter, and what tells it from the other cells of that drafter."""
+    """A name for each cell: its drafter, and what distinguishes it from the other cells of that drafter."""
     families: dict[str, list[Mapping[str, Any]]] = {}
     for cell in cells:
         families.setdefault(cell["drafter"], []).append(cell)
@@ -59,8 +59,8 @@ def labels(cells: Sequence[Mapping[str, Any]]) -> list[str]:
     out = []
     for cell in cells:
         point = values(cell)
-        told = [f"{short(name)}={flow(point[name])}" for name in differing[cell["drafter"]] if name in point]
-        out.append(" ".join([cell["drafter"], *told]))
+        own = [f"{short(name)}={flow(point[name])}" for name in differing[cell["drafter"]] if name in point]
+        out.append(" ".join([cell["drafter"], *own]))
     return out
 
 

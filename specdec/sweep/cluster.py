@@ -135,15 +135,15 @@ def _knock(where: str) -> None:
 
 def _room(ray: Any, resources: Resources) -> int:
     """How many cells the cluster can run at once. Raises SpecDecError if no machine of it can run one."""
-    asked = {"CPU": resources.cpus, "GPU": resources.gpus, "memory": resources.memory_gb * 1e9}
-    asked = {name: amount for name, amount in asked.items() if amount}
+    needed = {"CPU": resources.cpus, "GPU": resources.gpus, "memory": resources.memory_gb * 1e9}
+    needed = {name: amount for name, amount in needed.items() if amount}
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    room = sum(int(min(node.get(name, 0) / amount for name, amount in asked.items())) for node in nodes)
+    room = sum(int(min(node.get(name, 0) / amount for name, amount in needed.items())) for node in nodes)
     if room < 1:
-        largest = {name: max((node.get(name, 0) for node in nodes), default=0) for name in asked}
+        largest = {name: max((node.get(name, 0) for node in nodes), default=0) for name in needed}
         raise SpecDecError(
             "no machine of the cluster can run a cell: it asks for "
-            + ", ".join(f"{_amount(name, asked[name])} of at most {_amount(name, largest[name])}" for name in asked)
+            + ", ".join(f"{_amount(name, needed[name])} of at most {_amount(name, largest[name])}" for name in needed)
             + "; change 'resources'"
         )
     return min(room, resources.workers or room)

@@ -1,4 +1,4 @@
-"""YAML that remembers its lines, so that every complaint about a file can say where. Knows nothing of sweeps."""
+"""YAML that remembers its lines, so that every error in a file names its line. Knows no sweeps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _FLOAT = re.compile(r"[-+]?(\d[\d_]*\.?|\d*\.\d+)([eE][-+]?\d+)?")  # YAML 1.1 t
 
 @dataclass(frozen=True)
 class Node:
-    """A value and where it stands. ``value`` is a scalar, a list of nodes, or a dict of nodes by key.
+    """A value and its place. ``value`` is a scalar, a list of nodes, or a dict of nodes by key.
 
     source, line: the file's name and the line, from 1; line 0 is none (an override).
     """
@@ -34,6 +34,10 @@ class Node:
 
     def fail(self, message: str) -> NoReturn:
         raise SpecDecError(f"{self.where}: {message}")
+
+    def holding(self, value: Any) -> Node:
+        """A node of the same place with another value."""
+        return replace(self, value=value)
 
     def items(self, what: str) -> list[tuple[str, Node]]:
         """Its keys and values, if it is a mapping (or nothing at all). Raises SpecDecError otherwise."""
@@ -72,7 +76,7 @@ def show(value: Any) -> str:
 
 
 def load(path: Path) -> Node:
-    """The YAML file as a node. Raises SpecDecError with the line for what is no YAML or has a key twice."""
+    """The YAML file as a node. Raises SpecDecError with the line for what is not YAML or has a key twice."""
     try:
         with path.open("rb") as file:
             text = inputs.whole(file, inputs.DOCUMENT).decode("utf-8-sig")
@@ -94,9 +98,9 @@ def parse(text: str, source: str, first: int = 1) -> Node:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 1
-        raise SpecDecError(f"{source}:{line}: this is no YAML: {' '.join((error.problem or '').split())}") from None
+        raise SpecDecError(f"{source}:{line}: this is not YAML: {' '.join((error.problem or '').split())}") from None
     except yaml.YAMLError as error:
-        raise SpecDecError(f"{source}: this is no YAML: {' '.join(str(error).split())}") from None
+        raise SpecDecError(f"{source}: this is not YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
         raise SpecDecError(f"{source}: values are nested too deeply") from None
     finally:
@@ -110,7 +114,7 @@ class _Reader:
     def read(self, node: yaml.Node, above: tuple[int, ...]) -> Node:
         self.count += 1
         if id(node) in above:
-            self.fail(node, "an alias stands within what it stands for")
+            self.fail(node, "an alias is within what it refers to")
         if self.count > MOST_NODES:
             self.fail(node, f"more than {MOST_NODES} values, those of aliases counted; give fewer")
         above = (*above, id(node))
@@ -145,7 +149,7 @@ class _Reader:
         try:
             value = self.loader.construct_object(node)
         except Exception:  # a date like 2026-13-45, a !!python tag, !!bool maybe: constructors raise what they like
-            value = yaml  # no value of a file
+            value = yaml  # not a value of a file
         if isinstance(value, str) and not node.style and _FLOAT.fullmatch(value):  # type: ignore[attr-defined]
             return float(value.replace("_", ""))
         if not isinstance(value, str | int | float | None):

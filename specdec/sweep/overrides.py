@@ -27,11 +27,11 @@ def override(items: dict[str, Node], text: str) -> None:
     node = _values(value, text)
     if head == "resources":
         given = dict(items["resources"].items("resources")) if "resources" in items else {}
-        items["resources"] = Node(given | {tail: node.each()[0]}, node.source, 0)
+        items["resources"] = node.holding(given | {tail: node.each()[0]})
     elif key in GROUPS:  # a selection: those that the file knows keep their options
         before = named(items[key], key) if key in items else {}
         after = named(node, key)
-        items[key] = Node({name: before.get(name, given) for name, given in after.items()}, node.source, 0)
+        items[key] = node.holding({name: before.get(name, given) for name, given in after.items()})
     else:
         items[key] = node.each()[0] if key == "name" else node
 
@@ -51,16 +51,16 @@ def _override_option(items: dict[str, Node], group: str, text: str) -> None:
     path = option.split(".")
     node = _values(value, text)
     for key in reversed(path[1:]):
-        node = Node({key: node}, node.source, 0)
-    names[name] = _merged(names[name], Node({path[0]: node}, node.source, 0))
-    items[group] = Node(names, node.source, 0)
+        node = node.holding({key: node})
+    names[name] = _merged(names[name], node.holding({path[0]: node}))
+    items[group] = node.holding(names)
 
 
 def _merged(below: Node, above: Node) -> Node:
     if not isinstance(below.value, dict) or not isinstance(above.value, dict):
         return above
     both = {key: _merged(below.value[key], node) for key, node in above.value.items() if key in below.value}
-    return Node(below.value | above.value | both, below.source, below.line)
+    return below.holding(below.value | above.value | both)
 
 
 def _values(text: str, override: str) -> Node:

@@ -39,7 +39,6 @@ from specdec.sweep.schema import (
     checked,
     named,
     options,
-    place,
     resources,
     text,
 )
@@ -96,7 +95,7 @@ class Sweep:
         self.name = text(items.get("name"), name)
         self.description = text(items.get("description"), "")
         self.resources = resources(items.get("resources"))
-        self.against = None if WHOLE not in items else checked(Cell, WHOLE, _as_list(items[WHOLE]))
+        self.against = None if WHOLE not in items else checked(Cell, WHOLE, items[WHOLE].holding(items[WHOLE].each()))
         self.axes = [Axis(name, self._setting(name, items[name])) for name in SETTINGS if name in items]
         defaults = Cell()
         self.names = {group: self._group(group, getattr(defaults, group)) for group in GROUPS}
@@ -107,7 +106,7 @@ class Sweep:
         self.zips = self._zips(strict)
         self.excludes = self._excludes(strict)
 
-    # What the file says.
+    # Read the file.
 
     def _setting(self, name: str, node: Node) -> list[Node]:
         values = node.each()
@@ -122,7 +121,7 @@ class Sweep:
         return values
 
     def _group(self, group: str, default: str) -> dict[str, Node]:
-        names = named(self.items.get(group) or Node(default, *place(self.root)), group)
+        names = named(self.items.get(group) or self.root.holding(default), group)
         for name, node in names.items():
             try:
                 check_name(group, name)
@@ -178,7 +177,7 @@ class Sweep:
             if not any(_matches(point, conditions) for point in points):
                 entry.fail(f"this entry of exclude matches no cell: {show(entry.plain())}")
 
-    # What it spans.
+    # Make the cells.
 
     def _points(self, excluded: bool = False) -> Iterator[dict[str, Any]]:
         """Every combination of the axes, as values by axis name; with those that exclude drops, if asked for."""
@@ -237,16 +236,12 @@ class Sweep:
         return cell.canonical()
 
     def _blame(self, group: str, name: str, message: str) -> Node:
-        """Where the option stands that ``message`` is about; else the name it is an option of."""
+        """The place of the option that ``message`` is about; else of the name it is an option of."""
         found = {}
         for axis in self.options[group][name]:
             if match := re.search(rf"\b{re.escape(axis.name.rpartition('.')[2])}\b", message):
                 found[match.start()] = axis.values[0]
         return found[min(found)] if found else self.names[group][name]
-
-
-def _as_list(node: Node) -> Node:
-    return Node(node.each(), node.source, node.line)
 
 
 def _together(axes: list[Axis], zips: list[list[str]]) -> list[list[dict[str, Any]]]:

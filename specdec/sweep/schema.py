@@ -40,10 +40,6 @@ class Axis:
     values: list[Node]
 
 
-def place(node: Node) -> tuple[str, int]:
-    return node.source, node.line
-
-
 def text(node: Node | None, default: str) -> str:
     if node is None:
         return default
@@ -79,7 +75,7 @@ def named(node: Node, what: str) -> dict[str, Node]:
                 value.fail(f"'{what}' must be a name, a list of names or a mapping; got {show(value.plain())}")
             if value.value in names:
                 value.fail(f"'{what}' has the value {value.value} twice")
-            names[value.value] = Node(None, *place(value))
+            names[value.value] = value.holding(None)
     if not names:
         node.fail(f"'{what}' is empty: the sweep would have no cell")
     return names

@@ -97,7 +97,7 @@ class Store:
             raise SpecDecError(f"'{self.folder}' holds no sweep: there is no {MANIFEST} in it") from None
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             pass
-        raise SpecDecError(f"'{self.manifest}' is broken; it cannot be told which sweep this is")
+        raise SpecDecError(f"'{self.manifest}' is broken, so the sweep it belongs to is unknown")
 
     def records(self) -> dict[str, dict[str, Any]]:
         """Every record by key. Raises SpecDecError for a broken line (other than an unfinished last one)."""

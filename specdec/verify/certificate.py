@@ -103,8 +103,8 @@ class Certificate:
 
     def page(self, title: Sequence[str]) -> str:
         """The certificate as text; ``title``: lines that say of what."""
-        about, verdict = self.environment, "PASSED" if self.passed else "FAILED"
-        lines = [f"Losslessness: {verdict}{'' if self.complete else ' so far (cut short)'}", "", *title]
+        about, result = self.environment, "PASSED" if self.passed else "FAILED"
+        lines = [f"Losslessness: {result}{'' if self.complete else ' so far (cut short)'}", "", *title]
         lines.append(f"machine    {about['cpu']}, {about['threads']} threads")
         versions = ", ".join(f"{name} {about[name]}" for name in ("specdec", "torch", "transformers"))
         lines.append(f"versions   {versions}, commit {about['commit'] or 'unknown'}")

@@ -76,7 +76,7 @@ class Greedy:
     def take(
         self, decoder: SpecDecoder, name: str, prompt: list[int], answer: list[int], right: list[int], count: int
     ) -> None:
-        """Judge the ``answer`` to the prompt called ``name`` by what model.generate said and by replay."""
+        """Compare the ``answer`` to the prompt called ``name`` with that of model.generate and with a replay."""
         logits = witness(decoder.model, prompt, answer, count)
         gaps = logits.amax(-1) - logits.gather(1, logits.new_tensor(answer).long()[:, None])[:, 0]  # (n,)
         limit, eos = NEAR_TIE[decoder.target.dtype], decoder.eos_ids()
