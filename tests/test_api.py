@@ -205,9 +205,9 @@ def test_a_wrong_keyword_names_the_method_that_was_called(llama, decoder: SpecDe
     [
         ({"model": "smollm2-135m-instruct"}, "model must be a loaded model; SpecDecoder.from_pretrained loads one"),
         ({"drafter": 5}, "drafter must be text or a path or a Drafter; got 5"),
-        ({"drafter": ""}, "the drafter's name is empty; name one"),
-        ({"drafter": "+"}, r"'\+' joins two drafters, and one is missing in '\+'; for example: prompt-lookup\+m2r2"),
-        ({"drafter": "prompt-lookup+"}, "one is missing in 'prompt-lookup.'"),
+        ({"drafter": ""}, "no drafter is named in ''"),
+        ({"drafter": "+"}, r"no drafter is named in '\+'"),
+        ({"drafter": "prompt-lookup+"}, "no drafter is named in 'prompt-lookup.'"),
         ({"drafter_options": [1]}, "drafter_options must be None or a mapping by name"),
         ({"drafter_options": {1: 2}}, "drafter_options must be None or a mapping by name"),
         ({"runtime": 5}, "runtime must be text"),

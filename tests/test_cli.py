@@ -456,7 +456,7 @@ def test_control_characters_of_a_model_are_escaped_on_a_terminal_alone(model: st
 def test_help_imports_nothing_heavy_and_every_command_shows_an_example() -> None:
     heavy = "print([m for m in ('torch', 'transformers', 'numpy') if m in __import__('sys').modules])"
     script = f"import atexit; atexit.register(lambda: {heavy}); from specdec.cli import main; main()"
-    commands = "generate models drafters train bench verify sweep report pack-experts".split()
+    commands = ["generate", "models", "drafters", "train", "bench", "verify", "sweep", "report", "pack-experts"]
     for command in ([], *([name] for name in commands), ["train", "m2r2"], ["tune", "drafter"]):
         done = subprocess.run(
             [sys.executable, "-c", script, *command, "--help"], capture_output=True, text=True, timeout=60
