@@ -94,11 +94,9 @@ def parse(text: str) -> list[tuple[str, str | None]]:
     Each is a registered name or a drafter folder, which is then its source (its config.json has the name). The last may
     say what it is loaded from: "NAME=SOURCE". Raises SpecDecError for an unknown name and a folder that is none.
     """
-    if not text.strip():
-        raise SpecDecError("the drafter's name is empty; name one (see 'specdec drafters'), or leave it at 'auto'")
     joined, _, source = text.partition("=")
     if not all(part.strip() for part in joined.split("+")):
-        raise SpecDecError(f"'+' joins two drafters, and one is missing in '{text}'; for example: prompt-lookup+m2r2")
+        raise SpecDecError(f"no drafter is named in '{text}'; 'specdec drafters' lists them, and + joins several")
     if text in names("drafters") or Path(text).is_dir():
         return [_part(text)]
     parts = [_part(part) for part in joined.split("+")]

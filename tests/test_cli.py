@@ -263,7 +263,7 @@ BAD = {
     "unknown model": (["x", "--model", "./nowhere"], "./nowhere"),
     "mistyped model": (["x", "--model", "smollm2-135m-instrukt"], "did you mean 'smollm2-135m-instruct'?"),
     "empty prompt": (["  "], "the prompt is empty"),
-    "no drafter": (["x", "--drafter", ""], "the drafter's name is empty"),
+    "no drafter": (["x", "--drafter", ""], "no drafter is named"),
     "prompt in another encoding": ([os.fsdecode(b"\xff")], "the prompt is not UTF-8 text"),
     "stop in another encoding": (["x", "--stop", os.fsdecode(b"\xff")], "--stop is not UTF-8 text"),
     "system in another encoding": (["x", "--system", os.fsdecode(b"\xff")], "--system is not UTF-8 text"),
