@@ -26,7 +26,7 @@ class Shape:
     siblings: number of further candidates at each depth (depths beyond its length have none). nodes: most nodes of the
     tree, which is then the one expected to keep the most tokens (``best_tree``), by how often the first, second, ...
     choice at each depth has been right in this generation. Neither: such a tree of as many nodes as the chain has and
-    scoring has room for beside it (``State.spare``; none at a fixed depth). Raises SpecDecError for bad values.
+    scoring has room for beside it (``State.extra_nodes``; none at a fixed depth). Raises SpecDecError for bad values.
     """
 
     DEPTHS, RANKS = 8, 5  # positions and choices that are counted
@@ -45,11 +45,11 @@ class Shape:
         self.offered = [[0.0] * self.RANKS for _ in range(self.DEPTHS)]
         self.pending: tuple[int, ...] = ()  # parents of the draft that is being verified
 
-    def fit(self, limit: int, spare: int) -> tuple[int, Sequence[int]]:
+    def fit(self, limit: int, extra_nodes: int) -> tuple[int, Sequence[int]]:
         """The chain's depth, at most ``limit`` >= 1, and the siblings at each depth."""
-        if self.siblings is not None or (self.nodes is None and not spare):
+        if self.siblings is not None or (self.nodes is None and not extra_nodes):
             return limit, self.siblings or ()
-        tree = best_tree(self._accuracy()[:limit], self.nodes or limit + spare, chain=True)
+        tree = best_tree(self._accuracy()[:limit], self.nodes or limit + extra_nodes, chain=True)
         depths = tree.depths()
         return max(depths) + 1, [depths.count(depth) - 1 for depth in range(max(depths) + 1)]
 
@@ -99,7 +99,7 @@ class ChainDrafter(Drafter):
         certainty: Callable[[Tensor], Tensor] | None = None,
     ) -> Draft:
         """``draft_chain`` with the siblings of ``shape``."""
-        limit, siblings = self.shape.fit(limit, state.spare)
+        limit, siblings = self.shape.fit(limit, state.extra_nodes)
         draft = draft_chain(state, limit, step, siblings, vocab, certainty)
         self.shape.drafted(draft)
         return draft

@@ -148,9 +148,9 @@ class M2R2Drafter(ChainDrafter):
             heads, tokens = vocabulary.heads, vocabulary.tokens
             route = self.route = Route(network.frozen, network.path.segments, network.adapters, heads, tokens)
         seed = Seed(state.ids[0][-1], state.cache.rows[0], block.final, block.inputs, self.place)
-        width = self.width if self.shape.nodes or state.spare else 1
+        width = self.width if self.shape.nodes or state.extra_nodes else 1
         found = state.target.grow(state.cache, seed, route, Bounds(limit, width, state.confidence))
-        return likeliest(found, self.shape.nodes or limit + state.spare, state.cache.device)
+        return likeliest(found, self.shape.nodes or limit + state.extra_nodes, state.cache.device)
 
     def observe(self, paths: list[list[int]], taps: dict[int, Tensor]) -> None:
         super().observe(paths, taps)

@@ -79,7 +79,7 @@ class MedusaDrafter(Drafter):
     """Drafts the tree that is expected to keep the most tokens for its number of nodes.
 
     accuracy[k][r]: how often choice r of head k is the model's own. nodes: nodes of the tree; None: as many as the
-    chain of the given depth, and those that cost little to score beside it (``State.spare``).
+    chain of the given depth, and those that cost little to score beside it (``State.extra_nodes``).
     own: output heads of a public checkpoint; None: the model's. source: where public heads come from: a folder, or a
         Hugging Face id with the commit that was read.
     Raises SpecDecError if no trained heads fit the target.
@@ -145,7 +145,7 @@ class MedusaDrafter(Drafter):
 
     def propose(self, state: State, limit: int) -> Draft:
         depth = min(limit, self.network.heads)
-        parents, depths, ranks = self._shape(depth, self.nodes or limit + state.spare)
+        parents, depths, ranks = self._shape(depth, self.nodes or limit + state.extra_nodes)
         if not parents:
             return Draft.empty(len(state.ids), state.cache.device)
         logits = self._logits(state)[:, : max(depths) + 1]

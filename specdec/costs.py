@@ -1,23 +1,26 @@
-"""What drafting and scoring cost on this machine: measured once per machine, model, runtime and drafter, and kept.
+"""What steps cost on this machine: measured once per machine, model, runtime and drafter, kept in the cache folder.
 
-The figures lie in the cache folder under a name made of all they depend on, and are measured again when any of it
-changes. Whatever else the machine does meanwhile only makes a pass longer: the least of several timings counts, and
-what requests then find otherwise is mended.
+The least of several timings counts: what else the machine does only ever makes a pass longer. Requests correct the
+figures by what their steps take (``AutoDepth.costs``), so those of a busy hour do not last.
 """
 
 from __future__ import annotations
 
-import itertools
+import hashlib
+import json
+import platform
 import time
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections import defaultdict
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from specdec import measured
+from specdec import artifacts, embedded, machine
 from specdec.cache import KVCache
-from specdec.depth import AutoDepth, FixedDepth
+from specdec.depth import Costs, FixedDepth
 from specdec.draft import Drafter, Verifier
 from specdec.loop import Loop
 from specdec.sampling import Sampler, SamplingParams
@@ -25,119 +28,67 @@ from specdec.target import Target
 
 ROWS = (1, 2, 3, 4, 5, 6, 8, 9, 12, 16)  # numbers of scored tokens that are timed
 CONTEXT = 128  # cached tokens while timing
-REPEATS, PATIENCE = 3, 4.0  # fewest rounds of timings; seconds after which there is no other
 DRAFTED = 4  # depth of the timed drafts
-WRONG = 1.25  # kept figures that are further from what rounds take are mended
-ACCEPTANCE = 0.1  # kept acceptance that differs by more is written anew
-
-
-@dataclass(frozen=True)
-class Costs:
-    """Seconds: ``score[n]`` of a pass over n tokens (embedding, layers, readout), ``drafts`` of drafting.
-
-    drafts: the first drafted token and each further one, for each exit that tokens may go to at most. accepted: for
-    each exit, how often the drafted token of each position stood in requests up to now, and how many times that was
-    seen (``AutoDepth.known``).
-    """
-
-    score: dict[int, float]
-    drafts: tuple[tuple[float, float], ...]
-    accepted: tuple[tuple[tuple[float, float], ...], ...] = ()
+REPEATS, SECONDS = 3, 1.0  # least number of timings of each, and least time for all
 
 
 def costs(target: Target, drafter: Drafter, verifier: Verifier) -> Costs:
-    """The figures for ``drafter`` on ``target``, from the cache folder or by measuring (a few seconds, once)."""
-    what, kept = _what(target, drafter), measured.read(_what(target, drafter))
-    try:
-        score = {int(n): float(s) for n, s in kept["score"].items()}
-        found = Costs(score, _pairs(kept["drafts"]), tuple(map(_pairs, kept["accepted"])))
-        good = all(0 <= share <= 1 and seen > 0 for known in found.accepted for share, seen in known)
-        whole = set(found.score) == set(ROWS) and len(found.drafts) == drafter.num_exits
-        if whole and good and min(found.score.values()) > 0 and min(map(min, found.drafts)) >= 0:
-            return found
-    except (ValueError, KeyError, AttributeError, TypeError):
-        pass  # not measured yet, or no such figures: measure
+    """The costs of ``drafter`` on ``target``: from the cache folder, or measured and kept there."""
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # not there, or not what ``keep`` writes
+        data = json.loads(_place(target, drafter).read_text("utf-8"))
+        score = {int(n): float(s) for n, s in data["score"].items()}
+        drafts = tuple((float(first), float(further)) for first, further in data["drafts"])
+        accepted = tuple(tuple((float(a), float(n)) for a, n in known) for known in data["accepted"])
+        sound = all(0 <= share <= 1 and seen > 0 for known in accepted for share, seen in known)
+        sound = sound and min(score.values()) > 0 and min(map(min, drafts)) >= 0
+        if sound and set(score) == set(ROWS) and len(drafts) == drafter.num_exits:
+            return Costs(score, drafts, accepted)
     fresh = measure(target, drafter, verifier)
-    measured.keep(what, asdict(fresh))
+    keep(target, drafter, fresh)
     return fresh
 
 
-def mend(target: Target, drafter: Drafter, kept: Costs, policy: AutoDepth) -> Costs:
-    """``kept``, or, where rounds went otherwise than it says, what ``policy`` found instead; that is then kept.
-
-    Times are only mended downwards as a whole (a machine that is slower now is a busy one, and slows everything), but
-    the price of drafting beside that of scoring both ways.
-    """
-    faster = policy.drift if policy.drift * WRONG < 1 else 1.0
-    score = {n: faster * s for n, s in policy.score.items()}
-    scales = [faster * known.scale / policy.drift for known in policy.exits]
-    drafts = tuple((a * known.first, a * known.further) for a, known in zip(scales, policy.exits, strict=True))
-    figures = [*itertools.chain(*drafts), min(score.values())]
-    wrong = any(map(_apart, figures, [*itertools.chain(*kept.drafts), min(kept.score.values())]))
-    known = tuple(map(_pairs, policy.known()))
-    if not wrong and not _news(known, kept.accepted):
-        return kept
-    mended = Costs(score, drafts, known) if wrong else Costs(kept.score, kept.drafts, known)
-    measured.keep(_what(target, drafter), asdict(mended))
-    return mended
-
-
-def _pairs(given: Any) -> tuple[tuple[float, float], ...]:
-    return tuple((float(a), float(b)) for a, b in given)
-
-
-def _news(now: Any, kept: Any) -> bool:
-    """Whether acceptance differs from what was kept, or rests on more observations than that did."""
-    for fresh, old in itertools.zip_longest(now, kept, fillvalue=()):
-        for (share, seen), (before, times) in itertools.zip_longest(fresh, old, fillvalue=(0.0, 0.0)):
-            if abs(share - before) > ACCEPTANCE or min(seen, AutoDepth.ENOUGH) > WRONG * times:
-                return True
-    return False
-
-
-def _apart(a: float, b: float) -> bool:
-    return max(a, b) > WRONG * min(a, b)
+def keep(target: Target, drafter: Drafter, found: Costs) -> None:
+    """Write ``found`` to the cache folder. Where that fails, the costs are measured again next time."""
+    with suppress(OSError):
+        place = _place(target, drafter)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        artifacts.replace(place, json.dumps(asdict(found)).encode())
 
 
 def measure(target: Target, drafter: Drafter, verifier: Verifier) -> Costs:
-    """Time scoring and drafting in turns, until each figure was reached twice: on a busy machine, until it is let be.
-
-    The least counts: whatever else runs only ever makes a pass slower.
-    """
-    score: dict[int, list[float]] = {n: [] for n in ROWS}
-    exits: list[int | None] = [*range(drafter.num_exits)] if drafter.num_exits > 1 else [None]
-    drafts: dict[tuple[int | None, int], list[float]] = {(exit, depth): [] for exit in exits for depth in (1, DRAFTED)}
-    start, rounds = time.perf_counter(), 0
-    while rounds < REPEATS or time.perf_counter() - start < PATIENCE:
-        rounds += 1
+    """Time scoring and drafting in turns."""
+    score, drafts = defaultdict[int, list[float]](list), defaultdict[tuple[int, int], list[float]](list)
+    exits, start = range(drafter.num_exits), time.perf_counter()
+    while len(score[1]) < REPEATS or time.perf_counter() - start < SECONDS:
         for n, seconds in time_scoring(target, 1).items():
             score[n].append(seconds)
-        for (exit, depth), draft in drafts.items():
-            draft.append(time_drafting(target, drafter, verifier, depth, exit))
-        sure = 0.01 * min(score[1])  # a draft so cheap needs no better figure
-        dear = [draft for draft in drafts.values() if min(draft) >= sure]
-        if rounds >= REPEATS and all(map(measured.confirmed, [*score.values(), *dear])):
-            break
-    best = {way: min(draft) for way, draft in drafts.items()}
-    return Costs({n: min(s) for n, s in score.items()}, tuple(_line(best[e, 1], best[e, DRAFTED]) for e in exits))
+        for exit in exits:
+            for depth in (1, DRAFTED):
+                chosen = exit if len(exits) > 1 else None
+                drafts[exit, depth].append(time_drafting(target, drafter, verifier, depth, chosen))
+    lines = (_line(min(drafts[exit, 1]), min(drafts[exit, DRAFTED])) for exit in exits)
+    return Costs({n: min(timings) for n, timings in score.items()}, tuple(lines))
 
 
 def _line(one: float, each: float) -> tuple[float, float]:
     """Seconds of the first drafted token and of a further one, from one alone and from each of ``DRAFTED``.
 
-    No draft is dearer for being deeper: a drafter that finds nothing alone (0) costs alike.
+    A token costs no more in a deeper draft. A drafter that drafts nothing alone (0) has one price.
     """
     further = (DRAFTED * each - one) / (DRAFTED - 1)
     return (one, further) if one > 0 and 0 <= further <= one else (each, each)
 
 
-def _what(target: Target, drafter: Drafter) -> str:
-    """What the figures depend on."""
-    what = f"{measured.machine(target.device)} {target.runtime} {target.storage} {target.dtype} {target.fingerprint}"
-    what += f" {drafter.name} {drafter.path}"
-    if target.experts is not None:  # more rows need more experts: what loading them takes is part of the cost
-        what += f" {target.experts.describe()}"
-    return what
+def _place(target: Target, drafter: Drafter) -> Path:
+    """The file whose name is made of all that costs depend on."""
+    device, cpu = target.device, machine.processor_name()
+    units = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    parts: list[object] = [cpu, platform.node(), units, torch.__version__, torch.backends.cpu.get_cpu_capability()]
+    parts += [target.runtime, target.storage, target.dtype, target.fingerprint, drafter.name, drafter.path]
+    parts += [] if target.experts is None else [target.experts.describe()]  # more tokens load more experts
+    name = hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest()[:24]
+    return embedded.cache_dir() / "costs" / f"{name}.json"
 
 
 @torch.inference_mode()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,8 +17,8 @@ from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel
 
 from specdec import dtypes, embedded, generation_config, hub, options, registry
-from specdec.costs import Costs, costs, mend
-from specdec.depth import AutoDepth, DepthPolicy, FixedDepth
+from specdec.costs import costs, keep
+from specdec.depth import MOST, AutoDepth, DepthPolicy, FixedDepth
 from specdec.draft import Drafter, Verifier
 from specdec.errors import SpecDecError
 from specdec.experts.offload import ExpertOptions, Meter, Offload
@@ -67,6 +68,7 @@ REQUEST = {
 }
 
 LOSSY_DEPTH = 4  # of drafts under a lossy rule that scores them, where the depth is "auto"
+KEEP_EVERY = 60.0  # fewest seconds between two writes of what requests find out about costs
 
 _claiming = threading.Lock()
 _busy: set[int] = set()  # ids of the drafters that a generation is using
@@ -146,8 +148,8 @@ class SpecDecoder:
         except BaseException:
             self.close()
             raise
-        self._auto: AutoDepth | None = None
-        self._costs: Costs | None = None
+        self._auto: AutoDepth | None = None  # one for all requests: what it learns about the drafter stays
+        self._kept_at = -KEEP_EVERY
 
     @property
     def device(self) -> torch.device:
@@ -223,7 +225,7 @@ class SpecDecoder:
         other = copy.copy(self)
         drafter, other.tuned = _recalled(drafter, self._kept)
         other.drafter = other._drafter(drafter, drafter_options)
-        other._auto = other._costs = None
+        other._auto, other._kept_at = None, -KEEP_EVERY
         return other
 
     def _drafter(self, drafter: str | Path | Drafter, given: dict[str, Any]) -> Drafter:
@@ -402,22 +404,21 @@ class SpecDecoder:
         if not self.drafter.drafts:
             return FixedDepth(0)
         if self.verifier.threshold is not None:
-            return FixedDepth(AutoDepth.MOST)  # the drafter's confidence ends a draft
+            return FixedDepth(MOST)  # the drafter's confidence ends a draft
         if not self.verifier.lossless:
             return FixedDepth(LOSSY_DEPTH)  # the text depends on the depth, so no clock may choose it
-        if self._costs is None:
-            self._costs = costs(self.target, self.drafter, self.verifier)
-        if self._auto is not None:
-            self._auto.begin()
-        else:  # one for all requests: what it has learned about this drafter stays
-            self._auto = AutoDepth(self._costs.score, self._costs.drafts, accepted=self._costs.accepted)
+        if self._auto is None:
+            self._auto = AutoDepth(costs(self.target, self.drafter, self.verifier))
+        self._auto.begin()
         return self._auto
 
     def _ended(self, generation: Generation) -> None:
-        """What a request found out about costs stays, where it differs from what was kept."""
+        """Keep what the request found out about costs, and release the drafter."""
         try:
-            if generation.loop.policy is self._auto and self._auto is not None and self._costs is not None:
-                self._costs = mend(self.target, self.drafter, self._costs, self._auto)
+            now = time.monotonic()
+            if generation.loop.policy is self._auto and self._auto is not None and now - self._kept_at >= KEEP_EVERY:
+                keep(self.target, self.drafter, self._auto.costs())
+                self._kept_at = now
         finally:
             generation.release()
 

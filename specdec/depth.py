@@ -1,274 +1,246 @@
-"""How deep to draft, and to which exit: fixed, or chosen from measured costs and running acceptance.
+"""How deep to draft, and to which exit: fixed, or chosen by expected tokens per second.
 
-Speculation pays when the tokens a round is expected to yield, per second, beat one token per plain step. ``AutoDepth``
-estimates both sides as it goes, picks the best depth and exit, decodes plainly when all lose, and probes what it did
-not pick at intervals whose cost it bounds. Knows nothing about models: seconds and counts in, a depth out.
+``AutoDepth`` takes the depth and exit with the most expected tokens per second, by a table of step costs that is scaled
+to what recent steps take, and a running estimate of how often the drafted token at each position is accepted; depth 0
+is plain decoding. What it does not take (drafting where plain decoding is faster, another exit, one token deeper) it
+probes: each exit saves up its part of 1 % of the decode time, and is tried when that pays for the expected loss. A new
+request starts from the acceptance of earlier ones, worth five observations.
 """
 
 from __future__ import annotations
 
 import bisect
+import functools
 import itertools
 import operator
 from collections import deque
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+MOST = 8  # deepest draft considered
+PROBES = 0.01  # share of the decode time that probes may lose
+PRIOR, WEIGHT = 0.6, 1.25  # acceptance of an unknown drafter, and how many observations this guess is worth
+CARRIED = 5.0  # observations that the acceptance of earlier requests is worth
+MEMORY, LONG_MEMORY = 0.97, 0.998  # weight of the past per step: within a request, over requests
+RECENT = 15  # steps whose median ratio of measured to expected seconds scales the table
+HOLD = 15  # most plain steps without a decision
+NODE_GAIN, MOST_NODES = 0.03, 8  # tokens that an extra tree node adds to a step on average; most such nodes
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds: ``score[n]`` of a pass over n tokens (embedding, layers, readout), ``drafts`` of drafting.
+
+    drafts: for each exit, the first drafted token and each further one. accepted: for each exit and position, how often
+    the drafted token was accepted in earlier requests, and how many observations that rests on.
+    """
+
+    score: dict[int, float]
+    drafts: tuple[tuple[float, float], ...]
+    accepted: tuple[tuple[tuple[float, float], ...], ...] = ()
+
+    def scoring(self, tokens: float) -> float:
+        """Seconds of a pass over ``tokens``: linear between and beyond the sizes in ``score``."""
+        sizes = sorted(self.score)
+        at = min(max(bisect.bisect_left(sizes, tokens), 1), len(sizes) - 1)
+        below, above = sizes[at - 1], sizes[at]
+        low, high = self.score[below], self.score[above]
+        return low + (tokens - below) / (above - below) * max(high - low, 0.0)
+
+    def drafting(self, depth: int, exit: int = -1) -> float:
+        """Seconds of drafting ``depth`` tokens deep."""
+        first, further = self.drafts[exit]
+        return max(first + (depth - 1) * further, 1e-9) if depth else 0.0
+
+
+class Choice(NamedTuple):
+    """What to draft in a step.
+
+    depth: most tokens for each row; 0 is a plain step. exit: ``State.exit``. extra_nodes: tree nodes beside the chain,
+    per row, that are worth scoring. confidence: a drafter may stop once its whole chain is less likely to be accepted.
+    """
+
+    depth: int = 0
+    exit: int | None = None
+    extra_nodes: int = 0
+    confidence: float = 0.0
 
 
 class DepthPolicy(Protocol):
-    """Asked for a depth before each round, told what the round took and yielded after it."""
+    """Chooses what to draft before each step, and learns from the step."""
 
-    exit: int | None  # what ``State.exit`` is in the round whose depth was asked for last
+    def choose(self, batch: int) -> Choice:
+        """What to draft in the next step of ``batch`` rows."""
 
-    def depth(self, batch: int) -> int:
-        """Most tokens to draft for each of ``batch`` rows in the next round; 0 is a plain decoding step."""
-
-    def confidence(self) -> float:
-        """A drafter may stop early once the probability that its whole chain stands falls below this."""
-
-    def spare(self, batch: int, depth: int) -> int:
-        """Nodes beside a chain of ``depth``, per row, that are worth scoring although they are not drafted along."""
-
-    def observe(self, drafted: Sequence[int], accepted: Sequence[int], rows: int, draft: float, rest: float) -> None:
-        """One round: drafted depth and accepted tokens of each row, tokens scored, seconds drafting and not."""
+    def observe(self, drafted: Sequence[int], accepted: Sequence[int], scored: int, draft: float, rest: float) -> None:
+        """A step: drafted depth and accepted tokens of each row, tokens scored, seconds of drafting and of the rest."""
 
 
 class FixedDepth:
-    """Always ``depth``, and the same ``exit``."""
+    """Always the same depth and exit."""
 
     def __init__(self, depth: int, exit: int | None = None) -> None:
-        self._depth, self.exit = depth, exit
+        self.choice = Choice(depth, exit)
 
-    def depth(self, batch: int) -> int:
-        return self._depth
+    def choose(self, batch: int) -> Choice:
+        return self.choice
 
-    def confidence(self) -> float:
-        return 0.0
-
-    def spare(self, batch: int, depth: int) -> int:
-        return 0
-
-    def observe(self, drafted: Sequence[int], accepted: Sequence[int], rows: int, draft: float, rest: float) -> None:
+    def observe(self, drafted: Sequence[int], accepted: Sequence[int], scored: int, draft: float, rest: float) -> None:
         pass
 
 
-class _Exit:
-    """What is known of drafts whose tokens go to one exit at most.
+class _Counts:
+    """Observations and acceptances of each position; the past fades."""
 
-    first, further: seconds for the first drafted depth and for each after it, as measured. accepted: of each position,
-    how often it stood in earlier requests, and how many times that was seen.
+    def __init__(self, memory: float) -> None:
+        self.memory, self.seen, self.accepted = memory, [0.0] * MOST, [0.0] * MOST
+
+    def start(self, known: Sequence[tuple[float, float]], most: float) -> None:
+        """Start from shares of acceptance, worth ``most`` observations each at most."""
+        for position, (share, seen) in enumerate(known[:MOST]):
+            self.seen[position] = min(seen, most)
+            self.accepted[position] = share * self.seen[position]
+
+    def add(self, position: int, seen: int, accepted: int) -> None:
+        self.seen[position] = self.memory * self.seen[position] + seen
+        self.accepted[position] = self.memory * self.accepted[position] + accepted
+
+    def known(self) -> tuple[tuple[float, float], ...]:
+        """Share and observations, for as many positions as were drafted."""
+        return tuple((accepted / seen, seen) for accepted, seen in zip(self.accepted, self.seen, strict=True) if seen)
+
+    def tokens(self) -> list[float]:
+        """Expected tokens of a step at depth 0, 1, .. ``MOST``. A position is assumed to be like the one before it."""
+        shares, share = [], PRIOR
+        for accepted, seen in zip(self.accepted, self.seen, strict=True):
+            share = (accepted + WEIGHT * share) / (seen + WEIGHT)
+            shares.append(share)
+        return list(itertools.accumulate(itertools.accumulate(shares, operator.mul), initial=1.0))
+
+
+class _Exit:
+    """What is known of drafting to one exit.
+
+    ratios: measured to expected seconds of drafting, over that of scoring. budget: seconds saved up for a probe.
     """
 
-    def __init__(self, first: float, further: float, accepted: Sequence[tuple[float, float]]) -> None:
-        most = AutoDepth.MOST
-        self.first, self.further = max(first, 1e-9), max(further, 1e-9)  # one that did not draft is followed, too
-        # Measured over ``first`` and ``further``, on a machine as fast as ``score`` says: what slows drafting slows
-        # scoring, too.
-        self.ratios: deque[float] = deque([1.0], maxlen=AutoDepth.RECENT)
-        self.scale = 1.0  # what these and the machine's drift come to now
-        # Of all requests, and of this one: how often a position was offered and stood.
-        self.all_offered, self.all_stood = [0.0] * most, [0.0] * most
-        for position, (share, seen) in enumerate(accepted[:most]):
-            self.all_offered[position], self.all_stood[position] = seen, share * seen
+    def __init__(self, known: Sequence[tuple[float, float]]) -> None:
+        self.ratios, self.budget = deque([1.0], maxlen=RECENT), 0.0
+        self.all, self.own = _Counts(LONG_MEMORY), _Counts(MEMORY)  # acceptance in all requests, and in this one
+        self.all.start(known, float("inf"))
         self.begin()
 
     def begin(self) -> None:
-        """A new request: texts differ, so what earlier ones accepted is a belief that few observations outweigh."""
-        most, more = AutoDepth.MOST, AutoDepth.MORE
-        self.offered, self.stood = [0.0] * most, [0.0] * most
-        self.belief_weight = [AutoDepth.WEIGHT + more * min(n / AutoDepth.ENOUGH, 1.0) for n in self.all_offered]
+        self.own.start(self.all.known(), CARRIED)
 
-    def cost(self, depth: int) -> float:
-        """Seconds of drafting so deep."""
-        return self.scale * (self.first + (depth - 1) * self.further) if depth else 0.0
-
-    def beliefs(self) -> list[float]:
-        """Acceptance of each position given the ones before. One is believed to be like the one before it."""
-        found, belief, weight = [], AutoDepth.PRIOR, AutoDepth.WEIGHT
-        for position, own in enumerate(self.belief_weight):
-            belief = (self.all_stood[position] + weight * belief) / (self.all_offered[position] + weight)
-            belief = (self.stood[position] + own * belief) / (self.offered[position] + own)
-            found.append(belief)
-        return found
-
-    def see(self, drafted: Sequence[int], accepted: Sequence[int]) -> None:
-        for position in range(min(max(drafted), AutoDepth.MOST)):
-            # Only rows whose chain stood up to here say anything about this position.
+    def count(self, drafted: Sequence[int], accepted: Sequence[int]) -> None:
+        for position in range(min(max(drafted), MOST)):
+            # Only rows whose chain was accepted up to here say anything about this position.
             reached = [a for d, a in zip(drafted, accepted, strict=True) if d > position and a >= position]
-            if reached:
-                share = sum(a > position for a in reached) / len(reached)
-                memory, long = AutoDepth.MEMORY, AutoDepth.LONG
-                self.stood[position] = memory * self.stood[position] + share
-                self.offered[position] = memory * self.offered[position] + 1
-                self.belief_weight[position] *= memory
-                self.all_stood[position] = long * self.all_stood[position] + share
-                self.all_offered[position] = long * self.all_offered[position] + 1
+            for counts in (self.all, self.own):
+                counts.add(position, len(reached), sum(a > position for a in reached))
+
+
+class _Step(NamedTuple):
+    """A step that could be taken: the expected tokens of each row, seconds, and tokens per second."""
+
+    speed: float
+    exit: int
+    depth: int
+    tokens: float
+    seconds: float
 
 
 class AutoDepth:
-    """Maximises expected tokens per second over exits and depths k:
+    """The policy above. One serves all requests of a decoder; ``begin`` says that a new one starts."""
 
-        (1 + sum_i prod_{j <= i} a_j) / (d(k) + s(B + B k w))
-
-    a_j: running acceptance of the j-th drafted token given the ones before; d(k): seconds of drafting k deep, both of
-    an exit; s(n): those of a round that scores n tokens, without drafting; B: rows of the batch; w: tokens lately
-    scored per drafted depth (1 for chains, and for trees no larger than ``spare`` has room for). ``score`` gives s at
-    some sizes and ``drafts``, for each exit, seconds of the first drafted depth and of each further one, as measured on
-    this machine; all are followed as rounds go by, by running medians: a slow round (another process, a growing buffer)
-    swings nothing, and figures from a busy hour are mended by the first rounds that disagree. ``accepted``: for each
-    exit, what an earlier policy knew (``known``), to begin with. ``begin`` says that another request does.
-
-    Estimates may be wrong, so two accounts, in tokens that what is best would have yielded, bound what is lost:
-    ``trust`` bears the failure of any draft, and rounds that gain restore it; ``credit`` grows by ``SHARE`` in rounds
-    that do not draft, or could draft otherwise, and bears what probes really took.
-    """
-
-    MOST = 8  # deepest draft considered
-    MEMORY = 0.96  # weight of the past in running figures, per round
-    PRIOR, WEIGHT = 0.6, 3.0  # acceptance assumed before anything was seen; how many observations a belief is worth
-    MORE, ENOUGH = 4.0, 30.0  # and a belief that rests on so many earlier observations
-    LONG = 0.997  # as ``MEMORY``, over requests
-    SIBLING, SIBLINGS = 0.03, 8  # tokens that a node beside the chain is taken to add to a round; most such nodes
-    SHARE = 0.006  # of the time that drafting which does not pay may cost
-    CREDIT = 0.3  # tokens' worth of time that a first probe may cost at once
-    DEAREST = 8.0  # tokens' worth of time that a probe is believed to have cost at most: the machine may have slept
-    TRUST, MOST_TRUST = 1.2, 16.0  # tokens' worth of time that drafting may have lost, at first and after successes
-    RECENT = 15  # rounds whose median is believed
-    REST = 15  # most plain rounds until the next decision: they change little, and deciding costs time, too
-
-    def __init__(
-        self,
-        score: Mapping[int, float],
-        drafts: Sequence[tuple[float, float]],
-        accepted: Sequence[Sequence[tuple[float, float]]] = (),
-    ) -> None:
-        self.score, self.sizes = dict(score), sorted(score)
-        earlier = [*accepted, *[()] * len(drafts)]
-        self.exits = [_Exit(*draft, known) for draft, known in zip(drafts, earlier, strict=False)]
-        self.exit: int | None = None if len(self.exits) == 1 else 0
-        self.batch, self.width = 1, 1.0
-        self.ratios: deque[float] = deque(maxlen=self.RECENT)  # measured seconds of a round over what ``score`` says
-        self.drift = 1.0  # what these come to now
-        self.credit, self.trust = self.CREDIT, self.TRUST  # what a probe, and any draft, may lose by now, in tokens
-        self.probing = False
-        self.room = 0  # nodes of a row that count as a chain this round
-        self.rest = 0  # plain rounds to go before anything is decided
-        self._speeds: list[list[float]] = []  # of this round
+    def __init__(self, costs: Costs) -> None:
+        self.table = costs
+        self.scoring, self.drafting = functools.lru_cache(costs.scoring), functools.lru_cache(costs.drafting)
+        known = itertools.zip_longest(costs.drafts, costs.accepted[: len(costs.drafts)], fillvalue=())
+        self.exits = [_Exit(accepted) for _, accepted in known]
+        self.ratios: deque[float] = deque(maxlen=RECENT)  # measured to expected seconds of scoring
+        self.width = 1.0  # tokens lately scored per drafted depth, beside extra nodes: more than 1 in a fixed tree
+        self.batch, self.hold, self.elapsed = 0, 0, 0.0  # plain steps to go, and seconds gone, between two decisions
+        self.choice, self.probe, self.speed = Choice(), False, 0.0  # of the last decision; the best expected speed
 
     def begin(self) -> None:
-        """Forget what is the last request's alone."""
-        self.rest, self.trust = 0, max(self.trust, self.TRUST)
+        self.hold = 0
         for known in self.exits:
             known.begin()
 
-    def depth(self, batch: int) -> int:
-        if self.rest and batch == self.batch:
-            self.rest -= 1
-            return 0
-        self.batch, self._speeds, self.rest, self.room = batch, [], 0, 0
-        self._settle()
-        speeds = self.speeds()
-        ways = [(exit, max(range(1, self.MOST + 1), key=known.__getitem__)) for exit, known in enumerate(speeds)]
-        ways.sort(key=lambda way: -speeds[way[0]][way[1]])  # each exit with its best depth, the best one first
-        at, depth = ways[0]
-        pays = speeds[at][depth] > speeds[0][0]
-        others, self.probing = ways[1:] if pays else ways, False
-        if others:
-            probe, deep = others[0]
-            # It costs this much more than yielding its tokens in the best way would.
-            excess = self.expected(probe)[deep] * (self.most() / speeds[probe][deep] - 1)
-            self.probing = excess <= self.credit and (not pays or self.loss(deep, probe) <= self.trust)
-            if self.probing:
-                at, depth = probe, deep
-            elif not pays:  # until it can be paid for
-                self.rest = int(min((excess - self.credit) / self.SHARE, self.REST))
-                return 0
-        if self.exit is not None:
-            self.exit = at
-        return max((k for k in range(depth + 1) if self.loss(k, at) <= self.trust), default=0) if pays else depth
+    def choose(self, batch: int) -> Choice:
+        if self.hold and batch == self.batch:
+            self.hold -= 1
+            return self.choice
+        self.batch, self.probe = batch, False
+        steps = self.steps()
+        best = max(map(max, steps))
+        chosen, self.speed, wait = best, best.speed, HOLD * best.seconds
+        share = PROBES / len(self.exits)
+        for known, own in zip(self.exits, steps, strict=True):
+            drafts = own[best.depth + 1 : best.depth + 2] if best.depth and own[best.depth] is best else own[1:]
+            if not drafts:
+                continue
+            other = max(drafts)
+            loss = other.seconds - other.tokens / best.speed
+            known.budget = min(known.budget + share * self.elapsed, loss)
+            wait = min(wait, (loss - known.budget) / share)
+            if known.budget >= loss and not self.probe:
+                chosen, self.probe = other, True
+        self.elapsed, self.hold = 0.0, 0
+        if chosen.depth:
+            self.choice = self._choice(chosen)
+        else:
+            self.choice, self.hold = Choice(), int(wait / best.seconds)
+        return self.choice
 
-    def loss(self, depth: int, exit: int = 0) -> float:
-        """What a round of this depth loses if nothing of it stands: tokens that plain decoding yields in the time."""
-        rows = self.batch * (1 + depth * self.width)
-        return (self.exits[exit].cost(depth) + self.seconds(rows)) / self.seconds(self.batch) - 1
+    def observe(self, drafted: Sequence[int], accepted: Sequence[int], scored: int, draft: float, rest: float) -> None:
+        deepest = max(drafted)
+        self.elapsed += draft + rest
+        self.ratios.append(rest / self.scoring(scored))
+        if not deepest:
+            return
+        exit, nodes = self.choice.exit or 0, scored / len(drafted) - 1
+        chain = nodes <= self.choice.depth + self.choice.extra_nodes
+        self.width = 0.8 * self.width + 0.2 * (1.0 if chain else nodes / deepest)
+        used, pace = self.exits[exit], _median(self.ratios)
+        used.ratios.append(draft / pace / self.drafting(deepest, exit))
+        used.count(drafted, accepted)
+        if self.probe:  # what it took by the median, as a single step may be slow for any reason
+            took = pace * (_median(used.ratios) * self.drafting(deepest, exit) + self.scoring(scored))
+            used.budget -= took - (1 + sum(accepted) / len(accepted)) / self.speed
 
-    def confidence(self) -> float:
-        """Drafting one token more pays if P(chain stands) x seconds per token exceeds what that token costs."""
-        known, scored = self.exits[self.exit or 0], self.seconds(2 * self.batch) - self.seconds(self.batch)
-        one_more = known.scale * known.further + max(scored, 0.0)
-        return min(one_more * self.most(), 1.0)
-
-    def spare(self, batch: int, depth: int) -> int:
-        """The most that cost less than the tokens they are taken to add, by the measured price of scoring them."""
-        worth = self.SIBLING / self.speeds()[self.exit or 0][min(depth, self.MOST)]  # seconds
-        chain = self.seconds(batch * (1 + depth))
-        prices = ((m, self.seconds(batch * (1 + depth + m)) - chain) for m in range(1, self.SIBLINGS + 1))
-        found = max((m for m, price in prices if price <= m * worth), default=0) if depth else 0
-        self.room = depth + found
+    def steps(self) -> list[list[_Step]]:
+        """For each exit, the steps of depth 0, 1, .. ``MOST``."""
+        pace = _median(self.ratios)
+        scoring = [self.scoring(self.batch * (1 + depth * self.width)) for depth in range(MOST + 1)]
+        found = []
+        for exit, known in enumerate(self.exits):
+            tokens, ratio = known.own.tokens(), _median(known.ratios)
+            seconds = [pace * (ratio * self.drafting(k, exit) + s) for k, s in enumerate(scoring)]
+            found.append([_Step(n / s, exit, k, n, s) for k, (n, s) in enumerate(zip(tokens, seconds, strict=True))])
         return found
 
-    def expected(self, exit: int = 0) -> list[float]:
-        """Tokens a round of each depth is expected to yield."""
-        reach = itertools.accumulate(self.exits[exit].beliefs(), operator.mul)
-        return list(itertools.accumulate(reach, initial=1.0))
+    def costs(self) -> Costs:
+        """The table as recent steps have it, and what is known of acceptance."""
+        pace = _median(self.ratios)
+        scales = [pace * _median(known.ratios) for known in self.exits]
+        drafts = tuple((a * first, a * further) for a, (first, further) in zip(scales, self.table.drafts, strict=True))
+        score = {n: pace * seconds for n, seconds in self.table.score.items()}
+        return Costs(score, drafts, tuple(known.all.known() for known in self.exits))
 
-    def seconds(self, rows: float) -> float:
-        """Seconds of a round that scores ``rows`` tokens, without drafting: linear between and beyond known sizes."""
-        at = min(max(bisect.bisect_left(self.sizes, rows), 1), len(self.sizes) - 1)
-        below, above = self.sizes[at - 1], self.sizes[at]
-        low, high = self.score[below], self.score[above]
-        return self.drift * (low + (rows - below) / (above - below) * max(high - low, 0.0))
-
-    def speeds(self) -> list[list[float]]:
-        """For each exit, expected tokens per second when drafting so many tokens a round: 0, 1, .. ``MOST``."""
-        if not self._speeds:
-            rows = [self.seconds(self.batch * (1 + depth * self.width)) for depth in range(self.MOST + 1)]
-            self._speeds = [
-                [n / (known.cost(k) + s) for k, (n, s) in enumerate(zip(self.expected(at), rows, strict=True))]
-                for at, known in enumerate(self.exits)
-            ]
-        return self._speeds
-
-    def most(self) -> float:
-        """The best of ``speeds``."""
-        return max(map(max, self.speeds()))
-
-    def known(self) -> list[list[tuple[float, float]]]:
-        """For each exit, of each position that was drafted: how often it stood, and how many times that was seen."""
-        pairs = (zip(known.all_stood, known.all_offered, strict=True) for known in self.exits)
-        return [[(stood / seen, seen) for stood, seen in positions if seen >= 1] for positions in pairs]
-
-    def observe(self, drafted: Sequence[int], accepted: Sequence[int], rows: int, draft: float, rest: float) -> None:
-        deepest = max(drafted)
-        self.ratios.append(rest * self.drift / self.seconds(rows))
-        if not deepest:
-            self.trust = min(self.trust + self.SHARE, self.MOST_TRUST)
-            self.credit += self.SHARE
-            return
-        best, used = self.most(), self.exits[self.exit or 0]
-        nodes = rows / len(drafted) - 1
-        # Siblings pay for themselves, at another depth others: they say nothing of what deeper drafts would score.
-        self.width = 0.8 * self.width + 0.2 * (1.0 if nodes <= self.room else nodes / deepest)
-        used.ratios.append(draft / self._settle() / (used.first + (deepest - 1) * used.further))
-        self._settle()
-        usual, got = used.cost(deepest) + self.seconds(rows), 1 + sum(accepted) / len(accepted)
-        self.trust = min(self.trust + got - usual / self.seconds(len(drafted)), self.MOST_TRUST)
-        if self.probing:  # what it really took: a drafter that was not asked for long may have to catch up
-            self.credit -= min(max((draft + rest) * best - got, 0.0), self.DEAREST)
-        elif len(self.exits) > 1:
-            self.credit += self.SHARE
-        used.see(drafted, accepted)
-
-    def _settle(self) -> float:
-        """Take what the last rounds took for what the next will take; return how much slower that is than ``score``."""
-        if self.ratios:
-            # The lower median: what is in the way of a round only ever makes it longer.
-            self.drift = _median(self.ratios)
-            for known in self.exits:
-                known.scale = self.drift * _median(known.ratios)
-        return self.drift
+    def _choice(self, step: _Step) -> Choice:
+        """``step``, with what else pays: its price in seconds is less than the tokens it adds are worth."""
+        batch, scoring, second = self.batch, self.scoring, self.speed * _median(self.ratios)
+        further = _median(self.exits[step.exit].ratios) * self.table.drafts[step.exit][1]
+        confidence = min((further + scoring(2 * batch) - scoring(batch)) * second, 1.0)
+        nodes, chain = range(1, MOST_NODES + 1), batch * (1 + step.depth)
+        extra = (m for m in nodes if (scoring(chain + batch * m) - scoring(chain)) * second <= m * NODE_GAIN)
+        return Choice(step.depth, step.exit if len(self.exits) > 1 else None, max(extra, default=0), confidence)
 
 
-def _median(figures: Sequence[float]) -> float:
-    """The median, of an even number the lower one. Short: all code between two passes is cold."""
-    return sorted(figures)[(len(figures) - 1) // 2]
+def _median(ratios: Sequence[float]) -> float:
+    """The lower median; 1 of none. What else the machine does only ever makes a step longer."""
+    return sorted(ratios)[(len(ratios) - 1) // 2] if ratios else 1.0

@@ -100,7 +100,7 @@ class State:
     """Where a generation stands. ``ids[b]``: row b's prompt and output; its last token, the root, is not yet cached.
 
     confidence: below this probability that its whole chain stands, drafting on costs more than it brings.
-    spare: nodes that may be added beside the chain because scoring them is cheap.
+    extra_nodes: tree nodes that may be added beside the chain because scoring them is cheap.
     exit: of a drafter with several exits (``num_exits``), the number of the last that tokens may go to; None: it has
         none to choose, or is free to.
     threshold: what is drafted will stand unjudged; a drafter that leaves the model early proposes only tokens it is at
@@ -112,7 +112,7 @@ class State:
     sampler: Sampler
     ids: list[list[int]]
     confidence: float = 0.0
-    spare: int = 0
+    extra_nodes: int = 0
     exit: int | None = None
     threshold: float | None = None
 

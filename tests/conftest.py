@@ -152,7 +152,7 @@ def scripted_costs(monkeypatch: pytest.MonkeyPatch) -> None:
         return Costs({n: 1 + 0.02 * n for n in (1, 2, 4, 8, 16)}, ((0.1, 0.1),) * drafter.num_exits)
 
     monkeypatch.setattr("specdec.decoder.costs", given)
-    monkeypatch.setattr("specdec.decoder.mend", lambda target, drafter, kept, policy: kept)
+    monkeypatch.setattr("specdec.decoder.keep", lambda target, drafter, found: None)
     monkeypatch.setattr("specdec.train.speed.costs", given)
 
 

@@ -20,7 +20,7 @@ from specdec.verifiers.exact import ExactVerifier
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch) -> None:
-    monkeypatch.setattr(costs, "PATIENCE", 0.0)
+    monkeypatch.setattr(costs, "SECONDS", 0.0)
 
 
 def test_costs_are_measured_once_and_again_when_something_changes(tmp_path: Path, monkeypatch) -> None:
@@ -58,41 +58,28 @@ def test_a_planted_file_is_read_as_data(tmp_path: Path, monkeypatch) -> None:
     assert costs.costs(target, NoDrafter(), ExactVerifier()).score[1] not in (5.0, -1.0)
 
 
-def test_figures_that_requests_contradict_are_mended_for_good(tmp_path: Path, monkeypatch) -> None:
+def test_figures_that_requests_contradict_are_corrected_for_good(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path))
     target, drafter, verifier = ReferenceTarget(tiny_model()), PromptLookupDrafter(), ExactVerifier()
     costs.costs(target, drafter, verifier)
     (file,) = (tmp_path / "costs").iterdir()
     data = json.loads(file.read_text()) | {"score": {str(n): 75.0 + n for n in costs.ROWS}, "drafts": [[47.0, 47.0]]}
     file.write_text(json.dumps(data))  # as a busy machine would have it
-    kept = costs.costs(target, drafter, verifier)
-    policy = AutoDepth(kept.score, kept.drafts)
+    policy = AutoDepth(costs.costs(target, drafter, verifier))
     for _ in range(30):
         policy.observe([2], [1], 3, 2 * 1.3, 6.3)
-    mended = costs.mend(target, drafter, kept, policy)
-    assert 5 < mended.score[1] < 7 and 1 < mended.drafts[0][0] < 1.6 and mended.accepted[0][0][0] == 1.0
-    assert costs.costs(target, drafter, verifier) == mended
-    again = AutoDepth(mended.score, mended.drafts, accepted=mended.accepted)
-    for _ in range(10):
-        again.observe([2], [1], 3, 3 * 2 * 1.3, 3 * 6.3)  # a busy machine: slower, but no other than it was
-    assert costs.mend(target, drafter, mended, again) == mended
+    found = policy.costs()
+    assert 5 < found.score[1] < 7 and 1 < found.drafts[0][0] < 1.6 and found.accepted[0][0][0] == 1.0
+    costs.keep(target, drafter, found)
+    assert costs.costs(target, drafter, verifier) == found
 
 
-def test_timing_goes_on_until_the_least_was_reached_twice(monkeypatch) -> None:
-    """Passes take 60 ms while something else runs, and 6 ms otherwise; every fifth round it does not run."""
-    rounds = iter(range(100))
-
-    def scoring(target, repeats):
-        slow = 10 if next(rounds) % 5 else 1
-        return {n: slow * (6 + 0.1 * n) for n in costs.ROWS}
-
-    monkeypatch.setattr(costs, "PATIENCE", 1e9)
-    monkeypatch.setattr(costs, "time_scoring", scoring)
+def test_the_least_of_several_timings_counts(monkeypatch) -> None:
+    """Passes take 60 ms while something else runs, and 6 ms otherwise."""
+    slow = iter((10, 1, 10))
+    monkeypatch.setattr(costs, "time_scoring", lambda target, repeats: dict.fromkeys(costs.ROWS, 6.0 * next(slow)))
     monkeypatch.setattr(costs, "time_drafting", lambda *args: 1.2)
-    assert costs.measure(None, Mock(num_exits=1), None) == costs.Costs(
-        {n: 6 + 0.1 * n for n in costs.ROWS}, ((1.2, 1.2),)
-    )
-    assert next(rounds) == 6
+    assert costs.measure(None, NoDrafter(), None) == costs.Costs(dict.fromkeys(costs.ROWS, 6.0), ((1.2, 1.2),))
 
 
 def test_each_exit_and_the_first_token_of_a_draft_have_prices_of_their_own(monkeypatch) -> None:

@@ -103,7 +103,7 @@ def test_an_accuracy_table_shapes_the_tree_within_depth_and_nodes(llama: PreTrai
     drafter.final = torch.randn(1, 1, D)
     assert drafter.propose(state, 1).parents == (0,)
     assert drafter.propose(state, 2).parents == (0, 1)  # 0.6, then 0.3 under it rather than 0.25 beside it
-    state.spare = 3
+    state.extra_nodes = 3
     wide = drafter.propose(state, 2)
     assert wide.parents == (0, 1, 0, 1, 3)  # 0.6, 0.3, 0.25, 0.15, 0.125
     assert len(set(wide.tokens[0, [0, 2]].tolist())) == len(set(wide.tokens[0, [1, 3]].tolist())) == 2

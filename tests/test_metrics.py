@@ -42,7 +42,7 @@ def test_the_ledger_books_each_phase_and_sums_up_to_the_wall(llama: PreTrainedMo
     monkeypatch.setattr(drafter, "observe", takes(1.0, drafter.observe))
     policy = FixedDepth(3)
     monkeypatch.setattr(policy, "observe", takes(0.5, policy.observe))
-    monkeypatch.setattr(policy, "depth", takes(0.25, policy.depth))
+    monkeypatch.setattr(policy, "choose", takes(0.25, policy.choose))
     stop = takes(0.125, lambda row, token: None)
     generation = Loop(target, drafter, verifier, Sampler(SamplingParams()), [[5, 6]], [10], stop, policy)
     away = 0.0

@@ -18,6 +18,7 @@ from tiny import save_tiny_moe
 from typer.testing import CliRunner
 
 from specdec import SpecDecoder, cli, costs, hub
+from specdec.depth import MOST, AutoDepth, Costs
 from specdec.errors import SpecDecError
 from specdec.experts import packed, predict, tiers
 from specdec.experts.layers import moe_layers
@@ -171,6 +172,10 @@ def test_the_cost_of_scoring_includes_the_experts_that_more_rows_need(mixtral, f
     finally:
         offload.close()
     assert score[8] > 1.3 * score[1]
+    flat = dict.fromkeys(score, score[1])
+    drafts, known = ((score[1] / 100, score[1] / 100),), (((0.6, 9.0),) * MOST,)
+    slow, fast = (AutoDepth(Costs(s, drafts, known)).choose(1).depth for s in (score, flat))
+    assert slow < fast
 
 
 def test_with_a_tree_and_in_a_batch(mixtral, folder):

@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 
 from specdec.costs import Costs, costs
 from specdec.decoder import SpecDecoder
-from specdec.depth import AutoDepth
 
 
 def measure(model: PreTrainedModel, folder: Path) -> Costs:
@@ -30,11 +29,11 @@ def predict(chain: Sequence[float], costs: Costs, nodes: Sequence[int] | None = 
     s, d: ``costs``. That scoring may resume from a draft's states is left out: a pass over fewer layers is saved for
     the drafted tokens, but the last of them still needs one.
     """
-    seconds, draft = AutoDepth(costs.score, costs.drafts).seconds, costs.drafts[-1]
     best, depth, tokens = 1.0, 0, 1.0
     for k, accepted in enumerate(chain, start=1):
         tokens += accepted
-        speedup = tokens * seconds(1) / (draft[0] + (k - 1) * draft[1] + seconds(1 + (nodes[k - 1] if nodes else k)))
+        seconds = costs.drafting(k) + costs.scoring(1 + (nodes[k - 1] if nodes else k))
+        speedup = tokens * costs.scoring(1) / seconds
         if speedup > best:
             best, depth = speedup, k
     return best, depth
