@@ -75,9 +75,10 @@ def test_figures_that_requests_contradict_are_corrected_for_good(tmp_path: Path,
 
 
 def test_the_least_of_several_timings_counts(monkeypatch) -> None:
-    """Passes take 60 ms while something else runs, and 6 ms otherwise."""
+    """Passes take 60 ms while something else runs, and 6 ms otherwise; those over two tokens never had luck."""
     slow = iter((10, 1, 10))
-    monkeypatch.setattr(costs, "time_scoring", lambda target, repeats: dict.fromkeys(costs.ROWS, 6.0 * next(slow)))
+    scoring = lambda target, repeats: dict.fromkeys(costs.ROWS, 6.0 * next(slow)) | {2: 60.0}  # noqa: E731
+    monkeypatch.setattr(costs, "time_scoring", scoring)
     monkeypatch.setattr(costs, "time_drafting", lambda *args: 1.2)
     assert costs.measure(None, NoDrafter(), None) == costs.Costs(dict.fromkeys(costs.ROWS, 6.0), ((1.2, 1.2),))
 
