@@ -16,7 +16,7 @@ import operator
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 MOST = 8  # deepest draft considered
 PROBES = 0.01  # share of the decode time that probes may lose
@@ -67,17 +67,18 @@ class Choice(NamedTuple):
     confidence: float = 0.0
 
 
-class DepthPolicy(Protocol):
+class DepthPolicy:
     """Chooses what to draft before each step, and learns from the step."""
 
     def choose(self, batch: int) -> Choice:
         """What to draft in the next step of ``batch`` rows."""
+        raise NotImplementedError
 
     def observe(self, drafted: Sequence[int], accepted: Sequence[int], scored: int, draft: float, rest: float) -> None:
         """A step: drafted depth and accepted tokens of each row, tokens scored, seconds of drafting and of the rest."""
 
 
-class FixedDepth:
+class FixedDepth(DepthPolicy):
     """Always the same depth and exit."""
 
     def __init__(self, depth: int, exit: int | None = None) -> None:
@@ -85,9 +86,6 @@ class FixedDepth:
 
     def choose(self, batch: int) -> Choice:
         return self.choice
-
-    def observe(self, drafted: Sequence[int], accepted: Sequence[int], scored: int, draft: float, rest: float) -> None:
-        pass
 
 
 class _Counts:
@@ -152,7 +150,7 @@ class _Step(NamedTuple):
     seconds: float
 
 
-class AutoDepth:
+class AutoDepth(DepthPolicy):
     """The policy above. One serves all requests of a decoder; ``begin`` says that a new one starts."""
 
     def __init__(self, costs: Costs) -> None:
