@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel
 
-from specdec import dtypes, embedded, generation_config, hub, options, registry
+from specdec import embedded, generation_config, hub, options, registry
 from specdec.costs import costs, keep
 from specdec.depth import MOST, AutoDepth, DepthPolicy, FixedDepth
 from specdec.draft import Drafter, Verifier
@@ -44,7 +44,6 @@ CONSTRUCTOR = {
     "drafter_options": _MAPPING,
     "runtime": options.TEXT,
     "weights": options.TEXT,
-    "compile": options.BOOL,
     "verifier": options.TEXT | options.Kind("a Verifier", lambda value: callable(value.verify)),
     "verifier_options": _MAPPING,
     "exact": options.BOOL,
@@ -104,8 +103,6 @@ class SpecDecoder:
     weights: "auto" (as loaded; stored in fewer bits where those hold the very same values), "dense" (as loaded), "int8"
     or "int4" (layers rounded; bfloat16 on a CPU). What is rounded is then the base, in ``model`` too: output is
     lossless with respect to it.
-    compile: put the layers of the fused or graphs runtime, with dense weights, through torch.compile, which takes its
-    time at each new kind of pass. runtime "auto" is then one of these two.
     verifier: the acceptance rule, a name (with its ``verifier_options``) or an object: "exact", or a lossy one, such as
     "confident". exact: refuse lossy rules.
     experts: of a mixture-of-experts model, keep them in slow memory and load them as they are needed
@@ -123,7 +120,6 @@ class SpecDecoder:
         drafter_options: dict[str, Any] | None = None,
         runtime: str = "auto",
         weights: str = "auto",
-        compile: bool = False,
         verifier: str | Verifier = "exact",
         verifier_options: dict[str, Any] | None = None,
         exact: bool = False,
@@ -131,7 +127,7 @@ class SpecDecoder:
     ) -> None:
         given = {
             "model": model, "drafter": drafter, "drafter_options": drafter_options, "runtime": runtime,
-            "weights": weights, "compile": compile, "verifier": verifier, "verifier_options": verifier_options,
+            "weights": weights, "verifier": verifier, "verifier_options": verifier_options,
             "exact": exact, "experts": experts,
         }  # fmt: skip
         options.check_values(given, CONSTRUCTOR)
@@ -139,7 +135,7 @@ class SpecDecoder:
         self._kept: Tuned | None = None  # the same, where there is anything for this model
         self.verifier = registry.verifier(verifier, verifier_options, exact)
         self.model, self.tokenizer = model.eval(), tokenizer
-        self.target, self.runtime_note = make_target(model, runtime, weights, compile)
+        self.target, self.runtime_note = make_target(model, runtime, weights)
         self.target.tokenizer = tokenizer
         if experts is not None:
             self.target.experts = Offload(model, self.target.fingerprint, experts)
@@ -176,8 +172,7 @@ class SpecDecoder:
         its depth of drafts (``tuned``).
         device: "auto" is the first CUDA device that can compute, else the CPU; the CPU, too, for what runs there alone
         (the native runtime, weights in int8 or int4). ``device`` says which it is.
-        dtype: as ``hub.load``, or "fastest": of those that hold the weights exactly, the one that is fastest on this
-        machine, by timings that are kept (``dtypes``). Another one than the checkpoint's is another base.
+        dtype: as ``hub.load``.
         experts: as in the constructor; those of a safetensors checkpoint are then never in memory all at once, and
         after ``close`` they are in the checkpoint only. ``more`` goes to the constructor. Raises SpecDecError with the
         reason if anything is missing or unfit.
@@ -191,26 +186,21 @@ class SpecDecoder:
         options.check_values(way, CONSTRUCTOR)
         if device == "auto" and needs_cpu(way["runtime"], way["weights"]):
             device = "cpu"
-        fastest = dtype == dtypes.FASTEST
-        if fastest and experts is not None:
-            raise SpecDecError("with offloaded experts the dtype stays the checkpoint's; leave 'fastest' out")
         if isinstance(drafter, str):
             registry.parse(drafter)  # before the model, which may have to be downloaded
         model, tokenizer = hub.load(
             name,
-            dtype="auto" if fastest else hub.as_dtype(dtype, also=(dtypes.FASTEST,)),
+            dtype=dtype,
             device=device,
             revision=revision,
             trust_remote_code=trust_remote_code,
             experts=experts is None,
             check=lambda config: registry.refuse_early(drafter, config, name) if isinstance(drafter, str) else None,
         )
-        chosen = dtypes.convert(model, **way) if fastest else ""
         kept = recall(place(os.fspath(name), str(dtype).removeprefix("torch."), str(model.device), **way))
         drafter, tuned = _recalled(drafter, kept)
         decoder = cls(model, tokenizer, drafter, experts=experts, **more)
         decoder.tuned, decoder._kept = tuned, kept
-        decoder.target.chosen = "; ".join(filter(None, (chosen, decoder.target.chosen)))
         return decoder
 
     def close(self) -> None:

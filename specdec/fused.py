@@ -1,7 +1,7 @@
 """The fused runtime: a direct decode loop for Llama-like families, much faster than the reference runtime.
 
 Query, key and value weights are one product, and so are gate and up; rotary tables and masks are made once per call;
-grouped query heads become rows of their key head; linear maps have the storage that ``kernels`` found fastest. The
+grouped query heads become rows of their key head; linear maps have one of the weight formats of ``kernels``. The
 Hugging Face model stays usable: its parameters are views of the fused weights. Checked against the model's own forward
 on load. Knows nothing about drafting, and no families but those in ``FAMILIES``.
 
@@ -13,10 +13,8 @@ queries and keys together; masks are additive terms (SDPA converts boolean ones 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -25,14 +23,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from specdec import compiled, hub, kernels, measured
+from specdec import hub, kernels
 from specdec.adapters import Adapters
 from specdec.cache import KVCache, Mask
 from specdec.errors import SpecDecError
 from specdec.kernels import Linear
 from specdec.target import Target, refuse_unsupported
 
-TIMED = 96 << 20  # bytes of weights that storages are timed on
+MAKERS = {"packed": kernels.packed, "int4": kernels.int4, "dense": kernels.dense}  # by weight format
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "olmo2", "phi3", "gemma")
 
 Norm = Callable[[Tensor], Tensor]
@@ -72,17 +70,12 @@ class FusedTarget(Target):
     weights: "dense" (as loaded) or "int4". The base is then the rounded model; blocks of many rows (prompts, large
     trees) run on its 16-bit form, which is the model's own parameters.
     packs: hold dense weights a second time, in the layout that is fastest where nothing is trained.
-    compile: in inference mode, what a layer does before and after its attention is compiled (``specdec.compiled``),
-    once for all layers; their weights are then dense.
-    plan: which storage serves how many rows, by timings on this machine.
     Raises SpecDecError for models it does not know or does not reproduce; the reference runtime may still take them.
     """
 
     runtime = "fused"
 
-    def __init__(
-        self, model: PreTrainedModel, weights: str = "dense", packs: bool = True, compile: bool = False
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, weights: str = "dense", packs: bool = True) -> None:
         refuse_unsupported(model)
         kind, config = model.config.model_type, model.config
         if kind not in FAMILIES:
@@ -105,30 +98,16 @@ class FusedTarget(Target):
         self._weights = [_fuse_layer(layer) for layer in decoder.layers]
         self._norms = [_layer_norms(layer, kind) for layer in decoder.layers]
         self._parts = adapter_parts(decoder.layers[0])
-        makers: dict[str, Callable[..., Linear]] = {"packed": kernels.packed}
-        if not (packs and kernels.packable(self.dtype, self.device)):
-            makers = {}
-        heads = [*makers, "dense"]
-        self._compiled: list[Callable[..., Any]] = []  # _before and _after
-        if compile:
-            compiled.check(self.device)
-            self.runtime, makers = f"{self.runtime} compiled", {}
-            parts = (FusedTarget._before, ((0,), (0, 1), (0, 1))), (FusedTarget._after, ((0,), (0, 2)))
-            self._compiled = [compiled.part(*part) for part in parts]
+        self.head_format = "packed" if packs and kernels.packable(self.dtype, self.device) else "dense"
+        self.layer_format = "int4" if weights == "int4" else self.head_format
         if weights == "int4":
             for weight, _ in (pair for layer in self._weights for pair in layer.values()):
                 kernels.check_int4(weight)  # before any of them is rounded
-            self.runtime, self.storage, makers = "fused int4", "4 bits, rounded", {"int4": kernels.int4}
-        self._makers = {**makers, "dense": kernels.dense}
-        self._stacks = {name: self._stack(make) for name, make in self._makers.items()}
-        self.plan = self._plan_layers()
-        self._stacks = {name: self._stacks[name] for name in {*self.plan.used, "dense"}}
+            self.runtime, self.storage = "fused int4", "4 bits, rounded"
+        self._stacks = {name: self._stack(MAKERS[name]) for name in (self.layer_format, "dense")}
         self._adapted: WeakKeyDictionary[Adapters, _Adapted] = WeakKeyDictionary()
         self._heads: WeakKeyDictionary[nn.Module, dict[str, Linear]] = WeakKeyDictionary()
         self.final_norm = _norm(decoder.norm, kind)
-        self.head_plan = self._plan_head(heads)
-        if self.plan.seconds:
-            self.chosen = f"rows of layers: {self.plan}; of the head: {self.head_plan}"
         self.embedding: Tensor = decoder.embed_tokens.weight.detach()
         scale = getattr(decoder.embed_tokens, "embed_scale", None)  # Gemma's
         self.embed_scale: Tensor | None = None if scale is None else scale.to(self.dtype)
@@ -159,25 +138,24 @@ class FusedTarget(Target):
         grad = torch.is_grad_enabled() and (
             x.requires_grad or (adapters is not None and any(p.requires_grad for p in adapters.parameters()))
         )
-        (stack, rows), multiple = self._maps(x, lo, hi, adapters, adapted, grad), 1 if grad else self.key_multiple
+        stack, multiple = self._maps(x, lo, hi, adapters, adapted, grad), 1 if grad else self.key_multiple
         masks = {w: self._additive(mask, w, multiple) for w in set(self.windows[lo:hi])}
 
         def append(index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
             return cache.append(index, k, v, multiple)
 
-        return self._run(x, lo, hi, stack, rows, self._rotary(positions, mask), masks, append, taps)
+        return self._run(x, lo, hi, stack, self._rotary(positions, mask), masks, append, taps)
 
     def _maps(
         self, x: Tensor, lo: int, hi: int, adapters: Adapters | None, adapted: int | None, grad: bool
-    ) -> tuple[list[_Layer], int]:
-        """The layers in the storage that is fastest for ``x`` [B, T, D], with the adapters in them; rows to run."""
+    ) -> list[_Layer]:
+        """The layers in the weight format for ``x`` [B, T, D], with the adapters in them."""
         batch, t, _ = x.shape
-        storage, rows = ("dense", batch * t) if grad else self.plan(batch * t)
+        many = self.layer_format == "int4" and batch * t > kernels.INT4_ROWS
+        form = "dense" if grad or many else self.layer_format
         if adapters is None:
-            return self._stacks[storage], rows
-        some = None if adapted == t else adapted
-        made = self._with_adapters(storage, lo, hi, adapters, batch, some, grad)
-        return made, rows if some is None else batch * t
+            return self._stacks[form]
+        return self._with_adapters(form, lo, hi, adapters, batch, None if adapted == t else adapted, grad)
 
     def _run(
         self,
@@ -185,35 +163,25 @@ class FusedTarget(Target):
         lo: int,
         hi: int,
         stack: list[_Layer],
-        rows: int,
         rotary: tuple[Tensor, Tensor],
         masks: Mapping[int | None, Tensor | None],
         append: Append,
         taps: dict[int, Tensor] | None,
     ) -> Tensor:
-        """``layers`` once everything is prepared: tensors in, tensors out, nothing read from them.
-
-        rows: what maps are given, B T of them filled.
-        """
+        """``layers`` once everything is prepared: tensors in, tensors out, nothing read from them."""
         (batch, t, width), (cos, sin), windows = x.shape, rotary, self.windows
         scale, attend = self.scale, F.scaled_dot_product_attention
-        before, after = self._before, self._after
-        if self._compiled and torch.is_inference_mode_enabled():
-            before, after = (partial(part, self) for part in self._compiled)
-        filled = batch * t
-        y = x.reshape(filled, width)
-        if rows > filled:
-            y = F.pad(y, (0, 0, 0, rows - filled))
+        y = x.reshape(batch * t, width)
         pair = torch.stack((y, -y), 1)  # (rows, 2, D)
         for index in range(lo, hi):
             if taps is not None and index in taps:
-                taps[index] = pair[:filled, 0].view(batch, t, width)
+                taps[index] = pair[:, 0].view(batch, t, width)
             layer = stack[index]
-            q, k, v = before(layer, pair, cos, sin)
+            q, k, v = self._before(layer, pair, cos, sin)
             keys, values = append(index, k, v)
             a = attend(q, keys, values, attn_mask=masks[windows[index]], scale=scale)
-            pair = after(layer, pair, a)
-        y = pair[:filled, 0].view(batch, t, width)
+            pair = self._after(layer, pair, a)
+        y = pair[:, 0].view(batch, t, width)
         if taps is not None and hi in taps:
             taps[hi] = y
         return y
@@ -225,10 +193,7 @@ class FusedTarget(Target):
         """
         norm_in, norm_q, norm_k, _, _, _, qkv, *_ = layer
         (batch, t, *_), d, heads, kv_heads, groups = cos.shape, self.head_dim, self.heads, self.kv_heads, self.groups
-        h = qkv(pair.select(1, 0) if norm_in is None else norm_in(pair))
-        if h.shape[0] > batch * t:
-            h = h[: batch * t]
-        h = h.view(batch, t, heads + 2 * kv_heads, d)
+        h = qkv(pair.select(1, 0) if norm_in is None else norm_in(pair)).view(batch, t, heads + 2 * kv_heads, d)
         qk, v = h.narrow(2, 0, heads + kv_heads), h.narrow(2, heads + kv_heads, kv_heads)
         if norm_q is not None and norm_k is not None:
             qk = self._normed(qk, norm_q, norm_k)
@@ -247,22 +212,16 @@ class FusedTarget(Target):
         t = rows // groups
         if t > 1:
             a = a.view(batch, kv_heads, t, groups, d).transpose(1, 2)
-        a, more = a.reshape(batch * t, kv_heads * groups * d), pair.shape[0] - batch * t
-        if more > 0:
-            a = F.pad(a, (0, 0, 0, more))
-        a = out(a)
+        a = out(a.reshape(batch * t, kv_heads * groups * d))
         pair = torch.addcmul(pair, (a if norm_attention is None else norm_attention(a)).unsqueeze(1), sign)
         a = down(gated(pair.select(1, 0) if norm_mlp_in is None else norm_mlp_in(pair)))
         return torch.addcmul(pair, (a if norm_mlp is None else norm_mlp(a)).unsqueeze(1), sign)
 
     def readout(self, x: Tensor, head: nn.Linear | None = None) -> Tensor:
         module = self.own_head if head is None else head
-        rows = x.shape[0] * x.shape[1]
-        grad = torch.is_grad_enabled() and x.requires_grad
-        storage, to = ("dense", rows) if grad else self.head_plan(rows)
-        y = self.final_norm(x.reshape(rows, -1))
-        y = self._head(module, storage)(F.pad(y, (0, 0, 0, to - rows)) if to > rows else y)
-        return y[:rows].view(*x.shape[:2], -1)
+        form = "dense" if torch.is_grad_enabled() and x.requires_grad else self.head_format
+        y = self._head(module, form)(self.final_norm(x.reshape(-1, x.shape[-1])))
+        return y.view(*x.shape[:2], -1)
 
     def linears(self, layer: int) -> dict[str, tuple[int, int]]:
         weights = self._weights[layer]
@@ -290,43 +249,6 @@ class FusedTarget(Target):
             packed = storage == "packed"
             made[storage] = kernels.packed(weight, bias, kernels.HEAD_HINT) if packed else kernels.dense(weight, bias)
         return made[storage]
-
-    def _plan_layers(self) -> kernels.Plan:
-        """By products with as many of the layers as no cache of the machine holds."""
-        size = sum(weight.nbytes for weight, _ in self._weights[0].values())
-        count = min(-(-TIMED // size), self.num_layers)
-        width, inner = self.heads * self.head_dim, self._weights[0]["down"][0].shape[1]
-
-        def way(storage: str, rows: int) -> Callable[[], object]:
-            x, a, z = (torch.zeros(rows, n, dtype=self.dtype) for n in (self.hidden_size, width, inner))
-
-            def run() -> None:
-                for layer in self._stacks[storage][:count]:
-                    layer.qkv(x), layer.out(a), layer.gated(x), layer.down(z)
-
-            return run
-
-        shapes = sorted((slot, tuple(weight.shape)) for slot, (weight, _) in self._weights[0].items())
-        return self._plan(f"{count} layers {shapes}", list(self._makers), way)
-
-    def _plan_head(self, storages: list[str]) -> kernels.Plan:
-        head = self.own_head
-
-        def way(storage: str, rows: int) -> Callable[[], object]:
-            x = torch.zeros(rows, self.hidden_size, dtype=self.dtype)
-            return lambda: self._head(head, storage)(x)
-
-        plan = self._plan(f"head {tuple(head.weight.shape)}", storages, way)
-        made = self._heads.get(head, {})
-        self._heads[head] = {storage: made[storage] for storage in made if storage in plan.used}
-        return plan
-
-    def _plan(self, what: str, storages: list[str], way: Callable[[str, int], Callable[[], object]]) -> kernels.Plan:
-        """By the timings of each way to run so many rows, if there is a choice."""
-        if len(storages) == 1:
-            return kernels.Plan(storages, None)
-        ways = {f"{s} {rows}": way(s, rows) for s, rows in itertools.product(storages, kernels.SIZES)}
-        return kernels.Plan(storages, measured.seconds(f"{self.dtype} {what} {storages}", ways))
 
     def _normed(self, qk: Tensor, norm_q: Norm, norm_k: Norm) -> Tensor:
         """Queries and keys [B, T, H + Hkv, d] after their norms: per head (Qwen3), or over all heads (OLMo 2)."""
@@ -402,7 +324,7 @@ class FusedTarget(Target):
         for path, (down, up) in adapters.factors(index).items():
             slot, start, _ = self._parts[path]
             by_slot.setdefault(slot, []).append((down, up, start) if grad else (down.detach(), up.detach(), start))
-        make, maps = self._makers[storage], {}
+        make, maps = MAKERS[storage], {}
         for slot, parts in by_slot.items():
             weight, bias = self._weights[index][slot]
             low = kernels.LowRank(parts, weight.shape[0], self.dtype)

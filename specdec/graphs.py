@@ -62,7 +62,6 @@ class _Step:
         record: Callable[[Callable[[], None]], Graph],
     ) -> None:
         self.inputs = [x.clone() for x in inputs]
-        # The first call also compiles what is compiled: that cannot be recorded.
         self.outputs = [torch.empty_like(y) for y in function(*self.inputs)]
 
         def run() -> None:
@@ -114,7 +113,6 @@ class GraphedTarget(FusedTarget):
         model: PreTrainedModel,
         weights: str = "dense",
         record: Callable[[Callable[[], None]], Graph] | None = None,
-        compile: bool = False,
     ) -> None:
         if record is None and model.device.type != "cuda":
             raise SpecDecError(f"CUDA graphs need the model on a CUDA device, not on '{model.device}'")
@@ -122,7 +120,7 @@ class GraphedTarget(FusedTarget):
         self._steps: OrderedDict[Any, _Step] = OrderedDict()
         self._buffers: dict[int, tuple[weakref.ref[KVCache], Tensor]] = {}  # by batch size: its last user, and it
         self._held: dict[tuple[int, bool], _Held] = {}  # by room for outputs, and whether there is a bias
-        super().__init__(model, weights, compile=compile)
+        super().__init__(model, weights)
 
     def new_cache(self, batch: int = 1) -> KVCache:
         with self.lock:
@@ -178,7 +176,7 @@ class GraphedTarget(FusedTarget):
             self._buffers[batch] = user, whole
             self._steps = OrderedDict((key, step) for key, step in self._steps.items() if key[0] != batch)
         keys, values = whole[0], whole[1]  # (N, B, Hkv, capacity, d)
-        stack = self._maps(x, lo, hi, adapters, adapted, grad=False)[0][lo:hi]
+        stack = self._maps(x, lo, hi, adapters, adapted, grad=False)[lo:hi]
         windows = sorted(set(self.windows[lo:hi]), key=str)
         tapped = sorted(layer for layer in taps if lo <= layer <= hi)
 
@@ -188,7 +186,7 @@ class GraphedTarget(FusedTarget):
 
             seen = {layer: x for layer in tapped}
             masks = dict(zip(windows, terms, strict=True))
-            y = self._run(x, lo, hi, [*self._stacks["dense"][:lo], *stack], batch * t, (cos, sin), masks, append, seen)
+            y = self._run(x, lo, hi, [*self._stacks["dense"][:lo], *stack], (cos, sin), masks, append, seen)
             return [y, *(seen[layer] for layer in tapped)]
 
         rotary = self._rotary(positions, mask, mask.keys.shape[1])  # no position is beyond its slot

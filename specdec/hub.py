@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -183,14 +183,14 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
-def as_dtype(dtype: str | torch.dtype, also: Sequence[str] = ()) -> str | torch.dtype:
-    """What transformers takes. Raises SpecDecError for an unknown one, naming those of the caller (``also``), too."""
+def as_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+    """What transformers takes. Raises SpecDecError for an unknown one."""
     if dtype == "auto" or dtype in DTYPES.values():
         return dtype
     name = str(dtype).removeprefix("torch.")
     if isinstance(dtype, str) and SHORT.get(name, name) in DTYPES:
         return DTYPES[SHORT.get(name, name)]
-    known = ["auto", *also, *DTYPES, *SHORT]
+    known = ["auto", *DTYPES, *SHORT]
     raise SpecDecError(f"unknown dtype '{name}'{did_you_mean(name, known)}; known: {', '.join(known)}")
 
 

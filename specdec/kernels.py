@@ -1,10 +1,9 @@
-"""Linear maps as plain callables, in the storage that is fastest for the device, dtype and row count.
+"""Linear maps as plain callables ``rows [R, in] -> [R, out]``, in three weight formats.
 
-``rows [R, in] -> [R, out]``. A *dense* map is ``F.linear``; it alone carries gradients. A *packed* map holds its weight
-in oneDNN's blocked layout: ``F.linear`` on a CPU rearranges a 16-bit weight on every call, which costs more than
-the product itself. An *int4* map holds 4-bit codes in groups of 32 inputs. Which is fastest at so many rows, and
-whether more rows are faster than fewer, differs between machines, so a ``Plan`` rests on timings where there are some.
-Knows nothing about layers or models.
+A *dense* map is ``F.linear``; it alone carries gradients. A *packed* map holds its weight in oneDNN's blocked layout:
+``F.linear`` on a CPU rearranges a 16-bit weight on every call, which costs more than the product itself. An *int4* map
+holds 4-bit codes in groups of 32 inputs. Packed maps are used where oneDNN serves the dtype, int4 ones where they are
+asked for.
 
 Measured on two Sapphire Rapids cores (AMX bf16), all 30 layers of the default model, ms:
 
@@ -27,14 +26,13 @@ rows, packed 7.0, 7.5, 6.3, 4.8; without AVX-512, bf16 dense 2.7 a row, and pack
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from specdec import measured, native
+from specdec import native
 from specdec.errors import SpecDecError
 
 Linear = Callable[[Tensor], Tensor]
@@ -42,8 +40,7 @@ Linear = Callable[[Tensor], Tensor]
 LAYER_HINT, HEAD_HINT = 16, 1  # row counts whose blocked layout was fastest at all of 1..16 rows
 UNIT_EPS = 1e-6  # of ``rms_unit``
 GROUP = 32  # inputs that share a scale and a zero point in an int4 map
-SIZES = (1, 2, 3, 4, 5, 6, 8, 12, 16, 64)  # row counts that are timed; the last stands for all above the one before
-USUAL = {"dense": range(1 << 62), "packed": range(1, 1 << 62), "int4": range(1, 13)}  # where each is best, untimed
+INT4_ROWS = 12  # most rows at which an int4 map is faster than a dense one
 
 
 def packable(dtype: torch.dtype, device: torch.device) -> bool:
@@ -52,48 +49,6 @@ def packable(dtype: torch.dtype, device: torch.device) -> bool:
         return False
     supported = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}.get(dtype)
     return dtype == torch.float32 or (supported is not None and getattr(torch.ops.mkldnn, supported)())
-
-
-class Plan:
-    """The storage that is fastest at so many rows, and the number of rows to fill them up to.
-
-    storages: those there are, the usual one (where ``USUAL`` has it) first. seconds: what products of each take at the
-    row counts ``SIZES``, as ``"storage rows"``; None: not known.
-    """
-
-    def __init__(self, storages: Sequence[str], seconds: Mapping[str, float] | None) -> None:
-        self.storages, self.seconds = storages, seconds
-        self.few = [self._best(rows) for rows in range(SIZES[-2] + 1)]
-        self.many = self._best(SIZES[-1])[0]
-        self.used = {self.many, *(storage for storage, _ in self.few[1:])}
-
-    def __call__(self, rows: int) -> tuple[str, int]:
-        return self.few[rows] if rows < len(self.few) else (self.many, rows)
-
-    def __str__(self) -> str:
-        """``1-3 as 4 packed, 4-16 packed, more dense``."""
-        said = []
-        for (storage, more), group in itertools.groupby(
-            range(1, len(self.few)), lambda rows: (self.few[rows][0], self.few[rows][1] * (self.few[rows][1] > rows))
-        ):
-            found = list(group)
-            span = str(found[0]) if len(found) == 1 else f"{found[0]}-{found[-1]}"
-            said.append(f"{span}{f' as {more}' if more else ''} {storage}")
-        return ", ".join([*said, f"more {self.many}"])
-
-    def _best(self, rows: int) -> tuple[str, int]:
-        usual = next(storage for storage in self.storages if rows in USUAL[storage] or storage == self.storages[-1])
-        if self.seconds is None:
-            return usual, rows
-        costs = {}
-        for storage in self.storages:
-            for size in (size for size in SIZES if size >= rows and (size == SIZES[-1]) == (rows > SIZES[-2])):
-                # A number of rows that was not timed costs what the next one does.
-                to = rows if (storage, rows) not in costs else size
-                costs[storage, to] = self.seconds[f"{storage} {size}"] * measured.WORTH ** (
-                    (storage != usual) + (to != rows)
-                )
-        return min(costs, key=costs.__getitem__)
 
 
 def dense(weight: Tensor, bias: Tensor | None = None) -> Linear:

@@ -168,23 +168,6 @@ def _lines(size: int) -> int:
 
 _arena = _Arena()
 
-TIMED = (1, 5)  # tokens of the passes by which ways to run are compared: plain decoding, and scoring a draft
-TIMED_BYTES = 64 << 20  # of bf16 weights in them, more than caches hold
-FEW = 16  # tokens of a pass that decodes; more are a prompt's
-_most: int | None = None  # threads that such a pass takes at most, if fewer than there are
-
-
-def threads(tokens: int) -> int:
-    """Threads for a pass over so many tokens, or fewer where few tokens were found to be faster in fewer."""
-    count = cores.threads()
-    return count if _most is None or tokens > FEW else min(count, _most)
-
-
-def limit_threads(most: int | None) -> None:
-    """Let passes over few tokens take at most so many threads; None: all. The pool is the process's, and so is this."""
-    global _most
-    _most = most
-
 
 class Packed:
     """A linear map ``x W.T + bias`` in tiles. weight: bf16 [out, in]; kinds: storage to try, in order, before bf16.
@@ -254,7 +237,7 @@ class Packed:
         parts = [part.contiguous() for part in parts]
         sources = (POINTER * len(parts))(*(part.data_ptr() for part in parts))
         struct, weight, sizes = ctypes.byref(self.struct), pointer(norm), (len(parts), rows)
-        done(library().specdec_linear(struct, weight, eps, sources, *sizes, out, best, self.width, threads(rows)))
+        done(library().specdec_linear(struct, weight, eps, sources, *sizes, out, best, self.width, cores.threads()))
 
 
 def serves(weight: Tensor) -> bool:
@@ -276,7 +259,7 @@ def argmax(x: Tensor) -> Tensor:
     """``x.argmax(-1)`` of bf16 [..., V] on a CPU that ``library`` is for; NaN is nowhere the largest."""
     x = x.contiguous()
     out = torch.empty(x.shape[:-1], dtype=torch.long)
-    library().specdec_argmax(x.data_ptr(), out.numel(), x.shape[-1], out.data_ptr(), threads(out.numel()))
+    library().specdec_argmax(x.data_ptr(), out.numel(), x.shape[-1], out.data_ptr(), cores.threads())
     return out
 
 

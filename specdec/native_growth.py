@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from specdec import kernels, native
+from specdec import cores, kernels, native
 from specdec.adapters import Adapters
 from specdec.cache import KVCache
 from specdec.growth import Candidates, Route, Seed
@@ -84,7 +84,7 @@ class Growth:
         alive = []
         for leg, call, state, (lo, hi) in zip(self.legs, self.calls, carried, segments, strict=False):
             alive.append(target.place(call, cache, lo, hi, self.drafted))
-            call.threads = native.threads(1)
+            call.threads = cores.threads()
             leg.carried = call.x = state.data_ptr() + before
         struct.root, struct.final, struct.confidence = seed.token, final.data_ptr() + before, confidence
         count = target.lib.specdec_grow(ctypes.byref(struct))

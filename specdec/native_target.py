@@ -2,14 +2,14 @@
 
 Builds what the kernels read (packed weights, pointers, masks) and calls them; raises SpecDecError for machines and
 models that it does not serve. Weights that four or eight bits hold *exactly* (those of a checkpoint that was published
-in them) are stored so where that is faster here: fewer bytes to read, the same numbers. Knows nothing about drafting.
+in them) are stored so: fewer bytes to read, the same numbers. Knows nothing about drafting.
 """
 
 from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from specdec import cores, embedded, fused, measured, native, pages
+from specdec import cores, embedded, fused, native, pages
 from specdec.adapters import Adapters
 from specdec.cache import KVCache, Mask
 from specdec.errors import SpecDecError
@@ -37,7 +37,7 @@ class NativeTarget(Target):
     rounded to 8 or 4 bits where that is faster; all else is bf16, and a token's result does not depend on what else is
     in its pass, to the last bit.
 
-    weights: "auto" (in 4 or 8 bits where they hold the values exactly and are no slower, else bf16), "dense" (bf16),
+    weights: "auto" (in 4 or 8 bits where they hold the values exactly, else bf16), "dense" (bf16),
     "int8" or "int4" (layers rounded where need be; ``model`` is rounded with them: it is the base).
     ``storage``: what the layers' weights are held in. Raises SpecDecError for what it does not serve.
     """
@@ -65,7 +65,7 @@ class NativeTarget(Target):
             )
         self.heads, self.kv_heads = int(config.num_attention_heads), int(config.num_key_value_heads)
         self.rounding = weights in ("int8", "int4")
-        self.kinds = _fastest(decoder.layers) if weights == "auto" else KINDS[weights]
+        self.kinds = KINDS[weights]
         self._parts = fused.adapter_parts(first)
         self._layers = (native.Layer * self.num_layers)()
         self._alive: list[Any] = []  # what the structures point to
@@ -95,7 +95,6 @@ class NativeTarget(Target):
         with pages.sparing(decoder.layers):
             self.spread = fused.check_logits(self)
         pages.trim()
-        self._limit_threads()
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         return torch.embedding(self.embedding, ids)
@@ -218,7 +217,7 @@ class NativeTarget(Target):
 
     def _new_call(self, batch: int, t: int, lo: int, hi: int) -> native.Call:
         """What a call has that no cache and no states change."""
-        call = native.Call(batch, t, lo, hi, 0, native.threads(batch * t), 0, len(self.kinds_of_windows))
+        call = native.Call(batch, t, lo, hi, 0, cores.threads(), 0, len(self.kinds_of_windows))
         call.spans, call.window = ctypes.addressof(self._spans), ctypes.addressof(self._window)
         call.taps = ctypes.addressof(self._untapped)
         return call
@@ -249,32 +248,6 @@ class NativeTarget(Target):
             if head is None:
                 self._readout = packed
         return packed
-
-    # -- what is measured once ---------------------------------------------------------------------------------------
-
-    def _limit_threads(self) -> None:
-        """As few threads for few tokens as are fastest on this machine."""
-        most, cache = cores.threads(), self.new_cache()
-        native.limit_threads(None)
-        counts = [most >> halvings for halvings in range(most.bit_length())]
-
-        def way(count: int) -> Callable[[], object]:
-            def run() -> None:
-                native.limit_threads(count)
-                for t in native.TIMED:
-                    positions, x = torch.arange(t)[None], torch.zeros(1, t, self.hidden_size, dtype=torch.bfloat16)
-                    y = self.layers(x, 0, self.num_layers, positions, cache.mask(0, positions), cache)
-                    self.readout(y)
-                    cache.trim(t)
-
-            return run
-
-        if most > 1:
-            what = f"threads {self.fingerprint} {self.storage}"
-            found = measured.seconds(what, {str(count): way(count) for count in counts})
-            count = int(measured.choose(found, str(most)))
-            native.limit_threads(count if count < most else None)
-            self.chosen = f"{self.storage}; {count} of {most} threads for up to {native.FEW} tokens" if found else ""
 
     # -- what is prepared once --------------------------------------------------------------------------------------
 
@@ -399,35 +372,6 @@ class NativeTarget(Target):
             visible = mask.bool_mask(window)
             mask.memo[key] = None if visible is None else visible.contiguous()
         return mask.memo[key]
-
-
-def _fastest(layers: Sequence[Any]) -> tuple[int, ...]:
-    """The storages to try before bf16: of those that hold weights exactly, none if bf16 is faster on this machine."""
-    maps: dict[str, list[Packed]] = {"packed": [], "dense": []}
-    weights = [fused.modules(layer)["down"][0][1].weight.detach() for layer in layers]
-    exact = Packed(weights[0], None, KINDS["auto"]).kind
-    if exact == BF16:
-        return KINDS["auto"]
-
-    def way(name: str, rows: int) -> Callable[[], object]:
-        x = torch.zeros(rows, weights[0].shape[1], dtype=torch.bfloat16)
-
-        def run() -> None:
-            if not maps[name]:
-                for weight in weights[:count]:
-                    maps[name].append(Packed(weight, None, KINDS["auto"] if name == "packed" else ()))
-                    pages.release(weight)
-            for packed in maps[name]:
-                packed(x)
-
-        return run
-
-    count = min(-(-native.TIMED_BYTES // weights[0].nbytes), len(weights))
-    ways = {f"{name} {rows}": way(name, rows) for name in maps for rows in native.TIMED}
-    found = measured.seconds(f"{NAMES[exact]} {tuple(weights[0].shape)} {count}", ways)
-    pages.trim()
-    total = found and {name: sum(found[f"{name} {rows}"] for rows in native.TIMED) for name in maps}
-    return KINDS["auto"] if measured.choose(total, "packed") == "packed" else ()
 
 
 def _alternate(rows: Tensor) -> Tensor:

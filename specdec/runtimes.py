@@ -20,16 +20,13 @@ def needs_cpu(runtime: str, weights: str) -> bool:
     return runtime == "native" or weights in ("int8", "int4")
 
 
-def make_target(
-    model: PreTrainedModel, runtime: str = "auto", weights: str = "auto", compile: bool = False
-) -> tuple[Target, str]:
+def make_target(model: PreTrainedModel, runtime: str = "auto", weights: str = "auto") -> tuple[Target, str]:
     """The target of ``model`` in the runtime asked for, and a one-line note ("" if there is nothing to say).
 
     runtime "auto": native (CPUs) or graphs (CUDA) where it serves the model on this machine, else fused (not on mps),
     else the reference runtime, the note saying why. weights: "auto" (as loaded; stored in fewer bits where they hold
     the very values), "dense" (as loaded), "int8" or "int4" (layers rounded, in the model too: what is rounded is the
     base).
-    compile: run the layers' dense maps, norms and activations through torch.compile; "auto" then is graphs or fused.
     Raises SpecDecError if the model is unsupported, or unfit for what was named.
     """
     for what, value, known in (("runtime", runtime, RUNTIMES), ("weights", weights, WEIGHTS)):
@@ -38,32 +35,24 @@ def make_target(
     rounded = weights in ("int8", "int4")
     if runtime == "reference" and rounded:
         raise SpecDecError(f"{weights} weights need the native or the fused runtime; use weights 'auto'")
-    if compile and (rounded or runtime in ("native", "reference")):
-        named = f"{weights} weights" if rounded else f"the {runtime} runtime"
-        raise SpecDecError(
-            f"compile is for the fused and graphs runtimes and dense weights, not for {named}; leave one out"
-        )
     refuse_unsupported(model)
     with lock_of(model):  # a runtime may put its own form of the weights into the model
-        return _make(model, runtime, weights, compile)
+        return _make(model, runtime, weights)
 
 
-def _make(model: PreTrainedModel, runtime: str, weights: str, compile: bool) -> tuple[Target, str]:
+def _make(model: PreTrainedModel, runtime: str, weights: str) -> tuple[Target, str]:
     rounded, reasons = weights in ("int8", "int4"), list[str]()
     native = ["native"] if model.dtype == torch.bfloat16 else []
     first = {"cpu": [*native, "fused"], "cuda": ["graphs", "fused"], "mps": []}.get(model.device.type, ["fused"])
-    last = [] if compile else ["reference"]
-    for name in [*first, *last] if runtime == "auto" else [runtime]:
+    for name in [*first, "reference"] if runtime == "auto" else [runtime]:
         try:
-            if compile and name == "native":
-                raise SpecDecError("there is nothing in it to compile")
             if name == "native":
                 return NativeTarget(model, weights), ""
             if name in ("fused", "graphs") and weights == "int8":
                 raise SpecDecError("8-bit weights need the native runtime")
             if name in ("fused", "graphs"):
                 kind = FusedTarget if name == "fused" else GraphedTarget
-                return kind(model, "int4" if rounded else "dense", compile=compile), "; ".join(reasons)
+                return kind(model, "int4" if rounded else "dense"), "; ".join(reasons)
             if not rounded:
                 return ReferenceTarget(model), "; ".join(reasons)
         except NotFiniteError:
@@ -73,6 +62,4 @@ def _make(model: PreTrainedModel, runtime: str, weights: str, compile: bool) -> 
                 raise
             reasons.append(f"no {name} runtime: {error}")
     why = "; ".join(reasons) or f"on {model.device.type} there is the reference runtime alone"
-    if compile:
-        raise SpecDecError(f"compile is not possible here ({why}); go on without it")
     raise SpecDecError(f"{weights} weights are not possible here ({why}); use weights 'auto'")

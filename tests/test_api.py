@@ -212,7 +212,6 @@ def test_a_wrong_keyword_names_the_method_that_was_called(llama, decoder: SpecDe
         ({"drafter_options": {1: 2}}, "drafter_options must be None or a mapping by name"),
         ({"runtime": 5}, "runtime must be text"),
         ({"weights": None}, "weights must be text"),
-        ({"compile": "yes"}, "compile must be True or False"),
         ({"verifier": 5}, "verifier must be text or a Verifier"),
         ({"exact": 1}, "exact must be True or False"),
         ({"experts": 0.25}, "experts must be ExpertOptions or None"),

@@ -25,13 +25,12 @@ def requests() -> dict[str, list[int]]:
     from conftest import tiny_model
     from test_threads import BF16, PROMPTS, at_once, grown, leaping
 
-    from specdec import measured, native
+    from specdec import native
     from specdec.decoder import SpecDecoder
     from specdec.drafters.layer_skip import LayerSkipDrafter
 
     torch.set_num_threads(2)
     os.sched_getaffinity = lambda process: {0, 1}  # two threads, whatever is here
-    measured.seconds = lambda what, ways: None
     models: dict[str, Any] = {"fused": tiny_model("llama"), "reference": tiny_model("qwen3")}
     if native.runs():
         models["native"] = tiny_model("llama", **BF16).bfloat16()

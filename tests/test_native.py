@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -146,47 +146,6 @@ def test_a_published_four_bit_model_runs_in_four_bits_with_the_same_logits() -> 
     assert NativeTarget(model).storage == "16 bits or less"
 
 
-def test_storage_and_threads_are_those_that_timings_prefer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Timings that have sixteen bits, and one thread of two, faster: other ways to the same bits."""
-    model = model_of("llama")
-    for name, value in model.named_parameters():
-        if "proj.weight" in name:
-            value.detach().copy_(published(4, *value.shape))
-    threads = torch.get_num_threads()
-    monkeypatch.setattr(native, "_most", native._most)  # put back in the end
-    monkeypatch.setattr(cores, "cpus", lambda: 3)
-    asked: list[dict[str, object]] = []
-
-    def timings(fast: str) -> None:
-        def seconds(what: str, ways: dict[str, Callable[[], object]]) -> dict[str, float]:
-            asked.append({way: run() for way, run in ways.items()})
-            return {way: 1.0 if fast in way.split() else 2.0 for way in ways}
-
-        monkeypatch.setattr("specdec.measured.seconds", seconds)
-
-    try:
-        torch.set_num_threads(2)
-        timings("packed")
-        few = NativeTarget(model)
-        assert few.storage == "4 bits" and native.threads(1) == 2 and "2 of 2 threads" in few.chosen
-        with torch.inference_mode():
-            expected = play(few)
-        timings("dense")
-        assert NativeTarget(model).storage == "16 bits"
-        timings("1")
-        narrow = NativeTarget(model)
-        assert (native.threads(1), native.threads(native.FEW + 1)) == (1, 2) and "1 of 2 threads" in narrow.chosen
-        with torch.inference_mode():
-            assert all(torch.equal(a, b) for a, b in zip(play(narrow), expected, strict=True))
-        timings("packed")
-        NativeTarget(model)
-        torch.set_num_threads(3)
-        assert native.threads(1) == 3  # "all" is no number that stays
-        assert [sorted(ways) for ways in asked[:2]] == [["dense 1", "dense 5", "packed 1", "packed 5"], ["1", "2"]]
-    finally:
-        torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize(("weights", "most"), [("int4", 0.15), ("int8", 0.01)])
 @torch.inference_mode()
 def test_rounded_weights_round_the_model(weights: str, most: float) -> None:
@@ -313,7 +272,7 @@ def test_more_threads_than_cores_wait_for_each_other(monkeypatch: pytest.MonkeyP
     """Some of them sleep at every barrier, and each is woken."""
     target = NativeTarget(model_of("llama"))
     expected = play(target)
-    monkeypatch.setattr(native, "threads", lambda tokens: 4 * (os.cpu_count() or 1))
+    monkeypatch.setattr(cores, "threads", lambda: 4 * (os.cpu_count() or 1))
     assert all(torch.equal(a, b) for a, b in zip(play(target), expected, strict=True))
 
 
@@ -328,7 +287,7 @@ def test_trees_grow_alike_in_a_team_that_is_smaller_than_asked_for(monkeypatch: 
     seed = growth.Seed(5, 3, final, list(taps.values()), place=2)
     torch.manual_seed(1)
     route = random_route(target, heads=2)
-    monkeypatch.setattr(native, "threads", lambda tokens: 3)
+    monkeypatch.setattr(cores, "threads", lambda: 3)
     most = openmp.omp_get_max_active_levels()
     try:
         expected = target.grow(cache, seed, route, growth.Bounds(3, 3))

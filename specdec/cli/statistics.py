@@ -138,8 +138,6 @@ def statistics(
     if verbose:
         blocks.append([(f"{phase} time", f"{seconds:.3f} s") for phase, seconds in m.ledger.items()])
         blocks.append([("self-check difference", f"{decoder.target.spread:.1e} of the largest logit")])
-        if decoder.target.chosen:
-            blocks.append([("chosen by timings", decoder.target.chosen)])
         if decoder.runtime_note:
             blocks.append([("runtime note", decoder.runtime_note)])
     console = stderr()
