@@ -3,6 +3,8 @@
 The kernels are a shared library that is loaded through ctypes, not a Python module: one wheel serves every Python 3.
 """
 
+from glob import glob
+
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
@@ -22,10 +24,11 @@ setup(
     cmdclass={"build_ext": SharedLibrary, "bdist_wheel": PlatformWheel},
     ext_modules=[
         Extension(
-            "specdec._native",
-            sources=["specdec/native.c"],
+            "specdec.native._native",
+            sources=sorted(glob("specdec/native/*.c")),
+            depends=sorted(glob("specdec/native/*.h")),
             # No -fopenmp for the linker: the threads are those of the OpenMP library that PyTorch brings.
-            extra_compile_args=["-O3", "-fopenmp"],
+            extra_compile_args=["-O3", "-fopenmp", "-fvisibility=hidden"],
             extra_link_args=["-s"],
             libraries=["m"],
             optional=True,  # without a C compiler the other runtimes serve

@@ -8,7 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from specdec import native
+from specdec.native import library
 
 
 def specdec(*args: str) -> subprocess.CompletedProcess[str]:
@@ -20,9 +20,9 @@ def specdec(*args: str) -> subprocess.CompletedProcess[str]:
     return run
 
 
-able, built = native.could_run(), "--no-kernels" not in sys.argv
+able, built = library.could_run(), "--no-kernels" not in sys.argv
 specdec("generate", "--help")
 options = ["--dtype", "bfloat16", "--max-new-tokens", "16", "--num-speculative-tokens", "2"]
 run = specdec("generate", "Name three colours.", "--drafter", "m2r2", *options)
-assert native.runs() == ("runtime: native" in run.stderr) == (able and built)
+assert library.runs() == ("runtime: native" in run.stderr) == (able and built)
 assert run.stderr.count("kernels are not built") == (able and not built)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from specdec import options
 from specdec.draft import Draft, State
-from specdec.growth import WIDTH, Bounds, Route, Seed, likeliest
+from specdec.growth import WIDTH, Bounds, DraftPath, Seed
 from specdec.target import Target
 from specdec.transfer import upload, waits
 
@@ -31,6 +31,7 @@ from .chain import SHAPE, ChainDrafter, best_probability, first_sure
 from .m2r2_network import M2R2, Carry, load_network
 from .m2r2_pass import PathPass
 from .m2r2_path import M2R2Path
+from .tree import likeliest
 from .vocabulary import DraftVocabulary
 
 __all__ = ["M2R2", "M2R2Drafter", "M2R2Path", "PaperM2R2Drafter", "load_network"]
@@ -84,7 +85,7 @@ class M2R2Drafter(ChainDrafter):
     def bind(self, target: Target) -> None:
         self.network.freeze(target)
         self.vocabulary = DraftVocabulary(target, self.network.draft_vocab)
-        self.route: Route | None = None  # the draft path, for trees
+        self.route: DraftPath | None = None  # the draft path, for trees
         self.start(1)
 
     def start(self, batch: int) -> None:
@@ -146,7 +147,7 @@ class M2R2Drafter(ChainDrafter):
         network, vocabulary, route = self.network, self.vocabulary, self.route
         if route is None or route.tokens is not vocabulary.tokens:  # the vocabulary has grown
             heads, tokens = vocabulary.heads, vocabulary.tokens
-            route = self.route = Route(network.frozen, network.path.segments, network.adapters, heads, tokens)
+            route = self.route = DraftPath(network.frozen, network.path.segments, network.adapters, heads, tokens)
         seed = Seed(state.ids[0][-1], state.cache.rows[0], block.final, block.inputs, self.place)
         width = self.width if self.shape.nodes or state.extra_nodes else 1
         found = state.target.grow(state.cache, seed, route, Bounds(limit, width, state.confidence))

@@ -9,34 +9,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from specdec.adapters import Adapters
-from specdec.cache import KVCache
-from specdec.draft import Draft
+from specdec.cache import KVCache, Mask
 from specdec.kernels import UnitMap
 from specdec.transfer import upload, waits
-
-if TYPE_CHECKING:
-    from specdec.target import Target
 
 WIDTH = 4  # nodes of a level that are drafted on from: together they cost about what one costs
 
 
 @dataclass(frozen=True, eq=False)
-class Route:
-    """The way of a drafting residual from a token's embedding to what follows.
+class DraftPath:
+    """How a drafting residual gets from a token's embedding to the logits of what follows.
 
-    Leap s maps [residual; previous final state; previous state at ``lo``], each divided by its RMS, to the input of
-    layers [lo, hi) = ``segments[s]``, which run with ``adapters``; a further leap maps [residual; previous final state]
-    to the final state. ``heads`` read it out, one beside the other (None: the model's own): outputs stand for
-    ``tokens``, int64 [V'] (None: for themselves). made: what runtimes make of it once.
+    Projection s maps [residual; previous final state; previous state at ``lo``], each divided by its RMS, to the input
+    of layers [lo, hi) = ``segments[s]``, which run with ``adapters``. A further projection maps [residual; previous
+    final state] to the final state. ``heads`` read it out, one beside the other (None: the model's own): outputs stand
+    for ``tokens``, int64 [V'] (None: for themselves). made: what runtimes make of it once.
     """
 
-    leaps: Sequence[UnitMap]
+    projections: Sequence[UnitMap]
     segments: Sequence[tuple[int, int]]
     adapters: Adapters
     heads: Sequence[nn.Linear | None]
@@ -48,7 +44,7 @@ class Route:
 class Seed:
     """What a tree grows from: the root token, its position, and the states of the token before it.
 
-    final: [1, T, D]. carried: for each segment of the route, the states where it begins [1, T, D]. place: of these T,
+    final: [1, T, D]. carried: for each segment of the path, the states where it begins [1, T, D]. place: of these T,
     the token before the root.
     """
 
@@ -77,7 +73,27 @@ class Bounds:
     confidence: float = 0.0
 
 
-def grow(target: Target, cache: KVCache, seed: Seed, route: Route, bounds: Bounds) -> Candidates:
+class Layers(Protocol):
+    """What drafting needs of a target (``specdec.target.Target``)."""
+
+    def embed(self, ids: Tensor, positions: Tensor) -> Tensor: ...
+
+    def layers(
+        self,
+        x: Tensor,
+        lo: int,
+        hi: int,
+        positions: Tensor,
+        mask: Mask,
+        cache: KVCache,
+        taps: dict[int, Tensor] | None = None,
+        adapters: Adapters | None = None,
+    ) -> Tensor: ...
+
+    def readout(self, x: Tensor, head: nn.Linear | None = None) -> Tensor: ...
+
+
+def grow(target: Layers, cache: KVCache, seed: Seed, path: DraftPath, bounds: Bounds) -> Candidates:
     """All candidates within ``bounds``, for the one row of ``cache``, which is left as it was."""
     device = cache.device
     tokens = upload([[seed.token]], device)  # (1, W)
@@ -89,16 +105,16 @@ def grow(target: Target, cache: KVCache, seed: Seed, route: Route, bounds: Bound
     found, count = list[Tensor](), 0
     for level in range(bounds.levels):
         positions = torch.full_like(tokens, seed.position + level)
-        x, before, landed = target.embed(tokens, positions), final[:, parents], list[Tensor]()
-        for leap, state, (lo, hi) in zip(route.leaps, carried, route.segments, strict=False):
-            landed.append(leap([x, before, state[:, parents]]))
+        x, before, projected = target.embed(tokens, positions), final[:, parents], list[Tensor]()
+        for projection, state, (lo, hi) in zip(path.projections, carried, path.segments, strict=False):
+            projected.append(projection([x, before, state[:, parents]]))
             mask = cache.mask(lo, positions, paths)
-            x = target.layers(landed[-1], lo, hi, positions, mask, cache, adapters=route.adapters)
-        final = route.leaps[-1]([x, before]) if len(route.leaps) > len(route.segments) else x
-        carried = landed
-        logits = torch.cat([target.readout(final, head) for head in route.heads], -1)[0]  # (W, V')
+            x = target.layers(projected[-1], lo, hi, positions, mask, cache, adapters=path.adapters)
+        final = path.projections[-1]([x, before]) if len(path.projections) > len(path.segments) else x
+        carried = projected
+        logits = torch.cat([target.readout(final, head) for head in path.heads], -1)[0]  # (W, V')
         best, index = logits.float().log_softmax(-1).topk(min(bounds.width, logits.shape[-1]))  # (W, k)
-        joint, ids = scores[:, None] + best, index if route.tokens is None else route.tokens[index]
+        joint, ids = scores[:, None] + best, index if path.tokens is None else path.tokens[index]
         # Whole numbers below 2^53 are themselves in float64: everything comes back in one read.
         found.append(torch.stack((joint.double(), ids.double(), nodes[:, None].expand_as(ids).double())).flatten(1))
         scores, chosen = joint.flatten().topk(min(bounds.width, joint.numel()))
@@ -107,17 +123,7 @@ def grow(target: Target, cache: KVCache, seed: Seed, route: Route, bounds: Bound
         parents, nodes = chosen // joint.shape[1], 1 + count + chosen
         tokens, count = ids.flatten()[chosen][None], count + joint.numel()
         paths = torch.cat((paths[parents], torch.eye(len(chosen), dtype=torch.bool, device=device)), 1)
-    for lo, hi in route.segments:
+    for lo, hi in path.segments:
         cache.trim(cache.lengths[lo] - cache.committed, lo, hi)
     values, ids, origins = torch.cat(found, 1).tolist()
     return Candidates(values, [int(token) for token in ids], [int(node) for node in origins])
-
-
-def likeliest(found: Candidates, budget: int, device: torch.device) -> Draft:
-    """The tree of the ``budget`` best candidates. A candidate's parent scores at least as well, and comes before it."""
-    tokens, parents = found.tokens, found.parents
-    if len(tokens) > budget:
-        kept = sorted(sorted(range(len(tokens)), key=lambda i: (-found.scores[i], i))[:budget])
-        place = {0: 0} | {node + 1: at for at, node in enumerate(kept, start=1)}
-        tokens, parents = [tokens[node] for node in kept], [place[parents[node]] for node in kept]
-    return Draft([tokens], tuple(parents), device=device)

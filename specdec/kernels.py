@@ -32,8 +32,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from specdec import native
 from specdec.errors import SpecDecError
+from specdec.native import library, linear
 
 Linear = Callable[[Tensor], Tensor]
 
@@ -145,8 +145,8 @@ def packed_silu_gated(weight: Tensor, bias: Tensor | None = None) -> Linear:
 
 def frozen(weight: Tensor, bias: Tensor | None = None) -> Linear:
     """For weights of a drafter that no longer change: in the fastest storage at one row, which may round."""
-    if native.serves(weight):
-        return native.Packed(weight, bias, coarse=(native.I8,))
+    if linear.serves(weight):
+        return linear.Packed(weight, bias, coarse=(library.I8,))
     return (packed if packable(weight.dtype, weight.device) else dense)(weight.detach(), bias)
 
 
@@ -157,7 +157,7 @@ class UnitMap:
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        self.packed = native.Packed(weight, bias, coarse=(native.I8,)) if native.serves(weight) else None
+        self.packed = linear.Packed(weight, bias, coarse=(library.I8,)) if linear.serves(weight) else None
         self.linear = None if self.packed else frozen(weight, bias)
 
     def __call__(self, parts: Sequence[Tensor]) -> Tensor:
@@ -174,8 +174,8 @@ def rms_unit(x: Tensor) -> Tensor:
 
 def argmax(logits: Tensor) -> Tensor:
     """``logits.argmax(-1)``."""
-    fast = logits.dtype == torch.bfloat16 and logits.device.type == "cpu" and native.runs()
-    return native.argmax(logits) if fast else logits.argmax(-1)
+    fast = logits.dtype == torch.bfloat16 and logits.device.type == "cpu" and library.runs()
+    return linear.argmax(logits) if fast else logits.argmax(-1)
 
 
 def fuse(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:

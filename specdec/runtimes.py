@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from specdec.errors import NotFiniteError, SpecDecError, did_you_mean
 from specdec.fused import FusedTarget
 from specdec.graphs import GraphedTarget
-from specdec.native_target import NativeTarget
+from specdec.native.target import NativeTarget
 from specdec.options import Runtime, Weights
 from specdec.target import ReferenceTarget, Target, lock_of, refuse_unsupported
 

@@ -23,7 +23,7 @@ from specdec import cores, growth, hub, kernels, stored
 from specdec.adapters import Adapters
 from specdec.cache import KVCache, Mask
 from specdec.errors import SpecDecError
-from specdec.growth import Bounds, Candidates, Route, Seed
+from specdec.growth import Bounds, Candidates, DraftPath, Seed
 from specdec.transfer import download
 
 if TYPE_CHECKING:
@@ -142,9 +142,9 @@ class Target(ABC):
         finite = logits.gather(-1, best[..., None])[..., 0].isfinite()
         return download(*beside, best.masked_fill(~finite, -1))
 
-    def grow(self, cache: KVCache, seed: Seed, route: Route, bounds: Bounds) -> Candidates:
-        """Draft a tree along ``route`` from ``seed``, for the one row of ``cache``, which is left as it was."""
-        return growth.grow(self, cache, seed, route, bounds)
+    def grow(self, cache: KVCache, seed: Seed, path: DraftPath, bounds: Bounds) -> Candidates:
+        """Draft a tree along ``path`` from ``seed``, for the one row of ``cache``, which is left as it was."""
+        return growth.grow(self, cache, seed, path, bounds)
 
     @abstractmethod
     def linears(self, layer: int) -> dict[str, tuple[int, int]]:

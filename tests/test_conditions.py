@@ -25,14 +25,14 @@ def requests() -> dict[str, list[int]]:
     from conftest import tiny_model
     from test_threads import BF16, PROMPTS, at_once, grown, leaping
 
-    from specdec import native
     from specdec.decoder import SpecDecoder
     from specdec.drafters.layer_skip import LayerSkipDrafter
+    from specdec.native import library
 
     torch.set_num_threads(2)
     os.sched_getaffinity = lambda process: {0, 1}  # two threads, whatever is here
     models: dict[str, Any] = {"fused": tiny_model("llama"), "reference": tiny_model("qwen3")}
-    if native.runs():
+    if library.runs():
         models["native"] = tiny_model("llama", **BF16).bfloat16()
     found = {}
     for runtime, model in models.items():

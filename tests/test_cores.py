@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from specdec import cores, native
+from specdec import cores
+from specdec.native import library
 
 TESTS = Path(__file__).parent
 
@@ -102,16 +103,16 @@ def test_waiting_threads_of_pytorch_spin_for_a_bounded_time(given: dict[str, str
     assert done.stdout.strip() == expected
 
 
-@pytest.mark.skipif(not native.runs(), reason="there are no native kernels here")
+@pytest.mark.skipif(not library.runs(), reason="there are no native kernels here")
 def test_kernels_run_in_the_openmp_that_pytorch_has_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not in another one that lies among the packages."""
     decoy = tmp_path / "torch_of_others/lib/libgomp-1.so.1"
     decoy.parent.mkdir(parents=True)
     decoy.write_bytes(b"no library")
     monkeypatch.setattr(torch, "__file__", str(tmp_path / "torch/__init__.py"))
-    assert native.library.__wrapped__().specdec_open(2)
+    assert library.load.__wrapped__().specdec_open(2)
     maps = Path("/proc/self/maps")
-    assert not maps.exists() or os.path.realpath(native.openmp()) in maps.read_text()
+    assert not maps.exists() or os.path.realpath(library.openmp()) in maps.read_text()
 
 
 CHILD = """
@@ -119,14 +120,15 @@ import json, multiprocessing, os, sys
 import torch
 torch.set_num_threads(2)
 from conftest import tiny_model
-from specdec import cores, native
+from specdec import cores
+from specdec.native import library
 cores.cpus = lambda: 2  # two threads, whatever is here
 from specdec.decoder import SpecDecoder
 
 # Large enough for PyTorch to use its threads.
 model = tiny_model("llama", hidden_size=256, intermediate_size=1024, head_dim=64, vocab_size=5000)
 models = {"fused": model, "reference": model}
-if native.runs():
+if library.runs():
     models["native"] = tiny_model("llama", hidden_size=256, intermediate_size=1024, head_dim=64).bfloat16()
 decoders = [SpecDecoder(model, None, "prompt-lookup", runtime=runtime) for runtime, model in models.items()]
 prompt = [5, 6, 7, 8] * 12

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from specdec import cli, doctor, native
+from specdec import cli
+from specdec.cli import doctor
 from specdec.errors import SpecDecError
+from specdec.native import library
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +30,7 @@ def test_json_holds_what_the_lines_print(empty_cache: Path) -> None:
     assert report["models"] == {"smollm2-135m-instruct": False}
     assert report["shipped_drafters"]["m2r2"] == ["smollm2-135m-instruct"]
     assert report["threads"]["used"] >= 1 and report["device"]["name"]
-    assert report["kernels"]["usable"] == native.runs()
+    assert report["kernels"]["usable"] == library.runs()
 
 
 def test_lines_name_the_cache_that_is_not_there_and_the_variables(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,8 +44,8 @@ def test_kernels_that_are_missing_are_named_with_the_reason(monkeypatch: pytest.
     def missing() -> None:
         raise SpecDecError("the native kernels are not built")
 
-    monkeypatch.setattr(native, "library", missing)
-    monkeypatch.setattr(native, "LIBRARY", tmp_path / "_native.so")
+    monkeypatch.setattr(library, "load", missing)
+    monkeypatch.setattr(library, "LIBRARY", tmp_path / "_native.so")
     assert doctor._kernels() == {"built": False, "usable": False, "reason": "the native kernels are not built"}
     assert "not usable: the native kernels are not built" in CliRunner().invoke(cli.app, ["doctor"]).stdout
 

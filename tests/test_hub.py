@@ -18,8 +18,9 @@ from tiny_gguf import NAME, forbidden, write_gguf
 from torch import nn
 from transformers import AutoConfig
 
-from specdec import embedded, hub, native
+from specdec import embedded, hub
 from specdec.errors import SpecDecError
+from specdec.native import library
 from specdec.runtimes import make_target
 
 # --- loading --------------------------------------------------------------------------------------------------------
@@ -50,7 +51,7 @@ def test_a_packed_gguf_file_runs_in_as_many_bits_with_the_same_values(cache, tmp
     up = torch.from_numpy(gguf.dequantize(gguf.quants.quantize(tensors["blk.1.ffn_up.weight"], packed), packed))
     assert torch.equal(model.model.layers[1].mlp.up_proj.weight, up.bfloat16())
     try:
-        native.library()
+        library.load()
     except SpecDecError:
         assert make_target(model)[0].runtime == "fused"
     else:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from conftest import tiny_model
 
-from specdec import native
 from specdec.errors import SpecDecError
+from specdec.native import library
 from specdec.runtimes import make_target
 
 FLAGS = "flags : fpu avx512f avx512bw avx512vl avx512dq avx512_bf16\n"
@@ -17,8 +17,8 @@ FLAGS = "flags : fpu avx512f avx512bw avx512vl avx512dq avx512_bf16\n"
 
 @pytest.fixture
 def missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(native, "LIBRARY", tmp_path / "_native.so")
-    cached = native.library, native.runs, native._notice
+    monkeypatch.setattr(library, "LIBRARY", tmp_path / "_native.so")
+    cached = library.load, library._notice, library.runs
     for function in cached:
         function.cache_clear()
     yield
@@ -30,11 +30,11 @@ def missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_missing_kernels_give_one_notice_where_they_could_run(
     missing: None, able: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(native, "could_run", lambda: able)
+    monkeypatch.setattr(library, "could_run", lambda: able)
     for _ in range(2):
         with pytest.raises(SpecDecError, match="kernels are not built"):
-            native.library()
-        assert not native.runs()
+            library.load()
+        assert not library.runs()
     model = tiny_model("llama", hidden_size=64, intermediate_size=96, head_dim=32).bfloat16()
     assert make_target(model)[0].runtime == "fused"
     assert [r.message.partition(",")[0] for r in caplog.records] == ["The native kernels are not built"] * able
@@ -42,8 +42,8 @@ def test_missing_kernels_give_one_notice_where_they_could_run(
 
 def test_what_this_cpu_can_run_is_read_from_its_flags(tmp_path: Path) -> None:
     info = tmp_path / "cpuinfo"
-    assert not native.could_run(info)
+    assert not library.could_run(info)
     info.write_text(FLAGS)
-    assert native.could_run(info)
+    assert library.could_run(info)
     info.write_text(FLAGS.replace(" avx512_bf16", ""))
-    assert not native.could_run(info)
+    assert not library.could_run(info)

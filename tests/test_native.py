@@ -11,14 +11,15 @@ import torch
 from conftest import tiny_model
 from test_fused import ROPES, adapted_pass, apart, play, random_adapters, rough_model
 
-from specdec import cores, growth, kernels, native
+from specdec import cores, growth, kernels
 from specdec.errors import SpecDecError
-from specdec.native_target import FAMILIES, NativeTarget
+from specdec.native import library, linear
+from specdec.native.target import FAMILIES, NativeTarget
 from specdec.runtimes import make_target
 from specdec.target import ReferenceTarget, Target
 
 try:
-    native.library()
+    library.load()
 except SpecDecError as error:
     pytest.skip(str(error), allow_module_level=True)
 
@@ -34,10 +35,10 @@ def model_of(family: str, **changes: object) -> torch.nn.Module:
 
 @pytest.fixture(params=[2, 1], ids=["amx", "avx512"], autouse=True)
 def level(request: pytest.FixtureRequest) -> Iterator[None]:
-    if native.library().specdec_open(request.param) < request.param:
+    if library.load().specdec_open(request.param) < request.param:
         pytest.skip("this CPU has no AMX")
     yield
-    native.library().specdec_open(2)
+    library.load().specdec_open(2)
 
 
 @pytest.mark.parametrize(("family", "changes"), VARIANTS)
@@ -119,17 +120,17 @@ def published(bits: int, out: int, inputs: int) -> torch.Tensor:
     return weight.flatten(1).bfloat16()
 
 
-@pytest.mark.parametrize(("bits", "kind"), [(4, native.Q4), (8, native.Q8)])
+@pytest.mark.parametrize(("bits", "kind"), [(4, library.Q4), (8, library.Q8)])
 @torch.inference_mode()
 def test_storage_in_fewer_bits_is_used_where_it_is_exact(bits: int, kind: int) -> None:
     torch.manual_seed(6)
     weight, bias, x = published(bits, 48, 128), torch.randn(48).bfloat16(), torch.randn(19, 128).bfloat16()
-    few, dense = native.Packed(weight, bias, (kind,)), native.Packed(weight, bias)
-    assert (few.kind, dense.kind) == (kind, native.BF16)
+    few, dense = linear.Packed(weight, bias, (kind,)), linear.Packed(weight, bias)
+    assert (few.kind, dense.kind) == (kind, library.BF16)
     assert torch.equal(few(x), dense(x))
     assert apart(dense(x).float(), x.float() @ weight.float().t() + bias.float()) < 1e-2
     weight[17] = torch.randn(128)
-    assert native.Packed(weight, bias, (kind,)).kind == native.BF16
+    assert linear.Packed(weight, bias, (kind,)).kind == library.BF16
 
 
 @torch.inference_mode()
@@ -190,20 +191,20 @@ def test_coarse_maps_are_within_their_bits_and_do_not_depend_on_other_rows(
 ) -> None:
     torch.manual_seed(12)
     weight, bias, x = torch.randn(50, 192).bfloat16(), torch.randn(50).bfloat16(), torch.randn(rows, 192).bfloat16()
-    asked = (native.I4, native.I8) if bits == 4 else (native.I8,)
-    served = [kind for kind in asked if native.library().specdec_tile_bytes(kind)]
-    coarse, dense = native.Packed(weight, bias, coarse=asked), native.Packed(weight, bias)
-    assert coarse.kind == (served[0] if served else native.BF16)
+    asked = (library.I4, library.I8) if bits == 4 else (library.I8,)
+    served = [kind for kind in asked if library.load().specdec_tile_bytes(kind)]
+    coarse, dense = linear.Packed(weight, bias, coarse=asked), linear.Packed(weight, bias)
+    assert coarse.kind == (served[0] if served else library.BF16)
     if coarse.kind == asked[0]:
         assert least < apart(coarse(x).float(), dense(x).float()) < most
     assert torch.equal(coarse(x)[-1:], coarse(x[-1:]))
-    assert native.Packed(weight[:, :96], coarse=asked).kind == native.BF16  # no multiple of 64
+    assert linear.Packed(weight[:, :96], coarse=asked).kind == library.BF16  # no multiple of 64
 
 
 @torch.inference_mode()
 def test_four_coarse_bits_hold_what_four_bits_can() -> None:
     """Codes -8 .. 7 times a scale for the even quads of 64 inputs, and one for the odd: nothing is rounded."""
-    if not native.library().specdec_tile_bytes(native.I4):
+    if not library.load().specdec_tile_bytes(library.I4):
         pytest.skip("this CPU does better with eight bits")
     torch.manual_seed(13)
     codes = torch.randint(-8, 8, (40, 2, 8, 2, 4))
@@ -211,7 +212,7 @@ def test_four_coarse_bits_hold_what_four_bits_can() -> None:
     weight = (codes * torch.tensor([0.5, 0.03125]).view(2, 1)).view(40, 128).bfloat16()
     x = torch.randint(-127, 128, (7, 128)).bfloat16()
     x[:, 0] = 127  # a token's scale is 1
-    assert torch.equal(native.Packed(weight, coarse=(native.I4,))(x), (x.double() @ weight.double().T).bfloat16())
+    assert torch.equal(linear.Packed(weight, coarse=(library.I4,))(x), (x.double() @ weight.double().T).bfloat16())
 
 
 @pytest.mark.parametrize(("family", "t"), [("llama", 1), ("qwen2", 4), ("phi3", 20)])
@@ -223,7 +224,7 @@ def test_coarse_adapters_are_merged_for_drafts_and_leave_the_model_exact(family:
     plain, expected = adapted_pass(target, None, t, None), adapted_pass(target, adapters, t, None)
     adapters.coarse = True
     got = adapted_pass(target, adapters, t, None)
-    share = 0.6 if native.library().specdec_tile_bytes(native.I4) else 0.2  # of what the adapters change
+    share = 0.6 if library.load().specdec_tile_bytes(library.I4) else 0.2  # of what the adapters change
     assert (got - expected).float().norm() < share * (plain - expected).float().norm()
     assert torch.equal(adapted_pass(target, None, t, None), plain)
     if t > 1:  # some tokens are the model's own there: exact
@@ -306,7 +307,7 @@ def by_path(found: growth.Candidates) -> dict[tuple[int, ...], float]:
     return dict(zip(paths[1:], found.scores, strict=True))
 
 
-def random_route(target: Target, heads: int) -> growth.Route:
+def random_route(target: Target, heads: int) -> growth.DraftPath:
     """Two leaps to segments and one to the end, over a reduced vocabulary of so many heads."""
     with torch.inference_mode(False):
         adapters = random_adapters(ReferenceTarget(target.model)).bfloat16()
@@ -316,7 +317,7 @@ def random_route(target: Target, heads: int) -> growth.Route:
         for n in (3, 3, 2)
     ]
     parts = [target.reduced_head(part) for part in tokens.split([50, 20][:heads])]
-    return growth.Route(leaps, ((1, 2), (3, 4)), adapters, parts, tokens)
+    return growth.DraftPath(leaps, ((1, 2), (3, 4)), adapters, parts, tokens)
 
 
 def test_the_largest_of_a_row() -> None:
@@ -324,7 +325,7 @@ def test_the_largest_of_a_row() -> None:
     x = torch.randn(2, 3, 1003).bfloat16()  # 16 bits: many ties, of which the first counts
     x[0, 0], x[0, 1, 1001], x[1, 2] = -0.0, 9.0, float("-inf")
     x[0, 0, 40] = 0.0
-    best = native.argmax(x)
+    best = linear.argmax(x)
     assert best.shape == (2, 3) and best[0, 1] == 1001 and best[0, 0] == 0
     assert torch.equal(best, x.float().argmax(-1))
 
@@ -338,8 +339,8 @@ def test_the_largest_output_is_found_without_the_outputs(rows: int, monkeypatch:
     weight[1002] = 3 * weight[1002]
     x = torch.randn(rows, 64).bfloat16()
     x[-1] = float("nan") if rows > 1 else x[-1]
-    packed, threads = native.Packed(weight), torch.get_num_threads()
-    expected = native.argmax(packed(x, norm, 1e-5))
+    packed, threads = linear.Packed(weight), torch.get_num_threads()
+    expected = linear.argmax(packed(x, norm, 1e-5))
     assert expected.max() < 500 or 1002 in expected
     try:
         for count in (1, 2, 3):

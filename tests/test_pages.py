@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 from test_native import model_of
 from transformers import AutoModelForCausalLM
 
-from specdec import hub, native, pages
+from specdec import hub, pages
 from specdec.errors import SpecDecError
-from specdec.native_target import NativeTarget
+from specdec.native import library
+from specdec.native.target import NativeTarget
 
 if not Path("/proc/self/pagemap").exists():
     pytest.skip("needs /proc/self/pagemap", allow_module_level=True)
@@ -68,7 +69,7 @@ def test_changed_weights_get_a_file_of_their_own(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize("weights", ["auto", "int4"])
 def test_the_native_runtime_leaves_the_models_weights_in_their_file(tmp_path: Path, weights: str) -> None:
     try:
-        native.library()
+        library.load()
     except SpecDecError as error:
         pytest.skip(str(error))
     model_of("llama", vocab_size=4096).save_pretrained(tmp_path)

@@ -19,7 +19,7 @@ from conftest import greedy_reference, tiny_model
 from test_graphs import Replay
 from zoo import m2r2, run
 
-from specdec import native, target
+from specdec import target
 from specdec.decoder import SpecDecoder
 from specdec.draft import Drafter
 from specdec.drafters.layer_skip import LayerSkipDrafter
@@ -28,14 +28,15 @@ from specdec.drafters.prompt_lookup import PromptLookupDrafter
 from specdec.errors import SpecDecError
 from specdec.fused import FusedTarget
 from specdec.graphs import GraphedTarget
-from specdec.native_target import NativeTarget
+from specdec.native import library, linear
+from specdec.native.target import NativeTarget
 from specdec.target import ReferenceTarget, Target, lock_of
 
 RUNTIMES = Path(target.__file__).parent
-FILES = {"native", "native_target", "native_growth", "growth", "target", "fused", "graphs", "kernels", "cache"}
+FILES = {"library", "linear", "drafting", "growth", "target", "reference", "fused", "graphs", "kernels", "cache"}
 BF16 = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32}  # what the native runtime serves
 PROMPTS = [[5, 6, 7, 8, 9] * 3, [10, 11, 12, 13, 10, 11, 12], [20, 21, 22, 23, 24, 25] * 4]
-needs_native = pytest.mark.skipif(not native.runs(), reason="there are no native kernels here")
+needs_native = pytest.mark.skipif(not library.runs(), reason="there are no native kernels here")
 
 
 def interleaved(mine: Callable[[], Any], other: Callable[[], Any], model: torch.nn.Module) -> tuple[Any, list[Any]]:
@@ -47,10 +48,10 @@ def interleaved(mine: Callable[[], Any], other: Callable[[], Any], model: torch.
 
     def trace(frame: Any, event: str, _: object) -> Any:
         path = Path(frame.f_code.co_filename)
-        if path.parent != RUNTIMES or path.stem not in FILES:
+        if path.parent not in (RUNTIMES, RUNTIMES / "native") or path.stem not in FILES:
             return None
         line = path.stem, frame.f_lineno
-        locked = lock_of(model)._is_owned() or native._arena.lock.locked() or target._finding.locked()
+        locked = lock_of(model)._is_owned() or linear._arena.lock.locked() or target._finding.locked()
         if event == "line" and line not in seen and not locked:
             seen.add(line)
             thread = threading.Thread(target=lambda: others.append(other()))
@@ -190,21 +191,21 @@ def test_weights_that_are_packed_at_once_do_not_overlap(monkeypatch: pytest.Monk
     """Another thread packs while this one does: between looking for memory and having it."""
     torch.manual_seed(1)
     weights, x = [torch.randn(64, 64).bfloat16() for _ in range(2)], torch.randn(3, 64).bfloat16()
-    library, packed = native.library(), list[native.Packed]()
+    kernels, packed = library.load(), list[linear.Packed]()
 
     class Slow:
         def __getattr__(self, name: str) -> Any:
-            return getattr(library, name)
+            return getattr(kernels, name)
 
         def specdec_pack(self, *arguments: Any) -> int:
             if threading.current_thread() is threading.main_thread():
-                thread = threading.Thread(target=lambda: packed.append(native.Packed(weights[1], kinds=(native.Q4,))))
+                thread = threading.Thread(target=lambda: packed.append(linear.Packed(weights[1], kinds=(library.Q4,))))
                 thread.start()
                 thread.join(60)
-            return int(library.specdec_pack(*arguments))
+            return int(kernels.specdec_pack(*arguments))
 
-    monkeypatch.setattr(native, "library", Slow)
-    packed.append(native.Packed(weights[0]))
+    monkeypatch.setattr(library, "load", Slow)
+    packed.append(linear.Packed(weights[0]))
     for mine, weight in zip(packed, reversed(weights), strict=True):
         assert torch.allclose(mine(x).float(), x.float() @ weight.float().T, rtol=0.02, atol=0.1)
     begins = sorted((each.tiles.data_ptr(), each.tiles.numel()) for each in packed)
@@ -214,10 +215,10 @@ def test_weights_that_are_packed_at_once_do_not_overlap(monkeypatch: pytest.Monk
 @needs_native
 def test_memory_that_a_storage_did_not_fit_is_used_again() -> None:
     torch.manual_seed(1)
-    native.Packed(torch.randn(32, 64).bfloat16())
-    used = native._arena.used
-    packed = native.Packed(torch.randn(32, 64).bfloat16(), kinds=(native.Q4, native.Q8))
-    assert packed.kind == native.BF16 and native._arena.used == used + packed.tiles.numel()
+    linear.Packed(torch.randn(32, 64).bfloat16())
+    used = linear._arena.used
+    packed = linear.Packed(torch.randn(32, 64).bfloat16(), kinds=(library.Q4, library.Q8))
+    assert packed.kind == library.BF16 and linear._arena.used == used + packed.tiles.numel()
 
 
 @pytest.mark.parametrize("runtime", [pytest.param("native", marks=needs_native), "fused", "reference"])

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from specdec import embedded
+from specdec import embedded, machine
 from specdec.errors import SpecDecError
 
 PACKAGES = ("specdec-m2r2", "torch", "transformers", "numpy", "safetensors", "gguf", "accelerate", "ray")
@@ -94,22 +94,19 @@ def _versions() -> dict[str, str | None]:
     return found
 
 
-def _features(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:
+def _features(cpuinfo: Path = machine.CPUINFO) -> list[str]:
     """Those of ``CPU_FLAGS`` that Linux reports."""
-    try:
-        flags = set(cpuinfo.read_text("utf-8", "replace").split())
-    except OSError:
-        return []
+    flags = machine.processor(cpuinfo).get("flags", "").split()
     return [flag for flag in CPU_FLAGS if flag in flags]
 
 
 def _kernels() -> dict[str, Any]:
-    from specdec import native
+    from specdec.native import library
 
     try:
-        native.library()
+        library.load()
     except SpecDecError as error:
-        return {"built": native.LIBRARY.exists(), "usable": False, "reason": str(error)}
+        return {"built": library.LIBRARY.exists(), "usable": False, "reason": str(error)}
     return {"built": True, "usable": True, "reason": ""}
 
 

@@ -1,4 +1,4 @@
-"""The native runtime: decoder layers as one call into compiled kernels (``native.c``).
+"""The native runtime: decoder layers as one call into compiled kernels.
 
 Builds what the kernels read (packed weights, pointers, masks) and calls them; raises SpecDecError for machines and
 models that it does not serve. Weights that four or eight bits hold *exactly* (those of a checkpoint that was published
@@ -18,13 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from specdec import cores, embedded, fused, native, pages
+from specdec import cores, embedded, fused, pages
 from specdec.adapters import Adapters
 from specdec.cache import KVCache, Mask
 from specdec.errors import SpecDecError
-from specdec.growth import Bounds, Candidates, Route, Seed
-from specdec.native import BF16, I4, I8, INT, POINTER, Q4, Q8, Packed, done, pointer
-from specdec.native_growth import Growth
+from specdec.growth import Bounds, Candidates, DraftPath, Seed
+from specdec.native import library
+from specdec.native.drafting import TreeDrafter
+from specdec.native.library import BF16, I4, I8, INT, POINTER, Q4, Q8, Call, Layer, LowRank, Model, done, pointer
+from specdec.native.linear import Packed
 from specdec.target import Target, refuse_unsupported
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
@@ -46,7 +48,7 @@ class NativeTarget(Target):
 
     def __init__(self, model: PreTrainedModel, weights: str = "auto") -> None:
         refuse_unsupported(model)
-        self.lib = native.library()
+        self.lib = library.load()
         kind, config = model.config.model_type, model.config
         if kind not in FAMILIES:
             raise SpecDecError(f"model type '{kind}' is unknown to the native runtime (it knows {', '.join(FAMILIES)})")
@@ -67,7 +69,7 @@ class NativeTarget(Target):
         self.rounding = weights in ("int8", "int4")
         self.kinds = KINDS[weights]
         self._parts = fused.adapter_parts(first)
-        self._layers = (native.Layer * self.num_layers)()
+        self._layers = (Layer * self.num_layers)()
         self._alive: list[Any] = []  # what the structures point to
         for layer, struct in zip(decoder.layers, self._layers, strict=True):
             self._pack_layer(layer, struct)
@@ -78,7 +80,7 @@ class NativeTarget(Target):
         scale = float(first.self_attn.scaling)
         sizes = self.hidden_size, self.heads, self.kv_heads, self.head_dim, self.inner, 2 * rotated
         self._sizes = (*sizes, self.eps, scale)
-        self._model = native.Model(*self._sizes, ctypes.addressof(self._layers))
+        self._model = Model(*self._sizes, ctypes.addressof(self._layers))
         self.kinds_of_windows = sorted(set(self.windows), key=str)
         self._spans = (INT * len(self.kinds_of_windows))(*(window or 0 for window in self.kinds_of_windows))
         self._window = (INT * self.num_layers)(*(self.kinds_of_windows.index(w) for w in self.windows))
@@ -123,19 +125,19 @@ class NativeTarget(Target):
             taps[hi] = y
         return y
 
-    def grow(self, cache: KVCache, seed: Seed, route: Route, bounds: Bounds) -> Candidates:
+    def grow(self, cache: KVCache, seed: Seed, path: DraftPath, bounds: Bounds) -> Candidates:
         size = bounds.levels, bounds.width
-        if (self, size) not in route.made:
-            route.made[self, size] = [] if Growth.serves(self, route, *size) else None
-        idle = route.made[self, size]  # those that nobody is using; None: not served
+        if (self, size) not in path.made:
+            path.made[self, size] = [] if TreeDrafter.serves(self, path, *size) else None
+        idle = path.made[self, size]  # those that nobody is using; None: not served
         if idle is None:
-            return super().grow(cache, seed, route, bounds)
+            return super().grow(cache, seed, path, bounds)
         try:
-            growth = idle.pop()
+            drafter = idle.pop()
         except IndexError:
-            growth = Growth(self, route, *size)
-        found = growth(self, cache, seed, bounds.confidence)
-        idle.append(growth)
+            drafter = TreeDrafter(self, path, *size)
+        found = drafter(self, cache, seed, bounds.confidence)
+        idle.append(drafter)
         return found
 
     def readout(self, x: Tensor, head: nn.Linear | None = None) -> Tensor:
@@ -174,7 +176,7 @@ class NativeTarget(Target):
         adapters: Adapters | None,
         adapted: int | None,
         taps: Mapping[int, Tensor],
-    ) -> tuple[native.Model, native.Call, list[Any]]:
+    ) -> tuple[Model, Call, list[Any]]:
         """Layers [lo, hi) on ``x`` as the kernels take them, and what must live as long as that."""
         (batch, t, _), model, low = x.shape, self._model, None
         if adapters is not None and adapters.coarse and adapted is None:
@@ -200,13 +202,13 @@ class NativeTarget(Target):
             call.low = ctypes.addressof(low)
         return model, call, alive
 
-    def draft_call(self, lo: int, hi: int, adapters: Adapters) -> tuple[native.Model, native.Call]:
+    def draft_call(self, lo: int, hi: int, adapters: Adapters) -> tuple[Model, Call]:
         """Layers [lo, hi) with coarse ``adapters`` on one token, for kernels that make masks and states themselves."""
         call = self._new_call(1, 1, lo, hi)
         call.causal = 1
         return self._merged(adapters, lo, hi), call
 
-    def place(self, call: native.Call, cache: KVCache, lo: int, hi: int, count: int) -> Any:
+    def place(self, call: Call, cache: KVCache, lo: int, hi: int, count: int) -> Any:
         """Have ``call`` write to the next ``count`` slots of the cache's layers [lo, hi); return what must live."""
         call.start = cache.reserve(lo, hi, count, self.kv_heads, self.head_dim, torch.bfloat16)
         rotary = self._rotary_tables(call.start + count)  # no position is beyond its slot
@@ -215,9 +217,9 @@ class NativeTarget(Target):
         call.keys, call.values = ctypes.addressof(keys), ctypes.addressof(values)
         return rotary, slots
 
-    def _new_call(self, batch: int, t: int, lo: int, hi: int) -> native.Call:
+    def _new_call(self, batch: int, t: int, lo: int, hi: int) -> Call:
         """What a call has that no cache and no states change."""
-        call = native.Call(batch, t, lo, hi, 0, cores.threads(), 0, len(self.kinds_of_windows))
+        call = Call(batch, t, lo, hi, 0, cores.threads(), 0, len(self.kinds_of_windows))
         call.spans, call.window = ctypes.addressof(self._spans), ctypes.addressof(self._window)
         call.taps = ctypes.addressof(self._untapped)
         return call
@@ -254,7 +256,7 @@ class NativeTarget(Target):
     def _adaptable(self, modules: dict[str, list[tuple[str, nn.Linear]]]) -> list[Any]:
         return [(path, self._parts[path], module) for pairs in modules.values() for path, module in pairs]
 
-    def _pack_layer(self, layer: Any, struct: native.Layer) -> None:
+    def _pack_layer(self, layer: Any, struct: Layer) -> None:
         for slot, pairs in fused.modules(layer).items():
             weights = [module.weight.detach() for _, module in pairs]
             biases = [module.bias for _, module in pairs]
@@ -295,7 +297,7 @@ class NativeTarget(Target):
                 pointers[layer] = ctypes.addressof(made[layer][0])
         return pointers
 
-    def _merged(self, adapters: Adapters, lo: int, hi: int) -> native.Model:
+    def _merged(self, adapters: Adapters, lo: int, hi: int) -> Model:
         """The model with ``adapters`` merged into layers [lo, hi), rounded: for drafts alone. Made once."""
         made = self._coarse.setdefault(adapters, {})
         with self.lock:
@@ -303,15 +305,15 @@ class NativeTarget(Target):
                 made[lo, hi] = self._make_merged(adapters, lo, hi)
         return made[lo, hi][0]
 
-    def _make_merged(self, adapters: Adapters, lo: int, hi: int) -> tuple[native.Model, Any, list[Any]]:
-        layers = (native.Layer * self.num_layers)(*self._layers)
+    def _make_merged(self, adapters: Adapters, lo: int, hi: int) -> tuple[Model, Any, list[Any]]:
+        layers = (Layer * self.num_layers)(*self._layers)
         alive = []
         for layer in range(lo, hi):
             alive.append(self._merge(layers[layer], layer, adapters))
             pages.trim()  # what one leaves behind would add to the peak of the next
-        return native.Model(*self._sizes, ctypes.addressof(layers)), layers, alive
+        return Model(*self._sizes, ctypes.addressof(layers)), layers, alive
 
-    def _merge(self, struct: native.Layer, layer: int, adapters: Adapters) -> list[Packed]:
+    def _merge(self, struct: Layer, layer: int, adapters: Adapters) -> list[Packed]:
         factors, alive = adapters.factors(layer), []
         for slot, pairs in fused.modules(self.model.model.layers[layer]).items():  # type: ignore[union-attr, index]
             weight = torch.cat([module.weight.detach().float() for _, module in pairs])
@@ -328,7 +330,7 @@ class NativeTarget(Target):
         return alive
 
     def _adapt(self, layer: int, adapters: Adapters) -> tuple[Any, list[Any]]:
-        structs, alive = (native.LowRank * 4)(), []
+        structs, alive = (LowRank * 4)(), []
         factors = adapters.factors(layer)
         for index, slot in enumerate(("qkv", "out", "gate_up", "down")):
             parts = {path: factors[path] for path in factors if self._parts[path][0] == slot}
@@ -346,9 +348,7 @@ class NativeTarget(Target):
             if slot == "gate_up":
                 ups, first = _alternate(ups), first.view(2, -1).t().contiguous().view(-1)
             packed = Packed(torch.cat(downs)), Packed(ups)
-            structs[index] = native.LowRank(
-                packed[0].struct, rank // 32, 0, first.data_ptr(), packed[1].tiles.data_ptr()
-            )
+            structs[index] = LowRank(packed[0].struct, rank // 32, 0, first.data_ptr(), packed[1].tiles.data_ptr())
             alive += [packed, first]
         return structs, alive
 

@@ -1,0 +1,126 @@
+/* Products of tiles in AMX, 16 tokens at once. */
+#include "simd.h"
+#ifdef SPECDEC_NATIVE
+
+enum { RING = 8, AHEAD = 2, PREFETCH = 4096 };
+
+typedef struct {
+    uint8_t palette, start, zero[14];
+    uint16_t width[16];
+    uint8_t height[16];
+} TileConfig;
+
+void enter_tiles(void) {
+    if (!has_amx) return;
+    TileConfig config __attribute__((aligned(64)));
+    memset(&config, 0, sizeof config);
+    config.palette = 1;
+    for (int i = 0; i < 8; i++) config.width[i] = 64, config.height[i] = 16;
+    _tile_loadconfig(&config);
+}
+
+void leave_tiles(void) {
+    if (has_amx) _tile_release();
+}
+
+/* sums[block][16 outputs][16 lanes] of one output tile: tiles of `kind` on vnni_bf16, and then side b's, which are bf16. */
+void amx_product(int kind, const Side *a, const Side *b, int blocks, float *sums) {
+    const uint8_t *tiles = a->tiles, *x = a->x;
+    int count = a->count, bytes = (int)a->step;
+    uint8_t ring[RING][1024] __attribute__((aligned(64)));
+    _tile_zero(0);
+    if (blocks > 1) _tile_zero(1);
+    if (blocks > 2) _tile_zero(2);
+    if (blocks > 3) _tile_zero(3);
+#define MULTIPLY(rows, at, step)                                                                                     \
+    do {                                                                                                             \
+        const uint8_t *lanes_ = (at);                                                                                \
+        _tile_loadd(4, rows, 64);                                                                                    \
+        _tile_loadd(5, lanes_, 64);                                                                                  \
+        _tile_dpbf16ps(0, 4, 5);                                                                                     \
+        if (blocks > 1) { _tile_loadd(6, lanes_ + (step), 64); _tile_dpbf16ps(1, 4, 6); }                            \
+        if (blocks > 2) { _tile_loadd(5, lanes_ + 2 * (step), 64); _tile_dpbf16ps(2, 4, 5); }                        \
+        if (blocks > 3) { _tile_loadd(6, lanes_ + 3 * (step), 64); _tile_dpbf16ps(3, 4, 6); }                        \
+    } while (0)
+    if (kind == BF16) {
+        for (int k = 0; k < count; k++) {
+            const uint8_t *tile = tiles + 1024 * (int64_t)k;
+            for (int i = 0; i < 1024; i += 64) _mm_prefetch((const char *)tile + PREFETCH + i, _MM_HINT_T0);
+            MULTIPLY(tile, x + 1024 * (int64_t)k, a->block);
+        }
+    } else {
+        for (int k = 0; k < count + AHEAD; k++) { /* unpack ahead: a tile load waits for stores to reach the cache */
+            if (k < count) {
+                const uint8_t *tile = tiles + bytes * (int64_t)k;
+                for (int i = 0; i < bytes; i += 64) _mm_prefetch((const char *)tile + PREFETCH + i, _MM_HINT_T0);
+                unpack(kind, tile, ring[k % RING]);
+            }
+            if (k >= AHEAD) MULTIPLY(ring[(k - AHEAD) % RING], x + 1024 * (int64_t)(k - AHEAD), a->block);
+        }
+    }
+    for (int k = 0; k < b->count; k++) MULTIPLY(b->tiles + 1024 * (int64_t)k, b->x + 1024 * (int64_t)k, b->block);
+    _tile_stored(0, sums, 64);
+    if (blocks > 1) _tile_stored(1, sums + 256, 64);
+    if (blocks > 2) _tile_stored(2, sums + 512, 64);
+    if (blocks > 3) _tile_stored(3, sums + 768, 64);
+#undef MULTIPLY
+}
+
+/* The same for int8 tiles and vnni_int8, times the scales of both. */
+void amx_int8_product(const Side *a, int tokens, const float *scale, float *sums) {
+    int32_t *whole = (int32_t *)sums;
+    int blocks = (tokens + 15) / 16, count = a->count;
+    int64_t stride = a->block;
+    _tile_zero(0);
+    if (blocks > 1) _tile_zero(1);
+    if (blocks > 2) _tile_zero(2);
+    if (blocks > 3) _tile_zero(3);
+    for (int k = 0; k < count; k++) {
+        const uint8_t *tile = a->tiles + 1024 * (int64_t)k, *lanes = a->x + 1024 * (int64_t)k;
+        for (int i = 0; i < 1024; i += 64) _mm_prefetch((const char *)tile + PREFETCH + i, _MM_HINT_T0);
+        _tile_loadd(4, tile, 64);
+        _tile_loadd(5, lanes, 64);
+        _tile_dpbssd(0, 4, 5);
+        if (blocks > 1) { _tile_loadd(6, lanes + stride, 64); _tile_dpbssd(1, 4, 6); }
+        if (blocks > 2) { _tile_loadd(5, lanes + 2 * stride, 64); _tile_dpbssd(2, 4, 5); }
+        if (blocks > 3) { _tile_loadd(6, lanes + 3 * stride, 64); _tile_dpbssd(3, 4, 6); }
+    }
+    _tile_stored(0, whole, 64);
+    if (blocks > 1) _tile_stored(1, whole + 256, 64);
+    if (blocks > 2) _tile_stored(2, whole + 512, 64);
+    if (blocks > 3) _tile_stored(3, whole + 768, 64);
+    for (int b = 0; b < blocks; b++) {
+        F lane = _mm512_loadu_ps((const float *)(a->x + b * stride + 1024 * (int64_t)count));
+        for (int o = 0; o < 16; o++) {
+            F v = _mm512_cvtepi32_ps(_mm512_load_si512(whole + 256 * b + 16 * o));
+            _mm512_store_ps(sums + 256 * b + 16 * o, _mm512_mul_ps(v, _mm512_mul_ps(lane, _mm512_set1_ps(scale[o]))));
+        }
+    }
+}
+
+/* vnni_bf16 to vnni_int8: each lane by its largest value. */
+void to_vnni_int8(const uint32_t *vnni, int features, int blocks, uint8_t *int8) {
+    const __m512i upper = _mm512_set1_epi32((int)0xffff0000), byte = _mm512_set1_epi32(255);
+    for (int b = 0; b < blocks; b++, vnni += 8 * features, int8 += int8_block_bytes(features)) {
+        __m512i most = _mm512_setzero_si512(); /* without their signs, floats order as integers do */
+        for (int i = 0; i < features / 2; i++) {
+            __m512i pair = _mm512_load_si512(vnni + 16 * i);
+            most = _mm512_max_epi32(most, _mm512_and_si512(_mm512_slli_epi32(pair, 16), _mm512_set1_epi32(0x7fffffff)));
+            most = _mm512_max_epi32(most, _mm512_and_si512(pair, _mm512_set1_epi32(0x7fff0000)));
+        }
+        F largest = _mm512_max_ps(_mm512_castsi512_ps(most), _mm512_set1_ps(1e-20f));
+        F inverse = _mm512_div_ps(_mm512_set1_ps(127.0f), largest);
+#define WHOLE(bits) _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_castsi512_ps(bits), inverse))
+        for (int i = 0; i < features / 4; i++) {
+            __m512i p = _mm512_load_si512(vnni + 32 * i), q = _mm512_load_si512(vnni + 32 * i + 16);
+            __m512i low = _mm512_or_si512(_mm512_and_si512(WHOLE(_mm512_slli_epi32(p, 16)), byte),
+                                          _mm512_slli_epi32(_mm512_and_si512(WHOLE(_mm512_and_si512(p, upper)), byte), 8));
+            __m512i high = _mm512_or_si512(_mm512_and_si512(WHOLE(_mm512_slli_epi32(q, 16)), byte),
+                                           _mm512_slli_epi32(_mm512_and_si512(WHOLE(_mm512_and_si512(q, upper)), byte), 8));
+            _mm512_store_si512(int8 + 64 * (int64_t)i, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+        }
+#undef WHOLE
+        _mm512_store_ps((float *)(int8 + 16 * (int64_t)features), _mm512_mul_ps(largest, _mm512_set1_ps(1 / 127.0f)));
+    }
+}
+#endif

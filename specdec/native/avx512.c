@@ -1,0 +1,207 @@
+/* Products of tiles without AMX: a tile's rows are multiplied with one token after another, so a pass of few tokens costs
+ * few products. int8 products take one side without sign: I8's weights are 128 too large, for I4 the tokens. */
+#include "simd.h"
+#ifdef SPECDEC_NATIVE
+
+enum { ROWS = 6 }; /* tokens multiplied at once: 24 sums, 4 rows and a token fit the registers */
+
+/* vnni_bf16 to rows_bf16. */
+void to_rows_bf16(const uint32_t *vnni, int features, int tokens, uint32_t *rows) {
+    int width = features / 2;
+    for (int i = 0; i < width; i += 16) {
+        __m512i a[16];
+        for (int j = 0; j < 16; j++) a[j] = _mm512_load_si512(vnni + 16 * (i + j));
+        transpose(a);
+        for (int r = 0; r < tokens; r++) _mm512_store_si512(rows + (int64_t)r * width + i, a[r]);
+    }
+}
+
+/* rows_bf16 to rows_int8 for a map of `kind`: each token by its largest value. */
+void to_rows_int8(int kind, const uint32_t *rows, int features, int tokens, uint8_t *int8) {
+    F *scales = (F *)(int8 + 16 * (int64_t)features);
+    const __m512i upper = _mm512_set1_epi32((int)0xffff0000);
+    const __m128i more = _mm_set1_epi8(kind == I4 ? -128 : 0);
+    float lane[16] __attribute__((aligned(64))) = {0}, sums[16] __attribute__((aligned(64))) = {0};
+    for (int r = 0; r < tokens; r++) {
+        const uint32_t *row = rows + (int64_t)r * features / 2;
+        F most = _mm512_set1_ps(1e-20f);
+        for (int i = 0; i < features / 2; i += 16) {
+            __m512i pair = _mm512_load_si512(row + i);
+            most = _mm512_max_ps(most, _mm512_abs_ps(_mm512_castsi512_ps(_mm512_slli_epi32(pair, 16))));
+            most = _mm512_max_ps(most, _mm512_abs_ps(_mm512_castsi512_ps(_mm512_and_si512(pair, upper))));
+        }
+        float largest = _mm512_reduce_max_ps(most);
+        F inverse = _mm512_set1_ps(127.0f / largest);
+        __m512i sum = _mm512_setzero_si512();
+        for (int i = 0; i < features; i += 16) {
+            __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(load_bf16((const bf16 *)row + i), inverse));
+            sum = _mm512_add_epi32(sum, whole);
+            _mm_store_si128((__m128i *)(int8 + (int64_t)r * features + i), _mm_xor_si128(_mm512_cvtsepi32_epi8(whole), more));
+        }
+        lane[r] = largest / 127.0f, sums[r] = 128.0f * (float)_mm512_reduce_add_epi32(sum);
+    }
+    scales[0] = _mm512_load_ps(lane), scales[1] = _mm512_load_ps(sums);
+}
+
+/* Scales and lows of a row of tiles, float [tile][scale, low][16 outputs] (I4: [16 outputs][scale, scale]): from memory
+ * they are spread for nothing. */
+static inline __attribute__((always_inline)) void read_scales(int kind, const uint8_t *tiles, int count, float *scales) {
+    for (int k = 0; k < count; k++, tiles += TILE_BYTES[kind], scales += 32) {
+        _mm512_store_ps(scales, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)tiles)));
+        if (kind != Q8) _mm512_store_ps(scales + 16, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(tiles + 32))));
+    }
+}
+
+/* Rows 4 quad .. of a tile, with its `scales`. */
+static inline __attribute__((always_inline)) void four_rows(int kind, const uint8_t *at, int quad, const float *scales, __m512i *row) {
+    if (kind == Q4) unpack_quad(at + 64 + 64 * quad, scales + 4 * quad, scales + 16 + 4 * quad, row);
+    else if (kind == I4)
+        for (int o = 0; o < 4; o += 2) { /* in the upper half of a byte, 16 times as large */
+            __m512i codes = _mm512_loadu_si512(at + 64 + 128 * quad + 32 * o), upper = _mm512_set1_epi8(-16);
+            row[o] = _mm512_and_si512(codes, upper), row[o + 1] = _mm512_and_si512(_mm512_slli_epi16(codes, 4), upper);
+        }
+    else
+        for (int o = 0; o < 4; o++)
+            row[o] = kind == Q8 ? unpack_row(at + 32 + 32 * (4 * quad + o), scales[4 * quad + o])
+                                : _mm512_load_si512(at + 256 * quad + 64 * o);
+}
+
+/* Two floats, again and again. */
+static inline F pair_of(const float *p) {
+    int64_t both;
+    memcpy(&both, p, 8);
+    return _mm512_castsi512_ps(_mm512_set1_epi64(both));
+}
+
+/* The sums of four vectors' elements, side by side. */
+static inline __m128 sums_of(F a, F b, F c, F d) {
+    F ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    F cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    F all = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+    __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+
+/* sums[4 outputs][16 lanes], in `lanes`, of `tokens` <= ROWS tokens: both sides' products are added one after the other
+ * in 16 places, and those in the end, so a token's result is the same whatever is computed beside it. ahead: bytes to what
+ * will be read next, or 0. */
+static inline __attribute__((always_inline)) void four_outputs(int kind, int tokens, const Side *a, const Side *b, int quad, const float *scales,
+                                                               int64_t ahead, __mmask16 lanes, float *sums) {
+    __m512i row[4], next[4], whole[4][ROWS]; /* a kind has sums of one type: casts would keep the compiler from using registers */
+    F sum[4][ROWS];
+    for (int o = 0; o < 4; o++)
+        for (int r = 0; r < tokens; r++)
+            if (kind == I8) whole[o][r] = _mm512_setzero_si512();
+            else sum[o][r] = _mm512_setzero_ps();
+    if (kind == Q4) make_tables(scales + 4 * quad, scales + 16 + 4 * quad, next);
+    if (kind == Q8) four_rows(kind, a->tiles, quad, scales, next);
+    for (int k = 0; k < a->count; k++) {
+        const uint8_t *tile = a->tiles + a->step * k, *x = a->x + 64 * k;
+        if (ahead)
+            for (int64_t i = 64 * quad; i < a->step; i += 256) _mm_prefetch((const char *)tile + ahead + i, _MM_HINT_T1);
+        /* What the next products need is begun before these: they would wait for it behind them. */
+        int after = k + 1 < a->count ? 1 : 0;
+        const float *soon = scales + 32 * (k + after) + 4 * quad;
+        if (kind == Q4) {
+            __m512i table[2] = {next[0], next[1]};
+            make_tables(soon, soon + 16, next);
+            look_up(tile + 64 + 64 * quad, table, row);
+        } else if (kind == Q8) {
+            memcpy(row, next, sizeof row);
+            four_rows(kind, tile + a->step * after, quad, scales + 32 * (k + after), next);
+        } else four_rows(kind, tile, quad, scales + 32 * k, row);
+        for (int r = 0; r < tokens; r++) {
+            __m512i token = _mm512_load_si512(x + a->stride * r);
+            for (int o = 0; o < 4; o++)
+                if (kind == I8) whole[o][r] = _mm512_dpbusd_epi32(whole[o][r], row[o], token);
+                else if (kind == I4) {
+                    F part = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(_mm512_setzero_si512(), token, row[o]));
+                    sum[o][r] = _mm512_fmadd_ps(part, pair_of(scales + 32 * k + 2 * (4 * quad + o)), sum[o][r]);
+                } else sum[o][r] = _mm512_dpbf16_ps(sum[o][r], (__m512bh)row[o], (__m512bh)token);
+        }
+    }
+    for (int k = 0; kind < I8 && k < b->count; k++) {
+        four_rows(BF16, b->tiles + b->step * k, quad, NULL, row);
+        for (int r = 0; r < tokens; r++) {
+            __m512bh token = (__m512bh)_mm512_load_si512(b->x + 64 * k + b->stride * r);
+            for (int o = 0; o < 4; o++) sum[o][r] = _mm512_dpbf16_ps(sum[o][r], (__m512bh)row[o], token);
+        }
+    }
+    __m128 four[8]; /* of a token four outputs, and then of an output four tokens */
+    for (int r = 0; r < 8; r++) {
+        for (int o = 0; o < 4 && kind == I8 && r < tokens; o++) sum[o][r] = _mm512_cvtepi32_ps(whole[o][r]);
+        four[r] = r < tokens ? sums_of(sum[0][r], sum[1][r], sum[2][r], sum[3][r]) : _mm_setzero_ps();
+    }
+    _MM_TRANSPOSE4_PS(four[0], four[1], four[2], four[3]);
+    _MM_TRANSPOSE4_PS(four[4], four[5], four[6], four[7]);
+    for (int o = 0; o < 4; o++)
+        _mm512_mask_storeu_ps(sums + 16 * o, lanes, _mm512_zextps256_ps512(_mm256_set_m128(four[4 + o], four[o])));
+}
+
+static inline __attribute__((always_inline)) void few_tokens(int kind, int tokens, const Side *a, const Side *b, int quad,
+                                                             const float *scales, int64_t ahead, __mmask16 lanes, float *sums) {
+    switch (tokens) {
+    case 1: four_outputs(kind, 1, a, b, quad, scales, ahead, lanes, sums); break;
+    case 2: four_outputs(kind, 2, a, b, quad, scales, ahead, lanes, sums); break;
+    case 3: four_outputs(kind, 3, a, b, quad, scales, ahead, lanes, sums); break;
+    case 4: four_outputs(kind, 4, a, b, quad, scales, ahead, lanes, sums); break;
+    case 5: four_outputs(kind, 5, a, b, quad, scales, ahead, lanes, sums); break;
+    default: four_outputs(kind, 6, a, b, quad, scales, ahead, lanes, sums);
+    }
+}
+
+static inline __attribute__((always_inline)) void rows_of_kind(int kind, const Side *a, const Side *b, int tokens, float *sums) {
+    const int packed = kind == Q4 || kind == Q8, scaled = packed || kind == I4;
+    float scales[scaled ? 32 * a->count : 16] __attribute__((aligned(64)));
+    if (scaled) read_scales(kind, a->tiles, a->count, scales);
+    if (tokens <= ROWS) {
+        for (int quad = 0; quad < 4; quad++) few_tokens(kind, tokens, a, b, quad, scales, a->step * a->count, 0xffff, sums + 64 * quad);
+        return;
+    }
+    memset(sums, 0, 1024 * (size_t)((tokens + 15) / 16));
+    uint8_t unpacked[packed ? 256 * (size_t)a->count : 64] __attribute__((aligned(64)));
+    for (int quad = 0; quad < 4; quad++) {
+        Side from = *a, beside = *b;
+        if (packed) { /* once for all tokens */
+            for (int k = 0; k < a->count; k++) {
+                __m512i row[4];
+                const uint8_t *tile = a->tiles + a->step * k;
+                for (int64_t i = 64 * quad; i < a->step; i += 256)
+                    _mm_prefetch((const char *)tile + a->step * a->count + i, _MM_HINT_T1);
+                four_rows(kind, tile, quad, scales + 32 * k, row);
+                for (int o = 0; o < 4; o++) _mm512_store_si512(unpacked + 256 * (size_t)k + 64 * o, row[o]);
+            }
+            from.tiles = unpacked, from.step = 256, beside.tiles += 256 * quad;
+        }
+        for (int r = 0; r < tokens; r += r % 16 == 12 ? 4 : ROWS) {
+            int left = tokens - r < 16 - r % 16 ? tokens - r : 16 - r % 16;
+            from.x = a->x + a->block * (r / 16) + a->stride * (r % 16), beside.x = b->x + b->block * (r / 16) + b->stride * (r % 16);
+            few_tokens(packed ? BF16 : kind, left, &from, &beside, packed ? 0 : quad, scales, packed || r ? 0 : a->step * a->count,
+                       (__mmask16)((1 << (left < ROWS ? left : ROWS)) - 1), sums + 256 * (r / 16) + 64 * quad + r % 16);
+        }
+    }
+}
+
+/* sums[block][16 outputs][16 lanes], as amx_product, from rows. Lanes without a token are 0. */
+void row_product(int kind, const Side *a, const Side *b, int tokens, float *sums) {
+    if (kind == Q4) rows_of_kind(Q4, a, b, tokens, sums);
+    else if (kind == Q8) rows_of_kind(Q8, a, b, tokens, sums);
+    else if (kind == I8) rows_of_kind(I8, a, b, tokens, sums);
+    else if (kind == I4) rows_of_kind(I4, a, b, tokens, sums);
+    else rows_of_kind(BF16, a, b, tokens, sums);
+}
+
+/* As amx_int8_product, from rows_int8, for I8 and I4. */
+void row_int8_product(int kind, const Side *a, int tokens, const float *scale, float *sums) {
+    const Side none = {NULL, NULL, 1024, 0, 0, 0};
+    row_product(kind, a, &none, tokens, sums);
+    for (int b = 0; b < (tokens + 15) / 16; b++) {
+        const F *lanes = (const F *)(a->x + b * a->block + 1024 * (int64_t)a->count); /* their scales, and sums */
+        for (int o = 0; o < 16; o++) {
+            F v = _mm512_load_ps(sums + 256 * b + 16 * o), own = _mm512_set1_ps(scale[o]);
+            v = kind == I4 ? _mm512_mul_ps(_mm512_sub_ps(v, own), lanes[0]) : _mm512_mul_ps(_mm512_sub_ps(v, lanes[1]), _mm512_mul_ps(lanes[0], own));
+            _mm512_store_ps(sums + 256 * b + 16 * o, v);
+        }
+    }
+}
+#endif

@@ -1,0 +1,222 @@
+/* Drafting a tree level by level along a draft path: projections, and layers between them. */
+#include "simd.h"
+#ifdef SPECDEC_NATIVE
+
+enum { MOST_STAGES = 8, MOST_WIDTH = 16 };
+
+typedef struct {        /* a projection, and the layers behind it */
+    const Map *projection;        /* of the parts, each divided by its RMS: the residual, the previous final state (, `carried`) */
+    const bf16 *carried;    /* [hidden]: the root's previous state where the layers begin */
+    const Model *model;     /* the first stage has layers; the last may have none (NULL) */
+    const Call *call;       /* of one token at the first free slot, without masks */
+} Stage;
+
+typedef struct {        /* a tree that grows from one root, level by level */
+    int32_t stages, levels, width, root; /* width: tokens of a level that are drafted on from, children of each */
+    const Stage *stage;
+    const bf16 *embedding;  /* [vocabulary, hidden] */
+    const bf16 *final;      /* [hidden]: the root's previous final state */
+    const Map *head[2];     /* what follows is read out by, one beside the other; the second may be NULL */
+    int32_t outputs[2];     /* of each head, those that count */
+    const int64_t *tokens;  /* [outputs]: what they stand for, or NULL: themselves */
+    const float *norm;
+    float eps, unit_eps;    /* of the final norm, of the projections' */
+    float confidence;       /* growing ends when no path is as probable */
+    float *scores;          /* out: [levels * width * width], log-probabilities of the candidates' paths */
+    int32_t *ids, *parents; /* out: their tokens; 0: the root, i + 1: candidate i */
+} TreeDraft;
+
+typedef struct {        /* of a thread's share of the outputs, by lane */
+    float most[16] __attribute__((aligned(64))), sum[16] __attribute__((aligned(64))), floor[16] __attribute__((aligned(64)));
+    float values[16][MOST_WIDTH];
+    int32_t ids[16][MOST_WIDTH];
+} Best;
+
+static void insert_candidate(Best *best, int lane, int count, float value, int32_t id) {
+    float *values = best->values[lane];
+    int32_t *ids = best->ids[lane], at = count - 1;
+    for (; at > 0 && value > values[at - 1]; at--) values[at] = values[at - 1], ids[at] = ids[at - 1];
+    values[at] = value, ids[at] = id;
+    best->floor[lane] = values[count - 1];
+}
+
+/* before, carried: feature_major; projected: out, [rows, hidden]. */
+static void project(Pass *p, const Map *map, const float *before, const float *carried, float eps, bf16 *projected, int me, int n) {
+    uint8_t *mine = p->scratch + p->own * me;
+    uint32_t *normed = (uint32_t *)mine;
+    int hidden = p->m->hidden, from, to;
+    float sums[256] __attribute__((aligned(64)));
+    norm(p->x, NULL, hidden, eps, normed);
+    norm(before, NULL, hidden, eps, normed + 8 * hidden);
+    if (carried) norm(carried, NULL, hidden, eps, normed + 16 * hidden);
+    const uint32_t *input = input_of(map, normed, p->rows, mine + p->int8_input);
+    wait_for_team(&p->barrier, n);
+    split(hidden / 16, me, n, &from, &to);
+    for (int t = from; t < to; t++) {
+        product(map, NULL, t, input, NULL, p->rows, sums);
+        for (int o = 0; o < 16; o++) _mm512_store_ps(p->x + 16 * (16 * t + o), rounded(_mm512_load_ps(sums + 16 * o)));
+    }
+    wait_for_team(&p->barrier, n);
+    split(p->rows, me, n, &from, &to);
+    from_blocks(p->x, from, to, hidden, projected);
+}
+
+static void read_out(Pass *p, const TreeDraft *g, Best *best, int me, int n) {
+    uint8_t *mine = p->scratch + p->own * me;
+    float sums[256] __attribute__((aligned(64)));
+    F most = _mm512_set1_ps(-1e30f), sum = _mm512_setzero_ps();
+    for (int lane = 0; lane < 16; lane++) {
+        best->floor[lane] = -1e30f;
+        for (int i = 0; i < g->width; i++) best->values[lane][i] = -1e30f, best->ids[lane][i] = 0;
+    }
+    norm(p->x, g->norm, p->m->hidden, g->eps, (uint32_t *)mine);
+    for (int h = 0; h < 2 && g->head[h]; h++) {
+        const uint32_t *input = input_of(g->head[h], (uint32_t *)mine, p->rows, mine + p->int8_input);
+        int from, to, first = h ? g->outputs[0] : 0;
+        split((g->outputs[h] + 15) / 16, me, n, &from, &to);
+        for (int t = from; t < to; t++) {
+            product(g->head[h], NULL, t, input, NULL, p->rows, sums);
+            int some = g->outputs[h] - 16 * t < 16 ? g->outputs[h] - 16 * t : 16;
+            F top = most;
+            for (int o = 0; o < some; o++) top = _mm512_max_ps(top, _mm512_load_ps(sums + 16 * o));
+            sum = _mm512_mul_ps(sum, exp16(_mm512_sub_ps(most, top)));
+            most = top;
+            for (int o = 0; o < some; o++) {
+                F v = _mm512_load_ps(sums + 16 * o);
+                sum = _mm512_add_ps(sum, exp16(_mm512_sub_ps(v, most)));
+                __mmask16 good = _mm512_cmp_ps_mask(v, _mm512_load_ps(best->floor), _CMP_GT_OQ) & (__mmask16)((1u << p->rows) - 1);
+                for (; good; good &= (__mmask16)(good - 1)) {
+                    int lane = __builtin_ctz(good);
+                    insert_candidate(best, lane, g->width, sums[16 * o + lane], first + 16 * t + o);
+                }
+            }
+        }
+    }
+    _mm512_store_ps(best->most, most), _mm512_store_ps(best->sum, sum);
+}
+
+/* One lane of what the threads of the team found, merged into the first one's, as log-probabilities. */
+static void merge_candidates(Best *best, int lane, int count, int team) {
+    float most = best->most[lane], sum = 0;
+    for (int t = 1; t < team; t++) most = best[t].most[lane] > most ? best[t].most[lane] : most;
+    for (int t = 0; t < team; t++) sum += best[t].sum[lane] * __builtin_expf(best[t].most[lane] - most);
+    for (int t = 1; t < team; t++)
+        for (int i = 0; i < count && best[t].values[lane][i] > best->floor[lane]; i++)
+            insert_candidate(best, lane, count, best[t].values[lane][i], best[t].ids[lane][i]);
+    for (int i = 0; i < count; i++) best->values[lane][i] -= most + __builtin_logf(sum);
+}
+
+/* The pass of a level: `x` [rows, hidden] goes through all stages to `best`. The states of a level, [stages + 1][MOST_WIDTH]
+ * [hidden]: where each projection projected and, last, the final ones; `before` is the level's parents'. Returns 0, or -1. */
+static int run_level(const TreeDraft *g, const Call *calls, const bf16 *x, const bf16 *before, bf16 *states, Best *best, float *fm) {
+    Pass p, passes[MOST_STAGES];
+    const Model *m = g->stage[0].model;
+    int aimed = 0, widest = 3 * m->hidden, threads = calls->threads, team = 1; /* there may be fewer than we ask for */
+    int64_t block = (int64_t)m->hidden * 16, final = g->stages * block;
+    int failed = begin_pass(&p, m, calls, calls->start + calls->tokens, widest);
+    for (; !failed && aimed < g->stages; aimed++) {
+        passes[aimed] = p;
+        if (!g->stage[aimed].call) continue;
+        passes[aimed].m = g->stage[aimed].model;
+        failed = bind_cache(passes + aimed, calls + aimed);
+    }
+    if (!failed) {
+        to_blocks(x, p.rows, m->hidden, p.x);
+        for (int i = 0; i <= g->stages; i++) to_blocks(before + i * block, p.rows, m->hidden, fm + i * block);
+#pragma omp parallel num_threads(threads)
+        {
+            int me = omp_get_thread_num(), n = omp_get_num_threads(), from, to;
+            if (!me) team = n;
+            enter_tiles();
+            for (int i = 0; i < g->stages; i++) {
+                project(passes + i, g->stage[i].projection, fm + final, g->stage[i].call ? fm + i * block : NULL, g->unit_eps, states + i * block, me, n);
+                if (g->stage[i].call) run_layers(passes + i, me, n);
+            }
+            split(p.rows, me, n, &from, &to);
+            from_blocks(p.x, from, to, m->hidden, states + final);
+            read_out(&p, g, best + me, me, n);
+            leave_tiles();
+        }
+        for (int r = 0; r < p.rows; r++) merge_candidates(best, r, g->width, team);
+    }
+    for (int i = 0; i < aimed; i++)
+        if (g->stage[i].call) unbind_cache(passes + i);
+    end_pass(&p);
+    return failed;
+}
+
+/* Grow a tree; the slots behind each call's first one need room for all tokens that are drafted from. Returns how many
+ * candidates were found, or -1 without memory. */
+EXPORT int specdec_draft_tree(const TreeDraft *g) {
+    const Model *m = g->stage[0].model;
+    const Call *like = g->stage[0].call;
+    int width = g->width, hidden = m->hidden, found = 0, rows = 1, drafted = 0, failed = 0;
+    int64_t block = (int64_t)hidden * 16, first = *like->positions;
+    size_t states = 2 * (size_t)block * (g->stages + 1), most = (size_t)g->levels * width;
+    Call calls[MOST_STAGES];
+    int64_t positions[MOST_WIDTH] = {first};
+    int32_t tokens[MOST_WIDTH] = {g->root}, nodes[MOST_WIDTH] = {0}, origin[MOST_WIDTH] = {0};
+    float score[MOST_WIDTH] = {0};
+    bf16 *x = allocate(2 * block), *before = allocate(states), *now = allocate(states);
+    float *fm = allocate(2 * states);
+    Best *best = allocate(sizeof(Best) * like->threads);
+    uint8_t *paths = calloc(2 * MOST_WIDTH, most + 1); /* of this and the next level: which drafted tokens lie on a path */
+    uint8_t *mask = allocate((size_t)like->windows * width * (like->start + most));
+    const uint8_t *masks[MOST_STAGES];
+    failed = !(x && before && now && fm && best && paths && mask);
+    for (int i = 0; !failed && i < g->stages; i++) {
+        if (g->stage[i].call) calls[i] = *g->stage[i].call, memcpy(before + i * block, g->stage[i].carried, 2 * (size_t)hidden);
+        else memset(before + i * block, 0, 2 * (size_t)hidden);
+    }
+    if (!failed) memcpy(before + g->stages * block, g->final, 2 * (size_t)hidden);
+    for (int level = 0; !failed && level < g->levels; level++) {
+        int slots = like->start + drafted + rows;
+        uint8_t *path = paths + (level & 1 ? MOST_WIDTH * (most + 1) : 0), *next = paths + (level & 1 ? 0 : MOST_WIDTH * (most + 1));
+        for (int w = 0; w < like->windows; w++) {
+            masks[w] = mask + (size_t)w * width * (like->start + most);
+            for (int r = 0; r < rows; r++) {
+                uint8_t *see = (uint8_t *)masks[w] + (size_t)r * slots;
+                memset(see, 1, (size_t)like->start);
+                path[r * (most + 1) + drafted + r] = 1;
+                memcpy(see + like->start, path + r * (most + 1), (size_t)(drafted + rows));
+                int64_t hidden_ = like->spans[w] ? first + level - like->spans[w] + 1 : 0; /* slots before are out of sight */
+                if (hidden_ > 0) memset(see, 0, (size_t)(hidden_ < like->start ? hidden_ : like->start));
+            }
+        }
+        for (int r = 0; r < rows; r++) {
+            positions[r] = first + level;
+            memcpy(x + (int64_t)r * hidden, g->embedding + (int64_t)tokens[r] * hidden, 2 * (size_t)hidden);
+        }
+        for (int i = 0; i < g->stages; i++)
+            if (g->stage[i].call) calls[i].tokens = rows, calls[i].start = like->start + drafted, calls[i].positions = positions, calls[i].masks = masks, calls[i].causal = 0;
+        failed = run_level(g, calls, x, before, now, best, fm);
+        if (failed) break;
+        int begun = found, chosen[MOST_WIDTH], some = 0;
+        for (int r = 0; r < rows; r++)
+            for (int i = 0; i < width; i++, found++) {
+                int32_t id = best->ids[r][i];
+                g->scores[found] = score[r] + best->values[r][i];
+                g->ids[found] = g->tokens ? (int32_t)g->tokens[id] : id;
+                g->parents[found] = nodes[r];
+            }
+        for (int i = begun; i < found; i++) { /* the likeliest of them, the first one first */
+            if (some == width && g->scores[i] <= g->scores[chosen[width - 1]]) continue;
+            int at = some < width ? some++ : width - 1;
+            for (; at > 0 && g->scores[i] > g->scores[chosen[at - 1]]; at--) chosen[at] = chosen[at - 1];
+            chosen[at] = i;
+        }
+        if (__builtin_expf(g->scores[chosen[0]]) < g->confidence) break;
+        for (int r = 0; r < some; r++) {
+            origin[r] = (chosen[r] - begun) / width;
+            memset(next + r * (most + 1), 0, most + 1);
+            memcpy(next + r * (most + 1), path + origin[r] * (most + 1), (size_t)(drafted + rows));
+            for (int i = 0; i <= g->stages; i++)
+                memcpy(before + i * block + (int64_t)r * hidden, now + i * block + (int64_t)origin[r] * hidden, 2 * (size_t)hidden);
+            tokens[r] = g->ids[chosen[r]], nodes[r] = chosen[r] + 1, score[r] = g->scores[chosen[r]];
+        }
+        drafted += rows, rows = some;
+    }
+    free(x), free(before), free(now), free(fm), free(best), free(paths), free(mask);
+    return failed ? -1 : found;
+}
+#endif

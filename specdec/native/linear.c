@@ -1,0 +1,140 @@
+/* Linear maps: one output tile for all tokens, and whole maps for callers of their own. */
+#include "simd.h"
+#ifdef SPECDEC_NATIVE
+
+/* The sums of output tile `t` of `map` (and `low`, on `down_x`, its rank's activations) for `tokens` tokens, from the
+ * block on that `x` begins with, in the layout that `input_of` makes; bias added. */
+void product(const Map *map, const LowRank *low, int t, const uint32_t *x, const uint32_t *down_x, int tokens,
+                    float *sums) {
+    int count = map->in / 32, blocks = (tokens + 15) / 16;
+    Side a = {map->tiles + TILE_BYTES[map->kind] * (int64_t)count * t, (const uint8_t *)x, TILE_BYTES[map->kind],
+              2 * (int64_t)map->in, block_bytes(map), count};
+    Side b = {NULL, NULL, 1024, 0, 0, 0};
+    if (low && low->first[t] >= 0) {
+        b.count = low->ks, b.stride = 2 * (int64_t)low->down.out, b.block = 16 * b.stride;
+        b.tiles = low->up + 1024 * (int64_t)low->ks * t;
+        b.x = (const uint8_t *)down_x + (has_amx ? 1024 : 64) * (int64_t)low->first[t];
+    }
+    if (map->kind >= I8) {
+        a.count = map->in / 64, a.tiles = map->tiles + a.step * a.count * t, a.stride = map->in;
+        if (has_amx) amx_int8_product(&a, tokens, map->scale + 16 * t, sums);
+        else row_int8_product(map->kind, &a, tokens, map->scale + 16 * t, sums);
+    } else if (has_amx) amx_product(map->kind, &a, &b, blocks, sums);
+    else row_product(map->kind, &a, &b, tokens, sums);
+    if (map->bias)
+        for (int b = 0; b < blocks; b++)
+            for (int o = 0; o < 16; o++) {
+                float *row = sums + 256 * b + 16 * o;
+                _mm512_store_ps(row, _mm512_add_ps(_mm512_load_ps(row), _mm512_set1_ps(map->bias[16 * t + o])));
+            }
+}
+
+/* What `map` reads of vnni_bf16 `x`: itself with AMX, or else rows_bf16 in `scratch`; for I8 and I4 maps vnni_int8 or rows_int8. And that from block
+ * `b` on. */
+const uint32_t *input_of(const Map *map, const uint32_t *x, int tokens, uint8_t *scratch) {
+    int features = map->in, blocks = (tokens + 15) / 16;
+    if (has_amx && map->kind < I8) return x;
+    if (has_amx) to_vnni_int8(x, features, blocks, scratch);
+    for (int b = 0; !has_amx && b < blocks; b++) {
+        int some = tokens - 16 * b < 16 ? tokens - 16 * b : 16;
+        uint8_t *to = scratch + b * block_bytes(map), *rows = map->kind >= I8 ? scratch + blocks * block_bytes(map) : to;
+        to_rows_bf16(x + 8 * (int64_t)features * b, features, some, (uint32_t *)rows);
+        if (map->kind >= I8) to_rows_int8(map->kind, (const uint32_t *)rows, features, some, to);
+    }
+    return (const uint32_t *)scratch;
+}
+
+/* out [rows, width] = map(x), all bf16, for x [rows, map->in] in `parts` pieces [rows, map->in / parts], one beside the
+ * other; each piece goes through an RMS norm if eps > 0 (weight NULL: ones). `best` [rows], if not NULL, is made instead:
+ * the first of each row's largest outputs. Returns 0, or -1 without memory. */
+EXPORT int specdec_linear(const Map *map, const float *weight, float eps, const bf16 *const *x, int parts, int rows, bf16 *out,
+                   int64_t *best, int width, int threads) {
+    int blocks = (rows + 15) / 16, features = map->in, piece = features / parts;
+    float *fm = allocate(64 * (size_t)blocks * piece);
+    uint32_t *vnni = allocate(32 * (size_t)blocks * features);
+    uint8_t *scratch = allocate(scratch_bytes(features, blocks));
+    float *tops = allocate(128 * (size_t)blocks * threads); /* by thread and row: the largest output so far, and which */
+    if (fm && vnni && scratch && tops) {
+        for (int lane = 0; lane < 16 * blocks * threads; lane++) tops[lane] = -__builtin_inff();
+        int32_t *which = (int32_t *)(tops + 16 * blocks * threads);
+        memset(which, 0, 64 * (size_t)blocks * threads);
+        for (int part = 0; part < parts; part++) {
+            to_blocks(x[part], rows, piece, fm);
+            for (int b = 0; b < blocks; b++) {
+                const float *from = fm + (int64_t)b * piece * 16;
+                uint32_t *to = vnni + ((int64_t)b * features + part * piece) * 8;
+                if (eps > 0) norm(from, weight, piece, eps, to);
+                else
+                    for (int i = 0; i < piece; i += 2)
+                        _mm512_store_si512(to + 8 * i, paired(_mm512_load_ps(from + 16 * i), _mm512_load_ps(from + 16 * i + 16)));
+            }
+        }
+        const uint32_t *input = input_of(map, vnni, rows, scratch);
+        int team = 1; /* there may be fewer threads than we ask for */
+#pragma omp parallel num_threads(threads)
+        {
+            float sums[MOST_BLOCKS * 256] __attribute__((aligned(64)));
+            const __m512i column = _mm512_slli_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), 4);
+            int from, to, me = omp_get_thread_num(), n = omp_get_num_threads();
+            if (!me) team = n;
+            enter_tiles();
+            split(map->out / 16, me, n, &from, &to);
+            for (int b0 = 0; b0 < blocks; b0 += MOST_BLOCKS) {
+                int some = blocks - b0 < MOST_BLOCKS ? blocks - b0 : MOST_BLOCKS, tokens = rows - 16 * b0;
+                for (int t = from; t < to; t++) {
+                    product(map, NULL, t, from_block(map, input, b0), NULL, tokens < 16 * some ? tokens : 16 * some, sums);
+                    int left = width - 16 * t;
+                    for (int b = 0; best && b < some; b++) {
+                        int lanes = 16 * (blocks * me + b0 + b);
+                        F top = _mm512_load_ps(tops + lanes);
+                        __m512i at = _mm512_load_si512(which + lanes);
+                        for (int o = 0; o < 16 && o < left; o++) {
+                            F v = rounded(_mm512_load_ps(sums + 256 * b + 16 * o));
+                            __mmask16 more = _mm512_cmp_ps_mask(v, top, _CMP_GT_OQ);
+                            top = _mm512_mask_mov_ps(top, more, v), at = _mm512_mask_mov_epi32(at, more, _mm512_set1_epi32(16 * t + o));
+                        }
+                        _mm512_store_ps(tops + lanes, top), _mm512_store_si512(which + lanes, at);
+                    }
+                    if (best) continue;
+                    __mmask16 mask = left >= 16 ? 0xffff : (__mmask16)((1 << (left > 0 ? left : 0)) - 1);
+                    for (int r = 16 * b0; r < 16 * (b0 + some) && r < rows; r++) {
+                        F v = _mm512_i32gather_ps(column, sums + 256 * (r / 16 - b0) + r % 16, 4);
+                        _mm256_mask_storeu_epi16(out + (int64_t)r * width + 16 * t, mask, narrow16(v));
+                    }
+                }
+            }
+            leave_tiles();
+        }
+        for (int r = 0; best && r < rows; r++) {
+            int of = r; /* threads have outputs in order, so the first one of equals stays */
+            for (int lane = r; lane < 16 * blocks * team; lane += 16 * blocks) of = tops[lane] > tops[of] ? lane : of;
+            best[r] = which[of];
+        }
+    }
+    int failed = !(fm && vnni && scratch && tops);
+    free(fm), free(vnni), free(scratch), free(tops);
+    return failed ? -1 : 0;
+}
+
+/* The first of the largest values of each row of bf16 [rows, width]. */
+EXPORT void specdec_argmax(const bf16 *x, int rows, int width, int64_t *out, int threads) {
+#pragma omp parallel for num_threads(rows < threads ? rows : threads)
+    for (int r = 0; r < rows; r++) {
+        const bf16 *row = x + (int64_t)r * width;
+        F most = _mm512_set1_ps(-__builtin_inff());
+        int i = 0;
+        for (; i + 16 <= width; i += 16) most = _mm512_max_ps(most, load_bf16(row + i));
+        float largest = _mm512_reduce_max_ps(most);
+        for (; i < width; i++) largest = widen(row[i]) > largest ? widen(row[i]) : largest;
+        for (i = 0; i + 16 <= width; i += 16) {
+            __mmask16 equal_ = _mm512_cmp_ps_mask(load_bf16(row + i), _mm512_set1_ps(largest), _CMP_EQ_OQ);
+            if (equal_) {
+                i += __builtin_ctz(equal_);
+                break;
+            }
+        }
+        while (i < width && widen(row[i]) != largest) i++;
+        out[r] = i < width ? i : 0;
+    }
+}
+#endif
