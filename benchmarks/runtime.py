@@ -31,7 +31,8 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from specdec import SpecDecoder
 from specdec.fused import FusedTarget
-from specdec.target import ReferenceTarget, Target
+from specdec.reference import ReferenceTarget
+from specdec.target import Target
 from specdec.text import encode
 
 Step = tuple[Callable[[], Any], Callable[[], None]]  # what is timed, and what undoes it

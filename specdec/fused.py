@@ -23,17 +23,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from specdec import hub, kernels
+from specdec import kernels, llama_like
 from specdec.adapters import Adapters
 from specdec.cache import KVCache, Mask
+from specdec.checks import check_logits, refuse_unsupported
 from specdec.errors import SpecDecError
 from specdec.kernels import Linear
-from specdec.target import Target, refuse_unsupported
+from specdec.llama_like import Norm
+from specdec.reference import ByParts
 
 MAKERS = {"packed": kernels.packed, "int4": kernels.int4, "dense": kernels.dense}  # by weight format
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "olmo2", "phi3", "gemma")
 
-Norm = Callable[[Tensor], Tensor]
 Append = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]  # layer, its new keys and values -> all of them
 
 
@@ -52,9 +53,6 @@ class _Layer(NamedTuple):
     down: Linear
 
 
-Weights = dict[str, tuple[Tensor, Tensor | None]]  # weight and bias of qkv, out, gate_up and down of a layer
-
-
 @dataclass
 class _Adapted:
     """Layers made for one set of adapters, as long as ``version``, which grows with every training step, holds."""
@@ -64,7 +62,7 @@ class _Adapted:
     layers: dict[Any, _Layer] = field(default_factory=dict)
 
 
-class FusedTarget(Target):
+class FusedTarget(ByParts):
     """The fused runtime. Base weights are frozen in it: gradients reach ``x`` and the adapters only.
 
     weights: "dense" (as loaded) or "int4". The base is then the rounded model; blocks of many rows (prompts, large
@@ -82,7 +80,7 @@ class FusedTarget(Target):
             raise SpecDecError(f"model type '{kind}' is unknown to the fused runtime (it knows {', '.join(FAMILIES)})")
         super().__init__(model)
         decoder: Any = model.model
-        check_rotary(decoder.rotary_emb)
+        llama_like.check_rotary(decoder.rotary_emb)
         attention = decoder.layers[0].self_attn
         self.head_dim, self.scale = int(attention.head_dim), float(attention.scaling)
         self.heads, self.kv_heads = int(config.num_attention_heads), int(config.num_key_value_heads)
@@ -95,9 +93,9 @@ class FusedTarget(Target):
             raise SpecDecError(
                 f"4-bit weights run in bfloat16 on a CPU; the model is loaded as {self.dtype} on '{self.device}'"
             )
-        self._weights = [_fuse_layer(layer) for layer in decoder.layers]
-        self._norms = [_layer_norms(layer, kind) for layer in decoder.layers]
-        self._parts = adapter_parts(decoder.layers[0])
+        self._weights = [llama_like.fuse_layer(layer) for layer in decoder.layers]
+        self._norms = [llama_like.layer_norms(layer, kind) for layer in decoder.layers]
+        self._parts = llama_like.adapter_parts(decoder.layers[0])
         self.head_format = "packed" if packs and kernels.packable(self.dtype, self.device) else "dense"
         self.layer_format = "int4" if weights == "int4" else self.head_format
         if weights == "int4":
@@ -107,7 +105,7 @@ class FusedTarget(Target):
         self._stacks = {name: self._stack(MAKERS[name]) for name in (self.layer_format, "dense")}
         self._adapted: WeakKeyDictionary[Adapters, _Adapted] = WeakKeyDictionary()
         self._heads: WeakKeyDictionary[nn.Module, dict[str, Linear]] = WeakKeyDictionary()
-        self.final_norm = _norm(decoder.norm, kind)
+        self.final_norm = llama_like.norm(decoder.norm, kind)
         self.embedding: Tensor = decoder.embed_tokens.weight.detach()
         scale = getattr(decoder.embed_tokens, "embed_scale", None)  # Gemma's
         self.embed_scale: Tensor | None = None if scale is None else scale.to(self.dtype)
@@ -340,47 +338,6 @@ class FusedTarget(Target):
         return layer._replace(**maps)
 
 
-@torch.inference_mode()
-def check_logits(target: Target) -> float:
-    """Compare a prompt pass and one-token passes of ``target``, each in two pieces, with its model's own forward.
-
-    Returns the difference relative to the largest logit; the median position counts: in 16 bits, single positions of
-    correct runtimes may lie far apart. Raises SpecDecError if it is too large.
-    """
-    kind, (prompt, n), device = target.model.config.model_type, (8, 11), target.device
-    # Spread over the vocabulary: the first tokens are often special ones, on which models are ill-conditioned.
-    ids = (torch.arange(1, n + 1, device=device)[None] * 7919) % target.vocab_size
-    positions = torch.arange(n, device=device)[None]
-    try:
-        own = target.model(input_ids=ids, use_cache=False).logits.float()
-        cache, half, ours = target.new_cache(), target.num_layers // 2, []
-        for a, b in ((0, prompt), *((i, i + 1) for i in range(prompt, n))):
-            part = positions[:, a:b]
-            x, mask = target.embed(ids[:, a:b], part), cache.mask(0, part)
-            x = target.layers(x, 0, half, part, mask, cache)
-            ours.append(target.readout(target.layers(x, half, target.num_layers, part, mask, cache)))
-            cache.keep([list(range(b - a))])
-    except (TypeError, RuntimeError, AttributeError, IndexError) as error:
-        raise SpecDecError(f"model type '{kind}' does not run in the {target.runtime} runtime ({error})") from error
-    if not bool(own.isfinite().all()):
-        raise hub.not_finite(target.model)
-    apart = (own - torch.cat(ours, 1).float()).abs().amax(-1)[0] / own.abs().max().clamp_min(1e-6)  # (T,)
-    spread = max(apart[:prompt].median().item(), apart[prompt:].median().item())
-    if not spread < (1e-4 if target.dtype == torch.float32 else 5e-2):
-        raise SpecDecError(
-            f"the {target.runtime} runtime gives other logits than this '{kind}' model "
-            f"(relative difference {spread:.1e})"
-        )
-    return spread
-
-
-def check_rotary(rotary: Any) -> None:
-    """Raise SpecDecError for rotary embeddings whose tables depend on more than the position."""
-    kind = getattr(rotary, "rope_type", "default")
-    if not isinstance(kind, str) or "dynamic" in kind or kind == "longrope":
-        raise SpecDecError(f"there are no tables here for rotary embeddings of type '{kind}'")
-
-
 def _rotate(qk: Tensor, cos: Tensor, sin: Tensor) -> None:
     """Rotate the first elements of each head of ``qk`` [B, T, heads, d] in place, as Hugging Face's ``rotate_half``."""
     half = cos.shape[4]
@@ -392,66 +349,3 @@ def _rotate(qk: Tensor, cos: Tensor, sin: Tensor) -> None:
     else:  # OLMo 2 rotates in float32
         wide = halves.to(cos.dtype)
         halves.copy_(torch.addcmul(wide * cos, wide.flip(3), sin))
-
-
-def _norm(module: Any, kind: str) -> Norm:
-    """The RMS norm over the last axis."""
-    weight, shape = module.weight.detach(), [module.weight.shape[0]]
-    if kind == "gemma":  # its weights lie around zero; it rounds last of all
-        one_more, eps = 1 + weight.float(), float(module.eps)
-        return lambda x: torch.rms_norm(x.float(), shape, one_more, eps).to(x.dtype)
-    eps = float(module.variance_epsilon)
-    if kind == "olmo2":  # scales before it rounds to the model's dtype
-        return lambda x: torch.rms_norm(x, shape, weight, eps)
-    return lambda x: torch.rms_norm(x, shape, None, eps) * weight
-
-
-def _pair_norm(module: Any, kind: str) -> Norm:
-    """The RMS norm of y, given the pair (y, -y) [R, 2, D]: its mean is zero, so layer_norm is the RMS norm."""
-    if kind == "gemma":
-        norm = _norm(module, kind)
-        return lambda pair: norm(pair.select(1, 0))
-    weight, eps = module.weight.detach(), float(module.variance_epsilon)
-    shape, double, layer_norm = [2, weight.shape[0]], torch.stack((weight, weight)), torch.layer_norm
-    return lambda pair: layer_norm(pair, shape, double, None, eps).select(1, 0)
-
-
-def _layer_norms(layer: Any, kind: str) -> tuple[Any, ...]:
-    """The norms of a decoder layer, in ``_Layer``'s order."""
-    attention = layer.self_attn
-    inner = [_norm(getattr(attention, n), kind) if hasattr(attention, n) else None for n in ("q_norm", "k_norm")]
-    last = layer.post_attention_layernorm
-    if kind == "olmo2":
-        return None, *inner, _norm(last, kind), None, _norm(layer.post_feedforward_layernorm, kind)
-    return _pair_norm(layer.input_layernorm, kind), *inner, None, _pair_norm(last, kind), None
-
-
-def modules(layer: Any) -> dict[str, list[tuple[str, nn.Linear]]]:
-    """``{slot: [(module path, module), ...]}`` of a decoder layer, in the order of the fused rows."""
-    fused = hasattr(layer.self_attn, "qkv_proj")
-    names = {
-        "qkv": ["self_attn.qkv_proj"] if fused else [f"self_attn.{n}_proj" for n in "qkv"],
-        "out": ["self_attn.o_proj"],
-        "gate_up": ["mlp.gate_up_proj"] if fused else ["mlp.gate_proj", "mlp.up_proj"],
-        "down": ["mlp.down_proj"],
-    }
-    found = {slot: [(path, layer.get_submodule(path)) for path in paths] for slot, paths in names.items()}
-    for path, module in (pair for pairs in found.values() for pair in pairs):
-        if type(module) is not nn.Linear:
-            raise SpecDecError(f"the fused runtime takes plain linear layers; '{path}' is a {type(module).__name__}")
-    return found
-
-
-def _fuse_layer(layer: Any) -> Weights:
-    return {slot: kernels.fuse([module for _, module in pairs]) for slot, pairs in modules(layer).items()}
-
-
-def adapter_parts(layer: Any) -> dict[str, tuple[str, int, int]]:
-    """``{module path: (slot, first row, end row)}``: where the outputs of a module lie in its fused map."""
-    parts = {}
-    for slot, pairs in modules(layer).items():
-        start = 0
-        for path, module in pairs:
-            parts[path] = (slot, start, start + module.out_features)
-            start += module.out_features
-    return parts

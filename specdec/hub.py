@@ -32,7 +32,7 @@ from transformers.utils.hub import get_checkpoint_shard_files
 
 from specdec import pages, stored
 from specdec.embedded import EMBEDDED, converted, one_line, prepared, quietly
-from specdec.errors import NotFiniteError, SpecDecError, did_you_mean
+from specdec.errors import SpecDecError, did_you_mean
 
 
 def load(
@@ -123,18 +123,6 @@ def _check_fit(name: str, model: PreTrainedModel, info: dict[str, Any]) -> None:
             f"the weights of '{name}' do not fit its config.json: {len(unfit)} missing or of another shape, "
             f"such as '{unfit[0]}'"
         )
-
-
-def not_finite(model: PreTrainedModel) -> NotFiniteError:
-    """Why the logits of ``model`` hold NaN or infinite values: the first weight that does, or its dtype."""
-    name = f"'{model.config._name_or_path}'" if model.config._name_or_path else "this model"
-    for key, weight in model.named_parameters():
-        if not weight.is_meta and not bool(weight.isfinite().all()):
-            return NotFiniteError(
-                f"the weights of {name} are broken: '{key}' holds NaN or infinite values; get it again"
-            )
-    dtype = str(model.dtype).removeprefix("torch.")
-    return NotFiniteError(f"{name} gives NaN or infinite logits in {dtype}; load it in bfloat16 or float32")
 
 
 def own_name(name: str) -> str:

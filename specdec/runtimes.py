@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
+from specdec.checks import refuse_unsupported
 from specdec.errors import NotFiniteError, SpecDecError, did_you_mean
 from specdec.fused import FusedTarget
 from specdec.graphs import GraphedTarget
 from specdec.native.target import NativeTarget
 from specdec.options import Runtime, Weights
-from specdec.target import ReferenceTarget, Target, lock_of, refuse_unsupported
+from specdec.reference import ReferenceTarget
+from specdec.target import Target, lock_of
 
 RUNTIMES, WEIGHTS = tuple(Runtime), tuple(Weights)
 

@@ -15,7 +15,7 @@ from specdec import SpecDecoder, artifacts
 from specdec.drafters.m2r2 import M2R2, M2R2Path
 from specdec.errors import SpecDecError
 from specdec.hub import fingerprint
-from specdec.target import ReferenceTarget
+from specdec.reference import ReferenceTarget
 
 PATH = M2R2Path(1, ((2, 3),), True, 4, {2: ["self_attn.q_proj", "mlp.down_proj"]})
 

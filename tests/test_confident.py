@@ -20,7 +20,8 @@ from specdec.drafters.deed import DeedDrafter
 from specdec.drafters.early_exit import EarlyExitDrafter
 from specdec.drafters.mixture_of_depths import MixtureOfDepthsDrafter
 from specdec.drafters.skip_decode import SkipDecodeDrafter
-from specdec.target import ReferenceTarget, Target
+from specdec.reference import ReferenceTarget
+from specdec.target import Target
 from specdec.verifiers.confident import ConfidentVerifier
 
 

@@ -14,7 +14,7 @@ from specdec import SpecDecoder, costs
 from specdec.depth import AutoDepth
 from specdec.drafters.none import NoDrafter
 from specdec.drafters.prompt_lookup import PromptLookupDrafter
-from specdec.target import ReferenceTarget
+from specdec.reference import ReferenceTarget
 from specdec.verifiers.exact import ExactVerifier
 
 

@@ -25,7 +25,8 @@ from specdec.drafters.lookahead import LookaheadDrafter
 from specdec.drafters.m2r2 import M2R2, M2R2Drafter, M2R2Path
 from specdec.drafters.none import NoDrafter
 from specdec.drafters.prompt_lookup import PromptLookupDrafter
-from specdec.target import ReferenceTarget, Target
+from specdec.reference import ReferenceTarget
+from specdec.target import Target
 
 DOCS = Path(__file__).parents[1] / "docs" / "drafters.md"
 

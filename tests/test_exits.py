@@ -19,7 +19,8 @@ from specdec.drafters.deed import DeedDrafter
 from specdec.drafters.early_exit import EarlyExitDrafter
 from specdec.drafters.mixture_of_depths import MixtureOfDepthsDrafter, Routers
 from specdec.drafters.skip_decode import SkipDecodeDrafter
-from specdec.target import ReferenceTarget, Target
+from specdec.reference import ReferenceTarget
+from specdec.target import Target
 
 
 def calls_of(target: Target, drafter: Drafter, count: int = 6, exit: int | None = None) -> list[tuple[int, int, int]]:

@@ -12,8 +12,9 @@ from specdec import kernels
 from specdec.adapters import Adapters
 from specdec.errors import SpecDecError
 from specdec.fused import FAMILIES, FusedTarget
+from specdec.reference import ReferenceTarget
 from specdec.runtimes import make_target
-from specdec.target import ReferenceTarget, Target
+from specdec.target import Target
 
 ROPES = {
     "llama": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0,

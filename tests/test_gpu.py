@@ -26,7 +26,7 @@ from specdec.experts import packed, tiers
 from specdec.experts.layers import moe_layers
 from specdec.experts.offload import ExpertOptions
 from specdec.experts.store import ExpertStore, Forecast
-from specdec.target import ReferenceTarget
+from specdec.reference import ReferenceTarget
 
 DEVICE = torch.device("cuda:0")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")

@@ -18,8 +18,8 @@ from specdec import SpecDecError, SpecDecoder
 from specdec.draft import State
 from specdec.drafters.layer_skip import LayerSkipDrafter, steps_without
 from specdec.prefill import prefill
+from specdec.reference import ReferenceTarget
 from specdec.sampling import Sampler, SamplingParams
-from specdec.target import ReferenceTarget
 
 RECIPE = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "layer_skip.py"))
 Prices, Search, Skips = (RECIPE[name] for name in ("Prices", "Search", "Skips"))

@@ -17,8 +17,8 @@ from specdec.draft import Draft, DrafterWarning, State
 from specdec.drafters.early_exit import EarlyExitDrafter
 from specdec.drafters.none import NoDrafter
 from specdec.loop import Loop
+from specdec.reference import ReferenceTarget
 from specdec.sampling import Sampler, SamplingParams, streams
-from specdec.target import ReferenceTarget
 from specdec.verifiers.exact import ExactVerifier
 
 

@@ -16,7 +16,8 @@ from zoo import PROMPTS, m2r2, run
 
 from specdec import SpecDecError, SpecDecoder, artifacts, hub
 from specdec.drafters.m2r2 import M2R2, M2R2Drafter, M2R2Path, load_network
-from specdec.target import ReferenceTarget, Target
+from specdec.reference import ReferenceTarget
+from specdec.target import Target
 from specdec.train.arla import ArlaSettings
 from specdec.train.m2r2 import M2R2Settings, path_of
 from specdec.train.settings import from_mapping

@@ -16,7 +16,8 @@ from zoo import PROMPTS, chains, every, run, trees
 from specdec import registry
 from specdec.draft import Draft, Drafter, State, Verifier
 from specdec.drafters.layer_skip import LayerSkipDrafter
-from specdec.target import ReferenceTarget, Target
+from specdec.reference import ReferenceTarget
+from specdec.target import Target
 
 WHOLE = ("llama", "mistral", "gpt2", "qwen3_moe")  # families for which all variants are run
 DRAFTERS = set(registry.DRAFTERS) - {"auto"}  # that one loads another

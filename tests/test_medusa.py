@@ -18,7 +18,7 @@ from zoo import PROMPTS, run
 from specdec import SpecDecError, SpecDecoder, artifacts, hub
 from specdec.draft import Draft, State
 from specdec.drafters.medusa import Medusa, MedusaDrafter
-from specdec.target import ReferenceTarget
+from specdec.reference import ReferenceTarget
 from specdec.train import data, states
 from specdec.train.batches import assemble, windows
 from specdec.train.data import Answer

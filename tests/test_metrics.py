@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 from specdec import metrics
 from specdec.depth import FixedDepth
 from specdec.loop import Loop
+from specdec.reference import ReferenceTarget
 from specdec.sampling import Sampler, SamplingParams
-from specdec.target import ReferenceTarget
 from specdec.verifiers.exact import ExactVerifier
 
 

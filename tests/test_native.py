@@ -15,8 +15,9 @@ from specdec import cores, growth, kernels
 from specdec.errors import SpecDecError
 from specdec.native import library, linear
 from specdec.native.target import FAMILIES, NativeTarget
+from specdec.reference import ReferenceTarget
 from specdec.runtimes import make_target
-from specdec.target import ReferenceTarget, Target
+from specdec.target import Target
 
 try:
     library.load()

@@ -24,7 +24,7 @@ from specdec.experts import packed, predict, tiers
 from specdec.experts.layers import moe_layers
 from specdec.experts.offload import ExpertOptions, Offload
 from specdec.kernels import rms_unit
-from specdec.target import ReferenceTarget
+from specdec.reference import ReferenceTarget
 from specdec.train.data import Answer
 from specdec.train.expert_leaps import fit_predictor, recalls
 

@@ -10,8 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from specdec.adapters import Adapters
 from specdec.draft import Draft
 from specdec.errors import SpecDecError
+from specdec.reference import ReferenceTarget
 from specdec.runtimes import make_target
-from specdec.target import ReferenceTarget
 
 PIECES = ((0, 9), (9, 10), (10, 14))  # a prompt, a single token, a block
 

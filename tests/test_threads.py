@@ -30,7 +30,8 @@ from specdec.fused import FusedTarget
 from specdec.graphs import GraphedTarget
 from specdec.native import library, linear
 from specdec.native.target import NativeTarget
-from specdec.target import ReferenceTarget, Target, lock_of
+from specdec.reference import ReferenceTarget
+from specdec.target import Target, lock_of
 
 RUNTIMES = Path(target.__file__).parent
 FILES = {"library", "linear", "drafting", "growth", "target", "reference", "fused", "graphs", "kernels", "cache"}

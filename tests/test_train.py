@@ -30,8 +30,9 @@ from specdec.drafters.m2r2 import M2R2, M2R2Drafter, M2R2Path, load_network
 from specdec.errors import SpecDecError
 from specdec.fused import FAMILIES as FUSED
 from specdec.fused import FusedTarget
+from specdec.reference import ReferenceTarget
 from specdec.sampling import Sampler, SamplingParams
-from specdec.target import ReferenceTarget, Target
+from specdec.target import Target
 from specdec.train import data, search, states, trainer
 from specdec.train.batches import assemble, epoch, stream, windows
 from specdec.train.data import Answer, Prompt

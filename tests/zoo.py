@@ -25,8 +25,9 @@ from specdec.drafters.none import NoDrafter
 from specdec.drafters.prompt_lookup import PromptLookupDrafter
 from specdec.drafters.skip_decode import SkipDecodeDrafter
 from specdec.loop import Loop
+from specdec.reference import ReferenceTarget
 from specdec.sampling import Sampler, SamplingParams, streams
-from specdec.target import ReferenceTarget, Target
+from specdec.target import Target
 from specdec.verifiers.exact import ExactVerifier
 
 PROMPTS = [[5, 6, 7, 8], [9, 10, 11, 12, 13, 14, 15], [3]]

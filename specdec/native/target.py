@@ -18,23 +18,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from specdec import cores, embedded, fused, pages
+from specdec import cores, embedded, llama_like, pages
 from specdec.adapters import Adapters
 from specdec.cache import KVCache, Mask
+from specdec.checks import check_logits, refuse_unsupported
 from specdec.errors import SpecDecError
 from specdec.growth import Bounds, Candidates, DraftPath, Seed
 from specdec.native import library
 from specdec.native.drafting import TreeDrafter
 from specdec.native.library import BF16, I4, I8, INT, POINTER, Q4, Q8, Call, Layer, LowRank, Model, done, pointer
 from specdec.native.linear import Packed
-from specdec.target import Target, refuse_unsupported
+from specdec.reference import ByParts
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
 KINDS = {"auto": (Q4, Q8), "dense": (), "int8": (Q8,), "int4": (Q4,)}  # storage that is tried before bf16
 NAMES = {BF16: "16 bits", Q8: "8 bits", Q4: "4 bits"}
 
 
-class NativeTarget(Target):
+class NativeTarget(ByParts):
     """The native runtime. No gradients. What drafts alone see (merged adapters marked ``coarse``, reduced heads) is
     rounded to 8 or 4 bits where that is faster; all else is bf16, and a token's result does not depend on what else is
     in its pass, to the last bit.
@@ -57,7 +58,7 @@ class NativeTarget(Target):
         super().__init__(model)
         decoder: Any = model.model
         first = decoder.layers[0]
-        fused.check_rotary(decoder.rotary_emb)
+        llama_like.check_rotary(decoder.rotary_emb)
         self.head_dim = int(first.self_attn.head_dim)
         act = first.mlp.activation_fn if kind == "phi3" else first.mlp.act_fn
         if "SiLU" not in type(act).__name__ or self.head_dim % 32 or self.head_dim > 256:
@@ -68,7 +69,7 @@ class NativeTarget(Target):
         self.heads, self.kv_heads = int(config.num_attention_heads), int(config.num_key_value_heads)
         self.rounding = weights in ("int8", "int4")
         self.kinds = KINDS[weights]
-        self._parts = fused.adapter_parts(first)
+        self._parts = llama_like.adapter_parts(first)
         self._layers = (Layer * self.num_layers)()
         self._alive: list[Any] = []  # what the structures point to
         for layer, struct in zip(decoder.layers, self._layers, strict=True):
@@ -95,7 +96,7 @@ class NativeTarget(Target):
         if self.rounding:
             self.storage += ", rounded where they had to be"
         with pages.sparing(decoder.layers):
-            self.spread = fused.check_logits(self)
+            self.spread = check_logits(self)
         pages.trim()
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
@@ -160,7 +161,7 @@ class NativeTarget(Target):
 
     def linears(self, layer: int) -> dict[str, tuple[int, int]]:
         with self.lock:
-            modules = fused.modules(self.model.model.layers[layer])  # type: ignore[union-attr, index]
+            modules = llama_like.modules(self.model.model.layers[layer])  # type: ignore[union-attr, index]
         return {path: (m.in_features, stop - start) for path, (_, start, stop), m in self._adaptable(modules)}
 
     # -- calls ------------------------------------------------------------------------------------------------------
@@ -257,7 +258,7 @@ class NativeTarget(Target):
         return [(path, self._parts[path], module) for pairs in modules.values() for path, module in pairs]
 
     def _pack_layer(self, layer: Any, struct: Layer) -> None:
-        for slot, pairs in fused.modules(layer).items():
+        for slot, pairs in llama_like.modules(layer).items():
             weights = [module.weight.detach() for _, module in pairs]
             biases = [module.bias for _, module in pairs]
             # A copy where it will be rounded: in place, the changed pages would stay beside the file's.
@@ -315,7 +316,7 @@ class NativeTarget(Target):
 
     def _merge(self, struct: Layer, layer: int, adapters: Adapters) -> list[Packed]:
         factors, alive = adapters.factors(layer), []
-        for slot, pairs in fused.modules(self.model.model.layers[layer]).items():  # type: ignore[union-attr, index]
+        for slot, pairs in llama_like.modules(self.model.model.layers[layer]).items():  # type: ignore[union-attr, index]
             weight = torch.cat([module.weight.detach().float() for _, module in pairs])
             for path in (path for path in factors if self._parts[path][0] == slot):
                 _, start, stop = self._parts[path]

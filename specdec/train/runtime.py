@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 
 from specdec.errors import SpecDecError
 from specdec.fused import FusedTarget
-from specdec.target import ReferenceTarget, Target
+from specdec.reference import ReferenceTarget
+from specdec.target import Target
 
 
 def training_target(model: PreTrainedModel) -> Target:
