@@ -60,8 +60,10 @@ def check_logits(target: Target) -> float:
             x = target.layers(x, 0, half, part, mask, cache)
             ours.append(target.readout(target.layers(x, half, target.num_layers, part, mask, cache)))
             cache.keep([list(range(b - a))])
-    except (TypeError, RuntimeError, AttributeError, IndexError) as error:
-        raise SpecDecError(f"model type '{kind}' does not run in the {target.runtime} runtime ({error})") from error
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+        raise SpecDecError(
+            f"model type '{kind}' is not supported: its layers do not run one by one ({error})"
+        ) from error
     if not bool(own.isfinite().all()):
         raise not_finite(target.model)
     apart = (own - torch.cat(ours, 1).float()).abs().amax(-1)[0] / own.abs().max().clamp_min(1e-6)  # (T,)

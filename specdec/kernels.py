@@ -4,24 +4,6 @@ A *dense* map is ``F.linear``; it alone carries gradients. A *packed* map holds 
 ``F.linear`` on a CPU rearranges a 16-bit weight on every call, which costs more than the product itself. An *int4* map
 holds 4-bit codes in groups of 32 inputs. Packed maps are used where oneDNN serves the dtype, int4 ones where they are
 asked for.
-
-Measured on two Sapphire Rapids cores (AMX bf16), all 30 layers of the default model, ms:
-
-    rows                1     2     3     4     5     8    12    16    32
-    bf16 dense       16.4  16.6  16.4  17.0  16.4  16.6  16.6  16.7  17.6
-    bf16 packed      10.6  10.9  10.9  11.0  10.8  10.7  10.8  11.0  12.8
-    fp16 dense       21.8  23.3  23.8  23.5  24.6  26.9     -  31.1  39.2
-    fp16 packed      16.9  17.4  17.8  17.8  18.7  20.7     -  24.9  35.0
-    fp32 dense       17.2  17.1  18.3  29.0  30.1  34.7     -  39.7  47.3
-    fp32 packed      20.3  21.0  20.9  20.9  21.8  24.4     -  30.1  40.1
-    int4              4.6   5.3   5.9   6.8  10.7  12.8  16.3  21.4     -
-    int8 (per row)    8.7  10.1  10.8  13.7  19.8  21.2  24.7  31.9     -
-    head: packed      1.7   2.0   2.3   2.5   2.5   2.5   2.5   2.5     -
-    head: int8        1.9   2.2   2.3   2.6   3.8   4.7   6.5   8.9     -
-
-So int8 is not offered, and a head stays 16-bit. Padding rows, transposed dense weights and 2-D against 3-D inputs made
-no difference above 3 % there. On two Zen 4 cores, 24 maps of 3072 x 576: fp32 dense 14.7, 27.1, 31.5, 19.5 at 1 to 4
-rows, packed 7.0, 7.5, 6.3, 4.8; without AVX-512, bf16 dense 2.7 a row, and packed there is none.
 """
 
 from __future__ import annotations

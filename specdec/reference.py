@@ -18,7 +18,7 @@ from transformers import Cache, PreTrainedModel
 from specdec import stored
 from specdec.adapters import Adapters
 from specdec.cache import KVCache, Mask
-from specdec.checks import not_finite, refuse_unsupported
+from specdec.checks import check_logits, refuse_unsupported
 from specdec.errors import SpecDecError
 from specdec.target import Part, Target
 
@@ -130,7 +130,7 @@ class ReferenceTarget(Target):
             parameters = list(inspect.signature(self.blocks[0].forward).parameters)
             # GPT-2 passes the mask by position, the others by name.
             self.mask_index = parameters.index("attention_mask") - 1 if "attention_mask" in parameters else None
-            self._self_check()
+            self.spread = check_logits(self)
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         call = _Pass(None, 0, 0, None, None)
@@ -273,33 +273,6 @@ class ReferenceTarget(Target):
         if self.mask_index is not None and len(args) > self.mask_index:
             return (*args[: self.mask_index], mask.memo[key], *args[self.mask_index + 1 :]), kwargs
         return args, kwargs | {"attention_mask": mask.memo[key]}
-
-    @torch.inference_mode()
-    def _self_check(self) -> None:
-        """Compare a pass in pieces with the model's own forward on a few tokens; refuse the model if they differ."""
-        ids = torch.arange(1, 9, device=self.device)[None] % self.vocab_size
-        positions = torch.arange(8, device=self.device)[None]
-        own = self.model(input_ids=ids, use_cache=False).logits.float()
-        try:
-            cache = self.new_cache()
-            half, x = self.num_layers // 2, self.embed(ids, positions)
-            mask = cache.mask(0, positions)
-            x = self.layers(x, 0, half, positions, mask, cache)
-            ours = self.readout(self.layers(x, half, self.num_layers, positions, mask, cache)).float()
-        except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
-            raise SpecDecError(
-                f"model type '{self.model.config.model_type}' cannot be run layer by layer ({error}); "
-                "it is not supported"
-            ) from error
-        if not bool(own.isfinite().all()):
-            raise not_finite(self.model)
-        spread = (own - ours).abs().max().item() / max(own.abs().max().item(), 1e-6)
-        if not spread < (1e-4 if self.dtype == torch.float32 else 5e-2):
-            raise SpecDecError(
-                f"model type '{self.model.config.model_type}' gives different logits when run layer by layer "
-                f"(relative difference {spread:.1e}); it is not supported"
-            )
-        self.spread = spread
 
 
 def _adapter_hook(down: Tensor, up: Tensor, adapted: int | None, batch: int) -> Any:

@@ -10,8 +10,8 @@ static int tokens_from(const Pass *p, int b0) {
     return left < 16 * MOST_BLOCKS ? left : 16 * MOST_BLOCKS;
 }
 
-/* Low-rank activations down x of `low` for all blocks (vnni_bf16; without AMX rows_bf16), zero where a token has no adapters; then all
- * threads wait. */
+/* Low-rank activations down x of `low` for all blocks (vnni_bf16; without AMX rows_bf16), zero where a token has no
+ * adapters; then all threads wait. */
 static void rank_down(Pass *p, const LowRank *low, const uint32_t *x, uint32_t *ranked, int me, int n) {
     if (!low) return;
     float sums[MOST_BLOCKS * 256] __attribute__((aligned(64)));
