@@ -239,14 +239,14 @@ class FusedTarget(ByParts):
             return kernels.packed_silu_gated(weight, bias)
         return kernels.Gated(make(weight, bias), self.act)
 
-    def _head(self, module: Any, storage: str) -> Linear:
+    def _head(self, module: Any, form: str) -> Linear:
         made = self._heads.setdefault(module, {})
-        if storage not in made:
+        if form not in made:
             weight, bias = module.weight.detach(), getattr(module, "bias", None)
             bias = None if bias is None else bias.detach()
-            packed = storage == "packed"
-            made[storage] = kernels.packed(weight, bias, kernels.HEAD_HINT) if packed else kernels.dense(weight, bias)
-        return made[storage]
+            packed = form == "packed"
+            made[form] = kernels.packed(weight, bias, kernels.HEAD_HINT) if packed else kernels.dense(weight, bias)
+        return made[form]
 
     def _normed(self, qk: Tensor, norm_q: Norm, norm_k: Norm) -> Tensor:
         """Queries and keys [B, T, H + Hkv, d] after their norms: per head (Qwen3), or over all heads (OLMo 2)."""
@@ -293,10 +293,10 @@ class FusedTarget(ByParts):
         return mask.memo[key]
 
     def _with_adapters(
-        self, storage: str, lo: int, hi: int, adapters: Adapters, batch: int, adapted: int | None, grad: bool
+        self, form: str, lo: int, hi: int, adapters: Adapters, batch: int, adapted: int | None, grad: bool
     ) -> list[_Layer]:
         """All layers, with the adapters of [lo, hi): merged where they act on all tokens, else beside the maps."""
-        stack = list(self._stacks[storage])
+        stack = list(self._stacks[form])
         made = self._adapted.get(adapters)
         if made is None:
             made = self._adapted[adapters] = _Adapted([*adapters.parameters()])
@@ -306,23 +306,23 @@ class FusedTarget(ByParts):
         for index in range(lo, hi):
             if index not in adapters.paths:
                 continue
-            key = (index, storage, None if adapted is None else (batch, adapted))
+            key = (index, form, None if adapted is None else (batch, adapted))
             layer = None if grad else made.layers.get(key)
             if layer is None:
-                layer = self._adapt(stack[index], index, adapters, storage, batch, adapted, grad)
+                layer = self._adapt(stack[index], index, adapters, form, batch, adapted, grad)
                 if not grad:
                     made.layers[key] = layer
             stack[index] = layer
         return stack
 
     def _adapt(
-        self, layer: _Layer, index: int, adapters: Adapters, storage: str, batch: int, adapted: int | None, grad: bool
+        self, layer: _Layer, index: int, adapters: Adapters, form: str, batch: int, adapted: int | None, grad: bool
     ) -> _Layer:
         by_slot: dict[str, list[tuple[Tensor, Tensor, int]]] = {}
         for path, (down, up) in adapters.factors(index).items():
             slot, start, _ = self._parts[path]
             by_slot.setdefault(slot, []).append((down, up, start) if grad else (down.detach(), up.detach(), start))
-        make, maps = MAKERS[storage], {}
+        make, maps = MAKERS[form], {}
         for slot, parts in by_slot.items():
             weight, bias = self._weights[index][slot]
             low = kernels.LowRank(parts, weight.shape[0], self.dtype)

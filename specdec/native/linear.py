@@ -51,7 +51,7 @@ _arena = _Arena()
 
 
 class Packed:
-    """A linear map ``x W.T + bias`` in tiles. weight: bf16 [out, in]; kinds: storage to try, in order, before bf16.
+    """A linear map ``x W.T + bias`` in tiles. weight: bf16 [out, in]; kinds: formats to try, in order, before bf16.
 
     rounding: the first of ``kinds`` is used even if it is not exact; ``weight`` is then rounded in place.
     coarse: for drafts, which need not be exact: ``(I8,)`` or ``(I4, I8)``, tried in order before all else. Weights

@@ -31,7 +31,7 @@ from specdec.native.linear import Packed
 from specdec.reference import ByParts
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
-KINDS = {"auto": (Q4, Q8), "dense": (), "int8": (Q8,), "int4": (Q4,)}  # storage that is tried before bf16
+KINDS = {"auto": (Q4, Q8), "dense": (), "int8": (Q8,), "int4": (Q4,)}  # weight formats that are tried before bf16
 NAMES = {BF16: "16 bits", Q8: "8 bits", Q4: "4 bits"}
 
 
