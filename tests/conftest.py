@@ -25,7 +25,7 @@ import torch
 from tiny_gguf import NAME, write_gguf
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from specdec import convert, embedded, inputs, measured
+from specdec import convert, embedded, inputs
 from specdec.costs import Costs
 from specdec.draft import Draft, Drafter, State, Verifier
 from specdec.experts.store import ExpertStore
@@ -34,7 +34,6 @@ from specdec.target import Target
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background, and inherited by what tests start
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-SECONDS = measured.seconds  # before ``unmeasured``
 IN_A_CHILD = embedded._convert  # before ``cache``
 SKIPS = (  # what a machine may lack: patterns of the reasons
     "there is (no|one) CUDA device",
@@ -136,12 +135,6 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ways that compute the same are chosen by rule, not by what a clock says while tests run."""
-    monkeypatch.setattr("specdec.measured.seconds", lambda what, ways: None)
 
 
 @pytest.fixture(autouse=True)
