@@ -38,7 +38,8 @@ from specdec.train.batches import assemble, epoch, stream, windows
 from specdec.train.data import Answer, Prompt
 from specdec.train.evaluate import acceptance_lengths, evaluate
 from specdec.train.fit import fit_projections
-from specdec.train.m2r2 import M2R2Settings, path_of, wanted_states
+from specdec.train.m2r2 import path_of, wanted_states
+from specdec.train.m2r2_settings import M2R2Settings
 from specdec.train.medusa import MedusaSettings
 from specdec.train.method import lookup
 from specdec.train.plot import draw_curves

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from pydantic import model_validator
 from torch import Tensor, nn
 
 from specdec import artifacts
@@ -26,43 +25,11 @@ from specdec.train import search
 from specdec.train.batches import Batch
 from specdec.train.evaluate import evaluate
 from specdec.train.fit import fit_projections
+from specdec.train.m2r2_settings import M2R2Settings
 from specdec.train.method import Method, Work
-from specdec.train.settings import Positive, TrainSettings
+from specdec.train.settings import TrainSettings
 from specdec.train.states import Wanted
 from specdec.train.student import Teacher, draft_steps
-
-
-class M2R2Settings(TrainSettings):
-    """The path of the accelerated residual, and what it learns from. With ``init`` that drafter's path counts."""
-
-    replaces: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        **TrainSettings.replaces,
-        "search": {"segments": [], "exit_layer": 0, "exits": []},
-    }
-
-    search: bool = False  # choose a segment by measured cost and closed-form agreement; or give the path:
-    exit_layer: int = 0
-    segments: tuple[tuple[int, int], ...] = ()
-    final_leap: bool = False
-    exits: tuple[int, ...] = ()  # layers behind which a token may leave before the end of the path
-    layers_of: int | None = None  # depth of the model these layers were chosen on: scaled to others; None: as they are
-    rank: Positive = 64
-    adapt: tuple[str, ...] = ()  # linear maps with adapters; empty: all of the segments' layers
-    draft_steps: Positive = 2  # of its own drafts the student learns from
-    leap_rate: float = 6e-4  # learning rate of the projections; ``learning_rate`` is the adapters'
-    focus: float = 1.0  # weight of a later step where the drafter's earlier steps had already gone wrong
-    align: float = 0.0  # weight of 1 - cos(p[k], h[R k]), summed over the layers k of the path
-
-    search_tokens: Positive = 12_000  # answer tokens that the search fits projections on
-    search_gain: float = 1.25  # what training adds to the log-odds of agreement, as measured
-
-    @model_validator(mode="after")
-    def _one_path(self) -> M2R2Settings:
-        if self.search and (self.segments or self.exit_layer or self.exits):
-            raise ValueError("'search' excludes 'segments', 'exit_layer' and 'exits'; set search=false to give a path")
-        if not (self.search or self.segments or self.exit_layer or self.init):
-            raise ValueError("give 'segments' or 'exit_layer', or set search=true")
-        return self
 
 
 class M2R2Method(Method):

@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -35,13 +35,11 @@ from specdec.train.batches import Batch
 from specdec.train.data import Answer
 from specdec.train.files import writing
 from specdec.train.fit import Moments
+from specdec.train.m2r2_settings import M2R2Settings
 from specdec.train.method import Work
 from specdec.train.speed import predict
 from specdec.train.states import Record, Wanted, compute, digest
 from specdec.train.student import Teacher, step_mask
-
-if TYPE_CHECKING:
-    from specdec.train.m2r2 import M2R2Settings
 
 FILE = "search.json"
 EVAL_TOKENS = 6_000  # held-out answer positions
