@@ -1,7 +1,7 @@
 """Several drafters in turn: the first that proposes something drafts the step, as in ``prompt-lookup+m2r2``.
 
 One that is cheap and right now and then comes first, one that always has an answer last. All of them see what became
-of every step, whoever drafted it.
+of every step, also of those that another one drafted.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class HybridDrafter(Drafter):
     def load(cls, target: Target, source: str | None = None, **given: Any) -> HybridDrafter:
         """Load the drafters that ``source`` joins; the options of each are given under its name.
 
-        A drafter may have other defaults where another one stands behind it: ``before_others``, of its class.
+        A drafter may have other defaults where another one comes after it: ``before_others``, of its class.
         """
         parts = registry.parse(source) if source else []
         if len(parts) < 2:

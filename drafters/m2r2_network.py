@@ -92,7 +92,7 @@ class M2R2(nn.Module):
     def freeze(self, target: Target) -> None:
         """Prepare for drafting: parameters in the target's dtype and place, projections in their fastest format."""
         self.to(target.device, target.dtype).requires_grad_(False).eval()
-        self.adapters.coarse = True
+        self.adapters.draft_only = True
         self.frozen = [kernels.UnitMap(each.weight, each.bias) for each in self.projections]
 
     def segment(

@@ -63,7 +63,7 @@ class PromptLookupDrafter(Drafter):
 
     name: ClassVar[str] = "prompt-lookup"
     summary: ClassVar[str] = "n-gram lookup in the prompt, the output and earlier requests; no training"
-    before_others: ClassVar[dict[str, Any]] = {"prompt_lookup_min": 2}  # options where another drafter stands behind
+    before_others: ClassVar[dict[str, Any]] = {"prompt_lookup_min": 2}  # options where another drafter comes after it
 
     def __init__(
         self,

@@ -15,10 +15,10 @@ class Adapters(nn.Module):
     """``y += up(down(x))`` beside linear maps: rank-r factors keyed by layer and module path.
 
     ``shapes[layer][path] = (in_features, out_features)``. ``up`` starts at zero, so untrained adapters change nothing.
-    coarse: what passes with them compute is a guess that will be judged, so that a runtime may round for speed.
+    draft_only: passes with them only draft, so a runtime may round weights for speed.
     """
 
-    coarse = False
+    draft_only = False
 
     def __init__(self, shapes: Mapping[int, Mapping[str, tuple[int, int]]], rank: int) -> None:
         super().__init__()

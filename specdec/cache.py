@@ -25,7 +25,7 @@ class Mask:
     """Which cached keys each query may attend to.
 
     ``query`` [B, T] and ``keys`` [B, S] hold positions (-1: hole); ``visible`` [B, T, S] is a bool tensor, or None
-    when every key is visible to every query, or what makes such a tensor when it is asked for. Runtimes read
+    when every key is visible to every query, or a function that makes such a tensor when it is read. Runtimes read
     ``bool_mask`` and may keep what they derive from it in ``memo`` (one mask serves many layers).
     causal: each query sees just the slots up to its own, the last T of S, and slots are positions (no holes).
     """

@@ -124,7 +124,7 @@ def time_drafting(
     limit = min(8 * depth, target.context - len(prompt))
     loop = Loop(target, drafter, verifier, sampler, [prompt], [limit], lambda row, token: None, policy)
     steps, before = [], 0.0
-    for number, _ in enumerate(loop.rounds()):
+    for number, _ in enumerate(loop.steps()):
         spent = loop.ledger.seconds.get("draft", 0.0)
         if number > 1 and loop.metrics[0].per_step_drafted[-1]:
             steps.append((spent - before) / loop.metrics[0].per_step_drafted[-1])

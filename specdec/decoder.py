@@ -293,7 +293,7 @@ class SpecDecoder:
         """Start a generation: the form under ``generate`` and ``stream`` that gives text and figures as they grow.
 
         max_new_tokens: most new tokens per row (also bounded by the model's context).
-        num_speculative_tokens: depth of each round's draft; "auto" chooses it from measured costs and running
+        num_speculative_tokens: depth of each draft; "auto" chooses it from measured costs and running
         acceptance, down to plain decoding (of ``tuned`` settings, it is theirs). temperature 0 is greedy; the sampling
         options are those of ``SamplingParams``. repetition_penalty: None is that of the model's ``generation_config``,
         of which ``specdec.generation_config`` says what is honoured. stop: strings that end a row; special tokens in
@@ -426,9 +426,9 @@ def _recalled(drafter: str | Path | Drafter, kept: Tuned | None) -> tuple[str | 
 
 
 class Generation:
-    """A generation under way. Iterating yields, per round, the new text of each row ("" where there is none).
+    """A generation under way. Iterating yields, per step, the new text of each row ("" where there is none).
 
-    ``steps`` runs the same rounds, without reading text that nobody waits for: ``outputs`` has it in the end.
+    ``steps`` runs the same steps, without reading text that nobody waits for: ``outputs`` has it in the end.
     """
 
     def __init__(
@@ -447,7 +447,7 @@ class Generation:
         self.loop = Loop(
             decoder.target, decoder.drafter, decoder.verifier, sampler, prompts, limits, self._stop, policy
         )
-        self.rounds: Iterator[list[tuple[int, list[int]]]] | None = self.loop.rounds()
+        self.events: Iterator[list[tuple[int, list[int]]]] | None = self.loop.steps()
         self.meter: Meter | None = None  # of expert loads, from the end of the prefill on
         self.release: Callable[[], object] = lambda: None  # the drafter
         self._turn, self._closing = threading.RLock(), False  # closing waits for the step that another thread is in
@@ -474,17 +474,17 @@ class Generation:
             yield pieces
 
     def steps(self) -> Iterator[list[tuple[int, list[int]]]]:
-        """Run the rounds; yield for each the rows that went on, and their new tokens."""
+        """Run the steps; yield for each the rows that went on, and their new tokens."""
         while (events := self._step()) is not None:
             yield events
 
     def _step(self) -> list[tuple[int, list[int]]] | None:
-        """One round, or None at the end."""
+        """One step, or None at the end."""
         with self._turn:
-            if self.rounds is None or self._closing:
+            if self.events is None or self._closing:
                 self.close()
                 return None
-            events = next(self.rounds, None)
+            events = next(self.events, None)
             if self.meter is None and self.decoder.target.experts is not None:
                 self.meter = Meter.begin(self.decoder.target.experts.store)
             if events is None:
@@ -509,8 +509,8 @@ class Generation:
         """End the generation and free its cache; ``outputs`` stays available."""
         self._closing = True
         with self._turn:
-            if self.rounds is not None:
-                self.rounds = None
+            if self.events is not None:
+                self.events = None
                 self.loop.state.cache = self.decoder.target.new_cache(0)
                 self.decoder._ended(self)
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class Draft:
     """A tree of proposed tokens for every row of the batch (one shape for all rows).
 
-    tokens: int64 [B, M], or lists [B][M], from which the tensor is made on ``device`` if it is asked for; -1 marks a
+    tokens: int64 [B, M], or lists [B][M], from which the tensor is made on ``device`` when it is read; -1 marks a
         node that a row does not have. listed: the lists, where the host has them.
     parents: block index of each node's parent (0 = root); a chain is (0, 1, 2, ...).
     states: [B, S, D], hidden states at layer ``exit_layer`` of the first S block tokens, whose keys and values below
@@ -99,11 +99,11 @@ class Acceptance:
 class State:
     """Where a generation stands. ``ids[b]``: row b's prompt and output; its last token, the root, is not yet cached.
 
-    confidence: below this probability that its whole chain stands, drafting on costs more than it brings.
+    confidence: below this probability that its whole chain is accepted, drafting on costs more than it brings.
     extra_nodes: tree nodes that may be added beside the chain because scoring them is cheap.
     exit: of a drafter with several exits (``num_exits``), the number of the last that tokens may go to; None: it has
         none to choose, or is free to.
-    threshold: what is drafted will stand unjudged; a drafter that leaves the model early proposes only tokens it is at
+    threshold: drafts will be accepted without scoring; a drafter that leaves the model early proposes only tokens it is at
         least this sure of. None: a verifier judges what is drafted.
     """
 
@@ -140,9 +140,9 @@ class Drafter(ABC):
     """Proposes tokens. A subclass implements ``propose``; the other methods do nothing unless it overrides them.
 
     name: as in the registry. summary: one line about it. training: the command that trains one; None: it needs none.
-    before_others: options that differ where another drafter stands behind it (``HybridDrafter``).
+    before_others: options that differ where another drafter comes after it (``HybridDrafter``).
     drafts: False for the drafter that never proposes anything.
-    taps: layers whose input states ``observe`` receives; N stands for the final state, N + 1 for the logits
+    taps: layers whose input states ``observe`` receives; N is the final state, N + 1 for the logits
         [B, 1 + M, V] of a step (a prompt has none: an empty tensor).
     num_exits: exits to choose from; if there are several, the drafter keeps to ``State.exit``.
     leaves_early: tokens may leave the model early, with a confidence (``State.threshold``). leaves_state: they leave

@@ -38,7 +38,7 @@ class Scores:
 
 
 class Loop:
-    """One generation. ``rounds`` yields, after the prefill and after each step, ``[(row, new tokens), ...]``.
+    """One generation. ``steps`` yields, after the prefill and after each step, ``[(row, new tokens), ...]``.
 
     ``limits[b]``: most new tokens of row b. ``stop(row, token)`` is called for each new token in order and returns a
     finish reason or None; a row ends there, or at its limit with reason "length". Reasons land in ``finished``.
@@ -71,7 +71,7 @@ class Loop:
         with self._drafting():
             drafter.start(len(prompts))
 
-    def rounds(self) -> Iterator[list[tuple[int, list[int]]]]:
+    def steps(self) -> Iterator[list[tuple[int, list[int]]]]:
         self.ledger.restart()
         yield self._commit(self._prefill(), prefill=True)
         while self.rows and self.fault is None:
@@ -82,7 +82,7 @@ class Loop:
 
     @torch.inference_mode()
     def admit(self, prompts: list[list[int]], limits: list[int], sampler: Sampler) -> list[tuple[int, list[int]]]:
-        """Add rows between two steps, with samplers of their own; return their first tokens, as ``rounds`` does.
+        """Add rows between two steps, with samplers of their own; return their first tokens, as ``steps`` does.
 
         They are numbered after those there are. For drafters that keep nothing per row (``stateless``).
         """

@@ -14,12 +14,13 @@ from specdec.transfer import Stamp, stamp
 
 @dataclass
 class RequestMetrics:
-    """What one request took. Seconds are wall time; a batch shares its rounds' time.
+    """What one request took. Seconds are wall time; a batch shares its steps' time.
 
-    per_step_drafted / per_step_accepted: draft depth offered and drafted tokens kept, per round after the prefill.
+    per_step_drafted / per_step_accepted: draft depth and accepted drafted tokens, per step after the prefill.
     ledger: seconds by phase: prefill, draft, score, accept, commit, detokenise (text and stop strings) and overhead
-        (choosing depths, bookkeeping). They sum up to the wall time but for what the caller does between rounds.
-    num_layers: the model's N. exit_layers: layers run for each token that left the model early and stood unjudged.
+        (choosing depths, bookkeeping). They sum up to the wall time but for what the caller does between steps.
+    num_layers: the model's N. exit_layers: layers run for each token that was accepted without
+        scoring.
     experts: while decoding (all rows together), what offloaded experts cost (``specdec.experts.offload.Meter``).
     """
 
@@ -45,7 +46,7 @@ class RequestMetrics:
 
     @property
     def mean_acceptance_length(self) -> float:
-        """Tokens per round: 1 + accepted / rounds (the bonus token counts)."""
+        """Tokens per step: 1 + accepted / steps (the bonus token counts)."""
         return 1 + self.num_accepted_draft_tokens / self.num_spec_steps if self.num_spec_steps else 1.0
 
     @property
@@ -55,7 +56,7 @@ class RequestMetrics:
 
     @property
     def acceptance_histogram(self) -> list[int]:
-        """Entry n counts the rounds that accepted n drafted tokens."""
+        """Entry n counts the steps that accepted n drafted tokens."""
         out = [0] * (max(self.per_step_accepted, default=-1) + 1)
         for n in self.per_step_accepted:
             out[n] += 1
@@ -63,22 +64,22 @@ class RequestMetrics:
 
     @property
     def acceptance_per_position(self) -> list[float]:
-        """Entry i: the share of rounds drafting deeper than i whose drafted token i stood."""
+        """Entry i: of the steps that drafted deeper than i, the share that accepted drafted token i."""
         depth = max(self.per_step_drafted, default=0)
         pairs = list(zip(self.per_step_drafted, self.per_step_accepted, strict=True))
         offered = [sum(d > i for d, _ in pairs) for i in range(depth)]
-        stood = [sum(a > i for _, a in pairs) for i in range(depth)]
-        return [s / o for s, o in zip(stood, offered, strict=True) if o]
+        accepted = [sum(a > i for _, a in pairs) for i in range(depth)]
+        return [s / o for s, o in zip(accepted, offered, strict=True) if o]
 
     @property
     def mean_layers_per_token(self) -> float:
-        """Average depth: layers a token went through before it stood. What left early counts as far as it went."""
+        """Average depth: layers a token went through before it was accepted. Early exits count as far as they went."""
         full = self.num_new_tokens - len(self.exit_layers)
         return (sum(self.exit_layers) + full * self.num_layers) / max(self.num_new_tokens, 1)
 
     @property
     def exit_shares(self) -> dict[int, float]:
-        """The share of the new tokens that stood after so many layers, shallow to deep; N is the full model."""
+        """The share of the new tokens that were accepted after so many layers, shallow to deep; N is the full model."""
         counts = Counter(self.exit_layers)
         counts[self.num_layers] += self.num_new_tokens - len(self.exit_layers)
         return {layers: counts[layers] / max(self.num_new_tokens, 1) for layers in sorted(counts)}

@@ -22,7 +22,7 @@ def prefill(
 ) -> Tensor:
     """Run each row's tokens (at least one) after those that ``cache`` holds of it; commit them.
 
-    taps: called for the layers to tap in each chunk. observe: told, after each chunk, which of its tokens are each
+    taps: called for the layers to tap in each chunk. observe: called after each chunk with which of its tokens are each
     row's, and the tapped states. Returns the final states [B, 1, D] of each row's last token.
     """
     lengths = [len(row) for row in rows]

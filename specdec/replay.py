@@ -1,7 +1,7 @@
 """Proof by replay: what the target itself says about tokens that were generated, all positions in one pass.
 
 In float32 two correct decoders agree token for token. In bfloat16 a pass over one row and a pass over several rows
-round differently, so tokens whose logits nearly tie may flip; replay tells such a near-tie from a fault.
+round differently, so tokens whose logits nearly tie may flip; replay distinguishes such a near-tie from a fault.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Choosing the runtime of a model: the fastest that serves it here, or the one asked for."""
+"""Choosing the runtime of a model: the fastest that serves it here, or the one named."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ RUNTIMES, WEIGHTS = tuple(Runtime), tuple(Weights)
 
 
 def needs_cpu(runtime: str, weights: str) -> bool:
-    """Whether what is asked for runs on the CPU alone, whatever other device there is."""
+    """Whether these settings run on the CPU alone, whatever other device there is."""
     return runtime == "native" or weights in ("int8", "int4")
 
 
 def make_target(model: PreTrainedModel, runtime: str = "auto", weights: str = "auto") -> tuple[Target, str]:
-    """The target of ``model`` in the runtime asked for, and a one-line note ("" if there is nothing to say).
+    """The target of ``model`` in the runtime named, and a one-line note ("" if there is nothing to say).
 
     runtime "auto": native (CPUs) or graphs (CUDA) where it serves the model on this machine, else fused (not on mps),
     else the reference runtime, the note saying why. weights: "auto" (as loaded; stored in fewer bits where they hold

@@ -1,7 +1,7 @@
 """Small tensors between the host and a device.
 
 A GPU works behind the host: who reads from it waits until all of its work is done, and so does who writes to it from
-memory that the system may move. So a round reads once, and writes from pinned memory.
+memory that the system may move. So a step reads once, and writes from pinned memory.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def upload(values: Any, device: torch.device, dtype: torch.dtype = torch.long) -> Tensor:
-    """``torch.tensor(values, dtype=dtype, device=device)`` that nobody waits for."""
+    """``torch.tensor(values, dtype=dtype, device=device)`` without a wait."""
     tensor = torch.tensor(values, dtype=dtype)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 

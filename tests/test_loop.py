@@ -115,7 +115,7 @@ def test_scoring_runs_no_layer_twice_for_what_the_draft_computed(llama: PreTrain
         lambda r, t: None,
         FixedDepth(4),
     )
-    rounds = loop.rounds()
+    rounds = loop.steps()
     next(rounds)
     calls.clear()
     next(rounds)
@@ -154,10 +154,10 @@ def test_custom_processors_see_the_path_to_their_node(llama: PreTrainedModel) ->
     sampler = Sampler(SamplingParams(), [OnlyOddAfterEven()])
     loop = Loop(target, drafter, ExactVerifier(), sampler, [PROMPTS[0]], [20], lambda r, t: None, FixedDepth(4))
     ids = list(PROMPTS[0])
-    for events in loop.rounds():
+    for events in loop.steps():
         ids += events[0][1]
     plain = Loop(target, NoDrafter(), ExactVerifier(), sampler, [PROMPTS[0]], [20], lambda r, t: None, FixedDepth(1))
-    assert ids[4:] == [t for events in plain.rounds() for t in events[0][1]]
+    assert ids[4:] == [t for events in plain.steps() for t in events[0][1]]
     assert all((a + b) % 2 for a, b in pairwise(ids))
 
 
@@ -171,7 +171,7 @@ def test_output_ends_at_eos_inside_a_draft(llama: PreTrainedModel) -> None:
     drafter.bind(target)
     stop = lambda row, token: "eos" if token == end else None  # noqa: E731
     loop = Loop(target, drafter, ExactVerifier(), Sampler(SamplingParams()), [prompt], [20], stop, FixedDepth(7))
-    out = [t for events in loop.rounds() for t in events[0][1]]
+    out = [t for events in loop.steps() for t in events[0][1]]
     assert out == cut and loop.finished == {0: "eos"}
     assert sum(loop.metrics[0].per_step_accepted) <= len(cut)
 
@@ -228,7 +228,7 @@ def test_logits_that_are_not_finite_end_it_with_one_error_and_lose_nothing(
         target, drafter, ExactVerifier(), sampler, prompts, [20] * len(prompts), lambda r, t: None, FixedDepth(3)
     )
     with pytest.raises(SpecDecError, match=r"logits are not finite at position 9.*float32"):
-        for events in generation.rounds():
+        for events in generation.steps():
             for row, tokens in events:
                 out[row] += tokens
     longest = max(prompts, key=len)
@@ -316,7 +316,7 @@ def test_guests_keep_their_own_sampler(llama: PreTrainedModel) -> None:
     out: dict[int, list[int]] = {0: [], 1: []}
     stop = lambda row, token: None  # noqa: E731
     generation = Loop(target, NoDrafter(), ExactVerifier(), Sampler(host), PROMPTS[:1], [12], stop, FixedDepth(0))
-    rounds = generation.rounds()
+    rounds = generation.steps()
     out[0] += next(rounds)[0][1] + next(rounds)[0][1]
     out[1] += generation.admit(PROMPTS[1:2], [12], Sampler(guest))[0][1]
     for events in rounds:

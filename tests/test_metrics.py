@@ -46,7 +46,7 @@ def test_the_ledger_books_each_phase_and_sums_up_to_the_wall(llama: PreTrainedMo
     stop = takes(0.125, lambda row, token: None)
     generation = Loop(target, drafter, verifier, Sampler(SamplingParams()), [[5, 6]], [10], stop, policy)
     away = 0.0
-    for _ in generation.rounds():
+    for _ in generation.steps():
         now, away = now + 100.0, away + 100.0  # the caller's own time is nobody's
     m = generation.metrics[0]
     rounds = m.num_spec_steps

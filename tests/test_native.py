@@ -194,12 +194,12 @@ def test_coarse_maps_are_within_their_bits_and_do_not_depend_on_other_rows(
     weight, bias, x = torch.randn(50, 192).bfloat16(), torch.randn(50).bfloat16(), torch.randn(rows, 192).bfloat16()
     asked = (library.I4, library.I8) if bits == 4 else (library.I8,)
     served = [kind for kind in asked if library.load().specdec_tile_bytes(kind)]
-    coarse, dense = linear.Packed(weight, bias, coarse=asked), linear.Packed(weight, bias)
-    assert coarse.kind == (served[0] if served else library.BF16)
-    if coarse.kind == asked[0]:
-        assert least < apart(coarse(x).float(), dense(x).float()) < most
-    assert torch.equal(coarse(x)[-1:], coarse(x[-1:]))
-    assert linear.Packed(weight[:, :96], coarse=asked).kind == library.BF16  # no multiple of 64
+    draft_only, dense = linear.Packed(weight, bias, draft_only=asked), linear.Packed(weight, bias)
+    assert draft_only.kind == (served[0] if served else library.BF16)
+    if draft_only.kind == asked[0]:
+        assert least < apart(draft_only(x).float(), dense(x).float()) < most
+    assert torch.equal(draft_only(x)[-1:], draft_only(x[-1:]))
+    assert linear.Packed(weight[:, :96], draft_only=asked).kind == library.BF16  # no multiple of 64
 
 
 @torch.inference_mode()
@@ -213,7 +213,7 @@ def test_four_coarse_bits_hold_what_four_bits_can() -> None:
     weight = (codes * torch.tensor([0.5, 0.03125]).view(2, 1)).view(40, 128).bfloat16()
     x = torch.randint(-127, 128, (7, 128)).bfloat16()
     x[:, 0] = 127  # a token's scale is 1
-    assert torch.equal(linear.Packed(weight, coarse=(library.I4,))(x), (x.double() @ weight.double().T).bfloat16())
+    assert torch.equal(linear.Packed(weight, draft_only=(library.I4,))(x), (x.double() @ weight.double().T).bfloat16())
 
 
 @pytest.mark.parametrize(("family", "t"), [("llama", 1), ("qwen2", 4), ("phi3", 20)])
@@ -223,7 +223,7 @@ def test_coarse_adapters_are_merged_for_drafts_and_leave_the_model_exact(family:
     with torch.inference_mode(False):
         adapters = random_adapters(ReferenceTarget(target.model)).bfloat16()
     plain, expected = adapted_pass(target, None, t, None), adapted_pass(target, adapters, t, None)
-    adapters.coarse = True
+    adapters.draft_only = True
     got = adapted_pass(target, adapters, t, None)
     share = 0.6 if library.load().specdec_tile_bytes(library.I4) else 0.2  # of what the adapters change
     assert (got - expected).float().norm() < share * (plain - expected).float().norm()
@@ -312,7 +312,7 @@ def random_route(target: Target, heads: int) -> growth.DraftPath:
     """Two leaps to segments and one to the end, over a reduced vocabulary of so many heads."""
     with torch.inference_mode(False):
         adapters = random_adapters(ReferenceTarget(target.model)).bfloat16()
-    adapters.coarse, d, tokens = True, target.hidden_size, torch.randperm(97)[:70]
+    adapters.draft_only, d, tokens = True, target.hidden_size, torch.randperm(97)[:70]
     leaps = [
         kernels.UnitMap((torch.randn(d, n * d) / (n * d) ** 0.5).bfloat16(), torch.randn(d).bfloat16())
         for n in (3, 3, 2)

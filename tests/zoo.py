@@ -53,7 +53,7 @@ def run(
     stop = lambda row, token: "eos" if token == eos else None  # noqa: E731
     policy = FixedDepth(depth, exit)
     loop = Loop(target, drafter, verifier or ExactVerifier(), sampler, prompts, limits, stop, policy)
-    for events in loop.rounds():
+    for events in loop.steps():
         for row, tokens in events:
             out[row] += tokens
     return out, loop

@@ -1,11 +1,11 @@
 """Typical acceptance (Medusa, Cai et al. 2024, arXiv 2401.10774, section 2.3.1): keep what the model finds plausible.
 
-Lossy: a drafted token x stands if p(x) > min(epsilon, delta exp(-H(p))), p being the model's distribution after its
-prefix and H its entropy in nats: where the model is sure, only likely tokens pass; where it is not, many do. The
-output is typical text of the model, not a sample from it. Of a tree, the longest path stands whose tokens all pass.
+Lossy: a drafted token x is accepted if p(x) > min(epsilon, delta exp(-H(p))), p being the model's distribution after
+its prefix and H its entropy in nats: where the model is sure, only likely tokens pass; where it is not, many do. The
+output is typical text of the model, not a sample from it. Of a tree, the longest path of tokens that pass is accepted.
 
 At temperature 0 p is a point mass, H is 0, and only the likeliest token passes: the rule is then the exact one. After
-the path the next token is drawn from p (the paper takes the likeliest), so that a round that keeps nothing samples.
+the path the next token is drawn from p (the paper takes the likeliest), so that a step that accepts nothing samples.
 """
 
 from __future__ import annotations

@@ -75,7 +75,9 @@ class TreeDrafter:
         outputs = sum(target.vocab_size if head is None else head.out_features for head in path.heads)
         near = any(window is not None and window <= levels for window in target.windows)
         fits = width <= min(16, outputs) and len(path.projections) <= 8 and len(path.heads) <= 2 and not near
-        return fits and path.adapters.coarse and bool(path.segments) and all(each.packed for each in path.projections)
+        return (
+            fits and path.adapters.draft_only and bool(path.segments) and all(each.packed for each in path.projections)
+        )
 
     def __call__(self, target: Kernels, cache: KVCache, seed: Seed, confidence: float) -> Candidates:
         struct, segments = self.struct, self.segments

@@ -54,7 +54,7 @@ class Packed:
     """A linear map ``x W.T + bias`` in tiles. weight: bf16 [out, in]; kinds: formats to try, in order, before bf16.
 
     rounding: the first of ``kinds`` is used even if it is not exact; ``weight`` is then rounded in place.
-    coarse: for drafts, which need not be exact: ``(I8,)`` or ``(I4, I8)``, tried in order before all else. Weights
+    draft_only: for drafts, which need not be exact: ``(I8,)`` or ``(I4, I8)``, tried in order before all else. Weights
         are rounded to 8 or 4 bits, and what they are multiplied with to 8, where this CPU gains by such products.
     Raises SpecDecError if ``in`` is not a multiple of 32.
     """
@@ -65,7 +65,7 @@ class Packed:
         bias: Tensor | None = None,
         kinds: Sequence[int] = (),
         rounding: bool = False,
-        coarse: Sequence[int] = (),
+        draft_only: Sequence[int] = (),
     ) -> None:
         lib, (out, inp) = library.load(), weight.shape
         if inp % 32:
@@ -74,7 +74,7 @@ class Packed:
         source = weight.contiguous()
         columns, self.width, self.inp = inp // 32, out, inp
         workers, scale = cores.threads(), None
-        served = [kind for kind in coarse if lib.specdec_tile_bytes(kind) and not inp % 64]
+        served = [kind for kind in draft_only if lib.specdec_tile_bytes(kind) and not inp % 64]
         if served:
             kind, scale = served[0], torch.empty(-(-out // 16) * 16)
             tiles = _arena.take(-(-out // 16) * (columns // 2) * lib.specdec_tile_bytes(kind))

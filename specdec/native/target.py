@@ -36,7 +36,7 @@ NAMES = {BF16: "16 bits", Q8: "8 bits", Q4: "4 bits"}
 
 
 class NativeTarget(ByParts):
-    """The native runtime. No gradients. What drafts alone see (merged adapters marked ``coarse``, reduced heads) is
+    """The native runtime. No gradients. What drafts alone see (merged adapters marked ``draft_only``, reduced heads) is
     rounded to 8 or 4 bits where that is faster; all else is bf16, and a token's result does not depend on what else is
     in its pass, to the last bit.
 
@@ -180,7 +180,7 @@ class NativeTarget(ByParts):
     ) -> tuple[Model, Call, list[Any]]:
         """Layers [lo, hi) on ``x`` as the kernels take them, and what must live as long as that."""
         (batch, t, _), model, low = x.shape, self._model, None
-        if adapters is not None and adapters.coarse and adapted is None:
+        if adapters is not None and adapters.draft_only and adapted is None:
             model = self._merged(adapters, lo, hi)
         elif adapters is not None:
             low = self._low_rank(adapters, lo, hi)
@@ -204,7 +204,7 @@ class NativeTarget(ByParts):
         return model, call, alive
 
     def draft_call(self, lo: int, hi: int, adapters: Adapters) -> tuple[Model, Call]:
-        """Layers [lo, hi) with coarse ``adapters`` on one token, for kernels that make masks and states themselves."""
+        """Layers [lo, hi) with draft-only ``adapters`` on one token, for kernels that make masks and states."""
         call = self._new_call(1, 1, lo, hi)
         call.causal = 1
         return self._merged(adapters, lo, hi), call
@@ -245,8 +245,8 @@ class NativeTarget(ByParts):
             packed = self._heads.get(module)
             if packed is None:
                 kinds = (Q4, Q8) if self.kinds else ()
-                coarse = () if head is None else (I8,)
-                packed = self._heads[module] = Packed(module.weight, module.bias, kinds, coarse=coarse)
+                draft_only = () if head is None else (I8,)
+                packed = self._heads[module] = Packed(module.weight, module.bias, kinds, draft_only=draft_only)
                 pages.release(module.weight.detach())
             if head is None:
                 self._readout = packed
@@ -325,7 +325,7 @@ class NativeTarget(ByParts):
             bias = None if pairs[0][1].bias is None else torch.cat([module.bias.detach() for _, module in pairs])
             if slot == "gate_up":
                 weight, bias = _alternate(weight), None if bias is None else _alternate(bias)
-            alive.append(Packed(weight.bfloat16(), bias, coarse=(I4, I8)))
+            alive.append(Packed(weight.bfloat16(), bias, draft_only=(I4, I8)))
             setattr(struct, slot, alive[-1].struct)
             pages.release(*(module.weight.detach() for _, module in pairs))
         return alive

@@ -114,7 +114,7 @@ def _refilled(
     rows, limits, sampler = batch(0, ROWS)
     loop = Loop(target, decoder.drafter, decoder.verifier, sampler, rows, limits, stop, FixedDepth(0))
     given: set[int] = set()
-    for _ in loop.rounds():
+    for _ in loop.steps():
         while len(loop.metrics) < len(prompts) and len(loop.rows) <= ROWS - REFILL:
             loop.admit(*batch(len(loop.metrics), ROWS - len(loop.rows)))
         for row in sorted(loop.finished.keys() - given):
