@@ -103,7 +103,7 @@ class State:
     extra_nodes: tree nodes that may be added beside the chain because scoring them is cheap.
     exit: of a drafter with several exits (``num_exits``), the number of the last that tokens may go to; None: it has
         none to choose, or is free to.
-    threshold: drafts will be accepted without scoring; a drafter that leaves the model early proposes only tokens it is at
+    threshold: drafts are accepted without scoring; a drafter that leaves the model early proposes only tokens it is at
         least this sure of. None: a verifier judges what is drafted.
     """
 
