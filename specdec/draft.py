@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from specdec import options
 from specdec.errors import SpecDecWarning
 from specdec.transfer import upload, waits
 
@@ -166,6 +167,12 @@ class Drafter(ABC):
     def label(self) -> str:
         """The name, for people; of joined drafters the names of all."""
         return self.name
+
+    @classmethod
+    def load(cls, target: Target, source: str | None = None, **given: Any) -> Drafter:
+        """Make one for ``target``, from ``source`` (a folder or a name) and options; here without either."""
+        options.check(cls.name, given, source=source)
+        return cls()
 
     def bind(self, target: Target) -> None:  # noqa: B027 (optional)
         """Attach to a target once; raise SpecDecError if the two do not fit."""

@@ -51,7 +51,7 @@ def test_the_fastest_is_kept_and_generate_uses_it(run, folder: Path, monkeypatch
     arguments = ("tune", "drafter", "--prompts", "PROMPTS", "--drafters", "prompt-lookup,m2r2,lookahead")
     result = run(*arguments)
     assert result.exit_code == 0, result.output
-    assert "left out: m2r2: no M2R2 drafter is shipped" in " ".join(result.stderr.split())
+    assert "left out: m2r2: no m2r2 drafter is shipped" in " ".join(result.stderr.split())
     assert [c.drafter for c in ran[0]] == ["prompt-lookup", "lookahead"] and {c.drafter for c in ran[1]} == {
         "lookahead"
     }
