@@ -24,9 +24,9 @@ setup(
     cmdclass={"build_ext": SharedLibrary, "bdist_wheel": PlatformWheel},
     ext_modules=[
         Extension(
-            "specdec.native._native",
-            sources=sorted(glob("specdec/native/*.c")),
-            depends=sorted(glob("specdec/native/*.h")),
+            "specdec.runtimes.native._native",
+            sources=sorted(glob("specdec/runtimes/native/*.c")),
+            depends=sorted(glob("specdec/runtimes/native/*.h")),
             # No -fopenmp for the linker: the threads are those of the OpenMP library that PyTorch brings.
             extra_compile_args=["-O3", "-fopenmp", "-fvisibility=hidden"],
             extra_link_args=["-s"],

@@ -8,7 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from specdec.native import library
+from specdec.runtimes.native import library
 
 
 def specdec(*args: str) -> subprocess.CompletedProcess[str]:

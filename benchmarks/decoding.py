@@ -35,10 +35,11 @@ from rich.progress import track
 from rich.table import Table
 from runtime import read_bandwidth
 
-from specdec import SpecDecoder, embedded, hub
+from specdec import SpecDecoder
+from specdec.api.text import encode
 from specdec.bench.environment import environment
 from specdec.bench.prompts import load_prompts, spread
-from specdec.text import encode
+from specdec.models import catalogue, loading
 
 Arm = Callable[[list[int], int], list[int]]  # prompt and number of new tokens -> new tokens
 WARM_UP = 12  # tokens
@@ -84,7 +85,7 @@ def flashspec_lookup(load: Callable[[], Any], folder: Path) -> Arm:
 def llama_cpp(load: Callable[[], Any], folder: Path) -> Arm:
     """In a process of its own: ggml and our kernels both configure the CPU's tile registers, each for itself."""
     pool = ProcessPoolExecutor(1, get_context("spawn"))
-    path, threads = str(folder / embedded.GGUF), torch.get_num_threads()
+    path, threads = str(folder / catalogue.GGUF), torch.get_num_threads()
     return lambda ids, count: pool.submit(_llama, path, threads, ids, count).result()
 
 
@@ -136,7 +137,7 @@ class Bench:
     """The arms, made at first use: an arm that fails is a finding, and named with its reason."""
 
     def __init__(self) -> None:
-        self.folder, self.name = embedded.prepared(embedded.DEFAULT_MODEL), embedded.DEFAULT_MODEL
+        self.folder, self.name = catalogue.prepared(catalogue.DEFAULT_MODEL), catalogue.DEFAULT_MODEL
         self.decoders: dict[str, SpecDecoder] = {}
         self.reads: dict[str, Reads] = {}
         self.prefill: dict[str, float] = {}  # seconds, of the last call of ours
@@ -145,7 +146,7 @@ class Bench:
     def make(self, arm: str) -> Arm:
         if arm in HF:
             if self.model is None:
-                self.model = hub.load(self.name)[0]
+                self.model = loading.load(self.name)[0]
                 self.reads |= dict.fromkeys(HF, Reads(self.model))
             return generate(self.model, **HF[arm])
         if arm in PEERS:
@@ -156,7 +157,7 @@ class Bench:
         return self._ours(arm, self.decoders[kind].with_drafter(drafter))
 
     def _counted(self, arm: str) -> Any:
-        model = hub.load(self.name)[0]
+        model = loading.load(self.name)[0]
         self.reads[arm] = Reads(model)
         return model
 
@@ -178,7 +179,7 @@ def measure(args: argparse.Namespace, console: Console) -> dict[str, str]:
     """Run what is not in ``args.output`` yet, prompt by prompt, until the time is up; return why arms did not run."""
     begin, bench = time.perf_counter(), Bench()
     conversations = spread(load_prompts(args.prompts, args.data_dir).conversations, args.limit)
-    tokenizer = hub.load(embedded.DEFAULT_MODEL)[1]
+    tokenizer = loading.load(catalogue.DEFAULT_MODEL)[1]
     prompts = [encode(tokenizer, c.turns[0]) for c in conversations]
     names = [name.strip() for name in args.arms.split(",")]
     if unknown := [name for name in names if name not in ARMS]:
@@ -190,7 +191,7 @@ def measure(args: argparse.Namespace, console: Console) -> dict[str, str]:
             arms[name] = bench.make(name)
             arms[name](prompts[0][-64:], WARM_UP)
         except Exception as error:
-            missing[name] = f"{type(error).__name__}: {embedded.one_line(error)}"
+            missing[name] = f"{type(error).__name__}: {catalogue.one_line(error)}"
             arms.pop(name, None)
     bandwidth, threads, took = read_bandwidth(), torch.get_num_threads(), 0.0
     for number, ids in enumerate(track(prompts, "decoding", console=Console(stderr=True))):

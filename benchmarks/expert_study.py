@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdec.errors import SpecDecError
-from specdec.experts.packed import ALIGNMENT, BLOCKS, Index, buffer
-from specdec.experts.predict import Needs, Predictor
-from specdec.experts.store import ExpertStore, Group
-from specdec.experts.tiers import aligned
+from specdec.base.errors import SpecDecError
+from specdec.runtimes.experts.packed import ALIGNMENT, BLOCKS, Index, buffer
+from specdec.runtimes.experts.predict import Needs, Predictor
+from specdec.runtimes.experts.store import ExpertStore, Group
+from specdec.runtimes.experts.tiers import aligned
 
 # -- a store that records -------------------------------------------------------------------------------------------
 

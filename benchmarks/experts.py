@@ -32,11 +32,12 @@ from expert_study import MACHINES, OLMOE, EmulatedTier, Oracle, Shuffled, StudyS
 from rich.console import Console
 from rich.table import Table
 
-from specdec import SpecDecoder, hub
-from specdec.experts import predict
-from specdec.experts.cache import Counters
-from specdec.experts.control import Controller
-from specdec.experts.offload import ExpertOptions, Offload
+from specdec import SpecDecoder
+from specdec.models import loading
+from specdec.runtimes.experts import predict
+from specdec.runtimes.experts.cache import Counters
+from specdec.runtimes.experts.control import Controller
+from specdec.runtimes.experts.offload import ExpertOptions, Offload
 from specdec.train.data import Answer, read
 
 HELD_OUT = 32  # every so many rows are prompts: those that neither moefy.py nor pack-experts --fit learns from
@@ -241,7 +242,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # a run that is cut short has shown what it had
-    model, tokenizer = hub.load(args.model)
+    model, tokenizer = loading.load(args.model)
     options = ExpertOptions(1.0, "m2r2", args.folder)
     decoder = SpecDecoder(model, tokenizer, "none", experts=options)
     owner = decoder.target.experts

@@ -32,9 +32,10 @@ def one(drafter: str, weights: str, tokens: int) -> None:
     import transformers.models.llama.modeling_llama  # noqa: F401  # the libraries' own lazy parts
     from transformers import AutoTokenizer, LlamaForCausalLM  # noqa: F401
 
-    from specdec import SpecDecoder, artifacts, embedded
+    from specdec import SpecDecoder
+    from specdec.models import catalogue, drafter_folder
 
-    tokenizer = AutoTokenizer.from_pretrained(embedded.prepared(embedded.DEFAULT_MODEL))
+    tokenizer = AutoTokenizer.from_pretrained(catalogue.prepared(catalogue.DEFAULT_MODEL))
     base = resident("VmRSS")
     del tokenizer
     decoder = SpecDecoder.from_pretrained(drafter=drafter, weights=weights, device="cpu")
@@ -45,7 +46,7 @@ def one(drafter: str, weights: str, tokens: int) -> None:
             cached = sum(t.numel() * t.element_size() for t in (*cache.keys, *cache.values) if t is not None)
     target = decoder.target
     held = target.bytes_read + decoder.model.get_input_embeddings().weight.nbytes  # type: ignore[attr-defined]
-    folder = artifacts.shipped(drafter, target.fingerprint)
+    folder = drafter_folder.shipped(drafter, target.fingerprint)
     own = 0 if folder is None else (folder / "model.safetensors").stat().st_size
     need = (held + cached + own) / 1e6
     figures = {"drafter": drafter, "weights": target.storage, "libraries": base, "loaded": loaded - base}

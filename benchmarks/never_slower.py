@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 from specdec import SpecDecoder
-from specdec.embedded import DEFAULT_MODEL
-from specdec.metrics import RequestMetrics
+from specdec.engine.metrics import RequestMetrics
+from specdec.models.catalogue import DEFAULT_MODEL
 
 DRAFTERS = "m2r2,m2r2-paper,deed,early-exit,layer-skip,skip-decode,mixture-of-depths,medusa,lookahead,prompt-lookup"
 

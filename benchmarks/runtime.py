@@ -30,10 +30,10 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from specdec import SpecDecoder
-from specdec.fused import FusedTarget
-from specdec.reference import ReferenceTarget
-from specdec.target import Target
-from specdec.text import encode
+from specdec.api.text import encode
+from specdec.runtimes.fused import FusedTarget
+from specdec.runtimes.reference import ReferenceTarget
+from specdec.runtimes.target import Target
 
 Step = tuple[Callable[[], Any], Callable[[], None]]  # what is timed, and what undoes it
 

@@ -22,8 +22,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from specdec import SpecDecoder, artifacts, hub
-from specdec.costs import Costs, measure
+from specdec import SpecDecoder
+from specdec.engine.costs import Costs, measure
+from specdec.models import drafter_folder, loading
 from specdec.train import data, states
 from specdec.train.m2r2 import M2R2Settings, path_of, wanted_states
 from specdec.train.runtime import training_target
@@ -74,12 +75,12 @@ def write_answers(prompts: Path, output: Path) -> None:
             continue
         some = held + train_[: round(share * len(train_))]
         lines = [json.dumps({"prompt_ids": a.prompt_ids, "response_ids": a.response_ids}) for a in some]
-        artifacts.replace(answers_file(output, share), "\n".join(lines).encode())
+        drafter_folder.replace(answers_file(output, share), "\n".join(lines).encode())
 
 
 def share_states(output: Path, names: list[str], steps: int) -> None:
     """Compute the teacher states of all rows with the same answers, and have their folders point there."""
-    model, _ = hub.load(DEFAULTS.model, dtype=DEFAULTS.dtype, device="cpu")
+    model, _ = loading.load(DEFAULTS.model, dtype=DEFAULTS.dtype, device="cpu")
     target = training_target(model)
     for share in dict.fromkeys(ROWS[name][1] for name in names):
         rows = [name for name in names if ROWS[name][1] == share]
@@ -96,7 +97,7 @@ def share_states(output: Path, names: list[str], steps: int) -> None:
         with Progress(console=Console(stderr=True)) as progress:
             for part, some in (("eval", held[: recipes[0].eval_answers]), ("train", train_)):
                 task = progress.add_task(f"teacher states ({part}, {share:g})", total=sum(map(len, some)))
-                mark = hub.fingerprint(model)
+                mark = loading.fingerprint(model)
                 states.compute(place / part, target, some, union, mark, lambda n, t=task: progress.advance(t, n))
         for name in rows:
             folder(output, name).mkdir(exist_ok=True)
@@ -119,7 +120,7 @@ def run(prompts: Path, output: Path, steps: int, names: list[str]) -> None:
 
 def measured(output: Path, names: list[str]) -> dict[str, Costs]:
     """What drafting and scoring cost with each row's drafter: the least of two visits; scoring is the same for all."""
-    model, _ = hub.load(DEFAULTS.model, dtype=DEFAULTS.dtype, device="cpu")
+    model, _ = loading.load(DEFAULTS.model, dtype=DEFAULTS.dtype, device="cpu")
     found: dict[str, list[Costs]] = {name: [] for name in names}
     for name in names * 2:
         decoder = SpecDecoder(model, None, drafter=folder(output, name))
@@ -144,7 +145,7 @@ def table(output: Path) -> None:
             if "evaluation" in line
         ]
         before, after = figures[0], figures[-1]
-        tokens = artifacts.read_config(folder(output, name))["training"]["tokens_in_answers"]
+        tokens = drafter_folder.read_config(folder(output, name))["training"]["tokens_in_answers"]
         speedup, depth = predict(after["chain"], costs[name])
         cost = costs[name].drafts[-1][1] / costs[name].score[1]
         rows.append(

@@ -1,1 +1,1 @@
-"""Drafters: one file each, registered in specdec.registry."""
+"""Drafters: one file each, registered in specdec.speculation.registry."""

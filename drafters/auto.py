@@ -5,10 +5,12 @@ from __future__ import annotations
 import warnings
 from typing import Any, ClassVar
 
-from specdec import artifacts, options, registry
-from specdec.draft import Drafter
-from specdec.errors import SpecDecWarning
-from specdec.target import Target
+from specdec.base import options
+from specdec.base.errors import SpecDecWarning
+from specdec.models import drafter_folder
+from specdec.runtimes.target import Target
+from specdec.speculation import registry
+from specdec.speculation.draft import Drafter
 
 from . import trained
 
@@ -23,7 +25,7 @@ class AutoDrafter(Drafter):
     def load(cls, target: Target, source: str | None = None, **given: Any) -> Drafter:
         """The drafter for ``target``, with its options ``given``. Warns where no trained one is shipped."""
         options.check(cls.name, (), source=source)
-        name = "prompt-lookup" if artifacts.shipped("m2r2", target.fingerprint) is None else "m2r2"
+        name = "prompt-lookup" if drafter_folder.shipped("m2r2", target.fingerprint) is None else "m2r2"
         if name == "prompt-lookup":
             warnings.warn(
                 "no trained drafter is shipped for this model, so prompt-lookup drafts; to train one: "

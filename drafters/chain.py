@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from specdec import options
-from specdec.draft import Draft, Drafter, State
-from specdec.errors import SpecDecError
-from specdec.transfer import waits
-from specdec.trees import best_tree
+from specdec.base import options
+from specdec.base.devices import waits
+from specdec.base.errors import SpecDecError
+from specdec.speculation.draft import Draft, Drafter, State
+from specdec.speculation.trees import best_tree
 
 SHAPE = ("siblings", "nodes")  # options of every drafter of chains
 

@@ -13,9 +13,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from specdec import options
-from specdec.draft import State
-from specdec.target import Target
+from specdec.base import options
+from specdec.runtimes.target import Target
+from specdec.speculation.draft import State
 
 from . import trained
 from .chain import SHAPE, first_sure

@@ -13,12 +13,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from specdec import hub, options
-from specdec.draft import Draft, State
-from specdec.errors import SpecDecError
-from specdec.prefill import prefill
-from specdec.runtimes import make_target
-from specdec.target import Target
+from specdec.base import options
+from specdec.base.errors import SpecDecError
+from specdec.models import loading
+from specdec.runtimes.prefill import prefill
+from specdec.runtimes.select import make_target
+from specdec.runtimes.target import Target
+from specdec.speculation.draft import Draft, State
 
 from .chain import SHAPE, ChainDrafter
 
@@ -57,7 +58,7 @@ class DraftModelDrafter(ChainDrafter):
                 "drafter 'draft-model' needs a second model; name it: draft-model=NAME (a folder, GGUF file or "
                 "Hugging Face id; in Python also drafter_options={'model': NAME})"
             )
-        loaded, tokenizer = hub.load(model, dtype=target.dtype, device=target.device)
+        loaded, tokenizer = loading.load(model, dtype=target.dtype, device=target.device)
         return cls(make_target(loaded)[0], tokenizer, given.get("siblings"), given.get("nodes"))
 
     def bind(self, target: Target) -> None:

@@ -13,10 +13,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from specdec import artifacts, options
-from specdec.draft import State
-from specdec.errors import SpecDecError
-from specdec.target import Target
+from specdec.base import options
+from specdec.base.errors import SpecDecError
+from specdec.models import drafter_folder
+from specdec.runtimes.target import Target
+from specdec.speculation.draft import State
 
 from .chain import SHAPE
 from .exits import ExitDrafter, ExitHeads, PartialPass
@@ -51,7 +52,7 @@ class EarlyExitDrafter(ExitDrafter):
         options.check(cls.name, given, ("exit_layer", *SHAPE))
         if source is not None and "exit_layer" in given:
             raise SpecDecError(f"'{source}' has its own exit layer; leave exit_layer out, or the folder")
-        shipped = None if "exit_layer" in given else artifacts.shipped(cls.name, target.fingerprint)
+        shipped = None if "exit_layer" in given else drafter_folder.shipped(cls.name, target.fingerprint)
         folder = shipped if source is None else Path(source)
         return cls(**given, heads=None if folder is None else ExitHeads.load(target, folder, cls.name))
 

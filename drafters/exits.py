@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from specdec import artifacts, options
-from specdec.cache import KVCache
-from specdec.draft import Draft, State
-from specdec.errors import SpecDecError
-from specdec.kernels import rms_unit
-from specdec.target import Target
+from specdec.base import options
+from specdec.base.errors import SpecDecError
+from specdec.models import drafter_folder
+from specdec.runtimes.cache import KVCache
+from specdec.runtimes.linear_maps import rms_unit
+from specdec.runtimes.target import Target
+from specdec.speculation.draft import Draft, State
 
 from . import trained
 from .chain import ChainDrafter, best_probability
@@ -97,9 +98,9 @@ class ExitHeads(nn.Module):
     def load(cls, target: Target, folder: Path, drafter: str) -> ExitHeads:
         """From a folder of ``drafter``. Raises SpecDecError if it is another's, or its files do not fit the target."""
         config = trained.read_config(folder, drafter, target)
-        width = artifacts.inner("width", config.get("width"), target.hidden_size)
+        width = drafter_folder.inner("width", config.get("width"), target.hidden_size)
         exits = check_exits(config.get("exits"), target.num_layers)
-        return artifacts.load(folder, target.vocab_size, lambda vocab: cls(exits, width, target, vocab))
+        return drafter_folder.load(folder, target.vocab_size, lambda vocab: cls(exits, width, target, vocab))
 
 
 def check_exits(exits: Any, num_layers: int) -> tuple[int, ...]:

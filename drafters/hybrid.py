@@ -11,11 +11,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from specdec import options, registry
-from specdec.cache import KVCache
-from specdec.draft import Draft, Drafter, State
-from specdec.errors import SpecDecError
-from specdec.target import Target
+from specdec.base import options
+from specdec.base.errors import SpecDecError
+from specdec.runtimes.cache import KVCache
+from specdec.runtimes.target import Target
+from specdec.speculation import registry
+from specdec.speculation.draft import Draft, Drafter, State
 
 
 class HybridDrafter(Drafter):

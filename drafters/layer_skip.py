@@ -15,11 +15,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from specdec import inputs, options
-from specdec.cache import KVCache, Mask
-from specdec.draft import Draft, State
-from specdec.errors import SpecDecError
-from specdec.target import Target
+from specdec.base import inputs, options
+from specdec.base.errors import SpecDecError
+from specdec.runtimes.cache import KVCache, Mask
+from specdec.runtimes.target import Target
+from specdec.speculation.draft import Draft, State
 
 from .chain import SHAPE, ChainDrafter
 

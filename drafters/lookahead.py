@@ -14,9 +14,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from specdec import options
-from specdec.draft import Draft, Drafter, State
-from specdec.target import Target
+from specdec.base import options
+from specdec.runtimes.target import Target
+from specdec.speculation.draft import Draft, Drafter, State
 
 from .trie import merge
 

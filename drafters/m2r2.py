@@ -20,11 +20,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from specdec import options
-from specdec.draft import Draft, State
-from specdec.growth import WIDTH, Bounds, DraftPath, Seed
-from specdec.target import Target
-from specdec.transfer import upload, waits
+from specdec.base import options
+from specdec.base.devices import upload, waits
+from specdec.runtimes.target import Target
+from specdec.runtimes.tree_drafting import WIDTH, Bounds, DraftPath, Seed
+from specdec.speculation.draft import Draft, State
 
 from . import trained
 from .chain import SHAPE, ChainDrafter, best_probability, first_sure

@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from specdec import artifacts, kernels
-from specdec.adapters import Adapters
-from specdec.cache import KVCache, Mask
-from specdec.errors import SpecDecError
-from specdec.kernels import rms_unit
-from specdec.target import Target
+from specdec.base.errors import SpecDecError
+from specdec.models import drafter_folder
+from specdec.runtimes import linear_maps
+from specdec.runtimes.adapters import Adapters
+from specdec.runtimes.cache import KVCache, Mask
+from specdec.runtimes.linear_maps import rms_unit
+from specdec.runtimes.target import Target
 
 from . import trained
 from .arla import Router
@@ -59,7 +60,7 @@ class M2R2(nn.Module):
             self.leaps.extend(nn.Linear(2 * d, d) for _ in path.reach)
         counts = [path.residuals(index) for index in range(len(path.reach))]
         self.routers = nn.ModuleList(Router(count, d, router) for count in counts) if router else None
-        self.frozen: list[kernels.UnitMap] = []  # the projections, once nothing is trained any more
+        self.frozen: list[linear_maps.UnitMap] = []  # the projections, once nothing is trained any more
         self.register_buffer("draft_vocab", draft_vocab)  # int32 [V'], or None: the full vocabulary
         self.draft_vocab: Tensor | None
 
@@ -93,7 +94,7 @@ class M2R2(nn.Module):
         """Prepare for drafting: parameters in the target's dtype and place, projections in their fastest format."""
         self.to(target.device, target.dtype).requires_grad_(False).eval()
         self.adapters.draft_only = True
-        self.frozen = [kernels.UnitMap(each.weight, each.bias) for each in self.projections]
+        self.frozen = [linear_maps.UnitMap(each.weight, each.bias) for each in self.projections]
 
     def segment(
         self,
@@ -142,7 +143,7 @@ def load_network(target: Target, folder: Path) -> M2R2:
     """The network in a drafter folder. Raises SpecDecError if it does not fit the target."""
     config = trained.read_config(folder, "m2r2", target)
     path, router = M2R2Path.from_json(config.get("path", {})), config.get("router", 0)
-    artifacts.inner("the rank", path.rank, target.hidden_size)
-    router = router and artifacts.inner("the router's width", router, target.hidden_size)
+    drafter_folder.inner("the rank", path.rank, target.hidden_size)
+    router = router and drafter_folder.inner("the router's width", router, target.hidden_size)
     rename = lambda name: re.sub(r"^router\.", "routers.0.", name)  # noqa: E731 (of one exit, once)
-    return artifacts.load(folder, target.vocab_size, lambda vocab: M2R2(path, target, vocab, router), rename)
+    return drafter_folder.load(folder, target.vocab_size, lambda vocab: M2R2(path, target, vocab, router), rename)

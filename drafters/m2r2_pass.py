@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from specdec.cache import KVCache
-from specdec.target import Target
+from specdec.runtimes.cache import KVCache
+from specdec.runtimes.target import Target
 
 from .m2r2_network import M2R2, Carry
 

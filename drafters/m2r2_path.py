@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from specdec.errors import SpecDecError
+from specdec.base.errors import SpecDecError
 
 
 @dataclass(frozen=True)

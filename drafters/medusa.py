@@ -19,14 +19,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from specdec import artifacts, kernels, options
-from specdec.draft import Draft, Drafter, State
-from specdec.embedded import one_line
-from specdec.errors import SpecDecError
-from specdec.kernels import rms_unit
-from specdec.target import Target
-from specdec.transfer import upload
-from specdec.trees import best_tree
+from specdec.base import options
+from specdec.base.devices import upload
+from specdec.base.errors import SpecDecError
+from specdec.models import drafter_folder
+from specdec.models.catalogue import one_line
+from specdec.runtimes import linear_maps
+from specdec.runtimes.linear_maps import rms_unit
+from specdec.runtimes.target import Target
+from specdec.speculation.draft import Draft, Drafter, State
+from specdec.speculation.trees import best_tree
 
 from . import trained
 from .vocabulary import DraftVocabulary
@@ -52,7 +54,7 @@ class Medusa(nn.Module):
         ins = [2 * width if rooted and n == 0 else width for n in range(layers)]
         self.weights = nn.ParameterList(torch.zeros(heads, width, n) for n in ins)
         self.biases = nn.ParameterList(torch.zeros(heads, width) for _ in ins)
-        self.frozen: kernels.Linear | None = None  # the first block's map, once nothing is trained any more
+        self.frozen: linear_maps.Linear | None = None  # the first block's map, once nothing is trained any more
         self.register_buffer("draft_vocab", draft_vocab)  # int32 [V'], or None: the full vocabulary
         self.draft_vocab: Tensor | None
 
@@ -72,7 +74,7 @@ class Medusa(nn.Module):
     def freeze(self, target: Target) -> None:
         """Prepare for drafting: parameters in the target's dtype and place, the largest map in its fastest format."""
         self.to(target.device, target.dtype).requires_grad_(False).eval()
-        self.frozen = kernels.frozen(self.weights[0].flatten(0, 1), self.biases[0].flatten())
+        self.frozen = linear_maps.frozen(self.weights[0].flatten(0, 1), self.biases[0].flatten())
 
 
 class MedusaDrafter(Drafter):
@@ -119,7 +121,7 @@ class MedusaDrafter(Drafter):
         config = trained.read_config(folder, cls.name, target)
         heads, layers = _counts(config.get("heads"), config.get("layers"))
         make = lambda vocab: Medusa(target.hidden_size, heads, layers, bool(config.get("rooted")), vocab)  # noqa: E731
-        return cls(artifacts.load(folder, target.vocab_size, make), config.get("accuracy", ()), nodes)
+        return cls(drafter_folder.load(folder, target.vocab_size, make), config.get("accuracy", ()), nodes)
 
     def bind(self, target: Target) -> None:
         self.taps = (target.num_layers,)
@@ -223,9 +225,9 @@ def _folder(source: str, revision: Any) -> tuple[Path, str]:
 
 def _public_config(folder: Path) -> dict[str, Any] | None:
     """config.json if it is that of a public checkpoint, else None."""
-    if not (folder / artifacts.CONFIG).is_file():
+    if not (folder / drafter_folder.CONFIG).is_file():
         return None
-    config = artifacts.read_json(folder / artifacts.CONFIG)
+    config = drafter_folder.read_json(folder / drafter_folder.CONFIG)
     return config if isinstance(config, dict) and "medusa_num_heads" in config else None
 
 
@@ -246,7 +248,7 @@ def _read_public(folder: Path, config: dict[str, Any], target: Target) -> tuple[
     wanted: dict[str, tuple[int, ...]] = {f"{k}.{layers}.weight": (v, d) for k in range(heads)}
     for k, n in product(range(heads), range(layers)):
         wanted |= {f"{k}.{n}.linear.weight": (d, d), f"{k}.{n}.linear.bias": (d,)}
-    with artifacts.opened(path) as stored:
+    with drafter_folder.opened(path) as stored:
         for name, shape in wanted.items():
             held = stored.header.get(name)
             if held is None or tuple(held.shape) != shape or not held.is_floating_point():

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from specdec import artifacts, options
-from specdec.draft import Draft, State
-from specdec.kernels import rms_unit
-from specdec.target import Target
+from specdec.base import options
+from specdec.models import drafter_folder
+from specdec.runtimes.linear_maps import rms_unit
+from specdec.runtimes.target import Target
+from specdec.speculation.draft import Draft, State
 
 from . import trained
 from .chain import SHAPE, ChainDrafter
@@ -66,7 +67,7 @@ class MixtureOfDepthsDrafter(ChainDrafter):
         options.check(cls.name, given, SHAPE)
         folder = trained.find(cls, target, source)
         first = trained.read_config(folder, cls.name, target).get("first", 0)
-        routers = artifacts.load(folder, target.vocab_size, lambda vocab: Routers(first, target, vocab))
+        routers = drafter_folder.load(folder, target.vocab_size, lambda vocab: Routers(first, target, vocab))
         return cls(routers, **given)
 
     def bind(self, target: Target) -> None:

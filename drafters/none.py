@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from specdec.draft import Draft, Drafter, State
+from specdec.speculation.draft import Draft, Drafter, State
 
 
 class NoDrafter(Drafter):

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
-from specdec import options
-from specdec.draft import Draft, Drafter, State
-from specdec.errors import SpecDecError
-from specdec.target import Target
+from specdec.base import options
+from specdec.base.errors import SpecDecError
+from specdec.runtimes.target import Target
+from specdec.speculation.draft import Draft, Drafter, State
 
 from .trie import merge
 

@@ -13,10 +13,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from specdec import options
-from specdec.draft import State
-from specdec.errors import SpecDecError
-from specdec.target import Target
+from specdec.base import options
+from specdec.base.errors import SpecDecError
+from specdec.runtimes.target import Target
+from specdec.speculation.draft import State
 
 from .chain import SHAPE
 from .exits import ExitDrafter, PartialPass

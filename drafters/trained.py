@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from specdec import artifacts
-from specdec.draft import Drafter
-from specdec.errors import SpecDecError
-from specdec.target import Target
+from specdec.base.errors import SpecDecError
+from specdec.models import drafter_folder
+from specdec.runtimes.target import Target
+from specdec.speculation.draft import Drafter
 
 
 def command(training: str, target: Target) -> str:
@@ -18,7 +18,7 @@ def command(training: str, target: Target) -> str:
 
 def find(drafter: type[Drafter], target: Target, source: str | None) -> Path:
     """The folder ``source``, or the drafter shipped for the target's weights. Raises SpecDecError if there is none."""
-    folder = artifacts.shipped(drafter.name, target.fingerprint) if source is None else Path(source)
+    folder = drafter_folder.shipped(drafter.name, target.fingerprint) if source is None else Path(source)
     if folder is None:
         raise SpecDecError(
             f"no {drafter.name} drafter is shipped for this model; train one: "
@@ -29,8 +29,8 @@ def find(drafter: type[Drafter], target: Target, source: str | None) -> Path:
 
 def read_config(folder: Path, kind: str, target: Target) -> dict[str, Any]:
     """A folder's config.json. Raises SpecDecError unless it is a ``kind`` drafter for the target's weights."""
-    config = artifacts.read_config(folder)
+    config = drafter_folder.read_config(folder)
     if config["drafter"] != kind:
         raise SpecDecError(f"'{folder}' holds a '{config['drafter']}' drafter, not a {kind} one")
-    artifacts.check_base(config, target.fingerprint, str(folder))
+    drafter_folder.check_base(config, target.fingerprint, str(folder))
     return config

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from specdec.draft import Draft
-from specdec.growth import Candidates
+from specdec.runtimes.tree_drafting import Candidates
+from specdec.speculation.draft import Draft
 
 
 def likeliest(found: Candidates, budget: int, device: torch.device) -> Draft:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from specdec.draft import Draft
+from specdec.speculation.draft import Draft
 
 
 def merge(rows: Sequence[Sequence[Sequence[int]]], device: torch.device | str = "cpu") -> tuple[Draft, list[list[int]]]:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from specdec import pages
-from specdec.draft import State
-from specdec.target import Target
-from specdec.transfer import upload
+from specdec.base import memory
+from specdec.base.devices import upload
+from specdec.runtimes.target import Target
+from specdec.speculation.draft import State
 
 
 class DraftVocabulary:
@@ -24,7 +24,7 @@ class DraftVocabulary:
     def __init__(self, target: Target, trained: Tensor | None) -> None:
         self.target, self.trained = target, None if trained is None else trained.long()
         self.head = None if self.trained is None else target.reduced_head(self.trained)
-        pages.release(target.model.get_output_embeddings().weight.detach())
+        memory.release(target.model.get_output_embeddings().weight.detach())
         self.start()
 
     def start(self) -> None:

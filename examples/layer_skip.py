@@ -25,19 +25,19 @@ import torch
 import yaml
 from torch import Tensor
 
-from specdec import hub
-from specdec.artifacts import replace as write_whole
+from specdec.api.decoder import SpecDecoder
+from specdec.api.text import encode
+from specdec.base.errors import SpecDecError
+from specdec.base.terminal import columns, say, status
 from specdec.bench.prompts import load_prompts, spread
-from specdec.cache import Mask
-from specdec.costs import CONTEXT, time_scoring
-from specdec.decoder import SpecDecoder
 from specdec.drafters.layer_skip import LayerSkipDrafter, run_step, steps_without
-from specdec.embedded import DEFAULT_MODEL
-from specdec.errors import SpecDecError
-from specdec.prefill import prefill
-from specdec.target import Target
-from specdec.terminal import columns, say, status
-from specdec.text import encode
+from specdec.engine.costs import CONTEXT, time_scoring
+from specdec.models import loading
+from specdec.models.catalogue import DEFAULT_MODEL
+from specdec.models.drafter_folder import replace as write_whole
+from specdec.runtimes.cache import Mask
+from specdec.runtimes.prefill import prefill
+from specdec.runtimes.target import Target
 
 MOST_DRAFTED = 8
 REPEATS = 7  # timings of each price
@@ -362,7 +362,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with status("timing"):
         best = time_in_decoding(decoder, ids[:TIMED], best[:FINALISTS], ANSWER)
     _show(best)
-    _write(args.output, best[0], {"name": hub.own_name(args.model), "fingerprint": target.fingerprint})
+    _write(args.output, best[0], {"name": loading.own_name(args.model), "fingerprint": target.fingerprint})
     say(f"{args.output}: {best[0].measured:.2f}x plain decoding, of {len(search.seen)} sets tried")
 
 

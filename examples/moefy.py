@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
-from specdec import hub
+from specdec.models import loading
 
 HELD_OUT = 32  # every so many answers one is kept for the figures
 CONTEXT = 384  # tokens of an answer, prompt included
@@ -320,7 +320,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=5e-4)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    model, tokenizer = hub.load(args.model, dtype="bfloat16")
+    model, tokenizer = loading.load(args.model, dtype="bfloat16")
     width = model.config.intermediate_size - args.shared
     if model.config.model_type != "llama" or args.shared < 1 or width < args.experts or width % args.experts:
         parser.error(f"needs a Llama model whose MLP width is {args.shared} and a multiple of {args.experts}")

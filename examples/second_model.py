@@ -23,8 +23,9 @@ from rich.progress import Progress
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from specdec import SpecDecError, hub
-from specdec.embedded import DEFAULT_MODEL
+from specdec import SpecDecError
+from specdec.models import loading
+from specdec.models.catalogue import DEFAULT_MODEL
 from specdec.train import data
 from specdec.train.answers import Sampling, answer_prompts, encode_prompts
 from specdec.train.data import Answer
@@ -105,7 +106,7 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     console = Console(stderr=True)
     try:
-        base, tokenizer = hub.load(given.model, dtype="auto")
+        base, tokenizer = loading.load(given.model, dtype="auto")
         small = shrink(base.requires_grad_(False).eval(), [int(layer) for layer in given.layers.split(",")])
         given.output.mkdir(parents=True, exist_ok=True)
         with Progress(console=console) as progress:

@@ -8,11 +8,11 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from specdec.decoder import Generation, GenerationOutput, SpecDecoder
-    from specdec.draft import Acceptance, Draft, Drafter, DrafterWarning, State, Verifier
-    from specdec.errors import SpecDecError
-    from specdec.metrics import RequestMetrics
-    from specdec.sampling import SamplingParams
+    from specdec.api.decoder import Generation, GenerationOutput, SpecDecoder
+    from specdec.base.errors import SpecDecError
+    from specdec.engine.metrics import RequestMetrics
+    from specdec.speculation.draft import Acceptance, Draft, Drafter, DrafterWarning, State, Verifier
+    from specdec.speculation.sampling import SamplingParams
 
 # OpenMP reads this when torch is imported: threads that wait spin for up to half a millisecond and then sleep. By
 # default they spin for up to 15, on cores that those they wait for may need.

@@ -25,16 +25,17 @@ import torch
 from tiny_gguf import NAME, write_gguf
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from specdec import convert, embedded, inputs
-from specdec.costs import Costs
-from specdec.draft import Draft, Drafter, State, Verifier
-from specdec.experts.store import ExpertStore
-from specdec.target import Target
+from specdec.base import inputs
+from specdec.engine.costs import Costs
+from specdec.models import catalogue, conversion
+from specdec.runtimes.experts.store import ExpertStore
+from specdec.runtimes.target import Target
+from specdec.speculation.draft import Draft, Drafter, State, Verifier
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background, and inherited by what tests start
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-IN_A_CHILD = embedded._convert  # before ``cache``
+IN_A_CHILD = catalogue._convert  # before ``cache``
 SKIPS = (  # what a machine may lack: patterns of the reasons
     "there is (no|one) CUDA device",
     "there is a real device",
@@ -144,8 +145,8 @@ def scripted_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     def given(target: Target, drafter: Drafter, verifier: Verifier) -> Costs:
         return Costs({n: 1 + 0.02 * n for n in (1, 2, 4, 8, 16)}, ((0.1, 0.1),) * drafter.num_exits)
 
-    monkeypatch.setattr("specdec.decoder.costs", given)
-    monkeypatch.setattr("specdec.decoder.keep", lambda target, drafter, found: None)
+    monkeypatch.setattr("specdec.api.decoder.costs", given)
+    monkeypatch.setattr("specdec.api.decoder.keep", lambda target, drafter, found: None)
     monkeypatch.setattr("specdec.train.speed.costs", given)
 
 
@@ -164,7 +165,7 @@ def published(tmp_path_factory) -> SimpleNamespace:
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.write(path, "tiny/tiny.gguf")
         archive.writestr("tiny/__init__.py", "")
-    entry = embedded.Embedded(
+    entry = catalogue.Embedded(
         package="tiny",
         version="1.0",
         wheel=wheel.name,
@@ -194,9 +195,9 @@ def cache(published, tmp_path, monkeypatch) -> SimpleNamespace:
         return Path(shutil.copy(published.wheel, work / "wheel"))
 
     monkeypatch.setenv("SPECDEC_CACHE", str(state.root))
-    monkeypatch.setitem(embedded.EMBEDDED, NAME, published.entry)
-    monkeypatch.setattr(embedded, "_download", download)
-    monkeypatch.setattr(embedded, "_convert", lambda *arguments: convert.convert(*arguments[:4]))
+    monkeypatch.setitem(catalogue.EMBEDDED, NAME, published.entry)
+    monkeypatch.setattr(catalogue, "_download", download)
+    monkeypatch.setattr(catalogue, "_convert", lambda *arguments: conversion.convert(*arguments[:4]))
     return state
 
 

@@ -43,9 +43,11 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves, tree_map  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
-from specdec import SpecDecoder, hub, kernels  # noqa: E402
+from specdec import SpecDecoder  # noqa: E402
 from specdec.cli import app  # noqa: E402
-from specdec.draft import DrafterWarning  # noqa: E402
+from specdec.models import loading  # noqa: E402
+from specdec.runtimes import linear_maps  # noqa: E402
+from specdec.speculation.draft import DrafterWarning  # noqa: E402
 
 THERE, HERE = torch.device("cuda:0"), torch.device("cpu")
 GUARD = """
@@ -222,9 +224,9 @@ def elsewhere() -> Iterator[None]:
     changed.to = to
     anything: Any = Tensor
     anything.backward = some_gradients
-    pieces: Any = kernels
+    pieces: Any = linear_maps
     pieces._stack = lambda parts: torch.cat([part.detach() for part in parts])  # views need memory's addresses
-    checks: Any = hub
+    checks: Any = loading
     checks._try_out = lambda *_: None
     with Before(), Behind():
         with contextlib.suppress(RuntimeError):

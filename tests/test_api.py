@@ -12,9 +12,10 @@ from test_text import Bytes, special_tokenizer
 from tiny import save_tiny
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from specdec import SpecDecError, SpecDecoder, artifacts, hub
-from specdec.errors import SpecDecWarning
-from specdec.tuned import Tuned, place, store
+from specdec import SpecDecError, SpecDecoder
+from specdec.api.tuned import Tuned, place, store
+from specdec.base.errors import SpecDecWarning
+from specdec.models import drafter_folder, loading
 
 PROMPT = [5, 6, 7, 8]
 
@@ -235,7 +236,7 @@ def test_wrong_arguments_of_the_constructor_are_refused(llama, given: dict, mess
     ],
 )
 def test_wrong_arguments_are_refused_before_anything_is_loaded(monkeypatch, given: dict, message: str) -> None:
-    monkeypatch.setattr(hub, "load", None)
+    monkeypatch.setattr(loading, "load", None)
     with pytest.raises(SpecDecError, match=message):
         SpecDecoder.from_pretrained(**given)
 
@@ -299,23 +300,23 @@ def test_a_trained_drafter_that_is_not_shipped_is_refused_before_the_weights(tmp
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
     with pytest.raises(SpecDecError, match=rf"shipped for this model; train one: specdec train .*{name}"):
         SpecDecoder.from_pretrained(name, drafter)
-    monkeypatch.setattr(artifacts, "may_be_shipped", lambda drafter, config: True)
+    monkeypatch.setattr(drafter_folder, "may_be_shipped", lambda drafter, config: True)
     with pytest.raises(SpecDecError, match="cannot load model"):  # the weights are needed to tell
         SpecDecoder.from_pretrained(name, drafter)
 
 
 def test_automatic_devices(monkeypatch) -> None:
-    assert hub.find_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert loading.find_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(hub, "_try_out", lambda place, dtype: None)
-    assert hub.find_device("auto").type == "cuda"
+    monkeypatch.setattr(loading, "_try_out", lambda place, dtype: None)
+    assert loading.find_device("auto").type == "cuda"
     asked = []
 
     def load(name: str, *, device: str, **more: object) -> None:
         asked.append(device)
         raise SpecDecError("enough")
 
-    monkeypatch.setattr(hub, "load", load)
+    monkeypatch.setattr(loading, "load", load)
     for more in ({}, {"weights": "int8"}, {"runtime": "native"}, {"weights": "int8", "device": "cuda"}):
         with pytest.raises(SpecDecError, match="enough"):
             SpecDecoder.from_pretrained("model", **more)
@@ -328,7 +329,7 @@ def test_a_cuda_device_that_cannot_compute_is_passed_over(monkeypatch) -> None:
             raise SpecDecError("no kernel image")
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(hub, "_try_out", refuse)
-    assert hub.find_device("auto").type == "cpu"
+    monkeypatch.setattr(loading, "_try_out", refuse)
+    assert loading.find_device("auto").type == "cpu"
     with pytest.raises(SpecDecError, match="no kernel image"):
-        hub.find_device("cuda")
+        loading.find_device("cuda")

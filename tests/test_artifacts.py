@@ -11,11 +11,12 @@ import zoo
 from conftest import tiny_model
 from safetensors.torch import load_file, save_file
 
-from specdec import SpecDecoder, artifacts
+from specdec import SpecDecoder
+from specdec.base.errors import SpecDecError
 from specdec.drafters.m2r2 import M2R2, M2R2Path
-from specdec.errors import SpecDecError
-from specdec.hub import fingerprint
-from specdec.reference import ReferenceTarget
+from specdec.models import drafter_folder
+from specdec.models.loading import fingerprint
+from specdec.runtimes.reference import ReferenceTarget
 
 PATH = M2R2Path(1, ((2, 3),), True, 4, {2: ["self_attn.q_proj", "mlp.down_proj"]})
 
@@ -26,7 +27,7 @@ def folder(tmp_path: Path) -> Path:
     target = ReferenceTarget(tiny_model())
     network = M2R2(PATH, target, torch.arange(0, 50, dtype=torch.int32))
     config = {"drafter": "m2r2", "version": 1, "base": {"fingerprint": fingerprint(target.model)}}
-    artifacts.write(tmp_path / "drafter", config | {"path": PATH.to_json()}, network.state_dict())
+    drafter_folder.write(tmp_path / "drafter", config | {"path": PATH.to_json()}, network.state_dict())
     return tmp_path / "drafter"
 
 
@@ -127,10 +128,10 @@ def test_every_learned_drafter_is_bounded_and_finite(tmp_path: Path, name: str) 
     if name == "public":
         config = {"medusa_num_heads": 1, "medusa_num_layers": 1}
         blocks = {"0.0.linear.weight": torch.zeros(32, 32), "0.0.linear.bias": torch.zeros(32)}
-        artifacts.write(tmp_path, config, blocks | {"0.1.weight": torch.zeros(97, 32)})
+        drafter_folder.write(tmp_path, config, blocks | {"0.1.weight": torch.zeros(97, 32)})
         (tmp_path / "model.safetensors").rename(tmp_path / "medusa_lm_head.safetensors")
     else:
-        artifacts.write(tmp_path, config, network.state_dict())
+        drafter_folder.write(tmp_path, config, network.state_dict())
     kind = "medusa" if name == "public" else name
     SpecDecoder(target.model, drafter=f"{kind}={tmp_path}", runtime="reference")
     key = {"deed": "width", "mixture-of-depths": "first", "medusa": "heads", "public": "medusa_num_heads"}[name]
@@ -176,6 +177,6 @@ def test_a_full_disk_leaves_the_old_file_and_says_so(folder: Path, monkeypatch: 
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(SpecDecError, match="No space left on device"):
-        artifacts.write(folder, {"drafter": "m2r2"}, {"x": torch.zeros(3)})
+        drafter_folder.write(folder, {"drafter": "m2r2"}, {"x": torch.zeros(3)})
     assert (folder / "model.safetensors").read_bytes() == before
     assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]

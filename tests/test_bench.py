@@ -22,13 +22,13 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from specdec import SpecDecoder, cli
+from specdec.api.text import encode
+from specdec.base.errors import SpecDecError
 from specdec.bench import methods, prompts, stats
 from specdec.bench.cell import Cell
 from specdec.bench.figures import Request
 from specdec.bench.prompts import SETS, Home, load_prompts, spread
 from specdec.bench.run import Decoders, Run
-from specdec.errors import SpecDecError
-from specdec.text import encode
 
 CONVERSATIONS = [
     {"id": "chat", "category": "talk", "turns": ["abcabcabc", "and then abcabc"]},

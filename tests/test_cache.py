@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from specdec import cache as cache_module
-from specdec.cache import KVCache
+from specdec.runtimes import cache as cache_module
+from specdec.runtimes.cache import KVCache
 
 
 def entries(tokens: list[list[int]]) -> torch.Tensor:

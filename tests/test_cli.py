@@ -25,10 +25,14 @@ from tiny import save_tiny
 from typer.testing import CliRunner
 
 import specdec
-from specdec import cli, embedded, inputs, loop, registry, terminal
+from specdec import cli
+from specdec.api.tuned import Tuned, place, store
+from specdec.base import inputs, terminal
 from specdec.cli import generate, listings
-from specdec.draft import Draft
-from specdec.tuned import Tuned, place, store
+from specdec.engine import loop
+from specdec.models import catalogue
+from specdec.speculation import registry
+from specdec.speculation.draft import Draft
 
 COMMAND = [sys.executable, "-c", "from specdec.cli import main; main()"]
 FIGURES = ("tokens/s: ", "mean acceptance length: ", "acceptance rate: ", "steps: ", "prefill: ", "finish: length")
@@ -476,7 +480,7 @@ def test_version_and_bare_call() -> None:
 
 def test_the_default_model_is_the_embedded_one() -> None:
     default = signature(generate.generate).parameters["model"].default
-    assert default == embedded.DEFAULT_MODEL and default in embedded.EMBEDDED
+    assert default == catalogue.DEFAULT_MODEL and default in catalogue.EMBEDDED
 
 
 def test_models_lists_the_embedded_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -489,7 +493,7 @@ def test_models_lists_the_embedded_ones(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_the_readme_and_the_command_agree_on_sizes() -> None:
-    entry, readme = embedded.EMBEDDED[embedded.DEFAULT_MODEL], Path(__file__).parent.parent / "README.md"
+    entry, readme = catalogue.EMBEDDED[catalogue.DEFAULT_MODEL], Path(__file__).parent.parent / "README.md"
     sizes = f"{entry.wheel_bytes / 1e6:.0f} MB, once; {entry.cached_bytes / 1e6:.0f} MB in the cache"
     assert sizes in readme.read_text("utf-8")
 

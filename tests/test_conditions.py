@@ -25,9 +25,9 @@ def requests() -> dict[str, list[int]]:
     from conftest import tiny_model
     from test_threads import BF16, PROMPTS, at_once, grown, leaping
 
-    from specdec.decoder import SpecDecoder
+    from specdec.api.decoder import SpecDecoder
     from specdec.drafters.layer_skip import LayerSkipDrafter
-    from specdec.native import library
+    from specdec.runtimes.native import library
 
     torch.set_num_threads(2)
     os.sched_getaffinity = lambda process: {0, 1}  # two threads, whatever is here

@@ -15,13 +15,13 @@ from zoo import PROMPTS, heads, m2r2, routers, run
 
 from specdec import SpecDecError, SpecDecoder
 from specdec.cli import app
-from specdec.draft import Drafter
 from specdec.drafters.deed import DeedDrafter
 from specdec.drafters.early_exit import EarlyExitDrafter
 from specdec.drafters.mixture_of_depths import MixtureOfDepthsDrafter
 from specdec.drafters.skip_decode import SkipDecodeDrafter
-from specdec.reference import ReferenceTarget
-from specdec.target import Target
+from specdec.runtimes.reference import ReferenceTarget
+from specdec.runtimes.target import Target
+from specdec.speculation.draft import Drafter
 from specdec.verifiers.confident import ConfidentVerifier
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from specdec import cores
-from specdec.native import library
+from specdec.base import cores
+from specdec.runtimes.native import library
 
 TESTS = Path(__file__).parent
 

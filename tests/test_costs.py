@@ -10,11 +10,12 @@ import pytest
 import torch
 from conftest import tiny_model
 
-from specdec import SpecDecoder, costs
-from specdec.depth import AutoDepth
+from specdec import SpecDecoder
 from specdec.drafters.none import NoDrafter
 from specdec.drafters.prompt_lookup import PromptLookupDrafter
-from specdec.reference import ReferenceTarget
+from specdec.engine import costs
+from specdec.engine.depth import AutoDepth
+from specdec.runtimes.reference import ReferenceTarget
 from specdec.verifiers.exact import ExactVerifier
 
 
@@ -96,11 +97,11 @@ def test_each_exit_and_the_first_token_of_a_draft_have_prices_of_their_own(monke
 
 def test_what_requests_find_out_is_kept_at_most_once_a_minute(monkeypatch) -> None:
     kept: list[costs.Costs] = []
-    monkeypatch.setattr("specdec.decoder.keep", lambda target, drafter, found: kept.append(found))
+    monkeypatch.setattr("specdec.api.decoder.keep", lambda target, drafter, found: kept.append(found))
     decoder = SpecDecoder(tiny_model(), None, drafter="prompt-lookup")
     for _ in range(3):
         decoder.generate([5, 6, 5, 6, 5], max_new_tokens=8)
     assert len(kept) == 1 and kept[0].score.keys() == {1, 2, 4, 8, 16}
-    monkeypatch.setattr("specdec.decoder.KEEP_EVERY", 0.0)
+    monkeypatch.setattr("specdec.api.decoder.KEEP_EVERY", 0.0)
     decoder.generate([5, 6, 5, 6, 5], max_new_tokens=8)
     assert len(kept) == 2

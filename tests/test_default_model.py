@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from specdec import SpecDecoder
-from specdec.replay import NEAR_TIE, margins
-from specdec.text import encode
+from specdec.api.text import encode
+from specdec.engine.replay import NEAR_TIE, margins
 
 pytestmark = pytest.mark.model
 

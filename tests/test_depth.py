@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from specdec.depth import MOST, MOST_NODES, AutoDepth, Costs
+from specdec.engine.depth import MOST, MOST_NODES, AutoDepth, Costs
 
 SCORE = {1: 20.0, 2: 21.0, 4: 22.0, 8: 24.0, 16: 40.0}
 Known = tuple[tuple[float, float], ...]  # of each position: share of acceptance, and observations

@@ -9,9 +9,9 @@ import pytest
 from typer.testing import CliRunner
 
 from specdec import cli
+from specdec.base.errors import SpecDecError
 from specdec.cli import doctor
-from specdec.errors import SpecDecError
-from specdec.native import library
+from specdec.runtimes.native import library
 
 
 @pytest.fixture(autouse=True)

@@ -15,8 +15,7 @@ from conftest import Scripted, greedy_reference
 from transformers import PreTrainedModel
 from zoo import PROMPTS, m2r2, other_model, run
 
-from specdec import SpecDecError, SpecDecoder, registry
-from specdec.draft import Draft, Drafter, State
+from specdec import SpecDecError, SpecDecoder
 from specdec.drafters.draft_model import DraftModelDrafter
 from specdec.drafters.early_exit import EarlyExitDrafter
 from specdec.drafters.hybrid import HybridDrafter
@@ -25,8 +24,10 @@ from specdec.drafters.lookahead import LookaheadDrafter
 from specdec.drafters.m2r2 import M2R2, M2R2Drafter, M2R2Path
 from specdec.drafters.none import NoDrafter
 from specdec.drafters.prompt_lookup import PromptLookupDrafter
-from specdec.reference import ReferenceTarget
-from specdec.target import Target
+from specdec.runtimes.reference import ReferenceTarget
+from specdec.runtimes.target import Target
+from specdec.speculation import registry
+from specdec.speculation.draft import Draft, Drafter, State
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -360,8 +361,10 @@ def test_a_drafter_has_working_defaults_for_everything_but_propose(llama: PreTra
 
 
 def test_a_class_that_is_not_a_drafter_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(registry.DRAFTERS, "other", "specdec.draft:Draft")
-    with pytest.raises(SpecDecError, match=r"drafter 'other' \(specdec.draft:Draft\) is not a subclass of .*Drafter"):
+    monkeypatch.setitem(registry.DRAFTERS, "other", "specdec.speculation.draft:Draft")
+    with pytest.raises(
+        SpecDecError, match=r"drafter 'other' \(specdec.speculation.draft:Draft\) is not a subclass of .*Drafter"
+    ):
         registry.lookup("drafters", "other")
 
 

@@ -24,11 +24,13 @@ import torch
 from conftest import IN_A_CHILD
 from tiny_gguf import NAME, forbidden, write_gguf
 
-from specdec import SpecDecoder, convert, embedded, hub, inputs
-from specdec.errors import SpecDecError
-from specdec.experts.layers import moe_layers
-from specdec.experts.offload import ExpertOptions
-from specdec.stored import StoredExperts
+from specdec import SpecDecoder
+from specdec.base import inputs
+from specdec.base.errors import SpecDecError
+from specdec.models import catalogue, conversion, loading
+from specdec.models.checkpoint import StoredExperts
+from specdec.runtimes.experts.layers import moe_layers
+from specdec.runtimes.experts.offload import ExpertOptions
 
 
 def assert_nothing_left(cache) -> None:
@@ -48,7 +50,7 @@ def fake_convert(name, gguf, folder, dtype, console):
 
 
 def test_first_use_converts_exactly_and_the_second_is_local(cache, published, monkeypatch):
-    model, tokenizer = hub.load(NAME)
+    model, tokenizer = loading.load(NAME)
     assert model.dtype == torch.bfloat16 and not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
     for ours, theirs in (("embed_tokens", "token_embd"), ("layers.1.mlp.down_proj", "blk.1.ffn_down")):
@@ -59,23 +61,23 @@ def test_first_use_converts_exactly_and_the_second_is_local(cache, published, mo
     assert inputs.sha256(cache.folder / "model.gguf") == published.entry.gguf_sha256
     assert not works(cache)
 
-    monkeypatch.setattr(embedded, "_convert", forbidden)
-    again, _ = hub.load(NAME)
+    monkeypatch.setattr(catalogue, "_convert", forbidden)
+    again, _ = loading.load(NAME)
     assert cache.downloads == 1
-    assert hub.fingerprint(again) == hub.fingerprint(model)
+    assert loading.fingerprint(again) == loading.fingerprint(model)
 
 
 def test_digits_are_split_off_before_words(cache):
     """So "\\n\\n" before a digit is the one token the model was trained with, as the file's pre-tokenizer says."""
-    _, tokenizer = hub.load(NAME)
+    _, tokenizer = loading.load(NAME)
     assert tokenizer.convert_ids_to_tokens(tokenizer("\n\n1")["input_ids"]) == ["ĊĊ", "1"]
 
 
 def test_a_file_put_there_by_hand_is_used(cache, published, monkeypatch):
-    monkeypatch.setattr(embedded, "_download", forbidden)
+    monkeypatch.setattr(catalogue, "_download", forbidden)
     (cache.root / "downloads").mkdir(parents=True)
     shutil.copy(published.wheel, cache.root / "downloads")
-    hub.load(NAME)
+    loading.load(NAME)
     assert (cache.root / "downloads" / published.wheel.name).exists()  # it is the user's
 
 
@@ -84,16 +86,16 @@ def test_a_wrong_file_put_there_by_hand_is_refused(cache, published):
     path = cache.root / "downloads" / published.wheel.name
     path.write_bytes(b"not it")
     with pytest.raises(SpecDecError, match=f"checksum mismatch.*delete or replace {path}"):
-        hub.load(NAME)
+        loading.load(NAME)
     assert cache.downloads == 0 and path.exists()
     assert_nothing_left(cache)
 
 
 @pytest.mark.parametrize("field", ["wheel_sha256", "gguf_sha256"])
 def test_checksum_mismatch_of_a_download(cache, published, monkeypatch, field):
-    monkeypatch.setitem(embedded.EMBEDDED, NAME, dataclasses.replace(published.entry, **{field: "0" * 64}))
+    monkeypatch.setitem(catalogue.EMBEDDED, NAME, dataclasses.replace(published.entry, **{field: "0" * 64}))
     with pytest.raises(SpecDecError, match=r"checksum mismatch.*instead of 000"):
-        hub.load(NAME)
+        loading.load(NAME)
     assert_nothing_left(cache)
 
 
@@ -110,9 +112,9 @@ def test_an_interrupted_conversion_leaves_nothing(cache, monkeypatch, error, exp
         fake_convert(*arguments)
         raise error
 
-    monkeypatch.setattr(embedded, "_convert", convert)
+    monkeypatch.setattr(catalogue, "_convert", conversion)
     with pytest.raises(expected, match=text):
-        hub.load(NAME)
+        loading.load(NAME)
     assert_nothing_left(cache)
 
 
@@ -139,13 +141,13 @@ def test_a_killed_process_leaves_nothing_under_the_final_name(cache, published, 
     assert not cache.folder.exists()
     assert works(cache), "the test means to leave something behind"
 
-    monkeypatch.setattr(embedded, "_convert", fake_convert)
-    assert embedded.prepared(NAME) == cache.folder  # not stopped by the dead process's lock
+    monkeypatch.setattr(catalogue, "_convert", fake_convert)
+    assert catalogue.prepared(NAME) == cache.folder  # not stopped by the dead process's lock
     assert not works(cache)
 
 
 def test_two_at_once_prepare_once(cache, monkeypatch, capsys):
-    converted, found, tell, waits = [], [], embedded._tell, threading.Event()
+    converted, found, tell, waits = [], [], catalogue._tell, threading.Event()
 
     def convert(*arguments):
         converted.append(arguments)
@@ -157,9 +159,9 @@ def test_two_at_once_prepare_once(cache, monkeypatch, capsys):
         if text.startswith("Waiting"):
             waits.set()
 
-    monkeypatch.setattr(embedded, "_convert", convert)
-    monkeypatch.setattr(embedded, "_tell", told)
-    threads = [threading.Thread(target=lambda: found.append(embedded.prepared(NAME))) for _ in range(2)]
+    monkeypatch.setattr(catalogue, "_convert", conversion)
+    monkeypatch.setattr(catalogue, "_tell", told)
+    threads = [threading.Thread(target=lambda: found.append(catalogue.prepared(NAME))) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -172,19 +174,19 @@ def test_two_at_once_prepare_once(cache, monkeypatch, capsys):
     ("file", "downloads"), [("model.safetensors", 1), ("tokenizer.json", 1), ("specdec.json", 1), ("model.gguf", 2)]
 )
 def test_a_damaged_cache_is_rebuilt_from_the_gguf_file_if_that_is_whole(cache, file, downloads, capsys):
-    before = hub.fingerprint(hub.load(NAME)[0])
+    before = loading.fingerprint(loading.load(NAME)[0])
     with (cache.folder / file).open("r+b") as handle:
         handle.truncate(20)
-    assert hub.fingerprint(hub.load(NAME)[0]) == before
+    assert loading.fingerprint(loading.load(NAME)[0]) == before
     assert cache.downloads == downloads
     assert f"is made again: {file}" in capsys.readouterr().err
     assert not works(cache)
 
 
 def test_a_missing_file_is_named(cache, capsys):
-    hub.load(NAME)
+    loading.load(NAME)
     (cache.folder / "model.safetensors").unlink()
-    hub.load(NAME)
+    loading.load(NAME)
     assert "model.safetensors is missing" in capsys.readouterr().err
 
 
@@ -193,7 +195,7 @@ def test_a_shared_folder_as_cache_loses_nothing_that_is_not_ours(cache):
         (cache.root / name).parent.mkdir(parents=True, exist_ok=True)
         (cache.root / name).write_text("theirs")
     theirs = sorted(path for path in cache.root.rglob("*") if path.is_file())
-    hub.load(NAME)
+    loading.load(NAME)
     assert all(path.read_text() == "theirs" for path in theirs)
 
 
@@ -202,7 +204,7 @@ def test_a_folder_of_our_name_that_somebody_else_made_is_left_alone(cache, name)
     (cache.root / name / "dir").mkdir(parents=True)
     (cache.root / name / "dir/config.json").write_text("theirs")
     with pytest.raises(SpecDecError, match=r"specdec did not make it|was not made by specdec") as error:
-        hub.load(NAME)
+        loading.load(NAME)
     assert "move it away" in str(error.value)
     assert (cache.root / name / "dir/config.json").read_text() == "theirs"
 
@@ -210,7 +212,7 @@ def test_a_folder_of_our_name_that_somebody_else_made_is_left_alone(cache, name)
 def test_too_little_disk_space_is_noticed_before_the_download(cache, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=999_999))
     with pytest.raises(SpecDecError, match=r"not enough disk space.*SPECDEC_CACHE"):
-        hub.load(NAME)
+        loading.load(NAME)
     assert cache.downloads == 0
     assert_nothing_left(cache)
 
@@ -219,26 +221,26 @@ def test_a_cache_that_cannot_be_written(cache, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "file"))
     with pytest.raises(SpecDecError, match=r"cannot prepare 'tiny-test-model'.*SPECDEC_CACHE can name another folder"):
-        hub.load(NAME)
+        loading.load(NAME)
 
 
 def test_where_the_cache_is(monkeypatch, tmp_path):
     monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "a"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "b"))
-    assert embedded.cache_dir() == tmp_path / "a"
+    assert catalogue.cache_dir() == tmp_path / "a"
     monkeypatch.delenv("SPECDEC_CACHE")
-    assert embedded.cache_dir() == tmp_path / "b/specdec"
+    assert catalogue.cache_dir() == tmp_path / "b/specdec"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "c"))
-    assert embedded.cache_dir() == tmp_path / "c/.cache/specdec"
+    assert catalogue.cache_dir() == tmp_path / "c/.cache/specdec"
 
 
 def test_rows_for_the_model_list(cache, published):
-    rows = {row.name: row for row in embedded.embedded_models()}
-    assert embedded.DEFAULT_MODEL in rows
+    rows = {row.name: row for row in catalogue.embedded_models()}
+    assert catalogue.DEFAULT_MODEL in rows
     assert not rows[NAME].cached and rows[NAME].where == "PyPI: tiny 1.0"
-    hub.load(NAME)
-    row = next(row for row in embedded.embedded_models() if row.name == NAME)
+    loading.load(NAME)
+    row = next(row for row in catalogue.embedded_models() if row.name == NAME)
     assert row.cached and row.where == str(cache.folder) and row.download_bytes == published.entry.wheel_bytes
 
 
@@ -255,26 +257,28 @@ def folders(cache) -> list[Path]:
 
 
 def test_a_file_is_converted_once(cache, own, monkeypatch, capsys):
-    model, tokenizer = hub.load(own)
+    model, tokenizer = loading.load(own)
     assert model.dtype == torch.bfloat16 and model.config._name_or_path == str(own)
     assert tokenizer.convert_ids_to_tokens(tokenizer("\n\n1")["input_ids"]) == ["ĊĊ", "1"]
-    assert hub.fingerprint(model) == hub.fingerprint(hub.load(NAME)[0])  # of the same file: its drafters fit
+    assert loading.fingerprint(model) == loading.fingerprint(
+        loading.load(NAME)[0]
+    )  # of the same file: its drafters fit
     assert not list(folders(cache)[0].glob("*.gguf")) and not works(cache)
 
-    monkeypatch.setattr(embedded, "_convert", forbidden)
+    monkeypatch.setattr(catalogue, "_convert", forbidden)
     monkeypatch.chdir(own.parent)
     capsys.readouterr()
-    again, _ = hub.load("own.gguf")  # the same file by another name
-    assert hub.fingerprint(again) == hub.fingerprint(model) and again.config._name_or_path == "own.gguf"
+    again, _ = loading.load("own.gguf")  # the same file by another name
+    assert loading.fingerprint(again) == loading.fingerprint(model) and again.config._name_or_path == "own.gguf"
     assert capsys.readouterr().err == ""
 
 
 def test_experts_of_a_converted_mixture_stay_in_its_checkpoint(cache, tmp_path):
     write_gguf(tmp_path / "moe.gguf", experts=4)
-    whole, _ = hub.load(tmp_path / "moe.gguf")
-    left, tokenizer = hub.load(tmp_path / "moe.gguf", experts=False)
+    whole, _ = loading.load(tmp_path / "moe.gguf")
+    left, tokenizer = loading.load(tmp_path / "moe.gguf", experts=False)
     assert {type(layer.experts) for layer in moe_layers(left)} == {StoredExperts}
-    assert hub.fingerprint(left) == hub.fingerprint(whole)
+    assert loading.fingerprint(left) == loading.fingerprint(whole)
     plain = SpecDecoder(whole, tokenizer, "none").generate([1, 40, 41], max_new_tokens=8, ignore_eos=True)
     with closing(SpecDecoder(left, tokenizer, "none", experts=ExpertOptions(cache=0.5))) as decoder:
         out = decoder.generate([1, 40, 41], max_new_tokens=8, ignore_eos=True)
@@ -282,38 +286,38 @@ def test_experts_of_a_converted_mixture_stay_in_its_checkpoint(cache, tmp_path):
 
 
 def test_a_dtype_has_a_conversion_of_its_own(cache, own, published):
-    hub.load(own)
-    model, _ = hub.load(own, dtype="float32")
+    loading.load(own)
+    model, _ = loading.load(own, dtype="float32")
     up = torch.from_numpy(published.tensors["blk.0.ffn_up.weight"])
     assert torch.equal(model.model.layers[0].mlp.up_proj.weight, up)  # not by way of bf16
-    assert hub.load(own, dtype="float16")[0].dtype == torch.float16
+    assert loading.load(own, dtype="float16")[0].dtype == torch.float16
     assert len(folders(cache)) == 3
 
 
 def test_a_changed_file_is_converted_again_and_the_old_conversion_goes(cache, own, monkeypatch, capsys):
-    before = hub.fingerprint(hub.load(own)[0])
+    before = loading.fingerprint(loading.load(own)[0])
     write_gguf(own, seed=1)
-    monkeypatch.setattr(embedded, "room", lambda need: seen.append(folders(cache)) or nullcontext())
+    monkeypatch.setattr(catalogue, "room", lambda need: seen.append(folders(cache)) or nullcontext())
     seen = []
-    after = hub.fingerprint(hub.load(own)[0])
-    assert before != after == hub.fingerprint(hub.load(own)[0])
+    after = loading.fingerprint(loading.load(own)[0])
+    assert before != after == loading.fingerprint(loading.load(own)[0])
     assert seen == [[]], "gone before the new one needs the room"
     assert len(folders(cache)) == 1 and not works(cache)
     assert capsys.readouterr().err.count("is made again: its GGUF file has changed") == 1
 
 
 def test_a_damaged_conversion_is_made_again(cache, own, capsys):
-    before = hub.fingerprint(hub.load(own)[0])
+    before = loading.fingerprint(loading.load(own)[0])
     os.truncate(folders(cache)[0] / "model.safetensors", 20)
-    assert hub.fingerprint(hub.load(own)[0]) == before
+    assert loading.fingerprint(loading.load(own)[0]) == before
     assert "is made again: model.safetensors has 20 bytes" in capsys.readouterr().err
 
 
 def test_a_conversion_needs_room(cache, own, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=999_999))
-    monkeypatch.setattr(hub, "dequantized", forbidden)  # it is noticed before
+    monkeypatch.setattr(loading, "dequantized", forbidden)  # it is noticed before
     with pytest.raises(SpecDecError, match=r"^not enough disk space.* 64 MB needed.*, 1 MB free.*SPECDEC_CACHE"):
-        hub.load(own)
+        loading.load(own)
     assert not folders(cache) and not works(cache)
 
 
@@ -323,7 +327,7 @@ def test_a_disk_that_fills_up_during_the_conversion(cache, own, monkeypatch):
 
     monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full)
     with pytest.raises(SpecDecError, match=r"^not enough disk space"):
-        hub.load(own)
+        loading.load(own)
     assert not folders(cache) and not works(cache)
 
 
@@ -335,7 +339,7 @@ def test_a_file_without_some_weights_is_not_converted(cache, own, monkeypatch):
     )
     write_gguf(own)
     with pytest.raises(SpecDecError, match=r"the weights of .* do not fit its config.json: 1 missing"):
-        hub.load(own)
+        loading.load(own)
     assert not folders(cache)
 
 
@@ -344,29 +348,38 @@ def test_a_file_without_some_weights_is_not_converted(cache, own, monkeypatch):
 )
 def test_digits_are_split_off_where_the_file_says_so(cache, tmp_path, pre, pieces):
     write_gguf(tmp_path / "it.gguf", pre=pre)
-    _, tokenizer = hub.load(tmp_path / "it.gguf")
+    _, tokenizer = loading.load(tmp_path / "it.gguf")
     assert tokenizer.convert_ids_to_tokens(tokenizer("\n\n1")["input_ids"]) == pieces
 
 
 def test_a_child_converts(cache, own, monkeypatch, capfd):
-    monkeypatch.setattr(embedded, "_convert", IN_A_CHILD)
-    monkeypatch.setattr(hub, "dequantized", forbidden)  # in this process
-    assert hub.load(own)[0].dtype == torch.bfloat16
+    monkeypatch.setattr(catalogue, "_convert", IN_A_CHILD)
+    monkeypatch.setattr(loading, "dequantized", forbidden)  # in this process
+    assert loading.load(own)[0].dtype == torch.bfloat16
     assert "converting it to bfloat16" in capfd.readouterr().err
 
 
 def test_what_cannot_be_converted_is_the_last_line_of_output(own, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(convert, "_end_with_parent", lambda: None)
+    monkeypatch.setattr(conversion, "_end_with_parent", lambda: None)
     monkeypatch.setattr(sys, "argv", ["convert", "it.gguf", str(own), str(tmp_path / "folder"), "bfloat16"])
     os.truncate(own, 1000)
     with pytest.raises(SystemExit) as end:
-        convert.main()
-    assert end.value.code == embedded.REFUSED
+        conversion.main()
+    assert end.value.code == catalogue.REFUSED
     assert capsys.readouterr().out.splitlines()[-1].startswith("cannot load model 'it.gguf': the GGUF file is trun")
 
 
 def test_a_child_ends_when_its_parent_does(own, tmp_path):
-    command = [sys.executable, "-P", "-m", "specdec.convert", "it", str(own), str(tmp_path / "folder"), "bfloat16"]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "specdec.models.conversion",
+        "it",
+        str(own),
+        str(tmp_path / "folder"),
+        "bfloat16",
+    ]
     assert subprocess.run(command, stdin=subprocess.DEVNULL, timeout=120).returncode == 1  # as if it were gone
     assert not (tmp_path / "folder").exists()
 
@@ -374,14 +387,14 @@ def test_a_child_ends_when_its_parent_does(own, tmp_path):
 @pytest.fixture
 def script(cache, own, tmp_path, monkeypatch):
     """Replace the interpreter that converts by a shell script; returns a function that loads a file with it."""
-    monkeypatch.setattr(embedded, "_convert", IN_A_CHILD)
+    monkeypatch.setattr(catalogue, "_convert", IN_A_CHILD)
 
     def run(text: str) -> None:
         program = tmp_path / "python"
         program.write_text(f"#!/bin/sh\n{text}\n")
         program.chmod(0o755)
         monkeypatch.setattr(sys, "executable", str(program))
-        hub.load(own)
+        loading.load(own)
 
     yield run
     assert not folders(cache) and not works(cache)
@@ -429,7 +442,7 @@ def pip(published, tmp_path, monkeypatch):
         program.chmod(program.stat().st_mode | stat.S_IXUSR)
         monkeypatch.setattr(sys, "executable", str(program))
         (tmp_path / "work").mkdir()
-        return embedded._download(published.entry, tmp_path / "work", embedded.Console(file=sys.stderr))
+        return catalogue._download(published.entry, tmp_path / "work", catalogue.Console(file=sys.stderr))
 
     return run
 
@@ -465,7 +478,7 @@ def test_pip_out_of_disk_space(pip):
 
 
 def test_without_pip(pip, monkeypatch):
-    monkeypatch.setattr(embedded.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(catalogue.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SpecDecError, match=r"has no pip.*by hand"):
         pip("exit 0")
 
@@ -475,7 +488,7 @@ def test_an_interrupt_stops_pip(pip, tmp_path, monkeypatch):
         if (tmp_path / "pid").exists():
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(embedded.time, "sleep", interrupt)
+    monkeypatch.setattr(catalogue.time, "sleep", interrupt)
     start = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         pip(f"echo $$ > {tmp_path}/new; mv {tmp_path}/new {tmp_path}/pid; exec sleep 20")
@@ -489,11 +502,11 @@ def test_an_interrupt_stops_pip(pip, tmp_path, monkeypatch):
 
 @pytest.mark.model
 def test_the_default_model(monkeypatch):
-    hub.load(embedded.DEFAULT_MODEL)  # the first ever downloads and converts
+    loading.load(catalogue.DEFAULT_MODEL)  # the first ever downloads and converts
     monkeypatch.setattr("subprocess.Popen", forbidden)
     monkeypatch.setattr("socket.socket.connect", forbidden)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    model, tokenizer = hub.load(embedded.DEFAULT_MODEL)
+    model, tokenizer = loading.load(catalogue.DEFAULT_MODEL)
     assert model.dtype == torch.bfloat16
 
     chat = [{"role": "user", "content": "What is the capital of France?"}]
@@ -501,12 +514,12 @@ def test_the_default_model(monkeypatch):
     out = model.generate(**ids, max_new_tokens=16, do_sample=False)
     assert "Paris" in tokenizer.decode(out[0, ids["input_ids"].shape[1] :])
 
-    path = embedded.cache_dir() / "models" / embedded.DEFAULT_MODEL / "model.gguf"
+    path = catalogue.cache_dir() / "models" / catalogue.DEFAULT_MODEL / "model.gguf"
     packed = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     for ours, theirs in (("embed_tokens", "token_embd"), ("layers.29.mlp.down_proj", "blk.29.ffn_down")):
         values = gguf.dequantize(packed[f"{theirs}.weight"].data, packed[f"{theirs}.weight"].tensor_type)
         assert torch.equal(model.model.get_parameter(f"{ours}.weight"), torch.from_numpy(values).to(torch.bfloat16))
 
     start = time.process_time()
-    hub.fingerprint(model)
+    loading.fingerprint(model)
     assert time.process_time() - start < 1.0  # takes 0.02 s

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from specdec.draft import Acceptance, Draft, Verifier
-from specdec.sampling import Noise, Sampler, SamplingParams, streams
+from specdec.speculation.draft import Acceptance, Draft, Verifier
+from specdec.speculation.sampling import Noise, Sampler, SamplingParams, streams
 from specdec.verifiers.exact import ExactVerifier
 
 V, DEPTH, RUNS = 3, 3, 6000

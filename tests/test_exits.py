@@ -13,14 +13,15 @@ from test_drafters import without
 from transformers import PreTrainedModel
 from zoo import PROMPTS, heads, routers, run
 
-from specdec import SpecDecError, SpecDecoder, artifacts
-from specdec.draft import Drafter
+from specdec import SpecDecError, SpecDecoder
 from specdec.drafters.deed import DeedDrafter
 from specdec.drafters.early_exit import EarlyExitDrafter
 from specdec.drafters.mixture_of_depths import MixtureOfDepthsDrafter, Routers
 from specdec.drafters.skip_decode import SkipDecodeDrafter
-from specdec.reference import ReferenceTarget
-from specdec.target import Target
+from specdec.models import drafter_folder
+from specdec.runtimes.reference import ReferenceTarget
+from specdec.runtimes.target import Target
+from specdec.speculation.draft import Drafter
 
 
 def calls_of(target: Target, drafter: Drafter, count: int = 6, exit: int | None = None) -> list[tuple[int, int, int]]:
@@ -102,7 +103,7 @@ def test_what_passed_a_layer_by_leaves_keys_there_for_a_later_token(llama: PreTr
 
 def folder(path: Path, target: Target, name: str, network: torch.nn.Module, config: dict[str, Any]) -> Path:
     base = {"fingerprint": target.fingerprint}
-    artifacts.write(path, {"drafter": name, "base": base, **config}, network.state_dict())
+    drafter_folder.write(path, {"drafter": name, "base": base, **config}, network.state_dict())
     return path
 
 

@@ -16,12 +16,12 @@ from expert_study import EmulatedTier, StudyStore, replay
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specdec import hub
-from specdec.errors import SpecDecError
-from specdec.experts import packed, tiers
-from specdec.experts.cache import LayerCache
-from specdec.experts.layers import moe_layers
-from specdec.experts.store import ExpertStore, Forecast, budget_bytes
+from specdec.base.errors import SpecDecError
+from specdec.models import loading
+from specdec.runtimes.experts import packed, tiers
+from specdec.runtimes.experts.cache import LayerCache
+from specdec.runtimes.experts.layers import moe_layers
+from specdec.runtimes.experts.store import ExpertStore, Forecast, budget_bytes
 
 EXPERTS, ROWS = 6, 2
 INDEX = packed.Index("0", "float32", list(range(ROWS)), EXPERTS, 4, 3, [0] * ROWS * EXPERTS)
@@ -430,7 +430,7 @@ def mixtral():
 
 @pytest.fixture
 def folder(mixtral, tmp_path) -> Path:
-    packed.pack(moe_layers(mixtral), hub.fingerprint(mixtral), tmp_path)
+    packed.pack(moe_layers(mixtral), loading.fingerprint(mixtral), tmp_path)
     return tmp_path
 
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 from conftest import tiny_model
 
-from specdec import kernels
-from specdec.adapters import Adapters
-from specdec.errors import SpecDecError
-from specdec.fused import FAMILIES, FusedTarget
-from specdec.reference import ReferenceTarget
-from specdec.runtimes import make_target
-from specdec.target import Target
+from specdec.base.errors import SpecDecError
+from specdec.runtimes import linear_maps
+from specdec.runtimes.adapters import Adapters
+from specdec.runtimes.fused import FAMILIES, FusedTarget
+from specdec.runtimes.reference import ReferenceTarget
+from specdec.runtimes.select import make_target
+from specdec.runtimes.target import Target
 
 ROPES = {
     "llama": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0,
@@ -83,9 +83,9 @@ def test_sixteen_bits_and_packed_weights(dtype: torch.dtype) -> None:
     for got, expected in zip(play(target), play(ReferenceTarget(model)), strict=True):
         assert (got - expected).abs().max() / expected.abs().max() < 5e-2
     weight, bias, x = torch.randn(48, 32, dtype=dtype), torch.randn(48, dtype=dtype), torch.randn(3, 32, dtype=dtype)
-    plain = kernels.dense(weight, bias)(x)
+    plain = linear_maps.dense(weight, bias)(x)
     if target.layer_format == "packed":
-        assert torch.allclose(kernels.packed(weight, bias)(x), plain, atol=0.1, rtol=0.02)
+        assert torch.allclose(linear_maps.packed(weight, bias)(x), plain, atol=0.1, rtol=0.02)
 
 
 @torch.inference_mode()
@@ -211,11 +211,11 @@ def test_four_bits_recover_the_codes_of_a_dequantised_model() -> None:
     scales = torch.rand(64, 3) * 0.01 + 1e-3
     low = -7.5 * scales + torch.randn(64, 3) * 1e-3
     weight = (codes.unflatten(1, (3, 32)) * scales[..., None] + low[..., None]).flatten(1).bfloat16()
-    got, got_scales, zeros = kernels.quantize(weight)
+    got, got_scales, zeros = linear_maps.quantize(weight)
     assert torch.equal(got, codes.int())
     assert torch.allclose(got_scales.float(), scales, rtol=2**-7)
-    assert apart(kernels.dequantize(got, got_scales, zeros), weight.float()) < 2**-7
-    assert kernels.quantize(torch.zeros(16, 32))[1].isfinite().all()  # a group of equal weights
+    assert apart(linear_maps.dequantize(got, got_scales, zeros), weight.float()) < 2**-7
+    assert linear_maps.quantize(torch.zeros(16, 32))[1].isfinite().all()  # a group of equal weights
 
 
 def test_int4_refusals() -> None:

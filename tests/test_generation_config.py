@@ -10,8 +10,8 @@ from conftest import Scripted, greedy_reference, tiny_model
 from transformers import PreTrainedModel, RepetitionPenaltyLogitsProcessor, WatermarkingConfig
 
 from specdec import SpecDecError, SpecDecoder
-from specdec.replay import first_difference, margins
-from specdec.sampling import SamplingParams
+from specdec.engine.replay import first_difference, margins
+from specdec.speculation.sampling import SamplingParams
 from specdec.verify.checks import expected, witness
 
 PROMPT, COUNT = [5, 6, 7, 8], 24

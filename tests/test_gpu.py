@@ -17,16 +17,17 @@ from test_train_world import launched
 from tiny import save_tiny, save_tiny_moe
 from typer.testing import CliRunner
 
-from specdec import SpecDecoder, hub
+from specdec import SpecDecoder
 from specdec.cli import app
 from specdec.drafters.draft_model import DraftModelDrafter
 from specdec.drafters.layer_skip import LayerSkipDrafter
 from specdec.drafters.prompt_lookup import PromptLookupDrafter
-from specdec.experts import packed, tiers
-from specdec.experts.layers import moe_layers
-from specdec.experts.offload import ExpertOptions
-from specdec.experts.store import ExpertStore, Forecast
-from specdec.reference import ReferenceTarget
+from specdec.models import loading
+from specdec.runtimes.experts import packed, tiers
+from specdec.runtimes.experts.layers import moe_layers
+from specdec.runtimes.experts.offload import ExpertOptions
+from specdec.runtimes.experts.store import ExpertStore, Forecast
+from specdec.runtimes.reference import ReferenceTarget
 
 DEVICE = torch.device("cuda:0")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
@@ -101,7 +102,7 @@ def test_offloaded_experts_compute_what_resident_ones_do(family: str, dtype: tor
     for drafter in ("none", LayerSkipDrafter([1])):
         options = ExpertOptions(0.5, "residual", tmp_path / "packed", adaptive=False)
         if not options.folder.exists():
-            packed.pack(moe_layers(model), hub.fingerprint(model), options.folder)
+            packed.pack(moe_layers(model), loading.fingerprint(model), options.folder)
         decoder = SpecDecoder(model, drafter=drafter, experts=options)
         outputs.append(decoder.generate(zoo.PROMPTS[1], max_new_tokens=ROWS, num_speculative_tokens=2))
         assert outputs[-1].metrics.experts["prefetched"]

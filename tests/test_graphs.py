@@ -21,14 +21,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 from zoo import PROMPTS, every, run
 
-from specdec import cache as caches
-from specdec import draft, growth, transfer
+from specdec.base import devices
+from specdec.base.errors import SpecDecError
 from specdec.drafters import chain, m2r2, medusa, vocabulary
-from specdec.errors import SpecDecError
-from specdec.fused import FusedTarget
-from specdec.graphs import GraphedTarget
-from specdec.loop import Loop
-from specdec.runtimes import make_target
+from specdec.engine.loop import Loop
+from specdec.runtimes import cache as caches
+from specdec.runtimes import tree_drafting
+from specdec.runtimes.fused import FusedTarget
+from specdec.runtimes.graphs import GraphedTarget
+from specdec.runtimes.select import make_target
+from specdec.speculation import draft
 
 
 def _memory(tensor: Tensor) -> int:
@@ -247,7 +249,7 @@ class _Waits(TorchFunctionMode):
         self.alive: list[Tensor] = []  # so that no address is used twice
         self.waits: list[str] = []
         self.uploading = False
-        upload = transfer.upload
+        upload = devices.upload
 
         def quiet(values: Any, device: torch.device, *dtype: torch.dtype) -> Tensor:
             self.uploading = True
@@ -255,9 +257,9 @@ class _Waits(TorchFunctionMode):
             self.uploading = False
             return out
 
-        for module in (draft, caches, growth, m2r2, medusa, vocabulary):
+        for module in (draft, caches, tree_drafting, m2r2, medusa, vocabulary):
             monkeypatch.setattr(module, "upload", quiet)
-        for module in (chain, draft, m2r2, growth):
+        for module in (chain, draft, m2r2, tree_drafting):
             monkeypatch.setattr(module, "waits", lambda device: True)
 
     def mark(self, out: Any) -> Any:

@@ -18,10 +18,10 @@ from tiny_gguf import NAME, forbidden, write_gguf
 from torch import nn
 from transformers import AutoConfig
 
-from specdec import embedded, hub
-from specdec.errors import SpecDecError
-from specdec.native import library
-from specdec.runtimes import make_target
+from specdec.base.errors import SpecDecError
+from specdec.models import catalogue, loading
+from specdec.runtimes.native import library
+from specdec.runtimes.select import make_target
 
 # --- loading --------------------------------------------------------------------------------------------------------
 
@@ -30,13 +30,13 @@ from specdec.runtimes import make_target
 def folder(cache, tmp_path) -> Path:
     """A model folder: tiny random Llama, tokenizer of the fake embedded model."""
     tiny_model("llama").save_pretrained(tmp_path / "llama")
-    for path in embedded.prepared(NAME).glob("*token*"):
+    for path in catalogue.prepared(NAME).glob("*token*"):
         shutil.copy(path, tmp_path / "llama")
     return tmp_path / "llama"
 
 
 def test_a_gguf_file_becomes_plain_weights(cache, published):
-    model, tokenizer = hub.load(published.gguf, dtype="float32")
+    model, tokenizer = loading.load(published.gguf, dtype="float32")
     assert type(model.model.layers[0].mlp.up_proj) is nn.Linear
     up = torch.from_numpy(published.tensors["blk.0.ffn_up.weight"])
     assert torch.equal(model.model.layers[0].mlp.up_proj.weight, up)
@@ -47,7 +47,7 @@ def test_a_gguf_file_becomes_plain_weights(cache, published):
 def test_a_packed_gguf_file_runs_in_as_many_bits_with_the_same_values(cache, tmp_path, kind, storage):
     packed = gguf.GGMLQuantizationType[kind]
     tensors = write_gguf(tmp_path / "it.gguf", 64, 2, packed)
-    model, _ = hub.load(tmp_path / "it.gguf")
+    model, _ = loading.load(tmp_path / "it.gguf")
     up = torch.from_numpy(gguf.dequantize(gguf.quants.quantize(tensors["blk.1.ffn_up.weight"], packed), packed))
     assert torch.equal(model.model.layers[1].mlp.up_proj.weight, up.bfloat16())
     try:
@@ -63,14 +63,14 @@ def test_a_packed_gguf_file_runs_in_as_many_bits_with_the_same_values(cache, tmp
     ("given", "expected"), [("auto", torch.float32), ("bf16", torch.bfloat16), (torch.float16, torch.float16)]
 )
 def test_a_folder_in_a_dtype(folder, given, expected):
-    model, _ = hub.load(str(folder), dtype=given)
+    model, _ = loading.load(str(folder), dtype=given)
     assert model.dtype == expected
     assert model.config._attn_implementation == "sdpa"
 
 
 def test_attention_falls_back_to_eager_where_sdpa_would_be_wrong(folder):
     tiny_model("gemma2").save_pretrained(folder)
-    assert hub.load(folder)[0].config._attn_implementation == "eager"
+    assert loading.load(folder)[0].config._attn_implementation == "eager"
 
 
 @pytest.mark.parametrize(
@@ -93,9 +93,9 @@ def test_attention_falls_back_to_eager_where_sdpa_would_be_wrong(folder):
     ],
 )
 def test_what_cannot_be_loaded_gets_one_line(monkeypatch, arguments, text):
-    monkeypatch.setattr(hub, "prepared", forbidden)  # nothing is downloaded before the arguments are checked
+    monkeypatch.setattr(loading, "prepared", forbidden)  # nothing is downloaded before the arguments are checked
     with pytest.raises(SpecDecError, match=text) as error:
-        hub.load(**{"name_or_path": embedded.DEFAULT_MODEL, **arguments})
+        loading.load(**{"name_or_path": catalogue.DEFAULT_MODEL, **arguments})
     assert "\n" not in str(error.value)
 
 
@@ -155,7 +155,7 @@ WEIGHT = "model.layers.1.mlp.up_proj.weight"
 def test_a_folder_that_cannot_be_loaded_gets_one_line(folder, damage, text):
     damage(folder)
     with pytest.raises(SpecDecError, match=text) as error:
-        hub.load(folder)
+        loading.load(folder)
     assert "\n" not in str(error.value)
 
 
@@ -166,19 +166,19 @@ def test_a_hugging_face_id_loads_from_its_cache_without_network(folder, tmp_path
     shutil.copytree(folder, repository / "snapshots" / commit)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hf"))
     monkeypatch.setattr("socket.socket.connect", forbidden)
-    expected = hub.fingerprint(hub.load(folder)[0])
-    assert hub.fingerprint(hub.load("some/one")[0]) == expected
+    expected = loading.fingerprint(loading.load(folder)[0])
+    assert loading.fingerprint(loading.load("some/one")[0]) == expected
     with pytest.raises(SpecDecError, match="'some/other' is not in the local Hugging Face cache"):
-        hub.load("some/other")
+        loading.load("some/other")
 
 
 def test_a_repository_that_does_not_exist(monkeypatch):
     def missing(*args, **kwargs):
         raise RepositoryNotFoundError("404", response=Mock())
 
-    monkeypatch.setattr(hub.HfApi, "model_info", missing)
+    monkeypatch.setattr(loading.HfApi, "model_info", missing)
     with pytest.raises(SpecDecError, match=r"unknown model 'some/smolm2-135m' \(did you mean .*: not on Hugging Face"):
-        hub.load("some/smolm2-135m")
+        loading.load("some/smolm2-135m")
 
 
 # --- fingerprints -----------------------------------------------------------------------------------------------------
@@ -200,9 +200,9 @@ def test_a_folders_own_name_is_never_a_path(tmp_path, monkeypatch, saved_from, e
     (tmp_path / "here/mine").mkdir(parents=True)
     (tmp_path / "here/mine/config.json").write_text(json.dumps({"_name_or_path": saved_from}))
     monkeypatch.chdir(tmp_path)
-    assert hub.own_name("here/mine") == expected
+    assert loading.own_name("here/mine") == expected
     monkeypatch.chdir(tmp_path / "here/mine")
-    assert hub.own_name(".") == ("here" if expected == "mine" and saved_from == "here" else expected)
+    assert loading.own_name(".") == ("here" if expected == "mine" and saved_from == "here" else expected)
 
 
 @pytest.mark.parametrize("told", ["A Model 1B", "/home/me/model", None])
@@ -212,14 +212,17 @@ def test_a_gguf_files_own_name_is_what_it_says(tmp_path, monkeypatch, told):
         gguf.GGUFWriter, "add_block_count", lambda self, n: (told and self.add_name(told), write(self, n))
     )
     write_gguf(tmp_path / "mine.gguf")
-    assert hub.own_name(str(tmp_path / "mine.gguf")) == (told if told == "A Model 1B" else "mine.gguf")
-    assert hub.own_name("org/name") == "org/name" and hub.own_name(embedded.DEFAULT_MODEL) == embedded.DEFAULT_MODEL
+    assert loading.own_name(str(tmp_path / "mine.gguf")) == (told if told == "A Model 1B" else "mine.gguf")
+    assert (
+        loading.own_name("org/name") == "org/name"
+        and loading.own_name(catalogue.DEFAULT_MODEL) == catalogue.DEFAULT_MODEL
+    )
 
 
 @pytest.mark.parametrize("runtime", ["auto", "fused", "reference"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_broken_weights_are_named(folder, runtime, value):
-    model = hub.load(folder, dtype="float32" if runtime == "reference" else "bfloat16")[0]
+    model = loading.load(folder, dtype="float32" if runtime == "reference" else "bfloat16")[0]
     model.model.layers[2].mlp.up_proj.weight[3, 5] = value
     with pytest.raises(
         SpecDecError, match=r"the weights of '.*' are broken: 'model.layers.2.mlp.up_proj.weight' holds NaN"
@@ -228,7 +231,7 @@ def test_broken_weights_are_named(folder, runtime, value):
 
 
 def test_logits_that_overflow_are_the_dtypes_fault(folder):
-    model = hub.load(folder, dtype="float16")[0]
+    model = loading.load(folder, dtype="float16")[0]
     model.lm_head.weight.mul_(1e5)
     with pytest.raises(SpecDecError, match=r"gives NaN or infinite logits in float16; load it in bfloat16 or float32"):
         make_target(model)
@@ -240,29 +243,29 @@ def test_fingerprint_does_not_depend_on_the_dtype(family):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.to(torch.bfloat16))
-    fingerprint = hub.fingerprint(model)
+    fingerprint = loading.fingerprint(model)
     assert len(fingerprint) == 32
-    assert {hub.fingerprint(model.to(dtype)) for dtype in (torch.bfloat16, torch.float32, torch.float16)} == {
+    assert {loading.fingerprint(model.to(dtype)) for dtype in (torch.bfloat16, torch.float32, torch.float16)} == {
         fingerprint
     }
 
 
 def test_fingerprint_does_not_depend_on_where_the_weights_lie():
     model = tiny_model("llama", tie_word_embeddings=True)
-    fingerprint = hub.fingerprint(model)
+    fingerprint = loading.fingerprint(model)
     attention = model.model.layers[2].self_attn
     fused = torch.cat([attention.q_proj.weight, attention.k_proj.weight]).T.contiguous().T  # and another memory order
     attention.q_proj.weight = nn.Parameter(fused[:32], requires_grad=False)
     attention.k_proj.weight = nn.Parameter(fused[32:], requires_grad=False)
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone(), requires_grad=False)  # tied no longer
     model.spare_head = model.lm_head  # a second name
-    assert hub.fingerprint(model) == fingerprint
+    assert loading.fingerprint(model) == fingerprint
 
 
 @pytest.mark.parametrize("change", ["scale", "swap", "rename", "layers"])
 def test_fingerprint_tells_weights_apart(change):
     model = tiny_model("llama")
-    fingerprint = hub.fingerprint(model)
+    fingerprint = loading.fingerprint(model)
     first, second = model.model.layers[0].mlp, model.model.layers[1].mlp
     if change == "scale":
         first.up_proj.weight[-1].mul_(1.02)
@@ -273,4 +276,4 @@ def test_fingerprint_tells_weights_apart(change):
         del first.up_proj
     else:
         del model.model.layers[-1]
-    assert hub.fingerprint(model) != fingerprint
+    assert loading.fingerprint(model) != fingerprint

@@ -9,16 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from specdec import inputs, options, registry
+from specdec.api.text import encode
+from specdec.api.tuned import recall
+from specdec.base import inputs, options
+from specdec.base.errors import SpecDecError
 from specdec.bench.prompts import load_prompts
-from specdec.errors import SpecDecError
+from specdec.speculation import registry
 from specdec.sweep import document
 from specdec.sweep.overrides import override
 from specdec.sweep.results import load_results
-from specdec.text import encode
 from specdec.train import data
 from specdec.train.settings import TrainSettings, load_settings
-from specdec.tuned import recall
 
 DEEP = "[" * 100_000
 ODD = ("a: 2026-13-45", "a: !!bool maybe", "a: !!int ''", "a: !!timestamp x", "a: " + "1" * 5000, "a: [", f"a: {DEEP}")

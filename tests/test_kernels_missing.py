@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from conftest import tiny_model
 
-from specdec.errors import SpecDecError
-from specdec.native import library
-from specdec.runtimes import make_target
+from specdec.base.errors import SpecDecError
+from specdec.runtimes.native import library
+from specdec.runtimes.select import make_target
 
 FLAGS = "flags : fpu avx512f avx512bw avx512vl avx512dq avx512_bf16\n"
 

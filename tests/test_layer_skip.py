@@ -15,11 +15,11 @@ from transformers import PreTrainedModel
 from zoo import PROMPTS
 
 from specdec import SpecDecError, SpecDecoder
-from specdec.draft import State
 from specdec.drafters.layer_skip import LayerSkipDrafter, steps_without
-from specdec.prefill import prefill
-from specdec.reference import ReferenceTarget
-from specdec.sampling import Sampler, SamplingParams
+from specdec.runtimes.prefill import prefill
+from specdec.runtimes.reference import ReferenceTarget
+from specdec.speculation.draft import State
+from specdec.speculation.sampling import Sampler, SamplingParams
 
 RECIPE = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "layer_skip.py"))
 Prices, Search, Skips = (RECIPE[name] for name in ("Prices", "Search", "Skips"))

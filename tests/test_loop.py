@@ -12,13 +12,13 @@ from transformers import LogitsProcessor, PreTrainedModel
 from zoo import PROMPTS, every, m2r2, run
 
 from specdec import SpecDecError
-from specdec.depth import FixedDepth
-from specdec.draft import Draft, DrafterWarning, State
 from specdec.drafters.early_exit import EarlyExitDrafter
 from specdec.drafters.none import NoDrafter
-from specdec.loop import Loop
-from specdec.reference import ReferenceTarget
-from specdec.sampling import Sampler, SamplingParams, streams
+from specdec.engine.depth import FixedDepth
+from specdec.engine.loop import Loop
+from specdec.runtimes.reference import ReferenceTarget
+from specdec.speculation.draft import Draft, DrafterWarning, State
+from specdec.speculation.sampling import Sampler, SamplingParams, streams
 from specdec.verifiers.exact import ExactVerifier
 
 
@@ -186,7 +186,7 @@ def test_generation_stops_at_the_context_limit() -> None:
 
 
 def test_long_prompts_are_prefilled_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("specdec.prefill.CHUNK", 3)
+    monkeypatch.setattr("specdec.runtimes.prefill.CHUNK", 3)
     model = tiny_model("mistral")
     target, expected = ReferenceTarget(model), [greedy_reference(model, p, 12) for p in PROMPTS]
     for name, drafter in every(target).items():

@@ -14,10 +14,11 @@ from test_train import answers, greedy  # noqa: F401 (fixtures)
 from transformers import PreTrainedModel
 from zoo import PROMPTS, m2r2, run
 
-from specdec import SpecDecError, SpecDecoder, artifacts, hub
+from specdec import SpecDecError, SpecDecoder
 from specdec.drafters.m2r2 import M2R2, M2R2Drafter, M2R2Path, load_network
-from specdec.reference import ReferenceTarget
-from specdec.target import Target
+from specdec.models import drafter_folder, loading
+from specdec.runtimes.reference import ReferenceTarget
+from specdec.runtimes.target import Target
 from specdec.train.arla import ArlaSettings
 from specdec.train.m2r2 import M2R2Settings, path_of
 from specdec.train.settings import from_mapping
@@ -109,7 +110,7 @@ def test_files_of_one_exit_from_before_there_were_several_are_read(llama: PreTra
     assert any(key.startswith("router.") for key in tensors)
     base = {"fingerprint": target.fingerprint}
     config = {"drafter": "m2r2", "base": base, "path": path, "router": 4, "siblings": [3, 2]}
-    artifacts.write(tmp_path, config, tensors)
+    drafter_folder.write(tmp_path, config, tensors)
     read = load_network(target, tmp_path)
     assert read.path == network.path
     assert all(torch.equal(a, b) for a, b in zip(read.parameters(), network.parameters(), strict=True))
@@ -135,7 +136,7 @@ def test_exits_and_their_routers_are_trained_and_draft(
     answers: Path,  # noqa: F811
     tmp_path: Path,
 ) -> None:
-    model = hub.load("tiny")[0]
+    model = loading.load("tiny")[0]
     first, second = tmp_path / "drafter", tmp_path / "routed"
     recipe = common(answers, first) | {"method": "m2r2", "draft_vocab": 60, "learning_rate": 2e-2} | path
     figures = train(from_mapping(M2R2Settings, recipe, "test"))
@@ -146,7 +147,7 @@ def test_exits_and_their_routers_are_trained_and_draft(
     assert all(f"agree@{layer}" in lines[-2] for layer in sooner)
     routing = common(answers, second) | {"method": "arla", "drafter": str(first), "width": 4, "draft_vocab": 0}
     train(from_mapping(ArlaSettings, routing, "test"))
-    config = artifacts.read_config(second)
+    config = drafter_folder.read_config(second)
     assert tuple(config["path"]["exits"]) == tuple(sooner) and config["router"] == 4
     decoder = SpecDecoder(model, None, drafter=str(second), runtime="reference")
     assert len(decoder.drafter.network.routers) == len(sooner) + 1  # type: ignore[attr-defined]

@@ -13,11 +13,11 @@ from test_exact import AcceptsAll, p_value
 from transformers import PreTrainedModel, TopPLogitsWarper
 from zoo import PROMPTS, chains, every, run, trees
 
-from specdec import registry
-from specdec.draft import Draft, Drafter, State, Verifier
 from specdec.drafters.layer_skip import LayerSkipDrafter
-from specdec.reference import ReferenceTarget
-from specdec.target import Target
+from specdec.runtimes.reference import ReferenceTarget
+from specdec.runtimes.target import Target
+from specdec.speculation import registry
+from specdec.speculation.draft import Draft, Drafter, State, Verifier
 
 WHOLE = ("llama", "mistral", "gpt2", "qwen3_moe")  # families for which all variants are run
 DRAFTERS = set(registry.DRAFTERS) - {"auto"}  # that one loads another

@@ -15,10 +15,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from zoo import PROMPTS, run
 
-from specdec import SpecDecError, SpecDecoder, artifacts, hub
-from specdec.draft import Draft, State
+from specdec import SpecDecError, SpecDecoder
 from specdec.drafters.medusa import Medusa, MedusaDrafter
-from specdec.reference import ReferenceTarget
+from specdec.models import drafter_folder, loading
+from specdec.runtimes.reference import ReferenceTarget
+from specdec.speculation.draft import Draft, State
 from specdec.train import data, states
 from specdec.train.batches import assemble, windows
 from specdec.train.data import Answer
@@ -128,7 +129,7 @@ def test_a_folder_may_be_called_as_a_drafter_is(
     target = ReferenceTarget(llama)
     base = {"base": {"fingerprint": target.fingerprint}, "accuracy": ACCURACY}
     config = {"drafter": "medusa", "heads": 2, "layers": 1, "rooted": False, **base}
-    artifacts.write(tmp_path / "medusa", config, dict(random_network(2, 1, False, None).state_dict()))
+    drafter_folder.write(tmp_path / "medusa", config, dict(random_network(2, 1, False, None).state_dict()))
     monkeypatch.chdir(tmp_path)
     assert SpecDecoder(llama, drafter=Path("medusa")).drafter.name == "medusa"
     with pytest.raises(SpecDecError, match="no medusa drafter is shipped"):
@@ -142,7 +143,7 @@ def test_a_folder_is_read_back_and_checked(llama: PreTrainedModel, tmp_path: Pat
     tensors = dict(network.state_dict())
 
     def write(change: dict[str, Any], **other: Tensor) -> str:
-        artifacts.write(tmp_path, config | {"accuracy": ACCURACY} | change, tensors | other)
+        drafter_folder.write(tmp_path, config | {"accuracy": ACCURACY} | change, tensors | other)
         return str(tmp_path)
 
     read = MedusaDrafter.load(target, write({}))
@@ -253,7 +254,7 @@ def test_training_makes_a_drafter_whose_table_holds(
     answers: Path,  # noqa: F811
     tmp_path: Path,
 ) -> None:
-    model, output = hub.load("tiny")[0], tmp_path / "out"
+    model, output = loading.load("tiny")[0], tmp_path / "out"
     figures = train(settings(prompts=[str(answers)], output=str(output)))
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     agree = [line["agree"] for line in lines if "agree" in line]  # with the answers it learns from

@@ -7,11 +7,11 @@ import torch
 from conftest import Scripted
 from transformers import PreTrainedModel
 
-from specdec import metrics
-from specdec.depth import FixedDepth
-from specdec.loop import Loop
-from specdec.reference import ReferenceTarget
-from specdec.sampling import Sampler, SamplingParams
+from specdec.engine import metrics
+from specdec.engine.depth import FixedDepth
+from specdec.engine.loop import Loop
+from specdec.runtimes.reference import ReferenceTarget
+from specdec.speculation.sampling import Sampler, SamplingParams
 from specdec.verifiers.exact import ExactVerifier
 
 

@@ -11,13 +11,14 @@ import torch
 from conftest import tiny_model
 from test_fused import ROPES, adapted_pass, apart, play, random_adapters, rough_model
 
-from specdec import cores, growth, kernels
-from specdec.errors import SpecDecError
-from specdec.native import library, linear
-from specdec.native.target import FAMILIES, NativeTarget
-from specdec.reference import ReferenceTarget
-from specdec.runtimes import make_target
-from specdec.target import Target
+from specdec.base import cores
+from specdec.base.errors import SpecDecError
+from specdec.runtimes import linear_maps, tree_drafting
+from specdec.runtimes.native import library, linear
+from specdec.runtimes.native.target import FAMILIES, NativeTarget
+from specdec.runtimes.reference import ReferenceTarget
+from specdec.runtimes.select import make_target
+from specdec.runtimes.target import Target
 
 try:
     library.load()
@@ -233,9 +234,13 @@ def test_coarse_adapters_are_merged_for_drafts_and_leave_the_model_exact(family:
 
 
 @pytest.mark.parametrize(("family", "window"), [("llama", None), ("mistral", 12), ("qwen2", None)])
-@pytest.mark.parametrize("bounds", [growth.Bounds(5, 1), growth.Bounds(4, 3), growth.Bounds(6, 4, 0.02)])
+@pytest.mark.parametrize(
+    "bounds", [tree_drafting.Bounds(5, 1), tree_drafting.Bounds(4, 3), tree_drafting.Bounds(6, 4, 0.02)]
+)
 @torch.inference_mode()
-def test_trees_grow_in_one_call_as_they_do_in_parts(family: str, window: int | None, bounds: growth.Bounds) -> None:
+def test_trees_grow_in_one_call_as_they_do_in_parts(
+    family: str, window: int | None, bounds: tree_drafting.Bounds
+) -> None:
     model = model_of(family, **({} if window is None else {"sliding_window": window}))
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(6)  # few near ties
@@ -246,15 +251,15 @@ def test_trees_grow_in_one_call_as_they_do_in_parts(family: str, window: int | N
     mask = cache.mask(0, positions)
     final = target.layers(target.embed(ids, positions), 0, 4, positions, mask, cache, taps)
     cache.keep([list(range(21))])
-    seed = growth.Seed(5, 21, final, list(taps.values()), place=20)
+    seed = tree_drafting.Seed(5, 21, final, list(taps.values()), place=20)
     total = same = 0
     for number in range(4):
         torch.manual_seed(number)
         route = random_route(target, heads=2)
-        whole, parts = target.grow(cache, seed, route, bounds), growth.grow(target, cache, seed, route, bounds)
+        whole, parts = target.grow(cache, seed, route, bounds), tree_drafting.grow(target, cache, seed, route, bounds)
         assert cache.lengths == [21] * 4
         # Built for the route the first time, and used again.
-        states = growth.Seed(5, 21, final[:, -1:].clone(), [tap[:, -1:].clone() for tap in taps.values()])
+        states = tree_drafting.Seed(5, 21, final[:, -1:].clone(), [tap[:, -1:].clone() for tap in taps.values()])
         assert target.grow(cache, states, route, bounds) == whole
         assert len(parts.scores) > bounds.width
         assert whole.parents[: bounds.width] == [0] * bounds.width
@@ -286,39 +291,39 @@ def test_trees_grow_alike_in_a_team_that_is_smaller_than_asked_for(monkeypatch: 
     cache, taps = target.new_cache(), {1: torch.empty(0), 3: torch.empty(0)}
     final = target.layers(target.embed(ids, positions), 0, 4, positions, cache.mask(0, positions), cache, taps)
     cache.keep([[0, 1, 2]])
-    seed = growth.Seed(5, 3, final, list(taps.values()), place=2)
+    seed = tree_drafting.Seed(5, 3, final, list(taps.values()), place=2)
     torch.manual_seed(1)
     route = random_route(target, heads=2)
     monkeypatch.setattr(cores, "threads", lambda: 3)
     most = openmp.omp_get_max_active_levels()
     try:
-        expected = target.grow(cache, seed, route, growth.Bounds(3, 3))
+        expected = target.grow(cache, seed, route, tree_drafting.Bounds(3, 3))
         openmp.omp_set_max_active_levels(0)  # teams of one thread
-        found = target.grow(cache, seed, route, growth.Bounds(3, 3))
+        found = target.grow(cache, seed, route, tree_drafting.Bounds(3, 3))
     finally:
         openmp.omp_set_max_active_levels(most)
     assert (found.tokens, found.parents) == (expected.tokens, expected.parents)
     assert found.scores == pytest.approx(expected.scores, abs=1e-5)
 
 
-def by_path(found: growth.Candidates) -> dict[tuple[int, ...], float]:
+def by_path(found: tree_drafting.Candidates) -> dict[tuple[int, ...], float]:
     paths: list[tuple[int, ...]] = [()]
     for token, parent in zip(found.tokens, found.parents, strict=True):
         paths.append((*paths[parent], token))
     return dict(zip(paths[1:], found.scores, strict=True))
 
 
-def random_route(target: Target, heads: int) -> growth.DraftPath:
+def random_route(target: Target, heads: int) -> tree_drafting.DraftPath:
     """Two leaps to segments and one to the end, over a reduced vocabulary of so many heads."""
     with torch.inference_mode(False):
         adapters = random_adapters(ReferenceTarget(target.model)).bfloat16()
     adapters.draft_only, d, tokens = True, target.hidden_size, torch.randperm(97)[:70]
     leaps = [
-        kernels.UnitMap((torch.randn(d, n * d) / (n * d) ** 0.5).bfloat16(), torch.randn(d).bfloat16())
+        linear_maps.UnitMap((torch.randn(d, n * d) / (n * d) ** 0.5).bfloat16(), torch.randn(d).bfloat16())
         for n in (3, 3, 2)
     ]
     parts = [target.reduced_head(part) for part in tokens.split([50, 20][:heads])]
-    return growth.DraftPath(leaps, ((1, 2), (3, 4)), adapters, parts, tokens)
+    return tree_drafting.DraftPath(leaps, ((1, 2), (3, 4)), adapters, parts, tokens)
 
 
 def test_the_largest_of_a_row() -> None:

@@ -17,14 +17,16 @@ from safetensors.torch import load_file, save_file
 from tiny import save_tiny_moe
 from typer.testing import CliRunner
 
-from specdec import SpecDecoder, cli, costs, hub
-from specdec.depth import MOST, AutoDepth, Costs
-from specdec.errors import SpecDecError
-from specdec.experts import packed, predict, tiers
-from specdec.experts.layers import moe_layers
-from specdec.experts.offload import ExpertOptions, Offload
-from specdec.kernels import rms_unit
-from specdec.reference import ReferenceTarget
+from specdec import SpecDecoder, cli
+from specdec.base.errors import SpecDecError
+from specdec.engine import costs
+from specdec.engine.depth import MOST, AutoDepth, Costs
+from specdec.models import loading
+from specdec.runtimes.experts import packed, predict, tiers
+from specdec.runtimes.experts.layers import moe_layers
+from specdec.runtimes.experts.offload import ExpertOptions, Offload
+from specdec.runtimes.linear_maps import rms_unit
+from specdec.runtimes.reference import ReferenceTarget
 from specdec.train.data import Answer
 from specdec.train.expert_leaps import fit_predictor, recalls
 
@@ -59,7 +61,7 @@ def mixtral():
 def folder(mixtral, tmp_path_factory):
     """Packed experts of ``mixtral`` and a fitted predictor."""
     path = tmp_path_factory.mktemp("packed")
-    fingerprint = hub.fingerprint(mixtral)
+    fingerprint = loading.fingerprint(mixtral)
     packed.pack(moe_layers(mixtral), fingerprint, path)
     predict.write_predictor(path, fit_predictor(mixtral, texts(8)), fingerprint, {})
     return path
@@ -68,13 +70,13 @@ def folder(mixtral, tmp_path_factory):
 @pytest.fixture
 def uncached(monkeypatch):
     """Experts are loaded whenever they are demanded."""
-    monkeypatch.setattr("specdec.experts.offload.ExpertStore", partial(StudyStore, caching=False))
+    monkeypatch.setattr("specdec.runtimes.experts.offload.ExpertStore", partial(StudyStore, caching=False))
 
 
 @pytest.fixture
 def recorded(monkeypatch):
     """Stores record what they are asked for."""
-    monkeypatch.setattr("specdec.experts.offload.ExpertStore", StudyStore)
+    monkeypatch.setattr("specdec.runtimes.experts.offload.ExpertStore", StudyStore)
 
 
 def texts(count: int, seed: int = 0) -> list[Answer]:
@@ -105,7 +107,9 @@ def test_tokens_are_the_models_own(moe, cache):
 @pytest.mark.parametrize("count", [1, 5, 60])
 @pytest.mark.parametrize("apart", [0, 1 << 30])
 def test_logits_are_the_models_own_to_the_bit(dtype, count, apart, monkeypatch):
-    monkeypatch.setattr("specdec.experts.store.OVERLAP_FROM", apart)  # those that are there at once, or all together
+    monkeypatch.setattr(
+        "specdec.runtimes.experts.store.OVERLAP_FROM", apart
+    )  # those that are there at once, or all together
     threads = torch.get_num_threads()
     model = tiny_model("qwen3_moe", **TINY, **SIZES["qwen3_moe"]).to(dtype)
     ids = torch.randint(3, 97, (1, count), generator=torch.Generator().manual_seed(0))
@@ -247,7 +251,7 @@ def test_the_oracle_misses_nothing_it_has_seen(mixtral, folder):
 
 def test_a_predictor_that_can_be_fitted_is_fitted_and_kept(mixtral, folder):
     fitted = fit_predictor(mixtral, texts(16), distances=(4, 2, 1, 0))
-    kept = predict.read_predictor(folder, hub.fingerprint(mixtral), 6, 32)
+    kept = predict.read_predictor(folder, loading.fingerprint(mixtral), 6, 32)
     assert [len(t) for t in kept.targets] == [3] * 6 and kept.targets[5] == [1, 0, 5]
     predictors = {"m2r2": fitted, "residual": predict.residual(moe_layers(mixtral), distances=(4, 2, 1, 0))}
     by = recalls(mixtral, predictors, texts(4, seed=1))
@@ -277,7 +281,7 @@ def test_a_predictor_with_broken_or_boundless_figures_is_one_line(mixtral, folde
 
 
 def test_a_damaged_expert_is_named_and_the_decoder_survives(mixtral, tmp_path):
-    index = packed.pack(moe_layers(mixtral), hub.fingerprint(mixtral), tmp_path)
+    index = packed.pack(moe_layers(mixtral), loading.fingerprint(mixtral), tmp_path)
     decoder = SpecDecoder(mixtral, None, "none", experts=ExpertOptions(0.5, folder=tmp_path))
     good = (tmp_path / packed.BLOCKS).read_bytes()
     with (tmp_path / packed.BLOCKS).open("r+b") as file:

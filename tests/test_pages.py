@@ -11,10 +11,11 @@ from safetensors.torch import load_file, save_file
 from test_native import model_of
 from transformers import AutoModelForCausalLM
 
-from specdec import hub, pages
-from specdec.errors import SpecDecError
-from specdec.native import library
-from specdec.native.target import NativeTarget
+from specdec.base import memory
+from specdec.base.errors import SpecDecError
+from specdec.models import loading
+from specdec.runtimes.native import library
+from specdec.runtimes.native.target import NativeTarget
 
 if not Path("/proc/self/pagemap").exists():
     pytest.skip("needs /proc/self/pagemap", allow_module_level=True)
@@ -34,7 +35,7 @@ def test_pages_of_a_file_are_given_back_and_come_again(tmp_path: Path) -> None:
     save_file({"w": weights}, tmp_path / "w.safetensors")
     mapped = load_file(tmp_path / "w.safetensors")["w"]
     assert torch.equal(mapped, weights) and present(mapped) == 1
-    assert pages.release(mapped) > 0 and present(mapped) == 0
+    assert memory.release(mapped) > 0 and present(mapped) == 0
     assert torch.equal(mapped, weights)
 
 
@@ -44,25 +45,25 @@ def test_what_was_written_to_is_never_given_back(tmp_path: Path) -> None:
     mapped = load_file(tmp_path / "w.safetensors")["w"]
     mapped[120, 7] = 5
     weights[120, 7] = 5
-    assert pages.release(mapped) == pages.release(weights) == 0
+    assert memory.release(mapped) == memory.release(weights) == 0
     assert torch.equal(mapped, weights)
-    assert pages.release(weights.t(), torch.empty(9, device="meta")) == 0
+    assert memory.release(weights.t(), torch.empty(9, device="meta")) == 0
 
 
 def test_changed_weights_get_a_file_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = torch.nn.Parameter(torch.zeros(300, 1000)), torch.nn.Parameter(torch.zeros(77, dtype=torch.bfloat16))
     first, second = torch.randn(300, 1000), torch.randn(77).bfloat16()
-    pages.park([a, b], [first, second], tmp_path)
+    memory.park([a, b], [first, second], tmp_path)
     assert list(tmp_path.iterdir()) == []
-    assert pages.release(a.detach()) > 0 and present(a.detach()) == 0
+    assert memory.release(a.detach()) > 0 and present(a.detach()) == 0
     assert torch.equal(a, first) and torch.equal(b, second)
     with torch.no_grad():
         a[5] = 7
     first[5] = 7
-    assert pages.release(a.detach()) > 0 and torch.equal(a, first)
+    assert memory.release(a.detach()) > 0 and torch.equal(a, first)
     # Without such a file they are in memory.
     monkeypatch.setattr("os.posix_fallocate", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
-    pages.park([a], [first + 1], tmp_path)
+    memory.park([a], [first + 1], tmp_path)
     assert torch.equal(a, first + 1)
 
 
@@ -76,7 +77,7 @@ def test_the_native_runtime_leaves_the_models_weights_in_their_file(tmp_path: Pa
     ids = torch.arange(3, 9)[None]
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    assert hub.fingerprint(model)
+    assert loading.fingerprint(model)
     NativeTarget(model, weights)
     if weights == "int4":  # rounded
         before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -20,11 +20,12 @@ from tiny import save_tiny_moe
 from tiny_gguf import forbidden
 from transformers import AutoModelForCausalLM, MixtralConfig
 
-from specdec import SpecDecoder, hub, stored
-from specdec.errors import SpecDecError
-from specdec.experts import packed, tiers
-from specdec.experts.layers import moe_layers
-from specdec.experts.offload import ExpertOptions
+from specdec import SpecDecoder
+from specdec.base.errors import SpecDecError
+from specdec.models import checkpoint, loading
+from specdec.runtimes.experts import packed, tiers
+from specdec.runtimes.experts.layers import moe_layers
+from specdec.runtimes.experts.offload import ExpertOptions
 
 PROMPT, COUNT = [5, 9, 11, 3, 7, 20, 31], 24
 FORMS = ["matrices", "fused", "shards"]  # an expert's matrices apart, as published models have them, or fused
@@ -66,13 +67,13 @@ def edit(folder: Path, change) -> None:
 def unread() -> Iterator[None]:
     """Meanwhile no expert is read from a checkpoint."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stored.Span, "numbers", forbidden)
+        patch.setattr(checkpoint.Span, "numbers", forbidden)
         yield
 
 
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
 def test_it_is_the_same_model(folder, dtype):
-    whole, left = hub.load(folder, dtype=dtype)[0], hub.load(folder, dtype=dtype, experts=False)[0]
+    whole, left = loading.load(folder, dtype=dtype)[0], loading.load(folder, dtype=dtype, experts=False)[0]
     own, found = dict(whole.named_parameters()), dict(left.named_parameters())
     assert own.keys() == found.keys()
     for name, value in own.items():
@@ -84,15 +85,15 @@ def test_it_is_the_same_model(folder, dtype):
             parts = torch.empty_like(gate_up), torch.empty_like(down)
             b.read(expert, *parts)
             assert torch.equal(parts[0], gate_up) and torch.equal(parts[1], down)
-    assert hub.fingerprint(left) == hub.fingerprint(whole)
+    assert loading.fingerprint(left) == loading.fingerprint(whole)
     assert left.config.to_dict() == whole.config.to_dict()
     assert left.generation_config.to_dict() == whole.generation_config.to_dict()
 
 
 def test_tokens_are_those_of_the_model_in_memory(folder, tmp_path):
-    whole, left = hub.load(folder)[0], hub.load(folder, experts=False)[0]
-    index = packed.pack(moe_layers(left), hub.fingerprint(left), tmp_path)
-    assert index == packed.pack(moe_layers(whole), hub.fingerprint(whole), tmp_path / "whole")
+    whole, left = loading.load(folder)[0], loading.load(folder, experts=False)[0]
+    index = packed.pack(moe_layers(left), loading.fingerprint(left), tmp_path)
+    assert index == packed.pack(moe_layers(whole), loading.fingerprint(whole), tmp_path / "whole")
     with unread():
         decoder = SpecDecoder(left, None, "none", experts=ExpertOptions(2 / 6, "residual", tmp_path))
         assert decoder.generate(PROMPT, max_new_tokens=COUNT).token_ids == greedy_reference(whole, PROMPT, COUNT)
@@ -101,7 +102,7 @@ def test_tokens_are_those_of_the_model_in_memory(folder, tmp_path):
 
 def test_closed_it_is_without_experts_again(mixtral, tmp_path):
     options = ExpertOptions(0.5, folder=tmp_path)
-    packed.pack(moe_layers(model := hub.load(mixtral, experts=False)[0]), hub.fingerprint(model), tmp_path)
+    packed.pack(moe_layers(model := loading.load(mixtral, experts=False)[0]), loading.fingerprint(model), tmp_path)
     decoder = SpecDecoder.from_pretrained(mixtral, "none", experts=options)
     model, mark = decoder.model, decoder.target.fingerprint
     own = decoder.generate(PROMPT, max_new_tokens=COUNT).token_ids
@@ -115,8 +116,8 @@ def test_closed_it_is_without_experts_again(mixtral, tmp_path):
 
 
 def test_a_packed_file_of_a_model_that_differs_in_one_expert_only_is_refused(mixtral, tmp_path):
-    model = hub.load(mixtral, experts=False)[0]
-    packed.pack(moe_layers(model), hub.fingerprint(model), tmp_path)
+    model = loading.load(mixtral, experts=False)[0]
+    packed.pack(moe_layers(model), loading.fingerprint(model), tmp_path)
     name = "model.layers.2.block_sparse_moe.experts.5.w2.weight"
     edit(mixtral, lambda tensors: tensors[name].mul_(1.5))
     with pytest.raises(SpecDecError, match=r"those of a model with fingerprint .* pack this model, or load that one"):
@@ -149,18 +150,18 @@ def test_an_edit_that_the_fingerprint_does_not_see_is_packed_anew(mixtral, cache
         (folder,) = cache.iterdir()  # the old one does not stay
         return packed_number(folder)
 
-    before, mark = number(), hub.fingerprint(hub.load(mixtral)[0])
+    before, mark = number(), loading.fingerprint(loading.load(mixtral)[0])
     said = capsys.readouterr().err
     assert f"Packing the experts of {mixtral} (0 MB) into {cache}" in said and "once" in said
     number()
     assert "Packing" not in capsys.readouterr().err
     edit(mixtral, unsampled)
-    assert hub.fingerprint(hub.load(mixtral)[0]) == mark
+    assert loading.fingerprint(loading.load(mixtral)[0]) == mark
     assert number() == before + 0.5
 
 
 def test_an_edit_in_memory_is_packed_anew(mixtral, cache):
-    model, marks = hub.load(mixtral)[0], []
+    model, marks = loading.load(mixtral)[0], []
     for _ in range(2):
         own = greedy_reference(model, PROMPT, COUNT)
         decoder = SpecDecoder(model, None, "none", experts=ExpertOptions(0.5))
@@ -172,11 +173,11 @@ def test_an_edit_in_memory_is_packed_anew(mixtral, cache):
 
 
 def test_a_folder_packed_before_an_edit_is_refused_and_one_of_a_copy_is_taken(mixtral, tmp_path):
-    model, options = hub.load(mixtral, experts=False)[0], ExpertOptions(0.5, folder=tmp_path / "packed")
-    packed.pack(moe_layers(model), hub.fingerprint(model), options.folder)
+    model, options = loading.load(mixtral, experts=False)[0], ExpertOptions(0.5, folder=tmp_path / "packed")
+    packed.pack(moe_layers(model), loading.fingerprint(model), options.folder)
     copied = Path(shutil.copytree(mixtral, tmp_path / "copy"))
     SpecDecoder.from_pretrained(copied, "none", experts=options).close()
-    layers = moe_layers(hub.load(copied, experts=False)[0])
+    layers = moe_layers(loading.load(copied, experts=False)[0])
     assert packed.open_index(options.folder).source == packed.origin(layers).state  # compared once
     edit(mixtral, unsampled)
     with pytest.raises(SpecDecError, match=r"not those of the loaded model: expert 5 of layer 2 differs; pack"):
@@ -194,10 +195,10 @@ def test_what_is_refused_is_refused_before_anything_is_packed(mixtral, cache, mo
 
 
 def test_an_index_of_somebody_else_is_left_alone(mixtral, tmp_path):
-    model = hub.load(mixtral, experts=False)[0]
+    model = loading.load(mixtral, experts=False)[0]
     (tmp_path / packed.INDEX).write_text('["theirs"]')
     with pytest.raises(SpecDecError, match=r"experts.json' was not made by specdec; move it away"):
-        packed.pack(moe_layers(model), hub.fingerprint(model), tmp_path)
+        packed.pack(moe_layers(model), loading.fingerprint(model), tmp_path)
     assert (tmp_path / packed.INDEX).read_text() == '["theirs"]'
 
 
@@ -220,28 +221,28 @@ EXPERT = "model.layers.1.block_sparse_moe.experts"
 def test_a_checkpoint_that_lacks_something_is_one_line(mixtral, change, message):
     edit(mixtral, change)
     with pytest.raises(SpecDecError, match=message) as error:
-        hub.load(mixtral, experts=False)
+        loading.load(mixtral, experts=False)
     assert "\n" not in str(error.value)
 
 
 def test_a_checkpoint_that_ends_early_is_one_line(mixtral, tmp_path):
-    model = hub.load(mixtral, experts=False)[0]
+    model = loading.load(mixtral, experts=False)[0]
     os.truncate(mixtral / "model.safetensors", 30_000)
     with pytest.raises(SpecDecError, match="ends within its weights: it was truncated"):
         packed.pack(moe_layers(model), "f", tmp_path)
     with pytest.raises(SpecDecError, match="a safetensors file is truncated or broken"):
-        hub.load(mixtral, experts=False)
+        loading.load(mixtral, experts=False)
     (mixtral / "model.safetensors").unlink()
     with pytest.raises(SpecDecError, match=r"cannot read weights in .* No such file"):
         packed.pack(moe_layers(model), "f", tmp_path)
     with pytest.raises(SpecDecError, match="Weights are read from safetensors only"):
-        hub.load(mixtral, experts=False)
+        loading.load(mixtral, experts=False)
     assert not list(tmp_path.glob("*experts*"))
 
 
 def test_experts_held_in_a_way_not_known_are_loaded_with_the_rest(mixtral):
     edit(mixtral, lambda tensors: tensors.update({"own.scale": torch.ones(1, dtype=torch.uint8)}))
-    model = hub.load(mixtral, experts=False)[0]
+    model = loading.load(mixtral, experts=False)[0]
     assert not any(p.is_meta for p in model.parameters())
     assert model(torch.tensor([PROMPT])).logits.isfinite().all()
 
@@ -253,9 +254,9 @@ def test_from_the_cache_of_hugging_face(mixtral, tmp_path, monkeypatch):
     shutil.copytree(mixtral, repository / "snapshots" / commit)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hf"))
     monkeypatch.setattr("socket.socket.connect", forbidden)
-    model = hub.load("some/one", experts=False)[0]
+    model = loading.load("some/one", experts=False)[0]
     assert moe_layers(model)[0].experts.gate_up_proj.is_meta
-    assert hub.fingerprint(model) == hub.fingerprint(hub.load(mixtral)[0])
+    assert loading.fingerprint(model) == loading.fingerprint(loading.load(mixtral)[0])
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------

@@ -19,13 +19,13 @@ from tiny import save_tiny
 from typer.testing import CliRunner
 
 from specdec import SpecDecoder, cli
+from specdec.api.text import encode
+from specdec.base.errors import SpecDecError
 from specdec.bench.cell import Cell
-from specdec.errors import SpecDecError
 from specdec.sweep import launch
 from specdec.sweep.launch import failed
 from specdec.sweep.plan import load_plan, shipped
 from specdec.sweep.store import RECORDS, Store
-from specdec.text import encode
 
 GRID = """
 drafter:

@@ -7,11 +7,11 @@ import torch
 from conftest import FAMILIES, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from specdec.adapters import Adapters
-from specdec.draft import Draft
-from specdec.errors import SpecDecError
-from specdec.reference import ReferenceTarget
-from specdec.runtimes import make_target
+from specdec.base.errors import SpecDecError
+from specdec.runtimes.adapters import Adapters
+from specdec.runtimes.reference import ReferenceTarget
+from specdec.runtimes.select import make_target
+from specdec.speculation.draft import Draft
 
 PIECES = ((0, 9), (9, 10), (10, 14))  # a prompt, a single token, a block
 

@@ -12,8 +12,8 @@ import pytest
 from rich.console import Console
 
 import specdec
-from specdec import terminal
-from specdec.errors import SpecDecError
+from specdec.base import terminal
+from specdec.base.errors import SpecDecError
 
 NASTY = "a\x1b]0;title\x07\x1b[2Jb\x9b31m\x7f\u202ec\r"
 SAFE = "a\\x1b]0;title\\x07\\x1b[2Jb\\x9b31m\\x7f\\u202ec\\x0d"

@@ -11,8 +11,8 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from specdec.errors import SpecDecError
-from specdec.text import Detokenizer, encode
+from specdec.api.text import Detokenizer, encode
+from specdec.base.errors import SpecDecError
 
 
 class Bytes:

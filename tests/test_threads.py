@@ -19,19 +19,19 @@ from conftest import greedy_reference, tiny_model
 from test_graphs import Replay
 from zoo import m2r2, run
 
-from specdec import target
-from specdec.decoder import SpecDecoder
-from specdec.draft import Drafter
+from specdec.api.decoder import SpecDecoder
+from specdec.base.errors import SpecDecError
 from specdec.drafters.layer_skip import LayerSkipDrafter
 from specdec.drafters.none import NoDrafter
 from specdec.drafters.prompt_lookup import PromptLookupDrafter
-from specdec.errors import SpecDecError
-from specdec.fused import FusedTarget
-from specdec.graphs import GraphedTarget
-from specdec.native import library, linear
-from specdec.native.target import NativeTarget
-from specdec.reference import ReferenceTarget
-from specdec.target import Target, lock_of
+from specdec.runtimes import target
+from specdec.runtimes.fused import FusedTarget
+from specdec.runtimes.graphs import GraphedTarget
+from specdec.runtimes.native import library, linear
+from specdec.runtimes.native.target import NativeTarget
+from specdec.runtimes.reference import ReferenceTarget
+from specdec.runtimes.target import Target, lock_of
+from specdec.speculation.draft import Drafter
 
 RUNTIMES = Path(target.__file__).parent
 FILES = {"library", "linear", "drafting", "growth", "target", "reference", "fused", "graphs", "kernels", "cache"}

@@ -22,17 +22,18 @@ from safetensors.torch import load_file
 from tiny import save_tiny
 from typer.testing import CliRunner
 
-from specdec import SpecDecoder, artifacts, hub
+from specdec import SpecDecoder
+from specdec.base.errors import SpecDecError
 from specdec.cli import app
-from specdec.costs import Costs
-from specdec.draft import State
 from specdec.drafters.m2r2 import M2R2, M2R2Drafter, M2R2Path, load_network
-from specdec.errors import SpecDecError
-from specdec.fused import FAMILIES as FUSED
-from specdec.fused import FusedTarget
-from specdec.reference import ReferenceTarget
-from specdec.sampling import Sampler, SamplingParams
-from specdec.target import Target
+from specdec.engine.costs import Costs
+from specdec.models import drafter_folder, loading
+from specdec.runtimes.fused import FAMILIES as FUSED
+from specdec.runtimes.fused import FusedTarget
+from specdec.runtimes.reference import ReferenceTarget
+from specdec.runtimes.target import Target
+from specdec.speculation.draft import State
+from specdec.speculation.sampling import Sampler, SamplingParams
 from specdec.train import data, search, states, trainer
 from specdec.train.batches import assemble, epoch, stream, windows
 from specdec.train.data import Answer, Prompt
@@ -159,7 +160,7 @@ def greedy() -> str:
 def answers(greedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A file of the tiny model's answers; ``hub.load`` returns that model."""
     model = tiny_model("llama", eos_token_id=None)
-    monkeypatch.setattr(hub, "load", lambda *args, **kwargs: (model, Tokens()))
+    monkeypatch.setattr(loading, "load", lambda *args, **kwargs: (model, Tokens()))
     (tmp_path / "answers.jsonl").write_text(greedy)
     return tmp_path / "answers.jsonl"
 
@@ -193,7 +194,7 @@ def evaluations(output: Path) -> list[dict[str, Any]]:
 def test_training_brings_drafts_nearer_to_the_base_and_leaves_the_base_alone(
     answers: Path, tmp_path: Path, path: dict[str, Any]
 ) -> None:
-    model, _ = hub.load("tiny")
+    model, _ = loading.load("tiny")
     before = {name: p.clone() for name, p in model.state_dict().items()}
     figures = train(recipe(answers, tmp_path / "out", steps=60, learning_rate=2e-2, leap_rate=5e-3, **path))
     first = evaluations(tmp_path / "out")[0]
@@ -257,10 +258,11 @@ def test_a_run_may_begin_from_a_trained_drafter_of_the_same_shape(
     again = train(recipe(answers, tmp_path / "again", steps=2, **other))
     assert evaluations(tmp_path / "again")[0]["top1"] == first["top1"]
     assert again["score"] >= first["score"]
-    config = artifacts.read_config(tmp_path / "again")
-    assert config["path"] == artifacts.read_config(tmp_path / "first")["path"]
+    config = drafter_folder.read_config(tmp_path / "again")
+    assert config["path"] == drafter_folder.read_config(tmp_path / "first")["path"]
     assert (
-        config["training"]["began_from"]["updates"] == artifacts.read_config(tmp_path / "first")["training"]["updates"]
+        config["training"]["began_from"]["updates"]
+        == drafter_folder.read_config(tmp_path / "first")["training"]["updates"]
     )
 
     config["base"]["fingerprint"] = "another"
@@ -299,7 +301,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_drafter(
     monkeypatch.setattr(Teacher, "loss", broken)
     with pytest.raises(SpecDecError, match="not a number any more at update 5"):
         train(recipe(answers, tmp_path / "out"))
-    assert all(t.isfinite().all() for t in artifacts.read_tensors(tmp_path / "out").values())
+    assert all(t.isfinite().all() for t in drafter_folder.read_tensors(tmp_path / "out").values())
     kept = load_file(tmp_path / "out" / "checkpoint.safetensors")
     monkeypatch.setattr(Teacher, "loss", loss)
     train(recipe(answers, tmp_path / "whole", steps=5, decay=1e-9))  # the rate does not fall in so few updates
@@ -308,14 +310,14 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_drafter(
 
 
 def test_a_full_disk_is_one_clear_line(answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    replace = artifacts.replace
+    replace = drafter_folder.replace
 
     def full(path: Path, content: bytes) -> None:
         if path.name == "checkpoint.safetensors":
             raise OSError(errno.ENOSPC, "No space left on device")
         replace(path, content)
 
-    monkeypatch.setattr(artifacts, "replace", full)
+    monkeypatch.setattr(drafter_folder, "replace", full)
     with pytest.raises(SpecDecError, match=r"No space left on device; .* free space and --resume"):
         train(recipe(answers, tmp_path / "out", steps=2))
 
@@ -397,7 +399,7 @@ def test_plain_text_becomes_pieces_that_are_trained_on_and_may_stand_alone(tmp_p
     command = ["train", "m2r2", "--model", str(folder), "--text", str(text), "--output", str(tmp_path / "out")]
     result = CliRunner().invoke(app, [*command, "--preset", str(preset), "--dtype", "float32", "--steps", "3"])
     assert result.exit_code == 0, result.output
-    training = artifacts.read_config(tmp_path / "out")["training"]
+    training = drafter_folder.read_config(tmp_path / "out")["training"]
     assert training["tokens_in_answers"] > 1000
     text.write_text(" \n")
     with pytest.raises(SpecDecError, match=r"text file .* is empty"):
@@ -479,7 +481,7 @@ def test_recipes_of_shipped_drafters_are_presets() -> None:
     recipes = sorted((files("specdec.drafters") / "pretrained").glob("*/*/train.yaml"))  # type: ignore[attr-defined]
     assert recipes
     for path in recipes:
-        kind = lookup(artifacts.read_config(path.parent)["drafter"])
+        kind = lookup(drafter_folder.read_config(path.parent)["drafter"])
         settings = load_settings(kind.settings_class, kind.name, str(path), {})
         assert settings.prompts and settings.minutes
 
@@ -575,7 +577,7 @@ def test_alignment_brings_a_layer_before_the_exit_nearer_to_where_it_runs_ahead_
 ) -> None:
     paper = {"exit_layer": 2, "segments": [], "final_leap": False, "draft_steps": 1, "steps": 60}
     paper |= {"learning_rate": 2e-2, "draft_vocab": 0}
-    model, _ = hub.load("tiny")
+    model, _ = loading.load("tiny")
     target, cosines = training_target(model), {}
     some = [a for a in data.read([answers]) if isinstance(a, Answer)]
     for align in (0.0, 3.0):
@@ -641,7 +643,7 @@ def test_the_search_chooses_the_path_of_largest_predicted_speedup_and_trains_it(
     kept = json.loads((out / "search.json").read_text())
     assert {tuple(row["segment"]) for row in kept["table"]} == {(2, 3), (2, 4), (3, 4)}
     best = max(kept["table"], key=lambda row: row["speedup"])
-    path = artifacts.read_config(out)["path"]
+    path = drafter_folder.read_config(out)["path"]
     assert path["segments"] == [kept["chosen"]] == [best["segment"]] and path["final_leap"]
     assert not (out / "states" / "search").exists()
     monkeypatch.setattr(search, "Search", None)  # nothing is searched again

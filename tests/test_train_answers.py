@@ -11,7 +11,7 @@ from conftest import greedy_reference, tiny_model
 from rich.progress import Progress
 
 from specdec import SpecDecoder
-from specdec.errors import SpecDecError
+from specdec.base.errors import SpecDecError
 from specdec.train import answers
 from specdec.train.answers import Sampling, answer_prompts, encode_prompts
 from specdec.train.data import Answer, Prompt

@@ -9,8 +9,8 @@ from math import prod
 import pytest
 
 from specdec import SpecDecError
-from specdec.draft import Draft
-from specdec.trees import best_tree
+from specdec.speculation.draft import Draft
+from specdec.speculation.trees import best_tree
 
 
 def paths(tree) -> list[tuple[int, ...]]:

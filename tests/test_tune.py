@@ -10,10 +10,10 @@ from tiny import save_tiny
 from typer.testing import CliRunner
 
 from specdec import cli
+from specdec.api.tuned import Tuned, place, recall, store
+from specdec.base.errors import SpecDecError
 from specdec.bench.cell import Cell
-from specdec.errors import SpecDecError
 from specdec.tune import drafter as search
-from specdec.tuned import Tuned, place, recall, store
 
 PROMPTS = [{"turns": ["one two three one two", "and again"]}, {"turns": ["two one two one two one"]}]
 

@@ -10,7 +10,7 @@ from test_exact import DRAFTS, sample
 from torch import Tensor
 
 from specdec import SpecDecError
-from specdec.draft import Acceptance, Draft
+from specdec.speculation.draft import Acceptance, Draft
 from specdec.verifiers.exact import ExactVerifier
 from specdec.verifiers.typical import TypicalVerifier
 

@@ -14,7 +14,7 @@ from tiny import save_tiny
 from typer.testing import CliRunner
 
 from specdec import SpecDecoder, cli
-from specdec.sampling import Noise, SamplingParams
+from specdec.speculation.sampling import Noise, SamplingParams
 from specdec.verifiers.exact import ExactVerifier
 from specdec.verify.checks import Fit, Greedy, chi_square_tail, expected, fit, misfits
 

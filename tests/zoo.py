@@ -8,8 +8,6 @@ from collections.abc import Sequence
 import torch
 from conftest import tiny_model
 
-from specdec.depth import FixedDepth
-from specdec.draft import Drafter, Verifier
 from specdec.drafters.arla import Router
 from specdec.drafters.deed import DeedDrafter
 from specdec.drafters.draft_model import DraftModelDrafter
@@ -24,10 +22,12 @@ from specdec.drafters.mixture_of_depths import MixtureOfDepthsDrafter, Routers
 from specdec.drafters.none import NoDrafter
 from specdec.drafters.prompt_lookup import PromptLookupDrafter
 from specdec.drafters.skip_decode import SkipDecodeDrafter
-from specdec.loop import Loop
-from specdec.reference import ReferenceTarget
-from specdec.sampling import Sampler, SamplingParams, streams
-from specdec.target import Target
+from specdec.engine.depth import FixedDepth
+from specdec.engine.loop import Loop
+from specdec.runtimes.reference import ReferenceTarget
+from specdec.runtimes.target import Target
+from specdec.speculation.draft import Drafter, Verifier
+from specdec.speculation.sampling import Sampler, SamplingParams, streams
 from specdec.verifiers.exact import ExactVerifier
 
 PROMPTS = [[5, 6, 7, 8], [9, 10, 11, 12, 13, 14, 15], [3]]

@@ -14,9 +14,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from specdec import options
-from specdec.draft import Acceptance, Draft, Verifier
-from specdec.errors import SpecDecError
+from specdec.base import options
+from specdec.base.errors import SpecDecError
+from specdec.speculation.draft import Acceptance, Draft, Verifier
 
 FILLS = ("exact", "propagate")
 

@@ -2,7 +2,7 @@
 
 A drafted token is accepted if it is the token that the target chooses after its parent. In greedy decoding that is
 the argmax; in sampling it is the argmax of the perturbed logits, drawn by noise that no draft can influence
-(``specdec.sampling``), so drafts change neither the distribution nor the sample.
+(``specdec.speculation.sampling``), so drafts change neither the distribution nor the sample.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from specdec.draft import Acceptance, Draft, Verifier
+from specdec.speculation.draft import Acceptance, Draft, Verifier
 
 
 class ExactVerifier(Verifier):

@@ -15,8 +15,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from specdec.draft import Acceptance, Draft, Verifier
-from specdec.errors import SpecDecError
+from specdec.base.errors import SpecDecError
+from specdec.speculation.draft import Acceptance, Draft, Verifier
 
 from .exact import ExactVerifier
 

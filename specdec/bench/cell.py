@@ -48,9 +48,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
-from specdec.embedded import DEFAULT_MODEL
-from specdec.options import GREEDY_BELOW, MAX_SEED, Runtime, Weights
-from specdec.settings import Settings
+from specdec.base.options import GREEDY_BELOW, MAX_SEED, Runtime, Weights
+from specdec.base.settings import Settings
+from specdec.models.catalogue import DEFAULT_MODEL
 
 HF_METHODS = ("hf", "hf-lookup", "hf-early-exit", "hf-draft-model")
 BASELINES = ("none", "hf", "hf-lookup", "hf-early-exit")

@@ -15,7 +15,7 @@ import torch
 import transformers
 
 import specdec
-from specdec.machine import processor_name
+from specdec.base.machine import processor_name
 
 
 def environment() -> dict[str, Any]:

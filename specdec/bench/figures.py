@@ -9,7 +9,7 @@ from specdec.bench import stats
 from specdec.bench.methods import Reply
 from specdec.bench.prompts import Conversation
 from specdec.bench.quality import Quality
-from specdec.metrics import RequestMetrics
+from specdec.engine.metrics import RequestMetrics
 
 
 @dataclass

@@ -16,12 +16,13 @@ from typing import Any, ClassVar, Protocol
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-from specdec import hub, options
+from specdec.api.decoder import SpecDecoder
+from specdec.base import options
+from specdec.base.errors import SpecDecError
 from specdec.bench.cell import Cell
-from specdec.decoder import SpecDecoder
-from specdec.errors import SpecDecError
-from specdec.metrics import RequestMetrics
-from specdec.sampling import Sampler, SamplingParams
+from specdec.engine.metrics import RequestMetrics
+from specdec.models import loading
+from specdec.speculation.sampling import Sampler, SamplingParams
 
 WARM_UP, CONTEXT = 8, 64  # new tokens and prompt tokens of the request that warms a method up
 SAMPLING = ("temperature", "top_p", "top_k")
@@ -125,7 +126,7 @@ class HFMethod:
         elif kind == "hf-draft-model":
             if not source:
                 raise SpecDecError("'hf-draft-model' needs a model; give hf-draft-model=MODEL")
-            self.extra["assistant_model"] = hub.load(source, dtype=base.target.dtype, device=base.target.device)[0]
+            self.extra["assistant_model"] = loading.load(source, dtype=base.target.dtype, device=base.target.device)[0]
         self.drafts = kind in ("hf-early-exit", "hf-draft-model")
         self.depth = depth
         self.sampling: dict[str, Any] = {"do_sample": False}

@@ -16,10 +16,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from specdec import inputs
-from specdec.artifacts import replace
-from specdec.embedded import cache_dir, one_line
-from specdec.errors import SpecDecError, did_you_mean
+from specdec.base import inputs
+from specdec.base.errors import SpecDecError, did_you_mean
+from specdec.models.catalogue import cache_dir, one_line
+from specdec.models.drafter_folder import replace
 
 DATA = "SPECDEC_DATA"  # environment variable: the data folder
 TIMEOUT = 20  # seconds for a download to answer

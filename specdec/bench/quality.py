@@ -6,9 +6,9 @@ import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
-from specdec.errors import SpecDecError
-from specdec.replay import replay
-from specdec.target import Target
+from specdec.base.errors import SpecDecError
+from specdec.engine.replay import replay
+from specdec.runtimes.target import Target
 
 
 @dataclass(frozen=True)

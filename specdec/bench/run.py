@@ -15,17 +15,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from specdec import hub, options, registry
+from specdec.api.decoder import SpecDecoder
+from specdec.api.text import encode
+from specdec.base import options
+from specdec.base.errors import SpecDecError
 from specdec.bench import quality
 from specdec.bench.cell import Cell, Progress
 from specdec.bench.environment import environment
 from specdec.bench.figures import Request, figures
 from specdec.bench.methods import CONTEXT, WARM_UP, HFMethod, Method, OwnMethod, PeakMemory
 from specdec.bench.prompts import Conversation, PromptSet, load_prompts, spread
-from specdec.decoder import SpecDecoder
-from specdec.errors import SpecDecError
-from specdec.replay import first_difference
-from specdec.text import encode
+from specdec.engine.replay import first_difference
+from specdec.models import loading
+from specdec.speculation import registry
 
 # Settings of a method; in the others, cells that run side by side must agree.
 OWN = ("drafter", "drafter_options", "verifier", "verifier_options", "num_speculative_tokens", "against")
@@ -48,7 +50,7 @@ class Decoders:
         if self._base is None or self._base[0] != cell.loading:
             self._base, self._loaded = None, {}  # free the last one first
             if any(drafter != "none" for drafter in drafters):
-                config = hub.read_config(cell.model, cell.dtype)
+                config = loading.read_config(cell.model, cell.dtype)
                 for drafter in drafters:
                     registry.refuse_early(drafter, config, cell.model)
             how = {name: value for name, value in cell.loading.items() if name != "model"}

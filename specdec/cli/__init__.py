@@ -11,10 +11,11 @@ from typing import Annotated
 
 import typer
 
-from specdec import __version__, terminal
+from specdec import __version__
+from specdec.base import terminal
+from specdec.base.errors import SpecDecError
 from specdec.cli import bench, doctor, generate, listings, pack_experts, sweep, train, tune, verify
 from specdec.cli.boundary import Commands
-from specdec.errors import SpecDecError
 
 app = typer.Typer(
     name="specdec",

@@ -9,11 +9,11 @@ from typing import Annotated, Any
 
 import typer
 
-from specdec import options, terminal
+from specdec.base import options, terminal
+from specdec.base.errors import SpecDecError
 from specdec.cli import shared
 from specdec.cli.shared import INTERRUPTED
-from specdec.embedded import DEFAULT_MODEL
-from specdec.errors import SpecDecError
+from specdec.models.catalogue import DEFAULT_MODEL
 
 METHODS = "hf,none,prompt-lookup,m2r2"
 
@@ -64,9 +64,9 @@ def bench(
         raise SpecDecError(f"--drafters names no method; give some, such as {METHODS}")
     own = _by_method(names, drafter_option or [])
     with terminal.status("loading"):
-        from specdec.artifacts import shipped
         from specdec.bench.cell import Cell
         from specdec.bench.run import Decoders, Run
+        from specdec.models.drafter_folder import shipped
         from specdec.sweep.results import from_benchmark
 
         terminal.warn_in_lines()

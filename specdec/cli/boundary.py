@@ -16,9 +16,9 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from specdec import terminal
+from specdec.base import terminal
+from specdec.base.errors import SpecDecError
 from specdec.cli.shared import INTERRUPTED
-from specdec.errors import SpecDecError
 
 DEBUG = "SPECDEC_DEBUG"  # environment variable: print tracebacks
 

@@ -16,8 +16,9 @@ from typing import Annotated, Any
 
 import typer
 
-from specdec import embedded, machine
-from specdec.errors import SpecDecError
+from specdec.base import machine
+from specdec.base.errors import SpecDecError
+from specdec.models import catalogue
 
 PACKAGES = ("specdec-m2r2", "torch", "transformers", "numpy", "safetensors", "gguf", "accelerate", "ray")
 CPU_FLAGS = (
@@ -48,7 +49,7 @@ def collect() -> dict[str, Any]:
         "device": _device(),
         "threads": _threads(),
         "cache": _cache(),
-        "models": {row.name: row.cached for row in embedded.embedded_models()},
+        "models": {row.name: row.cached for row in catalogue.embedded_models()},
         "shipped_drafters": _shipped(),
         "variables": {name: os.environ[name] for name in sorted(os.environ) if name.startswith(VARIABLES)},
     }
@@ -101,7 +102,7 @@ def _features(cpuinfo: Path = machine.CPUINFO) -> list[str]:
 
 
 def _kernels() -> dict[str, Any]:
-    from specdec.native import library
+    from specdec.runtimes.native import library
 
     try:
         library.load()
@@ -114,23 +115,23 @@ def _device() -> dict[str, str]:
     """The device that ``auto`` chooses, and why it is not a CUDA device."""
     import torch
 
-    from specdec import hub
+    from specdec.models import loading
 
     try:
-        return {"name": f"cuda ({torch.cuda.get_device_name(hub.find_device('cuda'))})", "no_cuda": ""}
+        return {"name": f"cuda ({torch.cuda.get_device_name(loading.find_device('cuda'))})", "no_cuda": ""}
     except SpecDecError as error:
         return {"name": "cpu", "no_cuda": str(error)}
 
 
 def _threads() -> dict[str, int]:
-    from specdec import cores
+    from specdec.base import cores
 
     return {"used": cores.threads(), "cpus": cores.cpus()}
 
 
 def _cache() -> dict[str, Any]:
     """Size of the cache folder, symbolic links not followed. Files that vanish meanwhile do not count."""
-    folder, size, free = embedded.cache_dir(), 0, 0
+    folder, size, free = catalogue.cache_dir(), 0, 0
     for parent, _, names in os.walk(folder):
         for name in names:
             try:

@@ -14,15 +14,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from specdec import inputs, options, registry, terminal
+from specdec.base import inputs, options, terminal
+from specdec.base.errors import SpecDecError, did_you_mean
 from specdec.cli import shared, statistics
 from specdec.cli.shared import INTERRUPTED, panel, print_json
-from specdec.embedded import DEFAULT_MODEL
-from specdec.errors import SpecDecError, did_you_mean
+from specdec.models.catalogue import DEFAULT_MODEL
+from specdec.speculation import registry
 
 if TYPE_CHECKING:
-    from specdec.decoder import GenerationOutput, SpecDecoder
-    from specdec.experts.offload import ExpertOptions
+    from specdec.api.decoder import GenerationOutput, SpecDecoder
+    from specdec.runtimes.experts.offload import ExpertOptions
 
 LONG = 1024  # tokens of a prompt that is worth a spinner
 WARM_UP = 8  # tokens that each side of --compare decodes before it is timed
@@ -109,9 +110,9 @@ def generate(
     }
     with terminal.status("starting", silent):
         terminal.warn_in_lines(verbose)
-        from specdec.decoder import SpecDecoder
-        from specdec.sampling import SamplingParams
-        from specdec.text import encode
+        from specdec.api.decoder import SpecDecoder
+        from specdec.api.text import encode
+        from specdec.speculation.sampling import SamplingParams
 
         # What can be checked without the model comes first: it may have to be downloaded.
         penalty = 1.0 if repetition_penalty is None else repetition_penalty
@@ -227,7 +228,7 @@ def _read(prompt: str | None) -> str:
 
 def _expert_options(cache: str | None, prefetch: str, more: list[str]) -> ExpertOptions | None:
     """What --expert-cache and its like say; None without them. Raises SpecDecError for what cannot be."""
-    from specdec.experts.offload import ExpertOptions
+    from specdec.runtimes.experts.offload import ExpertOptions
 
     if cache is None:
         if prefetch != "none" or more:
@@ -295,8 +296,8 @@ def _decode(
 def _compare(
     decoder: SpecDecoder, ids: list[int], settings: dict[str, Any], ours: GenerationOutput, plain: GenerationOutput
 ) -> statistics.Comparison:
-    from specdec.replay import first_difference, margins
-    from specdec.sampling import SamplingParams
+    from specdec.engine.replay import first_difference, margins
+    from specdec.speculation.sampling import SamplingParams
 
     params = SamplingParams(
         **{name: settings[name] for name in SamplingParams.__dataclass_fields__ if name != "repetition_penalty"}

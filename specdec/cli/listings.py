@@ -9,10 +9,11 @@ from typing import Annotated, Any
 
 import typer
 
-from specdec import registry, terminal
+from specdec.base import terminal
+from specdec.base.errors import SpecDecError
 from specdec.cli.shared import print_json
-from specdec.embedded import embedded_models
-from specdec.errors import SpecDecError
+from specdec.models.catalogue import embedded_models
+from specdec.speculation import registry
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 

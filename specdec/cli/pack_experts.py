@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from specdec import options
-from specdec.errors import SpecDecError
-from specdec.terminal import Bar, columns, write
+from specdec.base import options
+from specdec.base.errors import SpecDecError
+from specdec.base.terminal import Bar, columns, write
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,14 +38,14 @@ def pack_experts(
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
 ) -> None:
     """Write the experts of a model into one file, to be loaded as they are needed (generate --expert-cache)."""
-    from specdec import hub
-    from specdec.experts import packed
-    from specdec.experts.layers import moe_layers
-    from specdec.experts.offload import ExpertOptions, Offload
+    from specdec.models import loading
+    from specdec.runtimes.experts import packed
+    from specdec.runtimes.experts.layers import moe_layers
+    from specdec.runtimes.experts.offload import ExpertOptions, Offload
 
     items, cache = None if fit is None else _read(fit), options.size("--expert-cache", expert_cache)
-    loaded, tokenizer = hub.load(model, dtype=dtype, trust_remote_code=trust_remote_code, experts=False)
-    layers, fingerprint = moe_layers(loaded), hub.fingerprint(loaded)
+    loaded, tokenizer = loading.load(model, dtype=dtype, trust_remote_code=trust_remote_code, experts=False)
+    layers, fingerprint = moe_layers(loaded), loading.fingerprint(loaded)
     with Bar("packing", "experts") as update:
         index = packed.pack(layers, fingerprint, folder, update)
     write(
@@ -59,8 +59,8 @@ def pack_experts(
 
 def _fit(loaded: PreTrainedModel, fingerprint: str, folder: Path, answers: list[Answer]) -> None:
     """Fit the predictor to all but a few of ``answers``, write it, and print its recall on those few."""
-    from specdec.experts import predict
-    from specdec.experts.layers import moe_layers
+    from specdec.runtimes.experts import predict
+    from specdec.runtimes.experts.layers import moe_layers
     from specdec.train.expert_leaps import fit_predictor, recalls
 
     held = answers[::HELD_OUT][:HELD_OUT]
@@ -89,7 +89,7 @@ def _read(path: Path) -> list[Any]:
 
 def _answers(model: Any, tokenizer: Any, items: list[Any]) -> list[Answer]:
     """The texts as answers; prompts are answered by the model."""
-    from specdec.decoder import SpecDecoder
+    from specdec.api.decoder import SpecDecoder
     from specdec.train.answers import encode_prompts
     from specdec.train.data import Answer
 

@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from specdec import options
-from specdec.errors import SpecDecError
+from specdec.base import options
+from specdec.base.errors import SpecDecError
 
 INTERRUPTED = 130  # exit code of Ctrl-C
 
@@ -119,6 +119,6 @@ def print_json(value: Any) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write indented JSON; the file is whole or as it was."""
-    from specdec.artifacts import replace  # heavy
+    from specdec.models.drafter_folder import replace  # heavy
 
     replace(path, (json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode())

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
-from specdec.terminal import shown, stderr
+from specdec.base.terminal import shown, stderr
 
 if TYPE_CHECKING:
-    from specdec.decoder import GenerationOutput, SpecDecoder
-    from specdec.replay import Difference
-    from specdec.tuned import Tuned
+    from specdec.api.decoder import GenerationOutput, SpecDecoder
+    from specdec.api.tuned import Tuned
+    from specdec.engine.replay import Difference
 
 Facts = list[tuple[str, str]]
 ENOUGH = 8  # drafted tokens, before it is remarked that none was accepted

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
 
-from specdec import terminal
+from specdec.base import terminal
+from specdec.base.errors import SpecDecError
+from specdec.base.terminal import Progress, duration, say, tell
 from specdec.cli import shared
 from specdec.cli.shared import INTERRUPTED
-from specdec.errors import SpecDecError
-from specdec.terminal import Progress, duration, say, tell
 
 if TYPE_CHECKING:
     from specdec.bench.cell import Cell

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from specdec import options
-from specdec.terminal import stderr, write
+from specdec.base import options
+from specdec.base.terminal import stderr, write
 from specdec.train.method import METHODS
 
 app = typer.Typer(no_args_is_help=True, help="Train drafters for a model, from its own answers.")

@@ -6,12 +6,12 @@ from typing import Annotated
 
 import typer
 
-from specdec import options, terminal
+from specdec.api.tuned import Tuned, place, store
+from specdec.base import options, terminal
+from specdec.base.errors import SpecDecError
+from specdec.base.terminal import say
 from specdec.cli import shared
-from specdec.embedded import DEFAULT_MODEL
-from specdec.errors import SpecDecError
-from specdec.terminal import say
-from specdec.tuned import Tuned, place, store
+from specdec.models.catalogue import DEFAULT_MODEL
 
 app = typer.Typer(no_args_is_help=True, help="Choose settings for your model, machine and prompts, by measurement.")
 

@@ -10,11 +10,12 @@ from typing import Annotated, Any
 
 import typer
 
-from specdec import options, registry, terminal
+from specdec.base import options, terminal
+from specdec.base.errors import SpecDecError
 from specdec.cli import shared, statistics
 from specdec.cli.shared import INTERRUPTED
-from specdec.embedded import DEFAULT_MODEL
-from specdec.errors import SpecDecError
+from specdec.models.catalogue import DEFAULT_MODEL
+from specdec.speculation import registry
 
 
 def verify(
@@ -65,9 +66,9 @@ def verify(
             "checked"
         )
     with terminal.status("loading"):
+        from specdec.api.decoder import SpecDecoder
         from specdec.bench.prompts import load_prompts, spread
-        from specdec.decoder import SpecDecoder
-        from specdec.sampling import SamplingParams
+        from specdec.speculation.sampling import SamplingParams
         from specdec.verify.certificate import Certificate, Plan
 
         terminal.warn_in_lines()
@@ -119,7 +120,7 @@ def verify(
     page, data = certificate.page(title), about | certificate.as_dict()
     terminal.write(f"{page}\n")
     if output:
-        from specdec.artifacts import replace
+        from specdec.models.drafter_folder import replace
 
         replace(output / "certificate.txt", (page + "\n").encode())
         shared.write_json(output / "certificate.json", data)

@@ -16,10 +16,10 @@ from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from specdec.base.errors import SpecDecError
 from specdec.bench.cell import Cell
 from specdec.bench.run import Decoders
-from specdec.embedded import one_line
-from specdec.errors import SpecDecError
+from specdec.models.catalogue import one_line
 from specdec.sweep.launch import Watch, failed, measure
 from specdec.sweep.schema import Resources
 

@@ -10,8 +10,8 @@ from typing import Any, NoReturn
 
 import yaml
 
-from specdec import inputs
-from specdec.errors import SpecDecError, did_you_mean
+from specdec.base import inputs
+from specdec.base.errors import SpecDecError, did_you_mean
 
 MOST_NODES = 50_000  # values of a file; aliases of aliases of aliases end here
 _FLOAT = re.compile(r"[-+]?(\d[\d_]*\.?|\d*\.\d+)([eE][-+]?\d+)?")  # YAML 1.1 takes 1e-5 for a string, people do not

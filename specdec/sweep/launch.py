@@ -11,10 +11,10 @@ from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
+from specdec.base.errors import SpecDecError
 from specdec.bench.cell import Cell, Progress
 from specdec.bench.run import Decoders, run_cell
-from specdec.embedded import one_line
-from specdec.errors import SpecDecError
+from specdec.models.catalogue import one_line
 
 Watch = Callable[[Cell, int, int, int], None]  # a cell under way; requests done, requests in all, tokens so far
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from specdec.base.errors import SpecDecError, did_you_mean
 from specdec.bench.cell import Cell
-from specdec.errors import SpecDecError, did_you_mean
 from specdec.sweep.document import Node, parse
 from specdec.sweep.schema import GROUPS, SETTINGS, WHOLE, named
 

@@ -11,8 +11,8 @@ from typing import Any
 from jinja2 import Environment
 
 from specdec import __version__
-from specdec.artifacts import replace
-from specdec.errors import SpecDecError
+from specdec.base.errors import SpecDecError
+from specdec.models.drafter_folder import replace
 from specdec.sweep.results import Record, Results, Table, command, speedup_of
 
 PAGE = "report.html"

@@ -23,8 +23,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from specdec.base.errors import SpecDecError, did_you_mean
 from specdec.bench.cell import Cell
-from specdec.errors import SpecDecError, did_you_mean
 from specdec.sweep.document import Node, load, show
 from specdec.sweep.overrides import override
 from specdec.sweep.schema import (

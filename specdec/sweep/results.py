@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from specdec.base.errors import SpecDecError
 from specdec.bench.cell import Cell
-from specdec.errors import SpecDecError
 from specdec.sweep import axes
 from specdec.sweep.store import MANIFEST, Store
 

@@ -12,11 +12,11 @@ from typing import Any
 
 from pydantic import Field
 
-from specdec import options as drafter_options
-from specdec import registry
+from specdec.base import options as drafter_options
+from specdec.base.errors import SpecDecError, did_you_mean
+from specdec.base.settings import Settings
 from specdec.bench.cell import HF_METHODS, Cell
-from specdec.errors import SpecDecError, did_you_mean
-from specdec.settings import Settings
+from specdec.speculation import registry
 from specdec.sweep.document import Node, show
 
 GROUPS = ("drafter", "verifier")  # settings that have options of their own

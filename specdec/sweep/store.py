@@ -19,7 +19,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from specdec.errors import SpecDecError
+from specdec.base.errors import SpecDecError
 from specdec.sweep.plan import Plan
 
 MANIFEST, RECORDS, LOCK = "sweep.json", "cells.jsonl", ".lock"
@@ -56,7 +56,7 @@ class Store:
     def begin(self, plan: Plan, command: str) -> dict[str, dict[str, Any]]:
         """Make the folder ready for ``plan``; return the records it has already, by key. Under ``lock`` only."""
         if not self.manifest.is_file():
-            from specdec.artifacts import replace  # heavy
+            from specdec.models.drafter_folder import replace  # heavy
 
             manifest = {
                 "name": plan.name,

@@ -14,13 +14,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from specdec.decoder import SpecDecoder
-from specdec.depth import FixedDepth
-from specdec.errors import SpecDecError
-from specdec.loop import Loop
-from specdec.sampling import Sampler, SamplingParams
-from specdec.terminal import Progress
-from specdec.text import encode
+from specdec.api.decoder import SpecDecoder
+from specdec.api.text import encode
+from specdec.base.errors import SpecDecError
+from specdec.base.terminal import Progress
+from specdec.engine.depth import FixedDepth
+from specdec.engine.loop import Loop
+from specdec.speculation.sampling import Sampler, SamplingParams
 from specdec.train.data import Answer, Prompt, records
 from specdec.train.files import writing
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from specdec import artifacts
+from specdec.base.errors import SpecDecError
 from specdec.drafters.m2r2_network import M2R2, load_network
-from specdec.errors import SpecDecError
-from specdec.target import Target
+from specdec.models import drafter_folder
+from specdec.runtimes.target import Target
 from specdec.train.batches import Batch
 from specdec.train.m2r2 import figure_name, wanted_states
 from specdec.train.method import Method
@@ -45,10 +45,12 @@ class ArlaMethod(Method):
 
     def __init__(self, settings: ArlaSettings, target: Target) -> None:
         super().__init__(settings, target)
-        shipped = None if Path(settings.drafter).is_dir() else artifacts.shipped(settings.drafter, target.fingerprint)
+        shipped = (
+            None if Path(settings.drafter).is_dir() else drafter_folder.shipped(settings.drafter, target.fingerprint)
+        )
         self.folder = shipped or Path(settings.drafter)
         network = load_network(target, self.folder)
-        self.trained = artifacts.read_config(self.folder)
+        self.trained = drafter_folder.read_config(self.folder)
         own = network.state_dict()
         self.path, self.base_tensors = network.path, {k: own[k] for k in own if not k.startswith("routers.")}
 

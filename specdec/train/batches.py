@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from specdec.cache import KVCache
+from specdec.runtimes.cache import KVCache
 from specdec.train.states import Record
 
 Window = tuple[int, int, int]  # record, first position, end

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from specdec import inputs
-from specdec.errors import SpecDecError
+from specdec.base import inputs
+from specdec.base.errors import SpecDecError
 
 TEXT_CONTEXT = 16  # tokens at the beginning of a piece of text that are not trained on
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from specdec.drafters.m2r2_network import M2R2
-from specdec.target import Target
+from specdec.runtimes.target import Target
 from specdec.train.batches import Batch
 from specdec.train.student import Teacher, draft_steps
 

@@ -15,12 +15,12 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from specdec.cache import Mask
+from specdec.base.errors import SpecDecError
 from specdec.drafters.exits import ExitHeads, check_exits
 from specdec.drafters.mixture_of_depths import Routers
-from specdec.errors import SpecDecError
-from specdec.kernels import rms_unit
-from specdec.target import Target
+from specdec.runtimes.cache import Mask
+from specdec.runtimes.linear_maps import rms_unit
+from specdec.runtimes.target import Target
 from specdec.train.batches import Batch
 from specdec.train.evaluate import acceptance_lengths, accepted_shares
 from specdec.train.fit import Moments

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdec.experts.layers import MoELayer, moe_layers
-from specdec.experts.predict import DISTANCES, LinearPredictor, slope_of
-from specdec.kernels import rms_unit
+from specdec.runtimes.experts.layers import MoELayer, moe_layers
+from specdec.runtimes.experts.predict import DISTANCES, LinearPredictor, slope_of
+from specdec.runtimes.linear_maps import rms_unit
 from specdec.train.data import Answer
 from specdec.train.fit import Moments
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from specdec.errors import SpecDecError
+from specdec.base.errors import SpecDecError
 
 
 @contextmanager

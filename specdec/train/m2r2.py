@@ -16,11 +16,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from specdec import artifacts
+from specdec.base.errors import SpecDecError
 from specdec.drafters.m2r2_network import M2R2
 from specdec.drafters.m2r2_path import M2R2Path
-from specdec.errors import SpecDecError
-from specdec.target import Target
+from specdec.models import drafter_folder
+from specdec.runtimes.target import Target
 from specdec.train import search
 from specdec.train.batches import Batch
 from specdec.train.evaluate import evaluate
@@ -46,7 +46,7 @@ class M2R2Method(Method):
         super().__init__(settings, target)
         self.searches = settings.search and not settings.init
         if settings.init:
-            self.path = M2R2Path.from_json(artifacts.read_config(Path(settings.init)).get("path", {}))
+            self.path = M2R2Path.from_json(drafter_folder.read_config(Path(settings.init)).get("path", {}))
         elif not settings.search:
             self.path = path_of(settings, target)
 

@@ -9,16 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from specdec.base.errors import SpecDecError
 from specdec.drafters.medusa import Medusa
-from specdec.errors import SpecDecError
-from specdec.kernels import rms_unit
-from specdec.target import Target
+from specdec.runtimes.linear_maps import rms_unit
+from specdec.runtimes.target import Target
+from specdec.speculation.trees import best_tree
 from specdec.train.batches import Batch
 from specdec.train.method import Method
 from specdec.train.settings import Positive, PositiveFloat, TrainSettings
 from specdec.train.states import Wanted
 from specdec.train.student import Teacher
-from specdec.trees import best_tree
 
 RANKS = 10  # choices of a head whose accuracy is measured
 

@@ -20,8 +20,8 @@ if TYPE_CHECKING:  # the command line imports this module for the names alone
     from rich.console import Console
     from torch import Tensor, nn
 
-    from specdec.target import Target
-    from specdec.terminal import Progress
+    from specdec.base.terminal import Progress
+    from specdec.runtimes.target import Target
     from specdec.train.batches import Batch
     from specdec.train.data import Answer
     from specdec.train.settings import TrainSettings

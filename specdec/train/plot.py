@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from specdec.terminal import tell
+from specdec.base.terminal import tell
 
 
 def draw_curves(metrics: Path, picture: Path, console: Console) -> None:

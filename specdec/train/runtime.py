@@ -7,10 +7,10 @@ import sys
 
 from transformers import PreTrainedModel
 
-from specdec.errors import SpecDecError
-from specdec.fused import FusedTarget
-from specdec.reference import ReferenceTarget
-from specdec.target import Target
+from specdec.base.errors import SpecDecError
+from specdec.runtimes.fused import FusedTarget
+from specdec.runtimes.reference import ReferenceTarget
+from specdec.runtimes.target import Target
 
 
 def training_target(model: PreTrainedModel) -> Target:

@@ -21,15 +21,15 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from specdec import artifacts
-from specdec.costs import Costs, measure
-from specdec.decoder import SpecDecoder
+from specdec.api.decoder import SpecDecoder
+from specdec.base.errors import SpecDecError
 from specdec.drafters.m2r2 import M2R2Drafter
 from specdec.drafters.m2r2_network import M2R2
 from specdec.drafters.m2r2_path import M2R2Path
-from specdec.errors import SpecDecError
-from specdec.kernels import rms_unit
-from specdec.target import Target
+from specdec.engine.costs import Costs, measure
+from specdec.models import drafter_folder
+from specdec.runtimes.linear_maps import rms_unit
+from specdec.runtimes.target import Target
 from specdec.train import batches as windows_of
 from specdec.train.batches import Batch
 from specdec.train.data import Answer
@@ -72,7 +72,7 @@ def choose(settings: M2R2Settings, target: Target, work: Work) -> Segment:
     vocab = 0 if work.vocab is None else len(work.vocab)
     mark = f"{work.mark} {digest([*parts['train'], *parts['eval']])} {vocab} {settings.window}"
     file, folder = work.output / FILE, work.output / "states" / "search"
-    if file.exists() and (kept := artifacts.read_json(file))["mark"] == mark:
+    if file.exists() and (kept := drafter_folder.read_json(file))["mark"] == mark:
         lo, hi = kept["chosen"]
         return int(lo), int(hi)
     records, later = {}, tuple(range(target.num_layers // 2, target.num_layers))
@@ -91,7 +91,7 @@ def choose(settings: M2R2Settings, target: Target, work: Work) -> Segment:
     _show(rows, work.console)
     table = {"mark": mark, "chosen": rows[0].segment, "table": [dataclasses.asdict(row) for row in rows]}
     with writing(FILE, work.output):
-        artifacts.replace(file, json.dumps(table, indent=1).encode())
+        drafter_folder.replace(file, json.dumps(table, indent=1).encode())
     shutil.rmtree(folder)  # large, and of no use any more
     return rows[0].segment
 

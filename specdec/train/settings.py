@@ -19,9 +19,9 @@ from pydantic import (
     model_validator,
 )
 
-from specdec import inputs
-from specdec.errors import SpecDecError, did_you_mean
-from specdec.options import shown
+from specdec.base import inputs
+from specdec.base.errors import SpecDecError, did_you_mean
+from specdec.base.options import shown
 
 Positive = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from specdec.costs import Costs, costs
-from specdec.decoder import SpecDecoder
+from specdec.api.decoder import SpecDecoder
+from specdec.engine.costs import Costs, costs
 
 
 def measure(model: PreTrainedModel, folder: Path) -> Costs:

@@ -18,11 +18,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from specdec import inputs
-from specdec.artifacts import replace
-from specdec.cache import KVCache, Mask
-from specdec.errors import SpecDecError
-from specdec.target import Target
+from specdec.base import inputs
+from specdec.base.errors import SpecDecError
+from specdec.models.drafter_folder import replace
+from specdec.runtimes.cache import KVCache, Mask
+from specdec.runtimes.target import Target
 from specdec.train.data import Answer
 from specdec.train.files import writing
 

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from specdec.cache import Mask
 from specdec.drafters.m2r2_network import M2R2, Carry, watch
-from specdec.target import Target
+from specdec.runtimes.cache import Mask
+from specdec.runtimes.target import Target
 from specdec.train.batches import Batch
 
 

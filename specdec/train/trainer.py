@@ -25,10 +25,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from specdec import artifacts, generation_config, hub, inputs
-from specdec.costs import Costs
-from specdec.errors import SpecDecError
-from specdec.terminal import Progress, stderr, tell
+from specdec.base import inputs
+from specdec.base.errors import SpecDecError
+from specdec.base.terminal import Progress, stderr, tell
+from specdec.engine.costs import Costs
+from specdec.models import drafter_folder, generation_config, loading
 from specdec.train import batches as windows_of
 from specdec.train import data, states
 from specdec.train import settings as settings_of
@@ -46,7 +47,7 @@ from specdec.train.world import World, join
 
 RECIPE, METRICS, CHECKPOINT = "train.yaml", "metrics.jsonl", "checkpoint.safetensors"
 # What a run writes, replaces and deletes in its output folder, which must not be somebody else's.
-WRITTEN = (artifacts.CONFIG, artifacts.WEIGHTS, METRICS, CHECKPOINT, ANSWERS, "states")
+WRITTEN = (drafter_folder.CONFIG, drafter_folder.WEIGHTS, METRICS, CHECKPOINT, ANSWERS, "states")
 Trained = tuple[dict[str, Any], dict[str, Tensor]]  # configuration and tensors of a drafter
 REPORT_UPDATES = 10  # updates a line of metrics.jsonl
 
@@ -64,7 +65,7 @@ def train(settings: TrainSettings, resume: bool = False, console: Console | None
     items = data.read([Path(p) for p in settings.prompts]) if settings.prompts else []
     texts = data.read_texts([Path(p) for p in settings.text])
     held = data.read([Path(p) for p in settings.holdout]) if settings.holdout else []
-    with join(str(hub.find_device(settings.device))) as world:
+    with join(str(loading.find_device(settings.device))) as world:
         if settings.rows < world.size:
             raise SpecDecError(f"{world.size} processes cannot share batches of {settings.rows} rows; raise 'rows'")
         with world.after_the_first():
@@ -84,9 +85,9 @@ def _prepare(
     """Everything that comes before gradients; what an earlier run, or the first process, has done is read."""
     output = _open_output(settings, resume)
     keep_freed_memory()
-    model, tokenizer = hub.load(settings.model, dtype=settings.dtype, device=world.device)
+    model, tokenizer = loading.load(settings.model, dtype=settings.dtype, device=world.device)
     target = training_target(model)
-    mark = hub.fingerprint(model)
+    mark = loading.fingerprint(model)
     begin = read_drafter(settings.init, mark) if settings.init else None
     method = lookup(settings.method)(settings, target)
     data.refuse_foreign(items, target.vocab_size)
@@ -115,7 +116,7 @@ def _prepare(
     run = Run(method, vocab, store["train"].records, store["eval"].records, output, console, world)
     run.base = {
         "fingerprint": mark,
-        "name": hub.own_name(settings.model),
+        "name": loading.own_name(settings.model),
         "model_type": model.config.model_type,
         "num_layers": target.num_layers,
         "hidden_size": target.hidden_size,
@@ -217,7 +218,7 @@ class Run:
             self._evaluate()
             if self.world.first:
                 draw_curves(self.output / METRICS, self.output / "training.png", self.console)
-            best: dict[str, Any] = artifacts.read_config(self.output)["training"]["held_out"]
+            best: dict[str, Any] = drafter_folder.read_config(self.output)["training"]["held_out"]
         return best
 
     def _lost(self) -> SpecDecError:
@@ -330,7 +331,7 @@ class Run:
 
     def _speedup(self, figures: dict[str, Any]) -> dict[str, Any]:
         if self.costs is None:
-            if not (self.output / artifacts.CONFIG).exists():
+            if not (self.output / drafter_folder.CONFIG).exists():
                 self._export(figures)  # the first: its drafter is what can be measured
             self.costs = measure(self.target.model, self.output)
         speedup, depth = predict(figures["chain"], self.costs, figures.get("nodes"))
@@ -353,7 +354,7 @@ class Run:
         config = {"version": 1, "base": self.base, **self.method.config(self.network), "training": training}
         dtype = torch.bfloat16 if self.target.dtype == torch.bfloat16 else torch.float32
         tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in self.method.tensors(self.masters).items()}
-        artifacts.write(self.output, config, tensors)
+        drafter_folder.write(self.output, config, tensors)
 
     def _log(self, line: dict[str, Any]) -> None:
         if not self.world.first:
@@ -373,7 +374,7 @@ class Run:
         state = {"update": self.update, "tokens": self.tokens, "seconds": self.seconds, "best": self.best}
         contiguous = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
         with writing("a checkpoint", self.output):
-            artifacts.replace(self.output / CHECKPOINT, save(contiguous, {"state": json.dumps(state)}))
+            drafter_folder.replace(self.output / CHECKPOINT, save(contiguous, {"state": json.dumps(state)}))
 
     def _restore(self) -> None:
         path = self.output / CHECKPOINT
@@ -411,7 +412,7 @@ class Run:
         except OSError as error:
             raise SpecDecError(f"cannot read '{path}': {error.strerror or error}") from None
         with writing("metrics", self.output):
-            artifacts.replace(path, kept.encode())
+            drafter_folder.replace(path, kept.encode())
 
 
 def speedup_text(figures: dict[str, Any]) -> str:
@@ -425,9 +426,9 @@ def speedup_text(figures: dict[str, Any]) -> str:
 
 def read_drafter(folder: str, mark: str) -> Trained:
     """A trained drafter's configuration and tensors. Raises SpecDecError if it is not one, or of another base."""
-    config = artifacts.read_config(Path(folder))
-    artifacts.check_base(config, mark, folder)
-    return config, artifacts.read_tensors(Path(folder))
+    config = drafter_folder.read_config(Path(folder))
+    drafter_folder.check_base(config, mark, folder)
+    return config, drafter_folder.read_tensors(Path(folder))
 
 
 def _open_output(settings: TrainSettings, resume: bool) -> Path:
@@ -451,7 +452,7 @@ def _open_output(settings: TrainSettings, resume: bool) -> Path:
         if not recipe.exists() and (there := [name for name in WRITTEN if (output / name).exists()]):
             raise SpecDecError(f"'{output}' holds a '{there[0]}' that no training run wrote; give another --output")
         output.mkdir(parents=True, exist_ok=True)
-        artifacts.replace(recipe, settings_of.to_yaml(_recorded(settings)).encode())
+        drafter_folder.replace(recipe, settings_of.to_yaml(_recorded(settings)).encode())
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise SpecDecError(f"cannot use '{output}' as output folder: {error}") from None
     return output
@@ -459,7 +460,7 @@ def _open_output(settings: TrainSettings, resume: bool) -> Path:
 
 def _recorded(settings: TrainSettings) -> TrainSettings:
     """``settings`` without paths of this machine: who publishes a drafter's folder publishes them."""
-    called: dict[str, Any] = {"model": hub.own_name(settings.model), "output": ""}
+    called: dict[str, Any] = {"model": loading.own_name(settings.model), "output": ""}
     for key in ("prompts", "text", "holdout"):
         called[key] = tuple(Path(path).name for path in getattr(settings, key))
     for key in ("init", "drafter"):

@@ -8,10 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from specdec import registry
+from specdec.base.errors import SpecDecError
 from specdec.bench.cell import Cell, Progress
 from specdec.bench.run import Decoders, Run
-from specdec.errors import SpecDecError
+from specdec.speculation import registry
 
 DEPTHS = (2, 3, 4, 6)  # fixed depths that the best drafter is tried at
 ENOUGH = 1.02  # a fixed depth has to be this much faster than the automatic one, which adapts

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
+from specdec.api.decoder import SpecDecoder
+from specdec.api.text import encode
+from specdec.base.errors import SpecDecError
 from specdec.bench.environment import environment
 from specdec.bench.prompts import Conversation
-from specdec.decoder import SpecDecoder
-from specdec.errors import SpecDecError
-from specdec.replay import NEAR_TIE
-from specdec.sampling import SamplingParams
-from specdec.text import encode
+from specdec.engine.replay import NEAR_TIE
+from specdec.speculation.sampling import SamplingParams
 from specdec.verify.checks import ALPHA, ORDER, TAIL, Fit, Greedy, expected, fit, misfits
 
 POSITIONS = (0, 16)  # tokens of the first answer that sampling is tested after

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdec import generation_config
-from specdec.decoder import SpecDecoder
-from specdec.replay import NEAR_TIE
-from specdec.sampling import Sampler, SamplingParams
+from specdec.api.decoder import SpecDecoder
+from specdec.engine.replay import NEAR_TIE
+from specdec.models import generation_config
+from specdec.speculation.sampling import Sampler, SamplingParams
 
 TAIL = 4  # tokens of each draw that are tested
 ROWS = 8  # draws decoded together

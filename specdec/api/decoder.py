@@ -1,0 +1,523 @@
+"""The public API: load a model and a drafter once, then generate, stream and generate in batches."""
+
+from __future__ import annotations
+
+import copy
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, PreTrainedModel
+
+from specdec.api.text import Detokenizer, Prompt, encode
+from specdec.api.tuned import DEFAULTS, Tuned, place, recall
+from specdec.base import options
+from specdec.base.errors import SpecDecError
+from specdec.engine.costs import costs, keep
+from specdec.engine.depth import MOST, AutoDepth, DepthPolicy, FixedDepth
+from specdec.engine.loop import Loop
+from specdec.engine.metrics import RequestMetrics
+from specdec.models import catalogue, generation_config, loading
+from specdec.runtimes.experts.offload import ExpertOptions, Meter, Offload
+from specdec.runtimes.select import make_target, needs_cpu
+from specdec.speculation import registry
+from specdec.speculation.draft import Drafter, Verifier
+from specdec.speculation.sampling import Sampler, SamplingParams, streams
+
+_PATH = options.instance("text or a path", str, Path)
+_MAPPING = options.NONE | options.Kind(
+    "a mapping by name", lambda value: isinstance(value, Mapping) and all(map(options.TEXT.holds, value))
+)
+_EXPERTS = options.instance("ExpertOptions", ExpertOptions) | options.NONE
+
+CONSTRUCTOR = {
+    "model": options.Kind(
+        "a loaded model; SpecDecoder.from_pretrained loads one by name",
+        lambda value: callable(value.get_output_embeddings),  # wrapped ones, too
+    ),
+    "drafter": _PATH | options.instance("a Drafter", Drafter),
+    "drafter_options": _MAPPING,
+    "runtime": options.TEXT,
+    "weights": options.TEXT,
+    "verifier": options.TEXT | options.Kind("a Verifier", lambda value: callable(value.verify)),
+    "verifier_options": _MAPPING,
+    "exact": options.BOOL,
+    "experts": _EXPERTS,
+}
+LOADING = {
+    "name": options.instance("text or a path", str, os.PathLike),
+    "drafter": CONSTRUCTOR["drafter"],
+    "dtype": options.instance("text or a torch.dtype", str, torch.dtype),
+    "device": options.instance("text or a torch.device", str, torch.device),
+    "revision": options.TEXT | options.NONE,
+    "trust_remote_code": options.BOOL,
+    "experts": _EXPERTS,
+}
+REQUEST = {
+    "max_new_tokens": options.wholes_from(1),
+    "num_speculative_tokens": options.one_of("auto") | options.wholes_from(1),
+    "stop": options.TEXT | options.lists("texts", options.TEXT.holds),
+    "logits_processor": options.lists("logits processors", callable),
+    "ignore_eos": options.BOOL,
+}
+
+LOSSY_DEPTH = 4  # of drafts under a lossy rule that scores them, where the depth is "auto"
+KEEP_EVERY = 60.0  # fewest seconds between two writes of what requests find out about costs
+
+_claiming = threading.Lock()
+_busy: set[int] = set()  # ids of the drafters that a generation is using
+
+
+@dataclass
+class GenerationOutput:
+    """One finished (or interrupted) request.
+
+    token_ids: the new tokens, as plain decoding would return them (an end-of-sequence token included).
+    text: their text without special tokens, ending before a stop string.
+    finish_reason: "eos", "length" or "stop"; "interrupted" if the stream was closed early.
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    metrics: RequestMetrics
+
+
+class SpecDecoder:
+    """A causal language model with a drafter. Runs one generation at a time, in any thread.
+
+    Decoders in several threads may share a model and a target (``with_drafter``), but no Drafter object: it belongs to
+    the generation under way, and a second request is refused.
+
+    model, tokenizer: as loaded by transformers (the tokenizer may be None if all prompts are token ids).
+    drafter: a name (``specdec drafters``), a drafter folder, names and folders joined by "+" (the first that finds
+    something drafts), or a Drafter object; NAME=SOURCE says what it is loaded from, such as draft-model=MODEL. "auto"
+    is the m2r2 shipped for the model, else, with a warning, prompt-lookup. ``drafter`` is then that one.
+    drafter_options: its options; those of joined drafters are mappings under their names.
+    runtime: "auto" (the fastest that serves the model here), "native", "graphs", "fused" or "reference".
+    weights: "auto" (as loaded; stored in fewer bits where those hold the very same values), "dense" (as loaded), "int8"
+    or "int4" (layers rounded; bfloat16 on a CPU). What is rounded is then the base, in ``model`` too: output is
+    lossless with respect to it.
+    verifier: the acceptance rule, a name (with its ``verifier_options``) or an object: "exact", or a lossy one, such as
+    "confident". exact: refuse lossy rules.
+    experts: of a mixture-of-experts model, keep them in slow memory and load them as they are needed
+    (``ExpertOptions``); until ``close``, they are then gone from ``model``.
+    Raises SpecDecError if the model is unsupported or the drafter does not fit it.
+    """
+
+    @options.named("SpecDecoder")
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any = None,
+        drafter: str | Path | Drafter = "auto",
+        *,
+        drafter_options: dict[str, Any] | None = None,
+        runtime: str = "auto",
+        weights: str = "auto",
+        verifier: str | Verifier = "exact",
+        verifier_options: dict[str, Any] | None = None,
+        exact: bool = False,
+        experts: ExpertOptions | None = None,
+    ) -> None:
+        given = {
+            "model": model, "drafter": drafter, "drafter_options": drafter_options, "runtime": runtime,
+            "weights": weights, "verifier": verifier, "verifier_options": verifier_options,
+            "exact": exact, "experts": experts,
+        }  # fmt: skip
+        options.check_values(given, CONSTRUCTOR)
+        self.tuned: Tuned | None = None  # what ``specdec tune drafter`` found, where it is applied
+        self._kept: Tuned | None = None  # the same, where there is anything for this model
+        self.verifier = registry.verifier(verifier, verifier_options, exact)
+        self.model, self.tokenizer = model.eval(), tokenizer
+        self.target, self.runtime_note = make_target(model, runtime, weights)
+        self.target.tokenizer = tokenizer
+        if experts is not None:
+            self.target.experts = Offload(model, self.target.fingerprint, experts)
+        try:
+            self.drafter = self._drafter(drafter, dict(drafter_options or {}))
+        except BaseException:
+            self.close()
+            raise
+        self._auto: AutoDepth | None = None  # one for all requests: what it learns about the drafter stays
+        self._kept_at = -KEEP_EVERY
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.target.device
+
+    @classmethod
+    @options.named("SpecDecoder.from_pretrained", __init__)
+    def from_pretrained(
+        cls,
+        name: str = catalogue.DEFAULT_MODEL,
+        drafter: str | Path | Drafter = "auto",
+        *,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device = "auto",
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        experts: ExpertOptions | None = None,
+        **more: Any,
+    ) -> SpecDecoder:
+        """Load an embedded model, a Hugging Face id, a local folder or a GGUF file, and a drafter for it.
+
+        drafter: as in the constructor; "auto" is first of all what ``specdec tune drafter`` found for the model, with
+        its depth of drafts (``tuned``).
+        device: "auto" is the first CUDA device that can compute, else the CPU; the CPU, too, for what runs there alone
+        (the native runtime, weights in int8 or int4). ``device`` says which it is.
+        dtype: as ``hub.load``.
+        experts: as in the constructor; those of a safetensors checkpoint are then never in memory all at once, and
+        after ``close`` they are in the checkpoint only. ``more`` goes to the constructor. Raises SpecDecError with the
+        reason if anything is missing or unfit.
+        """
+        given = {
+            "name": name, "drafter": drafter, "dtype": dtype, "device": device, "revision": revision,
+            "trust_remote_code": trust_remote_code, "experts": experts,
+        }  # fmt: skip
+        options.check_values(given, LOADING)
+        way = {key: more.get(key, usual) for key, usual in DEFAULTS.items()}
+        options.check_values(way, CONSTRUCTOR)
+        if device == "auto" and needs_cpu(way["runtime"], way["weights"]):
+            device = "cpu"
+        if isinstance(drafter, str):
+            registry.parse(drafter)  # before the model, which may have to be downloaded
+        model, tokenizer = loading.load(
+            name,
+            dtype=dtype,
+            device=device,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            experts=experts is None,
+            check=lambda config: registry.refuse_early(drafter, config, name) if isinstance(drafter, str) else None,
+        )
+        kept = recall(place(os.fspath(name), str(dtype).removeprefix("torch."), str(model.device), **way))
+        drafter, tuned = _recalled(drafter, kept)
+        decoder = cls(model, tokenizer, drafter, experts=experts, **more)
+        decoder.tuned, decoder._kept = tuned, kept
+        return decoder
+
+    def close(self) -> None:
+        """Give the model back as it was: experts that were offloaded are where they were. Nothing else needs it."""
+        if self.target.experts is not None:
+            self.target.experts.close()
+            self.target.experts = None
+
+    def with_drafter(self, drafter: str | Path | Drafter, **drafter_options: Any) -> SpecDecoder:
+        """A second decoder with another drafter, sharing this one's model, tokenizer, target and verifier."""
+        options.check_values({"drafter": drafter}, CONSTRUCTOR)
+        other = copy.copy(self)
+        drafter, other.tuned = _recalled(drafter, self._kept)
+        other.drafter = other._drafter(drafter, drafter_options)
+        other._auto, other._kept_at = None, -KEEP_EVERY
+        return other
+
+    def _drafter(self, drafter: str | Path | Drafter, given: dict[str, Any]) -> Drafter:
+        """Load the drafter if it is named, and bind it."""
+        if isinstance(drafter, str | Path):
+            text = drafter if isinstance(drafter, str) else str(drafter.absolute())  # a folder may be called "medusa"
+            parts = registry.parse(text)
+            name, source = parts[0] if len(parts) == 1 else ("hybrid", text)
+            drafter = cast(Drafter, registry.lookup("drafters", name).load(self.target, source, **given))
+        unscored = self.verifier.threshold is not None
+        if unscored and drafter.drafts and not drafter.leaves_early:
+            raise SpecDecError(
+                f"verifier '{self.verifier.name}' judges nothing, so it takes a drafter that leaves the model early "
+                "and knows how sure it is (m2r2, m2r2-paper, early-exit, deed, skip-decode, mixture-of-depths); "
+                f"'{drafter.name}' does not"
+            )
+        drafter.bind(self.target)
+        if self.verifier.propagates and drafter.drafts and not drafter.leaves_state:
+            raise SpecDecError(
+                "states are propagated from the layer at which a token leaves (early-exit, deed, skip-decode, "
+                f"m2r2-paper); '{drafter.name}' leaves no state there; use fill=exact"
+            )
+        return drafter
+
+    def generate(self, prompt: Prompt, **given: Any) -> GenerationOutput:
+        """Generate from one prompt (text, token ids, a tensor, or chat messages). Options: see ``open``."""
+        options.check_names("generate", given, _OPTIONS)
+        return self.generate_batch([prompt], **given)[0]
+
+    def generate_batch(self, prompts: Sequence[Prompt], **given: Any) -> list[GenerationOutput]:
+        """Generate from several prompts at once; rows may differ in length, acceptance and end.
+
+        A SpecDecError that ends decoding carries what was generated until then as ``outputs``.
+        """
+        options.check_names("generate_batch", given, _OPTIONS)
+        with self.open(prompts, **given) as generation:
+            try:
+                for _ in generation.steps():
+                    pass
+            except SpecDecError as error:
+                error.outputs = generation.outputs()
+                raise
+            return generation.outputs()
+
+    def stream(self, prompt: Prompt, **given: Any) -> Iterator[str]:
+        """Yield text as it is accepted. Closing the iterator early ends the generation and frees its memory."""
+        options.check_names("stream", given, _OPTIONS)
+        return self._stream(prompt, given)
+
+    def _stream(self, prompt: Prompt, given: dict[str, Any]) -> Iterator[str]:
+        with self.open([prompt], **given) as generation:
+            for pieces in generation:
+                if pieces[0]:
+                    yield pieces[0]
+
+    @options.named("open")
+    def open(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_new_tokens: int = 128,
+        num_speculative_tokens: int | str = "auto",
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float | None = None,
+        seed: int = 0,
+        stop: str | Sequence[str] = (),
+        chat: bool | None = None,
+        system: str | None = None,
+        logits_processor: Sequence[LogitsProcessor] = (),
+        ignore_eos: bool = False,
+    ) -> Generation:
+        """Start a generation: the form under ``generate`` and ``stream`` that gives text and figures as they grow.
+
+        max_new_tokens: most new tokens per row (also bounded by the model's context).
+        num_speculative_tokens: depth of each draft; "auto" chooses it from measured costs and running
+        acceptance, down to plain decoding (of ``tuned`` settings, it is theirs). temperature 0 is greedy; the sampling
+        options are those of ``SamplingParams``. repetition_penalty: None is that of the model's ``generation_config``,
+        see ``specdec.models.generation_config``. stop: strings that end a row; special tokens in
+        them are matched, too. chat: wrap text in the chat template (None: if the tokenizer has one), after a ``system``
+        message. logits_processor: HF processors, applied to every position. ignore_eos: go on to the limit.
+        Raises SpecDecError for values of the wrong type or out of range and for prompts that do not fit.
+        """
+        given = {
+            "max_new_tokens": max_new_tokens, "num_speculative_tokens": num_speculative_tokens, "stop": stop,
+            "logits_processor": logits_processor, "ignore_eos": ignore_eos,
+        }  # fmt: skip
+        options.check_values(given, REQUEST)
+        penalty = 1.0 if repetition_penalty is None else repetition_penalty
+        params = SamplingParams(temperature, top_k, top_p, min_p, penalty, seed)
+        if isinstance(prompts, Tensor) and prompts.dim() == 2:
+            prompts = list(prompts)
+        if not isinstance(prompts, Sequence) or isinstance(prompts, str | bytes):
+            raise SpecDecError(f"prompts must be a list of prompts; got {options.shown(prompts)}; generate takes one")
+        if not prompts:
+            raise SpecDecError("there is no prompt to generate from")
+        names = ["prompt"] if len(prompts) == 1 else [f"prompts[{i}]" for i in range(len(prompts))]
+        context = self.target.context
+        ids = [
+            encode(self.tokenizer, prompt, chat, system, name, context)
+            for name, prompt in zip(names, prompts, strict=True)
+        ]
+        for row in ids:
+            if len(row) >= context:
+                raise SpecDecError(
+                    f"the prompt has {len(row)} tokens; with at least one new token it does not fit the model's "
+                    f"context of {context}; shorten it"
+                )
+            if not 0 <= min(row) <= max(row) < self.target.vocab_size:
+                raise SpecDecError(
+                    f"the prompt has token ids outside the model's vocabulary of {self.target.vocab_size}"
+                )
+        stops = [stop] if isinstance(stop, str) else list(stop)
+        if stops and self.tokenizer is None:
+            raise SpecDecError("stop strings need a tokenizer; give SpecDecoder one")
+        if num_speculative_tokens == "auto" and self.tuned is not None:
+            num_speculative_tokens = self.tuned.num_speculative_tokens
+        limits = [min(int(max_new_tokens), context - len(row)) for row in ids]
+        claim = self._claim()
+        try:
+            generation = Generation(
+                self,
+                ids,
+                limits,
+                self._policy(num_speculative_tokens),
+                self.sampler(ids, limits, params, repetition_penalty, logits_processor),
+                stops,
+                frozenset() if ignore_eos else self.eos_ids(),
+            )
+        except BaseException:
+            _busy.discard(claim)
+            raise
+        generation.release = weakref.finalize(generation, _busy.discard, claim)  # also if it is dropped unfinished
+        return generation
+
+    def _claim(self) -> int:
+        """Take the drafter for a generation. Raises SpecDecError if another one is using it."""
+        with _claiming:
+            if id(self.drafter) in _busy:
+                raise SpecDecError(
+                    "a generation of this SpecDecoder is still open; finish or close it first, or make a second "
+                    "decoder for requests at the same time (with_drafter)"
+                )
+            _busy.add(id(self.drafter))
+            return id(self.drafter)
+
+    def sampler(
+        self,
+        prompts: Sequence[Sequence[int]],
+        limits: Sequence[int],
+        params: SamplingParams,
+        repetition_penalty: float | None = None,
+        processors: Sequence[LogitsProcessor] = (),
+    ) -> Sampler:
+        """What chooses the tokens of a batch of prompts (token ids), at most ``limits`` new ones each.
+
+        repetition_penalty: as in ``open``; that of ``params`` is not used.
+        """
+        own = replace(params, repetition_penalty=1.0)  # transformers makes the penalty, too
+        rows = [
+            generation_config.processors(self.model, row, limit, repetition_penalty, processors)
+            for row, limit in zip(prompts, limits, strict=True)
+        ]
+        if not any(rows):
+            return Sampler(own, streams=streams(prompts))
+        sampler = Sampler(own, streams=())
+        for made, stream in zip(rows, streams(prompts), strict=True):
+            sampler.join(Sampler(own, made, [stream]))
+        return sampler
+
+    def _policy(self, num_speculative_tokens: int | str) -> DepthPolicy:
+        if num_speculative_tokens != "auto":
+            return FixedDepth(int(num_speculative_tokens))
+        if not self.drafter.drafts:
+            return FixedDepth(0)
+        if self.verifier.threshold is not None:
+            return FixedDepth(MOST)  # the drafter's confidence ends a draft
+        if not self.verifier.lossless:
+            return FixedDepth(LOSSY_DEPTH)  # the text depends on the depth, so no clock may choose it
+        if self._auto is None:
+            self._auto = AutoDepth(costs(self.target, self.drafter, self.verifier))
+        self._auto.begin()
+        return self._auto
+
+    def _ended(self, generation: Generation) -> None:
+        """Keep what the request found out about costs, and release the drafter."""
+        try:
+            now = time.monotonic()
+            if generation.loop.policy is self._auto and self._auto is not None and now - self._kept_at >= KEEP_EVERY:
+                keep(self.target, self.drafter, self._auto.costs())
+                self._kept_at = now
+        finally:
+            generation.release()
+
+    def eos_ids(self) -> frozenset[int]:
+        """Token ids that end a generation, as ``model.generate`` takes them."""
+        return generation_config.ends(self.model, self.tokenizer)
+
+
+_OPTIONS = options.keywords(SpecDecoder.open, only=True)
+
+
+def _recalled(drafter: str | Path | Drafter, kept: Tuned | None) -> tuple[str | Path | Drafter, Tuned | None]:
+    """The drafter, and the tuned settings if they say which it is."""
+    return (kept.drafter, kept) if drafter == "auto" and kept is not None else (drafter, None)
+
+
+class Generation:
+    """A generation under way. Iterating yields, per step, the new text of each row ("" where there is none).
+
+    ``steps`` runs the same steps, without reading text that nobody waits for: ``outputs`` has it in the end.
+    """
+
+    def __init__(
+        self,
+        decoder: SpecDecoder,
+        prompts: list[list[int]],
+        limits: list[int],
+        policy: DepthPolicy,
+        sampler: Sampler,
+        stops: list[str],
+        eos: frozenset[int],
+    ) -> None:
+        self.decoder, self.eos = decoder, eos
+        self.tokens: list[list[int]] = [[] for _ in prompts]
+        self.texts = [Detokenizer(decoder.tokenizer, stops) if decoder.tokenizer else None for _ in prompts]
+        self.loop = Loop(
+            decoder.target, decoder.drafter, decoder.verifier, sampler, prompts, limits, self._stop, policy
+        )
+        self.events: Iterator[list[tuple[int, list[int]]]] | None = self.loop.steps()
+        self.meter: Meter | None = None  # of expert loads, from the end of the prefill on
+        self.release: Callable[[], object] = lambda: None  # the drafter
+        self._turn, self._closing = threading.RLock(), False  # closing waits for the step that another thread is in
+
+    def _stop(self, row: int, token: int) -> str | None:
+        """Take one new token of ``row`` into its output; say whether the row ends with it, and why."""
+        self.tokens[row].append(token)
+        text = self.texts[row]
+        if text is not None:
+            text.push(token)
+        if token in self.eos:
+            return "eos"
+        return "stop" if text is not None and text.stopped else None
+
+    def __iter__(self) -> Iterator[list[str]]:
+        for events in self.steps():
+            ledger, pieces = self.loop.ledger, [""] * len(self.tokens)
+            ledger.restart()
+            for row, _ in events:
+                text = self.texts[row]
+                if text is not None:
+                    pieces[row] = text.finish() if row in self.loop.finished else text.take()
+            ledger.mark("detokenise")
+            yield pieces
+
+    def steps(self) -> Iterator[list[tuple[int, list[int]]]]:
+        """Run the steps; yield for each the rows that went on, and their new tokens."""
+        while (events := self._step()) is not None:
+            yield events
+
+    def _step(self) -> list[tuple[int, list[int]]] | None:
+        """One step, or None at the end."""
+        with self._turn:
+            if self.events is None or self._closing:
+                self.close()
+                return None
+            events = next(self.events, None)
+            if self.meter is None and self.decoder.target.experts is not None:
+                self.meter = Meter.begin(self.decoder.target.experts.store)
+            if events is None:
+                self.close()
+            return events
+
+    def outputs(self) -> list[GenerationOutput]:
+        """What every row has so far."""
+        out = []
+        if self.meter is not None and self.decoder.target.experts is not None:
+            decoded = sum(len(tokens) - 1 for tokens in self.tokens)  # the first of each row came with the prefill
+            for metrics in self.loop.metrics:
+                metrics.experts = self.meter.figures(decoded)
+        for row, (tokens, text) in enumerate(zip(self.tokens, self.texts, strict=True)):
+            if text is not None:
+                text.finish()
+            reason = self.loop.finished.get(row, "interrupted")
+            out.append(GenerationOutput(text.text if text else "", list(tokens), reason, self.loop.metrics[row]))
+        return out
+
+    def close(self) -> None:
+        """End the generation and free its cache; ``outputs`` stays available."""
+        self._closing = True
+        with self._turn:
+            if self.events is not None:
+                self.events = None
+                self.loop.state.cache = self.decoder.target.new_cache(0)
+                self.decoder._ended(self)
+
+    def __enter__(self) -> Generation:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()

@@ -1,0 +1,248 @@
+"""Text at the edges: prompts to token ids, and token ids to text as they arrive. Knows nothing about models."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from specdec.base import options
+from specdec.base.errors import SpecDecError
+
+Prompt = str | Sequence[int] | Tensor | Sequence[dict[str, str]]
+
+OPTIONS = {"chat": options.BOOL | options.NONE, "system": options.TEXT | options.NONE}
+LONG_TOKEN = 16  # characters; shorter prompts than the context holds of such tokens are tokenised to see
+PLACEHOLDERS = 0xF0000  # first of the private code points that stand for special tokens' text in a template
+_encoding = threading.Lock()  # of any tokenizer: whether it splits special tokens is a state of the tokenizer itself
+
+
+def encode(
+    tokenizer: Any,
+    prompt: Prompt,
+    chat: bool | None = None,
+    system: str | None = None,
+    name: str = "prompt",
+    context: int | None = None,
+) -> list[int]:
+    """Turn a prompt into token ids.
+
+    prompt: text, token ids (list or tensor of one sequence), or chat messages (``[{"role", "content"}, ...]``).
+    chat: wrap text in the tokenizer's chat template; None does so where there is one. Ids are taken as they are.
+    In a chat, what the messages hold is text: special tokens come from the template alone. In text that is used as it
+    is, special tokens that are written out are special.
+    context: refuse text that is too long for so many tokens before it is tokenised, which may take minutes.
+    Raises SpecDecError for an empty prompt, one of another type (called ``name``), or a chat without a template.
+    """
+    options.check_values({"chat": chat, "system": system}, OPTIONS)
+    if isinstance(prompt, Tensor | np.ndarray):
+        if isinstance(prompt, np.ndarray) and prompt.dtype.kind not in "iu":
+            raise _wrong(name, f"an array of {prompt.dtype}")
+        return _tensor_ids(torch.as_tensor(prompt), name)
+    if not isinstance(prompt, str):
+        if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray):
+            raise _wrong(name, options.shown(prompt))
+        if len(prompt) and all(map(options.is_whole, prompt)):
+            return [int(t) for t in prompt]  # type: ignore[arg-type]
+        for item in prompt:
+            if not isinstance(item, Mapping) or not isinstance(item.get("role"), str):
+                raise _wrong(name, f"a list with {options.shown(item)} in it")
+    if len(prompt) == 0 or (isinstance(prompt, str) and not prompt.strip()):
+        raise SpecDecError(f"the {name} is empty; give some text")
+    if tokenizer is None:
+        raise SpecDecError("text prompts need a tokenizer; pass token ids or give SpecDecoder a tokenizer")
+    if context is not None and isinstance(prompt, str):
+        _check_length(tokenizer, prompt, context)
+    has_template = bool(getattr(tokenizer, "chat_template", None))
+    if isinstance(prompt, str):
+        if chat is False or (chat is None and not has_template):
+            if system is not None:
+                raise SpecDecError("a system prompt needs a chat template; this prompt is used as plain text")
+            with _encoding:
+                return [int(t) for t in tokenizer(prompt).input_ids]
+        messages: list[Any] = [{"role": "user", "content": prompt}]
+    else:
+        messages = list(prompt)
+    if not has_template:
+        raise SpecDecError("this tokenizer has no chat template; use plain text (chat=False, --raw)")
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    special = _Special(tokenizer, messages)
+    try:
+        text = tokenizer.apply_chat_template(special.hidden(messages), add_generation_prompt=True, tokenize=False)
+    except Exception as error:  # templates are code of the model's author and raise what they like
+        raise SpecDecError(f"the chat template refuses these messages: {error}") from None
+    with _encoding:
+        return special.encode(text)
+
+
+def special_tokens(tokenizer: Any) -> dict[int, Any]:
+    """The special tokens of a tokenizer by id: those that ``skip_special_tokens`` leaves out of text."""
+    added = getattr(tokenizer, "added_tokens_decoder", None) or {}
+    return {int(i): token for i, token in added.items() if token.special and str(token)}
+
+
+class _Special:
+    """Special tokens that the text of chat messages spells out, kept from becoming special.
+
+    Each is replaced by one private character, which a template passes on, trims around and cannot take for markup.
+    In the rendered chat, what lies between two special tokens and has such a character in it gets its text back and is
+    tokenised as plain text; all else is tokenised as it would be without any.
+    """
+
+    def __init__(self, tokenizer: Any, messages: Any) -> None:
+        self.tokenizer = tokenizer
+        self.tokens = sorted(special_tokens(tokenizer).values(), key=lambda token: -len(str(token)))
+        texts = "".join(_texts(messages))
+        spelled = [str(token) for token in self.tokens if str(token) in texts]
+        free = (chr(c) for c in range(PLACEHOLDERS, PLACEHOLDERS + 0xFFFE) if chr(c) not in texts)
+        self.stand_ins = dict(zip(spelled, free, strict=False))
+
+    def hidden(self, messages: Any) -> Any:
+        """``messages`` with the characters in place of the tokens."""
+        if not self.stand_ins:
+            return messages
+        if isinstance(messages, str):
+            return re.sub("|".join(map(re.escape, self.stand_ins)), lambda m: self.stand_ins[m[0]], messages)
+        if isinstance(messages, Mapping):
+            return {key: self.hidden(value) for key, value in messages.items()}
+        return [self.hidden(value) for value in messages] if isinstance(messages, list | tuple) else messages
+
+    def encode(self, text: str) -> list[int]:
+        """The rendered chat as token ids."""
+        if not self.stand_ins:
+            return self._ids(text)
+        back = {stand_in: token for token, stand_in in self.stand_ins.items()}
+        marks = re.compile(f"[{''.join(back)}]")
+        space = r"\s*"  # beside a token that takes it along
+        tokens = [space * t.lstrip + re.escape(str(t)) + space * t.rstrip for t in self.tokens]
+        ids, clean = list[int](), ""
+        for part in re.split(f"({'|'.join(tokens)})", text):
+            if marks.search(part):
+                plain = marks.sub(lambda m: back[m[0]], part)
+                ids += self._ids(clean) + self._ids(plain, split_special_tokens=True)
+                clean = ""
+            else:
+                clean += part
+        return ids + self._ids(clean)
+
+    def _ids(self, text: str, **how: Any) -> list[int]:
+        return [int(t) for t in self.tokenizer(text, add_special_tokens=False, **how).input_ids] if text else []
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in chat messages."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(item)
+
+
+def _tensor_ids(prompt: Tensor, name: str) -> list[int]:
+    if prompt.dtype == torch.bool or prompt.is_floating_point() or prompt.is_complex():
+        raise _wrong(name, f"a tensor of {str(prompt.dtype).removeprefix('torch.')}")
+    if prompt.dim() == 0 or (prompt.dim() > 1 and prompt.numel() != prompt.shape[-1]):
+        raise SpecDecError(
+            f"a prompt tensor holds one sequence, got shape {list(prompt.shape)}; use generate_batch for several"
+        )
+    if not prompt.numel():
+        raise SpecDecError(f"the {name} is empty; give some token ids")
+    return [int(t) for t in prompt.flatten().tolist()]
+
+
+def _wrong(name: str, what: str) -> SpecDecError:
+    return SpecDecError(
+        f"{name} must be text, token ids (whole numbers), an integer tensor of one sequence, or chat messages "
+        f"(mappings with 'role' and 'content'); got {what}"
+    )
+
+
+def _check_length(tokenizer: Any, text: str, context: int) -> None:
+    """Raise SpecDecError for text with more characters than ``context`` of the tokenizer's longest tokens have."""
+    if len(text) <= LONG_TOKEN * context:
+        return
+    most = context * max(map(len, tokenizer.get_vocab()))
+    if len(text) > most:
+        raise SpecDecError(
+            f"the prompt has {len(text)} characters; the model's context of {context} tokens holds at most {most}; "
+            "shorten it"
+        )
+
+
+class Detokenizer:
+    """Incremental text of one output, with stop strings.
+
+    Tokens are taken in by ``push``, and read when their text is asked for (or at once, where a stop string may be in
+    them). ``take`` returns the text that has become certain: complete characters that cannot be the beginning of a stop
+    string. Once ``stopped``, the text ends before the stop string. Special tokens are not in the text, but those that
+    stop strings have in them are matched where they stand.
+    """
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
+        self.tokenizer, self.stop = tokenizer, [s for s in stop if s]
+        special = special_tokens(tokenizer) if self.stop else {}
+        self.special = {i: str(t) for i, t in special.items() if any(str(t) in s for s in self.stop)}
+        self.ids: list[int] = []
+        self.start = self.read = 0  # ids[start:read] is context whose text has been taken, ids[read:] is new
+        self.text = ""  # all complete text, up to the stop string
+        self.whole = ""  # the same with the special tokens that stop strings have in them
+        self.unseen: list[tuple[int, int]] = []  # where those are in it, and how long they are
+        self.sent = 0  # characters of the text that take() has returned
+        self.stopped = False
+
+    def push(self, token: int) -> None:
+        if token in self.special and not self.stopped:
+            self._read(complete=False)
+            self._extend(self.special[token], seen=False)
+        self.ids.append(token)
+        if self.stop:
+            self._read()
+
+    def take(self) -> str:
+        if not self.stop:
+            self._read()
+        hold = max((n for s in self.stop for n in range(1, len(s)) if self.whole.endswith(s[:n])), default=0)
+        return self._send(len(self.text) if self.stopped else self._place(len(self.whole) - hold))
+
+    def _read(self, complete: bool = True) -> None:
+        before = self._decode(self.ids[self.start : self.read])
+        after = self._decode(self.ids[self.start :])
+        # A trailing replacement character is most likely half of a multi-byte one: wait for the rest.
+        if len(after) > len(before) and not (complete and after.endswith("�")):
+            self._extend(after[len(before) :])
+            self.start, self.read = self.read, len(self.ids)
+
+    def finish(self) -> str:
+        """The text held back so far, at the end of the output."""
+        if not self.stopped:
+            self._read(complete=False)
+        return self._send(len(self.text))
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True)) if ids else ""
+
+    def _extend(self, piece: str, seen: bool = True) -> None:
+        old = len(self.whole)
+        self.whole += piece
+        if seen:
+            self.text += piece
+        else:
+            self.unseen.append((old, len(piece)))
+        found = [at for s in self.stop if (at := self.whole.find(s, max(0, old - len(s) + 1))) >= 0]
+        if found:
+            self.text, self.stopped = self.text[: self._place(min(found))], True
+
+    def _place(self, place: int) -> int:
+        """The place in the text of a place in ``whole``."""
+        return place - sum(min(length, place - at) for at, length in self.unseen if at < place)
+
+    def _send(self, end: int) -> str:
+        piece = self.text[self.sent : end]
+        self.sent = max(self.sent, end)
+        return piece

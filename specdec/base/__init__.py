@@ -1,0 +1,1 @@
+"""What everything stands on: errors, options, settings, the terminal, and what this machine is. Knows no model."""

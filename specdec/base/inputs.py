@@ -1,0 +1,112 @@
+"""Text that users give: bounded before it is read, decoded as UTF-8, parsed as JSON or YAML.
+
+Functions raise ValueError with the reason in a few words, and the caller says where; those that read files of prompts
+raise SpecDecError. Imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from specdec.base.errors import SpecDecError
+
+LINE = 64_000_000  # bytes of a line, and of a prompt on stdin
+DOCUMENT = 4_000_000  # bytes of a YAML file
+
+
+def argument(name: str, text: str) -> str:
+    """A command-line argument as UTF-8, whatever the locale."""
+    try:
+        return os.fsencode(text).decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not UTF-8 text ({error.reason})") from None
+
+
+def whole(file: IO[bytes], most: int) -> bytes:
+    """All of ``file``, of which no more than ``most`` bytes are read."""
+    data = file.read(most + 1)
+    if len(data) > most:
+        raise ValueError(f"larger than {most / 1e6:.0f} MB")
+    return data
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines of a UTF-8 file, numbered from 1; ``.gz`` is unpacked, and a byte-order mark left out."""
+    number = 0
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            while data := file.readline(LINE + 1):
+                number += 1
+                if len(data) > LINE:
+                    raise ValueError(f"line {number} is larger than {LINE / 1e6:.0f} MB")
+                yield number, data.decode("utf-8-sig" if number == 1 else "utf-8").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"line {number} is not UTF-8 text ({error.reason})") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(getattr(error, "strerror", None) or str(error)) from None
+
+
+def prompts(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The records of a file of prompts: a JSON object on each line, or plain text, which is ``{"prompt": text}``.
+
+    With each comes where it stands, for messages. Raises SpecDecError for an unreadable file and for broken JSON.
+    """
+    try:
+        for number, line in lines(path):
+            where, text = f"line {number} of '{path}'", line.strip()
+            if text.startswith("{"):
+                try:
+                    yield where, parse_json(text)
+                except ValueError as error:
+                    raise SpecDecError(f"{where} is broken JSON ({error}); repair or remove it") from None
+            elif text:
+                yield where, {"prompt": text}
+    except ValueError as error:
+        raise SpecDecError(f"cannot read '{path}': {error}") from None
+
+
+def turns(record: dict[str, Any]) -> tuple[str, ...]:
+    """The user turns of a record of prompts, its ``turns`` or ``prompt``; empty if it has none that can be used."""
+    found = record.get("turns", record.get("prompt"))
+    found = [found] if isinstance(found, str) else found
+    if isinstance(found, list) and all(isinstance(turn, str) and turn.strip() for turn in found):
+        return tuple(found)
+    return ()
+
+
+def parse_json(text: str | bytes) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(error.msg) from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def parse_yaml(text: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except Exception as error:  # constructors of explicit tags and of dates raise what they like
+        raise ValueError(" ".join(str(error).split())) from None
+
+
+def read_yaml(path: Path) -> Any:
+    with path.open("rb") as file:
+        return parse_yaml(whole(file, DOCUMENT).decode("utf-8-sig"))

@@ -1,0 +1,311 @@
+"""The terminal: the standard streams, notes, errors and tables, progress, and text that may hold control characters.
+
+On a terminal progress is a spinner or a bar, and control characters are shown escaped. In a pipe progress is a line
+every half minute, and text is left as it is. Knows no commands; imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from threading import Event, Thread
+from typing import IO, Any
+
+import rich.status
+from rich import progress
+from rich.cells import cell_len
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from specdec.base.errors import SpecDecError, SpecDecWarning
+
+EVERY = 30.0  # seconds between two lines of progress where the output is not a terminal
+_python_warns = warnings.showwarning
+
+# C0 but for tab and newline, DEL, C1, and what changes the direction of the text that follows.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def printable(text: str) -> str:
+    """``text`` with its control characters escaped: on a terminal an escape sequence could do anything."""
+    return _CONTROL.sub(lambda found: f"\\{'x%02x' if ord(found[0]) < 256 else 'u%04x'}" % ord(found[0]), text)
+
+
+def shown(console: Console, text: str, style: str = "") -> Text:
+    """``text``, without markup, as ``console`` may show it."""
+    return Text(printable(text) if console.is_terminal else text, style=style)
+
+
+def write(text: str) -> None:
+    """Text that a model or a user made, to stdout, at once."""
+    sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
+    sys.stdout.flush()
+
+
+def stderr() -> Console:
+    return Console(file=sys.stderr, stderr=True, highlight=False)
+
+
+def tell(console: Console, text: str) -> None:
+    """Print one line, without markup."""
+    console.print(shown(console, text), soft_wrap=True)
+
+
+def say(message: str) -> None:
+    """Print one line to stderr."""
+    tell(stderr(), message)
+
+
+def note(message: str) -> None:
+    """Print one dim line to stderr, only on a terminal."""
+    console = stderr()
+    if console.is_terminal:
+        console.print(shown(console, message, style="dim"))
+
+
+def error(message: str) -> None:
+    """Print ``error: <message>`` to stderr, always on one line."""
+    console, line = stderr(), " ".join(message.split())
+    console.print(Text.assemble(("error: ", "bold red"), shown(console, line)), soft_wrap=True)
+
+
+def warn_in_lines(verbose: bool = False) -> None:
+    """From now on each ``SpecDecWarning`` is one line on stderr. Unless ``verbose``, libraries print no warnings."""
+    warnings.showwarning = _warn
+    if not verbose:
+        warnings.filterwarnings("ignore")
+        warnings.filterwarnings("default", category=SpecDecWarning)
+        from transformers.utils import logging  # heavy
+
+        logging.set_verbosity_error()
+
+
+def _warn(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+    if issubclass(category, SpecDecWarning):
+        say(f"note: {message}")
+    else:
+        _python_warns(message, category, *where, **more)
+
+
+def columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table to stdout: aligned on a terminal, tab-separated in a pipe."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        for row in (header, *rows):
+            print("\t".join(row))  # rich would expand the tabs
+        return
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+    header, rows = [printable(name) for name in header], [[printable(cell) for cell in row] for row in rows]
+    # Words stay whole where they fit; the first columns take the width that is left.
+    cells = list(zip(header, *rows, strict=True))  # by column
+    words = [max((cell_len(word) for cell in column for word in cell.split()), default=0) for column in cells]
+    room = console.width - sum(words) - 2 * (len(words) - 1)
+    for name, column, word in zip(header, cells, words, strict=True):
+        more = min(max(map(cell_len, column)) - word, max(room, 0))
+        table.add_column(Text(name), overflow="fold", width=word + more if room >= 0 else None)
+        room -= more
+    for row in rows:
+        table.add_row(*map(Text, row))
+    console.print(table)
+
+
+# --- standard streams ------------------------------------------------------------------------------------------------
+
+
+class Stream:
+    """A standard stream whose failures are dealt with by ``failed``. After the first one, it writes to nowhere."""
+
+    def __init__(self, stream: IO[str], failed: Callable[[OSError], None]) -> None:
+        self._stream, self._failed = stream, failed
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        return self._try(lambda: self._stream.write(text))
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except OSError as error:
+            self._stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (until the process ends)
+            self._failed(error)
+        return 0
+
+
+def guard() -> None:
+    """Make stderr one that never fails, and stdout one that fails with a sentence. Raises SpecDecError if it is closed.
+
+    Statistics and errors that cannot be written must not cost the answer; an answer that cannot be written is an error.
+    """
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    sys.stderr = Stream(sys.stderr, lambda error: None)  # type: ignore[assignment]
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        raise SpecDecError("stdout is closed, so there is nowhere to write to; leave it open, or send it to a file")
+    if hasattr(sys.stdout, "reconfigure"):  # a model writes what it likes, a terminal may not know every character
+        sys.stdout.reconfigure(errors="backslashreplace")
+    sys.stdout = Stream(sys.stdout, _stdout_failed)  # type: ignore[assignment]
+
+
+def _stdout_failed(error: OSError) -> None:
+    if isinstance(error, BrokenPipeError):  # whoever reads has seen enough
+        raise error
+    raise SpecDecError(f"cannot write to stdout: {error.strerror or error}") from None
+
+
+# --- progress --------------------------------------------------------------------------------------------------------
+
+
+class Lines:
+    """Calls ``tell`` every half minute, in a thread, until the block ends. Within another, only the inner one does."""
+
+    def __init__(self, tell: Callable[[float], None]) -> None:
+        self._tell, self._ended = tell, Event()
+        self._thread = Thread(target=self._run, daemon=True)
+
+    def _run(self) -> None:
+        start = time.monotonic()
+        while not self._ended.wait(EVERY):
+            if _lines[-1:] == [self]:
+                with suppress(OSError, ValueError):  # a stderr that is full or closed
+                    self._tell(time.monotonic() - start)
+
+    def __enter__(self) -> Lines:
+        _lines.append(self)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._ended.set()
+        self._thread.join()
+        _lines.remove(self)
+
+
+_lines: list[Lines] = []  # those open, inner ones last
+
+
+class Status:
+    """What is under way; ``update`` replaces it."""
+
+    def __init__(self, message: str) -> None:
+        self.message = message
+
+    def update(self, message: str) -> None:
+        self.message = message
+
+    def __rich__(self) -> Text:
+        return Text(printable(self.message))
+
+
+_spinners: list[rich.status.Status] = []  # those that are shown, or wait for an inner one
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """A terminal shows one thing that moves: outer spinners wait."""
+    outer = _spinners[-1:]
+    for spinner in outer:
+        spinner.stop()
+    try:
+        yield
+    finally:
+        for spinner in outer:
+            spinner.start()
+
+
+@contextmanager
+def status(message: str, quiet: bool = False) -> Iterator[Status]:
+    """Show on stderr that something is under way: a spinner on a terminal, else a line every half minute."""
+    console, current = stderr(), Status(message)
+    if quiet:
+        yield current
+    elif console.is_terminal:
+        with _alone(), console.status(current) as spinner:
+            _spinners.append(spinner)
+            try:
+                yield current
+            finally:
+                _spinners.remove(spinner)
+    else:
+        with Lines(lambda seconds: tell(console, f"{current.message} ({duration(seconds)})")):
+            yield current
+
+
+class Description(progress.ProgressColumn):
+    """What a task is, as plain text."""
+
+    def render(self, task: progress.Task) -> Text:
+        return Text(printable(task.description))
+
+
+class Progress(progress.Progress):
+    """Tasks under way on stderr: bars on a terminal, else a line for each that has not ended, every half minute."""
+
+    def __init__(self, *columns: progress.ProgressColumn, console: Console | None = None, **more: Any) -> None:
+        console = console or stderr()
+        super().__init__(Description(), *columns, console=console, disable=not console.is_terminal, **more)
+        self._beside: ExitStack | None = None
+
+    def start(self) -> None:
+        if self._beside is None:
+            self._beside = ExitStack()
+            if self.console.is_terminal:
+                self._beside.enter_context(_alone())
+            elif not self.console.quiet:
+                self._beside.enter_context(Lines(self._tell))
+        super().start()
+
+    def stop(self) -> None:
+        super().stop()
+        if self._beside is not None:
+            self._beside.close()
+            self._beside = None
+
+    def _tell(self, seconds: float) -> None:
+        for task in self.tasks:
+            if task.visible and (task.total is None or task.completed < task.total):
+                share = "" if task.total is None else f": {task.percentage:.0f} %"
+                tell(self.console, f"{task.description}{share} ({duration(task.elapsed or seconds)})")
+
+
+class Bar:
+    """Progress of one task on stderr. It is called with the steps done, the steps in all and the tokens so far."""
+
+    def __init__(self, what: str, unit: str = "") -> None:
+        columns = (progress.BarColumn(), progress.MofNCompleteColumn(), progress.TextColumn("{task.fields[rate]}"))
+        self.progress = Progress(*columns, progress.TimeRemainingColumn(), transient=True)
+        self.task = self.progress.add_task(what, total=None, rate=unit)
+        self.start = time.perf_counter()
+
+    def __enter__(self) -> Bar:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.progress.stop()
+
+    def __call__(self, done: int, total: int, tokens: int | None = None) -> None:
+        self.progress.update(self.task, completed=done, total=total)
+        if tokens is not None:
+            self.progress.update(self.task, rate=f"{tokens / (time.perf_counter() - self.start):.1f} tok/s")
+
+
+def duration(seconds: float) -> str:
+    """For people: ``40 s``, ``3 min``, ``2 h 10 min``, ``3 days``."""
+    if seconds < 90:
+        return f"{max(round(seconds, -1 if seconds > 20 else 0), 1):.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 90:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60} min" if minutes < 48 * 60 else f"{minutes / 1440:.1f} days"

@@ -1,0 +1,238 @@
+"""Experts left in the files of a checkpoint, to be read one by one.
+
+transformers fuses the experts of a layer into two tensors as it loads them, and so takes all of them into memory. Here
+they stay where they are: a model gets modules in their place that know where each expert lies, and what of it belongs
+into a fingerprint. Knows nothing of caches or decoding.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from specdec.base.errors import SpecDecError
+
+FUSED = ("gate_up_proj", "down_proj")  # [E, 2 F, D] and [E, D, F]
+SAMPLES = 512
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64}
+# A layer's experts in a checkpoint: fused already, or matrices of their own, of which gate and up lie on one another.
+_EXPERTS = r"(?:model\.)?layers\.(\d+)\.\w+\.experts"
+_TENSOR = re.compile(rf"({_EXPERTS})(?:\.(\d+)\.(\w+)\.weight|\.({'|'.join(FUSED)}))")
+_PLACES = {"gate_proj": (0, 0), "up_proj": (0, 1), "down_proj": (1, 0), "w1": (0, 0), "w3": (0, 1), "w2": (1, 0)}
+
+
+@dataclass(frozen=True)
+class Span:
+    """A tensor, row by row, from byte ``offset`` of a file on."""
+
+    path: Path
+    offset: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def row(self, number: int) -> Span:
+        """One element along the first dimension."""
+        step = math.prod(self.shape[1:]) * self.dtype.itemsize
+        return replace(self, offset=self.offset + number * step, shape=self.shape[1:])
+
+    def read(self) -> Tensor:
+        """All of it."""
+        return self.numbers(0, math.prod(self.shape)).view(self.shape)
+
+    def numbers(self, first: int, count: int) -> Tensor:
+        """``count`` of its numbers, [count]. Raises SpecDecError if the file does not have them any more."""
+        values = torch.empty(count, dtype=self.dtype)
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.offset + first * self.dtype.itemsize)
+                got = file.readinto(memoryview(values.view(torch.uint8).numpy()))  # type: ignore[arg-type]
+        except OSError as error:
+            raise SpecDecError(f"cannot read weights in '{self.path}': {error.strerror or error}") from None
+        if got != values.nbytes:
+            raise SpecDecError(f"'{self.path}' ends within its weights: it was truncated; get it again")
+        return values
+
+
+@dataclass
+class Fused:
+    """The tensor [E, rows, columns] that transformers would make of ``experts``: of each, matrices on one another."""
+
+    experts: list[list[Span]]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        first = self.experts[0]
+        return len(self.experts), sum(m.shape[0] for m in first), first[0].shape[1]
+
+    def read(self, expert: int, into: Tensor) -> None:
+        """Copy one expert into a tensor [rows, columns] of any dtype."""
+        matrices = self.experts[expert]
+        for matrix, rows in zip(matrices, into.split([m.shape[0] for m in matrices]), strict=True):
+            rows.copy_(matrix.read())
+
+    def sample(self, dtype: torch.dtype) -> Tensor:
+        """What ``sample`` takes of the tensor, in ``dtype``."""
+        count, rows, columns = self.shape
+        values = []
+        for position in positions(count * rows * columns).tolist():
+            expert, number = divmod(position, rows * columns)
+            for matrix in self.experts[expert]:
+                if number < (size := math.prod(matrix.shape)):
+                    values.append(matrix.numbers(number, 1))
+                    break
+                number -= size
+        return torch.cat(values).to(dtype)
+
+
+class Absent(nn.Module):
+    """Stands in for the experts of a layer whose weights are elsewhere: of the same names and shapes, without memory.
+
+    samples: of each weight, what ``sample`` takes of it.
+    """
+
+    def __init__(self, own: nn.Module, samples: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.act_fn: Any = own.act_fn
+        for name, values in zip(FUSED, samples, strict=True):
+            weight: Any = nn.Parameter(getattr(own, name).detach().to("meta"), requires_grad=False)
+            weight.sample = values
+            self.register_parameter(name, weight)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Absent:
+        return self  # there is nothing to be moved
+
+
+class StoredExperts(Absent):
+    """The experts of a layer, in a checkpoint. They are read, not computed with."""
+
+    def __init__(self, own: nn.Module, fused: Sequence[Fused]) -> None:
+        super().__init__(own, [each.sample(getattr(own, name).dtype) for name, each in zip(FUSED, fused, strict=True)])
+        self.fused, self.idle = fused, False
+
+    def read(self, expert: int, gate_up: Tensor, down: Tensor) -> None:
+        """Copy one expert into gate_up [2 F, D] and down [D, F]. Raises SpecDecError if its file cannot be read."""
+        for fused, into in zip(self.fused, (gate_up, down), strict=True):
+            fused.read(expert, into)
+
+    def forward(self, hidden_states: Tensor, *args: Any) -> Tensor:
+        if not self.idle:
+            raise SpecDecError("the model was loaded without its experts; decode by SpecDecoder(experts=...)")
+        return torch.zeros_like(hidden_states)
+
+
+@contextmanager
+def idle(model: nn.Module) -> Iterator[None]:
+    """Meanwhile experts that are in a checkpoint add nothing: for checks of everything else."""
+    modules = [module for module in model.modules() if isinstance(module, StoredExperts)]
+    for module in modules:
+        module.idle = True
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.idle = False
+
+
+def positions(size: int) -> Tensor:
+    """Which of so many numbers stand for all of them: evenly strided ones."""
+    count = min(size, SAMPLES)
+    return torch.arange(count) * size // max(count, 1)
+
+
+def sample(parameter: Tensor) -> Tensor:
+    """Up to ``SAMPLES`` evenly strided numbers of a parameter, [n]; of one that is absent, those it would have."""
+    if parameter.is_meta:
+        values: Tensor = parameter.sample  # type: ignore[attr-defined]
+        return values
+    index = positions(parameter.numel()).to(parameter.device)
+    return parameter.detach()[torch.unravel_index(index, parameter.shape)]
+
+
+@dataclass
+class Checkpoint:
+    """The tensors in safetensors files, by name; the ``fused`` ones are of experts."""
+
+    others: dict[str, Span] = field(default_factory=dict)
+    fused: dict[str, Fused] = field(default_factory=dict)
+
+    def state(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """All tensors by name: those of experts are zeros of ``dtype`` that take no memory, the others are read."""
+        zero = torch.zeros((), dtype=dtype)
+        experts = {name: zero.expand(fused.shape) for name, fused in self.fused.items()}
+        return experts | {name: span.read() for name, span in self.others.items()}
+
+    def leave(self, model: PreTrainedModel) -> None:
+        """Put ``StoredExperts`` into ``model``, which has been loaded from ``state``."""
+        layers = {_layer(name): name.rpartition(".")[0] for name in self.fused}
+        for name, module in list(model.named_modules()):
+            if re.fullmatch(_EXPERTS, name) and _layer(name) in layers:
+                prefix, parent = layers[_layer(name)], model.get_submodule(name.rpartition(".")[0])
+                parent.experts = StoredExperts(module, [self.fused[f"{prefix}.{each}"] for each in FUSED])
+
+
+def open_checkpoint(files: Iterable[Path]) -> Checkpoint | None:
+    """What is in ``files``; None if no experts are, or anything in a way not known here.
+
+    Raises SafetensorError for a file that is broken, SpecDecError for experts that do not fit one another.
+    """
+    found, parts = Checkpoint(), defaultdict[str, dict[tuple[int, int], Span]](dict)
+    for path in files:
+        begin, header = _header(path)
+        for name, entry in header.items():
+            if entry["dtype"] not in DTYPES:
+                return None
+            span = Span(path, begin + entry["data_offsets"][0], tuple(entry["shape"]), DTYPES[entry["dtype"]])
+            match = _TENSOR.fullmatch(name)
+            if match is None:
+                found.others[name] = span
+                continue
+            prefix, _, expert, part, fused = match.groups("")
+            if fused:
+                parts[name] = {(number, 0): span.row(number) for number in range(span.shape[0])}
+            elif part in _PLACES:
+                tensor, place = _PLACES[part]
+                parts[f"{prefix}.{FUSED[tensor]}"][int(expert), place] = span
+            else:
+                return None
+    found.fused = {name: Fused(_in_order(name, matrices)) for name, matrices in parts.items()}
+    whole = all(f"{name.rpartition('.')[0]}.{other}" in parts for name in parts for other in FUSED)
+    return found if parts and whole else None
+
+
+def _header(path: Path) -> tuple[int, dict[str, Any]]:
+    """Where the data of a safetensors file begins, and what they are."""
+    with safe_open(path, framework="numpy"):  # refuses what is broken; for torch it would map more than may fit
+        pass
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header: dict[str, Any] = json.loads(file.read(size))
+    header.pop("__metadata__", None)
+    return 8 + size, header
+
+
+def _in_order(name: str, matrices: dict[tuple[int, int], Span]) -> list[list[Span]]:
+    """Of each expert, its matrices: as many, and as large, as those of the others."""
+    experts = defaultdict[int, list[Span]](list)
+    for (expert, _), matrix in sorted(matrices.items()):
+        experts[expert].append(matrix)
+    kinds = {tuple((m.shape, m.dtype) for m in each) for each in experts.values()}
+    if list(experts) != list(range(len(experts))) or len(kinds) != 1:
+        raise SpecDecError(f"the checkpoint lacks a part of '{name}', or has it in several shapes; get it again")
+    return list(experts.values())
+
+
+def _layer(name: str) -> int:
+    """The layer of a module or tensor that matches ``_EXPERTS``."""
+    return int(name.partition("layers.")[2].partition(".")[0])

@@ -1,0 +1,211 @@
+"""Trained drafters on disk: a folder with ``config.json`` and ``model.safetensors``.
+
+Files are data: JSON and safetensors only, and nobody's word is taken for it. Counts in a configuration are bounded,
+what it describes is built without memory and compared with the header of the weights, and weights must be finite. A
+folder names its drafter (``format``) and the base model it was trained for by a fingerprint of that model's weights.
+Knows nothing about any particular drafter.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from specdec.base import options
+from specdec.base.errors import SpecDecError
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CONFIG_BYTES = 1 << 22  # more than any config.json has
+WIDEST = 16  # most of a drafter's inner width, in hidden sizes of its target
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+INTEGERS = {"I64": torch.int64, "I32": torch.int32}
+M = TypeVar("M", bound=nn.Module)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The folder's ``config.json``. Raises SpecDecError if it is missing, broken or not a drafter's."""
+    if not folder.is_dir():
+        raise SpecDecError(f"drafter folder '{folder}' does not exist")
+    path = folder / CONFIG
+    if not path.is_file():
+        raise SpecDecError(f"'{folder}' is no drafter folder: {CONFIG} is missing")
+    config = read_json(path)
+    if not isinstance(config, dict) or not isinstance(config.get("drafter"), str):
+        raise SpecDecError(f"'{path}' does not describe a specdec drafter (no 'drafter' entry)")
+    if not isinstance(config.get("base", {}), dict):
+        raise SpecDecError(f"'{path}' does not say what base model it is for ('base' is not a mapping)")
+    return config
+
+
+def read_json(path: Path) -> Any:
+    """What a small JSON file holds. Raises SpecDecError if it cannot be read, or is larger than any config.json."""
+    try:
+        if path.stat().st_size > CONFIG_BYTES:
+            raise ValueError(f"it has more than {CONFIG_BYTES >> 20} MB")
+        return json.loads(path.read_text("utf-8"))
+    except RecursionError:
+        raise SpecDecError(f"cannot read '{path}': it is nested too deeply") from None
+    except (OSError, ValueError) as error:
+        raise SpecDecError(f"cannot read '{path}': {error}") from None
+
+
+class Stored:
+    """The tensors of a safetensors file. header: of each, shape and dtype, as a tensor without memory."""
+
+    def __init__(self, path: Path, file: Any) -> None:
+        self.path, self.file, self.header = path, file, dict[str, Tensor]()
+        for name in file.keys():  # noqa: SIM118 (not a dict)
+            part = file.get_slice(name)
+            if (dtype := (DTYPES | INTEGERS).get(part.get_dtype())) is None:
+                known = ", ".join(DTYPES | INTEGERS)
+                raise SpecDecError(f"tensor '{name}' in '{path}' is {part.get_dtype()}; it must be one of {known}")
+            try:
+                self.header[name] = torch.empty(part.get_shape(), dtype=dtype, device="meta")
+            except (RuntimeError, TypeError, OverflowError):  # no numbers, in more dimensions than can be counted
+                raise SpecDecError(f"tensor '{name}' in '{path}' has the impossible shape {part.get_shape()}") from None
+
+    def read(self, name: str) -> Tensor:
+        """One tensor. Raises SpecDecError if it holds NaN or infinite values."""
+        tensor: Tensor = self.file.get_tensor(name)
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise SpecDecError(f"tensor '{name}' in '{self.path}' holds NaN or infinite values; train or get it again")
+        return tensor
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Stored]:
+    """A safetensors file, whose header is read. Raises SpecDecError if it is missing, truncated or something else."""
+    if not path.is_file():
+        raise SpecDecError(f"'{path.parent}' is no complete drafter folder: {path.name} is missing")
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield Stored(path, file)
+    except (SafetensorError, OSError) as error:
+        raise SpecDecError(f"'{path}' is truncated or no safetensors file ({error}); copy or train it again") from None
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """The folder's tensors. Raises SpecDecError if the file is missing or broken, or a tensor is not finite."""
+    with opened(folder / WEIGHTS) as stored:
+        return {name: stored.read(name) for name in stored.header}
+
+
+def load(
+    folder: Path,
+    vocab_size: int,
+    make: Callable[[Tensor | None], M],
+    rename: Callable[[str], str] = lambda name: name,
+) -> M:
+    """The module that ``make`` builds for a draft vocabulary (int [V'] or None), with the folder's tensors.
+
+    It is built without memory; what it needs is compared with what the file holds before anything is read. rename: from
+    a tensor's name in the file to the module's. Raises SpecDecError, naming the tensor, if the two do not fit each
+    other, and for values that no drafter has.
+    """
+    with opened(folder / WEIGHTS) as stored:
+        names = {rename(name): name for name in stored.header}
+        header = {name: stored.header[of] for name, of in names.items()}
+        vocab = header.get("draft_vocab")
+        if vocab is not None and (
+            vocab.dtype not in INTEGERS.values() or vocab.dim() != 1 or not 1 <= len(vocab) <= vocab_size
+        ):
+            raise SpecDecError(
+                f"the draft vocabulary in '{folder}' is {_kind(vocab)}; it must be a list of 1 .. {vocab_size} whole "
+                "numbers"
+            )
+        with torch.device("meta"):
+            module = make(vocab)
+        own = module.state_dict()
+        check_fit(folder, own, header)
+        tensors = {name: stored.read(of).to(own[name].dtype, copy=True) for name, of in names.items()}
+    if vocab is not None and bool(((tensors["draft_vocab"] < 0) | (tensors["draft_vocab"] >= vocab_size)).any()):
+        raise SpecDecError(f"the draft vocabulary in '{folder}' names tokens that the model does not have")
+    module.load_state_dict(tensors, assign=True)
+    return module
+
+
+def check_fit(folder: Path, needed: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    """Raise SpecDecError unless ``found``, by names, shapes and kinds of numbers, is what is ``needed``."""
+    for name in sorted(needed.keys() | found.keys()):
+        kinds = [_kind(part[name]) if name in part else "missing" for part in (needed, found)]
+        if kinds[0] != kinds[1]:
+            raise SpecDecError(
+                f"config.json and model.safetensors in '{folder}' do not fit each other: tensor '{name}' is "
+                f"{kinds[1]}; for this model it should be {kinds[0]}"
+            )
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)}{'' if tensor.is_floating_point() else ' of whole numbers'}"
+
+
+def inner(name: str, value: Any, hidden_size: int) -> int:
+    """``value``, if a drafter on a model of that size can have such an inner width. Raises SpecDecError otherwise."""
+    return options.whole(f"{name} in the drafter's config.json", value, 1, WIDEST * hidden_size)
+
+
+def write(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Write a drafter folder; each file appears whole or not at all. Raises SpecDecError if the disk refuses."""
+    text = json.dumps(config, indent=2) + "\n"
+    contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, data in ((WEIGHTS, save(contiguous)), (CONFIG, text.encode())):
+            replace(folder / name, data)
+    except OSError as error:
+        raise SpecDecError(f"cannot write the drafter to '{folder}': {error.strerror or error}") from None
+
+
+def replace(path: Path, data: bytes) -> None:
+    """Put ``data`` at ``path`` atomically (a temporary file beside it, flushed, then renamed)."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def shipped(drafter: str, fingerprint: str) -> Path | None:
+    """The folder of a drafter of that kind shipped in the package for the base with that fingerprint, if any."""
+    return next((folder for folder, base in _shipped(drafter) if base.get("fingerprint") == fingerprint), None)
+
+
+def may_be_shipped(drafter: str, config: Any) -> bool:
+    """Whether one is shipped for a base of the kind and size of the model with this Hugging Face ``config``."""
+    text = config.get_text_config()
+    size = {"num_layers": text.num_hidden_layers, "hidden_size": text.hidden_size, "model_type": config.model_type}
+    return any(all(base.get(key, value) == value for key, value in size.items()) for _, base in _shipped(drafter))
+
+
+def _shipped(drafter: str) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Each shipped folder of that kind of drafter, and what its config says about its base."""
+    root = Path(str(importlib.resources.files("specdec.drafters"))) / "pretrained"
+    for path in sorted(root.glob(f"{drafter}/*/{CONFIG}")):
+        yield path.parent, read_config(path.parent).get("base", {})
+
+
+def check_base(config: dict[str, Any], fingerprint: str, where: str) -> None:
+    """Raise SpecDecError if the drafter of ``config`` was trained for other base weights."""
+    trained = config.get("base", {}).get("fingerprint")
+    if trained != fingerprint:
+        raise SpecDecError(
+            f"drafter '{where}' was trained for base weights {trained}, but the loaded model's are {fingerprint}; "
+            "train one for this model with 'specdec train' or load the model it belongs to"
+        )

@@ -1,0 +1,340 @@
+"""Finding and loading models: embedded ones, local folders, GGUF files and Hugging Face ids.
+
+Knows nothing about drafters, runtimes or decoding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from gguf import GGUFReader
+from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+from safetensors import SafetensorError
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    GgufConfig,
+    PreTrainedModel,
+)
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils.hub import get_checkpoint_shard_files
+
+from specdec.base import memory
+from specdec.base.errors import SpecDecError, did_you_mean
+from specdec.models import checkpoint
+from specdec.models.catalogue import EMBEDDED, converted, one_line, prepared, quietly
+
+
+def load(
+    name_or_path: str | os.PathLike[str],
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "cpu",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
+    experts: bool = True,
+    check: Callable[[Any], None] | None = None,
+) -> tuple[PreTrainedModel, Any]:
+    """Load a decoder-only model, frozen and in evaluation mode, and its tokenizer.
+
+    name_or_path: an embedded model's name (fetched at first use), else a local folder, a ``.gguf`` file (converted into
+    a folder in the cache at first use), or a Hugging Face id. Weights are read from safetensors or GGUF only, never
+    from pickles.
+    dtype: "auto" (the checkpoint's own; bfloat16 for a GGUF file) or one of float32, bfloat16, float16.
+    device: "auto" (the first CUDA device that can compute, else the CPU) or what PyTorch calls one.
+    revision: for Hugging Face ids.
+    attn_implementation: None lets transformers choose (sdpa where the model supports it, else eager).
+    experts: False leaves those of a mixture in the checkpoint (``stored.StoredExperts``), if it is one of safetensors
+    that holds them as published models do; the model can then decode by ``SpecDecoder(experts=...)`` only.
+    check: called with the model's config before its weights are read; it raises for a model that is not wanted.
+    Raises SpecDecError, in one line, for whatever is unknown, missing, broken or beyond this machine.
+    """
+    name = os.fspath(name_or_path)
+    kind = as_dtype(dtype)
+    place = find_device(device, kind)
+    source, options = _source(name, revision, kind)
+    options |= {"trust_remote_code": trust_remote_code}
+    with quietly(f"Loading {name}") if options["local_files_only"] else contextlib.nullcontext():
+        config, tokenizer = _parts(name, source, options)
+        if check is not None:
+            check(config)
+        options |= {"config": config, "use_safetensors": True, "ignore_mismatched_sizes": True}  # checked below
+        if attn_implementation is not None:
+            options |= {"attn_implementation": attn_implementation}
+        with _explained(name):
+            checkpoint = None if experts else _checkpoint(source, options)
+            if checkpoint is None:
+                load: Any = AutoModelForCausalLM.from_pretrained
+                loaded = load(source, dtype=kind, output_loading_info=True, **options)
+            else:
+                loaded = _without_experts(source, checkpoint, kind, options)
+            model, info = loaded[0].to(place), loaded[1]
+    _check_fit(name, model, info)
+    model.config._name_or_path = name  # what messages call it, not the cache folder
+    return model.eval().requires_grad_(False), tokenizer
+
+
+def read_config(name: str, dtype: str | torch.dtype = "auto") -> Any:
+    """The config of the model that ``load`` would load; its weights may have to be fetched, but are not read."""
+    source, options = _source(name, None, as_dtype(dtype))
+    with _explained(name):
+        return AutoConfig.from_pretrained(source, **options)
+
+
+def dequantized(name: str, file: Path, dtype: str) -> tuple[PreTrainedModel, Any]:
+    """The model and tokenizer of a GGUF file itself, all weights in memory; messages call it ``name``."""
+    options: dict[str, Any] = {"local_files_only": True, "gguf_file": file.name}
+    with quietly():
+        _, tokenizer = _parts(name, file.parent, options)
+        options |= {"quantization_config": GgufConfig(dequantize=True)}  # whatever kernels for packed ones there are
+        with _explained(name):
+            load: Any = AutoModelForCausalLM.from_pretrained
+            model, info = load(file.parent, dtype=DTYPES[dtype], output_loading_info=True, **options)
+    _check_fit(name, model, info)
+    return model, tokenizer
+
+
+def _parts(name: str, source: str | Path, options: dict[str, Any]) -> tuple[Any, Any]:
+    """The config, of a decoder-only model, and the tokenizer."""
+    with _explained(name):
+        config = AutoConfig.from_pretrained(source, **options)
+    if config.is_encoder_decoder:
+        raise SpecDecError(f"'{name}' is an encoder-decoder model ({config.model_type}); use a decoder-only one")
+    return config, _tokenizer(name, source, options)
+
+
+def _check_fit(name: str, model: PreTrainedModel, info: dict[str, Any]) -> None:
+    """Refuse a model of which some weights were not in the checkpoint: transformers leaves them random."""
+    names = {key for key, _ in model.named_parameters()}
+    unfit = sorted(names & {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+    if unfit:
+        raise SpecDecError(
+            f"the weights of '{name}' do not fit its config.json: {len(unfit)} missing or of another shape, "
+            f"such as '{unfit[0]}'"
+        )
+
+
+def own_name(name: str) -> str:
+    """What to call the model ``name`` in files that others may read: never by a path of this machine.
+
+    An embedded model's name and a Hugging Face id are that; a GGUF file says what it holds (``general.name``), and a
+    folder's config what it was saved from, unless that is a path, too. Else it is called as its file or folder is.
+    """
+    path = Path(name).expanduser()
+    if name in EMBEDDED or not path.exists():
+        return name
+    said = ""
+    with contextlib.suppress(Exception):  # untrusted files: any type
+        if path.is_file():
+            field = GGUFReader(path).get_field("general.name")
+            said = "" if field is None else str(field.contents())
+        else:
+            said = str(json.loads((path / "config.json").read_text("utf-8")).get("_name_or_path", ""))
+    said = " ".join(said.split())
+    a_path = said.startswith(("/", ".", "~")) or "\\" in said or said.count("/") > 1 or Path(said).exists()
+    return path.resolve().name if a_path else said
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """32 hex digits that identify a model's weights, the same whatever dtype or device they are loaded in.
+
+    SHA-256 over every parameter's name, shape and up to 512 evenly strided elements as bf16, in order of names; of
+    parameters with equal content (tied ones among them, tied or not after a runtime rearranged them) only the first.
+    """
+    digest, seen = hashlib.sha256(), set()
+    for name, parameter in sorted(model.named_parameters(remove_duplicate=False)):
+        sample = checkpoint.sample(parameter).to(torch.bfloat16)
+        # Below 2^-16 float16 cannot hold every bf16 value; zero also has one sign only.
+        sample = torch.where(sample.abs() < 2**-16, torch.zeros_like(sample), sample)
+        content = f"{tuple(parameter.shape)}".encode() + sample.cpu().view(torch.int16).numpy().tobytes()
+        if content not in seen:
+            seen.add(content)
+            digest.update(f"{name} ".encode() + content)
+        memory.release(parameter.detach())
+    return digest.hexdigest()[:32]
+
+
+# --- what to load, on what ---------------------------------------------------------------------------------------
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def as_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+    """What transformers takes. Raises SpecDecError for an unknown one."""
+    if dtype == "auto" or dtype in DTYPES.values():
+        return dtype
+    name = str(dtype).removeprefix("torch.")
+    if isinstance(dtype, str) and SHORT.get(name, name) in DTYPES:
+        return DTYPES[SHORT.get(name, name)]
+    known = ["auto", *DTYPES, *SHORT]
+    raise SpecDecError(f"unknown dtype '{name}'{did_you_mean(name, known)}; known: {', '.join(known)}")
+
+
+def find_device(device: str | torch.device, dtype: str | torch.dtype = "auto") -> torch.device:
+    """The device meant, tried out in ``dtype``. Raises SpecDecError if it is unknown, not there or cannot compute."""
+    if device == "auto":
+        with contextlib.suppress(SpecDecError):  # a driver or a GPU that this PyTorch does not serve
+            return find_device("cuda", dtype)
+        device = "cpu"
+    place = _device(device)
+    _try_out(place, dtype)
+    return place
+
+
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        place = torch.device(device)
+    except (RuntimeError, TypeError, ValueError):
+        raise SpecDecError(f"unknown device '{device}'; known: auto, cpu, cuda, cuda:N, mps") from None
+    if place.type == "mps" and not torch.backends.mps.is_available():
+        raise SpecDecError("device 'mps' is not there: this PyTorch or this machine has no Metal")
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise SpecDecError(f"device '{place}' is not there: this PyTorch sees {torch.cuda.device_count()} CUDA devices")
+    return place
+
+
+def _try_out(place: torch.device, dtype: str | torch.dtype) -> None:
+    """Multiply two numbers there: the one test of a device and a dtype that no list of devices can outdate."""
+    kind = dtype if isinstance(dtype, torch.dtype) else torch.float32
+    try:
+        one = torch.ones(1, 1, dtype=kind, device=place)
+        (one @ one).item()
+    except Exception as error:  # the type depends on the backend
+        what = str(kind).removeprefix("torch.")
+        raise SpecDecError(f"this machine cannot compute in {what} on device '{place}' ({one_line(error)})") from None
+
+
+def _source(name: str, revision: str | None, dtype: str | torch.dtype) -> tuple[str | Path, dict[str, Any]]:
+    """Where the model is, or is now put, and the options that tell transformers' ``from_pretrained`` so."""
+    path = Path(name).expanduser()
+    options: dict[str, Any] = {"local_files_only": True}
+    if revision is not None and (name in EMBEDDED or path.exists()):
+        raise SpecDecError(f"a revision ('{revision}') goes with a Hugging Face id, and '{name}' is not one")
+    if name in EMBEDDED:
+        path = prepared(name)
+    elif name and path.is_dir():
+        if not (path / "config.json").is_file():
+            found = sorted(path.glob("*.gguf"))
+            hint = f"; to load the GGUF file in it, give '{found[0]}'" if found else ""
+            raise SpecDecError(f"'{name}' is no model folder: config.json is missing{hint}")
+    elif path.is_file():
+        with path.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise SpecDecError(f"'{name}' is no GGUF file; give a .gguf file, a model folder or a model's name")
+        path = converted(name, path, str(torch.bfloat16 if dtype == "auto" else dtype).removeprefix("torch."))
+    else:
+        return name, _repository(name, revision)
+    return path, options
+
+
+def _repository(name: str, revision: str | None) -> dict[str, Any]:
+    """Options for a Hugging Face id. One short request decides whether to use the network or HF's cache alone.
+
+    (Without it, transformers retries each file for half a minute when there is no network.)
+    """
+    known = f"give an embedded model ({', '.join(EMBEDDED)}), a model folder, a .gguf file or a Hugging Face id"
+    guess = did_you_mean(name.rpartition("/")[2].lower(), EMBEDDED)
+    if name.startswith((".", "/", "~")) or name.endswith(".gguf") or name.count("/") > 1:
+        raise SpecDecError(f"there is no file or folder '{name}'")
+    if guess and "/" not in name:
+        raise SpecDecError(f"unknown model '{name}'{guess}; {known}")
+    online = True
+    try:
+        HfApi().model_info(name, revision=revision, timeout=10)
+    except HFValidationError:
+        raise SpecDecError(f"unknown model '{name}'; {known}") from None
+    except RevisionNotFoundError:
+        raise SpecDecError(f"model '{name}' has no revision '{revision}' on Hugging Face") from None
+    except RepositoryNotFoundError:
+        raise SpecDecError(
+            f"unknown model '{name}'{guess}: not on Hugging Face, or private (then 'hf auth login'); {known}"
+        ) from None
+    except HfHubHTTPError:
+        pass  # an answer: the download will say what is wrong
+    except Exception as error:  # no answer; the type depends on the HTTP library
+        online = False
+        if not isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
+            raise SpecDecError(
+                f"model '{name}'{guess} is not in the local Hugging Face cache, and the network cannot be used "
+                f"({one_line(error)}); {known}"
+            ) from None
+    return {"revision": revision or "main", "local_files_only": not online}
+
+
+@contextlib.contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Turn whatever transformers raises while it reads a model (untrusted files: any type) into one line."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise SpecDecError(
+            f"'{name}' does not fit into the device's memory; use a smaller dtype or model, or the device cpu"
+        ) from None
+    except Exception as error:
+        reason = one_line(error)
+        if isinstance(error, SafetensorError):
+            reason = f"a safetensors file is truncated or broken ({reason}); get it again"
+        elif "model.safetensors" in reason:
+            reason += " Weights are read from safetensors only."
+        elif "trust_remote_code" in str(error):
+            reason = "it needs Python code of its own; pass trust_remote_code only if you trust its authors"
+        raise SpecDecError(f"cannot load model '{name}': {reason}") from error
+
+
+def _checkpoint(source: str | Path, options: dict[str, Any]) -> checkpoint.Checkpoint | None:
+    """The checkpoint, fetched if need be, of a mixture that can be loaded without its experts; else None."""
+    config, where = options["config"], _where(options)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "quantization_config", None):
+        return None
+    find = lambda file: cached_file(source, file, _raise_exceptions_for_missing_entries=False, **where)  # noqa: E731
+    if (only := find(SAFE_WEIGHTS_NAME)) is not None:
+        return checkpoint.open_checkpoint([Path(only)])
+    if (index := find(SAFE_WEIGHTS_INDEX_NAME)) is not None:
+        return checkpoint.open_checkpoint([Path(p) for p in get_checkpoint_shard_files(source, index, **where)[0]])
+    return None
+
+
+def _without_experts(
+    source: str | Path, checkpoint: checkpoint.Checkpoint, dtype: str | torch.dtype, options: dict[str, Any]
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """What ``from_pretrained`` returns, of a model whose experts are left in ``checkpoint``."""
+    config = options["config"]
+    if not isinstance(dtype, torch.dtype):  # auto
+        dtype = config.dtype or next(iter(checkpoint.others.values())).dtype
+    given = {key: options[key] for key in options if key in ("ignore_mismatched_sizes", "attn_implementation")}
+    with contextlib.suppress(OSError):  # none of its own: made of the model's
+        given["generation_config"] = GenerationConfig.from_pretrained(source, **_where(options))
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model, info = kind.from_pretrained(
+        None, config=config, state_dict=checkpoint.state(dtype), dtype=dtype, output_loading_info=True, **given
+    )
+    checkpoint.leave(model)
+    return model, info
+
+
+def _where(options: dict[str, Any]) -> dict[str, Any]:
+    return {key: options[key] for key in ("revision", "local_files_only") if key in options}
+
+
+def _tokenizer(name: str, source: str | Path, options: dict[str, Any]) -> Any:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        if len(tokenizer) > len(tokenizer.all_special_tokens):  # else: a class that starts empty without its files
+            return tokenizer
+        reason = "its files are missing"
+    except Exception as error:  # as above
+        reason = one_line(error)
+    raise SpecDecError(f"model '{name}' has no usable tokenizer, such as a tokenizer.json: {reason}")

@@ -1,0 +1,303 @@
+"""Key/value cache with rollback: append, trim, keep a path, select rows.
+
+Slots are shared by all layers: slot ``s`` holds the same token everywhere, but layers may be filled to different
+lengths while a draft is under way (early layers run ahead of late ones). Slots below ``committed`` are final; those
+above belong to the draft and are dropped or compacted by ``keep``. Rows may have different lengths: a shorter row has
+holes (position -1) that no query sees. Knows nothing about models, tokens or acceptance.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, overload
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from specdec.base.devices import upload
+
+AHEAD = 1 << 30  # bytes of slots that buffers begin with at most because they are expected
+
+
+class Mask:
+    """Which cached keys each query may attend to.
+
+    ``query`` [B, T] and ``keys`` [B, S] hold positions (-1: hole); ``visible`` [B, T, S] is a bool tensor, or None
+    when every key is visible to every query, or a function that makes such a tensor when it is read. Runtimes read
+    ``bool_mask`` and may keep what they derive from it in ``memo`` (one mask serves many layers).
+    causal: each query sees just the slots up to its own, the last T of S, and slots are positions (no holes).
+    """
+
+    def __init__(
+        self, query: Tensor, keys: Tensor, visible: Tensor | Callable[[], Tensor] | None, causal: bool = False
+    ) -> None:
+        self.query, self.keys, self.causal = query, keys, causal
+        self._visible = visible
+        self.memo: dict[object, Tensor | None] = {}
+
+    @property
+    def visible(self) -> Tensor | None:
+        if callable(self._visible):
+            self._visible = self._visible()
+        return self._visible
+
+    def bool_mask(self, window: int | None = None) -> Tensor | None:
+        """Return the mask as bool [B, 1, T, S] (True = attend), or None where nothing is hidden.
+
+        ``window``: a query sees only the last ``window`` positions, itself included.
+        """
+        if window not in self.memo:
+            visible = self.visible
+            if window is not None:
+                near = self.query[:, :, None] - self.keys[:, None, :] < window  # (B, T, S)
+                if visible is not None:
+                    visible = visible & near
+                elif near.device.type != "cpu" or not bool(near.all()):  # elsewhere, looking costs more than a mask
+                    visible = near
+            self.memo[window] = None if visible is None else visible[:, None]  # (B, 1, T, S)
+        return self.memo[window]
+
+
+class KVCache:
+    """Keys and values of all layers for a batch of ragged rows.
+
+    Buffers are allocated on first use of a layer (``whole``, whatever is in it, is used first) and grow in blocks of
+    ``block`` slots; on a CPU, where memory is taken as it is written, they begin with room for the slots that are
+    ``expected``. When gradients are needed (training), entries are concatenated instead, so that autograd sees them.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        batch: int,
+        device: torch.device | str = "cpu",
+        block: int = 256,
+        whole: Tensor | None = None,
+    ) -> None:
+        self.block, self.device = block, torch.device(device)
+        self.keys: list[Tensor | None] = [None] * num_layers  # each (B, H, capacity, d)
+        self.values: list[Tensor | None] = [None] * num_layers
+        # (2, N, rows, H, capacity, d), which all keys and values are parts of, or not; rows beyond B are room
+        self.whole: Tensor | None = None
+        self.lengths = [0] * num_layers  # filled slots per layer
+        self.rows = [0] * batch  # committed tokens per row
+        self.committed = 0  # committed slots: the longest row
+        self.positions = torch.full((batch, block), -1, dtype=torch.long, device=self.device)  # (B, capacity)
+        self.expected = 0
+        self.memo: dict[object, Any] = {}  # what runtimes derive from ``whole``, for as long as it is the same
+        if whole is not None:
+            self._divide(whole)
+
+    @property
+    def batch(self) -> int:
+        return len(self.rows)
+
+    @property
+    def ragged(self) -> bool:
+        """True if some row has holes."""
+        return any(n != self.committed for n in self.rows)
+
+    def append(self, layer: int, k: Tensor, v: Tensor, multiple: int = 1) -> tuple[Tensor, Tensor]:
+        """Add ``k``, ``v`` [B, H, T, d] to ``layer``; return views of all its keys and values [B, H, S, d].
+
+        multiple: a divisor of ``block``; S is rounded up to it by slots with old or zero entries, which the caller has
+        to hide (no gradients then).
+        """
+        start, end = self.lengths[layer], self.lengths[layer] + k.shape[2]
+        old_k, old_v = self.keys[layer], self.values[layer]
+        if torch.is_grad_enabled() and (k.requires_grad or (old_k is not None and old_k.requires_grad)):
+            new_k = k if old_k is None else torch.cat((old_k[:, :, :start], k), 2)
+            new_v = v if old_v is None else torch.cat((old_v[:, :, :start], v), 2)
+        else:
+            if self.whole is not None:  # stays one piece
+                self._enlarge(end, k.shape[1], k.shape[3], k.dtype)
+                old_k, old_v = self.keys[layer], self.values[layer]
+            new_k, new_v = self._room(old_k, k, start, end), self._room(old_v, v, start, end)
+            new_k[:, :, start:end], new_v[:, :, start:end] = k, v
+        self.keys[layer], self.values[layer], self.lengths[layer] = new_k, new_v, end
+        end += -end % multiple
+        return new_k[:, :, :end], new_v[:, :, :end]
+
+    def reserve(self, lo: int, hi: int, count: int, heads: int, head_dim: int, dtype: torch.dtype) -> int:
+        """Count the next ``count`` slots of layers [lo, hi) as filled, with room for a runtime to write them itself.
+
+        Returns the first of them. ``keys`` and ``values`` of each layer are then [B, heads, capacity, head_dim],
+        contiguous, with a capacity that is a multiple of ``block``: parts of one buffer, which is moved in one piece.
+        """
+        start = self.lengths[lo]
+        self._enlarge(start + count, heads, head_dim, dtype)
+        self.lengths[lo:hi] = [start + count] * (hi - lo)
+        return start
+
+    def _enlarge(self, end: int, heads: int, head_dim: int, dtype: torch.dtype) -> None:
+        """Make ``whole`` hold at least ``end`` slots."""
+        old = self.whole
+        if old is None or old.shape[4] < end:
+            filled = max(self.lengths)
+            slots = self._slots(end, filled, heads * head_dim * dtype.itemsize)
+            whole = _zeros((2, len(self.lengths), self.batch, heads, slots, head_dim), dtype, self.device)
+            if old is not None:
+                whole[..., :filled, :] = old[:, :, : self.batch, :, :filled]
+            self._divide(whole)
+
+    def _divide(self, whole: Tensor) -> None:
+        self.memo, self.whole, (keys, values) = {}, whole, whole[:, :, : self.batch]
+        self.keys, self.values = list(keys), list(values)
+
+    def _room(self, buffer: Tensor | None, like: Tensor, start: int, end: int) -> Tensor:
+        """Return a buffer with at least ``end`` slots that begins with the first ``start`` slots of ``buffer``."""
+        if buffer is not None and buffer.shape[2] >= end:
+            return buffer
+        slots = self._slots(end, start, like.shape[1] * like.shape[3] * like.element_size())
+        shape = like.shape[0], like.shape[1], slots, like.shape[3]
+        grown = _zeros(shape, like.dtype, like.device)
+        if buffer is not None:
+            grown[:, :, :start] = buffer[:, :, :start]
+        return grown
+
+    def _slots(self, end: int, filled: int, size: int) -> int:
+        """The capacity of a buffer for ``end`` slots, of which there were ``filled`` before.
+
+        size: bytes of a row's keys in one slot of a layer.
+        """
+        # An answer may end early, so what is asked of the system beforehand is bounded.
+        ahead = min(self.expected, AHEAD // max(2 * len(self.lengths) * self.batch * size, 1))
+        # Grow by at least a quarter, so that long generations copy each entry a bounded number of times.
+        most = max(end, filled + filled // 4, ahead if self.device.type == "cpu" else 0)
+        return -(-most // self.block) * self.block
+
+    def mask(self, layer: int, positions: Tensor, tree: Tensor | None = None) -> Mask:
+        """Register the next T slots of ``layer`` at ``positions`` [B, T] and return what they may attend to.
+
+        They see every committed token of their row and, among the U uncommitted slots (theirs included), those that
+        ``tree`` [T, U] (bool) marks; without it, all earlier ones and themselves (a chain).
+        """
+        start, end = self.lengths[layer], self.lengths[layer] + positions.shape[1]
+        if end > self.positions.shape[1]:
+            slots = -(-max(end, start + start // 4) // self.block) * self.block
+            grown = self.positions.new_full((self.batch, slots), -1)
+            grown[:, :start] = self.positions[:, :start]
+            self.positions = grown
+        self.positions[:, start:end] = positions
+        keys = self.positions[:, :end]
+        t, u = positions.shape[1], end - self.committed
+        chain, batch, committed, device = tree is None, self.batch, self.committed, self.device
+        if chain and t == 1 and not self.ragged:
+            return Mask(positions, keys, None, causal=True)
+
+        def visible() -> Tensor:
+            seen = torch.ones(t, u, dtype=torch.bool, device=device).tril(u - t) if tree is None else tree.to(device)
+            old = (keys[:, None, :committed] >= 0).expand(-1, t, -1)  # (B, T, committed)
+            return torch.cat((old, seen[None].expand(batch, -1, -1)), 2)
+
+        return Mask(positions, keys, visible, causal=chain and not self.ragged)
+
+    def trim(self, count: int, lo: int = 0, hi: int | None = None) -> None:
+        """Drop the last ``count`` slots of layers [lo, hi). Committed slots cannot be dropped (ValueError)."""
+        for layer in range(lo, len(self.lengths) if hi is None else hi):
+            if self.lengths[layer] - count < self.committed:
+                raise ValueError(f"cannot trim {count} slots of layer {layer}: only uncommitted ones can be dropped")
+            self.lengths[layer] -= count
+
+    def roll_back(self) -> None:
+        """Drop everything that is not committed, in all layers."""
+        self.lengths = [self.committed] * len(self.lengths)
+
+    def keep(self, paths: Sequence[Sequence[int]]) -> None:
+        """Commit, for each row, the uncommitted slots listed in ``paths`` (ascending indices), and drop the others.
+
+        All layers must have run the whole block. Kept slots are compacted to follow the row's committed ones.
+        """
+        in_place = all(
+            n == self.committed and list(path) == list(range(len(path)))
+            for n, path in zip(self.rows, paths, strict=True)
+        )
+        if not in_place:
+            row: list[int] = []
+            src: list[int] = []
+            dst: list[int] = []
+            for b, path in enumerate(paths):
+                row += [b] * len(path)
+                src += [self.committed + j for j in path]
+                dst += range(self.rows[b], self.rows[b] + len(path))
+            index = upload([row, src, dst], self.device)
+            if self.whole is not None:
+                self.whole[:, :, index[0], :, index[2]] = self.whole[:, :, index[0], :, index[1]]
+            else:
+                for buffer in (*self.keys, *self.values):
+                    if buffer is not None:
+                        buffer[index[0], :, index[2]] = buffer[index[0], :, index[1]]
+            self.positions[index[0], index[2]] = self.positions[index[0], index[1]]
+        self.rows = [n + len(path) for n, path in zip(self.rows, paths, strict=True)]
+        self.committed = max(self.rows)
+        self.lengths = [self.committed] * len(self.lengths)
+        if self.ragged:
+            for b, n in enumerate(self.rows):
+                self.positions[b, n : self.committed] = -1
+
+    def join(self, other: KVCache) -> None:
+        """Add the rows of ``other`` after those of this cache. Nothing may be uncommitted in either."""
+        mine, theirs, first = self.committed, other.committed, self.batch
+        slots = (max(mine, theirs) // self.block + 1) * self.block
+        positions = self.positions.new_full((first + other.batch, slots), -1)
+        positions[:first, :mine] = self.positions[:, :mine]
+        positions[first:, :theirs] = other.positions[:, :theirs]
+        self.positions, self.rows, self.committed = positions, self.rows + other.rows, max(mine, theirs)
+        self.lengths = [self.committed] * len(self.lengths)
+        whole, added = self.whole, other.whole
+        if whole is None or added is None:
+            self.keys = [_stack(a, b, mine, theirs, slots) for a, b in zip(self.keys, other.keys, strict=True)]
+            self.values = [_stack(a, b, mine, theirs, slots) for a, b in zip(self.values, other.values, strict=True)]
+        elif whole.shape[2] >= self.batch and whole.shape[4] >= slots:
+            whole[:, :, first : self.batch, :, :theirs] = added[:, :, : other.batch, :, :theirs]
+            self._divide(whole)
+        else:
+            self._divide(_stack(whole[:, :, :first], added[:, :, : other.batch], mine, theirs, slots))
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep only ``rows`` of the batch, in that order. Nothing may be uncommitted.
+
+        Cheapest where few rows change their place, and none moves to where another comes from.
+        """
+        index, whole, filled = torch.tensor(list(rows), device=self.device), self.whole, self.committed
+        self.positions = self.positions.index_select(0, index)
+        self.rows = [self.rows[i] for i in rows]
+        self.committed = max(self.rows, default=0)
+        self.lengths = [self.committed] * len(self.lengths)
+        if whole is None:
+            self.keys = [None if t is None else t.index_select(0, index) for t in self.keys]
+            self.values = [None if t is None else t.index_select(0, index) for t in self.values]
+            return
+        moves = {to: row for to, row in enumerate(rows) if to != row}
+        if moves.keys() & moves.values():
+            whole = whole.index_select(2, index)
+        else:
+            for to, row in moves.items():
+                whole[:, :, to, :, :filled] = whole[:, :, row, :, :filled]
+        self._divide(whole)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """As ``torch.zeros``, on a CPU from pages that nobody has touched: they take memory as they are written."""
+    size = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or not size:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    room = torch.from_numpy(np.zeros(size + 64, np.uint8))
+    return room[-room.data_ptr() % 64 :][:size].view(dtype).view(shape)
+
+
+@overload
+def _stack(a: Tensor, b: Tensor, filled_a: int, filled_b: int, slots: int) -> Tensor: ...
+@overload
+def _stack(a: Tensor | None, b: Tensor | None, filled_a: int, filled_b: int, slots: int) -> Tensor | None: ...
+def _stack(a: Tensor | None, b: Tensor | None, filled_a: int, filled_b: int, slots: int) -> Tensor | None:
+    """Entries [..., B, H, S, d] of two caches below one another, with room for ``slots``; those missing are zero."""
+    if a is None or b is None:
+        return None
+    rows, (heads, _, head_dim) = a.shape[-4], a.shape[-3:]
+    out = a.new_zeros(*a.shape[:-4], rows + b.shape[-4], heads, slots, head_dim)
+    out[..., :rows, :, :filled_a, :] = a[..., :filled_a, :]
+    out[..., rows:, :, :filled_b, :] = b[..., :filled_b, :]
+    return out

@@ -1,0 +1,76 @@
+"""Which models a runtime takes, and whether it computes what the model computes."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedModel
+
+from specdec.base.errors import NotFiniteError, SpecDecError
+from specdec.runtimes.target import Target
+
+
+def refuse_unsupported(model: PreTrainedModel) -> None:
+    """Raise SpecDecError, with the reason, for a model whose decoding state cannot be rolled back or tree-masked."""
+    kind = model.config.model_type
+    if model.config.is_encoder_decoder:
+        raise SpecDecError(f"model type '{kind}' is an encoder-decoder; specdec needs a decoder-only causal model")
+    if getattr(model, "_is_stateful", False):
+        raise SpecDecError(
+            f"model type '{kind}' carries a recurrent state that cannot be rolled back after a rejected draft; "
+            "use an attention-only model"
+        )
+    if model.get_output_embeddings() is None:
+        raise SpecDecError(f"model type '{kind}' has no language-model head; load it as a causal language model")
+    if model.config._attn_implementation not in ("sdpa", "eager"):
+        raise SpecDecError(
+            f"attention implementation '{model.config._attn_implementation}' takes no tree masks; "
+            "load the model with attn_implementation='sdpa' or 'eager'"
+        )
+
+
+def not_finite(model: PreTrainedModel) -> NotFiniteError:
+    """Why the logits of ``model`` hold NaN or infinite values: the first weight that does, or its dtype."""
+    name = f"'{model.config._name_or_path}'" if model.config._name_or_path else "this model"
+    for key, weight in model.named_parameters():
+        if not weight.is_meta and not bool(weight.isfinite().all()):
+            return NotFiniteError(
+                f"the weights of {name} are broken: '{key}' holds NaN or infinite values; get it again"
+            )
+    dtype = str(model.dtype).removeprefix("torch.")
+    return NotFiniteError(f"{name} gives NaN or infinite logits in {dtype}; load it in bfloat16 or float32")
+
+
+@torch.inference_mode()
+def check_logits(target: Target) -> float:
+    """Compare a prompt pass and one-token passes of ``target``, each in two pieces, with its model's own forward.
+
+    Returns the difference relative to the largest logit; the median position counts: in 16 bits, single positions of
+    correct runtimes may lie far apart. Raises SpecDecError if it is too large.
+    """
+    kind, (prompt, n), device = target.model.config.model_type, (8, 11), target.device
+    # Spread over the vocabulary: the first tokens are often special ones, on which models are ill-conditioned.
+    ids = (torch.arange(1, n + 1, device=device)[None] * 7919) % target.vocab_size
+    positions = torch.arange(n, device=device)[None]
+    try:
+        own = target.model(input_ids=ids, use_cache=False).logits.float()
+        cache, half, ours = target.new_cache(), target.num_layers // 2, []
+        for a, b in ((0, prompt), *((i, i + 1) for i in range(prompt, n))):
+            part = positions[:, a:b]
+            x, mask = target.embed(ids[:, a:b], part), cache.mask(0, part)
+            x = target.layers(x, 0, half, part, mask, cache)
+            ours.append(target.readout(target.layers(x, half, target.num_layers, part, mask, cache)))
+            cache.keep([list(range(b - a))])
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+        raise SpecDecError(
+            f"model type '{kind}' is not supported: its layers do not run one by one ({error})"
+        ) from error
+    if not bool(own.isfinite().all()):
+        raise not_finite(target.model)
+    apart = (own - torch.cat(ours, 1).float()).abs().amax(-1)[0] / own.abs().max().clamp_min(1e-6)  # (T,)
+    spread = max(apart[:prompt].median().item(), apart[prompt:].median().item())
+    if not spread < (1e-4 if target.dtype == torch.float32 else 5e-2):
+        raise SpecDecError(
+            f"the {target.runtime} runtime gives other logits than this '{kind}' model "
+            f"(relative difference {spread:.1e})"
+        )
+    return spread

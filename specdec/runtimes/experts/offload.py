@@ -1,0 +1,263 @@
+"""Puts an expert store under a model: its experts modules are replaced by ones that ask the store.
+
+While attached, the model's expert weights are not in memory; ``close`` reads them back from the packed file, unless
+they were left in a checkpoint. The arithmetic is that of transformers' grouped products over resident experts: one
+product per expert, on the slots as they lie, and one sum per token. So the result does not depend on where the weights
+come from, on what is cached, or on what is prefetched.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from specdec.base.errors import SpecDecError
+from specdec.base.settings import Settings
+from specdec.models.catalogue import cache_dir, progress
+from specdec.models.checkpoint import FUSED, Absent, StoredExperts, sample
+from specdec.runtimes.experts import packed, predict
+from specdec.runtimes.experts.cache import Counters
+from specdec.runtimes.experts.control import Controller
+from specdec.runtimes.experts.layers import moe_layers
+from specdec.runtimes.experts.predict import Predictor
+from specdec.runtimes.experts.store import ExpertStore, Forecast, slots_per_layer
+from specdec.runtimes.experts.tiers import DiskTier, PinnedTier, Tier, aligned
+
+LIKELY = 0.4  # least need of an expert that is prefetched
+MARGIN = (0.03, 0.25)  # by how much it must exceed that of the expert it evicts: in the layer entered, and ahead of it
+
+
+class ExpertOptions(Settings):
+    """How experts are offloaded.
+
+    cache: fast memory for experts, as a share of all (float) or in bytes (int). prefetch: what predicts experts.
+    folder: the packed file's; None: one in the user's cache, packed at first use, and anew when the weights have
+    changed. adaptive: stop prefetching where it does not pay.
+    """
+
+    cache: float | int = Field(0.25, description="a share (float) or a number of bytes (int)")
+    prefetch: Literal["none", "previous-token", "residual", "m2r2"] = Field(
+        "none", description="none, previous-token, residual or m2r2"
+    )
+    folder: Path | None = Field(None, description="a Path or None")
+    adaptive: bool = Field(True, description="True or False")
+
+    def __init__(self, cache: float = 0.25, prefetch: str = "none", folder: Path | None = None, **more: Any) -> None:
+        super().__init__(cache=cache, prefetch=prefetch, folder=folder, **more)
+
+
+class _Experts(Absent):
+    """Computes with the experts of one layer from the store's slots."""
+
+    def __init__(self, owner: Offload, row: int, own: Any) -> None:
+        super().__init__(own, [sample(getattr(own, name)) for name in FUSED])
+        self.__dict__["owner"], self.row = owner, row
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """hidden_states [T, D], the experts of each token and their weights [T, k] -> [T, D]."""
+        owner: Offload = self.__dict__["owner"]
+        store, k, device = owner.store, top_k_index.shape[1], hidden_states.device
+        routed = top_k_index.tolist()
+        wanted: dict[int, list[int]] = {}  # by expert, which of the T k pairs of token and expert
+        for pair, expert in enumerate(expert for token in routed for expert in token):
+            wanted.setdefault(expert, []).append(pair)
+        out = hidden_states.new_empty(hidden_states.shape[0] * k, hidden_states.shape[1])  # of each pair
+        with store.demand(self.row, sorted(wanted)) as groups:
+            if owner.predictor is not None:
+                owner.predictor.routed(self.row, routed)
+            gate_up, down = store.weights[self.row]
+            for group in groups:
+                by_slot = {slot: wanted[expert] for expert, slot in group}
+                ends = list(accumulate(len(by_slot.get(slot, ())) for slot in range(len(gate_up))))
+                offsets = torch.tensor(ends, dtype=torch.int32, device=device)
+                pairs = torch.tensor([pair for slot in sorted(by_slot) for pair in by_slot[slot]], device=device)
+                gate, up = grouped(hidden_states[pairs // k], gate_up, offsets).chunk(2, -1)
+                out[pairs] = grouped(self.act_fn(gate) * up, down, offsets)
+        weighted = out * top_k_weights.reshape(-1, 1)
+        return weighted.view(-1, k, weighted.shape[1]).sum(1).to(hidden_states.dtype)
+
+
+def grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """Rows x [n, in] times the one of weight [S, out, in] that each group of rows has: [n, out].
+
+    ends: int32 [S], where the rows of each group end.
+    """
+    old = x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) < (8, 0)
+    if hasattr(F, "grouped_mm") and not old:
+        return F.grouped_mm(x, weight.mT, offs=ends)
+    parts = x.tensor_split(ends.tolist()[:-1])
+    return torch.cat([F.linear(part, w) for part, w in zip(parts, weight, strict=True) if len(part)])
+
+
+class Offload:
+    """The experts of a model, held in slow memory for as long as this lives.
+
+    ``store``, ``predictor`` and ``controller`` can be looked at; ``note`` says where experts come from.
+    Raises SpecDecError if the model has no experts, or the options do not fit it.
+    """
+
+    def __init__(self, model: PreTrainedModel, fingerprint: str, options: ExpertOptions) -> None:
+        self.model, self.fingerprint, self.options = model, fingerprint, options
+        self.layers = moe_layers(model)
+        if any(isinstance(layer.experts, _Experts) for layer in self.layers):
+            raise SpecDecError("the experts of this model are offloaded already; close the decoder that has them")
+        self.top_k = self.layers[0].top_k
+        planned = packed.plan(self.layers, fingerprint)
+        slots_per_layer(options.cache, planned, self.top_k)  # what is refused is refused before anything is packed
+        origin = packed.origin(self.layers)
+        self.folder = options.folder or cache_dir() / "experts" / origin.place
+        self.predictor = self._predictor(options.prefetch, planned)
+        self.index = self._index(origin, planned)
+        tier = self._tier()
+        try:
+            self.store = ExpertStore(self.index, tier, options.cache, self.top_k)
+        except SpecDecError:
+            tier.close()
+            raise
+        self.note = tier.note
+        self.controller = Controller(adaptive=options.adaptive)
+        self.entered = 0  # layers, while predicting
+        self.own = [layer.experts for layer in self.layers]
+        self.hooks: list[Any] = []
+        self._attach()
+
+    def describe(self) -> str:
+        """One line for reports."""
+        slots = len(self.store.caches[0].slots)
+        text = (
+            f"{slots} of {self.index.num_experts} experts per layer cached ({self.store.resident_bytes / 1e6:.0f} MB)"
+        )
+        return f"{text}, prefetch {self.options.prefetch}" + (f"; {self.note}" if self.note else "")
+
+    def enter(self, row: int, x: Tensor) -> None:
+        """Called as a pass enters a layer, with the residual [T, D]: predict, and prefetch."""
+        self.controller.enter(row, len(x))
+        if self.predictor is not None and self.controller.on and len(x) <= self.predictor.most_tokens:
+            self.foresee(row, self.predictor.ahead(row, x))
+            self.entered += 1
+
+    def foresee(self, row: int, needs: predict.Needs) -> None:
+        """Have the experts loaded that are likely to be needed, the likeliest first, as many as the slots hold."""
+        forecasts = {}
+        for target, need in needs:
+            distance = (target - row) % len(self.layers)
+            likely = sorted((e for e, n in enumerate(need) if n >= LIKELY), key=need.__getitem__, reverse=True)
+            wanted = likely[: len(self.store.caches[target].slots)]
+            forecasts[target] = Forecast(need, wanted, MARGIN[distance > 0], self.entered + distance)
+        self.store.foresee(forecasts)
+
+    def close(self) -> None:
+        """Give the model its experts back, those that were in memory from the packed file, and end loading."""
+        if not self.hooks:
+            return
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks = []
+        self.store.close()
+        for row, (layer, own) in enumerate(zip(self.layers, self.own, strict=True)):
+            if not isinstance(own, StoredExperts):
+                own.gate_up_proj.data, own.down_proj.data = self._read_back(row)
+            layer.block.experts = own
+
+    # -- how it is put together -----------------------------------------------------------------------------------
+
+    def _index(self, origin: packed.Origin, planned: packed.Index) -> packed.Index:
+        """The index of the packed file: packed anew in the user's cache if it is not this model's, else refused."""
+        try:
+            index = packed.open_index(self.folder)
+            packed.check_model(index, self.layers, self.fingerprint, self.folder)
+            if index.source == origin.state:
+                return index
+        except SpecDecError:  # not packed yet, or damaged
+            if self.options.folder is not None:
+                raise
+        if self.options.folder is not None:
+            text = f"Comparing the packed experts in {self.folder} with the model, once."
+            with progress(text, "Comparing experts") as update:
+                packed.same_weights(index, self.layers, self.folder, update)
+            return index
+        name = self.model.config._name_or_path or "the model"
+        text = f"Packing the experts of {name} ({planned.total_bytes / 1e6:.0f} MB) into {self.folder}, once."
+        with progress(text, "Packing experts") as update:
+            return packed.pack(self.layers, self.fingerprint, self.folder, update)
+
+    def _predictor(self, name: str, planned: packed.Index) -> Predictor | None:
+        if name == "previous-token":
+            return predict.PreviousToken(len(self.layers), planned.num_experts)
+        if name == "residual":
+            return predict.residual(self.layers)
+        if name == "m2r2":
+            return predict.read_predictor(self.folder, self.fingerprint, planned.num_experts, planned.hidden)
+        return None
+
+    def _tier(self) -> Tier:
+        device = self.model.device
+        if device.type == "cuda":
+            return PinnedTier(self.folder, self.index, device)
+        if device.type != "cpu":
+            raise SpecDecError(f"experts are offloaded on a CPU or a CUDA device; the model is on '{device}'")
+        return DiskTier(self.folder, self.index)
+
+    def _read_back(self, row: int) -> tuple[Tensor, Tensor]:
+        """All experts of a layer: [E, 2 F, D] and [E, D, F]."""
+        tier, slot, count = DiskTier(self.folder, self.index), aligned(1, self.index.stride)[0], self.index.num_experts
+        parts = self.index.views(slot)
+        fused = [torch.empty(count, *part.shape, dtype=part.dtype, device=self.model.device) for part in parts]
+        try:
+            for expert in range(count):
+                tier.read(row * count + expert, slot, 0, self.index.stride)
+                for whole, part in zip(fused, parts, strict=True):
+                    whole[expert].copy_(part)
+        finally:
+            tier.close()
+        return fused[0], fused[1]
+
+    def _attach(self) -> None:
+        for row, (layer, own) in enumerate(zip(self.layers, self.own, strict=True)):
+            layer.block.experts = _Experts(self, row, own)
+            self.hooks.append(layer.entry.register_forward_pre_hook(self._entering(row)))
+            if not isinstance(own, StoredExperts):
+                for name in FUSED:
+                    weight = getattr(own, name)
+                    weight.data = weight.data.new_empty(0)
+
+    def _entering(self, row: int) -> Any:
+        return lambda _, inputs: self.enter(row, inputs[0].flatten(0, -2))
+
+
+@dataclass
+class Meter:
+    """What the store did over a stretch of decoding."""
+
+    store: ExpertStore
+    start: Counters
+    began: float
+
+    @classmethod
+    def begin(cls, store: ExpertStore) -> Meter:
+        return cls(store, store.counters.since(Counters()), time.perf_counter())
+
+    def figures(self, new_tokens: int) -> dict[str, float]:
+        """Figures since the beginning; bytes and stalls per new token."""
+        c = self.store.counters.since(self.start)
+        demanded, tokens = max(c.demanded, 1), max(new_tokens, 1)
+        return {
+            "demanded": c.demanded,
+            "hit_rate": c.hits / demanded,
+            "in_time_rate": c.in_time / demanded,
+            "prefetched": c.prefetched,
+            "prefetch_unused": c.unused,
+            "bytes_read": c.bytes,
+            "bytes_per_token": c.bytes / tokens,
+            "stall_ms_per_token": 1e3 * c.stall_seconds / tokens,
+            "resident_bytes": self.store.resident_bytes,
+        }

@@ -1,0 +1,267 @@
+"""The packed expert file: one contiguous, aligned block per expert, and an index with checksums.
+
+A folder holds ``experts.bin`` and ``experts.json``. A block is the expert's gate and up rows [2 F, D], then its down
+projection [D, F], as stored in the model, padded to 4096 bytes: one aligned read fetches one expert. The index names
+the model by its fingerprint, which samples its weights, and what the experts were read from by a hash that any change
+to it changes; it has every block's CRC-32. Files are data: whatever does not fit is refused by name.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specdec.base.errors import SpecDecError
+from specdec.models import drafter_folder
+from specdec.models.checkpoint import StoredExperts
+from specdec.runtimes.experts.layers import MoELayer
+
+BLOCKS, INDEX, FORMAT = "experts.bin", "experts.json", 1
+ALIGNMENT = 4096
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Index:
+    """What a packed file holds. Blocks are numbered layer by layer: ``row * num_experts + expert``.
+
+    fingerprint: of the model. layers: the layer behind each row of blocks. hidden: D. width: F. checksums: CRC-32 of
+    every block without its padding. source: ``Origin.state`` of what was packed; "": not known. stride: bytes from
+    block to block.
+    """
+
+    fingerprint: str
+    dtype: str
+    layers: list[int]
+    num_experts: int
+    hidden: int
+    width: int
+    checksums: list[int]
+    source: str = field(default="", compare=False)
+
+    @property
+    def block_bytes(self) -> int:
+        return 3 * self.width * self.hidden * DTYPES[self.dtype].itemsize
+
+    @property
+    def stride(self) -> int:
+        return -(-self.block_bytes // ALIGNMENT) * ALIGNMENT
+
+    @property
+    def total_bytes(self) -> int:
+        return len(self.layers) * self.num_experts * self.stride
+
+    def name(self, block: int) -> str:
+        """What messages call a block."""
+        return f"expert {block % self.num_experts} of layer {self.layers[block // self.num_experts]}"
+
+    def views(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """The gate-and-up [..., 2 F, D] and down [..., D, F] weights in ``memory`` (uint8 [..., stride]) of blocks."""
+        values = memory[..., : self.block_bytes].view(DTYPES[self.dtype])
+        gate_up, down = values.tensor_split([2 * self.width * self.hidden], -1)
+        return gate_up.unflatten(-1, (-1, self.hidden)), down.unflatten(-1, (-1, self.width))
+
+    def check(self, block: int, memory: Tensor) -> None:
+        """Raise SpecDecError, naming the expert, unless ``memory`` (on the CPU) holds what was packed."""
+        if zlib.crc32(buffer(memory)[: self.block_bytes]) != self.checksums[block]:
+            raise SpecDecError(
+                f"the packed experts are damaged: {self.name(block)} does not have its checksum; pack the model again"
+            )
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What experts are read from. place: hash of where they are; state: of what is there, too.
+
+    Experts in a checkpoint are identified by their files: resolved paths (those of Hugging Face's cache hold the
+    content's hash), sizes and times. Experts in memory are identified by all their bytes; place and state are then the
+    same.
+    """
+
+    place: str
+    state: str
+
+
+def origin(layers: list[MoELayer]) -> Origin:
+    """Of the experts of ``layers``. Raises SpecDecError if a file of theirs is gone."""
+    dtype = str(layers[0].experts.gate_up_proj.dtype).encode()
+    place, state = hashlib.sha256(dtype), hashlib.sha256(dtype)
+    files = set[Path]()
+    for layer in layers:
+        experts = layer.experts
+        if isinstance(experts, StoredExperts):
+            files |= {span.path for fused in experts.fused for matrices in fused.experts for span in matrices}
+            continue
+        for expert in range(len(experts.gate_up_proj)):
+            for weight in (experts.gate_up_proj[expert], experts.down_proj[expert]):
+                data = weight.detach().cpu().contiguous().view(torch.uint8).numpy()
+                place.update(data)
+                state.update(data)
+    try:
+        for path in sorted(path.resolve() for path in files):
+            found = path.stat()
+            place.update(os.fsencode(path) + b"\0")
+            state.update(os.fsencode(path) + f"\0{found.st_size} {found.st_mtime_ns}\0".encode())
+    except OSError as error:
+        raise SpecDecError(f"cannot read weights in '{path}': {error.strerror or error}") from None
+    return Origin(place.hexdigest()[:32], state.hexdigest()[:32])
+
+
+def plan(layers: list[MoELayer], fingerprint: str) -> Index:
+    """The index of a packed file of ``layers`` before it is written. Raises SpecDecError if they cannot be packed."""
+    first = layers[0].experts
+    (count, double, hidden), dtype = first.gate_up_proj.shape, str(first.gate_up_proj.dtype).removeprefix("torch.")
+    if dtype not in DTYPES:
+        raise SpecDecError(f"experts of dtype {dtype} cannot be packed; load the model in {', '.join(DTYPES)}")
+    for layer in layers:
+        if layer.experts.gate_up_proj.shape != first.gate_up_proj.shape:
+            raise SpecDecError(f"layer {layer.index} has experts of another shape; they cannot be packed together")
+    return Index(fingerprint, dtype, [layer.index for layer in layers], count, hidden, double // 2, [])
+
+
+def pack(
+    layers: list[MoELayer], fingerprint: str, folder: Path, progress: Callable[[int, int], None] | None = None
+) -> Index:
+    """Write the experts of ``layers`` into ``folder``; the index, written last, appears only when all is on the disk.
+
+    progress: called with the blocks written and their number. Raises SpecDecError if there is too little space, or the
+    disk refuses; what was there stays.
+    """
+    source = origin(layers).state  # before they are read: what changes meanwhile is noticed at the next use
+    index = replace(plan(layers, fingerprint), source=source)
+    if (folder / INDEX).exists() and not _is_index(folder / INDEX):
+        raise SpecDecError(f"'{folder / INDEX}' was not made by specdec; move it away, or pack into another folder")
+    temporary = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if (free := shutil.disk_usage(folder).free) < index.total_bytes:
+            raise SpecDecError(
+                f"not enough disk space in '{folder}': {index.total_bytes / 1e6:.0f} MB needed for the packed experts, "
+                f"{free / 1e6:.0f} MB free; make room, or pack into a folder on another disk: specdec pack-experts"
+            )
+        handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{BLOCKS}.")
+        with os.fdopen(handle, "wb") as file:
+            for memory in _blocks(index, layers, progress):
+                index.checksums.append(zlib.crc32(memory[: index.block_bytes]))
+                file.write(memory)
+            file.flush()
+            os.fsync(file.fileno())
+        (folder / INDEX).unlink(missing_ok=True)  # never an index beside blocks it does not describe
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, folder / BLOCKS)
+        _write_index(index, folder)
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        need = f"; {index.total_bytes / 1e6:.0f} MB are needed" if full else ""
+        raise SpecDecError(f"cannot write the packed experts to '{folder}': {error.strerror or error}{need}") from None
+    finally:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+    return index
+
+
+def _blocks(index: Index, layers: list[MoELayer], progress: Callable[[int, int], None] | None) -> Iterator[memoryview]:
+    """Each block as it is packed, one after another in the same memory."""
+    memory = torch.zeros(index.stride, dtype=torch.uint8)
+    gate_up, down = index.views(memory)
+    for row, layer in enumerate(layers):
+        for expert in range(index.num_experts):
+            layer.read(expert, gate_up, down)
+            yield buffer(memory)
+            if progress is not None:
+                progress(row * index.num_experts + expert + 1, len(layers) * index.num_experts)
+
+
+def _is_index(path: Path) -> bool:
+    try:
+        return "format" in json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return False
+
+
+def _write_index(index: Index, folder: Path) -> None:
+    drafter_folder.replace(folder / INDEX, json.dumps({"format": FORMAT, **asdict(index)}).encode())
+
+
+def buffer(memory: Tensor) -> memoryview:
+    """The bytes of a uint8 tensor on the CPU."""
+    return memoryview(memory.numpy())  # type: ignore[arg-type]
+
+
+def open_index(folder: Path) -> Index:
+    """The index in ``folder``. Raises SpecDecError if a file is missing, broken or of the wrong size."""
+    path = folder / INDEX
+    hint = "write it with 'specdec pack-experts MODEL DIR'"
+    try:
+        data: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        if data.pop("format") != FORMAT:
+            raise ValueError("another format")
+        index = Index(**data)
+        whole = all(type(n) is int and n > 0 for n in (index.num_experts, index.hidden, index.width))
+        whole = whole and len(index.checksums) == len(index.layers) * index.num_experts
+        kinds = type(index.source) is str and all(type(c) is int for c in index.checksums)
+        if not (whole and kinds and index.dtype in DTYPES):
+            raise ValueError("it contradicts itself")
+        size = (folder / BLOCKS).stat().st_size
+    except FileNotFoundError as error:
+        raise SpecDecError(
+            f"'{folder}' holds no packed experts: {Path(error.filename).name} is missing; {hint}"
+        ) from None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise SpecDecError(f"'{path}' is not an index of packed experts ({error}); {hint}") from None
+    if size != index.total_bytes:
+        raise SpecDecError(
+            f"'{folder / BLOCKS}' has {size} bytes, its index says {index.total_bytes}: it is truncated or not its "
+            "own; pack the model again"
+        )
+    return index
+
+
+def same_weights(
+    index: Index, layers: list[MoELayer], folder: Path, progress: Callable[[int, int], None] | None = None
+) -> None:
+    """Compare every expert of ``layers`` with the checksums of the packed file in ``folder``, whose origin is another.
+
+    The index then names this origin, if it can be written, so that it is done once. Raises SpecDecError, naming the
+    expert, if one differs.
+    """
+    state, expected = origin(layers).state, plan(layers, index.fingerprint)
+    same = (index.layers, index.num_experts, index.hidden, index.width)
+    if same != (expected.layers, expected.num_experts, expected.hidden, expected.width):
+        raise SpecDecError(f"the experts in '{folder}' are of other shapes than the loaded model's; pack this model")
+    for block, memory in enumerate(_blocks(index, layers, progress)):
+        if zlib.crc32(memory[: index.block_bytes]) != index.checksums[block]:
+            raise SpecDecError(
+                f"the experts in '{folder}' are not those of the loaded model: {index.name(block)} differs; pack this "
+                "model again"
+            )
+    with suppress(OSError):
+        _write_index(replace(index, source=state), folder)
+
+
+def check_model(index: Index, layers: list[MoELayer], fingerprint: str, folder: Path) -> None:
+    """Raise SpecDecError unless the packed file in ``folder`` is that of the model with ``layers``."""
+    dtype = str(layers[0].experts.gate_up_proj.dtype).removeprefix("torch.")
+    if index.fingerprint != fingerprint:
+        raise SpecDecError(
+            f"the experts in '{folder}' are those of a model with fingerprint {index.fingerprint}, the loaded model's "
+            f"is {fingerprint}; pack this model, or load that one"
+        )
+    if index.dtype != dtype:
+        raise SpecDecError(
+            f"the experts in '{folder}' are packed in {index.dtype}, the model is loaded in {dtype}; "
+            f"load it with --dtype {index.dtype}, or pack it again"
+        )

@@ -1,0 +1,167 @@
+"""Predictors: which experts a layer and those ahead will be routed to, from what is known as a pass enters the layer.
+
+A predictor is called once per layer and pass, before the layer's attention, and returns for this layer and layers ahead
+how likely each expert is to be needed: the *need* [E], in [0, 1]. Layers are counted by rows of the packed file; rows
+after the last are the first ones of the next token. Predictions never touch the computation: a wrong one costs time.
+Knows nothing of caches.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from specdec.base.errors import SpecDecError
+from specdec.models import drafter_folder
+from specdec.runtimes.experts.layers import MoELayer
+from specdec.runtimes.linear_maps import UNIT_EPS
+
+DISTANCES = (2, 1, 0)  # layers ahead that are predicted at a layer
+FOLDER = "predictor"  # beside the packed experts
+
+Needs = list[tuple[int, list[float]]]  # row, need of each of its experts
+Array = npt.NDArray[np.float32]
+
+
+class Predictor(ABC):
+    """most_tokens: passes over more tokens need most experts anyway and are not predicted."""
+
+    most_tokens = 16
+
+    @abstractmethod
+    def ahead(self, row: int, x: Tensor) -> Needs:
+        """Needs of this row and rows ahead, from the residual [T, D] that enters it."""
+
+    def routed(self, row: int, experts: list[list[int]]) -> None:  # noqa: B027 (some need not know)
+        """Called with the experts that the row's router chose for each token, [T][k]."""
+
+
+class PreviousToken(Predictor):
+    """The experts that the next layer needed for the previous token."""
+
+    def __init__(self, rows: int, num_experts: int) -> None:
+        self.seen: list[list[float] | None] = [None] * rows
+        self.num_experts = num_experts
+
+    def ahead(self, row: int, x: Tensor) -> Needs:
+        target = (row + 1) % len(self.seen)
+        seen = self.seen[target]
+        return [] if seen is None else [(target, seen)]
+
+    def routed(self, row: int, experts: list[list[int]]) -> None:
+        need = [0.0] * self.num_experts
+        for expert in experts[-1]:
+            need[expert] = 1.0
+        self.seen[row] = need
+
+
+class LinearPredictor(Predictor):
+    """Estimates the logits of routers ahead from the residual that enters a row, at unit RMS.
+
+    targets[j]: the n rows that row j predicts. weight[j]: [n, E, D]; bias[j]: [n, E]. slope: a need's log-odds per unit
+    of a router's logit.
+    """
+
+    def __init__(
+        self, targets: list[list[int]], weight: list[Tensor], bias: list[Tensor], slope: float, top_k: int
+    ) -> None:
+        self.targets, self.weight, self.bias = targets, weight, bias
+        self.slope, self.top_k = slope, top_k
+        # All that a residual is multiplied with in one product: (D, n E).
+        self._columns: list[Array] = [w.float().flatten(0, 1).T.contiguous().numpy() for w in weight]
+        self._bias: list[Array] = [b.float().numpy() for b in bias]
+
+    def logits(self, row: int, x: Tensor) -> Array:
+        """[T, n, E]: estimates of the router logits at ``targets[row]``."""
+        values: Array = x.float().cpu().numpy()  # (T, D)
+        scale = 1 / np.sqrt(np.square(values).mean(1, keepdims=True) + UNIT_EPS)
+        estimates: Array = (values @ self._columns[row] * scale).reshape(len(values), *self._bias[row].shape)
+        return estimates + self._bias[row]
+
+    def ahead(self, row: int, x: Tensor) -> Needs:
+        return list(zip(self.targets[row], needs(self.logits(row, x), self.top_k, self.slope), strict=True))
+
+
+def needs(logits: Array, top_k: int, slope: float) -> list[list[float]]:
+    """Estimated router logits [T, n, E] -> how likely any of the T tokens needs an expert, [n][E].
+
+    One halfway between the k-th and the next logit is as likely as not.
+    """
+    ranked = np.sort(logits, 2)
+    middle = (ranked[..., -top_k] + ranked[..., -top_k - 1]) / 2 if top_k < logits.shape[2] else ranked[..., 0]
+    spared = 1 / (1 + np.exp(np.minimum(slope * (logits - middle[..., None]), 30)))
+    return (1 - spared.prod(0)).tolist()  # type: ignore[no-any-return]
+
+
+def residual(layers: list[MoELayer], distances: Sequence[int] = DISTANCES) -> LinearPredictor:
+    """The plain residual: routers applied to the residual as it enters a layer, up to the last layer of this token."""
+    targets = [[j + d for d in distances if j + d < len(layers)] for j in range(len(layers))]
+    routers = [layer.router.float().cpu() * layer.norm.weight.detach().float().cpu() for layer in layers]
+    weight = [
+        torch.stack([routers[t] for t in ts]) if ts else routers[0].new_empty(0, *routers[0].shape) for ts in targets
+    ]
+    return LinearPredictor(
+        targets, weight, [w.new_zeros(w.shape[:2]) for w in weight], slope_of(layers), layers[0].top_k
+    )
+
+
+def slope_of(layers: list[MoELayer]) -> float:
+    """For router logits in units of their typical spread: what a random direction of unit RMS sees."""
+    spread = torch.stack([(layer.router.float() * layer.norm.weight.float()).norm(dim=1).mean() for layer in layers])
+    return 4.0 / max(float(spread.mean()), 1e-6)
+
+
+# -- on disk -------------------------------------------------------------------------------------------------------
+
+
+def write_predictor(folder: Path, predictor: LinearPredictor, fingerprint: str, figures: dict[str, Any]) -> None:
+    """Keep a fitted predictor beside the packed experts in ``folder``. Raises SpecDecError if the disk refuses."""
+    parts = {"weight": predictor.weight, "bias": predictor.bias}
+    tensors = {f"{j}/{name}": tensor for name, each in parts.items() for j, tensor in enumerate(each)}
+    config = {
+        "drafter": "expert-predictor",
+        "base": {"fingerprint": fingerprint},
+        "targets": predictor.targets,
+        "slope": predictor.slope,
+        "top_k": predictor.top_k,
+        "figures": figures,
+    }
+    drafter_folder.write(folder / FOLDER, config, tensors)
+
+
+def read_predictor(folder: Path, fingerprint: str, num_experts: int, hidden: int) -> LinearPredictor:
+    """Inverse of ``write_predictor``. Raises SpecDecError if there is none, or not for this model."""
+    path = folder / FOLDER
+    if not path.is_dir():
+        raise SpecDecError(
+            f"no expert predictor in '{path}'; fit one with 'specdec pack-experts MODEL DIR --fit ANSWERS', or use "
+            "--expert-prefetch residual"
+        )
+    config = drafter_folder.read_config(path)
+    drafter_folder.check_base(config, fingerprint, str(path))
+    try:
+        targets = [[int(t) for t in row] for row in config["targets"]]
+        if not all(0 <= t < len(targets) for row in targets for t in row):
+            raise ValueError("a layer that is not there")
+        slope, top_k = float(config["slope"]), int(config["top_k"])
+        if not math.isfinite(slope) or not 1 <= top_k <= num_experts:
+            raise ValueError("slope or top_k out of range")
+        with drafter_folder.opened(path / drafter_folder.WEIGHTS) as stored:
+
+            def tensors(name: str, *last: int) -> list[Tensor]:
+                shapes = {f"{j}/{name}": (len(row), num_experts, *last) for j, row in enumerate(targets)}
+                if odd := [key for key, shape in shapes.items() if tuple(stored.header[key].shape) != shape]:
+                    raise ValueError(f"'{odd[0]}' has another shape")
+                return [stored.read(key).float() for key in shapes]
+
+            return LinearPredictor(targets, tensors("weight", hidden), tensors("bias"), slope, top_k)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise SpecDecError(f"'{path}' is not an expert predictor for this model ({error!r}); fit it again") from None

@@ -1,0 +1,144 @@
+"""Slow memory that experts are loaded from, behind one interface: the disk, or pinned host memory to a GPU.
+
+A tier provides the fast memory (slots) and fills parts of a slot on call, from one thread. It knows nothing of caches.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from specdec.base.errors import SpecDecError
+from specdec.runtimes.experts.packed import ALIGNMENT, BLOCKS, Index, buffer
+
+CHUNK = 1 << 20  # most bytes of one request: what a demand may have to wait for
+
+
+class Tier(Protocol):
+    """note: one line on what timings mean here, or ""."""
+
+    note: str
+
+    def slots(self, count: int) -> Tensor:
+        """Fast memory for ``count`` experts: uint8 [count, stride]."""
+
+    def read(self, block: int, slot: Tensor, start: int, stop: int) -> int:
+        """Fill bytes of ``slot`` from ``block``, [start, stop) or the first of them; returns where it ended.
+
+        With the last byte the block is checked. Raises SpecDecError (naming the expert) or OSError.
+        """
+
+    def acquire(self, slot: Tensor) -> None:
+        """Called before the model computes with a filled slot."""
+
+    def release(self, slot: Tensor) -> None:
+        """Called once it has; the slot may be filled anew."""
+
+    def close(self) -> None: ...
+
+
+def aligned(count: int, stride: int) -> Tensor:
+    """Page-aligned bytes [count, stride] on the CPU; ``stride`` is a number of pages."""
+    buffer = torch.zeros(count * stride + ALIGNMENT, dtype=torch.uint8)
+    start = -buffer.data_ptr() % ALIGNMENT
+    return buffer[start : start + count * stride].view(count, stride)
+
+
+class DiskTier:
+    """The packed file, read past the page cache (O_DIRECT) where the file system can, into slots in RAM.
+
+    Each block is checked when it is first read.
+    """
+
+    note = ""
+
+    def __init__(self, folder: Path, index: Index) -> None:
+        self.path, self.index = folder / BLOCKS, index
+        self.checked = [False] * len(index.checksums)
+        try:
+            self.file = os.open(self.path, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
+            self.direct = hasattr(os, "O_DIRECT")
+            if self.direct:
+                os.preadv(self.file, [buffer(aligned(1, ALIGNMENT)[0])], 0)  # some refuse only here
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                raise SpecDecError(f"cannot read '{self.path}': {error.strerror}") from None
+            self.file, self.direct = os.open(self.path, os.O_RDONLY), False
+        if not self.direct:
+            self.note = "this file system has no O_DIRECT: expert loads, and their timings, may be the page cache's"
+
+    def slots(self, count: int) -> Tensor:
+        return aligned(count, self.index.stride)
+
+    def read(self, block: int, slot: Tensor, start: int, stop: int) -> int:
+        memory, base = buffer(slot), block * self.index.stride
+        while start < stop:
+            count = os.preadv(self.file, [memory[start:stop]], base + start)
+            if count <= 0 or (self.direct and count % ALIGNMENT and (count := count // ALIGNMENT * ALIGNMENT) == 0):
+                raise SpecDecError(
+                    f"'{self.path}' ends within {self.index.name(block)}: it was truncated; pack it again"
+                )
+            start += count
+        if stop == self.index.stride and not self.checked[block]:
+            self.index.check(block, slot)
+            self.checked[block] = True
+        return stop
+
+    def acquire(self, slot: Tensor) -> None: ...
+
+    def release(self, slot: Tensor) -> None: ...
+
+    def close(self) -> None:
+        os.close(self.file)
+
+
+class PinnedTier:
+    """Pinned host memory to a CUDA device, on a stream of its own beside the model's.
+
+    The whole packed file is read (and checked) once. A copy into a slot waits for the last kernels that used it; the
+    model's stream waits for the copy. cuda: ``torch.cuda``, or what stands in for it.
+    """
+
+    note = ""
+
+    def __init__(self, folder: Path, index: Index, device: torch.device, cuda: Any = torch.cuda) -> None:
+        self.index, self.device, self.cuda = index, device, cuda
+        source = torch.from_file(str(folder / BLOCKS), size=index.total_bytes, dtype=torch.uint8)
+        self.blocks = torch.empty(index.total_bytes, dtype=torch.uint8, pin_memory=cuda.is_available())
+        for block, part in enumerate(self.blocks.split(index.stride)):
+            part.copy_(source[block * index.stride : (block + 1) * index.stride])
+            index.check(block, part)
+        self.stream = cuda.Stream(device)
+        self.copied: dict[int, Any] = {}  # by address of the slot: the event after its copy
+        self.used: dict[int, Any] = {}  # the event after its last use
+
+    def slots(self, count: int) -> Tensor:
+        return torch.empty(count, self.index.stride, dtype=torch.uint8, device=self.device)
+
+    def read(self, block: int, slot: Tensor, start: int, stop: int) -> int:
+        base, key = block * self.index.stride, slot.data_ptr()
+        with self.cuda.stream(self.stream):
+            if start == 0 and key in self.used:
+                self.stream.wait_event(self.used.pop(key))
+            slot[start:stop].copy_(self.blocks[base + start : base + stop], non_blocking=True)
+            event = self.cuda.Event()
+            event.record(self.stream)
+        event.synchronize()  # in the loading thread: what it reports as filled is filled
+        self.copied[key] = event
+        return stop
+
+    def acquire(self, slot: Tensor) -> None:
+        self.cuda.current_stream(self.device).wait_event(self.copied[slot.data_ptr()])
+
+    def release(self, slot: Tensor) -> None:
+        event = self.cuda.Event()
+        event.record(self.cuda.current_stream(self.device))
+        self.used[slot.data_ptr()] = event
+
+    def close(self) -> None:
+        self.blocks = torch.empty(0, dtype=torch.uint8)

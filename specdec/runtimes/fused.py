@@ -1,0 +1,353 @@
+"""The fused runtime: a direct decode loop for Llama-like families, much faster than the reference runtime.
+
+Query, key and value weights are one product, and so are gate and up; rotary tables and masks are made once per call;
+grouped query heads become rows of their key head; linear maps have one of the weight formats of ``kernels``. The
+Hugging Face model stays usable: its parameters are views of the fused weights. Checked against the model's own forward
+on load. Knows nothing about drafting, and no families but those in ``FAMILIES``.
+
+Inside a step every small operation costs several times what it costs alone (the weights that stream through the
+cache between two of them evict its code), so the loop counts operations: the residual is kept as a pair (y, -y), whose
+mean is zero, so that PyTorch's one-kernel ``layer_norm`` *is* the RMS norm; rotary is three operations in place over
+queries and keys together; masks are additive terms (SDPA converts boolean ones anew in every layer).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from specdec.base.errors import SpecDecError
+from specdec.runtimes import linear_maps, llama_like
+from specdec.runtimes.adapters import Adapters
+from specdec.runtimes.cache import KVCache, Mask
+from specdec.runtimes.checks import check_logits, refuse_unsupported
+from specdec.runtimes.linear_maps import Linear
+from specdec.runtimes.llama_like import Norm
+from specdec.runtimes.reference import ByParts
+
+MAKERS = {"packed": linear_maps.packed, "int4": linear_maps.int4, "dense": linear_maps.dense}  # by weight format
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "olmo2", "phi3", "gemma")
+
+Append = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]  # layer, its new keys and values -> all of them
+
+
+class _Layer(NamedTuple):
+    """One decoder layer as callables. Norms that a family does not have are None."""
+
+    norm_in: Norm | None  # from the pair (y, -y), as norm_mlp_in
+    norm_q: Norm | None
+    norm_k: Norm | None
+    norm_attention: Norm | None  # on attention's result, before it joins the residual
+    norm_mlp_in: Norm | None
+    norm_mlp: Norm | None  # on the MLP's result, likewise
+    qkv: Linear
+    out: Linear
+    gated: Linear  # act(gate) * up
+    down: Linear
+
+
+@dataclass
+class _Adapted:
+    """Layers made for one set of adapters, as long as ``version``, which grows with every training step, holds."""
+
+    parameters: list[nn.Parameter]
+    version: int = 0
+    layers: dict[Any, _Layer] = field(default_factory=dict)
+
+
+class FusedTarget(ByParts):
+    """The fused runtime. Base weights are frozen in it: gradients reach ``x`` and the adapters only.
+
+    weights: "dense" (as loaded) or "int4". The base is then the rounded model; blocks of many rows (prompts, large
+    trees) run on its 16-bit form, which is the model's own parameters.
+    packs: hold dense weights a second time, in the layout that is fastest where nothing is trained.
+    Raises SpecDecError for models it does not know or does not reproduce; the reference runtime may still take them.
+    """
+
+    runtime = "fused"
+
+    def __init__(self, model: PreTrainedModel, weights: str = "dense", packs: bool = True) -> None:
+        refuse_unsupported(model)
+        kind, config = model.config.model_type, model.config
+        if kind not in FAMILIES:
+            raise SpecDecError(f"model type '{kind}' is unknown to the fused runtime (it knows {', '.join(FAMILIES)})")
+        super().__init__(model)
+        decoder: Any = model.model
+        llama_like.check_rotary(decoder.rotary_emb)
+        attention = decoder.layers[0].self_attn
+        self.head_dim, self.scale = int(attention.head_dim), float(attention.scaling)
+        self.heads, self.kv_heads = int(config.num_attention_heads), int(config.num_key_value_heads)
+        self.groups = self.heads // self.kv_heads
+        self.per_head_norm = kind == "qwen3"
+        mlp = decoder.layers[0].mlp
+        act = mlp.activation_fn if kind == "phi3" else mlp.act_fn
+        self.act: Callable[[Tensor], Tensor] = F.silu if "SiLU" in type(act).__name__ else act
+        if weights == "int4" and (self.dtype != torch.bfloat16 or self.device.type != "cpu"):
+            raise SpecDecError(
+                f"4-bit weights run in bfloat16 on a CPU; the model is loaded as {self.dtype} on '{self.device}'"
+            )
+        self._weights = [llama_like.fuse_layer(layer) for layer in decoder.layers]
+        self._norms = [llama_like.layer_norms(layer, kind) for layer in decoder.layers]
+        self._parts = llama_like.adapter_parts(decoder.layers[0])
+        self.head_format = "packed" if packs and linear_maps.packable(self.dtype, self.device) else "dense"
+        self.layer_format = "int4" if weights == "int4" else self.head_format
+        if weights == "int4":
+            for weight, _ in (pair for layer in self._weights for pair in layer.values()):
+                linear_maps.check_int4(weight)  # before any of them is rounded
+            self.runtime, self.storage = "fused int4", "4 bits, rounded"
+        self._stacks = {name: self._stack(MAKERS[name]) for name in (self.layer_format, "dense")}
+        self._adapted: WeakKeyDictionary[Adapters, _Adapted] = WeakKeyDictionary()
+        self._heads: WeakKeyDictionary[nn.Module, dict[str, Linear]] = WeakKeyDictionary()
+        self.final_norm = llama_like.norm(decoder.norm, kind)
+        self.embedding: Tensor = decoder.embed_tokens.weight.detach()
+        scale = getattr(decoder.embed_tokens, "embed_scale", None)  # Gemma's
+        self.embed_scale: Tensor | None = None if scale is None else scale.to(self.dtype)
+        self.rotary = decoder.rotary_emb
+        self.tables = torch.empty(0)
+        self.sign = torch.tensor([[1.0], [-1.0]], dtype=self.dtype, device=self.device)  # (2, 1)
+        # Sums over keys run in vectors of 16 on a CPU: at a rounded number of keys a token's attention does not depend,
+        # to the last bit, on how many tokens are scored with it.
+        self.key_multiple = 16 if self.device.type == "cpu" else 1
+        self.spread = check_logits(self)
+
+    def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+        x = F.embedding(ids, self.embedding)
+        return x if self.embed_scale is None else x * self.embed_scale
+
+    def layers(
+        self,
+        x: Tensor,
+        lo: int,
+        hi: int,
+        positions: Tensor,
+        mask: Mask,
+        cache: KVCache,
+        taps: dict[int, Tensor] | None = None,
+        adapters: Adapters | None = None,
+        adapted: int | None = None,
+    ) -> Tensor:
+        grad = torch.is_grad_enabled() and (
+            x.requires_grad or (adapters is not None and any(p.requires_grad for p in adapters.parameters()))
+        )
+        stack, multiple = self._maps(x, lo, hi, adapters, adapted, grad), 1 if grad else self.key_multiple
+        masks = {w: self._additive(mask, w, multiple) for w in set(self.windows[lo:hi])}
+
+        def append(index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            return cache.append(index, k, v, multiple)
+
+        return self._run(x, lo, hi, stack, self._rotary(positions, mask), masks, append, taps)
+
+    def _maps(
+        self, x: Tensor, lo: int, hi: int, adapters: Adapters | None, adapted: int | None, grad: bool
+    ) -> list[_Layer]:
+        """The layers in the weight format for ``x`` [B, T, D], with the adapters in them."""
+        batch, t, _ = x.shape
+        many = self.layer_format == "int4" and batch * t > linear_maps.INT4_ROWS
+        form = "dense" if grad or many else self.layer_format
+        if adapters is None:
+            return self._stacks[form]
+        return self._with_adapters(form, lo, hi, adapters, batch, None if adapted == t else adapted, grad)
+
+    def _run(
+        self,
+        x: Tensor,
+        lo: int,
+        hi: int,
+        stack: list[_Layer],
+        rotary: tuple[Tensor, Tensor],
+        masks: Mapping[int | None, Tensor | None],
+        append: Append,
+        taps: dict[int, Tensor] | None,
+    ) -> Tensor:
+        """``layers`` once everything is prepared: tensors in, tensors out, nothing read from them."""
+        (batch, t, width), (cos, sin), windows = x.shape, rotary, self.windows
+        scale, attend = self.scale, F.scaled_dot_product_attention
+        y = x.reshape(batch * t, width)
+        pair = torch.stack((y, -y), 1)  # (rows, 2, D)
+        for index in range(lo, hi):
+            if taps is not None and index in taps:
+                taps[index] = pair[:, 0].view(batch, t, width)
+            layer = stack[index]
+            q, k, v = self._before(layer, pair, cos, sin)
+            keys, values = append(index, k, v)
+            a = attend(q, keys, values, attn_mask=masks[windows[index]], scale=scale)
+            pair = self._after(layer, pair, a)
+        y = pair[:, 0].view(batch, t, width)
+        if taps is not None and hi in taps:
+            taps[hi] = y
+        return y
+
+    def _before(self, layer: _Layer, pair: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What a layer's attention is given: queries (B, Hkv, T G, d), new keys and values (B, Hkv, T, d).
+
+        Query heads that share a key head are rows of it.
+        """
+        norm_in, norm_q, norm_k, _, _, _, qkv, *_ = layer
+        (batch, t, *_), d, heads, kv_heads, groups = cos.shape, self.head_dim, self.heads, self.kv_heads, self.groups
+        h = qkv(pair.select(1, 0) if norm_in is None else norm_in(pair)).view(batch, t, heads + 2 * kv_heads, d)
+        qk, v = h.narrow(2, 0, heads + kv_heads), h.narrow(2, heads + kv_heads, kv_heads)
+        if norm_q is not None and norm_k is not None:
+            qk = self._normed(qk, norm_q, norm_k)
+        _rotate(qk, cos, sin)
+        q = qk.narrow(2, 0, heads)
+        if t == 1:
+            q = q.view(batch, kv_heads, groups, d)
+        else:
+            q = q.view(batch, t, kv_heads, groups, d).transpose(1, 2).reshape(batch, kv_heads, t * groups, d)
+        return q, qk.narrow(2, heads, kv_heads).transpose(1, 2), v.transpose(1, 2)
+
+    def _after(self, layer: _Layer, pair: Tensor, a: Tensor) -> Tensor:
+        """The residual (rows, 2, D) once the attention's result ``a`` (B, Hkv, T G, d) and the MLP's have joined it."""
+        _, _, _, norm_attention, norm_mlp_in, norm_mlp, _, out, gated, down = layer
+        (batch, kv_heads, rows, d), groups, sign = a.shape, self.groups, self.sign
+        t = rows // groups
+        if t > 1:
+            a = a.view(batch, kv_heads, t, groups, d).transpose(1, 2)
+        a = out(a.reshape(batch * t, kv_heads * groups * d))
+        pair = torch.addcmul(pair, (a if norm_attention is None else norm_attention(a)).unsqueeze(1), sign)
+        a = down(gated(pair.select(1, 0) if norm_mlp_in is None else norm_mlp_in(pair)))
+        return torch.addcmul(pair, (a if norm_mlp is None else norm_mlp(a)).unsqueeze(1), sign)
+
+    def readout(self, x: Tensor, head: nn.Linear | None = None) -> Tensor:
+        module = self.own_head if head is None else head
+        form = "dense" if torch.is_grad_enabled() and x.requires_grad else self.head_format
+        y = self._head(module, form)(self.final_norm(x.reshape(-1, x.shape[-1])))
+        return y.view(*x.shape[:2], -1)
+
+    def linears(self, layer: int) -> dict[str, tuple[int, int]]:
+        weights = self._weights[layer]
+        return {path: (weights[slot][0].shape[1], stop - start) for path, (slot, start, stop) in self._parts.items()}
+
+    # -- what is prepared once --------------------------------------------------------------------------------------
+
+    def _stack(self, make: Callable[..., Linear]) -> list[_Layer]:
+        stack = []
+        for norms, w in zip(self._norms, self._weights, strict=True):
+            maps: Any = make(*w["qkv"]), make(*w["out"]), self._gated(make, *w["gate_up"]), make(*w["down"])
+            stack.append(_Layer(*norms, *maps))
+        return stack
+
+    def _gated(self, make: Callable[..., Linear], weight: Tensor, bias: Tensor | None) -> Linear:
+        if make is linear_maps.packed and self.act is F.silu:
+            return linear_maps.packed_silu_gated(weight, bias)
+        return linear_maps.Gated(make(weight, bias), self.act)
+
+    def _head(self, module: Any, form: str) -> Linear:
+        made = self._heads.setdefault(module, {})
+        if form not in made:
+            weight, bias = module.weight.detach(), getattr(module, "bias", None)
+            bias = None if bias is None else bias.detach()
+            packed = form == "packed"
+            made[form] = (
+                linear_maps.packed(weight, bias, linear_maps.HEAD_HINT) if packed else linear_maps.dense(weight, bias)
+            )
+        return made[form]
+
+    def _normed(self, qk: Tensor, norm_q: Norm, norm_k: Norm) -> Tensor:
+        """Queries and keys [B, T, H + Hkv, d] after their norms: per head (Qwen3), or over all heads (OLMo 2)."""
+        parts = qk.split((self.heads, self.kv_heads), 2)
+        if not self.per_head_norm:
+            parts = tuple(part.flatten(2) for part in parts)
+        q, k = norm_q(parts[0]), norm_k(parts[1])
+        return torch.cat((q.view(*qk.shape[:2], -1, qk.shape[3]), k.view(*qk.shape[:2], -1, qk.shape[3])), 2)
+
+    def _rotary(self, positions: Tensor, mask: Mask, count: int | None = None) -> tuple[Tensor, Tensor]:
+        """Cosines and signed sines [B, T, 1, 2, d / 2] of ``positions`` [B, T] (all < ``count``), for ``_rotate``."""
+        shared = positions is mask.query  # consecutive calls on one mask share what is derived from it
+        if shared and "cos" in mask.memo:
+            return mask.memo["cos"], mask.memo["sin"]  # type: ignore[return-value]
+        count = int(positions.max()) + 1 if count is None else count
+        tables = self.tables
+        if count > tables.shape[0]:
+            every = torch.arange(max(count, min(2 * count, self.context), 512), device=self.device)[None]
+            probe = torch.empty(0, dtype=self.dtype, device=self.device)
+            with torch.no_grad():
+                cos, sin = (table[0].unflatten(1, (2, -1)) for table in self.rotary(probe, every))  # (P, 2, d / 2)
+            # Another thread may put shorter ones there: these are long enough for this call.
+            tables = self.tables = torch.stack((cos, sin * sin.new_tensor([[-1.0], [1.0]])), 1)
+        cos, sin = tables[positions].unsqueeze(3).unbind(2)
+        if shared:
+            mask.memo["cos"], mask.memo["sin"] = cos, sin
+        return cos, sin
+
+    def _additive(self, mask: Mask, window: int | None, multiple: int) -> Tensor | None:
+        """The mask as a term on scores [B, 1, T G, S rounded up]: SDPA converts boolean ones anew in every layer."""
+        key = ("additive", window, multiple)
+        if key not in mask.memo:
+            visible, (batch, t), length = mask.bool_mask(window), mask.query.shape, mask.keys.shape[1]
+            padding, term = -length % multiple, None
+            if visible is not None or padding:
+                # Finite, so that a query that sees nothing (padding) stays finite, too.
+                hidden = torch.finfo(self.dtype).min / 2
+                term = torch.zeros(batch, 1, t, length + padding, dtype=self.dtype, device=self.device)
+                term[..., length:] = hidden
+                if visible is not None:
+                    term[..., :length].masked_fill_(~visible, hidden)
+                term = term.repeat_interleave(self.groups, 2) if self.groups > 1 else term
+            mask.memo[key] = term
+        return mask.memo[key]
+
+    def _with_adapters(
+        self, form: str, lo: int, hi: int, adapters: Adapters, batch: int, adapted: int | None, grad: bool
+    ) -> list[_Layer]:
+        """All layers, with the adapters of [lo, hi): merged where they act on all tokens, else beside the maps."""
+        stack = list(self._stacks[form])
+        made = self._adapted.get(adapters)
+        if made is None:
+            made = self._adapted[adapters] = _Adapted([*adapters.parameters()])
+        version = sum(0 if p.is_inference() else p._version for p in made.parameters)
+        if made.version != version:
+            made.version, made.layers = version, {}
+        for index in range(lo, hi):
+            if index not in adapters.paths:
+                continue
+            key = (index, form, None if adapted is None else (batch, adapted))
+            layer = None if grad else made.layers.get(key)
+            if layer is None:
+                layer = self._adapt(stack[index], index, adapters, form, batch, adapted, grad)
+                if not grad:
+                    made.layers[key] = layer
+            stack[index] = layer
+        return stack
+
+    def _adapt(
+        self, layer: _Layer, index: int, adapters: Adapters, form: str, batch: int, adapted: int | None, grad: bool
+    ) -> _Layer:
+        by_slot: dict[str, list[tuple[Tensor, Tensor, int]]] = {}
+        for path, (down, up) in adapters.factors(index).items():
+            slot, start, _ = self._parts[path]
+            by_slot.setdefault(slot, []).append((down, up, start) if grad else (down.detach(), up.detach(), start))
+        make, maps = MAKERS[form], {}
+        for slot, parts in by_slot.items():
+            weight, bias = self._weights[index][slot]
+            low = linear_maps.LowRank(parts, weight.shape[0], self.dtype)
+            if adapted is None and not grad:
+                weight = low.merged(weight)
+                made = self._gated(make, weight, bias) if slot == "gate_up" else make(weight, bias)
+            elif slot == "gate_up":  # the terms come before the activation
+                inner = layer.gated.gate_up if isinstance(layer.gated, linear_maps.Gated) else make(weight, bias)
+                made = linear_maps.Gated(low.beside(inner, batch, adapted), self.act)
+            else:
+                made = low.beside(getattr(layer, slot), batch, adapted)
+            maps["gated" if slot == "gate_up" else slot] = made
+        return layer._replace(**maps)
+
+
+def _rotate(qk: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Rotate the first elements of each head of ``qk`` [B, T, heads, d] in place, as Hugging Face's ``rotate_half``."""
+    half = cos.shape[4]
+    batch, t, heads, d = qk.shape
+    halves = (qk if 2 * half == d else qk.narrow(3, 0, 2 * half)).view(batch, t, heads, 2, half)
+    if cos.dtype == qk.dtype:
+        swapped = halves.flip(3)
+        halves.mul_(cos).addcmul_(swapped, sin)
+    else:  # OLMo 2 rotates in float32
+        wide = halves.to(cos.dtype)
+        halves.copy_(torch.addcmul(wide * cos, wide.flip(3), sin))

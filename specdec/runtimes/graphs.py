@@ -1,0 +1,233 @@
+"""The fused runtime by CUDA graphs: on a GPU, launching a step's small kernels takes longer than running them.
+
+A pass is captured once for each number of rows, range of layers and capacity of the cache, and then replayed: its
+inputs (states, rotary factors, masks and the cache slots to write) are copied into buffers of its own, attention runs
+over the whole capacity, and what lies beyond the filled slots is masked. When the cache grows, passes are captured
+anew. Long blocks (prompts) run as they do in the fused runtime. Knows nothing about drafting.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from specdec.base.errors import SpecDecError
+from specdec.runtimes.adapters import Adapters
+from specdec.runtimes.cache import KVCache, Mask
+from specdec.runtimes.fused import FusedTarget
+
+ROWS = 64  # passes over more tokens are not captured
+STEPS = 64  # captured passes that are kept, those used last
+HEADS = 64  # drafters' heads of up to so many outputs, twice, ... share captured passes
+
+
+class Graph(Protocol):
+    """A function without arguments, recorded: ``replay`` does the same again to the same memory."""
+
+    def replay(self) -> None: ...
+
+
+class CudaGraph:
+    """``run``, recorded on a CUDA device. It must neither read what it computes nor depend on the host."""
+
+    def __init__(self, run: Callable[[], None], device: torch.device) -> None:
+        with torch.cuda.device(device):  # streams are of the current one
+            aside = torch.cuda.Stream()
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):
+                run()  # libraries allocate at first use, which cannot be recorded
+            torch.cuda.current_stream().wait_stream(aside)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # others may use the device meanwhile
+                run()
+
+    def replay(self) -> None:
+        self.graph.replay()
+
+
+class _Step:
+    """``function`` of tensors of fixed shapes, recorded."""
+
+    def __init__(
+        self,
+        function: Callable[..., Sequence[Tensor]],
+        inputs: Sequence[Tensor],
+        record: Callable[[Callable[[], None]], Graph],
+    ) -> None:
+        self.inputs = [x.clone() for x in inputs]
+        self.outputs = [torch.empty_like(y) for y in function(*self.inputs)]
+
+        def run() -> None:
+            for out, y in zip(self.outputs, function(*self.inputs), strict=True):
+                out.copy_(y)
+
+        self.graph = record(run)
+
+    def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        for buffer, x in zip(self.inputs, inputs, strict=True):
+            buffer.copy_(x)
+        self.graph.replay()
+        return [out.clone() for out in self.outputs]  # the next replay writes over them
+
+
+class _Held:
+    """A head of ``room`` outputs that takes the values of others: what was recorded with it serves all of them.
+
+    Drafters make heads anew as their vocabulary follows the context.
+    """
+
+    def __init__(self, like: nn.Linear, room: int) -> None:
+        way = {"bias": like.bias is not None, "device": like.weight.device, "dtype": like.weight.dtype}
+        self.head = nn.utils.skip_init(nn.Linear, like.in_features, room, **way).requires_grad_(False)
+        self.now: tuple[weakref.ref[nn.Linear] | None, object] = None, None  # whose values, and which version of them
+
+    def hold(self, head: nn.Linear) -> None:
+        """Take the values of ``head``, unless they are there. Outputs beyond its own have no meaning."""
+        version = tuple(0 if p.is_inference() else p._version for p in head.parameters())
+        source, known = self.now
+        if source is None or source() is not head or known != version:
+            for own, values in zip(self.head.parameters(), head.parameters(), strict=True):
+                own[: len(values)] = values.detach()
+            self.now = weakref.ref(head), version
+
+
+class GraphedTarget(FusedTarget):
+    """The fused runtime by recorded passes. ``record`` makes a ``Graph`` of a function; tests have one of their own.
+
+    Caches of ``new_cache`` take turns in one buffer per batch size, so that passes stay recorded from one generation to
+    the next; what runs while it is lent is not recorded. Recorded passes share their buffers, so threads take turns at
+    the model's lock. Raises SpecDecError as ``FusedTarget``, and without a GPU.
+    """
+
+    runtime = "graphs"
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        weights: str = "dense",
+        record: Callable[[Callable[[], None]], Graph] | None = None,
+    ) -> None:
+        if record is None and model.device.type != "cuda":
+            raise SpecDecError(f"CUDA graphs need the model on a CUDA device, not on '{model.device}'")
+        self.record = record or functools.partial(CudaGraph, device=model.device)
+        self._steps: OrderedDict[Any, _Step] = OrderedDict()
+        self._buffers: dict[int, tuple[weakref.ref[KVCache], Tensor]] = {}  # by batch size: its last user, and it
+        self._held: dict[tuple[int, bool], _Held] = {}  # by room for outputs, and whether there is a bias
+        super().__init__(model, weights)
+
+    def new_cache(self, batch: int = 1) -> KVCache:
+        with self.lock:
+            user, whole = self._buffers.get(batch, (None, None))
+            if not batch or (user is not None and user() is not None):
+                return super().new_cache(batch)
+            if whole is None:
+                shape = (2, self.num_layers, batch, self.kv_heads, 256, self.head_dim)
+                whole = torch.zeros(shape, dtype=self.dtype, device=self.device)
+            cache = KVCache(self.num_layers, batch, self.device, whole=whole)
+            self._buffers[batch] = weakref.ref(cache), whole
+            return cache
+
+    def layers(
+        self,
+        x: Tensor,
+        lo: int,
+        hi: int,
+        positions: Tensor,
+        mask: Mask,
+        cache: KVCache,
+        taps: dict[int, Tensor] | None = None,
+        adapters: Adapters | None = None,
+        adapted: int | None = None,
+    ) -> Tensor:
+        batch, t, _ = x.shape
+        user, _ = self._buffers.get(batch, (None, None))
+        lent = user is not None and user() is cache
+        if lo >= hi or batch * t > ROWS or not lent or not torch.is_inference_mode_enabled():
+            return super().layers(x, lo, hi, positions, mask, cache, taps, adapters, adapted)
+        with self.lock:
+            return self._recorded(x, lo, hi, positions, mask, cache, {} if taps is None else taps, adapters, adapted)
+
+    def _recorded(
+        self,
+        x: Tensor,
+        lo: int,
+        hi: int,
+        positions: Tensor,
+        mask: Mask,
+        cache: KVCache,
+        taps: dict[int, Tensor],
+        adapters: Adapters | None,
+        adapted: int | None,
+    ) -> Tensor:
+        """``layers`` for the cache that the buffer is lent to."""
+        batch, t, _ = x.shape
+        user, whole = self._buffers[batch]
+        start = cache.reserve(lo, hi, t, self.kv_heads, self.head_dim, self.dtype)
+        assert cache.whole is not None
+        if cache.whole is not whole:  # it has grown
+            whole = cache.whole
+            self._buffers[batch] = user, whole
+            self._steps = OrderedDict((key, step) for key, step in self._steps.items() if key[0] != batch)
+        keys, values = whole[0], whole[1]  # (N, B, Hkv, capacity, d)
+        stack = self._maps(x, lo, hi, adapters, adapted, grad=False)[lo:hi]
+        windows = sorted(set(self.windows[lo:hi]), key=str)
+        tapped = sorted(layer for layer in taps if lo <= layer <= hi)
+
+        def function(x: Tensor, slots: Tensor, cos: Tensor, sin: Tensor, *terms: Tensor) -> list[Tensor]:
+            def append(index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+                return keys[index].index_copy_(2, slots, k), values[index].index_copy_(2, slots, v)
+
+            seen = {layer: x for layer in tapped}
+            masks = dict(zip(windows, terms, strict=True))
+            y = self._run(x, lo, hi, [*self._stacks["dense"][:lo], *stack], (cos, sin), masks, append, seen)
+            return [y, *(seen[layer] for layer in tapped)]
+
+        rotary = self._rotary(positions, mask, mask.keys.shape[1])  # no position is beyond its slot
+        shape = batch, 1, t * self.groups, whole.shape[4]
+        terms = []
+        for window in windows:
+            term = self._additive(mask, window, shape[3])
+            terms.append(x.new_zeros(shape) if term is None else term)  # None: the cache is full to the brim
+        slots = torch.arange(start, start + t, device=self.device)
+        # The maps stand for the adapters in them, too: they are made anew whenever those have changed. Being the key,
+        # they live as long as what was recorded with them.
+        key = batch, t, lo, hi, tuple(tapped), tuple(m for layer in stack for m in layer)
+        y, *seen = self._step(key, function, [x, slots, *rotary, *terms])
+        taps.update(zip(tapped, seen, strict=True))
+        return y
+
+    def readout(self, x: Tensor, head: nn.Linear | None = None) -> Tensor:
+        batch, t, _ = x.shape
+        if batch * t > ROWS or not torch.is_inference_mode_enabled():
+            return super().readout(x, head)
+        readout = super().readout
+        with self.lock:
+            if head is None:
+                return self._step((None, batch, t), lambda x: [readout(x)], [x])[0]
+            size = -(-head.out_features // HEADS) * HEADS, head.bias is not None
+            held = self._held.get(size)
+            if held is None:
+                held = self._held[size] = _Held(head, size[0])
+            held.hold(head)
+            read = held.head
+
+            def function(x: Tensor) -> list[Tensor]:
+                return [read(self.final_norm(x.reshape(batch * t, -1))).view(batch, t, -1)]
+
+            return self._step((None, batch, t, size), function, [x])[0][..., : head.out_features]
+
+    def _step(self, key: Any, function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -> list[Tensor]:
+        step = self._steps.get(key)
+        if step is None:
+            step = self._steps[key] = _Step(function, inputs, self.record)
+        self._steps.move_to_end(key)
+        if len(self._steps) > STEPS:
+            self._steps.popitem(last=False)
+        return step(inputs)

@@ -1,0 +1,222 @@
+"""Linear maps as plain callables ``rows [R, in] -> [R, out]``, in three weight formats.
+
+A *dense* map is ``F.linear``; it alone carries gradients. A *packed* map holds its weight in oneDNN's blocked layout:
+``F.linear`` on a CPU rearranges a 16-bit weight on every call, which costs more than the product itself. An *int4* map
+holds 4-bit codes in groups of 32 inputs. Packed maps are used where oneDNN serves the dtype, int4 ones where they are
+asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from specdec.base.errors import SpecDecError
+from specdec.runtimes.native import library, linear
+
+Linear = Callable[[Tensor], Tensor]
+
+LAYER_HINT, HEAD_HINT = 16, 1  # row counts whose blocked layout was fastest at all of 1..16 rows
+UNIT_EPS = 1e-6  # of ``rms_unit``
+GROUP = 32  # inputs that share a scale and a zero point in an int4 map
+INT4_ROWS = 12  # most rows at which an int4 map is faster than a dense one
+
+
+def packable(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether there are packed maps for this dtype on this machine."""
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    supported = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}.get(dtype)
+    return dtype == torch.float32 or (supported is not None and getattr(torch.ops.mkldnn, supported)())
+
+
+def dense(weight: Tensor, bias: Tensor | None = None) -> Linear:
+    """``x @ weight.T + bias`` with weight [out, in]."""
+
+    def apply(x: Tensor, linear: Callable[..., Tensor] = F.linear) -> Tensor:
+        return linear(x, weight, bias)
+
+    return apply
+
+
+def packed(weight: Tensor, bias: Tensor | None = None, hint: int = LAYER_HINT) -> Linear:
+    """As ``dense``, from a blocked copy of ``weight``. No gradients. ``hint``: the row count to lay it out for."""
+    blocked = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), hint)
+    product = torch.ops.mkldnn._linear_pointwise.default
+
+    def apply(x: Tensor) -> Tensor:
+        return product(x, blocked, bias, "none", [], "")
+
+    return apply
+
+
+def int4(weight: Tensor, bias: Tensor | None = None) -> Linear:
+    """As ``dense``, with ``weight`` (bf16) rounded to 4 bits. No gradients; for few rows.
+
+    ``weight`` itself becomes, in place, what the map computes with, but for its rounding to bf16: dense maps of it then
+    agree with this one. The shape must pass ``check_int4``.
+    """
+    codes, scales, zeros = quantize(weight)
+    weight.detach().copy_(dequantize(codes, scales, zeros))
+    words = torch._convert_weight_to_int4pack_for_cpu(codes, 1)
+    table = torch.stack((scales, zeros), 2).transpose(0, 1).contiguous()  # (in / 32, out, 2)
+    product = torch._weight_int4pack_mm_for_cpu
+
+    def apply(x: Tensor) -> Tensor:
+        return product(x.contiguous(), words, GROUP, table)
+
+    return apply if bias is None else lambda x: apply(x) + bias
+
+
+def check_int4(weight: Tensor) -> None:
+    """Raise SpecDecError if ``weight`` has a shape that the 4-bit kernel does not take."""
+    if weight.shape[1] % GROUP or weight.shape[0] % 16:
+        raise SpecDecError(
+            f"4-bit weights need multiples of 16 outputs and {GROUP} inputs; a linear map of the model is "
+            f"{weight.shape[0]} x {weight.shape[1]}; use its 16-bit weights"
+        )
+
+
+def quantize(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[out, in] -> codes int32 [out, in] in 0..15, and bf16 scales and zeros [out, in / 32]:
+    w ~ (code - 8) scale + zero.
+
+    Codes come from the smallest and largest weight of each group, which recovers those of a dequantised Q4_1 model
+    exactly; scale and zero are then the least-squares fit to them.
+    """
+    w = weight.detach().float().unflatten(1, (-1, GROUP))  # (out, in / 32, 32)
+    low, high = w.amin(2, True), w.amax(2, True)
+    codes = ((w - low) * (15 / (high - low).clamp_min(1e-20))).round_().clamp_(0, 15)
+    middle, mean = codes.mean(2, True), w.mean(2, True)
+    around = codes - middle
+    scales = ((around * w).sum(2) / around.square().sum(2).clamp_min(1e-20)).bfloat16()
+    zeros = (mean[..., 0] - scales.float() * (middle[..., 0] - 8)).bfloat16()
+    return codes.flatten(1).int(), scales, zeros
+
+
+def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+    """Inverse of ``quantize``: float32 [out, in]."""
+    return ((codes.unflatten(1, (-1, GROUP)) - 8) * scales.float()[..., None] + zeros.float()[..., None]).flatten(1)
+
+
+class Gated:
+    """``act(gate) * up``, both from one map."""
+
+    def __init__(self, gate_up: Linear, act: Callable[[Tensor], Tensor]) -> None:
+        self.gate_up, self.act = gate_up, act
+
+    def __call__(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, -1)
+        return self.act(gate) * up
+
+
+def packed_silu_gated(weight: Tensor, bias: Tensor | None = None) -> Linear:
+    """``silu(gate) * up`` with the activation and the product inside packed maps (two calls instead of six)."""
+    gate, up = (torch.ops.mkldnn._reorder_linear_weight(w.contiguous(), LAYER_HINT) for w in weight.detach().chunk(2))
+    gate_bias, up_bias = (None, None) if bias is None else bias.chunk(2)
+    unary, binary = torch.ops.mkldnn._linear_pointwise.default, torch.ops.mkldnn._linear_pointwise.binary
+
+    def apply(x: Tensor) -> Tensor:
+        return binary(x, unary(x, gate, gate_bias, "swish", [], ""), up, up_bias, "mul")
+
+    return apply
+
+
+def frozen(weight: Tensor, bias: Tensor | None = None) -> Linear:
+    """For weights of a drafter that no longer change: in the fastest storage at one row, which may round."""
+    if linear.serves(weight):
+        return linear.Packed(weight, bias, draft_only=(library.I8,))
+    return (packed if packable(weight.dtype, weight.device) else dense)(weight.detach(), bias)
+
+
+class UnitMap:
+    """``linear(cat(parts, each divided by its RMS))`` for a weight that no longer changes, as ``frozen``.
+
+    packed: its form for the compiled kernels, where they serve.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self.packed = linear.Packed(weight, bias, draft_only=(library.I8,)) if linear.serves(weight) else None
+        self.linear = None if self.packed else frozen(weight, bias)
+
+    def __call__(self, parts: Sequence[Tensor]) -> Tensor:
+        if self.linear is None:
+            assert self.packed is not None
+            return self.packed.of_units(parts, UNIT_EPS)
+        return self.linear(torch.cat([rms_unit(part) for part in parts], -1))
+
+
+def rms_unit(x: Tensor) -> Tensor:
+    """x / rms(x) over the last axis, in x's dtype."""
+    return F.rms_norm(x, x.shape[-1:], eps=UNIT_EPS)
+
+
+def argmax(logits: Tensor) -> Tensor:
+    """``logits.argmax(-1)``."""
+    fast = logits.dtype == torch.bfloat16 and logits.device.type == "cpu" and library.runs()
+    return linear.argmax(logits) if fast else logits.argmax(-1)
+
+
+def fuse(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
+    """One weight [sum of outs, in] (and bias) for linear maps of one input.
+
+    Their parameters become views of it, so the model keeps its values and nothing is held twice.
+    """
+    weight = _stack([linear.weight for linear in linears])
+    biases = [linear.bias for linear in linears]
+    return weight, None if biases[0] is None else _stack(biases)
+
+
+def _stack(parts: Sequence[Tensor]) -> Tensor:
+    first, rows = parts[0].detach(), sum(p.shape[0] for p in parts)
+    if len(parts) == 1:
+        return first
+    end, adjacent = first.data_ptr(), True
+    for p in parts:
+        adjacent = adjacent and p.is_contiguous() and p.data_ptr() == end
+        end = p.data_ptr() + p.numel() * p.element_size()
+    if adjacent and end <= first.untyped_storage().data_ptr() + first.untyped_storage().nbytes():
+        return first.as_strided((rows, *first.shape[1:]), first.stride())  # fused by an earlier runtime
+    whole = torch.cat([p.detach() for p in parts])
+    for p, view in zip(parts, whole.split([p.shape[0] for p in parts]), strict=True):
+        p.data = view
+    return whole
+
+
+class LowRank:
+    """The low-rank terms beside one (fused) linear map: ``y += up(down(x))``, in ``x``'s dtype.
+
+    parts: ``(down [r, in], up [out, r], first output row)`` of each adapter. outs: output width of the map.
+    """
+
+    def __init__(self, parts: Sequence[tuple[Tensor, Tensor, int]], outs: int, dtype: torch.dtype) -> None:
+        rank, before = sum(down.shape[0] for down, _, _ in parts), 0
+        ups = []
+        for down, up, start in parts:
+            r = down.shape[0]
+            ups.append(F.pad(up, (before, rank - before - r, start, outs - start - up.shape[0])))
+            before += r
+        self.down = torch.cat([down for down, _, _ in parts]).to(dtype).t()  # (in, R)
+        self.up = torch.stack(ups).sum(0).to(dtype).t()  # (R, out)
+
+    def merged(self, weight: Tensor) -> Tensor:
+        """``weight`` [out, in] with the terms added, rounded once."""
+        return (weight.float() + self.up.t().float() @ self.down.t().float()).to(weight.dtype)
+
+    def beside(self, linear: Linear, batch: int, adapted: int | None) -> Linear:
+        """``linear`` over rows [B * T, in], with the terms added on the last ``adapted`` tokens (None: all)."""
+        down, up = self.down, self.up
+
+        def whole(x: Tensor) -> Tensor:
+            return torch.addmm(linear(x), x @ down, up)
+
+        def trailing(x: Tensor) -> Tensor:
+            assert adapted is not None
+            y = linear(x).view(batch, -1, up.shape[1])  # (B, T, out)
+            delta = (x.view(batch, -1, x.shape[1])[:, -adapted:] @ down) @ up  # (B, adapted, out)
+            return torch.cat((y[:, :-adapted], y[:, -adapted:] + delta), 1).view(-1, y.shape[2])
+
+        return whole if adapted is None else trailing

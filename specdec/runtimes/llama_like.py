@@ -1,0 +1,85 @@
+"""The parts of a Llama-like decoder layer: linear maps by slot, norms, and where adapters sit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from specdec.base.errors import SpecDecError
+from specdec.runtimes import linear_maps
+
+Norm = Callable[[Tensor], Tensor]
+Weights = dict[str, tuple[Tensor, Tensor | None]]  # weight and bias of qkv, out, gate_up and down of a layer
+
+
+def check_rotary(rotary: Any) -> None:
+    """Raise SpecDecError for rotary embeddings whose tables depend on more than the position."""
+    kind = getattr(rotary, "rope_type", "default")
+    if not isinstance(kind, str) or "dynamic" in kind or kind == "longrope":
+        raise SpecDecError(f"there are no tables here for rotary embeddings of type '{kind}'")
+
+
+def norm(module: Any, kind: str) -> Norm:
+    """The RMS norm over the last axis."""
+    weight, shape = module.weight.detach(), [module.weight.shape[0]]
+    if kind == "gemma":  # its weights lie around zero; it rounds last of all
+        one_more, eps = 1 + weight.float(), float(module.eps)
+        return lambda x: torch.rms_norm(x.float(), shape, one_more, eps).to(x.dtype)
+    eps = float(module.variance_epsilon)
+    if kind == "olmo2":  # scales before it rounds to the model's dtype
+        return lambda x: torch.rms_norm(x, shape, weight, eps)
+    return lambda x: torch.rms_norm(x, shape, None, eps) * weight
+
+
+def pair_norm(module: Any, kind: str) -> Norm:
+    """The RMS norm of y, given the pair (y, -y) [R, 2, D]: its mean is zero, so layer_norm is the RMS norm."""
+    if kind == "gemma":
+        single = norm(module, kind)
+        return lambda pair: single(pair.select(1, 0))
+    weight, eps = module.weight.detach(), float(module.variance_epsilon)
+    shape, double, layer_norm = [2, weight.shape[0]], torch.stack((weight, weight)), torch.layer_norm
+    return lambda pair: layer_norm(pair, shape, double, None, eps).select(1, 0)
+
+
+def layer_norms(layer: Any, kind: str) -> tuple[Any, ...]:
+    """The norms of a decoder layer, in the order of the fused runtime's layers."""
+    attention = layer.self_attn
+    inner = [norm(getattr(attention, n), kind) if hasattr(attention, n) else None for n in ("q_norm", "k_norm")]
+    last = layer.post_attention_layernorm
+    if kind == "olmo2":
+        return None, *inner, norm(last, kind), None, norm(layer.post_feedforward_layernorm, kind)
+    return pair_norm(layer.input_layernorm, kind), *inner, None, pair_norm(last, kind), None
+
+
+def modules(layer: Any) -> dict[str, list[tuple[str, nn.Linear]]]:
+    """``{slot: [(module path, module), ...]}`` of a decoder layer, in the order of the fused rows."""
+    fused = hasattr(layer.self_attn, "qkv_proj")
+    names = {
+        "qkv": ["self_attn.qkv_proj"] if fused else [f"self_attn.{n}_proj" for n in "qkv"],
+        "out": ["self_attn.o_proj"],
+        "gate_up": ["mlp.gate_up_proj"] if fused else ["mlp.gate_proj", "mlp.up_proj"],
+        "down": ["mlp.down_proj"],
+    }
+    found = {slot: [(path, layer.get_submodule(path)) for path in paths] for slot, paths in names.items()}
+    for path, module in (pair for pairs in found.values() for pair in pairs):
+        if type(module) is not nn.Linear:
+            raise SpecDecError(f"the fused runtime takes plain linear layers; '{path}' is a {type(module).__name__}")
+    return found
+
+
+def fuse_layer(layer: Any) -> Weights:
+    return {slot: linear_maps.fuse([module for _, module in pairs]) for slot, pairs in modules(layer).items()}
+
+
+def adapter_parts(layer: Any) -> dict[str, tuple[str, int, int]]:
+    """``{module path: (slot, first row, end row)}``: where the outputs of a module lie in its fused map."""
+    parts = {}
+    for slot, pairs in modules(layer).items():
+        start = 0
+        for path, module in pairs:
+            parts[path] = (slot, start, start + module.out_features)
+            start += module.out_features
+    return parts

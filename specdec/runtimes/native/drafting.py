@@ -1,0 +1,99 @@
+"""Drafting a tree in one native call: what the kernels read is built once for a draft path, and used again every step.
+
+Between two passes all code is cold, so a step changes few fields here and builds nothing. Knows the kernels'
+structures, and of the model only what ``Kernels`` hands over.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from specdec.base import cores
+from specdec.runtimes import linear_maps
+from specdec.runtimes.adapters import Adapters
+from specdec.runtimes.cache import KVCache
+from specdec.runtimes.native.library import INT, POINTER, Call, Model, Stage, TreeDraft, done, pointer
+from specdec.runtimes.native.linear import Packed
+from specdec.runtimes.tree_drafting import Candidates, DraftPath, Seed
+
+
+class Kernels(Protocol):
+    """What the native runtime has of a model."""
+
+    lib: Any
+    embedding: Tensor
+    final_norm: Tensor
+    eps: float
+    vocab_size: int
+    windows: list[int | None]
+
+    def head(self, head: nn.Linear | None) -> Packed:
+        """An output head, packed; None: the model's own."""
+
+    def draft_call(self, lo: int, hi: int, adapters: Adapters) -> tuple[Model, Call]:
+        """Layers [lo, hi) with ``adapters`` on one token, for kernels that make masks and states themselves."""
+
+    def place(self, call: Call, cache: KVCache, lo: int, hi: int, count: int) -> Any:
+        """Have ``call`` write to the next ``count`` slots of layers [lo, hi); return what must live as long."""
+
+
+class TreeDrafter:
+    """Trees of ``levels`` levels, ``width`` nodes of which are drafted on from, along ``path``; one at a time."""
+
+    def __init__(self, target: Kernels, path: DraftPath, levels: int, width: int) -> None:
+        self.segments, self.drafted = path.segments, 1 + (levels - 1) * width
+        self.position = (ctypes.c_int64 * 1)()
+        count = levels * width * width
+        self.found = (ctypes.c_float * count)(), (INT * count)(), (INT * count)()  # scores, tokens, parents
+        maps, heads = [each.packed for each in path.projections], [target.head(head) for head in path.heads]
+        self.stages = (Stage * len(maps))()
+        self.calls: list[Call] = []
+        self.alive: list[Any] = [maps, heads]
+        for stage, projection in zip(self.stages, maps, strict=True):
+            assert projection is not None
+            stage.projection = ctypes.addressof(projection.struct)
+        for stage, (lo, hi) in zip(self.stages, path.segments, strict=False):
+            model, call = target.draft_call(lo, hi, path.adapters)
+            call.positions = ctypes.addressof(self.position)
+            stage.model, stage.call = ctypes.addressof(model), ctypes.addressof(call)
+            self.calls.append(call)
+            self.alive.append(model)
+        self.struct = TreeDraft(
+            *(len(maps), levels, width, 0, ctypes.addressof(self.stages)),
+            *(target.embedding.data_ptr(), None),
+            (POINTER * 2)(*(ctypes.addressof(head.struct) for head in heads)),
+            (INT * 2)(*(head.width for head in heads)),
+            *(pointer(path.tokens), target.final_norm.data_ptr(), target.eps, linear_maps.UNIT_EPS, 0.0),
+            *(ctypes.addressof(out) for out in self.found),
+        )
+
+    @staticmethod
+    def serves(target: Kernels, path: DraftPath, levels: int, width: int) -> bool:
+        """Whether the kernels take such a path and such a tree."""
+        outputs = sum(target.vocab_size if head is None else head.out_features for head in path.heads)
+        near = any(window is not None and window <= levels for window in target.windows)
+        fits = width <= min(16, outputs) and len(path.projections) <= 8 and len(path.heads) <= 2 and not near
+        return (
+            fits and path.adapters.draft_only and bool(path.segments) and all(each.packed for each in path.projections)
+        )
+
+    def __call__(self, target: Kernels, cache: KVCache, seed: Seed, confidence: float) -> Candidates:
+        struct, segments = self.struct, self.segments
+        final, *carried = (x.contiguous() for x in (seed.final, *seed.carried))
+        before = seed.place * final.shape[2] * final.element_size()  # bytes
+        self.position[0] = seed.position
+        alive = []
+        for stage, call, state, (lo, hi) in zip(self.stages, self.calls, carried, segments, strict=False):
+            alive.append(target.place(call, cache, lo, hi, self.drafted))
+            call.threads = cores.threads()
+            stage.carried = call.x = state.data_ptr() + before
+        struct.root, struct.final, struct.confidence = seed.token, final.data_ptr() + before, confidence
+        count = target.lib.specdec_draft_tree(ctypes.byref(struct))
+        for lo, hi in segments:
+            cache.trim(self.drafted, lo, hi)
+        done(count)
+        scores, tokens, parents = self.found
+        return Candidates(scores[:count], tokens[:count], parents[:count])

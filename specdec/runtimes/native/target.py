@@ -1,0 +1,401 @@
+"""The native runtime: decoder layers as one call into compiled kernels.
+
+Builds what the kernels read (packed weights, pointers, masks) and calls them; raises SpecDecError for machines and
+models that it does not serve. Weights that four or eight bits hold *exactly* (those of a checkpoint that was published
+in them) are stored so: fewer bytes to read, the same numbers. Knows nothing about drafting.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Mapping
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from specdec.base import cores, memory
+from specdec.base.errors import SpecDecError
+from specdec.models import catalogue
+from specdec.runtimes import llama_like
+from specdec.runtimes.adapters import Adapters
+from specdec.runtimes.cache import KVCache, Mask
+from specdec.runtimes.checks import check_logits, refuse_unsupported
+from specdec.runtimes.native import library
+from specdec.runtimes.native.drafting import TreeDrafter
+from specdec.runtimes.native.library import (
+    BF16,
+    I4,
+    I8,
+    INT,
+    POINTER,
+    Q4,
+    Q8,
+    Call,
+    Layer,
+    LowRank,
+    Model,
+    done,
+    pointer,
+)
+from specdec.runtimes.native.linear import Packed
+from specdec.runtimes.reference import ByParts
+from specdec.runtimes.tree_drafting import Bounds, Candidates, DraftPath, Seed
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
+KINDS = {"auto": (Q4, Q8), "dense": (), "int8": (Q8,), "int4": (Q4,)}  # weight formats that are tried before bf16
+NAMES = {BF16: "16 bits", Q8: "8 bits", Q4: "4 bits"}
+
+
+class NativeTarget(ByParts):
+    """The native runtime. No gradients. What drafts alone see (merged adapters marked ``draft_only``, reduced heads) is
+    rounded to 8 or 4 bits where that is faster; all else is bf16, and a token's result does not depend on what else is
+    in its pass, to the last bit.
+
+    weights: "auto" (in 4 or 8 bits where they hold the values exactly, else bf16), "dense" (bf16),
+    "int8" or "int4" (layers rounded where need be; ``model`` is rounded with them: it is the base).
+    ``storage``: what the layers' weights are held in. Raises SpecDecError for what it does not serve.
+    """
+
+    runtime = "native"
+
+    def __init__(self, model: PreTrainedModel, weights: str = "auto") -> None:
+        refuse_unsupported(model)
+        self.lib = library.load()
+        kind, config = model.config.model_type, model.config
+        if kind not in FAMILIES:
+            raise SpecDecError(f"model type '{kind}' is unknown to the native runtime (it knows {', '.join(FAMILIES)})")
+        if model.dtype != torch.bfloat16 or model.device.type != "cpu":
+            raise SpecDecError(f"the native runtime computes in bfloat16 on a CPU, not {model.dtype} on {model.device}")
+        super().__init__(model)
+        decoder: Any = model.model
+        first = decoder.layers[0]
+        llama_like.check_rotary(decoder.rotary_emb)
+        self.head_dim = int(first.self_attn.head_dim)
+        act = first.mlp.activation_fn if kind == "phi3" else first.mlp.act_fn
+        if "SiLU" not in type(act).__name__ or self.head_dim % 32 or self.head_dim > 256:
+            raise SpecDecError(
+                f"the native runtime takes SiLU and heads of 32, 64, ... 256; this '{kind}' model has "
+                f"{type(act).__name__} and heads of {self.head_dim}"
+            )
+        self.heads, self.kv_heads = int(config.num_attention_heads), int(config.num_key_value_heads)
+        self.rounding = weights in ("int8", "int4")
+        self.kinds = KINDS[weights]
+        self._parts = llama_like.adapter_parts(first)
+        self._layers = (Layer * self.num_layers)()
+        self._alive: list[Any] = []  # what the structures point to
+        for layer, struct in zip(decoder.layers, self._layers, strict=True):
+            self._pack_layer(layer, struct)
+        self.inner = self._layers[0].down.inp
+        self.rotary, self.tables = decoder.rotary_emb, torch.empty(0)
+        rotated = int(self._rotary_tables(8).shape[2])
+        self.final_norm, self.eps = decoder.norm.weight.detach().float(), float(decoder.norm.variance_epsilon)
+        scale = float(first.self_attn.scaling)
+        sizes = self.hidden_size, self.heads, self.kv_heads, self.head_dim, self.inner, 2 * rotated
+        self._sizes = (*sizes, self.eps, scale)
+        self._model = Model(*self._sizes, ctypes.addressof(self._layers))
+        self.kinds_of_windows = sorted(set(self.windows), key=str)
+        self._spans = (INT * len(self.kinds_of_windows))(*(window or 0 for window in self.kinds_of_windows))
+        self._window = (INT * self.num_layers)(*(self.kinds_of_windows.index(w) for w in self.windows))
+        self.embedding: Tensor = decoder.embed_tokens.weight.detach()
+        self._heads: WeakKeyDictionary[nn.Module, Packed] = WeakKeyDictionary()
+        self._readout: Packed | None = None  # the model's own
+        self._untapped = (POINTER * (self.num_layers + 1))()
+        self._adapted: WeakKeyDictionary[Adapters, dict[int, Any]] = WeakKeyDictionary()
+        self._coarse: WeakKeyDictionary[Adapters, dict[tuple[int, int], Any]] = WeakKeyDictionary()
+        kinds = {getattr(layer, slot).kind for layer in self._layers for slot in ("qkv", "out", "gate_up", "down")}
+        self.storage = NAMES[kinds.pop()] if len(kinds) == 1 else "16 bits or less"
+        if self.rounding:
+            self.storage += ", rounded where they had to be"
+        with memory.sparing(decoder.layers):
+            self.spread = check_logits(self)
+        memory.trim()
+
+    def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+        return torch.embedding(self.embedding, ids)
+
+    def layers(
+        self,
+        x: Tensor,
+        lo: int,
+        hi: int,
+        positions: Tensor,
+        mask: Mask,
+        cache: KVCache,
+        taps: dict[int, Tensor] | None = None,
+        adapters: Adapters | None = None,
+        adapted: int | None = None,
+    ) -> Tensor:
+        y = x.to(torch.bfloat16, memory_format=torch.contiguous_format, copy=True)
+        taps = {} if taps is None else taps
+        for layer in taps:
+            if lo <= layer < hi:
+                taps[layer] = torch.empty_like(y)
+        if lo < hi:
+            model, call, _alive = self._call(y, lo, hi, positions, mask, cache, adapters, adapted, taps)
+            done(self.lib.specdec_layers(ctypes.byref(model), ctypes.byref(call)))
+        if hi in taps and lo <= hi:
+            taps[hi] = y
+        return y
+
+    def grow(self, cache: KVCache, seed: Seed, path: DraftPath, bounds: Bounds) -> Candidates:
+        size = bounds.levels, bounds.width
+        if (self, size) not in path.made:
+            path.made[self, size] = [] if TreeDrafter.serves(self, path, *size) else None
+        idle = path.made[self, size]  # those that nobody is using; None: not served
+        if idle is None:
+            return super().grow(cache, seed, path, bounds)
+        try:
+            drafter = idle.pop()
+        except IndexError:
+            drafter = TreeDrafter(self, path, *size)
+        found = drafter(self, cache, seed, bounds.confidence)
+        idle.append(drafter)
+        return found
+
+    def readout(self, x: Tensor, head: nn.Linear | None = None) -> Tensor:
+        packed = self.head(head)
+        return packed(x.reshape(-1, x.shape[-1]), self.final_norm, self.eps).view(*x.shape[:2], -1)
+
+    def choose(self, x: Tensor, *beside: Tensor) -> list[list[list[int]]]:
+        (batch, t, _), found = x.shape, self.head(None).largest(x, self.final_norm, self.eps)
+        if not math.isfinite(float(x.sum())):  # one number is read where all is well
+            finite = x.isfinite().all(-1).flatten().tolist()
+            found = [token if good else -1 for token, good in zip(found, finite, strict=True)]
+        rows = [found] if batch == 1 else [found[start : start + t] for start in range(0, batch * t, t)]
+        return [*(tensor.tolist() for tensor in beside), rows]
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of weights that a pass reads: all layers' and the output head's, as they are stored."""
+        packed = [item for item in self._alive if isinstance(item, Packed)]
+        return sum(item.tiles.numel() for item in (*packed, self.head(None)))
+
+    def linears(self, layer: int) -> dict[str, tuple[int, int]]:
+        with self.lock:
+            modules = llama_like.modules(self.model.model.layers[layer])  # type: ignore[union-attr, index]
+        return {path: (m.in_features, stop - start) for path, (_, start, stop), m in self._adaptable(modules)}
+
+    # -- calls ------------------------------------------------------------------------------------------------------
+
+    def _call(
+        self,
+        x: Tensor,
+        lo: int,
+        hi: int,
+        positions: Tensor,
+        mask: Mask,
+        cache: KVCache,
+        adapters: Adapters | None,
+        adapted: int | None,
+        taps: Mapping[int, Tensor],
+    ) -> tuple[Model, Call, list[Any]]:
+        """Layers [lo, hi) on ``x`` as the kernels take them, and what must live as long as that."""
+        (batch, t, _), model, low = x.shape, self._model, None
+        if adapters is not None and adapters.draft_only and adapted is None:
+            model = self._merged(adapters, lo, hi)
+        elif adapters is not None:
+            low = self._low_rank(adapters, lo, hi)
+        masks = [] if mask.causal else [self._mask(mask, window) for window in self.kinds_of_windows]
+        call, positions = self._new_call(batch, t, lo, hi), positions.contiguous()
+        alive = [positions, masks, low, self.place(call, cache, lo, hi, t)]
+        call.adapted, call.causal = 0 if adapted is None else adapted, mask.causal
+        call.x, call.positions = x.data_ptr(), positions.data_ptr()
+        if masks:
+            alive.append(mask_table := (POINTER * len(masks))(*map(pointer, masks)))
+            call.masks = ctypes.addressof(mask_table)
+        if any(lo <= layer < hi for layer in taps):
+            tapped = (POINTER * (self.num_layers + 1))()
+            for layer in taps:
+                if lo <= layer < hi:
+                    tapped[layer] = taps[layer].data_ptr()
+            alive.append(tapped)
+            call.taps = ctypes.addressof(tapped)
+        if low is not None:
+            call.low = ctypes.addressof(low)
+        return model, call, alive
+
+    def draft_call(self, lo: int, hi: int, adapters: Adapters) -> tuple[Model, Call]:
+        """Layers [lo, hi) with draft-only ``adapters`` on one token, for kernels that make masks and states."""
+        call = self._new_call(1, 1, lo, hi)
+        call.causal = 1
+        return self._merged(adapters, lo, hi), call
+
+    def place(self, call: Call, cache: KVCache, lo: int, hi: int, count: int) -> Any:
+        """Have ``call`` write to the next ``count`` slots of the cache's layers [lo, hi); return what must live."""
+        call.start = cache.reserve(lo, hi, count, self.kv_heads, self.head_dim, torch.bfloat16)
+        rotary = self._rotary_tables(call.start + count)  # no position is beyond its slot
+        keys, values, capacity = slots = self._slots(cache)
+        call.rotary, call.capacity = rotary.data_ptr(), ctypes.addressof(capacity)
+        call.keys, call.values = ctypes.addressof(keys), ctypes.addressof(values)
+        return rotary, slots
+
+    def _new_call(self, batch: int, t: int, lo: int, hi: int) -> Call:
+        """What a call has that no cache and no states change."""
+        call = Call(batch, t, lo, hi, 0, cores.threads(), 0, len(self.kinds_of_windows))
+        call.spans, call.window = ctypes.addressof(self._spans), ctypes.addressof(self._window)
+        call.taps = ctypes.addressof(self._untapped)
+        return call
+
+    def _slots(self, cache: KVCache) -> tuple[Any, Any, Any]:
+        """By layer, pointers to keys and values in the cache's buffer [2, N, B, Hkv, capacity, d], and the capacity."""
+        slots, whole = cache.memo.get("native"), cache.whole
+        if slots is None:
+            assert whole is not None
+            n, begin, half, step = self.num_layers, whole.data_ptr(), 2 * whole.stride(0), 2 * whole.stride(1)  # bytes
+            keys = (POINTER * n)(*range(begin, begin + half, step))
+            values = (POINTER * n)(*range(begin + half, begin + 2 * half, step))
+            slots = cache.memo["native"] = keys, values, (INT * n)(*[whole.shape[4]] * n)
+        return slots
+
+    def head(self, head: nn.Linear | None) -> Packed:
+        """The output head, or ``head`` instead, packed at first use."""
+        if head is None and self._readout is not None:
+            return self._readout
+        module: Any = self.own_head if head is None else head
+        with self.lock:
+            packed = self._heads.get(module)
+            if packed is None:
+                kinds = (Q4, Q8) if self.kinds else ()
+                draft_only = () if head is None else (I8,)
+                packed = self._heads[module] = Packed(module.weight, module.bias, kinds, draft_only=draft_only)
+                memory.release(module.weight.detach())
+            if head is None:
+                self._readout = packed
+        return packed
+
+    # -- what is prepared once --------------------------------------------------------------------------------------
+
+    def _adaptable(self, modules: dict[str, list[tuple[str, nn.Linear]]]) -> list[Any]:
+        return [(path, self._parts[path], module) for pairs in modules.values() for path, module in pairs]
+
+    def _pack_layer(self, layer: Any, struct: Layer) -> None:
+        for slot, pairs in llama_like.modules(layer).items():
+            weights = [module.weight.detach() for _, module in pairs]
+            biases = [module.bias for _, module in pairs]
+            # A copy where it will be rounded: in place, the changed pages would stay beside the file's.
+            weight = weights[0] if len(weights) == 1 and not self.rounding else torch.cat(weights)
+            bias = None if biases[0] is None else torch.cat([b.detach() for b in biases])
+            if weight.shape[0] % 32:
+                raise SpecDecError(
+                    f"the native runtime takes multiples of 32 outputs; '{pairs[0][0]}' does not have them"
+                )
+            if slot == "gate_up":
+                weight, bias = _alternate(weight), None if bias is None else _alternate(bias)
+            packed = Packed(weight, bias, self.kinds, self.rounding)
+            if self.rounding:  # the model is the base: it holds what was packed
+                rows = _parted(weight) if slot == "gate_up" else weight
+                parts = rows.split([w.shape[0] for w in weights])
+                memory.park([module.weight for _, module in pairs], parts, catalogue.cache_dir() / "parked")
+            memory.release(*weights, *(module.weight.detach() for _, module in pairs))
+            self._alive.append(packed)
+            setattr(struct, slot, packed.struct)
+        attention = layer.self_attn
+        norms = {"norm_in": layer.input_layernorm, "norm_mlp": layer.post_attention_layernorm}
+        norms |= {f"norm_{n}": getattr(attention, f"{n}_norm") for n in "qk" if hasattr(attention, f"{n}_norm")}
+        for name, module in norms.items():
+            weight = module.weight.detach().float()
+            self._alive.append(weight)
+            setattr(struct, name, weight.data_ptr())
+
+    def _low_rank(self, adapters: Adapters, lo: int, hi: int) -> Any:
+        """Pointers to the low-rank terms of layers [lo, hi). They are packed at first use and must not change then."""
+        made = self._adapted.setdefault(adapters, {})
+        pointers = (POINTER * (self.num_layers + 1))()
+        for layer in range(lo, hi):
+            if layer in adapters.paths:
+                if layer not in made:
+                    with self.lock:
+                        made[layer] = made.get(layer) or self._adapt(layer, adapters)
+                pointers[layer] = ctypes.addressof(made[layer][0])
+        return pointers
+
+    def _merged(self, adapters: Adapters, lo: int, hi: int) -> Model:
+        """The model with ``adapters`` merged into layers [lo, hi), rounded: for drafts alone. Made once."""
+        made = self._coarse.setdefault(adapters, {})
+        with self.lock:
+            if (lo, hi) not in made:
+                made[lo, hi] = self._make_merged(adapters, lo, hi)
+        return made[lo, hi][0]
+
+    def _make_merged(self, adapters: Adapters, lo: int, hi: int) -> tuple[Model, Any, list[Any]]:
+        layers = (Layer * self.num_layers)(*self._layers)
+        alive = []
+        for layer in range(lo, hi):
+            alive.append(self._merge(layers[layer], layer, adapters))
+            memory.trim()  # what one leaves behind would add to the peak of the next
+        return Model(*self._sizes, ctypes.addressof(layers)), layers, alive
+
+    def _merge(self, struct: Layer, layer: int, adapters: Adapters) -> list[Packed]:
+        factors, alive = adapters.factors(layer), []
+        for slot, pairs in llama_like.modules(self.model.model.layers[layer]).items():  # type: ignore[union-attr, index]
+            weight = torch.cat([module.weight.detach().float() for _, module in pairs])
+            for path in (path for path in factors if self._parts[path][0] == slot):
+                _, start, stop = self._parts[path]
+                down, up = (factor.detach().float() for factor in factors[path])
+                weight[start:stop] += up @ down
+            bias = None if pairs[0][1].bias is None else torch.cat([module.bias.detach() for _, module in pairs])
+            if slot == "gate_up":
+                weight, bias = _alternate(weight), None if bias is None else _alternate(bias)
+            alive.append(Packed(weight.bfloat16(), bias, draft_only=(I4, I8)))
+            setattr(struct, slot, alive[-1].struct)
+            memory.release(*(module.weight.detach() for _, module in pairs))
+        return alive
+
+    def _adapt(self, layer: int, adapters: Adapters) -> tuple[Any, list[Any]]:
+        structs, alive = (LowRank * 4)(), []
+        factors = adapters.factors(layer)
+        for index, slot in enumerate(("qkv", "out", "gate_up", "down")):
+            parts = {path: factors[path] for path in factors if self._parts[path][0] == slot}
+            if not parts:
+                continue
+            rank = -(-adapters.rank // 32) * 32
+            out = getattr(self._layers[layer], slot).out
+            downs, ups = [], torch.zeros(out, rank, dtype=torch.bfloat16)
+            first = torch.full((out // 16,), -1, dtype=torch.int32)
+            for number, (path, (down, up)) in enumerate(parts.items()):
+                _, start, stop = self._parts[path]
+                downs.append(F.pad(down.detach().bfloat16(), (0, 0, 0, rank - down.shape[0])))
+                ups[start:stop, : up.shape[1]] = up.detach()
+                first[start // 16 : stop // 16] = number * rank // 32
+            if slot == "gate_up":
+                ups, first = _alternate(ups), first.view(2, -1).t().contiguous().view(-1)
+            packed = Packed(torch.cat(downs)), Packed(ups)
+            structs[index] = LowRank(packed[0].struct, rank // 32, 0, first.data_ptr(), packed[1].tiles.data_ptr())
+            alive += [packed, first]
+        return structs, alive
+
+    def _rotary_tables(self, count: int) -> Tensor:
+        """Cosines and sines [P, 2, rotated / 2] (float32) of at least ``count`` positions."""
+        tables = self.tables
+        if count <= tables.shape[0]:
+            return tables
+        with self.lock:
+            if count <= self.tables.shape[0]:
+                return self.tables
+            every = torch.arange(max(count, min(2 * count, self.context), 512))[None]
+            with torch.no_grad():
+                made = self.rotary(torch.empty(0, dtype=self.dtype), every)
+            self.tables = torch.stack([table[0].chunk(2, -1)[0].float() for table in made], 1)
+            return self.tables
+
+    def _mask(self, mask: Mask, window: int | None) -> Tensor | None:
+        key = ("native", window)
+        if key not in mask.memo:
+            visible = mask.bool_mask(window)
+            mask.memo[key] = None if visible is None else visible.contiguous()
+        return mask.memo[key]
+
+
+def _alternate(rows: Tensor) -> Tensor:
+    """Rows of gate, then of up -> 16 of gate, 16 of up, and so on."""
+    return rows.view(2, -1, 16, *rows.shape[1:]).transpose(0, 1).reshape(rows.shape)
+
+
+def _parted(rows: Tensor) -> Tensor:
+    """Inverse of ``_alternate``."""
+    return rows.view(-1, 2, 16, *rows.shape[1:]).transpose(0, 1).reshape(rows.shape)

@@ -1,0 +1,67 @@
+"""Choosing the runtime of a model: the fastest that serves it here, or the one named."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedModel
+
+from specdec.base.errors import NotFiniteError, SpecDecError, did_you_mean
+from specdec.base.options import Runtime, Weights
+from specdec.runtimes.checks import refuse_unsupported
+from specdec.runtimes.fused import FusedTarget
+from specdec.runtimes.graphs import GraphedTarget
+from specdec.runtimes.native.target import NativeTarget
+from specdec.runtimes.reference import ReferenceTarget
+from specdec.runtimes.target import Target, lock_of
+
+RUNTIMES, WEIGHTS = tuple(Runtime), tuple(Weights)
+
+
+def needs_cpu(runtime: str, weights: str) -> bool:
+    """Whether these settings run on the CPU alone, whatever other device there is."""
+    return runtime == "native" or weights in ("int8", "int4")
+
+
+def make_target(model: PreTrainedModel, runtime: str = "auto", weights: str = "auto") -> tuple[Target, str]:
+    """The target of ``model`` in the runtime named, and a one-line note ("" if there is nothing to say).
+
+    runtime "auto": native (CPUs) or graphs (CUDA) where it serves the model on this machine, else fused (not on mps),
+    else the reference runtime, the note saying why. weights: "auto" (as loaded; stored in fewer bits where they hold
+    the very values), "dense" (as loaded), "int8" or "int4" (layers rounded, in the model too: what is rounded is the
+    base).
+    Raises SpecDecError if the model is unsupported, or unfit for what was named.
+    """
+    for what, value, known in (("runtime", runtime, RUNTIMES), ("weights", weights, WEIGHTS)):
+        if value not in known:
+            raise SpecDecError(f"unknown {what} '{value}'{did_you_mean(value, known)}; there are: {', '.join(known)}")
+    rounded = weights in ("int8", "int4")
+    if runtime == "reference" and rounded:
+        raise SpecDecError(f"{weights} weights need the native or the fused runtime; use weights 'auto'")
+    refuse_unsupported(model)
+    with lock_of(model):  # a runtime may put its own form of the weights into the model
+        return _make(model, runtime, weights)
+
+
+def _make(model: PreTrainedModel, runtime: str, weights: str) -> tuple[Target, str]:
+    rounded, reasons = weights in ("int8", "int4"), list[str]()
+    native = ["native"] if model.dtype == torch.bfloat16 else []
+    first = {"cpu": [*native, "fused"], "cuda": ["graphs", "fused"], "mps": []}.get(model.device.type, ["fused"])
+    for name in [*first, "reference"] if runtime == "auto" else [runtime]:
+        try:
+            if name == "native":
+                return NativeTarget(model, weights), ""
+            if name in ("fused", "graphs") and weights == "int8":
+                raise SpecDecError("8-bit weights need the native runtime")
+            if name in ("fused", "graphs"):
+                kind = FusedTarget if name == "fused" else GraphedTarget
+                return kind(model, "int4" if rounded else "dense"), "; ".join(reasons)
+            if not rounded:
+                return ReferenceTarget(model), "; ".join(reasons)
+        except NotFiniteError:
+            raise
+        except SpecDecError as error:
+            if runtime != "auto" or name == "reference":  # it is about the model: that runtime serves all supported
+                raise
+            reasons.append(f"no {name} runtime: {error}")
+    why = "; ".join(reasons) or f"on {model.device.type} there is the reference runtime alone"
+    raise SpecDecError(f"{weights} weights are not possible here ({why}); use weights 'auto'")

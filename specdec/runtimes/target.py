@@ -1,0 +1,162 @@
+"""The target model as embed / layers [lo, hi) / readout over our cache: what every runtime is."""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, Literal
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from specdec.base import cores
+from specdec.base.devices import download
+from specdec.base.errors import SpecDecError
+from specdec.models import loading
+from specdec.runtimes import linear_maps, tree_drafting
+from specdec.runtimes.adapters import Adapters
+from specdec.runtimes.cache import KVCache, Mask
+from specdec.runtimes.tree_drafting import Bounds, Candidates, DraftPath, Seed
+
+if TYPE_CHECKING:
+    from specdec.runtimes.experts.offload import Offload
+
+Part = Literal["attention", "mlp"]
+_locks: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+_finding = threading.Lock()
+
+
+def lock_of(model: nn.Module) -> Any:
+    """The reentrant lock of a model, held by whoever changes it, be it for a call, or needs it unchanged."""
+    with _finding:
+        return _locks.setdefault(model, threading.RLock())
+
+
+class Target(ABC):
+    """A causal language model with N layers, run in pieces.
+
+    Several threads may use it at once, each with caches of its own: what belongs to a generation is in its cache, and
+    what is made once for all of them is made under ``lock``, which is the model's.
+
+    Attributes: ``model`` (the unmodified HF model), ``num_layers`` N, ``hidden_size`` D, ``vocab_size`` V,
+    ``fingerprint`` (of the weights as loaded), ``context`` (most positions), ``windows`` (attention window per layer,
+    None = full), ``device``, ``dtype``.
+    """
+
+    runtime: str  # "reference", "fused", ...
+    storage = "as loaded"  # what the layers' weights are held in
+    spread: float  # difference from the model's own logits in the self-check at load, relative to the largest logit
+    tokenizer: Any = None  # the model's, where known: drafters with a model of their own compare it
+    experts: Offload | None = None  # where experts are loaded from slow memory, what loads them
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model, self.lock = model, lock_of(model)
+        with self.lock:
+            self.own_head: Any = model.get_output_embeddings()
+            self.fingerprint = loading.fingerprint(model)
+        cores.fit()
+        config = model.config.get_text_config()
+        self.num_layers = int(config.num_hidden_layers)
+        self.hidden_size = int(config.hidden_size)
+        self.vocab_size = int(self.own_head.weight.shape[0])
+        self.context = int(getattr(config, "max_position_embeddings", None) or 1 << 30)
+        self.windows = _windows(config)
+        self.device, self.dtype = model.device, model.dtype
+
+    def new_cache(self, batch: int = 1) -> KVCache:
+        return KVCache(self.num_layers, batch, self.device)
+
+    @abstractmethod
+    def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """Token ids and positions [B, T] -> the input of layer 0 [B, T, D]."""
+
+    @abstractmethod
+    def layers(
+        self,
+        x: Tensor,
+        lo: int,
+        hi: int,
+        positions: Tensor,
+        mask: Mask,
+        cache: KVCache,
+        taps: dict[int, Tensor] | None = None,
+        adapters: Adapters | None = None,
+        adapted: int | None = None,
+    ) -> Tensor:
+        """Run layers [lo, hi) on ``x`` [B, T, D], appending their keys and values to ``cache``; return [B, T, D].
+
+        positions: int64 [B, T]. mask: from ``cache.mask(lo, positions, ...)``.
+        taps: for each key l with lo <= l <= hi, filled with the input of layer l (l = hi: the result).
+        adapters: applied to the last ``adapted`` tokens of the block (None: to all of them).
+        """
+
+    @abstractmethod
+    def sublayer(self, x: Tensor, layer: int, part: Part, positions: Tensor, mask: Mask, cache: KVCache) -> Tensor:
+        """Run the attention or the MLP of one layer alone, residual included: [B, T, D] -> [B, T, D].
+
+        Arguments as in ``layers``; "mlp" leaves the cache as it is. Raises SpecDecError if the model's layers have no
+        such part.
+        """
+
+    @abstractmethod
+    def fill(self, x: Tensor, lo: int, positions: Tensor, mask: Mask, cache: KVCache) -> None:
+        """Append to layers [lo, N) the keys and values that each makes of ``x`` [B, T, D], and run nothing else.
+
+        State propagation: ``x`` stands for the input of all of them.
+        """
+
+    @abstractmethod
+    def readout(self, x: Tensor, head: nn.Linear | None = None) -> Tensor:
+        """Final states [B, T, D] -> logits [B, T, V]: final norm, output head (or ``head``), the model's logit cap."""
+
+    def choose(self, x: Tensor, *beside: Tensor) -> list[list[list[int]]]:
+        """Final states [B, T, D] -> the token with the largest logit, the first of equals, as a list [B][T].
+
+        -1 where the logits are not finite. Before it come the lists of ``beside``, int64 [B, n] each: the device is
+        read once.
+        """
+        logits = self.readout(x)
+        best = linear_maps.argmax(logits)
+        finite = logits.gather(-1, best[..., None])[..., 0].isfinite()
+        return download(*beside, best.masked_fill(~finite, -1))
+
+    def grow(self, cache: KVCache, seed: Seed, path: DraftPath, bounds: Bounds) -> Candidates:
+        """Draft a tree along ``path`` from ``seed``, for the one row of ``cache``, which is left as it was."""
+        return tree_drafting.grow(self, cache, seed, path, bounds)
+
+    @abstractmethod
+    def linears(self, layer: int) -> dict[str, tuple[int, int]]:
+        """``{module path: (in, out)}`` of the linear maps of a layer that adapters can sit beside."""
+
+    def reduced_head(self, token_ids: Tensor) -> nn.Linear:
+        """The output head restricted to ``token_ids`` [V'], for ``readout(x, head)`` -> [B, T, V']."""
+        full = self.own_head
+        index, bias = token_ids.to(full.weight.device), getattr(full, "bias", None)
+        return _Given(full.weight.detach()[index], None if bias is None else bias.detach()[index])
+
+
+class _Given(nn.Linear):
+    """A linear map of given values: drawing values first would cost more than the map itself."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = weight.shape
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)  # type: ignore[assignment]
+
+
+def _windows(config: Any) -> list[int | None]:
+    """Attention window of each layer. Raises SpecDecError for layer kinds whose state cannot be rolled back."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
+    if kinds is None:
+        return [window] * config.num_hidden_layers
+    known = {"full_attention": None, "sliding_attention": window, "attention": None}
+    for kind in kinds:
+        if kind not in known:
+            raise SpecDecError(
+                f"model type '{config.model_type}' has '{kind}' layers, whose state cannot be rolled back after a "
+                "rejected draft; use a model with full or sliding-window attention"
+            )
+    return [known[kind] for kind in kinds]

@@ -1,0 +1,129 @@
+"""Drafting a tree level by level: the likeliest few nodes of each level are drafted on from, in one pass.
+
+For one greedy row and residuals whose pass costs the same for a few tokens as for one. As EAGLE-2 (arXiv 2406.16858)
+grows its trees: a node is worth the product of the draft's own probabilities along its path. Runtimes may have a way
+of their own to grow (``Target.grow``); this one is made of their other parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from specdec.base.devices import upload, waits
+from specdec.runtimes.adapters import Adapters
+from specdec.runtimes.cache import KVCache, Mask
+from specdec.runtimes.linear_maps import UnitMap
+
+WIDTH = 4  # nodes of a level that are drafted on from: together they cost about what one costs
+
+
+@dataclass(frozen=True, eq=False)
+class DraftPath:
+    """How a drafting residual gets from a token's embedding to the logits of what follows.
+
+    Projection s maps [residual; previous final state; previous state at ``lo``], each divided by its RMS, to the input
+    of layers [lo, hi) = ``segments[s]``, which run with ``adapters``. A further projection maps [residual; previous
+    final state] to the final state. ``heads`` read it out, one beside the other (None: the model's own): outputs stand
+    for ``tokens``, int64 [V'] (None: for themselves). made: what runtimes make of it once.
+    """
+
+    projections: Sequence[UnitMap]
+    segments: Sequence[tuple[int, int]]
+    adapters: Adapters
+    heads: Sequence[nn.Linear | None]
+    tokens: Tensor | None
+    made: dict[object, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Seed:
+    """What a tree grows from: the root token, its position, and the states of the token before it.
+
+    final: [1, T, D]. carried: for each segment of the path, the states where it begins [1, T, D]. place: of these T,
+    the token before the root.
+    """
+
+    token: int
+    position: int
+    final: Tensor
+    carried: Sequence[Tensor]
+    place: int = 0
+
+
+class Candidates(NamedTuple):
+    """Nodes as they were found: log-probability of the path, token, and parent (0: the root, i + 1: node i)."""
+
+    scores: list[float]
+    tokens: list[int]
+    parents: list[int]
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """How far to grow: levels; nodes of a level that are drafted on from, and children of each; the probability that
+    some path must have for another level."""
+
+    levels: int
+    width: int = WIDTH
+    confidence: float = 0.0
+
+
+class Layers(Protocol):
+    """What drafting needs of a target (``specdec.runtimes.target.Target``)."""
+
+    def embed(self, ids: Tensor, positions: Tensor) -> Tensor: ...
+
+    def layers(
+        self,
+        x: Tensor,
+        lo: int,
+        hi: int,
+        positions: Tensor,
+        mask: Mask,
+        cache: KVCache,
+        taps: dict[int, Tensor] | None = None,
+        adapters: Adapters | None = None,
+    ) -> Tensor: ...
+
+    def readout(self, x: Tensor, head: nn.Linear | None = None) -> Tensor: ...
+
+
+def grow(target: Layers, cache: KVCache, seed: Seed, path: DraftPath, bounds: Bounds) -> Candidates:
+    """All candidates within ``bounds``, for the one row of ``cache``, which is left as it was."""
+    device = cache.device
+    tokens = upload([[seed.token]], device)  # (1, W)
+    parents = torch.zeros(1, dtype=torch.long, device=device)  # (W,) each token's parent in the level before
+    nodes = torch.zeros(1, dtype=torch.long, device=device)  # (W,) each token's node: 0 is the root, i + 1 candidate i
+    paths = torch.ones(1, 1, dtype=torch.bool, device=device)  # (W, U): which tokens run so far lie on a token's path
+    scores = torch.zeros(1, device=device)  # (W,) log-probability of each token's path
+    final, *carried = (x[:, seed.place : seed.place + 1] for x in (seed.final, *seed.carried))
+    found, count = list[Tensor](), 0
+    for level in range(bounds.levels):
+        positions = torch.full_like(tokens, seed.position + level)
+        x, before, projected = target.embed(tokens, positions), final[:, parents], list[Tensor]()
+        for projection, state, (lo, hi) in zip(path.projections, carried, path.segments, strict=False):
+            projected.append(projection([x, before, state[:, parents]]))
+            mask = cache.mask(lo, positions, paths)
+            x = target.layers(projected[-1], lo, hi, positions, mask, cache, adapters=path.adapters)
+        final = path.projections[-1]([x, before]) if len(path.projections) > len(path.segments) else x
+        carried = projected
+        logits = torch.cat([target.readout(final, head) for head in path.heads], -1)[0]  # (W, V')
+        best, index = logits.float().log_softmax(-1).topk(min(bounds.width, logits.shape[-1]))  # (W, k)
+        joint, ids = scores[:, None] + best, index if path.tokens is None else path.tokens[index]
+        # Whole numbers below 2^53 are themselves in float64: everything comes back in one read.
+        found.append(torch.stack((joint.double(), ids.double(), nodes[:, None].expand_as(ids).double())).flatten(1))
+        scores, chosen = joint.flatten().topk(min(bounds.width, joint.numel()))
+        if not waits(device) and float(scores[0].exp()) < bounds.confidence:
+            break
+        parents, nodes = chosen // joint.shape[1], 1 + count + chosen
+        tokens, count = ids.flatten()[chosen][None], count + joint.numel()
+        paths = torch.cat((paths[parents], torch.eye(len(chosen), dtype=torch.bool, device=device)), 1)
+    for lo, hi in path.segments:
+        cache.trim(cache.lengths[lo] - cache.committed, lo, hi)
+    values, ids, origins = torch.cat(found, 1).tolist()
+    return Candidates(values, [int(token) for token in ids], [int(node) for node in origins])

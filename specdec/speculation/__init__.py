@@ -1,0 +1,1 @@
+"""What drafters and verifiers share: drafts and their acceptance, trees, sampling, and the registry of plug-ins."""

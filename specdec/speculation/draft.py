@@ -1,0 +1,252 @@
+"""What drafters and verifiers exchange: a tree of proposed tokens, and what of it is accepted.
+
+A step scores a *block* of 1 + M tokens: index 0 is the root (the last committed token, whose successor is sought),
+indices 1 .. M are the draft's nodes in topological order.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from specdec.base import options
+from specdec.base.devices import upload, waits
+from specdec.base.errors import SpecDecWarning
+
+if TYPE_CHECKING:
+    from specdec.runtimes.cache import KVCache
+    from specdec.runtimes.target import Target
+    from specdec.speculation.sampling import Sampler
+
+
+class Draft:
+    """A tree of proposed tokens for every row of the batch (one shape for all rows).
+
+    tokens: int64 [B, M], or lists [B][M], from which the tensor is made on ``device`` when it is read; -1 marks a
+        node that a row does not have. listed: the lists, where the host has them.
+    parents: block index of each node's parent (0 = root); a chain is (0, 1, 2, ...).
+    states: [B, S, D], hidden states at layer ``exit_layer`` of the first S block tokens, whose keys and values below
+        that layer are already in the cache: scoring resumes there.
+    layers: int64 [B, M], the layers each node's token went through when it was drafted; known to drafters that leave
+        the model early.
+    """
+
+    def __init__(
+        self,
+        tokens: Tensor | list[list[int]],
+        parents: tuple[int, ...],
+        states: Tensor | None = None,
+        exit_layer: int = 0,
+        layers: Tensor | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.listed: list[list[int]] | None = tokens if isinstance(tokens, list) else None
+        self._tokens: Tensor | None = None if isinstance(tokens, list) else tokens
+        self.parents, self.states, self.exit_layer, self.layers = parents, states, exit_layer, layers
+        self.device = torch.device(device)
+
+    @property
+    def tokens(self) -> Tensor:
+        if self._tokens is None:
+            assert self.listed is not None
+            self._tokens = upload(self.listed, self.device).view(len(self.listed), len(self.parents))
+        return self._tokens
+
+    @property
+    def is_chain(self) -> bool:
+        return self.parents == tuple(range(len(self.parents)))
+
+    def depths(self) -> list[int]:
+        """Distance of each block token from the root; the root has 0."""
+        out = [0]
+        for parent in self.parents:
+            out.append(out[parent] + 1)
+        return out
+
+    def lists(self) -> list[list[int]]:
+        """``tokens`` as lists [B][M]."""
+        if self.listed is None:
+            self.listed = self.tokens.tolist()
+        return self.listed
+
+    def ancestors(self) -> Tensor | None:
+        """Bool [1 + M, 1 + M]: row i marks the block tokens on i's path to the root. None for a chain (causal)."""
+        if self.is_chain:
+            return None
+        seen = torch.eye(1 + len(self.parents), dtype=torch.bool)
+        for node, parent in enumerate(self.parents, start=1):
+            seen[node] |= seen[parent]
+        return seen
+
+    @classmethod
+    def empty(cls, batch: int, device: torch.device | str = "cpu") -> Draft:
+        """A draft of no tokens: scoring it is plain decoding."""
+        return cls([[]] * batch, (), device=device)
+
+
+@dataclass
+class Acceptance:
+    """What is accepted of a draft: for each row the block indices (root first) and the token that follows them."""
+
+    paths: list[list[int]]
+    next_tokens: list[int]
+
+
+@dataclass
+class State:
+    """Where a generation stands. ``ids[b]``: row b's prompt and output; its last token, the root, is not yet cached.
+
+    confidence: below this probability that its whole chain is accepted, drafting on costs more than it brings.
+    extra_nodes: tree nodes that may be added beside the chain because scoring them is cheap.
+    exit: of a drafter with several exits (``num_exits``), the number of the last that tokens may go to; None: it has
+        none to choose, or is free to.
+    threshold: drafts are accepted without scoring; a drafter that leaves the model early proposes only tokens it is at
+        least this sure of. None: a verifier judges what is drafted.
+    """
+
+    target: Target
+    cache: KVCache
+    sampler: Sampler
+    ids: list[list[int]]
+    confidence: float = 0.0
+    extra_nodes: int = 0
+    exit: int | None = None
+    threshold: float | None = None
+
+    @property
+    def roots(self) -> Tensor:
+        """The root token of each row, int64 [B, 1]."""
+        return upload([[row[-1]] for row in self.ids], self.cache.device)
+
+    @property
+    def positions(self) -> Tensor:
+        """The position of each row's root, int64 [B, 1]."""
+        return upload([[n] for n in self.cache.rows], self.cache.device)
+
+    def block(self, draft: Draft) -> tuple[Tensor, Tensor]:
+        """The tokens that scoring ``draft`` runs, roots first, and their positions: int64 [B, 1 + M] each."""
+        device, depths = self.cache.device, draft.depths()
+        positions = upload([[n + depth for depth in depths] for n in self.cache.rows], device)
+        if draft.listed is None and waits(device):  # reading drafted tokens would wait for them
+            return torch.cat((self.roots, draft.tokens.clamp(0, self.target.vocab_size - 1)), 1), positions
+        rows = zip(self.ids, draft.lists(), strict=True)
+        return upload([[ids[-1], *(max(token, 0) for token in tokens)] for ids, tokens in rows], device), positions
+
+
+class Drafter(ABC):
+    """Proposes tokens. A subclass implements ``propose``; the other methods do nothing unless it overrides them.
+
+    name: as in the registry. summary: one line about it. training: the command that trains one; None: it needs none.
+    before_others: options that differ where another drafter comes after it (``HybridDrafter``).
+    drafts: False for the drafter that never proposes anything.
+    taps: layers whose input states ``observe`` receives; N is the final state, N + 1 for the logits
+        [B, 1 + M, V] of a step (a prompt has none: an empty tensor).
+    num_exits: exits to choose from; if there are several, the drafter keeps to ``State.exit``.
+    leaves_early: tokens may leave the model early, with a confidence (``State.threshold``). leaves_state: they leave
+        with an exact state of the model. stateless: nothing is kept by row, so rows may join a generation.
+    path: what the cost of drafting depends on, beside the name.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str] = ""
+    training: ClassVar[str | None] = None
+    before_others: ClassVar[dict[str, Any]] = {}
+    drafts: ClassVar[bool] = True
+    taps: tuple[int, ...] = ()
+    num_exits: int = 1
+    leaves_early: bool = False
+    leaves_state: bool = False
+    stateless: bool = False
+    path: str = ""
+
+    @property
+    def label(self) -> str:
+        """The name, for people; of joined drafters the names of all."""
+        return self.name
+
+    @classmethod
+    def load(cls, target: Target, source: str | None = None, **given: Any) -> Drafter:
+        """Make one for ``target``, from ``source`` (a folder or a name) and options; here without either."""
+        options.check(cls.name, given, source=source)
+        return cls()
+
+    def bind(self, target: Target) -> None:  # noqa: B027 (optional)
+        """Attach to a target once; raise SpecDecError if the two do not fit."""
+
+    def start(self, batch: int) -> None:  # noqa: B027 (optional)
+        """Begin a generation of ``batch`` rows; forget the previous one."""
+
+    @abstractmethod
+    def propose(self, state: State, limit: int) -> Draft:
+        """Draft at most ``limit`` >= 1 tokens in depth after each row's root."""
+
+    def observe(self, paths: list[list[int]], taps: dict[int, Tensor]) -> None:  # noqa: B027 (optional)
+        """Receive the states [B, T, D] at the tapped layers of a block just run (prompt or step), and what is accepted.
+
+        Layers below the exit layer of a draft with states are not run again, so their taps stay empty.
+        """
+
+    def select(self, rows: list[int]) -> None:  # noqa: B027 (optional)
+        """Keep only ``rows`` of the batch."""
+
+
+class Verifier:
+    """Decides how much of a draft is accepted. A rule is a function of the draft and the target's choices.
+
+    name; label: the name with the rule's settings. lossless: whether the output is what plain decoding returns.
+    needs_probabilities: whether ``verify`` reads ``p`` where tokens are sampled.
+    threshold: of a rule that accepts without scoring, the confidence that a drafter must have in each token
+    (``State.threshold``). propagates: deeper layers get the keys and values of accepted tokens from their states at the
+    draft's exit layer.
+    """
+
+    name: ClassVar[str]
+    lossless: ClassVar[bool]
+    needs_probabilities: ClassVar[bool] = False
+    threshold: float | None = None
+    propagates: bool = False
+
+    @property
+    def label(self) -> str:
+        return self.name
+
+    def verify(self, draft: Draft, chosen: list[list[int]], p: Tensor | None) -> Acceptance:
+        """Accept a path of ``draft`` for each row.
+
+        chosen: [B][1 + M], the token that the target chooses after each block token (-1: its logits are not finite).
+        p: [B, 1 + M, V], the target's distributions; None if the rule does not need them, or in greedy decoding.
+        """
+        raise NotImplementedError
+
+
+class DrafterWarning(SpecDecWarning):
+    """A drafter failed or proposed what cannot be scored; the request goes on without it."""
+
+
+def check_draft(draft: Draft, batch: int, limit: int, vocab_size: int) -> str | None:
+    """Why ``draft`` cannot be scored for ``batch`` rows, at most ``limit`` deep; None if it can.
+
+    Tokens that only a device holds are checked when they are read.
+    """
+    count, parents = len(draft.parents), draft.parents
+    if any(not 0 <= parent <= node for node, parent in enumerate(parents)):
+        return f"its tree is not in topological order (parents {parents})"
+    if max(draft.depths()) > limit:
+        return f"it is {max(draft.depths())} tokens deep, {limit} are allowed"
+    if draft.listed is None and (waits(draft.device) or tuple(draft.tokens.shape) != (batch, count)):
+        return None if tuple(draft.tokens.shape) == (batch, count) else f"its tokens are {tuple(draft.tokens.shape)}"
+    return check_tokens(draft.lists(), batch, count, vocab_size)
+
+
+def check_tokens(rows: list[list[int]], batch: int, count: int, vocab_size: int) -> str | None:
+    """Why drafted tokens [B][M] cannot be scored; None if they can."""
+    if len(rows) != batch or any(len(row) != count for row in rows):
+        return f"its tokens are not {batch} rows of {count}"
+    for row in rows:
+        if row and not -1 <= min(row) <= max(row) < vocab_size:
+            return f"token {min(row) if min(row) < -1 else max(row)} is outside the vocabulary of {vocab_size}"
+    return None

@@ -1,0 +1,132 @@
+"""Names of plug-ins. Adding a drafter or verifier is one file and one line here; nothing else names them."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Mapping
+from contextlib import suppress
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from specdec.base.errors import SpecDecError, did_you_mean
+
+if TYPE_CHECKING:
+    from specdec.speculation.draft import Verifier
+
+DRAFTERS: dict[str, str] = {
+    "none": "specdec.drafters.none:NoDrafter",
+    "auto": "specdec.drafters.auto:AutoDrafter",
+    "deed": "specdec.drafters.deed:DeedDrafter",
+    "draft-model": "specdec.drafters.draft_model:DraftModelDrafter",
+    "early-exit": "specdec.drafters.early_exit:EarlyExitDrafter",
+    "hybrid": "specdec.drafters.hybrid:HybridDrafter",
+    "layer-skip": "specdec.drafters.layer_skip:LayerSkipDrafter",
+    "lookahead": "specdec.drafters.lookahead:LookaheadDrafter",
+    "m2r2": "specdec.drafters.m2r2:M2R2Drafter",
+    "m2r2-paper": "specdec.drafters.m2r2:PaperM2R2Drafter",
+    "mixture-of-depths": "specdec.drafters.mixture_of_depths:MixtureOfDepthsDrafter",
+    "medusa": "specdec.drafters.medusa:MedusaDrafter",
+    "prompt-lookup": "specdec.drafters.prompt_lookup:PromptLookupDrafter",
+    "skip-decode": "specdec.drafters.skip_decode:SkipDecodeDrafter",
+}
+
+VERIFIERS: dict[str, str] = {
+    "confident": "specdec.verifiers.confident:ConfidentVerifier",
+    "exact": "specdec.verifiers.exact:ExactVerifier",
+    "typical": "specdec.verifiers.typical:TypicalVerifier",
+}
+
+
+def names(kind: str) -> dict[str, str]:
+    """Return ``{name: "module:Class"}`` for ``kind`` ("drafters" or "verifiers"), outside packages included.
+
+    An outside package registers itself through the entry-point group ``specdec.drafters`` or ``specdec.verifiers``.
+    """
+    built_in = {"drafters": DRAFTERS, "verifiers": VERIFIERS}[kind]
+    return {e.name: e.value for e in entry_points(group=f"specdec.{kind}")} | built_in
+
+
+def lookup(kind: str, name: str) -> Any:
+    """Import and return the class registered as ``name``. Raises SpecDecError for an unknown name."""
+    known = names(kind)
+    if name not in known:
+        raise SpecDecError(
+            f"unknown {kind[:-1]} '{name}'{did_you_mean(name, known)}; known: {', '.join(sorted(known))}"
+        )
+    from specdec.speculation.draft import Drafter, Verifier  # heavy
+
+    module, _, attribute = known[name].partition(":")
+    found = getattr(importlib.import_module(module), attribute)
+    base = Drafter if kind == "drafters" else Verifier
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise SpecDecError(
+            f"{kind[:-1]} '{name}' ({known[name]}) is not a subclass of specdec.speculation.draft.{base.__name__}"
+        )
+    return found
+
+
+def verifier(rule: str | Verifier, options: Mapping[str, Any] | None = None, exact: bool = False) -> Verifier:
+    """The acceptance rule named ``rule``, with its options; a rule that is an object comes back as it is.
+
+    exact: refuse a lossy one. Raises SpecDecError for unknown names and for options that the rule does not have.
+    """
+    found = rule if not isinstance(rule, str) else _made(rule, options or {})
+    if exact and not found.lossless:
+        raise SpecDecError(f"verifier '{found.name}' is lossy, but exact output is asked for; use the verifier 'exact'")
+    return found
+
+
+def _made(name: str, options: Mapping[str, Any]) -> Verifier:
+    takes = {n: list(inspect.signature(lookup("verifiers", n)).parameters) for n in {name, *VERIFIERS}}
+    for option in options:
+        if option not in takes[name]:
+            owners = [n for n in VERIFIERS if option in takes[n]]
+            hint = f"it belongs to '{owners[0]}'" if owners else f"it has {', '.join(takes[name]) or 'none'}"
+            raise SpecDecError(f"verifier '{name}' has no option '{option}'; {hint}")
+    made: Verifier = lookup("verifiers", name)(**options)
+    return made
+
+
+def parse(text: str) -> list[tuple[str, str | None]]:
+    """The (name, source) of each drafter that ``text`` joins with "+".
+
+    Each is a registered name or a drafter folder, which is then its source (its config.json has the name). The last may
+    say what it is loaded from: "NAME=SOURCE". Raises SpecDecError for an unknown name and a folder that is none.
+    """
+    joined, _, source = text.partition("=")
+    if not all(part.strip() for part in joined.split("+")):
+        raise SpecDecError(f"no drafter is named in '{text}'; 'specdec drafters' lists them, and + joins several")
+    if text in names("drafters") or Path(text).is_dir():
+        return [_part(text)]
+    parts = [_part(part) for part in joined.split("+")]
+    if source:
+        parts[-1] = parts[-1][0], source
+    return parts
+
+
+def refuse_early(drafter: str, config: Any, name: str) -> None:
+    """Raise SpecDecError for a trained drafter that is named alone, where none is shipped for a model of that size.
+
+    config: of the model called ``name``, whose weights are not loaded. The message is the drafter's own.
+    """
+    from specdec.models import drafter_folder  # heavy
+
+    for part, source in parse(drafter):
+        found = lookup("drafters", part)
+        if source is None and found.training and not drafter_folder.may_be_shipped(part, config):
+            model = SimpleNamespace(config=SimpleNamespace(_name_or_path=name))
+            unloaded = SimpleNamespace(fingerprint="", model=model)
+            with suppress(AttributeError):  # it looks further: it can do without
+                found.load(unloaded)
+
+
+def _part(text: str) -> tuple[str, str | None]:
+    if text in names("drafters") or not ("/" in text or Path(text).is_dir()):
+        lookup("drafters", text)
+        return text, None
+    from specdec.models import drafter_folder  # heavy
+
+    return str(drafter_folder.read_config(Path(text))["drafter"]), text

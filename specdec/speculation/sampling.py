@@ -1,0 +1,237 @@
+"""From logits to the tokens that are chosen: processing, and Gumbel noise that is keyed by position.
+
+A sampled token is the argmax of the processed logits plus Gumbel noise (the Gumbel-max trick), which is an exact draw
+from their softmax. The noise of a token depends on the request's seed and on the token's position alone, so what is
+sampled does not depend on the drafter, on the depth of drafts, or on the rest of the batch: acceptance is the walk of
+greedy decoding, and a drafter that adds the same noise to its own logits proposes what the model is likely to choose
+(Daliri et al. 2024, arXiv 2408.07978). The transforms are Hugging Face's own logits processors, in ``generate``'s
+order. Knows nothing about drafts.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessor,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from specdec.base import options
+
+SAMPLING = {
+    "temperature": options.numbers(">= 0 (0 = greedy)", lambda value: value >= 0),
+    "top_k": options.wholes_from(0, note=" (0 = off)"),
+    "top_p": options.numbers("in (0, 1] (1 = off)", lambda value: 0 < value <= 1),
+    "min_p": options.numbers("in [0, 1] (0 = off)", lambda value: 0 <= value <= 1),
+    "repetition_penalty": options.numbers("> 0 (1 = off)", lambda value: value > 0),
+    "seed": options.SEED,
+}
+
+Prefixes = Callable[[], Sequence[Sequence[Sequence[int]]]]  # [B][T]: the tokens before each position
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is chosen.
+
+    temperature: 0 = greedy (the most likely token), and so is all below ``options.GREEDY_BELOW``. top_k: 0 = off.
+    top_p, min_p: nucleus and relative cut-off. repetition_penalty: 1 = off. seed: of the noise by which tokens are
+    drawn, a whole number in [0, 2**63 - 1].
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        options.check_values(vars(self), SAMPLING)
+        for name, value in vars(self).items():  # NumPy's numbers become Python's
+            object.__setattr__(self, name, int(value) if options.is_whole(value) else float(value))
+        if self.temperature < options.GREEDY_BELOW:
+            object.__setattr__(self, "temperature", 0.0)
+
+
+class Transforms:
+    """Logits -> processed logits: ``params`` and extra HF ``processors``, as ``generate`` applies them."""
+
+    def __init__(self, params: SamplingParams, processors: Sequence[LogitsProcessor] = ()) -> None:
+        self.greedy = params.temperature == 0
+        self.sharpness = 1.0 if self.greedy else max(1.0 / params.temperature, 1.0)
+        self.processors: list[LogitsProcessor] = []  # those that look at the tokens before a position
+        if params.repetition_penalty != 1:
+            self.processors.append(RepetitionPenaltyLogitsProcessor(params.repetition_penalty))
+        self.processors += processors
+        self.warpers: list[LogitsProcessor] = []
+        if not self.greedy:
+            if params.temperature != 1:
+                self.warpers.append(TemperatureLogitsWarper(float(params.temperature)))
+            if params.top_k:
+                self.warpers.append(TopKLogitsWarper(params.top_k))
+            if params.top_p < 1:
+                self.warpers.append(TopPLogitsWarper(params.top_p))
+            if params.min_p:
+                self.warpers.append(MinPLogitsWarper(params.min_p))
+
+        self.filters = any(not isinstance(warper, TemperatureLogitsWarper) for warper in self.warpers)
+
+    def __call__(self, logits: Tensor, prefixes: Prefixes) -> Tensor:
+        """Logits [B, T, V] -> float32 [B, T, V]; ``prefixes`` is called only if a processor needs it."""
+        scores = logits.float().reshape(-1, logits.shape[-1])  # (B * T, V)
+        if self.processors:
+            scores = scores.clone()
+            for i, prefix in enumerate(prefix for row in prefixes() for prefix in row):
+                ids, row = torch.tensor([list(prefix)], device=scores.device), scores[i : i + 1]
+                for processor in self.processors:
+                    row = processor(ids, row)
+                scores[i] = row[0]
+        nothing = torch.empty(scores.shape[0], 0, dtype=torch.long, device=scores.device)
+        for warper in self.warpers:
+            scores = warper(nothing, scores)
+        return scores.view(logits.shape)
+
+
+class Noise:
+    """Standard Gumbel noise over a vocabulary, for each position of one request.
+
+    A function of the seed, the stream and the position: counter-based (Philox), so that any position can be asked for
+    in any order.
+    """
+
+    def __init__(self, seed: int, stream: int = 0) -> None:
+        self.key = np.array([seed, stream], np.uint64)
+        self.made: dict[int, Tensor] = {}  # by position; drafting and scoring use the same
+
+    def __call__(self, position: int, size: int) -> Tensor:
+        """Noise [V] (float32, on the host) for the token at ``position``."""
+        if position not in self.made:
+            bits = np.random.Philox(key=self.key, counter=np.array([0, 0, position, 0], np.uint64))
+            # In float64: among float32 exponentials zero is so frequent that it would decide draws.
+            exponential = np.random.Generator(bits).standard_exponential(size)
+            self.made[position] = torch.from_numpy(-np.log(exponential)).float()
+        return self.made[position]
+
+    def forget(self, position: int) -> None:
+        """Drop what is kept for positions before ``position``."""
+        for old in [place for place in self.made if place < position]:
+            del self.made[old]
+
+
+@dataclass
+class Row:
+    """How one row's tokens are chosen."""
+
+    transforms: Transforms
+    noise: Noise
+
+
+class Sampler:
+    """Chooses tokens for a batch of rows; drafted, corrected and bonus positions are treated alike.
+
+    streams: one number per row. Rows with one seed draw alike at one position unless their streams differ.
+    """
+
+    def __init__(
+        self, params: SamplingParams, processors: Sequence[LogitsProcessor] = (), streams: Sequence[int] = (0,)
+    ) -> None:
+        transforms = Transforms(params, processors)
+        self.rows = [Row(transforms, Noise(params.seed, stream)) for stream in streams]
+
+    @property
+    def plain_greedy(self) -> bool:
+        """True if every choice is the argmax of the raw logits."""
+        return all(row.transforms.greedy and not row.transforms.processors for row in self.rows)
+
+    @property
+    def sharpness(self) -> float:
+        """By how much a gap between logits grows before tokens are chosen: 1 / temperature."""
+        return max(row.transforms.sharpness for row in self.rows)
+
+    @property
+    def filters(self) -> bool:
+        """True if top-k, top-p or min-p rules out tokens."""
+        return any(row.transforms.filters for row in self.rows)
+
+    @property
+    def needs_prefixes(self) -> bool:
+        """True if processors look at the tokens before a position, by their ids."""
+        return any(row.transforms.processors for row in self.rows)
+
+    def scores(self, logits: Tensor, prefixes: Prefixes) -> Tensor:
+        """Logits [B, T, V] -> processed logits [B, T, V], float32. ``prefixes()[b][t]``: the tokens before (b, t)."""
+        groups: dict[int, list[int]] = {}  # rows by what transforms them
+        for b, row in enumerate(self.rows):
+            groups.setdefault(id(row.transforms), []).append(b)
+        if len(groups) == 1:
+            return self.rows[0].transforms(logits, prefixes)
+        scores = torch.empty_like(logits, dtype=torch.float32)
+        for group in groups.values():
+
+            def own(group: list[int] = group) -> Sequence[Sequence[Sequence[int]]]:
+                before = prefixes()
+                return [before[b] for b in group]
+
+            scores[group] = self.rows[group[0]].transforms(logits[group], own)
+        return scores
+
+    def perturb(
+        self, scores: Tensor, positions: Sequence[Sequence[int]], size: int, vocab: Tensor | None = None
+    ) -> Tensor:
+        """Processed logits [B, T, V'] -> the same plus each sampled row's noise, so that the argmax is an exact draw.
+
+        positions: [B][T], of the tokens to choose. size: V, the model's vocabulary. vocab: int64 [V'], the tokens that
+        scores are over; None: all.
+        """
+        if all(row.transforms.greedy for row in self.rows):
+            return scores
+        noise = torch.zeros(*scores.shape[:2], size)
+        for b, row in enumerate(self.rows):
+            if not row.transforms.greedy:
+                for t, position in enumerate(positions[b]):
+                    noise[b, t] = row.noise(position, size)
+        noise = noise.to(scores.device)
+        # Near zero, where scores compete, float32 is finest.
+        return scores - scores.amax(-1, keepdim=True) + (noise if vocab is None else noise[..., vocab])
+
+    def choose(self, scores: Tensor, positions: Sequence[Sequence[int]]) -> Tensor:
+        """Processed logits [B, T, V] -> int64 [B, T]: each token, or -1 where the logits are not finite."""
+        tokens = self.perturb(scores, positions, scores.shape[-1]).argmax(-1)
+        return tokens.masked_fill(~scores.amax(-1).isfinite(), -1)
+
+    def forget(self, lengths: Sequence[int]) -> None:
+        """Drop noise that no longer counts: row b has ``lengths[b]`` tokens."""
+        for row, length in zip(self.rows, lengths, strict=True):
+            row.noise.forget(length)
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep only ``rows`` of the batch."""
+        self.rows = [self.rows[b] for b in rows]
+
+    def join(self, other: Sampler) -> None:
+        """Add the rows of ``other`` after those of this sampler."""
+        self.rows += other.rows
+
+
+def streams(prompts: Sequence[Sequence[int]]) -> list[int]:
+    """The noise stream of each row of a batch: how many earlier rows have the same prompt.
+
+    So a row's text depends neither on its place nor on its neighbours, and equal prompts draw different texts.
+    """
+    seen: Counter[tuple[int, ...]] = Counter()
+    found = []
+    for prompt in map(tuple, prompts):
+        found.append(seen[prompt])
+        seen[prompt] += 1
+    return found
