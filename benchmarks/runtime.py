@@ -32,6 +32,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from specdec import SpecDecoder
 from specdec.api.text import encode
 from specdec.runtimes.fused import FusedTarget
+from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.target import Target
 
@@ -62,12 +63,12 @@ def own_step(target: Target, prompt: torch.Tensor, rows: int) -> Step:
     for start in range(0, n, 512):
         part = prompt[:, start : start + 512]
         positions = torch.arange(start, start + part.shape[1])[None]
-        target.layers(target.embed(part, positions), 0, count, positions, cache.mask(0, positions), cache)
+        target.layers(target.embed(part, positions), 0, count, Pass(positions, cache.mask(0, positions), cache))
         cache.keep([list(range(part.shape[1]))])
     ids, positions = prompt[:, :rows], torch.arange(n, n + rows)[None]
 
     def step() -> torch.Tensor:
-        x = target.layers(target.embed(ids, positions), 0, count, positions, cache.mask(0, positions), cache)
+        x = target.layers(target.embed(ids, positions), 0, count, Pass(positions, cache.mask(0, positions), cache))
         return target.readout(x)
 
     return step, lambda: cache.trim(rows)

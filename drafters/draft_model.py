@@ -16,6 +16,7 @@ from torch import Tensor
 from specdec.base import options
 from specdec.base.errors import SpecDecError
 from specdec.models import loading
+from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.prefill import prefill
 from specdec.runtimes.select import make_target
 from specdec.runtimes.target import Target
@@ -90,7 +91,7 @@ class DraftModelDrafter(ChainDrafter):
             x, root = root, None
             if x is None:
                 x = own.embed(token, positions)
-                x = own.layers(x, 0, own.num_layers, positions, cache.mask(0, positions), cache)
+                x = own.layers(x, 0, own.num_layers, Pass(positions, cache.mask(0, positions), cache))
             logits = own.readout(x)[:, 0]
             return logits if self.vocab is None else logits[:, : self.vocab.numel()]
 

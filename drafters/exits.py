@@ -21,6 +21,7 @@ from specdec.base import options
 from specdec.base.errors import SpecDecError
 from specdec.models import drafter_folder
 from specdec.runtimes.cache import KVCache
+from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.linear_maps import rms_unit
 from specdec.runtimes.target import Target
 from specdec.speculation.draft import Draft, State
@@ -47,7 +48,7 @@ class PartialPass:
             _, x, positions = self.groups.pop()
             above = self.groups[-1][0] if self.groups else layer
             goal = min(above, layer)
-            x = self.target.layers(x, level, goal, positions, self.cache.mask(level, positions), self.cache)
+            x = self.target.layers(x, level, goal, Pass(positions, self.cache.mask(level, positions), self.cache))
             if self.groups and above == goal:
                 _, earlier, before = self.groups.pop()
                 x, positions = torch.cat((earlier, x), 1), torch.cat((before, positions), 1)

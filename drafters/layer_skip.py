@@ -18,6 +18,7 @@ from torch import Tensor
 from specdec.base import inputs, options
 from specdec.base.errors import SpecDecError
 from specdec.runtimes.cache import KVCache, Mask
+from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.target import Target
 from specdec.speculation.draft import Draft, State
 
@@ -47,8 +48,8 @@ def run_step(target: Target, step: Step, x: Tensor, positions: Tensor, mask: Mas
     """One step of the way: [B, T, D] -> [B, T, D]; arguments as in ``Target.layers``."""
     part, lo, hi = step
     if part == "layers":
-        return target.layers(x, lo, hi, positions, mask, cache)
-    return target.sublayer(x, lo, part, positions, mask, cache)
+        return target.layers(x, lo, hi, Pass(positions, mask, cache))
+    return target.sublayer(x, lo, part, Pass(positions, mask, cache))
 
 
 class LayerSkipDrafter(ChainDrafter):

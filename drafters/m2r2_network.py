@@ -14,6 +14,7 @@ from specdec.models import drafter_folder
 from specdec.runtimes import linear_maps
 from specdec.runtimes.adapters import Adapters
 from specdec.runtimes.cache import KVCache, Mask
+from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.linear_maps import rms_unit
 from specdec.runtimes.target import Target
 
@@ -109,7 +110,7 @@ class M2R2(nn.Module):
         """Run segment ``index`` from ``x`` [B, T, D]: its end and, if ``watched``, the residuals that a router sees."""
         lo, hi = self.path.segments[index]
         taps = watch(lo, hi) if watched else None
-        p = target.layers(x, lo, hi, positions, mask, cache, taps=taps, adapters=self.adapters)
+        p = target.layers(x, lo, hi, Pass(positions, mask, cache, taps=taps, adapters=self.adapters))
         return p, list((taps or {}).values())
 
     def beside(
@@ -120,7 +121,7 @@ class M2R2(nn.Module):
         Returns h[hi], p[hi] and, if ``watched``, the residuals that a router sees. Only h stays in the cache.
         """
         if not self.path.adapts_early:
-            h = target.layers(x, lo, hi, positions, cache.mask(lo, positions), cache)
+            h = target.layers(x, lo, hi, Pass(positions, cache.mask(lo, positions), cache))
             return h, h, [h]
         # h and p as two tokens at one position: both see h's keys (shared KV), nobody sees p's.
         n, old = x.shape[1], cache.lengths[lo] - cache.committed
@@ -129,7 +130,9 @@ class M2R2(nn.Module):
         both = torch.cat((positions, positions), 1)
         mask = cache.mask(lo, both, tree)
         taps = watch(lo + 1, hi) if watched else None
-        y = target.layers(torch.cat((x, x), 1), lo, hi, both, mask, cache, taps=taps, adapters=self.adapters, adapted=n)
+        y = target.layers(
+            torch.cat((x, x), 1), lo, hi, Pass(both, mask, cache, taps=taps, adapters=self.adapters, adapted=n)
+        )
         cache.trim(n, lo, hi)
         return y[:, :n], y[:, n:], [p[:, n:] for p in (taps or {}).values()]
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from specdec.runtimes.cache import KVCache
+from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.target import Target
 
 from .m2r2_network import M2R2, Carry
@@ -91,7 +92,7 @@ class PathPass:
                 positions = torch.cat([token.positions for token in late], 1)
                 lo, hi = path.shared[stage]
                 x, mask = torch.cat([token.h for token in late], 1), cache.mask(lo, positions)
-                h = self.target.layers(x, lo, hi, positions, mask, cache)
+                h = self.target.layers(x, lo, hi, Pass(positions, mask, cache))
                 for place, token in enumerate(late):
                     token.h, token.run = h[:, place : place + 1], stage + 1
         return torch.cat([token.h for token in self.tokens], 1), path.shared[deepest - 1][1]

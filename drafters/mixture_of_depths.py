@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from specdec.base import options
 from specdec.models import drafter_folder
+from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.linear_maps import rms_unit
 from specdec.runtimes.target import Target
 from specdec.speculation.draft import Draft, State
@@ -88,7 +89,9 @@ class MixtureOfDepthsDrafter(ChainDrafter):
         waiting: dict[int, list[Tensor]] = {layer: [] for layer in routed}  # inputs of tokens that passed it by
 
         def step(token: Tensor, positions: Tensor) -> Tensor:
-            x = target.layers(target.embed(token, positions), 0, first, positions, cache.mask(0, positions), cache)
+            x = target.layers(
+                target.embed(token, positions), 0, first, Pass(positions, cache.mask(0, positions), cache)
+            )
             states.append(x)
             run = first
             for layer in routed:
@@ -96,7 +99,7 @@ class MixtureOfDepthsDrafter(ChainDrafter):
                 if bool((routers.score(layer, x) > 0).any()):
                     block = torch.cat(waiting[layer], 1)  # (B, n, D)
                     own = positions + torch.arange(1 - block.shape[1], 1, device=positions.device)
-                    x = target.layers(block, layer, layer + 1, own, cache.mask(layer, own), cache)[:, -1:]
+                    x = target.layers(block, layer, layer + 1, Pass(own, cache.mask(layer, own), cache))[:, -1:]
                     waiting[layer].clear()
                     run += 1
             depths.append(run)

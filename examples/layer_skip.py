@@ -36,6 +36,7 @@ from specdec.models import loading
 from specdec.models.catalogue import DEFAULT_MODEL
 from specdec.models.drafter_folder import replace as write_whole
 from specdec.runtimes.cache import Mask
+from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.prefill import prefill
 from specdec.runtimes.target import Target
 
@@ -104,15 +105,15 @@ def measure_prices(target: Target) -> Prices:
         target.readout(target.embed(token, place)).argmax(-1)
 
     def layers() -> None:
-        target.layers(x, 0, target.num_layers, place, cache.mask(0, place), cache)
+        target.layers(x, 0, target.num_layers, Pass(place, cache.mask(0, place), cache))
         cache.trim(1)
 
     def attention() -> None:
-        target.sublayer(x, middle, "attention", place, cache.mask(middle, place), cache)
+        target.sublayer(x, middle, "attention", Pass(place, cache.mask(middle, place), cache))
         cache.trim(1, middle, middle + 1)
 
     def mlp() -> None:
-        target.sublayer(x, middle, "mlp", place, cache.mask(middle, place), cache)
+        target.sublayer(x, middle, "mlp", Pass(place, cache.mask(middle, place), cache))
 
     every, a, m, e = (_median(what, target.device) for what in (layers, attention, mlp, ends))
     return Prices(every / target.num_layers, a, m, e, time_scoring(target))

@@ -36,11 +36,11 @@ __all__ = [
 ]
 
 _MODULES = {
-    "decoder": ("Generation", "GenerationOutput", "SpecDecoder"),
-    "draft": ("Acceptance", "Draft", "Drafter", "DrafterWarning", "State", "Verifier"),
-    "errors": ("SpecDecError",),
-    "metrics": ("RequestMetrics",),
-    "sampling": ("SamplingParams",),
+    "api.decoder": ("Generation", "GenerationOutput", "SpecDecoder"),
+    "speculation.draft": ("Acceptance", "Draft", "Drafter", "DrafterWarning", "State", "Verifier"),
+    "base.errors": ("SpecDecError",),
+    "engine.metrics": ("RequestMetrics",),
+    "speculation.sampling": ("SamplingParams",),
 }
 
 

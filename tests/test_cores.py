@@ -120,10 +120,10 @@ import json, multiprocessing, os, sys
 import torch
 torch.set_num_threads(2)
 from conftest import tiny_model
-from specdec import cores
-from specdec.native import library
+from specdec.base import cores
+from specdec.runtimes.native import library
 cores.cpus = lambda: 2  # two threads, whatever is here
-from specdec.decoder import SpecDecoder
+from specdec.api.decoder import SpecDecoder
 
 # Large enough for PyTorch to use its threads.
 model = tiny_model("llama", hidden_size=256, intermediate_size=1024, head_dim=64, vocab_size=5000)

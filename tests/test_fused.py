@@ -12,6 +12,7 @@ from specdec.base.errors import SpecDecError
 from specdec.runtimes import linear_maps
 from specdec.runtimes.adapters import Adapters
 from specdec.runtimes.fused import FAMILIES, FusedTarget
+from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.select import make_target
 from specdec.runtimes.target import Target
@@ -45,10 +46,10 @@ def play(target: Target) -> list[torch.Tensor]:
         positions = rows + torch.tensor(offsets)
         taps = {cut: torch.empty(0), 4: torch.empty(0)}
         x = target.embed(ids.gather(1, positions), positions)
-        x = target.layers(x, 0, cut, positions, cache.mask(0, positions, tree), cache)
+        x = target.layers(x, 0, cut, Pass(positions, cache.mask(0, positions, tree), cache))
         mask = cache.mask(cut, positions, tree)
-        x = target.layers(x, cut, 3, positions, mask, cache, taps)
-        x = target.layers(x, 3, 4, positions, mask, cache, taps)
+        x = target.layers(x, cut, 3, Pass(positions, mask, cache, taps))
+        x = target.layers(x, 3, 4, Pass(positions, mask, cache, taps))
         logits = target.readout(x)
         out.extend(t[b, path] for t in (taps[cut], taps[4], logits) for b, path in enumerate(paths))
         cache.keep(paths)
@@ -114,7 +115,7 @@ def adapted_pass(target: Target, adapters: Adapters | None, t: int, adapted: int
     positions = torch.arange(t)[None].expand(2, -1)
     cache = target.new_cache(2)
     x = target.embed(torch.randint(3, 97, (2, t)), positions)
-    return target.layers(x, 0, 3, positions, cache.mask(0, positions), cache, adapters=adapters, adapted=adapted)
+    return target.layers(x, 0, 3, Pass(positions, cache.mask(0, positions), cache, adapters=adapters, adapted=adapted))
 
 
 def random_adapters(target: Target, leave_out: str = "") -> Adapters:

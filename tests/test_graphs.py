@@ -29,6 +29,7 @@ from specdec.runtimes import cache as caches
 from specdec.runtimes import tree_drafting
 from specdec.runtimes.fused import FusedTarget
 from specdec.runtimes.graphs import GraphedTarget
+from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.select import make_target
 from specdec.speculation import draft
 
@@ -109,7 +110,9 @@ def test_passes_are_recorded_once_for_each_row_count_and_again_when_the_cache_gr
         cache, out = target.new_cache(), []
         for a, b in blocks:
             positions = torch.arange(a, b)[None]
-            x = target.layers(target.embed(ids[:, a:b], positions), 0, 4, positions, cache.mask(0, positions), cache)
+            x = target.layers(
+                target.embed(ids[:, a:b], positions), 0, 4, Pass(positions, cache.mask(0, positions), cache)
+            )
             out.append(target.readout(x))
             cache.keep([list(range(b - a))])
         return torch.cat(out, 1)
@@ -209,10 +212,10 @@ def test_a_second_cache_of_the_same_size_runs_beside_the_first() -> None:
     first, second = target.new_cache(), target.new_cache()
     ids, positions = torch.tensor([[5, 6, 7]]), torch.arange(3)[None]
     for x, cache in ((ids, first), (ids + 1, second)):
-        got = target.layers(target.embed(x, positions), 0, 4, positions, cache.mask(0, positions), cache)
+        got = target.layers(target.embed(x, positions), 0, 4, Pass(positions, cache.mask(0, positions), cache))
         other = FusedTarget(target.model)
         alone = other.new_cache()
-        expected = other.layers(other.embed(x, positions), 0, 4, positions, alone.mask(0, positions), alone)
+        expected = other.layers(other.embed(x, positions), 0, 4, Pass(positions, alone.mask(0, positions), alone))
         assert torch.allclose(got, expected, atol=2e-5)
     assert Replay.replayed > 0
 

@@ -16,6 +16,7 @@ from zoo import PROMPTS
 
 from specdec import SpecDecError, SpecDecoder
 from specdec.drafters.layer_skip import LayerSkipDrafter, steps_without
+from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.prefill import prefill
 from specdec.runtimes.reference import ReferenceTarget
 from specdec.speculation.draft import State
@@ -39,9 +40,9 @@ def test_the_parts_of_a_layer_make_the_layer(family: str) -> None:
         mask = cache.mask(0, positions)
         for part in parts:
             if part == "layer":
-                y = target.layers(y, 1, 2, positions, mask, cache)
+                y = target.layers(y, 1, 2, Pass(positions, mask, cache))
             else:
-                y = target.sublayer(y, 1, part, positions, mask, cache)  # type: ignore[arg-type]
+                y = target.sublayer(y, 1, part, Pass(positions, mask, cache))  # type: ignore[arg-type]
         assert cache.lengths[1] == (7 if parts[0] != "mlp" else 0)
         return y
 

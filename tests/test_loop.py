@@ -16,6 +16,7 @@ from specdec.drafters.early_exit import EarlyExitDrafter
 from specdec.drafters.none import NoDrafter
 from specdec.engine.depth import FixedDepth
 from specdec.engine.loop import Loop
+from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.reference import ReferenceTarget
 from specdec.speculation.draft import Draft, DrafterWarning, State
 from specdec.speculation.sampling import Sampler, SamplingParams, streams
@@ -99,9 +100,9 @@ def test_scoring_runs_no_layer_twice_for_what_the_draft_computed(llama: PreTrain
     calls: list[tuple[int, int, int, bool]] = []
     layers = target.layers
 
-    def spy(x, lo, hi, *args, **kwargs):
-        calls.append((lo, hi, x.shape[1], kwargs.get("adapters") is not None))
-        return layers(x, lo, hi, *args, **kwargs)
+    def spy(x, lo, hi, given):
+        calls.append((lo, hi, x.shape[1], given.adapters is not None))
+        return layers(x, lo, hi, given)
 
     target.layers = spy  # type: ignore[method-assign]
     drafter.bind(target)
@@ -201,9 +202,9 @@ class Breaks(ReferenceTarget):
 
     position = 9
 
-    def layers(self, x, lo, hi, positions, *args, **kwargs):
-        x = super().layers(x, lo, hi, positions, *args, **kwargs)
-        broken = (positions == self.position - 1) & (hi == self.num_layers)
+    def layers(self, x, lo, hi, given):
+        x = super().layers(x, lo, hi, given)
+        broken = (given.positions == self.position - 1) & (hi == self.num_layers)
         return x.masked_fill(broken[..., None], float("nan"))
 
 
@@ -279,7 +280,7 @@ def test_what_a_failed_drafter_left_in_the_cache_is_rolled_back(llama: PreTraine
     class HalfWay(Scripted):
         def propose(self, state: State, limit: int) -> Draft:
             x = state.target.embed(state.roots, state.positions)
-            state.target.layers(x, 0, 2, state.positions, state.cache.mask(0, state.positions), state.cache)
+            state.target.layers(x, 0, 2, Pass(state.positions, state.cache.mask(0, state.positions), state.cache))
             raise RuntimeError("half way")
 
     with pytest.warns(DrafterWarning, match="half way"):

@@ -18,6 +18,7 @@ from zoo import PROMPTS, run
 from specdec import SpecDecError, SpecDecoder
 from specdec.drafters.medusa import Medusa, MedusaDrafter
 from specdec.models import drafter_folder, loading
+from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.reference import ReferenceTarget
 from specdec.speculation.draft import Draft, State
 from specdec.train import data, states
@@ -242,7 +243,7 @@ def test_heads_learn_exactly_what_the_drafter_drafts() -> None:
         cache, positions = target.new_cache(), torch.arange(length - 1)[None]
         taps, mask = {4: torch.empty(0)}, cache.mask(0, positions)
         x = target.embed(torch.tensor([ids[: length - 1]]), positions)
-        target.layers(x, 0, 4, positions, mask, cache, taps)
+        target.layers(x, 0, 4, Pass(positions, mask, cache, taps))
         cache.keep([list(range(length - 1))])
         drafter.observe([list(range(length - 1))], taps)
         state = State(target, cache, None, [ids[:length]])  # type: ignore[arg-type]

@@ -14,6 +14,7 @@ from test_fused import ROPES, adapted_pass, apart, play, random_adapters, rough_
 from specdec.base import cores
 from specdec.base.errors import SpecDecError
 from specdec.runtimes import linear_maps, tree_drafting
+from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.native import library, linear
 from specdec.runtimes.native.target import FAMILIES, NativeTarget
 from specdec.runtimes.reference import ReferenceTarget
@@ -67,8 +68,8 @@ def passes(target: Target, ids: torch.Tensor, ends: list[int]) -> torch.Tensor:
     for end in ends:
         positions = torch.arange(start, end)[None]
         x = target.embed(ids[:, start:end], positions)
-        x = target.layers(x, 0, 2, positions, cache.mask(0, positions), cache)
-        out.append(target.readout(target.layers(x, 2, 4, positions, cache.mask(2, positions), cache)))
+        x = target.layers(x, 0, 2, Pass(positions, cache.mask(0, positions), cache))
+        out.append(target.readout(target.layers(x, 2, 4, Pass(positions, cache.mask(2, positions), cache))))
         cache.keep([list(range(end - start))])
         start = end
     return torch.cat(out, 1)
@@ -86,7 +87,7 @@ def test_a_token_does_not_depend_on_what_is_scored_with_it(family: str) -> None:
     # Beside another row, shorter or longer; and as a branch of a tree, whose slots are not in the order of its path.
     batch = torch.cat((ids[:, :20], torch.randint(3, 97, (1, 20))))
     positions, cache = torch.arange(20).expand(2, -1), target.new_cache(2)
-    x = target.layers(target.embed(batch, positions), 0, 4, positions, cache.mask(0, positions), cache)
+    x = target.layers(target.embed(batch, positions), 0, 4, Pass(positions, cache.mask(0, positions), cache))
     assert torch.equal(target.readout(x)[0], single[0, :20])
     cache.keep([list(range(20)), list(range(7))])
     tree = torch.zeros(6, 6, dtype=torch.bool)
@@ -96,12 +97,12 @@ def test_a_token_does_not_depend_on_what_is_scored_with_it(family: str) -> None:
     tokens[0, [0, 2, 4, 5]] = ids[0, 20:24]
     offsets = torch.tensor([0, 1, 1, 2, 2, 3])
     positions = torch.tensor([[20], [7]]) + offsets
-    x = target.layers(target.embed(tokens, positions), 0, 4, positions, cache.mask(0, positions, tree), cache)
+    x = target.layers(target.embed(tokens, positions), 0, 4, Pass(positions, cache.mask(0, positions, tree), cache))
     assert torch.equal(target.readout(x)[0, [0, 2, 4, 5]], single[0, 20:24])
     cache.keep([[0, 2, 4, 5], [0]])
     positions = torch.tensor([[24], [8]])
     x = target.layers(
-        target.embed(tokens[:, :1] * 0 + ids[0, 24], positions), 0, 4, positions, cache.mask(0, positions), cache
+        target.embed(tokens[:, :1] * 0 + ids[0, 24], positions), 0, 4, Pass(positions, cache.mask(0, positions), cache)
     )
     assert torch.equal(target.readout(x)[0], single[0, 24:25])
 
@@ -249,7 +250,7 @@ def test_trees_grow_in_one_call_as_they_do_in_parts(
     positions = torch.arange(21)[None]
     taps = {1: torch.empty(0), 3: torch.empty(0)}
     mask = cache.mask(0, positions)
-    final = target.layers(target.embed(ids, positions), 0, 4, positions, mask, cache, taps)
+    final = target.layers(target.embed(ids, positions), 0, 4, Pass(positions, mask, cache, taps))
     cache.keep([list(range(21))])
     seed = tree_drafting.Seed(5, 21, final, list(taps.values()), place=20)
     total = same = 0
@@ -270,7 +271,7 @@ def test_trees_grow_in_one_call_as_they_do_in_parts(
     assert same > 0.75 * total  # near ties may fall either way, and take all behind them along
     # What was committed is as it was.
     again = target.new_cache()
-    target.layers(target.embed(ids, positions), 0, 4, positions, again.mask(0, positions), again)
+    target.layers(target.embed(ids, positions), 0, 4, Pass(positions, again.mask(0, positions), again))
     assert all(torch.equal(a[:, :, :21], b[:, :, :21]) for a, b in zip(cache.keys, again.keys, strict=True))
 
 
@@ -289,7 +290,7 @@ def test_trees_grow_alike_in_a_team_that_is_smaller_than_asked_for(monkeypatch: 
     openmp = ctypes.CDLL(torch._C.__file__)
     target, ids, positions = NativeTarget(model_of("llama")), torch.tensor([[5, 6, 7]]), torch.arange(3)[None]
     cache, taps = target.new_cache(), {1: torch.empty(0), 3: torch.empty(0)}
-    final = target.layers(target.embed(ids, positions), 0, 4, positions, cache.mask(0, positions), cache, taps)
+    final = target.layers(target.embed(ids, positions), 0, 4, Pass(positions, cache.mask(0, positions), cache, taps))
     cache.keep([[0, 1, 2]])
     seed = tree_drafting.Seed(5, 3, final, list(taps.values()), place=2)
     torch.manual_seed(1)

@@ -264,16 +264,17 @@ def test_from_the_cache_of_hugging_face(mixtral, tmp_path, monkeypatch):
 PEAKS = """
 import json, sys
 from pathlib import Path
-from specdec import SpecDecoder, hub
-from specdec.experts import packed, tiers
-from specdec.experts.layers import moe_layers
-from specdec.experts.offload import ExpertOptions
+from specdec import SpecDecoder
+from specdec.models import loading
+from specdec.runtimes.experts import packed, tiers
+from specdec.runtimes.experts.layers import moe_layers
+from specdec.runtimes.experts.offload import ExpertOptions
 
 large, small, folder = map(Path, sys.argv[1:])
 
 def pack():
-    model, _ = hub.load(large, experts=False)
-    packed.pack(moe_layers(model), hub.fingerprint(model), folder)
+    model, _ = loading.load(large, experts=False)
+    packed.pack(moe_layers(model), loading.fingerprint(model), folder)
 
 def offloaded():
     answer(SpecDecoder.from_pretrained(large, "none", experts=ExpertOptions(0.25, "residual", folder)))
@@ -294,7 +295,7 @@ def status(name):
     (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)]
     return 1024 * int(line.split()[1])
 
-hub.load(small)  # what it needs is imported
+loading.load(small)  # what it needs is imported
 print(json.dumps([peak(pack), peak(offloaded), peak(whole)]))
 """
 

@@ -30,6 +30,7 @@ from specdec.engine.costs import Costs
 from specdec.models import drafter_folder, loading
 from specdec.runtimes.fused import FAMILIES as FUSED
 from specdec.runtimes.fused import FusedTarget
+from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.target import Target
 from specdec.speculation.draft import State
@@ -79,7 +80,9 @@ def drafted(network: M2R2, target: Target, ids: list[int], count: int, sure: flo
     positions = torch.arange(old)[None]
     taps = {layer: torch.empty(0) for layer in drafter.taps}
     mask = cache.mask(0, positions)
-    target.layers(target.embed(torch.tensor([ids[:-1]]), positions), 0, target.num_layers, positions, mask, cache, taps)
+    target.layers(
+        target.embed(torch.tensor([ids[:-1]]), positions), 0, target.num_layers, Pass(positions, mask, cache, taps)
+    )
     cache.keep([list(range(old))])
     drafter.observe([list(range(old))], taps)
     state = State(target, cache, Sampler(SamplingParams(temperature=0)), [ids])
@@ -124,7 +127,7 @@ def test_training_has_the_reference_values_and_gradients(family: str) -> None:
             torch.arange(11).expand(2, 11),
         )
         cache = target.new_cache(2)
-        y = target.layers(x, 1, 4, positions, cache.mask(1, positions), cache, adapters=network.adapters)
+        y = target.layers(x, 1, 4, Pass(positions, cache.mask(1, positions), cache, adapters=network.adapters))
         y.square().sum().backward()
         results.append([y.detach(), *(p.grad for p in network.adapters.parameters())])
     assert isinstance(training_target(model), FusedTarget)

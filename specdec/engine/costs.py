@@ -23,6 +23,7 @@ from specdec.engine.depth import Costs, FixedDepth
 from specdec.engine.loop import Loop
 from specdec.models import catalogue, drafter_folder
 from specdec.runtimes.cache import KVCache
+from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.target import Target
 from specdec.speculation.draft import Drafter, Verifier
 from specdec.speculation.sampling import Sampler, SamplingParams
@@ -135,5 +136,5 @@ def time_drafting(
 
 def _pass(target: Target, ids: Tensor, positions: Tensor, cache: KVCache) -> None:
     x = target.embed(ids, positions)
-    x = target.layers(x, 0, target.num_layers, positions, cache.mask(0, positions), cache)
+    x = target.layers(x, 0, target.num_layers, Pass(positions, cache.mask(0, positions), cache))
     target.choose(x)

@@ -18,6 +18,7 @@ from specdec.base.devices import download
 from specdec.base.errors import NotFiniteError
 from specdec.engine.depth import DepthPolicy
 from specdec.engine.metrics import Ledger, RequestMetrics
+from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.prefill import prefill
 from specdec.runtimes.target import Target
 from specdec.speculation.draft import (
@@ -179,7 +180,7 @@ class Loop:
         x, tree, exit_layer = self._resume(draft, tokens, positions), draft.ancestors(), draft.exit_layer
         taps, filled = self._taps(), self._fill(draft, x, positions)
         x, late = _after(filled, x), _after(filled, positions)
-        x = target.layers(x, exit_layer, target.num_layers, late, cache.mask(exit_layer, late, tree), cache, taps)
+        x = target.layers(x, exit_layer, target.num_layers, Pass(late, cache.mask(exit_layer, late, tree), cache, taps))
         greedy, tapped = state.sampler.plain_greedy, target.num_layers + 1 in taps
         p, unread = None, [draft.tokens] if draft.listed is None else []
         if greedy and not tapped:
@@ -214,7 +215,7 @@ class Loop:
         y = target.embed(_after(done, tokens), late)
         if exit_layer:
             mask = cache.mask(0, late, None if tree is None else tree[done:])
-            y = target.layers(y, 0, exit_layer, late, mask, cache)
+            y = target.layers(y, 0, exit_layer, Pass(late, mask, cache))
         return y if draft.states is None else torch.cat((draft.states, y), 1)
 
     def _fill(self, draft: Draft, x: Tensor, positions: Tensor) -> int:
@@ -228,7 +229,7 @@ class Loop:
         if filled:
             early, cache = positions[:, :filled], self.state.cache
             mask = cache.mask(draft.exit_layer, early)
-            self.target.fill(x[:, :filled], draft.exit_layer, early, mask, cache)
+            self.target.fill(x[:, :filled], draft.exit_layer, Pass(early, mask, cache))
         return filled
 
     # -- the drafter, which must not end a request --------------------------------------------------------------------

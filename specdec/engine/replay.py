@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.target import Target
 from specdec.speculation.sampling import Sampler
 
@@ -30,7 +31,7 @@ def replay(target: Target, prompt: list[int], tokens: list[int], sampler: Sample
     positions = torch.arange(ids.shape[1], device=target.device)[None]
     cache = target.new_cache()
     x = target.embed(ids, positions)
-    x = target.layers(x, 0, target.num_layers, positions, cache.mask(0, positions), cache)
+    x = target.layers(x, 0, target.num_layers, Pass(positions, cache.mask(0, positions), cache))
     logits = target.readout(x[:, len(prompt) - 1 : -1])  # (1, n, V)
     if sampler is None:
         return logits[0].float()

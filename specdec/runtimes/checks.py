@@ -6,6 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from specdec.base.errors import NotFiniteError, SpecDecError
+from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.target import Target
 
 
@@ -57,8 +58,8 @@ def check_logits(target: Target) -> float:
         for a, b in ((0, prompt), *((i, i + 1) for i in range(prompt, n))):
             part = positions[:, a:b]
             x, mask = target.embed(ids[:, a:b], part), cache.mask(0, part)
-            x = target.layers(x, 0, half, part, mask, cache)
-            ours.append(target.readout(target.layers(x, half, target.num_layers, part, mask, cache)))
+            x = target.layers(x, 0, half, Pass(part, mask, cache))
+            ours.append(target.readout(target.layers(x, half, target.num_layers, Pass(part, mask, cache))))
             cache.keep([list(range(b - a))])
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
         raise SpecDecError(

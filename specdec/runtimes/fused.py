@@ -26,8 +26,9 @@ from transformers import PreTrainedModel
 from specdec.base.errors import SpecDecError
 from specdec.runtimes import linear_maps, llama_like
 from specdec.runtimes.adapters import Adapters
-from specdec.runtimes.cache import KVCache, Mask
+from specdec.runtimes.cache import Mask
 from specdec.runtimes.checks import check_logits, refuse_unsupported
+from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.linear_maps import Linear
 from specdec.runtimes.llama_like import Norm
 from specdec.runtimes.reference import ByParts
@@ -121,39 +122,28 @@ class FusedTarget(ByParts):
         x = F.embedding(ids, self.embedding)
         return x if self.embed_scale is None else x * self.embed_scale
 
-    def layers(
-        self,
-        x: Tensor,
-        lo: int,
-        hi: int,
-        positions: Tensor,
-        mask: Mask,
-        cache: KVCache,
-        taps: dict[int, Tensor] | None = None,
-        adapters: Adapters | None = None,
-        adapted: int | None = None,
-    ) -> Tensor:
+    def layers(self, x: Tensor, lo: int, hi: int, given: Pass) -> Tensor:
+        adapters, cache = given.adapters, given.cache
         grad = torch.is_grad_enabled() and (
             x.requires_grad or (adapters is not None and any(p.requires_grad for p in adapters.parameters()))
         )
-        stack, multiple = self._maps(x, lo, hi, adapters, adapted, grad), 1 if grad else self.key_multiple
-        masks = {w: self._additive(mask, w, multiple) for w in set(self.windows[lo:hi])}
+        stack, multiple = self._maps(x, lo, hi, given, grad), 1 if grad else self.key_multiple
+        masks = {w: self._additive(given.mask, w, multiple) for w in set(self.windows[lo:hi])}
 
         def append(index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
             return cache.append(index, k, v, multiple)
 
-        return self._run(x, lo, hi, stack, self._rotary(positions, mask), masks, append, taps)
+        return self._run(x, lo, hi, stack, self._rotary(given.positions, given.mask), masks, append, given.taps)
 
-    def _maps(
-        self, x: Tensor, lo: int, hi: int, adapters: Adapters | None, adapted: int | None, grad: bool
-    ) -> list[_Layer]:
+    def _maps(self, x: Tensor, lo: int, hi: int, given: Pass, grad: bool) -> list[_Layer]:
         """The layers in the weight format for ``x`` [B, T, D], with the adapters in them."""
         batch, t, _ = x.shape
         many = self.layer_format == "int4" and batch * t > linear_maps.INT4_ROWS
         form = "dense" if grad or many else self.layer_format
-        if adapters is None:
+        if given.adapters is None:
             return self._stacks[form]
-        return self._with_adapters(form, lo, hi, adapters, batch, None if adapted == t else adapted, grad)
+        adapted = None if given.adapted == t else given.adapted
+        return self._with_adapters(form, lo, hi, given.adapters, batch, adapted, grad)
 
     def _run(
         self,

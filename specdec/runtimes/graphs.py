@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from specdec.base.errors import SpecDecError
-from specdec.runtimes.adapters import Adapters
-from specdec.runtimes.cache import KVCache, Mask
+from specdec.runtimes.cache import KVCache
 from specdec.runtimes.fused import FusedTarget
+from specdec.runtimes.layer_pass import Pass
 
 ROWS = 64  # passes over more tokens are not captured
 STEPS = 64  # captured passes that are kept, those used last
@@ -134,40 +134,19 @@ class GraphedTarget(FusedTarget):
             self._buffers[batch] = weakref.ref(cache), whole
             return cache
 
-    def layers(
-        self,
-        x: Tensor,
-        lo: int,
-        hi: int,
-        positions: Tensor,
-        mask: Mask,
-        cache: KVCache,
-        taps: dict[int, Tensor] | None = None,
-        adapters: Adapters | None = None,
-        adapted: int | None = None,
-    ) -> Tensor:
+    def layers(self, x: Tensor, lo: int, hi: int, given: Pass) -> Tensor:
         batch, t, _ = x.shape
         user, _ = self._buffers.get(batch, (None, None))
-        lent = user is not None and user() is cache
+        lent = user is not None and user() is given.cache
         if lo >= hi or batch * t > ROWS or not lent or not torch.is_inference_mode_enabled():
-            return super().layers(x, lo, hi, positions, mask, cache, taps, adapters, adapted)
+            return super().layers(x, lo, hi, given)
         with self.lock:
-            return self._recorded(x, lo, hi, positions, mask, cache, {} if taps is None else taps, adapters, adapted)
+            return self._recorded(x, lo, hi, given)
 
-    def _recorded(
-        self,
-        x: Tensor,
-        lo: int,
-        hi: int,
-        positions: Tensor,
-        mask: Mask,
-        cache: KVCache,
-        taps: dict[int, Tensor],
-        adapters: Adapters | None,
-        adapted: int | None,
-    ) -> Tensor:
+    def _recorded(self, x: Tensor, lo: int, hi: int, given: Pass) -> Tensor:
         """``layers`` for the cache that the buffer is lent to."""
-        batch, t, _ = x.shape
+        (batch, t, _), mask, cache = x.shape, given.mask, given.cache
+        taps = {} if given.taps is None else given.taps
         user, whole = self._buffers[batch]
         start = cache.reserve(lo, hi, t, self.kv_heads, self.head_dim, self.dtype)
         assert cache.whole is not None
@@ -176,7 +155,7 @@ class GraphedTarget(FusedTarget):
             self._buffers[batch] = user, whole
             self._steps = OrderedDict((key, step) for key, step in self._steps.items() if key[0] != batch)
         keys, values = whole[0], whole[1]  # (N, B, Hkv, capacity, d)
-        stack = self._maps(x, lo, hi, adapters, adapted, grad=False)[lo:hi]
+        stack = self._maps(x, lo, hi, given, grad=False)[lo:hi]
         windows = sorted(set(self.windows[lo:hi]), key=str)
         tapped = sorted(layer for layer in taps if lo <= layer <= hi)
 
@@ -189,7 +168,7 @@ class GraphedTarget(FusedTarget):
             y = self._run(x, lo, hi, [*self._stacks["dense"][:lo], *stack], (cos, sin), masks, append, seen)
             return [y, *(seen[layer] for layer in tapped)]
 
-        rotary = self._rotary(positions, mask, mask.keys.shape[1])  # no position is beyond its slot
+        rotary = self._rotary(given.positions, mask, mask.keys.shape[1])  # no position is beyond its slot
         shape = batch, 1, t * self.groups, whole.shape[4]
         terms = []
         for window in windows:

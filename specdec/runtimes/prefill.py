@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from specdec.runtimes.cache import KVCache
+from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.target import Target
 
 CHUNK = 512  # tokens of a row per pass: bounds the memory of masks and activations
@@ -36,7 +37,7 @@ def prefill(
         positions = positions + torch.arange(width, device=cache.device)
         positions.clamp_(max=target.context - 1)  # padding may point past the end
         x, tapped = target.embed(tokens, positions), taps()
-        x = target.layers(x, 0, target.num_layers, positions, cache.mask(0, positions), cache, tapped)
+        x = target.layers(x, 0, target.num_layers, Pass(positions, cache.mask(0, positions), cache, tapped))
         for b, n in enumerate(counts):
             if n and start + n == lengths[b]:
                 last[b] = x[b, n - 1]

@@ -20,6 +20,7 @@ from specdec.models import checkpoint
 from specdec.runtimes.adapters import Adapters
 from specdec.runtimes.cache import KVCache, Mask
 from specdec.runtimes.checks import check_logits, refuse_unsupported
+from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.target import Part, Target
 
 PARTS: dict[str, tuple[str, ...]] = {  # what decoder layers call them
@@ -49,7 +50,7 @@ class _Bridge(Cache):
         return self.kv.lengths[layer_idx]
 
 
-class _Pass:
+class _Call:
     """One call of the model: which layers run, on what, seen through which mask, and what is recorded."""
 
     def __init__(self, x: Tensor | None, lo: int, hi: int, mask: Mask | None, taps: dict[int, Tensor] | None) -> None:
@@ -61,7 +62,7 @@ class _Pass:
 class _Gate(nn.Module):
     """Stands in for decoder layer ``index`` during one call."""
 
-    def __init__(self, owner: ReferenceTarget, index: int, call: _Pass) -> None:
+    def __init__(self, owner: ReferenceTarget, index: int, call: _Call) -> None:
         super().__init__()
         self.__dict__["inner"] = owner.blocks[index]  # not registered: the model keeps its own module tree
         self.__dict__["owner"], self.__dict__["call"], self.index = owner, call, index
@@ -73,7 +74,7 @@ class _Gate(nn.Module):
             return getattr(self.__dict__["inner"], name)
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        call: _Pass = self.__dict__["call"]
+        call: _Call = self.__dict__["call"]
         owner: ReferenceTarget = self.__dict__["owner"]
         if self.index == 0:
             if call.x is None:
@@ -133,42 +134,33 @@ class ReferenceTarget(Target):
             self.spread = check_logits(self)
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
-        call = _Pass(None, 0, 0, None, None)
+        call = _Call(None, 0, 0, None, None)
         with self._gates(call):
             self.base(input_ids=ids, position_ids=positions, attention_mask=self._any_mask(ids), use_cache=False)
         assert call.result is not None
         return call.result
 
-    def layers(
-        self,
-        x: Tensor,
-        lo: int,
-        hi: int,
-        positions: Tensor,
-        mask: Mask,
-        cache: KVCache,
-        taps: dict[int, Tensor] | None = None,
-        adapters: Adapters | None = None,
-        adapted: int | None = None,
-    ) -> Tensor:
-        if taps is not None and lo in taps:
-            taps[lo] = x
+    def layers(self, x: Tensor, lo: int, hi: int, given: Pass) -> Tensor:
+        if given.taps is not None and lo in given.taps:
+            given.taps[lo] = x
         if lo >= hi:
             return x
-        call = _Pass(x, lo, hi, mask, taps)
-        with self.lock, self._adapt(adapters, lo, hi, adapted, x.shape[0]):
-            self._run(call, positions, _Bridge(cache))
+        call = _Call(x, lo, hi, given.mask, given.taps)
+        with self.lock, self._adapt(given.adapters, lo, hi, given.adapted, x.shape[0]):
+            self._run(call, given.positions, _Bridge(given.cache))
         assert call.result is not None
         return call.result
 
-    def fill(self, x: Tensor, lo: int, positions: Tensor, mask: Mask, cache: KVCache) -> None:
-        self._run(_Pass(x, lo, self.num_layers, mask, None), positions, _Bridge(cache, only_fill=True))
+    def fill(self, x: Tensor, lo: int, given: Pass) -> None:
+        self._run(
+            _Call(x, lo, self.num_layers, given.mask, None), given.positions, _Bridge(given.cache, only_fill=True)
+        )
 
-    def sublayer(self, x: Tensor, layer: int, part: Part, positions: Tensor, mask: Mask, cache: KVCache) -> Tensor:
+    def sublayer(self, x: Tensor, layer: int, part: Part, given: Pass) -> Tensor:
         with self.lock:
-            return self._sublayer(x, layer, part, positions, mask, cache)
+            return self._sublayer(x, layer, part, given)
 
-    def _sublayer(self, x: Tensor, layer: int, part: Part, positions: Tensor, mask: Mask, cache: KVCache) -> Tensor:
+    def _sublayer(self, x: Tensor, layer: int, part: Part, given: Pass) -> Tensor:
         other = "mlp" if part == "attention" else "attention"
         block = self.blocks[layer]
         modules = {name: module for name, module in block.named_children() if name in PARTS[other]}
@@ -178,14 +170,14 @@ class ReferenceTarget(Target):
         try:
             for name in modules:
                 setattr(block, name, _Nothing(pair=other == "attention"))
-            return self.layers(x, layer, layer + 1, positions, mask, cache)
+            return self.layers(x, layer, layer + 1, given)
         finally:
             for name, module in modules.items():
                 setattr(block, name, module)
 
     def readout(self, x: Tensor, head: nn.Linear | None = None) -> Tensor:
         ids = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)
-        with self._gates(_Pass(x, 0, 0, None, None)):
+        with self._gates(_Call(x, 0, 0, None, None)):
             own = getattr(self.head_owner, self.head_attr)
             if head is not None:
                 setattr(self.head_owner, self.head_attr, head)
@@ -215,7 +207,7 @@ class ReferenceTarget(Target):
 
     # -- how it is done -----------------------------------------------------------------------------------------
 
-    def _run(self, call: _Pass, positions: Tensor, bridge: _Bridge) -> None:
+    def _run(self, call: _Call, positions: Tensor, bridge: _Bridge) -> None:
         """Put ``call`` through the model, its layers as gates."""
         ids = positions.new_zeros(positions.shape)
         with self._gates(call):
@@ -228,7 +220,7 @@ class ReferenceTarget(Target):
             )
 
     @contextmanager
-    def _gates(self, call: _Pass) -> Iterator[None]:
+    def _gates(self, call: _Call) -> Iterator[None]:
         with self.lock:
             own = getattr(self.decoder, self.attr)
             setattr(self.decoder, self.attr, nn.ModuleList([_Gate(self, i, call) for i in range(self.num_layers)]))
@@ -309,11 +301,11 @@ class ByParts(Target):
 
     _reference: ReferenceTarget | None = None
 
-    def sublayer(self, x: Tensor, layer: int, part: Part, positions: Tensor, mask: Mask, cache: KVCache) -> Tensor:
-        return self._own_modules().sublayer(x, layer, part, positions, mask, cache)
+    def sublayer(self, x: Tensor, layer: int, part: Part, given: Pass) -> Tensor:
+        return self._own_modules().sublayer(x, layer, part, given)
 
-    def fill(self, x: Tensor, lo: int, positions: Tensor, mask: Mask, cache: KVCache) -> None:
-        self._own_modules().fill(x, lo, positions, mask, cache)
+    def fill(self, x: Tensor, lo: int, given: Pass) -> None:
+        self._own_modules().fill(x, lo, given)
 
     def _own_modules(self) -> ReferenceTarget:
         with self.lock:

@@ -15,8 +15,8 @@ from specdec.base.devices import download
 from specdec.base.errors import SpecDecError
 from specdec.models import loading
 from specdec.runtimes import linear_maps, tree_drafting
-from specdec.runtimes.adapters import Adapters
-from specdec.runtimes.cache import KVCache, Mask
+from specdec.runtimes.cache import KVCache
+from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.tree_drafting import Bounds, Candidates, DraftPath, Seed
 
 if TYPE_CHECKING:
@@ -72,35 +72,19 @@ class Target(ABC):
         """Token ids and positions [B, T] -> the input of layer 0 [B, T, D]."""
 
     @abstractmethod
-    def layers(
-        self,
-        x: Tensor,
-        lo: int,
-        hi: int,
-        positions: Tensor,
-        mask: Mask,
-        cache: KVCache,
-        taps: dict[int, Tensor] | None = None,
-        adapters: Adapters | None = None,
-        adapted: int | None = None,
-    ) -> Tensor:
-        """Run layers [lo, hi) on ``x`` [B, T, D], appending their keys and values to ``cache``; return [B, T, D].
-
-        positions: int64 [B, T]. mask: from ``cache.mask(lo, positions, ...)``.
-        taps: for each key l with lo <= l <= hi, filled with the input of layer l (l = hi: the result).
-        adapters: applied to the last ``adapted`` tokens of the block (None: to all of them).
-        """
+    def layers(self, x: Tensor, lo: int, hi: int, given: Pass) -> Tensor:
+        """Run layers [lo, hi) on ``x`` [B, T, D], appending their keys and values to the cache; return [B, T, D]."""
 
     @abstractmethod
-    def sublayer(self, x: Tensor, layer: int, part: Part, positions: Tensor, mask: Mask, cache: KVCache) -> Tensor:
+    def sublayer(self, x: Tensor, layer: int, part: Part, given: Pass) -> Tensor:
         """Run the attention or the MLP of one layer alone, residual included: [B, T, D] -> [B, T, D].
 
-        Arguments as in ``layers``; "mlp" leaves the cache as it is. Raises SpecDecError if the model's layers have no
+        "mlp" leaves the cache as it is. Raises SpecDecError if the model's layers have no
         such part.
         """
 
     @abstractmethod
-    def fill(self, x: Tensor, lo: int, positions: Tensor, mask: Mask, cache: KVCache) -> None:
+    def fill(self, x: Tensor, lo: int, given: Pass) -> None:
         """Append to layers [lo, N) the keys and values that each makes of ``x`` [B, T, D], and run nothing else.
 
         State propagation: ``x`` stands for the input of all of them.

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from specdec.base.devices import upload, waits
 from specdec.runtimes.adapters import Adapters
-from specdec.runtimes.cache import KVCache, Mask
+from specdec.runtimes.cache import KVCache
+from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.linear_maps import UnitMap
 
 WIDTH = 4  # nodes of a level that are drafted on from: together they cost about what one costs
@@ -78,17 +79,7 @@ class Layers(Protocol):
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor: ...
 
-    def layers(
-        self,
-        x: Tensor,
-        lo: int,
-        hi: int,
-        positions: Tensor,
-        mask: Mask,
-        cache: KVCache,
-        taps: dict[int, Tensor] | None = None,
-        adapters: Adapters | None = None,
-    ) -> Tensor: ...
+    def layers(self, x: Tensor, lo: int, hi: int, given: Pass) -> Tensor: ...
 
     def readout(self, x: Tensor, head: nn.Linear | None = None) -> Tensor: ...
 
@@ -109,7 +100,7 @@ def grow(target: Layers, cache: KVCache, seed: Seed, path: DraftPath, bounds: Bo
         for projection, state, (lo, hi) in zip(path.projections, carried, path.segments, strict=False):
             projected.append(projection([x, before, state[:, parents]]))
             mask = cache.mask(lo, positions, paths)
-            x = target.layers(projected[-1], lo, hi, positions, mask, cache, adapters=path.adapters)
+            x = target.layers(projected[-1], lo, hi, Pass(positions, mask, cache, adapters=path.adapters))
         final = path.projections[-1]([x, before]) if len(path.projections) > len(path.segments) else x
         carried = projected
         logits = torch.cat([target.readout(final, head) for head in path.heads], -1)[0]  # (W, V')

@@ -19,6 +19,7 @@ from specdec.base.errors import SpecDecError
 from specdec.drafters.exits import ExitHeads, check_exits
 from specdec.drafters.mixture_of_depths import Routers
 from specdec.runtimes.cache import Mask
+from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.linear_maps import rms_unit
 from specdec.runtimes.target import Target
 from specdec.train.batches import Batch
@@ -183,7 +184,7 @@ class MixtureOfDepthsMethod(Method):
         cache, taps = target.new_cache(len(ids)), {first: torch.empty(0)}
         with torch.no_grad():
             whole = Mask(keys, keys, keys[:, None] <= keys[:, :, None])
-            target.layers(target.embed(ids, keys), 0, target.num_layers, keys, whole, cache, taps)
+            target.layers(target.embed(ids, keys), 0, target.num_layers, Pass(keys, whole, cache, taps))
         at = batch.positions.clamp_max(width - 1)
         x = taps[first].gather(1, at[..., None].expand(-1, -1, taps[first].shape[2]))  # (B, T, D)
         exact = keys[:, None] < at[:, :, None]  # (B, T, S)
@@ -191,7 +192,7 @@ class MixtureOfDepthsMethod(Method):
         mask = Mask(at, torch.cat((keys, at), 1), torch.cat((exact, own), 2))
         share = torch.zeros(at.shape, device=ids.device)
         for layer in range(first, target.num_layers):
-            y, score = target.layers(x, layer, layer + 1, at, mask, cache), network.score(layer, x)
+            y, score = target.layers(x, layer, layer + 1, Pass(at, mask, cache)), network.score(layer, x)
             soft = torch.sigmoid(score) - torch.sigmoid(score).detach()  # zero, with a gradient
             share = share + ((score > 0) + soft)[..., 0].float()
             x = torch.where(score > 0, y, x) + soft * (y - x).detach()

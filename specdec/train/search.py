@@ -28,6 +28,7 @@ from specdec.drafters.m2r2_network import M2R2
 from specdec.drafters.m2r2_path import M2R2Path
 from specdec.engine.costs import Costs, measure
 from specdec.models import drafter_folder
+from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.linear_maps import rms_unit
 from specdec.runtimes.target import Target
 from specdec.train import batches as windows_of
@@ -139,7 +140,7 @@ class Search:
         x = target.embed(batch.ids, batch.positions)
         x = _project(into, x, batch.before[self.count], batch.before[lo])
         mask, cache = step_mask(batch, 1), batch.cache(self.count)
-        target.layers(x, lo, ends[-1], batch.positions, mask, cache, taps)
+        target.layers(x, lo, ends[-1], Pass(batch.positions, mask, cache, taps))
         return taps
 
     def _affine(self, solved: Affine) -> Affine:

@@ -22,6 +22,7 @@ from specdec.base import inputs
 from specdec.base.errors import SpecDecError
 from specdec.models.drafter_folder import replace
 from specdec.runtimes.cache import KVCache, Mask
+from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.target import Target
 from specdec.train.data import Answer
 from specdec.train.files import writing
@@ -144,7 +145,7 @@ def _teach(
         cache = KVCache(target.num_layers, len(rows), target.device)
         taps = {layer: torch.empty(0) for layer in wanted.hidden}
         mask = Mask(positions, positions, visible)
-        final = target.layers(target.embed(ids, positions), 0, target.num_layers, positions, mask, cache, taps)
+        final = target.layers(target.embed(ids, positions), 0, target.num_layers, Pass(positions, mask, cache, taps))
         for b, i in enumerate(rows):
             length, first = len(answers[i]), first_kept(len(answers[i].prompt_ids))
             logits = target.readout(final[b : b + 1, first : length - 1])[0].float()  # (M, V)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from specdec.drafters.m2r2_network import M2R2, Carry, watch
 from specdec.runtimes.cache import Mask
+from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.target import Target
 from specdec.train.batches import Batch
 
@@ -41,7 +42,7 @@ def shared(network: M2R2, target: Target, batch: Batch, watched: bool = False) -
     for lo, hi in path.shared:
         taps = watch(lo + 1, hi) if watched else None
         start = batch.hidden[lo] if lo else x
-        p = target.layers(start, lo, hi, batch.positions, mask, cache, taps=taps, adapters=network.adapters)
+        p = target.layers(start, lo, hi, Pass(batch.positions, mask, cache, taps=taps, adapters=network.adapters))
         passed = [*passed, *(taps or {}).values()]
         found.append((p, passed))
     return found

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -25,6 +24,7 @@ from specdec.runtimes import llama_like
 from specdec.runtimes.adapters import Adapters
 from specdec.runtimes.cache import KVCache, Mask
 from specdec.runtimes.checks import check_logits, refuse_unsupported
+from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.native import library
 from specdec.runtimes.native.drafting import TreeDrafter
 from specdec.runtimes.native.library import (
@@ -118,25 +118,14 @@ class NativeTarget(ByParts):
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         return torch.embedding(self.embedding, ids)
 
-    def layers(
-        self,
-        x: Tensor,
-        lo: int,
-        hi: int,
-        positions: Tensor,
-        mask: Mask,
-        cache: KVCache,
-        taps: dict[int, Tensor] | None = None,
-        adapters: Adapters | None = None,
-        adapted: int | None = None,
-    ) -> Tensor:
+    def layers(self, x: Tensor, lo: int, hi: int, given: Pass) -> Tensor:
         y = x.to(torch.bfloat16, memory_format=torch.contiguous_format, copy=True)
-        taps = {} if taps is None else taps
+        taps = {} if given.taps is None else given.taps
         for layer in taps:
             if lo <= layer < hi:
                 taps[layer] = torch.empty_like(y)
         if lo < hi:
-            model, call, _alive = self._call(y, lo, hi, positions, mask, cache, adapters, adapted, taps)
+            model, call, _alive = self._call(y, lo, hi, given)
             done(self.lib.specdec_layers(ctypes.byref(model), ctypes.byref(call)))
         if hi in taps and lo <= hi:
             taps[hi] = y
@@ -182,28 +171,18 @@ class NativeTarget(ByParts):
 
     # -- calls ------------------------------------------------------------------------------------------------------
 
-    def _call(
-        self,
-        x: Tensor,
-        lo: int,
-        hi: int,
-        positions: Tensor,
-        mask: Mask,
-        cache: KVCache,
-        adapters: Adapters | None,
-        adapted: int | None,
-        taps: Mapping[int, Tensor],
-    ) -> tuple[Model, Call, list[Any]]:
+    def _call(self, x: Tensor, lo: int, hi: int, given: Pass) -> tuple[Model, Call, list[Any]]:
         """Layers [lo, hi) on ``x`` as the kernels take them, and what must live as long as that."""
         (batch, t, _), model, low = x.shape, self._model, None
-        if adapters is not None and adapters.draft_only and adapted is None:
+        mask, adapters, taps = given.mask, given.adapters, given.taps or {}
+        if adapters is not None and adapters.draft_only and given.adapted is None:
             model = self._merged(adapters, lo, hi)
         elif adapters is not None:
             low = self._low_rank(adapters, lo, hi)
         masks = [] if mask.causal else [self._mask(mask, window) for window in self.kinds_of_windows]
-        call, positions = self._new_call(batch, t, lo, hi), positions.contiguous()
-        alive = [positions, masks, low, self.place(call, cache, lo, hi, t)]
-        call.adapted, call.causal = 0 if adapted is None else adapted, mask.causal
+        call, positions = self._new_call(batch, t, lo, hi), given.positions.contiguous()
+        alive = [positions, masks, low, self.place(call, given.cache, lo, hi, t)]
+        call.adapted, call.causal = given.adapted or 0, mask.causal
         call.x, call.positions = x.data_ptr(), positions.data_ptr()
         if masks:
             alive.append(mask_table := (POINTER * len(masks))(*map(pointer, masks)))
