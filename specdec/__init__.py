@@ -8,7 +8,8 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from specdec.api.decoder import Generation, GenerationOutput, SpecDecoder
+    from specdec.api.decoder import SpecDecoder
+    from specdec.api.generation import Generation, GenerationOutput
     from specdec.base.errors import SpecDecError
     from specdec.engine.metrics import RequestMetrics
     from specdec.speculation.draft import Acceptance, Draft, Drafter, DrafterWarning, State, Verifier
@@ -36,7 +37,8 @@ __all__ = [
 ]
 
 _MODULES = {
-    "api.decoder": ("Generation", "GenerationOutput", "SpecDecoder"),
+    "api.decoder": ("SpecDecoder",),
+    "api.generation": ("Generation", "GenerationOutput"),
     "speculation.draft": ("Acceptance", "Draft", "Drafter", "DrafterWarning", "State", "Verifier"),
     "base.errors": ("SpecDecError",),
     "engine.metrics": ("RequestMetrics",),

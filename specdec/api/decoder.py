@@ -7,8 +7,8 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,78 +16,26 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel
 
-from specdec.api.text import Detokenizer, Prompt, encode
+from specdec.api.arguments import CONSTRUCTOR, LOADING, REQUEST
+from specdec.api.generation import Generation, GenerationOutput
+from specdec.api.text import Prompt, encode
 from specdec.api.tuned import DEFAULTS, Tuned, place, recall
 from specdec.base import options
 from specdec.base.errors import SpecDecError
 from specdec.engine.costs import costs, keep
 from specdec.engine.depth import MOST, AutoDepth, DepthPolicy, FixedDepth
-from specdec.engine.loop import Loop
-from specdec.engine.metrics import RequestMetrics
 from specdec.models import catalogue, generation_config, loading
-from specdec.runtimes.experts.offload import ExpertOptions, Meter, Offload
+from specdec.runtimes.experts.offload import ExpertOptions, Offload
 from specdec.runtimes.select import make_target, needs_cpu
 from specdec.speculation import registry
 from specdec.speculation.draft import Drafter, Verifier
 from specdec.speculation.sampling import Sampler, SamplingParams, streams
-
-_PATH = options.instance("text or a path", str, Path)
-_MAPPING = options.NONE | options.Kind(
-    "a mapping by name", lambda value: isinstance(value, Mapping) and all(map(options.TEXT.holds, value))
-)
-_EXPERTS = options.instance("ExpertOptions", ExpertOptions) | options.NONE
-
-CONSTRUCTOR = {
-    "model": options.Kind(
-        "a loaded model; SpecDecoder.from_pretrained loads one by name",
-        lambda value: callable(value.get_output_embeddings),  # wrapped ones, too
-    ),
-    "drafter": _PATH | options.instance("a Drafter", Drafter),
-    "drafter_options": _MAPPING,
-    "runtime": options.TEXT,
-    "weights": options.TEXT,
-    "verifier": options.TEXT | options.Kind("a Verifier", lambda value: callable(value.verify)),
-    "verifier_options": _MAPPING,
-    "exact": options.BOOL,
-    "experts": _EXPERTS,
-}
-LOADING = {
-    "name": options.instance("text or a path", str, os.PathLike),
-    "drafter": CONSTRUCTOR["drafter"],
-    "dtype": options.instance("text or a torch.dtype", str, torch.dtype),
-    "device": options.instance("text or a torch.device", str, torch.device),
-    "revision": options.TEXT | options.NONE,
-    "trust_remote_code": options.BOOL,
-    "experts": _EXPERTS,
-}
-REQUEST = {
-    "max_new_tokens": options.wholes_from(1),
-    "num_speculative_tokens": options.one_of("auto") | options.wholes_from(1),
-    "stop": options.TEXT | options.lists("texts", options.TEXT.holds),
-    "logits_processor": options.lists("logits processors", callable),
-    "ignore_eos": options.BOOL,
-}
 
 LOSSY_DEPTH = 4  # of drafts under a lossy rule that scores them, where the depth is "auto"
 KEEP_EVERY = 60.0  # fewest seconds between two writes of what requests find out about costs
 
 _claiming = threading.Lock()
 _busy: set[int] = set()  # ids of the drafters that a generation is using
-
-
-@dataclass
-class GenerationOutput:
-    """One finished (or interrupted) request.
-
-    token_ids: the new tokens, as plain decoding would return them (an end-of-sequence token included).
-    text: their text without special tokens, ending before a stop string.
-    finish_reason: "eos", "length" or "stop"; "interrupted" if the stream was closed early.
-    """
-
-    text: str
-    token_ids: list[int]
-    finish_reason: str
-    metrics: RequestMetrics
 
 
 class SpecDecoder:
@@ -404,7 +352,7 @@ class SpecDecoder:
         self._auto.begin()
         return self._auto
 
-    def _ended(self, generation: Generation) -> None:
+    def ended(self, generation: Generation) -> None:
         """Keep what the request found out about costs, and release the drafter."""
         try:
             now = time.monotonic()
@@ -425,99 +373,3 @@ _OPTIONS = options.keywords(SpecDecoder.open, only=True)
 def _recalled(drafter: str | Path | Drafter, kept: Tuned | None) -> tuple[str | Path | Drafter, Tuned | None]:
     """The drafter, and the tuned settings if they say which it is."""
     return (kept.drafter, kept) if drafter == "auto" and kept is not None else (drafter, None)
-
-
-class Generation:
-    """A generation under way. Iterating yields, per step, the new text of each row ("" where there is none).
-
-    ``steps`` runs the same steps, without reading text that nobody waits for: ``outputs`` has it in the end.
-    """
-
-    def __init__(
-        self,
-        decoder: SpecDecoder,
-        prompts: list[list[int]],
-        limits: list[int],
-        policy: DepthPolicy,
-        sampler: Sampler,
-        stops: list[str],
-        eos: frozenset[int],
-    ) -> None:
-        self.decoder, self.eos = decoder, eos
-        self.tokens: list[list[int]] = [[] for _ in prompts]
-        self.texts = [Detokenizer(decoder.tokenizer, stops) if decoder.tokenizer else None for _ in prompts]
-        self.loop = Loop(
-            decoder.target, decoder.drafter, decoder.verifier, sampler, prompts, limits, self._stop, policy
-        )
-        self.events: Iterator[list[tuple[int, list[int]]]] | None = self.loop.steps()
-        self.meter: Meter | None = None  # of expert loads, from the end of the prefill on
-        self.release: Callable[[], object] = lambda: None  # the drafter
-        self._turn, self._closing = threading.RLock(), False  # closing waits for the step that another thread is in
-
-    def _stop(self, row: int, token: int) -> str | None:
-        """Take one new token of ``row`` into its output; say whether the row ends with it, and why."""
-        self.tokens[row].append(token)
-        text = self.texts[row]
-        if text is not None:
-            text.push(token)
-        if token in self.eos:
-            return "eos"
-        return "stop" if text is not None and text.stopped else None
-
-    def __iter__(self) -> Iterator[list[str]]:
-        for events in self.steps():
-            ledger, pieces = self.loop.ledger, [""] * len(self.tokens)
-            ledger.restart()
-            for row, _ in events:
-                text = self.texts[row]
-                if text is not None:
-                    pieces[row] = text.finish() if row in self.loop.finished else text.take()
-            ledger.mark("detokenise")
-            yield pieces
-
-    def steps(self) -> Iterator[list[tuple[int, list[int]]]]:
-        """Run the steps; yield for each the rows that went on, and their new tokens."""
-        while (events := self._step()) is not None:
-            yield events
-
-    def _step(self) -> list[tuple[int, list[int]]] | None:
-        """One step, or None at the end."""
-        with self._turn:
-            if self.events is None or self._closing:
-                self.close()
-                return None
-            events = next(self.events, None)
-            if self.meter is None and self.decoder.target.experts is not None:
-                self.meter = Meter.begin(self.decoder.target.experts.store)
-            if events is None:
-                self.close()
-            return events
-
-    def outputs(self) -> list[GenerationOutput]:
-        """What every row has so far."""
-        out = []
-        if self.meter is not None and self.decoder.target.experts is not None:
-            decoded = sum(len(tokens) - 1 for tokens in self.tokens)  # the first of each row came with the prefill
-            for metrics in self.loop.metrics:
-                metrics.experts = self.meter.figures(decoded)
-        for row, (tokens, text) in enumerate(zip(self.tokens, self.texts, strict=True)):
-            if text is not None:
-                text.finish()
-            reason = self.loop.finished.get(row, "interrupted")
-            out.append(GenerationOutput(text.text if text else "", list(tokens), reason, self.loop.metrics[row]))
-        return out
-
-    def close(self) -> None:
-        """End the generation and free its cache; ``outputs`` stays available."""
-        self._closing = True
-        with self._turn:
-            if self.events is not None:
-                self.events = None
-                self.loop.state.cache = self.decoder.target.new_cache(0)
-                self.decoder._ended(self)
-
-    def __enter__(self) -> Generation:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()

@@ -22,7 +22,8 @@ from specdec.models.catalogue import DEFAULT_MODEL
 from specdec.speculation import registry
 
 if TYPE_CHECKING:
-    from specdec.api.decoder import GenerationOutput, SpecDecoder
+    from specdec.api.decoder import SpecDecoder
+    from specdec.api.generation import GenerationOutput
     from specdec.runtimes.experts.offload import ExpertOptions
 
 LONG = 1024  # tokens of a prompt that is worth a spinner

@@ -15,7 +15,8 @@ from rich.text import Text
 from specdec.base.terminal import shown, stderr
 
 if TYPE_CHECKING:
-    from specdec.api.decoder import GenerationOutput, SpecDecoder
+    from specdec.api.decoder import SpecDecoder
+    from specdec.api.generation import GenerationOutput
     from specdec.api.tuned import Tuned
     from specdec.engine.replay import Difference
 

@@ -13,6 +13,7 @@ import bisect
 import functools
 import itertools
 import operator
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -67,14 +68,16 @@ class Choice(NamedTuple):
     confidence: float = 0.0
 
 
-class DepthPolicy:
+class DepthPolicy(ABC):
     """Chooses what to draft before each step, and learns from the step."""
 
+    @abstractmethod
     def choose(self, batch: int) -> Choice:
         """What to draft in the next step of ``batch`` rows."""
-        raise NotImplementedError
 
-    def observe(self, drafted: Sequence[int], accepted: Sequence[int], scored: int, draft: float, rest: float) -> None:
+    def observe(  # noqa: B027 (optional)
+        self, drafted: Sequence[int], accepted: Sequence[int], scored: int, draft: float, rest: float
+    ) -> None:
         """A step: drafted depth and accepted tokens of each row, tokens scored, seconds of drafting and of the rest."""
 
 

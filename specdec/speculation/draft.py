@@ -194,7 +194,7 @@ class Drafter(ABC):
         """Keep only ``rows`` of the batch."""
 
 
-class Verifier:
+class Verifier(ABC):
     """Decides how much of a draft is accepted. A rule is a function of the draft and the target's choices.
 
     name; label: the name with the rule's settings. lossless: whether the output is what plain decoding returns.
@@ -214,13 +214,13 @@ class Verifier:
     def label(self) -> str:
         return self.name
 
+    @abstractmethod
     def verify(self, draft: Draft, chosen: list[list[int]], p: Tensor | None) -> Acceptance:
         """Accept a path of ``draft`` for each row.
 
         chosen: [B][1 + M], the token that the target chooses after each block token (-1: its logits are not finite).
         p: [B, 1 + M, V], the target's distributions; None if the rule does not need them, or in greedy decoding.
         """
-        raise NotImplementedError
 
 
 class DrafterWarning(SpecDecWarning):
