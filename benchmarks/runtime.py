@@ -64,7 +64,7 @@ def own_step(target: Target, prompt: torch.Tensor, rows: int) -> Step:
         part = prompt[:, start : start + 512]
         positions = torch.arange(start, start + part.shape[1])[None]
         target.layers(target.embed(part, positions), 0, count, Pass(positions, cache.mask(0, positions), cache))
-        cache.keep([list(range(part.shape[1]))])
+        cache.commit([list(range(part.shape[1]))])
     ids, positions = prompt[:, :rows], torch.arange(n, n + rows)[None]
 
     def step() -> torch.Tensor:

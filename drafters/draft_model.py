@@ -107,7 +107,7 @@ class DraftModelDrafter(ChainDrafter):
             for fed, n, row in zip(self.fed, cache.rows, ids, strict=True)
         ]
         if any(accepted):
-            cache.keep([list(range(n)) for n in accepted])
+            cache.commit([list(range(n)) for n in accepted])
         else:
             cache.trim(cache.lengths[0] - cache.committed)
         last = self.own.vocab_size - 1  # padding of the target's embedding may lie beyond it

@@ -30,7 +30,7 @@ def contents(cache: KVCache, layer: int, row: int) -> list[int]:
 def test_trim_touches_only_its_layers_and_never_committed_slots() -> None:
     cache = KVCache(3, 1, block=4)
     fill(cache, [[1, 2, 3]])
-    cache.keep([[0, 1, 2]])
+    cache.commit([[0, 1, 2]])
     fill(cache, [[7, 8]], 1, 2)
     assert cache.lengths == [3, 5, 3]
     cache.trim(2, 1, 2)
@@ -45,7 +45,7 @@ def test_keep_compacts_a_tree_path_and_growth_keeps_contents() -> None:
     for step in range(5):
         tokens = [10 * step + i for i in range(4)]
         fill(cache, [tokens])
-        cache.keep([[0, 3]])
+        cache.commit([[0, 3]])
         expected += [tokens[0], tokens[3]]
     for layer in range(3):
         assert contents(cache, layer, 0) == expected
@@ -54,9 +54,9 @@ def test_keep_compacts_a_tree_path_and_growth_keeps_contents() -> None:
 def test_ragged_rows_are_left_packed_and_their_holes_are_hidden() -> None:
     cache = KVCache(3, 2, block=4)
     fill(cache, [[1, 2, 3], [4, 5, 6]])
-    cache.keep([[0, 1, 2], [0]])
+    cache.commit([[0, 1, 2], [0]])
     fill(cache, [[7, 8], [9, 10]])
-    cache.keep([[0], [0, 1]])
+    cache.commit([[0], [0, 1]])
     assert contents(cache, 2, 0) == [1, 2, 3, 7] and contents(cache, 2, 1) == [4, 9, 10]
     visible = cache.mask(0, torch.tensor([[4], [3]])).bool_mask()
     assert visible is not None
@@ -68,7 +68,7 @@ def test_ragged_rows_are_left_packed_and_their_holes_are_hidden() -> None:
 def test_mask_follows_tree_and_window() -> None:
     cache = KVCache(1, 1, block=8)
     fill(cache, [[1, 2, 3]], 0, 1)
-    cache.keep([[0, 1, 2]])
+    cache.commit([[0, 1, 2]])
     tree = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 0, 1]], dtype=torch.bool)
     mask = cache.mask(0, torch.tensor([[3, 4, 4]]), tree)
     full, near = mask.bool_mask(), mask.bool_mask(2)
@@ -80,7 +80,7 @@ def test_mask_follows_tree_and_window() -> None:
 def test_a_single_token_after_an_even_batch_needs_no_mask_until_the_window_bites() -> None:
     cache = KVCache(1, 1)
     fill(cache, [[1, 2, 3]], 0, 1)
-    cache.keep([[0, 1, 2]])
+    cache.commit([[0, 1, 2]])
     mask = cache.mask(0, torch.tensor([[3]]))
     assert mask.bool_mask() is None and mask.bool_mask(4) is None and mask.bool_mask(3) is not None
 
@@ -105,16 +105,16 @@ def test_rows_come_and_go_in_the_room_of_one_buffer() -> None:
 
     cache, guests = KVCache(3, 4, block=4), KVCache(3, 2, block=4)
     write(cache, [[1, 2, 3], [4, 5, 6], [7, 8, 9], [10, 11, 12]])
-    cache.keep([[0, 1, 2], [0], [0, 1], [0]])
+    cache.commit([[0, 1, 2], [0], [0, 1], [0]])
     room = cache.whole
     cache.select([0, 3])  # the last takes the place of one that ended
     assert [contents(cache, 1, b) for b in range(2)] == [[1, 2, 3], [10]] and cache.whole is room
     write(guests, [[13, 14], [15, 16]])
-    guests.keep([[0, 1], [0]])
+    guests.commit([[0, 1], [0]])
     cache.join(guests)
     assert cache.whole is room and cache.rows == [3, 1, 2, 1]
     write(cache, [[17], [18], [19], [20]])
-    cache.keep([[0]] * 4)
+    cache.commit([[0]] * 4)
     expected = [[1, 2, 3, 17], [10, 18], [13, 14, 19], [15, 20]]
     for layer in range(3):
         assert [contents(cache, layer, b) for b in range(4)] == expected

@@ -52,7 +52,7 @@ def play(target: Target) -> list[torch.Tensor]:
         x = target.layers(x, 3, 4, Pass(positions, mask, cache, taps))
         logits = target.readout(x)
         out.extend(t[b, path] for t in (taps[cut], taps[4], logits) for b, path in enumerate(paths))
-        cache.keep(paths)
+        cache.commit(paths)
         rows = torch.tensor(cache.rows)[:, None]
 
     run(list(range(9)), [list(range(9)), list(range(6))])  # row 1 gets three holes

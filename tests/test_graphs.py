@@ -114,7 +114,7 @@ def test_passes_are_recorded_once_for_each_row_count_and_again_when_the_cache_gr
                 target.embed(ids[:, a:b], positions), 0, 4, Pass(positions, cache.mask(0, positions), cache)
             )
             out.append(target.readout(x))
-            cache.keep([list(range(b - a))])
+            cache.commit([list(range(b - a))])
         return torch.cat(out, 1)
 
     Replay.recorded = 0

@@ -244,7 +244,7 @@ def test_heads_learn_exactly_what_the_drafter_drafts() -> None:
         taps, mask = {4: torch.empty(0)}, cache.mask(0, positions)
         x = target.embed(torch.tensor([ids[: length - 1]]), positions)
         target.layers(x, 0, 4, Pass(positions, mask, cache, taps))
-        cache.keep([list(range(length - 1))])
+        cache.commit([list(range(length - 1))])
         drafter.observe([list(range(length - 1))], taps)
         state = State(target, cache, None, [ids[:length]])  # type: ignore[arg-type]
         root = length - 1 - rows[0][1]

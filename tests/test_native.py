@@ -70,7 +70,7 @@ def passes(target: Target, ids: torch.Tensor, ends: list[int]) -> torch.Tensor:
         x = target.embed(ids[:, start:end], positions)
         x = target.layers(x, 0, 2, Pass(positions, cache.mask(0, positions), cache))
         out.append(target.readout(target.layers(x, 2, 4, Pass(positions, cache.mask(2, positions), cache))))
-        cache.keep([list(range(end - start))])
+        cache.commit([list(range(end - start))])
         start = end
     return torch.cat(out, 1)
 
@@ -89,7 +89,7 @@ def test_a_token_does_not_depend_on_what_is_scored_with_it(family: str) -> None:
     positions, cache = torch.arange(20).expand(2, -1), target.new_cache(2)
     x = target.layers(target.embed(batch, positions), 0, 4, Pass(positions, cache.mask(0, positions), cache))
     assert torch.equal(target.readout(x)[0], single[0, :20])
-    cache.keep([list(range(20)), list(range(7))])
+    cache.commit([list(range(20)), list(range(7))])
     tree = torch.zeros(6, 6, dtype=torch.bool)
     for node, ancestors in enumerate(([0], [0, 1], [0, 2], [0, 1, 3], [0, 2, 4], [0, 2, 4, 5])):
         tree[node, ancestors] = True
@@ -99,7 +99,7 @@ def test_a_token_does_not_depend_on_what_is_scored_with_it(family: str) -> None:
     positions = torch.tensor([[20], [7]]) + offsets
     x = target.layers(target.embed(tokens, positions), 0, 4, Pass(positions, cache.mask(0, positions, tree), cache))
     assert torch.equal(target.readout(x)[0, [0, 2, 4, 5]], single[0, 20:24])
-    cache.keep([[0, 2, 4, 5], [0]])
+    cache.commit([[0, 2, 4, 5], [0]])
     positions = torch.tensor([[24], [8]])
     x = target.layers(
         target.embed(tokens[:, :1] * 0 + ids[0, 24], positions), 0, 4, Pass(positions, cache.mask(0, positions), cache)
@@ -251,7 +251,7 @@ def test_trees_grow_in_one_call_as_they_do_in_parts(
     taps = {1: torch.empty(0), 3: torch.empty(0)}
     mask = cache.mask(0, positions)
     final = target.layers(target.embed(ids, positions), 0, 4, Pass(positions, mask, cache, taps))
-    cache.keep([list(range(21))])
+    cache.commit([list(range(21))])
     seed = tree_drafting.Seed(5, 21, final, list(taps.values()), place=20)
     total = same = 0
     for number in range(4):
@@ -291,7 +291,7 @@ def test_trees_grow_alike_in_a_team_that_is_smaller_than_asked_for(monkeypatch: 
     target, ids, positions = NativeTarget(model_of("llama")), torch.tensor([[5, 6, 7]]), torch.arange(3)[None]
     cache, taps = target.new_cache(), {1: torch.empty(0), 3: torch.empty(0)}
     final = target.layers(target.embed(ids, positions), 0, 4, Pass(positions, cache.mask(0, positions), cache, taps))
-    cache.keep([[0, 1, 2]])
+    cache.commit([[0, 1, 2]])
     seed = tree_drafting.Seed(5, 3, final, list(taps.values()), place=2)
     torch.manual_seed(1)
     route = random_route(target, heads=2)

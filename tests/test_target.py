@@ -30,7 +30,7 @@ def test_pieces_equal_the_whole(family: str) -> None:
         x = target.layers(target.embed(ids[:, a:b], part), 0, 3, Pass(part, cache.mask(0, part), cache))
         x = target.layers(x, 3, 4, Pass(part, cache.mask(3, part), cache))
         outs.append(target.readout(x))
-        cache.keep([list(range(b - a))] * 2)
+        cache.commit([list(range(b - a))] * 2)
     assert torch.allclose(torch.cat(outs, 1), model(ids).logits, atol=2e-5, rtol=1e-5)
     assert list(model.state_dict()) == state_keys  # the model's own module tree is untouched
 
@@ -47,7 +47,7 @@ def test_every_tree_branch_equals_its_own_sequence(family: str) -> None:
     target.layers(
         target.embed(torch.tensor([prompt]), positions), 0, 4, Pass(positions, cache.mask(0, positions), cache)
     )
-    cache.keep([list(range(7))])
+    cache.commit([list(range(7))])
     positions = 7 + torch.tensor([draft.depths()])
     x = target.embed(torch.tensor([block]), positions)
     x = target.layers(x, 0, 4, Pass(positions, cache.mask(0, positions, draft.ancestors()), cache))

@@ -83,7 +83,7 @@ def drafted(network: M2R2, target: Target, ids: list[int], count: int, sure: flo
     target.layers(
         target.embed(torch.tensor([ids[:-1]]), positions), 0, target.num_layers, Pass(positions, mask, cache, taps)
     )
-    cache.keep([list(range(old))])
+    cache.commit([list(range(old))])
     drafter.observe([list(range(old))], taps)
     state = State(target, cache, Sampler(SamplingParams(temperature=0)), [ids])
     return drafter.propose(state, count).tokens[0].tolist()

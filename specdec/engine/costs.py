@@ -103,7 +103,7 @@ def time_scoring(target: Target, repeats: int = 5) -> dict[int, float]:
     ids = torch.arange(context + max(ROWS), device=target.device)[None] % target.vocab_size
     positions = torch.arange(ids.shape[1], device=target.device)[None]
     _pass(target, ids[:, :context], positions[:, :context], cache)
-    cache.keep([list(range(context))])
+    cache.commit([list(range(context))])
     seconds: dict[int, list[float]] = {n: [] for n in ROWS}
     for repeat in range(repeats + 1):
         for n in ROWS:

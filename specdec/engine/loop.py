@@ -141,7 +141,7 @@ class Loop:
         self.ledger.mark("score")
         accepted = self.verifier.verify(draft, scores.chosen, scores.p)
         self.ledger.mark("accept")
-        self.state.cache.keep(accepted.paths)
+        self.state.cache.commit(accepted.paths)
         self._observe(accepted.paths, scores.taps)
         self._count(draft, accepted)
         self.ledger.mark("commit")

@@ -1,8 +1,8 @@
-"""Key/value cache with rollback: append, trim, keep a path, select rows.
+"""Key/value cache with rollback: append, trim, commit a path, select rows.
 
 Slots are shared by all layers: slot ``s`` holds the same token everywhere, but layers may be filled to different
 lengths while a draft is under way (early layers run ahead of late ones). Slots below ``committed`` are final; those
-above belong to the draft and are dropped or compacted by ``keep``. Rows may have different lengths: a shorter row has
+above belong to the draft and are dropped or compacted by ``commit``. Rows may have different lengths: a shorter row has
 holes (position -1) that no query sees. Knows nothing about models, tokens or acceptance.
 """
 
@@ -205,7 +205,7 @@ class KVCache:
         """Drop everything that is not committed, in all layers."""
         self.lengths = [self.committed] * len(self.lengths)
 
-    def keep(self, paths: Sequence[Sequence[int]]) -> None:
+    def commit(self, paths: Sequence[Sequence[int]]) -> None:
         """Commit, for each row, the uncommitted slots listed in ``paths`` (ascending indices), and drop the others.
 
         All layers must have run the whole block. Kept slots are compacted to follow the row's committed ones.

@@ -60,7 +60,7 @@ def check_logits(target: Target) -> float:
             x, mask = target.embed(ids[:, a:b], part), cache.mask(0, part)
             x = target.layers(x, 0, half, Pass(part, mask, cache))
             ours.append(target.readout(target.layers(x, half, target.num_layers, Pass(part, mask, cache))))
-            cache.keep([list(range(b - a))])
+            cache.commit([list(range(b - a))])
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
         raise SpecDecError(
             f"model type '{kind}' is not supported: its layers do not run one by one ({error})"

@@ -42,6 +42,6 @@ def prefill(
             if n and start + n == lengths[b]:
                 last[b] = x[b, n - 1]
         paths = [list(range(n)) for n in counts]
-        cache.keep(paths)
+        cache.commit(paths)
         observe(paths, tapped)
     return torch.stack(last)[:, None]
