@@ -20,7 +20,7 @@ from specdec.engine.depth import DepthPolicy
 from specdec.engine.metrics import Ledger, RequestMetrics
 from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.prefill import prefill
-from specdec.runtimes.target import Target
+from specdec.runtimes.target import Target, largest
 from specdec.speculation.draft import (
     Acceptance,
     Draft,
@@ -189,11 +189,14 @@ class Loop:
             logits = target.readout(x)  # (B, 1 + M - filled, V)
             if tapped:
                 taps[target.num_layers + 1] = logits
-            scores = state.sampler.scores(logits, lambda: _prefixes(state.ids, draft, filled))
-            after = [[len(ids) + depth for depth in draft.depths()[filled:]] for ids in state.ids]
-            *read, chosen = download(*unread, state.sampler.choose(scores, after))  # [B][M], [B][1 + M - filled]
-            if self.verifier.needs_probabilities and not greedy:
-                p = scores.softmax(-1)
+            if greedy:
+                tokens = largest(logits)
+            else:
+                scores = state.sampler.scores(logits, lambda: _prefixes(state.ids, draft, filled))
+                after = [[len(ids) + depth for depth in draft.depths()[filled:]] for ids in state.ids]
+                tokens = state.sampler.choose(scores, after)
+                p = scores.softmax(-1) if self.verifier.needs_probabilities else None
+            *read, chosen = download(*unread, tokens)  # [B][M], [B][1 + M - filled]
         if read:
             draft.listed = read[0]
             if fault := check_tokens(read[0], cache.batch, len(draft.parents), target.vocab_size):

@@ -33,6 +33,13 @@ def lock_of(model: nn.Module) -> Any:
         return _locks.setdefault(model, threading.RLock())
 
 
+def largest(logits: Tensor) -> Tensor:
+    """Logits [B, T, V] -> int64 [B, T]: the first of the largest, or -1 where they are not finite."""
+    best = linear_maps.argmax(logits)
+    finite = logits.gather(-1, best[..., None])[..., 0].isfinite()
+    return best.masked_fill(~finite, -1)
+
+
 class Target(ABC):
     """A causal language model with N layers, run in pieces.
 
@@ -100,10 +107,7 @@ class Target(ABC):
         -1 where the logits are not finite. Before it come the lists of ``beside``, int64 [B, n] each: the device is
         read once.
         """
-        logits = self.readout(x)
-        best = linear_maps.argmax(logits)
-        finite = logits.gather(-1, best[..., None])[..., 0].isfinite()
-        return download(*beside, best.masked_fill(~finite, -1))
+        return download(*beside, largest(self.readout(x)))
 
     def grow(self, cache: KVCache, seed: Seed, path: DraftPath, bounds: Bounds) -> Candidates:
         """Draft a tree along ``path`` from ``seed``, for the one row of ``cache``, which is left as it was."""
