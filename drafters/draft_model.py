@@ -51,7 +51,7 @@ class DraftModelDrafter(ChainDrafter):
 
     @classmethod
     def load(cls, target: Target, source: str | None = None, **given: Any) -> DraftModelDrafter:
-        """Load the draft model: ``source``, or the option ``model``, is whatever ``hub.load`` takes."""
+        """Load the draft model: ``source``, or the option ``model``, is whatever ``loading.load`` takes."""
         options.check(cls.name, given, ("model", *SHAPE))
         model = given.get("model", source)
         if not isinstance(model, str) or not model:

@@ -161,7 +161,7 @@ def greedy() -> str:
 
 @pytest.fixture
 def answers(greedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A file of the tiny model's answers; ``hub.load`` returns that model."""
+    """A file of the tiny model's answers; ``loading.load`` returns that model."""
     model = tiny_model("llama", eos_token_id=None)
     monkeypatch.setattr(loading, "load", lambda *args, **kwargs: (model, Tokens()))
     (tmp_path / "answers.jsonl").write_text(greedy)

@@ -122,7 +122,7 @@ class SpecDecoder:
         its depth of drafts (``tuned``).
         device: "auto" is the first CUDA device that can compute, else the CPU; the CPU, too, for what runs there alone
         (the native runtime, weights in int8 or int4). ``device`` says which it is.
-        dtype: as ``hub.load``.
+        dtype: as ``loading.load``.
         experts: as in the constructor; those of a safetensors checkpoint are then never in memory all at once, and
         after ``close`` they are in the checkpoint only. ``more`` goes to the constructor. Raises SpecDecError with the
         reason if anything is missing or unfit.

@@ -82,6 +82,7 @@ class Loop:
             drafter.start(len(prompts))
 
     def steps(self) -> Iterator[list[tuple[int, list[int]]]]:
+        """Prefill, then step until every row has ended."""
         self.ledger.restart()
         yield self._commit(self._prefill(), prefill=True)
         while self.rows and self.fault is None:
@@ -96,13 +97,12 @@ class Loop:
 
         They are numbered after those there are. For drafters that keep nothing per row (``stateless``).
         """
-        assert self.drafter is None or self.drafter.stateless, "this drafter's rows begin together"
+        assert self.drafter is not None and self.drafter.stateless, "this drafter's rows begin together"
         first, state = len(self.metrics), self.state
 
         def stop(row: int, token: int) -> str | None:
             return self.stop(first + row, token)
 
-        assert self.drafter is not None
         guests = Loop(self.target, self.drafter, self.verifier, sampler, prompts, limits, stop, self.policy)
         events = guests._commit(guests._prefill(), prefill=True)
         self.limits, self.metrics = self.limits + limits, self.metrics + guests.metrics

@@ -1,7 +1,7 @@
 """The fused runtime: a direct decode loop for Llama-like families, much faster than the reference runtime.
 
 Query, key and value weights are one product, and so are gate and up; rotary tables and masks are made once per call;
-grouped query heads become rows of their key head; linear maps have one of the weight formats of ``kernels``. The
+grouped query heads become rows of their key head; linear maps have one of the weight formats of ``linear_maps``. The
 Hugging Face model stays usable: its parameters are views of the fused weights. Checked against the model's own forward
 on load. Knows nothing about drafting, and no families but those in ``FAMILIES``.
 
