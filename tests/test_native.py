@@ -128,12 +128,12 @@ def published(bits: int, out: int, inputs: int) -> torch.Tensor:
 def test_storage_in_fewer_bits_is_used_where_it_is_exact(bits: int, kind: int) -> None:
     torch.manual_seed(6)
     weight, bias, x = published(bits, 48, 128), torch.randn(48).bfloat16(), torch.randn(19, 128).bfloat16()
-    few, dense = linear.Packed(weight, bias, (kind,)), linear.Packed(weight, bias)
-    assert (few.kind, dense.kind) == (kind, library.BF16)
+    few, dense = linear.Packed([weight], bias, (kind,)), linear.Packed([weight], bias)
+    assert (few.parts[0].kind, dense.parts[0].kind) == (kind, library.BF16)
     assert torch.equal(few(x), dense(x))
     assert apart(dense(x).float(), x.float() @ weight.float().t() + bias.float()) < 1e-2
     weight[17] = torch.randn(128)
-    assert linear.Packed(weight, bias, (kind,)).kind == library.BF16
+    assert linear.Packed([weight], bias, (kind,)).parts[0].kind == library.BF16
 
 
 @torch.inference_mode()
@@ -196,12 +196,12 @@ def test_coarse_maps_are_within_their_bits_and_do_not_depend_on_other_rows(
     weight, bias, x = torch.randn(50, 192).bfloat16(), torch.randn(50).bfloat16(), torch.randn(rows, 192).bfloat16()
     asked = (library.I4, library.I8) if bits == 4 else (library.I8,)
     served = [kind for kind in asked if library.load().specdec_tile_bytes(kind)]
-    draft_only, dense = linear.Packed(weight, bias, draft_only=asked), linear.Packed(weight, bias)
-    assert draft_only.kind == (served[0] if served else library.BF16)
-    if draft_only.kind == asked[0]:
+    draft_only, dense = linear.Packed([weight], bias, draft_only=asked), linear.Packed([weight], bias)
+    assert draft_only.parts[0].kind == (served[0] if served else library.BF16)
+    if draft_only.parts[0].kind == asked[0]:
         assert least < apart(draft_only(x).float(), dense(x).float()) < most
     assert torch.equal(draft_only(x)[-1:], draft_only(x[-1:]))
-    assert linear.Packed(weight[:, :96], draft_only=asked).kind == library.BF16  # no multiple of 64
+    assert linear.Packed([weight[:, :96]], draft_only=asked).parts[0].kind == library.BF16  # no multiple of 64
 
 
 @torch.inference_mode()
@@ -215,7 +215,9 @@ def test_four_coarse_bits_hold_what_four_bits_can() -> None:
     weight = (codes * torch.tensor([0.5, 0.03125]).view(2, 1)).view(40, 128).bfloat16()
     x = torch.randint(-127, 128, (7, 128)).bfloat16()
     x[:, 0] = 127  # a token's scale is 1
-    assert torch.equal(linear.Packed(weight, draft_only=(library.I4,))(x), (x.double() @ weight.double().T).bfloat16())
+    assert torch.equal(
+        linear.Packed([weight], draft_only=(library.I4,))(x), (x.double() @ weight.double().T).bfloat16()
+    )
 
 
 @pytest.mark.parametrize(("family", "t"), [("llama", 1), ("qwen2", 4), ("phi3", 20)])
@@ -346,7 +348,7 @@ def test_the_largest_output_is_found_without_the_outputs(rows: int, monkeypatch:
     weight[1002] = 3 * weight[1002]
     x = torch.randn(rows, 64).bfloat16()
     x[-1] = float("nan") if rows > 1 else x[-1]
-    packed, threads = linear.Packed(weight), torch.get_num_threads()
+    packed, threads = linear.Packed([weight]), torch.get_num_threads()
     expected = linear.argmax(packed(x, norm, 1e-5))
     assert expected.max() < 500 or 1002 in expected
     try:

@@ -201,26 +201,28 @@ def test_weights_that_are_packed_at_once_do_not_overlap(monkeypatch: pytest.Monk
 
         def specdec_pack(self, *arguments: Any) -> int:
             if threading.current_thread() is threading.main_thread():
-                thread = threading.Thread(target=lambda: packed.append(linear.Packed(weights[1], kinds=(library.Q4,))))
+                thread = threading.Thread(
+                    target=lambda: packed.append(linear.Packed([weights[1]], kinds=(library.Q4,)))
+                )
                 thread.start()
                 thread.join(60)
             return int(kernels.specdec_pack(*arguments))
 
     monkeypatch.setattr(library, "load", Slow)
-    packed.append(linear.Packed(weights[0]))
+    packed.append(linear.Packed([weights[0]]))
     for mine, weight in zip(packed, reversed(weights), strict=True):
         assert torch.allclose(mine(x).float(), x.float() @ weight.float().T, rtol=0.02, atol=0.1)
-    begins = sorted((each.tiles.data_ptr(), each.tiles.numel()) for each in packed)
+    begins = sorted((each.tiles[0].data_ptr(), each.nbytes) for each in packed)
     assert begins[0][0] + begins[0][1] <= begins[1][0]
 
 
 @needs_native
 def test_memory_that_a_storage_did_not_fit_is_used_again() -> None:
     torch.manual_seed(1)
-    linear.Packed(torch.randn(32, 64).bfloat16())
+    linear.Packed([torch.randn(32, 64).bfloat16()])
     used = linear._arena.used
-    packed = linear.Packed(torch.randn(32, 64).bfloat16(), kinds=(library.Q4, library.Q8))
-    assert packed.kind == library.BF16 and linear._arena.used == used + packed.tiles.numel()
+    packed = linear.Packed([torch.randn(32, 64).bfloat16()], kinds=(library.Q4, library.Q8))
+    assert packed.kinds == {library.BF16} and linear._arena.used == used + packed.nbytes
 
 
 @pytest.mark.parametrize("runtime", [pytest.param("native", marks=needs_native), "fused", "reference"])

@@ -197,8 +197,8 @@ static void run_layer(Pass *p, int index, uint32_t *normed, float *scores, uint8
         for (int t = from; t < to; t++) {
             const uint32_t *x = from_block(&layer->gate_up, input, b0);
             const uint32_t *low_x = low && low[2].ks ? p->ranked[0] + (int64_t)b0 * low[2].down.out * 8 : NULL;
-            product(&layer->gate_up, LOW(2), 2 * t, x, low_x, tokens, gate);
-            product(&layer->gate_up, LOW(2), 2 * t + 1, x, low_x, tokens, sums);
+            product(&layer->gate_up, LOW(2), t, x, low_x, tokens, gate);
+            product(&layer->gate_up, LOW(2), m->inner / 16 + t, x, low_x, tokens, sums);
             for (int b = 0; b < blocks; b++) {
                 uint32_t *inner = p->inner + ((int64_t)(b0 + b) * m->inner + 16 * t) * 8;
                 F act[16];

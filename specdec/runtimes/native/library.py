@@ -21,10 +21,14 @@ BF16, Q8, Q4, I8, I4 = range(5)  # as in native.h
 POINTER, INT = ctypes.c_void_p, ctypes.c_int32
 
 
+class Part(ctypes.Structure):
+    _fields_ = (("kind", INT), ("end", INT), ("tiles", POINTER))
+
+
 class Map(ctypes.Structure):
     _fields_ = (
-        *((name, INT) for name in ("kind", "out", "inp", "unused")),
-        *((name, POINTER) for name in ("tiles", "bias", "scale")),
+        *((name, INT) for name in ("kind", "out", "inp", "count")),
+        *((name, POINTER) for name in ("parts", "bias", "scale")),
     )
 
 

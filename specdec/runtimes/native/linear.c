@@ -6,21 +6,22 @@
  * block on that `x` begins with, in the layout that `input_of` makes; bias added. */
 void product(const Map *map, const LowRank *low, int t, const uint32_t *x, const uint32_t *down_x, int tokens,
                     float *sums) {
-    int count = map->in / 32, blocks = (tokens + 15) / 16;
-    Side a = {map->tiles + TILE_BYTES[map->kind] * (int64_t)count * t, (const uint8_t *)x, TILE_BYTES[map->kind],
-              2 * (int64_t)map->in, block_bytes(map), count};
+    int blocks = (tokens + 15) / 16, first = 0;
+    const Part *part = map->parts;
+    for (; t >= part->end; part++) first = part->end;
+    Side a = {NULL, (const uint8_t *)x, TILE_BYTES[part->kind], map->kind >= I8 ? map->in : 2 * (int64_t)map->in, block_bytes(map),
+              map->in / (map->kind >= I8 ? 64 : 32)};
     Side b = {NULL, NULL, 1024, 0, 0, 0};
+    a.tiles = part->tiles + a.step * a.count * (t - first);
     if (low && low->first[t] >= 0) {
         b.count = low->ks, b.stride = 2 * (int64_t)low->down.out, b.block = 16 * b.stride;
         b.tiles = low->up + 1024 * (int64_t)low->ks * t;
         b.x = (const uint8_t *)down_x + (has_amx ? 1024 : 64) * (int64_t)low->first[t];
     }
-    if (map->kind >= I8) {
-        a.count = map->in / 64, a.tiles = map->tiles + a.step * a.count * t, a.stride = map->in;
-        if (has_amx) amx_int8_product(&a, tokens, map->scale + 16 * t, sums);
-        else row_int8_product(map->kind, &a, tokens, map->scale + 16 * t, sums);
-    } else if (has_amx) amx_product(map->kind, &a, &b, blocks, sums);
-    else row_product(map->kind, &a, &b, tokens, sums);
+    if (map->kind >= I8 && has_amx) amx_int8_product(&a, tokens, map->scale + 16 * t, sums);
+    else if (map->kind >= I8) row_int8_product(map->kind, &a, tokens, map->scale + 16 * t, sums);
+    else if (has_amx) amx_product(part->kind, &a, &b, blocks, sums);
+    else row_product(part->kind, &a, &b, tokens, sums);
     if (map->bias)
         for (int b = 0; b < blocks; b++)
             for (int o = 0; o < 16; o++) {

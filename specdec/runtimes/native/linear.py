@@ -13,7 +13,7 @@ from torch import Tensor
 from specdec.base import cores
 from specdec.base.errors import SpecDecError
 from specdec.runtimes.native import library
-from specdec.runtimes.native.library import BF16, I4, POINTER, Map, done, pointer, runs
+from specdec.runtimes.native.library import BF16, I4, POINTER, Map, Part, done, pointer, runs
 
 
 class _Arena:
@@ -51,47 +51,55 @@ _arena = _Arena()
 
 
 class Packed:
-    """A linear map ``x W.T + bias`` in tiles. weight: bf16 [out, in]; kinds: formats to try, in order, before bf16.
+    """A linear map ``x W.T + bias`` in tiles. weights: bf16 [out_i, in], one on another; kinds: formats to try for
+    each, in order, before bf16.
 
-    rounding: the first of ``kinds`` is used even if it is not exact; ``weight`` is then rounded in place.
-    draft_only: for drafts, which need not be exact: ``(I8,)`` or ``(I4, I8)``, tried in order before all else. Weights
-        are rounded to 8 or 4 bits, and what they are multiplied with to 8, where this CPU gains by such products.
-    Raises SpecDecError if ``in`` is not a multiple of 32.
+    rounding: the first of ``kinds`` is used even if it is not exact; the weights are then rounded in place.
+    draft_only: for drafts, which need not be exact: ``(I8,)`` or ``(I4, I8)``, tried in order before all else, for one
+        weight. It is rounded to 8 or 4 bits, and what it is multiplied with to 8, where this CPU gains by that.
+    Raises SpecDecError if ``in`` is not a multiple of 32, or the outputs of any weight but the last one of 16.
     """
 
     def __init__(
         self,
-        weight: Tensor,
+        weights: Sequence[Tensor],
         bias: Tensor | None = None,
         kinds: Sequence[int] = (),
         rounding: bool = False,
         draft_only: Sequence[int] = (),
     ) -> None:
-        lib, (out, inp) = library.load(), weight.shape
-        if inp % 32:
-            raise SpecDecError(f"the native runtime takes linear maps of multiples of 32 inputs; one has {inp}")
-        weight = weight.detach()
-        source = weight.contiguous()
-        columns, self.width, self.inp = inp // 32, out, inp
-        workers, scale = cores.threads(), None
-        served = [kind for kind in draft_only if lib.specdec_tile_bytes(kind) and not inp % 64]
-        if served:
-            kind, scale = served[0], torch.empty(-(-out // 16) * 16)
-            tiles = _arena.take(-(-out // 16) * (columns // 2) * lib.specdec_tile_bytes(kind))
-            pack = lib.specdec_pack_i4 if kind == I4 else lib.specdec_pack_i8
-            pack(source.data_ptr(), out, inp, tiles.data_ptr(), scale.data_ptr(), workers)
-        else:
-            for kind in (*kinds, BF16):
-                tiles = _arena.take(-(-out // 16) * columns * lib.specdec_tile_bytes(kind))
-                if lib.specdec_pack(kind, rounding, source.data_ptr(), out, inp, tiles.data_ptr(), workers):
-                    break
-                _arena.give_back(tiles)
-        if rounding and source is not weight:
-            weight.copy_(source)
-        self.kind, self.tiles = kind, tiles
-        self.bias = None if bias is None else F.pad(bias.detach().float(), (0, -out % 16)).contiguous()
-        self.scale = scale
-        self.struct = Map(kind, -(-out // 16) * 16, inp, 0, tiles.data_ptr(), pointer(self.bias), pointer(scale))
+        lib = library.load()
+        self.inp, self.width = weights[0].shape[1], sum(weight.shape[0] for weight in weights)
+        if self.inp % 32 or any(weight.shape[0] % 16 for weight in weights[:-1]):
+            raise SpecDecError(
+                "the native runtime takes linear maps of multiples of 16 outputs and 32 inputs; one has "
+                f"{weights[0].shape[0]} and {self.inp}"
+            )
+        served = [kind for kind in draft_only if lib.specdec_tile_bytes(kind) and not self.inp % 64]
+        self.tiles, self.scale, end = list[Tensor](), None, 0
+        self.parts = (Part * len(weights))()
+        for part, weight in zip(self.parts, weights, strict=True):
+            if served:
+                self.scale = torch.empty(-(-self.width // 16) * 16)
+                kind, tiles = served[0], _draft_tiles(served[0], weight, self.scale)
+            else:
+                kind, tiles = _tiles(weight, (*kinds, BF16), rounding)
+            end += -(-weight.shape[0] // 16)
+            part.kind, part.end, part.tiles = kind, end, tiles.data_ptr()
+            self.tiles.append(tiles)
+        self.bias = None if bias is None else F.pad(bias.detach().float(), (0, -self.width % 16)).contiguous()
+        pointers = ctypes.addressof(self.parts), pointer(self.bias), pointer(self.scale)
+        self.struct = Map(self.parts[0].kind, 16 * end, self.inp, len(weights), *pointers)
+
+    @property
+    def kinds(self) -> set[int]:
+        """What its tiles are held in."""
+        return {part.kind for part in self.parts}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tiles."""
+        return sum(tiles.numel() for tiles in self.tiles)
 
     def __call__(self, x: Tensor, norm: Tensor | None = None, eps: float = 0.0) -> Tensor:
         """bf16 [..., in] -> [..., out]; with ``eps`` after an RMS norm with weight ``norm`` [in] (float32)."""
@@ -121,6 +129,30 @@ class Packed:
         done(
             library.load().specdec_linear(struct, weight, eps, sources, *sizes, out, best, self.width, cores.threads())
         )
+
+
+def _tiles(weight: Tensor, kinds: Sequence[int], rounding: bool) -> tuple[int, Tensor]:
+    """The first of ``kinds`` that holds bf16 ``weight`` exactly (with ``rounding``: the first), and its tiles."""
+    lib, (out, inp), weight = library.load(), weight.shape, weight.detach()
+    source = weight.contiguous()
+    for kind in kinds:
+        tiles = _arena.take(-(-out // 16) * (inp // 32) * lib.specdec_tile_bytes(kind))
+        if lib.specdec_pack(kind, rounding, source.data_ptr(), out, inp, tiles.data_ptr(), cores.threads()):
+            break
+        _arena.give_back(tiles)
+    if rounding and source is not weight:
+        weight.copy_(source)
+    return kind, tiles
+
+
+def _draft_tiles(kind: int, weight: Tensor, scale: Tensor) -> Tensor:
+    """bf16 ``weight`` [out, in] rounded to I8 or I4 tiles; ``scale`` [out] is filled in."""
+    lib, (out, inp) = library.load(), weight.shape
+    source = weight.detach().contiguous()
+    tiles = _arena.take(-(-out // 16) * (inp // 64) * lib.specdec_tile_bytes(kind))
+    pack = lib.specdec_pack_i4 if kind == I4 else lib.specdec_pack_i8
+    pack(source.data_ptr(), out, inp, tiles.data_ptr(), scale.data_ptr(), cores.threads())
+    return tiles
 
 
 def serves(weight: Tensor) -> bool:

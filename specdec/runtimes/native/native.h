@@ -52,9 +52,14 @@ typedef __m512 F;
 
 extern int has_amx, has_vnni;
 
+typedef struct {       /* rows of a map in one kind of tiles */
+    int32_t kind, end;    /* end: number of tiles of outputs in this part and those before it */
+    const uint8_t *tiles; /* [outputs / 16][in / 32] */
+} Part;
+
 typedef struct {       /* y = W x (+ bias) */
-    int32_t kind, out, in, unused; /* out: multiple of 16; in: multiple of 32 */
-    const uint8_t *tiles; /* [out / 16][in / 32] */
+    int32_t kind, out, in, count; /* kind: of the first part (I8 and I4 maps have one); out: multiple of 16; in: multiple of 32 */
+    const Part *parts;    /* [count] */
     const float *bias;    /* [out] or NULL */
     const float *scale;   /* I8: [out]; I4: what a row's products are too large by, [out] */
 } Map;
@@ -67,7 +72,7 @@ typedef struct {       /* low-rank terms beside a map: y += up (down x) */
 } LowRank;
 
 typedef struct {
-    Map qkv, out, gate_up, down; /* gate_up: tiles of gate and up alternate */
+    Map qkv, out, gate_up, down;
     const float *norm_in, *norm_mlp, *norm_q, *norm_k; /* norm_q, norm_k: per head, or NULL */
 } Layer;
 

@@ -107,7 +107,7 @@ class NativeTarget(ByParts):
         self._untapped = (POINTER * (self.num_layers + 1))()
         self._adapted: WeakKeyDictionary[Adapters, dict[int, Any]] = WeakKeyDictionary()
         self._coarse: WeakKeyDictionary[Adapters, dict[tuple[int, int], Any]] = WeakKeyDictionary()
-        kinds = {getattr(layer, slot).kind for layer in self._layers for slot in ("qkv", "out", "gate_up", "down")}
+        kinds = set().union(*(item.kinds for item in self._alive if isinstance(item, Packed)))
         self.storage = NAMES[kinds.pop()] if len(kinds) == 1 else "16 bits or less"
         if self.rounding:
             self.storage += ", rounded where they had to be"
@@ -162,7 +162,7 @@ class NativeTarget(ByParts):
     def bytes_read(self) -> int:
         """Bytes of weights that a pass reads: all layers' and the output head's, as they are stored."""
         packed = [item for item in self._alive if isinstance(item, Packed)]
-        return sum(item.tiles.numel() for item in (*packed, self.head(None)))
+        return sum(item.nbytes for item in (*packed, self.head(None)))
 
     def linears(self, layer: int) -> dict[str, tuple[int, int]]:
         with self.lock:
@@ -241,7 +241,7 @@ class NativeTarget(ByParts):
             if packed is None:
                 kinds = (Q4, Q8) if self.kinds else ()
                 draft_only = () if head is None else (I8,)
-                packed = self._heads[module] = Packed(module.weight, module.bias, kinds, draft_only=draft_only)
+                packed = self._heads[module] = Packed([module.weight], module.bias, kinds, draft_only=draft_only)
                 memory.release(module.weight.detach())
             if head is None:
                 self._readout = packed
@@ -254,23 +254,20 @@ class NativeTarget(ByParts):
 
     def _pack_layer(self, layer: Any, struct: Layer) -> None:
         for slot, pairs in llama_like.modules(layer).items():
-            weights = [module.weight.detach() for _, module in pairs]
+            # Copies where they will be rounded: in place, the changed pages would stay beside the file's.
+            weights = [
+                module.weight.detach().clone() if self.rounding else module.weight.detach() for _, module in pairs
+            ]
             biases = [module.bias for _, module in pairs]
-            # A copy where it will be rounded: in place, the changed pages would stay beside the file's.
-            weight = weights[0] if len(weights) == 1 and not self.rounding else torch.cat(weights)
             bias = None if biases[0] is None else torch.cat([b.detach() for b in biases])
-            if weight.shape[0] % 32:
+            if any(weight.shape[0] % 32 for weight in weights):
                 raise SpecDecError(
                     f"the native runtime takes multiples of 32 outputs; '{pairs[0][0]}' does not have them"
                 )
-            if slot == "gate_up":
-                weight, bias = _alternate(weight), None if bias is None else _alternate(bias)
-            packed = Packed(weight, bias, self.kinds, self.rounding)
+            packed = Packed(weights, bias, self.kinds, self.rounding)
             if self.rounding:  # the model is the base: it holds what was packed
-                rows = _parted(weight) if slot == "gate_up" else weight
-                parts = rows.split([w.shape[0] for w in weights])
-                memory.park([module.weight for _, module in pairs], parts, catalogue.cache_dir() / "parked")
-            memory.release(*weights, *(module.weight.detach() for _, module in pairs))
+                memory.park([module.weight for _, module in pairs], weights, catalogue.cache_dir() / "parked")
+            memory.release(*(module.weight.detach() for _, module in pairs))
             self._alive.append(packed)
             setattr(struct, slot, packed.struct)
         attention = layer.self_attn
@@ -318,9 +315,7 @@ class NativeTarget(ByParts):
                 down, up = (factor.detach().float() for factor in factors[path])
                 weight[start:stop] += up @ down
             bias = None if pairs[0][1].bias is None else torch.cat([module.bias.detach() for _, module in pairs])
-            if slot == "gate_up":
-                weight, bias = _alternate(weight), None if bias is None else _alternate(bias)
-            alive.append(Packed(weight.bfloat16(), bias, draft_only=(I4, I8)))
+            alive.append(Packed([weight.bfloat16()], bias, draft_only=(I4, I8)))
             setattr(struct, slot, alive[-1].struct)
             memory.release(*(module.weight.detach() for _, module in pairs))
         return alive
@@ -341,10 +336,8 @@ class NativeTarget(ByParts):
                 downs.append(F.pad(down.detach().bfloat16(), (0, 0, 0, rank - down.shape[0])))
                 ups[start:stop, : up.shape[1]] = up.detach()
                 first[start // 16 : stop // 16] = number * rank // 32
-            if slot == "gate_up":
-                ups, first = _alternate(ups), first.view(2, -1).t().contiguous().view(-1)
-            packed = Packed(torch.cat(downs)), Packed(ups)
-            structs[index] = LowRank(packed[0].struct, rank // 32, 0, first.data_ptr(), packed[1].tiles.data_ptr())
+            packed = Packed([torch.cat(downs)]), Packed([ups])
+            structs[index] = LowRank(packed[0].struct, rank // 32, 0, first.data_ptr(), packed[1].tiles[0].data_ptr())
             alive += [packed, first]
         return structs, alive
 
@@ -368,13 +361,3 @@ class NativeTarget(ByParts):
             visible = mask.bool_mask(window)
             mask.memo[key] = None if visible is None else visible.contiguous()
         return mask.memo[key]
-
-
-def _alternate(rows: Tensor) -> Tensor:
-    """Rows of gate, then of up -> 16 of gate, 16 of up, and so on."""
-    return rows.view(2, -1, 16, *rows.shape[1:]).transpose(0, 1).reshape(rows.shape)
-
-
-def _parted(rows: Tensor) -> Tensor:
-    """Inverse of ``_alternate``."""
-    return rows.view(-1, 2, 16, *rows.shape[1:]).transpose(0, 1).reshape(rows.shape)
