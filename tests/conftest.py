@@ -29,6 +29,7 @@ from specdec.base import inputs
 from specdec.engine.costs import Costs
 from specdec.models import catalogue, conversion
 from specdec.runtimes.experts.store import ExpertStore
+from specdec.runtimes.native import library
 from specdec.runtimes.target import Target
 from specdec.speculation.draft import Draft, Drafter, State, Verifier
 
@@ -153,6 +154,15 @@ def scripted_costs(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def llama() -> PreTrainedModel:
     return tiny_model("llama")
+
+
+@pytest.fixture(params=[2, 1], ids=["amx", "avx512"])
+def kernels(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Each set of kernels in turn, where this CPU has it."""
+    if library.load().specdec_open(request.param) < request.param:
+        pytest.skip("this CPU has no AMX")
+    yield
+    library.load().specdec_open(2)
 
 
 @pytest.fixture(scope="session")

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
-from collections.abc import Iterator
 
 import pytest
 import torch
 from conftest import tiny_model
 from test_fused import ROPES, adapted_pass, apart, play, random_adapters, rough_model
+from test_tiles import random_blocks
 
 from specdec.base import cores
 from specdec.base.errors import SpecDecError
+from specdec.models.blocks import BlockEmbedding, BlockLinear
 from specdec.runtimes import linear_maps, tree_drafting
 from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.native import library, linear
@@ -26,7 +28,7 @@ try:
 except SpecDecError as error:
     pytest.skip(str(error), allow_module_level=True)
 
-pytestmark = pytest.mark.usefixtures("two_threads")  # kernels share work among them
+pytestmark = pytest.mark.usefixtures("two_threads", "kernels")  # kernels share work among them
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32}
 PHI = {"hidden_size": 128, "intermediate_size": 96}  # its heads share the hidden size
 VARIANTS = [(family, {}) for family in FAMILIES] + [(f, {"rope_parameters": rope}) for f, rope in ROPES.items()]
@@ -34,14 +36,6 @@ VARIANTS = [(family, {}) for family in FAMILIES] + [(f, {"rope_parameters": rope
 
 def model_of(family: str, **changes: object) -> torch.nn.Module:
     return rough_model(family, **(PHI if family == "phi3" else SIZES), **changes).bfloat16()
-
-
-@pytest.fixture(params=[2, 1], ids=["amx", "avx512"], autouse=True)
-def level(request: pytest.FixtureRequest) -> Iterator[None]:
-    if library.load().specdec_open(request.param) < request.param:
-        pytest.skip("this CPU has no AMX")
-    yield
-    library.load().specdec_open(2)
 
 
 @pytest.mark.parametrize(("family", "changes"), VARIANTS)
@@ -107,47 +101,22 @@ def test_a_token_does_not_depend_on_what_is_scored_with_it(family: str) -> None:
     assert torch.equal(target.readout(x)[0], single[0, 24:25])
 
 
-def published(bits: int, out: int, inputs: int) -> torch.Tensor:
-    """bf16 weights as a checkpoint in Q4_1 or Q8_0 blocks has them, groups that are all zero or constant included."""
-    scale = (torch.rand(out, inputs // 32, 1) * 0.02 + 1e-3).half().float()
-    if bits == 8:
-        codes = torch.randint(-127, 128, (out, inputs // 32, 32))
-        codes[:, :, 3] = 127
-        weight = codes * scale
-    else:
-        codes = torch.randint(0, 16, (out, inputs // 32, 32))
-        codes[:, :, 5], codes[:, :, 9] = 0, 15
-        weight = codes * scale + (-7.3 * scale).half().float()
-        weight[0, 0] = (codes[0, 0] - 6) * 0.140625  # passes through zero exactly
-    weight[1, 0], weight[2, 0] = 0.0, 0.25
-    return weight.flatten(1).bfloat16()
-
-
-@pytest.mark.parametrize(("bits", "kind"), [(4, library.Q4), (8, library.Q8)])
 @torch.inference_mode()
-def test_storage_in_fewer_bits_is_used_where_it_is_exact(bits: int, kind: int) -> None:
-    torch.manual_seed(6)
-    weight, bias, x = published(bits, 48, 128), torch.randn(48).bfloat16(), torch.randn(19, 128).bfloat16()
-    few, dense = linear.Packed([weight], bias, (kind,)), linear.Packed([weight], bias)
-    assert (few.parts[0].kind, dense.parts[0].kind) == (kind, library.BF16)
-    assert torch.equal(few(x), dense(x))
-    assert apart(dense(x).float(), x.float() @ weight.float().t() + bias.float()) < 1e-2
-    weight[17] = torch.randn(128)
-    assert linear.Packed([weight], bias, (kind,)).parts[0].kind == library.BF16
-
-
-@torch.inference_mode()
-def test_a_published_four_bit_model_runs_in_four_bits_with_the_same_logits() -> None:
-    torch.manual_seed(7)
-    model = model_of("llama")
-    for name, parameter in model.named_parameters():
-        if name.endswith("proj.weight"):
-            parameter.copy_(published(4, *parameter.shape))
-    few, dense = NativeTarget(model), NativeTarget(model, "dense")
-    assert (few.storage, dense.storage) == ("4 bits", "16 bits")
-    assert all(torch.equal(a, b) for a, b in zip(play(few), play(dense), strict=True))
-    model.model.layers[2].mlp.down_proj.weight[0, 0] += 1
-    assert NativeTarget(model).storage == "16 bits or less"
+def test_a_model_in_blocks_gives_the_logits_of_its_bf16_values() -> None:
+    model, kinds = model_of("llama"), itertools.cycle(["Q4_1", "Q5_0", "Q8_0"])
+    dense = model_of("llama")
+    dense.load_state_dict(model.state_dict())
+    for name, module in [*model.named_modules()]:
+        if name.endswith("proj"):
+            blocks = random_blocks(next(kinds), *module.weight.shape)
+            model.set_submodule(name, BlockLinear(blocks, None, torch.bfloat16))
+            dense.get_submodule(name).weight.copy_(blocks.numbers())
+    model.model.embed_tokens = BlockEmbedding(random_blocks("Q4_0", 97, 64), torch.bfloat16)
+    dense.model.embed_tokens.weight.copy_(model.model.embed_tokens.weight)
+    few, whole = NativeTarget(model), NativeTarget(dense)
+    assert (few.storage, whole.storage) == ("4 and 5 and 8 bits", "16 bits")
+    assert few.bytes_read < 0.7 * whole.bytes_read
+    assert all(torch.equal(a, b) for a, b in zip(play(few), play(whole), strict=True))
 
 
 @pytest.mark.parametrize(("weights", "most"), [("int4", 0.15), ("int8", 0.01)])
@@ -195,7 +164,7 @@ def test_coarse_maps_are_within_their_bits_and_do_not_depend_on_other_rows(
     torch.manual_seed(12)
     weight, bias, x = torch.randn(50, 192).bfloat16(), torch.randn(50).bfloat16(), torch.randn(rows, 192).bfloat16()
     asked = (library.I4, library.I8) if bits == 4 else (library.I8,)
-    served = [kind for kind in asked if library.load().specdec_tile_bytes(kind)]
+    served = [kind for kind in asked if library.load().specdec_tiles_bytes(kind, 1)]
     draft_only, dense = linear.Packed([weight], bias, draft_only=asked), linear.Packed([weight], bias)
     assert draft_only.parts[0].kind == (served[0] if served else library.BF16)
     if draft_only.parts[0].kind == asked[0]:
@@ -207,7 +176,7 @@ def test_coarse_maps_are_within_their_bits_and_do_not_depend_on_other_rows(
 @torch.inference_mode()
 def test_four_coarse_bits_hold_what_four_bits_can() -> None:
     """Codes -8 .. 7 times a scale for the even quads of 64 inputs, and one for the odd: nothing is rounded."""
-    if not library.load().specdec_tile_bytes(library.I4):
+    if not library.load().specdec_tiles_bytes(library.I4, 1):
         pytest.skip("this CPU does better with eight bits")
     torch.manual_seed(13)
     codes = torch.randint(-8, 8, (40, 2, 8, 2, 4))
@@ -229,7 +198,7 @@ def test_coarse_adapters_are_merged_for_drafts_and_leave_the_model_exact(family:
     plain, expected = adapted_pass(target, None, t, None), adapted_pass(target, adapters, t, None)
     adapters.draft_only = True
     got = adapted_pass(target, adapters, t, None)
-    share = 0.6 if library.load().specdec_tile_bytes(library.I4) else 0.2  # of what the adapters change
+    share = 0.6 if library.load().specdec_tiles_bytes(library.I4, 1) else 0.2  # of what the adapters change
     assert (got - expected).float().norm() < share * (plain - expected).float().norm()
     assert torch.equal(adapted_pass(target, None, t, None), plain)
     if t > 1:  # some tokens are the model's own there: exact

@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import greedy_reference, tiny_model
 from test_graphs import Replay
+from test_tiles import random_blocks
 from zoo import m2r2, run
 
 from specdec.api.decoder import SpecDecoder
@@ -199,14 +200,12 @@ def test_weights_that_are_packed_at_once_do_not_overlap(monkeypatch: pytest.Monk
         def __getattr__(self, name: str) -> Any:
             return getattr(kernels, name)
 
-        def specdec_pack(self, *arguments: Any) -> int:
+        def specdec_pack(self, *arguments: Any) -> None:
             if threading.current_thread() is threading.main_thread():
-                thread = threading.Thread(
-                    target=lambda: packed.append(linear.Packed([weights[1]], kinds=(library.Q4,)))
-                )
+                thread = threading.Thread(target=lambda: packed.append(linear.Packed([weights[1]], rounded=library.Q4)))
                 thread.start()
                 thread.join(60)
-            return int(kernels.specdec_pack(*arguments))
+            kernels.specdec_pack(*arguments)
 
     monkeypatch.setattr(library, "load", Slow)
     packed.append(linear.Packed([weights[0]]))
@@ -217,11 +216,10 @@ def test_weights_that_are_packed_at_once_do_not_overlap(monkeypatch: pytest.Monk
 
 
 @needs_native
-def test_memory_that_a_storage_did_not_fit_is_used_again() -> None:
-    torch.manual_seed(1)
+def test_memory_that_tiles_did_not_fit_is_used_again() -> None:
     linear.Packed([torch.randn(32, 64).bfloat16()])
     used = linear._arena.used
-    packed = linear.Packed([torch.randn(32, 64).bfloat16()], kinds=(library.Q4, library.Q8))
+    packed = linear.Packed([random_blocks("Q4_0", 32, 64, (60000.0, 65000.0))])
     assert packed.kinds == {library.BF16} and linear._arena.used == used + packed.nbytes
 
 

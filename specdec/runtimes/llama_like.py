@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from specdec.base.errors import SpecDecError
+from specdec.models.blocks import BlockLinear
 from specdec.runtimes import linear_maps
 
 Norm = Callable[[Tensor], Tensor]
@@ -65,7 +66,7 @@ def modules(layer: Any) -> dict[str, list[tuple[str, nn.Linear]]]:
     }
     found = {slot: [(path, layer.get_submodule(path)) for path in paths] for slot, paths in names.items()}
     for path, module in (pair for pairs in found.values() for pair in pairs):
-        if type(module) is not nn.Linear:
+        if type(module) not in (nn.Linear, BlockLinear):
             raise SpecDecError(f"the fused runtime takes plain linear layers; '{path}' is a {type(module).__name__}")
     return found
 

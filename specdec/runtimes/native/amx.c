@@ -1,5 +1,5 @@
 /* Products of tiles in AMX, 16 tokens at once. */
-#include "simd.h"
+#include "tiles.h"
 #ifdef SPECDEC_NATIVE
 
 enum { RING = 8, AHEAD = 2, PREFETCH = 4096 };
@@ -23,11 +23,10 @@ void leave_tiles(void) {
     if (has_amx) _tile_release();
 }
 
-/* sums[block][16 outputs][16 lanes] of one output tile: tiles of `kind` on vnni_bf16, and then side b's, which are bf16. */
-void amx_product(int kind, const Side *a, const Side *b, int blocks, float *sums) {
-    const uint8_t *tiles = a->tiles, *x = a->x;
-    int count = a->count, bytes = (int)a->step;
+INLINE void sum_tiles(int kind, const Side *a, const Side *b, int blocks, float *sums) {
+    const Group g = GROUPS[kind];
     uint8_t ring[RING][1024] __attribute__((aligned(64)));
+    float scales[32 * 8] __attribute__((aligned(64)));
     _tile_zero(0);
     if (blocks > 1) _tile_zero(1);
     if (blocks > 2) _tile_zero(2);
@@ -42,21 +41,25 @@ void amx_product(int kind, const Side *a, const Side *b, int blocks, float *sums
         if (blocks > 2) { _tile_loadd(5, lanes_ + 2 * (step), 64); _tile_dpbf16ps(2, 4, 5); }                        \
         if (blocks > 3) { _tile_loadd(6, lanes_ + 3 * (step), 64); _tile_dpbf16ps(3, 4, 6); }                        \
     } while (0)
-    if (kind == BF16) {
-        for (int k = 0; k < count; k++) {
-            const uint8_t *tile = tiles + 1024 * (int64_t)k;
-            for (int i = 0; i < 1024; i += 64) _mm_prefetch((const char *)tile + PREFETCH + i, _MM_HINT_T0);
-            MULTIPLY(tile, x + 1024 * (int64_t)k, a->block);
+    for (int k = 0; k < a->count + (kind == BF16 ? 0 : AHEAD); k++) { /* unpack ahead: a tile load waits for stores to reach the cache */
+        const uint8_t *codes = codes_of(kind, a->tiles, k);
+        for (int i = 0; i < g.codes; i += 64) _mm_prefetch((const char *)codes + PREFETCH + i, _MM_HINT_T0);
+        if (kind == BF16) {
+            MULTIPLY(codes, a->x + 1024 * (int64_t)k, a->block);
+            continue;
         }
-    } else {
-        for (int k = 0; k < count + AHEAD; k++) { /* unpack ahead: a tile load waits for stores to reach the cache */
-            if (k < count) {
-                const uint8_t *tile = tiles + bytes * (int64_t)k;
-                for (int i = 0; i < bytes; i += 64) _mm_prefetch((const char *)tile + PREFETCH + i, _MM_HINT_T0);
-                unpack(kind, tile, ring[k % RING]);
+        if (k < a->count) {
+            if (k % g.tiles == 0) {
+                read_head(kind, codes - g.head, scales);
+                for (int i = 0; g.tiles > 1 && i < g.head; i += 64) _mm_prefetch((const char *)codes - g.head + PREFETCH + i, _MM_HINT_T0);
             }
-            if (k >= AHEAD) MULTIPLY(ring[(k - AHEAD) % RING], x + 1024 * (int64_t)(k - AHEAD), a->block);
+            for (int quad = 0; quad < 4; quad++) {
+                __m512i row[4];
+                four_rows(kind, codes, quad, scales + 32 * (k % g.tiles), row);
+                for (int o = 0; o < 4; o++) _mm512_store_si512(ring[k % RING] + 256 * quad + 64 * o, row[o]);
+            }
         }
+        if (k >= AHEAD) MULTIPLY(ring[(k - AHEAD) % RING], a->x + 1024 * (int64_t)(k - AHEAD), a->block);
     }
     for (int k = 0; k < b->count; k++) MULTIPLY(b->tiles + 1024 * (int64_t)k, b->x + 1024 * (int64_t)k, b->block);
     _tile_stored(0, sums, 64);
@@ -64,6 +67,19 @@ void amx_product(int kind, const Side *a, const Side *b, int blocks, float *sums
     if (blocks > 2) _tile_stored(2, sums + 512, 64);
     if (blocks > 3) _tile_stored(3, sums + 768, 64);
 #undef MULTIPLY
+}
+
+/* sums[block][16 outputs][16 lanes] of one output tile: tiles of `kind` on vnni_bf16, and then side b's, which are bf16. */
+void amx_product(int kind, const Side *a, const Side *b, int blocks, float *sums) {
+    switch (kind) {
+    case Q8: sum_tiles(Q8, a, b, blocks, sums); break;
+    case Q4: sum_tiles(Q4, a, b, blocks, sums); break;
+    case Q5: sum_tiles(Q5, a, b, blocks, sums); break;
+    case K4: sum_tiles(K4, a, b, blocks, sums); break;
+    case K5: sum_tiles(K5, a, b, blocks, sums); break;
+    case K6: sum_tiles(K6, a, b, blocks, sums); break;
+    default: sum_tiles(BF16, a, b, blocks, sums);
+    }
 }
 
 /* The same for int8 tiles and vnni_int8, times the scales of both. */

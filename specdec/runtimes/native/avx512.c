@@ -1,6 +1,6 @@
 /* Products of tiles without AMX: a tile's rows are multiplied with one token after another, so a pass of few tokens costs
  * few products. int8 products take one side without sign: I8's weights are 128 too large, for I4 the tokens. */
-#include "simd.h"
+#include "tiles.h"
 #ifdef SPECDEC_NATIVE
 
 enum { ROWS = 6 }; /* tokens multiplied at once: 24 sums, 4 rows and a token fit the registers */
@@ -43,27 +43,10 @@ void to_rows_int8(int kind, const uint32_t *rows, int features, int tokens, uint
     scales[0] = _mm512_load_ps(lane), scales[1] = _mm512_load_ps(sums);
 }
 
-/* Scales and lows of a row of tiles, float [tile][scale, low][16 outputs] (I4: [16 outputs][scale, scale]): from memory
- * they are spread for nothing. */
-static inline __attribute__((always_inline)) void read_scales(int kind, const uint8_t *tiles, int count, float *scales) {
-    for (int k = 0; k < count; k++, tiles += TILE_BYTES[kind], scales += 32) {
-        _mm512_store_ps(scales, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)tiles)));
-        if (kind != Q8) _mm512_store_ps(scales + 16, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(tiles + 32))));
-    }
-}
-
-/* Rows 4 quad .. of a tile, with its `scales`. */
-static inline __attribute__((always_inline)) void four_rows(int kind, const uint8_t *at, int quad, const float *scales, __m512i *row) {
-    if (kind == Q4) unpack_quad(at + 64 + 64 * quad, scales + 4 * quad, scales + 16 + 4 * quad, row);
-    else if (kind == I4)
-        for (int o = 0; o < 4; o += 2) { /* in the upper half of a byte, 16 times as large */
-            __m512i codes = _mm512_loadu_si512(at + 64 + 128 * quad + 32 * o), upper = _mm512_set1_epi8(-16);
-            row[o] = _mm512_and_si512(codes, upper), row[o + 1] = _mm512_and_si512(_mm512_slli_epi16(codes, 4), upper);
-        }
-    else
-        for (int o = 0; o < 4; o++)
-            row[o] = kind == Q8 ? unpack_row(at + 32 + 32 * (4 * quad + o), scales[4 * quad + o])
-                                : _mm512_load_si512(at + 256 * quad + 64 * o);
+/* The heads of a row of tiles, as `read_head` reads them. */
+INLINE void read_scales(int kind, const uint8_t *tiles, int count, float *scales) {
+    const Group g = GROUPS[kind];
+    for (int k = 0; k < count; k += g.tiles, tiles += g.head + g.tiles * g.codes) read_head(kind, tiles, scales + 32 * k);
 }
 
 /* Two floats, again and again. */
@@ -85,7 +68,7 @@ static inline __m128 sums_of(F a, F b, F c, F d) {
 /* sums[4 outputs][16 lanes], in `lanes`, of `tokens` <= ROWS tokens: both sides' products are added one after the other
  * in 16 places, and those in the end, so a token's result is the same whatever is computed beside it. ahead: bytes to what
  * will be read next, or 0. */
-static inline __attribute__((always_inline)) void four_outputs(int kind, int tokens, const Side *a, const Side *b, int quad, const float *scales,
+INLINE void four_outputs(int kind, int tokens, const Side *a, const Side *b, int quad, const float *scales,
                                                                int64_t ahead, __mmask16 lanes, float *sums) {
     __m512i row[4], next[4], whole[4][ROWS]; /* a kind has sums of one type: casts would keep the compiler from using registers */
     F sum[4][ROWS];
@@ -93,23 +76,24 @@ static inline __attribute__((always_inline)) void four_outputs(int kind, int tok
         for (int r = 0; r < tokens; r++)
             if (kind == I8) whole[o][r] = _mm512_setzero_si512();
             else sum[o][r] = _mm512_setzero_ps();
-    if (kind == Q4) make_tables(scales + 4 * quad, scales + 16 + 4 * quad, next);
-    if (kind == Q8) four_rows(kind, a->tiles, quad, scales, next);
+    const int nibbles = kind == Q4 || kind == K4, whole_rows = kind == Q8 || kind == K6;
+    if (nibbles) make_tables(scales + 4 * quad, scales + 16 + 4 * quad, next);
+    if (whole_rows) four_rows(kind, codes_of(kind, a->tiles, 0), quad, scales, next);
     for (int k = 0; k < a->count; k++) {
-        const uint8_t *tile = a->tiles + a->step * k, *x = a->x + 64 * k;
+        const uint8_t *codes = kind == BF16 ? a->tiles + a->step * k : codes_of(kind, a->tiles, k), *x = a->x + 64 * k;
         if (ahead)
-            for (int64_t i = 64 * quad; i < a->step; i += 256) _mm_prefetch((const char *)tile + ahead + i, _MM_HINT_T1);
+            for (int i = 64 * quad; i < GROUPS[kind].codes; i += 256) _mm_prefetch((const char *)codes + ahead + i, _MM_HINT_T1);
         /* What the next products need is begun before these: they would wait for it behind them. */
         int after = k + 1 < a->count ? 1 : 0;
         const float *soon = scales + 32 * (k + after) + 4 * quad;
-        if (kind == Q4) {
+        if (nibbles) {
             __m512i table[2] = {next[0], next[1]};
             make_tables(soon, soon + 16, next);
-            look_up(tile + 64 + 64 * quad, table, row);
-        } else if (kind == Q8) {
+            look_up(codes + 64 * quad, table, row);
+        } else if (whole_rows) {
             memcpy(row, next, sizeof row);
-            four_rows(kind, tile + a->step * after, quad, scales + 32 * (k + after), next);
-        } else four_rows(kind, tile, quad, scales + 32 * k, row);
+            four_rows(kind, codes_of(kind, a->tiles, k + after), quad, scales + 32 * (k + after), next);
+        } else four_rows(kind, codes, quad, scales + 32 * k, row);
         for (int r = 0; r < tokens; r++) {
             __m512i token = _mm512_load_si512(x + a->stride * r);
             for (int o = 0; o < 4; o++)
@@ -138,8 +122,7 @@ static inline __attribute__((always_inline)) void four_outputs(int kind, int tok
         _mm512_mask_storeu_ps(sums + 16 * o, lanes, _mm512_zextps256_ps512(_mm256_set_m128(four[4 + o], four[o])));
 }
 
-static inline __attribute__((always_inline)) void few_tokens(int kind, int tokens, const Side *a, const Side *b, int quad,
-                                                             const float *scales, int64_t ahead, __mmask16 lanes, float *sums) {
+INLINE void few_tokens(int kind, int tokens, const Side *a, const Side *b, int quad, const float *scales, int64_t ahead, __mmask16 lanes, float *sums) {
     switch (tokens) {
     case 1: four_outputs(kind, 1, a, b, quad, scales, ahead, lanes, sums); break;
     case 2: four_outputs(kind, 2, a, b, quad, scales, ahead, lanes, sums); break;
@@ -150,12 +133,13 @@ static inline __attribute__((always_inline)) void few_tokens(int kind, int token
     }
 }
 
-static inline __attribute__((always_inline)) void rows_of_kind(int kind, const Side *a, const Side *b, int tokens, float *sums) {
-    const int packed = kind == Q4 || kind == Q8, scaled = packed || kind == I4;
+INLINE void rows_of_kind(int kind, const Side *a, const Side *b, int tokens, float *sums) {
+    const int packed = kind != BF16 && kind < I8, scaled = packed || kind == I4;
+    const int64_t bytes = tiles_bytes(kind, a->count);
     float scales[scaled ? 32 * a->count : 16] __attribute__((aligned(64)));
     if (scaled) read_scales(kind, a->tiles, a->count, scales);
     if (tokens <= ROWS) {
-        for (int quad = 0; quad < 4; quad++) few_tokens(kind, tokens, a, b, quad, scales, a->step * a->count, 0xffff, sums + 64 * quad);
+        for (int quad = 0; quad < 4; quad++) few_tokens(kind, tokens, a, b, quad, scales, bytes, 0xffff, sums + 64 * quad);
         return;
     }
     memset(sums, 0, 1024 * (size_t)((tokens + 15) / 16));
@@ -165,10 +149,9 @@ static inline __attribute__((always_inline)) void rows_of_kind(int kind, const S
         if (packed) { /* once for all tokens */
             for (int k = 0; k < a->count; k++) {
                 __m512i row[4];
-                const uint8_t *tile = a->tiles + a->step * k;
-                for (int64_t i = 64 * quad; i < a->step; i += 256)
-                    _mm_prefetch((const char *)tile + a->step * a->count + i, _MM_HINT_T1);
-                four_rows(kind, tile, quad, scales + 32 * k, row);
+                const uint8_t *codes = codes_of(kind, a->tiles, k);
+                for (int i = 64 * quad; i < GROUPS[kind].codes; i += 256) _mm_prefetch((const char *)codes + bytes + i, _MM_HINT_T1);
+                four_rows(kind, codes, quad, scales + 32 * k, row);
                 for (int o = 0; o < 4; o++) _mm512_store_si512(unpacked + 256 * (size_t)k + 64 * o, row[o]);
             }
             from.tiles = unpacked, from.step = 256, beside.tiles += 256 * quad;
@@ -176,7 +159,7 @@ static inline __attribute__((always_inline)) void rows_of_kind(int kind, const S
         for (int r = 0; r < tokens; r += r % 16 == 12 ? 4 : ROWS) {
             int left = tokens - r < 16 - r % 16 ? tokens - r : 16 - r % 16;
             from.x = a->x + a->block * (r / 16) + a->stride * (r % 16), beside.x = b->x + b->block * (r / 16) + b->stride * (r % 16);
-            few_tokens(packed ? BF16 : kind, left, &from, &beside, packed ? 0 : quad, scales, packed || r ? 0 : a->step * a->count,
+            few_tokens(packed ? BF16 : kind, left, &from, &beside, packed ? 0 : quad, scales, packed || r ? 0 : bytes,
                        (__mmask16)((1 << (left < ROWS ? left : ROWS)) - 1), sums + 256 * (r / 16) + 64 * quad + r % 16);
         }
     }
@@ -184,11 +167,17 @@ static inline __attribute__((always_inline)) void rows_of_kind(int kind, const S
 
 /* sums[block][16 outputs][16 lanes], as amx_product, from rows. Lanes without a token are 0. */
 void row_product(int kind, const Side *a, const Side *b, int tokens, float *sums) {
-    if (kind == Q4) rows_of_kind(Q4, a, b, tokens, sums);
-    else if (kind == Q8) rows_of_kind(Q8, a, b, tokens, sums);
-    else if (kind == I8) rows_of_kind(I8, a, b, tokens, sums);
-    else if (kind == I4) rows_of_kind(I4, a, b, tokens, sums);
-    else rows_of_kind(BF16, a, b, tokens, sums);
+    switch (kind) {
+    case Q8: rows_of_kind(Q8, a, b, tokens, sums); break;
+    case Q4: rows_of_kind(Q4, a, b, tokens, sums); break;
+    case Q5: rows_of_kind(Q5, a, b, tokens, sums); break;
+    case K4: rows_of_kind(K4, a, b, tokens, sums); break;
+    case K5: rows_of_kind(K5, a, b, tokens, sums); break;
+    case K6: rows_of_kind(K6, a, b, tokens, sums); break;
+    case I8: rows_of_kind(I8, a, b, tokens, sums); break;
+    case I4: rows_of_kind(I4, a, b, tokens, sums); break;
+    default: rows_of_kind(BF16, a, b, tokens, sums);
+    }
 }
 
 /* As amx_int8_product, from rows_int8, for I8 and I4. */

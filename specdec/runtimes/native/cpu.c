@@ -8,9 +8,9 @@
 
 int has_amx, has_vnni;
 
-/* Bytes of a tile of `kind`, 0 for one that this CPU does not have, or does better without. */
-EXPORT int specdec_tile_bytes(int kind) {
-    return kind < BF16 || kind > I4 || (kind == I8 && !has_vnni && !has_amx) || (kind == I4 && (!has_vnni || has_amx)) ? 0 : TILE_BYTES[kind];
+/* Bytes of `tiles` tiles of `kind`; 0 for one that this CPU does not have, or does better without. */
+EXPORT int64_t specdec_tiles_bytes(int kind, int64_t tiles) {
+    return (kind == I8 && !has_vnni && !has_amx) || (kind == I4 && (!has_vnni || has_amx)) ? 0 : tiles_bytes(kind, tiles);
 }
 
 /* Ask for large pages for memory that will be read in whole, again and again. */

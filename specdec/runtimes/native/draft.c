@@ -14,7 +14,7 @@ typedef struct {        /* a projection, and the layers behind it */
 typedef struct {        /* a tree that grows from one root, level by level */
     int32_t stages, levels, width, root; /* width: tokens of a level that are drafted on from, children of each */
     const Stage *stage;
-    const bf16 *embedding;  /* [vocabulary, hidden] */
+    const Table *embedding; /* [vocabulary, hidden] */
     const bf16 *final;      /* [hidden]: the root's previous final state */
     const Map *head[2];     /* what follows is read out by, one beside the other; the second may be NULL */
     int32_t outputs[2];     /* of each head, those that count */
@@ -185,7 +185,7 @@ EXPORT int specdec_draft_tree(const TreeDraft *g) {
         }
         for (int r = 0; r < rows; r++) {
             positions[r] = first + level;
-            memcpy(x + (int64_t)r * hidden, g->embedding + (int64_t)tokens[r] * hidden, 2 * (size_t)hidden);
+            read_row(g->embedding, tokens[r], x + (int64_t)r * hidden);
         }
         for (int i = 0; i < g->stages; i++)
             if (g->stage[i].call) calls[i].tokens = rows, calls[i].start = like->start + drafted, calls[i].positions = positions, calls[i].masks = masks, calls[i].causal = 0;

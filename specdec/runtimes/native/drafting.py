@@ -16,7 +16,7 @@ from specdec.runtimes import linear_maps
 from specdec.runtimes.adapters import Adapters
 from specdec.runtimes.cache import KVCache
 from specdec.runtimes.native.library import INT, POINTER, Call, Model, Stage, TreeDraft, done, pointer
-from specdec.runtimes.native.linear import Packed
+from specdec.runtimes.native.linear import Packed, RowTable
 from specdec.runtimes.tree_drafting import Candidates, DraftPath, Seed
 
 
@@ -24,7 +24,7 @@ class Kernels(Protocol):
     """What the native runtime has of a model."""
 
     lib: Any
-    embedding: Tensor
+    embedding: RowTable
     final_norm: Tensor
     eps: float
     vocab_size: int
@@ -63,7 +63,7 @@ class TreeDrafter:
             self.alive.append(model)
         self.struct = TreeDraft(
             *(len(maps), levels, width, 0, ctypes.addressof(self.stages)),
-            *(target.embedding.data_ptr(), None),
+            *(ctypes.addressof(target.embedding.struct), None),
             (POINTER * 2)(*(ctypes.addressof(head.struct) for head in heads)),
             (INT * 2)(*(head.width for head in heads)),
             *(pointer(path.tokens), target.final_norm.data_ptr(), target.eps, linear_maps.UNIT_EPS, 0.0),

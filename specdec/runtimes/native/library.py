@@ -17,7 +17,7 @@ from specdec.base.errors import SpecDecError
 
 LIBRARY = Path(__file__).with_name("_native.so")  # setup.py builds it
 log = logging.getLogger(__name__)
-BF16, Q8, Q4, I8, I4 = range(5)  # as in native.h
+BF16, Q8, Q4, Q5, K4, K5, K6, I8, I4 = range(9)  # as in native.h
 POINTER, INT = ctypes.c_void_p, ctypes.c_int32
 
 
@@ -30,6 +30,10 @@ class Map(ctypes.Structure):
         *((name, INT) for name in ("kind", "out", "inp", "count")),
         *((name, POINTER) for name in ("parts", "bias", "scale")),
     )
+
+
+class Table(ctypes.Structure):
+    _fields_ = (("type", INT), ("columns", INT), ("stride", ctypes.c_int64), ("data", POINTER), ("order", POINTER))
 
 
 class LowRank(ctypes.Structure):
@@ -104,7 +108,12 @@ def load() -> Any:
         if not found.specdec_open(2):
             raise SpecDecError("the native runtime needs an x86 CPU with AVX-512 BF16")
         found.specdec_large_pages.argtypes = (POINTER, ctypes.c_int64)
-        found.specdec_pack.argtypes = (INT, INT, POINTER, INT, INT, POINTER, INT)
+        found.specdec_tiles_bytes.argtypes, found.specdec_tiles_bytes.restype = (INT, ctypes.c_int64), ctypes.c_int64
+        found.specdec_block_tiles.argtypes = (INT, INT, INT, POINTER)
+        found.specdec_block_tiles.restype = ctypes.c_int64
+        found.specdec_pack_blocks.argtypes = (POINTER, INT, POINTER, INT)
+        found.specdec_read_rows.argtypes = (POINTER, POINTER, ctypes.c_int64, POINTER, INT)
+        found.specdec_pack.argtypes, found.specdec_pack.restype = (INT, POINTER, INT, INT, POINTER, INT), None
         found.specdec_pack_i8.argtypes = (POINTER, INT, INT, POINTER, POINTER, INT)
         found.specdec_pack_i4.argtypes = found.specdec_pack_i8.argtypes
         linear = (POINTER, POINTER, ctypes.c_float, POINTER, INT, INT, POINTER, POINTER, INT, INT)

@@ -9,10 +9,10 @@ void product(const Map *map, const LowRank *low, int t, const uint32_t *x, const
     int blocks = (tokens + 15) / 16, first = 0;
     const Part *part = map->parts;
     for (; t >= part->end; part++) first = part->end;
-    Side a = {NULL, (const uint8_t *)x, TILE_BYTES[part->kind], map->kind >= I8 ? map->in : 2 * (int64_t)map->in, block_bytes(map),
+    Side a = {NULL, (const uint8_t *)x, GROUPS[part->kind].codes, map->kind >= I8 ? map->in : 2 * (int64_t)map->in, block_bytes(map),
               map->in / (map->kind >= I8 ? 64 : 32)};
     Side b = {NULL, NULL, 1024, 0, 0, 0};
-    a.tiles = part->tiles + a.step * a.count * (t - first);
+    a.tiles = part->tiles + tiles_bytes(part->kind, a.count) * (t - first);
     if (low && low->first[t] >= 0) {
         b.count = low->ks, b.stride = 2 * (int64_t)low->down.out, b.block = 16 * b.stride;
         b.tiles = low->up + 1024 * (int64_t)low->ks * t;

@@ -6,14 +6,16 @@ import ctypes
 import threading
 from collections.abc import Sequence
 
+import gguf
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from specdec.base import cores
 from specdec.base.errors import SpecDecError
+from specdec.models.blocks import Blocks, dequantize
 from specdec.runtimes.native import library
-from specdec.runtimes.native.library import BF16, I4, POINTER, Map, Part, done, pointer, runs
+from specdec.runtimes.native.library import BF16, I4, INT, POINTER, Map, Part, Table, done, pointer, runs
 
 
 class _Arena:
@@ -51,10 +53,10 @@ _arena = _Arena()
 
 
 class Packed:
-    """A linear map ``x W.T + bias`` in tiles. weights: bf16 [out_i, in], one on another; kinds: formats to try for
-    each, in order, before bf16.
+    """A linear map ``x W.T + bias`` in tiles. weights: bf16 [out_i, in] or GGUF blocks, one on another. Blocks keep
+    their codes and scales; bf16 weights are held as they are.
 
-    rounding: the first of ``kinds`` is used even if it is not exact; the weights are then rounded in place.
+    rounded: ``Q8`` or ``Q4`` rounds bf16 weights to 8 or 4 bits, in place.
     draft_only: for drafts, which need not be exact: ``(I8,)`` or ``(I4, I8)``, tried in order before all else, for one
         weight. It is rounded to 8 or 4 bits, and what it is multiplied with to 8, where this CPU gains by that.
     Raises SpecDecError if ``in`` is not a multiple of 32, or the outputs of any weight but the last one of 16.
@@ -62,10 +64,9 @@ class Packed:
 
     def __init__(
         self,
-        weights: Sequence[Tensor],
+        weights: Sequence[Tensor | Blocks],
         bias: Tensor | None = None,
-        kinds: Sequence[int] = (),
-        rounding: bool = False,
+        rounded: int = BF16,
         draft_only: Sequence[int] = (),
     ) -> None:
         lib = library.load()
@@ -75,15 +76,17 @@ class Packed:
                 "the native runtime takes linear maps of multiples of 16 outputs and 32 inputs; one has "
                 f"{weights[0].shape[0]} and {self.inp}"
             )
-        served = [kind for kind in draft_only if lib.specdec_tile_bytes(kind) and not self.inp % 64]
+        served = [kind for kind in draft_only if lib.specdec_tiles_bytes(kind, 1) and not self.inp % 64]
         self.tiles, self.scale, end = list[Tensor](), None, 0
         self.parts = (Part * len(weights))()
         for part, weight in zip(self.parts, weights, strict=True):
-            if served:
+            if isinstance(weight, Blocks):
+                kind, tiles = _block_tiles(weight)
+            elif served:
                 self.scale = torch.empty(-(-self.width // 16) * 16)
                 kind, tiles = served[0], _draft_tiles(served[0], weight, self.scale)
             else:
-                kind, tiles = _tiles(weight, (*kinds, BF16), rounding)
+                kind, tiles = rounded, _tiles(rounded, weight)
             end += -(-weight.shape[0] // 16)
             part.kind, part.end, part.tiles = kind, end, tiles.data_ptr()
             self.tiles.append(tiles)
@@ -131,25 +134,68 @@ class Packed:
         )
 
 
-def _tiles(weight: Tensor, kinds: Sequence[int], rounding: bool) -> tuple[int, Tensor]:
-    """The first of ``kinds`` that holds bf16 ``weight`` exactly (with ``rounding``: the first), and its tiles."""
+class RowTable:
+    """A matrix [rows, columns] whose rows are read one by one, as bf16: bf16 itself, or GGUF blocks."""
+
+    def __init__(self, weight: Tensor | Blocks) -> None:
+        self.columns = weight.shape[1]
+        if isinstance(weight, Blocks):
+            self.alive = weight.data, weight.rows
+            kind = gguf.GGMLQuantizationType[weight.kind]
+            self.struct = Table(kind, self.columns, weight.data.stride(0), *map(pointer, self.alive))
+        else:
+            self.alive = weight.detach().contiguous(), None
+            self.struct = Table(-1, self.columns, 2 * self.columns, *map(pointer, self.alive))
+
+    def __call__(self, index: Tensor) -> Tensor:
+        """int64 [...] -> bf16 [..., columns]. Indices must be in range."""
+        index = index.contiguous()
+        rows = torch.empty(*index.shape, self.columns, dtype=torch.bfloat16)
+        read = library.load().specdec_read_rows
+        read(ctypes.byref(self.struct), index.data_ptr(), index.numel(), rows.data_ptr(), cores.threads())
+        return rows
+
+
+def unpack(blocks: Blocks, index: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """As ``blocks.dequantize``, and faster in bf16."""
+    if dtype != torch.bfloat16:
+        return dequantize(blocks, index, dtype)
+    return RowTable(blocks)(torch.arange(blocks.shape[0]) if index is None else index)
+
+
+def _block_tiles(blocks: Blocks) -> tuple[int, Tensor]:
+    """The tiles of a matrix in GGUF blocks, and their kind; bf16 ones of numbers that are too large for those.
+
+    Raises SpecDecError if the kernels read other values than ``gguf`` does in the first and the last row.
+    """
+    lib, kind, table = library.load(), INT(), RowTable(blocks)
+    ends = torch.tensor([0, blocks.shape[0] - 1])
+    if not torch.equal(table(ends), dequantize(blocks, ends, torch.bfloat16)):
+        raise SpecDecError(f"the native kernels misread {blocks.kind} blocks, or they hold NaN; use the fused runtime")
+    size = lib.specdec_block_tiles(table.struct.type, *blocks.shape, ctypes.byref(kind))
+    tiles = _arena.take(size)
+    if lib.specdec_pack_blocks(ctypes.byref(table.struct), blocks.shape[0], tiles.data_ptr(), cores.threads()):
+        return kind.value, tiles
+    _arena.give_back(tiles)
+    return BF16, _tiles(BF16, dequantize(blocks, None, torch.bfloat16))
+
+
+def _tiles(kind: int, weight: Tensor) -> Tensor:
+    """bf16 ``weight`` [out, in] in tiles of ``kind``: BF16, or Q8 or Q4, to which it is rounded in place."""
     lib, (out, inp), weight = library.load(), weight.shape, weight.detach()
     source = weight.contiguous()
-    for kind in kinds:
-        tiles = _arena.take(-(-out // 16) * (inp // 32) * lib.specdec_tile_bytes(kind))
-        if lib.specdec_pack(kind, rounding, source.data_ptr(), out, inp, tiles.data_ptr(), cores.threads()):
-            break
-        _arena.give_back(tiles)
-    if rounding and source is not weight:
+    tiles = _arena.take(lib.specdec_tiles_bytes(kind, -(-out // 16) * (inp // 32)))
+    lib.specdec_pack(kind, source.data_ptr(), out, inp, tiles.data_ptr(), cores.threads())
+    if kind != BF16 and source is not weight:
         weight.copy_(source)
-    return kind, tiles
+    return tiles
 
 
 def _draft_tiles(kind: int, weight: Tensor, scale: Tensor) -> Tensor:
     """bf16 ``weight`` [out, in] rounded to I8 or I4 tiles; ``scale`` [out] is filled in."""
     lib, (out, inp) = library.load(), weight.shape
     source = weight.detach().contiguous()
-    tiles = _arena.take(-(-out // 16) * (inp // 64) * lib.specdec_tile_bytes(kind))
+    tiles = _arena.take(lib.specdec_tiles_bytes(kind, -(-out // 16) * (inp // 64)))
     pack = lib.specdec_pack_i4 if kind == I4 else lib.specdec_pack_i8
     pack(source.data_ptr(), out, inp, tiles.data_ptr(), scale.data_ptr(), cores.threads())
     return tiles

@@ -42,10 +42,39 @@
 int omp_get_thread_num(void);
 int omp_get_num_threads(void);
 
-enum { BF16 = 0, Q8 = 1, Q4 = 2, I8 = 3, I4 = 4 }; /* I8, I4: for drafts; what they are multiplied with is rounded to 8 bits */
-enum { MOST_BLOCKS = 4 };                          /* of tokens that are multiplied at once */
-static const int TILE_BYTES[5] = {1024, 32 + 512, 64 + 256, 1024, 64 + 512}; /* 16 x 32: bf16 | scales f16[16], int8 | scales, lows, nibbles;
-    16 x 64: int8 | scales f16[16][2] (of a row's even and odd quads), for two rows each: nibbles of one above the other's */
+/* Kinds of tiles. A group of tiles [16 outputs x 32 inputs] has a head, with scales by output, and then each tile's codes.
+ *
+ *   kind  weight                       head                                                codes of a tile
+ *   BF16  bf16                         -                                                   bf16[16][32]
+ *   Q8    d q                          f16 d[16]                                           int8 q[16][32]
+ *   Q4    d q + m                      f16 d[16], m[16]                                    nibbles
+ *   Q5    d q + m                      f16 d[16], m[16]                                    nibbles, bits
+ *   K4    (d sc) q - (dmin mn)         f16 d[16], dmin[16], uint8 sc[8][16], mn[8][16]     nibbles
+ *   K5    (d sc) q - (dmin mn)         the same                                            nibbles, bits
+ *   K6    (d sc) q                     f16 d[16], 32 unused bytes, int8 sc[8][2][16]       nibbles, pairs
+ *   I8    q, a scale by row            -                                                   int8[16][64]
+ *   I4    d q                          f16 d[16][2], for even and odd quads of inputs      int8[8][64]
+ *
+ * nibbles: uint16[4][32]: nibble j of word [i][c] has the low bits of row 4 i + j, input c. bits: uint32[16]: bit c has the
+ * fifth bit of input c. pairs: uint8[4][32]: bits 2 j and 2 j + 1 of byte [i][c] are the high ones of row 4 i + j. In K6,
+ * q is in two's complement, inputs are in the order 0, 16, 1, 17, ..., and those below 16 and above have a scale each.
+ * A group of K4, K5 and K6 is 8 tiles: the GGUF blocks of 16 rows. I8 and I4 are for drafts alone, and have 64 inputs: what
+ * they are multiplied with is rounded to 8 bits. I4 has two rows' nibbles in a byte, the even one's above. */
+enum { BF16, Q8, Q4, Q5, K4, K5, K6, I8, I4, KINDS };
+enum { MOST_BLOCKS = 4 }; /* of tokens that are multiplied at once */
+
+typedef struct {
+    int tiles, head, codes; /* of a group: how many tiles, bytes of its head, bytes of each tile's codes */
+} Group;
+
+static const Group GROUPS[KINDS] = {{1, 0, 1024}, {1, 32, 512}, {1, 64, 256},  {1, 64, 320}, {8, 320, 256},
+                                      {8, 320, 320}, {8, 320, 384}, {1, 0, 1024}, {1, 64, 512}};
+
+/* Bytes of `tiles` tiles, in whole groups. */
+static inline int64_t tiles_bytes(int kind, int64_t tiles) {
+    const Group *g = GROUPS + kind;
+    return tiles / g->tiles * (g->head + g->tiles * (int64_t)g->codes);
+}
 
 typedef uint16_t bf16;
 typedef __m512 F;
@@ -63,6 +92,13 @@ typedef struct {       /* y = W x (+ bias) */
     const float *bias;    /* [out] or NULL */
     const float *scale;   /* I8: [out]; I4: what a row's products are too large by, [out] */
 } Map;
+
+typedef struct {       /* rows of numbers, in GGUF blocks or bf16 */
+    int32_t type, columns; /* type: ggml's number of it, or -1: bf16 */
+    int64_t stride;        /* bytes of a row */
+    const uint8_t *data;
+    const int32_t *order;  /* row i is order[i] of data; NULL: i */
+} Table;
 
 typedef struct {       /* low-rank terms beside a map: y += up (down x) */
     Map down;             /* bf16 [rank, in]; the ranks of its parts, each padded to a multiple of 32, one after the other */
@@ -97,6 +133,10 @@ typedef struct {
     const LowRank *const *low;   /* by layer: its four maps' low-rank terms, or NULL */
 } Call;
 
+/* pack.c */
+
+void read_row(const Table *table, int64_t index, bf16 *to);
+
 /* threads.c */
 
 typedef struct {
@@ -126,7 +166,7 @@ static inline int item_of(int turn, int items, int me, int n, int *together) {
 
 /* amx.c, avx512.c */
 
-typedef struct { /* what is multiplied: `count` tiles of `step` bytes; tokens `stride` bytes apart, blocks of them `block` */
+typedef struct { /* what is multiplied: `count` tiles, bf16 ones `step` bytes apart; tokens `stride` bytes apart, blocks of them `block` */
     const uint8_t *tiles, *x;
     int64_t step, stride, block;
     int count;

@@ -1,109 +1,199 @@
-/* Packing: bf16 weights to tiles, exactly or rounded. */
-#include "simd.h"
+/* Packing weights into tiles: bf16 as it is, or rounded, and GGUF blocks, whose codes and scales stay what they are. */
+#include "tiles.h"
 #ifdef SPECDEC_NATIVE
 
-static inline bf16 half_of(float v) { return (bf16)_cvtss_sh(v, 0); }
-static inline float half(bf16 v) { return _cvtsh_ss(v); }
+static inline uint16_t half_of(float v) { return (uint16_t)_cvtss_sh(v, 0); }
+static inline float half(uint16_t v) { return _cvtsh_ss(v); }
 
-static int equal(const float *w, F a, F b) { /* do the values round to these bf16 ones? */
-    __mmask16 first = _mm512_cmpneq_epi32_mask(_mm512_castps_si512(rounded(a)), _mm512_castps_si512(_mm512_load_ps(w)));
-    return !(first | _mm512_cmpneq_epi32_mask(_mm512_castps_si512(rounded(b)), _mm512_castps_si512(_mm512_load_ps(w + 16))));
+static inline uint16_t word_at(const uint8_t *p) {
+    uint16_t v;
+    memcpy(&v, p, 2);
+    return v;
 }
 
-/* Find float16 scale d and low m with bf16(q d + m) = w for all 32 weights; q from the extremes. 1 if they exist. */
-static int fit4(const float *w, float *q, bf16 *scale, bf16 *low) {
-    F a = _mm512_load_ps(w), b = _mm512_load_ps(w + 16);
-    float least = _mm512_reduce_min_ps(_mm512_min_ps(a, b)), most = _mm512_reduce_max_ps(_mm512_max_ps(a, b));
-    F steps = _mm512_set1_ps(most > least ? 15.0f / (most - least) : 0.0f), from = _mm512_set1_ps(least);
-    F qa = _mm512_roundscale_ps(_mm512_mul_ps(_mm512_sub_ps(a, from), steps), 8);
-    F qb = _mm512_roundscale_ps(_mm512_mul_ps(_mm512_sub_ps(b, from), steps), 8);
-    _mm512_store_ps(q, qa), _mm512_store_ps(q + 16, qb);
-    /* A weight holds between the midpoints to its bf16 neighbours: bounds on d, for each m that rounds to the least. */
-    F bounds[2][2];
-    for (int side = 0; side < 2; side++)
-        for (int h = 0; h < 2; h++) {
-            __m512i bits = _mm512_castps_si512(h ? b : a), step = _mm512_set1_epi32(0x8000);
-            __mmask16 up = _mm512_cmplt_epi32_mask(bits, _mm512_setzero_si512()); /* negative: larger bits are lower */
-            if (side) up = ~up;
-            bits = _mm512_mask_add_epi32(_mm512_sub_epi32(bits, step), up, bits, step);
-            __mmask16 zero = _mm512_cmp_ps_mask(h ? b : a, _mm512_setzero_ps(), _CMP_EQ_OQ);
-            bounds[side][h] = _mm512_mask_mov_ps(_mm512_castsi512_ps(bits), zero, _mm512_set1_ps(side ? 1e-30f : -1e-30f));
+/* --- GGUF blocks, by ggml's numbers of their types --- */
+
+enum { Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8, Q4_K = 12, Q5_K = 13, Q6_K = 14 };
+
+/* Of a type: the weights and bytes of a block, and the tiles that hold it. */
+static int shape_of(int type, int *bytes, int *kind) {
+    switch (type) {
+    case Q4_0: return *bytes = 18, *kind = Q4, 32;
+    case Q4_1: return *bytes = 20, *kind = Q4, 32;
+    case Q5_0: return *bytes = 22, *kind = Q5, 32;
+    case Q5_1: return *bytes = 24, *kind = Q5, 32;
+    case Q8_0: return *bytes = 34, *kind = Q8, 32;
+    case Q4_K: return *bytes = 144, *kind = K4, 256;
+    case Q5_K: return *bytes = 176, *kind = K5, 256;
+    case Q6_K: return *bytes = 210, *kind = K6, 256;
+    default: return 0;
+    }
+}
+
+typedef struct { /* a block: weight i is scale[i / 32] code[i] + low[i / 32]; in Q6_K scale[i / 16] code[i] */
+    int8_t code[256];
+    float scale[16], low[8];
+    uint16_t d, m;          /* halves that the scales and lows are multiples of */
+    uint8_t sc[16], mn[8];  /* ... by these */
+} Block;
+
+static void read_block(int type, const uint8_t *p, Block *b) {
+    int k = type >= Q4_K, five = type == Q5_0 || type == Q5_1 || type == Q5_K;
+    b->d = word_at(type == Q6_K ? p + 208 : p), b->m = type == Q4_1 || type == Q5_1 || k ? word_at(p + 2) : 0;
+    float d = half(b->d), m = half(b->m);
+    if (type == Q8_0) {
+        memcpy(b->code, p + 2, 32);
+        b->scale[0] = d, b->low[0] = 0;
+    } else if (!k) {
+        const uint8_t *bits = p + (type == Q4_1 || type == Q5_1 ? 4 : 2), *nibbles = bits + (five ? 4 : 0);
+        for (int i = 0; i < 32; i++) {
+            int q = i < 16 ? nibbles[i] & 15 : nibbles[i - 16] >> 4;
+            b->code[i] = (int8_t)(q | (five ? (bits[i / 8] >> i % 8 & 1) << 4 : 0));
         }
-    F inverse[2] = {_mm512_div_ps(_mm512_set1_ps(1.0f), qa), _mm512_div_ps(_mm512_set1_ps(1.0f), qb)};
-    __mmask16 set[2] = {_mm512_cmp_ps_mask(qa, _mm512_setzero_ps(), _CMP_GT_OQ), _mm512_cmp_ps_mask(qb, _mm512_setzero_ps(), _CMP_GT_OQ)};
-    bf16 centre = half_of(least), least_bits = narrow(least);
-    for (int away = 0; away < 24; away++) {
-        bf16 m = (bf16)(centre + (away & 1 ? -(away + 1) / 2 : away / 2));
-        float value = half(m);
-        if (narrow(value) != least_bits) continue;
-        float lo = -1e30f, hi = 1e30f;
-        for (int h = 0; h < 2; h++) {
-            if (!set[h]) continue;
-            F x = _mm512_mul_ps(_mm512_sub_ps(bounds[0][h], _mm512_set1_ps(value)), inverse[h]);
-            F y = _mm512_mul_ps(_mm512_sub_ps(bounds[1][h], _mm512_set1_ps(value)), inverse[h]);
-            float l = _mm512_mask_reduce_max_ps(set[h], x), u = _mm512_mask_reduce_min_ps(set[h], y);
-            lo = l > lo ? l : lo, hi = u < hi ? u : hi;
+        b->scale[0] = d, b->low[0] = type == Q4_0 ? -8 * d : type == Q5_0 ? -16 * d : m;
+    } else if (type == Q6_K) {
+        for (int i = 0; i < 256; i++) { /* in halves of 128: 64 bytes of nibbles, 32 of pairs */
+            int at = i % 128, nibble = p[64 * (i / 128) + at % 64] >> (at < 64 ? 0 : 4) & 15;
+            int pair = p[128 + 32 * (i / 128) + at % 32] >> 2 * (at / 32) & 3;
+            b->code[i] = (int8_t)((nibble | pair << 4) - 32);
         }
-        float middle = lo < -1e29f ? 0.0f : 0.5f * (lo + hi), slack = 1e-6f * (hi > 0 ? hi : -hi);
-        if (lo > hi + slack) continue;
-        bf16 near = half_of(middle);
-        for (int other = 0; other < 7; other++) {
-            bf16 d = (bf16)(near + (other & 1 ? -(other + 1) / 2 : other / 2));
-            F s = _mm512_set1_ps(half(d)), z = _mm512_set1_ps(value);
-            if (equal(w, _mm512_fmadd_ps(qa, s, z), _mm512_fmadd_ps(qb, s, z))) {
-                *scale = d, *low = m;
-                return 1;
+        memcpy(b->sc, p + 192, 16);
+        for (int i = 0; i < 16; i++) b->scale[i] = d * (int8_t)b->sc[i];
+    } else {
+        const uint8_t *six = p + 4, *bits = p + 16, *nibbles = p + (five ? 48 : 16);
+        for (int i = 0; i < 8; i++) {
+            b->sc[i] = i < 4 ? six[i] & 63 : (uint8_t)((six[i + 4] & 15) | six[i - 4] >> 6 << 4);
+            b->mn[i] = i < 4 ? six[i + 4] & 63 : (uint8_t)(six[i + 4] >> 4 | six[i] >> 6 << 4);
+            b->scale[i] = d * b->sc[i], b->low[i] = -(m * b->mn[i]);
+        }
+        for (int i = 0; i < 256; i++) {
+            int q = nibbles[32 * (i / 64) + i % 32] >> (i % 64 < 32 ? 0 : 4) & 15;
+            b->code[i] = (int8_t)(q | (five ? (bits[i % 32] >> i / 32 & 1) << 4 : 0));
+        }
+    }
+}
+
+/* Put the codes of row `row` of a tile where they belong in its codes, which are zero so far. */
+static void put_codes(int kind, const int8_t *code, int row, uint8_t *codes) {
+    uint8_t *words = codes + 64 * (row / 4) + row % 4 / 2; /* nibble row % 4 of each 16-bit word */
+    if (kind == Q8) memcpy(codes + 32 * row, code, 32);
+    else
+        for (int i = 0; i < 32; i++) {
+            int at = kind == K6 ? i % 16 * 2 + i / 16 : i;
+            words[2 * at] |= (uint8_t)((code[i] & 15) << 4 * (row % 2));
+            if (kind == K6) codes[256 + 32 * (row / 4) + at] |= (uint8_t)((code[i] >> 4 & 3) << 2 * (row % 4));
+            else if (kind != Q4 && kind != K4) codes[256 + 4 * row + i / 8] |= (uint8_t)((code[i] >> 4 & 1) << i % 8);
+        }
+}
+
+/* Bytes of the tiles that hold `out` rows of `in` weights of GGUF's `type`, and their kind; 0 for a type that none hold. */
+EXPORT int64_t specdec_block_tiles(int type, int out, int in, int *kind) {
+    int bytes, weights = shape_of(type, &bytes, kind);
+    return !weights || in % weights ? 0 : (out + 15) / 16 * tiles_bytes(*kind, in / 32);
+}
+
+/* Pack `out` rows of GGUF blocks into tiles; rows up to the next multiple of 16 are zero. Returns 0 if a number of theirs is
+ * too large for the tiles. */
+EXPORT int specdec_pack_blocks(const Table *table, int out, uint8_t *tiles, int threads) {
+    int bytes = 0, kind = Q4, in = table->columns, weights = shape_of(table->type, &bytes, &kind), good = weights > 0;
+    const Group g = GROUPS[kind];
+#pragma omp parallel for num_threads(threads)
+    for (int t = 0; t < (good ? (out + 15) / 16 : 0); t++) {
+        uint8_t *head = tiles + t * tiles_bytes(kind, in / 32);
+        for (int at = 0; at < in / weights; at++, head += g.head + g.tiles * g.codes) {
+            memset(head, 0, (size_t)(g.head + g.tiles * g.codes));
+            for (int row = 0; row < 16 && 16 * t + row < out; row++) {
+                Block b;
+                int64_t from = table->order ? table->order[16 * t + row] : 16 * t + row;
+                read_block(table->type, table->data + from * table->stride + (int64_t)at * bytes, &b);
+                uint16_t second = weights == 256 ? b.m : half_of(b.low[0]);
+                if (weights == 32 && half(second) != b.low[0]) __atomic_store_n(&good, 0, __ATOMIC_RELAXED);
+                memcpy(head + 2 * row, &b.d, 2);
+                if (kind != Q8 && kind != K6) memcpy(head + 32 + 2 * row, &second, 2);
+                for (int i = 0; i < 8 && (kind == K4 || kind == K5); i++) head[64 + 16 * i + row] = b.sc[i], head[192 + 16 * i + row] = b.mn[i];
+                for (int i = 0; i < 16 && kind == K6; i++) head[64 + 16 * i + row] = b.sc[i];
+                for (int k = 0; k < g.tiles; k++) put_codes(kind, b.code + 32 * k, row, head + g.head + g.codes * k);
             }
         }
     }
-    return 0;
+    return good;
 }
 
-/* The same for bf16(q d), q whole and in -127 .. 127. */
-static int fit8(const float *w, float *q, bf16 *scale) {
-    F a = _mm512_load_ps(w), b = _mm512_load_ps(w + 16);
-    float most = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(a), _mm512_abs_ps(b)));
-    bf16 centre = half_of(most / 127);
-    for (int away = 0; away < 24; away++) {
-        bf16 d = (bf16)(centre + (away & 1 ? -(away + 1) / 2 : away / 2));
-        float value = half(d);
-        if (!(value > 0) && most > 0) continue;
-        F s = _mm512_set1_ps(value), inverse = _mm512_set1_ps(value > 0 ? 1 / value : 0.0f);
-        F qa = _mm512_roundscale_ps(_mm512_mul_ps(a, inverse), 8), qb = _mm512_roundscale_ps(_mm512_mul_ps(b, inverse), 8);
-        if (_mm512_cmp_ps_mask(_mm512_abs_ps(qa), _mm512_set1_ps(127), _CMP_GT_OQ) | _mm512_cmp_ps_mask(_mm512_abs_ps(qb), _mm512_set1_ps(127), _CMP_GT_OQ))
-            continue;
-        if (equal(w, _mm512_mul_ps(qa, s), _mm512_mul_ps(qb, s))) {
-            _mm512_store_ps(q, qa), _mm512_store_ps(q + 16, qb);
-            *scale = d;
-            return 1;
-        }
+/* A row of a table in bf16, each number rounded once. */
+void read_row(const Table *table, int64_t index, bf16 *to) {
+    int bytes, kind, weights = shape_of(table->type, &bytes, &kind);
+    const uint8_t *row = table->data + (table->order ? table->order[index] : index) * table->stride;
+    if (!weights) memcpy(to, row, 2 * (size_t)table->columns);
+    for (int at = 0; weights && at < table->columns; at += weights, row += bytes) {
+        Block b;
+        read_block(table->type, row, &b);
+        for (int i = 0; i < weights; i++)
+            to[at + i] = narrow(kind == K6 ? b.code[i] * b.scale[i / 16] : b.code[i] * b.scale[i / 32] + b.low[i / 32]);
     }
-    return 0;
 }
 
-/* Rounding to 4 bits: codes between the extremes, then the scale and low that fit them best. */
-static void round4(const float *w, float *q, bf16 *scale, bf16 *low) {
+/* Rows `index` [count] of a table (NULL: the first ones) in bf16 [count, columns]. */
+EXPORT void specdec_read_rows(const Table *table, const int64_t *index, int64_t count, bf16 *to, int threads) {
+#pragma omp parallel for num_threads(count < threads ? (int)count : threads)
+    for (int64_t i = 0; i < count; i++) read_row(table, index ? index[i] : i, to + i * table->columns);
+}
+
+/* --- bf16 weights --- */
+
+/* Codes between the extremes of 32 weights, then the scale and low that fit them best. */
+static void round4(const float *w, int8_t *q, uint16_t *scale, uint16_t *low) {
     float least = w[0], most = w[0], mq = 0, mw = 0, qq = 0, qw = 0;
     for (int i = 1; i < 32; i++) least = w[i] < least ? w[i] : least, most = w[i] > most ? w[i] : most;
     for (int i = 0; i < 32; i++) {
-        q[i] = most > least ? __builtin_rintf((w[i] - least) * (15 / (most - least))) : 0;
-        mq += q[i] / 32, mw += w[i] / 32;
+        q[i] = (int8_t)(most > least ? __builtin_rintf((w[i] - least) * (15 / (most - least))) : 0);
+        mq += q[i] / 32.0f, mw += w[i] / 32;
     }
     for (int i = 0; i < 32; i++) qq += (q[i] - mq) * (q[i] - mq), qw += (q[i] - mq) * w[i];
     float d = qq > 0 ? qw / qq : 0;
     *scale = half_of(d), *low = half_of(mw - half(*scale) * mq);
 }
 
-static void round8(const float *w, float *q, bf16 *scale) {
+static void round8(const float *w, int8_t *q, uint16_t *scale) {
     float most = 0;
     for (int i = 0; i < 32; i++) most = __builtin_fabsf(w[i]) > most ? __builtin_fabsf(w[i]) : most;
     *scale = half_of(most / 127);
     float d = half(*scale);
     for (int i = 0; i < 32; i++) {
         float v = d > 0 ? __builtin_rintf(w[i] / d) : 0;
-        q[i] = v > 127 ? 127 : v < -127 ? -127 : v;
+        q[i] = (int8_t)(v > 127 ? 127 : v < -127 ? -127 : v);
     }
 }
+
+/* Pack bf16 weights [out, in] into tiles of BF16, or rounded to Q8 or Q4, in place too; rows up to the next multiple of 16
+ * are zero. */
+EXPORT void specdec_pack(int kind, bf16 *weights, int out, int in, uint8_t *tiles, int threads) {
+    const Group g = GROUPS[kind];
+#pragma omp parallel for num_threads(threads)
+    for (int t = 0; t < (out + 15) / 16; t++)
+        for (int k = 0; k < in / 32; k++) {
+            uint8_t *head = tiles + (g.head + g.codes) * ((int64_t)t * (in / 32) + k);
+            memset(head, 0, (size_t)(g.head + g.codes));
+            for (int row = 0; row < 16 && 16 * t + row < out; row++) {
+                bf16 *source = weights + (int64_t)(16 * t + row) * in + 32 * k;
+                if (kind == BF16) {
+                    memcpy(head + 64 * row, source, 64);
+                    continue;
+                }
+                float w[32];
+                int8_t q[32];
+                uint16_t scale, low = 0;
+                for (int i = 0; i < 32; i++) w[i] = widen(source[i]);
+                if (kind == Q4) round4(w, q, &scale, &low);
+                else round8(w, q, &scale);
+                for (int i = 0; i < 32; i++) source[i] = narrow(q[i] * half(scale) + half(low));
+                memcpy(head + 2 * row, &scale, 2);
+                if (kind == Q4) memcpy(head + 32 + 2 * row, &low, 2);
+                put_codes(kind, q, row, head + g.head);
+            }
+        }
+}
+
+/* --- for drafts --- */
 
 /* Codes in -8 .. 7 for 32 weights; returns the scale that fits them best, of a few ranges the one with the least error. */
 static float symmetric4(const float *w, float *q) {
@@ -123,50 +213,6 @@ static float symmetric4(const float *w, float *q) {
         }
     }
     return found;
-}
-
-/* Pack bf16 weights [out, in] into tiles of `kind`; rows up to the next multiple of 16 are zero. Weights that the kind
- * does not hold exactly: with `rounding` they are rounded, in place too, else packing ends. Returns 1 if all were packed. */
-EXPORT int specdec_pack(int kind, int rounding, bf16 *weights, int out, int in, uint8_t *tiles, int threads) {
-    int good = 1;
-#pragma omp parallel num_threads(threads)
-    {
-        int from, to, bytes = TILE_BYTES[kind], columns = in / 32;
-        split((out + 15) / 16, omp_get_thread_num(), omp_get_num_threads(), &from, &to);
-        for (int t = from; t < to && __atomic_load_n(&good, __ATOMIC_RELAXED); t++)
-            for (int k = 0; k < columns; k++) {
-                uint8_t *tile = tiles + bytes * ((int64_t)t * columns + k);
-                memset(tile, 0, (size_t)bytes);
-                for (int row = 0; row < 16 && 16 * t + row < out; row++) {
-                    bf16 *source = weights + (int64_t)(16 * t + row) * in + 32 * k;
-                    if (kind == BF16) {
-                        memcpy(tile + 64 * row, source, 64);
-                        continue;
-                    }
-                    float w[32] __attribute__((aligned(64))), q[32] __attribute__((aligned(64)));
-                    bf16 scale = 0, low = 0;
-                    _mm512_store_ps(w, load_bf16(source)), _mm512_store_ps(w + 16, load_bf16(source + 16));
-                    if (!(kind == Q4 ? fit4(w, q, &scale, &low) : fit8(w, q, &scale))) {
-                        if (!rounding) {
-                            __atomic_store_n(&good, 0, __ATOMIC_RELAXED);
-                            break;
-                        }
-                        if (kind == Q4) round4(w, q, &scale, &low);
-                        else round8(w, q, &scale);
-                        for (int i = 0; i < 32; i++)
-                            source[i] = narrow(kind == Q4 ? __builtin_fmaf(q[i], half(scale), half(low)) : q[i] * half(scale));
-                    }
-                    memcpy(tile + 2 * row, &scale, 2);
-                    if (kind == Q4) {
-                        memcpy(tile + 32 + 2 * row, &low, 2);
-                        uint8_t *words = tile + 64 + 64 * (row / 4); /* nibble row % 4 of each 16-bit word */
-                        for (int i = 0; i < 32; i++) words[2 * i + row % 4 / 2] |= (uint8_t)((int)q[i] << 4 * (row % 2));
-                    } else
-                        for (int i = 0; i < 32; i++) tile[32 + 32 * row + i] = (uint8_t)(int8_t)q[i];
-                }
-            }
-    }
-    return good;
 }
 
 /* Round bf16 weights [out, in] to I8 tiles (without AMX: 128 more) and a scale per row; rows up to the next multiple of
@@ -193,14 +239,14 @@ EXPORT void specdec_pack_i4(const bf16 *weights, int out, int in, uint8_t *tiles
         for (int row = 2 * pair; row < 2 * pair + 2; row++) {
             float sum = 0;
             for (int k = 0; k < in / 64; k++) {
-                uint8_t *tile = tiles + TILE_BYTES[I4] * ((int64_t)(row / 16) * (in / 64) + k), *codes = tile + 64 + 64 * (row % 16 / 2);
+                uint8_t *head = tiles + tiles_bytes(I4, (int64_t)(row / 16) * (in / 64) + k), *codes = head + GROUPS[I4].head + 64 * (row % 16 / 2);
                 if (row % 2 == 0) memset(codes, 0, 64);
                 for (int side = 0; side < 2; side++) {
                     float w[32], q[32];
                     for (int i = 0; i < 32; i++)
                         w[i] = row < out ? widen(weights[(int64_t)row * in + 64 * k + i / 4 * 8 + 4 * side + i % 4]) : 0;
-                    bf16 scale = half_of(symmetric4(w, q) / 16);
-                    memcpy(tile + 2 * (2 * (row % 16) + side), &scale, 2);
+                    uint16_t scale = half_of(symmetric4(w, q) / 16);
+                    memcpy(head + 2 * (2 * (row % 16) + side), &scale, 2);
                     for (int i = 0; i < 32; i++) {
                         sum += 16 * q[i] * half(scale);
                         codes[i / 4 * 8 + 4 * side + i % 4] |= (uint8_t)(((int)q[i] & 15) << (row % 2 ? 0 : 4));

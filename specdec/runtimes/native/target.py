@@ -20,20 +20,25 @@ from transformers import PreTrainedModel
 from specdec.base import cores, memory
 from specdec.base.errors import SpecDecError
 from specdec.models import catalogue
+from specdec.models.blocks import BlockEmbedding, BlockLinear, Blocks
 from specdec.runtimes import llama_like
 from specdec.runtimes.adapters import Adapters
 from specdec.runtimes.cache import KVCache, Mask
 from specdec.runtimes.checks import check_logits, refuse_unsupported
 from specdec.runtimes.layer_pass import Pass
-from specdec.runtimes.native import library
+from specdec.runtimes.native import library, linear
 from specdec.runtimes.native.drafting import TreeDrafter
 from specdec.runtimes.native.library import (
     BF16,
     I4,
     I8,
     INT,
+    K4,
+    K5,
+    K6,
     POINTER,
     Q4,
+    Q5,
     Q8,
     Call,
     Layer,
@@ -42,13 +47,13 @@ from specdec.runtimes.native.library import (
     done,
     pointer,
 )
-from specdec.runtimes.native.linear import Packed
+from specdec.runtimes.native.linear import Packed, RowTable
 from specdec.runtimes.reference import ByParts
 from specdec.runtimes.tree_drafting import Bounds, Candidates, DraftPath, Seed
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
-KINDS = {"auto": (Q4, Q8), "dense": (), "int8": (Q8,), "int4": (Q4,)}  # weight formats that are tried before bf16
-NAMES = {BF16: "16 bits", Q8: "8 bits", Q4: "4 bits"}
+ROUNDED = {"int8": Q8, "int4": Q4}  # weight formats that bf16 weights are rounded to
+BITS = {BF16: 16, Q8: 8, Q4: 4, Q5: 5, K4: 4, K5: 5, K6: 6}
 
 
 class NativeTarget(ByParts):
@@ -74,6 +79,9 @@ class NativeTarget(ByParts):
         super().__init__(model)
         decoder: Any = model.model
         first = decoder.layers[0]
+        for module in model.modules():
+            if isinstance(module, BlockLinear | BlockEmbedding):
+                module.unpack = linear.unpack
         llama_like.check_rotary(decoder.rotary_emb)
         self.head_dim = int(first.self_attn.head_dim)
         act = first.mlp.activation_fn if kind == "phi3" else first.mlp.act_fn
@@ -83,8 +91,7 @@ class NativeTarget(ByParts):
                 f"{type(act).__name__} and heads of {self.head_dim}"
             )
         self.heads, self.kv_heads = int(config.num_attention_heads), int(config.num_key_value_heads)
-        self.rounding = weights in ("int8", "int4")
-        self.kinds = KINDS[weights]
+        self.rounded = ROUNDED.get(weights, BF16)
         self._parts = llama_like.adapter_parts(first)
         self._layers = (Layer * self.num_layers)()
         self._alive: list[Any] = []  # what the structures point to
@@ -101,22 +108,22 @@ class NativeTarget(ByParts):
         self.kinds_of_windows = sorted(set(self.windows), key=str)
         self._spans = (INT * len(self.kinds_of_windows))(*(window or 0 for window in self.kinds_of_windows))
         self._window = (INT * self.num_layers)(*(self.kinds_of_windows.index(w) for w in self.windows))
-        self.embedding: Tensor = decoder.embed_tokens.weight.detach()
+        self.embedding = RowTable(matrix(decoder.embed_tokens))
         self._heads: WeakKeyDictionary[nn.Module, Packed] = WeakKeyDictionary()
         self._readout: Packed | None = None  # the model's own
         self._untapped = (POINTER * (self.num_layers + 1))()
         self._adapted: WeakKeyDictionary[Adapters, dict[int, Any]] = WeakKeyDictionary()
         self._coarse: WeakKeyDictionary[Adapters, dict[tuple[int, int], Any]] = WeakKeyDictionary()
         kinds = set().union(*(item.kinds for item in self._alive if isinstance(item, Packed)))
-        self.storage = NAMES[kinds.pop()] if len(kinds) == 1 else "16 bits or less"
-        if self.rounding:
-            self.storage += ", rounded where they had to be"
+        self.storage = " and ".join(str(bits) for bits in sorted({BITS[kind] for kind in kinds})) + " bits"
+        if self.rounded != BF16:
+            self.storage += ", rounded"
         with memory.sparing(decoder.layers):
             self.spread = check_logits(self)
         memory.trim()
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
-        return torch.embedding(self.embedding, ids)
+        return self.embedding(ids)
 
     def layers(self, x: Tensor, lo: int, hi: int, given: Pass) -> Tensor:
         y = x.to(torch.bfloat16, memory_format=torch.contiguous_format, copy=True)
@@ -239,10 +246,9 @@ class NativeTarget(ByParts):
         with self.lock:
             packed = self._heads.get(module)
             if packed is None:
-                kinds = (Q4, Q8) if self.kinds else ()
-                draft_only = () if head is None else (I8,)
-                packed = self._heads[module] = Packed([module.weight], module.bias, kinds, draft_only=draft_only)
-                memory.release(module.weight.detach())
+                weight, draft_only = matrix(module), () if head is None else (I8,)
+                packed = self._heads[module] = Packed([weight], module.bias, draft_only=draft_only)
+                release(weight)
             if head is None:
                 self._readout = packed
         return packed
@@ -254,20 +260,20 @@ class NativeTarget(ByParts):
 
     def _pack_layer(self, layer: Any, struct: Layer) -> None:
         for slot, pairs in llama_like.modules(layer).items():
-            # Copies where they will be rounded: in place, the changed pages would stay beside the file's.
-            weights = [
-                module.weight.detach().clone() if self.rounding else module.weight.detach() for _, module in pairs
-            ]
+            weights: list[Tensor | Blocks] = [matrix(module) for _, module in pairs]
+            if self.rounded != BF16:  # copies: in place, the changed pages would stay beside the file's
+                copies = [module.weight.detach().clone() for _, module in pairs]
+                weights = [*copies]
             biases = [module.bias for _, module in pairs]
             bias = None if biases[0] is None else torch.cat([b.detach() for b in biases])
             if any(weight.shape[0] % 32 for weight in weights):
                 raise SpecDecError(
                     f"the native runtime takes multiples of 32 outputs; '{pairs[0][0]}' does not have them"
                 )
-            packed = Packed(weights, bias, self.kinds, self.rounding)
-            if self.rounding:  # the model is the base: it holds what was packed
-                memory.park([module.weight for _, module in pairs], weights, catalogue.cache_dir() / "parked")
-            memory.release(*(module.weight.detach() for _, module in pairs))
+            packed = Packed(weights, bias, self.rounded)
+            if self.rounded != BF16:  # the model is the base: it holds what was packed
+                memory.park([module.weight for _, module in pairs], copies, catalogue.cache_dir() / "parked")
+            release(*(matrix(module) for _, module in pairs))
             self._alive.append(packed)
             setattr(struct, slot, packed.struct)
         attention = layer.self_attn
@@ -317,7 +323,7 @@ class NativeTarget(ByParts):
             bias = None if pairs[0][1].bias is None else torch.cat([module.bias.detach() for _, module in pairs])
             alive.append(Packed([weight.bfloat16()], bias, draft_only=(I4, I8)))
             setattr(struct, slot, alive[-1].struct)
-            memory.release(*(module.weight.detach() for _, module in pairs))
+            release(*(matrix(module) for _, module in pairs))
         return alive
 
     def _adapt(self, layer: int, adapters: Adapters) -> tuple[Any, list[Any]]:
@@ -361,3 +367,15 @@ class NativeTarget(ByParts):
             visible = mask.bool_mask(window)
             mask.memo[key] = None if visible is None else visible.contiguous()
         return mask.memo[key]
+
+
+def matrix(module: nn.Module) -> Tensor | Blocks:
+    """The weight of a linear map or an embedding, in blocks where it has them."""
+    if isinstance(module, BlockLinear | BlockEmbedding):
+        return module.blocks
+    return module.weight.detach()  # type: ignore[operator, union-attr, return-value]
+
+
+def release(*matrices: Tensor | Blocks) -> None:
+    """Give back the memory of matrices that lie in mapped files."""
+    memory.release(*(each.data if isinstance(each, Blocks) else each for each in matrices))

@@ -1,0 +1,110 @@
+/* Tiles unpacked into registers, as bf16 rows of 32 inputs. */
+#ifndef SPECDEC_TILES_H
+#define SPECDEC_TILES_H
+#include "simd.h"
+#ifdef SPECDEC_NATIVE
+
+#define INLINE static inline __attribute__((always_inline)) /* `kind` is a constant wherever these are called */
+
+/* The codes of tile `k` of a row of tiles. */
+INLINE const uint8_t *codes_of(int kind, const uint8_t *tiles, int k) {
+    const Group g = GROUPS[kind];
+    return tiles + g.head * (int64_t)(k / g.tiles + 1) + g.codes * (int64_t)k;
+}
+
+INLINE F halves(const uint8_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
+INLINE F whole(__m512i v) { return _mm512_cvtepi32_ps(v); }
+
+/* What a group's head holds, float [tile][2][16 outputs]: scale and low (I4: [16 outputs][2]; K6: a scale for each half of
+ * the inputs, for codes in the upper bits of a word). From memory they are spread for nothing. */
+INLINE void read_head(int kind, const uint8_t *head, float *scales) {
+    F d = halves(head), m = kind == Q8 || kind == K6 ? d : halves(head + 32);
+    if (kind == K4 || kind == K5)
+        for (int k = 0; k < 8; k++) {
+            __m128i sc = _mm_loadu_si128((const __m128i *)(head + 64) + k), mn = _mm_loadu_si128((const __m128i *)(head + 192) + k);
+            _mm512_store_ps(scales + 32 * k, _mm512_mul_ps(d, whole(_mm512_cvtepu8_epi32(sc))));
+            _mm512_store_ps(scales + 32 * k + 16, _mm512_sub_ps(_mm512_setzero_ps(), _mm512_mul_ps(m, whole(_mm512_cvtepu8_epi32(mn)))));
+        }
+    else if (kind == K6)
+        for (int k = 0; k < 16; k++) {
+            F sc = whole(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(head + 64) + k)));
+            _mm512_store_ps(scales + 16 * k, _mm512_mul_ps(_mm512_mul_ps(d, sc), _mm512_set1_ps(0x1p-26f)));
+        }
+    else _mm512_store_ps(scales, d), _mm512_store_ps(scales + 16, m);
+}
+
+/* The bf16 values of all codes of 4 bits, for four rows: two rows share a table of 32 entries. */
+INLINE void make_tables(const float *scale, const float *low, __m512i *table) {
+    const F steps = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    F a = _mm512_fmadd_ps(steps, _mm512_set1_ps(scale[0]), _mm512_set1_ps(low[0]));
+    F b = _mm512_fmadd_ps(steps, _mm512_set1_ps(scale[1]), _mm512_set1_ps(low[1]));
+    F c = _mm512_fmadd_ps(steps, _mm512_set1_ps(scale[2]), _mm512_set1_ps(low[2]));
+    F d = _mm512_fmadd_ps(steps, _mm512_set1_ps(scale[3]), _mm512_set1_ps(low[3]));
+    table[0] = (__m512i)_mm512_cvtne2ps_pbh(b, a), table[1] = (__m512i)_mm512_cvtne2ps_pbh(d, c);
+}
+
+INLINE void look_up(const uint8_t *nibbles, const __m512i *table, __m512i *row) {
+    const __m512i nibble = _mm512_set1_epi16(15), second = _mm512_set1_epi16(16);
+    __m512i words = _mm512_loadu_si512(nibbles);
+    __m512i other = _mm512_ternarylogic_epi32(_mm512_srli_epi16(words, 4), nibble, second, 0xea); /* x & y | z */
+    row[0] = _mm512_permutexvar_epi16(_mm512_and_si512(words, nibble), table[0]);
+    row[1] = _mm512_permutexvar_epi16(other, table[0]);
+    row[2] = _mm512_permutexvar_epi16(_mm512_and_si512(_mm512_srli_epi16(words, 8), nibble), table[1]);
+    row[3] = _mm512_permutexvar_epi16(_mm512_or_si512(_mm512_srli_epi16(words, 12), second), table[1]);
+}
+
+/* Four rows of 5-bit codes: each has a table of its own. */
+INLINE void look_up5(const uint8_t *nibbles, const uint32_t *bits, const float *scale, const float *low, __m512i *row) {
+    const F steps = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), more = _mm512_add_ps(steps, _mm512_set1_ps(16));
+    const __m512i nibble = _mm512_set1_epi16(15), fifth = _mm512_set1_epi16(16);
+    __m512i words = _mm512_loadu_si512(nibbles);
+    for (int o = 0; o < 4; o++) {
+        F d = _mm512_set1_ps(scale[o]), m = _mm512_set1_ps(low[o]);
+        __m512i table = (__m512i)_mm512_cvtne2ps_pbh(_mm512_fmadd_ps(more, d, m), _mm512_fmadd_ps(steps, d, m));
+        __m512i code = _mm512_and_si512(o ? _mm512_srli_epi16(words, 4 * o) : words, nibble);
+        row[o] = _mm512_permutexvar_epi16(_mm512_mask_add_epi16(code, bits[o], code, fifth), table);
+    }
+}
+
+/* Four rows of 6-bit codes, in the upper bits of words: as 32-bit numbers they are 2^26 times as large. */
+INLINE void scale6(const uint8_t *nibbles, const uint8_t *pairs, const float *first, const float *second, __m512i *row) {
+    const __m512i low = _mm512_set1_epi16(0x3c00), high = _mm512_set1_epi16((short)0xc000), upper = _mm512_set1_epi32((int)0xffff0000);
+    __m512i words = _mm512_loadu_si512(nibbles), two = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)pairs));
+    __m512i fours[4] = {_mm512_slli_epi16(words, 10), _mm512_slli_epi16(words, 6), _mm512_slli_epi16(words, 2), _mm512_srli_epi16(words, 2)};
+    __m512i twos[4] = {_mm512_slli_epi16(two, 14), _mm512_slli_epi16(two, 12), _mm512_slli_epi16(two, 10), _mm512_slli_epi16(two, 8)};
+    for (int o = 0; o < 4; o++) {
+        __m512i code = _mm512_ternarylogic_epi32(twos[o], high, _mm512_and_si512(fours[o], low), 0xea); /* x & y | z */
+        F a = _mm512_mul_ps(whole(_mm512_slli_epi32(code, 16)), _mm512_set1_ps(first[o]));
+        F b = _mm512_mul_ps(whole(_mm512_and_si512(code, upper)), _mm512_set1_ps(second[o]));
+        row[o] = (__m512i)_mm512_cvtne2ps_pbh(b, a);
+    }
+}
+
+INLINE __m512i scale8(const uint8_t *codes, float scale) {
+    F s = _mm512_set1_ps(scale);
+    F a = whole(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)codes)));
+    F b = whole(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(codes + 16))));
+    return (__m512i)_mm512_cvtne2ps_pbh(_mm512_mul_ps(b, s), _mm512_mul_ps(a, s));
+}
+
+/* Rows 4 quad .. of a tile, from its codes, with its `scales`. */
+INLINE void four_rows(int kind, const uint8_t *codes, int quad, const float *scales, __m512i *row) {
+    const float *first = scales + 4 * quad, *second = first + 16;
+    if (kind == Q4 || kind == K4) {
+        __m512i table[2];
+        make_tables(first, second, table);
+        look_up(codes + 64 * quad, table, row);
+    } else if (kind == Q5 || kind == K5) look_up5(codes + 64 * quad, (const uint32_t *)(codes + 256) + 4 * quad, first, second, row);
+    else if (kind == K6) scale6(codes + 64 * quad, codes + 256 + 32 * quad, first, second, row);
+    else if (kind == I4)
+        for (int o = 0; o < 4; o += 2) { /* in the upper half of a byte, 16 times as large */
+            __m512i both = _mm512_loadu_si512(codes + 128 * quad + 32 * o), upper = _mm512_set1_epi8(-16);
+            row[o] = _mm512_and_si512(both, upper), row[o + 1] = _mm512_and_si512(_mm512_slli_epi16(both, 4), upper);
+        }
+    else
+        for (int o = 0; o < 4; o++)
+            row[o] = kind == Q8 ? scale8(codes + 32 * (4 * quad + o), first[o]) : _mm512_load_si512(codes + 256 * quad + 64 * o);
+}
+
+#endif
+#endif
