@@ -26,26 +26,31 @@ void leave_tiles(void) {
 INLINE void sum_tiles(int kind, const Side *a, const Side *b, int blocks, float *sums) {
     const Group g = GROUPS[kind];
     uint8_t ring[RING][1024] __attribute__((aligned(64)));
-    float scales[32 * 8] __attribute__((aligned(64)));
+    float scales[32 * 8] __attribute__((aligned(64))), odd[MOST_BLOCKS * 256] __attribute__((aligned(64)));
     _tile_zero(0);
-    if (blocks > 1) _tile_zero(1);
-    if (blocks > 2) _tile_zero(2);
-    if (blocks > 3) _tile_zero(3);
-#define MULTIPLY(rows, at, step)                                                                                     \
+    _tile_zero(1);
+    if (blocks > 1) { _tile_zero(2); _tile_zero(3); }
+    if (blocks > 2) { _tile_zero(4); _tile_zero(5); }
+/* Even and odd tiles are added apart: a product waits for the one before it in its sum. */
+#define ADD_TO(one, two, three, rows, at, step)                                                                      \
     do {                                                                                                             \
         const uint8_t *lanes_ = (at);                                                                                \
-        _tile_loadd(4, rows, 64);                                                                                    \
-        _tile_loadd(5, lanes_, 64);                                                                                  \
-        _tile_dpbf16ps(0, 4, 5);                                                                                     \
-        if (blocks > 1) { _tile_loadd(6, lanes_ + (step), 64); _tile_dpbf16ps(1, 4, 6); }                            \
-        if (blocks > 2) { _tile_loadd(5, lanes_ + 2 * (step), 64); _tile_dpbf16ps(2, 4, 5); }                        \
-        if (blocks > 3) { _tile_loadd(6, lanes_ + 3 * (step), 64); _tile_dpbf16ps(3, 4, 6); }                        \
+        _tile_loadd(6, rows, 64);                                                                                    \
+        _tile_loadd(7, lanes_, 64);                                                                                  \
+        _tile_dpbf16ps(one, 6, 7);                                                                                   \
+        if (blocks > 1) { _tile_loadd(7, lanes_ + (step), 64); _tile_dpbf16ps(two, 6, 7); }                          \
+        if (blocks > 2) { _tile_loadd(7, lanes_ + 2 * (step), 64); _tile_dpbf16ps(three, 6, 7); }                    \
+    } while (0)
+#define MULTIPLY(k, rows, at, step)                                                                                  \
+    do {                                                                                                             \
+        if ((k) & 1) ADD_TO(1, 3, 5, rows, at, step);                                                                \
+        else ADD_TO(0, 2, 4, rows, at, step);                                                                        \
     } while (0)
     for (int k = 0; k < a->count + (kind == BF16 ? 0 : AHEAD); k++) { /* unpack ahead: a tile load waits for stores to reach the cache */
         const uint8_t *codes = codes_of(kind, a->tiles, k);
         for (int i = 0; i < g.codes; i += 64) _mm_prefetch((const char *)codes + PREFETCH + i, _MM_HINT_T0);
         if (kind == BF16) {
-            MULTIPLY(codes, a->x + 1024 * (int64_t)k, a->block);
+            MULTIPLY(k, codes, a->x + 1024 * (int64_t)k, a->block);
             continue;
         }
         if (k < a->count) {
@@ -59,14 +64,16 @@ INLINE void sum_tiles(int kind, const Side *a, const Side *b, int blocks, float 
                 for (int o = 0; o < 4; o++) _mm512_store_si512(ring[k % RING] + 256 * quad + 64 * o, row[o]);
             }
         }
-        if (k >= AHEAD) MULTIPLY(ring[(k - AHEAD) % RING], a->x + 1024 * (int64_t)(k - AHEAD), a->block);
+        if (k >= AHEAD) MULTIPLY(k - AHEAD, ring[(k - AHEAD) % RING], a->x + 1024 * (int64_t)(k - AHEAD), a->block);
     }
-    for (int k = 0; k < b->count; k++) MULTIPLY(b->tiles + 1024 * (int64_t)k, b->x + 1024 * (int64_t)k, b->block);
+    for (int k = 0; k < b->count; k++) MULTIPLY(k, b->tiles + 1024 * (int64_t)k, b->x + 1024 * (int64_t)k, b->block);
     _tile_stored(0, sums, 64);
-    if (blocks > 1) _tile_stored(1, sums + 256, 64);
-    if (blocks > 2) _tile_stored(2, sums + 512, 64);
-    if (blocks > 3) _tile_stored(3, sums + 768, 64);
+    _tile_stored(1, odd, 64);
+    if (blocks > 1) { _tile_stored(2, sums + 256, 64); _tile_stored(3, odd + 256, 64); }
+    if (blocks > 2) { _tile_stored(4, sums + 512, 64); _tile_stored(5, odd + 512, 64); }
+    for (int i = 0; i < 256 * blocks; i += 16) _mm512_store_ps(sums + i, _mm512_add_ps(_mm512_load_ps(sums + i), _mm512_load_ps(odd + i)));
 #undef MULTIPLY
+#undef ADD_TO
 }
 
 /* sums[block][16 outputs][16 lanes] of one output tile: tiles of `kind` on vnni_bf16, and then side b's, which are bf16. */
@@ -90,7 +97,6 @@ void amx_int8_product(const Side *a, int tokens, const float *scale, float *sums
     _tile_zero(0);
     if (blocks > 1) _tile_zero(1);
     if (blocks > 2) _tile_zero(2);
-    if (blocks > 3) _tile_zero(3);
     for (int k = 0; k < count; k++) {
         const uint8_t *tile = a->tiles + 1024 * (int64_t)k, *lanes = a->x + 1024 * (int64_t)k;
         for (int i = 0; i < 1024; i += 64) _mm_prefetch((const char *)tile + PREFETCH + i, _MM_HINT_T0);
@@ -99,12 +105,10 @@ void amx_int8_product(const Side *a, int tokens, const float *scale, float *sums
         _tile_dpbssd(0, 4, 5);
         if (blocks > 1) { _tile_loadd(6, lanes + stride, 64); _tile_dpbssd(1, 4, 6); }
         if (blocks > 2) { _tile_loadd(5, lanes + 2 * stride, 64); _tile_dpbssd(2, 4, 5); }
-        if (blocks > 3) { _tile_loadd(6, lanes + 3 * stride, 64); _tile_dpbssd(3, 4, 6); }
     }
     _tile_stored(0, whole, 64);
     if (blocks > 1) _tile_stored(1, whole + 256, 64);
     if (blocks > 2) _tile_stored(2, whole + 512, 64);
-    if (blocks > 3) _tile_stored(3, whole + 768, 64);
     for (int b = 0; b < blocks; b++) {
         F lane = _mm512_loadu_ps((const float *)(a->x + b * stride + 1024 * (int64_t)count));
         for (int o = 0; o < 16; o++) {

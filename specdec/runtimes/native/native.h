@@ -51,24 +51,24 @@ int omp_get_num_threads(void);
  *   Q5    d q + m                      f16 d[16], m[16]                                    nibbles, bits
  *   K4    (d sc) q - (dmin mn)         f16 d[16], dmin[16], uint8 sc[8][16], mn[8][16]     nibbles
  *   K5    (d sc) q - (dmin mn)         the same                                            nibbles, bits
- *   K6    (d sc) q                     f16 d[16], 32 unused bytes, int8 sc[8][2][16]       nibbles, pairs
+ *   K6    (d sc) q                     f16 d[16], 32 unused bytes, int8 sc[8][2][16]       int8 q[16][32]
  *   I8    q, a scale by row            -                                                   int8[16][64]
  *   I4    d q                          f16 d[16][2], for even and odd quads of inputs      int8[8][64]
  *
  * nibbles: uint16[4][32]: nibble j of word [i][c] has the low bits of row 4 i + j, input c. bits: uint32[16]: bit c has the
- * fifth bit of input c. pairs: uint8[4][32]: bits 2 j and 2 j + 1 of byte [i][c] are the high ones of row 4 i + j. In K6,
- * q is in two's complement, inputs are in the order 0, 16, 1, 17, ..., and those below 16 and above have a scale each.
- * A group of K4, K5 and K6 is 8 tiles: the GGUF blocks of 16 rows. I8 and I4 are for drafts alone, and have 64 inputs: what
- * they are multiplied with is rounded to 8 bits. I4 has two rows' nibbles in a byte, the even one's above. */
+ * fifth bit of input c. A group of K4, K5 and K6 is 8 tiles: the GGUF blocks of 16 rows. In K6, inputs below 16 and above have
+ * a scale each; its codes of 6 bits take 8, since unpacking them would cost more time than reading does. I8 and I4 are for
+ * drafts alone, and have 64 inputs: what they are multiplied with is rounded to 8 bits. I4 has two rows' nibbles in a byte, the
+ * even one's above. */
 enum { BF16, Q8, Q4, Q5, K4, K5, K6, I8, I4, KINDS };
-enum { MOST_BLOCKS = 4 }; /* of tokens that are multiplied at once */
+enum { MOST_BLOCKS = 3 }; /* of tokens that are multiplied at once */
 
 typedef struct {
     int tiles, head, codes; /* of a group: how many tiles, bytes of its head, bytes of each tile's codes */
 } Group;
 
 static const Group GROUPS[KINDS] = {{1, 0, 1024}, {1, 32, 512}, {1, 64, 256},  {1, 64, 320}, {8, 320, 256},
-                                      {8, 320, 320}, {8, 320, 384}, {1, 0, 1024}, {1, 64, 512}};
+                                      {8, 320, 320}, {8, 320, 512}, {1, 0, 1024}, {1, 64, 512}};
 
 /* Bytes of `tiles` tiles, in whole groups. */
 static inline int64_t tiles_bytes(int kind, int64_t tiles) {

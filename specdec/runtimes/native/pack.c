@@ -76,13 +76,11 @@ static void read_block(int type, const uint8_t *p, Block *b) {
 /* Put the codes of row `row` of a tile where they belong in its codes, which are zero so far. */
 static void put_codes(int kind, const int8_t *code, int row, uint8_t *codes) {
     uint8_t *words = codes + 64 * (row / 4) + row % 4 / 2; /* nibble row % 4 of each 16-bit word */
-    if (kind == Q8) memcpy(codes + 32 * row, code, 32);
+    if (kind == Q8 || kind == K6) memcpy(codes + 32 * row, code, 32);
     else
         for (int i = 0; i < 32; i++) {
-            int at = kind == K6 ? i % 16 * 2 + i / 16 : i;
-            words[2 * at] |= (uint8_t)((code[i] & 15) << 4 * (row % 2));
-            if (kind == K6) codes[256 + 32 * (row / 4) + at] |= (uint8_t)((code[i] >> 4 & 3) << 2 * (row % 4));
-            else if (kind != Q4 && kind != K4) codes[256 + 4 * row + i / 8] |= (uint8_t)((code[i] >> 4 & 1) << i % 8);
+            words[2 * i] |= (uint8_t)((code[i] & 15) << 4 * (row % 2));
+            if (kind == Q5 || kind == K5) codes[256 + 4 * row + i / 8] |= (uint8_t)((code[i] >> 4 & 1) << i % 8);
         }
 }
 

@@ -16,7 +16,7 @@ INLINE F halves(const uint8_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((c
 INLINE F whole(__m512i v) { return _mm512_cvtepi32_ps(v); }
 
 /* What a group's head holds, float [tile][2][16 outputs]: scale and low (I4: [16 outputs][2]; K6: a scale for each half of
- * the inputs, for codes in the upper bits of a word). From memory they are spread for nothing. */
+ * the inputs). From memory they are spread for nothing. */
 INLINE void read_head(int kind, const uint8_t *head, float *scales) {
     F d = halves(head), m = kind == Q8 || kind == K6 ? d : halves(head + 32);
     if (kind == K4 || kind == K5)
@@ -28,7 +28,7 @@ INLINE void read_head(int kind, const uint8_t *head, float *scales) {
     else if (kind == K6)
         for (int k = 0; k < 16; k++) {
             F sc = whole(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(head + 64) + k)));
-            _mm512_store_ps(scales + 16 * k, _mm512_mul_ps(_mm512_mul_ps(d, sc), _mm512_set1_ps(0x1p-26f)));
+            _mm512_store_ps(scales + 16 * k, _mm512_mul_ps(d, sc));
         }
     else _mm512_store_ps(scales, d), _mm512_store_ps(scales + 16, m);
 }
@@ -66,25 +66,11 @@ INLINE void look_up5(const uint8_t *nibbles, const uint32_t *bits, const float *
     }
 }
 
-/* Four rows of 6-bit codes, in the upper bits of words: as 32-bit numbers they are 2^26 times as large. */
-INLINE void scale6(const uint8_t *nibbles, const uint8_t *pairs, const float *first, const float *second, __m512i *row) {
-    const __m512i low = _mm512_set1_epi16(0x3c00), high = _mm512_set1_epi16((short)0xc000), upper = _mm512_set1_epi32((int)0xffff0000);
-    __m512i words = _mm512_loadu_si512(nibbles), two = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)pairs));
-    __m512i fours[4] = {_mm512_slli_epi16(words, 10), _mm512_slli_epi16(words, 6), _mm512_slli_epi16(words, 2), _mm512_srli_epi16(words, 2)};
-    __m512i twos[4] = {_mm512_slli_epi16(two, 14), _mm512_slli_epi16(two, 12), _mm512_slli_epi16(two, 10), _mm512_slli_epi16(two, 8)};
-    for (int o = 0; o < 4; o++) {
-        __m512i code = _mm512_ternarylogic_epi32(twos[o], high, _mm512_and_si512(fours[o], low), 0xea); /* x & y | z */
-        F a = _mm512_mul_ps(whole(_mm512_slli_epi32(code, 16)), _mm512_set1_ps(first[o]));
-        F b = _mm512_mul_ps(whole(_mm512_and_si512(code, upper)), _mm512_set1_ps(second[o]));
-        row[o] = (__m512i)_mm512_cvtne2ps_pbh(b, a);
-    }
-}
-
-INLINE __m512i scale8(const uint8_t *codes, float scale) {
-    F s = _mm512_set1_ps(scale);
+/* A row of 8-bit codes, with a scale for each half of it. */
+INLINE __m512i scale8(const uint8_t *codes, float first, float second) {
     F a = whole(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)codes)));
     F b = whole(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(codes + 16))));
-    return (__m512i)_mm512_cvtne2ps_pbh(_mm512_mul_ps(b, s), _mm512_mul_ps(a, s));
+    return (__m512i)_mm512_cvtne2ps_pbh(_mm512_mul_ps(b, _mm512_set1_ps(second)), _mm512_mul_ps(a, _mm512_set1_ps(first)));
 }
 
 /* Rows 4 quad .. of a tile, from its codes, with its `scales`. */
@@ -95,7 +81,6 @@ INLINE void four_rows(int kind, const uint8_t *codes, int quad, const float *sca
         make_tables(first, second, table);
         look_up(codes + 64 * quad, table, row);
     } else if (kind == Q5 || kind == K5) look_up5(codes + 64 * quad, (const uint32_t *)(codes + 256) + 4 * quad, first, second, row);
-    else if (kind == K6) scale6(codes + 64 * quad, codes + 256 + 32 * quad, first, second, row);
     else if (kind == I4)
         for (int o = 0; o < 4; o += 2) { /* in the upper half of a byte, 16 times as large */
             __m512i both = _mm512_loadu_si512(codes + 128 * quad + 32 * o), upper = _mm512_set1_epi8(-16);
@@ -103,7 +88,8 @@ INLINE void four_rows(int kind, const uint8_t *codes, int quad, const float *sca
         }
     else
         for (int o = 0; o < 4; o++)
-            row[o] = kind == Q8 ? scale8(codes + 32 * (4 * quad + o), first[o]) : _mm512_load_si512(codes + 256 * quad + 64 * o);
+            row[o] = kind == Q8 || kind == K6 ? scale8(codes + 32 * (4 * quad + o), first[o], kind == K6 ? second[o] : first[o])
+                                              : _mm512_load_si512(codes + 256 * quad + 64 * o);
 }
 
 #endif
