@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from types import MethodType
+from typing import Any
 
 import pytest
 import torch
 from conftest import tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from specdec.base.errors import SpecDecError
 from specdec.runtimes import linear_maps
 from specdec.runtimes.adapters import Adapters
-from specdec.runtimes.fused import FAMILIES, FusedTarget
+from specdec.runtimes.fused import FAMILIES, SPAN, FusedTarget
 from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.select import make_target
@@ -108,6 +110,63 @@ def test_the_model_keeps_its_values_and_nothing_is_held_twice() -> None:
     pointer = attention.q_proj.weight.data_ptr()
     FusedTarget(model)  # a second runtime shares the fused weights of the first
     assert attention.q_proj.weight.data_ptr() == pointer == target._weights[1]["qkv"][0].data_ptr()
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that any operation makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.untyped_storage().nbytes() // tensor.element_size())
+        return out
+
+
+@pytest.mark.parametrize("make", [FusedTarget, ReferenceTarget])
+@torch.no_grad()  # inference mode would hide the steps of attention
+def test_a_long_causal_prompt_has_no_mask_of_its_own_size(make: type[Target]) -> None:
+    t, model = 16 * SPAN - 5, rough_model("qwen2", max_position_embeddings=4096)
+    target, ids, positions = make(model), torch.randint(3, 97, (1, t)), torch.arange(t)[None]
+    cache, x = target.new_cache(), target.embed(ids, positions)
+    with Largest() as largest:
+        target.layers(x, 0, 4, Pass(positions, cache.mask(0, positions), cache))
+    assert 0 < largest.elements < t * t / 4
+
+
+@pytest.mark.parametrize(("family", "changes"), [*VARIANTS, ("mistral", {"sliding_window": SPAN + 7})])
+@torch.no_grad()
+def test_long_causal_passes_equal_the_model(family: str, changes: dict[str, object]) -> None:
+    """From an empty cache and behind cached tokens, in whole spans and not, up to one row of a span."""
+    lengths = (3 * SPAN - 11, SPAN, SPAN + 1, 2 * SPAN)
+    model = rough_model(family, **changes, max_position_embeddings=1024)
+    ids = torch.randint(3, 97, (2, sum(lengths)))
+    positions = torch.arange(ids.shape[1])[None].expand(2, -1)
+    target = FusedTarget(model)
+    cache, outs, start = target.new_cache(2), [], 0
+    for length in lengths:
+        part = positions[:, start : start + length]
+        x = target.embed(ids[:, start : start + length], part)
+        outs.append(target.readout(target.layers(x, 0, 4, Pass(part, cache.mask(0, part), cache))))
+        cache.commit([list(range(length))] * 2)
+        start += length
+    assert torch.allclose(torch.cat(outs, 1), model(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_gradients_pass_through_a_long_causal_pass() -> None:
+    target = FusedTarget(rough_model("llama", max_position_embeddings=1024))
+    t = 2 * SPAN + 3
+    positions, x = torch.arange(t)[None], torch.randn(1, t, 32)
+
+    def gradient(target: Target) -> torch.Tensor:
+        cache, given = target.new_cache(), x.clone().requires_grad_()
+        target.layers(given, 0, 4, Pass(positions, cache.mask(0, positions), cache))[0, -1].sum().backward()
+        assert given.grad is not None
+        return given.grad
+
+    assert torch.allclose(gradient(target), gradient(ReferenceTarget(target.model)), atol=1e-5)
 
 
 def adapted_pass(target: Target, adapters: Adapters | None, t: int, adapted: int | None) -> torch.Tensor:

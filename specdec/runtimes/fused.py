@@ -8,12 +8,13 @@ on load. Knows nothing about drafting, and no families but those in ``FAMILIES``
 Inside a step every small operation costs several times what it costs alone (the weights that stream through the
 cache between two of them evict its code), so the loop counts operations: the residual is kept as a pair (y, -y), whose
 mean is zero, so that PyTorch's one-kernel ``layer_norm`` *is* the RMS norm; rotary is three operations in place over
-queries and keys together; masks are additive terms (SDPA converts boolean ones anew in every layer).
+queries and keys together; masks are additive terms (SDPA converts boolean ones anew in every layer). A long causal
+pass has no mask of its own size: its tokens attend in spans, all of which share one narrow mask.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -36,7 +37,9 @@ from specdec.runtimes.reference import ByParts
 MAKERS = {"packed": linear_maps.packed, "int4": linear_maps.int4, "dense": linear_maps.dense}  # by weight format
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "olmo2", "phi3", "gemma")
 
-Append = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]  # layer, its new keys and values -> all of them
+SPAN = 64  # tokens of a causal pass that attend at once: its masks grow with this, not with the pass
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer, queries, new keys and values -> attention's result
 
 
 class _Layer(NamedTuple):
@@ -128,12 +131,20 @@ class FusedTarget(ByParts):
             x.requires_grad or (adapters is not None and any(p.requires_grad for p in adapters.parameters()))
         )
         stack, multiple = self._maps(x, lo, hi, given, grad), 1 if grad else self.key_multiple
-        masks = {w: self._additive(given.mask, w, multiple) for w in set(self.windows[lo:hi])}
+        rotary, mask, windows = self._rotary(given.positions, given.mask), given.mask, self.windows
+        if mask.causal and x.shape[1] > SPAN:
 
-        def append(index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-            return cache.append(index, k, v, multiple)
+            def attend(index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+                return self._in_spans(q, *cache.append(index, k, v), windows[index], mask)
 
-        return self._run(x, lo, hi, stack, self._rotary(given.positions, given.mask), masks, append, given.taps)
+        else:
+            terms = {w: self._additive(mask, w, multiple) for w in set(windows[lo:hi])}
+
+            def attend(index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+                keys, values = cache.append(index, k, v, multiple)
+                return F.scaled_dot_product_attention(q, keys, values, terms[windows[index]], scale=self.scale)
+
+        return self._run(x, lo, hi, stack, rotary, attend, given.taps)
 
     def _maps(self, x: Tensor, lo: int, hi: int, given: Pass, grad: bool) -> list[_Layer]:
         """The layers in the weight format for ``x`` [B, T, D], with the adapters in them."""
@@ -152,13 +163,11 @@ class FusedTarget(ByParts):
         hi: int,
         stack: list[_Layer],
         rotary: tuple[Tensor, Tensor],
-        masks: Mapping[int | None, Tensor | None],
-        append: Append,
+        attend: Attend,
         taps: dict[int, Tensor] | None,
     ) -> Tensor:
         """``layers`` once everything is prepared: tensors in, tensors out, nothing read from them."""
-        (batch, t, width), (cos, sin), windows = x.shape, rotary, self.windows
-        scale, attend = self.scale, F.scaled_dot_product_attention
+        (batch, t, width), (cos, sin) = x.shape, rotary
         y = x.reshape(batch * t, width)
         pair = torch.stack((y, -y), 1)  # (rows, 2, D)
         for index in range(lo, hi):
@@ -166,9 +175,7 @@ class FusedTarget(ByParts):
                 taps[index] = pair[:, 0].view(batch, t, width)
             layer = stack[index]
             q, k, v = self._before(layer, pair, cos, sin)
-            keys, values = append(index, k, v)
-            a = attend(q, keys, values, attn_mask=masks[windows[index]], scale=scale)
-            pair = self._after(layer, pair, a)
+            pair = self._after(layer, pair, attend(index, q, k, v))
         y = pair[:, 0].view(batch, t, width)
         if taps is not None and hi in taps:
             taps[hi] = y
@@ -283,6 +290,40 @@ class FusedTarget(ByParts):
                 term = term.repeat_interleave(self.groups, 2) if self.groups > 1 else term
             mask.memo[key] = term
         return mask.memo[key]
+
+    def _in_spans(self, q: Tensor, keys: Tensor, values: Tensor, window: int | None, mask: Mask) -> Tensor:
+        """Attention of a causal pass: queries (B, Hkv, T G, d), ``SPAN`` tokens at a time, over the keys up to theirs.
+
+        ``keys`` and ``values`` (B, Hkv, S, d) are all there are; T is the last of them.
+        """
+        groups, length, out = self.groups, keys.shape[2], []
+        band = self._band(mask, window, length)
+        t = q.shape[2] // groups
+        for start in range(0, t, SPAN):
+            stop = min(start + SPAN, t)
+            end = length - t + stop
+            begin = 0 if window is None else max(length - t + start - window + 1, 0)
+            term = band[(SPAN - stop + start) * groups :, band.shape[1] - end + begin :]
+            part = q[:, :, start * groups : stop * groups]
+            given = keys[:, :, begin:end], values[:, :, begin:end]
+            out.append(F.scaled_dot_product_attention(part, *given, term, scale=self.scale))
+        return torch.cat(out, 2)
+
+    def _band(self, mask: Mask, window: int | None, length: int) -> Tensor:
+        """What ``SPAN`` tokens that end at the last of ``length`` keys see, as a term on scores [SPAN G, keys].
+
+        Its last rows and columns serve spans that are shorter or end earlier.
+        """
+        key = ("band", window)
+        if key not in mask.memo:
+            width = length if window is None else min(length, window + SPAN - 1)
+            rows, columns = (torch.arange(n - 1, -1, -1, device=self.device) for n in (SPAN, width))
+            distance = columns - rows[:, None]  # from a key to a query that comes after it
+            hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
+            term = torch.zeros(hidden.shape, dtype=self.dtype, device=self.device)
+            term.masked_fill_(hidden, torch.finfo(self.dtype).min / 2)
+            mask.memo[key] = term.repeat_interleave(self.groups, 0)
+        return mask.memo[key]  # type: ignore[return-value]
 
     def _with_adapters(
         self, form: str, lo: int, hi: int, adapters: Adapters, batch: int, adapted: int | None, grad: bool

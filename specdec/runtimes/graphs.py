@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -160,12 +161,14 @@ class GraphedTarget(FusedTarget):
         tapped = sorted(layer for layer in taps if lo <= layer <= hi)
 
         def function(x: Tensor, slots: Tensor, cos: Tensor, sin: Tensor, *terms: Tensor) -> list[Tensor]:
-            def append(index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-                return keys[index].index_copy_(2, slots, k), values[index].index_copy_(2, slots, v)
+            masks = dict(zip(windows, terms, strict=True))
+
+            def attend(index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+                k, v = keys[index].index_copy_(2, slots, k), values[index].index_copy_(2, slots, v)
+                return F.scaled_dot_product_attention(q, k, v, masks[self.windows[index]], scale=self.scale)
 
             seen = {layer: x for layer in tapped}
-            masks = dict(zip(windows, terms, strict=True))
-            y = self._run(x, lo, hi, [*self._stacks["dense"][:lo], *stack], (cos, sin), masks, append, seen)
+            y = self._run(x, lo, hi, [*self._stacks["dense"][:lo], *stack], (cos, sin), attend, seen)
             return [y, *(seen[layer] for layer in tapped)]
 
         rotary = self._rotary(given.positions, mask, mask.keys.shape[1])  # no position is beyond its slot

@@ -245,19 +245,22 @@ class ReferenceTarget(Target):
 
     def _any_mask(self, ids: Tensor) -> Tensor:
         """A 4D mask that HF forwards take as they find it; the gates put the real one in its place."""
-        return torch.ones(ids.shape[0], 1, ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device)
+        batch, t = ids.shape
+        return torch.ones(1, dtype=torch.bool, device=ids.device).expand(batch, 1, t, t)
 
     def with_mask(
         self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any], mask: Mask | None
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Put ``mask``, as ``layer`` needs it, among the arguments of that layer."""
         assert mask is not None
-        key = ("hf", self.windows[layer])
-        if key not in mask.memo:
-            visible = mask.bool_mask(self.windows[layer])
+        window, (batch, t), length = self.windows[layer], mask.query.shape, mask.keys.shape[1]
+        key = ("hf", window)
+        if self.attention == "sdpa" and mask.causal and length == t > 1 and (window is None or window >= t):
+            mask.memo[key] = None  # without a mask it is causal
+        elif key not in mask.memo:
+            visible = mask.bool_mask(window)
             if visible is None:
-                shape = (mask.query.shape[0], 1, mask.query.shape[1], mask.keys.shape[1])
-                visible = torch.ones(shape, dtype=torch.bool, device=self.device)
+                visible = torch.ones(batch, 1, t, length, dtype=torch.bool, device=self.device)
             if self.attention == "eager":
                 low = torch.finfo(self.dtype).min
                 visible = torch.zeros(visible.shape, dtype=self.dtype, device=self.device).masked_fill(~visible, low)
