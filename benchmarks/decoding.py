@@ -5,8 +5,8 @@
 
 Arms: ``model.generate`` (bf16) with its prompt lookup and its early exit; our plain loop and drafters on dense bf16
 weights, on the weights as they are stored by default ("auto": in 4 bits, exactly the same values) and on int8 and int4
-ones; and, where they can be imported, economize and flashspec (their prompt lookup, which needs no training) and
-llama.cpp on the model's own GGUF file (llama-cpp-python). What cannot be imported or fails is named with its reason.
+ones; and, where they are installed, economize and flashspec (their prompt lookup, which needs no training) and
+llama.cpp on the model's own GGUF file (``engines.py``). What is not there or fails is named with its reason.
 
 Every arm answers the first turn of every prompt, greedily, in an order that rotates; what was measured is added to the
 output file, which a later call completes (``--seconds``) and sums up as a whole. Beside each arm: milliseconds per
@@ -24,11 +24,10 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import engines
 import torch
 from rich.console import Console
 from rich.progress import track
@@ -82,41 +81,24 @@ def flashspec_lookup(load: Callable[[], Any], folder: Path) -> Arm:
     )
 
 
-def llama_cpp(load: Callable[[], Any], folder: Path) -> Arm:
-    """In a process of its own: ggml and our kernels both configure the CPU's tile registers, each for itself."""
-    pool = ProcessPoolExecutor(1, get_context("spawn"))
+def llama_cpp(folder: Path, peer: Path | None) -> Arm:
+    engine = engines.llama_cpp(peer)
     path, threads = str(folder / catalogue.GGUF), torch.get_num_threads()
-    return lambda ids, count: pool.submit(_llama, path, threads, ids, count).result()
-
-
-_llm: Any = None
-
-
-def _llama(path: str, threads: int, ids: list[int], count: int) -> list[int]:
-    global _llm
-    if _llm is None:
-        from llama_cpp import Llama
-
-        _llm = Llama(path, n_ctx=2048, n_threads=threads, n_threads_batch=threads, verbose=False)
-    out: list[int] = []
-    for token in _llm.generate(ids, temp=0.0, repeat_penalty=1.0):
-        out.append(token)
-        if len(out) == count or token == _llm.token_eos():
-            break
-    return out
+    engine.ask("load", path=path, threads=threads, context=engines.CONTEXT)
+    return lambda ids, count: engine.ask("generate", ids=ids, count=count, stop=True)["tokens"]
 
 
 PEERS: dict[str, Callable[[Callable[[], Any], Path], Arm]] = {
     "economize lookup": economize_lookup,
     "flashspec lookup": flashspec_lookup,
-    "llama.cpp": llama_cpp,
 }
+LLAMA = "llama.cpp"
 HF: dict[str, dict[str, Any]] = {
     "generate": {},
     "generate lookup": {"prompt_lookup_num_tokens": 10},
     "generate early exit": {"assistant_early_exit": 10},
 }
-ARMS = (*HF, *(f"{name} {kind}" for kind in ("dense", "auto", "int8", "int4") for name in OURS), *PEERS)
+ARMS = (*HF, *(f"{name} {kind}" for kind in ("dense", "auto", "int8", "int4") for name in OURS), *PEERS, LLAMA)
 USUAL = "generate,generate lookup,none dense,m2r2 dense,none auto,m2r2 auto,prompt-lookup+m2r2 auto"
 
 
@@ -136,7 +118,8 @@ class Reads:
 class Bench:
     """The arms, made at first use: an arm that fails is a finding, and named with its reason."""
 
-    def __init__(self) -> None:
+    def __init__(self, peer: Path | None) -> None:
+        self.peer = peer
         self.folder, self.name = catalogue.prepared(catalogue.DEFAULT_MODEL), catalogue.DEFAULT_MODEL
         self.decoders: dict[str, SpecDecoder] = {}
         self.reads: dict[str, Reads] = {}
@@ -151,6 +134,8 @@ class Bench:
             return generate(self.model, **HF[arm])
         if arm in PEERS:
             return PEERS[arm](lambda: self._counted(arm), self.folder)
+        if arm == LLAMA:
+            return llama_cpp(self.folder, self.peer)
         drafter, _, kind = arm.rpartition(" ")
         if kind not in self.decoders:  # a model of its own: "int4" rounds it
             self.decoders[kind] = SpecDecoder.from_pretrained(self.name, drafter="none", weights=kind, device="cpu")
@@ -177,7 +162,7 @@ class Bench:
 
 def measure(args: argparse.Namespace, console: Console) -> dict[str, str]:
     """Run what is not in ``args.output`` yet, prompt by prompt, until the time is up; return why arms did not run."""
-    begin, bench = time.perf_counter(), Bench()
+    begin, bench = time.perf_counter(), Bench(args.peer)
     conversations = spread(load_prompts(args.prompts, args.data_dir).conversations, args.limit)
     tokenizer = loading.load(catalogue.DEFAULT_MODEL)[1]
     prompts = [encode(tokenizer, c.turns[0]) for c in conversations]
@@ -234,7 +219,8 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         runs = [(row["runs"][name], row) for row in rows if name in row["runs"]]
         if not runs:
             continue
-        kind = name.rpartition(" ")[2] if name not in HF and name not in PEERS else "auto"
+        ours = name.rpartition(" ")[0] in OURS
+        kind = name.rpartition(" ")[2] if ours else "auto"
         plain = [(run, row["runs"][f"none {kind}"]) for run, row in runs if f"none {kind}" in row["runs"]]
         line: dict[str, Any] = {
             "arm": name,
@@ -242,9 +228,7 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "ms_per_token": round(1e3 * statistics.median(per_token(run) for run, _ in runs), 2),
             "x_generate": ratio(name, "generate"),
             "x_plain": ratio(name, f"none {kind}"),
-            "x_plain_decoding": ratio(name, f"none {kind}", "prefill")
-            if name not in HF and name not in PEERS
-            else None,
+            "x_plain_decoding": ratio(name, f"none {kind}", "prefill") if ours else None,
             "equal": f"{sum(a['tokens'] == b['tokens'] for a, b in plain)}/{len(plain)}",
         }
         counted = [(run, row) for run, row in runs if run["read"]]
@@ -263,6 +247,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=10)
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--arms", default=USUAL, help=f"with commas between; there are: {', '.join(ARMS)}")
+    parser.add_argument("--peer", type=Path, help="a folder with node-llama-cpp, for llama.cpp")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no prompt that would end later")
     parser.add_argument("--output", type=Path, required=True, help="what is measured is added to this file")
     args = parser.parse_args()

@@ -21,9 +21,9 @@ from rich.table import Table
 PROMPT = "Write a long story about a lighthouse."
 
 
-def resident(field: str) -> float:
-    """ "VmRSS" (now) or "VmHWM" (peak) of this process, in MB."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+def resident(field: str, process: int | str = "self") -> float:
+    """ "VmRSS" (now) or "VmHWM" (peak) of a process, in MB."""
+    line = next(line for line in Path(f"/proc/{process}/status").read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) * 1024 / 1e6
 
 

@@ -1,0 +1,173 @@
+"""The default engine on GGUF files, beside llama.cpp on the same files; the last line is JSON.
+
+    npm install --ignore-scripts --prefix DIR node-llama-cpp
+    python benchmarks/gguf_files.py smollm2-135m-instruct MODEL.gguf --peer DIR --threads 2 --json result.json
+
+Each engine is a process of its own (``engines.py``) and idles while the other runs; who begins alternates from round to
+round. A round is plain greedy decoding after a short prompt, a prompt of 512 tokens, and passes over 1, 2, 4, 8 and 16
+tokens (the least of five each). The table has medians over the rounds, their ranges, and the median of the ratios
+within rounds: above 1 specdec is faster. Files are loaded with an empty cache folder first and again afterwards.
+
+Bytes per token are those of the tensors that a pass reads: all but the embedding, where the output has a matrix of its
+own. Memory is the peak resident size of the process; mapped pages of the file count. ``--json`` keeps what was
+measured, for ``reckoning.py``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import engines
+from reckoning import read_shape
+from rich.console import Console
+from rich.table import Table
+from runtime import read_bandwidth
+
+from specdec.base import cores
+from specdec.bench.environment import environment
+from specdec.models import catalogue
+
+ROWS = (1, 2, 4, 8, 16)
+PREFILL, PROMPT = 512, 64  # tokens
+Rounds = dict[str, list[dict[str, float]]]  # figures of each round, by engine
+
+
+def gguf_of(model: str) -> Path:
+    if model in catalogue.EMBEDDED:
+        return catalogue.prepared(model) / catalogue.GGUF
+    if not Path(model).is_file():
+        sys.exit(f"'{model}' is neither an embedded model nor a file; give a .gguf file")
+    return Path(model).absolute()
+
+
+def synthetic(count: int, vocabulary: int) -> list[int]:
+    """Token ids spread over the vocabulary without its end, where special tokens are."""
+    return [(7919 * n) % (vocabulary * 3 // 4) for n in range(1, count + 1)]
+
+
+def one_round(engine: engines.Engine, vocabulary: int, tokens: int) -> dict[str, float]:
+    decoded = engine.ask("generate", ids=synthetic(PROMPT, vocabulary), count=tokens, stop=False)
+    prompt = engine.ask("generate", ids=synthetic(PREFILL, vocabulary), count=1, stop=False)
+    figures = {"ms": 1e3 * decoded["decode"] / (len(decoded["tokens"]) - 1), "prefill": PREFILL / prompt["prefill"]}
+    passes = engine.ask("passes", rows=list(ROWS))
+    return figures | {f"rows_{count}": 1e3 * passes[str(count)] for count in ROWS if str(count) in passes}
+
+
+def measure(model: str, args: argparse.Namespace, cache: Path) -> dict[str, Any]:
+    """The figures of one file."""
+    file = gguf_of(model)
+    shape, loads, running = read_shape(file), dict[str, dict[str, float]](), dict[str, engines.Engine]()
+    missing, loading = "", {"path": str(file), "threads": args.threads, "context": engines.CONTEXT}
+    makers = {"specdec": lambda: engines.specdec(SPECDEC_CACHE=str(cache), OMP_NUM_THREADS=str(args.threads))}
+    about: dict[str, Any] = {}
+    if not args.alone:
+        makers["llama.cpp"] = lambda: engines.llama_cpp(args.peer)
+    try:
+        for name, make in makers.items():
+            try:
+                for when in ("first_load", "load"):
+                    if name in running:
+                        running[name].close()
+                    running[name] = make()
+                    about[name] = running[name].ask("load", **loading)
+                    loads.setdefault(name, {})[when] = about[name]["seconds"]
+            except engines.EngineError as error:
+                if name == "specdec":
+                    raise
+                running.pop(name, None)
+                missing = f"{name} did not run: {error}"
+        rounds: Rounds = {name: [] for name in running}
+        for number in range(args.rounds + 1):
+            for name in list(running)[:: -1 if number % 2 else 1]:
+                figures = one_round(running[name], shape.vocabulary, args.tokens if number else 8)
+                if number:  # the first one warms up
+                    rounds[name].append(figures)
+        peaks = {name: {"peak": e.peak, "libraries": e.libraries} for name, e in running.items()}
+    finally:
+        for engine in running.values():
+            engine.close()
+    result = {"file": Path(model).name, "threads": args.threads, "gb_per_s": read_bandwidth() / 1e9, "missing": missing}
+    result |= {"bytes": dict(shape.bytes), "bytes_read": shape.bytes_read, "products": shape.products}
+    held = {key: about["specdec"][key] for key in ("runtime", "storage", "bytes_read")}
+    return result | {"specdec": held, "rounds": rounds, "loads": loads, "memory": peaks}
+
+
+def spread(values: list[float], digits: int = 1) -> str:
+    low, high = min(values), max(values)
+    return f"{statistics.median(values):.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
+
+
+def table_of(result: dict[str, Any]) -> Table:
+    rounds, names = result["rounds"], list(result["rounds"])
+    held, read = result["specdec"], result["bytes_read"]
+    title = f"{result['file']}: {held['runtime']}, {held['storage']}; {result['threads']} threads"
+    table = Table(title=f"{title}; memory is read at {result['gb_per_s']:.1f} GB/s")
+    for column in ("", *names, "ratio"):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+
+    def row(label: str, key: str, faster_is_more: bool = False) -> None:
+        cells = [spread([figures[key] for figures in rounds[name]]) if measured(name, key) else "" for name in names]
+        ratio = ""
+        if len(names) == 2 and all(measured(name, key) for name in names):
+            pairs = zip(*(rounds[name] for name in names), strict=True)
+            ratios = [theirs[key] / ours[key] for ours, theirs in pairs]
+            ratio = spread([1 / r for r in ratios] if faster_is_more else ratios, 2)
+        table.add_row(label, *cells, ratio)
+
+    def measured(name: str, key: str) -> bool:
+        return all(key in figures for figures in rounds[name])
+
+    row("decoding, ms per token", "ms")
+    for count in ROWS:
+        row(f"pass over {count}, ms", f"rows_{count}")
+    for count in ROWS[1:]:
+        key = f"rows_{count}"
+        ratios = [[f[key] / f["rows_1"] for f in rounds[n]] if measured(n, key) else [] for n in names]
+        table.add_row(f"pass over {count} / over 1", *(spread(r, 2) if r else "" for r in ratios), "")
+    row(f"prefill of {PREFILL}, tokens/s", "prefill", faster_is_more=True)
+    for label, key in (("first load, s", "first_load"), ("later load, s", "load")):
+        table.add_row(label, *(f"{result['loads'][name][key]:.1f}" for name in names), "")
+    for label, key in (("peak resident, MB", "peak"), ("of that, libraries", "libraries")):
+        table.add_row(label, *(f"{result['memory'][name][key]:.0f}" for name in names), "")
+    sizes = [read if name != "specdec" else held["bytes_read"] or read for name in names]
+    table.add_row("read per token, MB", *(f"{size / 1e6:.0f}" for size in sizes), "")
+    reached = [size / 1e6 / statistics.median(f["ms"] for f in rounds[n]) for n, size in zip(names, sizes, strict=True)]
+    table.add_row("GB/s reached", *(f"{speed:.1f}" for speed in reached), "")
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+", help="GGUF files or names of embedded models")
+    parser.add_argument("--peer", type=Path, help="a folder with node-llama-cpp (default: llama-cpp-python)")
+    parser.add_argument("--alone", action="store_true", help="measure no other engine")
+    parser.add_argument("--threads", type=int, default=cores.cpus())
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=64, help="decoded in each round")
+    parser.add_argument("--cache", type=Path, help="keep the cache folder here; the first load is that of a new folder")
+    parser.add_argument("--json", type=Path, help="also write the results here")
+    args = parser.parse_args()
+    if args.rounds < 1 or args.tokens < 2:
+        parser.error("--rounds takes at least 1, --tokens at least 2")
+    console, results = Console(width=110), []
+    with tempfile.TemporaryDirectory() as folder:
+        for model in args.models:
+            result = measure(model, args, args.cache or Path(folder))
+            console.print(table_of(result))
+            if result["missing"]:
+                console.print(result["missing"], markup=False)
+            results.append(result)
+    text = json.dumps({"results": results, "environment": environment()})
+    if args.json is not None:
+        args.json.write_text(text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
