@@ -131,9 +131,9 @@ def test_a_drafter_without_a_name_is_no_folder(text: str) -> None:
 
 def test_an_override_without_a_value_says_so() -> None:
     with pytest.raises(SpecDecError, match="override 'drafter' gives no value; write drafter=VALUE,VALUE"):
-        override({}, "drafter")
+        override(document.Document({}), "drafter")
     with pytest.raises(SpecDecError, match=r"did you mean 'drafter'\?"):
-        override({}, "draftre=m2r2")
+        override(document.Document({}), "draftre=m2r2")
 
 
 def test_many_values_are_not_called_aliases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

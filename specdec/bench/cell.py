@@ -43,11 +43,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
+from specdec.base import options
+from specdec.base.errors import SpecDecError
 from specdec.base.options import GREEDY_BELOW, MAX_SEED, Runtime, Weights
 from specdec.base.settings import Settings
 from specdec.models.catalogue import DEFAULT_MODEL
@@ -60,6 +62,16 @@ Progress = Callable[[int, int, int], None]  # requests done, requests in all, to
 Text = Annotated[str, Field(min_length=1, description="text")]
 Count = Annotated[int, Field(ge=1, description="a whole number >= 1")]
 Baseline = Literal["none", "hf", "hf-lookup", "hf-early-exit"]
+
+
+def check_hf(name: str, given: Mapping[str, Any]) -> tuple[str, str]:
+    """The kind and the source of a method of ``model.generate``. Raises SpecDecError for options that it has not."""
+    kind, _, source = name.partition("=")
+    if kind == "hf-draft-model" and not source:
+        raise SpecDecError("'hf-draft-model' needs a model; give hf-draft-model=MODEL")
+    known = ("exit_layer",) if kind == "hf-early-exit" else ()
+    options.check(kind, given, known, source if kind != "hf-draft-model" and source else None)
+    return kind, source
 
 
 class Cell(Settings):

@@ -1,10 +1,10 @@
-"""YAML that remembers its lines, so that every error in a file names its line. Knows no sweeps."""
+"""YAML as plain values with their places, so that every error in a file names its line. Knows no sweeps."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,58 +14,57 @@ from specdec.base import inputs
 from specdec.base.errors import SpecDecError, did_you_mean
 
 MOST_NODES = 50_000  # values of a file; aliases of aliases of aliases end here
-_FLOAT = re.compile(r"[-+]?(\d[\d_]*\.?|\d*\.\d+)([eE][-+]?\d+)?")  # YAML 1.1 takes 1e-5 for a string, people do not
+
+Keys = tuple[Any, ...]  # the way to a value: the keys of mappings and the numbers in lists
 
 
-@dataclass(frozen=True)
-class Node:
-    """A value and its place. ``value`` is a scalar, a list of nodes, or a dict of nodes by key.
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 takes 1e-5 for text, people do not."""
 
-    source, line: the file's name and the line, from 1; line 0 is none (an override).
-    """
 
-    value: Any
-    source: str
-    line: int
+_FLOAT = re.compile(r"[-+]?(\d[\d_]*\.?|\d*\.\d+)([eE][-+]?\d+)?$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
 
-    @property
-    def where(self) -> str:
-        return f"{self.source}:{self.line}" if self.line else self.source
 
-    def fail(self, message: str) -> NoReturn:
-        raise SpecDecError(f"{self.where}: {message}")
+@dataclass
+class Document:
+    """places: where values stand ("FILE:LINE"), those of () and of the keys of mappings at least."""
 
-    def holding(self, value: Any) -> Node:
-        """A node of the same place with another value."""
-        return replace(self, value=value)
+    value: Any = None
+    places: dict[Keys, str] = field(default_factory=dict)
 
-    def items(self, what: str) -> list[tuple[str, Node]]:
-        """Its keys and values, if it is a mapping (or nothing at all). Raises SpecDecError otherwise."""
-        if self.value is None:
-            return []
-        if not isinstance(self.value, dict):
-            self.fail(f"{what} must be a mapping of keys to values; got {show(self.plain())}")
-        return list(self.value.items())
+    def place(self, keys: Keys) -> str:
+        """Where the value stands, or else what holds it."""
+        return next(self.places[keys[:n]] for n in range(len(keys), -1, -1) if keys[:n] in self.places)
 
-    def known(self, what: str, keys: Iterable[str]) -> dict[str, Node]:
-        """Its items, if all keys are among ``keys``. Raises SpecDecError otherwise."""
-        keys = list(keys)
-        for key, node in self.items(what):
-            if key not in keys:
-                node.fail(f"unknown key '{key}' in {what}{did_you_mean(key, keys)}; known: {', '.join(keys)}")
-        return dict(self.items(what))
+    def fail(self, keys: Keys, message: str) -> NoReturn:
+        raise SpecDecError(f"{self.place(keys)}: {message}")
 
-    def each(self) -> list[Node]:
-        """Its elements if it is a list, else itself alone: what a list is an axis of."""
-        return self.value if isinstance(self.value, list) else [self]
+    def mapping(self, keys: Keys, value: Any, what: str, known: Iterable[str] | None = None) -> dict[str, Any]:
+        """``value`` if it is a mapping, of which all keys are ``known``; nothing is an empty one."""
+        if not isinstance(value, dict | None):
+            self.fail(keys, f"{what} must be a mapping of keys to values; got {show(value)}")
+        known = list(value or {} if known is None else known)
+        for key in value or {}:
+            if key not in known:
+                near = did_you_mean(key, known)
+                self.fail((*keys, key), f"unknown key '{key}' in {what}{near}; known: {', '.join(known)}")
+        return value or {}
 
-    def plain(self) -> Any:
-        """The value without its marks."""
-        if isinstance(self.value, list):
-            return [node.plain() for node in self.value]
-        if isinstance(self.value, dict):
-            return {key: node.plain() for key, node in self.value.items()}
-        return self.value
+    def put(self, keys: Keys, value: Any, place: str) -> None:
+        """Set the value at ``keys``, all but the last of which lead through mappings."""
+        self.places = {old: where for old, where in self.places.items() if old[: len(keys)] != keys} | {keys: place}
+        holder = self.value
+        for key in keys[:-1]:
+            if not isinstance(holder.get(key), dict):
+                holder[key] = {}
+            holder = holder[key]
+        holder[keys[-1]] = value
+
+
+def each(value: Any) -> list[Any]:
+    """The values of an axis: a list has several."""
+    return value if isinstance(value, list) else [value]
 
 
 def show(value: Any) -> str:
@@ -75,83 +74,72 @@ def show(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def load(path: Path) -> Node:
-    """The YAML file as a node. Raises SpecDecError with the line for what is not YAML or has a key twice."""
+def load(path: Path) -> Document:
+    """Read a YAML file. Raises SpecDecError with the line for what is not YAML or has a key twice."""
     try:
         with path.open("rb") as file:
             text = inputs.whole(file, inputs.DOCUMENT).decode("utf-8-sig")
-    except FileNotFoundError:
-        raise SpecDecError(f"there is no file '{path}'") from None
     except (OSError, ValueError) as error:
         raise SpecDecError(f"cannot read '{path}': {error}") from None
-    return parse(text, str(path))
+    return parse(text, lambda line: f"{path}:{line}")
 
 
-def parse(text: str, source: str, first: int = 1) -> Node:
-    """``text`` as a node; ``source`` is the name that complaints give it, ``first`` the number of its first line."""
-    loader = yaml.SafeLoader(text)
+def parse(text: str, place: Callable[[int], str]) -> Document:
+    """Read YAML text. ``place`` names a line of it, counted from 1."""
+    loader = _Loader(text)
     try:
         root = loader.get_single_node()
-        if root is None:
-            return Node(None, source, 1)
-        return _Reader(loader, source, first).read(root, ())
+        reader = _Reader(loader, place)
+        return Document(None if root is None else reader.read(root, ()), {(): place(1)} | reader.places)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        line = mark.line + 1 if mark else 1
-        raise SpecDecError(f"{source}:{line}: this is not YAML: {' '.join((error.problem or '').split())}") from None
+        where, problem = place(mark.line + 1 if mark else 1), error.problem or ""
     except yaml.YAMLError as error:
-        raise SpecDecError(f"{source}: this is not YAML: {' '.join(str(error).split())}") from None
+        where, problem = place(1), str(error)
     except RecursionError:
-        raise SpecDecError(f"{source}: values are nested too deeply") from None
+        where, problem = place(1), "values are nested too deeply"
     finally:
         loader.dispose()
+    raise SpecDecError(f"{where}: this is not YAML: {' '.join(problem.split())}")
 
 
 class _Reader:
-    def __init__(self, loader: yaml.SafeLoader, source: str, first: int) -> None:
-        self.loader, self.source, self.first, self.count = loader, source, first, 0
+    def __init__(self, loader: _Loader, place: Callable[[int], str]) -> None:
+        self.loader, self.place, self.places = loader, place, dict[Keys, str]()
 
-    def read(self, node: yaml.Node, above: tuple[int, ...]) -> Node:
-        self.count += 1
-        if id(node) in above:
+    def read(self, node: yaml.Node, keys: Keys, above: tuple[yaml.Node, ...] = ()) -> Any:
+        # A mapping or a list may begin a line after its key, whose line is then the one to name.
+        self.places.setdefault(keys, self.line(node))
+        if node in above:
             self.fail(node, "an alias is within what it refers to")
-        if self.count > MOST_NODES:
+        if len(self.places) > MOST_NODES:
             self.fail(node, f"more than {MOST_NODES} values, those of aliases counted; give fewer")
-        above = (*above, id(node))
-        value: Any
-        if isinstance(node, yaml.MappingNode):
-            value = self._mapping(node, above)
-        elif isinstance(node, yaml.SequenceNode):
-            value = [self.read(child, above) for child in node.value]
-        else:
-            value = self._scalar(node)
-        return Node(value, self.source, self.line(node))
-
-    def line(self, node: yaml.Node) -> int:
-        return int(node.start_mark.line) + self.first
-
-    def fail(self, node: yaml.Node, message: str) -> NoReturn:
-        Node(None, self.source, self.line(node)).fail(message)
-
-    def _mapping(self, node: yaml.MappingNode, above: tuple[int, ...]) -> dict[str, Node]:
-        seen: set[str] = set()
-        for key, _ in node.value:
+        above = (*above, node)
+        if isinstance(node, yaml.SequenceNode):
+            return [self.read(child, (*keys, n), above) for n, child in enumerate(node.value)]
+        if not isinstance(node, yaml.MappingNode):
+            return self._scalar(node)
+        out: dict[str, Any] = {}
+        for key, child in node.value:
             if not isinstance(key, yaml.ScalarNode):
                 self.fail(key, "a key must be plain text")
-            if key.value in seen:
+            if key.value in out:
                 self.fail(key, f"the key '{key.value}' is here for the second time")
-            seen.add(key.value)
-        self.loader.flatten_mapping(node)  # "<<"
-        # A value's complaints give its key's line: a mapping or a list may begin a line later.
-        return {key.value: replace(self.read(child, above), line=self.line(key)) for key, child in node.value}
+            self.places[*keys, key.value] = self.line(key)
+            out[key.value] = self.read(child, (*keys, key.value), above)
+        return out
 
-    def _scalar(self, node: yaml.Node) -> Any:
+    def line(self, node: yaml.Node) -> str:
+        return self.place(node.start_mark.line + 1)
+
+    def fail(self, node: yaml.Node, message: str) -> NoReturn:
+        raise SpecDecError(f"{self.line(node)}: {message}")
+
+    def _scalar(self, node: yaml.Node) -> str | int | float | None:
         try:
             value = self.loader.construct_object(node)
         except Exception:  # a date like 2026-13-45, a !!python tag, !!bool maybe: constructors raise what they like
-            value = yaml  # not a value of a file
-        if isinstance(value, str) and not node.style and _FLOAT.fullmatch(value):  # type: ignore[attr-defined]
-            return float(value.replace("_", ""))
+            value = node  # not a value of a file
         if not isinstance(value, str | int | float | None):
             self.fail(node, f"cannot read {show(node.value)} as text or a number; quote it if it is text")
         return value

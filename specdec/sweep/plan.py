@@ -17,31 +17,18 @@ from __future__ import annotations
 import importlib.resources
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from specdec.base.errors import SpecDecError, did_you_mean
+from specdec.base.settings import Settings
 from specdec.bench.cell import Cell
-from specdec.sweep.document import Node, load, show
+from specdec.sweep.document import Document, Keys, each, load, show
 from specdec.sweep.overrides import override
-from specdec.sweep.schema import (
-    GROUPS,
-    KEYS,
-    SETTINGS,
-    WHOLE,
-    Axis,
-    Resources,
-    check_name,
-    check_options,
-    checked,
-    named,
-    options,
-    resources,
-    text,
-)
+from specdec.sweep.schema import GROUPS, KEYS, SETTINGS, WHOLE, Resources, by_name, check_plugin
 
 MOST_CELLS = 10_000
 
@@ -74,124 +61,137 @@ def find(name: str) -> Path:
 
 def load_plan(path: Path, overrides: Sequence[str] = ()) -> Plan:
     """The plan of a file with ``overrides`` (``KEY=VALUE,VALUE``) on top. Raises SpecDecError with file and line."""
-    root = load(path)
-    if root.value is None:
+    document = load(path)
+    if document.value is None:
         raise SpecDecError(f"{path}: the file is empty; a sweep needs at least one setting, such as 'drafter: m2r2'")
-    items = root.known("a sweep", KEYS)
-    Sweep(items, root, path.stem, strict=True).check_conditions()
+    Sweep(document, path.stem).check_conditions()
     for change in overrides:
-        override(items, change)
-    return Sweep(items, root, path.stem).plan()
+        override(document, change)
+    return Sweep(document, path.stem).plan()
 
 
 class Sweep:
     """A sweep file under inspection: its axes, and the points that they span.
 
-    strict: conditions may name only what there is; overrides can take an axis away from them.
+    settings: the values of each axis. names: of drafters and of verifiers, each with the values of its options' axes.
     """
 
-    def __init__(self, items: dict[str, Node], root: Node, name: str, strict: bool = False) -> None:
-        self.root, self.items = root, items
-        self.name = text(items.get("name"), name)
-        self.description = text(items.get("description"), "")
-        self.resources = resources(items.get("resources"))
-        self.against = None if WHOLE not in items else checked(Cell, WHOLE, items[WHOLE].holding(items[WHOLE].each()))
-        self.axes = [Axis(name, self._setting(name, items[name])) for name in SETTINGS if name in items]
-        defaults = Cell()
-        self.names = {group: self._group(group, getattr(defaults, group)) for group in GROUPS}
-        self.options = {
-            group: {name: list(options(f"{group}.{name}", node)) for name, node in names.items()}
-            for group, names in self.names.items()
+    def __init__(self, document: Document, name: str) -> None:
+        self.document = document
+        self.items = document.mapping((), document.value, "a sweep", KEYS)
+        self.name, self.description = self._text("name", name), self._text("description", "")
+        given = document.mapping(("resources",), self.items.get("resources"), "resources", Resources.model_fields)
+        for key, value in given.items():
+            self._check(Resources, key, value, ("resources", key))
+        self.resources = Resources(**given)
+        self.against = {WHOLE: each(self.items[WHOLE])} if WHOLE in self.items else {}
+        for value in self.against.values():
+            self._check(Cell, WHOLE, value, (WHOLE,))
+        self.settings = {name: self._axis((name,), self.items[name]) for name in SETTINGS if name in self.items}
+        for name, values in self.settings.items():
+            for number, value in enumerate(values):
+                self._check(Cell, name, value, (name, number))
+        self.names = {
+            group: {name: self._options((group, name), given) for name, given in by_name(document, group).items()}
+            for group in GROUPS
         }
-        self.zips = self._zips(strict)
-        self.excludes = self._excludes(strict)
+        options = (axes for names in self.names.values() for axes in names.values())
+        self.axes = self.settings | {name: values for axes in options for name, values in axes.items()}
+        self.zips = self._zips()
+        self.excludes = self._excludes()
 
     # Read the file.
 
-    def _setting(self, name: str, node: Node) -> list[Node]:
-        values = node.each()
+    def _text(self, key: str, default: str) -> str:
+        value = self.items.get(key, default)
+        if not isinstance(value, str) or (key in self.items and not value.strip()):
+            self.document.fail((key,), f"this must be text; got {show(value)}")
+        return " ".join(value.split())
+
+    def _check(self, settings: type[Settings], name: str, value: Any, keys: Keys) -> None:
+        try:
+            settings(**{name: value})
+        except SpecDecError as error:
+            self.document.fail(keys, str(error))
+
+    def _axis(self, keys: Keys, value: Any) -> list[Any]:
+        values = each(value)
         if not values:
-            node.fail(f"'{name}' is an empty list: the sweep would have no cell")
-        seen: list[Any] = []
-        for value in values:
-            plain = checked(Cell, name, value)
-            if plain in seen:
-                value.fail(f"'{name}' has the value {show(plain)} twice")
-            seen.append(plain)
+            self.document.fail(keys, f"'{keys[-1]}' is an empty list: the sweep would have no cell")
+        for number, one in enumerate(values):
+            if one in values[:number]:
+                self.document.fail((*keys, number), f"'{keys[-1]}' has the value {show(one)} twice")
         return values
 
-    def _group(self, group: str, default: str) -> dict[str, Node]:
-        names = named(self.items.get(group) or self.root.holding(default), group)
-        for name, node in names.items():
-            try:
-                check_name(group, name)
-            except SpecDecError as error:
-                node.fail(str(error))
-        return names
+    def _options(self, keys: Keys, given: Any) -> dict[str, list[Any]]:
+        """The axes of a drafter's or a verifier's options; those of joined drafters are a level down."""
+        prefix, out = ".".join(keys), dict[str, list[Any]]()
+        for name, value in self.document.mapping(keys, given, f"the options of '{prefix}'").items():
+            if isinstance(value, dict):
+                out |= self._options((*keys, name), value)
+            else:
+                out[f"{prefix}.{name}"] = self._axis((*keys, name), value)
+        return out
 
-    def _zips(self, strict: bool) -> list[list[str]]:
-        known, taken, groups = self._axis_names(), set[Any](), []
-        for entry in self.items["zip"].each() if "zip" in self.items else []:
-            names = [node.plain() for node in entry.each()]
-            if len(names) < 2:
-                entry.fail("an entry of zip is a list of two or more axes that step together, such as [[model, dtype]]")
-            for name in names:
-                if strict and name not in known:
-                    hint = "; drop unwanted pairs with exclude" if name in GROUPS else ""
-                    entry.fail(f"zip: '{show(name)}' is no axis here{did_you_mean(str(name), known)}{hint}")
-                if name in taken:
-                    entry.fail(f"zip has '{name}' twice")
-                taken.add(name)
-            lengths = {name: known[name] for name in names if name in known}
+    def _zips(self) -> list[list[str]]:
+        groups = [[str(name) for name in each(entry)] for entry in each(self.items.get("zip", []))]
+        for number, names in enumerate(groups):
+            others = [name for group in groups[:number] for name in group]
+            if len(names) < 2 or len({*names} - {*others}) < len(names):
+                what = "an entry of zip is a list of two or more axes that step together; each axis is in one entry"
+                self.document.fail(("zip", number), what)
+            lengths = {name: len(self.axes[name]) for name in names if name in self.axes}
             if len(set(lengths.values())) > 1:
                 counts = ", ".join(f"{name} has {length}" for name, length in lengths.items())
-                entry.fail(f"axes that step together must have the same number of values: {counts}")
-            groups.append(names)
+                what = f"axes that step together must have the same number of values: {counts}"
+                self.document.fail(("zip", number), what)
         return groups
 
-    def _axis_names(self) -> dict[str, int]:
-        """The number of values of every axis that may be zipped."""
-        axes = [*self.axes, *(axis for names in self.options.values() for axes in names.values() for axis in axes)]
-        return {axis.name: len(axis.values) for axis in axes}
-
-    def _excludes(self, strict: bool) -> list[tuple[Node, dict[str, list[Any]]]]:
-        known, out = [*GROUPS, *self._axis_names()], []
-        for entry in self.items["exclude"].each() if "exclude" in self.items else []:
-            what = "an entry of exclude"
-            conditions = entry.known(what, known) if strict else dict(entry.items(what))
+    def _excludes(self) -> list[dict[str, list[Any]]]:
+        out = []
+        for number, entry in enumerate(each(self.items.get("exclude", []))):
+            conditions = self.document.mapping(("exclude", number), entry, "an entry of exclude")
             if not conditions:
-                entry.fail("an entry of exclude needs at least one condition, such as {drafter: none}")
-            out.append((entry, {key: [v.plain() for v in value.each()] for key, value in conditions.items()}))
+                what = "an entry of exclude needs at least one condition, such as {drafter: none}"
+                self.document.fail(("exclude", number), what)
+            out.append({axis: each(value) for axis, value in conditions.items()})
         return out
 
     def check_conditions(self) -> None:
-        """Raise SpecDecError for an entry of exclude that drops nothing: a typo, as a rule."""
+        """Raise SpecDecError for what zip and exclude name in vain: a typo. Overrides may take axes away later."""
+        for number, names in enumerate(self.zips):
+            for name in names:
+                self._known(("zip", number), name, self.axes, "not an axis of this sweep")
         points = list(self._points(excluded=True))
-        for entry, conditions in self.excludes:
-            for key, values in conditions.items():
-                taken = [point[key] for point in points if key in point]
+        for number, conditions in enumerate(self.excludes):
+            for axis, values in conditions.items():
+                self._known(("exclude", number, axis), axis, [*GROUPS, *self.axes], "not an axis of this sweep")
+                taken = [point[axis] for point in points if axis in point]
                 for value in values:
-                    if value not in taken:
-                        near = did_you_mean(str(value), {str(t) for t in taken})
-                        entry.fail(f"exclude: {key} is never {show(value)} in this sweep{near}")
+                    self._known(("exclude", number, axis), value, taken, f"not a value of {axis} in this sweep")
             if not any(_matches(point, conditions) for point in points):
-                entry.fail(f"this entry of exclude matches no cell: {show(entry.plain())}")
+                self.document.fail(("exclude", number), f"this entry of exclude matches no cell: {show(conditions)}")
+
+    def _known(self, keys: Keys, value: Any, known: Collection[Any], what: str) -> None:
+        if value not in known:
+            self.document.fail(keys, f"{keys[0]}: '{show(value)}' is {what}{did_you_mean(str(value), map(str, known))}")
 
     # Make the cells.
 
     def _points(self, excluded: bool = False) -> Iterator[dict[str, Any]]:
         """Every combination of the axes, as values by axis name; with those that exclude drops, if asked for."""
         spans = []
-        for drafter, verifier in product(self.names["drafter"], self.names["verifier"]):
-            axes = [*self.axes, *self.options["drafter"][drafter], *self.options["verifier"][verifier]]
-            spans.append(({"drafter": drafter, "verifier": verifier}, _together(axes, self.zips)))
+        for drafter, verifier in product(*self.names.values()):
+            axes = self.settings | self.names["drafter"][drafter] | self.names["verifier"][verifier]
+            spans.append(({"drafter": drafter, "verifier": verifier}, _steps(axes, self.zips)))
         total = sum(math.prod(len(steps) for steps in span) for _, span in spans)
         if total > MOST_CELLS:
-            self.root.fail(f"this sweep has {total:,} cells, more than the most of {MOST_CELLS:,}; cut an axis")
-        for fixed, span in spans:
+            self.document.fail((), f"this sweep has {total:,} cells, more than the most of {MOST_CELLS:,}; cut an axis")
+        for point, span in spans:
             for steps in product(*span):
-                point = fixed | {name: value for step in steps for name, value in step.items()}
-                if excluded or not any(_matches(point, conditions) for _, conditions in self.excludes):
+                for step in steps:
+                    point = point | step
+                if excluded or not any(_matches(point, conditions) for conditions in self.excludes):
                     yield point
 
     def plan(self) -> Plan:
@@ -201,69 +201,62 @@ class Sweep:
             cell = self._cell(point)
             cells.setdefault(cell.key(), cell)
         if not cells:
-            self.root.fail("this sweep has no cell: exclude drops them all")
-        loads = list(dict.fromkeys(tuple(cell.loading.values()) for cell in cells.values()))
-        ordered = sorted(cells.values(), key=lambda cell: loads.index(tuple(cell.loading.values())))
+            self.document.fail((), "this sweep has no cell: exclude drops them all")
+        loads = [cell.loading for cell in cells.values()]
+        ordered = sorted(cells.values(), key=lambda cell: loads.index(cell.loading))
         return Plan(self.name, self.description, tuple(ordered), self.resources)
 
     def _cell(self, point: dict[str, Any]) -> Cell:
-        values: dict[str, Any] = {} if self.against is None else {WHOLE: self.against}
-        for name, value in point.items():
-            if name in GROUPS:
-                values[name] = value
-                values[f"{name}_options"] = {}
-            elif name in SETTINGS:
-                values[name] = value
+        values: dict[str, Any] = self.against | {name: point[name] for name in (*GROUPS, *self.settings)}
         for group in GROUPS:
-            prefix = f"{group}.{values[group]}."
-            for name, value in point.items():
-                if name.startswith(prefix):
-                    _put(values[f"{group}_options"], name.removeprefix(prefix).split("."), value)
+            options = values[f"{group}_options"] = {}
+            prefix = f"{group}.{point[group]}."
+            for name in self.names[group][point[group]]:
+                *path, last = name.removeprefix(prefix).split(".")
+                holder = options
+                for key in path:
+                    holder = holder.setdefault(key, {})
+                holder[last] = point[name]
         cell = Cell(**values)
         if cell.weights in ("int8", "int4") and (
             cell.dtype not in ("auto", "bfloat16") or cell.device not in ("auto", "cpu") or cell.runtime == "reference"
         ):
-            self.items["weights"].fail(
+            self.document.fail(
+                ("weights",),
                 f"weights {cell.weights} need bfloat16, the CPU and a runtime of ours; they cannot go with "
-                f"dtype {cell.dtype}, device {cell.device}, runtime {cell.runtime}; exclude the combination"
+                f"dtype {cell.dtype}, device {cell.device}, runtime {cell.runtime}; exclude the combination",
             )
         for group in GROUPS:
-            name, own = getattr(cell, group), getattr(cell, f"{group}_options")
+            name = point[group]
             try:
-                check_options(group, name, own)
+                check_plugin(group, name, values[f"{group}_options"])
             except SpecDecError as error:
-                self._blame(group, name, str(error)).fail(str(error))
+                self.document.fail(self._blamed(group, name, str(error)), str(error))
         return cell.canonical()
 
-    def _blame(self, group: str, name: str, message: str) -> Node:
-        """The place of the option that ``message`` is about; else of the name it is an option of."""
-        found = {}
-        for axis in self.options[group][name]:
-            if match := re.search(rf"\b{re.escape(axis.name.rpartition('.')[2])}\b", message):
-                found[match.start()] = axis.values[0]
-        return found[min(found)] if found else self.names[group][name]
+    def _blamed(self, group: str, name: str, message: str) -> Keys:
+        """The option that ``message`` is about; else the name it is an option of."""
+        found: dict[int, Keys] = {}
+        for axis in self.names[group][name]:
+            path = axis.removeprefix(f"{group}.{name}.").split(".")
+            if match := re.search(rf"\b{re.escape(path[-1])}\b", message):
+                found[match.start()] = (group, name, *path)
+        return found[min(found)] if found else (group, name)
 
 
-def _together(axes: list[Axis], zips: list[list[str]]) -> list[list[dict[str, Any]]]:
+def _steps(axes: dict[str, list[Any]], zips: list[list[str]]) -> list[list[dict[str, Any]]]:
     """The steps of each axis, or of each group of zipped ones: values by axis name."""
     out: list[list[dict[str, Any]]] = []
     done: set[str] = set()
     for axis in axes:
-        if axis.name in done:
-            continue
-        group = next((names for names in zips if axis.name in names), [axis.name])
-        members = [other for other in axes if other.name in group]  # options of another drafter are not here
-        done.update(other.name for other in members)
-        rows = zip(*(other.values for other in members), strict=True)
-        out.append([{o.name: v.plain() for o, v in zip(members, row, strict=True)} for row in rows])
+        if axis not in done:
+            group = next((names for names in zips if axis in names), [axis])
+            members = [name for name in axes if name in group]  # options of another drafter are not here
+            done.update(members)
+            rows = zip(*(axes[name] for name in members), strict=True)
+            out.append([dict(zip(members, row, strict=True)) for row in rows])
     return out
 
 
 def _matches(point: dict[str, Any], conditions: dict[str, list[Any]]) -> bool:
     return all(key in point and point[key] in values for key, values in conditions.items())
-
-
-def _put(options: dict[str, Any], path: list[str], value: Any) -> None:
-    for key in path[:-1]:
-        options = options.setdefault(key, {})
-    options[path[-1]] = value
