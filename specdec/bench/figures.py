@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +31,11 @@ class Request:
     @property
     def place(self) -> tuple[int, int, int]:
         return self.repetition, self.group, self.turn
+
+    @property
+    def category(self) -> str:
+        """That of the first conversation, where they are mixed."""
+        return self.conversations[0].category
 
     def as_dict(self) -> dict[str, Any]:
         reply = self.reply
@@ -60,35 +66,31 @@ class Request:
 def figures(name: str, mine: list[Request], baselines: dict[str, list[Request]], lossless: bool) -> dict[str, Any]:
     """Sum up the requests of one method; ``baselines``: requests of other methods for the same prompts, by label."""
     by_place = {label: {r.place: r for r in requests} for label, requests in baselines.items()}
-    replies, groups = [r.reply for r in mine], [r.group for r in mine]
-    later = [(r.count - r.first_tokens, r.seconds - r.first_seconds) for r in replies]
-    decoded = [i for i, (count, _) in enumerate(later) if count > 0]
-    decode_groups = [groups[i] for i in decoded]
-    rows = [m for reply in replies for m in reply.metrics]
-    together = _together(rows)
-    drafted = sum(m.num_draft_tokens for m in rows)
+    replies = [r.reply for r in mine]
+    steps = RequestMetrics(
+        per_step_drafted=[n for reply in replies for m in reply.metrics for n in m.per_step_drafted],
+        per_step_accepted=[n for reply in replies for m in reply.metrics for n in m.per_step_accepted],
+        num_draft_tokens=sum(m.num_draft_tokens for reply in replies for m in reply.metrics),
+    )
     equality = [one for r in mine for one in r.equality if one is not None]
-    memory = [r.peak_memory_mb for r in replies if r.peak_memory_mb is not None]
-    prefills = [reply.metrics[0].prefill_seconds * 1e3 for reply in replies if reply.metrics]
+    categories = list(dict.fromkeys(r.category for r in mine))
     return {
         "name": name,
-        "requests": len(mine),
-        "tokens": sum(r.count for r in replies),
         "lossless": lossless,
-        "tokens_per_second": stats.median([r.count / r.seconds for r in replies], groups),
-        "decode_tokens_per_second": stats.median([later[i][0] / later[i][1] for i in decoded], decode_groups),
-        "prefill_ms": stats.median(prefills, groups) if rows else None,
-        "first_token_ms": stats.median([r.first_seconds * 1e3 for r in replies], groups),
-        "decode_ms_per_token": stats.median([later[i][1] * 1e3 / later[i][0] for i in decoded], decode_groups),
-        "speedup": {label: _speedup(mine, base) for label, base in by_place.items()},
+        **_summary(mine, by_place),
+        "decode_tokens_per_second": _median(mine, lambda reply: _rate(reply.pace(after_first=True))),
+        "prefill_ms": _median(mine, lambda reply: reply.metrics[0].prefill_seconds if reply.metrics else None, 1e3),
+        "first_token_ms": _median(mine, lambda reply: reply.first_seconds, 1e3),
+        "decode_ms_per_token": _median(mine, lambda reply: reply.pace(after_first=True), 1e3),
         "decode_speedup": {label: _speedup(mine, base, after_first=True) for label, base in by_place.items()},
-        "mean_acceptance_length": _acceptance(mine),
-        "acceptance_rate": together.num_accepted_draft_tokens / drafted if drafted else None,
-        "acceptance_per_position": together.acceptance_per_position,
-        "acceptance_histogram": together.acceptance_histogram,
-        "mean_layers_per_token": _layers(mine),
+        "acceptance_rate": steps.draft_acceptance_rate if steps.num_draft_tokens else None,
+        "acceptance_per_position": steps.acceptance_per_position,
+        "acceptance_histogram": steps.acceptance_histogram,
+        "mean_layers_per_token": _pooled(
+            mine, lambda m: m.mean_layers_per_token * m.num_new_tokens, lambda m: m.num_new_tokens
+        ),
         "ledger_ms_per_step": _ledger(replies),
-        "peak_memory_mb": max(memory, default=None),
+        "peak_memory_mb": max((r.peak_memory_mb for r in replies if r.peak_memory_mb is not None), default=None),
         "equal_to_plain": {
             "equal": equality.count("equal"),
             "near_ties": equality.count("near-tie") if lossless else None,
@@ -98,62 +100,51 @@ def figures(name: str, mine: list[Request], baselines: dict[str, list[Request]],
         if equality
         else None,
         "quality": _quality(mine),
-        "categories": _categories(mine, by_place),
+        "categories": {name: _summary([r for r in mine if r.category == name], by_place) for name in categories},
     }
 
 
-def _categories(mine: list[Request], by_place: dict[str, dict[Any, Request]]) -> dict[str, Any]:
-    """Figures by the category of each request (of its first conversation, where they are mixed)."""
-    out = {}
-    for category in dict.fromkeys(r.conversations[0].category for r in mine):
-        part = [r for r in mine if r.conversations[0].category == category]
-        out[category] = {
-            "requests": len(part),
-            "tokens": sum(r.reply.count for r in part),
-            "tokens_per_second": stats.median([r.reply.count / r.reply.seconds for r in part], [r.group for r in part]),
-            "speedup": {label: _speedup(part, base) for label, base in by_place.items()},
-            "mean_acceptance_length": _acceptance(part),
-        }
-    return out
+def _summary(mine: list[Request], baselines: dict[str, dict[Any, Request]]) -> dict[str, Any]:
+    """The figures that each category has, too."""
+    return {
+        "requests": len(mine),
+        "tokens": sum(r.reply.count for r in mine),
+        "tokens_per_second": _median(mine, lambda reply: _rate(reply.pace())),
+        "speedup": {label: _speedup(mine, base) for label, base in baselines.items()},
+        "mean_acceptance_length": _pooled(
+            mine, lambda m: m.num_accepted_draft_tokens + m.num_spec_steps, lambda m: m.num_spec_steps
+        ),
+    }
+
+
+def _median(mine: list[Request], figure: Callable[[Reply], float | None], scale: float = 1) -> stats.Estimate | None:
+    """The median over the requests that have the figure, times ``scale``."""
+    found = [(value * scale, r.group) for r in mine if (value := figure(r.reply)) is not None]
+    return stats.median([value for value, _ in found], [group for _, group in found])
+
+
+def _rate(pace: float | None) -> float | None:
+    return 1 / pace if pace else None
 
 
 def _speedup(mine: list[Request], base: dict[Any, Request], after_first: bool = False) -> stats.Estimate | None:
     """Seconds per token of the baseline over ours, for each request that both did."""
-    pairs = []
+    ratios, groups = [], []
     for request in mine:
         other = base.get(request.place)
-        times = [_pace(r.reply, after_first) for r in (other, request) if r is not None]
-        if len(times) == 2 and times[0] and times[1]:
-            pairs.append((times[0] / times[1], request.group))
-    return stats.median([ratio for ratio, _ in pairs], [group for _, group in pairs])
+        ours, theirs = request.reply.pace(after_first), other.reply.pace(after_first) if other else None
+        if ours and theirs:
+            ratios.append(theirs / ours)
+            groups.append(request.group)
+    return stats.median(ratios, groups)
 
 
-def _pace(reply: Reply, after_first: bool) -> float:
-    """Seconds per token; 0 where there is none."""
-    count = reply.count - reply.first_tokens * after_first
-    seconds = reply.seconds - reply.first_seconds * after_first
-    return seconds / count if count > 0 else 0.0
-
-
-def _together(rows: list[RequestMetrics]) -> RequestMetrics:
-    """The steps of several requests as those of one."""
-    return RequestMetrics(
-        per_step_drafted=[n for m in rows for n in m.per_step_drafted],
-        per_step_accepted=[n for m in rows for n in m.per_step_accepted],
-    )
-
-
-def _acceptance(requests: list[Request]) -> stats.Estimate | None:
-    rows = [(m, r.group) for r in requests for m in r.reply.metrics]
-    tokens = [m.num_accepted_draft_tokens + m.num_spec_steps for m, _ in rows]
-    return stats.ratio(tokens, [m.num_spec_steps for m, _ in rows], [group for _, group in rows])
-
-
-def _layers(requests: list[Request]) -> stats.Estimate | None:
-    rows = [(m, r.group) for r in requests for m in r.reply.metrics]
-    tokens = [m.num_new_tokens for m, _ in rows]
-    layers = [m.mean_layers_per_token * m.num_new_tokens for m, _ in rows]
-    return stats.ratio(layers, tokens, [group for _, group in rows])
+def _pooled(
+    mine: list[Request], above: Callable[[RequestMetrics], float], below: Callable[[RequestMetrics], float]
+) -> stats.Estimate | None:
+    """A ratio of sums over all rows; None for methods without metrics."""
+    rows = [(m, r.group) for r in mine for m in r.reply.metrics]
+    return stats.ratio([above(m) for m, _ in rows], [below(m) for m, _ in rows], [group for _, group in rows])
 
 
 def _ledger(replies: list[Reply]) -> dict[str, float]:

@@ -6,12 +6,13 @@ no statistics.
 
 from __future__ import annotations
 
+import copy
+import re
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 from transformers.generation.streamers import BaseStreamer
@@ -19,10 +20,9 @@ from transformers.generation.streamers import BaseStreamer
 from specdec.api.decoder import SpecDecoder
 from specdec.base import options
 from specdec.base.errors import SpecDecError
-from specdec.bench.cell import Cell
+from specdec.bench.cell import Cell, check_hf
 from specdec.engine.metrics import RequestMetrics
 from specdec.models import loading
-from specdec.speculation.sampling import Sampler, SamplingParams
 
 WARM_UP, CONTEXT = 8, 64  # new tokens and prompt tokens of the request that warms a method up
 SAMPLING = ("temperature", "top_p", "top_k")
@@ -50,39 +50,26 @@ class Reply:
     def count(self) -> int:
         return sum(map(len, self.tokens))
 
-
-class Method(Protocol):
-    """seeded: sampled tokens depend on the seed alone, as those of plain decoding do."""
-
-    lossless: bool
-    seeded: ClassVar[bool]
-
-    def reply(self, prompts: list[list[int]], count: int, seed: int) -> Reply:
-        """Answer ``prompts`` with at most ``count`` new tokens each."""
-
-    def sampler(self, prompts: list[list[int]], count: int, seed: int) -> Sampler:
-        """What chooses the tokens of such a reply."""
+    def pace(self, after_first: bool = False) -> float | None:
+        """Seconds per token; None where there is none."""
+        count = self.count - self.first_tokens * after_first
+        return (self.seconds - self.first_seconds * after_first) / count if count > 0 else None
 
 
 class OwnMethod:
-    """Our loop with one drafter and one acceptance rule."""
+    """Our loop with one drafter and one acceptance rule. Sampled tokens depend on the seed alone (``seeded``)."""
 
     seeded: ClassVar[bool] = True
 
     def __init__(self, decoder: SpecDecoder, cell: Cell) -> None:
-        self.decoder, self.cell = decoder, cell
+        self.decoder = decoder
+        self.settings = {name: getattr(cell, name) for name in ("num_speculative_tokens", *SAMPLING)}
         self.lossless = decoder.verifier.lossless
 
-    def sampler(self, prompts: list[list[int]], count: int, seed: int) -> Sampler:
-        cell = self.cell
-        params = SamplingParams(cell.temperature, cell.top_k, cell.top_p, seed=seed)
-        return self.decoder.sampler(prompts, [count] * len(prompts), params)
-
     def reply(self, prompts: list[list[int]], count: int, seed: int) -> Reply:
-        cell = self.cell
+        """Answer ``prompts`` with at most ``count`` new tokens each."""
         start = time.perf_counter()
-        settings = {name: getattr(cell, name) for name in ("num_speculative_tokens", *SAMPLING)}
-        with self.decoder.open(prompts, max_new_tokens=count, seed=seed, **settings) as generation:
+        with self.decoder.open(prompts, max_new_tokens=count, seed=seed, **self.settings) as generation:
             steps = generation.steps()
             next(steps)
             first = time.perf_counter() - start
@@ -106,32 +93,30 @@ class HFMethod:
     lossless = True
     seeded: ClassVar[bool] = False
 
-    def sampler(self, prompts: list[list[int]], count: int, seed: int) -> Sampler:
-        return self.base.sampler(prompts, [count] * len(prompts), SamplingParams())  # greedy replies are compared
-
     def __init__(self, base: SpecDecoder, name: str, given: dict[str, Any], cell: Cell) -> None:
-        self.base, self.model, self.eos, self.name = base, base.model, base.eos_ids(), name
-        kind, _, source = name.partition("=")
-        options.check(kind, given, ("exit_layer",) if kind == "hf-early-exit" else ())
+        kind, source = check_hf(name, given)
         if kind != "hf" and cell.batch_size > 1:
             raise SpecDecError(f"'{name}' decodes one prompt at a time; leave it out or use --batch-size 1")
+        self.model = assistant = copy.copy(base.model)  # may get another configuration
+        self.eos = base.eos_ids()
         depth = cell.num_speculative_tokens
-        self.extra: dict[str, Any] = {}
+        self.settings: dict[str, Any] = {"do_sample": False}
+        if cell.temperature > 0:
+            self.settings = {"do_sample": True, **{name: getattr(cell, name) for name in SAMPLING}}
         if kind == "hf-lookup":
-            self.extra["prompt_lookup_num_tokens"] = LOOKUP if depth == "auto" else depth
+            self.settings["prompt_lookup_num_tokens"] = LOOKUP if depth == "auto" else depth
         elif kind == "hf-early-exit":
             layers = base.target.num_layers
             exit_layer = given.get("exit_layer", max(layers // 3, 1))
-            self.extra["assistant_early_exit"] = options.whole("exit_layer", exit_layer, 1, layers - 1)
+            self.settings["assistant_early_exit"] = options.whole("exit_layer", exit_layer, 1, layers - 1)
         elif kind == "hf-draft-model":
-            if not source:
-                raise SpecDecError("'hf-draft-model' needs a model; give hf-draft-model=MODEL")
-            self.extra["assistant_model"] = loading.load(source, dtype=base.target.dtype, device=base.target.device)[0]
-        self.drafts = kind in ("hf-early-exit", "hf-draft-model")
-        self.depth = depth
-        self.sampling: dict[str, Any] = {"do_sample": False}
-        if cell.temperature > 0:
-            self.sampling = {"do_sample": True, **{name: getattr(cell, name) for name in SAMPLING}}
+            assistant = loading.load(source, dtype=base.target.dtype, device=base.target.device)[0]
+            self.settings["assistant_model"] = assistant
+        if kind in ("hf-early-exit", "hf-draft-model") and depth != "auto":
+            # It drafts as deep as our drafters; it reads that from the assistant's configuration.
+            assistant.generation_config = config = copy.copy(assistant.generation_config)
+            config.num_assistant_tokens, config.num_assistant_tokens_schedule = depth, "constant"
+            config.assistant_confidence_threshold = 0.0
 
     def reply(self, prompts: list[list[int]], count: int, seed: int) -> Reply:
         width, device = max(map(len, prompts)), self.model.device
@@ -141,35 +126,16 @@ class HFMethod:
         clock = _Clock()
         torch.manual_seed(seed)
         start = time.perf_counter()
-        with self._draft_depth():
-            out = self.model.generate(  # type: ignore[operator]
-                ids,
-                attention_mask=mask,
-                max_new_tokens=count,
-                pad_token_id=pad,
-                streamer=clock,
-                **self.sampling,
-                **self.extra,
-            )
+        out = self.model.generate(  # type: ignore[operator]
+            ids,
+            attention_mask=mask,
+            max_new_tokens=count,
+            pad_token_id=pad,
+            streamer=clock,
+            **self.settings,
+        )
         tokens = [self._cut(row) for row in out[:, width:].tolist()]
         return Reply(tokens, time.perf_counter() - start, clock.first - start, clock.tokens)
-
-    @contextmanager
-    def _draft_depth(self) -> Iterator[None]:
-        """Assisted generation drafts as deep as our drafters; it reads that from the assistant's own configuration."""
-        config = getattr(self.extra.get("assistant_model", self.model), "generation_config", None)
-        given: dict[str, Any] = {}
-        if self.drafts and self.depth != "auto":
-            given = {"num_assistant_tokens": self.depth, "num_assistant_tokens_schedule": "constant"}
-            given["assistant_confidence_threshold"] = 0.0
-        before = {name: getattr(config, name, None) for name in given}
-        try:
-            for name, value in given.items():
-                setattr(config, name, value)
-            yield
-        finally:
-            for name, value in before.items():
-                setattr(config, name, value)
 
     def _cut(self, row: list[int]) -> list[int]:
         """Without the padding behind the end-of-sequence token of a row that ended early."""
@@ -195,25 +161,21 @@ class _Clock(BaseStreamer):
 class PeakMemory:
     """Peak memory while the block runs, in ``mb``: of the CUDA device's allocator, or resident in this process."""
 
-    mb: float | None = None
-
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.mb: float | None = None
 
     def __enter__(self) -> PeakMemory:
-        self.known = True
-        if self.device.type == "cuda":
+        self.known = self.device.type == "cuda"
+        if self.known:
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
-            try:
-                Path("/proc/self/clear_refs").write_text("5")  # Linux: restart the high-water mark
-            except OSError:
-                self.known = False
+            with suppress(OSError):  # Linux: restart the high-water mark
+                self.known = Path("/proc/self/clear_refs").write_text("5") > 0
         return self
 
     def __exit__(self, *error: object) -> None:
         if self.device.type == "cuda":
             self.mb = torch.cuda.max_memory_allocated(self.device) / 1e6
-        elif self.known:
-            lines = Path("/proc/self/status").read_text("utf-8").splitlines()
-            self.mb = next((int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith("VmHWM")), None)
+        elif self.known and (found := re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text("utf-8"))):
+            self.mb = int(found[1]) * 1024 / 1e6

@@ -10,6 +10,7 @@ import hashlib
 import os
 import urllib.request
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from http.client import HTTPException
 from importlib.resources import files
@@ -24,6 +25,8 @@ from specdec.models.drafter_folder import replace
 DATA = "SPECDEC_DATA"  # environment variable: the data folder
 TIMEOUT = 20  # seconds for a download to answer
 MOST_BYTES = 1 << 26  # of a download
+
+Turns = Callable[[dict[str, Any]], Any]  # makes the turns of a record of a file
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class Home:
     licence: str
     url: str | None = None
     sha256: str | None = None
-    turns: Callable[[dict[str, Any]], Any] = lambda record: None
+    turns: Turns = lambda record: None
 
 
 RAW = "https://raw.githubusercontent.com/"
@@ -155,14 +158,14 @@ def _downloaded(name: str, home: Home) -> Path:
     if home.url is None or home.sha256 is None:
         raise SpecDecError(f"prompt set '{name}' is not downloaded, for want of a published checksum; {by_hand}")
     path = cache_dir() / "prompts" / f"{name}.jsonl{'.gz' if home.url.endswith('.gz') else ''}"
-    if path.is_file() and _sha256(path.read_bytes()) == home.sha256:
+    if path.is_file() and inputs.sha256(path) == home.sha256:
         return path
     try:
         with urllib.request.urlopen(home.url, timeout=TIMEOUT) as answer:
             data = answer.read(MOST_BYTES)
     except (OSError, ValueError, HTTPException) as error:
         raise SpecDecError(f"prompt set '{name}' cannot be downloaded ({one_line(error)}); {by_hand}") from None
-    found = _sha256(data)
+    found = hashlib.sha256(data).hexdigest()
     if found != home.sha256:
         raise SpecDecError(
             f"checksum mismatch: {home.url} has sha256 {found} instead of {home.sha256}; try again, or {by_hand}"
@@ -172,41 +175,23 @@ def _downloaded(name: str, home: Home) -> Path:
     return path
 
 
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def _read(
-    name: str, path: Path, licence: str = "", turns: Callable[[dict[str, Any]], Any] = lambda record: None
-) -> PromptSet:
-    try:
-        lines = [(number, line.strip()) for number, line in inputs.lines(path) if line.strip()]
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise SpecDecError(f"cannot read prompts from '{path}': {reason}") from None
-    if not lines:
+def _read(name: str, path: Path, licence: str = "", turns: Turns = lambda record: None) -> PromptSet:
+    records = list(inputs.prompts(path))
+    if not records:
         raise SpecDecError(f"prompt file '{path}' is empty; give one prompt a line")
-    return PromptSet(name, tuple(_parse(line, path, number, turns) for number, line in lines), digest, licence)
+    conversations = [_conversation(str(n), where, record, turns) for n, (where, record) in enumerate(records, start=1)]
+    return PromptSet(name, tuple(conversations), inputs.sha256(path), licence)
 
 
-def _parse(line: str, path: Path, number: int, make: Callable[[dict[str, Any]], Any]) -> Conversation:
-    if not line.startswith("{"):
-        return Conversation(str(number), "", (line,))
-    try:
-        record: Any = inputs.parse_json(line)
-    except ValueError as error:
-        raise SpecDecError(f"line {number} of '{path}' is broken JSON ({error}); repair or remove it") from None
-    try:
-        turns = record.get("turns", make(record) or record.get("prompt"))
-    except (AttributeError, IndexError, KeyError, TypeError):
-        turns = None
-    turns = [turns] if isinstance(turns, str) else turns
-    if not (isinstance(turns, list) and turns and all(isinstance(turn, str) and turn.strip() for turn in turns)):
-        raise SpecDecError(f"line {number} of '{path}' has no usable 'turns' or 'prompt'; repair or remove it")
+def _conversation(number: str, where: str, record: dict[str, Any], make: Turns) -> Conversation:
+    made = None
+    with suppress(AttributeError, IndexError, KeyError, TypeError):  # a record of another form
+        made = make(record)
+    turns = inputs.turns({"prompt": made} if made and "turns" not in record else record)
+    if not turns:
+        raise SpecDecError(f"{where} has no usable 'turns' or 'prompt'; repair or remove it")
     name = next((record[key] for key in ("id", "question_id", "task_id", "idx") if key in record), number)
-    return Conversation(str(name), str(record.get("category", "")), tuple(turns))
+    return Conversation(str(name), str(record.get("category", "")), turns)
 
 
 def _with_input(instruction: Any, given: Any) -> Any:

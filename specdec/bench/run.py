@@ -23,11 +23,12 @@ from specdec.bench import quality
 from specdec.bench.cell import Cell, Progress
 from specdec.bench.environment import environment
 from specdec.bench.figures import Request, figures
-from specdec.bench.methods import CONTEXT, WARM_UP, HFMethod, Method, OwnMethod, PeakMemory
+from specdec.bench.methods import CONTEXT, WARM_UP, HFMethod, OwnMethod, PeakMemory
 from specdec.bench.prompts import Conversation, PromptSet, load_prompts, spread
 from specdec.engine.replay import first_difference
 from specdec.models import loading
 from specdec.speculation import registry
+from specdec.speculation.sampling import SamplingParams
 
 # Settings of a method; in the others, cells that run side by side must agree.
 OWN = ("drafter", "drafter_options", "verifier", "verifier_options", "num_speculative_tokens", "against")
@@ -57,7 +58,7 @@ class Decoders:
             self._base = cell.loading, SpecDecoder.from_pretrained(cell.model, "none", **how)
         return self._base[1]
 
-    def method(self, cell: Cell) -> Method:
+    def method(self, cell: Cell) -> OwnMethod | HFMethod:
         """The cell's own method."""
         base = self.base(cell)
         if cell.is_hf:
@@ -104,11 +105,10 @@ class Run:
                 raise SpecDecError(f"cells side by side must agree in {', '.join(differing)}")
         self.prompt_set = decoders.prompts(first)
         self.base = decoders.base(first, [cell.drafter for cell in cells if not cell.is_hf])
-        self.methods: dict[str, Method] = {}
+        self.methods: dict[str, OwnMethod | HFMethod] = {}
         self.names: dict[str, str] = {}  # of the method of each cell, by the cell's key
         for cell in cells:
-            baselines = [_baseline(cell, name) for name in cell.against]
-            for one in (*baselines, cell):
+            for one in (*(_alone(cell, name) for name in cell.against), _alone(cell)):
                 self._add(one)
         self.plain = next(name for name in ("none", "hf", *self.methods) if name in self.methods)
         self.lossy = any(not method.lossless for method in self.methods.values())
@@ -134,15 +134,12 @@ class Run:
 
     def _add(self, cell: Cell) -> None:
         """Load the cell's own method under a name of its own."""
-        cell = cell.canonical().but(against=[])
-        key = cell.key()
-        if key in self.names:
-            return
-        name, number = cell.drafter, 1
-        while name in self.methods:
-            number += 1
-            name = f"{cell.drafter} ({number})"
-        self.methods[name], self.names[key] = self.decoders.method(cell), name
+        if cell.key() not in self.names:
+            name, number = cell.drafter, 1
+            while name in self.methods:
+                number += 1
+                name = f"{cell.drafter} ({number})"
+            self.methods[name], self.names[cell.key()] = self.decoders.method(cell), name
 
     def execute(self) -> None:
         start, done, tokens = time.perf_counter(), 0, 0
@@ -225,21 +222,21 @@ class Run:
         return encode(self.base.tokenizer, "\n\n".join(texts))
 
     def _compare(self, request: Request, plain: Request, count: int, seed: int) -> None:
-        target, method = self.base.target, self.methods[request.method]
-        comparable = self.first.temperature == 0 or (method.seeded and self.methods[self.plain].seeded)
-        rows = list(zip(request.prompts, request.reply.tokens, plain.reply.tokens, strict=True))
-        for b, (prompt, ours, theirs) in enumerate(rows):
-            equality: str | None = None
-            if comparable:
+        """Note how the request's tokens compare with those of plain decoding."""
+        cell, method, target = self.first, self.methods[request.method], self.base.target
+        comparable = cell.temperature == 0 or (method.seeded and self.methods[self.plain].seeded)
+        for b, (prompt, ours) in enumerate(zip(request.prompts, request.reply.tokens, strict=True)):
+            theirs, equality = plain.reply.tokens[b], None
+            if comparable and ours == theirs:
                 equality = "equal"
-                if ours != theirs:
-                    equality, difference = "differs", None
-                    if method.lossless:
-                        sampler = method.sampler(request.prompts, count, seed)
-                        sampler.select([b])
-                        difference = first_difference(target, prompt, ours, theirs, sampler)
-                    if difference is not None:
-                        equality = "near-tie" if difference.near_tie else "fault"
+            elif comparable and not method.lossless:
+                equality = "differs"
+            elif comparable:
+                params = SamplingParams(cell.temperature, cell.top_k, cell.top_p, seed=seed)
+                sampler = self.base.sampler(request.prompts, [count] * len(request.prompts), params)
+                sampler.select([b])
+                difference = first_difference(target, prompt, ours, theirs, sampler)
+                equality = "near-tie" if difference and difference.near_tie else "fault"
             request.equality.append(equality)
             if self.lossy:
                 request.qualities.append(quality.quality(target, self.base.tokenizer, prompt, ours, theirs))
@@ -257,12 +254,13 @@ class Run:
             "turns": sum(len(c.turns) for group in self.groups for c in group),
             "skipped": self.skipped,
         }
+        made = {name: [request for request in self.requests if request.method == name] for name in self.methods}
         out = []
         for cell in self.cells:
-            name = self._name(cell)
-            labels = {label: self._name(_baseline(cell, label)) for label in cell.against}
-            baselines = {str(label): self._of(method) for label, method in labels.items()}
-            sums = {m: figures(m, self._of(m), baselines, self.methods[m].lossless) for m in {name, *labels.values()}}
+            name = self.names[_alone(cell).key()]
+            labels = {str(label): self.names[_alone(cell, label).key()] for label in cell.against}
+            baselines = {label: made[method] for label, method in labels.items()}
+            sums = {m: figures(m, made[m], baselines, self.methods[m].lossless) for m in {name, *labels.values()}}
             out.append(
                 {
                     "key": cell.key(),
@@ -277,12 +275,6 @@ class Run:
             )
         return out
 
-    def _name(self, cell: Cell) -> str:
-        return self.names[cell.canonical().but(against=[]).key()]
-
-    def _of(self, method: str) -> list[Request]:
-        return [request for request in self.requests if request.method == method]
-
 
 def run_cell(cell: Cell, decoders: Decoders, progress: Progress | None = None) -> dict[str, Any]:
     """Measure ``cell``; ``specdec.bench.cell`` describes the result.
@@ -295,6 +287,7 @@ def run_cell(cell: Cell, decoders: Decoders, progress: Progress | None = None) -
     return run.results()[0]
 
 
-def _baseline(cell: Cell, name: str) -> Cell:
-    """The cell of a baseline: the same settings, its own method, and nothing beside it."""
-    return cell.but(drafter=name, drafter_options={}, against=[])
+def _alone(cell: Cell, baseline: str | None = None) -> Cell:
+    """The cell of a baseline, or of the cell's own method, with nothing beside it."""
+    method = {} if baseline is None else {"drafter": baseline, "drafter_options": {}}
+    return cell.but(**method, against=[]).canonical()
