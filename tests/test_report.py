@@ -188,11 +188,10 @@ def test_a_benchmark_has_a_report_as_well(tmp_path: Path) -> None:
 
 
 def test_bars_of_drafters_differ_without_colour() -> None:
-    from specdec.sweep.pictures import HATCHES, LINES, MARKERS, Styles
+    from specdec.sweep.pictures import HATCHES, LINES, MARKERS, bar_style, line_style
 
-    records = [result(Cell(drafter=name)) for name in ("none", "m2r2", "medusa", "lookahead", "deed", "early-exit")]
-    styles = Styles(records, {})
-    assert len({styles.bar(record)["hatch"] for record in records}) == len(records)
+    assert len({bar_style(number)["hatch"] for number in range(11)}) == 11
+    assert len({(s["marker"], s["linestyle"]) for s in map(line_style, range(8))}) == 8
     assert len(set(MARKERS)) == len(set(HATCHES)) == 11 and len(set(LINES)) == 4
 
 
