@@ -12,7 +12,8 @@ import os
 import platform
 import socket
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -62,49 +63,39 @@ def on_ray(
             max_concurrency=2,
         )(Worker)
         folder = None if data_dir is None else str(data_dir.resolve())
-        yield from _Pool(ray, lambda: actor.remote(folder), count, watch).run(list(cells))
+        yield from _distribute(ray, lambda: actor.remote(folder), count, list(cells), watch)
     finally:
         ray.shutdown()  # with its actors
 
 
-class _Pool:
-    def __init__(self, ray: Any, start: Any, count: int, watch: Watch) -> None:
-        self.ray, self.start, self.watch = ray, start, watch
-        self.idle: list[tuple[Any, dict[str, str] | None]] = [(start(), None) for _ in range(count)]
-        self.busy: dict[Any, tuple[Any, Cell, float]] = {}
-
-    def run(self, waiting: list[Cell]) -> Iterator[dict[str, Any]]:
-        while waiting or self.busy:
-            while waiting and self.idle:
-                worker, model = self.idle.pop(0)
-                cell = next((c for c in waiting if c.loading == model), waiting[0])
-                waiting.remove(cell)
-                self.busy[worker.run.remote(cell.as_dict())] = (worker, cell, time.perf_counter())
-                self.watch(cell, 0, 0, 0)
-            done, _ = self.ray.wait(list(self.busy), timeout=POLL)
-            for reference in done:
-                yield self._collect(reference)
-            if not done:
-                self._look()
-
-    def _collect(self, reference: Any) -> dict[str, Any]:
-        worker, cell, since = self.busy.pop(reference)
-        try:
-            record: dict[str, Any] = self.ray.get(reference)
-        except self.ray.exceptions.RayError as error:  # the worker died, of memory as a rule, or could not begin
-            self.ray.kill(worker)
-            self.idle.append((self.start(), None))
-            why = SpecDecError(f"its worker was lost: {one_line(error)}")
-            return failed(cell, why, time.perf_counter() - since)
-        self.idle.append((worker, cell.loading))
-        return record
-
-    def _look(self) -> None:
-        for worker, cell, _ in self.busy.values():
+def _distribute(
+    ray: Any, start: Callable[[], Any], count: int, waiting: list[Cell], watch: Watch
+) -> Iterator[dict[str, Any]]:
+    """Keep ``count`` workers at work until no cell is waiting. One that is lost fails its cell and is replaced."""
+    idle: list[tuple[Any, dict[str, Any] | None]] = [(start(), None) for _ in range(count)]  # with the model it holds
+    busy: dict[Any, tuple[Any, Cell, float]] = {}
+    while waiting or busy:
+        while waiting and idle:
+            worker, model = idle.pop(0)
+            cell = next((c for c in waiting if c.loading == model), waiting[0])
+            waiting.remove(cell)
+            busy[worker.run.remote(cell.as_dict())] = worker, cell, time.perf_counter()
+            watch(cell, 0, 0, 0)
+        done, _ = ray.wait(list(busy), timeout=POLL)
+        for reference in done:
+            worker, cell, since = busy.pop(reference)
             try:
-                self.watch(cell, *self.ray.get(worker.progress.remote(), timeout=POLL))
-            except self.ray.exceptions.RayError:  # not placed yet, or dead: its result will say
-                continue
+                record = ray.get(reference)
+                idle.append((worker, cell.loading))
+            except ray.exceptions.RayError as error:  # the worker died, of memory as a rule, or could not begin
+                ray.kill(worker)
+                idle.append((start(), None))
+                lost = SpecDecError(f"its worker was lost: {one_line(error)}")
+                record = failed(cell, lost, time.perf_counter() - since)
+            yield record
+        for worker, cell, _ in () if done else busy.values():
+            with suppress(ray.exceptions.RayError):  # not placed yet, or dead: its result will say
+                watch(cell, *ray.get(worker.progress.remote(), timeout=POLL))
 
 
 def _connect(address: str | None) -> Any:
@@ -141,13 +132,6 @@ def _room(ray: Any, resources: Resources) -> int:
     room = sum(int(min(node.get(name, 0) / amount for name, amount in needed.items())) for node in nodes)
     if room < 1:
         largest = {name: max((node.get(name, 0) for node in nodes), default=0) for name in needed}
-        raise SpecDecError(
-            "no machine of the cluster can run a cell: it asks for "
-            + ", ".join(f"{_amount(name, needed[name])} of at most {_amount(name, largest[name])}" for name in needed)
-            + "; change 'resources'"
-        )
+        asked = ", ".join(f"{name} {needed[name]:g} of at most {largest[name]:g}" for name in needed)
+        raise SpecDecError(f"no machine of the cluster can run a cell: it asks for {asked}; change 'resources'")
     return min(room, resources.workers or room)
-
-
-def _amount(name: str, value: float) -> str:
-    return f"{value / 1e9:.1f} GB of memory" if name == "memory" else f"{value:g} {name}s"

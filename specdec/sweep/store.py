@@ -117,21 +117,11 @@ class Store:
         return records
 
     def append(self, record: dict[str, Any]) -> None:
-        """Write one record, and see to it that it is on the disk."""
-        line = json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-        descriptor = os.open(self.folder / RECORDS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            start = os.lseek(descriptor, 0, os.SEEK_END)
-            try:
-                written = 0
-                while written < len(line):
-                    written += os.write(descriptor, line[written:])
-                os.fsync(descriptor)
-            except OSError:  # a full disk: no half line stays
-                os.ftruncate(descriptor, start)
-                raise
-        finally:
-            os.close(descriptor)
+        """Write one record, and see to it that it is on the disk. What fails half-way is cut off when it goes on."""
+        with (self.folder / RECORDS).open("ab") as file:
+            file.write(json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
 
     def _mend(self) -> None:
         """Cut off the unfinished end that a killed process may have left."""
