@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ from specdec.speculation.sampling import SamplingParams
 
 # Settings of a method; in the others, cells that run side by side must agree.
 OWN = ("drafter", "drafter_options", "verifier", "verifier_options", "num_speculative_tokens", "against")
+
+Chat = tuple[Conversation, list[str]]  # with its turns and the answers of plain decoding so far
 
 
 class Decoders:
@@ -122,8 +125,6 @@ class Run:
         self.requests: list[Request] = []
         self.skipped: list[str] = []
         self.seconds, self.interrupted = 0.0, True
-        self._prompts: dict[tuple[int, int], list[tuple[Conversation, list[int]]]] = {}  # by group and turn
-        self._answers: dict[tuple[Conversation, int], str] = {}  # of plain decoding, with which conversations go on
         self.environment = environment() | {
             "device": str(self.base.target.device),
             "dtype": str(self.base.target.dtype).removeprefix("torch."),
@@ -143,16 +144,19 @@ class Run:
 
     def execute(self) -> None:
         start, done, tokens = time.perf_counter(), 0, 0
-        total = self.first.repetitions * len(self.methods) * sum(max(len(c.turns) for c in g) for g in self.groups)
+        longest = [max(len(c.turns) for c in group) for group in self.groups]
+        total = self.first.repetitions * len(self.methods) * sum(longest)
         try:
             self._warm_up()
-            for repetition in range(self.first.repetitions):
-                for number, group in enumerate(self.groups):
-                    for turn in range(max(len(c.turns) for c in group)):
-                        tokens += self._turn(repetition, number, turn)
-                        done += len(self.methods)
-                        if self.progress:
-                            self.progress(done, total, tokens)
+            for repetition, number in product(range(self.first.repetitions), range(len(self.groups))):
+                chats: list[Chat] = [(conversation, []) for conversation in self.groups[number]]
+                for turn in range(longest[number]):
+                    chats, prompts = self._prompts(chats, turn)
+                    if chats:
+                        tokens += self._turn((repetition, number, turn), chats, prompts)
+                    done += len(self.methods)
+                    if self.progress:
+                        self.progress(done, total, tokens)
             self.interrupted = False
         finally:
             self.seconds = time.perf_counter() - start
@@ -163,12 +167,24 @@ class Run:
         for method in self.methods.values():
             method.reply(rows, WARM_UP, self.first.seed)
 
-    def _turn(self, repetition: int, group: int, turn: int) -> int:
-        """Have every method answer one turn of a group of conversations; return the number of new tokens."""
-        rows = self._rows(group, turn)
-        if not rows:
-            return 0
-        conversations, prompts = [c for c, _ in rows], [ids for _, ids in rows]
+    def _prompts(self, chats: list[Chat], turn: int) -> tuple[list[Chat], list[list[int]]]:
+        """The chats that have this turn and fit the context with it, and their prompts."""
+        going_on, prompts, context = [], [], self.base.target.context
+        for conversation, texts in chats:
+            if turn < len(conversation.turns):
+                texts.append(conversation.turns[turn])
+                ids = self._encode(texts)
+                if len(ids) < context:
+                    going_on.append((conversation, texts))
+                    prompts.append(ids)
+                    continue
+                what = f"{conversation.id}, turn {turn + 1}: {len(ids)} tokens do not fit the context of {context}"
+                if what not in self.skipped:
+                    self.skipped.append(what)
+        return going_on, prompts
+
+    def _turn(self, place: tuple[int, int, int], chats: list[Chat], prompts: list[list[int]]) -> int:
+        """Have every method answer one turn of a group of chats; return the number of new tokens."""
         count = min(self.first.max_new_tokens, *(self.base.target.context - len(ids) for ids in prompts))
         names, shift = list(self.methods), len(self.requests) // len(self.methods) % len(self.methods)
         made: dict[str, Request] = {}
@@ -178,41 +194,15 @@ class Run:
             with PeakMemory(self.base.target.device) as memory:
                 reply = self.methods[name].reply(prompts, count, seed)
             reply.peak_memory_mb = memory.mb
-            made[name] = Request(name, repetition, group, turn, conversations, prompts, reply)
+            made[name] = Request(name, *place, [conversation for conversation, _ in chats], prompts, reply)
         for name in order:
             self._compare(made[name], made[self.plain], count, seed)
             self.requests.append(made[name])
             if self.record:
                 self.record(made[name])
-        for conversation, answer in zip(conversations, made[self.plain].reply.tokens, strict=True):
-            text = self.base.tokenizer.decode(answer, skip_special_tokens=True)
-            self._answers.setdefault((conversation, turn), text)
+        for (_, texts), answer in zip(chats, made[self.plain].reply.tokens, strict=True):
+            texts.append(self.base.tokenizer.decode(answer, skip_special_tokens=True))
         return sum(request.reply.count for request in made.values())
-
-    def _rows(self, group: int, turn: int) -> list[tuple[Conversation, list[int]]]:
-        """The conversations of the group that have this turn, each with its prompt: all turns and answers so far."""
-        if (group, turn) not in self._prompts:
-            rows = []
-            for conversation in self.groups[group]:
-                texts = self._history(conversation, turn)
-                if texts is None:
-                    continue
-                ids, context = self._encode(texts), self.base.target.context
-                if len(ids) < context:
-                    rows.append((conversation, ids))
-                else:
-                    what = f"{conversation.id}, turn {turn + 1}"
-                    self.skipped.append(f"{what}: {len(ids)} tokens do not fit the context of {context}")
-            self._prompts[group, turn] = rows
-        return self._prompts[group, turn]
-
-    def _history(self, conversation: Conversation, turn: int) -> list[str] | None:
-        """Turns and answers alternating, up to this turn; None if there is no such turn, or an earlier was skipped."""
-        answers = [self._answers.get((conversation, earlier)) for earlier in range(turn)]
-        if turn >= len(conversation.turns) or None in answers:
-            return None
-        texts = [text for pair in zip(conversation.turns, answers, strict=False) for text in pair if text is not None]
-        return [*texts, conversation.turns[turn]]
 
     def _encode(self, texts: list[str]) -> list[int]:
         """Texts of user and model alternating, as a chat if the model has a template, else as paragraphs."""
