@@ -13,13 +13,9 @@ SHORT = {"num_speculative_tokens": "depth", "max_new_tokens": "tokens", "batch_s
 
 def values(cell: Mapping[str, Any]) -> dict[str, Any]:
     """Every setting of a cell (``Cell.as_dict()``) by axis name; options are ``drafter.NAME.OPTION``."""
-    out: dict[str, Any] = {}
-    for name, value in cell.items():
-        group = name.removesuffix("_options")
-        if group != name and group in GROUPS:
-            out.update(flat(f"{group}.{cell[group]}.", value))
-        else:
-            out[name] = value
+    out = {name: value for name, value in cell.items() if not name.endswith("_options")}
+    for group in GROUPS:
+        out |= flat(f"{group}.{cell[group]}.", cell[f"{group}_options"])
     return out
 
 
@@ -38,16 +34,12 @@ def flow(value: Any) -> str:
 
 def varying(cells: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     """The axes on which these cells differ, each with its values in order of appearance."""
-    points = [values(cell) for cell in cells]
-    out = {}
-    for name in dict.fromkeys(name for point in points for name in point):
-        taken: list[Any] = []
-        for point in points:
-            if name in point and point[name] not in taken:
-                taken.append(point[name])
-        if len(taken) > 1 or any(name not in point and _could_have(point, name) for point in points):
-            out[name] = taken
-    return out
+    found: dict[str, list[Any]] = {}
+    for cell in cells:
+        for name, value in values(cell).items():
+            if value not in found.setdefault(name, []):
+                found[name].append(value)
+    return {name: taken for name, taken in found.items() if len(taken) > 1}
 
 
 def labels(cells: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -68,8 +60,3 @@ def short(axis: str) -> str:
     """The last part of an axis' name, for people."""
     name = axis.rpartition(".")[2] if axis.startswith(tuple(f"{group}." for group in GROUPS)) else axis
     return SHORT.get(name, name)
-
-
-def _could_have(point: Mapping[str, Any], axis: str) -> bool:
-    """Whether an option that this cell does not set is one of its own drafter or verifier."""
-    return any(axis.startswith(f"{group}.{point[group]}.") for group in GROUPS)

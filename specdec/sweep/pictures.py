@@ -180,19 +180,20 @@ def _heat_maps(records: Sequence[Record], baseline: str) -> Iterator[Picture]:
 
 
 def _by_width(records: Sequence[Record]) -> list[str]:
-    """The axes on which these records have several values, those with most first."""
+    """The axes on which these records differ, those with most values first."""
     found = axes.varying([r["cell"] for r in records])
-    return sorted((name for name in found if len(found[name]) > 1), key=lambda name: -len(found[name]))
+    return sorted(found, key=lambda name: -len(found[name]))
 
 
 def _heat(records: Sequence[Record], baseline: str, pair: list[str], name: str, title: str) -> Iterator[Picture]:
-    points = [(axes.values(r["cell"]), _gain(r, baseline)["value"]) for r in records]
-    points = [(point, gain) for point, gain in points if all(axis in point for axis in pair)]
-    rows, columns = (_in_order([point[axis] for point, _ in points]) for axis in pair)
+    swept = axes.varying([r["cell"] for r in records])
+    rows, columns = (_numbers_in_order(swept[axis]) for axis in pair)
     fields: dict[tuple[int, int], list[float]] = {}
-    for point, gain in points:
-        place = rows.index(point[pair[0]]), columns.index(point[pair[1]])
-        fields.setdefault(place, []).append(gain)
+    for record in records:
+        point = axes.values(record["cell"])
+        if all(axis in point for axis in pair):
+            place = rows.index(point[pair[0]]), columns.index(point[pair[1]])
+            fields.setdefault(place, []).append(_gain(record, baseline)["value"])
     if len(fields) < 3:
         return
     grid = np.full((len(rows), len(columns)), np.nan)
@@ -208,8 +209,8 @@ def _heat(records: Sequence[Record], baseline: str, pair: list[str], name: str, 
         value = grid[y, x]
         ink, weight = "white" if value > low + 0.6 * span else INK, "bold" if value == high else "normal"
         ax.text(x, y, f"{value:.2f}", ha="center", va="center", color=ink, fontweight=weight)
-    ax.set_xticks(range(len(columns)), [_short(axes.flow(value), 16) or "default" for value in columns])
-    ax.set_yticks(range(len(rows)), [_short(axes.flow(value)) or "default" for value in rows])
+    ax.set_xticks(range(len(columns)), [_short(axes.flow(value), 16) for value in columns])
+    ax.set_yticks(range(len(rows)), [_short(axes.flow(value)) for value in rows])
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
     down, across = map(axes.short, pair)
@@ -223,13 +224,8 @@ def _heat(records: Sequence[Record], baseline: str, pair: list[str], name: str, 
     yield _picture(figure, f"heat-{name}", title or f"{down} and {across}", caption, alt)
 
 
-def _in_order(values: Sequence[Any]) -> list[Any]:
-    """The different ones: numbers in order, the rest as they come."""
-    taken: list[Any] = []
-    for value in values:
-        if value not in taken:
-            taken.append(value)
-    return sorted(taken) if all(isinstance(value, int | float) for value in taken) else taken
+def _numbers_in_order(values: list[Any]) -> list[Any]:
+    return sorted(values) if all(isinstance(value, int | float) for value in values) else values
 
 
 def _drafters(records: Sequence[Record]) -> list[str]:

@@ -57,25 +57,29 @@ class Results:
     def table(self) -> Table:
         """What most people want to know of each cell, columns that are empty left out."""
         over = baselines(self.done)
-        header = ["cell", "tok/s", *(f"x {NAMES.get(name, name)}" for name in over)]
-        header += ["acceptance length", "accepted", "first token", "equal to plain", "agreement", "NLL", "ROUGE-L"]
-        header += ["layers/token", "error"]
         rows = []
         for label, record in zip(self.labels(), self.records, strict=True):
-            if "error" in record:
-                rows.append([label, *[""] * (len(header) - 2), record["error"]])
-                continue
-            method = record["method"]
-            rate, first, quality = method["acceptance_rate"], method["first_token_ms"], method["quality"] or {}
-            row = [label, interval(method["tokens_per_second"], ".1f")]
-            row += [interval(method["speedup"].get(name)) for name in over]
-            row += [interval(method["mean_acceptance_length"]), "" if rate is None else f"{rate:.0%}"]
-            row += ["" if first is None else f"{first['value']:.0f} ms", equality(method)]
-            row += [interval(quality.get(name), ".3f") for name in ("agreement", "nll", "rouge_l")]
-            row += [interval(method["mean_layers_per_token"], ".1f") if quality else "", ""]
-            rows.append(row)
-        used = [i for i in range(len(header)) if any(row[i] for row in rows)]
-        return Table([header[i] for i in used], [[row[i] for i in used] for row in rows])
+            figures = {"error": record["error"]} if "error" in record else _columns(record["method"], over)
+            rows.append({"cell": label} | figures)
+        names = [*dict.fromkeys(name for row in rows for name in row if name != "error"), "error"]
+        used = [name for name in names if any(row.get(name) for row in rows)]
+        return Table(used, [[row.get(name, "") for name in used] for row in rows])
+
+
+def _columns(method: Mapping[str, Any], over: Sequence[str]) -> dict[str, str]:
+    rate, first, quality = method["acceptance_rate"], method["first_token_ms"], method["quality"] or {}
+    return {
+        "tok/s": interval(method["tokens_per_second"], ".1f"),
+        **{f"x {NAMES.get(name, name)}": interval(method["speedup"].get(name)) for name in over},
+        "acceptance length": interval(method["mean_acceptance_length"]),
+        "accepted": "" if rate is None else f"{rate:.0%}",
+        "first token": "" if first is None else f"{first['value']:.0f} ms",
+        "equal to plain": equality(method),
+        "agreement": interval(quality.get("agreement"), ".3f"),
+        "NLL": interval(quality.get("nll"), ".3f"),
+        "ROUGE-L": interval(quality.get("rouge_l"), ".3f"),
+        "layers/token": interval(method["mean_layers_per_token"], ".1f") if quality else "",
+    }
 
 
 def load_results(folder: Path) -> Results:
@@ -86,13 +90,8 @@ def load_results(folder: Path) -> Results:
         store = Store(folder)
         manifest, found = store.read_manifest(), store.records()
         ordered = [found[key] for key in manifest["cells"] if key in found]
-        results = Results(
-            manifest["name"],
-            str(manifest.get("description", "")),
-            str(manifest.get("command", "")),
-            ordered,
-            len(manifest["cells"]) - len(ordered),
-        )
+        name, description, command = (str(manifest.get(key, "")) for key in ("name", "description", "command"))
+        results = Results(name, description, command, ordered, len(manifest["cells"]) - len(ordered))
     elif (folder / BENCH).is_file():
         results = _benchmark(folder / BENCH)
     else:
@@ -123,12 +122,10 @@ def from_benchmark(summary: Mapping[str, Any]) -> Results:
 # For people.
 
 
-def speedup_of(record: Record, baseline: str | None = None) -> tuple[str, Estimate] | None:
-    """A baseline's name and the speedup over it; without ``baseline``, over the first that there is one for."""
-    for name, value in record["method"]["speedup"].items():
-        if value is not None and baseline in (None, name):
-            return NAMES.get(name, name), value
-    return None
+def speedup_of(record: Record) -> tuple[str, Estimate] | None:
+    """The name of the first baseline that there is a speedup over, and the speedup."""
+    found = ((NAMES.get(name, name), value) for name, value in record["method"]["speedup"].items() if value)
+    return next(found, None)
 
 
 def baselines(records: Sequence[Record]) -> list[str]:
@@ -161,8 +158,8 @@ def command(cell: Mapping[str, Any]) -> str:
     drafter = cell["drafter"]
     names = [*(name for name in cell["against"] if name not in ("none", drafter)), drafter]
     words = ["specdec", "bench", "--drafters", ",".join(names)]
-    for path, value in axes.flat("", cell["drafter_options"]).items():
-        words += ["--drafter-option", f"{drafter}.{path}={axes.flow(value)}"]
+    for path, value in axes.flat(f"{drafter}.", cell["drafter_options"]).items():
+        words += ["--drafter-option", f"{path}={axes.flow(value)}"]
     for path, value in axes.flat("", cell["verifier_options"]).items():
         words += ["--verifier-option", f"{path}={axes.flow(value)}"]
     for name, value in cell.items():
@@ -191,16 +188,16 @@ def _markdown(table: Table) -> str:
 
 
 def _csv(records: Sequence[Record]) -> str:
-    rows = []
-    for record in records:
-        row: dict[str, Any] = {"key": record["key"]}
-        row |= {name: axes.flow(value) for name, value in record["cell"].items()}
-        if "error" in record:
-            row["error"] = record["error"]
-        else:
-            row |= _figures(record["method"])
-        row["seconds"] = record.get("seconds")
-        rows.append(row)
+    rows = [
+        {
+            "key": record["key"],
+            **{name: axes.flow(value) for name, value in record["cell"].items()},
+            "error": record.get("error"),
+            **_figures(record.get("method", {})),
+            "seconds": record.get("seconds"),
+        }
+        for record in records
+    ]
     out = io.StringIO()
     writer = csv.DictWriter(out, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
     writer.writeheader()

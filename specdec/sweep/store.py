@@ -88,13 +88,11 @@ class Store:
         return self.folder / MANIFEST
 
     def read_manifest(self) -> dict[str, Any]:
-        """The plan as it was when the sweep began. Raises SpecDecError if it is missing or broken."""
+        """The plan as it was when the sweep began. Raises SpecDecError if it cannot be read."""
         try:
             manifest = json.loads(self.manifest.read_text("utf-8"))
             if isinstance(manifest["cells"], dict) and isinstance(manifest["name"], str):
                 return dict(manifest)
-        except FileNotFoundError:
-            raise SpecDecError(f"'{self.folder}' holds no sweep: there is no {MANIFEST} in it") from None
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             pass
         raise SpecDecError(f"'{self.manifest}' is broken, so the sweep it belongs to is unknown")
