@@ -13,9 +13,10 @@ SHORT = {"num_speculative_tokens": "depth", "max_new_tokens": "tokens", "batch_s
 
 def values(cell: Mapping[str, Any]) -> dict[str, Any]:
     """Every setting of a cell (``Cell.as_dict()``) by axis name; options are ``drafter.NAME.OPTION``."""
-    out = {name: value for name, value in cell.items() if not name.endswith("_options")}
-    for group in GROUPS:
-        out |= flat(f"{group}.{cell[group]}.", cell[f"{group}_options"])
+    out: dict[str, Any] = {}
+    for name, value in cell.items():
+        group = name.removesuffix("_options")
+        out |= {name: value} if group == name else flat(f"{group}.{cell[group]}.", value)
     return out
 
 
