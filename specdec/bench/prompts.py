@@ -143,14 +143,14 @@ def spread(conversations: Sequence[Conversation], limit: int | None) -> list[Con
 
 
 def _local(name: str, data_dir: Path | None) -> Path | None:
-    if data_dir is not None and not data_dir.is_dir():
-        raise SpecDecError(f"there is no data folder '{data_dir}'; give the one that holds '{name}.jsonl'")
-    folders = [data_dir] if data_dir else [Path(os.environ[DATA]).expanduser()] if os.environ.get(DATA) else []
-    for folder in folders:
-        for stem in (name, name.replace("-", "_")):
-            if (folder / f"{stem}.jsonl").is_file():
-                return folder / f"{stem}.jsonl"
-    return None
+    named = data_dir or os.environ.get(DATA)
+    if not named:
+        return None
+    folder = Path(named).expanduser()
+    if not folder.is_dir():
+        raise SpecDecError(f"there is no data folder '{folder}'; give the one that holds '{name}.jsonl'")
+    files = (folder / f"{stem}.jsonl" for stem in (name, name.replace("-", "_")))
+    return next((file for file in files if file.is_file()), None)
 
 
 def _downloaded(name: str, home: Home) -> Path:

@@ -18,14 +18,6 @@ MOST_NODES = 50_000  # values of a file; aliases of aliases of aliases end here
 Keys = tuple[Any, ...]  # the way to a value: the keys of mappings and the numbers in lists
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 takes 1e-5 for text, people do not."""
-
-
-_FLOAT = re.compile(r"[-+]?(\d[\d_]*\.?|\d*\.\d+)([eE][-+]?\d+)?$")
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
-
-
 @dataclass
 class Document:
     """places: where values stand ("FILE:LINE"), those of () and of the keys of mappings at least."""
@@ -86,60 +78,62 @@ def load(path: Path) -> Document:
 
 def parse(text: str, place: Callable[[int], str]) -> Document:
     """Read YAML text. ``place`` names a line of it, counted from 1."""
-    loader = _Loader(text)
+    reader = _Reader(text)
     try:
-        root = loader.get_single_node()
-        reader = _Reader(loader, place)
-        return Document(None if root is None else reader.read(root, ()), {(): place(1)} | reader.places)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where, problem = place(mark.line + 1 if mark else 1), error.problem or ""
-    except yaml.YAMLError as error:
-        where, problem = place(1), str(error)
-    except RecursionError:
-        where, problem = place(1), "values are nested too deeply"
+        root = reader.get_single_node()
+        reader.place, reader.places = place, {(): place(1)}
+        return Document(None if root is None else reader.plain(root), reader.places)
+    except (yaml.YAMLError, RecursionError) as error:
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
+        where = place(mark.line + 1 if mark else 1)
+        raise SpecDecError(f"{where}: this is not YAML: {' '.join(problem.split())}") from None
     finally:
-        loader.dispose()
-    raise SpecDecError(f"{where}: this is not YAML: {' '.join(problem.split())}")
+        reader.dispose()
 
 
-class _Reader:
-    def __init__(self, loader: _Loader, place: Callable[[int], str]) -> None:
-        self.loader, self.place, self.places = loader, place, dict[Keys, str]()
+class _Reader(yaml.SafeLoader):
+    """A loader that notes the places of values. Unlike YAML 1.1 it takes 1e-5 for a number."""
 
-    def read(self, node: yaml.Node, keys: Keys, above: tuple[yaml.Node, ...] = ()) -> Any:
+    place: Callable[[int], str]
+    places: dict[Keys, str]
+
+    def plain(self, node: yaml.Node, keys: Keys = (), above: tuple[yaml.Node, ...] = ()) -> Any:
         # A mapping or a list may begin a line after its key, whose line is then the one to name.
-        self.places.setdefault(keys, self.line(node))
+        self.places.setdefault(keys, self.where(node))
         if node in above:
             self.fail(node, "an alias is within what it refers to")
         if len(self.places) > MOST_NODES:
             self.fail(node, f"more than {MOST_NODES} values, those of aliases counted; give fewer")
         above = (*above, node)
         if isinstance(node, yaml.SequenceNode):
-            return [self.read(child, (*keys, n), above) for n, child in enumerate(node.value)]
+            return [self.plain(child, (*keys, n), above) for n, child in enumerate(node.value)]
         if not isinstance(node, yaml.MappingNode):
-            return self._scalar(node)
+            return self.scalar(node)
         out: dict[str, Any] = {}
         for key, child in node.value:
             if not isinstance(key, yaml.ScalarNode):
                 self.fail(key, "a key must be plain text")
             if key.value in out:
                 self.fail(key, f"the key '{key.value}' is here for the second time")
-            self.places[*keys, key.value] = self.line(key)
-            out[key.value] = self.read(child, (*keys, key.value), above)
+            self.places[*keys, key.value] = self.where(key)
+            out[key.value] = self.plain(child, (*keys, key.value), above)
         return out
 
-    def line(self, node: yaml.Node) -> str:
-        return self.place(node.start_mark.line + 1)
-
-    def fail(self, node: yaml.Node, message: str) -> NoReturn:
-        raise SpecDecError(f"{self.line(node)}: {message}")
-
-    def _scalar(self, node: yaml.Node) -> str | int | float | None:
+    def scalar(self, node: yaml.Node) -> str | int | float | None:
         try:
-            value = self.loader.construct_object(node)
+            value = self.construct_object(node)
         except Exception:  # a date like 2026-13-45, a !!python tag, !!bool maybe: constructors raise what they like
             value = node  # not a value of a file
         if not isinstance(value, str | int | float | None):
             self.fail(node, f"cannot read {show(node.value)} as text or a number; quote it if it is text")
         return value
+
+    def where(self, node: yaml.Node) -> str:
+        return self.place(node.start_mark.line + 1)
+
+    def fail(self, node: yaml.Node, message: str) -> NoReturn:
+        raise SpecDecError(f"{self.where(node)}: {message}")
+
+
+_FLOAT = re.compile(r"[-+]?(\d[\d_]*\.?|\d*\.\d+)([eE][-+]?\d+)?$")
+_Reader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))

@@ -136,26 +136,23 @@ class Sweep:
     def _zips(self) -> list[list[str]]:
         groups = [[str(name) for name in each(entry)] for entry in each(self.items.get("zip", []))]
         for number, names in enumerate(groups):
-            others = [name for group in groups[:number] for name in group]
-            if len(names) < 2 or len({*names} - {*others}) < len(names):
-                what = "an entry of zip is a list of two or more axes that step together; each axis is in one entry"
-                self.document.fail(("zip", number), what)
+            others = {name for group in groups[:number] for name in group}
             lengths = {name: len(self.axes[name]) for name in names if name in self.axes}
-            if len(set(lengths.values())) > 1:
+            if len(names) < 2 or others & {*names} or len(set(lengths.values())) > 1:
                 counts = ", ".join(f"{name} has {length}" for name, length in lengths.items())
-                what = f"axes that step together must have the same number of values: {counts}"
+                what = f"an entry of zip lists axes with as many values each, and an axis is in one entry; {counts}"
                 self.document.fail(("zip", number), what)
         return groups
 
     def _excludes(self) -> list[dict[str, list[Any]]]:
-        out = []
-        for number, entry in enumerate(each(self.items.get("exclude", []))):
-            conditions = self.document.mapping(("exclude", number), entry, "an entry of exclude")
-            if not conditions:
-                what = "an entry of exclude needs at least one condition, such as {drafter: none}"
-                self.document.fail(("exclude", number), what)
-            out.append({axis: each(value) for axis, value in conditions.items()})
-        return out
+        entries = enumerate(each(self.items.get("exclude", [])))
+        return [
+            {
+                axis: each(value)
+                for axis, value in self.document.mapping(("exclude", number), entry, "an entry of exclude").items()
+            }
+            for number, entry in entries
+        ]
 
     def check_conditions(self) -> None:
         """Raise SpecDecError for what zip and exclude name in vain: a typo. Overrides may take axes away later."""
