@@ -44,7 +44,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, Field
 
@@ -55,7 +55,6 @@ from specdec.base.settings import Settings
 from specdec.models.catalogue import DEFAULT_MODEL
 
 HF_METHODS = ("hf", "hf-lookup", "hf-early-exit", "hf-draft-model")
-BASELINES = ("none", "hf", "hf-lookup", "hf-early-exit")
 
 Progress = Callable[[int, int, int], None]  # requests done, requests in all, tokens decoded so far
 
@@ -104,7 +103,9 @@ class Cell(Settings):
     max_new_tokens: Count = 128
     batch_size: Count = 1
     repetitions: Count = 1
-    against: tuple[Baseline, ...] = Field(("none",), strict=False, description=f"a list of {', '.join(BASELINES)}")
+    against: tuple[Baseline, ...] = Field(
+        ("none",), strict=False, description=f"a list of {', '.join(get_args(Baseline))}"
+    )
 
     @property
     def loading(self) -> dict[str, Any]:

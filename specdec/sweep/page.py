@@ -64,23 +64,19 @@ def _facts(results: Results, labels: Mapping[str, str]) -> list[tuple[str, str, 
         baseline, value, label = max(gains, key=lambda gain: gain[1]["value"])
         spread = "unknown" if value["low"] is None else f"{value['low']:.2f} to {value['high']:.2f}"
         facts.append(("fastest", f"{value['value']:.2f} × {baseline}", f"{label}; 95\u00a0% interval {spread}"))
-    facts += _equal([record["method"] for record in results.done])
+    methods = [record["method"] for record in results.done]
+    compared = [m["equal_to_plain"] for m in methods if m["lossless"] and m["equal_to_plain"]]
+    if compared:
+        total, equal, ties, faults = (sum(c[key] for c in compared) for key in ("of", "equal", "near_ties", "faults"))
+        notes = [f"{ties} differ at a near-tie of the logits"] if ties else []
+        notes += [f"{faults} FAULTS"] if faults else []
+        note = ", ".join(notes) or "lossless rules"
+        facts.append(("same text as plain decoding", f"{equal} of {total} outputs", note))
     models = ", ".join(dict.fromkeys(record["cell"]["model"] for record in results.records))
     about = results.done[0]["environment"] if results.done else {}
     machine = [about.get("dtype"), about.get("gpu") or about.get("cpu")]
     facts.append(("model", models, ", ".join(filter(None, machine))))
     return facts
-
-
-def _equal(methods: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
-    """How many outputs of lossless rules were those of plain decoding."""
-    found = [m["equal_to_plain"] for m in methods if m["lossless"] and m["equal_to_plain"]]
-    if not found:
-        return []
-    total, equal, ties, faults = (sum(f[key] for f in found) for key in ("of", "equal", "near_ties", "faults"))
-    notes = [f"{ties} differ at a near-tie of the logits"] if ties else []
-    notes += [f"{faults} FAULTS"] if faults else []
-    return [("same text as plain decoding", f"{equal} of {total} outputs", ", ".join(notes) or "lossless rules")]
 
 
 def _environment(records: Sequence[Record]) -> Table:
