@@ -236,13 +236,18 @@ class Run:
         if not self.requests:
             why = f": {self.skipped[0]}" if self.skipped else ""
             raise SpecDecError(f"nothing was measured{why}")
-        prompts = {
-            "name": self.prompt_set.name,
-            "licence": self.prompt_set.licence,
-            "sha256": self.prompt_set.sha256,
-            "conversations": sum(map(len, self.groups)),
-            "turns": sum(len(c.turns) for group in self.groups for c in group),
-            "skipped": self.skipped,
+        shared = {
+            "prompts": {
+                "name": self.prompt_set.name,
+                "licence": self.prompt_set.licence,
+                "sha256": self.prompt_set.sha256,
+                "conversations": sum(map(len, self.groups)),
+                "turns": sum(len(c.turns) for group in self.groups for c in group),
+                "skipped": self.skipped,
+            },
+            "environment": self.environment,
+            "seconds": self.seconds,
+            "interrupted": self.interrupted,
         }
         made = {name: [request for request in self.requests if request.method == name] for name in self.methods}
         out = []
@@ -251,17 +256,9 @@ class Run:
             labels = {str(label): self.names[_alone(cell, label).key()] for label in cell.against}
             baselines = {label: made[method] for label, method in labels.items()}
             sums = {m: figures(m, made[m], baselines, self.methods[m].lossless) for m in {name, *labels.values()}}
+            compared = {label: sums[method] for label, method in labels.items()}
             out.append(
-                {
-                    "key": cell.key(),
-                    "cell": cell.as_dict(),
-                    "method": sums[name],
-                    "baselines": {label: sums[method] for label, method in labels.items()},
-                    "prompts": prompts,
-                    "environment": self.environment,
-                    "seconds": self.seconds,
-                    "interrupted": self.interrupted,
-                }
+                {"key": cell.key(), "cell": cell.as_dict(), "method": sums[name], "baselines": compared, **shared}
             )
         return out
 

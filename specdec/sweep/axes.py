@@ -45,10 +45,8 @@ def varying(cells: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
 
 def labels(cells: Sequence[Mapping[str, Any]]) -> list[str]:
     """A name for each cell: its drafter, and what distinguishes it from the other cells of that drafter."""
-    families: dict[str, list[Mapping[str, Any]]] = {}
-    for cell in cells:
-        families.setdefault(cell["drafter"], []).append(cell)
-    differing = {drafter: varying(family) for drafter, family in families.items()}
+    drafters = {cell["drafter"] for cell in cells}
+    differing = {drafter: varying([cell for cell in cells if cell["drafter"] == drafter]) for drafter in drafters}
     out = []
     for cell in cells:
         point = values(cell)

@@ -157,8 +157,7 @@ def _quality(records: Sequence[Record], baseline: str) -> Iterator[Picture]:
         ax.grid(color=FAINT, linewidth=0.4)
         ax.set_title(title, loc="left")
     panels[-1].set_xlabel(f"speed, x {_name(baseline)}")
-    handles, names = panels[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower left", frameon=False, handlelength=3.5)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower left", frameon=False, handlelength=3.5)
     caption = (
         "What a rule that may change the output gives up (down, or for NLL up) for what it gains (to the right); a "
         "line joins the settings of one drafter and rule. Grey crosses are 95 % intervals."

@@ -155,7 +155,7 @@ class Sweep:
         ]
 
     def check_conditions(self) -> None:
-        """Raise SpecDecError for what zip and exclude name in vain: a typo. Overrides may take axes away later."""
+        """Raise SpecDecError for what zip and exclude name and the file does not have. Overrides may take it away."""
         for number, names in enumerate(self.zips):
             for name in names:
                 self._known(("zip", number), name, self.axes, "not an axis of this sweep")
@@ -228,10 +228,10 @@ class Sweep:
             try:
                 check_plugin(group, name, values[f"{group}_options"])
             except SpecDecError as error:
-                self.document.fail(self._blamed(group, name, str(error)), str(error))
+                self.document.fail(self._subject(group, name, str(error)), str(error))
         return cell.canonical()
 
-    def _blamed(self, group: str, name: str, message: str) -> Keys:
+    def _subject(self, group: str, name: str, message: str) -> Keys:
         """The option that ``message`` is about; else the name it is an option of."""
         found: dict[int, Keys] = {}
         for axis in self.names[group][name]:

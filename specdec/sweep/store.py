@@ -115,7 +115,7 @@ class Store:
         return records
 
     def append(self, record: dict[str, Any]) -> None:
-        """Write one record, and see to it that it is on the disk. What fails half-way is cut off when it goes on."""
+        """Write one record, and see to it that it is on the disk. ``begin`` cuts off an unfinished line."""
         with (self.folder / RECORDS).open("ab") as file:
             file.write(json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n")
             file.flush()
