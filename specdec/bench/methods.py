@@ -97,7 +97,8 @@ class HFMethod:
         kind, source = check_hf(name, given)
         if kind != "hf" and cell.batch_size > 1:
             raise SpecDecError(f"'{name}' decodes one prompt at a time; leave it out or use --batch-size 1")
-        self.model = assistant = copy.copy(base.model)  # may get another configuration
+        self.model = assistant = copy.copy(base.model)
+        self.model.generation_config = copy.copy(base.model.generation_config)  # which assisted generation changes
         self.eos = base.eos_ids()
         depth = cell.num_speculative_tokens
         self.settings: dict[str, Any] = {"do_sample": False}
@@ -113,8 +114,7 @@ class HFMethod:
             assistant = loading.load(source, dtype=base.target.dtype, device=base.target.device)[0]
             self.settings["assistant_model"] = assistant
         if kind in ("hf-early-exit", "hf-draft-model") and depth != "auto":
-            # It drafts as deep as our drafters; it reads that from the assistant's configuration.
-            assistant.generation_config = config = copy.copy(assistant.generation_config)
+            config = assistant.generation_config  # how deep it drafts: as our drafters
             config.num_assistant_tokens, config.num_assistant_tokens_schedule = depth, "constant"
             config.assistant_confidence_threshold = 0.0
 
