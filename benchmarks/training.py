@@ -26,7 +26,8 @@ from specdec import SpecDecoder
 from specdec.engine.costs import Costs, measure
 from specdec.models import drafter_folder, loading
 from specdec.train import data, states
-from specdec.train.m2r2 import M2R2Settings, path_of, wanted_states
+from specdec.train.m2r2 import path_of
+from specdec.train.m2r2_settings import M2R2Settings, wanted_states
 from specdec.train.runtime import training_target
 from specdec.train.settings import TrainSettings, load_settings
 from specdec.train.speed import predict
@@ -97,8 +98,7 @@ def share_states(output: Path, names: list[str], steps: int) -> None:
         with Progress(console=Console(stderr=True)) as progress:
             for part, some in (("eval", held[: recipes[0].eval_answers]), ("train", train_)):
                 task = progress.add_task(f"teacher states ({part}, {share:g})", total=sum(map(len, some)))
-                mark = loading.fingerprint(model)
-                states.compute(place / part, target, some, union, mark, lambda n, t=task: progress.advance(t, n))
+                states.compute(place / part, target, some, union, lambda n, t=task: progress.advance(t, n))
         for name in rows:
             folder(output, name).mkdir(exist_ok=True)
             link = folder(output, name) / "states"

@@ -28,7 +28,7 @@ from specdec.runtimes.experts.offload import ExpertOptions, Offload
 from specdec.runtimes.linear_maps import rms_unit
 from specdec.runtimes.reference import ReferenceTarget
 from specdec.train.data import Answer
-from specdec.train.expert_leaps import fit_predictor, recalls
+from specdec.train.expert_predictor import fit_predictor, recalls
 
 PROMPT, COUNT = [5, 9, 11, 3, 7, 20, 31], 24
 TINY = {"num_hidden_layers": 6, "num_experts_per_tok": 2, "eos_token_id": None}

@@ -35,16 +35,17 @@ from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.target import Target
 from specdec.speculation.draft import State
 from specdec.speculation.sampling import Sampler, SamplingParams
-from specdec.train import data, search, states, trainer
+from specdec.train import data, search, states
 from specdec.train.batches import assemble, epoch, stream, windows
 from specdec.train.data import Answer, Prompt
 from specdec.train.evaluate import acceptance_lengths, evaluate
 from specdec.train.fit import fit_projections
-from specdec.train.m2r2 import path_of, wanted_states
-from specdec.train.m2r2_settings import M2R2Settings
+from specdec.train.m2r2 import path_of
+from specdec.train.m2r2_settings import M2R2Settings, wanted_states
 from specdec.train.medusa import MedusaSettings
 from specdec.train.method import lookup
 from specdec.train.plot import draw_curves
+from specdec.train.run import Run
 from specdec.train.runtime import training_target
 from specdec.train.settings import from_mapping, load_settings
 from specdec.train.speed import predict
@@ -220,19 +221,19 @@ def test_a_killed_run_goes_on_to_exactly_the_weights_of_an_uninterrupted_one(
     answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint: int | None
 ) -> None:
     train(recipe(answers, tmp_path / "whole"))
-    step = trainer.Run._step
+    step = Run._step
 
-    def killed(run: trainer.Run, *args: Any) -> dict[str, float]:
+    def killed(run: Run, *args: Any) -> dict[str, float]:
         if run.update == checkpoint:
             run._save()
         if run.update == 17:
             raise Killed
         return step(run, *args)
 
-    monkeypatch.setattr(trainer.Run, "_step", killed)
+    monkeypatch.setattr(Run, "_step", killed)
     with pytest.raises(Killed):
         train(recipe(answers, tmp_path / "parts"))
-    monkeypatch.setattr(trainer.Run, "_step", step)
+    monkeypatch.setattr(Run, "_step", step)
     with pytest.raises(SpecDecError, match="--resume"):
         train(recipe(answers, tmp_path / "parts"))
     with pytest.raises(SpecDecError, match="rank 4 -> 5"):
@@ -347,7 +348,7 @@ def test_states_are_written_shard_by_shard_and_go_on_after_a_kill(
     some = [Answer((3, 4, 5), tuple(range(6, 12 + n))) for n in range(6)]
     wanted = states.Wanted((2,), (4,))
     monkeypatch.setattr(states, "SHARD_ANSWERS", 2)
-    whole = states.compute(tmp_path / "whole", target, some, wanted, "mark")
+    whole = states.compute(tmp_path / "whole", target, some, wanted)
     teach, calls = states._teach, []
 
     def killed(*args: Any) -> Any:
@@ -358,13 +359,14 @@ def test_states_are_written_shard_by_shard_and_go_on_after_a_kill(
 
     monkeypatch.setattr(states, "_teach", killed)
     with pytest.raises(Killed):
-        states.compute(tmp_path / "parts", target, some, wanted, "mark")
-    parts = states.compute(tmp_path / "parts", target, some, wanted, "mark")
+        states.compute(tmp_path / "parts", target, some, wanted)
+    parts = states.compute(tmp_path / "parts", target, some, wanted)
     assert len(calls) == 4  # two shards, the killed one, and that one again
-    for a, b in zip(whole.records, parts.records, strict=True):
+    for a, b in zip(whole, parts, strict=True):
         assert torch.equal(a.hidden[4], b.hidden[4]) and torch.equal(a.kv[2][0], b.kv[2][0])
     with pytest.raises(SpecDecError, match="other fingerprint"):
-        states.compute(tmp_path / "parts", target, some, wanted, "another model")
+        target.fingerprint = "another model"
+        states.compute(tmp_path / "parts", target, some, wanted)
 
 
 # -- inputs -------------------------------------------------------------------------------------------------------
@@ -507,10 +509,11 @@ def test_batches_cover_each_window_once_an_epoch_and_can_be_entered_anywhere() -
     assert [next(ahead) for _ in range(20)] == [next(behind) for _ in range(20)]
 
 
-def test_rounds_along_a_window() -> None:
+def test_steps_along_a_window() -> None:
     hits = [[True, False, True, True, True, False], [True, True, False, True, False, False]]
     # From 0: step 1 at 0 and step 2 at 1 hold, three tokens; from 3: step 1 holds, step 2 at 4 does not; 5: no room.
-    assert acceptance_lengths(hits, 6) == [3, 2]
+    valid = torch.ones(1, 6, dtype=torch.bool)
+    assert acceptance_lengths([torch.tensor([row]) for row in hits], valid) == [3, 2]
 
 
 def test_presets_load_and_settings_are_checked(tmp_path: Path) -> None:
@@ -649,26 +652,26 @@ def test_the_search_chooses_the_path_of_largest_predicted_speedup_and_trains_it(
     path = drafter_folder.read_config(out)["path"]
     assert path["segments"] == [kept["chosen"]] == [best["segment"]] and path["final_leap"]
     assert not (out / "states" / "search").exists()
-    monkeypatch.setattr(search, "Search", None)  # nothing is searched again
+    monkeypatch.setattr(search, "agreement", None)  # nothing is searched again
     train(searched(answers, out), resume=True)
 
 
 def test_drafts_of_the_search_are_those_of_a_network_that_training_fits(answers: Path, tmp_path: Path) -> None:
     target = training_target(tiny_model("llama", eos_token_id=None))
     some = [a for a in data.read([answers]) if isinstance(a, Answer)]
-    store = states.compute(tmp_path / "states", target, some, states.Wanted((2, 3), (2, 3, 4)), "mark")
-    settings = searched(answers, tmp_path / "out")
-    found = search.Search(target, None, store.records, store.records, settings).agreement(2)
+    records = states.compute(tmp_path / "states", target, some, states.Wanted((2, 3), (2, 3, 4)))
+    found = search.agreement(target, None, 2, records, records, searched(answers, tmp_path / "out"))
+    assert found.keys() == {(2, 3), (2, 4)}
     network = M2R2(M2R2Path(0, ((2, 4),), True), target)
-    rows = windows(store.records, 8)
-    batches = [assemble(store.records, rows[i : i + 4], 8, target.device) for i in range(0, len(rows), 4)]
+    rows = windows(records, 8)
+    batches = [assemble(records, rows[i : i + 4], 8, target.device) for i in range(0, len(rows), 4)]
     fit_projections(network, target, lambda: batches)
     with torch.no_grad():
         fitted = evaluate(network, target, batches, steps=1)
     assert found[2, 4] == pytest.approx(fitted["top1"][0], abs=0.01)
 
 
-def test_costs_of_drafts_between_the_measured_ones_lie_on_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_search_measures_segments_of_every_length(monkeypatch: pytest.MonkeyPatch) -> None:
     def measured(target: Target, drafter: M2R2Drafter, verifier: Any) -> Costs:
         [(lo, hi)] = drafter.network.path.segments
         return Costs({1: 10.0}, ((hi - lo + 1.0,) * 2,))

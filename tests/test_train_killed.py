@@ -18,7 +18,7 @@ STEPS = 120
 STOPS = """
 import signal
 from specdec.cli import main
-from specdec.train.trainer import Run
+from specdec.train.run import Run
 
 def save(run, save=Run._save):
     run.saved = True

@@ -61,7 +61,7 @@ def _fit(loaded: PreTrainedModel, fingerprint: str, folder: Path, answers: list[
     """Fit the predictor to all but a few of ``answers``, write it, and print its recall on those few."""
     from specdec.runtimes.experts import predict
     from specdec.runtimes.experts.layers import moe_layers
-    from specdec.train.expert_leaps import fit_predictor, recalls
+    from specdec.train.expert_predictor import fit_predictor, recalls
 
     held = answers[::HELD_OUT][:HELD_OUT]
     rest = [answer for answer in answers if answer not in held]

@@ -49,7 +49,8 @@ def run(
     """Train the drafter that the command is named after."""
     from specdec.train.method import lookup  # heavy imports stay out of --help
     from specdec.train.settings import load_settings
-    from specdec.train.trainer import speedup_text, train
+    from specdec.train.speed import speedup_text
+    from specdec.train.trainer import train
     from specdec.train.world import leads
 
     overrides: dict[str, Any] = {

@@ -22,9 +22,8 @@ from specdec.engine.depth import FixedDepth
 from specdec.engine.loop import Loop
 from specdec.speculation.sampling import Sampler, SamplingParams
 from specdec.train.data import Answer, Prompt, records
-from specdec.train.files import writing
+from specdec.train.output import ANSWERS, writing
 
-FILE = "answers.jsonl"
 ROWS, REFILL = 48, 12  # rows of the batch; those that must have ended before new ones come
 
 
@@ -67,11 +66,11 @@ def answer_prompts(
     SpecDecError if the disk is full, and if the file holds answers to other prompts.
     """
     prompts = [tuple(item) for item in items if not isinstance(item, Answer)]
-    made = _written(output / FILE, set(prompts))
+    made = _written(output / ANSWERS, set(prompts))
     left = [p for p in dict.fromkeys(prompts) if p not in made]
     task = progress.add_task("answers", total=len(made) + len(left), completed=len(made), visible=bool(left))
     if left:
-        with writing("answers", output), (output / FILE).open("a", encoding="utf-8") as file:
+        with writing("answers", output), (output / ANSWERS).open("a", encoding="utf-8") as file:
             for answer in _generate(SpecDecoder(model, tokenizer, drafter="none"), left, limit, sampling):
                 ids = {"prompt_ids": answer.prompt_ids, "response_ids": answer.response_ids}
                 file.write(json.dumps(ids) + "\n")

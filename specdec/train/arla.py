@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from specdec.base.errors import SpecDecError
@@ -19,8 +19,8 @@ from specdec.drafters.m2r2_network import M2R2, load_network
 from specdec.models import drafter_folder
 from specdec.runtimes.target import Target
 from specdec.train.batches import Batch
-from specdec.train.m2r2 import figure_name, wanted_states
-from specdec.train.method import Method
+from specdec.train.m2r2_settings import wanted_states
+from specdec.train.method import Method, agreement_name
 from specdec.train.settings import Positive, TrainSettings
 from specdec.train.states import Wanted
 from specdec.train.student import Teacher, draft_steps
@@ -36,35 +36,30 @@ class ArlaSettings(TrainSettings):
     draft_steps: Positive = 3  # of the drafter's own drafts the router learns from
 
 
-class ArlaMethod(Method):
+class ArlaMethod(Method[M2R2]):
     """Cross-entropy of the router's probability with whether the draft's best token is the base's."""
 
-    name: ClassVar[str] = "arla"
-    settings_class: ClassVar[type[TrainSettings]] = ArlaSettings
-    settings: ArlaSettings
+    name = "arla"
+    settings_class = ArlaSettings
 
     def __init__(self, settings: ArlaSettings, target: Target) -> None:
         super().__init__(settings, target)
-        shipped = (
-            None if Path(settings.drafter).is_dir() else drafter_folder.shipped(settings.drafter, target.fingerprint)
-        )
-        self.folder = shipped or Path(settings.drafter)
-        network = load_network(target, self.folder)
-        self.trained = drafter_folder.read_config(self.folder)
-        own = network.state_dict()
-        self.path, self.base_tensors = network.path, {k: own[k] for k in own if not k.startswith("routers.")}
+        folder = Path(settings.drafter)
+        if not folder.is_dir():
+            folder = drafter_folder.shipped(settings.drafter, target.fingerprint) or folder
+        self.trained, self.drafter = drafter_folder.read_config(folder), load_network(target, folder)
 
     def wanted(self) -> Wanted:
-        return wanted_states(self.path, self.target.num_layers)
+        return wanted_states(self.drafter.path, self.target.num_layers)
 
     def build(self, vocab: Tensor | None) -> M2R2:
-        own = self.base_tensors.get("draft_vocab")
-        network = M2R2(self.path, self.target, own, self.settings.width)
-        missing = network.load_state_dict(self.base_tensors, strict=False).missing_keys
-        assert all(key.startswith("routers.") for key in missing)
+        own = self.drafter.draft_vocab
+        self.teacher = Teacher(self.target, None if own is None else own.to(self.target.device))
+        network = M2R2(self.drafter.path, self.target, own, self.settings.width)
+        kept = {name: tensor for name, tensor in self.drafter.state_dict().items() if not name.startswith("routers.")}
+        network.load_state_dict(kept, strict=False)
         for name, parameter in network.named_parameters():
             parameter.requires_grad_(name.startswith("routers."))
-        self.teacher = Teacher(self.target, None if own is None else own.to(self.target.device))
         return network
 
     def _steps(self, network: M2R2, batch: Batch) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -80,28 +75,24 @@ class ArlaMethod(Method):
                     hit = teacher.hits(logits) & known
                 yield router([p.detach() for p in passed], logits), hit, valid
 
-    def loss(self, network: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
-        assert isinstance(network, M2R2)
+    def loss(self, network: M2R2, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         loss, figures = torch.zeros((), device=self.target.device), dict[str, float]()
-        exits = len(self.path.reach)
+        exits, last = len(network.path.reach), len(network.path.exits)
         for number, (odds, hit, valid) in enumerate(self._steps(network, batch)):
             loss = loss + F.binary_cross_entropy_with_logits(odds, hit.float(), weight=valid.float(), reduction="sum")
-            right = ((odds > 0) == hit)[valid].float().mean()
             step, exit = divmod(number, exits)
-            figures[figure_name(self.path, step, exit)] = float(right)
+            name = agreement_name(step, None if exit == last else network.path.exits[exit])
+            figures[name] = float(((odds > 0) == hit)[valid].float().mean())
         return loss / (batch.valid.sum() * self.settings.draft_steps * exits), figures
 
-    def evaluate(self, network: nn.Module, batches: Iterable[Batch]) -> dict[str, Any]:
+    def evaluate(self, network: M2R2, batches: Iterable[Batch]) -> dict[str, Any]:
         """Of the routers' probabilities over all draft steps and exits.
 
         ``entropy``: cross-entropy in nats. ``leave``: share of the tokens above each threshold of ``levels``, and
         ``right``: how many of those are the base's.
         """
-        assert isinstance(network, M2R2)
-        found: list[Tensor] = []
-        for batch in batches:
-            found += [torch.stack((o[v], h[v].float())).cpu() for o, h, v in self._steps(network, batch)]
-        odds, right = torch.cat(found, 1)  # (positions,) each
+        steps = (step for batch in batches for step in self._steps(network, batch))
+        odds, right = torch.cat([torch.stack((o[v], h[v].float())).cpu() for o, h, v in steps], 1)  # (positions,) each
         if not len(odds):
             raise SpecDecError("the held-out answers are too short to evaluate the router on; give more")
         entropy = float(F.binary_cross_entropy_with_logits(odds, right))
@@ -123,7 +114,6 @@ class ArlaMethod(Method):
         )
         return f"cross-entropy {figures['entropy']:.3f}; at threshold {at}"
 
-    def config(self, network: nn.Module) -> dict[str, Any]:
-        kept = ("drafter", "path")
-        base: dict[str, Any] = {key: self.trained[key] for key in kept if key in self.trained}
+    def config(self, network: M2R2) -> dict[str, Any]:
+        base = {key: self.trained[key] for key in ("drafter", "path")}
         return {**base, "router": self.settings.width, "before_router": self.trained.get("training")}

@@ -17,21 +17,14 @@ from specdec.train.batches import Batch
 from specdec.train.student import Teacher, draft_steps
 
 
-@torch.no_grad()
-def evaluate(
-    network: M2R2,
-    target: Target,
-    batches: Iterable[Batch],
-    steps: int = 4,
-) -> dict[str, Any]:
+def evaluate(network: M2R2, target: Target, batches: Iterable[Batch], steps: int = 4) -> dict[str, Any]:
     """Figures per draft step 1 .. ``steps``, over ``batches``.
 
     ``top1``, ``top3``: the base's most likely token is the draft's choice, or among its three best (False where the
     draft vocabulary, which is the drafter's own and the tokens of the context, lacks it). ``overlap``: 1 - TV of base
-    and draft at temperature 1. ``cosine``: of the draft's final state and h[N]. ``chain``: P(the first i drafts are all
-    accepted), and ``score``: mean acceptance length, of greedy decoding along the answers with chains of ``steps``;
-    steps that a window cuts short are left out. All of that is about the last exit; ``exits``: ``top1`` of the first
-    step at each exit before it.
+    and draft at temperature 1. ``cosine``: of the draft's final state and h[N]. ``chain``, ``score``: see
+    ``chain_figures``; of greedy decoding along the answers. All of that is about the last exit; ``exits``: ``top1`` of
+    the first step at each exit before it.
     """
     teacher = Teacher(target, network.draft_vocab)
     sooner = torch.zeros(len(network.path.exits), dtype=torch.float64)
@@ -54,31 +47,38 @@ def evaluate(
             for row, figure in enumerate((torch.ones_like(overlap), rank == 0, rank < 3, overlap, cosine)):
                 sums[row, s] += (figure * valid).sum().double().cpu()
             hits.append((rank == 0) & valid)
-        for row, count in zip(torch.stack(hits, 1).tolist(), batch.valid.sum(1).tolist(), strict=True):
-            lengths += acceptance_lengths(row, count)
+        lengths += acceptance_lengths(hits, batch.valid)
     mean = (sums[1:] / sums[0].clamp_min(1)).tolist()
     names = ("top1", "top3", "overlap", "cosine")
     result: dict[str, Any] = {n: [round(x, 4) for x in row] for n, row in zip(names, mean, strict=True)}
-    result["chain"] = accepted_shares(lengths, steps)
-    result["score"] = round(1 + sum(result["chain"]), 3)
+    result |= chain_figures(lengths, steps)
     if network.path.exits:
         result["exits"] = [round(float(share), 4) for share in sooner / sums[0, 0].clamp_min(1)]
     result["positions"] = int(sums[0, 0])
     return result
 
 
-def acceptance_lengths(hits: list[list[bool]], count: int) -> list[int]:
-    """Tokens of each step of decoding along a window of ``count`` positions, given hits[step][position]."""
-    lengths, root = [], 0
-    while root + len(hits) <= count:
-        accepted = 0
-        while accepted < len(hits) and hits[accepted][root + accepted]:
-            accepted += 1
-        lengths.append(accepted + 1)
-        root += accepted + 1
+def acceptance_lengths(hits: Sequence[Tensor], valid: Tensor) -> list[int]:
+    """Tokens of each step of decoding along the windows ``valid`` [B, T], if draft s of each step holds where hits[s].
+
+    hits[s]: bool [B, T], by the position before the drafted token. Steps that a window cuts short are left out.
+    """
+    lengths = []
+    for row, count in zip(torch.stack(list(hits), 1).tolist(), valid.sum(1).tolist(), strict=True):
+        root = 0
+        while root + len(row) <= count:
+            accepted = 0
+            while accepted < len(row) and row[accepted][root + accepted]:
+                accepted += 1
+            lengths.append(accepted + 1)
+            root += accepted + 1
     return lengths
 
 
-def accepted_shares(lengths: Sequence[int], steps: int) -> list[float]:
-    """Share of the steps, given their acceptance lengths, whose first 1 .. ``steps`` drafts are all accepted."""
-    return [round(sum(n > i for n in lengths) / max(len(lengths), 1), 4) for i in range(1, steps + 1)]
+def chain_figures(lengths: Sequence[int], steps: int) -> dict[str, Any]:
+    """``chain``: P(the first 1 .. ``steps`` drafts are all accepted); ``score``: the mean acceptance length.
+
+    lengths: tokens of each step of decoding.
+    """
+    chain = [round(sum(n > i for n in lengths) / max(len(lengths), 1), 4) for i in range(1, steps + 1)]
+    return {"chain": chain, "score": round(1 + sum(chain), 3)}

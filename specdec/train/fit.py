@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from specdec.drafters.m2r2_network import M2R2
 from specdec.runtimes.target import Target
@@ -46,25 +46,25 @@ class Moments:
         full = (*features, ONE)
         blocks = [[self.sums[a, b] if (a, b) in self.sums else self.sums[b, a].T for b in full] for a in full]
         gram = torch.cat([torch.cat(row, 1) for row in blocks])
-        return _solve(gram, torch.cat([self.sums[a, goal] for a in full]))
+        ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+        w = torch.linalg.solve(gram + ridge, torch.cat([self.sums[a, goal] for a in full])).float()
+        return w[:-1].T.contiguous(), w[-1].contiguous()
 
-
-def _solve(gram: Tensor, cross: Tensor) -> tuple[Tensor, Tensor]:
-    ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
-    w = torch.linalg.solve(gram + ridge, cross).float()
-    return w[:-1].T.contiguous(), w[-1].contiguous()
+    def solve_into(self, layer: nn.Module, features: Sequence[str], goal: str) -> None:
+        """Set the parameters of a linear layer."""
+        assert isinstance(layer, nn.Linear)
+        for parameter, found in zip((layer.weight, layer.bias), self.solve(features, goal), strict=True):
+            parameter.copy_(found)
 
 
 @torch.no_grad()
-def fit_projections(network: M2R2, target: Target, batches: Callable[[], Iterable[Batch]]) -> None:
-    """Set the projections one after another, each on the path that the earlier ones make (step 1, exact carry)."""
-    for index, projection in enumerate(network.projections):
+def fit_projections(network: M2R2, target: Target, batches: Callable[[], Iterable[Batch]], begin: int = 0) -> None:
+    """Set the projections from ``begin`` on, each on the path that the earlier ones make (step 1, exact carry)."""
+    for index, projection in list(enumerate(network.projections))[begin:]:
         goal = network.path.segments[index][0] if index < len(network.path.segments) else network.num_layers
         moments = Moments([(["features"], "goal")])
         for batch in batches():
             x, carry = projected_from(network, target, batch, index)
             parts = {"features": network.features(index, x, carry), "goal": batch.hidden[goal]}
             moments.add({name: part[batch.valid] for name, part in parts.items()})
-        weight, bias = moments.solve(["features"], "goal")
-        projection.weight.copy_(weight)
-        projection.bias.copy_(bias)
+        moments.solve_into(projection, ["features"], "goal")

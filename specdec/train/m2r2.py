@@ -11,36 +11,34 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from specdec.base.errors import SpecDecError
 from specdec.drafters.m2r2_network import M2R2
 from specdec.drafters.m2r2_path import M2R2Path
 from specdec.models import drafter_folder
 from specdec.runtimes.target import Target
-from specdec.train import search
 from specdec.train.batches import Batch
 from specdec.train.evaluate import evaluate
 from specdec.train.fit import fit_projections
-from specdec.train.m2r2_settings import M2R2Settings
-from specdec.train.method import Method, Work
-from specdec.train.settings import TrainSettings
+from specdec.train.m2r2_settings import M2R2Settings, wanted_states
+from specdec.train.method import Method, Work, agreement_name
+from specdec.train.search import choose
 from specdec.train.states import Wanted
-from specdec.train.student import Teacher, draft_steps
+from specdec.train.student import Teacher, draft_steps, later
 
 
-class M2R2Method(Method):
+class M2R2Method(Method[M2R2]):
     """KL to the base at each of the drafter's own steps, the mean of its exits, and optionally the rate's alignment.
 
     That is, of every residual of the path, with the state of the base that it runs ahead to (``M2R2Path.aims``).
     """
 
-    name: ClassVar[str] = "m2r2"
-    settings_class: ClassVar[type[TrainSettings]] = M2R2Settings
-    settings: M2R2Settings
+    name = "m2r2"
+    settings_class = M2R2Settings
 
     def __init__(self, settings: M2R2Settings, target: Target) -> None:
         super().__init__(settings, target)
@@ -52,7 +50,7 @@ class M2R2Method(Method):
 
     def prepare(self, work: Work) -> None:
         if self.searches:
-            segment = search.choose(self.settings, self.target, work)
+            segment = choose(self.settings, self.target, work)
             found = {"segments": (segment,), "final_leap": True, "layers_of": None}
             self.path = path_of(self.settings.model_copy(update=found), self.target)
 
@@ -65,44 +63,34 @@ class M2R2Method(Method):
         self.teacher = Teacher(self.target, vocab, self.settings.sharpen)
         return M2R2(self.path, self.target, vocab)
 
-    def groups(self, masters: nn.Module) -> list[dict[str, Any]]:
-        named = dict(masters.named_parameters())
-        rates = (("leaps", self.settings.leap_rate), ("adapters", self.settings.learning_rate))
-        groups = [([p for name, p in named.items() if name.startswith(part)], rate) for part, rate in rates]
-        return [{"params": params, "lr": rate} for params, rate in groups if params]
+    def groups(self, masters: M2R2) -> list[dict[str, Any]]:
+        rates = ((masters.leaps, self.settings.leap_rate), (masters.adapters, self.settings.learning_rate))
+        groups = [(list(module.parameters()), rate) for module, rate in rates]
+        return [{"params": parameters, "lr": rate} for parameters, rate in groups if parameters]
 
-    def fit(self, network: nn.Module, batches: Callable[[], Iterable[Batch]]) -> None:
-        assert isinstance(network, M2R2)
+    def fit(self, network: M2R2, batches: Callable[[], Iterable[Batch]]) -> None:
         fit_projections(network, self.target, batches)
 
-    def loss(self, network: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
-        assert isinstance(network, M2R2)
+    def loss(self, network: M2R2, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         settings, teacher, target = self.settings, self.teacher, self.target
         teacher.begin(batch)
-        count = batch.valid.sum()
-        loss = torch.zeros((), device=target.device)
-        figures: dict[str, float] = {}
-        right = torch.empty(0)
-        aims = self.path.aims(target.num_layers)
-        watched = settings.align > 0
+        loss, figures = torch.zeros((), device=target.device), dict[str, float]()
+        right = batch.valid  # where the drafter's steps so far are the text's own tokens
+        aims, watched = self.path.aims(target.num_layers), settings.align > 0
         for s, (exits, valid) in enumerate(draft_steps(network, target, batch, settings.draft_steps, watched)):
-            weight, reached = valid.float(), valid
-            if s:
-                reached = torch.cat((torch.zeros_like(right[:, :1]), right[:, :-1]), 1)
-                weight = weight * torch.where(reached, 1.0, settings.focus)
-            for exit, (final, _) in enumerate(exits):
+            reached = later(right) if s else valid
+            weight = torch.where(reached, 1.0, settings.focus)
+            for exit, (final, _) in zip((*self.path.exits, None), exits, strict=True):
                 logits = teacher.logits(final)
-                loss = loss + (teacher.loss(logits) * weight).sum() / (count * len(exits))
-                agree = teacher.hits(logits)[valid].float().mean()
-                figures[figure_name(self.path, s, exit)] = float(agree)
-                right = teacher.hits(logits, teacher.next) & reached  # of the last exit, in the end
+                away, figures[agreement_name(s, exit)] = teacher.compare(logits, valid, weight)
+                loss = loss + away / len(exits)
+            right = teacher.hits(logits, teacher.next) & reached  # of the last exit
             for p, aim in zip(exits[-1][1], aims, strict=True) if watched else ():
                 away = 1 - torch.cosine_similarity(p.float(), batch.hidden[aim].float(), -1)
-                loss = loss + settings.align * (away * weight).sum() / count
+                loss = loss + settings.align * (away * weight * valid).sum() / teacher.count
         return loss, figures
 
-    def evaluate(self, network: nn.Module, batches: Iterable[Batch]) -> dict[str, Any]:
-        assert isinstance(network, M2R2)
+    def evaluate(self, network: M2R2, batches: Iterable[Batch]) -> dict[str, Any]:
         return evaluate(network, self.target, batches)
 
     @staticmethod
@@ -115,7 +103,7 @@ class M2R2Method(Method):
             f"(agreement {chain}{sooner}; 1 - TV {figures['overlap'][0]:.3f})"
         )
 
-    def config(self, network: nn.Module) -> dict[str, Any]:
+    def config(self, network: M2R2) -> dict[str, Any]:
         return {"drafter": "m2r2", "path": self.path.to_json()}
 
 
@@ -145,21 +133,3 @@ def path_of(settings: M2R2Settings, target: Target) -> M2R2Path:
     if not any(adapters.values()) and not settings.final_leap:
         raise SpecDecError("setting 'adapt' names no linear map of this model, so there is nothing to train")
     return dataclasses.replace(path, adapters=adapters)
-
-
-def figure_name(path: M2R2Path, step: int, exit: int) -> str:
-    """What the agreement of a step at an exit is called: agree, agree2, ...; before the last one, agree@LAYER."""
-    base = "agree" if step == 0 else f"agree{step + 1}"
-    return f"{base}@{path.exits[exit]}" if exit < len(path.exits) else base
-
-
-def wanted_states(path: M2R2Path, num_layers: int) -> Wanted:
-    """The teacher states that training a path needs."""
-    kv = [layer for lo, hi in path.segments for layer in range(lo, hi)]
-    hidden = {*(lo for lo, _ in path.segments), num_layers}
-    if path.adapts_early:
-        kv += range(path.exit_layer)
-        hidden |= {lo for lo, _ in path.shared if lo}
-    else:
-        hidden |= {hi for _, hi in path.shared}
-    return Wanted(tuple(sorted(kv)), tuple(sorted(hidden)))

@@ -1,4 +1,4 @@
-"""Settings of training M2R2."""
+"""Settings of training M2R2, and the teacher states that its path needs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import Any, ClassVar
 
 from pydantic import model_validator
 
+from specdec.drafters.m2r2_path import M2R2Path
 from specdec.train.settings import Positive, TrainSettings
+from specdec.train.states import Wanted
 
 
 class M2R2Settings(TrainSettings):
@@ -41,3 +43,15 @@ class M2R2Settings(TrainSettings):
         if not (self.search or self.segments or self.exit_layer or self.init):
             raise ValueError("give 'segments' or 'exit_layer', or set search=true")
         return self
+
+
+def wanted_states(path: M2R2Path, num_layers: int) -> Wanted:
+    """The teacher states that training a path needs."""
+    kv = [layer for lo, hi in path.segments for layer in range(lo, hi)]
+    hidden = {*(lo for lo, _ in path.segments), num_layers}
+    if path.adapts_early:
+        kv += range(path.exit_layer)
+        hidden |= {lo for lo, _ in path.shared if lo}
+    else:
+        hidden |= {hi for _, hi in path.shared}
+    return Wanted(tuple(sorted(kv)), tuple(sorted(hidden)))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from specdec.base.errors import SpecDecError
 from specdec.drafters.medusa import Medusa
@@ -15,7 +15,8 @@ from specdec.runtimes.linear_maps import rms_unit
 from specdec.runtimes.target import Target
 from specdec.speculation.trees import best_tree
 from specdec.train.batches import Batch
-from specdec.train.method import Method
+from specdec.train.evaluate import chain_figures
+from specdec.train.method import Method, agreement_name
 from specdec.train.settings import Positive, PositiveFloat, TrainSettings
 from specdec.train.states import Wanted
 from specdec.train.student import Teacher
@@ -33,12 +34,11 @@ class MedusaSettings(TrainSettings):
     nodes: Positive = 15  # of the tree that evaluation walks
 
 
-class MedusaMethod(Method):
+class MedusaMethod(Method[Medusa]):
     """KL of each head's tokens to the base's own distribution at their positions."""
 
-    name: ClassVar[str] = "medusa"
-    settings_class: ClassVar[type[TrainSettings]] = MedusaSettings
-    settings: MedusaSettings
+    name = "medusa"
+    settings_class = MedusaSettings
 
     def __init__(self, settings: MedusaSettings, target: Target) -> None:
         super().__init__(settings, target)
@@ -54,21 +54,15 @@ class MedusaMethod(Method):
         self.teacher = Teacher(self.target, vocab, settings.sharpen)
         return Medusa(self.target.hidden_size, settings.heads, settings.blocks, settings.rooted, vocab)
 
-    def loss(self, network: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
-        teacher = self.teacher
-        teacher.begin(batch)
-        count, weight = batch.valid.sum(), 1.0
-        loss = torch.zeros((), device=self.target.device)
-        figures: dict[str, float] = {}
+    def loss(self, network: Medusa, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        self.teacher.begin(batch)
+        loss, figures = torch.zeros((), device=self.target.device), dict[str, float]()
         for k, (final, valid) in enumerate(self._drafts(network, batch)):
-            logits = teacher.logits(final)
-            loss = loss + weight * (teacher.loss(logits) * valid).sum() / count
-            agree = teacher.hits(logits)[valid].float().mean()
-            figures["agree" if k == 0 else f"agree{k + 1}"] = float(agree)
-            weight *= self.settings.fade
+            away, figures[agreement_name(k)] = self.teacher.compare(self.teacher.logits(final), valid)
+            loss = loss + self.settings.fade**k * away
         return loss, figures
 
-    def _drafts(self, network: nn.Module, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
+    def _drafts(self, network: Medusa, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield, for each head k = 1, 2, ..., what is read out [B, T, D], and which positions have it (bool [B, T]).
 
         What head k says at t it saw at t - k: the state before the root, when t - k + 1 was the root.
@@ -79,14 +73,13 @@ class MedusaMethod(Method):
             kept = y.shape[1] - late
             yield F.pad(y[:, :kept, late], (0, 0, late, 0)), batch.valid & F.pad(batch.valid[:, :kept], (late, 0))
 
-    def evaluate(self, network: nn.Module, batches: Iterable[Batch]) -> dict[str, Any]:
+    def evaluate(self, network: Medusa, batches: Iterable[Batch]) -> dict[str, Any]:
         """``accuracy[k][r]``: choice r of head k is the base's. ``chain``, ``nodes``, ``score``: of the best tree.
 
         The tree is walked from every position; choices outside the draft vocabulary, which is the drafter's own and
         the tokens of the context, are wrong.
         """
-        assert isinstance(network, Medusa)
-        heads, teacher = network.heads, Teacher(self.target, network.draft_vocab)
+        heads, teacher = network.heads, self.teacher
         found = []  # ranks of the base's choices, int64 [steps, K]
         for batch in batches:
             teacher.begin(batch)
@@ -108,14 +101,12 @@ class MedusaMethod(Method):
         for parent, choice in zip(tree.parents, tree.ranks, strict=True):
             paths.append((*paths[parent], choice))
         reached = [max(d for d in range(heads + 1) if tuple(r[:d]) in paths) for r in steps.tolist()]
-        chain = [round(sum(n > d for n in reached) / len(reached), 4) for d in range(heads)]
         return {
             "accuracy": self.accuracy,
             "top1": [row[0] for row in self.accuracy],
             "top3": [round(sum(row[:3]), 4) for row in self.accuracy],
-            "chain": chain,
+            **chain_figures([1 + depth for depth in reached], heads),
             "nodes": [sum(depth <= d for depth in tree.depths()) for d in range(heads)],
-            "score": round(1 + sum(chain), 3),
             "positions": len(steps),
         }
 
@@ -126,7 +117,7 @@ class MedusaMethod(Method):
         length, nodes = figures["score"], figures["nodes"][-1]
         return f"mean acceptance length {length:.2f} with {nodes} nodes (heads {heads}; top 3 {wide})"
 
-    def config(self, network: nn.Module) -> dict[str, Any]:
+    def config(self, network: Medusa) -> dict[str, Any]:
         settings = self.settings
         entries = {"drafter": "medusa", "heads": settings.heads, "layers": settings.blocks, "rooted": settings.rooted}
         return entries | {"accuracy": self.accuracy}

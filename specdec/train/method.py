@@ -1,10 +1,9 @@
 """What a drafter's training consists of, apart from the trainer: the contract of methods, and their names.
 
-``specdec train NAME`` works for every name in ``METHODS``. The trainer (``specdec.train.trainer``) owns everything that
-all methods share: answers, teacher states, batches, optimiser, checkpoints, metrics, evaluation at intervals, the
-drafter folder. A method says what is specific: adding one is a file with a ``Method`` and its settings, a line here and
-a preset ``configs/train/NAME.yaml``. Networks live beside their drafters (``specdec.drafters``) and are used alike for
-drafting and training.
+``specdec train NAME`` works for every name in ``METHODS``. The trainer owns what all methods share: answers, teacher
+states, batches, optimiser, checkpoints, metrics, evaluation, the drafter folder. A method says what is specific: adding
+one is a file with a ``Method`` and its settings, a line here and a preset ``configs/train/NAME.yaml``. Networks live
+beside their drafters (``specdec.drafters``) and are used alike for drafting and training.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 if TYPE_CHECKING:  # the command line imports this module for the names alone
     from rich.console import Console
@@ -35,29 +34,29 @@ METHODS: dict[str, str] = {
     "medusa": "specdec.train.medusa:MedusaMethod",
     "mixture-of-depths": "specdec.train.exits:MixtureOfDepthsMethod",
 }
+Network = TypeVar("Network", bound="nn.Module")
 
 
-def lookup(name: str) -> type[Method]:
+def lookup(name: str) -> type[Method[Any]]:
     """Import and return the method registered as ``name``."""
     module, _, attribute = METHODS[name].partition(":")
-    found: type[Method] = getattr(importlib.import_module(module), attribute)
+    found: type[Method[Any]] = getattr(importlib.import_module(module), attribute)
     return found
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a run has before training: its folder, answers, draft vocabulary, and ``mark``, the base's fingerprint."""
+    """What a run has before training: its folder, its answers and the draft vocabulary."""
 
     output: Path
     train: Sequence[Answer]
     held_out: Sequence[Answer]
     vocab: Tensor | None
-    mark: str
     console: Console
     progress: Progress
 
 
-class Method(ABC):
+class Method(ABC, Generic[Network]):
     """How one kind of drafter is trained on a frozen target. One object serves one run.
 
     The trainer calls, in this order: the constructor, ``prepare``, ``wanted``, ``build`` (once: float32 masters; a copy
@@ -75,7 +74,7 @@ class Method(ABC):
         """Raise SpecDecError for settings that do not fit the model."""
         self.settings, self.target = settings, target
 
-    def prepare(self, work: Work) -> None:  # noqa: B027 (optional)
+    def prepare(self, work: Work) -> None:
         """Decide what takes answers to decide, such as layers by a search. What is found must be kept in ``output``."""
 
     @abstractmethod
@@ -83,21 +82,21 @@ class Method(ABC):
         """The teacher states that batches must hold."""
 
     @abstractmethod
-    def build(self, vocab: Tensor | None) -> nn.Module:
+    def build(self, vocab: Tensor | None) -> Network:
         """The masters, float32. ``vocab``: int32 [V'], the draft vocabulary, or None for the full one.
 
         Parameters with ``requires_grad`` are trained; torch's seed has been set.
         """
 
-    def groups(self, masters: nn.Module) -> list[dict[str, Any]]:
+    def groups(self, masters: Network) -> list[dict[str, Any]]:
         """The optimiser's parameter groups; here one, at ``settings.learning_rate``."""
         return [{"params": [p for p in masters.parameters() if p.requires_grad], "lr": self.settings.learning_rate}]
 
-    def fit(self, network: nn.Module, batches: Callable[[], Iterable[Batch]]) -> None:  # noqa: B027 (optional)
+    def fit(self, network: Network, batches: Callable[[], Iterable[Batch]]) -> None:
         """Set parameters of ``network`` in closed form, before any gradient. ``batches()`` starts over at each call."""
 
     @abstractmethod
-    def loss(self, network: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, network: Network, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         """The loss, a *mean over the valid positions* of ``batch`` (so that shares of several processes add up).
 
         Beside it, figures for progress and metrics; ``agree`` (share of positions where the draft is the base's choice)
@@ -105,7 +104,7 @@ class Method(ABC):
         """
 
     @abstractmethod
-    def evaluate(self, network: nn.Module, batches: Iterable[Batch]) -> dict[str, Any]:
+    def evaluate(self, network: Network, batches: Iterable[Batch]) -> dict[str, Any]:
         """Figures on held-out answers, for metrics and config.json. ``score`` picks the best: larger is better.
 
         ``chain`` (optional): P(the first i drafts are all accepted), i = 1, 2, ...; from it follows the predicted
@@ -119,9 +118,15 @@ class Method(ABC):
         """What ``evaluate`` found, as half a line for people."""
 
     @abstractmethod
-    def config(self, network: nn.Module) -> dict[str, Any]:
+    def config(self, network: Network) -> dict[str, Any]:
         """The drafter's entries of ``config.json``, its name ``drafter`` among them."""
 
-    def tensors(self, masters: nn.Module) -> dict[str, Tensor]:
+    def tensors(self, masters: Network) -> dict[str, Tensor]:
         """What ``model.safetensors`` holds; floating-point tensors are stored in the target's dtype."""
         return masters.state_dict()
+
+
+def agreement_name(number: int, exit: int | None = None) -> str:
+    """What metrics call the agreement of draft step ``number`` (from 0): agree, agree2, ...; before the end @LAYER."""
+    step = "agree" if number == 0 else f"agree{number + 1}"
+    return step if exit is None else f"{step}@{exit}"

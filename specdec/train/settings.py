@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -122,16 +121,6 @@ def from_mapping(kind: type[S], values: Mapping[str, Any], where: str) -> S:
             raise SpecDecError(f"{where}: {reason}") from None
         reason = reason[0].lower() + reason[1:]
         raise SpecDecError(f"{where}: setting '{key}' cannot be {shown(found['input'])}: {reason}") from None
-
-
-def to_yaml(settings: TrainSettings) -> str:
-    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-def differences(a: TrainSettings, b: TrainSettings) -> list[str]:
-    """Names of the settings in which two runs differ (where they compute and where the output lies do not count)."""
-    left, right = a.model_dump(exclude={"output", "device"}), b.model_dump()
-    return [key for key in left if left[key] != right[key]]
 
 
 def _preset(name: str) -> dict[str, Any]:

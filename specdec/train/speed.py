@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -37,3 +38,12 @@ def predict(chain: Sequence[float], costs: Costs, nodes: Sequence[int] | None = 
         if speedup > best:
             best, depth = speedup, k
     return best, depth
+
+
+def speedup_text(figures: dict[str, Any]) -> str:
+    """The predicted speedup for people, or nothing."""
+    if "speedup" not in figures:
+        return ""
+    if not figures["depth"]:
+        return "; predicted slower than plain decoding here"
+    return f"; predicted {figures['speedup']:.2f}x here at {figures['depth']} drafts a step"

@@ -1,8 +1,7 @@
 """Teacher states on disk: what the base model computed for each training answer, once, for every epoch of a student.
 
 A store is a folder of safetensors shards (memory-mapped when read) and an ``index.json`` with their SHA-256, the base
-model's fingerprint and a digest of the answers. It is written shard by shard, so that a killed run goes on where it
-stopped. Knows nothing about students and losses.
+model's fingerprint and a digest of the answers. It is written shard by shard, so that a killed run resumes.
 """
 
 from __future__ import annotations
@@ -12,11 +11,13 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from specdec.base import inputs
 from specdec.base.errors import SpecDecError
@@ -25,7 +26,7 @@ from specdec.runtimes.cache import KVCache, Mask
 from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.target import Target
 from specdec.train.data import Answer
-from specdec.train.files import writing
+from specdec.train.output import writing
 
 INDEX, VERSION = "index.json", 1
 SHARD_ANSWERS = 256
@@ -68,63 +69,46 @@ def digest(answers: Sequence[Answer]) -> str:
     return sha.hexdigest()
 
 
-class StateStore:
-    """Reads the records of a complete store. Raises SpecDecError for foreign, damaged or missing shards."""
-
-    def __init__(self, folder: Path, wanted: Wanted) -> None:
-        self.folder = folder
-        self.records: list[Record] = []
-        for shard in _read_index(folder)["shards"]:
-            self.records += _records(_load(folder, shard), wanted)
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-
 def compute(
     folder: Path,
     target: Target,
     answers: Sequence[Answer],
     wanted: Wanted,
-    fingerprint: str,
     progress: Callable[[int], None] = lambda tokens: None,
-) -> StateStore:
-    """Complete the store in ``folder`` for these answers and open it. ``progress`` receives the tokens done.
+) -> list[Record]:
+    """Complete the store in ``folder`` for these answers and read it. ``progress`` receives the tokens done.
 
-    Raises SpecDecError if the folder holds states of another model or other answers, and if the disk is full.
+    Raises SpecDecError if the folder holds states of another model or other answers, for damaged or missing shards, and
+    if the disk is full.
     """
-    head = {
+    index: dict[str, Any] = {
         "version": VERSION,
-        "fingerprint": fingerprint,
+        "fingerprint": target.fingerprint,
         "answers": digest(answers),
         "dtype": str(target.dtype).removeprefix("torch."),
-        "kv": list(wanted.kv),
-        "hidden": list(wanted.hidden),
+        "kv": wanted.kv,
+        "hidden": wanted.hidden,
+        "shards": [],
     }
-    shards: list[dict[str, object]] = []
     if (folder / INDEX).exists():
-        index = _read_index(folder)
-        differs = [key for key in list(head)[:4] if index.get(key) != head[key]]
-        differs += [key for key in ("kv", "hidden") if not set(head[key]) <= set(index.get(key, ()))]  # type: ignore[call-overload]
+        found = _read_index(folder)
+        differs = [key for key in ("fingerprint", "answers", "dtype") if found.get(key) != index[key]]
+        differs += [key for key in ("kv", "hidden") if not set(index[key]) <= set(found.get(key, ()))]
         if differs:
             raise SpecDecError(
                 f"'{folder}' holds teacher states of other {', '.join(differs)}; use another --output or delete it"
             )
-        shards, head = index["shards"], {key: index[key] for key in head}
-        full = Wanted(tuple(index["kv"]), tuple(index["hidden"]))
-    else:
-        full = wanted
+        index = found
+    kept, shards = Wanted(tuple(index["kv"]), tuple(index["hidden"])), index["shards"]
     with writing("teacher states", folder):
         folder.mkdir(parents=True, exist_ok=True)
-        for number in range(len(shards), -(-len(answers) // SHARD_ANSWERS)):
-            chunk = answers[number * SHARD_ANSWERS : (number + 1) * SHARD_ANSWERS]
-            tensors = _teach(target, chunk, full, progress)
-            name = f"states-{number:05d}.safetensors"
-            save_file(tensors, folder / f"{name}.part")
+        for start in range(len(shards) * SHARD_ANSWERS, len(answers), SHARD_ANSWERS):
+            chunk, name = answers[start : start + SHARD_ANSWERS], f"states-{len(shards):05d}.safetensors"
+            save_file(_teach(target, chunk, kept, progress), folder / f"{name}.part")
             (folder / f"{name}.part").replace(folder / name)
             shards.append({"file": name, "sha256": inputs.sha256(folder / name), "answers": len(chunk)})
-            replace(folder / INDEX, json.dumps(head | {"shards": shards}, indent=1).encode())
-    return StateStore(folder, wanted)
+            replace(folder / INDEX, json.dumps(index, indent=1).encode())
+    return [record for shard in shards for record in _records(_load(folder, shard), wanted)]
 
 
 @torch.inference_mode()
@@ -137,15 +121,11 @@ def _teach(
     while order:
         width = len(answers[order[-1]])
         rows = [order.pop() for _ in range(min(len(order), max(1, PASS_TOKENS // width)))]
-        ids = torch.zeros(len(rows), width, dtype=torch.long, device=target.device)
-        for b, i in enumerate(rows):
-            ids[b, : len(answers[i])] = torch.tensor(answers[i].prompt_ids + answers[i].response_ids)
-        positions = torch.arange(width, device=target.device).expand(len(rows), -1)
-        visible = torch.ones(width, width, dtype=torch.bool, device=target.device).tril().expand(len(rows), -1, -1)
+        texts = [torch.tensor(answers[i].prompt_ids + answers[i].response_ids) for i in rows]
+        ids = pad_sequence(texts, batch_first=True).to(target.device)
         cache = KVCache(target.num_layers, len(rows), target.device)
         taps = {layer: torch.empty(0) for layer in wanted.hidden}
-        mask = Mask(positions, positions, visible)
-        final = target.layers(target.embed(ids, positions), 0, target.num_layers, Pass(positions, mask, cache, taps))
+        final = whole_pass(target, ids, cache, taps)
         for b, i in enumerate(rows):
             length, first = len(answers[i]), first_kept(len(answers[i].prompt_ids))
             logits = target.readout(final[b : b + 1, first : length - 1])[0].float()  # (M, V)
@@ -164,35 +144,42 @@ def _teach(
     return tensors
 
 
+def whole_pass(target: Target, ids: Tensor, cache: KVCache, taps: dict[int, Tensor]) -> Tensor:
+    """All layers over rows of text ``ids`` [B, L] from the beginning: final states [B, L, D]."""
+    positions = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)
+    mask = Mask(positions, positions, positions[:, None] <= positions[:, :, None])
+    return target.layers(target.embed(ids, positions), 0, target.num_layers, Pass(positions, mask, cache, taps))
+
+
 def _records(tensors: dict[str, Tensor], wanted: Wanted) -> list[Record]:
-    lengths, prompts = tensors["lengths"].tolist(), tensors["prompts"].tolist()
-    firsts = [first_kept(n) for n in prompts]
-    kept = [n - 1 - f for n, f in zip(lengths, firsts, strict=True)]
+    lengths, prompts = tensors.pop("lengths").tolist(), tensors.pop("prompts").tolist()
+    kept = [length - 1 - first_kept(prompt) for length, prompt in zip(lengths, prompts, strict=True)]
     split = {
-        key: tensor.split(kept if key in ("best", "log_z") or key.startswith("hidden") else lengths)
+        key: tensor.split(
+            lengths if key.startswith(("ids", "k.", "v.")) else kept
+        )  # of every token, or from ``first`` on
         for key, tensor in tensors.items()
-        if key not in ("lengths", "prompts")
     }
     return [
         Record(
             split["ids"][i],
-            prompts[i],
-            firsts[i],
+            prompt,
+            first_kept(prompt),
             {layer: (split[f"k.{layer}"][i], split[f"v.{layer}"][i]) for layer in wanted.kv},
             {layer: split[f"hidden.{layer}"][i] for layer in wanted.hidden},
             split["best"][i],
             split["log_z"][i],
         )
-        for i in range(len(lengths))
+        for i, prompt in enumerate(prompts)
     ]
 
 
-def _read_index(folder: Path) -> dict:  # type: ignore[type-arg]
+def _read_index(folder: Path) -> dict[str, Any]:
     try:
-        index = json.loads((folder / INDEX).read_text("utf-8"))
+        index: dict[str, Any] = inputs.parse_json((folder / INDEX).read_bytes())
         if index["version"] != VERSION or not isinstance(index["shards"], list):
             raise ValueError("another format")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise SpecDecError(
             f"'{folder / INDEX}' is not an index of teacher states ({error}); delete the folder"
         ) from None

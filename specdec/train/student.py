@@ -73,8 +73,8 @@ def draft_steps(
             final = network.estimate(exit, p, carry)
             exits.append((final, [*passed, final] if path.final_projection else passed))
         yield exits, valid
-        carry = Carry(_later(exits[-1][0]), [_later(x) for x in inputs])
-        valid = valid & _later(valid)
+        carry = Carry(later(exits[-1][0]), [later(x) for x in inputs])
+        valid = valid & later(valid)
 
 
 def projected_from(network: M2R2, target: Target, batch: Batch, index: int) -> tuple[Tensor, Carry]:
@@ -101,7 +101,7 @@ def step_mask(batch: Batch, step: int) -> Mask:
     return Mask(batch.positions, torch.cat((keys, *[batch.positions] * step), 1), torch.cat((exact, *own), 2))
 
 
-def _later(x: Tensor) -> Tensor:
+def later(x: Tensor) -> Tensor:
     """Shift [B, T, ...] by one position: what t - 1 had is now at t; the first position gets zeros."""
     return torch.cat((torch.zeros_like(x[:, :1]), x[:, :-1]), 1)
 
@@ -146,6 +146,7 @@ class Teacher:
             one = torch.arange(p.shape[-1], device=p.device) == self.best[..., None]
             share = self.sharpen * (self.best >= 0)[..., None]
             p = p * (1 - share) + share * one
+        self.count = batch.valid.sum()
         self.entropy = -torch.special.xlogy(p, p).sum(-1)
         self.p, self.mass = p.to(x.dtype), torch.exp(inside[..., 0] - batch.log_z)
 
@@ -156,6 +157,11 @@ class Teacher:
         """KL(target || draft) per position [B, T]."""
         x = logits.float()
         return torch.logsumexp(x, -1) - (self.p.float() * x).sum(-1) - self.entropy
+
+    def compare(self, logits: Tensor, valid: Tensor, weight: float | Tensor = 1.0) -> tuple[Tensor, float]:
+        """The loss over ``valid`` [B, T], weighted, per valid position of the batch; and the agreement there."""
+        loss = (self.loss(logits) * valid * weight).sum() / self.count
+        return loss, float(self.hits(logits)[valid].float().mean())
 
     def hits(self, logits: Tensor, index: Tensor | None = None) -> Tensor:
         """Whether the draft's choice is ``index`` [B, T] (None: the base's; -1: outside the vocabulary, never)."""

@@ -1,0 +1,64 @@
+"""A run's checkpoint: everything that the rest of it depends on, in one file that is replaced as a whole."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from specdec.base.errors import SpecDecError
+from specdec.models import drafter_folder
+from specdec.train.output import CHECKPOINT, METRICS, writing
+
+MASTERS, SLOTS = "masters/", "optimizer/"  # how its tensors' names begin
+
+
+def write(output: Path, masters: Mapping[str, nn.Parameter], optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Replace the checkpoint. ``state``: plain values to go with the tensors."""
+    tensors = {f"{MASTERS}{name}": parameter.detach() for name, parameter in masters.items()}
+    for index, slot in optimizer.state_dict()["state"].items():
+        tensors |= {f"{SLOTS}{index}/{key}": torch.as_tensor(value) for key, value in slot.items()}
+    contiguous = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
+    with writing("a checkpoint", output):
+        drafter_folder.replace(output / CHECKPOINT, save(contiguous, {"state": json.dumps(state)}))
+
+
+@torch.no_grad()
+def restore(output: Path, masters: Mapping[str, nn.Parameter], optimizer: Optimizer) -> dict[str, Any]:
+    """Put everything back and return the state. Raises SpecDecError for a damaged file and for another run's."""
+    path = output / CHECKPOINT
+    slots: dict[int, dict[str, Tensor]] = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            state: dict[str, Any] = json.loads((file.metadata() or {})["state"])
+            for name, parameter in masters.items():
+                parameter.copy_(file.get_tensor(f"{MASTERS}{name}"))
+            for key in file.keys():  # noqa: SIM118 (not a dict)
+                if key.startswith(SLOTS):
+                    _, index, name = key.split("/")
+                    slots.setdefault(int(index), {})[name] = file.get_tensor(key)
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": slots})
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise SpecDecError(f"'{path}' is not a checkpoint of this run ({error}); delete it to start anew") from None
+    return state
+
+
+def rewind_metrics(output: Path, update: int) -> None:
+    """Cut off the metrics that followed the checkpoint of that update, and a line that was not finished."""
+    path, kept = output / METRICS, ""
+    with writing("metrics", output):
+        for line in path.read_text("utf-8", "replace").splitlines(True) if path.exists() else ():
+            try:
+                if not line.endswith("\n") or json.loads(line)["update"] > update:
+                    break
+            except (ValueError, KeyError, TypeError):  # the run was killed as it wrote this line
+                break
+            kept += line
+        drafter_folder.replace(path, kept.encode())

@@ -1,0 +1,76 @@
+"""A run's output folder: its files, whose run it holds, and what keeps it from being written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors import SafetensorError
+
+from specdec.base import inputs
+from specdec.base.errors import SpecDecError
+from specdec.models import drafter_folder, loading
+from specdec.train.settings import TrainSettings, from_mapping
+
+RECIPE, METRICS, CHECKPOINT = "train.yaml", "metrics.jsonl", "checkpoint.safetensors"
+ANSWERS, STATES = "answers.jsonl", "states"
+# What a run writes, replaces and deletes; files of these names must not be somebody else's.
+WRITTEN = (drafter_folder.CONFIG, drafter_folder.WEIGHTS, METRICS, CHECKPOINT, ANSWERS, STATES)
+
+
+@contextmanager
+def writing(what: str, folder: Path) -> Iterator[None]:
+    """Turn an error while ``what`` is written, such as a full disk, into one sentence."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise SpecDecError(
+            f"cannot write {what} to '{folder}': {reason}; what is written stays, free space and --resume"
+        ) from None
+
+
+def open_output(settings: TrainSettings, resume: bool) -> Path:
+    """Make the folder, or check that it holds a run with the same settings. A folder with a recipe alone is empty."""
+    if not settings.output:
+        raise SpecDecError("no output folder; give --output DIR")
+    output, own = Path(settings.output), recorded(settings)
+    recipe = output / RECIPE
+    try:
+        if not recipe.exists():
+            if there := [name for name in WRITTEN if (output / name).exists()]:
+                raise SpecDecError(f"'{output}' holds a '{there[0]}' that no training run wrote; give another --output")
+        elif any(path != recipe for path in output.iterdir()):
+            _check_same_run(output, own, resume)
+        output.mkdir(parents=True, exist_ok=True)
+        text = yaml.safe_dump(own.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        drafter_folder.replace(recipe, text.encode())
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+        raise SpecDecError(f"cannot use '{output}' as output folder: {error}") from None
+    return output
+
+
+def _check_same_run(output: Path, own: TrainSettings, resume: bool) -> None:
+    kept = inputs.read_yaml(output / RECIPE)
+    if kept["method"] != own.method:
+        raise SpecDecError(f"'{output}' holds a run of 'specdec train {kept['method']}'; use another --output")
+    earlier = from_mapping(type(own), kept, f"'{output / RECIPE}'")
+    if not resume:
+        raise SpecDecError(f"'{output}' holds a training run; pass --resume to go on, or another --output")
+    before, now = earlier.model_dump(exclude={"device"}), own.model_dump()  # it may go on elsewhere
+    if differs := [f"{key} {value!r} -> {now[key]!r}" for key, value in before.items() if value != now[key]]:
+        raise SpecDecError(f"cannot resume '{output}' with other settings: {', '.join(differs)}")
+
+
+def recorded(settings: TrainSettings) -> TrainSettings:
+    """``settings`` without paths of this machine: who publishes a drafter's folder publishes them."""
+    names: dict[str, Any] = {"model": loading.own_name(settings.model), "output": ""}
+    for key in ("prompts", "text", "holdout"):
+        names[key] = tuple(Path(path).name for path in getattr(settings, key))
+    for key in ("init", "drafter"):
+        if value := getattr(settings, key, ""):
+            names[key] = Path(value).resolve().name
+    return settings.model_copy(update=names)

@@ -1,0 +1,286 @@
+"""Gradient training of one drafter: updates, evaluations, metrics and exports, from a checkpoint or from the start."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, TimeElapsedColumn
+from torch import Tensor, nn
+
+from specdec.base.errors import SpecDecError
+from specdec.base.terminal import Progress, tell
+from specdec.engine.costs import Costs
+from specdec.models import drafter_folder, loading
+from specdec.train import batches, checkpoint
+from specdec.train.batches import Batch, Window
+from specdec.train.method import Method
+from specdec.train.output import CHECKPOINT, METRICS, RECIPE, writing
+from specdec.train.plot import draw_curves
+from specdec.train.speed import measure, predict, speedup_text
+from specdec.train.states import Record
+from specdec.train.world import World
+
+REPORT_UPDATES = 10  # updates a line of metrics.jsonl
+
+
+class Run:
+    """One drafter's training. The first process of several evaluates and writes."""
+
+    def __init__(
+        self,
+        method: Method[Any],
+        vocab: Tensor | None,
+        train: Sequence[Record],
+        held_out: Sequence[Record],
+        output: Path,
+        console: Console,
+        world: World,
+    ) -> None:
+        self.method, self.settings, self.target = method, method.settings, method.target
+        self.output, self.console, self.world = output, console, world
+        torch.manual_seed(self.settings.seed)  # the masters' first values
+        self.masters = method.build(vocab).to(self.target.device)  # float32
+        self.network = copy.deepcopy(self.masters).to(self.target.dtype)  # what runs
+        self.records, self.held_out = train, held_out
+        self.windows = batches.windows(train, self.settings.window)
+        self.parameters = {n: p for n, p in self.masters.named_parameters() if p.requires_grad}
+        self.running = {n: p for n, p in self.network.named_parameters() if p.requires_grad}
+        groups = method.groups(self.masters)
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.init = drafter_folder.read_config(Path(self.settings.init)) if self.settings.init else None
+        self.costs: Costs | None = None  # measured at the first evaluation
+        self.speedup: float | None = None  # of the last evaluation
+        self.update, self.tokens, self.seconds, self.best = 0, 0, 0.0, -math.inf
+
+    def train(self, resume: bool) -> dict[str, Any]:
+        """To the end of the schedule; returns the figures of the best drafter."""
+        if resume and (self.output / CHECKPOINT).exists():
+            self._restore()
+        else:
+            self._start()
+        settings, earlier, start = self.settings, self.seconds, time.monotonic()
+        saved = evaluated = start
+        with progress_bars(self.console) as progress:
+            task, recent = progress.add_task("training", total=1000), list[dict[str, float]]()
+            for epoch, rows in batches.stream(self.windows, settings.rows, settings.seed, self.update):
+                now = time.monotonic()
+                self.seconds = earlier + now - start
+                done = self.world.share(self._done())
+                if done >= 1:
+                    break
+                figures = self._step(rows, self._rate(done))
+                if not math.isfinite(figures["loss"] + figures["gradient"]):  # the update was left out
+                    with self.world.after_the_first():
+                        self._save()
+                        self._evaluate()
+                    raise self._lost()
+                recent.append(figures)
+                if self.update % REPORT_UPDATES == 0:
+                    means = {key: round(fmean(each[key] for each in recent), 5) for key in figures}
+                    self._log({"update": self.update, "epoch": epoch, "tokens": self.tokens, **means})
+                    progress.update(task, completed=1000 * done, description=f"training: {self._outlook(means, done)}")
+                    recent.clear()
+                if now - saved > 60 * settings.checkpoint_minutes:
+                    self._save()
+                    saved = time.monotonic()
+                if now - evaluated > 60 * settings.eval_minutes:
+                    self._evaluate()
+                    evaluated = time.monotonic()
+        with self.world.after_the_first():
+            self._save()
+            self._evaluate()
+            if self.world.first:
+                draw_curves(self.output / METRICS, self.output / "training.png", self.console)
+            best: dict[str, Any] = drafter_folder.read_config(self.output)["training"]["held_out"]
+        return best
+
+    def _start(self) -> None:
+        """Begin from a trained drafter, or from what has a closed form."""
+        if self.world.first:
+            (self.output / METRICS).unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
+        if self.init is not None:
+            self._begin_from(self.init, drafter_folder.read_tensors(Path(self.settings.init)))
+        elif self.world.first:
+            self.method.fit(self.network, self._fit_batches)
+            copy_values(self.running, self.parameters)
+        self._evaluate()
+        self.world.copy([p.detach() for p in self.parameters.values()])
+        copy_values(self.parameters, self.running)
+
+    def _begin_from(self, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        kind = self.method.config(self.network)["drafter"]
+        odd = [n for n, p in self.parameters.items() if n not in tensors or tensors[n].shape != p.shape]
+        if odd or config["drafter"] != kind:
+            what = f"its '{odd[0]}' is missing or of another shape" if odd else f"it is a '{config['drafter']}' one"
+            raise SpecDecError(
+                f"cannot begin a '{kind}' drafter from '{self.settings.init}': {what}; train without init, or with the "
+                f"settings in its {RECIPE}"
+            )
+        copy_values(tensors, self.parameters)
+        copy_values(self.parameters, self.running)
+
+    def _fit_batches(self) -> Iterable[Batch]:
+        seen = 0
+        for rows in batches.epoch(self.windows, self.settings.rows, self.settings.seed, 0):
+            batch = batches.assemble(self.records, rows, self.settings.window, self.target.device)
+            yield batch
+            seen += int(batch.valid.sum())
+            if seen >= self.settings.fit_tokens:
+                return
+
+    # -- an update ----------------------------------------------------------------------------------------------
+
+    def _done(self) -> float:
+        """The share of the schedule that is over."""
+        if self.settings.steps is not None:
+            return self.update / self.settings.steps
+        return self.seconds / (60 * self.settings.minutes)
+
+    def _rate(self, done: float) -> float:
+        """The factor on all learning rates: warmup, constant, linear decay."""
+        return min(1.0, (self.update + 1) / self.settings.warmup, (1 - done) / self.settings.decay)
+
+    def _outlook(self, means: dict[str, float], done: float) -> str:
+        """The run so far, for the progress bar."""
+        speed, left = self.tokens / max(self.seconds, 1e-6), (1 - done) / max(done, 1e-6) * self.seconds
+        speedup = f", {self.speedup:.2f}x" if self.speedup else ""
+        figures = f"loss {means['loss']:.3f}, agreement {means['agree']:.3f}{speedup}"
+        return f"{speed:.0f} tokens/s, {figures}, {left / 60:.0f} min left"
+
+    def _step(self, rows: Sequence[Window], rate: float) -> dict[str, float]:
+        """One update on one batch, of which each process takes its share of rows; left out if it is not finite."""
+        rows = rows[self.world.rank :: self.world.size]
+        batch = batches.assemble(self.records, rows, self.settings.window, self.target.device)
+        loss, figures = self.method.loss(self.network, batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+        for name, parameter in self.parameters.items():
+            gradient, self.running[name].grad = self.running[name].grad, None
+            parameter.grad = torch.zeros_like(parameter) if gradient is None else gradient.float()
+        figures |= {"loss": float(loss.detach())}
+        figures, count = self._together(figures, float(batch.valid.sum()))
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.clip)
+        figures |= {"gradient": float(norm), "rate": rate}
+        if math.isfinite(figures["loss"] + figures["gradient"]):
+            for group, full in zip(self.optimizer.param_groups, self.rates, strict=True):
+                group["lr"] = full * rate
+            self.optimizer.step()
+            copy_values(self.parameters, self.running)
+            self.update, self.tokens = self.update + 1, self.tokens + int(count)
+        return figures
+
+    def _together(self, figures: dict[str, float], count: float) -> tuple[dict[str, float], float]:
+        """From the gradients, figures and tokens of this process's share to those of the whole batch."""
+        if self.world.size == 1:
+            return figures, count
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        values = gradients[0].new_tensor(list(figures.values()))
+        (*means, values), total = self.world.mean([*gradients, values], count)
+        for gradient, mean in zip(gradients, means, strict=True):
+            gradient.copy_(mean)
+        return dict(zip(figures, values.tolist(), strict=True)), total
+
+    def _lost(self) -> SpecDecError:
+        return SpecDecError(
+            f"the loss is not a number any more at update {self.update}; '{self.output}' keeps the drafter as it was "
+            f"until then: go on from it with --set init={self.output} and a lower learning_rate in another --output"
+        )
+
+    # -- what it writes -----------------------------------------------------------------------------------------
+
+    def _evaluate(self) -> None:
+        """Measure on held-out answers; keep the drafter if it is the best so far. Only the first process does."""
+        if not self.world.first:
+            return
+        rows, width = self.settings.rows, self.settings.window
+        chosen = sorted(batches.windows(self.held_out, width), key=lambda w: w[2])
+        groups = (chosen[i : i + rows] for i in range(0, len(chosen), rows))
+        held_out = (batches.assemble(self.held_out, group, width, self.target.device) for group in groups)
+        with torch.no_grad():
+            figures = self.method.evaluate(self.network, held_out)
+        if "chain" in figures:
+            figures |= self._predicted(figures)
+        self._log({"update": self.update, "tokens": self.tokens, "evaluation": figures})
+        tell(
+            self.console,
+            f"update {self.update}, {self.tokens} tokens, {self.seconds / 60:.1f} min: "
+            f"{self.method.describe(figures)}{speedup_text(figures)}",
+        )
+        if figures["score"] > self.best:
+            self.best = figures["score"]
+            self._export(figures)
+
+    def _predicted(self, figures: dict[str, Any]) -> dict[str, Any]:
+        if self.costs is None:
+            if not (self.output / drafter_folder.CONFIG).exists():
+                self._export(figures)  # the first: its drafter is what can be measured
+            self.costs = measure(self.target.model, self.output)
+        speedup, depth = predict(figures["chain"], self.costs, figures.get("nodes"))
+        self.speedup = round(speedup, 3)
+        plain = self.costs.score[1]
+        return {"speedup": self.speedup, "depth": depth, "draft_cost": round(self.costs.drafts[-1][1] / plain, 4)}
+
+    def _export(self, figures: dict[str, Any]) -> None:
+        target = self.target
+        base = {
+            "fingerprint": target.fingerprint,
+            "name": loading.own_name(self.settings.model),
+            "model_type": target.model.config.model_type,
+            "num_layers": target.num_layers,
+            "hidden_size": target.hidden_size,
+            "vocab_size": target.vocab_size,
+        }
+        training = {
+            "answers": len(self.records),
+            "tokens_in_answers": sum(end - start for _, start, end in self.windows),
+            "tokens_seen": self.tokens,
+            "updates": self.update,
+            "minutes": round(self.seconds / 60, 1),
+            "recipe": RECIPE,
+            "held_out": figures,
+        }
+        if self.init is not None:
+            training["began_from"] = self.init.get("training", {})
+        config = {"version": 1, "base": base, **self.method.config(self.network), "training": training}
+        dtype = torch.bfloat16 if target.dtype == torch.bfloat16 else torch.float32
+        tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in self.method.tensors(self.masters).items()}
+        drafter_folder.write(self.output, config, tensors)
+
+    def _log(self, line: dict[str, Any]) -> None:
+        if self.world.first:
+            with writing("metrics", self.output), (self.output / METRICS).open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"seconds": round(self.seconds, 1), **line}) + "\n")
+
+    def _save(self) -> None:
+        if not all(bool(p.isfinite().all()) for p in self.parameters.values()):
+            raise self._lost()
+        if self.world.first:
+            state = {"update": self.update, "tokens": self.tokens, "seconds": self.seconds, "best": self.best}
+            checkpoint.write(self.output, self.parameters, self.optimizer, state)
+
+    def _restore(self) -> None:
+        state = checkpoint.restore(self.output, self.parameters, self.optimizer)
+        self.update, self.tokens = state["update"], state["tokens"]
+        self.seconds, self.best = state["seconds"], state["best"]
+        copy_values(self.parameters, self.running)
+        if self.world.first:
+            checkpoint.rewind_metrics(self.output, self.update)
+
+
+@torch.no_grad()
+def copy_values(source: dict[str, Any], onto: dict[str, nn.Parameter]) -> None:
+    for name, parameter in onto.items():
+        parameter.copy_(source[name])
+
+
+def progress_bars(console: Console) -> Progress:
+    return Progress(BarColumn(), TimeElapsedColumn(), console=console)
