@@ -60,8 +60,8 @@ class StudyStore(ExpertStore):
         self.reading = super()._next_job()
         return self.reading
 
-    def _prefetch(self, row: int, expert: int, keep: frozenset[int]) -> Any:
-        job = super()._prefetch(row, expert, keep)
+    def _begin_prefetch(self, row: int, expert: int, keep: frozenset[int]) -> Any:
+        job = super()._begin_prefetch(row, expert, keep)
         if job is not None:
             self.trace.append(("prefetch", row, (expert,), tuple(sorted(keep))))
         return job

@@ -228,7 +228,7 @@ class Scripted(Drafter):
 
 
 def settle(store: ExpertStore) -> None:
-    """Wait until an expert store has loaded all that is demanded and foreseen."""
+    """Wait until an expert store has loaded all that is demanded and forecast."""
     with store._change:
         assert store._change.wait_for(lambda: store._idle, 60)
 

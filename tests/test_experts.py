@@ -91,12 +91,12 @@ def use(store: ExpertStore, row: int, experts: list[int]) -> list[int]:
     return order
 
 
-def foresee(store: ExpertStore, row: int, experts: list[int], spare=(), due: float = 0.0) -> None:
+def prefetch(store: ExpertStore, row: int, experts: list[int], spare=(), due: float = 0.0) -> None:
     """Have experts loaded ahead, the first ones first, but not in the place of those to spare."""
     need = [2.0 if expert in spare else 0.0 for expert in range(EXPERTS)]
     for place, expert in enumerate(experts):
         need[expert] = 1 - place / 100
-    store.foresee({row: Forecast(need, experts, due=due)})
+    store.prefetch({row: Forecast(need, experts, due=due)})
 
 
 def check(store: ExpertStore, slots: int) -> None:
@@ -127,7 +127,7 @@ def test_every_byte_is_accounted_for_and_a_replay_agrees(calls, slots, chunked, 
             if kind == "use":
                 assert sorted(use(store, row, sorted(experts))) == sorted(experts)
             else:
-                foresee(store, row, experts, spare)
+                prefetch(store, row, experts, spare)
                 if in_time:
                     settle(store)
             with store._change:
@@ -190,7 +190,7 @@ def failed(store: ExpertStore) -> None:
 
 def test_demands_overtake_prefetches(store, shelf):
     shelf.gate.clear()
-    foresee(store, 0, [0, 1])
+    prefetch(store, 0, [0, 1])
     begun(store)
     open_on_demand(store)
     assert use(store, 1, [4]) == [4]
@@ -201,9 +201,9 @@ def test_demands_overtake_prefetches(store, shelf):
 
 def test_what_is_due_first_is_loaded_first(store, shelf):
     shelf.gate.clear()
-    foresee(store, 1, [3, 4], due=2)
+    prefetch(store, 1, [3, 4], due=2)
     begun(store)
-    foresee(store, 0, [1, 0], due=1)
+    prefetch(store, 0, [1, 0], due=1)
     shelf.gate.set()
     settle(store)
     assert shelf.reads == [9, 1, 0, 10]
@@ -212,7 +212,7 @@ def test_what_is_due_first_is_loaded_first(store, shelf):
 def test_what_there_was_no_time_for_puts_nothing_out(store, shelf):
     use(store, 0, [0, 1, 2])
     shelf.gate.clear()
-    foresee(store, 0, [3, 4, 5])
+    prefetch(store, 0, [3, 4, 5])
     begun(store)
     assert set(store.caches[0].where) == {1, 2, 3}
     assert use(store, 0, [1, 2]) == [1, 2]  # while 3 is still being read
@@ -223,9 +223,9 @@ def test_what_there_was_no_time_for_puts_nothing_out(store, shelf):
 
 def test_a_forecast_takes_the_place_of_the_one_before(store, shelf):
     shelf.gate.clear()
-    foresee(store, 0, [3, 4])
+    prefetch(store, 0, [3, 4])
     begun(store)
-    foresee(store, 0, [5])
+    prefetch(store, 0, [5])
     shelf.gate.set()
     settle(store)
     assert shelf.reads == [3, 5]
@@ -233,7 +233,7 @@ def test_a_forecast_takes_the_place_of_the_one_before(store, shelf):
 
 def test_one_that_is_needed_as_much_stays(store, shelf):
     use(store, 0, [0, 1, 2])
-    store.foresee({0: Forecast([0.2, 0.5, 0.9, 0.6, 0.4, 0.7], [2, 5, 3], margin=0.15)})
+    store.prefetch({0: Forecast([0.2, 0.5, 0.9, 0.6, 0.4, 0.7], [2, 5, 3], margin=0.15)})
     settle(store)
     assert set(store.caches[0].where) == {1, 2, 5}  # 5 for 0; but 3 is not needed clearly more than 1
 
@@ -244,7 +244,7 @@ def test_a_chunked_prefetch_gives_way_between_chunks(shelf):
     shelf.chunk = 4096
     store = ExpertStore(index, shelf, 2 * index.stride, 1)
     shelf.gate.clear()
-    foresee(store, 0, [0])
+    prefetch(store, 0, [0])
     begun(store)
     open_on_demand(store)
     with store.demand(0, [1]) as stream:
@@ -257,7 +257,7 @@ def test_a_chunked_prefetch_gives_way_between_chunks(shelf):
 def test_a_demand_hurries_the_prefetch_that_is_being_read_but_no_demand(shelf):
     store = StudyStore(INDEX, shelf, ROWS * 3 * INDEX.stride, 2)
     shelf.gate.clear()
-    foresee(store, 0, [0, 1])
+    prefetch(store, 0, [0, 1])
     begun(store)
     with store.demand(0, [0, 1]):  # the very one that is being read
         assert shelf.hurried == 0
@@ -266,7 +266,7 @@ def test_a_demand_hurries_the_prefetch_that_is_being_read_but_no_demand(shelf):
     shelf.gate.set()
     settle(store)
     shelf.gate.clear()
-    foresee(store, 0, [3])
+    prefetch(store, 0, [3])
     begun(store)
     with store.demand(1, [5]):
         assert shelf.hurried == 1
@@ -278,7 +278,7 @@ def test_a_prefetch_puts_out_nothing_that_is_in_use(store):
     use(store, 0, [0, 1, 2])
     with store.demand(0, [0, 1]) as stream:
         next(stream)
-        foresee(store, 0, [4, 5])
+        prefetch(store, 0, [4, 5])
         settle(store)
         assert set(store.caches[0].where) == {0, 1, 4}
 
@@ -291,7 +291,7 @@ def test_more_experts_than_slots_pass_through(store):
 
 def test_a_failed_prefetch_is_forgotten_and_read_anew_on_demand(store, shelf):
     shelf.broken[3] = [OSError(errno.EIO, "Input/output error")]
-    foresee(store, 0, [3])
+    prefetch(store, 0, [3])
     failed(store)
     settle(store)
     assert 3 not in store.caches[0].where and shelf.reads == [3]
@@ -301,7 +301,7 @@ def test_a_failed_prefetch_is_forgotten_and_read_anew_on_demand(store, shelf):
 def test_a_prefetch_that_fails_after_it_was_demanded_is_tried_again(store, shelf):
     shelf.broken[3] = [OSError(errno.EIO, "Input/output error")]
     shelf.gate.clear()
-    foresee(store, 0, [3])
+    prefetch(store, 0, [3])
     begun(store)
     open_on_demand(store)
     assert use(store, 0, [3]) == [3] and shelf.reads == [3, 3]
@@ -315,18 +315,7 @@ def test_a_failed_demand_is_one_line_and_the_store_goes_on(store, shelf):
     assert use(store, 0, [2, 3, 4]) == [2, 4, 3]
 
 
-@pytest.mark.parametrize("reached", [None, 0, 1 << 30, "all"])
-def test_a_tier_that_does_not_say_how_far_it_came_is_one_line(store, shelf, reached):
-    real, shelf.read = shelf.read, lambda *args: reached
-    with pytest.raises(SpecDecError, match=f"loading expert 3 of layer 0 failed: .* came to {reached}"):
-        use(store, 0, [3])
-    foresee(store, 0, [4])
-    failed(store)
-    shelf.read = real
-    assert use(store, 0, [3, 4]) == [3, 4] and store.counters.hits == 0
-
-
-def test_whoever_waits_for_a_thread_that_has_ended_hears_why(store, monkeypatch):
+def test_a_demand_on_a_thread_that_has_ended_raises_the_reason(store, monkeypatch):
     assert use(store, 0, [0]) == [0]
     monkeypatch.setattr(store, "_finish", lambda *_: 1 / 0)
     monkeypatch.setattr("threading.excepthook", lambda _: pytest.fail("the thread ended silently"))
@@ -335,7 +324,7 @@ def test_whoever_waits_for_a_thread_that_has_ended_hears_why(store, monkeypatch)
             SpecDecError, match=r"loading of experts has ended \(ZeroDivisionError.*; make a new decoder"
         ):
             use(store, 0, experts)
-    foresee(store, 1, [5])
+    prefetch(store, 1, [5])
     assert use(store, 0, [0]) == [0]  # what is there stays
     assert not store._thread.is_alive() and not any(slot.pins for slot in store.caches[0].slots)
 
@@ -355,7 +344,7 @@ def test_a_forked_child_loads_experts_too(store, shelf, loading):
     use(store, 0, [0, 1])
     if loading:  # the thread is in the middle of a read, and the child does not inherit it
         shelf.gate.clear()
-        foresee(store, 1, [3])
+        prefetch(store, 1, [3])
         begun(store)
     child = os.fork()
     if child == 0:
@@ -385,7 +374,7 @@ def test_a_fork_waits_until_the_loading_thread_has_left_its_lock(store):
         real(*args)
 
     store._finish = finish
-    foresee(store, 0, [0])
+    prefetch(store, 0, [0])
     assert entered.wait(60)
     child = os.fork()
     if child == 0:

@@ -133,7 +133,7 @@ def test_a_slot_is_not_written_while_kernels_have_it(kind: type[tiers.PinnedTier
                     torch.cuda._sleep(50_000_000)  # cycles: some 30 ms
                     kept += [(expert, store.places[0][slot].clone()) for expert, slot in group]
             following = [(first + 2) % 6, (first + 3) % 6]
-            store.foresee({0: Forecast([float(e in following) for e in range(6)], following)})
+            store.prefetch({0: Forecast([float(e in following) for e in range(6)], following)})
             settle(store)
         torch.cuda.synchronize()
         right = [torch.equal(copy.cpu(), source.blocks[e * index.stride :][: index.stride].cpu()) for e, copy in kept]

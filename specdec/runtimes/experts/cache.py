@@ -7,6 +7,7 @@ calls alone, never from timing.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import Any
 
 
 @dataclass
@@ -45,13 +46,14 @@ class Counters:
 
 @dataclass
 class Slot:
-    """A place for one expert. pins: users that hold it; used: the cache's call that last named it."""
+    """A place for one expert. pins: users that hold it; used: the call that last named it; job: what fills it."""
 
     number: int
     expert: int | None = None
     pins: int = 0
     used: int = -1
     prefetched: bool = False  # and not demanded since
+    job: Any = None
 
 
 class LayerCache:

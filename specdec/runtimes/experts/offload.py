@@ -142,10 +142,10 @@ class Offload:
         """Called as a pass enters a layer, with the residual [T, D]: predict, and prefetch."""
         self.controller.enter(row, len(x))
         if self.predictor is not None and self.controller.on and len(x) <= self.predictor.most_tokens:
-            self.foresee(row, self.predictor.ahead(row, x))
+            self.prefetch(row, self.predictor.ahead(row, x))
             self.entered += 1
 
-    def foresee(self, row: int, needs: predict.Needs) -> None:
+    def prefetch(self, row: int, needs: predict.Needs) -> None:
         """Have the experts loaded that are likely to be needed, the likeliest first, as many as the slots hold."""
         forecasts = {}
         for target, need in needs:
@@ -153,7 +153,7 @@ class Offload:
             likely = sorted((e for e, n in enumerate(need) if n >= LIKELY), key=need.__getitem__, reverse=True)
             wanted = likely[: len(self.store.caches[target].slots)]
             forecasts[target] = Forecast(need, wanted, MARGIN[distance > 0], self.entered + distance)
-        self.store.foresee(forecasts)
+        self.store.prefetch(forecasts)
 
     def close(self) -> None:
         """Give the model its experts back, those that were in memory from the packed file, and end loading."""

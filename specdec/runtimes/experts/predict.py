@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,16 +100,13 @@ def needs(logits: Array, top_k: int, slope: float) -> list[list[float]]:
     return (1 - spared.prod(0)).tolist()  # type: ignore[no-any-return]
 
 
-def residual(layers: list[MoELayer], distances: Sequence[int] = DISTANCES) -> LinearPredictor:
+def residual(layers: list[MoELayer]) -> LinearPredictor:
     """The plain residual: routers applied to the residual as it enters a layer, up to the last layer of this token."""
-    targets = [[j + d for d in distances if j + d < len(layers)] for j in range(len(layers))]
+    targets = [[j + d for d in DISTANCES if j + d < len(layers)] for j in range(len(layers))]
     routers = [layer.router.float().cpu() * layer.norm.weight.detach().float().cpu() for layer in layers]
-    weight = [
-        torch.stack([routers[t] for t in ts]) if ts else routers[0].new_empty(0, *routers[0].shape) for ts in targets
-    ]
-    return LinearPredictor(
-        targets, weight, [w.new_zeros(w.shape[:2]) for w in weight], slope_of(layers), layers[0].top_k
-    )
+    weight = [torch.stack([routers[t] for t in ts]) for ts in targets]
+    bias = [each.new_zeros(each.shape[:2]) for each in weight]
+    return LinearPredictor(targets, weight, bias, slope_of(layers), layers[0].top_k)
 
 
 def slope_of(layers: list[MoELayer]) -> float:

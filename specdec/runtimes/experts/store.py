@@ -1,11 +1,9 @@
 """The expert store: slots in fast memory, an LRU cache per layer, and one thread that loads experts.
 
-Demands are loaded first, then forecasts, by layers in the order of their demands; between two chunks the thread turns
-to what is most urgent then. A forecast evicts an expert only when its own loading begins: until then it may change, and
-what there is no time for costs nothing. A failed prefetch is forgotten, and the demand that follows reads again.
-
-One thread loads, so two loads never write the same slot. If it ends, whoever waits for it gets the reason. A forked
-child has no such thread and starts its own.
+Demands are loaded first, then forecasts, by layers in the order of their demands; the thread chooses anew after each
+chunk. A forecast evicts an expert only when its own loading begins, so one without time for it costs nothing. A failed
+prefetch is forgotten, and the demand that follows reads again. One thread loads, so two loads never write the same
+slot. A forked child has no such thread and starts its own.
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -32,14 +30,17 @@ OVERLAP_FROM = 4 << 20  # bytes of a demand from which computing begins before a
 Group = list[tuple[int, int]]  # experts and the numbers of their slots
 
 
+@dataclass(eq=False)
 class _Job:
     """Loading of one block into one slot."""
 
-    def __init__(self, block: int, memory: Tensor, demanded: bool) -> None:
-        self.block, self.memory, self.demanded = block, memory, demanded
-        self.done = 0  # bytes
-        self.ready = self.cancelled = False
-        self.error: Exception | None = None
+    block: int
+    memory: Tensor
+    demanded: bool
+    done: int = 0  # bytes
+    ready: bool = False
+    cancelled: bool = False
+    error: Exception | None = None
 
 
 @dataclass
@@ -58,10 +59,9 @@ class Forecast:
 
     def keep(self, cached: Collection[int], expert: int) -> frozenset[int]:
         """Those of ``cached`` that ``expert`` must not evict: all but the least needed, if it is clearly less so."""
-        need = self.need
-        least = min((need[other] for other in cached), default=0.0)
-        limit = min(need[expert] - self.margin, least + SAME_NEED)
-        return frozenset(other for other in cached if need[other] >= limit)
+        least = min((self.need[other] for other in cached), default=0.0)
+        limit = min(self.need[expert] - self.margin, least + SAME_NEED)
+        return frozenset(other for other in cached if self.need[other] >= limit)
 
 
 class ExpertStore:
@@ -81,7 +81,6 @@ class ExpertStore:
         self.places = [list(slots) for slots in self.memory]  # uint8 [stride] each
         self.counters = Counters()
         self.caches = [LayerCache(per_layer, self.counters) for _ in range(rows)]
-        self.jobs: list[list[_Job | None]] = [[None] * per_layer for _ in range(rows)]
         self._demands: deque[_Job] = deque()
         self._forecasts: dict[int, Forecast] = {}  # by row
         self._change = threading.Condition()
@@ -120,16 +119,15 @@ class ExpertStore:
                 for _, slot in held:
                     cache.release(slot)
 
-    def foresee(self, forecasts: dict[int, Forecast]) -> None:
+    def prefetch(self, forecasts: dict[int, Forecast]) -> None:
         """Load ahead of its next demand what a row will need; replaces the row's earlier forecast.
 
         Never evicts an expert in use or demanded, nor one that is needed as much.
         """
         with self._change:
             self._forecasts |= forecasts
-            if not self._idle or all(self._ready(row, e) for row, each in forecasts.items() for e in each.wanted):
-                return
-            self._wake()
+            if self._idle and not all(self._ready(row, e) for row, each in forecasts.items() for e in each.wanted):
+                self._wake()
 
     def close(self) -> None:
         """End the thread and free the slots. The store is of no use afterwards."""
@@ -144,11 +142,11 @@ class ExpertStore:
         cache, places, todo = self.caches[row], self.places[row], list(held)
         if not waiting and len(todo) * self.stride < OVERLAP_FROM:
             for _, slot in todo:
-                self._wait([self._job(row, slot)])
+                self._wait([slot.job])
         while todo:
             # While experts wait for a slot, the order must not depend on time: what they evict depends on it.
-            group = todo[:1] if waiting else [each for each in todo if self._job(row, each[1]).ready]
-            self._wait([self._job(row, slot) for _, slot in group or todo])
+            group = todo[:1] if waiting else [each for each in todo if each[1].job.ready]
+            self._wait([slot.job for _, slot in group or todo])
             if not group:
                 continue
             for _, slot in group:
@@ -166,46 +164,34 @@ class ExpertStore:
 
     def _ready(self, row: int, expert: int) -> bool:
         slot = self.caches[row].where.get(expert)
-        return slot is not None and self._job(row, slot).ready
-
-    def _job(self, row: int, slot: Slot) -> _Job:
-        job = self.jobs[row][slot.number]
-        assert job is not None
-        return job
+        return slot is not None and slot.job.ready
 
     def _hold(self, row: int, waiting: deque[int], held: list[tuple[int, Slot]]) -> list[tuple[int, Slot]]:
         """Pin the first experts of ``waiting``, as many as there are slots, and move them to ``held``."""
         cache, first = self.caches[row], len(held)
         while waiting:
             slot = cache.pin(waiting[0])
-            if slot is not None:
-                job = self._job(row, slot)
-            elif (slot := cache.admit(waiting[0], demanded=True)) is not None:
-                job = self._start_job(row, slot, demanded=True)
-            else:
-                break
-            if not job.ready:
-                self._urge(job)
+            if slot is None:
+                slot = cache.admit(waiting[0], demanded=True)
+                if slot is None:
+                    break
+                self._start_job(row, slot, demanded=True)
+            if not slot.job.ready and slot.job not in self._demands:
+                self._demands.append(slot.job)
+                self._wake()
             held.append((waiting.popleft(), slot))
         return held[first:]
 
     def _start_job(self, row: int, slot: Slot, demanded: bool) -> _Job:
         """Load the slot's expert; what was still being loaded into the slot is of no use any more."""
-        old = self.jobs[row][slot.number]
-        if old is not None and not old.ready:
-            old.cancelled = True
-            if old in self._demands:
-                self._demands.remove(old)
+        if slot.job is not None and not slot.job.ready:
+            slot.job.cancelled = True
+            with suppress(ValueError):
+                self._demands.remove(slot.job)
         assert slot.expert is not None
         job = _Job(row * self.index.num_experts + slot.expert, self.places[row][slot.number], demanded)
-        self.jobs[row][slot.number] = job
+        slot.job = job
         return job
-
-    def _urge(self, job: _Job) -> None:
-        """Load this job before all forecasts."""
-        if job not in self._demands:
-            self._demands.append(job)
-        self._wake()
 
     def _wake(self) -> None:
         if not (self._thread.is_alive() or self._ended or self._closed):
@@ -230,12 +216,12 @@ class ExpertStore:
         for expert in forecast.wanted:
             slot = cache.where.get(expert)
             if slot is None:
-                return self._prefetch(row, expert, forecast.keep(cache.where, expert))
-            if not (job := self._job(row, slot)).ready:
-                return job
+                return self._begin_prefetch(row, expert, forecast.keep(cache.where, expert))
+            if not slot.job.ready:
+                return slot.job  # type: ignore[no-any-return]
         return None
 
-    def _prefetch(self, row: int, expert: int, keep: frozenset[int]) -> _Job | None:
+    def _begin_prefetch(self, row: int, expert: int, keep: frozenset[int]) -> _Job | None:
         slot = self.caches[row].admit(expert, demanded=False, keep=keep)
         if slot is None:
             return None
@@ -265,7 +251,7 @@ class ExpertStore:
         """The thread."""
         try:
             self._load()
-        except BaseException as error:  # a fault of ours
+        except BaseException as error:  # a bug, for which the model must not wait forever
             with self._change:
                 self._ended = SpecDecError(f"loading of experts has ended ({error!r}); make a new decoder")
                 self._change.notify_all()
@@ -286,13 +272,10 @@ class ExpertStore:
                 urgent, start, stop = job in self._demands, job.done, min(job.done + CHUNK, self.stride)
             error = None
             try:
-                reached = self.tier.read(job.block, job.memory, start, stop)
-                if not (isinstance(reached, int) and start < reached <= stop):
-                    raise ValueError(f"the slow memory was asked for bytes {start} to {stop}, and came to {reached}")
-                stop = reached
+                stop = self.tier.read(job.block, job.memory, start, stop)
             except SpecDecError as refused:
                 error = refused
-            except Exception as failed:  # of whatever type: the waiting model has to hear of it
+            except Exception as failed:  # of any type: the waiting model must get it
                 reason = getattr(failed, "strerror", None) or failed
                 error = SpecDecError(f"loading {self.index.name(job.block)} failed: {reason}")
             done = job, stop, error
