@@ -105,7 +105,7 @@ class Generation:
                 return None
             events = next(self.events, None)
             if self.meter is None and self.decoder.target.experts is not None:
-                self.meter = Meter.begin(self.decoder.target.experts.store)
+                self.meter = Meter(self.decoder.target.experts.store)
             if events is None:
                 self.close()
             return events

@@ -25,7 +25,7 @@ from specdec.runtimes.linear_maps import rms_unit
 from specdec.runtimes.target import Target
 from specdec.train.batches import Batch
 from specdec.train.evaluate import acceptance_lengths, chain_figures
-from specdec.train.fit import Moments
+from specdec.train.fit import Ridge
 from specdec.train.method import Method, agreement_name
 from specdec.train.settings import Positive, TrainSettings
 from specdec.train.states import Wanted, whole_pass
@@ -64,14 +64,12 @@ class DeedMethod(Method[ExitHeads]):
     @torch.no_grad()
     def fit(self, network: ExitHeads, batches: Callable[[], Iterable[Batch]]) -> None:
         """Each exit's map in closed form, onto the final state."""
-        names = [str(layer) for layer in self.exits]
-        moments = Moments([([name], "final") for name in names])
+        fits = [Ridge() for _ in self.exits]
         for batch in batches():
-            parts = {name: rms_unit(batch.hidden[int(name)]) for name in names}
-            parts["final"] = batch.hidden[self.target.num_layers]
-            moments.add({name: part[batch.valid] for name, part in parts.items()})
-        for name, straight in zip(names, network.map, strict=True):
-            moments.solve_into(straight, [name], "final")
+            for layer, ridge in zip(self.exits, fits, strict=True):
+                ridge.add(rms_unit(batch.hidden[layer][batch.valid]), batch.hidden[self.target.num_layers][batch.valid])
+        for ridge, straight in zip(fits, network.map, strict=True):
+            ridge.solve_into(straight)
 
     def loss(self, network: ExitHeads, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         self.teacher.begin(batch)

@@ -20,7 +20,7 @@ from specdec.runtimes.experts.layers import MoELayer, moe_layers
 from specdec.runtimes.experts.predict import DISTANCES, LinearPredictor, slope_of
 from specdec.runtimes.linear_maps import rms_unit
 from specdec.train.data import Answer
-from specdec.train.fit import Moments
+from specdec.train.fit import Ridge
 
 CONTEXT = 384  # tokens of an answer, prompt included
 
@@ -53,18 +53,22 @@ def fit_predictor(
     rows = len(layers)
     # For each row: the rows it predicts, and whether they are the next token's.
     plan = [[((j + d) % rows, j + d >= rows) for d in DISTANCES if d < rows] for j in range(rows)]
-    problems = [[((f"x{j}",), f"y{l}{wrap:d}") for l, wrap in ahead] for j, ahead in enumerate(plan)]
-    moments = Moments(problem for some in problems for problem in some)
+    fits = [Ridge() for _ in layers]
     for number, answer in enumerate(answers, start=1):
         entering, logits = observe(model, layers, answer)
-        if len(logits[0]) > 1:
-            parts = {f"x{j}": rms_unit(x.float())[:-1] for j, x in enumerate(entering)}
-            parts |= {f"y{l}0": y[:-1] for l, y in enumerate(logits)} | {f"y{l}1": y[1:] for l, y in enumerate(logits)}
-            moments.add(parts)
+        for x, ahead, ridge in zip(entering, plan, fits, strict=True):
+            goals = [logits[l][1:] if wrap else logits[l][:-1] for l, wrap in ahead]  # (T - 1, E) each
+            ridge.add(rms_unit(x.float())[:-1], torch.cat(goals, 1))
         progress(number)
-    solved = [[moments.solve(*problem) for problem in some] for some in problems]
-    weight, bias = ([torch.stack([pair[part] for pair in each]) for each in solved] for part in (0, 1))
-    return LinearPredictor([[l for l, _ in ahead] for ahead in plan], weight, bias, slope_of(layers), layers[0].top_k)
+    experts = len(layers[0].router)
+    weight, bias = zip(*(ridge.solve() for ridge in fits), strict=True)
+    return LinearPredictor(
+        [[l for l, _ in ahead] for ahead in plan],
+        [w.unflatten(0, (-1, experts)) for w in weight],
+        [b.unflatten(0, (-1, experts)) for b in bias],
+        slope_of(layers),
+        layers[0].top_k,
+    )
 
 
 @torch.inference_mode()

@@ -8,8 +8,8 @@ come from, on what is cached, or on what is prefetched.
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +25,6 @@ from specdec.base.settings import Settings
 from specdec.models.catalogue import cache_dir, progress
 from specdec.models.checkpoint import FUSED, Absent, StoredExperts, sample
 from specdec.runtimes.experts import packed, predict
-from specdec.runtimes.experts.cache import Counters
 from specdec.runtimes.experts.control import Controller
 from specdec.runtimes.experts.layers import moe_layers
 from specdec.runtimes.experts.predict import Predictor
@@ -101,7 +100,6 @@ def grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 class Offload:
     """The experts of a model, held in slow memory for as long as this lives.
 
-    ``store``, ``predictor`` and ``controller`` can be looked at; ``note`` says where experts come from.
     Raises SpecDecError if the model has no experts, or the options do not fit it.
     """
 
@@ -117,13 +115,7 @@ class Offload:
         self.folder = options.folder or cache_dir() / "experts" / origin.place
         self.predictor = self._predictor(options.prefetch, planned)
         self.index = self._index(origin, planned)
-        tier = self._tier()
-        try:
-            self.store = ExpertStore(self.index, tier, options.cache, self.top_k)
-        except SpecDecError:
-            tier.close()
-            raise
-        self.note = tier.note
+        self.store = ExpertStore(self.index, self._tier(), options.cache, self.top_k)
         self.controller = Controller(adaptive=options.adaptive)
         self.entered = 0  # layers, while predicting
         self.own = [layer.experts for layer in self.layers]
@@ -132,11 +124,9 @@ class Offload:
 
     def describe(self) -> str:
         """One line for reports."""
-        slots = len(self.store.caches[0].slots)
-        text = (
-            f"{slots} of {self.index.num_experts} experts per layer cached ({self.store.resident_bytes / 1e6:.0f} MB)"
-        )
-        return f"{text}, prefetch {self.options.prefetch}" + (f"; {self.note}" if self.note else "")
+        slots, size = len(self.store.caches[0].slots), self.store.resident_bytes / 1e6
+        cached = f"{slots} of {self.index.num_experts} experts per layer cached ({size:.0f} MB)"
+        return "; ".join(filter(None, [f"{cached}, prefetch {self.options.prefetch}", self.store.tier.note]))
 
     def enter(self, row: int, x: Tensor) -> None:
         """Called as a pass enters a layer, with the residual [T, D]: predict, and prefetch."""
@@ -159,9 +149,8 @@ class Offload:
         """Give the model its experts back, those that were in memory from the packed file, and end loading."""
         if not self.hooks:
             return
-        for hook in self.hooks:
-            hook.remove()
-        self.hooks = []
+        while self.hooks:
+            self.hooks.pop().remove()
         self.store.close()
         for row, (layer, own) in enumerate(zip(self.layers, self.own, strict=True)):
             if not isinstance(own, StoredExperts):
@@ -209,45 +198,33 @@ class Offload:
 
     def _read_back(self, row: int) -> tuple[Tensor, Tensor]:
         """All experts of a layer: [E, 2 F, D] and [E, D, F]."""
-        tier, slot, count = DiskTier(self.folder, self.index), aligned(1, self.index.stride)[0], self.index.num_experts
-        parts = self.index.views(slot)
-        fused = [torch.empty(count, *part.shape, dtype=part.dtype, device=self.model.device) for part in parts]
-        try:
-            for expert in range(count):
-                tier.read(row * count + expert, slot, 0, self.index.stride)
-                for whole, part in zip(fused, parts, strict=True):
-                    whole[expert].copy_(part)
-        finally:
-            tier.close()
-        return fused[0], fused[1]
+        count, stride = self.index.num_experts, self.index.stride
+        slots = aligned(count, stride)
+        with closing(DiskTier(self.folder, self.index)) as tier:
+            for expert, slot in enumerate(slots):
+                tier.read(row * count + expert, slot, 0, stride)
+        gate_up, down = (part.to(self.model.device, copy=True) for part in self.index.views(slots))
+        return gate_up.contiguous(), down.contiguous()
 
     def _attach(self) -> None:
         for row, (layer, own) in enumerate(zip(self.layers, self.own, strict=True)):
             layer.block.experts = _Experts(self, row, own)
-            self.hooks.append(layer.entry.register_forward_pre_hook(self._entering(row)))
+            enter = lambda _, inputs, row=row: self.enter(row, inputs[0].flatten(0, -2))  # noqa: E731
+            self.hooks.append(layer.entry.register_forward_pre_hook(enter))
             if not isinstance(own, StoredExperts):
                 for name in FUSED:
                     weight = getattr(own, name)
                     weight.data = weight.data.new_empty(0)
 
-    def _entering(self, row: int) -> Any:
-        return lambda _, inputs: self.enter(row, inputs[0].flatten(0, -2))
 
-
-@dataclass
 class Meter:
-    """What the store did over a stretch of decoding."""
+    """What the store does from here on, such as over a stretch of decoding."""
 
-    store: ExpertStore
-    start: Counters
-    began: float
-
-    @classmethod
-    def begin(cls, store: ExpertStore) -> Meter:
-        return cls(store, store.counters.since(Counters()), time.perf_counter())
+    def __init__(self, store: ExpertStore) -> None:
+        self.store, self.start = store, replace(store.counters)
 
     def figures(self, new_tokens: int) -> dict[str, float]:
-        """Figures since the beginning; bytes and stalls per new token."""
+        """Figures so far; bytes and stalls per new token."""
         c = self.store.counters.since(self.start)
         demanded, tokens = max(c.demanded, 1), max(new_tokens, 1)
         return {

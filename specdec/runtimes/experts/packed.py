@@ -21,7 +21,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import pydantic.dataclasses
 import torch
+from pydantic import PositiveInt
 from torch import Tensor
 
 from specdec.base.errors import SpecDecError
@@ -34,7 +36,7 @@ ALIGNMENT = 4096
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-@dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True, config={"strict": True, "extra": "forbid"})
 class Index:
     """What a packed file holds. Blocks are numbered layer by layer: ``row * num_experts + expert``.
 
@@ -46,9 +48,9 @@ class Index:
     fingerprint: str
     dtype: str
     layers: list[int]
-    num_experts: int
-    hidden: int
-    width: int
+    num_experts: PositiveInt
+    hidden: PositiveInt
+    width: PositiveInt
     checksums: list[int]
     source: str = field(default="", compare=False)
 
@@ -186,10 +188,9 @@ def _blocks(index: Index, layers: list[MoELayer], progress: Callable[[int, int],
 
 
 def _is_index(path: Path) -> bool:
-    try:
+    with suppress(OSError, ValueError, TypeError, RecursionError):
         return "format" in json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, TypeError, RecursionError):
-        return False
+    return False
 
 
 def _write_index(index: Index, folder: Path) -> None:
@@ -210,10 +211,7 @@ def open_index(folder: Path) -> Index:
         if data.pop("format") != FORMAT:
             raise ValueError("another format")
         index = Index(**data)
-        whole = all(type(n) is int and n > 0 for n in (index.num_experts, index.hidden, index.width))
-        whole = whole and len(index.checksums) == len(index.layers) * index.num_experts
-        kinds = type(index.source) is str and all(type(c) is int for c in index.checksums)
-        if not (whole and kinds and index.dtype in DTYPES):
+        if len(index.checksums) != len(index.layers) * index.num_experts or index.dtype not in DTYPES:
             raise ValueError("it contradicts itself")
         size = (folder / BLOCKS).stat().st_size
     except FileNotFoundError as error:
@@ -221,7 +219,8 @@ def open_index(folder: Path) -> Index:
             f"'{folder}' holds no packed experts: {Path(error.filename).name} is missing; {hint}"
         ) from None
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise SpecDecError(f"'{path}' is not an index of packed experts ({error}); {hint}") from None
+        reason = " ".join(str(error).split())
+        raise SpecDecError(f"'{path}' is not an index of packed experts ({reason}); {hint}") from None
     if size != index.total_bytes:
         raise SpecDecError(
             f"'{folder / BLOCKS}' has {size} bytes, its index says {index.total_bytes}: it is truncated or not its "

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import errno
 import os
+from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,26 +20,29 @@ from specdec.runtimes.experts.packed import ALIGNMENT, BLOCKS, Index, buffer
 CHUNK = 1 << 20  # most bytes of one request: what a demand may have to wait for
 
 
-class Tier(Protocol):
+class Tier(ABC):
     """note: one line on what timings mean here, or ""."""
 
-    note: str
+    note = ""
 
+    @abstractmethod
     def slots(self, count: int) -> Tensor:
         """Fast memory for ``count`` experts: uint8 [count, stride]."""
 
+    @abstractmethod
     def read(self, block: int, slot: Tensor, start: int, stop: int) -> int:
         """Fill bytes of ``slot`` from ``block``, [start, stop) or the first of them; returns where it ended.
 
         With the last byte the block is checked. Raises SpecDecError (naming the expert) or OSError.
         """
 
-    def acquire(self, slot: Tensor) -> None:
+    def acquire(self, slot: Tensor) -> None:  # noqa: B027 (optional)
         """Called before the model computes with a filled slot."""
 
-    def release(self, slot: Tensor) -> None:
+    def release(self, slot: Tensor) -> None:  # noqa: B027 (optional)
         """Called once it has; the slot may be filled anew."""
 
+    @abstractmethod
     def close(self) -> None: ...
 
 
@@ -49,13 +53,11 @@ def aligned(count: int, stride: int) -> Tensor:
     return buffer[start : start + count * stride].view(count, stride)
 
 
-class DiskTier:
+class DiskTier(Tier):
     """The packed file, read past the page cache (O_DIRECT) where the file system can, into slots in RAM.
 
     Each block is checked when it is first read.
     """
-
-    note = ""
 
     def __init__(self, folder: Path, index: Index) -> None:
         self.path, self.index = folder / BLOCKS, index
@@ -89,22 +91,16 @@ class DiskTier:
             self.checked[block] = True
         return stop
 
-    def acquire(self, slot: Tensor) -> None: ...
-
-    def release(self, slot: Tensor) -> None: ...
-
     def close(self) -> None:
         os.close(self.file)
 
 
-class PinnedTier:
+class PinnedTier(Tier):
     """Pinned host memory to a CUDA device, on a stream of its own beside the model's.
 
     The whole packed file is read (and checked) once. A copy into a slot waits for the last kernels that used it; the
     model's stream waits for the copy. cuda: ``torch.cuda``, or what stands in for it.
     """
-
-    note = ""
 
     def __init__(self, folder: Path, index: Index, device: torch.device, cuda: Any = torch.cuda) -> None:
         self.index, self.device, self.cuda = index, device, cuda
