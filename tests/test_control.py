@@ -72,7 +72,7 @@ def test_sides_that_change_are_followed(decode):
     assert all(sum(sides[800:1000]) < 60 and sum(sides[1300:1500]) > 140 for sides in runs)
 
 
-def test_a_machine_that_is_slow_whenever_prefetching_is_tried_is_forgiven(decode):
+def test_a_machine_that_is_slow_whenever_prefetching_is_tried_does_not_turn_it_off(decode):
     def cost(number: int, on: bool) -> float:
         return 0.001 * ((5 if number < 4 * WINDOW else 1) if on else 1.5)
 

@@ -510,7 +510,7 @@ def test_a_broken_index_is_refused(folder, text):
         packed.open_index(folder)
 
 
-def test_an_index_of_lies_is_refused(folder):
+def test_an_index_with_too_few_checksums_is_refused(folder):
     data = json.loads((folder / packed.INDEX).read_text())
     (folder / packed.INDEX).write_text(json.dumps(data | {"checksums": data["checksums"][1:]}))
     with pytest.raises(SpecDecError, match="contradicts itself"):
@@ -525,7 +525,7 @@ def test_a_missing_folder_says_how_to_make_it(tmp_path):
 def test_another_models_file_is_refused(folder, mixtral):
     index = packed.open_index(folder)
     with pytest.raises(SpecDecError, match="fingerprint"):
-        packed.check_model(index, moe_layers(mixtral), "other", folder)
+        packed.check_model(index, packed.plan(moe_layers(mixtral), "other"), folder)
 
 
 class FakeCuda:

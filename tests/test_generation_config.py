@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, RepetitionPenaltyLogitsProcessor, Wate
 from specdec import SpecDecError, SpecDecoder
 from specdec.engine.replay import first_difference, margins
 from specdec.speculation.sampling import SamplingParams
-from specdec.verify.checks import expected, witness
+from specdec.verify.checks import expected, model_logits
 
 PROMPT, COUNT = [5, 6, 7, 8], 24
 PLAIN = greedy_reference(tiny_model(), PROMPT, COUNT)
@@ -92,7 +92,7 @@ def test_replay_sees_what_was_decided_by() -> None:
     tokens = decoder.generate(PROMPT, max_new_tokens=COUNT).token_ids
     made = decoder.sampler([PROMPT], [COUNT], SamplingParams())
     assert margins(decoder.target, PROMPT, tokens, made).max() == 0 < margins(decoder.target, PROMPT, tokens).max()
-    logits = witness(model, PROMPT, tokens, COUNT)
+    logits = model_logits(model, PROMPT, tokens, COUNT)
     assert torch.equal(logits.argmax(-1), torch.tensor(tokens))
     other = [*tokens[:5], (tokens[5] + 1) % 97]
     difference = first_difference(decoder.target, PROMPT, other, tokens, made)

@@ -194,7 +194,7 @@ def test_what_is_refused_is_refused_before_anything_is_packed(mixtral, cache, mo
     assert not list(cache.rglob("*experts*"))
 
 
-def test_an_index_of_somebody_else_is_left_alone(mixtral, tmp_path):
+def test_a_foreign_index_is_left_alone(mixtral, tmp_path):
     model = loading.load(mixtral, experts=False)[0]
     (tmp_path / packed.INDEX).write_text('["theirs"]')
     with pytest.raises(SpecDecError, match=r"experts.json' was not made by specdec; move it away"):

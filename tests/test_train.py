@@ -53,8 +53,8 @@ from specdec.train.student import Teacher, draft_steps
 from specdec.train.trainer import train
 
 PATHS = {
-    "leap": M2R2Path(0, ((2, 4),), True, 4, {2: ["self_attn.q_proj", "self_attn.k_proj"], 3: ["mlp.up_proj"]}),
-    "leap from 1": M2R2Path(1, ((2, 3),), True, 4, {2: ["self_attn.v_proj"]}),
+    "projected": M2R2Path(0, ((2, 4),), True, 4, {2: ["self_attn.q_proj", "self_attn.k_proj"], 3: ["mlp.up_proj"]}),
+    "projected from 1": M2R2Path(1, ((2, 3),), True, 4, {2: ["self_attn.v_proj"]}),
     "early": M2R2Path(2, (), False, 4, {0: ["self_attn.q_proj", "mlp.down_proj"], 1: ["self_attn.o_proj"]}),
     "mixed": M2R2Path(1, ((2, 3),), True, 4, {0: ["mlp.up_proj"], 2: ["self_attn.k_proj"]}),
     "early exits": M2R2Path(3, (), False, 4, {n: ["self_attn.q_proj", "mlp.down_proj"] for n in range(3)}, (1, 2)),
@@ -419,7 +419,7 @@ def test_held_out_prompts_are_refused_in_text_and_in_token_ids() -> None:
             data.refuse_held_out([item], held, lambda ids: "user why is the sky blue? assistant")
 
 
-def test_a_run_that_is_told_to_hold_its_prompts_out_does_not_begin(answers: Path, tmp_path: Path) -> None:
+def test_a_run_on_held_out_prompts_does_not_begin(answers: Path, tmp_path: Path) -> None:
     held = tmp_path / "held.jsonl"
     held.write_text(answers.read_text().splitlines()[3])
     with pytest.raises(SpecDecError, match=r"prompt 4 to train on contains the held-out prompt .* remove it"):
@@ -457,7 +457,7 @@ def test_nothing_that_is_published_names_a_path_of_this_machine(answers: Path, t
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "metrics.jsonl", "states/search/theirs"])
-def test_an_output_folder_with_files_of_somebody_else_is_refused(answers: Path, tmp_path: Path, name: str) -> None:
+def test_an_output_folder_with_foreign_files_is_refused(answers: Path, tmp_path: Path, name: str) -> None:
     out = tmp_path / "out"
     (out / name).parent.mkdir(parents=True)
     (out / name).write_text("theirs")
@@ -478,7 +478,7 @@ def held_text(path: Path) -> str:
     return " ".join(map(str, json.loads(path.read_text())["prompt_ids"]))
 
 
-def test_a_setting_of_earlier_versions_is_read_over() -> None:
+def test_a_setting_of_earlier_versions_is_ignored() -> None:
     assert not hasattr(from_mapping(M2R2Settings, {"compile": True, "segments": [[1, 2]]}, "test"), "compile")
 
 
@@ -569,12 +569,12 @@ def test_the_command_answers_prompts_trains_and_leaves_a_drafter(tmp_path: Path)
 
 
 def test_each_residual_runs_ahead_to_the_layer_that_its_rate_says() -> None:
-    early, leap = M2R2Path(6, (), False, 4, {0: ["mlp.up_proj"]}), M2R2Path(0, ((20, 24),), True, 4)
+    early, late = M2R2Path(6, (), False, 4, {0: ["mlp.up_proj"]}), M2R2Path(0, ((20, 24),), True, 4)
     assert early.aims(30) == [5, 10, 15, 20, 25, 30]
     assert dataclasses.replace(early, exits=(2,)).aims(30) == [15, 30, 9, 16, 23, 30]  # p begins anew behind an exit
-    assert leap.aims(30) == [20, 21, 22, 23, 24, 30]
+    assert late.aims(30) == [20, 21, 22, 23, 24, 30]
     assert M2R2Path(3, ((26, 28),), False, 4).aims(30) == [3, 26, 28, 30]
-    for path in (*PATHS.values(), early, leap):
+    for path in (*PATHS.values(), early, late):
         assert len(path.aims(30)) == path.residuals()
 
 
@@ -606,11 +606,14 @@ def test_alignment_brings_a_layer_before_the_exit_nearer_to_where_it_runs_ahead_
 
 def test_given_paths_scale_with_the_depth_of_the_model() -> None:
     target = ReferenceTarget(tiny_model())  # 4 layers, the paths were chosen on 30
-    leap, paper = (
+    projected, paper = (
         path_of(load_settings(M2R2Settings, "m2r2", name, changes), target)
         for name, changes in (("m2r2", {}), ("m2r2-paper", {}))
     )
-    assert (leap.exit_layer, leap.segments) == (0, ((3, 4),)) and (paper.exit_layer, paper.segments) == (1, ())
+    assert (projected.exit_layer, projected.segments) == (0, ((3, 4),)) and (paper.exit_layer, paper.segments) == (
+        1,
+        (),
+    )
     for layers, segment in ((1, (0, 1)), (2, (1, 2)), (12, (8, 10)), (24, (16, 19)), (30, (20, 24)), (60, (40, 48))):
         target.num_layers = layers
         target.linears = lambda layer: {"mlp.up_proj": (8, 8)}  # type: ignore[assignment, method-assign, return-value]

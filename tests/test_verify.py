@@ -71,7 +71,7 @@ def test_chi_square_tail_is_the_textbook_one() -> None:
 # --- greedy ----------------------------------------------------------------------------------------------------------
 
 
-def judged(model, answer: list[int], dtype: torch.dtype = torch.float32) -> Greedy:
+def checked(model, answer: list[int], dtype: torch.dtype = torch.float32) -> Greedy:
     decoder = SpecDecoder(model, drafter="none")
     right = greedy_reference(model, PROMPT, 12)
     check = Greedy(3, dtype == torch.float32)
@@ -81,7 +81,7 @@ def judged(model, answer: list[int], dtype: torch.dtype = torch.float32) -> Gree
 
 def test_the_tokens_of_generate_pass(model) -> None:
     right = greedy_reference(model, PROMPT, 12)
-    check = judged(model, right)
+    check = checked(model, right)
     assert check.passed and (check.equal, check.argmax, check.near_ties) == (1, len(right), 0)
     assert expected(SpecDecoder(model, drafter="none"), PROMPT, 12) == right
 
@@ -89,14 +89,14 @@ def test_the_tokens_of_generate_pass(model) -> None:
 def test_one_wrong_token_is_a_fault_with_its_place_and_gap(model) -> None:
     right = greedy_reference(model, PROMPT, 12)
     wrong = [*right[:4], (right[4] + 1) % 24 or 3, *right[5:]]
-    check = judged(model, wrong)
+    check = checked(model, wrong)
     assert not check.passed and check.faults and check.equal == 0
     assert check.details[0].startswith(f"prompt p: token 4 is {wrong[4]}, ")
 
 
 def test_an_answer_cut_short_is_a_fault(model) -> None:
     right = greedy_reference(model, PROMPT, 12)
-    check = judged(model, right[:5])
+    check = checked(model, right[:5])
     assert not check.passed and "ends after 5 of 12" in check.details[0]
 
 

@@ -1,7 +1,7 @@
 """Training of ARLA: a router beside a finished M2R2, from whether its drafts are the base's own choices.
 
 The drafter is loaded from its folder and stays as it is; what is written is that drafter with the router. Drafts are
-the drafter's own, step after step, as they are when it decides whether to go on.
+the drafter's own, step after step, as they are when it decides whether to continue.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ class M2R2Settings(TrainSettings):
     adapt: tuple[str, ...] = ()  # linear maps with adapters; empty: all of the segments' layers
     draft_steps: Positive = 2  # of its own drafts the student learns from
     leap_rate: float = 6e-4  # learning rate of the projections; ``learning_rate`` is the adapters'
-    focus: float = 1.0  # weight of a later step where the drafter's earlier steps had already gone wrong
+    focus: float = 1.0  # weight of a later step where the drafter's earlier steps were already wrong
     align: float = 0.0  # weight of 1 - cos(p[k], h[R k]), summed over the layers k of the path
 
     search_tokens: Positive = 12_000  # answer tokens that the search fits projections on

@@ -65,7 +65,7 @@ class MedusaMethod(Method[Medusa]):
     def _drafts(self, network: Medusa, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield, for each head k = 1, 2, ..., what is read out [B, T, D], and which positions have it (bool [B, T]).
 
-        What head k says at t it saw at t - k: the state before the root, when t - k + 1 was the root.
+        The draft of head k at t comes from t - k: the state before the root, when t - k + 1 was the root.
         """
         root = rms_unit(self.target.embed(batch.ids, batch.positions)) if self.settings.rooted else None
         y = network(rms_unit(batch.before[self.target.num_layers]), root)  # (B, T, K, D): with the root at t

@@ -17,7 +17,7 @@ from specdec.train.settings import TrainSettings, from_mapping
 
 RECIPE, METRICS, CHECKPOINT = "train.yaml", "metrics.jsonl", "checkpoint.safetensors"
 ANSWERS, STATES = "answers.jsonl", "states"
-# What a run writes, replaces and deletes; files of these names must not be somebody else's.
+# What a run writes, replaces and deletes; files of these names that no run wrote are refused.
 WRITTEN = (drafter_folder.CONFIG, drafter_folder.WEIGHTS, METRICS, CHECKPOINT, ANSWERS, STATES)
 
 
@@ -60,7 +60,7 @@ def _check_same_run(output: Path, own: TrainSettings, resume: bool) -> None:
     earlier = from_mapping(type(own), kept, f"'{output / RECIPE}'")
     if not resume:
         raise SpecDecError(f"'{output}' holds a training run; pass --resume to go on, or another --output")
-    before, now = earlier.model_dump(exclude={"device"}), own.model_dump()  # it may go on elsewhere
+    before, now = earlier.model_dump(exclude={"device"}), own.model_dump()  # it may continue elsewhere
     if differs := [f"{key} {value!r} -> {now[key]!r}" for key, value in before.items() if value != now[key]]:
         raise SpecDecError(f"cannot resume '{output}' with other settings: {', '.join(differs)}")
 

@@ -1,4 +1,4 @@
-"""The picture of a training run, from its metrics. Needs matplotlib (the ``plot`` extra); without it, says so."""
+"""The picture of a training run, from its metrics. Needs matplotlib (the ``plot`` extra)."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What a certificate rests on: greedy answers against the model itself, and the fit of sampled tokens.
+"""What a certificate rests on: greedy answers compared with the model itself, and the fit of sampled tokens.
 
-The witness is the model's own forward pass (``model.generate``, and teacher-forced logits), never our runtimes. Knows
+The reference is the model's own forward pass (``model.generate``, and teacher-forced logits), never our runtimes. Knows
 no command line and no files.
 """
 
@@ -26,7 +26,7 @@ SHOWN = 10  # faults kept in detail
 
 
 @torch.inference_mode()
-def witness(model: Any, prompt: list[int], tokens: list[int], count: int) -> Tensor:
+def model_logits(model: Any, prompt: list[int], tokens: list[int], count: int) -> Tensor:
     """Teacher-forced logits of the model's own forward, float32 [n, V]: row i predicts ``tokens[i]`` (n tokens).
 
     They are processed as the model's generation_config asks for requests of ``count`` new tokens.
@@ -77,7 +77,7 @@ class Greedy:
         self, decoder: SpecDecoder, name: str, prompt: list[int], answer: list[int], right: list[int], count: int
     ) -> None:
         """Compare the ``answer`` to the prompt called ``name`` with that of model.generate and with a replay."""
-        logits = witness(decoder.model, prompt, answer, count)
+        logits = model_logits(decoder.model, prompt, answer, count)
         gaps = logits.amax(-1) - logits.gather(1, logits.new_tensor(answer).long()[:, None])[:, 0]  # (n,)
         limit, eos = NEAR_TIE[decoder.target.dtype], decoder.eos_ids()
         self.answers += 1
@@ -86,21 +86,17 @@ class Greedy:
         self.argmax += int((gaps == 0).sum())
         self.near_ties += int(((gaps > 0) & (gaps <= limit)).sum())
         self.largest_gap = max(self.largest_gap, float(gaps.max()))
-        wrong = [(i, f"token {i} is {answer[i]}, {float(gaps[i]):.3g} below the best") for i in _where(gaps > limit)]
+        far = [i for i, gap in enumerate(gaps.tolist()) if gap > limit]
+        wrong = [f"token {i} is {answer[i]}, {float(gaps[i]):.3g} below the best" for i in far]
         if any(token in eos for token in answer[:-1]):
-            wrong.append((len(answer), "it goes on after the end of the text"))
+            wrong.append("it continues after the end of the text")
         if len(answer) != count and answer[-1] not in eos:
-            wrong.append((len(answer), f"it ends after {len(answer)} of {count} tokens, without an end of text"))
+            wrong.append(f"it ends after {len(answer)} of {count} tokens, without an end of text")
         if self.strict and answer != right and not wrong:
             at = next((i for i, (a, b) in enumerate(zip(answer, right, strict=False)) if a != b), len(answer))
-            wrong.append((at, f"it differs from model.generate at token {at}"))
+            wrong.append(f"it differs from model.generate at token {at}")
         self.faults += len(wrong)
-        room = SHOWN - len(self.details)
-        self.details += [f"prompt {name}: {what}" for _, what in wrong[: max(room, 0)]]
-
-
-def _where(mask: Tensor) -> list[int]:
-    return [int(i) for i in mask.nonzero()[:, 0]]
+        self.details = [*self.details, *(f"prompt {name}: {what}" for what in wrong)][:SHOWN]
 
 
 @dataclass(frozen=True)
@@ -156,7 +152,7 @@ def fit(
         for stream, output in enumerate(outputs):
             sampler = Sampler(own, streams=[stream])
             limit = NEAR_TIE[decoder.target.dtype] * sampler.sharpness
-            logits = witness(decoder.model, context, output.token_ids, TAIL)[None]  # (1, n, V)
+            logits = model_logits(decoder.model, context, output.token_ids, TAIL)[None]  # (1, n, V)
             scores = sampler.scores(logits, lambda: [])
             after = range(len(context), len(context) + len(output.token_ids))
             perturbed = sampler.perturb(scores, [after], scores.shape[-1])[0]

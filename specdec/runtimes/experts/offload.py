@@ -163,7 +163,7 @@ class Offload:
         """The index of the packed file: packed anew in the user's cache if it is not this model's, else refused."""
         try:
             index = packed.open_index(self.folder)
-            packed.check_model(index, self.layers, self.fingerprint, self.folder)
+            packed.check_model(index, planned, self.folder)
             if index.source == origin.state:
                 return index
         except SpecDecError:  # not packed yet, or damaged

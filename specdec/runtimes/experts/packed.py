@@ -102,16 +102,14 @@ def origin(layers: list[MoELayer]) -> Origin:
     dtype = str(layers[0].experts.gate_up_proj.dtype).encode()
     place, state = hashlib.sha256(dtype), hashlib.sha256(dtype)
     files = set[Path]()
-    for layer in layers:
-        experts = layer.experts
+    for experts in (layer.experts for layer in layers):
         if isinstance(experts, StoredExperts):
             files |= {span.path for fused in experts.fused for matrices in fused.experts for span in matrices}
             continue
-        for expert in range(len(experts.gate_up_proj)):
-            for weight in (experts.gate_up_proj[expert], experts.down_proj[expert]):
-                data = weight.detach().cpu().contiguous().view(torch.uint8).numpy()
-                place.update(data)
-                state.update(data)
+        for weight in (matrix for fused in (experts.gate_up_proj, experts.down_proj) for matrix in fused):
+            data = weight.detach().cpu().contiguous().view(torch.uint8).numpy()
+            place.update(data)
+            state.update(data)
     try:
         for path in sorted(path.resolve() for path in files):
             found = path.stat()
@@ -223,8 +221,8 @@ def open_index(folder: Path) -> Index:
         raise SpecDecError(f"'{path}' is not an index of packed experts ({reason}); {hint}") from None
     if size != index.total_bytes:
         raise SpecDecError(
-            f"'{folder / BLOCKS}' has {size} bytes, its index says {index.total_bytes}: it is truncated or not its "
-            "own; pack the model again"
+            f"'{folder / BLOCKS}' has {size} bytes, its index says {index.total_bytes}: it is truncated or another's; "
+            "pack the model again"
         )
     return index
 
@@ -237,10 +235,7 @@ def same_weights(
     The index then names this origin, if it can be written, so that it is done once. Raises SpecDecError, naming the
     expert, if one differs.
     """
-    state, expected = origin(layers).state, plan(layers, index.fingerprint)
-    same = (index.layers, index.num_experts, index.hidden, index.width)
-    if same != (expected.layers, expected.num_experts, expected.hidden, expected.width):
-        raise SpecDecError(f"the experts in '{folder}' are of other shapes than the loaded model's; pack this model")
+    state = origin(layers).state
     for block, memory in enumerate(_blocks(index, layers, progress)):
         if zlib.crc32(memory[: index.block_bytes]) != index.checksums[block]:
             raise SpecDecError(
@@ -251,16 +246,17 @@ def same_weights(
         _write_index(replace(index, source=state), folder)
 
 
-def check_model(index: Index, layers: list[MoELayer], fingerprint: str, folder: Path) -> None:
-    """Raise SpecDecError unless the packed file in ``folder`` is that of the model with ``layers``."""
-    dtype = str(layers[0].experts.gate_up_proj.dtype).removeprefix("torch.")
-    if index.fingerprint != fingerprint:
+def check_model(index: Index, planned: Index, folder: Path) -> None:
+    """Raise SpecDecError unless the packed file in ``folder`` is what is ``planned`` for the loaded model."""
+    if index.fingerprint != planned.fingerprint:
         raise SpecDecError(
             f"the experts in '{folder}' are those of a model with fingerprint {index.fingerprint}, the loaded model's "
-            f"is {fingerprint}; pack this model, or load that one"
+            f"is {planned.fingerprint}; pack this model, or load that one"
         )
-    if index.dtype != dtype:
+    if index.dtype != planned.dtype:
         raise SpecDecError(
-            f"the experts in '{folder}' are packed in {index.dtype}, the model is loaded in {dtype}; "
+            f"the experts in '{folder}' are packed in {index.dtype}, the model is loaded in {planned.dtype}; "
             f"load it with --dtype {index.dtype}, or pack it again"
         )
+    if replace(index, checksums=[]) != planned:
+        raise SpecDecError(f"the experts in '{folder}' are of other shapes than the loaded model's; pack this model")

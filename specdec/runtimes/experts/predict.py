@@ -96,8 +96,8 @@ def needs(logits: Array, top_k: int, slope: float) -> list[list[float]]:
     """
     ranked = np.sort(logits, 2)
     middle = (ranked[..., -top_k] + ranked[..., -top_k - 1]) / 2 if top_k < logits.shape[2] else ranked[..., 0]
-    spared = 1 / (1 + np.exp(np.minimum(slope * (logits - middle[..., None]), 30)))
-    return (1 - spared.prod(0)).tolist()  # type: ignore[no-any-return]
+    unneeded = 1 / (1 + np.exp(np.minimum(slope * (logits - middle[..., None]), 30)))
+    return (1 - unneeded.prod(0)).tolist()  # type: ignore[no-any-return]
 
 
 def residual(layers: list[MoELayer]) -> LinearPredictor:
