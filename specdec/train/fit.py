@@ -42,13 +42,18 @@ class Ridge:
             parameter.copy_(found)
 
 
+def fit_projections(network: M2R2, target: Target, batches: Callable[[], Iterable[Batch]]) -> None:
+    """Set the projections one after another, each on the path that the earlier ones make."""
+    for index in range(len(network.projections)):
+        fit_projection(network, target, batches(), index)
+
+
 @torch.no_grad()
-def fit_projections(network: M2R2, target: Target, batches: Callable[[], Iterable[Batch]], begin: int = 0) -> None:
-    """Set the projections from ``begin`` on, each on the path that the earlier ones make (step 1, exact carry)."""
-    goals = [*(lo for lo, _ in network.path.segments), *(network.num_layers for _ in network.path.reach)]
-    for index, projection in list(enumerate(network.projections))[begin:]:
-        ridge = Ridge()
-        for batch in batches():
-            features = network.features(index, *projected_from(network, target, batch, index))
-            ridge.add(features[batch.valid], batch.hidden[goals[index]][batch.valid])
-        ridge.solve_into(projection)
+def fit_projection(network: M2R2, target: Target, batches: Iterable[Batch], index: int) -> None:
+    """Set projection ``index``, for step 1 with the exact carry."""
+    ridge, path = Ridge(), network.path
+    goal = path.segments[index][0] if index < len(path.segments) else network.num_layers
+    for batch in batches:
+        features = network.features(index, *projected_from(network, target, batch, index))
+        ridge.add(features[batch.valid], batch.hidden[goal][batch.valid])
+    ridge.solve_into(network.projections[index])

@@ -29,13 +29,13 @@ from specdec.models import drafter_folder
 from specdec.runtimes.target import Target
 from specdec.train.batches import Batch, assemble, windows
 from specdec.train.data import Answer
-from specdec.train.evaluate import evaluate
-from specdec.train.fit import fit_projections
+from specdec.train.fit import Ridge, fit_projection
 from specdec.train.m2r2_settings import M2R2Settings, wanted_states
 from specdec.train.method import Work
 from specdec.train.output import STATES, writing
 from specdec.train.speed import predict
 from specdec.train.states import Record, Wanted, compute
+from specdec.train.student import Teacher, draft_steps, exact_carry
 
 FILE = "search.json"
 EVAL_TOKENS = 6_000  # held-out answer positions
@@ -100,19 +100,32 @@ def agreement(
     held_out: Sequence[Record],
     settings: M2R2Settings,
 ) -> dict[Segment, float]:
-    """Of the first draft, in closed form, for each segment that begins at layer ``lo``."""
-    found: dict[Segment, float] = {}
-    onto_segment = None  # the projection that all of them share
-    for hi in range(lo + 1, min(lo + LONGEST, target.num_layers) + 1):
-        network = M2R2(M2R2Path(0, ((lo, hi),), True), target, vocab).to(target.device, target.dtype)
-        if onto_segment is not None:
-            network.projections[0].load_state_dict(onto_segment)
-        batches = partial(_batches, target, network.path, train, settings)
-        fit_projections(network, target, batches, begin=0 if onto_segment is None else 1)
-        onto_segment = network.projections[0].state_dict()
-        held = _batches(target, network.path, held_out, settings)
-        found[lo, hi] = evaluate(network, target, held, steps=1)["top1"][0]
-    return found
+    """Of the first draft, in closed form, for each segment that begins at layer ``lo``; all share its passes."""
+    segments = [(lo, hi) for hi in range(lo + 1, min(lo + LONGEST, target.num_layers) + 1)]
+    networks = [M2R2(M2R2Path(0, (each,), True), target, vocab).to(target.device, target.dtype) for each in segments]
+    longest = networks[-1]
+
+    def residuals(batch: Batch) -> list[Tensor]:
+        """At the end of each segment, [B, T, D]."""
+        exits, _ = next(draft_steps(longest, target, batch, 1, watched=True))
+        return exits[0][1][1:-1]
+
+    fit_projection(longest, target, _batches(target, longest.path, train, settings), 0)
+    fits = [Ridge() for _ in segments]
+    for batch in _batches(target, longest.path, train, settings):
+        for network, x, ridge in zip(networks, residuals(batch), fits, strict=True):
+            features = network.features(1, x, exact_carry(network, batch))
+            ridge.add(features[batch.valid], batch.hidden[target.num_layers][batch.valid])
+    for network, ridge in zip(networks, fits, strict=True):
+        ridge.solve_into(network.projections[1])
+    teacher, hits, total = Teacher(target, vocab), [0] * len(segments), 0
+    for batch in _batches(target, longest.path, held_out, settings):
+        teacher.begin(batch)
+        known, total = teacher.known(batch) & batch.valid, total + int(batch.valid.sum())
+        for number, (network, x) in enumerate(zip(networks, residuals(batch), strict=True)):
+            logits = teacher.logits(network.estimate(0, x, exact_carry(network, batch)))
+            hits[number] += int((teacher.hits(logits) & known).sum())
+    return {segment: count / max(total, 1) for segment, count in zip(segments, hits, strict=True)}
 
 
 def _batches(target: Target, path: M2R2Path, records: Sequence[Record], settings: M2R2Settings) -> Iterator[Batch]:
