@@ -45,7 +45,7 @@ class ArlaMethod(Method[M2R2]):
     def __init__(self, settings: ArlaSettings, target: Target) -> None:
         super().__init__(settings, target)
         folder = Path(settings.drafter)
-        if not folder.is_dir():
+        if not folder.is_dir() and folder.name == settings.drafter:
             folder = drafter_folder.shipped(settings.drafter, target.fingerprint) or folder
         self.trained, self.drafter = drafter_folder.read_config(folder), load_network(target, folder)
 

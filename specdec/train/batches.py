@@ -15,6 +15,7 @@ from torch import Tensor
 from specdec.runtimes.cache import KVCache
 from specdec.train.states import Record
 
+BLOCK = 64
 Window = tuple[int, int, int]  # record, first position, end
 
 
@@ -71,12 +72,10 @@ def epoch(found: Sequence[Window], rows: int, seed: int, number: int) -> list[li
     return [[found[i] for i in whole[j]] for j in mixed]
 
 
-def assemble(
-    records: Sequence[Record], rows: Sequence[Window], length: int, device: torch.device, block: int = 64
-) -> Batch:
-    """Copy the windows' states out of the records; T = ``length``, S a multiple of ``block``."""
+def assemble(records: Sequence[Record], rows: Sequence[Window], length: int, device: torch.device) -> Batch:
+    """Copy the windows' states out of the records; T = ``length``, S a multiple of ``BLOCK``."""
     picked = [(records[index], start, end) for index, start, end in rows]
-    slots = -(-max(end for _, _, end in rows) // block) * block
+    slots = -(-max(end for _, _, end in rows) // BLOCK) * BLOCK
     layers, hidden = picked[0][0].kv, picked[0][0].hidden
 
     def pad(parts: list[Tensor], size: int = length) -> Tensor:
@@ -105,6 +104,13 @@ def assemble(
         log_z=pad([r.log_z[start - r.first : end - r.first] for r, start, end in picked]),
         texts=[r.ids[:end] for r, _, end in picked],
     )
+
+
+def in_order(records: Sequence[Record], rows: int, length: int, device: torch.device) -> Iterator[Batch]:
+    """Every window once, those of similar key length together."""
+    found = sorted(windows(records, length), key=lambda window: window[2])
+    for start in range(0, len(found), rows):
+        yield assemble(records, found[start : start + rows], length, device)
 
 
 def stream(found: Sequence[Window], rows: int, seed: int, skip: int) -> Iterator[tuple[int, list[Window]]]:

@@ -201,10 +201,7 @@ class Run:
         """Measure on held-out answers; keep the drafter if it is the best so far. Only the first process does."""
         if not self.world.first:
             return
-        rows, width = self.settings.rows, self.settings.window
-        chosen = sorted(batches.windows(self.held_out, width), key=lambda w: w[2])
-        groups = (chosen[i : i + rows] for i in range(0, len(chosen), rows))
-        held_out = (batches.assemble(self.held_out, group, width, self.target.device) for group in groups)
+        held_out = batches.in_order(self.held_out, self.settings.rows, self.settings.window, self.target.device)
         with torch.no_grad():
             figures = self.method.evaluate(self.network, held_out)
         if "chain" in figures:

@@ -27,7 +27,7 @@ from specdec.drafters.m2r2_path import M2R2Path
 from specdec.engine.costs import Costs, measure
 from specdec.models import drafter_folder
 from specdec.runtimes.target import Target
-from specdec.train.batches import Batch, assemble, windows
+from specdec.train.batches import Batch, in_order
 from specdec.train.data import Answer
 from specdec.train.fit import Ridge, fit_projection
 from specdec.train.m2r2_settings import M2R2Settings, wanted_states
@@ -134,9 +134,7 @@ def _batches(target: Target, path: M2R2Path, records: Sequence[Record], settings
     some = [
         replace(r, kv={n: r.kv[n] for n in wanted.kv}, hidden={n: r.hidden[n] for n in wanted.hidden}) for r in records
     ]
-    found = windows(some, settings.window)
-    for start in range(0, len(found), settings.rows):
-        yield assemble(some, found[start : start + settings.rows], settings.window, target.device)
+    return in_order(some, settings.rows, settings.window, target.device)
 
 
 def draft_costs(target: Target, vocab: Tensor | None) -> list[Costs]:
