@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from specdec.base.terminal import Progress
 from specdec.engine.depth import FixedDepth
 from specdec.engine.loop import Loop
 from specdec.speculation.sampling import Sampler, SamplingParams
-from specdec.train.data import Answer, Prompt, records
+from specdec.train.data import Answer, Prompt, prompt_hash, records
 from specdec.train.output import ANSWERS, writing
 
 ROWS, REFILL = 48, 12  # rows of the batch; those that must have ended before new ones come
@@ -46,9 +45,9 @@ class Sampling:
     seed: int
 
     def params(self, prompt: Sequence[int]) -> SamplingParams:
-        mark = zlib.crc32(",".join(map(str, prompt)).encode())
-        drawn = mark % 10_000 < self.share * 10_000
-        return SamplingParams(self.temperature if drawn else 0.0, seed=(self.seed + mark) % 2**32)
+        key = prompt_hash(prompt)
+        drawn = key % 10_000 < self.share * 10_000
+        return SamplingParams(self.temperature if drawn else 0.0, seed=(self.seed + key) % 2**32)
 
 
 def answer_prompts(

@@ -117,13 +117,16 @@ def _text(item: Answer | Prompt, decode: Callable[[Sequence[int]], str]) -> str:
     return decode(item.prompt_ids) if isinstance(item, Answer) else " ".join(item.turns)
 
 
+def prompt_hash(ids: Sequence[int]) -> int:
+    return zlib.crc32(",".join(map(str, ids)).encode())
+
+
 def split(answers: Sequence[Answer], fraction: float) -> tuple[list[Answer], list[Answer]]:
     """(training, evaluation): about ``fraction`` of the prompts, chosen by a hash of their ids, at least one."""
     train: list[Answer] = []
     held: list[Answer] = []
     for answer in answers:
-        key = zlib.crc32(",".join(map(str, answer.prompt_ids)).encode())
-        (held if key % 10_000 < fraction * 10_000 else train).append(answer)
+        (held if prompt_hash(answer.prompt_ids) % 10_000 < fraction * 10_000 else train).append(answer)
     if not held and len(train) > 1:
         held.append(train.pop())
     if not held or not train:
