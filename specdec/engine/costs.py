@@ -1,22 +1,21 @@
 """What steps cost on this machine: measured once per machine, model, runtime and drafter, kept in the cache folder.
 
 The least of several timings counts: what else the machine does only ever makes a pass longer. Requests correct the
-figures by what their steps take (``AutoDepth.costs``), so those of a busy hour do not last.
+figures by what their steps take (``AutoDepth.costs``).
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import platform
 import time
 from collections import defaultdict
 from contextlib import suppress
-from dataclasses import asdict
+from itertools import pairwise, product
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from pydantic import TypeAdapter
 
 from specdec.base import machine
 from specdec.engine.depth import Costs, FixedDepth
@@ -32,19 +31,15 @@ ROWS = (1, 2, 3, 4, 5, 6, 8, 9, 12, 16)  # numbers of scored tokens that are tim
 CONTEXT = 128  # cached tokens while timing
 DRAFTED = 4  # depth of the timed drafts
 REPEATS, SECONDS = 3, 1.0  # least number of timings of each, and least time for all
+FILE = TypeAdapter(Costs)
 
 
 def costs(target: Target, drafter: Drafter, verifier: Verifier) -> Costs:
     """The costs of ``drafter`` on ``target``: from the cache folder, or measured and kept there."""
-    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # not there, or not what ``keep`` writes
-        data = json.loads(_place(target, drafter).read_text("utf-8"))
-        score = {int(n): float(s) for n, s in data["score"].items()}
-        drafts = tuple((float(first), float(further)) for first, further in data["drafts"])
-        accepted = tuple(tuple((float(a), float(n)) for a, n in known) for known in data["accepted"])
-        sound = all(0 <= share <= 1 and seen > 0 for known in accepted for share, seen in known)
-        sound = sound and min(score.values()) > 0 and min(map(min, drafts)) >= 0
-        if sound and set(score) == set(ROWS) and len(drafts) == drafter.num_exits:
-            return Costs(score, drafts, accepted)
+    with suppress(OSError, ValueError):  # no file, or not what ``keep`` writes
+        kept = FILE.validate_json(_place(target, drafter).read_bytes())
+        if set(kept.score) == set(ROWS) and len(kept.drafts) == drafter.num_exits:
+            return kept
     fresh = measure(target, drafter, verifier)
     keep(target, drafter, fresh)
     return fresh
@@ -55,33 +50,27 @@ def keep(target: Target, drafter: Drafter, found: Costs) -> None:
     with suppress(OSError):
         place = _place(target, drafter)
         place.parent.mkdir(parents=True, exist_ok=True)
-        drafter_folder.replace(place, json.dumps(asdict(found)).encode())
+        drafter_folder.replace(place, FILE.dump_json(found))
 
 
 def measure(target: Target, drafter: Drafter, verifier: Verifier) -> Costs:
     """Time scoring and drafting in turns."""
-    score, drafts = defaultdict[int, list[float]](list), defaultdict[tuple[int, int], list[float]](list)
-    exits, start = range(drafter.num_exits), time.perf_counter()
+    exits = range(drafter.num_exits) if drafter.num_exits > 1 else [None]
+    score, draft = defaultdict[int, list[float]](list), defaultdict[tuple[int | None, int], list[float]](list)
+    start = time.perf_counter()
     while len(score[1]) < REPEATS or time.perf_counter() - start < SECONDS:
         for n, seconds in time_scoring(target, 1).items():
             score[n].append(seconds)
-        for exit in exits:
-            for depth in (1, DRAFTED):
-                chosen = exit if len(exits) > 1 else None
-                drafts[exit, depth].append(time_drafting(target, drafter, verifier, depth, chosen))
-    lines = (_line(min(drafts[exit, 1]), min(drafts[exit, DRAFTED])) for exit in exits)
+        for exit, depth in product(exits, (1, DRAFTED)):
+            draft[exit, depth].append(time_drafting(target, drafter, verifier, depth, exit))
+    drafts = []
+    for exit in exits:
+        one, each = min(draft[exit, 1]), min(draft[exit, DRAFTED])
+        first = one or each  # a drafter may draft nothing where it is to draft a single token
+        drafts.append((first, min(max((DRAFTED * each - one) / (DRAFTED - 1), 0.0), first)))
     least = [min(score[n]) for n in ROWS]
     # Fewer tokens take no longer: where they seem to, the machine was busy.
-    return Costs({n: min(least[at:]) for at, n in enumerate(ROWS)}, tuple(lines))
-
-
-def _line(one: float, each: float) -> tuple[float, float]:
-    """Seconds of the first drafted token and of a further one, from one alone and from each of ``DRAFTED``.
-
-    A token costs no more in a deeper draft. A drafter that drafts nothing alone (0) has one price.
-    """
-    further = (DRAFTED * each - one) / (DRAFTED - 1)
-    return (one, further) if one > 0 and 0 <= further <= one else (each, each)
+    return Costs({n: min(least[at:]) for at, n in enumerate(ROWS)}, tuple(drafts))
 
 
 def _place(target: Target, drafter: Drafter) -> Path:
@@ -98,23 +87,23 @@ def _place(target: Target, drafter: Drafter) -> Path:
 @torch.inference_mode()
 def time_scoring(target: Target, repeats: int = 5) -> dict[int, float]:
     """Time passes of each size in ``ROWS``, interleaved, after a pass that warms up; the least of each, in seconds."""
-    cache = target.new_cache()
-    context = min(CONTEXT, target.context - max(ROWS))
-    ids = torch.arange(context + max(ROWS), device=target.device)[None] % target.vocab_size
-    positions = torch.arange(ids.shape[1], device=target.device)[None]
-    _pass(target, ids[:, :context], positions[:, :context], cache)
+    cache, context = target.new_cache(), min(CONTEXT, target.context - max(ROWS))
+    _pass(target, cache, 0, context)
     cache.commit([list(range(context))])
-    seconds: dict[int, list[float]] = {n: [] for n in ROWS}
-    for repeat in range(repeats + 1):
-        for n in ROWS:
-            start = time.perf_counter()
-            _pass(target, ids[:, context : context + n], positions[:, context : context + n], cache)
-            if target.device.type == "cuda":
-                torch.cuda.synchronize(target.device)
-            if repeat:
-                seconds[n].append(time.perf_counter() - start)
-            cache.trim(n)
-    return {n: min(s) for n, s in seconds.items()}
+    seconds = defaultdict[int, list[float]](list)
+    for _, n in product(range(repeats + 1), ROWS):
+        start = time.perf_counter()
+        _pass(target, cache, context, n)
+        seconds[n].append(time.perf_counter() - start)
+        cache.trim(n)
+    return {n: min(s[1:]) for n, s in seconds.items()}
+
+
+def _pass(target: Target, cache: KVCache, start: int, count: int) -> None:
+    """Run ``count`` tokens from position ``start`` on, and choose one after each."""
+    positions = torch.arange(start, start + count, device=target.device)[None]
+    x = target.embed(positions % target.vocab_size, positions)
+    target.choose(target.layers(x, 0, target.num_layers, Pass(positions, cache.mask(0, positions), cache)))
 
 
 def time_drafting(
@@ -125,16 +114,6 @@ def time_drafting(
     policy, sampler = FixedDepth(depth, exit), Sampler(SamplingParams())
     limit = min(8 * depth, target.context - len(prompt))
     loop = Loop(target, drafter, verifier, sampler, [prompt], [limit], lambda row, token: None, policy)
-    steps, before = [], 0.0
-    for number, _ in enumerate(loop.steps()):
-        spent = loop.ledger.seconds.get("draft", 0.0)
-        if number > 1 and loop.metrics[0].per_step_drafted[-1]:
-            steps.append((spent - before) / loop.metrics[0].per_step_drafted[-1])
-        before = spent
-    return min(steps, default=0.0)
-
-
-def _pass(target: Target, ids: Tensor, positions: Tensor, cache: KVCache) -> None:
-    x = target.embed(ids, positions)
-    x = target.layers(x, 0, target.num_layers, Pass(positions, cache.mask(0, positions), cache))
-    target.choose(x)
+    spent = [loop.ledger.seconds.get("draft", 0.0) for _ in loop.steps()]  # after the prefill, and after each step
+    steps = list(zip(pairwise(spent), loop.metrics[0].per_step_drafted, strict=True))
+    return min([(after - before) / n for (before, after), n in steps[1:] if n], default=0.0)  # the first warms up

@@ -1,23 +1,23 @@
 """How deep to draft, and to which exit: fixed, or chosen by expected tokens per second.
 
-``AutoDepth`` takes the depth and exit with the most expected tokens per second, by a table of step costs that is scaled
-to what recent steps take, and a running estimate of how often the drafted token at each position is accepted; depth 0
-is plain decoding. What it does not take (drafting where plain decoding is faster, another exit, one token deeper) it
-probes: each exit saves up its part of 1 % of the decode time, and is tried when that pays for the expected loss. A new
-request starts from the acceptance of earlier ones, worth five observations.
+``AutoDepth`` takes the exit and depth (0: plain decoding) with the most expected tokens per second, by a table of step
+costs, scaled to what recent steps took, and a running estimate of how often each drafted position is accepted. What it
+does not take (drafting where plain decoding is faster, another exit, one token deeper) it probes in 1 % of the decode
+time: each exit saves up its part of that, and is tried when it pays for the expected loss. A request starts from the
+acceptance of earlier ones, worth five observations.
 """
 
 from __future__ import annotations
 
 import bisect
 import functools
-import itertools
-import operator
-from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
+
+import numpy as np
+from pydantic import Field, NonNegativeFloat, PositiveFloat
+from pydantic.dataclasses import dataclass
 
 MOST = 8  # deepest draft considered
 PROBES = 0.01  # share of the decode time that probes may lose
@@ -28,8 +28,10 @@ RECENT = 15  # steps whose median ratio of measured to expected seconds scales t
 HOLD = 15  # most plain steps without a decision
 NODE_GAIN, MOST_NODES = 0.03, 8  # tokens that an extra tree node adds to a step on average; most such nodes
 
+Known = tuple[tuple[Annotated[float, Field(ge=0, le=1)], PositiveFloat], ...]  # per position: acceptance, observations
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, config={"allow_inf_nan": False})
 class Costs:
     """Seconds: ``score[n]`` of a pass over n tokens (embedding, layers, readout), ``drafts`` of drafting.
 
@@ -37,9 +39,9 @@ class Costs:
     the drafted token was accepted in earlier requests, and how many observations that rests on.
     """
 
-    score: dict[int, float]
-    drafts: tuple[tuple[float, float], ...]
-    accepted: tuple[tuple[tuple[float, float], ...], ...] = ()
+    score: dict[int, PositiveFloat]
+    drafts: tuple[tuple[NonNegativeFloat, NonNegativeFloat], ...]
+    accepted: tuple[Known, ...] = ()
 
     def scoring(self, tokens: float) -> float:
         """Seconds of a pass over ``tokens``: linear between and beyond the sizes in ``score``."""
@@ -68,20 +70,7 @@ class Choice(NamedTuple):
     confidence: float = 0.0
 
 
-class DepthPolicy(ABC):
-    """Chooses what to draft before each step, and learns from the step."""
-
-    @abstractmethod
-    def choose(self, batch: int) -> Choice:
-        """What to draft in the next step of ``batch`` rows."""
-
-    def observe(  # noqa: B027 (optional)
-        self, drafted: Sequence[int], accepted: Sequence[int], scored: int, draft: float, rest: float
-    ) -> None:
-        """A step: drafted depth and accepted tokens of each row, tokens scored, seconds of drafting and of the rest."""
-
-
-class FixedDepth(DepthPolicy):
+class FixedDepth:
     """Always the same depth and exit."""
 
     def __init__(self, depth: int, exit: int | None = None) -> None:
@@ -90,156 +79,116 @@ class FixedDepth(DepthPolicy):
     def choose(self, batch: int) -> Choice:
         return self.choice
 
-
-class _Counts:
-    """Observations and acceptances of each position; the past fades."""
-
-    def __init__(self, memory: float) -> None:
-        self.memory, self.seen, self.accepted = memory, [0.0] * MOST, [0.0] * MOST
-
-    def start(self, known: Sequence[tuple[float, float]], most: float) -> None:
-        """Start from shares of acceptance, worth ``most`` observations each at most."""
-        for position, (share, seen) in enumerate(known[:MOST]):
-            self.seen[position] = min(seen, most)
-            self.accepted[position] = share * self.seen[position]
-
-    def add(self, position: int, seen: int, accepted: int) -> None:
-        self.seen[position] = self.memory * self.seen[position] + seen
-        self.accepted[position] = self.memory * self.accepted[position] + accepted
-
-    def known(self) -> tuple[tuple[float, float], ...]:
-        """Share and observations, for as many positions as were drafted."""
-        return tuple((accepted / seen, seen) for accepted, seen in zip(self.accepted, self.seen, strict=True) if seen)
-
-    def tokens(self) -> list[float]:
-        """Expected tokens of a step at depth 0, 1, .. ``MOST``. A position is assumed to be like the one before it."""
-        shares, share = [], PRIOR
-        for accepted, seen in zip(self.accepted, self.seen, strict=True):
-            share = (accepted + WEIGHT * share) / (seen + WEIGHT)
-            shares.append(share)
-        return list(itertools.accumulate(itertools.accumulate(shares, operator.mul), initial=1.0))
+    def observe(self, drafted: Sequence[int], accepted: Sequence[int], scored: int, draft: float, rest: float) -> None:
+        pass
 
 
-class _Exit:
-    """What is known of drafting to one exit.
-
-    ratios: measured to expected seconds of drafting, over that of scoring. budget: seconds saved up for a probe.
-    """
-
-    def __init__(self, known: Sequence[tuple[float, float]]) -> None:
-        self.ratios, self.budget = deque([1.0], maxlen=RECENT), 0.0
-        self.all, self.own = _Counts(LONG_MEMORY), _Counts(MEMORY)  # acceptance in all requests, and in this one
-        self.all.start(known, float("inf"))
-        self.begin()
-
-    def begin(self) -> None:
-        self.own.start(self.all.known(), CARRIED)
-
-    def count(self, drafted: Sequence[int], accepted: Sequence[int]) -> None:
-        for position in range(min(max(drafted), MOST)):
-            # Only rows whose chain was accepted up to here say anything about this position.
-            reached = [a for d, a in zip(drafted, accepted, strict=True) if d > position and a >= position]
-            for counts in (self.all, self.own):
-                counts.add(position, len(reached), sum(a > position for a in reached))
-
-
-class _Step(NamedTuple):
-    """A step that could be taken: the expected tokens of each row, seconds, and tokens per second."""
-
-    speed: float
-    exit: int
-    depth: int
-    tokens: float
-    seconds: float
-
-
-class AutoDepth(DepthPolicy):
+class AutoDepth:
     """The policy above. One serves all requests of a decoder; ``begin`` says that a new one starts."""
 
     def __init__(self, costs: Costs) -> None:
-        self.table = costs
-        self.scoring, self.drafting = functools.lru_cache(costs.scoring), functools.lru_cache(costs.drafting)
-        known = itertools.zip_longest(costs.drafts, costs.accepted[: len(costs.drafts)], fillvalue=())
-        self.exits = [_Exit(accepted) for _, accepted in known]
-        self.ratios: deque[float] = deque(maxlen=RECENT)  # measured to expected seconds of scoring
+        self.table, exits = costs, range(len(costs.drafts))
+        self.scoring = functools.lru_cache(costs.scoring)
+        self.drafting = np.array([[costs.drafting(depth, exit) for depth in range(MOST + 1)] for exit in exits])
+        known = [*costs.accepted, *[()] * len(exits)]
+        self.all = [[*known[exit], *[(0.0, 0.0)] * MOST][:MOST] for exit in exits]  # as ``Costs.accepted``
+        self.paces: deque[float] = deque(maxlen=RECENT)  # measured to expected seconds of scoring
+        self.ratios = [deque([1.0], maxlen=RECENT) for _ in exits]  # of drafting, over that of scoring
         self.width = 1.0  # tokens lately scored per drafted depth, beside extra nodes: more than 1 in a fixed tree
-        self.batch, self.hold, self.elapsed = 0, 0, 0.0  # plain steps to go, and seconds gone, between two decisions
+        self.budgets = np.zeros(len(exits))  # seconds that each exit has saved up for a probe
+        self.batch, self.elapsed = 0, 0.0  # seconds since the last decision
         self.choice, self.probe, self.speed = Choice(), False, 0.0  # of the last decision; the best expected speed
+        self.begin()
 
     def begin(self) -> None:
-        self.hold = 0
-        for known in self.exits:
-            known.begin()
+        self.hold = 0  # plain steps to go without a decision
+        self.own = [[(share, min(seen, CARRIED)) for share, seen in known] for known in self.all]  # of this request
 
     def choose(self, batch: int) -> Choice:
+        """What to draft in the next step of ``batch`` rows."""
         if self.hold and batch == self.batch:
             self.hold -= 1
             return self.choice
         self.batch, self.probe = batch, False
-        steps = self.steps()
-        best = max(map(max, steps))
-        chosen, self.speed, wait = best, best.speed, HOLD * best.seconds
-        share = PROBES / len(self.exits)
-        for known, own in zip(self.exits, steps, strict=True):
-            drafts = own[best.depth + 1 : best.depth + 2] if best.depth and own[best.depth] is best else own[1:]
-            if not drafts:
+        tokens, seconds = self.steps()
+        speeds = tokens / seconds
+        exit, depth = chosen = divmod(int(speeds.argmax()), MOST + 1)
+        self.speed, share, wait = float(speeds[chosen]), PROBES / len(speeds), HOLD * seconds[chosen]
+        for other, budget in enumerate(self.budgets):
+            further = depth + 1 if depth and other == exit else 1 + int(speeds[other, 1:].argmax())
+            if further > MOST:
                 continue
-            other = max(drafts)
-            loss = other.seconds - other.tokens / best.speed
-            known.budget = min(known.budget + share * self.elapsed, loss)
-            wait = min(wait, (loss - known.budget) / share)
-            if known.budget >= loss and not self.probe:
-                chosen, self.probe = other, True
-        self.elapsed, self.hold = 0.0, 0
-        if chosen.depth:
-            self.choice = self._choice(chosen)
-        else:
-            self.choice, self.hold = Choice(), int(wait / best.seconds)
+            loss = seconds[other, further] - tokens[other, further] / self.speed
+            self.budgets[other] = budget = min(budget + share * self.elapsed, loss)
+            wait = min(wait, (loss - budget) / share)
+            if budget >= loss and not self.probe:
+                chosen, self.probe = (other, further), True
+        self.elapsed = 0.0
+        self.choice = self._choice(*chosen)
+        self.hold = 0 if self.choice.depth else int(wait / seconds[chosen])
         return self.choice
 
     def observe(self, drafted: Sequence[int], accepted: Sequence[int], scored: int, draft: float, rest: float) -> None:
+        """A step: drafted depth and accepted tokens of each row, tokens scored, seconds of drafting and of the rest."""
         deepest = max(drafted)
         self.elapsed += draft + rest
-        self.ratios.append(rest / self.scoring(scored))
+        self.paces.append(rest / self.scoring(scored))
         if not deepest:
             return
         exit, nodes = self.choice.exit or 0, scored / len(drafted) - 1
         chain = nodes <= self.choice.depth + self.choice.extra_nodes
         self.width = 0.8 * self.width + 0.2 * (1.0 if chain else nodes / deepest)
-        used, pace = self.exits[exit], _median(self.ratios)
-        used.ratios.append(draft / pace / self.drafting(deepest, exit))
-        used.count(drafted, accepted)
+        pace, expected = _median(self.paces), self.table.drafting(deepest, exit)
+        self.ratios[exit].append(draft / pace / expected)
+        for position in range(min(deepest, MOST)):
+            # Only rows whose chain was accepted up to here say anything about this position.
+            reached = [a for d, a in zip(drafted, accepted, strict=True) if d > position and a >= position]
+            for known, memory in ((self.all[exit], LONG_MEMORY), (self.own[exit], MEMORY)):
+                share, seen = known[position]
+                before, now = memory * seen, memory * seen + len(reached)
+                known[position] = ((before * share + sum(a > position for a in reached)) / now if now else share, now)
         if self.probe:  # what it took by the median, as a single step may be slow for any reason
-            took = pace * (_median(used.ratios) * self.drafting(deepest, exit) + self.scoring(scored))
-            used.budget -= took - (1 + sum(accepted) / len(accepted)) / self.speed
+            took = pace * (_median(self.ratios[exit]) * expected + self.scoring(scored))
+            self.budgets[exit] -= took - (1 + sum(accepted) / len(accepted)) / self.speed
 
-    def steps(self) -> list[list[_Step]]:
-        """For each exit, the steps of depth 0, 1, .. ``MOST``."""
-        pace = _median(self.ratios)
+    def steps(self) -> tuple[np.ndarray, np.ndarray]:
+        """Expected tokens of each row, and seconds, of a step to each exit (first axis) and depth from 0 on."""
+        tokens = np.array([_tokens(known) for known in self.own])
         scoring = [self.scoring(self.batch * (1 + depth * self.width)) for depth in range(MOST + 1)]
-        found = []
-        for exit, known in enumerate(self.exits):
-            tokens, ratio = known.own.tokens(), _median(known.ratios)
-            seconds = [pace * (ratio * self.drafting(k, exit) + s) for k, s in enumerate(scoring)]
-            found.append([_Step(n / s, exit, k, n, s) for k, (n, s) in enumerate(zip(tokens, seconds, strict=True))])
-        return found
+        ratios = np.array([[_median(known)] for known in self.ratios])
+        return tokens, _median(self.paces) * (ratios * self.drafting + scoring)
 
     def costs(self) -> Costs:
         """The table as recent steps have it, and what is known of acceptance."""
-        pace = _median(self.ratios)
-        scales = [pace * _median(known.ratios) for known in self.exits]
+        pace = _median(self.paces)
+        scales = [pace * _median(known) for known in self.ratios]
         drafts = tuple((a * first, a * further) for a, (first, further) in zip(scales, self.table.drafts, strict=True))
-        score = {n: pace * seconds for n, seconds in self.table.score.items()}
-        return Costs(score, drafts, tuple(known.all.known() for known in self.exits))
+        accepted = tuple(tuple(position for position in known if position[1]) for known in self.all)
+        return Costs({n: pace * seconds for n, seconds in self.table.score.items()}, drafts, accepted)
 
-    def _choice(self, step: _Step) -> Choice:
-        """``step``, with what else pays: its price in seconds is less than the tokens it adds are worth."""
-        batch, scoring, second = self.batch, self.scoring, self.speed * _median(self.ratios)
-        further = _median(self.exits[step.exit].ratios) * self.table.drafts[step.exit][1]
+    def _choice(self, exit: int, depth: int) -> Choice:
+        """That step, with what else pays: its price in seconds is less than the tokens it adds are worth."""
+        if not depth:
+            return Choice()
+        batch, scoring, second = self.batch, self.scoring, self.speed * _median(self.paces)
+        further = _median(self.ratios[exit]) * self.table.drafts[exit][1]
         confidence = min((further + scoring(2 * batch) - scoring(batch)) * second, 1.0)
-        nodes, chain = range(1, MOST_NODES + 1), batch * (1 + step.depth)
+        nodes, chain = range(1, MOST_NODES + 1), batch * (1 + depth)
         extra = (m for m in nodes if (scoring(chain + batch * m) - scoring(chain)) * second <= m * NODE_GAIN)
-        return Choice(step.depth, step.exit if len(self.exits) > 1 else None, max(extra, default=0), confidence)
+        return Choice(depth, exit if len(self.ratios) > 1 else None, max(extra, default=0), confidence)
+
+
+DepthPolicy = FixedDepth | AutoDepth
+
+
+def _tokens(known: Sequence[tuple[float, float]]) -> list[float]:
+    """Expected tokens of a step at depth 0, 1, .. ``MOST``, by the share of acceptance and observations of each."""
+    share, chain, tokens = PRIOR, 1.0, [1.0]
+    for observed, seen in known:
+        share = (seen * observed + WEIGHT * share) / (seen + WEIGHT)  # a position is assumed to be like the one before
+        chain *= share
+        tokens.append(tokens[-1] + chain)
+    return tokens
 
 
 def _median(ratios: Sequence[float]) -> float:
