@@ -134,7 +134,7 @@ def test_a_quiet_console_gets_no_line(heard: Heard) -> None:
     console = Console(file=heard, quiet=True)
     with terminal.Progress(console=console) as bars:
         bars.add_task("answers", total=4)
-        assert not terminal._lines
+        assert not bars._thread.is_alive()
     assert heard.getvalue() == ""
 
 

@@ -12,11 +12,10 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from threading import Event, Thread
 from typing import IO, Any
 
-import rich.status
 from rich import progress
 from rich.cells import cell_len
 from rich.console import Console
@@ -167,81 +166,6 @@ def _stdout_failed(error: OSError) -> None:
 # --- progress --------------------------------------------------------------------------------------------------------
 
 
-class Lines:
-    """Calls ``tell`` every half minute, in a thread, until the block ends. Within another, only the inner one does."""
-
-    def __init__(self, tell: Callable[[float], None]) -> None:
-        self._tell, self._ended = tell, Event()
-        self._thread = Thread(target=self._run, daemon=True)
-
-    def _run(self) -> None:
-        start = time.monotonic()
-        while not self._ended.wait(EVERY):
-            if _lines[-1:] == [self]:
-                with suppress(OSError, ValueError):  # a stderr that is full or closed
-                    self._tell(time.monotonic() - start)
-
-    def __enter__(self) -> Lines:
-        _lines.append(self)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._ended.set()
-        self._thread.join()
-        _lines.remove(self)
-
-
-_lines: list[Lines] = []  # those open, inner ones last
-
-
-class Status:
-    """What is under way; ``update`` replaces it."""
-
-    def __init__(self, message: str) -> None:
-        self.message = message
-
-    def update(self, message: str) -> None:
-        self.message = message
-
-    def __rich__(self) -> Text:
-        return Text(printable(self.message))
-
-
-_spinners: list[rich.status.Status] = []  # those that are shown, or wait for an inner one
-
-
-@contextmanager
-def _alone() -> Iterator[None]:
-    """A terminal shows one thing that moves: outer spinners wait."""
-    outer = _spinners[-1:]
-    for spinner in outer:
-        spinner.stop()
-    try:
-        yield
-    finally:
-        for spinner in outer:
-            spinner.start()
-
-
-@contextmanager
-def status(message: str, quiet: bool = False) -> Iterator[Status]:
-    """Show on stderr that something is under way: a spinner on a terminal, else a line every half minute."""
-    console, current = stderr(), Status(message)
-    if quiet:
-        yield current
-    elif console.is_terminal:
-        with _alone(), console.status(current) as spinner:
-            _spinners.append(spinner)
-            try:
-                yield current
-            finally:
-                _spinners.remove(spinner)
-    else:
-        with Lines(lambda seconds: tell(console, f"{current.message} ({duration(seconds)})")):
-            yield current
-
-
 class Description(progress.ProgressColumn):
     """What a task is, as plain text."""
 
@@ -250,33 +174,65 @@ class Description(progress.ProgressColumn):
 
 
 class Progress(progress.Progress):
-    """Tasks under way on stderr: bars on a terminal, else a line for each that has not ended, every half minute."""
+    """Tasks under way on stderr: bars on a terminal, else a line for each that has not ended, every half minute.
+
+    Of several, one inside the other, only the inner one is shown.
+    """
 
     def __init__(self, *columns: progress.ProgressColumn, console: Console | None = None, **more: Any) -> None:
         console = console or stderr()
         super().__init__(Description(), *columns, console=console, disable=not console.is_terminal, **more)
-        self._beside: ExitStack | None = None
+        self._ended, self._thread = Event(), Thread(target=self._lines, daemon=True)
 
     def start(self) -> None:
-        if self._beside is None:
-            self._beside = ExitStack()
-            if self.console.is_terminal:
-                self._beside.enter_context(_alone())
-            elif not self.console.quiet:
-                self._beside.enter_context(Lines(self._tell))
+        if self in _open:
+            return
+        for outer in _open[-1:]:
+            outer.live.stop()
+        _open.append(self)
         super().start()
+        if self.disable and not self.console.quiet:
+            self._thread.start()
 
     def stop(self) -> None:
         super().stop()
-        if self._beside is not None:
-            self._beside.close()
-            self._beside = None
+        if self in _open:
+            _open.remove(self)
+            self._ended.set()
+            if self._thread.is_alive():
+                self._thread.join()
+            for outer in _open[-1:]:
+                super(Progress, outer).start()
 
-    def _tell(self, seconds: float) -> None:
-        for task in self.tasks:
-            if task.visible and (task.total is None or task.completed < task.total):
-                share = "" if task.total is None else f": {task.percentage:.0f} %"
-                tell(self.console, f"{task.description}{share} ({duration(task.elapsed or seconds)})")
+    def _lines(self) -> None:
+        while not self._ended.wait(EVERY):
+            for task in self.tasks if _open[-1:] == [self] else []:
+                if task.visible and (task.total is None or task.completed < task.total):
+                    share = "" if task.total is None else f": {task.percentage:.0f} %"
+                    with suppress(OSError, ValueError):  # a stderr that is full or closed
+                        tell(self.console, f"{task.description}{share} ({duration(task.elapsed or 0.0)})")
+
+
+_open: list[Progress] = []  # those that have started, inner ones last
+
+
+class Status:
+    """What is under way; ``update`` replaces it."""
+
+    def __init__(self, message: str, shown: Progress) -> None:
+        self._shown, self._task = shown, shown.add_task(message, total=None)
+
+    def update(self, message: str) -> None:
+        self._shown.update(self._task, description=message)
+
+
+@contextmanager
+def status(message: str, quiet: bool = False) -> Iterator[Status]:
+    """Show on stderr that something is under way: a spinner on a terminal, else a line every half minute."""
+    shown = Progress(transient=True)
+    shown.columns = (progress.SpinnerColumn(), *shown.columns)
+    with nullcontext() if quiet else shown:
+        yield Status(message, shown)
 
 
 class Bar:
