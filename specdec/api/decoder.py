@@ -60,7 +60,7 @@ class SpecDecoder:
     Raises SpecDecError if the model is unsupported or the drafter does not fit it.
     """
 
-    @options.named("SpecDecoder")
+    @options.checked("SpecDecoder", CONSTRUCTOR)
     def __init__(
         self,
         model: PreTrainedModel,
@@ -75,12 +75,6 @@ class SpecDecoder:
         exact: bool = False,
         experts: ExpertOptions | None = None,
     ) -> None:
-        given = {
-            "model": model, "drafter": drafter, "drafter_options": drafter_options, "runtime": runtime,
-            "weights": weights, "verifier": verifier, "verifier_options": verifier_options,
-            "exact": exact, "experts": experts,
-        }  # fmt: skip
-        options.check_values(given, CONSTRUCTOR)
         self.tuned: Tuned | None = None  # what ``specdec tune drafter`` found, where it is applied
         self._kept: Tuned | None = None  # the same, where there is anything for this model
         self.verifier = registry.verifier(verifier, verifier_options, exact)
@@ -103,7 +97,7 @@ class SpecDecoder:
         return self.target.device
 
     @classmethod
-    @options.named("SpecDecoder.from_pretrained", __init__)
+    @options.checked("SpecDecoder.from_pretrained", LOADING, __init__)
     def from_pretrained(
         cls,
         name: str = catalogue.DEFAULT_MODEL,
@@ -127,11 +121,6 @@ class SpecDecoder:
         after ``close`` they are in the checkpoint only. ``more`` goes to the constructor. Raises SpecDecError with the
         reason if anything is missing or unfit.
         """
-        given = {
-            "name": name, "drafter": drafter, "dtype": dtype, "device": device, "revision": revision,
-            "trust_remote_code": trust_remote_code, "experts": experts,
-        }  # fmt: skip
-        options.check_values(given, LOADING)
         way = {key: more.get(key, usual) for key, usual in DEFAULTS.items()}
         options.check_values(way, CONSTRUCTOR)
         if device == "auto" and needs_cpu(way["runtime"], way["weights"]):
@@ -190,38 +179,7 @@ class SpecDecoder:
             )
         return drafter
 
-    def generate(self, prompt: Prompt, **given: Any) -> GenerationOutput:
-        """Generate from one prompt (text, token ids, a tensor, or chat messages). Options: see ``open``."""
-        options.check_names("generate", given, _OPTIONS)
-        return self.generate_batch([prompt], **given)[0]
-
-    def generate_batch(self, prompts: Sequence[Prompt], **given: Any) -> list[GenerationOutput]:
-        """Generate from several prompts at once; rows may differ in length, acceptance and end.
-
-        A SpecDecError that ends decoding carries what was generated until then as ``outputs``.
-        """
-        options.check_names("generate_batch", given, _OPTIONS)
-        with self.open(prompts, **given) as generation:
-            try:
-                for _ in generation.steps():
-                    pass
-            except SpecDecError as error:
-                error.outputs = generation.outputs()
-                raise
-            return generation.outputs()
-
-    def stream(self, prompt: Prompt, **given: Any) -> Iterator[str]:
-        """Yield text as it is accepted. Closing the iterator early ends the generation and frees its memory."""
-        options.check_names("stream", given, _OPTIONS)
-        return self._stream(prompt, given)
-
-    def _stream(self, prompt: Prompt, given: dict[str, Any]) -> Iterator[str]:
-        with self.open([prompt], **given) as generation:
-            for pieces in generation:
-                if pieces[0]:
-                    yield pieces[0]
-
-    @options.named("open")
+    @options.checked("open", REQUEST)
     def open(
         self,
         prompts: Sequence[Prompt],
@@ -251,11 +209,6 @@ class SpecDecoder:
         message. logits_processor: HF processors, applied to every position. ignore_eos: go on to the limit.
         Raises SpecDecError for values of the wrong type or out of range and for prompts that do not fit.
         """
-        given = {
-            "max_new_tokens": max_new_tokens, "num_speculative_tokens": num_speculative_tokens, "stop": stop,
-            "logits_processor": logits_processor, "ignore_eos": ignore_eos,
-        }  # fmt: skip
-        options.check_values(given, REQUEST)
         penalty = 1.0 if repetition_penalty is None else repetition_penalty
         params = SamplingParams(temperature, top_k, top_p, min_p, penalty, seed)
         if isinstance(prompts, Tensor) and prompts.dim() == 2:
@@ -302,6 +255,34 @@ class SpecDecoder:
             raise
         generation.release = weakref.finalize(generation, _busy.discard, claim)  # also if it is dropped unfinished
         return generation
+
+    @options.checked("generate", None, open)
+    def generate(self, prompt: Prompt, **given: Any) -> GenerationOutput:
+        """Generate from one prompt (text, token ids, a tensor, or chat messages). Options: see ``open``."""
+        return self.generate_batch([prompt], **given)[0]
+
+    @options.checked("generate_batch", None, open)
+    def generate_batch(self, prompts: Sequence[Prompt], **given: Any) -> list[GenerationOutput]:
+        """Generate from several prompts at once; rows may differ in length, acceptance and end.
+
+        A SpecDecError that ends decoding carries what was generated until then as ``outputs``.
+        """
+        with self.open(prompts, **given) as generation:
+            try:
+                for _ in generation.steps():
+                    pass
+            except SpecDecError as error:
+                error.outputs = generation.outputs()
+                raise
+            return generation.outputs()
+
+    @options.checked("stream", None, open)
+    def stream(self, prompt: Prompt, **given: Any) -> Iterator[str]:
+        """Yield text as it is accepted. Closing the iterator early ends the generation and frees its memory."""
+        with self.open([prompt], **given) as generation:
+            for pieces in generation:
+                if pieces[0]:
+                    yield pieces[0]
 
     def _claim(self) -> int:
         """Take the drafter for a generation. Raises SpecDecError if another one is using it."""
@@ -365,9 +346,6 @@ class SpecDecoder:
     def eos_ids(self) -> frozenset[int]:
         """Token ids that end a generation, as ``model.generate`` takes them."""
         return generation_config.ends(self.model, self.tokenizer)
-
-
-_OPTIONS = options.keywords(SpecDecoder.open, only=True)
 
 
 def _recalled(drafter: str | Path | Drafter, kept: Tuned | None) -> tuple[str | Path | Drafter, Tuned | None]:

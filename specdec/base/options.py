@@ -110,32 +110,29 @@ def shown(value: Any) -> str:
     return f"a {type(value).__name__}"
 
 
-def check_names(method: str, given: Iterable[str], known: Sequence[str]) -> None:
-    """Raise SpecDecError for a keyword that ``method`` does not take."""
-    for name in given:
-        if name not in known:
-            raise SpecDecError(f"{method} takes no '{name}'{did_you_mean(name, known)}; it takes {', '.join(known)}")
+def checked(
+    name: str, kinds: Mapping[str, Kind] | None = None, *others: Callable[..., Any]
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Have the method ``name`` refuse arguments that are not of their kind, and keywords that it does not take.
 
-
-def keywords(method: Callable[..., Any], only: bool = False) -> list[str]:
-    """The names that may (``only``: must) be given by keyword."""
-    kinds = [inspect.Parameter.KEYWORD_ONLY] + [inspect.Parameter.POSITIONAL_OR_KEYWORD] * (not only)
-    parameters = inspect.signature(method).parameters.values()
-    return [p.name for p in parameters if p.kind in kinds and p.name not in ("self", "cls")]
-
-
-def named(name: str, *others: Callable[..., Any]) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Have a method refuse keywords that neither it nor ``others``, to which it hands the rest, takes.
-
-    The error is a SpecDecError that calls the method ``name``.
+    others: what the method hands its further keywords to. Raises SpecDecError.
     """
 
     def wrap(method: Callable[P, R]) -> Callable[P, R]:
-        known = list(dict.fromkeys([*keywords(method), *(k for other in others for k in keywords(other, only=True))]))
+        signature = inspect.signature(method)
+        takes = [p.name for p in signature.parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        hands_on = [
+            p.name for f in others for p in inspect.signature(f).parameters.values() if p.kind is p.KEYWORD_ONLY
+        ]
+        known = list(dict.fromkeys(takes[1:] + hands_on))  # without self
 
         @functools.wraps(method)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            check_names(name, kwargs, known)
+            for keyword in kwargs:
+                if keyword not in known:
+                    hint = did_you_mean(keyword, known)
+                    raise SpecDecError(f"{name} takes no '{keyword}'{hint}; it takes {', '.join(known)}")
+            check_values(signature.bind(*args, **kwargs).arguments, kinds or {})
             return method(*args, **kwargs)
 
         return call
@@ -155,23 +152,19 @@ def check(drafter: str, given: Iterable[str], known: Sequence[str] = (), source:
 
 def whole(name: str, value: Any, low: int, high: int | None = None) -> int:
     """``value``, if it is a whole number in [low, high]. Raises SpecDecError otherwise."""
-    if type(value) is not int or value < low or (high is not None and value > high):
-        need = f">= {low}" if high is None else f"in {low} .. {high}"
-        raise SpecDecError(f"{name} must be a whole number {need}; got {value!r}")
+    check_values({name: value}, {name: wholes_from(low, high)})
     return int(value)
 
 
 def wholes(name: str, values: Any, low: int) -> tuple[int, ...]:
     """``values``, if they are a list of whole numbers >= low. Raises SpecDecError otherwise."""
-    if not isinstance(values, Sequence) or any(type(v) is not int or v < low for v in values):
-        raise SpecDecError(f"{name} must be a list of whole numbers >= {low}; got {values!r}")
+    check_values({name: values}, {name: lists(f"whole numbers >= {low}", wholes_from(low).holds)})
     return tuple(values)
 
 
 def probability(name: str, value: Any) -> float:
     """``value``, if it is a number in [0, 1]. Raises SpecDecError otherwise."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise SpecDecError(f"{name} must be a probability in [0, 1]; got {value!r}")
+    check_values({name: value}, {name: Kind("a probability in [0, 1]", lambda p: is_number(p) and 0 <= p <= 1)})
     return float(value)
 
 
