@@ -43,6 +43,10 @@ class GenerationOutput:
     finish_reason: str
     metrics: RequestMetrics
 
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return vars(self) | {"metrics": self.metrics.as_dict()}
+
 
 class Generation:
     """A generation under way. Iterating yields, per step, the new text of each row ("" where there is none).

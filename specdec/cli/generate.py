@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from specdec.base import inputs, options, terminal
-from specdec.base.errors import SpecDecError, did_you_mean
+from specdec.base.errors import SpecDecError
 from specdec.cli import shared, statistics
 from specdec.cli.shared import INTERRUPTED, panel, print_json
 from specdec.models.catalogue import DEFAULT_MODEL
@@ -98,26 +98,22 @@ def generate(
     text = _read(prompt)
     system = None if system is None else _utf8("--system", system)
     stop = [_utf8("--stop", one) for one in stop or []]
-    settings: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        "num_speculative_tokens": shared.depth(num_speculative_tokens),
-        "temperature": temperature,
-        "top_p": top_p,
-        "top_k": top_k,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-        "seed": seed,
-        "stop": stop,
-    }
     with terminal.status("starting", silent):
         terminal.warn_in_lines(verbose)
+        from specdec.api.comparison import compare as compared
         from specdec.api.decoder import SpecDecoder
         from specdec.api.text import encode
         from specdec.speculation.sampling import SamplingParams
 
         # What can be checked without the model comes first: it may have to be downloaded.
         penalty = 1.0 if repetition_penalty is None else repetition_penalty
-        settings["temperature"] = SamplingParams(temperature, top_k, top_p, min_p, penalty, seed).temperature
+        params = SamplingParams(temperature, top_k, top_p, min_p, penalty, seed)
+        settings: dict[str, Any] = {
+            "max_new_tokens": max_new_tokens,
+            "num_speculative_tokens": shared.depth(num_speculative_tokens),
+            **(vars(params) | {"repetition_penalty": repetition_penalty}),
+            "stop": stop,
+        }
         registry.parse(drafter)
         rule_options = options.assignments("--verifier-option", verifier_option or [])
         if exit_threshold is not None:
@@ -144,6 +140,7 @@ def generate(
     tuned = decoder.tuned
     if drafter == "auto":
         drafter = decoder.drafter.name if tuned is None else tuned.drafter
+    source = "" if drafter == decoder.drafter.label else drafter  # a folder, or NAME=SOURCE
     if tuned is not None and num_speculative_tokens == "auto":
         settings["num_speculative_tokens"] = tuned.num_speculative_tokens
     ids = encode(decoder.tokenizer, text, chat=False if raw else None, system=system, context=decoder.target.context)
@@ -164,41 +161,37 @@ def generate(
         baseline, failed = _decode(plain, ids, baseline_settings, _discard, silent)
         interrupted = baseline.finish_reason == "interrupted"
         if not interrupted:
-            comparison = _compare(decoder, ids, settings, output, baseline)
+            limit = min(max_new_tokens, decoder.target.context - len(ids))
+            sampler = decoder.sampler([ids], [limit], params, repetition_penalty)
+            comparison = compared(decoder, ids, sampler, output, baseline)
 
     if as_json:
-        result = {
-            "text": output.text,
-            "token_ids": output.token_ids,
-            "finish_reason": output.finish_reason,
+        chat = not raw and bool(getattr(decoder.tokenizer, "chat_template", None))
+        result: dict[str, Any] = {
+            **output.as_dict(),
             "model": model,
             "drafter": decoder.drafter.label,
-            "drafter_source": _source(decoder, drafter) or None,
+            "drafter_source": source or None,
             "drafter_options": drafter_options,
             "tuned": None if tuned is None else asdict(tuned),
             **statistics.runtime(decoder),
             "runtime_note": decoder.runtime_note,
             "lossless": rule.lossless,
             "verifier": statistics.rule(decoder),
-            "settings": settings
-            | {"system": system, "chat": not raw and bool(getattr(decoder.tokenizer, "chat_template", None))},
-            "metrics": output.metrics.as_dict(),
+            "settings": settings | {"system": system, "chat": chat},
             "note": statistics.unaccepted(decoder, output) or None,
         }
-        print_json(result if comparison is None else result | {"compare": comparison.as_dict()})
+        if comparison is not None:
+            result["compare"] = {"outcome": statistics.outcome(comparison, decoder)} | comparison.as_dict()
+        print_json(result)
     elif not quiet:
-        statistics.statistics(decoder, output, comparison, verbose, _source(decoder, drafter), tuned)
+        statistics.statistics(decoder, output, comparison, verbose, source, tuned)
     if failed is not None:
         raise failed
     if interrupted:
         raise typer.Exit(INTERRUPTED)
     if comparison is not None and comparison.fault:
         raise typer.Exit(1)
-
-
-def _source(decoder: SpecDecoder, given: str) -> str:
-    """What names the drafter where that is not its name: a folder, or NAME=SOURCE."""
-    return "" if given == decoder.drafter.label else given
 
 
 def _utf8(name: str, text: str) -> str:
@@ -238,10 +231,6 @@ def _expert_options(cache: str | None, prefetch: str, more: list[str]) -> Expert
             )
         return None
     given = options.assignments("--expert-option", more)
-    known = ("folder", "adaptive")
-    for name in given:
-        if name not in known:
-            raise SpecDecError(f"unknown expert option '{name}'{did_you_mean(name, known)}; known: {', '.join(known)}")
     if "folder" in given:
         given["folder"] = Path(str(given["folder"]))
     return ExpertOptions(options.size("--expert-cache", cache), prefetch, **given)
@@ -292,25 +281,6 @@ def _decode(
             raise failed
         write(output.text[sent:])  # held back as the possible beginning of a stop string or character
     return output, failed
-
-
-def _compare(
-    decoder: SpecDecoder, ids: list[int], settings: dict[str, Any], ours: GenerationOutput, plain: GenerationOutput
-) -> statistics.Comparison:
-    from specdec.engine.replay import first_difference, margins
-    from specdec.speculation.sampling import SamplingParams
-
-    params = SamplingParams(
-        **{name: settings[name] for name in SamplingParams.__dataclass_fields__ if name != "repetition_penalty"}
-    )
-    count = min(settings["max_new_tokens"], decoder.target.context - len(ids))
-    sampler = decoder.sampler([ids], [count], params, settings["repetition_penalty"])
-    if not decoder.verifier.lossless:
-        agreed = (margins(decoder.target, ids, ours.token_ids, sampler) <= 0).float().mean().item()
-        return statistics.Comparison(ours, plain, None, statistics.rule(decoder), agreed)
-    return statistics.Comparison(
-        ours, plain, first_difference(decoder.target, ids, ours.token_ids, plain.token_ids, sampler)
-    )
 
 
 def _short(ids: list[int]) -> bool:

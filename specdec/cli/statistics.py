@@ -5,9 +5,7 @@ They are a small table on a terminal and ``label: value`` lines in a pipe. Impor
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 from rich.text import Text
@@ -15,81 +13,13 @@ from rich.text import Text
 from specdec.base.terminal import shown, stderr
 
 if TYPE_CHECKING:
+    from specdec.api.comparison import Comparison
     from specdec.api.decoder import SpecDecoder
     from specdec.api.generation import GenerationOutput
     from specdec.api.tuned import Tuned
-    from specdec.engine.replay import Difference
 
 Facts = list[tuple[str, str]]
 ENOUGH = 8  # drafted tokens, before it is remarked that none was accepted
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Plain decoding of the same prompt in the same run.
-
-    speedup: plain decode seconds per token over ours; None if either decoded no token after its first.
-    difference: where the outputs differ first, explained by a replay of the logits; None if they are equal or may
-    differ. lossy: the acceptance rule, if it may change the output; a difference is then not a fault.
-    agreement: share of our tokens that the full model would choose after those before them; known for lossy rules.
-    """
-
-    ours: GenerationOutput
-    plain: GenerationOutput
-    difference: Difference | None = None
-    lossy: str = ""
-    agreement: float | None = None
-
-    @property
-    def speedup(self) -> float | None:
-        ours, plain = self.ours.metrics.tokens_per_second, self.plain.metrics.tokens_per_second
-        return ours / plain if ours > 0 and plain > 0 else None
-
-    @property
-    def identical(self) -> bool:
-        return self.ours.token_ids == self.plain.token_ids
-
-    @property
-    def fault(self) -> bool:
-        """A difference that rounding does not explain, by a rule that allows none."""
-        return not self.lossy and self.difference is not None and not self.difference.near_tie
-
-    @property
-    def outcome(self) -> str:
-        if self.identical:
-            return "yes"
-        if self.lossy:
-            return f"no: {self.lossy}"
-        return f"no ({self.difference})"
-
-    def facts(self) -> Facts:
-        speed = "no decode step to time" if self.speedup is None else f"{self.speedup:.2f}x"
-        facts = [
-            ("speedup over plain decoding", speed),
-            ("plain tokens/s", f"{self.plain.metrics.tokens_per_second:.1f}"),
-            ("output identical to plain decoding", self.outcome),
-        ]
-        if self.agreement is not None:
-            facts.append(("agreement with the full model", f"{self.agreement:.0%}"))
-        return facts
-
-    def as_dict(self) -> dict[str, Any]:
-        gap = None if self.difference is None else self.difference.margin
-        return {
-            "speedup": self.speedup,
-            "identical": self.identical,
-            "fault": self.fault,
-            "outcome": self.outcome,
-            "agreement": self.agreement,
-            "first_difference": None if self.difference is None else self.difference.index,
-            "logit_gap": gap if gap is not None and math.isfinite(gap) else None,
-            "plain": {
-                "text": self.plain.text,
-                "token_ids": self.plain.token_ids,
-                "finish_reason": self.plain.finish_reason,
-                "metrics": self.plain.metrics.as_dict(),
-            },
-        }
 
 
 def statistics(
@@ -133,7 +63,7 @@ def statistics(
     if decoder.target.experts is not None:
         blocks.append(experts(decoder.target.experts.describe(), m.experts))
     if comparison is not None:
-        blocks.append(comparison.facts())
+        blocks.append(_compared(comparison, decoder))
     if hint := unaccepted(decoder, output):
         blocks.append([("note", hint)])
     if verbose:
@@ -157,17 +87,36 @@ def statistics(
         console.print(table)
 
 
+def _compared(comparison: Comparison, decoder: SpecDecoder) -> Facts:
+    speed = "no decode step to time" if comparison.speedup is None else f"{comparison.speedup:.2f}x"
+    facts = [
+        ("speedup over plain decoding", speed),
+        ("plain tokens/s", f"{comparison.plain.metrics.tokens_per_second:.1f}"),
+        ("output identical to plain decoding", outcome(comparison, decoder)),
+    ]
+    if comparison.agreement is not None:
+        facts.append(("agreement with the full model", f"{comparison.agreement:.0%}"))
+    return facts
+
+
+def outcome(comparison: Comparison, decoder: SpecDecoder) -> str:
+    """Whether the output is that of plain decoding, and if not, why."""
+    if comparison.identical:
+        return "yes"
+    return f"no ({comparison.difference})" if decoder.verifier.lossless else f"no: {rule(decoder)}"
+
+
 def experts(what: str, figures: dict[str, float]) -> Facts:
     """What loading experts took while decoding."""
-    if not figures:
-        return [("experts", what)]
-    return [
-        ("experts", what),
-        ("experts found cached", f"{figures['hit_rate']:.0%}"),
-        ("in time", f"{figures['in_time_rate']:.0%}"),
-        ("read per accepted token", f"{figures['bytes_per_token'] / 1e6:.2f} MB"),
-        ("stalled per token", f"{figures['stall_ms_per_token']:.1f} ms"),
-    ]
+    facts = [("experts", what)]
+    if figures:
+        facts += [
+            ("experts found cached", f"{figures['hit_rate']:.0%}"),
+            ("in time", f"{figures['in_time_rate']:.0%}"),
+            ("read per accepted token", f"{figures['bytes_per_token'] / 1e6:.2f} MB"),
+            ("stalled per token", f"{figures['stall_ms_per_token']:.1f} ms"),
+        ]
+    return facts
 
 
 def unaccepted(decoder: SpecDecoder, output: GenerationOutput) -> str:
