@@ -75,8 +75,10 @@ class Loop:
         self.state.cache.expected = min(longest + DRAFTED, target.context)
         self.rows = list(range(len(prompts)))  # the request behind each row of the batch
         self.finished: dict[int, str] = {}
-        self.metrics = [RequestMetrics(num_prompt_tokens=len(p), num_layers=target.num_layers) for p in prompts]
         self.ledger = Ledger(target.device)
+        self.metrics = [RequestMetrics(len(p), num_layers=target.num_layers) for p in prompts]
+        for metrics in self.metrics:
+            metrics.ledger = self.ledger.seconds  # shared until the row ends
         self.fault: str | None = None  # why decoding cannot go on
         with self._drafting():
             drafter.start(len(prompts))
@@ -115,6 +117,8 @@ class Loop:
             state.cache.join(guests.state.cache)
             state.sampler.join(guests.state.sampler)
         self.rows += [first + row for row in guests.rows]
+        for row in self.rows:
+            self.metrics[row].ledger = self.ledger.seconds
         return [(first + row, tokens) for row, tokens in events]
 
     @torch.inference_mode()
@@ -143,9 +147,8 @@ class Loop:
         self.ledger.mark("accept")
         self.state.cache.commit(accepted.paths)
         self._observe(accepted.paths, scores.taps)
-        self._count(draft, accepted)
         self.ledger.mark("commit")
-        self._learn(draft)
+        self._learn(draft, accepted)
         drafted = draft.lists()
         pairs = zip(accepted.paths, accepted.next_tokens, strict=True)
         return [[drafted[b][node - 1] for node in path[1:]] + [token] for b, (path, token) in enumerate(pairs)]
@@ -262,22 +265,19 @@ class Loop:
 
     # -- after a step -------------------------------------------------------------------------------------------------
 
-    def _count(self, draft: Draft, accepted: Acceptance) -> None:
-        """Book what was drafted and accepted in each row's metrics."""
-        drafted, depths = draft.lists(), draft.depths()
+    def _learn(self, draft: Draft, accepted: Acceptance) -> None:
+        """Book what was drafted and accepted in each row's metrics, and let the depth policy see what the step took."""
+        drafted, depths, deepest = draft.lists(), draft.depths(), []
         for b, path in enumerate(accepted.paths):
             metrics = self.metrics[self.rows[b]]
             nodes = [node for node, token in enumerate(drafted[b], start=1) if token >= 0]
-            metrics.step(max((depths[node] for node in nodes), default=0), len(nodes), len(path) - 1)
+            deepest.append(max((depths[node] for node in nodes), default=0))
+            metrics.step(deepest[-1], len(nodes), len(path) - 1)
             if self.verifier.threshold is not None and draft.layers is not None:
                 metrics.exit_layers += draft.layers[b, [node - 1 for node in path[1:]]].tolist()
-
-    def _learn(self, draft: Draft) -> None:
-        """Let the depth policy see what the step took and yielded."""
-        seen, step = [self.metrics[r] for r in self.rows], self.ledger.step
-        offered, accepted = [m.per_step_drafted[-1] for m in seen], [m.per_step_accepted[-1] for m in seen]
+        step, scored = self.ledger.step, len(drafted) * (1 + len(draft.parents))
         rest = step["score"] + step["accept"] + step["commit"]
-        self.policy.observe(offered, accepted, len(seen) * (1 + len(draft.parents)), step["draft"], rest)
+        self.policy.observe(deepest, [len(path) - 1 for path in accepted.paths], scored, step["draft"], rest)
         self.ledger.mark("overhead")
 
     @torch.inference_mode()
@@ -310,12 +310,8 @@ class Loop:
         if len(alive) < len(self.rows):
             self._select(_close_up(alive))
         self.ledger.mark("overhead")
-        seconds = sum(self.ledger.seconds.values())
-        for row in rows:
-            metrics = self.metrics[row]
-            metrics.prefill_seconds = self.ledger.seconds["prefill"]
-            metrics.decode_seconds = seconds - metrics.prefill_seconds
-            metrics.ledger = dict(self.ledger.seconds)
+        for row in self.finished.keys() & set(rows):
+            self.metrics[row].ledger = dict(self.ledger.seconds)
         return events
 
     def _select(self, alive: list[int]) -> None:

@@ -26,8 +26,6 @@ class RequestMetrics:
 
     num_prompt_tokens: int = 0
     num_new_tokens: int = 0
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
     per_step_drafted: list[int] = field(default_factory=list)
     per_step_accepted: list[int] = field(default_factory=list)
     num_draft_tokens: int = 0
@@ -35,6 +33,14 @@ class RequestMetrics:
     exit_layers: list[int] = field(default_factory=list)
     ledger: dict[str, float] = field(default_factory=dict)
     experts: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def prefill_seconds(self) -> float:
+        return self.ledger.get("prefill", 0.0)
+
+    @property
+    def decode_seconds(self) -> float:
+        return sum(self.ledger.values()) - self.prefill_seconds
 
     @property
     def num_spec_steps(self) -> int:
@@ -57,19 +63,17 @@ class RequestMetrics:
     @property
     def acceptance_histogram(self) -> list[int]:
         """Entry n counts the steps that accepted n drafted tokens."""
-        out = [0] * (max(self.per_step_accepted, default=-1) + 1)
-        for n in self.per_step_accepted:
-            out[n] += 1
-        return out
+        counts = Counter(self.per_step_accepted)
+        return [counts[n] for n in range(max(counts, default=-1) + 1)]
 
     @property
     def acceptance_per_position(self) -> list[float]:
         """Entry i: of the steps that drafted deeper than i, the share that accepted drafted token i."""
-        depth = max(self.per_step_drafted, default=0)
-        pairs = list(zip(self.per_step_drafted, self.per_step_accepted, strict=True))
-        offered = [sum(d > i for d, _ in pairs) for i in range(depth)]
-        accepted = [sum(a > i for _, a in pairs) for i in range(depth)]
-        return [s / o for s, o in zip(accepted, offered, strict=True) if o]
+        shares = []
+        for i in range(max(self.per_step_drafted, default=0)):
+            reached = [a for d, a in zip(self.per_step_drafted, self.per_step_accepted, strict=True) if d > i]
+            shares.append(sum(a > i for a in reached) / len(reached))
+        return shares
 
     @property
     def mean_layers_per_token(self) -> float:
