@@ -5,39 +5,30 @@ Reads the machine and the cache folder; loads no model and downloads nothing.
 
 from __future__ import annotations
 
-import json
 import os
 import platform
+import shutil
 from collections.abc import Iterable
 from importlib import metadata
-from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from specdec.base import machine
 from specdec.base.errors import SpecDecError
+from specdec.cli.listings import AsJson, shipped_for
+from specdec.cli.shared import print_json
 from specdec.models import catalogue
+from specdec.speculation import registry
 
 PACKAGES = ("specdec-m2r2", "torch", "transformers", "numpy", "safetensors", "gguf", "accelerate", "ray")
-CPU_FLAGS = (
-    "avx2",
-    "avx512f",
-    "avx512bw",
-    "avx512vl",
-    "avx512dq",
-    "avx512_bf16",
-    "avx512_vnni",
-    "amx_bf16",
-    "amx_int8",
-)
+FLAGS = ("avx2", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8")
 VARIABLES = ("SPECDEC_", "OMP_", "GOMP_", "CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "HF_HOME")
 
 
 def collect() -> dict[str, Any]:
     """Plain values for JSON. What this system does not report is None or empty."""
-    from specdec.bench.environment import environment  # imports torch
+    from specdec.base import cores  # these import torch
+    from specdec.bench.environment import environment
 
     machine = environment()
     return {
@@ -47,19 +38,19 @@ def collect() -> dict[str, Any]:
         "cpu": {"name": machine["cpu"], "memory_gb": machine["memory_gb"], "features": _features()},
         "kernels": _kernels(),
         "device": _device(),
-        "threads": _threads(),
+        "threads": {"used": cores.threads(), "cpus": cores.cpus()},
         "cache": _cache(),
         "models": {row.name: row.cached for row in catalogue.embedded_models()},
-        "shipped_drafters": _shipped(),
+        "shipped_drafters": {name: models for name in registry.names("drafters") if (models := shipped_for(name))},
         "variables": {name: os.environ[name] for name in sorted(os.environ) if name.startswith(VARIABLES)},
     }
 
 
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+def doctor(as_json: AsJson = False) -> None:
     """Print what a bug report needs: versions, CPU features, kernels, device, threads, cache, models, drafters."""
     report = collect()
     if as_json:
-        print(json.dumps(report, ensure_ascii=False))
+        print_json(report)
         return
     for name, value in _lines(report):
         print(f"{name:<17} {value}")
@@ -96,9 +87,9 @@ def _versions() -> dict[str, str | None]:
 
 
 def _features(cpuinfo: Path = machine.CPUINFO) -> list[str]:
-    """Those of ``CPU_FLAGS`` that Linux reports."""
+    """Those of ``FLAGS`` that Linux reports."""
     flags = machine.processor(cpuinfo).get("flags", "").split()
-    return [flag for flag in CPU_FLAGS if flag in flags]
+    return [flag for flag in FLAGS if flag in flags]
 
 
 def _kernels() -> dict[str, Any]:
@@ -123,12 +114,6 @@ def _device() -> dict[str, str]:
         return {"name": "cpu", "no_cuda": str(error)}
 
 
-def _threads() -> dict[str, int]:
-    from specdec.base import cores
-
-    return {"used": cores.threads(), "cpus": cores.cpus()}
-
-
 def _cache() -> dict[str, Any]:
     """Size of the cache folder, symbolic links not followed. Files that vanish meanwhile do not count."""
     folder, size, free = catalogue.cache_dir(), 0, 0
@@ -139,14 +124,5 @@ def _cache() -> dict[str, Any]:
             except OSError:
                 continue
     if folder.exists():
-        disk = os.statvfs(folder)
-        free = disk.f_bavail * disk.f_frsize
+        free = shutil.disk_usage(folder).free
     return {"folder": str(folder), "exists": folder.exists(), "bytes": size, "free_bytes": free}
-
-
-def _shipped() -> dict[str, list[str]]:
-    root = Path(str(files("specdec.drafters"))) / "pretrained"
-    found: dict[str, list[str]] = {}
-    for config in sorted(root.glob("*/*/config.json")):
-        found.setdefault(config.parent.parent.name, []).append(config.parent.name)
-    return found

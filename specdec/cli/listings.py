@@ -50,10 +50,10 @@ def _drafter(name: str) -> dict[str, Any]:
         summary, training = found.summary, found.training
     except (ImportError, AttributeError, SpecDecError) as error:  # one broken plug-in must not hide the others
         summary, training = f"cannot be loaded: {error}", None
-    shipped = Path(str(files("specdec.drafters"))) / "pretrained" / name
-    return {
-        "name": name,
-        "summary": summary,
-        "training": training,
-        "shipped_for": sorted(path.parent.name for path in shipped.glob("*/config.json")),
-    }
+    return {"name": name, "summary": summary, "training": training, "shipped_for": shipped_for(name)}
+
+
+def shipped_for(name: str) -> list[str]:
+    """The models that a drafter of that name is shipped for."""
+    folder = Path(str(files("specdec.drafters"))) / "pretrained" / name
+    return sorted(path.parent.name for path in folder.glob("*/config.json"))
