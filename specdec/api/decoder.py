@@ -32,7 +32,7 @@ from specdec.speculation.draft import Drafter, Verifier
 from specdec.speculation.sampling import Sampler, SamplingParams, streams
 
 LOSSY_DEPTH = 4  # of drafts under a lossy rule that scores them, where the depth is "auto"
-KEEP_EVERY = 60.0  # fewest seconds between two writes of what requests find out about costs
+KEEP_EVERY = 60.0  # fewest seconds between two writes of what requests measured
 
 _claiming = threading.Lock()
 _busy: set[int] = set()  # ids of the drafters that a generation is using
@@ -167,9 +167,9 @@ class SpecDecoder:
         unscored = self.verifier.threshold is not None
         if unscored and drafter.drafts and not drafter.leaves_early:
             raise SpecDecError(
-                f"verifier '{self.verifier.name}' judges nothing, so it takes a drafter that leaves the model early "
-                "and knows how sure it is (m2r2, m2r2-paper, early-exit, deed, skip-decode, mixture-of-depths); "
-                f"'{drafter.name}' does not"
+                f"verifier '{self.verifier.name}' accepts drafts without scoring them, so it takes a drafter that "
+                "leaves the model early and has a confidence (m2r2, m2r2-paper, early-exit, deed, skip-decode, "
+                f"mixture-of-depths); '{drafter.name}' does not"
             )
         drafter.bind(self.target)
         if self.verifier.propagates and drafter.drafts and not drafter.leaves_state:
@@ -334,7 +334,7 @@ class SpecDecoder:
         return self._auto
 
     def ended(self, generation: Generation) -> None:
-        """Keep what the request found out about costs, and release the drafter."""
+        """Keep the costs that the request measured, and release the drafter."""
         try:
             now = time.monotonic()
             if generation.loop.policy is self._auto and self._auto is not None and now - self._kept_at >= KEEP_EVERY:

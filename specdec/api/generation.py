@@ -51,7 +51,7 @@ class GenerationOutput:
 class Generation:
     """A generation under way. Iterating yields, per step, the new text of each row ("" where there is none).
 
-    ``steps`` runs the same steps, without reading text that nobody waits for: ``outputs`` has it in the end.
+    ``steps`` runs the same steps, without decoding text on the way: ``outputs`` has it in the end.
     """
 
     def __init__(

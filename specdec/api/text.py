@@ -75,7 +75,7 @@ def encode(
     special = _Special(tokenizer, messages)
     try:
         text = tokenizer.apply_chat_template(special.hidden(messages), add_generation_prompt=True, tokenize=False)
-    except Exception as error:  # templates are code of the model's author and raise what they like
+    except Exception as error:  # templates are code of the model's author and may raise anything
         raise SpecDecError(f"the chat template refuses these messages: {error}") from None
     with _encoding:
         return special.encode(text)
@@ -178,10 +178,10 @@ def _check_length(tokenizer: Any, text: str, context: int) -> None:
 class Detokenizer:
     """Incremental text of one output, with stop strings.
 
-    Tokens are taken in by ``push``, and read when their text is asked for (or at once, where a stop string may be in
-    them). ``take`` returns the text that has become certain: complete characters that cannot be the beginning of a stop
-    string. Once ``stopped``, the text ends before the stop string. Special tokens are not in the text, but those that
-    stop strings have in them are matched where they stand.
+    Tokens are taken in by ``push``, and decoded when their text is needed (or at once, where there are stop
+    strings). ``take`` returns the text that has become certain: complete characters that cannot begin a stop string.
+    Once ``stopped``, the text ends before the stop string. Special tokens are not in the text, but those that stop
+    strings contain are matched.
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:

@@ -31,7 +31,7 @@ def download(*tensors: Tensor) -> list[list[list[Any]]]:
 
 
 class Stamp(Protocol):
-    """A point in a device's work, with its time once the device has got there."""
+    """A point in a device's work, with its time once the device has reached it."""
 
     def elapsed_time(self, end: Any) -> float:
         """Milliseconds to ``end``; both must have been reached."""
@@ -47,5 +47,5 @@ def stamp(device: torch.device | None) -> Stamp | None:
 
 
 def waits(device: torch.device) -> bool:
-    """Whether a look at a tensor's numbers waits for the device."""
+    """Whether reading a tensor's numbers waits for the device."""
     return device.type != "cpu"

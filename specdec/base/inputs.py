@@ -62,7 +62,7 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
 def prompts(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """The records of a file of prompts: a JSON object on each line, or plain text, which is ``{"prompt": text}``.
 
-    With each comes where it stands, for messages. Raises SpecDecError for an unreadable file and for broken JSON.
+    With each comes its line and file, for messages. Raises SpecDecError for an unreadable file and for broken JSON.
     """
     try:
         for number, line in lines(path):

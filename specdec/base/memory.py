@@ -1,9 +1,9 @@
 """Giving back memory of weights that are mapped from a file and not needed for a while.
 
-safetensors files are mapped: pages of theirs that nobody has written to can be dropped and come again from the file
+safetensors files are mapped: pages of theirs that were not written to can be dropped and come again from the file
 when they are next touched. So a runtime that holds its own form of a weight need not pay for the model's, and the model
-stays whole. Weights that are changed on the way (rounded) get a file of their own first. Where this cannot be told or
-had (other systems than Linux, a full disk), nothing is given back.
+stays whole. Weights that are changed on the way (rounded) get a file of their own first. Where this is not
+possible (other systems than Linux, a full disk), nothing is given back.
 """
 
 from __future__ import annotations

@@ -52,12 +52,12 @@ class Kind:
 
 
 def is_whole(value: Any) -> bool:
-    """Whether ``value`` is a whole number (NumPy's included); True and False are none."""
+    """Whether ``value`` is a whole number (NumPy's included); not True and False."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def is_number(value: Any) -> bool:
-    """Whether ``value`` is a finite number; True and False are none."""
+    """Whether ``value`` is a finite number; not True and False."""
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 

@@ -104,11 +104,11 @@ def columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     # Words stay whole where they fit; the first columns take the width that is left.
     cells = list(zip(header, *rows, strict=True))  # by column
     words = [max((cell_len(word) for cell in column for word in cell.split()), default=0) for column in cells]
-    room = console.width - sum(words) - 2 * (len(words) - 1)
+    free = console.width - sum(words) - 2 * (len(words) - 1)
     for name, column, word in zip(header, cells, words, strict=True):
-        more = min(max(map(cell_len, column)) - word, max(room, 0))
-        table.add_column(Text(name), overflow="fold", width=word + more if room >= 0 else None)
-        room -= more
+        more = min(max(map(cell_len, column)) - word, max(free, 0))
+        table.add_column(Text(name), overflow="fold", width=word + more if free >= 0 else None)
+        free -= more
     for row in rows:
         table.add_row(*map(Text, row))
     console.print(table)
@@ -118,7 +118,7 @@ def columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 class Stream:
-    """A standard stream whose failures are dealt with by ``failed``. After the first one, it writes to nowhere."""
+    """A standard stream whose failures go to ``failed``. After the first one, it writes to nowhere."""
 
     def __init__(self, stream: IO[str], failed: Callable[[OSError], None]) -> None:
         self._stream, self._failed = stream, failed
@@ -152,13 +152,13 @@ def guard() -> None:
     if sys.stdout is None:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
         raise SpecDecError("stdout is closed, so there is nowhere to write to; leave it open, or send it to a file")
-    if hasattr(sys.stdout, "reconfigure"):  # a model writes what it likes, a terminal may not know every character
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal may not have every character of a model
         sys.stdout.reconfigure(errors="backslashreplace")
     sys.stdout = Stream(sys.stdout, _stdout_failed)  # type: ignore[assignment]
 
 
 def _stdout_failed(error: OSError) -> None:
-    if isinstance(error, BrokenPipeError):  # whoever reads has seen enough
+    if isinstance(error, BrokenPipeError):  # the reader has closed the pipe
         raise error
     raise SpecDecError(f"cannot write to stdout: {error.strerror or error}") from None
 

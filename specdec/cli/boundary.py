@@ -39,7 +39,7 @@ class Commands(TyperGroup):
         try:
             code = super().main(args, prog_name or "specdec", complete_var, False, windows_expand_args, **extra)
             sys.stdout.flush()  # while its failure can still be reported
-        except BrokenPipeError:  # the reader has seen enough
+        except BrokenPipeError:  # the reader has closed the pipe
             code = 1
         except Exception as error:
             if not standalone_mode:

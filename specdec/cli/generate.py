@@ -202,7 +202,7 @@ def _utf8(name: str, text: str) -> str:
 
 
 def _read(prompt: str | None) -> str:
-    """The prompt, from the argument or stdin. Raises SpecDecError if there is none, and for one that is no text."""
+    """The prompt, from the argument or stdin. Raises SpecDecError if it is missing, or not UTF-8."""
     if prompt is None and (sys.stdin is None or sys.stdin.isatty()):
         raise SpecDecError('no prompt; give one, for example: specdec generate "Why is the sky blue?"')
     if prompt is None or prompt == "-":

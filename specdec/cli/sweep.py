@@ -78,7 +78,9 @@ def sweep(
     with store.lock(plan, resume):
         records = store.begin(plan, shared.command_line())
         waiting = [cell for cell in plan.cells if "error" in records.get(cell.key(), {"error": ""})]
-        with Screen(plan, len(plan.cells) - len(waiting)) as screen:
+        if done := len(plan.cells) - len(waiting):
+            say(f"{done} of {len(plan.cells)} cells are done already")
+        with Screen(plan, done) as screen:
             if launcher is Launcher.ray:
                 from specdec.sweep.cluster import on_ray
 
@@ -154,35 +156,26 @@ def _print_plan(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> None:
     say(f"{plan.name}: {len(rows)} cells, {waiting} to do")
 
 
-class Screen:
+class Screen(Progress):
     """Progress on stderr: bars on a terminal, and a line for every cell that ends."""
 
     def __init__(self, plan: Plan, done: int) -> None:
         from specdec.sweep import axes
 
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeElapsedColumn())
+        super().__init__(*columns, transient=True, refresh_per_second=2)  # a faster one slows what is measured
         names = axes.labels([cell.as_dict() for cell in plan.cells])
         self.labels = {cell.key(): name for cell, name in zip(plan.cells, names, strict=True)}
-        self.before, self.done, self.total, self.start = done, done, len(plan.cells), time.perf_counter()
-        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeElapsedColumn())
-        self.bars = Progress(*columns, transient=True, refresh_per_second=2)  # a faster one slows what is measured
-        self.all = self.bars.add_task("cells", total=self.total, completed=done, rate="")
-        self.tasks: dict[str, TaskID] = {}
-
-    def __enter__(self) -> Screen:
-        if self.done:
-            say(f"{self.done} of {self.total} cells are done already")
-        self.bars.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.bars.stop()
+        self.before, self.done, self.total, self.began = done, done, len(plan.cells), time.perf_counter()
+        self.all = self.add_task("cells", total=self.total, completed=done, rate="")
+        self.under_way: dict[str, TaskID] = {}
 
     def watch(self, cell: Cell, done: int, total: int, tokens: int) -> None:
         """Show how far a cell under way is."""
         key, rate = cell.key(), f"{tokens} tokens" if total else "loading"
-        if key not in self.tasks:
-            self.tasks[key] = self.bars.add_task(f"  {self.labels[key]}", total=None, rate=rate)
-        self.bars.update(self.tasks[key], completed=done, total=total or None, rate=rate)
+        if key not in self.under_way:
+            self.under_way[key] = self.add_task(f"  {self.labels[key]}", total=None, rate=rate)
+        self.update(self.under_way[key], completed=done, total=total or None, rate=rate)
 
     def ended(self, record: Mapping[str, Any]) -> None:
         """Print the line of a cell that has ended, and how long the others may take."""
@@ -190,16 +183,16 @@ class Screen:
 
         self.done += 1
         key, label = record["key"], self.labels[record["key"]]
-        if key in self.tasks:
-            self.bars.remove_task(self.tasks.pop(key))
-        self.bars.update(self.all, completed=self.done)
+        if key in self.under_way:
+            self.remove_task(self.under_way.pop(key))
+        self.update(self.all, completed=self.done)
         if "error" in record:
             what = f"failed: {record['error']}"
         else:
             rate, gain = record["method"]["tokens_per_second"], speedup_of(record)
             what = f"{rate['value']:.1f} tok/s" if rate else "nothing to time"
             what += f", {gain[1]['value']:.2f} x {gain[0]}" if gain else ""
-        each = (time.perf_counter() - self.start) / (self.done - self.before)
+        each = (time.perf_counter() - self.began) / (self.done - self.before)
         left = self.total - self.done
         after = f"; about {duration(left * each)} left" if left else ""
-        tell(self.bars.console, f"[{self.done}/{self.total}] {label}: {what} ({record['seconds']:.0f} s{after})")
+        tell(self.console, f"[{self.done}/{self.total}] {label}: {what} ({record['seconds']:.0f} s{after})")

@@ -105,18 +105,18 @@ class Loop:
         def stop(row: int, token: int) -> str | None:
             return self.stop(first + row, token)
 
-        guests = Loop(self.target, self.drafter, self.verifier, sampler, prompts, limits, stop, self.policy)
-        events = guests._commit(guests._prefill(), prefill=True)
-        self.limits, self.metrics = self.limits + limits, self.metrics + guests.metrics
-        self.finished |= {first + row: reason for row, reason in guests.finished.items()}
-        self.fault = self.fault or guests.fault
+        others = Loop(self.target, self.drafter, self.verifier, sampler, prompts, limits, stop, self.policy)
+        events = others._commit(others._prefill(), prefill=True)
+        self.limits, self.metrics = self.limits + limits, self.metrics + others.metrics
+        self.finished |= {first + row: reason for row, reason in others.finished.items()}
+        self.fault = self.fault or others.fault
         if not self.rows:
-            self.state = guests.state
-        elif guests.rows:
-            state.ids += guests.state.ids
-            state.cache.join(guests.state.cache)
-            state.sampler.join(guests.state.sampler)
-        self.rows += [first + row for row in guests.rows]
+            self.state = others.state
+        elif others.rows:
+            state.ids += others.state.ids
+            state.cache.join(others.state.cache)
+            state.sampler.join(others.state.sampler)
+        self.rows += [first + row for row in others.rows]
         for row in self.rows:
             self.metrics[row].ledger = self.ledger.seconds
         return [(first + row, tokens) for row, tokens in events]
@@ -205,7 +205,7 @@ class Loop:
             if fault := check_tokens(read[0], cache.batch, len(draft.parents), target.vocab_size):
                 self._drop(f"proposed tokens that cannot be scored: {fault}")
                 draft.listed = [[-1] * len(draft.parents)] * cache.batch
-        if filled:  # nothing asks about tokens whose states were propagated
+        if filled:  # the tokens whose states were propagated have no scores
             chosen = [[0] * filled + row for row in chosen]
             p = None if p is None else F.pad(p, (0, 0, filled, 0))
             taps = {layer: F.pad(seen, (0, 0, filled, 0)) if seen.numel() else seen for layer, seen in taps.items()}
