@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -24,6 +25,7 @@ from specdec.base import options
 from specdec.base.errors import SpecDecError
 from specdec.engine.costs import costs, keep
 from specdec.engine.depth import MOST, AutoDepth, DepthPolicy, FixedDepth
+from specdec.engine.loop import Loop
 from specdec.models import catalogue, generation_config, loading
 from specdec.runtimes.experts.offload import ExpertOptions, Offload
 from specdec.runtimes.select import make_target, needs_cpu
@@ -241,19 +243,15 @@ class SpecDecoder:
         limits = [min(int(max_new_tokens), context - len(row)) for row in ids]
         claim = self._claim()
         try:
-            generation = Generation(
-                self,
-                ids,
-                limits,
-                self._policy(num_speculative_tokens),
-                self.sampler(ids, limits, params, repetition_penalty, logits_processor),
-                stops,
-                frozenset() if ignore_eos else self.eos_ids(),
-            )
+            policy = self._policy(num_speculative_tokens)
+            sampler = self.sampler(ids, limits, params, repetition_penalty, logits_processor)
+            loop = Loop(self.target, self.drafter, self.verifier, sampler, ids, limits, lambda row, token: None, policy)
+            generation = Generation(loop, self.tokenizer, stops, frozenset() if ignore_eos else self.eos_ids())
         except BaseException:
             _busy.discard(claim)
             raise
-        generation.release = weakref.finalize(generation, _busy.discard, claim)  # also if it is dropped unfinished
+        release = weakref.finalize(generation, _busy.discard, claim)  # also if it is dropped unfinished
+        generation.ended = functools.partial(self._ended, policy, release)
         return generation
 
     @options.checked("generate", None, open)
@@ -333,15 +331,14 @@ class SpecDecoder:
         self._auto.begin()
         return self._auto
 
-    def ended(self, generation: Generation) -> None:
+    def _ended(self, policy: DepthPolicy, release: Callable[[], object]) -> None:
         """Keep the costs that the request measured, and release the drafter."""
         try:
-            now = time.monotonic()
-            if generation.loop.policy is self._auto and self._auto is not None and now - self._kept_at >= KEEP_EVERY:
-                keep(self.target, self.drafter, self._auto.costs())
-                self._kept_at = now
+            if isinstance(policy, AutoDepth) and time.monotonic() - self._kept_at >= KEEP_EVERY:
+                keep(self.target, self.drafter, policy.costs())
+                self._kept_at = time.monotonic()
         finally:
-            generation.release()
+            release()
 
     def eos_ids(self) -> frozenset[int]:
         """Token ids that end a generation, as ``model.generate`` takes them."""

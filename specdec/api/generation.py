@@ -5,28 +5,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from specdec.api.text import Detokenizer
-from specdec.engine.depth import DepthPolicy
 from specdec.engine.loop import Loop
 from specdec.engine.metrics import RequestMetrics
 from specdec.runtimes.experts.offload import Meter
-from specdec.runtimes.target import Target
-from specdec.speculation.draft import Drafter, Verifier
-from specdec.speculation.sampling import Sampler
-
-
-class Decoder(Protocol):
-    """What a generation uses of a ``SpecDecoder``."""
-
-    target: Target
-    drafter: Drafter
-    verifier: Verifier
-    tokenizer: Any
-
-    def ended(self, generation: Generation) -> None:
-        """The generation is closed, and its drafter free for another one."""
 
 
 @dataclass
@@ -54,45 +38,29 @@ class Generation:
     ``steps`` runs the same steps, without decoding text on the way: ``outputs`` has it in the end.
     """
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        prompts: list[list[int]],
-        limits: list[int],
-        policy: DepthPolicy,
-        sampler: Sampler,
-        stops: list[str],
-        eos: frozenset[int],
-    ) -> None:
-        self.decoder, self.eos = decoder, eos
-        self.tokens: list[list[int]] = [[] for _ in prompts]
-        self.texts = [Detokenizer(decoder.tokenizer, stops) if decoder.tokenizer else None for _ in prompts]
-        self.loop = Loop(
-            decoder.target, decoder.drafter, decoder.verifier, sampler, prompts, limits, self._stop, policy
-        )
-        self.events: Iterator[list[tuple[int, list[int]]]] | None = self.loop.steps()
+    def __init__(self, loop: Loop, tokenizer: Any, stops: list[str], eos: frozenset[int]) -> None:
+        self.loop, self.eos = loop, eos
+        self.texts = [Detokenizer(tokenizer, stops) for _ in loop.rows]
+        loop.stop = self._stop
+        self.events: Iterator[list[tuple[int, list[int]]]] | None = loop.steps()
         self.meter: Meter | None = None  # of expert loads, from the end of the prefill on
-        self.release: Callable[[], object] = lambda: None  # the drafter
+        self.ended: Callable[[], object] = lambda: None  # called once
         self._turn, self._closing = threading.RLock(), False  # closing waits for the step that another thread is in
 
     def _stop(self, row: int, token: int) -> str | None:
-        """Take one new token of ``row`` into its output; say whether the row ends with it, and why."""
-        self.tokens[row].append(token)
-        text = self.texts[row]
-        if text is not None:
-            text.push(token)
+        """Take one new token of ``row`` into its output; return why the row ends with it, if it does."""
+        self.texts[row].push(token)
         if token in self.eos:
             return "eos"
-        return "stop" if text is not None and text.stopped else None
+        return "stop" if self.texts[row].stopped else None
 
     def __iter__(self) -> Iterator[list[str]]:
         for events in self.steps():
-            ledger, pieces = self.loop.ledger, [""] * len(self.tokens)
+            ledger, pieces = self.loop.ledger, [""] * len(self.texts)
             ledger.restart()
             for row, _ in events:
                 text = self.texts[row]
-                if text is not None:
-                    pieces[row] = text.finish() if row in self.loop.finished else text.take()
+                pieces[row] = text.finish() if row in self.loop.finished else text.take()
             ledger.mark("detokenise")
             yield pieces
 
@@ -108,8 +76,8 @@ class Generation:
                 self.close()
                 return None
             events = next(self.events, None)
-            if self.meter is None and self.decoder.target.experts is not None:
-                self.meter = Meter(self.decoder.target.experts.store)
+            if self.meter is None and self.loop.target.experts is not None:
+                self.meter = Meter(self.loop.target.experts.store)
             if events is None:
                 self.close()
             return events
@@ -117,15 +85,14 @@ class Generation:
     def outputs(self) -> list[GenerationOutput]:
         """What every row has so far."""
         out = []
-        if self.meter is not None and self.decoder.target.experts is not None:
-            decoded = sum(len(tokens) - 1 for tokens in self.tokens)  # the first of each row came with the prefill
+        if self.meter is not None and self.loop.target.experts is not None:
+            decoded = sum(len(text.ids) - 1 for text in self.texts)  # the first of each row came with the prefill
             for metrics in self.loop.metrics:
                 metrics.experts = self.meter.figures(decoded)
-        for row, (tokens, text) in enumerate(zip(self.tokens, self.texts, strict=True)):
-            if text is not None:
-                text.finish()
+        for row, (text, metrics) in enumerate(zip(self.texts, self.loop.metrics, strict=True)):
+            text.finish()
             reason = self.loop.finished.get(row, "interrupted")
-            out.append(GenerationOutput(text.text if text else "", list(tokens), reason, self.loop.metrics[row]))
+            out.append(GenerationOutput(text.text, list(text.ids), reason, metrics))
         return out
 
     def close(self) -> None:
@@ -134,8 +101,8 @@ class Generation:
         with self._turn:
             if self.events is not None:
                 self.events = None
-                self.loop.state.cache = self.decoder.target.new_cache(0)
-                self.decoder.ended(self)
+                self.loop.state.cache = self.loop.target.new_cache(0)
+                self.ended()
 
     def __enter__(self) -> Generation:
         return self

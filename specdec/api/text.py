@@ -176,7 +176,7 @@ def _check_length(tokenizer: Any, text: str, context: int) -> None:
 
 
 class Detokenizer:
-    """Incremental text of one output, with stop strings.
+    """Incremental text of one output, with stop strings; empty without a tokenizer.
 
     Tokens are taken in by ``push``, and decoded when their text is needed (or at once, where there are stop
     strings). ``take`` returns the text that has become certain: complete characters that cannot begin a stop string.
@@ -225,7 +225,7 @@ class Detokenizer:
         return self._send(len(self.text))
 
     def _decode(self, ids: list[int]) -> str:
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True)) if ids else ""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True)) if ids and self.tokenizer else ""
 
     def _extend(self, piece: str, seen: bool = True) -> None:
         old = len(self.whole)
