@@ -172,16 +172,11 @@ def _print(summary: dict[str, Any], table: Any) -> None:
     rows = []
     for method in methods:
         ledger, memory = method["ledger_ms_per_step"], method["peak_memory_mb"]
-        rows.append(
-            [
-                method["name"],
-                f"{method['prefill_ms']['value']:.0f}" if method["prefill_ms"] else "",
-                f"{method['decode_ms_per_token']['value']:.1f}" if method["decode_ms_per_token"] else "",
-                *(f"{ledger[p]:.1f}" if p in ledger else "" for p in phases),
-                " ".join(f"{share:.2f}".removeprefix("0") for share in method["acceptance_per_position"]),
-                "" if memory is None else f"{memory:.0f}",
-            ]
-        )
+        prefill, decode = method["prefill_ms"], method["decode_ms_per_token"]
+        row = [method["name"], f"{prefill['value']:.0f}" if prefill else "", f"{decode['value']:.1f}" if decode else ""]
+        row += [f"{ledger[phase]:.1f}" if phase in ledger else "" for phase in phases]
+        row.append(" ".join(f"{share:.2f}".removeprefix("0") for share in method["acceptance_per_position"]))
+        rows.append([*row, "" if memory is None else f"{memory:.0f}"])
     terminal.columns(header, rows)
     for line in prompts["skipped"]:
         terminal.say(f"skipped {line}")

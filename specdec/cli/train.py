@@ -14,11 +14,6 @@ from specdec.train.method import METHODS
 app = typer.Typer(no_args_is_help=True, help="Train drafters for a model, from its own answers.")
 
 
-@app.callback()
-def _group() -> None:
-    """Train drafters for a model, from its own answers."""
-
-
 def run(
     context: typer.Context,
     output: Annotated[Path, typer.Option(help="Folder for the drafter and everything the run needs to go on.")],
@@ -55,14 +50,11 @@ def run(
 
     overrides: dict[str, Any] = {
         "output": str(output),
-        **{
-            key: [str(path) for path in paths] if paths else None
-            for key, paths in (("prompts", prompts), ("text", text), ("holdout", holdout))
-        },
-        **{"model": model, "minutes": minutes, "steps": steps, "dtype": dtype, "device": device, "seed": seed},
-        **({"search": True} if search else {}),
-        **options.assignments("--set", set_ or []),
-    }
+        "model": model, "minutes": minutes, "steps": steps, "dtype": dtype, "device": device, "seed": seed,
+    }  # fmt: skip
+    for name, paths in (("prompts", prompts), ("text", text), ("holdout", holdout)):
+        overrides[name] = [str(path) for path in paths] if paths else None
+    overrides |= ({"search": True} if search else {}) | options.assignments("--set", set_ or [])
     method = str(context.command.name)
     kind = lookup(method)
     console = stderr()

@@ -13,7 +13,7 @@ from specdec.base.terminal import say
 from specdec.cli import shared
 from specdec.models.catalogue import DEFAULT_MODEL
 
-app = typer.Typer(no_args_is_help=True, help="Choose settings for your model, machine and prompts, by measurement.")
+app = typer.Typer(no_args_is_help=True)
 
 
 @app.callback()
@@ -58,21 +58,19 @@ def drafter(
         raise SpecDecError("no drafter fits the model; see 'specdec drafters'")
     with terminal.Bar("tune") as bar:
         rows = search(decoders, cells, bar)
-    cells_of = [
-        (row.cell.drafter, str(row.cell.num_speculative_tokens), f"{row.acceptance_length:.2f}", f"{row.speedup:.2f}")
-        for row in rows
-    ]
-    terminal.columns(("drafter", "draft length", "acceptance length", "x plain"), cells_of)
-    best = rows[0]
+    terminal.columns(
+        ("drafter", "draft length", "acceptance length", "x plain"),
+        [
+            (r.cell.drafter, str(r.cell.num_speculative_tokens), f"{r.acceptance_length:.2f}", f"{r.speedup:.2f}")
+            for r in rows
+        ],
+    )
     if faults := sum(row.faults for row in rows):
         raise SpecDecError(f"{faults} outputs differ from plain decoding; nothing is kept, please report this")
-    worth = best.speedup > 1
-    tuned = Tuned(
-        best.cell.drafter if worth else "none",
-        best.cell.num_speculative_tokens if worth else "auto",
-        round(best.speedup, 3) if worth else 1.0,
-        f"{limit} of {prompts}",
-    )
+    best, of = rows[0].cell, f"{limit} of {prompts}"
+    tuned = Tuned("none", "auto", 1.0, of)
+    if rows[0].speedup > 1:
+        tuned = Tuned(best.drafter, best.num_speculative_tokens, round(rows[0].speedup, 3), of)
     path = place(model, dtype, device, runtime, weights)
     store(path, tuned)
     depth = tuned.num_speculative_tokens
