@@ -66,8 +66,9 @@ def measure(target: Target, drafter: Drafter, verifier: Verifier) -> Costs:
     drafts = []
     for exit in exits:
         one, each = min(draft[exit, 1]), min(draft[exit, DRAFTED])
-        first = one or each  # a drafter may draft nothing where it is to draft a single token
-        drafts.append((first, min(max((DRAFTED * each - one) / (DRAFTED - 1), 0.0), first)))
+        further = (DRAFTED * each - one) / (DRAFTED - 1)
+        # A further token costs no more than the first. A drafter that drafts nothing alone (0) has one price.
+        drafts.append((one, further) if 0 <= further <= one else (each, each))
     least = [min(score[n]) for n in ROWS]
     # Fewer tokens take no longer: where they seem to, the machine was busy.
     return Costs({n: min(least[at:]) for at, n in enumerate(ROWS)}, tuple(drafts))
@@ -106,9 +107,7 @@ def _pass(target: Target, cache: KVCache, start: int, count: int) -> None:
     target.choose(target.layers(x, 0, target.num_layers, Pass(positions, cache.mask(0, positions), cache)))
 
 
-def time_drafting(
-    target: Target, drafter: Drafter, verifier: Verifier, depth: int = DRAFTED, exit: int | None = None
-) -> float:
+def time_drafting(target: Target, drafter: Drafter, verifier: Verifier, depth: int, exit: int | None) -> float:
     """Seconds per token that ``drafter`` drafts, the least of a short generation; 0 if it drafts nothing there."""
     prompt = [(7 * i) % target.vocab_size for i in range(min(CONTEXT, target.context // 2))]
     policy, sampler = FixedDepth(depth, exit), Sampler(SamplingParams())
