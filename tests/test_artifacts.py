@@ -86,10 +86,10 @@ NAN, INF = torch.full((32, 96), torch.nan), torch.full((32,), torch.inf)
         (lambda f: (f / "config.json").write_text('{"drafter": "m2r2", "n": ' + "9" * 5000 + "}"), "cannot read"),
         (lambda f: (f / "config.json").write_text(" " * 5_000_000 + "{}"), "more than 4 MB"),
         (lambda f: change(f, base=["x"]), "'base' is not a mapping"),
-        (lambda f: change(f, path=PATH.to_json() | {"rank": 10**9}), r"rank in .* in \[1, 512\]; got 1000000000"),
+        (lambda f: change(f, path=PATH.to_json() | {"rank": 10**9}), "rank in .* in 1 .. 512; got 1000000000"),
         (lambda f: change(f, path=PATH.to_json() | {"rank": 4.5}), "no valid M2R2 path"),
         (lambda f: change(f, path=PATH.to_json() | {"exit_layer": float("inf")}), "no valid M2R2 path"),
-        (lambda f: change(f, router=10**9), r"the router's width in .* in \[1, 512\]; got 1000000000"),
+        (lambda f: change(f, router=10**9), "the router's width in .* in 1 .. 512; got 1000000000"),
         (lambda f: tensors(f, **{"leaps.0.weight": NAN}), "tensor 'leaps.0.weight' in .* holds NaN or infinite"),
         (
             lambda f: tensors(f, **{"leaps.0.bias": torch.full((32,), torch.inf)}),
@@ -136,7 +136,7 @@ def test_every_learned_drafter_is_bounded_and_finite(tmp_path: Path, name: str) 
     SpecDecoder(target.model, drafter=f"{kind}={tmp_path}", runtime="reference")
     key = {"deed": "width", "mixture-of-depths": "first", "medusa": "heads", "public": "medusa_num_heads"}[name]
     change(tmp_path, **{key: 10**9})
-    with pytest.raises(SpecDecError, match=r"must be a whole number in \[1, .*\]; got 1000000000"):
+    with pytest.raises(SpecDecError, match=r"must be a whole number in 1 .. .*; got 1000000000"):
         SpecDecoder(target.model, drafter=f"{kind}={tmp_path}", runtime="reference")
     change(tmp_path, **config)
     file = next(tmp_path.glob("*.safetensors"))

@@ -152,7 +152,8 @@ def check(drafter: str, given: Iterable[str], known: Sequence[str] = (), source:
 
 def whole(name: str, value: Any, low: int, high: int | None = None) -> int:
     """``value``, if it is a whole number in [low, high]. Raises SpecDecError otherwise."""
-    check_values({name: value}, {name: wholes_from(low, high)})
+    need = f">= {low}" if high is None else f"in {low} .. {high}"
+    check_values({name: value}, {name: Kind(f"a whole number {need}", wholes_from(low, high).holds)})
     return int(value)
 
 
