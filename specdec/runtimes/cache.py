@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import torch
@@ -114,7 +114,8 @@ class KVCache:
             if self.whole is not None:  # stays one piece
                 self._enlarge(end, k.shape[1], k.shape[3], k.dtype)
                 old_k, old_v = self.keys[layer], self.values[layer]
-            new_k, new_v = self._room(old_k, k, start, end), self._room(old_v, v, start, end)
+            new_k = self._room(old_k, (*k.shape[:2], k.shape[3]), start, end, k.dtype, k.device)
+            new_v = self._room(old_v, (*v.shape[:2], v.shape[3]), start, end, v.dtype, v.device)
             new_k[:, :, start:end], new_v[:, :, start:end] = k, v
         self.keys[layer], self.values[layer], self.lengths[layer] = new_k, new_v, end
         end += -end % multiple
@@ -133,28 +134,29 @@ class KVCache:
 
     def _enlarge(self, end: int, heads: int, head_dim: int, dtype: torch.dtype) -> None:
         """Make ``whole`` hold at least ``end`` slots."""
-        old = self.whole
-        if old is None or old.shape[4] < end:
-            filled = max(self.lengths)
-            slots = self._slots(end, filled, heads * head_dim * dtype.itemsize)
-            whole = _zeros((2, len(self.lengths), self.batch, heads, slots, head_dim), dtype, self.device)
-            if old is not None:
-                whole[..., :filled, :] = old[:, :, : self.batch, :, :filled]
+        shape = 2, len(self.lengths), self.batch, heads, head_dim
+        whole = self._room(self.whole, shape, max(self.lengths), end, dtype, self.device)
+        if whole is not self.whole:
             self._divide(whole)
 
     def _divide(self, whole: Tensor) -> None:
         self.memo, self.whole, (keys, values) = {}, whole, whole[:, :, : self.batch]
         self.keys, self.values = list(keys), list(values)
 
-    def _room(self, buffer: Tensor | None, like: Tensor, start: int, end: int) -> Tensor:
-        """Return a buffer with at least ``end`` slots that begins with the first ``start`` slots of ``buffer``."""
-        if buffer is not None and buffer.shape[2] >= end:
-            return buffer
-        slots = self._slots(end, start, like.shape[1] * like.shape[3] * like.element_size())
-        shape = like.shape[0], like.shape[1], slots, like.shape[3]
-        grown = _zeros(shape, like.dtype, like.device)
-        if buffer is not None:
-            grown[:, :, :start] = buffer[:, :, :start]
+    def _room(
+        self, old: Tensor | None, shape: Sequence[int], filled: int, end: int, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        """A buffer with at least ``end`` slots that begins with the ``filled`` slots of ``old``, which it may be.
+
+        shape: [..., B, H, d], without slots.
+        """
+        if old is not None and old.shape[-2] >= end:
+            return old
+        *outer, heads, head_dim = shape
+        slots = self._slots(end, filled, heads * head_dim * dtype.itemsize)
+        grown = _zeros((*outer, heads, slots, head_dim), dtype, device)
+        if old is not None:
+            grown[..., :filled, :] = old[..., : self.batch, :, :filled, :]
         return grown
 
     def _slots(self, end: int, filled: int, size: int) -> int:
@@ -176,23 +178,22 @@ class KVCache:
         """
         start, end = self.lengths[layer], self.lengths[layer] + positions.shape[1]
         if end > self.positions.shape[1]:
-            slots = -(-max(end, start + start // 4) // self.block) * self.block
-            grown = self.positions.new_full((self.batch, slots), -1)
+            grown = self.positions.new_full((self.batch, self._slots(end, start, size=0)), -1)
             grown[:, :start] = self.positions[:, :start]
             self.positions = grown
         self.positions[:, start:end] = positions
         keys = self.positions[:, :end]
-        t, u = positions.shape[1], end - self.committed
-        chain, batch, committed, device = tree is None, self.batch, self.committed, self.device
-        if chain and t == 1 and not self.ragged:
-            return Mask(positions, keys, None, causal=True)
+        (batch, t), committed, device = positions.shape, self.committed, self.device
+        causal, u = tree is None and not self.ragged, end - committed
+        if causal and t == 1:
+            return Mask(positions, keys, None, causal)
 
         def visible() -> Tensor:
             seen = torch.ones(t, u, dtype=torch.bool, device=device).tril(u - t) if tree is None else tree.to(device)
             old = (keys[:, None, :committed] >= 0).expand(-1, t, -1)  # (B, T, committed)
             return torch.cat((old, seen[None].expand(batch, -1, -1)), 2)
 
-        return Mask(positions, keys, visible, causal=chain and not self.ragged)
+        return Mask(positions, keys, visible, causal)
 
     def trim(self, count: int, lo: int = 0, hi: int | None = None) -> None:
         """Drop the last ``count`` slots of layers [lo, hi). Committed slots cannot be dropped (ValueError)."""
@@ -210,27 +211,15 @@ class KVCache:
 
         All layers must have run the whole block. Kept slots are compacted to follow the row's committed ones.
         """
-        in_place = all(
-            n == self.committed and list(path) == list(range(len(path)))
-            for n, path in zip(self.rows, paths, strict=True)
-        )
-        if not in_place:
-            row: list[int] = []
-            src: list[int] = []
-            dst: list[int] = []
-            for b, path in enumerate(paths):
-                row += [b] * len(path)
-                src += [self.committed + j for j in path]
-                dst += range(self.rows[b], self.rows[b] + len(path))
-            index = upload([row, src, dst], self.device)
-            if self.whole is not None:
-                self.whole[:, :, index[0], :, index[2]] = self.whole[:, :, index[0], :, index[1]]
-            else:
-                for buffer in (*self.keys, *self.values):
-                    if buffer is not None:
-                        buffer[index[0], :, index[2]] = buffer[index[0], :, index[1]]
-            self.positions[index[0], index[2]] = self.positions[index[0], index[1]]
-        self.rows = [n + len(path) for n, path in zip(self.rows, paths, strict=True)]
+        pairs = list(zip(self.rows, paths, strict=True))
+        if any(n != self.committed or list(path) != list(range(len(path))) for n, path in pairs):
+            moves = [(b, self.committed + j, n + i) for b, (n, path) in enumerate(pairs) for i, j in enumerate(path)]
+            row, src, dst = upload(moves, self.device).view(len(moves), 3).unbind(1)
+            for buffer in [self.whole] if self.whole is not None else [*self.keys, *self.values]:
+                if buffer is not None:
+                    buffer[..., row, :, dst, :] = buffer[..., row, :, src, :]
+            self.positions[row, dst] = self.positions[row, src]
+        self.rows = [n + len(path) for n, path in pairs]
         self.committed = max(self.rows)
         self.lengths = [self.committed] * len(self.lengths)
         if self.ragged:
@@ -248,8 +237,14 @@ class KVCache:
         self.lengths = [self.committed] * len(self.lengths)
         whole, added = self.whole, other.whole
         if whole is None or added is None:
-            self.keys = [_stack(a, b, mine, theirs, slots) for a, b in zip(self.keys, other.keys, strict=True)]
-            self.values = [_stack(a, b, mine, theirs, slots) for a, b in zip(self.values, other.values, strict=True)]
+            self.whole, parts = None, ((self.keys, other.keys), (self.values, other.values))
+            self.keys, self.values = (
+                [
+                    None if a is None or b is None else _stack(a, b, mine, theirs, slots)
+                    for a, b in zip(*part, strict=True)
+                ]
+                for part in parts
+            )
         elif whole.shape[2] >= self.batch and whole.shape[4] >= slots:
             whole[:, :, first : self.batch, :, :theirs] = added[:, :, : other.batch, :, :theirs]
             self._divide(whole)
@@ -266,21 +261,20 @@ class KVCache:
         self.rows = [self.rows[i] for i in rows]
         self.committed = max(self.rows, default=0)
         self.lengths = [self.committed] * len(self.lengths)
-        if whole is None:
-            self.keys = [None if t is None else t.index_select(0, index) for t in self.keys]
-            self.values = [None if t is None else t.index_select(0, index) for t in self.values]
-            return
         moves = {to: row for to, row in enumerate(rows) if to != row}
-        if moves.keys() & moves.values():
-            whole = whole.index_select(2, index)
+        if whole is None:
+            parts = self.keys, self.values
+            self.keys, self.values = ([None if t is None else t.index_select(0, index) for t in part] for part in parts)
+        elif moves.keys() & moves.values():
+            self._divide(whole.index_select(2, index))
         else:
             for to, row in moves.items():
                 whole[:, :, to, :, :filled] = whole[:, :, row, :, :filled]
-        self._divide(whole)
+            self._divide(whole)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """As ``torch.zeros``, on a CPU from pages that nobody has touched: they take memory as they are written."""
+    """As ``torch.zeros``, on a CPU from untouched pages: they take memory as they are written."""
     size = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or not size:
         return torch.zeros(shape, dtype=dtype, device=device)
@@ -288,14 +282,8 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     return room[-room.data_ptr() % 64 :][:size].view(dtype).view(shape)
 
 
-@overload
-def _stack(a: Tensor, b: Tensor, filled_a: int, filled_b: int, slots: int) -> Tensor: ...
-@overload
-def _stack(a: Tensor | None, b: Tensor | None, filled_a: int, filled_b: int, slots: int) -> Tensor | None: ...
-def _stack(a: Tensor | None, b: Tensor | None, filled_a: int, filled_b: int, slots: int) -> Tensor | None:
-    """Entries [..., B, H, S, d] of two caches below one another, with room for ``slots``; those missing are zero."""
-    if a is None or b is None:
-        return None
+def _stack(a: Tensor, b: Tensor, filled_a: int, filled_b: int, slots: int) -> Tensor:
+    """Entries [..., B, H, S, d] of two caches below one another, with room for ``slots``."""
     rows, (heads, _, head_dim) = a.shape[-4], a.shape[-3:]
     out = a.new_zeros(*a.shape[:-4], rows + b.shape[-4], heads, slots, head_dim)
     out[..., :rows, :, :filled_a, :] = a[..., :filled_a, :]
