@@ -6,9 +6,11 @@ position embeddings, rotary tables, final norms and logit caps stay the model's 
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -50,13 +52,19 @@ class _Bridge(Cache):
         return self.kv.lengths[layer_idx]
 
 
+@dataclass
 class _Call:
-    """One call of the model: which layers run, on what, seen through which mask, and what is recorded."""
+    """One call of the model: which layers run, on what, seen through which mask, and what is recorded.
 
-    def __init__(self, x: Tensor | None, lo: int, hi: int, mask: Mask | None, taps: dict[int, Tensor] | None) -> None:
-        self.x, self.lo, self.hi, self.mask = x, lo, hi, mask
-        self.taps = {} if taps is None else taps
-        self.result: Tensor | None = None
+    x: the input of layer ``lo``; None: the model's own embeddings, which are the result.
+    """
+
+    x: Tensor | None = None
+    lo: int = 0
+    hi: int = 0
+    mask: Mask | None = None
+    taps: dict[int, Tensor] = field(default_factory=dict)
+    result: Tensor | None = None
 
 
 class _Gate(nn.Module):
@@ -64,34 +72,31 @@ class _Gate(nn.Module):
 
     def __init__(self, owner: ReferenceTarget, index: int, call: _Call) -> None:
         super().__init__()
-        self.__dict__["inner"] = owner.blocks[index]  # not registered: the model keeps its own module tree
-        self.__dict__["owner"], self.__dict__["call"], self.index = owner, call, index
+        # In a tuple, a layer is not registered: the model keeps its own module tree.
+        self.parts, self.index = (owner, owner.blocks[index], call), index
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(self.__dict__["inner"], name)
+            return getattr(self.parts[1], name)
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        call: _Call = self.__dict__["call"]
-        owner: ReferenceTarget = self.__dict__["owner"]
-        if self.index == 0:
-            if call.x is None:
-                call.result = hidden
-            else:
-                hidden = call.x
-        if call.lo <= self.index < call.hi:
-            if self.index in call.taps:
-                call.taps[self.index] = hidden
-            args, kwargs = owner.with_mask(self.index, args, kwargs, call.mask)
+        (owner, inner, call), index = self.parts, self.index
+        if index == 0:
+            call.result = hidden
+            hidden = hidden if call.x is None else call.x
+        if call.lo <= index < call.hi:
+            if index in call.taps:
+                call.taps[index] = hidden
+            args, kwargs = owner.with_mask(index, args, kwargs, call.mask)
             try:
-                out = self.__dict__["inner"](hidden, *args, **kwargs)
+                out = inner(hidden, *args, **kwargs)
             except _Filled:
                 out = (hidden,) if owner.tuples else hidden
             hidden = out[0] if isinstance(out, tuple) else out
             owner.tuples = isinstance(out, tuple)
-            if self.index == call.hi - 1:
+            if index == call.hi - 1:
                 call.result = hidden
                 if call.hi in call.taps:
                     call.taps[call.hi] = hidden
@@ -125,72 +130,47 @@ class ReferenceTarget(Target):
         self.attention = model.config._attn_implementation
         self.base, self.tuples = model.base_model, False
         with self.lock, checkpoint.idle(model):
-            self.decoder, self.attr = find_layers(model, self.num_layers)
-            self.blocks = list(getattr(self.decoder, self.attr))
-            self.head_owner, self.head_attr = _owner_of(model, self.own_head)
+            is_stack = lambda module: isinstance(module, nn.ModuleList) and len(module) == self.num_layers  # noqa: E731
+            self.decoder = _find(model.base_model, is_stack, f"has no list of {self.num_layers} decoder layers")
+            self.head = _find(model, lambda module: module is self.own_head, "hides its output head")
+            self.blocks = list(getattr(*self.decoder))
             parameters = list(inspect.signature(self.blocks[0].forward).parameters)
             # GPT-2 passes the mask by position, the others by name.
             self.mask_index = parameters.index("attention_mask") - 1 if "attention_mask" in parameters else None
             self.spread = check_logits(self)
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
-        call = _Call(None, 0, 0, None, None)
-        with self._gates(call):
-            self.base(input_ids=ids, position_ids=positions, attention_mask=self._any_mask(ids), use_cache=False)
+        call = _Call()
+        self._run(call, self.base, ids, positions)
         assert call.result is not None
         return call.result
 
     def layers(self, x: Tensor, lo: int, hi: int, given: Pass) -> Tensor:
-        if given.taps is not None and lo in given.taps:
-            given.taps[lo] = x
+        taps = {} if given.taps is None else given.taps
+        if lo in taps:
+            taps[lo] = x
         if lo >= hi:
             return x
-        call = _Call(x, lo, hi, given.mask, given.taps)
         with self.lock, self._adapt(given.adapters, lo, hi, given.adapted, x.shape[0]):
-            self._run(call, given.positions, _Bridge(given.cache))
-        assert call.result is not None
-        return call.result
+            return self._pass(_Call(x, lo, hi, given.mask, taps), given)
 
     def fill(self, x: Tensor, lo: int, given: Pass) -> None:
-        self._run(
-            _Call(x, lo, self.num_layers, given.mask, None), given.positions, _Bridge(given.cache, only_fill=True)
-        )
+        self._pass(_Call(x, lo, self.num_layers, given.mask), given, only_fill=True)
 
     def sublayer(self, x: Tensor, layer: int, part: Part, given: Pass) -> Tensor:
-        with self.lock:
-            return self._sublayer(x, layer, part, given)
-
-    def _sublayer(self, x: Tensor, layer: int, part: Part, given: Pass) -> Tensor:
-        other = "mlp" if part == "attention" else "attention"
-        block = self.blocks[layer]
-        modules = {name: module for name, module in block.named_children() if name in PARTS[other]}
-        if not modules:
-            kind = self.model.config.model_type
-            raise SpecDecError(f"the layers of a '{kind}' model have no known {other} to leave out; skip whole layers")
-        try:
-            for name in modules:
-                setattr(block, name, _Nothing(pair=other == "attention"))
+        other, block = "mlp" if part == "attention" else "attention", self.blocks[layer]
+        with self.lock, ExitStack() as stack:
+            names, kind = [n for n, _ in block.named_children() if n in PARTS[other]], self.model.config.model_type
+            if not names:
+                raise SpecDecError(f"a layer of a '{kind}' model has no known {other} to leave out; skip whole layers")
+            for name in names:
+                stack.enter_context(_replaced(block, name, _Nothing(pair=other == "attention")))
             return self.layers(x, layer, layer + 1, given)
-        finally:
-            for name, module in modules.items():
-                setattr(block, name, module)
 
     def readout(self, x: Tensor, head: nn.Linear | None = None) -> Tensor:
         ids = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)
-        with self._gates(_Call(x, 0, 0, None, None)):
-            own = getattr(self.head_owner, self.head_attr)
-            if head is not None:
-                setattr(self.head_owner, self.head_attr, head)
-            try:
-                out = self.model(
-                    input_ids=ids,
-                    position_ids=torch.zeros_like(ids),
-                    attention_mask=self._any_mask(ids),
-                    use_cache=False,
-                )
-            finally:
-                setattr(self.head_owner, self.head_attr, own)
-        return out.logits
+        with self.lock, nullcontext() if head is None else _replaced(*self.head, head):
+            return self._run(_Call(x), self.model, ids, ids).logits
 
     def linears(self, layer: int) -> dict[str, tuple[int, int]]:
         found = {}
@@ -207,46 +187,33 @@ class ReferenceTarget(Target):
 
     # -- how it is done -----------------------------------------------------------------------------------------
 
-    def _run(self, call: _Call, positions: Tensor, bridge: _Bridge) -> None:
-        """Put ``call`` through the model, its layers as gates."""
-        ids = positions.new_zeros(positions.shape)
-        with self._gates(call):
-            self.base(
-                input_ids=ids,
-                position_ids=positions,
-                attention_mask=self._any_mask(ids),
-                cache=bridge,
-                use_cache=True,
-            )
+    def _pass(self, call: _Call, given: Pass, only_fill: bool = False) -> Tensor:
+        """Put ``call`` through the layers, whose keys and values go to our cache."""
+        ids, bridge = torch.zeros_like(given.positions), _Bridge(given.cache, only_fill)
+        self._run(call, self.base, ids, given.positions, cache=bridge, use_cache=True)
+        assert call.result is not None
+        return call.result
 
-    @contextmanager
-    def _gates(self, call: _Call) -> Iterator[None]:
+    def _run(self, call: _Call, module: nn.Module, ids: Tensor, positions: Tensor, **given: Any) -> Any:
+        """Call ``module`` with its layers as gates."""
+        (batch, count), given = ids.shape, {"use_cache": False} | given
+        # HF's forwards take a 4D mask as they find it; the gates put the real one in its place.
+        mask = torch.ones(1, dtype=torch.bool, device=ids.device).expand(batch, 1, count, count)
         with self.lock:
-            own = getattr(self.decoder, self.attr)
-            setattr(self.decoder, self.attr, nn.ModuleList([_Gate(self, i, call) for i in range(self.num_layers)]))
-            try:
-                yield
-            finally:
-                setattr(self.decoder, self.attr, own)
+            gates = nn.ModuleList([_Gate(self, index, call) for index in range(self.num_layers)])
+            with _replaced(*self.decoder, gates):
+                return module(input_ids=ids, position_ids=positions, attention_mask=mask, **given)
 
     @contextmanager
     def _adapt(self, adapters: Adapters | None, lo: int, hi: int, adapted: int | None, batch: int) -> Iterator[None]:
-        handles = []
-        for layer in range(lo, hi) if adapters is not None else ():
-            assert adapters is not None
-            for path, (down, up) in adapters.factors(layer).items():
-                module = self.blocks[layer].get_submodule(path)
-                handles.append(module.register_forward_hook(_adapter_hook(down, up, adapted, batch)))
-        try:
+        with ExitStack() as hooks:
+            for layer in range(lo, hi) if adapters is not None else ():
+                assert adapters is not None
+                for path, (down, up) in adapters.factors(layer).items():
+                    hook = _adapter_hook(down, up, adapted, batch)
+                    handle = self.blocks[layer].get_submodule(path).register_forward_hook(hook)
+                    hooks.callback(handle.remove)
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _any_mask(self, ids: Tensor) -> Tensor:
-        """A 4D mask that HF forwards take as they find it; the gates put the real one in its place."""
-        batch, t = ids.shape
-        return torch.ones(1, dtype=torch.bool, device=ids.device).expand(batch, 1, t, t)
 
     def with_mask(
         self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any], mask: Mask | None
@@ -282,36 +249,35 @@ def _adapter_hook(down: Tensor, up: Tensor, adapted: int | None, batch: int) -> 
     return hook
 
 
-def find_layers(model: PreTrainedModel, count: int) -> tuple[nn.Module, str]:
-    """The module that owns the list of decoder layers, and the attribute's name."""
-    for module in model.base_model.modules():
-        for name, child in module.named_children():
-            if isinstance(child, nn.ModuleList) and len(child) == count:
-                return module, name
-    raise SpecDecError(f"model type '{model.config.model_type}' has no list of {count} decoder layers; not supported")
+def _find(root: Any, wanted: Callable[[nn.Module], bool], problem: str) -> tuple[nn.Module, str]:
+    """The first module that is ``wanted``, as its owner and its name there."""
+    for owner in root.modules():
+        for name, child in owner.named_children():
+            if wanted(child):
+                return owner, name
+    raise SpecDecError(f"model type '{root.config.model_type}' {problem}; not supported")
 
 
-def _owner_of(model: PreTrainedModel, child: nn.Module) -> tuple[nn.Module, str]:
-    for module in model.modules():
-        for name, found in module.named_children():
-            if found is child:
-                return module, name
-    raise SpecDecError(f"model type '{model.config.model_type}' hides its output head; not supported")
+@contextmanager
+def _replaced(owner: nn.Module, name: str, module: nn.Module) -> Iterator[None]:
+    """Meanwhile another ``module`` stands in the place of one of ``owner``."""
+    own = getattr(owner, name)
+    setattr(owner, name, module)
+    try:
+        yield
+    finally:
+        setattr(owner, name, own)
 
 
 class ByParts(Target):
     """A runtime that runs parts of layers through the model's own modules, at the reference runtime's speed."""
 
-    _reference: ReferenceTarget | None = None
+    @functools.cached_property
+    def _reference(self) -> ReferenceTarget:
+        return ReferenceTarget(self.model)
 
     def sublayer(self, x: Tensor, layer: int, part: Part, given: Pass) -> Tensor:
-        return self._own_modules().sublayer(x, layer, part, given)
+        return self._reference.sublayer(x, layer, part, given)
 
     def fill(self, x: Tensor, lo: int, given: Pass) -> None:
-        self._own_modules().fill(x, lo, given)
-
-    def _own_modules(self) -> ReferenceTarget:
-        with self.lock:
-            if self._reference is None:
-                self._reference = ReferenceTarget(self.model)
-            return self._reference
+        self._reference.fill(x, lo, given)
