@@ -23,7 +23,7 @@ from zoo import PROMPTS, every, run
 
 from specdec.base import devices
 from specdec.base.errors import SpecDecError
-from specdec.drafters import chain, m2r2, medusa, vocabulary
+from specdec.drafters import chain, m2r2, vocabulary
 from specdec.engine.loop import Loop
 from specdec.runtimes import cache as caches
 from specdec.runtimes import tree_drafting
@@ -75,7 +75,7 @@ class Replay:
             function()
         return log.seen
 
-    def replay(self) -> None:
+    def __call__(self) -> None:
         Replay.replayed += 1
         assert self._run(self.function) == self.log, "a graph would do what was recorded"
 
@@ -187,7 +187,7 @@ def test_weights_live_as_long_as_what_was_recorded_with_them() -> None:
         def __init__(self, function: Callable[[], None]) -> None:
             function()
 
-        def replay(self) -> None:
+        def __call__(self) -> None:
             pass
 
     target = GraphedTarget(rough_model("llama"), record=Replay)
@@ -224,10 +224,10 @@ def test_a_second_cache_of_the_same_size_runs_beside_the_first() -> None:
 def test_the_stand_in_fails_where_a_graph_would_go_wrong() -> None:
     x, state = torch.ones(3), {"times": 2}
     graph = Replay(lambda: x.mul_(state["times"]))
-    graph.replay()
+    graph()
     state["times"] = 3
     with pytest.raises(AssertionError, match="what was recorded"):
-        graph.replay()
+        graph()
     with pytest.raises(AssertionError, match="waits"):
         Replay(lambda: x.add_(x.sum().item()))
 
@@ -260,7 +260,7 @@ class _Waits(TorchFunctionMode):
             self.uploading = False
             return out
 
-        for module in (draft, caches, tree_drafting, m2r2, medusa, vocabulary):
+        for module in (draft, caches, tree_drafting, vocabulary):
             monkeypatch.setattr(module, "upload", quiet)
         for module in (chain, draft, m2r2, tree_drafting):
             monkeypatch.setattr(module, "waits", lambda device: True)

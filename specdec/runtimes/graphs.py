@@ -12,7 +12,7 @@ import functools
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,39 +29,27 @@ STEPS = 64  # captured passes that are kept, those used last
 HEADS = 64  # drafters' heads of up to so many outputs, twice, ... share captured passes
 
 
-class Graph(Protocol):
-    """A function without arguments, recorded: ``replay`` does the same again to the same memory."""
-
-    def replay(self) -> None: ...
+Recorder = Callable[[Callable[[], None]], Callable[[], None]]  # of what runs; the same again, to the same memory
 
 
-class CudaGraph:
-    """``run``, recorded on a CUDA device. It must neither read what it computes nor depend on the host."""
-
-    def __init__(self, run: Callable[[], None], device: torch.device) -> None:
-        with torch.cuda.device(device):  # streams are of the current one
-            aside = torch.cuda.Stream()
-            aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(aside):
-                run()  # libraries allocate at first use, which cannot be recorded
-            torch.cuda.current_stream().wait_stream(aside)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # others may use the device meanwhile
-                run()
-
-    def replay(self) -> None:
-        self.graph.replay()
+def record_cuda(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """Record ``run`` on a CUDA device. It must neither read what it computes nor depend on the host."""
+    with torch.cuda.device(device):  # streams are of the current one
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            run()  # libraries allocate at first use, which cannot be recorded
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # others may use the device meanwhile
+            run()
+    return graph.replay
 
 
 class _Step:
     """``function`` of tensors of fixed shapes, recorded."""
 
-    def __init__(
-        self,
-        function: Callable[..., Sequence[Tensor]],
-        inputs: Sequence[Tensor],
-        record: Callable[[Callable[[], None]], Graph],
-    ) -> None:
+    def __init__(self, function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor], record: Recorder) -> None:
         self.inputs = [x.clone() for x in inputs]
         self.outputs = [torch.empty_like(y) for y in function(*self.inputs)]
 
@@ -69,12 +57,12 @@ class _Step:
             for out, y in zip(self.outputs, function(*self.inputs), strict=True):
                 out.copy_(y)
 
-        self.graph = record(run)
+        self.replay = record(run)
 
     def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         for buffer, x in zip(self.inputs, inputs, strict=True):
             buffer.copy_(x)
-        self.graph.replay()
+        self.replay()
         return [out.clone() for out in self.outputs]  # the next replay writes over them
 
 
@@ -87,7 +75,7 @@ class _Held:
     def __init__(self, like: nn.Linear, room: int) -> None:
         way = {"bias": like.bias is not None, "device": like.weight.device, "dtype": like.weight.dtype}
         self.head = nn.utils.skip_init(nn.Linear, like.in_features, room, **way).requires_grad_(False)
-        self.now: tuple[weakref.ref[nn.Linear] | None, object] = None, None  # whose values, and which version of them
+        self.now: tuple[weakref.ref[nn.Linear] | None, object] = None, None  # the head held, and its values' version
 
     def hold(self, head: nn.Linear) -> None:
         """Take the values of ``head``, unless they are there. Outputs beyond its own have no meaning."""
@@ -100,7 +88,7 @@ class _Held:
 
 
 class GraphedTarget(FusedTarget):
-    """The fused runtime by recorded passes. ``record`` makes a ``Graph`` of a function; tests have one of their own.
+    """The fused runtime by recorded passes. record: what records them; tests have one of their own.
 
     Caches of ``new_cache`` take turns in one buffer per batch size, so that passes stay recorded from one generation to
     the next; what runs while it is lent is not recorded. Recorded passes share their buffers, so threads take turns at
@@ -109,15 +97,10 @@ class GraphedTarget(FusedTarget):
 
     runtime = "graphs"
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        weights: str = "dense",
-        record: Callable[[Callable[[], None]], Graph] | None = None,
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, weights: str = "dense", record: Recorder | None = None) -> None:
         if record is None and model.device.type != "cuda":
             raise SpecDecError(f"CUDA graphs need the model on a CUDA device, not on '{model.device}'")
-        self.record = record or functools.partial(CudaGraph, device=model.device)
+        self.record = record or functools.partial(record_cuda, device=model.device)
         self._steps: OrderedDict[Any, _Step] = OrderedDict()
         self._buffers: dict[int, tuple[weakref.ref[KVCache], Tensor]] = {}  # by batch size: its last user, and it
         self._held: dict[tuple[int, bool], _Held] = {}  # by room for outputs, and whether there is a bias
