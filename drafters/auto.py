@@ -12,8 +12,6 @@ from specdec.runtimes.target import Target
 from specdec.speculation import registry
 from specdec.speculation.draft import Drafter
 
-from . import trained
-
 
 class AutoDrafter(Drafter):
     """Loads another drafter; nothing is drafted by this one."""
@@ -27,11 +25,8 @@ class AutoDrafter(Drafter):
         options.check(cls.name, (), source=source)
         name = "prompt-lookup" if drafter_folder.shipped("m2r2", target.fingerprint) is None else "m2r2"
         if name == "prompt-lookup":
-            warnings.warn(
-                "no trained drafter is shipped for this model, so prompt-lookup drafts; to train one: "
-                f"{trained.command('specdec train m2r2', target)}",
-                SpecDecWarning,
-                stacklevel=2,
-            )
+            command = registry.lookup("drafters", "m2r2").training_command(target.model.config._name_or_path)
+            message = f"no trained drafter is shipped for this model, so prompt-lookup drafts; to train one: {command}"
+            warnings.warn(message, SpecDecWarning, stacklevel=2)
         drafter: Drafter = registry.lookup("drafters", name).load(target, **given)
         return drafter

@@ -7,6 +7,7 @@ from logits and which siblings pay, not where the logits come from.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from specdec.base.devices import waits
 from specdec.base.errors import SpecDecError
 from specdec.speculation.draft import Draft, Drafter, State
 from specdec.speculation.trees import best_tree
+
+from .vocabulary import DraftVocabulary
 
 SHAPE = ("siblings", "nodes")  # options of every drafter of chains
 
@@ -41,129 +44,117 @@ class Shape:
 
     def start(self) -> None:
         """Forget what was seen: a generation does not depend on earlier ones."""
-        self.right = [[0.0] * self.RANKS for _ in range(self.DEPTHS)]
-        self.offered = [[0.0] * self.RANKS for _ in range(self.DEPTHS)]
+        believed = [self.WEIGHT * self.FIRST * self.NEXT**rank for rank in range(self.RANKS)]
+        self.right = [list(believed) for _ in range(self.DEPTHS)]
+        self.offered = [[self.WEIGHT] * self.RANKS for _ in range(self.DEPTHS)]
         self.pending: tuple[int, ...] = ()  # parents of the draft that is being verified
 
     def fit(self, limit: int, extra_nodes: int) -> tuple[int, Sequence[int]]:
         """The chain's depth, at most ``limit`` >= 1, and the siblings at each depth."""
         if self.siblings is not None or (self.nodes is None and not extra_nodes):
             return limit, self.siblings or ()
-        tree = best_tree(self._accuracy()[:limit], self.nodes or limit + extra_nodes, chain=True)
-        depths = tree.depths()
+        pairs = zip(self.right[:limit], self.offered[:limit], strict=True)
+        accuracy = [[r / n for r, n in zip(right, offered, strict=True)] for right, offered in pairs]
+        depths = best_tree(accuracy, self.nodes or limit + extra_nodes, chain=True).depths()
         return max(depths) + 1, [depths.count(depth) - 1 for depth in range(max(depths) + 1)]
 
-    def _accuracy(self) -> list[list[float]]:
-        believed = [self.FIRST * self.NEXT**rank for rank in range(self.RANKS)]
-        return [
-            [(r + self.WEIGHT * b) / (n + self.WEIGHT) for r, n, b in zip(right, offered, believed, strict=True)]
-            for right, offered in zip(self.right, self.offered, strict=True)
-        ]
-
-    def drafted(self, draft: Draft) -> None:
-        """Note the draft that ``observe`` will hear about."""
-        self.pending = draft.parents
-
     def observe(self, paths: Sequence[Sequence[int]]) -> None:
-        """Count which choices were right, of the draft noted last."""
+        """Count which choices of the ``pending`` draft were right."""
         parents, self.pending = self.pending, ()
         for path in paths if parents else ():
-            kept = set(path)
+            accepted = set(path)
             for depth in range(self.DEPTHS):
                 choices = [node for node, parent in enumerate(parents, start=1) if parent == depth]
                 for rank, node in enumerate(choices[: self.RANKS]):
                     self.offered[depth][rank] += 1
-                    self.right[depth][rank] += node in kept
-                if depth + 1 not in kept:  # the chain's nodes come first: number i + 1 is the one at depth i
+                    self.right[depth][rank] += node in accepted
+                if depth + 1 not in accepted:  # the chain's nodes come first: number i + 1 is the one at depth i
                     break
 
 
-class ChainDrafter(Drafter):
-    """What drafters of chains have in common: the options of their shape, and nothing to keep by row.
+class ShapeOptions(TypedDict, total=False):
+    """What ``Shape`` is made of, as drafters of chains take it among their own options."""
 
-    siblings, nodes: see ``Shape``.
+    siblings: Sequence[int] | None
+    nodes: int | None
+
+
+class Readout(NamedTuple):
+    """What is read of a token where it leaves the model.
+
+    logits: [B, V'], of what follows it. certainty: the probability [B, 1] that their best token is the model's; None:
+    what the logits say themselves. layers: int64 [B, 1], those that the token ran, if that is counted.
     """
 
-    def __init__(self, siblings: Sequence[int] | None = None, nodes: int | None = None) -> None:
-        self.shape = Shape(siblings, nodes)
+    logits: Tensor
+    certainty: Tensor | None = None
+    layers: Tensor | None = None
+
+
+class ChainDrafter(Drafter):
+    """Drafts token by token; siblings beside the chain cost no drafting.
+
+    siblings, nodes: see ``Shape``. vocabulary: the tokens that subclasses draft from; None: all of them.
+    """
+
+    vocabulary: DraftVocabulary | None = None
+
+    def __init__(self, **shape: Unpack[ShapeOptions]) -> None:
+        self.shape = Shape(**shape)
 
     def start(self, batch: int) -> None:
         self.shape.start()
-
-    def chain(
-        self,
-        state: State,
-        limit: int,
-        step: Callable[[Tensor, Tensor], Tensor],
-        vocab: Tensor | None = None,
-        certainty: Callable[[Tensor], Tensor] | None = None,
-    ) -> Draft:
-        """``draft_chain`` with the siblings of ``shape``."""
-        limit, siblings = self.shape.fit(limit, state.extra_nodes)
-        draft = draft_chain(state, limit, step, siblings, vocab, certainty)
-        self.shape.drafted(draft)
-        return draft
+        if self.vocabulary is not None:
+            self.vocabulary.start()
 
     def observe(self, paths: list[list[int]], taps: dict[int, Tensor]) -> None:
         self.shape.observe(paths)
 
+    def chain(
+        self, state: State, limit: int, step: Callable[[Tensor, Tensor], Readout], vocab: Tensor | None = None
+    ) -> Draft:
+        """Draft up to ``limit`` tokens after each row's root; the chain's nodes come first, then the siblings.
 
-class _Nodes:
-    """Draft nodes being collected: tokens [B, n] under the chain's node at ``depth``."""
-
-    def __init__(self) -> None:
-        self.tokens: list[Tensor] = []
-        self.parents: list[int] = []
-
-    def add(self, tokens: Tensor, depth: int) -> None:
-        self.tokens.append(tokens)
-        self.parents += [depth] * tokens.shape[1]  # chain node i has block index i + 1, the root 0
-
-
-def draft_chain(
-    state: State,
-    limit: int,
-    step: Callable[[Tensor, Tensor], Tensor],
-    siblings: Sequence[int] = (),
-    vocab: Tensor | None = None,
-    certainty: Callable[[Tensor], Tensor] | None = None,
-) -> Draft:
-    """Draft up to ``limit`` tokens after each row's root; the chain's nodes come first, then the siblings.
-
-    step: takes tokens and their positions (int64 [B, 1]) and returns the logits [B, V'] of what follows them; called
-        first for the roots, then for each drafted token but the last.
-    siblings: number of further candidates at each depth of the chain (depths beyond its length have none).
-    vocab: int64 [V'], the tokens that logits are over; None: all of the target's.
-    certainty: takes the logits of a step and returns the probability [B, 1] that their best token is the model's; None:
-        what the logits say themselves.
-    Ends early once no row's whole chain is accepted with a probability of ``state.confidence``, where reading that
-    does not wait for a device. Where nothing will be verified, a row's chain ends before the first token that is less
-    certain than ``state.threshold``, and has no siblings.
-    """
-    chain, beside = _Nodes(), _Nodes()
-    token, positions = state.roots, state.positions  # (B, 1)
-    going = torch.ones_like(token, dtype=torch.bool)  # rows whose chain goes on
-    none = token[:, :0]
-    prefixes = [] if state.sampler.plain_greedy else [list(ids) for ids in state.ids]
-    reach = torch.ones(token.shape, device=token.device)  # probability that a row's whole chain is accepted
-    for depth in range(limit):
-        logits = step(token, positions)
-        width = 1 + (siblings[depth] if depth < len(siblings) else 0)
-        if state.threshold is not None:
-            width, sure = 1, best_probability(logits) if certainty is None else certainty(logits)
-            going &= sure >= state.threshold
-            if not bool(going.any()):
-                break
-        tokens = _pick(state, logits, width, prefixes, vocab)
-        token = tokens[:, :1]
-        chain.add(token if state.threshold is None else token.masked_fill(~going, -1), depth)
-        beside.add(tokens[:, 1:], depth)
-        positions = positions + 1
-        if state.confidence > 0 and not waits(token.device):
-            reach = reach * (_probability(logits, token, vocab) if certainty is None else certainty(logits))
-            if float(reach.max()) < state.confidence:
-                break
-    return Draft(torch.cat((none, *chain.tokens, *beside.tokens), 1), (*chain.parents, *beside.parents))
+        step: takes tokens and their positions (int64 [B, 1]); called first for the roots, then for each drafted token
+            but the last.
+        vocab: int64 [V'], the tokens that logits are over; None: those of ``vocabulary``.
+        Ends early once no row's whole chain is accepted with a probability of ``state.confidence``, where reading that
+        does not wait for a device. Where nothing will be verified, a row's chain ends before the first token that is
+        less certain than ``state.threshold``, and has no siblings.
+        """
+        if self.vocabulary is not None:
+            self.vocabulary.follow(state)
+            vocab = self.vocabulary.tokens
+        limit, siblings = self.shape.fit(limit, state.extra_nodes)
+        token, positions = state.roots, state.positions  # (B, 1)
+        chain, beside, layers = [token[:, :0]], list[Tensor](), list[Tensor]()
+        parents: list[int] = []  # of the siblings: the chain's node i has block index i + 1, the root 0
+        going = torch.ones_like(token, dtype=torch.bool)  # rows whose chain goes on
+        prefixes = [] if state.sampler.plain_greedy else [list(ids) for ids in state.ids]
+        reach = torch.ones(token.shape, device=token.device)  # probability that a row's whole chain is accepted
+        for depth in range(limit):
+            logits, certainty, run = step(token, positions)
+            width = 1 + (siblings[depth] if depth < len(siblings) else 0)
+            if state.threshold is not None:
+                width, sure = 1, best_probability(logits) if certainty is None else certainty
+                going &= sure >= state.threshold
+                if not bool(going.any()):
+                    break
+                layers += [] if run is None else [run]
+            tokens = _pick(state, logits, width, prefixes, vocab)
+            token = tokens[:, :1]
+            chain.append(token if state.threshold is None else token.masked_fill(~going, -1))
+            beside.append(tokens[:, 1:])
+            parents += [depth] * (tokens.shape[1] - 1)
+            positions = positions + 1
+            if state.confidence > 0 and not waits(token.device):
+                reach = reach * (_probability(logits, token, vocab) if certainty is None else certainty)
+                if float(reach.max()) < state.confidence:
+                    break
+        draft = Draft(torch.cat((*chain, *beside), 1), (*range(len(chain) - 1), *parents))
+        draft.layers = torch.cat(layers, 1) if layers else None
+        self.shape.pending = draft.parents
+        return draft
 
 
 def _pick(state: State, logits: Tensor, width: int, prefixes: list[list[int]], vocab: Tensor | None) -> Tensor:
@@ -193,11 +184,11 @@ def _pick(state: State, logits: Tensor, width: int, prefixes: list[list[int]], v
 def first_sure(read: Callable[[int], tuple[Tensor, ...]], exits: int, bar: float) -> tuple[Tensor, ...]:
     """What each row has at the first of its exits that is sure enough, else at the last.
 
-    ``read(i)`` takes all rows to exit i and returns how sure each is [B, 1], and anything else [B, ...].
+    ``read(i)`` takes all rows to exit i; like a ``Readout`` its second part is the certainty.
     """
     found = read(0)
     for index in range(1, exits):
-        on = found[0] < bar  # (B, 1): rows that go on
+        on = found[1] < bar  # (B, 1): rows that go on
         if not bool(on.any()):
             break
         pairs = zip(read(index), found, strict=True)

@@ -7,10 +7,8 @@ frozen, drafts are verified (or accepted unscored, under a confident verifier), 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
-import torch
 from torch import Tensor
 
 from specdec.base import options
@@ -18,7 +16,7 @@ from specdec.runtimes.target import Target
 from specdec.speculation.draft import State
 
 from . import trained
-from .chain import SHAPE, first_sure
+from .chain import SHAPE, ShapeOptions, first_sure
 from .exits import ExitDrafter, ExitHeads, PartialPass
 
 
@@ -33,15 +31,10 @@ class DeedDrafter(ExitDrafter):
     name: ClassVar[str] = "deed"
     summary: ClassVar[str] = "several trained exits, each token leaves at the first that is sure of it"
     training: ClassVar[str] = "specdec train deed"
+    needs_training: ClassVar[bool] = True
 
-    def __init__(
-        self,
-        heads: ExitHeads,
-        exit_confidence: float = 0.5,
-        siblings: Sequence[int] | None = None,
-        nodes: int | None = None,
-    ) -> None:
-        super().__init__(heads, siblings, nodes)
+    def __init__(self, heads: ExitHeads, exit_confidence: float = 0.5, **shape: Unpack[ShapeOptions]) -> None:
+        super().__init__(heads, **shape)
         self.exits, self.bar = heads.exits, options.probability("exit_confidence", exit_confidence)
         self.num_exits, self.path = len(self.exits), f"{self.exits} {self.bar}"
 
@@ -51,12 +44,7 @@ class DeedDrafter(ExitDrafter):
         options.check(cls.name, given, ("exit_confidence", *SHAPE))
         return cls(ExitHeads.load(target, trained.find(cls, target, source), cls.name), **given)
 
-    def leave(self, tokens: PartialPass, state: State, depth: int) -> tuple[Tensor, Tensor, Tensor]:
+    def leave(self, tokens: PartialPass, state: State) -> tuple[Tensor, ...]:
         bar = self.bar if state.threshold is None else state.threshold
-
-        def read(index: int) -> tuple[Tensor, ...]:
-            logits, sure = self.read(tokens.to(self.exits[index]), index)
-            return sure, logits, torch.full_like(sure, self.exits[index], dtype=torch.long)
-
-        sure, logits, layers = first_sure(read, self.num_exits if state.exit is None else state.exit + 1, bar)
-        return logits, sure, layers
+        last = self.num_exits if state.exit is None else state.exit + 1
+        return first_sure(lambda index: self.read(tokens, self.exits[index], index), last, bar)

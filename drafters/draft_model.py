@@ -6,9 +6,8 @@ draft: agreeing entries stay, the rest is run again. So it does not matter who d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import takewhile
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor
@@ -22,7 +21,7 @@ from specdec.runtimes.select import make_target
 from specdec.runtimes.target import Target
 from specdec.speculation.draft import Draft, State
 
-from .chain import SHAPE, ChainDrafter
+from .chain import SHAPE, ChainDrafter, Readout, ShapeOptions
 
 
 class DraftModelDrafter(ChainDrafter):
@@ -37,14 +36,8 @@ class DraftModelDrafter(ChainDrafter):
     name: ClassVar[str] = "draft-model"
     summary: ClassVar[str] = "a second, smaller model with the same vocabulary (draft-model=NAME); no training"
 
-    def __init__(
-        self,
-        own: Target,
-        tokenizer: Any = None,
-        siblings: Sequence[int] | None = None,
-        nodes: int | None = None,
-    ) -> None:
-        super().__init__(siblings, nodes)
+    def __init__(self, own: Target, tokenizer: Any = None, **shape: Unpack[ShapeOptions]) -> None:
+        super().__init__(**shape)
         self.own, self.tokenizer, self.path = own, tokenizer, own.fingerprint
         self.vocab: Tensor | None = None  # int64 [V'], the tokens both models have; None: all of them
         self.start(1)
@@ -53,14 +46,14 @@ class DraftModelDrafter(ChainDrafter):
     def load(cls, target: Target, source: str | None = None, **given: Any) -> DraftModelDrafter:
         """Load the draft model: ``source``, or the option ``model``, is whatever ``loading.load`` takes."""
         options.check(cls.name, given, ("model", *SHAPE))
-        model = given.get("model", source)
+        model = given.pop("model", source)
         if not isinstance(model, str) or not model:
             raise SpecDecError(
                 "drafter 'draft-model' needs a second model; name it: draft-model=NAME (a folder, GGUF file or "
                 "Hugging Face id; in Python also drafter_options={'model': NAME})"
             )
         loaded, tokenizer = loading.load(model, dtype=target.dtype, device=target.device)
-        return cls(make_target(loaded)[0], tokenizer, given.get("siblings"), given.get("nodes"))
+        return cls(make_target(loaded)[0], tokenizer, **given)
 
     def bind(self, target: Target) -> None:
         ours, theirs = target.vocab_size, self.own.vocab_size
@@ -86,14 +79,14 @@ class DraftModelDrafter(ChainDrafter):
             return Draft.empty(cache.batch, cache.device)
         root: Tensor | None = self._catch_up(state.ids)
 
-        def step(token: Tensor, positions: Tensor) -> Tensor:
+        def step(token: Tensor, positions: Tensor) -> Readout:
             nonlocal root
             x, root = root, None
             if x is None:
                 x = own.embed(token, positions)
                 x = own.layers(x, 0, own.num_layers, Pass(positions, cache.mask(0, positions), cache))
             logits = own.readout(x)[:, 0]
-            return logits if self.vocab is None else logits[:, : self.vocab.numel()]
+            return Readout(logits if self.vocab is None else logits[:, : self.vocab.numel()])
 
         draft = self.chain(state, limit, step, self.vocab)
         self.fed = draft.tokens[:, : max(draft.depths()) - 1].tolist()

@@ -6,11 +6,9 @@ exit early rarely agree with their first layers read by their own head; a traine
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
-import torch
 from torch import Tensor
 
 from specdec.base import options
@@ -19,7 +17,7 @@ from specdec.models import drafter_folder
 from specdec.runtimes.target import Target
 from specdec.speculation.draft import State
 
-from .chain import SHAPE
+from .chain import SHAPE, ShapeOptions
 from .exits import ExitDrafter, ExitHeads, PartialPass
 
 
@@ -37,13 +35,9 @@ class EarlyExitDrafter(ExitDrafter):
     training: ClassVar[str] = "specdec train early-exit"
 
     def __init__(
-        self,
-        exit_layer: int | None = None,
-        siblings: Sequence[int] | None = None,
-        nodes: int | None = None,
-        heads: ExitHeads | None = None,
+        self, exit_layer: int | None = None, heads: ExitHeads | None = None, **shape: Unpack[ShapeOptions]
     ) -> None:
-        super().__init__(heads, siblings, nodes)
+        super().__init__(heads, **shape)
         self.given = heads.exits[0] if heads is not None else exit_layer
 
     @classmethod
@@ -64,7 +58,5 @@ class EarlyExitDrafter(ExitDrafter):
         self.num_exits, self.path = len(self.layers), f"{self.layers} {self.heads is not None}"
         super().bind(target)
 
-    def leave(self, tokens: PartialPass, state: State, depth: int) -> tuple[Tensor, Tensor, Tensor]:
-        layer = self.exit_layer if state.exit is None else self.layers[state.exit]
-        logits, sure = self.read(tokens.to(layer))
-        return logits, sure, torch.full_like(sure, layer, dtype=torch.long)
+    def leave(self, tokens: PartialPass, state: State) -> tuple[Tensor, ...]:
+        return self.read(tokens, self.exit_layer if state.exit is None else self.layers[state.exit])

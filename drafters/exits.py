@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from specdec.runtimes.target import Target
 from specdec.speculation.draft import Draft, State
 
 from . import trained
-from .chain import ChainDrafter, best_probability
+from .chain import ChainDrafter, Readout, ShapeOptions, best_probability
 from .vocabulary import DraftVocabulary
 
 
@@ -37,9 +37,11 @@ class PartialPass:
     def __init__(self, target: Target, cache: KVCache) -> None:
         self.target, self.cache = target, cache
         self.groups: list[tuple[int, Tensor, Tensor]] = []  # (layer reached, states [B, n, D], positions [B, n])
+        self.count = 0  # of the tokens
 
     def push(self, token: Tensor, positions: Tensor) -> None:
         """Add a token, int64 [B, 1], at layer 0."""
+        self.count += 1
         self.groups.append((0, self.target.embed(token, positions), positions))
 
     def to(self, layer: int) -> Tensor:
@@ -75,13 +77,10 @@ class ExitHeads(nn.Module):
         self.map = nn.ModuleList(nn.Linear(d, d) for _ in self.exits)
         self.down = nn.ModuleList(nn.Linear(d, width) for _ in self.exits)
         self.up = nn.ModuleList(nn.Linear(width, d, bias=False) for _ in self.exits)
-        with torch.no_grad():
-            for straight in self.map:
-                assert isinstance(straight, nn.Linear)
-                straight.weight.copy_(torch.eye(d))
-                straight.bias.zero_()
-            for parameter in self.up.parameters():
-                parameter.zero_()
+        for parameter in (*self.map.parameters(), *self.up.parameters()):
+            nn.init.zeros_(parameter)
+        for straight in self.map:
+            nn.init.eye_(straight.get_parameter("weight"))
         self.register_buffer("draft_vocab", draft_vocab)
         self.draft_vocab: Tensor | None
 
@@ -120,11 +119,10 @@ class ExitDrafter(ChainDrafter):
 
     leaves_early = True
     leaves_state = True
+    vocabulary: DraftVocabulary
 
-    def __init__(
-        self, heads: ExitHeads | None = None, siblings: Sequence[int] | None = None, nodes: int | None = None
-    ) -> None:
-        super().__init__(siblings, nodes)
+    def __init__(self, heads: ExitHeads | None = None, **shape: Unpack[ShapeOptions]) -> None:
+        super().__init__(**shape)
         self.heads = heads
 
     def bind(self, target: Target) -> None:
@@ -133,36 +131,23 @@ class ExitDrafter(ChainDrafter):
         self.vocabulary = DraftVocabulary(target, None if self.heads is None else self.heads.draft_vocab)
 
     @abstractmethod
-    def leave(self, tokens: PartialPass, state: State, depth: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Take the last token of ``tokens``, ``depth`` tokens after the root, to where it leaves.
+    def leave(self, tokens: PartialPass, state: State) -> tuple[Tensor, ...]:
+        """Take the last token of ``tokens`` to where it leaves, and read it there (``read``)."""
 
-        Returns its draft logits [B, V'], the probability [B, 1] that their best token is the full model's, and the
-        layers it went through, int64 [B, 1].
-        """
-
-    def read(self, h: Tensor, index: int = 0) -> tuple[Tensor, Tensor]:
-        """Draft logits [B, V'] and their certainty [B, 1] from the states h [B, 1, D] at exit ``index``."""
+    def read(self, tokens: PartialPass, layer: int, index: int = 0) -> tuple[Tensor, ...]:
+        """Take the last token to ``layer``, which is exit ``index``: the three parts of a ``Readout``."""
+        h = tokens.to(layer)
         logits = self.vocabulary.logits(h if self.heads is None else self.heads(index, h))[:, 0]
-        return logits, best_probability(logits)
-
-    def start(self, batch: int) -> None:
-        super().start(batch)
-        self.vocabulary.start()
+        certainty = best_probability(logits)
+        return logits, certainty, torch.full_like(certainty, layer, dtype=torch.long)
 
     def propose(self, state: State, limit: int) -> Draft:
-        self.vocabulary.follow(state)
-        tokens, certainty = PartialPass(state.target, state.cache), torch.empty(0)
-        layers: list[Tensor] = []
+        tokens = PartialPass(state.target, state.cache)
 
-        def step(token: Tensor, positions: Tensor) -> Tensor:
-            nonlocal certainty
+        def step(token: Tensor, positions: Tensor) -> Readout:
             tokens.push(token, positions)
-            logits, certainty, run = self.leave(tokens, state, len(layers))
-            layers.append(run)
-            return logits
+            return Readout(*self.leave(tokens, state))
 
-        draft = self.chain(state, limit, step, self.vocabulary.tokens, lambda logits: certainty)
+        draft = self.chain(state, limit, step)
         draft.states, draft.exit_layer = tokens.finish()
-        if state.threshold is not None:
-            draft.layers = torch.cat(layers, 1)[:, : draft.tokens.shape[1]]
         return draft

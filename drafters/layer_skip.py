@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Unpack
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.target import Target
 from specdec.speculation.draft import Draft, State
 
-from .chain import SHAPE, ChainDrafter
+from .chain import SHAPE, ChainDrafter, Readout, ShapeOptions
 
 Step = tuple[Literal["layers", "attention", "mlp"], int, int]  # what is run, on layers [lo, hi)
 SETTINGS = ("attn", "mlp")
@@ -67,18 +67,15 @@ class LayerSkipDrafter(ChainDrafter):
     def __init__(
         self,
         skip: Sequence[int] | None = None,
-        siblings: Sequence[int] | None = None,
         attn: Sequence[int] = (),
         mlp: Sequence[int] = (),
-        nodes: int | None = None,
+        **shape: Unpack[ShapeOptions],
     ) -> None:
-        super().__init__(siblings, nodes)
+        super().__init__(**shape)
         self.default = skip is None and not attn and not mlp
         whole = options.wholes("skip", () if skip is None else skip, 0)
         self.attn = {*whole, *options.wholes("attn", attn, 0)}
         self.mlp = {*whole, *options.wholes("mlp", mlp, 0)}
-        self.steps: list[Step] = []
-        self.exit_layer = 0  # layers below are run as in the full model
 
     @classmethod
     def load(cls, target: Target, source: str | None = None, **given: Any) -> LayerSkipDrafter:
@@ -93,14 +90,13 @@ class LayerSkipDrafter(ChainDrafter):
         n = target.num_layers
         if self.default:
             self.attn = self.mlp = set(range(2 * n // 5, 3 * n // 5))
-        skipped = self.attn | self.mlp
-        self.steps = steps_without(self.attn, self.mlp, n)
+        skipped, self.steps = self.attn | self.mlp, steps_without(self.attn, self.mlp, n)
         if not skipped or not self.steps or max(skipped) >= n:
             raise SpecDecError(
-                f"layer-skip must leave out some of the model's layers 0 .. {n - 1} or parts of them, not everything; "
-                f"got attn {sorted(self.attn)}, mlp {sorted(self.mlp)}"
+                f"layer-skip must leave out some of the layers 0 .. {n - 1} or parts of them, not everything; got attn "
+                f"{sorted(self.attn)}, mlp {sorted(self.mlp)}"
             )
-        self.exit_layer, self.path = min(skipped), str(self.steps)
+        self.exit_layer, self.path = min(skipped), str(self.steps)  # layers below are run as in the full model
 
     def propose(self, state: State, limit: int) -> Draft:
         target, cache = state.target, state.cache
@@ -108,13 +104,13 @@ class LayerSkipDrafter(ChainDrafter):
         attending = [(lo, hi) for part, lo, hi in self.steps if part != "mlp"]
         first = attending[0][0] if attending else 0
 
-        def step(token: Tensor, positions: Tensor) -> Tensor:
+        def step(token: Tensor, positions: Tensor) -> Readout:
             x, mask = target.embed(token, positions), cache.mask(first, positions)
             for way in self.steps:
                 x = run_step(target, way, x, positions, mask, cache)
                 if way[2] == self.exit_layer:
                     states.append(x)
-            return target.readout(x)[:, 0]
+            return Readout(target.readout(x)[:, 0])
 
         draft = self.chain(state, limit, step)
         for lo, hi in attending:

@@ -10,7 +10,7 @@ text itself enter the pool, too.
 from __future__ import annotations
 
 import random
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -48,11 +48,6 @@ class LookaheadDrafter(Drafter):
         self.ngram = options.whole("ngram", ngram, 2)
         self.guesses = options.whole("guesses", guesses, 1)
         self.start(1)
-
-    @classmethod
-    def load(cls, target: Target, source: str | None = None, **given: Any) -> LookaheadDrafter:
-        options.check(cls.name, given, ("window", "ngram", "guesses"), source)
-        return cls(**given)
 
     def bind(self, target: Target) -> None:
         self.taps = (target.num_layers + 1,)

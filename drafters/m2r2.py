@@ -14,24 +14,22 @@ projections). The projections, the carry and the fit by ridge regression are our
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor
 
 from specdec.base import options
-from specdec.base.devices import upload, waits
+from specdec.base.devices import waits
 from specdec.runtimes.target import Target
 from specdec.runtimes.tree_drafting import WIDTH, Bounds, DraftPath, Seed
-from specdec.speculation.draft import Draft, State
+from specdec.speculation.draft import Draft, State, latest
 
 from . import trained
-from .chain import SHAPE, ChainDrafter, best_probability, first_sure
+from .chain import SHAPE, ChainDrafter, Readout, ShapeOptions, best_probability, first_sure
 from .m2r2_network import M2R2, Carry, load_network
 from .m2r2_pass import PathPass
 from .m2r2_path import M2R2Path
-from .tree import likeliest
 from .vocabulary import DraftVocabulary
 
 __all__ = ["M2R2", "M2R2Drafter", "M2R2Path", "PaperM2R2Drafter", "load_network"]
@@ -52,17 +50,15 @@ class M2R2Drafter(ChainDrafter):
     name: ClassVar[str] = "m2r2"
     summary: ClassVar[str] = "accelerated residual of the model itself; trained, shipped for the default model"
     training: ClassVar[str] = "specdec train m2r2"
+    needs_training: ClassVar[bool] = True
     leaves_early = True
 
+    vocabulary: DraftVocabulary
+
     def __init__(
-        self,
-        network: M2R2,
-        siblings: Sequence[int] | None = None,
-        nodes: int | None = None,
-        width: int = WIDTH,
-        exit_confidence: float = 0.5,
+        self, network: M2R2, width: int = WIDTH, exit_confidence: float = 0.5, **shape: Unpack[ShapeOptions]
     ) -> None:
-        super().__init__(siblings, nodes)
+        super().__init__(**shape)
         self.network = network
         path = network.path
         self.path, self.num_exits = str(path), len(path.reach)
@@ -71,9 +67,9 @@ class M2R2Drafter(ChainDrafter):
             self.taps = (*(lo for lo, _ in path.segments), network.num_layers)
         self.width = options.whole("width", width, 1)
         self.bar = options.probability("exit_confidence", exit_confidence)
-        # The states of the last block's tokens, and which token the carry is of: to slice them costs more between two
-        # passes than to point at them. Of several rows, that token's alone.
-        self.block: Carry | None = None
+        # The tapped states of the last block, and the place in it of the token before the root: to slice them costs
+        # more between two passes than to point at them. Of several rows, that token's alone.
+        self.block: list[Tensor] = []
         self.place = 0
 
     @classmethod
@@ -85,49 +81,46 @@ class M2R2Drafter(ChainDrafter):
     def bind(self, target: Target) -> None:
         self.network.freeze(target)
         self.vocabulary = DraftVocabulary(target, self.network.draft_vocab)
-        self.route: DraftPath | None = None  # the draft path, for trees
+        self.draft_path: DraftPath | None = None  # for trees
         self.start(1)
 
     def start(self, batch: int) -> None:
         super().start(batch)
-        self.block, self.place = None if self.taps else Carry(torch.empty(0), []), 0
-        self.vocabulary.start()
+        self.block, self.place = [], 0
 
     def propose(self, state: State, limit: int) -> Draft:
-        assert self.block is not None, "observe() runs before propose()"
-        self.vocabulary.follow(state)
+        assert len(self.block) == len(self.taps), "observe() runs before propose()"
         if self._grows(state):
-            return self._tree(state, limit, self.block)
-        network, path, vocabulary = self.network, self.network.path, self.vocabulary
-        tokens = PathPass(network, state.target, state.cache, self._carry(self.block))
+            return self._tree(state, limit)
+        *inputs, final = self._before() or [torch.empty(0)]
+        tokens = PathPass(self.network, state.target, state.cache, Carry(final, inputs))
+
+        def step(token: Tensor, positions: Tensor) -> Readout:
+            tokens.push(token, positions)
+            return self._leave(tokens, state)
+
+        draft = self.chain(state, limit, step)
+        draft.states, draft.exit_layer = tokens.finish()
+        return draft
+
+    def _leave(self, tokens: PathPass, state: State) -> Readout:
+        """Take the last token to the first exit that is sure of it, and read it there."""
+        path, routers = self.network.path, self.network.routers
         bar = self.bar if state.threshold is None else state.threshold
-        decides = network.routers is not None or len(path.reach) > 1
         last = self.num_exits if state.exit is None else state.exit + 1
-        certainty, layers = torch.empty(0), list[Tensor]()
 
         def read(exit: int) -> tuple[Tensor, ...]:
             final, passed = tokens.to(exit)
-            logits = vocabulary.logits(final)[:, 0]
-            sure = logits[:, :1]  # not used
-            if network.routers is not None:
-                sure = network.routers[exit](passed, logits[:, None]).sigmoid()
-            elif decides:
-                sure = best_probability(logits)
-            return sure, logits, final, torch.full_like(sure, path.layers_run(exit), dtype=torch.long)
+            logits = self.vocabulary.logits(final)[:, 0]
+            certainty = logits[:, :1]  # not read
+            if routers is not None:
+                certainty = routers[exit](passed, logits[:, None]).sigmoid()
+            elif self.num_exits > 1:
+                certainty = best_probability(logits)
+            return logits, certainty, torch.full_like(certainty, path.layers_run(exit), dtype=torch.long), final
 
-        def step(token: Tensor, positions: Tensor) -> Tensor:
-            nonlocal certainty
-            tokens.push(token, positions)
-            certainty, logits, tokens.tokens[-1].own.final, run = first_sure(read, last, bar)
-            layers.append(run)
-            return logits
-
-        routed = (lambda logits: certainty) if decides else None
-        draft = self.chain(state, limit, step, vocabulary.tokens, routed)
-        draft.states, draft.exit_layer = tokens.finish()
-        if state.threshold is not None:
-            draft.layers = torch.cat(layers, 1)[:, : draft.tokens.shape[1]]
-        return draft
+        logits, certainty, layers, tokens.tokens[-1].own.final = first_sure(read, last, bar)
+        return Readout(logits, None if routers is None and self.num_exits == 1 else certainty, layers)
 
     def _grows(self, state: State) -> bool:
         """Whether a draft grows level by level: it has to pay in scoring alone, and to be one greedy row's."""
@@ -136,46 +129,33 @@ class M2R2Drafter(ChainDrafter):
         worth = bool(self.shape.nodes) or not waits(state.cache.device)  # what has grown is read before it is scored
         return verified and worth and self.shape.siblings is None and not path.exit_layer and not path.exits
 
-    def _carry(self, block: Carry) -> Carry:
-        """Of the token before each root."""
-        if not self.taps or block.final.shape[1] == 1:
-            return block
-        final, *inputs = (x.narrow(1, self.place, 1) for x in (block.final, *block.inputs))
-        return Carry(final, inputs)
-
-    def _tree(self, state: State, limit: int, block: Carry) -> Draft:
-        network, vocabulary, route = self.network, self.vocabulary, self.route
-        if route is None or route.tokens is not vocabulary.tokens:  # the vocabulary has grown
+    def _tree(self, state: State, limit: int) -> Draft:
+        network, vocabulary, path = self.network, self.vocabulary, self.draft_path
+        vocabulary.follow(state)
+        if path is None or path.tokens is not vocabulary.tokens:  # the vocabulary has grown
             heads, tokens = vocabulary.heads, vocabulary.tokens
-            route = self.route = DraftPath(network.frozen, network.path.segments, network.adapters, heads, tokens)
-        seed = Seed(state.ids[0][-1], state.cache.rows[0], block.final, block.inputs, self.place)
+            path = self.draft_path = DraftPath(network.frozen, network.path.segments, network.adapters, heads, tokens)
+        *inputs, final = self.block
+        seed = Seed(state.ids[0][-1], state.cache.rows[0], final, inputs, self.place)
         width = self.width if self.shape.nodes or state.extra_nodes else 1
-        found = state.target.grow(state.cache, seed, route, Bounds(limit, width, state.confidence))
-        return likeliest(found, self.shape.nodes or limit + state.extra_nodes, state.cache.device)
+        found = state.target.grow(state.cache, seed, path, Bounds(limit, width, state.confidence))
+        chosen, parents = found.best(self.shape.nodes or limit + state.extra_nodes)
+        return Draft([chosen], parents, device=state.cache.device)
+
+    def _before(self) -> list[Tensor]:
+        """The tapped states [B, 1, D] of the token before each root."""
+        return [x if x.shape[1] == 1 else x.narrow(1, self.place, 1) for x in self.block]
 
     def observe(self, paths: list[list[int]], taps: dict[int, Tensor]) -> None:
         super().observe(paths, taps)
-        if not self.taps:
-            return
+        states = [taps[layer] for layer in self.taps]
         if len(paths) == 1 and paths[0]:
-            self.block, self.place = Carry(taps[self.taps[-1]], [taps[layer] for layer in self.taps[:-1]]), paths[0][-1]
-            return
-        last = upload([[path[-1]] if path else [0] for path in paths], taps[self.taps[-1]].device)
-        alive = upload([bool(path) for path in paths], last.device, torch.bool)[:, None, None]
-
-        def at_last(layer: int, old: Tensor | None) -> Tensor:
-            x = taps[layer].gather(1, last[:, :, None].expand(-1, -1, taps[layer].shape[2]))  # (B, 1, D)
-            return x if old is None else torch.where(alive, x, old)
-
-        old = None if self.block is None else self._carry(self.block)
-        final = at_last(self.taps[-1], old.final if old else None)
-        inputs = [at_last(lo, old.inputs[s] if old else None) for s, (lo, _) in enumerate(self.network.path.segments)]
-        self.block, self.place = Carry(final, inputs), 0
+            self.block, self.place = states, paths[0][-1]
+        elif states:
+            self.block, self.place = latest(paths, states, self._before()), 0
 
     def select(self, rows: list[int]) -> None:
-        if self.taps and self.block is not None:
-            carry = self._carry(self.block)
-            self.block, self.place = Carry(carry.final[rows], [x[rows] for x in carry.inputs]), 0
+        self.block, self.place = [x[rows] for x in self._before()], 0
 
 
 class PaperM2R2Drafter(M2R2Drafter):

@@ -120,19 +120,15 @@ class M2R2(nn.Module):
 
         Returns h[hi], p[hi] and, if ``watched``, the residuals that a router sees. Only h stays in the cache.
         """
-        if not self.path.adapts_early:
-            h = target.layers(x, lo, hi, Pass(positions, cache.mask(lo, positions), cache))
-            return h, h, [h]
-        # h and p as two tokens at one position: both see h's keys (shared KV), nobody sees p's.
+        # h and p as two tokens at one position: both see h's keys (shared KV), no token sees p's.
         n, old = x.shape[1], cache.lengths[lo] - cache.committed
         chain = torch.ones(n, old + n, dtype=torch.bool).tril(old)
         tree = torch.cat((chain, torch.zeros(n, n, dtype=torch.bool)), 1).repeat(2, 1)
         both = torch.cat((positions, positions), 1)
         mask = cache.mask(lo, both, tree)
         taps = watch(lo + 1, hi) if watched else None
-        y = target.layers(
-            torch.cat((x, x), 1), lo, hi, Pass(both, mask, cache, taps=taps, adapters=self.adapters, adapted=n)
-        )
+        given = Pass(both, mask, cache, taps=taps, adapters=self.adapters, adapted=n)
+        y = target.layers(torch.cat((x, x), 1), lo, hi, given)
         cache.trim(n, lo, hi)
         return y[:, :n], y[:, n:], [p[:, n:] for p in (taps or {}).values()]
 

@@ -53,8 +53,11 @@ class PathPass:
         final = network.estimate(exit, token.p, token.before)
         return final, [*token.passed, final] if network.path.final_projection else token.passed
 
-    def _run(self, stages: int) -> None:
-        """Run so many stages of the last token, and what earlier ones have not run of them."""
+    def _run(self, stages: int, drafting: bool = True) -> None:
+        """Run so many stages of the last token, and what earlier ones have not run of them.
+
+        drafting: p, too, where it differs from h.
+        """
         network, target, cache = self.network, self.target, self.cache
         shared, watched = network.path.shared, network.routers is not None
         for stage in range(self.tokens[-1].run, stages):
@@ -63,7 +66,11 @@ class PathPass:
             lo, hi = network.path.stages[stage]
             if stage < len(shared):
                 x = torch.cat([token.h for token in late], 1)
-                h, p, passed = network.beside(target, x, lo, hi, positions, cache, watched)
+                if drafting and network.path.adapts_early:
+                    h, p, passed = network.beside(target, x, lo, hi, positions, cache, watched)
+                else:
+                    h = p = target.layers(x, lo, hi, Pass(positions, cache.mask(lo, positions), cache))
+                    passed = [h]
                 for place, token in enumerate(late):
                     token.h = h[:, place : place + 1]
             else:
@@ -87,12 +94,5 @@ class PathPass:
         if not path.shared:
             return None, 0
         deepest = min(self.tokens[0].run, len(path.shared))
-        for stage in range(deepest):
-            if late := [token for token in self.tokens if token.run == stage]:
-                positions = torch.cat([token.positions for token in late], 1)
-                lo, hi = path.shared[stage]
-                x, mask = torch.cat([token.h for token in late], 1), cache.mask(lo, positions)
-                h = self.target.layers(x, lo, hi, Pass(positions, mask, cache))
-                for place, token in enumerate(late):
-                    token.h, token.run = h[:, place : place + 1], stage + 1
+        self._run(deepest, drafting=False)
         return torch.cat([token.h for token in self.tokens], 1), path.shared[deepest - 1][1]

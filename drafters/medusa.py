@@ -10,6 +10,7 @@ The tree's shape follows from how often a head's first, second, ... choice was s
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
@@ -20,14 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from specdec.base import options
-from specdec.base.devices import upload
 from specdec.base.errors import SpecDecError
 from specdec.models import drafter_folder
 from specdec.models.catalogue import one_line
 from specdec.runtimes import linear_maps
 from specdec.runtimes.linear_maps import rms_unit
-from specdec.runtimes.target import Target
-from specdec.speculation.draft import Draft, Drafter, State
+from specdec.runtimes.target import GivenLinear, Target
+from specdec.speculation.draft import Draft, Drafter, State, latest
 from specdec.speculation.trees import best_tree
 
 from . import trained
@@ -82,21 +82,22 @@ class MedusaDrafter(Drafter):
 
     accuracy[k][r]: how often choice r of head k is the model's own. nodes: nodes of the tree; None: as many as the
     chain of the given depth, and those that cost little to score beside it (``State.extra_nodes``).
-    own: output heads of a public checkpoint; None: the model's. source: where public heads come from: a folder, or a
-        Hugging Face id with the commit that was read.
+    own: output heads of a public checkpoint, [V, D] each; None: the model's. source: where public heads come from: a
+        folder, or a Hugging Face id with the commit that was read.
     Raises SpecDecError if no trained heads fit the target.
     """
 
     name: ClassVar[str] = "medusa"
     summary: ClassVar[str] = "further heads on the final state draft a tree; trained, reads public checkpoints"
     training: ClassVar[str] = "specdec train medusa"
+    needs_training: ClassVar[bool] = True
 
     def __init__(
         self,
         network: Medusa,
         accuracy: Sequence[Sequence[float]],
         nodes: int | None = None,
-        own: Sequence[nn.Linear] | None = None,
+        own: Sequence[Tensor] | None = None,
         source: str = "",
     ) -> None:
         self.network, self.own, self.source = network, own, source
@@ -129,16 +130,13 @@ class MedusaDrafter(Drafter):
         network.freeze(target)
         self.vocabulary = DraftVocabulary(target, network.draft_vocab)
         if self.own is not None:
-            self.own = [linear.to(target.device, target.dtype).requires_grad_(False) for linear in self.own]
+            self.own = [weight.to(target.device, target.dtype) for weight in self.own]
             # The model's final norm alone, which public heads read from, is a readout with the identity for a head.
-            self.norm = nn.Linear(network.width, network.width, bias=False, device="meta")
-            one = torch.eye(network.width, device=target.device, dtype=target.dtype)
-            self.norm.weight = nn.Parameter(one, requires_grad=False)
+            self.norm = GivenLinear(torch.eye(network.width, device=target.device, dtype=target.dtype))
         vocab, shapes = network.draft_vocab, [tuple(weight.shape) for weight in network.weights]
         self.path = f"{shapes} {self.own is not None} {None if vocab is None else len(vocab)}"
-        size = target.vocab_size if vocab is None else len(vocab)
-        self.table = [row[:size] for row in self.accuracy]
-        self.shapes: dict[tuple[int, int], tuple[tuple[int, ...], list[int], tuple[int, ...]]] = {}
+        table = [row[: target.vocab_size if vocab is None else len(vocab)] for row in self.accuracy]
+        self.tree = functools.cache(lambda depth, nodes: best_tree(table[:depth], nodes))
         self.start(1)
 
     def start(self, batch: int) -> None:
@@ -146,38 +144,27 @@ class MedusaDrafter(Drafter):
         self.vocabulary.start()
 
     def propose(self, state: State, limit: int) -> Draft:
-        depth = min(limit, self.network.heads)
-        parents, depths, ranks = self._shape(depth, self.nodes or limit + state.extra_nodes)
-        if not parents:
+        tree = self.tree(min(limit, self.network.heads), self.nodes or limit + state.extra_nodes)
+        if not tree.parents:
             return Draft.empty(len(state.ids), state.cache.device)
+        depths = tree.depths()  # which head each node is taken from
         logits = self._logits(state)[:, : max(depths) + 1]
-        best = logits.topk(max(ranks) + 1).indices[:, depths, ranks]  # (B, M)
+        best = logits.topk(max(tree.ranks) + 1).indices[:, depths, tree.ranks]  # (B, M)
         tokens = self.vocabulary.tokens
-        return Draft(best if tokens is None else tokens[best], parents)
-
-    def _shape(self, depth: int, nodes: int) -> tuple[tuple[int, ...], list[int], tuple[int, ...]]:
-        """Parents of the best tree's nodes, and the head and the rank that each is taken from."""
-        if (depth, nodes) not in self.shapes:
-            tree = best_tree(self.table[:depth], nodes)
-            self.shapes[depth, nodes] = tree.parents, tree.depths(), tree.ranks
-        return self.shapes[depth, nodes]
+        return Draft(best if tokens is None else tokens[best], tree.parents)
 
     def _logits(self, state: State) -> Tensor:
         """Each head's logits [B, K, V'], over the vocabulary's tokens."""
         assert self.final is not None, "observe() runs before propose()"
         if self.own is not None:
             y = self.network(state.target.readout(self.final, self.norm)[:, 0])  # (B, K, D)
-            return torch.stack([linear(y[:, k]) for k, linear in enumerate(self.own)], 1)
+            return torch.stack([F.linear(y[:, k], weight) for k, weight in enumerate(self.own)], 1)
         root = rms_unit(state.target.embed(state.roots, state.positions)[:, 0]) if self.network.rooted else None
         self.vocabulary.follow(state)
         return self.vocabulary.logits(self.network(rms_unit(self.final)[:, 0], root))
 
     def observe(self, paths: list[list[int]], taps: dict[int, Tensor]) -> None:
-        states = taps[self.taps[0]]  # (B, T, D)
-        last = upload([path[-1] if path else 0 for path in paths], states.device)
-        new = states[torch.arange(len(paths), device=states.device), last][:, None]
-        alive = upload([bool(path) for path in paths], states.device, torch.bool)[:, None, None]
-        self.final = new if self.final is None else torch.where(alive, new, self.final)
+        [self.final] = latest(paths, [taps[self.taps[0]]], [] if self.final is None else [self.final])
 
     def select(self, rows: list[int]) -> None:
         if self.final is not None:
@@ -231,7 +218,7 @@ def _public_config(folder: Path) -> dict[str, Any] | None:
     return config if isinstance(config, dict) and "medusa_num_heads" in config else None
 
 
-def _read_public(folder: Path, config: dict[str, Any], target: Target) -> tuple[Medusa, list[nn.Linear]]:
+def _read_public(folder: Path, config: dict[str, Any], target: Target) -> tuple[Medusa, list[Tensor]]:
     """Blocks and output heads of a public checkpoint.
 
     Tensors ``HEAD.BLOCK.linear.weight`` [D, D] and ``.bias`` [D], and ``HEAD.LAYERS.weight`` [V, D].
@@ -258,13 +245,8 @@ def _read_public(folder: Path, config: dict[str, Any], target: Target) -> tuple[
                     f"the Medusa heads in '{folder}' were made for {base}: tensor '{name}' is {found}, and this model "
                     f"(D = {d}, V = {v}) needs {shape}"
                 )
-        tensors = {name: stored.read(name) for name in wanted}
-    network, own = Medusa(d, heads, layers), []
-    for k in range(heads):
-        for n in range(layers):
-            network.weights[n].data[k] = tensors[f"{k}.{n}.linear.weight"]
-            network.biases[n].data[k] = tensors[f"{k}.{n}.linear.bias"]
-        linear = nn.Linear(d, v, bias=False, device="meta")
-        linear.weight = nn.Parameter(tensors[f"{k}.{layers}.weight"], requires_grad=False)
-        own.append(linear)
-    return network, own
+        network = Medusa(d, heads, layers)
+        for k, n in product(range(heads), range(layers)):
+            network.weights[n].data[k] = stored.read(f"{k}.{n}.linear.weight")
+            network.biases[n].data[k] = stored.read(f"{k}.{n}.linear.bias")
+        return network, [stored.read(f"{k}.{layers}.weight") for k in range(heads)]

@@ -8,8 +8,7 @@ sequence for each layer; that looks ahead, so here a token runs a layer where it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ from specdec.runtimes.target import Target
 from specdec.speculation.draft import Draft, State
 
 from . import trained
-from .chain import SHAPE, ChainDrafter
+from .chain import SHAPE, ChainDrafter, Readout, ShapeOptions
 from .vocabulary import DraftVocabulary
 
 
@@ -56,10 +55,13 @@ class MixtureOfDepthsDrafter(ChainDrafter):
     name: ClassVar[str] = "mixture-of-depths"
     summary: ClassVar[str] = "the layers that a trained router chooses for each token"
     training: ClassVar[str] = "specdec train mixture-of-depths"
+    needs_training: ClassVar[bool] = True
     leaves_early = True
 
-    def __init__(self, routers: Routers, siblings: Sequence[int] | None = None, nodes: int | None = None) -> None:
-        super().__init__(siblings, nodes)
+    vocabulary: DraftVocabulary
+
+    def __init__(self, routers: Routers, **shape: Unpack[ShapeOptions]) -> None:
+        super().__init__(**shape)
         self.routers = routers
 
     @classmethod
@@ -76,22 +78,15 @@ class MixtureOfDepthsDrafter(ChainDrafter):
         self.path = f"{self.routers.first} {float(self.routers.weight.sum())}"
         self.vocabulary = DraftVocabulary(target, self.routers.draft_vocab)
 
-    def start(self, batch: int) -> None:
-        super().start(batch)
-        self.vocabulary.start()
-
     def propose(self, state: State, limit: int) -> Draft:
         target, cache, routers, first = state.target, state.cache, self.routers, self.routers.first
-        self.vocabulary.follow(state)
         states: list[Tensor] = []
-        depths: list[int] = []
         routed = range(first, target.num_layers)
         waiting: dict[int, list[Tensor]] = {layer: [] for layer in routed}  # inputs of tokens that passed it by
 
-        def step(token: Tensor, positions: Tensor) -> Tensor:
-            x = target.layers(
-                target.embed(token, positions), 0, first, Pass(positions, cache.mask(0, positions), cache)
-            )
+        def step(token: Tensor, positions: Tensor) -> Readout:
+            given = Pass(positions, cache.mask(0, positions), cache)
+            x = target.layers(target.embed(token, positions), 0, first, given)
             states.append(x)
             run = first
             for layer in routed:
@@ -102,14 +97,10 @@ class MixtureOfDepthsDrafter(ChainDrafter):
                     x = target.layers(block, layer, layer + 1, Pass(own, cache.mask(layer, own), cache))[:, -1:]
                     waiting[layer].clear()
                     run += 1
-            depths.append(run)
-            return self.vocabulary.logits(x)[:, 0]
+            return Readout(self.vocabulary.logits(x)[:, 0], layers=torch.full_like(token, run))
 
-        draft = self.chain(state, limit, step, self.vocabulary.tokens)
+        draft = self.chain(state, limit, step)
         for layer in routed:
             cache.trim(len(states) - len(waiting[layer]), layer, layer + 1)  # provisional
         draft.states, draft.exit_layer = torch.cat(states, 1), first
-        if state.threshold is not None:
-            run = torch.tensor(depths[: draft.tokens.shape[1]], device=cache.device, dtype=torch.long)
-            draft.layers = run.expand(cache.batch, -1)
         return draft

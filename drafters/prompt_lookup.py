@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 
 from specdec.base import options
 from specdec.base.errors import SpecDecError
-from specdec.runtimes.target import Target
 from specdec.speculation.draft import Draft, Drafter, State
 
 from .trie import merge
@@ -84,12 +83,6 @@ class PromptLookupDrafter(Drafter):
         self.store = _Store(self.sizes, self.continuations, size) if size else None
         self.texts: list[list[int]] = []  # the rows' and, until the next generation, those of rows that have ended
         self.start(1)
-
-    @classmethod
-    def load(cls, target: Target, source: str | None = None, **given: Any) -> PromptLookupDrafter:
-        known = ("prompt_lookup_max", "prompt_lookup_min", "continuations", "store")
-        options.check(cls.name, given, known, source)
-        return cls(**given)
 
     def start(self, batch: int) -> None:
         if self.store is not None:

@@ -7,10 +7,8 @@ own head reads the exit; nothing is trained. The paper accepts every token (here
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
-import torch
 from torch import Tensor
 
 from specdec.base import options
@@ -18,7 +16,7 @@ from specdec.base.errors import SpecDecError
 from specdec.runtimes.target import Target
 from specdec.speculation.draft import State
 
-from .chain import SHAPE
+from .chain import SHAPE, ShapeOptions
 from .exits import ExitDrafter, PartialPass
 
 
@@ -39,10 +37,9 @@ class SkipDecodeDrafter(ExitDrafter):
         deepest: int | None = None,
         shallowest: int | None = None,
         horizon: int = 128,
-        siblings: Sequence[int] | None = None,
-        nodes: int | None = None,
+        **shape: Unpack[ShapeOptions],
     ) -> None:
-        super().__init__(siblings=siblings, nodes=nodes)
+        super().__init__(**shape)
         self.bounds, self.horizon = (shallowest, deepest), options.whole("horizon", horizon, 1)
         self.begins: list[int] = []  # tokens of each row's prompt
 
@@ -69,10 +66,9 @@ class SkipDecodeDrafter(ExitDrafter):
     def select(self, rows: list[int]) -> None:
         self.begins = [self.begins[row] for row in rows] if self.begins else []
 
-    def leave(self, tokens: PartialPass, state: State, depth: int) -> tuple[Tensor, Tensor, Tensor]:
+    def leave(self, tokens: PartialPass, state: State) -> tuple[Tensor, ...]:
         self.begins = self.begins or [len(ids) - 1 for ids in state.ids]  # the first new token is known by now
-        done = min(len(ids) - begin for ids, begin in zip(state.ids, self.begins, strict=True)) + depth
+        done = min(len(ids) - begin for ids, begin in zip(state.ids, self.begins, strict=True)) + tokens.count - 1
         # Rows share their layers: those of the row that is least far.
         layer = self.high - round((self.high - self.low) * min(done / self.horizon, 1.0))
-        logits, sure = self.read(tokens.to(layer))
-        return logits, sure, torch.full_like(sure, layer, dtype=torch.long)
+        return self.read(tokens, layer)

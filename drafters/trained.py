@@ -11,19 +11,11 @@ from specdec.runtimes.target import Target
 from specdec.speculation.draft import Drafter
 
 
-def command(training: str, target: Target) -> str:
-    """How to train a drafter for the target's model."""
-    return f"{training} --model {target.model.config._name_or_path or 'MODEL'} --prompts FILE --output DIR"
-
-
 def find(drafter: type[Drafter], target: Target, source: str | None) -> Path:
     """The folder ``source``, or the drafter shipped for the target's weights. Raises SpecDecError if there is none."""
     folder = drafter_folder.shipped(drafter.name, target.fingerprint) if source is None else Path(source)
     if folder is None:
-        raise SpecDecError(
-            f"no {drafter.name} drafter is shipped for this model; train one: "
-            f"{command(str(drafter.training), target)}, then pass --drafter DIR"
-        )
+        raise drafter.not_shipped(target.model.config._name_or_path)
     return folder
 
 

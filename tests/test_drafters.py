@@ -109,7 +109,9 @@ def test_scoring_resumes_where_the_draft_left_the_exact_path(
 def test_early_exit_is_an_untrained_m2r2_without_leaps(llama: PreTrainedModel) -> None:
     target = ReferenceTarget(llama)
     network = M2R2(M2R2Path(2, rank=4, adapters={layer: list(target.linears(layer)) for layer in (0, 1)}), target)
-    assert proposals(target, EarlyExitDrafter(2, (1,))) == proposals(target, M2R2Drafter(network, (1,)))
+    assert proposals(target, EarlyExitDrafter(2, siblings=(1,))) == proposals(
+        target, M2R2Drafter(network, siblings=(1,))
+    )
 
 
 # --- a second model ------------------------------------------------------------------------------------------------

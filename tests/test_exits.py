@@ -44,7 +44,12 @@ def test_a_token_that_goes_deeper_takes_the_earlier_ones_along_at_once(llama: Pr
     drafter = DeedDrafter(heads(target, 1, 2, 3), 0.5)
     certainties = iter([0.9, 0.9, 0.1, 0.9, 0.9])  # the third token goes on to the second exit
     read = drafter.read
-    drafter.read = lambda h, index=0: (read(h, index)[0], torch.tensor([[next(certainties, 0.9)]]))  # type: ignore[method-assign]
+
+    def unsure(*given: Any) -> tuple[torch.Tensor, ...]:
+        logits, _, layers = read(*given)
+        return logits, torch.tensor([[next(certainties, 0.9)]]), layers
+
+    drafter.read = unsure  # type: ignore[method-assign]
     assert calls_of(target, drafter)[: 4 + 1 + 1 + 1 + 1] == [
         *[(0, 1, 1)] * 3,
         (1, 2, 3),

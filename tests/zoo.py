@@ -87,7 +87,7 @@ def m2r2(
     for each in network.routers or ():
         assert isinstance(each, Router)
         torch.nn.init.normal_(each.out.weight, std=2.0)  # unsure of some, sure of others
-    return kind(network, siblings, **options)
+    return kind(network, siblings=siblings, **options)
 
 
 def heads(target: Target, *exits: int, whole: bool = False) -> ExitHeads:
@@ -173,12 +173,12 @@ def trees(target: Target) -> dict[str, Drafter]:
         "m2r2-paper": m2r2(target, 2, (), False, True, nodes=7, kind=PaperM2R2Drafter),
         "medusa": medusa(target, 9),
         "draft-model": DraftModelDrafter(second(target, max_position_embeddings=16), siblings=(2, 0, 1)),
-        "early-exit": EarlyExitDrafter(3, (2, 1)),
+        "early-exit": EarlyExitDrafter(3, siblings=(2, 1)),
         "early-exit: trained": EarlyExitDrafter(nodes=8, heads=heads(target, 2)),
-        "deed": DeedDrafter(heads(target, 1, 3, whole=True), 1.0, (2, 0, 1)),
+        "deed": DeedDrafter(heads(target, 1, 3, whole=True), 1.0, siblings=(2, 0, 1)),
         "skip-decode": SkipDecodeDrafter(3, 1, horizon=9, siblings=(1, 1)),
-        "mixture-of-depths": MixtureOfDepthsDrafter(routers(target, 2, whole=True), (1, 2)),
-        "layer-skip": LayerSkipDrafter([0, 2], (1, 1, 1)),
+        "mixture-of-depths": MixtureOfDepthsDrafter(routers(target, 2, whole=True), siblings=(1, 2)),
+        "layer-skip": LayerSkipDrafter([0, 2], siblings=(1, 1, 1)),
         "hybrid": HybridDrafter([PromptLookupDrafter(2, 2, 2), LookaheadDrafter()]),
     }
 

@@ -12,11 +12,9 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from torch import Tensor
-
 from specdec.base import options
 from specdec.base.errors import SpecDecError
-from specdec.speculation.draft import Acceptance, Draft, Verifier
+from specdec.speculation.draft import Verifier
 
 FILLS = ("exact", "propagate")
 
@@ -42,13 +40,5 @@ class ConfidentVerifier(Verifier):
         """How results name the rule."""
         return f"{self.name}, threshold {self.threshold:g}{', states propagated' * self.propagates}"
 
-    def verify(self, draft: Draft, chosen: list[list[int]], p: Tensor | None) -> Acceptance:
-        accepted = Acceptance([], [])
-        for tokens, choices in zip(draft.lists(), chosen, strict=True):
-            path = [0]
-            for node, parent in enumerate(draft.parents, start=1):
-                if parent == path[-1] and tokens[node - 1] >= 0:
-                    path.append(node)
-            accepted.paths.append(path)
-            accepted.next_tokens.append(choices[path[-1]])
-        return accepted
+    def accepts(self, token: int, choice: int) -> bool:
+        return token >= 0

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from torch import Tensor
-
-from specdec.speculation.draft import Acceptance, Draft, Verifier
+from specdec.speculation.draft import Verifier
 
 
 class ExactVerifier(Verifier):
@@ -19,14 +17,3 @@ class ExactVerifier(Verifier):
 
     name: ClassVar[str] = "exact"
     lossless: ClassVar[bool] = True
-
-    def verify(self, draft: Draft, chosen: list[list[int]], p: Tensor | None) -> Acceptance:
-        accepted = Acceptance([], [])
-        for tokens, choices in zip(draft.lists(), chosen, strict=True):
-            path = [0]
-            for node, parent in enumerate(draft.parents, start=1):
-                if parent == path[-1] and tokens[node - 1] == choices[parent] >= 0:
-                    path.append(node)
-            accepted.paths.append(path)
-            accepted.next_tokens.append(choices[path[-1]])
-        return accepted

@@ -18,8 +18,6 @@ from torch import Tensor
 from specdec.base.errors import SpecDecError
 from specdec.speculation.draft import Acceptance, Draft, Verifier
 
-from .exact import ExactVerifier
-
 
 class TypicalVerifier(Verifier):
     """Accepts the longest path of plausible tokens; of several, the one the model finds likeliest.
@@ -46,7 +44,7 @@ class TypicalVerifier(Verifier):
 
     def verify(self, draft: Draft, chosen: list[list[int]], p: Tensor | None) -> Acceptance:
         if p is None:
-            return ExactVerifier().verify(draft, chosen, p)
+            return super().verify(draft, chosen, p)
         entropy = -torch.special.xlogy(p, p).sum(-1)  # (B, 1 + M)
         least = (self.delta * torch.exp(-entropy)).clamp_max(self.epsilon)
         before = torch.tensor(draft.parents, dtype=torch.long, device=p.device)

@@ -28,7 +28,7 @@ _finding = threading.Lock()
 
 
 def lock_of(model: nn.Module) -> Any:
-    """The reentrant lock of a model, held by whoever changes it, be it for a call, or needs it unchanged."""
+    """The reentrant lock of a model, held while it is changed, be it for a call, or has to stay unchanged."""
     with _finding:
         return _locks.setdefault(model, threading.RLock())
 
@@ -121,13 +121,13 @@ class Target(ABC):
         """The output head restricted to ``token_ids`` [V'], for ``readout(x, head)`` -> [B, T, V']."""
         full = self.own_head
         index, bias = token_ids.to(full.weight.device), getattr(full, "bias", None)
-        return _Given(full.weight.detach()[index], None if bias is None else bias.detach()[index])
+        return GivenLinear(full.weight.detach()[index], None if bias is None else bias.detach()[index])
 
 
-class _Given(nn.Linear):
+class GivenLinear(nn.Linear):
     """A linear map of given values: drawing values first would cost more than the map itself."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         nn.Module.__init__(self)
         self.out_features, self.in_features = weight.shape
         self.weight = nn.Parameter(weight, requires_grad=False)

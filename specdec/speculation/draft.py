@@ -7,6 +7,7 @@ indices 1 .. M are the draft's nodes in topological order.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from specdec.base import options
 from specdec.base.devices import upload, waits
-from specdec.base.errors import SpecDecWarning
+from specdec.base.errors import SpecDecError, SpecDecWarning
 
 if TYPE_CHECKING:
     from specdec.runtimes.cache import KVCache
@@ -31,23 +32,19 @@ class Draft:
     parents: block index of each node's parent (0 = root); a chain is (0, 1, 2, ...).
     states: [B, S, D], hidden states at layer ``exit_layer`` of the first S block tokens, whose keys and values below
         that layer are already in the cache: scoring resumes there.
-    layers: int64 [B, M], the layers each node's token went through when it was drafted; known to drafters that leave
-        the model early.
+    layers: int64 [B, M], the layers each node's token ran when it was drafted, if the drafter leaves the model early.
     """
 
+    states: Tensor | None = None
+    exit_layer: int = 0
+    layers: Tensor | None = None
+
     def __init__(
-        self,
-        tokens: Tensor | list[list[int]],
-        parents: tuple[int, ...],
-        states: Tensor | None = None,
-        exit_layer: int = 0,
-        layers: Tensor | None = None,
-        device: torch.device | str = "cpu",
+        self, tokens: Tensor | list[list[int]], parents: tuple[int, ...], device: torch.device | str = "cpu"
     ) -> None:
         self.listed: list[list[int]] | None = tokens if isinstance(tokens, list) else None
         self._tokens: Tensor | None = None if isinstance(tokens, list) else tokens
-        self.parents, self.states, self.exit_layer, self.layers = parents, states, exit_layer, layers
-        self.device = torch.device(device)
+        self.parents, self.device = parents, torch.device(device) if self._tokens is None else self._tokens.device
 
     @property
     def tokens(self) -> Tensor:
@@ -102,10 +99,9 @@ class State:
 
     confidence: below this probability that its whole chain is accepted, drafting on costs more than it brings.
     extra_nodes: tree nodes that may be added beside the chain because scoring them is cheap.
-    exit: of a drafter with several exits (``num_exits``), the number of the last that tokens may go to; None: it has
-        none to choose, or is free to.
-    threshold: drafts are accepted without scoring; a drafter that leaves the model early proposes only tokens it is at
-        least this sure of. None: a verifier judges what is drafted.
+    exit: of a drafter with several exits, the number of the last that tokens may go to; None: any.
+    threshold: drafts are accepted without scoring, and only tokens that the drafter is at least this sure of are
+        proposed. None: drafts are verified.
     """
 
     target: Target
@@ -140,7 +136,8 @@ class State:
 class Drafter(ABC):
     """Proposes tokens. A subclass implements ``propose``; the other methods do nothing unless it overrides them.
 
-    name: as in the registry. summary: one line about it. training: the command that trains one; None: it needs none.
+    name: as in the registry. summary: one line about it. training: the command that trains one, if there is one.
+    needs_training: it drafts only with trained parameters.
     before_others: options that differ where another drafter comes after it (``HybridDrafter``).
     drafts: False for the drafter that never proposes anything.
     taps: layers whose input states ``observe`` receives; N is the final state, N + 1 for the logits
@@ -154,6 +151,7 @@ class Drafter(ABC):
     name: ClassVar[str]
     summary: ClassVar[str] = ""
     training: ClassVar[str | None] = None
+    needs_training: ClassVar[bool] = False
     before_others: ClassVar[dict[str, Any]] = {}
     drafts: ClassVar[bool] = True
     taps: tuple[int, ...] = ()
@@ -170,9 +168,25 @@ class Drafter(ABC):
 
     @classmethod
     def load(cls, target: Target, source: str | None = None, **given: Any) -> Drafter:
-        """Make one for ``target``, from ``source`` (a folder or a name) and options; here without either."""
-        options.check(cls.name, given, source=source)
-        return cls()
+        """Make one for ``target``, from ``source`` (a folder or a name) and options.
+
+        Here without a source; options are the arguments of the constructor.
+        """
+        options.check(cls.name, given, options.keywords(cls), source)
+        return cls(**given)
+
+    @classmethod
+    def training_command(cls, model: str) -> str:
+        """How to train one for the model of that name."""
+        return f"{cls.training} --model {model or 'MODEL'} --prompts FILE --output DIR"
+
+    @classmethod
+    def not_shipped(cls, model: str) -> SpecDecError:
+        """The error for a model of that name, for which there is none."""
+        return SpecDecError(
+            f"no {cls.name} drafter is shipped for this model; train one: {cls.training_command(model)}, then pass "
+            "--drafter DIR"
+        )
 
     def bind(self, target: Target) -> None:  # noqa: B027 (optional)
         """Attach to a target once; raise SpecDecError if the two do not fit."""
@@ -192,6 +206,20 @@ class Drafter(ABC):
 
     def select(self, rows: list[int]) -> None:  # noqa: B027 (optional)
         """Keep only ``rows`` of the batch."""
+
+
+def latest(paths: list[list[int]], states: Sequence[Tensor], before: Sequence[Tensor]) -> list[Tensor]:
+    """Of each of ``states`` [B, T, D], those at the ends of ``paths`` [B, 1, D].
+
+    A row whose path is empty keeps those ``before``, [B, 1, D] each; there are none before the first pass.
+    """
+    device = states[0].device
+    rows, ends = torch.arange(len(paths), device=device), upload([path[-1] if path else 0 for path in paths], device)
+    new = [x[rows, ends][:, None] for x in states]
+    if not before:
+        return new
+    alive = upload([bool(path) for path in paths], device, torch.bool)[:, None, None]
+    return [torch.where(alive, x, old) for x, old in zip(new, before, strict=True)]
 
 
 class Verifier(ABC):
@@ -214,13 +242,25 @@ class Verifier(ABC):
     def label(self) -> str:
         return self.name
 
-    @abstractmethod
+    def accepts(self, token: int, choice: int) -> bool:
+        """Whether drafted ``token`` is accepted where the target chooses ``choice`` (-1: there is none)."""
+        return token == choice >= 0
+
     def verify(self, draft: Draft, chosen: list[list[int]], p: Tensor | None) -> Acceptance:
-        """Accept a path of ``draft`` for each row.
+        """Accept a path of ``draft`` for each row: here the one along tokens that ``accepts`` takes.
 
         chosen: [B][1 + M], the token that the target chooses after each block token (-1: its logits are not finite).
         p: [B, 1 + M, V], the target's distributions; None if the rule does not need them, or in greedy decoding.
         """
+        accepted = Acceptance([], [])
+        for tokens, choices in zip(draft.lists(), chosen, strict=True):
+            path = [0]
+            for node, parent in enumerate(draft.parents, start=1):
+                if parent == path[-1] and self.accepts(tokens[node - 1], choices[parent]):
+                    path.append(node)
+            accepted.paths.append(path)
+            accepted.next_tokens.append(choices[path[-1]])
+        return accepted
 
 
 class DrafterWarning(SpecDecWarning):
@@ -237,8 +277,10 @@ def check_draft(draft: Draft, batch: int, limit: int, vocab_size: int) -> str | 
         return f"its tree is not in topological order (parents {parents})"
     if max(draft.depths()) > limit:
         return f"it is {max(draft.depths())} tokens deep, {limit} are allowed"
-    if draft.listed is None and (waits(draft.device) or tuple(draft.tokens.shape) != (batch, count)):
-        return None if tuple(draft.tokens.shape) == (batch, count) else f"its tokens are {tuple(draft.tokens.shape)}"
+    if draft.listed is None and tuple(draft.tokens.shape) != (batch, count):
+        return f"its tokens are {tuple(draft.tokens.shape)}, not {batch} rows of {count}"
+    if draft.listed is None and waits(draft.device):
+        return None
     return check_tokens(draft.lists(), batch, count, vocab_size)
 
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 from collections.abc import Mapping
-from contextlib import suppress
 from importlib.metadata import entry_points
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from specdec.base.errors import SpecDecError, did_you_mean
+from specdec.base.options import keywords
 
 if TYPE_CHECKING:
     from specdec.speculation.draft import Verifier
@@ -80,11 +78,11 @@ def verifier(rule: str | Verifier, options: Mapping[str, Any] | None = None, exa
 
 
 def _made(name: str, options: Mapping[str, Any]) -> Verifier:
-    takes = {n: list(inspect.signature(lookup("verifiers", n)).parameters) for n in {name, *VERIFIERS}}
+    takes = {each: keywords(lookup("verifiers", each)) for each in {name, *VERIFIERS}}
     for option in options:
         if option not in takes[name]:
-            owners = [n for n in VERIFIERS if option in takes[n]]
-            hint = f"it belongs to '{owners[0]}'" if owners else f"it has {', '.join(takes[name]) or 'none'}"
+            owner = next((each for each in VERIFIERS if option in takes[each]), None)
+            hint = f"it belongs to '{owner}'" if owner else f"it has {', '.join(takes[name]) or 'none'}"
             raise SpecDecError(f"verifier '{name}' has no option '{option}'; {hint}")
     made: Verifier = lookup("verifiers", name)(**options)
     return made
@@ -110,17 +108,14 @@ def parse(text: str) -> list[tuple[str, str | None]]:
 def refuse_early(drafter: str, config: Any, name: str) -> None:
     """Raise SpecDecError for a trained drafter that is named alone, where none is shipped for a model of that size.
 
-    config: of the model called ``name``, whose weights are not loaded. The message is the drafter's own.
+    config: of the model called ``name``, whose weights are not loaded.
     """
     from specdec.models import drafter_folder  # heavy
 
     for part, source in parse(drafter):
         found = lookup("drafters", part)
-        if source is None and found.training and not drafter_folder.may_be_shipped(part, config):
-            model = SimpleNamespace(config=SimpleNamespace(_name_or_path=name))
-            unloaded = SimpleNamespace(fingerprint="", model=model)
-            with suppress(AttributeError):  # it looks further: it can do without
-                found.load(unloaded)
+        if source is None and found.needs_training and not drafter_folder.may_be_shipped(part, config):
+            raise found.not_shipped(name)
 
 
 def _part(text: str) -> tuple[str, str | None]:

@@ -84,7 +84,6 @@ class Transforms:
                 self.warpers.append(TopPLogitsWarper(params.top_p))
             if params.min_p:
                 self.warpers.append(MinPLogitsWarper(params.min_p))
-
         self.filters = any(not isinstance(warper, TemperatureLogitsWarper) for warper in self.warpers)
 
     def __call__(self, logits: Tensor, prefixes: Prefixes) -> Tensor:

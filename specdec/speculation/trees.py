@@ -6,6 +6,7 @@ Knows accuracies and shapes, not tokens or models.
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -43,19 +44,15 @@ def best_tree(accuracy: Sequence[Sequence[float]], budget: int, chain: bool = Fa
     """
     if budget < 1:
         raise SpecDecError(f"a draft tree needs a budget of at least 1 node; got {budget}")
-    parents: list[int] = []
-    ranks: list[int] = []
-    total = 0.0
+    parents, ranks, total = list[int](), list[int](), 0.0
     # (-a, order, parent, depth, rank); ``order`` makes ties fall to the node found first: parents before children.
     heap: list[tuple[float, int, int, int, int]] = []
-    found = 0
+    order = itertools.count()
 
     def offer(parent: int, depth: int, reach: float) -> None:
-        nonlocal found
         for rank, right in enumerate(accuracy[depth] if depth < len(accuracy) else ()):
             if reach * right > 0:
-                heapq.heappush(heap, (-reach * right, found, parent, depth, rank))
-                found += 1
+                heapq.heappush(heap, (-reach * right, next(order), parent, depth, rank))
 
     offer(0, 0, 1.0)
     while heap and len(parents) < budget:
