@@ -93,8 +93,8 @@ class LayerSkipDrafter(ChainDrafter):
         skipped, self.steps = self.attn | self.mlp, steps_without(self.attn, self.mlp, n)
         if not skipped or not self.steps or max(skipped) >= n:
             raise SpecDecError(
-                f"layer-skip must leave out some of the layers 0 .. {n - 1} or parts of them, not everything; got attn "
-                f"{sorted(self.attn)}, mlp {sorted(self.mlp)}"
+                f"layer-skip must leave out some of the model's layers 0 .. {n - 1} or parts of them, not everything; "
+                f"got attn {sorted(self.attn)}, mlp {sorted(self.mlp)}"
             )
         self.exit_layer, self.path = min(skipped), str(self.steps)  # layers below are run as in the full model
 

@@ -125,6 +125,20 @@ def test_rows_come_and_go_in_the_room_of_one_buffer() -> None:
     assert [contents(cache, 2, b) for b in range(5)] == [expected[2], expected[1], expected[0], [13, 14], [15]]
 
 
+def test_rows_join_from_a_cache_whose_entries_lie_in_separate_buffers() -> None:
+    cache, guests = KVCache(3, 2, block=4), KVCache(3, 1, block=4)
+    cache.reserve(0, 3, 0, 1, 2, torch.float)  # one buffer for all layers
+    fill(cache, [[1, 2], [3, 4]])
+    cache.commit([[0, 1], [0]])
+    fill(guests, [[5, 6, 7]])
+    guests.commit([[0, 1, 2]])
+    cache.join(guests)
+    fill(cache, [[8, 9]] * 3)
+    cache.commit([[1], [0], [0, 1]])
+    for layer in range(3):
+        assert [contents(cache, layer, b) for b in range(3)] == [[1, 2, 9], [3, 8], [5, 6, 7, 8, 9]]
+
+
 @pytest.mark.parametrize("one_piece", [False, True])
 def test_buffers_begin_with_the_room_that_is_expected(one_piece: bool) -> None:
     cache = KVCache(num_layers=2, batch=1, block=4)

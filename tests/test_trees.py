@@ -8,7 +8,6 @@ from math import prod
 
 import pytest
 
-from specdec import SpecDecError
 from specdec.speculation.draft import Draft
 from specdec.speculation.trees import best_tree
 
@@ -30,9 +29,8 @@ def test_no_tree_of_as_many_nodes_is_expected_to_keep_more(seed: int) -> None:
         tree = best_tree(accuracy, budget)
         nodes = paths(tree)
         assert len(set(nodes)) == budget
-        assert tree.expected == pytest.approx(sum(value[p] for p in nodes))
         trees = (s for s in combinations(value, budget) if all(p[:-1] in s or len(p) == 1 for p in s))
-        assert tree.expected == pytest.approx(max(sum(value[p] for p in s) for s in trees))
+        assert sum(value[p] for p in nodes) == pytest.approx(max(sum(value[p] for p in s) for s in trees))
 
 
 def test_a_tree_is_a_draft_s_shape_and_grows_node_by_node() -> None:
@@ -45,10 +43,5 @@ def test_a_tree_is_a_draft_s_shape_and_grows_node_by_node() -> None:
 
 
 def test_certain_heads_make_a_chain_and_useless_candidates_are_left_out() -> None:
-    assert best_tree([[1.0, 0.0]] * 3, 9)[:2] == ((0, 1, 2), (0, 0, 0))
+    assert best_tree([[1.0, 0.0]] * 3, 9) == ((0, 1, 2), (0, 0, 0))
     assert best_tree([[0.0, 0.0]], 5).parents == ()
-
-
-def test_a_budget_of_no_node_is_refused() -> None:
-    with pytest.raises(SpecDecError, match="at least 1 node; got 0"):
-        best_tree([[0.5]], 0)

@@ -237,14 +237,10 @@ class KVCache:
         self.lengths = [self.committed] * len(self.lengths)
         whole, added = self.whole, other.whole
         if whole is None or added is None:
-            self.whole, parts = None, ((self.keys, other.keys), (self.values, other.values))
-            self.keys, self.values = (
-                [
-                    None if a is None or b is None else _stack(a, b, mine, theirs, slots)
-                    for a, b in zip(*part, strict=True)
-                ]
-                for part in parts
-            )
+            self.whole = None
+            for part, more in ((self.keys, other.keys), (self.values, other.values)):
+                for layer, (a, b) in enumerate(zip(part, more, strict=True)):
+                    part[layer] = None if a is None or b is None else _stack(a, b, mine, theirs, slots)
         elif whole.shape[2] >= self.batch and whole.shape[4] >= slots:
             whole[:, :, first : self.batch, :, :theirs] = added[:, :, : other.batch, :, :theirs]
             self._divide(whole)
@@ -263,8 +259,8 @@ class KVCache:
         self.lengths = [self.committed] * len(self.lengths)
         moves = {to: row for to, row in enumerate(rows) if to != row}
         if whole is None:
-            parts = self.keys, self.values
-            self.keys, self.values = ([None if t is None else t.index_select(0, index) for t in part] for part in parts)
+            for part in (self.keys, self.values):
+                part[:] = [None if t is None else t.index_select(0, index) for t in part]
         elif moves.keys() & moves.values():
             self._divide(whole.index_select(2, index))
         else:

@@ -65,6 +65,8 @@ class Candidates(NamedTuple):
 
     def best(self, count: int) -> tuple[list[int], tuple[int, ...]]:
         """Tokens and parents of the ``count`` best: a parent scores at least as well, and comes before its children."""
+        if len(self.tokens) <= count:
+            return self.tokens, tuple(self.parents)
         kept = sorted(sorted(range(len(self.tokens)), key=lambda i: (-self.scores[i], i))[:count])
         place = {0: 0} | {node + 1: at for at, node in enumerate(kept, start=1)}
         return [self.tokens[node] for node in kept], tuple(place[self.parents[node]] for node in kept)

@@ -53,10 +53,6 @@ class Draft:
             self._tokens = upload(self.listed, self.device).view(len(self.listed), len(self.parents))
         return self._tokens
 
-    @property
-    def is_chain(self) -> bool:
-        return self.parents == tuple(range(len(self.parents)))
-
     def depths(self) -> list[int]:
         """Distance of each block token from the root; the root has 0."""
         out = [0]
@@ -72,7 +68,7 @@ class Draft:
 
     def ancestors(self) -> Tensor | None:
         """Bool [1 + M, 1 + M]: row i marks the block tokens on i's path to the root. None for a chain (causal)."""
-        if self.is_chain:
+        if self.parents == tuple(range(len(self.parents))):
             return None
         seen = torch.eye(1 + len(self.parents), dtype=torch.bool)
         for node, parent in enumerate(self.parents, start=1):

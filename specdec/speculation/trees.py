@@ -10,18 +10,15 @@ import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from specdec.base.errors import SpecDecError
-
 
 class Tree(NamedTuple):
     """A shape. Node i (block index i + 1) is the candidate of rank ``ranks[i]`` after its parent ``parents[i]``.
 
-    parents: block indices, 0 = root, in topological order. expected: mean number of nodes that are accepted.
+    parents: block indices, 0 = root, in topological order.
     """
 
     parents: tuple[int, ...]
     ranks: tuple[int, ...]
-    expected: float
 
     def depths(self) -> list[int]:
         """The position that each node is a candidate for: 0 right after the root."""
@@ -35,16 +32,13 @@ def best_tree(accuracy: Sequence[Sequence[float]], budget: int, chain: bool = Fa
     """The tree of at most ``budget`` >= 1 nodes with the most accepted tokens, where positions err independently.
 
     chain: only first choices are drafted on from, so that the others stand beside a chain.
-
     accuracy[depth][rank]: probability in [0, 1] that the candidate of that rank is the right token at that depth.
     A node is accepted if all candidates on its path are right, so with probability a(path) = prod accuracy[d][r_d], and
     a tree keeps sum_nodes a(path) tokens (Medusa, arXiv 2401.10774, section 2.3.3). No node beats its parent, hence the
     ``budget`` likeliest paths always form a tree, and no other set of as many nodes has a larger sum: it is optimal.
-    Nodes that are never right are left out. Raises SpecDecError for a budget below 1.
+    Nodes that are never right are left out.
     """
-    if budget < 1:
-        raise SpecDecError(f"a draft tree needs a budget of at least 1 node; got {budget}")
-    parents, ranks, total = list[int](), list[int](), 0.0
+    parents, ranks = list[int](), list[int]()
     # (-a, order, parent, depth, rank); ``order`` makes ties fall to the node found first: parents before children.
     heap: list[tuple[float, int, int, int, int]] = []
     order = itertools.count()
@@ -59,7 +53,6 @@ def best_tree(accuracy: Sequence[Sequence[float]], budget: int, chain: bool = Fa
         negative, _, parent, depth, rank = heapq.heappop(heap)
         parents.append(parent)
         ranks.append(rank)
-        total -= negative
         if rank == 0 or not chain:
             offer(len(parents), depth + 1, -negative)
-    return Tree(tuple(parents), tuple(ranks), total)
+    return Tree(tuple(parents), tuple(ranks))
