@@ -114,8 +114,10 @@ class KVCache:
             if self.whole is not None:  # stays one piece
                 self._enlarge(end, k.shape[1], k.shape[3], k.dtype)
                 old_k, old_v = self.keys[layer], self.values[layer]
-            new_k = self._room(old_k, (*k.shape[:2], k.shape[3]), start, end, k.dtype, k.device)
-            new_v = self._room(old_v, (*v.shape[:2], v.shape[3]), start, end, v.dtype, v.device)
+            if old_k is None or old_v is None or old_k.shape[2] < end:
+                old_k = self._grown(old_k, (*k.shape[:2], k.shape[3]), start, end, k.dtype, k.device)
+                old_v = self._grown(old_v, (*v.shape[:2], v.shape[3]), start, end, v.dtype, v.device)
+            new_k, new_v = old_k, old_v
             new_k[:, :, start:end], new_v[:, :, start:end] = k, v
         self.keys[layer], self.values[layer], self.lengths[layer] = new_k, new_v, end
         end += -end % multiple
@@ -134,24 +136,21 @@ class KVCache:
 
     def _enlarge(self, end: int, heads: int, head_dim: int, dtype: torch.dtype) -> None:
         """Make ``whole`` hold at least ``end`` slots."""
-        shape = 2, len(self.lengths), self.batch, heads, head_dim
-        whole = self._room(self.whole, shape, max(self.lengths), end, dtype, self.device)
-        if whole is not self.whole:
-            self._divide(whole)
+        if self.whole is None or self.whole.shape[4] < end:
+            shape = 2, len(self.lengths), self.batch, heads, head_dim
+            self._divide(self._grown(self.whole, shape, max(self.lengths), end, dtype, self.device))
 
     def _divide(self, whole: Tensor) -> None:
         self.memo, self.whole, (keys, values) = {}, whole, whole[:, :, : self.batch]
         self.keys, self.values = list(keys), list(values)
 
-    def _room(
+    def _grown(
         self, old: Tensor | None, shape: Sequence[int], filled: int, end: int, dtype: torch.dtype, device: torch.device
     ) -> Tensor:
-        """A buffer with at least ``end`` slots that begins with the ``filled`` slots of ``old``, which it may be.
+        """A buffer with at least ``end`` slots that begins with the ``filled`` slots of ``old``.
 
         shape: [..., B, H, d], without slots.
         """
-        if old is not None and old.shape[-2] >= end:
-            return old
         *outer, heads, head_dim = shape
         slots = self._slots(end, filled, heads * head_dim * dtype.itemsize)
         grown = _zeros((*outer, heads, slots, head_dim), dtype, device)
