@@ -110,6 +110,13 @@ def shown(value: Any) -> str:
     return f"a {type(value).__name__}"
 
 
+def keywords(method: Callable[..., Any], only: bool = False) -> list[str]:
+    """The names that may (``only``: must) be given by keyword."""
+    kinds = [inspect.Parameter.KEYWORD_ONLY] + [inspect.Parameter.POSITIONAL_OR_KEYWORD] * (not only)
+    parameters = inspect.signature(method).parameters.values()
+    return [p.name for p in parameters if p.kind in kinds and p.name not in ("self", "cls")]
+
+
 def checked(
     name: str, kinds: Mapping[str, Kind] | None = None, *others: Callable[..., Any]
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -120,11 +127,7 @@ def checked(
 
     def wrap(method: Callable[P, R]) -> Callable[P, R]:
         signature = inspect.signature(method)
-        takes = [p.name for p in signature.parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-        hands_on = [
-            p.name for f in others for p in inspect.signature(f).parameters.values() if p.kind is p.KEYWORD_ONLY
-        ]
-        known = list(dict.fromkeys(takes[1:] + hands_on))  # without self
+        known = list(dict.fromkeys([*keywords(method), *(k for other in others for k in keywords(other, only=True))]))
 
         @functools.wraps(method)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
