@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from specdec.base import memory
 from specdec.base.devices import upload
+from specdec.models.blocks import stored
 from specdec.runtimes.target import Target
 from specdec.speculation.draft import State
 
@@ -24,7 +25,7 @@ class DraftVocabulary:
     def __init__(self, target: Target, trained: Tensor | None) -> None:
         self.target, self.trained = target, None if trained is None else trained.long()
         self.head = None if self.trained is None else target.reduced_head(self.trained)
-        memory.release(target.model.get_output_embeddings().weight.detach())
+        memory.release(stored(target.model.get_output_embeddings()))
         self.start()
 
     def start(self) -> None:

@@ -83,7 +83,7 @@ def test_attention_falls_back_to_eager_where_sdpa_would_be_wrong(folder):
         ({"name_or_path": ""}, "unknown model ''"),
         ({"name_or_path": "./nowhere"}, "no file or folder './nowhere'"),
         ({"name_or_path": "nowhere.gguf"}, "no file or folder 'nowhere.gguf'"),
-        ({"name_or_path": __file__}, "is no GGUF file"),
+        ({"name_or_path": __file__}, "is not a GGUF file"),
         ({"dtype": "bfloat17"}, r"unknown dtype 'bfloat17' \(did you mean 'bfloat16'\?\); known: auto, float32"),
         ({"dtype": torch.int8}, "unknown dtype 'int8'"),
         ({"device": "gpu"}, "unknown device 'gpu'; known: auto, cpu, cuda"),

@@ -23,6 +23,7 @@ from specdec.base.errors import SpecDecError
 from specdec.bench.cell import Cell, check_hf
 from specdec.engine.metrics import RequestMetrics
 from specdec.models import loading
+from specdec.models.blocks import dense, densify
 
 WARM_UP, CONTEXT = 8, 64  # new tokens and prompt tokens of the request that warms a method up
 SAMPLING = ("temperature", "top_p", "top_k")
@@ -112,6 +113,7 @@ class HFMethod:
             self.settings["assistant_early_exit"] = options.whole("exit_layer", exit_layer, 1, layers - 1)
         elif kind == "hf-draft-model":
             assistant = loading.load(source, dtype=base.target.dtype, device=base.target.device)[0]
+            densify(assistant)
             self.settings["assistant_model"] = assistant
         if kind in ("hf-early-exit", "hf-draft-model") and depth != "auto":
             config = assistant.generation_config  # how deep it drafts: as our drafters
@@ -125,17 +127,19 @@ class HFMethod:
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts], device=device)
         clock = _Clock()
         torch.manual_seed(seed)
-        start = time.perf_counter()
-        out = self.model.generate(  # type: ignore[operator]
-            ids,
-            attention_mask=mask,
-            max_new_tokens=count,
-            pad_token_id=pad,
-            streamer=clock,
-            **self.settings,
-        )
-        tokens = [self._cut(row) for row in out[:, width:].tolist()]
-        return Reply(tokens, time.perf_counter() - start, clock.first - start, clock.tokens)
+        with dense(self.model):
+            start = time.perf_counter()
+            out = self.model.generate(  # type: ignore[operator]
+                ids,
+                attention_mask=mask,
+                max_new_tokens=count,
+                pad_token_id=pad,
+                streamer=clock,
+                **self.settings,
+            )
+            tokens = [self._cut(row) for row in out[:, width:].tolist()]
+            seconds = time.perf_counter() - start
+        return Reply(tokens, seconds, clock.first - start, clock.tokens)
 
     def _cut(self, row: list[int]) -> list[int]:
         """Without the padding behind the end-of-sequence token of a row that ended early."""

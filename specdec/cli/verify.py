@@ -68,6 +68,7 @@ def verify(
     with terminal.status("loading"):
         from specdec.api.decoder import SpecDecoder
         from specdec.bench.prompts import load_prompts, spread
+        from specdec.models.blocks import dense
         from specdec.speculation.sampling import SamplingParams
         from specdec.verify.certificate import Certificate, Plan
 
@@ -94,7 +95,7 @@ def verify(
     plan = Plan(chosen, spread(found.conversations, limit), max_new_tokens, draws, places, params)
     certificate = Certificate(decoder, plan)
     try:
-        with terminal.Bar("verify") as bar:
+        with terminal.Bar("verify") as bar, dense(decoder.model):
             certificate.run(bar)
     except KeyboardInterrupt:
         if not certificate.greedy[0].answers:

@@ -29,7 +29,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
@@ -37,9 +37,13 @@ from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from specdec.base import inputs, terminal
 from specdec.base.errors import SpecDecError
 
+if TYPE_CHECKING:
+    from specdec.models.gguf_file import GGUFFile
+
 DEFAULT_MODEL = "smollm2-135m-instruct"
 GGUF, MANIFEST = "model.gguf", "specdec.json"
 WORK, MARKER = "specdec-work", "specdec.txt"
+VOCABULARY_BYTES = 64_000_000  # more than a tokenizer.json has
 REFUSED = 2  # exit code of a conversion whose last line of output is an error message in full
 
 
@@ -122,9 +126,18 @@ def prepared(name: str) -> Path:
     def make(draft: Path, console: Console) -> None:
         with room(entry.disk_bytes):
             _fetch(name, folder / GGUF, draft, console)
-            _convert(name, draft / GGUF, draft, "bfloat16", console)
+            _describe(name, draft / GGUF, draft)
 
     return _made(name, folder, _key(name), make)
+
+
+def described(name: str, file: GGUFFile) -> Path:
+    """The finished folder with config and tokenizer of a GGUF file, which messages call ``name``."""
+    path, found = file.path.resolve(), file.path.stat()
+    key = {"gguf": str(path), "bytes": found.st_size, "mtime_ns": found.st_mtime_ns}
+    mark = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
+    folder = cache_dir() / "models" / f"{path.stem[:48]}-{mark}"
+    return _made(name, folder, key, lambda draft, console: _describe(name, path, draft))
 
 
 def converted(name: str, file: Path, dtype: str) -> Path:
@@ -312,6 +325,14 @@ def _convert(name: str, gguf: Path, folder: Path, dtype: str, console: Console) 
     if child.returncode == REFUSED:
         raise SpecDecError(said)
     raise SpecDecError(f"cannot load model '{name}': its conversion ended with code {child.returncode} ({said})")
+
+
+def _describe(name: str, file: Path, folder: Path) -> None:
+    """Write config and tokenizer of a GGUF file into ``folder``."""
+    from specdec.models import gguf_file, gguf_model
+
+    with room(VOCABULARY_BYTES), quietly(f"Reading {name}"):
+        gguf_model.write_parts(name, gguf_file.read_header(file, name), folder)
 
 
 def _fetch(name: str, kept: Path, draft: Path, console: Console) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from specdec.base.errors import SpecDecError
+from specdec.models.blocks import Blocks
 
 FUSED = ("gate_up_proj", "down_proj")  # [E, 2 F, D] and [E, D, F]
 SAMPLES = 512
@@ -151,8 +152,11 @@ def positions(size: int) -> Tensor:
     return torch.arange(count) * size // max(count, 1)
 
 
-def sample(parameter: Tensor) -> Tensor:
+def sample(parameter: Tensor | Blocks) -> Tensor:
     """Up to ``SAMPLES`` evenly strided numbers of a parameter, [n]; of one that is absent, those it would have."""
+    if isinstance(parameter, Blocks):
+        rows, columns = torch.unravel_index(positions(parameter.shape.numel()), parameter.shape)
+        return parameter.at(rows, columns)
     if parameter.is_meta:
         values: Tensor = parameter.sample  # type: ignore[attr-defined]
         return values

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gguf import GGUFReader
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors import SafetensorError
@@ -32,8 +31,10 @@ from transformers.utils.hub import get_checkpoint_shard_files
 
 from specdec.base import memory
 from specdec.base.errors import SpecDecError, did_you_mean
-from specdec.models import checkpoint
-from specdec.models.catalogue import EMBEDDED, converted, one_line, prepared, quietly
+from specdec.models import checkpoint, gguf_model
+from specdec.models.blocks import Blocks, named_weights
+from specdec.models.catalogue import EMBEDDED, GGUF, converted, described, one_line, prepared, quietly
+from specdec.models.gguf_file import GGUFFile, is_gguf, read_header
 
 
 def load(
@@ -49,9 +50,10 @@ def load(
 ) -> tuple[PreTrainedModel, Any]:
     """Load a decoder-only model, frozen and in evaluation mode, and its tokenizer.
 
-    name_or_path: an embedded model's name (fetched at first use), else a local folder, a ``.gguf`` file (converted into
-    a folder in the cache at first use), or a Hugging Face id. Weights are read from safetensors or GGUF only, never
-    from pickles.
+    name_or_path: an embedded model's name (fetched at first use), else a local folder, a ``.gguf`` file, or a Hugging
+    Face id. Weights are read from safetensors or GGUF only, never from pickles. In bfloat16 on a CPU those of a GGUF
+    file stay in its blocks (``blocks``), if the model is of an architecture in ``gguf_model``; files of others are
+    converted into a folder in the cache at first use.
     dtype: "auto" (the checkpoint's own; bfloat16 for a GGUF file) or one of float32, bfloat16, float16.
     device: "auto" (the first CUDA device that can compute, else the CPU) or what PyTorch calls one.
     revision: for Hugging Face ids.
@@ -64,33 +66,69 @@ def load(
     name = os.fspath(name_or_path)
     kind = as_dtype(dtype)
     place = find_device(device, kind)
-    source, options = _source(name, revision, kind)
+    source, options, file = _source(name, revision, kind)
     options |= {"trust_remote_code": trust_remote_code}
     with quietly(f"Loading {name}") if options["local_files_only"] else contextlib.nullcontext():
         config, tokenizer = _parts(name, source, options)
         if check is not None:
             check(config)
-        options |= {"config": config, "use_safetensors": True, "ignore_mismatched_sizes": True}  # checked below
+    if file is not None:
+        model = _of_file(name, file, source, config, kind, place, attn_implementation)
+    else:
+        options |= {"config": config}
         if attn_implementation is not None:
             options |= {"attn_implementation": attn_implementation}
-        with _explained(name):
-            checkpoint = None if experts else _checkpoint(source, options)
-            if checkpoint is None:
-                load: Any = AutoModelForCausalLM.from_pretrained
-                loaded = load(source, dtype=kind, output_loading_info=True, **options)
-            else:
-                loaded = _without_experts(source, checkpoint, kind, options)
-            model, info = loaded[0].to(place), loaded[1]
-    _check_fit(name, model, info)
+        model = _of_checkpoint(name, source, options, kind, place, experts)
     model.config._name_or_path = name  # what messages call it, not the cache folder
     return model.eval().requires_grad_(False), tokenizer
 
 
 def read_config(name: str, dtype: str | torch.dtype = "auto") -> Any:
     """The config of the model that ``load`` would load; its weights may have to be fetched, but are not read."""
-    source, options = _source(name, None, as_dtype(dtype))
+    source, options, _ = _source(name, None, as_dtype(dtype))
     with _explained(name):
         return AutoConfig.from_pretrained(source, **options)
+
+
+def _of_checkpoint(
+    name: str,
+    source: str | Path,
+    options: dict[str, Any],
+    kind: str | torch.dtype,
+    place: torch.device,
+    experts: bool,
+) -> PreTrainedModel:
+    """The model of safetensors files."""
+    options |= {"use_safetensors": True, "ignore_mismatched_sizes": True}  # checked below
+    local = options["local_files_only"]
+    with quietly(f"Loading {name}") if local else contextlib.nullcontext(), _explained(name):
+        checkpoint = None if experts else _checkpoint(source, options)
+        if checkpoint is None:
+            load: Any = AutoModelForCausalLM.from_pretrained
+            loaded = load(source, dtype=kind, output_loading_info=True, **options)
+        else:
+            loaded = _without_experts(source, checkpoint, kind, options)
+        model: Any = loaded[0].to(place)
+    _check_fit(name, model, loaded[1])
+    return model  # type: ignore[no-any-return]
+
+
+def _of_file(
+    name: str,
+    file: GGUFFile,
+    folder: str | Path,
+    config: Any,
+    kind: str | torch.dtype,
+    place: torch.device,
+    attn_implementation: str | None,
+) -> PreTrainedModel:
+    """The model of a GGUF file that ``folder`` describes."""
+    dtype = torch.bfloat16 if not isinstance(kind, torch.dtype) else kind
+    keep_blocks = place.type == "cpu" and dtype == torch.bfloat16
+    with _explained(name):
+        model: Any = gguf_model.build(name, file, config, dtype, keep_blocks, attn_implementation).to(place)
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model  # type: ignore[no-any-return]
 
 
 def dequantized(name: str, file: Path, dtype: str) -> tuple[PreTrainedModel, Any]:
@@ -138,8 +176,7 @@ def own_name(name: str) -> str:
     said = ""
     with contextlib.suppress(Exception):  # untrusted files: any type
         if path.is_file():
-            field = GGUFReader(path).get_field("general.name")
-            said = "" if field is None else str(field.contents())
+            said = str(read_header(path).metadata.get("general.name", ""))
         else:
             said = str(json.loads((path / "config.json").read_text("utf-8")).get("_name_or_path", ""))
     said = " ".join(said.split())
@@ -154,7 +191,7 @@ def fingerprint(model: PreTrainedModel) -> str:
     parameters with equal content (tied ones among them, tied or not after a runtime rearranged them) only the first.
     """
     digest, seen = hashlib.sha256(), set()
-    for name, parameter in sorted(model.named_parameters(remove_duplicate=False)):
+    for name, parameter in sorted(named_weights(model), key=lambda pair: pair[0]):
         sample = checkpoint.sample(parameter).to(torch.bfloat16)
         # Below 2^-16 float16 cannot hold every bf16 value; zero also has one sign only.
         sample = torch.where(sample.abs() < 2**-16, torch.zeros_like(sample), sample)
@@ -162,7 +199,7 @@ def fingerprint(model: PreTrainedModel) -> str:
         if content not in seen:
             seen.add(content)
             digest.update(f"{name} ".encode() + content)
-        memory.release(parameter.detach())
+        memory.release(parameter.data if isinstance(parameter, Blocks) else parameter.detach())
     return digest.hexdigest()[:32]
 
 
@@ -217,27 +254,33 @@ def _try_out(place: torch.device, dtype: str | torch.dtype) -> None:
         raise SpecDecError(f"this machine cannot compute in {what} on device '{place}' ({one_line(error)})") from None
 
 
-def _source(name: str, revision: str | None, dtype: str | torch.dtype) -> tuple[str | Path, dict[str, Any]]:
-    """Where the model is, or is now put, and the options that tell transformers' ``from_pretrained`` so."""
+def _source(
+    name: str, revision: str | None, dtype: str | torch.dtype
+) -> tuple[str | Path, dict[str, Any], GGUFFile | None]:
+    """Where the model is, or is now put, the options that tell transformers' ``from_pretrained`` so, and the GGUF file
+    that its weights are in, if they are."""
     path = Path(name).expanduser()
     options: dict[str, Any] = {"local_files_only": True}
     if revision is not None and (name in EMBEDDED or path.exists()):
         raise SpecDecError(f"a revision ('{revision}') goes with a Hugging Face id, and '{name}' is not one")
     if name in EMBEDDED:
         path = prepared(name)
+        return path, options, read_header(path / GGUF, name)
     elif name and path.is_dir():
         if not (path / "config.json").is_file():
             found = sorted(path.glob("*.gguf"))
             hint = f"; to load the GGUF file in it, give '{found[0]}'" if found else ""
             raise SpecDecError(f"'{name}' is no model folder: config.json is missing{hint}")
     elif path.is_file():
-        with path.open("rb") as file:
-            if file.read(4) != b"GGUF":
-                raise SpecDecError(f"'{name}' is no GGUF file; give a .gguf file, a model folder or a model's name")
+        if not is_gguf(path):
+            raise SpecDecError(f"'{name}' is not a GGUF file; give a .gguf file, a model folder or a model's name")
+        file = read_header(path, name)
+        if gguf_model.serves(file):
+            return described(name, file), options, file
         path = converted(name, path, str(torch.bfloat16 if dtype == "auto" else dtype).removeprefix("torch."))
     else:
-        return name, _repository(name, revision)
-    return path, options
+        return name, _repository(name, revision), None
+    return path, options, None
 
 
 def _repository(name: str, revision: str | None) -> dict[str, Any]:
@@ -279,6 +322,8 @@ def _explained(name: str) -> Iterator[None]:
     """Turn whatever transformers raises while it reads a model (untrusted files: any type) into one line."""
     try:
         yield
+    except SpecDecError:
+        raise
     except torch.OutOfMemoryError:
         raise SpecDecError(
             f"'{name}' does not fit into the device's memory; use a smaller dtype or model, or the device cpu"

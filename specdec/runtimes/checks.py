@@ -6,6 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from specdec.base.errors import NotFiniteError, SpecDecError
+from specdec.models.blocks import Blocks, dequantize, named_weights
 from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.target import Target
 
@@ -32,7 +33,8 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
 def not_finite(model: PreTrainedModel) -> NotFiniteError:
     """Why the logits of ``model`` hold NaN or infinite values: the first weight that does, or its dtype."""
     name = f"'{model.config._name_or_path}'" if model.config._name_or_path else "this model"
-    for key, weight in model.named_parameters():
+    for key, found in named_weights(model):
+        weight = dequantize(found, None, model.dtype) if isinstance(found, Blocks) else found
         if not weight.is_meta and not bool(weight.isfinite().all()):
             return NotFiniteError(
                 f"the weights of {name} are broken: '{key}' holds NaN or infinite values; get it again"

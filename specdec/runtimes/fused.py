@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from specdec.base.errors import SpecDecError
+from specdec.models.blocks import densify
 from specdec.runtimes import linear_maps, llama_like
 from specdec.runtimes.adapters import Adapters
 from specdec.runtimes.cache import Mask
@@ -82,6 +83,7 @@ class FusedTarget(ByParts):
         kind, config = model.config.model_type, model.config
         if kind not in FAMILIES:
             raise SpecDecError(f"model type '{kind}' is unknown to the fused runtime (it knows {', '.join(FAMILIES)})")
+        densify(model)
         super().__init__(model)
         decoder: Any = model.model
         llama_like.check_rotary(decoder.rotary_emb)

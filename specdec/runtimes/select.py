@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 
 from specdec.base.errors import NotFiniteError, SpecDecError, did_you_mean
 from specdec.base.options import Runtime, Weights
+from specdec.models.blocks import densify
 from specdec.runtimes.checks import refuse_unsupported
 from specdec.runtimes.fused import FusedTarget
 from specdec.runtimes.graphs import GraphedTarget
@@ -48,6 +49,8 @@ def _make(model: PreTrainedModel, runtime: str, weights: str) -> tuple[Target, s
     first = {"cpu": [*native, "fused"], "cuda": ["graphs", "fused"], "mps": []}.get(model.device.type, ["fused"])
     for name in [*first, "reference"] if runtime == "auto" else [runtime]:
         try:
+            if rounded or name == "reference":  # it changes the model's weights, or computes with its modules
+                densify(model)
             if name == "native":
                 return NativeTarget(model, weights), ""
             if name in ("fused", "graphs") and weights == "int8":

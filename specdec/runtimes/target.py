@@ -14,6 +14,7 @@ from specdec.base import cores
 from specdec.base.devices import download
 from specdec.base.errors import SpecDecError
 from specdec.models import loading
+from specdec.models.blocks import rows, stored
 from specdec.runtimes import linear_maps, tree_drafting
 from specdec.runtimes.cache import KVCache
 from specdec.runtimes.layer_pass import Pass
@@ -66,7 +67,7 @@ class Target(ABC):
         config = model.config.get_text_config()
         self.num_layers = int(config.num_hidden_layers)
         self.hidden_size = int(config.hidden_size)
-        self.vocab_size = int(self.own_head.weight.shape[0])
+        self.vocab_size = int(stored(self.own_head).shape[0])
         self.context = int(getattr(config, "max_position_embeddings", None) or 1 << 30)
         self.windows = _windows(config)
         self.device, self.dtype = model.device, model.dtype
@@ -120,8 +121,8 @@ class Target(ABC):
     def reduced_head(self, token_ids: Tensor) -> nn.Linear:
         """The output head restricted to ``token_ids`` [V'], for ``readout(x, head)`` -> [B, T, V']."""
         full = self.own_head
-        index, bias = token_ids.to(full.weight.device), getattr(full, "bias", None)
-        return GivenLinear(full.weight.detach()[index], None if bias is None else bias.detach()[index])
+        index, bias = token_ids.to(self.device), getattr(full, "bias", None)
+        return GivenLinear(rows(full, index), None if bias is None else bias.detach()[index])
 
 
 class GivenLinear(nn.Linear):

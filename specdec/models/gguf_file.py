@@ -1,0 +1,204 @@
+"""The header of a GGUF file: its metadata, and the kind, shape and place of each tensor. No tensor is read.
+
+The file is untrusted: every count and offset in it is compared with the size of the file before it is used.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import torch
+from torch import Tensor
+
+from specdec.base.errors import SpecDecError
+
+HEADER_BYTES = 1 << 28  # more than any header has
+ELEMENTS = 1 << 22  # most elements of an array
+VERSIONS = 2, 3
+STRING, ARRAY = 8, 9  # types of metadata values; the others are numbers
+NUMBERS = {
+    kind: struct.Struct(f"<{code}")
+    for kind, code in {
+        0: "B",
+        1: "b",
+        2: "H",
+        3: "h",
+        4: "I",
+        5: "i",
+        6: "f",
+        7: "?",
+        10: "Q",
+        11: "q",
+        12: "d",
+    }.items()
+}
+U32, U64 = NUMBERS[4], NUMBERS[10]
+PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+
+
+class _Broken(Exception):
+    """What is wrong with a header, in a few words."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor of the file. kind: as ``gguf.GGMLQuantizationType`` names it. shape: in PyTorch's order."""
+
+    kind: str
+    shape: tuple[int, ...]
+    offset: int  # from the beginning of the file
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class GGUFFile:
+    path: Path
+    metadata: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+
+    @property
+    def architecture(self) -> str:
+        return str(self.metadata.get("general.architecture", ""))
+
+    def map(self) -> Tensor:
+        """The file's bytes, uint8. They are mapped: read when they are used."""
+        return torch.from_file(str(self.path), shared=False, size=self.path.stat().st_size, dtype=torch.uint8)
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether the file begins as a GGUF file does."""
+    with path.open("rb") as file:
+        return file.read(4) == b"GGUF"
+
+
+def read_header(path: Path, name: str = "") -> GGUFFile:
+    """Read the header of a GGUF file, which messages call ``name``. Raises SpecDecError if it is broken."""
+    name = name or str(path)
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if file.read(4) != b"GGUF":
+                raise SpecDecError(f"'{name}' is not a GGUF file")
+            with mmap.mmap(file.fileno(), min(size, HEADER_BYTES), access=mmap.ACCESS_READ) as data:
+                metadata, tensors = _Reader(data).header(size)
+    except _Broken as error:
+        raise SpecDecError(
+            f"cannot load model '{name}': the GGUF file is truncated or broken ({error}); get it again"
+        ) from None
+    except OSError as error:
+        raise SpecDecError(f"cannot read '{name}': {error.strerror or error}") from None
+    return GGUFFile(path, metadata, tensors)
+
+
+class _Reader:
+    """Reads a header from its bytes on. Raises _Broken."""
+
+    def __init__(self, data: mmap.mmap) -> None:
+        self.data, self.size, self.at = data, len(data), 4
+
+    def header(self, file_size: int) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
+        version = self.number(U32)
+        if version not in VERSIONS:
+            raise _Broken(f"it is of version {version}; known: {', '.join(map(str, VERSIONS))}")
+        tensors, entries = self.count(24), self.count(13)
+        metadata: dict[str, Any] = {}
+        for _ in range(entries):
+            key = self.string()
+            if key in metadata:
+                raise _Broken(f"'{_short(key)}' is there twice")
+            metadata[key] = self.value(self.number(U32))
+        alignment = metadata.get("general.alignment", 32)
+        if type(alignment) is not int or not 8 <= alignment <= 1 << 16 or alignment & (alignment - 1):
+            raise _Broken(f"its alignment is {_short(alignment)}")
+        found = [self.tensor() for _ in range(tensors)]
+        begin = -(-self.at // alignment) * alignment
+        infos: dict[str, TensorInfo] = {}
+        for key, kind, shape, offset in found:
+            if key in infos:
+                raise _Broken(f"tensor '{_short(key)}' is there twice")
+            if offset % alignment:
+                raise _Broken(f"tensor '{_short(key)}' is not aligned")
+            info = TensorInfo(kind, shape, begin + offset, _bytes(key, kind, shape))
+            if info.offset + info.nbytes > file_size:
+                raise _Broken(
+                    f"tensor '{_short(key)}' ends at byte {info.offset + info.nbytes}, and the file has {file_size}"
+                )
+            infos[key] = info
+        return metadata, infos
+
+    def number(self, kind: struct.Struct) -> Any:
+        at = self.at
+        self.at = at + kind.size
+        if self.at > self.size:
+            raise _Broken("it ends within its header")
+        return kind.unpack_from(self.data, at)[0]
+
+    def count(self, least: int) -> int:
+        """A number of things, each of at least ``least`` bytes, that the rest of the file has room for."""
+        count: int = self.number(U64)
+        if count * least > self.size - self.at:
+            raise _Broken("it ends within its header")
+        return count
+
+    def string(self) -> str:
+        length = self.count(1)
+        text = self.data[self.at : self.at + length]
+        self.at += length
+        try:
+            return text.decode()
+        except UnicodeDecodeError:
+            raise _Broken("a string in it is not UTF-8 text") from None
+
+    def value(self, kind: int) -> Any:
+        if kind == STRING:
+            return self.string()
+        if kind == ARRAY:
+            return self.array(self.number(U32))
+        if kind not in NUMBERS:
+            raise _Broken(f"a value in it is of the unknown type {kind}")
+        return self.number(NUMBERS[kind])
+
+    def array(self, kind: int) -> list[Any]:
+        if kind != STRING and kind not in NUMBERS:
+            raise _Broken(f"an array in it is of the unknown type {kind}")
+        width = 8 if kind == STRING else NUMBERS[kind].size
+        count = self.count(width)
+        if count > ELEMENTS:
+            raise _Broken(f"an array in it has {count} elements")
+        if kind == STRING:
+            return [self.string() for _ in range(count)]
+        values = struct.unpack_from(f"<{count}{NUMBERS[kind].format[1:]}", self.data, self.at)
+        self.at += count * width
+        return list(values)
+
+    def tensor(self) -> tuple[str, str, tuple[int, ...], int]:
+        """Name, kind, shape and place among the data."""
+        name, dimensions = self.string(), self.number(U32)
+        if not 1 <= dimensions <= 4:
+            raise _Broken(f"tensor '{_short(name)}' has {dimensions} dimensions")
+        shape = tuple(self.number(U64) for _ in range(dimensions))[::-1]  # the fastest first in the file
+        kind = self.number(U32)
+        try:
+            return name, gguf.GGMLQuantizationType(kind).name, shape, self.number(U64)
+        except ValueError:
+            raise _Broken(f"tensor '{_short(name)}' is of the unknown type {kind}") from None
+
+
+def _bytes(name: str, kind: str, shape: tuple[int, ...]) -> int:
+    elements, width = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    if 0 in shape or shape[-1] % elements:
+        raise _Broken(f"tensor '{_short(name)}' of type {kind} has the impossible shape {shape}")
+    return math.prod(shape) // elements * width
+
+
+def _short(value: object) -> str:
+    """Untrusted text in a message."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,256 @@
+"""Models of GGUF files as they are: nothing is converted, matrices stay in the file's blocks.
+
+transformers says how a file's tensors and metadata are called in its models, and builds the tokenizer. Config,
+generation config, tokenizer and chat template are written into a folder once (``write_parts``); ``build`` makes
+the model of that config with the weights of the file. Serves the architectures of the native runtime.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from accelerate import init_empty_weights
+from tokenizers import Tokenizer, pre_tokenizers
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    TokenizersBackend,
+)
+from transformers.integrations import GGUF_CONFIG_MAPPING
+from transformers.integrations.gguf import GGUF_TOKENIZER_MAPPING, convert_gguf_tokenizer
+from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
+
+from specdec.base import memory, terminal
+from specdec.base.errors import SpecDecError
+from specdec.models import blocks
+from specdec.models.blocks import BlockEmbedding, BlockLinear, Blocks
+from specdec.models.gguf_file import PLAIN, GGUFFile, TensorInfo
+
+ARCHITECTURES = "llama", "qwen2", "qwen3", "phi3"
+LARGEST = 1 << 28  # of the whole numbers in a config
+FRACTIONS = {"rope_theta", "rms_norm_eps"}  # those that are not whole
+ROPE_FACTORS = "rope_freqs.weight"
+CONTROL = 3  # the type of tokens that are not text
+# Control tokens that end a turn or a text in whichever model has them.
+ENDS = {"<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>"}
+# Values of tokenizer.ggml.pre that split off digits one by one and then words as GPT-2 does. transformers splits the
+# words only, so that a digit would take the line break or space before it along.
+DIGITS_APART = {"codeshell", "command-r", "exaone", "minerva-7b", "refact", "smollm", "starcoder"}
+
+
+def serves(file: GGUFFile) -> bool:
+    """Whether ``build`` makes models of such files."""
+    return file.architecture in ARCHITECTURES and not file.metadata.get(f"{file.architecture}.expert_count")
+
+
+# --- config and tokenizer --------------------------------------------------------------------------------------------
+
+
+def write_parts(name: str, file: GGUFFile, folder: Path) -> None:
+    """Write config, generation config, tokenizer and chat template into ``folder``."""
+    config, tokenizer = config_of(name, file), tokenizer_of(name, file)
+    check_tensors(name, file, skeleton(config, torch.bfloat16))
+    ends = GenerationConfig.from_model_config(config)
+    ends.eos_token_id = _ends(file) or None
+    config.save_pretrained(folder)
+    ends.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def config_of(name: str, file: GGUFFile) -> PreTrainedConfig:
+    """The config that the metadata describe."""
+    architecture, metadata = file.architecture, file.metadata
+    values: dict[str, Any] = {"tie_word_embeddings": "output.weight" not in file.tensors}
+    mapping: dict[str, Any] = GGUF_CONFIG_MAPPING
+    for prefix in (architecture, "tokenizer"):
+        for key, field in mapping[prefix].items():
+            if field is not None and f"{prefix}.{key}" in metadata:
+                values[field] = metadata[f"{prefix}.{key}"]
+    if architecture == "qwen3" and "qwen3.attention.key_length" in metadata:
+        values["head_dim"] = metadata["qwen3.attention.key_length"]
+    if "token_embd.weight" in file.tensors:
+        values["vocab_size"] = file.tensors["token_embd.weight"].shape[0]
+    for field, value in values.items():
+        fits = type(value) is int and 0 <= value < LARGEST if field not in FRACTIONS else _positive(value)
+        if field != "tie_word_embeddings" and not fits:
+            raise SpecDecError(f"cannot load model '{name}': its GGUF file says that {field} is {str(value)[:60]!r}")
+    layers = sum(key.startswith("blk.") and key.endswith(".attn_norm.weight") for key in file.tensors)
+    if values.get("num_hidden_layers") != layers:
+        raise SpecDecError(
+            f"cannot load model '{name}': its GGUF file has {layers} layers, and its header names "
+            f"{values.get('num_hidden_layers')}; get it again"
+        )
+    return AutoConfig.for_model(architecture, **values)
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, int | float) and 0 < value < math.inf
+
+
+def tokenizer_of(name: str, file: GGUFFile) -> Any:
+    """The tokenizer, with the chat template, that the metadata describe. Raises SpecDecError if there is none."""
+    metadata = {key.removeprefix("tokenizer."): value for key, value in file.metadata.items()}
+    own, options = (
+        {field: metadata[key] for key, field in GGUF_TOKENIZER_MAPPING[part].items() if key in metadata}
+        for part in ("tokenizer", "tokenizer_config")
+    )
+    if not isinstance(tokens := own.get("tokens"), list):
+        raise SpecDecError(f"model '{name}' has no usable tokenizer: the GGUF file has no vocabulary")
+    if own.get("tokenizer_type") == "llama":
+        options.setdefault("add_bos_token", True)  # as llama.cpp does
+    for part, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        token = metadata.get(f"ggml.{key}_token_id")
+        options[f"{part}_token"] = None if token is None else tokens[token]
+    backend, more = convert_gguf_tokenizer(file.architecture, own)
+    split_digits(file, backend)
+    return TokenizersBackend(tokenizer_object=backend, **options, **more)
+
+
+def split_digits(file: GGUFFile, tokenizer: Tokenizer) -> None:
+    """Have ``tokenizer`` split off digits one by one where the file's vocabulary was learned so."""
+    kind, pre = (file.metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
+    if kind == "gpt2" and pre in DIGITS_APART:
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
+
+
+def _ends(file: GGUFFile) -> int | list[int]:
+    """The tokens that end a turn or a text: those that the file names, and control tokens known for it."""
+    metadata = {key.removeprefix("tokenizer.ggml."): value for key, value in file.metadata.items()}
+    named = [metadata[key] for key in ("eos_token_id", "eot_token_id", "eom_token_id") if key in metadata]
+    kinds = zip(metadata.get("tokens", ()), metadata.get("token_type", ()), strict=False)
+    known = [token for token, (text, kind) in enumerate(kinds) if kind == CONTROL and text in ENDS]
+    found = list(dict.fromkeys([*named, *(token for token in known if token != metadata.get("unknown_token_id"))]))
+    return found[0] if len(found) == 1 else found
+
+
+# --- weights ---------------------------------------------------------------------------------------------------------
+
+
+def skeleton(config: PreTrainedConfig, dtype: torch.dtype, attn_implementation: str | None = None) -> PreTrainedModel:
+    """The model of ``config`` without memory for its parameters."""
+    given = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, **given)
+    model.tie_weights()
+    return model
+
+
+def check_tensors(name: str, file: GGUFFile, model: PreTrainedModel) -> dict[str, str]:
+    """The tensors of ``file`` by the parameters of ``model`` that they are. Raises SpecDecError unless all fit."""
+    found = _tensor_names(file, model)
+    shapes = {key: info.shape for key, info in file.tensors.items() if info.kind in PLAIN or len(info.shape) == 2}
+    unfit = [key for key, values in model.named_parameters() if shapes.get(found[key]) != tuple(values.shape)]
+    if unfit:
+        raise SpecDecError(
+            f"the weights of '{name}' do not fit its config: {len(unfit)} missing or of another shape, such as "
+            f"'{found[unfit[0]] or unfit[0]}'"
+        )
+    if more := sorted(file.tensors.keys() - {*found.values(), ROPE_FACTORS}):
+        raise SpecDecError(
+            f"'{name}' has {len(more)} tensors that a {model.config.model_type} model of its config has no place for, "
+            f"such as '{more[0][:60]}'"
+        )
+    for kind in {info.kind for info in file.tensors.values()} - {*PLAIN, *blocks.KINDS}:
+        try:
+            blocks.numbers(torch.zeros(1, gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][1]).byte(), kind)
+        except NotImplementedError:
+            raise SpecDecError(f"'{name}' has tensors of type {kind}, which cannot be read") from None
+    return found
+
+
+def _tensor_names(file: GGUFFile, model: PreTrainedModel) -> dict[str, str]:
+    """What ``gguf`` calls the parameters of ``model``; "" for those that it does not know."""
+    kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == file.architecture)
+    names, found = gguf.get_tensor_name_map(kind, model.config.num_hidden_layers), {}
+    for parameter, _ in model.named_parameters():
+        path, _, leaf = parameter.rpartition(".")
+        tensor = names.get_name(path)
+        found[parameter] = "" if tensor is None else f"{tensor}.{leaf}"
+    return found
+
+
+def build(
+    name: str,
+    file: GGUFFile,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    keep_blocks: bool,
+    attn_implementation: str | None = None,
+) -> PreTrainedModel:
+    """The model of ``config`` with the weights of ``file``, in ``dtype``.
+
+    keep_blocks: matrices in blocks of ``blocks.KINDS`` stay there, mapped from the file; else all become parameters.
+    """
+    model, data = skeleton(config, dtype, attn_implementation), file.map()
+    names, processor, unpacked = check_tensors(name, file, model), _processor(file, config), set[str]()
+    for parameter, tensor in names.items():
+        info, (path, _, leaf) = file.tensors[tensor], parameter.rpartition(".")
+        part, module = data[info.offset : info.offset + info.nbytes], model.get_submodule(path)
+        rows = _rows(processor, tensor, info)
+        if info.kind in PLAIN:
+            values = part.view(PLAIN[info.kind]).view(info.shape)
+            values = (values if rows is None else values[rows.long()]).to(dtype)
+        else:
+            packed = Blocks(part.view(info.shape[0], -1), info.kind, info.shape[1], rows)
+            if keep_blocks and info.kind in blocks.KINDS:
+                model.set_submodule(path, _in_blocks(module, packed, dtype))
+                continue
+            values = blocks.dequantize(packed, None, dtype)
+            memory.release(part)
+            unpacked.add(info.kind)
+        setattr(module, leaf, nn.Parameter(values, requires_grad=False))
+    if config.tie_word_embeddings:
+        _tie(model)
+    if ROPE_FACTORS in file.tensors:
+        _scale_rotation(model, file, data)
+    if keep_blocks and unpacked:
+        terminal.note(f"{name}: {', '.join(sorted(unpacked))} weights run in {str(dtype).removeprefix('torch.')}")
+    return model
+
+
+def _in_blocks(module: nn.Module, packed: Blocks, dtype: torch.dtype) -> nn.Module:
+    if isinstance(module, nn.Embedding):
+        return BlockEmbedding(packed, dtype)
+    made: Any = BlockLinear(packed, None, dtype)
+    made.bias = module.bias  # of the file already, or still to come
+    return made  # type: ignore[no-any-return]
+
+
+def _tie(model: Any) -> None:
+    """Have the output head share the embedding's weights."""
+    embedding = model.get_input_embeddings()
+    if isinstance(embedding, BlockEmbedding):
+        model.set_output_embeddings(BlockLinear(embedding.blocks, None, embedding.dtype))
+    else:
+        model.get_output_embeddings().weight = embedding.weight
+
+
+def _scale_rotation(model: Any, file: GGUFFile, data: Tensor) -> None:
+    """Divide the frequencies of the rotary embedding by the file's factors, as those of Llama 3.1 are."""
+    info, rotary = file.tensors[ROPE_FACTORS], model.model.rotary_emb
+    factors = data[info.offset : info.offset + info.nbytes].view(PLAIN[info.kind])
+    rotary.inv_freq = rotary.original_inv_freq = rotary.inv_freq / factors.to(rotary.inv_freq.dtype)
+
+
+def _processor(file: GGUFFile, config: PreTrainedConfig) -> TensorProcessor:
+    made: TensorProcessor = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)(config=config.to_dict())
+    return made
+
+
+def _rows(processor: TensorProcessor, tensor: str, info: TensorInfo) -> Tensor | None:
+    """Where in the file's tensor each row of the model's is: llama files have rows of q and k in another order."""
+    count = info.shape[0]
+    order = np.arange(count, dtype=np.int32)
+    found = processor.process(weights=order, name=tensor).weights
+    return None if np.array_equal(found, order) else torch.from_numpy(np.ascontiguousarray(found))
