@@ -108,9 +108,9 @@ def _of_checkpoint(
             loaded = load(source, dtype=kind, output_loading_info=True, **options)
         else:
             loaded = _without_experts(source, checkpoint, kind, options)
-        model: Any = loaded[0].to(place)
+        model = loaded[0].to(place)  # type: ignore[arg-type]
     _check_fit(name, model, loaded[1])
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def _of_file(
