@@ -27,7 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from specdec.base import inputs
 from specdec.engine.costs import Costs
-from specdec.models import catalogue, conversion
+from specdec.models import catalogue, conversion, wheels
 from specdec.runtimes.experts.store import ExpertStore
 from specdec.runtimes.native import library
 from specdec.runtimes.target import Target
@@ -178,13 +178,13 @@ def published(tmp_path_factory) -> SimpleNamespace:
     entry = catalogue.Embedded(
         package="tiny",
         version="1.0",
-        wheel=wheel.name,
-        wheel_bytes=wheel.stat().st_size,
-        wheel_sha256=inputs.sha256(wheel),
         member="tiny/tiny.gguf",
-        gguf_sha256=inputs.sha256(path),
+        piece_bytes=path.stat().st_size,
+        file=path.name,
+        file_bytes=path.stat().st_size,
+        sha256=inputs.sha256(path),
+        download_bytes=wheel.stat().st_size,
         cached_bytes=500_000,
-        disk_bytes=1_000_000,
         licence="none",
         description="a test",
     )
@@ -199,14 +199,14 @@ def cache(published, tmp_path, monkeypatch) -> SimpleNamespace:
     """
     state = SimpleNamespace(root=tmp_path / "cache", folder=tmp_path / "cache/models" / NAME, downloads=0)
 
-    def download(entry, work, console):
+    def download(entry, number, work, downloads, show):
         state.downloads += 1
-        (work / "wheel").mkdir()
-        return Path(shutil.copy(published.wheel, work / "wheel"))
+        (work / "wheel").mkdir(exist_ok=True)
+        return Path(shutil.copy(published.wheel.parent / entry.wheel(number), work / "wheel"))
 
     monkeypatch.setenv("SPECDEC_CACHE", str(state.root))
     monkeypatch.setitem(catalogue.EMBEDDED, NAME, published.entry)
-    monkeypatch.setattr(catalogue, "_download", download)
+    monkeypatch.setattr(wheels, "download", download)
     monkeypatch.setattr(catalogue, "_convert", lambda *arguments: conversion.convert(*arguments[:4]))
     return state
 

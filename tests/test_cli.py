@@ -486,15 +486,17 @@ def test_the_default_model_is_the_embedded_one() -> None:
 def test_models_lists_the_embedded_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path))
     header, *rows = CliRunner().invoke(cli.app, ["models"]).stdout.splitlines()
-    assert header.split("\t") == ["name", "licence", "download", "on disk", "cached", "where"]
-    assert rows[0].split("\t")[:5] == ["smollm2-135m-instruct", "Apache-2.0", "93 MB", "371 MB", "no"]
-    (row,) = json.loads(CliRunner().invoke(cli.app, ["models", "--json"]).stdout)
+    assert header.split("\t") == ["name", "licence", "download", "on disk", "cached", "shipped drafters", "where"]
+    assert rows[0].split("\t")[:5] == ["smollm2-135m-instruct", "Apache-2.0", "93 MB", "102 MB", "no"]
+    assert [row.split("\t")[0] for row in rows] == list(catalogue.EMBEDDED)
+    row, *_ = json.loads(CliRunner().invoke(cli.app, ["models", "--json"]).stdout)
     assert row["name"] == "smollm2-135m-instruct" and row["cached"] is False
+    assert "m2r2" in row["drafters"]
 
 
 def test_the_readme_and_the_command_agree_on_sizes() -> None:
     entry, readme = catalogue.EMBEDDED[catalogue.DEFAULT_MODEL], Path(__file__).parent.parent / "README.md"
-    sizes = f"{entry.wheel_bytes / 1e6:.0f} MB, once; {entry.cached_bytes / 1e6:.0f} MB in the cache"
+    sizes = f"{entry.download_bytes / 1e6:.0f} MB, once; {entry.cached_bytes / 1e6:.0f} MB in the cache"
     assert sizes in readme.read_text("utf-8")
 
 

