@@ -19,7 +19,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def models(as_json: AsJson = False) -> None:
-    """List the embedded models: licence, sizes, whether they are cached and where, and the drafters shipped for them."""
+    """List the embedded models: licence, sizes, whether they are cached, shipped drafters, and where they are."""
     rows = embedded_models()
     if as_json:
         print_json([asdict(row) for row in rows])

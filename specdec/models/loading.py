@@ -109,7 +109,7 @@ def _of_checkpoint(
             loaded = load(source, dtype=kind, output_loading_info=True, **options)
         else:
             loaded = _without_experts(source, checkpoint, kind, options)
-        model = loaded[0].to(place)  # type: ignore[arg-type]
+        model: PreTrainedModel = loaded[0].to(place)  # type: ignore[arg-type]
     _check_fit(name, model, loaded[1])
     return model
 
@@ -129,9 +129,10 @@ def _of_file(
     stored = (info.nbytes if keep_blocks else math.prod(info.shape) * dtype.itemsize for info in file.tensors.values())
     check_memory(name, sum(stored))
     with _explained(name):
-        model: Any = gguf_model.build(name, file, config, dtype, keep_blocks, attn_implementation).to(place)
+        model = gguf_model.build(name, file, config, dtype, keep_blocks, attn_implementation)
+        model.to(place)  # type: ignore[arg-type]
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def dequantized(name: str, file: Path, dtype: str) -> tuple[PreTrainedModel, Any]:
