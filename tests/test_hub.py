@@ -12,7 +12,12 @@ import gguf
 import pytest
 import torch
 from conftest import tiny_model
-from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.errors import (
+    LocalEntryNotFoundError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from safetensors.torch import load_file, save_file
 from tiny_gguf import NAME, forbidden, write_gguf
 from torch import nn
@@ -179,6 +184,42 @@ def test_a_repository_that_does_not_exist(monkeypatch):
     monkeypatch.setattr(loading.HfApi, "model_info", missing)
     with pytest.raises(SpecDecError, match=r"unknown model 'some/smolm2-135m' \(did you mean .*: not on Hugging Face"):
         loading.load("some/smolm2-135m")
+
+
+def test_a_gguf_file_of_a_repository(cache, published, monkeypatch):
+    def fetch(repository, file, revision):
+        asked.append((repository, file, revision))
+        return str(published.gguf)
+
+    asked = []
+    monkeypatch.setattr(loading, "hf_hub_download", fetch)
+    model, _ = loading.load("some/one-GGUF:sub/it.Q4_K_M.gguf", revision="v1")
+    assert asked == [("some/one-GGUF", "sub/it.Q4_K_M.gguf", "v1")]
+    assert model.config._name_or_path == "some/one-GGUF:sub/it.Q4_K_M.gguf"
+    assert loading.fingerprint(model) == loading.fingerprint(loading.load(published.gguf)[0])
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (RepositoryNotFoundError("404", response=Mock()), "unknown model 'some/one'"),
+        (RevisionNotFoundError("404", response=Mock()), "'some/one' has no revision 'v1'"),
+        (RemoteEntryNotFoundError("404", response=Mock()), r"'some/one' has no file 'it.gguf'"),
+        (LocalEntryNotFoundError("no\nnetwork"), r"get https://huggingface.co/some/one/resolve/v1/it.gguf by hand and"),
+    ],
+)
+def test_a_file_of_a_repository_that_cannot_be_had_is_one_line(monkeypatch, error, text):
+    monkeypatch.setattr(loading, "hf_hub_download", Mock(side_effect=error))
+    with pytest.raises(SpecDecError, match=text) as found:
+        loading.load("some/one:it.gguf", revision="v1")
+    assert "\n" not in str(found.value)
+
+
+def test_a_repository_of_gguf_files_names_one(monkeypatch):
+    files = [Mock(rfilename=name) for name in ("README.md", "a.Q4_0.gguf", "b.gguf")]
+    monkeypatch.setattr(loading.HfApi, "model_info", lambda *a, **k: Mock(siblings=files))
+    with pytest.raises(SpecDecError, match=r"name one of them, such as 'some/one:a.Q4_0.gguf'"):
+        loading.load("some/one")
 
 
 # --- fingerprints -----------------------------------------------------------------------------------------------------

@@ -75,5 +75,81 @@ def write_gguf(
     return tensors
 
 
+def random_blocks(kind: str, shape: tuple[int, int], random: np.random.Generator) -> np.ndarray:
+    """Random blocks of a type, uint8 [out, bytes of a row]: any bits, with small scales."""
+    size, width = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    data = random.integers(0, 256, (shape[0], shape[1] // size, width), np.uint8)
+    scales = {"Q6_K": [-2], "Q3_K": [-2], "Q2_K": [-4, -2], "Q4_1": [0, 2], "Q5_1": [0, 2]}
+    scales |= {"Q4_K": [0, 2], "Q5_K": [0, 2]}
+    for at in scales.get(kind, [0]):
+        factor = random.uniform(-1e-2, 1e-2, data.shape[:2]).astype(np.float16)
+        data[..., at % width : at % width + 2] = factor[..., None].view(np.uint8)
+    return data.reshape(shape[0], -1)
+
+
+def write_model(
+    path: Path,
+    architecture: str,
+    kind: str,
+    width: int = 32,
+    tied: bool = False,
+    more: dict[str, np.ndarray] | None = None,
+) -> Path:
+    """A 2-layer random model of an architecture, its matrices in one type. more: further tensors."""
+    random, inner, vocab, heads = np.random.default_rng(0), 2 * width, 64, (4, 2)
+    size = 128 if architecture == "qwen3" else width // 4  # 128: what transformers assumes
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_block_count(2)
+    writer.add_context_length(64)
+    writer.add_embedding_length(width)
+    writer.add_feed_forward_length(inner)
+    writer.add_head_count(heads[0])
+    writer.add_head_count_kv(heads[1])
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10_000.0)
+    if architecture == "llama":
+        writer.add_rope_dimension_count(size)
+    if architecture == "qwen3":
+        writer.add_key_length(size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list(["<|endoftext|>", "<s>", "</s>", *(chr(33 + i) for i in range(vocab - 4)), "AB"])
+    writer.add_token_types([3, 3, 3, *[1] * (vocab - 3)])
+    writer.add_token_merges(["A B"])
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(0)
+    every, shared = 4 * size, 2 * size
+    matrices = {"token_embd": (vocab, width)} | ({} if tied else {"output": (vocab, width)})
+    vectors = {"output_norm.weight": width}
+    for i in range(2):
+        vectors |= {f"blk.{i}.attn_norm.weight": width, f"blk.{i}.ffn_norm.weight": width}
+        matrices |= {f"blk.{i}.attn_output": (width, every), f"blk.{i}.ffn_down": (width, inner)}
+        if architecture == "phi3":
+            matrices |= {f"blk.{i}.attn_qkv": (2 * width, width), f"blk.{i}.ffn_up": (2 * inner, width)}
+            continue
+        matrices |= {f"blk.{i}.ffn_{name}": (inner, width) for name in ("gate", "up")}
+        matrices |= {f"blk.{i}.attn_{name}": (every if name == "q" else shared, width) for name in "qkv"}
+        if architecture == "qwen2":
+            vectors |= {f"blk.{i}.attn_{name}.bias": every if name == "q" else shared for name in "qkv"}
+        if architecture == "qwen3":
+            vectors |= {f"blk.{i}.attn_{name}_norm.weight": size for name in "qk"}
+    for name, count in vectors.items():
+        writer.add_tensor(name, random.normal(1, 0.1, count).astype(np.float32))
+    for name, shape in matrices.items():
+        packed = gguf.GGMLQuantizationType[kind]
+        if kind in ("F32", "F16", "BF16"):
+            data = gguf.quants.quantize(random.normal(0, 0.2, shape).astype(np.float32), packed)
+        else:
+            data = random_blocks(kind, shape, random)
+        writer.add_tensor(f"{name}.weight", data, raw_dtype=packed)
+    for name, values in (more or {}).items():
+        writer.add_tensor(name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
 def forbidden(*args, **kwargs):
     raise AssertionError("must not be called")

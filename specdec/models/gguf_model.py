@@ -57,8 +57,13 @@ def serves(file: GGUFFile) -> bool:
 
 def write_parts(name: str, file: GGUFFile, folder: Path) -> None:
     """Write config, generation config, tokenizer and chat template into ``folder``."""
-    config, tokenizer = config_of(name, file), tokenizer_of(name, file)
-    check_tensors(name, file, skeleton(config, torch.bfloat16))
+    tokenizer = tokenizer_of(name, file)
+    try:
+        config = config_of(name, file)
+        check_tensors(name, file, skeleton(config, torch.bfloat16))
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise SpecDecError(f"cannot load model '{name}': its GGUF file describes no model ({reason})") from error
     ends = GenerationConfig.from_model_config(config)
     ends.eos_token_id = _ends(file) or None
     config.save_pretrained(folder)
@@ -107,12 +112,18 @@ def tokenizer_of(name: str, file: GGUFFile) -> Any:
         raise SpecDecError(f"model '{name}' has no usable tokenizer: the GGUF file has no vocabulary")
     if own.get("tokenizer_type") == "llama":
         options.setdefault("add_bos_token", True)  # as llama.cpp does
-    for part, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-        token = metadata.get(f"ggml.{key}_token_id")
-        options[f"{part}_token"] = None if token is None else tokens[token]
-    backend, more = convert_gguf_tokenizer(file.architecture, own)
-    split_digits(file, backend)
-    return TokenizersBackend(tokenizer_object=backend, **options, **more)
+    try:
+        for part, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+            token = metadata.get(f"ggml.{key}_token_id")
+            options[f"{part}_token"] = None if token is None else tokens[token]
+        backend, more = convert_gguf_tokenizer(file.architecture, own)
+        split_digits(file, backend)
+        return TokenizersBackend(tokenizer_object=backend, **options, **more)
+    except Exception as error:  # untrusted metadata: any type
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise SpecDecError(
+            f"model '{name}' has no usable tokenizer: that of its GGUF file is broken ({reason})"
+        ) from error
 
 
 def split_digits(file: GGUFFile, tokenizer: Tokenizer) -> None:
@@ -215,7 +226,8 @@ def build(
     if ROPE_FACTORS in file.tensors:
         _scale_rotation(model, file, data)
     if keep_blocks and unpacked:
-        terminal.note(f"{name}: {', '.join(sorted(unpacked))} weights run in {str(dtype).removeprefix('torch.')}")
+        kinds = ", ".join(sorted(unpacked))
+        terminal.say(f"note: weights of type {kinds} in '{name}' run in {str(dtype).removeprefix('torch.')}")
     return model
 
 

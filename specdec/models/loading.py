@@ -10,13 +10,20 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -37,6 +44,8 @@ from specdec.models.blocks import Blocks, named_weights
 from specdec.models.catalogue import EMBEDDED, GGUF, check_memory, converted, described, one_line, prepared, quietly
 from specdec.models.gguf_file import GGUFFile, is_gguf, read_header
 
+_HUB_FILE = re.compile(r"([\w.-]+/[\w.-]+):([\w./-]+\.gguf)")  # ORG/REPO:file.gguf
+
 
 def load(
     name_or_path: str | os.PathLike[str],
@@ -51,10 +60,10 @@ def load(
 ) -> tuple[PreTrainedModel, Any]:
     """Load a decoder-only model, frozen and in evaluation mode, and its tokenizer.
 
-    name_or_path: an embedded model's name (fetched at first use), else a local folder, a ``.gguf`` file, or a Hugging
-    Face id. Weights are read from safetensors or GGUF only, never from pickles. In bfloat16 on a CPU those of a GGUF
-    file stay in its blocks (``blocks``), if the model is of an architecture in ``gguf_model``; files of others are
-    converted into a folder in the cache at first use.
+    name_or_path: an embedded model's name (fetched at first use), else a local folder, a ``.gguf`` file, a Hugging Face
+    id, or ``ORG/REPO:file.gguf``. Weights are read from safetensors or GGUF only, never from pickles. In bfloat16 on
+    a CPU those of a GGUF file stay in its blocks (``blocks``), if the model is of an architecture in ``gguf_model``;
+    files of others are converted into a folder in the cache at first use.
     dtype: "auto" (the checkpoint's own; bfloat16 for a GGUF file) or one of float32, bfloat16, float16.
     device: "auto" (the first CUDA device that can compute, else the CPU) or what PyTorch calls one.
     revision: for Hugging Face ids.
@@ -282,9 +291,31 @@ def _source(
         if gguf_model.serves(file):
             return described(name, file), options, file
         path = converted(name, path, str(torch.bfloat16 if dtype == "auto" else dtype).removeprefix("torch."))
+    elif file_in_repository := _HUB_FILE.fullmatch(name):
+        repository, member = file_in_repository.groups()
+        return _source(str(_from_hub(name, repository, member, revision)), None, dtype)
     else:
         return name, _repository(name, revision), None
     return path, options, None
+
+
+def _from_hub(name: str, repository: str, file: str, revision: str | None) -> Path:
+    """A file of a Hugging Face repository, in HF's cache; downloaded now if need be."""
+    place = f"https://huggingface.co/{repository}/resolve/{revision or 'main'}/{file}"
+    try:
+        return Path(hf_hub_download(repository, file, revision=revision))
+    except RevisionNotFoundError:
+        raise SpecDecError(f"model '{repository}' has no revision '{revision}' on Hugging Face") from None
+    except RepositoryNotFoundError:
+        raise SpecDecError(
+            f"unknown model '{repository}': not on Hugging Face, or private (then 'hf auth login')"
+        ) from None
+    except RemoteEntryNotFoundError:
+        raise SpecDecError(f"'{repository}' has no file '{file}' on Hugging Face") from None
+    except Exception as error:  # no network, a full disk, ...; the type depends on the HTTP library
+        raise SpecDecError(
+            f"cannot download '{name}' ({one_line(error)}); get {place} by hand and give the path of the file instead"
+        ) from None
 
 
 def _repository(name: str, revision: str | None) -> dict[str, Any]:
@@ -292,7 +323,7 @@ def _repository(name: str, revision: str | None) -> dict[str, Any]:
 
     (Without it, transformers retries each file for half a minute when there is no network.)
     """
-    known = f"give an embedded model ({', '.join(EMBEDDED)}), a model folder, a .gguf file or a Hugging Face id"
+    known = f"give an embedded model ({', '.join(EMBEDDED)}), a model folder, a .gguf file, ORG/REPO or ORG/REPO:FILE"
     guess = did_you_mean(name.rpartition("/")[2].lower(), EMBEDDED)
     if name.startswith((".", "/", "~")) or name.endswith(".gguf") or name.count("/") > 1:
         raise SpecDecError(f"there is no file or folder '{name}'")
@@ -300,7 +331,11 @@ def _repository(name: str, revision: str | None) -> dict[str, Any]:
         raise SpecDecError(f"unknown model '{name}'{guess}; {known}")
     online = True
     try:
-        HfApi().model_info(name, revision=revision, timeout=10)
+        files = [found.rfilename for found in HfApi().model_info(name, revision=revision, timeout=10).siblings or ()]
+        if "config.json" not in files and (ggufs := [file for file in files if file.endswith(".gguf")]):
+            raise SpecDecError(f"'{name}' has GGUF files alone; name one of them, such as '{name}:{ggufs[0]}'")
+    except SpecDecError:
+        raise
     except HFValidationError:
         raise SpecDecError(f"unknown model '{name}'; {known}") from None
     except RevisionNotFoundError:
