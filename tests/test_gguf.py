@@ -122,7 +122,7 @@ def test_dense_for_a_while(cache, tmp_path):
 
 @pytest.mark.parametrize("runtime", ["auto", "fused", "reference"])
 def test_a_model_in_blocks_decodes_in_every_runtime(cache, tmp_path, runtime):
-    path = write_model(tmp_path / "it.gguf", "qwen2", "Q8_0", width=64)
+    path = write_model(tmp_path / "it.gguf", "qwen2", "Q8_0", width=128)
     expected = greedy_reference(reference(path, torch.bfloat16), [5, 6, 7], 8)
     model, tokenizer = loading.load(path)
     decoder = SpecDecoder(model, tokenizer, "prompt-lookup", runtime=runtime)
@@ -134,7 +134,7 @@ def test_a_model_in_blocks_decodes_in_every_runtime(cache, tmp_path, runtime):
 
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 def test_rounded_weights_are_the_models_own(cache, tmp_path, weights):
-    path = write_model(tmp_path / "it.gguf", "llama", "Q8_0", width=64)
+    path = write_model(tmp_path / "it.gguf", "llama", "Q8_0", width=128)
     model, _ = loading.load(path)
     try:
         make_target(model, weights=weights)
@@ -144,7 +144,7 @@ def test_rounded_weights_are_the_models_own(cache, tmp_path, weights):
 
 
 def test_broken_scales_are_named(cache, tmp_path):
-    path = write_model(tmp_path / "it.gguf", "llama", "Q8_0", width=64)
+    path = write_model(tmp_path / "it.gguf", "llama", "Q8_0", width=128)
     info = read_header(path).tensors["blk.1.ffn_up.weight"]
     with path.open("r+b") as file:
         file.seek(info.offset)
