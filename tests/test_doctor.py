@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from specdec import cli
 from specdec.base.errors import SpecDecError
 from specdec.cli import doctor
+from specdec.models import catalogue
 from specdec.runtimes.native import library
 
 
@@ -27,7 +28,7 @@ def test_json_holds_what_the_lines_print(empty_cache: Path) -> None:
     assert report["versions"]["torch"] and report["versions"]["specdec-m2r2"]
     assert report["cache"]["folder"] == str(empty_cache) and report["cache"]["bytes"] == 5
     assert report["cache"]["free_bytes"] > 0
-    assert report["models"] == {"smollm2-135m-instruct": False}
+    assert report["models"] == dict.fromkeys(catalogue.EMBEDDED, False)
     assert report["shipped_drafters"]["m2r2"] == ["smollm2-135m-instruct"]
     assert report["threads"]["used"] >= 1 and report["device"]["name"]
     assert report["kernels"]["usable"] == library.runs()
