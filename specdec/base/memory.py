@@ -12,7 +12,7 @@ import ctypes
 import mmap
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -81,11 +81,11 @@ def _unchanged(first: int, count: int) -> bool:
 
 
 @contextmanager
-def sparing(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Meanwhile the weights of each of ``modules`` are given back as soon as it has run."""
+def sparing(modules: Iterable[nn.Module], weights: Callable[[nn.Module], Iterable[Tensor]]) -> Iterator[None]:
+    """Meanwhile the ``weights`` of each of ``modules`` are given back as soon as it has run."""
 
     def after(module: nn.Module, *_: object) -> None:
-        release(*module.parameters())
+        release(*weights(module))
 
     handles = [module.register_forward_hook(after) for module in modules]
     try:

@@ -55,7 +55,8 @@ class Blocks:
             rows = self.rows[rows].long()
         size, width = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[self.kind]]
         places = (columns // size * width)[:, None] + torch.arange(width)  # [n, bytes of a block]
-        return numbers(self.data[rows[:, None], places], self.kind)[torch.arange(len(rows)), columns % size]
+        found = numbers(self.data[rows[:, None], places].view(1, -1), self.kind).view(-1, size)
+        return found[torch.arange(len(rows)), columns % size]
 
     def __deepcopy__(self, memo: Any) -> Blocks:
         return self
@@ -113,7 +114,11 @@ class BlockLinear(_InBlocks, nn.Linear):  # type: ignore[override, misc]
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.to(dtype), requires_grad=False))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        step, parts = max(1, CHUNK // self.in_features), list[Tensor]()
+        for rows in torch.arange(self.out_features).split(step):  # the whole weight may be large
+            bias = None if self.bias is None else self.bias[rows]
+            parts.append(F.linear(x, self.unpack(self.blocks, rows, self.dtype), bias))
+        return torch.cat(parts, -1)
 
 
 class BlockEmbedding(_InBlocks, nn.Embedding):  # type: ignore[override, misc]

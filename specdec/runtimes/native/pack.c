@@ -46,16 +46,17 @@ static void read_block(int type, const uint8_t *p, Block *b) {
         b->scale[0] = d, b->low[0] = 0;
     } else if (!k) {
         const uint8_t *bits = p + (type == Q4_1 || type == Q5_1 ? 4 : 2), *nibbles = bits + (five ? 4 : 0);
-        for (int i = 0; i < 32; i++) {
-            int q = i < 16 ? nibbles[i] & 15 : nibbles[i - 16] >> 4;
-            b->code[i] = (int8_t)(q | (five ? (bits[i / 8] >> i % 8 & 1) << 4 : 0));
-        }
+        for (int i = 0; i < 16; i++) b->code[i] = (int8_t)(nibbles[i] & 15), b->code[16 + i] = (int8_t)(nibbles[i] >> 4);
+        for (int i = 0; five && i < 32; i++) b->code[i] |= (int8_t)((bits[i / 8] >> i % 8 & 1) << 4);
         b->scale[0] = d, b->low[0] = type == Q4_0 ? -8 * d : type == Q5_0 ? -16 * d : m;
     } else if (type == Q6_K) {
-        for (int i = 0; i < 256; i++) { /* in halves of 128: 64 bytes of nibbles, 32 of pairs */
-            int at = i % 128, nibble = p[64 * (i / 128) + at % 64] >> (at < 64 ? 0 : 4) & 15;
-            int pair = p[128 + 32 * (i / 128) + at % 32] >> 2 * (at / 32) & 3;
-            b->code[i] = (int8_t)((nibble | pair << 4) - 32);
+        for (int half_ = 0; half_ < 2; half_++) { /* of 128 weights: 64 bytes of nibbles, 32 of pairs */
+            const uint8_t *nibbles = p + 64 * half_, *pairs = p + 128 + 32 * half_;
+            int8_t *code = b->code + 128 * half_;
+            for (int i = 0; i < 64; i++) {
+                code[i] = (int8_t)(((nibbles[i] & 15) | (pairs[i % 32] >> (i < 32 ? 0 : 2) & 3) << 4) - 32);
+                code[64 + i] = (int8_t)((nibbles[i] >> 4 | (pairs[i % 32] >> (i < 32 ? 4 : 6) & 3) << 4) - 32);
+            }
         }
         memcpy(b->sc, p + 192, 16);
         for (int i = 0; i < 16; i++) b->scale[i] = d * (int8_t)b->sc[i];
@@ -66,22 +67,30 @@ static void read_block(int type, const uint8_t *p, Block *b) {
             b->mn[i] = i < 4 ? six[i + 4] & 63 : (uint8_t)(six[i + 4] >> 4 | six[i] >> 6 << 4);
             b->scale[i] = d * b->sc[i], b->low[i] = -(m * b->mn[i]);
         }
-        for (int i = 0; i < 256; i++) {
-            int q = nibbles[32 * (i / 64) + i % 32] >> (i % 64 < 32 ? 0 : 4) & 15;
-            b->code[i] = (int8_t)(q | (five ? (bits[i % 32] >> i / 32 & 1) << 4 : 0));
-        }
+        for (int j = 0; j < 4; j++) /* 64 weights in 32 bytes */
+            for (int i = 0; i < 32; i++) {
+                int low = nibbles[32 * j + i] & 15, high = nibbles[32 * j + i] >> 4;
+                if (five) low |= (bits[i] >> 2 * j & 1) << 4, high |= (bits[i] >> (2 * j + 1) & 1) << 4;
+                b->code[64 * j + i] = (int8_t)low, b->code[64 * j + 32 + i] = (int8_t)high;
+            }
     }
 }
 
-/* Put the codes of row `row` of a tile where they belong in its codes, which are zero so far. */
-static void put_codes(int kind, const int8_t *code, int row, uint8_t *codes) {
-    uint8_t *words = codes + 64 * (row / 4) + row % 4 / 2; /* nibble row % 4 of each 16-bit word */
-    if (kind == Q8 || kind == K6) memcpy(codes + 32 * row, code, 32);
-    else
-        for (int i = 0; i < 32; i++) {
-            words[2 * i] |= (uint8_t)((code[i] & 15) << 4 * (row % 2));
-            if (kind == Q5 || kind == K5) codes[256 + 4 * row + i / 8] |= (uint8_t)((code[i] >> 4 & 1) << i % 8);
-        }
+/* Codes of 16 rows, `stride` apart, to a tile's. */
+static void put_codes(int kind, const int8_t *code, int stride, uint8_t *codes) {
+    for (int row = 0; row < 16 && (kind == Q8 || kind == K6); row++) memcpy(codes + 32 * row, code + stride * row, 32);
+    for (int row = 0; row < 16 && (kind == Q5 || kind == K5); row++) {
+        uint32_t bits = 0;
+        for (int i = 0; i < 32; i++) bits |= (uint32_t)(code[stride * row + i] >> 4 & 1) << i;
+        memcpy(codes + 256 + 4 * row, &bits, 4);
+    }
+    for (int quad = 0; quad < 4 && kind != Q8 && kind != K6; quad++) {
+        const int8_t *a = code + stride * 4 * quad, *b = a + stride, *c = b + stride, *d = c + stride;
+        uint16_t words[32];
+        for (int i = 0; i < 32; i++)
+            words[i] = (uint16_t)((a[i] & 15) | (b[i] & 15) << 4 | (c[i] & 15) << 8 | (d[i] & 15) << 12);
+        memcpy(codes + 64 * quad, words, 64);
+    }
 }
 
 /* Bytes of the tiles that hold `out` rows of `in` weights of GGUF's `type`, and their kind; 0 for a type that none hold. */
@@ -99,7 +108,8 @@ EXPORT int specdec_pack_blocks(const Table *table, int out, uint8_t *tiles, int 
     for (int t = 0; t < (good ? (out + 15) / 16 : 0); t++) {
         uint8_t *head = tiles + t * tiles_bytes(kind, in / 32);
         for (int at = 0; at < in / weights; at++, head += g.head + g.tiles * g.codes) {
-            memset(head, 0, (size_t)(g.head + g.tiles * g.codes));
+            int8_t codes[16 * 256] = {0};
+            memset(head, 0, (size_t)g.head);
             for (int row = 0; row < 16 && 16 * t + row < out; row++) {
                 Block b;
                 int64_t from = table->order ? table->order[16 * t + row] : 16 * t + row;
@@ -110,8 +120,9 @@ EXPORT int specdec_pack_blocks(const Table *table, int out, uint8_t *tiles, int 
                 if (kind != Q8 && kind != K6) memcpy(head + 32 + 2 * row, &second, 2);
                 for (int i = 0; i < 8 && (kind == K4 || kind == K5); i++) head[64 + 16 * i + row] = b.sc[i], head[192 + 16 * i + row] = b.mn[i];
                 for (int i = 0; i < 16 && kind == K6; i++) head[64 + 16 * i + row] = b.sc[i];
-                for (int k = 0; k < g.tiles; k++) put_codes(kind, b.code + 32 * k, row, head + g.head + g.codes * k);
+                memcpy(codes + 256 * row, b.code, (size_t)weights);
             }
+            for (int k = 0; k < g.tiles; k++) put_codes(kind, codes + 32 * k, 256, head + g.head + g.codes * k);
         }
     }
     return good;
@@ -125,8 +136,10 @@ void read_row(const Table *table, int64_t index, bf16 *to) {
     for (int at = 0; weights && at < table->columns; at += weights, row += bytes) {
         Block b;
         read_block(table->type, row, &b);
-        for (int i = 0; i < weights; i++)
-            to[at + i] = narrow(kind == K6 ? b.code[i] * b.scale[i / 16] : b.code[i] * b.scale[i / 32] + b.low[i / 32]);
+        for (int part = 0; part < weights / 16; part++) {
+            float scale = b.scale[kind == K6 ? part : part / 2], low = kind == K6 ? 0 : b.low[part / 2];
+            for (int i = 16 * part; i < 16 * part + 16; i++) to[at + i] = narrow(b.code[i] * scale + low);
+        }
     }
 }
 
@@ -170,6 +183,7 @@ EXPORT void specdec_pack(int kind, bf16 *weights, int out, int in, uint8_t *tile
     for (int t = 0; t < (out + 15) / 16; t++)
         for (int k = 0; k < in / 32; k++) {
             uint8_t *head = tiles + (g.head + g.codes) * ((int64_t)t * (in / 32) + k);
+            int8_t codes[16 * 32] = {0};
             memset(head, 0, (size_t)(g.head + g.codes));
             for (int row = 0; row < 16 && 16 * t + row < out; row++) {
                 bf16 *source = weights + (int64_t)(16 * t + row) * in + 32 * k;
@@ -178,7 +192,7 @@ EXPORT void specdec_pack(int kind, bf16 *weights, int out, int in, uint8_t *tile
                     continue;
                 }
                 float w[32];
-                int8_t q[32];
+                int8_t *q = codes + 32 * row;
                 uint16_t scale, low = 0;
                 for (int i = 0; i < 32; i++) w[i] = widen(source[i]);
                 if (kind == Q4) round4(w, q, &scale, &low);
@@ -186,8 +200,8 @@ EXPORT void specdec_pack(int kind, bf16 *weights, int out, int in, uint8_t *tile
                 for (int i = 0; i < 32; i++) source[i] = narrow(q[i] * half(scale) + half(low));
                 memcpy(head + 2 * row, &scale, 2);
                 if (kind == Q4) memcpy(head + 32 + 2 * row, &low, 2);
-                put_codes(kind, q, row, head + g.head);
             }
+            if (kind != BF16) put_codes(kind, codes, 32, head + g.head);
         }
 }
 

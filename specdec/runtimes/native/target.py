@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from specdec.base import cores, memory
 from specdec.base.errors import SpecDecError
 from specdec.models import catalogue
-from specdec.models.blocks import BlockEmbedding, BlockLinear, Blocks
+from specdec.models.blocks import BlockEmbedding, BlockLinear, Blocks, named_weights
 from specdec.runtimes import llama_like
 from specdec.runtimes.adapters import Adapters
 from specdec.runtimes.cache import KVCache, Mask
@@ -118,7 +118,7 @@ class NativeTarget(ByParts):
         self.storage = " and ".join(str(bits) for bits in sorted({BITS[kind] for kind in kinds})) + " bits"
         if self.rounded != BF16:
             self.storage += ", rounded"
-        with memory.sparing(decoder.layers):
+        with memory.sparing((*decoder.layers, decoder.embed_tokens, self.own_head), _mapped):
             self.spread = check_logits(self)
         memory.trim()
 
@@ -379,3 +379,8 @@ def matrix(module: nn.Module) -> Tensor | Blocks:
 def release(*matrices: Tensor | Blocks) -> None:
     """Give back the memory of matrices that lie in mapped files."""
     memory.release(*(each.data if isinstance(each, Blocks) else each for each in matrices))
+
+
+def _mapped(module: nn.Module) -> list[Tensor]:
+    """What the weights of ``module`` lie in."""
+    return [each.data if isinstance(each, Blocks) else each for _, each in named_weights(module)]
