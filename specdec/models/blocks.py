@@ -89,7 +89,9 @@ class _InBlocks(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        return self.unpack(self.blocks, None, self.dtype)
+        values = self.unpack(self.blocks, None, self.dtype)
+        memory.release(self.blocks.data)  # the pages come again from the file
+        return values
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         like = fn(torch.empty(0, dtype=self.dtype))
@@ -164,7 +166,7 @@ def densify(model: nn.Module, dtype: torch.dtype | None = None) -> None:
         if isinstance(module, _InBlocks):
             blocks = module.blocks
             if id(blocks) not in weights:
-                values = module.unpack(blocks, None, dtype or module.dtype)
+                values = module.unpack(blocks, None, dtype or module.dtype)  # rounded once
                 weights[id(blocks)] = nn.Parameter(values, requires_grad=False)
                 memory.release(blocks.data)
             model.set_submodule(name, _dense(module, weights[id(blocks)]))

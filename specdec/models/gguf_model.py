@@ -36,7 +36,7 @@ from specdec.models.blocks import BlockEmbedding, BlockLinear, Blocks
 from specdec.models.gguf_file import PLAIN, GGUFFile, TensorInfo
 
 ARCHITECTURES = "llama", "qwen2", "qwen3", "phi3"
-LARGEST = 1 << 28  # of the whole numbers in a config
+LARGEST, WIDEST = 1 << 28, 1 << 20  # of the whole numbers in a config, and of those that are sizes of its parts
 FRACTIONS = {"rope_theta", "rms_norm_eps"}  # those that are not whole
 ROPE_FACTORS = "rope_freqs.weight"
 CONTROL = 3  # the type of tokens that are not text
@@ -61,11 +61,11 @@ def write_parts(name: str, file: GGUFFile, folder: Path) -> None:
     try:
         config = config_of(name, file)
         check_tensors(name, file, skeleton(config, torch.bfloat16))
+        ends = GenerationConfig.from_model_config(config)
+        ends.eos_token_id = _ends(file) or None
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise SpecDecError(f"cannot load model '{name}': its GGUF file describes no model ({reason})") from error
-    ends = GenerationConfig.from_model_config(config)
-    ends.eos_token_id = _ends(file) or None
     config.save_pretrained(folder)
     ends.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -85,7 +85,8 @@ def config_of(name: str, file: GGUFFile) -> PreTrainedConfig:
     if "token_embd.weight" in file.tensors:
         values["vocab_size"] = file.tensors["token_embd.weight"].shape[0]
     for field, value in values.items():
-        fits = type(value) is int and 0 <= value < LARGEST if field not in FRACTIONS else _positive(value)
+        most = WIDEST if field.startswith(("num_", "head_", "hidden_", "intermediate_")) else LARGEST
+        fits = type(value) is int and 0 <= value < most if field not in FRACTIONS else _positive(value)
         if field != "tie_word_embeddings" and not fits:
             raise SpecDecError(f"cannot load model '{name}': its GGUF file says that {field} is {str(value)[:60]!r}")
     layers = sum(key.startswith("blk.") and key.endswith(".attn_norm.weight") for key in file.tensors)
@@ -138,7 +139,7 @@ def split_digits(file: GGUFFile, tokenizer: Tokenizer) -> None:
 def _ends(file: GGUFFile) -> int | list[int]:
     """The tokens that end a turn or a text: those that the file names, and control tokens known for it."""
     metadata = {key.removeprefix("tokenizer.ggml."): value for key, value in file.metadata.items()}
-    named = [metadata[key] for key in ("eos_token_id", "eot_token_id", "eom_token_id") if key in metadata]
+    named = [metadata[key] for key in ("eos_token_id", "eot_token_id", "eom_token_id") if type(metadata.get(key)) is int]
     kinds = zip(metadata.get("tokens", ()), metadata.get("token_type", ()), strict=False)
     known = [token for token, (text, kind) in enumerate(kinds) if kind == CONTROL and text in ENDS]
     found = list(dict.fromkeys([*named, *(token for token in known if token != metadata.get("unknown_token_id"))]))
