@@ -139,7 +139,7 @@ def split_digits(file: GGUFFile, tokenizer: Tokenizer) -> None:
 def _ends(file: GGUFFile) -> int | list[int]:
     """The tokens that end a turn or a text: those that the file names, and control tokens known for it."""
     metadata = {key.removeprefix("tokenizer.ggml."): value for key, value in file.metadata.items()}
-    named = [metadata[key] for key in ("eos_token_id", "eot_token_id", "eom_token_id") if type(metadata.get(key)) is int]
+    named = [id for key in ("eos", "eot", "eom") if type(id := metadata.get(f"{key}_token_id")) is int]
     kinds = zip(metadata.get("tokens", ()), metadata.get("token_type", ()), strict=False)
     known = [token for token, (text, kind) in enumerate(kinds) if kind == CONTROL and text in ENDS]
     found = list(dict.fromkeys([*named, *(token for token in known if token != metadata.get("unknown_token_id"))]))
