@@ -39,6 +39,7 @@ from specdec.api.text import encode
 from specdec.bench.environment import environment
 from specdec.bench.prompts import load_prompts, spread
 from specdec.models import catalogue, loading
+from specdec.models.blocks import densify
 
 Arm = Callable[[list[int], int], list[int]]  # prompt and number of new tokens -> new tokens
 WARM_UP = 12  # tokens
@@ -130,6 +131,7 @@ class Bench:
         if arm in HF:
             if self.model is None:
                 self.model = loading.load(self.name)[0]
+                densify(self.model)
                 self.reads |= dict.fromkeys(HF, Reads(self.model))
             return generate(self.model, **HF[arm])
         if arm in PEERS:
@@ -143,6 +145,7 @@ class Bench:
 
     def _counted(self, arm: str) -> Any:
         model = loading.load(self.name)[0]
+        densify(model)
         self.reads[arm] = Reads(model)
         return model
 
