@@ -26,7 +26,7 @@ setup(
         Extension(
             "specdec.runtimes.native._native",
             sources=sorted(glob("specdec/runtimes/native/*.c")),
-            depends=sorted(glob("specdec/runtimes/native/*.h")),
+            depends=sorted(glob("specdec/runtimes/native/*.h") + glob("specdec/runtimes/native/kernels/*")),
             # No -fopenmp for the linker: the threads are those of the OpenMP library that PyTorch brings.
             extra_compile_args=["-O3", "-fopenmp", "-fvisibility=hidden"],
             extra_link_args=["-s"],

@@ -41,9 +41,9 @@ SKIPS = (  # what a machine may lack: patterns of the reasons
     "there is (no|one) CUDA device",
     "there is a real device",
     "stands on the inside of PyTorch",
-    "the native runtime needs an x86 CPU with AVX-512 BF16",
+    "the native runtime needs an x86 CPU with AVX2, FMA and F16C",
     "no native (kernels|runtime) here",
-    "this CPU has no AMX",
+    "this CPU has no (amx|avx512|avx2)",
     "this CPU does better with eight bits",
 )
 SMALL = {
@@ -156,13 +156,19 @@ def llama() -> PreTrainedModel:
     return tiny_model("llama")
 
 
-@pytest.fixture(params=[2, 1], ids=["amx", "avx512"])
+@pytest.fixture(params=library.LEVELS[:0:-1])
 def kernels(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Each set of kernels in turn, where this CPU has it."""
-    if library.load().specdec_open(request.param) < request.param:
-        pytest.skip("this CPU has no AMX")
-    yield
-    library.load().specdec_open(2)
+    """The native kernels of each instruction set in turn, where this CPU has it."""
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv(library.LEVEL, request.param)
+            library.load.cache_clear()
+            if library.load().level != request.param:
+                pytest.skip(f"this CPU has no {request.param}")
+            yield
+    finally:
+        library.load.cache_clear()
+        library.load()
 
 
 @pytest.fixture(scope="session")

@@ -110,7 +110,7 @@ def test_kernels_run_in_the_openmp_that_pytorch_has_loaded(tmp_path: Path, monke
     decoy.parent.mkdir(parents=True)
     decoy.write_bytes(b"no library")
     monkeypatch.setattr(torch, "__file__", str(tmp_path / "torch/__init__.py"))
-    assert library.load.__wrapped__().specdec_open(2)
+    assert library.load.__wrapped__().level
     maps = Path("/proc/self/maps")
     assert not maps.exists() or os.path.realpath(library.openmp()) in maps.read_text()
 

@@ -47,7 +47,8 @@ def test_kernels_that_are_missing_are_named_with_the_reason(monkeypatch: pytest.
 
     monkeypatch.setattr(library, "load", missing)
     monkeypatch.setattr(library, "LIBRARY", tmp_path / "_native.so")
-    assert doctor._kernels() == {"built": False, "usable": False, "reason": "the native kernels are not built"}
+    reason = "the native kernels are not built"
+    assert doctor._kernels() == {"built": False, "usable": False, "reason": reason, "instructions": ""}
     assert "not usable: the native kernels are not built" in CliRunner().invoke(cli.app, ["doctor"]).stdout
 
 

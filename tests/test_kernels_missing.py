@@ -12,7 +12,7 @@ from specdec.base.errors import SpecDecError
 from specdec.runtimes.native import library
 from specdec.runtimes.select import make_target
 
-FLAGS = "flags : fpu avx512f avx512bw avx512vl avx512dq avx512_bf16\n"
+FLAGS = "flags : fpu fma f16c avx2 avx512f\n"
 
 
 @pytest.fixture
@@ -45,5 +45,14 @@ def test_what_this_cpu_can_run_is_read_from_its_flags(tmp_path: Path) -> None:
     assert not library.could_run(info)
     info.write_text(FLAGS)
     assert library.could_run(info)
-    info.write_text(FLAGS.replace(" avx512_bf16", ""))
+    info.write_text(FLAGS.replace(" f16c", ""))
     assert not library.could_run(info)
+
+
+def test_an_unknown_instruction_set_is_an_error(missing: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even where another runtime would do."""
+    monkeypatch.setenv(library.LEVEL, "sse2")
+    model = tiny_model("llama").bfloat16()
+    for function in (library.load, library.runs, lambda: make_target(model)):
+        with pytest.raises(SpecDecError, match="SPECDEC_NATIVE='sse2' is unknown; it is avx2, avx512 or amx"):
+            function()

@@ -6,6 +6,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from test_fused import apart
 
 from specdec.models.blocks import KINDS, Blocks
 from specdec.runtimes.native import library, linear
@@ -30,6 +31,13 @@ def random_blocks(kind: str, out: int, inputs: int, scales: tuple[float, float] 
     return Blocks(torch.from_numpy(data.reshape(out, -1)), kind, inputs)
 
 
+def alike(got: torch.Tensor, of_bf16: torch.Tensor, most: float = 0.01) -> bool:
+    """Equal, or on AVX2, whose weights in fewer bits are not rounded to bf16, as near as that rounding is."""
+    if library.load().level != "avx2":
+        return torch.equal(got, of_bf16)
+    return apart(got.float(), of_bf16.float()) < most
+
+
 @pytest.mark.parametrize("tokens", [1, 3, 7, 20, 70])
 @pytest.mark.parametrize("kind", KINDS)
 def test_products_of_blocks_equal_those_of_their_bf16_values(kind: str, tokens: int) -> None:
@@ -37,7 +45,8 @@ def test_products_of_blocks_equal_those_of_their_bf16_values(kind: str, tokens: 
     packed, dense = linear.Packed([blocks]), linear.Packed([blocks.numbers().bfloat16()])
     assert packed.kinds == {getattr(library, TILES[kind])}
     x = torch.randn(tokens, 512).bfloat16()
-    assert torch.equal(packed(x), dense(x))
+    assert alike(packed(x), dense(x))
+    assert torch.equal(packed(x)[-1:], packed(x[-1:]))
 
 
 @pytest.mark.parametrize("scales", [(0.001, 0.02), (1e-7, 1e-6), (100.0, 4000.0), (0.0, 0.0)])
@@ -75,5 +84,5 @@ def test_a_map_of_several_kinds_with_rows_in_another_order() -> None:
     bias, x = torch.randn(68), torch.randn(5, 256).bfloat16()
     packed = linear.Packed([permuted, plain, q6], bias)
     assert packed.kinds == {library.K4, library.BF16, library.K6}
-    assert torch.equal(packed(x), linear.Packed([weight], bias)(x))
+    assert alike(packed(x), linear.Packed([weight], bias)(x))
     assert packed.largest(x, None, 0.0) == packed(x).argmax(-1).tolist()

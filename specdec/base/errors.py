@@ -16,6 +16,10 @@ class SpecDecError(Exception):
     outputs: Sequence[Any] = ()
 
 
+class SettingError(SpecDecError):
+    """An environment variable has a value that nothing here understands."""
+
+
 class NotFiniteError(SpecDecError):
     """The model itself gives NaN or infinite logits: no runtime can serve it."""
 

@@ -21,7 +21,7 @@ from specdec.models import catalogue
 from specdec.speculation import registry
 
 PACKAGES = ("specdec-m2r2", "torch", "transformers", "numpy", "safetensors", "gguf", "accelerate", "ray")
-FLAGS = ("avx2", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8")
+FLAGS = tuple("avx2 fma f16c avx512f avx512bw avx512vl avx512dq avx512_bf16 avx512_vnni amx_bf16 amx_int8".split())
 VARIABLES = ("SPECDEC_", "OMP_", "GOMP_", "CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "HF_HOME")
 
 
@@ -64,7 +64,10 @@ def _lines(report: dict[str, Any]) -> Iterable[tuple[str, str]]:
     yield "system", report["system"]
     yield "cpu", f"{cpu['name']}, {cpu['memory_gb'] or '?'} GB of memory"
     yield "cpu features", " ".join(cpu["features"]) or "none of those that the kernels use"
-    yield "native kernels", "built and usable" if kernels["usable"] else f"not usable: {kernels['reason']}"
+    yield (
+        "native kernels",
+        f"built and usable ({kernels['instructions']})" if kernels["usable"] else f"not usable: {kernels['reason']}",
+    )
     yield "device", device["name"] + (f"; {device['no_cuda']}" if device["no_cuda"] else "")
     yield "threads", f"{threads['used']} (CPUs of this process: {threads['cpus']})"
     size = f", {cache['bytes'] / 1e6:.0f} MB, {cache['free_bytes'] / 1e9:.1f} GB free on its disk"
@@ -96,10 +99,10 @@ def _kernels() -> dict[str, Any]:
     from specdec.runtimes.native import library
 
     try:
-        library.load()
+        level = library.load().level
     except SpecDecError as error:
-        return {"built": library.LIBRARY.exists(), "usable": False, "reason": str(error)}
-    return {"built": True, "usable": True, "reason": ""}
+        return {"built": library.LIBRARY.exists(), "usable": False, "reason": str(error), "instructions": ""}
+    return {"built": True, "usable": True, "reason": "", "instructions": level}
 
 
 def _device() -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
-from specdec.base.errors import NotFiniteError, SpecDecError, did_you_mean
+from specdec.base.errors import NotFiniteError, SettingError, SpecDecError, did_you_mean
 from specdec.base.options import Runtime, Weights
 from specdec.models.blocks import densify
 from specdec.runtimes.checks import refuse_unsupported
@@ -60,7 +60,7 @@ def _make(model: PreTrainedModel, runtime: str, weights: str) -> tuple[Target, s
                 return kind(model, "int4" if rounded else "dense"), "; ".join(reasons)
             if not rounded:
                 return ReferenceTarget(model), "; ".join(reasons)
-        except NotFiniteError:
+        except (NotFiniteError, SettingError):
             raise
         except SpecDecError as error:
             if runtime != "auto" or name == "reference":  # it is about the model: that runtime serves all supported

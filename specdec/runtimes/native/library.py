@@ -13,12 +13,27 @@ import torch
 from torch import Tensor
 
 from specdec.base import machine
-from specdec.base.errors import SpecDecError
+from specdec.base.errors import SettingError, SpecDecError
 
 LIBRARY = Path(__file__).with_name("_native.so")  # setup.py builds it
 log = logging.getLogger(__name__)
 BF16, Q8, Q4, Q5, K4, K5, K6, I8, I4 = range(9)  # as in native.h
-POINTER, INT = ctypes.c_void_p, ctypes.c_int32
+POINTER, INT, LONG = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+LEVEL = "SPECDEC_NATIVE"  # environment variable: the best instruction set that may be used
+LEVELS = ("", "avx2", "avx512", "amx")  # instruction sets, as specdec_open counts them
+SUFFIXES = {"avx2": "avx2", "avx512": "avx512", "amx": "avx512"}  # of the kernels' names
+KERNELS: dict[str, tuple[Any, ...]] = {  # each is there for every instruction set: what it returns, what it takes
+    "layers": (INT, POINTER, POINTER),
+    "linear": (INT, POINTER, POINTER, ctypes.c_float, POINTER, INT, INT, POINTER, POINTER, INT, INT),
+    "argmax": (None, POINTER, INT, INT, POINTER, INT),
+    "draft_tree": (INT, POINTER),
+    "block_tiles": (LONG, INT, INT, INT, POINTER),
+    "pack_blocks": (INT, POINTER, INT, POINTER, INT),
+    "read_rows": (None, POINTER, POINTER, LONG, POINTER, INT),
+    "pack": (None, INT, POINTER, INT, INT, POINTER, INT),
+    "pack_i8": (None, POINTER, INT, INT, POINTER, POINTER, INT),
+    "pack_i4": (None, POINTER, INT, INT, POINTER, POINTER, INT),
+}
 
 
 class Part(ctypes.Structure):
@@ -81,7 +96,7 @@ class TreeDraft(ctypes.Structure):
 def could_run(cpuinfo: Path = machine.CPUINFO) -> bool:
     """Whether this CPU has what the kernels need, as far as Linux tells; they may not be built."""
     flags = machine.processor(cpuinfo).get("flags", "").split()
-    return {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"} <= set(flags)
+    return {"avx2", "fma", "f16c"} <= set(flags)
 
 
 @functools.cache
@@ -93,34 +108,37 @@ def _notice() -> None:
         )
 
 
+def _most() -> int:
+    """The best instruction set that may be used: an index of ``LEVELS``."""
+    name = os.environ.get(LEVEL, LEVELS[-1])
+    if name not in LEVELS[1:]:
+        raise SettingError(f"{LEVEL}='{name}' is unknown; it is {', '.join(LEVELS[1:-1])} or {LEVELS[-1]}")
+    return LEVELS.index(name)
+
+
 @functools.cache
 def load() -> Any:
-    """The compiled kernels. Raises SpecDecError if they are missing, or this CPU cannot run them."""
+    """The compiled kernels, by ``specdec_`` and their name. Raises SpecDecError if they are missing, or this CPU cannot
+    run them."""
+    most = _most()
     if not LIBRARY.exists():
         _notice()
         raise SpecDecError("the native kernels are not built; install specdec where there is a C compiler")
     try:
         ctypes.CDLL(openmp(), mode=ctypes.RTLD_GLOBAL)
-        found = ctypes.CDLL(str(LIBRARY))
+        found: Any = ctypes.CDLL(str(LIBRARY))
     except OSError as error:
         raise SpecDecError(f"the native kernels cannot be loaded ({error})") from None
     try:
-        if not found.specdec_open(2):
-            raise SpecDecError("the native runtime needs an x86 CPU with AVX-512 BF16")
+        found.level = LEVELS[found.specdec_open(most)]
+        if not found.level:
+            raise SpecDecError("the native runtime needs an x86 CPU with AVX2, FMA and F16C")
         found.specdec_large_pages.argtypes = (POINTER, ctypes.c_int64)
         found.specdec_tiles_bytes.argtypes, found.specdec_tiles_bytes.restype = (INT, ctypes.c_int64), ctypes.c_int64
-        found.specdec_block_tiles.argtypes = (INT, INT, INT, POINTER)
-        found.specdec_block_tiles.restype = ctypes.c_int64
-        found.specdec_pack_blocks.argtypes = (POINTER, INT, POINTER, INT)
-        found.specdec_read_rows.argtypes = (POINTER, POINTER, ctypes.c_int64, POINTER, INT)
-        found.specdec_pack.argtypes, found.specdec_pack.restype = (INT, POINTER, INT, INT, POINTER, INT), None
-        found.specdec_pack_i8.argtypes = (POINTER, INT, INT, POINTER, POINTER, INT)
-        found.specdec_pack_i4.argtypes = found.specdec_pack_i8.argtypes
-        linear = (POINTER, POINTER, ctypes.c_float, POINTER, INT, INT, POINTER, POINTER, INT, INT)
-        found.specdec_linear.argtypes = linear
-        found.specdec_argmax.argtypes = (POINTER, INT, INT, POINTER, INT)
-        found.specdec_layers.argtypes = (POINTER, POINTER)
-        found.specdec_draft_tree.argtypes = (POINTER,)
+        for name, (result, *arguments) in KERNELS.items():
+            kernel = getattr(found, f"specdec_{name}_{SUFFIXES[found.level]}")
+            kernel.restype, kernel.argtypes = result, arguments
+            setattr(found, f"specdec_{name}", kernel)
     except AttributeError:  # an editable install whose sources went on without it
         raise SpecDecError("the native kernels were built from older sources; install specdec again") from None
     return found
@@ -147,6 +165,8 @@ def runs() -> bool:
     """Whether the kernels are there, and this CPU runs them."""
     try:
         load()
+    except SettingError:
+        raise
     except SpecDecError:
         return False
     return True

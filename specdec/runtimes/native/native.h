@@ -1,28 +1,33 @@
-/* The native runtime's kernels: whole decoder layers of a Llama-like model in one call, for x86 CPUs with AVX-512 BF16.
+/* The native runtime's kernels: whole decoder layers of a Llama-like model in one call, for x86 CPUs with AVX2, FMA and F16C,
+ * or with AVX-512 BF16, and with AMX.
  *
  * They exist because a token's result must not depend on what else is in its pass. Speculative decoding scores several
  * tokens at once and compares them with what one at a time would have given; usual libraries choose another order of sums
  * for another number of rows. Here every token is computed by the same operations in the same order whatever is scored
  * beside it: attention adds the visible keys one by one, and an invisible one adds an exact zero. So a token's logits do
- * not depend, to the last bit, on how many tokens a pass has, nor on the cache slots of a tree's branches.
+ * not depend, to the last bit, on how many tokens a pass has, nor on the cache slots of a tree's branches. They do depend on
+ * the instruction set.
  *
- * Weights lie in tiles of 16 outputs x 32 inputs, in bf16, or in 8 or 4 bits that unpack to bf16. With AMX, a tile is
- * unpacked in the first-level cache and multiplied with 16 tokens at once: a pass costs what reading the weights costs,
- * however many of the 16 tokens are there. Without, a tile's rows are unpacked into registers and multiplied with one
- * token after another. Drafts need not be exact: their maps may be I8, whose products need no unpacking, or I4, half as
- * large.
+ * Weights lie in tiles of 16 outputs x 32 inputs, in bf16, or in fewer bits. With AMX, a tile is unpacked to bf16 in the
+ * first-level cache and multiplied with 16 tokens at once: a pass costs what reading the weights costs, however many of the
+ * 16 tokens are there. With AVX-512, a tile's rows are unpacked to bf16 in registers and multiplied with one token after
+ * another. With AVX2 they are unpacked to floats, which are not rounded to bf16: that would cost half as much again.
+ * Drafts need not be exact: their maps may be I8, whose products need no unpacking, or I4, half as large.
  *
  * Layouts of activations, for blocks of 16 tokens ("lanes"):
  *   feature_major  float [features][16]
  *   vnni_bf16      bf16 pairs [features / 2][16]: what AMX multiplies with bf16 tiles
  *   vnni_int8      int8 quads [features / 4][16], then each lane's scale: the same for I8 maps
- *   rows_bf16      bf16 [16 tokens][features]: what the products without AMX read
- *   rows_int8      int8 [16][features], each token's scale, and 128 times its sum: the same for I8 and I4 maps
+ *   rows_bf16      bf16 [16 tokens][features]: what AVX-512 multiplies
+ *   rows_f32       float [16 tokens][features]: what AVX2 multiplies; the numbers are bf16
+ *   rows_int8      int8 [16][features], each token's scale, and (AVX-512) 128 times its sum: the same for I8 and I4 maps
  *
- * Files: simd.h numbers and tiles in registers; amx.c and avx512.c products of tiles; linear.c linear maps; norm.c norms and
- * rotary embeddings; attention.c; layers.c a pass through the layers; threads.c the team's barrier; draft.c trees that grow
- * level by level; pack.c weights to tiles; cpu.c what this CPU has. Knows nothing of Python,
- * models' names, or acceptance. */
+ * Files: kernels_avx512.c and kernels_avx2.c build the kernels for an instruction set, from kernels/: simd_*.h vectors of 16
+ * numbers, simd.h what is made of them; avx512.c (with tiles_avx512.h), amx.c and avx2.c products; and what is written once
+ * for all of them: norm.c norms and rotary embeddings; linear.c linear maps; attention.c; layers.c a pass through the layers;
+ * pack.c weights to tiles; draft.c trees that grow level by level. Another instruction set is another simd_*.h, products and
+ * kernels_*.c. threads.c has the team's barrier, cpu.c what this CPU has. Nothing here knows of Python, models' names, or
+ * acceptance. */
 #ifndef SPECDEC_NATIVE_H
 #define SPECDEC_NATIVE_H
 
@@ -34,10 +39,6 @@
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
 #define SPECDEC_NATIVE
-
-/* Before immintrin.h and everything else that is compiled. */
-#pragma GCC target("prfchw,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni,f16c,fma,avx2,amx-tile,amx-bf16,amx-int8")
-#include <immintrin.h>
 
 int omp_get_thread_num(void);
 int omp_get_num_threads(void);
@@ -61,6 +62,7 @@ int omp_get_num_threads(void);
  * drafts alone, and have 64 inputs: what they are multiplied with is rounded to 8 bits. I4 has two rows' nibbles in a byte, the
  * even one's above. */
 enum { BF16, Q8, Q4, Q5, K4, K5, K6, I8, I4, KINDS };
+enum { AVX2 = 1, AVX512, AMX }; /* instruction sets */
 enum { MOST_BLOCKS = 3 }; /* of tokens that are multiplied at once */
 
 typedef struct {
@@ -77,9 +79,6 @@ static inline int64_t tiles_bytes(int kind, int64_t tiles) {
 }
 
 typedef uint16_t bf16;
-typedef __m512 F;
-
-extern int has_amx, has_vnni;
 
 typedef struct {       /* rows of a map in one kind of tiles */
     int32_t kind, end;    /* end: number of tiles of outputs in this part and those before it */
@@ -133,10 +132,6 @@ typedef struct {
     const LowRank *const *low;   /* by layer: its four maps' low-rank terms, or NULL */
 } Call;
 
-/* pack.c */
-
-void read_row(const Table *table, int64_t index, bf16 *to);
-
 /* threads.c */
 
 typedef struct {
@@ -164,76 +159,11 @@ static inline int item_of(int turn, int items, int me, int n, int *together) {
     return *together ? whole * n + turn - whole : turn * n + me;
 }
 
-/* amx.c, avx512.c */
-
-typedef struct { /* what is multiplied: `count` tiles, bf16 ones `step` bytes apart; tokens `stride` bytes apart, blocks of them `block` */
-    const uint8_t *tiles, *x;
-    int64_t step, stride, block;
-    int count;
-} Side;
-
-void enter_tiles(void);
-void leave_tiles(void);
-void amx_product(int kind, const Side *a, const Side *b, int blocks, float *sums);
-void amx_int8_product(const Side *a, int tokens, const float *scale, float *sums);
-void to_vnni_int8(const uint32_t *vnni, int features, int blocks, uint8_t *int8);
-void row_product(int kind, const Side *a, const Side *b, int tokens, float *sums);
-void row_int8_product(int kind, const Side *a, int tokens, const float *scale, float *sums);
-void to_rows_bf16(const uint32_t *vnni, int features, int tokens, uint32_t *rows);
-void to_rows_int8(int kind, const uint32_t *rows, int features, int tokens, uint8_t *int8);
-
-/* linear.c */
-
-/* Bytes of a block of vnni_int8, or of rows_int8. */
-static inline int64_t int8_block_bytes(int features) { return 16 * (int64_t)features + 128; }
-
-/* Bytes of a block of what `map` reads, for the layout that `input_of` makes. */
-static inline int64_t block_bytes(const Map *map) { return map->kind >= I8 ? int8_block_bytes(map->in) : 32 * (int64_t)map->in; }
-
-/* Bytes of `input_of`'s scratch. */
-static inline int64_t scratch_bytes(int features, int blocks) { return (blocks + 1) * (32 * (int64_t)features + 128); }
-
-static inline const uint32_t *from_block(const Map *map, const uint32_t *x, int b) { return x + b * block_bytes(map) / 4; }
-
-void product(const Map *map, const LowRank *low, int t, const uint32_t *x, const uint32_t *down_x, int tokens, float *sums);
-const uint32_t *input_of(const Map *map, const uint32_t *x, int tokens, uint8_t *scratch);
-
-/* norm.c */
-
-void norm(const float *x, const float *weight, int features, float eps, uint32_t *out);
-void to_blocks(const bf16 *rows, int count, int features, float *fm);
-void from_blocks(const float *fm, int first, int end, int features, bf16 *rows);
-void rotate(float *head, const Model *m, const float *weight, const float *cos, const float *sin);
-
-/* attention.c */
-
-void attend(const bf16 *keys, const bf16 *values, int count, int d, const uint32_t *queries, int columns,
-            const uint16_t *visible, int bit, float scale, int once, float *p, float *out);
-
-/* layers.c */
+extern int level, has_amx, has_vnni; /* level: as specdec_open returns it */
 
 static inline void *allocate(size_t bytes) { /* aligned to a cache line; the memory of a call comes back to the next */
     return aligned_alloc(64, (bytes + 63) / 64 * 64);
 }
-
-typedef struct {
-    const Model *m;
-    const Call *c;
-    int rows, blocks, group, column_blocks, slots, ranks;
-    size_t scored, int8_input, own;              /* a thread's scratch: where scores and vnni_int8 begin in it, its size */
-    float *x, *qkv, *cos, *sin;              /* feature_major; cos and sin [block][rotated / 2][16] */
-    uint32_t *attended, *inner, *ranked[2];  /* vnni_bf16 */
-    bf16 *queries;                           /* [rows, heads, head_dim] */
-    uint16_t **visible;                      /* by window kind: [batch][column block][slots], or NULL */
-    uint8_t *scratch;                        /* by thread: the normed block, attention's scores, vnni_int8 of the widest input */
-    Barrier barrier;
-} Pass;
-
-int begin_pass(Pass *p, const Model *m, const Call *c, int slots, int widest);
-void end_pass(Pass *p);
-int bind_cache(Pass *p, const Call *c);
-void unbind_cache(Pass *p);
-void run_layers(Pass *p, int me, int n);
 
 #endif
 #endif

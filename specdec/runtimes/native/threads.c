@@ -19,7 +19,7 @@ void wait_for_team(Barrier *b, int n) {
     }
     for (int spins = 0; spins < SPINS; spins++) {
         if (__atomic_load_n(&b->phase, __ATOMIC_ACQUIRE) != phase) return;
-        _mm_pause();
+        __builtin_ia32_pause();
     }
     /* Whoever ends the phase sees us in `asleep`, or the kernel sees that the phase has ended. */
     __atomic_add_fetch(&b->asleep, 1, __ATOMIC_SEQ_CST);

@@ -1,6 +1,4 @@
 /* Drafting a tree level by level along a draft path: projections, and layers between them. */
-#include "simd.h"
-#ifdef SPECDEC_NATIVE
 
 enum { MOST_STAGES = 8, MOST_WIDTH = 16 };
 
@@ -49,12 +47,12 @@ static void project(Pass *p, const Map *map, const float *before, const float *c
     norm(p->x, NULL, hidden, eps, normed);
     norm(before, NULL, hidden, eps, normed + 8 * hidden);
     if (carried) norm(carried, NULL, hidden, eps, normed + 16 * hidden);
-    const uint32_t *input = input_of(map, normed, p->rows, mine + p->int8_input);
+    const uint32_t *input = input_of(map, normed, p->rows, mine + p->input, mine + p->spare);
     wait_for_team(&p->barrier, n);
     split(hidden / 16, me, n, &from, &to);
     for (int t = from; t < to; t++) {
         product(map, NULL, t, input, NULL, p->rows, sums);
-        for (int o = 0; o < 16; o++) _mm512_store_ps(p->x + 16 * (16 * t + o), rounded(_mm512_load_ps(sums + 16 * o)));
+        for (int o = 0; o < 16; o++) store16(p->x + 16 * (16 * t + o), rounded(load16(sums + 16 * o)));
     }
     wait_for_team(&p->barrier, n);
     split(p->rows, me, n, &from, &to);
@@ -64,35 +62,35 @@ static void project(Pass *p, const Map *map, const float *before, const float *c
 static void read_out(Pass *p, const TreeDraft *g, Best *best, int me, int n) {
     uint8_t *mine = p->scratch + p->own * me;
     float sums[256] __attribute__((aligned(64)));
-    F most = _mm512_set1_ps(-1e30f), sum = _mm512_setzero_ps();
+    F most = set16(-1e30f), sum = zero16();
     for (int lane = 0; lane < 16; lane++) {
         best->floor[lane] = -1e30f;
         for (int i = 0; i < g->width; i++) best->values[lane][i] = -1e30f, best->ids[lane][i] = 0;
     }
     norm(p->x, g->norm, p->m->hidden, g->eps, (uint32_t *)mine);
     for (int h = 0; h < 2 && g->head[h]; h++) {
-        const uint32_t *input = input_of(g->head[h], (uint32_t *)mine, p->rows, mine + p->int8_input);
+        const uint32_t *input = input_of(g->head[h], (uint32_t *)mine, p->rows, mine + p->input, mine + p->spare);
         int from, to, first = h ? g->outputs[0] : 0;
         split((g->outputs[h] + 15) / 16, me, n, &from, &to);
         for (int t = from; t < to; t++) {
             product(g->head[h], NULL, t, input, NULL, p->rows, sums);
             int some = g->outputs[h] - 16 * t < 16 ? g->outputs[h] - 16 * t : 16;
             F top = most;
-            for (int o = 0; o < some; o++) top = _mm512_max_ps(top, _mm512_load_ps(sums + 16 * o));
-            sum = _mm512_mul_ps(sum, exp16(_mm512_sub_ps(most, top)));
+            for (int o = 0; o < some; o++) top = max16(top, load16(sums + 16 * o));
+            sum = mul16(sum, exp16(sub16(most, top)));
             most = top;
             for (int o = 0; o < some; o++) {
-                F v = _mm512_load_ps(sums + 16 * o);
-                sum = _mm512_add_ps(sum, exp16(_mm512_sub_ps(v, most)));
-                __mmask16 good = _mm512_cmp_ps_mask(v, _mm512_load_ps(best->floor), _CMP_GT_OQ) & (__mmask16)((1u << p->rows) - 1);
-                for (; good; good &= (__mmask16)(good - 1)) {
+                F v = load16(sums + 16 * o);
+                sum = add16(sum, exp16(sub16(v, most)));
+                uint32_t good = bits16(more16(v, load16(best->floor))) & ((1u << p->rows) - 1);
+                for (; good; good &= good - 1) {
                     int lane = __builtin_ctz(good);
                     insert_candidate(best, lane, g->width, sums[16 * o + lane], first + 16 * t + o);
                 }
             }
         }
     }
-    _mm512_store_ps(best->most, most), _mm512_store_ps(best->sum, sum);
+    store16(best->most, most), store16(best->sum, sum);
 }
 
 /* One lane of what the threads of the team found, merged into the first one's, as log-probabilities. */
@@ -147,7 +145,7 @@ static int run_level(const TreeDraft *g, const Call *calls, const bf16 *x, const
 
 /* Grow a tree; the slots behind each call's first one need room for all tokens that are drafted from. Returns how many
  * candidates were found, or -1 without memory. */
-EXPORT int specdec_draft_tree(const TreeDraft *g) {
+EXPORT int KERNEL(draft_tree)(const TreeDraft *g) {
     const Model *m = g->stage[0].model;
     const Call *like = g->stage[0].call;
     int width = g->width, hidden = m->hidden, found = 0, rows = 1, drafted = 0, failed = 0;
@@ -219,4 +217,3 @@ EXPORT int specdec_draft_tree(const TreeDraft *g) {
     free(x), free(before), free(now), free(fm), free(best), free(paths), free(mask);
     return failed ? -1 : found;
 }
-#endif

@@ -1,16 +1,4 @@
-/* Tiles unpacked into registers, as bf16 rows of 32 inputs. */
-#ifndef SPECDEC_TILES_H
-#define SPECDEC_TILES_H
-#include "simd.h"
-#ifdef SPECDEC_NATIVE
-
-#define INLINE static inline __attribute__((always_inline)) /* `kind` is a constant wherever these are called */
-
-/* The codes of tile `k` of a row of tiles. */
-INLINE const uint8_t *codes_of(int kind, const uint8_t *tiles, int k) {
-    const Group g = GROUPS[kind];
-    return tiles + g.head * (int64_t)(k / g.tiles + 1) + g.codes * (int64_t)k;
-}
+/* Tiles unpacked into registers of AVX-512, as bf16 rows of 32 inputs. */
 
 INLINE F halves(const uint8_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
 INLINE F whole(__m512i v) { return _mm512_cvtepi32_ps(v); }
@@ -91,6 +79,3 @@ INLINE void four_rows(int kind, const uint8_t *codes, int quad, const float *sca
             row[o] = kind == Q8 || kind == K6 ? scale8(codes + 32 * (4 * quad + o), first[o], kind == K6 ? second[o] : first[o])
                                               : _mm512_load_si512(codes + 256 * quad + 64 * o);
 }
-
-#endif
-#endif

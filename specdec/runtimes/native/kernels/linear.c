@@ -1,59 +1,38 @@
 /* Linear maps: one output tile for all tokens, and whole maps for callers of their own. */
-#include "simd.h"
-#ifdef SPECDEC_NATIVE
 
 /* The sums of output tile `t` of `map` (and `low`, on `down_x`, its rank's activations) for `tokens` tokens, from the
  * block on that `x` begins with, in the layout that `input_of` makes; bias added. */
-void product(const Map *map, const LowRank *low, int t, const uint32_t *x, const uint32_t *down_x, int tokens,
-                    float *sums) {
+static void product(const Map *map, const LowRank *low, int t, const uint32_t *x, const uint32_t *down_x, int tokens, float *sums) {
     int blocks = (tokens + 15) / 16, first = 0;
     const Part *part = map->parts;
     for (; t >= part->end; part++) first = part->end;
-    Side a = {NULL, (const uint8_t *)x, GROUPS[part->kind].codes, map->kind >= I8 ? map->in : 2 * (int64_t)map->in, block_bytes(map),
+    Side a = {NULL, (const uint8_t *)x, GROUPS[part->kind].codes, map->kind >= I8 ? map->in : INPUT_BYTES * (int64_t)map->in, block_bytes(map),
               map->in / (map->kind >= I8 ? 64 : 32)};
     Side b = {NULL, NULL, 1024, 0, 0, 0};
     a.tiles = part->tiles + tiles_bytes(part->kind, a.count) * (t - first);
     if (low && low->first[t] >= 0) {
-        b.count = low->ks, b.stride = 2 * (int64_t)low->down.out, b.block = 16 * b.stride;
+        b.count = low->ks, b.stride = INPUT_BYTES * (int64_t)low->down.out, b.block = 16 * b.stride;
         b.tiles = low->up + 1024 * (int64_t)low->ks * t;
-        b.x = (const uint8_t *)down_x + (has_amx ? 1024 : 64) * (int64_t)low->first[t];
+        b.x = (const uint8_t *)down_x + tile_inputs() * (int64_t)low->first[t];
     }
-    if (map->kind >= I8 && has_amx) amx_int8_product(&a, tokens, map->scale + 16 * t, sums);
-    else if (map->kind >= I8) row_int8_product(map->kind, &a, tokens, map->scale + 16 * t, sums);
-    else if (has_amx) amx_product(part->kind, &a, &b, blocks, sums);
-    else row_product(part->kind, &a, &b, tokens, sums);
+    tile_product(part->kind, &a, &b, tokens, map->kind >= I8 ? map->scale + 16 * t : NULL, sums);
     if (map->bias)
         for (int b = 0; b < blocks; b++)
             for (int o = 0; o < 16; o++) {
                 float *row = sums + 256 * b + 16 * o;
-                _mm512_store_ps(row, _mm512_add_ps(_mm512_load_ps(row), _mm512_set1_ps(map->bias[16 * t + o])));
+                store16(row, add16(load16(row), set16(map->bias[16 * t + o])));
             }
-}
-
-/* What `map` reads of vnni_bf16 `x`: itself with AMX, or else rows_bf16 in `scratch`; for I8 and I4 maps vnni_int8 or rows_int8. And that from block
- * `b` on. */
-const uint32_t *input_of(const Map *map, const uint32_t *x, int tokens, uint8_t *scratch) {
-    int features = map->in, blocks = (tokens + 15) / 16;
-    if (has_amx && map->kind < I8) return x;
-    if (has_amx) to_vnni_int8(x, features, blocks, scratch);
-    for (int b = 0; !has_amx && b < blocks; b++) {
-        int some = tokens - 16 * b < 16 ? tokens - 16 * b : 16;
-        uint8_t *to = scratch + b * block_bytes(map), *rows = map->kind >= I8 ? scratch + blocks * block_bytes(map) : to;
-        to_rows_bf16(x + 8 * (int64_t)features * b, features, some, (uint32_t *)rows);
-        if (map->kind >= I8) to_rows_int8(map->kind, (const uint32_t *)rows, features, some, to);
-    }
-    return (const uint32_t *)scratch;
 }
 
 /* out [rows, width] = map(x), all bf16, for x [rows, map->in] in `parts` pieces [rows, map->in / parts], one beside the
  * other; each piece goes through an RMS norm if eps > 0 (weight NULL: ones). `best` [rows], if not NULL, is made instead:
  * the first of each row's largest outputs. Returns 0, or -1 without memory. */
-EXPORT int specdec_linear(const Map *map, const float *weight, float eps, const bf16 *const *x, int parts, int rows, bf16 *out,
+EXPORT int KERNEL(linear)(const Map *map, const float *weight, float eps, const bf16 *const *x, int parts, int rows, bf16 *out,
                    int64_t *best, int width, int threads) {
     int blocks = (rows + 15) / 16, features = map->in, piece = features / parts;
     float *fm = allocate(64 * (size_t)blocks * piece);
     uint32_t *vnni = allocate(32 * (size_t)blocks * features);
-    uint8_t *scratch = allocate(scratch_bytes(features, blocks));
+    uint8_t *scratch = allocate((size_t)(blocks + 1) * most_block_bytes(features));
     float *tops = allocate(128 * (size_t)blocks * threads); /* by thread and row: the largest output so far, and which */
     if (fm && vnni && scratch && tops) {
         for (int lane = 0; lane < 16 * blocks * threads; lane++) tops[lane] = -__builtin_inff();
@@ -67,15 +46,14 @@ EXPORT int specdec_linear(const Map *map, const float *weight, float eps, const 
                 if (eps > 0) norm(from, weight, piece, eps, to);
                 else
                     for (int i = 0; i < piece; i += 2)
-                        _mm512_store_si512(to + 8 * i, paired(_mm512_load_ps(from + 16 * i), _mm512_load_ps(from + 16 * i + 16)));
+                        store_u(to + 8 * i, paired(load16(from + 16 * i), load16(from + 16 * i + 16)));
             }
         }
-        const uint32_t *input = input_of(map, vnni, rows, scratch);
+        const uint32_t *input = input_of(map, vnni, rows, scratch, scratch + blocks * block_bytes(map));
         int team = 1; /* there may be fewer threads than we ask for */
 #pragma omp parallel num_threads(threads)
         {
             float sums[MOST_BLOCKS * 256] __attribute__((aligned(64)));
-            const __m512i column = _mm512_slli_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), 4);
             int from, to, me = omp_get_thread_num(), n = omp_get_num_threads();
             if (!me) team = n;
             enter_tiles();
@@ -87,20 +65,19 @@ EXPORT int specdec_linear(const Map *map, const float *weight, float eps, const 
                     int left = width - 16 * t;
                     for (int b = 0; best && b < some; b++) {
                         int lanes = 16 * (blocks * me + b0 + b);
-                        F top = _mm512_load_ps(tops + lanes);
-                        __m512i at = _mm512_load_si512(which + lanes);
+                        F top = load16(tops + lanes);
+                        U at = load_u(which + lanes);
                         for (int o = 0; o < 16 && o < left; o++) {
-                            F v = rounded(_mm512_load_ps(sums + 256 * b + 16 * o));
-                            __mmask16 more = _mm512_cmp_ps_mask(v, top, _CMP_GT_OQ);
-                            top = _mm512_mask_mov_ps(top, more, v), at = _mm512_mask_mov_epi32(at, more, _mm512_set1_epi32(16 * t + o));
+                            F v = rounded(load16(sums + 256 * b + 16 * o));
+                            M more = more16(v, top);
+                            top = pick16(more, v, top), at = pick_u(more, set_u((uint32_t)(16 * t + o)), at);
                         }
-                        _mm512_store_ps(tops + lanes, top), _mm512_store_si512(which + lanes, at);
+                        store16(tops + lanes, top), store_u(which + lanes, at);
                     }
                     if (best) continue;
-                    __mmask16 mask = left >= 16 ? 0xffff : (__mmask16)((1 << (left > 0 ? left : 0)) - 1);
                     for (int r = 16 * b0; r < 16 * (b0 + some) && r < rows; r++) {
-                        F v = _mm512_i32gather_ps(column, sums + 256 * (r / 16 - b0) + r % 16, 4);
-                        _mm256_mask_storeu_epi16(out + (int64_t)r * width + 16 * t, mask, narrow16(v));
+                        F v = column16(sums + 256 * (r / 16 - b0) + r % 16);
+                        store_some_h(out + (int64_t)r * width + 16 * t, narrow16(v), left);
                     }
                 }
             }
@@ -118,17 +95,17 @@ EXPORT int specdec_linear(const Map *map, const float *weight, float eps, const 
 }
 
 /* The first of the largest values of each row of bf16 [rows, width]. */
-EXPORT void specdec_argmax(const bf16 *x, int rows, int width, int64_t *out, int threads) {
+EXPORT void KERNEL(argmax)(const bf16 *x, int rows, int width, int64_t *out, int threads) {
 #pragma omp parallel for num_threads(rows < threads ? rows : threads)
     for (int r = 0; r < rows; r++) {
         const bf16 *row = x + (int64_t)r * width;
-        F most = _mm512_set1_ps(-__builtin_inff());
+        F most = set16(-__builtin_inff());
         int i = 0;
-        for (; i + 16 <= width; i += 16) most = _mm512_max_ps(most, load_bf16(row + i));
-        float largest = _mm512_reduce_max_ps(most);
+        for (; i + 16 <= width; i += 16) most = max16(most, load_bf16(row + i));
+        float largest = largest16(most);
         for (; i < width; i++) largest = widen(row[i]) > largest ? widen(row[i]) : largest;
         for (i = 0; i + 16 <= width; i += 16) {
-            __mmask16 equal_ = _mm512_cmp_ps_mask(load_bf16(row + i), _mm512_set1_ps(largest), _CMP_EQ_OQ);
+            uint32_t equal_ = bits16(equal16(load_bf16(row + i), set16(largest)));
             if (equal_) {
                 i += __builtin_ctz(equal_);
                 break;
@@ -138,4 +115,3 @@ EXPORT void specdec_argmax(const bf16 *x, int rows, int width, int64_t *out, int
         out[r] = i < width ? i : 0;
     }
 }
-#endif

@@ -1,6 +1,4 @@
 /* Products of tiles in AMX, 16 tokens at once. */
-#include "tiles.h"
-#ifdef SPECDEC_NATIVE
 
 enum { RING = 8, AHEAD = 2, PREFETCH = 4096 };
 
@@ -10,7 +8,7 @@ typedef struct {
     uint8_t height[16];
 } TileConfig;
 
-void enter_tiles(void) {
+static void enter_tiles(void) {
     if (!has_amx) return;
     TileConfig config __attribute__((aligned(64)));
     memset(&config, 0, sizeof config);
@@ -19,7 +17,7 @@ void enter_tiles(void) {
     _tile_loadconfig(&config);
 }
 
-void leave_tiles(void) {
+static void leave_tiles(void) {
     if (has_amx) _tile_release();
 }
 
@@ -77,7 +75,7 @@ INLINE void sum_tiles(int kind, const Side *a, const Side *b, int blocks, float 
 }
 
 /* sums[block][16 outputs][16 lanes] of one output tile: tiles of `kind` on vnni_bf16, and then side b's, which are bf16. */
-void amx_product(int kind, const Side *a, const Side *b, int blocks, float *sums) {
+static void amx_product(int kind, const Side *a, const Side *b, int blocks, float *sums) {
     switch (kind) {
     case Q8: sum_tiles(Q8, a, b, blocks, sums); break;
     case Q4: sum_tiles(Q4, a, b, blocks, sums); break;
@@ -90,7 +88,7 @@ void amx_product(int kind, const Side *a, const Side *b, int blocks, float *sums
 }
 
 /* The same for int8 tiles and vnni_int8, times the scales of both. */
-void amx_int8_product(const Side *a, int tokens, const float *scale, float *sums) {
+static void amx_int8_product(const Side *a, int tokens, const float *scale, float *sums) {
     int32_t *whole = (int32_t *)sums;
     int blocks = (tokens + 15) / 16, count = a->count;
     int64_t stride = a->block;
@@ -119,7 +117,7 @@ void amx_int8_product(const Side *a, int tokens, const float *scale, float *sums
 }
 
 /* vnni_bf16 to vnni_int8: each lane by its largest value. */
-void to_vnni_int8(const uint32_t *vnni, int features, int blocks, uint8_t *int8) {
+static void to_vnni_int8(const uint32_t *vnni, int features, int blocks, uint8_t *int8) {
     const __m512i upper = _mm512_set1_epi32((int)0xffff0000), byte = _mm512_set1_epi32(255);
     for (int b = 0; b < blocks; b++, vnni += 8 * features, int8 += int8_block_bytes(features)) {
         __m512i most = _mm512_setzero_si512(); /* without their signs, floats order as integers do */
@@ -143,4 +141,65 @@ void to_vnni_int8(const uint32_t *vnni, int features, int blocks, uint8_t *int8)
         _mm512_store_ps((float *)(int8 + 16 * (int64_t)features), _mm512_mul_ps(largest, _mm512_set1_ps(1 / 127.0f)));
     }
 }
-#endif
+
+/* --- what the algorithms call: AMX where it is, or else rows --- */
+
+/* sums[block][16 outputs][16 lanes] of one output tile of `kind`, and then side b's, which are bf16. scale: of I8 and I4. */
+static void tile_product(int kind, const Side *a, const Side *b, int tokens, const float *scale, float *sums) {
+    if (kind >= I8 && has_amx) amx_int8_product(a, tokens, scale, sums);
+    else if (kind >= I8) row_int8_product(kind, a, tokens, scale, sums);
+    else if (has_amx) amx_product(kind, a, b, (tokens + 15) / 16, sums);
+    else row_product(kind, a, b, tokens, sums);
+}
+
+static inline int reads_vnni(const Map *map) { return has_amx && map->kind < I8; }
+
+/* What `map` reads of vnni_bf16 `x`: itself with AMX, or else rows_bf16 in `out`; for I8 and I4 maps vnni_int8 or
+ * rows_int8. spare: room for a block. */
+static const uint32_t *input_of(const Map *map, const uint32_t *x, int tokens, uint8_t *out, uint8_t *spare) {
+    if (reads_vnni(map)) return x;
+    if (has_amx) to_vnni_int8(x, map->in, (tokens + 15) / 16, out);
+    else to_rows(map, x, tokens, out, spare);
+    return (const uint32_t *)out;
+}
+
+/* Bytes between 32 inputs and the next, in a block of what bf16 tiles are multiplied with. */
+static int tile_inputs(void) { return has_amx ? 1024 : 64; }
+
+/* Put a pair of features where bf16 tiles' products read them: `pair` of a block of `features`. */
+static void put_pairs(uint32_t *block, int features, int pair, U pairs) {
+    const U lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    if (has_amx) store_u(block + 16 * pair, pairs);
+    else _mm512_i32scatter_epi32(block + pair, _mm512_mullo_epi32(lanes, _mm512_set1_epi32(features / 2)), pairs, 4);
+}
+
+/* What codes of I8 tiles are larger by. */
+static int surplus(void) { return has_amx ? 0 : 128; }
+
+/* to[column][16 keys] = keys [16][d] times queries, vnni_bf16 [d / 2][16 columns]. */
+static void score_keys(const bf16 *keys, int d, const uint32_t *queries, int columns, float *to) {
+    U a[16];
+    if (has_amx) {
+        float tile[256] __attribute__((aligned(64)));
+        _tile_zero(0);
+        for (int k = 0; k < d; k += 32) {
+            _tile_loadd(4, keys + k, 2 * d);
+            _tile_loadd(5, queries + 8 * k, 64);
+            _tile_dpbf16ps(0, 4, 5);
+        }
+        _tile_stored(0, tile, 64);
+        for (int i = 0; i < 16; i++) a[i] = load_u(tile + 16 * i);
+        transpose(a);
+        for (int c = 0; c < columns; c++) store_u(to + 16 * c, a[c]);
+    } else
+        for (int k = 0; k < d; k += 32) {
+            for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(keys + (int64_t)i * d + k);
+            transpose(a);
+            for (int c = 0; c < columns; c++) {
+                F acc = k ? load16(to + 16 * c) : zero16();
+                for (int j = 0; j < 16; j++)
+                    acc = _mm512_dpbf16_ps(acc, (__m512bh)a[j], (__m512bh)_mm512_set1_epi32((int)queries[16 * (k / 2 + j) + c]));
+                store16(to + 16 * c, acc);
+            }
+        }
+}

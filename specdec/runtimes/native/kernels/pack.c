@@ -1,9 +1,4 @@
 /* Packing weights into tiles: bf16 as it is, or rounded, and GGUF blocks, whose codes and scales stay what they are. */
-#include "tiles.h"
-#ifdef SPECDEC_NATIVE
-
-static inline uint16_t half_of(float v) { return (uint16_t)_cvtss_sh(v, 0); }
-static inline float half(uint16_t v) { return _cvtsh_ss(v); }
 
 static inline uint16_t word_at(const uint8_t *p) {
     uint16_t v;
@@ -94,14 +89,14 @@ static void put_codes(int kind, const int8_t *code, int stride, uint8_t *codes) 
 }
 
 /* Bytes of the tiles that hold `out` rows of `in` weights of GGUF's `type`, and their kind; 0 for a type that none hold. */
-EXPORT int64_t specdec_block_tiles(int type, int out, int in, int *kind) {
+EXPORT int64_t KERNEL(block_tiles)(int type, int out, int in, int *kind) {
     int bytes, weights = shape_of(type, &bytes, kind);
     return !weights || in % weights ? 0 : (out + 15) / 16 * tiles_bytes(*kind, in / 32);
 }
 
 /* Pack `out` rows of GGUF blocks into tiles; rows up to the next multiple of 16 are zero. Returns 0 if a number of theirs is
  * too large for the tiles. */
-EXPORT int specdec_pack_blocks(const Table *table, int out, uint8_t *tiles, int threads) {
+EXPORT int KERNEL(pack_blocks)(const Table *table, int out, uint8_t *tiles, int threads) {
     int bytes = 0, kind = Q4, in = table->columns, weights = shape_of(table->type, &bytes, &kind), good = weights > 0;
     const Group g = GROUPS[kind];
 #pragma omp parallel for num_threads(threads)
@@ -129,7 +124,7 @@ EXPORT int specdec_pack_blocks(const Table *table, int out, uint8_t *tiles, int 
 }
 
 /* A row of a table in bf16, each number rounded once. */
-void read_row(const Table *table, int64_t index, bf16 *to) {
+static void read_row(const Table *table, int64_t index, bf16 *to) {
     int bytes, kind, weights = shape_of(table->type, &bytes, &kind);
     const uint8_t *row = table->data + (table->order ? table->order[index] : index) * table->stride;
     if (!weights) memcpy(to, row, 2 * (size_t)table->columns);
@@ -144,7 +139,7 @@ void read_row(const Table *table, int64_t index, bf16 *to) {
 }
 
 /* Rows `index` [count] of a table (NULL: the first ones) in bf16 [count, columns]. */
-EXPORT void specdec_read_rows(const Table *table, const int64_t *index, int64_t count, bf16 *to, int threads) {
+EXPORT void KERNEL(read_rows)(const Table *table, const int64_t *index, int64_t count, bf16 *to, int threads) {
 #pragma omp parallel for num_threads(count < threads ? (int)count : threads)
     for (int64_t i = 0; i < count; i++) read_row(table, index ? index[i] : i, to + i * table->columns);
 }
@@ -177,7 +172,7 @@ static void round8(const float *w, int8_t *q, uint16_t *scale) {
 
 /* Pack bf16 weights [out, in] into tiles of BF16, or rounded to Q8 or Q4, in place too; rows up to the next multiple of 16
  * are zero. */
-EXPORT void specdec_pack(int kind, bf16 *weights, int out, int in, uint8_t *tiles, int threads) {
+EXPORT void KERNEL(pack)(int kind, bf16 *weights, int out, int in, uint8_t *tiles, int threads) {
     const Group g = GROUPS[kind];
 #pragma omp parallel for num_threads(threads)
     for (int t = 0; t < (out + 15) / 16; t++)
@@ -227,9 +222,9 @@ static float symmetric4(const float *w, float *q) {
     return found;
 }
 
-/* Round bf16 weights [out, in] to I8 tiles (without AMX: 128 more) and a scale per row; rows up to the next multiple of
+/* Round bf16 weights [out, in] to I8 tiles (or more, as `surplus` says) and a scale per row; rows up to the next multiple of
  * 16 are zero. */
-EXPORT void specdec_pack_i8(const bf16 *weights, int out, int in, uint8_t *tiles, float *scale, int threads) {
+EXPORT void KERNEL(pack_i8)(const bf16 *weights, int out, int in, uint8_t *tiles, float *scale, int threads) {
 #pragma omp parallel for num_threads(threads)
     for (int row = 0; row < (out + 15) / 16 * 16; row++) {
         float most = 0;
@@ -238,14 +233,14 @@ EXPORT void specdec_pack_i8(const bf16 *weights, int out, int in, uint8_t *tiles
         scale[row] = most / 127;
         for (int i = 0; i < in; i++) {
             float v = most > 0 ? __builtin_rintf(widen(source[i]) * (127 / most)) : 0;
-            tiles[16 * (int64_t)in * (row / 16) + 1024 * (i / 64) + 64 * (row % 16) + i % 64] = (uint8_t)((int)v + (has_amx ? 0 : 128));
+            tiles[16 * (int64_t)in * (row / 16) + 1024 * (i / 64) + 64 * (row % 16) + i % 64] = (uint8_t)((int)v + surplus());
         }
     }
 }
 
 /* Round bf16 weights [out, in] to I4 tiles, and what a row's products with tokens that are 128 too large exceed them by;
  * rows up to the next multiple of 16 are zero. Each half of a row's 64 inputs has the scale that fits it best. */
-EXPORT void specdec_pack_i4(const bf16 *weights, int out, int in, uint8_t *tiles, float *excess, int threads) {
+EXPORT void KERNEL(pack_i4)(const bf16 *weights, int out, int in, uint8_t *tiles, float *excess, int threads) {
 #pragma omp parallel for num_threads(threads)
     for (int pair = 0; pair < (out + 15) / 16 * 8; pair++) /* two rows at a time: they share bytes */
         for (int row = 2 * pair; row < 2 * pair + 2; row++) {
@@ -268,4 +263,3 @@ EXPORT void specdec_pack_i4(const bf16 *weights, int out, int in, uint8_t *tiles
             excess[row] = 128 * sum;
         }
 }
-#endif

@@ -1,12 +1,10 @@
 /* Products of tiles without AMX: a tile's rows are multiplied with one token after another, so a pass of few tokens costs
  * few products. int8 products take one side without sign: I8's weights are 128 too large, for I4 the tokens. */
-#include "tiles.h"
-#ifdef SPECDEC_NATIVE
 
 enum { ROWS = 6 }; /* tokens multiplied at once: 24 sums, 4 rows and a token fit the registers */
 
 /* vnni_bf16 to rows_bf16. */
-void to_rows_bf16(const uint32_t *vnni, int features, int tokens, uint32_t *rows) {
+static void to_rows_bf16(const uint32_t *vnni, int features, int tokens, uint32_t *rows) {
     int width = features / 2;
     for (int i = 0; i < width; i += 16) {
         __m512i a[16];
@@ -17,7 +15,7 @@ void to_rows_bf16(const uint32_t *vnni, int features, int tokens, uint32_t *rows
 }
 
 /* rows_bf16 to rows_int8 for a map of `kind`: each token by its largest value. */
-void to_rows_int8(int kind, const uint32_t *rows, int features, int tokens, uint8_t *int8) {
+static void to_rows_int8(int kind, const uint32_t *rows, int features, int tokens, uint8_t *int8) {
     F *scales = (F *)(int8 + 16 * (int64_t)features);
     const __m512i upper = _mm512_set1_epi32((int)0xffff0000);
     const __m128i more = _mm_set1_epi8(kind == I4 ? -128 : 0);
@@ -41,6 +39,17 @@ void to_rows_int8(int kind, const uint32_t *rows, int features, int tokens, uint
         lane[r] = largest / 127.0f, sums[r] = 128.0f * (float)_mm512_reduce_add_epi32(sum);
     }
     scales[0] = _mm512_load_ps(lane), scales[1] = _mm512_load_ps(sums);
+}
+
+/* vnni_bf16 to what `map` reads: rows_bf16, or rows_int8. */
+static void to_rows(const Map *map, const uint32_t *x, int tokens, uint8_t *out, uint8_t *spare) {
+    int features = map->in, blocks = (tokens + 15) / 16;
+    for (int b = 0; b < blocks; b++) {
+        int some = tokens - 16 * b < 16 ? tokens - 16 * b : 16;
+        uint8_t *to = out + b * block_bytes(map), *rows = map->kind >= I8 ? spare : to;
+        to_rows_bf16(x + 8 * (int64_t)features * b, features, some, (uint32_t *)rows);
+        if (map->kind >= I8) to_rows_int8(map->kind, (const uint32_t *)rows, features, some, to);
+    }
 }
 
 /* The heads of a row of tiles, as `read_head` reads them. */
@@ -166,7 +175,7 @@ INLINE void rows_of_kind(int kind, const Side *a, const Side *b, int tokens, flo
 }
 
 /* sums[block][16 outputs][16 lanes], as amx_product, from rows. Lanes without a token are 0. */
-void row_product(int kind, const Side *a, const Side *b, int tokens, float *sums) {
+static void row_product(int kind, const Side *a, const Side *b, int tokens, float *sums) {
     switch (kind) {
     case Q8: rows_of_kind(Q8, a, b, tokens, sums); break;
     case Q4: rows_of_kind(Q4, a, b, tokens, sums); break;
@@ -181,7 +190,7 @@ void row_product(int kind, const Side *a, const Side *b, int tokens, float *sums
 }
 
 /* As amx_int8_product, from rows_int8, for I8 and I4. */
-void row_int8_product(int kind, const Side *a, int tokens, const float *scale, float *sums) {
+static void row_int8_product(int kind, const Side *a, int tokens, const float *scale, float *sums) {
     const Side none = {NULL, NULL, 1024, 0, 0, 0};
     row_product(kind, a, &none, tokens, sums);
     for (int b = 0; b < (tokens + 15) / 16; b++) {
@@ -193,4 +202,3 @@ void row_int8_product(int kind, const Side *a, int tokens, const float *scale, f
         }
     }
 }
-#endif

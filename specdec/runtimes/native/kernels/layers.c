@@ -1,7 +1,21 @@
 /* A pass of a team of threads through decoder layers. */
-#include "simd.h"
-#ifdef SPECDEC_NATIVE
 
+typedef struct {
+    const Model *m;
+    const Call *c;
+    int rows, blocks, group, column_blocks, slots, ranks;
+    size_t scored, input, spare, own;        /* a thread's scratch: where its parts begin, its size */
+    float *x, *qkv, *cos, *sin;              /* feature_major; cos and sin [block][rotated / 2][16] */
+    uint32_t *attended, *inner, *ranked[2];  /* vnni_bf16 */
+    bf16 *queries;                           /* [rows, heads, head_dim] */
+    uint16_t **visible;                      /* by window kind: [batch][column block][slots], or NULL */
+    uint32_t *normed;                        /* of more than one block: all of them, in vnni_bf16, and as maps read them */
+    uint8_t *inputs;
+    uint8_t *scratch;                        /* by thread: a normed block, attention's scores, a block as a map reads it, and a spare one */
+    Barrier barrier;
+} Pass;
+
+enum { SLICE = 512 };          /* tokens of a prompt that go through at once */
 enum { MOST_EXPECTED = 1024 }; /* cached slots that are sent for while the projections run */
 
 /* Tokens from block b0 on, of as many blocks as are multiplied at once. */
@@ -15,23 +29,21 @@ static int tokens_from(const Pass *p, int b0) {
 static void rank_down(Pass *p, const LowRank *low, const uint32_t *x, uint32_t *ranked, int me, int n) {
     if (!low) return;
     float sums[MOST_BLOCKS * 256] __attribute__((aligned(64)));
-    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     int from, to, first = p->c->adapted > 0 ? p->c->tokens - p->c->adapted : 0;
     split(low->down.out / 16, me, n, &from, &to);
     for (int b0 = 0; b0 < p->blocks; b0 += MOST_BLOCKS) {
         int tokens = tokens_from(p, b0), blocks = (tokens + 15) / 16;
         for (int t = from; t < to; t++) {
-            product(&low->down, NULL, t, x + (int64_t)b0 * low->down.in * 8, NULL, tokens, sums);
+            product(&low->down, NULL, t, from_block(&low->down, x, b0), NULL, tokens, sums);
             for (int b = 0; b < blocks; b++) {
-                __mmask16 adapted = 0;
+                uint32_t adapted = 0;
                 for (int lane = 0; lane < 16; lane++)
-                    if (((b0 + b) * 16 + lane) % p->c->tokens >= first) adapted |= (__mmask16)(1 << lane);
-                uint32_t *out = ranked + (int64_t)(b0 + b) * low->down.out * 8;
+                    if (((b0 + b) * 16 + lane) % p->c->tokens >= first) adapted |= 1u << lane;
+                uint32_t *out = ranked + (b0 + b) * input_bytes(low->down.out) / 4;
                 for (int o = 0; o < 16; o += 2) {
                     const float *row = sums + 256 * b + 16 * o;
-                    __m512i pairs = _mm512_maskz_mov_epi32(adapted, paired(_mm512_load_ps(row), _mm512_load_ps(row + 16)));
-                    if (has_amx) _mm512_store_si512(out + 8 * (16 * t + o), pairs);
-                    else _mm512_i32scatter_epi32(out + 8 * t + o / 2, _mm512_mullo_epi32(lanes, _mm512_set1_epi32(low->down.out / 2)), pairs, 4);
+                    U pairs = keep_u(mask16(adapted), paired(load16(row), load16(row + 16)));
+                    put_pairs(out, low->down.out, 8 * t + o / 2, pairs);
                 }
             }
         }
@@ -40,34 +52,18 @@ static void rank_down(Pass *p, const LowRank *low, const uint32_t *x, uint32_t *
 }
 
 static inline F silu_times(F gate, F up) {
-    F g = rounded(gate), e = exp16(_mm512_sub_ps(_mm512_setzero_ps(), _mm512_max_ps(g, _mm512_set1_ps(-80.0f))));
-    return _mm512_mul_ps(rounded(_mm512_div_ps(g, _mm512_add_ps(_mm512_set1_ps(1.0f), e))), rounded(up));
+    F g = rounded(gate), e = exp16(sub16(zero16(), max16(g, set16(-80.0f))));
+    return mul16(rounded(div16(g, add16(set16(1.0f), e))), rounded(up));
 }
 
 /* silu(gate) up for 16 outputs of a block; with few tokens, several outputs share a vector. Absent lanes get 0. */
 static void gated(const float *gate, const float *up, int tokens, F *act) {
-#define QUAD(from, o)                                                                                                \
-    _mm512_insertf32x4(_mm512_insertf32x4(_mm512_insertf32x4(_mm512_castps128_ps512(_mm_load_ps((from) + 16 * (o))),  \
-        _mm_load_ps((from) + 16 * (o) + 16), 1), _mm_load_ps((from) + 16 * (o) + 32), 2), _mm_load_ps((from) + 16 * (o) + 48), 3)
-#define TWO(from, o) _mm512_insertf32x8(_mm512_castps256_ps512(_mm256_load_ps((from) + 16 * (o))), _mm256_load_ps((from) + 16 * (o) + 16), 1)
-    if (tokens <= 4) {
-        for (int o = 0; o < 16; o += 4) {
-            F v = silu_times(QUAD(gate, o), QUAD(up, o));
-            act[o] = _mm512_maskz_mov_ps(15, v);
-            act[o + 1] = _mm512_maskz_shuffle_f32x4(15, v, v, 1);
-            act[o + 2] = _mm512_maskz_shuffle_f32x4(15, v, v, 2);
-            act[o + 3] = _mm512_maskz_shuffle_f32x4(15, v, v, 3);
-        }
-    } else if (tokens <= 8) {
-        for (int o = 0; o < 16; o += 2) {
-            F v = silu_times(TWO(gate, o), TWO(up, o));
-            act[o] = _mm512_maskz_mov_ps(255, v);
-            act[o + 1] = _mm512_maskz_shuffle_f32x4(255, v, v, 14);
-        }
-    } else
-        for (int o = 0; o < 16; o++) act[o] = silu_times(_mm512_load_ps(gate + 16 * o), _mm512_load_ps(up + 16 * o));
-#undef QUAD
-#undef TWO
+    if (tokens <= 4)
+        for (int o = 0; o < 16; o += 4) split_four16(silu_times(four_rows16(gate + 16 * o), four_rows16(up + 16 * o)), act + o);
+    else if (tokens <= 8)
+        for (int o = 0; o < 16; o += 2) split_two16(silu_times(two_rows16(gate + 16 * o), two_rows16(up + 16 * o)), act + o);
+    else
+        for (int o = 0; o < 16; o++) act[o] = silu_times(load16(gate + 16 * o), load16(up + 16 * o));
 }
 
 /* x += map(vnni_bf16 in), rounded as transformers does: the product once, the sum once. */
@@ -78,14 +74,14 @@ static void add_product(Pass *p, const Map *map, const LowRank *low, const uint3
     for (int b0 = 0; b0 < p->blocks; b0 += MOST_BLOCKS) {
         int tokens = tokens_from(p, b0), blocks = (tokens + 15) / 16;
         for (int t = from; t < to; t++) {
-            const uint32_t *low_x = low ? ranked + (int64_t)b0 * low->down.out * 8 : NULL;
+            const uint32_t *low_x = low ? ranked + b0 * input_bytes(low->down.out) / 4 : NULL;
             for (int b = 0; b < blocks; b++)
                 for (int o = 0; o < 16; o++) __builtin_prefetch(p->x + ((int64_t)(b0 + b) * map->out + 16 * t + o) * 16, 1);
             product(map, low, t, from_block(map, in, b0), low_x, tokens, sums);
             for (int b = 0; b < blocks; b++)
                 for (int o = 0; o < 16; o++) {
                     float *x = p->x + ((int64_t)(b0 + b) * map->out + 16 * t + o) * 16;
-                    _mm512_store_ps(x, rounded(_mm512_add_ps(_mm512_load_ps(x), rounded(_mm512_load_ps(sums + 256 * b + 16 * o)))));
+                    store16(x, rounded(add16(load16(x), rounded(load16(sums + 256 * b + 16 * o)))));
                 }
         }
     }
@@ -101,13 +97,32 @@ static void prefetch_cache(const Pass *p, int index, int at, int parts, int me, 
         int item = item_of(turn, items, me, n, &together);
         int64_t first = (int64_t)item * c->capacity[index] * m->head_dim;
         for (int line = from; line < to; line++) {
-            _mm_prefetch((const char *)(c->keys[index] + first + 32 * line), _MM_HINT_T1);
-            _mm_prefetch((const char *)(c->values[index] + first + 32 * line), _MM_HINT_T1);
+            __builtin_prefetch((c->keys[index] + first + 32 * line), 0, 2);
+            __builtin_prefetch((c->values[index] + first + 32 * line), 0, 2);
         }
     }
 }
 
-static void run_layer(Pass *p, int index, uint32_t *normed, float *scores, uint8_t *int8_input, int me, int n) {
+/* What `map` reads of vnni_bf16 `x`; NULL: of the hidden states after a norm. One block every thread makes for itself, which
+ * is cheaper than waiting for each other; more they share, and then all wait. */
+static const uint32_t *inputs_of(Pass *p, const Map *map, const float *weight, const uint32_t *x, int me, int n) {
+    const int hidden = p->m->hidden, shared = p->blocks > 1;
+    uint8_t *mine = p->scratch + p->own * me;
+    uint32_t *normed = shared ? p->normed : (uint32_t *)mine;
+    int from = 0, to = 1;
+    if (x && reads_vnni(map)) return x;
+    if (shared) split(p->blocks, me, n, &from, &to);
+    for (int b = from; b < to; b++) {
+        int tokens = p->rows - 16 * b < 16 ? p->rows - 16 * b : 16;
+        if (!x) norm(p->x + (int64_t)b * hidden * 16, weight, hidden, p->m->eps, normed + (int64_t)b * hidden * 8);
+        uint8_t *out = shared ? p->inputs + b * block_bytes(map) : mine + p->input;
+        input_of(map, (x ? x : normed) + (int64_t)b * map->in * 8, tokens, out, mine + p->spare);
+    }
+    if (shared) wait_for_team(&p->barrier, n);
+    return reads_vnni(map) ? normed : (const uint32_t *)(shared ? p->inputs : mine + p->input);
+}
+
+static void run_layer(Pass *p, int index, float *scores, int me, int n) {
     const Model *m = p->m;
     const Call *c = p->c;
     const Layer *layer = m->layers + index;
@@ -116,16 +131,14 @@ static void run_layer(Pass *p, int index, uint32_t *normed, float *scores, uint8
     float sums[MOST_BLOCKS * 256] __attribute__((aligned(64))), gate[MOST_BLOCKS * 256] __attribute__((aligned(64)));
 #define LOW(i) (low && low[i].ks ? low + (i) : NULL)
 
-    for (int b = 0; b < p->blocks; b++) /* every thread for itself: cheaper than waiting for each other */
-        norm(p->x + (int64_t)b * m->hidden * 16, layer->norm_in, m->hidden, m->eps, normed + (int64_t)b * m->hidden * 8);
-    const uint32_t *input = input_of(&layer->qkv, normed, p->rows, int8_input);
+    const uint32_t *input = inputs_of(p, &layer->qkv, layer->norm_in, NULL, me, n);
     rank_down(p, LOW(0), input, p->ranked[0], me, n);
     split(total * d / 16, me, n, &from, &to);
     for (int b0 = 0; b0 < p->blocks; b0 += MOST_BLOCKS) {
         int tokens = tokens_from(p, b0), blocks = (tokens + 15) / 16;
         for (int t = from; t < to; t++) {
             if (!b0) prefetch_cache(p, index, t - from, to - from, me, n);
-            const uint32_t *low_x = low && low[0].ks ? p->ranked[0] + (int64_t)b0 * low[0].down.out * 8 : NULL;
+            const uint32_t *low_x = low && low[0].ks ? p->ranked[0] + b0 * input_bytes(low[0].down.out) / 4 : NULL;
             product(&layer->qkv, LOW(0), t, from_block(&layer->qkv, input, b0), low_x, tokens, sums);
             for (int b = 0; b < blocks; b++)
                 memcpy(p->qkv + ((int64_t)(b0 + b) * total * d + 16 * t) * 16, sums + 256 * b, 1024);
@@ -175,41 +188,39 @@ static void run_layer(Pass *p, int index, uint32_t *normed, float *scores, uint8
             uint32_t *lane = p->attended + ((int64_t)(row / 16) * m->heads * d + head * d) * 8 + row % 16;
             for (int i = 0; i < d; i += 16) {
                 uint32_t pairs[8] __attribute__((aligned(32)));
-                _mm256_store_si256((__m256i *)pairs, narrow16(_mm512_load_ps(out + col * d + i)));
+                store_h(pairs, narrow16(load16(out + col * d + i)));
                 for (int j = 0; j < 8; j++) lane[8 * i + 16 * j] = pairs[j];
             }
         }
     }
     wait_for_team(&p->barrier, n);
 
-    input = input_of(&layer->out, p->attended, p->rows, int8_input);
+    input = inputs_of(p, &layer->out, NULL, p->attended, me, n);
     rank_down(p, LOW(1), input, p->ranked[1], me, n);
     add_product(p, &layer->out, LOW(1), input, p->ranked[1], me, n);
     wait_for_team(&p->barrier, n);
 
-    for (int b = 0; b < p->blocks; b++)
-        norm(p->x + (int64_t)b * m->hidden * 16, layer->norm_mlp, m->hidden, m->eps, normed + (int64_t)b * m->hidden * 8);
-    input = input_of(&layer->gate_up, normed, p->rows, int8_input);
+    input = inputs_of(p, &layer->gate_up, layer->norm_mlp, NULL, me, n);
     rank_down(p, LOW(2), input, p->ranked[0], me, n);
     split(m->inner / 16, me, n, &from, &to);
     for (int b0 = 0; b0 < p->blocks; b0 += MOST_BLOCKS) {
         int tokens = tokens_from(p, b0), blocks = (tokens + 15) / 16;
         for (int t = from; t < to; t++) {
             const uint32_t *x = from_block(&layer->gate_up, input, b0);
-            const uint32_t *low_x = low && low[2].ks ? p->ranked[0] + (int64_t)b0 * low[2].down.out * 8 : NULL;
+            const uint32_t *low_x = low && low[2].ks ? p->ranked[0] + b0 * input_bytes(low[2].down.out) / 4 : NULL;
             product(&layer->gate_up, LOW(2), t, x, low_x, tokens, gate);
             product(&layer->gate_up, LOW(2), m->inner / 16 + t, x, low_x, tokens, sums);
             for (int b = 0; b < blocks; b++) {
                 uint32_t *inner = p->inner + ((int64_t)(b0 + b) * m->inner + 16 * t) * 8;
                 F act[16];
                 gated(gate + 256 * b, sums + 256 * b, p->rows - 16 * (b0 + b), act);
-                for (int o = 0; o < 16; o += 2) _mm512_store_si512(inner + 8 * o, paired(act[o], act[o + 1]));
+                for (int o = 0; o < 16; o += 2) store_u(inner + 8 * o, paired(act[o], act[o + 1]));
             }
         }
     }
     wait_for_team(&p->barrier, n);
 
-    input = input_of(&layer->down, p->inner, p->rows, int8_input);
+    input = inputs_of(p, &layer->down, NULL, p->inner, me, n);
     rank_down(p, LOW(3), input, p->ranked[1], me, n);
     add_product(p, &layer->down, LOW(3), input, p->ranked[1], me, n);
     wait_for_team(&p->barrier, n);
@@ -237,7 +248,7 @@ static uint16_t *columns_that_see(const Pass *p, const uint8_t *mask, int span) 
 }
 
 /* Layers [lo, hi) of the call, in a team. */
-void run_layers(Pass *p, int me, int n) {
+static void run_layers(Pass *p, int me, int n) {
     const Call *c = p->c;
     uint8_t *mine = p->scratch + p->own * me;
     for (int index = c->lo; index < c->hi; index++) {
@@ -246,13 +257,13 @@ void run_layers(Pass *p, int me, int n) {
             split(p->rows, me, n, &from, &to);
             from_blocks(p->x, from, to, p->m->hidden, c->taps[index]);
         }
-        run_layer(p, index, (uint32_t *)mine, (float *)(mine + p->scored), mine + p->int8_input, me, n);
+        run_layer(p, index, (float *)(mine + p->scored), me, n);
     }
 }
 
 /* Room for passes of `m` over so many tokens as `c` has, over at most `slots` cached ones, whose maps read at most
  * `widest` inputs besides the layers' own. Returns 0, or -1 without memory. `end` in any case. */
-int begin_pass(Pass *p, const Model *m, const Call *c, int slots, int widest) {
+static int begin_pass(Pass *p, const Model *m, const Call *c, int slots, int widest) {
     memset(p, 0, sizeof *p);
     p->m = m, p->rows = c->batch * c->tokens, p->blocks = (p->rows + 15) / 16, p->group = m->heads / m->kv_heads;
     p->column_blocks = (c->tokens * p->group + 15) / 16;
@@ -267,17 +278,21 @@ int begin_pass(Pass *p, const Model *m, const Call *c, int slots, int widest) {
     p->sin = allocate(64 * blocks * half);
     p->attended = allocate(32 * blocks * m->heads * m->head_dim);
     p->inner = allocate(32 * blocks * m->inner);
-    p->ranked[0] = allocate(32 * blocks * (p->ranks + 2));
-    p->ranked[1] = allocate(32 * blocks * (p->ranks + 2));
+    p->ranked[0] = allocate(blocks * input_bytes(p->ranks + 2));
+    p->ranked[1] = allocate(blocks * input_bytes(p->ranks + 2));
     p->queries = allocate(2 * (size_t)p->rows * m->heads * m->head_dim);
     if (widest < m->hidden) widest = m->hidden;
-    p->scored = (32 * blocks * widest + 63) / 64 * 64;
+    p->scored = (32 * (size_t)widest + 63) / 64 * 64;
     if (widest < m->inner) widest = m->inner;
     if (widest < m->heads * m->head_dim) widest = m->heads * m->head_dim;
-    p->int8_input = p->scored + 64 * ((size_t)slots + 16);
-    p->own = p->int8_input + scratch_bytes(widest, p->blocks);
+    p->input = p->scored + 64 * ((size_t)slots + 16);
+    p->spare = p->input + most_block_bytes(widest);
+    p->own = p->spare + most_block_bytes(widest);
     p->scratch = allocate(p->own * c->threads);
-    if (!(p->x && p->qkv && p->cos && p->sin && p->attended && p->inner && p->ranked[0] && p->ranked[1] && p->queries && p->scratch))
+    size_t shared = blocks > 1 ? blocks : 0;
+    p->normed = allocate(32 * shared * m->hidden + 1);
+    p->inputs = allocate(shared * most_block_bytes(widest) + 1);
+    if (!(p->x && p->qkv && p->cos && p->sin && p->attended && p->inner && p->ranked[0] && p->ranked[1] && p->queries && p->normed && p->inputs && p->scratch))
         return -1;
     memset(p->attended, 0, 32 * blocks * m->heads * m->head_dim);
     memset(p->cos, 0, 64 * blocks * half);
@@ -290,13 +305,13 @@ int begin_pass(Pass *p, const Model *m, const Call *c, int slots, int widest) {
     return 0;
 }
 
-void end_pass(Pass *p) {
+static void end_pass(Pass *p) {
     free(p->x), free(p->qkv), free(p->cos), free(p->sin), free(p->attended), free(p->inner), free(p->ranked[0]);
-    free(p->ranked[1]), free(p->queries), free(p->scratch);
+    free(p->ranked[1]), free(p->queries), free(p->normed), free(p->inputs), free(p->scratch);
 }
 
 /* Aim a pass at a call's cached tokens. Returns 0, or -1 without memory. `leave` in any case. */
-int bind_cache(Pass *p, const Call *c) {
+static int bind_cache(Pass *p, const Call *c) {
     p->c = c, p->slots = c->start + c->tokens;
     memset(&p->barrier, 0, sizeof p->barrier);
     p->visible = calloc((size_t)c->windows, sizeof *p->visible);
@@ -306,13 +321,13 @@ int bind_cache(Pass *p, const Call *c) {
     return p->visible ? 0 : -1;
 }
 
-void unbind_cache(Pass *p) {
+static void unbind_cache(Pass *p) {
     for (int w = 0; p->visible && w < p->c->windows; w++) free(p->visible[w]);
     free(p->visible);
 }
 
-/* Run layers [lo, hi) of a call. Returns 0, or -1 if there is no memory (nothing has happened then). */
-EXPORT int specdec_layers(const Model *m, const Call *c) {
+/* Run layers [lo, hi) of a call on all its tokens at once. */
+static int run_call(const Model *m, const Call *c) {
     Pass p;
     int failed = begin_pass(&p, m, c, c->start + c->tokens, 0) | bind_cache(&p, c);
     if (!failed) {
@@ -331,4 +346,22 @@ EXPORT int specdec_layers(const Model *m, const Call *c) {
     unbind_cache(&p), end_pass(&p);
     return failed;
 }
-#endif
+
+/* Run layers [lo, hi) of a call. Returns 0, or -1 without memory; hidden states and cached slots are undefined then. Long
+ * prompts go through in slices, so that memory does not grow with them. */
+EXPORT int KERNEL(layers)(const Model *m, const Call *c) {
+    if (c->batch > 1 || !c->causal || c->tokens <= SLICE) return run_call(m, c);
+    int failed = 0;
+    for (int first = 0; !failed && first < c->tokens; first += SLICE) {
+        Call part = *c;
+        bf16 *taps[c->hi + 1];
+        int plain = c->adapted > 0 ? c->tokens - c->adapted - first : 0; /* tokens of the slice before those with adapters */
+        part.tokens = c->tokens - first < SLICE ? c->tokens - first : SLICE;
+        part.start += first, part.x += (int64_t)first * m->hidden, part.positions += first, part.taps = taps;
+        for (int l = c->lo; l <= c->hi; l++) taps[l] = c->taps[l] ? c->taps[l] + (int64_t)first * m->hidden : NULL;
+        part.adapted = plain > 0 ? part.tokens - plain : 0;
+        if (plain >= part.tokens) part.low = NULL;
+        failed = run_call(m, &part);
+    }
+    return failed;
+}

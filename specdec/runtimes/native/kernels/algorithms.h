@@ -1,0 +1,7 @@
+/* What is written once for every instruction set. */
+#include "norm.c"
+#include "linear.c"
+#include "attention.c"
+#include "layers.c"
+#include "pack.c"
+#include "draft.c"

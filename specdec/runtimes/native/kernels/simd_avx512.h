@@ -1,0 +1,114 @@
+/* Vectors of 16 numbers in AVX-512: what the algorithms are written in. */
+
+enum { INPUT_BYTES = 2 }; /* of a number that bf16 tiles are multiplied with */
+
+typedef __m512 F;     /* 16 floats */
+typedef __m512i U;    /* 16 dwords */
+typedef __m256i H;    /* 16 words: bf16 */
+typedef __mmask16 M;  /* 16 booleans */
+
+static inline F load16(const float *p) { return _mm512_load_ps(p); }
+static inline void store16(float *p, F v) { _mm512_store_ps(p, v); }
+static inline F set16(float v) { return _mm512_set1_ps(v); }
+static inline F zero16(void) { return _mm512_setzero_ps(); }
+static inline F add16(F a, F b) { return _mm512_add_ps(a, b); }
+static inline F sub16(F a, F b) { return _mm512_sub_ps(a, b); }
+static inline F mul16(F a, F b) { return _mm512_mul_ps(a, b); }
+static inline F div16(F a, F b) { return _mm512_div_ps(a, b); }
+static inline F fma16(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }   /* a b + c */
+static inline F fms16(F a, F b, F c) { return _mm512_fmsub_ps(a, b, c); }   /* a b - c */
+static inline F fnma16(F a, F b, F c) { return _mm512_fnmadd_ps(a, b, c); } /* c - a b */
+static inline F sqrt16(F v) { return _mm512_sqrt_ps(v); }
+static inline F max16(F a, F b) { return _mm512_max_ps(a, b); }
+static inline F min16(F a, F b) { return _mm512_min_ps(a, b); }
+static inline F abs16(F v) { return _mm512_abs_ps(v); }
+static inline F round16(F v) { return _mm512_roundscale_ps(v, 8); }
+static inline F scale16(F v, F n) { return _mm512_scalef_ps(v, n); } /* v times 2 to the whole number n */
+static inline float largest16(F v) { return _mm512_reduce_max_ps(v); }
+static inline float least16(F v) { return _mm512_reduce_min_ps(v); }
+static inline F column16(const float *p) { /* every 16th number */
+    return _mm512_i32gather_ps(_mm512_setr_epi32(0, 16, 32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192, 208, 224, 240), p, 4);
+}
+
+static inline U load_u(const void *p) { return _mm512_load_si512(p); }
+static inline void store_u(void *p, U v) { _mm512_store_si512(p, v); }
+static inline U set_u(uint32_t v) { return _mm512_set1_epi32((int)v); }
+static inline U add_u(U a, U b) { return _mm512_add_epi32(a, b); }
+static inline U sub_u(U a, U b) { return _mm512_sub_epi32(a, b); }
+static inline U to_u(F v) { return _mm512_castps_si512(v); } /* the same bits */
+static inline F to_f(U v) { return _mm512_castsi512_ps(v); }
+
+static inline M mask16(uint32_t bits) { return (M)bits; }
+static inline uint32_t bits16(M m) { return m; }
+static inline M both16(M a, M b) { return a & b; }
+static inline M more16(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
+static inline M not_less16(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLE_UQ); } /* not a <= b */
+static inline M equal16(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
+static inline M differ_u(U a, U b) { return _mm512_cmpneq_epi32_mask(a, b); }
+static inline M negative_u(U v) { return _mm512_cmplt_epi32_mask(v, _mm512_setzero_si512()); }
+static inline F pick16(M m, F a, F b) { return _mm512_mask_mov_ps(b, m, a); } /* a where m, else b */
+static inline U pick_u(M m, U a, U b) { return _mm512_mask_mov_epi32(b, m, a); }
+static inline F keep16(M m, F v) { return _mm512_maskz_mov_ps(m, v); }
+static inline U keep_u(M m, U v) { return _mm512_maskz_mov_epi32(m, v); }
+
+static inline int any_h(const uint16_t *p) { /* is one of 16 words not 0? */
+    __m256i v = _mm256_loadu_si256((const __m256i *)p);
+    return !_mm256_testz_si256(v, v);
+}
+static inline M bit_h(const uint16_t *p, int bit) { /* which of 16 words have this bit */
+    return _mm256_movepi16_mask(_mm256_sll_epi16(_mm256_loadu_si256((const __m256i *)p), _mm_cvtsi32_si128(15 - bit)));
+}
+static inline F load_bf16(const bf16 *p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));
+}
+static inline H narrow16(F v) { return (H)_mm512_cvtneps_pbh(v); } /* to nearest even, as torch does */
+static inline F rounded(F v) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow16(v)), 16)); }
+static inline void store_h(void *p, H v) { _mm256_store_si256((__m256i *)p, v); }
+static inline void store_some_h(void *p, H v, int count) { /* the first ones, at any address */
+    _mm256_mask_storeu_epi16(p, count >= 16 ? 0xffff : (__mmask16)((1 << (count > 0 ? count : 0)) - 1), v);
+}
+
+/* The pairs (even, odd) of each lane as vnni_bf16's dwords. */
+static inline U paired(F even, F odd) {
+    U low = _mm512_cvtepu16_epi32(narrow16(even)), high = _mm512_cvtepu16_epi32(narrow16(odd));
+    return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+}
+
+/* The first 4 numbers of 4 rows of 16, and the first 8 of 2; and one of these parts, with zeros behind it. */
+static inline F four_rows16(const float *p) {
+    F v = _mm512_insertf32x4(_mm512_castps128_ps512(_mm_load_ps(p)), _mm_load_ps(p + 16), 1);
+    return _mm512_insertf32x4(_mm512_insertf32x4(v, _mm_load_ps(p + 32), 2), _mm_load_ps(p + 48), 3);
+}
+static inline F two_rows16(const float *p) {
+    return _mm512_insertf32x8(_mm512_castps256_ps512(_mm256_load_ps(p)), _mm256_load_ps(p + 16), 1);
+}
+static inline void split_four16(F v, F *part) {
+    part[0] = _mm512_maskz_mov_ps(15, v), part[1] = _mm512_maskz_shuffle_f32x4(15, v, v, 1);
+    part[2] = _mm512_maskz_shuffle_f32x4(15, v, v, 2), part[3] = _mm512_maskz_shuffle_f32x4(15, v, v, 3);
+}
+static inline void split_two16(F v, F *part) {
+    part[0] = _mm512_maskz_mov_ps(255, v), part[1] = _mm512_maskz_shuffle_f32x4(255, v, v, 14);
+}
+
+/* 16 rows of 16 dwords to their columns. */
+static inline void transpose(U *a) {
+    U b[16];
+    for (int i = 0; i < 16; i += 2) {
+        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) /* a[i + c]: of rows i .., columns c, 4 + c, 8 + c, 12 + c */
+        for (int h = 0; h < 2; h++) {
+            a[i + 2 * h] = _mm512_unpacklo_epi64(b[i + h], b[i + 2 + h]);
+            a[i + 2 * h + 1] = _mm512_unpackhi_epi64(b[i + h], b[i + 2 + h]);
+        }
+    for (int c = 0; c < 4; c++) {
+        U even = _mm512_shuffle_i32x4(a[c], a[4 + c], 0x88), odd = _mm512_shuffle_i32x4(a[c], a[4 + c], 0xdd);
+        U even2 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0x88), odd2 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0xdd);
+        a[c] = _mm512_shuffle_i32x4(even, even2, 0x88), a[8 + c] = _mm512_shuffle_i32x4(even, even2, 0xdd);
+        a[4 + c] = _mm512_shuffle_i32x4(odd, odd2, 0x88), a[12 + c] = _mm512_shuffle_i32x4(odd, odd2, 0xdd);
+    }
+}
+
+static inline uint16_t half_of(float v) { return (uint16_t)_cvtss_sh(v, 0); } /* float16 */
+static inline float half(uint16_t v) { return _cvtsh_ss(v); }

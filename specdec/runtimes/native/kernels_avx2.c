@@ -1,0 +1,13 @@
+/* The kernels in AVX2, FMA and F16C. */
+#include "native.h"
+#ifdef SPECDEC_NATIVE
+/* Before immintrin.h and everything else that is compiled. */
+#pragma GCC target("avx2,fma,f16c")
+#include <immintrin.h>
+
+#define KERNEL(name) specdec_##name##_avx2
+#include "kernels/simd_avx2.h"
+#include "kernels/simd.h"
+#include "kernels/avx2.c"
+#include "kernels/algorithms.h"
+#endif
