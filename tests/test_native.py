@@ -152,13 +152,18 @@ def test_a_model_in_blocks_gives_the_logits_of_its_bf16_values() -> None:
 @torch.inference_mode()
 def test_rounded_weights_round_the_model(weights: str, most: float) -> None:
     model = model_of("llama")
-    before = {name: value.clone() for name, value in model.state_dict().items()}
+    linears = [name for name, _ in model.named_modules() if name.endswith("proj")]
+    before = {name: model.get_submodule(name).weight.clone() for name in linears}
     target, _ = make_target(model, weights=weights)
     assert isinstance(target, NativeTarget)
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, before[name]) != ("proj.weight" in name), name
-        assert apart(value, before[name]) < most
+    after = {name: model.get_submodule(name).weight for name in linears}
+    for name in linears:
+        assert 0 < apart(after[name], before[name]) < most, name
+    again, _ = make_target(model, weights=weights)  # what is rounded stays what it is
+    assert all(torch.equal(model.get_submodule(name).weight, after[name]) for name in linears)
+    assert all(torch.equal(a, b) for a, b in zip(play(target), play(again), strict=True))
     assert all(alike(a, b, 0.15) for a, b in zip(play(target), play(NativeTarget(model, "dense")), strict=True))
+    assert type(model.get_submodule(linears[0])) is torch.nn.Linear
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -202,7 +202,7 @@ def test_weights_that_are_packed_at_once_do_not_overlap(monkeypatch: pytest.Monk
 
         def specdec_pack(self, *arguments: Any) -> None:
             if threading.current_thread() is threading.main_thread():
-                thread = threading.Thread(target=lambda: packed.append(linear.Packed([weights[1]], rounded=library.Q4)))
+                thread = threading.Thread(target=lambda: packed.append(linear.Packed([weights[1]])))
                 thread.start()
                 thread.join(60)
             kernels.specdec_pack(*arguments)

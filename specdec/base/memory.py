@@ -2,19 +2,15 @@
 
 safetensors files are mapped: pages of theirs that were not written to can be dropped and come again from the file
 when they are next touched. So a runtime that holds its own form of a weight need not pay for the model's, and the model
-stays whole. Weights that are changed on the way (rounded) get a file of their own first. Where this is not
-possible (other systems than Linux, a full disk), nothing is given back.
+stays whole. On other systems than Linux, nothing is given back.
 """
 
 from __future__ import annotations
 
 import ctypes
 import mmap
-import os
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -41,29 +37,6 @@ def trim() -> None:
     """Give back what the C library keeps of memory that was freed: making packed weights leaves much of it behind."""
     with suppress(AttributeError, OSError):  # no glibc
         ctypes.CDLL(None).malloc_trim(0)
-
-
-def park(parameters: Sequence[Tensor], values: Sequence[Tensor], folder: Path) -> None:
-    """Have ``parameters`` hold ``values`` in a nameless file in ``folder``, from where they come when they are touched.
-
-    The file is gone with the process. Where it cannot be had, the parameters hold the values in memory.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            for parameter, value in zip(parameters, values, strict=True):
-                begin, size = file.seek(0, os.SEEK_END), parameter.nbytes
-                os.posix_fallocate(file.fileno(), begin, size)  # a disk that fills up later would be a bus error
-                file.write(value.to(parameter.dtype).contiguous().view(torch.uint8).numpy().data)
-            file.flush()
-            name = f"/proc/self/fd/{file.fileno()}"
-            whole = torch.from_file(name, shared=True, size=file.tell(), dtype=torch.uint8)
-    except (OSError, RuntimeError):
-        for parameter, value in zip(parameters, values, strict=True):
-            parameter.detach().copy_(value)
-        return
-    for parameter, part in zip(parameters, whole.split([p.nbytes for p in parameters]), strict=True):
-        parameter.data = part.view(parameter.dtype).view(parameter.shape)
 
 
 def _unchanged(first: int, count: int) -> bool:

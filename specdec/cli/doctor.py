@@ -21,7 +21,8 @@ from specdec.models import catalogue
 from specdec.speculation import registry
 
 PACKAGES = ("specdec-m2r2", "torch", "transformers", "numpy", "safetensors", "gguf", "accelerate", "ray")
-FLAGS = tuple("avx2 fma f16c avx512f avx512bw avx512vl avx512dq avx512_bf16 avx512_vnni amx_bf16 amx_int8".split())
+FLAGS = ["avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "avx512_vnni"]
+FLAGS += ["amx_bf16", "amx_int8"]
 VARIABLES = ("SPECDEC_", "OMP_", "GOMP_", "CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "HF_HOME")
 
 

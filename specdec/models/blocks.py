@@ -67,6 +67,11 @@ def numbers(data: Tensor, kind: str) -> Tensor:
     return torch.from_numpy(gguf.quants.dequantize(data.numpy(), gguf.GGMLQuantizationType[kind]))
 
 
+def bits(kind: str) -> int:
+    """Bits of a code in blocks of ``kind``."""
+    return int(kind[1])
+
+
 Dequantize = Callable[[Blocks, Tensor | None, torch.dtype], Tensor]
 
 
@@ -135,6 +140,18 @@ class BlockEmbedding(_InBlocks, nn.Embedding):  # type: ignore[override, misc]
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.unpack(self.blocks, ids.flatten(), self.dtype).view(*ids.shape, -1)
+
+
+def quantized(module: nn.Linear, kind: str) -> BlockLinear:
+    """The linear map with its weight rounded to blocks of ``kind``: Q4_0, Q4_1, Q5_0, Q5_1 or Q8_0.
+
+    Raises SpecDecError if its inputs are not whole blocks.
+    """
+    if module.in_features % 32:
+        raise SpecDecError(f"{kind} blocks take multiples of 32 inputs; a linear map has {module.in_features}")
+    values = module.weight.detach().float().numpy()
+    data = torch.from_numpy(gguf.quants.quantize(values, gguf.GGMLQuantizationType[kind]))
+    return BlockLinear(Blocks(data, kind, module.in_features), module.bias, module.weight.dtype)
 
 
 def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor | Blocks]]:

@@ -49,7 +49,7 @@ def _make(model: PreTrainedModel, runtime: str, weights: str) -> tuple[Target, s
     first = {"cpu": [*native, "fused"], "cuda": ["graphs", "fused"], "mps": []}.get(model.device.type, ["fused"])
     for name in [*first, "reference"] if runtime == "auto" else [runtime]:
         try:
-            if rounded or name == "reference":  # it changes the model's weights, or computes with its modules
+            if name == "reference":  # it computes with the model's modules
                 densify(model)
             if name == "native":
                 return NativeTarget(model, weights), ""

@@ -30,7 +30,7 @@ KERNELS: dict[str, tuple[Any, ...]] = {  # each is there for every instruction s
     "block_tiles": (LONG, INT, INT, INT, POINTER),
     "pack_blocks": (INT, POINTER, INT, POINTER, INT),
     "read_rows": (None, POINTER, POINTER, LONG, POINTER, INT),
-    "pack": (None, INT, POINTER, INT, INT, POINTER, INT),
+    "pack": (None, POINTER, INT, INT, POINTER, INT),
     "pack_i8": (None, POINTER, INT, INT, POINTER, POINTER, INT),
     "pack_i4": (None, POINTER, INT, INT, POINTER, POINTER, INT),
 }

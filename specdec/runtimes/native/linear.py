@@ -56,7 +56,6 @@ class Packed:
     """A linear map ``x W.T + bias`` in tiles. weights: bf16 [out_i, in] or GGUF blocks, one on another. Blocks keep
     their codes and scales; bf16 weights are held as they are.
 
-    rounded: ``Q8`` or ``Q4`` rounds bf16 weights to 8 or 4 bits, in place.
     draft_only: for drafts, which need not be exact: ``(I8,)`` or ``(I4, I8)``, tried in order before all else, for one
         weight. It is rounded to 8 or 4 bits, and what it is multiplied with to 8, where this CPU gains by that.
     Raises SpecDecError if ``in`` is not a multiple of 32, or the outputs of any weight but the last one of 16.
@@ -66,7 +65,6 @@ class Packed:
         self,
         weights: Sequence[Tensor | Blocks],
         bias: Tensor | None = None,
-        rounded: int = BF16,
         draft_only: Sequence[int] = (),
     ) -> None:
         lib = library.load()
@@ -86,7 +84,7 @@ class Packed:
                 self.scale = torch.empty(-(-self.width // 16) * 16)
                 kind, tiles = served[0], _draft_tiles(served[0], weight, self.scale)
             else:
-                kind, tiles = rounded, _tiles(rounded, weight)
+                kind, tiles = BF16, _tiles(weight)
             end += -(-weight.shape[0] // 16)
             part.kind, part.end, part.tiles = kind, end, tiles.data_ptr()
             self.tiles.append(tiles)
@@ -177,17 +175,15 @@ def _block_tiles(blocks: Blocks) -> tuple[int, Tensor]:
     if lib.specdec_pack_blocks(ctypes.byref(table.struct), blocks.shape[0], tiles.data_ptr(), cores.threads()):
         return kind.value, tiles
     _arena.give_back(tiles)
-    return BF16, _tiles(BF16, dequantize(blocks, None, torch.bfloat16))
+    return BF16, _tiles(dequantize(blocks, None, torch.bfloat16))
 
 
-def _tiles(kind: int, weight: Tensor) -> Tensor:
-    """bf16 ``weight`` [out, in] in tiles of ``kind``: BF16, or Q8 or Q4, to which it is rounded in place."""
-    lib, (out, inp), weight = library.load(), weight.shape, weight.detach()
-    source = weight.contiguous()
-    tiles = _arena.take(lib.specdec_tiles_bytes(kind, -(-out // 16) * (inp // 32)))
-    lib.specdec_pack(kind, source.data_ptr(), out, inp, tiles.data_ptr(), cores.threads())
-    if kind != BF16 and source is not weight:
-        weight.copy_(source)
+def _tiles(weight: Tensor) -> Tensor:
+    """bf16 ``weight`` [out, in] in tiles."""
+    lib, (out, inp) = library.load(), weight.shape
+    source = weight.detach().contiguous()
+    tiles = _arena.take(lib.specdec_tiles_bytes(BF16, -(-out // 16) * (inp // 32)))
+    lib.specdec_pack(source.data_ptr(), out, inp, tiles.data_ptr(), cores.threads())
     return tiles
 
 

@@ -19,8 +19,7 @@ from transformers import PreTrainedModel
 
 from specdec.base import cores, memory
 from specdec.base.errors import SpecDecError
-from specdec.models import catalogue
-from specdec.models.blocks import BlockEmbedding, BlockLinear, Blocks, named_weights
+from specdec.models.blocks import BlockEmbedding, BlockLinear, Blocks, bits, densify, named_weights, quantized
 from specdec.runtimes import llama_like
 from specdec.runtimes.adapters import Adapters
 from specdec.runtimes.cache import KVCache, Mask
@@ -52,7 +51,7 @@ from specdec.runtimes.reference import ByParts
 from specdec.runtimes.tree_drafting import Bounds, Candidates, DraftPath, Seed
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
-ROUNDED = {"int8": Q8, "int4": Q4}  # weight formats that bf16 weights are rounded to
+ROUNDED = {"int8": "Q8_0", "int4": "Q4_1"}  # blocks that the layers' weights are rounded to
 BITS = {BF16: 16, Q8: 8, Q4: 4, Q5: 5, K4: 4, K5: 5, K6: 6}
 
 
@@ -91,7 +90,11 @@ class NativeTarget(ByParts):
                 f"{type(act).__name__} and heads of {self.head_dim}"
             )
         self.heads, self.kv_heads = int(config.num_attention_heads), int(config.num_key_value_heads)
-        self.rounded = ROUNDED.get(weights, BF16)
+        if weights == "dense":
+            densify(model)
+        if weights in ROUNDED:
+            for layer in decoder.layers:
+                _round(layer, ROUNDED[weights])
         self._parts = llama_like.adapter_parts(first)
         self._layers = (Layer * self.num_layers)()
         self._alive: list[Any] = []  # what the structures point to
@@ -115,8 +118,8 @@ class NativeTarget(ByParts):
         self._adapted: WeakKeyDictionary[Adapters, dict[int, Any]] = WeakKeyDictionary()
         self._coarse: WeakKeyDictionary[Adapters, dict[tuple[int, int], Any]] = WeakKeyDictionary()
         kinds = set().union(*(item.kinds for item in self._alive if isinstance(item, Packed)))
-        self.storage = " and ".join(str(bits) for bits in sorted({BITS[kind] for kind in kinds})) + " bits"
-        if self.rounded != BF16:
+        self.storage = " and ".join(str(width) for width in sorted({BITS[kind] for kind in kinds})) + " bits"
+        if weights in ROUNDED:
             self.storage += ", rounded"
         with memory.sparing((*decoder.layers, decoder.embed_tokens, self.own_head), _mapped):
             self.spread = check_logits(self)
@@ -260,19 +263,14 @@ class NativeTarget(ByParts):
 
     def _pack_layer(self, layer: Any, struct: Layer) -> None:
         for slot, pairs in llama_like.modules(layer).items():
-            weights: list[Tensor | Blocks] = [matrix(module) for _, module in pairs]
-            if self.rounded != BF16:  # copies: in place, the changed pages would stay beside the file's
-                copies = [module.weight.detach().clone() for _, module in pairs]
-                weights = [*copies]
+            weights = [matrix(module) for _, module in pairs]
             biases = [module.bias for _, module in pairs]
             bias = None if biases[0] is None else torch.cat([b.detach() for b in biases])
             if any(weight.shape[0] % 32 for weight in weights):
                 raise SpecDecError(
                     f"the native runtime takes multiples of 32 outputs; '{pairs[0][0]}' does not have them"
                 )
-            packed = Packed(weights, bias, self.rounded)
-            if self.rounded != BF16:  # the model is the base: it holds what was packed
-                memory.park([module.weight for _, module in pairs], copies, catalogue.cache_dir() / "parked")
+            packed = Packed(weights, bias)
             release(*(matrix(module) for _, module in pairs))
             self._alive.append(packed)
             setattr(struct, slot, packed.struct)
@@ -367,6 +365,13 @@ class NativeTarget(ByParts):
             visible = mask.bool_mask(window)
             mask.memo[key] = None if visible is None else visible.contiguous()
         return mask.memo[key]
+
+
+def _round(layer: nn.Module, kind: str) -> None:
+    """Put the linear maps of a decoder layer into blocks of ``kind``, those in as few or fewer bits excepted."""
+    for path, module in (pair for pairs in llama_like.modules(layer).values() for pair in pairs):
+        if not isinstance(module, BlockLinear) or bits(module.blocks.kind) > bits(kind):
+            layer.set_submodule(path, quantized(module, kind))
 
 
 def matrix(module: nn.Module) -> Tensor | Blocks:

@@ -1,4 +1,4 @@
-/* Packing weights into tiles: bf16 as it is, or rounded, and GGUF blocks, whose codes and scales stay what they are. */
+/* Packing weights into tiles: bf16 as it is, and GGUF blocks, whose codes and scales stay what they are. */
 
 static inline uint16_t word_at(const uint8_t *p) {
     uint16_t v;
@@ -71,16 +71,16 @@ static void read_block(int type, const uint8_t *p, Block *b) {
     }
 }
 
-/* Codes of 16 rows, `stride` apart, to a tile's. */
-static void put_codes(int kind, const int8_t *code, int stride, uint8_t *codes) {
-    for (int row = 0; row < 16 && (kind == Q8 || kind == K6); row++) memcpy(codes + 32 * row, code + stride * row, 32);
+/* Codes of 16 rows, 256 apart, to a tile's. */
+static void put_codes(int kind, const int8_t *code, uint8_t *codes) {
+    for (int row = 0; row < 16 && (kind == Q8 || kind == K6); row++) memcpy(codes + 32 * row, code + 256 * row, 32);
     for (int row = 0; row < 16 && (kind == Q5 || kind == K5); row++) {
         uint32_t bits = 0;
-        for (int i = 0; i < 32; i++) bits |= (uint32_t)(code[stride * row + i] >> 4 & 1) << i;
+        for (int i = 0; i < 32; i++) bits |= (uint32_t)(code[256 * row + i] >> 4 & 1) << i;
         memcpy(codes + 256 + 4 * row, &bits, 4);
     }
     for (int quad = 0; quad < 4 && kind != Q8 && kind != K6; quad++) {
-        const int8_t *a = code + stride * 4 * quad, *b = a + stride, *c = b + stride, *d = c + stride;
+        const int8_t *a = code + 1024 * quad, *b = a + 256, *c = b + 256, *d = c + 256;
         uint16_t words[32];
         for (int i = 0; i < 32; i++)
             words[i] = (uint16_t)((a[i] & 15) | (b[i] & 15) << 4 | (c[i] & 15) << 8 | (d[i] & 15) << 12);
@@ -117,7 +117,7 @@ EXPORT int KERNEL(pack_blocks)(const Table *table, int out, uint8_t *tiles, int 
                 for (int i = 0; i < 16 && kind == K6; i++) head[64 + 16 * i + row] = b.sc[i];
                 memcpy(codes + 256 * row, b.code, (size_t)weights);
             }
-            for (int k = 0; k < g.tiles; k++) put_codes(kind, codes + 32 * k, 256, head + g.head + g.codes * k);
+            for (int k = 0; k < g.tiles; k++) put_codes(kind, codes + 32 * k, head + g.head + g.codes * k);
         }
     }
     return good;
@@ -144,59 +144,15 @@ EXPORT void KERNEL(read_rows)(const Table *table, const int64_t *index, int64_t 
     for (int64_t i = 0; i < count; i++) read_row(table, index ? index[i] : i, to + i * table->columns);
 }
 
-/* --- bf16 weights --- */
-
-/* Codes between the extremes of 32 weights, then the scale and low that fit them best. */
-static void round4(const float *w, int8_t *q, uint16_t *scale, uint16_t *low) {
-    float least = w[0], most = w[0], mq = 0, mw = 0, qq = 0, qw = 0;
-    for (int i = 1; i < 32; i++) least = w[i] < least ? w[i] : least, most = w[i] > most ? w[i] : most;
-    for (int i = 0; i < 32; i++) {
-        q[i] = (int8_t)(most > least ? __builtin_rintf((w[i] - least) * (15 / (most - least))) : 0);
-        mq += q[i] / 32.0f, mw += w[i] / 32;
-    }
-    for (int i = 0; i < 32; i++) qq += (q[i] - mq) * (q[i] - mq), qw += (q[i] - mq) * w[i];
-    float d = qq > 0 ? qw / qq : 0;
-    *scale = half_of(d), *low = half_of(mw - half(*scale) * mq);
-}
-
-static void round8(const float *w, int8_t *q, uint16_t *scale) {
-    float most = 0;
-    for (int i = 0; i < 32; i++) most = __builtin_fabsf(w[i]) > most ? __builtin_fabsf(w[i]) : most;
-    *scale = half_of(most / 127);
-    float d = half(*scale);
-    for (int i = 0; i < 32; i++) {
-        float v = d > 0 ? __builtin_rintf(w[i] / d) : 0;
-        q[i] = (int8_t)(v > 127 ? 127 : v < -127 ? -127 : v);
-    }
-}
-
-/* Pack bf16 weights [out, in] into tiles of BF16, or rounded to Q8 or Q4, in place too; rows up to the next multiple of 16
- * are zero. */
-EXPORT void KERNEL(pack)(int kind, bf16 *weights, int out, int in, uint8_t *tiles, int threads) {
-    const Group g = GROUPS[kind];
+/* Pack bf16 weights [out, in]; rows up to the next multiple of 16 are zero. */
+EXPORT void KERNEL(pack)(const bf16 *weights, int out, int in, uint8_t *tiles, int threads) {
 #pragma omp parallel for num_threads(threads)
     for (int t = 0; t < (out + 15) / 16; t++)
         for (int k = 0; k < in / 32; k++) {
-            uint8_t *head = tiles + (g.head + g.codes) * ((int64_t)t * (in / 32) + k);
-            int8_t codes[16 * 32] = {0};
-            memset(head, 0, (size_t)(g.head + g.codes));
-            for (int row = 0; row < 16 && 16 * t + row < out; row++) {
-                bf16 *source = weights + (int64_t)(16 * t + row) * in + 32 * k;
-                if (kind == BF16) {
-                    memcpy(head + 64 * row, source, 64);
-                    continue;
-                }
-                float w[32];
-                int8_t *q = codes + 32 * row;
-                uint16_t scale, low = 0;
-                for (int i = 0; i < 32; i++) w[i] = widen(source[i]);
-                if (kind == Q4) round4(w, q, &scale, &low);
-                else round8(w, q, &scale);
-                for (int i = 0; i < 32; i++) source[i] = narrow(q[i] * half(scale) + half(low));
-                memcpy(head + 2 * row, &scale, 2);
-                if (kind == Q4) memcpy(head + 32 + 2 * row, &low, 2);
-            }
-            if (kind != BF16) put_codes(kind, codes, 32, head + g.head);
+            uint8_t *tile = tiles + 1024 * ((int64_t)t * (in / 32) + k);
+            memset(tile, 0, 1024);
+            for (int row = 0; row < 16 && 16 * t + row < out; row++)
+                memcpy(tile + 64 * row, weights + (int64_t)(16 * t + row) * in + 32 * k, 64);
         }
 }
 
