@@ -123,6 +123,7 @@ class NativeTarget(ByParts):
             self.storage += ", rounded"
         with memory.sparing((*decoder.layers, decoder.embed_tokens, self.own_head), _mapped):
             self.spread = check_logits(self)
+        memory.release(*_mapped(model))  # of large pages, parts may have come again with their neighbours
         memory.trim()
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
