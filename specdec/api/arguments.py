@@ -27,6 +27,7 @@ CONSTRUCTOR = {
     "drafter_options": _MAPPING,
     "runtime": options.TEXT,
     "weights": options.TEXT,
+    "kv_cache": options.TEXT,
     "verifier": options.TEXT | options.Kind("a Verifier", lambda value: callable(value.verify)),
     "verifier_options": _MAPPING,
     "exact": options.BOOL,

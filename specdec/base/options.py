@@ -33,6 +33,11 @@ class Weights(StrEnum):
     int4 = "int4"
 
 
+class KVCache(StrEnum):
+    auto = "auto"
+    int8 = "int8"
+
+
 MAX_SEED = 2**63 - 1
 GREEDY_BELOW = 1e-5  # temperatures below it: logits / T would overflow float32, and the softmax is one-hot anyway
 

@@ -50,7 +50,7 @@ from pydantic import AfterValidator, Field
 
 from specdec.base import options
 from specdec.base.errors import SpecDecError
-from specdec.base.options import GREEDY_BELOW, MAX_SEED, Runtime, Weights
+from specdec.base.options import GREEDY_BELOW, MAX_SEED, KVCache, Runtime, Weights
 from specdec.base.settings import Settings
 from specdec.models.catalogue import DEFAULT_MODEL
 
@@ -87,6 +87,7 @@ class Cell(Settings):
     device: Text = "auto"
     runtime: Runtime = Field(Runtime.auto, strict=False, description=f"one of {', '.join(Runtime)}")
     weights: Weights = Field(Weights.auto, strict=False, description=f"one of {', '.join(Weights)}")
+    kv_cache: KVCache = Field(KVCache.auto, strict=False, description=f"one of {', '.join(KVCache)}")
     drafter: Text = "auto"
     drafter_options: dict[str, Any] = Field(default_factory=dict, description="a mapping")
     verifier: Text = "exact"
@@ -110,7 +111,8 @@ class Cell(Settings):
     @property
     def loading(self) -> dict[str, Any]:
         """What decides which model is loaded, and how."""
-        return {name: str(getattr(self, name)) for name in ("model", "dtype", "device", "runtime", "weights")}
+        names = "model", "dtype", "device", "runtime", "weights", "kv_cache"
+        return {name: str(getattr(self, name)) for name in names}
 
     @property
     def is_hf(self) -> bool:

@@ -129,6 +129,7 @@ class Run:
             "device": str(self.base.target.device),
             "dtype": str(self.base.target.dtype).removeprefix("torch."),
             "runtime": self.base.target.runtime,
+            "kv_cache": self.base.target.kv_cache,
             "runtime_note": self.base.runtime_note,
             "context": self.base.target.context,
         }

@@ -49,6 +49,7 @@ def bench(
     device: shared.Device = "auto",
     runtime: shared.Runtime = options.Runtime.auto,
     weights: shared.Weights = options.Weights.auto,
+    kv_cache: shared.KVCache = options.KVCache.auto,
     output: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder for results.jsonl (every request) and bench.json.")
     ] = None,
@@ -76,6 +77,7 @@ def bench(
             device=device,
             runtime=runtime,
             weights=weights,
+            kv_cache=kv_cache,
             verifier=verifier,
             verifier_options=options.assignments("--verifier-option", verifier_option or []),
             num_speculative_tokens=shared.depth(num_speculative_tokens),
@@ -155,10 +157,11 @@ def _print(summary: dict[str, Any], table: Any) -> None:
     """Print what was measured, the figures, and where the time went."""
     cell, about, prompts = (summary[key] for key in ("configuration", "environment", "prompts"))
     skipped = f", {len(prompts['skipped'])} skipped" if prompts["skipped"] else ""
+    held = "" if about["kv_cache"] == "as computed" else f", KV cache in {about['kv_cache']}"
     times = f"{cell['repetitions']} repetition{'s' * (cell['repetitions'] > 1)}"
     how = "greedy" if cell["temperature"] == 0 else f"temperature {cell['temperature']:g}"
     terminal.write(
-        f"{cell['model']}, {about['dtype']}, {about['runtime']} runtime on {about['device']}, {about['threads']} "
+        f"{cell['model']}, {about['dtype']}, {about['runtime']} runtime on {about['device']}{held}, {about['threads']} "
         f"threads, {about['cpu']}\n"
         f"{prompts['conversations']} conversations of {prompts['name']}{skipped}, {how}, at most "
         f"{cell['max_new_tokens']} tokens, batch of {cell['batch_size']}, {times}, "

@@ -48,6 +48,7 @@ def generate(
     device: shared.Device = "auto",
     runtime: shared.Runtime = options.Runtime.auto,
     weights: shared.Weights = options.Weights.auto,
+    kv_cache: shared.KVCache = options.KVCache.auto,
     revision: Annotated[str | None, _model("--revision", "Branch, tag or commit of a Hugging Face id.", "REV")] = None,
     trust_remote_code: Annotated[
         bool, _model("--trust-remote-code", "Run Python code that comes with the model.")
@@ -133,6 +134,7 @@ def generate(
             trust_remote_code=trust_remote_code,
             runtime=runtime,
             weights=weights,
+            kv_cache=kv_cache,
             drafter_options=drafter_options,
             verifier=rule,
             experts=experts,

@@ -41,6 +41,10 @@ Weights = Annotated[
     options.Weights,
     _model("--weights", "auto, dense, or layers rounded to int8 or int4 (CPU, bfloat16): the base, then.", "KIND"),
 ]
+KVCache = Annotated[
+    options.KVCache,
+    _model("--kv-cache", "auto (in the model's dtype), or int8: half the memory, lossy (native runtime).", "KIND"),
+]
 Drafter = Annotated[
     str,
     _model(

@@ -47,7 +47,7 @@ def statistics(
             ("acceptance rate", rate),
             ("steps", str(m.num_spec_steps)),
             ("drafter", decoder.drafter.label + (f" (from {source})" if source else "")),
-            ("runtime", " ".join(list(runtime(decoder).values())[:3]) + f", weights {_held(decoder)}"),
+            ("runtime", " ".join(list(runtime(decoder).values())[:3]) + f", {_held(decoder)}"),
         ]
     ]
     if tuned is not None:
@@ -139,12 +139,14 @@ def rule(decoder: SpecDecoder) -> str:
 
 
 def _held(decoder: SpecDecoder) -> str:
-    storage = decoder.target.storage
-    return storage if storage == "as loaded" else f"in {storage}"
+    storage, kv_cache = decoder.target.storage, decoder.target.kv_cache
+    weights = "weights " + (storage if storage == "as loaded" else f"in {storage}")
+    return weights if kv_cache == "as computed" else f"{weights}, KV cache in {kv_cache}"
 
 
 def runtime(decoder: SpecDecoder) -> dict[str, str]:
-    """Which runtime ran, in which dtype, where, and what its weights are held in."""
+    """Which runtime ran, in which dtype, where, and what its weights, keys and values are held in."""
     target = decoder.target
     dtype, device = str(target.dtype).removeprefix("torch."), str(target.device)
-    return {"runtime": target.runtime, "dtype": dtype, "device": device, "storage": target.storage}
+    held = {"storage": target.storage, "kv_cache": target.kv_cache}
+    return {"runtime": target.runtime, "dtype": dtype, "device": device} | held

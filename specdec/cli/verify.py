@@ -46,6 +46,7 @@ def verify(
     device: shared.Device = "auto",
     runtime: shared.Runtime = options.Runtime.auto,
     weights: shared.Weights = options.Weights.auto,
+    kv_cache: shared.KVCache = options.KVCache.auto,
     output: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder for certificate.txt and certificate.json.")
     ] = None,
@@ -90,6 +91,7 @@ def verify(
             device=device,
             runtime=runtime,
             weights=weights,
+            kv_cache=kv_cache,
         )
         drafter = decoder.tuned.drafter if decoder.tuned else decoder.drafter.name if drafter == "auto" else drafter
     plan = Plan(chosen, spread(found.conversations, limit), max_new_tokens, draws, places, params)
@@ -113,7 +115,8 @@ def verify(
         "max_new_tokens": max_new_tokens,
     }
     title = [
-        f"model      {model}, {about['dtype']}, {about['runtime']} runtime on {about['device']}, weights {weights}",
+        f"model      {model}, {about['dtype']}, {about['runtime']} runtime on {about['device']}, weights {weights}, "
+        f"KV cache {about['kv_cache']}",
         f"drafter    {drafter}; acceptance rule {about['verifier']}",
         f"prompts    {about['prompts']}, at most {max_new_tokens} new tokens",
         f"command    {about['command']}",

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from specdec.base.devices import upload
 
+SCALE = 4  # bytes of the float32 behind the 8-bit codes of a row
 AHEAD = 1 << 30  # bytes of slots that buffers begin with at most because they are expected
 
 
@@ -66,6 +67,7 @@ class KVCache:
     Buffers are allocated on first use of a layer (``whole``, whatever is in it, is used first) and grow in blocks of
     ``block`` slots; on a CPU, where memory is taken as it is written, they begin with room for the slots that are
     ``expected``. When gradients are needed (training), entries are concatenated instead, so that autograd sees them.
+    rounded: a slot of a head is held in 8 bits, as ``rows8`` makes it (no gradients then).
     """
 
     def __init__(
@@ -75,9 +77,10 @@ class KVCache:
         device: torch.device | str = "cpu",
         block: int = 256,
         whole: Tensor | None = None,
+        rounded: bool = False,
     ) -> None:
-        self.block, self.device = block, torch.device(device)
-        self.keys: list[Tensor | None] = [None] * num_layers  # each (B, H, capacity, d)
+        self.block, self.device, self.rounded = block, torch.device(device), rounded
+        self.keys: list[Tensor | None] = [None] * num_layers  # each (B, H, capacity, d); rounded: d + 4, int8
         self.values: list[Tensor | None] = [None] * num_layers
         # (2, N, rows, H, capacity, d), which all keys and values are parts of, or not; rows beyond B are room
         self.whole: Tensor | None = None
@@ -105,8 +108,10 @@ class KVCache:
         multiple: a divisor of ``block``; S is rounded up to it by slots with old or zero entries, which the caller has
         to hide (no gradients then).
         """
-        start, end = self.lengths[layer], self.lengths[layer] + k.shape[2]
+        start, end, dtype = self.lengths[layer], self.lengths[layer] + k.shape[2], k.dtype
         old_k, old_v = self.keys[layer], self.values[layer]
+        if self.rounded:
+            k, v = rows8(k), rows8(v)
         if torch.is_grad_enabled() and (k.requires_grad or (old_k is not None and old_k.requires_grad)):
             new_k = k if old_k is None else torch.cat((old_k[:, :, :start], k), 2)
             new_v = v if old_v is None else torch.cat((old_v[:, :, :start], v), 2)
@@ -121,15 +126,19 @@ class KVCache:
             new_k[:, :, start:end], new_v[:, :, start:end] = k, v
         self.keys[layer], self.values[layer], self.lengths[layer] = new_k, new_v, end
         end += -end % multiple
-        return new_k[:, :, :end], new_v[:, :, :end]
+        seen_k, seen_v = new_k[:, :, :end], new_v[:, :, :end]
+        return (widened(seen_k, dtype), widened(seen_v, dtype)) if self.rounded else (seen_k, seen_v)
 
     def reserve(self, lo: int, hi: int, count: int, heads: int, head_dim: int, dtype: torch.dtype) -> int:
         """Count the next ``count`` slots of layers [lo, hi) as filled, with room for a runtime to write them itself.
 
         Returns the first of them. ``keys`` and ``values`` of each layer are then [B, heads, capacity, head_dim],
         contiguous, with a capacity that is a multiple of ``block``: parts of one buffer, which is moved in one piece.
+        (Rounded: [B, heads, capacity, head_dim + 4], int8.)
         """
         start = self.lengths[lo]
+        if self.rounded:
+            head_dim, dtype = head_dim + SCALE, torch.int8
         self._enlarge(start + count, heads, head_dim, dtype)
         self.lengths[lo:hi] = [start + count] * (hi - lo)
         return start
@@ -266,6 +275,19 @@ class KVCache:
             for to, row in moves.items():
                 whole[:, :, to, :, :filled] = whole[:, :, row, :, :filled]
             self._divide(whole)
+
+
+def rows8(x: Tensor) -> Tensor:
+    """``x`` [..., d] rounded to 8 bits: int8 [..., d + 4], codes and the bytes of their scale, a float32."""
+    scale = x.float().abs().amax(-1, keepdim=True) / 127
+    codes = (x.float() / scale.clamp_min(1e-30)).round().to(torch.int8)
+    return torch.cat((codes, scale.view(torch.int8)), -1)
+
+
+def widened(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """What ``rows8`` rounded: [..., d]."""
+    codes, scale = rows.split([rows.shape[-1] - SCALE, SCALE], -1)
+    return (codes * scale.contiguous().view(torch.float32)).to(dtype)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

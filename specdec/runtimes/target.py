@@ -54,6 +54,7 @@ class Target(ABC):
 
     runtime: str  # "reference", "fused", ...
     storage = "as loaded"  # what the layers' weights are held in
+    kv_cache = "as computed"  # what keys and values are held in
     spread: float  # difference from the model's own logits in the self-check at load, relative to the largest logit
     tokenizer: Any = None  # the model's, where known: drafters with a model of their own compare it
     experts: Offload | None = None  # where experts are loaded from slow memory, what loads them

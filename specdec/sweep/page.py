@@ -21,7 +21,12 @@ SECTIONS = {  # name: title, and the text where there is no picture
     "quality": ("Quality against speed", "No rule that may change the output took part: there is no quality to trade."),
     "heat": ("Two axes at once", "Fewer than two axes were swept: there is no map to draw."),
 }
-ENVIRONMENT = {"memory_gb": "memory (GB)", "load_average": "load average", "runtime_note": "about the runtime"}
+ENVIRONMENT = {
+    "memory_gb": "memory (GB)",
+    "load_average": "load average",
+    "runtime_note": "about the runtime",
+    "kv_cache": "KV cache",
+}
 
 
 def write_page(results: Results, folder: Path) -> Path:

@@ -215,13 +215,17 @@ class Sweep:
                     holder = holder.setdefault(key, {})
                 holder[last] = point[name]
         cell = Cell(**values)
-        if cell.weights in ("int8", "int4") and (
-            cell.dtype not in ("auto", "bfloat16") or cell.device not in ("auto", "cpu") or cell.runtime == "reference"
-        ):
+        elsewhere = cell.dtype not in ("auto", "bfloat16") or cell.device not in ("auto", "cpu")
+        given = f"dtype {cell.dtype}, device {cell.device}, runtime {cell.runtime}; exclude the combination"
+        if cell.weights in ("int8", "int4") and (elsewhere or cell.runtime == "reference"):
             self.document.fail(
                 ("weights",),
-                f"weights {cell.weights} need bfloat16, the CPU and a runtime of ours; they cannot go with "
-                f"dtype {cell.dtype}, device {cell.device}, runtime {cell.runtime}; exclude the combination",
+                f"weights {cell.weights} need bfloat16, the CPU and a runtime of ours; they cannot go with {given}",
+            )
+        if cell.kv_cache == "int8" and (elsewhere or cell.runtime not in ("auto", "native")):
+            self.document.fail(
+                ("kv_cache",),
+                f"an 8-bit KV cache needs bfloat16, the CPU and the native runtime; it cannot go with {given}",
             )
         for group in GROUPS:
             name = point[group]

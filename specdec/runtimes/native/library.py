@@ -73,7 +73,7 @@ class Model(ctypes.Structure):
 class Call(ctypes.Structure):
     _fields_ = (
         *((n, INT) for n in ("batch", "tokens", "lo", "hi", "start", "threads", "adapted", "windows")),
-        *((n, INT) for n in ("causal", "unused")),
+        *((n, INT) for n in ("causal", "cache")),
         *((n, POINTER) for n in ("spans", "x", "positions", "rotary", "keys", "values", "capacity", "masks", "window")),
         *((n, POINTER) for n in ("taps", "low")),
     )

@@ -64,6 +64,10 @@ int omp_get_num_threads(void);
 enum { BF16, Q8, Q4, Q5, K4, K5, K6, I8, I4, KINDS };
 enum { AVX2 = 1, AVX512, AMX }; /* instruction sets */
 enum { MOST_BLOCKS = 3 }; /* of tokens that are multiplied at once */
+enum { CACHE16, CACHE8 }; /* rows of the cache, a slot of a head each: bf16[head_dim]; int8[head_dim] and their scale, a float */
+
+/* Bytes of a row of the cache. */
+static inline int64_t cache_row(int kind, int d) { return kind == CACHE8 ? d + 4 : 2 * d; }
 
 typedef struct {
     int tiles, head, codes; /* of a group: how many tiles, bytes of its head, bytes of each tile's codes */
@@ -119,12 +123,13 @@ typedef struct {
 
 typedef struct {
     int32_t batch, tokens, lo, hi, start, threads, adapted, windows; /* start: first new cache slot */
-    int32_t causal, unused;      /* each token sees the slots up to its own, within its window: there are no masks */
+    int32_t causal, cache;       /* causal: each token sees the slots up to its own, within its window: there are no masks; cache:
+                                  * its kind of rows */
     const int32_t *spans;        /* by window kind: how many of the last slots are seen; 0: all */
     bf16 *x;                     /* [batch * tokens, hidden], in and out; unused in a passage */
     const int64_t *positions;    /* [batch * tokens] */
     const float *rotary;         /* [position][cosines, sines][rotated / 2] */
-    bf16 **keys, **values;       /* by layer: [batch, kv_heads, capacity, head_dim] */
+    uint8_t **keys, **values;    /* by layer: rows [batch, kv_heads, capacity] */
     const int32_t *capacity;     /* by layer: slots */
     const uint8_t *const *masks; /* by window kind: [batch, tokens, start + tokens], 1 = visible; NULL: all visible */
     const int32_t *window;       /* by layer: its kind */

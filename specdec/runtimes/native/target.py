@@ -62,12 +62,13 @@ class NativeTarget(ByParts):
 
     weights: "auto" (in 4 or 8 bits where they hold the values exactly, else bf16), "dense" (bf16),
     "int8" or "int4" (layers rounded where need be; ``model`` is rounded with them: it is the base).
+    kv_cache: "auto" (bf16) or "int8" (rounded, a scale for each slot of a head).
     ``storage``: what the layers' weights are held in. Raises SpecDecError for what it does not serve.
     """
 
     runtime = "native"
 
-    def __init__(self, model: PreTrainedModel, weights: str = "auto") -> None:
+    def __init__(self, model: PreTrainedModel, weights: str = "auto", kv_cache: str = "auto") -> None:
         refuse_unsupported(model)
         self.lib = library.load()
         kind, config = model.config.model_type, model.config
@@ -95,6 +96,9 @@ class NativeTarget(ByParts):
         if weights in ROUNDED:
             for layer in decoder.layers:
                 _round(layer, ROUNDED[weights])
+        self.cache_rounded = kv_cache == "int8"
+        if self.cache_rounded:
+            self.kv_cache = "8 bits (lossy)"
         self._parts = llama_like.adapter_parts(first)
         self._layers = (Layer * self.num_layers)()
         self._alive: list[Any] = []  # what the structures point to
@@ -125,6 +129,9 @@ class NativeTarget(ByParts):
             self.spread = check_logits(self)
         memory.release(*_mapped(model))  # of large pages, parts may have come again with their neighbours
         memory.trim()
+
+    def new_cache(self, batch: int = 1) -> KVCache:
+        return KVCache(self.num_layers, batch, rounded=self.cache_rounded)
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         return self.embedding(ids)
@@ -218,6 +225,7 @@ class NativeTarget(ByParts):
     def place(self, call: Call, cache: KVCache, lo: int, hi: int, count: int) -> Any:
         """Have ``call`` write to the next ``count`` slots of the cache's layers [lo, hi); return what must live."""
         call.start = cache.reserve(lo, hi, count, self.kv_heads, self.head_dim, torch.bfloat16)
+        call.cache = cache.rounded
         rotary = self._rotary_tables(call.start + count)  # no position is beyond its slot
         keys, values, capacity = slots = self._slots(cache)
         call.rotary, call.capacity = rotary.data_ptr(), ctypes.addressof(capacity)
@@ -232,11 +240,11 @@ class NativeTarget(ByParts):
         return call
 
     def _slots(self, cache: KVCache) -> tuple[Any, Any, Any]:
-        """By layer, pointers to keys and values in the cache's buffer [2, N, B, Hkv, capacity, d], and the capacity."""
+        """By layer, pointers to keys and values in the cache's buffer [2, N, B, Hkv, capacity, row], and capacities."""
         slots, whole = cache.memo.get("native"), cache.whole
         if slots is None:
             assert whole is not None
-            n, begin, half, step = self.num_layers, whole.data_ptr(), 2 * whole.stride(0), 2 * whole.stride(1)  # bytes
+            n, begin, (half, step, *_) = self.num_layers, whole.data_ptr(), (s * whole.itemsize for s in whole.stride())
             keys = (POINTER * n)(*range(begin, begin + half, step))
             values = (POINTER * n)(*range(begin + half, begin + 2 * half, step))
             slots = cache.memo["native"] = keys, values, (INT * n)(*[whole.shape[4]] * n)

@@ -12,6 +12,28 @@ enum { SOON = 64 }; /* keys ahead that are sent for */
     EACH_BLOCK(block) \
     for (int s = block; s < block + 16 && s < count; s++)
 
+/* 16 numbers of a row of the cache; without its scale. */
+INLINE F cached16(int kind, const uint8_t *row, int at) {
+    return kind == CACHE8 ? load_int8(row + at) : load_bf16((const bf16 *)row + at);
+}
+
+/* As score_keys, for rows of the cache. Returns each key's scale: codes of 8 bits are exact in bf16. */
+INLINE F score_rows(int kind, const uint8_t *keys, int d, const uint32_t *queries, int columns, float *to) {
+    if (kind == CACHE8) {
+        bf16 codes[16 * 256] __attribute__((aligned(64)));
+        float own[16] __attribute__((aligned(64)));
+        for (int i = 0; i < 16; i++) {
+            const uint8_t *row = keys + i * cache_row(kind, d);
+            for (int at = 0; at < d; at += 16) store_h(codes + i * d + at, narrow16(cached16(kind, row, at)));
+            own[i] = scale_of(row, d);
+        }
+        score_keys(codes, d, queries, columns, to);
+        return load16(own);
+    }
+    score_keys((const bf16 *)keys, d, queries, columns, to);
+    return set16(1.0f);
+}
+
 /* sum[column] = the sum of p[key][column], out[column][dims] that of p[key][column] v[key][dims]; COLUMNS and PARTS times
  * 16 dims at once. Keys are added in order: on where they lie nothing depends. */
 #define WEIGHTED_SUM(COLUMNS, PARTS)                                                                                 \
@@ -26,9 +48,11 @@ enum { SOON = 64 }; /* keys ahead that are sent for */
             for (int i = 0; i < PARTS; i++)                                                                          \
                 for (int c = 0; c < COLUMNS; c++) acc[i][c] = zero16();                                   \
             EACH_KEY(s) {                                                                                            \
-                for (int i = 0; i < PARTS; i++) v[i] = load_bf16(values + (int64_t)s * d + at + 16 * i);             \
+                const uint8_t *value = values + s * row;                                                             \
+                for (int i = 0; i < PARTS; i++) v[i] = cached16(kind, value, at + 16 * i);                           \
                 for (int c = 0; c < COLUMNS; c++) {                                                                  \
-                    F weight = set16(p[(columns - 1) * block + s + 16 * c]);                                           \
+                    float share = p[(columns - 1) * block + s + 16 * c];                                             \
+                    F weight = set16(kind == CACHE8 ? share * scale_of(value, d) : share);                           \
                     for (int i = 0; i < PARTS; i++) acc[i][c] = fma16(weight, v[i], acc[i][c]);            \
                 }                                                                                                    \
             }                                                                                                        \
@@ -41,18 +65,20 @@ enum { SOON = 64 }; /* keys ahead that are sent for */
  * queries: vnni_bf16 [d / 2][16 columns]; visible: for each key the columns that see it, as bits from `bit` on, or NULL (all see
  * all). p: scratch, [blocks of 16 keys][column][key]; out: [16][d]. once: no other columns read these keys: they are sent
  * for ahead. Memory of whole blocks of keys is read. */
-static void attend(const bf16 *keys, const bf16 *values, int count, int d, const uint32_t *queries, int columns,
-                   const uint16_t *visible, int bit, float scale, int once, float *p, float *out) {
-    F most[16], sum[16], scales = set16(scale);
+INLINE void attend_rows(int kind, const uint8_t *keys, const uint8_t *values, int count, int d, const uint32_t *queries, int columns,
+                        const uint16_t *visible, int bit, float scale, int once, float *p, float *out) {
+    const int64_t row = cache_row(kind, d);
+    F most[16], sum[16];
     for (int c = 0; c < 16; c++) most[c] = set16(-1e30f);
     EACH_BLOCK(s) {
         float *to = p + columns * s;
-        for (int i = 0; once && i < 16 * d; i += 32) {
-            __builtin_prefetch((keys + (int64_t)(s + SOON) * d + i), 0, 3);
-            __builtin_prefetch((values + (int64_t)s * d + i), 0, 2);
+        for (int i = 0; once && i < 16 * row; i += 64) {
+            __builtin_prefetch((keys + (s + SOON) * row + i), 0, 3);
+            __builtin_prefetch((values + s * row + i), 0, 2);
         }
         M there = mask16(count - s < 16 ? (1u << (count - s)) - 1 : 0xffff);
-        score_keys(keys + (int64_t)s * d, d, queries, columns, to);
+        F scales = score_rows(kind, keys + s * row, d, queries, columns, to);
+        scales = kind == CACHE8 ? mul16(scales, set16(scale)) : set16(scale);
         for (int c = 0; c < columns; c++) {
             M mine = visible ? both16(there, bit_h(visible + s, bit + c)) : there;
             F v = pick16(mine, mul16(load16(to + 16 * c), scales), set16(-1e30f));
@@ -77,4 +103,10 @@ static void attend(const bf16 *keys, const bf16 *values, int count, int d, const
         F share_ = div16(set16(1.0f), max16(sum[c], set16(1e-30f)));
         for (int at = 0; at < d; at += 16) store16(out + c * d + at, mul16(load16(out + c * d + at), share_));
     }
+}
+
+static void attend(int kind, const uint8_t *keys, const uint8_t *values, int count, int d, const uint32_t *queries, int columns,
+                   const uint16_t *visible, int bit, float scale, int once, float *p, float *out) {
+    if (kind == CACHE8) attend_rows(CACHE8, keys, values, count, d, queries, columns, visible, bit, scale, once, p, out);
+    else attend_rows(CACHE16, keys, values, count, d, queries, columns, visible, bit, scale, once, p, out);
 }

@@ -92,14 +92,39 @@ static void prefetch_cache(const Pass *p, int index, int at, int parts, int me, 
     const Model *m = p->m;
     const Call *c = p->c;
     int items = c->batch * m->kv_heads, together, from, to;
-    split(p->slots < MOST_EXPECTED ? p->slots * m->head_dim / 32 : 0, at, parts, &from, &to);
+    const int64_t row = cache_row(c->cache, m->head_dim);
+    split(p->slots < MOST_EXPECTED ? (int)(p->slots * row / 64) : 0, at, parts, &from, &to);
     for (int turn = 0; turn < turns_of(items, n); turn++) {
         int item = item_of(turn, items, me, n, &together);
-        int64_t first = (int64_t)item * c->capacity[index] * m->head_dim;
+        int64_t first = (int64_t)item * c->capacity[index] * row;
         for (int line = from; line < to; line++) {
-            __builtin_prefetch((c->keys[index] + first + 32 * line), 0, 2);
-            __builtin_prefetch((c->values[index] + first + 32 * line), 0, 2);
+            __builtin_prefetch((c->keys[index] + first + 64 * line), 0, 2);
+            __builtin_prefetch((c->values[index] + first + 64 * line), 0, 2);
         }
+    }
+}
+
+/* The lanes of feature_major `fm` to rows of an 8-bit cache: int8, to nearest, and their scale. */
+static void put_rows8(const float *fm, int d, uint8_t *const *rows, int count) {
+    float most[16] __attribute__((aligned(64)));
+    F largest = zero16(), broken = zero16(); /* NaN where a number is not finite, and so is the scale */
+    for (int i = 0; i < d; i++) {
+        F v = load16(fm + 16 * i);
+        largest = max16(largest, abs16(v)), broken = fma16(v, zero16(), broken);
+    }
+    store16(most, add16(largest, broken));
+    for (int lane = 0; lane < count; lane++) {
+        float scale = most[lane] < 1e-30f ? 0 : most[lane] / 127, inverse = scale ? 1 / scale : 0;
+        int8_t *to = (int8_t *)rows[lane];
+        for (int i = 0; i < d; i++) to[i] = (int8_t)__builtin_rintf(fm[16 * i + lane] * inverse);
+        memcpy(to + d, &scale, sizeof scale);
+    }
+}
+
+static void put_rows16(const float *fm, int d, uint8_t *const *rows, int count) {
+    for (int lane = 0; lane < count; lane++) {
+        bf16 *to = (bf16 *)rows[lane];
+        for (int i = 0; i < d; i++) to[i] = narrow(fm[16 * i + lane]);
     }
 }
 
@@ -128,6 +153,7 @@ static void run_layer(Pass *p, int index, float *scores, int me, int n) {
     const Layer *layer = m->layers + index;
     const LowRank *low = c->low ? c->low[index] : NULL;
     int d = m->head_dim, total = m->heads + 2 * m->kv_heads, from, to;
+    const int64_t cached_row = cache_row(c->cache, d);
     float sums[MOST_BLOCKS * 256] __attribute__((aligned(64))), gate[MOST_BLOCKS * 256] __attribute__((aligned(64)));
 #define LOW(i) (low && low[i].ks ? low + (i) : NULL)
 
@@ -153,13 +179,15 @@ static void run_layer(Pass *p, int index, float *scores, int me, int n) {
         const float *weight = kv < 0 ? layer->norm_q : layer->norm_k;
         int64_t at = (int64_t)b * (m->rotated / 2) * 16;
         if (kv < m->kv_heads) rotate(fm, m, weight, p->cos + at, p->sin + at);
-        for (int lane = 0; lane < 16 && b * 16 + lane < p->rows; lane++) {
+        uint8_t *rows[16], *cached = (kv < m->kv_heads ? c->keys : c->values)[index];
+        int count = p->rows - 16 * b < 16 ? p->rows - 16 * b : 16;
+        for (int lane = 0; lane < count; lane++) {
             int row = b * 16 + lane, line = row / c->tokens, slot = c->start + row % c->tokens;
-            bf16 *to_ = kv < 0 ? p->queries + ((int64_t)row * m->heads + head) * d
-                               : (kv < m->kv_heads ? c->keys : c->values)[index] +
-                                     (((int64_t)line * m->kv_heads + kv % m->kv_heads) * c->capacity[index] + slot) * d;
-            for (int i = 0; i < d; i++) to_[i] = narrow(fm[16 * i + lane]);
+            rows[lane] = kv < 0 ? (uint8_t *)(p->queries + ((int64_t)row * m->heads + head) * d)
+                                : cached + (((int64_t)line * m->kv_heads + kv % m->kv_heads) * c->capacity[index] + slot) * cached_row;
         }
+        if (kv >= 0 && c->cache == CACHE8) put_rows8(fm, d, rows, count);
+        else put_rows16(fm, d, rows, count);
     }
     wait_for_team(&p->barrier, n);
 
@@ -179,10 +207,10 @@ static void run_layer(Pass *p, int index, float *scores, int me, int n) {
             const uint32_t *pairs = (const uint32_t *)(p->queries + ((int64_t)row * m->heads + head) * d);
             for (int i = 0; i < d / 2; i++) q[16 * i + col] = pairs[i];
         }
-        int64_t cached = ((int64_t)line * m->kv_heads + kv) * c->capacity[index] * d;
+        int64_t cached = ((int64_t)line * m->kv_heads + kv) * c->capacity[index] * cached_row;
         const uint16_t *visible = p->visible[c->window[index]];
         if (visible) visible += ((int64_t)line * p->column_blocks + block) * p->slots;
-        attend(c->keys[index] + cached, c->values[index] + cached, p->slots, d, q, columns, visible, bit, m->scale, p->column_blocks == 1, scores, out);
+        attend(c->cache, c->keys[index] + cached, c->values[index] + cached, p->slots, d, q, columns, visible, bit, m->scale, p->column_blocks == 1, scores, out);
         for (int col = 0; col < columns; col++) {
             int row = line * c->tokens + (first + col) / p->group, head = kv * p->group + (first + col) % p->group;
             uint32_t *lane = p->attended + ((int64_t)(row / 16) * m->heads * d + head * d) * 8 + row % 16;

@@ -82,6 +82,8 @@ static inline __m256 load_bf16_8(const bf16 *p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16));
 }
 static inline F load_bf16(const bf16 *p) { return (F){load_bf16_8(p), load_bf16_8(p + 8)}; }
+static inline __m256 load_int8_8(const void *p) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p))); }
+static inline F load_int8(const void *p) { return (F){load_int8_8(p), load_int8_8((const char *)p + 8)}; }
 static inline __m256i half_up8(__m256 v) { /* the upper 16 bits are v's bf16 */
     __m256i bits = _mm256_castps_si256(v), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     bits = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);

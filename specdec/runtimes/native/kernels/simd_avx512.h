@@ -61,6 +61,7 @@ static inline M bit_h(const uint16_t *p, int bit) { /* which of 16 words have th
 static inline F load_bf16(const bf16 *p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));
 }
+static inline F load_int8(const void *p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p))); }
 static inline H narrow16(F v) { return (H)_mm512_cvtneps_pbh(v); } /* to nearest even, as torch does */
 static inline F rounded(F v) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow16(v)), 16)); }
 static inline void store_h(void *p, H v) { _mm256_store_si256((__m256i *)p, v); }
