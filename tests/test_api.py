@@ -317,10 +317,16 @@ def test_automatic_devices(monkeypatch) -> None:
         raise SpecDecError("enough")
 
     monkeypatch.setattr(loading, "load", load)
-    for more in ({}, {"weights": "int8"}, {"runtime": "native"}, {"weights": "int8", "device": "cuda"}):
+    for more in (
+        {},
+        {"weights": "int8"},
+        {"kv_cache": "int8"},
+        {"runtime": "native"},
+        {"weights": "int8", "device": "cuda"},
+    ):
         with pytest.raises(SpecDecError, match="enough"):
             SpecDecoder.from_pretrained("model", **more)
-    assert asked == ["auto", "cpu", "cpu", "cuda"]
+    assert asked == ["auto", "cpu", "cpu", "cpu", "cuda"]
 
 
 def test_a_cuda_device_that_cannot_compute_is_passed_over(monkeypatch) -> None:

@@ -69,10 +69,11 @@ def passes(target: Target, ids: torch.Tensor, ends: list[int]) -> torch.Tensor:
     return torch.cat(out, 1)
 
 
+@pytest.mark.parametrize("kv_cache", ["auto", "int8"])
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
 @torch.inference_mode()
-def test_a_token_does_not_depend_on_what_is_scored_with_it(family: str) -> None:
-    target = NativeTarget(model_of(family))
+def test_a_token_does_not_depend_on_what_is_scored_with_it(family: str, kv_cache: str) -> None:
+    target = NativeTarget(model_of(family), kv_cache=kv_cache)
     torch.manual_seed(5)
     ids = torch.randint(3, 97, (1, 50))
     single = passes(target, ids, list(range(1, 51)))
@@ -101,12 +102,12 @@ def test_a_token_does_not_depend_on_what_is_scored_with_it(family: str) -> None:
     assert torch.equal(target.readout(x)[0], single[0, 24:25])
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral"])
+@pytest.mark.parametrize(("family", "kv_cache"), [("llama", "auto"), ("mistral", "auto"), ("llama", "int8")])
 @torch.inference_mode()
-def test_a_long_prompt_goes_through_in_slices(family: str) -> None:
+def test_a_long_prompt_goes_through_in_slices(family: str, kv_cache: str) -> None:
     """Its logits, tapped states and adapted tokens are those of short passes."""
     window = {"sliding_window": 600} if family == "mistral" else {}
-    target = NativeTarget(model_of(family, max_position_embeddings=2048, **window))
+    target = NativeTarget(model_of(family, max_position_embeddings=2048, **window), kv_cache=kv_cache)
     with torch.inference_mode(False):
         adapters = random_adapters(ReferenceTarget(target.model)).bfloat16()
     ids = torch.randint(3, 97, (1, 1100), generator=torch.Generator().manual_seed(8))
@@ -239,18 +240,21 @@ def test_coarse_adapters_are_merged_for_drafts_and_leave_the_model_exact(family:
         assert torch.equal(adapted_pass(target, adapters, t, 1)[:, :-1], plain[:, :-1])
 
 
-@pytest.mark.parametrize(("family", "window"), [("llama", None), ("mistral", 12), ("qwen2", None)])
+@pytest.mark.parametrize(
+    ("family", "window", "kv_cache"),
+    [("llama", None, "auto"), ("mistral", 12, "auto"), ("qwen2", None, "auto"), ("llama", None, "int8")],
+)
 @pytest.mark.parametrize(
     "bounds", [tree_drafting.Bounds(5, 1), tree_drafting.Bounds(4, 3), tree_drafting.Bounds(6, 4, 0.02)]
 )
 @torch.inference_mode()
 def test_trees_grow_in_one_call_as_they_do_in_parts(
-    family: str, window: int | None, bounds: tree_drafting.Bounds
+    family: str, window: int | None, kv_cache: str, bounds: tree_drafting.Bounds
 ) -> None:
     model = model_of(family, **({} if window is None else {"sliding_window": window}))
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(6)  # few near ties
-    target = NativeTarget(model)
+    target = NativeTarget(model, kv_cache=kv_cache)
     cache, ids = target.new_cache(), torch.randint(3, 97, (1, 21), generator=torch.Generator().manual_seed(6))
     positions = torch.arange(21)[None]
     taps = {1: torch.empty(0), 3: torch.empty(0)}

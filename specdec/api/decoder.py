@@ -55,8 +55,8 @@ class SpecDecoder:
     weights: "auto" (as loaded; stored in fewer bits where those hold the very same values), "dense" (as loaded), "int8"
     or "int4" (layers rounded; bfloat16 on a CPU). What is rounded is then the base, in ``model`` too: output is
     lossless with respect to it.
-    kv_cache: "auto" (in the model's dtype) or "int8" (keys and values rounded to 8 bits, in the native runtime: half the
-    memory). It is lossy: plain decoding with that cache is then the base.
+    kv_cache: "auto" (in the model's dtype) or "int8" (keys and values rounded to 8 bits, half the memory; native
+    runtime). It is lossy: plain decoding with that cache is then the base.
     verifier: the acceptance rule, a name (with its ``verifier_options``) or an object: "exact", or a lossy one, such as
     "confident". exact: refuse lossy rules.
     experts: of a mixture-of-experts model, keep them in slow memory and load them as they are needed
