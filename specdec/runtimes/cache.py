@@ -18,7 +18,7 @@ from torch import Tensor
 
 from specdec.base.devices import upload
 
-SCALE = 4  # bytes of the float32 behind the 8-bit codes of a row
+TOGETHER = 32  # numbers of an 8-bit row that share a scale
 AHEAD = 1 << 30  # bytes of slots that buffers begin with at most because they are expected
 
 
@@ -80,7 +80,7 @@ class KVCache:
         rounded: bool = False,
     ) -> None:
         self.block, self.device, self.rounded = block, torch.device(device), rounded
-        self.keys: list[Tensor | None] = [None] * num_layers  # each (B, H, capacity, d); rounded: d + 4, int8
+        self.keys: list[Tensor | None] = [None] * num_layers  # each (B, H, capacity, d); rounded: rows8
         self.values: list[Tensor | None] = [None] * num_layers
         # (2, N, rows, H, capacity, d), which all keys and values are parts of, or not; rows beyond B are room
         self.whole: Tensor | None = None
@@ -134,11 +134,11 @@ class KVCache:
 
         Returns the first of them. ``keys`` and ``values`` of each layer are then [B, heads, capacity, head_dim],
         contiguous, with a capacity that is a multiple of ``block``: parts of one buffer, which is moved in one piece.
-        (Rounded: [B, heads, capacity, head_dim + 4], int8.)
+        (Rounded: rows of ``rows8`` instead.)
         """
         start = self.lengths[lo]
         if self.rounded:
-            head_dim, dtype = head_dim + SCALE, torch.int8
+            head_dim, dtype = head_dim + 2 * head_dim // TOGETHER, torch.int8
         self._enlarge(start + count, heads, head_dim, dtype)
         self.lengths[lo:hi] = [start + count] * (hi - lo)
         return start
@@ -278,16 +278,18 @@ class KVCache:
 
 
 def rows8(x: Tensor) -> Tensor:
-    """``x`` [..., d] rounded to 8 bits: int8 [..., d + 4], codes and the bytes of their scale, a float32."""
-    scale = x.float().abs().amax(-1, keepdim=True) / 127
-    codes = (x.float() / scale.clamp_min(1e-30)).round().to(torch.int8)
-    return torch.cat((codes, scale.view(torch.int8)), -1)
+    """``x`` [..., d] rounded to 8 bits: int8 [..., d + d / 16], codes and then their scales, a bf16 for 32 codes."""
+    parts = x.float().unflatten(-1, (-1, TOGETHER))  # (..., d / 32, 32)
+    scales = (parts.abs().amax(-1, keepdim=True) / 127).bfloat16()
+    codes = (parts / scales.float().clamp_min(1e-30)).round().to(torch.int8)
+    return torch.cat((codes.flatten(-2), scales.flatten(-2).view(torch.int8)), -1)
 
 
 def widened(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """What ``rows8`` rounded: [..., d]."""
-    codes, scale = rows.split([rows.shape[-1] - SCALE, SCALE], -1)
-    return (codes * scale.contiguous().view(torch.float32)).to(dtype)
+    """What ``rows8`` rounded, [..., d]."""
+    d = rows.shape[-1] * 16 // 17
+    parts, scales = rows[..., :d].unflatten(-1, (-1, TOGETHER)), rows[..., d:].contiguous().view(torch.bfloat16)
+    return (parts * scales[..., None].float()).flatten(-2).to(dtype)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -64,10 +64,10 @@ int omp_get_num_threads(void);
 enum { BF16, Q8, Q4, Q5, K4, K5, K6, I8, I4, KINDS };
 enum { AVX2 = 1, AVX512, AMX }; /* instruction sets */
 enum { MOST_BLOCKS = 3 }; /* of tokens that are multiplied at once */
-enum { CACHE16, CACHE8 }; /* rows of the cache, a slot of a head each: bf16[head_dim]; int8[head_dim] and their scale, a float */
+enum { CACHE16, CACHE8, TOGETHER = 32 }; /* rows of the cache, a slot of a head each: bf16[d], or int8[d] and bf16[d / TOGETHER], scales */
 
 /* Bytes of a row of the cache. */
-static inline int64_t cache_row(int kind, int d) { return kind == CACHE8 ? d + 4 : 2 * d; }
+static inline int64_t cache_row(int kind, int d) { return kind == CACHE8 ? d + 2 * d / TOGETHER : 2 * d; }
 
 typedef struct {
     int tiles, head, codes; /* of a group: how many tiles, bytes of its head, bytes of each tile's codes */

@@ -62,7 +62,7 @@ class NativeTarget(ByParts):
 
     weights: "auto" (in 4 or 8 bits where they hold the values exactly, else bf16), "dense" (bf16),
     "int8" or "int4" (layers rounded where need be; ``model`` is rounded with them: it is the base).
-    kv_cache: "auto" (bf16) or "int8" (rounded, a scale for each slot of a head).
+    kv_cache: "auto" (bf16) or "int8" (rounded, a scale for 32 numbers).
     ``storage``: what the layers' weights are held in. Raises SpecDecError for what it does not serve.
     """
 

@@ -12,26 +12,19 @@ enum { SOON = 64 }; /* keys ahead that are sent for */
     EACH_BLOCK(block) \
     for (int s = block; s < block + 16 && s < count; s++)
 
-/* 16 numbers of a row of the cache; without its scale. */
-INLINE F cached16(int kind, const uint8_t *row, int at) {
-    return kind == CACHE8 ? load_int8(row + at) : load_bf16((const bf16 *)row + at);
+/* 16 numbers of a row of the cache, from `at` on. */
+INLINE F cached16(int kind, const uint8_t *row, int d, int at) {
+    if (kind == CACHE16) return load_bf16((const bf16 *)row + at);
+    return mul16(load_int8(row + at), set16(widen(((const bf16 *)(row + d))[at / TOGETHER])));
 }
 
-/* As score_keys, for rows of the cache. Returns each key's scale: codes of 8 bits are exact in bf16. */
-INLINE F score_rows(int kind, const uint8_t *keys, int d, const uint32_t *queries, int columns, float *to) {
-    if (kind == CACHE8) {
-        bf16 codes[16 * 256] __attribute__((aligned(64)));
-        float own[16] __attribute__((aligned(64)));
-        for (int i = 0; i < 16; i++) {
-            const uint8_t *row = keys + i * cache_row(kind, d);
-            for (int at = 0; at < d; at += 16) store_h(codes + i * d + at, narrow16(cached16(kind, row, at)));
-            own[i] = scale_of(row, d);
-        }
-        score_keys(codes, d, queries, columns, to);
-        return load16(own);
-    }
-    score_keys((const bf16 *)keys, d, queries, columns, to);
-    return set16(1.0f);
+/* As score_keys, for rows of the cache. */
+INLINE void score_rows(int kind, const uint8_t *keys, int d, const uint32_t *queries, int columns, float *to) {
+    bf16 wide[16 * 256] __attribute__((aligned(64)));
+    for (int i = 0; i < 16 && kind != CACHE16; i++)
+        for (int at = 0; at < d; at += 16)
+            store_h(wide + i * d + at, narrow16(cached16(kind, keys + i * cache_row(kind, d), d, at)));
+    score_keys(kind == CACHE16 ? (const bf16 *)keys : wide, d, queries, columns, to);
 }
 
 /* sum[column] = the sum of p[key][column], out[column][dims] that of p[key][column] v[key][dims]; COLUMNS and PARTS times
@@ -48,11 +41,9 @@ INLINE F score_rows(int kind, const uint8_t *keys, int d, const uint32_t *querie
             for (int i = 0; i < PARTS; i++)                                                                          \
                 for (int c = 0; c < COLUMNS; c++) acc[i][c] = zero16();                                   \
             EACH_KEY(s) {                                                                                            \
-                const uint8_t *value = values + s * row;                                                             \
-                for (int i = 0; i < PARTS; i++) v[i] = cached16(kind, value, at + 16 * i);                           \
+                for (int i = 0; i < PARTS; i++) v[i] = cached16(kind, values + s * row, d, at + 16 * i);             \
                 for (int c = 0; c < COLUMNS; c++) {                                                                  \
-                    float share = p[(columns - 1) * block + s + 16 * c];                                             \
-                    F weight = set16(kind == CACHE8 ? share * scale_of(value, d) : share);                           \
+                    F weight = set16(p[(columns - 1) * block + s + 16 * c]);                                           \
                     for (int i = 0; i < PARTS; i++) acc[i][c] = fma16(weight, v[i], acc[i][c]);            \
                 }                                                                                                    \
             }                                                                                                        \
@@ -68,7 +59,7 @@ INLINE F score_rows(int kind, const uint8_t *keys, int d, const uint32_t *querie
 INLINE void attend_rows(int kind, const uint8_t *keys, const uint8_t *values, int count, int d, const uint32_t *queries, int columns,
                         const uint16_t *visible, int bit, float scale, int once, float *p, float *out) {
     const int64_t row = cache_row(kind, d);
-    F most[16], sum[16];
+    F most[16], sum[16], scales = set16(scale);
     for (int c = 0; c < 16; c++) most[c] = set16(-1e30f);
     EACH_BLOCK(s) {
         float *to = p + columns * s;
@@ -77,8 +68,7 @@ INLINE void attend_rows(int kind, const uint8_t *keys, const uint8_t *values, in
             __builtin_prefetch((values + s * row + i), 0, 2);
         }
         M there = mask16(count - s < 16 ? (1u << (count - s)) - 1 : 0xffff);
-        F scales = score_rows(kind, keys + s * row, d, queries, columns, to);
-        scales = kind == CACHE8 ? mul16(scales, set16(scale)) : set16(scale);
+        score_rows(kind, keys + s * row, d, queries, columns, to);
         for (int c = 0; c < columns; c++) {
             M mine = visible ? both16(there, bit_h(visible + s, bit + c)) : there;
             F v = pick16(mine, mul16(load16(to + 16 * c), scales), set16(-1e30f));

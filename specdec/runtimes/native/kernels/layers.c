@@ -104,20 +104,23 @@ static void prefetch_cache(const Pass *p, int index, int at, int parts, int me, 
     }
 }
 
-/* The lanes of feature_major `fm` to rows of an 8-bit cache: int8, to nearest, and their scale. */
+/* The lanes of feature_major `fm` to rows of an 8-bit cache: int8, to nearest, and scales. */
 static void put_rows8(const float *fm, int d, uint8_t *const *rows, int count) {
     float most[16] __attribute__((aligned(64)));
-    F largest = zero16(), broken = zero16(); /* NaN where a number is not finite, and so is the scale */
-    for (int i = 0; i < d; i++) {
-        F v = load16(fm + 16 * i);
-        largest = max16(largest, abs16(v)), broken = fma16(v, zero16(), broken);
-    }
-    store16(most, add16(largest, broken));
-    for (int lane = 0; lane < count; lane++) {
-        float scale = most[lane] < 1e-30f ? 0 : most[lane] / 127, inverse = scale ? 1 / scale : 0;
-        int8_t *to = (int8_t *)rows[lane];
-        for (int i = 0; i < d; i++) to[i] = (int8_t)__builtin_rintf(fm[16 * i + lane] * inverse);
-        memcpy(to + d, &scale, sizeof scale);
+    for (int first = 0; first < d; first += TOGETHER) {
+        F largest = zero16(), broken = zero16(); /* NaN where a number is not finite, and so is the scale */
+        for (int i = first; i < first + TOGETHER; i++) {
+            F v = load16(fm + 16 * i);
+            largest = max16(largest, abs16(v)), broken = fma16(v, zero16(), broken);
+        }
+        store16(most, add16(largest, broken));
+        for (int lane = 0; lane < count; lane++) {
+            int8_t *to = (int8_t *)rows[lane];
+            bf16 *scale = (bf16 *)(to + d) + first / TOGETHER;
+            *scale = most[lane] < 1e-30f ? 0 : narrow(most[lane] / 127);
+            float inverse = *scale ? 1 / widen(*scale) : 0; /* a scale that was rounded down makes no code of 128 */
+            for (int i = first; i < first + TOGETHER; i++) to[i] = (int8_t)__builtin_rintf(fm[16 * i + lane] * inverse);
+        }
     }
 }
 

@@ -26,12 +26,6 @@ static inline F exp16(F x) {
     return scale16(p, n);
 }
 
-static inline float scale_of(const uint8_t *row, int d) { /* of a row of an 8-bit cache */
-    float scale;
-    memcpy(&scale, row + d, sizeof scale);
-    return scale;
-}
-
 #define INLINE static inline __attribute__((always_inline)) /* `kind` is a constant wherever these are called */
 
 /* The codes of tile `k` of a row of tiles. */
