@@ -115,8 +115,8 @@ def verify(
         "max_new_tokens": max_new_tokens,
     }
     title = [
-        f"model      {model}, {about['dtype']}, {about['runtime']} runtime on {about['device']}, weights {weights}, "
-        f"KV cache {about['kv_cache']}",
+        f"model      {model}, {about['dtype']}, {about['runtime']} runtime on {about['device']}, weights {weights}"
+        + (f", KV cache {kv_cache}" if kv_cache != "auto" else ""),
         f"drafter    {drafter}; acceptance rule {about['verifier']}",
         f"prompts    {about['prompts']}, at most {max_new_tokens} new tokens",
         f"command    {about['command']}",
