@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import tiny_model
 from test_fused import apart, play
 from test_native import SIZES, model_of
+from tiny import save_tiny
+from typer.testing import CliRunner
 from zoo import every, run
 
+from specdec import cli
 from specdec.api.decoder import SpecDecoder
 from specdec.base.errors import SpecDecError
 from specdec.cli import statistics
@@ -144,6 +150,18 @@ def test_it_is_named_lossy_and_compared_with_itself() -> None:
     usual = SpecDecoder(decoder.model, drafter="none")
     assert statistics.runtime(usual)["kv_cache"] == "as computed"
     assert statistics._held(usual) == "weights in 16 bits"
+
+
+def test_the_command_line_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "cache"))
+    folder = str(save_tiny(tmp_path / "model", **SIZES))
+    given = ["--model", folder, "--dtype", "bfloat16", "--kv-cache", "int8", "--drafter", "prompt-lookup"]
+    given += ["--max-new-tokens", "24", "--num-speculative-tokens", "4", "--compare"]
+    shown = CliRunner().invoke(cli.app, ["generate", "ab ab ab", *given])
+    assert "weights in 16 bits, KV cache in 8 bits (lossy)" in shown.stderr
+    assert "output identical to plain decoding: yes" in shown.stderr
+    result = json.loads(CliRunner().invoke(cli.app, ["generate", "ab ab ab", *given, "--json"]).stdout)
+    assert result["kv_cache"] == "8 bits (lossy)" and result["compare"]["identical"]
 
 
 @pytest.mark.parametrize("runtime", ["fused", "graphs", "reference"])

@@ -15,9 +15,9 @@ TEMPLATE = (
 )
 
 
-def save_tiny(folder: Path, context: int = 4096) -> Path:
+def save_tiny(folder: Path, context: int = 4096, **sizes: int) -> Path:
     """Write a float32 llama whose every token is one character, without special ones: it generates up to the limit."""
-    return _save(folder, "llama", {"max_position_embeddings": context})
+    return _save(folder, "llama", {"max_position_embeddings": context, **sizes})
 
 
 def save_tiny_moe(folder: Path, kind: str = "mixtral") -> Path:
