@@ -96,9 +96,7 @@ class NativeTarget(ByParts):
         if weights in ROUNDED:
             for layer in decoder.layers:
                 _round(layer, ROUNDED[weights])
-        self.cache_rounded = kv_cache == "int8"
-        if self.cache_rounded:
-            self.kv_cache = "8 bits (lossy)"
+        self.cache_rounded = False
         self._parts = llama_like.adapter_parts(first)
         self._layers = (Layer * self.num_layers)()
         self._alive: list[Any] = []  # what the structures point to
@@ -127,6 +125,8 @@ class NativeTarget(ByParts):
             self.storage += ", rounded"
         with memory.sparing((*decoder.layers, decoder.embed_tokens, self.own_head), _mapped):
             self.spread = check_logits(self)
+        if kv_cache == "int8":  # from here on: it is lossy, and what is checked is the rest
+            self.cache_rounded, self.kv_cache = True, "8 bits (lossy)"
         memory.release(*_mapped(model))  # of large pages, parts may have come again with their neighbours
         memory.trim()
 
