@@ -126,7 +126,7 @@ def packed_silu_gated(weight: Tensor, bias: Tensor | None = None) -> Linear:
 
 
 def frozen(weight: Tensor, bias: Tensor | None = None) -> Linear:
-    """For weights of a drafter that no longer change: in the fastest storage at one row, which may round."""
+    """For weights of a drafter that no longer change: in the fastest format at one row, which may round."""
     if linear.serves(weight):
         return linear.Packed([weight], bias, draft_only=(library.I8,))
     return (packed if packable(weight.dtype, weight.device) else dense)(weight.detach(), bias)

@@ -29,9 +29,9 @@ def make_target(
     """The target of ``model`` in the runtime named, and a one-line note ("" if there is nothing to say).
 
     runtime "auto": native (CPUs) or graphs (CUDA) where it serves the model on this machine, else fused (not on mps),
-    else the reference runtime, the note saying why. weights: "auto" (as loaded; stored in fewer bits where they hold
-    the very values), "dense" (as loaded), "int8" or "int4" (layers rounded, in the model too: what is rounded is the
-    base). kv_cache: "auto" (in the model's dtype) or "int8" (rounded, in the native runtime).
+    else the reference runtime, the note saying why. weights: "auto" (as loaded, GGUF blocks as they
+    are), "dense" (as loaded, in 16 or 32 bits), "int8" or "int4" (layers rounded, in the model too: what is rounded is
+    the base). kv_cache: "auto" (in the model's dtype) or "int8" (rounded, in the native runtime).
     Raises SpecDecError if the model is unsupported, or unfit for what was named.
     """
     named = ("runtime", runtime, RUNTIMES), ("weights", weights, WEIGHTS), ("kv_cache", kv_cache, KV_CACHES)

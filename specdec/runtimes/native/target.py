@@ -1,8 +1,7 @@
 """The native runtime: decoder layers as one call into compiled kernels.
 
 Builds what the kernels read (packed weights, pointers, masks) and calls them; raises SpecDecError for machines and
-models that it does not serve. Weights that four or eight bits hold *exactly* (those of a checkpoint that was published
-in them) are stored so: fewer bytes to read, the same numbers. Knows nothing about drafting.
+models that it does not serve. Weights of a GGUF file keep their codes and scales. Knows nothing about drafting.
 """
 
 from __future__ import annotations
@@ -60,8 +59,8 @@ class NativeTarget(ByParts):
     rounded to 8 or 4 bits where that is faster; all else is bf16, and a token's result does not depend on what else is
     in its pass, to the last bit.
 
-    weights: "auto" (in 4 or 8 bits where they hold the values exactly, else bf16), "dense" (bf16),
-    "int8" or "int4" (layers rounded where need be; ``model`` is rounded with them: it is the base).
+    weights: "auto" (GGUF blocks as they are, else bf16), "dense" (bf16), "int8" or "int4" (layers rounded to blocks of
+    Q8_0 or Q4_1, in ``model`` too: it is the base).
     kv_cache: "auto" (bf16) or "int8" (rounded, a scale for 32 numbers).
     ``storage``: what the layers' weights are held in. Raises SpecDecError for what it does not serve.
     """
