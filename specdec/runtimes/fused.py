@@ -35,7 +35,12 @@ from specdec.runtimes.linear_maps import Linear
 from specdec.runtimes.llama_like import Norm
 from specdec.runtimes.reference import ByParts
 
-MAKERS = {"packed": linear_maps.packed, "int4": linear_maps.int4, "dense": linear_maps.dense}  # by weight format
+MAKERS = {  # by weight format
+    "packed": linear_maps.packed,
+    "int4": linear_maps.int4,
+    "dense": linear_maps.dense,
+    "through": linear_maps.through,
+}
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "olmo2", "phi3", "gemma")
 
 SPAN = 64  # tokens of a causal pass that attend at once: its masks grow with this, not with the pass
@@ -108,7 +113,12 @@ class FusedTarget(ByParts):
             for weight, _ in (pair for layer in self._weights for pair in layer.values()):
                 linear_maps.check_int4(weight)  # before any of them is rounded
             self.runtime, self.storage = "fused int4", "4 bits, rounded"
-        self._stacks = {name: self._stack(MAKERS[name]) for name in (self.layer_format, "dense")}
+        every = range(self.num_layers)
+        self._stacks = {
+            name: [self._layer(MAKERS[name], index) for index in every] for name in (self.layer_format, "dense")
+        }
+        self._stacks["through"] = list(self._stacks["dense"])  # replaced layer by layer: ``_pack_through``
+        self._passed: set[int] = set()  # layers of that stack
         self._adapted: WeakKeyDictionary[Adapters, _Adapted] = WeakKeyDictionary()
         self._heads: WeakKeyDictionary[nn.Module, dict[str, Linear]] = WeakKeyDictionary()
         self.final_norm = llama_like.norm(decoder.norm, kind)
@@ -153,6 +163,9 @@ class FusedTarget(ByParts):
         batch, t, _ = x.shape
         many = self.layer_format == "int4" and batch * t > linear_maps.INT4_ROWS
         form = "dense" if grad or many else self.layer_format
+        if grad and linear_maps.packable(self.dtype, self.device):
+            form = "through"
+            self._pack_through(lo, hi)
         if given.adapters is None:
             return self._stacks[form]
         adapted = None if given.adapted == t else given.adapted
@@ -226,12 +239,16 @@ class FusedTarget(ByParts):
 
     # -- what is prepared once --------------------------------------------------------------------------------------
 
-    def _stack(self, make: Callable[..., Linear]) -> list[_Layer]:
-        stack = []
-        for norms, w in zip(self._norms, self._weights, strict=True):
-            maps: Any = make(*w["qkv"]), make(*w["out"]), self._gated(make, *w["gate_up"]), make(*w["down"])
-            stack.append(_Layer(*norms, *maps))
-        return stack
+    def _layer(self, make: Callable[..., Linear], index: int) -> _Layer:
+        w = self._weights[index]
+        maps: Any = make(*w["qkv"]), make(*w["out"]), self._gated(make, *w["gate_up"]), make(*w["down"])
+        return _Layer(*self._norms[index], *maps)
+
+    def _pack_through(self, lo: int, hi: int) -> None:
+        """Have the layers [lo, hi) ready for gradients: only those are held a second time."""
+        for index in set(range(lo, hi)) - self._passed:
+            self._stacks["through"][index] = self._layer(linear_maps.through, index)
+            self._passed.add(index)
 
     def _gated(self, make: Callable[..., Linear], weight: Tensor, bias: Tensor | None) -> Linear:
         if make is linear_maps.packed and self.act is F.silu:

@@ -9,6 +9,7 @@ asked for.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from specdec.runtimes.native import library, linear
 Linear = Callable[[Tensor], Tensor]
 
 LAYER_HINT, HEAD_HINT = 16, 1  # row counts whose blocked layout was fastest at all of 1..16 rows
+TRAINED_HINT = 1024  # rows of a training batch
 UNIT_EPS = 1e-6  # of ``rms_unit``
 GROUP = 32  # inputs that share a scale and a zero point in an int4 map
 INT4_ROWS = 12  # most rows at which an int4 map is faster than a dense one
@@ -49,6 +51,29 @@ def packed(weight: Tensor, bias: Tensor | None = None, hint: int = LAYER_HINT) -
 
     def apply(x: Tensor) -> Tensor:
         return product(x, blocked, bias, "none", [], "")
+
+    return apply
+
+
+class _Through(torch.autograd.Function):
+    """``x @ weight.T + bias`` by packed products, in both directions: the gradient reaches ``x`` alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, there: Linear, back: Linear) -> Tensor:
+        ctx.back = back
+        return there(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradient: Tensor) -> tuple[Tensor | None, None, None]:
+        return ctx.back(gradient[0]), None, None
+
+
+def through(weight: Tensor, bias: Tensor | None = None) -> Linear:
+    """As ``dense``, for a weight that does not change while gradients pass it: packed once for both directions."""
+    there, back = packed(weight, bias, TRAINED_HINT), packed(weight.detach().t(), None, TRAINED_HINT)
+
+    def apply(x: Tensor) -> Tensor:
+        return _Through.apply(x, there, back)  # type: ignore[no-any-return]
 
     return apply
 
