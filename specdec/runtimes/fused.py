@@ -14,7 +14,8 @@ pass has no mask of its own size: its tokens attend in spans, all of which share
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -113,10 +114,7 @@ class FusedTarget(ByParts):
             for weight, _ in (pair for layer in self._weights for pair in layer.values()):
                 linear_maps.check_int4(weight)  # before any of them is rounded
             self.runtime, self.storage = "fused int4", "4 bits, rounded"
-        every = range(self.num_layers)
-        self._stacks = {
-            name: [self._layer(MAKERS[name], index) for index in every] for name in (self.layer_format, "dense")
-        }
+        self._stacks = {name: self._stack(MAKERS[name]) for name in (self.layer_format, "dense")}
         self._stacks["through"] = list(self._stacks["dense"])  # replaced layer by layer: ``_pack_through``
         self._passed: set[int] = set()  # layers of that stack
         self._adapted: WeakKeyDictionary[Adapters, _Adapted] = WeakKeyDictionary()
@@ -233,13 +231,32 @@ class FusedTarget(ByParts):
         y = self._head(module, form)(self.final_norm(x.reshape(-1, x.shape[-1])))
         return y.view(*x.shape[:2], -1)
 
+    @contextmanager
+    def prepared(self, layer: int) -> Iterator[None]:
+        """Its weights are packed, where that is faster and they are not."""
+        if self.head_format == "packed" or not linear_maps.packable(self.dtype, self.device):
+            yield
+        elif layer == self.num_layers:
+            self.head_format = "packed"
+            yield
+            self.head_format = "dense"
+            self._heads[self.own_head].pop("packed", None)
+        else:
+            stack = self._stacks["dense"]
+            dense, stack[layer] = stack[layer], self._layer(layer, linear_maps.packed)
+            yield
+            stack[layer] = dense
+
     def linears(self, layer: int) -> dict[str, tuple[int, int]]:
         weights = self._weights[layer]
         return {path: (weights[slot][0].shape[1], stop - start) for path, (slot, start, stop) in self._parts.items()}
 
     # -- what is prepared once --------------------------------------------------------------------------------------
 
-    def _layer(self, make: Callable[..., Linear], index: int) -> _Layer:
+    def _stack(self, make: Callable[..., Linear]) -> list[_Layer]:
+        return [self._layer(index, make) for index in range(self.num_layers)]
+
+    def _layer(self, index: int, make: Callable[..., Linear]) -> _Layer:
         w = self._weights[index]
         maps: Any = make(*w["qkv"]), make(*w["out"]), self._gated(make, *w["gate_up"]), make(*w["down"])
         return _Layer(*self._norms[index], *maps)
@@ -247,7 +264,7 @@ class FusedTarget(ByParts):
     def _pack_through(self, lo: int, hi: int) -> None:
         """Have the layers [lo, hi) ready for gradients: only those are held a second time."""
         for index in set(range(lo, hi)) - self._passed:
-            self._stacks["through"][index] = self._layer(linear_maps.through, index)
+            self._stacks["through"][index] = self._layer(index, linear_maps.through)
             self._passed.add(index)
 
     def _gated(self, make: Callable[..., Linear], weight: Tensor, bias: Tensor | None) -> Linear:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -114,6 +116,11 @@ class Target(ABC):
     def grow(self, cache: KVCache, seed: Seed, path: DraftPath, bounds: Bounds) -> Candidates:
         """Draft a tree along ``path`` from ``seed``, for the one row of ``cache``, which is left as it was."""
         return tree_drafting.grow(self, cache, seed, path, bounds)
+
+    @contextmanager
+    def prepared(self, layer: int) -> Iterator[None]:
+        """Hold what makes many large passes through ``layer`` (N: the readout) faster; there are no gradients then."""
+        yield
 
     @abstractmethod
     def linears(self, layer: int) -> dict[str, tuple[int, int]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from specdec.base import inputs
 from specdec.base.errors import SpecDecError
 from specdec.models.drafter_folder import replace
+from specdec.runtimes import linear_maps
 from specdec.runtimes.cache import KVCache, Mask
 from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.target import Target
@@ -30,7 +31,8 @@ from specdec.train.output import writing
 
 INDEX, VERSION = "index.json", 1
 SHARD_ANSWERS = 256
-PASS_TOKENS = 4096  # tokens (padding included) of one teacher pass
+PASS_TOKENS = 1024  # tokens (padding included) of one pass through a layer: its intermediate results fit the cache
+READOUT_ROWS, SUM_ROWS = 256, 8  # positions whose logits are held, in the model's dtype and in float32
 
 
 @dataclass(frozen=True)
@@ -111,44 +113,125 @@ def compute(
     return [record for shard in shards for record in _records(_load(folder, shard), wanted)]
 
 
+@dataclass
+class _Block:
+    """Answers that run together, padded on the right, and the input of the next layer at their tokens [B, T, D]."""
+
+    answers: Sequence[int]
+    x: Tensor
+    positions: Tensor
+    mask: Mask
+
+
 @torch.inference_mode()
 def _teach(
     target: Target, answers: Sequence[Answer], wanted: Wanted, progress: Callable[[int], None]
 ) -> dict[str, Tensor]:
-    """Run the base over the answers (batched by length) and return a shard's tensors, answers in the given order."""
-    parts: list[dict[str, Tensor]] = [{} for _ in answers]
-    order = sorted(range(len(answers)), key=lambda i: len(answers[i]))
+    """Run the base over the answers and return a shard's tensors, answers in the given order.
+
+    All answers pass through a layer before the next one: its weights are prepared once, and no other layer's keys and
+    values are held. What all answers begin with is run once.
+    """
+    texts = [torch.tensor(answer.prompt_ids + answer.response_ids) for answer in answers]
+    lengths, firsts = [len(text) for text in texts], [first_kept(len(answer.prompt_ids)) for answer in answers]
+    kept = [length - 1 - first for length, first in zip(lengths, firsts, strict=True)]
+    shard = {"ids": torch.cat(texts).int(), "lengths": torch.tensor(lengths)}
+    shard["prompts"] = torch.tensor([len(answer.prompt_ids) for answer in answers])
+    token_rows, kept_rows = torch.arange(sum(lengths)).split(lengths), torch.arange(sum(kept)).split(kept)
+    common = _common(texts, min(firsts))
+    beginning = _block(target, [0], [texts[0][:common]], 0) if common else None
+    blocks = [_block(target, some, [texts[i][common:] for i in some], common) for some in _grouped(lengths)]
+    stages, reported = target.num_layers + 1, 0
+
+    def put(key: str, rows: Tensor, count: int, values: Tensor) -> None:
+        if key not in shard:
+            shard[key] = torch.empty(count, *values.shape[1:], dtype=values.dtype)
+        shard[key][rows[0] : rows[-1] + 1] = values
+
+    def states(block: _Block) -> list[Tensor]:
+        """Of each answer, those that are kept."""
+        return [block.x[b, firsts[i] - common :][: kept[i]] for b, i in enumerate(block.answers)]
+
+    for stage in range(stages):
+        with target.prepared(stage):
+            if stage < target.num_layers:
+                start = None if beginning is None else _run(target, stage, beginning)
+            for block in blocks:
+                if stage in wanted.hidden:
+                    for i, x in zip(block.answers, states(block), strict=True):
+                        put(f"hidden.{stage}", kept_rows[i], sum(kept), x)
+                if stage < target.num_layers:
+                    for name, entries in zip("kv", _run(target, stage, block, start), strict=True):
+                        for b, i in enumerate(block.answers if stage in wanted.kv else ()):
+                            put(f"{name}.{stage}", token_rows[i], sum(lengths), entries[b, :, : lengths[i]].transpose(0, 1))
+                else:
+                    counts = [kept[i] for i in block.answers]
+                    read = _read_out(target, torch.cat(states(block)))
+                    for name, values in zip(("best", "log_z"), read, strict=True):
+                        for i, own in zip(block.answers, values.split(counts), strict=True):
+                            put(name, kept_rows[i], sum(kept), own)
+        done = sum(lengths) * (stage + 1) // stages
+        progress(done - reported)
+        reported = done
+    return shard
+
+
+def _common(texts: Sequence[Tensor], most: int) -> int:
+    """Tokens that all texts begin with, at most ``most``."""
+    heads = torch.stack([text[:most] for text in texts])
+    return int((heads == heads[0]).all(0).cumprod(0).sum())
+
+
+def _grouped(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Indices of texts of similar length, as many as fit into a pass."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
     while order:
-        width = len(answers[order[-1]])
-        rows = [order.pop() for _ in range(min(len(order), max(1, PASS_TOKENS // width)))]
-        texts = [torch.tensor(answers[i].prompt_ids + answers[i].response_ids) for i in rows]
-        ids = pad_sequence(texts, batch_first=True).to(target.device)
-        cache = KVCache(target.num_layers, len(rows), target.device)
-        taps = {layer: torch.empty(0) for layer in wanted.hidden}
-        final = whole_pass(target, ids, cache, taps)
-        for b, i in enumerate(rows):
-            length, first = len(answers[i]), first_kept(len(answers[i].prompt_ids))
-            logits = target.readout(final[b : b + 1, first : length - 1])[0].float()  # (M, V)
-            part = {"ids": ids[b, :length].int(), "best": logits.max(-1).indices.int(), "log_z": logits.logsumexp(-1)}
-            for layer in wanted.hidden:
-                part[f"hidden.{layer}"] = taps[layer][b, first : length - 1]
-            for layer in wanted.kv:
-                for name, buffer in (("k", cache.keys[layer]), ("v", cache.values[layer])):
-                    assert buffer is not None
-                    part[f"{name}.{layer}"] = buffer[b, :, :length].transpose(0, 1)
-            parts[i] = {key: value.cpu().clone() for key, value in part.items()}
-            progress(length)
-    tensors = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-    tensors["lengths"] = torch.tensor([len(a) for a in answers])
-    tensors["prompts"] = torch.tensor([len(a.prompt_ids) for a in answers])
-    return tensors
+        count = max(1, PASS_TOKENS // lengths[order[-1]])
+        yield order[-count:]
+        del order[-count:]
+
+
+def _block(target: Target, answers: Sequence[int], texts: Sequence[Tensor], start: int) -> _Block:
+    """``texts``, whose first token has position ``start``."""
+    ids = pad_sequence(list(texts), batch_first=True).to(target.device)
+    keys = torch.arange(start + ids.shape[1], device=ids.device).expand(len(ids), -1)
+    positions = keys[:, start:]
+    return _Block(answers, target.embed(ids, positions), positions, _causal(positions, keys))
+
+
+def _causal(positions: Tensor, keys: Tensor) -> Mask:
+    return Mask(positions, keys, lambda: keys[:, None] <= positions[:, :, None], causal=True)
+
+
+def _run(
+    target: Target, layer: int, block: _Block, before: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Put ``block`` through a layer, behind keys and values of the tokens before it [1, H', S, d]; return them all."""
+    cache = KVCache(target.num_layers, len(block.x), target.device)
+    if before is not None:
+        k, v = (entries.expand(len(block.x), -1, -1, -1) for entries in before)
+        cache.append(layer, k, v)
+    block.x = target.layers(block.x, layer, layer + 1, Pass(block.positions, block.mask, cache))
+    keys, values = cache.keys[layer], cache.values[layer]
+    assert keys is not None and values is not None
+    return keys[:, :, : cache.lengths[layer]], values[:, :, : cache.lengths[layer]]
+
+
+def _read_out(target: Target, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The most likely tokens (int32) after final states ``x`` [M, D], and the logs of the partition sums (float32)."""
+    best, log_z = list[Tensor](), list[Tensor]()
+    for rows in x.split(READOUT_ROWS):
+        logits = target.readout(rows[None])[0]
+        best.append(linear_maps.argmax(logits).int())
+        log_z += [few.float().logsumexp(-1) for few in logits.split(SUM_ROWS)]
+    return torch.cat(best), torch.cat(log_z)
 
 
 def whole_pass(target: Target, ids: Tensor, cache: KVCache, taps: dict[int, Tensor]) -> Tensor:
     """All layers over rows of text ``ids`` [B, L] from the beginning: final states [B, L, D]."""
     positions = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)
-    mask = Mask(positions, positions, positions[:, None] <= positions[:, :, None])
-    return target.layers(target.embed(ids, positions), 0, target.num_layers, Pass(positions, mask, cache, taps))
+    given = Pass(positions, _causal(positions, positions), cache, taps)
+    return target.layers(target.embed(ids, positions), 0, target.num_layers, given)
 
 
 def _records(tensors: dict[str, Tensor], wanted: Wanted) -> list[Record]:
