@@ -173,15 +173,23 @@ class Description(progress.ProgressColumn):
         return Text(printable(task.description))
 
 
+class Pace(progress.ProgressColumn):
+    """How fast a task with a ``unit`` goes on, and the time it has left."""
+
+    def render(self, task: progress.Task) -> Text:
+        return Text(pace(task))
+
+
 class Progress(progress.Progress):
     """Tasks under way on stderr: bars on a terminal, else a line for each that has not ended, every half minute.
 
+    A task that is given a ``unit`` (the plural of what is counted) is shown with its rate and the time left.
     Of several, one inside the other, only the inner one is shown.
     """
 
     def __init__(self, *columns: progress.ProgressColumn, console: Console | None = None, **more: Any) -> None:
         console = console or stderr()
-        super().__init__(Description(), *columns, console=console, disable=not console.is_terminal, **more)
+        super().__init__(Description(), *columns, Pace(), console=console, disable=not console.is_terminal, **more)
         self._ended, self._thread = Event(), Thread(target=self._lines, daemon=True)
 
     def start(self) -> None:
@@ -209,8 +217,9 @@ class Progress(progress.Progress):
             for task in self.tasks if _open[-1:] == [self] else []:
                 if task.visible and (task.total is None or task.completed < task.total):
                     share = "" if task.total is None else f": {task.percentage:.0f} %"
+                    details = ", ".join(part for part in (duration(task.elapsed or 0.0), pace(task)) if part)
                     with suppress(OSError, ValueError):  # a stderr that is full or closed
-                        tell(self.console, f"{task.description}{share} ({duration(task.elapsed or 0.0)})")
+                        tell(self.console, f"{task.description}{share} ({details})")
 
 
 _open: list[Progress] = []  # those that have started, inner ones last
@@ -255,6 +264,19 @@ class Bar:
         self.progress.update(self.task, completed=done, total=total)
         if tokens is not None:
             self.progress.update(self.task, rate=f"{tokens / (time.perf_counter() - self.start):.1f} tok/s")
+
+
+def pace(task: progress.Task) -> str:
+    """``612 tokens/s, 9 min left`` of a task with a ``unit``, or nothing where that is unknown."""
+    unit, speed, left = task.fields.get("unit"), task.speed, task.time_remaining
+    if not unit or not speed or not left:
+        return ""
+    return f"{speed:.{0 if speed >= 10 else 2}f} {unit}/s, {duration(left)} left"
+
+
+def megabytes(size: float) -> str:
+    """``340 MB``, ``4.6 GB``."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{max(size / 1e6, 1):.0f} MB"
 
 
 def duration(seconds: float) -> str:

@@ -12,7 +12,6 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 
 import torch
 from rich.console import Console
@@ -75,9 +74,8 @@ def choose(settings: M2R2Settings, target: Target, work: Work) -> Segment:
         ("eval", work.held_out, EVAL_TOKENS),
     ):
         part = _first(answers, tokens)
-        task = work.progress.add_task(f"teacher states (search, {name})", total=sum(map(len, part)))
-        records.append(compute(folder / name, target, part, wanted, partial(work.progress.advance, task)))
-    task = work.progress.add_task("search", total=len(later))
+        records.append(compute(folder / name, target, part, wanted, work.progress, f"search, {name}"))
+    task = work.progress.add_task("search", total=len(later), unit="layers")
     found: dict[Segment, float] = {}
     for lo in later:
         found |= agreement(target, work.vocab, lo, records[0], records[1], settings)

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -21,6 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from specdec.base import inputs
 from specdec.base.errors import SpecDecError
+from specdec.base.terminal import Progress, duration, megabytes, tell
 from specdec.models.drafter_folder import replace
 from specdec.runtimes import linear_maps
 from specdec.runtimes.cache import KVCache, Mask
@@ -76,13 +81,16 @@ def compute(
     target: Target,
     answers: Sequence[Answer],
     wanted: Wanted,
-    progress: Callable[[int], None] = lambda tokens: None,
+    progress: Progress | None = None,
+    name: str = "",
 ) -> list[Record]:
-    """Complete the store in ``folder`` for these answers and read it. ``progress`` receives the tokens done.
+    """Complete the store in ``folder`` for these answers and read it.
 
-    Raises SpecDecError if the folder holds states of another model or other answers, for damaged or missing shards, and
-    if the disk is full.
+    ``progress`` shows the tokens done, as those of ``name``, and before that what is to be expected. Raises
+    SpecDecError if the folder holds states of another model or other answers, for damaged or missing shards, and if the
+    disk is full, or will be.
     """
+    progress, name = progress or Progress(console=Console(quiet=True)), f"teacher states ({name})"
     index: dict[str, Any] = {
         "version": VERSION,
         "fingerprint": target.fingerprint,
@@ -102,15 +110,54 @@ def compute(
             )
         index = found
     kept, shards = Wanted(tuple(index["kv"]), tuple(index["hidden"])), index["shards"]
+    left = answers[len(shards) * SHARD_ANSWERS :]
+    total, missing = (sum(map(len, some)) for some in (answers, left))
+    task = progress.add_task(name, total=total, completed=total - missing, visible=missing > 0, unit="tokens")
+    done = partial(progress.advance, task)
     with writing("teacher states", folder):
         folder.mkdir(parents=True, exist_ok=True)
+        if left:
+            size, seconds = estimate(target, left, kept)
+            tell(progress.console, f"{name}: {missing} tokens, about {megabytes(size)} and {duration(seconds)}")
+            if (free := shutil.disk_usage(folder).free) < size:
+                raise SpecDecError(
+                    f"{name} take about {megabytes(size)}, and '{folder}' has {megabytes(free)} free; free space and "
+                    "--resume, or train on fewer answers"
+                )
         for start in range(len(shards) * SHARD_ANSWERS, len(answers), SHARD_ANSWERS):
-            chunk, name = answers[start : start + SHARD_ANSWERS], f"states-{len(shards):05d}.safetensors"
-            save_file(_teach(target, chunk, kept, progress), folder / f"{name}.part")
-            (folder / f"{name}.part").replace(folder / name)
-            shards.append({"file": name, "sha256": inputs.sha256(folder / name), "answers": len(chunk)})
+            chunk, file = answers[start : start + SHARD_ANSWERS], f"states-{len(shards):05d}.safetensors"
+            save_file(_teach(target, chunk, kept, done), folder / f"{file}.part")
+            (folder / f"{file}.part").replace(folder / file)
+            shards.append({"file": file, "sha256": inputs.sha256(folder / file), "answers": len(chunk)})
             replace(folder / INDEX, json.dumps(index, indent=1).encode())
     return [record for shard in shards for record in _records(_load(folder, shard), wanted)]
+
+
+@torch.inference_mode()
+def estimate(target: Target, answers: Sequence[Answer], wanted: Wanted) -> tuple[int, float]:
+    """(bytes on the disk, seconds) for these answers, measured on a pass through one layer and one readout."""
+    rows = next(_grouped([len(answer) for answer in answers]))
+    texts = [torch.tensor(answers[i].prompt_ids + answers[i].response_ids) for i in rows]
+    block = _block(target, rows, texts, 0)
+
+    def timed(stage: int, call: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, float]:
+        """A result of the call, and the seconds of the second one: the first has things to prepare."""
+        with target.prepared(stage):
+            call()
+            start = time.perf_counter()
+            result = call()[0]
+            result.flatten()[-1].item()  # a GPU is done with it
+            return result, time.perf_counter() - start
+
+    keys, layer = timed(0, lambda: _run(target, 0, block))
+    sample = block.x.flatten(0, 1)[:READOUT_ROWS]
+    _, readout = timed(target.num_layers, lambda: _read_out(target, sample))
+    tokens = sum(map(len, answers))
+    kept = sum(len(answer) - 1 - first_kept(len(answer.prompt_ids)) for answer in answers)
+    per_token = 4 + 2 * len(wanted.kv) * keys.shape[1] * keys.shape[3] * keys.itemsize  # as in a ``Record``
+    per_kept = 8 + len(wanted.hidden) * sample.shape[1] * sample.itemsize
+    seconds = target.num_layers * tokens * layer / sum(map(len, texts)) + kept * readout / len(sample)
+    return tokens * per_token + kept * per_kept, seconds
 
 
 @dataclass
@@ -163,7 +210,12 @@ def _teach(
                 if stage < target.num_layers:
                     for name, entries in zip("kv", _run(target, stage, block, start), strict=True):
                         for b, i in enumerate(block.answers if stage in wanted.kv else ()):
-                            put(f"{name}.{stage}", token_rows[i], sum(lengths), entries[b, :, : lengths[i]].transpose(0, 1))
+                            put(
+                                f"{name}.{stage}",
+                                token_rows[i],
+                                sum(lengths),
+                                entries[b, :, : lengths[i]].transpose(0, 1),
+                            )
                 else:
                     counts = [kept[i] for i in block.answers]
                     read = _read_out(target, torch.cat(states(block)))

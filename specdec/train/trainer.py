@@ -8,7 +8,6 @@ Knows no drafter: what is trained is a ``Method``.
 from __future__ import annotations
 
 import random
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,11 +70,10 @@ def _prepare(settings: TrainSettings, resume: bool, console: Console, world: Wor
             ends = sorted(generation_config.ends(model, tokenizer))
             vocab = data.draft_vocabulary(train, settings.draft_vocab, ends, target.vocab_size).to(target.device)
         method.prepare(Work(output, train, held_out, vocab, console, progress))
-        records = []
-        for name, part in (("eval", held_out), ("train", train)):
-            task = progress.add_task(f"teacher states ({name})", total=sum(map(len, part)))
-            done = partial(progress.advance, task)
-            records.append(states.compute(output / STATES / name, target, part, method.wanted(), done))
+        records = [
+            states.compute(output / STATES / name, target, part, method.wanted(), progress, name)
+            for name, part in (("eval", held_out), ("train", train))
+        ]
     return Run(method, vocab, records[1], records[0], output, console, world)
 
 
