@@ -101,6 +101,31 @@ def test_a_pipe_gets_a_line_for_each_task_that_has_not_ended(heard: Heard) -> No
     assert re.search(r"^answers: 25 % \(\d+ s\)$", shown, re.M) and "done" not in shown and "hidden" not in shown
 
 
+def test_a_task_with_a_unit_has_a_rate_and_a_time_left(heard: Heard) -> None:
+    now = 0.0
+    with terminal.Progress(get_time=lambda: now) as bars:
+        task, plain = bars.add_task("states", total=300, unit="tokens"), bars.add_task("other", total=9)
+        assert terminal.pace(bars.tasks[0]) == ""  # nothing is known yet
+        for now in (1.0, 2.0, 3.0):
+            bars.advance(task, 50)
+            bars.advance(plain)
+        assert terminal.pace(bars.tasks[1]) == ""
+        heard.event.clear()
+        heard.event.wait(60)
+        heard.event.clear()
+        assert heard.event.wait(60)
+    assert "states: 50 % (3 s, 50 tokens/s, 3 s left)\nother: 33 % (3 s)\n" in heard.getvalue()
+
+
+def test_a_bar_shows_the_rate_and_the_time_left() -> None:
+    stream, now = Tty(), 0.0
+    with terminal.Progress(console=Console(file=stream, width=100), get_time=lambda: now) as bars:
+        task = bars.add_task("states", total=300, unit="tokens")
+        for now in (1.0, 2.0, 3.0):
+            bars.advance(task, 50)
+    assert "50 tokens/s, 3 s left" in stream.getvalue()
+
+
 def test_only_the_innermost_of_two_says_something(heard: Heard) -> None:
     with terminal.status("outer"):
         heard.event.wait(60)

@@ -6,7 +6,7 @@ import copy
 import json
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -17,7 +17,7 @@ from rich.progress import BarColumn, TimeElapsedColumn
 from torch import Tensor, nn
 
 from specdec.base.errors import SpecDecError
-from specdec.base.terminal import Progress, tell
+from specdec.base.terminal import Progress, status, tell
 from specdec.engine.costs import Costs
 from specdec.models import drafter_folder, loading
 from specdec.train import batches, checkpoint
@@ -111,7 +111,9 @@ class Run:
         if self.init is not None:
             self._begin_from(self.init, drafter_folder.read_tensors(Path(self.settings.init)))
         elif self.world.first:
-            self.method.fit(self.network, self._fit_batches)
+            self.method.fit(
+                self.network, lambda: self._shown("closed-form fit", self._fit_batches(), self._fit_total())
+            )
             copy_values(self.running, self.parameters)
         self._evaluate()
         self.world.copy([p.detach() for p in self.parameters.values()])
@@ -137,6 +139,17 @@ class Run:
             seen += int(batch.valid.sum())
             if seen >= self.settings.fit_tokens:
                 return
+
+    def _fit_total(self) -> int:
+        return min(self.settings.fit_tokens, positions(self.windows))
+
+    def _shown(self, what: str, found: Iterable[Batch], total: int) -> Iterator[Batch]:
+        """``found``, with progress in answer tokens, of which there are ``total``."""
+        with progress_bars(self.console) as progress:
+            task = progress.add_task(what, total=total, unit="tokens")
+            for batch in found:
+                yield batch
+                progress.advance(task, int(batch.valid.sum()))
 
     # -- an update ----------------------------------------------------------------------------------------------
 
@@ -202,8 +215,9 @@ class Run:
         if not self.world.first:
             return
         held_out = batches.in_order(self.held_out, self.settings.rows, self.settings.window, self.target.device)
+        total = positions(batches.windows(self.held_out, self.settings.window))
         with torch.no_grad():
-            figures = self.method.evaluate(self.network, held_out)
+            figures = self.method.evaluate(self.network, self._shown("evaluation", held_out, total))
         if "chain" in figures:
             figures |= self._predicted(figures)
         self._log({"update": self.update, "tokens": self.tokens, "evaluation": figures})
@@ -220,7 +234,8 @@ class Run:
         if self.costs is None:
             if not (self.output / drafter_folder.CONFIG).exists():
                 self._export(figures)  # the first: its drafter is what can be measured
-            self.costs = measure(self.target.model, self.output)
+            with status("measuring what drafting costs", quiet=self.console.quiet):
+                self.costs = measure(self.target.model, self.output)
         speedup, depth = predict(figures["chain"], self.costs, figures.get("nodes"))
         self.speedup = round(speedup, 3)
         plain = self.costs.score[1]
@@ -238,7 +253,7 @@ class Run:
         }
         training = {
             "answers": len(self.records),
-            "tokens_in_answers": sum(end - start for _, start, end in self.windows),
+            "tokens_in_answers": positions(self.windows),
             "tokens_seen": self.tokens,
             "updates": self.update,
             "minutes": round(self.seconds / 60, 1),
@@ -277,6 +292,10 @@ class Run:
 def copy_values(source: dict[str, Any], onto: dict[str, nn.Parameter]) -> None:
     for name, parameter in onto.items():
         parameter.copy_(source[name])
+
+
+def positions(windows: Iterable[Window]) -> int:
+    return sum(end - start for _, start, end in windows)
 
 
 def progress_bars(console: Console) -> Progress:
