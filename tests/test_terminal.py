@@ -102,11 +102,12 @@ def test_a_pipe_gets_a_line_for_each_task_that_has_not_ended(heard: Heard) -> No
 
 
 def test_a_task_with_a_unit_has_a_rate_and_a_time_left(heard: Heard) -> None:
-    now = 0.0
-    with terminal.Progress(get_time=lambda: now) as bars:
+    now = [0.0]
+    with terminal.Progress(get_time=lambda: now[0]) as bars:
         task, plain = bars.add_task("states", total=300, unit="tokens"), bars.add_task("other", total=9)
         assert terminal.pace(bars.tasks[0]) == ""  # nothing is known yet
-        for now in (1.0, 2.0, 3.0):
+        for _ in range(3):
+            now[0] += 1
             bars.advance(task, 50)
             bars.advance(plain)
         assert terminal.pace(bars.tasks[1]) == ""
@@ -118,10 +119,11 @@ def test_a_task_with_a_unit_has_a_rate_and_a_time_left(heard: Heard) -> None:
 
 
 def test_a_bar_shows_the_rate_and_the_time_left() -> None:
-    stream, now = Tty(), 0.0
-    with terminal.Progress(console=Console(file=stream, width=100), get_time=lambda: now) as bars:
+    stream, now = Tty(), [0.0]
+    with terminal.Progress(console=Console(file=stream, width=100), get_time=lambda: now[0]) as bars:
         task = bars.add_task("states", total=300, unit="tokens")
-        for now in (1.0, 2.0, 3.0):
+        for _ in range(3):
+            now[0] += 1
             bars.advance(task, 50)
     assert "50 tokens/s, 3 s left" in stream.getvalue()
 

@@ -276,7 +276,7 @@ def pace(task: progress.Task) -> str:
 
 def megabytes(size: float) -> str:
     """``340 MB``, ``4.6 GB``."""
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{max(size / 1e6, 1):.0f} MB"
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.{0 if size >= 1e7 else 1}f} MB"
 
 
 def duration(seconds: float) -> str:

@@ -236,16 +236,20 @@ class FusedTarget(ByParts):
         """Its weights are packed, where that is faster and they are not."""
         if self.head_format == "packed" or not linear_maps.packable(self.dtype, self.device):
             yield
-        elif layer == self.num_layers:
+            return
+        head, stack = layer == self.num_layers, self._stacks["dense"]
+        if head:
             self.head_format = "packed"
-            yield
-            self.head_format = "dense"
-            self._heads[self.own_head].pop("packed", None)
         else:
-            stack = self._stacks["dense"]
             dense, stack[layer] = stack[layer], self._layer(layer, linear_maps.packed)
+        try:
             yield
-            stack[layer] = dense
+        finally:
+            if head:
+                self.head_format = "dense"
+                self._heads.get(self.own_head, {}).pop("packed", None)
+            else:
+                stack[layer] = dense
 
     def linears(self, layer: int) -> dict[str, tuple[int, int]]:
         weights = self._weights[layer]
