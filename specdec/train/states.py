@@ -90,7 +90,8 @@ def compute(
     SpecDecError if the folder holds states of another model or other answers, for damaged or missing shards, and if the
     disk is full, or will be.
     """
-    progress, name = progress or Progress(console=Console(quiet=True)), f"teacher states ({name})"
+    progress = progress or Progress(console=Console(quiet=True))
+    name = f"teacher states ({name})" if name else "teacher states"
     index: dict[str, Any] = {
         "version": VERSION,
         "fingerprint": target.fingerprint,
