@@ -138,7 +138,7 @@ def test_exits_and_their_routers_are_trained_and_draft(
 ) -> None:
     model = loading.load("tiny")[0]
     first, second = tmp_path / "drafter", tmp_path / "routed"
-    recipe = common(answers, first) | {"method": "m2r2", "draft_vocab": 60, "learning_rate": 2e-2} | path
+    recipe = common(answers, first) | {"method": "m2r2", "draft_vocab": 60, "relative_rate": 0.1} | path
     figures = train(from_mapping(M2R2Settings, recipe, "test"))
     lines = [json.loads(line) for line in (first / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]

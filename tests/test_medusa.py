@@ -220,7 +220,7 @@ def settings(**changes: Any) -> MedusaSettings:
         "rows": 4,
         "window": 8,
         "eval_fraction": 0.15,
-        "learning_rate": 2e-2,
+        "relative_rate": 0.1,
         "nodes": 5,
     }
     return from_mapping(MedusaSettings, values | changes, "test")

@@ -47,7 +47,7 @@ from specdec.train.method import lookup
 from specdec.train.plot import draw_curves
 from specdec.train.run import Run
 from specdec.train.runtime import training_target
-from specdec.train.settings import from_mapping, load_settings
+from specdec.train.settings import current, from_mapping, load_settings
 from specdec.train.speed import predict
 from specdec.train.student import Teacher, draft_steps
 from specdec.train.trainer import train
@@ -109,7 +109,7 @@ def test_the_student_drafts_exactly_as_the_drafter(name: str, runtime: Callable[
         root = len(ids) - 1 - rows[0][1]  # the window index of the root's position
         own = [
             [int(teacher.logits(final)[0, root + step].argmax()) for final, _ in exits]
-            for step, (exits, _) in enumerate(draft_steps(network, target, batch, 3))
+            for step, (exits, *_) in enumerate(draft_steps(network, target, batch, 3))
         ]
         assert [tokens[-1] for tokens in own] == chain
         assert own[0][0] == drafted(network, target, ids, 1, sure=0.0)[0]  # at the first exit
@@ -200,7 +200,7 @@ def test_training_brings_drafts_nearer_to_the_base_and_leaves_the_base_alone(
 ) -> None:
     model, _ = loading.load("tiny")
     before = {name: p.clone() for name, p in model.state_dict().items()}
-    figures = train(recipe(answers, tmp_path / "out", steps=60, learning_rate=2e-2, leap_rate=5e-3, **path))
+    figures = train(recipe(answers, tmp_path / "out", steps=60, relative_rate=0.1, **path))
     first = evaluations(tmp_path / "out")[0]
     assert 1 - figures["overlap"][0] < 0.9 * (1 - first["overlap"][0])
     assert all(torch.equal(before[name], p) for name, p in model.state_dict().items())
@@ -252,7 +252,7 @@ def test_a_killed_run_goes_on_to_exactly_the_weights_of_an_uninterrupted_one(
 def test_a_run_may_begin_from_a_trained_drafter_of_the_same_shape(
     answers: Path, tmp_path: Path, searches: bool
 ) -> None:
-    first = train(recipe(answers, tmp_path / "first", steps=40, learning_rate=2e-2, leap_rate=5e-3))
+    first = train(recipe(answers, tmp_path / "first", steps=40, relative_rate=0.1))
     other = {
         "init": str(tmp_path / "first"),
         "segments": [],
@@ -479,7 +479,7 @@ def held_text(path: Path) -> str:
 
 
 def test_a_setting_of_earlier_versions_is_ignored() -> None:
-    assert not hasattr(from_mapping(M2R2Settings, {"compile": True, "segments": [[1, 2]]}, "test"), "compile")
+    assert current({"compile": True, "leap_rate": 1e-3, "rank": 3}) == {"rank": 3}
 
 
 def test_recipes_of_shipped_drafters_are_presets() -> None:
@@ -522,11 +522,11 @@ def test_presets_load_and_settings_are_checked(tmp_path: Path) -> None:
     assert searching.search and not searching.segments
     assert not load_settings(M2R2Settings, "m2r2", "m2r2-paper", {}).segments
     own = tmp_path / "own.yaml"
-    own.write_text("learning_rate: 1e-5\nsegments: [[1, 2]]\nfinal_leap: true\n")
+    own.write_text("relative_rate: 1e-5\nsegments: [[1, 2]]\nfinal_leap: true\n")
     settings = load_settings(M2R2Settings, "m2r2", str(own), {"rank": 3, "seed": None})
-    assert (settings.learning_rate, settings.segments, settings.rank) == (1e-5, ((1, 2),), 3)
+    assert (settings.relative_rate, settings.segments, settings.rank) == (1e-5, ((1, 2),), 3)
     for values, message in (
-        ({"lerning_rate": 1.0}, "did you mean 'learning_rate'"),
+        ({"relativ_rate": 1.0}, "did you mean 'relative_rate'"),
         ({"rank": "many"}, "setting 'rank' cannot be 'many'"),
         ({"rows": 0}, "setting 'rows' cannot be 0: input should be greater than 0"),
         ({"warmup": 0}, "setting 'warmup' cannot be 0"),
@@ -582,7 +582,7 @@ def test_alignment_brings_a_layer_before_the_exit_nearer_to_where_it_runs_ahead_
     answers: Path, tmp_path: Path
 ) -> None:
     paper = {"exit_layer": 2, "segments": [], "final_leap": False, "draft_steps": 1, "steps": 60}
-    paper |= {"learning_rate": 2e-2, "draft_vocab": 0}
+    paper |= {"relative_rate": 0.1, "draft_vocab": 0}
     model, _ = loading.load("tiny")
     target, cosines = training_target(model), {}
     some = [a for a in data.read([answers]) if isinstance(a, Answer)]

@@ -185,6 +185,10 @@ class ReferenceTarget(Target):
         # Experts and their router see tokens regrouped: no adapter can address "the last tokens" there.
         return {path: size for path, size in found.items() if "expert" not in path and "router" not in path}
 
+    def weight(self, layer: int, path: str) -> Tensor:
+        found: Tensor = self.blocks[layer].get_submodule(path).weight.detach()
+        return found
+
     # -- how it is done -----------------------------------------------------------------------------------------
 
     def _pass(self, call: _Call, given: Pass, only_fill: bool = False) -> Tensor:
@@ -275,6 +279,9 @@ class ByParts(Target):
     @functools.cached_property
     def _reference(self) -> ReferenceTarget:
         return ReferenceTarget(self.model)
+
+    def weight(self, layer: int, path: str) -> Tensor:
+        return self._reference.weight(layer, path)
 
     def sublayer(self, x: Tensor, layer: int, part: Part, given: Pass) -> Tensor:
         return self._reference.sublayer(x, layer, part, given)

@@ -126,6 +126,10 @@ class Target(ABC):
     def linears(self, layer: int) -> dict[str, tuple[int, int]]:
         """``{module path: (in, out)}`` of the linear maps of a layer that adapters can sit beside."""
 
+    @abstractmethod
+    def weight(self, layer: int, path: str) -> Tensor:
+        """The weight of one of ``linears``, as the model holds it: [out, in] or [in, out]."""
+
     def reduced_head(self, token_ids: Tensor) -> nn.Linear:
         """The output head restricted to ``token_ids`` [V'], for ``readout(x, head)`` -> [B, T, V']."""
         full = self.own_head

@@ -1,6 +1,7 @@
 """Training of M2R2: projections in closed form, then gradients for projections and adapters.
 
-The path of the presets is the one that is shipped for 30 layers, scaled to the model's depth (``layers_of``).
+The path of the presets is scaled from the depth it was chosen on (``layers_of``) to the model's; where it ends follows
+from what layers cost on this machine (``specdec.train.search``).
 
 The loss is distillation on the drafter's own states, as many steps ahead as it will draft from them.
 """
@@ -42,16 +43,16 @@ class M2R2Method(Method[M2R2]):
 
     def __init__(self, settings: M2R2Settings, target: Target) -> None:
         super().__init__(settings, target)
-        self.searches = settings.search and not settings.init
+        self.chooses = bool(settings.search or settings.begin) and not settings.init
         if settings.init:
             self.path = M2R2Path.from_json(drafter_folder.read_config(Path(settings.init)).get("path", {}))
-        elif not settings.search:
+        elif not self.chooses:
             self.path = path_of(settings, target)
 
     def prepare(self, work: Work) -> None:
-        if self.searches:
+        if self.chooses:
             segment = choose(self.settings, self.target, work)
-            found = {"segments": (segment,), "final_leap": True, "layers_of": None}
+            found = {"segments": (segment,), "final_leap": True, "layers_of": None, "begin": 0, "search": False}
             self.path = path_of(self.settings.model_copy(update=found), self.target)
 
     def wanted(self) -> Wanted:
@@ -63,13 +64,21 @@ class M2R2Method(Method[M2R2]):
         self.teacher = Teacher(self.target, vocab, self.settings.sharpen)
         return M2R2(self.path, self.target, vocab)
 
-    def groups(self, masters: M2R2) -> list[dict[str, Any]]:
-        rates = ((masters.leaps, self.settings.leap_rate), (masters.adapters, self.settings.learning_rate))
-        groups = [(list(module.parameters()), rate) for module, rate in rates]
-        return [{"params": parameters, "lr": rate} for parameters, rate in groups if parameters]
+    def size(self, name: str, parameter: Tensor) -> float:
+        """Of a fitted projection its own RMS. Of adapters what makes up @ down as large as the weight beside it."""
+        owner, _, rest = name.partition(".")
+        if owner != "adapters":
+            return float(parameter.detach().square().mean().sqrt().clamp_min(1e-8))
+        layer, _, path = rest.partition("/")
+        path, _, kind = path.rpartition("/")
+        if kind == "down":
+            return super().size(name, parameter)
+        path = path.replace("/", ".")
+        weight, inputs = self.target.weight(int(layer), path), self.target.linears(int(layer))[path][0]
+        return float(weight.float().square().mean().sqrt()) * (inputs / self.path.rank) ** 0.5
 
     def fit(self, network: M2R2, batches: Callable[[], Iterable[Batch]]) -> None:
-        fit_projections(network, self.target, batches)
+        fit_projections(network, self.target, batches, self.settings.draft_steps)
 
     def loss(self, network: M2R2, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         settings, teacher, target = self.settings, self.teacher, self.target
@@ -77,7 +86,7 @@ class M2R2Method(Method[M2R2]):
         loss, figures = torch.zeros((), device=target.device), dict[str, float]()
         right = batch.valid  # where the drafter's steps so far are the text's own tokens
         aims, watched = self.path.aims(target.num_layers), settings.align > 0
-        for s, (exits, valid) in enumerate(draft_steps(network, target, batch, settings.draft_steps, watched)):
+        for s, (exits, valid, _) in enumerate(draft_steps(network, target, batch, settings.draft_steps, watched)):
             reached = later(right) if s else valid
             weight = torch.where(reached, 1.0, settings.focus)
             for exit, (final, _) in zip((*self.path.exits, None), exits, strict=True):

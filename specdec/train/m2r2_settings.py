@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from specdec.drafters.m2r2_path import M2R2Path
 from specdec.train.settings import Positive, TrainSettings
@@ -17,10 +17,15 @@ class M2R2Settings(TrainSettings):
 
     replaces: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         **TrainSettings.replaces,
-        "search": {"segments": [], "exit_layer": 0, "exits": []},
+        "search": {"begin": 0, "segments": [], "exit_layer": 0, "exits": []},
+        "segments": {"begin": 0},
+        "exit_layer": {"begin": 0},
     }
 
-    search: bool = False  # choose a segment by measured cost and closed-form agreement; or give the path:
+    # A segment's end is chosen by measured cost and closed-form agreement: of that which begins at layer ``begin``, or
+    # (``search``) its beginning, too. Or give the path:
+    begin: int = Field(0, ge=0)
+    search: bool = False
     exit_layer: int = 0
     segments: tuple[tuple[int, int], ...] = ()
     final_leap: bool = False
@@ -29,7 +34,6 @@ class M2R2Settings(TrainSettings):
     rank: Positive = 64
     adapt: tuple[str, ...] = ()  # linear maps with adapters; empty: all of the segments' layers
     draft_steps: Positive = 2  # of its own drafts the student learns from
-    leap_rate: float = 6e-4  # learning rate of the projections; ``learning_rate`` is the adapters'
     focus: float = 1.0  # weight of a later step where the drafter's earlier steps were already wrong
     align: float = 0.0  # weight of 1 - cos(p[k], h[R k]), summed over the layers k of the path
 
@@ -38,10 +42,11 @@ class M2R2Settings(TrainSettings):
 
     @model_validator(mode="after")
     def _one_path(self) -> M2R2Settings:
-        if self.search and (self.segments or self.exit_layer or self.exits):
-            raise ValueError("'search' excludes 'segments', 'exit_layer' and 'exits'; set search=false to give a path")
-        if not (self.search or self.segments or self.exit_layer or self.init):
-            raise ValueError("give 'segments' or 'exit_layer', or set search=true")
+        if (self.search or self.begin) and (self.segments or self.exit_layer or self.exits):
+            one = "search" if self.search else "begin"
+            raise ValueError(f"'{one}' excludes 'segments', 'exit_layer' and 'exits'; leave it out to give a path")
+        if not (self.search or self.begin or self.segments or self.exit_layer or self.init):
+            raise ValueError("give 'begin', 'segments' or 'exit_layer', or set search=true")
         return self
 
 

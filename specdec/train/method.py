@@ -60,7 +60,7 @@ class Method(ABC, Generic[Network]):
     """How one kind of drafter is trained on a frozen target. One object serves one run.
 
     The trainer calls, in this order: the constructor, ``prepare``, ``wanted``, ``build`` (once: float32 masters; a copy
-    in the target's dtype is what runs), ``fit`` (unless it resumes), then ``loss`` per update and ``evaluate`` at
+    in the target's dtype is what runs), ``fit`` and ``size`` (unless it resumes), then ``loss`` per update and ``evaluate`` at
     intervals (without gradients), and ``config`` and ``tensors`` whenever a drafter is exported. ``network`` below is
     the running copy; after each update it follows the masters.
 
@@ -88,9 +88,13 @@ class Method(ABC, Generic[Network]):
         Parameters with ``requires_grad`` are trained; torch's seed has been set.
         """
 
-    def groups(self, masters: Network) -> list[dict[str, Any]]:
-        """The optimiser's parameter groups; here one, at ``settings.learning_rate``."""
-        return [{"params": [p for p in masters.parameters() if p.requires_grad], "lr": self.settings.learning_rate}]
+    def size(self, name: str, parameter: Tensor) -> float:
+        """How large the elements of a parameter of the masters are; ``relative_rate`` is a share of that.
+
+        Here what keeps the scale of a matrix's inputs, whatever their number; of a vector the same. Called when the
+        parameters have their first values.
+        """
+        return parameter.shape[-1] ** -0.5
 
     def fit(self, network: Network, batches: Callable[[], Iterable[Batch]]) -> None:
         """Set parameters of ``network`` in closed form, before any gradient. ``batches()`` starts over at each call."""

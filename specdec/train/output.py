@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from specdec.base import inputs
 from specdec.base.errors import SpecDecError
 from specdec.models import drafter_folder, loading
-from specdec.train.settings import TrainSettings, from_mapping
+from specdec.train.settings import TrainSettings, current, from_mapping
 
 RECIPE, METRICS, CHECKPOINT = "train.yaml", "metrics.jsonl", "checkpoint.safetensors"
 ANSWERS, STATES = "answers.jsonl", "states"
@@ -57,7 +57,7 @@ def _check_same_run(output: Path, own: TrainSettings, resume: bool) -> None:
     kept = inputs.read_yaml(output / RECIPE)
     if kept["method"] != own.method:
         raise SpecDecError(f"'{output}' holds a run of 'specdec train {kept['method']}'; use another --output")
-    earlier = from_mapping(type(own), kept, f"'{output / RECIPE}'")
+    earlier = from_mapping(type(own), current(kept), f"'{output / RECIPE}'")
     if not resume:
         raise SpecDecError(f"'{output}' holds a training run; pass --resume to go on, or another --output")
     before, now = earlier.model_dump(exclude={"device"}), own.model_dump()  # it may continue elsewhere

@@ -22,6 +22,7 @@ from specdec.engine.costs import Costs
 from specdec.models import drafter_folder, loading
 from specdec.train import batches, checkpoint
 from specdec.train.batches import Batch, Window
+from specdec.train.guard import Guard
 from specdec.train.method import Method
 from specdec.train.output import CHECKPOINT, METRICS, RECIPE, writing
 from specdec.train.plot import draw_curves
@@ -29,7 +30,8 @@ from specdec.train.speed import measure, predict, speedup_text
 from specdec.train.states import Record
 from specdec.train.world import World
 
-REPORT_UPDATES = 10  # updates a line of metrics.jsonl
+REPORT_UPDATES = 10  # updates a line of metrics.jsonl, and between two looks at the held-out loss
+LOWER = 3  # factor between the learning rates before and after a run went back
 
 
 class Run:
@@ -54,13 +56,15 @@ class Run:
         self.windows = batches.windows(train, self.settings.window)
         self.parameters = {n: p for n, p in self.masters.named_parameters() if p.requires_grad}
         self.running = {n: p for n, p in self.network.named_parameters() if p.requires_grad}
-        groups = method.groups(self.masters)
-        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
-        self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": [p]} for p in self.parameters.values()], betas=(0.9, 0.98), weight_decay=0.0, fused=True
+        )
+        self.sizes: list[float] = []  # of the elements of each parameter: rates are shares of them
         self.init = drafter_folder.read_config(Path(self.settings.init)) if self.settings.init else None
         self.costs: Costs | None = None  # measured at the first evaluation
         self.speedup: float | None = None  # of the last evaluation
         self.update, self.tokens, self.seconds, self.best = 0, 0, 0.0, -math.inf
+        self.lowered, self.warmed = 1.0, 0  # factor on all rates; the update from which they warmed up last
 
     def train(self, resume: bool) -> dict[str, Any]:
         """To the end of the schedule; returns the figures of the best drafter."""
@@ -90,6 +94,7 @@ class Run:
                     self._log({"update": self.update, "epoch": epoch, "tokens": self.tokens, **means})
                     progress.update(task, completed=1000 * done, description=f"training: {self._outlook(means, done)}")
                     recent.clear()
+                    self._guard()
                 if now - saved > 60 * settings.checkpoint_minutes:
                     self._save()
                     saved = time.monotonic()
@@ -118,6 +123,8 @@ class Run:
         self._evaluate()
         self.world.copy([p.detach() for p in self.parameters.values()])
         copy_values(self.parameters, self.running)
+        self.sizes = [self.method.size(name, parameter) for name, parameter in self.parameters.items()]
+        self.guard = Guard(self.parameters, self._held_out_loss())
 
     def _begin_from(self, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         kind = self.method.config(self.network)["drafter"]
@@ -161,7 +168,30 @@ class Run:
 
     def _rate(self, done: float) -> float:
         """The factor on all learning rates: warmup, constant, linear decay."""
-        return min(1.0, (self.update + 1) / self.settings.warmup, (1 - done) / self.settings.decay)
+        warm = (self.update - self.warmed + 1) / self.settings.warmup
+        return self.lowered * min(1.0, warm, (1 - done) / self.settings.decay)
+
+    def _held_out_loss(self) -> float:
+        """The loss on some held-out windows, always the same."""
+        settings = self.settings
+        rows = batches.epoch(batches.windows(self.held_out, settings.window), settings.rows, settings.seed, 0)[0]
+        batch = batches.assemble(self.held_out, rows, settings.window, self.target.device)
+        loss, _ = self.method.loss(self.network, batch)
+        return self.world.share(float(loss.detach()))
+
+    def _guard(self) -> None:
+        """If the drafter has become worse than it was at the start, go back, and go on with lower rates."""
+        loss = self._held_out_loss()
+        if not self.guard.check(loss, self.update):
+            return
+        copy_values(self.parameters, self.running)
+        self.optimizer.state.clear()
+        self.lowered, self.warmed = self.lowered / LOWER, self.update
+        tell(
+            self.console,
+            f"update {self.update}: the held-out loss rose from {self.guard.start:.3f} at the start to {loss:.3f}; back to "
+            f"update {self.guard.update}, on with learning rates {LOWER} times lower",
+        )
 
     def _outlook(self, means: dict[str, float], done: float) -> str:
         """The run so far, for the progress bar."""
@@ -184,8 +214,8 @@ class Run:
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.clip)
         figures |= {"gradient": float(norm), "rate": rate}
         if math.isfinite(figures["loss"] + figures["gradient"]):
-            for group, full in zip(self.optimizer.param_groups, self.rates, strict=True):
-                group["lr"] = full * rate
+            for group, size in zip(self.optimizer.param_groups, self.sizes, strict=True):
+                group["lr"] = self.settings.relative_rate * size * rate
             self.optimizer.step()
             copy_values(self.parameters, self.running)
             self.update, self.tokens = self.update + 1, self.tokens + int(count)
@@ -205,7 +235,7 @@ class Run:
     def _lost(self) -> SpecDecError:
         return SpecDecError(
             f"the loss is not a number any more at update {self.update}; '{self.output}' keeps the drafter as it was "
-            f"until then: go on from it with --set init={self.output} and a lower learning_rate in another --output"
+            f"until then: go on from it with --set init={self.output} and a lower relative_rate in another --output"
         )
 
     # -- what it writes -----------------------------------------------------------------------------------------
@@ -277,13 +307,16 @@ class Run:
             raise self._lost()
         if self.world.first:
             state = {"update": self.update, "tokens": self.tokens, "seconds": self.seconds, "best": self.best}
+            state |= {"sizes": self.sizes, "lowered": self.lowered, "warmed": self.warmed, "start": self.guard.start}
             checkpoint.write(self.output, self.parameters, self.optimizer, state)
 
     def _restore(self) -> None:
         state = checkpoint.restore(self.output, self.parameters, self.optimizer)
         self.update, self.tokens = state["update"], state["tokens"]
         self.seconds, self.best = state["seconds"], state["best"]
+        self.sizes, self.lowered, self.warmed = state["sizes"], state["lowered"], state["warmed"]
         copy_values(self.parameters, self.running)
+        self.guard = Guard(self.parameters, state["start"], self.update)
         if self.world.first:
             checkpoint.rewind_metrics(self.output, self.update)
 

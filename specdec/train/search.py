@@ -1,6 +1,7 @@
-"""``--search``: the segment of an M2R2 path, by closed-form agreement and measured cost, without gradients.
+"""The segment of an M2R2 path, by closed-form agreement and measured cost, without gradients.
 
-Candidates project from the embedding to one segment of later layers, and from its end to the final state. Projections
+Candidates project from the embedding to one segment of later layers, and from its end to the final state: those that
+begin at layer ``begin`` (two thirds up, in the preset), or with ``--search`` at any layer of the upper half. Projections
 are fitted on a sample of the teacher's states. The agreement of one draft on held-out answers, and what drafting and
 scoring cost on this machine, predict a speedup; the largest wins. Training raises agreement: the setting
 ``search_gain`` is added to its log-odds.
@@ -38,8 +39,8 @@ from specdec.train.student import Teacher, draft_steps, exact_carry
 
 FILE = "search.json"
 EVAL_TOKENS = 6_000  # held-out answer positions
-LONGEST = 6  # most layers of a segment
-STEPS, FADE = 4, 0.8  # drafts of a chain; agreement of each over that of the draft before
+LONGEST = 9  # most layers of a segment
+STEPS, FADE = 8, 0.94  # drafts of a chain; agreement of each over that of the draft before
 SHOWN = 24  # rows of the table that is printed
 Segment = tuple[int, int]
 
@@ -67,17 +68,23 @@ def choose(settings: M2R2Settings, target: Target, work: Work) -> Segment:
     if file.exists():
         lo, hi = drafter_folder.read_json(file)["chosen"]
         return int(lo), int(hi)
-    later = range(target.num_layers // 2, target.num_layers)
-    wanted, records = Wanted((*later,), (*later, target.num_layers)), []
+    depth = target.num_layers
+    if settings.search:
+        starts = range(depth // 2, depth)
+    else:
+        start = min(round(settings.begin * depth / (settings.layers_of or depth)), depth - 1)
+        starts = range(start, start + 1)
+    later = range(starts[0], min(starts[-1] + LONGEST, depth))
+    wanted, records = Wanted((*later,), tuple(sorted({*later, later[-1] + 1, depth}))), []
     for name, answers, tokens in (
         ("train", work.train, settings.search_tokens),
         ("eval", work.held_out, EVAL_TOKENS),
     ):
         part = _first(answers, tokens)
         records.append(compute(folder / name, target, part, wanted, work.progress, f"search, {name}"))
-    task = work.progress.add_task("search", total=len(later), unit="layers")
+    task = work.progress.add_task("search", total=len(starts), unit="layers")
     found: dict[Segment, float] = {}
-    for lo in later:
+    for lo in starts:
         found |= agreement(target, work.vocab, lo, records[0], records[1], settings)
         work.progress.advance(task)
     rows = rank(found, draft_costs(target, work.vocab), settings.search_gain)
@@ -105,7 +112,7 @@ def agreement(
 
     def residuals(batch: Batch) -> list[Tensor]:
         """At the end of each segment, [B, T, D]."""
-        exits, _ = next(draft_steps(longest, target, batch, 1, watched=True))
+        exits, *_ = next(draft_steps(longest, target, batch, 1, watched=True))
         return exits[0][1][1:-1]
 
     fit_projection(longest, target, _batches(target, longest.path, train, settings), 0)
@@ -136,15 +143,22 @@ def _batches(target: Target, path: M2R2Path, records: Sequence[Record], settings
 
 
 def draft_costs(target: Target, vocab: Tensor | None) -> list[Costs]:
-    """Costs of untrained drafters whose segment has 1, 2, ... layers, in the runtime that serves them."""
+    """Costs of untrained drafters whose segment has 1, 2, ... layers, in the runtime that serves them.
+
+    Drafting is timed with the fewest and with the most; each layer between them costs the same.
+    """
     half, decoder = target.num_layers // 2, SpecDecoder(target.model, None, drafter="none")
-    found = []
-    for length in range(1, min(LONGEST, target.num_layers - half) + 1):
+    most = min(LONGEST, target.num_layers - half)
+    ends = []
+    for length in (1, most):
         network = M2R2(M2R2Path(0, ((half, half + length),), True), decoder.target, vocab)
         drafter = M2R2Drafter(network, siblings=())
         drafter.bind(decoder.target)
-        found.append(measure(decoder.target, drafter, decoder.verifier))
-    return found
+        ends.append(measure(decoder.target, drafter, decoder.verifier))
+    (short,), (long,) = (each.drafts for each in ends)
+    shares = [(length - 1) / max(most - 1, 1) for length in range(1, most + 1)]
+    prices = [tuple(a + share * max(b - a, 0.0) for a, b in zip(short, long, strict=True)) for share in shares]
+    return [replace(ends[0], drafts=(price,)) for price in prices]
 
 
 def rank(agreement: dict[Segment, float], costs: Sequence[Costs], gain: float) -> list[Row]:

@@ -22,6 +22,7 @@ from specdec.base import inputs
 from specdec.base.errors import SpecDecError, did_you_mean
 from specdec.base.options import shown
 
+DROPPED = ("compile", "learning_rate", "leap_rate")  # settings of earlier versions; those rates were absolute
 Positive = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -63,7 +64,7 @@ class TrainSettings(BaseModel):
     rows: Positive = 16  # windows a batch
     window: Positive = 64  # answer positions a window
     fit_tokens: Positive = 100_000  # for what is fitted in closed form
-    learning_rate: float = 2e-3  # AdamW
+    relative_rate: PositiveFloat = 0.05  # learning rate of AdamW, as a share of a parameter's size (``Method.size``)
     warmup: Positive = 20  # updates
     decay: float = Field(1.0, gt=0, le=1)  # last share of the run over which the rate falls linearly to zero
     clip: PositiveFloat = 1.0
@@ -102,14 +103,18 @@ def load_settings(kind: type[S], method: str, preset: str | None, overrides: Map
     for key, others in kind.replaces.items():
         if given.get(key):
             values |= others
-    return from_mapping(kind, values | given, f"preset '{preset}'")
+    return from_mapping(kind, current(values) | given, f"preset '{preset}'")
+
+
+def current(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe without settings that only earlier versions had."""
+    return {key: value for key, value in recipe.items() if key not in DROPPED}
 
 
 def from_mapping(kind: type[S], values: Mapping[str, Any], where: str) -> S:
     """Settings from plain values. Raises SpecDecError for unknown keys, wrong kinds and values out of range."""
-    known = {key: value for key, value in values.items() if key != "compile"}  # a setting of earlier versions
     try:
-        return kind.model_validate(known)
+        return kind.model_validate(values)
     except ValidationError as error:
         found = error.errors()[0]
         key, reason = ".".join(map(str, found["loc"])), found["msg"].removeprefix("Value error, ")
