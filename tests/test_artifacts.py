@@ -180,3 +180,68 @@ def test_a_full_disk_leaves_the_old_file_and_says_so(folder: Path, monkeypatch: 
         drafter_folder.write(folder, {"drafter": "m2r2"}, {"x": torch.zeros(3)})
     assert (folder / "model.safetensors").read_bytes() == before
     assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
+
+
+# --- 8-bit storage ----------------------------------------------------------------------------------------------------
+
+
+def test_matrices_in_8_bits_are_read_as_matrices_within_half_a_step(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    wide, odd = torch.randn(40, 64) * torch.logspace(-6, 2, 40)[:, None], torch.randn(3, 20, 56)
+    given = {
+        "wide": wide,
+        "odd": odd,
+        "zero": torch.zeros(64, 64),
+        "bias": torch.randn(4096),
+        "small": torch.ones(2, 2),
+    }
+    drafter_folder.write(tmp_path, {"drafter": "m2r2"}, given | {"ids": torch.arange(9)}, "int8")
+    kept = load_file(tmp_path / "model.safetensors")
+    assert kept["wide.codes"].dtype == torch.int8 and kept["wide.scales"].shape == (40, 2)
+    assert kept["odd.scales"].shape == (3, 20, 1) and "wide" not in kept and "bias" in kept and "small" in kept
+    read = drafter_folder.read_tensors(tmp_path)
+    assert read.keys() == given.keys() | {"ids"} and torch.equal(read["zero"], torch.zeros(64, 64).bfloat16())
+    assert all(torch.equal(read[name], given[name]) for name in ("bias", "small"))
+    for name in ("wide", "odd"):
+        groups = given[name].unflatten(-1, (kept[f"{name}.scales"].shape[-1], -1))
+        most = groups.abs().amax(-1, keepdim=True).expand_as(groups).flatten(-2)
+        assert bool(((read[name].float() - given[name]).abs() <= most / 254 + most / 256).all())
+
+
+def test_a_drafter_in_8_bits_drafts_and_is_smaller(folder: Path) -> None:
+    before, size = drafter_folder.read_tensors(folder), (folder / "model.safetensors").stat().st_size
+    drafter_folder.write(folder, drafter_folder.read_config(folder), before, "int8")
+    assert (folder / "model.safetensors").stat().st_size < size / 2
+    decoder = SpecDecoder(tiny_model(), drafter=folder)
+    plain = SpecDecoder(tiny_model(), drafter="none").generate([5, 6, 7], max_new_tokens=12)
+    out = decoder.generate([5, 6, 7], max_new_tokens=12, num_speculative_tokens=3)
+    assert out.token_ids == plain.token_ids and out.metrics.num_draft_tokens > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"leaps.0.weight.scales": None}, "'leaps.0.weight' in .* 8-bit codes without scales that fit"),
+        ({"leaps.0.weight.scales": torch.ones(32, 5).bfloat16()}, "without scales that fit"),
+        ({"leaps.0.weight.scales": torch.ones(32, 3, dtype=torch.int32)}, "without scales that fit"),
+        ({"leaps.0.weight.codes": torch.ones(32, 96)}, "without scales that fit"),
+        ({"leaps.0.weight": torch.ones(32, 96)}, "is stored twice or"),
+        ({"leaps.0.weight.scales": torch.full((32, 3), torch.nan).bfloat16()}, "'leaps.0.weight' in .* holds NaN"),
+        ({"leaps.0.weight.scales": torch.full((32, 3), 3e38).bfloat16()}, "'leaps.0.weight' in .* holds NaN or inf"),
+        ({"leaps.0.bias": torch.ones(32, dtype=torch.int8)}, "is I8; it must be one of"),
+        (
+            {
+                "leaps.0.weight.codes": torch.ones(32, 64, dtype=torch.int8),
+                "leaps.0.weight.scales": torch.ones(32, 2).bfloat16(),
+            },
+            "for this model it should be .32, 96.",
+        ),
+    ],
+)
+def test_codes_that_no_matrix_has_are_refused(folder: Path, change, message: str) -> None:
+    drafter_folder.write(folder, drafter_folder.read_config(folder), drafter_folder.read_tensors(folder), "int8")
+    kept = load_file(folder / "model.safetensors") | change
+    save_file({name: value for name, value in kept.items() if value is not None}, folder / "model.safetensors")
+    with pytest.raises(SpecDecError, match=message) as caught:
+        SpecDecoder(tiny_model(), drafter=folder)
+    assert "\n" not in str(caught.value)

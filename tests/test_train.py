@@ -292,6 +292,22 @@ def test_a_run_may_begin_from_a_trained_drafter_of_the_same_shape(
         train(short)
 
 
+def test_a_drafter_is_stored_as_asked_and_a_run_may_begin_from_8_bits(answers: Path, tmp_path: Path) -> None:
+    def kinds(name: str) -> set[torch.dtype]:
+        return {value.dtype for value in load_file(tmp_path / name / "model.safetensors").values()}
+
+    first = train(recipe(answers, tmp_path / "int8", steps=40, learning_rate=2e-2, leap_rate=5e-3, storage="int8"))
+    train(recipe(answers, tmp_path / "half", steps=1, storage="bfloat16"))
+    assert torch.int8 in kinds("int8") and kinds("half") == {torch.bfloat16, torch.int32}
+    assert kinds("int8") - {torch.int8, torch.bfloat16} == {torch.float32, torch.int32}
+    train(recipe(answers, tmp_path / "again", steps=1, init=str(tmp_path / "int8")))
+    assert evaluations(tmp_path / "again")[0]["score"] == pytest.approx(first["score"], abs=0.2)
+    saved = load_file(tmp_path / "int8" / "checkpoint.safetensors")
+    assert all(value.dtype == torch.float32 for name, value in saved.items() if name.startswith("masters/"))
+    with pytest.raises(SpecDecError, match="setting 'storage' cannot be 'int4'"):
+        recipe(answers, tmp_path / "odd", storage="int4")
+
+
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_drafter(
     answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

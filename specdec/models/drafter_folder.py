@@ -4,6 +4,9 @@ Files are data: JSON and safetensors only, and nobody's word is taken for it. Co
 what it describes is built without memory and compared with the header of the weights, and weights must be finite. A
 folder names its drafter (``format``) and the base model it was trained for by a fingerprint of that model's weights.
 Knows nothing about any particular drafter.
+
+A matrix NAME may be stored in 8 bits: ``NAME.codes`` int8 [..., n], and ``NAME.scales`` bf16 [..., n / g], one for each
+g inputs. It is read as the matrix itself, in bf16.
 """
 
 from __future__ import annotations
@@ -30,6 +33,8 @@ CONFIG_BYTES = 1 << 22  # more than any config.json has
 WIDEST = 16  # most of a drafter's inner width, in hidden sizes of its target
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 INTEGERS = {"I64": torch.int64, "I32": torch.int32}
+CODES, SCALES = ".codes", ".scales"
+LARGE, GROUP = 1 << 10, 32  # numbers of a matrix that is stored in codes, and those that share a scale
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -61,26 +66,78 @@ def read_json(path: Path) -> Any:
 
 
 class Stored:
-    """The tensors of a safetensors file. header: of each, shape and dtype, as a tensor without memory."""
+    """The tensors of a safetensors file. header: of each, shape and dtype, as a tensor without memory.
+
+    A matrix in codes is one tensor here.
+    """
 
     def __init__(self, path: Path, file: Any) -> None:
-        self.path, self.file, self.header = path, file, dict[str, Tensor]()
-        for name in file.keys():  # noqa: SIM118 (not a dict)
-            part = file.get_slice(name)
-            if (dtype := (DTYPES | INTEGERS).get(part.get_dtype())) is None:
-                known = ", ".join(DTYPES | INTEGERS)
-                raise SpecDecError(f"tensor '{name}' in '{path}' is {part.get_dtype()}; it must be one of {known}")
-            try:
-                self.header[name] = torch.empty(part.get_shape(), dtype=dtype, device="meta")
-            except (RuntimeError, TypeError, OverflowError):  # no numbers, in more dimensions than can be counted
-                raise SpecDecError(f"tensor '{name}' in '{path}' has the impossible shape {part.get_shape()}") from None
+        self.path, self.file = path, file
+        parts = {name: self._part(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        self.coded = {name.removesuffix(CODES) for name in parts if name.endswith(CODES)}
+        for name in self.coded:
+            codes, scales = parts.pop(name + CODES), parts.pop(name + SCALES, None)
+            if name in parts or scales is None or not _scaled(codes, scales):
+                raise SpecDecError(
+                    f"matrix '{name}' in '{path}' is stored twice or in 8-bit codes without scales that fit them; train "
+                    "or get it again"
+                )
+            parts[name] = torch.empty_like(codes, dtype=scales.dtype)
+        self.header = parts
+
+    def _part(self, name: str) -> Tensor:
+        """A stored tensor, without memory."""
+        part, known = self.file.get_slice(name), DTYPES | INTEGERS
+        dtype = torch.int8 if name.endswith(CODES) and part.get_dtype() == "I8" else known.get(part.get_dtype())
+        if dtype is None:
+            raise SpecDecError(
+                f"tensor '{name}' in '{self.path}' is {part.get_dtype()}; it must be one of {', '.join(known)}"
+            )
+        try:
+            return torch.empty(part.get_shape(), dtype=dtype, device="meta")
+        except (RuntimeError, TypeError, OverflowError):  # no numbers, in more dimensions than can be counted
+            raise SpecDecError(
+                f"tensor '{name}' in '{self.path}' has the impossible shape {part.get_shape()}"
+            ) from None
 
     def read(self, name: str) -> Tensor:
         """One tensor. Raises SpecDecError if it holds NaN or infinite values."""
-        tensor: Tensor = self.file.get_tensor(name)
+        if name in self.coded:
+            tensor = decode(self.file.get_tensor(name + CODES), self.file.get_tensor(name + SCALES))
+        else:
+            tensor = self.file.get_tensor(name)
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise SpecDecError(f"tensor '{name}' in '{self.path}' holds NaN or infinite values; train or get it again")
         return tensor
+
+
+def _scaled(codes: Tensor, scales: Tensor) -> bool:
+    """Whether the two are codes and scales of one matrix."""
+    return (
+        codes.dtype == torch.int8
+        and scales.is_floating_point()
+        and codes.dim() == scales.dim() > 0
+        and codes.shape[:-1] == scales.shape[:-1]
+        and 0 < scales.shape[-1] <= codes.shape[-1]
+        and codes.shape[-1] % scales.shape[-1] == 0
+    )
+
+
+def encode(values: Tensor) -> tuple[Tensor, Tensor]:
+    """A matrix [..., n] as codes int8 [..., n] and scales bf16, one for ``GROUP`` inputs or, where n is no multiple
+    of that, for all."""
+    size = values.shape[-1]
+    groups = values.detach().float().unflatten(-1, (-1, GROUP if size % GROUP == 0 else size))
+    scales = (groups.abs().amax(-1) / 127).bfloat16()
+    steps = scales.float()[..., None]
+    codes = torch.where(steps > 0, groups / steps, 0).round().clamp(-127, 127)
+    return codes.to(torch.int8).flatten(-2), scales
+
+
+def decode(codes: Tensor, scales: Tensor) -> Tensor:
+    """The matrix of ``encode``, in bf16."""
+    groups = codes.unflatten(-1, (scales.shape[-1], -1))
+    return (groups.float() * scales.float()[..., None]).bfloat16().flatten(-2)
 
 
 @contextmanager
@@ -155,10 +212,23 @@ def inner(name: str, value: Any, hidden_size: int) -> int:
     return options.whole(f"{name} in the drafter's config.json", value, 1, WIDEST * hidden_size)
 
 
-def write(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Write a drafter folder; each file appears whole or not at all. Raises SpecDecError if the disk refuses."""
+def write(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], storage: str = "") -> None:
+    """Write a drafter folder; each file appears whole or not at all. Raises SpecDecError if the disk refuses.
+
+    storage: of the floating-point tensors: a dtype's name, or "int8" for large matrices in codes; "": as they are.
+    """
     text = json.dumps(config, indent=2) + "\n"
-    contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    kept = dict[str, Tensor]()
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not storage:
+            kept[name] = tensor
+        elif storage != "int8":
+            kept[name] = tensor.to(getattr(torch, storage))
+        elif tensor.dim() > 1 and tensor.numel() >= LARGE:
+            kept[name + CODES], kept[name + SCALES] = encode(tensor)
+        else:
+            kept[name] = tensor.float()
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in kept.items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, data in ((WEIGHTS, save(contiguous)), (CONFIG, text.encode())):

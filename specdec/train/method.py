@@ -126,7 +126,7 @@ class Method(ABC, Generic[Network]):
         """The drafter's entries of ``config.json``, its name ``drafter`` among them."""
 
     def tensors(self, masters: Network) -> dict[str, Tensor]:
-        """What ``model.safetensors`` holds; floating-point tensors are stored in the target's dtype."""
+        """What ``model.safetensors`` holds; floating-point tensors are stored as the setting ``storage`` says."""
         return masters.state_dict()
 
 

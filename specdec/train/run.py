@@ -293,9 +293,10 @@ class Run:
         if self.init is not None:
             training["began_from"] = self.init.get("training", {})
         config = {"version": 1, "base": base, **self.method.config(self.network), "training": training}
-        dtype = torch.bfloat16 if target.dtype == torch.bfloat16 else torch.float32
-        tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in self.method.tensors(self.masters).items()}
-        drafter_folder.write(self.output, config, tensors)
+        storage: str = self.settings.storage
+        if storage == "auto":
+            storage = "bfloat16" if target.dtype == torch.bfloat16 else "float32"
+        drafter_folder.write(self.output, config, self.method.tensors(self.masters), storage)
 
     def _log(self, line: dict[str, Any]) -> None:
         if self.world.first:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.resources
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -46,6 +46,7 @@ class TrainSettings(BaseModel):
     holdout: Files = ()  # files whose prompts must not be trained on
     output: str = ""
     dtype: str = "bfloat16"  # of the frozen base and of the student's passes; master weights are float32
+    storage: Literal["auto", "bfloat16", "int8"] = "auto"  # of the drafter's file; auto: the dtype
     device: str = "auto"  # the first CUDA device that can compute, else the CPU
     seed: int = Field(0, ge=0, le=2**63 - 1)
     init: str = ""  # a trained drafter's folder to begin from; empty: from what has a closed form
