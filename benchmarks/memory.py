@@ -46,7 +46,7 @@ def one(drafter: str, weights: str, tokens: int) -> None:
             cached = sum(t.numel() * t.element_size() for t in (*cache.keys, *cache.values) if t is not None)
     target = decoder.target
     held = target.bytes_read + decoder.model.get_input_embeddings().weight.nbytes  # type: ignore[attr-defined]
-    folder = drafter_folder.shipped(drafter, target.fingerprint)
+    folder = drafter_folder.shipped(drafter, target)
     own = 0 if folder is None else (folder / "model.safetensors").stat().st_size
     need = (held + cached + own) / 1e6
     figures = {"drafter": drafter, "weights": target.storage, "libraries": base, "loaded": loaded - base}

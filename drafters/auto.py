@@ -23,7 +23,7 @@ class AutoDrafter(Drafter):
     def load(cls, target: Target, source: str | None = None, **given: Any) -> Drafter:
         """The drafter for ``target``, with its options ``given``. Warns where no trained one is shipped."""
         options.check(cls.name, (), source=source)
-        name = "prompt-lookup" if drafter_folder.shipped("m2r2", target.fingerprint) is None else "m2r2"
+        name = "prompt-lookup" if drafter_folder.shipped("m2r2", target) is None else "m2r2"
         if name == "prompt-lookup":
             command = registry.lookup("drafters", "m2r2").training_command(target.model.config._name_or_path)
             message = f"no trained drafter is shipped for this model, so prompt-lookup drafts; to train one: {command}"

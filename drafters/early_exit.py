@@ -46,7 +46,7 @@ class EarlyExitDrafter(ExitDrafter):
         options.check(cls.name, given, ("exit_layer", *SHAPE))
         if source is not None and "exit_layer" in given:
             raise SpecDecError(f"'{source}' has its own exit layer; leave exit_layer out, or the folder")
-        shipped = None if "exit_layer" in given else drafter_folder.shipped(cls.name, target.fingerprint)
+        shipped = None if "exit_layer" in given else drafter_folder.shipped(cls.name, target)
         folder = shipped if source is None else Path(source)
         return cls(**given, heads=None if folder is None else ExitHeads.load(target, folder, cls.name))
 

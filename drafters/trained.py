@@ -13,16 +13,16 @@ from specdec.speculation.draft import Drafter
 
 def find(drafter: type[Drafter], target: Target, source: str | None) -> Path:
     """The folder ``source``, or the drafter shipped for the target's weights. Raises SpecDecError if there is none."""
-    folder = drafter_folder.shipped(drafter.name, target.fingerprint) if source is None else Path(source)
+    folder = drafter_folder.shipped(drafter.name, target) if source is None else Path(source)
     if folder is None:
         raise drafter.not_shipped(target.model.config._name_or_path)
     return folder
 
 
 def read_config(folder: Path, kind: str, target: Target) -> dict[str, Any]:
-    """A folder's config.json. Raises SpecDecError unless it is a ``kind`` drafter for the target's weights."""
+    """A folder's config.json. Raises SpecDecError unless it is a ``kind`` drafter for the target's model."""
     config = drafter_folder.read_config(folder)
     if config["drafter"] != kind:
         raise SpecDecError(f"'{folder}' holds a '{config['drafter']}' drafter, not a {kind} one")
-    drafter_folder.check_base(config, target.fingerprint, str(folder))
+    drafter_folder.check_base(config, target, str(folder))
     return config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from specdec import SpecDecoder
 from specdec.base.errors import SpecDecError
 from specdec.drafters.m2r2 import M2R2, M2R2Path
-from specdec.models import drafter_folder
+from specdec.models import drafter_folder, identity
+from specdec.models.blocks import quantized
 from specdec.models.loading import fingerprint
 from specdec.runtimes.reference import ReferenceTarget
 
@@ -245,3 +247,123 @@ def test_codes_that_no_matrix_has_are_refused(folder: Path, change, message: str
     with pytest.raises(SpecDecError, match=message) as caught:
         SpecDecoder(tiny_model(), drafter=folder)
     assert "\n" not in str(caught.value)
+
+
+# --- other precisions of the model it was trained on ------------------------------------------------------------------
+
+
+def in_blocks(model, kind: str):
+    """The model with the layers' matrices, of 32 inputs and more, in GGUF blocks."""
+    for layer in model.model.layers:
+        for name, module in list(layer.named_modules()):
+            if isinstance(module, torch.nn.Linear) and module.in_features % 32 == 0:
+                layer.set_submodule(name, quantized(module, kind))
+    return model
+
+
+def sampled(folder: Path, model) -> None:
+    """Have the folder's drafter be one for ``model``, with samples."""
+    base = {"fingerprint": fingerprint(model), "name": "the-base", "samples": identity.samples(model)}
+    change(folder, base=base)
+
+
+def perturbed(model, part: float):
+    """The model after training moved its weights by ``part`` of their size."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * parameter.std() * part)
+    return model
+
+
+FORMS = {
+    "float32": lambda: tiny_model(),
+    "bfloat16": lambda: tiny_model().bfloat16(),
+    "float16": lambda: tiny_model().half(),
+    "Q8_0": lambda: in_blocks(tiny_model(), "Q8_0"),
+    "Q5_0": lambda: in_blocks(tiny_model(), "Q5_0"),
+    "Q4_1": lambda: in_blocks(tiny_model(), "Q4_1"),
+    "Q4_0": lambda: in_blocks(tiny_model(), "Q4_0"),
+}
+
+
+@pytest.mark.parametrize("trained", ["float32", "bfloat16", "Q8_0", "Q4_0"])
+def test_a_drafter_serves_every_precision_of_its_model_and_says_so(folder: Path, trained: str, capsys) -> None:
+    model = FORMS[trained]()
+    sampled(folder, model)
+    config = drafter_folder.read_config(folder)
+    assert len(json.dumps(config["base"]["samples"])) < 12_000
+    for name, make in FORMS.items():
+        target = ReferenceTarget(other := make())
+        drafter_folder.check_base(config, target, str(folder))
+        said = capsys.readouterr().err
+        assert ("trained on the-base;" in said) == (fingerprint(other) != fingerprint(model)), name
+        assert said.count("\n") <= 1
+
+
+@pytest.mark.parametrize(
+    ("trained", "part"), [("float32", 0.03), ("bfloat16", 0.03), ("Q8_0", 0.05), ("Q4_1", 0.1), ("Q4_0", 0.1)]
+)
+def test_a_fine_tune_is_refused_in_every_precision(folder: Path, trained: str, part: float) -> None:
+    sampled(folder, FORMS[trained]())
+    config = drafter_folder.read_config(folder)
+    for kind in ("", "Q8_0"):
+        other = perturbed(tiny_model(), part)
+        target = ReferenceTarget(in_blocks(other, kind) if kind else other)
+        with pytest.raises(
+            SpecDecError, match=r"trained for base weights .* differ by more than rounding\); train one"
+        ):
+            drafter_folder.check_base(config, target, str(folder))
+
+
+def test_one_changed_matrix_and_another_architecture_are_refused(folder: Path) -> None:
+    model = tiny_model()
+    sampled(folder, model)
+    config = drafter_folder.read_config(folder)
+    name = next(n for n, each in config["base"]["samples"].items() if len(each["shape"]) == 2)
+    with torch.no_grad():
+        model.get_parameter(name).neg_()
+    with pytest.raises(SpecDecError, match=f"the values of '{name}' differ by more than rounding"):
+        drafter_folder.check_base(config, ReferenceTarget(model), str(folder))
+    config["base"] |= {"num_layers": 4, "model_type": "llama"}
+    for other, message in (
+        (tiny_model("qwen2"), "another architecture or size"),
+        (tiny_model(num_hidden_layers=5), "another architecture or size"),
+        (tiny_model(vocab_size=101), r"'.*' is \(101, 32\) in the model and \(97, 32\) in the other"),
+    ):
+        with pytest.raises(SpecDecError, match=message):
+            drafter_folder.check_base(config, ReferenceTarget(other), str(folder))
+
+
+@pytest.mark.parametrize(
+    "samples",
+    [
+        [],
+        3,
+        {},
+        {"x": 1},
+        {"model.norm.weight": {"shape": [32], "values": "1 nan"}},
+        {"model.norm.weight": {"shape": [32], "values": "1 2"}},
+        {"x": {"shape": [1], "values": "1" * 5000}},
+    ],
+)
+def test_broken_samples_are_refused(folder: Path, samples) -> None:
+    change(folder, base={"fingerprint": "x", "samples": samples})
+    with pytest.raises(SpecDecError, match="has broken samples of the base model"):
+        SpecDecoder(tiny_model(), drafter=folder)
+
+
+def test_a_shipped_drafter_is_found_by_fingerprint_then_by_samples(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.resources.files", lambda name: tmp_path)
+    sampled(folder, FORMS["Q4_0"]())
+    near, own = (tmp_path / "pretrained" / "m2r2" / name for name in ("a-other", "b-own"))
+    near.parent.mkdir(parents=True)
+    folder.rename(near)
+    model, fine = tiny_model(), perturbed(tiny_model(), 0.1)
+    assert drafter_folder.shipped("m2r2", ReferenceTarget(model)) == near
+    assert drafter_folder.shipped("m2r2", ReferenceTarget(fine)) is None
+    shutil.copytree(near, own)
+    change(own, base={"fingerprint": fingerprint(model)})
+    assert drafter_folder.shipped("m2r2", ReferenceTarget(model)) == own

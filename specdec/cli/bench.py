@@ -98,7 +98,7 @@ def bench(
         decoders = Decoders(data_dir)
         if licence := decoders.prompts(base).licence:
             terminal.say(f"prompts: {prompts} ({licence})")
-        if drafters is None and shipped("m2r2", decoders.base(base).target.fingerprint) is None:
+        if drafters is None and shipped("m2r2", decoders.base(base).target) is None:
             cells = [cell for cell in cells if cell.drafter != "m2r2"]
             terminal.say("m2r2 is left out: none is shipped for this model; train one: specdec train m2r2 --model ...")
         run = Run(cells, decoders)

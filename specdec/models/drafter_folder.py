@@ -2,8 +2,8 @@
 
 Files are data: JSON and safetensors only, and nobody's word is taken for it. Counts in a configuration are bounded,
 what it describes is built without memory and compared with the header of the weights, and weights must be finite. A
-folder names its drafter (``format``) and the base model it was trained for by a fingerprint of that model's weights.
-Knows nothing about any particular drafter.
+folder names its drafter (``drafter``) and the base model it was trained for: by a fingerprint of that model's weights
+and, for other precisions of it, by sampled values. Knows nothing about any particular drafter.
 
 A matrix NAME may be stored in 8 bits: ``NAME.codes`` int8 [..., n], and ``NAME.scales`` bf16 [..., n / g], one for each
 g inputs. It is read as the matrix itself, in bf16.
@@ -18,15 +18,16 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from specdec.base import options
+from specdec.base import options, terminal
 from specdec.base.errors import SpecDecError
+from specdec.models import identity
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 CONFIG_BYTES = 1 << 22  # more than any config.json has
@@ -36,6 +37,13 @@ INTEGERS = {"I64": torch.int64, "I32": torch.int32}
 CODES, SCALES = ".codes", ".scales"
 LARGE, GROUP = 1 << 10, 32  # numbers of a matrix that is stored in codes, and those that share a scale
 M = TypeVar("M", bound=nn.Module)
+
+
+class Identified(Protocol):
+    """A loaded model and the fingerprint of its weights."""
+
+    model: Any
+    fingerprint: str
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -79,8 +87,8 @@ class Stored:
             codes, scales = parts.pop(name + CODES), parts.pop(name + SCALES, None)
             if name in parts or scales is None or not _scaled(codes, scales):
                 raise SpecDecError(
-                    f"matrix '{name}' in '{path}' is stored twice or in 8-bit codes without scales that fit them; train "
-                    "or get it again"
+                    f"matrix '{name}' in '{path}' is stored twice or in 8-bit codes without scales that fit them; "
+                    "train or get it again"
                 )
             parts[name] = torch.empty_like(codes, dtype=scales.dtype)
         self.header = parts
@@ -252,16 +260,17 @@ def replace(path: Path, data: bytes) -> None:
         raise
 
 
-def shipped(drafter: str, fingerprint: str) -> Path | None:
-    """The folder of a drafter of that kind shipped in the package for the base with that fingerprint, if any."""
-    return next((folder for folder, base in _shipped(drafter) if base.get("fingerprint") == fingerprint), None)
+def shipped(drafter: str, base: Identified) -> Path | None:
+    """The folder of a drafter of that kind shipped in the package for the model, or another precision of it, if any."""
+    found = list(_shipped(drafter))
+    own = (folder for folder, trained in found if trained.get("fingerprint") == base.fingerprint)
+    near = (folder for folder, trained in found if _difference(trained, base, str(folder)) is None)
+    return next(own, None) or next(near, None)
 
 
 def may_be_shipped(drafter: str, config: Any) -> bool:
     """Whether one is shipped for a base of the kind and size of the model with this Hugging Face ``config``."""
-    text = config.get_text_config()
-    size = {"num_layers": text.num_hidden_layers, "hidden_size": text.hidden_size, "model_type": config.model_type}
-    return any(all(base.get(key, value) == value for key, value in size.items()) for _, base in _shipped(drafter))
+    return any(_of_size(trained, config) for _, trained in _shipped(drafter))
 
 
 def _shipped(drafter: str) -> Iterator[tuple[Path, dict[str, Any]]]:
@@ -271,11 +280,37 @@ def _shipped(drafter: str) -> Iterator[tuple[Path, dict[str, Any]]]:
         yield path.parent, read_config(path.parent).get("base", {})
 
 
-def check_base(config: dict[str, Any], fingerprint: str, where: str) -> None:
-    """Raise SpecDecError if the drafter of ``config`` was trained for other base weights."""
-    trained = config.get("base", {}).get("fingerprint")
-    if trained != fingerprint:
-        raise SpecDecError(
-            f"drafter '{where}' was trained for base weights {trained}, but the loaded model's are {fingerprint}; "
-            "train one for this model with 'specdec train' or load the model it belongs to"
-        )
+def _of_size(trained: Mapping[str, Any], config: Any) -> bool:
+    text = config.get_text_config()
+    size = {"num_layers": text.num_hidden_layers, "hidden_size": text.hidden_size, "model_type": config.model_type}
+    return all(trained.get(key, value) == value for key, value in size.items())
+
+
+def _difference(trained: Mapping[str, Any], base: Identified, where: str) -> str | None:
+    """How the model differs, by more than rounding, from the one that a drafter's config describes; None: not at all.
+
+    "" if the config has no samples to tell by.
+    """
+    if not _of_size(trained, base.model.config):
+        return "it is of another architecture or size"
+    return identity.difference(trained["samples"], base.model, where) if "samples" in trained else ""
+
+
+def check_base(config: dict[str, Any], base: Identified, where: str) -> None:
+    """Raise SpecDecError if the drafter of ``config`` was trained for another model than ``base``.
+
+    Another precision of the same model is served; a line on stderr says so.
+    """
+    trained = config.get("base", {})
+    if trained.get("fingerprint") == base.fingerprint:
+        return
+    why = _difference(trained, base, where)
+    if why is None:
+        own, other = base.model.config._name_or_path, trained.get("name", "the same model")
+        terminal.say(f"note: drafter '{where}' was trained on {other}; '{own}' is another precision of that model")
+        return
+    raise SpecDecError(
+        f"drafter '{where}' was trained for base weights {trained.get('fingerprint')}, but the loaded model's are "
+        f"{base.fingerprint}{f' ({why})' if why else ''}; train one for this model with 'specdec train' or load the "
+        "model it belongs to"
+    )

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from specdec.base.errors import SpecDecError
 from specdec.base.terminal import Progress, status, tell
 from specdec.engine.costs import Costs
-from specdec.models import drafter_folder, loading
+from specdec.models import drafter_folder, identity, loading
 from specdec.train import batches, checkpoint
 from specdec.train.batches import Batch, Window
 from specdec.train.guard import Guard
@@ -280,6 +280,7 @@ class Run:
             "num_layers": target.num_layers,
             "hidden_size": target.hidden_size,
             "vocab_size": target.vocab_size,
+            "samples": identity.samples(target.model),
         }
         training = {
             "answers": len(self.records),
