@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,7 +28,7 @@ from specdec.base.errors import SpecDecError
 from specdec.cli import app
 from specdec.drafters.m2r2 import M2R2, M2R2Drafter, M2R2Path, load_network
 from specdec.engine.costs import Costs
-from specdec.models import drafter_folder, loading
+from specdec.models import catalogue, drafter_folder, loading
 from specdec.runtimes.fused import FAMILIES as FUSED
 from specdec.runtimes.fused import FusedTarget
 from specdec.runtimes.layer_pass import Pass
@@ -35,7 +36,7 @@ from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.target import Target
 from specdec.speculation.draft import State
 from specdec.speculation.sampling import Sampler, SamplingParams
-from specdec.train import data, search, states
+from specdec.train import data, room, search, states
 from specdec.train.batches import assemble, epoch, stream, windows
 from specdec.train.data import Answer, Prompt
 from specdec.train.evaluate import acceptance_lengths, evaluate
@@ -147,6 +148,9 @@ class Tokens:
 
     def decode(self, ids: list[int]) -> str:
         return " ".join(map(str, ids))
+
+    def __call__(self, text: str, **options: Any) -> Any:
+        return SimpleNamespace(input_ids=list(map(int, text.split())))
 
 
 @pytest.fixture(scope="session")
@@ -269,7 +273,7 @@ def test_a_run_may_begin_from_a_trained_drafter_of_the_same_shape(
         == drafter_folder.read_config(tmp_path / "first")["training"]["updates"]
     )
 
-    config["base"]["fingerprint"] = "another"
+    config["base"] = {"fingerprint": "another"}
     (tmp_path / "first" / "config.json").write_text(json.dumps(config))
     with pytest.raises(SpecDecError, match="was trained for base weights another"):
         train(recipe(answers, tmp_path / "foreign", init=str(tmp_path / "first")))
@@ -340,6 +344,75 @@ def test_a_full_disk_is_one_clear_line(answers: Path, tmp_path: Path, monkeypatc
     monkeypatch.setattr(drafter_folder, "replace", full)
     with pytest.raises(SpecDecError, match=r"No space left on device; .* free space and --resume"):
         train(recipe(answers, tmp_path / "out", steps=2))
+
+
+def test_answers_of_another_tokenizer_or_template_are_refused_with_the_first_example() -> None:
+    """A tokenizer of words: the ids of another one read as words that it would put together otherwise."""
+    words = {1: "<|im_start|>", 2: "say", 3: "hello", 4: "[INST]", 5: "he", 6: "llo", 7: "<|turn|>"}
+
+    def decode(ids: Any) -> str:
+        return "".join(words[i] for i in ids)
+
+    def encode(text: str) -> list[int]:
+        ids = []
+        while text:
+            id = max((i for i, word in words.items() if text.startswith(word)), key=lambda i: len(words[i]))
+            ids.append(id)
+            text = text[len(words[id]) :]
+        return ids
+
+    def check(*prompts: tuple[int, ...], turn: str = "<|turn|>") -> None:
+        data.refuse_other_tokens([Prompt(("x",)), *(Answer(p, (2,)) for p in prompts)], decode, encode, turn)
+
+    check()
+    check((1, 2, 3, 7), (2, 3), (4, 2, 7))
+    check((2, 3), (4, 2), (2,))  # in no template, most of them
+    check((4, 2), (4, 3), turn="")
+    check((5, 6), (2, 3))  # one is not as this tokenizer would have it: still of its vocabulary
+    with pytest.raises(SpecDecError, match=r"of another tokenizer: the prompt of answer 2 reads 'hellohello' to this"):
+        check((5, 6, 5, 6), (5, 6, 2))
+    with pytest.raises(
+        SpecDecError, match=r"another chat template: the prompt of answer 3 is '\[INST\]say', and this .*turn"
+    ):
+        check((2, 3, 7), (4, 2), (4, 3))
+
+
+def test_a_base_too_large_for_memory_is_refused_before_its_weights_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_tiny(tmp_path / "model")
+    (folder / "model.safetensors").write_bytes(b"never read")
+    weights = sum(p.numel() for p in tiny_model(vocab_size=99).parameters()) * 4
+    monkeypatch.setattr(catalogue, "_free_memory", lambda: weights - 1)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Hello"}\n')
+    settings = recipe(tmp_path / "prompts.jsonl", tmp_path / "out", model=str(folder), device="cpu")
+    with pytest.raises(SpecDecError, match=r"not enough memory for .*: its weights take 0 MB, and 0 MB are free"):
+        train(settings)
+    monkeypatch.setattr(catalogue, "_free_memory", lambda: weights)
+    with pytest.raises(SpecDecError, match="safetensors file is truncated or broken"):
+        train(settings)
+
+
+def test_too_little_disk_for_the_teacher_states_is_said_before_they_are_computed(
+    answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(states, "_teach", lambda *args: pytest.fail("computed"))
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000))
+    with pytest.raises(
+        SpecDecError, match=r"not enough disk space for the teacher states in .*: \S+ MB needed for \d+ "
+    ):
+        train(recipe(answers, tmp_path / "out"))
+    assert not any((tmp_path / "out").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_size_of_the_teacher_states_is_foreseen(family: str) -> None:
+    target = training_target(tiny_model(family))
+    given = [Answer((5, 6, 7), (8, 9, 10, 11)), Answer((5,), (8, 9))]
+    wanted = states.Wanted((1, 3), (2, target.num_layers))
+    tensors = states._teach(target, given, wanted, lambda n: None)
+    size = sum(each.nbytes for name, each in tensors.items() if name not in ("lengths", "prompts"))
+    assert room.states_bytes(target, given, wanted) == size
 
 
 def test_damaged_and_foreign_teacher_states_are_refused(answers: Path, tmp_path: Path) -> None:

@@ -11,12 +11,13 @@ import random
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from specdec.base.errors import SpecDecError
 from specdec.base.terminal import stderr
 from specdec.models import drafter_folder, generation_config, loading
-from specdec.train import data, states
+from specdec.train import data, room, states
 from specdec.train.answers import Sampling, answer_prompts, encode_prompts
 from specdec.train.data import Answer, Prompt
 from specdec.train.method import Work, lookup
@@ -51,12 +52,15 @@ def _prepare(settings: TrainSettings, resume: bool, console: Console, world: Wor
     held = data.read([Path(p) for p in settings.holdout]) if settings.holdout else []
     output = open_output(settings, resume)
     keep_freed_memory()
-    model, tokenizer = loading.load(settings.model, dtype=settings.dtype, device=world.device)
+    fits = partial(room.check_memory, settings.model, dtype=settings.dtype, device=torch.device(world.device))
+    model, tokenizer = loading.load(settings.model, dtype=settings.dtype, device=world.device, check=fits)
     target = training_target(model)
     if settings.init:
-        drafter_folder.check_base(drafter_folder.read_config(Path(settings.init)), target.fingerprint, settings.init)
+        drafter_folder.check_base(drafter_folder.read_config(Path(settings.init)), target, settings.init)
     method = lookup(settings.method)(settings, target)
     data.refuse_foreign(items, target.vocab_size)
+    encode = lambda text: tokenizer(text, add_special_tokens=False, verbose=False).input_ids  # noqa: E731
+    data.refuse_other_tokens(items, tokenizer.decode, encode, _turn(tokenizer))
     data.refuse_held_out(items, held, tokenizer.decode)
     data.refuse_held_out([Prompt((text,)) for text in texts], held, tokenizer.decode, "text")
     with progress_bars(console) as progress:
@@ -75,6 +79,16 @@ def _prepare(settings: TrainSettings, resume: bool, console: Console, world: Wor
             for name, part in (("eval", held_out), ("train", train))
         ]
     return Run(method, vocab, records[1], records[0], output, console, world)
+
+
+def _turn(tokenizer: Any) -> str:
+    """What the chat template has between a user's text and the answer; empty if there is no template."""
+    if not getattr(tokenizer, "chat_template", None):
+        return ""
+    mark = "specdec"
+    messages = [{"role": "user", "content": mark}]
+    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return text.rpartition(mark)[2].strip()
 
 
 def _pieces(settings: TrainSettings, texts: list[str], tokenizer: Any, context: int) -> list[Answer]:
