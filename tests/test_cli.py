@@ -501,16 +501,20 @@ def test_the_readme_and_the_command_agree_on_sizes() -> None:
 
 
 def test_drafters_lists_summaries_training_and_what_is_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / "pretrained" / "m2r2" / "some-model"
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text("{}")
+    for model in ("some-model", "another-model"):
+        folder = tmp_path / "pretrained" / "m2r2" / model
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
     monkeypatch.setattr(listings, "files", lambda package: tmp_path)
     rows = {row["name"]: row for row in json.loads(CliRunner().invoke(cli.app, ["drafters", "--json"]).stdout)}
-    assert rows["m2r2"]["training"] == "specdec train m2r2" and rows["m2r2"]["shipped_for"] == ["some-model"]
+    assert rows["m2r2"]["training"] == "specdec train m2r2" and rows["m2r2"]["shipped_for"] == [
+        "another-model",
+        "some-model",
+    ]
     assert rows["prompt-lookup"]["training"] is None and rows["prompt-lookup"]["shipped_for"] == []
     assert rows["none"]["summary"] == registry.lookup("drafters", "none").summary
     table = CliRunner().invoke(cli.app, ["drafters"]).stdout
-    assert "prompt-lookup\t" in table and "\tnot needed\t-" in table
+    assert "prompt-lookup\t" in table and "\tnot needed\t-" in table and "\tanother-model, some-model" in table
 
 
 def test_a_broken_plug_in_does_not_hide_the_other_drafters(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import shlex
+import tomllib
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from conftest import tiny_model
 
 import specdec
 from specdec import SpecDecoder, cli
+from specdec.models import catalogue
+from specdec.speculation import registry
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/**/*.md")), *sorted(ROOT.glob("drafters/**/README.md"))]
@@ -111,7 +115,13 @@ def test_the_verifier_of_the_docs_accepts(temperature: float) -> None:
 def test_every_shipped_drafter_has_a_model_card() -> None:
     shipped = list(ROOT.glob("drafters/pretrained/*/*/config.json"))
     assert shipped
+    package = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]["package-data"]
     for config in shipped:
+        method, model = config.parent.parts[-2:]
+        assert method in registry.DRAFTERS and model in catalogue.EMBEDDED
+        for file in config.parent.iterdir():
+            place = file.relative_to(ROOT / "drafters").as_posix()
+            assert any(fnmatch(place, pattern) for pattern in package["specdec.drafters"]), place
         card = config.with_name("README.md").read_text("utf-8")
         assert "licence" in card and "## Data" in card and "specdec train" in card
 

@@ -15,12 +15,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from conftest import tiny_model
 from rich.console import Console
 from safetensors.torch import load_file
 from tiny import save_tiny
+from tiny_gguf import write_gguf
 from typer.testing import CliRunner
 
 from specdec import SpecDecoder
@@ -344,6 +346,37 @@ def test_a_full_disk_is_one_clear_line(answers: Path, tmp_path: Path, monkeypatc
     monkeypatch.setattr(drafter_folder, "replace", full)
     with pytest.raises(SpecDecError, match=r"No space left on device; .* free space and --resume"):
         train(recipe(answers, tmp_path / "out", steps=2))
+
+
+def test_a_drafter_trained_on_a_gguf_file_serves_it_and_its_other_precisions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "cache"))
+    files = {name: tmp_path / f"{name}.gguf" for name in ("packed", "plain", "other")}
+    write_gguf(files["packed"], packed=gguf.GGMLQuantizationType.Q4_0)
+    write_gguf(files["plain"])
+    write_gguf(files["other"], seed=1)
+    (tmp_path / "prompts.txt").write_text("\n".join(f"{n} plus {n} is" for n in range(12)))
+    command = ["train", "m2r2", "--model", str(files["packed"]), "--prompts", str(tmp_path / "prompts.txt")]
+    sizes = ["max_new_tokens=24", "rank=2", "draft_vocab=50", "rows=4", "window=8", "eval_fraction=0.2"]
+    command += [
+        "--output",
+        str(tmp_path / "out"),
+        "--steps",
+        "2",
+        *(part for each in sizes for part in ("--set", each)),
+    ]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    capsys.readouterr()
+    for name, says in (("packed", False), ("plain", True)):
+        decoder = SpecDecoder.from_pretrained(str(files[name]), drafter=str(tmp_path / "out"))
+        assert ("another precision of that model" in capsys.readouterr().err) == says
+        plain = decoder.with_drafter("none").generate("3 plus 3 is", max_new_tokens=16).token_ids
+        out = decoder.generate("3 plus 3 is", max_new_tokens=16, num_speculative_tokens=2)
+        assert out.token_ids == plain and out.metrics.num_draft_tokens > 0
+    with pytest.raises(SpecDecError, match="differ by more than rounding"):
+        SpecDecoder.from_pretrained(str(files["other"]), drafter=str(tmp_path / "out"))
 
 
 def test_answers_of_another_tokenizer_or_template_are_refused_with_the_first_example() -> None:
