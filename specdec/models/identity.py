@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from specdec.base.errors import SpecDecError
 from specdec.models.blocks import Blocks, named_weights
 
-TENSORS, WINDOWS, WINDOW = 16, 2, 16  # tensors sampled, places in each, and values in a row there (of one block)
+VECTORS, MATRICES = 4, 12  # that are sampled,
+WINDOWS, WINDOW = 2, 16  # at so many places each, and so many values in a row there (of one block)
 MOST_TENSORS, MOST_TEXT = 64, 4096  # that are read
 FINE = 160  # the part of the largest value nearby that rounding to 8 bits, or to bfloat16, may move one
 BEYOND, BEYOND_ONE = 0.05, 0.5  # shares of all values, and of one tensor's, that may lie farther away: some are clipped
@@ -25,10 +26,12 @@ BEYOND, BEYOND_ONE = 0.05, 0.5  # shares of all values, and of one tensor's, tha
 
 def samples(model: nn.Module) -> dict[str, Any]:
     """Of some of the model's tensors, by name: the shape, and values at fixed places as text."""
-    weights = {name: weight for name, weight in named_weights(model) if len(weight.shape) in (1, 2)}
-    names = sorted(weights)
-    chosen = [names[i * len(names) // TENSORS] for i in range(TENSORS)] if len(names) > TENSORS else names
-    return {name: {"shape": list(weights[name].shape), "values": _text(_values(weights[name]))} for name in chosen}
+    weights, found = dict(named_weights(model)), dict[str, Any]()
+    for dimensions, most in ((1, VECTORS), (2, MATRICES)):
+        names = sorted(name for name, weight in weights.items() if len(weight.shape) == dimensions)
+        for name in names[:: max(1, len(names) // most)][:most]:  # the output head is the first of the matrices
+            found[name] = {"shape": list(weights[name].shape), "values": _text(_values(weights[name]))}
+    return found
 
 
 def difference(given: Any, model: nn.Module, where: str) -> str | None:

@@ -11,9 +11,10 @@ import torch
 
 from specdec.base.errors import SpecDecError
 from specdec.models import catalogue, gguf_model, loading
+from specdec.runtimes.cache import KVCache
 from specdec.runtimes.target import Target
 from specdec.train.data import Answer
-from specdec.train.states import Wanted, first_kept
+from specdec.train.states import Wanted, first_kept, whole_pass
 
 
 def check_memory(name: str, config: Any, dtype: str, device: torch.device) -> None:
@@ -47,13 +48,16 @@ def check_disk(folder: Path, target: Target, answers: Sequence[Answer], wanted: 
         )
 
 
+@torch.inference_mode()
 def states_bytes(target: Target, answers: Sequence[Answer], wanted: Wanted) -> int:
-    """The size of the teacher states of these answers."""
-    config: Any = target.model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or target.hidden_size // config.num_attention_heads
-    width = target.dtype.itemsize
-    token = 2 * len(wanted.kv) * heads * size * width + 4  # keys, values and the id
-    position = len(wanted.hidden) * target.hidden_size * width + 8  # states, the best token and log Z
-    tokens = sum(map(len, answers))
-    return token * tokens + position * sum(len(a) - 1 - first_kept(len(a.prompt_ids)) for a in answers)
+    """The size of the teacher states of these answers. One token shows what a layer keeps of each."""
+    cache = KVCache(target.num_layers, 1, target.device)
+    whole_pass(target, torch.zeros(1, 1, dtype=torch.long, device=target.device), cache, {})
+    token = 4  # the id
+    for layer in wanted.kv:
+        for buffer in (cache.keys[layer], cache.values[layer]):
+            assert buffer is not None
+            token += buffer.shape[1] * buffer.shape[3] * buffer.itemsize
+    position = len(wanted.hidden) * target.hidden_size * target.dtype.itemsize + 8  # states, the best token and log Z
+    kept = sum(len(a) - 1 - first_kept(len(a.prompt_ids)) for a in answers)
+    return token * sum(map(len, answers)) + position * kept
