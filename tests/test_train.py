@@ -353,9 +353,9 @@ def test_a_drafter_trained_on_a_gguf_file_serves_it_and_its_other_precisions(
 ) -> None:
     monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "cache"))
     files = {name: tmp_path / f"{name}.gguf" for name in ("packed", "plain", "other")}
-    write_gguf(files["packed"], packed=gguf.GGMLQuantizationType.Q4_0)
-    write_gguf(files["plain"])
-    write_gguf(files["other"], seed=1)
+    write_gguf(files["packed"], width=64, packed=gguf.GGMLQuantizationType.Q4_0)
+    write_gguf(files["plain"], width=64)
+    write_gguf(files["other"], width=64, seed=1)
     (tmp_path / "prompts.txt").write_text("\n".join(f"{n} plus {n} is" for n in range(12)))
     command = ["train", "m2r2", "--model", str(files["packed"]), "--prompts", str(tmp_path / "prompts.txt")]
     sizes = ["max_new_tokens=24", "rank=2", "draft_vocab=50", "rows=4", "window=8", "eval_fraction=0.2"]
