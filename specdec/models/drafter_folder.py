@@ -274,7 +274,7 @@ def may_be_shipped(drafter: str, config: Any) -> bool:
 
 
 def _shipped(drafter: str) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Each shipped folder of that kind of drafter, and what its config says about its base."""
+    """Each shipped folder of that kind (``pretrained/DRAFTER/MODEL``), and what its config says about its base."""
     root = Path(str(importlib.resources.files("specdec.drafters"))) / "pretrained"
     for path in sorted(root.glob(f"{drafter}/*/{CONFIG}")):
         yield path.parent, read_config(path.parent).get("base", {})
