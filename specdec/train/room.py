@@ -27,8 +27,8 @@ def check_memory(name: str, config: Any, dtype: str, device: torch.device) -> No
         return
     need = sum(parameter.numel() for parameter in model.parameters()) * kind.itemsize
     if device.type != "cuda":
-        return catalogue.check_memory(name, need)
-    if (free := torch.cuda.mem_get_info(device)[0]) < need:
+        catalogue.check_memory(name, need)
+    elif (free := torch.cuda.mem_get_info(device)[0]) < need:
         raise SpecDecError(
             f"not enough memory on '{device}' for '{name}': its weights take {need / 1e6:.0f} MB, and {free / 1e6:.0f} "
             "MB are free; use a smaller model or the device cpu"
