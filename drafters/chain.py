@@ -16,10 +16,11 @@ from specdec.base import options
 from specdec.base.devices import waits
 from specdec.base.errors import SpecDecError
 from specdec.speculation.draft import Draft, Drafter, State
-from specdec.speculation.trees import best_tree
+from specdec.speculation.trees import MOST_NODES, Prices, best_first
 
 from .vocabulary import DraftVocabulary
 
+RANKS = 4  # choices at a depth that own probabilities may take
 SHAPE = ("siblings", "nodes")  # options of every drafter of chains
 
 
@@ -28,8 +29,8 @@ class Shape:
 
     siblings: number of further candidates at each depth (depths beyond its length have none). nodes: most nodes of the
     tree, which is then the one expected to keep the most tokens (``best_tree``), by how often the first, second, ...
-    choice at each depth has been right in this generation. Neither: such a tree of as many nodes as the chain has and
-    scoring has room for beside it (``State.extra_nodes``; none at a fixed depth). Raises SpecDecError for bad values.
+    choice at each depth has been right in this generation. Neither: such a tree of the nodes that are worth their price
+    (``Prices``; none but the chain at a fixed depth). Raises SpecDecError for bad values.
     """
 
     DEPTHS, RANKS = 8, 5  # positions and choices that are counted
@@ -49,13 +50,16 @@ class Shape:
         self.offered = [[self.WEIGHT] * self.RANKS for _ in range(self.DEPTHS)]
         self.pending: tuple[int, ...] = ()  # parents of the draft that is being verified
 
-    def fit(self, limit: int, extra_nodes: int) -> tuple[int, Sequence[int]]:
+    def fit(self, limit: int, prices: Prices | None) -> tuple[int, Sequence[int]]:
         """The chain's depth, at most ``limit`` >= 1, and the siblings at each depth."""
-        if self.siblings is not None or (self.nodes is None and not extra_nodes):
+        if self.siblings is not None or (self.nodes is None and prices is None):
             return limit, self.siblings or ()
         pairs = zip(self.right[:limit], self.offered[:limit], strict=True)
         accuracy = [[r / n for r, n in zip(right, offered, strict=True)] for right, offered in pairs]
-        depths = best_tree(accuracy, self.nodes or limit + extra_nodes, chain=True).depths()
+        tree, values = best_first([accuracy], self.nodes or MOST_NODES, chain=True)
+        if prices is not None:
+            tree = tree.first(prices.take(values, least=1, exactly=self.nodes))
+        depths = tree.depths()
         return max(depths) + 1, [depths.count(depth) - 1 for depth in range(max(depths) + 1)]
 
     def observe(self, paths: Sequence[Sequence[int]]) -> None:
@@ -95,6 +99,7 @@ class ChainDrafter(Drafter):
     """Drafts token by token; siblings beside the chain cost no drafting.
 
     siblings, nodes: see ``Shape``. vocabulary: the tokens that subclasses draft from; None: all of them.
+    A drafter that ``estimates`` sizes its draft by its own probabilities, siblings included, if nothing else is given.
     """
 
     vocabulary: DraftVocabulary | None = None
@@ -118,20 +123,23 @@ class ChainDrafter(Drafter):
         step: takes tokens and their positions (int64 [B, 1]); called first for the roots, then for each drafted token
             but the last.
         vocab: int64 [V'], the tokens that logits are over; None: those of ``vocabulary``.
-        Ends early once no row's whole chain is accepted with a probability of ``state.confidence``, where reading that
-        does not wait for a device. Where nothing will be verified, a row's chain ends before the first token that is
+        Ends early once the whole chain is not worth another level (``Prices.level``), where reading that does not wait
+        for a device. Where nothing will be verified, a row's chain ends before the first token that is
         less certain than ``state.threshold``, and has no siblings.
         """
         if self.vocabulary is not None:
             self.vocabulary.follow(state)
             vocab = self.vocabulary.tokens
-        limit, siblings = self.shape.fit(limit, state.extra_nodes)
+        prices = state.prices
+        weighs = self.estimates and prices is not None and self.shape.nodes is None
+        limit, siblings = (limit, [RANKS - 1] * limit) if weighs else self.shape.fit(limit, prices)
         token, positions = state.roots, state.positions  # (B, 1)
         chain, beside, layers = [token[:, :0]], list[Tensor](), list[Tensor]()
         parents: list[int] = []  # of the siblings: the chain's node i has block index i + 1, the root 0
         going = torch.ones_like(token, dtype=torch.bool)  # rows whose chain goes on
         prefixes = [] if state.sampler.plain_greedy else [list(ids) for ids in state.ids]
-        reach = torch.ones(token.shape, device=token.device)  # probability that a row's whole chain is accepted
+        reach = torch.ones(token.shape, device=token.device)  # calibrated probability that a row's chain is accepted
+        on, off = list[float](), list[float]()  # mean probabilities of the chain's nodes and of those beside it
         for depth in range(limit):
             logits, certainty, run = step(token, positions)
             width = 1 + (siblings[depth] if depth < len(siblings) else 0)
@@ -147,11 +155,21 @@ class ChainDrafter(Drafter):
             beside.append(tokens[:, 1:])
             parents += [depth] * (tokens.shape[1] - 1)
             positions = positions + 1
-            if state.confidence > 0 and not waits(token.device):
-                reach = reach * (_probability(logits, token, vocab) if certainty is None else certainty)
-                if float(reach.max()) < state.confidence:
+            if prices is not None and not waits(token.device):
+                sure = certainty if certainty is not None else _probability(logits, tokens if weighs else token, vocab)
+                joint = reach * sure.pow(prices.exponent)  # (B, 1 or W)
+                values, reach = joint.mean(0).tolist(), joint[:, :1]
+                on, off = [*on, values[0]], [*off, *values[1:]]
+                if values[0] < prices.level:
                     break
-        draft = Draft(torch.cat((*chain, *beside), 1), (*range(len(chain) - 1), *parents))
+        drafted, parents = torch.cat((*chain, *beside), 1), [*range(len(chain) - 1), *parents]
+        if weighs and len(off) == len(parents) - len(on):
+            assert prices is not None
+            order = sorted(range(len(off)), key=lambda i: -off[i])
+            count = prices.take([*on, *(off[i] for i in order)], least=len(on))
+            kept = [*range(len(on)), *sorted(len(on) + i for i in order[: count - len(on)])]
+            drafted, parents = drafted[:, kept], [parents[i] for i in kept]
+        draft = Draft(drafted, tuple(parents))
         draft.layers = torch.cat(layers, 1) if layers else None
         self.shape.pending = draft.parents
         return draft
@@ -202,9 +220,9 @@ def best_probability(logits: Tensor) -> Tensor:
     return torch.exp(x.amax(-1, keepdim=True) - x.logsumexp(-1, keepdim=True))
 
 
-def _probability(logits: Tensor, token: Tensor, vocab: Tensor | None) -> Tensor:
-    """What the draft itself gives ``token`` [B, 1], from its logits [B, V'] -> [B, 1]; 0 outside its vocabulary."""
+def _probability(logits: Tensor, tokens: Tensor, vocab: Tensor | None) -> Tensor:
+    """What the draft itself gives ``tokens`` [B, W], from its logits [B, V'] -> [B, W]; 0 outside its vocabulary."""
     p = logits.float().softmax(-1)
     if vocab is None:
-        return p.gather(1, token)
-    return (p * (vocab == token)).sum(-1, keepdim=True)
+        return p.gather(1, tokens.clamp_min(0)).masked_fill(tokens < 0, 0.0)
+    return torch.stack([(p * (vocab == token)).sum(-1) for token in tokens[..., None].unbind(1)], 1)

@@ -24,6 +24,7 @@ from specdec.base.devices import waits
 from specdec.runtimes.target import Target
 from specdec.runtimes.tree_drafting import WIDTH, Bounds, DraftPath, Seed
 from specdec.speculation.draft import Draft, State, latest
+from specdec.speculation.trees import MOST_NODES
 
 from . import trained
 from .chain import SHAPE, ChainDrafter, Readout, ShapeOptions, best_probability, first_sure
@@ -39,8 +40,8 @@ class M2R2Drafter(ChainDrafter):
     """Drafts with a trained M2R2: a chain with siblings that cost no drafting, or a tree that is grown level by level.
 
     A tree is grown where the whole path is one exit that shares no layer with scoring, for one greedy row; it has
-    ``nodes`` nodes, else those that scoring has room for (a chain if it has none), and ``width`` nodes of a level are
-    drafted on from.
+    ``nodes`` nodes, else those that are worth their price (``Prices``; a chain if there are no prices), and ``width``
+    nodes of a level are drafted on from.
     siblings, nodes: see ``Shape``; siblings that are given make a chain.
     exit_confidence: how sure, in [0, 1], a token must be to leave before the last exit; where drafts are not verified,
         the verifier's threshold takes its place. Which exit is the last, is for the controller to choose.
@@ -82,6 +83,7 @@ class M2R2Drafter(ChainDrafter):
         self.network.freeze(target)
         self.vocabulary = DraftVocabulary(target, self.network.draft_vocab)
         self.draft_path: DraftPath | None = None  # for trees
+        self.estimates = self.num_exits == 1 and self.shape.siblings is None and not waits(target.device)
         self.start(1)
 
     def start(self, batch: int) -> None:
@@ -137,9 +139,13 @@ class M2R2Drafter(ChainDrafter):
             path = self.draft_path = DraftPath(network.frozen, network.path.segments, network.adapters, heads, tokens)
         *inputs, final = self.block
         seed = Seed(state.ids[0][-1], state.cache.rows[0], final, inputs, self.place)
-        width = self.width if self.shape.nodes or state.extra_nodes else 1
-        found = state.target.grow(state.cache, seed, path, Bounds(limit, width, state.confidence))
-        chosen, parents = found.best(self.shape.nodes or limit + state.extra_nodes)
+        prices, nodes = state.prices, self.shape.nodes
+        width = self.width if nodes or prices else 1
+        found = state.target.grow(state.cache, seed, path, Bounds(limit, width, prices.bar if prices else 0.0))
+        if prices is not None:
+            prices.levels = found.levels()
+            nodes = prices.take(prices.calibrated(sorted(found.scores, reverse=True)[:MOST_NODES]), exactly=nodes)
+        chosen, parents = found.best(limit if nodes is None else nodes)
         return Draft([chosen], parents, device=state.cache.device)
 
     def _before(self) -> list[Tensor]:

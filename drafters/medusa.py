@@ -4,8 +4,9 @@ Head k predicts the token k places after the root. Each is one or more residual 
 the paper), and an output head. Ours share the model's own final norm and output head, over a reduced vocabulary, so
 that a folder holds the blocks alone, and their first block may also read the embedding of the root (as in Hydra, arXiv
 2402.05109, at no cost for all heads at once). Public checkpoints, with an output head for each, are read as they are.
-The tree's shape follows from how often a head's first, second, ... choice was seen to be right. Its nodes are certain
-(no distribution goes with them), which the exact rule verifies without bias.
+The tree's shape follows from the heads' own probabilities, or, where reading them would wait for a device, from how
+often a head's first, second, ... choice was seen to be right. Its nodes are certain (no distribution goes with them),
+which the exact rule verifies without bias.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from specdec.base import options
+from specdec.base.devices import waits
 from specdec.base.errors import SpecDecError
 from specdec.models import drafter_folder
 from specdec.models.catalogue import one_line
@@ -28,11 +30,12 @@ from specdec.runtimes import linear_maps
 from specdec.runtimes.linear_maps import rms_unit
 from specdec.runtimes.target import GivenLinear, Target
 from specdec.speculation.draft import Draft, Drafter, State, latest
-from specdec.speculation.trees import best_tree
+from specdec.speculation.trees import MOST_NODES, best_first
 
 from . import trained
 from .vocabulary import DraftVocabulary
 
+RANKS = 8  # choices of a head that a tree is made of
 HEADS, BLOCKS = 64, 16  # most heads that are read, and blocks of each
 PUBLIC, PICKLE = "medusa_lm_head.safetensors", "medusa_lm_head.pt"
 # How often the heads of a public checkpoint are right is not published. Assumed: a quarter less from head to head, and
@@ -80,8 +83,8 @@ class Medusa(nn.Module):
 class MedusaDrafter(Drafter):
     """Drafts the tree that is expected to keep the most tokens for its number of nodes.
 
-    accuracy[k][r]: how often choice r of head k is the model's own. nodes: nodes of the tree; None: as many as the
-    chain of the given depth, and those that cost little to score beside it (``State.extra_nodes``).
+    accuracy[k][r]: how often choice r of head k is the model's own. nodes: nodes of the tree; None: those that are
+    worth their price (``Prices``), or as many as the draft may be deep.
     own: output heads of a public checkpoint, [V, D] each; None: the model's. source: where public heads come from: a
         folder, or a Hugging Face id with the commit that was read.
     Raises SpecDecError if no trained heads fit the target.
@@ -136,7 +139,8 @@ class MedusaDrafter(Drafter):
         vocab, shapes = network.draft_vocab, [tuple(weight.shape) for weight in network.weights]
         self.path = f"{shapes} {self.own is not None} {None if vocab is None else len(vocab)}"
         table = [row[: target.vocab_size if vocab is None else len(vocab)] for row in self.accuracy]
-        self.tree = functools.cache(lambda depth, nodes: best_tree(table[:depth], nodes))
+        self.tree = functools.cache(lambda depth, nodes: best_first([table[:depth]], nodes))
+        self.estimates = not waits(target.device)
         self.start(1)
 
     def start(self, batch: int) -> None:
@@ -144,12 +148,21 @@ class MedusaDrafter(Drafter):
         self.vocabulary.start()
 
     def propose(self, state: State, limit: int) -> Draft:
-        tree = self.tree(min(limit, self.network.heads), self.nodes or limit + state.extra_nodes)
+        prices, heads = state.prices, min(limit, self.network.heads)
+        most = self.nodes or (limit if prices is None else MOST_NODES)
+        if self.estimates:
+            logits = self._logits(state)[:, :heads].float()
+            logs, ids = (logits - logits.logsumexp(-1, keepdim=True)).topk(min(RANKS, logits.shape[-1]))
+            exponent = 1.0 if prices is None else prices.exponent
+            tree, values = best_first((logs * exponent).exp().tolist(), most)
+        else:  # nothing is read before the tree is scored
+            tree, values = self.tree(heads, most)
+            ids = self._logits(state)[:, :heads].topk(1 + max(tree.ranks, default=0)).indices
+        if prices is not None:
+            tree = tree.first(prices.take(values, exactly=self.nodes))
         if not tree.parents:
             return Draft.empty(len(state.ids), state.cache.device)
-        depths = tree.depths()  # which head each node is taken from
-        logits = self._logits(state)[:, : max(depths) + 1]
-        best = logits.topk(max(tree.ranks) + 1).indices[:, depths, tree.ranks]  # (B, M)
+        best = ids[:, tree.depths(), tree.ranks]  # (B, M); which head each node is taken from, and its place there
         tokens = self.vocabulary.tokens
         return Draft(best if tokens is None else tokens[best], tree.parents)
 

@@ -330,7 +330,7 @@ class SpecDecoder:
         if not self.verifier.lossless:
             return FixedDepth(LOSSY_DEPTH)  # the text depends on the depth, so no clock may choose it
         if self._auto is None:
-            self._auto = AutoDepth(costs(self.target, self.drafter, self.verifier))
+            self._auto = AutoDepth(costs(self.target, self.drafter, self.verifier), self.drafter.estimates)
         self._auto.begin()
         return self._auto
 

@@ -27,7 +27,7 @@ from specdec.runtimes.target import Target
 from specdec.speculation.draft import Drafter, Verifier
 from specdec.speculation.sampling import Sampler, SamplingParams
 
-ROWS = (1, 2, 3, 4, 5, 6, 8, 9, 12, 16)  # numbers of scored tokens that are timed
+ROWS = (1, 2, 3, 4, 5, 6, 8, 9, 12, 16, 17, 32)  # numbers of scored tokens that are timed
 CONTEXT = 128  # cached tokens while timing
 DRAFTED = 4  # depth of the timed drafts
 REPEATS, SECONDS = 3, 1.0  # least number of timings of each, and least time for all

@@ -5,12 +5,16 @@ costs, scaled to what recent steps took, and a running estimate of how often eac
 does not take (drafting where plain decoding is faster, another exit, one token deeper) it probes in 1 % of the decode
 time: each exit saves up its part of that, and is tried when it pays for the expected loss. A request starts from the
 acceptance of earlier ones, worth five observations.
+
+A drafter with probabilities of its own (``estimates``) is not given a depth but prices, in tokens at the speed of late,
+and is judged by what its drafts bring and take on average: drafting or not is all that is chosen here.
 """
 
 from __future__ import annotations
 
 import bisect
 import functools
+import math
 from collections import deque
 from collections.abc import Sequence
 from typing import Annotated, NamedTuple
@@ -19,14 +23,17 @@ import numpy as np
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 from pydantic.dataclasses import dataclass
 
-MOST = 8  # deepest draft considered
+from specdec.speculation.trees import MOST_NODES, Prices
+
+MOST = 12  # deepest draft considered
 PROBES = 0.01  # share of the decode time that probes may lose
 PRIOR, WEIGHT = 0.6, 1.25  # acceptance of an unknown drafter, and how many observations this guess is worth
 CARRIED = 5.0  # observations that the acceptance of earlier requests is worth
 MEMORY, LONG_MEMORY = 0.97, 0.998  # weight of the past per step: within a request, over requests
 RECENT = 15  # steps whose median ratio of measured to expected seconds scales the table
 HOLD = 15  # most plain steps without a decision
-NODE_GAIN, MOST_NODES = 0.03, 8  # tokens that an extra tree node adds to a step on average; most such nodes
+LEVELS, NODES, LATELY = 4.0, 8.0, 0.1  # size of a draft by prices at first; weight of a step in its running mean
+LEARNED, EXPONENTS = 0.01, (0.5, 4.0)  # step by which the exponent of drafters' probabilities moves, and its bounds
 
 Known = tuple[tuple[Annotated[float, Field(ge=0, le=1)], PositiveFloat], ...]  # per position: acceptance, observations
 
@@ -44,14 +51,16 @@ class Costs:
     accepted: tuple[Known, ...] = ()
 
     def scoring(self, tokens: float) -> float:
-        """Seconds of a pass over ``tokens``: linear between and beyond the sizes in ``score``."""
+        """Seconds of a pass over ``tokens``: linear between the sizes in ``score``, and on from half the largest."""
         sizes = sorted(self.score)
         at = min(max(bisect.bisect_left(sizes, tokens), 1), len(sizes) - 1)
         below, above = sizes[at - 1], sizes[at]
+        if tokens > above:
+            below = sizes[bisect.bisect_right(sizes, above / 2) - 1]
         low, high = self.score[below], self.score[above]
         return low + (tokens - below) / (above - below) * max(high - low, 0.0)
 
-    def drafting(self, depth: int, exit: int = -1) -> float:
+    def drafting(self, depth: float, exit: int = -1) -> float:
         """Seconds of drafting ``depth`` tokens deep."""
         first, further = self.drafts[exit]
         return max(first + (depth - 1) * further, 1e-9) if depth else 0.0
@@ -60,14 +69,12 @@ class Costs:
 class Choice(NamedTuple):
     """What to draft in a step.
 
-    depth: most tokens for each row; 0 is a plain step. exit: ``State.exit``. extra_nodes: tree nodes beside the chain,
-    per row, that are worth scoring. confidence: a drafter may stop once its whole chain is less likely to be accepted.
+    depth: most tokens for each row; 0 is a plain step. exit, prices: as in ``State``.
     """
 
     depth: int = 0
     exit: int | None = None
-    extra_nodes: int = 0
-    confidence: float = 0.0
+    prices: Prices | None = None
 
 
 class FixedDepth:
@@ -84,17 +91,22 @@ class FixedDepth:
 
 
 class AutoDepth:
-    """The policy above. One serves all requests of a decoder; ``begin`` says that a new one starts."""
+    """The policy above. One serves all requests of a decoder; ``begin`` says that a new one starts.
 
-    def __init__(self, costs: Costs) -> None:
-        self.table, exits = costs, range(len(costs.drafts))
+    estimates: of the drafter (``Drafter.estimates``).
+    """
+
+    def __init__(self, costs: Costs, estimates: bool = False) -> None:
+        self.table, self.estimates, exits = costs, estimates, range(len(costs.drafts))
         self.scoring = functools.lru_cache(costs.scoring)
         self.drafting = np.array([[costs.drafting(depth, exit) for depth in range(MOST + 1)] for exit in exits])
         known = [*costs.accepted, *[()] * len(exits)]
         self.all = [[*known[exit], *[(0.0, 0.0)] * MOST][:MOST] for exit in exits]  # as ``Costs.accepted``
         self.paces: deque[float] = deque(maxlen=RECENT)  # measured to expected seconds of scoring
         self.ratios = [deque([1.0], maxlen=RECENT) for _ in exits]  # of drafting, over that of scoring
-        self.width = 1.0  # tokens lately scored per drafted depth, beside extra nodes: more than 1 in a fixed tree
+        self.width = 1.0  # tokens lately scored per drafted depth: more than 1 in a fixed tree
+        self.levels, self.nodes = LEVELS, NODES  # of late drafts by prices: levels drafted, and nodes of a row
+        self.exponent = 1.0  # ``Prices.exponent``
         self.budgets = np.zeros(len(exits))  # seconds that each exit has saved up for a probe
         self.batch, self.elapsed = 0, 0.0  # seconds since the last decision
         self.choice, self.probe, self.speed = Choice(), False, 0.0  # of the last decision; the best expected speed
@@ -130,17 +142,26 @@ class AutoDepth:
 
     def observe(self, drafted: Sequence[int], accepted: Sequence[int], scored: int, draft: float, rest: float) -> None:
         """A step: drafted depth and accepted tokens of each row, tokens scored, seconds of drafting and of the rest."""
-        deepest = max(drafted)
+        prices = self.choice.prices or Prices(())
+        deepest = max(*drafted, prices.levels)
         self.elapsed += draft + rest
         self.paces.append(rest / self.scoring(scored))
         if not deepest:
             return
         exit, nodes = self.choice.exit or 0, scored / len(drafted) - 1
-        chain = nodes <= self.choice.depth + self.choice.extra_nodes
-        self.width = 0.8 * self.width + 0.2 * (1.0 if chain else nodes / deepest)
+        if self.estimates:
+            self.levels += LATELY * (deepest - self.levels)
+            self.nodes += LATELY * (nodes - self.nodes)
+            drafted = [MOST] * len(drafted)  # it was free to draft as deep
+        if prices.expected is None:
+            self.width = 0.8 * self.width + 0.2 * (nodes / deepest)
+        else:
+            surplus = prices.expected - sum(accepted) / len(accepted)
+            low, high = EXPONENTS
+            self.exponent = min(max(self.exponent * math.exp(LEARNED * surplus), low), high)
         pace, expected = _median(self.paces), self.table.drafting(deepest, exit)
         self.ratios[exit].append(draft / pace / expected)
-        for position in range(min(deepest, MOST)):
+        for position in range(min(max(drafted), MOST)):
             # Only rows whose chain was accepted up to here say anything about this position.
             reached = [a for d, a in zip(drafted, accepted, strict=True) if d > position and a >= position]
             for known, memory in ((self.all[exit], LONG_MEMORY), (self.own[exit], MEMORY)):
@@ -153,10 +174,16 @@ class AutoDepth:
 
     def steps(self) -> tuple[np.ndarray, np.ndarray]:
         """Expected tokens of each row, and seconds, of a step to each exit (first axis) and depth from 0 on."""
-        tokens = np.array([_tokens(known) for known in self.own])
-        scoring = [self.scoring(self.batch * (1 + depth * self.width)) for depth in range(MOST + 1)]
+        tokens, pace = np.array([_tokens(known) for known in self.own]), _median(self.paces)
         ratios = np.array([[_median(known)] for known in self.ratios])
-        return tokens, _median(self.paces) * (ratios * self.drafting + scoring)
+        if self.estimates:  # a draft is as deep as it likes
+            seconds = np.full(tokens.shape, np.inf)
+            seconds[:, 0] = pace * self.scoring(self.batch)
+            drafting = [self.table.drafting(self.levels, exit) for exit in range(len(ratios))]
+            seconds[:, MOST] = pace * (ratios[:, 0] * drafting + self.scoring(self.batch * (1 + self.nodes)))
+            return tokens, seconds
+        scoring = [self.scoring(self.batch * (1 + depth * self.width)) for depth in range(MOST + 1)]
+        return tokens, pace * (ratios * self.drafting + scoring)
 
     def costs(self) -> Costs:
         """The table as recent steps have it, and what is known of acceptance."""
@@ -167,15 +194,16 @@ class AutoDepth:
         return Costs({n: pace * seconds for n, seconds in self.table.score.items()}, drafts, accepted)
 
     def _choice(self, exit: int, depth: int) -> Choice:
-        """That step, with what else pays: its price in seconds is less than the tokens it adds are worth."""
+        """That step, and what levels and nodes cost in it: the seconds they take, at the best speed expected."""
         if not depth:
             return Choice()
-        batch, scoring, second = self.batch, self.scoring, self.speed * _median(self.paces)
-        further = _median(self.ratios[exit]) * self.table.drafts[exit][1]
-        confidence = min((further + scoring(2 * batch) - scoring(batch)) * second, 1.0)
-        nodes, chain = range(1, MOST_NODES + 1), batch * (1 + depth)
-        extra = (m for m in nodes if (scoring(chain + batch * m) - scoring(chain)) * second <= m * NODE_GAIN)
-        return Choice(depth, exit if len(self.ratios) > 1 else None, max(extra, default=0), confidence)
+        second = self.speed * _median(self.paces)  # tokens of a row, by a second of the table
+        nodes = [
+            second * (self.scoring(self.batch * (1 + n)) - self.scoring(self.batch)) for n in range(MOST_NODES + 1)
+        ]
+        level = second * _median(self.ratios[exit]) * self.table.drafts[exit][1]
+        prices = Prices(nodes, level + max(nodes[1], 0.0), self.exponent)
+        return Choice(depth, exit if len(self.ratios) > 1 else None, prices)
 
 
 DepthPolicy = FixedDepth | AutoDepth

@@ -156,7 +156,7 @@ class Loop:
     def _budget(self) -> int:
         """How deep to draft in this step."""
         state, cache = self.state, self.state.cache
-        depth, state.exit, state.extra_nodes, state.confidence = self.policy.choose(cache.batch)
+        depth, state.exit, state.prices = self.policy.choose(cache.batch)
         if self.verifier.lossless:  # a lossy rule's text may depend on the depth, which no other row may change
             depth = min(depth, max(self.limits[r] - self.metrics[r].num_new_tokens for r in self.rows) - 1)
         depth = min(depth, self.target.context - 1 - cache.committed) if self.drafter is not None else 0

@@ -63,6 +63,13 @@ class Candidates(NamedTuple):
     tokens: list[int]
     parents: list[int]
 
+    def levels(self) -> int:
+        """How many levels were drafted."""
+        deep, parent = 1, self.parents[-1]
+        while parent:
+            deep, parent = deep + 1, self.parents[parent - 1]
+        return deep
+
     def best(self, count: int) -> tuple[list[int], tuple[int, ...]]:
         """Tokens and parents of the ``count`` best: a parent scores at least as well, and comes before its children."""
         if len(self.tokens) <= count:
@@ -75,7 +82,7 @@ class Candidates(NamedTuple):
 @dataclass(frozen=True)
 class Bounds:
     """How far to grow: levels; nodes of a level that are drafted on from, and children of each; the probability that
-    some path must have for another level."""
+    the likeliest path must have for another level."""
 
     levels: int
     width: int = WIDTH

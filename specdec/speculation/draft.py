@@ -17,6 +17,7 @@ from torch import Tensor
 from specdec.base import options
 from specdec.base.devices import upload, waits
 from specdec.base.errors import SpecDecError, SpecDecWarning
+from specdec.speculation.trees import Prices
 
 if TYPE_CHECKING:
     from specdec.runtimes.cache import KVCache
@@ -93,8 +94,7 @@ class Acceptance:
 class State:
     """Where a generation stands. ``ids[b]``: row b's prompt and output; its last token, the root, is not yet cached.
 
-    confidence: below this probability that its whole chain is accepted, drafting on costs more than it brings.
-    extra_nodes: tree nodes that may be added beside the chain because scoring them is cheap.
+    prices: what levels and nodes cost; None: the draft is as deep as it may be, and a chain unless told otherwise.
     exit: of a drafter with several exits, the number of the last that tokens may go to; None: any.
     threshold: drafts are accepted without scoring, and only tokens that the drafter is at least this sure of are
         proposed. None: drafts are verified.
@@ -104,8 +104,7 @@ class State:
     cache: KVCache
     sampler: Sampler
     ids: list[list[int]]
-    confidence: float = 0.0
-    extra_nodes: int = 0
+    prices: Prices | None = None
     exit: int | None = None
     threshold: float | None = None
 
@@ -139,6 +138,7 @@ class Drafter(ABC):
     taps: layers whose input states ``observe`` receives; N is the final state, N + 1 for the logits
         [B, 1 + M, V] of a step (a prompt has none: an empty tensor).
     num_exits: exits to choose from; if there are several, the drafter keeps to ``State.exit``.
+    estimates: it has probabilities of its own for what it drafts, and ends drafts by ``State.prices``.
     leaves_early: tokens may leave the model early, with a confidence (``State.threshold``). leaves_state: they leave
         with an exact state of the model. stateless: nothing is kept by row, so rows may join a generation.
     path: what the cost of drafting depends on, beside the name.
@@ -152,6 +152,7 @@ class Drafter(ABC):
     drafts: ClassVar[bool] = True
     taps: tuple[int, ...] = ()
     num_exits: int = 1
+    estimates: bool = False
     leaves_early: bool = False
     leaves_state: bool = False
     stateless: bool = False

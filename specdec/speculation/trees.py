@@ -1,14 +1,63 @@
-"""Which draft tree to score: the one that is expected to keep the most tokens, for a number of nodes.
+"""Which draft tree to score: the one that is expected to keep the most tokens, for a number of nodes or for its price.
 
-Knows accuracies and shapes, not tokens or models.
+Knows accuracies, prices and shapes, not tokens or models.
 """
 
 from __future__ import annotations
 
 import heapq
 import itertools
+import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+MOST_NODES = 24  # most nodes of a tree that is sized by prices
+
+
+@dataclass
+class Prices:
+    """What a draft costs, in accepted tokens of a row: what the engine yields in the seconds that it takes.
+
+    Nodes are taken in order of the probability that they are accepted, as many as bring the most tokens beyond the
+    price of scoring them. Another level is drafted while the likeliest path so far is worth it. A drafter's own
+    probability p counts as p ** ``exponent``, which is learned from what is accepted. Of several rows, which share a
+    shape, the mean probability counts.
+
+    nodes: of scoring n = 0, 1, .. ``MOST_NODES`` nodes beside the root. level: of drafting another level.
+    expected, levels: what became of it: the tokens expected of the nodes taken, and the levels drafted where they are
+    more than the nodes taken are deep.
+    """
+
+    nodes: Sequence[float]
+    level: float = 0.0
+    exponent: float = 1.0
+    expected: float | None = None
+    levels: int = 0
+
+    @property
+    def bar(self) -> float:
+        """The drafter's own probability that a path must have for another level."""
+        return min(self.level, 1.0) ** (1 / self.exponent)
+
+    def take(self, probabilities: Sequence[float], least: int = 0, exactly: int | None = None) -> int:
+        """How many nodes to score: ``exactly`` so many if they are given, else ``least`` or more.
+
+        probabilities: calibrated, of the nodes in the order in which they are taken.
+        """
+        most = min(len(probabilities), max(len(self.nodes) - 1, least))
+        sums = [0.0, *itertools.accumulate(probabilities)]
+        if exactly is not None:
+            count = min(exactly, len(probabilities))
+        else:
+            gains = [tokens - price for tokens, price in zip(sums[least : most + 1], self.nodes[least:], strict=False)]
+            count = least + gains.index(max(gains)) if gains else most
+        self.expected = sums[count]
+        return count
+
+    def calibrated(self, logs: Sequence[float]) -> list[float]:
+        """The probabilities that a drafter's log-probabilities stand for."""
+        return [math.exp(self.exponent * log) for log in logs]
 
 
 class Tree(NamedTuple):
@@ -19,6 +68,10 @@ class Tree(NamedTuple):
 
     parents: tuple[int, ...]
     ranks: tuple[int, ...]
+
+    def first(self, count: int) -> Tree:
+        """Its first ``count`` nodes."""
+        return Tree(self.parents[:count], self.ranks[:count])
 
     def depths(self) -> list[int]:
         """The position that each node is a candidate for: 0 right after the root."""
@@ -31,28 +84,44 @@ class Tree(NamedTuple):
 def best_tree(accuracy: Sequence[Sequence[float]], budget: int, chain: bool = False) -> Tree:
     """The tree of at most ``budget`` >= 1 nodes with the most accepted tokens, where positions err independently.
 
+    See ``best_first``.
+    """
+    return best_first([accuracy], budget, chain)[0]
+
+
+def best_first(
+    accuracy: Sequence[Sequence[Sequence[float]]], budget: int, chain: bool = False
+) -> tuple[Tree, list[float]]:
+    """The tree of at most ``budget`` >= 1 nodes with the most accepted tokens, and how often each node is, best first.
+
     chain: only first choices are drafted on from, so that the others stand beside a chain.
-    accuracy[depth][rank]: probability in [0, 1] that the candidate of that rank is the right token at that depth.
+    accuracy[row][depth][rank]: probability in [0, 1] that the candidate of that rank is the right token at that depth.
+    The rows of a batch share one shape, so the mean over them counts.
     A node is accepted if all candidates on its path are right, so with probability a(path) = prod accuracy[d][r_d], and
     a tree keeps sum_nodes a(path) tokens (Medusa, arXiv 2401.10774, section 2.3.3). No node beats its parent, hence the
     ``budget`` likeliest paths always form a tree, and no other set of as many nodes has a larger sum: it is optimal.
     Nodes that are never right are left out.
     """
-    parents, ranks = list[int](), list[int]()
-    # (-a, order, parent, depth, rank); ``order`` makes ties fall to the node found first: parents before children.
-    heap: list[tuple[float, int, int, int, int]] = []
-    order = itertools.count()
+    parents, ranks, values = list[int](), list[int](), list[float]()
+    # (-a, order, parent, depth, rank, a of each row); ``order`` makes ties fall to the node found first: parents before
+    # children.
+    heap: list[tuple[float, int, int, int, int, Any]] = []
+    order, rows = itertools.count(), len(accuracy)
 
-    def offer(parent: int, depth: int, reach: float) -> None:
-        for rank, right in enumerate(accuracy[depth] if depth < len(accuracy) else ()):
-            if reach * right > 0:
-                heapq.heappush(heap, (-reach * right, next(order), parent, depth, rank))
+    def offer(parent: int, depth: int, reach: list[float]) -> None:
+        if depth >= len(accuracy[0]):
+            return
+        for rank, right in enumerate(zip(*(row[depth] for row in accuracy), strict=True)):
+            joint = [a * b for a, b in zip(reach, right, strict=True)]
+            if (value := sum(joint) / rows) > 0:
+                heapq.heappush(heap, (-value, next(order), parent, depth, rank, joint))
 
-    offer(0, 0, 1.0)
+    offer(0, 0, [1.0] * rows)
     while heap and len(parents) < budget:
-        negative, _, parent, depth, rank = heapq.heappop(heap)
+        negative, _, parent, depth, rank, joint = heapq.heappop(heap)
         parents.append(parent)
         ranks.append(rank)
+        values.append(-negative)
         if rank == 0 or not chain:
-            offer(len(parents), depth + 1, -negative)
-    return Tree(tuple(parents), tuple(ranks))
+            offer(len(parents), depth + 1, joint)
+    return Tree(tuple(parents), tuple(ranks)), values
