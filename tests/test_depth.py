@@ -7,14 +7,17 @@ import random
 import numpy as np
 import pytest
 
-from specdec.engine.depth import MOST, MOST_NODES, AutoDepth, Costs
+from specdec.engine.depth import MOST, AutoDepth, Costs
+from specdec.speculation.trees import MOST_NODES, Prices
 
 SCORE = {1: 20.0, 2: 21.0, 4: 22.0, 8: 24.0, 16: 40.0}
 Known = tuple[tuple[float, float], ...]  # of each position: share of acceptance, and observations
 
 
-def policy_of(*drafts: tuple[float, float], score: dict[int, float] | None = None, known: Known = ()) -> AutoDepth:
-    return AutoDepth(Costs(score or SCORE, drafts, (known,) * len(drafts) if known else ()))
+def policy_of(
+    *drafts: tuple[float, float], score: dict[int, float] | None = None, known: Known = (), estimates: bool = False
+) -> AutoDepth:
+    return AutoDepth(Costs(score or SCORE, drafts, (known,) * len(drafts) if known else ()), estimates)
 
 
 def seconds(rows: int) -> float:
@@ -35,14 +38,16 @@ def simulate(
 ) -> tuple[float, list[int]]:
     """Milliseconds for ``tokens`` tokens, and the depths chosen. A tree scores ``width`` tokens at each depth.
 
-    fills: it adds all extra nodes it is offered; they add nothing.
+    fills: it takes all nodes that one token in 30 is worth; they add nothing.
     behind: what a drafter with a cache of its own takes to catch up, per plain round since its last draft.
     """
     done, total, depths, since = 0, 0.0, [], 0
     while done < tokens:
         choice = policy.choose(1)
         depth = choice.depth
-        rows = 1 + depth * width + (choice.extra_nodes if fills else 0)
+        rows = 1 + depth * width
+        if fills and choice.prices is not None:
+            rows = 1 + choice.prices.take([1.0] * depth + [0.03] * MOST_NODES, least=depth)
         accepted = 0
         while accepted < depth and rng.random() < acceptance:
             accepted += 1
@@ -118,7 +123,7 @@ def test_it_counts_every_token_of_a_tree_not_only_its_depth() -> None:
 
 
 @pytest.mark.parametrize("draft", [1.0, 3.0, 4.0])
-def test_extra_nodes_do_not_make_deeper_drafts_look_expensive(draft: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nodes_that_pay_do_not_make_deeper_drafts_look_expensive(draft: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """More of them are worth scoring beside a short chain than beside a long one."""
     monkeypatch.setitem(globals(), "SCORE", {1: 20.0, 2: 20.0, 4: 20.0, 8: 21.0, 16: 40.0})
     mean = {}
@@ -148,13 +153,19 @@ def test_a_single_slow_step_does_not_end_speculation() -> None:
     assert policy.choose(1).depth >= before - 1
 
 
-def test_confidence_threshold_rises_with_the_cost_of_drafting() -> None:
+def prices_of(policy: AutoDepth, batch: int = 1) -> Prices:
+    prices = policy.choose(batch).prices
+    assert prices is not None
+    return prices
+
+
+def test_price_of_a_level_rises_with_the_cost_of_drafting() -> None:
     thresholds = []
     for draft in (0.5, 2.0, 5.0):
         policy = policy_of((draft, draft))
         simulate(0.7, draft, 300, random.Random(5), policy)
-        thresholds.append(policy.choose(1).confidence)
-    assert 0 < thresholds[0] < thresholds[1] < thresholds[2] <= 1
+        thresholds.append(prices_of(policy).level)
+    assert 0 < thresholds[0] < thresholds[1] < thresholds[2]
 
 
 def test_a_wrong_figure_for_drafting_is_corrected_by_what_steps_take() -> None:
@@ -223,13 +234,79 @@ def test_large_batches_make_deep_drafts_expensive() -> None:
     assert policy.choose(16).depth < policy.choose(1).depth
 
 
-def test_extra_nodes_are_offered_where_scoring_is_flat() -> None:
+def test_nodes_are_cheap_where_scoring_is_flat_and_dearer_in_a_batch() -> None:
     flat = policy_of((2.0, 2.0), score={1: 20.0, 2: 20.2, 4: 20.4, 8: 20.8, 16: 22.0})
     steep = policy_of((0.2, 0.2), score={1: 10.0, 2: 12.0, 4: 14.0, 8: 20.0, 16: 40.0})
-    one, four, few = flat.choose(1), flat.choose(4), steep.choose(1)
-    assert min(one.depth, four.depth, few.depth) > 0
-    assert one.extra_nodes == MOST_NODES and few.extra_nodes == 0
-    assert four.extra_nodes <= one.extra_nodes
+    unlikely = [0.05] * MOST_NODES
+    one, four, few = (prices_of(*each).take(unlikely) for each in ((flat, 1), (flat, 4), (steep, 1)))
+    assert one >= 15 and few == 0 and four <= one
+
+
+def simulate_tree(
+    tokens: int, rng: random.Random, policy: AutoDepth, draft: float, sure: tuple[float, ...], power: float = 1.0
+) -> tuple[float, list[int]]:
+    """Milliseconds for ``tokens`` tokens, and the levels drafted, of a drafter that knows how sure it is.
+
+    A step is easy or hard: its tokens are right with one of ``sure``. The drafter says p ** (1 / power) for p.
+    """
+    done, total, drafted = 0, 0.0, list[int]()
+    while done < tokens:
+        choice, right, levels, reach, accepted, rows = policy.choose(1), rng.choice(sure), 0, 1.0, 0, 1
+        if choice.depth and (prices := choice.prices) is not None:
+            reaches = list[float]()
+            while levels < choice.depth:
+                levels, reach = levels + 1, reach * right
+                reaches.append(reach ** (1 / power))
+                if reaches[-1] < prices.bar:
+                    break
+            prices.levels = levels
+            count = prices.take([said**prices.exponent for said in reaches])
+            rows += count
+            while accepted < count and rng.random() < right:
+                accepted += 1
+        policy.observe([rows - 1], [accepted], rows, draft * levels, seconds(rows))
+        done, total = done + accepted + 1, total + draft * levels + seconds(rows)
+        drafted.append(levels)
+    return total, drafted
+
+
+@pytest.mark.parametrize("draft", [0.5, 2.0, 5.0])
+def test_a_drafter_that_knows_how_sure_it_is_beats_every_fixed_depth(draft: float) -> None:
+    """Half the steps are easy, half are hard: long drafts pay in the first ones alone."""
+    sure, policy = (0.95, 0.2), policy_of((draft, draft), estimates=True)
+    simulate_tree(2000, random.Random(1), policy, draft, sure)
+    total, _ = simulate_tree(4000, random.Random(2), policy, draft, sure)
+
+    def rate(depth: int) -> float:
+        expected = sum(sum(right**i for i in range(depth + 1)) for right in sure) / len(sure)
+        return expected / (draft * depth + seconds(1 + depth))
+
+    assert 4000 / total > 1.02 * max(rate(depth) for depth in range(MOST + 1))
+
+
+@pytest.mark.parametrize("power", [0.6, 1.0, 2.0])
+def test_probabilities_are_corrected_by_what_is_accepted(power: float) -> None:
+    policy = policy_of((1.0, 1.0), estimates=True)
+    simulate_tree(6000, random.Random(3), policy, 1.0, (0.9, 0.5), power)
+    assert policy.exponent == pytest.approx(power, rel=0.35)
+
+
+@pytest.mark.parametrize("draft", [0.5, 3.0, 8.0, 20.0])
+def test_a_drafter_that_is_sure_and_wrong_never_costs_three_percent(draft: float) -> None:
+    for known in ((), ((0.0, 9.0),) * 4):
+        policy, total = policy_of((draft, draft), known=known, estimates=True), 0.0
+        for _ in range(4):
+            policy.begin()
+            done = 0
+            while done < 256:
+                choice = policy.choose(1)
+                rows = 1
+                if choice.depth and choice.prices is not None:
+                    rows += choice.prices.take([0.9**i for i in range(1, 1 + choice.depth)])
+                spent = draft * (rows - 1)
+                policy.observe([rows - 1], [0], rows, spent, seconds(rows))
+                total, done = total + spent + seconds(rows), done + 1
+        assert 4 * 256 * SCORE[1] / total >= 0.97
 
 
 Exits = list[tuple[float, float]]  # of each: acceptance, and milliseconds of drafting one token
@@ -239,7 +316,7 @@ def simulate_exits(exits: Exits, tokens: int, seed: int, policy: AutoDepth) -> t
     """Milliseconds for ``tokens`` tokens, and the exit and depth of every step."""
     rng, total, done, steps = random.Random(seed), 0.0, 0, list[tuple[int, int]]()
     while done < tokens:
-        depth, exit, _, _ = policy.choose(1)
+        depth, exit, _ = policy.choose(1)
         acceptance, draft = exits[exit or 0]
         accepted = 0
         while accepted < depth and rng.random() < acceptance:

@@ -21,6 +21,7 @@ from specdec.models import drafter_folder, loading
 from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.reference import ReferenceTarget
 from specdec.speculation.draft import Draft, State
+from specdec.speculation.trees import Prices
 from specdec.train import data, states
 from specdec.train.batches import assemble, windows
 from specdec.train.data import Answer
@@ -97,15 +98,34 @@ def test_public_checkpoints_draft_what_their_formula_says(llama: PreTrainedModel
             assert best in at or k >= max(draft.depths())  # the last rounds are cut
 
 
-def test_an_accuracy_table_shapes_the_tree_within_depth_and_nodes(llama: PreTrainedModel) -> None:
+def test_nodes_are_taken_by_the_heads_own_probabilities_while_they_pay(llama: PreTrainedModel) -> None:
     target = ReferenceTarget(llama)
     drafter = MedusaDrafter(random_network(), ACCURACY)
     drafter.bind(target)
     state = State(target, target.new_cache(), None, [[5, 6]])  # type: ignore[arg-type]
-    drafter.final = torch.randn(1, 1, D)
+    sure = torch.full((1, 2, V), 0.15 / 95)
+    sure[0, 0, [7, 8]], sure[0, 1, [3, 4]] = torch.tensor([0.6, 0.25]), torch.tensor([0.55, 0.25])
+    drafter._logits = lambda state: sure.log()  # type: ignore[method-assign]
     assert drafter.propose(state, 1).parents == (0,)
-    assert drafter.propose(state, 2).parents == (0, 1)  # 0.6, then 0.3 under it rather than 0.25 beside it
-    state.extra_nodes = 3
+    assert drafter.propose(state, 2).parents == (0, 1)  # 0.6, then 0.33 under it rather than 0.25 beside it
+    state.prices = Prices([0.14 * n for n in range(25)])
+    draft = drafter.propose(state, 2)
+    assert draft.parents == (0, 1, 0, 1)  # 0.6, 0.33, 0.25, 0.15, and no 0.1375
+    assert draft.tokens.tolist() == [[7, 3, 8, 4]]
+    assert state.prices.expected == pytest.approx(1.33)
+    state.prices = Prices([0.14 * n for n in range(25)], exponent=4.0)
+    assert drafter.propose(state, 2).parents == ()  # the heads are known to be too sure
+    sure = torch.cat((sure, torch.full((1, 2, V), 1 / V)))  # a second row, of which nothing is known
+    state.ids, state.prices = [[5, 6]] * 2, Prices([0.14 * n for n in range(25)])
+    assert drafter.propose(state, 2).parents == (0, 1)
+
+
+def test_an_accuracy_table_shapes_the_tree_where_nothing_is_read(llama: PreTrainedModel) -> None:
+    target = ReferenceTarget(llama)
+    drafter = MedusaDrafter(random_network(), ACCURACY, 5)
+    drafter.bind(target)
+    drafter.estimates, drafter.final = False, torch.randn(1, 1, D)
+    state = State(target, target.new_cache(), None, [[5, 6]])  # type: ignore[arg-type]
     wide = drafter.propose(state, 2)
     assert wide.parents == (0, 1, 0, 1, 3)  # 0.6, 0.3, 0.25, 0.15, 0.125
     assert len(set(wide.tokens[0, [0, 2]].tolist())) == len(set(wide.tokens[0, [1, 3]].tolist())) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from itertools import combinations, product
 from math import prod
@@ -9,7 +10,7 @@ from math import prod
 import pytest
 
 from specdec.speculation.draft import Draft
-from specdec.speculation.trees import best_tree
+from specdec.speculation.trees import Prices, best_first, best_tree
 
 
 def paths(tree) -> list[tuple[int, ...]]:
@@ -45,3 +46,28 @@ def test_a_tree_is_a_draft_s_shape_and_grows_node_by_node() -> None:
 def test_certain_heads_make_a_chain_and_useless_candidates_are_left_out() -> None:
     assert best_tree([[1.0, 0.0]] * 3, 9) == ((0, 1, 2), (0, 0, 0))
     assert best_tree([[0.0, 0.0]], 5).parents == ()
+
+
+def test_rows_share_the_shape_that_is_best_on_average() -> None:
+    """The first row knows its chain, the second is sure of other places: 0.9, 0.81 and 0.2, against 0.5, 0.05 and 0.5."""
+    rows = [[[0.9, 0.1], [0.9, 0.1]], [[0.5, 0.5], [0.1, 0.1]]]
+    tree, values = best_first(rows, 3)
+    assert tree == ((0, 1, 0), (0, 0, 1))
+    assert values == pytest.approx([0.7, 0.43, 0.3])
+
+
+def test_as_many_nodes_are_taken_as_bring_most_beyond_their_price() -> None:
+    likely = [0.9, 0.5, 0.3, 0.2, 0.05]
+    assert Prices([0.1 * n for n in range(9)]).take(likely) == 4
+    assert Prices([0.0, 2.0, *[2.0] * 8]).take(likely) == 0  # together they bring 1.95
+    assert Prices([0.0, 1.9, *[1.9] * 8]).take(likely) == 5
+    steps = Prices([0.0, 0.0, 0.0, 0.4, 0.4, 0.4])  # the third has a further pass begin, which two more fill
+    assert steps.take(likely) == 5 and steps.expected == pytest.approx(1.95)
+    assert steps.take(likely, exactly=2) == 2 and steps.expected == pytest.approx(1.4)
+    assert Prices([float(n) for n in range(9)]).take(likely, least=3) == 3
+
+
+def test_the_bar_for_another_level_is_the_price_before_calibration() -> None:
+    prices = Prices((), level=0.25, exponent=2.0)
+    assert prices.bar == pytest.approx(0.5)
+    assert prices.calibrated([math.log(prices.bar)]) == pytest.approx([0.25])

@@ -25,7 +25,7 @@ from pydantic.dataclasses import dataclass
 
 from specdec.speculation.trees import MOST_NODES, Prices
 
-MOST = 12  # deepest draft considered
+MOST, DEEPEST = 8, 12  # deepest draft considered, and deepest that prices may end
 PROBES = 0.01  # share of the decode time that probes may lose
 PRIOR, WEIGHT = 0.6, 1.25  # acceptance of an unknown drafter, and how many observations this guess is worth
 CARRIED = 5.0  # observations that the acceptance of earlier requests is worth
@@ -98,10 +98,11 @@ class AutoDepth:
 
     def __init__(self, costs: Costs, estimates: bool = False) -> None:
         self.table, self.estimates, exits = costs, estimates, range(len(costs.drafts))
+        self.most = DEEPEST if estimates else MOST
         self.scoring = functools.lru_cache(costs.scoring)
-        self.drafting = np.array([[costs.drafting(depth, exit) for depth in range(MOST + 1)] for exit in exits])
+        self.drafting = np.array([[costs.drafting(depth, exit) for depth in range(self.most + 1)] for exit in exits])
         known = [*costs.accepted, *[()] * len(exits)]
-        self.all = [[*known[exit], *[(0.0, 0.0)] * MOST][:MOST] for exit in exits]  # as ``Costs.accepted``
+        self.all = [[*known[exit], *[(0.0, 0.0)] * self.most][: self.most] for exit in exits]  # as ``Costs.accepted``
         self.paces: deque[float] = deque(maxlen=RECENT)  # measured to expected seconds of scoring
         self.ratios = [deque([1.0], maxlen=RECENT) for _ in exits]  # of drafting, over that of scoring
         self.width = 1.0  # tokens lately scored per drafted depth: more than 1 in a fixed tree
@@ -124,11 +125,11 @@ class AutoDepth:
         self.batch, self.probe = batch, False
         tokens, seconds = self.steps()
         speeds = tokens / seconds
-        exit, depth = chosen = divmod(int(speeds.argmax()), MOST + 1)
+        exit, depth = chosen = divmod(int(speeds.argmax()), self.most + 1)
         self.speed, share, wait = float(speeds[chosen]), PROBES / len(speeds), HOLD * seconds[chosen]
         for other, budget in enumerate(self.budgets):
             further = depth + 1 if depth and other == exit else 1 + int(speeds[other, 1:].argmax())
-            if further > MOST:
+            if further > self.most:
                 continue
             loss = seconds[other, further] - tokens[other, further] / self.speed
             self.budgets[other] = budget = min(budget + share * self.elapsed, loss)
@@ -152,7 +153,7 @@ class AutoDepth:
         if self.estimates:
             self.levels += LATELY * (deepest - self.levels)
             self.nodes += LATELY * (nodes - self.nodes)
-            drafted = [MOST] * len(drafted)  # it was free to draft as deep
+            drafted = [self.most] * len(drafted)  # it was free to draft as deep
         if prices.expected is None:
             self.width = 0.8 * self.width + 0.2 * (nodes / deepest)
         else:
@@ -161,7 +162,7 @@ class AutoDepth:
             self.exponent = min(max(self.exponent * math.exp(LEARNED * surplus), low), high)
         pace, expected = _median(self.paces), self.table.drafting(deepest, exit)
         self.ratios[exit].append(draft / pace / expected)
-        for position in range(min(max(drafted), MOST)):
+        for position in range(min(max(drafted), self.most)):
             # Only rows whose chain was accepted up to here say anything about this position.
             reached = [a for d, a in zip(drafted, accepted, strict=True) if d > position and a >= position]
             for known, memory in ((self.all[exit], LONG_MEMORY), (self.own[exit], MEMORY)):
@@ -180,9 +181,9 @@ class AutoDepth:
             seconds = np.full(tokens.shape, np.inf)
             seconds[:, 0] = pace * self.scoring(self.batch)
             drafting = [self.table.drafting(self.levels, exit) for exit in range(len(ratios))]
-            seconds[:, MOST] = pace * (ratios[:, 0] * drafting + self.scoring(self.batch * (1 + self.nodes)))
+            seconds[:, self.most] = pace * (ratios[:, 0] * drafting + self.scoring(self.batch * (1 + self.nodes)))
             return tokens, seconds
-        scoring = [self.scoring(self.batch * (1 + depth * self.width)) for depth in range(MOST + 1)]
+        scoring = [self.scoring(self.batch * (1 + depth * self.width)) for depth in range(self.most + 1)]
         return tokens, pace * (ratios * self.drafting + scoring)
 
     def costs(self) -> Costs:
@@ -210,7 +211,7 @@ DepthPolicy = FixedDepth | AutoDepth
 
 
 def _tokens(known: Sequence[tuple[float, float]]) -> list[float]:
-    """Expected tokens of a step at depth 0, 1, .. ``MOST``, by the share of acceptance and observations of each."""
+    """Expected tokens of a step at depth 0, 1, ..., by the share of acceptance and observations of each."""
     share, chain, tokens = PRIOR, 1.0, [1.0]
     for observed, seen in known:
         share = (seen * observed + WEIGHT * share) / (seen + WEIGHT)  # a position is assumed to be like the one before
