@@ -10,6 +10,7 @@ import hashlib
 import platform
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from contextlib import suppress
 from itertools import pairwise, product
 from pathlib import Path
@@ -87,13 +88,14 @@ def _place(target: Target, drafter: Drafter) -> Path:
 
 
 @torch.inference_mode()
-def time_scoring(target: Target, repeats: int = 5) -> dict[int, float]:
-    """Time passes of each size in ``ROWS``, interleaved, after a pass that warms up; the least of each, in seconds."""
-    cache, context = target.new_cache(), min(CONTEXT, target.context - max(ROWS))
+def time_scoring(target: Target, repeats: int = 5, sizes: Sequence[int] | None = None) -> dict[int, float]:
+    """Time passes of each of ``sizes`` (None: ``ROWS``), interleaved, after a pass that warms up; the least of each, in seconds."""
+    sizes = ROWS if sizes is None else sizes
+    cache, context = target.new_cache(), min(CONTEXT, target.context - max(sizes))
     _pass(target, cache, 0, context)
     cache.commit([list(range(context))])
     seconds = defaultdict[int, list[float]](list)
-    for _, n in product(range(repeats + 1), ROWS):
+    for _, n in product(range(repeats + 1), sizes):
         start = time.perf_counter()
         _pass(target, cache, context, n)
         seconds[n].append(time.perf_counter() - start)
