@@ -49,7 +49,7 @@ def test_certain_heads_make_a_chain_and_useless_candidates_are_left_out() -> Non
 
 
 def test_rows_share_the_shape_that_is_best_on_average() -> None:
-    """The first row knows its chain, the second is sure of other places: 0.9, 0.81 and 0.2, against 0.5, 0.05 and 0.5."""
+    """The first row is sure of a chain, the second wavers between two first tokens."""
     rows = [[[0.9, 0.1], [0.9, 0.1]], [[0.5, 0.5], [0.1, 0.1]]]
     tree, values = best_first(rows, 3)
     assert tree == ((0, 1, 0), (0, 0, 1))
