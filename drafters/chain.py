@@ -156,15 +156,16 @@ class ChainDrafter(Drafter):
             parents += [depth] * (tokens.shape[1] - 1)
             positions = positions + 1
             if prices is not None and not waits(token.device):
-                sure = certainty if certainty is not None else _probability(logits, tokens if weighs else token, vocab)
+                own = weighs or certainty is None
+                sure = _probability(logits, tokens if weighs else token, vocab) if own else certainty
+                assert sure is not None
                 joint = reach * sure.pow(prices.exponent)  # (B, 1 or W)
                 values, reach = joint.mean(0).tolist(), joint[:, :1]
                 on, off = [*on, values[0]], [*off, *values[1:]]
                 if values[0] < prices.level:
                     break
         drafted, parents = torch.cat((*chain, *beside), 1), [*range(len(chain) - 1), *parents]
-        if weighs and len(off) == len(parents) - len(on):
-            assert prices is not None
+        if weighs and prices is not None:
             order = sorted(range(len(off)), key=lambda i: -off[i])
             count = prices.take([*on, *(off[i] for i in order)], least=len(on))
             kept = [*range(len(on)), *sorted(len(on) + i for i in order[: count - len(on)])]

@@ -89,7 +89,7 @@ def _place(target: Target, drafter: Drafter) -> Path:
 
 @torch.inference_mode()
 def time_scoring(target: Target, repeats: int = 5, sizes: Sequence[int] | None = None) -> dict[int, float]:
-    """Time passes of each of ``sizes`` (None: ``ROWS``), interleaved, after one that warms up; the least, in seconds."""
+    """Time passes of each of ``sizes`` (None: ``ROWS``), interleaved, after one that warms up; the least seconds."""
     sizes = ROWS if sizes is None else sizes
     cache, context = target.new_cache(), min(CONTEXT, target.context - max(sizes))
     _pass(target, cache, 0, context)

@@ -154,12 +154,11 @@ class AutoDepth:
             self.levels += LATELY * (deepest - self.levels)
             self.nodes += LATELY * (nodes - self.nodes)
             drafted = [self.most] * len(drafted)  # it was free to draft as deep
-        if prices.expected is None:
-            self.width = 0.8 * self.width + 0.2 * (nodes / deepest)
-        else:
+        if self.estimates and prices.expected is not None:
             surplus = prices.expected - sum(accepted) / len(accepted)
             low, high = EXPONENTS
             self.exponent = min(max(self.exponent * math.exp(LEARNED * surplus), low), high)
+        self.width = 0.8 * self.width + 0.2 * (nodes / deepest if prices.expected is None else 1.0)
         pace, expected = _median(self.paces), self.table.drafting(deepest, exit)
         self.ratios[exit].append(draft / pace / expected)
         for position in range(min(max(drafted), self.most)):
