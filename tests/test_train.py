@@ -38,7 +38,7 @@ from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.target import Target
 from specdec.speculation.draft import State
 from specdec.speculation.sampling import Sampler, SamplingParams
-from specdec.train import data, room, search, states
+from specdec.train import data, search, states
 from specdec.train.batches import assemble, epoch, stream, windows
 from specdec.train.data import Answer, Prompt
 from specdec.train.evaluate import acceptance_lengths, evaluate
@@ -424,28 +424,6 @@ def test_a_base_too_large_for_memory_is_refused_before_its_weights_are_read(
     monkeypatch.setattr(catalogue, "_free_memory", lambda: weights)
     with pytest.raises(SpecDecError, match="safetensors file is truncated or broken"):
         train(settings)
-
-
-def test_too_little_disk_for_the_teacher_states_is_said_before_they_are_computed(
-    answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(states, "_teach", lambda *args: pytest.fail("computed"))
-    monkeypatch.setattr(room.shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000))
-    with pytest.raises(
-        SpecDecError, match=r"not enough disk space for the teacher states in .*: \S+ MB needed for \d+ "
-    ):
-        train(recipe(answers, tmp_path / "out"))
-    assert not any((tmp_path / "out").rglob("*.safetensors"))
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_the_size_of_the_teacher_states_is_foreseen(family: str) -> None:
-    target = training_target(tiny_model(family))
-    given = [Answer((5, 6, 7), (8, 9, 10, 11)), Answer((5,), (8, 9))]
-    wanted = states.Wanted((1, 3), (2, target.num_layers))
-    tensors = states._teach(target, given, wanted, lambda n: None)
-    size = sum(each.nbytes for name, each in tensors.items() if name not in ("lengths", "prompts"))
-    assert room.states_bytes(target, given, wanted) == size
 
 
 def test_damaged_and_foreign_teacher_states_are_refused(answers: Path, tmp_path: Path) -> None:

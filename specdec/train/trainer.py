@@ -8,6 +8,7 @@ Knows no drafter: what is trained is a ``Method``.
 from __future__ import annotations
 
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
