@@ -43,7 +43,7 @@ from specdec.train.batches import assemble, epoch, stream, windows
 from specdec.train.data import Answer, Prompt
 from specdec.train.evaluate import acceptance_lengths, evaluate
 from specdec.train.fit import fit_projections
-from specdec.train.m2r2 import path_of
+from specdec.train.m2r2 import M2R2Method, path_of
 from specdec.train.m2r2_settings import M2R2Settings, wanted_states
 from specdec.train.medusa import MedusaSettings
 from specdec.train.method import lookup
@@ -335,6 +335,46 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_drafter(
     assert kept.keys() == whole.keys() and all(t.isfinite().all() for t in kept.values())
 
 
+def test_a_run_that_makes_the_drafter_worse_than_its_closed_form_goes_back_and_lowers_its_rates(
+    answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: list[float] = []
+    step = Run._step
+
+    def seen(run: Run, rows: Any, rate: float) -> dict[str, float]:
+        rates.append(rate)
+        return step(run, rows, rate)
+
+    monkeypatch.setattr(Run, "_step", seen)
+    console = Console(file=io.StringIO(), width=300)
+    train(recipe(answers, tmp_path / "out", steps=50, relative_rate=30.0, warmup=1, decay=1e-9), console=console)
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "update 10: the held-out loss rose from" in said
+    assert "going back to update 0, and on with learning rates 3 times lower" in said
+    assert rates[9] == pytest.approx(3 * rates[10])
+    quiet = Console(file=io.StringIO(), width=300)
+    train(recipe(answers, tmp_path / "calm", steps=30, relative_rate=0.02), console=quiet)
+    assert "going back" not in quiet.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma3", "phi"])
+def test_rates_follow_the_size_of_the_weights(kind: str) -> None:
+    sizes = []
+    for factor in (1.0, 10.0):
+        model = tiny_model(kind)
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if "layers.2." in name or ".h.2." in name:
+                    weight.mul_(factor)
+        target = training_target(model)
+        some = {"segments": [[2, 3]], "final_leap": True, "rank": 4, "prompts": ["-"], "output": "-"}
+        method = M2R2Method(from_mapping(M2R2Settings, some, "test"), target)
+        masters = method.build(None)
+        sizes.append({name: method.size(name, p) for name, p in masters.named_parameters() if "/up" in name})
+    small, large = sizes
+    assert small and all(large[name] == pytest.approx(10 * size) for name, size in small.items())
+
+
 def test_a_full_disk_is_one_clear_line(answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     replace = drafter_folder.replace
 
@@ -617,7 +657,10 @@ def test_steps_along_a_window() -> None:
 
 
 def test_presets_load_and_settings_are_checked(tmp_path: Path) -> None:
-    assert load_settings(M2R2Settings, "m2r2", None, {"steps": 5}).segments == ((20, 24),)
+    settings = load_settings(M2R2Settings, "m2r2", None, {"steps": 5})
+    assert settings.begin == 20 and not settings.segments
+    given = load_settings(M2R2Settings, "m2r2", None, {"segments": [[1, 2]]})
+    assert given.segments == ((1, 2),) and not given.begin
     searching = load_settings(M2R2Settings, "m2r2", None, {"search": True})
     assert searching.search and not searching.segments
     assert not load_settings(M2R2Settings, "m2r2", "m2r2-paper", {}).segments
@@ -706,18 +749,17 @@ def test_alignment_brings_a_layer_before_the_exit_nearer_to_where_it_runs_ahead_
 
 def test_given_paths_scale_with_the_depth_of_the_model() -> None:
     target = ReferenceTarget(tiny_model())  # 4 layers, the paths were chosen on 30
+    given = {"segments": [[20, 24]]}
     projected, paper = (
         path_of(load_settings(M2R2Settings, "m2r2", name, changes), target)
-        for name, changes in (("m2r2", {}), ("m2r2-paper", {}))
+        for name, changes in (("m2r2", given), ("m2r2-paper", {}))
     )
-    assert (projected.exit_layer, projected.segments) == (0, ((3, 4),)) and (paper.exit_layer, paper.segments) == (
-        1,
-        (),
-    )
+    assert (projected.exit_layer, projected.segments) == (0, ((3, 4),))
+    assert (paper.exit_layer, paper.segments) == (1, ())
     for layers, segment in ((1, (0, 1)), (2, (1, 2)), (12, (8, 10)), (24, (16, 19)), (30, (20, 24)), (60, (40, 48))):
         target.num_layers = layers
         target.linears = lambda layer: {"mlp.up_proj": (8, 8)}  # type: ignore[assignment, method-assign, return-value]
-        path = path_of(load_settings(M2R2Settings, "m2r2", None, {}), target)
+        path = path_of(load_settings(M2R2Settings, "m2r2", None, given), target)
         assert (path.exit_layer, path.segments, path.final_projection) == (0, (segment,), True)
 
 
@@ -757,6 +799,15 @@ def test_the_search_chooses_the_path_of_largest_predicted_speedup_and_trains_it(
     assert not (out / "states" / "search").exists()
     monkeypatch.setattr(search, "agreement", None)  # nothing is searched again
     train(searched(answers, out), resume=True)
+
+
+def test_by_default_the_end_of_the_path_alone_is_chosen(answers: Path, tmp_path: Path, priced: None) -> None:
+    out = tmp_path / "out"
+    given = {"begin": 20, "layers_of": 40, "segments": [], "search_tokens": 300, "steps": 2}  # of 4 layers: 2
+    train(recipe(answers, out, **given))
+    kept = json.loads((out / "search.json").read_text())
+    assert {tuple(row["segment"]) for row in kept["table"]} == {(2, 3), (2, 4)}
+    assert drafter_folder.read_config(out)["path"]["segments"] == [kept["chosen"]]
 
 
 def test_drafts_of_the_search_are_those_of_a_network_that_training_fits(answers: Path, tmp_path: Path) -> None:

@@ -43,8 +43,10 @@ class Ridge:
 
 
 def fit_projections(network: M2R2, target: Target, batches: Callable[[], Iterable[Batch]], steps: int = 1) -> None:
-    """Set the projections one after another, each on the path that the earlier ones make; then all of them once more, on
-    the drafter's own states of steps 1 .. ``steps``."""
+    """Set the projections one after another, each on the path that the earlier ones make.
+
+    Then all of them once more, on the drafter's own states of steps 1 .. ``steps``.
+    """
     for index in range(len(network.projections)):
         fit_projection(network, target, batches(), index)
     for index in range(len(network.projections) if steps > 1 else 0):

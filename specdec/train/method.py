@@ -60,9 +60,9 @@ class Method(ABC, Generic[Network]):
     """How one kind of drafter is trained on a frozen target. One object serves one run.
 
     The trainer calls, in this order: the constructor, ``prepare``, ``wanted``, ``build`` (once: float32 masters; a copy
-    in the target's dtype is what runs), ``fit`` and ``size`` (unless it resumes), then ``loss`` per update and ``evaluate`` at
-    intervals (without gradients), and ``config`` and ``tensors`` whenever a drafter is exported. ``network`` below is
-    the running copy; after each update it follows the masters.
+    in the target's dtype is what runs), ``fit`` and ``size`` (unless it resumes), then ``loss`` per update and
+    ``evaluate`` at intervals (without gradients), and ``config`` and ``tensors`` whenever a drafter is exported.
+    ``network`` below is the running copy; after each update it follows the masters.
 
     name: the method's in ``METHODS``. settings_class: ``TrainSettings`` with the method's own settings and defaults.
     """

@@ -189,8 +189,8 @@ class Run:
         self.lowered, self.warmed = self.lowered / LOWER, self.update
         tell(
             self.console,
-            f"update {self.update}: the held-out loss rose from {self.guard.start:.3f} at the start to {loss:.3f}; back to "
-            f"update {self.guard.update}, on with learning rates {LOWER} times lower",
+            f"update {self.update}: the held-out loss rose from {self.guard.start:.3f} at the start to {loss:.3f}; "
+            f"going back to update {self.guard.update}, and on with learning rates {LOWER} times lower",
         )
 
     def _outlook(self, means: dict[str, float], done: float) -> str:

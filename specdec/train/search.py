@@ -1,8 +1,8 @@
 """The segment of an M2R2 path, by closed-form agreement and measured cost, without gradients.
 
-Candidates project from the embedding to one segment of later layers, and from its end to the final state: those that
-begin at layer ``begin`` (two thirds up, in the preset), or with ``--search`` at any layer of the upper half. Projections
-are fitted on a sample of the teacher's states. The agreement of one draft on held-out answers, and what drafting and
+Candidates project from the embedding to one segment of later layers, and from its end to the final state. They begin
+at layer ``begin`` (two thirds up, in the preset) or, with ``--search``, anywhere in the upper half. Projections are
+fitted on a sample of the teacher's states. The agreement of one draft on held-out answers, and what drafting and
 scoring cost on this machine, predict a speedup; the largest wins. Training raises agreement: the setting
 ``search_gain`` is added to its log-odds.
 """
