@@ -34,6 +34,7 @@ from specdec.runtimes.checks import check_logits, refuse_unsupported
 from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.linear_maps import Linear
 from specdec.runtimes.llama_like import Norm
+from specdec.runtimes.native import linear
 from specdec.runtimes.reference import ByParts
 
 MAKERS = {  # by weight format
@@ -89,6 +90,7 @@ class FusedTarget(ByParts):
         kind, config = model.config.model_type, model.config
         if kind not in FAMILIES:
             raise SpecDecError(f"model type '{kind}' is unknown to the fused runtime (it knows {', '.join(FAMILIES)})")
+        linear.unpack_here(model)
         densify(model)
         super().__init__(model)
         decoder: Any = model.model

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 import gguf
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from specdec.base import cores
 from specdec.base.errors import SpecDecError
-from specdec.models.blocks import Blocks, dequantize
+from specdec.models.blocks import BlockEmbedding, BlockLinear, Blocks, dequantize
 from specdec.runtimes.native import library
 from specdec.runtimes.native.library import BF16, I4, INT, POINTER, Map, Part, Table, done, pointer, runs
 
@@ -159,6 +159,13 @@ def unpack(blocks: Blocks, index: Tensor | None, dtype: torch.dtype) -> Tensor:
     if dtype != torch.bfloat16:
         return dequantize(blocks, index, dtype)
     return RowTable(blocks)(torch.arange(blocks.shape[0]) if index is None else index)
+
+
+def unpack_here(model: nn.Module) -> None:
+    """Have the kernels unpack the modules in blocks, where they run."""
+    for module in model.modules() if runs() else ():
+        if isinstance(module, BlockLinear | BlockEmbedding):
+            module.unpack = unpack
 
 
 def _block_tiles(blocks: Blocks) -> tuple[int, Tensor]:

@@ -78,9 +78,7 @@ class NativeTarget(ByParts):
         super().__init__(model)
         decoder: Any = model.model
         first = decoder.layers[0]
-        for module in model.modules():
-            if isinstance(module, BlockLinear | BlockEmbedding):
-                module.unpack = linear.unpack
+        linear.unpack_here(model)
         llama_like.check_rotary(decoder.rotary_emb)
         self.head_dim = int(first.self_attn.head_dim)
         act = first.mlp.activation_fn if kind == "phi3" else first.mlp.act_fn
