@@ -112,7 +112,7 @@ def test_the_student_drafts_exactly_as_the_drafter(name: str, runtime: Callable[
         root = len(ids) - 1 - rows[0][1]  # the window index of the root's position
         own = [
             [int(teacher.logits(final)[0, root + step].argmax()) for final, _ in exits]
-            for step, (exits, *_) in enumerate(draft_steps(network, target, batch, 3))
+            for step, (exits, _) in enumerate(draft_steps(network, target, batch, 3))
         ]
         assert [tokens[-1] for tokens in own] == chain
         assert own[0][0] == drafted(network, target, ids, 1, sure=0.0)[0]  # at the first exit

@@ -68,7 +68,7 @@ class ArlaMethod(Method[M2R2]):
         teacher = self.teacher
         teacher.begin(batch)
         known = teacher.known(batch)
-        for exits, valid, _ in draft_steps(network, self.target, batch, self.settings.draft_steps, watched=True):
+        for exits, valid in draft_steps(network, self.target, batch, self.settings.draft_steps, watched=True):
             for router, (final, passed) in zip(network.routers, exits, strict=True):
                 with torch.no_grad():
                     logits = teacher.logits(final)

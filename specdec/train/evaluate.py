@@ -34,7 +34,7 @@ def evaluate(network: M2R2, target: Target, batches: Iterable[Batch], steps: int
         teacher.begin(batch)
         known = teacher.known(batch)
         hits: list[Tensor] = []
-        for s, (exits, valid, _) in enumerate(draft_steps(network, target, batch, steps)):
+        for s, (exits, valid) in enumerate(draft_steps(network, target, batch, steps)):
             for number, (final, _) in enumerate(exits[:-1] if s == 0 else ()):
                 right = teacher.hits(teacher.logits(final)) & known & valid
                 sooner[number] += right.sum().double().cpu()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from specdec.drafters.m2r2_network import M2R2
 from specdec.runtimes.target import Target
 from specdec.train.batches import Batch
-from specdec.train.student import draft_steps, projected_from
+from specdec.train.student import projected_from
 
 RIDGE = 1e-3  # of the mean diagonal of the normal matrix
 
@@ -42,27 +42,18 @@ class Ridge:
             parameter.copy_(found)
 
 
-def fit_projections(network: M2R2, target: Target, batches: Callable[[], Iterable[Batch]], steps: int = 1) -> None:
-    """Set the projections one after another, each on the path that the earlier ones make.
-
-    Then all of them once more, on the drafter's own states of steps 1 .. ``steps``.
-    """
+def fit_projections(network: M2R2, target: Target, batches: Callable[[], Iterable[Batch]]) -> None:
+    """Set the projections one after another, each on the path that the earlier ones make."""
     for index in range(len(network.projections)):
         fit_projection(network, target, batches(), index)
-    for index in range(len(network.projections) if steps > 1 else 0):
-        fit_projection(network, target, batches(), index, steps)
 
 
 @torch.no_grad()
-def fit_projection(network: M2R2, target: Target, batches: Iterable[Batch], index: int, steps: int = 1) -> None:
-    """Set projection ``index``: for step 1, which has the exact carry, or for steps 1 .. ``steps``."""
+def fit_projection(network: M2R2, target: Target, batches: Iterable[Batch], index: int) -> None:
+    """Set projection ``index``, for step 1 with the exact carry."""
     ridge, path = Ridge(), network.path
     goal = path.segments[index][0] if index < len(path.segments) else network.num_layers
     for batch in batches:
-        if steps == 1:
-            pairs = [(projected_from(network, target, batch, index), batch.valid)]
-        else:
-            pairs = [(step.mapped[index], step.valid) for step in draft_steps(network, target, batch, steps)]
-        for mapped, valid in pairs:
-            ridge.add(network.features(index, *mapped)[valid], batch.hidden[goal][valid])
+        features = network.features(index, *projected_from(network, target, batch, index))
+        ridge.add(features[batch.valid], batch.hidden[goal][batch.valid])
     ridge.solve_into(network.projections[index])

@@ -78,7 +78,7 @@ class M2R2Method(Method[M2R2]):
         return float(weight.float().square().mean().sqrt()) * (inputs / self.path.rank) ** 0.5
 
     def fit(self, network: M2R2, batches: Callable[[], Iterable[Batch]]) -> None:
-        fit_projections(network, self.target, batches, self.settings.draft_steps)
+        fit_projections(network, self.target, batches)
 
     def loss(self, network: M2R2, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         settings, teacher, target = self.settings, self.teacher, self.target
@@ -86,7 +86,7 @@ class M2R2Method(Method[M2R2]):
         loss, figures = torch.zeros((), device=target.device), dict[str, float]()
         right = batch.valid  # where the drafter's steps so far are the text's own tokens
         aims, watched = self.path.aims(target.num_layers), settings.align > 0
-        for s, (exits, valid, _) in enumerate(draft_steps(network, target, batch, settings.draft_steps, watched)):
+        for s, (exits, valid) in enumerate(draft_steps(network, target, batch, settings.draft_steps, watched)):
             reached = later(right) if s else valid
             weight = torch.where(reached, 1.0, settings.focus)
             for exit, (final, _) in zip((*self.path.exits, None), exits, strict=True):

@@ -112,7 +112,7 @@ def agreement(
 
     def residuals(batch: Batch) -> list[Tensor]:
         """At the end of each segment, [B, T, D]."""
-        exits, *_ = next(draft_steps(longest, target, batch, 1, watched=True))
+        exits, _ = next(draft_steps(longest, target, batch, 1, watched=True))
         return exits[0][1][1:-1]
 
     fit_projection(longest, target, _batches(target, longest.path, train, settings), 0)

@@ -8,7 +8,6 @@ drafter's own (``specdec.drafters.m2r2_network``).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -49,29 +48,21 @@ def shared(network: M2R2, target: Target, batch: Batch, watched: bool = False) -
     return found
 
 
-class Step(NamedTuple):
-    """A draft step at all positions of a batch.
+def draft_steps(
+    network: M2R2, target: Target, batch: Batch, steps: int, watched: bool = False
+) -> Iterator[tuple[list[tuple[Tensor, list[Tensor]]], Tensor]]:
+    """Yield, for s = 1 .. steps, what each exit has, and which positions have it (bool [B, T]).
 
-    exits: the estimate of h[N] [B, T, D] at each exit and, if ``watched``, the residuals, each [B, T, D], that the
-    router there sees. valid: positions that have it, bool [B, T]. mapped: for each projection, the residual [B, T, D]
-    that it maps, and the carry.
+    That is the estimate of h[N] [B, T, D] and, if ``watched``, the residuals, each [B, T, D], that the router there
+    sees. What a step carries on is the last exit's.
     """
-
-    exits: list[tuple[Tensor, list[Tensor]]]
-    valid: Tensor
-    mapped: list[tuple[Tensor, Carry]]
-
-
-def draft_steps(network: M2R2, target: Target, batch: Batch, steps: int, watched: bool = False) -> Iterator[Step]:
-    """Yield steps 1 .. ``steps``. What a step carries on is the last exit's."""
     path, early = network.path, shared(network, target, batch, watched)
     start, first = early[-1] if early else (target.embed(batch.ids, batch.positions), [])
     carry, cache, valid = exact_carry(network, batch), batch.cache(target.num_layers), batch.valid
     for step in range(1, steps + 1):
         ends, p, passed, inputs = list(early), start, first, list[Tensor]()
-        mask, mapped = step_mask(batch, step), list[tuple[Tensor, Carry]]()
+        mask = step_mask(batch, step)
         for index in range(len(path.segments)):
-            mapped.append((p, carry))
             inputs.append(network.project(index, p, carry))
             p, more = network.segment(target, index, inputs[-1], batch.positions, mask, cache, watched)
             passed = [*passed, *more]
@@ -79,10 +70,9 @@ def draft_steps(network: M2R2, target: Target, batch: Batch, steps: int, watched
         exits = list[tuple[Tensor, list[Tensor]]]()
         for exit, run in enumerate(path.reach):
             p, passed = ends[run - 1]
-            mapped.append((p, carry))
             final = network.estimate(exit, p, carry)
             exits.append((final, [*passed, final] if path.final_projection else passed))
-        yield Step(exits, valid, mapped)
+        yield exits, valid
         carry = Carry(later(exits[-1][0]), [later(x) for x in inputs])
         valid = valid & later(valid)
 
