@@ -240,7 +240,7 @@ def settings(**changes: Any) -> MedusaSettings:
         "rows": 4,
         "window": 8,
         "eval_fraction": 0.15,
-        "relative_rate": 0.1,
+        "relative_rate": 0.3,
         "nodes": 5,
     }
     return from_mapping(MedusaSettings, values | changes, "test")

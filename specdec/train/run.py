@@ -22,7 +22,7 @@ from specdec.engine.costs import Costs
 from specdec.models import drafter_folder, identity, loading
 from specdec.train import batches, checkpoint
 from specdec.train.batches import Batch, Window
-from specdec.train.guard import Guard
+from specdec.train.best import Best
 from specdec.train.method import Method
 from specdec.train.output import CHECKPOINT, METRICS, RECIPE, writing
 from specdec.train.plot import draw_curves
@@ -31,6 +31,7 @@ from specdec.train.states import Record
 from specdec.train.world import World
 
 REPORT_UPDATES = 10  # updates a line of metrics.jsonl, and between two looks at the held-out loss
+MARGIN = 1.05  # of the held-out loss at the start: what a good rate may pass through in its first updates
 LOWER = 3  # factor between the learning rates before and after a run went back
 
 
@@ -84,6 +85,9 @@ class Run:
                     break
                 figures = self._step(rows, self._rate(done))
                 if not math.isfinite(figures["loss"] + figures["gradient"]):  # the update was left out
+                    if self.update > self.warmed:
+                        self._go_back(math.inf)
+                        continue
                     with self.world.after_the_first():
                         self._save()
                         self._evaluate()
@@ -94,7 +98,7 @@ class Run:
                     self._log({"update": self.update, "epoch": epoch, "tokens": self.tokens, **means})
                     progress.update(task, completed=1000 * done, description=f"training: {self._outlook(means, done)}")
                     recent.clear()
-                    self._guard()
+                    self._look()
                 if now - saved > 60 * settings.checkpoint_minutes:
                     self._save()
                     saved = time.monotonic()
@@ -124,7 +128,7 @@ class Run:
         self.world.copy([p.detach() for p in self.parameters.values()])
         copy_values(self.parameters, self.running)
         self.sizes = [self.method.size(name, parameter) for name, parameter in self.parameters.items()]
-        self.guard = Guard(self.parameters, self._held_out_loss())
+        self.good = Best(self.parameters, self._held_out_loss())
 
     def _begin_from(self, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         kind = self.method.config(self.network)["drafter"]
@@ -179,18 +183,25 @@ class Run:
         loss, _ = self.method.loss(self.network, batch)
         return self.world.share(float(loss.detach()))
 
-    def _guard(self) -> None:
-        """If the drafter has become worse than it was at the start, go back, and go on with lower rates."""
+    def _look(self) -> None:
+        """Go back if the drafter has become worse than it was at the start."""
         loss = self._held_out_loss()
-        if not self.guard.check(loss, self.update):
-            return
+        if not loss <= MARGIN * self.good.start:
+            self._go_back(loss)
+        elif loss < self.good.least:
+            self.good.keep(loss, self.update)
+
+    def _go_back(self, loss: float) -> None:
+        """To the parameters that had the least held-out loss, and on with lower rates."""
+        self.good.put_back()
         copy_values(self.parameters, self.running)
         self.optimizer.state.clear()
         self.lowered, self.warmed = self.lowered / LOWER, self.update
+        worse = f"the held-out loss rose from {self.good.start:.3f} at the start to {loss:.3f}"
         tell(
             self.console,
-            f"update {self.update}: the held-out loss rose from {self.guard.start:.3f} at the start to {loss:.3f}; "
-            f"going back to update {self.guard.update}, and on with learning rates {LOWER} times lower",
+            f"update {self.update}: {worse if math.isfinite(loss) else 'the loss is not a number any more'}; going back "
+            f"to update {self.good.update}, and on with learning rates {LOWER} times lower",
         )
 
     def _outlook(self, means: dict[str, float], done: float) -> str:
@@ -309,7 +320,7 @@ class Run:
             raise self._lost()
         if self.world.first:
             state = {"update": self.update, "tokens": self.tokens, "seconds": self.seconds, "best": self.best}
-            state |= {"sizes": self.sizes, "lowered": self.lowered, "warmed": self.warmed, "start": self.guard.start}
+            state |= {"sizes": self.sizes, "lowered": self.lowered, "warmed": self.warmed, "start": self.good.start}
             checkpoint.write(self.output, self.parameters, self.optimizer, state)
 
     def _restore(self) -> None:
@@ -318,7 +329,7 @@ class Run:
         self.seconds, self.best = state["seconds"], state["best"]
         self.sizes, self.lowered, self.warmed = state["sizes"], state["lowered"], state["warmed"]
         copy_values(self.parameters, self.running)
-        self.guard = Guard(self.parameters, state["start"], self.update)
+        self.good = Best(self.parameters, state["start"], self.update)
         if self.world.first:
             checkpoint.rewind_metrics(self.output, self.update)
 
