@@ -197,12 +197,11 @@ class Run:
         copy_values(self.parameters, self.running)
         self.optimizer.state.clear()
         self.lowered, self.warmed = self.lowered / LOWER, self.update
-        worse = f"the held-out loss rose from {self.good.start:.3f} at the start to {loss:.3f}"
-        tell(
-            self.console,
-            f"update {self.update}: {worse if math.isfinite(loss) else 'the loss is not a number any more'}; going back "
-            f"to update {self.good.update}, and on with learning rates {LOWER} times lower",
-        )
+        why = f"the held-out loss rose from {self.good.start:.3f} at the start to {loss:.3f}"
+        if not math.isfinite(loss):
+            why = "the loss is not a number any more"
+        back = f"going back to update {self.good.update}, and on with learning rates {LOWER} times lower"
+        tell(self.console, f"update {self.update}: {why}; {back}")
 
     def _outlook(self, means: dict[str, float], done: float) -> str:
         """The run so far, for the progress bar."""
