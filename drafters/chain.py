@@ -157,9 +157,9 @@ class ChainDrafter(Drafter):
             positions = positions + 1
             if prices is not None and not waits(token.device):
                 own = weighs or certainty is None
-                sure = _probability(logits, tokens if weighs else token, vocab) if own else certainty
-                assert sure is not None
-                joint = reach * sure.pow(prices.exponent)  # (B, 1 or W)
+                probability = _probability(logits, tokens if weighs else token, vocab) if own else certainty
+                assert probability is not None
+                joint = reach * probability.pow(prices.exponent)  # (B, 1 or W)
                 values, reach = joint.mean(0).tolist(), joint[:, :1]
                 on, off = [*on, values[0]], [*off, *values[1:]]
                 if values[0] < prices.level:

@@ -318,7 +318,12 @@ class Run:
         if not all(bool(p.isfinite().all()) for p in self.parameters.values()):
             raise self._lost()
         if self.world.first:
-            state = {"update": self.update, "tokens": self.tokens, "seconds": self.seconds, "best": self.best}
+            state: dict[str, Any] = {
+                "update": self.update,
+                "tokens": self.tokens,
+                "seconds": self.seconds,
+                "best": self.best,
+            }
             state |= {"sizes": self.sizes, "lowered": self.lowered, "warmed": self.warmed, "start": self.good.start}
             checkpoint.write(self.output, self.parameters, self.optimizer, state)
 

@@ -157,7 +157,8 @@ def draft_costs(target: Target, vocab: Tensor | None) -> list[Costs]:
         ends.append(measure(decoder.target, drafter, decoder.verifier))
     (short,), (long,) = (each.drafts for each in ends)
     shares = [(length - 1) / max(most - 1, 1) for length in range(1, most + 1)]
-    prices = [tuple(a + share * max(b - a, 0.0) for a, b in zip(short, long, strict=True)) for share in shares]
+    more = [max(b - a, 0.0) for a, b in zip(short, long, strict=True)]  # of the first draft, of each further one
+    prices = [(short[0] + share * more[0], short[1] + share * more[1]) for share in shares]
     return [replace(ends[0], drafts=(price,)) for price in prices]
 
 

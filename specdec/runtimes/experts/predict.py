@@ -142,7 +142,11 @@ def read_predictor(folder: Path, fingerprint: str, num_experts: int, hidden: int
             "--expert-prefetch residual"
         )
     config = drafter_folder.read_config(path)
-    drafter_folder.check_base(config, fingerprint, str(path))
+    if (trained := config.get("base", {}).get("fingerprint")) != fingerprint:
+        raise SpecDecError(
+            f"the expert predictor in '{path}' was fitted for base weights {trained}, but the loaded model's are "
+            f"{fingerprint}; fit one for this model with 'specdec pack-experts MODEL DIR --fit ANSWERS'"
+        )
     try:
         targets = [[int(t) for t in row] for row in config["targets"]]
         if not all(0 <= t < len(targets) for row in targets for t in row):
