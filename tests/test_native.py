@@ -191,15 +191,16 @@ def test_head_of_any_width() -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 5, 16, 70])
+@pytest.mark.parametrize("outputs", [50, 11002])  # with AMX, the larger one exceeds what stays in 8 bits
 @pytest.mark.parametrize(("bits", "least", "most"), [(8, 0, 0.02), (4, 0.05, 0.12)])
 @torch.inference_mode()
 def test_coarse_maps_are_within_their_bits_and_do_not_depend_on_other_rows(
-    bits: int, least: float, most: float, rows: int
+    bits: int, least: float, most: float, rows: int, outputs: int
 ) -> None:
     torch.manual_seed(12)
-    weight, bias, x = torch.randn(50, 192).bfloat16(), torch.randn(50).bfloat16(), torch.randn(rows, 192).bfloat16()
-    asked = (library.I4, library.I8) if bits == 4 else (library.I8,)
-    served = [kind for kind in asked if library.load().specdec_tiles_bytes(kind, 1)]
+    weight, bias, x = torch.randn(outputs, 192).bfloat16(), torch.randn(outputs).bfloat16(), torch.randn(rows, 192)
+    x, asked = x.bfloat16(), (library.I4, library.I8) if bits == 4 else (library.I8,)
+    served = [kind for kind in asked if library.load().specdec_tiles_bytes(kind, -(-outputs // 16), 3)]
     draft_only, dense = linear.Packed([weight], bias, draft_only=asked), linear.Packed([weight], bias)
     assert draft_only.parts[0].kind == (served[0] if served else library.BF16)
     if draft_only.parts[0].kind == asked[0]:
@@ -208,17 +209,20 @@ def test_coarse_maps_are_within_their_bits_and_do_not_depend_on_other_rows(
     assert linear.Packed([weight[:, :96]], draft_only=asked).parts[0].kind == library.BF16  # no multiple of 64
 
 
+@pytest.mark.parametrize("rows", [1, 2, 7, 40])
 @torch.inference_mode()
-def test_four_coarse_bits_hold_what_four_bits_can() -> None:
-    """Codes -8 .. 7 times a scale for the even quads of 64 inputs, and one for the odd: nothing is rounded."""
-    if not library.load().specdec_tiles_bytes(library.I4, 1):
+def test_four_coarse_bits_hold_what_four_bits_can(rows: int) -> None:
+    """Codes 0 .. 15 times a step for 32 inputs, and a least number: nothing is rounded."""
+    outputs, inputs = 16400, 128
+    if not library.load().specdec_tiles_bytes(library.I4, outputs // 16, inputs // 64):
         pytest.skip("this CPU does better with eight bits")
     torch.manual_seed(13)
-    codes = torch.randint(-8, 8, (40, 2, 8, 2, 4))
-    codes[:, :, 0, :, 0] = -8
-    weight = (codes * torch.tensor([0.5, 0.03125]).view(2, 1)).view(40, 128).bfloat16()
-    x = torch.randint(-127, 128, (7, 128)).bfloat16()
-    x[:, 0] = 127  # a token's scale is 1
+    codes = torch.randint(0, 16, (outputs, 4, 32))
+    codes[:, :, 0], codes[:, :, 1] = 0, 15
+    weight = codes * torch.tensor([14, 1, 3, 9]).view(4, 1) + torch.tensor([-112, -5, -20, -30]).view(4, 1)
+    weight = weight.view(outputs, inputs).bfloat16()
+    x = torch.randint(-127, 128, (rows, inputs)).bfloat16()
+    x[:, 0] = 127  # a token's scale is 1, as a row's is
     assert torch.equal(
         linear.Packed([weight], draft_only=(library.I4,))(x), (x.double() @ weight.double().T).bfloat16()
     )
@@ -233,7 +237,7 @@ def test_coarse_adapters_are_merged_for_drafts_and_leave_the_model_exact(family:
     plain, expected = adapted_pass(target, None, t, None), adapted_pass(target, adapters, t, None)
     adapters.draft_only = True
     got = adapted_pass(target, adapters, t, None)
-    share = 0.6 if library.load().specdec_tiles_bytes(library.I4, 1) else 0.2  # of what the adapters change
+    share = 0.6 if library.load().specdec_tiles_bytes(library.I4, 1, 1) else 0.2  # of what the adapters change
     assert (got - expected).float().norm() < share * (plain - expected).float().norm()
     assert torch.equal(adapted_pass(target, None, t, None), plain)
     if t > 1:  # some tokens are the model's own there: exact

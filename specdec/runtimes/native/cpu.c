@@ -8,10 +8,14 @@
 
 int level, has_amx, has_vnni;
 
-/* Bytes of `tiles` tiles of `kind`; 0 for one that this CPU does not have, or does better without. */
-EXPORT int64_t specdec_tiles_bytes(int kind, int64_t tiles) {
-    if ((kind == I8 && level == AVX512 && !has_vnni) || (kind == I4 && (!has_vnni || level != AVX512))) return 0;
-    return tiles_bytes(kind, tiles);
+enum { CACHED = 2 << 20 }; /* bytes of the second-level cache of a core with AMX */
+
+/* Bytes of `rows` rows of `tiles` tiles of `kind`; 0 for one that this CPU does not have, or does better without. With AMX,
+ * I4 is for maps that a core's second-level cache does not hold in I8: it reads them faster, and computes more slowly. */
+EXPORT int64_t specdec_tiles_bytes(int kind, int64_t rows, int64_t tiles) {
+    if (kind >= I8 && level == AVX512 && !has_vnni) return 0;
+    if (kind == I4 && (level == AVX2 || (has_amx && rows * tiles_bytes(I8, tiles) <= CACHED))) return 0;
+    return rows * tiles_bytes(kind, tiles);
 }
 
 /* Ask for large pages for memory that will be read in whole, again and again. */

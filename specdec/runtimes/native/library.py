@@ -134,7 +134,7 @@ def load() -> Any:
         if not found.level:
             raise SpecDecError("the native runtime needs an x86 CPU with AVX2, FMA and F16C")
         found.specdec_large_pages.argtypes = (POINTER, ctypes.c_int64)
-        found.specdec_tiles_bytes.argtypes, found.specdec_tiles_bytes.restype = (INT, ctypes.c_int64), ctypes.c_int64
+        found.specdec_tiles_bytes.argtypes, found.specdec_tiles_bytes.restype = (INT, LONG, LONG), LONG
         for name, (result, *arguments) in KERNELS.items():
             kernel = getattr(found, f"specdec_{name}_{SUFFIXES[found.level]}")
             kernel.restype, kernel.argtypes = result, arguments

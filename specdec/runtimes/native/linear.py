@@ -74,7 +74,8 @@ class Packed:
                 "the native runtime takes linear maps of multiples of 16 outputs and 32 inputs; one has "
                 f"{weights[0].shape[0]} and {self.inp}"
             )
-        served = [kind for kind in draft_only if lib.specdec_tiles_bytes(kind, 1) and not self.inp % 64]
+        tiles = -(-self.width // 16), self.inp // 64
+        served = [kind for kind in draft_only if not self.inp % 64 and lib.specdec_tiles_bytes(kind, *tiles)]
         self.tiles, self.scale, end = list[Tensor](), None, 0
         self.parts = (Part * len(weights))()
         for part, weight in zip(self.parts, weights, strict=True):
@@ -189,7 +190,7 @@ def _tiles(weight: Tensor) -> Tensor:
     """bf16 ``weight`` [out, in] in tiles."""
     lib, (out, inp) = library.load(), weight.shape
     source = weight.detach().contiguous()
-    tiles = _arena.take(lib.specdec_tiles_bytes(BF16, -(-out // 16) * (inp // 32)))
+    tiles = _arena.take(lib.specdec_tiles_bytes(BF16, -(-out // 16), inp // 32))
     lib.specdec_pack(source.data_ptr(), out, inp, tiles.data_ptr(), cores.threads())
     return tiles
 
@@ -198,7 +199,7 @@ def _draft_tiles(kind: int, weight: Tensor, scale: Tensor) -> Tensor:
     """bf16 ``weight`` [out, in] rounded to I8 or I4 tiles; ``scale`` [out] is filled in."""
     lib, (out, inp) = library.load(), weight.shape
     source = weight.detach().contiguous()
-    tiles = _arena.take(lib.specdec_tiles_bytes(kind, -(-out // 16) * (inp // 64)))
+    tiles = _arena.take(lib.specdec_tiles_bytes(kind, -(-out // 16), inp // 64))
     pack = lib.specdec_pack_i4 if kind == I4 else lib.specdec_pack_i8
     pack(source.data_ptr(), out, inp, tiles.data_ptr(), scale.data_ptr(), cores.threads())
     return tiles

@@ -17,7 +17,7 @@
  * Layouts of activations, for blocks of 16 tokens ("lanes"):
  *   feature_major  float [features][16]
  *   vnni_bf16      bf16 pairs [features / 2][16]: what AMX multiplies with bf16 tiles
- *   vnni_int8      int8 quads [features / 4][16], then each lane's scale: the same for I8 maps
+ *   vnni_int8      int8 quads [features / 4][16], then each lane's scale: the same for I8 and I4 maps
  *   rows_bf16      bf16 [16 tokens][features]: what AVX-512 multiplies
  *   rows_f32       float [16 tokens][features]: what AVX2 multiplies; the numbers are bf16
  *   rows_int8      int8 [16][features], each token's scale, and (AVX-512) 128 times its sum: the same for I8 and I4 maps
@@ -54,13 +54,14 @@ int omp_get_num_threads(void);
  *   K5    (d sc) q - (dmin mn)         the same                                            nibbles, bits
  *   K6    (d sc) q                     f16 d[16], 32 unused bytes, int8 sc[8][2][16]       int8 q[16][32]
  *   I8    q, a scale by row            -                                                   int8[16][64]
- *   I4    d q                          f16 d[16][2], for even and odd quads of inputs      int8[8][64]
+ *   I4    m q + z, a scale by row      {uint8 m[16], int8 z[16]}[2]                        uint8[2][4][16][4]
  *
  * nibbles: uint16[4][32]: nibble j of word [i][c] has the low bits of row 4 i + j, input c. bits: uint32[16]: bit c has the
  * fifth bit of input c. A group of K4, K5 and K6 is 8 tiles: the GGUF blocks of 16 rows. In K6, inputs below 16 and above have
  * a scale each; its codes of 6 bits take 8, since unpacking them would cost more time than reading does. I8 and I4 are for
- * drafts alone, and have 64 inputs: what they are multiplied with is rounded to 8 bits. I4 has two rows' nibbles in a byte, the
- * even one's above. */
+ * drafts alone, and have 64 inputs: what they are multiplied with is rounded to 8 bits. I4 has a step
+ * m (1 .. 15) and a least z for each half of the inputs, and m q + z fits 8 bits: its products are whole numbers, as I8's. A
+ * byte [half][i][output][j] has the nibbles of inputs 8 i + j, and 8 i + 4 + j above. */
 enum { BF16, Q8, Q4, Q5, K4, K5, K6, I8, I4, KINDS };
 enum { AVX2 = 1, AVX512, AMX }; /* instruction sets */
 enum { MOST_BLOCKS = 3 }; /* of tokens that are multiplied at once */
@@ -93,7 +94,7 @@ typedef struct {       /* y = W x (+ bias) */
     int32_t kind, out, in, count; /* kind: of the first part (I8 and I4 maps have one); out: multiple of 16; in: multiple of 32 */
     const Part *parts;    /* [count] */
     const float *bias;    /* [out] or NULL */
-    const float *scale;   /* I8: [out]; I4: what a row's products are too large by, [out] */
+    const float *scale;   /* of I8 and I4: [out] */
 } Map;
 
 typedef struct {       /* rows of numbers, in GGUF blocks or bf16 */

@@ -1,6 +1,6 @@
 /* Products of tiles in AMX, 16 tokens at once. */
 
-enum { RING = 8, AHEAD = 2, PREFETCH = 4096 };
+enum { RING = 8, AHEAD = 2, PREFETCH = 4096, FAR = 16384 };
 
 typedef struct {
     uint8_t palette, start, zero[14];
@@ -87,7 +87,7 @@ static void amx_product(int kind, const Side *a, const Side *b, int blocks, floa
     }
 }
 
-/* The same for int8 tiles and vnni_int8, times the scales of both. */
+/* The same for I8 tiles and vnni_int8, times the scales of both. */
 static void amx_int8_product(const Side *a, int tokens, const float *scale, float *sums) {
     int32_t *whole = (int32_t *)sums;
     int blocks = (tokens + 15) / 16, count = a->count;
@@ -113,6 +113,37 @@ static void amx_int8_product(const Side *a, int tokens, const float *scale, floa
             F v = _mm512_cvtepi32_ps(_mm512_load_si512(whole + 256 * b + 16 * o));
             _mm512_store_ps(sums + 256 * b + 16 * o, _mm512_mul_ps(v, _mm512_mul_ps(lane, _mm512_set1_ps(scale[o]))));
         }
+    }
+}
+
+/* The same for I4 tiles and rows_int8. */
+static void amx_int4_product(const Side *a, int tokens, const float *scale, float *sums) {
+    uint8_t ring[RING][1024] __attribute__((aligned(64)));
+    int32_t whole_[256] __attribute__((aligned(64)));
+    int blocks = (tokens + 15) / 16;
+    _tile_zero(0);
+    if (blocks > 1) _tile_zero(1);
+    if (blocks > 2) _tile_zero(2);
+    for (int k = 0; k < a->count + AHEAD; k++) { /* unpack ahead, as above */
+        const uint8_t *tile = a->tiles + tiles_bytes(I4, k), *rows = ring[(k - AHEAD) % RING], *x = a->x + 64 * (int64_t)(k - AHEAD);
+        for (int i = 0; i < tiles_bytes(I4, 1); i += 64) _mm_prefetch((const char *)tile + FAR + i, _MM_HINT_T1);
+        for (int half_ = 0; half_ < 2 && k < a->count; half_++) {
+            __m512i row[8];
+            eight_rows4(tile, half_, row);
+            for (int i = 0; i < 8; i++) _mm512_store_si512(ring[k % RING] + 512 * half_ + 64 * i, row[i]);
+        }
+        if (k < AHEAD) continue;
+        _tile_loadd(4, rows, 64);
+        _tile_loadd(5, x, a->stride);
+        _tile_dpbssd(0, 5, 4);
+        if (blocks > 1) { _tile_loadd(6, x + a->block, a->stride); _tile_dpbssd(1, 6, 4); }
+        if (blocks > 2) { _tile_loadd(5, x + 2 * a->block, a->stride); _tile_dpbssd(2, 5, 4); }
+    }
+    for (int b = 0; b < blocks; b++) {
+        if (b == 0) _tile_stored(0, whole_, 64);
+        if (b == 1) _tile_stored(1, whole_, 64);
+        if (b == 2) _tile_stored(2, whole_, 64);
+        scale4(whole_, (const float *)(a->x + b * a->block + 1024 * (int64_t)a->count), NULL, scale, sums + 256 * b);
     }
 }
 
@@ -146,19 +177,21 @@ static void to_vnni_int8(const uint32_t *vnni, int features, int blocks, uint8_t
 
 /* sums[block][16 outputs][16 lanes] of one output tile of `kind`, and then side b's, which are bf16. scale: of I8 and I4. */
 static void tile_product(int kind, const Side *a, const Side *b, int tokens, const float *scale, float *sums) {
-    if (kind >= I8 && has_amx) amx_int8_product(a, tokens, scale, sums);
-    else if (kind >= I8) row_int8_product(kind, a, tokens, scale, sums);
+    if (kind == I8 && has_amx) amx_int8_product(a, tokens, scale, sums);
+    else if (kind == I4 && has_amx) amx_int4_product(a, tokens, scale, sums);
+    else if (kind == I4) row_int4_product(a, tokens, scale, sums);
+    else if (kind == I8) row_int8_product(a, tokens, scale, sums);
     else if (has_amx) amx_product(kind, a, b, (tokens + 15) / 16, sums);
     else row_product(kind, a, b, tokens, sums);
 }
 
 static inline int reads_vnni(const Map *map) { return has_amx && map->kind < I8; }
 
-/* What `map` reads of vnni_bf16 `x`: itself with AMX, or else rows_bf16 in `out`; for I8 and I4 maps vnni_int8 or
- * rows_int8. spare: room for a block. */
+/* What `map` reads of vnni_bf16 `x`: itself with AMX, or else rows_bf16 in `out`; for I8 maps vnni_int8 or
+ * rows_int8, and for I4 rows_int8. spare: room for a block. */
 static const uint32_t *input_of(const Map *map, const uint32_t *x, int tokens, uint8_t *out, uint8_t *spare) {
     if (reads_vnni(map)) return x;
-    if (has_amx) to_vnni_int8(x, map->in, (tokens + 15) / 16, out);
+    if (has_amx && map->kind == I8) to_vnni_int8(x, map->in, (tokens + 15) / 16, out);
     else to_rows(map, x, tokens, out, spare);
     return (const uint32_t *)out;
 }
@@ -173,7 +206,7 @@ static void put_pairs(uint32_t *block, int features, int pair, U pairs) {
     else _mm512_i32scatter_epi32(block + pair, _mm512_mullo_epi32(lanes, _mm512_set1_epi32(features / 2)), pairs, 4);
 }
 
-/* What codes of I8 tiles are larger by. */
+/* What I8's and I4's numbers are larger by. */
 static int surplus(void) { return has_amx ? 0 : 128; }
 
 /* to[column][16 keys] = keys [16][d] times queries, vnni_bf16 [d / 2][16 columns]. */

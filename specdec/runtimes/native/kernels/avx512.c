@@ -1,5 +1,5 @@
 /* Products of tiles without AMX: a tile's rows are multiplied with one token after another, so a pass of few tokens costs
- * few products. int8 products take one side without sign: I8's weights are 128 too large, for I4 the tokens. */
+ * few products. int8 products take one side without sign: I8's and I4's weights are 128 too large. */
 
 enum { ROWS = 6 }; /* tokens multiplied at once: 24 sums, 4 rows and a token fit the registers */
 
@@ -14,11 +14,10 @@ static void to_rows_bf16(const uint32_t *vnni, int features, int tokens, uint32_
     }
 }
 
-/* rows_bf16 to rows_int8 for a map of `kind`: each token by its largest value. */
-static void to_rows_int8(int kind, const uint32_t *rows, int features, int tokens, uint8_t *int8) {
+/* rows_bf16 to rows_int8: each token by its largest value. */
+static void to_rows_int8(const uint32_t *rows, int features, int tokens, uint8_t *int8) {
     F *scales = (F *)(int8 + 16 * (int64_t)features);
     const __m512i upper = _mm512_set1_epi32((int)0xffff0000);
-    const __m128i more = _mm_set1_epi8(kind == I4 ? -128 : 0);
     float lane[16] __attribute__((aligned(64))) = {0}, sums[16] __attribute__((aligned(64))) = {0};
     for (int r = 0; r < tokens; r++) {
         const uint32_t *row = rows + (int64_t)r * features / 2;
@@ -34,7 +33,7 @@ static void to_rows_int8(int kind, const uint32_t *rows, int features, int token
         for (int i = 0; i < features; i += 16) {
             __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(load_bf16((const bf16 *)row + i), inverse));
             sum = _mm512_add_epi32(sum, whole);
-            _mm_store_si128((__m128i *)(int8 + (int64_t)r * features + i), _mm_xor_si128(_mm512_cvtsepi32_epi8(whole), more));
+            _mm_store_si128((__m128i *)(int8 + (int64_t)r * features + i), _mm512_cvtsepi32_epi8(whole));
         }
         lane[r] = largest / 127.0f, sums[r] = 128.0f * (float)_mm512_reduce_add_epi32(sum);
     }
@@ -48,7 +47,7 @@ static void to_rows(const Map *map, const uint32_t *x, int tokens, uint8_t *out,
         int some = tokens - 16 * b < 16 ? tokens - 16 * b : 16;
         uint8_t *to = out + b * block_bytes(map), *rows = map->kind >= I8 ? spare : to;
         to_rows_bf16(x + 8 * (int64_t)features * b, features, some, (uint32_t *)rows);
-        if (map->kind >= I8) to_rows_int8(map->kind, (const uint32_t *)rows, features, some, to);
+        if (map->kind >= I8) to_rows_int8((const uint32_t *)rows, features, some, to);
     }
 }
 
@@ -56,13 +55,6 @@ static void to_rows(const Map *map, const uint32_t *x, int tokens, uint8_t *out,
 INLINE void read_scales(int kind, const uint8_t *tiles, int count, float *scales) {
     const Group g = GROUPS[kind];
     for (int k = 0; k < count; k += g.tiles, tiles += g.head + g.tiles * g.codes) read_head(kind, tiles, scales + 32 * k);
-}
-
-/* Two floats, again and again. */
-static inline F pair_of(const float *p) {
-    int64_t both;
-    memcpy(&both, p, 8);
-    return _mm512_castsi512_ps(_mm512_set1_epi64(both));
 }
 
 /* The sums of four vectors' elements, side by side. */
@@ -107,10 +99,7 @@ INLINE void four_outputs(int kind, int tokens, const Side *a, const Side *b, int
             __m512i token = _mm512_load_si512(x + a->stride * r);
             for (int o = 0; o < 4; o++)
                 if (kind == I8) whole[o][r] = _mm512_dpbusd_epi32(whole[o][r], row[o], token);
-                else if (kind == I4) {
-                    F part = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(_mm512_setzero_si512(), token, row[o]));
-                    sum[o][r] = _mm512_fmadd_ps(part, pair_of(scales + 32 * k + 2 * (4 * quad + o)), sum[o][r]);
-                } else sum[o][r] = _mm512_dpbf16_ps(sum[o][r], (__m512bh)row[o], (__m512bh)token);
+                else sum[o][r] = _mm512_dpbf16_ps(sum[o][r], (__m512bh)row[o], (__m512bh)token);
         }
     }
     for (int k = 0; kind < I8 && k < b->count; k++) {
@@ -143,10 +132,10 @@ INLINE void few_tokens(int kind, int tokens, const Side *a, const Side *b, int q
 }
 
 INLINE void rows_of_kind(int kind, const Side *a, const Side *b, int tokens, float *sums) {
-    const int packed = kind != BF16 && kind < I8, scaled = packed || kind == I4;
+    const int packed = kind != BF16 && kind < I8;
     const int64_t bytes = tiles_bytes(kind, a->count);
-    float scales[scaled ? 32 * a->count : 16] __attribute__((aligned(64)));
-    if (scaled) read_scales(kind, a->tiles, a->count, scales);
+    float scales[packed ? 32 * a->count : 16] __attribute__((aligned(64)));
+    if (packed) read_scales(kind, a->tiles, a->count, scales);
     if (tokens <= ROWS) {
         for (int quad = 0; quad < 4; quad++) few_tokens(kind, tokens, a, b, quad, scales, bytes, 0xffff, sums + 64 * quad);
         return;
@@ -184,21 +173,64 @@ static void row_product(int kind, const Side *a, const Side *b, int tokens, floa
     case K5: rows_of_kind(K5, a, b, tokens, sums); break;
     case K6: rows_of_kind(K6, a, b, tokens, sums); break;
     case I8: rows_of_kind(I8, a, b, tokens, sums); break;
-    case I4: rows_of_kind(I4, a, b, tokens, sums); break;
     default: rows_of_kind(BF16, a, b, tokens, sums);
     }
 }
 
-/* As amx_int8_product, from rows_int8, for I8 and I4. */
-static void row_int8_product(int kind, const Side *a, int tokens, const float *scale, float *sums) {
+/* As amx_int8_product, from rows_int8. */
+static void row_int8_product(const Side *a, int tokens, const float *scale, float *sums) {
     const Side none = {NULL, NULL, 1024, 0, 0, 0};
-    row_product(kind, a, &none, tokens, sums);
+    row_product(I8, a, &none, tokens, sums);
     for (int b = 0; b < (tokens + 15) / 16; b++) {
         const F *lanes = (const F *)(a->x + b * a->block + 1024 * (int64_t)a->count); /* their scales, and sums */
         for (int o = 0; o < 16; o++) {
             F v = _mm512_load_ps(sums + 256 * b + 16 * o), own = _mm512_set1_ps(scale[o]);
-            v = kind == I4 ? _mm512_mul_ps(_mm512_sub_ps(v, own), lanes[0]) : _mm512_mul_ps(_mm512_sub_ps(v, lanes[1]), _mm512_mul_ps(lanes[0], own));
-            _mm512_store_ps(sums + 256 * b + 16 * o, v);
+            _mm512_store_ps(sums + 256 * b + 16 * o, _mm512_mul_ps(_mm512_sub_ps(v, lanes[1]), _mm512_mul_ps(lanes[0], own)));
         }
+    }
+}
+
+/* whole [tokens][16 outputs] of I4 tiles. */
+INLINE void sum_int4(const Side *a, int tokens, const uint8_t *x, int64_t ahead, int32_t *whole_) {
+    const int chains = tokens > 2 ? 2 : 4; /* a product waits for the one before it in its sum */
+    __m512i sum[ROWS][4], row[8];
+    for (int r = 0; r < tokens; r++)
+        for (int c = 0; c < chains; c++) sum[r][c] = _mm512_setzero_si512();
+    for (int k = 0; k < a->count; k++)
+        for (int half_ = 0; half_ < 2; half_++) {
+            const uint8_t *tile = a->tiles + tiles_bytes(I4, k);
+            for (int i = 64 * half_; i < tiles_bytes(I4, 1); i += 128) _mm_prefetch((const char *)tile + ahead + i, _MM_HINT_T1);
+            eight_rows4(tile, half_, row);
+            for (int i = 0; i < 8; i++)
+                for (int r = 0; r < tokens; r++) {
+                    int32_t quad;
+                    memcpy(&quad, x + a->stride * r + 64 * k + 32 * half_ + 4 * i, 4);
+                    sum[r][i % chains] = _mm512_dpbusd_epi32(sum[r][i % chains], row[i], _mm512_set1_epi32(quad));
+                }
+        }
+    for (int r = 0; r < tokens; r++) {
+        for (int c = 1; c < chains; c++) sum[r][0] = _mm512_add_epi32(sum[r][0], sum[r][c]);
+        _mm512_store_si512(whole_ + 16 * r, sum[r][0]);
+    }
+}
+
+/* As amx_int4_product. */
+static void row_int4_product(const Side *a, int tokens, const float *scale, float *sums) {
+    int32_t whole_[256] __attribute__((aligned(64))) = {0};
+    int64_t bytes = tiles_bytes(I4, a->count);
+    for (int b = 0; b < (tokens + 15) / 16; b++) {
+        const uint8_t *x = a->x + b * a->block;
+        const float *lanes = (const float *)(x + 1024 * (int64_t)a->count); /* their scales, and sums */
+        int some = tokens - 16 * b < 16 ? tokens - 16 * b : 16;
+        for (int r = 0; r < some; r += ROWS, x += ROWS * a->stride)
+            switch (some - r) {
+            case 1: sum_int4(a, 1, x, bytes, whole_ + 16 * r); break;
+            case 2: sum_int4(a, 2, x, bytes, whole_ + 16 * r); break;
+            case 3: sum_int4(a, 3, x, bytes, whole_ + 16 * r); break;
+            case 4: sum_int4(a, 4, x, bytes, whole_ + 16 * r); break;
+            case 5: sum_int4(a, 5, x, bytes, whole_ + 16 * r); break;
+            default: sum_int4(a, 6, x, bytes, whole_ + 16 * r);
+            }
+        scale4(whole_, lanes, lanes + 16, scale, sums + 256 * b);
     }
 }

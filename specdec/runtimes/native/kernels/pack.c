@@ -158,26 +158,6 @@ EXPORT void KERNEL(pack)(const bf16 *weights, int out, int in, uint8_t *tiles, i
 
 /* --- for drafts --- */
 
-/* Codes in -8 .. 7 for 32 weights; returns the scale that fits them best, of a few ranges the one with the least error. */
-static float symmetric4(const float *w, float *q) {
-    float most = 0, best = -1, found = 0;
-    for (int i = 0; i < 32; i++) most = __builtin_fabsf(w[i]) > __builtin_fabsf(most) ? w[i] : most;
-    memset(q, 0, 32 * sizeof *q);
-    for (float range = 6.5f; most != 0 && range < 10; range += 0.5f) { /* the largest becomes -8 or so */
-        float codes[32], qq = 0, qw = 0;
-        for (int i = 0; i < 32; i++) {
-            float v = __builtin_rintf(w[i] * (-range / most));
-            codes[i] = v > 7 ? 7 : v < -8 ? -8 : v;
-            qq += codes[i] * codes[i], qw += codes[i] * w[i];
-        }
-        if (qw * qw > best * qq) { /* the more, the smaller the error */
-            best = qw * qw / qq, found = qw / qq;
-            memcpy(q, codes, sizeof codes);
-        }
-    }
-    return found;
-}
-
 /* Round bf16 weights [out, in] to I8 tiles (or more, as `surplus` says) and a scale per row; rows up to the next multiple of
  * 16 are zero. */
 EXPORT void KERNEL(pack_i8)(const bf16 *weights, int out, int in, uint8_t *tiles, float *scale, int threads) {
@@ -194,28 +174,51 @@ EXPORT void KERNEL(pack_i8)(const bf16 *weights, int out, int in, uint8_t *tiles
     }
 }
 
-/* Round bf16 weights [out, in] to I4 tiles, and what a row's products with tokens that are 128 too large exceed them by;
- * rows up to the next multiple of 16 are zero. Each half of a row's 64 inputs has the scale that fits it best. */
-EXPORT void KERNEL(pack_i4)(const bf16 *weights, int out, int in, uint8_t *tiles, float *excess, int threads) {
-#pragma omp parallel for num_threads(threads)
-    for (int pair = 0; pair < (out + 15) / 16 * 8; pair++) /* two rows at a time: they share bytes */
-        for (int row = 2 * pair; row < 2 * pair + 2; row++) {
-            float sum = 0;
-            for (int k = 0; k < in / 64; k++) {
-                uint8_t *head = tiles + tiles_bytes(I4, (int64_t)(row / 16) * (in / 64) + k), *codes = head + GROUPS[I4].head + 64 * (row % 16 / 2);
-                if (row % 2 == 0) memset(codes, 0, 64);
-                for (int side = 0; side < 2; side++) {
-                    float w[32], q[32];
-                    for (int i = 0; i < 32; i++)
-                        w[i] = row < out ? widen(weights[(int64_t)row * in + 64 * k + i / 4 * 8 + 4 * side + i % 4]) : 0;
-                    uint16_t scale = half_of(symmetric4(w, q) / 16);
-                    memcpy(head + 2 * (2 * (row % 16) + side), &scale, 2);
-                    for (int i = 0; i < 32; i++) {
-                        sum += 16 * q[i] * half(scale);
-                        codes[i / 4 * 8 + 4 * side + i % 4] |= (uint8_t)(((int)q[i] & 15) << (row % 2 ? 0 : 4));
-                    }
-                }
+/* Codes in 0 .. 15 for 32 numbers, and the step (1 .. 15) and the least (-128 .. 127) with which they fit these best. */
+static void fit4(const float *u, uint8_t *codes, int *step, int *least) {
+    float low = u[0], high = u[0], best = __builtin_inff();
+    for (int i = 1; i < 32; i++) low = u[i] < low ? u[i] : low, high = u[i] > high ? u[i] : high;
+    int widest = (int)((high - low) / 15) + 1;
+    for (int m = widest > 4 ? widest - 3 : 1; m <= widest; m++) { /* smaller ones cut the ends off */
+        float code[32], error = 0, z = __builtin_rintf((low + high - 15 * m) / 2);
+        for (int turn = 0; turn < 2; turn++) {
+            float rest = 0;
+            error = 0;
+            for (int i = 0; i < 32; i++) {
+                float v = __builtin_rintf((u[i] - z) * (1.0f / m));
+                code[i] = v < 0 ? 0 : v > 15 ? 15 : v;
+                float gap = u[i] - m * code[i] - z;
+                rest += gap, error += gap * gap;
             }
-            excess[row] = 128 * sum;
+            if (turn || m > 15 || z < -128 || z + 15 * m > 127) break;
+            z = __builtin_rintf(z + rest / 32);
         }
+        if (error >= best || m > 15 || z < -128 || z + 15 * m > 127) continue;
+        best = error, *step = m, *least = (int)z;
+        for (int i = 0; i < 32; i++) codes[i] = (uint8_t)code[i];
+    }
+}
+
+/* Round bf16 weights [out, in] to I4 tiles (or more, as `surplus` says) and a scale per row; rows up to the next multiple of
+ * 16 are zero. */
+EXPORT void KERNEL(pack_i4)(const bf16 *weights, int out, int in, uint8_t *tiles, float *scale, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (int row = 0; row < (out + 15) / 16 * 16; row++) {
+        const bf16 *source = weights + (int64_t)row * in;
+        uint8_t *tile = tiles + tiles_bytes(I4, in / 64) * (row / 16);
+        float most = 0;
+        for (int i = 0; row < out && i < in; i++) most = __builtin_fmaxf(most, __builtin_fabsf(widen(source[i])));
+        scale[row] = most / 112; /* all steps up to 15 fit then */
+        for (int g = 0; g < in / 32; g++) { /* halves of tiles */
+            float u[32];
+            uint8_t codes[32] = {0}, *half_ = tile + tiles_bytes(I4, g / 2) + 32 * (g % 2), *to = tile + tiles_bytes(I4, g / 2) + GROUPS[I4].head + 256 * (g % 2);
+            int step = 1, least = 0;
+            for (int i = 0; most > 0 && i < 32; i++) u[i] = widen(source[32 * g + i]) * (112 / most);
+            if (most > 0) fit4(u, codes, &step, &least);
+            half_[row % 16] = (uint8_t)step, half_[16 + row % 16] = (uint8_t)(least + surplus());
+            for (int i = 0; i < 4; i++)
+                for (int j = 0; j < 4; j++)
+                    to[64 * i + 4 * (row % 16) + j] = (uint8_t)(codes[8 * i + j] | codes[8 * i + 4 + j] << 4);
+        }
+    }
 }
