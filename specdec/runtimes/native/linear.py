@@ -15,7 +15,9 @@ from specdec.base import cores
 from specdec.base.errors import SpecDecError
 from specdec.models.blocks import BlockEmbedding, BlockLinear, Blocks, dequantize
 from specdec.runtimes.native import library
-from specdec.runtimes.native.library import BF16, I4, INT, POINTER, Map, Part, Table, done, pointer, runs
+from specdec.runtimes.native.library import BF16, I4, I8, INT, POINTER, Map, Part, Table, done, pointer, runs
+
+LARGE = 6_000_000  # weights of a matrix for drafts from which on reading it is all that takes time: 4 bits are faster
 
 
 class _Arena:
@@ -153,6 +155,11 @@ class RowTable:
         read = library.load().specdec_read_rows
         read(ctypes.byref(self.struct), index.data_ptr(), index.numel(), rows.data_ptr(), cores.threads())
         return rows
+
+
+def drafts_in(weight: Tensor | Blocks) -> tuple[int, ...]:
+    """What a head or a projection that drafts alone read is rounded to."""
+    return (I4, I8) if weight.shape[0] * weight.shape[1] > LARGE else (I8,)
 
 
 def unpack(blocks: Blocks, index: Tensor | None, dtype: torch.dtype) -> Tensor:

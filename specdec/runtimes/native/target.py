@@ -255,7 +255,8 @@ class NativeTarget(ByParts):
         with self.lock:
             packed = self._heads.get(module)
             if packed is None:
-                weight, draft_only = matrix(module), () if head is None else (I8,)
+                weight = matrix(module)
+                draft_only = () if head is None else linear.drafts_in(weight)
                 packed = self._heads[module] = Packed([weight], module.bias, draft_only=draft_only)
                 release(weight)
             if head is None:
