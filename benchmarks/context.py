@@ -62,10 +62,10 @@ def one(args: argparse.Namespace, length: int, drafter: str) -> dict[str, Any]:
     decoder.generate(ids[:64], max_new_tokens=8, ignore_eos=True)  # warms up and measures the costs of drafting
     with decoder.open([ids], max_new_tokens=args.tokens, ignore_eos=True) as generation:
         for _ in generation.steps():
-            cache = generation.loop.state.cache
-            held = [t for t in (*cache.keys, *cache.values) if t is not None]
-            slots, filled, size = held[0].shape[2], cache.committed, sum(t.nbytes for t in held)
-        spent = generation.loop.metrics[0]
+            cache = generation.engine.batch.cache
+            if cache.batch:
+                slots, filled, size = cache.slots, cache.committed, cache.slots * cache.token_bytes
+        spent = generation.requests[0].metrics
     decode = 1e3 * spent.decode_seconds
     return figures | {
         "tokens": len(ids),

@@ -40,10 +40,11 @@ def one(drafter: str, weights: str, tokens: int) -> None:
     del tokenizer
     decoder = SpecDecoder.from_pretrained(drafter=drafter, weights=weights, device="cpu")
     loaded = resident("VmRSS")
+    cached = 0
     with decoder.open([PROMPT], max_new_tokens=tokens, ignore_eos=True) as generation:
         for _ in generation.steps():
-            cache = generation.loop.state.cache
-            cached = sum(t.numel() * t.element_size() for t in (*cache.keys, *cache.values) if t is not None)
+            cache = generation.engine.batch.cache
+            cached = max(cached, cache.slots * cache.token_bytes)
     target = decoder.target
     held = target.bytes_read + decoder.model.get_input_embeddings().weight.nbytes  # type: ignore[attr-defined]
     folder = drafter_folder.shipped(drafter, target)

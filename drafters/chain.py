@@ -7,7 +7,7 @@ from logits and which siblings pay, not where the logits come from.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypedDict, Unpack
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from specdec.base.errors import SpecDecError
 from specdec.speculation.draft import Draft, Drafter, State
 from specdec.speculation.trees import MOST_NODES, Prices, best_first
 
-from .vocabulary import DraftVocabulary
+from .vocabulary import Context, DraftVocabulary
 
 RANKS = 4  # choices at a depth that own probabilities may take
 SHAPE = ("siblings", "nodes")  # options of every drafter of chains
@@ -95,6 +95,13 @@ class Readout(NamedTuple):
     layers: Tensor | None = None
 
 
+class ChainRow:
+    """What a drafter of chains keeps of a row."""
+
+    def __init__(self) -> None:
+        self.context = Context()
+
+
 class ChainDrafter(Drafter):
     """Drafts token by token; siblings beside the chain cost no drafting.
 
@@ -107,12 +114,15 @@ class ChainDrafter(Drafter):
     def __init__(self, **shape: Unpack[ShapeOptions]) -> None:
         self.shape = Shape(**shape)
 
-    def start(self, batch: int) -> None:
+    def start(self) -> None:
         self.shape.start()
         if self.vocabulary is not None:
             self.vocabulary.start()
 
-    def observe(self, paths: list[list[int]], taps: dict[int, Tensor]) -> None:
+    def begin(self) -> Any:
+        return ChainRow()
+
+    def observe(self, memory: list[Any], paths: list[list[int]], taps: dict[int, Tensor]) -> None:
         self.shape.observe(paths)
 
     def chain(
@@ -128,7 +138,7 @@ class ChainDrafter(Drafter):
         less certain than ``state.threshold``, and has no siblings.
         """
         if self.vocabulary is not None:
-            self.vocabulary.follow(state)
+            self.vocabulary.follow(state, [row.context for row in state.memory])
             vocab = self.vocabulary.tokens
         prices = state.prices
         weighs = self.estimates and prices is not None and self.shape.nodes is None
@@ -157,9 +167,9 @@ class ChainDrafter(Drafter):
             positions = positions + 1
             if prices is not None and not waits(token.device):
                 own = weighs or certainty is None
-                probability = _probability(logits, tokens if weighs else token, vocab) if own else certainty
-                assert probability is not None
-                joint = reach * probability.pow(prices.exponent)  # (B, 1 or W)
+                each = _probability(logits, tokens if weighs else token, vocab) if own else certainty
+                assert each is not None
+                joint = reach * each.pow(prices.exponent)  # (B, 1 or W)
                 values, reach = joint.mean(0).tolist(), joint[:, :1]
                 on, off = [*on, values[0]], [*off, *values[1:]]
                 if values[0] < prices.level:

@@ -40,7 +40,7 @@ class DraftModelDrafter(ChainDrafter):
         super().__init__(**shape)
         self.own, self.tokenizer, self.path = own, tokenizer, own.fingerprint
         self.vocab: Tensor | None = None  # int64 [V'], the tokens both models have; None: all of them
-        self.start(1)
+        self.start()
 
     @classmethod
     def load(cls, target: Target, source: str | None = None, **given: Any) -> DraftModelDrafter:
@@ -65,18 +65,20 @@ class DraftModelDrafter(ChainDrafter):
             raise SpecDecError(f"the model and the draft model have different {sizes}; they must share one")
         # With one tokenizer, sizes differ only by padding.
         self.vocab = None if ours == theirs else torch.arange(min(ours, theirs), device=target.device)
-        self.start(1)
+        self.start()
 
-    def start(self, batch: int) -> None:
-        super().start(batch)
-        self.cache = self.own.new_cache(batch)
-        self.fed: list[list[int]] = [[] for _ in range(batch)]  # drafted tokens that are in the cache, uncommitted
+    def start(self) -> None:
+        super().start()
+        self.cache, self.rows = self.own.new_cache(0), list[Any]()  # whose the cache's rows are
+        self.fed: list[list[int]] = []  # drafted tokens of each that are in the cache, uncommitted
 
     def propose(self, state: State, limit: int) -> Draft:
-        own, cache = self.own, self.cache
+        own = self.own
         limit = min(limit, own.context + 1 - max(map(len, state.ids)))
         if limit < 1:
-            return Draft.empty(cache.batch, cache.device)
+            return Draft.empty(len(state.ids), own.device)
+        self._follow(state.memory)
+        cache = self.cache
         root: Tensor | None = self._catch_up(state.ids)
 
         def step(token: Tensor, positions: Tensor) -> Readout:
@@ -107,10 +109,22 @@ class DraftModelDrafter(ChainDrafter):
         new = [[min(t, last) for t in row[n:]] for n, row in zip(cache.rows, ids, strict=True)]
         return prefill(self.own, cache, new)
 
-    def select(self, rows: list[int]) -> None:
-        self.cache.trim(self.cache.lengths[0] - self.cache.committed)
-        self.cache.select(rows)
-        self.fed = [[] for _ in rows]
+    def _follow(self, rows: list[Any]) -> None:
+        """Let the cache have those rows: others leave, and new ones begin."""
+        if rows == self.rows:
+            return
+        stay = [row for row in self.rows if row in rows]
+        new = [row for row in rows if row not in stay]
+        if stay:
+            self.cache.roll_back()
+            self.cache.select([self.rows.index(row) for row in stay])
+            if new:
+                self.cache.join(self.own.new_cache(len(new)))
+            if [*stay, *new] != rows:
+                self.cache.select([[*stay, *new].index(row) for row in rows])
+        else:
+            self.cache = self.own.new_cache(len(rows))
+        self.rows, self.fed = list(rows), [[] for _ in rows]
 
 
 def _difference(ours: Any, theirs: Any) -> str:

@@ -7,6 +7,7 @@ of every step, also of those that another one drafted.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -18,12 +19,11 @@ from specdec.runtimes.target import Target
 from specdec.speculation import registry
 from specdec.speculation.draft import Draft, Drafter, State
 
+from .trie import merge
+
 
 class HybridDrafter(Drafter):
-    """Asks ``members`` in order and takes the first draft that has a token for every row, else the last one's.
-
-    A step has one drafter for the whole batch: rows do not mix them.
-    """
+    """Asks ``members`` in order; a row takes the first draft that has a token for it."""
 
     name: ClassVar[str] = "hybrid"
     summary: ClassVar[str] = "drafters joined by '+', such as prompt-lookup+m2r2: the first that finds something drafts"
@@ -61,30 +61,56 @@ class HybridDrafter(Drafter):
         self.taps = tuple(sorted({layer for member in self.members for layer in member.taps}))
         self.path = "+".join(f"{member.name} {member.path}" for member in self.members)
 
-    def start(self, batch: int) -> None:
+    def start(self) -> None:
         for member in self.members:
-            member.start(batch)
+            member.start()
+
+    def begin(self) -> list[Any]:
+        return [member.begin() for member in self.members]
+
+    def end(self, memory: list[Any], ids: list[int]) -> None:
+        for member, own in zip(self.members, memory, strict=True):
+            member.end(own, ids)
 
     def propose(self, state: State, limit: int) -> Draft:
-        *first, last = self.members
-        for member in first:
-            draft = member.propose(state, limit)
-            if draft.parents and all(max(row) >= 0 for row in draft.lists()):
+        used: dict[int, Draft] = {}  # by row
+        missing = list(range(len(state.ids)))
+        for number, member in enumerate(self.members):
+            draft = member.propose(replace(state, memory=[own[number] for own in state.memory]), limit)
+            found = missing  # what the last one has found need not be read
+            if number < len(self.members) - 1:
+                lists = draft.lists()
+                found = [b for b in missing if max(lists[b], default=-1) >= 0]
+            used |= dict.fromkeys(found, draft)
+            missing = [b for b in missing if b not in used]
+            if not missing:
                 break
             _give_back(draft, state.cache)
-        else:
-            draft = last.propose(state, limit)
+        if any(each is not draft for each in used.values()):
+            _give_back(draft, state.cache)
+            for own in state.memory:
+                self.withdraw(own)
+            draft = merge([_paths(used[b], b) for b in range(len(state.ids))], state.cache.device)[0]
         if draft.exit_layer > min(self.taps, default=draft.exit_layer):
             _give_back(draft, state.cache)  # another member observes layers that scoring would not run
         return draft
 
-    def observe(self, paths: list[list[int]], taps: dict[int, Tensor]) -> None:
-        for member in self.members:
-            member.observe(paths, taps)
+    def withdraw(self, memory: list[Any]) -> None:
+        for member, own in zip(self.members, memory, strict=True):
+            member.withdraw(own)
 
-    def select(self, rows: list[int]) -> None:
-        for member in self.members:
-            member.select(rows)
+    def observe(self, memory: list[Any], paths: list[list[int]], taps: dict[int, Tensor]) -> None:
+        for number, member in enumerate(self.members):
+            member.observe([own[number] for own in memory], paths, taps)
+
+
+def _paths(draft: Draft, row: int) -> list[list[int]]:
+    """The tokens that a row has of a tree, as the paths from the root to each node, in order."""
+    paths: list[list[int] | None] = [[]]
+    for token, parent in zip(draft.lists()[row], draft.parents, strict=True):
+        before = paths[parent]
+        paths.append(None if before is None or token < 0 else [*before, token])
+    return [path for path in paths[1:] if path]
 
 
 def _give_back(draft: Draft, cache: KVCache) -> None:

@@ -10,7 +10,7 @@ text itself enter the pool, too.
 from __future__ import annotations
 
 import random
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -47,19 +47,18 @@ class LookaheadDrafter(Drafter):
         self.window = options.whole("window", window, 1)
         self.ngram = options.whole("ngram", ngram, 2)
         self.guesses = options.whole("guesses", guesses, 1)
-        self.start(1)
 
     def bind(self, target: Target) -> None:
         self.taps = (target.num_layers + 1,)
 
-    def start(self, batch: int) -> None:
-        self.rows = [_Row() for _ in range(batch)]
+    def begin(self) -> _Row:
+        return _Row()
 
     def propose(self, state: State, limit: int) -> Draft:
         length = self.ngram - 1  # of a trajectory
         running = max(min(self.window, limit - length + 1), 0)
         continuations = []
-        for row, ids in zip(self.rows, state.ids, strict=True):
+        for row, ids in zip(state.memory, state.ids, strict=True):
             for end in range(max(row.seen, self.ngram), len(ids) + 1):
                 self._learn(row, ids[end - self.ngram : end])
             row.seen = len(ids) + 1
@@ -70,7 +69,7 @@ class LookaheadDrafter(Drafter):
             guesses = [list(rest[:limit]) for rest in row.pool.get(ids[-1], ())]
             continuations.append(guesses + [heads[:i] + trajectory for i, trajectory in enumerate(row.window)])
         draft, ends = merge(continuations, state.cache.device)
-        for row, last in zip(self.rows, ends, strict=True):
+        for row, last in zip(state.memory, ends, strict=True):
             row.ends = last[len(last) - running :]
         return draft
 
@@ -81,9 +80,12 @@ class LookaheadDrafter(Drafter):
         known.insert(0, rest)
         del known[self.guesses :]
 
-    def observe(self, paths: list[list[int]], taps: dict[int, Tensor]) -> None:
+    def withdraw(self, memory: _Row) -> None:
+        memory.ends = []
+
+    def observe(self, memory: list[Any], paths: list[list[int]], taps: dict[int, Tensor]) -> None:
         logits = taps[self.taps[0]]  # (B, 1 + M, V); a prompt has none
-        for b, (row, path) in enumerate(zip(self.rows, paths, strict=True)):
+        for b, (row, path) in enumerate(zip(memory, paths, strict=True)):
             if row.ends:
                 for trajectory, answer in zip(row.window, logits[b, row.ends].argmax(-1).tolist(), strict=True):
                     self._learn(row, [*trajectory, answer])
@@ -91,6 +93,3 @@ class LookaheadDrafter(Drafter):
             passed = len(path) - bool(row.ends)
             del row.window[:passed]
             row.ends = []
-
-    def select(self, rows: list[int]) -> None:
-        self.rows = [self.rows[i] for i in rows]

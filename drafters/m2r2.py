@@ -23,17 +23,27 @@ from specdec.base import options
 from specdec.base.devices import waits
 from specdec.runtimes.target import Target
 from specdec.runtimes.tree_drafting import WIDTH, Bounds, DraftPath, Seed
-from specdec.speculation.draft import Draft, State, latest
+from specdec.speculation.draft import Draft, State
 from specdec.speculation.trees import MOST_NODES
 
 from . import trained
-from .chain import SHAPE, ChainDrafter, Readout, ShapeOptions, best_probability, first_sure
+from .chain import SHAPE, ChainDrafter, ChainRow, Readout, ShapeOptions, best_probability, first_sure
 from .m2r2_network import M2R2, Carry, load_network
 from .m2r2_pass import PathPass
 from .m2r2_path import M2R2Path
 from .vocabulary import DraftVocabulary
 
 __all__ = ["M2R2", "M2R2Drafter", "M2R2Path", "PaperM2R2Drafter", "load_network"]
+
+
+class M2R2Row(ChainRow):
+    """The tapped states [B, T, D] of the last block that a row was in, its number there, and the place of the token
+    before its root: to slice them costs more between two passes than to point at them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block: list[Tensor] = []
+        self.number = self.place = 0
 
 
 class M2R2Drafter(ChainDrafter):
@@ -68,10 +78,6 @@ class M2R2Drafter(ChainDrafter):
             self.taps = (*(lo for lo, _ in path.segments), network.num_layers)
         self.width = options.whole("width", width, 1)
         self.bar = options.probability("exit_confidence", exit_confidence)
-        # The tapped states of the last block, and the place in it of the token before the root: to slice them costs
-        # more between two passes than to point at them. Of several rows, that token's alone.
-        self.block: list[Tensor] = []
-        self.place = 0
 
     @classmethod
     def load(cls, target: Target, source: str | None = None, **given: Any) -> M2R2Drafter:
@@ -84,17 +90,15 @@ class M2R2Drafter(ChainDrafter):
         self.vocabulary = DraftVocabulary(target, self.network.draft_vocab)
         self.draft_path: DraftPath | None = None  # for trees
         self.estimates = self.num_exits == 1 and self.shape.siblings is None and not waits(target.device)
-        self.start(1)
+        self.start()
 
-    def start(self, batch: int) -> None:
-        super().start(batch)
-        self.block, self.place = [], 0
+    def begin(self) -> M2R2Row:
+        return M2R2Row()
 
     def propose(self, state: State, limit: int) -> Draft:
-        assert len(self.block) == len(self.taps), "observe() runs before propose()"
         if self._grows(state):
             return self._tree(state, limit)
-        *inputs, final = self._before() or [torch.empty(0)]
+        *inputs, final = self._before(state.memory) or [torch.empty(0)]
         tokens = PathPass(self.network, state.target, state.cache, Carry(final, inputs))
 
         def step(token: Tensor, positions: Tensor) -> Readout:
@@ -133,12 +137,15 @@ class M2R2Drafter(ChainDrafter):
 
     def _tree(self, state: State, limit: int) -> Draft:
         network, vocabulary, path = self.network, self.vocabulary, self.draft_path
-        vocabulary.follow(state)
+        [row] = state.memory
+        vocabulary.follow(state, [row.context])
         if path is None or path.tokens is not vocabulary.tokens:  # the vocabulary has grown
             heads, tokens = vocabulary.heads, vocabulary.tokens
             path = self.draft_path = DraftPath(network.frozen, network.path.segments, network.adapters, heads, tokens)
-        *inputs, final = self.block
-        seed = Seed(state.ids[0][-1], state.cache.rows[0], final, inputs, self.place)
+        *inputs, final = row.block
+        if row.number:
+            *inputs, final = (x[row.number :] for x in row.block)
+        seed = Seed(state.ids[0][-1], state.cache.rows[0], final, inputs, row.place)
         prices, nodes = state.prices, self.shape.nodes
         width = self.width if nodes or prices else 1
         found = state.target.grow(state.cache, seed, path, Bounds(limit, width, prices.bar if prices else 0.0))
@@ -148,20 +155,20 @@ class M2R2Drafter(ChainDrafter):
         chosen, parents = found.best(limit if nodes is None else nodes)
         return Draft([chosen], parents, device=state.cache.device)
 
-    def _before(self) -> list[Tensor]:
+    def _before(self, memory: list[M2R2Row]) -> list[Tensor]:
         """The tapped states [B, 1, D] of the token before each root."""
-        return [x if x.shape[1] == 1 else x.narrow(1, self.place, 1) for x in self.block]
+        parts = [
+            [row.block[tap][row.number : row.number + 1, row.place : row.place + 1] for row in memory]
+            for tap in range(len(self.taps))
+        ]
+        return [part[0] if len(part) == 1 else torch.cat(part) for part in parts]
 
-    def observe(self, paths: list[list[int]], taps: dict[int, Tensor]) -> None:
-        super().observe(paths, taps)
+    def observe(self, memory: list[Any], paths: list[list[int]], taps: dict[int, Tensor]) -> None:
+        super().observe(memory, paths, taps)
         states = [taps[layer] for layer in self.taps]
-        if len(paths) == 1 and paths[0]:
-            self.block, self.place = states, paths[0][-1]
-        elif states:
-            self.block, self.place = latest(paths, states, self._before()), 0
-
-    def select(self, rows: list[int]) -> None:
-        self.block, self.place = [x[rows] for x in self._before()], 0
+        for number, (row, path) in enumerate(zip(memory, paths, strict=True)):
+            if path:
+                row.block, row.number, row.place = states, number, path[-1]
 
 
 class PaperM2R2Drafter(M2R2Drafter):

@@ -29,11 +29,11 @@ from specdec.models.catalogue import one_line
 from specdec.runtimes import linear_maps
 from specdec.runtimes.linear_maps import rms_unit
 from specdec.runtimes.target import GivenLinear, Target
-from specdec.speculation.draft import Draft, Drafter, State, latest
+from specdec.speculation.draft import Draft, Drafter, State
 from specdec.speculation.trees import MOST_NODES, best_first
 
 from . import trained
-from .vocabulary import DraftVocabulary
+from .vocabulary import Context, DraftVocabulary
 
 RANKS = 8  # choices of a head that a tree is made of
 HEADS, BLOCKS = 64, 16  # most heads that are read, and blocks of each
@@ -78,6 +78,14 @@ class Medusa(nn.Module):
         """Prepare for drafting: parameters in the target's dtype and place, the largest map in its fastest format."""
         self.to(target.device, target.dtype).requires_grad_(False).eval()
         self.frozen = linear_maps.frozen(self.weights[0].flatten(0, 1), self.biases[0].flatten())
+
+
+class MedusaRow:
+    """What is kept of a row. final: [1, 1, D], the last verified token's state."""
+
+    def __init__(self) -> None:
+        self.context = Context()
+        self.final = torch.empty(0)
 
 
 class MedusaDrafter(Drafter):
@@ -141,11 +149,13 @@ class MedusaDrafter(Drafter):
         table = [row[: target.vocab_size if vocab is None else len(vocab)] for row in self.accuracy]
         self.tree = functools.cache(lambda depth, nodes: best_first([table[:depth]], nodes))
         self.estimates = not waits(target.device)
-        self.start(1)
+        self.start()
 
-    def start(self, batch: int) -> None:
-        self.final: Tensor | None = None  # [B, 1, D], the last verified token's
+    def start(self) -> None:
         self.vocabulary.start()
+
+    def begin(self) -> MedusaRow:
+        return MedusaRow()
 
     def propose(self, state: State, limit: int) -> Draft:
         prices, heads = state.prices, min(limit, self.network.heads)
@@ -168,20 +178,20 @@ class MedusaDrafter(Drafter):
 
     def _logits(self, state: State) -> Tensor:
         """Each head's logits [B, K, V'], over the vocabulary's tokens."""
-        assert self.final is not None, "observe() runs before propose()"
+        finals = [row.final for row in state.memory]  # (1, 1, D) each
+        final = finals[0] if len(finals) == 1 else torch.cat(finals)
         if self.own is not None:
-            y = self.network(state.target.readout(self.final, self.norm)[:, 0])  # (B, K, D)
+            y = self.network(state.target.readout(final, self.norm)[:, 0])  # (B, K, D)
             return torch.stack([F.linear(y[:, k], weight) for k, weight in enumerate(self.own)], 1)
         root = rms_unit(state.target.embed(state.roots, state.positions)[:, 0]) if self.network.rooted else None
-        self.vocabulary.follow(state)
-        return self.vocabulary.logits(self.network(rms_unit(self.final)[:, 0], root))
+        self.vocabulary.follow(state, [row.context for row in state.memory])
+        return self.vocabulary.logits(self.network(rms_unit(final)[:, 0], root))
 
-    def observe(self, paths: list[list[int]], taps: dict[int, Tensor]) -> None:
-        [self.final] = latest(paths, [taps[self.taps[0]]], [] if self.final is None else [self.final])
-
-    def select(self, rows: list[int]) -> None:
-        if self.final is not None:
-            self.final = self.final[rows]
+    def observe(self, memory: list[Any], paths: list[list[int]], taps: dict[int, Tensor]) -> None:
+        states = taps[self.taps[0]]
+        for number, (row, path) in enumerate(zip(memory, paths, strict=True)):
+            if path:
+                row.final = states[number : number + 1, path[-1] : path[-1] + 1]
 
 
 def _counts(heads: Any, layers: Any) -> tuple[int, int]:

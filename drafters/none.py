@@ -13,7 +13,6 @@ class NoDrafter(Drafter):
     name: ClassVar[str] = "none"
     summary: ClassVar[str] = "plain decoding, the baseline"
     drafts: ClassVar[bool] = False
-    stateless = True
 
     def propose(self, state: State, limit: int) -> Draft:
         return Draft.empty(state.cache.batch, state.cache.device)

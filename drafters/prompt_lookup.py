@@ -25,6 +25,7 @@ class _Index:
 
     def __init__(self, sizes: range, most: int) -> None:
         self.sizes, self.most, self.places = sizes, most, dict[tuple[int, ...], tuple[Place, ...]]()
+        self.seen = 0  # tokens of a row's text that are in it
 
     def add(self, ids: list[int], begin: int) -> None:
         """Enter the n-grams of ``ids`` whose continuation starts at ``begin`` or later."""
@@ -81,36 +82,32 @@ class PromptLookupDrafter(Drafter):
         self.continuations = options.whole("continuations", continuations, 1)
         size = STORE * store if isinstance(store, bool) else options.whole("store", store, 0)
         self.store = _Store(self.sizes, self.continuations, size) if size else None
-        self.texts: list[list[int]] = []  # the rows' and, until the next generation, those of rows that have ended
-        self.start(1)
 
-    def start(self, batch: int) -> None:
+    def begin(self) -> _Index:
+        return _Index(self.sizes, self.continuations)
+
+    def end(self, memory: _Index, ids: list[int]) -> None:
         if self.store is not None:
-            for text in self.texts:
-                self.store.add(text)
-        self.texts = []
-        self.indexes = [_Index(self.sizes, self.continuations) for _ in range(batch)]
-        self.seen = [0] * batch  # tokens indexed so far
+            self.store.add(ids)
 
     def propose(self, state: State, limit: int) -> Draft:
-        if self.store is not None and not self.texts:
-            self.texts = list(state.ids)  # they grow as the rows do
-        return merge([self._lookup(b, ids, limit) for b, ids in enumerate(state.ids)], state.cache.device)[0]
+        rows = zip(state.memory, state.ids, strict=True)
+        return merge([self._lookup(index, ids, limit) for index, ids in rows], state.cache.device)[0]
 
-    def _lookup(self, row: int, ids: list[int], limit: int) -> list[list[int]]:
+    def _lookup(self, index: _Index, ids: list[int], limit: int) -> list[list[int]]:
         # An n-gram enters the index once its continuation is known, so the current suffix never finds itself.
-        self.indexes[row].add(ids, self.seen[row])
-        self.seen[row] = len(ids)
+        index.add(ids, index.seen)
+        index.seen = len(ids)
         found: dict[int, list[int]] = {}  # by first token
-        for text, start in self._places(row, ids):
+        for text, start in self._places(index, ids):
             found.setdefault(text[start], text[start : start + limit])
             if len(found) == self.continuations:
                 break
         return list(found.values())
 
-    def _places(self, row: int, ids: list[int]) -> Iterator[Place]:
+    def _places(self, own: _Index, ids: list[int]) -> Iterator[Place]:
         """Where what the text ends with occurred before: long matches first, in the text itself first."""
-        indexes = [self.indexes[row]]
+        indexes = [own]
         if self.store is not None:
             indexes += [self.store.young, self.store.old]
         for n in self.sizes:
@@ -118,6 +115,3 @@ class PromptLookupDrafter(Drafter):
                 key = tuple(ids[-n:])
                 for index in indexes:
                     yield from index.places.get(key, ())
-
-    def select(self, rows: list[int]) -> None:
-        self.indexes, self.seen = [self.indexes[i] for i in rows], [self.seen[i] for i in rows]

@@ -16,8 +16,14 @@ from specdec.base.errors import SpecDecError
 from specdec.runtimes.target import Target
 from specdec.speculation.draft import State
 
-from .chain import SHAPE, ShapeOptions
+from .chain import SHAPE, ChainRow, ShapeOptions
 from .exits import ExitDrafter, PartialPass
+
+
+class SkipDecodeRow(ChainRow):
+    """prompt: its tokens, once they are known."""
+
+    prompt = 0
 
 
 class SkipDecodeDrafter(ExitDrafter):
@@ -41,7 +47,6 @@ class SkipDecodeDrafter(ExitDrafter):
     ) -> None:
         super().__init__(**shape)
         self.bounds, self.horizon = (shallowest, deepest), options.whole("horizon", horizon, 1)
-        self.begins: list[int] = []  # tokens of each row's prompt
 
     @classmethod
     def load(cls, target: Target, source: str | None = None, **given: Any) -> SkipDecodeDrafter:
@@ -59,16 +64,13 @@ class SkipDecodeDrafter(ExitDrafter):
         self.path = f"{self.low} {self.high} {self.horizon}"
         super().bind(target)
 
-    def start(self, batch: int) -> None:
-        super().start(batch)
-        self.begins = []
-
-    def select(self, rows: list[int]) -> None:
-        self.begins = [self.begins[row] for row in rows] if self.begins else []
+    def begin(self) -> SkipDecodeRow:
+        return SkipDecodeRow()
 
     def leave(self, tokens: PartialPass, state: State) -> tuple[Tensor, ...]:
-        self.begins = self.begins or [len(ids) - 1 for ids in state.ids]  # the first new token is known by now
-        done = min(len(ids) - begin for ids, begin in zip(state.ids, self.begins, strict=True)) + tokens.count - 1
+        for row, ids in zip(state.memory, state.ids, strict=True):
+            row.prompt = row.prompt or len(ids) - 1  # the first new token is known by now
+        done = min(len(ids) - row.prompt for row, ids in zip(state.memory, state.ids, strict=True)) + tokens.count - 1
         # Rows share their layers: those of the row that is least far.
         layer = self.high - round((self.high - self.low) * min(done / self.horizon, 1.0))
         return self.read(tokens, layer)

@@ -35,9 +35,8 @@ from specdec.engine.costs import CONTEXT, time_scoring
 from specdec.models import loading
 from specdec.models.catalogue import DEFAULT_MODEL
 from specdec.models.drafter_folder import replace as write_whole
-from specdec.runtimes.cache import Mask
 from specdec.runtimes.layer_pass import Pass
-from specdec.runtimes.prefill import prefill
+from specdec.runtimes.prefill import CHUNK, prefill
 from specdec.runtimes.target import Target
 
 MOST_DRAFTED = 8
@@ -151,14 +150,18 @@ class Search:
         self.ids, self.next = table(read), table(answer for _, answer in texts)  # (B, T)
         self.valid = table([1] * len(answer) for _, answer in texts).bool()
         self.positions = table(range(len(p) - 1, len(p) - 1 + len(a)) for p, a in texts)
-        self.cache = target.new_cache(len(texts))
+        whole = [prompt + answer[:-1] for prompt, answer in texts]
+        longest = max(map(len, whole))
+        self.cache, every = target.new_cache(len(texts)), torch.arange(longest, device=device).expand(len(texts), -1)
+        padded = torch.tensor([[*text, *[0] * (longest - len(text))] for text in whole], device=device)
         with torch.inference_mode():
-            prefill(target, self.cache, [prompt + answer[:-1] for prompt, answer in texts])
+            for start in range(0, longest, CHUNK):  # nothing is committed: what is seen of it differs by token
+                ids, at = padded[:, start : start + CHUNK], every[:, start : start + CHUNK]
+                target.layers(target.embed(ids, at), 0, target.num_layers, Pass(at, self.cache.mask(0, at), self.cache))
             self.x = target.embed(self.ids, self.positions)
-        keys = self.cache.positions[:, : self.cache.committed]
-        before = (keys[:, None] >= 0) & (keys[:, None] < self.positions[:, :, None])  # (B, T, S)
+        before = every[:, None] < self.positions[:, :, None]  # (B, T, S)
         own = torch.eye(width, dtype=torch.bool, device=device).expand(len(texts), -1, -1)
-        self.mask = torch.cat((keys, self.positions), 1), torch.cat((before, own), 2)
+        self.tree = torch.cat((before, own), 2)
         self.seen: dict[Skips, Skips] = {}
 
     def measure(self, skips: Skips) -> Skips:
@@ -173,7 +176,7 @@ class Search:
         steps = steps_without(skips.attn, skips.mlp, count)
         if not steps or steps == [("layers", 0, count)]:
             return skips
-        x, mask = self.x, Mask(self.positions, *self.mask)
+        x, mask = self.x, cache.mask(0, self.positions, self.tree)
         for step in steps:
             x = run_step(target, step, x, self.positions, mask, cache)
             if step[0] != "mlp":

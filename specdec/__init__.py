@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from specdec.api.decoder import SpecDecoder
     from specdec.api.generation import Generation, GenerationOutput
     from specdec.base.errors import SpecDecError
+    from specdec.engine.engine import Engine
     from specdec.engine.metrics import RequestMetrics
+    from specdec.engine.request import Event, Handle, Request
     from specdec.speculation.draft import Acceptance, Draft, Drafter, DrafterWarning, State, Verifier
     from specdec.speculation.sampling import SamplingParams
 
@@ -26,8 +28,12 @@ __all__ = [
     "Draft",
     "Drafter",
     "DrafterWarning",
+    "Engine",
+    "Event",
     "Generation",
     "GenerationOutput",
+    "Handle",
+    "Request",
     "RequestMetrics",
     "SamplingParams",
     "SpecDecError",
@@ -41,7 +47,9 @@ _MODULES = {
     "api.generation": ("Generation", "GenerationOutput"),
     "speculation.draft": ("Acceptance", "Draft", "Drafter", "DrafterWarning", "State", "Verifier"),
     "base.errors": ("SpecDecError",),
+    "engine.engine": ("Engine",),
     "engine.metrics": ("RequestMetrics",),
+    "engine.request": ("Event", "Handle", "Request"),
     "speculation.sampling": ("SamplingParams",),
 }
 

@@ -63,7 +63,7 @@ def test_stream_yields_the_text_of_generate(decoder: SpecDecoder) -> None:
 def test_closing_a_stream_early_frees_its_cache_and_the_decoder(decoder: SpecDecoder) -> None:
     stream = decoder.stream(PROMPT, max_new_tokens=60)
     next(stream)
-    cache = weakref.ref(stream.gi_frame.f_locals["generation"].loop.state.cache)  # type: ignore[attr-defined]
+    cache = weakref.ref(stream.gi_frame.f_locals["generation"].engine.batch.cache)  # type: ignore[attr-defined]
     with pytest.raises(SpecDecError, match="still open"):
         decoder.generate(PROMPT)
     stream.close()  # type: ignore[attr-defined]
@@ -288,7 +288,7 @@ def test_the_default_drafter_is_the_tuned_one_with_its_depth(tmp_path, monkeypat
     decoder = SpecDecoder.from_pretrained(name)
     assert decoder.drafter.name == "lookahead" and decoder.tuned is not None and decoder.device.type == "cpu"
     with decoder.open([PROMPT]) as generation:
-        assert generation.loop.policy.choose(1).depth == 3
+        assert generation.engine.batch.policy.choose(1).depth == 3
     plain = decoder.with_drafter("none")
     assert plain.tuned is None and plain.with_drafter("auto").drafter.name == "lookahead"
     assert SpecDecoder.from_pretrained(name, "prompt-lookup").tuned is None

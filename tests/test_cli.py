@@ -29,7 +29,7 @@ from specdec import cli
 from specdec.api.tuned import Tuned, place, store
 from specdec.base import inputs, terminal
 from specdec.cli import generate, listings
-from specdec.engine import loop
+from specdec.engine import batch
 from specdec.models import catalogue
 from specdec.speculation import registry
 from specdec.speculation.draft import Draft
@@ -173,7 +173,7 @@ def test_a_drafter_that_is_never_right_is_remarked_on(run, monkeypatch: pytest.M
 
 
 def test_reading_a_long_prompt_is_remarked_on_in_a_pipe(run, monkeypatch: pytest.MonkeyPatch) -> None:
-    said, heard, prefill = [], Event(), loop.prefill
+    said, heard, prefill = [], Event(), batch.run_tokens
 
     def slow(*args):
         heard.clear()
@@ -182,7 +182,7 @@ def test_reading_a_long_prompt_is_remarked_on_in_a_pipe(run, monkeypatch: pytest
 
     monkeypatch.setattr(terminal, "EVERY", 0.005)
     monkeypatch.setattr(terminal, "tell", lambda console, text: (said.append(text), heard.set()))
-    monkeypatch.setattr(loop, "prefill", slow)
+    monkeypatch.setattr(batch, "run_tokens", slow)
     assert run("hello", "--raw").exit_code == 0 and "reading the prompt of 5 tokens (1 s)" in said
 
 

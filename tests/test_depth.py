@@ -316,7 +316,7 @@ def simulate_exits(exits: Exits, tokens: int, seed: int, policy: AutoDepth) -> t
     """Milliseconds for ``tokens`` tokens, and the exit and depth of every step."""
     rng, total, done, steps = random.Random(seed), 0.0, 0, list[tuple[int, int]]()
     while done < tokens:
-        depth, exit, _ = policy.choose(1)
+        depth, exit, *_ = policy.choose(1)
         acceptance, draft = exits[exit or 0]
         accepted = 0
         while accepted < depth and rng.random() < acceptance:

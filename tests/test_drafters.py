@@ -168,7 +168,7 @@ def test_a_draft_model_may_pad_its_vocabulary_otherwise(llama: PreTrainedModel, 
 
 def draft_after(drafter: Drafter, target: Target, ids: list[int], limit: int = 3) -> list[tuple[int, ...]]:
     """The paths from root to leaf of the draft after ``ids``."""
-    state = State(target, target.new_cache(), None, [ids])  # type: ignore[arg-type]
+    state = State(target, target.new_cache(), None, [ids], memory=[drafter.begin()])  # type: ignore[arg-type]
     draft = drafter.propose(state, limit)
     paths: list[tuple[int, ...]] = [()]
     for token, parent in zip(draft.tokens[0].tolist(), draft.parents, strict=True):
@@ -190,36 +190,30 @@ def test_prompt_lookup_prefers_the_longest_match_to_the_latest(llama: PreTrained
     assert draft_after(PromptLookupDrafter(prompt_lookup_max=3), target, ids, 1) == [(60,)]
 
 
-def finish(drafter: PromptLookupDrafter, target: Target, *texts: list[int]) -> None:
+def finish(drafter: PromptLookupDrafter, *texts: list[int]) -> None:
     """Let ``drafter`` see whole requests."""
     for text in texts:
-        drafter.start(1)
-        drafter.propose(State(target, target.new_cache(), None, [text]), 1)  # type: ignore[arg-type]
+        drafter.end(drafter.begin(), text)
 
 
 def test_a_store_remembers_earlier_requests_and_prefers_the_text_itself(llama: PreTrainedModel) -> None:
     target = ReferenceTarget(llama)
     drafter, without = PromptLookupDrafter(store=100), PromptLookupDrafter()
     for each in (drafter, without):
-        finish(each, target, [5, 6, 7, 8, 9])
-        each.start(1)
+        finish(each, [5, 6, 7, 8, 9])
     assert draft_after(drafter, target, [1, 6, 7]) == [(8, 9)] and draft_after(without, target, [1, 6, 7]) == [()]
-    drafter.start(1)
     assert draft_after(drafter, target, [7, 30, 1, 6, 7]) == [(8, 9)]  # a longer match than in its own text
-    drafter.start(1)
     assert draft_after(drafter, target, [6, 7, 40, 1, 6, 7]) == [(40, 1, 6)]  # as long a one
 
 
 def test_a_store_forgets_the_oldest_and_is_bounded(llama: PreTrainedModel) -> None:
     target, drafter = ReferenceTarget(llama), PromptLookupDrafter(2, store=40)
-    finish(drafter, target, *([10 * i + j for j in range(10)] for i in range(9)), [0])
+    finish(drafter, *([10 * i + j for j in range(10)] for i in range(9)), [0])
     store = drafter.store
     assert store is not None and store.tokens <= 20
     assert len(store.young.places) + len(store.old.places) <= 2 * 40  # n-grams of one and two tokens
-    drafter.start(1)
     assert draft_after(drafter, target, [3, 4]) == [()] and draft_after(drafter, target, [83, 84]) == [(85, 86, 87)]
-    finish(drafter, target, list(range(60)))  # longer than the store: its end is kept
-    drafter.start(1)
+    finish(drafter, list(range(60)))  # longer than the store: its end is kept
     assert draft_after(drafter, target, [50]) == [(51, 52, 53)] and store.tokens <= 20
 
 
@@ -234,11 +228,12 @@ def test_the_output_of_every_row_enters_the_store(llama: PreTrainedModel) -> Non
 
 def test_what_the_lookahead_pool_learns_is_what_the_model_says(llama: PreTrainedModel) -> None:
     target, drafter = ReferenceTarget(llama), LookaheadDrafter(window=3, ngram=3, guesses=99)
-    propose, drafted = drafter.propose, []
+    propose, drafted, rows = drafter.propose, [], []
 
     def spy(state: State, limit: int) -> Draft:
         draft = propose(state, limit)
-        drafted.append((list(state.ids[0]), copy.deepcopy(drafter.rows[0].window)))
+        drafted.append((list(state.ids[0]), copy.deepcopy(state.memory[0].window)))
+        rows.append(state.memory[0])
         return draft
 
     drafter.propose = spy  # type: ignore[method-assign]
@@ -249,7 +244,7 @@ def test_what_the_lookahead_pool_learns_is_what_the_model_says(llama: PreTrained
         for number, (head, after) in enumerate(window):
             before = [*ids, *(trajectory[0] for trajectory in window[:number]), head, after]
             answer = int(llama(torch.tensor([before])).logits[0, -1].argmax())
-            assert (after, answer) in drafter.rows[0].pool[head]
+            assert (after, answer) in rows[0].pool[head]
 
 
 # --- several -------------------------------------------------------------------------------------------------------

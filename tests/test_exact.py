@@ -194,7 +194,7 @@ def test_rows_of_a_batch_may_differ_and_are_those_of_a_row_alone() -> None:
         alone = Sampler(own)
         assert torch.equal(alone.choose(alone.scores(logits[b : b + 1], lambda: []), [at[b]])[0], chosen[b])
     assert torch.equal(chosen[1], logits[1].argmax(-1)) and not together.plain_greedy
-    together.select([2, 1])
+    together = Sampler.of([together.rows[2], together.rows[1]])
     assert torch.equal(together.choose(together.scores(logits[[2, 1]], lambda: []), [at[2], at[1]]), chosen[[2, 1]])
 
 

@@ -77,7 +77,7 @@ def test_explicit_arguments_come_first() -> None:
 def test_a_config_that_asks_for_nothing_costs_nothing() -> None:
     decoder = SpecDecoder(tiny_model(), drafter="none")
     with decoder.open([PROMPT]) as generation:
-        assert generation.loop.state.sampler.plain_greedy
+        assert all(request.sampling.plain_greedy for request in generation.requests)
 
 
 def test_sampling_keeps_to_it_too() -> None:

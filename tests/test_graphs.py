@@ -23,8 +23,8 @@ from zoo import PROMPTS, every, run
 
 from specdec.base import devices
 from specdec.base.errors import SpecDecError
-from specdec.drafters import chain, m2r2, vocabulary
-from specdec.engine.loop import Loop
+from specdec.drafters import chain, m2r2, medusa, vocabulary
+from specdec.engine.batch import Batch
 from specdec.runtimes import cache as caches
 from specdec.runtimes import tree_drafting
 from specdec.runtimes.fused import FusedTarget
@@ -262,7 +262,7 @@ class _Waits(TorchFunctionMode):
 
         for module in (draft, caches, tree_drafting, vocabulary):
             monkeypatch.setattr(module, "upload", quiet)
-        for module in (chain, draft, m2r2, tree_drafting):
+        for module in (chain, draft, m2r2, medusa, tree_drafting):
             monkeypatch.setattr(module, "waits", lambda device: True)
 
     def mark(self, out: Any) -> Any:
@@ -295,16 +295,16 @@ def test_a_greedy_round_waits_for_the_device_once(drafter: str, monkeypatch: pyt
     target = GraphedTarget(model, record=Replay)
     plain = [greedy_reference(model, PROMPTS[1], 24)]
     run(target, every(target)[drafter], [PROMPTS[1]], 24)  # everything is recorded
-    counter, counts, rounds = _Waits(target, monkeypatch), list[int](), Loop._step
+    counter, counts, rounds = _Waits(target, monkeypatch), list[int](), Batch.step
 
-    def counted(self: Loop) -> list[list[int]]:
+    def counted(self: Batch) -> Any:
         before = len(counter.waits)
         with counter:
             new = rounds(self)
         counts.append(len(counter.waits) - before)
         return new
 
-    monkeypatch.setattr(Loop, "_step", counted)
+    monkeypatch.setattr(Batch, "step", counted)
     out, _ = run(target, every(target)[drafter], [PROMPTS[1]], 24)
     assert out == plain
     assert set(counts) == {1}, counter.waits

@@ -69,13 +69,13 @@ def test_kernels_hold_keys_and_values_within_half_a_step(family: str, d: int) ->
     exact, rounded = wide.new_cache(2), narrow.new_cache(2)
     prefill(wide, ids, exact)
     prefill(narrow, ids, rounded)
-    for whole, rows in ((exact.keys, rounded.keys), (exact.values, rounded.values)):
-        x, held = whole[0][:, :, :37].float(), widened(rows[0][:, :, :37], torch.float32)  # type: ignore[index]
-        assert bool(((held - x).abs() <= 0.51 * steps(x) + x.abs() / 256).all())  # x itself is rounded to bf16
-        assert int(rows[0][:, :, :37, d - 32 : d].abs().amax(-1).min()) == 127  # type: ignore[index]
-        assert not rows[0][:, :, 37:].any()  # type: ignore[index]
-    assert exact.whole is not None and rounded.whole is not None
-    assert rounded.whole.nbytes / exact.whole.nbytes == (16 + 1) / 32
+    for b in range(2):
+        for whole, rows in zip(exact.data[b], rounded.data[b], strict=True):
+            x, held = whole[0, :, :37].float(), widened(rows[0, :, :37], torch.float32)
+            assert bool(((held - x).abs() <= 0.51 * steps(x) + x.abs() / 256).all())  # x itself is rounded to bf16
+            assert int(rows[0, :, :37, d - 32 : d].abs().amax(-1).min()) == 127
+            assert not rows[0, :, 37:].any()
+    assert rounded.data[0].nbytes / exact.data[0].nbytes == (16 + 1) / 32
 
 
 @pytest.mark.usefixtures("kernels")

@@ -102,7 +102,7 @@ def test_nodes_are_taken_by_the_heads_own_probabilities_while_they_pay(llama: Pr
     target = ReferenceTarget(llama)
     drafter = MedusaDrafter(random_network(), ACCURACY)
     drafter.bind(target)
-    state = State(target, target.new_cache(), None, [[5, 6]])  # type: ignore[arg-type]
+    state = State(target, target.new_cache(), None, [[5, 6]], memory=[drafter.begin()])  # type: ignore[arg-type]
     sure = torch.tensor([[0.15 / 95], [0.2 / 95]]).repeat(1, 1, V).view(1, 2, V)
     sure[0, 0, [7, 8]], sure[0, 1, [3, 4]] = torch.tensor([0.6, 0.25]), torch.tensor([0.55, 0.25])
     drafter._logits = lambda state: sure.log()  # type: ignore[method-assign]
@@ -124,8 +124,9 @@ def test_an_accuracy_table_shapes_the_tree_where_nothing_is_read(llama: PreTrain
     target = ReferenceTarget(llama)
     drafter = MedusaDrafter(random_network(), ACCURACY, 5)
     drafter.bind(target)
-    drafter.estimates, drafter.final = False, torch.randn(1, 1, D)
-    state = State(target, target.new_cache(), None, [[5, 6]])  # type: ignore[arg-type]
+    drafter.estimates, memory = False, drafter.begin()
+    memory.final = torch.randn(1, 1, D)
+    state = State(target, target.new_cache(), None, [[5, 6]], memory=[memory])  # type: ignore[arg-type]
     wide = drafter.propose(state, 2)
     assert wide.parents == (0, 1, 0, 1, 3)  # 0.6, 0.3, 0.25, 0.15, 0.125
     assert len(set(wide.tokens[0, [0, 2]].tolist())) == len(set(wide.tokens[0, [1, 3]].tolist())) == 2
@@ -136,10 +137,10 @@ def test_rare_words_of_a_rows_own_context_are_drafted(llama: PreTrainedModel) ->
     target, vocab = ReferenceTarget(llama), torch.arange(0, 90, dtype=torch.int32)
     drafter = MedusaDrafter(Medusa(D, 2, draft_vocab=vocab), ACCURACY, 6)
     drafter.bind(target)
-    drafter.final = torch.randn(1, 1, D).expand(2, 1, D).clone()
-    # The state whose readout has token 95 on top: the final norm's input along that row of the head.
-    drafter.final[:] = llama.get_output_embeddings().weight[95]
-    state = State(target, target.new_cache(2), None, [[5, 95], [5, 6]])  # type: ignore[arg-type]
+    memory = [drafter.begin(), drafter.begin()]
+    for row in memory:  # the state whose readout has token 95 on top: the final norm's input along that row of the head
+        row.final = llama.get_output_embeddings().weight[95].view(1, 1, D)
+    state = State(target, target.new_cache(2), None, [[5, 95], [5, 6]], memory=memory)  # type: ignore[arg-type]
     tokens = drafter.propose(state, 2).tokens
     assert 95 in tokens[0] and 95 not in tokens[1]
 
@@ -266,8 +267,9 @@ def test_heads_learn_exactly_what_the_drafter_drafts() -> None:
         x = target.embed(torch.tensor([ids[: length - 1]]), positions)
         target.layers(x, 0, 4, Pass(positions, mask, cache, taps))
         cache.commit([list(range(length - 1))])
-        drafter.observe([list(range(length - 1))], taps)
-        state = State(target, cache, None, [ids[:length]])  # type: ignore[arg-type]
+        memory = [drafter.begin()]
+        drafter.observe(memory, [list(range(length - 1))], taps)
+        state = State(target, cache, None, [ids[:length]], memory=memory)  # type: ignore[arg-type]
         root = length - 1 - rows[0][1]
         assert drafter.propose(state, 3).tokens[0].tolist() == [int(says[k][root + k]) for k in range(3)]
 

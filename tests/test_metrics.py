@@ -9,9 +9,9 @@ from transformers import PreTrainedModel
 
 from specdec.engine import metrics
 from specdec.engine.depth import FixedDepth
-from specdec.engine.loop import Loop
+from specdec.engine.engine import Engine
+from specdec.engine.request import Request
 from specdec.runtimes.reference import ReferenceTarget
-from specdec.speculation.sampling import Sampler, SamplingParams
 from specdec.verifiers.exact import ExactVerifier
 
 
@@ -43,12 +43,13 @@ def test_the_ledger_books_each_phase_and_sums_up_to_the_wall(llama: PreTrainedMo
     policy = FixedDepth(3)
     monkeypatch.setattr(policy, "observe", takes(0.5, policy.observe))
     monkeypatch.setattr(policy, "choose", takes(0.25, policy.choose))
-    stop = takes(0.125, lambda row, token: None)
-    generation = Loop(target, drafter, verifier, Sampler(SamplingParams()), [[5, 6]], [10], stop, policy)
+    stop = takes(0.125, lambda token: None)
+    request, engine = Request([5, 6], 10, stop=stop), Engine(target, drafter, verifier, policy)
+    engine.submit(request)
     away = 0.0
-    for _ in generation.steps():
+    for _ in engine.steps():
         now, away = now + 100.0, away + 100.0  # the caller's own time is nobody's
-    m = generation.metrics[0]
+    m = request.metrics
     rounds = m.num_spec_steps
     assert m.ledger == {
         "prefill": 6.0,

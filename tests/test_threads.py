@@ -36,7 +36,19 @@ from specdec.runtimes.target import Target, lock_of
 from specdec.speculation.draft import Drafter
 
 RUNTIMES = Path(target.__file__).parent
-FILES = {"library", "linear", "drafting", "growth", "target", "reference", "fused", "graphs", "kernels", "cache"}
+FILES = {
+    "library",
+    "linear",
+    "drafting",
+    "growth",
+    "target",
+    "reference",
+    "fused",
+    "graphs",
+    "kernels",
+    "cache",
+    "row_cache",
+}
 BF16 = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32}  # what the native runtime serves
 PROMPTS = [[5, 6, 7, 8, 9] * 3, [10, 11, 12, 13, 10, 11, 12], [20, 21, 22, 23, 24, 25] * 4]
 needs_native = pytest.mark.skipif(not library.runs(), reason="there are no native kernels here")
@@ -283,12 +295,12 @@ def test_a_second_request_is_refused_whenever_it_comes(monkeypatch: pytest.Monke
             decoder.generate(PROMPTS[1], max_new_tokens=2)
         refused.append(str(error.value))
 
-    def slow(self: PromptLookupDrafter, batch: int) -> None:
+    def slow(self: PromptLookupDrafter) -> None:
         if threading.current_thread() is threading.main_thread():
             thread = threading.Thread(target=second)
             thread.start()
             thread.join(60)
-        start(self, batch)
+        start(self)
 
     monkeypatch.setattr(PromptLookupDrafter, "start", slow)
     first = decoder.generate(PROMPTS[0], max_new_tokens=4)

@@ -79,7 +79,7 @@ def drafted(network: M2R2, target: Target, ids: list[int], count: int, sure: flo
     """What the drafter itself proposes after ``ids`` (the last is the root), leaving at the last exit or where sure."""
     drafter = M2R2Drafter(network, exit_confidence=sure)
     drafter.bind(target)
-    drafter.start(1)
+    memory = [drafter.begin()]
     cache, old = target.new_cache(), len(ids) - 1
     positions = torch.arange(old)[None]
     taps = {layer: torch.empty(0) for layer in drafter.taps}
@@ -88,8 +88,8 @@ def drafted(network: M2R2, target: Target, ids: list[int], count: int, sure: flo
         target.embed(torch.tensor([ids[:-1]]), positions), 0, target.num_layers, Pass(positions, mask, cache, taps)
     )
     cache.commit([list(range(old))])
-    drafter.observe([list(range(old))], taps)
-    state = State(target, cache, Sampler(SamplingParams(temperature=0)), [ids])
+    drafter.observe(memory, [list(range(old))], taps)
+    state = State(target, cache, Sampler(SamplingParams(temperature=0)), [ids], memory=memory)
     return drafter.propose(state, count).tokens[0].tolist()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from conftest import tiny_model
@@ -23,11 +24,13 @@ from specdec.drafters.none import NoDrafter
 from specdec.drafters.prompt_lookup import PromptLookupDrafter
 from specdec.drafters.skip_decode import SkipDecodeDrafter
 from specdec.engine.depth import FixedDepth
-from specdec.engine.loop import Loop
+from specdec.engine.engine import Engine
+from specdec.engine.metrics import RequestMetrics
+from specdec.engine.request import Request
 from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.target import Target
 from specdec.speculation.draft import Drafter, Verifier
-from specdec.speculation.sampling import Sampler, SamplingParams, streams
+from specdec.speculation.sampling import SamplingParams, streams
 from specdec.verifiers.exact import ExactVerifier
 
 PROMPTS = [[5, 6, 7, 8], [9, 10, 11, 12, 13, 14, 15], [3]]
@@ -44,19 +47,48 @@ def run(
     verifier: Verifier | None = None,
     exit: int | None = None,
     **sampling: float,
-) -> tuple[list[list[int]], Loop]:
-    """The new tokens of each prompt, at most ``count``, and the loop that made them."""
+) -> tuple[list[list[int]], Ran]:
+    """The new tokens of each prompt, at most ``count``, and what else there is to say of them."""
     drafter.bind(target)
-    sampler = Sampler(SamplingParams(**sampling), streams=streams(prompts))  # type: ignore[arg-type]
-    out: list[list[int]] = [[] for _ in prompts]
-    limits = [count] * len(prompts)
-    stop = lambda row, token: "eos" if token == eos else None  # noqa: E731
-    policy = FixedDepth(depth, exit)
-    loop = Loop(target, drafter, verifier or ExactVerifier(), sampler, prompts, limits, stop, policy)
-    for events in loop.steps():
-        for row, tokens in events:
-            out[row] += tokens
-    return out, loop
+    params, ends = SamplingParams(**sampling), frozenset() if eos is None else frozenset([eos])  # type: ignore[arg-type]
+    requests = [
+        Request(prompt, count, params, stream=stream, eos=ends)
+        for prompt, stream in zip(prompts, streams(prompts), strict=True)
+    ]
+    together(target, drafter, requests, FixedDepth(depth, exit), verifier)
+    return [new_tokens(request) for request in requests], Ran(requests)
+
+
+class Ran(NamedTuple):
+    """Requests that have been run."""
+
+    requests: list[Request]
+
+    @property
+    def metrics(self) -> list[RequestMetrics]:
+        return [request.metrics for request in self.requests]
+
+
+def new_tokens(request: Request) -> list[int]:
+    return request.ids[len(request.prompt) :]
+
+
+def together(
+    target: Target,
+    drafter: Drafter,
+    requests: Sequence[Request],
+    policy: FixedDepth,
+    verifier: Verifier | None = None,
+    **options: Any,
+) -> Engine:
+    """Run requests that begin together to their ends, and return the engine."""
+    engine = Engine(target, drafter, verifier or ExactVerifier(), policy, **options)
+    for request in requests:
+        engine.submit(request)
+    for _ in engine.steps():
+        if error := next((request.error for request in requests if request.error is not None), None):
+            raise error
+    return engine
 
 
 def half(target: Target) -> torch.Tensor:

@@ -49,3 +49,10 @@ REQUEST = {
     "logits_processor": options.lists("logits processors", callable),
     "ignore_eos": options.BOOL,
 }
+ENGINE = {
+    "max_rows": options.wholes_from(1),
+    "max_waiting": options.wholes_from(0),
+    "kv_memory": options.wholes_from(1) | options.NONE,
+    "prefill_chunk": options.wholes_from(1) | options.NONE,
+    "num_speculative_tokens": REQUEST["num_speculative_tokens"],
+}

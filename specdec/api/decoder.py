@@ -17,23 +17,27 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel
 
-from specdec.api.arguments import CONSTRUCTOR, LOADING, REQUEST
+from specdec.api.arguments import CONSTRUCTOR, ENGINE, LOADING, REQUEST
 from specdec.api.generation import Generation, GenerationOutput
 from specdec.api.text import Prompt, encode
 from specdec.api.tuned import DEFAULTS, Tuned, place, recall
 from specdec.base import options
 from specdec.base.errors import SpecDecError
+from specdec.base.memory import free_memory
 from specdec.engine.costs import costs, keep
 from specdec.engine.depth import MOST, AutoDepth, DepthPolicy, FixedDepth
-from specdec.engine.loop import Loop
+from specdec.engine.engine import Engine
+from specdec.engine.request import Request
 from specdec.models import catalogue, generation_config, loading
 from specdec.runtimes.experts.offload import ExpertOptions, Offload
+from specdec.runtimes.prefill import CHUNK
 from specdec.runtimes.select import make_target, needs_cpu
 from specdec.speculation import registry
 from specdec.speculation.draft import Drafter, Verifier
 from specdec.speculation.sampling import Sampler, SamplingParams, streams
 
 LOSSY_DEPTH = 4  # of drafts under a lossy rule that scores them, where the depth is "auto"
+PARTS = {"cpu": 96}  # tokens of new prompts in a step of an engine, by device: a few blocks of the kernels
 KEEP_EVERY = 60.0  # fewest seconds between two writes of what requests measured
 
 _claiming = threading.Lock()
@@ -248,8 +252,13 @@ class SpecDecoder:
         try:
             policy = self._policy(num_speculative_tokens)
             sampler = self.sampler(ids, limits, params, repetition_penalty, logits_processor)
-            loop = Loop(self.target, self.drafter, self.verifier, sampler, ids, limits, lambda row, token: None, policy)
-            generation = Generation(loop, self.tokenizer, stops, frozenset() if ignore_eos else self.eos_ids())
+            ends = frozenset() if ignore_eos else self.eos_ids()
+            requests = [
+                Request(row, limit, eos=ends, chooser=chooser)
+                for row, limit, chooser in zip(ids, limits, sampler.rows, strict=True)
+            ]
+            engine = Engine(self.target, self.drafter, self.verifier, policy, max_rows=len(ids))
+            generation = Generation(engine, requests, self.tokenizer, stops)
         except BaseException:
             _busy.discard(claim)
             raise
@@ -284,6 +293,45 @@ class SpecDecoder:
             for pieces in generation:
                 if pieces[0]:
                     yield pieces[0]
+
+    @options.checked("engine", ENGINE)
+    def engine(
+        self,
+        *,
+        max_rows: int = 16,
+        max_waiting: int = 256,
+        kv_memory: int | None = None,
+        prefill_chunk: int | None = None,
+        num_speculative_tokens: int | str = "auto",
+    ) -> Engine:
+        """Start an engine, which serves requests that come at any time; until it is closed, the drafter is its own.
+
+        max_rows: most requests that are decoded at once. max_waiting: most that wait beside them; one more is refused.
+        kv_memory: bytes of keys and values that are held, of texts for later requests, too; None: half of the memory
+        that is free. prefill_chunk: most tokens of new prompts that running requests wait for in a step; None: as many
+        as suit the device.
+        num_speculative_tokens: as in ``open``.
+        """
+        claim = self._claim()
+        try:
+            policy = self._policy(num_speculative_tokens)
+            engine = Engine(
+                self.target,
+                self.drafter,
+                self.verifier,
+                policy,
+                max_rows=max_rows,
+                max_waiting=max_waiting,
+                kv_memory=free_memory(self.device) // 2 if kv_memory is None else kv_memory,
+                prefill_chunk=prefill_chunk or PARTS.get(self.device.type, CHUNK),
+                reuse=True,
+            )
+        except BaseException:
+            _busy.discard(claim)
+            raise
+        release = weakref.finalize(engine, _busy.discard, claim)
+        engine.ended = functools.partial(self._ended, policy, release)
+        return engine.start()
 
     def _claim(self) -> int:
         """Take the drafter for a generation. Raises SpecDecError if another one is using it."""
@@ -331,7 +379,6 @@ class SpecDecoder:
             return FixedDepth(LOSSY_DEPTH)  # the text depends on the depth, so no clock may choose it
         if self._auto is None:
             self._auto = AutoDepth(costs(self.target, self.drafter, self.verifier), self.drafter.estimates)
-        self._auto.begin()
         return self._auto
 
     def _ended(self, policy: DepthPolicy, release: Callable[[], object]) -> None:

@@ -1,15 +1,17 @@
-"""A generation under way: steps of the loop, their text, and what every row has so far."""
+"""A generation under way: steps of the engine, their text, and what every row has so far."""
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from specdec.api.text import Detokenizer
-from specdec.engine.loop import Loop
+from specdec.engine.engine import Engine
 from specdec.engine.metrics import RequestMetrics
+from specdec.engine.request import Request
 from specdec.runtimes.experts.offload import Meter
 
 
@@ -38,29 +40,25 @@ class Generation:
     ``steps`` runs the same steps, without decoding text on the way: ``outputs`` has it in the end.
     """
 
-    def __init__(self, loop: Loop, tokenizer: Any, stops: list[str], eos: frozenset[int]) -> None:
-        self.loop, self.eos = loop, eos
-        self.texts = [Detokenizer(tokenizer, stops) for _ in loop.rows]
-        loop.stop = self._stop
-        self.events: Iterator[list[tuple[int, list[int]]]] | None = loop.steps()
+    def __init__(self, engine: Engine, requests: Sequence[Request], tokenizer: Any, stops: list[str]) -> None:
+        self.engine, self.requests = engine, list(requests)
+        self.texts = [Detokenizer(tokenizer, stops) for _ in requests]
+        self.row = {request: row for row, request in enumerate(requests)}
+        for request, text in zip(requests, self.texts, strict=True):
+            request.stop = functools.partial(_push, text)
+            engine.enqueue(request)
         self.meter: Meter | None = None  # of expert loads, from the end of the prefill on
         self.ended: Callable[[], object] = lambda: None  # called once
+        self.open = True
         self._turn, self._closing = threading.RLock(), False  # closing waits for the step that another thread is in
-
-    def _stop(self, row: int, token: int) -> str | None:
-        """Take one new token of ``row`` into its output; return why the row ends with it, if it does."""
-        self.texts[row].push(token)
-        if token in self.eos:
-            return "eos"
-        return "stop" if self.texts[row].stopped else None
 
     def __iter__(self) -> Iterator[list[str]]:
         for events in self.steps():
-            ledger, pieces = self.loop.ledger, [""] * len(self.texts)
+            ledger, pieces = self.engine.ledger, [""] * len(self.texts)
             ledger.restart()
             for row, _ in events:
                 text = self.texts[row]
-                pieces[row] = text.finish() if row in self.loop.finished else text.take()
+                pieces[row] = text.take() if self.requests[row].finished is None else text.finish()
             ledger.mark("detokenise")
             yield pieces
 
@@ -72,36 +70,42 @@ class Generation:
     def _step(self) -> list[tuple[int, list[int]]] | None:
         """One step, or None at the end."""
         with self._turn:
-            if self.events is None or self._closing:
+            if not self.open or self._closing:
                 self.close()
                 return None
-            events = next(self.events, None)
-            if self.meter is None and self.loop.target.experts is not None:
-                self.meter = Meter(self.loop.target.experts.store)
-            if events is None:
+            if error := next((request.error for request in self.requests if request.error is not None), None):
+                raise error
+            if not self.engine.busy:
                 self.close()
+                return None
+            events = list[tuple[int, list[int]]]()
+            while not events and self.engine.busy:  # a long prompt takes several steps
+                events = [(self.row[request], tokens) for request, tokens in self.engine.step()]
+            if self.meter is None and self.engine.target.experts is not None:
+                self.meter = Meter(self.engine.target.experts.store)
             return events
 
     def outputs(self) -> list[GenerationOutput]:
         """What every row has so far."""
         out = []
-        if self.meter is not None and self.loop.target.experts is not None:
+        if self.meter is not None and self.engine.target.experts is not None:
             decoded = sum(len(text.ids) - 1 for text in self.texts)  # the first of each row came with the prefill
-            for metrics in self.loop.metrics:
-                metrics.experts = self.meter.figures(decoded)
-        for row, (text, metrics) in enumerate(zip(self.texts, self.loop.metrics, strict=True)):
+            for request in self.requests:
+                request.metrics.experts = self.meter.figures(decoded)
+        for request, text in zip(self.requests, self.texts, strict=True):
             text.finish()
-            reason = self.loop.finished.get(row, "interrupted")
-            out.append(GenerationOutput(text.text, list(text.ids), reason, metrics))
+            reason = request.finished if request.error is None else None
+            reason = "interrupted" if reason in (None, "cancelled") else reason
+            out.append(GenerationOutput(text.text, list(text.ids), reason, request.metrics))
         return out
 
     def close(self) -> None:
         """End the generation and free its cache; ``outputs`` stays available."""
         self._closing = True
         with self._turn:
-            if self.events is not None:
-                self.events = None
-                self.loop.state.cache = self.loop.target.new_cache(0)
+            if self.open:
+                self.open = False
+                self.engine.close()
                 self.ended()
 
     def __enter__(self) -> Generation:
@@ -109,3 +113,9 @@ class Generation:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def _push(text: Detokenizer, token: int) -> str | None:
+    """Take a new token into a row's text; return why the row ends with it, if it does."""
+    text.push(token)
+    return "stop" if text.stopped else None

@@ -24,6 +24,10 @@ class NotFiniteError(SpecDecError):
     """The model itself gives NaN or infinite logits: no runtime can serve it."""
 
 
+class QueueFullError(SpecDecError):
+    """As many requests wait as an engine lets wait."""
+
+
 class SpecDecWarning(UserWarning):
     """Something the user may want to change. The command line prints it as one line on stderr and goes on."""
 

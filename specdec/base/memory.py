@@ -11,6 +11,7 @@ import ctypes
 import mmap
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,17 @@ def release(*tensors: Tensor) -> int:
             ctypes.CDLL(None).madvise(ctypes.c_void_p(first * size), ctypes.c_size_t((last - first) * size), _DONT_NEED)
             freed += (last - first) * size
     return freed
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, ValueError, StopIteration):
+        return 4 << 30
 
 
 def trim() -> None:

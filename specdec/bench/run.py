@@ -29,7 +29,7 @@ from specdec.bench.prompts import Conversation, PromptSet, load_prompts, spread
 from specdec.engine.replay import first_difference
 from specdec.models import loading
 from specdec.speculation import registry
-from specdec.speculation.sampling import SamplingParams
+from specdec.speculation.sampling import Sampler, SamplingParams
 
 # Settings of a method; in the others, cells that run side by side must agree.
 OWN = ("drafter", "drafter_options", "verifier", "verifier_options", "num_speculative_tokens", "against")
@@ -225,8 +225,7 @@ class Run:
             elif comparable:
                 params = SamplingParams(cell.temperature, cell.top_k, cell.top_p, seed=seed)
                 sampler = self.base.sampler(request.prompts, [count] * len(request.prompts), params)
-                sampler.select([b])
-                difference = first_difference(target, prompt, ours, theirs, sampler)
+                difference = first_difference(target, prompt, ours, theirs, Sampler.of([sampler.rows[b]]))
                 equality = "near-tie" if difference and difference.near_tie else "fault"
             request.equality.append(equality)
             if self.lossy:

@@ -1,1 +1,1 @@
-"""The decoding loop, automatic depth, costs, metrics and replay. Knows no drafter, no text and no command line."""
+"""Requests, the scheduler, a step, automatic depth, costs, metrics and replay. Knows no drafter and no text."""

@@ -20,13 +20,13 @@ from pydantic import TypeAdapter
 
 from specdec.base import machine
 from specdec.engine.depth import Costs, FixedDepth
-from specdec.engine.loop import Loop
+from specdec.engine.engine import Engine
+from specdec.engine.request import Request
 from specdec.models import catalogue, drafter_folder
 from specdec.runtimes.cache import KVCache
 from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.target import Target
 from specdec.speculation.draft import Drafter, Verifier
-from specdec.speculation.sampling import Sampler, SamplingParams
 
 ROWS = (1, 2, 3, 4, 5, 6, 8, 9, 12, 16, 17, 32)  # numbers of scored tokens that are timed
 CONTEXT = 128  # cached tokens while timing
@@ -113,9 +113,9 @@ def _pass(target: Target, cache: KVCache, start: int, count: int) -> None:
 def time_drafting(target: Target, drafter: Drafter, verifier: Verifier, depth: int, exit: int | None) -> float:
     """Seconds per token that ``drafter`` drafts, the least of a short generation; 0 if it drafts nothing there."""
     prompt = [(7 * i) % target.vocab_size for i in range(min(CONTEXT, target.context // 2))]
-    policy, sampler = FixedDepth(depth, exit), Sampler(SamplingParams())
-    limit = min(8 * depth, target.context - len(prompt))
-    loop = Loop(target, drafter, verifier, sampler, [prompt], [limit], lambda row, token: None, policy)
-    spent = [loop.ledger.seconds.get("draft", 0.0) for _ in loop.steps()]  # after the prefill, and after each step
-    steps = list(zip(pairwise(spent), loop.metrics[0].per_step_drafted, strict=True))
+    request = Request(prompt, min(8 * depth, target.context - len(prompt)))
+    engine = Engine(target, drafter, verifier, FixedDepth(depth, exit))
+    engine.submit(request)
+    spent = [engine.ledger.seconds.get("draft", 0.0) for _ in engine.steps()]  # after the prefill, and after each step
+    steps = list(zip(pairwise(spent), request.metrics.per_step_drafted, strict=True))
     return min([(after - before) / n for (before, after), n in steps[1:] if n], default=0.0)  # the first warms up

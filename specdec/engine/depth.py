@@ -8,6 +8,9 @@ acceptance of earlier ones, worth five observations.
 
 A drafter with probabilities of its own (``estimates``) is not given a depth but prices, in tokens at the speed of late,
 and is judged by what its drafts bring and take on average: drafting or not is all that is chosen here.
+
+Of several rows, each has a running estimate of its own, and the tokens of a step go to those where they are likeliest
+to be accepted, as long as they pay for the larger pass (``divide``).
 """
 
 from __future__ import annotations
@@ -16,13 +19,14 @@ import bisect
 import functools
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, NamedTuple
 
 import numpy as np
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 from pydantic.dataclasses import dataclass
 
+from specdec.engine.division import Division, divide
 from specdec.speculation.trees import MOST_NODES, Prices
 
 MOST, DEEPEST = 8, 12  # deepest draft considered, and deepest that prices may end
@@ -69,12 +73,21 @@ class Costs:
 class Choice(NamedTuple):
     """What to draft in a step.
 
-    depth: most tokens for each row; 0 is a plain step. exit, prices: as in ``State``.
+    depth: most tokens for each row; 0 is a plain step. exit, prices: as in ``State``. depths: most tokens for each row,
+    where they differ.
     """
 
     depth: int = 0
     exit: int | None = None
     prices: Prices | None = None
+    depths: Sequence[int] | None = None
+
+
+class Row:
+    """What is known of one row. accepted: for each exit, as ``Costs.accepted``. budget: seconds saved for a probe."""
+
+    def __init__(self, accepted: Sequence[Sequence[tuple[float, float]]] = ()) -> None:
+        self.accepted, self.budget = [list(known) for known in accepted], 0.0
 
 
 class FixedDepth:
@@ -83,15 +96,26 @@ class FixedDepth:
     def __init__(self, depth: int, exit: int | None = None) -> None:
         self.choice = Choice(depth, exit)
 
-    def choose(self, batch: int) -> Choice:
+    def begin(self) -> Row:
+        return Row()
+
+    def choose(self, batch: int, rows: Sequence[Row] = ()) -> Choice:
         return self.choice
 
-    def observe(self, drafted: Sequence[int], accepted: Sequence[int], scored: int, draft: float, rest: float) -> None:
+    def observe(
+        self,
+        drafted: Sequence[int],
+        accepted: Sequence[int],
+        scored: int,
+        draft: float,
+        rest: float,
+        rows: Sequence[Row] = (),
+    ) -> None:
         pass
 
 
 class AutoDepth:
-    """The policy above. One serves all requests of a decoder; ``begin`` says that a new one starts.
+    """The policy above. One serves all requests of a decoder; each has a ``Row`` of its own (``begin``).
 
     estimates: of the drafter (``Drafter.estimates``).
     """
@@ -113,16 +137,21 @@ class AutoDepth:
         self.choice, self.probe, self.speed = Choice(), False, 0.0  # of the last decision; the best expected speed
         self.begin()
 
-    def begin(self) -> None:
+    def begin(self) -> Row:
+        """A new request."""
         self.hold = 0  # plain steps to go without a decision
-        self.own = [[(share, min(seen, CARRIED)) for share, seen in known] for known in self.all]  # of this request
+        self.row = Row([[(share, min(seen, CARRIED)) for share, seen in known] for known in self.all])
+        return self.row
 
-    def choose(self, batch: int) -> Choice:
+    def choose(self, batch: int, rows: Sequence[Row] = ()) -> Choice:
         """What to draft in the next step of ``batch`` rows."""
         if self.hold and batch == self.batch:
             self.hold -= 1
             return self.choice
         self.batch, self.probe = batch, False
+        if len(rows) > 1:
+            return self._divided(rows)
+        self.row = rows[0] if rows else self.row
         tokens, seconds = self.steps()
         speeds = tokens / seconds
         exit, depth = chosen = divmod(int(speeds.argmax()), self.most + 1)
@@ -141,40 +170,48 @@ class AutoDepth:
         self.hold = 0 if self.choice.depth else int(wait / seconds[chosen])
         return self.choice
 
-    def observe(self, drafted: Sequence[int], accepted: Sequence[int], scored: int, draft: float, rest: float) -> None:
+    def observe(
+        self,
+        drafted: Sequence[int],
+        accepted: Sequence[int],
+        scored: int,
+        draft: float,
+        rest: float,
+        rows: Sequence[Row] = (),
+    ) -> None:
         """A step: drafted depth and accepted tokens of each row, tokens scored, seconds of drafting and of the rest."""
+        rows = rows or [self.row] * len(drafted)
         prices = self.choice.prices or Prices(())
         deepest = max(*drafted, prices.levels)
         self.elapsed += draft + rest
         self.paces.append(rest / self.scoring(scored))
         if not deepest:
             return
-        exit, nodes = self.choice.exit or 0, scored / len(drafted) - 1
-        if self.estimates:
+        exit, nodes = self.choice.exit or 0, scored - len(drafted)
+        if self.estimates and self.choice.prices is not None:
             self.levels += LATELY * (deepest - self.levels)
-            self.nodes += LATELY * (nodes - self.nodes)
+            self.nodes += LATELY * (nodes / len(drafted) - self.nodes)
             drafted = [self.most] * len(drafted)  # it was free to draft as deep
-        if self.estimates and prices.expected is not None:
-            surplus = prices.expected - sum(accepted) / len(accepted)
-            low, high = EXPONENTS
-            self.exponent = min(max(self.exponent * math.exp(LEARNED * surplus), low), high)
-        self.width = 0.8 * self.width + 0.2 * (nodes / deepest if prices.expected is None else 1.0)
+            if prices.expected is not None:
+                surplus = prices.expected - sum(accepted) / len(accepted)
+                low, high = EXPONENTS
+                self.exponent = min(max(self.exponent * math.exp(LEARNED * surplus), low), high)
+        self.width = 0.8 * self.width + 0.2 * (nodes / sum(drafted) if prices.expected is None else 1.0)
         pace, expected = _median(self.paces), self.table.drafting(deepest, exit)
         self.ratios[exit].append(draft / pace / expected)
         for position in range(min(max(drafted), self.most)):
             # Only rows whose chain was accepted up to here say anything about this position.
-            reached = [a for d, a in zip(drafted, accepted, strict=True) if d > position and a >= position]
-            for known, memory in ((self.all[exit], LONG_MEMORY), (self.own[exit], MEMORY)):
-                share, seen = known[position]
-                before, now = memory * seen, memory * seen + len(reached)
-                known[position] = ((before * share + sum(a > position for a in reached)) / now if now else share, now)
-        if self.probe:  # what it took by the median, as a single step may be slow for any reason
+            reached = [(a, row) for d, a, row in zip(drafted, accepted, rows, strict=True) if d > position <= a]
+            _observed(self.all[exit], position, [a > position for a, _ in reached], LONG_MEMORY)
+            for a, row in reached:
+                _observed(row.accepted[exit], position, [a > position], MEMORY)
+        if self.probe and len(rows) == 1:  # what it took by the median, as a single step may be slow for any reason
             took = pace * (_median(self.ratios[exit]) * expected + self.scoring(scored))
             self.budgets[exit] -= took - (1 + sum(accepted) / len(accepted)) / self.speed
 
     def steps(self) -> tuple[np.ndarray, np.ndarray]:
         """Expected tokens of each row, and seconds, of a step to each exit (first axis) and depth from 0 on."""
-        tokens, pace = np.array([_tokens(known) for known in self.own]), _median(self.paces)
+        tokens, pace = np.array([_tokens(known) for known in self.row.accepted]), _median(self.paces)
         ratios = np.array([[_median(known)] for known in self.ratios])
         if self.estimates:  # a draft is as deep as it likes
             seconds = np.full(tokens.shape, np.inf)
@@ -184,6 +221,44 @@ class AutoDepth:
             return tokens, seconds
         scoring = [self.scoring(self.batch * (1 + depth * self.width)) for depth in range(self.most + 1)]
         return tokens, pace * (ratios * self.drafting + scoring)
+
+    def _divided(self, rows: Sequence[Row]) -> Choice:
+        """The same decision for several rows: the step's tokens go to those where they are likeliest to be accepted."""
+        pace, best = _median(self.paces), Division([], 0.0, 0.0)
+        exit = 0
+        for other in range(len(self.ratios)):
+            found = divide(self._chances(rows, other), self._seconds(other))
+            if not best.seconds or found.tokens / found.seconds > best.tokens / best.seconds:
+                best, exit = found, other
+        self.speed, depths = best.tokens / (pace * best.seconds), best.depths
+        idle = [b for b, depth in enumerate(depths) if not depth]
+        for b in idle:
+            rows[b].budget += PROBES / len(idle) * self.elapsed
+        if idle:  # one token of the row that has saved up most, once that pays for the expected loss
+            b = max(idle, key=lambda b: rows[b].budget)
+            further = [max(depth, int(at == b)) for at, depth in enumerate(depths)]
+            loss = pace * self._seconds(exit)(len(rows) + sum(further), max(further)) - (
+                (best.tokens + self._chances(rows, exit)[b][0]) / self.speed
+            )
+            if rows[b].budget >= loss:
+                rows[b].budget, depths, self.probe = 0.0, further, True
+        self.elapsed, self.hold = 0.0, 0
+        several = exit if len(self.ratios) > 1 else None
+        self.choice = Choice(max(depths), several, depths=depths) if any(depths) else Choice()
+        return self.choice
+
+    def _chances(self, rows: Sequence[Row], exit: int) -> list[list[float]]:
+        """For each row, the probability that its chain to an exit is accepted up to each position."""
+        return [np.diff(_tokens(row.accepted[exit])).tolist() for row in rows]
+
+    def _seconds(self, exit: int) -> Callable[[int, int], float]:
+        """By the table: of a step that scores so many tokens and drafts so deep."""
+        ratio = _median(self.ratios[exit])
+
+        def seconds(tokens: int, depth: int) -> float:
+            return self.scoring(self.batch + (tokens - self.batch) * self.width) + ratio * self.drafting[exit][depth]
+
+        return seconds
 
     def costs(self) -> Costs:
         """The table as recent steps have it, and what is known of acceptance."""
@@ -207,6 +282,13 @@ class AutoDepth:
 
 
 DepthPolicy = FixedDepth | AutoDepth
+
+
+def _observed(known: list[tuple[float, float]], position: int, right: Sequence[bool], memory: float) -> None:
+    """Take in how often the drafted token of a position was accepted."""
+    share, seen = known[position]
+    before, now = memory * seen, memory * seen + len(right)
+    known[position] = ((before * share + sum(right)) / now if now else share, now)
 
 
 def _tokens(known: Sequence[tuple[float, float]]) -> list[float]:

@@ -22,6 +22,8 @@ class RequestMetrics:
     num_layers: the model's N. exit_layers: layers run for each token that was accepted without
         scoring.
     experts: while decoding (all rows together), what offloaded experts cost (``experts.offload.Meter``).
+    queue_seconds: until the request was admitted. first_token_seconds: from its submission to its first token.
+    num_cached_tokens: of the prompt, those that were not computed as others had them in common.
     """
 
     num_prompt_tokens: int = 0
@@ -33,6 +35,9 @@ class RequestMetrics:
     exit_layers: list[int] = field(default_factory=list)
     ledger: dict[str, float] = field(default_factory=dict)
     experts: dict[str, float] = field(default_factory=dict)
+    queue_seconds: float = 0.0
+    first_token_seconds: float = 0.0
+    num_cached_tokens: int = 0
 
     @property
     def prefill_seconds(self) -> float:

@@ -98,6 +98,17 @@ class KVCache:
         return len(self.rows)
 
     @property
+    def slots(self) -> int:
+        """Slots that there is room for in the longest row."""
+        return max((t.shape[2] for t in self.keys if t is not None), default=0)
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of a token's keys and values in all layers; 0 before any are held."""
+        held = [t for t in (*self.keys, *self.values) if t is not None]
+        return sum(t.shape[1] * t.shape[3] * t.itemsize for t in held)
+
+    @property
     def ragged(self) -> bool:
         """True if some row has holes."""
         return any(n != self.committed for n in self.rows)
@@ -145,6 +156,9 @@ class KVCache:
 
     def _enlarge(self, end: int, heads: int, head_dim: int, dtype: torch.dtype) -> None:
         """Make ``whole`` hold at least ``end`` slots."""
+        if self.whole is None and self.committed:  # in pieces so far
+            parts = [torch.stack([t for t in part if t is not None]) for part in (self.keys, self.values)]
+            self._divide(torch.stack(parts))
         if self.whole is None or self.whole.shape[4] < end:
             shape = 2, len(self.lengths), self.batch, heads, head_dim
             self._divide(self._grown(self.whole, shape, max(self.lengths), end, dtype, self.device))
@@ -162,7 +176,7 @@ class KVCache:
         """
         *outer, heads, head_dim = shape
         slots = self._slots(end, filled, heads * head_dim * dtype.itemsize)
-        grown = _zeros((*outer, heads, slots, head_dim), dtype, device)
+        grown = zeros((*outer, heads, slots, head_dim), dtype, device)
         if old is not None:
             grown[..., :filled, :] = old[..., : self.batch, :, :filled, :]
         return grown
@@ -182,7 +196,7 @@ class KVCache:
         """Register the next T slots of ``layer`` at ``positions`` [B, T] and return what they may attend to.
 
         They see every committed token of their row and, among the U uncommitted slots (theirs included), those that
-        ``tree`` [T, U] (bool) marks; without it, all earlier ones and themselves (a chain).
+        ``tree`` [T, U] or [B, T, U] (bool) marks; without it, all earlier ones and themselves (a chain).
         """
         start, end = self.lengths[layer], self.lengths[layer] + positions.shape[1]
         if end > self.positions.shape[1]:
@@ -199,7 +213,7 @@ class KVCache:
         def visible() -> Tensor:
             seen = torch.ones(t, u, dtype=torch.bool, device=device).tril(u - t) if tree is None else tree.to(device)
             old = (keys[:, None, :committed] >= 0).expand(-1, t, -1)  # (B, T, committed)
-            return torch.cat((old, seen[None].expand(batch, -1, -1)), 2)
+            return torch.cat((old, seen.expand(batch, -1, -1)), 2)
 
         return Mask(positions, keys, visible, causal)
 
@@ -237,6 +251,7 @@ class KVCache:
     def join(self, other: KVCache) -> None:
         """Add the rows of ``other`` after those of this cache. Nothing may be uncommitted in either."""
         mine, theirs, first = self.committed, other.committed, self.batch
+        self.expected = max(self.expected, other.expected)
         slots = (max(mine, theirs) // self.block + 1) * self.block
         positions = self.positions.new_full((first + other.batch, slots), -1)
         positions[:first, :mine] = self.positions[:, :mine]
@@ -248,19 +263,42 @@ class KVCache:
             self.whole = None
             for part, more in ((self.keys, other.keys), (self.values, other.values)):
                 for layer, (a, b) in enumerate(zip(part, more, strict=True)):
-                    part[layer] = None if a is None or b is None else _stack(a, b, mine, theirs, slots)
+                    part[layer] = _stack(_held(a, b, first), _held(b, a, other.batch), mine, theirs, slots)
         elif whole.shape[2] >= self.batch and whole.shape[4] >= slots:
             whole[:, :, first : self.batch, :, :theirs] = added[:, :, : other.batch, :, :theirs]
             self._divide(whole)
         else:
-            self._divide(_stack(whole[:, :, :first], added[:, :, : other.batch], mine, theirs, slots))
+            stacked = _stack(whole[:, :, :first], added[:, :, : other.batch], mine, theirs, slots)
+            assert stacked is not None
+            self._divide(stacked)
+
+    def copy(self, row: int, count: int, room: int = 0) -> KVCache:
+        """A cache of one row: the first ``count`` committed tokens of ``row``. room: slots that it will need."""
+        made = KVCache(len(self.lengths), 1, self.device, self.block, rounded=self.rounded)
+        slots = (self.positions[row, : self.committed] >= 0).nonzero()[:count, 0]
+        if self.whole is not None:
+            made._divide(self.whole[:, :, row : row + 1].index_select(4, slots))
+        else:
+            for own, part in ((made.keys, self.keys), (made.values, self.values)):
+                own[:] = [None if t is None else t[row : row + 1].index_select(2, slots) for t in part]
+        made.positions = torch.arange(count, device=self.device)[None]
+        made.rows, made.committed, made.lengths = [count], count, [count] * len(self.lengths)
+        return made
+
+    def take(self, row: int) -> KVCache:
+        """The row as a cache of its own."""
+        return self.copy(row, self.rows[row])
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep only ``rows`` of the batch, in that order. Nothing may be uncommitted.
 
         Cheapest where few rows change their place, and none moves to where another comes from.
         """
-        index, whole, filled = torch.tensor(list(rows), device=self.device), self.whole, self.committed
+        index, whole, filled = (
+            torch.tensor(list(rows), dtype=torch.long, device=self.device),
+            self.whole,
+            self.committed,
+        )
         self.positions = self.positions.index_select(0, index)
         self.rows = [self.rows[i] for i in rows]
         self.committed = max(self.rows, default=0)
@@ -292,7 +330,7 @@ def widened(rows: Tensor, dtype: torch.dtype) -> Tensor:
     return (parts * scales[..., None].float()).flatten(-2).to(dtype)
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """As ``torch.zeros``, on a CPU from untouched pages: they take memory as they are written."""
     size = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or not size:
@@ -301,8 +339,15 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     return room[-room.data_ptr() % 64 :][:size].view(dtype).view(shape)
 
 
-def _stack(a: Tensor, b: Tensor, filled_a: int, filled_b: int, slots: int) -> Tensor:
-    """Entries [..., B, H, S, d] of two caches below one another, with room for ``slots``."""
+def _held(own: Tensor | None, other: Tensor | None, rows: int) -> Tensor | None:
+    """``own`` [B, H, S, d], or that of ``rows`` without entries beside ``other``."""
+    return own if own is not None or other is None else other.new_zeros(rows, *other.shape[1:])
+
+
+def _stack(a: Tensor | None, b: Tensor | None, filled_a: int, filled_b: int, slots: int) -> Tensor | None:
+    """Entries [..., B, H, S, d] of two caches below one another, with room for ``slots``; None if neither has any."""
+    if a is None or b is None:
+        return None
     rows, (heads, _, head_dim) = a.shape[-4], a.shape[-3:]
     out = a.new_zeros(*a.shape[:-4], rows + b.shape[-4], heads, slots, head_dim)
     out[..., :rows, :, :filled_a, :] = a[..., :filled_a, :]

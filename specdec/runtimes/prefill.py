@@ -1,47 +1,65 @@
-"""Running ragged rows of known tokens into a cache, in chunks: prompts, and what a second model has to catch up on."""
+"""Running known tokens of each row into a cache: prompts, and what a second model has to catch up on."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from specdec.runtimes.cache import KVCache
+from specdec.base.devices import upload
+from specdec.runtimes.cache import KVCache, Mask
 from specdec.runtimes.layer_pass import Pass
+from specdec.runtimes.row_cache import RowCache
 from specdec.runtimes.target import Target
 
 CHUNK = 512  # tokens of a row per pass: bounds the memory of masks and activations
 
 
-def prefill(
-    target: Target,
-    cache: KVCache,
-    rows: Sequence[Sequence[int]],
-    taps: Callable[[], dict[int, Tensor]] = dict,
-    observe: Callable[[list[list[int]], dict[int, Tensor]], None] = lambda paths, taps: None,
-) -> Tensor:
-    """Run each row's tokens (at least one) after those that ``cache`` holds of it; commit them.
+def prefill(target: Target, cache: KVCache, rows: Sequence[Sequence[int]]) -> Tensor:
+    """Run each row's tokens (at least one) after those that ``cache`` holds of it, and commit them.
 
-    taps: called for the layers to tap in each chunk. observe: called after each chunk with which of its tokens are each
-    row's, and the tapped states. Returns the final states [B, 1, D] of each row's last token.
+    Returns the final states [B, 1, D] of each row's last token.
     """
-    lengths = [len(row) for row in rows]
-    last: list[Tensor] = [torch.empty(0)] * len(rows)
-    for start in range(0, max(lengths), CHUNK):
-        counts = [min(max(n - start, 0), CHUNK) for n in lengths]
+    last: Tensor | None = None
+    for start in range(0, max(map(len, rows)), CHUNK):
+        parts = [row[start : start + CHUNK] for row in rows]
+        x = run_tokens(target, cache, parts)
+        alive = upload([[[bool(part)]] for part in parts], cache.device, torch.bool)  # (B, 1, 1)
+        last = x if last is None else torch.where(alive, x, last)
+    assert last is not None
+    return last
+
+
+def run_tokens(
+    target: Target, cache: KVCache, rows: Sequence[Sequence[int]], taps: dict[int, Tensor] | None = None
+) -> Tensor:
+    """Run tokens of each row (some may have none) in one pass, and commit them.
+
+    Returns the final states [B, 1, D] of each row's last token; so are the tapped states afterwards.
+    """
+    counts, device = list(map(len, rows)), cache.device
+    mask: Mask
+    if target.ragged and isinstance(cache, RowCache):
+        tokens = upload([[token for row in rows for token in row]], device)  # (1, T)
+        places = [range(n, n + count) for n, count in zip(cache.rows, counts, strict=True)]
+        positions = upload([[place for row in places for place in row]], device)
+        mask, ends, end = cache.mask(0, positions, counts=counts), list[int](), 0
+        for count in counts:
+            end += count
+            ends.append(max(end - 1, 0))
+        index = [0] * len(rows), ends
+    else:
         width = max(counts)
-        chunk = [[*row[start : start + n], *[0] * (width - n)] for row, n in zip(rows, counts, strict=True)]
-        tokens = torch.tensor(chunk, device=cache.device)  # (B, T), padded on the right
-        positions = torch.tensor([[n] for n in cache.rows], device=cache.device)
-        positions = positions + torch.arange(width, device=cache.device)
+        tokens = upload([[*row, *[0] * (width - len(row))] for row in rows], device)  # (B, T), padded on the right
+        positions = upload([[n] for n in cache.rows], device) + torch.arange(width, device=device)
         positions.clamp_(max=target.context - 1)  # padding may point past the end
-        x, tapped = target.embed(tokens, positions), taps()
-        x = target.layers(x, 0, target.num_layers, Pass(positions, cache.mask(0, positions), cache, tapped))
-        for b, n in enumerate(counts):
-            if n and start + n == lengths[b]:
-                last[b] = x[b, n - 1]
-        paths = [list(range(n)) for n in counts]
-        cache.commit(paths)
-        observe(paths, tapped)
-    return torch.stack(last)[:, None]
+        mask = cache.mask(0, positions)
+        index = list(range(len(rows))), [max(count - 1, 0) for count in counts]
+    x = target.embed(tokens, positions)
+    x = target.layers(x, 0, target.num_layers, Pass(positions, mask, cache, taps))
+    cache.commit([range(count) for count in counts])
+    for layer, states in (taps or {}).items():
+        if taps is not None and states.dim() > 1:
+            taps[layer] = states[index][:, None]
+    return x[index][:, None]

@@ -55,6 +55,7 @@ class Target(ABC):
     """
 
     runtime: str  # "reference", "fused", ...
+    ragged = False  # whether a pass takes rows with different numbers of tokens, one behind the other
     storage = "as loaded"  # what the layers' weights are held in
     kv_cache = "as computed"  # what keys and values are held in
     spread: float  # difference from the model's own logits in the self-check at load, relative to the largest logit

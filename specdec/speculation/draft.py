@@ -6,9 +6,9 @@ indices 1 .. M are the draft's nodes in topological order.
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -45,6 +45,7 @@ class Draft:
     ) -> None:
         self.listed: list[list[int]] | None = tokens if isinstance(tokens, list) else None
         self._tokens: Tensor | None = None if isinstance(tokens, list) else tokens
+        self._depths: list[int] | None = None
         self.parents, self.device = parents, torch.device(device) if self._tokens is None else self._tokens.device
 
     @property
@@ -56,10 +57,11 @@ class Draft:
 
     def depths(self) -> list[int]:
         """Distance of each block token from the root; the root has 0."""
-        out = [0]
-        for parent in self.parents:
-            out.append(out[parent] + 1)
-        return out
+        if self._depths is None:
+            self._depths = [0]
+            for parent in self.parents:
+                self._depths.append(self._depths[parent] + 1)
+        return self._depths
 
     def lists(self) -> list[list[int]]:
         """``tokens`` as lists [B][M]."""
@@ -69,17 +71,42 @@ class Draft:
 
     def ancestors(self) -> Tensor | None:
         """Bool [1 + M, 1 + M]: row i marks the block tokens on i's path to the root. None for a chain (causal)."""
-        if self.parents == tuple(range(len(self.parents))):
-            return None
-        seen = torch.eye(1 + len(self.parents), dtype=torch.bool)
-        for node, parent in enumerate(self.parents, start=1):
-            seen[node] |= seen[parent]
-        return seen
+        return ancestors(self.parents)
+
+    def within(self, depths: list[int]) -> list[int]:
+        """Leave out the nodes of each row that are deeper than its own of ``depths``; return the rows that may have
+        had such."""
+        deep = self.depths()[1:]
+        deepest = max(deep, default=0)
+        cut = [b for b, most in enumerate(depths) if most < deepest]
+        if not cut:
+            return cut
+        if self.listed is not None:
+            self.listed = [
+                [token if depth <= most else -1 for token, depth in zip(row, deep, strict=True)]
+                for row, most in zip(self.listed, depths, strict=True)
+            ]
+            self._tokens = None
+        else:
+            bound, own = upload([[most] for most in depths], self.device), upload([deep], self.device)
+            self._tokens = self.tokens.masked_fill(own > bound, -1)  # (B, M)
+        return cut
 
     @classmethod
     def empty(cls, batch: int, device: torch.device | str = "cpu") -> Draft:
         """A draft of no tokens: scoring it is plain decoding."""
         return cls([[]] * batch, (), device=device)
+
+
+@functools.lru_cache(256)
+def ancestors(parents: tuple[int, ...]) -> Tensor | None:
+    """``Draft.ancestors`` of a draft with these parents."""
+    if parents == tuple(range(len(parents))):
+        return None
+    paths = [1]  # a bit for each block token on the path
+    for node, parent in enumerate(parents, start=1):
+        paths.append(paths[parent] | 1 << node)
+    return torch.tensor([[path >> node & 1 for node in range(len(paths))] for path in paths], dtype=torch.bool)
 
 
 @dataclass
@@ -98,6 +125,7 @@ class State:
     exit: of a drafter with several exits, the number of the last that tokens may go to; None: any.
     threshold: drafts are accepted without scoring, and only tokens that the drafter is at least this sure of are
         proposed. None: drafts are verified.
+    memory[b]: what the drafter keeps of row b (``Drafter.begin``).
     """
 
     target: Target
@@ -107,6 +135,7 @@ class State:
     prices: Prices | None = None
     exit: int | None = None
     threshold: float | None = None
+    memory: list[Any] = field(default_factory=list)
 
     @property
     def roots(self) -> Tensor:
@@ -131,6 +160,8 @@ class State:
 class Drafter(ABC):
     """Proposes tokens. A subclass implements ``propose``; the other methods do nothing unless it overrides them.
 
+    Rows come and go between two steps. What belongs to a row is in the row's own memory (``begin``), and not here.
+
     name: as in the registry. summary: one line about it. training: the command that trains one, if there is one.
     needs_training: it drafts only with trained parameters.
     before_others: options that differ where another drafter comes after it (``HybridDrafter``).
@@ -140,7 +171,7 @@ class Drafter(ABC):
     num_exits: exits to choose from; if there are several, the drafter keeps to ``State.exit``.
     estimates: it has probabilities of its own for what it drafts, and ends drafts by ``State.prices``.
     leaves_early: tokens may leave the model early, with a confidence (``State.threshold``). leaves_state: they leave
-        with an exact state of the model. stateless: nothing is kept by row, so rows may join a generation.
+        with an exact state of the model.
     path: what the cost of drafting depends on, beside the name.
     """
 
@@ -155,7 +186,6 @@ class Drafter(ABC):
     estimates: bool = False
     leaves_early: bool = False
     leaves_state: bool = False
-    stateless: bool = False
     path: str = ""
 
     @property
@@ -188,35 +218,29 @@ class Drafter(ABC):
     def bind(self, target: Target) -> None:  # noqa: B027 (optional)
         """Attach to a target once; raise SpecDecError if the two do not fit."""
 
-    def start(self, batch: int) -> None:  # noqa: B027 (optional)
-        """Begin a generation of ``batch`` rows; forget the previous one."""
+    def start(self) -> None:  # noqa: B027 (optional)
+        """Forget what earlier rows have taught; none is left."""
+
+    def begin(self) -> Any:
+        """What is kept of one row, before its prompt is run."""
+        return None
 
     @abstractmethod
     def propose(self, state: State, limit: int) -> Draft:
         """Draft at most ``limit`` >= 1 tokens in depth after each row's root."""
 
-    def observe(self, paths: list[list[int]], taps: dict[int, Tensor]) -> None:  # noqa: B027 (optional)
-        """Receive the states [B, T, D] at the tapped layers of a block just run (prompt or step), and what is accepted.
+    def observe(self, memory: list[Any], paths: list[list[int]], taps: dict[int, Tensor]) -> None:  # noqa: B027
+        """Receive the states [B, T, D] at the tapped layers of a block just run, and what of it is accepted.
 
-        Layers below the exit layer of a draft with states are not run again, so their taps stay empty.
+        memory: of each of its rows. Of a part of a prompt, the block has the last token alone; a path is empty where a
+        row was not run. Layers below the exit layer of a draft with states are not run again, so their taps stay empty.
         """
 
-    def select(self, rows: list[int]) -> None:  # noqa: B027 (optional)
-        """Keep only ``rows`` of the batch."""
+    def withdraw(self, memory: Any) -> None:  # noqa: B027 (optional)
+        """What was proposed for a row is not scored as it is."""
 
-
-def latest(paths: list[list[int]], states: Sequence[Tensor], before: Sequence[Tensor]) -> list[Tensor]:
-    """Of each of ``states`` [B, T, D], those at the ends of ``paths`` [B, 1, D].
-
-    A row whose path is empty keeps those ``before``, [B, 1, D] each; there are none before the first pass.
-    """
-    device = states[0].device
-    rows, ends = torch.arange(len(paths), device=device), upload([path[-1] if path else 0 for path in paths], device)
-    new = [x[rows, ends][:, None] for x in states]
-    if not before:
-        return new
-    alive = upload([bool(path) for path in paths], device, torch.bool)[:, None, None]
-    return [torch.where(alive, x, old) for x, old in zip(new, before, strict=True)]
+    def end(self, memory: Any, ids: list[int]) -> None:  # noqa: B027 (optional)
+        """A row has ended, with the tokens ``ids``."""
 
 
 class Verifier(ABC):

@@ -128,12 +128,27 @@ class Noise:
             del self.made[old]
 
 
-@dataclass
-class Row:
-    """How one row's tokens are chosen."""
+class Chooser:
+    """How one row's tokens are chosen.
 
-    transforms: Transforms
-    noise: Noise
+    stream: rows with one seed draw alike at one position unless their streams differ. transforms: those of another row,
+    where they are the same.
+    """
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        processors: Sequence[LogitsProcessor] = (),
+        stream: int = 0,
+        transforms: Transforms | None = None,
+    ) -> None:
+        self.transforms = Transforms(params, processors) if transforms is None else transforms
+        self.noise = Noise(params.seed, stream)
+
+    @property
+    def plain_greedy(self) -> bool:
+        """True if every choice is the argmax of the raw logits."""
+        return self.transforms.greedy and not self.transforms.processors
 
 
 class Sampler:
@@ -146,12 +161,19 @@ class Sampler:
         self, params: SamplingParams, processors: Sequence[LogitsProcessor] = (), streams: Sequence[int] = (0,)
     ) -> None:
         transforms = Transforms(params, processors)
-        self.rows = [Row(transforms, Noise(params.seed, stream)) for stream in streams]
+        self.rows = [Chooser(params, (), stream, transforms) for stream in streams]
+
+    @classmethod
+    def of(cls, rows: Sequence[Chooser]) -> Sampler:
+        """Of rows that each have their own."""
+        made = cls.__new__(cls)
+        made.rows = list(rows)
+        return made
 
     @property
     def plain_greedy(self) -> bool:
         """True if every choice is the argmax of the raw logits."""
-        return all(row.transforms.greedy and not row.transforms.processors for row in self.rows)
+        return all(row.plain_greedy for row in self.rows)
 
     @property
     def sharpness(self) -> float:
@@ -208,15 +230,6 @@ class Sampler:
         """Processed logits [B, T, V] -> int64 [B, T]: each token, or -1 where the logits are not finite."""
         tokens = self.perturb(scores, positions, scores.shape[-1]).argmax(-1)
         return tokens.masked_fill(~scores.amax(-1).isfinite(), -1)
-
-    def forget(self, lengths: Sequence[int]) -> None:
-        """Drop noise that no longer counts: row b has ``lengths[b]`` tokens."""
-        for row, length in zip(self.rows, lengths, strict=True):
-            row.noise.forget(length)
-
-    def select(self, rows: Sequence[int]) -> None:
-        """Keep only ``rows`` of the batch."""
-        self.rows = [self.rows[b] for b in rows]
 
     def join(self, other: Sampler) -> None:
         """Add the rows of ``other`` after those of this sampler."""

@@ -18,8 +18,9 @@ from specdec.api.text import encode
 from specdec.base.errors import SpecDecError
 from specdec.base.terminal import Progress
 from specdec.engine.depth import FixedDepth
-from specdec.engine.loop import Loop
-from specdec.speculation.sampling import Sampler, SamplingParams
+from specdec.engine.engine import Engine
+from specdec.engine.request import Request
+from specdec.speculation.sampling import SamplingParams
 from specdec.train.data import Answer, Prompt, prompt_hash, records
 from specdec.train.output import ANSWERS, writing
 
@@ -86,38 +87,25 @@ def _generate(
     context = decoder.target.context
     if long := [p for p in prompts if len(p) >= context]:
         raise SpecDecError(f"a prompt has {len(long[0])} tokens, the model's context {context}; shorten or remove it")
-    for drawn in (False, True):  # a batch has one temperature
-        kind = [p for p in prompts if bool(sampling.params(p).temperature) == drawn]
-        if kind:
-            yield from _refilled(decoder, sorted(kind, key=len), limit, sampling)  # similar ones are prefilled together
-
-
-def _refilled(
-    decoder: SpecDecoder, prompts: Sequence[tuple[int, ...]], limit: int, sampling: Sampling
-) -> Iterator[Answer]:
-    """The same for prompts of one temperature: row i of the loop answers prompt i."""
     target, ends = decoder.target, decoder.eos_ids()
-    outs: list[list[int]] = [[] for _ in prompts]
-
-    def stop(row: int, token: int) -> str | None:
-        outs[row].append(token)
-        return "eos" if token in ends else None
-
-    def batch(start: int, count: int) -> tuple[list[list[int]], list[int], Sampler]:
-        some = prompts[start : start + count]
-        params = [sampling.params(p) for p in some]
-        sampler = Sampler(replace(params[0], seed=sampling.seed), streams=[p.seed for p in params])
-        return [list(p) for p in some], [min(limit, target.context - len(p)) for p in some], sampler
-
-    rows, limits, sampler = batch(0, ROWS)
-    loop = Loop(target, decoder.drafter, decoder.verifier, sampler, rows, limits, stop, FixedDepth(0))
-    given: set[int] = set()
-    for _ in loop.steps():
-        while len(loop.metrics) < len(prompts) and len(loop.rows) <= ROWS - REFILL:
-            loop.admit(*batch(len(loop.metrics), ROWS - len(loop.rows)))
-        for row in sorted(loop.finished.keys() - given):
-            given.add(row)
-            yield Answer(prompts[row], tuple(outs[row]))
+    engine = Engine(target, decoder.drafter, decoder.verifier, FixedDepth(0), max_rows=ROWS)
+    waiting, running = sorted(prompts, key=len, reverse=True), list[Request]()  # similar ones are prefilled together
+    while waiting or running:
+        if len(running) <= ROWS - REFILL:
+            for _ in range(min(ROWS - len(running), len(waiting))):
+                prompt = waiting.pop()
+                params = sampling.params(prompt)
+                request = Request(
+                    list(prompt), limit, replace(params, seed=sampling.seed), stream=params.seed, eos=ends
+                )
+                engine.submit(request)
+                running.append(request)
+        engine.step()
+        for request in [each for each in running if each.finished is not None]:
+            if request.error is not None:
+                raise request.error
+            running.remove(request)
+            yield Answer(tuple(request.prompt), tuple(request.ids[len(request.prompt) :]))
 
 
 def _written(path: Path, prompts: set[tuple[int, ...]]) -> dict[tuple[int, ...], Answer]:

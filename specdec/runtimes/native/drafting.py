@@ -7,6 +7,7 @@ structures, and of the model only what ``Kernels`` hands over.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -14,9 +15,9 @@ from torch import Tensor, nn
 from specdec.base import cores
 from specdec.runtimes import linear_maps
 from specdec.runtimes.adapters import Adapters
-from specdec.runtimes.cache import KVCache
 from specdec.runtimes.native.library import INT, POINTER, Call, Model, Stage, TreeDraft, done, pointer
 from specdec.runtimes.native.linear import Packed, RowTable
+from specdec.runtimes.row_cache import RowCache
 from specdec.runtimes.tree_drafting import Candidates, DraftPath, Seed
 
 
@@ -36,8 +37,8 @@ class Kernels(Protocol):
     def draft_call(self, lo: int, hi: int, adapters: Adapters) -> tuple[Model, Call]:
         """Layers [lo, hi) with ``adapters`` on one token, for kernels that make masks and states themselves."""
 
-    def place(self, call: Call, cache: KVCache, lo: int, hi: int, count: int) -> Any:
-        """Have ``call`` write to the next ``count`` slots of layers [lo, hi); return what must live as long."""
+    def place(self, call: Call, cache: RowCache, lo: int, hi: int, counts: Sequence[int]) -> tuple[Any, ...]:
+        """Have ``call`` write to the next ``counts`` slots of layers [lo, hi); return what must live as long."""
 
 
 class TreeDrafter:
@@ -80,14 +81,14 @@ class TreeDrafter:
             fits and path.adapters.draft_only and bool(path.segments) and all(each.packed for each in path.projections)
         )
 
-    def __call__(self, target: Kernels, cache: KVCache, seed: Seed, confidence: float) -> Candidates:
+    def __call__(self, target: Kernels, cache: RowCache, seed: Seed, confidence: float) -> Candidates:
         struct, segments = self.struct, self.segments
         final, *carried = (x.contiguous() for x in (seed.final, *seed.carried))
         before = seed.place * final.shape[2] * final.element_size()  # bytes
         self.position[0] = seed.position
         alive = []
         for stage, call, state, (lo, hi) in zip(self.stages, self.calls, carried, segments, strict=False):
-            alive.append(target.place(call, cache, lo, hi, self.drafted))
+            alive.append(target.place(call, cache, lo, hi, [self.drafted]))
             call.threads = cores.threads()
             stage.carried = call.x = state.data_ptr() + before
         struct.root, struct.final, struct.confidence = seed.token, final.data_ptr() + before, confidence

@@ -70,12 +70,17 @@ class Model(ctypes.Structure):
     )
 
 
+class Line(ctypes.Structure):
+    _fields_ = (
+        *((n, INT) for n in ("tokens", "start", "committed", "capacity")),
+        *((n, POINTER) for n in ("keys", "values", "trees")),
+    )
+
+
 class Call(ctypes.Structure):
     _fields_ = (
-        *((n, INT) for n in ("batch", "tokens", "lo", "hi", "start", "threads", "adapted", "windows")),
-        *((n, INT) for n in ("causal", "cache")),
-        *((n, POINTER) for n in ("spans", "x", "positions", "rotary", "keys", "values", "capacity", "masks", "window")),
-        *((n, POINTER) for n in ("taps", "low")),
+        *((n, INT) for n in ("count", "tokens", "lo", "hi", "threads", "adapted", "windows", "cache")),
+        *((n, POINTER) for n in ("lines", "spans", "x", "positions", "rotary", "window", "taps", "low")),
     )
 
 

@@ -122,17 +122,21 @@ typedef struct {
     const Layer *layers;
 } Model;
 
+typedef struct {                 /* a row of a call; the tokens of its rows follow one another */
+    int32_t tokens, start;       /* how many tokens of the call are its own; its first new cache slot */
+    int32_t committed, capacity; /* slots below `committed` hold the positions they are numbered by; slots there are */
+    uint8_t *keys, *values;      /* [layers][kv_heads][capacity] rows of the cache */
+    const uint8_t *const *trees; /* by window kind: [tokens][start + tokens - committed], 1 = visible, every slot before is in
+                                  * sight of the window alone; NULL: a token sees the slots up to its own, within its window */
+} Line;
+
 typedef struct {
-    int32_t batch, tokens, lo, hi, start, threads, adapted, windows; /* start: first new cache slot */
-    int32_t causal, cache;       /* causal: each token sees the slots up to its own, within its window: there are no masks; cache:
-                                  * its kind of rows */
+    int32_t count, tokens, lo, hi, threads, adapted, windows, cache; /* count: of lines; tokens: of all; cache: its kind of rows */
+    const Line *lines;
     const int32_t *spans;        /* by window kind: how many of the last slots are seen; 0: all */
-    bf16 *x;                     /* [batch * tokens, hidden], in and out; unused in a passage */
-    const int64_t *positions;    /* [batch * tokens] */
+    bf16 *x;                     /* [tokens, hidden], in and out; unused in a passage */
+    const int64_t *positions;    /* [tokens] */
     const float *rotary;         /* [position][cosines, sines][rotated / 2] */
-    uint8_t **keys, **values;    /* by layer: rows [batch, kv_heads, capacity] */
-    const int32_t *capacity;     /* by layer: slots */
-    const uint8_t *const *masks; /* by window kind: [batch, tokens, start + tokens], 1 = visible; NULL: all visible */
     const int32_t *window;       /* by layer: its kind */
     bf16 **taps;                 /* by layer, hidden states before it (hi: after the last) or NULL */
     const LowRank *const *low;   /* by layer: its four maps' low-rank terms, or NULL */

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -21,7 +22,7 @@ from specdec.base.errors import SpecDecError
 from specdec.models.blocks import BlockEmbedding, BlockLinear, Blocks, bits, densify, named_weights, quantized
 from specdec.runtimes import llama_like
 from specdec.runtimes.adapters import Adapters
-from specdec.runtimes.cache import KVCache, Mask
+from specdec.runtimes.cache import KVCache
 from specdec.runtimes.checks import check_logits, refuse_unsupported
 from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.native import library, linear
@@ -40,6 +41,7 @@ from specdec.runtimes.native.library import (
     Q8,
     Call,
     Layer,
+    Line,
     LowRank,
     Model,
     done,
@@ -47,6 +49,7 @@ from specdec.runtimes.native.library import (
 )
 from specdec.runtimes.native.linear import Packed, RowTable
 from specdec.runtimes.reference import ByParts
+from specdec.runtimes.row_cache import RowCache, RowMask
 from specdec.runtimes.tree_drafting import Bounds, Candidates, DraftPath, Seed
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
@@ -66,6 +69,7 @@ class NativeTarget(ByParts):
     """
 
     runtime = "native"
+    ragged = True
 
     def __init__(self, model: PreTrainedModel, weights: str = "auto", kv_cache: str = "auto") -> None:
         refuse_unsupported(model)
@@ -127,8 +131,8 @@ class NativeTarget(ByParts):
         memory.release(*_mapped(model))  # of large pages, parts may have come again with their neighbours
         memory.trim()
 
-    def new_cache(self, batch: int = 1) -> KVCache:
-        return KVCache(self.num_layers, batch, rounded=self.cache_rounded)
+    def new_cache(self, batch: int = 1) -> RowCache:
+        return RowCache(self.num_layers, batch, rounded=self.cache_rounded)
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         return self.embedding(ids)
@@ -147,6 +151,7 @@ class NativeTarget(ByParts):
         return y
 
     def grow(self, cache: KVCache, seed: Seed, path: DraftPath, bounds: Bounds) -> Candidates:
+        assert isinstance(cache, RowCache)
         size = bounds.levels, bounds.width
         if (self, size) not in path.made:
             path.made[self, size] = [] if TreeDrafter.serves(self, path, *size) else None
@@ -188,20 +193,25 @@ class NativeTarget(ByParts):
 
     def _call(self, x: Tensor, lo: int, hi: int, given: Pass) -> tuple[Model, Call, list[Any]]:
         """Layers [lo, hi) on ``x`` as the kernels take them, and what must live as long as that."""
-        (batch, t, _), model, low = x.shape, self._model, None
-        mask, adapters, taps = given.mask, given.adapters, given.taps or {}
+        model, low, cache, mask = self._model, None, given.cache, given.mask
+        assert isinstance(cache, RowCache) and isinstance(mask, RowMask)
+        adapters, taps = given.adapters, given.taps or {}
         if adapters is not None and adapters.draft_only and given.adapted is None:
             model = self._merged(adapters, lo, hi)
         elif adapters is not None:
             low = self._low_rank(adapters, lo, hi)
-        masks = [] if mask.causal else [self._mask(mask, window) for window in self.kinds_of_windows]
-        call, positions = self._new_call(batch, t, lo, hi), given.positions.contiguous()
-        alive = [positions, masks, low, self.place(call, given.cache, lo, hi, t)]
-        call.adapted, call.causal = given.adapted or 0, mask.causal
-        call.x, call.positions = x.data_ptr(), positions.data_ptr()
-        if masks:
-            alive.append(mask_table := (POINTER * len(masks))(*map(pointer, masks)))
-            call.masks = ctypes.addressof(mask_table)
+        call, positions = self._new_call(lo, hi), given.positions.contiguous()
+        lines, *alive = self.place(call, cache, lo, hi, mask.counts)
+        alive += [lines, positions, mask, low]
+        call.adapted, call.x, call.positions = given.adapted or 0, x.data_ptr(), positions.data_ptr()
+        if not mask.causal:
+            for row, line in enumerate(lines):
+                if mask.trees[row] is not None:
+                    trees = (POINTER * len(self.kinds_of_windows))(
+                        *(pointer(mask.tree(row, window)) for window in self.kinds_of_windows)
+                    )
+                    line.trees = ctypes.addressof(trees)
+                    alive.append(trees)
         if any(lo <= layer < hi for layer in taps):
             tapped = (POINTER * (self.num_layers + 1))()
             for layer in taps:
@@ -215,37 +225,28 @@ class NativeTarget(ByParts):
 
     def draft_call(self, lo: int, hi: int, adapters: Adapters) -> tuple[Model, Call]:
         """Layers [lo, hi) with draft-only ``adapters`` on one token, for kernels that make masks and states."""
-        call = self._new_call(1, 1, lo, hi)
-        call.causal = 1
-        return self._merged(adapters, lo, hi), call
+        return self._merged(adapters, lo, hi), self._new_call(lo, hi)
 
-    def place(self, call: Call, cache: KVCache, lo: int, hi: int, count: int) -> Any:
-        """Have ``call`` write to the next ``count`` slots of the cache's layers [lo, hi); return what must live."""
-        call.start = cache.reserve(lo, hi, count, self.kv_heads, self.head_dim, torch.bfloat16)
-        call.cache = cache.rounded
-        rotary = self._rotary_tables(call.start + count)  # no position is beyond its slot
-        keys, values, capacity = slots = self._slots(cache)
-        call.rotary, call.capacity = rotary.data_ptr(), ctypes.addressof(capacity)
-        call.keys, call.values = ctypes.addressof(keys), ctypes.addressof(values)
-        return rotary, slots
+    def place(self, call: Call, cache: RowCache, lo: int, hi: int, counts: Sequence[int]) -> tuple[Any, ...]:
+        """Have ``call`` write to the next slots of the cache's layers [lo, hi), ``counts`` of each row.
 
-    def _new_call(self, batch: int, t: int, lo: int, hi: int) -> Call:
+        Returns its lines, and what must live as long.
+        """
+        ahead, rows = cache.lengths[lo] - cache.committed, cache.rows
+        cache.provide(lo, hi, counts, self.kv_heads, self.head_dim, torch.bfloat16)
+        each = zip(rows, counts, cache.places, strict=True)
+        lines = (Line * len(rows))(*(Line(count, n + ahead, n, *place, None) for n, count, place in each))
+        rotary = self._rotary_tables(cache.lengths[lo])  # no position is beyond its slot
+        call.count, call.tokens, call.cache = len(rows), sum(counts), cache.rounded
+        call.lines, call.rotary = ctypes.addressof(lines), rotary.data_ptr()
+        return lines, rotary, cache.data
+
+    def _new_call(self, lo: int, hi: int) -> Call:
         """What a call has that no cache and no states change."""
-        call = Call(batch, t, lo, hi, 0, cores.threads(), 0, len(self.kinds_of_windows))
+        call = Call(0, 0, lo, hi, cores.threads(), 0, len(self.kinds_of_windows))
         call.spans, call.window = ctypes.addressof(self._spans), ctypes.addressof(self._window)
         call.taps = ctypes.addressof(self._untapped)
         return call
-
-    def _slots(self, cache: KVCache) -> tuple[Any, Any, Any]:
-        """By layer, pointers to keys and values in the cache's buffer [2, N, B, Hkv, capacity, row], and capacities."""
-        slots, whole = cache.memo.get("native"), cache.whole
-        if slots is None:
-            assert whole is not None
-            n, begin, (half, step, *_) = self.num_layers, whole.data_ptr(), (s * whole.itemsize for s in whole.stride())
-            keys = (POINTER * n)(*range(begin, begin + half, step))
-            values = (POINTER * n)(*range(begin + half, begin + 2 * half, step))
-            slots = cache.memo["native"] = keys, values, (INT * n)(*[whole.shape[4]] * n)
-        return slots
 
     def head(self, head: nn.Linear | None) -> Packed:
         """The output head, or ``head`` instead, packed at first use."""
@@ -365,13 +366,6 @@ class NativeTarget(ByParts):
                 made = self.rotary(torch.empty(0, dtype=self.dtype), every)
             self.tables = torch.stack([table[0].chunk(2, -1)[0].float() for table in made], 1)
             return self.tables
-
-    def _mask(self, mask: Mask, window: int | None) -> Tensor | None:
-        key = ("native", window)
-        if key not in mask.memo:
-            visible = mask.bool_mask(window)
-            mask.memo[key] = None if visible is None else visible.contiguous()
-        return mask.memo[key]
 
 
 def _round(layer: nn.Module, kind: str) -> None:

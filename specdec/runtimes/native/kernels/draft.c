@@ -6,7 +6,7 @@ typedef struct {        /* a projection, and the layers behind it */
     const Map *projection;        /* of the parts, each divided by its RMS: the residual, the previous final state (, `carried`) */
     const bf16 *carried;    /* [hidden]: the root's previous state where the layers begin */
     const Model *model;     /* the first stage has layers; the last may have none (NULL) */
-    const Call *call;       /* of one token at the first free slot, without masks */
+    const Call *call;       /* of one line's token at the first free slot, without trees */
 } Stage;
 
 typedef struct {        /* a tree that grows from one root, level by level */
@@ -111,7 +111,7 @@ static int run_level(const TreeDraft *g, const Call *calls, const bf16 *x, const
     const Model *m = g->stage[0].model;
     int aimed = 0, widest = 3 * m->hidden, threads = calls->threads, team = 1; /* there may be fewer than we ask for */
     int64_t block = (int64_t)m->hidden * 16, final = g->stages * block;
-    int failed = begin_pass(&p, m, calls, calls->start + calls->tokens, widest);
+    int failed = begin_pass(&p, m, calls, most_slots(calls), widest);
     for (; !failed && aimed < g->stages; aimed++) {
         passes[aimed] = p;
         if (!g->stage[aimed].call) continue;
@@ -152,6 +152,8 @@ EXPORT int KERNEL(draft_tree)(const TreeDraft *g) {
     int64_t block = (int64_t)hidden * 16, first = *like->positions;
     size_t states = 2 * (size_t)block * (g->stages + 1), most = (size_t)g->levels * width;
     Call calls[MOST_STAGES];
+    Line lines[MOST_STAGES];
+    int committed = like->lines->start;
     int64_t positions[MOST_WIDTH] = {first};
     int32_t tokens[MOST_WIDTH] = {g->root}, nodes[MOST_WIDTH] = {0}, origin[MOST_WIDTH] = {0};
     float score[MOST_WIDTH] = {0};
@@ -159,34 +161,31 @@ EXPORT int KERNEL(draft_tree)(const TreeDraft *g) {
     float *fm = allocate(2 * states);
     Best *best = allocate(sizeof(Best) * like->threads);
     uint8_t *paths = calloc(2 * MOST_WIDTH, most + 1); /* of this and the next level: which drafted tokens lie on a path */
-    uint8_t *mask = allocate((size_t)like->windows * width * (like->start + most));
-    const uint8_t *masks[MOST_STAGES];
-    failed = !(x && before && now && fm && best && paths && mask);
+    uint8_t *tree = allocate((size_t)width * (most + 1));
+    const uint8_t **trees = calloc((size_t)like->windows, sizeof *trees); /* by window kind: all the same, as windows are wider */
+    failed = !(x && before && now && fm && best && paths && tree && trees);
     for (int i = 0; !failed && i < g->stages; i++) {
-        if (g->stage[i].call) calls[i] = *g->stage[i].call, memcpy(before + i * block, g->stage[i].carried, 2 * (size_t)hidden);
+        if (g->stage[i].call) calls[i] = *g->stage[i].call, lines[i] = *calls[i].lines, calls[i].lines = lines + i, memcpy(before + i * block, g->stage[i].carried, 2 * (size_t)hidden);
         else memset(before + i * block, 0, 2 * (size_t)hidden);
     }
     if (!failed) memcpy(before + g->stages * block, g->final, 2 * (size_t)hidden);
     for (int level = 0; !failed && level < g->levels; level++) {
-        int slots = like->start + drafted + rows;
+        int behind = drafted + rows;
         uint8_t *path = paths + (level & 1 ? MOST_WIDTH * (most + 1) : 0), *next = paths + (level & 1 ? 0 : MOST_WIDTH * (most + 1));
-        for (int w = 0; w < like->windows; w++) {
-            masks[w] = mask + (size_t)w * width * (like->start + most);
-            for (int r = 0; r < rows; r++) {
-                uint8_t *see = (uint8_t *)masks[w] + (size_t)r * slots;
-                memset(see, 1, (size_t)like->start);
-                path[r * (most + 1) + drafted + r] = 1;
-                memcpy(see + like->start, path + r * (most + 1), (size_t)(drafted + rows));
-                int64_t hidden_ = like->spans[w] ? first + level - like->spans[w] + 1 : 0; /* slots before are out of sight */
-                if (hidden_ > 0) memset(see, 0, (size_t)(hidden_ < like->start ? hidden_ : like->start));
-            }
+        for (int w = 0; w < like->windows; w++) trees[w] = tree;
+        for (int r = 0; r < rows; r++) {
+            path[r * (most + 1) + drafted + r] = 1;
+            memcpy(tree + (size_t)r * behind, path + r * (most + 1), (size_t)behind);
         }
         for (int r = 0; r < rows; r++) {
             positions[r] = first + level;
             read_row(g->embedding, tokens[r], x + (int64_t)r * hidden);
         }
         for (int i = 0; i < g->stages; i++)
-            if (g->stage[i].call) calls[i].tokens = rows, calls[i].start = like->start + drafted, calls[i].positions = positions, calls[i].masks = masks, calls[i].causal = 0;
+            if (g->stage[i].call) {
+                calls[i].tokens = lines[i].tokens = rows, calls[i].positions = positions;
+                lines[i].start = committed + drafted, lines[i].committed = committed, lines[i].trees = trees;
+            }
         failed = run_level(g, calls, x, before, now, best, fm);
         if (failed) break;
         int begun = found, chosen[MOST_WIDTH], some = 0;
@@ -214,6 +213,6 @@ EXPORT int KERNEL(draft_tree)(const TreeDraft *g) {
         }
         drafted += rows, rows = some;
     }
-    free(x), free(before), free(now), free(fm), free(best), free(paths), free(mask);
+    free(x), free(before), free(now), free(fm), free(best), free(paths), free(tree), free(trees);
     return failed ? -1 : found;
 }

@@ -1,14 +1,20 @@
 /* A pass of a team of threads through decoder layers. */
 
 typedef struct {
+    int32_t line, kv, block; /* queries of a line that a key head serves: a block of 16 columns, a token and a head each */
+} Item;
+
+typedef struct {
     const Model *m;
     const Call *c;
-    int rows, blocks, group, column_blocks, slots, ranks;
+    int rows, blocks, group, count, ranks;   /* count: of items */
+    int32_t *line_of, *first;                /* by token: its line; by line: its first token */
+    Item *items;                             /* of attention */
     size_t scored, input, spare, own;        /* a thread's scratch: where its parts begin, its size */
     float *x, *qkv, *cos, *sin;              /* feature_major; cos and sin [block][rotated / 2][16] */
     uint32_t *attended, *inner, *ranked[2];  /* vnni_bf16 */
     bf16 *queries;                           /* [rows, heads, head_dim] */
-    uint16_t **visible;                      /* by window kind: [batch][column block][slots], or NULL */
+    uint16_t **visible;                      /* by window kind and line: [column block][slots], or NULL */
     uint32_t *normed;                        /* of more than one block: all of them, in vnni_bf16, and as maps read them */
     uint8_t *inputs;
     uint8_t *scratch;                        /* by thread: a normed block, attention's scores, a block as a map reads it, and a spare one */
@@ -17,6 +23,8 @@ typedef struct {
 
 enum { SLICE = 512 };          /* tokens of a prompt that go through at once */
 enum { MOST_EXPECTED = 1024 }; /* cached slots that are sent for while the projections run */
+
+static int column_blocks_of(const Pass *p, const Line *line) { return (line->tokens * p->group + 15) / 16; }
 
 /* Tokens from block b0 on, of as many blocks as are multiplied at once. */
 static int tokens_from(const Pass *p, int b0) {
@@ -29,7 +37,7 @@ static int tokens_from(const Pass *p, int b0) {
 static void rank_down(Pass *p, const LowRank *low, const uint32_t *x, uint32_t *ranked, int me, int n) {
     if (!low) return;
     float sums[MOST_BLOCKS * 256] __attribute__((aligned(64)));
-    int from, to, first = p->c->adapted > 0 ? p->c->tokens - p->c->adapted : 0;
+    int from, to, most = p->c->adapted > 0 ? p->c->adapted : p->rows;
     split(low->down.out / 16, me, n, &from, &to);
     for (int b0 = 0; b0 < p->blocks; b0 += MOST_BLOCKS) {
         int tokens = tokens_from(p, b0), blocks = (tokens + 15) / 16;
@@ -37,8 +45,10 @@ static void rank_down(Pass *p, const LowRank *low, const uint32_t *x, uint32_t *
             product(&low->down, NULL, t, from_block(&low->down, x, b0), NULL, tokens, sums);
             for (int b = 0; b < blocks; b++) {
                 uint32_t adapted = 0;
-                for (int lane = 0; lane < 16; lane++)
-                    if (((b0 + b) * 16 + lane) % p->c->tokens >= first) adapted |= 1u << lane;
+                for (int lane = 0; lane < 16; lane++) {
+                    int row = (b0 + b) * 16 + lane, line = p->line_of[row];
+                    if (p->first[line] + p->c->lines[line].tokens - row <= most) adapted |= 1u << lane;
+                }
                 uint32_t *out = ranked + (b0 + b) * input_bytes(low->down.out) / 4;
                 for (int o = 0; o < 16; o += 2) {
                     const float *row = sums + 256 * b + 16 * o;
@@ -91,15 +101,17 @@ static void add_product(Pass *p, const Map *map, const LowRank *low, const uint3
 static void prefetch_cache(const Pass *p, int index, int at, int parts, int me, int n) {
     const Model *m = p->m;
     const Call *c = p->c;
-    int items = c->batch * m->kv_heads, together, from, to;
+    int items = c->count * m->kv_heads, together, from, to;
     const int64_t row = cache_row(c->cache, m->head_dim);
-    split(p->slots < MOST_EXPECTED ? (int)(p->slots * row / 64) : 0, at, parts, &from, &to);
     for (int turn = 0; turn < turns_of(items, n); turn++) {
         int item = item_of(turn, items, me, n, &together);
-        int64_t first = (int64_t)item * c->capacity[index] * row;
-        for (int line = from; line < to; line++) {
-            __builtin_prefetch((c->keys[index] + first + 64 * line), 0, 2);
-            __builtin_prefetch((c->values[index] + first + 64 * line), 0, 2);
+        const Line *line = c->lines + item / m->kv_heads;
+        int slots = line->start + line->tokens;
+        split(slots < MOST_EXPECTED ? (int)(slots * row / 64) : 0, at, parts, &from, &to);
+        int64_t first = ((int64_t)index * m->kv_heads + item % m->kv_heads) * line->capacity * row;
+        for (int at_ = from; at_ < to; at_++) {
+            __builtin_prefetch(line->keys + first + 64 * at_, 0, 2);
+            __builtin_prefetch(line->values + first + 64 * at_, 0, 2);
         }
     }
 }
@@ -182,12 +194,14 @@ static void run_layer(Pass *p, int index, float *scores, int me, int n) {
         const float *weight = kv < 0 ? layer->norm_q : layer->norm_k;
         int64_t at = (int64_t)b * (m->rotated / 2) * 16;
         if (kv < m->kv_heads) rotate(fm, m, weight, p->cos + at, p->sin + at);
-        uint8_t *rows[16], *cached = (kv < m->kv_heads ? c->keys : c->values)[index];
+        uint8_t *rows[16];
         int count = p->rows - 16 * b < 16 ? p->rows - 16 * b : 16;
         for (int lane = 0; lane < count; lane++) {
-            int row = b * 16 + lane, line = row / c->tokens, slot = c->start + row % c->tokens;
+            int row = b * 16 + lane, number = p->line_of[row];
+            const Line *line = c->lines + number;
+            int64_t slot = ((int64_t)index * m->kv_heads + kv % m->kv_heads) * line->capacity + line->start + row - p->first[number];
             rows[lane] = kv < 0 ? (uint8_t *)(p->queries + ((int64_t)row * m->heads + head) * d)
-                                : cached + (((int64_t)line * m->kv_heads + kv % m->kv_heads) * c->capacity[index] + slot) * cached_row;
+                                : (kv < m->kv_heads ? line->keys : line->values) + slot * cached_row;
         }
         if (kv >= 0 && c->cache == CACHE8) put_rows8(fm, d, rows, count);
         else put_rows16(fm, d, rows, count);
@@ -196,26 +210,27 @@ static void run_layer(Pass *p, int index, float *scores, int me, int n) {
 
     uint32_t q[16 * 128] __attribute__((aligned(64)));
     float out[16 * 256] __attribute__((aligned(64)));
-    int items = c->batch * m->kv_heads * p->column_blocks, together;
-    for (int turn = 0; turn < turns_of(items, n); turn++) {
-        int item = item_of(turn, items, me, n, &together);
-        int block = item % p->column_blocks, kv = item / p->column_blocks % m->kv_heads, line = item / p->column_blocks / m->kv_heads;
-        int bit = 0, end = c->tokens * p->group - 16 * block < 16 ? c->tokens * p->group - 16 * block : 16;
+    int together;
+    for (int turn = 0; turn < turns_of(p->count, n); turn++) {
+        Item item = p->items[item_of(turn, p->count, me, n, &together)];
+        const Line *line = c->lines + item.line;
+        int block = item.block, kv = item.kv, slots = line->start + line->tokens, begin = p->first[item.line];
+        int bit = 0, end = line->tokens * p->group - 16 * block < 16 ? line->tokens * p->group - 16 * block : 16;
         if (together) split(end, me, n, &bit, &end); /* by columns */
         int first = 16 * block + bit, columns = end - bit;
         if (!columns) continue;
         memset(q, 0, 32 * d);
         for (int col = 0; col < columns; col++) {
-            int row = line * c->tokens + (first + col) / p->group, head = kv * p->group + (first + col) % p->group;
+            int row = begin + (first + col) / p->group, head = kv * p->group + (first + col) % p->group;
             const uint32_t *pairs = (const uint32_t *)(p->queries + ((int64_t)row * m->heads + head) * d);
             for (int i = 0; i < d / 2; i++) q[16 * i + col] = pairs[i];
         }
-        int64_t cached = ((int64_t)line * m->kv_heads + kv) * c->capacity[index] * cached_row;
-        const uint16_t *visible = p->visible[c->window[index]];
-        if (visible) visible += ((int64_t)line * p->column_blocks + block) * p->slots;
-        attend(c->cache, c->keys[index] + cached, c->values[index] + cached, p->slots, d, q, columns, visible, bit, m->scale, p->column_blocks == 1, scores, out);
+        int64_t cached = ((int64_t)index * m->kv_heads + kv) * line->capacity * cached_row;
+        const uint16_t *visible = p->visible[c->window[index] * c->count + item.line];
+        if (visible) visible += (int64_t)block * slots;
+        attend(c->cache, line->keys + cached, line->values + cached, slots, d, q, columns, visible, bit, m->scale, column_blocks_of(p, line) == 1, scores, out);
         for (int col = 0; col < columns; col++) {
-            int row = line * c->tokens + (first + col) / p->group, head = kv * p->group + (first + col) % p->group;
+            int row = begin + (first + col) / p->group, head = kv * p->group + (first + col) % p->group;
             uint32_t *lane = p->attended + ((int64_t)(row / 16) * m->heads * d + head * d) * 8 + row % 16;
             for (int i = 0; i < d; i += 16) {
                 uint32_t pairs[8] __attribute__((aligned(32)));
@@ -258,23 +273,21 @@ static void run_layer(Pass *p, int index, float *scores, int me, int n) {
 #undef LOW
 }
 
-/* For each key and 16 columns (a token and a query head of the group each), which columns see it. mask NULL: the last
- * `span` keys up to a token's own, or all of them. */
-static uint16_t *columns_that_see(const Pass *p, const uint8_t *mask, int span) {
-    const Call *c = p->c;
-    uint16_t *out = allocate(2 * (size_t)c->batch * p->column_blocks * p->slots + 32);
+/* For each key of a line and 16 columns, which columns see it, by the line's trees or causally, through windows of `kind`. */
+static uint16_t *columns_that_see(const Pass *p, int number, int kind) {
+    const Line *line = p->c->lines + number;
+    int slots = line->start + line->tokens, behind = slots - line->committed, span = p->c->spans[kind];
+    size_t bytes = 2 * (size_t)column_blocks_of(p, line) * slots;
+    uint16_t *out = allocate(bytes + 32);
     if (!out) return NULL;
-    memset(out, 0, 2 * (size_t)c->batch * p->column_blocks * p->slots);
-    for (int line = 0; line < c->batch; line++)
-        for (int col = 0; col < c->tokens * p->group; col++) {
-            int token = col / p->group, end = mask ? p->slots : c->start + token + 1, first = span && span < end ? end - span : 0;
-            const uint8_t *see = mask ? mask + ((int64_t)line * c->tokens + token) * p->slots : NULL;
-            uint16_t *to = out + ((int64_t)line * p->column_blocks + col / 16) * p->slots, bit = (uint16_t)(1 << col % 16);
-            if (mask)
-                for (int s = 0; s < end; s++) to[s] |= see[s] ? bit : 0;
-            else
-                for (int s = first; s < end; s++) to[s] |= bit;
-        }
+    memset(out, 0, bytes);
+    for (int col = 0; col < line->tokens * p->group; col++) {
+        int token = col / p->group, end = line->trees ? line->committed : line->start + token + 1;
+        int64_t last = line->trees ? p->c->positions[p->first[number] + token] + 1 : end, first = span && span < last ? last - span : 0;
+        uint16_t *to = out + (int64_t)(col / 16) * slots, bit = (uint16_t)(1 << col % 16);
+        for (int64_t s = first; s < end; s++) to[s] |= bit;
+        for (int s = 0; line->trees && s < behind; s++) to[line->committed + s] |= line->trees[kind][(int64_t)token * behind + s] ? bit : 0;
+    }
     return out;
 }
 
@@ -292,12 +305,33 @@ static void run_layers(Pass *p, int me, int n) {
     }
 }
 
+/* Which tokens and what work of attention each line has. */
+static void lay_out(Pass *p, const Call *c) {
+    int row = 0;
+    Item *item = p->items;
+    for (int l = 0; l < c->count; l++) {
+        p->first[l] = row;
+        for (int end = row + c->lines[l].tokens; row < end; row++) p->line_of[row] = l;
+        for (int kv = 0; kv < p->m->kv_heads; kv++)
+            for (int block = 0; block < column_blocks_of(p, c->lines + l); block++) *item++ = (Item){l, kv, block};
+    }
+    for (; row < 16 * p->blocks; row++) p->line_of[row] = c->count - 1; /* lanes without a token */
+}
+
+/* The most slots that a line of a call has, its tokens included. */
+static int most_slots(const Call *c) {
+    int most = 0;
+    for (int l = 0; l < c->count; l++)
+        if (c->lines[l].start + c->lines[l].tokens > most) most = c->lines[l].start + c->lines[l].tokens;
+    return most;
+}
+
 /* Room for passes of `m` over so many tokens as `c` has, over at most `slots` cached ones, whose maps read at most
  * `widest` inputs besides the layers' own. Returns 0, or -1 without memory. `end` in any case. */
 static int begin_pass(Pass *p, const Model *m, const Call *c, int slots, int widest) {
     memset(p, 0, sizeof *p);
-    p->m = m, p->rows = c->batch * c->tokens, p->blocks = (p->rows + 15) / 16, p->group = m->heads / m->kv_heads;
-    p->column_blocks = (c->tokens * p->group + 15) / 16;
+    p->m = m, p->rows = c->tokens, p->blocks = (p->rows + 15) / 16, p->group = m->heads / m->kv_heads;
+    for (int l = 0; l < c->count; l++) p->count += m->kv_heads * column_blocks_of(p, c->lines + l);
     int total = (m->heads + 2 * m->kv_heads) * m->head_dim, half = m->rotated / 2;
     size_t blocks = (size_t)p->blocks;
     for (int l = c->lo; c->low && l < c->hi; l++)
@@ -312,6 +346,9 @@ static int begin_pass(Pass *p, const Model *m, const Call *c, int slots, int wid
     p->ranked[0] = allocate(blocks * input_bytes(p->ranks + 2));
     p->ranked[1] = allocate(blocks * input_bytes(p->ranks + 2));
     p->queries = allocate(2 * (size_t)p->rows * m->heads * m->head_dim);
+    p->line_of = allocate(64 * blocks);
+    p->first = allocate(4 * (size_t)c->count);
+    p->items = allocate(sizeof(Item) * (size_t)p->count);
     if (widest < m->hidden) widest = m->hidden;
     p->scored = (32 * (size_t)widest + 63) / 64 * 64;
     if (widest < m->inner) widest = m->inner;
@@ -323,8 +360,10 @@ static int begin_pass(Pass *p, const Model *m, const Call *c, int slots, int wid
     size_t shared = blocks > 1 ? blocks : 0;
     p->normed = allocate(32 * shared * m->hidden + 1);
     p->inputs = allocate(shared * most_block_bytes(widest) + 1);
-    if (!(p->x && p->qkv && p->cos && p->sin && p->attended && p->inner && p->ranked[0] && p->ranked[1] && p->queries && p->normed && p->inputs && p->scratch))
+    if (!(p->x && p->qkv && p->cos && p->sin && p->attended && p->inner && p->ranked[0] && p->ranked[1] && p->queries && p->normed && p->inputs && p->scratch &&
+          p->line_of && p->first && p->items))
         return -1;
+    lay_out(p, c);
     memset(p->attended, 0, 32 * blocks * m->heads * m->head_dim);
     memset(p->cos, 0, 64 * blocks * half);
     memset(p->sin, 0, 64 * blocks * half);
@@ -339,28 +378,32 @@ static int begin_pass(Pass *p, const Model *m, const Call *c, int slots, int wid
 static void end_pass(Pass *p) {
     free(p->x), free(p->qkv), free(p->cos), free(p->sin), free(p->attended), free(p->inner), free(p->ranked[0]);
     free(p->ranked[1]), free(p->queries), free(p->normed), free(p->inputs), free(p->scratch);
+    free(p->line_of), free(p->first), free(p->items);
 }
 
 /* Aim a pass at a call's cached tokens. Returns 0, or -1 without memory. `leave` in any case. */
 static int bind_cache(Pass *p, const Call *c) {
-    p->c = c, p->slots = c->start + c->tokens;
+    p->c = c;
     memset(&p->barrier, 0, sizeof p->barrier);
-    p->visible = calloc((size_t)c->windows, sizeof *p->visible);
+    p->visible = calloc((size_t)c->windows * c->count, sizeof *p->visible);
     for (int w = 0; p->visible && w < c->windows; w++)
-        if (c->causal ? c->tokens > 1 || (c->spans[w] && c->spans[w] < p->slots) : c->masks[w] != NULL)
-            if (!(p->visible[w] = columns_that_see(p, c->causal ? NULL : c->masks[w], c->spans[w]))) return -1;
+        for (int l = 0; l < c->count; l++) {
+            const Line *line = c->lines + l;
+            int limited = c->spans[w] && c->spans[w] < line->start + line->tokens;
+            if ((line->trees || line->tokens > 1 || limited) && !(p->visible[w * c->count + l] = columns_that_see(p, l, w))) return -1;
+        }
     return p->visible ? 0 : -1;
 }
 
 static void unbind_cache(Pass *p) {
-    for (int w = 0; p->visible && w < p->c->windows; w++) free(p->visible[w]);
+    for (int i = 0; p->visible && i < p->c->windows * p->c->count; i++) free(p->visible[i]);
     free(p->visible);
 }
 
 /* Run layers [lo, hi) of a call on all its tokens at once. */
 static int run_call(const Model *m, const Call *c) {
     Pass p;
-    int failed = begin_pass(&p, m, c, c->start + c->tokens, 0) | bind_cache(&p, c);
+    int failed = begin_pass(&p, m, c, most_slots(c), 0) || bind_cache(&p, c);
     if (!failed) {
         to_blocks(c->x, p.rows, m->hidden, p.x);
 #pragma omp parallel num_threads(c->threads)
@@ -374,21 +417,23 @@ static int run_call(const Model *m, const Call *c) {
         }
         if (c->taps[c->hi]) memcpy(c->taps[c->hi], c->x, 2 * (size_t)p.rows * m->hidden);
     }
-    unbind_cache(&p), end_pass(&p);
+    if (p.c) unbind_cache(&p);
+    end_pass(&p);
     return failed;
 }
 
 /* Run layers [lo, hi) of a call. Returns 0, or -1 without memory; hidden states and cached slots are undefined then. Long
  * prompts go through in slices, so that memory does not grow with them. */
 EXPORT int KERNEL(layers)(const Model *m, const Call *c) {
-    if (c->batch > 1 || !c->causal || c->tokens <= SLICE) return run_call(m, c);
+    if (c->count > 1 || c->lines->trees || c->tokens <= SLICE) return run_call(m, c);
     int failed = 0;
     for (int first = 0; !failed && first < c->tokens; first += SLICE) {
         Call part = *c;
+        Line line = *c->lines;
         bf16 *taps[c->hi + 1];
         int plain = c->adapted > 0 ? c->tokens - c->adapted - first : 0; /* tokens of the slice before those with adapters */
         part.tokens = c->tokens - first < SLICE ? c->tokens - first : SLICE;
-        part.start += first, part.x += (int64_t)first * m->hidden, part.positions += first, part.taps = taps;
+        part.lines = &line, line.tokens = part.tokens, line.start += first, part.x += (int64_t)first * m->hidden, part.positions += first, part.taps = taps;
         for (int l = c->lo; l <= c->hi; l++) taps[l] = c->taps[l] ? c->taps[l] + (int64_t)first * m->hidden : NULL;
         part.adapted = plain > 0 ? part.tokens - plain : 0;
         if (plain >= part.tokens) part.low = NULL;

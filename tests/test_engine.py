@@ -1,4 +1,4 @@
-"""The loop returns what plain decoding returns, whatever is drafted: oracles, batches, ends. (Drafters: test_matrix)"""
+"""A step returns what plain decoding returns, whatever is drafted: oracles, batches, ends. (Drafters: test_matrix)"""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ import pytest
 import torch
 from conftest import Scripted, greedy_reference, tiny_model
 from transformers import LogitsProcessor, PreTrainedModel
-from zoo import PROMPTS, every, m2r2, run
+from zoo import PROMPTS, every, m2r2, new_tokens, run, together
 
 from specdec import SpecDecError
 from specdec.drafters.early_exit import EarlyExitDrafter
 from specdec.drafters.none import NoDrafter
 from specdec.engine.depth import FixedDepth
-from specdec.engine.loop import Loop
+from specdec.engine.engine import Engine
+from specdec.engine.request import Request
 from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.reference import ReferenceTarget
 from specdec.speculation.draft import Draft, DrafterWarning, State
-from specdec.speculation.sampling import Sampler, SamplingParams, streams
+from specdec.speculation.sampling import SamplingParams
 from specdec.verifiers.exact import ExactVerifier
 
 
@@ -106,17 +107,9 @@ def test_scoring_runs_no_layer_twice_for_what_the_draft_computed(llama: PreTrain
 
     target.layers = spy  # type: ignore[method-assign]
     drafter.bind(target)
-    loop = Loop(
-        target,
-        drafter,
-        ExactVerifier(),
-        Sampler(SamplingParams()),
-        [PROMPTS[0]],
-        [40],
-        lambda r, t: None,
-        FixedDepth(4),
-    )
-    rounds = loop.steps()
+    engine = Engine(target, drafter, ExactVerifier(), FixedDepth(4))
+    engine.submit(Request(PROMPTS[0], 40))
+    rounds = engine.steps()
     next(rounds)
     calls.clear()
     next(rounds)
@@ -152,14 +145,11 @@ def test_custom_processors_see_the_path_to_their_node(llama: PreTrainedModel) ->
     target = ReferenceTarget(llama)
     drafter = Scripted(lambda ids, limit: [(4, 0), (5, 0), (6, 1), (7, 2), (7, 1)] if limit > 1 else [(4, 0), (5, 0)])
     drafter.bind(target)
-    sampler = Sampler(SamplingParams(), [OnlyOddAfterEven()])
-    loop = Loop(target, drafter, ExactVerifier(), sampler, [PROMPTS[0]], [20], lambda r, t: None, FixedDepth(4))
-    ids = list(PROMPTS[0])
-    for events in loop.steps():
-        ids += events[0][1]
-    plain = Loop(target, NoDrafter(), ExactVerifier(), sampler, [PROMPTS[0]], [20], lambda r, t: None, FixedDepth(1))
-    assert ids[4:] == [t for events in plain.steps() for t in events[0][1]]
-    assert all((a + b) % 2 for a, b in pairwise(ids))
+    drafted, plain = (Request(PROMPTS[0], 20, processors=[OnlyOddAfterEven()]) for _ in range(2))
+    together(target, drafter, [drafted], FixedDepth(4))
+    together(target, NoDrafter(), [plain], FixedDepth(1))
+    assert drafted.ids == plain.ids
+    assert all((a + b) % 2 for a, b in pairwise(drafted.ids))
 
 
 def test_output_ends_at_eos_inside_a_draft(llama: PreTrainedModel) -> None:
@@ -170,11 +160,10 @@ def test_output_ends_at_eos_inside_a_draft(llama: PreTrainedModel) -> None:
     script = lambda ids, limit: [(t, i) for i, t in enumerate(expected[len(ids) - len(prompt) :][:limit])]  # noqa: E731
     drafter = Scripted(script)
     drafter.bind(target)
-    stop = lambda row, token: "eos" if token == end else None  # noqa: E731
-    loop = Loop(target, drafter, ExactVerifier(), Sampler(SamplingParams()), [prompt], [20], stop, FixedDepth(7))
-    out = [t for events in loop.steps() for t in events[0][1]]
-    assert out == cut and loop.finished == {0: "eos"}
-    assert sum(loop.metrics[0].per_step_accepted) <= len(cut)
+    request = Request(prompt, 20, eos=frozenset([end]))
+    together(target, drafter, [request], FixedDepth(7))
+    assert new_tokens(request) == cut and request.finished == "eos"
+    assert sum(request.metrics.per_step_accepted) <= len(cut)
 
 
 def test_generation_stops_at_the_context_limit() -> None:
@@ -187,11 +176,14 @@ def test_generation_stops_at_the_context_limit() -> None:
 
 
 def test_long_prompts_are_prefilled_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("specdec.runtimes.prefill.CHUNK", 3)
     model = tiny_model("mistral")
     target, expected = ReferenceTarget(model), [greedy_reference(model, p, 12) for p in PROMPTS]
+    monkeypatch.setattr("specdec.runtimes.prefill.CHUNK", 3)
     for name, drafter in every(target).items():
-        assert run(target, drafter, PROMPTS, 12)[0] == expected, name
+        drafter.bind(target)
+        requests = [Request(prompt, 12, eos=frozenset([2])) for prompt in PROMPTS]
+        together(target, drafter, requests, FixedDepth(4), prefill_chunk=3)
+        assert [new_tokens(request) for request in requests] == expected, name
 
 
 # -- what goes wrong --------------------------------------------------------------------------------------------------
@@ -214,7 +206,6 @@ def test_logits_that_are_not_finite_end_it_with_one_error_and_lose_nothing(
     llama: PreTrainedModel, temperature: float, prompts: list[list[int]]
 ) -> None:
     whole, _ = run(ReferenceTarget(llama), NoDrafter(), prompts, 20, eos=None, temperature=temperature)
-    out: list[list[int]] = [[] for _ in prompts]
     target = Breaks(llama)
     ahead = {tuple(p): row for p, row in zip(prompts, whole, strict=True)}
 
@@ -224,14 +215,10 @@ def test_logits_that_are_not_finite_end_it_with_one_error_and_lose_nothing(
 
     drafter = Scripted(script)  # the broken position lies inside an accepted draft
     drafter.bind(target)
-    sampler = Sampler(SamplingParams(temperature), streams=streams(prompts))
-    generation = Loop(
-        target, drafter, ExactVerifier(), sampler, prompts, [20] * len(prompts), lambda r, t: None, FixedDepth(3)
-    )
+    requests = [Request(prompt, 20, SamplingParams(temperature)) for prompt in prompts]
     with pytest.raises(SpecDecError, match=r"logits are not finite at position 9.*float32"):
-        for events in generation.steps():
-            for row, tokens in events:
-                out[row] += tokens
+        together(target, drafter, requests, FixedDepth(3))
+    out = [new_tokens(request) for request in requests]
     longest = max(prompts, key=len)
     assert len(longest) + len(out[prompts.index(longest)]) == 9
     assert all(tokens == right[: len(tokens)] for tokens, right in zip(out, whole, strict=True))
@@ -261,7 +248,7 @@ def test_a_faulty_drafter_is_dropped_and_decoding_goes_on(llama: PreTrainedModel
     assert out == [greedy_reference(llama, PROMPTS[0], 20)] and calls == 3
 
 
-@pytest.mark.parametrize("method", ["start", "observe", "select"])
+@pytest.mark.parametrize("method", ["start", "begin", "observe", "end"])
 def test_a_drafter_that_fails_elsewhere_is_dropped_too(llama: PreTrainedModel, method: str) -> None:
     right = [greedy_reference(llama, prompt, 20) for prompt in PROMPTS]
     drafter = Scripted(lambda ids, limit: [(right[0][len(ids) - 4], 0)] if ids[:4] == PROMPTS[0] else [])  # ends first
@@ -314,13 +301,12 @@ def test_guests_keep_their_own_sampler(llama: PreTrainedModel) -> None:
     target = ReferenceTarget(llama)
     host, guest = SamplingParams(1.2, seed=3), SamplingParams(2.0, top_k=9, seed=8)
     right = [run(target, NoDrafter(), [PROMPTS[i]], 12, eos=None, **vars(p))[0][0] for i, p in enumerate((host, guest))]
-    out: dict[int, list[int]] = {0: [], 1: []}
-    stop = lambda row, token: None  # noqa: E731
-    generation = Loop(target, NoDrafter(), ExactVerifier(), Sampler(host), PROMPTS[:1], [12], stop, FixedDepth(0))
-    rounds = generation.steps()
-    out[0] += next(rounds)[0][1] + next(rounds)[0][1]
-    out[1] += generation.admit(PROMPTS[1:2], [12], Sampler(guest))[0][1]
-    for events in rounds:
-        for row, tokens in events:
-            out[row] += tokens
-    assert [out[0], out[1]] == right
+    requests = [Request(PROMPTS[0], 12, host), Request(PROMPTS[1], 12, guest)]
+    engine = Engine(target, NoDrafter(), ExactVerifier(), FixedDepth(0))
+    engine.submit(requests[0])
+    rounds = engine.steps()
+    next(rounds), next(rounds)
+    engine.submit(requests[1])
+    for _ in rounds:
+        pass
+    assert [new_tokens(request) for request in requests] == right

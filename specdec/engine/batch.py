@@ -1,0 +1,237 @@
+"""The running rows, and one step of them: draft, score, verify, commit, for every drafter and every acceptance rule.
+
+Knows no drafter, no text and no command line: tokens in, tokens out.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from specdec.base.errors import NotFiniteError
+from specdec.engine.depth import DepthPolicy
+from specdec.engine.metrics import Ledger
+from specdec.engine.request import Request
+from specdec.engine.scoring import Scores, score
+from specdec.runtimes.cache import KVCache
+from specdec.runtimes.prefill import run_tokens
+from specdec.runtimes.target import Target
+from specdec.speculation.draft import Acceptance, Draft, Drafter, DrafterWarning, State, Verifier, check_draft
+from specdec.speculation.sampling import Sampler
+
+NOTHING = torch.empty(0)
+
+
+class Batch:
+    """Rows that decode together; they come and go between steps.
+
+    A drafter that fails, or proposes what cannot be scored, is dropped with a DrafterWarning; decoding goes on plainly.
+    """
+
+    def __init__(self, target: Target, drafter: Drafter, verifier: Verifier, policy: DepthPolicy) -> None:
+        self.target, self.verifier, self.policy = target, verifier, policy
+        self.drafter: Drafter | None = drafter
+        self.rows: list[Request] = []
+        self.cache = target.new_cache(0)
+        self.ledger = Ledger(target.device)
+        self.state = State(target, self.cache, Sampler.of([]), [], threshold=verifier.threshold)
+        with self._drafting():
+            drafter.start()
+
+    # -- rows come and go ---------------------------------------------------------------------------------------------
+
+    def begin(self, row: Request) -> None:
+        """A row is admitted: what is kept of it begins."""
+        row.memory, row.metrics.num_layers = None, self.target.num_layers
+        if row.known is None:
+            row.known = self.policy.begin()
+        if self.drafter is not None:
+            with self._drafting():
+                row.memory = self.drafter.begin()
+
+    @torch.inference_mode()
+    def prefill(self, rows: Sequence[Request], cache: KVCache, counts: Sequence[int]) -> list[Request]:
+        """Run the next ``counts`` tokens of the rows, whose ``cache`` this is; return those that have been run whole.
+
+        Each of these has its next token then, -1 where the logits are not finite, as ``chosen``.
+        """
+        parts = [row.ids[n : n + count] for row, n, count in zip(rows, cache.rows, counts, strict=True)]
+        taps = self._taps()
+        last = run_tokens(self.target, cache, parts, taps)  # (B, 1, D)
+        self._observe([row.memory for row in rows], [[0] if part else [] for part in parts], taps)
+        whole = [b for b, (row, n) in enumerate(zip(rows, cache.rows, strict=True)) if n == len(row.ids)]
+        done = [rows[b] for b in whole]
+        if done:
+            for row, token in zip(done, self._choose(done, last[whole]), strict=True):
+                row.chosen = token
+        self.ledger.mark("prefill")
+        return done
+
+    def _choose(self, rows: Sequence[Request], last: Tensor) -> list[int]:
+        """The token after each row's last one, whose final states [B, 1, D] these are."""
+        sampler = Sampler.of([row.sampling for row in rows])
+        if sampler.plain_greedy:
+            [chosen] = self.target.choose(last)
+        else:
+            scores = sampler.scores(self.target.readout(last), lambda: [[row.ids] for row in rows])  # (B, 1, V)
+            chosen = sampler.choose(scores, [[len(row.ids)] for row in rows]).tolist()
+        return [token for [token] in chosen]
+
+    def join(self, rows: Sequence[Request], cache: KVCache) -> None:
+        """Add rows that have been run, with their cache."""
+        if self.rows:
+            self.cache.join(cache)
+        else:
+            self.cache = cache
+        self.rows += rows
+        self._gather()
+
+    def keep(self, rows: Sequence[Request]) -> None:
+        """Let all other rows go."""
+        alive = [b for b, row in enumerate(self.rows) if row in rows]
+        if len(alive) == len(self.rows):
+            return
+        if alive:
+            self.cache.select(close_up(alive))
+        else:
+            self.cache = self.target.new_cache(0)
+        self.rows = [self.rows[b] for b in close_up(alive)]
+        self._gather()
+
+    def clear(self) -> None:
+        """Let all rows go."""
+        self.rows, self.cache = [], self.target.new_cache(0)
+        self._gather()
+
+    def _gather(self) -> None:
+        rows = self.rows
+        sampler = Sampler.of([row.sampling for row in rows])
+        memory = [row.memory for row in rows]
+        self.state = replace(
+            self.state, cache=self.cache, sampler=sampler, ids=[row.ids for row in rows], memory=memory
+        )
+
+    # -- a step -------------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def step(self) -> list[tuple[list[int], list[int]]]:
+        """Draft, score, verify, commit; return each row's new tokens, and their depths in the draft."""
+        depths = self._budget()
+        self.ledger.begin()
+        draft = self._draft(depths)
+        self.ledger.mark("draft")
+        scores = self._score(draft)
+        self.ledger.mark("score")
+        accepted = self.verifier.verify(draft, scores.chosen, scores.p)
+        self.ledger.mark("accept")
+        self.cache.commit(scores.slots(accepted.paths))
+        self._observe(self.state.memory, accepted.paths, scores.taps)
+        self.ledger.mark("commit")
+        self._learn(draft, accepted, scores.count)
+        drafted, places = draft.lists(), draft.depths()
+        new = []
+        for b, (path, token) in enumerate(zip(accepted.paths, accepted.next_tokens, strict=True)):
+            new.append(
+                ([drafted[b][node - 1] for node in path[1:]] + [token], [places[node] for node in path[1:]] + [0])
+            )
+        return new
+
+    def _budget(self) -> list[int]:
+        """How deep to draft for each row in this step."""
+        state, rows = self.state, self.rows
+        choice = self.policy.choose(len(rows), [row.known for row in rows])
+        state.exit, state.prices = choice.exit, choice.prices
+        depths, context = list(choice.depths or [choice.depth] * len(rows)), self.target.context - 1
+        for b, row in enumerate(rows):
+            # A lossy rule's text may depend on the depth: there the limit does not bound it.
+            most = min(depths[b], row.left - 1) if self.verifier.lossless else depths[b]
+            most = min(most, context - self.cache.rows[b])
+            depths[b] = max(most, 0) if row.draft and self.drafter is not None else 0
+        self.ledger.mark("overhead")
+        return depths
+
+    def _draft(self, depths: list[int]) -> Draft:
+        """What the drafter proposes, at most ``depths`` deep, if it can be scored; else nothing."""
+        state, limit = self.state, max(depths)
+        if limit and self.drafter is not None:
+            with self._drafting():
+                draft = self.drafter.propose(state, limit)
+                fault = check_draft(draft, len(self.rows), limit, self.target.vocab_size)
+                if fault is None:
+                    for b in draft.within(depths):
+                        self.drafter.withdraw(state.memory[b])
+                    return draft
+                self._drop(f"proposed a draft that cannot be scored: {fault}")
+        self.cache.roll_back()  # what a drafter that failed has left there
+        return Draft.empty(len(self.rows), self.cache.device)
+
+    def _score(self, draft: Draft) -> Scores:
+        scores = score(self.state, draft, self._taps(), self.verifier)
+        if scores.fault is not None:
+            self._drop(f"proposed tokens that cannot be scored: {scores.fault}")
+        return scores
+
+    def _learn(self, draft: Draft, accepted: Acceptance, scored: int) -> None:
+        """Book what was drafted and accepted in each row's metrics, and let the depth policy see what the step took."""
+        drafted, depths, deepest = draft.lists(), draft.depths(), []
+        for b, (row, path) in enumerate(zip(self.rows, accepted.paths, strict=True)):
+            nodes = [node for node, token in enumerate(drafted[b], start=1) if token >= 0]
+            deepest.append(max((depths[node] for node in nodes), default=0))
+            row.metrics.step(deepest[-1], len(nodes), len(path) - 1)
+            if self.verifier.threshold is not None and draft.layers is not None:
+                row.metrics.exit_layers += draft.layers[b, [node - 1 for node in path[1:]]].tolist()
+        step, known = self.ledger.step, [row.known for row in self.rows]
+        rest = step["score"] + step["accept"] + step["commit"]
+        taken = [len(path) - 1 for path in accepted.paths]
+        self.policy.observe(deepest, taken, scored, step["draft"], rest, known)
+        self.ledger.mark("overhead")
+
+    # -- the drafter, which must not end a request --------------------------------------------------------------------
+
+    @contextmanager
+    def _drafting(self) -> Iterator[None]:
+        try:
+            yield
+        except DrafterWarning:  # where warnings are errors
+            raise
+        except Exception as error:
+            self._drop(f"failed ({type(error).__name__}: {error})")
+
+    def _drop(self, why: str) -> None:
+        """Go on without the drafter."""
+        assert self.drafter is not None
+        warnings.warn(f"drafter '{self.drafter.name}' {why}; decoding goes on without it", DrafterWarning, stacklevel=2)
+        self.drafter = None
+
+    def _taps(self) -> dict[int, Tensor]:
+        return dict.fromkeys(self.drafter.taps if self.drafter is not None else (), NOTHING)
+
+    def _observe(self, memory: list[object], paths: list[list[int]], taps: dict[int, Tensor]) -> None:
+        if self.drafter is not None:
+            with self._drafting():
+                self.drafter.observe(memory, paths, taps)
+
+    def end(self, row: Request) -> None:
+        """A row has left for good."""
+        if self.drafter is not None:
+            with self._drafting():
+                self.drafter.end(row.memory, row.ids)
+
+
+def not_finite(target: Target, row: Request, number: int | None) -> NotFiniteError:
+    """The error of a row, whose next token cannot be chosen. number: of the row, where there are several."""
+    where = f"position {len(row.ids)}" + (f" of row {number}" if number is not None else "")
+    remedy = "use --dtype float32" if target.dtype == torch.float16 else "the checkpoint may be damaged; get it again"
+    return NotFiniteError(f"the model's logits are not finite at {where} ({target.dtype}); {remedy}")
+
+
+def close_up(alive: list[int]) -> list[int]:
+    """The rows that go on, in an order that moves few of them: the last ones take the places of those that ended."""
+    count = len(alive)
+    stay, last = {b for b in alive if b < count}, iter([b for b in alive if b >= count])
+    return [b if b in stay else next(last) for b in range(count)]

@@ -1,0 +1,181 @@
+"""A request, and what its sender holds of it: tokens as they come, figures, and a way to give it up."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import LogitsProcessor
+
+from specdec.base.errors import SpecDecError
+from specdec.engine.metrics import RequestMetrics
+from specdec.speculation.sampling import Chooser, SamplingParams
+
+
+@dataclass(eq=False)
+class Request:
+    """A row of the engine's batch.
+
+    prompt: token ids. limit: most new tokens. params, processors, stream: how tokens are chosen; requests with one seed
+    draw alike unless their streams differ. eos: tokens that end it. stop: called for each new token in order, where the
+    engine runs; returns a finish reason, or None. draft: whether the drafter drafts for it.
+    """
+
+    prompt: list[int]
+    limit: int
+    params: SamplingParams = field(default_factory=SamplingParams)
+    processors: Sequence[LogitsProcessor] = ()
+    stream: int = 0
+    eos: frozenset[int] = frozenset()
+    stop: Callable[[int], str | None] | None = None
+    draft: bool = True
+    chooser: Chooser | None = None  # instead of params, processors and stream
+
+    # What the engine keeps of it
+    ids: list[int] = field(init=False)  # prompt and output; the last one, the root, is not yet cached
+    metrics: RequestMetrics = field(init=False)
+    memory: Any = field(init=False, default=None)  # the drafter's
+    known: Any = field(init=False, default=None)  # the depth policy's
+    finished: str | None = field(init=False, default=None)
+    error: SpecDecError | None = field(init=False, default=None)
+    cancelled: bool = field(init=False, default=False)
+    submitted: float = field(init=False, default=0.0)
+    begun: dict[str, float] | None = field(init=False, default=None)  # the engine's ledger when it was admitted
+    chosen: int = field(init=False, default=-1)  # the token after a prompt
+    handle: Handle | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        self.ids = list(self.prompt)
+        self.metrics = RequestMetrics(len(self.prompt))
+        if self.chooser is None:
+            self.chooser = Chooser(self.params, self.processors, self.stream)
+
+    @property
+    def sampling(self) -> Chooser:
+        assert self.chooser is not None
+        return self.chooser
+
+    @property
+    def left(self) -> int:
+        """Most tokens that may still come."""
+        return self.limit - self.metrics.num_new_tokens
+
+    def take(self, tokens: Sequence[int]) -> list[int]:
+        """Add new tokens, up to where plain decoding would end; return those added."""
+        kept: list[int] = []
+        for token in tokens:
+            if token < 0:  # the model's logits are not finite
+                break
+            kept.append(token)
+            self.metrics.num_new_tokens += 1
+            try:
+                self.finished = self._reason(token)
+            except Exception as error:  # of its stop rule: it must not end others
+                self.finished, self.error = "error", failure(error)
+            if self.finished is not None:
+                break
+        self.ids += kept
+        self.sampling.noise.forget(len(self.ids))
+        return kept
+
+    def settle(self, ledger: dict[str, float]) -> None:
+        """The request has ended: its own ledger is what it has seen of the engine's."""
+        begun = ledger if self.begun is None else self.begun
+        self.metrics.ledger = {phase: seconds - begun.get(phase, 0.0) for phase, seconds in ledger.items()}
+
+    def _reason(self, token: int) -> str | None:
+        reason = None if self.stop is None else self.stop(token)
+        if token in self.eos:
+            return "eos"
+        return reason or (None if self.left > 0 else "length")
+
+
+def failure(error: BaseException) -> SpecDecError:
+    """The error that a request ends with."""
+    if isinstance(error, SpecDecError):
+        return error
+    return SpecDecError(f"decoding failed ({type(error).__name__}: {error})")
+
+
+@dataclass
+class Event:
+    """What has happened to a request since the last event.
+
+    finished: "eos", "stop" (or another reason that its stop rule gives), "length", "cancelled", "error" (then there is
+    an ``error``), or None: it goes on. depths: for each token, its depth in the draft that it was accepted from; 0: the
+    model chose it itself.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    finished: str | None = None
+    error: SpecDecError | None = None
+    depths: list[int] = field(default_factory=list)
+
+    @property
+    def accepted(self) -> int:
+        """How many of the tokens, counted from the first, were drafted."""
+        return next((n for n, depth in enumerate(self.depths) if not depth), len(self.depths))
+
+
+class Handle:
+    """The events of a request, to be iterated in a thread or on an event loop, by one reader.
+
+    Of a reader that is slow, one event waits, which takes in what comes. advance: runs a step where no thread of the
+    engine does; returns whether one does.
+    """
+
+    def __init__(self, request: Request, advance: Callable[[], bool]) -> None:
+        self.request, self._advance = request, advance
+        self._pending: Event | None = None
+        self._change = threading.Condition()
+        self._waker: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
+        self._over = False
+
+    @property
+    def metrics(self) -> RequestMetrics:
+        return self.request.metrics
+
+    def cancel(self) -> None:
+        """Give the request up: it is gone after the step under way. One that has ended stays as it is."""
+        self.request.cancelled = True
+
+    def put(self, tokens: list[int], depths: list[int]) -> None:
+        """Add what a step has brought, and whether the request has ended by it."""
+        with self._change:
+            event = self._pending = self._pending or Event()
+            event.tokens += tokens
+            event.depths += depths
+            event.finished, event.error = self.request.finished, self.request.error
+            self._change.notify_all()
+            if self._waker is not None:
+                loop, flag = self._waker
+                if not loop.is_closed():
+                    loop.call_soon_threadsafe(flag.set)
+
+    def _take(self) -> Event | None:
+        with self._change:
+            event, self._pending = self._pending, None
+            self._over = self._over or (event is not None and event.finished is not None)
+            return event
+
+    def __iter__(self) -> Iterator[Event]:
+        while not self._over:
+            if (event := self._take()) is not None:
+                yield event
+            elif self._advance():
+                with self._change:
+                    self._change.wait_for(lambda: self._pending is not None, 1.0)
+
+    async def __aiter__(self) -> AsyncIterator[Event]:
+        flag = asyncio.Event()
+        with self._change:
+            self._waker = asyncio.get_running_loop(), flag
+        while not self._over:
+            if (event := self._take()) is not None:
+                yield event
+            elif self._advance():
+                await flag.wait()
+                flag.clear()

@@ -1,0 +1,206 @@
+"""Which requests run: waiting ones are admitted, their prompts run in parts, and the youngest gives way for memory."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+
+from specdec.engine.batch import Batch
+from specdec.engine.prefix import Prefix, PrefixStore, blocks, common
+from specdec.engine.request import Request
+from specdec.runtimes.cache import KVCache
+from specdec.runtimes.prefill import run_tokens
+from specdec.runtimes.target import Target
+
+DRAFTED = 16  # slots that the nodes of a usual draft take
+PAGE = 16  # slots that memory is counted in
+AHEAD = 64  # tokens that every row should have room for when one is admitted: else it would soon give way again
+ROOM = 1024  # new tokens that a row has room for from the beginning, where its cache is kept for others
+SHARED = 32  # a request waits for another's prompt to be run if they have so many more tokens in common
+
+
+class Joining:
+    """Requests whose prompts are being run, and their cache."""
+
+    def __init__(self) -> None:
+        self.rows: list[Request] = []
+        self.cache: KVCache | None = None
+
+    def add(self, rows: Sequence[Request], cache: KVCache) -> None:
+        if self.cache is None:
+            self.cache = cache
+        else:
+            self.cache.join(cache)
+        self.rows += rows
+
+    def remove(self, rows: Sequence[Request]) -> KVCache | None:
+        """Take out rows, together with their cache."""
+        index = [b for b, row in enumerate(self.rows) if row in rows]
+        stay = [b for b in range(len(self.rows)) if b not in index]
+        cache, self.rows = self.cache, [self.rows[b] for b in stay]
+        if cache is None or not index:
+            return None
+        if not stay:
+            self.cache = None
+            return cache
+        first, *others = [cache.take(b) for b in index]
+        for other in others:
+            first.join(other)
+        cache.select(stay)
+        return first
+
+
+class Scheduler:
+    """Queues and memory of an engine.
+
+    max_rows: most requests that run at once. memory: bytes of keys and values; None: as many as it takes. chunk: most
+    tokens of prompts in a step, while rows run. reuse: whether texts are kept for requests that begin alike.
+    preemptions; queries, hits: prompt tokens that were looked up, and found. token_bytes: of a token's keys and values,
+    where memory is bounded.
+    """
+
+    def __init__(self, batch: Batch, max_rows: int, memory: int | None, chunk: int, reuse: bool) -> None:
+        self.batch, self.max_rows, self.memory, self.chunk, self.reuse = batch, max_rows, memory, chunk, reuse
+        self.waiting: deque[Request] = deque()
+        self.joining, self.prefixes = Joining(), PrefixStore()
+        self.preemptions = self.queries = self.hits = 0
+        self.token_bytes = 0 if memory is None else _token_bytes(batch.target)
+
+    @property
+    def running(self) -> int:
+        return len(self.batch.rows) + len(self.joining.rows)
+
+    # -- memory -------------------------------------------------------------------------------------------------------
+
+    def used(self) -> int:
+        """Bytes of keys and values that are held, in whole blocks of slots."""
+        joining = [len(row.ids) for row in self.joining.rows]
+        slots = sum(blocks(n, PAGE) for n in (*self.batch.cache.rows, *joining))
+        return self.token_bytes * (slots + self.prefixes.tokens)
+
+    def _fits(self, more: int) -> bool:
+        """Whether so many more tokens have room; prefixes make room for them."""
+        if self.memory is None:
+            return True
+        while self.used() + more * self.token_bytes > self.memory:
+            if not self.prefixes.drop():
+                return False
+        return True
+
+    def make_room(self) -> bool:
+        """Before a step: let the youngest rows wait until the others have room to grow; whether any has to."""
+        before = self.preemptions
+        while self.running > 1 and not self._fits(DRAFTED * len(self.batch.rows)):
+            youngest = max([*self.batch.rows, *self.joining.rows], key=lambda row: row.submitted)
+            self.leave([youngest], keep=False)
+            self.waiting.appendleft(youngest)
+            self.preemptions += 1
+        return self.preemptions > before
+
+    # -- rows ---------------------------------------------------------------------------------------------------------
+
+    def admit(self) -> None:
+        """Let waiting requests begin, in their order, where there is room."""
+        fresh, longest, target = list[Request](), 0, self.batch.target
+        while self.waiting and self.running + len(fresh) < self.max_rows:
+            row, others = self.waiting[0], self.running + len(fresh)
+            source, found = self._longest(row.ids[:-1])  # what follows the last token is sought, so it is run
+            more = sum(blocks(len(each.ids), PAGE) for each in (*fresh, row)) + AHEAD * (others + 1)
+            if others and not self._fits(more):
+                break
+            if any(common(each.ids, row.ids[:-1]) > found + SHARED for each in self._beginning(fresh)):
+                break
+            cache = None if source is None else source(found, self._expected(row))
+            self._book(row, found)
+            self.waiting.popleft()
+            if not row.metrics.num_new_tokens:
+                row.metrics.queue_seconds = time.perf_counter() - row.submitted
+            self.batch.begin(row)
+            expected = self._expected(row)
+            if cache is not None:
+                cache.expected = expected
+                self.joining.add([row], cache)
+            else:
+                fresh.append(row)
+                longest = max(longest, expected)
+        if fresh:
+            cache = target.new_cache(len(fresh))
+            cache.expected = longest
+            self.joining.add(fresh, cache)
+
+    def _expected(self, row: Request) -> int:
+        """Slots that a row's cache begins with room for."""
+        left = min(row.left, ROOM) if self.reuse else row.left
+        return min(len(row.ids) + left + DRAFTED, self.batch.target.context)
+
+    def _longest(self, ids: Sequence[int]) -> tuple[Callable[[int, int], KVCache] | None, int]:
+        """What has most tokens in common with a text: how to get a cache with so many of them, and how many."""
+        if not self.reuse:
+            return None, 0
+        prefix, most = self.prefixes.longest(ids)
+        source: Callable[[int, int], KVCache] | None = None
+        if prefix is not None:
+            whole = most == len(prefix.ids)
+            source = partial(self._taken, prefix) if whole else partial(prefix.cache.copy, 0)
+        for b, other in enumerate(self.batch.rows):
+            if (count := min(common(other.ids, ids), self.batch.cache.rows[b])) > most:
+                most, source = count, partial(self.batch.cache.copy, b)
+        return source, most
+
+    def _beginning(self, fresh: list[Request]) -> list[Request]:
+        """Rows whose prompts are being run, and may be of use to others."""
+        return [*self.joining.rows, *fresh] if self.reuse else []
+
+    def _taken(self, prefix: Prefix, count: int, room: int) -> KVCache:
+        return self.prefixes.take(prefix)
+
+    def _book(self, row: Request, found: int) -> None:
+        if not self.reuse:
+            return
+        self.queries += len(row.ids)
+        self.hits += found
+        if not row.metrics.num_new_tokens:
+            row.metrics.num_cached_tokens = found
+
+    def prefill(self) -> list[Request]:
+        """Run the next part of the prompts that are joining; those that have been run whole join the batch."""
+        joining, cache = self.joining, self.joining.cache
+        if cache is None:
+            return []
+        left = [len(row.ids) - n for row, n in zip(joining.rows, cache.rows, strict=True)]
+        counts, room = [], self.chunk if self.batch.rows else self.chunk * len(left)
+        for count in left:
+            counts.append(min(count, self.chunk, room))
+            room -= counts[-1]
+        whole = self.batch.prefill(joining.rows, cache, counts)
+        if whole and (own := joining.remove(whole)) is not None:
+            self.batch.join(whole, own)
+        return whole
+
+    def leave(self, rows: Sequence[Request], keep: bool = True) -> None:
+        """Rows end, or wait again; their texts are kept for others to begin with (``keep``)."""
+        batch = self.batch
+        if keep and self.reuse:
+            for b, row in enumerate(batch.rows):
+                if row in rows and row.error is None:
+                    self.prefixes.add(row.ids, batch.cache.take(b))
+        batch.keep([row for row in batch.rows if row not in rows])
+        self.joining.remove(rows)
+
+    def forget(self) -> None:
+        """Let all rows and all kept texts go."""
+        self.batch.clear()
+        self.joining = Joining()
+        self.prefixes.clear()
+
+
+@torch.inference_mode()
+def _token_bytes(target: Target) -> int:
+    """Bytes of a token's keys and values."""
+    cache = target.new_cache()
+    run_tokens(target, cache, [[0]])
+    return cache.token_bytes

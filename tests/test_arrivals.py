@@ -1,0 +1,388 @@
+"""Requests come and go at any time; each gets the tokens that a quiet engine gives it alone."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import Scripted, tiny_model
+from transformers import PreTrainedModel
+from zoo import EOS, PROMPTS, every, new_tokens, run, together
+
+from specdec import SpecDecError, SpecDecoder
+from specdec.base.errors import QueueFullError
+from specdec.drafters.none import NoDrafter
+from specdec.drafters.prompt_lookup import PromptLookupDrafter
+from specdec.engine import batch, scheduler
+from specdec.engine.depth import AutoDepth, Choice, Costs, FixedDepth
+from specdec.engine.division import divide
+from specdec.engine.engine import Engine
+from specdec.engine.prefix import PrefixStore
+from specdec.engine.request import Request
+from specdec.runtimes.native import library
+from specdec.runtimes.native.target import NativeTarget
+from specdec.runtimes.reference import ReferenceTarget
+from specdec.runtimes.target import Target
+from specdec.speculation.draft import Drafter
+from specdec.speculation.sampling import SamplingParams
+from specdec.verifiers.exact import ExactVerifier
+
+needs_native = pytest.mark.skipif(not library.runs(), reason="there are no native kernels here")
+COSTS = Costs({n: 1 + 0.05 * n for n in (1, 2, 4, 8, 16, 32)}, ((0.2, 0.2),))
+DRAFTERS = [
+    "prompt-lookup",
+    "hybrid",
+    "m2r2: grown level by level (tree)",
+    "medusa (tree)",
+    "draft-model",
+    "lookahead (tree)",
+]
+
+
+def native() -> Target:
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32, "max_position_embeddings": 256}
+    return NativeTarget(tiny_model("llama", **sizes).bfloat16())
+
+
+def reference() -> Target:
+    return ReferenceTarget(tiny_model("llama", max_position_embeddings=256))
+
+
+def some_requests(count: int, seed: int) -> list[Request]:
+    """Prompts of which many begin alike, greedy and sampled, with and without drafts, short and long."""
+    rng = random.Random(seed)
+    systems = [[rng.randrange(3, 97) for _ in range(n)] for n in (20, 33)]
+    made = []
+    for _ in range(count):
+        start = rng.choice([[], *systems])
+        prompt = start + [rng.randrange(3, 97) for _ in range(rng.randrange(1, 20))]
+        params = SamplingParams(*rng.choice([(0.0,), (0.9,), (1.3, 20), (0.8, 0, 0.9)]), seed=rng.randrange(5))
+        request = Request(prompt, rng.randrange(1, 40), params, stream=rng.randrange(3), eos=frozenset([EOS]))
+        request.draft = rng.random() < 0.8
+        made.append(request)
+    return made
+
+
+def alone(target: Target, request: Request) -> tuple[list[int], str | None]:
+    own = Request(request.prompt, request.limit, request.params, stream=request.stream, eos=request.eos)
+    together(target, NoDrafter(), [own], FixedDepth(0))
+    return new_tokens(own), own.finished
+
+
+def among_others(engine: Engine, requests: list[Request], seed: int, before: Callable[[], None] = lambda: None) -> None:
+    """Run requests that arrive at random; a tenth of them are cancelled at some time."""
+    rng, coming, here = random.Random(seed), list(requests), list[Request]()
+    while coming or engine.busy:
+        for _ in range(rng.choice((0, 0, 1, 2, 5))):
+            if coming:
+                engine.submit(coming[0])
+                here.append(coming.pop(0))
+        for request in here:
+            if rng.random() < 0.003:
+                assert request.handle is not None
+                request.handle.cancel()
+        before()
+        engine.step()
+
+
+class Varied(FixedDepth):
+    """Every row drafts another depth in every step."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__(depth)
+        self.rng = random.Random(0)
+
+    def choose(self, batch: int, rows: Any = ()) -> Choice:
+        depths = [self.rng.randrange(self.choice.depth + 1) for _ in range(batch)]
+        return Choice(max(depths), depths=depths)
+
+
+@pytest.mark.parametrize("name", DRAFTERS)
+@pytest.mark.parametrize("make", [pytest.param(native, marks=needs_native), reference])
+def test_a_response_does_not_depend_on_what_else_runs(
+    make: Callable[[], Target], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Random arrivals, cancellations and evictions, parts of prompts, shared beginnings, depths by row."""
+    monkeypatch.setattr(scheduler, "AHEAD", 0)  # rows are admitted that have to give way soon
+    target = make()
+    drafter = every(target)[name]
+    drafter.bind(target)
+    count = 200 if name == "hybrid" else 40
+    requests = some_requests(count, seed=len(name))
+    token_bytes = 2 * target.num_layers * 2 * (32 * 2 if make is native else 8 * 4)
+    engine = Engine(
+        target,
+        drafter,
+        ExactVerifier(),
+        Varied(4),
+        max_rows=6,
+        kv_memory=240 * token_bytes,
+        prefill_chunk=7,
+        reuse=True,
+    )
+    among_others(engine, requests, seed=1)
+    stats = engine.stats()
+    assert engine.batch.drafter is drafter  # it has not been dropped
+    assert stats.preemptions > 0 and stats.prefix_hits > 0 and stats.drafted > stats.accepted > 0
+    whole = 0
+    for request in requests:
+        tokens, finished = alone(target, request)
+        if request.finished == "cancelled":
+            assert new_tokens(request) == tokens[: len(new_tokens(request))]
+        else:
+            whole += 1
+            assert (new_tokens(request), request.finished) == (tokens, finished)
+    assert count > whole > count // 2
+    engine.close()
+    assert engine.stats().kv_bytes == 0
+
+
+def test_a_longer_text_begins_where_an_earlier_one_ended(llama: PreTrainedModel) -> None:
+    """The next turn of a chat reads only what is new, and so does a request beside a running one."""
+    target, drafter = ReferenceTarget(llama), PromptLookupDrafter()
+    engine = Engine(target, drafter, ExactVerifier(), FixedDepth(3), reuse=True)
+    first = Request(list(range(3, 40)), 12)
+    engine.submit(first)
+    for _ in engine.steps():
+        pass
+    second = Request([*first.ids, 50, 51, 52], 12)
+    engine.submit(second)
+    engine.step()
+    beside = Request([*second.prompt[:30], 60], 12)
+    engine.submit(beside)
+    for _ in engine.steps():
+        pass
+    assert second.metrics.num_cached_tokens == len(first.ids) - 1 and beside.metrics.num_cached_tokens == 30
+    for request in (second, beside):
+        assert new_tokens(request) == alone(target, request)[0]
+
+
+def test_equal_prompts_that_come_at_once_are_run_once(llama: PreTrainedModel) -> None:
+    target = ReferenceTarget(llama)
+    engine = Engine(target, NoDrafter(), ExactVerifier(), FixedDepth(0), reuse=True)
+    choices = [Request(list(range(3, 60)), 6, SamplingParams(1.5), stream=n) for n in range(3)]
+    for request in choices:
+        engine.submit(request)
+    for _ in engine.steps():
+        pass
+    assert [request.metrics.num_cached_tokens for request in choices] == [0, 56, 56]
+    assert len({tuple(new_tokens(request)) for request in choices}) == 3
+    assert all(new_tokens(request) == alone(target, request)[0] for request in choices)
+
+
+def test_running_rows_wait_for_a_bounded_part_of_a_prompt(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, parts = ReferenceTarget(llama), list[int]()
+    run_tokens = batch.run_tokens
+
+    def spy(target: Target, cache: Any, rows: list[list[int]], *more: Any) -> torch.Tensor:
+        parts.append(sum(map(len, rows)))
+        return run_tokens(target, cache, rows, *more)
+
+    monkeypatch.setattr(batch, "run_tokens", spy)
+    engine = Engine(target, NoDrafter(), ExactVerifier(), FixedDepth(0), prefill_chunk=8)
+    running = Request(PROMPTS[0], 40)
+    engine.submit(running)
+    engine.step()
+    parts.clear()
+    for length in (50, 30):
+        engine.submit(Request(list(range(3, 3 + length)), 4))
+    went_on = 0
+    while engine.scheduler.waiting or engine.scheduler.joining.rows:
+        before = len(running.ids)
+        engine.step()
+        went_on += len(running.ids) == before + 1
+    assert sum(parts) == 80 and max(parts) == 8 and went_on == len(parts)
+
+
+def test_rows_with_different_sampling_and_without_a_drafter_share_steps(llama: PreTrainedModel) -> None:
+    target, drafter = ReferenceTarget(llama), PromptLookupDrafter()
+    kinds = [SamplingParams(), SamplingParams(1.1, seed=3), SamplingParams(0.7, 9, seed=4)]
+    requests = [Request(PROMPTS[1] * 3, 16, kind) for kind in kinds]
+    requests.append(Request(PROMPTS[1] * 3, 16, draft=False))
+    together(target, drafter, requests, FixedDepth(4))
+    for request in requests:
+        assert new_tokens(request) == alone(target, request)[0]
+    assert requests[0].metrics.num_draft_tokens > 0 == requests[3].metrics.num_draft_tokens
+
+
+def test_what_draws_too_much_memory_waits_and_nothing_fails(llama: PreTrainedModel) -> None:
+    """One that needs more than there is runs alone."""
+    target = ReferenceTarget(llama)
+    requests = [Request([5 + n, *range(3, 40)], 30) for n in range(4)]
+    bytes_ = 2 * 4 * 2 * 8 * 4
+    engine = together(target, NoDrafter(), requests, FixedDepth(0), kv_memory=50 * bytes_)
+    assert engine.stats().preemptions == 0  # none begins that would have to give way at once
+    assert all(new_tokens(request) == alone(target, request)[0] for request in requests)
+
+
+# -- tokens go where they are likely ----------------------------------------------------------------------------------
+
+
+def test_tokens_of_a_step_go_to_the_rows_whose_drafts_are_accepted() -> None:
+    def seconds(tokens: int, depth: int) -> float:
+        return 10 + 1.0 * tokens + 0.1 * depth
+
+    good, bad = [0.9**i for i in range(1, 9)], [0.05**i for i in range(1, 9)]
+    assert divide([good, bad], seconds).depths[1] == 0 < divide([good, bad], seconds).depths[0]
+    alone, many = divide([good], seconds), divide([good] * 16, lambda n, d: 10 + 0.3 * (n - 16) + 0.1 * d)
+    assert alone.depths[0] >= max(many.depths) and sum(many.depths) > 0
+    steep = divide([good] * 16, lambda n, depth: 1.0 * n)
+    assert steep.depths == [0] * 16  # every token costs what it brings at most
+
+
+def test_a_row_whose_drafts_fail_stops_while_its_neighbour_goes_on(llama: PreTrainedModel) -> None:
+    target = ReferenceTarget(llama)
+    right = Request(PROMPTS[0], 60)
+    together(target, NoDrafter(), [right], FixedDepth(0))
+
+    def script(ids: list[int], limit: int) -> list[tuple[int, int]]:
+        known = ids[: len(PROMPTS[0])] == PROMPTS[0]
+        return [((right.ids[len(ids) + i] if known else 96) if len(ids) + i < 64 else 96, i) for i in range(limit)]
+
+    requests = [Request(PROMPTS[0], 60), Request(PROMPTS[1], 60)]
+    together(target, Scripted(script), requests, AutoDepth(COSTS))  # type: ignore[arg-type]
+    good, bad = (request.metrics for request in requests)
+    beside = bad.per_step_drafted[: len(good.per_step_drafted)]
+    assert sum(good.per_step_drafted) > 3 * sum(beside)
+
+
+# -- threads, event loops and queues ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def decoder(llama: PreTrainedModel) -> SpecDecoder:
+    return SpecDecoder(llama, None, "prompt-lookup", runtime="reference")
+
+
+def test_requests_come_from_threads_and_from_an_event_loop(decoder: SpecDecoder) -> None:
+    engine = decoder.engine(max_rows=3)
+    found: dict[int, list[int]] = {}
+
+    def ask(number: int) -> None:
+        handle = engine.submit(Request(PROMPTS[number], 12))
+        found[number] = [token for event in handle for token in event.tokens]
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+
+    async def ask_too() -> list[tuple[list[int], str | None]]:
+        async def one(prompt: list[int]) -> tuple[list[int], str | None]:
+            tokens, finished = list[int](), None
+            async for event in engine.submit(Request(prompt, 12)):
+                tokens, finished = tokens + event.tokens, event.finished
+            return tokens, finished
+
+        return await asyncio.gather(*map(one, PROMPTS))
+
+    results = asyncio.run(ask_too())
+    for thread in threads:
+        thread.join(60)
+    engine.close(drain=True)
+    for number, prompt in enumerate(PROMPTS):
+        right = run(decoder.target, NoDrafter(), [prompt], 12, eos=None)[0][0]
+        assert found[number] == right and results[number] == (right, "length")
+    stats = engine.stats()
+    assert (stats.running, stats.waiting, stats.kv_bytes) == (0, 0, 0) and stats.steps > 0
+
+
+def test_an_engine_has_the_drafter_to_itself_until_it_is_closed(decoder: SpecDecoder) -> None:
+    engine = decoder.engine()
+    with pytest.raises(SpecDecError, match="still open"):
+        decoder.generate(PROMPTS[0])
+    engine.close()
+    assert decoder.generate(PROMPTS[0], max_new_tokens=2).token_ids
+    with pytest.raises(SpecDecError, match="the engine is closed"):
+        engine.submit(Request(PROMPTS[0], 3))
+
+
+def test_closing_ends_what_runs_and_draining_lets_it_end(decoder: SpecDecoder) -> None:
+    for drain, reason in ((False, "cancelled"), (True, "length")):
+        engine = decoder.engine(max_rows=1)
+        handles = [engine.submit(Request(PROMPTS[0], 100)) for _ in range(2)]
+        engine.close(drain=drain)
+        ends = [[event.finished for event in handle][-1] for handle in handles]
+        assert ends == [reason] * 2
+
+
+def test_a_full_queue_refuses_and_a_cancelled_request_makes_room(llama: PreTrainedModel) -> None:
+    engine = Engine(ReferenceTarget(llama), NoDrafter(), ExactVerifier(), FixedDepth(0), max_rows=1, max_waiting=1)
+    handles = [engine.submit(Request(PROMPTS[0], 9)) for _ in range(2)]
+    with pytest.raises(QueueFullError, match="requests are waiting already"):
+        engine.submit(Request(PROMPTS[0], 9))
+    handles[1].cancel()
+    engine.step()
+    assert [event.finished for event in handles[1]] == ["cancelled"]
+    third = engine.submit(Request(PROMPTS[1], 9))
+    assert [event.finished for event in third][-1] == "length"  # who reads runs the steps
+    handles[0].cancel()
+    engine.close()
+
+
+def test_of_a_reader_who_does_not_read_one_event_waits(llama: PreTrainedModel) -> None:
+    engine = Engine(ReferenceTarget(llama), NoDrafter(), ExactVerifier(), FixedDepth(0))
+    request = Request(PROMPTS[0], 20)
+    handle = engine.submit(request)
+    for _ in engine.steps():
+        pass
+    events = list(handle)
+    assert [event.tokens for event in events] == [new_tokens(request)] and events[0].finished == "length"
+
+
+def test_a_step_that_fails_ends_what_runs_and_the_engine_goes_on(
+    decoder: SpecDecoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, layers = decoder.engine(), decoder.target.layers
+
+    def broken(*arguments: Any) -> torch.Tensor:
+        raise MemoryError("no memory")
+
+    monkeypatch.setattr(decoder.target, "layers", broken)
+    [event] = engine.submit(Request(PROMPTS[0], 9))
+    assert event.finished == "error" and "MemoryError: no memory" in str(event.error)
+    monkeypatch.setattr(decoder.target, "layers", layers)
+    assert [event.finished for event in engine.submit(Request(PROMPTS[0], 9))][-1] == "length"
+    engine.close()
+
+
+def test_prompts_that_do_not_fit_are_refused(decoder: SpecDecoder) -> None:
+    engine = decoder.engine()
+    with pytest.raises(SpecDecError, match="the prompt has 128 tokens"):
+        engine.submit(Request([3] * 128, 9))
+    with pytest.raises(SpecDecError, match="the prompt is empty"):
+        engine.submit(Request([], 9))
+    engine.close()
+
+
+def test_events_say_which_tokens_were_drafted(llama: PreTrainedModel) -> None:
+    target = ReferenceTarget(llama)
+    right = Request(PROMPTS[0], 9)
+    together(target, NoDrafter(), [right], FixedDepth(0))
+    drafter: Drafter = Scripted(
+        lambda ids, limit: [(token, i) for i, token in enumerate(right.ids[len(ids) :][:limit])]
+    )
+    engine = Engine(target, drafter, ExactVerifier(), FixedDepth(3))
+    handle = engine.submit(Request(PROMPTS[0], 9))
+    events = list(handle)
+    assert [(event.depths, event.accepted) for event in events] == [([0], 0), ([1, 2, 3, 0], 3), ([1, 2, 3, 0], 3)]
+
+
+def test_the_text_used_least_recently_goes_first() -> None:
+    class One:
+        def __init__(self, count: int) -> None:
+            self.rows = [count]
+
+    store = PrefixStore()
+    for ids in ([1, 2, 3], [4, 5], [6]):
+        store.add(ids, One(len(ids)))  # type: ignore[arg-type]
+    assert store.longest([1, 2, 9])[1] == 2 and store.tokens == 6
+    assert store.drop() and [prefix.ids for prefix in store.kept] == [[6], [1, 2, 3]]
+    store.add([6, 7, 8], One(3))  # type: ignore[arg-type]
+    assert [prefix.ids for prefix in store.kept] == [[1, 2, 3], [6, 7, 8]]
