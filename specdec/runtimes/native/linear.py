@@ -76,8 +76,8 @@ class Packed:
                 "the native runtime takes linear maps of multiples of 16 outputs and 32 inputs; one has "
                 f"{weights[0].shape[0]} and {self.inp}"
             )
-        tiles = -(-self.width // 16), self.inp // 64
-        served = [kind for kind in draft_only if not self.inp % 64 and lib.specdec_tiles_bytes(kind, *tiles)]
+        shape = -(-self.width // 16), self.inp // 64
+        served = [kind for kind in draft_only if not self.inp % 64 and lib.specdec_tiles_bytes(kind, *shape)]
         self.tiles, self.scale, end = list[Tensor](), None, 0
         self.parts = (Part * len(weights))()
         for part, weight in zip(self.parts, weights, strict=True):
