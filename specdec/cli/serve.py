@@ -1,0 +1,123 @@
+"""``specdec serve``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from specdec.base import options, terminal
+from specdec.base.errors import SpecDecError
+from specdec.base.terminal import say
+from specdec.cli import shared
+from specdec.cli.shared import panel
+from specdec.models.catalogue import DEFAULT_MODEL
+
+_model, _server, _limits = map(panel, ("Model", "Server", "Limits"))
+
+
+def serve(
+    model: shared.Model = DEFAULT_MODEL,
+    drafter: shared.Drafter = "auto",
+    drafter_option: shared.DrafterOption = None,
+    dtype: shared.Dtype = "auto",
+    device: shared.Device = "auto",
+    runtime: shared.Runtime = options.Runtime.auto,
+    weights: shared.Weights = options.Weights.auto,
+    kv_cache: shared.KVCache = options.KVCache.auto,
+    revision: Annotated[str | None, _model("--revision", "Branch, tag or commit of a Hugging Face id.", "REV")] = None,
+    trust_remote_code: Annotated[
+        bool, _model("--trust-remote-code", "Run Python code that comes with the model.")
+    ] = False,
+    host: Annotated[
+        str, _server("--host", "Address to listen at; 0.0.0.0 is every network of the machine.", "HOST")
+    ] = "127.0.0.1",
+    port: Annotated[int, _server("--port", "Port; 0 takes a free one.", "N", min=0, max=65535)] = 8000,
+    name: Annotated[str | None, _server("--name", "What clients call the model; its own name else.", "NAME")] = None,
+    api_key: Annotated[
+        str | None,
+        _server("--api-key", "Clients must send it; better set as a variable.", "KEY", envvar="SPECDEC_API_KEY"),
+    ] = None,
+    cors: Annotated[
+        list[str] | None, _server("--cors", "Let pages from this origin call the server; repeatable.", "ORIGIN")
+    ] = None,
+    quiet: Annotated[bool, _server("--quiet", "No line for each request.")] = False,
+    max_rows: Annotated[int, _limits("--max-rows", "Requests decoded at once.", "N", min=1)] = 16,
+    max_waiting: Annotated[int, _limits("--max-waiting", "Requests that may wait; more get 429.", "N", min=1)] = 256,
+    kv_memory: Annotated[
+        str | None,
+        _limits("--kv-memory", "Memory for keys and values, such as 2GiB; a share of what is free else.", "SIZE"),
+    ] = None,
+    max_prompt_tokens: Annotated[
+        int | None, _limits("--max-prompt-tokens", "Longest prompt; the model's context else.", "N", min=1)
+    ] = None,
+    max_tokens: Annotated[
+        int | None, _limits("--max-tokens", "Most new tokens of a choice; the model's context else.", "N", min=1)
+    ] = None,
+    max_choices: Annotated[
+        int, _limits("--max-choices", "Most choices of a request: its prompts times n.", "N", min=1)
+    ] = 64,
+    max_body: Annotated[str, _limits("--max-body", "Largest body of a request.", "SIZE")] = "4MiB",
+) -> None:
+    """Serve a model over HTTP: OpenAI's interface, a page to try it, figures for Prometheus. Needs the extra 'serve'."""
+    with terminal.status("starting"):
+        terminal.warn_in_lines()
+        try:
+            from specdec.serve.app import make_app
+            from specdec.serve.run import address, bind, serve
+            from specdec.serve.settings import Settings
+        except ModuleNotFoundError as error:
+            raise SpecDecError(
+                f"'{error.name}' is not installed; install the server: pip install 'specdec-m2r2[serve]'"
+            ) from None
+        from specdec.api.decoder import SpecDecoder
+
+        if api_key is not None and not (
+            api_key.isascii() and api_key.isprintable() and api_key.strip() == api_key != ""
+        ):
+            raise SpecDecError("--api-key must be printable ASCII characters, without spaces around")
+        if "*" in (cors or []) and api_key is None and host != "127.0.0.1":
+            say("note: any web page can use this server; set --api-key, or name origins in --cors")
+        settings = Settings(
+            name=name or (Path(model).resolve().name if os.path.exists(model) else model),
+            api_key=api_key,
+            origins=tuple(cors or ()),
+            max_body=_bytes("--max-body", max_body),
+            max_prompt_tokens=max_prompt_tokens,
+            max_tokens=max_tokens,
+            max_choices=max_choices,
+        )
+        memory = None if kv_memory is None else _bytes("--kv-memory", kv_memory)
+        found = bind(host, port)
+    with terminal.status(f"preparing {model}"):
+        decoder = SpecDecoder.from_pretrained(
+            model,
+            drafter,
+            dtype=dtype,
+            device=device,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            runtime=runtime,
+            weights=weights,
+            kv_cache=kv_cache,
+            drafter_options=options.assignments("--drafter-option", drafter_option or []),
+        )
+        engine = decoder.engine(max_rows=max_rows, max_waiting=max_waiting, kv_memory=memory)
+    try:
+        app = make_app(decoder, engine, settings, _discard if quiet else say)
+        serve(app, found, lambda: say(f"{settings.name} with {decoder.drafter.label} is served at {address(found)}"))
+    finally:
+        engine.close(drain=False)
+
+
+def _bytes(flag: str, text: str) -> int:
+    size = options.size(flag, text)
+    if isinstance(size, float):
+        raise SpecDecError(f"{flag} takes a size, such as 300MB; got '{text}'")
+    return size
+
+
+def _discard(line: str) -> None:
+    pass

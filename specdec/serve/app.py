@@ -1,0 +1,142 @@
+"""The application: its endpoints, and what stands around them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from anyio.to_thread import run_sync
+from fastapi import FastAPI, Request
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import HTMLResponse, JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.responses import Response as HTTPResponse
+
+from specdec import __version__
+from specdec.api.decoder import SpecDecoder
+from specdec.base.terminal import say
+from specdec.engine.engine import Engine
+from specdec.serve.errors import ApiError, ErrorBody, add_handlers
+from specdec.serve.middleware import CLOSED, Body, Key, Log
+from specdec.serve.responses import Chat, Completion, Response
+from specdec.serve.schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from specdec.serve.service import Service
+from specdec.serve.settings import Settings
+from specdec.serve.streaming import EventStream, unless_gone
+
+PAGE = Path(__file__).with_name("page.html")
+POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'"
+DRAFTER = "X-Specdec-Drafter"
+ERRORS: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": ErrorBody, "description": "The request is refused."},
+    "5XX": {"model": ErrorBody, "description": "The server cannot answer."},
+}
+
+
+def make_app(decoder: SpecDecoder, engine: Engine, settings: Settings, write: Callable[[str], None] = say) -> FastAPI:
+    """The application that serves ``decoder`` through ``engine``. write: takes the line of each request."""
+    service = Service(decoder, engine, settings)
+    app = FastAPI(title="specdec", version=__version__, docs_url=None, redoc_url=None, responses=ERRORS)
+    add_handlers(app)
+    _add_generation(app, service)
+    _add_tokens(app, service)
+    _add_state(app, service)
+    app.add_middleware(Body, settings=settings)
+    app.add_middleware(Key, settings=settings)
+    if settings.origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(settings.origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=[DRAFTER],
+        )
+    app.add_middleware(Log, write=write)  # the outermost
+    return app
+
+
+def _add_generation(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/chat/completions")
+    async def chat_completions(body: ChatBody, request: Request) -> HTTPResponse:
+        service.check_model(body.model)
+        prompt = await run_sync(service.encode_chat, body.messages)
+        response = Response(Chat(), service.settings.name, service.submit([prompt], body), body)
+        return await _answer(service, request, response)
+
+    @app.post("/v1/completions")
+    async def completions(body: CompletionBody, request: Request) -> HTTPResponse:
+        service.check_model(body.model)
+        prompts = [await run_sync(service.encode_text, prompt) for prompt in body.prompts]
+        texts = [p if isinstance(p, str) else service.decode(p) for p in body.prompts if body.echo]
+        shape = Completion([text for text in texts for _ in range(body.n or 1)])
+        response = Response(shape, service.settings.name, service.submit(prompts, body), body)
+        return await _answer(service, request, response)
+
+
+async def _answer(service: Service, request: Request, response: Response) -> HTTPResponse:
+    """Run ``response`` to its end, or until its client goes away."""
+    headers = {DRAFTER: service.drafter_of(response.body)}
+
+    def end() -> None:
+        request.state.summary.append(response.summary())
+        service.end(response.choices)
+
+    if response.body.stream:
+        return EventStream(response.stream(), end, service.settings.patience, headers)
+    try:
+        found = await unless_gone(request.receive, response.whole)
+        return HTTPResponse(status_code=CLOSED) if found is None else JSONResponse(found, headers=headers)
+    finally:
+        end()
+
+
+def _add_tokens(app: FastAPI, service: Service) -> None:
+    @app.post("/tokenize")
+    async def tokenize(body: TokenizeBody) -> dict[str, Any]:
+        service.check_model(body.model)
+        if body.prompt is None:
+            ids = await run_sync(service.encode_chat, body.messages)
+        else:
+            ids = await run_sync(service.encode_text, body.prompt)
+        return {"count": len(ids), "max_model_len": service.context, "tokens": ids}
+
+    @app.post("/detokenize")
+    async def detokenize(body: DetokenizeBody) -> dict[str, str]:
+        service.check_model(body.model)
+        service.check_tokens("tokens", body.tokens)
+        return {"prompt": await run_sync(service.decode, body.tokens)}
+
+
+def _add_state(app: FastAPI, service: Service) -> None:
+    page = PAGE.read_text("utf-8")
+    model = {
+        "id": service.settings.name,
+        "object": "model",
+        "created": service.started,
+        "owned_by": "specdec",
+        "max_model_len": service.context,
+    }
+
+    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
+    async def index() -> HTMLResponse:
+        return HTMLResponse(page, headers={"Content-Security-Policy": POLICY})
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [model]}
+
+    @app.get("/v1/models/{name:path}")
+    async def retrieve(name: str) -> dict[str, Any]:
+        service.check_model(name)
+        return model
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        if not service.engine.running:
+            raise ApiError(503, "the engine has ended; start the server again")
+        return {"status": "ok"}
+
+    @app.get("/metrics")
+    async def metrics() -> HTTPResponse:
+        return HTTPResponse(service.metrics.page(), media_type=CONTENT_TYPE_LATEST)

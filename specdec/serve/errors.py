@@ -1,0 +1,103 @@
+"""Errors as clients of OpenAI's interface expect them: a status and ``{"error": {message, type, param, code}}``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+
+from specdec.base.errors import SpecDecError
+
+TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+RETRY_AFTER = 1  # seconds
+_FIELD = re.compile(r"[a-z_]+")
+_KINDS = {"str", "int", "float", "bool", "dict", "list"}  # how pydantic marks the branches of a union
+
+
+class ErrorObject(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    error: ErrorObject
+
+
+class ApiError(Exception):
+    """A refusal: what the client gets. param: the parameter that is wrong. code: for programs."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+
+    @property
+    def headers(self) -> dict[str, str]:
+        if self.status == 429:
+            return {"Retry-After": str(RETRY_AFTER)}
+        return {"WWW-Authenticate": "Bearer"} if self.status == 401 else {}
+
+    def body(self) -> dict[str, Any]:
+        kind = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body(), self.status, self.headers)
+
+
+def add_handlers(app: FastAPI) -> None:
+    """Answer every error of ``app`` in this shape."""
+
+    @app.exception_handler(ApiError)
+    def refused(request: Request, error: ApiError) -> JSONResponse:
+        return error.response()
+
+    @app.exception_handler(SpecDecError)
+    def unfit(request: Request, error: SpecDecError) -> JSONResponse:
+        return ApiError(400, str(error)).response()
+
+    @app.exception_handler(RequestValidationError)
+    def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        return _validation(error.errors()[0]).response()
+
+    @app.exception_handler(HTTPException)
+    def http(request: Request, error: HTTPException) -> JSONResponse:
+        message = {
+            400: "the body is not JSON: bytes that are not UTF-8, a number that is too long, or nested too deeply",
+            404: f"there is no {request.url.path[:100]}",
+            405: f"{request.url.path} takes no {request.method}",
+        }
+        answer = ApiError(error.status_code, message.get(error.status_code, str(error.detail)))
+        return JSONResponse(answer.body(), answer.status, error.headers)
+
+    @app.exception_handler(Exception)
+    def unexpected(request: Request, error: Exception) -> JSONResponse:
+        return ApiError(500, f"unexpected {type(error).__name__}; the server's log has more").response()
+
+
+def _validation(found: Mapping[str, Any]) -> ApiError:
+    """The refusal of a body that pydantic has ``found`` to be wrong."""
+    if found["type"] == "json_invalid":
+        return ApiError(400, f"the body is not valid JSON: {found['ctx']['error']}", code="invalid_json")
+    if found["type"] == "model_attributes_type":
+        return ApiError(400, "the body must be a JSON object, with Content-Type: application/json", code="invalid_json")
+    parts = []
+    for part in found["loc"][1:]:
+        if isinstance(part, str) and (part in _KINDS or not _FIELD.fullmatch(part)) and found["type"] != UNKNOWN:
+            break
+        parts.append(str(part))
+    param = ".".join(parts)[:200] or None
+    if found["type"] == UNKNOWN:
+        return ApiError(400, f"parameter '{param}' is not supported; leave it out", param, "unsupported_parameter")
+    what = str(found["msg"]).removeprefix("Value error, ")
+    return ApiError(400, f"'{param}': {what}" if param else f"the body: {what}", param, "invalid_value")
+
+
+UNKNOWN = "extra_forbidden"

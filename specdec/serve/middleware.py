@@ -1,0 +1,111 @@
+"""What every request goes through: a line in the log, the key, and bounds on its body."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import time
+from collections.abc import Callable
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from specdec.serve.errors import ApiError
+from specdec.serve.settings import Settings
+
+OPEN = ("/", "/health")  # without the key
+QUIET = ("/health", "/metrics")  # without a line
+CLOSED = 499  # status, in the log, of a request whose client has gone
+
+
+class Log:
+    """Print a line for each request: method, path, status, seconds, and the ``summary`` that its endpoint left."""
+
+    def __init__(self, app: ASGIApp, write: Callable[[str], None]) -> None:
+        self.app, self.write = app, write
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in QUIET:
+            return await self.app(scope, receive, send)
+        began, status = time.perf_counter(), CLOSED
+
+        async def watched(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        summary: list[str] = []
+        scope.setdefault("state", {})["summary"] = summary
+        try:
+            await self.app(scope, receive, watched)
+        except Exception:
+            status = 500
+            raise
+        finally:
+            client = scope["client"][0] if scope.get("client") else "-"
+            seconds = f"{time.perf_counter() - began:.3f} s"
+            self.write(", ".join([f"{client} {scope['method']} {scope['path'][:100]} {status}", seconds, *summary]))
+
+
+class Key:
+    """Refuse requests without the key, in a time that does not depend on what they have instead."""
+
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+        self.app = app
+        self.wanted = None if settings.api_key is None else f"Bearer {settings.api_key}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self.wanted is not None and scope["type"] == "http" and scope["path"] not in OPEN:
+            given = Headers(scope=scope).get("authorization", "").encode("latin-1")
+            if not hmac.compare_digest(given, self.wanted):
+                message = "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'"
+                return await ApiError(401, message, code="invalid_api_key").response()(scope, receive, send)
+        await self.app(scope, receive, send)
+
+
+class Body:
+    """Read bodies of up to ``max_body`` bytes, for at most ``patience`` seconds; refuse others."""
+
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+        self.app, self.settings = app, settings
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST":
+            return await self.app(scope, receive, send)
+        try:
+            body = await self._read(Headers(scope=scope), receive)
+        except ApiError as error:
+            return await error.response()(scope, receive, send)
+        if body is None:
+            return None
+        waiting: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def replayed() -> Message:
+            return waiting.pop() if waiting else await receive()
+
+        await self.app(scope, replayed, send)
+
+    async def _read(self, headers: Headers, receive: Receive) -> bytes | None:
+        """The whole body; None if the client has gone."""
+        most = self.settings.max_body
+        if (length := headers.get("content-length", "0")).isdecimal() and int(length) > most:
+            raise _too_large(most)
+        body = bytearray()
+        try:
+            async with asyncio.timeout(self.settings.patience):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return None
+                    body += message.get("body", b"")
+                    if len(body) > most:
+                        raise _too_large(most)
+                    if not message.get("more_body"):
+                        return bytes(body)
+        except TimeoutError:
+            raise ApiError(408, f"the body did not arrive within {self.settings.patience:g} seconds") from None
+
+
+def _too_large(most: int) -> ApiError:
+    return ApiError(413, f"the body is larger than {most} bytes, the most that this server takes", code="too_large")

@@ -1,0 +1,129 @@
+"""Responses and chunks of the two endpoints, in OpenAI's shape."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from specdec import __version__
+from specdec.serve import speculation
+from specdec.serve.choice import Choice, Piece
+from specdec.serve.errors import ApiError
+from specdec.serve.schema import Sampling, StreamOptions
+from specdec.serve.streaming import DONE, event, merged
+
+
+class Chat:
+    """Shapes of ``/v1/chat/completions``."""
+
+    prefix, whole, part = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def opening(self, choice: Choice) -> dict[str, Any] | None:
+        """What a stream begins with, for each choice."""
+        return {"delta": {"role": "assistant", "content": ""}}
+
+    def delta(self, piece: Piece) -> dict[str, Any]:
+        return {"delta": {"content": piece.text} if piece.text else {}}
+
+    def full(self, choice: Choice) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": choice.detokenizer.text, "refusal": None}}
+
+
+class Completion:
+    """Shapes of ``/v1/completions``. echoes: the prompts' texts, by choice, where they come before the answer."""
+
+    prefix = "cmpl"
+    whole = part = "text_completion"
+
+    def __init__(self, echoes: Sequence[str] = ()) -> None:
+        self.echoes = echoes
+
+    def opening(self, choice: Choice) -> dict[str, Any] | None:
+        return {"text": self.echoes[choice.index]} if self.echoes else None
+
+    def delta(self, piece: Piece) -> dict[str, Any]:
+        return {"text": piece.text}
+
+    def full(self, choice: Choice) -> dict[str, Any]:
+        return {"text": (self.echoes[choice.index] if self.echoes else "") + choice.detokenizer.text}
+
+
+class Response:
+    """The answer to one request with ``choices``, whole or as a stream."""
+
+    def __init__(self, shape: Chat | Completion, model: str, choices: Sequence[Choice], body: Sampling) -> None:
+        self.shape, self.choices, self.body = shape, list(choices), body
+        self.head = {
+            "id": f"{shape.prefix}-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": model,
+            "system_fingerprint": f"specdec-{__version__}",
+        }
+
+    async def whole(self) -> dict[str, Any]:
+        """The response, once all choices have ended."""
+        async for _ in merged(self.choices, each=False):
+            pass
+        choices = [self._choice(c.index, self.shape.full(c), c.finish) for c in self.choices]
+        return self.head | {"object": self.shape.whole, "choices": choices, "usage": self.usage()} | self._metrics()
+
+    async def stream(self) -> AsyncIterator[bytes]:
+        """Events: openings, pieces, the usage if it is asked for, and the end."""
+        options = self.body.stream_options or StreamOptions()
+        more: dict[str, Any] = {"usage": None} if options.include_usage else {}
+        left = len(self.choices)
+        try:
+            for choice in self.choices:
+                if (opening := self.shape.opening(choice)) is not None:
+                    yield self._chunk(choice.index, opening, None, more)
+            async for choice, piece in merged(self.choices, options.include_draft_depth):
+                depth = {"draft_depth": piece.depth} if options.include_draft_depth else {}
+                if piece.finish is None:
+                    yield self._chunk(choice.index, self.shape.delta(piece) | depth, None, more)
+                    continue
+                left -= 1
+                if piece.text:
+                    yield self._chunk(choice.index, self.shape.delta(piece) | depth, None, more)
+                end = self._metrics() if not left and not options.include_usage else {}
+                yield self._chunk(choice.index, self.shape.delta(Piece("")), piece.finish, more | end)
+            if options.include_usage:
+                yield event(self._part() | {"choices": [], "usage": self.usage()} | self._metrics())
+        except ApiError as error:
+            yield event(error.body())
+        yield DONE
+
+    def usage(self) -> dict[str, Any]:
+        prompts = {id(choice.prompt): choice for choice in self.choices}  # the choices of a prompt count it once
+        before, new = sum(len(c.prompt) for c in prompts.values()), sum(c.count for c in self.choices)
+        cached = sum(c.handle.metrics.num_cached_tokens for c in prompts.values())
+        details = {"cached_tokens": cached}
+        return {
+            "prompt_tokens": before,
+            "completion_tokens": new,
+            "total_tokens": before + new,
+            "prompt_tokens_details": details,
+        }
+
+    def summary(self) -> str:
+        """For the log: what this request was."""
+        usage, steps = self.usage(), sum(c.handle.metrics.num_spec_steps for c in self.choices)
+        accepted = sum(c.handle.metrics.num_accepted_draft_tokens for c in self.choices)
+        length = 1 + accepted / steps if steps else 1.0
+        reasons = "+".join(sorted({c.finish or "cancelled" for c in self.choices}))
+        return f"{usage['prompt_tokens']} + {usage['completion_tokens']} tokens, {length:.2f} a step, {reasons}"
+
+    def _metrics(self) -> dict[str, Any]:
+        if not self.body.include_metrics:
+            return {}
+        return {"metrics": speculation.of_response(self.choices, self.body.per_step_metrics)}
+
+    def _part(self) -> dict[str, Any]:
+        return self.head | {"object": self.shape.part}
+
+    def _chunk(self, index: int, content: dict[str, Any], finish: str | None, more: dict[str, Any]) -> bytes:
+        return event(self._part() | {"choices": [self._choice(index, content, finish)]} | more)
+
+    def _choice(self, index: int, content: dict[str, Any], finish: str | None) -> dict[str, Any]:
+        return {"index": index, **content, "logprobs": None, "finish_reason": finish}

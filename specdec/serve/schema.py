@@ -1,0 +1,170 @@
+"""Request bodies. What is not declared here is refused by name, unless it has the value that means "not used"."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from specdec.base.options import MAX_SEED
+
+MAX_STOPS = 4
+Text = Annotated[str, Field(min_length=1)]
+Stop = Annotated[str, Field(min_length=1, max_length=256)]
+Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+
+# Parameters that are not supported: the values by which clients say that they do not use them.
+UNUSED: dict[str, tuple[Any, ...]] = {
+    "audio": (),
+    "best_of": (1,),
+    "frequency_penalty": (0,),
+    "function_call": ("none",),
+    "functions": ([],),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "metadata": ({},),
+    "modalities": (["text"],),
+    "parallel_tool_calls": (),
+    "prediction": (),
+    "presence_penalty": (0,),
+    "reasoning_effort": (),
+    "response_format": ({"type": "text"},),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "suffix": ("",),
+    "tool_choice": ("none",),
+    "tools": ([],),
+    "top_logprobs": (0,),
+}
+IN_A_MESSAGE = ("annotations", "audio", "function_call", "refusal", "tool_calls")
+
+
+def _drop(given: Any, unused: dict[str, tuple[Any, ...]]) -> Any:
+    if not isinstance(given, dict):
+        return given
+    return {k: v for k, v in given.items() if k not in unused or not (v is None or v in unused[k])}
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class StreamOptions(Strict):
+    """include_draft_depth: a chunk for each token, which says how deep in a draft it was (0: the model's own)."""
+
+    include_usage: bool = False
+    include_draft_depth: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _unused(cls, given: Any) -> Any:
+        return _drop(given, {"include_obfuscation": (False,)})
+
+
+class Sampling(Strict):
+    """What both endpoints take.
+
+    speculative_decoding: false decodes plainly; the text is the same. include_metrics: what the request took, in the
+    response. per_step_metrics: also of each step.
+    """
+
+    model: str
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
+    n: Annotated[int, Field(ge=1)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: Annotated[str, Field(max_length=256)] | None = None
+    ignore_eos: bool = False
+    speculative_decoding: bool = True
+    include_metrics: bool = True
+    per_step_metrics: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _unused(cls, given: Any) -> Any:
+        return _drop(given, UNUSED)
+
+    @model_validator(mode="after")
+    def _options_of_a_stream(self) -> Sampling:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options goes with stream: true")
+        return self
+
+    @property
+    def stops(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
+
+    @property
+    def limit(self) -> int | None:
+        """Most new tokens that the client asks for."""
+        return self.max_tokens
+
+
+class TextPart(Strict):
+    type: Literal["text"]
+    text: str
+
+
+class Message(Strict):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    name: Annotated[str, Field(max_length=64)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _unused(cls, given: Any) -> Any:
+        return _drop(given, dict.fromkeys(IN_A_MESSAGE, ([],)))
+
+    def as_dict(self) -> dict[str, str]:
+        """The message, as chat templates take it."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        role = "system" if self.role == "developer" else self.role
+        return {"role": role, "content": text} | ({"name": self.name} if self.name else {})
+
+
+class ChatBody(Sampling):
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+
+    @property
+    def limit(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+
+class CompletionBody(Sampling):
+    prompt: Text | Ids | Annotated[list[Text], Field(min_length=1)] | Annotated[list[Ids], Field(min_length=1)]
+    echo: bool = False
+
+    @property
+    def limit(self) -> int | None:
+        return 16 if self.max_tokens is None else self.max_tokens  # OpenAI's default
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
+            return [self.prompt]  # type: ignore[list-item]
+        return list(self.prompt)  # type: ignore[arg-type]
+
+
+class TokenizeBody(Strict):
+    model: str | None = None
+    prompt: Text | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+
+    @model_validator(mode="after")
+    def _either(self) -> TokenizeBody:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give either prompt or messages")
+        return self
+
+
+class DetokenizeBody(Strict):
+    model: str | None = None
+    tokens: list[Annotated[int, Field(ge=0)]]

@@ -1,0 +1,129 @@
+"""From what clients send to requests of the engine. Knows no HTTP."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Sequence
+from typing import Any
+from urllib.parse import quote
+
+from specdec.api.decoder import SpecDecoder
+from specdec.api.text import Detokenizer, encode
+from specdec.engine.engine import Engine, QueueFullError
+from specdec.engine.request import Request
+from specdec.serve.choice import Choice
+from specdec.serve.errors import ApiError
+from specdec.serve.metrics import Metrics
+from specdec.serve.schema import Message, Sampling
+from specdec.serve.settings import Settings
+from specdec.speculation.sampling import SamplingParams, streams
+
+TEMPERATURE = 1.0  # OpenAI's default
+SEEDS = 2**53  # JavaScript's whole numbers
+
+
+class Service:
+    """One model behind an engine. ``started`` is when, in seconds since 1970."""
+
+    def __init__(self, decoder: SpecDecoder, engine: Engine, settings: Settings) -> None:
+        self.decoder, self.engine, self.settings = decoder, engine, settings
+        self.tokenizer, self.context = decoder.tokenizer, decoder.target.context
+        self.metrics = Metrics(settings.name, engine.stats)
+        self.started = int(time.time())
+
+    def check_model(self, name: str | None) -> None:
+        if name is not None and name != self.settings.name:
+            message = f"there is no model '{name[:100]}'; this server has '{self.settings.name}'"
+            raise ApiError(404, message, "model", "model_not_found")
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        return self._fitting("messages", encode(self.tokenizer, [m.as_dict() for m in messages], context=self.context))
+
+    def encode_text(self, prompt: str | list[int]) -> list[int]:
+        return self._fitting("prompt", encode(self.tokenizer, prompt, chat=False, context=self.context))
+
+    def _fitting(self, name: str, ids: list[int]) -> list[int]:
+        most = self.context - 1
+        if self.settings.max_prompt_tokens is not None:
+            most = min(most, self.settings.max_prompt_tokens)
+        if len(ids) > most:
+            message = f"the prompt has {len(ids)} tokens; this server takes at most {most}; shorten it"
+            raise ApiError(400, message, name, "context_length_exceeded")
+        self.check_tokens(name, ids)
+        return ids
+
+    def check_tokens(self, name: str, ids: Sequence[int]) -> None:
+        if max(ids, default=0) >= self.decoder.target.vocab_size:
+            message = f"{name} has token ids outside the model's vocabulary of {self.decoder.target.vocab_size}"
+            raise ApiError(400, message, name, "invalid_value")
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def submit(self, prompts: Sequence[list[int]], body: Sampling) -> list[Choice]:
+        """Start every choice of a request: ``n`` for each prompt. Raises ApiError where none is started."""
+        n, most = body.n or 1, self.settings.max_choices
+        if n * len(prompts) > most:
+            message = f"{n * len(prompts)} choices (prompts times n) are too many; this server gives at most {most}"
+            raise ApiError(400, message, "n", "invalid_value")
+        cap = self.settings.max_tokens
+        if cap is not None and body.limit is not None and body.limit > cap:
+            message = f"{body.limit} new tokens are too many; this server gives at most {cap}"
+            raise ApiError(400, message, "max_tokens", "invalid_value")
+        seed = secrets.randbelow(SEEDS) if body.seed is None else body.seed
+        rows = [prompt for prompt in prompts for _ in range(n)]
+        choices: list[Choice] = []
+        try:
+            for index, (prompt, stream) in enumerate(zip(rows, streams(rows), strict=True)):
+                handle = self.engine.submit(self._request(prompt, body, seed, stream))
+                choices.append(Choice(index, handle, prompt, self.tokenizer, body.stops, self.metrics))
+        except QueueFullError as error:
+            raise ApiError(429, str(error), code="queue_full") from None
+        finally:
+            if len(choices) < len(rows):
+                for choice in choices:
+                    choice.close()
+        return choices
+
+    def drafter_of(self, body: Sampling) -> str:
+        """The drafter that a request uses, as a header may name it."""
+        return quote(self.decoder.drafter.label if body.speculative_decoding else "none", safe="+=-. /")
+
+    def end(self, choices: Sequence[Choice]) -> None:
+        """A request is over, or its client has gone."""
+        now = time.perf_counter()
+        for choice in choices:
+            choice.close()
+            self.metrics.ended(choice.handle.metrics, choice.finish or "abort", now - choice.began)
+
+    def _request(self, prompt: list[int], body: Sampling, seed: int, stream: int) -> Request:
+        bounds = (self.context - len(prompt), body.limit, self.settings.max_tokens)
+        stop = StopStrings(self.tokenizer, body.stops) if body.stops else None
+        return Request(
+            prompt=prompt,
+            limit=min(bound for bound in bounds if bound is not None),
+            params=SamplingParams(
+                temperature=TEMPERATURE if body.temperature is None else body.temperature,
+                top_k=body.top_k or 0,
+                top_p=1.0 if body.top_p is None else body.top_p,
+                min_p=body.min_p or 0.0,
+                repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
+                seed=seed,
+            ),
+            stream=stream,
+            eos=frozenset() if body.ignore_eos else self.decoder.eos_ids(),
+            stop=stop,
+            draft=body.speculative_decoding,
+        )
+
+
+class StopStrings:
+    """The rule by which a request ends at one of its stop strings. Runs where the engine does."""
+
+    def __init__(self, tokenizer: Any, stops: Sequence[str]) -> None:
+        self.text = Detokenizer(tokenizer, stops)
+
+    def __call__(self, token: int) -> str | None:
+        self.text.push(token)
+        return "stop" if self.text.stopped else None

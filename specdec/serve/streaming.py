@@ -1,0 +1,93 @@
+"""Server-sent events, bounded by what the client reads."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import suppress
+from typing import Any, TypeVar
+
+import anyio
+from starlette.responses import StreamingResponse
+from starlette.types import Message, Receive, Scope, Send
+
+from specdec.serve.choice import Choice, Piece
+
+DONE = b"data: [DONE]\n\n"
+T = TypeVar("T")
+
+
+def event(value: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+class EventStream(StreamingResponse):
+    """Events as they come, until the client goes away or reads nothing for ``patience`` seconds. end: called then."""
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self, events: AsyncIterator[bytes], end: Callable[[], object], patience: float, headers: dict[str, str]
+    ) -> None:
+        super().__init__(events, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"} | headers)
+        self.end, self.patience = end, patience
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def bounded(message: Message) -> None:
+            async with asyncio.timeout(self.patience):
+                await send(message)
+
+        try:
+            with suppress(TimeoutError):
+                await super().__call__(scope, receive, bounded)
+        finally:  # also where no event has been asked for
+            self.end()
+
+
+async def unless_gone(receive: Receive, work: Callable[[], Awaitable[T]]) -> T | None:
+    """What ``work`` returns; None, with ``work`` ended, once the client has gone."""
+    result: T | None = None
+    async with anyio.create_task_group() as group:
+
+        async def watch() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            group.cancel_scope.cancel()
+
+        group.start_soon(watch)
+        result = await work()
+        group.cancel_scope.cancel()
+    return result
+
+
+async def merged(choices: Sequence[Choice], each: bool) -> AsyncIterator[tuple[Choice, Piece]]:
+    """The pieces of all choices, as they come."""
+    if len(choices) == 1:
+        async for piece in choices[0].pieces(each):
+            yield choices[0], piece
+        return
+    arrived: asyncio.Queue[tuple[Choice, Piece] | Exception | None] = asyncio.Queue(maxsize=len(choices))
+
+    async def forward(choice: Choice) -> None:
+        try:
+            async for piece in choice.pieces(each):
+                await arrived.put((choice, piece))
+            await arrived.put(None)
+        except Exception as error:
+            await arrived.put(error)
+
+    tasks = [asyncio.create_task(forward(choice)) for choice in choices]
+    try:
+        left = len(tasks)
+        while left:
+            item = await arrived.get()
+            if isinstance(item, Exception):
+                raise item
+            if item is None:
+                left -= 1
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
