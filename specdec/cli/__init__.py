@@ -14,7 +14,7 @@ import typer
 from specdec import __version__
 from specdec.base import terminal
 from specdec.base.errors import SpecDecError
-from specdec.cli import bench, doctor, generate, listings, pack_experts, sweep, train, tune, verify
+from specdec.cli import bench, chat, doctor, generate, listings, pack_experts, serve, sweep, train, tune, verify
 from specdec.cli.boundary import Commands
 
 app = typer.Typer(
@@ -29,6 +29,8 @@ app.command(
     epilog='Example: specdec generate "Why is the sky blue?" --drafter m2r2 --compare\n\n'
     "Example: cat letter.txt | specdec generate --system 'Answer in French.' --temperature 0.7 > answer.txt"
 )(generate.generate)
+app.command(epilog="Example: specdec serve --drafter prompt-lookup+m2r2 --port 8000")(serve.serve)
+app.command(epilog="Example: specdec chat --system 'Answer in one sentence.'")(chat.chat)
 app.command(epilog="Example: specdec models --json")(listings.models)
 app.command(epilog="Example: specdec drafters --json")(listings.drafters)
 app.add_typer(

@@ -6,8 +6,6 @@ import os
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from specdec.base import options, terminal
 from specdec.base.errors import SpecDecError
 from specdec.base.terminal import say
@@ -61,7 +59,7 @@ def serve(
     ] = 64,
     max_body: Annotated[str, _limits("--max-body", "Largest body of a request.", "SIZE")] = "4MiB",
 ) -> None:
-    """Serve a model over HTTP: OpenAI's interface, a page to try it, figures for Prometheus. Needs the extra 'serve'."""
+    """Serve a model over HTTP: OpenAI's interface, a page to try it, figures for Prometheus (extra 'serve')."""
     with terminal.status("starting"):
         terminal.warn_in_lines()
         try:

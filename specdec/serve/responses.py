@@ -9,8 +9,9 @@ from typing import Any
 
 from specdec import __version__
 from specdec.serve import speculation
-from specdec.serve.choice import Choice, Piece
+from specdec.serve.choice import Choice
 from specdec.serve.errors import ApiError
+from specdec.serve.pieces import Piece
 from specdec.serve.schema import Sampling, StreamOptions
 from specdec.serve.streaming import DONE, event, merged
 
@@ -28,7 +29,7 @@ class Chat:
         return {"delta": {"content": piece.text} if piece.text else {}}
 
     def full(self, choice: Choice) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": choice.detokenizer.text, "refusal": None}}
+        return {"message": {"role": "assistant", "content": choice.answer.text, "refusal": None}}
 
 
 class Completion:
@@ -47,7 +48,7 @@ class Completion:
         return {"text": piece.text}
 
     def full(self, choice: Choice) -> dict[str, Any]:
-        return {"text": (self.echoes[choice.index] if self.echoes else "") + choice.detokenizer.text}
+        return {"text": (self.echoes[choice.index] if self.echoes else "") + choice.answer.text}
 
 
 class Response:
@@ -66,7 +67,7 @@ class Response:
         """The response, once all choices have ended."""
         async for _ in merged(self.choices, each=False):
             pass
-        choices = [self._choice(c.index, self.shape.full(c), c.finish) for c in self.choices]
+        choices = [self._choice(c.index, self.shape.full(c), c.answer.finish) for c in self.choices]
         return self.head | {"object": self.shape.whole, "choices": choices, "usage": self.usage()} | self._metrics()
 
     async def stream(self) -> AsyncIterator[bytes]:
@@ -96,7 +97,7 @@ class Response:
 
     def usage(self) -> dict[str, Any]:
         prompts = {id(choice.prompt): choice for choice in self.choices}  # the choices of a prompt count it once
-        before, new = sum(len(c.prompt) for c in prompts.values()), sum(c.count for c in self.choices)
+        before, new = sum(len(c.prompt) for c in prompts.values()), sum(c.answer.count for c in self.choices)
         cached = sum(c.handle.metrics.num_cached_tokens for c in prompts.values())
         details = {"cached_tokens": cached}
         return {
@@ -111,7 +112,7 @@ class Response:
         usage, steps = self.usage(), sum(c.handle.metrics.num_spec_steps for c in self.choices)
         accepted = sum(c.handle.metrics.num_accepted_draft_tokens for c in self.choices)
         length = 1 + accepted / steps if steps else 1.0
-        reasons = "+".join(sorted({c.finish or "cancelled" for c in self.choices}))
+        reasons = "+".join(sorted({c.answer.finish or "cancelled" for c in self.choices}))
         return f"{usage['prompt_tokens']} + {usage['completion_tokens']} tokens, {length:.2f} a step, {reasons}"
 
     def _metrics(self) -> dict[str, Any]:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Sequence
-from typing import Any
 from urllib.parse import quote
 
 from specdec.api.decoder import SpecDecoder
-from specdec.api.text import Detokenizer, encode
+from specdec.api.text import encode
 from specdec.engine.engine import Engine, QueueFullError
 from specdec.engine.request import Request
 from specdec.serve.choice import Choice
 from specdec.serve.errors import ApiError
 from specdec.serve.metrics import Metrics
+from specdec.serve.requests import make_request
 from specdec.serve.schema import Message, Sampling
 from specdec.serve.settings import Settings
 from specdec.speculation.sampling import SamplingParams, streams
@@ -95,35 +95,25 @@ class Service:
         now = time.perf_counter()
         for choice in choices:
             choice.close()
-            self.metrics.ended(choice.handle.metrics, choice.finish or "abort", now - choice.began)
+            self.metrics.ended(choice.handle.metrics, choice.answer.finish or "abort", now - choice.began)
 
     def _request(self, prompt: list[int], body: Sampling, seed: int, stream: int) -> Request:
-        bounds = (self.context - len(prompt), body.limit, self.settings.max_tokens)
-        stop = StopStrings(self.tokenizer, body.stops) if body.stops else None
-        return Request(
-            prompt=prompt,
-            limit=min(bound for bound in bounds if bound is not None),
-            params=SamplingParams(
-                temperature=TEMPERATURE if body.temperature is None else body.temperature,
-                top_k=body.top_k or 0,
-                top_p=1.0 if body.top_p is None else body.top_p,
-                min_p=body.min_p or 0.0,
-                repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
-                seed=seed,
-            ),
+        bounds = [bound for bound in (body.limit, self.settings.max_tokens) if bound is not None]
+        params = SamplingParams(
+            temperature=TEMPERATURE if body.temperature is None else body.temperature,
+            top_k=body.top_k or 0,
+            top_p=1.0 if body.top_p is None else body.top_p,
+            min_p=body.min_p or 0.0,
+            repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
+            seed=seed,
+        )
+        return make_request(
+            self.decoder,
+            prompt,
+            params,
+            min(bounds, default=None),
+            body.stops,
             stream=stream,
-            eos=frozenset() if body.ignore_eos else self.decoder.eos_ids(),
-            stop=stop,
+            ignore_eos=body.ignore_eos,
             draft=body.speculative_decoding,
         )
-
-
-class StopStrings:
-    """The rule by which a request ends at one of its stop strings. Runs where the engine does."""
-
-    def __init__(self, tokenizer: Any, stops: Sequence[str]) -> None:
-        self.text = Detokenizer(tokenizer, stops)
-
-    def __call__(self, token: int) -> str | None:
-        self.text.push(token)
-        return "stop" if self.text.stopped else None

@@ -33,7 +33,7 @@ def of_response(choices: list[Choice], per_step: bool) -> dict[str, Any]:
         return {"speculative_decoding": None}
     [choice] = choices
     seconds = choice.last - choice.first
-    gaps = choice.count - 1
+    gaps = choice.answer.count - 1
     return {
         "time_to_first_token_ms": 1e3 * (choice.first - choice.began),
         "generation_time_ms": 1e3 * seconds,

@@ -12,7 +12,8 @@ import anyio
 from starlette.responses import StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
-from specdec.serve.choice import Choice, Piece
+from specdec.serve.choice import Choice
+from specdec.serve.pieces import Piece
 
 DONE = b"data: [DONE]\n\n"
 T = TypeVar("T")

@@ -1,0 +1,236 @@
+"""``specdec chat``."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from rich.console import Console
+
+from specdec.base import options, terminal
+from specdec.base.errors import SpecDecError, did_you_mean
+from specdec.base.terminal import note, say, shown
+from specdec.cli import shared
+from specdec.cli.shared import panel
+from specdec.models.catalogue import DEFAULT_MODEL
+
+if TYPE_CHECKING:
+    from specdec.api.decoder import SpecDecoder
+    from specdec.engine.engine import Engine
+    from specdec.engine.request import Handle
+    from specdec.speculation.sampling import SamplingParams
+
+COMMANDS = {
+    "/system": "TEXT: begin anew with this system message; without TEXT, with none",
+    "/save": "FILE: write the conversation as JSON",
+    "/drafter": "on or off: off decodes plainly",
+    "/new": "begin anew",
+    "/help": "print this",
+    "/exit": "end; so does Ctrl-D",
+}
+SHADES = ("", "green", "cyan", "magenta")  # of tokens by their depth in a draft; the last of all deeper ones
+_text, _output = map(panel, ("Text", "Output"))
+
+
+def chat(
+    model: shared.Model = DEFAULT_MODEL,
+    drafter: shared.Drafter = "auto",
+    drafter_option: shared.DrafterOption = None,
+    dtype: shared.Dtype = "auto",
+    device: shared.Device = "auto",
+    runtime: shared.Runtime = options.Runtime.auto,
+    weights: shared.Weights = options.Weights.auto,
+    kv_cache: shared.KVCache = options.KVCache.auto,
+    system: Annotated[str | None, _text("--system", "System message.", "TEXT")] = None,
+    max_new_tokens: Annotated[int, _text("--max-new-tokens", "Most new tokens of an answer.", "N", min=1)] = 1024,
+    temperature: shared.Temperature = 0.0,
+    top_p: shared.TopP = 1.0,
+    top_k: shared.TopK = 0,
+    seed: shared.Seed = 0,
+    quiet: Annotated[bool, _output("--quiet", "No figures after an answer, no shades.")] = False,
+) -> None:
+    """Chat with a model in the terminal. Drafted tokens are shaded by depth; Ctrl-C stops an answer. /help lists more."""
+    with terminal.status("starting"):
+        terminal.warn_in_lines()
+        from specdec.api.decoder import SpecDecoder
+        from specdec.speculation.sampling import SamplingParams
+
+        params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+        ask = _asker()
+    with terminal.status(f"preparing {model}"):
+        decoder = SpecDecoder.from_pretrained(
+            model,
+            drafter,
+            dtype=dtype,
+            device=device,
+            runtime=runtime,
+            weights=weights,
+            kv_cache=kv_cache,
+            drafter_options=options.assignments("--drafter-option", drafter_option or []),
+        )
+        engine = decoder.engine(max_rows=1)
+    try:
+        note(f"{model} with {decoder.drafter.label}; /help lists commands")
+        Conversation(decoder, engine, params, max_new_tokens, system, quiet).run(ask)
+    finally:
+        engine.close(drain=False)
+
+
+class Conversation:
+    """The messages so far, and what a line that the user types does with them."""
+
+    def __init__(
+        self,
+        decoder: SpecDecoder,
+        engine: Engine,
+        params: SamplingParams,
+        limit: int,
+        system: str | None = None,
+        quiet: bool = False,
+    ) -> None:
+        self.decoder, self.engine, self.params, self.limit, self.quiet = decoder, engine, params, limit, quiet
+        self.draft = True
+        self.begin(system)
+
+    def begin(self, system: str | None) -> None:
+        self.system = system
+        self.messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
+
+    def run(self, ask: Callable[[], str]) -> None:
+        """Take lines until the user ends it."""
+        while True:
+            try:
+                line = ask().strip()
+                if line == "/exit":
+                    return
+                if line:
+                    self.take(line)
+            except EOFError:
+                return
+            except KeyboardInterrupt:  # at the prompt: drop the line
+                continue
+            except SpecDecError as error:
+                terminal.error(str(error))
+
+    def take(self, line: str) -> None:
+        """Run a command, or answer a message. Raises SpecDecError for what cannot be done."""
+        if not line.startswith("/"):
+            return self.answer(line)
+        command, _, rest = line.partition(" ")
+        rest = rest.strip()
+        if command == "/system":
+            self.begin(rest or None)
+        elif command == "/new":
+            self.begin(self.system)
+        elif command == "/save":
+            self.save(rest)
+        elif command == "/drafter" and rest in ("on", "off"):
+            self.draft = rest == "on"
+        elif command == "/help":
+            for name, what in COMMANDS.items():
+                say(f"{name} {what}")
+        elif command in COMMANDS:
+            raise SpecDecError(f"{command} takes {COMMANDS[command].partition(':')[0]}")
+        else:
+            raise SpecDecError(f"there is no {command}{did_you_mean(command, COMMANDS)}; /help lists commands")
+
+    def save(self, name: str) -> None:
+        if not name:
+            raise SpecDecError("/save takes the name of a file, such as /save chat.json")
+        path = Path(name).expanduser()
+        if path.exists():
+            raise SpecDecError(f"there is a '{path}' already; choose another name")
+        try:
+            shared.write_json(path, {"drafter": self.decoder.drafter.label, "messages": self.messages})
+        except OSError as error:
+            raise SpecDecError(f"cannot write '{path}': {error.strerror}") from None
+        say(f"saved in '{path}'")
+
+    def answer(self, text: str) -> None:
+        """Answer a message. What there is when Ctrl-C stops it stays in the conversation."""
+        from specdec.api.text import encode
+        from specdec.serve.pieces import Answer
+        from specdec.serve.requests import make_request
+
+        messages = [*self.messages, {"role": "user", "content": text}]
+        context = self.decoder.target.context
+        ids = encode(self.decoder.tokenizer, messages, context=context)
+        if len(ids) >= context:
+            raise SpecDecError(
+                f"the conversation has {len(ids)} tokens, the model's context {context}; /new begins anew"
+            )
+        handle = self.engine.submit(make_request(self.decoder, ids, self.params, self.limit, draft=self.draft))
+        answer, write = Answer(self.decoder.tokenizer), _writer(self.quiet)
+        failed: BaseException | None = None
+        with _stoppable(handle):
+            for event in handle:
+                failed = event.error
+                for piece in answer.read(event, each=True):
+                    write(piece.text, piece.depth)
+        terminal.write("\n")
+        if failed is not None and not answer.text:
+            raise SpecDecError(f"decoding failed: {failed}")
+        self.messages = [*messages, {"role": "assistant", "content": answer.text}]
+        if not self.quiet:
+            m, ended = handle.metrics, {"cancelled": "stopped", "length": "cut at --max-new-tokens"}
+            why = ended.get(answer.finish or "", "")
+            figures = (
+                f"{answer.count} tokens, {m.mean_acceptance_length:.2f} a step, {m.tokens_per_second:.1f} tokens/s"
+            )
+            note(", ".join(filter(None, [figures, why, "" if self.draft else "plain decoding"])))
+
+
+def _asker() -> Callable[[], str]:
+    """What reads a line: with editing and history on a terminal."""
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        return input
+    try:
+        from prompt_toolkit import PromptSession
+        from prompt_toolkit.completion import WordCompleter
+    except ModuleNotFoundError:
+        raise SpecDecError("'prompt_toolkit' is not installed; install it: pip install 'specdec-m2r2[serve]'") from None
+    session: PromptSession[str] = PromptSession(
+        history=_history(), completer=WordCompleter(list(COMMANDS), sentence=True), complete_while_typing=False
+    )
+    return lambda: session.prompt("> ")
+
+
+def _history() -> Any:
+    """What was typed before, in a file that only its owner reads."""
+    from prompt_toolkit.history import FileHistory, InMemoryHistory
+
+    from specdec.models.catalogue import cache_dir
+
+    path = cache_dir() / "chat_history"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch(mode=0o600)
+    except OSError:
+        return InMemoryHistory()
+    return FileHistory(str(path))
+
+
+def _writer(quiet: bool) -> Callable[[str, int], None]:
+    """What writes text of a depth to stdout: shaded on a terminal."""
+    console = Console(highlight=False, soft_wrap=True)
+    if quiet or not console.is_terminal:
+        return lambda text, depth: terminal.write(text)
+
+    def write(text: str, depth: int) -> None:
+        console.print(shown(console, text, SHADES[min(depth, len(SHADES) - 1)]), end="")
+
+    return write
+
+
+@contextmanager
+def _stoppable(handle: Handle) -> Iterator[None]:
+    """Ctrl-C cancels the request, and nothing else."""
+    before = signal.signal(signal.SIGINT, lambda number, frame: handle.cancel())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,52 @@
+"""From the engine's events to text: each piece with its place in a draft, and OpenAI's reason at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from specdec.api.text import Detokenizer
+from specdec.engine.request import Event
+
+REASONS = {"eos": "stop", "stop": "stop", "length": "length"}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """New text. depth: of its last token in a draft, 0 if the model chose it itself. finish: why nothing follows."""
+
+    text: str
+    depth: int = 0
+    finish: str | None = None
+
+
+class Answer:
+    """The text of one request. ``finish``: OpenAI's reason, once it has ended."""
+
+    def __init__(self, tokenizer: Any, stops: Sequence[str] = ()) -> None:
+        self.detokenizer = Detokenizer(tokenizer, stops)
+        self.finish: str | None = None
+
+    @property
+    def text(self) -> str:
+        return self.detokenizer.text
+
+    @property
+    def count(self) -> int:
+        """Tokens so far."""
+        return len(self.detokenizer.ids)
+
+    def read(self, event: Event, each: bool = False) -> Iterator[Piece]:
+        """The text that ``event`` brings; ``each``: token by token. The last piece of all has the reason."""
+        depth = 0
+        for place, token in enumerate(event.tokens, start=1):
+            depth = place if place <= event.accepted else 0
+            self.detokenizer.push(token)
+            if each and (text := self.detokenizer.take()):
+                yield Piece(text, depth)
+        if event.finished is not None:
+            self.finish = REASONS.get(event.finished, event.finished)
+            yield Piece(self.detokenizer.finish(), depth, self.finish)
+        elif not each and (text := self.detokenizer.take()):
+            yield Piece(text, depth)

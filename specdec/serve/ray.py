@@ -1,0 +1,81 @@
+"""Several replicas on one machine or more: ``serve run specdec.serve.ray:app model=NAME replicas=2`` (extra ``ray``).
+
+Requests with one ``x-session-id`` header go to one replica, where the conversation so far is in its prefix cache.
+"""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+from pydantic import BaseModel, ConfigDict, PositiveInt
+from ray import serve
+from ray.serve import Application
+from ray.serve.config import RequestRouterConfig
+
+from specdec.models.catalogue import DEFAULT_MODEL
+
+ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"  # by the session
+
+
+class Options(BaseModel):
+    """What ``serve run`` takes as KEY=VALUE, for each of the ``replicas``."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str = DEFAULT_MODEL
+    drafter: str = "auto"
+    name: str | None = None
+    api_key: str | None = None
+    runtime: str = "auto"
+    weights: str = "auto"
+    device: str = "auto"
+    max_rows: PositiveInt = 16
+    max_waiting: PositiveInt = 256
+    replicas: PositiveInt = 1
+    cpus: float = 1
+    gpus: float = 0
+
+
+@serve.ingress()
+class Replica:
+    """A decoder with its engine and its server."""
+
+    def __init__(self, options: Options) -> None:
+        from specdec.api.decoder import SpecDecoder
+
+        self.options = options
+        self.decoder = SpecDecoder.from_pretrained(
+            options.model,
+            options.drafter,
+            device=options.device,
+            runtime=options.runtime,
+            weights=options.weights,
+        )
+        self.engine = self.decoder.engine(max_rows=options.max_rows, max_waiting=options.max_waiting)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        from specdec.serve.app import make_app
+        from specdec.serve.settings import Settings
+
+        settings = Settings(self.options.name or self.options.model, self.options.api_key)
+        return make_app(self.decoder, self.engine, settings)
+
+    def check_health(self) -> None:
+        if not self.engine.running:
+            raise RuntimeError("the engine has ended")
+
+    def __del__(self) -> None:
+        if hasattr(self, "engine"):
+            self.engine.close(drain=False)
+
+
+def app(options: Options) -> Application:
+    """The application, as ``serve run`` builds it."""
+    deployment = serve.deployment(
+        Replica,
+        name="specdec",
+        num_replicas=options.replicas,
+        ray_actor_options={"num_cpus": options.cpus, "num_gpus": options.gpus},
+        max_ongoing_requests=options.max_rows + options.max_waiting,
+        request_router_config=RequestRouterConfig(request_router_class=ROUTER),
+    )
+    return deployment.bind(options)
