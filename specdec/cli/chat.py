@@ -53,7 +53,7 @@ def chat(
     seed: shared.Seed = 0,
     quiet: Annotated[bool, _output("--quiet", "No figures after an answer, no shades.")] = False,
 ) -> None:
-    """Chat with a model in the terminal. Drafted tokens are shaded by depth; Ctrl-C stops an answer. /help lists more."""
+    """Chat with a model in the terminal. Drafts are shaded by depth, Ctrl-C stops an answer, /help lists more."""
     with terminal.status("starting"):
         terminal.warn_in_lines()
         from specdec.api.decoder import SpecDecoder

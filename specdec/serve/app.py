@@ -95,10 +95,10 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
     @app.post("/tokenize")
     async def tokenize(body: TokenizeBody) -> dict[str, Any]:
         service.check_model(body.model)
-        if body.prompt is None:
+        if body.messages is not None:
             ids = await run_sync(service.encode_chat, body.messages)
         else:
-            ids = await run_sync(service.encode_text, body.prompt)
+            ids = await run_sync(service.encode_text, body.prompt or "")
         return {"count": len(ids), "max_model_len": service.context, "tokens": ids}
 
     @app.post("/detokenize")

@@ -1,0 +1,167 @@
+"""Servers for tests: one on a loopback port in a thread, around a tiny model or around events that a test gives."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import torch
+import uvicorn
+from conftest import Scripted
+from tiny import save_tiny
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from specdec import SpecDecoder
+from specdec.engine.engine import EngineStats
+from specdec.engine.metrics import RequestMetrics
+from specdec.engine.request import Event, Request
+from specdec.serve.app import make_app
+from specdec.serve.run import address, bind
+from specdec.serve.settings import Settings
+
+NAME = "tiny"
+USER = [{"role": "user", "content": "Name three colours."}]
+
+
+def tiny_decoder(folder: Path, drafter: Any = "prompt-lookup", context: int = 4096) -> SpecDecoder:
+    return SpecDecoder.from_pretrained(save_tiny(folder, context), drafter, device="cpu", dtype=torch.float32)
+
+
+class Oracle(Scripted):
+    """Drafts what ``texts`` (token ids of prompts with their answers) go on with, four tokens at a time."""
+
+    def __init__(self) -> None:
+        super().__init__(self.go_on)
+        self.texts: list[list[int]] = []
+
+    def go_on(self, ids: Sequence[int], limit: int) -> list[tuple[int, int]]:
+        for text in self.texts:
+            if text[: len(ids)] == list(ids):
+                return [(token, place) for place, token in enumerate(text[len(ids) :][: min(limit, 4)])]
+        return []
+
+
+class Server:
+    """A server on a loopback port. ``lines``: its log. ``url``: where it is."""
+
+    def __init__(self, decoder: SpecDecoder, engine: Any, settings: Settings) -> None:
+        self.decoder, self.engine, self.settings, self.lines = decoder, engine, settings, list[str]()
+        self.app = make_app(decoder, engine, settings, self.lines.append)
+        self.socket = bind("127.0.0.1", 0)
+        self.url = address(self.socket)
+        config = uvicorn.Config(self.app, http="h11", ws="none", log_config=None, access_log=False)
+        self.server = uvicorn.Server(config)
+        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.socket]}, daemon=True)
+
+    def post(self, path: str, body: Any, **more: Any) -> httpx.Response:
+        return httpx.post(self.url + path, json=body, timeout=120, **more)
+
+    def chat(self, **more: Any) -> httpx.Response:
+        return self.post("/v1/chat/completions", {"model": NAME, "messages": USER, "max_tokens": 24} | more)
+
+    def complete(self, **more: Any) -> httpx.Response:
+        return self.post("/v1/completions", {"model": NAME, "prompt": "Name", "max_tokens": 24} | more)
+
+    def figure(self, name: str) -> float:
+        """One of the figures for Prometheus."""
+        for line in httpx.get(self.url + "/metrics").text.splitlines():
+            if line.startswith(f"vllm:{name}{{"):
+                return float(line.rpartition(" ")[2])
+        raise KeyError(name)
+
+
+def events(response: httpx.Response) -> list[dict[str, Any]]:
+    """The objects of a stream, which must end with [DONE]."""
+    *parts, done, rest = response.text.split("\n\n")
+    assert done == "data: [DONE]" and rest == ""
+    return [json.loads(part.removeprefix("data: ")) for part in parts]
+
+
+@contextmanager
+def serving(decoder: SpecDecoder, engine: Any = None, **settings: Any) -> Iterator[Server]:
+    """A running server; ``engine``: one of the test's own."""
+    own = decoder.engine(max_rows=16) if engine is None else engine
+    server = Server(decoder, own, Settings(NAME, **settings))
+    server.thread.start()
+    try:
+        while not server.server.started:
+            assert server.thread.is_alive()
+        yield server
+    finally:
+        server.server.should_exit = True
+        server.thread.join(60)
+        if engine is None:
+            own.close(drain=False)
+
+
+class Replay:
+    """An engine whose requests get the events that ``script(request)`` makes; a script that waits holds the request.
+
+    handles: of all requests so far.
+    """
+
+    running = True
+
+    def __init__(self, script: Callable[[Request], Sequence[Event]], refuse: Exception | None = None) -> None:
+        self.script, self.refuse, self.handles = script, refuse, list[Any]()
+
+    def submit(self, request: Request) -> Any:
+        if self.refuse is not None:
+            raise self.refuse
+        self.handles.append(_Replayed(request, self.script(request)))
+        return self.handles[-1]
+
+    def stats(self) -> EngineStats:
+        return EngineStats()
+
+
+class _Replayed:
+    def __init__(self, request: Request, script: Sequence[Event]) -> None:
+        self.request, self.script, self.cancelled = request, script, False
+        self.metrics = RequestMetrics(len(request.prompt))
+        self.metrics.queue_seconds, self.metrics.num_cached_tokens = 0.0, 0
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+    async def __aiter__(self) -> Any:
+        for event in self.script:
+            await asyncio.sleep(0)
+            yield event
+
+
+def stand_in(tokenizer: Any, context: int = 4096, vocab: int = 512) -> Any:
+    """A decoder for servers around ``Replay``: a tokenizer, and nothing to decode with."""
+    target = SimpleNamespace(context=context, vocab_size=vocab)
+    return SimpleNamespace(
+        tokenizer=tokenizer, target=target, drafter=SimpleNamespace(label="none"), eos_ids=lambda: frozenset({0})
+    )
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A token for each byte."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    return tokenizer
+
+
+def until(holds: Callable[[], bool]) -> None:
+    """Wait until it holds; a minute is far more than it takes."""
+    gate = threading.Event()
+    for _ in range(6000):
+        if holds():
+            return
+        gate.wait(0.01)
+    raise AssertionError("it does not come true")

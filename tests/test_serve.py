@@ -1,0 +1,536 @@
+"""Conformance of the server: each case of what clients rely on, over real sockets, with a tiny model."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from serving import NAME, USER, Oracle, Replay, Server, byte_tokenizer, events, serving, stand_in, tiny_decoder, until
+
+from specdec import SpecDecoder
+from specdec.base.errors import SpecDecError
+from specdec.engine.engine import QueueFullError
+from specdec.engine.request import Event
+from specdec.serve.app import make_app
+from specdec.serve.schema import UNUSED
+from specdec.serve.settings import Settings
+from specdec.serve.streaming import EventStream
+
+GREEDY = {"temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory: pytest.TempPathFactory) -> SpecDecoder:
+    return tiny_decoder(tmp_path_factory.mktemp("tiny"), Oracle())
+
+
+@pytest.fixture(scope="module")
+def server(decoder: SpecDecoder) -> Iterator[Server]:
+    with serving(decoder) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def truth(decoder: SpecDecoder) -> str:
+    """The greedy answer to ``USER``, which the drafter knows from now on."""
+    plain = decoder.with_drafter("none").generate(USER, max_new_tokens=64)
+    ids = decoder.tokenizer.apply_chat_template(USER, add_generation_prompt=True, tokenize=False)
+    decoder.drafter.texts.append(decoder.tokenizer(ids, add_special_tokens=False).input_ids + plain.token_ids)
+    assert len(plain.text) == 64
+    return plain.text
+
+
+def content(found: list[dict[str, Any]]) -> str:
+    return "".join(c["delta"].get("content", "") for chunk in found for c in chunk["choices"])
+
+
+def accepted(response: dict[str, Any]) -> int:
+    return response["metrics"]["speculative_decoding"]["num_accepted_draft_tokens"]
+
+
+@pytest.mark.parametrize("length", [1, 3, 6])
+@pytest.mark.parametrize("start", [0, 9, 17])
+def test_a_stop_string_in_a_draft_is_never_sent_in_part(server: Server, truth: str, start: int, length: int) -> None:
+    stop = truth[start : start + length]
+    before = truth[: truth.index(stop)]
+    whole = server.chat(**GREEDY, max_tokens=40, stop=["no such text", stop]).json()
+    assert whole["choices"][0]["message"]["content"] == before and whole["choices"][0]["finish_reason"] == "stop"
+    found = events(server.chat(**GREEDY, max_tokens=40, stop=stop, stream=True))
+    assert content(found) == before and found[-1]["choices"][0]["finish_reason"] == "stop"
+    assert len(before) < 9 or accepted(whole) > 0
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_a_character_of_several_tokens_arrives_whole(size: int) -> None:
+    text, tokenizer = "né 😀, 語!", byte_tokenizer()
+    ids = tokenizer(text).input_ids
+    steps = [Event(ids[i : i + size], accepted=size - 1) for i in range(0, len(ids), size)]
+    steps[-1].finished = "eos"
+    with serving(stand_in(tokenizer), Replay(lambda request: steps)) as server:
+        for more in ({}, {"stream_options": {"include_draft_depth": True}}):
+            found = events(server.chat(stream=True, **more))
+            pieces = [c["delta"].get("content", "") for chunk in found for c in chunk["choices"]]
+            assert "".join(pieces) == text and not any("\ufffd" in piece for piece in pieces)
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 7, 30])
+def test_the_limit_inside_a_draft_gives_exactly_so_many_tokens(server: Server, truth: str, limit: int) -> None:
+    response = server.chat(**GREEDY, max_completion_tokens=limit).json()
+    assert response["choices"][0]["message"]["content"] == truth[:limit]
+    assert response["choices"][0]["finish_reason"] == "length" and response["usage"]["completion_tokens"] == limit
+    assert limit < 7 or accepted(response) > 0
+
+
+@pytest.mark.parametrize("place", [2, 5, 13])
+def test_nothing_follows_the_end_of_sequence_inside_a_draft(
+    server: Server, truth: str, place: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [end] = server.decoder.tokenizer(truth[place], add_special_tokens=False).input_ids
+    monkeypatch.setattr(server.decoder.model.generation_config, "eos_token_id", end)
+    response = server.chat(**GREEDY).json()
+    first = truth.index(truth[place]) + 1
+    assert response["choices"][0]["message"]["content"] == truth[:first]  # here the end token has a text
+    assert response["choices"][0]["finish_reason"] == "stop" and response["usage"]["completion_tokens"] == first
+    on = server.chat(**GREEDY, ignore_eos=True).json()
+    assert on["usage"]["completion_tokens"] == 24
+
+
+def test_choices_with_a_seed_differ_and_can_be_repeated(server: Server) -> None:
+    one = server.chat(n=3, seed=5, temperature=1.0).json()
+    two = server.chat(n=3, seed=5, temperature=1.0).json()
+    texts = [choice["message"]["content"] for choice in one["choices"]]
+    assert [choice["index"] for choice in one["choices"]] == [0, 1, 2] and len(set(texts)) == 3
+    assert texts == [choice["message"]["content"] for choice in two["choices"]]
+    assert one["metrics"] == {"speculative_decoding": None}
+    alone = server.chat(seed=5, temperature=1.0).json()
+    assert alone["choices"][0]["message"]["content"] == texts[0]
+    assert one["usage"]["prompt_tokens"] == alone["usage"]["prompt_tokens"]  # counted once
+    streamed = events(server.chat(n=3, seed=5, temperature=1.0, stream=True))
+    by_choice = ["", "", ""]
+    for chunk in streamed:
+        for choice in chunk["choices"]:
+            by_choice[choice["index"]] += choice["delta"].get("content", "")
+    assert by_choice == texts
+
+
+def test_without_a_seed_answers_differ(server: Server) -> None:
+    assert len({server.complete(temperature=1.5).json()["choices"][0]["text"] for _ in range(3)}) == 3
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_away_cancels_its_request(server: Server, stream: bool) -> None:
+    body = {"model": NAME, "messages": USER, "max_tokens": 3900, "stream": stream, "temperature": 0}
+    with httpx.Client(timeout=60) as client:
+        if stream:
+            with client.stream("POST", server.url + "/v1/chat/completions", json=body) as response:
+                assert next(response.iter_text())
+        else:
+            with pytest.raises(httpx.ReadTimeout):
+                client.post(server.url + "/v1/chat/completions", json=body, timeout=httpx.Timeout(60, read=0.2))
+    until(lambda: server.figure("num_requests_running") == server.figure("num_requests_waiting") == 0)
+    until(lambda: any("cancelled" in line for line in server.lines[-3:]))
+
+
+def test_greedy_rows_stay_greedy_and_seeds_keep_their_text_beside_others(server: Server, truth: str) -> None:
+    alone = server.chat(seed=7, temperature=0.9).json()["choices"][0]["message"]["content"]
+
+    async def crowd() -> list[str]:
+        async with httpx.AsyncClient(timeout=120) as client:
+            bodies = [GREEDY, {"seed": 7, "temperature": 0.9}] * 2
+            bodies += [{"seed": 100 + i, "temperature": 0.3 * (i % 5)} for i in range(12)]
+            answers = await asyncio.gather(
+                *(
+                    client.post(
+                        server.url + "/v1/chat/completions",
+                        json={"model": NAME, "messages": USER, "max_tokens": 24, **body},
+                    )
+                    for body in bodies
+                )
+            )
+            return [answer.json()["choices"][0]["message"]["content"] for answer in answers]
+
+    texts = asyncio.run(crowd())
+    assert texts[0] == texts[2] == truth[:24] and texts[1] == texts[3] == alone
+    assert server.chat(seed=7, temperature=0.9).json()["choices"][0]["message"]["content"] == alone  # after others
+
+
+def test_chunks_come_in_order_and_usage_counts_accepted_tokens(server: Server, truth: str) -> None:
+    found = events(server.chat(**GREEDY, stream=True, stream_options={"include_usage": True}, per_step_metrics=True))
+    assert found[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert content(found) == truth[:24]
+    assert all(chunk["usage"] is None for chunk in found[:-1])
+    assert [c["choices"][0]["finish_reason"] for c in found[:-1]] == [None] * (len(found) - 2) + ["length"]
+    assert found[-2]["choices"][0]["delta"] == {} and found[-1]["choices"] == []
+    usage, figures = found[-1]["usage"], found[-1]["metrics"]["speculative_decoding"]
+    assert usage["completion_tokens"] == 24
+    assert usage["total_tokens"] == usage["prompt_tokens"] + 24
+    assert figures["num_spec_steps"] + figures["num_accepted_draft_tokens"] in (23, 24)  # the first is the prefill's
+    assert sum(figures["per_step_accepted"]) == figures["num_accepted_draft_tokens"] > 0
+    assert len({chunk["id"] for chunk in found}) == 1
+
+
+def test_figures_follow_the_schema_of_vllm(server: Server, truth: str) -> None:
+    figures = server.chat(**GREEDY).json()["metrics"]
+    spec = figures.pop("speculative_decoding")
+    assert set(figures) == {
+        "time_to_first_token_ms", "generation_time_ms", "queue_time_ms", "mean_itl_ms", "tokens_per_second"
+    }  # fmt: skip
+    assert all(value >= 0 for value in figures.values())
+    steps, histogram = spec["num_spec_steps"], spec["acceptance_histogram"]
+    assert len(histogram) == spec["num_spec_tokens"] + 1 and sum(histogram) == steps
+    assert sum(n * count for n, count in enumerate(histogram)) == spec["num_accepted_draft_tokens"] > 0
+    assert spec["mean_acceptance_length"] == 1 + spec["num_accepted_draft_tokens"] / steps
+    assert spec["draft_acceptance_rate"] == spec["num_accepted_draft_tokens"] / spec["num_draft_tokens"]
+    assert "per_step_accepted" not in spec
+    assert "metrics" not in server.chat(include_metrics=False).json()
+
+
+def test_drafting_can_be_switched_off_and_a_header_names_the_drafter(server: Server, truth: str) -> None:
+    on, off = server.chat(**GREEDY), server.chat(**GREEDY, speculative_decoding=False)
+    assert on.headers["X-Specdec-Drafter"] == "scripted" and off.headers["X-Specdec-Drafter"] == "none"
+    assert on.json()["choices"] == off.json()["choices"]
+    assert off.json()["metrics"]["speculative_decoding"]["num_draft_tokens"] == 0 < accepted(on.json())
+
+
+def test_depths_say_which_tokens_were_drafted(server: Server, truth: str) -> None:
+    options = {"include_draft_depth": True}
+    found = events(server.chat(**GREEDY, stream=True, stream_options=options, per_step_metrics=True))
+    depths = [c["draft_depth"] for chunk in found for c in chunk["choices"] if "draft_depth" in c]
+    assert content(found) == truth[:24] and len(depths) == 24 and depths[0] == 0
+    figures = found[-1]["metrics"]["speculative_decoding"]
+    expected = [0] + [d for n in figures["per_step_accepted"] for d in [*range(1, n + 1), 0]]
+    assert depths == expected[:24]
+
+
+def test_completions_take_texts_ids_and_lists_of_both_and_echo(server: Server) -> None:
+    ids = server.post("/tokenize", {"prompt": "Name"}).json()["tokens"]
+    text = server.complete(**GREEDY).json()["choices"][0]["text"]
+    assert server.complete(**GREEDY, prompt=ids).json()["choices"][0]["text"] == text
+    many = server.complete(**GREEDY, prompt=["Name", "Colour"], n=2, echo=True).json()
+    assert [c["index"] for c in many["choices"]] == [0, 1, 2, 3]
+    assert [c["text"][:4] for c in many["choices"]] == ["Name", "Name", "Colo", "Colo"]
+    assert many["choices"][0]["text"] == "Name" + text and many["usage"]["prompt_tokens"] == len("NameColour")
+    found = events(server.complete(**GREEDY, prompt=[ids, ids], echo=True, stream=True))
+    texts = ["", ""]
+    for chunk in found:
+        for choice in chunk["choices"]:
+            texts[choice["index"]] += choice["text"]
+    assert texts == ["Name" + text] * 2
+    assert server.complete(**GREEDY, max_tokens=None).json()["usage"]["completion_tokens"] == 16
+
+
+def test_tokens_of_a_chat_are_those_that_the_model_reads(server: Server) -> None:
+    found = server.post("/tokenize", {"messages": USER}).json()
+    assert found["count"] == len(found["tokens"]) == server.chat().json()["usage"]["prompt_tokens"]
+    assert found["max_model_len"] == 4096
+    text = server.post("/detokenize", {"tokens": found["tokens"]}).json()["prompt"]
+    assert text == "[user] Name three colours.\n[assistant] "
+
+
+def test_messages_may_be_parts_and_come_from_developers(server: Server) -> None:
+    parts = [
+        {"role": "user", "content": [{"type": "text", "text": "Name three "}, {"type": "text", "text": "colours."}]}
+    ]
+    assert server.chat(**GREEDY, messages=parts).json()["choices"] == server.chat(**GREEDY).json()["choices"]
+    for role in ("system", "developer"):
+        found = server.post("/tokenize", {"messages": [{"role": role, "content": "Be brief."}, *USER]})
+        text = server.post("/detokenize", {"tokens": found.json()["tokens"]}).json()["prompt"]
+        assert text.startswith("[system] Be brief.\n[user] ")
+    answered = [*USER, {"role": "assistant", "content": "Red.", "refusal": None, "tool_calls": None}, *USER]
+    assert server.chat(messages=answered).status_code == 200
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+
+def refusal(response: httpx.Response, status: int) -> dict[str, Any]:
+    assert response.status_code == status, response.text
+    assert set(response.json()) == {"error"}
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"} and error["message"] and "\n" not in error["message"]
+    return error
+
+
+def test_an_unknown_model_is_not_found(server: Server) -> None:
+    error = refusal(server.chat(model="gpt-9"), 404)
+    assert error["param"] == "model" and "gpt-9" in error["message"] and NAME in error["message"]
+    assert httpx.get(server.url + "/v1/models/gpt-9").status_code == 404
+
+
+USED = {
+    "audio": {"voice": "a"}, "best_of": 2, "frequency_penalty": 0.5, "function_call": "auto", "functions": [{}],
+    "logit_bias": {"5": 1}, "logprobs": True, "metadata": {"a": "b"}, "modalities": ["audio"],
+    "parallel_tool_calls": True, "prediction": {}, "presence_penalty": 1, "reasoning_effort": "low",
+    "response_format": {"type": "json_object"}, "service_tier": "flex", "store": True, "suffix": "x",
+    "tool_choice": "auto", "tools": [{"type": "function"}], "top_logprobs": 3, "beam_width": 4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(USED))
+def test_an_unsupported_parameter_is_refused_by_name(server: Server, name: str) -> None:
+    error = refusal(server.chat(**{name: USED[name]}), 400)
+    assert error["param"] == name and name in error["message"] and error["code"] == "unsupported_parameter"
+    assert refusal(server.complete(**{name: USED[name]}), 400)["param"] == name
+
+
+def test_a_parameter_that_says_it_is_not_used_is_taken(server: Server) -> None:
+    assert set(USED) - {"beam_width"} == set(UNUSED)
+    for name, values in UNUSED.items():
+        for value in (None, *values):
+            assert server.complete(**{name: value, "max_tokens": 1}).status_code == 200, name
+
+
+WRONG: dict[str, tuple[dict[str, Any], str | None]] = {
+    "no messages": ({"messages": []}, "messages"),
+    "a message without a role": ({"messages": [{"content": "x"}]}, "messages.0.role"),
+    "a tool's message": ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
+    "an image": ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content"),
+    "a tool call": ({"messages": [*USER, {"role": "assistant", "content": "", "tool_calls": [{}]}]}, None),
+    "no content": ({"messages": [{"role": "user", "content": None}]}, "messages.0.content"),
+    "a negative temperature": ({"temperature": -1}, "temperature"),
+    "a hot temperature": ({"temperature": 1e300}, "temperature"),
+    "a temperature in words": ({"temperature": "warm"}, "temperature"),
+    "no probability": ({"top_p": 0}, "top_p"),
+    "too much probability": ({"top_p": 1.5}, "top_p"),
+    "no tokens": ({"max_tokens": 0}, "max_tokens"),
+    "a fraction of a token": ({"max_tokens": 1.5}, "max_tokens"),
+    "true tokens": ({"max_tokens": True}, "max_tokens"),
+    "no choices": ({"n": 0}, "n"),
+    "a million choices": ({"n": 1_000_000}, "n"),
+    "a negative seed": ({"seed": -1}, "seed"),
+    "a huge seed": ({"seed": 10**40}, "seed"),
+    "five stops": ({"stop": list("abcde")}, "stop"),
+    "a million stops": ({"stop": ["a"] * 1_000_000}, "stop"),
+    "an empty stop": ({"stop": ""}, "stop"),
+    "a long stop": ({"stop": "x" * 10_000}, "stop"),
+    "an option of a stream": ({"stream_options": {"include_usage": True}}, None),
+    "an unknown option of a stream": ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x"),
+    "a long prompt": ({"messages": [{"role": "user", "content": "x" * 5000}]}, "messages"),
+    "a very long prompt": ({"messages": [{"role": "user", "content": "x " * 500_000}]}, None),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_wrong_is_refused_with_one_sentence(server: Server, case: str) -> None:
+    body, param = WRONG[case]
+    error = refusal(server.chat(**body), 400)
+    assert error["param"] == param or param is None, error
+    assert len(error["message"]) < 300
+
+
+def test_a_prompt_that_is_too_long_is_refused_with_both_numbers(server: Server) -> None:
+    error = refusal(server.complete(prompt=[5] * 4096), 400)
+    assert "4096" in error["message"] and "4095" in error["message"] and error["code"] == "context_length_exceeded"
+    full = server.complete(**GREEDY, prompt=[5] * 4093, max_tokens=50).json()
+    assert full["usage"]["completion_tokens"] == 3 and full["choices"][0]["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize(
+    "prompt", ["", [], [[]], ["a", ""], ["a", 3], [-1], [10**30], [99], "\ud800", {"a": 1}, None, 3.5]
+)
+def test_prompts_that_are_none_are_refused(server: Server, prompt: Any) -> None:
+    body, headers = json.dumps({"model": NAME, "prompt": prompt}), {"Content-Type": "application/json"}
+    response = httpx.post(server.url + "/v1/completions", content=body, headers=headers)
+    assert refusal(response, 400)["param"] in ("prompt", "prompt.0", "prompt.1")
+
+
+BODIES = {
+    "nothing": b"", "half": b'{"model": "tiny", ', "a list": b"[]", "text": b'"x"', "a number": b"3", "null": b"null",
+    "not UTF-8": b'{"model": "\xff\xfe"}', "nested": b"[" * 100_000, "digits": b'{"seed":' + b"9" * 10_000 + b"}",
+    "not finite": b'{"model": "tiny", "messages": [{"role": "user", "content": "x"}], "temperature": NaN}',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BODIES)
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"])
+def test_bodies_that_are_not_json_objects_are_refused(server: Server, path: str, case: str) -> None:
+    headers = {"Content-Type": "application/json"}
+    refusal(httpx.post(server.url + path, content=BODIES[case], headers=headers), 400)
+
+
+def test_a_body_of_another_type_is_refused(server: Server) -> None:
+    """Web pages of other sites can send text without asking; they cannot send JSON."""
+    response = httpx.post(server.url + "/tokenize", content=b'{"prompt": "x"}', headers={"Content-Type": "text/plain"})
+    assert "application/json" in refusal(response, 400)["message"]
+
+
+def test_what_does_not_exist_is_refused_in_the_same_shape(server: Server) -> None:
+    refusal(httpx.get(server.url + "/v1/responses"), 404)
+    refusal(httpx.get(server.url + "/v1/completions"), 405)
+
+
+def test_a_large_header_is_refused_and_others_go_on(server: Server, truth: str) -> None:
+    with socket.create_connection((server.url.split(":")[1][2:], int(server.url.rpartition(":")[2]))) as raw:
+        raw.settimeout(30)
+        try:
+            raw.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nX: " + b"x" * 2**20)
+            answer = raw.recv(100)
+        except ConnectionError:
+            answer = b""
+    assert answer == b"" or answer.startswith(b"HTTP/1.1 400")
+    assert server.chat(**GREEDY).json()["choices"][0]["message"]["content"] == truth[:24]
+
+
+def test_the_line_of_a_request_says_what_it_was(server: Server, truth: str) -> None:
+    server.chat(**GREEDY)
+    until(lambda: server.lines and "POST /v1/chat/completions 200" in server.lines[-1])
+    assert "+ 24 tokens" in server.lines[-1] and "a step, length" in server.lines[-1]
+
+
+# --- limits, the key, other origins ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def limited(decoder: SpecDecoder) -> Iterator[Server]:
+    limits = {"max_body": 5000, "max_prompt_tokens": 50, "max_tokens": 8, "max_choices": 3}
+    with serving(decoder, api_key="secret", origins=("https://a.example",), **limits) as running:
+        yield running
+
+
+KEY = {"Authorization": "Bearer secret"}
+
+
+@pytest.mark.parametrize(
+    "given", [None, "Bearer wrong", "secret", "Bearer secretsecret", "Basic c2VjcmV0", "Bearer \xe9"]
+)
+def test_a_wrong_key_is_refused(limited: Server, given: str | None) -> None:
+    headers = {} if given is None else {"Authorization": given.encode("latin-1")}
+    for path in ("/v1/models", "/metrics", "/nothing"):
+        error = refusal(httpx.get(limited.url + path, headers=headers), 401)
+        assert "secret" not in error["message"]
+    refusal(httpx.post(limited.url + "/v1/chat/completions", content=b"x", headers=headers), 401)
+
+
+def test_health_and_the_page_need_no_key(limited: Server) -> None:
+    assert httpx.get(limited.url + "/health").json() == {"status": "ok"}
+    assert httpx.get(limited.url + "/").status_code == 200
+    assert httpx.get(limited.url + "/v1/models", headers=KEY).json()["data"][0]["id"] == NAME
+
+
+def test_limits_are_kept(limited: Server) -> None:
+    def chat(**more: Any) -> httpx.Response:
+        return limited.post("/v1/chat/completions", {"model": NAME, "messages": USER} | more, headers=KEY)
+
+    assert chat().json()["usage"]["completion_tokens"] == 8
+    assert "8" in refusal(chat(max_tokens=9), 400)["message"]
+    assert "3" in refusal(chat(n=4, max_tokens=2), 400)["message"]
+    assert "50" in refusal(chat(messages=[{"role": "user", "content": "x" * 60}]), 400)["message"]
+    assert "5000" in refusal(chat(messages=[{"role": "user", "content": "x" * 6000}]), 413)["message"]
+
+    def pieces() -> Iterator[bytes]:  # without a Content-Length
+        for _ in range(10):
+            yield b" " * 1000
+
+    refusal(httpx.post(limited.url + "/tokenize", content=pieces(), headers=KEY), 413)
+
+
+def test_other_origins_are_let_in_only_if_they_are_named(server: Server, limited: Server) -> None:
+    asked = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST"}
+    url = "/v1/chat/completions"
+    assert httpx.options(limited.url + url, headers=asked).headers["Access-Control-Allow-Origin"] == "https://a.example"
+    assert httpx.options(limited.url + url, headers=asked | {"Origin": "https://b.example"}).status_code == 400
+    assert "Access-Control-Allow-Origin" not in httpx.options(server.url + url, headers=asked).headers
+
+
+def test_a_full_queue_says_when_to_come_back() -> None:
+    engine = Replay(lambda request: [], refuse=QueueFullError("256 requests are waiting; try again later"))
+    with serving(stand_in(byte_tokenizer()), engine) as server:
+        response = server.chat()
+        assert "256" in refusal(response, 429)["message"] and int(response.headers["Retry-After"]) > 0
+
+
+def test_choices_are_started_all_or_none() -> None:
+    engine = Replay(lambda request: [])
+    first = engine.submit
+
+    def submit(request: Any) -> Any:
+        if len(engine.handles) == 2:
+            raise QueueFullError("full")
+        return first(request)
+
+    engine.submit = submit  # type: ignore[method-assign]
+    with serving(stand_in(byte_tokenizer()), engine) as server:
+        refusal(server.chat(n=3), 429)
+    assert len(engine.handles) == 2 and all(handle.cancelled for handle in engine.handles)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_fault_in_decoding_is_an_error_of_that_request(stream: bool) -> None:
+    script = [Event([65]), Event([], finished="error", error=SpecDecError("the logits are not finite"))]
+    with serving(stand_in(byte_tokenizer()), Replay(lambda request: script)) as server:
+        response = server.chat(stream=stream)
+        error = events(response)[-1]["error"] if stream else refusal(response, 500)
+        assert "the logits are not finite" in error["message"] and error["type"] == "server_error"
+
+
+def test_a_server_whose_engine_has_ended_is_not_healthy() -> None:
+    engine = Replay(lambda request: [])
+    with serving(stand_in(byte_tokenizer()), engine) as server:
+        assert httpx.get(server.url + "/health").status_code == 200
+        engine.running = False
+        refusal(httpx.get(server.url + "/health"), 503)
+
+
+def test_a_client_that_reads_nothing_is_given_up() -> None:
+    """The transport stops taking what is sent; the stream ends after its patience, and its request with it."""
+    ended: list[bool] = []
+
+    async def endless() -> Any:
+        while True:
+            yield b"data: x\n\n"
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.body":
+            await asyncio.Event().wait()
+
+    async def receive() -> Any:
+        await asyncio.Event().wait()
+
+    stream = EventStream(endless(), lambda: ended.append(True), patience=0.05, headers={})
+    asyncio.run(asyncio.wait_for(stream({"type": "http", "asgi": {"spec_version": "2.3"}}, receive, send), 60))
+    assert ended == [True]
+
+
+def test_a_client_that_sends_its_body_slowly_is_given_up() -> None:
+    app = make_app(stand_in(byte_tokenizer()), Replay(lambda request: []), Settings(NAME, patience=0.05), print)
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        await asyncio.Event().wait()
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {
+        "type": "http", "method": "POST", "path": "/tokenize", "raw_path": b"/tokenize", "query_string": b"",
+        "headers": [], "client": ("x", 1), "server": ("x", 1), "scheme": "http", "root_path": "", "http_version": "1.1",
+        "asgi": {"version": "3.0", "spec_version": "2.3"},
+    }  # fmt: skip
+    asyncio.run(asyncio.wait_for(app(scope, receive, send), 60))
+    assert sent[0]["status"] == 408
+
+
+def test_prometheus_has_the_figures_of_vllm(server: Server) -> None:
+    names = (
+        "prompt_tokens_total", "generation_tokens_total", "spec_decode_num_drafts_total",
+        "spec_decode_num_draft_tokens_total", "spec_decode_num_accepted_tokens_total",
+        "spec_decode_num_accepted_tokens_per_pos_total", "num_requests_running", "num_requests_waiting",
+        "time_to_first_token_seconds_count", "inter_token_latency_seconds_count", "e2e_request_latency_seconds_count",
+        "kv_cache_usage_perc", "prefix_cache_queries_total", "prefix_cache_hits_total",
+    )  # fmt: skip
+    server.chat(**GREEDY)
+    before = {name: server.figure(name) for name in names}
+    response = server.chat(**GREEDY).json()
+    until(lambda: server.figure("e2e_request_latency_seconds_count") > before["e2e_request_latency_seconds_count"])
+    grown = {name: server.figure(name) - before[name] for name in names}
+    spec = response["metrics"]["speculative_decoding"]
+    assert grown["prompt_tokens_total"] == response["usage"]["prompt_tokens"]
+    assert grown["generation_tokens_total"] == 24 and grown["time_to_first_token_seconds_count"] == 1
+    assert grown["spec_decode_num_drafts_total"] == spec["num_spec_steps"]
+    assert grown["spec_decode_num_draft_tokens_total"] == spec["num_draft_tokens"]
+    assert grown["spec_decode_num_accepted_tokens_total"] == spec["num_accepted_draft_tokens"]

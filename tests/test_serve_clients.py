@@ -1,0 +1,119 @@
+"""The official clients against a real server: every endpoint, whole and as a stream, blocking and asynchronous."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+from serving import NAME, USER, Server, serving, tiny_decoder
+
+SAMPLED = {"temperature": 0.8, "seed": 3, "max_tokens": 20}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with serving(tiny_decoder(tmp_path_factory.mktemp("tiny")), api_key="secret") as running:
+        yield running
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="secret", max_retries=0) as made:
+        yield made
+
+
+def test_models_are_listed_and_found(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == [NAME]
+    assert client.models.retrieve(NAME).owned_by == "specdec"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("other")
+
+
+def test_chat_whole_and_streamed(client: openai.OpenAI) -> None:
+    whole = client.chat.completions.create(model=NAME, messages=USER, **SAMPLED)
+    text = whole.choices[0].message.content
+    assert text and whole.choices[0].finish_reason == "length" and whole.usage.completion_tokens == 20
+    assert whole.model_extra["metrics"]["speculative_decoding"]["num_spec_steps"] > 0
+    stream = client.chat.completions.create(
+        model=NAME, messages=USER, stream=True, stream_options={"include_usage": True}, **SAMPLED
+    )
+    chunks = list(stream)
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == text
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert chunks[-1].usage == whole.usage and not chunks[-1].choices
+
+
+def test_a_chat_goes_on_with_the_message_that_came(client: openai.OpenAI) -> None:
+    first = client.chat.completions.create(model=NAME, messages=USER, **SAMPLED)
+    second = client.chat.completions.create(model=NAME, messages=[*USER, first.choices[0].message, *USER], **SAMPLED)
+    assert second.usage.prompt_tokens > first.usage.total_tokens
+
+
+def test_the_stream_of_the_client_accumulates_to_the_whole(client: openai.OpenAI) -> None:
+    whole = client.chat.completions.create(model=NAME, messages=USER, n=2, **SAMPLED)
+    with client.chat.completions.stream(model=NAME, messages=USER, n=2, **SAMPLED) as stream:
+        final = stream.get_final_completion()
+    assert [c.message.content for c in final.choices] == [c.message.content for c in whole.choices]
+
+
+def test_completions_whole_and_streamed(client: openai.OpenAI) -> None:
+    whole = client.completions.create(model=NAME, prompt="Name", echo=True, user="me", **SAMPLED)
+    stream = client.completions.create(model=NAME, prompt="Name", echo=True, stream=True, **SAMPLED)
+    assert whole.choices[0].text == "".join(c.choices[0].text for c in stream) and whole.choices[0].text[:4] == "Name"
+
+
+def test_errors_are_those_of_the_client(server: Server, client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError, match="there is no model 'other'"):
+        client.chat.completions.create(model="other", messages=USER)
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.chat.completions.create(model=NAME, messages=USER, logprobs=True)
+    assert refused.value.param == "logprobs" and refused.value.code == "unsupported_parameter"
+    wrong = openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong", max_retries=0)
+    with wrong, pytest.raises(openai.AuthenticationError):
+        wrong.models.list()
+
+
+def test_a_stream_that_is_closed_early_frees_its_row(server: Server, client: openai.OpenAI) -> None:
+    stream = client.chat.completions.create(model=NAME, messages=USER, stream=True, temperature=0, max_tokens=3500)
+    for _, chunk in zip(range(4), stream, strict=False):
+        assert chunk.id
+    stream.close()
+    # The engine takes one request after the other only where it has one row: the next is answered in any case.
+    assert client.chat.completions.create(model=NAME, messages=USER, **SAMPLED).usage.completion_tokens == 20
+
+
+def test_asynchronous_requests_run_at_once(server: Server, client: openai.OpenAI) -> None:
+    def body(seed: int) -> dict[str, object]:
+        return {"model": NAME, "messages": USER, **SAMPLED, "seed": seed}
+
+    async def run() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="secret", max_retries=0) as client:
+
+            async def streamed(seed: int) -> str:
+                stream = await client.chat.completions.create(**body(seed), stream=True)
+                return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+
+            async def whole(seed: int) -> str:
+                return (await client.chat.completions.create(**body(seed))).choices[0].message.content
+
+            assert [model.id async for model in client.models.list()] == [NAME]
+            completion = await client.completions.create(model=NAME, prompt="Name", **SAMPLED)
+            assert completion.choices[0].text
+            return await asyncio.gather(*map(streamed, range(4)), *map(whole, range(4)))
+
+    texts = asyncio.run(run())
+    assert texts[:4] == texts[4:] and len(set(texts)) == 4
+    assert texts[2] == client.chat.completions.create(**body(2)).choices[0].message.content
+
+
+def test_the_server_describes_itself(server: Server, tmp_path: Path) -> None:
+    """The OpenAPI document has the endpoints, and nothing in the page or in it comes from another host."""
+    document = httpx.get(f"{server.url}/openapi.json", headers={"Authorization": "Bearer secret"}).json()
+    paths = {"/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics", "/tokenize", "/detokenize"}
+    assert paths <= set(document["paths"])
+    answers = document["paths"]["/v1/chat/completions"]["post"]["responses"]
+    assert "422" not in answers and "4XX" in answers

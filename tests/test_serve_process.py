@@ -1,0 +1,112 @@
+"""``specdec serve`` as a process: ready, drained, ended, killed and started again."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+from tiny import save_tiny
+
+pytestmark = pytest.mark.slow
+
+BODY = {"model": "tiny", "messages": [{"role": "user", "content": "Name three colours."}], "seed": 4, "max_tokens": 32}
+LONG = BODY | {"max_tokens": 3900, "stream": True}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("served") / "tiny", 4096)
+
+
+class Process:
+    def __init__(self, model: Path, *args: str, port: int = 0) -> None:
+        command = [sys.executable, "-m", "specdec", "serve", "--model", str(model), "--drafter", "prompt-lookup"]
+        self.child = subprocess.Popen(
+            [*command, "--port", str(port), *args],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        )
+        self.before: list[str] = []
+        for line in self.child.stderr:
+            self.before.append(line)
+            if found := re.search(r"is served at (http://\S+)", line):
+                self.url = found[1]
+                return
+        raise AssertionError("".join(self.before))
+
+    def rest(self) -> str:
+        """What it prints from now on; it must end."""
+        return self.child.communicate(timeout=120)[1]
+
+
+@contextmanager
+def process(*args: object, **more: int) -> Iterator[Process]:
+    made = Process(*args, **more)
+    try:
+        yield made
+    finally:
+        made.child.kill()
+        made.child.wait()
+        made.child.stderr.close()
+
+
+def text(url: str) -> str:
+    response = httpx.post(url + "/v1/chat/completions", json=BODY, timeout=120)
+    return response.json()["choices"][0]["message"]["content"]
+
+
+def test_a_terminated_server_finishes_what_it_has_begun(model: Path) -> None:
+    with process(model) as server, httpx.Client(timeout=120) as client:
+        with client.stream("POST", server.url + "/v1/chat/completions", json=LONG) as response:
+            parts = response.iter_text()
+            got = next(parts)
+            server.child.send_signal(signal.SIGTERM)
+            got += "".join(parts)
+        assert got.endswith("data: [DONE]\n\n") and '"finish_reason":"length"' in got
+        log = server.rest()
+        assert server.child.returncode == 0
+        assert "finishing the requests under way" in log and "POST /v1/chat/completions 200" in log
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(server.url + "/health")
+
+
+def test_a_second_signal_ends_it(model: Path) -> None:
+    with process(model) as server, httpx.Client(timeout=120) as client:
+        with client.stream("POST", server.url + "/v1/chat/completions", json=LONG | {"n": 16}) as response:
+            parts = response.iter_text()
+            next(parts)
+            server.child.send_signal(signal.SIGTERM)
+            assert "finishing" in server.child.stderr.readline()
+            server.child.send_signal(signal.SIGTERM)
+            with pytest.raises(httpx.RemoteProtocolError):
+                for _ in parts:
+                    pass
+        server.rest()
+        assert server.child.returncode == 128 + signal.SIGTERM
+
+
+def test_a_killed_server_starts_again_on_its_port_and_gives_the_same_text(model: Path) -> None:
+    with process(model) as server:
+        before, port = text(server.url), int(server.url.rpartition(":")[2])
+        server.child.kill()
+        server.child.wait()
+    with process(model, port=port) as again:
+        assert again.url == server.url and text(again.url) == before
+
+
+def test_a_port_that_is_taken_is_named_at_once(model: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        command = [sys.executable, "-m", "specdec", "serve", "--model", str(model), "--port", str(port)]
+        run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 2 and f"port {port}" in run.stderr and run.stderr.count("\n") == 1
