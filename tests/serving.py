@@ -108,7 +108,7 @@ class Replay:
     handles: of all requests so far.
     """
 
-    running = True
+    closed = False
 
     def __init__(self, script: Callable[[Request], Sequence[Event]], refuse: Exception | None = None) -> None:
         self.script, self.refuse, self.handles = script, refuse, list[Any]()
@@ -120,14 +120,13 @@ class Replay:
         return self.handles[-1]
 
     def stats(self) -> EngineStats:
-        return EngineStats()
+        return EngineStats(0, 0, 0, None, 0, 0, 0, 0, 0, 0)
 
 
 class _Replayed:
     def __init__(self, request: Request, script: Sequence[Event]) -> None:
         self.request, self.script, self.cancelled = request, script, False
         self.metrics = RequestMetrics(len(request.prompt))
-        self.metrics.queue_seconds, self.metrics.num_cached_tokens = 0.0, 0
 
     def cancel(self) -> None:
         self.cancelled = True
@@ -141,8 +140,10 @@ class _Replayed:
 def stand_in(tokenizer: Any, context: int = 4096, vocab: int = 512) -> Any:
     """A decoder for servers around ``Replay``: a tokenizer, and nothing to decode with."""
     target = SimpleNamespace(context=context, vocab_size=vocab)
+    model = SimpleNamespace(generation_config=None, device="cpu", _get_logits_processor=lambda config, **more: [])
+    drafter = SimpleNamespace(label="none")
     return SimpleNamespace(
-        tokenizer=tokenizer, target=target, drafter=SimpleNamespace(label="none"), eos_ids=lambda: frozenset({0})
+        tokenizer=tokenizer, target=target, model=model, drafter=drafter, eos_ids=lambda: frozenset({0})
     )
 
 

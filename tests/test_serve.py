@@ -13,8 +13,7 @@ import pytest
 from serving import NAME, USER, Oracle, Replay, Server, byte_tokenizer, events, serving, stand_in, tiny_decoder, until
 
 from specdec import SpecDecoder
-from specdec.base.errors import SpecDecError
-from specdec.engine.engine import QueueFullError
+from specdec.base.errors import QueueFullError, SpecDecError
 from specdec.engine.request import Event
 from specdec.serve.app import make_app
 from specdec.serve.schema import UNUSED
@@ -69,7 +68,7 @@ def test_a_stop_string_in_a_draft_is_never_sent_in_part(server: Server, truth: s
 def test_a_character_of_several_tokens_arrives_whole(size: int) -> None:
     text, tokenizer = "né 😀, 語!", byte_tokenizer()
     ids = tokenizer(text).input_ids
-    steps = [Event(ids[i : i + size], accepted=size - 1) for i in range(0, len(ids), size)]
+    steps = [Event(part := ids[i : i + size], depths=[*range(1, len(part)), 0]) for i in range(0, len(ids), size)]
     steps[-1].finished = "eos"
     with serving(stand_in(tokenizer), Replay(lambda request: steps)) as server:
         for more in ({}, {"stream_options": {"include_draft_depth": True}}):
@@ -461,7 +460,7 @@ def test_choices_are_started_all_or_none() -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_fault_in_decoding_is_an_error_of_that_request(stream: bool) -> None:
-    script = [Event([65]), Event([], finished="error", error=SpecDecError("the logits are not finite"))]
+    script = [Event([65], depths=[0]), Event(finished="error", error=SpecDecError("the logits are not finite"))]
     with serving(stand_in(byte_tokenizer()), Replay(lambda request: script)) as server:
         response = server.chat(stream=stream)
         error = events(response)[-1]["error"] if stream else refusal(response, 500)
@@ -472,7 +471,7 @@ def test_a_server_whose_engine_has_ended_is_not_healthy() -> None:
     engine = Replay(lambda request: [])
     with serving(stand_in(byte_tokenizer()), engine) as server:
         assert httpx.get(server.url + "/health").status_code == 200
-        engine.running = False
+        engine.closed = True
         refusal(httpx.get(server.url + "/health"), 503)
 
 

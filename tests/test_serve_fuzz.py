@@ -11,7 +11,7 @@ from specdec.engine.request import Event
 from specdec.serve.app import make_app
 from specdec.serve.settings import Settings
 
-ENGINE = Replay(lambda request: [Event([65]), Event([66, 67], finished="length", accepted=1)])
+ENGINE = Replay(lambda request: [Event([65], depths=[0]), Event([66, 67], "length", depths=[1, 0])])
 APP = make_app(stand_in(byte_tokenizer()), ENGINE, Settings("tiny", max_body=100_000), lambda line: None)  # type: ignore[arg-type]
 schema = schemathesis.openapi.from_asgi("/openapi.json", APP)
 

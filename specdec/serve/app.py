@@ -85,7 +85,7 @@ async def _answer(service: Service, request: Request, response: Response) -> HTT
     if response.body.stream:
         return EventStream(response.stream(), end, service.settings.patience, headers)
     try:
-        found = await unless_gone(request.receive, response.whole)
+        found = await unless_gone(request.receive, response.whole())
         return HTTPResponse(status_code=CLOSED) if found is None else JSONResponse(found, headers=headers)
     finally:
         end()
@@ -133,8 +133,8 @@ def _add_state(app: FastAPI, service: Service) -> None:
 
     @app.get("/health")
     async def health() -> dict[str, str]:
-        if not service.engine.running:
-            raise ApiError(503, "the engine has ended; start the server again")
+        if service.engine.closed:
+            raise ApiError(503, "the engine is closed; start the server again")
         return {"status": "ok"}
 
     @app.get("/metrics")

@@ -40,8 +40,7 @@ class Answer:
     def read(self, event: Event, each: bool = False) -> Iterator[Piece]:
         """The text that ``event`` brings; ``each``: token by token. The last piece of all has the reason."""
         depth = 0
-        for place, token in enumerate(event.tokens, start=1):
-            depth = place if place <= event.accepted else 0
+        for token, depth in zip(event.tokens, event.depths, strict=True):
             self.detokenizer.push(token)
             if each and (text := self.detokenizer.take()):
                 yield Piece(text, depth)

@@ -60,8 +60,8 @@ class Replica:
         return make_app(self.decoder, self.engine, settings)
 
     def check_health(self) -> None:
-        if not self.engine.running:
-            raise RuntimeError("the engine has ended")
+        if self.engine.closed:
+            raise RuntimeError("the engine is closed")
 
     def __del__(self) -> None:
         if hasattr(self, "engine"):

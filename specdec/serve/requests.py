@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from specdec.api.decoder import SpecDecoder
 from specdec.api.text import Detokenizer
 from specdec.engine.request import Request
+from specdec.models import generation_config
 from specdec.speculation.sampling import SamplingParams
 
 
@@ -18,19 +20,23 @@ def make_request(
     limit: int | None,
     stops: Sequence[str] = (),
     *,
+    repetition_penalty: float | None = None,
     stream: int = 0,
     ignore_eos: bool = False,
     draft: bool = True,
 ) -> Request:
     """A request for at most ``limit`` new tokens, and no more than the model's context has place for.
 
-    stream: which of several answers to one prompt. draft: False decodes plainly.
+    repetition_penalty: None is that of the model's ``generation_config``; that of ``params`` is not used. stream: which
+    of several answers to one prompt. draft: False decodes plainly.
     """
     free = decoder.target.context - len(prompt)
+    most = free if limit is None else min(limit, free)
     return Request(
         prompt=prompt,
-        limit=free if limit is None else min(limit, free),
-        params=params,
+        limit=most,
+        params=replace(params, repetition_penalty=1.0),
+        processors=generation_config.processors(decoder.model, prompt, most, repetition_penalty, ()),
         stream=stream,
         eos=frozenset() if ignore_eos else decoder.eos_ids(),
         stop=StopStrings(decoder.tokenizer, stops) if stops else None,

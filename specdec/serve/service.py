@@ -9,7 +9,8 @@ from urllib.parse import quote
 
 from specdec.api.decoder import SpecDecoder
 from specdec.api.text import encode
-from specdec.engine.engine import Engine, QueueFullError
+from specdec.base.errors import QueueFullError
+from specdec.engine.engine import Engine
 from specdec.engine.request import Request
 from specdec.serve.choice import Choice
 from specdec.serve.errors import ApiError
@@ -104,7 +105,6 @@ class Service:
             top_k=body.top_k or 0,
             top_p=1.0 if body.top_p is None else body.top_p,
             min_p=body.min_p or 0.0,
-            repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
             seed=seed,
         )
         return make_request(
@@ -113,6 +113,7 @@ class Service:
             params,
             min(bounds, default=None),
             body.stops,
+            repetition_penalty=body.repetition_penalty,
             stream=stream,
             ignore_eos=body.ignore_eos,
             draft=body.speculative_decoding,

@@ -1,0 +1,74 @@
+"""Two replicas under Ray Serve on this machine: requests are answered, and sessions keep their replica."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from tiny import save_tiny
+
+ray = pytest.importorskip("ray", reason="ray is not installed")
+pytest.importorskip("ray.serve", reason="ray serve is not installed")
+pytestmark = pytest.mark.slow
+
+BODY = {"model": "tiny", "prompt": "Name three colours.", "max_tokens": 12, "seed": 1}
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    from ray import serve
+
+    from specdec.serve.ray import Options, app
+    from specdec.serve.run import bind
+
+    model = save_tiny(tmp_path_factory.mktemp("served") / "tiny")
+    with bind("127.0.0.1", 0) as free:
+        port = free.getsockname()[1]
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+    try:
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        serve.run(app(Options(model=str(model), drafter="prompt-lookup", name="tiny", replicas=2, cpus=0.5)))
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+def complete(url: str, session: str | None = None, **more: object) -> httpx.Response:
+    headers = {} if session is None else {"x-session-id": session}
+    return httpx.post(url + "/v1/completions", json=BODY | more, headers=headers, timeout=120)
+
+
+def served(url: str, session: str) -> float:
+    """How many requests the replica of a session has answered."""
+    page = httpx.get(url + "/metrics", headers={"x-session-id": session}, timeout=120).text
+    return sum(float(line.split()[-1]) for line in page.splitlines() if line.startswith("vllm:request_success_total"))
+
+
+def test_replicas_give_one_text_and_sessions_keep_theirs(url: str) -> None:
+    texts = {complete(url).json()["choices"][0]["text"] for _ in range(6)}
+    assert len(texts) == 1
+    counts: dict[str, float] = {}
+    for session in (f"s{n}" for n in range(8)):
+        before = served(url, session)
+        for _ in range(3):
+            assert complete(url, session).status_code == 200
+        counts[session] = served(url, session)
+        assert counts[session] == before + 3  # all three, and the figures, came from one replica
+    streamed = complete(url, "s0", stream=True).text
+    assert streamed.count("data: ") > 3 and streamed.endswith("data: [DONE]\n\n")
+
+
+def test_errors_pass_through(url: str) -> None:
+    assert complete(url, model="other").json()["error"]["param"] == "model"
+
+
+def test_a_path_is_not_an_option() -> None:
+    from pydantic import ValidationError
+
+    from specdec.serve.ray import Options
+
+    with pytest.raises(ValidationError, match="replica"):
+        Options(replica=Path())  # type: ignore[call-arg]
