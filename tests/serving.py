@@ -62,7 +62,7 @@ class Server:
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.socket]}, daemon=True)
 
     def post(self, path: str, body: Any, **more: Any) -> httpx.Response:
-        return httpx.post(self.url + path, json=body, timeout=120, **more)
+        return httpx.post(self.url + path, json=body, timeout=600, **more)
 
     def chat(self, **more: Any) -> httpx.Response:
         return self.post("/v1/chat/completions", {"model": NAME, "messages": USER, "max_tokens": 24} | more)
@@ -107,8 +107,6 @@ class Replay:
 
     handles: of all requests so far.
     """
-
-    closed = False
 
     def __init__(self, script: Callable[[Request], Sequence[Event]], refuse: Exception | None = None) -> None:
         self.script, self.refuse, self.handles = script, refuse, list[Any]()
@@ -159,9 +157,9 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def until(holds: Callable[[], bool]) -> None:
-    """Wait until it holds; a minute is far more than it takes."""
+    """Wait until it holds; ten minutes are far more than it takes."""
     gate = threading.Event()
-    for _ in range(6000):
+    for _ in range(60_000):
         if holds():
             return
         gate.wait(0.01)

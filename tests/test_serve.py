@@ -139,7 +139,7 @@ def test_greedy_rows_stay_greedy_and_seeds_keep_their_text_beside_others(server:
     alone = server.chat(seed=7, temperature=0.9).json()["choices"][0]["message"]["content"]
 
     async def crowd() -> list[str]:
-        async with httpx.AsyncClient(timeout=120) as client:
+        async with httpx.AsyncClient(timeout=600) as client:
             bodies = [GREEDY, {"seed": 7, "temperature": 0.9}] * 2
             bodies += [{"seed": 100 + i, "temperature": 0.3 * (i % 5)} for i in range(12)]
             answers = await asyncio.gather(
@@ -465,14 +465,6 @@ def test_a_fault_in_decoding_is_an_error_of_that_request(stream: bool) -> None:
         response = server.chat(stream=stream)
         error = events(response)[-1]["error"] if stream else refusal(response, 500)
         assert "the logits are not finite" in error["message"] and error["type"] == "server_error"
-
-
-def test_a_server_whose_engine_has_ended_is_not_healthy() -> None:
-    engine = Replay(lambda request: [])
-    with serving(stand_in(byte_tokenizer()), engine) as server:
-        assert httpx.get(server.url + "/health").status_code == 200
-        engine.closed = True
-        refusal(httpx.get(server.url + "/health"), 503)
 
 
 def test_a_client_that_reads_nothing_is_given_up() -> None:

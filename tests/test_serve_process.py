@@ -46,7 +46,7 @@ class Process:
 
     def rest(self) -> str:
         """What it prints from now on; it must end."""
-        return self.child.communicate(timeout=120)[1]
+        return self.child.communicate(timeout=600)[1]
 
 
 @contextmanager
@@ -61,12 +61,12 @@ def process(*args: object, **more: int) -> Iterator[Process]:
 
 
 def text(url: str) -> str:
-    response = httpx.post(url + "/v1/chat/completions", json=BODY, timeout=120)
+    response = httpx.post(url + "/v1/chat/completions", json=BODY, timeout=600)
     return response.json()["choices"][0]["message"]["content"]
 
 
 def test_a_terminated_server_finishes_what_it_has_begun(model: Path) -> None:
-    with process(model) as server, httpx.Client(timeout=120) as client:
+    with process(model) as server, httpx.Client(timeout=600) as client:
         with client.stream("POST", server.url + "/v1/chat/completions", json=LONG) as response:
             parts = response.iter_text()
             got = next(parts)
@@ -81,7 +81,7 @@ def test_a_terminated_server_finishes_what_it_has_begun(model: Path) -> None:
 
 
 def test_a_second_signal_ends_it(model: Path) -> None:
-    with process(model) as server, httpx.Client(timeout=120) as client:
+    with process(model) as server, httpx.Client(timeout=600) as client:
         with client.stream("POST", server.url + "/v1/chat/completions", json=LONG | {"n": 16}) as response:
             parts = response.iter_text()
             next(parts)
@@ -108,5 +108,5 @@ def test_a_port_that_is_taken_is_named_at_once(model: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         command = [sys.executable, "-m", "specdec", "serve", "--model", str(model), "--port", str(port)]
-        run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        run = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert run.returncode == 2 and f"port {port}" in run.stderr and run.stderr.count("\n") == 1

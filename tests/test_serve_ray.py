@@ -38,12 +38,12 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 def complete(url: str, session: str | None = None, **more: object) -> httpx.Response:
     headers = {} if session is None else {"x-session-id": session}
-    return httpx.post(url + "/v1/completions", json=BODY | more, headers=headers, timeout=120)
+    return httpx.post(url + "/v1/completions", json=BODY | more, headers=headers, timeout=600)
 
 
 def served(url: str, session: str) -> float:
     """How many requests the replica of a session has answered."""
-    page = httpx.get(url + "/metrics", headers={"x-session-id": session}, timeout=120).text
+    page = httpx.get(url + "/metrics", headers={"x-session-id": session}, timeout=600).text
     return sum(float(line.split()[-1]) for line in page.splitlines() if line.startswith("vllm:request_success_total"))
 
 

@@ -17,7 +17,7 @@ from specdec import __version__
 from specdec.api.decoder import SpecDecoder
 from specdec.base.terminal import say
 from specdec.engine.engine import Engine
-from specdec.serve.errors import ApiError, ErrorBody, add_handlers
+from specdec.serve.errors import ErrorBody, add_handlers
 from specdec.serve.middleware import CLOSED, Body, Key, Log
 from specdec.serve.responses import Chat, Completion, Response
 from specdec.serve.schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
@@ -133,8 +133,7 @@ def _add_state(app: FastAPI, service: Service) -> None:
 
     @app.get("/health")
     async def health() -> dict[str, str]:
-        if service.engine.closed:
-            raise ApiError(503, "the engine is closed; start the server again")
+        service.engine.stats()
         return {"status": "ok"}
 
     @app.get("/metrics")

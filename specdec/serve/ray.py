@@ -59,10 +59,6 @@ class Replica:
         settings = Settings(self.options.name or self.options.model, self.options.api_key)
         return make_app(self.decoder, self.engine, settings)
 
-    def check_health(self) -> None:
-        if self.engine.closed:
-            raise RuntimeError("the engine is closed")
-
     def __del__(self) -> None:
         if hasattr(self, "engine"):
             self.engine.close(drain=False)
