@@ -30,6 +30,7 @@ class Options(BaseModel):
     device: str = "auto"
     max_rows: PositiveInt = 16
     max_waiting: PositiveInt = 256
+    kv_memory: PositiveInt | None = None
     replicas: PositiveInt = 1
     cpus: float = 1
     gpus: float = 0
@@ -50,7 +51,9 @@ class Replica:
             runtime=options.runtime,
             weights=options.weights,
         )
-        self.engine = self.decoder.engine(max_rows=options.max_rows, max_waiting=options.max_waiting)
+        self.engine = self.decoder.engine(
+            max_rows=options.max_rows, max_waiting=options.max_waiting, kv_memory=options.kv_memory
+        )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         from specdec.serve.app import make_app
