@@ -387,7 +387,9 @@ def test_the_line_of_a_request_says_what_it_was(server: Server, truth: str) -> N
 @pytest.fixture(scope="module")
 def limited(decoder: SpecDecoder) -> Iterator[Server]:
     limits = {"max_body": 5000, "max_prompt_tokens": 50, "max_tokens": 8, "max_choices": 3}
-    with serving(decoder, api_key="secret", origins=("https://a.example",), **limits) as running:
+    with serving(
+        decoder.with_drafter("prompt-lookup"), api_key="secret", origins=("https://a.example",), **limits
+    ) as running:
         yield running
 
 
