@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from typing import Any
 
 import pytest
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import expect, sync_playwright
 from serving import Server, serving, tiny_decoder
 
 from specdec.serve.app import PAGE
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+TIMEOUT = 600_000  # milliseconds
 no_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
 
 
@@ -50,11 +52,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 @pytest.fixture
 def page(server: Server) -> Iterator[Any]:
     with sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"], timeout=TIMEOUT)
         opened = browser.new_page(viewport={"width": 400, "height": 800})
         opened.problems = []
         opened.on("pageerror", lambda error: opened.problems.append(str(error)))
         opened.on("request", lambda r: r.url.startswith((server.url, "data:")) or opened.problems.append(r.url))
+        opened.set_default_timeout(TIMEOUT)
         opened.goto(server.url)
         yield opened
         assert opened.problems == []
@@ -68,7 +71,7 @@ def test_the_page_streams_text_with_its_drafts_and_compares(server: Server, page
     page.get_by_label("Most new tokens").fill("60")
     page.get_by_label("Decode plainly").check()
     page.keyboard.press("Control+Enter")
-    page.wait_for_function("document.getElementById('status').textContent.startsWith('Done')", timeout=60_000)
+    expect(page.get_by_role("status")).to_have_text(re.compile("^Done"), timeout=TIMEOUT)
     assert len(page.inner_text("#text").replace("\n", "")) > 30
     assert page.text_content("#text") == page.text_content("#plain-text")
     assert page.inner_text("#same") == "yes" and page.inner_text("#drafter") == "prompt-lookup"
@@ -83,9 +86,9 @@ def test_the_page_stops_and_says_what_is_wrong(server: Server, page: Any) -> Non
     page.get_by_label("Prompt", exact=True).fill("Go on.")
     page.get_by_label("Most new tokens").fill("3900")
     page.get_by_role("button", name="Generate").click()
-    page.wait_for_function("document.getElementById('text').textContent.length > 5", timeout=60_000)
+    expect(page.locator("#text")).to_have_text(re.compile(r"\S{3}"), timeout=TIMEOUT)
     page.keyboard.press("Escape")
-    page.wait_for_function("document.getElementById('status').textContent === 'Stopped.'", timeout=60_000)
+    expect(page.get_by_role("status")).to_have_text("Stopped.", timeout=TIMEOUT)
     page.get_by_label("Prompt", exact=True).fill("x" * 5000)
     page.get_by_role("button", name="Generate").click()
-    page.get_by_role("alert").filter(has_text="tokens").wait_for(timeout=60_000)
+    expect(page.get_by_role("alert")).to_contain_text("tokens", timeout=TIMEOUT)
