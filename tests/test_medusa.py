@@ -241,7 +241,7 @@ def settings(**changes: Any) -> MedusaSettings:
         "rows": 4,
         "window": 8,
         "eval_fraction": 0.15,
-        "relative_rate": 0.3,
+        "relative_rate": 0.2,
         "nodes": 5,
     }
     return from_mapping(MedusaSettings, values | changes, "test")
@@ -290,4 +290,4 @@ def test_training_makes_a_drafter_whose_table_holds(
     outs = decoder.generate_batch([list(a.prompt_ids) for a in held], max_new_tokens=24, num_speculative_tokens=2)
     assert [out.token_ids for out in outs] == [list(a.response_ids) for a in held]
     kept = sum(o.metrics.num_accepted_draft_tokens for o in outs) / sum(o.metrics.num_spec_steps for o in outs)
-    assert kept + 1 == pytest.approx(figures["score"], abs=0.2)
+    assert kept + 1 == pytest.approx(figures["score"], abs=0.25)
