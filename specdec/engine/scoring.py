@@ -12,7 +12,7 @@ from torch import Tensor
 from specdec.base.devices import download, upload
 from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.row_cache import RowCache
-from specdec.runtimes.target import largest
+from specdec.runtimes.target import Target, largest
 from specdec.speculation.draft import Draft, State, Verifier, ancestors, check_tokens
 from specdec.speculation.sampling import Sampler
 
@@ -124,12 +124,14 @@ def _score_rows(state: State, draft: Draft, taps: dict[int, Tensor], verifier: V
         taps[target.num_layers + 1] = target.readout(x)
     chosen, p, begin = [[0] * (1 + len(draft.parents)) for _ in nodes], list[Tensor](), 0
     plain = target.choose(x)[0][0] if any(row.plain_greedy for row in state.sampler.rows) else []
+    drawn = [b for b, row in enumerate(state.sampler.rows) if not row.plain_greedy]
+    logits = dict(zip(drawn, _read_out(target, x, counts, drawn), strict=True))  # the head's weights are read once
     for b, (own, chooser) in enumerate(zip(nodes, state.sampler.rows, strict=True)):
         end = begin + len(own)
         found, ids = plain[begin:end], state.ids[b]
         if not chooser.plain_greedy:
             sampler, before = Sampler.of([chooser]), functools.partial(_prefixes_of, ids, draft, b, own)
-            scores = sampler.scores(target.readout(x[:, begin:end]), lambda before=before: [before()])  # type: ignore[misc]
+            scores = sampler.scores(logits.pop(b), lambda before=before: [before()])  # type: ignore[misc]
             found = sampler.choose(scores, [[len(ids) + depths[node] for node in own]])[0].tolist()
         if verifier.needs_probabilities and not state.sampler.plain_greedy:
             certain = F.one_hot(upload([found], cache.device).clamp_min(0), target.vocab_size).float()
@@ -144,6 +146,15 @@ def _score_rows(state: State, draft: Draft, taps: dict[int, Tensor], verifier: V
     scored = Scores(chosen, torch.cat(p) if p else None, taps, sum(counts))
     scored.nodes = nodes
     return scored
+
+
+def _read_out(target: Target, x: Tensor, counts: Sequence[int], rows: Sequence[int]) -> Sequence[Tensor]:
+    """Logits [1, n, V] of each of ``rows``, whose tokens are among those of all rows in ``x`` [1, T, D]."""
+    if not rows:
+        return ()
+    parts = x.split(list(counts), 1)
+    some = x if len(rows) == len(counts) else torch.cat([parts[b] for b in rows], 1)
+    return target.readout(some).split([counts[b] for b in rows], 1)
 
 
 def _present(row: list[int], parents: tuple[int, ...]) -> list[int]:
