@@ -5,6 +5,8 @@ Requests with one ``x-session-id`` header go to one replica, where the conversat
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, PositiveInt
 from ray import serve
@@ -69,12 +71,13 @@ class Replica:
 
 def app(options: Options) -> Application:
     """The application, as ``serve run`` builds it."""
-    deployment = serve.deployment(
+    router: Any = ROUTER  # a name is taken, too
+    deployment: Any = serve.deployment(
         Replica,
         name="specdec",
         num_replicas=options.replicas,
         ray_actor_options={"num_cpus": options.cpus, "num_gpus": options.gpus},
         max_ongoing_requests=options.max_rows + options.max_waiting,
-        request_router_config=RequestRouterConfig(request_router_class=ROUTER),
+        request_router_config=RequestRouterConfig(request_router_class=router),
     )
     return deployment.bind(options)
