@@ -208,6 +208,7 @@ def elsewhere() -> Iterator[None]:
     stand_ins: Any = torch.cuda
     stand_ins._lazy_init = stand_ins.synchronize = stand_ins.set_device = lambda *_: None
     stand_ins.get_device_name, stand_ins.device_count = (lambda *_: "elsewhere"), lambda: 1
+    stand_ins.mem_get_info = lambda *_: (1 << 34, 1 << 34)
     stand_ins.Event, stand_ins.current_stream = Event, lambda *_: None
     warnings.simplefilter("error", DrafterWarning)  # else decoding goes on without what fails
     usual = nn.Module.to
