@@ -45,6 +45,8 @@ def chat(
     runtime: shared.Runtime = options.Runtime.auto,
     weights: shared.Weights = options.Weights.auto,
     kv_cache: shared.KVCache = options.KVCache.auto,
+    revision: shared.Revision = None,
+    trust_remote_code: shared.TrustRemoteCode = False,
     system: Annotated[str | None, _text("--system", "System message.", "TEXT")] = None,
     max_new_tokens: Annotated[int, _text("--max-new-tokens", "Most new tokens of an answer.", "N", min=1)] = 1024,
     temperature: shared.Temperature = 0.0,
@@ -70,6 +72,8 @@ def chat(
             runtime=runtime,
             weights=weights,
             kv_cache=kv_cache,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
             drafter_options=options.assignments("--drafter-option", drafter_option or []),
         )
         engine = decoder.engine(max_rows=1)

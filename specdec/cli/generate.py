@@ -49,10 +49,8 @@ def generate(
     runtime: shared.Runtime = options.Runtime.auto,
     weights: shared.Weights = options.Weights.auto,
     kv_cache: shared.KVCache = options.KVCache.auto,
-    revision: Annotated[str | None, _model("--revision", "Branch, tag or commit of a Hugging Face id.", "REV")] = None,
-    trust_remote_code: Annotated[
-        bool, _model("--trust-remote-code", "Run Python code that comes with the model.")
-    ] = False,
+    revision: shared.Revision = None,
+    trust_remote_code: shared.TrustRemoteCode = False,
     expert_cache: Annotated[
         str | None,
         _experts("--expert-cache", "Offload experts; keep this share (0.25) or size (300MB) of them.", "SIZE"),

@@ -13,7 +13,7 @@ from specdec.cli import shared
 from specdec.cli.shared import panel
 from specdec.models.catalogue import DEFAULT_MODEL
 
-_model, _server, _limits = map(panel, ("Model", "Server", "Limits"))
+_server, _limits = map(panel, ("Server", "Limits"))
 
 
 def serve(
@@ -25,10 +25,8 @@ def serve(
     runtime: shared.Runtime = options.Runtime.auto,
     weights: shared.Weights = options.Weights.auto,
     kv_cache: shared.KVCache = options.KVCache.auto,
-    revision: Annotated[str | None, _model("--revision", "Branch, tag or commit of a Hugging Face id.", "REV")] = None,
-    trust_remote_code: Annotated[
-        bool, _model("--trust-remote-code", "Run Python code that comes with the model.")
-    ] = False,
+    revision: shared.Revision = None,
+    trust_remote_code: shared.TrustRemoteCode = False,
     host: Annotated[
         str, _server("--host", "Address to listen at; 0.0.0.0 is every network of the machine.", "HOST")
     ] = "127.0.0.1",

@@ -37,6 +37,8 @@ Runtime = Annotated[
     options.Runtime,
     _model("--runtime", "auto (the fastest that serves the model), native, graphs, fused or reference.", "NAME"),
 ]
+Revision = Annotated[str | None, _model("--revision", "Branch, tag or commit of a Hugging Face id.", "REV")]
+TrustRemoteCode = Annotated[bool, _model("--trust-remote-code", "Run Python code that comes with the model.")]
 Weights = Annotated[
     options.Weights,
     _model("--weights", "auto, dense, or layers rounded to int8 or int4 (CPU, bfloat16): the base, then.", "KIND"),

@@ -6,8 +6,9 @@ does not take (drafting where plain decoding is faster, another exit, one token 
 time: each exit saves up its part of that, and is tried when it pays for the expected loss. A request starts from the
 acceptance of earlier ones, worth five observations.
 
-A drafter with probabilities of its own (``estimates``) is not given a depth but prices, in tokens at the speed of late,
-and is judged by what its drafts bring and take on average: drafting or not is all that is chosen here.
+A drafter with probabilities of its own (``estimates``) gets prices instead of a depth: what a node and a level cost, in
+tokens at the recent speed. For it, ``AutoDepth`` chooses only between drafting and plain decoding, by what its recent
+drafts yielded and cost on average.
 
 Of several rows, each has a running estimate of its own, and the tokens of a step go to those where they are likeliest
 to be accepted, as long as they pay for the larger pass (``divide``).
