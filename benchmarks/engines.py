@@ -2,7 +2,8 @@
 
 A child reads a command from each line of standard input and answers with a line, both JSON:
 
-    load      path, threads, context            -> seconds, and what the engine reports of itself
+    load      path, threads, context, draft     -> seconds, and what the engine reports of itself
+                                                   (draft: a draft model's file, for llama.mjs alone)
     generate  ids, count, stop                  -> tokens (greedy), prefill and decode seconds
     passes    rows                              -> seconds of a pass over so many tokens; {} where no call does that
 

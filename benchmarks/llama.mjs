@@ -4,7 +4,7 @@ import {createInterface} from "node:readline";
 import {pathToFileURL} from "node:url";
 
 const entry = path.join(process.argv[2], "node_modules", "node-llama-cpp", "dist", "index.js");
-const {getLlama} = await import(pathToFileURL(entry));
+const {DraftSequenceTokenPredictor, getLlama} = await import(pathToFileURL(entry));
 const CACHED = 128, REPEATS = 5; // as specdec times its passes
 let model, sequence;
 
@@ -13,11 +13,15 @@ const answer = (value) => process.stdout.write(JSON.stringify(value) + "\n");
 const numbers = (start, count) => Array.from({length: count}, (_, i) => start + i);
 
 const commands = {
-    async load({path: modelPath, threads, context}) {
+    async load({path: modelPath, threads, context, draft}) {
         const llama = await getLlama({gpu: false, build: "never", skipDownload: true, maxThreads: threads, logLevel: "error"});
-        model = await llama.loadModel({modelPath, gpuLayers: 0});
-        const made = await model.createContext({contextSize: context, threads: {ideal: threads, min: threads}});
-        sequence = made.getSequence();
+        const open = async (modelPath, options) => {
+            const loaded = await llama.loadModel({modelPath, gpuLayers: 0});
+            const made = await loaded.createContext({contextSize: context, threads: {ideal: threads, min: threads}});
+            return [loaded, made.getSequence(options)];
+        };
+        const predictor = draft ? new DraftSequenceTokenPredictor((await open(draft))[1]) : undefined; // its defaults
+        [model, sequence] = await open(modelPath, {tokenPredictor: predictor});
         return {runtime: "node-llama-cpp"};
     },
 
