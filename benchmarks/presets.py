@@ -3,8 +3,8 @@
     python benchmarks/presets.py --text FILE... --output DIR [--minutes 1] [--factors 0.25 1 4]
 
 Small models of GPT-2's, Gemma 3's and Phi's architecture are made here: each learns the text for some minutes, byte
-pairs and all, and a drafter is then trained for it with the preset as it is, on the same text. A rate that transfers is at
-its best near factor 1 for all of them, and never ends below the closed form. The last line is JSON.
+pairs and all, and a drafter is then trained for it with the preset as it is, on the same text. A rate that transfers is
+at its best near factor 1 for all of them, and never ends below the closed form. The last line is JSON.
 """
 
 from __future__ import annotations
