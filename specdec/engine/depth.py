@@ -3,15 +3,16 @@
 ``AutoDepth`` takes the exit and depth (0: plain decoding) with the most expected tokens per second, by a table of step
 costs, scaled to what recent steps took, and a running estimate of how often each drafted position is accepted. What it
 does not take (drafting where plain decoding is faster, another exit, one token deeper) it probes in 1 % of the decode
-time: each exit saves up its part of that, and is tried when it pays for the expected loss. A request starts from the
-acceptance of earlier ones, worth five observations.
+time: each exit saves up its part of that, and is tried when it pays for the expected loss. A row starts from the
+acceptance of all others, worth five observations.
 
 A drafter with probabilities of its own (``estimates``) gets prices instead of a depth: what a node and a level cost, in
 tokens at the recent speed. For it, ``AutoDepth`` chooses only between drafting and plain decoding, by what its recent
 drafts yielded and cost on average.
 
 Of several rows, each has a running estimate of its own, and the tokens of a step go to those where they are likeliest
-to be accepted, as long as they pay for the larger pass (``divide``).
+to be accepted, as long as they pay for the larger pass (``divide``). A row that does not draft saves up for a probe,
+too; where none does, all probe together, as drafting for one row costs about what it costs for all.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from specdec.speculation.trees import MOST_NODES, Prices
 MOST, DEEPEST = 8, 12  # deepest draft considered, and deepest that prices may end
 PROBES = 0.01  # share of the decode time that probes may lose
 PRIOR, WEIGHT = 0.6, 1.25  # acceptance of an unknown drafter, and how many observations this guess is worth
-CARRIED = 5.0  # observations that the acceptance of earlier requests is worth
+CARRIED = 5.0  # observations that the acceptance of other requests is worth
 MEMORY, LONG_MEMORY = 0.97, 0.998  # weight of the past per step: within a request, over requests
 RECENT = 15  # steps whose median ratio of measured to expected seconds scales the table
 HOLD = 15  # most plain steps without a decision
@@ -85,10 +86,14 @@ class Choice(NamedTuple):
 
 
 class Row:
-    """What is known of one row. accepted: for each exit, as ``Costs.accepted``. budget: seconds saved for a probe."""
+    """What is known of one row.
 
-    def __init__(self, accepted: Sequence[Sequence[tuple[float, float]]] = ()) -> None:
-        self.accepted, self.budget = [list(known) for known in accepted], 0.0
+    accepted: [exits, positions, 2], how often its drafted token was accepted, and observations, of which old ones fade.
+    count: [exits, positions], observations in all. budget: seconds saved for a probe.
+    """
+
+    def __init__(self, exits: int = 0, positions: int = 0) -> None:
+        self.accepted, self.count, self.budget = np.zeros((exits, positions, 2)), np.zeros((exits, positions)), 0.0
 
 
 class FixedDepth:
@@ -125,9 +130,11 @@ class AutoDepth:
         self.table, self.estimates, exits = costs, estimates, range(len(costs.drafts))
         self.most = DEEPEST if estimates else MOST
         self.scoring = functools.lru_cache(costs.scoring)
+        self.passes = functools.lru_cache(64)(self._passes)
         self.drafting = np.array([[costs.drafting(depth, exit) for depth in range(self.most + 1)] for exit in exits])
-        known = [*costs.accepted, *[()] * len(exits)]
-        self.all = [[*known[exit], *[(0.0, 0.0)] * self.most][: self.most] for exit in exits]  # as ``Costs.accepted``
+        self.all = np.zeros((len(exits), self.most, 2))  # as ``Row.accepted``, of all rows
+        for known, carried in zip(self.all, costs.accepted, strict=False):
+            known[: len(carried)] = np.array(carried[: self.most]).reshape(-1, 2)
         self.paces: deque[float] = deque(maxlen=RECENT)  # measured to expected seconds of scoring
         self.ratios = [deque([1.0], maxlen=RECENT) for _ in exits]  # of drafting, over that of scoring
         self.width = 1.0  # tokens lately scored per drafted depth: more than 1 in a fixed tree
@@ -135,13 +142,14 @@ class AutoDepth:
         self.exponent = 1.0  # ``Prices.exponent``
         self.budgets = np.zeros(len(exits))  # seconds that each exit has saved up for a probe
         self.batch, self.elapsed = 0, 0.0  # seconds since the last decision
-        self.choice, self.probe, self.speed = Choice(), False, 0.0  # of the last decision; the best expected speed
+        self.choice, self.speed = Choice(), 0.0  # of the last decision; the best expected speed
+        self.probe: int | None = None  # the exit that it probes
         self.begin()
 
     def begin(self) -> Row:
         """A new request."""
         self.hold = 0  # plain steps to go without a decision
-        self.row = Row([[(share, min(seen, CARRIED)) for share, seen in known] for known in self.all])
+        self.row = Row(*self.all.shape[:2])
         return self.row
 
     def choose(self, batch: int, rows: Sequence[Row] = ()) -> Choice:
@@ -149,27 +157,36 @@ class AutoDepth:
         if self.hold and batch == self.batch:
             self.hold -= 1
             return self.choice
-        self.batch, self.probe = batch, False
+        self.batch = batch
         if len(rows) > 1:
             return self._divided(rows)
         self.row = rows[0] if rows else self.row
         tokens, seconds = self.steps()
         speeds = tokens / seconds
         exit, depth = chosen = divmod(int(speeds.argmax()), self.most + 1)
-        self.speed, share, wait = float(speeds[chosen]), PROBES / len(speeds), HOLD * seconds[chosen]
-        for other, budget in enumerate(self.budgets):
+        self.speed, others = float(speeds[chosen]), list[tuple[float, int]]()
+        for other in range(len(speeds)):
             further = depth + 1 if depth and other == exit else 1 + int(speeds[other, 1:].argmax())
-            if further > self.most:
-                continue
-            loss = seconds[other, further] - tokens[other, further] / self.speed
-            self.budgets[other] = budget = min(budget + share * self.elapsed, loss)
-            wait = min(wait, (loss - budget) / share)
-            if budget >= loss and not self.probe:
-                chosen, self.probe = (other, further), True
-        self.elapsed = 0.0
+            loss = seconds[other, further] - tokens[other, further] / self.speed if further <= self.most else math.inf
+            others.append((loss, further))
+        wait = self._save([loss for loss, _ in others])
+        if self.probe is not None:
+            chosen = self.probe, others[self.probe][1]
         self.choice = self._choice(*chosen)
-        self.hold = 0 if self.choice.depth else int(wait / seconds[chosen])
+        self.hold = 0 if self.choice.depth else int(min(wait / seconds[chosen], HOLD))
         return self.choice
+
+    def _save(self, losses: Sequence[float]) -> float:
+        """Each exit saves for what a probe of it loses; one that can pay is the ``probe``. Return seconds until then."""
+        self.probe, share, wait = None, PROBES / len(losses), math.inf
+        for exit, loss in enumerate(losses):
+            if loss < math.inf:
+                budget = self.budgets[exit] = min(self.budgets[exit] + share * self.elapsed, loss)
+                wait = min(wait, (loss - budget) / share)
+                if budget >= loss and self.probe is None:
+                    self.probe = exit
+        self.elapsed = 0.0
+        return wait
 
     def observe(
         self,
@@ -206,13 +223,15 @@ class AutoDepth:
             _observed(self.all[exit], position, [a > position for a, _ in reached], LONG_MEMORY)
             for a, row in reached:
                 _observed(row.accepted[exit], position, [a > position], MEMORY)
-        if self.probe and len(rows) == 1:  # what it took by the median, as a single step may be slow for any reason
+                row.count[exit, position] += 1
+        if self.probe is not None:  # what it took by the median, as a single step may be slow for any reason
             took = pace * (_median(self.ratios[exit]) * expected + self.scoring(scored))
-            self.budgets[exit] -= took - (1 + sum(accepted) / len(accepted)) / self.speed
+            self.budgets[exit] -= took - (len(accepted) + sum(accepted)) / self.speed
 
     def steps(self) -> tuple[np.ndarray, np.ndarray]:
         """Expected tokens of each row, and seconds, of a step to each exit (first axis) and depth from 0 on."""
-        tokens, pace = np.array([_tokens(known) for known in self.row.accepted]), _median(self.paces)
+        chances, pace = self._chances([self.row])[:, 0], _median(self.paces)
+        tokens = 1 + np.pad(chances.cumsum(1), ((0, 0), (1, 0)))
         ratios = np.array([[_median(known)] for known in self.ratios])
         if self.estimates:  # a draft is as deep as it likes
             seconds = np.full(tokens.shape, np.inf)
@@ -225,48 +244,70 @@ class AutoDepth:
 
     def _divided(self, rows: Sequence[Row]) -> Choice:
         """The same decision for several rows: the step's tokens go to those where they are likeliest to be accepted."""
-        pace, best = _median(self.paces), Division([], 0.0, 0.0)
-        exit = 0
-        for other in range(len(self.ratios)):
-            found = divide(self._chances(rows, other), self._seconds(other))
-            if not best.seconds or found.tokens / found.seconds > best.tokens / best.seconds:
-                best, exit = found, other
-        self.speed, depths = best.tokens / (pace * best.seconds), best.depths
-        idle = [b for b, depth in enumerate(depths) if not depth]
-        for b in idle:
-            rows[b].budget += PROBES / len(idle) * self.elapsed
-        if idle:  # one token of the row that has saved up most, once that pays for the expected loss
-            b = max(idle, key=lambda b: rows[b].budget)
-            further = [max(depth, int(at == b)) for at, depth in enumerate(depths)]
-            loss = pace * self._seconds(exit)(len(rows) + sum(further), max(further)) - (
-                (best.tokens + self._chances(rows, exit)[b][0]) / self.speed
-            )
-            if rows[b].budget >= loss:
-                rows[b].budget, depths, self.probe = 0.0, further, True
-        self.elapsed, self.hold = 0.0, 0
-        several = exit if len(self.ratios) > 1 else None
-        self.choice = Choice(max(depths), several, depths=depths) if any(depths) else Choice()
+        pace, chances, exits = _median(self.paces), self._chances(rows), range(len(self.ratios))
+        found = [divide(chances[exit], self._seconds(exit)) for exit in exits]
+        exit = max(exits, key=lambda exit: found[exit].tokens / found[exit].seconds)
+        best, losses = found[exit], [math.inf] * len(found)
+        self.speed = best.tokens / (pace * best.seconds)
+        for other in exits:
+            if other != exit or not any(best.depths):
+                found[other] = divide(chances[other], self._seconds(other), least=1)
+                losses[other] = pace * found[other].seconds - found[other].tokens / self.speed
+        elapsed = self.elapsed
+        wait = self._save(losses)
+        if self.probe is not None:
+            exit, best = self.probe, found[self.probe]
+        elif any(best.depths):
+            self._probe_idle(rows, best, exit, chances[exit, :, 0], elapsed)
+        self.choice = Choice()
+        self.hold = 0
+        if any(best.depths):
+            self.choice = Choice(max(best.depths), exit if len(exits) > 1 else None, depths=best.depths)
+        else:
+            self.hold = int(min(wait / (pace * best.seconds), HOLD))
         return self.choice
 
-    def _chances(self, rows: Sequence[Row], exit: int) -> list[list[float]]:
-        """For each row, the probability that its chain to an exit is accepted up to each position."""
-        return [np.diff(_tokens(row.accepted[exit])).tolist() for row in rows]
+    def _probe_idle(self, rows: Sequence[Row], best: Division, exit: int, first: np.ndarray, elapsed: float) -> None:
+        """Beside others that draft, one token of the idle row that has saved up most, once that pays for the loss."""
+        idle = [b for b, depth in enumerate(best.depths) if not depth]
+        for b in idle:
+            rows[b].budget += PROBES / len(idle) * elapsed
+        if idle:
+            b = max(idle, key=lambda b: rows[b].budget)
+            tokens = len(rows) + sum(best.depths)
+            longer, pace = self._seconds(exit)(np.array([tokens, tokens + 1]), max(best.depths)), _median(self.paces)
+            if rows[b].budget >= pace * (longer[1] - longer[0]) - first[b] / self.speed:
+                rows[b].budget, best.depths[b] = 0.0, 1
 
-    def _seconds(self, exit: int) -> Callable[[int, int], float]:
-        """By the table: of a step that scores so many tokens and drafts so deep."""
-        ratio = _median(self.ratios[exit])
+    def _chances(self, rows: Sequence[Row]) -> np.ndarray:
+        """The probability that a chain is accepted up to each position: [exits, rows, positions]."""
+        accepted, seen = np.moveaxis(np.stack([row.accepted for row in rows], 1), -1, 0)
+        common, all_seen = np.moveaxis(self.all[:, None], -1, 0)
+        # What others have shown counts as much as CARRIED observations, and fades as a row's first ones do.
+        others = np.clip(all_seen - np.stack([row.count for row in rows], 1), 0, CARRIED) * (1 - (1 - MEMORY) * seen)
+        known, total = seen * accepted + others * common, seen + others + WEIGHT
+        shares, share = np.empty_like(known), np.full(known.shape[:2], PRIOR)
+        for position in range(self.most):  # each is assumed to be like the one before
+            share = (known[..., position] + WEIGHT * share) / total[..., position]
+            shares[..., position] = share
+        return shares.cumprod(-1)
 
-        def seconds(tokens: int, depth: int) -> float:
-            return self.scoring(self.batch + (tokens - self.batch) * self.width) + ratio * self.drafting[exit][depth]
+    def _seconds(self, exit: int) -> Callable[[np.ndarray, np.ndarray | int], np.ndarray]:
+        """By the table: of steps that score so many tokens and draft so deep."""
+        drafting = _median(self.ratios[exit]) * self.drafting[exit]
+        passes = self.passes(self.batch, round(self.width, 1))
+        return lambda tokens, depth: passes[tokens - self.batch] + drafting[depth]
 
-        return seconds
+    def _passes(self, batch: int, width: float) -> np.ndarray:
+        """By the table: seconds of passes that score 0, 1, ... drafted tokens beside ``batch`` roots."""
+        return np.array([self.scoring(batch + n * width) for n in range(batch * self.most + 1)])
 
     def costs(self) -> Costs:
         """The table as recent steps have it, and what is known of acceptance."""
         pace = _median(self.paces)
         scales = [pace * _median(known) for known in self.ratios]
         drafts = tuple((a * first, a * further) for a, (first, further) in zip(scales, self.table.drafts, strict=True))
-        accepted = tuple(tuple(position for position in known if position[1]) for known in self.all)
+        accepted = tuple(tuple((share, seen) for share, seen in known if seen) for known in self.all.tolist())
         return Costs({n: pace * seconds for n, seconds in self.table.score.items()}, drafts, accepted)
 
     def _choice(self, exit: int, depth: int) -> Choice:
@@ -285,21 +326,11 @@ class AutoDepth:
 DepthPolicy = FixedDepth | AutoDepth
 
 
-def _observed(known: list[tuple[float, float]], position: int, right: Sequence[bool], memory: float) -> None:
+def _observed(known: np.ndarray, position: int, right: Sequence[bool], memory: float) -> None:
     """Take in how often the drafted token of a position was accepted."""
-    share, seen = known[position]
+    share, seen = known[position].tolist()
     before, now = memory * seen, memory * seen + len(right)
-    known[position] = ((before * share + sum(right)) / now if now else share, now)
-
-
-def _tokens(known: Sequence[tuple[float, float]]) -> list[float]:
-    """Expected tokens of a step at depth 0, 1, ..., by the share of acceptance and observations of each."""
-    share, chain, tokens = PRIOR, 1.0, [1.0]
-    for observed, seen in known:
-        share = (seen * observed + WEIGHT * share) / (seen + WEIGHT)  # a position is assumed to be like the one before
-        chain *= share
-        tokens.append(tokens[-1] + chain)
-    return tokens
+    known[position] = (before * share + sum(right)) / now if now else share, now
 
 
 def _median(ratios: Sequence[float]) -> float:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
+
+import numpy as np
 
 
 class Division(NamedTuple):
@@ -14,24 +16,19 @@ class Division(NamedTuple):
     seconds: float
 
 
-def divide(chances: Sequence[Sequence[float]], seconds: Callable[[int, int], float]) -> Division:
-    """The division with the most expected tokens per second.
+def divide(chances: np.ndarray, seconds: Callable[[np.ndarray, np.ndarray], np.ndarray], least: int = 0) -> Division:
+    """The division with the most expected tokens per second, of those that draft ``least`` tokens or more.
 
-    chances[b][i]: the probability that row b's draft is accepted up to its token i; it falls with i. seconds: of a
-    step, by the tokens that it scores (the rows' roots among them) and the depth of its deepest draft.
-    The likeliest token comes first, and so a row's tokens come in their order.
+    chances: [rows, positions], the probability that a row's draft is accepted up to each of its tokens; it falls along
+    a row. seconds: of steps, by the tokens that they score (the rows' roots among them) and the depth of their deepest
+    draft. The likeliest token comes first, and so a row's tokens come in their order.
     """
     count = len(chances)
-    order = sorted((-chance, i, b) for b, row in enumerate(chances) for i, chance in enumerate(row))
-    taken, best, tokens, deepest = 0, seconds(count, 0), float(count), 0
-    speed, expected = count / best, float(count)
-    for n, (negative, i, _) in enumerate(order, start=1):
-        expected -= negative
-        deepest = max(deepest, i + 1)
-        took = seconds(count + n, deepest)
-        if expected / took > speed:
-            taken, best, tokens, speed = n, took, expected, expected / took
-    depths = [0] * count
-    for _, _, b in order[:taken]:
-        depths[b] += 1
-    return Division(depths, tokens, best)
+    likely = chances.T.ravel()  # position by position: of equal ones, earlier positions come first
+    order = np.argsort(-likely, kind="stable")
+    tokens = count + np.append(0.0, likely[order].cumsum())
+    deepest = np.append(0, np.maximum.accumulate(order // count + 1))
+    took = seconds(count + np.arange(len(tokens)), deepest)
+    taken = least + int((tokens / took)[least:].argmax())
+    depths = np.bincount(order[:taken] % count, minlength=count).tolist()
+    return Division(depths, float(tokens[taken]), float(took[taken]))
