@@ -248,23 +248,18 @@ class SpecDecoder:
         if num_speculative_tokens == "auto" and self.tuned is not None:
             num_speculative_tokens = self.tuned.num_speculative_tokens
         limits = [min(int(max_new_tokens), context - len(row)) for row in ids]
-        claim = self._claim()
+        sampler = self.sampler(ids, limits, params, repetition_penalty, logits_processor)
+        ends = frozenset() if ignore_eos else self.eos_ids()
+        requests = [
+            Request(row, limit, eos=ends, chooser=chooser)
+            for row, limit, chooser in zip(ids, limits, sampler.rows, strict=True)
+        ]
+        engine = self.idle_engine(num_speculative_tokens, max_rows=len(ids))
         try:
-            policy = self._policy(num_speculative_tokens)
-            sampler = self.sampler(ids, limits, params, repetition_penalty, logits_processor)
-            ends = frozenset() if ignore_eos else self.eos_ids()
-            requests = [
-                Request(row, limit, eos=ends, chooser=chooser)
-                for row, limit, chooser in zip(ids, limits, sampler.rows, strict=True)
-            ]
-            engine = Engine(self.target, self.drafter, self.verifier, policy, max_rows=len(ids))
-            generation = Generation(engine, requests, self.tokenizer, stops)
+            return Generation(engine, requests, self.tokenizer, stops)
         except BaseException:
-            _busy.discard(claim)
+            engine.close()
             raise
-        release = weakref.finalize(generation, _busy.discard, claim)  # also if it is dropped unfinished
-        generation.ended = functools.partial(self._ended, policy, release)
-        return generation
 
     @options.checked("generate", None, open)
     def generate(self, prompt: Prompt, **given: Any) -> GenerationOutput:
@@ -312,26 +307,29 @@ class SpecDecoder:
         as suit the device.
         num_speculative_tokens: as in ``open``.
         """
+        engine = self.idle_engine(
+            num_speculative_tokens,
+            max_rows=max_rows,
+            max_waiting=max_waiting,
+            kv_memory=free_memory(self.device) // 2 if kv_memory is None else kv_memory,
+            prefill_chunk=prefill_chunk or PARTS.get(self.device.type, CHUNK),
+            reuse=True,
+        )
+        return engine.start()
+
+    def idle_engine(self, num_speculative_tokens: int | str = "auto", **how: Any) -> Engine:
+        """An engine whose steps the caller runs; until it is closed, the drafter is its own. how: as ``Engine``."""
+        options.check_values({"num_speculative_tokens": num_speculative_tokens}, REQUEST)
         claim = self._claim()
         try:
             policy = self._policy(num_speculative_tokens)
-            engine = Engine(
-                self.target,
-                self.drafter,
-                self.verifier,
-                policy,
-                max_rows=max_rows,
-                max_waiting=max_waiting,
-                kv_memory=free_memory(self.device) // 2 if kv_memory is None else kv_memory,
-                prefill_chunk=prefill_chunk or PARTS.get(self.device.type, CHUNK),
-                reuse=True,
-            )
+            engine = Engine(self.target, self.drafter, self.verifier, policy, **how)
         except BaseException:
             _busy.discard(claim)
             raise
         release = weakref.finalize(engine, _busy.discard, claim)
         engine.ended = functools.partial(self._ended, policy, release)
-        return engine.start()
+        return engine
 
     def _claim(self) -> int:
         """Take the drafter for a generation. Raises SpecDecError if another one is using it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +48,6 @@ class Generation:
             request.stop = functools.partial(_push, text)
             engine.enqueue(request)
         self.meter: Meter | None = None  # of expert loads, from the end of the prefill on
-        self.ended: Callable[[], object] = lambda: None  # called once
         self.open = True
         self._turn, self._closing = threading.RLock(), False  # closing waits for the step that another thread is in
 
@@ -106,7 +105,6 @@ class Generation:
             if self.open:
                 self.open = False
                 self.engine.close()
-                self.ended()
 
     def __enter__(self) -> Generation:
         return self

@@ -1,0 +1,1 @@
+"""specdec inside other libraries."""

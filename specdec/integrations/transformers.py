@@ -1,0 +1,366 @@
+"""``model.generate(..., custom_generate=SpecGenerate(...))``: transformers' own call, decoded by the engine.
+
+transformers prepares the call: it merges configurations, expands rows, and builds logits processors and stopping
+criteria. The engine chooses the tokens, and rows run ahead of each other; the tokens are then put together position by
+position, as ``model.generate`` does it, so that criteria and streamers see what they would see there.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    EncoderNoRepeatNGramLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    GenerationConfig,
+    LogitsProcessor,
+    MinPLogitsWarper,
+    PrefixConstrainedLogitsProcessor,
+    PreTrainedModel,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteriaList,
+    StopStringCriteria,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
+from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation.logits_process import TopHLogitsWarper
+
+from specdec.api.decoder import SpecDecoder
+from specdec.base import options
+from specdec.base.errors import SpecDecError
+from specdec.engine.engine import Engine
+from specdec.engine.metrics import RequestMetrics
+from specdec.engine.request import Request
+from specdec.models.generation_config import STATEFUL
+from specdec.speculation.draft import Drafter
+from specdec.speculation.sampling import Chooser, SamplingParams, Transforms, streams
+
+OF_A_BATCH = (  # processors that hold something for each row of the call
+    EncoderNoRepeatNGramLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
+    PrefixConstrainedLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+)
+WARPERS = (  # those that read no tokens: they take all positions at once
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopHLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
+PREPARED = ("position_ids", "cache", "use_cache", "logits_to_keep")  # by transformers, for a forward of its own
+MODES = ("greedy_search", "sample")
+
+
+class SpecGenerate:
+    """A ``custom_generate`` for any supported model that is loaded; one object serves one call at a time.
+
+    drafter, and further keywords (``drafter_options``, ``runtime``, ``weights``, ...): as ``SpecDecoder`` takes them.
+    The decoder is made at the first call, and kept for further calls with the same model; its weights must not change.
+    num_speculative_tokens: depth of each draft, or "auto". streamer: gets the prompt and each new token, as from
+    ``generate``. tokenizer, stop_strings: strings that end a row. These three are given here because ``generate`` does
+    not pass its own on to a callable.
+    metrics: after a call, those of its rows.
+    """
+
+    def __init__(
+        self,
+        drafter: str | Path | Drafter = "auto",
+        *,
+        tokenizer: Any = None,
+        stop_strings: str | Sequence[str] = (),
+        streamer: Any = None,
+        num_speculative_tokens: int | str = "auto",
+        **more: Any,
+    ) -> None:
+        if stop_strings and tokenizer is None:
+            raise SpecDecError("stop_strings need a tokenizer; give SpecGenerate(tokenizer=...) one")
+        self.drafter, self.tokenizer, self.streamer, self.more = drafter, tokenizer, streamer, more
+        self.stop_strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
+        self.num_speculative_tokens = num_speculative_tokens
+        self.metrics: list[RequestMetrics] = []
+        self._decoder: SpecDecoder | None = None
+        self._model: Callable[[], PreTrainedModel | None] = lambda: None
+
+    def decoder(self, model: PreTrainedModel) -> SpecDecoder:
+        """The decoder of a model."""
+        if self._decoder is None or self._model() is not model:
+            if getattr(model.config, "is_encoder_decoder", False):
+                raise SpecDecError("SpecGenerate cannot run encoder-decoder models; call generate without it")
+            self._decoder = SpecDecoder(model, self.tokenizer, self.drafter, **self.more)
+            self._model = weakref.ref(model)
+        return self._decoder
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: Sequence[LogitsProcessor],
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        generator: torch.Generator | None = None,
+        **model_kwargs: Any,
+    ) -> Tensor | GenerateDecoderOnlyOutput:
+        """Decode rows [B, T] on from ``input_ids``. generator: of the seed of what is sampled; None: torch's own.
+
+        Raises SpecDecError for what cannot be honoured.
+        """
+        config: Any = generation_config
+        decoder = self.decoder(model)
+        _check(config, logits_processor, model_kwargs)
+        prompts = _prompts(input_ids, model_kwargs.pop("attention_mask", None))
+        _check_inputs(prompts, input_ids, model_kwargs)
+        new = max(config.max_length - input_ids.shape[1], 1)
+        if (longest := max(map(len, prompts)) + new) > decoder.target.context:
+            raise SpecDecError(
+                f"prompt and new tokens may be {longest} tokens, more than the model's context of "
+                f"{decoder.target.context}; lower max_new_tokens"
+            )
+        criteria = StoppingCriteriaList(stopping_criteria)
+        if self.stop_strings:
+            criteria.append(StopStringCriteria(self.tokenizer, self.stop_strings))
+        call = _Call(input_ids, criteria, config)
+        rows = _choosers(prompts, input_ids, list(logits_processor), config.do_sample, generator, call.records)
+        requests = [
+            Request(prompt, new, eos=call.ends, chooser=chooser) for prompt, chooser in zip(prompts, rows, strict=True)
+        ]
+        engine = decoder.idle_engine(self.num_speculative_tokens, max_rows=len(requests))
+        try:
+            call.run(engine, requests, self.streamer)
+        finally:
+            engine.close()
+            self.metrics = [request.metrics for request in requests]
+        return call.output(config)
+
+
+# -- what is asked for -------------------------------------------------------------------------------------------------
+
+
+def _check(config: Any, processors: Sequence[LogitsProcessor], model_kwargs: dict[str, Any]) -> None:
+    """Raise SpecDecError for what the engine cannot do."""
+    mode = config.get_generation_mode()
+    if mode.value not in MODES:
+        why = f"SpecGenerate cannot do {mode.value.replace('_', ' ')}"
+        if config.num_beams > 1:
+            why = f"SpecGenerate cannot search with beams (num_beams={config.num_beams})"
+        raise SpecDecError(f"{why}; it decodes greedily or samples")
+    for name in ("output_attentions", "output_hidden_states"):
+        if getattr(config, name, None) and config.return_dict_in_generate:
+            raise SpecDecError(f"SpecGenerate cannot return what {name} asks for; leave it out")
+    if config.cache_implementation == "quantized":
+        raise SpecDecError(
+            "SpecGenerate has its own KV cache; instead of cache_implementation, give it kv_cache='int8'"
+        )
+    for processor in processors:
+        if isinstance(processor, STATEFUL):
+            raise SpecDecError(
+                f"{type(processor).__name__} keeps a state that cannot be rolled back after a rejected draft; leave "
+                "out what asks for it"
+            )
+    for name, value in model_kwargs.items():
+        if value is not None and name not in (*PREPARED, "attention_mask"):
+            raise SpecDecError(f"SpecGenerate cannot pass '{name}' to the model; it takes token ids alone")
+
+
+def _prompts(input_ids: Tensor, mask: Tensor | None) -> list[list[int]]:
+    """The rows without their padding. Raises SpecDecError if that is not all on the left, or nothing is left."""
+    if mask is None:
+        mask = torch.ones_like(input_ids)
+    prompts = []
+    for b, (ids, seen) in enumerate(zip(input_ids.tolist(), mask.tolist(), strict=True)):
+        count = sum(map(bool, seen))
+        if not count:
+            raise SpecDecError(f"row {b} of attention_mask masks every token; leave the row out")
+        if not all(seen[-count:]):
+            raise SpecDecError(
+                f"row {b} of attention_mask masks tokens after the first one that counts; pad on the left"
+            )
+        prompts.append(ids[-count:])
+    return prompts
+
+
+def _check_inputs(prompts: Sequence[Sequence[int]], input_ids: Tensor, model_kwargs: dict[str, Any]) -> None:
+    """Raise SpecDecError for a filled cache, and for positions that are not counted from the first token on."""
+    cache = model_kwargs.get("cache")
+    if cache is not None and cache.get_seq_length():
+        raise SpecDecError("SpecGenerate has its own KV cache and cannot go on from another; leave the cache out")
+    positions = model_kwargs.get("position_ids")
+    if positions is None:
+        return
+    width = input_ids.shape[1]
+    for b, prompt in enumerate(prompts):
+        row = positions[b if len(positions) > 1 else 0, -len(prompt) :].tolist()
+        if positions.shape[-1] != width or row != list(range(len(prompt))):
+            raise SpecDecError("SpecGenerate counts positions from the first token on; leave position_ids out")
+
+
+# -- how tokens are chosen ---------------------------------------------------------------------------------------------
+
+
+class _Records:
+    """Logits and scores [V] of positions by the new tokens before them; drafts that are not accepted have some, too."""
+
+    def __init__(self) -> None:
+        self.found: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+
+    def take(self, tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Those of the position after ``tokens``, which is decided; no shorter ones are needed any more."""
+        pair = self.found[tuple(tokens)]
+        self.found = {before: kept for before, kept in self.found.items() if len(before) > len(tokens)}
+        return pair
+
+
+class _OfRow(LogitsProcessor):
+    """The processors of a call, for one of its rows: they see its padding, and as many rows as the call has."""
+
+    def __init__(self, processors: list[LogitsProcessor], row: int, before: Tensor, prompt: int, batch: int) -> None:
+        self.processors, self.row, self.before, self.prompt, self.batch = processors, row, before, prompt, batch
+        self.records: _Records | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """input_ids [1, n], without padding; scores [1, V]."""
+        device, logits = self.before.device, scores
+        ids, scores = torch.cat((self.before, input_ids.to(device)), 1), scores.to(device)
+        for processor in self.processors:
+            if self.batch > 1 and _of_a_batch(processor):
+                every = processor(ids.expand(self.batch, -1), scores.repeat(self.batch, 1))
+                scores = every[self.row : self.row + 1]
+            else:
+                scores = processor(ids, scores)
+        if self.records is not None:
+            self.records.found[tuple(input_ids[0, self.prompt :].tolist())] = logits[0].clone(), scores[0].clone()
+        return scores.to(logits.device)
+
+
+def _of_a_batch(processor: LogitsProcessor) -> bool:
+    """Whether it may look at a row's number: transformers' own say so, anybody else's may."""
+    return isinstance(processor, OF_A_BATCH) or not type(processor).__module__.startswith("transformers.")
+
+
+def _choosers(
+    prompts: list[list[int]],
+    input_ids: Tensor,
+    processors: list[LogitsProcessor],
+    sample: bool,
+    generator: torch.Generator | None,
+    records: list[_Records],
+) -> list[Chooser]:
+    """What chooses each row's tokens. records: of each row, if scores are to be returned; else empty."""
+    seed = 0
+    if sample:
+        device = "cpu" if generator is None else generator.device
+        seed = int(torch.randint(2**63 - 1, (), generator=generator, device=device))
+    params = SamplingParams(temperature=1.0 if sample else 0.0, seed=seed)
+    warpers = list[LogitsProcessor]()
+    while not records and sample and processors and type(processors[-1]) in WARPERS:
+        warpers.insert(0, processors.pop())
+    rows, batch = [], len(prompts)
+    for b, (prompt, stream) in enumerate(zip(prompts, streams(prompts), strict=True)):
+        own = _OfRow(processors, b, input_ids[b : b + 1, : input_ids.shape[1] - len(prompt)], len(prompt), batch)
+        own.records = records[b] if records else None
+        transforms = Transforms(params, [own] if processors or records else [])
+        transforms.warpers = warpers
+        rows.append(Chooser(params, stream=stream, transforms=transforms))
+    return rows
+
+
+# -- the call ----------------------------------------------------------------------------------------------------------
+
+
+class _Call:
+    """A call's sequences, which grow by a position of all rows at a time.
+
+    ends: the tokens that end a row. records: of each row, if scores or logits are returned.
+    """
+
+    def __init__(self, input_ids: Tensor, criteria: StoppingCriteriaList, config: Any) -> None:
+        self.sequences, self.criteria = input_ids, criteria
+        self.pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)  # as transformers finds out
+        ends, pad = config._eos_token_tensor, config._pad_token_tensor
+        self.ends = frozenset(ends.flatten().tolist()) if self.pads and ends is not None else frozenset[int]()
+        self.pad = 0 if pad is None else int(pad)
+        self.unfinished = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        both = config.return_dict_in_generate and (config.output_scores or config.output_logits)
+        self.records = [_Records() for _ in input_ids] if both else []
+        self.with_scores = bool(both and config.output_scores)
+        self.scores, self.logits = tuple[Tensor, ...](), tuple[Tensor, ...]()
+        self.count = 0  # of new positions
+
+    def run(self, engine: Engine, requests: Sequence[Request], streamer: Any) -> None:
+        """Decode until every row is finished."""
+        if streamer is not None:
+            streamer.put(self.sequences.cpu())
+        for request in requests:
+            engine.enqueue(request)
+        for _ in engine.steps():
+            if error := next((request.error for request in requests if request.error is not None), None):
+                raise error
+            while bool(self.unfinished.any()) and (tokens := self._next(requests)) is not None:
+                self._grow(requests, tokens)
+                if streamer is not None:
+                    streamer.put(torch.tensor(tokens))
+            if not bool(self.unfinished.any()):
+                break
+        if streamer is not None:
+            streamer.end()
+
+    def _next(self, requests: Sequence[Request]) -> list[int] | None:
+        """The tokens of the next position; None if a row has not got that far."""
+        tokens = []
+        for request, going in zip(requests, self._going(), strict=True):
+            at = len(request.prompt) + self.count
+            if going and at >= len(request.ids):
+                return None
+            tokens.append(request.ids[at] if going else self.pad)
+        return tokens
+
+    def _going(self) -> list[bool]:
+        """Which rows still get tokens: where no token ends a row, those that criteria have ended do, too."""
+        return [going or not self.pads for going in self.unfinished.tolist()]
+
+    def _grow(self, requests: Sequence[Request], tokens: list[int]) -> None:
+        """Add a position, and see which rows it ends."""
+        if self.records:
+            self._record(requests)
+        new = torch.tensor(tokens, device=self.sequences.device, dtype=self.sequences.dtype)
+        self.sequences = torch.cat((self.sequences, new[:, None]), 1)
+        self.count += 1
+        self.unfinished &= ~self.criteria(self.sequences, self.scores if self.with_scores else None)
+        for request, going in zip(requests, self._going(), strict=True):
+            request.cancelled = not going
+
+    def _record(self, requests: Sequence[Request]) -> None:
+        """Add the logits and scores of the position; in rows that are finished, padding is certain."""
+        pairs = []
+        for request, records, going in zip(requests, self.records, self._going(), strict=True):
+            begin = len(request.prompt)
+            pairs.append(records.take(request.ids[begin : begin + self.count]) if going else None)
+        some = next(pair[0] for pair in pairs if pair is not None)
+        certain = torch.full_like(some, -torch.inf)
+        certain[self.pad] = 0.0
+        logits, scores = zip(*(pair or (certain, certain) for pair in pairs), strict=True)
+        self.logits += (torch.stack(logits),)
+        self.scores += (torch.stack(scores),)
+
+    def output(self, config: Any) -> Tensor | GenerateDecoderOnlyOutput:
+        """What ``generate`` returns."""
+        if not config.return_dict_in_generate:
+            return self.sequences
+        return GenerateDecoderOnlyOutput(
+            sequences=self.sequences,
+            scores=self.scores if config.output_scores else None,
+            logits=self.logits if config.output_logits else None,
+        )
