@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import FAMILIES, tiny_model
+from tiny import save_tiny
 from torch import Tensor
-from transformers import LogitsProcessor, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LogitsProcessor,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
@@ -72,7 +82,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "own processor": {"logits_processor": [NoMore()]},
     "own criterion": {"stopping_criteria": StoppingCriteriaList([After()])},
     "own criterion, no end": {"stopping_criteria": StoppingCriteriaList([After()]), "eos_token_id": -1},
-    "several sequences": {"num_return_sequences": 1},
 }
 
 
@@ -108,3 +117,113 @@ def test_drafts_are_accepted() -> None:
     model.generate(torch.tensor([[5, 6] * 8]), max_new_tokens=60, do_sample=False, custom_generate=spec)
     [metrics] = spec.metrics
     assert metrics.num_accepted_draft_tokens > 0
+
+
+def sampled(model: Any, rows: list[list[int]] = ROWS, **given: Any) -> Tensor:
+    options = {"do_sample": True, "temperature": 0.8, "top_k": 20, "top_p": 0.9, "min_p": 0.01, "max_new_tokens": 12}
+    spec = SpecGenerate("prompt-lookup", num_speculative_tokens=given.pop("depth", 3))
+    return model.generate(**padded(rows), **{**options, **given}, custom_generate=spec)
+
+
+def test_samples_follow_the_seed() -> None:
+    model = tiny_model()
+    drawn = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        drawn.append(sampled(model))
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    before = torch.random.get_rng_state()
+    made = [
+        sampled(model, generator=torch.Generator().manual_seed(seed), depth=depth) for seed, depth in ((1, 3), (1, 1))
+    ]
+    assert torch.equal(*made) and torch.equal(before, torch.random.get_rng_state())
+
+
+def test_several_sequences_of_a_prompt_differ() -> None:
+    out = sampled(tiny_model(), ROWS[:1], num_return_sequences=3, eos_token_id=None)
+    assert len(out) == 3 and len({tuple(row) for row in out.tolist()}) == 3
+
+
+def test_samples_have_the_models_distribution() -> None:
+    model, count = tiny_model(), 3000
+    with torch.no_grad():
+        logits = model(torch.tensor(ROWS[:1])).logits[0, -1] / 0.5
+    kept = logits >= logits.topk(4).values[-1]
+    expected = logits.masked_fill(~kept, -torch.inf).softmax(0)[kept] * count
+    torch.manual_seed(0)
+    out = sampled(
+        model, ROWS[:1], num_return_sequences=count, temperature=0.5, top_k=4, top_p=1.0, min_p=0.0, max_new_tokens=1
+    )
+    found = torch.bincount(out[:, -1], minlength=len(kept))
+    assert found[~kept].sum() == 0
+    assert ((found[kept] - expected) ** 2 / expected).sum() < 21.1  # chi-square, 3 degrees of freedom, 1e-4
+
+
+class Heard(BaseStreamer):
+    def __init__(self) -> None:
+        self.put_: list[list[int]] = []
+        self.ended = 0
+
+    def put(self, value: Tensor) -> None:
+        self.put_.append(value.flatten().tolist())
+
+    def end(self) -> None:
+        self.ended += 1
+
+
+def test_a_streamer_gets_the_prompt_and_each_token() -> None:
+    model, ours, theirs = tiny_model(), Heard(), Heard()
+    inputs = {**padded(ROWS[:1]), "max_new_tokens": 12, "do_sample": False}
+    model.generate(**inputs, streamer=theirs)
+    model.generate(**inputs, custom_generate=SpecGenerate("prompt-lookup", streamer=ours))
+    assert ours.put_ == theirs.put_ and ours.ended == theirs.ended == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"num_beams": 2}, r"cannot search with beams \(num_beams=2\)"),
+        ({"penalty_alpha": 0.6, "top_k": 4}, "cannot do contrastive search"),
+        ({"prompt_lookup_num_tokens": 3}, "cannot do assisted generation"),
+        ({"return_dict_in_generate": True, "output_attentions": True}, "what output_attentions asks for"),
+        ({"guidance_scale": 1.5}, "UnbatchedClassifierFree.* keeps a state"),
+        ({"attention_mask": torch.tensor([[1, 1, 0]])}, "row 0 of attention_mask masks tokens after the first"),
+        ({"attention_mask": torch.tensor([[0, 0, 0]])}, "row 0 of attention_mask masks every token"),
+        ({"position_ids": torch.tensor([[4, 5, 6]])}, "leave position_ids out"),
+        ({"max_new_tokens": 500}, "may be 503 tokens, more than the model's context of 128"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused_by_name(given: dict[str, Any], text: str) -> None:
+    asked = {"max_new_tokens": 4, "do_sample": False, **given}
+    with pytest.raises(SpecDecError, match=text):
+        tiny_model().generate(torch.tensor([[5, 6, 7]]), **asked, custom_generate=SpecGenerate("prompt-lookup"))
+
+
+def test_encoder_decoder_models_are_refused() -> None:
+    sizes = {"vocab_size": 20, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+    model = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1))
+    with pytest.raises(SpecDecError, match="cannot run encoder-decoder models"):
+        model.generate(torch.tensor([[5, 6]]), max_new_tokens=2, custom_generate=SpecGenerate("prompt-lookup"))
+
+
+def test_stop_strings_need_a_tokenizer() -> None:
+    with pytest.raises(SpecDecError, match="stop_strings need a tokenizer"):
+        SpecGenerate("prompt-lookup", stop_strings=["x"])
+
+
+def test_stop_strings_end_a_row(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    inputs = {**tokenizer("abcabc", return_tensors="pt"), "max_new_tokens": 16, "do_sample": False, "pad_token_id": 0}
+    stop = tokenizer.decode(model.generate(**inputs)[0, 10:12])
+    expected = model.generate(**inputs, stop_strings=[stop], tokenizer=tokenizer)
+    spec = SpecGenerate("prompt-lookup", tokenizer=tokenizer, stop_strings=stop)
+    assert torch.equal(model.generate(**inputs, custom_generate=spec), expected)
+    assert expected.shape[1] < 6 + 16
+
+
+def test_one_object_serves_one_model_after_another() -> None:
+    spec = SpecGenerate("prompt-lookup", num_speculative_tokens=2)
+    for family in ("llama", "gpt2", "llama"):
+        plain, ours = pair(tiny_model(family), ROWS[:1], spec)
+        assert torch.equal(plain, ours)

@@ -36,7 +36,6 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.logits_process import TopHLogitsWarper
 
 from specdec.api.decoder import SpecDecoder
-from specdec.base import options
 from specdec.base.errors import SpecDecError
 from specdec.engine.engine import Engine
 from specdec.engine.metrics import RequestMetrics
