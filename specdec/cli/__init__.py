@@ -14,7 +14,7 @@ import typer
 from specdec import __version__
 from specdec.base import terminal
 from specdec.base.errors import SpecDecError
-from specdec.cli import bench, chat, doctor, generate, listings, pack_experts, serve, sweep, train, tune, verify
+from specdec.cli import bench, chat, doctor, generate, listings, pack_experts, push, serve, sweep, train, tune, verify
 from specdec.cli.boundary import Commands
 
 app = typer.Typer(
@@ -47,6 +47,7 @@ app.command(epilog="Example: specdec report DIR --format markdown")(sweep.report
 app.command("pack-experts", epilog="Example: specdec pack-experts my-moe experts --fit answers.jsonl")(
     pack_experts.pack_experts
 )
+app.command(epilog="Example: specdec push my-drafter my-org/my-drafter")(push.push)
 app.add_typer(tune.app, name="tune")
 app.command(epilog="Example: specdec doctor --json")(doctor.doctor)
 

@@ -91,8 +91,9 @@ def _made(name: str, options: Mapping[str, Any]) -> Verifier:
 def parse(text: str) -> list[tuple[str, str | None]]:
     """The (name, source) of each drafter that ``text`` joins with "+".
 
-    Each is a registered name or a drafter folder, which is then its source (its config.json has the name). The last may
-    say what it is loaded from: "NAME=SOURCE". Raises SpecDecError for an unknown name and a folder that is none.
+    Each is a registered name, a drafter folder or a Hugging Face repository (ORG/NAME[@revision]), which is downloaded;
+    the folder is then its source (its config.json has the name). The last may say what it is loaded from: "NAME=SOURCE".
+    Raises SpecDecError for an unknown name and a folder that is none.
     """
     joined, _, source = text.partition("=")
     if not all(part.strip() for part in joined.split("+")):
@@ -122,6 +123,7 @@ def _part(text: str) -> tuple[str, str | None]:
     if text in names("drafters") or not ("/" in text or Path(text).is_dir()):
         lookup("drafters", text)
         return text, None
-    from specdec.models import drafter_folder  # heavy
+    from specdec.models import drafter_folder, hub  # heavy
 
-    return str(drafter_folder.read_config(Path(text))["drafter"]), text
+    folder = Path(text) if Path(text).is_dir() or hub.parts(text) is None else hub.drafter(text)
+    return str(drafter_folder.read_config(folder)["drafter"]), str(folder)
