@@ -30,7 +30,7 @@ def parts(text: str) -> tuple[str, str | None] | None:
 
 @functools.lru_cache(maxsize=64)
 def drafter(text: str) -> Path:
-    """The folder of a drafter in Hugging Face's cache; downloaded now if need be. Raises SpecDecError with the reason."""
+    """The folder of a drafter in Hugging Face's cache, downloaded if need be. Raises SpecDecError with the reason."""
     named = parts(text)
     if named is None:
         raise SpecDecError(f"drafter folder '{text}' does not exist")

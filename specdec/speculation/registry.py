@@ -92,8 +92,8 @@ def parse(text: str) -> list[tuple[str, str | None]]:
     """The (name, source) of each drafter that ``text`` joins with "+".
 
     Each is a registered name, a drafter folder or a Hugging Face repository (ORG/NAME[@revision]), which is downloaded;
-    the folder is then its source (its config.json has the name). The last may say what it is loaded from: "NAME=SOURCE".
-    Raises SpecDecError for an unknown name and a folder that is none.
+    the folder is then its source (its config.json has the name). The last may say what it is loaded from:
+    "NAME=SOURCE". Raises SpecDecError for an unknown name and a folder that is none.
     """
     joined, _, source = text.partition("=")
     if not all(part.strip() for part in joined.split("+")):
