@@ -21,8 +21,10 @@ from transformers import (
 )
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
+from typer.testing import CliRunner
 
 from specdec.base.errors import SpecDecError
+from specdec.cli import app
 from specdec.integrations.transformers import SpecGenerate
 
 ROWS = [[5, 6, 7, 8, 5, 6], [9, 10, 11], [3, 4, 3, 4, 3, 4, 3]]
@@ -227,3 +229,26 @@ def test_one_object_serves_one_model_after_another() -> None:
     for family in ("llama", "gpt2", "llama"):
         plain, ours = pair(tiny_model(family), ROWS[:1], spec)
         assert torch.equal(plain, ours)
+
+
+def test_an_exported_repository_decodes_with_its_drafter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder, repository = save_tiny(tmp_path / "model"), tmp_path / "repo"
+    arguments = ["export", "custom-generate", "--model", str(folder), "--drafter", "prompt-lookup"]
+    result = CliRunner().invoke(app, [*arguments, "--output", str(repository)])
+    assert result.exit_code == 0, result.output
+    assert "custom_generate" in (repository / "README.md").read_text()
+    seen: list[SpecGenerate] = []
+    call = SpecGenerate.__call__
+
+    def spied(self: SpecGenerate, *args: Any, **kwargs: Any) -> Any:
+        seen.append(self)
+        return call(self, *args, **kwargs)
+
+    monkeypatch.setattr(SpecGenerate, "__call__", spied)
+    model = AutoModelForCausalLM.from_pretrained(repository, trust_remote_code=True)
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    inputs = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0}
+    ids, streamer = torch.tensor([[5, 6, 5, 6]]), Heard()
+    assert torch.equal(model.generate(ids, streamer=streamer, **inputs), plain.generate(ids, **inputs))
+    assert len(seen) == 1 and seen[0].drafter == "prompt-lookup" and streamer.ended == 1

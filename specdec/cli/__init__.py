@@ -14,7 +14,21 @@ import typer
 from specdec import __version__
 from specdec.base import terminal
 from specdec.base.errors import SpecDecError
-from specdec.cli import bench, chat, doctor, generate, listings, pack_experts, push, serve, sweep, train, tune, verify
+from specdec.cli import (
+    bench,
+    chat,
+    doctor,
+    export,
+    generate,
+    listings,
+    pack_experts,
+    push,
+    serve,
+    sweep,
+    train,
+    tune,
+    verify,
+)
 from specdec.cli.boundary import Commands
 
 app = typer.Typer(
@@ -48,6 +62,7 @@ app.command("pack-experts", epilog="Example: specdec pack-experts my-moe experts
     pack_experts.pack_experts
 )
 app.command(epilog="Example: specdec push my-drafter my-org/my-drafter")(push.push)
+app.add_typer(export.app, name="export")
 app.add_typer(tune.app, name="tune")
 app.command(epilog="Example: specdec doctor --json")(doctor.doctor)
 

@@ -7,10 +7,11 @@ position, as ``model.generate`` does it, so that criteria and streamers see what
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -143,6 +144,30 @@ class SpecGenerate:
             engine.close()
             self.metrics = [request.metrics for request in requests]
         return call.output(config)
+
+    def generate(
+        self,
+        model: PreTrainedModel,
+        *args: Any,
+        streamer: Any = None,
+        tokenizer: Any = None,
+        stop_strings: str | Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> Tensor | GenerateDecoderOnlyOutput:
+        """``model.generate`` with this object, which gets what ``generate`` does not pass on to a callable."""
+        self.decoder(model)  # made once, for all calls
+        call = copy.copy(self)
+        call.streamer = self.streamer if streamer is None else streamer
+        call.tokenizer = self.tokenizer if tokenizer is None else tokenizer
+        if stop_strings is not None:
+            call.stop_strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
+        if call.stop_strings and call.tokenizer is None:
+            raise SpecDecError("stop_strings need a tokenizer; give generate(tokenizer=...) one")
+        make: Any = type(model).generate  # a repository's own generate may hide it in the object
+        try:
+            return cast("Tensor | GenerateDecoderOnlyOutput", make(model, *args, custom_generate=call, **kwargs))
+        finally:
+            self.metrics = call.metrics
 
 
 # -- what is asked for -------------------------------------------------------------------------------------------------

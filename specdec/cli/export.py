@@ -1,0 +1,36 @@
+"""``specdec export``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from specdec.base.terminal import say
+
+app = typer.Typer(no_args_is_help=True)
+
+
+@app.callback()
+def _group() -> None:
+    """Write what other libraries load."""
+
+
+@app.command(
+    "custom-generate",
+    epilog="Example: specdec export custom-generate --model my-model --drafter my-drafter --output REPO",
+)
+def custom_generate(
+    output: Annotated[Path, typer.Option(metavar="REPO", help="Folder of the repository.")],
+    drafter: Annotated[str, typer.Option(metavar="DRAFTER", help="A drafter folder, or a name.")] = "auto",
+    model: Annotated[
+        str | None, typer.Option(help="Write this model there, too; else put the files into its repository.")
+    ] = None,
+) -> None:
+    """Write a repository for transformers, whose model.generate decodes with specdec."""
+    from specdec.integrations.custom_generate import export
+    from specdec.models import loading
+
+    export(drafter, output, None if model is None else loading.load(model, device="cpu"))
+    say(f"written to {output}; load it with from_pretrained(..., trust_remote_code=True)")
