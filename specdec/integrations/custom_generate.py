@@ -1,4 +1,4 @@
-"""A repository whose ``custom_generate`` decodes with specdec, for ``from_pretrained(REPO, trust_remote_code=True)``."""
+"""A repository whose ``custom_generate`` decodes with specdec, for ``from_pretrained(..., trust_remote_code=True)``."""
 
 from __future__ import annotations
 
