@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import re
+import shutil
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,11 +19,13 @@ import yaml
 from conftest import tiny_model
 from huggingface_hub import constants
 from safetensors.torch import save
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 from zoo import medusa
 
 from specdec import SpecDecError, SpecDecoder
 from specdec.cli import app
+from specdec.drafters.medusa import MedusaDrafter
 from specdec.models import drafter_folder, hub
 from specdec.runtimes.reference import ReferenceTarget
 from specdec.speculation import registry
@@ -212,3 +215,25 @@ def test_without_a_network_the_cache_serves(fake: type[FakeHub], folder: Path, m
     assert registry.parse(REPOSITORY)[0][0] == "medusa"
     with pytest.raises(SpecDecError, match="nor is it in the local Hugging Face cache"):
         registry.parse("org/another")
+
+
+def test_an_exported_repository_holds_the_drafter(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    repository, base = tmp_path / "repo", tiny_model()
+    base.save_pretrained(repository)
+    result = CliRunner().invoke(
+        app, ["export", "custom-generate", "--drafter", str(folder), "--output", str(repository)]
+    )
+    assert result.exit_code == 0, result.output
+    shutil.rmtree(folder)
+    made: list[str] = []
+    load = MedusaDrafter.load
+    monkeypatch.setattr(
+        MedusaDrafter, "load", lambda target, source, **o: (made.append(source), load(target, source))[1]
+    )
+    model = AutoModelForCausalLM.from_pretrained(repository, trust_remote_code=True)
+    ids = torch.tensor([[5, 6, 7]])
+    assert torch.equal(model.generate(ids, max_new_tokens=10), base.generate(ids, max_new_tokens=10))
+    assert made == [str(repository / "custom_generate/drafter")]

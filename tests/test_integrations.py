@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from transformers import (
     StoppingCriteriaList,
     T5Config,
     T5ForConditionalGeneration,
+    TextIteratorStreamer,
 )
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
@@ -252,3 +254,17 @@ def test_an_exported_repository_decodes_with_its_drafter(tmp_path: Path, monkeyp
     ids, streamer = torch.tensor([[5, 6, 5, 6]]), Heard()
     assert torch.equal(model.generate(ids, streamer=streamer, **inputs), plain.generate(ids, **inputs))
     assert len(seen) == 1 and seen[0].drafter == "prompt-lookup" and streamer.ended == 1
+
+
+def test_an_iterator_gets_the_text_while_it_grows(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    inputs = {**tokenizer("abcabc", return_tensors="pt"), "max_new_tokens": 16, "do_sample": False, "pad_token_id": 0}
+    expected = tokenizer.decode(model.generate(**inputs)[0, 6:])
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60)
+    thread = Thread(
+        target=model.generate, kwargs={**inputs, "custom_generate": SpecGenerate("prompt-lookup", streamer=streamer)}
+    )
+    thread.start()
+    assert "".join(streamer) == expected
+    thread.join()

@@ -163,9 +163,11 @@ class SpecGenerate:
             call.stop_strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
         if call.stop_strings and call.tokenizer is None:
             raise SpecDecError("stop_strings need a tokenizer; give generate(tokenizer=...) one")
-        make: Any = type(model).generate  # a repository's own generate may hide it in the object
+        kind: Any = type(model)  # a repository's own generate may hide it in the object
         try:
-            return cast("Tensor | GenerateDecoderOnlyOutput", make(model, *args, custom_generate=call, **kwargs))
+            return cast(
+                "Tensor | GenerateDecoderOnlyOutput", kind.generate(model, *args, custom_generate=call, **kwargs)
+            )
         finally:
             self.metrics = call.metrics
 
@@ -383,8 +385,9 @@ class _Call:
         """What ``generate`` returns."""
         if not config.return_dict_in_generate:
             return self.sequences
-        return GenerateDecoderOnlyOutput(
-            sequences=self.sequences,
-            scores=self.scores if config.output_scores else None,
-            logits=self.logits if config.output_logits else None,
-        )
+        found: dict[str, Any] = {
+            "sequences": self.sequences,
+            "scores": self.scores if config.output_scores else None,
+            "logits": self.logits if config.output_logits else None,
+        }
+        return GenerateDecoderOnlyOutput(**found)
