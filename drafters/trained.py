@@ -23,6 +23,6 @@ def read_config(folder: Path, kind: str, target: Target) -> dict[str, Any]:
     """A folder's config.json. Raises SpecDecError unless it is a ``kind`` drafter for the target's model."""
     config = drafter_folder.read_config(folder)
     if config["drafter"] != kind:
-        raise SpecDecError(f"'{folder}' holds a '{config['drafter']}' drafter, not a {kind} one")
-    drafter_folder.check_base(config, target, str(folder))
+        raise SpecDecError(f"'{drafter_folder.called(folder)}' holds a '{config['drafter']}' drafter, not a {kind} one")
+    drafter_folder.check_base(config, target, drafter_folder.called(folder))
     return config

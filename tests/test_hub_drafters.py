@@ -26,7 +26,8 @@ from zoo import medusa
 from specdec import SpecDecError, SpecDecoder
 from specdec.cli import app
 from specdec.drafters.medusa import MedusaDrafter
-from specdec.models import drafter_folder, hub
+from specdec.models import drafter_folder, hub, identity
+from specdec.models.loading import fingerprint
 from specdec.runtimes.reference import ReferenceTarget
 from specdec.speculation import registry
 
@@ -128,7 +129,12 @@ def folder(tmp_path: Path) -> Path:
         "rooted": False,
         "accuracy": [[0.6, 0.3], [0.5, 0.3], [0.4, 0.2]],
         "base": {"fingerprint": target.fingerprint, "name": "org/base", "num_layers": 4, "hidden_size": 32},
-        "training": {"minutes": 7.5, "answers": 12, "held_out": {"top1": [0.61, 0.5], "speedup": 1.31}},
+        "training": {
+            "minutes": 7.5,
+            "answers": 12,
+            "machine": "a CPU",
+            "held_out": {"top1": [0.61, 0.5], "speedup": 1.31},
+        },
     }
     drafter_folder.write(tmp_path / "it", config, dict(drafter.network.state_dict()))
     (tmp_path / "it/train.yaml").write_text("prompts: [/some/where/mine.jsonl]\n")
@@ -155,6 +161,7 @@ def test_the_card_says_what_the_drafter_is(fake: type[FakeHub], folder: Path) ->
     for said in (
         "| minutes | 7.5 |",
         "1.31 x plain",
+        "| training machine | a CPU |",
         "61%, 50%",
         "| trained on | mine.jsonl |",
         f"--drafter {REPOSITORY}",
@@ -168,8 +175,28 @@ def test_another_model_refuses_it(fake: type[FakeHub], folder: Path) -> None:
     model = tiny_model()
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight.mul_(1.5)
-    with pytest.raises(SpecDecError, match="was trained for base weights"):
+    with pytest.raises(SpecDecError, match=f"drafter '{REPOSITORY}' was trained for base weights"):
         SpecDecoder(model, None, REPOSITORY)
+
+
+def test_one_trained_on_rounded_weights_drafts_for_the_original_ones(
+    fake: type[FakeHub], folder: Path, capsys: Any
+) -> None:
+    rounded = tiny_model()
+    with torch.no_grad():
+        for weight in rounded.parameters():
+            if weight.dim() == 2:  # as a file of 4-bit blocks holds them
+                blocks = weight.view(-1, 16)
+                scale = blocks.abs().amax(1, keepdim=True) / 7
+                blocks.copy_((blocks / scale).round() * scale)
+    config = json.loads((folder / "config.json").read_text())
+    config["base"] |= {"fingerprint": fingerprint(rounded), "samples": identity.samples(rounded)}
+    (folder / "config.json").write_text(json.dumps(config))
+    CliRunner().invoke(app, ["push", str(folder), REPOSITORY])
+    decoder = SpecDecoder(tiny_model(), None, REPOSITORY)
+    assert f"note: drafter '{REPOSITORY}' was trained on org/base" in capsys.readouterr().err
+    plain = SpecDecoder(tiny_model(), None, "none").generate([5, 6, 7], max_new_tokens=12).token_ids
+    assert decoder.generate([5, 6, 7], max_new_tokens=12, num_speculative_tokens=2).token_ids == plain
 
 
 def test_code_in_a_repository_is_not_downloaded(fake: type[FakeHub], folder: Path, capsys: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -12,6 +13,7 @@ from conftest import FAMILIES, tiny_model
 from tiny import save_tiny
 from torch import Tensor
 from transformers import (
+    AsyncTextIteratorStreamer,
     AutoModelForCausalLM,
     AutoTokenizer,
     LogitsProcessor,
@@ -256,15 +258,38 @@ def test_an_exported_repository_decodes_with_its_drafter(tmp_path: Path, monkeyp
     assert len(seen) == 1 and seen[0].drafter == "prompt-lookup" and streamer.ended == 1
 
 
-def test_an_iterator_gets_the_text_while_it_grows(tmp_path: Path) -> None:
+@pytest.fixture
+def text(tmp_path: Path) -> tuple[Any, Any, dict[str, Any], str]:
+    """A model, its tokenizer, what generate() takes, and the text that it returns."""
     folder = save_tiny(tmp_path)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     inputs = {**tokenizer("abcabc", return_tensors="pt"), "max_new_tokens": 16, "do_sample": False, "pad_token_id": 0}
-    expected = tokenizer.decode(model.generate(**inputs)[0, 6:])
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60)
-    thread = Thread(
-        target=model.generate, kwargs={**inputs, "custom_generate": SpecGenerate("prompt-lookup", streamer=streamer)}
-    )
+    return model, tokenizer, inputs, tokenizer.decode(model.generate(**inputs)[0, 6:])
+
+
+def streaming(model: Any, inputs: dict[str, Any], streamer: Any) -> Thread:
+    spec = SpecGenerate("prompt-lookup", streamer=streamer)
+    thread = Thread(target=model.generate, kwargs={**inputs, "custom_generate": spec})
     thread.start()
+    return thread
+
+
+def test_an_iterator_gets_the_text_while_it_grows(text: tuple[Any, Any, dict[str, Any], str]) -> None:
+    model, tokenizer, inputs, expected = text
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60)
+    thread = streaming(model, inputs, streamer)
     assert "".join(streamer) == expected
     thread.join()
+
+
+def test_an_asynchronous_iterator_gets_it_too(text: tuple[Any, Any, dict[str, Any], str]) -> None:
+    model, tokenizer, inputs, expected = text
+
+    async def read() -> str:
+        streamer = AsyncTextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60)
+        thread = streaming(model, inputs, streamer)
+        parts = [part async for part in streamer]
+        thread.join()
+        return "".join(parts)
+
+    assert asyncio.run(read()) == expected

@@ -12,6 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from specdec.base.machine import processor_name
+
 
 def upload(values: Any, device: torch.device, dtype: torch.dtype = torch.long) -> Tensor:
     """``torch.tensor(values, dtype=dtype, device=device)`` without a wait."""
@@ -49,3 +51,10 @@ def stamp(device: torch.device | None) -> Stamp | None:
 def waits(device: torch.device) -> bool:
     """Whether reading a tensor's numbers waits for the device."""
     return device.type != "cpu"
+
+
+def name(device: torch.device) -> str:
+    """What people call the device: a GPU's name, or the processor's with the threads in use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{processor_name()}, {torch.get_num_threads()} threads"

@@ -46,6 +46,14 @@ class Identified(Protocol):
     fingerprint: str
 
 
+def called(folder: Path) -> str:
+    """What messages call a folder: a snapshot in Hugging Face's cache by its repository."""
+    repository = folder.parent.parent.name
+    if folder.parent.name == "snapshots" and repository.startswith("models--"):
+        return repository.removeprefix("models--").replace("--", "/")
+    return str(folder)
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """The folder's ``config.json``. Raises SpecDecError if it is missing, broken or not a drafter's."""
     if not folder.is_dir():

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TimeElapsedColumn
 from torch import Tensor, nn
 
+from specdec.base import devices
 from specdec.base.errors import SpecDecError
 from specdec.base.terminal import Progress, status, tell
 from specdec.engine.costs import Costs
@@ -298,6 +299,7 @@ class Run:
             "tokens_seen": self.tokens,
             "updates": self.update,
             "minutes": round(self.seconds / 60, 1),
+            "machine": devices.name(target.device),
             "recipe": RECIPE,
             "held_out": figures,
         }
