@@ -15,6 +15,7 @@ from torch import Tensor
 from specdec.base import options
 from specdec.base.devices import waits
 from specdec.base.errors import SpecDecError
+from specdec.runtimes.tree_drafting import Candidates
 from specdec.speculation.draft import Draft, Drafter, State
 from specdec.speculation.trees import MOST_NODES, Prices, best_first
 
@@ -93,6 +94,16 @@ class Readout(NamedTuple):
     logits: Tensor
     certainty: Tensor | None = None
     layers: Tensor | None = None
+
+
+def grown(found: Candidates, limit: int, nodes: int | None, state: State) -> Draft:
+    """The draft of the ``nodes`` best of a tree's candidates; None: of those worth their price, or ``limit``."""
+    prices = state.prices
+    if prices is not None:
+        prices.levels = found.levels()
+        nodes = prices.take(prices.calibrated(sorted(found.scores, reverse=True)[:MOST_NODES]), exactly=nodes)
+    chosen, parents = found.best(limit if nodes is None else nodes)
+    return Draft([chosen], parents, device=state.cache.device)
 
 
 class ChainRow:

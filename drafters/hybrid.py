@@ -59,6 +59,7 @@ class HybridDrafter(Drafter):
         for member in self.members:
             member.bind(target)
         self.taps = tuple(sorted({layer for member in self.members for layer in member.taps}))
+        self.whole_prompts = any(member.whole_prompts for member in self.members)
         self.path = "+".join(f"{member.name} {member.path}" for member in self.members)
 
     def start(self) -> None:

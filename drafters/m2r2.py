@@ -24,10 +24,9 @@ from specdec.base.devices import waits
 from specdec.runtimes.target import Target
 from specdec.runtimes.tree_drafting import WIDTH, Bounds, DraftPath, Seed
 from specdec.speculation.draft import Draft, State
-from specdec.speculation.trees import MOST_NODES
 
 from . import trained
-from .chain import SHAPE, ChainDrafter, ChainRow, Readout, ShapeOptions, best_probability, first_sure
+from .chain import SHAPE, ChainDrafter, ChainRow, Readout, ShapeOptions, best_probability, first_sure, grown
 from .m2r2_network import M2R2, Carry, load_network
 from .m2r2_pass import PathPass
 from .m2r2_path import M2R2Path
@@ -149,11 +148,7 @@ class M2R2Drafter(ChainDrafter):
         prices, nodes = state.prices, self.shape.nodes
         width = self.width if nodes or prices else 1
         found = state.target.grow(state.cache, seed, path, Bounds(limit, width, prices.bar if prices else 0.0))
-        if prices is not None:
-            prices.levels = found.levels()
-            nodes = prices.take(prices.calibrated(sorted(found.scores, reverse=True)[:MOST_NODES]), exactly=nodes)
-        chosen, parents = found.best(limit if nodes is None else nodes)
-        return Draft([chosen], parents, device=state.cache.device)
+        return grown(found, limit, nodes, state)
 
     def _before(self, memory: list[M2R2Row]) -> list[Tensor]:
         """The tapped states [B, 1, D] of the token before each root."""

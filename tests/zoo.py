@@ -12,6 +12,8 @@ from conftest import tiny_model
 from specdec.drafters.arla import Router
 from specdec.drafters.deed import DeedDrafter
 from specdec.drafters.draft_model import DraftModelDrafter
+from specdec.drafters.eagle3 import Eagle3Drafter
+from specdec.drafters.eagle3_network import Eagle3, Eagle3Config, tapped
 from specdec.drafters.early_exit import EarlyExitDrafter
 from specdec.drafters.exits import ExitHeads
 from specdec.drafters.hybrid import HybridDrafter
@@ -148,6 +150,18 @@ def medusa(target: Target, nodes: int | None = None, rooted: bool = False) -> Me
     return MedusaDrafter(network, [[0.6, 0.3], [0.5, 0.3], [0.4, 0.2]], nodes)
 
 
+def eagle3(target: Target, own_embedding: bool = False, **options: Any) -> Eagle3Drafter:
+    """A random head over every second token; with an embedding of its own its states have another size."""
+    torch.manual_seed(4)
+    tokens = half(target).long()
+    width = 24 if own_embedding else target.hidden_size
+    config = Eagle3Config(tapped(target.num_layers), width, 4, 2, 8, 40, len(tokens), norm_first=not own_embedding)
+    network = Eagle3(config, target, tokens - torch.arange(len(tokens)), own_embedding)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.3)
+    return Eagle3Drafter(network, **options)
+
+
 @functools.cache
 def other_model(vocab: int = 97, noise: float = 0.1, **changes: int | None) -> Target:
     """A second model: its weights are the small llama's, disturbed (a little, so that they often agree)."""
@@ -178,6 +192,8 @@ def chains(target: Target) -> dict[str, Drafter]:
         "m2r2: an early exit, one behind a leap": m2r2(target, 1, ((1, 2), (3, 4)), True, True, exits=(1, 2), router=4),
         "m2r2-paper": m2r2(target, 2, (), False, True, kind=PaperM2R2Drafter),
         "medusa": medusa(target, rooted=True),
+        "eagle3": eagle3(target),
+        "eagle3: with an embedding of its own": eagle3(target, True),
         "draft-model": DraftModelDrafter(second(target)),
         "early-exit": EarlyExitDrafter(),
         "early-exit: trained": EarlyExitDrafter(heads=heads(target, 2)),
@@ -204,6 +220,8 @@ def trees(target: Target) -> dict[str, Drafter]:
         "m2r2: several exits": m2r2(target, 2, ((3, 4),), True, False, (2, 1), exits=(1, 2), router=4),
         "m2r2-paper": m2r2(target, 2, (), False, True, nodes=7, kind=PaperM2R2Drafter),
         "medusa": medusa(target, 9),
+        "eagle3": eagle3(target, siblings=(2, 0, 1)),
+        "eagle3: grown level by level": eagle3(target, True, nodes=9, width=3),
         "draft-model": DraftModelDrafter(second(target, max_position_embeddings=16), siblings=(2, 0, 1)),
         "early-exit": EarlyExitDrafter(3, siblings=(2, 1)),
         "early-exit: trained": EarlyExitDrafter(nodes=8, heads=heads(target, 2)),

@@ -61,9 +61,10 @@ class Batch:
         Each of these has its next token then, -1 where the logits are not finite, as ``chosen``.
         """
         parts = [row.ids[n : n + count] for row, n, count in zip(rows, cache.rows, counts, strict=True)]
-        taps = self._taps()
-        last = run_tokens(self.target, cache, parts, taps)  # (B, 1, D)
-        self._observe([row.memory for row in rows], [[0] if part else [] for part in parts], taps)
+        taps, whole_prompts = self._taps(), self.drafter is not None and self.drafter.whole_prompts
+        last = run_tokens(self.target, cache, parts, taps, whole_prompts)  # (B, 1, D)
+        paths = [list(range(len(part) if whole_prompts else min(len(part), 1))) for part in parts]
+        self._observe([row.memory for row in rows], paths, taps)
         whole = [b for b, (row, n) in enumerate(zip(rows, cache.rows, strict=True)) if n == len(row.ids)]
         done = [rows[b] for b in whole]
         if done:

@@ -34,6 +34,7 @@ CONFIG_BYTES = 1 << 22  # more than any config.json has
 WIDEST = 16  # most of a drafter's inner width, in hidden sizes of its target
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 INTEGERS = {"I64": torch.int64, "I32": torch.int32}
+FLAGS = {"BOOL": torch.bool}
 CODES, SCALES = ".codes", ".scales"
 LARGE, GROUP = 1 << 10, 32  # numbers of a matrix that is stored in codes, and those that share a scale
 M = TypeVar("M", bound=nn.Module)
@@ -55,13 +56,18 @@ def called(folder: Path) -> str:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The folder's ``config.json``. Raises SpecDecError if it is missing, broken or not a drafter's."""
+    """The folder's ``config.json``; one in the speculators format is of the drafter that it names.
+
+    Raises SpecDecError if it is missing, broken or not a drafter's.
+    """
     if not folder.is_dir():
         raise SpecDecError(f"drafter folder '{folder}' does not exist")
     path = folder / CONFIG
     if not path.is_file():
         raise SpecDecError(f"'{folder}' is no drafter folder: {CONFIG} is missing")
     config = read_json(path)
+    if isinstance(config, dict) and isinstance(kind := config.get("speculators_model_type"), str):
+        config.setdefault("drafter", kind)
     if not isinstance(config, dict) or not isinstance(config.get("drafter"), str):
         raise SpecDecError(f"'{path}' does not describe a specdec drafter (no 'drafter' entry)")
     if not isinstance(config.get("base", {}), dict):
@@ -103,7 +109,7 @@ class Stored:
 
     def _part(self, name: str) -> Tensor:
         """A stored tensor, without memory."""
-        part, known = self.file.get_slice(name), DTYPES | INTEGERS
+        part, known = self.file.get_slice(name), DTYPES | INTEGERS | FLAGS
         dtype = torch.int8 if name.endswith(CODES) and part.get_dtype() == "I8" else known.get(part.get_dtype())
         if dtype is None:
             raise SpecDecError(

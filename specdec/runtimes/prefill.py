@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from specdec.base.devices import upload
 from specdec.runtimes.cache import KVCache, Mask
@@ -32,11 +33,16 @@ def prefill(target: Target, cache: KVCache, rows: Sequence[Sequence[int]]) -> Te
 
 
 def run_tokens(
-    target: Target, cache: KVCache, rows: Sequence[Sequence[int]], taps: dict[int, Tensor] | None = None
+    target: Target,
+    cache: KVCache,
+    rows: Sequence[Sequence[int]],
+    taps: dict[int, Tensor] | None = None,
+    whole: bool = False,
 ) -> Tensor:
     """Run tokens of each row (some may have none) in one pass, and commit them.
 
-    Returns the final states [B, 1, D] of each row's last token; so are the tapped states afterwards.
+    Returns the final states [B, 1, D] of each row's last token; so are the tapped states afterwards, or (``whole``)
+    they are those of all tokens [B, T, D], padded on the right.
     """
     counts, device = list(map(len, rows)), cache.device
     mask: Mask
@@ -59,7 +65,12 @@ def run_tokens(
     x = target.embed(tokens, positions)
     x = target.layers(x, 0, target.num_layers, Pass(positions, mask, cache, taps))
     cache.commit([range(count) for count in counts])
+    packed = len(rows) > 1 and len(x) == 1  # rows lie one behind the other
     for layer, states in (taps or {}).items():
-        if taps is not None and states.dim() > 1:
+        if taps is None or states.dim() < 2:
+            continue
+        if not whole:
             taps[layer] = states[index][:, None]
+        elif packed:
+            taps[layer] = pad_sequence(states[0].split(counts), batch_first=True)
     return x[index][:, None]

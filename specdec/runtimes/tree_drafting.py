@@ -7,7 +7,7 @@ of their own to grow (``Target.grow``); this one is made of their other parts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -99,28 +99,25 @@ class Layers(Protocol):
     def readout(self, x: Tensor, head: nn.Linear | None = None) -> Tensor: ...
 
 
-def grow(target: Layers, cache: KVCache, seed: Seed, path: DraftPath, bounds: Bounds) -> Candidates:
-    """All candidates within ``bounds``, for the one row of ``cache``, which is left as it was."""
-    device = cache.device
-    tokens = upload([[seed.token]], device)  # (1, W)
+Step = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def by_levels(root: int, vocab: Tensor | None, bounds: Bounds, device: torch.device, step: Step) -> Candidates:
+    """All candidates within ``bounds`` after the token ``root``.
+
+    step: runs the tokens of a level, int64 [1, W], and returns the logits [W, V'] after each, over ``vocab``. It also
+    gets each one's parent in the level before, int64 [W], and which tokens run so far lie on its path, bool [W, U].
+    """
+    tokens = upload([[root]], device)  # (1, W)
     parents = torch.zeros(1, dtype=torch.long, device=device)  # (W,) each token's parent in the level before
     nodes = torch.zeros(1, dtype=torch.long, device=device)  # (W,) each token's node: 0 is the root, i + 1 candidate i
     paths = torch.ones(1, 1, dtype=torch.bool, device=device)  # (W, U): which tokens run so far lie on a token's path
     scores = torch.zeros(1, device=device)  # (W,) log-probability of each token's path
-    final, *carried = (x[:, seed.place : seed.place + 1] for x in (seed.final, *seed.carried))
     found, count = list[Tensor](), 0
-    for level in range(bounds.levels):
-        positions = torch.full_like(tokens, seed.position + level)
-        x, before, projected = target.embed(tokens, positions), final[:, parents], list[Tensor]()
-        for projection, state, (lo, hi) in zip(path.projections, carried, path.segments, strict=False):
-            projected.append(projection([x, before, state[:, parents]]))
-            mask = cache.mask(lo, positions, paths)
-            x = target.layers(projected[-1], lo, hi, Pass(positions, mask, cache, adapters=path.adapters))
-        final = path.projections[-1]([x, before]) if len(path.projections) > len(path.segments) else x
-        carried = projected
-        logits = torch.cat([target.readout(final, head) for head in path.heads], -1)[0]  # (W, V')
+    for _ in range(bounds.levels):
+        logits = step(tokens, parents, paths)
         best, index = logits.float().log_softmax(-1).topk(min(bounds.width, logits.shape[-1]))  # (W, k)
-        joint, ids = scores[:, None] + best, index if path.tokens is None else path.tokens[index]
+        joint, ids = scores[:, None] + best, index if vocab is None else vocab[index]
         # Whole numbers below 2^53 are themselves in float64: everything comes back in one read.
         found.append(torch.stack((joint.double(), ids.double(), nodes[:, None].expand_as(ids).double())).flatten(1))
         scores, chosen = joint.flatten().topk(min(bounds.width, joint.numel()))
@@ -129,7 +126,28 @@ def grow(target: Layers, cache: KVCache, seed: Seed, path: DraftPath, bounds: Bo
         parents, nodes = chosen // joint.shape[1], 1 + count + chosen
         tokens, count = ids.flatten()[chosen][None], count + joint.numel()
         paths = torch.cat((paths[parents], torch.eye(len(chosen), dtype=torch.bool, device=device)), 1)
+    values, drafted, origins = torch.cat(found, 1).tolist()
+    return Candidates(values, [int(token) for token in drafted], [int(node) for node in origins])
+
+
+def grow(target: Layers, cache: KVCache, seed: Seed, path: DraftPath, bounds: Bounds) -> Candidates:
+    """All candidates within ``bounds``, for the one row of ``cache``, which is left as it was."""
+    position = seed.position
+    final, *carried = (x[:, seed.place : seed.place + 1] for x in (seed.final, *seed.carried))
+
+    def step(tokens: Tensor, parents: Tensor, paths: Tensor) -> Tensor:
+        nonlocal final, carried, position
+        positions = torch.full_like(tokens, position)
+        x, before, projected = target.embed(tokens, positions), final[:, parents], list[Tensor]()
+        for projection, state, (lo, hi) in zip(path.projections, carried, path.segments, strict=False):
+            projected.append(projection([x, before, state[:, parents]]))
+            mask = cache.mask(lo, positions, paths)
+            x = target.layers(projected[-1], lo, hi, Pass(positions, mask, cache, adapters=path.adapters))
+        final = path.projections[-1]([x, before]) if len(path.projections) > len(path.segments) else x
+        carried, position = projected, position + 1
+        return torch.cat([target.readout(final, head) for head in path.heads], -1)[0]  # (W, V')
+
+    found = by_levels(seed.token, path.tokens, bounds, cache.device, step)
     for lo, hi in path.segments:
         cache.trim(cache.lengths[lo] - cache.committed, lo, hi)
-    values, ids, origins = torch.cat(found, 1).tolist()
-    return Candidates(values, [int(token) for token in ids], [int(node) for node in origins])
+    return found

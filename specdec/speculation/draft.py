@@ -168,6 +168,7 @@ class Drafter(ABC):
     drafts: False for the drafter that never proposes anything.
     taps: layers whose input states ``observe`` receives; N is the final state, N + 1 for the logits
         [B, 1 + M, V] of a step (a prompt has none: an empty tensor).
+    whole_prompts: ``observe`` receives every token of a prompt that is run.
     num_exits: exits to choose from; if there are several, the drafter keeps to ``State.exit``.
     estimates: it has probabilities of its own for what it drafts, and ends drafts by ``State.prices``.
     leaves_early: tokens may leave the model early, with a confidence (``State.threshold``). leaves_state: they leave
@@ -182,6 +183,7 @@ class Drafter(ABC):
     before_others: ClassVar[dict[str, Any]] = {}
     drafts: ClassVar[bool] = True
     taps: tuple[int, ...] = ()
+    whole_prompts: bool = False
     num_exits: int = 1
     estimates: bool = False
     leaves_early: bool = False
@@ -232,8 +234,9 @@ class Drafter(ABC):
     def observe(self, memory: list[Any], paths: list[list[int]], taps: dict[int, Tensor]) -> None:  # noqa: B027
         """Receive the states [B, T, D] at the tapped layers of a block just run, and what of it is accepted.
 
-        memory: of each of its rows. Of a part of a prompt, the block has the last token alone; a path is empty where a
-        row was not run. Layers below the exit layer of a draft with states are not run again, so their taps stay empty.
+        memory: of each of its rows. Of a part of a prompt, the block has the last token alone, unless the drafter
+        reads ``whole_prompts``; a path is empty where a row was not run. Layers below the exit layer of a draft with
+        states are not run again, so their taps stay empty.
         """
 
     def withdraw(self, memory: Any) -> None:  # noqa: B027 (optional)

@@ -19,6 +19,7 @@ DRAFTERS: dict[str, str] = {
     "auto": "specdec.drafters.auto:AutoDrafter",
     "deed": "specdec.drafters.deed:DeedDrafter",
     "draft-model": "specdec.drafters.draft_model:DraftModelDrafter",
+    "eagle3": "specdec.drafters.eagle3:Eagle3Drafter",
     "early-exit": "specdec.drafters.early_exit:EarlyExitDrafter",
     "hybrid": "specdec.drafters.hybrid:HybridDrafter",
     "layer-skip": "specdec.drafters.layer_skip:LayerSkipDrafter",

@@ -1,0 +1,212 @@
+"""EAGLE-3 (arXiv 2503.01840): one decoder layer over the states of three layers drafts a chain, or a tree of tokens.
+
+The head has keys and values of its own, one for each token but the first: of the pair of that token's embedding and
+what the tapped layers hold of the token before it. Of drafted tokens the head's own output takes the place of those
+states. Heads in the ``speculators`` format are read as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Unpack
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from specdec.base import options
+from specdec.base.devices import upload, waits
+from specdec.base.errors import SpecDecError
+from specdec.models import drafter_folder, hub
+from specdec.runtimes.target import Target
+from specdec.runtimes.tree_drafting import WIDTH, Bounds, by_levels
+from specdec.speculation.draft import Draft, State
+
+from .chain import SHAPE, ChainDrafter, ChainRow, Readout, ShapeOptions, grown
+from .eagle3_network import KIND, Eagle3, Eagle3Config, read_network
+
+BLOCK, CHUNK = 256, 512  # slots that a row's keys grow by, and tokens of a row that run in one pass
+
+
+class Eagle3Row(ChainRow):
+    """What is kept of a row.
+
+    known: of tokens whose successors' pairs have not been run, parts [n, D']. count: pairs that have been run, whose
+    keys and values [1, H', slots, d] these are. last: the head's output at the root's pair, [1, 1, D'].
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known: list[Tensor] = []
+        self.count = 0
+        self.keys = self.values = self.last = torch.empty(0)
+
+    def put(self, at: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write keys and values [1, H', T, d] from slot ``at`` on; return all up to there."""
+        end = at + k.shape[2]
+        if self.keys.dim() < 4 or end > self.keys.shape[2]:
+            slots = max(-(-end // BLOCK) * BLOCK, 2 * self.keys.shape[2] if self.keys.dim() == 4 else 0)
+            keys, values = (part.new_empty(1, part.shape[1], slots, part.shape[3]) for part in (k, v))
+            if at:
+                keys[:, :, :at], values[:, :, :at] = self.keys[:, :, :at], self.values[:, :, :at]
+            self.keys, self.values = keys, values
+        self.keys[:, :, at:end], self.values[:, :, at:end] = k, v
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+
+class Eagle3Drafter(ChainDrafter):
+    """Drafts with an EAGLE-3 head: a chain with siblings that cost no drafting, or a tree grown level by level.
+
+    A tree is grown for one greedy row. It has ``nodes`` nodes, else those that are worth their price (``Prices``; a
+    chain if there are no prices), and ``width`` nodes of a level are drafted on from.
+    siblings, nodes: see ``Shape``; siblings that are given make a chain.
+    Raises SpecDecError if the head does not fit the target.
+    """
+
+    name: ClassVar[str] = KIND
+    summary: ClassVar[str] = "EAGLE-3 head on the states of three layers; trained, reads public heads (speculators)"
+    training: ClassVar[str] = "specdec train eagle3"
+    needs_training: ClassVar[bool] = True
+    whole_prompts = True
+
+    def __init__(self, network: Eagle3, width: int = WIDTH, **shape: Unpack[ShapeOptions]) -> None:
+        super().__init__(**shape)
+        self.network, self.width = network, options.whole("width", width, 1)
+        self.path = str(network.config)
+
+    @classmethod
+    def load(cls, target: Target, source: str | None = None, **given: Any) -> Eagle3Drafter:
+        """From a folder, or a Hugging Face repository, in the speculators format."""
+        options.check(cls.name, given, (*SHAPE, "width"))
+        if source is None:
+            raise cls.not_shipped(target.model.config._name_or_path)
+        folder = Path(source) if Path(source).is_dir() else hub.drafter(source)
+        where, config = drafter_folder.called(folder), drafter_folder.read_config(folder)
+        if config["drafter"] != KIND:
+            raise SpecDecError(f"'{where}' holds a '{config['drafter']}' drafter, not an {KIND} one")
+        if "base" in config:  # ours; others do not say which weights a head is for
+            drafter_folder.check_base(config, target, where)
+        return cls(read_network(folder, Eagle3Config.read(config, target, where), target, where), **given)
+
+    def bind(self, target: Target) -> None:
+        network, config = self.network, self.network.config
+        network.freeze(target)
+        self.taps = tuple(sorted(set(config.layers)))
+        few = config.vocab < target.vocab_size
+        first = torch.arange(config.vocab, device=target.device) if few else None
+        self.tokens = network.tokens if network.d2t is not None else first
+        self.estimates = self.shape.siblings is None and not waits(target.device)
+        self.start()
+
+    def begin(self) -> Eagle3Row:
+        return Eagle3Row()
+
+    def observe(self, memory: list[Any], paths: list[list[int]], taps: dict[int, Tensor]) -> None:
+        super().observe(memory, paths, taps)
+        longest = max(map(len, paths), default=0)
+        if not longest:
+            return
+        states = [taps[layer] for layer in self.network.config.layers]
+        places = upload([[*path, *[0] * (longest - len(path))] for path in paths], states[0].device)  # (B, L)
+        rows = torch.arange(len(paths), device=places.device)[:, None]
+        known = self.network.fuse([part[rows, places] for part in states])  # (B, L, D')
+        for row, path, own in zip(memory, paths, known, strict=True):
+            if path:
+                row.known.append(own[: len(path)])
+
+    def propose(self, state: State, limit: int) -> Draft:
+        self._catch_up(state)
+        if self._grows(state):
+            return self._tree(state, limit)
+        rows: list[Eagle3Row] = state.memory
+        known, drafted = torch.cat([row.last for row in rows]), -1  # (B, 1, D'); tokens drafted so far
+
+        def step(token: Tensor, positions: Tensor) -> Readout:
+            nonlocal known, drafted
+            drafted += 1
+            if drafted:
+                known = self._run(state, token, known, positions, [row.count + drafted - 1 for row in rows])
+            return Readout(self.network.logits(known)[:, 0])
+
+        return self.chain(state, limit, step, self.tokens)
+
+    def _grows(self, state: State) -> bool:
+        """Whether a draft grows level by level: what has grown is read before it is scored, and is one greedy row's."""
+        verified = state.threshold is None and state.sampler.plain_greedy and len(state.ids) == 1
+        worth = bool(self.shape.nodes) or not waits(state.cache.device)
+        return verified and worth and self.shape.siblings is None
+
+    def _tree(self, state: State, limit: int) -> Draft:
+        [row], prices, nodes = state.memory, state.prices, self.shape.nodes
+        known, level, position = row.last, 0, len(state.ids[0]) - 1
+
+        def step(tokens: Tensor, parents: Tensor, paths: Tensor) -> Tensor:
+            nonlocal known, level
+            if level:
+                positions, before = torch.full_like(tokens, position + level), paths.shape[1] - 1 - tokens.shape[1]
+                seen = paths.new_ones(len(paths), row.count)  # (W, count): the text is on every path
+                mask = torch.cat((seen, paths[:, 1:]), 1)
+                known = self._run(state, tokens, known[:, parents], positions, [row.count + before], mask)
+            level += 1
+            return self.network.logits(known)[0]
+
+        width = self.width if nodes or prices else 1
+        bounds = Bounds(limit, width, prices.bar if prices else 0.0)
+        return grown(by_levels(state.ids[0][-1], self.tokens, bounds, state.cache.device, step), limit, nodes, state)
+
+    def _catch_up(self, state: State) -> None:
+        """Run the pairs of what is new of the rows' texts, up to their roots."""
+        rows: list[Eagle3Row] = state.memory
+        new = [torch.cat(row.known) if row.known else row.last.new_empty(0, self.network.config.width) for row in rows]
+        device, width = state.cache.device, max(map(len, new))
+        for start in range(0, width, CHUNK):
+            parts = [known[start : start + CHUNK] for known in new]
+            counts = list(map(len, parts))
+            first = [len(ids) - len(known) + start for ids, known in zip(state.ids, new, strict=True)]  # tokens' places
+            texts = [ids[at : at + n] for ids, at, n in zip(state.ids, first, counts, strict=True)]
+            most = max(counts)
+            tokens = upload([[*text, *[0] * (most - len(text))] for text in texts], device)
+            positions = upload([[min(at + i, state.target.context - 1) for i in range(most)] for at in first], device)
+            known = pad_sequence([part.to(device) for part in parts], batch_first=True)  # (B, T, D')
+            out = self._run(state, tokens, known, positions, [row.count for row in rows], counts=counts)
+            for b, (row, count) in enumerate(zip(rows, counts, strict=True)):
+                if count:
+                    row.count, row.last = row.count + count, out[b : b + 1, count - 1 : count].clone()
+        for row in rows:
+            row.known = []
+
+    def _run(
+        self,
+        state: State,
+        tokens: Tensor,
+        known: Tensor,
+        positions: Tensor,
+        slots: Sequence[int],
+        mask: Tensor | None = None,
+        counts: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Run pairs [B, T] through the head, whose keys each row gets from its slot on: the outputs [B, T, D'].
+
+        mask: bool [T, S], which slots each sees, for one row. counts: pairs that each row has; they see those before.
+        """
+        rows, network = state.memory, self.network
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            out = torch.zeros_like(q)
+            for b, (row, slot) in enumerate(zip(rows, slots, strict=True)):
+                count = q.shape[2] if counts is None else counts[b]
+                if not count:
+                    continue
+                keys, values = row.put(slot, k[b : b + 1, :, :count], v[b : b + 1, :, :count])
+                seen = mask
+                if counts is not None and count > 1:
+                    seen = torch.ones(count, keys.shape[2], dtype=torch.bool, device=q.device).tril(slot)
+                own = q[b : b + 1, :, :count]
+                out[b, :, :count] = F.scaled_dot_product_attention(own, keys, values, seen, enable_gqa=True)[0]
+            return out
+
+        embedding = network.value("embed_tokens.weight")
+        embedded = state.target.embed(tokens, positions) if embedding is None else F.embedding(tokens, embedding)
+        return network.layer(embedded, known, positions, attend)

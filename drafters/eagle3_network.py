@@ -1,0 +1,307 @@
+"""EAGLE-3's draft head (arXiv 2503.01840): the states of three layers and a token go through one decoder layer.
+
+A folder in the ``speculators`` format holds one: ``config.json`` with ``speculators_model_type: eagle3`` and the
+layer's Llama configuration, and ``model.safetensors``. ``d2t`` there holds, for each token of the draft vocabulary, by
+how much its id in the model is larger; ``t2d`` marks the same tokens among the model's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+from specdec.base import options
+from specdec.base.errors import SpecDecError
+from specdec.models import drafter_folder
+from specdec.models.catalogue import one_line
+from specdec.runtimes import linear_maps
+from specdec.runtimes.linear_maps import Linear
+from specdec.runtimes.target import Target
+
+KIND = "eagle3"
+HEADS, LAYERS = 1024, 8  # most attention heads, and layers that are tapped
+MODEL = "the EAGLE-3 head"
+GROUPS = {  # linear maps that read the same input, as one
+    "fc": ("fc",),
+    "qkv": tuple(f"layers.0.self_attn.{name}_proj" for name in "qkv"),
+    "o": ("layers.0.self_attn.o_proj",),
+    "up": ("layers.0.mlp.gate_proj", "layers.0.mlp.up_proj"),
+    "down": ("layers.0.mlp.down_proj",),
+    "head": ("lm_head",),
+}
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # queries [B, H, T, d], keys and values [B, H', T, d] -> as queries
+
+
+@dataclass(frozen=True)
+class Eagle3Config:
+    """Sizes of a head.
+
+    layers: whose input states it reads. width: its own hidden size D', beside the model's D. vocab: draft tokens V'.
+    norm_first: the residual begins with the normalised state. rope: further entries for transformers' rotary positions.
+    """
+
+    layers: tuple[int, ...]
+    width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    inner: int
+    vocab: int
+    eps: float = 1e-6
+    norm_first: bool = True
+    rope: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, config: Mapping[str, Any], target: Target, where: str) -> Eagle3Config:
+        """From an untrusted config.json. Raises SpecDecError if it is none, or made for another model."""
+        layer = config.get("transformer_layer_config")
+        if config.get("speculators_model_type") != KIND or not isinstance(layer, dict):
+            raise SpecDecError(f"'{where}' is not an EAGLE-3 head in the speculators format")
+        if layer.get("model_type", "llama") != "llama" or layer.get("hidden_act", "silu") != "silu":
+            raise SpecDecError(f"'{where}' has a '{layer.get('model_type')}' decoder layer; only llama's can be run")
+        if layer.get("num_hidden_layers", 1) != 1:
+            raise SpecDecError(f"'{where}' has {layer['num_hidden_layers']} decoder layers; only one can be run")
+        sizes = {
+            "hidden size": (config.get("target_hidden_size") or layer.get("hidden_size"), target.hidden_size),
+            "vocabulary": (layer.get("vocab_size"), target.vocab_size),
+        }
+        for name, (own, model) in sizes.items():
+            if own != model:
+                raise SpecDecError(f"'{where}' was made for a model of {name} {own}; this model's is {model}")
+        eps = layer.get("rms_norm_eps", 1e-6)
+        if not isinstance(eps, float) or not 0 < eps < 1:
+            raise SpecDecError(f"'{where}' has the impossible rms_norm_eps {eps!r}")
+        n, what = target.num_layers, f"of {MODEL}"
+        given = config.get("eagle_aux_hidden_state_layer_ids")
+        layers = tapped(n) if given is None else options.wholes(f"tapped layers {what}", given, 0)
+        if not 1 <= len(layers) <= LAYERS or max(layers) > n:
+            raise SpecDecError(f"'{where}' reads layers {list(layers)}; this model has {n}")
+        width = drafter_folder.inner("hidden_size", layer.get("hidden_size"), target.hidden_size)
+        heads = options.whole(f"attention heads {what}", layer.get("num_attention_heads"), 1, HEADS)
+        kv_heads = options.whole(f"key heads {what}", layer.get("num_key_value_heads") or heads, 1, heads)
+        if heads % kv_heads:
+            raise SpecDecError(
+                f"'{where}' has {heads} attention heads on {kv_heads} key heads, which do not divide them"
+            )
+        return cls(
+            tuple(layers),
+            width,
+            heads,
+            kv_heads,
+            drafter_folder.inner("head_dim", layer.get("head_dim") or width // heads, target.hidden_size),
+            drafter_folder.inner("intermediate_size", layer.get("intermediate_size"), target.hidden_size),
+            options.whole(f"draft_vocab_size {what}", config.get("draft_vocab_size"), 1, target.vocab_size),
+            eps,
+            bool(config.get("norm_before_residual", False)),
+            {key: layer[key] for key in ("rope_theta", "rope_scaling", "rope_parameters") if layer.get(key)},
+        )
+
+    def written(self, target: Target, name: str, steps: int) -> dict[str, Any]:
+        """config.json in the speculators format, for a head of the model called ``name``."""
+        return {
+            "architectures": ["Eagle3Speculator"],
+            "speculators_model_type": KIND,
+            "speculators_version": "0.3.0",
+            "speculators_config": {
+                "algorithm": KIND,
+                "default_proposal_method": "greedy",
+                "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": steps}],
+                "verifier": {"name_or_path": name, "architectures": list(target.model.config.architectures or [])},
+            },
+            "draft_vocab_size": self.vocab,
+            "target_hidden_size": target.hidden_size,
+            "norm_before_residual": self.norm_first,
+            "eagle_aux_hidden_state_layer_ids": list(self.layers),
+            "tie_word_embeddings": False,
+            "transformer_layer_config": {
+                "model_type": "llama",
+                "hidden_act": "silu",
+                "hidden_size": self.width,
+                "intermediate_size": self.inner,
+                "num_attention_heads": self.heads,
+                "num_key_value_heads": self.kv_heads,
+                "head_dim": self.head_dim,
+                "num_hidden_layers": 1,
+                "rms_norm_eps": self.eps,
+                "vocab_size": target.vocab_size,
+                "max_position_embeddings": target.context,
+                **self.rope,
+            },
+        }
+
+    def rotary(self) -> LlamaRotaryEmbedding:
+        """Rotary positions. Raises SpecDecError for entries that transformers does not take."""
+        sizes = asdict(self)
+        try:
+            llama = LlamaConfig(
+                hidden_size=sizes["width"],
+                num_attention_heads=sizes["heads"],
+                num_key_value_heads=sizes["kv_heads"],
+                head_dim=sizes["head_dim"],
+                **dict(self.rope),
+            )
+            return LlamaRotaryEmbedding(llama)
+        except Exception as error:  # transformers checks little
+            raise SpecDecError(f"{MODEL} has unusable rotary positions ({one_line(error)})") from None
+
+
+def tapped(layers: int) -> tuple[int, ...]:
+    """The layers that are read where a head's configuration does not say it: an early, a middle and a late one."""
+    return min(2, layers), layers // 2, max(layers - 3, 0)
+
+
+class Eagle3(nn.Module):
+    """The head. A token's pair is its embedding and what is known of the token before it.
+
+    own_embedding, biased: whether there is an embedding beside the model's, and which linear maps have a bias.
+    d2t: int64 [V'], or None: the draft vocabulary is the model's first tokens.
+    """
+
+    def __init__(
+        self,
+        config: Eagle3Config,
+        target: Target,
+        d2t: Tensor | None = None,
+        own_embedding: bool = False,
+        biased: Sequence[str] = (),
+    ) -> None:
+        super().__init__()
+        self.config = config
+        width, attended = config.width, config.heads * config.head_dim
+        keys = config.kv_heads * config.head_dim
+        shapes = {
+            "fc": (width, len(config.layers) * target.hidden_size),
+            **{name: (size, 2 * width) for name, size in zip(GROUPS["qkv"], (attended, keys, keys), strict=True)},
+            GROUPS["o"][0]: (width, attended),
+            **dict.fromkeys(GROUPS["up"], (config.inner, width)),
+            GROUPS["down"][0]: (width, config.inner),
+            "lm_head": (config.vocab, width),
+        }
+        norms = ("hidden_norm", "input_layernorm", "post_attention_layernorm")
+        values = {f"{name}.weight": torch.empty(shape) for name, shape in shapes.items()}
+        values |= {f"{name}.bias": torch.zeros(shapes[name][0]) for name in shapes if name in biased}
+        values |= {f"{name}.weight": torch.ones(width) for name in ("norm", *(f"layers.0.{norm}" for norm in norms))}
+        if own_embedding:
+            values["embed_tokens.weight"] = torch.empty(target.vocab_size, width)
+        self.values = nn.ParameterDict({_key(name): nn.Parameter(value) for name, value in values.items()})
+        self.register_buffer("d2t", d2t)
+        self.d2t: Tensor | None
+        self._rotary: list[LlamaRotaryEmbedding] = []  # no part of the module: rounding it would move positions
+        self.frozen: dict[str, Linear] = {}  # the linear maps, once nothing is trained any more
+
+    def value(self, name: str) -> Tensor | None:
+        """A parameter by its name in the file."""
+        key = _key(name)
+        return self.values.get(key)
+
+    @property
+    def tokens(self) -> Tensor | None:
+        """The draft vocabulary, int64 [V']."""
+        if self.d2t is None:
+            return None
+        return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
+
+    def stored(self) -> dict[str, Tensor]:
+        """The tensors of the file."""
+        return {_name(key): value for key, value in self.state_dict().items()}
+
+    def freeze(self, target: Target) -> None:
+        """Prepare for drafting: parameters in the target's dtype and place, maps in their fastest format."""
+        self.to(target.device, target.dtype).requires_grad_(False).eval()
+        self.frozen = {group: linear_maps.frozen(*self._weights(group)) for group in GROUPS}
+
+    def fuse(self, taps: Sequence[Tensor]) -> Tensor:
+        """States [..., D] of the tapped layers -> what is known of those tokens [..., D']."""
+        return self._map("fc", torch.cat(list(taps), -1))
+
+    def layer(self, embedded: Tensor, known: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """Tokens' embeddings and what is known of the tokens before them, [B, T, D'] -> what is known of the tokens."""
+        config = self.config
+        embedded, normed = self._norm("layers.0.input_layernorm", embedded), self._norm("layers.0.hidden_norm", known)
+        q, k, v = (
+            part.unflatten(-1, (-1, config.head_dim)).transpose(1, 2)
+            for part in self._map("qkv", torch.cat((embedded, normed), -1)).split(
+                [count * config.head_dim for count in (config.heads, config.kv_heads, config.kv_heads)], -1
+            )
+        )
+        if not self._rotary:
+            self._rotary.append(config.rotary())
+        q, k = apply_rotary_pos_emb(q, k, *self._rotary[0](q, positions))
+        x = normed if config.norm_first else known
+        x = x + self._map("o", attend(q, k, v).transpose(1, 2).flatten(2))
+        gate, up = self._map("up", self._norm("layers.0.post_attention_layernorm", x)).chunk(2, -1)
+        return x + self._map("down", F.silu(gate) * up)
+
+    def logits(self, known: Tensor) -> Tensor:
+        """What is known of tokens [B, T, D'] -> logits of what follows them, over the draft vocabulary [B, T, V']."""
+        return self._map("head", self._norm("norm", known))
+
+    def _norm(self, name: str, x: Tensor) -> Tensor:
+        wide, weight = x.float(), self.values[_key(f"{name}.weight")]
+        return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.config.eps)).to(x.dtype)
+
+    def _map(self, group: str, x: Tensor) -> Tensor:
+        if not self.frozen:
+            return F.linear(x, *self._weights(group))
+        return self.frozen[group](x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+
+    def _weights(self, group: str) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of maps that read the same input, one below the other."""
+        weights = [self.value(f"{name}.weight") for name in GROUPS[group]]
+        biases = [self.value(f"{name}.bias") for name in GROUPS[group]]
+        return _stacked(weights), None if None in biases else _stacked(biases)  # type: ignore[return-value]
+
+
+def _stacked(parts: list[Tensor | None]) -> Tensor | None:
+    held = [part for part in parts if part is not None]
+    return held[0] if len(held) == 1 else torch.cat(held)
+
+
+def _key(name: str) -> str:
+    return name.replace(".", "/")  # parameters cannot have dots in their names
+
+
+def _name(key: str) -> str:
+    return key.removeprefix("values.").replace("/", ".")
+
+
+def read_network(folder: Path, config: Eagle3Config, target: Target, where: str) -> Eagle3:
+    """The head in a folder. Raises SpecDecError if a tensor is missing, broken or of another size."""
+    with drafter_folder.opened(folder / drafter_folder.WEIGHTS) as stored:
+        names = {name.replace("midlayer.", "layers.0."): name for name in stored.header}
+        header = {name: stored.header[of] for name, of in names.items() if name != "t2d"}
+        vocab = target.vocab_size
+        if "d2t" not in header and config.vocab < vocab:
+            raise SpecDecError(f"'{where}' drafts from {config.vocab} tokens and does not say which ('d2t' is missing)")
+        d2t = torch.empty(config.vocab, dtype=torch.long, device="meta") if "d2t" in header else None
+        biased = [name.removesuffix(".bias") for name in header if name.endswith(".bias")]
+        with torch.device("meta"):
+            network = Eagle3(config, target, d2t, "embed_tokens.weight" in header, biased)
+        own = network.stored()
+        if config.width != target.hidden_size and "embed_tokens.weight" not in header:
+            raise SpecDecError(f"'{where}' has states of its own size ({config.width}) and no embedding for them")
+        drafter_folder.check_fit(folder, own, header)
+        network.load_state_dict(
+            {key: stored.read(names[_name(key)]).to(own[_name(key)].dtype) for key in network.state_dict()},
+            assign=True,
+        )
+        tokens = network.tokens
+        if tokens is not None:
+            marked = stored.read(names["t2d"]) if "t2d" in names else None
+            if bool(((tokens < 0) | (tokens >= vocab)).any()):
+                raise SpecDecError(f"the draft vocabulary in '{where}' names tokens that the model does not have")
+            if (
+                marked is not None
+                and marked.shape == (vocab,)
+                and not torch.equal(marked.bool().nonzero()[:, 0], tokens.sort().values)
+            ):
+                raise SpecDecError(f"'d2t' and 't2d' in '{where}' name different tokens; get the head again")
+        return network
