@@ -185,13 +185,18 @@ class Eagle3(nn.Module):
             GROUPS["down"][0]: (width, config.inner),
             "lm_head": (config.vocab, width),
         }
-        norms = ("hidden_norm", "input_layernorm", "post_attention_layernorm")
+        norms = (
+            "norm",
+            *(f"layers.0.{name}" for name in ("hidden_norm", "input_layernorm", "post_attention_layernorm")),
+        )
         values = {f"{name}.weight": torch.empty(shape) for name, shape in shapes.items()}
         values |= {f"{name}.bias": torch.zeros(shapes[name][0]) for name in shapes if name in biased}
-        values |= {f"{name}.weight": torch.ones(width) for name in ("norm", *(f"layers.0.{norm}" for norm in norms))}
+        values |= {f"{name}.weight": torch.ones(width) for name in norms}
         if own_embedding:
             values["embed_tokens.weight"] = torch.empty(target.vocab_size, width)
-        self.values = nn.ParameterDict({_key(name): nn.Parameter(value) for name, value in values.items()})
+        self.names = frozenset(values)
+        for name, value in values.items():
+            _place(self, name, nn.Parameter(value))
         self.register_buffer("d2t", d2t)
         self.d2t: Tensor | None
         self._rotary: list[LlamaRotaryEmbedding] = []  # no part of the module: rounding it would move positions
@@ -199,8 +204,7 @@ class Eagle3(nn.Module):
 
     def value(self, name: str) -> Tensor | None:
         """A parameter by its name in the file."""
-        key = _key(name)
-        return self.values.get(key)
+        return self.get_parameter(name) if name in self.names else None
 
     @property
     def tokens(self) -> Tensor | None:
@@ -208,10 +212,6 @@ class Eagle3(nn.Module):
         if self.d2t is None:
             return None
         return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
-
-    def stored(self) -> dict[str, Tensor]:
-        """The tensors of the file."""
-        return {_name(key): value for key, value in self.state_dict().items()}
 
     def freeze(self, target: Target) -> None:
         """Prepare for drafting: parameters in the target's dtype and place, maps in their fastest format."""
@@ -224,28 +224,32 @@ class Eagle3(nn.Module):
 
     def layer(self, embedded: Tensor, known: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Tokens' embeddings and what is known of the tokens before them, [B, T, D'] -> what is known of the tokens."""
-        config = self.config
-        embedded, normed = self._norm("layers.0.input_layernorm", embedded), self._norm("layers.0.hidden_norm", known)
-        q, k, v = (
-            part.unflatten(-1, (-1, config.head_dim)).transpose(1, 2)
-            for part in self._map("qkv", torch.cat((embedded, normed), -1)).split(
-                [count * config.head_dim for count in (config.heads, config.kv_heads, config.kv_heads)], -1
-            )
-        )
-        if not self._rotary:
-            self._rotary.append(config.rotary())
-        q, k = apply_rotary_pos_emb(q, k, *self._rotary[0](q, positions))
-        x = normed if config.norm_first else known
+        q, k, v = self.attended(embedded, known, positions)
+        x = self._norm("layers.0.hidden_norm", known) if self.config.norm_first else known
         x = x + self._map("o", attend(q, k, v).transpose(1, 2).flatten(2))
         gate, up = self._map("up", self._norm("layers.0.post_attention_layernorm", x)).chunk(2, -1)
         return x + self._map("down", F.silu(gate) * up)
+
+    def attended(self, embedded: Tensor, known: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The queries [B, H, T, d] of pairs, and their keys and values [B, H', T, d]."""
+        config = self.config
+        both = torch.cat(
+            (self._norm("layers.0.input_layernorm", embedded), self._norm("layers.0.hidden_norm", known)), -1
+        )
+        sizes = [count * config.head_dim for count in (config.heads, config.kv_heads, config.kv_heads)]
+        parts = self._map("qkv", both).split(sizes, -1)
+        q, k, v = (part.unflatten(-1, (-1, config.head_dim)).transpose(1, 2) for part in parts)
+        if not self._rotary:
+            self._rotary.append(config.rotary())
+        q, k = apply_rotary_pos_emb(q, k, *self._rotary[0](q, positions))
+        return q, k, v
 
     def logits(self, known: Tensor) -> Tensor:
         """What is known of tokens [B, T, D'] -> logits of what follows them, over the draft vocabulary [B, T, V']."""
         return self._map("head", self._norm("norm", known))
 
     def _norm(self, name: str, x: Tensor) -> Tensor:
-        wide, weight = x.float(), self.values[_key(f"{name}.weight")]
+        wide, weight = x.float(), self.get_parameter(f"{name}.weight")
         return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.config.eps)).to(x.dtype)
 
     def _map(self, group: str, x: Tensor) -> Tensor:
@@ -265,12 +269,14 @@ def _stacked(parts: list[Tensor | None]) -> Tensor | None:
     return held[0] if len(held) == 1 else torch.cat(held)
 
 
-def _key(name: str) -> str:
-    return name.replace(".", "/")  # parameters cannot have dots in their names
-
-
-def _name(key: str) -> str:
-    return key.removeprefix("values.").replace("/", ".")
+def _place(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Register a parameter under a name with dots: modules are made on the way."""
+    *way, last = name.split(".")
+    for part in way:
+        if not hasattr(module, part):
+            module.add_module(part, nn.Module())
+        module = module.get_submodule(part)
+    module.register_parameter(last, parameter)
 
 
 def read_network(folder: Path, config: Eagle3Config, target: Target, where: str) -> Eagle3:
@@ -285,14 +291,11 @@ def read_network(folder: Path, config: Eagle3Config, target: Target, where: str)
         biased = [name.removesuffix(".bias") for name in header if name.endswith(".bias")]
         with torch.device("meta"):
             network = Eagle3(config, target, d2t, "embed_tokens.weight" in header, biased)
-        own = network.stored()
+        own = network.state_dict()
         if config.width != target.hidden_size and "embed_tokens.weight" not in header:
             raise SpecDecError(f"'{where}' has states of its own size ({config.width}) and no embedding for them")
         drafter_folder.check_fit(folder, own, header)
-        network.load_state_dict(
-            {key: stored.read(names[_name(key)]).to(own[_name(key)].dtype) for key in network.state_dict()},
-            assign=True,
-        )
+        network.load_state_dict({name: stored.read(names[name]).to(own[name].dtype) for name in own}, assign=True)
         tokens = network.tokens
         if tokens is not None:
             marked = stored.read(names["t2d"]) if "t2d" in names else None

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 import zoo
 from conftest import tiny_model
 from safetensors.torch import load_file, save_file
+from test_train import answers, greedy  # noqa: F401 (fixtures)
 from torch import Tensor
 
 from specdec import SpecDecError, SpecDecoder
@@ -20,11 +21,19 @@ from specdec.drafters.eagle3_network import Eagle3
 from specdec.engine.depth import FixedDepth
 from specdec.engine.engine import Engine
 from specdec.engine.request import Request
+from specdec.models import loading
 from specdec.runtimes.prefill import run_tokens
 from specdec.runtimes.reference import ReferenceTarget
 from specdec.speculation.draft import Draft, State
 from specdec.speculation.sampling import Sampler, SamplingParams
 from specdec.speculation.trees import Prices
+from specdec.train import data, states
+from specdec.train.batches import assemble, windows
+from specdec.train.data import Answer
+from specdec.train.eagle3 import Eagle3Method, Eagle3Settings, draft_steps
+from specdec.train.runtime import training_target
+from specdec.train.settings import from_mapping
+from specdec.train.trainer import train
 from specdec.verifiers.exact import ExactVerifier
 
 TEXT = [5, 6, 7, 8, 5, 6, 9, 3, 12]
@@ -38,7 +47,7 @@ def target() -> ReferenceTarget:
 def save(folder: Path, network: Eagle3, target: ReferenceTarget, **changes: Any) -> Path:
     """Write a head as others do."""
     folder.mkdir(exist_ok=True)
-    tensors = {name: tensor.detach().clone() for name, tensor in network.stored().items()}
+    tensors = {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
     tokens = network.tokens
     assert tokens is not None
     tensors["t2d"] = torch.zeros(target.vocab_size, dtype=torch.bool).index_fill(0, tokens, True)
@@ -83,7 +92,7 @@ def pass_of(w: dict[str, Tensor], embedded: Tensor, known: Tensor, norm_first: b
 @torch.no_grad()
 def expected(target: ReferenceTarget, network: Eagle3, text: list[int], drafted: list[int]) -> Tensor:
     """Logits [V'] of what the head expects after ``text`` and ``drafted`` tokens."""
-    w, config = network.stored(), network.config
+    w, config = network.state_dict(), network.config
     hidden = target.model(torch.tensor([text[:-1]]), output_hidden_states=True).hidden_states
     known = torch.cat([hidden[layer][0] for layer in config.layers], -1) @ w["fc.weight"].T
     embedding = w.get("embed_tokens.weight", target.model.get_input_embeddings().weight)
@@ -286,3 +295,61 @@ def test_broken_tensors_are_refused(
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(SpecDecError, match=text):
         Eagle3Drafter.load(target, str(folder))
+
+
+# -- training ------------------------------------------------------------------------------------------------------
+
+
+def settings(**changes: Any) -> Eagle3Settings:
+    values = {"method": "eagle3", "dtype": "float32", "draft_vocab": 60, "minutes": None, "steps": 60}
+    values |= {"rows": 4, "window": 8, "eval_fraction": 0.15, "relative_rate": 0.1}
+    return from_mapping(Eagle3Settings, values | changes, "test")
+
+
+@torch.inference_mode()
+def test_a_head_learns_on_what_it_drafts() -> None:
+    target = training_target(tiny_model("llama"))
+    drafter = zoo.eagle3(ReferenceTarget(tiny_model("llama")))
+    network = drafter.network
+    method = Eagle3Method(settings(), target)
+    ids = torch.randint(3, 97, (40,), generator=torch.Generator().manual_seed(1)).tolist()
+    wanted = method.wanted()
+    some = [Answer(tuple(ids[:4]), tuple(ids[4:])), Answer(tuple(ids[:3]), tuple(ids[9:20]))]  # they begin alike
+    records = states._records(states._teach(target, some, wanted, lambda n: None), wanted)
+    rows = windows(records[:1], 64)
+    batch = assemble(records, rows, 64, target.device)
+    steps = [network.logits(known)[0] for known, _ in draft_steps(network, target, batch, 3)]
+    for place in (9, 20, 31):  # of the last drafted token that has been run
+        for s, logits in enumerate(steps):
+            text = ids[: place + 1 - s]
+            says = expected(ReferenceTarget(tiny_model("llama")), network, text, ids[len(text) : place + 1])
+            torch.testing.assert_close(logits[place - rows[0][1]], says, atol=1e-4, rtol=1e-4)
+
+
+def test_training_makes_a_head_that_drafts_as_measured(answers: Path, tmp_path: Path) -> None:  # noqa: F811
+    model, output = loading.load("tiny")[0], tmp_path / "out"
+    figures = train(settings(prompts=[str(answers)], output=str(output)))
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert losses[-1] < 0.8 * losses[0]
+    config = json.loads((output / "config.json").read_text())
+    assert config["speculators_config"]["algorithm"] == "eagle3" and "fingerprint" in config["base"]
+    decoder = SpecDecoder(model, None, drafter=str(output), drafter_options={"siblings": [0]})
+    held = [a for a in data.split(data.read([answers]), 0.15)[1] if isinstance(a, Answer)]
+    outs = decoder.generate_batch([list(a.prompt_ids) for a in held], max_new_tokens=24, num_speculative_tokens=4)
+    assert [out.token_ids for out in outs] == [list(a.response_ids) for a in held]
+    kept = sum(o.metrics.num_accepted_draft_tokens for o in outs) / sum(o.metrics.num_spec_steps for o in outs)
+    assert kept + 1 == pytest.approx(figures["score"], abs=0.3)
+    again = settings(prompts=[str(answers)], output=str(tmp_path / "more"), init=str(output), draft_vocab=40, steps=1)
+    train(again)
+    assert len(load_file(tmp_path / "more/model.safetensors")["d2t"]) == len(
+        load_file(output / "model.safetensors")["d2t"]
+    )
+
+
+def test_settings_that_do_not_fit_the_model_are_refused() -> None:
+    target = training_target(tiny_model("llama"))
+    with pytest.raises(SpecDecError, match="setting 'layers' names 9; the model has 4"):
+        Eagle3Method(settings(layers=[1, 9]), target)
+    with pytest.raises(SpecDecError, match="must be a multiple of 'kv_heads'"):
+        Eagle3Method(settings(heads=4, kv_heads=3), target)

@@ -23,7 +23,8 @@ Window = tuple[int, int, int]  # record, first position, end
 class Batch:
     """B windows of T positions; position t reads token ids[t] and is to predict the base's choice for t + 1.
 
-    Padding has ``valid`` False. Exact entries of layers ``kv`` are [B, H', S, d] for positions 0 .. S - 1.
+    Padding has ``valid`` False. Exact entries of layers ``kv`` are [B, H', S, d] for positions 0 .. S - 1, and so are
+    the inputs of layers ``context``, [B, S, D].
     """
 
     ids: Tensor  # int64 [B, T]
@@ -36,11 +37,12 @@ class Batch:
     best: Tensor  # int64 [B, T], the base's most likely next token
     log_z: Tensor  # float32 [B, T]
     texts: list[Tensor]  # int32, each row's tokens up to the end of its window
+    context: dict[int, Tensor]
 
     @property
     def slots(self) -> int:
         """S, the exact entries per row."""
-        return max((k.shape[2] for k, _ in self.kv.values()), default=0)
+        return max([k.shape[2] for k, _ in self.kv.values()] + [x.shape[1] for x in self.context.values()], default=0)
 
     def cache(self, num_layers: int) -> KVCache:
         """A cache that holds the exact entries."""
@@ -103,6 +105,7 @@ def assemble(records: Sequence[Record], rows: Sequence[Window], length: int, dev
         best=pad([r.best[start - r.first : end - r.first].long() for r, start, end in picked]),
         log_z=pad([r.log_z[start - r.first : end - r.first] for r, start, end in picked]),
         texts=[r.ids[:end] for r, _, end in picked],
+        context={layer: pad([r.context[layer][:end] for r, _, end in picked], slots) for layer in picked[0][0].context},
     )
 
 

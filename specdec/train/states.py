@@ -44,11 +44,13 @@ READOUT_ROWS, SUM_ROWS = 256, 8  # positions whose logits are held, in the model
 class Wanted:
     """Which states are kept: keys and values of layers ``kv`` (every token) and the inputs of layers ``hidden``.
 
-    Hidden states (layer N: the final one) are kept from two positions before the first answer token on.
+    Hidden states (layer N: the final one) are kept from two positions before the first answer token on; those of layers
+    ``context`` of every token, too.
     """
 
     kv: tuple[int, ...]
     hidden: tuple[int, ...]
+    context: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class Record:
     hidden: dict[int, Tensor]  # layer -> [L - 1 - first, D]
     best: Tensor  # int32 [L - 1 - first], the base's most likely next token
     log_z: Tensor  # float32 [L - 1 - first], log of the base's partition sum over the full vocabulary
+    context: dict[int, Tensor]  # layer -> [L, D]
 
 
 def first_kept(prompt: int) -> int:
@@ -99,18 +102,20 @@ def compute(
         "dtype": str(target.dtype).removeprefix("torch."),
         "kv": wanted.kv,
         "hidden": wanted.hidden,
+        "context": wanted.context,
         "shards": [],
     }
     if (folder / INDEX).exists():
         found = _read_index(folder)
         differs = [key for key in ("fingerprint", "answers", "dtype") if found.get(key) != index[key]]
-        differs += [key for key in ("kv", "hidden") if not set(index[key]) <= set(found.get(key, ()))]
+        differs += [key for key in ("kv", "hidden", "context") if not set(index[key]) <= set(found.get(key, ()))]
         if differs:
             raise SpecDecError(
                 f"'{folder}' holds teacher states of other {', '.join(differs)}; use another --output or delete it"
             )
         index = found
-    kept, shards = Wanted(tuple(index["kv"]), tuple(index["hidden"])), index["shards"]
+    kept = Wanted(*(tuple(index.get(key, ())) for key in ("kv", "hidden", "context")))
+    shards = index["shards"]
     left = answers[len(shards) * SHARD_ANSWERS :]
     total, missing = (sum(map(len, some)) for some in (answers, left))
     task = progress.add_task(name, total=total, completed=total - missing, visible=missing > 0, unit="tokens")
@@ -155,8 +160,10 @@ def estimate(target: Target, answers: Sequence[Answer], wanted: Wanted) -> tuple
     _, readout = timed(target.num_layers, lambda: _read_out(target, sample))
     tokens = sum(map(len, answers))
     kept = sum(len(answer) - 1 - first_kept(len(answer.prompt_ids)) for answer in answers)
+    state = sample.shape[1] * sample.itemsize
     per_token = 4 + 2 * len(wanted.kv) * keys.shape[1] * keys.shape[3] * keys.itemsize  # as in a ``Record``
-    per_kept = 8 + len(wanted.hidden) * sample.shape[1] * sample.itemsize
+    per_token += len(wanted.context) * state
+    per_kept = 8 + len(wanted.hidden) * state
     seconds = target.num_layers * tokens * layer / sum(map(len, texts)) + kept * readout / len(sample)
     return tokens * per_token + kept * per_kept, seconds
 
@@ -202,12 +209,17 @@ def _teach(
 
     for stage in range(stages):
         with target.prepared(stage):
+            begun = [] if beginning is None else [beginning.x[0]]  # the input at what all texts begin with
             if stage < target.num_layers:
                 start = None if beginning is None else _run(target, stage, beginning)
             for block in blocks:
                 if stage in wanted.hidden:
                     for i, x in zip(block.answers, states(block), strict=True):
                         put(f"hidden.{stage}", kept_rows[i], sum(kept), x)
+                if stage in wanted.context:
+                    for b, i in enumerate(block.answers):
+                        whole = torch.cat((*begun, block.x[b, : lengths[i] - common]))
+                        put(f"context.{stage}", token_rows[i], sum(lengths), whole)
                 if stage < target.num_layers:
                     for name, entries in zip("kv", _run(target, stage, block, start), strict=True):
                         for b, i in enumerate(block.answers if stage in wanted.kv else ()):
@@ -292,7 +304,7 @@ def _records(tensors: dict[str, Tensor], wanted: Wanted) -> list[Record]:
     kept = [length - 1 - first_kept(prompt) for length, prompt in zip(lengths, prompts, strict=True)]
     split = {
         key: tensor.split(
-            lengths if key.startswith(("ids", "k.", "v.")) else kept
+            lengths if key.startswith(("ids", "k.", "v.", "context.")) else kept
         )  # of every token, or from ``first`` on
         for key, tensor in tensors.items()
     }
@@ -305,6 +317,7 @@ def _records(tensors: dict[str, Tensor], wanted: Wanted) -> list[Record]:
             {layer: split[f"hidden.{layer}"][i] for layer in wanted.hidden},
             split["best"][i],
             split["log_z"][i],
+            {layer: split[f"context.{layer}"][i] for layer in wanted.context},
         )
         for i, prompt in enumerate(prompts)
     ]
