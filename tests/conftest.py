@@ -88,11 +88,27 @@ FAMILIES: dict[str, dict[str, object]] = {
     "qwen3_moe": {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
 }
 
+HYBRIDS: dict[str, dict[str, object]] = {  # families with recurrent layers
+    "qwen3_next": {
+        "head_dim": 8,
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 24,
+    },
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
+}
+
 
 def tiny_model(family: str = "llama", attention: str | None = None, **changes: object) -> PreTrainedModel:
     """A random fp32 model of 4 layers, in evaluation mode, with logits spread enough to have clear winners."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **{**SMALL, **FAMILIES[family], **changes})
+    config = AutoConfig.for_model(family, **{**SMALL, **(FAMILIES | HYBRIDS)[family], **changes})
     attention = attention or ("eager" if family == "gemma2" else "sdpa")
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
     with torch.no_grad():

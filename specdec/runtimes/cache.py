@@ -1,4 +1,4 @@
-"""Key/value cache with rollback: append, trim, commit a path, select rows.
+"""Cache of keys, values and recurrent states with rollback: append, trim, commit a path, select rows.
 
 Slots are shared by all layers: slot ``s`` holds the same token everywhere, but layers may be filled to different
 lengths while a draft is under way (early layers run ahead of late ones). Slots below ``committed`` are final; those
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from specdec.base.devices import upload
+from specdec.runtimes.recurrent import Advance, Recurrent
 
 TOGETHER = 32  # numbers of an 8-bit row that share a scale
 AHEAD = 1 << 30  # bytes of slots that buffers begin with at most because they are expected
@@ -36,6 +37,7 @@ class Mask:
     ) -> None:
         self.query, self.keys, self.causal = query, keys, causal
         self._visible = visible
+        self.tree: Tensor | None = None  # [T, U] or [B, T, U], as in ``KVCache.mask``
         self.memo: dict[object, Tensor | None] = {}
 
     @property
@@ -89,6 +91,7 @@ class KVCache:
         self.committed = 0  # committed slots: the longest row
         self.positions = torch.full((batch, block), -1, dtype=torch.long, device=self.device)  # (B, capacity)
         self.expected = 0
+        self.recurrent: dict[int, Recurrent] = {}  # the states of recurrent layers
         self.memo: dict[object, Any] = {}  # what runtimes derive from ``whole``, for as long as it is the same
         if whole is not None:
             self._divide(whole)
@@ -215,7 +218,14 @@ class KVCache:
             old = (keys[:, None, :committed] >= 0).expand(-1, t, -1)  # (B, T, committed)
             return torch.cat((old, seen.expand(batch, -1, -1)), 2)
 
-        return Mask(positions, keys, visible, causal)
+        mask = Mask(positions, keys, visible, causal)
+        mask.tree = tree
+        return mask
+
+    def run_recurrent(self, layer: int, x: Tensor, tree: Tensor | None, advance: Advance) -> Tensor:
+        """Run a recurrent layer on the next T tokens ``x`` [B, T, D], and keep what it takes to go back."""
+        state = self.recurrent.setdefault(layer, Recurrent(self.batch))
+        return state.run(x, self.lengths[layer] - self.committed, tree, advance)
 
     def trim(self, count: int, lo: int = 0, hi: int | None = None) -> None:
         """Drop the last ``count`` slots of layers [lo, hi). Committed slots cannot be dropped (ValueError)."""
@@ -227,12 +237,16 @@ class KVCache:
     def roll_back(self) -> None:
         """Drop everything that is not committed, in all layers."""
         self.lengths = [self.committed] * len(self.lengths)
+        for state in self.recurrent.values():
+            state.roll_back()
 
     def commit(self, paths: Sequence[Sequence[int]]) -> None:
         """Commit, for each row, the uncommitted slots listed in ``paths`` (ascending indices), and drop the others.
 
         All layers must have run the whole block. Kept slots are compacted to follow the row's committed ones.
         """
+        for state in self.recurrent.values():
+            state.commit(paths)
         pairs = list(zip(self.rows, paths, strict=True))
         if any(n != self.committed or list(path) != list(range(len(path))) for n, path in pairs):
             moves = [(b, self.committed + j, n + i) for b, (n, path) in enumerate(pairs) for i, j in enumerate(path)]
@@ -271,9 +285,17 @@ class KVCache:
             stacked = _stack(whole[:, :, :first], added[:, :, : other.batch], mine, theirs, slots)
             assert stacked is not None
             self._divide(stacked)
+        for layer in self.recurrent.keys() | other.recurrent.keys():
+            ours = self.recurrent.get(layer, Recurrent(first))
+            self.recurrent[layer] = ours.joined(other.recurrent.get(layer, Recurrent(other.batch)))
 
     def copy(self, row: int, count: int, room: int = 0) -> KVCache:
-        """A cache of one row: the first ``count`` committed tokens of ``row``. room: slots that it will need."""
+        """A cache of one row: the first ``count`` committed tokens of ``row``. room: slots that it will need.
+
+        With recurrent states, ``count`` is all or nothing.
+        """
+        if self.recurrent and count not in (0, self.rows[row]):
+            raise ValueError("a recurrent state has no earlier tokens")
         made = KVCache(len(self.lengths), 1, self.device, self.block, rounded=self.rounded)
         slots = (self.positions[row, : self.committed] >= 0).nonzero()[:count, 0]
         if self.whole is not None:
@@ -283,6 +305,8 @@ class KVCache:
                 own[:] = [None if t is None else t[row : row + 1].index_select(2, slots) for t in part]
         made.positions = torch.arange(count, device=self.device)[None]
         made.rows, made.committed, made.lengths = [count], count, [count] * len(self.lengths)
+        if count:
+            made.recurrent = {layer: state.select([row]) for layer, state in self.recurrent.items()}
         return made
 
     def take(self, row: int) -> KVCache:
@@ -300,6 +324,7 @@ class KVCache:
             self.committed,
         )
         self.positions = self.positions.index_select(0, index)
+        self.recurrent = {layer: state.select(rows) for layer, state in self.recurrent.items()}
         self.rows = [self.rows[i] for i in rows]
         self.committed = max(self.rows, default=0)
         self.lengths = [self.committed] * len(self.lengths)

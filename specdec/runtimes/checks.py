@@ -16,11 +16,6 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
     kind = model.config.model_type
     if model.config.is_encoder_decoder:
         raise SpecDecError(f"model type '{kind}' is an encoder-decoder; specdec needs a decoder-only causal model")
-    if getattr(model, "_is_stateful", False):
-        raise SpecDecError(
-            f"model type '{kind}' carries a recurrent state that cannot be rolled back after a rejected draft; "
-            "use an attention-only model"
-        )
     if model.get_output_embeddings() is None:
         raise SpecDecError(f"model type '{kind}' has no language-model head; load it as a causal language model")
     if model.config._attn_implementation not in ("sdpa", "eager"):

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
@@ -23,6 +24,7 @@ from specdec.runtimes.adapters import Adapters
 from specdec.runtimes.cache import KVCache, Mask
 from specdec.runtimes.checks import check_logits, refuse_unsupported
 from specdec.runtimes.layer_pass import Pass
+from specdec.runtimes.recurrent import Advance, States
 from specdec.runtimes.target import Part, Target
 
 PARTS: dict[str, tuple[str, ...]] = {  # what decoder layers call them
@@ -41,6 +43,7 @@ class _Bridge(Cache):
     def __init__(self, cache: KVCache, only_fill: bool = False) -> None:
         super().__init__(layers=[])
         self.kv, self.only_fill = cache, only_fill
+        self.states: States = {}  # of the recurrent layer that runs
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         views = self.kv.append(layer_idx, key_states, value_states)
@@ -50,6 +53,44 @@ class _Bridge(Cache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.kv.lengths[layer_idx]
+
+    # A recurrent layer takes its states from here and leaves those after its tokens, both conv and recurrent ones.
+
+    def is_recording_past(self, layer_idx: int) -> bool:
+        return True  # else one token's convolution changes its state in place
+
+    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
+        return bool(self.states)
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        return self.states.get(("conv", state_idx))
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        state = self.states.get(("recurrent", state_idx))
+        return None if state is None else state.clone()  # one token's update may change it in place
+
+    def update_conv_state(
+        self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, conv_kernel_size: int | None = None, **_: Any
+    ) -> Tensor:
+        old = self.states.get(("conv", state_idx))
+        full = conv_states if old is None else torch.cat((old, conv_states), -1)
+        size = conv_kernel_size or full.shape[-1]
+        self.states["conv", state_idx] = F.pad(full, (max(size - full.shape[-1], 0), 0))[..., -size:]
+        return full
+
+    def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **_: Any) -> Tensor:
+        self.states["recurrent", state_idx] = recurrent_states
+        return recurrent_states
+
+    def advance(self, mixer: Callable[[Tensor], Any]) -> Advance:
+        """``mixer`` as a function of its states."""
+
+        def run(x: Tensor, states: States) -> tuple[Tensor, States]:
+            self.states = dict(states)
+            out = mixer(x)
+            return out[0] if isinstance(out, tuple) else out, self.states
+
+        return run
 
 
 @dataclass
@@ -103,6 +144,26 @@ class _Gate(nn.Module):
         return (hidden,) if owner.tuples else hidden
 
 
+class _Mixer(nn.Module):
+    """Stands in for the recurrent mixer of a layer: its state is in our cache."""
+
+    def __init__(self, inner: nn.Module, index: int, bridge: _Bridge, tree: Tensor | None) -> None:
+        super().__init__()
+        self.parts, self.index = (inner, bridge, tree), index
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.parts[0], name)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        inner, bridge, tree = self.parts
+        given = {name: None if name == "attention_mask" else value for name, value in kwargs.items()}
+        advance = bridge.advance(lambda x: inner(x, *args, **given))
+        return bridge.kv.run_recurrent(self.index, hidden_states, tree, advance)
+
+
 class _Nothing(nn.Module):
     """Stands in for a sublayer that adds nothing. pair: answers as attention does, with weights beside the result."""
 
@@ -134,6 +195,7 @@ class ReferenceTarget(Target):
             self.decoder = _find(model.base_model, is_stack, f"has no list of {self.num_layers} decoder layers")
             self.head = _find(model, lambda module: module is self.own_head, "hides its output head")
             self.blocks = list(getattr(*self.decoder))
+            self.mixers = [_mixer(block) for block in self.blocks]
             parameters = list(inspect.signature(self.blocks[0].forward).parameters)
             # GPT-2 passes the mask by position, the others by name.
             self.mask_index = parameters.index("attention_mask") - 1 if "attention_mask" in parameters else None
@@ -194,7 +256,16 @@ class ReferenceTarget(Target):
     def _pass(self, call: _Call, given: Pass, only_fill: bool = False) -> Tensor:
         """Put ``call`` through the layers, whose keys and values go to our cache."""
         ids, bridge = torch.zeros_like(given.positions), _Bridge(given.cache, only_fill)
-        self._run(call, self.base, ids, given.positions, cache=bridge, use_cache=True)
+        start = given.cache.lengths[call.lo]
+        with ExitStack() as stack:
+            for layer in range(call.lo, call.hi):
+                if (name := self.mixers[layer]) is not None:
+                    inner = getattr(self.blocks[layer], name)
+                    mixer = _Mixer(inner, layer, bridge, given.mask.tree)
+                    stack.enter_context(_replaced(self.blocks[layer], name, mixer))
+            self._run(call, self.base, ids, given.positions, cache=bridge, use_cache=True)
+        # Layers without attention count their tokens too.
+        given.cache.lengths[call.lo : call.hi] = [start + ids.shape[1]] * (call.hi - call.lo)
         assert call.result is not None
         return call.result
 
@@ -251,6 +322,14 @@ def _adapter_hook(down: Tensor, up: Tensor, adapted: int | None, batch: int) -> 
         return y.view(output.shape)
 
     return hook
+
+
+def _mixer(block: nn.Module) -> str | None:
+    """The name of the recurrent mixer of a layer: what holds a convolution over time."""
+    for name, child in block.named_children():
+        if any(isinstance(part, nn.Conv1d) for part in child.children()):
+            return name
+    return None
 
 
 def _find(root: Any, wanted: Callable[[nn.Module], bool], problem: str) -> tuple[nn.Module, str]:

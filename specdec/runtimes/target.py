@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from specdec.runtimes.experts.offload import Offload
 
 Part = Literal["attention", "mlp"]
+UNLIMITED = ("full_attention", "attention", "linear_attention", "conv", "mamba", "hybrid", "mlp", "moe", "experts")
 _locks: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 _finding = threading.Lock()
 
@@ -149,16 +150,16 @@ class GivenLinear(nn.Linear):
 
 
 def _windows(config: Any) -> list[int | None]:
-    """Attention window of each layer. Raises SpecDecError for layer kinds whose state cannot be rolled back."""
+    """Attention window of each layer. Raises SpecDecError for layer kinds that are not known."""
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
     if kinds is None:
         return [window] * config.num_hidden_layers
-    known = {"full_attention": None, "sliding_attention": window, "attention": None}
+    known = {"sliding_attention": window, **dict.fromkeys(UNLIMITED)}
     for kind in kinds:
         if kind not in known:
             raise SpecDecError(
-                f"model type '{config.model_type}' has '{kind}' layers, whose state cannot be rolled back after a "
-                "rejected draft; use a model with full or sliding-window attention"
+                f"model type '{config.model_type}' has '{kind}' layers, which are not supported; "
+                "use a model with full or sliding-window attention, or recurrent layers"
             )
     return [known[kind] for kind in kinds]

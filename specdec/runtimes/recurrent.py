@@ -1,0 +1,126 @@
+"""The state of a recurrent layer (linear attention, state space, convolution), with roll-back.
+
+A scan hands over only its last state. So the state after the committed tokens is held together with the layer's inputs
+of the tokens behind it: what is rolled back is dropped from the inputs, what is accepted is run again, through this
+layer's mixer alone, before its next tokens.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+States = dict[tuple[str, int], Tensor]  # by kind and number, each [B, ...]; empty before the first token
+Advance = Callable[[Tensor, States], tuple[Tensor, States]]  # inputs [B, T, D] and states -> outputs and states
+
+
+class Recurrent:
+    """A layer's state for a batch.
+
+    states: after the committed tokens of each row, except those that are ``pending`` [n, D]. inputs: of the
+    uncommitted tokens, [B, U, D], with the states after them, ``ahead`` (None: not known).
+    """
+
+    def __init__(self, batch: int) -> None:
+        self.states: States = {}
+        self.pending: list[Tensor | None] = [None] * batch
+        self.inputs: Tensor | None = None
+        self.ahead: States | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(state.nbytes for state in self.states.values())
+
+    def run(self, x: Tensor, held: int, tree: Tensor | None, advance: Advance) -> Tensor:
+        """The outputs for ``x`` [B, T, D], which follows the first ``held`` uncommitted tokens.
+
+        tree: bool [T, held + T], as in ``KVCache.mask``.
+        """
+        self._absorb(advance)
+        current = held == (0 if self.inputs is None else self.inputs.shape[1])
+        before = x[:, :0] if self.inputs is None else self.inputs[:, :held]
+        self.inputs = torch.cat((before, x), 1)
+        if tree is not None:
+            self.ahead = None
+            return self._branches(tree, advance)
+        if not held:
+            out, self.ahead = advance(x, self.states)
+        elif current and self.ahead is not None:
+            out, self.ahead = advance(x, self.ahead)
+        else:
+            out, self.ahead = advance(self.inputs, self.states)
+        return out[:, -x.shape[1] :]
+
+    def _branches(self, tree: Tensor, advance: Advance) -> Tensor:
+        """The outputs for the last T inputs, each branch of their ``tree`` as a row of its own."""
+        assert self.inputs is not None
+        (batch, _, width), (t, u) = self.inputs.shape, tree.shape
+        paths = [row.nonzero()[:, 0].tolist() for row in tree.cpu()]  # each ends with the token itself
+        inner = {node for path in paths for node in path[:-1]}
+        leaves = [path for path in paths if path[-1] not in inner]
+        longest = max(map(len, leaves))
+        index = torch.tensor([path + path[-1:] * (longest - len(path)) for path in leaves], device=self.inputs.device)
+        x = self.inputs[:, index].reshape(batch * len(leaves), longest, width)
+        states = {key: state.repeat_interleave(len(leaves), 0) for key, state in self.states.items()}
+        out = advance(x, states)[0].view(batch, len(leaves), longest, -1)
+        place = {node: (leaf, at) for leaf, path in enumerate(leaves) for at, node in enumerate(path)}
+        leaf, at = zip(*(place[node] for node in range(u - t, u)), strict=True)
+        return out[:, leaf, at]
+
+    def _absorb(self, advance: Advance) -> None:
+        """Run what is pending, rows with equally many tokens together."""
+        groups: dict[int, list[int]] = defaultdict(list)
+        for row, pending in enumerate(self.pending):
+            if pending is not None:
+                groups[pending.shape[0]].append(row)
+        for rows in groups.values():
+            x = torch.stack([pending for row in rows if (pending := self.pending[row]) is not None])
+            _, made = advance(x, {key: state[rows] for key, state in self.states.items()})
+            for key, state in made.items():
+                if len(rows) == len(self.pending):
+                    self.states[key] = state
+                else:
+                    old = self.states.get(key)
+                    old = state.new_zeros(len(self.pending), *state.shape[1:]) if old is None else old.clone()
+                    old[rows] = state
+                    self.states[key] = old
+        self.pending = [None] * len(self.pending)
+
+    def commit(self, paths: Sequence[Sequence[int]]) -> None:
+        """Accept, for each row, the uncommitted tokens listed in ``paths``, and drop the others."""
+        inputs, everything = self.inputs, list(range(0 if self.inputs is None else self.inputs.shape[1]))
+        if inputs is not None and self.ahead is not None and all(list(path) == everything for path in paths):
+            self.states = self.ahead
+        elif inputs is not None:
+            for row, path in enumerate(paths):
+                if path:
+                    self.pending[row] = inputs[row, list(path)]
+        self.inputs = self.ahead = None
+
+    def roll_back(self) -> None:
+        """Drop everything that is not committed."""
+        self.inputs = self.ahead = None
+
+    def select(self, rows: Sequence[int]) -> Recurrent:
+        """Only ``rows``, in that order, as a new state."""
+        made = Recurrent(len(rows))
+        made.states = {key: state[list(rows)] for key, state in self.states.items()}
+        made.pending = [self.pending[row] for row in rows]
+        return made
+
+    def joined(self, other: Recurrent) -> Recurrent:
+        """The rows of ``other`` after those of this state, as a new state."""
+        made = Recurrent(0)
+        made.pending = self.pending + other.pending
+        for key in self.states.keys() | other.states.keys():
+            a, b = self.states.get(key), other.states.get(key)
+            shape = (a if a is not None else b).shape[1:]  # type: ignore[union-attr]
+            parts = [
+                (a if a is not None else b).new_zeros(len(own.pending), *shape) if part is None else part  # type: ignore[union-attr]
+                for part, own in ((a, self), (b, other))
+            ]
+            made.states[key] = torch.cat(parts)
+        return made
