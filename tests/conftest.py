@@ -88,19 +88,24 @@ FAMILIES: dict[str, dict[str, object]] = {
     "qwen3_moe": {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
 }
 
+DELTA_NET = {
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 24,
+}
 HYBRIDS: dict[str, dict[str, object]] = {  # families with recurrent layers
-    "qwen3_next": {
-        "head_dim": 8,
-        "layer_types": ["linear_attention", "full_attention"] * 2,
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
-        "linear_key_head_dim": 8,
-        "linear_value_head_dim": 8,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 16,
-        "shared_expert_intermediate_size": 24,
-    },
+    "qwen3_next": {"head_dim": 8, **DELTA_NET, **EXPERTS},
+    "qwen3_5_text": {"head_dim": 8, **DELTA_NET},
+    "qwen3_5_moe_text": {"head_dim": 8, **DELTA_NET, **EXPERTS},
+    "olmo_hybrid": DELTA_NET,
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
 }
 

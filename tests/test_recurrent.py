@@ -2,20 +2,61 @@
 
 from __future__ import annotations
 
+import functools
+import random
+
 import pytest
-import torch
 from conftest import HYBRIDS, Scripted, greedy_reference, tiny_model
+from transformers import PreTrainedModel
 from zoo import PROMPTS, run
 
+from specdec.drafters.early_exit import EarlyExitDrafter
 from specdec.drafters.prompt_lookup import PromptLookupDrafter
 from specdec.runtimes.reference import ReferenceTarget
+from specdec.speculation.draft import Drafter
+
+COUNT = 16
+Script = list[tuple[int, int]]
+
+
+@functools.cache
+def served(family: str) -> tuple[PreTrainedModel, ReferenceTarget, list[list[int]]]:
+    """A model, its target, and its answers to the prompts."""
+    model = tiny_model(family)
+    return model, ReferenceTarget(model), [greedy_reference(model, prompt, COUNT) for prompt in PROMPTS]
+
+
+def oracle(texts: list[list[int]], right: float, branches: int = 1) -> Scripted:
+    """Drafts that continue one of ``texts``, each token right with a probability.
+
+    branches: as many tokens follow the last one, of which one is continued.
+    """
+    chance = random.Random(0)
+
+    def script(ids: list[int], limit: int) -> Script:
+        [text] = [text for text in texts if text[: len(ids)] == ids]
+        right_ones = text[len(ids) : len(ids) + limit]
+        drafted: Script = [((token + 2 + other) % 97, 0) for token in right_ones[:1] for other in range(branches - 1)]
+        for token in right_ones:
+            parent = len(drafted) if len(drafted) >= branches else 0
+            drafted.append((token if chance.random() < right else (token + 1) % 97, parent))
+        return drafted
+
+    return Scripted(script)
 
 
 @pytest.mark.parametrize("family", HYBRIDS)
-def test_greedy_equals_generate(family: str) -> None:
-    model = tiny_model(family)
-    target = ReferenceTarget(model)
-    for prompt in PROMPTS:
-        expected = greedy_reference(model, prompt, 16)
-        for drafter in (PromptLookupDrafter(), PromptLookupDrafter(continuations=3)):
-            assert run(target, drafter, [prompt], 16)[0] == [expected]
+@pytest.mark.parametrize("rows", [slice(1, 2), slice(3)], ids=["alone", "ragged"])
+def test_greedy_equals_generate(family: str, rows: slice) -> None:
+    _, target, expected = served(family)
+    texts = [prompt + answer for prompt, answer in zip(PROMPTS, expected, strict=True)]
+    drafters: dict[str, Drafter] = {
+        f"oracle {right} {branches}": oracle(texts, right, branches) for right in (1, 0.6, 0) for branches in (1, 3)
+    }
+    drafters |= {"prompt-lookup": PromptLookupDrafter(), "early-exit": EarlyExitDrafter(2)}
+    drafters |= {"early-exit, a tree": EarlyExitDrafter(3, siblings=(2, 1))}
+    for name, drafter in drafters.items():
+        out, ran = run(target, drafter, PROMPTS[rows], COUNT)
+        assert out == expected[rows], name
+        if name == "oracle 1 1":
+            assert all(metrics.num_spec_steps < COUNT / 2 for metrics in ran.metrics)

@@ -40,7 +40,7 @@ def not_finite(model: PreTrainedModel) -> NotFiniteError:
 
 @torch.inference_mode()
 def check_logits(target: Target) -> float:
-    """Compare a prompt pass and one-token passes of ``target``, each in two pieces, with its model's own forward.
+    """Compare a prompt pass, a one-token pass and one of two tokens of ``target``, each in two pieces, with its model's own forward.
 
     Returns the difference relative to the largest logit; the median position counts: in 16 bits, single positions of
     correct runtimes may lie far apart. Raises SpecDecError if it is too large.
@@ -52,7 +52,7 @@ def check_logits(target: Target) -> float:
     try:
         own = target.model(input_ids=ids, use_cache=False).logits.float()
         cache, half, ours = target.new_cache(), target.num_layers // 2, []
-        for a, b in ((0, prompt), *((i, i + 1) for i in range(prompt, n))):
+        for a, b in ((0, prompt), (prompt, prompt + 1), (prompt + 1, n)):
             part = positions[:, a:b]
             x, mask = target.embed(ids[:, a:b], part), cache.mask(0, part)
             x = target.layers(x, 0, half, Pass(part, mask, cache))

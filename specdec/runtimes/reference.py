@@ -67,7 +67,9 @@ class _Bridge(Cache):
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
         state = self.states.get(("recurrent", state_idx))
-        return None if state is None else state.clone()  # one token's update may change it in place
+        if state is not None:  # one token's update may change it in place
+            state = self.states["recurrent", state_idx] = state.clone()
+        return state
 
     def update_conv_state(
         self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, conv_kernel_size: int | None = None, **_: Any
@@ -82,13 +84,14 @@ class _Bridge(Cache):
         self.states["recurrent", state_idx] = recurrent_states
         return recurrent_states
 
-    def advance(self, mixer: Callable[[Tensor], Any]) -> Advance:
-        """``mixer`` as a function of its states."""
+    def advance(self, mixer: Callable[[Tensor], Tensor], continues: bool) -> Advance:
+        """``mixer`` as a function of its states. continues: whether several tokens may follow earlier ones."""
 
         def run(x: Tensor, states: States) -> tuple[Tensor, States]:
             self.states = dict(states)
-            out = mixer(x)
-            return out[0] if isinstance(out, tuple) else out, self.states
+            if not states or continues:
+                return mixer(x), self.states
+            return torch.cat([mixer(token) for token in x.split(1, 1)], 1), self.states
 
         return run
 
@@ -134,14 +137,14 @@ class _Gate(nn.Module):
             try:
                 out = inner(hidden, *args, **kwargs)
             except _Filled:
-                out = (hidden,) if owner.tuples else hidden
-            hidden = out[0] if isinstance(out, tuple) else out
-            owner.tuples = isinstance(out, tuple)
+                out = owner.returned(hidden)
+            hidden, *beside = out if isinstance(out, tuple) else (out,)
+            owner.beside = len(beside) if isinstance(out, tuple) else None
             if index == call.hi - 1:
                 call.result = hidden
                 if call.hi in call.taps:
                     call.taps[call.hi] = hidden
-        return (hidden,) if owner.tuples else hidden
+        return owner.returned(hidden)
 
 
 class _Mixer(nn.Module):
@@ -160,7 +163,8 @@ class _Mixer(nn.Module):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         inner, bridge, tree = self.parts
         given = {name: None if name == "attention_mask" else value for name, value in kwargs.items()}
-        advance = bridge.advance(lambda x: inner(x, *args, **given))
+        # Mamba's first version (recognised by its map of time steps) scans several tokens from an empty state only.
+        advance = bridge.advance(lambda x: inner(x, *args, **given), continues=not hasattr(inner, "dt_proj"))
         return bridge.kv.run_recurrent(self.index, hidden_states, tree, advance)
 
 
@@ -189,7 +193,9 @@ class ReferenceTarget(Target):
         refuse_unsupported(model)
         super().__init__(model)
         self.attention = model.config._attn_implementation
-        self.base, self.tuples = model.base_model, False
+        self.base = model.base_model
+        self.beside: int | None = None  # what layers return beside hidden states; None: those alone, not in a tuple
+        self.known = False  # whether a layer has shown it
         with self.lock, checkpoint.idle(model):
             is_stack = lambda module: isinstance(module, nn.ModuleList) and len(module) == self.num_layers  # noqa: E731
             self.decoder = _find(model.base_model, is_stack, f"has no list of {self.num_layers} decoder layers")
@@ -202,6 +208,8 @@ class ReferenceTarget(Target):
             self.spread = check_logits(self)
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+        if not self.known:
+            self._look(ids, positions)
         call = _Call()
         self._run(call, self.base, ids, positions)
         assert call.result is not None
@@ -252,6 +260,17 @@ class ReferenceTarget(Target):
         return found
 
     # -- how it is done -----------------------------------------------------------------------------------------
+
+    def returned(self, hidden: Tensor) -> Any:
+        """``hidden`` as a layer returns it."""
+        return hidden if self.beside is None else (hidden, *[None] * self.beside)
+
+    def _look(self, ids: Tensor, positions: Tensor) -> None:
+        """Run the first layer on the model's own embeddings, to see what layers return."""
+        cache = self.new_cache(ids.shape[0])
+        mask = cache.mask(0, positions)
+        self._pass(_Call(hi=1, mask=mask), Pass(positions, mask, cache))
+        self.known = True
 
     def _pass(self, call: _Call, given: Pass, only_fill: bool = False) -> Tensor:
         """Put ``call`` through the layers, whose keys and values go to our cache."""
