@@ -95,6 +95,7 @@ DELTA_NET = {
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,
 }
+MAMBA2 = {"mamba_n_heads": 8, "mamba_d_state": 8, "mamba_chunk_size": 8}
 EXPERTS = {
     "num_experts": 4,
     "num_experts_per_tok": 2,
@@ -106,6 +107,31 @@ HYBRIDS: dict[str, dict[str, object]] = {  # families with recurrent layers
     "qwen3_5_text": {"head_dim": 8, **DELTA_NET},
     "qwen3_5_moe_text": {"head_dim": 8, **DELTA_NET, **EXPERTS},
     "olmo_hybrid": DELTA_NET,
+    "granitemoehybrid": {
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+        **MAMBA2,
+        "num_local_experts": 4,
+        "shared_intermediate_size": 24,
+    },
+    "falcon_h1": {**MAMBA2, "mamba_d_ssm": 64, "mamba_d_head": 8, "head_dim": 8},
+    "bamba": {**MAMBA2, "attn_layer_indices": [1, 3]},
+    "nemotron_h": {
+        "layers_block_type": ["mamba", "attention", "mlp", "mamba"],
+        "head_dim": 8,
+        "ssm_state_size": 8,
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 8,
+        "n_groups": 2,
+        "chunk_size": 8,
+    },
+    "jamba": {
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "num_experts": 4,
+        "mamba_d_state": 8,
+        "mamba_dt_rank": 4,
+    },
+    "mamba2": {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 2, "chunk_size": 8},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
 }
 
@@ -114,7 +140,7 @@ def tiny_model(family: str = "llama", attention: str | None = None, **changes: o
     """A random fp32 model of 4 layers, in evaluation mode, with logits spread enough to have clear winners."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **{**SMALL, **(FAMILIES | HYBRIDS)[family], **changes})
-    attention = attention or ("eager" if family == "gemma2" else "sdpa")
+    attention = attention or ("eager" if family in ("gemma2", "mamba2") else "sdpa")
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
     with torch.no_grad():
         for parameter in model.parameters():

@@ -8,12 +8,16 @@ import random
 import pytest
 from conftest import HYBRIDS, Scripted, greedy_reference, tiny_model
 from transformers import PreTrainedModel
-from zoo import PROMPTS, run
+from zoo import PROMPTS, new_tokens, run
 
 from specdec.drafters.early_exit import EarlyExitDrafter
 from specdec.drafters.prompt_lookup import PromptLookupDrafter
+from specdec.engine.depth import FixedDepth
+from specdec.engine.engine import Engine
+from specdec.engine.request import Request
 from specdec.runtimes.reference import ReferenceTarget
 from specdec.speculation.draft import Drafter
+from specdec.verifiers.exact import ExactVerifier
 
 COUNT = 16
 Script = list[tuple[int, int]]
@@ -60,3 +64,22 @@ def test_greedy_equals_generate(family: str, rows: slice) -> None:
         assert out == expected[rows], name
         if name == "oracle 1 1":
             assert all(metrics.num_spec_steps < COUNT / 2 for metrics in ran.metrics)
+
+
+def test_a_text_is_reused_whole_or_not_at_all() -> None:
+    model, target, _ = served("qwen3_next")
+    drafter = PromptLookupDrafter()
+    drafter.bind(target)
+    engine = Engine(target, drafter, ExactVerifier(), FixedDepth(4), reuse=True)
+
+    def ask(prompt: list[int]) -> Request:
+        request = Request(prompt, 8)
+        engine.submit(request)
+        for _ in engine.steps():
+            pass
+        assert request.error is None and new_tokens(request) == greedy_reference(model, prompt, 8)
+        return request
+
+    first = ask(list(range(5, 25)))
+    assert ask([*first.ids, 7, 8]).metrics.num_cached_tokens == len(first.ids) - 1
+    assert ask([*range(5, 15), 3]).metrics.num_cached_tokens == 0

@@ -35,10 +35,10 @@ class PrefixStore:
         self.kept.append(Prefix(text, cache))
 
     def longest(self, ids: Sequence[int]) -> tuple[Prefix | None, int]:
-        """The text that has most in common with ``ids``, and how many tokens."""
+        """The text with which most of ``ids`` can begin, and how many tokens."""
         best, most = None, 0
         for prefix in self.kept:
-            if (count := common(prefix.ids, ids)) > most:
+            if (count := prefix.cache.restorable(0, common(prefix.ids, ids))) > most:
                 best, most = prefix, count
         if best is not None:
             self.kept.remove(best)

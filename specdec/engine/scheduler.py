@@ -147,7 +147,8 @@ class Scheduler:
             whole = most == len(prefix.ids)
             source = partial(self._taken, prefix) if whole else partial(prefix.cache.copy, 0)
         for b, other in enumerate(self.batch.rows):
-            if (count := min(common(other.ids, ids), self.batch.cache.rows[b])) > most:
+            count = min(common(other.ids, ids), self.batch.cache.rows[b])
+            if (count := self.batch.cache.restorable(b, count)) > most:
                 most, source = count, partial(self.batch.cache.copy, b)
         return source, most
 

@@ -289,13 +289,19 @@ class KVCache:
             ours = self.recurrent.get(layer, Recurrent(first))
             self.recurrent[layer] = ours.joined(other.recurrent.get(layer, Recurrent(other.batch)))
 
+    def restorable(self, row: int, count: int) -> int:
+        """With how many of the first ``count`` committed tokens of ``row`` a text can go on."""
+        return count if not self.recurrent or count == self.rows[row] else 0
+
     def copy(self, row: int, count: int, room: int = 0) -> KVCache:
         """A cache of one row: the first ``count`` committed tokens of ``row``. room: slots that it will need.
 
-        With recurrent states, ``count`` is all or nothing.
+        count: as ``restorable`` returns it.
         """
-        if self.recurrent and count not in (0, self.rows[row]):
-            raise ValueError("a recurrent state has no earlier tokens")
+        if count and count != self.restorable(row, count):
+            raise ValueError(
+                f"cannot copy {count} of {self.rows[row]} tokens: the recurrent states are those after all"
+            )
         made = KVCache(len(self.lengths), 1, self.device, self.block, rounded=self.rounded)
         slots = (self.positions[row, : self.committed] >= 0).nonzero()[:count, 0]
         if self.whole is not None:

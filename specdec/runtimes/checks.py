@@ -40,7 +40,7 @@ def not_finite(model: PreTrainedModel) -> NotFiniteError:
 
 @torch.inference_mode()
 def check_logits(target: Target) -> float:
-    """Compare a prompt pass, a one-token pass and one of two tokens of ``target``, each in two pieces, with its model's own forward.
+    """Compare passes of ``target`` over a prompt, one token and two, each in two pieces, with its model's own forward.
 
     Returns the difference relative to the largest logit; the median position counts: in 16 bits, single positions of
     correct runtimes may lie far apart. Raises SpecDecError if it is too large.
