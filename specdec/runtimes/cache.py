@@ -37,7 +37,7 @@ class Mask:
     ) -> None:
         self.query, self.keys, self.causal = query, keys, causal
         self._visible = visible
-        self.tree: Tensor | None = None  # [T, U] or [B, T, U], as in ``KVCache.mask``
+        self.ancestors: Tensor | None = None  # ``tree``, [T, U] or [B, T, U], as in ``KVCache.mask``
         self.memo: dict[object, Tensor | None] = {}
 
     @property
@@ -219,7 +219,7 @@ class KVCache:
             return torch.cat((old, seen.expand(batch, -1, -1)), 2)
 
         mask = Mask(positions, keys, visible, causal)
-        mask.tree = tree
+        mask.ancestors = tree
         return mask
 
     def run_recurrent(self, layer: int, x: Tensor, tree: Tensor | None, advance: Advance) -> Tensor:

@@ -100,7 +100,8 @@ class _Bridge(Cache):
 class _Call:
     """One call of the model: which layers run, on what, seen through which mask, and what is recorded.
 
-    x: the input of layer ``lo``; None: the model's own embeddings, which are the result.
+    x: the input of layer ``lo``; None: the model's own embeddings, which are the result. only_fill: each layer leaves
+    ``x`` as it is.
     """
 
     x: Tensor | None = None
@@ -108,6 +109,7 @@ class _Call:
     hi: int = 0
     mask: Mask | None = None
     taps: dict[int, Tensor] = field(default_factory=dict)
+    only_fill: bool = False
     result: Tensor | None = None
 
 
@@ -138,7 +140,8 @@ class _Gate(nn.Module):
                 out = inner(hidden, *args, **kwargs)
             except _Filled:
                 out = owner.returned(hidden)
-            hidden, *beside = out if isinstance(out, tuple) else (out,)
+            after, *beside = out if isinstance(out, tuple) else (out,)
+            hidden = hidden if call.only_fill else after
             owner.beside = len(beside) if isinstance(out, tuple) else None
             if index == call.hi - 1:
                 call.result = hidden
@@ -184,7 +187,7 @@ class ReferenceTarget(Target):
     """The reference runtime: exact on any decoder-only HF model, checked on load.
 
     A call changes the model for as long as it takes, under the model's lock: threads take turns.
-    Raises SpecDecError for encoder-decoder, recurrent or otherwise unsupported models, with the reason.
+    Raises SpecDecError for encoder-decoder or otherwise unsupported models, with the reason.
     """
 
     runtime = "reference"
@@ -225,9 +228,11 @@ class ReferenceTarget(Target):
             return self._pass(_Call(x, lo, hi, given.mask, taps), given)
 
     def fill(self, x: Tensor, lo: int, given: Pass) -> None:
-        self._pass(_Call(x, lo, self.num_layers, given.mask), given, only_fill=True)
+        self._pass(_Call(x, lo, self.num_layers, given.mask, only_fill=True), given)
 
     def sublayer(self, x: Tensor, layer: int, part: Part, given: Pass) -> Tensor:
+        if self.mixers[layer] is not None:
+            raise SpecDecError(f"layer {layer} is recurrent and has no parts to leave out; skip whole layers")
         other, block = "mlp" if part == "attention" else "attention", self.blocks[layer]
         with self.lock, ExitStack() as stack:
             names, kind = [n for n, _ in block.named_children() if n in PARTS[other]], self.model.config.model_type
@@ -272,15 +277,15 @@ class ReferenceTarget(Target):
         self._pass(_Call(hi=1, mask=mask), Pass(positions, mask, cache))
         self.known = True
 
-    def _pass(self, call: _Call, given: Pass, only_fill: bool = False) -> Tensor:
+    def _pass(self, call: _Call, given: Pass) -> Tensor:
         """Put ``call`` through the layers, whose keys and values go to our cache."""
-        ids, bridge = torch.zeros_like(given.positions), _Bridge(given.cache, only_fill)
+        ids, bridge = torch.zeros_like(given.positions), _Bridge(given.cache, call.only_fill)
         start = given.cache.lengths[call.lo]
         with ExitStack() as stack:
             for layer in range(call.lo, call.hi):
                 if (name := self.mixers[layer]) is not None:
                     inner = getattr(self.blocks[layer], name)
-                    mixer = _Mixer(inner, layer, bridge, given.mask.tree)
+                    mixer = _Mixer(inner, layer, bridge, given.mask.ancestors)
                     stack.enter_context(_replaced(self.blocks[layer], name, mixer))
             self._run(call, self.base, ids, given.positions, cache=bridge, use_cache=True)
         # Layers without attention count their tokens too.
