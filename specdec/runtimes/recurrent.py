@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 States = dict[tuple[str, int], Tensor]  # by kind and number, each [B, ...]; empty before the first token
-Advance = Callable[[Tensor, States], tuple[Tensor, States]]  # inputs [B, T, D] and states -> outputs and states
+# Inputs [B, T, D], the states before them, whether they have been run before -> outputs and states after them.
+Advance = Callable[[Tensor, States, bool], tuple[Tensor, States]]
 
 
 class Recurrent:
@@ -46,13 +47,13 @@ class Recurrent:
         if tree is not None:
             self.ahead = None
             return self._branches(tree, advance)
+        states = self.ahead
         if not held:
-            out, self.ahead = advance(x, self.states)
-        elif current and self.ahead is not None:
-            out, self.ahead = advance(x, self.ahead)
-        else:
-            out, self.ahead = advance(self.inputs, self.states)
-        return out[:, -x.shape[1] :]
+            states = self.states
+        elif states is None or not current:
+            states = advance(before, self.states, True)[1]
+        out, self.ahead = advance(x, states, False)
+        return out
 
     def _branches(self, tree: Tensor, advance: Advance) -> Tensor:
         """The outputs for the last T inputs, each branch of their ``tree`` as a row of its own."""
@@ -65,7 +66,7 @@ class Recurrent:
         index = torch.tensor([path + path[-1:] * (longest - len(path)) for path in leaves], device=self.inputs.device)
         x = self.inputs[:, index].reshape(batch * len(leaves), longest, width)
         states = {key: state.repeat_interleave(len(leaves), 0) for key, state in self.states.items()}
-        out = advance(x, states)[0].view(batch, len(leaves), longest, -1)
+        out = advance(x, states, False)[0].view(batch, len(leaves), longest, -1)
         place = {node: (leaf, at) for leaf, path in enumerate(leaves) for at, node in enumerate(path)}
         leaf, at = zip(*(place[node] for node in range(u - t, u)), strict=True)
         return out[:, leaf, at]
@@ -78,7 +79,7 @@ class Recurrent:
                 groups[pending.shape[0]].append(row)
         for rows in groups.values():
             x = torch.stack([pending for row in rows if (pending := self.pending[row]) is not None])
-            _, made = advance(x, {key: state[rows] for key, state in self.states.items()})
+            _, made = advance(x, {key: state[rows] for key, state in self.states.items()}, True)
             for key, state in made.items():
                 if len(rows) == len(self.pending):
                     self.states[key] = state

@@ -44,6 +44,7 @@ class _Bridge(Cache):
         super().__init__(layers=[])
         self.kv, self.only_fill = cache, only_fill
         self.states: States = {}  # of the recurrent layer that runs
+        self.replays = False  # whether it runs tokens again, only for their states
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         views = self.kv.append(layer_idx, key_states, value_states)
@@ -87,8 +88,8 @@ class _Bridge(Cache):
     def advance(self, mixer: Callable[[Tensor], Tensor], continues: bool) -> Advance:
         """``mixer`` as a function of its states. continues: whether several tokens may follow earlier ones."""
 
-        def run(x: Tensor, states: States) -> tuple[Tensor, States]:
-            self.states = dict(states)
+        def run(x: Tensor, states: States, again: bool) -> tuple[Tensor, States]:
+            self.states, self.replays = dict(states), again
             if not states or continues:
                 return mixer(x), self.states
             return torch.cat([mixer(token) for token in x.split(1, 1)], 1), self.states
@@ -198,6 +199,7 @@ class ReferenceTarget(Target):
         self.attention = model.config._attn_implementation
         self.base = model.base_model
         self.beside: int | None = None  # what layers return beside hidden states; None: those alone, not in a tuple
+        self.bridge: _Bridge | None = None  # of the call that runs
         self.known = False  # whether a layer has shown it
         with self.lock, checkpoint.idle(model):
             is_stack = lambda module: isinstance(module, nn.ModuleList) and len(module) == self.num_layers  # noqa: E731
@@ -234,13 +236,17 @@ class ReferenceTarget(Target):
         if self.mixers[layer] is not None:
             raise SpecDecError(f"layer {layer} is recurrent and has no parts to leave out; skip whole layers")
         other, block = "mlp" if part == "attention" else "attention", self.blocks[layer]
+        filled = given.cache.lengths[layer]
         with self.lock, ExitStack() as stack:
             names, kind = [n for n, _ in block.named_children() if n in PARTS[other]], self.model.config.model_type
             if not names:
                 raise SpecDecError(f"a layer of a '{kind}' model has no known {other} to leave out; skip whole layers")
             for name in names:
                 stack.enter_context(_replaced(block, name, _Nothing(pair=other == "attention")))
-            return self.layers(x, layer, layer + 1, given)
+            out = self.layers(x, layer, layer + 1, given)
+        if part == "mlp":
+            given.cache.lengths[layer] = filled
+        return out
 
     def readout(self, x: Tensor, head: nn.Linear | None = None) -> Tensor:
         ids = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)
@@ -280,8 +286,9 @@ class ReferenceTarget(Target):
     def _pass(self, call: _Call, given: Pass) -> Tensor:
         """Put ``call`` through the layers, whose keys and values go to our cache."""
         ids, bridge = torch.zeros_like(given.positions), _Bridge(given.cache, call.only_fill)
-        start = given.cache.lengths[call.lo]
+        start, self.bridge = given.cache.lengths[call.lo], bridge
         with ExitStack() as stack:
+            stack.callback(setattr, self, "bridge", None)
             for layer in range(call.lo, call.hi):
                 if (name := self.mixers[layer]) is not None:
                     inner = getattr(self.blocks[layer], name)
@@ -309,7 +316,7 @@ class ReferenceTarget(Target):
             for layer in range(lo, hi) if adapters is not None else ():
                 assert adapters is not None
                 for path, (down, up) in adapters.factors(layer).items():
-                    hook = _adapter_hook(down, up, adapted, batch)
+                    hook = _adapter_hook(self, down, up, adapted, batch)
                     handle = self.blocks[layer].get_submodule(path).register_forward_hook(hook)
                     hooks.callback(handle.remove)
             yield
@@ -336,11 +343,15 @@ class ReferenceTarget(Target):
         return args, kwargs | {"attention_mask": mask.memo[key]}
 
 
-def _adapter_hook(down: Tensor, up: Tensor, adapted: int | None, batch: int) -> Any:
+def _adapter_hook(target: ReferenceTarget, down: Tensor, up: Tensor, adapted: int | None, batch: int) -> Any:
     def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        if target.bridge is not None and target.bridge.replays:  # committed tokens have been run without adapters
+            return output
+        # Branches of a tree are rows in a recurrent mixer.
+        rows = inputs[0].shape[0] if inputs[0].dim() == 3 else batch
         # OPT flattens tokens to (B * T, D) before its MLP.
-        x, y = (t.view(batch, -1, t.shape[-1]) for t in (inputs[0], output))
-        count = y.shape[1] if adapted is None else adapted
+        x, y = (t.view(rows, -1, t.shape[-1]) for t in (inputs[0], output))
+        count = min(y.shape[1], y.shape[1] if adapted is None else adapted)
         delta = (x[:, -count:] @ down.T.to(x.dtype)) @ up.T.to(x.dtype)  # (B, count, out)
         y = torch.cat((y[:, :-count], y[:, -count:] + delta), 1)
         return y.view(output.shape)
