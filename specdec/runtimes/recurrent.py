@@ -59,7 +59,10 @@ class Recurrent:
         """The outputs for the last T inputs, each branch of their ``tree`` as a row of its own."""
         assert self.inputs is not None
         (batch, _, width), (t, u) = self.inputs.shape, tree.shape
-        paths = [row.nonzero()[:, 0].tolist() for row in tree.cpu()]  # each ends with the token itself
+        paths = [row.nonzero()[:, 0].tolist() for row in tree.cpu()]
+        for node, path in enumerate(paths, start=u - t):
+            if node not in path:  # a second run of the last token that it sees
+                path[-1:] = [node]
         inner = {node for path in paths for node in path[:-1]}
         leaves = [path for path in paths if path[-1] not in inner]
         longest = max(map(len, leaves))
