@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 States = dict[tuple[str, int], Tensor]  # by kind and number, each [B, ...]; empty before the first token
-# Inputs [B, T, D], the states before them, whether they have been run before -> outputs and states after them.
+# Inputs [B, T, D], the states before them, whether adapters are left out -> outputs and states after them.
 Advance = Callable[[Tensor, States, bool], tuple[Tensor, States]]
 
 
@@ -56,7 +56,10 @@ class Recurrent:
         return out
 
     def _branches(self, tree: Tensor, advance: Advance) -> Tensor:
-        """The outputs for the last T inputs, each branch of their ``tree`` as a row of its own."""
+        """The outputs for the last T inputs, each branch of their ``tree`` as a row of its own.
+
+        Adapters are left out: they would act on the end of every branch.
+        """
         assert self.inputs is not None
         (batch, _, width), (t, u) = self.inputs.shape, tree.shape
         paths = [row.nonzero()[:, 0].tolist() for row in tree.cpu()]
@@ -69,7 +72,7 @@ class Recurrent:
         index = torch.tensor([path + path[-1:] * (longest - len(path)) for path in leaves], device=self.inputs.device)
         x = self.inputs[:, index].reshape(batch * len(leaves), longest, width)
         states = {key: state.repeat_interleave(len(leaves), 0) for key, state in self.states.items()}
-        out = advance(x, states, False)[0].view(batch, len(leaves), longest, -1)
+        out = advance(x, states, True)[0].view(batch, len(leaves), longest, -1)
         place = {node: (leaf, at) for leaf, path in enumerate(leaves) for at, node in enumerate(path)}
         leaf, at = zip(*(place[node] for node in range(u - t, u)), strict=True)
         return out[:, leaf, at]

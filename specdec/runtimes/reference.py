@@ -44,7 +44,7 @@ class _Bridge(Cache):
         super().__init__(layers=[])
         self.kv, self.only_fill = cache, only_fill
         self.states: States = {}  # of the recurrent layer that runs
-        self.replays = False  # whether it runs tokens again, only for their states
+        self.plain = False  # whether adapters are left out: tokens run again, branches of a tree
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         views = self.kv.append(layer_idx, key_states, value_states)
@@ -88,8 +88,8 @@ class _Bridge(Cache):
     def advance(self, mixer: Callable[[Tensor], Tensor], continues: bool) -> Advance:
         """``mixer`` as a function of its states. continues: whether several tokens may follow earlier ones."""
 
-        def run(x: Tensor, states: States, again: bool) -> tuple[Tensor, States]:
-            self.states, self.replays = dict(states), again
+        def run(x: Tensor, states: States, plain: bool) -> tuple[Tensor, States]:
+            self.states, self.plain = dict(states), plain
             if not states or continues:
                 return mixer(x), self.states
             return torch.cat([mixer(token) for token in x.split(1, 1)], 1), self.states
@@ -345,9 +345,8 @@ class ReferenceTarget(Target):
 
 def _adapter_hook(target: ReferenceTarget, down: Tensor, up: Tensor, adapted: int | None, batch: int) -> Any:
     def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        if target.bridge is not None and target.bridge.replays:  # committed tokens have been run without adapters
+        if target.bridge is not None and target.bridge.plain:
             return output
-        # Branches of a tree are rows in a recurrent mixer.
         rows = inputs[0].shape[0] if inputs[0].dim() == 3 else batch
         # OPT flattens tokens to (B * T, D) before its MLP.
         x, y = (t.view(rows, -1, t.shape[-1]) for t in (inputs[0], output))
