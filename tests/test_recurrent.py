@@ -8,7 +8,7 @@ import random
 import pytest
 from conftest import HYBRIDS, Scripted, greedy_reference, tiny_model
 from transformers import PreTrainedModel
-from zoo import PROMPTS, new_tokens, run
+from zoo import PROMPTS, every, new_tokens, run
 
 from specdec.drafters.early_exit import EarlyExitDrafter
 from specdec.drafters.prompt_lookup import PromptLookupDrafter
@@ -83,3 +83,9 @@ def test_a_text_is_reused_whole_or_not_at_all() -> None:
     first = ask(list(range(5, 25)))
     assert ask([*first.ids, 7, 8]).metrics.num_cached_tokens == len(first.ids) - 1
     assert ask([*range(5, 15), 3]).metrics.num_cached_tokens == 0
+
+
+def test_every_drafter_leaves_the_output_unchanged() -> None:
+    _, target, expected = served("qwen3_next")
+    for name, drafter in every(target).items():
+        assert run(target, drafter, PROMPTS, COUNT)[0] == expected, name
