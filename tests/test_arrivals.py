@@ -24,6 +24,7 @@ from specdec.engine.division import divide
 from specdec.engine.engine import Engine
 from specdec.engine.prefix import PrefixStore
 from specdec.engine.request import Request
+from specdec.runtimes.cache import KVCache
 from specdec.runtimes.native import library
 from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.reference import ReferenceTarget
@@ -51,6 +52,10 @@ def native() -> Target:
 
 def reference() -> Target:
     return ReferenceTarget(tiny_model("llama", max_position_embeddings=256))
+
+
+def hybrid() -> Target:
+    return ReferenceTarget(tiny_model("qwen3_next", max_position_embeddings=256))
 
 
 def some_requests(count: int, seed: int) -> list[Request]:
@@ -102,8 +107,14 @@ class Varied(FixedDepth):
         return Choice(max(depths), depths=depths)
 
 
-@pytest.mark.parametrize("name", DRAFTERS)
-@pytest.mark.parametrize("make", [pytest.param(native, marks=needs_native), reference])
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        *[pytest.param(native, name, marks=needs_native) for name in DRAFTERS],
+        *[(reference, name) for name in DRAFTERS],
+        (hybrid, "medusa (tree)"),
+    ],
+)
 def test_a_response_does_not_depend_on_what_else_runs(
     make: Callable[[], Target], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -114,14 +125,15 @@ def test_a_response_does_not_depend_on_what_else_runs(
     drafter.bind(target)
     count = 200 if name == "hybrid" else 40
     requests = some_requests(count, seed=len(name))
-    token_bytes = 2 * target.num_layers * 2 * (32 * 2 if make is native else 8 * 4)
+    token_bytes, state_bytes = scheduler._bytes(target)
+    assert bool(state_bytes) == (make is hybrid)
     engine = Engine(
         target,
         drafter,
         ExactVerifier(),
         Varied(4),
         max_rows=6,
-        kv_memory=240 * token_bytes,
+        kv_memory=240 * token_bytes + 12 * state_bytes,
         prefill_chunk=7,
         reuse=True,
     )
@@ -375,14 +387,15 @@ def test_events_say_which_tokens_were_drafted(llama: PreTrainedModel) -> None:
 
 
 def test_the_text_used_least_recently_goes_first() -> None:
-    class One:
-        def __init__(self, count: int) -> None:
-            self.rows = [count]
+    def one(count: int) -> KVCache:
+        cache = KVCache(1, 1)
+        cache.rows = [count]
+        return cache
 
     store = PrefixStore()
     for ids in ([1, 2, 3], [4, 5], [6]):
-        store.add(ids, One(len(ids)))  # type: ignore[arg-type]
+        store.add(ids, one(len(ids)))
     assert store.longest([1, 2, 9])[1] == 2 and store.tokens == 6
     assert store.drop() and [prefix.ids for prefix in store.kept] == [[6], [1, 2, 3]]
-    store.add([6, 7, 8], One(3))  # type: ignore[arg-type]
+    store.add([6, 7, 8], one(3))
     assert [prefix.ids for prefix in store.kept] == [[1, 2, 3], [6, 7, 8]]

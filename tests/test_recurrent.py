@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
+from collections.abc import Sequence
 
 import pytest
 from conftest import HYBRIDS, Scripted, greedy_reference, tiny_model
@@ -11,7 +12,9 @@ from transformers import PreTrainedModel
 from zoo import PROMPTS, every, new_tokens, run
 
 from specdec.drafters.early_exit import EarlyExitDrafter
+from specdec.drafters.none import NoDrafter
 from specdec.drafters.prompt_lookup import PromptLookupDrafter
+from specdec.engine import scheduler
 from specdec.engine.depth import FixedDepth
 from specdec.engine.engine import Engine
 from specdec.engine.request import Request
@@ -66,23 +69,55 @@ def test_greedy_equals_generate(family: str, rows: slice) -> None:
             assert all(metrics.num_spec_steps < COUNT / 2 for metrics in ran.metrics)
 
 
-def test_a_text_is_reused_whole_or_not_at_all() -> None:
-    model, target, _ = served("qwen3_next")
-    drafter = PromptLookupDrafter()
-    drafter.bind(target)
-    engine = Engine(target, drafter, ExactVerifier(), FixedDepth(4), reuse=True)
-
-    def ask(prompt: list[int]) -> Request:
-        request = Request(prompt, 8)
+def cached(engine: Engine, prompts: Sequence[list[int]], count: int = 6) -> list[int]:
+    """How many tokens of each prompt need not be run, where they come at once. The output is the model's."""
+    requests = [Request(prompt, count) for prompt in prompts]
+    for request in requests:
         engine.submit(request)
-        for _ in engine.steps():
-            pass
-        assert request.error is None and new_tokens(request) == greedy_reference(model, prompt, 8)
-        return request
+    for _ in engine.steps():
+        pass
+    for request in requests:
+        assert request.error is None
+        assert new_tokens(request) == greedy_reference(served("qwen3_next")[0], request.prompt, count)
+    return [request.metrics.num_cached_tokens for request in requests]
 
-    first = ask(list(range(5, 25)))
-    assert ask([*first.ids, 7, 8]).metrics.num_cached_tokens == len(first.ids) - 1
-    assert ask([*range(5, 15), 3]).metrics.num_cached_tokens == 0
+
+def engine_of(drafter: Drafter, kv_memory: int | None = None) -> Engine:
+    target = served("qwen3_next")[1]
+    drafter.bind(target)
+    return Engine(target, drafter, ExactVerifier(), FixedDepth(4), kv_memory=kv_memory, reuse=True)
+
+
+def test_a_text_is_gone_on_with_where_it_ended_or_where_others_forked_off() -> None:
+    engine, shared = engine_of(PromptLookupDrafter()), list(range(5, 50))
+    [text] = [[*shared, 60, *answer] for answer in [greedy_reference(served("qwen3_next")[0], [*shared, 60], 6)]]
+    assert cached(engine, [[*shared, 60]]) == [0]
+    assert cached(engine, [[*text, 7, 8]]) == [len(text) - 1]  # where it ended
+    assert cached(engine, [[*text, 9]]) == [len(text) - 1]  # and again: the text that went on keeps a checkpoint there
+    assert cached(engine, [[*shared, 61]]) == [0]  # the first to fork off at this place
+    assert cached(engine, [[*shared, 62]]) == [len(shared)]
+    assert cached(engine, [[*range(50, 95), n] for n in (5, 5, 6)]) == [0, 45, 45]  # they know of each other
+
+
+def test_checkpoints_are_kept_every_so_many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduler, "EVERY", 16)
+    engine = engine_of(NoDrafter())
+    engine.scheduler.chunk = 8
+    prompt = [3 + n % 90 for n in range(100)]
+    assert cached(engine, [prompt]) == [0]
+    [text] = engine.scheduler.prefixes.kept
+    assert [text.cache.restorable(0, count) for count in (15, 16, 40, 99)] == [0, 16, 32, 88]
+    assert cached(engine, [[*prompt[:40], 5]]) == [32]
+
+
+def test_recurrent_states_count_as_memory() -> None:
+    token_bytes, state_bytes = scheduler._bytes(served("qwen3_next")[1])
+    assert state_bytes > 10 * token_bytes > 0
+    engine = engine_of(NoDrafter(), kv_memory=3 * state_bytes + 200 * token_bytes)
+    for first in range(5, 10):
+        cached(engine, [[first, *range(10, 40)]])
+    kept, held = len(engine.scheduler.prefixes.kept), engine.stats().kv_bytes
+    assert kept == 3 and held == 3 * state_bytes + engine.scheduler.prefixes.tokens * token_bytes
 
 
 def test_every_drafter_leaves_the_output_unchanged() -> None:

@@ -21,6 +21,11 @@ class PrefixStore:
         self.kept: list[Prefix] = []
 
     @property
+    def states(self) -> int:
+        """Recurrent states that a layer holds."""
+        return sum(prefix.cache.num_states for prefix in self.kept)
+
+    @property
     def tokens(self) -> int:
         """Slots that are held."""
         return sum(prefix.cache.rows[0] for prefix in self.kept)
@@ -34,16 +39,18 @@ class PrefixStore:
         self.kept = [prefix for prefix in self.kept if common(prefix.ids, text) < len(prefix.ids)]
         self.kept.append(Prefix(text, cache))
 
-    def longest(self, ids: Sequence[int]) -> tuple[Prefix | None, int]:
-        """The text with which most of ``ids`` can begin, and how many tokens."""
-        best, most = None, 0
+    def longest(self, ids: Sequence[int]) -> tuple[Prefix | None, int, int]:
+        """The text with which most of ``ids`` can begin, how many tokens, and how many are in common with any text."""
+        best, most, shared = None, 0, 0
         for prefix in self.kept:
-            if (count := prefix.cache.restorable(0, common(prefix.ids, ids))) > most:
+            alike = common(prefix.ids, ids)
+            shared = max(shared, alike)
+            if (count := prefix.cache.restorable(0, alike)) > most:
                 best, most = prefix, count
         if best is not None:
             self.kept.remove(best)
             self.kept.append(best)
-        return best, most
+        return best, most, shared
 
     def take(self, prefix: Prefix) -> KVCache:
         """A text's cache, which goes on as a row's."""

@@ -45,6 +45,7 @@ class Request:
     submitted: float = field(init=False, default=0.0)
     begun: dict[str, float] | None = field(init=False, default=None)  # the engine's ledger when it was admitted
     chosen: int = field(init=False, default=-1)  # the token after a prompt
+    forks: set[int] = field(init=False, default_factory=set)  # tokens after which other texts go on differently
     handle: Handle | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:

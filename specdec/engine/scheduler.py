@@ -21,6 +21,9 @@ PAGE = 16  # slots that memory is counted in
 AHEAD = 64  # tokens that every row should have room for when one is admitted: else it would soon give way again
 ROOM = 1024  # new tokens that a row has room for from the beginning, where its cache is kept for others
 SHARED = 32  # a request waits for another's prompt to be run if they have so many more tokens in common
+EVERY = (
+    512  # tokens of a prompt between two checkpoints of recurrent states, at least; a quarter of it where it is long
+)
 
 
 class Joining:
@@ -60,7 +63,10 @@ class Scheduler:
     max_rows: most requests that run at once. memory: bytes of keys and values; None: as many as it takes. chunk: most
     tokens of prompts in a step, while rows run. reuse: whether texts are kept for requests that begin alike.
     preemptions; queries, hits: prompt tokens that were looked up, and found. token_bytes: of a token's keys and values,
-    where memory is bounded.
+    where memory is bounded; state_bytes: of a row's recurrent states, and of a checkpoint.
+
+    Texts with recurrent states can be gone on with at checkpoints alone. These are kept in a prompt where another text
+    is known to fork off, and every so many tokens.
     """
 
     def __init__(self, batch: Batch, max_rows: int, memory: int | None, chunk: int, reuse: bool) -> None:
@@ -68,7 +74,7 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.joining, self.prefixes = Joining(), PrefixStore()
         self.preemptions = self.queries = self.hits = 0
-        self.token_bytes = 0 if memory is None else _token_bytes(batch.target)
+        self.token_bytes, self.state_bytes = (0, 0) if memory is None else _bytes(batch.target)
 
     @property
     def running(self) -> int:
@@ -77,16 +83,18 @@ class Scheduler:
     # -- memory -------------------------------------------------------------------------------------------------------
 
     def used(self) -> int:
-        """Bytes of keys and values that are held, in whole blocks of slots."""
+        """Bytes of keys and values that are held, in whole blocks of slots, and of recurrent states."""
         joining = [len(row.ids) for row in self.joining.rows]
         slots = sum(blocks(n, PAGE) for n in (*self.batch.cache.rows, *joining))
-        return self.token_bytes * (slots + self.prefixes.tokens)
+        states = self.batch.cache.num_states + self.prefixes.states
+        states += 0 if self.joining.cache is None else self.joining.cache.num_states
+        return self.token_bytes * (slots + self.prefixes.tokens) + self.state_bytes * states
 
-    def _fits(self, more: int) -> bool:
-        """Whether so many more tokens have room; prefixes make room for them."""
+    def _fits(self, more: int, rows: int = 0) -> bool:
+        """Whether so many more tokens, and rows, have room; prefixes make room for them."""
         if self.memory is None:
             return True
-        while self.used() + more * self.token_bytes > self.memory:
+        while self.used() + more * self.token_bytes + rows * self.state_bytes > self.memory:
             if not self.prefixes.drop():
                 return False
         return True
@@ -94,7 +102,7 @@ class Scheduler:
     def make_room(self) -> bool:
         """Before a step: let the youngest rows wait until the others have room to grow; whether any has to."""
         before = self.preemptions
-        while self.running > 1 and not self._fits(DRAFTED * len(self.batch.rows)):
+        while not self._fits(DRAFTED * len(self.batch.rows)) and self.running > 1:
             youngest = max([*self.batch.rows, *self.joining.rows], key=lambda row: row.submitted)
             self.leave([youngest], keep=False)
             self.waiting.appendleft(youngest)
@@ -108,12 +116,14 @@ class Scheduler:
         fresh, longest, target = list[Request](), 0, self.batch.target
         while self.waiting and self.running + len(fresh) < self.max_rows:
             row, others = self.waiting[0], self.running + len(fresh)
-            source, found = self._longest(row.ids[:-1])  # what follows the last token is sought, so it is run
+            source, found, shared = self._longest(row.ids[:-1])  # what follows the last token is sought, so it is run
             more = sum(blocks(len(each.ids), PAGE) for each in (*fresh, row)) + AHEAD * (others + 1)
-            if others and not self._fits(more):
+            if not self._fits(more, len(fresh) + 1) and others:
                 break
-            if any(common(each.ids, row.ids[:-1]) > found + SHARED for each in self._beginning(fresh)):
+            if self._waits(row, found, fresh):
                 break
+            if shared > found + SHARED:
+                row.forks.add(shared)
             cache = None if source is None else source(found, self._expected(row))
             self._book(row, found)
             self.waiting.popleft()
@@ -123,6 +133,7 @@ class Scheduler:
             expected = self._expected(row)
             if cache is not None:
                 cache.expected = expected
+                cache.keep_state(0)
                 self.joining.add([row], cache)
             else:
                 fresh.append(row)
@@ -137,24 +148,39 @@ class Scheduler:
         left = min(row.left, ROOM) if self.reuse else row.left
         return min(len(row.ids) + left + DRAFTED, self.batch.target.context)
 
-    def _longest(self, ids: Sequence[int]) -> tuple[Callable[[int, int], KVCache] | None, int]:
-        """What has most tokens in common with a text: how to get a cache with so many of them, and how many."""
+    def _longest(self, ids: Sequence[int]) -> tuple[Callable[[int, int], KVCache] | None, int, int]:
+        """How to get a cache with the most tokens that a text can begin with, how many, and how many are in common with
+        what has been run."""
         if not self.reuse:
-            return None, 0
-        prefix, most = self.prefixes.longest(ids)
+            return None, 0, 0
+        prefix, most, shared = self.prefixes.longest(ids)
         source: Callable[[int, int], KVCache] | None = None
         if prefix is not None:
             whole = most == len(prefix.ids)
             source = partial(self._taken, prefix) if whole else partial(prefix.cache.copy, 0)
         for b, other in enumerate(self.batch.rows):
-            count = min(common(other.ids, ids), self.batch.cache.rows[b])
-            if (count := self.batch.cache.restorable(b, count)) > most:
+            alike = min(common(other.ids, ids), self.batch.cache.rows[b])
+            shared = max(shared, alike)
+            if (count := self.batch.cache.restorable(b, alike)) > most:
                 most, source = count, partial(self.batch.cache.copy, b)
-        return source, most
+        return source, most, shared
 
-    def _beginning(self, fresh: list[Request]) -> list[Request]:
-        """Rows whose prompts are being run, and may be of use to others."""
-        return [*self.joining.rows, *fresh] if self.reuse else []
+    def _waits(self, row: Request, found: int, fresh: list[Request]) -> bool:
+        """Whether a row had better wait for a prompt that is being run: it can begin with more of it than was found."""
+        if not self.reuse:
+            return False
+        joining, wait = self.joining, False
+        for b, other in enumerate((*joining.rows, *fresh)):
+            cache = joining.cache if b < len(joining.rows) else None
+            shared, run = common(other.ids, row.ids[:-1]), 0 if cache is None else cache.rows[b]
+            if shared <= found + SHARED:
+                continue
+            if run < shared:
+                other.forks.add(shared)
+                wait = True
+            elif cache is not None and cache.restorable(b, shared) > found + SHARED:
+                wait = True
+        return wait
 
     def _taken(self, prefix: Prefix, count: int, room: int) -> KVCache:
         return self.prefixes.take(prefix)
@@ -174,10 +200,16 @@ class Scheduler:
             return []
         left = [len(row.ids) - n for row, n in zip(joining.rows, cache.rows, strict=True)]
         counts, room = [], self.chunk if self.batch.rows else self.chunk * len(left)
-        for count in left:
-            counts.append(min(count, self.chunk, room))
-            room -= counts[-1]
+        for row, n, count in zip(joining.rows, cache.rows, left, strict=True):
+            count = min(count, self.chunk, room)
+            if self.batch.target.recurrent:
+                count = min([count, *(fork - n for fork in row.forks if fork > n)])
+            counts.append(count)
+            room -= count
         whole = self.batch.prefill(joining.rows, cache, counts)
+        for b, (row, n) in enumerate(zip(joining.rows, cache.rows, strict=True)):
+            if self.reuse and (n in row.forks or n - cache.restorable(b, n - 1) >= max(EVERY, n // 4)):
+                cache.keep_state(b)
         if whole and (own := joining.remove(whole)) is not None:
             self.batch.join(whole, own)
         return whole
@@ -200,8 +232,8 @@ class Scheduler:
 
 
 @torch.inference_mode()
-def _token_bytes(target: Target) -> int:
-    """Bytes of a token's keys and values."""
+def _bytes(target: Target) -> tuple[int, int]:
+    """Bytes of a token's keys and values, and of a row's recurrent states."""
     cache = target.new_cache()
     run_tokens(target, cache, [[0]])
-    return cache.token_bytes
+    return cache.token_bytes, cache.state_bytes

@@ -291,7 +291,27 @@ class KVCache:
 
     def restorable(self, row: int, count: int) -> int:
         """With how many of the first ``count`` committed tokens of ``row`` a text can go on."""
-        return count if not self.recurrent or count == self.rows[row] else 0
+        if not self.recurrent or count == self.rows[row]:
+            return count
+        kept = set.intersection(*(set(state.kept[row]) for state in self.recurrent.values()))
+        return max((n for n in kept if n <= count), default=0)
+
+    def keep_state(self, row: int) -> None:
+        """Keep a checkpoint of the recurrent states of ``row`` as they are now; keys and values need none."""
+        for state in self.recurrent.values():
+            if self.rows[row] not in state.kept[row]:
+                state.due[row] = self.rows[row]
+
+    @property
+    def num_states(self) -> int:
+        """Recurrent states that a layer holds: of each row, and its checkpoints."""
+        state = next(iter(self.recurrent.values()), None)
+        return 0 if state is None else self.batch + sum(map(len, state.kept))
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of a row's recurrent states in all layers; 0 before any are held."""
+        return sum(state.nbytes for state in self.recurrent.values()) // max(self.batch, 1)
 
     def copy(self, row: int, count: int, room: int = 0) -> KVCache:
         """A cache of one row: the first ``count`` committed tokens of ``row``. room: slots that it will need.
@@ -299,9 +319,7 @@ class KVCache:
         count: as ``restorable`` returns it.
         """
         if count and count != self.restorable(row, count):
-            raise ValueError(
-                f"cannot copy {count} of {self.rows[row]} tokens: the recurrent states are those after all"
-            )
+            raise ValueError(f"cannot copy {count} of {self.rows[row]} tokens: no recurrent states are kept after them")
         made = KVCache(len(self.lengths), 1, self.device, self.block, rounded=self.rounded)
         slots = (self.positions[row, : self.committed] >= 0).nonzero()[:count, 0]
         if self.whole is not None:
@@ -312,7 +330,9 @@ class KVCache:
         made.positions = torch.arange(count, device=self.device)[None]
         made.rows, made.committed, made.lengths = [count], count, [count] * len(self.lengths)
         if count:
-            made.recurrent = {layer: state.select([row]) for layer, state in self.recurrent.items()}
+            whole = count == self.rows[row]
+            for layer, state in self.recurrent.items():
+                made.recurrent[layer] = state.select([row]) if whole else state.restored(row, count)
         return made
 
     def take(self, row: int) -> KVCache:

@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from specdec.base.errors import SpecDecError
+
 States = dict[tuple[str, int], Tensor]  # by kind and number, each [B, ...]; empty before the first token
 # Inputs [B, T, D], the states before them, whether adapters are left out -> outputs and states after them.
 Advance = Callable[[Tensor, States, bool], tuple[Tensor, States]]
@@ -22,7 +24,8 @@ class Recurrent:
     """A layer's state for a batch.
 
     states: after the committed tokens of each row, except those that are ``pending`` [n, D]. inputs: of the
-    uncommitted tokens, [B, U, D], with the states after them, ``ahead`` (None: not known).
+    uncommitted tokens, [B, U, D], with the states after them, ``ahead`` (None: not known). kept: checkpoints of each
+    row, its states after so many tokens; due: rows whose states after so many tokens are kept when nothing is pending.
     """
 
     def __init__(self, batch: int) -> None:
@@ -30,6 +33,8 @@ class Recurrent:
         self.pending: list[Tensor | None] = [None] * batch
         self.inputs: Tensor | None = None
         self.ahead: States | None = None
+        self.kept: list[dict[int, States]] = [{} for _ in range(batch)]
+        self.due: dict[int, int] = {}
 
     @property
     def nbytes(self) -> int:
@@ -38,8 +43,10 @@ class Recurrent:
     def run(self, x: Tensor, held: int, tree: Tensor | None, advance: Advance) -> Tensor:
         """The outputs for ``x`` [B, T, D], which follows the first ``held`` uncommitted tokens.
 
-        tree: bool [T, held + T], as in ``KVCache.mask``.
+        tree: bool [T, held + T], as in ``KVCache.mask``, one for all rows.
         """
+        if tree is not None and tree.dim() == 3:
+            raise SpecDecError("recurrent layers take one tree for all rows; draft trees of one shape, or chains")
         self._absorb(advance)
         current = held == (0 if self.inputs is None else self.inputs.shape[1])
         before = x[:, :0] if self.inputs is None else self.inputs[:, :held]
@@ -95,6 +102,9 @@ class Recurrent:
                     old[rows] = state
                     self.states[key] = old
         self.pending = [None] * len(self.pending)
+        for row, count in self.due.items():
+            self.kept[row][count] = {key: state[row : row + 1].clone() for key, state in self.states.items()}
+        self.due = {}
 
     def commit(self, paths: Sequence[Sequence[int]]) -> None:
         """Accept, for each row, the uncommitted tokens listed in ``paths``, and drop the others."""
@@ -111,17 +121,27 @@ class Recurrent:
         """Drop everything that is not committed."""
         self.inputs = self.ahead = None
 
+    def restored(self, row: int, count: int) -> Recurrent:
+        """The state of one row as it was after ``count`` tokens, which is a checkpoint."""
+        made = Recurrent(1)
+        made.states = dict(self.kept[row][count])
+        made.kept = [{n: states for n, states in self.kept[row].items() if n <= count}]
+        return made
+
     def select(self, rows: Sequence[int]) -> Recurrent:
         """Only ``rows``, in that order, as a new state."""
         made = Recurrent(len(rows))
         made.states = {key: state[list(rows)] for key, state in self.states.items()}
         made.pending = [self.pending[row] for row in rows]
+        made.kept = [dict(self.kept[row]) for row in rows]
+        made.due = {to: self.due[row] for to, row in enumerate(rows) if row in self.due}
         return made
 
     def joined(self, other: Recurrent) -> Recurrent:
         """The rows of ``other`` after those of this state, as a new state."""
         made = Recurrent(0)
-        made.pending = self.pending + other.pending
+        made.pending, made.kept = self.pending + other.pending, self.kept + other.kept
+        made.due = self.due | {len(self.pending) + row: count for row, count in other.due.items()}
         for key in self.states.keys() | other.states.keys():
             a, b = self.states.get(key), other.states.get(key)
             shape = (a if a is not None else b).shape[1:]  # type: ignore[union-attr]
