@@ -142,8 +142,8 @@ class M2R2Drafter(ChainDrafter):
             heads, tokens = vocabulary.heads, vocabulary.tokens
             path = self.draft_path = DraftPath(network.frozen, network.path.segments, network.adapters, heads, tokens)
         *inputs, final = row.block
-        if row.number:
-            *inputs, final = (x[row.number :] for x in row.block)
+        if len(final) > 1:  # other rows were in the block
+            *inputs, final = (x[row.number : row.number + 1] for x in row.block)
         seed = Seed(state.ids[0][-1], state.cache.rows[0], final, inputs, row.place)
         prices, nodes = state.prices, self.shape.nodes
         width = self.width if nodes or prices else 1

@@ -59,6 +59,15 @@ SMALL = {
     "pad_token_id": 0,
 }
 
+ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "first_k_dense_replace": 1}
+LATENT = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 8,
+    "q_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+}
 FAMILIES: dict[str, dict[str, object]] = {
     "llama": {},
     "mistral": {"sliding_window": 5},
@@ -86,6 +95,35 @@ FAMILIES: dict[str, dict[str, object]] = {
         "shared_expert_intermediate_size": 24,
     },
     "qwen3_moe": {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "smollm3": {"no_rope_layer_interval": 2},
+    "ministral3": {"head_dim": 8},
+    "gemma4_text": {
+        "head_dim": 8,
+        "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "per_layer_config": {"01": {"head_dim": 16}, "03": {"head_dim": 16}},
+        "hidden_size_per_layer_input": 0,
+        "tie_word_embeddings": False,
+    },
+    "llama4_text": {
+        "head_dim": 8,
+        "attention_chunk_size": 6,
+        "num_local_experts": 4,
+        "interleave_moe_layer_step": 2,
+        "intermediate_size_mlp": 48,
+        "floor_scale": 8,
+    },
+    "gpt_oss": {
+        "head_dim": 8,
+        "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    },
+    "deepseek_v3": {**ROUTED, **LATENT, "n_group": 2, "topk_group": 1},
+    "glm4_moe": {**ROUTED, "head_dim": 8},
+    "glm4_moe_lite": {**ROUTED, **LATENT, "n_group": 1},
+    "minimax_m2": {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
 }
 
 DELTA_NET = {
@@ -133,6 +171,13 @@ HYBRIDS: dict[str, dict[str, object]] = {  # families with recurrent layers
     },
     "mamba2": {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 2, "chunk_size": 8},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
+    "lfm2_moe": {
+        "layer_types": ["conv", "full_attention"] * 2,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "num_dense_layers": 1,
+    },
 }
 
 
@@ -140,7 +185,7 @@ def tiny_model(family: str = "llama", attention: str | None = None, **changes: o
     """A random fp32 model of 4 layers, in evaluation mode, with logits spread enough to have clear winners."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **{**SMALL, **(FAMILIES | HYBRIDS)[family], **changes})
-    attention = attention or ("eager" if family in ("gemma2", "mamba2") else "sdpa")
+    attention = attention or ("eager" if family in ("gemma2", "gpt_oss", "mamba2") else "sdpa")
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
     with torch.no_grad():
         for parameter in model.parameters():

@@ -8,7 +8,7 @@ from itertools import product
 
 import pytest
 import torch
-from conftest import FAMILIES, greedy_reference, tiny_model
+from conftest import FAMILIES, HYBRIDS, greedy_reference, tiny_model
 from test_exact import AcceptsAll, p_value
 from transformers import PreTrainedModel, TopPLogitsWarper
 from zoo import PROMPTS, chains, every, run, trees
@@ -19,7 +19,7 @@ from specdec.runtimes.target import Target
 from specdec.speculation import registry
 from specdec.speculation.draft import Draft, Drafter, State, Verifier
 
-WHOLE = ("llama", "mistral", "gpt2", "qwen3_moe")  # families for which all variants are run
+WHOLE = ("llama", "mistral", "gpt2", "qwen3_moe", "qwen3_next")  # families for which all variants are run
 DRAFTERS = set(registry.DRAFTERS) - {"auto"}  # that one loads another
 SHAPED = DRAFTERS - {"none"}
 
@@ -30,7 +30,7 @@ def test_the_matrix_has_every_drafter(llama: PreTrainedModel) -> None:
     assert tree == SHAPED and chain | {"lookahead"} == DRAFTERS  # lookahead's window is a tree
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES | HYBRIDS)
 def test_greedy_equals_generate_in_a_ragged_batch(family: str) -> None:
     model = tiny_model(family)
     target = ReferenceTarget(model)

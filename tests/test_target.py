@@ -100,7 +100,20 @@ def test_unsupported_models_are_refused_with_the_reason() -> None:
     bloom = AutoModelForCausalLM.from_config(
         AutoConfig.for_model("bloom", hidden_size=16, n_layer=2, n_head=2, vocab_size=50)
     )
-    for model, reason in ((t5, "encoder-decoder"), (bloom, "not supported")):
+    zamba = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(
+            "zamba2", hidden_size=16, num_hidden_layers=2, layer_types=["linear_attention", "hybrid"], vocab_size=50
+        )
+    )
+    by_layer = tiny_model("gemma4_text", hidden_size_per_layer_input=8, vocab_size_per_layer_input=97)
+    sharing = tiny_model("gemma4_text", num_kv_shared_layers=2)
+    for model, reason in (
+        (t5, "encoder-decoder"),
+        (bloom, "not supported"),
+        (zamba, "its layers read the token embeddings again"),
+        (by_layer, "its layers read the token embeddings again"),
+        (sharing, "its layers share keys and values"),
+    ):
         for make in (ReferenceTarget, make_target):
             with pytest.raises(SpecDecError, match=rf"^model type '{model.config.model_type}' .*{reason}") as caught:
                 make(model.eval())

@@ -23,6 +23,10 @@ TOGETHER = 32  # numbers of an 8-bit row that share a scale
 AHEAD = 1 << 30  # bytes of slots that buffers begin with at most because they are expected
 
 
+class Chunk(int):
+    """In the place of a window: positions are divided into chunks of this size, within which queries see keys."""
+
+
 class Mask:
     """Which cached keys each query may attend to.
 
@@ -49,12 +53,15 @@ class Mask:
     def bool_mask(self, window: int | None = None) -> Tensor | None:
         """Return the mask as bool [B, 1, T, S] (True = attend), or None where nothing is hidden.
 
-        ``window``: a query sees only the last ``window`` positions, itself included.
+        ``window``: a query sees only the last ``window`` positions, itself included, or those of its own ``Chunk``.
         """
         if window not in self.memo:
             visible = self.visible
             if window is not None:
-                near = self.query[:, :, None] - self.keys[:, None, :] < window  # (B, T, S)
+                query, keys = self.query[:, :, None], self.keys[:, None, :]
+                near = (
+                    keys // window == query // window if isinstance(window, Chunk) else query - keys < window
+                )  # (B, T, S)
                 if visible is not None:
                     visible = visible & near
                 elif near.device.type != "cpu" or not bool(near.all()):  # elsewhere, looking costs more than a mask

@@ -13,11 +13,15 @@ from specdec.runtimes.target import Target
 
 def refuse_unsupported(model: PreTrainedModel) -> None:
     """Raise SpecDecError, with the reason, for a model whose decoding state cannot be rolled back or tree-masked."""
-    kind = model.config.model_type
+    kind, text = model.config.model_type, model.config.get_text_config()
     if model.config.is_encoder_decoder:
         raise SpecDecError(f"model type '{kind}' is an encoder-decoder; specdec needs a decoder-only causal model")
     if model.get_output_embeddings() is None:
         raise SpecDecError(f"model type '{kind}' has no language-model head; load it as a causal language model")
+    if kind in ("zamba", "zamba2") or getattr(text, "hidden_size_per_layer_input", None):
+        raise SpecDecError(f"model type '{kind}' is not supported: its layers read the token embeddings again")
+    if getattr(text, "num_kv_shared_layers", None):
+        raise SpecDecError(f"model type '{kind}' is not supported: its layers share keys and values with others")
     if model.config._attn_implementation not in ("sdpa", "eager"):
         raise SpecDecError(
             f"attention implementation '{model.config._attn_implementation}' takes no tree masks; "

@@ -173,7 +173,7 @@ class _Mixer(nn.Module):
 
 
 class _Nothing(nn.Module):
-    """Stands in for a sublayer that adds nothing. pair: answers as attention does, with weights beside the result."""
+    """Stands in for a sublayer that adds nothing. pair: answers as attention does, with something beside the result."""
 
     def __init__(self, pair: bool) -> None:
         super().__init__()
@@ -201,6 +201,7 @@ class ReferenceTarget(Target):
         self.beside: int | None = None  # what layers return beside hidden states; None: those alone, not in a tuple
         self.bridge: _Bridge | None = None  # of the call that runs
         self.known = False  # whether a layer has shown it
+        self.pairs: dict[type[nn.Module], bool] = {}  # MLPs that return more than their result
         with self.lock, checkpoint.idle(model):
             is_stack = lambda module: isinstance(module, nn.ModuleList) and len(module) == self.num_layers  # noqa: E731
             self.decoder = _find(model.base_model, is_stack, f"has no list of {self.num_layers} decoder layers")
@@ -243,11 +244,19 @@ class ReferenceTarget(Target):
             if not names:
                 raise SpecDecError(f"a layer of a '{kind}' model has no known {other} to leave out; skip whole layers")
             for name in names:
-                stack.enter_context(_replaced(block, name, _Nothing(pair=other == "attention")))
+                pair = other == "attention" or self._returns_pair(getattr(block, name), x)
+                stack.enter_context(_replaced(block, name, _Nothing(pair)))
             out = self.layers(x, layer, layer + 1, given)
         if part == "mlp":
             given.cache.lengths[layer] = filled
         return out
+
+    def _returns_pair(self, mlp: nn.Module, x: Tensor) -> bool:
+        """Whether an MLP returns more than its result, as those that route to experts may: one token shows it."""
+        kind = type(mlp)
+        if kind not in self.pairs:
+            self.pairs[kind] = not isinstance(mlp, nn.Linear) and isinstance(mlp(x[:1, :1]), tuple)
+        return self.pairs[kind]
 
     def readout(self, x: Tensor, head: nn.Linear | None = None) -> Tensor:
         ids = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)

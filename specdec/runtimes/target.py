@@ -18,7 +18,7 @@ from specdec.base.errors import SpecDecError
 from specdec.models import loading
 from specdec.models.blocks import rows, stored
 from specdec.runtimes import linear_maps, tree_drafting
-from specdec.runtimes.cache import KVCache
+from specdec.runtimes.cache import Chunk, KVCache
 from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.tree_drafting import Bounds, Candidates, DraftPath, Seed
 
@@ -156,11 +156,12 @@ def _windows(config: Any) -> list[int | None]:
     kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
     if kinds is None:
         return [window] * config.num_hidden_layers
-    known = {"sliding_attention": window, **dict.fromkeys(UNLIMITED)}
+    chunk = getattr(config, "attention_chunk_size", None)
+    known = {"sliding_attention": window, "chunked_attention": chunk and Chunk(chunk), **dict.fromkeys(UNLIMITED)}
     for kind in kinds:
         if kind not in known:
             raise SpecDecError(
                 f"model type '{config.model_type}' has '{kind}' layers, which are not supported; "
-                "use a model with full or sliding-window attention, or recurrent layers"
+                "use a model with full, sliding-window or chunked attention, or recurrent layers"
             )
     return [known[kind] for kind in kinds]
