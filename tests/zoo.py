@@ -22,6 +22,7 @@ from specdec.drafters.lookahead import LookaheadDrafter
 from specdec.drafters.m2r2 import M2R2, M2R2Drafter, M2R2Path, PaperM2R2Drafter
 from specdec.drafters.medusa import Medusa, MedusaDrafter
 from specdec.drafters.mixture_of_depths import MixtureOfDepthsDrafter, Routers
+from specdec.drafters.mtp import MTPDrafter, MTPHead
 from specdec.drafters.none import NoDrafter
 from specdec.drafters.prompt_lookup import PromptLookupDrafter
 from specdec.drafters.skip_decode import SkipDecodeDrafter
@@ -162,6 +163,14 @@ def eagle3(target: Target, own_embedding: bool = False, **options: Any) -> Eagle
     return Eagle3Drafter(network, **options)
 
 
+def mtp(target: Target, **shape: Sequence[int]) -> MTPDrafter:
+    """A random layer of another model in the place of the one that a checkpoint has."""
+    torch.manual_seed(4)
+    d, own = target.hidden_size, second(target, num_hidden_layers=1)
+    norms = [torch.nn.LayerNorm(d, elementwise_affine=False) for _ in range(4)]
+    return MTPDrafter(MTPHead(own, torch.nn.Linear(2 * d, d).requires_grad_(False), *norms), **shape)  # type: ignore[arg-type]
+
+
 @functools.cache
 def other_model(vocab: int = 97, noise: float = 0.1, **changes: int | None) -> Target:
     """A second model: its weights are the small llama's, disturbed (a little, so that they often agree)."""
@@ -194,6 +203,7 @@ def chains(target: Target) -> dict[str, Drafter]:
         "medusa": medusa(target, rooted=True),
         "eagle3": eagle3(target),
         "eagle3: with an embedding of its own": eagle3(target, True),
+        "mtp": mtp(target),
         "draft-model": DraftModelDrafter(second(target)),
         "early-exit": EarlyExitDrafter(),
         "early-exit: trained": EarlyExitDrafter(heads=heads(target, 2)),
@@ -222,6 +232,7 @@ def trees(target: Target) -> dict[str, Drafter]:
         "medusa": medusa(target, 9),
         "eagle3": eagle3(target, siblings=(2, 0, 1)),
         "eagle3: grown level by level": eagle3(target, True, nodes=9, width=3),
+        "mtp": mtp(target, siblings=(2, 1)),
         "draft-model": DraftModelDrafter(second(target, max_position_embeddings=16), siblings=(2, 0, 1)),
         "early-exit": EarlyExitDrafter(3, siblings=(2, 1)),
         "early-exit: trained": EarlyExitDrafter(nodes=8, heads=heads(target, 2)),

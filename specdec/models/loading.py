@@ -383,12 +383,25 @@ def _checkpoint(source: str | Path, options: dict[str, Any]) -> checkpoint.Check
     config, where = options["config"], _where(options)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "quantization_config", None):
         return None
+    files = _weight_files(source, where)
+    return checkpoint.open_checkpoint(files) if files else None
+
+
+def weight_files(name: str, revision: str | None = None) -> list[Path]:
+    """The safetensors files of a model as ``load`` takes it; none if its weights are in another format."""
+    local = name in EMBEDDED or Path(name).expanduser().exists()
+    source, options, file = _source(name, None if local else revision, "auto")
+    with _explained(name):
+        return [] if file is not None else _weight_files(source, _where(options))
+
+
+def _weight_files(source: str | Path, where: dict[str, Any]) -> list[Path]:
     find = lambda file: cached_file(source, file, _raise_exceptions_for_missing_entries=False, **where)  # noqa: E731
     if (only := find(SAFE_WEIGHTS_NAME)) is not None:
-        return checkpoint.open_checkpoint([Path(only)])
+        return [Path(only)]
     if (index := find(SAFE_WEIGHTS_INDEX_NAME)) is not None:
-        return checkpoint.open_checkpoint([Path(p) for p in get_checkpoint_shard_files(source, index, **where)[0]])
-    return None
+        return [Path(path) for path in get_checkpoint_shard_files(source, index, **where)[0]]
+    return []
 
 
 def _without_experts(

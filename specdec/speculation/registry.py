@@ -28,6 +28,7 @@ DRAFTERS: dict[str, str] = {
     "m2r2-paper": "specdec.drafters.m2r2:PaperM2R2Drafter",
     "mixture-of-depths": "specdec.drafters.mixture_of_depths:MixtureOfDepthsDrafter",
     "medusa": "specdec.drafters.medusa:MedusaDrafter",
+    "mtp": "specdec.drafters.mtp:MTPDrafter",
     "prompt-lookup": "specdec.drafters.prompt_lookup:PromptLookupDrafter",
     "skip-decode": "specdec.drafters.skip_decode:SkipDecodeDrafter",
 }

@@ -1,0 +1,288 @@
+"""Multi-token prediction: a layer that the model was trained with, and its checkpoint holds, drafts (arXiv 2412.19437).
+
+The layer reads pairs: what the model makes of a token, and the token after it. It has keys and values of its own, one
+for each pair, and its output takes the place of the model's for drafted tokens. transformers leaves these tensors out
+when it loads a model, so they are read from the checkpoint's files here.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Unpack
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from specdec.base import options
+from specdec.base.devices import upload, waits
+from specdec.base.errors import SpecDecError
+from specdec.models import drafter_folder, loading
+from specdec.models.catalogue import one_line
+from specdec.runtimes.layer_pass import Pass
+from specdec.runtimes.prefill import CHUNK
+from specdec.runtimes.reference import ReferenceTarget
+from specdec.runtimes.target import GivenLinear, Target
+from specdec.speculation.draft import Draft, State
+
+from .chain import SHAPE, ChainDrafter, ChainRow, Readout, ShapeOptions
+
+
+class Layout(NamedTuple):
+    """How a family calls what surrounds the layer.
+
+    prefix: of all its tensors; ``{n}`` is the number of the model's layers. layer: before those of the layer itself.
+    token_first: whether the embedding comes first in what is projected. feeds_norm: whether drafted tokens read the
+    layer's output after its norm.
+    """
+
+    prefix: str
+    layer: str
+    token_norm: str
+    state_norm: str
+    projection: str
+    norm: str
+    token_first: bool
+    feeds_norm: bool
+
+
+LAYOUTS = (
+    # Qwen3-Next, Qwen3.5
+    Layout("mtp.", "layers.0.", "pre_fc_norm_embedding", "pre_fc_norm_hidden", "fc", "norm", True, True),
+    # MiMo
+    Layout(
+        "model.mtp_layers.0.",
+        "",
+        "token_layernorm",
+        "hidden_layernorm",
+        "input_proj",
+        "final_layernorm",
+        token_first=False,
+        feeds_norm=True,
+    ),
+    # DeepSeek V3, GLM 4.5
+    Layout("model.layers.{n}.", "", "enorm", "hnorm", "eh_proj", "shared_head.norm", True, False),
+)
+SHARED = ("shared_head.head.", "embed_tokens.")  # copies of the model's own embedding and output head
+ONE_LAYER = {  # of a config, where it has them: the layer has full attention, and experts if the model has
+    "layer_types": ["full_attention"],
+    "mlp_layer_types": ["sparse"],
+    "mlp_only_layers": [],
+    "decoder_sparse_step": 1,
+    "first_k_dense_replace": 0,
+}
+FAMILIES = "Qwen3-Next, Qwen3.5, DeepSeek V3, GLM 4.5 and MiMo"
+
+
+@dataclass
+class MTPHead:
+    """The layer and what surrounds it.
+
+    own: the layer as a model of its own, with its norm and the model's output head. final_norm: the model's, whose
+    output the layer reads. The other names are as in ``Layout``.
+    """
+
+    own: Target
+    projection: nn.Module
+    token_norm: nn.Module
+    state_norm: nn.Module
+    final_norm: nn.Module
+    norm: nn.Module
+    token_first: bool = True
+    feeds_norm: bool = True
+
+    def inputs(self, embedded: Tensor, states: Tensor) -> Tensor:
+        """The layer's input for pairs, [B, T, D] each."""
+        pair = self.token_norm(embedded), self.state_norm(states)
+        x: Tensor = self.projection(torch.cat(pair if self.token_first else pair[::-1], -1))
+        return x
+
+
+class MTPRow(ChainRow):
+    """What is kept of a row.
+
+    known: the model's final states of tokens whose pairs have not been run, parts [n, D]. cache: of the layer. last:
+    its output for the root's pair, [1, 1, D].
+    """
+
+    def __init__(self, own: Target) -> None:
+        super().__init__()
+        self.known: list[Tensor] = []
+        self.cache = own.new_cache()
+        self.last = torch.empty(0)
+
+
+class MTPDrafter(ChainDrafter):
+    """Drafts a chain with the multi-token prediction layer of the model's own checkpoint.
+
+    siblings, nodes: see ``Shape``.
+    Raises SpecDecError if the checkpoint has no such layer.
+    """
+
+    name: ClassVar[str] = "mtp"
+    summary: ClassVar[str] = f"prediction layer inside the checkpoint of {FAMILIES}; no training"
+    whole_prompts = True
+
+    def __init__(self, head: MTPHead, **shape: Unpack[ShapeOptions]) -> None:
+        super().__init__(**shape)
+        self.head, self.path = head, head.own.fingerprint
+
+    @classmethod
+    def load(cls, target: Target, source: str | None = None, **given: Any) -> MTPDrafter:
+        """From the model's own checkpoint, or that of the name or folder ``source``."""
+        options.check(cls.name, given, SHAPE)
+        return cls(read_head(target, source), **given)
+
+    def bind(self, target: Target) -> None:
+        if self.head.own.hidden_size != target.hidden_size or self.head.own.vocab_size != target.vocab_size:
+            raise SpecDecError("the multi-token prediction layer is of another model; its sizes differ")
+        self.taps = (target.num_layers,)
+        self.estimates = self.shape.siblings is None and not waits(target.device)
+        self.start()
+
+    def begin(self) -> MTPRow:
+        return MTPRow(self.head.own)
+
+    def observe(self, memory: list[Any], paths: list[list[int]], taps: dict[int, Tensor]) -> None:
+        super().observe(memory, paths, taps)
+        for row, path, states in zip(memory, paths, taps[self.taps[0]], strict=True):
+            if path:
+                row.known.append(states[path])
+
+    def propose(self, state: State, limit: int) -> Draft:
+        rows: list[MTPRow] = state.memory
+        for row, ids in zip(rows, state.ids, strict=True):
+            self._catch_up(state.target, row, ids)
+        last = [row.last for row in rows]  # (1, 1, D) each
+        drafted = -1
+
+        def step(token: Tensor, positions: Tensor) -> Readout:
+            nonlocal drafted
+            drafted += 1
+            for b, row in enumerate(rows if drafted else ()):
+                states = self.head.norm(last[b]) if self.head.feeds_norm else last[b]
+                last[b] = self._run(state.target, row, token[b : b + 1], states, positions[b : b + 1] - 1)
+            return Readout(self.head.own.readout(torch.cat(last))[:, 0])
+
+        return self.chain(state, limit, step)
+
+    def _catch_up(self, target: Target, row: MTPRow, ids: list[int]) -> None:
+        """Run the pairs of what is new of a row's text, up to its root."""
+        row.cache.roll_back()
+        if not row.known:
+            return
+        states = self.head.final_norm(torch.cat(row.known)[None])  # (1, n, D)
+        first, row.known = len(ids) - 1 - states.shape[1], []
+        for start in range(0, states.shape[1], CHUNK):
+            part = states[:, start : start + CHUNK]
+            at = first + start
+            positions = torch.arange(at, at + part.shape[1], device=part.device)[None]
+            tokens = upload([ids[at + 1 : at + 1 + part.shape[1]]], part.device)
+            row.last = self._run(target, row, tokens, part, positions)[:, -1:]
+            row.cache.commit([range(part.shape[1])])
+
+    def _run(self, target: Target, row: MTPRow, tokens: Tensor, states: Tensor, positions: Tensor) -> Tensor:
+        """Run pairs of one row through the layer: its outputs [1, T, D].
+
+        states: what was made of the tokens before ``tokens``, by the model after its final norm, or by the layer.
+        """
+        head, cache = self.head, row.cache
+        x = head.inputs(target.embed(tokens, positions), states)
+        return head.own.layers(x, 0, 1, Pass(positions, cache.mask(0, positions), cache))
+
+
+def read_head(target: Target, source: str | None = None) -> MTPHead:
+    """The layer in the checkpoint of the target's model, or in that of ``source``.
+
+    Raises SpecDecError if there is none, or it is not as the model's family has it.
+    """
+    model, config = target.model, target.model.config.get_text_config()
+    name = source or config._name_or_path or model.config._name_or_path
+    files = loading.weight_files(name, None if source else getattr(model.config, "_commit_hash", None))
+    for layout in LAYOUTS:
+        prefix = layout.prefix.format(n=target.num_layers)
+        if tensors := _read(files, prefix):
+            break
+    else:
+        raise SpecDecError(
+            f"the checkpoint '{name}' has no multi-token prediction layer; those of {FAMILIES} may have one"
+        )
+    d, around = target.hidden_size, dict[str, Tensor]()
+    for part in (layout.token_norm, layout.state_norm, layout.projection, layout.norm):
+        tensor, shape = tensors.pop(f"{part}.weight", None), (d, 2 * d) if part == layout.projection else (d,)
+        if tensor is None or tensor.shape != shape:
+            found = "missing" if tensor is None else f"{tuple(tensor.shape)}, not {shape}"
+            raise SpecDecError(
+                f"the multi-token prediction layer of '{name}' does not fit: '{prefix}{part}' is {found}"
+            )
+        around[part] = tensor
+    final_norm = getattr(model.base_model, "norm", None)
+    if final_norm is None:
+        raise SpecDecError(
+            f"drafter 'mtp' does not serve '{model.config.model_type}' models: their final norm is unknown"
+        )
+    inside = f"{model.base_model_prefix}.layers.0."
+    state = {inside + part.removeprefix(layout.layer): tensor for part, tensor in tensors.items()}
+    state |= {f"{model.base_model_prefix}.norm.weight": around[layout.norm]}
+    own: Any = _one_layer(model, state, name)
+
+    def norm(part: str) -> nn.Module:
+        made = copy.deepcopy(final_norm)
+        made.weight = nn.Parameter(around[part].to(final_norm.weight), requires_grad=False)
+        return made
+
+    projection = GivenLinear(around[layout.projection].to(target.device, target.dtype))
+    token_norm, state_norm = norm(layout.token_norm), norm(layout.state_norm)
+    return MTPHead(
+        ReferenceTarget(own),
+        projection,
+        token_norm,
+        state_norm,
+        final_norm,
+        own.base_model.norm,
+        layout.token_first,
+        layout.feeds_norm,
+    )
+
+
+def _read(files: list[Path], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with ``prefix``, without it, and without the model's own among them."""
+    found = {}
+    for path in files:
+        with drafter_folder.opened(path) as stored:
+            for name in stored.header:
+                part = name.removeprefix(prefix)
+                if part != name and not part.startswith(SHARED):
+                    found[part] = stored.read(name)
+    return found
+
+
+def _one_layer(model: PreTrainedModel, state: dict[str, Tensor], name: str) -> PreTrainedModel:
+    """The layer as a model of its family, with the embedding and the output head of ``model``."""
+    config = model.config.get_text_config()
+    changes: dict[str, Any] = {"num_hidden_layers": 1}
+    changes |= {key: value for key, value in ONE_LAYER.items() if getattr(config, key, None) is not None}
+    embedding: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
+    make: Any = type(model).from_pretrained
+    state |= {f"{model.base_model_prefix}.embed_tokens.weight": embedding.weight, "lm_head.weight": head.weight}
+    try:
+        own, info = make(
+            None,
+            config=type(config).from_dict(config.to_dict() | changes),
+            state_dict=state,
+            dtype=model.dtype,
+            attn_implementation=config._attn_implementation,
+            output_loading_info=True,
+        )
+    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError) as error:
+        raise SpecDecError(f"cannot load the multi-token prediction layer of '{name}' ({one_line(error)})") from error
+    for what in ("missing_keys", "unexpected_keys"):
+        if keys := sorted(info[what]):
+            raise SpecDecError(f"the multi-token prediction layer of '{name}' does not fit ({what}: {keys[0]})")
+    own = own.to(model.device).eval().requires_grad_(False)
+    own.set_input_embeddings(embedding)
+    own.set_output_embeddings(head)
+    return own  # type: ignore[no-any-return]
