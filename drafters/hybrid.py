@@ -91,7 +91,7 @@ class HybridDrafter(Drafter):
             _give_back(draft, state.cache)
             for own in state.memory:
                 self.withdraw(own)
-            draft = merge([_paths(used[b], b) for b in range(len(state.ids))], state.cache.device)[0]
+            draft = merge([used[b].paths(b) for b in range(len(state.ids))], state.cache.device)[0]
         if draft.exit_layer > min(self.taps, default=draft.exit_layer):
             _give_back(draft, state.cache)  # another member observes layers that scoring would not run
         return draft
@@ -103,15 +103,6 @@ class HybridDrafter(Drafter):
     def observe(self, memory: list[Any], paths: list[list[int]], taps: dict[int, Tensor]) -> None:
         for number, member in enumerate(self.members):
             member.observe([own[number] for own in memory], paths, taps)
-
-
-def _paths(draft: Draft, row: int) -> list[list[int]]:
-    """The tokens that a row has of a tree, as the paths from the root to each node, in order."""
-    paths: list[list[int] | None] = [[]]
-    for token, parent in zip(draft.lists()[row], draft.parents, strict=True):
-        before = paths[parent]
-        paths.append(None if before is None or token < 0 else [*before, token])
-    return [path for path in paths[1:] if path]
 
 
 def _give_back(draft: Draft, cache: KVCache) -> None:

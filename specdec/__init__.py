@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from specdec.engine.engine import Engine
     from specdec.engine.metrics import RequestMetrics
     from specdec.engine.request import Event, Handle, Request
+    from specdec.speculation.constraints import Choice, Grammar, Json, Regex
     from specdec.speculation.draft import Acceptance, Draft, Drafter, DrafterWarning, State, Verifier
     from specdec.speculation.sampling import SamplingParams
 
@@ -25,6 +26,7 @@ if "OMP_WAIT_POLICY" not in os.environ:
 __version__ = version("specdec-m2r2")
 __all__ = [
     "Acceptance",
+    "Choice",
     "Draft",
     "Drafter",
     "DrafterWarning",
@@ -32,7 +34,10 @@ __all__ = [
     "Event",
     "Generation",
     "GenerationOutput",
+    "Grammar",
     "Handle",
+    "Json",
+    "Regex",
     "Request",
     "RequestMetrics",
     "SamplingParams",
@@ -45,6 +50,7 @@ __all__ = [
 _MODULES = {
     "api.decoder": ("SpecDecoder",),
     "api.generation": ("Generation", "GenerationOutput"),
+    "speculation.constraints": ("Choice", "Grammar", "Json", "Regex"),
     "speculation.draft": ("Acceptance", "Draft", "Drafter", "DrafterWarning", "State", "Verifier"),
     "base.errors": ("SpecDecError",),
     "engine.engine": ("Engine",),

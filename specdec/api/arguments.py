@@ -10,6 +10,7 @@ import torch
 
 from specdec.base import options
 from specdec.runtimes.experts.offload import ExpertOptions
+from specdec.speculation.constraints import Constraint
 from specdec.speculation.draft import Drafter
 
 _PATH = options.instance("text or a path", str, Path)
@@ -48,6 +49,7 @@ REQUEST = {
     "stop": options.TEXT | options.lists("texts", options.TEXT.holds),
     "logits_processor": options.lists("logits processors", callable),
     "ignore_eos": options.BOOL,
+    "constraint": options.instance("a Json, Regex, Grammar or Choice", Constraint) | options.NONE,
 }
 ENGINE = {
     "max_rows": options.wholes_from(1),

@@ -33,6 +33,7 @@ from specdec.runtimes.experts.offload import ExpertOptions, Offload
 from specdec.runtimes.prefill import CHUNK
 from specdec.runtimes.select import make_target, needs_cpu
 from specdec.speculation import registry
+from specdec.speculation.constraints import Compiled, Constraint, compiled
 from specdec.speculation.draft import Drafter, Verifier
 from specdec.speculation.sampling import Sampler, SamplingParams, streams
 
@@ -207,6 +208,7 @@ class SpecDecoder:
         system: str | None = None,
         logits_processor: Sequence[LogitsProcessor] = (),
         ignore_eos: bool = False,
+        constraint: Constraint | None = None,
     ) -> Generation:
         """Start a generation: the form under ``generate`` and ``stream`` that gives text and figures as they grow.
 
@@ -217,6 +219,8 @@ class SpecDecoder:
         see ``specdec.models.generation_config``. stop: strings that end a row; special tokens in
         them are matched, too. chat: wrap text in the chat template (None: if the tokenizer has one), after a ``system``
         message. logits_processor: HF processors, applied to every position. ignore_eos: go on to the limit.
+        constraint: what the new text must be (Json, Regex, Grammar or Choice); the limit and stop strings may still cut
+        it.
         Raises SpecDecError for values of the wrong type or out of range and for prompts that do not fit.
         """
         penalty = 1.0 if repetition_penalty is None else repetition_penalty
@@ -249,7 +253,8 @@ class SpecDecoder:
         if num_speculative_tokens == "auto" and self.tuned is not None:
             num_speculative_tokens = self.tuned.num_speculative_tokens
         limits = [min(int(max_new_tokens), context - len(row)) for row in ids]
-        sampler = self.sampler(ids, limits, params, repetition_penalty, logits_processor)
+        rule = None if constraint is None else self.compile(constraint, ignore_eos)
+        sampler = self.sampler(ids, limits, params, repetition_penalty, logits_processor, rule)
         ends = frozenset() if ignore_eos else self.eos_ids()
         requests = [
             Request(row, limit, eos=ends, chooser=chooser)
@@ -350,6 +355,7 @@ class SpecDecoder:
         params: SamplingParams,
         repetition_penalty: float | None = None,
         processors: Sequence[LogitsProcessor] = (),
+        constraint: Compiled | None = None,
     ) -> Sampler:
         """What chooses the tokens of a batch of prompts (token ids), at most ``limits`` new ones each.
 
@@ -358,6 +364,7 @@ class SpecDecoder:
         own = replace(params, repetition_penalty=1.0)  # transformers makes the penalty, too
         rows = [
             generation_config.processors(self.model, row, limit, repetition_penalty, processors)
+            + ([] if constraint is None else [constraint.state(row)])
             for row, limit in zip(prompts, limits, strict=True)
         ]
         if not any(rows):
@@ -366,6 +373,17 @@ class SpecDecoder:
         for made, stream in zip(rows, streams(prompts), strict=True):
             sampler.join(Sampler(own, made, [stream]))
         return sampler
+
+    def compile(self, constraint: Constraint, ignore_eos: bool = False) -> Compiled:
+        """Prepare a constraint for requests. Raises SpecDecError where it is invalid or cannot be kept."""
+        if ignore_eos:
+            raise SpecDecError("a constraint ends a text, so ignore_eos cannot be given with it; leave one out")
+        if self.verifier.threshold is not None:
+            raise SpecDecError(
+                f"verifier '{self.verifier.name}' accepts drafts without scoring them, so it cannot keep a constraint; "
+                "use the verifier 'exact'"
+            )
+        return compiled(constraint, self.tokenizer, self.target.vocab_size, self.eos_ids())
 
     def _policy(self, num_speculative_tokens: int | str) -> DepthPolicy:
         if num_speculative_tokens != "auto":

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from specdec.base.errors import NotFiniteError
+from specdec.drafters.trie import merge
 from specdec.engine.depth import DepthPolicy
 from specdec.engine.metrics import Ledger
 from specdec.engine.request import Request
@@ -25,6 +26,7 @@ from specdec.speculation.draft import Acceptance, Draft, Drafter, DrafterWarning
 from specdec.speculation.sampling import Sampler
 
 NOTHING = torch.empty(0)
+FORCED = 16  # most tokens that are drafted where a constraint leaves no choice
 
 
 class Batch:
@@ -124,7 +126,10 @@ class Batch:
         """Draft, score, verify, commit; return each row's new tokens, and their depths in the draft."""
         depths = self._budget()
         self.ledger.begin()
-        draft = self._draft(depths)
+        forced = self._forced()
+        draft = self._draft([0 if tokens else depth for tokens, depth in zip(forced, depths, strict=True)])
+        if any(forced):
+            draft = self._put_first(forced, draft)
         self.ledger.mark("draft")
         scores = self._score(draft)
         self.ledger.mark("score")
@@ -133,7 +138,7 @@ class Batch:
         self.cache.commit(scores.slots(accepted.paths))
         self._observe(self.state.memory, accepted.paths, scores.taps)
         self.ledger.mark("commit")
-        self._learn(draft, accepted, scores.count)
+        self._learn(draft, accepted, scores.count, any(forced))
         drafted, places = draft.lists(), draft.depths()
         new = []
         for b, (path, token) in enumerate(zip(accepted.paths, accepted.next_tokens, strict=True)):
@@ -147,14 +152,39 @@ class Batch:
         state, rows = self.state, self.rows
         choice = self.policy.choose(len(rows), [row.known for row in rows])
         state.exit, state.prices = choice.exit, choice.prices
-        depths, context = list(choice.depths or [choice.depth] * len(rows)), self.target.context - 1
-        for b, row in enumerate(rows):
-            # A lossy rule's text may depend on the depth: there the limit does not bound it.
-            most = min(depths[b], row.left - 1) if self.verifier.lossless else depths[b]
-            most = min(most, context - self.cache.rows[b])
-            depths[b] = max(most, 0) if row.draft and self.drafter is not None else 0
+        depths = list(choice.depths or [choice.depth] * len(rows))
+        for b in range(len(rows)):
+            depths[b] = self._room(b, depths[b]) if self.drafter is not None else 0
         self.ledger.mark("overhead")
         return depths
+
+    def _room(self, b: int, most: int) -> int:
+        """How deep a draft of row ``b`` may be, at most ``most``."""
+        row = self.rows[b]
+        # A lossy rule's text may depend on the depth: there the limit does not bound it.
+        most = min(most, row.left - 1) if self.verifier.lossless else most
+        return max(min(most, self.target.context - 1 - self.cache.rows[b]), 0) if row.draft else 0
+
+    def _forced(self) -> list[list[int]]:
+        """The tokens that each row's constraint leaves no choice about; they are drafted in any case."""
+        found = []
+        for b, row in enumerate(self.rows):
+            constraint, room = row.sampling.constraint, self._room(b, FORCED)
+            found.append(constraint.forced(row.ids, room) if constraint is not None and room else [])
+        return found
+
+    def _put_first(self, forced: list[list[int]], draft: Draft) -> Draft:
+        """``draft`` with the forced tokens of a row in place of what was drafted for it."""
+        self.cache.roll_back()  # states below an exit layer belong to the draft as it was
+        paths = [[tokens] if tokens else draft.paths(b) for b, tokens in enumerate(forced)]
+        for b in range(len(self.rows)):
+            self._withdraw(b)
+        return merge(paths, self.cache.device)[0]
+
+    def _withdraw(self, b: int) -> None:
+        if self.drafter is not None:
+            with self._drafting():
+                self.drafter.withdraw(self.state.memory[b])
 
     def _draft(self, depths: list[int]) -> Draft:
         """What the drafter proposes, at most ``depths`` deep, if it can be scored; else nothing."""
@@ -177,8 +207,11 @@ class Batch:
             self._drop(f"proposed tokens that cannot be scored: {scores.fault}")
         return scores
 
-    def _learn(self, draft: Draft, accepted: Acceptance, scored: int) -> None:
-        """Book what was drafted and accepted in each row's metrics, and let the depth policy see what the step took."""
+    def _learn(self, draft: Draft, accepted: Acceptance, scored: int, forced: bool) -> None:
+        """Book what was drafted and accepted in each row's metrics, and let the depth policy see what the step took.
+
+        forced: some of it was not the drafter's, so the policy learns nothing from it.
+        """
         drafted, depths, deepest = draft.lists(), draft.depths(), []
         for b, (row, path) in enumerate(zip(self.rows, accepted.paths, strict=True)):
             nodes = [node for node, token in enumerate(drafted[b], start=1) if token >= 0]
@@ -186,10 +219,11 @@ class Batch:
             row.metrics.step(deepest[-1], len(nodes), len(path) - 1)
             if self.verifier.threshold is not None and draft.layers is not None:
                 row.metrics.exit_layers += draft.layers[b, [node - 1 for node in path[1:]]].tolist()
-        step, known = self.ledger.step, [row.known for row in self.rows]
-        rest = step["score"] + step["accept"] + step["commit"]
-        taken = [len(path) - 1 for path in accepted.paths]
-        self.policy.observe(deepest, taken, scored, step["draft"], rest, known)
+        if not forced:
+            step, known = self.ledger.step, [row.known for row in self.rows]
+            rest = step["score"] + step["accept"] + step["commit"]
+            taken = [len(path) - 1 for path in accepted.paths]
+            self.policy.observe(deepest, taken, scored, step["draft"], rest, known)
         self.ledger.mark("overhead")
 
     # -- the drafter, which must not end a request --------------------------------------------------------------------

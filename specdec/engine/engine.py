@@ -175,7 +175,9 @@ class Engine:
             taken, metrics = row.take(tokens), row.metrics
             if row.finished is None and len(taken) < len(tokens):
                 row.finished = "error"
-                row.error = not_finite(self.target, row, number if len(rows) > 1 else None)
+                constraint = row.sampling.constraint
+                row.error = None if constraint is None else constraint.error
+                row.error = row.error or not_finite(self.target, row, number if len(rows) > 1 else None)
             if not metrics.first_token_seconds:
                 metrics.first_token_seconds = time.perf_counter() - row.submitted
             if not prefill:

@@ -10,6 +10,7 @@ from specdec.api.decoder import SpecDecoder
 from specdec.api.text import Detokenizer
 from specdec.engine.request import Request
 from specdec.models import generation_config
+from specdec.speculation.constraints import Compiled
 from specdec.speculation.sampling import SamplingParams
 
 
@@ -24,19 +25,21 @@ def make_request(
     stream: int = 0,
     ignore_eos: bool = False,
     draft: bool = True,
+    constraint: Compiled | None = None,
 ) -> Request:
     """A request for at most ``limit`` new tokens, and no more than the model's context has place for.
 
     repetition_penalty: None is that of the model's ``generation_config``; that of ``params`` is not used. stream: which
-    of several answers to one prompt. draft: False decodes plainly.
+    of several answers to one prompt. draft: False decodes plainly. constraint: what the answer must be.
     """
     free = decoder.target.context - len(prompt)
     most = free if limit is None else min(limit, free)
+    processors = generation_config.processors(decoder.model, prompt, most, repetition_penalty, ())
     return Request(
         prompt=prompt,
         limit=most,
         params=replace(params, repetition_penalty=1.0),
-        processors=generation_config.processors(decoder.model, prompt, most, repetition_penalty, ()),
+        processors=processors + ([] if constraint is None else [constraint.state(prompt)]),
         stream=stream,
         eos=frozenset() if ignore_eos else decoder.eos_ids(),
         stop=StopStrings(decoder.tokenizer, stops) if stops else None,

@@ -69,6 +69,14 @@ class Draft:
             self.listed = self.tokens.tolist()
         return self.listed
 
+    def paths(self, row: int) -> list[list[int]]:
+        """The tokens that a row has, as the paths from the root to each node, in order."""
+        paths: list[list[int] | None] = [[]]
+        for token, parent in zip(self.lists()[row], self.parents, strict=True):
+            before = paths[parent]
+            paths.append(None if before is None or token < 0 else [*before, token])
+        return [path for path in paths[1:] if path]
+
     def ancestors(self) -> Tensor | None:
         """Bool [1 + M, 1 + M]: row i marks the block tokens on i's path to the root. None for a chain (causal)."""
         return ancestors(self.parents)

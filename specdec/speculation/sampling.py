@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from specdec.base import options
+from specdec.speculation.constraints import ConstraintState
 
 SAMPLING = {
     "temperature": options.numbers(">= 0 (0 = greedy)", lambda value: value >= 0),
@@ -144,6 +145,11 @@ class Chooser:
     ) -> None:
         self.transforms = Transforms(params, processors) if transforms is None else transforms
         self.noise = Noise(params.seed, stream)
+
+    @property
+    def constraint(self) -> ConstraintState | None:
+        """What the row's text must be."""
+        return next((each for each in self.transforms.processors if isinstance(each, ConstraintState)), None)
 
     @property
     def plain_greedy(self) -> bool:

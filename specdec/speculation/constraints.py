@@ -1,0 +1,262 @@
+"""Constraints on what is generated: a JSON schema, a regular expression, a grammar or a list of texts.
+
+Masks come from llguidance (extra ``structured``). A constraint is a logits processor: a function of the tokens before a
+position, so drafted positions get the masks of their own prefixes, in chains and trees, and rejected tokens leave
+nothing behind. After a complete text only an end token is allowed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, PreTrainedTokenizerFast
+
+from specdec.base.errors import SpecDecError
+
+LONGEST = 2**16  # characters of a schema, an expression or a grammar
+MASKS = 64  # masks that are kept: drafting, scoring and looking for forced tokens ask for the same
+JSON_FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}  # as json.dumps writes it
+LIMITS = {"initial_lexer_fuel": 1_000_000, "step_lexer_fuel": 200_000, "step_max_items": 50_000}
+LIMITS |= {"max_lexer_states": 50_000, "max_grammar_size": 100_000}
+
+T = TypeVar("T")
+_tokenizers: WeakKeyDictionary[Any, dict[tuple[int, tuple[int, ...]], Any]] = WeakKeyDictionary()
+
+
+class Constraint(ABC):
+    """What the new text must be. ``source``: its length is bounded. ``grammar``: what llguidance reads."""
+
+    kind: str
+
+    @property
+    @abstractmethod
+    def source(self) -> str: ...
+
+    @abstractmethod
+    def grammar(self, matcher: Any) -> str: ...
+
+
+@dataclass(frozen=True)
+class Json(Constraint):
+    """JSON that a schema (a mapping, or its text) allows, in one form: ``{"a": 1, "b": [2, 3]}`` on one line."""
+
+    schema: Any
+    kind = "JSON schema"
+
+    @property
+    def source(self) -> str:
+        if isinstance(self.schema, str):
+            return self.schema
+        try:
+            return json.dumps(self.schema)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise SpecDecError(f"the JSON schema is not JSON ({error})") from None
+
+    def grammar(self, matcher: Any) -> str:
+        schema = json.loads(self.source)
+        if not isinstance(schema, dict):
+            raise ValueError("it is not a JSON object")
+        return str(matcher.grammar_from_json_schema(schema, defaults=JSON_FORM))
+
+
+@dataclass(frozen=True)
+class Regex(Constraint):
+    """Text that matches a regular expression from its beginning to its end."""
+
+    pattern: str
+    kind = "regular expression"
+
+    @property
+    def source(self) -> str:
+        return self.pattern
+
+    def grammar(self, matcher: Any) -> str:
+        return str(matcher.grammar_from_regex(self.pattern))
+
+
+@dataclass(frozen=True)
+class Grammar(Constraint):
+    """Text of a grammar in llguidance's variant of Lark."""
+
+    lark: str
+    kind = "grammar"
+
+    @property
+    def source(self) -> str:
+        return self.lark
+
+    def grammar(self, matcher: Any) -> str:
+        return str(matcher.grammar_from_lark(self.lark))
+
+
+@dataclass(frozen=True)
+class Choice(Constraint):
+    """One of several texts."""
+
+    texts: Sequence[str]
+    kind = "choice"
+
+    @property
+    def source(self) -> str:
+        if isinstance(self.texts, str) or not self.texts or not all(isinstance(t, str) and t for t in self.texts):
+            raise SpecDecError("a choice needs a list of texts that are not empty")
+        return "start: " + " | ".join(json.dumps(text) for text in self.texts)
+
+    def grammar(self, matcher: Any) -> str:
+        return str(matcher.grammar_from_lark(self.source))
+
+
+class Compiled:
+    """A constraint for one model. ``state`` makes what a row needs of it."""
+
+    def __init__(self, matcher: Any, vocab_size: int, ends: frozenset[int]) -> None:
+        self.matcher, self.vocab_size, self.ends = matcher, vocab_size, ends
+
+    def state(self, prompt: Sequence[int]) -> ConstraintState:
+        return ConstraintState(self, len(prompt))
+
+
+def compiled(constraint: Constraint, tokenizer: Any, vocab_size: int, ends: frozenset[int]) -> Compiled:
+    """Prepare ``constraint`` for a model whose texts end with one of the tokens ``ends``.
+
+    Raises SpecDecError where it is invalid, too large, or allows nothing, and where the model cannot keep one.
+    """
+    try:
+        from llguidance import LLMatcher, LLParserLimits
+    except ImportError:
+        raise SpecDecError(
+            "a constraint needs the package llguidance; install it: pip install 'specdec-m2r2[structured]'"
+        ) from None
+    if not isinstance(constraint, Constraint):
+        raise SpecDecError(f"a constraint is a Json, Regex, Grammar or Choice; got {type(constraint).__name__}")
+    if not isinstance(constraint.source, str):
+        raise SpecDecError(f"the {constraint.kind} must be text; got {type(constraint.source).__name__}")
+    if len(constraint.source) > LONGEST:
+        raise SpecDecError(
+            f"the {constraint.kind} has {len(constraint.source)} characters; at most {LONGEST} are taken; shorten it"
+        )
+    words = _words(tokenizer, vocab_size, ends)
+    try:
+        matcher = LLMatcher(words, constraint.grammar(LLMatcher), log_level=0, limits=LLParserLimits(**LIMITS))
+    except (ValueError, RecursionError) as error:
+        raise _invalid(constraint, str(error)) from None
+    if matcher.is_error():
+        raise _invalid(constraint, matcher.get_error())
+    made = Compiled(matcher, vocab_size, ends)
+    first = made.state(())
+    if not bool(first.mask(()).any()):
+        raise _invalid(constraint, first.error_text or "it allows no text")
+    return made
+
+
+def _invalid(constraint: Constraint, why: str) -> SpecDecError:
+    lines = [line.strip() for line in why.splitlines() if line.strip(" ^\t")]
+    return SpecDecError(f"the {constraint.kind} cannot be used: {' '.join(lines)[:300]}")
+
+
+def _words(tokenizer: Any, vocab_size: int, ends: frozenset[int]) -> Any:
+    """The tokenizer as llguidance reads it; made once, as that takes a second."""
+    from llguidance import hf
+
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise SpecDecError("a constraint needs a fast tokenizer; give SpecDecoder one")
+    if not ends:
+        raise SpecDecError("a constraint needs a model with an end token; this one has none")
+    known, key = _tokenizers.setdefault(tokenizer, {}), (vocab_size, tuple(sorted(ends)))
+    if key not in known:
+        try:
+            known[key] = hf.from_tokenizer(tokenizer, n_vocab=max(vocab_size, len(tokenizer)), eos_token=sorted(ends))
+        except ValueError as error:
+            raise SpecDecError(f"a constraint cannot be used with this tokenizer: {error}") from None
+    return known[key]
+
+
+class ConstraintState(LogitsProcessor):  # type: ignore[misc]
+    """A row's constraint. The matcher stands after ``at``, the new tokens it has read, and goes where it is asked to.
+
+    error: why the constraint cannot be kept; its row ends with it.
+    """
+
+    def __init__(self, compiled: Compiled, start: int) -> None:
+        self.compiled, self.start = compiled, start
+        self.matcher, self.at = compiled.matcher.deep_copy(), list[int]()
+        self.masks: dict[tuple[int, ...], Tensor | None] = {}
+        self.error_text = ""
+
+    @property
+    def error(self) -> SpecDecError | None:
+        return SpecDecError(f"the constraint cannot be kept: {self.error_text}") if self.error_text else None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        allowed = self.mask(input_ids[0, self.start :].tolist())
+        if allowed is None:
+            return scores
+        allowed = allowed[: scores.shape[-1]].to(scores.device)
+        return scores.masked_fill(~allowed, float("-inf"))
+
+    def mask(self, new: Sequence[int]) -> Tensor | None:
+        """Which tokens may follow the new tokens ``new``, bool [V]; None if these are not allowed themselves."""
+        key = tuple(new)
+        if key not in self.masks:
+            if len(self.masks) >= MASKS:
+                self.masks.clear()
+            nothing: Tensor | None = torch.zeros(self.compiled.vocab_size, dtype=torch.bool)
+            self.masks[key] = self._guarded(self._mask, key, nothing)
+        return self.masks[key]
+
+    def forced(self, ids: Sequence[int], limit: int) -> list[int]:
+        """The tokens that the constraint leaves no choice about after a text, at most ``limit``."""
+        found = list(ids[self.start :])
+        most = len(found) + limit
+        while len(found) < most:
+            more = self._guarded(self._forced, found, list[int]())
+            if not more:
+                break
+            found += more
+        return found[len(ids) - self.start : most]
+
+    def _mask(self, new: Sequence[int]) -> Tensor | None:
+        if not self._go_to(new):
+            return None
+        bits = np.frombuffer(self.matcher.compute_bitmask(), np.uint8)
+        return torch.from_numpy(np.unpackbits(bits, bitorder="little")[: self.compiled.vocab_size].astype(bool))
+
+    def _forced(self, new: Sequence[int]) -> list[int]:
+        if not self._go_to(new):
+            return []
+        if more := self.matcher.compute_ff_tokens():
+            return list(more)
+        allowed = self.mask(new)
+        return allowed.nonzero()[:, 0].tolist() if allowed is not None and int(allowed.sum()) == 1 else []
+
+    def _go_to(self, new: Sequence[int]) -> bool:
+        """Let the matcher stand after ``new``; False if these tokens are not allowed."""
+        common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(self.at, new, strict=False)))
+        if common < len(self.at):
+            self.matcher.rollback(len(self.at) - common)
+            del self.at[common:]
+        more = list(new[common:])
+        if self.compiled.ends.isdisjoint(more):
+            self.at += more[: self.matcher.try_consume_tokens(more)]
+        return len(self.at) == len(new)
+
+    def _guarded(self, ask: Callable[[Sequence[int]], T], new: Sequence[int], otherwise: T) -> T:
+        """What ``ask(new)`` returns. Where the matcher fails, ``otherwise``; it starts anew for the next question."""
+        try:
+            answer, why = ask(new), self.matcher.get_error()
+        except Exception as error:  # of the matcher: it must not end other rows
+            answer, why = otherwise, str(error)
+        if not why:
+            return answer
+        self.error_text = " ".join(why.split())[:300]
+        self.matcher, self.at = self.compiled.matcher.deep_copy(), []
+        return otherwise
