@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from specdec.api.decoder import SpecDecoder
     from specdec.api.generation import GenerationOutput
     from specdec.runtimes.experts.offload import ExpertOptions
+    from specdec.speculation.constraints import Json
 
 LONG = 1024  # tokens of a prompt that is worth a spinner
 WARM_UP = 8  # tokens that each side of --compare decodes before it is timed
@@ -72,6 +73,9 @@ def generate(
     stop: Annotated[
         list[str] | None, _text("--stop", "End before this text; repeatable.", "TEXT", show_default=False)
     ] = None,
+    json_schema: Annotated[
+        Path | None, _text("--json-schema", "Constrain the text to JSON that this schema allows.", "FILE")
+    ] = None,
     max_new_tokens: Annotated[int, _text("--max-new-tokens", "Most new tokens.", "N", min=1)] = 128,
     num_speculative_tokens: shared.Depth = "auto",
     temperature: shared.Temperature = 0.0,
@@ -113,6 +117,7 @@ def generate(
             **(vars(params) | {"repetition_penalty": repetition_penalty}),
             "stop": stop,
         }
+        constraint = None if json_schema is None else _schema(json_schema)
         registry.parse(drafter)
         rule_options = options.assignments("--verifier-option", verifier_option or [])
         if exit_threshold is not None:
@@ -218,6 +223,16 @@ def _read(prompt: str | None) -> str:
     if not prompt.strip():
         raise SpecDecError("the prompt is empty; give some text")
     return prompt
+
+
+def _schema(file: Path) -> Json:
+    from specdec.speculation.constraints import LONGEST, Json
+
+    try:
+        with file.open("rb") as opened:
+            return Json(inputs.whole(opened, LONGEST).decode("utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise SpecDecError(f"--json-schema: {file} cannot be read: {error}") from None
 
 
 def _expert_options(cache: str | None, prefetch: str, more: list[str]) -> ExpertOptions | None:

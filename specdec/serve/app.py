@@ -61,7 +61,8 @@ def _add_generation(app: FastAPI, service: Service) -> None:
     async def chat_completions(body: ChatBody, request: Request) -> HTTPResponse:
         service.check_model(body.model)
         prompt = await run_sync(service.encode_chat, body.messages)
-        response = Response(Chat(), service.settings.name, service.submit([prompt], body), body)
+        rule = await run_sync(service.constraint, body)
+        response = Response(Chat(), service.settings.name, service.submit([prompt], body, rule), body)
         return await _answer(service, request, response)
 
     @app.post("/v1/completions")
@@ -70,7 +71,8 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         prompts = [await run_sync(service.encode_text, prompt) for prompt in body.prompts]
         texts = [p if isinstance(p, str) else service.decode(p) for p in body.prompts if body.echo]
         shape = Completion([text for text in texts for _ in range(body.n or 1)])
-        response = Response(shape, service.settings.name, service.submit(prompts, body), body)
+        rule = await run_sync(service.constraint, body)
+        response = Response(shape, service.settings.name, service.submit(prompts, body, rule), body)
         return await _answer(service, request, response)
 
 

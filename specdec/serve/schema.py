@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from specdec.base.options import MAX_SEED
+from specdec.speculation.constraints import Json
 
 MAX_STOPS = 4
 Text = Annotated[str, Field(min_length=1)]
@@ -28,7 +29,6 @@ UNUSED: dict[str, tuple[Any, ...]] = {
     "prediction": (),
     "presence_penalty": (0,),
     "reasoning_effort": (),
-    "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
     "store": (False,),
     "suffix": ("",),
@@ -61,6 +61,34 @@ class StreamOptions(Strict):
         return _drop(given, {"include_obfuscation": (False,)})
 
 
+class JsonSchema(Strict):
+    """``schema`` is kept whether ``strict`` is given or not."""
+
+    name: Annotated[str, Field(max_length=64)]
+    schema_: Annotated[dict[str, Any], Field(alias="schema")] = {}
+    description: str | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(Strict):
+    """json_object: any JSON object. json_schema: JSON that a schema allows."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _schema_with_its_type(self) -> ResponseFormat:
+        if (self.json_schema is None) == (self.type == "json_schema"):
+            raise ValueError("json_schema goes with type: json_schema")
+        return self
+
+    @property
+    def constraint(self) -> Json | None:
+        if self.type == "text":
+            return None
+        return Json({"type": "object"} if self.json_schema is None else self.json_schema.schema_)
+
+
 class Sampling(Strict):
     """What both endpoints take.
 
@@ -80,6 +108,7 @@ class Sampling(Strict):
     stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
     user: Annotated[str, Field(max_length=256)] | None = None
     ignore_eos: bool = False
     speculative_decoding: bool = True

@@ -18,6 +18,7 @@ from specdec.serve.metrics import Metrics
 from specdec.serve.requests import make_request
 from specdec.serve.schema import Message, Sampling
 from specdec.serve.settings import Settings
+from specdec.speculation.constraints import Compiled
 from specdec.speculation.sampling import SamplingParams, streams
 
 TEMPERATURE = 1.0  # OpenAI's default
@@ -62,7 +63,17 @@ class Service:
     def decode(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
-    def submit(self, prompts: Sequence[list[int]], body: Sampling) -> list[Choice]:
+    def constraint(self, body: Sampling) -> Compiled | None:
+        """What the answers must be; it may take a second to prepare."""
+        rule = None if body.response_format is None else body.response_format.constraint
+        if rule is None:
+            return None
+        try:
+            return self.decoder.compile(rule, body.ignore_eos)
+        except SpecDecError as error:
+            raise ApiError(400, str(error), "response_format", "invalid_value") from None
+
+    def submit(self, prompts: Sequence[list[int]], body: Sampling, rule: Compiled | None = None) -> list[Choice]:
         """Start every choice of a request: ``n`` for each prompt. Raises ApiError where none is started."""
         n, most = body.n or 1, self.settings.max_choices
         if n * len(prompts) > most:
@@ -77,7 +88,7 @@ class Service:
         choices: list[Choice] = []
         try:
             for index, (prompt, stream) in enumerate(zip(rows, streams(rows), strict=True)):
-                handle = self.engine.submit(self._request(prompt, body, seed, stream))
+                handle = self.engine.submit(self._request(prompt, body, seed, stream, rule))
                 choices.append(Choice(index, handle, prompt, self.tokenizer, body.stops, self.metrics))
         except QueueFullError as error:
             raise ApiError(429, str(error), code="queue_full") from None
@@ -98,7 +109,7 @@ class Service:
             choice.close()
             self.metrics.ended(choice.handle.metrics, choice.answer.finish or "abort", now - choice.began)
 
-    def _request(self, prompt: list[int], body: Sampling, seed: int, stream: int) -> Request:
+    def _request(self, prompt: list[int], body: Sampling, seed: int, stream: int, rule: Compiled | None) -> Request:
         bounds = [bound for bound in (body.limit, self.settings.max_tokens) if bound is not None]
         params = SamplingParams(
             temperature=TEMPERATURE if body.temperature is None else body.temperature,
@@ -117,4 +128,5 @@ class Service:
             stream=stream,
             ignore_eos=body.ignore_eos,
             draft=body.speculative_decoding,
+            constraint=rule,
         )

@@ -25,7 +25,7 @@ from specdec.base.errors import SpecDecError
 LONGEST = 2**16  # characters of a schema, an expression or a grammar
 MASKS = 64  # masks that are kept: drafting, scoring and looking for forced tokens ask for the same
 JSON_FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}  # as json.dumps writes it
-LIMITS = {"initial_lexer_fuel": 1_000_000, "step_lexer_fuel": 200_000, "step_max_items": 50_000}
+LIMITS: dict[str, Any] = {"initial_lexer_fuel": 1_000_000, "step_lexer_fuel": 200_000, "step_max_items": 50_000}
 LIMITS |= {"max_lexer_states": 50_000, "max_grammar_size": 100_000}
 
 T = TypeVar("T")
@@ -153,7 +153,8 @@ def compiled(constraint: Constraint, tokenizer: Any, vocab_size: int, ends: froz
         raise _invalid(constraint, matcher.get_error())
     made = Compiled(matcher, vocab_size, ends)
     first = made.state(())
-    if not bool(first.mask(()).any()):
+    allowed = first.mask(())
+    if allowed is None or not bool(allowed.any()):
         raise _invalid(constraint, first.error_text or "it allows no text")
     return made
 

@@ -1,0 +1,210 @@
+"""Constrained decoding: what plain decoding under the same masks gives, for every drafter, and an end at the end."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from itertools import product
+
+import pytest
+import torch
+from conftest import Scripted, tiny_model
+from test_exact import p_value
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from zoo import EOS, PROMPTS, every, new_tokens, together
+
+from specdec import Choice, Grammar, Json, Regex, Request, SamplingParams, SpecDecError, SpecDecoder
+from specdec.engine import batch
+from specdec.engine.depth import FixedDepth
+from specdec.engine.engine import Engine
+from specdec.runtimes.reference import ReferenceTarget
+from specdec.speculation.constraints import LONGEST, Compiled, Constraint, ConstraintState, compiled
+from specdec.verifiers.exact import ExactVerifier
+
+pytest.importorskip("llguidance", reason="llguidance is not installed")
+SCHEMA = {
+    "type": "object",
+    "properties": {"kind": {"enum": ["north", "south"]}, "n": {"type": "integer", "minimum": 1, "maximum": 99}},
+    "required": ["kind", "n"],
+    "additionalProperties": False,
+}
+
+
+def letters(count: int = 94) -> PreTrainedTokenizerFast:
+    """Three special tokens (2 ends a text), and a token for each printable character; a space in place of a tilde."""
+    words = ["<pad>", "<bos>", "<eos>", *map(chr, range(33, 126)), "Ġ"][: 3 + count]
+    backend = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, []))
+    backend.add_special_tokens([AddedToken(word, special=True) for word in words[:3]])
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>")
+
+
+def made(constraint: Constraint, vocab: int = 97) -> Compiled:
+    return compiled(constraint, letters(vocab - 3), vocab, frozenset([EOS]))
+
+
+def request(prompt: list[int], rule: Compiled | None, count: int = 60, **more: object) -> Request:
+    processors = [] if rule is None else [rule.state(prompt)]
+    return Request(prompt, count, processors=processors, eos=frozenset([EOS]), **more)  # type: ignore[arg-type]
+
+
+def plainly(model: PreTrainedModel, prompt: list[int], rule: Compiled, count: int = 60) -> list[int]:
+    """Greedy decoding one token at a time; the mask of each is that of a new matcher."""
+    ids = list(prompt)
+    while len(ids) < len(prompt) + count and EOS not in ids[len(prompt) :]:
+        mask = rule.state(prompt).mask(ids[len(prompt) :])
+        ids.append(int(model(torch.tensor([ids])).logits[0, -1].masked_fill(~mask, float("-inf")).argmax()))
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("constraint", [Json(SCHEMA), Regex("[a-e]{3,9}(foo|fool)x?"), Choice(["left", "leftover"])])
+def test_greedy_equals_plain_constrained_decoding_for_every_drafter(constraint: Constraint) -> None:
+    model, rule = tiny_model(), made(constraint)
+    expected = [plainly(model, prompt, rule) for prompt in PROMPTS]
+    assert all(text[-1] == EOS and len(text) > 4 for text in expected)
+    target = ReferenceTarget(model)
+    for name, drafter in every(target).items():
+        drafter.bind(target)
+        rows = [request(prompt, rule) for prompt in PROMPTS]
+        together(target, drafter, rows, FixedDepth(4))
+        assert [new_tokens(row) for row in rows] == expected, name
+        assert [row.finished for row in rows] == ["eos"] * len(rows), name
+
+
+def test_forced_tokens_are_drafted_without_a_drafter() -> None:
+    decoder = SpecDecoder(tiny_model(), letters(), "none", runtime="reference")
+    output = decoder.generate([5, 6, 7], constraint=Json(SCHEMA), max_new_tokens=60)
+    assert set(json.loads(output.text)) == {"kind", "n"}
+    assert output.metrics.num_accepted_draft_tokens > 15
+    assert output.metrics.num_accepted_draft_tokens == output.metrics.num_draft_tokens
+
+
+def test_tokens_drafted_beyond_the_end_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch, "FORCED", 0)
+    tokenizer, target = letters(), ReferenceTarget(tiny_model())
+    text = tokenizer("ab", add_special_tokens=False).input_ids
+
+    def script(ids: list[int], limit: int) -> list[tuple[int, int]]:
+        rest = [*text, EOS, EOS, 7][len(ids) - 1 :][:limit]
+        return [(token, place) for place, token in enumerate(rest)]
+
+    row = request([3], made(Regex("ab")), 20)
+    together(target, Scripted(script), [row], FixedDepth(4))
+    assert row.finished == "eos" and new_tokens(row) == [*text, EOS]
+    assert row.metrics.num_accepted_draft_tokens == 2
+
+
+def test_constrained_and_free_rows_share_a_batch() -> None:
+    model, rule = tiny_model(), made(Json(SCHEMA))
+    target = ReferenceTarget(model)
+    drafter = every(target)["prompt-lookup"]
+    alone = request(PROMPTS[1], None, 20)
+    together(target, drafter, [alone], FixedDepth(4))
+    rows = [request(PROMPTS[0], rule), request(PROMPTS[1], None, 20), request(PROMPTS[2], rule, draft=False)]
+    together(target, drafter, rows, FixedDepth(4))
+    assert new_tokens(rows[1]) == new_tokens(alone)
+    assert [new_tokens(rows[b]) for b in (0, 2)] == [plainly(model, PROMPTS[b], rule) for b in (0, 2)]
+    assert not rows[2].metrics.num_draft_tokens
+
+
+# --- sampling --------------------------------------------------------------------------------------------------------
+
+VOCAB, ROWS, PROMPT = 7, 512, [3, 4, 3, 4]  # three special tokens and the characters !, ", #, $
+ABC = Regex('(!["#]|"[!$]|#)[!#]?"')
+
+
+def expected(model: PreTrainedModel, rule: Compiled, temperature: float) -> dict[tuple[int, ...], float]:
+    """The distribution of the first three tokens under the masks."""
+    p = {}
+    for outcome in product(range(VOCAB), repeat=3):
+        share, ids = 1.0, list(PROMPT)
+        for n, token in enumerate(outcome):
+            mask = rule.state(PROMPT).mask(outcome[:n])
+            if mask is None or not mask[token]:
+                share = 0.0
+                break
+            logits = model(torch.tensor([ids])).logits[0, -1].double() / temperature
+            share *= float(logits.masked_fill(~mask, float("-inf")).softmax(-1)[token])
+            ids.append(token)
+        p[outcome] = share
+    return p
+
+
+def fit(model: PreTrainedModel, name: str, rule: Compiled, masks: Compiled | None = None) -> float:
+    target = ReferenceTarget(model)
+    drafter = every(target)[name]
+    drafter.bind(target)
+    params = SamplingParams(temperature=2.0, seed=5)
+    rows = [request(PROMPT, masks or rule, 3, params=params, stream=stream) for stream in range(ROWS)]
+    together(target, drafter, rows, FixedDepth(2), max_rows=ROWS)
+    return p_value(Counter(tuple(new_tokens(row)) for row in rows), expected(model, rule, 2.0), ROWS)
+
+
+@pytest.mark.parametrize("name", ["none", "prompt-lookup", "early-exit", "early-exit (tree)", "layer-skip (tree)"])
+def test_sampling_follows_the_model_under_the_masks(name: str) -> None:
+    assert fit(tiny_model(vocab_size=VOCAB), name, made(ABC, VOCAB)) > 1e-4
+
+
+def test_another_constraint_fails_the_test_of_sampling() -> None:
+    other = made(Regex('(!["#]|"[!$]|#)[!#]"'), VOCAB)
+    assert fit(tiny_model(vocab_size=VOCAB), "early-exit", made(ABC, VOCAB), other) < 1e-4
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("constraint", "why"),
+    [
+        (Json({"type": "nope"}), "Invalid type"),
+        (Json({"type": "object", "dependentSchemas": {}}), "dependentSchemas"),
+        (Json({"enum": []}), "Unsatisfiable"),
+        (Json("{"), "JSON schema cannot be used"),
+        (Json("[1]"), "not a JSON object"),
+        (Json({"enum": ["x" * LONGEST]}), "shorten it"),
+        (Json({1: {2}}), "not JSON"),
+        (Regex("("), "unclosed group"),
+        (Regex("[a&&b]"), "regular expression cannot be used"),
+        (Grammar("start: missing"), "grammar cannot be used"),
+        (Choice([]), "list of texts"),
+        (Choice("abc"), "list of texts"),
+    ],
+)
+def test_a_bad_constraint_is_refused_in_one_line(constraint: Constraint, why: str) -> None:
+    with pytest.raises(SpecDecError, match=why) as found:
+        made(constraint)
+    assert "\n" not in str(found.value) and len(str(found.value)) < 400
+
+
+def test_a_constraint_that_fails_ends_its_own_request_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, rule = tiny_model(), made(Json(SCHEMA))
+    bad, good = request(PROMPTS[0], rule), request(PROMPTS[1], rule)
+    failing, go_to = bad.sampling.constraint, ConstraintState._go_to
+
+    def fails(self: ConstraintState, new: list[int]) -> bool:
+        if self is failing and len(new) > 4:
+            raise ValueError("too complex")
+        return go_to(self, new)
+
+    monkeypatch.setattr(ConstraintState, "_go_to", fails)
+    target = ReferenceTarget(model)
+    engine = Engine(target, every(target)["prompt-lookup"], ExactVerifier(), FixedDepth(4))
+    for row in (bad, good):
+        engine.submit(row)
+    for _ in engine.steps():
+        pass
+    assert bad.finished == "error" and "too complex" in str(bad.error)
+    assert good.finished == "eos" and new_tokens(good) == plainly(model, PROMPTS[1], rule)
+
+
+def test_what_cannot_keep_a_constraint_is_refused() -> None:
+    model = tiny_model()
+    with pytest.raises(SpecDecError, match="fast tokenizer"):
+        SpecDecoder(model, None, "none").generate([5], constraint=Regex("a"))
+    with pytest.raises(SpecDecError, match="ignore_eos"):
+        SpecDecoder(model, letters(), "none").generate([5], constraint=Regex("a"), ignore_eos=True)
+    lossy = SpecDecoder(model, letters(), "early-exit", verifier="confident")
+    with pytest.raises(SpecDecError, match="without scoring"):
+        lossy.generate([5], constraint=Regex("a"))
