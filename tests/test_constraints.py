@@ -73,12 +73,14 @@ def test_greedy_equals_plain_constrained_decoding_for_every_drafter(constraint: 
         assert [row.finished for row in rows] == ["eos"] * len(rows), name
 
 
-def test_forced_tokens_are_drafted_without_a_drafter() -> None:
-    decoder = SpecDecoder(tiny_model(), letters(), "none", runtime="reference")
+def test_forced_tokens_are_drafted_before_the_drafter_is_asked() -> None:
+    decoder = SpecDecoder(tiny_model(), letters(), Scripted(lambda ids, limit: []), runtime="reference")
     output = decoder.generate([5, 6, 7], constraint=Json(SCHEMA), max_new_tokens=60)
     assert set(json.loads(output.text)) == {"kind", "n"}
     assert output.metrics.num_accepted_draft_tokens > 15
     assert output.metrics.num_accepted_draft_tokens == output.metrics.num_draft_tokens
+    plain = decoder.with_drafter("none").generate([5, 6, 7], constraint=Json(SCHEMA), max_new_tokens=60)
+    assert plain.token_ids == output.token_ids and not plain.metrics.num_draft_tokens
 
 
 def test_tokens_drafted_beyond_the_end_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:

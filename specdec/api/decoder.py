@@ -220,7 +220,7 @@ class SpecDecoder:
         them are matched, too. chat: wrap text in the chat template (None: if the tokenizer has one), after a ``system``
         message. logits_processor: HF processors, applied to every position. ignore_eos: go on to the limit.
         constraint: what the new text must be (Json, Regex, Grammar or Choice); the limit and stop strings may still cut
-        it.
+        it. Tokens that it leaves no choice about are drafted before the drafter is asked.
         Raises SpecDecError for values of the wrong type or out of range and for prompts that do not fit.
         """
         penalty = 1.0 if repetition_penalty is None else repetition_penalty

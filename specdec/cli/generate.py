@@ -116,8 +116,8 @@ def generate(
             "num_speculative_tokens": shared.depth(num_speculative_tokens),
             **(vars(params) | {"repetition_penalty": repetition_penalty}),
             "stop": stop,
+            "constraint": None if json_schema is None else _schema(json_schema),
         }
-        constraint = None if json_schema is None else _schema(json_schema)
         registry.parse(drafter)
         rule_options = options.assignments("--verifier-option", verifier_option or [])
         if exit_threshold is not None:
@@ -154,7 +154,9 @@ def generate(
         plain = decoder.with_drafter("none")
         with terminal.status("warming up", silent):
             for either, own in ((decoder, settings), (plain, baseline_settings)):
-                either.generate(ids[-64:], **own | {"max_new_tokens": WARM_UP, "stop": []}, ignore_eos=True)
+                either.generate(
+                    ids[-64:], **own | {"max_new_tokens": WARM_UP, "stop": [], "constraint": None}, ignore_eos=True
+                )
 
     output, failed = _decode(decoder, ids, settings, _discard if as_json else terminal.write, silent)
     if not as_json:
@@ -167,11 +169,13 @@ def generate(
         interrupted = baseline.finish_reason == "interrupted"
         if not interrupted:
             limit = min(max_new_tokens, decoder.target.context - len(ids))
-            sampler = decoder.sampler([ids], [limit], params, repetition_penalty)
+            constraint = None if json_schema is None else decoder.compile(settings["constraint"])
+            sampler = decoder.sampler([ids], [limit], params, repetition_penalty, constraint=constraint)
             comparison = compared(decoder, ids, sampler, output, baseline)
 
     if as_json:
         chat = not raw and bool(getattr(decoder.tokenizer, "chat_template", None))
+        del settings["constraint"]
         result: dict[str, Any] = {
             **output.as_dict(),
             "model": model,
@@ -183,7 +187,7 @@ def generate(
             "runtime_note": decoder.runtime_note,
             "lossless": rule.lossless,
             "verifier": statistics.rule(decoder),
-            "settings": settings | {"system": system, "chat": chat},
+            "settings": settings | {"system": system, "chat": chat, "json_schema": json_schema and str(json_schema)},
             "note": statistics.unaccepted(decoder, output) or None,
         }
         if comparison is not None:
@@ -226,11 +230,11 @@ def _read(prompt: str | None) -> str:
 
 
 def _schema(file: Path) -> Json:
-    from specdec.speculation.constraints import LONGEST, Json
+    from specdec.speculation.constraints import Json
 
     try:
         with file.open("rb") as opened:
-            return Json(inputs.whole(opened, LONGEST).decode("utf-8-sig"))
+            return Json(inputs.whole(opened, 2**20).decode("utf-8-sig"))
     except (OSError, ValueError) as error:
         raise SpecDecError(f"--json-schema: {file} cannot be read: {error}") from None
 

@@ -166,7 +166,9 @@ class Batch:
         return max(min(most, self.target.context - 1 - self.cache.rows[b]), 0) if row.draft else 0
 
     def _forced(self) -> list[list[int]]:
-        """The tokens that each row's constraint leaves no choice about; they are drafted in any case."""
+        """The tokens that each row's constraint leaves no choice about; drafted before the drafter is asked."""
+        if self.drafter is None or not self.drafter.drafts:
+            return [[] for _ in self.rows]
         found = []
         for b, row in enumerate(self.rows):
             constraint, room = row.sampling.constraint, self._room(b, FORCED)

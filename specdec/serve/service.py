@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 from specdec.api.decoder import SpecDecoder
 from specdec.api.text import encode
-from specdec.base.errors import QueueFullError
+from specdec.base.errors import QueueFullError, SpecDecError
 from specdec.engine.engine import Engine
 from specdec.engine.request import Request
 from specdec.serve.choice import Choice
