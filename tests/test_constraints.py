@@ -9,6 +9,7 @@ from itertools import product
 import pytest
 import torch
 from conftest import Scripted, tiny_model
+from serving import serving
 from test_exact import p_value
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -210,3 +211,21 @@ def test_what_cannot_keep_a_constraint_is_refused() -> None:
     lossy = SpecDecoder(model, letters(), "early-exit", verifier="confident")
     with pytest.raises(SpecDecError, match="without scoring"):
         lossy.generate([5], constraint=Regex("a"))
+
+
+# --- the server ------------------------------------------------------------------------------------------------------
+
+
+def test_the_server_keeps_response_formats_and_refuses_bad_ones() -> None:
+    tokenizer = letters()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    decoder = SpecDecoder(tiny_model(), tokenizer, "prompt-lookup", runtime="reference")
+    schema = {"type": "json_schema", "json_schema": {"name": "place", "schema": SCHEMA, "strict": True}}
+    with serving(decoder) as server:
+        found = server.chat(max_tokens=60, n=2, seed=3, response_format=schema).json()
+        bad = server.chat(response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": []}}})
+        unnamed = server.chat(response_format={"type": "json_schema"})
+    for choice in found["choices"]:
+        assert set(json.loads(choice["message"]["content"])) == {"kind", "n"} and choice["finish_reason"] == "stop"
+    assert bad.status_code == unnamed.status_code == 400
+    assert bad.json()["error"]["param"] == "response_format" and "Unsatisfiable" in bad.json()["error"]["message"]

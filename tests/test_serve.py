@@ -265,7 +265,7 @@ USED = {
     "audio": {"voice": "a"}, "best_of": 2, "frequency_penalty": 0.5, "function_call": "auto", "functions": [{}],
     "logit_bias": {"5": 1}, "logprobs": True, "metadata": {"a": "b"}, "modalities": ["audio"],
     "parallel_tool_calls": True, "prediction": {}, "presence_penalty": 1, "reasoning_effort": "low",
-    "response_format": {"type": "json_object"}, "service_tier": "flex", "store": True, "suffix": "x",
+    "service_tier": "flex", "store": True, "suffix": "x",
     "tool_choice": "auto", "tools": [{"type": "function"}], "top_logprobs": 3, "beam_width": 4,
 }  # fmt: skip
 
