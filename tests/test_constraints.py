@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import product
 
 import pytest
 import torch
 from conftest import Scripted, tiny_model
-from serving import serving
+from serving import events, serving
 from test_exact import p_value
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -19,6 +21,8 @@ from specdec import Choice, Grammar, Json, Regex, Request, SamplingParams, SpecD
 from specdec.engine import batch
 from specdec.engine.depth import FixedDepth
 from specdec.engine.engine import Engine
+from specdec.runtimes.native import library
+from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.reference import ReferenceTarget
 from specdec.speculation.constraints import LONGEST, Compiled, Constraint, ConstraintState, compiled
 from specdec.verifiers.exact import ExactVerifier
@@ -110,6 +114,49 @@ def test_constrained_and_free_rows_share_a_batch() -> None:
     assert new_tokens(rows[1]) == new_tokens(alone)
     assert [new_tokens(rows[b]) for b in (0, 2)] == [plainly(model, PROMPTS[b], rule) for b in (0, 2)]
     assert not rows[2].metrics.num_draft_tokens
+
+
+@pytest.mark.skipif(not library.runs(), reason="there are no native kernels here")
+def test_the_native_runtime_gives_plain_constrained_decoding() -> None:
+    target = NativeTarget(tiny_model(vocab_size=97, hidden_size=64, head_dim=32, intermediate_size=96).bfloat16())
+    rules = [made(Json(SCHEMA)), made(Regex("[a-e]{3,9}(foo|fool)x?"))]
+    texts = []
+    for name in ("none", "prompt-lookup", "early-exit", "early-exit (tree)"):
+        drafter = every(target)[name]
+        drafter.bind(target)
+        rows = [request(prompt, rule) for prompt in PROMPTS for rule in rules]
+        together(target, drafter, rows, FixedDepth(4))
+        texts.append([new_tokens(row) for row in rows])
+    assert texts == texts[:1] * len(texts)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "reasons"),
+    [("a<think>", "inside"), ("a", "may"), ("a<think>b</think>ccccc", "may"), ("a<think></think>", "not")],
+)
+def test_a_constraint_begins_after_a_block_of_reasoning(prompt: str, reasons: str) -> None:
+    tokenizer = letters(92)
+    tokenizer.add_tokens(["<think>", "</think>"])
+    tokenizer.chat_template = "{{ messages[0].content.split('</think>')[-1] }}"
+    begin, end = tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
+    rule = compiled(Regex("xy"), tokenizer, 97, frozenset([EOS]))
+    ids, xy = tokenizer(prompt).input_ids, tokenizer("xy").input_ids
+    state = rule.state(ids)
+    first = state.mask([])
+    assert first is not None
+    if reasons == "inside":
+        assert int(first.sum()) == 96 and not first[EOS]
+    else:
+        assert first.nonzero()[:, 0].tolist() == sorted([xy[0]] + [begin] * (reasons == "may"))
+    block = {"inside": [5, xy[0], end], "may": [begin, 5, xy[0], end], "not": []}[reasons]
+    assert all(int(state.mask(block[:n]).sum()) == 96 for n in range(1, len(block)))  # type: ignore[union-attr]
+    assert state.forced(ids + block, 9) == ([*xy, EOS] if block else xy + [EOS])
+    target = ReferenceTarget(tiny_model())
+    row = Request(ids, 100, processors=[state], eos=frozenset([EOS]))
+    together(target, every(target)["prompt-lookup"], [row], FixedDepth(4))
+    new = new_tokens(row)
+    answer = new[new.index(end) + 1 :] if reasons != "not" and end in new else new
+    assert answer == [*xy, EOS] if row.finished == "eos" else reasons != "not"
 
 
 # --- sampling --------------------------------------------------------------------------------------------------------
@@ -229,3 +276,17 @@ def test_the_server_keeps_response_formats_and_refuses_bad_ones() -> None:
         assert set(json.loads(choice["message"]["content"])) == {"kind", "n"} and choice["finish_reason"] == "stop"
     assert bad.status_code == unnamed.status_code == 400
     assert bad.json()["error"]["param"] == "response_format" and "Unsatisfiable" in bad.json()["error"]["message"]
+
+
+def test_the_server_streams_constrained_rows_beside_each_other_and_ends_them_at_stop_strings() -> None:
+    tokenizer = letters()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    decoder = SpecDecoder(tiny_model(), tokenizer, "prompt-lookup", runtime="reference")
+    forms = [{"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": [kind]}}} for kind in ("ab", "cd")]
+    with serving(decoder) as server, ThreadPoolExecutor() as pool:
+        ask = partial(server.chat, max_tokens=60)
+        streams = list(pool.map(lambda form: events(ask(stream=True, response_format=form)), forms))
+        stopped = ask(response_format=forms[0], stop="b").json()["choices"][0]
+    texts = ["".join(chunk["choices"][0]["delta"].get("content", "") for chunk in stream) for stream in streams]
+    assert texts == ['"ab"', '"cd"'] and all(s[-1]["choices"][0]["finish_reason"] == "stop" for s in streams)
+    assert stopped["message"]["content"] == '"a' and stopped["finish_reason"] == "stop"

@@ -2,7 +2,8 @@
 
 Masks come from llguidance (extra ``structured``). A constraint is a logits processor: a function of the tokens before a
 position, so drafted positions get the masks of their own prefixes, in chains and trees, and rejected tokens leave
-nothing behind. After a complete text only an end token is allowed.
+nothing behind. After a complete text only an end token is allowed. Where a model reasons in a block before it answers,
+the constraint begins after that block, which must end.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from specdec.base.errors import SpecDecError
 LONGEST = 2**16  # characters of a schema, an expression or a grammar
 MASKS = 64  # masks that are kept: drafting, scoring and looking for forced tokens ask for the same
 JSON_FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}  # as json.dumps writes it
+REASONING = "<think>", "</think>"
+CLOSED = 4  # a block of reasoning that ends so few tokens before the end of a prompt is its answer's, and empty
 LIMITS: dict[str, Any] = {"initial_lexer_fuel": 1_000_000, "step_lexer_fuel": 200_000, "step_max_items": 50_000}
 LIMITS |= {"max_lexer_states": 50_000, "max_grammar_size": 100_000}
 
@@ -116,13 +119,24 @@ class Choice(Constraint):
 
 
 class Compiled:
-    """A constraint for one model. ``state`` makes what a row needs of it."""
+    """A constraint for one model. ``state`` makes what a row needs of it.
 
-    def __init__(self, matcher: Any, vocab_size: int, ends: frozenset[int]) -> None:
-        self.matcher, self.vocab_size, self.ends = matcher, vocab_size, ends
+    block: the tokens that begin and end a block of reasoning, where the model has such.
+    """
+
+    def __init__(
+        self, matcher: Any, vocab_size: int, ends: frozenset[int], block: tuple[int, int] | None = None
+    ) -> None:
+        self.matcher, self.vocab_size, self.ends, self.block = matcher, vocab_size, ends, block
+        self.reasoning = torch.ones(vocab_size, dtype=torch.bool)  # what may follow in a block
+        self.reasoning[[end for end in ends if end < vocab_size]] = False
 
     def state(self, prompt: Sequence[int]) -> ConstraintState:
-        return ConstraintState(self, len(prompt))
+        """Of a row with this prompt, whose template may have opened a block of reasoning, or closed an empty one."""
+        marks = [] if self.block is None else [n for n, token in enumerate(prompt) if token in self.block]
+        inside = bool(marks) and self.block is not None and prompt[marks[-1]] == self.block[0]
+        closed = bool(marks) and not inside and len(prompt) - marks[-1] <= CLOSED
+        return ConstraintState(self, len(prompt), inside, self.block is not None and not inside and not closed)
 
 
 def compiled(constraint: Constraint, tokenizer: Any, vocab_size: int, ends: frozenset[int]) -> Compiled:
@@ -151,8 +165,8 @@ def compiled(constraint: Constraint, tokenizer: Any, vocab_size: int, ends: froz
         raise _invalid(constraint, str(error)) from None
     if matcher.is_error():
         raise _invalid(constraint, matcher.get_error())
-    made = Compiled(matcher, vocab_size, ends)
-    first = made.state(())
+    made = Compiled(matcher, vocab_size, ends, _block(tokenizer))
+    first = ConstraintState(made, 0)
     allowed = first.mask(())
     if allowed is None or not bool(allowed.any()):
         raise _invalid(constraint, first.error_text or "it allows no text")
@@ -181,14 +195,23 @@ def _words(tokenizer: Any, vocab_size: int, ends: frozenset[int]) -> Any:
     return known[key]
 
 
-class ConstraintState(LogitsProcessor):  # type: ignore[misc]
-    """A row's constraint. The matcher stands after ``at``, the new tokens it has read, and goes where it is asked to.
+def _block(tokenizer: Any) -> tuple[int, int] | None:
+    """The tokens around a block of reasoning, where the chat template has one and each is a token."""
+    if REASONING[1] not in str(getattr(tokenizer, "chat_template", None)):
+        return None
+    begin, end = tokenizer.convert_tokens_to_ids(list(REASONING))
+    return (begin, end) if tuple(tokenizer.convert_ids_to_tokens([begin, end])) == REASONING else None
 
+
+class ConstraintState(LogitsProcessor):  # type: ignore[misc]
+    """A row's constraint. The matcher stands after ``at``, the tokens it has read, and goes where it is asked to.
+
+    start: tokens of the prompt. inside: it ends in a block of reasoning. may_reason: the answer may begin with one.
     error: why the constraint cannot be kept; its row ends with it.
     """
 
-    def __init__(self, compiled: Compiled, start: int) -> None:
-        self.compiled, self.start = compiled, start
+    def __init__(self, compiled: Compiled, start: int, inside: bool = False, may_reason: bool = False) -> None:
+        self.compiled, self.start, self.inside, self.may_reason = compiled, start, inside, may_reason
         self.matcher, self.at = compiled.matcher.deep_copy(), list[int]()
         self.masks: dict[tuple[int, ...], Tensor | None] = {}
         self.error_text = ""
@@ -198,7 +221,11 @@ class ConstraintState(LogitsProcessor):  # type: ignore[misc]
         return SpecDecError(f"the constraint cannot be kept: {self.error_text}") if self.error_text else None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        allowed = self.mask(input_ids[0, self.start :].tolist())
+        return self.masked(input_ids[0].tolist(), scores)
+
+    def masked(self, ids: Sequence[int], scores: Tensor) -> Tensor:
+        """``scores`` [1, V] of the token after the text ``ids``, without the tokens that are not allowed there."""
+        allowed = self.mask(ids[self.start :])
         if allowed is None:
             return scores
         allowed = allowed[: scores.shape[-1]].to(scores.device)
@@ -225,14 +252,28 @@ class ConstraintState(LogitsProcessor):  # type: ignore[misc]
             found += more
         return found[len(ids) - self.start : most]
 
+    def _begin(self, new: Sequence[int]) -> int | None:
+        """Where in the new tokens ``new`` the constraint begins; None: they end in a block of reasoning."""
+        block = self.compiled.block
+        if block is None or not (self.inside or (self.may_reason and new and new[0] == block[0])):
+            return 0
+        return next((n + 1 for n, token in enumerate(new) if token == block[1]), None)
+
     def _mask(self, new: Sequence[int]) -> Tensor | None:
-        if not self._go_to(new):
+        begin, block = self._begin(new), self.compiled.block
+        if begin is None:
+            return self.compiled.reasoning
+        if not self._go_to(new[begin:]):
             return None
         bits = np.frombuffer(self.matcher.compute_bitmask(), np.uint8)
-        return torch.from_numpy(np.unpackbits(bits, bitorder="little")[: self.compiled.vocab_size].astype(bool))
+        allowed = np.unpackbits(bits, bitorder="little")[: self.compiled.vocab_size].astype(bool)
+        if block is not None and self.may_reason and not new:
+            allowed[block[0]] = True
+        return torch.from_numpy(allowed)
 
     def _forced(self, new: Sequence[int]) -> list[int]:
-        if not self._go_to(new):
+        begin = self._begin(new)
+        if begin is None or (self.may_reason and not new) or not self._go_to(new[begin:]):
             return []
         if more := self.matcher.compute_ff_tokens():
             return list(more)

@@ -93,9 +93,13 @@ class Transforms:
         if self.processors:
             scores = scores.clone()
             for i, prefix in enumerate(prefix for row in prefixes() for prefix in row):
-                ids, row = torch.tensor([list(prefix)], device=scores.device), scores[i : i + 1]
+                row, ids = scores[i : i + 1], None
                 for processor in self.processors:
-                    row = processor(ids, row)
+                    if isinstance(processor, ConstraintState):
+                        row = processor.masked(prefix, row)
+                    else:
+                        ids = torch.tensor([list(prefix)], device=scores.device) if ids is None else ids
+                        row = processor(ids, row)
                 scores[i] = row[0]
         nothing = torch.empty(scores.shape[0], 0, dtype=torch.long, device=scores.device)
         for warper in self.warpers:
