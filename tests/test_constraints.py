@@ -150,7 +150,7 @@ def test_a_constraint_begins_after_a_block_of_reasoning(prompt: str, reasons: st
         assert first.nonzero()[:, 0].tolist() == sorted([xy[0]] + [begin] * (reasons == "may"))
     block = {"inside": [5, xy[0], end], "may": [begin, 5, xy[0], end], "not": []}[reasons]
     assert all(int(state.mask(block[:n]).sum()) == 96 for n in range(1, len(block)))  # type: ignore[union-attr]
-    assert state.forced(ids + block, 9) == ([*xy, EOS] if block else xy + [EOS])
+    assert state.forced(ids + block, 9) == [*xy, EOS]
     target = ReferenceTarget(tiny_model())
     row = Request(ids, 100, processors=[state], eos=frozenset([EOS]))
     together(target, every(target)["prompt-lookup"], [row], FixedDepth(4))

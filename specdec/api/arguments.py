@@ -49,6 +49,8 @@ REQUEST = {
     "stop": options.TEXT | options.lists("texts", options.TEXT.holds),
     "logits_processor": options.lists("logits processors", callable),
     "ignore_eos": options.BOOL,
+    "logprobs": options.wholes_from(0) | options.NONE,
+    "prompt_logprobs": options.BOOL,
     "constraint": options.instance("a Json, Regex, Grammar or Choice", Constraint) | options.NONE,
 }
 ENGINE = {

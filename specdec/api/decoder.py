@@ -209,6 +209,8 @@ class SpecDecoder:
         logits_processor: Sequence[LogitsProcessor] = (),
         ignore_eos: bool = False,
         constraint: Constraint | None = None,
+        logprobs: int | None = None,
+        prompt_logprobs: bool = False,
     ) -> Generation:
         """Start a generation: the form under ``generate`` and ``stream`` that gives text and figures as they grow.
 
@@ -221,6 +223,8 @@ class SpecDecoder:
         message. logits_processor: HF processors, applied to every position. ignore_eos: go on to the limit.
         constraint: what the new text must be (Json, Regex, Grammar or Choice); the limit and stop strings may still cut
         it. Tokens that it leaves no choice about are drafted before the drafter is asked.
+        logprobs: give the log-probability of each new token, with this many of the likeliest tokens at its position.
+        They are the model's own: before processors, temperature and constraints. prompt_logprobs: also of the prompt.
         Raises SpecDecError for values of the wrong type or out of range and for prompts that do not fit.
         """
         penalty = 1.0 if repetition_penalty is None else repetition_penalty
@@ -253,11 +257,15 @@ class SpecDecoder:
         if num_speculative_tokens == "auto" and self.tuned is not None:
             num_speculative_tokens = self.tuned.num_speculative_tokens
         limits = [min(int(max_new_tokens), context - len(row)) for row in ids]
+        if prompt_logprobs and logprobs is None:
+            raise SpecDecError("prompt_logprobs goes with logprobs; give the number of likely tokens, such as 1")
+        if logprobs is not None:
+            self.check_logprobs()
         rule = None if constraint is None else self.compile(constraint, ignore_eos)
         sampler = self.sampler(ids, limits, params, repetition_penalty, logits_processor, rule)
         ends = frozenset() if ignore_eos else self.eos_ids()
         requests = [
-            Request(row, limit, eos=ends, chooser=chooser)
+            Request(row, limit, eos=ends, chooser=chooser, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
             for row, limit, chooser in zip(ids, limits, sampler.rows, strict=True)
         ]
         engine = self.idle_engine(num_speculative_tokens, max_rows=len(ids))
@@ -384,6 +392,14 @@ class SpecDecoder:
                 "use the verifier 'exact'"
             )
         return compiled(constraint, self.tokenizer, self.target.vocab_size, self.eos_ids())
+
+    def check_logprobs(self) -> None:
+        """Raise SpecDecError where tokens are accepted without a distribution."""
+        if self.verifier.threshold is not None:
+            raise SpecDecError(
+                f"verifier '{self.verifier.name}' accepts drafts without scoring them, so there are no "
+                "log-probabilities; use the verifier 'exact'"
+            )
 
     def _policy(self, num_speculative_tokens: int | str) -> DepthPolicy:
         if num_speculative_tokens != "auto":

@@ -10,6 +10,7 @@ from typing import Any
 
 from specdec.api.text import Detokenizer
 from specdec.engine.engine import Engine
+from specdec.engine.logprobs import TokenLogprob
 from specdec.engine.metrics import RequestMetrics
 from specdec.engine.request import Request
 from specdec.runtimes.experts.offload import Meter
@@ -22,16 +23,23 @@ class GenerationOutput:
     token_ids: the new tokens, as plain decoding would return them (an end-of-sequence token included).
     text: their text without special tokens, ending before a stop string.
     finish_reason: "eos", "length" or "stop"; "interrupted" if the stream was closed early.
+    logprobs: of each new token, where they were asked for. prompt_logprobs: of the prompt's tokens from the second on.
     """
 
     text: str
     token_ids: list[int]
     finish_reason: str
     metrics: RequestMetrics
+    logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[TokenLogprob] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return vars(self) | {"metrics": self.metrics.as_dict()}
+        found = {name: value for name, value in vars(self).items() if value is not None}
+        for name in ("logprobs", "prompt_logprobs"):
+            if name in found:
+                found[name] = [token.as_dict() for token in found[name]]
+        return found | {"metrics": self.metrics.as_dict()}
 
 
 class Generation:
@@ -95,7 +103,9 @@ class Generation:
             text.finish()
             reason = request.finished if request.error is None else None
             reason = "interrupted" if reason in (None, "cancelled") else reason
-            out.append(GenerationOutput(text.text, list(text.ids), reason, request.metrics))
+            own = None if request.logprobs is None else list(request.scored)
+            before = list(request.prompt_scored) if request.prompt_logprobs else None
+            out.append(GenerationOutput(text.text, list(text.ids), reason, request.metrics, own, before))
         return out
 
     def close(self) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from specdec.base.errors import NotFiniteError
 from specdec.drafters.trie import merge
 from specdec.engine.depth import DepthPolicy
+from specdec.engine.logprobs import prompt_logprobs, token_logprobs
 from specdec.engine.metrics import Ledger
 from specdec.engine.request import Request
 from specdec.engine.scoring import Scores, score
@@ -64,7 +65,13 @@ class Batch:
         """
         parts = [row.ids[n : n + count] for row, n, count in zip(rows, cache.rows, counts, strict=True)]
         taps, whole_prompts = self._taps(), self.drafter is not None and self.drafter.whole_prompts
-        last = run_tokens(self.target, cache, parts, taps, whole_prompts)  # (B, 1, D)
+        begun = list(cache.rows)
+        every: list[Tensor] | None = [] if any(row.prompt_logprobs for row in rows) else None
+        last = run_tokens(self.target, cache, parts, taps, whole_prompts, every)  # (B, 1, D)
+        for row, start, states in zip(rows, begun, every or (), strict=False):
+            if row.prompt_logprobs and start == len(row.prompt_scored):  # not where the row was preempted later on
+                following = row.prompt[start + 1 : start + 1 + len(states)]
+                row.prompt_scored += prompt_logprobs(self.target, states, following, row.logprobs or 0)
         paths = [list(range(len(part) if whole_prompts else min(len(part), 1))) for part in parts]
         self._observe([row.memory for row in rows], paths, taps)
         whole = [b for b, (row, n) in enumerate(zip(rows, cache.rows, strict=True)) if n == len(row.ids)]
@@ -78,11 +85,15 @@ class Batch:
     def _choose(self, rows: Sequence[Request], last: Tensor) -> list[int]:
         """The token after each row's last one, whose final states [B, 1, D] these are."""
         sampler = Sampler.of([row.sampling for row in rows])
-        if sampler.plain_greedy:
+        if sampler.plain_greedy and all(row.logprobs is None for row in rows):
             [chosen] = self.target.choose(last)
         else:
-            scores = sampler.scores(self.target.readout(last), lambda: [[row.ids] for row in rows])  # (B, 1, V)
+            logits = self.target.readout(last)
+            scores = sampler.scores(logits, lambda: [[row.ids] for row in rows])  # (B, 1, V)
             chosen = sampler.choose(scores, [[len(row.ids)] for row in rows]).tolist()
+            for row, raw, tokens in zip(rows, logits, chosen, strict=True):
+                if row.logprobs is not None:
+                    row.scored += token_logprobs(raw, tokens, row.logprobs)
         return [token for [token] in chosen]
 
     def join(self, rows: Sequence[Request], cache: KVCache) -> None:
@@ -145,6 +156,11 @@ class Batch:
             new.append(
                 ([drafted[b][node - 1] for node in path[1:]] + [token], [places[node] for node in path[1:]] + [0])
             )
+        if scores.logits:
+            slots = scores.slots(accepted.paths)
+            for b, logits in scores.logits.items():
+                row = self.rows[b]
+                row.scored += token_logprobs(logits[slots[b]], new[b][0], row.logprobs or 0)
         return new
 
     def _budget(self) -> list[int]:
@@ -204,7 +220,8 @@ class Batch:
         return Draft.empty(len(self.rows), self.cache.device)
 
     def _score(self, draft: Draft) -> Scores:
-        scores = score(self.state, draft, self._taps(), self.verifier)
+        wanted = [b for b, row in enumerate(self.rows) if row.logprobs is not None]
+        scores = score(self.state, draft, self._taps(), self.verifier, wanted)
         if scores.fault is not None:
             self._drop(f"proposed tokens that cannot be scored: {scores.fault}")
         return scores

@@ -11,6 +11,7 @@ from typing import Any
 from transformers import LogitsProcessor
 
 from specdec.base.errors import SpecDecError
+from specdec.engine.logprobs import TokenLogprob
 from specdec.engine.metrics import RequestMetrics
 from specdec.speculation.sampling import Chooser, SamplingParams
 
@@ -21,7 +22,9 @@ class Request:
 
     prompt: token ids. limit: most new tokens. params, processors, stream: how tokens are chosen; requests with one seed
     draw alike unless their streams differ. eos: tokens that end it. stop: called for each new token in order, where the
-    engine runs; returns a finish reason, or None. draft: whether the drafter drafts for it.
+    engine runs; returns a finish reason, or None. draft: whether the drafter drafts for it. logprobs: how many of the
+    likeliest tokens go with the log-probability of each new token; None: there are no log-probabilities.
+    prompt_logprobs: those of the prompt's tokens from the second on, too.
     """
 
     prompt: list[int]
@@ -33,6 +36,8 @@ class Request:
     stop: Callable[[int], str | None] | None = None
     draft: bool = True
     chooser: Chooser | None = None  # instead of params, processors and stream
+    logprobs: int | None = None
+    prompt_logprobs: bool = False
 
     # What the engine keeps of it
     ids: list[int] = field(init=False)  # prompt and output; the last one, the root, is not yet cached
@@ -47,6 +52,8 @@ class Request:
     chosen: int = field(init=False, default=-1)  # the token after a prompt
     forks: set[int] = field(init=False, default_factory=set)  # tokens after which other texts go on differently
     handle: Handle | None = field(init=False, default=None)
+    scored: list[TokenLogprob] = field(init=False, default_factory=list)  # the new tokens, where that is asked for
+    prompt_scored: list[TokenLogprob] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         self.ids = list(self.prompt)
@@ -67,6 +74,8 @@ class Request:
     def take(self, tokens: Sequence[int]) -> list[int]:
         """Add new tokens, up to where plain decoding would end; return those added."""
         kept: list[int] = []
+        if not self.left:  # only the prompt is of interest
+            self.finished, tokens = "length", ()
         for token in tokens:
             if token < 0:  # the model's logits are not finite
                 break
@@ -79,6 +88,7 @@ class Request:
             if self.finished is not None:
                 break
         self.ids += kept
+        del self.scored[self.metrics.num_new_tokens :]
         self.sampling.noise.forget(len(self.ids))
         return kept
 

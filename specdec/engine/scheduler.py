@@ -116,11 +116,12 @@ class Scheduler:
         fresh, longest, target = list[Request](), 0, self.batch.target
         while self.waiting and self.running + len(fresh) < self.max_rows:
             row, others = self.waiting[0], self.running + len(fresh)
-            source, found, shared = self._longest(row.ids[:-1])  # what follows the last token is sought, so it is run
+            known = [] if row.prompt_logprobs else row.ids[:-1]  # what follows the last token is sought, so it is run
+            source, found, shared = self._longest(known)
             more = sum(blocks(len(each.ids), PAGE) for each in (*fresh, row)) + AHEAD * (others + 1)
             if not self._fits(more, len(fresh) + 1) and others:
                 break
-            if self._waits(row, found, fresh):
+            if self._waits(known, found, fresh):
                 break
             if shared > found + SHARED:
                 row.forks.add(shared)
@@ -165,14 +166,14 @@ class Scheduler:
                 most, source = count, partial(self.batch.cache.copy, b)
         return source, most, shared
 
-    def _waits(self, row: Request, found: int, fresh: list[Request]) -> bool:
-        """Whether a row had better wait for a prompt that is being run: it can begin with more of it than was found."""
+    def _waits(self, known: Sequence[int], found: int, fresh: list[Request]) -> bool:
+        """Whether a text had better wait for a prompt that is being run: it can begin with more of it than was found."""
         if not self.reuse:
             return False
         joining, wait = self.joining, False
         for b, other in enumerate((*joining.rows, *fresh)):
             cache = joining.cache if b < len(joining.rows) else None
-            shared, run = common(other.ids, row.ids[:-1]), 0 if cache is None else cache.rows[b]
+            shared, run = common(other.ids, known), 0 if cache is None else cache.rows[b]
             if shared <= found + SHARED:
                 continue
             if run < shared:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -22,12 +22,14 @@ class Scores:
 
     chosen: [B][1 + M], the target's choice after each block token (-1: its logits are not finite). p: its distributions
     [B, 1 + M, V], where the verifier reads them. taps: tapped states. count: tokens that were run. nodes: for each row,
-    the block tokens it has, if the others were not run. fault: why the drafted tokens cannot be scored.
+    the block tokens it has, if the others were not run. logits: [n, V] of each row that wants them, one for each of its
+    slots, before they are processed. fault: why the drafted tokens cannot be scored.
     """
 
     def __init__(self, chosen: list[list[int]], p: Tensor | None, taps: dict[int, Tensor], count: int) -> None:
         self.chosen, self.p, self.taps, self.count = chosen, p, taps, count
         self.nodes: list[list[int]] | None = None
+        self.logits: dict[int, Tensor] = {}
         self.fault: str | None = None
 
     def slots(self, paths: list[list[int]]) -> list[list[int]]:
@@ -37,14 +39,18 @@ class Scores:
         return [[own.index(node) for node in path] for own, path in zip(self.nodes, paths, strict=True)]
 
 
-def score(state: State, draft: Draft, taps: dict[int, Tensor], verifier: Verifier) -> Scores:
-    """Run the block through the target; choose a token after each of its own."""
+def score(
+    state: State, draft: Draft, taps: dict[int, Tensor], verifier: Verifier, wanted: Collection[int] = ()
+) -> Scores:
+    """Run the block through the target; choose a token after each of its own. wanted: rows whose logits are kept."""
     if len(state.ids) > 1 and state.target.ragged and draft.states is None:
-        return _score_rows(state, draft, taps, verifier)
-    return _score_block(state, draft, taps, verifier)
+        return _score_rows(state, draft, taps, verifier, wanted)
+    return _score_block(state, draft, taps, verifier, wanted)
 
 
-def _score_block(state: State, draft: Draft, taps: dict[int, Tensor], verifier: Verifier) -> Scores:
+def _score_block(
+    state: State, draft: Draft, taps: dict[int, Tensor], verifier: Verifier, wanted: Collection[int]
+) -> Scores:
     """From where the draft's states end, in one shape for all rows."""
     target, cache = state.target, state.cache
     tokens, positions = state.block(draft)  # (B, 1 + M)
@@ -54,10 +60,12 @@ def _score_block(state: State, draft: Draft, taps: dict[int, Tensor], verifier: 
     x = target.layers(x, exit_layer, target.num_layers, Pass(late, cache.mask(exit_layer, late, tree), cache, taps))
     greedy, tapped = state.sampler.plain_greedy, target.num_layers + 1 in taps
     p, unread = None, [draft.tokens] if draft.listed is None else []
-    if greedy and not tapped:
+    kept = dict[int, Tensor]()
+    if greedy and not tapped and not wanted:
         *read, chosen = target.choose(x, *unread)
     else:
         logits = target.readout(x)  # (B, 1 + M - filled, V)
+        kept = {b: logits[b] for b in wanted}
         if tapped:
             taps[target.num_layers + 1] = logits
         if greedy:
@@ -78,7 +86,7 @@ def _score_block(state: State, draft: Draft, taps: dict[int, Tensor], verifier: 
         p = None if p is None else F.pad(p, (0, 0, filled, 0))
         taps = {layer: F.pad(seen, (0, 0, filled, 0)) if seen.numel() else seen for layer, seen in taps.items()}
     scores_ = Scores(chosen, p, taps, len(chosen) * (1 + len(draft.parents)))
-    scores_.fault = fault
+    scores_.fault, scores_.logits = fault, kept
     return scores_
 
 
@@ -108,7 +116,9 @@ def _fill(state: State, draft: Draft, x: Tensor, positions: Tensor) -> int:
     return filled
 
 
-def _score_rows(state: State, draft: Draft, taps: dict[int, Tensor], verifier: Verifier) -> Scores:
+def _score_rows(
+    state: State, draft: Draft, taps: dict[int, Tensor], verifier: Verifier, wanted: Collection[int]
+) -> Scores:
     """Each row's own tokens alone, one row behind the other."""
     target, cache, lists, depths = state.target, state.cache, draft.lists(), draft.depths()
     assert isinstance(cache, RowCache)
@@ -123,20 +133,25 @@ def _score_rows(state: State, draft: Draft, taps: dict[int, Tensor], verifier: V
     if target.num_layers + 1 in taps:
         taps[target.num_layers + 1] = target.readout(x)
     chosen, p, begin = [[0] * (1 + len(draft.parents)) for _ in nodes], list[Tensor](), 0
-    plain = target.choose(x)[0][0] if any(row.plain_greedy for row in state.sampler.rows) else []
-    drawn = [b for b, row in enumerate(state.sampler.rows) if not row.plain_greedy]
+    kept = dict[int, Tensor]()
+    drawn = [b for b, row in enumerate(state.sampler.rows) if not row.plain_greedy or b in wanted]
+    plain = target.choose(x)[0][0] if len(drawn) < len(nodes) else []
     logits = dict(zip(drawn, _read_out(target, x, counts, drawn), strict=True))  # the head's weights are read once
     for b, (own, chooser) in enumerate(zip(nodes, state.sampler.rows, strict=True)):
         end = begin + len(own)
-        found, ids = plain[begin:end], state.ids[b]
-        if not chooser.plain_greedy:
+        found, ids, raw = plain[begin:end], state.ids[b], logits.pop(b, None)
+        if raw is not None and chooser.plain_greedy:
+            found = largest(raw)[0].tolist()
+        elif raw is not None:
             sampler, before = Sampler.of([chooser]), functools.partial(_prefixes_of, ids, draft, b, own)
-            scores = sampler.scores(logits.pop(b), lambda before=before: [before()])  # type: ignore[misc]
+            scores = sampler.scores(raw, lambda before=before: [before()])  # type: ignore[misc]
             found = sampler.choose(scores, [[len(ids) + depths[node] for node in own]])[0].tolist()
         if verifier.needs_probabilities and not state.sampler.plain_greedy:
             certain = F.one_hot(upload([found], cache.device).clamp_min(0), target.vocab_size).float()
             share = certain if chooser.plain_greedy else scores.softmax(-1)
             p.append(_padded(share, [own], 1 + len(draft.parents)))
+        if raw is not None and b in wanted:
+            kept[b] = raw[0]
         for node, token in zip(own, found, strict=True):
             chosen[b][node] = token
         begin = end
@@ -144,7 +159,7 @@ def _score_rows(state: State, draft: Draft, taps: dict[int, Tensor], verifier: V
         if states.dim() > 1:
             taps[layer] = _padded(states, nodes, 1 + len(draft.parents))
     scored = Scores(chosen, torch.cat(p) if p else None, taps, sum(counts))
-    scored.nodes = nodes
+    scored.nodes, scored.logits = nodes, kept
     return scored
 
 

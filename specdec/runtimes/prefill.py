@@ -38,11 +38,13 @@ def run_tokens(
     rows: Sequence[Sequence[int]],
     taps: dict[int, Tensor] | None = None,
     whole: bool = False,
+    every: list[Tensor] | None = None,
 ) -> Tensor:
     """Run tokens of each row (some may have none) in one pass, and commit them.
 
     Returns the final states [B, 1, D] of each row's last token; so are the tapped states afterwards, or (``whole``)
-    they are those of all tokens [B, T, D], padded on the right.
+    they are those of all tokens [B, T, D], padded on the right. ``every`` gets each row's final states [n, D] of all
+    its tokens.
     """
     counts, device = list(map(len, rows)), cache.device
     mask: Mask
@@ -66,6 +68,8 @@ def run_tokens(
     x = target.layers(x, 0, target.num_layers, Pass(positions, mask, cache, taps))
     cache.commit([range(count) for count in counts])
     packed = len(rows) > 1 and len(x) == 1  # rows lie one behind the other
+    if every is not None:
+        every += x[0].split(counts) if packed else [row[:count] for row, count in zip(x, counts, strict=True)]
     for layer, states in (taps or {}).items():
         if taps is None or states.dim() < 2:
             continue
