@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 import torch
 from conftest import tiny_model
+from serving import NAME, USER, byte_tokenizer, events, serving, tiny_decoder
 from zoo import EOS, PROMPTS, every, new_tokens, together
 
 from specdec import Request, SamplingParams, SpecDecError, SpecDecoder
@@ -16,6 +20,7 @@ from specdec.runtimes.native import library
 from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.target import Target
+from specdec.serve.logprobs import token_bytes, token_text
 from specdec.speculation.draft import Drafter
 
 PARAMS = [SamplingParams(), SamplingParams(0.9, top_k=20, repetition_penalty=1.3, seed=3), SamplingParams(1.5)]
@@ -81,8 +86,9 @@ def test_in_the_native_runtime_they_are_those_of_plain_decoding_bit_for_bit() ->
 def test_rows_that_gave_way_have_them_once() -> None:
     model = tiny_model()
     target = ReferenceTarget(model)
-    rows = [Request(prompt, 40, logprobs=1, prompt_logprobs=True) for prompt in PROMPTS]
-    engine = together(target, every(target)["prompt-lookup"], rows, FixedDepth(4), kv_memory=60_000, prefill_chunk=3)
+    rows = [Request(prompt, 90, logprobs=1, prompt_logprobs=True) for prompt in PROMPTS * 2]
+    bounds = {"kv_memory": 240 * 512, "prefill_chunk": 3, "max_rows": 6}  # 512 bytes a token
+    engine = together(target, every(target)["prompt-lookup"], rows, FixedDepth(4), **bounds)
     assert engine.stats().preemptions
     for row in rows:
         check(model, row)
@@ -120,3 +126,68 @@ def test_the_library_gives_them_and_refuses_what_has_none() -> None:
     lossy = SpecDecoder(tiny_model(), None, "early-exit", verifier="confident")
     with pytest.raises(SpecDecError, match="without scoring"):
         lossy.generate([5], logprobs=1)
+
+
+# --- the server ------------------------------------------------------------------------------------------------------
+
+
+def test_the_server_gives_them_to_the_official_client_whole_and_streamed(tmp_path: Path) -> None:
+    decoder = tiny_decoder(tmp_path)
+    with serving(decoder) as server, openai.OpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
+        how: dict[str, Any] = {"model": NAME, "max_tokens": 12, "temperature": 0, "logprobs": True, "top_logprobs": 2}
+        whole = client.chat.completions.create(messages=USER, **how).choices[0]  # type: ignore[call-overload]
+        chunks = list(client.chat.completions.create(messages=USER, stream=True, **how))  # type: ignore[call-overload]
+        text = client.completions.create(model=NAME, prompt="Name", max_tokens=5, logprobs=3, temperature=0, n=2)
+    content = whole.logprobs.content
+    assert "".join(each.token for each in content) == whole.message.content and len(content) == 12
+    assert all(each.top_logprobs[0].token == each.token and each.bytes == [*each.token.encode()] for each in content)
+    streamed = [each for chunk in chunks if chunk.choices[0].logprobs for each in chunk.choices[0].logprobs.content]
+    assert streamed == content
+    ids = decoder.generate("Name", chat=False, max_new_tokens=5, logprobs=3)
+    for choice in text.choices:
+        assert choice.logprobs.token_logprobs == pytest.approx([each.logprob for each in ids.logprobs or ()], abs=1e-5)
+        assert choice.logprobs.text_offset == [0, 1, 2, 3, 4] and len(choice.logprobs.top_logprobs[0]) == 3
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_lm_evals_request_for_the_logprobs_of_a_prompt(tmp_path: Path, count: int) -> None:
+    decoder = tiny_decoder(tmp_path)
+    prompts = [[5, 6, 7, 8, 9], [11, 12, 13]]
+    body = {"prompt": prompts, "max_tokens": count, "logprobs": 1, "echo": True, "temperature": 0, "seed": 1234}
+    with serving(decoder) as server:
+        found = server.complete(**body).json()
+        streamed = events(server.complete(**body, stream=True))
+    assert found["usage"]["completion_tokens"] == 2 * count
+    for prompt, choice in zip(prompts, found["choices"], strict=True):
+        assert choice["finish_reason"] == "length"
+        logs = decoder.model(torch.tensor([prompt])).logits[0].log_softmax(-1)
+        expected = [float(logs[n, token]) for n, token in enumerate(prompt[1:])]
+        got = choice["logprobs"]
+        assert got["token_logprobs"][0] is got["top_logprobs"][0] is None
+        assert got["token_logprobs"][1 : len(prompt)] == pytest.approx(expected, abs=1e-4)
+        assert "".join(got["tokens"]) == choice["text"] and len(got["tokens"]) == len(prompt) + count
+        for n, likely in enumerate(got["top_logprobs"][1 : len(prompt)]):
+            best = max(likely, key=lambda token: likely[token])
+            assert best == token_text(decoder.tokenizer, int(logs[n].argmax()))
+        parts = [
+            c["logprobs"] for e in streamed for c in e["choices"] if c["index"] == choice["index"] and c["logprobs"]
+        ]
+        assert [each for part in parts for each in part["tokens"]] == got["tokens"]
+        assert [each for part in parts for each in part["text_offset"]] == got["text_offset"]
+
+
+def test_what_the_server_refuses_of_them(tmp_path: Path) -> None:
+    with serving(tiny_decoder(tmp_path)) as server:
+        assert server.chat(top_logprobs=2).status_code == server.chat(logprobs=True, top_logprobs=21).status_code == 400
+        assert server.complete(max_tokens=0).status_code == 400
+        assert server.chat(logprobs=False, top_logprobs=0).json()["choices"][0]["logprobs"] is None
+        assert server.complete(logprobs=False).json()["choices"][0]["logprobs"] is None
+        assert len(server.complete(logprobs=0).json()["choices"][0]["logprobs"]["tokens"]) == 24
+
+
+def test_a_part_of_a_character_is_named_by_its_bytes() -> None:
+    tokenizer = byte_tokenizer()
+    ids = tokenizer("\u00e9 a").input_ids
+    assert b"".join(token_bytes(tokenizer, each) for each in ids) == "\u00e9 a".encode()
+    assert [token_text(tokenizer, each) for each in ids] == ["bytes:\\xc3", "bytes:\\xa9", " ", "a"]
+    assert json.dumps(token_text(tokenizer, ids[0]))

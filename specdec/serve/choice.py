@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
+from specdec.engine.logprobs import TokenLogprob
 from specdec.engine.request import Handle
 from specdec.serve.errors import ApiError
 from specdec.serve.metrics import Metrics
@@ -19,7 +20,10 @@ class Choice:
         self, index: int, handle: Handle, prompt: list[int], tokenizer: Any, stops: Sequence[str], metrics: Metrics
     ) -> None:
         self.index, self.handle, self.prompt, self.metrics = index, handle, prompt, metrics
-        self.answer = Answer(tokenizer, stops)
+        self.tokenizer, self.answer = tokenizer, Answer(tokenizer, stops)
+        self.sent = self.place = (
+            0  # tokens whose log-probabilities have been sent, and the place in the text after them
+        )
         self.began = time.perf_counter()
         self.first = self.last = 0.0  # when tokens came
 
@@ -37,6 +41,10 @@ class Choice:
                     yield piece
         finally:
             self.close()
+
+    def scored(self, start: int) -> list[TokenLogprob]:
+        """The log-probabilities of the tokens from number ``start`` on."""
+        return self.handle.request.scored[start : self.answer.count]
 
     def close(self) -> None:
         """The request is not needed any more; one that is over stays as it is."""

@@ -26,11 +26,14 @@ def make_request(
     ignore_eos: bool = False,
     draft: bool = True,
     constraint: Compiled | None = None,
+    logprobs: int | None = None,
+    prompt_logprobs: bool = False,
 ) -> Request:
     """A request for at most ``limit`` new tokens, and no more than the model's context has place for.
 
     repetition_penalty: None is that of the model's ``generation_config``; that of ``params`` is not used. stream: which
     of several answers to one prompt. draft: False decodes plainly. constraint: what the answer must be.
+    logprobs, prompt_logprobs: as in ``Request``.
     """
     free = decoder.target.context - len(prompt)
     most = free if limit is None else min(limit, free)
@@ -44,6 +47,8 @@ def make_request(
         eos=frozenset() if ignore_eos else decoder.eos_ids(),
         stop=StopStrings(decoder.tokenizer, stops) if stops else None,
         draft=draft,
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from specdec import __version__
-from specdec.serve import speculation
+from specdec.serve import logprobs, speculation
 from specdec.serve.choice import Choice
 from specdec.serve.errors import ApiError
 from specdec.serve.pieces import Piece
@@ -24,6 +24,10 @@ class Chat:
     def opening(self, choice: Choice) -> dict[str, Any] | None:
         """What a stream begins with, for each choice."""
         return {"delta": {"role": "assistant", "content": ""}}
+
+    def logprobs(self, choice: Choice, start: int) -> dict[str, Any]:
+        """Those of the tokens from number ``start`` on."""
+        return logprobs.of_chat(choice.tokenizer, choice.scored(start))
 
     def delta(self, piece: Piece) -> dict[str, Any]:
         return {"delta": {"content": piece.text} if piece.text else {}}
@@ -43,6 +47,14 @@ class Completion:
 
     def opening(self, choice: Choice) -> dict[str, Any] | None:
         return {"text": self.echoes[choice.index]} if self.echoes else None
+
+    def logprobs(self, choice: Choice, start: int) -> dict[str, Any]:
+        """Those of the tokens from number ``start`` on; before the first come the prompt's, where it is repeated."""
+        before = choice.handle.request.prompt_scored if self.echoes and not start else []
+        first = choice.prompt[0] if self.echoes and not start else None
+        scored = [*before, *choice.scored(start)]
+        found, choice.place = logprobs.of_completion(choice.tokenizer, scored, first, choice.place)
+        return found
 
     def delta(self, piece: Piece) -> dict[str, Any]:
         return {"text": piece.text}
@@ -67,7 +79,7 @@ class Response:
         """The response, once all choices have ended."""
         async for _ in merged(self.choices, each=False):
             pass
-        choices = [self._choice(c.index, self.shape.full(c), c.answer.finish) for c in self.choices]
+        choices = [self._choice(c, self.shape.full(c), c.answer.finish) for c in self.choices]
         return self.head | {"object": self.shape.whole, "choices": choices, "usage": self.usage()} | self._metrics()
 
     async def stream(self) -> AsyncIterator[bytes]:
@@ -78,17 +90,17 @@ class Response:
         try:
             for choice in self.choices:
                 if (opening := self.shape.opening(choice)) is not None:
-                    yield self._chunk(choice.index, opening, None, more)
+                    yield self._chunk(choice, opening, None, more)
             async for choice, piece in merged(self.choices, options.include_draft_depth):
                 depth = {"draft_depth": piece.depth} if options.include_draft_depth else {}
                 if piece.finish is None:
-                    yield self._chunk(choice.index, self.shape.delta(piece) | depth, None, more)
+                    yield self._chunk(choice, self.shape.delta(piece) | depth, None, more)
                     continue
                 left -= 1
                 if piece.text:
-                    yield self._chunk(choice.index, self.shape.delta(piece) | depth, None, more)
+                    yield self._chunk(choice, self.shape.delta(piece) | depth, None, more)
                 end = self._metrics() if not left and not options.include_usage else {}
-                yield self._chunk(choice.index, self.shape.delta(Piece("")), piece.finish, more | end)
+                yield self._chunk(choice, self.shape.delta(Piece("")), piece.finish, more | end)
             if options.include_usage:
                 yield event(self._part() | {"choices": [], "usage": self.usage()} | self._metrics())
         except ApiError as error:
@@ -123,8 +135,16 @@ class Response:
     def _part(self) -> dict[str, Any]:
         return self.head | {"object": self.shape.part}
 
-    def _chunk(self, index: int, content: dict[str, Any], finish: str | None, more: dict[str, Any]) -> bytes:
-        return event(self._part() | {"choices": [self._choice(index, content, finish)]} | more)
+    def _chunk(self, choice: Choice, content: dict[str, Any], finish: str | None, more: dict[str, Any]) -> bytes:
+        return event(self._part() | {"choices": [self._choice(choice, content, finish)]} | more)
 
-    def _choice(self, index: int, content: dict[str, Any], finish: str | None) -> dict[str, Any]:
-        return {"index": index, **content, "logprobs": None, "finish_reason": finish}
+    def _choice(self, choice: Choice, content: dict[str, Any], finish: str | None) -> dict[str, Any]:
+        return {"index": choice.index, **content, "logprobs": self._logprobs(choice), "finish_reason": finish}
+
+    def _logprobs(self, choice: Choice) -> dict[str, Any] | None:
+        """Those of the tokens that have come since they were last asked for."""
+        start, end = choice.sent, choice.answer.count
+        if self.body.top is None or (start == end and choice.answer.finish is None) or (start and start == end):
+            return None
+        choice.sent = end
+        return self.shape.logprobs(choice, start)

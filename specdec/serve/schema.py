@@ -12,6 +12,7 @@ from specdec.speculation.constraints import Json
 MAX_STOPS = 4
 Text = Annotated[str, Field(min_length=1)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
+Top = Annotated[int, Field(ge=0, le=20)]
 Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
 # Parameters that are not supported: the values by which clients say that they do not use them.
@@ -22,7 +23,6 @@ UNUSED: dict[str, tuple[Any, ...]] = {
     "function_call": ("none",),
     "functions": ([],),
     "logit_bias": ({},),
-    "logprobs": (False,),
     "metadata": ({},),
     "modalities": (["text"],),
     "parallel_tool_calls": (),
@@ -34,7 +34,6 @@ UNUSED: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
     "tool_choice": ("none",),
     "tools": ([],),
-    "top_logprobs": (0,),
 }
 IN_A_MESSAGE = ("annotations", "audio", "function_call", "refusal", "tool_calls")
 
@@ -135,6 +134,11 @@ class Sampling(Strict):
         """Most new tokens that the client asks for."""
         return self.max_tokens
 
+    @property
+    def top(self) -> int | None:
+        """How many of the likeliest tokens go with each log-probability; None: there are none."""
+        return None
+
 
 class TextPart(Strict):
     type: Literal["text"]
@@ -161,6 +165,18 @@ class Message(Strict):
 class ChatBody(Sampling):
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Top | None = None
+
+    @model_validator(mode="after")
+    def _top_of_logprobs(self) -> ChatBody:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs goes with logprobs: true")
+        return self
+
+    @property
+    def top(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
     def limit(self) -> int | None:
@@ -169,7 +185,26 @@ class ChatBody(Sampling):
 
 class CompletionBody(Sampling):
     prompt: Text | Ids | Annotated[list[Text], Field(min_length=1)] | Annotated[list[Ids], Field(min_length=1)]
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
     echo: bool = False
+    logprobs: Top | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_logprobs(cls, given: Any) -> Any:
+        """``logprobs: false`` says that there are none; 0 asks for those of the tokens alone."""
+        unused = isinstance(given, dict) and given.get("logprobs") is False
+        return given | {"logprobs": None} if unused else given
+
+    @model_validator(mode="after")
+    def _something(self) -> CompletionBody:
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens: 0 goes with echo: true")
+        return self
+
+    @property
+    def top(self) -> int | None:
+        return self.logprobs
 
     @property
     def limit(self) -> int | None:

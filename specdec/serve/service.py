@@ -16,7 +16,7 @@ from specdec.serve.choice import Choice
 from specdec.serve.errors import ApiError
 from specdec.serve.metrics import Metrics
 from specdec.serve.requests import make_request
-from specdec.serve.schema import Message, Sampling
+from specdec.serve.schema import CompletionBody, Message, Sampling
 from specdec.serve.settings import Settings
 from specdec.speculation.constraints import Compiled
 from specdec.speculation.sampling import SamplingParams, streams
@@ -83,6 +83,8 @@ class Service:
         if cap is not None and body.limit is not None and body.limit > cap:
             message = f"{body.limit} new tokens are too many; this server gives at most {cap}"
             raise ApiError(400, message, "max_tokens", "invalid_value")
+        if body.top is not None:
+            self.decoder.check_logprobs()
         seed = secrets.randbelow(SEEDS) if body.seed is None else body.seed
         rows = [prompt for prompt in prompts for _ in range(n)]
         choices: list[Choice] = []
@@ -129,4 +131,6 @@ class Service:
             ignore_eos=body.ignore_eos,
             draft=body.speculative_decoding,
             constraint=rule,
+            logprobs=body.top,
+            prompt_logprobs=body.top is not None and isinstance(body, CompletionBody) and body.echo,
         )
