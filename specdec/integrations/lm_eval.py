@@ -1,0 +1,142 @@
+"""A model of lm-eval (extra ``lm-eval``), registered as ``specdec`` when this module is imported.
+
+Log-likelihoods come from the log-probabilities of prompts, generated text from the decoder with its drafter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lm_eval import utils
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+
+from specdec.api.decoder import SpecDecoder
+from specdec.base.errors import SpecDecError
+
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+@register_model("specdec")  # type: ignore[untyped-decorator]
+class SpecDecLM(TemplateLM):  # type: ignore[misc]
+    """A SpecDecoder as lm-eval calls it.
+
+    pretrained: a model's name, as ``SpecDecoder.from_pretrained`` takes it with ``drafter``, ``device``, ``dtype`` and
+    ``more``, or a SpecDecoder. batch_size: prompts that run together. max_length: most tokens of a context and its
+    continuation, without the last one; None: as many as the model takes.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | SpecDecoder,
+        drafter: str = "auto",
+        *,
+        batch_size: int | str = 8,
+        max_batch_size: int | None = None,
+        device: str | None = None,
+        dtype: str = "auto",
+        max_length: int | None = None,
+        max_gen_toks: int = 256,
+        **more: Any,
+    ) -> None:
+        super().__init__()
+        if isinstance(pretrained, str):
+            pretrained = SpecDecoder.from_pretrained(pretrained, drafter, device=device or "auto", dtype=dtype, **more)
+        self.decoder, self.tokenizer = pretrained, pretrained.tokenizer
+        if self.tokenizer is None:
+            raise SpecDecError("lm-eval needs a tokenizer; give SpecDecoder one")
+        self.batch_size = 8 if batch_size == "auto" else int(batch_size)
+        most = self.decoder.target.context - 2  # the last token is scored, and one is generated
+        self.max_length, self.max_gen_toks = min(max_length or most, most), max_gen_toks
+
+    # -- text ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def eot_token_id(self) -> int:
+        return int(self.tokenizer.eos_token_id)
+
+    @property
+    def prefix_token_id(self) -> int:
+        begin = self.tokenizer.bos_token_id
+        return self.eot_token_id if begin is None else int(begin)
+
+    @property
+    def tokenizer_name(self) -> str:
+        return str(self.tokenizer.name_or_path).replace("/", "__")
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        if add_special_tokens is None:
+            begin = self.tokenizer.decode(self.prefix_token_id)
+            add_special_tokens = not (begin and string.startswith(begin))
+        return [int(token) for token in self.tokenizer.encode(string, add_special_tokens=add_special_tokens)]
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        how = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
+        return str(self.tokenizer.apply_chat_template(chat_history, tokenize=False, **how))
+
+    # -- scores -------------------------------------------------------------------------------------------------------
+
+    def _loglikelihood_tokens(self, requests: Sequence[Any], **kwargs: Any) -> list[tuple[float, bool]]:
+        found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
+        texts = [(context + continuation)[-(self.max_length + 1) :] for _, context, continuation in requests]
+        order = sorted(range(len(texts)), key=lambda n: -len(texts[n]))
+        for part in self._parts(order):
+            scored = self.decoder.generate_batch(
+                [texts[n] for n in part], max_new_tokens=1, temperature=0.0, logprobs=1, prompt_logprobs=True
+            )
+            for n, output in zip(part, scored, strict=True):
+                tokens = (output.prompt_logprobs or [])[-len(requests[n][2]) :]
+                greedy = all(token.top[0][0] == token.token_id for token in tokens)
+                found[n] = sum(token.logprob for token in tokens), greedy
+        return found
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        windows, owners = list[Any](), list[int]()
+        for number, request in enumerate(requests):
+            parts = utils.get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            windows += [(None, *utils.make_disjoint_window(part)) for part in parts]
+            owners += [number] * (len(windows) - len(owners))
+        sums = [0.0] * len(requests)
+        for number, (score, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
+            sums[number] += score
+        return sums
+
+    # -- text that is generated ---------------------------------------------------------------------------------------
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        found = [""] * len(requests)
+        groups: dict[str, list[int]] = {}
+        for n, request in enumerate(requests):
+            groups.setdefault(repr(request.args[1]), []).append(n)
+        for group in groups.values():
+            options = _options(requests[group[0]].args[1], self.max_gen_toks)
+            most = self.max_length - options["max_new_tokens"]
+            if most < 1:
+                raise SpecDecError(
+                    f"{options['max_new_tokens']} new tokens leave no place for a prompt in {self.max_length}; "
+                    "ask for fewer (max_gen_toks)"
+                )
+            for part in self._parts(group):
+                prompts = [self.tok_encode(requests[n].args[0])[-most:] for n in part]
+                for n, output in zip(part, self.decoder.generate_batch(prompts, **options), strict=True):
+                    found[n] = output.text
+        return found
+
+    def _parts(self, numbers: list[int]) -> list[list[int]]:
+        return [numbers[start : start + self.batch_size] for start in range(0, len(numbers), self.batch_size)]
+
+
+def _options(given: dict[str, Any], most: int) -> dict[str, Any]:
+    """lm-eval's options of a generation as ``generate_batch`` takes them."""
+    until = given.get("until") or []
+    options: dict[str, Any] = {name: given[name] for name in SAMPLING if given.get(name) is not None}
+    if not given.get("do_sample", bool(options.get("temperature"))):
+        options["temperature"] = 0.0
+    count = next((given[name] for name in ("max_gen_toks", "max_new_tokens", "max_tokens") if given.get(name)), most)
+    return options | {"max_new_tokens": int(count), "stop": [until] if isinstance(until, str) else list(until)}
