@@ -167,7 +167,7 @@ class Scheduler:
         return source, most, shared
 
     def _waits(self, known: Sequence[int], found: int, fresh: list[Request]) -> bool:
-        """Whether a text had better wait for a prompt that is being run: it can begin with more of it than was found."""
+        """Whether a text had better wait for a prompt that is being run, and begin with more of it than was found."""
         if not self.reuse:
             return False
         joining, wait = self.joining, False
