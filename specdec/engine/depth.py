@@ -3,8 +3,8 @@
 ``AutoDepth`` takes the exit and depth (0: plain decoding) with the most expected tokens per second, by a table of step
 costs, scaled to what recent steps took, and a running estimate of how often each drafted position is accepted. What it
 does not take (drafting where plain decoding is faster, another exit, one token deeper) it probes in 1 % of the decode
-time: each exit saves up its part of that, and is tried when it pays for the expected loss. A row starts from the
-acceptance of all others, worth five observations.
+time: each exit saves up its part of that, and is tried when it pays for the expected loss. The acceptance of other
+requests, before it and beside it, counts in a row's estimate as much as ``CARRIED`` observations of its own.
 
 A drafter with probabilities of its own (``estimates``) gets prices instead of a depth: what a node and a level cost, in
 tokens at the recent speed. For it, ``AutoDepth`` chooses only between drafting and plain decoding, by what its recent
@@ -34,7 +34,7 @@ from specdec.speculation.trees import MOST_NODES, Prices
 MOST, DEEPEST = 8, 12  # deepest draft considered, and deepest that prices may end
 PROBES = 0.01  # share of the decode time that probes may lose
 PRIOR, WEIGHT = 0.6, 1.25  # acceptance of an unknown drafter, and how many observations this guess is worth
-CARRIED = 5.0  # observations that the acceptance of other requests is worth
+CARRIED = 8.0  # observations that the acceptance of other requests is worth
 MEMORY, LONG_MEMORY = 0.97, 0.998  # weight of the past per step: within a request, over requests
 RECENT = 15  # steps whose median ratio of measured to expected seconds scales the table
 HOLD = 15  # most plain steps without a decision
@@ -283,8 +283,7 @@ class AutoDepth:
         """The probability that a chain is accepted up to each position: [exits, rows, positions]."""
         accepted, seen = np.moveaxis(np.stack([row.accepted for row in rows], 1), -1, 0)
         common, all_seen = np.moveaxis(self.all[:, None], -1, 0)
-        # What others have shown counts as much as CARRIED observations, and fades as a row's first ones do.
-        others = np.clip(all_seen - np.stack([row.count for row in rows], 1), 0, CARRIED) * (1 - (1 - MEMORY) * seen)
+        others = np.clip(all_seen - np.stack([row.count for row in rows], 1), 0, CARRIED)
         known, total = seen * accepted + others * common, seen + others + WEIGHT
         shares, share = np.empty_like(known), np.full(known.shape[:2], PRIOR)
         for position in range(self.most):  # each is assumed to be like the one before
