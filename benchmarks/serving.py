@@ -1,11 +1,18 @@
 """A server under load: tokens per second and latencies by number of clients, with and without the drafter.
 
-    python benchmarks/serving.py --model qwen2.5-coder-1.5b-instruct --drafter prompt-lookup+m2r2 --clients 1,2,4,8,16
-    python benchmarks/serving.py --soak 1000 --clients 16
+    python benchmarks/serving.py --drafter prompt-lookup+m2r2
+    python benchmarks/serving.py --model qwen2.5-coder-1.5b-instruct --drafter prompt-lookup+m2r2 --seconds 8
+    python benchmarks/serving.py --soak 1000 --clients 16 --max-tokens 16
 
 Requests go over sockets on loopback to a server that this starts, or to ``--url``. Each client sends its next request
-when the last one is answered. Blocks with the drafter on and off take turns in one server. Times are those at which
-data arrive: to the first text, and between two deliveries. The last line is JSON.
+when the last one is answered. A block counts the tokens of some seconds in which all clients are being answered; blocks
+with the drafter on and off take turns in one server. Times are those at which data arrive: to the first text, and
+between two deliveries. Then come, with the drafter on and off in turns, too:
+
+- overhead: by how much a step of an answer over HTTP takes longer than one of ``SpecDecoder.stream`` in this process.
+- chat: for each of four turns, the tokens of the prompt, those that are new, and those that were computed.
+
+The last line is JSON; ``--json`` writes it to a file. The table takes about 60 times ``--seconds`` and a minute more.
 
 ``--soak N``: N requests of which a tenth goes away early and one in twenty is not valid. Every text must be the one
 that a quiet server gave, no answer may be a 5xx, and at the end nothing may run or wait. Exits with 1 otherwise.
@@ -15,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import random
 import re
@@ -33,23 +41,25 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from specdec import SpecDecoder
 from specdec.bench.prompts import load_prompts, spread
 from specdec.models.catalogue import DEFAULT_MODEL
 
 TIMEOUT = 600  # seconds for an answer
+TURNS = 4  # of the chat
 BAD = (b"{", b'{"model": 3}', b"\xff\xfe", b"[]", b"null", b'{"model": "none", "messages": [{}]}')
 
 
 @dataclass
 class Answer:
-    """status: of HTTP; 0: the client went away. times: when data with text arrived."""
+    """status: of HTTP; 0: it has not ended. times: when data with text arrived. usage: tokens. steps: of decoding."""
 
     status: int
     began: float
     times: list[float] = field(default_factory=list)
     text: str = ""
-    tokens: int = 0
-    length: float = 1.0  # mean acceptance length
+    usage: dict[str, Any] = field(default_factory=dict)
+    steps: int = 0
 
     @property
     def first(self) -> float:
@@ -81,9 +91,9 @@ class Client:
         finally:
             writer.close()
 
-    async def chat(self, body: dict[str, Any], leave: int | None = None) -> Answer:
-        """Stream an answer; ``leave``: go away after so many deliveries."""
-        answer = Answer(0, time.perf_counter())
+    async def chat(self, body: dict[str, Any], leave: int | None = None, answer: Answer | None = None) -> Answer:
+        """Stream an answer, into ``answer``; ``leave``: go away after so many deliveries."""
+        answer = Answer(0, time.perf_counter()) if answer is None else answer
         lines = self.lines("POST", "/v1/chat/completions", json.dumps(body | {"stream": True}).encode())
         status = 0
         async for line in lines:
@@ -96,8 +106,8 @@ class Client:
                     answer.times.append(time.perf_counter())
                     answer.text += "".join(filter(None, texts))
                 if chunk.get("usage"):
-                    answer.tokens = chunk["usage"]["completion_tokens"]
-                    answer.length = chunk["metrics"]["speculative_decoding"]["mean_acceptance_length"]
+                    answer.usage = chunk["usage"]
+                    answer.steps = chunk["metrics"]["speculative_decoding"]["num_spec_steps"]
                 if "error" in chunk:
                     status = 500
             if leave is not None and len(answer.times) >= leave:
@@ -105,6 +115,10 @@ class Client:
                 return answer
         answer.status = status
         return answer
+
+    async def post(self, path: str, body: dict[str, Any]) -> Any:
+        found = [line async for line in self.lines("POST", path, json.dumps(body).encode())]
+        return json.loads(b"".join(found[1:]))
 
     async def raw(self, body: bytes) -> int:
         """The status of the answer to a body."""
@@ -118,6 +132,15 @@ class Client:
             if match := re.match(rb"vllm:(\w+)\{[^}]*\} (\S+)", line):
                 found[match[1].decode()] = float(match[2])
         return found
+
+    async def quiet(self) -> dict[str, float]:
+        """The figures once nothing runs: requests that were given up leave with the step under way."""
+        for _ in range(100):
+            figures = await self.figures()
+            if not figures["num_requests_running"] + figures["num_requests_waiting"]:
+                break
+            await asyncio.sleep(0.1)
+        return figures
 
 
 @contextmanager
@@ -166,20 +189,46 @@ def bodies(args: argparse.Namespace, name: str, temperature: float) -> list[dict
     ]
 
 
-async def block(
-    client: Client, wanted: Sequence[dict[str, Any]], clients: int, draft: bool
-) -> tuple[float, list[Answer]]:
-    """Seconds and answers of ``clients`` that share the requests ``wanted``."""
-    left, answers = list(reversed(wanted)), list[Answer]()
+@dataclass
+class Block:
+    """Some seconds under load. tokens: that came in them. steps, accepted: of its requests."""
+
+    seconds: float
+    tokens: float
+    steps: float
+    accepted: float
+    answers: list[Answer]
+
+
+async def block(client: Client, wanted: Sequence[dict[str, Any]], clients: int, draft: bool, seconds: float) -> Block:
+    """Let ``clients`` ask in turns for ``seconds``, counted from when all are being answered."""
+    left, answers = itertools.cycle(wanted), list[Answer]()
 
     async def work() -> None:
-        while left:
-            body = left.pop() | {"speculative_decoding": draft}
-            answers.append(await asyncio.wait_for(client.chat(body), TIMEOUT))
+        while True:
+            answers.append(Answer(0, time.perf_counter()))
+            await client.chat(next(left) | {"speculative_decoding": draft}, answer=answers[-1])
 
-    began = time.perf_counter()
-    await asyncio.gather(*(work() for _ in range(clients)))
-    return time.perf_counter() - began, answers
+    before = await client.quiet()
+    tasks = [asyncio.create_task(work()) for _ in range(clients)]
+    while len(answers) < clients or not all(answer.times for answer in answers[:clients]):
+        await asyncio.sleep(0.01)
+        for task in tasks:
+            if task.done():
+                task.result()  # raises what has ended it
+    first, began = await client.figures(), time.perf_counter()
+    await asyncio.sleep(seconds)
+    last, took = await client.figures(), time.perf_counter() - began
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    after = await client.quiet()
+    steps, accepted = (
+        after[f"spec_decode_num_{name}_total"] - before[f"spec_decode_num_{name}_total"]
+        for name in ("drafts", "accepted_tokens")
+    )
+    tokens = last["generation_tokens_total"] - first["generation_tokens_total"]
+    return Block(took, tokens, steps, accepted, answers)
 
 
 def percentiles(values: Sequence[float]) -> list[float]:
@@ -187,36 +236,94 @@ def percentiles(values: Sequence[float]) -> list[float]:
     return [round(1e3 * float(x), 1) for x in np.percentile(values, (50, 99))] if values else [0.0, 0.0]
 
 
+def turns(repeats: int) -> Iterator[bool]:
+    """The drafter on and off, ``repeats`` times each, neither always first."""
+    for repeat in range(repeats):
+        yield from (True, False) if repeat % 2 == 0 else (False, True)
+
+
 async def load(args: argparse.Namespace, client: Client, name: str, temperature: float) -> list[dict[str, Any]]:
-    """A row for each number of clients and each of drafter on and off; blocks take turns."""
+    """A row for each number of clients and each of drafter on and off."""
     wanted = bodies(args, name, temperature)
-    await block(client, wanted[:2], 1, True)  # warm-up
-    await block(client, wanted[:2], 1, False)
+    for draft in turns(1):
+        await block(client, wanted, max(args.clients), draft, 1)  # warm-up
     rows = list[dict[str, Any]]()
     for clients in args.clients:
-        seconds, answers = dict[bool, list[float]](), dict[bool, list[Answer]]()
-        requests = [wanted[i % len(wanted)] for i in range(max(args.requests, 2 * clients))]
-        for repeat in range(args.repeats):
-            for draft in (True, False) if repeat % 2 == 0 else (False, True):
-                took, found = await block(client, requests, clients, draft)
-                seconds.setdefault(draft, []).append(took)
-                answers.setdefault(draft, []).extend(found)
-        for draft in (True, False):
-            found = answers[draft]
-            rate = sum(a.tokens for a in found) / sum(seconds[draft])
+        blocks: dict[bool, list[Block]] = {True: [], False: []}
+        for draft in turns(args.repeats):
+            blocks[draft].append(await block(client, wanted, clients, draft, args.seconds))
+        for draft, found in blocks.items():
+            answers = [answer for each in found for answer in each.answers]
             rows.append(
                 {
                     "clients": clients,
                     "temperature": temperature,
                     "drafter": args.drafter if draft else "none",
-                    "tokens_per_second": round(rate, 1),
-                    "mean_acceptance_length": round(float(np.mean([a.length for a in found])), 2),
-                    "ttft_ms": percentiles([a.first for a in found if a.times]),
-                    "itl_ms": percentiles([gap for a in found for gap in a.gaps]),
-                    "failed": sum(a.status != 200 for a in found),
+                    "tokens_per_second": round(sum(b.tokens for b in found) / sum(b.seconds for b in found), 1),
+                    "mean_acceptance_length": round(
+                        1 + sum(b.accepted for b in found) / max(sum(b.steps for b in found), 1), 2
+                    ),
+                    "ttft_ms": percentiles([a.first for a in answers if a.times]),
+                    "itl_ms": percentiles([gap for a in answers for gap in a.gaps]),
+                    "failed": sum(a.status not in (0, 200) for a in answers),
                 }
             )
-        rows[-2]["x_off"] = round(rows[-2]["tokens_per_second"] / rows[-1]["tokens_per_second"], 3)
+        ratios = [on.tokens / on.seconds / (off.tokens / off.seconds) for on, off in zip(*blocks.values(), strict=True)]
+        rows[-2]["x_off"] = round(float(np.median(ratios)), 3)
+    return rows
+
+
+async def overhead(args: argparse.Namespace, client: Client, name: str) -> list[dict[str, Any]]:
+    """What a step over HTTP takes beyond one in this process, from the first text to the last, by prompt in turns."""
+    drafted = SpecDecoder.from_pretrained(args.model, args.drafter)
+    decoders = {True: drafted, False: drafted.with_drafter("none")}
+    more, ratios = {True: list[float](), False: list[float]()}, {True: list[float](), False: list[float]()}
+    for number, body in enumerate(bodies(args, name, 0.0)[: 1 + args.overhead]):
+        for draft in turns(1):
+            answer = await client.chat(body | {"speculative_decoding": draft})
+            text = decoders[draft].stream(body["messages"], max_new_tokens=args.max_tokens)
+            own = [time.perf_counter() for _ in text]
+            if number and len(own) > 1 and len(answer.times) > 1:  # the first warms up
+                there, here = answer.times[-1] - answer.times[0], own[-1] - own[0]
+                more[draft].append((there - here) / answer.steps)
+                ratios[draft].append(here / there)
+    return [
+        {
+            "drafter": args.drafter if draft else "none",
+            "ms_per_step": round(1e3 * float(np.median(more[draft])), 2),
+            "x_generate": round(float(np.median(ratios[draft])), 3),
+        }
+        for draft in more
+        if more[draft]
+    ]
+
+
+async def chat(args: argparse.Namespace, client: Client, name: str, draft: bool) -> list[dict[str, Any]]:
+    """A conversation of four turns and ``args.chat`` tokens in all: what of each prompt is computed."""
+    text = " ".join(body["messages"][0]["content"] for body in bodies(args, name, 0.0))
+    text = "drafted " * draft + text  # the two chats have nothing in common
+    tokens = (await client.post("/tokenize", {"prompt": text}))["tokens"]
+    answer_tokens = min(args.max_tokens, 64)
+    size, messages, rows, known = args.chat // TURNS - answer_tokens, list[dict[str, str]](), list[dict[str, Any]](), 0
+    for turn in range(TURNS):
+        part = [tokens[(turn * size + i) % len(tokens)] for i in range(size)]
+        content = (await client.post("/detokenize", {"tokens": part}))["prompt"]
+        messages.append({"role": "user", "content": content})
+        body = bodies(args, name, 0.0)[0] | {"messages": messages, "max_tokens": answer_tokens, "ignore_eos": True}
+        answer = await client.chat(body | {"speculative_decoding": draft})
+        messages.append({"role": "assistant", "content": answer.text})
+        prompt = answer.usage["prompt_tokens"]
+        rows.append(
+            {
+                "turn": turn + 1,
+                "drafter": args.drafter if draft else "none",
+                "prompt_tokens": prompt,
+                "new_tokens": prompt - known,
+                "prefilled_tokens": prompt - answer.usage["prompt_tokens_details"]["cached_tokens"],
+                "ttft_ms": round(1e3 * answer.first, 1),
+            }
+        )
+        known = prompt + answer.usage["completion_tokens"]
     return rows
 
 
@@ -224,7 +331,7 @@ async def soak(args: argparse.Namespace, client: Client, name: str, pid: int | N
     """``args.soak`` requests, of which some go away and some are not valid."""
     wanted, chance = bodies(args, name, 0.8), random.Random(0)
     alone = [(await client.chat(body)).text for body in wanted]
-    await block(client, [wanted[i % len(wanted)] for i in range(4 * max(args.clients))], max(args.clients), True)
+    await block(client, wanted, max(args.clients), True, 5)
     before, began = resident(pid), time.perf_counter()
     outcomes, left = Counter[str](), args.soak
 
@@ -249,11 +356,7 @@ async def soak(args: argparse.Namespace, client: Client, name: str, pid: int | N
 
     await asyncio.gather(*(work() for _ in range(max(args.clients))))
     took = time.perf_counter() - began
-    for _ in range(100):  # requests that were given up leave with the step under way
-        figures = await client.figures()
-        if not figures["num_requests_running"] + figures["num_requests_waiting"]:
-            break
-        await asyncio.sleep(0.1)
+    figures = await client.quiet()
     return {
         "requests": args.soak,
         "clients": max(args.clients),
@@ -274,7 +377,12 @@ async def run(args: argparse.Namespace, url: str, pid: int | None) -> dict[str, 
     name = json.loads(models)["data"][0]["id"]
     if args.soak:
         return await soak(args, client, name, pid)
-    return {"rows": [row for t in args.temperatures for row in await load(args, client, name, t)]}
+    found: dict[str, Any] = {"rows": [row for t in args.temperatures for row in await load(args, client, name, t)]}
+    if args.chat:
+        found["chat"] = [row for draft in turns(1) for row in await chat(args, client, name, draft)]
+    if args.overhead:
+        found["overhead"] = await overhead(args, client, name)
+    return found
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
@@ -299,16 +407,24 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=16, help="different prompts")
     parser.add_argument("--clients", type=numbers(int), default=[1, 2, 4, 8, 16])
     parser.add_argument("--temperatures", type=numbers(float), default=[0.0, 0.8])
-    parser.add_argument("--requests", type=int, default=16, help="of a block, at least twice the clients")
+    parser.add_argument("--seconds", type=float, default=5, help="of a block")
     parser.add_argument("--repeats", type=int, default=3, help="blocks with the drafter on, and off")
     parser.add_argument("--max-tokens", type=int, default=128)
+    parser.add_argument("--overhead", type=int, default=6, metavar="N", help="prompts; 0: do not compare with generate")
+    parser.add_argument("--chat", type=int, default=2000, metavar="N", help="tokens of the chat; 0: none")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
     parser.add_argument("--soak", type=int, metavar="N", help="N requests, some of which go away or are not valid")
     args = parser.parse_args()
     with server(args) as (url, pid):
         found = asyncio.run(run(args, url, pid))
     if "rows" in found:
         Console().print(table(found["rows"]))
+        for part in ("chat", "overhead"):
+            for row in found.get(part, ()):
+                print(f"{part}:", ", ".join(f"{key} {value}" for key, value in row.items()))
     print(json.dumps(found))
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
     if not found.get("passed", True):
         sys.exit(1)
 

@@ -109,7 +109,7 @@ class Replay:
     """
 
     def __init__(self, script: Callable[[Request], Sequence[Event]], refuse: Exception | None = None) -> None:
-        self.script, self.refuse, self.handles = script, refuse, list[Any]()
+        self.script, self.refuse, self.handles, self.closed = script, refuse, list[Any](), False
 
     def submit(self, request: Request) -> Any:
         if self.refuse is not None:

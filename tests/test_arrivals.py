@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import Scripted, tiny_model
@@ -238,15 +239,17 @@ def test_what_draws_too_much_memory_waits_and_nothing_fails(llama: PreTrainedMod
 
 
 def test_tokens_of_a_step_go_to_the_rows_whose_drafts_are_accepted() -> None:
-    def seconds(tokens: int, depth: int) -> float:
+    def seconds(tokens: np.ndarray, depth: np.ndarray) -> np.ndarray:
         return 10 + 1.0 * tokens + 0.1 * depth
 
-    good, bad = [0.9**i for i in range(1, 9)], [0.05**i for i in range(1, 9)]
-    assert divide([good, bad], seconds).depths[1] == 0 < divide([good, bad], seconds).depths[0]
-    alone, many = divide([good], seconds), divide([good] * 16, lambda n, d: 10 + 0.3 * (n - 16) + 0.1 * d)
+    good, bad = ([p**i for i in range(1, 9)] for p in (0.9, 0.05))
+    both, alone = divide(np.array([good, bad]), seconds), divide(np.array([good]), seconds)
+    assert both.depths[1] == 0 < both.depths[0]
+    many = divide(np.array([good] * 16), lambda n, d: 10 + 0.3 * (n - 16) + 0.1 * d)
     assert alone.depths[0] >= max(many.depths) and sum(many.depths) > 0
-    steep = divide([good] * 16, lambda n, depth: 1.0 * n)
-    assert steep.depths == [0] * 16  # every token costs what it brings at most
+    # Every token costs what it brings at most, so one is drafted only if one has to be.
+    steep = [divide(np.array([good] * 16), lambda n, depth: 1.0 * n, least).depths for least in (0, 1)]
+    assert [sum(depths) for depths in steep] == [0, 1]
 
 
 def test_a_row_whose_drafts_fail_stops_while_its_neighbour_goes_on(llama: PreTrainedModel) -> None:
@@ -309,7 +312,9 @@ def test_an_engine_has_the_drafter_to_itself_until_it_is_closed(decoder: SpecDec
     engine = decoder.engine()
     with pytest.raises(SpecDecError, match="still open"):
         decoder.generate(PROMPTS[0])
+    assert not engine.closed
     engine.close()
+    assert engine.closed
     assert decoder.generate(PROMPTS[0], max_new_tokens=2).token_ids
     with pytest.raises(SpecDecError, match="the engine is closed"):
         engine.submit(Request(PROMPTS[0], 3))
@@ -361,6 +366,23 @@ def test_a_step_that_fails_ends_what_runs_and_the_engine_goes_on(
     assert event.finished == "error" and "MemoryError: no memory" in str(event.error)
     monkeypatch.setattr(decoder.target, "layers", layers)
     assert [event.finished for event in engine.submit(Request(PROMPTS[0], 9))][-1] == "length"
+    engine.close()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_engine_whose_thread_has_failed_is_closed(decoder: SpecDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(error: BaseException) -> None:
+        raise SystemExit
+
+    engine = decoder.engine()
+    monkeypatch.setattr(engine, "step", lambda: 1 / 0)
+    monkeypatch.setattr(engine, "_fail", fail)
+    engine.submit(Request(PROMPTS[0], 3))
+    assert engine._thread is not None
+    engine._thread.join(60)
+    assert engine.closed
+    with pytest.raises(SpecDecError, match="the engine is closed"):
+        engine.submit(Request(PROMPTS[0], 3))
     engine.close()
 
 

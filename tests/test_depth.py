@@ -309,6 +309,43 @@ def test_a_drafter_that_is_sure_and_wrong_never_costs_three_percent(draft: float
         assert 4 * 256 * SCORE[1] / total >= 0.97
 
 
+def simulate_rows(acceptance: list[float], steps: int, rng: random.Random, policy: AutoDepth) -> tuple[float, float]:
+    """Tokens per millisecond of rows that decode together, over that of plain decoding, and the mean drafted depth.
+
+    A level costs the same for one row as for all.
+    """
+    rows, total, tokens, drafted = [policy.begin() for _ in acceptance], 0.0, 0, 0
+    for _ in range(steps):
+        choice = policy.choose(len(rows), rows)
+        depths = list(choice.depths or [choice.depth] * len(rows))
+        accepted = [
+            next((i for i in range(d) if rng.random() >= p), d) for d, p in zip(depths, acceptance, strict=True)
+        ]
+        scored, draft = len(rows) + sum(depths), 3.0 * max(depths)
+        policy.observe(depths, accepted, scored, draft, seconds(scored), rows)
+        total += draft + seconds(scored)
+        tokens, drafted = tokens + len(rows) + sum(accepted), drafted + sum(depths)
+    return tokens / total / (len(rows) / seconds(len(rows))), drafted / steps / len(rows)
+
+
+def test_rows_find_out_together_that_drafting_pays_for_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For one row alone a level would not pay, and each has seen few drafts of its own."""
+    monkeypatch.setitem(globals(), "SCORE", {1: 20.0, 8: 24.0, 16: 28.0, 17: 40.0, 32: 44.0})
+    for seed in range(6):
+        policy = policy_of((3.0, 3.0), known=((0.1, 40.0),))
+        simulate_rows([0.6] * 8, 400, random.Random(seed), policy)
+        speed, depth = simulate_rows([0.6] * 8, 200, random.Random(seed), policy)
+        assert speed > 1.15 and depth > 0.8
+
+
+@pytest.mark.parametrize("rows", [2, 8, 16])
+def test_rows_whose_drafts_fail_lose_little_together(rows: int) -> None:
+    for seed in range(4):
+        policy = policy_of((3.0, 3.0), known=((0.6, 40.0),))
+        simulate_rows([0.02] * rows, 100, random.Random(seed), policy)
+        assert simulate_rows([0.02] * rows, 200, random.Random(seed), policy)[0] > 0.97
+
+
 Exits = list[tuple[float, float]]  # of each: acceptance, and milliseconds of drafting one token
 
 

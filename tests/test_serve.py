@@ -469,6 +469,15 @@ def test_a_fault_in_decoding_is_an_error_of_that_request(stream: bool) -> None:
         assert "the logits are not finite" in error["message"] and error["type"] == "server_error"
 
 
+def test_health_and_requests_say_that_the_engine_has_ended() -> None:
+    engine = Replay(lambda request: [Event([65], "length", depths=[0])])
+    with serving(stand_in(byte_tokenizer()), engine) as server:
+        assert httpx.get(server.url + "/health").status_code == 200
+        engine.closed = True
+        assert refusal(httpx.get(server.url + "/health"), 503)["code"] == "engine_ended"
+        assert "restart the server" in refusal(server.chat(), 503)["message"]
+
+
 def test_a_client_that_reads_nothing_is_given_up() -> None:
     """The transport stops taking what is sent; the stream ends after its patience, and its request with it."""
     ended: list[bool] = []

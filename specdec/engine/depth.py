@@ -177,7 +177,7 @@ class AutoDepth:
         return self.choice
 
     def _save(self, losses: Sequence[float]) -> float:
-        """Each exit saves for what a probe of it loses; one that can pay is ``probe``. Returns seconds until then."""
+        """Each exit saves for what its probe loses; the ``probe`` is one that can pay. Return seconds until then."""
         self.probe, share, wait = None, PROBES / len(losses), math.inf
         for exit, loss in enumerate(losses):
             if loss < math.inf:

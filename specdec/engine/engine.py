@@ -60,7 +60,8 @@ class Engine:
     """Decodes requests with one target and one drafter, at most ``max_rows`` at once.
 
     max_waiting: further requests that may wait. kv_memory: bytes of keys and values; None: as many as it takes. When
-    they are used up, the youngest request waits and is computed again. prefill_chunk: most tokens of prompts that run
+    they are used up, the youngest request waits and is computed again. What a drafter holds is not among them: a draft
+    model's own cache has the tokens of the running rows. prefill_chunk: most tokens of prompts that run
     between two steps of the running rows. reuse: whether what a prompt has in common with earlier texts is not computed
     again. ended: called when the engine is closed.
     """
@@ -111,13 +112,18 @@ class Engine:
         request.limit = min(request.limit, context - len(request.prompt))
         request.submitted = time.perf_counter()
         with self._gate:
-            if self._closing:
+            if self.closed:
                 raise SpecDecError("the engine is closed; it takes no more requests")
             waiting = self.scheduler.waiting
             if len(waiting) - (self.scheduler.max_rows - self.scheduler.running) >= self.max_waiting:
                 raise QueueFullError(f"{len(waiting)} requests are waiting already; try again later")
             waiting.append(request)
             self._gate.notify_all()
+
+    @property
+    def closed(self) -> bool:
+        """Whether it takes no more requests: ``close`` was called, or its thread has failed."""
+        return self._closing or (self._thread is not None and not self._thread.is_alive())
 
     @property
     def busy(self) -> bool:
@@ -249,8 +255,9 @@ class Engine:
 
     def start(self) -> Engine:
         """Run steps in a thread whenever there is something to do, until ``close``."""
-        self._thread = threading.Thread(target=_run, args=(weakref.ref(self),), name="specdec engine", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=_run, args=(weakref.ref(self),), name="specdec engine", daemon=True)
+        thread.start()
+        self._thread = thread
         return self
 
     def _round(self) -> bool:

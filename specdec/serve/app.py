@@ -135,7 +135,7 @@ def _add_state(app: FastAPI, service: Service) -> None:
 
     @app.get("/health")
     async def health() -> dict[str, str]:
-        service.engine.stats()
+        service.check_engine()
         return {"status": "ok"}
 
     @app.get("/metrics")

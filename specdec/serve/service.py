@@ -34,6 +34,10 @@ class Service:
         self.metrics = Metrics(settings.name, engine.stats)
         self.started = int(time.time())
 
+    def check_engine(self) -> None:
+        if self.engine.closed:
+            raise ApiError(503, "the engine has ended; restart the server", code="engine_ended")
+
     def check_model(self, name: str | None) -> None:
         if name is not None and name != self.settings.name:
             message = f"there is no model '{name[:100]}'; this server has '{self.settings.name}'"
@@ -75,6 +79,7 @@ class Service:
 
     def submit(self, prompts: Sequence[list[int]], body: Sampling, rule: Compiled | None = None) -> list[Choice]:
         """Start every choice of a request: ``n`` for each prompt. Raises ApiError where none is started."""
+        self.check_engine()
         n, most = body.n or 1, self.settings.max_choices
         if n * len(prompts) > most:
             message = f"{n * len(prompts)} choices (prompts times n) are too many; this server gives at most {most}"
