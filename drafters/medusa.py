@@ -3,7 +3,8 @@
 Head k predicts the token k places after the root. Each is one or more residual blocks, x + SiLU(W x + b) (equation 1 of
 the paper), and an output head. Ours share the model's own final norm and output head, over a reduced vocabulary, so
 that a folder holds the blocks alone, and their first block may also read the embedding of the root (as in Hydra, arXiv
-2402.05109, at no cost for all heads at once). Public checkpoints, with an output head for each, are read as they are.
+2402.05109, at no cost for all heads at once). Public checkpoints, with an output head for each, are read as they are,
+in the format of their authors and in vLLM's. Their blocks read the normalised state.
 The tree's shape follows from the heads' own probabilities, or, where reading them would wait for a device, from how
 often a head's first, second, ... choice was seen to be right. Its nodes are certain (no distribution goes with them),
 which the exact rule verifies without bias.
@@ -12,7 +13,7 @@ which the exact rule verifies without bias.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any, ClassVar
@@ -37,7 +38,9 @@ from .vocabulary import Context, DraftVocabulary
 
 RANKS = 8  # choices of a head that a tree is made of
 HEADS, BLOCKS = 64, 16  # most heads that are read, and blocks of each
+KIND = "medusa"
 PUBLIC, PICKLE = "medusa_lm_head.safetensors", "medusa_lm_head.pt"
+VLLM_COUNTS = {"num_heads": "num_heads", "num_layers": "num_hidden_layers"}  # with or without "medusa_" before them
 # How often the heads of a public checkpoint are right is not published. Assumed: a quarter less from head to head, and
 # less than half from a head's choice to its next.
 ASSUMED = [[0.55 * 0.75**head * 0.4**rank for rank in range(10)] for head in range(8)]
@@ -95,10 +98,11 @@ class MedusaDrafter(Drafter):
     worth their price (``Prices``), or as many as the draft may be deep.
     own: output heads of a public checkpoint, [V, D] each; None: the model's. source: where public heads come from: a
         folder, or a Hugging Face id with the commit that was read.
+    normed: blocks read the normalised state, and output heads the blocks, as in public checkpoints.
     Raises SpecDecError if no trained heads fit the target.
     """
 
-    name: ClassVar[str] = "medusa"
+    name: ClassVar[str] = KIND
     summary: ClassVar[str] = "further heads on the final state draft a tree; trained, reads public checkpoints"
     training: ClassVar[str] = "specdec train medusa"
     needs_training: ClassVar[bool] = True
@@ -110,8 +114,11 @@ class MedusaDrafter(Drafter):
         nodes: int | None = None,
         own: Sequence[Tensor] | None = None,
         source: str = "",
+        normed: bool = False,
     ) -> None:
-        self.network, self.own, self.source = network, own, source
+        self.network, self.own, self.source, self.normed = network, own, source, normed or own is not None
+        if self.normed and network.rooted:
+            raise SpecDecError("Medusa heads that read the normalised state cannot be 'rooted', too")
         self.accuracy = _checked(accuracy, network.heads)
         self.nodes = None if nodes is None else options.whole("nodes", nodes, 1)
 
@@ -128,12 +135,13 @@ class MedusaDrafter(Drafter):
             raise SpecDecError("option 'revision' goes with Medusa heads by Hugging Face id: --drafter medusa=ID")
         folder, named = (trained.find(cls, target, None), "") if source is None else _folder(source, revision)
         if (public := _public_config(folder)) is not None:
-            network, own = _read_public(folder, public, target)
-            return cls(network, ASSUMED[: network.heads], nodes, own, named)
+            network, own = (_read_vllm if public.get("model_type") == KIND else _read_public)(folder, public, target)
+            return cls(network, public.get("accuracy", ASSUMED[: network.heads]), nodes, own, named)
         config = trained.read_config(folder, cls.name, target)
         heads, layers = _counts(config.get("heads"), config.get("layers"))
         make = lambda vocab: Medusa(target.hidden_size, heads, layers, bool(config.get("rooted")), vocab)  # noqa: E731
-        return cls(drafter_folder.load(folder, target.vocab_size, make), config.get("accuracy", ()), nodes)
+        network = drafter_folder.load(folder, target.vocab_size, make)
+        return cls(network, config.get("accuracy", ()), nodes, normed=bool(config.get("normed")))
 
     def bind(self, target: Target) -> None:
         self.taps = (target.num_layers,)
@@ -142,10 +150,12 @@ class MedusaDrafter(Drafter):
         self.vocabulary = DraftVocabulary(target, network.draft_vocab)
         if self.own is not None:
             self.own = [weight.to(target.device, target.dtype) for weight in self.own]
-            # The model's final norm alone, which public heads read from, is a readout with the identity for a head.
-            self.norm = GivenLinear(torch.eye(network.width, device=target.device, dtype=target.dtype))
+        if self.normed:
+            self.norm = final_norm(target)
+        if self.normed and self.own is None and network.draft_vocab is None:
+            self.vocabulary.head = target.reduced_head(torch.arange(target.vocab_size))
         vocab, shapes = network.draft_vocab, [tuple(weight.shape) for weight in network.weights]
-        self.path = f"{shapes} {self.own is not None} {None if vocab is None else len(vocab)}"
+        self.path = f"{shapes} {self.own is not None} {self.normed} {None if vocab is None else len(vocab)}"
         table = [row[: target.vocab_size if vocab is None else len(vocab)] for row in self.accuracy]
         self.tree = functools.cache(lambda depth, nodes: best_first([table[:depth]], nodes))
         self.estimates = not waits(target.device)
@@ -180,18 +190,32 @@ class MedusaDrafter(Drafter):
         """Each head's logits [B, K, V'], over the vocabulary's tokens."""
         finals = [row.final for row in state.memory]  # (1, 1, D) each
         final = finals[0] if len(finals) == 1 else torch.cat(finals)
+        target, x = state.target, rms_unit(final)[:, 0]
+        if self.normed:
+            x = target.readout(final, self.norm)[:, 0]
         if self.own is not None:
-            y = self.network(state.target.readout(final, self.norm)[:, 0])  # (B, K, D)
+            y = self.network(x)  # (B, K, D)
             return torch.stack([F.linear(y[:, k], weight) for k, weight in enumerate(self.own)], 1)
-        root = rms_unit(state.target.embed(state.roots, state.positions)[:, 0]) if self.network.rooted else None
+        root = rms_unit(target.embed(state.roots, state.positions)[:, 0]) if self.network.rooted else None
         self.vocabulary.follow(state, [row.context for row in state.memory])
-        return self.vocabulary.logits(self.network(rms_unit(final)[:, 0], root))
+        return self.vocabulary.logits(self.network(x, root), read_normed if self.normed else target.readout)
 
     def observe(self, memory: list[Any], paths: list[list[int]], taps: dict[int, Tensor]) -> None:
         states = taps[self.taps[0]]
         for number, (row, path) in enumerate(zip(memory, paths, strict=True)):
             if path:
                 row.final = states[number : number + 1, path[-1] : path[-1] + 1]
+
+
+def final_norm(target: Target) -> nn.Linear:
+    """The identity: a readout with it for a head is the model's final norm alone."""
+    return GivenLinear(torch.eye(target.hidden_size, device=target.device, dtype=target.dtype))
+
+
+def read_normed(x: Tensor, head: nn.Linear | None) -> Tensor:
+    """What ``head`` makes of normalised states."""
+    assert head is not None
+    return F.linear(x, head.weight, head.bias)
 
 
 def _counts(heads: Any, layers: Any) -> tuple[int, int]:
@@ -225,7 +249,11 @@ def _folder(source: str, revision: Any) -> tuple[Path, str]:
     from huggingface_hub import snapshot_download
 
     try:
-        found = Path(snapshot_download(source, revision=revision, allow_patterns=["config.json", PUBLIC]))
+        found = Path(
+            snapshot_download(
+                source, revision=revision, allow_patterns=[drafter_folder.CONFIG, drafter_folder.WEIGHTS, PUBLIC]
+            )
+        )
     except Exception as error:  # the type depends on the HTTP library
         raise SpecDecError(
             f"cannot get Medusa heads '{source}' ({one_line(error)}); name a folder or a Hugging Face id"
@@ -238,7 +266,61 @@ def _public_config(folder: Path) -> dict[str, Any] | None:
     if not (folder / drafter_folder.CONFIG).is_file():
         return None
     config = drafter_folder.read_json(folder / drafter_folder.CONFIG)
-    return config if isinstance(config, dict) and "medusa_num_heads" in config else None
+    if not isinstance(config, dict):
+        return None
+    return config if "medusa_num_heads" in config or config.get("model_type") == KIND else None
+
+
+def _check_tensors(
+    folder: Path, config: dict[str, Any], found: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]], model: str
+) -> None:
+    """Raise SpecDecError unless ``found`` has the ``wanted`` shapes. model: the target's sizes, for people."""
+    for name, shape in wanted.items():
+        held = found.get(name)
+        if held is None or tuple(held.shape) != shape or not held.is_floating_point():
+            base = config.get("base_model_name_or_path", "another model")
+            has = "nothing" if held is None else tuple(held.shape)
+            raise SpecDecError(
+                f"the Medusa heads in '{folder}' were made for {base}: tensor '{name}' is {has}, and this model "
+                f"({model}) needs {shape}"
+            )
+
+
+def _read_vllm(folder: Path, config: dict[str, Any], target: Target) -> tuple[Medusa, list[Tensor]]:
+    """Blocks and output heads in vLLM's format.
+
+    Tensors ``blocks.HEAD.layers.BLOCK.weight`` [D, D], with ``medusa_fc_bias`` also ``.bias`` [D], and
+    ``lm_heads.HEAD.weight`` [V, D], the first alone with ``original_lm_head``. ``token_map`` [V'] names the tokens of a
+    reduced vocabulary (``truncated_vocab_size``). Raises SpecDecError if they are missing, broken or of another size.
+    """
+    d, v = target.hidden_size, target.vocab_size
+    counts = (config.get(f"medusa_{name}", config.get(own)) for name, own in VLLM_COUNTS.items())
+    heads, layers = _counts(*counts)
+    shared, biased = bool(config.get("original_lm_head")), bool(config.get("medusa_fc_bias"))
+    with drafter_folder.opened(folder / drafter_folder.WEIGHTS) as stored:
+        names = {name.removeprefix("medusa_heads."): name for name in stored.header}
+        vocab = None
+        if "token_map" in names and config.get("truncated_vocab_size") != v:
+            vocab = stored.read(names["token_map"])
+            if vocab.is_floating_point() or vocab.dim() != 1 or bool(((vocab < 0) | (vocab >= v)).any()):
+                raise SpecDecError(f"'token_map' in '{folder}' names tokens that the model does not have")
+        whole = vocab is None or len(stored.header[names.get("lm_heads.0.weight", "token_map")]) == v
+        rows = v if vocab is None or whole else len(vocab)
+        wanted: dict[str, tuple[int, ...]] = {f"lm_heads.{k}.weight": (rows, d) for k in range(1 if shared else heads)}
+        for k, n in product(range(heads), range(layers)):
+            wanted[f"blocks.{k}.layers.{n}.weight"] = (d, d)
+            wanted |= {f"blocks.{k}.layers.{n}.bias": (d,)} if biased else {}
+        _check_tensors(
+            folder, config, {name: stored.header[of] for name, of in names.items()}, wanted, f"D = {d}, V = {v}"
+        )
+        network = Medusa(d, heads, layers, draft_vocab=None if vocab is None else vocab.int())
+        for k, n in product(range(heads), range(layers)):
+            network.weights[n].data[k] = stored.read(names[f"blocks.{k}.layers.{n}.weight"])
+            if biased:
+                network.biases[n].data[k] = stored.read(names[f"blocks.{k}.layers.{n}.bias"])
+        own = [stored.read(names[name]) for name in wanted if name.startswith("lm_heads.")]
+        own = [weight[vocab] if vocab is not None and whole else weight for weight in own]
+        return network, own * (heads if shared else 1)
 
 
 def _read_public(folder: Path, config: dict[str, Any], target: Target) -> tuple[Medusa, list[Tensor]]:
@@ -259,15 +341,7 @@ def _read_public(folder: Path, config: dict[str, Any], target: Target) -> tuple[
     for k, n in product(range(heads), range(layers)):
         wanted |= {f"{k}.{n}.linear.weight": (d, d), f"{k}.{n}.linear.bias": (d,)}
     with drafter_folder.opened(path) as stored:
-        for name, shape in wanted.items():
-            held = stored.header.get(name)
-            if held is None or tuple(held.shape) != shape or not held.is_floating_point():
-                base = config.get("base_model_name_or_path", "another model")
-                found = "nothing" if held is None else tuple(held.shape)
-                raise SpecDecError(
-                    f"the Medusa heads in '{folder}' were made for {base}: tensor '{name}' is {found}, and this model "
-                    f"(D = {d}, V = {v}) needs {shape}"
-                )
+        _check_tensors(folder, config, stored.header, wanted, f"D = {d}, V = {v}")
         network = Medusa(d, heads, layers)
         for k, n in product(range(heads), range(layers)):
             network.weights[n].data[k] = stored.read(f"{k}.{n}.linear.weight")

@@ -6,7 +6,7 @@ they have been used, so the tokens of a row's own context join the trained ones.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -76,12 +76,16 @@ class DraftVocabulary:
         """What ``tokens`` are read out by, one head beside the other (None: the model's own). For one row."""
         return [self.head] if self.more_head is None else [self.head, self.more_head]
 
-    def logits(self, final: Tensor) -> Tensor:
-        """Draft logits [B, T, V'] over ``tokens``, from final states [B, T, D]."""
-        logits = self.target.readout(final, self.head)
+    def logits(self, final: Tensor, read: Callable[[Tensor, nn.Linear | None], Tensor] | None = None) -> Tensor:
+        """Draft logits [B, T, V'] over ``tokens``, from final states [B, T, D].
+
+        read: how they are read out; None: as the model's.
+        """
+        read = read or self.target.readout
+        logits = read(final, self.head)
         if self.more_head is None:
             return logits
-        more = self.target.readout(final, self.more_head)  # (B, T, added)
+        more = read(final, self.more_head)  # (B, T, added)
         if self.hidden is not None:
             more = more.masked_fill(self.hidden[:, None], float("-inf"))
         return torch.cat((logits, more), -1)

@@ -9,13 +9,16 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_model
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_train import answers, greedy  # noqa: F401 (fixtures)
+from tiny import save_tiny
 from torch import Tensor
 from transformers import PreTrainedModel
+from typer.testing import CliRunner
 from zoo import PROMPTS, run
 
 from specdec import SpecDecError, SpecDecoder
+from specdec.cli import app
 from specdec.drafters.medusa import Medusa, MedusaDrafter
 from specdec.models import drafter_folder, loading
 from specdec.runtimes.layer_pass import Pass
@@ -28,7 +31,6 @@ from specdec.train.data import Answer
 from specdec.train.medusa import MedusaMethod, MedusaSettings
 from specdec.train.runtime import training_target
 from specdec.train.settings import from_mapping
-from specdec.train.student import Teacher
 from specdec.train.trainer import train
 
 V, D = 97, 32
@@ -232,6 +234,148 @@ def test_heads_from_the_hub_are_those_of_the_revision_and_the_commit_is_kept(
         MedusaDrafter.load(target, revision="v1")
 
 
+# --- vLLM's format -------------------------------------------------------------------------------------------------
+
+
+def vllm(folder: Path, network: Medusa, heads: Tensor, bias: bool = True, **config: Any) -> Path:
+    """Write ``network`` and output heads [K, V, D] as vLLM's Medusa has them."""
+    folder.mkdir(exist_ok=True)
+    tensors = {f"lm_heads.{k}.weight": head.clone() for k, head in enumerate(heads)}
+    for k in range(network.heads):
+        for n in range(network.layers):
+            tensors[f"blocks.{k}.layers.{n}.weight"] = network.weights[n][k].detach().clone()
+            if bias:
+                tensors[f"blocks.{k}.layers.{n}.bias"] = network.biases[n][k].detach().clone()
+    settings = {"model_type": "medusa", "num_heads": network.heads, "num_hidden_layers": network.layers}
+    settings |= {"medusa_fc_bias": bias, "hidden_size": D, "vocab_size": V} | config
+    tensors |= settings.pop("tensors", {})
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def vllm_chooses(llama: PreTrainedModel, folder: Path, ids: list[int]) -> list[int]:
+    """What vLLM's Medusa proposes after the last of ``ids``, by its formula: each head's best token."""
+    config, tensors = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+    shared, tokens = config["original_lm_head"], tensors.get("token_map")
+    h, chosen = llama.model(torch.tensor([ids])).last_hidden_state[0, -1], []
+    for k in range(config["num_heads"]):
+        x = h
+        for n in range(config["num_hidden_layers"]):
+            block = f"blocks.{k}.layers.{n}"
+            bias = tensors[f"{block}.bias"] if config["medusa_fc_bias"] else 0
+            x = x + torch.nn.functional.silu(tensors[f"{block}.weight"] @ x + bias)
+        best = int((tensors[f"lm_heads.{0 if shared else k}.weight"] @ x).argmax())
+        chosen.append(best if tokens is None else int(tokens[best]))
+    return chosen
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("kind", ["whole", "no bias", "one head", "token map", "token map of whole heads", "prefix"])
+def test_vllms_heads_draft_what_their_formula_says(
+    llama: PreTrainedModel, tmp_path: Path, layers: int, kind: str
+) -> None:
+    network, heads, given = random_network(2, layers), torch.randn(2, V, D), dict[str, Any]()
+    tokens = torch.arange(1, V, 3)
+    if kind.startswith("token map"):
+        given = {"truncated_vocab_size": len(tokens), "tensors": {"token_map": tokens}}
+    written = heads[:, tokens] if kind == "token map" else heads[:1] if kind == "one head" else heads
+    given["original_lm_head"] = kind == "one head"
+    folder, target = vllm(tmp_path / "heads", network, written, kind != "no bias", **given), ReferenceTarget(llama)
+    drafter = MedusaDrafter.load(target, str(folder), nodes=2)
+    drafter.accuracy = [[1.0], [1.0]]  # a chain
+    drafter.estimates = False
+    check = vllm(
+        tmp_path / "check", network, heads[:, tokens] if given.get("tensors") else written, kind != "no bias", **given
+    )
+    if kind == "prefix":
+        stored = load_file(folder / "model.safetensors")
+        save_file({f"medusa_heads.{name}": t for name, t in stored.items()}, folder / "model.safetensors")
+        drafter = MedusaDrafter.load(target, str(folder), nodes=2)
+    for ids, draft in drafts(target, drafter):
+        expected = vllm_chooses(llama, check, ids[:-1])
+        for k, token in enumerate(expected[: max(draft.depths())]):
+            at = [draft.tokens[0, i].item() for i, depth in enumerate(draft.depths()[1:]) if depth == k + 1]
+            assert token in at
+
+
+SCHEMA = {  # vllm/model_executor/models/medusa.py and transformers_utils/configs/medusa.py
+    "model_type": str,
+    "architectures": list,
+    "hidden_size": int,
+    "vocab_size": int,
+    "truncated_vocab_size": int,
+    "num_heads": int,
+    "num_hidden_layers": int,
+    "medusa_fc_bias": bool,
+    "original_lm_head": bool,
+}
+
+
+def check_schema(folder: Path) -> None:
+    """What vLLM's class loads: these entries, and these tensors and no others."""
+    config, tensors = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+    assert all(type(config[key]) is kind for key, kind in SCHEMA.items())
+    assert config["model_type"] == "medusa" and config["architectures"] == ["MedusaModel"]
+    d, size, heads = config["hidden_size"], config["truncated_vocab_size"], config["num_heads"]
+    wanted = {f"lm_heads.{k}.weight": (size, d) for k in range(1 if config["original_lm_head"] else heads)}
+    for k in range(heads):
+        for n in range(config["num_hidden_layers"]):
+            wanted[f"blocks.{k}.layers.{n}.weight"] = (d, d)
+            wanted |= {f"blocks.{k}.layers.{n}.bias": (d,)} if config["medusa_fc_bias"] else {}
+    if size < config["vocab_size"]:
+        wanted["token_map"] = (size,)
+        assert tensors["token_map"].dtype == torch.int64
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == wanted
+
+
+@pytest.mark.parametrize("reduced", [True, False])
+def test_our_heads_are_exported_to_vllm(tmp_path: Path, reduced: bool) -> None:
+    folder = save_tiny(tmp_path / "model")
+    model = loading.load(str(folder))[0].float()
+    target = ReferenceTarget(model)
+    d, v = target.hidden_size, target.vocab_size
+    torch.manual_seed(3)
+    network = Medusa(d, 2, 1, False, torch.arange(0, v, 2, dtype=torch.int32) if reduced else None)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    config = {"drafter": "medusa", "base": {"fingerprint": target.fingerprint}, "heads": 2, "layers": 1, "normed": True}
+    drafter_folder.write(tmp_path / "ours", config | {"accuracy": ACCURACY}, dict(network.state_dict()))
+    command = ["export", "vllm", "--model", str(folder), "--output", str(tmp_path / "theirs"), "--drafter"]
+    result = CliRunner().invoke(app, [*command, str(tmp_path / "ours")])
+    assert result.exit_code == 0, result.output
+    check_schema(tmp_path / "theirs")
+    memory, logits = MedusaDrafter.begin(None), []  # type: ignore[arg-type]
+    memory.final = torch.randn(1, 1, d)
+    for name in ("ours", "theirs"):
+        drafter = MedusaDrafter.load(target, str(tmp_path / name), nodes=2)
+        drafter.bind(target)
+        state = State(target, target.new_cache(), None, [[4, 6]], memory=[memory])  # type: ignore[arg-type]
+        logits.append(drafter._logits(state)[..., : len(range(0, v, 2)) if reduced else v])
+    torch.testing.assert_close(*logits, atol=0.05, rtol=0.05)  # the file is in the model's dtype
+    again = CliRunner().invoke(app, [*command[:-2], str(tmp_path / "again"), "--drafter", str(tmp_path / "theirs")])
+    assert again.exit_code == 0, again.output
+    check_schema(tmp_path / "again")
+    drafter_folder.write(
+        tmp_path / "ours", config | {"accuracy": ACCURACY, "normed": False}, dict(network.state_dict())
+    )
+    refused = CliRunner().invoke(app, [*command, str(tmp_path / "ours")])
+    assert refused.exit_code == 2 and "train them with --set normed=true" in refused.stderr
+
+
+def test_vllms_files_that_do_not_fit_are_refused(llama: PreTrainedModel, tmp_path: Path) -> None:
+    target, heads = ReferenceTarget(llama), torch.randn(2, V, D)
+    far = {"truncated_vocab_size": 3, "tensors": {"token_map": torch.tensor([1, 2, V])}}
+    for given, text in (
+        ({"num_heads": 3}, "tensor 'lm_heads.2.weight' is nothing"),
+        ({"num_hidden_layers": 0}, "layers of the Medusa drafter must be a whole number"),
+        (far, "'token_map' in .* names tokens that the model does not have"),
+    ):
+        folder = vllm(tmp_path / "heads", random_network(), heads, **given)  # type: ignore[arg-type]
+        with pytest.raises(SpecDecError, match=text):
+            MedusaDrafter.load(target, str(folder))
+
+
 # --- training ------------------------------------------------------------------------------------------------------
 
 
@@ -247,18 +391,19 @@ def settings(**changes: Any) -> MedusaSettings:
     return from_mapping(MedusaSettings, values | changes, "test")
 
 
+@pytest.mark.parametrize("normed", [False, True])
 @torch.inference_mode()
-def test_heads_learn_exactly_what_the_drafter_drafts() -> None:
+def test_heads_learn_exactly_what_the_drafter_drafts(normed: bool) -> None:
     target = training_target(tiny_model("llama"))
-    method = MedusaMethod(settings(heads=3), target)
-    network = random_network(3, 2, True)
-    drafter = MedusaDrafter(network, [[1.0]] * 3)  # a chain of each head's best
+    method = MedusaMethod(settings(heads=3, normed=normed, rooted=not normed, blocks=2), target)
+    method.build(None)
+    network = random_network(3, 2, not normed)
+    drafter = MedusaDrafter(network, [[1.0]] * 3, normed=normed)  # a chain of each head's best
     ids = torch.randint(3, V, (40,), generator=torch.Generator().manual_seed(1)).tolist()
     answer, wanted = Answer(tuple(ids[:4]), tuple(ids[4:])), method.wanted()
     records = states._records(states._teach(target, [answer], wanted, lambda n: None), wanted)
     batch = assemble(records, rows := windows(records, 64), 64, target.device)
-    teacher = Teacher(target, None)
-    says = [teacher.logits(final)[0].argmax(-1) for final, _ in method._drafts(network, batch)]
+    says = [method._logits(final)[0].argmax(-1) for final, _ in method._drafts(network, batch)]
     for length in (9, 20, 31):  # the last token of so many is the root
         drafter.bind(target)
         drafter.estimates = False  # its table shapes the tree

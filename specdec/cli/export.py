@@ -34,3 +34,18 @@ def custom_generate(
 
     export(drafter, output, None if model is None else loading.load(model, device="cpu"))
     say(f"written to {output}; load it with from_pretrained(..., trust_remote_code=True)")
+
+
+@app.command("vllm", epilog="Example: specdec export vllm --model my-model --drafter my-medusa --output DIR")
+def vllm(
+    model: Annotated[str, typer.Option(help="The model that the heads are for.")],
+    drafter: Annotated[str, typer.Option(metavar="DIR", help="A folder of Medusa heads, or a Hugging Face id.")],
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder for vLLM.")],
+) -> None:
+    """Write Medusa heads in vLLM's format."""
+    from specdec.integrations.vllm import export
+    from specdec.models import loading
+    from specdec.runtimes.select import make_target
+
+    export(drafter, make_target(loading.load(model, device="cpu")[0], "reference")[0], output)
+    say(f'written to {output}; give vLLM --speculative-config \'{{"method": "medusa", "model": "{output}", ...}}\'')

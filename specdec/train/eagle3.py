@@ -17,8 +17,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from specdec.base.errors import SpecDecError
 from specdec.drafters.eagle3_network import KIND, Eagle3, Eagle3Config, tapped
+from specdec.drafters.medusa import final_norm
 from specdec.models import drafter_folder, loading
-from specdec.runtimes.target import GivenLinear, Target
+from specdec.runtimes.target import Target
 from specdec.train.batches import Batch
 from specdec.train.evaluate import acceptance_lengths, chain_figures
 from specdec.train.method import Method, agreement_name
@@ -90,8 +91,9 @@ class Eagle3Method(Method[Eagle3]):
         """The weight [D] of the base's final norm, which is what it makes of a state of ones and minus ones."""
         signs = torch.ones(self.target.hidden_size, device=self.target.device)
         signs[1::2] = -1
-        eye = GivenLinear(torch.eye(len(signs), device=signs.device, dtype=self.target.dtype))
-        return self.target.readout(signs.to(self.target.dtype)[None, None], eye)[0, 0].float() * signs
+        return (
+            self.target.readout(signs.to(self.target.dtype)[None, None], final_norm(self.target))[0, 0].float() * signs
+        )
 
     def size(self, name: str, parameter: Tensor) -> float:
         """Of what begins with values, their RMS; of maps that begin with none, what keeps the scale of their inputs."""

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from specdec.base.errors import SpecDecError
-from specdec.drafters.medusa import Medusa
+from specdec.drafters.medusa import Medusa, final_norm, read_normed
 from specdec.runtimes.linear_maps import rms_unit
 from specdec.runtimes.target import Target
 from specdec.speculation.trees import best_tree
@@ -27,9 +27,12 @@ RANKS = 10  # choices of a head whose accuracy is measured
 class MedusaSettings(TrainSettings):
     """How many heads, of how many residual blocks, and how much the later ones count."""
 
+    replaces: ClassVar[Mapping[str, Mapping[str, Any]]] = {**TrainSettings.replaces, "normed": {"rooted": False}}
+
     heads: Positive = 4
     blocks: Positive = 1  # residual blocks of a head
     rooted: bool = True  # the first one also reads the root's embedding
+    normed: bool = False  # blocks read the normalised state, and the output head them, as in vLLM; not with rooted
     fade: PositiveFloat = 0.8  # weight of a head's loss relative to the head before (the paper's lambda)
     nodes: Positive = 15  # of the tree that evaluation walks
 
@@ -44,6 +47,8 @@ class MedusaMethod(Method[Medusa]):
         super().__init__(settings, target)
         if settings.heads >= settings.window:
             raise SpecDecError(f"setting 'window' must exceed the {settings.heads} heads; got {settings.window}")
+        if settings.normed and settings.rooted:
+            raise SpecDecError("setting 'normed' excludes 'rooted'; add rooted=false")
         self.accuracy: list[list[float]] = []
 
     def wanted(self) -> Wanted:
@@ -52,13 +57,17 @@ class MedusaMethod(Method[Medusa]):
     def build(self, vocab: Tensor | None) -> Medusa:
         settings = self.settings
         self.teacher = Teacher(self.target, vocab, settings.sharpen)
+        if settings.normed:
+            self.norm = final_norm(self.target)
+            every = torch.arange(self.target.vocab_size)
+            self.whole_head = self.target.reduced_head(every) if vocab is None else None
         return Medusa(self.target.hidden_size, settings.heads, settings.blocks, settings.rooted, vocab)
 
     def loss(self, network: Medusa, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         self.teacher.begin(batch)
         loss, figures = torch.zeros((), device=self.target.device), dict[str, float]()
         for k, (final, valid) in enumerate(self._drafts(network, batch)):
-            away, figures[agreement_name(k)] = self.teacher.compare(self.teacher.logits(final), valid)
+            away, figures[agreement_name(k)] = self.teacher.compare(self._logits(final), valid)
             loss = loss + self.settings.fade**k * away
         return loss, figures
 
@@ -68,10 +77,18 @@ class MedusaMethod(Method[Medusa]):
         The draft of head k at t comes from t - k: the state before the root, when t - k + 1 was the root.
         """
         root = rms_unit(self.target.embed(batch.ids, batch.positions)) if self.settings.rooted else None
-        y = network(rms_unit(batch.before[self.target.num_layers]), root)  # (B, T, K, D): with the root at t
+        final = batch.before[self.target.num_layers]
+        x = self.target.readout(final, self.norm) if self.settings.normed else rms_unit(final)
+        y = network(x, root)  # (B, T, K, D): with the root at t
         for late in range(y.shape[2]):
             kept = y.shape[1] - late
             yield F.pad(y[:, :kept, late], (0, 0, late, 0)), batch.valid & F.pad(batch.valid[:, :kept], (late, 0))
+
+    def _logits(self, final: Tensor) -> Tensor:
+        """Of what a head is read out from [B, T, D], over the teacher's vocabulary."""
+        if self.settings.normed:
+            return read_normed(final, self.teacher.head or self.whole_head)
+        return self.teacher.logits(final)
 
     def evaluate(self, network: Medusa, batches: Iterable[Batch]) -> dict[str, Any]:
         """``accuracy[k][r]``: choice r of head k is the base's. ``chain``, ``nodes``, ``score``: of the best tree.
@@ -85,7 +102,7 @@ class MedusaMethod(Method[Medusa]):
             teacher.begin(batch)
             known, ranks = teacher.known(batch), []
             for k, (final, _) in enumerate(self._drafts(network, batch)):
-                rank = teacher.ranks(teacher.logits(final)).masked_fill(~known, RANKS)
+                rank = teacher.ranks(self._logits(final)).masked_fill(~known, RANKS)
                 ranks.append(rank[:, k : k + rank.shape[1] - heads + 1])  # by the root's position
             whole = batch.valid[:, heads - 1 :]  # every head's token lies in the window
             found.append(torch.stack(ranks, -1)[whole].clamp_max(RANKS).cpu())
@@ -120,4 +137,4 @@ class MedusaMethod(Method[Medusa]):
     def config(self, network: Medusa) -> dict[str, Any]:
         settings = self.settings
         entries = {"drafter": "medusa", "heads": settings.heads, "layers": settings.blocks, "rooted": settings.rooted}
-        return entries | {"accuracy": self.accuracy}
+        return entries | {"normed": settings.normed, "accuracy": self.accuracy}

@@ -1,0 +1,70 @@
+"""Medusa heads in vLLM's format: ``config.json`` of model type ``medusa`` and ``model.safetensors``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specdec.base.errors import SpecDecError
+from specdec.drafters.medusa import KIND, MedusaDrafter
+from specdec.models import drafter_folder
+from specdec.runtimes.target import Target
+
+PATHS, CHOICES = 64, 10  # of vLLM's configuration; its proposals are chains
+
+
+def export(source: str, target: Target, output: Path) -> None:
+    """Write the Medusa heads of ``source``, a folder or a Hugging Face id, for the target's model.
+
+    Raises SpecDecError if vLLM's Medusa cannot compute what these heads do.
+    """
+    drafter = MedusaDrafter.load(target, source)
+    if not drafter.normed:
+        raise SpecDecError(
+            f"the Medusa heads in '{source}' read the state before the final norm, and vLLM's read the one behind it; "
+            "train them with --set normed=true"
+        )
+    drafter_folder.write(output, _config(drafter, target), _tensors(drafter, target))
+
+
+def _config(drafter: MedusaDrafter, target: Target) -> dict[str, Any]:
+    network, vocab = drafter.network, drafter.network.draft_vocab
+    return {
+        "model_type": KIND,
+        "architectures": ["MedusaModel"],
+        "hidden_size": network.width,
+        "vocab_size": target.vocab_size,
+        "truncated_vocab_size": target.vocab_size if vocab is None else len(vocab),
+        "num_heads": network.heads,
+        "num_hidden_layers": network.layers,
+        "medusa_fc_bias": True,
+        "original_lm_head": len(_output_heads(drafter, target)) == 1,
+        "max_paths": PATHS,
+        "topk": CHOICES,
+        "torch_dtype": str(target.dtype).removeprefix("torch."),
+        "accuracy": drafter.accuracy,
+    }
+
+
+def _tensors(drafter: MedusaDrafter, target: Target) -> dict[str, Tensor]:
+    network, vocab, tensors = drafter.network, drafter.network.draft_vocab, dict[str, Tensor]()
+    for n, (weight, bias) in enumerate(zip(network.weights, network.biases, strict=True)):
+        for k in range(network.heads):
+            tensors[f"blocks.{k}.layers.{n}.weight"] = weight[k].to(target.dtype)
+            tensors[f"blocks.{k}.layers.{n}.bias"] = bias[k].to(target.dtype)
+    heads = _output_heads(drafter, target)
+    tensors |= {f"lm_heads.{k}.weight": head.to(target.dtype) for k, head in enumerate(heads)}
+    return tensors if vocab is None else tensors | {"token_map": vocab.long()}
+
+
+def _output_heads(drafter: MedusaDrafter, target: Target) -> Sequence[Tensor]:
+    """The output head [V', D] of each head, or the one that they share."""
+    own, vocab = drafter.own, drafter.network.draft_vocab
+    if own is None:
+        tokens = torch.arange(target.vocab_size) if vocab is None else vocab.long()
+        return [target.reduced_head(tokens).weight]
+    return own[:1] if all(head is own[0] for head in own) else own
