@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.recurrent import Advance, States
 from specdec.runtimes.target import Part, Target
 
+FEW = 16  # tokens that take less time one by one than a scan of a whole chunk
 PARTS: dict[str, tuple[str, ...]] = {  # what decoder layers call them
     "attention": ("self_attn", "attn", "attention"),
     "mlp": ("mlp", "block_sparse_moe", "feed_forward", "fc1", "fc2"),
@@ -85,12 +87,12 @@ class _Bridge(Cache):
         self.states["recurrent", state_idx] = recurrent_states
         return recurrent_states
 
-    def advance(self, mixer: Callable[[Tensor], Tensor], continues: bool) -> Advance:
-        """``mixer`` as a function of its states. continues: whether several tokens may follow earlier ones."""
+    def advance(self, mixer: Callable[[Tensor], Tensor], most: float) -> Advance:
+        """``mixer`` as a function of its states. most: tokens that run one by one if they follow earlier ones."""
 
         def run(x: Tensor, states: States, plain: bool) -> tuple[Tensor, States]:
             self.states, self.plain = dict(states), plain
-            if not states or continues:
+            if not states or x.shape[1] > most:
                 return mixer(x), self.states
             return torch.cat([mixer(token) for token in x.split(1, 1)], 1), self.states
 
@@ -167,8 +169,10 @@ class _Mixer(nn.Module):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         inner, bridge, tree = self.parts
         given = {name: None if name == "attention_mask" else value for name, value in kwargs.items()}
-        # Mamba's first version (recognised by its map of time steps) scans several tokens from an empty state only.
-        advance = bridge.advance(lambda x: inner(x, *args, **given), continues=not hasattr(inner, "dt_proj"))
+        # Mamba's first version (recognised by its map of time steps) scans several tokens from an empty state only; the
+        # scan of its second version pads them to a whole chunk.
+        most = math.inf if hasattr(inner, "dt_proj") else FEW if hasattr(inner, "A_log") and hasattr(inner, "D") else 1
+        advance = bridge.advance(lambda x: inner(x, *args, **given), most)
         return bridge.kv.run_recurrent(self.index, hidden_states, tree, advance)
 
 
