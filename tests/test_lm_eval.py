@@ -80,8 +80,8 @@ def test_local_completions_against_the_server(tasks: list[dict[str, Any]], tmp_p
     model, tokenizer = tiny_model(), letters()
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     with serving(SpecDecoder(model, tokenizer, "prompt-lookup", runtime="reference")) as server:
-        arguments = {"model": NAME, "base_url": f"{server.url}/v1/completions", "max_length": 41, "max_retries": 1}
+        arguments = {"model": NAME, "base_url": f"{server.url}/v1/completions", "max_length": 120, "max_retries": 1}
         arguments |= {"tokenizer": str(tmp_path / "tokenizer"), "tokenizer_backend": "huggingface"}
         found = evaluated("local-completions", tasks, model_args=arguments, batch_size=3)
-    other = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, max_length=40, device="cpu")
+    other = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, max_length=120, device="cpu")
     check(found, evaluated(other, tasks))

@@ -29,6 +29,7 @@ def encode(
     system: str | None = None,
     name: str = "prompt",
     context: int | None = None,
+    tools: Sequence[dict[str, Any]] | None = None,
 ) -> list[int]:
     """Turn a prompt into token ids.
 
@@ -36,6 +37,7 @@ def encode(
     chat: wrap text in the tokenizer's chat template; None does so where there is one. Ids are taken as they are.
     In a chat, what the messages hold is text: special tokens come from the template alone. In text that is used as it
     is, special tokens that are written out are special.
+    tools: that the chat template presents, as OpenAI's interface describes them.
     context: refuse text that is too long for so many tokens before it is tokenised, which may take minutes.
     Raises SpecDecError for an empty prompt, one of another type (called ``name``), or a chat without a template.
     """
@@ -72,9 +74,12 @@ def encode(
         raise SpecDecError("this tokenizer has no chat template; use plain text (chat=False, --raw)")
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
-    special = _Special(tokenizer, messages)
+    special = _Special(tokenizer, [messages, tools])
+    more = {"tools": special.hidden(tools)} if tools else {}
     try:
-        text = tokenizer.apply_chat_template(special.hidden(messages), add_generation_prompt=True, tokenize=False)
+        text = tokenizer.apply_chat_template(
+            special.hidden(messages), add_generation_prompt=True, tokenize=False, **more
+        )
     except Exception as error:  # templates are code of the model's author and may raise anything
         raise SpecDecError(f"the chat template refuses these messages: {error}") from None
     with _encoding:
@@ -180,14 +185,14 @@ class Detokenizer:
 
     Tokens are taken in by ``push``, and decoded when their text is needed (or at once, where there are stop
     strings). ``take`` returns the text that has become certain: complete characters that cannot begin a stop string.
-    Once ``stopped``, the text ends before the stop string. Special tokens are not in the text, but those that stop
-    strings contain are matched.
+    Once ``stopped``, the text ends before the stop string. Special tokens are not in the text, except for those of
+    ``shown``; those that stop strings contain are matched.
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
-        self.tokenizer, self.stop = tokenizer, [s for s in stop if s]
-        special = special_tokens(tokenizer) if self.stop else {}
-        self.special = {i: str(t) for i, t in special.items() if any(str(t) in s for s in self.stop)}
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = (), shown: Sequence[str] = ()) -> None:
+        self.tokenizer, self.stop, self.shown = tokenizer, [s for s in stop if s], list(shown)
+        special = special_tokens(tokenizer) if self.stop or shown else {}
+        self.special = {i: str(t) for i, t in special.items() if any(str(t) in s for s in [*self.stop, *shown])}
         self.ids: list[int] = []
         self.start = self.read = 0  # ids[start:read] is context whose text has been taken, ids[read:] is new
         self.text = ""  # all complete text, up to the stop string
@@ -199,7 +204,7 @@ class Detokenizer:
     def push(self, token: int) -> None:
         if token in self.special and not self.stopped:
             self._read(complete=False)
-            self._extend(self.special[token], seen=False)
+            self._extend(self.special[token], seen=self.special[token] in self.shown)
         self.ids.append(token)
         if self.stop:
             self._read()

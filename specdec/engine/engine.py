@@ -182,7 +182,7 @@ class Engine:
             if row.finished is None and len(taken) < len(tokens):
                 row.finished = "error"
                 constraint = row.sampling.constraint
-                row.error = None if constraint is None else constraint.error
+                row.error = None if constraint is None else constraint.error(row.ids)
                 row.error = row.error or not_finite(self.target, row, number if len(rows) > 1 else None)
             if not metrics.first_token_seconds:
                 metrics.first_token_seconds = time.perf_counter() - row.submitted

@@ -60,9 +60,12 @@ def _add_generation(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatBody, request: Request) -> HTTPResponse:
         service.check_model(body.model)
-        prompt = await run_sync(service.encode_chat, body.messages)
+        form = service.tool_form(body.offered)
+        prompt = await run_sync(service.encode_chat, body.messages, body.offered)
         rule = await run_sync(service.constraint, body)
-        response = Response(Chat(), service.settings.name, service.submit([prompt], body, rule), body)
+        choices = service.submit([prompt], body, rule, [form.mark] if form is not None and form.mark else [])
+        names = [tool["function"]["name"] for tool in body.offered]
+        response = Response(Chat(form, names, not body.several), service.settings.name, choices, body)
         return await _answer(service, request, response)
 
     @app.post("/v1/completions")

@@ -17,10 +17,17 @@ class Choice:
     """The request behind ``handle``. Times are on the clock of ``time.perf_counter``."""
 
     def __init__(
-        self, index: int, handle: Handle, prompt: list[int], tokenizer: Any, stops: Sequence[str], metrics: Metrics
+        self,
+        index: int,
+        handle: Handle,
+        prompt: list[int],
+        tokenizer: Any,
+        stops: Sequence[str],
+        metrics: Metrics,
+        shown: Sequence[str] = (),
     ) -> None:
         self.index, self.handle, self.prompt, self.metrics = index, handle, prompt, metrics
-        self.tokenizer, self.answer = tokenizer, Answer(tokenizer, stops)
+        self.tokenizer, self.answer = tokenizer, Answer(tokenizer, stops, shown)
         self.sent = self.place = (
             0  # tokens whose log-probabilities have been sent, and the place in the text after them
         )

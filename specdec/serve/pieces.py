@@ -22,10 +22,10 @@ class Piece:
 
 
 class Answer:
-    """The text of one request. ``finish``: OpenAI's reason, once it has ended."""
+    """The text of one request. shown: special tokens that are in it. ``finish``: OpenAI's reason, once it has ended."""
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str] = ()) -> None:
-        self.detokenizer = Detokenizer(tokenizer, stops)
+    def __init__(self, tokenizer: Any, stops: Sequence[str] = (), shown: Sequence[str] = ()) -> None:
+        self.detokenizer = Detokenizer(tokenizer, stops, shown)
         self.finish: str | None = None
 
     @property

@@ -14,12 +14,23 @@ from specdec.serve.errors import ApiError
 from specdec.serve.pieces import Piece
 from specdec.serve.schema import Sampling, StreamOptions
 from specdec.serve.streaming import DONE, event, merged
+from specdec.serve.tools import ChatParser, ToolForm, message_of, parser_of
 
 
 class Chat:
-    """Shapes of ``/v1/chat/completions``."""
+    """Shapes of ``/v1/chat/completions``. form, names: of tool calls, if there are tools; single: at most one call."""
 
     prefix, whole, part = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, form: ToolForm | None = None, names: Sequence[str] = (), single: bool = False) -> None:
+        self.form, self.names, self.single = form, names, single
+        self.parsers: dict[int, ChatParser] = {}
+
+    def parser(self, choice: Choice) -> ChatParser:
+        if choice.index not in self.parsers:
+            rule = choice.handle.request.sampling.constraint
+            self.parsers[choice.index] = parser_of(self.form, self.names, self.single, rule)
+        return self.parsers[choice.index]
 
     def opening(self, choice: Choice) -> dict[str, Any] | None:
         """What a stream begins with, for each choice."""
@@ -29,11 +40,20 @@ class Chat:
         """Those of the tokens from number ``start`` on."""
         return logprobs.of_chat(choice.tokenizer, choice.scored(start))
 
-    def delta(self, piece: Piece) -> dict[str, Any]:
-        return {"delta": {"content": piece.text} if piece.text else {}}
+    def deltas(self, choice: Choice, piece: Piece) -> list[dict[str, Any]]:
+        found = self.parser(choice).push(piece.text, last=piece.finish is not None)
+        return [{"delta": delta} for delta in found]
+
+    def nothing(self) -> dict[str, Any]:
+        return {"delta": {}}
 
     def full(self, choice: Choice) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": choice.answer.text, "refusal": None}}
+        deltas = self.parser(choice).push(choice.answer.text, last=True)
+        return {"message": {"role": "assistant", "refusal": None} | message_of(deltas)}
+
+    def finish(self, choice: Choice) -> str | None:
+        called = choice.answer.finish == "stop" and self.parser(choice).calls
+        return "tool_calls" if called else choice.answer.finish
 
 
 class Completion:
@@ -56,8 +76,14 @@ class Completion:
         found, choice.place = logprobs.of_completion(choice.tokenizer, scored, first, choice.place)
         return found
 
-    def delta(self, piece: Piece) -> dict[str, Any]:
-        return {"text": piece.text}
+    def deltas(self, choice: Choice, piece: Piece) -> list[dict[str, Any]]:
+        return [{"text": piece.text}] if piece.text else []
+
+    def nothing(self) -> dict[str, Any]:
+        return {"text": ""}
+
+    def finish(self, choice: Choice) -> str | None:
+        return choice.answer.finish
 
     def full(self, choice: Choice) -> dict[str, Any]:
         return {"text": (self.echoes[choice.index] if self.echoes else "") + choice.answer.text}
@@ -79,7 +105,7 @@ class Response:
         """The response, once all choices have ended."""
         async for _ in merged(self.choices, each=False):
             pass
-        choices = [self._choice(c, self.shape.full(c), c.answer.finish) for c in self.choices]
+        choices = [self._choice(c, self.shape.full(c), self.shape.finish(c)) for c in self.choices]
         return self.head | {"object": self.shape.whole, "choices": choices, "usage": self.usage()} | self._metrics()
 
     async def stream(self) -> AsyncIterator[bytes]:
@@ -93,14 +119,13 @@ class Response:
                     yield self._chunk(choice, opening, None, more)
             async for choice, piece in merged(self.choices, options.include_draft_depth):
                 depth = {"draft_depth": piece.depth} if options.include_draft_depth else {}
+                for delta in self.shape.deltas(choice, piece):
+                    yield self._chunk(choice, delta | depth, None, more)
                 if piece.finish is None:
-                    yield self._chunk(choice, self.shape.delta(piece) | depth, None, more)
                     continue
                 left -= 1
-                if piece.text:
-                    yield self._chunk(choice, self.shape.delta(piece) | depth, None, more)
                 end = self._metrics() if not left and not options.include_usage else {}
-                yield self._chunk(choice, self.shape.delta(Piece("")), piece.finish, more | end)
+                yield self._chunk(choice, self.shape.nothing(), self.shape.finish(choice), more | end)
             if options.include_usage:
                 yield event(self._part() | {"choices": [], "usage": self.usage()} | self._metrics())
         except ApiError as error:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from specdec.base.options import MAX_SEED
 from specdec.speculation.constraints import Json
@@ -32,7 +33,6 @@ UNUSED: dict[str, tuple[Any, ...]] = {
     "service_tier": ("auto", "default"),
     "store": (False,),
     "suffix": ("",),
-    "tool_choice": ("none",),
     "tools": ([],),
 }
 IN_A_MESSAGE = ("annotations", "audio", "function_call", "refusal", "tool_calls")
@@ -145,21 +145,90 @@ class TextPart(Strict):
     text: str
 
 
+class CalledFunction(Strict):
+    """A call that the model has made; its arguments are JSON."""
+
+    name: Annotated[str, Field(max_length=64)]
+    arguments: str
+
+    @property
+    def given(self) -> dict[str, Any]:
+        return dict(json.loads(self.arguments or "{}"))
+
+    @field_validator("arguments")
+    @classmethod
+    def _an_object(cls, given: str) -> str:
+        try:
+            known = isinstance(json.loads(given or "{}"), dict)
+        except (ValueError, RecursionError):
+            known = False
+        if not known:
+            raise ValueError("the arguments of a call must be a JSON object, as text")
+        return given
+
+
+class ToolCall(Strict):
+    id: Annotated[str, Field(max_length=256)]
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class Message(Strict):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
     name: Annotated[str, Field(max_length=64)] | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: Annotated[str, Field(max_length=256)] | None = None
+    reasoning_content: str | None = None  # of an earlier answer; templates leave it out
 
     @model_validator(mode="before")
     @classmethod
     def _unused(cls, given: Any) -> Any:
         return _drop(given, dict.fromkeys(IN_A_MESSAGE, ([],)))
 
-    def as_dict(self) -> dict[str, str]:
+    @model_validator(mode="after")
+    def _parts_of_its_role(self) -> Message:
+        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+            raise ValueError("a message needs content, unless it is an assistant's with tool_calls")
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError("tool_calls go with the role assistant")
+        return self
+
+    def as_dict(self) -> dict[str, Any]:
         """The message, as chat templates take it."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": text} | ({"name": self.name} if self.name else {})
+        parts = self.content or ""
+        text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
+        found: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": text}
+        found |= {key: value for key in ("name", "tool_call_id") if (value := getattr(self, key))}
+        if self.tool_calls:
+            found["tool_calls"] = [
+                {"id": c.id, "type": c.type, "function": {"name": c.function.name, "arguments": c.function.given}}
+                for c in self.tool_calls
+            ]
+        return found
+
+
+class Function(Strict):
+    """parameters: a JSON schema of the arguments; None: it takes none."""
+
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Strict):
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionName(Strict):
+    name: str
+
+
+class NamedTool(Strict):
+    type: Literal["function"]
+    function: FunctionName
 
 
 class ChatBody(Sampling):
@@ -167,6 +236,46 @@ class ChatBody(Sampling):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Top | None = None
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+
+    @model_validator(mode="after")
+    def _a_choice_of_tools(self) -> ChatBody:
+        names = [tool.function.name for tool in self.tools or ()]
+        if len(set(names)) < len(names):
+            raise ValueError("two tools have one name")
+        if self.tool_choice not in (None, "none") and not names:
+            raise ValueError("tool_choice goes with tools")
+        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
+            raise ValueError(f"tool_choice names '{self.tool_choice.function.name[:64]}', which is no tool")
+        if self.forced and self.response_format is not None and self.response_format.type != "text":
+            raise ValueError("response_format cannot go with a tool_choice that forces a call; leave one out")
+        return self
+
+    @property
+    def offered(self) -> list[dict[str, Any]]:
+        """The tools that the model may call, as chat templates take them."""
+        if self.tool_choice == "none":
+            return []
+        return [
+            {"type": "function", "function": tool.function.model_dump(exclude_none=True, exclude={"strict"})}
+            for tool in self.tools or ()
+        ]
+
+    @property
+    def forced(self) -> dict[str, dict[str, Any] | None]:
+        """The tools of which the model has to call one, with the schemas of their arguments."""
+        if self.tool_choice in (None, "none", "auto"):
+            return {}
+        name = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
+        known = {tool.function.name: tool.function.parameters for tool in self.tools or ()}
+        return known if name is None else {name: known[name]}
+
+    @property
+    def several(self) -> bool:
+        """Whether more than one call may come."""
+        return self.parallel_tool_calls is not False and not isinstance(self.tool_choice, NamedTool)
 
     @model_validator(mode="after")
     def _top_of_logprobs(self) -> ChatBody:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Sequence
+from typing import Any
 from urllib.parse import quote
 
 from specdec.api.decoder import SpecDecoder
@@ -16,9 +17,10 @@ from specdec.serve.choice import Choice
 from specdec.serve.errors import ApiError
 from specdec.serve.metrics import Metrics
 from specdec.serve.requests import make_request
-from specdec.serve.schema import CompletionBody, Message, Sampling
+from specdec.serve.schema import ChatBody, CompletionBody, Message, Sampling
 from specdec.serve.settings import Settings
-from specdec.speculation.constraints import Compiled
+from specdec.serve.tools import ToolForm, form_of, grammar_of
+from specdec.speculation.constraints import Compiled, Constraint
 from specdec.speculation.sampling import SamplingParams, streams
 
 TEMPERATURE = 1.0  # OpenAI's default
@@ -43,8 +45,19 @@ class Service:
             message = f"there is no model '{name[:100]}'; this server has '{self.settings.name}'"
             raise ApiError(404, message, "model", "model_not_found")
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        return self._fitting("messages", encode(self.tokenizer, [m.as_dict() for m in messages], context=self.context))
+    def encode_chat(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> list[int]:
+        texts = [message.as_dict() for message in messages]
+        return self._fitting("messages", encode(self.tokenizer, texts, context=self.context, tools=tools))
+
+    def tool_form(self, tools: Sequence[dict[str, Any]]) -> ToolForm | None:
+        """How the model writes calls of ``tools``; None: there are none."""
+        if not tools:
+            return None
+        template = getattr(self.tokenizer, "chat_template", None) and self.tokenizer.get_chat_template(tools=tools)
+        if (form := form_of(str(template))) is None:
+            message = "the chat template of this model has no tools, or writes calls in a form that is not known"
+            raise ApiError(400, message, "tools", "unsupported_parameter")
+        return form
 
     def encode_text(self, prompt: str | list[int]) -> list[int]:
         return self._fitting("prompt", encode(self.tokenizer, prompt, chat=False, context=self.context))
@@ -69,16 +82,26 @@ class Service:
 
     def constraint(self, body: Sampling) -> Compiled | None:
         """What the answers must be; it may take a second to prepare."""
-        rule = None if body.response_format is None else body.response_format.constraint
+        rule: Constraint | None = None if body.response_format is None else body.response_format.constraint
+        name = "response_format"
+        if isinstance(body, ChatBody) and body.forced:
+            form, name = self.tool_form(body.offered), "tools"
+            assert form is not None
+            rule = grammar_of(form, body.forced, body.several, self.tokenizer)
         if rule is None:
             return None
         try:
             return self.decoder.compile(rule, body.ignore_eos)
         except SpecDecError as error:
-            raise ApiError(400, str(error), "response_format", "invalid_value") from None
+            raise ApiError(400, str(error), name, "invalid_value") from None
 
-    def submit(self, prompts: Sequence[list[int]], body: Sampling, rule: Compiled | None = None) -> list[Choice]:
-        """Start every choice of a request: ``n`` for each prompt. Raises ApiError where none is started."""
+    def submit(
+        self, prompts: Sequence[list[int]], body: Sampling, rule: Compiled | None = None, shown: Sequence[str] = ()
+    ) -> list[Choice]:
+        """Start every choice of a request: ``n`` for each prompt. shown: special tokens that are in their text.
+
+        Raises ApiError where none is started.
+        """
         self.check_engine()
         n, most = body.n or 1, self.settings.max_choices
         if n * len(prompts) > most:
@@ -96,7 +119,7 @@ class Service:
         try:
             for index, (prompt, stream) in enumerate(zip(rows, streams(rows), strict=True)):
                 handle = self.engine.submit(self._request(prompt, body, seed, stream, rule))
-                choices.append(Choice(index, handle, prompt, self.tokenizer, body.stops, self.metrics))
+                choices.append(Choice(index, handle, prompt, self.tokenizer, body.stops, self.metrics, shown))
         except QueueFullError as error:
             raise ApiError(429, str(error), code="queue_full") from None
         finally:

@@ -207,7 +207,6 @@ class ConstraintState(LogitsProcessor):  # type: ignore[misc]
     """A row's constraint. The matcher stands after ``at``, the tokens it has read, and goes where it is asked to.
 
     start: tokens of the prompt. inside: it ends in a block of reasoning. may_reason: the answer may begin with one.
-    error: why the constraint cannot be kept; its row ends with it.
     """
 
     def __init__(self, compiled: Compiled, start: int, inside: bool = False, may_reason: bool = False) -> None:
@@ -216,9 +215,12 @@ class ConstraintState(LogitsProcessor):  # type: ignore[misc]
         self.masks: dict[tuple[int, ...], Tensor | None] = {}
         self.error_text = ""
 
-    @property
-    def error(self) -> SpecDecError | None:
-        return SpecDecError(f"the constraint cannot be kept: {self.error_text}") if self.error_text else None
+    def error(self, ids: Sequence[int]) -> SpecDecError | None:
+        """Why the constraint cannot be kept after the text ``ids``, if that is so."""
+        why = self.error_text
+        if not why and self.mask(ids[self.start :]) is None:
+            why = "the tokenizer and the grammar disagree on what is allowed"
+        return SpecDecError(f"the constraint cannot be kept: {why}") if why else None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         return self.masked(input_ids[0].tolist(), scores)
@@ -226,8 +228,8 @@ class ConstraintState(LogitsProcessor):  # type: ignore[misc]
     def masked(self, ids: Sequence[int], scores: Tensor) -> Tensor:
         """``scores`` [1, V] of the token after the text ``ids``, without the tokens that are not allowed there."""
         allowed = self.mask(ids[self.start :])
-        if allowed is None:
-            return scores
+        if allowed is None:  # after a drafted token that is rejected; elsewhere the row ends with an error
+            return torch.full_like(scores, float("-inf"))
         allowed = allowed[: scores.shape[-1]].to(scores.device)
         return scores.masked_fill(~allowed, float("-inf"))
 

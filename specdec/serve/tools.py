@@ -1,0 +1,296 @@
+"""Tool calls: the form in which a model writes them, the grammar that makes it do so, and reading them as they come."""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+import string
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from specdec.speculation.constraints import JSON_FORM, REASONING, Grammar
+from specdec.speculation.constraints import ConstraintState as Constrained
+
+BETWEEN = " \t\r\n,;[]"  # what may stand between two calls
+NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
+_HEAD = re.compile(r'\{\s*"name"\s*:\s*"([\w-]+)"\s*,\s*"(?:arguments|parameters)"\s*:\s*')
+
+
+@dataclass(frozen=True)
+class ToolForm:
+    """How a family of models writes calls: ``first`` of all, ``before`` and ``after`` each, ``between`` two, ``last``.
+
+    mark: what calls are known by; "": an answer that is JSON is a call. end: what ends a call that began with the mark.
+    arguments: what the arguments are called.
+    """
+
+    mark: str
+    first: str = ""
+    before: str = ""
+    between: str = ""
+    after: str = ""
+    last: str = ""
+    end: str = ""
+    arguments: str = "arguments"
+
+
+# Qwen's, too
+HERMES = ToolForm("<tool_call>", "", "<tool_call>\n", "\n", "\n</tool_call>", "", "</tool_call>")
+MISTRAL = ToolForm("[TOOL_CALLS]", "[TOOL_CALLS][", between=", ", last="]")
+LLAMA = ToolForm("", between="; ", arguments="parameters")
+
+
+def form_of(template: str) -> ToolForm | None:
+    """The form that a chat template asks for; None: it has no tools, or another form."""
+    if "tools" not in template:
+        return None
+    if HERMES.mark in template and "<function=" not in template:
+        return HERMES
+    if MISTRAL.mark in template and "[ARGS]" not in template:
+        return MISTRAL
+    return LLAMA if '"parameters"' in template and "ipython" in template else None
+
+
+def grammar_of(form: ToolForm, tools: dict[str, dict[str, Any] | None], several: bool, tokenizer: Any) -> Grammar:
+    """One call of ``tools`` (their arguments' schemas by name), or ``several``."""
+
+    def text(given: str) -> str:
+        return _text(given, [mark for mark in (form.mark, form.end) if mark], tokenizer)
+
+    more = f"({text(form.between)} call)*" if several else ""
+    lines = [f"start: {text(form.first)} call {more} {text(form.last)}"]
+    lines.append(f"call: {text(form.before)} body {text(form.after)}")
+    lines.append("body: " + " | ".join(f"call_{n}" for n in range(len(tools))))
+    for n, (name, schema) in enumerate(tools.items()):
+        head = json.dumps(f'{{"name": "{name}", "{form.arguments}": ')
+        lines.append(f'call_{n}: {head} arguments_{n} "}}"')
+        lines.append(f"arguments_{n}: %json {json.dumps((schema or NO_ARGUMENTS) | {'x-guidance': JSON_FORM})}")
+    return Grammar("\n".join(lines))
+
+
+def _text(text: str, marks: Sequence[str], tokenizer: Any) -> str:
+    """``text`` in a grammar. Those of ``marks`` that are added tokens are tokens there, not text."""
+    parts = re.split("(" + "|".join(map(re.escape, marks)) + ")", text) if marks else [text]
+    found = []
+    for part in filter(None, parts):
+        token = tokenizer.convert_tokens_to_ids(part) if part in marks else None
+        added = token is not None and str(tokenizer.added_tokens_decoder.get(token)) == part
+        found.append(f"<[{token}]>" if added else json.dumps(part))
+    return " ".join(found)
+
+
+class _Call:
+    """A call that is being read: a JSON object with a name and arguments."""
+
+    def __init__(self, index: int, names: Collection[str]) -> None:
+        self.index, self.names, self.raw = index, names, ""
+        self.depth = self.sent = self.end = 0  # end: of the arguments in the raw text
+        self.quoted = self.escaped = self.complete = False
+        self.head: re.Match[str] | None = None
+        self.announced = False
+
+    def take(self, text: str) -> int:
+        """Read on; return how many characters belong to the call."""
+        for count, character in enumerate(text, start=1):
+            self.raw += character
+            if self.escaped:
+                self.escaped = False
+            elif self.quoted:
+                self.escaped, self.quoted = character == "\\", character != '"'
+            elif character == '"':
+                self.quoted = True
+            elif character in "{[":
+                self.depth += 1
+                if self.depth == 2 and self.head is None:
+                    self._begin_arguments()
+            elif character in "}]":
+                self.depth -= 1
+                if self.depth == 1 and self.head is not None and not self.end:
+                    self.end = len(self.raw)
+                if not self.depth:
+                    self.complete = True
+                    return count
+        return len(text)
+
+    def _begin_arguments(self) -> None:
+        head = _HEAD.fullmatch(self.raw[:-1])
+        if head is not None and head[1] in self.names and self.raw[-1] == "{":
+            self.head, self.sent = head, head.end()
+
+    def deltas(self) -> Iterator[dict[str, Any]]:
+        """What has become certain of the call since the last time."""
+        if self.head is None:
+            if self.complete and (found := self._whole()) is not None:
+                yield self._delta(*found, new=True)
+            return
+        if not self.announced:
+            yield self._delta(self.head[1], "", new=True)
+        end = self.end or len(self.raw)
+        if end > self.sent:
+            yield self._delta(None, self.raw[self.sent : end])
+            self.sent = end
+
+    def _whole(self) -> tuple[str, str] | None:
+        """Name and arguments of a call with its parts in another order."""
+        try:
+            found = json.loads(self.raw)
+            name, arguments = found["name"], found.get("arguments", found.get("parameters", {}))
+        except (ValueError, KeyError, RecursionError):
+            return None
+        if name not in self.names or not isinstance(arguments, dict):
+            return None
+        return name, json.dumps(arguments, ensure_ascii=False)
+
+    def _delta(self, name: str | None, arguments: str, new: bool = False) -> dict[str, Any]:
+        self.announced = True
+        function = ({"name": name} if name else {}) | {"arguments": arguments}
+        head = {"id": _new_id(), "type": "function"} if new else {}
+        return {"tool_calls": [{"index": self.index, **head, "function": function}]}
+
+
+def _new_id() -> str:
+    """Nine letters and digits: all that Mistral's templates take."""
+    return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(9))
+
+
+class ChatParser:
+    """The parts of an answer as its text comes: reasoning, content, tool calls. Each is a delta of OpenAI's interface.
+
+    form: None reads no calls. names: of the tools; what calls another one is content. single: calls after the first are
+    left out. inside, may_reason: the text begins in a block of reasoning, or may begin with one.
+    """
+
+    def __init__(
+        self,
+        form: ToolForm | None = None,
+        names: Collection[str] = (),
+        single: bool = False,
+        inside: bool = False,
+        may_reason: bool = False,
+    ) -> None:
+        self.form, self.names, self.single, self.reasoning, self.may_reason = form, names, single, inside, may_reason
+        self.buffer, self.calls, self.call = "", 0, None  # type: tuple[str, int, _Call | None]
+        self.calling = self.begun = False  # between the calls; some content has come
+        self.answered = False  # a block of reasoning has just ended: white space after it is no content
+
+    def push(self, text: str, last: bool = False) -> list[dict[str, Any]]:
+        """Take in text; ``last``: no more comes."""
+        self.buffer += text
+        found = list[dict[str, Any]]()
+        while (part := self._next(last)) is not None:
+            found += part
+        return found
+
+    def _next(self, last: bool) -> list[dict[str, Any]] | None:
+        """Read one part of the buffer; None if more has to come first."""
+        if self.may_reason:
+            return self._first(last)
+        if self.reasoning:
+            return self._reasoning(last)
+        if self.call is not None:
+            return self._in_call(self.call, last)
+        if self.calling:
+            return self._between(last)
+        return self._content(last)
+
+    def _first(self, last: bool) -> list[dict[str, Any]] | None:
+        text, mark = self.buffer.lstrip(), REASONING[0]
+        if not last and mark.startswith(text):
+            return None
+        self.may_reason = False
+        if text.startswith(mark):
+            self.reasoning, self.buffer = True, text.removeprefix(mark)
+        return []
+
+    def _reasoning(self, last: bool) -> list[dict[str, Any]] | None:
+        before, mark, after = self.buffer.partition(REASONING[1])
+        if mark:
+            self.reasoning, self.answered, self.buffer = False, True, after
+        else:
+            before, self.buffer = _certain(before, REASONING[1], last)
+        return [{"reasoning_content": before}] if before else ([] if mark else None)
+
+    def _content(self, last: bool) -> list[dict[str, Any]] | None:
+        mark = None if self.form is None else self.form.mark
+        if self.answered:
+            self.buffer = self.buffer.lstrip()
+            if not self.buffer:
+                return None
+            self.answered = False
+        if mark == "" and not self.begun:  # the first character tells
+            if not (text := self.buffer.lstrip()):
+                return None
+            self.begun, self.calling = True, text[0] == "{"
+            return []
+        before, found, after = self.buffer.partition(mark) if mark else (self.buffer, "", "")
+        if found:
+            self.calling, self.buffer = True, after
+            before = before.rstrip()
+        elif mark:
+            before, self.buffer = _certain(before, mark, last)
+        else:
+            self.buffer = ""
+        return [{"content": before}] if before else ([] if found else None)
+
+    def _between(self, last: bool) -> list[dict[str, Any]] | None:
+        assert self.form is not None
+        text, end = self.buffer.lstrip(BETWEEN), self.form.end
+        if end and text.startswith(end):
+            self.calling, self.buffer = False, text.removeprefix(end)
+            if not self.buffer.strip() and self.calls:
+                self.buffer = ""
+            return []
+        if not text or (end and not last and end.startswith(text)):
+            return None
+        if text[0] == "{":
+            self.call, self.buffer = _Call(self.calls, self.names), text
+        else:
+            self.calling, self.begun = False, True
+        return []
+
+    def _in_call(self, call: _Call, last: bool) -> list[dict[str, Any]] | None:
+        taken = call.take(self.buffer)
+        self.buffer = self.buffer[taken:]
+        found = [] if self.single and self.calls else list(call.deltas())
+        if not call.complete and not last:
+            return found or None
+        self.call = None
+        if call.announced:
+            self.calls += 1
+        elif not (self.single and self.calls):
+            found.append({"content": call.raw})
+        return found
+
+
+def _certain(text: str, mark: str, last: bool) -> tuple[str, str]:
+    """``text`` without, and with only, the end that white space or the beginning of ``mark`` may be."""
+    if last:
+        return text, ""
+    hold = max((n for n in range(1, len(mark)) if text.endswith(mark[:n])), default=0)
+    certain = text[: len(text) - hold].rstrip()
+    return certain, text[len(certain) :]
+
+
+def parser_of(form: ToolForm | None, names: Sequence[str], single: bool, rule: Constrained | None) -> ChatParser:
+    """For one choice, whose constraint is ``rule``: a block of reasoning before what it constrains is told apart."""
+    if rule is None:
+        return ChatParser(form, names, single)
+    return ChatParser(form, names, single, rule.inside, rule.may_reason)
+
+
+def message_of(deltas: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The parts of a whole message."""
+    content = "".join(delta.get("content", "") for delta in deltas)
+    reasoning = "".join(delta.get("reasoning_content", "") for delta in deltas)
+    calls: dict[int, dict[str, Any]] = {}
+    for part in (part for delta in deltas for part in delta.get("tool_calls", ())):
+        if "id" in part:
+            calls[part["index"]] = {key: part[key] for key in ("id", "type")} | {"function": dict(part["function"])}
+        else:
+            calls[part["index"]]["function"]["arguments"] += part["function"]["arguments"]
+    found: dict[str, Any] = {"content": content or (None if calls else "")}
+    if reasoning:
+        found["reasoning_content"] = reasoning
+    return found | ({"tool_calls": list(calls.values())} if calls else {})
