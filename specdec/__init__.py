@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from specdec.api.generation import Generation, GenerationOutput
     from specdec.base.errors import SpecDecError
     from specdec.engine.engine import Engine
+    from specdec.engine.logprobs import TokenLogprob
     from specdec.engine.metrics import RequestMetrics
     from specdec.engine.request import Event, Handle, Request
     from specdec.speculation.constraints import Choice, Grammar, Json, Regex
@@ -44,6 +45,7 @@ __all__ = [
     "SpecDecError",
     "SpecDecoder",
     "State",
+    "TokenLogprob",
     "Verifier",
 ]
 
@@ -54,6 +56,7 @@ _MODULES = {
     "speculation.draft": ("Acceptance", "Draft", "Drafter", "DrafterWarning", "State", "Verifier"),
     "base.errors": ("SpecDecError",),
     "engine.engine": ("Engine",),
+    "engine.logprobs": ("TokenLogprob",),
     "engine.metrics": ("RequestMetrics",),
     "engine.request": ("Event", "Handle", "Request"),
     "speculation.sampling": ("SamplingParams",),

@@ -63,8 +63,8 @@ def test_errors_are_those_of_the_client(server: Server, client: openai.OpenAI) -
     with pytest.raises(openai.NotFoundError, match="there is no model 'other'"):
         client.chat.completions.create(model="other", messages=USER)
     with pytest.raises(openai.BadRequestError) as refused:
-        client.chat.completions.create(model=NAME, messages=USER, logprobs=True)
-    assert refused.value.param == "logprobs" and refused.value.code == "unsupported_parameter"
+        client.chat.completions.create(model=NAME, messages=USER, logit_bias={"5": 1})
+    assert refused.value.param == "logit_bias" and refused.value.code == "unsupported_parameter"
     wrong = openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong", max_retries=0)
     with wrong, pytest.raises(openai.AuthenticationError):
         wrong.models.list()

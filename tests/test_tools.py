@@ -191,6 +191,7 @@ def test_tools_that_the_model_may_call(server: Server) -> None:
         ({"tools": TOOLS, "tool_choice": "required", "ignore_eos": True}, "ignore_eos"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "pattern"),
         ({"messages": [{"role": "tool", "tool_call_id": "x"}]}, "needs content"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "goes with the role tool"),
         (
             {
                 "messages": [

@@ -26,14 +26,12 @@ UNUSED: dict[str, tuple[Any, ...]] = {
     "logit_bias": ({},),
     "metadata": ({},),
     "modalities": (["text"],),
-    "parallel_tool_calls": (),
     "prediction": (),
     "presence_penalty": (0,),
     "reasoning_effort": (),
     "service_tier": ("auto", "default"),
     "store": (False,),
     "suffix": ("",),
-    "tools": ([],),
 }
 IN_A_MESSAGE = ("annotations", "audio", "function_call", "refusal", "tool_calls")
 
@@ -190,6 +188,8 @@ class Message(Strict):
     def _parts_of_its_role(self) -> Message:
         if self.content is None and not (self.role == "assistant" and self.tool_calls):
             raise ValueError("a message needs content, unless it is an assistant's with tool_calls")
+        if (self.tool_call_id is None) == (self.role == "tool"):
+            raise ValueError("tool_call_id goes with the role tool")
         if self.tool_calls and self.role != "assistant":
             raise ValueError("tool_calls go with the role assistant")
         return self
