@@ -58,7 +58,7 @@ class M2R2Drafter(ChainDrafter):
     """
 
     name: ClassVar[str] = "m2r2"
-    summary: ClassVar[str] = "accelerated residual of the model itself; trained, shipped for the default model"
+    summary: ClassVar[str] = "accelerated residual of the model itself; trained, shipped for some models"
     training: ClassVar[str] = "specdec train m2r2"
     needs_training: ClassVar[bool] = True
     leaves_early = True
