@@ -41,6 +41,7 @@ DRAFTERS = [
     "hybrid",
     "m2r2: grown level by level (tree)",
     "medusa (tree)",
+    "eagle3: grown level by level (tree)",
     "draft-model",
     "lookahead (tree)",
 ]
