@@ -302,9 +302,11 @@ def _read_vllm(folder: Path, config: dict[str, Any], target: Target) -> tuple[Me
         vocab = None
         if "token_map" in names and config.get("truncated_vocab_size") != v:
             vocab = stored.read(names["token_map"])
-            if vocab.is_floating_point() or vocab.dim() != 1 or bool(((vocab < 0) | (vocab >= v)).any()):
+            whole_numbers = vocab.dtype in drafter_folder.INTEGERS.values()
+            if not whole_numbers or vocab.dim() != 1 or bool(((vocab < 0) | (vocab >= v)).any()):
                 raise SpecDecError(f"'token_map' in '{folder}' names tokens that the model does not have")
-        whole = vocab is None or len(stored.header[names.get("lm_heads.0.weight", "token_map")]) == v
+        first = stored.header.get(names.get("lm_heads.0.weight", ""))
+        whole = vocab is None or (first is not None and first.shape[:1] == (v,))  # of which the tokens' rows are taken
         rows = v if vocab is None or whole else len(vocab)
         wanted: dict[str, tuple[int, ...]] = {f"lm_heads.{k}.weight": (rows, d) for k in range(1 if shared else heads)}
         for k, n in product(range(heads), range(layers)):

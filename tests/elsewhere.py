@@ -269,6 +269,7 @@ def train() -> list[str]:
     own = {
         "m2r2": "segments: [[2, 4]]\nfinal_leap: true\nrank: 2\n",
         "medusa": "",
+        "eagle3": "",
         "deed": "exits: [1, 2, 3]\n",
         "mixture-of-depths": "",
     }

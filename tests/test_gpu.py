@@ -162,6 +162,7 @@ SMALL = "draft_vocab: 50\nrows: 4\nwindow: 8\nmax_new_tokens: 12\neval_fraction:
 OWN = {
     "m2r2": "segments: [[2, 4]]\nfinal_leap: true\nrank: 2\n",
     "medusa": "",
+    "eagle3": "",
     "deed": "exits: [1, 2, 3]\n",
     "mixture-of-depths": "",
 }

@@ -369,6 +369,7 @@ def test_vllms_files_that_do_not_fit_are_refused(llama: PreTrainedModel, tmp_pat
     for given, text in (
         ({"num_heads": 3}, "tensor 'lm_heads.2.weight' is nothing"),
         ({"num_hidden_layers": 0}, "layers of the Medusa drafter must be a whole number"),
+        ({**far, "tensors": {"token_map": torch.ones(3) > 0}}, "'token_map' in .* names tokens"),
         (far, "'token_map' in .* names tokens that the model does not have"),
     ):
         folder = vllm(tmp_path / "heads", random_network(), heads, **given)  # type: ignore[arg-type]
