@@ -8,16 +8,20 @@ from collections.abc import Sequence
 
 import pytest
 from conftest import HYBRIDS, Scripted, greedy_reference, tiny_model
+from test_exact import AcceptsAll
+from test_matrix import fit, small
 from transformers import PreTrainedModel
 from zoo import PROMPTS, new_tokens, run
 
 from specdec.drafters.early_exit import EarlyExitDrafter
+from specdec.drafters.layer_skip import LayerSkipDrafter
 from specdec.drafters.none import NoDrafter
 from specdec.drafters.prompt_lookup import PromptLookupDrafter
 from specdec.engine import scheduler
 from specdec.engine.depth import FixedDepth
 from specdec.engine.engine import Engine
 from specdec.engine.request import Request
+from specdec.runtimes.recurrent import Recurrent
 from specdec.runtimes.reference import ReferenceTarget
 from specdec.speculation.draft import Drafter
 from specdec.verifiers.exact import ExactVerifier
@@ -118,3 +122,34 @@ def test_recurrent_states_count_as_memory() -> None:
         cached(engine, [[first, *range(10, 40)]])
     kept, held = len(engine.scheduler.prefixes.kept), engine.stats().kv_bytes
     assert kept == 3 and held == 3 * state_bytes + engine.scheduler.prefixes.tokens * token_bytes
+
+
+# --- sampling, and controls ------------------------------------------------------------------------------------------
+
+
+def keeps_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Control: what is rejected stays in the states."""
+    commit = Recurrent.commit
+
+    def everything(self: Recurrent, paths: Sequence[Sequence[int]]) -> None:
+        count = 0 if self.inputs is None else self.inputs.shape[1]
+        commit(self, [range(count) if path else path for path in paths])
+
+    monkeypatch.setattr(Recurrent, "commit", everything)
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "falcon_h1", "lfm2"])
+def test_states_that_keep_what_was_rejected_change_the_output(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, target, expected = served(family)
+    keeps_everything(monkeypatch)
+    assert run(target, LayerSkipDrafter([1]), PROMPTS, COUNT)[0] != expected
+
+
+def test_sampling_follows_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    target = ReferenceTarget(small("qwen3_next"))
+    drafters = {"chain": LayerSkipDrafter([1]), "tree": LayerSkipDrafter([1], siblings=(1, 1))}
+    p = {name: fit(target, drafter) for name, drafter in drafters.items()}
+    assert min(p.values()) > 1e-4, p
+    assert fit(target, drafters["chain"], verifier=AcceptsAll()) < 1e-4
+    keeps_everything(monkeypatch)
+    assert fit(target, drafters["chain"]) < 1e-4
