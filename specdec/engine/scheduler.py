@@ -203,7 +203,7 @@ class Scheduler:
         counts, room = [], self.chunk if self.batch.rows else self.chunk * len(left)
         for row, n, count in zip(joining.rows, cache.rows, left, strict=True):
             count = min(count, self.chunk, room)
-            if self.batch.target.recurrent:
+            if self.batch.target.recurrent_layers:
                 count = min([count, *(fork - n for fork in row.forks if fork > n)])
             counts.append(count)
             room -= count

@@ -212,7 +212,7 @@ class ReferenceTarget(Target):
             self.head = _find(model, lambda module: module is self.own_head, "hides its output head")
             self.blocks = list(getattr(*self.decoder))
             self.mixers = [_mixer(block) for block in self.blocks]
-            self.recurrent = any(self.mixers)
+            self.recurrent_layers = frozenset(n for n, mixer in enumerate(self.mixers) if mixer is not None)
             parameters = list(inspect.signature(self.blocks[0].forward).parameters)
             # GPT-2 passes the mask by position, the others by name.
             self.mask_index = parameters.index("attention_mask") - 1 if "attention_mask" in parameters else None

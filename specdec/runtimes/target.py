@@ -61,7 +61,7 @@ class Target(ABC):
     kv_cache = "as computed"  # what keys and values are held in
     spread: float  # difference from the model's own logits in the self-check at load, relative to the largest logit
     tokenizer: Any = None  # the model's, where known: drafters with a model of their own compare it
-    recurrent = False  # whether a text can be gone on with at checkpoints alone
+    recurrent_layers: frozenset[int] = frozenset()  # with them a text can be gone on with at checkpoints alone
     experts: Offload | None = None  # where experts are loaded from slow memory, what loads them
 
     def __init__(self, model: PreTrainedModel) -> None:

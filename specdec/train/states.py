@@ -93,6 +93,11 @@ def compute(
     SpecDecError if the folder holds states of another model or other answers, for damaged or missing shards, and if the
     disk is full, or will be.
     """
+    if recurrent := target.recurrent_layers & {*wanted.kv}:
+        raise SpecDecError(
+            f"layer {min(recurrent)} is recurrent, and training drafts through layers with attention alone; give "
+            "'segments' without it, and 'search' false"
+        )
     progress = progress or Progress(console=Console(quiet=True))
     name = f"teacher states ({name})" if name else "teacher states"
     index: dict[str, Any] = {
@@ -155,14 +160,16 @@ def estimate(target: Target, answers: Sequence[Answer], wanted: Wanted) -> tuple
             result.flatten()[-1].item()  # a GPU is done with it
             return result, time.perf_counter() - start
 
-    keys, layer = timed(0, lambda: _run(target, 0, block))
+    first = min(wanted.kv, default=0)
+    keys, layer = timed(first, lambda: _run(target, first, block))
     sample = block.x.flatten(0, 1)[:READOUT_ROWS]
     _, readout = timed(target.num_layers, lambda: _read_out(target, sample))
     tokens = sum(map(len, answers))
     kept = sum(len(answer) - 1 - first_kept(len(answer.prompt_ids)) for answer in answers)
     state = sample.shape[1] * sample.itemsize
-    per_token = 4 + 2 * len(wanted.kv) * keys.shape[1] * keys.shape[3] * keys.itemsize  # as in a ``Record``
-    per_token += len(wanted.context) * state
+    per_token = 4 + len(wanted.context) * state  # as in a ``Record``
+    if wanted.kv:
+        per_token += 2 * len(wanted.kv) * keys.shape[1] * keys.shape[3] * keys.itemsize
     per_kept = 8 + len(wanted.hidden) * state
     seconds = target.num_layers * tokens * layer / sum(map(len, texts)) + kept * readout / len(sample)
     return tokens * per_token + kept * per_kept, seconds
@@ -193,7 +200,7 @@ def _teach(
     shard = {"ids": torch.cat(texts).int(), "lengths": torch.tensor(lengths)}
     shard["prompts"] = torch.tensor([len(answer.prompt_ids) for answer in answers])
     token_rows, kept_rows = torch.arange(sum(lengths)).split(lengths), torch.arange(sum(kept)).split(kept)
-    common = _common(texts, min(firsts))
+    common = 0 if target.recurrent_layers else _common(texts, min(firsts))
     beginning = _block(target, [0], [texts[0][:common]], 0) if common else None
     blocks = [_block(target, some, [texts[i][common:] for i in some], common) for some in _grouped(lengths)]
     stages, reported = target.num_layers + 1, 0
@@ -271,14 +278,18 @@ def _causal(positions: Tensor, keys: Tensor) -> Mask:
 def _run(
     target: Target, layer: int, block: _Block, before: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Put ``block`` through a layer, behind keys and values of the tokens before it [1, H', S, d]; return them all."""
+    """Put ``block`` through a layer, behind keys and values of the tokens before it [1, H', S, d]; return them all.
+
+    A layer without any returns its output in their place.
+    """
     cache = KVCache(target.num_layers, len(block.x), target.device)
     if before is not None:
         k, v = (entries.expand(len(block.x), -1, -1, -1) for entries in before)
         cache.append(layer, k, v)
     block.x = target.layers(block.x, layer, layer + 1, Pass(block.positions, block.mask, cache))
     keys, values = cache.keys[layer], cache.values[layer]
-    assert keys is not None and values is not None
+    if keys is None or values is None:
+        return block.x, block.x
     return keys[:, :, : cache.lengths[layer]], values[:, :, : cache.lengths[layer]]
 
 
