@@ -24,6 +24,7 @@ from specdec.serve.schema import ChatBody, CompletionBody, DetokenizeBody, Token
 from specdec.serve.service import Service
 from specdec.serve.settings import Settings
 from specdec.serve.streaming import EventStream, unless_gone
+from specdec.serve.tools import shown_of
 
 PAGE = Path(__file__).with_name("page.html")
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'"
@@ -63,7 +64,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         form = service.tool_form(body.offered)
         prompt = await run_sync(service.encode_chat, body.messages, body.offered)
         rule = await run_sync(service.constraint, body)
-        choices = service.submit([prompt], body, rule, [form.mark] if form is not None and form.mark else [])
+        choices = service.submit([prompt], body, rule, shown_of(form, constrained=rule is not None))
         names = [tool["function"]["name"] for tool in body.offered]
         response = Response(Chat(form, names, not body.several), service.settings.name, choices, body)
         return await _answer(service, request, response)

@@ -10,8 +10,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from specdec.speculation.constraints import JSON_FORM, REASONING, Grammar
-from specdec.speculation.constraints import ConstraintState as Constrained
+from specdec.speculation.constraints import JSON_FORM, REASONING, ConstraintState, Grammar
 
 BETWEEN = " \t\r\n,;[]"  # what may stand between two calls
 NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
@@ -42,6 +41,12 @@ MISTRAL = ToolForm("[TOOL_CALLS]", "[TOOL_CALLS][", between=", ", last="]")
 LLAMA = ToolForm("", between="; ", arguments="parameters")
 
 
+def shown_of(form: ToolForm | None, constrained: bool) -> list[str]:
+    """What ``ChatParser`` looks for in a text, be it a special token or not."""
+    marks = [] if form is None else [mark for mark in (form.mark, form.end) if mark]
+    return [*marks, *REASONING] if constrained else marks
+
+
 def form_of(template: str) -> ToolForm | None:
     """The form that a chat template asks for; None: it has no tools, or another form."""
     if "tools" not in template:
@@ -57,7 +62,7 @@ def grammar_of(form: ToolForm, tools: dict[str, dict[str, Any] | None], several:
     """One call of ``tools`` (their arguments' schemas by name), or ``several``."""
 
     def text(given: str) -> str:
-        return _text(given, [mark for mark in (form.mark, form.end) if mark], tokenizer)
+        return _text(given, shown_of(form, constrained=False), tokenizer)
 
     more = f"({text(form.between)} call)*" if several else ""
     lines = [f"start: {text(form.first)} call {more} {text(form.last)}"]
@@ -171,7 +176,8 @@ class ChatParser:
         may_reason: bool = False,
     ) -> None:
         self.form, self.names, self.single, self.reasoning, self.may_reason = form, names, single, inside, may_reason
-        self.buffer, self.calls, self.call = "", 0, None  # type: tuple[str, int, _Call | None]
+        self.buffer, self.calls = "", 0
+        self.call: _Call | None = None
         self.calling = self.begun = False  # between the calls; some content has come
         self.answered = False  # a block of reasoning has just ended: white space after it is no content
 
@@ -273,7 +279,7 @@ def _certain(text: str, mark: str, last: bool) -> tuple[str, str]:
     return certain, text[len(certain) :]
 
 
-def parser_of(form: ToolForm | None, names: Sequence[str], single: bool, rule: Constrained | None) -> ChatParser:
+def parser_of(form: ToolForm | None, names: Sequence[str], single: bool, rule: ConstraintState | None) -> ChatParser:
     """For one choice, whose constraint is ``rule``: a block of reasoning before what it constrains is told apart."""
     if rule is None:
         return ChatParser(form, names, single)
