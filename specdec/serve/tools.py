@@ -98,8 +98,9 @@ class _Call:
 
     def take(self, text: str) -> int:
         """Read on; return how many characters belong to the call."""
-        for count, character in enumerate(text, start=1):
-            self.raw += character
+        before = len(self.raw)
+        self.raw += text
+        for end, character in enumerate(text, start=before + 1):
             if self.escaped:
                 self.escaped = False
             elif self.quoted:
@@ -109,19 +110,19 @@ class _Call:
             elif character in "{[":
                 self.depth += 1
                 if self.depth == 2 and self.head is None:
-                    self._begin_arguments()
+                    self._begin_arguments(end - 1)
             elif character in "}]":
                 self.depth -= 1
                 if self.depth == 1 and self.head is not None and not self.end:
-                    self.end = len(self.raw)
+                    self.end = end
                 if not self.depth:
-                    self.complete = True
-                    return count
+                    self.complete, self.raw = True, self.raw[:end]
+                    return end - before
         return len(text)
 
-    def _begin_arguments(self) -> None:
-        head = _HEAD.fullmatch(self.raw[:-1])
-        if head is not None and head[1] in self.names and self.raw[-1] == "{":
+    def _begin_arguments(self, place: int) -> None:
+        head = _HEAD.fullmatch(self.raw, endpos=place)
+        if head is not None and head[1] in self.names and self.raw[place] == "{":
             self.head, self.sent = head, head.end()
 
     def deltas(self) -> Iterator[dict[str, Any]]:
