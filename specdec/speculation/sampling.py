@@ -121,10 +121,11 @@ class Noise:
     def __call__(self, position: int, size: int) -> Tensor:
         """Noise [V] (float32, on the host) for the token at ``position``."""
         if position not in self.made:
-            bits = np.random.Philox(key=self.key, counter=np.array([0, 0, position, 0], np.uint64))
-            # In float64: among float32 exponentials zero is so frequent that it would decide draws.
-            exponential = np.random.Generator(bits).standard_exponential(size)
-            self.made[position] = torch.from_numpy(-np.log(exponential)).float()
+            philox = np.random.Philox(key=self.key, counter=np.array([0, 0, position, 0], np.uint64))
+            bits = (philox.random_raw((size + 1) // 2).view(np.uint32)[:size] >> 1).view(np.int32)
+            # 1 - u, not u: near zero, where exponentials win, float32 has all 31 bits.
+            uniform = torch.from_numpy(bits).float().add_(0.5).mul_(2.0**-31).clamp_(max=1 - 2.0**-24)
+            self.made[position] = uniform.neg_().log1p_().neg_().log_().neg_()
         return self.made[position]
 
     def forget(self, position: int) -> None:
@@ -227,14 +228,13 @@ class Sampler:
         """
         if all(row.transforms.greedy for row in self.rows):
             return scores
-        noise = torch.zeros(*scores.shape[:2], size)
+        perturbed = scores - scores.amax(-1, keepdim=True)  # near zero, where scores compete, float32 is finest
         for b, row in enumerate(self.rows):
             if not row.transforms.greedy:
                 for t, position in enumerate(positions[b]):
-                    noise[b, t] = row.noise(position, size)
-        noise = noise.to(scores.device)
-        # Near zero, where scores compete, float32 is finest.
-        return scores - scores.amax(-1, keepdim=True) + (noise if vocab is None else noise[..., vocab])
+                    noise = row.noise(position, size).to(scores.device)
+                    perturbed[b, t] += noise if vocab is None else noise[vocab]
+        return perturbed
 
     def choose(self, scores: Tensor, positions: Sequence[Sequence[int]]) -> Tensor:
         """Processed logits [B, T, V] -> int64 [B, T]: each token, or -1 where the logits are not finite."""
