@@ -330,7 +330,7 @@ def test_two_runs_of_a_cell_agree_within_their_intervals(cell, tmp_path: Path, m
     decoders, runs = Decoders(), []
     for seed in (1, 2):
         monkeypatch.setattr(methods, "time", Noise(seed))
-        run = Run([cell(drafter="prompt-lookup", prompts=str(many), temperature=1.0, seed=100 * seed)], decoders)
+        run = Run([cell(drafter="prompt-lookup", prompts=str(many), temperature=1.0, seed=7 * seed)], decoders)
         run.execute()
         runs.append(run.results()[0]["method"])
     for figure in ("tokens_per_second", "first_token_ms", "mean_acceptance_length"):

@@ -158,7 +158,7 @@ def test_a_draft_model_may_pad_its_vocabulary_otherwise(llama: PreTrainedModel, 
     target.tokenizer = Words("a", "b", "c")
     drafter = DraftModelDrafter(other_model(size), Words("a", "b", "c"))
     for sampling in ({}, {"temperature": 2.0}):
-        out, loop = run(target, drafter, [[5, 96, 7]], 20, **sampling)
+        out, loop = run(target, drafter, [[5, 96, 7]], 20, eos=None, **sampling)
         assert len(out[0]) == 20 and loop.metrics[0].num_draft_tokens > 0
     assert run(target, drafter, [[5, 96, 7]], 20)[0] == [greedy_reference(llama, [5, 96, 7], 20)]
 

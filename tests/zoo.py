@@ -166,9 +166,11 @@ def eagle3(target: Target, own_embedding: bool = False, **options: Any) -> Eagle
 def mtp(target: Target, **shape: Sequence[int]) -> MTPDrafter:
     """A random layer of another model in the place of the one that a checkpoint has."""
     torch.manual_seed(4)
-    d, own = target.hidden_size, second(target, num_hidden_layers=1)
+    d = target.hidden_size
+    own = ReferenceTarget(second(target, num_hidden_layers=1, hidden_size=d).model.to(target.dtype))
     norms = [torch.nn.LayerNorm(d, elementwise_affine=False) for _ in range(4)]
-    return MTPDrafter(MTPHead(own, torch.nn.Linear(2 * d, d).requires_grad_(False), *norms), **shape)  # type: ignore[arg-type]
+    join = torch.nn.Linear(2 * d, d, dtype=target.dtype).requires_grad_(False)
+    return MTPDrafter(MTPHead(own, join, *norms), **shape)  # type: ignore[arg-type]
 
 
 @functools.cache
