@@ -20,11 +20,12 @@ pytestmark = pytest.mark.slow
 
 BODY = {"model": "tiny", "messages": [{"role": "user", "content": "Name three colours."}], "seed": 4, "max_tokens": 32}
 LONG = BODY | {"max_tokens": 3900, "stream": True}
+ENDLESS = LONG | {"max_tokens": 30_000, "n": 16}
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("served") / "tiny", 4096)
+    return save_tiny(tmp_path_factory.mktemp("served") / "tiny", 1 << 15)
 
 
 class Process:
@@ -82,7 +83,7 @@ def test_a_terminated_server_finishes_what_it_has_begun(model: Path) -> None:
 
 def test_a_second_signal_ends_it(model: Path) -> None:
     with process(model) as server, httpx.Client(timeout=600) as client:
-        with client.stream("POST", server.url + "/v1/chat/completions", json=LONG | {"n": 16}) as response:
+        with client.stream("POST", server.url + "/v1/chat/completions", json=ENDLESS) as response:
             parts = response.iter_text()
             next(parts)
             server.child.send_signal(signal.SIGTERM)
