@@ -301,7 +301,7 @@ class CompletionBody(Sampling):
     @model_validator(mode="before")
     @classmethod
     def _no_logprobs(cls, given: Any) -> Any:
-        """``logprobs: false`` says that there are none; 0 asks for those of the tokens alone."""
+        """``logprobs: false`` asks for none, as null does; 0 asks for those of the chosen tokens alone."""
         unused = isinstance(given, dict) and given.get("logprobs") is False
         return given | {"logprobs": None} if unused else given
 

@@ -281,7 +281,7 @@ def _certain(text: str, mark: str, last: bool) -> tuple[str, str]:
 
 
 def parser_of(form: ToolForm | None, names: Sequence[str], single: bool, rule: ConstraintState | None) -> ChatParser:
-    """For one choice, whose constraint is ``rule``: a block of reasoning before what it constrains is told apart."""
+    """The parser of one choice. ``rule``: its constraint, before which there may be a block of reasoning."""
     if rule is None:
         return ChatParser(form, names, single)
     return ChatParser(form, names, single, rule.inside, rule.may_reason)
