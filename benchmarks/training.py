@@ -20,14 +20,15 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress
 
 from specdec import SpecDecoder
+from specdec.base.terminal import Progress
 from specdec.engine.costs import Costs, measure
 from specdec.models import drafter_folder, loading
 from specdec.train import data, states
 from specdec.train.m2r2 import path_of
 from specdec.train.m2r2_settings import M2R2Settings, wanted_states
+from specdec.train.output import open_output
 from specdec.train.runtime import training_target
 from specdec.train.settings import TrainSettings, load_settings
 from specdec.train.speed import predict
@@ -95,13 +96,11 @@ def share_states(output: Path, names: list[str], steps: int) -> None:
         train_, held = data.split(answers, recipes[0].eval_fraction)
         random.Random(recipes[0].seed).shuffle(train_)  # as the trainer does
         place = output / f"states-{share:g}"
-        with Progress(console=Console(stderr=True)) as progress:
+        with Progress() as progress:
             for part, some in (("eval", held[: recipes[0].eval_answers]), ("train", train_)):
-                task = progress.add_task(f"teacher states ({part}, {share:g})", total=sum(map(len, some)))
-                states.compute(place / part, target, some, union, lambda n, t=task: progress.advance(t, n))
+                states.compute(place / part, target, some, union, progress, f"{part}, {share:g}")
         for name in rows:
-            folder(output, name).mkdir(exist_ok=True)
-            link = folder(output, name) / "states"
+            link = open_output(settings_of(output, name, steps), resume=True) / "states"
             if not link.exists():
                 link.symlink_to(place.resolve(), target_is_directory=True)
 
@@ -112,9 +111,8 @@ def run(prompts: Path, output: Path, steps: int, names: list[str]) -> None:
     left = [name for name in names if not (folder(output, name) / "seconds").exists()]
     share_states(output, left, steps)
     for name in left:
-        began = folder(output, name) / "train.yaml"
         start = time.process_time()
-        train(settings_of(output, name, steps), resume=began.exists(), console=Console(stderr=True))
+        train(settings_of(output, name, steps), resume=True, console=Console(stderr=True))
         (folder(output, name) / "seconds").write_text(f"{time.process_time() - start:.0f}")
 
 

@@ -722,6 +722,17 @@ def test_each_residual_runs_ahead_to_the_layer_that_its_rate_says() -> None:
         assert len(path.aims(30)) == path.residuals()
 
 
+def test_windows_stay_within_the_context() -> None:
+    target = training_target(tiny_model("gpt2"))  # with an embedding for each position
+    answer = Answer(tuple([5] * 4), tuple([7] * (target.context - 4)))
+    wanted = states.Wanted((), (target.num_layers,))
+    records = states._records(states._teach(target, [answer], wanted, lambda n: None), wanted)
+    for rows in (windows(records, 64)[-1:], windows(records, 7)):
+        batch = assemble(records, rows, 64, target.device)
+        assert batch.positions[batch.valid].max() == target.context - 2
+        assert torch.isfinite(target.embed(batch.ids, batch.positions)).all()
+
+
 def test_alignment_brings_a_layer_before_the_exit_nearer_to_where_it_runs_ahead_to(
     answers: Path, tmp_path: Path
 ) -> None:

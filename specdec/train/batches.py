@@ -93,11 +93,12 @@ def assemble(records: Sequence[Record], rows: Sequence[Window], length: int, dev
     def exact(layer: int, part: int) -> Tensor:
         return pad([r.kv[layer][part][:end] for r, _, end in picked], slots).transpose(1, 2)
 
-    starts = torch.tensor([start for _, start, _ in rows])
+    starts, last = torch.tensor([(start, end - 1) for _, start, end in rows]).unbind(1)
     return Batch(
         ids=pad([r.ids[start:end].long() for r, start, end in picked]),
         next_ids=pad([r.ids[start + 1 : end + 1].long() for r, start, end in picked]),
-        positions=(starts[:, None] + torch.arange(length)).to(device),
+        # Padding stays at the last position: the one behind it may be beyond the model's context.
+        positions=torch.minimum(starts[:, None] + torch.arange(length), last[:, None]).to(device),
         valid=pad([torch.ones(end - start, dtype=torch.bool) for _, start, end in rows]),
         kv={layer: (exact(layer, 0), exact(layer, 1)) for layer in layers},
         hidden={layer: states(layer, 0) for layer in hidden},
