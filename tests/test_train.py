@@ -93,12 +93,9 @@ def drafted(network: M2R2, target: Target, ids: list[int], count: int, sure: flo
     return drafter.propose(state, count).tokens[0].tolist()
 
 
-@pytest.mark.parametrize("runtime", [training_target, ReferenceTarget])
-@pytest.mark.parametrize("name", PATHS)
 @torch.inference_mode()
-def test_the_student_drafts_exactly_as_the_drafter(name: str, runtime: Callable[..., Target]) -> None:
-    target = runtime(tiny_model("llama"))
-    path = PATHS[name]
+def same_drafts(target: Target, path: M2R2Path) -> None:
+    """The student drafts exactly as the drafter."""
     network = shaken(path, target)
     teacher = Teacher(target, None)
     for seed in range(4):
@@ -118,12 +115,19 @@ def test_the_student_drafts_exactly_as_the_drafter(name: str, runtime: Callable[
         assert own[0][0] == drafted(network, target, ids, 1, sure=0.0)[0]  # at the first exit
 
 
+@pytest.mark.parametrize("runtime", [training_target, ReferenceTarget])
+@pytest.mark.parametrize("name", PATHS)
+def test_the_student_drafts_exactly_as_the_drafter(name: str, runtime: Callable[..., Target]) -> None:
+    same_drafts(runtime(tiny_model("llama")), PATHS[name])
+
+
 @pytest.mark.parametrize("family", FUSED)
 def test_training_has_the_reference_values_and_gradients(family: str) -> None:
     model = tiny_model(family)
     names = ["self_attn.qkv_proj" if family == "phi3" else "self_attn.k_proj", "mlp.down_proj"]
-    path = M2R2Path(0, ((1, 4),), True, 3, dict.fromkeys((1, 2, 3), names))
-    results = []
+    names += ["linear_attn.in_proj_qkv", "linear_attn.in_proj_b", "linear_attn.out_proj"]
+    results, every = [], ReferenceTarget(model)
+    path = M2R2Path(0, ((1, 4),), True, 3, {n: [x for x in names if x in every.linears(n)] for n in (1, 2, 3)})
     for target in (ReferenceTarget(model), training_target(model)):
         network = shaken(path, target).requires_grad_(True)
         x, positions = (

@@ -16,8 +16,11 @@ from torch import Tensor
 from specdec.base.errors import SpecDecError
 
 States = dict[tuple[str, int], Tensor]  # by kind and number, each [B, ...]; empty before the first token
-# Inputs [B, T, D], the states before them, whether adapters are left out -> outputs and states after them.
-Advance = Callable[[Tensor, States, bool], tuple[Tensor, States]]
+# Where adapters act: as the pass says, nowhere (False), or, of inputs in another order, how many of the layer's
+# uncommitted tokens come behind each, int64 [B, T].
+Adapted = bool | Tensor
+# Inputs [B, T, D], the states before them, where adapters act -> outputs and states after them.
+Advance = Callable[[Tensor, States, Adapted], tuple[Tensor, States]]
 
 
 class Recurrent:
@@ -58,15 +61,12 @@ class Recurrent:
         if not held:
             states = self.states
         elif states is None or not current:
-            states = advance(before, self.states, True)[1]
-        out, self.ahead = advance(x, states, False)
+            states = advance(before, self.states, False)[1]
+        out, self.ahead = advance(x, states, True)
         return out
 
     def _branches(self, tree: Tensor, advance: Advance) -> Tensor:
-        """The outputs for the last T inputs, each branch of their ``tree`` as a row of its own.
-
-        Adapters are left out: they would act on the end of every branch.
-        """
+        """The outputs for the last T inputs, each branch of their ``tree`` as a row of its own."""
         assert self.inputs is not None
         (batch, _, width), (t, u) = self.inputs.shape, tree.shape
         paths = [row.nonzero()[:, 0].tolist() for row in tree.cpu()]
@@ -79,7 +79,8 @@ class Recurrent:
         index = torch.tensor([path + path[-1:] * (longest - len(path)) for path in leaves], device=self.inputs.device)
         x = self.inputs[:, index].reshape(batch * len(leaves), longest, width)
         states = {key: state.repeat_interleave(len(leaves), 0) for key, state in self.states.items()}
-        out = advance(x, states, True)[0].view(batch, len(leaves), longest, -1)
+        behind = (u - 1 - index).repeat(batch, 1)  # (B leaves, longest)
+        out = advance(x, states, behind)[0].view(batch, len(leaves), longest, -1)
         place = {node: (leaf, at) for leaf, path in enumerate(leaves) for at, node in enumerate(path)}
         leaf, at = zip(*(place[node] for node in range(u - t, u)), strict=True)
         return out[:, leaf, at]
@@ -92,7 +93,7 @@ class Recurrent:
                 groups[pending.shape[0]].append(row)
         for rows in groups.values():
             x = torch.stack([pending for row in rows if (pending := self.pending[row]) is not None])
-            _, made = advance(x, {key: state[rows] for key, state in self.states.items()}, True)
+            _, made = advance(x, {key: state[rows] for key, state in self.states.items()}, False)
             for key, state in made.items():
                 if len(rows) == len(self.pending):
                     self.states[key] = state

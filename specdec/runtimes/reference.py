@@ -25,7 +25,7 @@ from specdec.runtimes.adapters import Adapters
 from specdec.runtimes.cache import KVCache, Mask
 from specdec.runtimes.checks import check_logits, refuse_unsupported
 from specdec.runtimes.layer_pass import Pass
-from specdec.runtimes.recurrent import Advance, States
+from specdec.runtimes.recurrent import Adapted, Advance, States
 from specdec.runtimes.target import Part, Target
 
 FEW = 16  # tokens that take less time one by one than a scan of a whole chunk
@@ -46,7 +46,7 @@ class _Bridge(Cache):
         super().__init__(layers=[])
         self.kv, self.only_fill = cache, only_fill
         self.states: States = {}  # of the recurrent layer that runs
-        self.plain = False  # whether adapters are left out: tokens run again, branches of a tree
+        self.adapted: Adapted = True  # where adapters act
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         views = self.kv.append(layer_idx, key_states, value_states)
@@ -90,11 +90,19 @@ class _Bridge(Cache):
     def advance(self, mixer: Callable[[Tensor], Tensor], most: float) -> Advance:
         """``mixer`` as a function of its states. most: tokens that run one by one if they follow earlier ones."""
 
-        def run(x: Tensor, states: States, plain: bool) -> tuple[Tensor, States]:
-            self.states, self.plain = dict(states), plain
-            if not states or x.shape[1] > most:
-                return mixer(x), self.states
-            return torch.cat([mixer(token) for token in x.split(1, 1)], 1), self.states
+        def run(x: Tensor, states: States, adapted: Adapted) -> tuple[Tensor, States]:
+            self.states, single = dict(states), bool(states) and x.shape[1] <= most
+            try:
+                if not single:
+                    self.adapted = adapted
+                    return mixer(x), self.states
+                outs = []
+                for at, token in enumerate(x.split(1, 1)):
+                    self.adapted = adapted[:, at : at + 1] if isinstance(adapted, Tensor) else adapted
+                    outs.append(mixer(token))
+                return torch.cat(outs, 1), self.states
+            finally:
+                self.adapted = True  # in the rest of the layer
 
         return run
 
@@ -359,13 +367,16 @@ class ReferenceTarget(Target):
 
 def _adapter_hook(target: ReferenceTarget, down: Tensor, up: Tensor, adapted: int | None, batch: int) -> Any:
     def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        if target.bridge is not None and target.bridge.plain:
+        which = True if target.bridge is None else target.bridge.adapted
+        if which is False:
             return output
         rows = inputs[0].shape[0] if inputs[0].dim() == 3 else batch
         # OPT flattens tokens to (B * T, D) before its MLP.
         x, y = (t.view(rows, -1, t.shape[-1]) for t in (inputs[0], output))
-        count = min(y.shape[1], y.shape[1] if adapted is None else adapted)
+        count = y.shape[1] if adapted is None or isinstance(which, Tensor) else min(y.shape[1], adapted)
         delta = (x[:, -count:] @ down.T.to(x.dtype)) @ up.T.to(x.dtype)  # (B, count, out)
+        if adapted is not None and isinstance(which, Tensor):
+            delta = delta * (which < adapted)[..., None]
         y = torch.cat((y[:, :-count], y[:, -count:] + delta), 1)
         return y.view(output.shape)
 

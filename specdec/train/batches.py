@@ -7,12 +7,14 @@ many answers in one batch. Knows nothing about losses and parameters.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from specdec.runtimes.cache import KVCache
+from specdec.runtimes.recurrent import States
+from specdec.train.recurrent import StatesAtPositions
 from specdec.train.states import Record
 
 BLOCK = 64
@@ -24,7 +26,7 @@ class Batch:
     """B windows of T positions; position t reads token ids[t] and is to predict the base's choice for t + 1.
 
     Padding has ``valid`` False. Exact entries of layers ``kv`` are [B, H', S, d] for positions 0 .. S - 1, and so are
-    the inputs of layers ``context``, [B, S, D].
+    the inputs of layers ``context`` and what recurrent layers' mixers read (``mixed``), [B, S, D].
     """
 
     ids: Tensor  # int64 [B, T]
@@ -38,17 +40,23 @@ class Batch:
     log_z: Tensor  # float32 [B, T]
     texts: list[Tensor]  # int32, each row's tokens up to the end of its window
     context: dict[int, Tensor]
+    mixed: dict[int, Tensor]
+    exact: dict[int, States] = field(default_factory=dict)  # recurrent states, once they are known
 
     @property
     def slots(self) -> int:
         """S, the exact entries per row."""
-        return max([k.shape[2] for k, _ in self.kv.values()] + [x.shape[1] for x in self.context.values()], default=0)
+        inputs = [x.shape[1] for x in (*self.context.values(), *self.mixed.values())]
+        return max([k.shape[2] for k, _ in self.kv.values()] + inputs, default=0)
 
     def cache(self, num_layers: int) -> KVCache:
         """A cache that holds the exact entries."""
         cache = KVCache(num_layers, len(self.ids), self.ids.device)
         for layer, (k, v) in self.kv.items():
-            cache.keys[layer], cache.values[layer], cache.lengths[layer] = k, v, self.slots
+            cache.keys[layer], cache.values[layer] = k, v
+        for layer, x in self.mixed.items():
+            cache.recurrent[layer] = StatesAtPositions(layer, x, self.positions, self.exact)
+        cache.lengths = [self.slots] * num_layers
         return cache
 
 
@@ -78,7 +86,8 @@ def assemble(records: Sequence[Record], rows: Sequence[Window], length: int, dev
     """Copy the windows' states out of the records; T = ``length``, S a multiple of ``BLOCK``."""
     picked = [(records[index], start, end) for index, start, end in rows]
     slots = -(-max(end for _, _, end in rows) // BLOCK) * BLOCK
-    layers, hidden = picked[0][0].kv, picked[0][0].hidden
+    first = picked[0][0]
+    layers, hidden = first.kv, first.hidden
 
     def pad(parts: list[Tensor], size: int = length) -> Tensor:
         """Stack ragged parts, zeros behind each."""
@@ -106,7 +115,8 @@ def assemble(records: Sequence[Record], rows: Sequence[Window], length: int, dev
         best=pad([r.best[start - r.first : end - r.first].long() for r, start, end in picked]),
         log_z=pad([r.log_z[start - r.first : end - r.first] for r, start, end in picked]),
         texts=[r.ids[:end] for r, _, end in picked],
-        context={layer: pad([r.context[layer][:end] for r, _, end in picked], slots) for layer in picked[0][0].context},
+        context={layer: pad([r.context[layer][:end] for r, _, end in picked], slots) for layer in first.context},
+        mixed={layer: pad([r.mixed[layer][:end] for r, _, end in picked], slots) for layer in first.mixed},
     )
 
 

@@ -137,7 +137,13 @@ def _batches(target: Target, path: M2R2Path, records: Sequence[Record], settings
     """Batches with the states that ``path`` needs."""
     wanted = wanted_states(path, target.num_layers)
     some = [
-        replace(r, kv={n: r.kv[n] for n in wanted.kv}, hidden={n: r.hidden[n] for n in wanted.hidden}) for r in records
+        replace(
+            r,
+            kv={n: both for n, both in r.kv.items() if n in wanted.kv},
+            mixed={n: x for n, x in r.mixed.items() if n in wanted.kv},
+            hidden={n: r.hidden[n] for n in wanted.hidden},
+        )
+        for r in records
     ]
     return in_order(some, settings.rows, settings.window, target.device)
 

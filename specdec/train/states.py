@@ -44,8 +44,9 @@ READOUT_ROWS, SUM_ROWS = 256, 8  # positions whose logits are held, in the model
 class Wanted:
     """Which states are kept: keys and values of layers ``kv`` (every token) and the inputs of layers ``hidden``.
 
-    Hidden states (layer N: the final one) are kept from two positions before the first answer token on; those of layers
-    ``context`` of every token, too.
+    Of a recurrent layer among ``kv``, what its mixer reads is kept: its states follow from that. Hidden states (layer
+    N: the final one) are kept from two positions before the first answer token on; those of layers ``context`` of every
+    token, too.
     """
 
     kv: tuple[int, ...]
@@ -65,6 +66,7 @@ class Record:
     best: Tensor  # int32 [L - 1 - first], the base's most likely next token
     log_z: Tensor  # float32 [L - 1 - first], log of the base's partition sum over the full vocabulary
     context: dict[int, Tensor]  # layer -> [L, D]
+    mixed: dict[int, Tensor]  # recurrent layer -> what its mixer reads [L, D]
 
 
 def first_kept(prompt: int) -> int:
@@ -93,11 +95,6 @@ def compute(
     SpecDecError if the folder holds states of another model or other answers, for damaged or missing shards, and if the
     disk is full, or will be.
     """
-    if recurrent := target.recurrent_layers & {*wanted.kv}:
-        raise SpecDecError(
-            f"layer {min(recurrent)} is recurrent, and training drafts through layers with attention alone; give "
-            "'segments' without it, and 'search' false"
-        )
     progress = progress or Progress(console=Console(quiet=True))
     name = f"teacher states ({name})" if name else "teacher states"
     index: dict[str, Any] = {
@@ -151,25 +148,31 @@ def estimate(target: Target, answers: Sequence[Answer], wanted: Wanted) -> tuple
     texts = [torch.tensor(answers[i].prompt_ids + answers[i].response_ids) for i in rows]
     block = _block(target, rows, texts, 0)
 
-    def timed(stage: int, call: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, float]:
-        """A result of the call, and the seconds of the second one: the first has things to prepare."""
+    def timed(stage: int, call: Callable[[], Tensor]) -> float:
+        """The seconds of the second call: the first has things to prepare."""
         with target.prepared(stage):
             call()
             start = time.perf_counter()
-            result = call()[0]
-            result.flatten()[-1].item()  # a GPU is done with it
-            return result, time.perf_counter() - start
+            call().flatten()[-1].item()  # a GPU is done with it
+            return time.perf_counter() - start
 
+    def run(layer: int) -> dict[str, Tensor]:
+        block.x = x
+        return _run(target, layer, block)
+
+    x = block.x
+    recurrent = [layer for layer in wanted.kv if layer in target.recurrent_layers]
+    attending = [layer for layer in wanted.kv if layer not in target.recurrent_layers]
     first = min(wanted.kv, default=0)
-    keys, layer = timed(first, lambda: _run(target, first, block))
+    layer = timed(first, lambda: (run(first), block.x)[1])
     sample = block.x.flatten(0, 1)[:READOUT_ROWS]
-    _, readout = timed(target.num_layers, lambda: _read_out(target, sample))
+    readout = timed(target.num_layers, lambda: _read_out(target, sample)[0])
     tokens = sum(map(len, answers))
     kept = sum(len(answer) - 1 - first_kept(len(answer.prompt_ids)) for answer in answers)
     state = sample.shape[1] * sample.itemsize
     per_token = 4 + len(wanted.context) * state  # as in a ``Record``
-    if wanted.kv:
-        per_token += 2 * len(wanted.kv) * keys.shape[1] * keys.shape[3] * keys.itemsize
+    for layers in filter(None, (recurrent, attending)):
+        per_token += len(layers) * sum(entries[0, 0].nbytes for entries in run(layers[0]).values())
     per_kept = 8 + len(wanted.hidden) * state
     seconds = target.num_layers * tokens * layer / sum(map(len, texts)) + kept * readout / len(sample)
     return tokens * per_token + kept * per_kept, seconds
@@ -228,14 +231,9 @@ def _teach(
                         whole = torch.cat((*begun, block.x[b, : lengths[i] - common]))
                         put(f"context.{stage}", token_rows[i], sum(lengths), whole)
                 if stage < target.num_layers:
-                    for name, entries in zip("kv", _run(target, stage, block, start), strict=True):
+                    for name, entries in _run(target, stage, block, start).items():
                         for b, i in enumerate(block.answers if stage in wanted.kv else ()):
-                            put(
-                                f"{name}.{stage}",
-                                token_rows[i],
-                                sum(lengths),
-                                entries[b, :, : lengths[i]].transpose(0, 1),
-                            )
+                            put(f"{name}.{stage}", token_rows[i], sum(lengths), entries[b, : lengths[i]])
                 else:
                     counts = [kept[i] for i in block.answers]
                     read = _read_out(target, torch.cat(states(block)))
@@ -275,22 +273,24 @@ def _causal(positions: Tensor, keys: Tensor) -> Mask:
     return Mask(positions, keys, lambda: keys[:, None] <= positions[:, :, None], causal=True)
 
 
-def _run(
-    target: Target, layer: int, block: _Block, before: tuple[Tensor, Tensor] | None = None
-) -> tuple[Tensor, Tensor]:
-    """Put ``block`` through a layer, behind keys and values of the tokens before it [1, H', S, d]; return them all.
+def _run(target: Target, layer: int, block: _Block, before: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Put ``block`` through a layer, behind what a call returned for the tokens before it, of one row.
 
-    A layer without any returns its output in their place.
+    Returns, as far as the layer has them, keys and values of all tokens [B, S, H', d], as "k" and "v", and what its
+    recurrent mixer read [B, S, D], as "m" (nothing comes before it).
     """
     cache = KVCache(target.num_layers, len(block.x), target.device)
-    if before is not None:
-        k, v = (entries.expand(len(block.x), -1, -1, -1) for entries in before)
+    if before:
+        k, v = (before[name].transpose(1, 2).expand(len(block.x), -1, -1, -1) for name in "kv")
         cache.append(layer, k, v)
     block.x = target.layers(block.x, layer, layer + 1, Pass(block.positions, block.mask, cache))
-    keys, values = cache.keys[layer], cache.values[layer]
-    if keys is None or values is None:
-        return block.x, block.x
-    return keys[:, :, : cache.lengths[layer]], values[:, :, : cache.lengths[layer]]
+    found, end = dict[str, Tensor](), cache.lengths[layer]
+    for name, entries in (("k", cache.keys[layer]), ("v", cache.values[layer])):
+        if entries is not None:
+            found[name] = entries[:, :, :end].transpose(1, 2)
+    if layer in cache.recurrent and (mixed := cache.recurrent[layer].inputs) is not None:
+        found["m"] = mixed
+    return found
 
 
 def _read_out(target: Target, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -315,7 +315,7 @@ def _records(tensors: dict[str, Tensor], wanted: Wanted) -> list[Record]:
     kept = [length - 1 - first_kept(prompt) for length, prompt in zip(lengths, prompts, strict=True)]
     split = {
         key: tensor.split(
-            lengths if key.startswith(("ids", "k.", "v.", "context.")) else kept
+            lengths if key.startswith(("ids", "k.", "v.", "m.", "context.")) else kept
         )  # of every token, or from ``first`` on
         for key, tensor in tensors.items()
     }
@@ -324,11 +324,12 @@ def _records(tensors: dict[str, Tensor], wanted: Wanted) -> list[Record]:
             split["ids"][i],
             prompt,
             first_kept(prompt),
-            {layer: (split[f"k.{layer}"][i], split[f"v.{layer}"][i]) for layer in wanted.kv},
+            {n: (split[f"k.{n}"][i], split[f"v.{n}"][i]) for n in wanted.kv if f"k.{n}" in split},
             {layer: split[f"hidden.{layer}"][i] for layer in wanted.hidden},
             split["best"][i],
             split["log_z"][i],
             {layer: split[f"context.{layer}"][i] for layer in wanted.context},
+            {layer: split[f"m.{layer}"][i] for layer in wanted.kv if f"m.{layer}" in split},
         )
         for i, prompt in enumerate(prompts)
     ]
