@@ -4,7 +4,7 @@
 
 A step scores a block of 1 + k tokens and accepts the root and 0, 1, ..., k of them in turn.
 replay: the state before the block is kept; what is accepted of the block runs through the recurrent mixers again before
-the next block (what the reference runtime does). token by token: mixers run one token after another, and every state is
+the next block (what the runtimes do). token by token: mixers run one token after another, and every state is
 kept. extra pass: as the first, but what is accepted runs through the whole model again, at once.
 """
 
@@ -22,10 +22,13 @@ from rich.table import Table
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from specdec.runtimes.fused import FAMILIES, FusedTarget
 from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.recurrent import Advance, Recurrent, States
 from specdec.runtimes.reference import ReferenceTarget
+from specdec.runtimes.target import Target
 
+WAYS = ("replay", "token by token", "extra pass")
 SIZES = {
     "tiny": {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 128},
     "middle": {"hidden_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 16, "intermediate_size": 2816},
@@ -73,59 +76,80 @@ def size_of(states: States) -> int:
     return sum(state.nbytes for state in states.values())
 
 
-@torch.inference_mode()
-def measure(target: ReferenceTarget, way: str, drafted: int, steps: int, context: int) -> tuple[float, int]:
-    """Milliseconds of a step, and bytes of a row's recurrent layers while a block is uncommitted."""
-    cache, held = target.new_cache(), 0
-    recurrent = [layer for layer, name in enumerate(target.mixers) if name is not None]
-    if way == "token by token":
-        cache.recurrent = {layer: TokenByToken(1) for layer in recurrent}
+class Played:
+    """A text that goes on by one way, step by step. taken: seconds of each step. held: bytes of its recurrent layers
+    while a block is uncommitted."""
 
-    def run(count: int) -> None:
+    def __init__(self, target: Target, way: str, drafted: int, context: int) -> None:
+        self.target, self.way, self.drafted = target, way, drafted
+        self.cache, self.held, self.taken = target.new_cache(), 0, list[float]()
+        if way == "token by token":
+            self.cache.recurrent = {layer: TokenByToken(1) for layer in target.recurrent_layers}
+        self.run(context)
+        self.cache.commit([range(context)])
+
+    def run(self, count: int) -> None:
+        cache, target = self.cache, self.target
         ids = torch.randint(target.vocab_size, (1, count))
         positions = torch.arange(cache.rows[0], cache.rows[0] + count)[None]
         given = Pass(positions, cache.mask(0, positions), cache)
         target.readout(target.layers(target.embed(ids, positions), 0, target.num_layers, given))
 
-    run(context)
-    cache.commit([range(context)])
-    taken = []
-    for number in range(steps + drafted + 1):
-        accepted = 1 + number % (drafted + 1)
+    def step(self, accepted: int) -> None:
         start = time.perf_counter()
-        run(1 + drafted)
-        for state in cache.recurrent.values() if not held else ():
+        self.run(1 + self.drafted)
+        for state in self.cache.recurrent.values() if not self.taken else ():
             kept = [state.states, *(state.each if isinstance(state, TokenByToken) else [state.ahead or {}])]
-            held += sum(map(size_of, kept))
-            held += state.inputs.nbytes if way == "replay" and state.inputs is not None else 0
-        if way == "extra pass" and accepted <= drafted:
-            cache.roll_back()
-            run(accepted)
-        cache.commit([range(accepted)])
-        if number > drafted:  # the first ones have things to prepare
-            taken.append(time.perf_counter() - start)
-    return 1000 * statistics.mean(taken), held
+            self.held += sum(map(size_of, kept))
+            self.held += state.inputs.nbytes if self.way == "replay" and state.inputs is not None else 0
+        if self.way == "extra pass" and accepted <= self.drafted:
+            self.cache.roll_back()
+            self.run(accepted)
+        self.cache.commit([range(accepted)])
+        self.taken.append(time.perf_counter() - start)
+
+    def seconds(self) -> float:
+        """Of a step: the median for each number of accepted tokens, and the mean of those."""
+        every = self.drafted + 1  # the first ones have things to prepare
+        return statistics.mean(statistics.median(self.taken[every + n :: every]) for n in range(every))
+
+
+@torch.inference_mode()
+def measure(targets: dict[str, Target], drafted: int, steps: int, context: int) -> dict[tuple[str, str], Played]:
+    """Each runtime and way, step by step in turn."""
+    found = {(name, way): Played(target, way, drafted, context) for name, target in targets.items() for way in WAYS}
+    for number in range(steps + drafted + 1):
+        for played in found.values():
+            played.step(1 + number % (drafted + 1))
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--context", type=int, default=200)
-    parser.add_argument("--drafted", type=int, nargs="*", default=[1, 4, 8])
+    parser.add_argument("--drafted", type=int, nargs="*", default=[0, 4])
     parser.add_argument("--families", nargs="*", default=["qwen3_5_text", "bamba", "lfm2"])
+    parser.add_argument("--sizes", nargs="*", default=[*SIZES])
     given = parser.parse_args()
-    ways = ("replay", "token by token", "extra pass")
-    table = Table("model", "drafted", *(f"{way}: ms" for way in ways), *(f"{way}: kB" for way in ways))
-    for size, sizes in SIZES.items():
+    table = Table("model", "runtime", "drafted", *(f"{way}: ms" for way in WAYS), *(f"{way}: kB" for way in WAYS))
+    for size, sizes in ((name, SIZES[name]) for name in given.sizes):
         for family in given.families:
             torch.manual_seed(0)
             whole = {"vocab_size": 1024, "num_key_value_heads": 4, "max_position_embeddings": 4096, **sizes}
             config = AutoConfig.for_model(family, **whole, **changes(family, sizes))
-            target = ReferenceTarget(AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval())
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+            targets: dict[str, Target] = {"reference": ReferenceTarget(model)}
+            if family in FAMILIES:
+                targets["fused"] = FusedTarget(model)
             for drafted in given.drafted:
-                found = [measure(target, way, drafted, given.steps, given.context) for way in ways]
-                times, bytes_ = ([f"{part[i] / (1, 1000)[i]:.1f}" for part in found] for i in (0, 1))
-                table.add_row(f"{family}, {size}", str(drafted), *times, *bytes_)
+                found = measure(targets, drafted, given.steps, given.context)
+                for name in targets:
+                    ways = [found[name, way] for way in WAYS]
+                    times = [f"{1000 * each.seconds():.1f}" for each in ways]
+                    table.add_row(
+                        f"{family}, {size}", name, str(drafted), *times, *(f"{each.held / 1000:.0f}" for each in ways)
+                    )
     Console().print(table)
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, float32")
 

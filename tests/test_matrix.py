@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, TopPLogitsWarper
 from zoo import PROMPTS, chains, every, run, trees
 
 from specdec.drafters.layer_skip import LayerSkipDrafter
+from specdec.runtimes.fused import FusedTarget
 from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.target import Target
 from specdec.speculation import registry
@@ -30,12 +31,16 @@ def test_the_matrix_has_every_drafter(llama: PreTrainedModel) -> None:
     assert tree == SHAPED and chain | {"lookahead"} == DRAFTERS  # lookahead's window is a tree
 
 
-@pytest.mark.parametrize("family", FAMILIES | HYBRIDS)
-def test_greedy_equals_generate_in_a_ragged_batch(family: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "runtime"),
+    [*((family, ReferenceTarget) for family in FAMILIES | HYBRIDS), ("qwen3_5_text", FusedTarget)],
+)
+def test_greedy_equals_generate_in_a_ragged_batch(family: str, runtime: type[Target]) -> None:
     model = tiny_model(family)
-    target = ReferenceTarget(model)
     expected = [greedy_reference(model, prompt, 12) for prompt in PROMPTS]
-    made = every if family in WHOLE else trees  # every drafter that is not none can draft a tree
+    target = runtime(model)  # type: ignore[call-arg]
+    # Every drafter that is not none can draft a tree.
+    made = every if family in WHOLE or runtime is FusedTarget else trees
     for name, drafter in made(target).items():
         assert run(target, drafter, PROMPTS, 12)[0] == expected, name
 

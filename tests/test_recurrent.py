@@ -21,8 +21,10 @@ from specdec.engine import scheduler
 from specdec.engine.depth import FixedDepth
 from specdec.engine.engine import Engine
 from specdec.engine.request import Request
+from specdec.runtimes.fused import FusedTarget
 from specdec.runtimes.recurrent import Recurrent
 from specdec.runtimes.reference import ReferenceTarget
+from specdec.runtimes.target import Target
 from specdec.speculation.draft import Drafter
 from specdec.verifiers.exact import ExactVerifier
 
@@ -31,10 +33,11 @@ Script = list[tuple[int, int]]
 
 
 @functools.cache
-def served(family: str) -> tuple[PreTrainedModel, ReferenceTarget, list[list[int]]]:
+def served(family: str, fused: bool = False) -> tuple[PreTrainedModel, Target, list[list[int]]]:
     """A model, its target, and its answers to the prompts."""
     model = tiny_model(family)
-    return model, ReferenceTarget(model), [greedy_reference(model, prompt, COUNT) for prompt in PROMPTS]
+    expected = [greedy_reference(model, prompt, COUNT) for prompt in PROMPTS]
+    return model, FusedTarget(model) if fused else ReferenceTarget(model), expected
 
 
 def oracle(texts: list[list[int]], right: float, branches: int = 1) -> Scripted:
@@ -56,10 +59,10 @@ def oracle(texts: list[list[int]], right: float, branches: int = 1) -> Scripted:
     return Scripted(script)
 
 
-@pytest.mark.parametrize("family", HYBRIDS)
+@pytest.mark.parametrize(("family", "fused"), [*((family, False) for family in HYBRIDS), ("qwen3_5_text", True)])
 @pytest.mark.parametrize("rows", [slice(1, 2), slice(3)], ids=["alone", "ragged"])
-def test_greedy_equals_generate(family: str, rows: slice) -> None:
-    _, target, expected = served(family)
+def test_greedy_equals_generate(family: str, fused: bool, rows: slice) -> None:
+    _, target, expected = served(family, fused)
     texts = [prompt + answer for prompt, answer in zip(PROMPTS, expected, strict=True)]
     drafters: dict[str, Drafter] = {
         f"oracle {right} {branches}": oracle(texts, right, branches) for right in (1, 0.6, 0) for branches in (1, 3)
@@ -138,9 +141,13 @@ def keeps_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Recurrent, "commit", everything)
 
 
-@pytest.mark.parametrize("family", ["qwen3_next", "falcon_h1", "lfm2"])
-def test_states_that_keep_what_was_rejected_change_the_output(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, target, expected = served(family)
+@pytest.mark.parametrize(
+    ("family", "fused"), [("qwen3_next", False), ("falcon_h1", False), ("lfm2", False), ("qwen3_5_text", True)]
+)
+def test_states_that_keep_what_was_rejected_change_the_output(
+    family: str, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, target, expected = served(family, fused)
     keeps_everything(monkeypatch)
     assert run(target, LayerSkipDrafter([1]), PROMPTS, COUNT)[0] != expected
 

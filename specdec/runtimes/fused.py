@@ -10,6 +10,8 @@ cache between two of them evict its code), so the loop counts operations: the re
 mean is zero, so that PyTorch's one-kernel ``layer_norm`` *is* the RMS norm; rotary is three operations in place over
 queries and keys together; masks are additive terms (SDPA converts boolean ones anew in every layer). A long causal
 pass has no mask of its own size: its tokens attend in spans, all of which share one narrow mask.
+
+A recurrent layer hands the cache what its map in has made of a token, so that going back reads no weights again.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from specdec.runtimes import linear_maps, llama_like
 from specdec.runtimes.adapters import Adapters
 from specdec.runtimes.cache import Mask
 from specdec.runtimes.checks import check_logits, refuse_unsupported
+from specdec.runtimes.delta_rule import DeltaRule
 from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.linear_maps import Linear
 from specdec.runtimes.llama_like import Norm
@@ -43,11 +46,12 @@ MAKERS = {  # by weight format
     "dense": linear_maps.dense,
     "through": linear_maps.through,
 }
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "olmo2", "phi3", "gemma")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "olmo2", "phi3", "gemma", "qwen3_5_text")
 
 SPAN = 64  # tokens of a causal pass that attend at once: its masks grow with this, not with the pass
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer, queries, new keys and values -> attention's result
+Recur = Callable[[int, Tensor], Tensor]  # layer, what its map in made of tokens [B, T, ...] -> [B, T, ...]
 
 
 class _Layer(NamedTuple):
@@ -63,6 +67,7 @@ class _Layer(NamedTuple):
     out: Linear
     gated: Linear  # act(gate) * up
     down: Linear
+    rule: DeltaRule | None  # in the place of attention
 
 
 @dataclass
@@ -95,11 +100,12 @@ class FusedTarget(ByParts):
         super().__init__(model)
         decoder: Any = model.model
         llama_like.check_rotary(decoder.rotary_emb)
-        attention = decoder.layers[0].self_attn
+        attention = next(layer.self_attn for layer in decoder.layers if not llama_like.recurrent(layer))
         self.head_dim, self.scale = int(attention.head_dim), float(attention.scaling)
         self.heads, self.kv_heads = int(config.num_attention_heads), int(config.num_key_value_heads)
         self.groups = self.heads // self.kv_heads
-        self.per_head_norm = kind == "qwen3"
+        self.per_head_norm = kind in ("qwen3", "qwen3_5_text")
+        self.output_gate = kind == "qwen3_5_text"  # beside each query head
         mlp = decoder.layers[0].mlp
         act = mlp.activation_fn if kind == "phi3" else mlp.act_fn
         self.act: Callable[[Tensor], Tensor] = F.silu if "SiLU" in type(act).__name__ else act
@@ -109,7 +115,9 @@ class FusedTarget(ByParts):
             )
         self._weights = [llama_like.fuse_layer(layer) for layer in decoder.layers]
         self._norms = [llama_like.layer_norms(layer, kind) for layer in decoder.layers]
-        self._parts = llama_like.adapter_parts(decoder.layers[0])
+        self._parts = [llama_like.adapter_parts(layer) for layer in decoder.layers]
+        self._rules = [DeltaRule(each.linear_attn) if llama_like.recurrent(each) else None for each in decoder.layers]
+        self.recurrent_layers = frozenset(n for n, rule in enumerate(self._rules) if rule is not None)
         self.head_format = "packed" if packs and linear_maps.packable(self.dtype, self.device) else "dense"
         self.layer_format = "int4" if weights == "int4" else self.head_format
         if weights == "int4":
@@ -156,7 +164,28 @@ class FusedTarget(ByParts):
                 keys, values = cache.append(index, k, v, multiple)
                 return F.scaled_dot_product_attention(q, keys, values, terms[windows[index]], scale=self.scale)
 
-        return self._run(x, lo, hi, stack, rotary, attend, given.taps)
+        def recur(index: int, y: Tensor) -> Tensor:
+            return self._recur(index, y, given)
+
+        return self._run(x, lo, hi, stack, rotary, attend, given.taps, recur)
+
+    def _recur(self, index: int, y: Tensor, given: Pass) -> Tensor:
+        rule, cache = self._rules[index], given.cache
+        assert rule is not None
+        out = cache.run_recurrent(index, y, given.mask.ancestors, rule)
+        cache.lengths[index] += y.shape[1]
+        return out
+
+    def fill(self, x: Tensor, lo: int, given: Pass) -> None:
+        (batch, t, width), stack = x.shape, self._maps(x, lo, self.num_layers, given, grad=False)
+        y, rotary = x.reshape(batch * t, width), self._rotary(given.positions, given.mask)
+        pair = torch.stack((y, -y), 1)  # (rows, 2, D)
+        for index in range(lo, self.num_layers):
+            if self._rules[index] is None:
+                _, k, v, _ = self._before(stack[index], pair, *rotary)
+                given.cache.append(index, k, v)
+            else:
+                self._recur(index, self._read(stack[index], pair).view(batch, t, -1), given)
 
     def _maps(self, x: Tensor, lo: int, hi: int, given: Pass, grad: bool) -> list[_Layer]:
         """The layers in the weight format for ``x`` [B, T, D], with the adapters in them."""
@@ -180,6 +209,7 @@ class FusedTarget(ByParts):
         rotary: tuple[Tensor, Tensor],
         attend: Attend,
         taps: dict[int, Tensor] | None,
+        recur: Recur | None = None,
     ) -> Tensor:
         """``layers`` once everything is prepared: tensors in, tensors out, nothing read from them."""
         (batch, t, width), (cos, sin) = x.shape, rotary
@@ -189,21 +219,37 @@ class FusedTarget(ByParts):
             if taps is not None and index in taps:
                 taps[index] = pair[:, 0].view(batch, t, width)
             layer = stack[index]
-            q, k, v = self._before(layer, pair, cos, sin)
-            pair = self._after(layer, pair, attend(index, q, k, v))
+            if layer.rule is not None:
+                assert recur is not None
+                a = recur(index, self._read(layer, pair).view(batch, t, -1)).view(batch * t, -1)
+            else:
+                q, k, v, gate = self._before(layer, pair, cos, sin)
+                a = self._beside(attend(index, q, k, v))
+                a = a if gate is None else a * gate.sigmoid()
+            pair = self._after(layer, pair, a)
         y = pair[:, 0].view(batch, t, width)
         if taps is not None and hi in taps:
             taps[hi] = y
         return y
 
-    def _before(self, layer: _Layer, pair: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _read(self, layer: _Layer, pair: Tensor) -> Tensor:
+        """What the first map of a layer makes of the residual: (rows, outputs)."""
+        return layer.qkv(pair.select(1, 0) if layer.norm_in is None else layer.norm_in(pair))
+
+    def _before(
+        self, layer: _Layer, pair: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """What a layer's attention is given: queries (B, Hkv, T G, d), new keys and values (B, Hkv, T, d).
 
-        Query heads that share a key head are rows of it.
+        Query heads that share a key head are rows of it. Then the gate of the result (rows, H d), if there is one.
         """
-        norm_in, norm_q, norm_k, _, _, _, qkv, *_ = layer
+        norm_q, norm_k, gate = layer.norm_q, layer.norm_k, None
         (batch, t, *_), d, heads, kv_heads, groups = cos.shape, self.head_dim, self.heads, self.kv_heads, self.groups
-        h = qkv(pair.select(1, 0) if norm_in is None else norm_in(pair)).view(batch, t, heads + 2 * kv_heads, d)
+        h = self._read(layer, pair).view(batch, t, -1, d)
+        if self.output_gate:  # a head's query, then its gate
+            queries, keys = h.split((2 * heads, h.shape[2] - 2 * heads), 2)
+            queries, gates = queries.view(batch, t, heads, 2, d).unbind(3)
+            gate, h = gates.reshape(batch * t, heads * d), torch.cat((queries, keys), 2)
         qk, v = h.narrow(2, 0, heads + kv_heads), h.narrow(2, heads + kv_heads, kv_heads)
         if norm_q is not None and norm_k is not None:
             qk = self._normed(qk, norm_q, norm_k)
@@ -213,16 +259,20 @@ class FusedTarget(ByParts):
             q = q.view(batch, kv_heads, groups, d)
         else:
             q = q.view(batch, t, kv_heads, groups, d).transpose(1, 2).reshape(batch, kv_heads, t * groups, d)
-        return q, qk.narrow(2, heads, kv_heads).transpose(1, 2), v.transpose(1, 2)
+        return q, qk.narrow(2, heads, kv_heads).transpose(1, 2), v.transpose(1, 2), gate
 
-    def _after(self, layer: _Layer, pair: Tensor, a: Tensor) -> Tensor:
-        """The residual (rows, 2, D) once the attention's result ``a`` (B, Hkv, T G, d) and the MLP's have joined it."""
-        _, _, _, norm_attention, norm_mlp_in, norm_mlp, _, out, gated, down = layer
-        (batch, kv_heads, rows, d), groups, sign = a.shape, self.groups, self.sign
+    def _beside(self, a: Tensor) -> Tensor:
+        """Attention's result (B, Hkv, T G, d), heads beside one another: (rows, H d)."""
+        (batch, kv_heads, rows, d), groups = a.shape, self.groups
         t = rows // groups
         if t > 1:
             a = a.view(batch, kv_heads, t, groups, d).transpose(1, 2)
-        a = out(a.reshape(batch * t, kv_heads * groups * d))
+        return a.reshape(batch * t, kv_heads * groups * d)
+
+    def _after(self, layer: _Layer, pair: Tensor, a: Tensor) -> Tensor:
+        """The residual (rows, 2, D) once attention's result ``a`` (rows, H d) and the MLP's have joined it."""
+        _, _, _, norm_attention, norm_mlp_in, norm_mlp, _, out, gated, down, _ = layer
+        sign, a = self.sign, out(a)
         pair = torch.addcmul(pair, (a if norm_attention is None else norm_attention(a)).unsqueeze(1), sign)
         a = down(gated(pair.select(1, 0) if norm_mlp_in is None else norm_mlp_in(pair)))
         return torch.addcmul(pair, (a if norm_mlp is None else norm_mlp(a)).unsqueeze(1), sign)
@@ -255,7 +305,8 @@ class FusedTarget(ByParts):
 
     def linears(self, layer: int) -> dict[str, tuple[int, int]]:
         weights = self._weights[layer]
-        return {path: (weights[slot][0].shape[1], stop - start) for path, (slot, start, stop) in self._parts.items()}
+        parts = self._parts[layer].items()
+        return {path: (weights[slot][0].shape[1], stop - start) for path, (slot, start, stop) in parts}
 
     # -- what is prepared once --------------------------------------------------------------------------------------
 
@@ -265,7 +316,7 @@ class FusedTarget(ByParts):
     def _layer(self, index: int, make: Callable[..., Linear]) -> _Layer:
         w = self._weights[index]
         maps: Any = make(*w["qkv"]), make(*w["out"]), self._gated(make, *w["gate_up"]), make(*w["down"])
-        return _Layer(*self._norms[index], *maps)
+        return _Layer(*self._norms[index], *maps, self._rules[index])
 
     def _pack_through(self, lo: int, hi: int) -> None:
         """Have the layers [lo, hi) ready for gradients: only those are held a second time."""
@@ -395,7 +446,7 @@ class FusedTarget(ByParts):
     ) -> _Layer:
         by_slot: dict[str, list[tuple[Tensor, Tensor, int]]] = {}
         for path, (down, up) in adapters.factors(index).items():
-            slot, start, _ = self._parts[path]
+            slot, start, _ = self._parts[index][path]
             by_slot.setdefault(slot, []).append((down, up, start) if grad else (down.detach(), up.detach(), start))
         make, maps = MAKERS[form], {}
         for slot, parts in by_slot.items():

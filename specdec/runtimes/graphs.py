@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from specdec.base.errors import SpecDecError
+from specdec.runtimes import llama_like
 from specdec.runtimes.cache import KVCache
 from specdec.runtimes.fused import FusedTarget
 from specdec.runtimes.layer_pass import Pass
@@ -100,6 +101,8 @@ class GraphedTarget(FusedTarget):
     def __init__(self, model: PreTrainedModel, weights: str = "dense", record: Recorder | None = None) -> None:
         if record is None and model.device.type != "cuda":
             raise SpecDecError(f"CUDA graphs need the model on a CUDA device, not on '{model.device}'")
+        if any(llama_like.recurrent(layer) for layer in getattr(model.base_model, "layers", ())):
+            raise SpecDecError(f"CUDA graphs are for attention alone; '{model.config.model_type}' has recurrent layers")
         self.record = record or functools.partial(record_cuda, device=model.device)
         self._steps: OrderedDict[Any, _Step] = OrderedDict()
         self._buffers: dict[int, tuple[weakref.ref[KVCache], Tensor]] = {}  # by batch size: its last user, and it

@@ -14,6 +14,7 @@ from specdec.runtimes import linear_maps
 
 Norm = Callable[[Tensor], Tensor]
 Weights = dict[str, tuple[Tensor, Tensor | None]]  # weight and bias of qkv, out, gate_up and down of a layer
+AROUND_ZERO = ("gemma", "qwen3_5_text")  # families whose norms' weights lie around zero; they round last of all
 
 
 def check_rotary(rotary: Any) -> None:
@@ -26,7 +27,7 @@ def check_rotary(rotary: Any) -> None:
 def norm(module: Any, kind: str) -> Norm:
     """The RMS norm over the last axis."""
     weight, shape = module.weight.detach(), [module.weight.shape[0]]
-    if kind == "gemma":  # its weights lie around zero; it rounds last of all
+    if kind in AROUND_ZERO:
         one_more, eps = 1 + weight.float(), float(module.eps)
         return lambda x: torch.rms_norm(x.float(), shape, one_more, eps).to(x.dtype)
     eps = float(module.variance_epsilon)
@@ -37,7 +38,7 @@ def norm(module: Any, kind: str) -> Norm:
 
 def pair_norm(module: Any, kind: str) -> Norm:
     """The RMS norm of y, given the pair (y, -y) [R, 2, D]: its mean is zero, so layer_norm is the RMS norm."""
-    if kind == "gemma":
+    if kind in AROUND_ZERO:
         single = norm(module, kind)
         return lambda pair: single(pair.select(1, 0))
     weight, eps = module.weight.detach(), float(module.variance_epsilon)
@@ -47,7 +48,7 @@ def pair_norm(module: Any, kind: str) -> Norm:
 
 def layer_norms(layer: Any, kind: str) -> tuple[Any, ...]:
     """The norms of a decoder layer, in the order of the fused runtime's layers."""
-    attention = layer.self_attn
+    attention = getattr(layer, "self_attn", None)
     inner = [norm(getattr(attention, n), kind) if hasattr(attention, n) else None for n in ("q_norm", "k_norm")]
     last = layer.post_attention_layernorm
     if kind == "olmo2":
@@ -55,13 +56,23 @@ def layer_norms(layer: Any, kind: str) -> tuple[Any, ...]:
     return pair_norm(layer.input_layernorm, kind), *inner, None, pair_norm(last, kind), None
 
 
+def recurrent(layer: Any) -> bool:
+    """Whether the gated delta rule stands in the place of attention; the slots "qkv" and "out" are its maps then."""
+    return hasattr(layer, "linear_attn")
+
+
 def modules(layer: Any) -> dict[str, list[tuple[str, nn.Linear]]]:
     """``{slot: [(module path, module), ...]}`` of a decoder layer, in the order of the fused rows."""
-    fused = hasattr(layer.self_attn, "qkv_proj")
+    if recurrent(layer):
+        maps_in, out = [f"linear_attn.in_proj_{n}" for n in ("qkv", "z", "b", "a")], "linear_attn.out_proj"
+    else:
+        one = hasattr(layer.self_attn, "qkv_proj")
+        maps_in = ["self_attn.qkv_proj"] if one else [f"self_attn.{n}_proj" for n in "qkv"]
+        out = "self_attn.o_proj"
     names = {
-        "qkv": ["self_attn.qkv_proj"] if fused else [f"self_attn.{n}_proj" for n in "qkv"],
-        "out": ["self_attn.o_proj"],
-        "gate_up": ["mlp.gate_up_proj"] if fused else ["mlp.gate_proj", "mlp.up_proj"],
+        "qkv": maps_in,
+        "out": [out],
+        "gate_up": ["mlp.gate_up_proj"] if hasattr(layer.mlp, "gate_up_proj") else ["mlp.gate_proj", "mlp.up_proj"],
         "down": ["mlp.down_proj"],
     }
     found = {slot: [(path, layer.get_submodule(path)) for path in paths] for slot, paths in names.items()}
