@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple, Unpack
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from specdec.base import options
@@ -34,8 +35,8 @@ class Layout(NamedTuple):
     """How a family calls what surrounds the layer.
 
     prefix: of all its tensors; ``{n}`` is the number of the model's layers. layer: before those of the layer itself.
-    token_first: whether the embedding comes first in what is projected. feeds_norm: whether drafted tokens read the
-    layer's output after its norm.
+    token_first: whether the embedding comes first in what is projected. reads_norm: whether it reads the model's final
+    states after its norm. feeds_norm: whether drafted tokens read the layer's output after its norm.
     """
 
     prefix: str
@@ -45,12 +46,13 @@ class Layout(NamedTuple):
     projection: str
     norm: str
     token_first: bool
+    reads_norm: bool
     feeds_norm: bool
 
 
-LAYOUTS = (
+LAYOUTS = (  # as vLLM runs them
     # Qwen3-Next, Qwen3.5
-    Layout("mtp.", "layers.0.", "pre_fc_norm_embedding", "pre_fc_norm_hidden", "fc", "norm", True, True),
+    Layout("mtp.", "layers.0.", "pre_fc_norm_embedding", "pre_fc_norm_hidden", "fc", "norm", True, True, True),
     # MiMo
     Layout(
         "model.mtp_layers.0.",
@@ -60,10 +62,11 @@ LAYOUTS = (
         "input_proj",
         "final_layernorm",
         token_first=False,
+        reads_norm=False,
         feeds_norm=True,
     ),
     # DeepSeek V3, GLM 4.5
-    Layout("model.layers.{n}.", "", "enorm", "hnorm", "eh_proj", "shared_head.norm", True, False),
+    Layout("model.layers.{n}.", "", "enorm", "hnorm", "eh_proj", "shared_head.norm", True, True, False),
 )
 SHARED = ("shared_head.head.", "embed_tokens.")  # copies of the model's own embedding and output head
 ONE_LAYER = {  # of a config, where it has them: the layer has full attention, and experts if the model has
@@ -80,8 +83,8 @@ FAMILIES = "Qwen3-Next, Qwen3.5, DeepSeek V3, GLM 4.5 and MiMo"
 class MTPHead:
     """The layer and what surrounds it.
 
-    own: the layer as a model of its own, with its norm and the model's output head. final_norm: the model's, whose
-    output the layer reads. The other names are as in ``Layout``.
+    own: the layer as a model of its own, with its norm and the model's output head. final_norm: of the model's states
+    before the layer reads them. The other names are as in ``Layout``.
     """
 
     own: Target
@@ -103,15 +106,15 @@ class MTPHead:
 class MTPRow(ChainRow):
     """What is kept of a row.
 
-    known: the model's final states of tokens whose pairs have not been run, parts [n, D]. cache: of the layer. last:
-    its output for the root's pair, [1, 1, D].
+    known: the model's final states of tokens whose pairs have not been run, parts [n, D]. last: the layer's output for
+    the root's pair, [1, 1, D]. cache: of the layer, while the row is not among those that draft together.
     """
 
     def __init__(self, own: Target) -> None:
         super().__init__()
         self.known: list[Tensor] = []
+        self.last = torch.zeros(1, 1, own.hidden_size, dtype=own.dtype, device=own.device)
         self.cache = own.new_cache()
-        self.last = torch.empty(0)
 
 
 class MTPDrafter(ChainDrafter):
@@ -151,46 +154,72 @@ class MTPDrafter(ChainDrafter):
             if path:
                 row.known.append(states[path])
 
+    def start(self) -> None:
+        super().start()
+        self.cache, self.rows = self.head.own.new_cache(0), list[MTPRow]()  # whose the cache's rows are
+
     def propose(self, state: State, limit: int) -> Draft:
-        rows: list[MTPRow] = state.memory
-        for row, ids in zip(rows, state.ids, strict=True):
-            self._catch_up(state.target, row, ids)
-        last = [row.last for row in rows]  # (1, 1, D) each
-        drafted = -1
+        head, target, rows = self.head, state.target, state.memory
+        self._follow(rows)
+        self._catch_up(target, rows, state.ids)
+        last, drafted = torch.cat([row.last for row in rows]), False  # (B, 1, D)
 
         def step(token: Tensor, positions: Tensor) -> Readout:
-            nonlocal drafted
-            drafted += 1
-            for b, row in enumerate(rows if drafted else ()):
-                states = self.head.norm(last[b]) if self.head.feeds_norm else last[b]
-                last[b] = self._run(state.target, row, token[b : b + 1], states, positions[b : b + 1] - 1)
-            return Readout(self.head.own.readout(torch.cat(last))[:, 0])
+            nonlocal last, drafted
+            if drafted:
+                last = self._run(target, token, head.norm(last) if head.feeds_norm else last, positions - 1)
+            drafted = True
+            return Readout(head.own.readout(last)[:, 0])
 
         return self.chain(state, limit, step)
 
-    def _catch_up(self, target: Target, row: MTPRow, ids: list[int]) -> None:
-        """Run the pairs of what is new of a row's text, up to its root."""
-        row.cache.roll_back()
-        if not row.known:
+    def _follow(self, rows: list[MTPRow]) -> None:
+        """Let the cache have those rows: others leave with their keys and values, and new ones bring theirs."""
+        self.cache.roll_back()
+        if rows == self.rows:
             return
-        states = self.head.final_norm(torch.cat(row.known)[None])  # (1, n, D)
-        first, row.known = len(ids) - 1 - states.shape[1], []
-        for start in range(0, states.shape[1], CHUNK):
-            part = states[:, start : start + CHUNK]
-            at = first + start
-            positions = torch.arange(at, at + part.shape[1], device=part.device)[None]
-            tokens = upload([ids[at + 1 : at + 1 + part.shape[1]]], part.device)
-            row.last = self._run(target, row, tokens, part, positions)[:, -1:]
-            row.cache.commit([range(part.shape[1])])
+        stay = [row for row in self.rows if row in rows]
+        for number, row in enumerate(self.rows):
+            if row not in stay:
+                row.cache = self.cache.take(number)
+        self.cache.select([self.rows.index(row) for row in stay])
+        together = stay + [row for row in rows if row not in stay]
+        for row in together[len(stay) :]:
+            if self.cache.batch:
+                self.cache.join(row.cache)
+            else:
+                self.cache = row.cache
+        if together != rows:
+            self.cache.select([together.index(row) for row in rows])
+        self.rows = list(rows)
 
-    def _run(self, target: Target, row: MTPRow, tokens: Tensor, states: Tensor, positions: Tensor) -> Tensor:
-        """Run pairs of one row through the layer: its outputs [1, T, D].
+    def _catch_up(self, target: Target, rows: list[MTPRow], ids: list[list[int]]) -> None:
+        """Run the pairs of what is new of the rows' texts, up to their roots."""
+        new = [torch.cat(row.known) if row.known else row.last[0, :0] for row in rows]  # (n, D) each
+        device, width = self.cache.device, max(map(len, new))
+        for start in range(0, width, CHUNK):
+            parts = [states[start : start + CHUNK] for states in new]
+            counts, most = list(map(len, parts)), max(map(len, parts))
+            first = [len(text) - 1 - len(states) + start for text, states in zip(ids, new, strict=True)]
+            texts = [text[at + 1 : at + 1 + n] for text, at, n in zip(ids, first, counts, strict=True)]
+            tokens = upload([[*text, *[0] * (most - len(text))] for text in texts], device)
+            positions = upload([[min(at + i, target.context - 1) for i in range(most)] for at in first], device)
+            states = self.head.final_norm(pad_sequence(parts, batch_first=True))  # (B, T, D)
+            out = self._run(target, tokens, states, positions)
+            self.cache.commit([range(count) for count in counts])
+            for b, (row, count) in enumerate(zip(rows, counts, strict=True)):
+                if count:
+                    row.last = out[b : b + 1, count - 1 : count]
+        for row in rows:
+            row.known = []
 
-        states: what was made of the tokens before ``tokens``, by the model after its final norm, or by the layer.
+    def _run(self, target: Target, tokens: Tensor, states: Tensor, positions: Tensor) -> Tensor:
+        """Run pairs through the layer: its outputs [B, T, D].
+
+        states: what was made of the tokens before ``tokens``, by the model or by the layer.
         """
-        head, cache = self.head, row.cache
-        x = head.inputs(target.embed(tokens, positions), states)
-        return head.own.layers(x, 0, 1, Pass(positions, cache.mask(0, positions), cache))
+        x = self.head.inputs(target.embed(tokens, positions), states)
+        return self.head.own.layers(x, 0, 1, Pass(positions, self.cache.mask(0, positions), self.cache))
 
 
 def read_head(target: Target, source: str | None = None) -> MTPHead:
@@ -240,7 +269,7 @@ def read_head(target: Target, source: str | None = None) -> MTPHead:
         projection,
         token_norm,
         state_norm,
-        final_norm,
+        final_norm if layout.reads_norm else nn.Identity(),
         own.base_model.norm,
         layout.token_first,
         layout.feeds_norm,

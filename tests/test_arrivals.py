@@ -44,6 +44,7 @@ DRAFTERS = [
     "eagle3: grown level by level (tree)",
     "draft-model",
     "lookahead (tree)",
+    "mtp",
 ]
 
 

@@ -89,11 +89,18 @@ def plainly(family: str, given: Published, ids: list[int], depth: int) -> list[i
         base.norm.weight.data.copy_(own)
         return out  # type: ignore[no-any-return]
 
-    states, tokens, drafted = base(torch.tensor([ids])).last_hidden_state[:, :-1], ids[1:], list[int]()
-    raw: list[Tensor] = []
-    hook = given.layer.base_model.layers[0].register_forward_hook(
-        lambda module, inputs, out: raw.append(out if isinstance(out, Tensor) else out[0])
-    )
+    tokens, drafted, raw = ids[1:], list[int](), list[Tensor]()
+
+    def watch(layer: torch.nn.Module) -> Any:
+        return layer.register_forward_hook(
+            lambda module, inputs, out: raw.append(out if isinstance(out, Tensor) else out[0])
+        )
+
+    hook = watch(base.layers[-1])
+    states = base(torch.tensor([ids])).last_hidden_state
+    states = (states if layout.reads_norm else raw[-1])[:, :-1]
+    hook.remove()
+    hook = watch(given.layer.base_model.layers[0])
     for _ in range(depth):
         pair = [norm(layout.token_norm, base.embed_tokens(torch.tensor([tokens]))), norm(layout.state_norm, states)]
         x = torch.cat(pair if layout.token_first else pair[::-1], -1) @ given.around[layout.projection].T
