@@ -13,6 +13,7 @@ from test_matrix import fit, small
 from transformers import PreTrainedModel
 from zoo import PROMPTS, new_tokens, run
 
+from specdec import SpecDecoder
 from specdec.drafters.early_exit import EarlyExitDrafter
 from specdec.drafters.layer_skip import LayerSkipDrafter
 from specdec.drafters.none import NoDrafter
@@ -68,12 +69,22 @@ def test_greedy_equals_generate(family: str, fused: bool, rows: slice) -> None:
         f"oracle {right} {branches}": oracle(texts, right, branches) for right in (1, 0.6, 0) for branches in (1, 3)
     }
     drafters |= {"prompt-lookup": PromptLookupDrafter(), "early-exit": EarlyExitDrafter(2)}
+    drafters |= {"nothing is drafted": Scripted(lambda ids, limit: [])}
     drafters |= {"early-exit, a tree": EarlyExitDrafter(3, siblings=(2, 1))}
     for name, drafter in drafters.items():
         out, ran = run(target, drafter, PROMPTS[rows], COUNT)
         assert out == expected[rows], name
         if name == "oracle 1 1":
             assert all(metrics.num_spec_steps < COUNT / 2 for metrics in ran.metrics)
+
+
+@pytest.mark.parametrize("family", ["qwen3_5_text", "falcon_h1"])
+def test_auto_drafts(family: str) -> None:
+    model, _, expected = served(family)
+    decoder = SpecDecoder(model, None, drafter="auto", runtime="auto")
+    assert decoder.target.runtime == ("fused" if family == "qwen3_5_text" else "reference")
+    for prompt, answer in zip(PROMPTS, expected, strict=True):
+        assert decoder.generate(prompt, max_new_tokens=COUNT).token_ids == answer
 
 
 def cached(engine: Engine, prompts: Sequence[list[int]], count: int = 6) -> list[int]:

@@ -7,6 +7,7 @@ A chunk is as long as the block, up to ``CHUNK``: nothing is padded. Computes wh
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,10 +22,11 @@ UNIT_EPS = 1e-6  # of the norm of queries and keys
 
 
 class DeltaRule:
-    """What a layer's mixer does between its maps in and out. Raises AttributeError for a mixer of another kind.
+    """What a layer's mixer does between its maps in and out.
 
     Holds the mixer's own parameters. ``sizes``: of what the map in returns: what the convolution reads (queries, keys
-    and values), the gate of the result, and, for each head, how strongly it writes and how fast it forgets.
+    and values), the gate of the result, and, for each head, how strongly it writes and how fast it forgets. Where these
+    lie head by head (``by_heads``, Qwen3-Next), a key head's parts come before the next one's.
     """
 
     def __init__(self, mixer: Any) -> None:
@@ -33,6 +35,7 @@ class DeltaRule:
         keys, self.values = self.k_heads * self.k_dim, self.v_heads * self.v_dim
         self.sizes = 2 * keys + self.values, self.values, self.v_heads, self.v_heads
         self.inner = 2 * keys, self.values
+        self.by_heads = hasattr(mixer, "in_proj_qkvz")
         self.taps = mixer.conv1d.weight.detach()[:, 0].t().contiguous()  # (K, C)
         self.bias = mixer.dt_bias.detach()
         self.rate = -mixer.A_log.detach().float().exp()  # (Hv,)
@@ -42,7 +45,7 @@ class DeltaRule:
         """What the map in has made of tokens, [B, T, sum of ``sizes``], and the states before them ({}: none)
         -> what the map out reads [B, T, Hv dv], and the states after them."""
         (batch, t, _), taps, more = y.shape, self.taps, len(self.taps) - 1
-        mixed, gate, write, forget = y.split(self.sizes, 2)
+        mixed, gate, write, forget = self._parts(y)
         old = states[CONV] if states else mixed.new_zeros(batch, more, mixed.shape[2])
         window = torch.cat((old, mixed), 1)  # (B, K - 1 + T, C)
         x = window[:, :t] * taps[0]
@@ -68,6 +71,17 @@ class DeltaRule:
         out = self.norm * F.rms_norm(out.to(y.dtype).float(), (self.v_dim,), eps=self.eps).to(y.dtype)
         out = (out * F.silu(gate.float()).view(out.shape)).to(y.dtype)
         return out.reshape(batch, t, self.values), {CONV: window[:, t:].clone(), MATRIX: matrix}
+
+    def _parts(self, y: Tensor) -> Sequence[Tensor]:
+        """What ``sizes`` are of, [B, T, size] each."""
+        if not self.by_heads:
+            return y.split(self.sizes, 2)
+        per, heads = self.v_heads // self.k_heads, self.k_heads
+        first, last = y.split((self.sizes[0] + self.sizes[1], 2 * self.v_heads), 2)
+        sizes = self.k_dim, self.k_dim, per * self.v_dim, per * self.v_dim
+        q, k, v, gate = (part.flatten(2) for part in first.unflatten(2, (heads, -1)).split(sizes, 3))
+        write, forget = (part.flatten(2) for part in last.unflatten(2, (heads, -1)).split(per, 3))
+        return torch.cat((q, k, v), 2), gate, write, forget
 
 
 def _token(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -46,7 +46,8 @@ MAKERS = {  # by weight format
     "dense": linear_maps.dense,
     "through": linear_maps.through,
 }
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "olmo2", "phi3", "gemma", "qwen3_5_text")
+DELTA_RULE = ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "olmo2", "phi3", "gemma", *DELTA_RULE)
 
 SPAN = 64  # tokens of a causal pass that attend at once: its masks grow with this, not with the pass
 
@@ -104,11 +105,12 @@ class FusedTarget(ByParts):
         self.head_dim, self.scale = int(attention.head_dim), float(attention.scaling)
         self.heads, self.kv_heads = int(config.num_attention_heads), int(config.num_key_value_heads)
         self.groups = self.heads // self.kv_heads
-        self.per_head_norm = kind in ("qwen3", "qwen3_5_text")
-        self.output_gate = kind == "qwen3_5_text"  # beside each query head
-        mlp = decoder.layers[0].mlp
-        act = mlp.activation_fn if kind == "phi3" else mlp.act_fn
-        self.act: Callable[[Tensor], Tensor] = F.silu if "SiLU" in type(act).__name__ else act
+        self.output_gate = kind in DELTA_RULE  # beside each query head
+        self.per_head_norm = kind == "qwen3" or self.output_gate
+        self._routers = [layer.mlp if llama_like.routes(layer) else None for layer in decoder.layers]
+        mlps = [layer.mlp for layer in decoder.layers if not llama_like.routes(layer)]
+        act = None if not mlps else mlps[0].activation_fn if kind == "phi3" else mlps[0].act_fn
+        self.act: Callable[[Tensor], Tensor] = F.silu if act is None or "SiLU" in type(act).__name__ else act
         if weights == "int4" and (self.dtype != torch.bfloat16 or self.device.type != "cpu"):
             raise SpecDecError(
                 f"4-bit weights run in bfloat16 on a CPU; the model is loaded as {self.dtype} on '{self.device}'"
@@ -314,8 +316,12 @@ class FusedTarget(ByParts):
         return [self._layer(index, make) for index in range(self.num_layers)]
 
     def _layer(self, index: int, make: Callable[..., Linear]) -> _Layer:
-        w = self._weights[index]
-        maps: Any = make(*w["qkv"]), make(*w["out"]), self._gated(make, *w["gate_up"]), make(*w["down"])
+        w, router = self._weights[index], self._routers[index]
+        if router is None:
+            mlp = self._gated(make, *w["gate_up"]), make(*w["down"])
+        else:
+            mlp = linear_maps.whole(router), _as_it_is
+        maps: Any = make(*w["qkv"]), make(*w["out"]), *mlp
         return _Layer(*self._norms[index], *maps, self._rules[index])
 
     def _pack_through(self, lo: int, hi: int) -> None:
@@ -462,6 +468,10 @@ class FusedTarget(ByParts):
                 made = low.beside(getattr(layer, slot), batch, adapted)
             maps["gated" if slot == "gate_up" else slot] = made
         return layer._replace(**maps)
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
 
 
 def _rotate(qk: Tensor, cos: Tensor, sin: Tensor) -> None:

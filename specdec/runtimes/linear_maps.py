@@ -127,6 +127,16 @@ def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
     return ((codes.unflatten(1, (-1, GROUP)) - 8) * scales.float()[..., None] + zeros.float()[..., None]).flatten(1)
 
 
+def whole(module: nn.Module) -> Linear:
+    """A module over tokens [B, T, D] as a map of rows."""
+
+    def apply(x: Tensor) -> Tensor:
+        y: Tensor = module(x[None])[0]
+        return y
+
+    return apply
+
+
 class Gated:
     """``act(gate) * up``, both from one map."""
 

@@ -13,8 +13,9 @@ from specdec.models.blocks import BlockLinear
 from specdec.runtimes import linear_maps
 
 Norm = Callable[[Tensor], Tensor]
-Weights = dict[str, tuple[Tensor, Tensor | None]]  # weight and bias of qkv, out, gate_up and down of a layer
-AROUND_ZERO = ("gemma", "qwen3_5_text")  # families whose norms' weights lie around zero; they round last of all
+# Weight and bias of qkv, out and, unless it routes to experts, gate_up and down of a layer.
+Weights = dict[str, tuple[Tensor, Tensor | None]]
+AROUND_ZERO = ("gemma", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_next")  # norms with weights around zero
 
 
 def check_rotary(rotary: Any) -> None:
@@ -61,10 +62,16 @@ def recurrent(layer: Any) -> bool:
     return hasattr(layer, "linear_attn")
 
 
+def routes(layer: Any) -> bool:
+    """Whether the MLP routes to experts: it runs as the model's own module."""
+    return hasattr(layer.mlp, "experts")
+
+
 def modules(layer: Any) -> dict[str, list[tuple[str, nn.Linear]]]:
     """``{slot: [(module path, module), ...]}`` of a decoder layer, in the order of the fused rows."""
     if recurrent(layer):
-        maps_in, out = [f"linear_attn.in_proj_{n}" for n in ("qkv", "z", "b", "a")], "linear_attn.out_proj"
+        parts = ("qkvz", "ba") if hasattr(layer.linear_attn, "in_proj_qkvz") else ("qkv", "z", "b", "a")
+        maps_in, out = [f"linear_attn.in_proj_{part}" for part in parts], "linear_attn.out_proj"
     else:
         one = hasattr(layer.self_attn, "qkv_proj")
         maps_in = ["self_attn.qkv_proj"] if one else [f"self_attn.{n}_proj" for n in "qkv"]
@@ -75,6 +82,8 @@ def modules(layer: Any) -> dict[str, list[tuple[str, nn.Linear]]]:
         "gate_up": ["mlp.gate_up_proj"] if hasattr(layer.mlp, "gate_up_proj") else ["mlp.gate_proj", "mlp.up_proj"],
         "down": ["mlp.down_proj"],
     }
+    if routes(layer):
+        del names["gate_up"], names["down"]
     found = {slot: [(path, layer.get_submodule(path)) for path in paths] for slot, paths in names.items()}
     for path, module in (pair for pairs in found.values() for pair in pairs):
         if type(module) not in (nn.Linear, BlockLinear):
