@@ -321,8 +321,8 @@ class FusedTarget(ByParts):
             mlp = self._gated(make, *w["gate_up"]), make(*w["down"])
         else:
             mlp = linear_maps.whole(router), _as_it_is
-        maps: Any = make(*w["qkv"]), make(*w["out"]), *mlp
-        return _Layer(*self._norms[index], *maps, self._rules[index])
+        maps: Any = make(*w["qkv"]), make(*w["out"]), *mlp, self._rules[index]
+        return _Layer(*self._norms[index], *maps)
 
     def _pack_through(self, lo: int, hi: int) -> None:
         """Have the layers [lo, hi) ready for gradients: only those are held a second time."""
@@ -454,7 +454,7 @@ class FusedTarget(ByParts):
         for path, (down, up) in adapters.factors(index).items():
             slot, start, _ = self._parts[index][path]
             by_slot.setdefault(slot, []).append((down, up, start) if grad else (down.detach(), up.detach(), start))
-        make, maps = MAKERS[form], {}
+        make, maps = MAKERS[form], dict[str, Any]()
         for slot, parts in by_slot.items():
             weight, bias = self._weights[index][slot]
             low = linear_maps.LowRank(parts, weight.shape[0], self.dtype)
