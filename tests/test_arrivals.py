@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from conftest import Scripted, tiny_model
@@ -20,7 +19,7 @@ from specdec.base.errors import QueueFullError
 from specdec.drafters.none import NoDrafter
 from specdec.drafters.prompt_lookup import PromptLookupDrafter
 from specdec.engine import batch, scheduler
-from specdec.engine.depth import AutoDepth, Choice, Costs, FixedDepth
+from specdec.engine.depth import AutoDepth, Choice, Costs, FixedDepth, Row
 from specdec.engine.division import divide
 from specdec.engine.engine import Engine
 from specdec.engine.prefix import PrefixStore
@@ -105,9 +104,9 @@ class Varied(FixedDepth):
         super().__init__(depth)
         self.rng = random.Random(0)
 
-    def choose(self, batch: int, rows: Any = ()) -> Choice:
-        depths = [self.rng.randrange(self.choice.depth + 1) for _ in range(batch)]
-        return Choice(max(depths), depths=depths)
+    def choose(self, rows: Sequence[Row], plain: int = 0) -> Choice:
+        depths = [self.rng.randrange(self.choice.depth + 1) for _ in rows]
+        return Choice(max(depths, default=0), depths=depths)
 
 
 @pytest.mark.parametrize(
@@ -241,17 +240,20 @@ def test_what_draws_too_much_memory_waits_and_nothing_fails(llama: PreTrainedMod
 
 
 def test_tokens_of_a_step_go_to_the_rows_whose_drafts_are_accepted() -> None:
-    def seconds(tokens: np.ndarray, depth: np.ndarray) -> np.ndarray:
-        return 10 + 1.0 * tokens + 0.1 * depth
+    def table(first: float, each: float) -> list[float]:
+        return [first + each * n for n in range(200)]
 
     good, bad = ([p**i for i in range(1, 9)] for p in (0.9, 0.05))
-    both, alone = divide(np.array([good, bad]), seconds), divide(np.array([good]), seconds)
+    levels = [0.1 * depth for depth in range(9)]
+    both, alone = divide([good, bad], table(12, 1), levels), divide([good], table(11, 1), levels)
     assert both.depths[1] == 0 < both.depths[0]
-    many = divide(np.array([good] * 16), lambda n, d: 10 + 0.3 * (n - 16) + 0.1 * d)
+    many = divide([good] * 16, table(10, 0.3), levels)
     assert alone.depths[0] >= max(many.depths) and sum(many.depths) > 0
     # Every token costs what it brings at most, so one is drafted only if one has to be.
-    steep = [divide(np.array([good] * 16), lambda n, depth: 1.0 * n, least).depths for least in (0, 1)]
+    steep = [divide([good] * 16, table(16, 1), [0.0] * 9, least).depths for least in (0, 1)]
     assert [sum(depths) for depths in steep] == [0, 1]
+    # Rows that never draft share the cost of a pass.
+    assert divide([good], table(12, 1), levels, plain=15).depths[0] >= divide([good], table(12, 1), levels).depths[0]
 
 
 def test_a_row_whose_drafts_fail_stops_while_its_neighbour_goes_on(llama: PreTrainedModel) -> None:

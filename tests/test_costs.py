@@ -67,8 +67,9 @@ def test_figures_that_requests_contradict_are_corrected_for_good(tmp_path: Path,
     data = json.loads(file.read_text()) | {"score": {str(n): 75.0 + n for n in costs.ROWS}, "drafts": [[47.0, 47.0]]}
     file.write_text(json.dumps(data))  # as a busy machine would have it
     policy = AutoDepth(costs.costs(target, drafter, verifier))
+    row = policy.begin()
     for _ in range(30):
-        policy.observe([2], [1], 3, 2 * 1.3, 6.3)
+        policy.observe([row], [2], [1], 3, 2 * 1.3, 6.3)
     found = policy.costs()
     assert 5 < found.score[1] < 7 and 1 < found.drafts[0][0] < 1.6 and found.accepted[0][0][0] == 1.0
     costs.keep(target, drafter, found)

@@ -4,20 +4,35 @@ from __future__ import annotations
 
 import random
 
-import numpy as np
 import pytest
 
-from specdec.engine.depth import MOST, AutoDepth, Costs
+from specdec.engine.depth import MOST, AutoDepth, Choice, Costs, Row
 from specdec.speculation.trees import MOST_NODES, Prices
 
 SCORE = {1: 20.0, 2: 21.0, 4: 22.0, 8: 24.0, 16: 40.0}
 Known = tuple[tuple[float, float], ...]  # of each position: share of acceptance, and observations
 
 
+class OneRow(AutoDepth):
+    """The policy, for one request after the other."""
+
+    def begin(self) -> Row:
+        self.row = super().begin()
+        return self.row
+
+    def next(self) -> Choice:
+        return self.choose([self.row])
+
+    def took(self, drafted: int, accepted: int, scored: int, draft: float, rest: float) -> None:
+        self.observe([self.row], [drafted], [accepted], scored, draft, rest)
+
+
 def policy_of(
     *drafts: tuple[float, float], score: dict[int, float] | None = None, known: Known = (), estimates: bool = False
-) -> AutoDepth:
-    return AutoDepth(Costs(score or SCORE, drafts, (known,) * len(drafts) if known else ()), estimates)
+) -> OneRow:
+    policy = OneRow(Costs(score or SCORE, drafts, (known,) * len(drafts) if known else ()), estimates)
+    policy.begin()
+    return policy
 
 
 def seconds(rows: int) -> float:
@@ -30,7 +45,7 @@ def simulate(
     draft: float,
     tokens: int,
     rng: random.Random,
-    policy: AutoDepth,
+    policy: OneRow,
     noise: float = 0.1,
     width: int = 1,
     behind: float = 0.0,
@@ -43,7 +58,7 @@ def simulate(
     """
     done, total, depths, since = 0, 0.0, [], 0
     while done < tokens:
-        choice = policy.choose(1)
+        choice = policy.next()
         depth = choice.depth
         rows = 1 + depth * width
         if fills and choice.prices is not None:
@@ -54,7 +69,7 @@ def simulate(
         spent = (draft * depth + (behind * since if depth else 0.0)) * rng.uniform(1 - noise, 1 + noise)
         since = 0 if depth else since + 1
         rest = seconds(rows) * rng.uniform(1 - noise, 1 + noise)
-        policy.observe([depth], [accepted], rows, spent, rest)
+        policy.took(depth, accepted, rows, spent, rest)
         done, total = done + accepted + 1, total + spent + rest
         depths.append(depth)
     return total, depths
@@ -148,13 +163,13 @@ def test_it_notices_when_a_useless_drafter_becomes_good_and_the_reverse() -> Non
 def test_a_single_slow_step_does_not_end_speculation() -> None:
     policy = policy_of((2.0, 2.0))
     simulate(0.7, 2.0, 300, random.Random(4), policy)
-    before = policy.choose(1).depth
-    policy.observe([before], [before], 1 + before, 2.0 * before, 5000.0)
-    assert policy.choose(1).depth >= before - 1
+    before = policy.next().depth
+    policy.took(before, before, 1 + before, 2.0 * before, 5000.0)
+    assert policy.next().depth >= before - 1
 
 
-def prices_of(policy: AutoDepth, batch: int = 1) -> Prices:
-    prices = policy.choose(batch).prices
+def prices_of(policy: OneRow) -> Prices:
+    prices = policy.next().prices
     assert prices is not None
     return prices
 
@@ -190,10 +205,10 @@ def test_a_machine_that_becomes_slow_slows_both_sides_and_changes_nothing() -> N
     """Three times slower for a while, drafting and scoring alike: the depth that was best still is."""
     policy = policy_of((2.0, 2.0))
     simulate(0.7, 2.0, 300, random.Random(4), policy)
-    before = policy.choose(1).depth
+    before = policy.next().depth
     for _ in range(40):
-        policy.observe([before], [before], 1 + before, 6.0 * before, 3 * seconds(1 + before))
-        assert policy.choose(1).depth >= before - 1
+        policy.took(before, before, 1 + before, 6.0 * before, 3 * seconds(1 + before))
+        assert policy.next().depth >= before - 1
 
 
 @pytest.mark.parametrize("draft", [0.5, 3.0, 8.0, 20.0, 60.0])
@@ -208,11 +223,11 @@ def test_a_drafter_of_random_tokens_never_costs_three_percent(draft: float) -> N
 def test_an_adversary_whose_first_drafts_are_accepted_and_no_later_one_is_bounded() -> None:
     policy, total, done, tries = policy_of((3.0, 3.0)), 0.0, 0, 0
     while done < 3000:
-        depth = policy.choose(1).depth
+        depth = policy.next().depth
         tries += depth > 0
         accepted = depth if tries <= 6 else 0
         total += 3.0 * depth + seconds(1 + depth)
-        policy.observe([depth], [accepted], 1 + depth, 3.0 * depth, seconds(1 + depth))
+        policy.took(depth, accepted, 1 + depth, 3.0 * depth, seconds(1 + depth))
         done += 1 + accepted
     assert done * SCORE[1] / total >= 0.97
 
@@ -223,27 +238,28 @@ def test_what_was_learned_about_a_drafter_begins_the_next_policy() -> None:
     simulate(0.7, 2.0, 600, random.Random(9), policy)
     (known,) = policy.costs().accepted
     assert known and all(share == pytest.approx(0.7, abs=0.3) for share, seen in known if seen >= 9)
-    again = AutoDepth(policy.costs())
+    again = OneRow(policy.costs())
+    again.begin()
     policy.begin()
-    assert again.choose(1).depth == policy.choose(1).depth
+    assert again.next().depth == policy.next().depth
 
 
 def test_large_batches_make_deep_drafts_expensive() -> None:
     policy = policy_of((1.0, 1.0))
     simulate(0.7, 1.0, 600, random.Random(8), policy)
-    assert policy.choose(16).depth < policy.choose(1).depth
+    assert policy.choose([policy.row] * 16).depth < policy.next().depth
 
 
-def test_nodes_are_cheap_where_scoring_is_flat_and_dearer_in_a_batch() -> None:
+def test_nodes_are_cheap_where_scoring_is_flat() -> None:
     flat = policy_of((2.0, 2.0), score={1: 20.0, 2: 20.2, 4: 20.4, 8: 20.8, 16: 22.0})
     steep = policy_of((0.2, 0.2), score={1: 10.0, 2: 12.0, 4: 14.0, 8: 20.0, 16: 40.0})
     unlikely = [0.05] * MOST_NODES
-    one, four, few = (prices_of(*each).take(unlikely) for each in ((flat, 1), (flat, 4), (steep, 1)))
-    assert one >= 15 and few == 0 and four <= one
+    many, few = (prices_of(policy).take(unlikely) for policy in (flat, steep))
+    assert many >= 15 and few == 0
 
 
 def simulate_tree(
-    tokens: int, rng: random.Random, policy: AutoDepth, draft: float, sure: tuple[float, ...], power: float = 1.0
+    tokens: int, rng: random.Random, policy: OneRow, draft: float, sure: tuple[float, ...], power: float = 1.0
 ) -> tuple[float, list[int]]:
     """Milliseconds for ``tokens`` tokens, and the levels drafted, of a drafter that knows how sure it is.
 
@@ -251,7 +267,7 @@ def simulate_tree(
     """
     done, total, drafted = 0, 0.0, list[int]()
     while done < tokens:
-        choice, right, levels, reach, accepted, rows = policy.choose(1), rng.choice(sure), 0, 1.0, 0, 1
+        choice, right, levels, reach, accepted, rows = policy.next(), rng.choice(sure), 0, 1.0, 0, 1
         if choice.depth and (prices := choice.prices) is not None:
             reaches = list[float]()
             while levels < choice.depth:
@@ -264,7 +280,7 @@ def simulate_tree(
             rows += count
             while accepted < count and rng.random() < right:
                 accepted += 1
-        policy.observe([rows - 1], [accepted], rows, draft * levels, seconds(rows))
+        policy.took(rows - 1, accepted, rows, draft * levels, seconds(rows))
         done, total = done + accepted + 1, total + draft * levels + seconds(rows)
         drafted.append(levels)
     return total, drafted
@@ -299,30 +315,30 @@ def test_a_drafter_that_is_sure_and_wrong_never_costs_three_percent(draft: float
             policy.begin()
             done = 0
             while done < 256:
-                choice = policy.choose(1)
+                choice = policy.next()
                 rows = 1
                 if choice.depth and choice.prices is not None:
                     rows += choice.prices.take([0.9**i for i in range(1, 1 + choice.depth)])
                 spent = draft * (rows - 1)
-                policy.observe([rows - 1], [0], rows, spent, seconds(rows))
+                policy.took(rows - 1, 0, rows, spent, seconds(rows))
                 total, done = total + spent + seconds(rows), done + 1
         assert 4 * 256 * SCORE[1] / total >= 0.97
 
 
-def simulate_rows(acceptance: list[float], steps: int, rng: random.Random, policy: AutoDepth) -> tuple[float, float]:
+def simulate_rows(acceptance: list[float], steps: int, rng: random.Random, policy: OneRow) -> tuple[float, float]:
     """Tokens per millisecond of rows that decode together, over that of plain decoding, and the mean drafted depth.
 
     A level costs the same for one row as for all.
     """
     rows, total, tokens, drafted = [policy.begin() for _ in acceptance], 0.0, 0, 0
     for _ in range(steps):
-        choice = policy.choose(len(rows), rows)
+        choice = policy.choose(rows)
         depths = list(choice.depths or [choice.depth] * len(rows))
         accepted = [
             next((i for i in range(d) if rng.random() >= p), d) for d, p in zip(depths, acceptance, strict=True)
         ]
         scored, draft = len(rows) + sum(depths), 3.0 * max(depths)
-        policy.observe(depths, accepted, scored, draft, seconds(scored), rows)
+        policy.observe(rows, depths, accepted, scored, draft, seconds(scored))
         total += draft + seconds(scored)
         tokens, drafted = tokens + len(rows) + sum(accepted), drafted + sum(depths)
     return tokens / total / (len(rows) / seconds(len(rows))), drafted / steps / len(rows)
@@ -349,16 +365,16 @@ def test_rows_whose_drafts_fail_lose_little_together(rows: int) -> None:
 Exits = list[tuple[float, float]]  # of each: acceptance, and milliseconds of drafting one token
 
 
-def simulate_exits(exits: Exits, tokens: int, seed: int, policy: AutoDepth) -> tuple[float, list[tuple[int, int]]]:
+def simulate_exits(exits: Exits, tokens: int, seed: int, policy: OneRow) -> tuple[float, list[tuple[int, int]]]:
     """Milliseconds for ``tokens`` tokens, and the exit and depth of every step."""
     rng, total, done, steps = random.Random(seed), 0.0, 0, list[tuple[int, int]]()
     while done < tokens:
-        depth, exit, *_ = policy.choose(1)
+        depth, exit, *_ = policy.next()
         acceptance, draft = exits[exit or 0]
         accepted = 0
         while accepted < depth and rng.random() < acceptance:
             accepted += 1
-        policy.observe([depth], [accepted], 1 + depth, draft * depth, seconds(1 + depth))
+        policy.took(depth, accepted, 1 + depth, draft * depth, seconds(1 + depth))
         total, done = total + draft * depth + seconds(1 + depth), done + accepted + 1
         steps.append((exit or 0, depth))
     return total, steps
@@ -414,10 +430,10 @@ def test_a_text_that_suits_no_draft_does_not_spoil_the_next_request() -> None:
 
 
 def test_a_first_drafted_token_that_costs_more_than_further_ones_makes_drafts_deeper() -> None:
-    flat, steep = policy_of((5.0, 5.0)), policy_of((9.0, 1.0))
-    for policy in (flat, steep):
+    depths = []
+    for policy in (policy_of((5.0, 5.0)), policy_of((9.0, 1.0))):
         simulate(0.7, 5.0, 300, random.Random(2), policy, noise=0.0)
-    depths = [np.divide(*policy.steps())[0].argmax() for policy in (flat, steep)]
+        depths.append(sorted(policy.next().depth for _ in range(9))[4])  # one may be a probe
     assert depths[1] > depths[0]
 
 
@@ -426,6 +442,6 @@ def test_most_plain_steps_take_no_decision() -> None:
     simulate(0.0, 4.0, 200, random.Random(1), policy)
     for _ in range(300):
         decisions += policy.hold == 0
-        depth = policy.choose(1).depth
-        policy.observe([depth], [0], 1 + depth, 4.0 * depth, seconds(1 + depth))
+        depth = policy.next().depth
+        policy.took(depth, 0, 1 + depth, 4.0 * depth, seconds(1 + depth))
     assert decisions <= 60

@@ -166,11 +166,12 @@ class Batch:
     def _budget(self) -> list[int]:
         """How deep to draft for each row in this step."""
         state, rows = self.state, self.rows
-        choice = self.policy.choose(len(rows), [row.known for row in rows])
+        drafting = [b for b, row in enumerate(rows) if row.draft and self.drafter is not None]
+        choice = self.policy.choose([rows[b].known for b in drafting], len(rows) - len(drafting))
         state.exit, state.prices = choice.exit, choice.prices
-        depths = list(choice.depths or [choice.depth] * len(rows))
-        for b in range(len(rows)):
-            depths[b] = self._room(b, depths[b]) if self.drafter is not None else 0
+        depths = [0] * len(rows)
+        for b, depth in zip(drafting, choice.depths or [choice.depth] * len(drafting), strict=True):
+            depths[b] = self._room(b, depth)
         self.ledger.mark("overhead")
         return depths
 
@@ -242,7 +243,7 @@ class Batch:
             step, known = self.ledger.step, [row.known for row in self.rows]
             rest = step["score"] + step["accept"] + step["commit"]
             taken = [len(path) - 1 for path in accepted.paths]
-            self.policy.observe(deepest, taken, scored, step["draft"], rest, known)
+            self.policy.observe(known, deepest, taken, scored, step["draft"], rest)
         self.ledger.mark("overhead")
 
     # -- the drafter, which must not end a request --------------------------------------------------------------------

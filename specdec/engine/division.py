@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from operator import itemgetter
 from typing import NamedTuple
-
-import numpy as np
 
 
 class Division(NamedTuple):
@@ -16,19 +15,31 @@ class Division(NamedTuple):
     seconds: float
 
 
-def divide(chances: np.ndarray, seconds: Callable[[np.ndarray, np.ndarray], np.ndarray], least: int = 0) -> Division:
+def divide(
+    chances: Sequence[Sequence[float]],
+    passes: Sequence[float],
+    drafting: Sequence[float],
+    least: int = 0,
+    plain: int = 0,
+) -> Division:
     """The division with the most expected tokens per second, of those that draft ``least`` tokens or more.
 
-    chances: [rows, positions], the probability that a row's draft is accepted up to each of its tokens; it falls along
-    a row. seconds: of steps, by the tokens that they score (the rows' roots among them) and the depth of their deepest
-    draft. The likeliest token comes first, and so a row's tokens come in their order.
+    chances: [rows][positions], the probability that a row's draft is accepted up to each of its tokens; it falls along
+    a row. passes, drafting: seconds of scoring 0, 1, .. drafted tokens beside the roots, and of drafting so deep.
+    plain: further rows, which do not draft. The likeliest token comes first, and so a row's tokens come in their order.
     """
-    count = len(chances)
-    likely = chances.T.ravel()  # position by position: of equal ones, earlier positions come first
-    order = np.argsort(-likely, kind="stable")
-    tokens = count + np.append(0.0, likely[order].cumsum())
-    deepest = np.append(0, np.maximum.accumulate(order // count + 1))
-    took = seconds(count + np.arange(len(tokens)), deepest)
-    taken = least + int((tokens / took)[least:].argmax())
-    depths = np.bincount(order[:taken] % count, minlength=count).tolist()
-    return Division(depths, float(tokens[taken]), float(took[taken]))
+    likely = [(chance, b) for level in zip(*chances, strict=True) for b, chance in enumerate(level)]
+    likely.sort(key=itemgetter(0), reverse=True)  # of equal ones, earlier positions stay first
+    tokens, deepest, depths = float(len(chances) + plain), 0, [0] * len(chances)
+    best, taken = Division([], tokens, passes[0]), 0
+    speed = 0.0 if least else tokens / passes[0]
+    for n, (chance, b) in enumerate(likely, start=1):
+        tokens += chance
+        depths[b] += 1
+        deepest = max(deepest, depths[b])
+        seconds = passes[n] + drafting[deepest]
+        if n >= least and tokens / seconds > speed:
+            best, taken, speed = Division([], tokens, seconds), n, tokens / seconds
+    for _, b in likely[taken:]:
+        depths[b] -= 1
+    return best._replace(depths=depths)
