@@ -47,6 +47,7 @@ from specdec.models.catalogue import DEFAULT_MODEL
 
 TIMEOUT = 600  # seconds for an answer
 TURNS = 4  # of the chat
+_TEXT = re.compile(rb'"content":"[^"]')
 BAD = (b"{", b'{"model": 3}', b"\xff\xfe", b"[]", b"null", b'{"model": "none", "messages": [{}]}')
 
 
@@ -77,12 +78,16 @@ class Client:
         parts = urlsplit(url)
         self.host, self.port = parts.hostname or "127.0.0.1", parts.port or 80
 
+    async def _ask(self, method: str, path: str, body: bytes) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        reader, writer = await asyncio.open_connection(self.host, self.port, limit=2**24)
+        head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: application/json\r\n"
+        writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        return reader, writer
+
     async def lines(self, method: str, path: str, body: bytes = b"") -> AsyncIterator[bytes]:
         """The status line, and then the lines of the body."""
-        reader, writer = await asyncio.open_connection(self.host, self.port, limit=2**24)
+        reader, writer = await self._ask(method, path, body)
         try:
-            head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: application/json\r\n"
-            writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
             yield await reader.readline()
             while (await reader.readline()).strip():
                 pass
@@ -92,28 +97,29 @@ class Client:
             writer.close()
 
     async def chat(self, body: dict[str, Any], leave: int | None = None, answer: Answer | None = None) -> Answer:
-        """Stream an answer, into ``answer``; ``leave``: go away after so many deliveries."""
+        """Stream an answer, into ``answer``; ``leave``: go away after so many deliveries. It is parsed at its end."""
         answer = Answer(0, time.perf_counter()) if answer is None else answer
-        lines = self.lines("POST", "/v1/chat/completions", json.dumps(body | {"stream": True}).encode())
-        status = 0
-        async for line in lines:
-            if not status:
-                status = int(line.split()[1])
-            elif line.startswith(b"data: {"):
-                chunk = json.loads(line[6:])
-                texts = [c["delta"].get("content") for c in chunk.get("choices", ())]
-                if any(texts):
+        reader, writer = await self._ask("POST", "/v1/chat/completions", json.dumps(body | {"stream": True}).encode())
+        parts = list[bytes]()
+        try:
+            while part := await reader.read(2**20):
+                parts.append(part)
+                if _TEXT.search(part):
                     answer.times.append(time.perf_counter())
-                    answer.text += "".join(filter(None, texts))
+                if leave is not None and len(answer.times) >= leave:
+                    return answer
+        finally:
+            writer.close()
+        answer.status = int(parts[0].split(maxsplit=2)[1])
+        for line in b"".join(parts).splitlines():
+            if line.startswith(b"data: {"):
+                chunk = json.loads(line[6:])
+                answer.text += "".join(c["delta"].get("content") or "" for c in chunk.get("choices", ()))
                 if chunk.get("usage"):
                     answer.usage = chunk["usage"]
                     answer.steps = chunk["metrics"]["speculative_decoding"]["num_spec_steps"]
                 if "error" in chunk:
-                    status = 500
-            if leave is not None and len(answer.times) >= leave:
-                await lines.aclose()
-                return answer
-        answer.status = status
+                    answer.status = 500
         return answer
 
     async def post(self, path: str, body: dict[str, Any]) -> Any:

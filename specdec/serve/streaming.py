@@ -18,8 +18,11 @@ DONE = b"data: [DONE]\n\n"
 T = TypeVar("T")
 
 
+_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))  # made once: that costs as much as an event
+
+
 def event(value: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + _JSON.encode(value).encode() + b"\n\n"
 
 
 class EventStream(StreamingResponse):
