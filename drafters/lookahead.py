@@ -58,7 +58,7 @@ class LookaheadDrafter(Drafter):
         length = self.ngram - 1  # of a trajectory
         running = max(min(self.window, limit - length + 1), 0)
         continuations = []
-        for row, ids in zip(state.memory, state.ids, strict=True):
+        for b, (row, ids) in enumerate(zip(state.memory, state.ids, strict=True)):
             for end in range(max(row.seen, self.ngram), len(ids) + 1):
                 self._learn(row, ids[end - self.ngram : end])
             row.seen = len(ids) + 1
@@ -66,7 +66,7 @@ class LookaheadDrafter(Drafter):
                 row.window.append(row.random.choices(ids, k=length))
             del row.window[running:]
             heads = [trajectory[0] for trajectory in row.window]
-            guesses = [list(rest[:limit]) for rest in row.pool.get(ids[-1], ())]
+            guesses = [state.allowed(b, list(rest[:limit])) for rest in row.pool.get(ids[-1], ())]
             continuations.append(guesses + [heads[:i] + trajectory for i, trajectory in enumerate(row.window)])
         draft, ends = merge(continuations, state.cache.device)
         for row, last in zip(state.memory, ends, strict=True):

@@ -31,7 +31,7 @@ from specdec.runtimes import linear_maps
 from specdec.runtimes.linear_maps import rms_unit
 from specdec.runtimes.target import GivenLinear, Target
 from specdec.speculation.draft import Draft, Drafter, State
-from specdec.speculation.trees import MOST_NODES, best_first
+from specdec.speculation.trees import MOST_NODES, best_first, grown
 
 from . import trained
 from .vocabulary import Context, DraftVocabulary
@@ -170,10 +170,12 @@ class MedusaDrafter(Drafter):
     def propose(self, state: State, limit: int) -> Draft:
         prices, heads = state.prices, min(limit, self.network.heads)
         most = self.nodes or (limit if prices is None else MOST_NODES)
+        exponent = 1.0 if prices is None else prices.exponent
+        if state.constrained:
+            return self._masked(state, heads, most, exponent)
         if self.estimates:
             logits = self._logits(state)[:, :heads].float()
             logs, ids = (logits - logits.logsumexp(-1, keepdim=True)).topk(min(RANKS, logits.shape[-1]))
-            exponent = 1.0 if prices is None else prices.exponent
             tree, values = best_first((logs * exponent).exp().tolist(), most)
         else:  # nothing is read before the tree is scored
             tree, values = self.tree(heads, most)
@@ -185,6 +187,33 @@ class MedusaDrafter(Drafter):
         best = ids[:, tree.depths(), tree.ranks]  # (B, M); which head each node is taken from, and its place there
         tokens = self.vocabulary.tokens
         return Draft(best if tokens is None else tokens[best], tree.parents)
+
+    def _masked(self, state: State, heads: int, most: int, exponent: float) -> Draft:
+        """The draft where constraints rule out tokens: each node is chosen under the mask of its own path."""
+        logits, vocab = self._logits(state)[:, :heads].float(), self.vocabulary.tokens  # (B, K, V')
+        tokens: dict[tuple[int, ...], list[int]] = {}  # of each row, by the ranks on a node's path; -1: it has no such
+
+        def after(path: tuple[int, ...]) -> list[list[float]]:
+            if len(path) == heads:
+                return []
+            scores = logits[:, len(path)].clone()  # (B, V')
+            for b, row in enumerate(state.sampler.rows):
+                before = [tokens[path[:n]][b] for n in range(1, len(path) + 1)]
+                if -1 in before:
+                    scores[b] = -torch.inf
+                elif row.constraint is not None:
+                    scores[b] = row.constraint.masked(state.ids[b] + before, scores[b : b + 1], vocab)
+            logs = scores.log_softmax(-1).nan_to_num(-torch.inf, neginf=-torch.inf)  # NaN where nothing is allowed
+            logs, best = logs.topk(min(RANKS, scores.shape[-1]))
+            found = (best if vocab is None else vocab[best]).masked_fill(logs.isneginf(), -1)  # (B, R)
+            tokens.update({(*path, rank): own for rank, own in enumerate(found.T.tolist())})
+            return (logs * exponent).exp().tolist()  # type: ignore[no-any-return]
+
+        tree, values = grown(after, most)
+        if state.prices is not None:
+            tree = tree.first(state.prices.take(values, exactly=self.nodes))
+        nodes = [tokens[path] for path in tree.paths()]  # [M][B]
+        return Draft([[node[b] for node in nodes] for b in range(len(state.ids))], tree.parents, state.cache.device)
 
     def _logits(self, state: State) -> Tensor:
         """Each head's logits [B, K, V'], over the vocabulary's tokens."""

@@ -91,16 +91,17 @@ class PromptLookupDrafter(Drafter):
             self.store.add(ids)
 
     def propose(self, state: State, limit: int) -> Draft:
-        rows = zip(state.memory, state.ids, strict=True)
-        return merge([self._lookup(index, ids, limit) for index, ids in rows], state.cache.device)[0]
+        return merge([self._lookup(state, row, limit) for row in range(len(state.ids))], state.cache.device)[0]
 
-    def _lookup(self, index: _Index, ids: list[int], limit: int) -> list[list[int]]:
+    def _lookup(self, state: State, row: int, limit: int) -> list[list[int]]:
+        index, ids = state.memory[row], state.ids[row]
         # An n-gram enters the index once its continuation is known, so the current suffix never finds itself.
         index.add(ids, index.seen)
         index.seen = len(ids)
         found: dict[int, list[int]] = {}  # by first token
         for text, start in self._places(index, ids):
-            found.setdefault(text[start], text[start : start + limit])
+            if text[start] not in found and (tokens := state.allowed(row, text[start : start + limit])):
+                found[text[start]] = tokens
             if len(found) == self.continuations:
                 break
         return list(found.values())

@@ -18,6 +18,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from zoo import EOS, PROMPTS, every, new_tokens, together
 
 from specdec import Choice, Grammar, Json, Regex, Request, SamplingParams, SpecDecError, SpecDecoder
+from specdec.drafters.lookahead import LookaheadDrafter
+from specdec.drafters.medusa import Medusa, MedusaDrafter
+from specdec.drafters.prompt_lookup import PromptLookupDrafter
 from specdec.engine import batch
 from specdec.engine.depth import FixedDepth
 from specdec.engine.engine import Engine
@@ -25,6 +28,8 @@ from specdec.runtimes.native import library
 from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.reference import ReferenceTarget
 from specdec.speculation.constraints import LONGEST, Compiled, Constraint, ConstraintState, compiled
+from specdec.speculation.draft import Draft, Drafter, State
+from specdec.speculation.sampling import Sampler
 from specdec.verifiers.exact import ExactVerifier
 
 pytest.importorskip("llguidance", reason="llguidance is not installed")
@@ -101,6 +106,94 @@ def test_tokens_drafted_beyond_the_end_are_dropped(monkeypatch: pytest.MonkeyPat
     together(target, Scripted(script), [row], FixedDepth(4))
     assert row.finished == "eos" and new_tokens(row) == [*text, EOS]
     assert row.metrics.num_accepted_draft_tokens == 2
+
+
+def marked(text: str, tokens: list[int], rule: Compiled | None) -> tuple[State, list[int]]:
+    """Where the one row stands that has read ``text`` and these new ``tokens``."""
+    prompt = letters()(text).input_ids
+    target, row = ReferenceTarget(tiny_model()), request(prompt, rule)
+    return State(target, target.new_cache(), Sampler.of([row.sampling]), [prompt + tokens]), prompt
+
+
+def test_what_is_looked_up_ends_where_the_constraint_rules_it_out() -> None:
+    tokenizer, rule = letters(), made(Regex("ab(cd|ce)f*"))
+    [a, b, c, d, e, f, x] = tokenizer("abcdefx").input_ids
+
+    def drafted(rule: Compiled | None, drafter: Drafter, text: str = "abcxabcdffx") -> list[list[int]]:
+        state, _ = marked(text, [a, b], rule)
+        state.memory = [drafter.begin()]
+        return drafter.propose(state, 5).paths(0)
+
+    every = PromptLookupDrafter(2, 1, continuations=3)
+    assert drafted(None, PromptLookupDrafter())[-1] == [c, d, f, f, x]
+    assert drafted(rule, PromptLookupDrafter())[-1] == [c, d, f, f]
+    assert drafted(rule, every, "abxbcxbe") == [[c]]  # the third of three matches
+    assert [path[0] for path in drafted(None, every, "abxbcxbe") if len(path) == 1] == [x, e, c]
+    assert drafted(rule, PromptLookupDrafter(), "abxab") == []
+    pool = LookaheadDrafter(window=1, ngram=3)
+    assert [c, x] in drafted(None, pool, "bcxbcd") and [c, x] not in drafted(rule, pool, "bcxbcd")
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_how_many_tokens_may_follow(inside: bool) -> None:
+    tokenizer = letters(92)
+    tokenizer.add_tokens(["<think>", "</think>"])
+    tokenizer.chat_template = "</think>"
+    begin, end = tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
+    state = compiled(Regex("xyz?"), tokenizer, 97, frozenset([EOS])).state([begin] if inside else [5])
+    [x, y, z] = tokenizer("xyz").input_ids
+    prompt = [begin] if inside else [5]
+    text = [7, x, end, x, y, EOS] if inside else [begin, x, end, x, y, EOS]
+    for n in range(len(text)):
+        assert state.allows(prompt + text[:n], [*text[n:], z, z]) == len(text) - n
+    assert state.allows(prompt + text[:1], [7, EOS, 7]) == 1  # a block of reasoning must end
+    assert state.allows(prompt + text[:3], [x, x]) == 1 and state.allows(prompt + text[:3], [y]) == 0
+    assert state.allows(prompt + text, [EOS]) == 0 == state.allows([*prompt, *text[:3], z], [x])
+    assert not state.error_text
+
+
+def test_each_node_of_medusas_tree_is_chosen_under_the_mask_of_its_own_path() -> None:
+    """The heads like 9 and 8 best; without masks these are drafted."""
+    target, tokenizer, rule = ReferenceTarget(tiny_model()), letters(), made(Regex("(ab|ba|bb)c?x"))
+    drafter = MedusaDrafter(Medusa(target.hidden_size, 3), [[0.5, 0.3]] * 3, 12)
+    drafter.bind(target)
+    [a, b, c, x] = tokenizer("abcx").input_ids
+    liked = torch.zeros(1, 3, target.vocab_size)
+    liked[..., [8, 9]] = torch.tensor([8.0, 9.0])
+    liked[0, 0, [a, b]], liked[0, 1, [a, b]] = torch.tensor([3.0, 2.0]), torch.tensor([3.0, 2.5])
+    liked[0, 2, [c, x]] = torch.tensor([2.0, 1.0])
+
+    def drafted(rules: list[Compiled | None]) -> Draft:
+        rows = [request(PROMPTS[0], rule) for rule in rules]
+        sampler, ids = Sampler.of([row.sampling for row in rows]), [row.ids for row in rows]
+        drafter._logits = lambda state: liked.expand(len(rows), -1, -1)  # type: ignore[method-assign]
+        memory = [drafter.begin() for _ in rows]
+        return drafter.propose(State(target, target.new_cache(len(rows)), sampler, ids, memory=memory), 3)
+
+    under = [[a], [b], [a, b], [b, a], [b, b], *([*p, t] for p in ([a, b], [b, a], [b, b]) for t in (c, x))]
+    masked = drafted([rule]).paths(0)
+    assert sorted(masked) == sorted(under)
+    assert drafted([None]).paths(0)[:2] == [[9], [9, 9]]
+    mixed = drafted([rule, None])
+    assert all(path in under for path in mixed.paths(0))
+    assert [a] in mixed.paths(0)
+    assert [9] in mixed.paths(1) and [9, 9] in mixed.paths(1)
+
+
+def test_masked_medusa_drafts_more_of_what_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch, "FORCED", 0)
+    model, rule = tiny_model(), made(Regex("[a-e]{3,9}(foo|fool)x?"))
+    target, accepted, texts = ReferenceTarget(model), [], []
+    for blind in (False, True):
+        if blind:
+            monkeypatch.setattr(State, "constrained", False)
+        drafter = every(target)["medusa (tree)"]
+        drafter.bind(target)
+        rows = [request(prompt, rule) for prompt in PROMPTS]
+        together(target, drafter, rows, FixedDepth(4))
+        accepted.append(sum(row.metrics.num_accepted_draft_tokens for row in rows))
+        texts.append([new_tokens(row) for row in rows])
+    assert accepted[0] > 2 * accepted[1] and texts[0] == texts[1]
 
 
 def test_constrained_and_free_rows_share_a_batch() -> None:

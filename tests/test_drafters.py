@@ -15,7 +15,7 @@ from conftest import Scripted, greedy_reference
 from transformers import PreTrainedModel
 from zoo import PROMPTS, m2r2, other_model, run
 
-from specdec import SpecDecError, SpecDecoder
+from specdec import SamplingParams, SpecDecError, SpecDecoder
 from specdec.drafters.draft_model import DraftModelDrafter
 from specdec.drafters.early_exit import EarlyExitDrafter
 from specdec.drafters.hybrid import HybridDrafter
@@ -28,6 +28,7 @@ from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.target import Target
 from specdec.speculation import registry
 from specdec.speculation.draft import Draft, Drafter, State
+from specdec.speculation.sampling import Sampler
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -168,7 +169,7 @@ def test_a_draft_model_may_pad_its_vocabulary_otherwise(llama: PreTrainedModel, 
 
 def draft_after(drafter: Drafter, target: Target, ids: list[int], limit: int = 3) -> list[tuple[int, ...]]:
     """The paths from root to leaf of the draft after ``ids``."""
-    state = State(target, target.new_cache(), None, [ids], memory=[drafter.begin()])  # type: ignore[arg-type]
+    state = State(target, target.new_cache(), Sampler(SamplingParams()), [ids], memory=[drafter.begin()])
     draft = drafter.propose(state, limit)
     paths: list[tuple[int, ...]] = [()]
     for token, parent in zip(draft.tokens[0].tolist(), draft.parents, strict=True):

@@ -17,13 +17,14 @@ from transformers import PreTrainedModel
 from typer.testing import CliRunner
 from zoo import PROMPTS, run
 
-from specdec import SpecDecError, SpecDecoder
+from specdec import SamplingParams, SpecDecError, SpecDecoder
 from specdec.cli import app
 from specdec.drafters.medusa import Medusa, MedusaDrafter
 from specdec.models import drafter_folder, loading
 from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.reference import ReferenceTarget
 from specdec.speculation.draft import Draft, State
+from specdec.speculation.sampling import Sampler
 from specdec.speculation.trees import Prices
 from specdec.train import data, states
 from specdec.train.batches import assemble, windows
@@ -104,7 +105,7 @@ def test_nodes_are_taken_by_the_heads_own_probabilities_while_they_pay(llama: Pr
     target = ReferenceTarget(llama)
     drafter = MedusaDrafter(random_network(), ACCURACY)
     drafter.bind(target)
-    state = State(target, target.new_cache(), None, [[5, 6]], memory=[drafter.begin()])  # type: ignore[arg-type]
+    state = State(target, target.new_cache(), Sampler(SamplingParams()), [[5, 6]], memory=[drafter.begin()])
     sure = torch.tensor([[0.15 / 95], [0.2 / 95]]).repeat(1, 1, V).view(1, 2, V)
     sure[0, 0, [7, 8]], sure[0, 1, [3, 4]] = torch.tensor([0.6, 0.25]), torch.tensor([0.55, 0.25])
     drafter._logits = lambda state: sure.log()  # type: ignore[method-assign]
@@ -128,7 +129,7 @@ def test_an_accuracy_table_shapes_the_tree_where_nothing_is_read(llama: PreTrain
     drafter.bind(target)
     drafter.estimates, memory = False, drafter.begin()
     memory.final = torch.randn(1, 1, D)
-    state = State(target, target.new_cache(), None, [[5, 6]], memory=[memory])  # type: ignore[arg-type]
+    state = State(target, target.new_cache(), Sampler(SamplingParams()), [[5, 6]], memory=[memory])
     wide = drafter.propose(state, 2)
     assert wide.parents == (0, 1, 0, 1, 3)  # 0.6, 0.3, 0.25, 0.15, 0.125
     assert len(set(wide.tokens[0, [0, 2]].tolist())) == len(set(wide.tokens[0, [1, 3]].tolist())) == 2
@@ -142,7 +143,7 @@ def test_rare_words_of_a_rows_own_context_are_drafted(llama: PreTrainedModel) ->
     memory = [drafter.begin(), drafter.begin()]
     for row in memory:  # the state whose readout has token 95 on top: the final norm's input along that row of the head
         row.final = llama.get_output_embeddings().weight[95].view(1, 1, D)
-    state = State(target, target.new_cache(2), None, [[5, 95], [5, 6]], memory=memory)  # type: ignore[arg-type]
+    state = State(target, target.new_cache(2), Sampler(SamplingParams()), [[5, 95], [5, 6]], memory=memory)
     tokens = drafter.propose(state, 2).tokens
     assert 95 in tokens[0] and 95 not in tokens[1]
 
@@ -350,7 +351,7 @@ def test_our_heads_are_exported_to_vllm(tmp_path: Path, reduced: bool) -> None:
     for name in ("ours", "theirs"):
         drafter = MedusaDrafter.load(target, str(tmp_path / name), nodes=2)
         drafter.bind(target)
-        state = State(target, target.new_cache(), None, [[4, 6]], memory=[memory])  # type: ignore[arg-type]
+        state = State(target, target.new_cache(), Sampler(SamplingParams()), [[4, 6]], memory=[memory])
         logits.append(drafter._logits(state)[..., : len(range(0, v, 2)) if reduced else v])
     torch.testing.assert_close(*logits, atol=0.05, rtol=0.05)  # the file is in the model's dtype
     again = CliRunner().invoke(app, [*command[:-2], str(tmp_path / "again"), "--drafter", str(tmp_path / "theirs")])
@@ -415,7 +416,7 @@ def test_heads_learn_exactly_what_the_drafter_drafts(normed: bool) -> None:
         cache.commit([list(range(length - 1))])
         memory = [drafter.begin()]
         drafter.observe(memory, [list(range(length - 1))], taps)
-        state = State(target, cache, None, [ids[:length]], memory=memory)  # type: ignore[arg-type]
+        state = State(target, cache, Sampler(SamplingParams()), [ids[:length]], memory=memory)
         root = length - 1 - rows[0][1]
         assert drafter.propose(state, 3).tokens[0].tolist() == [int(says[k][root + k]) for k in range(3)]
 

@@ -225,12 +225,15 @@ class ConstraintState(LogitsProcessor):  # type: ignore[misc]
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         return self.masked(input_ids[0].tolist(), scores)
 
-    def masked(self, ids: Sequence[int], scores: Tensor) -> Tensor:
-        """``scores`` [1, V] of the token after the text ``ids``, without the tokens that are not allowed there."""
+    def masked(self, ids: Sequence[int], scores: Tensor, vocab: Tensor | None = None) -> Tensor:
+        """``scores`` [1, V'] of the token after the text ``ids``, without the tokens that are not allowed there.
+
+        vocab: int64 [V'], the tokens that scores are over; None: all.
+        """
         allowed = self.mask(ids[self.start :])
         if allowed is None:  # after a drafted token that is rejected; elsewhere the row ends with an error
             return torch.full_like(scores, float("-inf"))
-        allowed = allowed[: scores.shape[-1]].to(scores.device)
+        allowed = (allowed[: scores.shape[-1]] if vocab is None else allowed[vocab.cpu()]).to(scores.device)
         return scores.masked_fill(~allowed, float("-inf"))
 
     def mask(self, new: Sequence[int]) -> Tensor | None:
@@ -253,6 +256,11 @@ class ConstraintState(LogitsProcessor):  # type: ignore[misc]
                 break
             found += more
         return found[len(ids) - self.start : most]
+
+    def allows(self, ids: Sequence[int], tokens: Sequence[int]) -> int:
+        """How many of ``tokens``, from the first on, may follow the text ``ids``."""
+        before = len(ids) - self.start
+        return self._guarded(lambda text: self._allows(text, before), [*ids[self.start :], *tokens], 0)
 
     def _begin(self, new: Sequence[int]) -> int | None:
         """Where in the new tokens ``new`` the constraint begins; None: they end in a block of reasoning."""
@@ -281,6 +289,17 @@ class ConstraintState(LogitsProcessor):  # type: ignore[misc]
             return list(more)
         allowed = self.mask(new)
         return allowed.nonzero()[:, 0].tolist() if allowed is not None and int(allowed.sum()) == 1 else []
+
+    def _allows(self, text: Sequence[int], before: int) -> int:
+        """Of the tokens of ``text``, from number ``before`` on."""
+        begin, ends = self._begin(text), self.compiled.ends
+        free = text[before:begin]  # in a block of reasoning
+        count = next((n for n, token in enumerate(free) if token in ends), len(free))
+        at = before + count
+        if begin is None or count < len(free) or not self._go_to(text[begin:at]):
+            return count
+        rest = text[at : next((n + 1 for n in range(at, len(text)) if text[n] in ends), len(text))]
+        return count + int(self.matcher.validate_tokens(rest))
 
     def _go_to(self, new: Sequence[int]) -> bool:
         """Let the matcher stand after ``new``; False if these tokens are not allowed."""

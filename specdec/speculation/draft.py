@@ -146,6 +146,16 @@ class State:
     memory: list[Any] = field(default_factory=list)
 
     @property
+    def constrained(self) -> bool:
+        """Whether a row's text has a constraint."""
+        return any(row.constraint is not None for row in self.sampler.rows)
+
+    def allowed(self, row: int, tokens: list[int]) -> list[int]:
+        """The ``tokens`` that may follow the row's text: those before the first that its constraint rules out."""
+        constraint = self.sampler.rows[row].constraint
+        return tokens if constraint is None else tokens[: constraint.allows(self.ids[row], tokens)]
+
+    @property
     def roots(self) -> Tensor:
         """The root token of each row, int64 [B, 1]."""
         return upload([[row[-1]] for row in self.ids], self.cache.device)

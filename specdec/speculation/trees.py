@@ -8,7 +8,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -73,6 +73,13 @@ class Tree(NamedTuple):
         """Its first ``count`` nodes."""
         return Tree(self.parents[:count], self.ranks[:count])
 
+    def paths(self) -> list[tuple[int, ...]]:
+        """The ranks on the path to each node, its own last."""
+        out: list[tuple[int, ...]] = [()]
+        for parent, rank in zip(self.parents, self.ranks, strict=True):
+            out.append((*out[parent], rank))
+        return out[1:]
+
     def depths(self) -> list[int]:
         """The position that each node is a candidate for: 0 right after the root."""
         out: list[int] = []
@@ -97,31 +104,41 @@ def best_first(
     chain: only first choices are drafted on from, so that the others stand beside a chain.
     accuracy[row][depth][rank]: probability in [0, 1] that the candidate of that rank is the right token at that depth.
     The rows of a batch share one shape, so the mean over them counts.
+    """
+    depths, rows = len(accuracy[0]), range(len(accuracy))
+    return grown(lambda path: [accuracy[b][len(path)] for b in rows] if len(path) < depths else [], budget, chain)
+
+
+def grown(
+    after: Callable[[tuple[int, ...]], Sequence[Sequence[float]]], budget: int, chain: bool = False
+) -> tuple[Tree, list[float]]:
+    """``best_first`` where what is right at a depth depends on what comes before.
+
+    after: takes the ranks on the path to a node, () for the root. Returns [row][rank], the probabilities of the
+    candidates after that node; nothing where there are none. Called once for each node that is drafted on from.
     A node is accepted if all candidates on its path are right, so with probability a(path) = prod accuracy[d][r_d], and
     a tree keeps sum_nodes a(path) tokens (Medusa, arXiv 2401.10774, section 2.3.3). No node beats its parent, hence the
     ``budget`` likeliest paths always form a tree, and no other set of as many nodes has a larger sum: it is optimal.
     Nodes that are never right are left out.
     """
     parents, ranks, values = list[int](), list[int](), list[float]()
-    # (-a, order, parent, depth, rank, a of each row); ``order`` makes ties fall to the node found first: parents before
+    # (-a, order, parent, path, a of each row); ``order`` makes ties fall to the node found first: parents before
     # children.
-    heap: list[tuple[float, int, int, int, int, Any]] = []
-    order, rows = itertools.count(), len(accuracy)
+    heap: list[tuple[float, int, int, tuple[int, ...], Any]] = []
+    order = itertools.count()
 
-    def offer(parent: int, depth: int, reach: list[float]) -> None:
-        if depth >= len(accuracy[0]):
-            return
-        for rank, right in enumerate(zip(*(row[depth] for row in accuracy), strict=True)):
-            joint = [a * b for a, b in zip(reach, right, strict=True)]
-            if (value := sum(joint) / rows) > 0:
-                heapq.heappush(heap, (-value, next(order), parent, depth, rank, joint))
+    def offer(parent: int, path: tuple[int, ...], reach: list[float] | None) -> None:
+        for rank, right in enumerate(zip(*after(path), strict=True)):
+            joint = right if reach is None else [a * b for a, b in zip(reach, right, strict=True)]
+            if (value := sum(joint) / len(joint)) > 0:
+                heapq.heappush(heap, (-value, next(order), parent, (*path, rank), joint))
 
-    offer(0, 0, [1.0] * rows)
+    offer(0, (), None)
     while heap and len(parents) < budget:
-        negative, _, parent, depth, rank, joint = heapq.heappop(heap)
+        negative, _, parent, path, joint = heapq.heappop(heap)
         parents.append(parent)
-        ranks.append(rank)
+        ranks.append(path[-1])
         values.append(-negative)
-        if rank == 0 or not chain:
-            offer(len(parents), depth + 1, joint)
+        if len(parents) < budget and (path[-1] == 0 or not chain):
+            offer(len(parents), path, joint)
     return Tree(tuple(parents), tuple(ranks)), values
