@@ -211,7 +211,7 @@ def _pick(state: State, logits: Tensor, width: int, prefixes: list[list[int]], v
         full = logits.new_full((logits.shape[0], size), float("-inf"))
         full[:, vocab] = logits
         logits, vocab = full, None
-    scores = sampler.scores(logits[:, None], lambda: [[prefix] for prefix in prefixes])
+    scores = sampler.scores(logits[:, None], lambda: [[prefix] for prefix in prefixes], vocab)
     scores = sampler.perturb(scores, [[len(prefix)] for prefix in prefixes], size, vocab)[:, 0]  # (B, V')
     values, best = scores.topk(min(width, scores.shape[1]))
     tokens = best if vocab is None else vocab[best]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -14,7 +15,7 @@ from conftest import Scripted, tiny_model
 from serving import events, serving
 from test_exact import p_value
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerFast
 from zoo import EOS, PROMPTS, every, new_tokens, together
 
 from specdec import Choice, Grammar, Json, Regex, Request, SamplingParams, SpecDecError, SpecDecoder
@@ -196,6 +197,34 @@ def test_masked_medusa_drafts_more_of_what_is_accepted(monkeypatch: pytest.Monke
     assert accepted[0] > 2 * accepted[1] and texts[0] == texts[1]
 
 
+class Unchanged(LogitsProcessor):  # type: ignore[misc]
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return scores
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_masks_are_made_along_what_is_accepted(monkeypatch: pytest.MonkeyPatch, alone: bool) -> None:
+    """A row with another processor has all masks, and the same text."""
+    monkeypatch.setattr(batch, "FORCED", 0)
+    model, rule = tiny_model(), made(Regex("[a-e]{3,9}(foo|fool)x?"))
+    text = plainly(model, PROMPTS[0], rule)
+
+    def script(ids: list[int], limit: int) -> list[tuple[int, int]]:
+        right = text[len(ids) - len(PROMPTS[0]) :][:2]
+        wrong = next(token for token in letters()("ab").input_ids if token not in right)
+        return [(wrong, 0), *zip(right, (0, 2), strict=False), (wrong, 1)]
+
+    row = request(PROMPTS[0], rule)
+    if not alone:
+        state = rule.state(PROMPTS[0])
+        row = Request(PROMPTS[0], 60, processors=[state, Unchanged()], eos=frozenset([EOS]))
+    constraint = row.sampling.constraint
+    assert constraint is not None and row.sampling.masked_greedy == alone
+    together(ReferenceTarget(model), Scripted(script), [row], FixedDepth(2))
+    assert new_tokens(row) == text and row.metrics.num_accepted_draft_tokens > 4
+    assert all(list(new) == text[: len(new)] for new in constraint.masks) == alone
+
+
 def test_constrained_and_free_rows_share_a_batch() -> None:
     model, rule = tiny_model(), made(Json(SCHEMA))
     target = ReferenceTarget(model)
@@ -319,6 +348,14 @@ def test_a_bad_constraint_is_refused_in_one_line(constraint: Constraint, why: st
     with pytest.raises(SpecDecError, match=why) as found:
         made(constraint)
     assert "\n" not in str(found.value) and len(str(found.value)) < 400
+
+
+@pytest.mark.parametrize("pattern", ["(a{1,1000}){1,1000}", "(.*a){60}.*", "[ab]*a[ab]{40}", "(((a*)*)*b*)*!"])
+def test_what_ruins_other_regular_expressions_is_bounded(pattern: str) -> None:
+    state, began = made(Regex(pattern)).state([3]), time.perf_counter()
+    text = letters()("a" * 30, add_special_tokens=False).input_ids
+    assert state.allows([3], text) == 30 or state.error_text
+    assert time.perf_counter() - began < 60
 
 
 def test_a_constraint_that_fails_ends_its_own_request_only(monkeypatch: pytest.MonkeyPatch) -> None:

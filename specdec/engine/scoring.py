@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Collection, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -52,13 +53,14 @@ def _score_block(
     state: State, draft: Draft, taps: dict[int, Tensor], verifier: Verifier, wanted: Collection[int]
 ) -> Scores:
     """From where the draft's states end, in one shape for all rows."""
-    target, cache = state.target, state.cache
+    target, cache, choosers = state.target, state.cache, state.sampler.rows
     tokens, positions = state.block(draft)  # (B, 1 + M)
     x, tree, exit_layer = _resume(state, draft, tokens, positions), draft.ancestors(), draft.exit_layer
     filled = _fill(state, draft, x, positions) if verifier.propagates else 0
     x, late = _after(filled, x), _after(filled, positions)
     x = target.layers(x, exit_layer, target.num_layers, Pass(late, cache.mask(exit_layer, late, tree), cache, taps))
     greedy, tapped = state.sampler.plain_greedy, target.num_layers + 1 in taps
+    masked = not verifier.needs_probabilities and all(row.plain_greedy or row.masked_greedy for row in choosers)
     p, unread = None, [draft.tokens] if draft.listed is None else []
     kept = dict[int, Tensor]()
     if greedy and not tapped and not wanted:
@@ -68,7 +70,7 @@ def _score_block(
         kept = {b: logits[b] for b in wanted}
         if tapped:
             taps[target.num_layers + 1] = logits
-        if greedy:
+        if greedy or masked:
             tokens = largest(logits)
         else:
             scores = state.sampler.scores(logits, lambda: _prefixes(state.ids, draft, filled))
@@ -81,6 +83,9 @@ def _score_block(
         draft.listed = read[0]
         if fault := check_tokens(read[0], cache.batch, len(draft.parents), target.vocab_size):
             draft.listed = [[-1] * len(draft.parents)] * cache.batch
+    for b, row in enumerate(choosers):
+        if masked and not row.plain_greedy:
+            chosen[b] = _choose_allowed(state, draft, b, range(len(chosen[b])), logits[b], chosen[b], verifier)
     if filled:  # the tokens whose states were propagated have no scores
         chosen = [[0] * filled + row for row in chosen]
         p = None if p is None else F.pad(p, (0, 0, filled, 0))
@@ -142,6 +147,8 @@ def _score_rows(
         found, ids, raw = plain[begin:end], state.ids[b], logits.pop(b, None)
         if raw is not None and chooser.plain_greedy:
             found = largest(raw)[0].tolist()
+        elif raw is not None and chooser.masked_greedy and not verifier.needs_probabilities:
+            found = _choose_allowed(state, draft, b, own, raw[0], largest(raw)[0].tolist(), verifier)
         elif raw is not None:
             sampler, before = Sampler.of([chooser]), functools.partial(_prefixes_of, ids, draft, b, own)
             scores = sampler.scores(raw, lambda before=before: [before()])  # type: ignore[misc]
@@ -161,6 +168,35 @@ def _score_rows(
     scored = Scores(chosen, torch.cat(p) if p else None, taps, sum(counts))
     scored.nodes, scored.logits = nodes, kept
     return scored
+
+
+def _choose_allowed(
+    state: State, draft: Draft, b: int, nodes: Sequence[int], logits: Tensor, found: list[int], verifier: Verifier
+) -> list[int]:
+    """What the target chooses after the block tokens ``nodes`` of row ``b`` under the row's constraint [T].
+
+    logits: [T, V], raw. found: [T], the largest. Masks are made along what is accepted alone: choices after other
+    tokens do not count, and stay as they are.
+    """
+    constraint, chosen = state.sampler.rows[b].constraint, list(found)
+    texts = {0: state.ids[b]}  # of the accepted tokens
+    place = {node: t for t, node in enumerate(nodes)}
+    assert constraint is not None
+    for t, node in enumerate(nodes):
+        if node:
+            token, parent = draft.lists()[b][node - 1], draft.parents[node - 1]
+            if parent not in texts or not verifier.accepts(token, chosen[place[parent]]):
+                continue
+            texts[node] = [*texts[parent], token]
+        mask = constraint.mask(texts[node][constraint.start :])
+        if mask is None:
+            chosen[t] = -1
+        elif chosen[t] >= 0 and not mask[chosen[t]]:
+            ids = torch.from_numpy(np.flatnonzero(mask.numpy()))  # in one thread: a team of them takes longer to wake
+            row = logits[t].index_select(0, ids.to(logits.device))
+            best = int(largest(row[None, None])) if len(ids) else -1
+            chosen[t] = int(ids[best]) if best >= 0 else -1
+    return chosen
 
 
 def _read_out(target: Target, x: Tensor, counts: Sequence[int], rows: Sequence[int]) -> Sequence[Tensor]:

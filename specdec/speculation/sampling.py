@@ -87,16 +87,19 @@ class Transforms:
                 self.warpers.append(MinPLogitsWarper(params.min_p))
         self.filters = any(not isinstance(warper, TemperatureLogitsWarper) for warper in self.warpers)
 
-    def __call__(self, logits: Tensor, prefixes: Prefixes) -> Tensor:
-        """Logits [B, T, V] -> float32 [B, T, V]; ``prefixes`` is called only if a processor needs it."""
-        scores = logits.float().reshape(-1, logits.shape[-1])  # (B * T, V)
+    def __call__(self, logits: Tensor, prefixes: Prefixes, vocab: Tensor | None = None) -> Tensor:
+        """Logits [B, T, V'] -> float32 [B, T, V']; ``prefixes`` is called only if a processor needs it.
+
+        vocab: int64 [V'], the tokens that logits are over; None: all. For constraints and warpers alone.
+        """
+        scores = logits.float().reshape(-1, logits.shape[-1])  # (B * T, V')
         if self.processors:
             scores = scores.clone()
             for i, prefix in enumerate(prefix for row in prefixes() for prefix in row):
                 row, ids = scores[i : i + 1], None
                 for processor in self.processors:
                     if isinstance(processor, ConstraintState):
-                        row = processor.masked(prefix, row)
+                        row = processor.masked(prefix, row, vocab)
                     else:
                         ids = torch.tensor([list(prefix)], device=scores.device) if ids is None else ids
                         row = processor(ids, row)
@@ -161,6 +164,11 @@ class Chooser:
         """True if every choice is the argmax of the raw logits."""
         return self.transforms.greedy and not self.transforms.processors
 
+    @property
+    def masked_greedy(self) -> bool:
+        """True if every choice is the argmax of the raw logits of the tokens that a constraint allows."""
+        return self.transforms.greedy and self.constraint is not None and len(self.transforms.processors) == 1
+
 
 class Sampler:
     """Chooses tokens for a batch of rows; drafted, corrected and bonus positions are treated alike.
@@ -198,16 +206,21 @@ class Sampler:
 
     @property
     def needs_prefixes(self) -> bool:
-        """True if processors look at the tokens before a position, by their ids."""
-        return any(row.transforms.processors for row in self.rows)
+        """True if processors look at the tokens before a position, by their ids; constraints do otherwise."""
+        return any(
+            not isinstance(processor, ConstraintState) for row in self.rows for processor in row.transforms.processors
+        )
 
-    def scores(self, logits: Tensor, prefixes: Prefixes) -> Tensor:
-        """Logits [B, T, V] -> processed logits [B, T, V], float32. ``prefixes()[b][t]``: the tokens before (b, t)."""
+    def scores(self, logits: Tensor, prefixes: Prefixes, vocab: Tensor | None = None) -> Tensor:
+        """Logits [B, T, V'] -> processed logits [B, T, V'], float32. ``prefixes()[b][t]``: the tokens before (b, t).
+
+        vocab: int64 [V'], the tokens that logits are over; None: all, as it has to be if it ``needs_prefixes``.
+        """
         groups: dict[int, list[int]] = {}  # rows by what transforms them
         for b, row in enumerate(self.rows):
             groups.setdefault(id(row.transforms), []).append(b)
         if len(groups) == 1:
-            return self.rows[0].transforms(logits, prefixes)
+            return self.rows[0].transforms(logits, prefixes, vocab)
         scores = torch.empty_like(logits, dtype=torch.float32)
         for group in groups.values():
 
@@ -215,7 +228,7 @@ class Sampler:
                 before = prefixes()
                 return [before[b] for b in group]
 
-            scores[group] = self.rows[group[0]].transforms(logits[group], own)
+            scores[group] = self.rows[group[0]].transforms(logits[group], own, vocab)
         return scores
 
     def perturb(
