@@ -98,12 +98,28 @@ class Readout(NamedTuple):
 
 def grown(found: Candidates, limit: int, nodes: int | None, state: State) -> Draft:
     """The draft of the ``nodes`` best of a tree's candidates; None: of those worth their price, or ``limit``."""
-    prices = state.prices
+    prices, levels = state.prices, found.levels()
+    if state.constrained:
+        found = _allowed(found, state)
     if prices is not None:
-        prices.levels = found.levels()
+        prices.levels = levels
         nodes = prices.take(prices.calibrated(sorted(found.scores, reverse=True)[:MOST_NODES]), exactly=nodes)
     chosen, parents = found.best(limit if nodes is None else nodes)
     return Draft([chosen], parents, device=state.cache.device)
+
+
+def _allowed(found: Candidates, state: State) -> Candidates:
+    """The candidates of the one row that its constraint allows, each under the mask of its own path."""
+    constraint, kept, place, texts = state.sampler.rows[0].constraint, Candidates([], [], []), {0: 0}, {0: state.ids[0]}
+    assert constraint is not None
+    for node, (score, token, parent) in enumerate(zip(*found, strict=True), start=1):
+        mask = constraint.mask(texts[parent][constraint.start :]) if parent in place else None
+        if mask is not None and mask[token]:
+            kept.scores.append(score)
+            kept.tokens.append(token)
+            kept.parents.append(place[parent])
+            place[node], texts[node] = len(kept.tokens), [*texts[parent], token]
+    return kept
 
 
 class ChainRow:

@@ -130,7 +130,8 @@ class M2R2Drafter(ChainDrafter):
     def _grows(self, state: State) -> bool:
         """Whether a draft grows level by level: it has to pay in scoring alone, and to be one greedy row's."""
         path = self.network.path
-        verified = state.threshold is None and state.sampler.plain_greedy and state.cache.batch == 1
+        greedy = all(row.plain_greedy or row.masked_greedy for row in state.sampler.rows)
+        verified = state.threshold is None and greedy and state.cache.batch == 1
         worth = bool(self.shape.nodes) or not waits(state.cache.device)  # what has grown is read before it is scored
         return verified and worth and self.shape.siblings is None and not path.exit_layer and not path.exits
 

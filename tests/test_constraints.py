@@ -8,17 +8,21 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
+from click.testing import Result
 from conftest import Scripted, tiny_model
 from serving import events, serving
 from test_exact import p_value
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerFast
+from typer.testing import CliRunner
 from zoo import EOS, PROMPTS, every, new_tokens, together
 
 from specdec import Choice, Grammar, Json, Regex, Request, SamplingParams, SpecDecError, SpecDecoder
+from specdec.cli import app
 from specdec.drafters.lookahead import LookaheadDrafter
 from specdec.drafters.medusa import Medusa, MedusaDrafter
 from specdec.drafters.prompt_lookup import PromptLookupDrafter
@@ -179,6 +183,28 @@ def test_each_node_of_medusas_tree_is_chosen_under_the_mask_of_its_own_path() ->
     assert all(path in under for path in mixed.paths(0))
     assert [a] in mixed.paths(0)
     assert [9] in mixed.paths(1) and [9, 9] in mixed.paths(1)
+
+
+def test_trees_that_grow_level_by_level_have_allowed_nodes_alone() -> None:
+    model, rule = tiny_model(), made(Regex("[a-e]{3,9}(foo|fool)x?"))
+    target = ReferenceTarget(model)
+    drafter, drafted = every(target)["m2r2: grown level by level (tree)"], list[tuple[list[int], Draft]]()
+    drafter.bind(target)
+    own = drafter.propose
+
+    def spy(state: State, limit: int) -> Draft:
+        drafted.append((list(state.ids[0]), own(state, limit)))
+        return drafted[-1][1]
+
+    drafter.propose = spy  # type: ignore[method-assign]
+    row = request(PROMPTS[0], rule)
+    together(target, drafter, [row], FixedDepth(4))
+    state, nodes = rule.state(PROMPTS[0]), 0
+    for ids, draft in drafted:
+        for path in draft.paths(0):
+            nodes += 1
+            assert state.allows(ids, path) == len(path)
+    assert nodes and new_tokens(row) == plainly(model, PROMPTS[0], rule)
 
 
 def test_masked_medusa_drafts_more_of_what_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -388,6 +414,22 @@ def test_what_cannot_keep_a_constraint_is_refused() -> None:
     lossy = SpecDecoder(model, letters(), "early-exit", verifier="confident")
     with pytest.raises(SpecDecError, match="without scoring"):
         lossy.generate([5], constraint=Regex("a"))
+
+
+def test_the_command_takes_a_schema(tmp_path: Path) -> None:
+    model, file = tmp_path / "model", tmp_path / "schema.json"
+    letters().save_pretrained(model)
+    tiny_model().save_pretrained(model)
+
+    def ran(schema: str) -> Result:
+        file.write_text(schema)
+        given = ["--model", str(model), "--drafter", "prompt-lookup", "--max-new-tokens", "60", "--quiet"]
+        return CliRunner().invoke(app, ["generate", *given, "--json-schema", str(file), "hello"])
+
+    good, bad, broken = ran(json.dumps(SCHEMA)), ran('{"enum": []}'), ran("{")
+    assert set(json.loads(good.stdout)) == {"kind", "n"}
+    assert bad.exit_code == 2 and "cannot be used" in bad.stderr
+    assert broken.exit_code == 2 and "error: " in broken.stderr and len(broken.stderr.splitlines()) == 1
 
 
 # --- the server ------------------------------------------------------------------------------------------------------
