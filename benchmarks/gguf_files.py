@@ -1,12 +1,13 @@
 """The default engine on GGUF files, beside llama.cpp on the same files; the last line is JSON.
 
-    npm install --ignore-scripts --prefix DIR node-llama-cpp
-    python benchmarks/gguf_files.py smollm2-135m-instruct MODEL.gguf --peer DIR --threads 2 --json result.json
+    pip install llama-cpp-python
+    python benchmarks/gguf_files.py smollm2-135m-instruct MODEL.gguf --threads 2 --json result.json
 
-Each engine is a process of its own (``engines.py``) and idles while the other runs; who begins alternates from round to
-round. A round is plain greedy decoding after a short prompt, a prompt of 512 tokens, and passes over 1, 2, 4, 8 and 16
-tokens (the least of five each). The table has medians over the rounds, their ranges, and the median of the ratios
-within rounds: above 1 specdec is faster. Files are loaded with an empty cache folder first and again afterwards.
+Each engine is a process of its own (``specdec.bench.peers``) and idles while the other runs; who begins alternates
+from round to round. A round is plain greedy decoding after a short prompt, a prompt of 512 tokens, and passes over 1,
+2, 4, 8 and 16 tokens (the least of five each). The table has medians over the rounds, their ranges, and the median of
+the ratios within rounds: above 1 specdec is faster. Files are loaded with an empty cache folder first and again
+afterwards.
 
 Bytes per token are those of the tensors that a pass reads: all but the embedding, where the output has a matrix of its
 own. Memory is the peak resident size of the process; mapped pages of the file count. ``--json`` keeps what was
@@ -20,20 +21,22 @@ import json
 import statistics
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
-import engines
 from reckoning import read_shape
 from rich.console import Console
 from rich.table import Table
 from runtime import read_bandwidth
 
 from specdec.base import cores
+from specdec.base.errors import SpecDecError
+from specdec.bench import peers
 from specdec.bench.environment import environment
 from specdec.models import catalogue
 
-ROWS = (1, 2, 4, 8, 16)
+ROWS, CONTEXT = (1, 2, 4, 8, 16), 2048
 PREFILL, PROMPT = 512, 64  # tokens
 Rounds = dict[str, list[dict[str, float]]]  # figures of each round, by engine
 
@@ -51,23 +54,26 @@ def synthetic(count: int, vocabulary: int) -> list[int]:
     return [(7919 * n) % (vocabulary * 3 // 4) for n in range(1, count + 1)]
 
 
-def one_round(engine: engines.Engine, vocabulary: int, tokens: int) -> dict[str, float]:
-    decoded = engine.ask("generate", ids=synthetic(PROMPT, vocabulary), count=tokens, stop=False)
-    prompt = engine.ask("generate", ids=synthetic(PREFILL, vocabulary), count=1, stop=False)
-    figures = {"ms": 1e3 * decoded["decode"] / (len(decoded["tokens"]) - 1), "prefill": PREFILL / prompt["prefill"]}
-    passes = engine.ask("passes", rows=list(ROWS))
+def one_round(engine: peers.Process, vocabulary: int, tokens: int) -> dict[str, float]:
+    decoded = engine.ask("generate", ids=synthetic(PROMPT, vocabulary), count=tokens, eos=[])
+    prompt = engine.ask("generate", ids=synthetic(PREFILL, vocabulary), count=1, eos=[])
+    first, last, further = decoded["arrivals"][0], decoded["arrivals"][-1], len(decoded["tokens"]) - decoded["first"]
+    figures = {"ms": 1e3 * (last - first) / further, "prefill": PREFILL / prompt["arrivals"][0]}
+    passes = engine.ask("passes", sizes=list(ROWS))
     return figures | {f"rows_{count}": 1e3 * passes[str(count)] for count in ROWS if str(count) in passes}
 
 
 def measure(model: str, args: argparse.Namespace, cache: Path) -> dict[str, Any]:
     """The figures of one file."""
     file = gguf_of(model)
-    shape, loads, running = read_shape(file), dict[str, dict[str, float]](), dict[str, engines.Engine]()
-    missing, loading = "", {"path": str(file), "threads": args.threads, "context": engines.CONTEXT}
-    makers = {"specdec": lambda: engines.specdec(SPECDEC_CACHE=str(cache), OMP_NUM_THREADS=str(args.threads))}
+    shape, loads, running = read_shape(file), dict[str, dict[str, float]](), dict[str, peers.Process]()
+    missing, loading = "", {"path": str(file), "threads": args.threads, "context": CONTEXT}
+    loading |= {"mode": "", "source": "", "depth": None}
+    own = {"SPECDEC_CACHE": str(cache), "OMP_NUM_THREADS": str(args.threads), "PYTHONPATH": str(Path(__file__).parent)}
+    makers = {"specdec": lambda: peers.Process("engines:Specdec", **own)}
     about: dict[str, Any] = {}
     if not args.alone:
-        makers["llama.cpp"] = lambda: engines.llama_cpp(args.peer)
+        makers["llama.cpp"] = lambda: peers.Process(peers.require("llama.cpp").engine)
     try:
         for name, make in makers.items():
             try:
@@ -75,9 +81,10 @@ def measure(model: str, args: argparse.Namespace, cache: Path) -> dict[str, Any]
                     if name in running:
                         running[name].close()
                     running[name] = make()
+                    start = time.perf_counter()
                     about[name] = running[name].ask("load", **loading)
-                    loads.setdefault(name, {})[when] = about[name]["seconds"]
-            except engines.EngineError as error:
+                    loads.setdefault(name, {})[when] = time.perf_counter() - start
+            except SpecDecError as error:
                 if name == "specdec":
                     raise
                 running.pop(name, None)
@@ -88,7 +95,7 @@ def measure(model: str, args: argparse.Namespace, cache: Path) -> dict[str, Any]
                 figures = one_round(running[name], shape.vocabulary, args.tokens if number else 8)
                 if number:  # the first one warms up
                     rounds[name].append(figures)
-        peaks = {name: {"peak": e.peak, "libraries": e.libraries} for name, e in running.items()}
+        peaks = {name: {"peak": e.resident(), "libraries": e.libraries} for name, e in running.items()}
     finally:
         for engine in running.values():
             engine.close()
@@ -145,7 +152,6 @@ def table_of(result: dict[str, Any]) -> Table:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", help="GGUF files or names of embedded models")
-    parser.add_argument("--peer", type=Path, help="a folder with node-llama-cpp (default: llama-cpp-python)")
     parser.add_argument("--alone", action="store_true", help="measure no other engine")
     parser.add_argument("--threads", type=int, default=cores.cpus())
     parser.add_argument("--rounds", type=int, default=5)

@@ -38,6 +38,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's backgro
 
 IN_A_CHILD = catalogue._convert  # before ``cache``
 SKIPS = (  # what a machine may lack: patterns of the reasons
+    "(llama-cpp-python|openvino-genai) is not installed",
     "there is (no|one) CUDA device",
     "there is a real device",
     "stands on the inside of PyTorch",

@@ -187,7 +187,7 @@ def test_a_batch_counts_each_row_up_to_its_own_end(cell) -> None:
 
 @pytest.mark.parametrize("extra", [{}, {"exit_layer": 2}])
 def test_assisted_modes_of_generate_are_methods_and_leave_the_model_as_it_was(cell, folder: Path, extra: dict) -> None:
-    name = "hf-early-exit" if extra else f"hf-draft-model={folder}"
+    name = "hf-early-exit" if extra else f"hf-assistant={folder}"
     decoders = Decoders()
     method = decoders.method(cell(drafter=name, drafter_options=extra))
     plain = decoders.method(cell(drafter="hf"))
@@ -517,12 +517,12 @@ def test_penalties_of_a_model_are_no_faults(folder: Path, file: Path, tmp_path: 
     [
         (["--drafters", "prompt-lookup,m2r2", "--dtype", "float32"], "no m2r2 drafter is shipped"),
         (["--seed", str(2**63)], "seed must be a whole number in [0, "),
-        (["--drafters", ","], "--drafters names no method"),
+        (["--methods", ","], "--methods names none"),
         (["--drafters", "prompt-lokup"], "did you mean 'prompt-lookup'"),
         (["--drafters", "none,m2r2"], "train one"),  # nothing is measured: it is found out before
-        (["--drafters", "hf-draft-model"], "hf-draft-model=MODEL"),
+        (["--drafters", "hf-assistant"], "hf-assistant=MODEL"),
         (["--drafters", "hf-lookup", "--batch-size", "2"], "one prompt at a time"),
-        (["--drafter-option", "depth=3"], "DRAFTER.KEY=VALUE"),
+        (["--drafter-option", "depth=3"], "METHOD.KEY=VALUE"),
         (["--drafter-option", "prompt-lookup.ngrams=3"], "ngrams"),
         (["--prompts", "mt_bench"], "did you mean 'mt-bench'"),
         (["--prompts", "mt-bench", "--data-dir", "/nowhere"], "no data folder '/nowhere'"),

@@ -1,7 +1,8 @@
 """A cell: one measurement, described by plain values, and what comes out of it.
 
-A cell is one method (a drafter with its options, or ``model.generate`` in one of its modes: ``hf``, ``hf-lookup``,
-``hf-early-exit``, ``hf-draft-model=MODEL``) on one prompt set, with the baselines that run interleaved beside it.
+A cell is one method on one prompt set, with the baselines that run interleaved beside it. A method is a drafter with
+its options, ``model.generate`` in one of its modes (``hf``, ``hf-lookup``, ``hf-early-exit``, ``hf-assistant=MODEL``),
+or another engine (``specdec.bench.peers``).
 ``specdec.bench.run.run_cell`` returns one JSON-able mapping:
 
     key          ``cell.key()``
@@ -11,26 +12,31 @@ A cell is one method (a drafter with its options, or ``model.generate`` in one o
     prompts      {"name", "licence", "sha256" (of the file), "conversations", "turns", "skipped": [what did not fit the
                  model's context, and why]}
     environment  cpu, threads, memory, versions, git commit, device, runtime, dtype ... as plain values
+    pass_ms      {"specdec" or another engine: {tokens: ms of a pass over so many, the least of five}}
     seconds      wall time of the run
     interrupted  True if the run was cut short; the figures are of what was done
 
 FIGURES of a method (one request is one batch of prompts, answered once; all tokens are counted as raw ids):
 
     name, requests, tokens, lossless
+    engine          version and settings of another engine; None for ours and for model.generate
     tokens_per_second         EST, whole calls: prefill included
     decode_tokens_per_second  EST, tokens after the first, per second after the first
     prefill_ms, first_token_ms, decode_ms_per_token     EST; the first token comes with the prefill
     speedup         {baseline: EST}  seconds per token of the baseline over ours, whole calls, request by request
     decode_speedup  {baseline: EST}  the same after the first token
-    mean_acceptance_length    EST, tokens per step, pooled over all steps (the bonus token counts); None for hf methods
-    acceptance_rate           accepted over drafted tokens; None for hf methods and where nothing was drafted
+    latency_ms      {"token" (of a request, whole call), "first_token", "step" (between arrivals of tokens):
+                    {"p50", "p99"}}, percentiles over requests or steps; None where there is none
+    mean_acceptance_length    EST, tokens per step, pooled over all steps (the bonus token counts); None but for ours
+    acceptance_rate           accepted over drafted tokens; None but for ours and where nothing was drafted
     acceptance_per_position   [share of drafts of at least that depth whose token there was accepted]
+    conditional_acceptance    [the same, of the drafts whose tokens before it were all accepted]
     acceptance_histogram      entry n: steps that accepted n drafted tokens
-    mean_layers_per_token     EST, layers that a token went through, pooled; None for hf methods
-    ledger_ms_per_step        {"draft", "score", "accept", "commit", "detokenise", "overhead": ms}; {} for hf methods
+    mean_layers_per_token     EST, layers that a token went through, pooled; None but for ours
+    ledger_ms_per_step        {"draft", "score", "accept", "commit", "detokenise", "overhead": ms}; {} but for ours
     peak_memory_mb  of the process during the method's calls (CPU, Linux), or allocated on the CUDA device; else None
     equal_to_plain  {"equal", "near_ties", "faults", "of"}: outputs against plain decoding (near_ties and faults are
-                    None for a lossy rule, which may differ); None for sampling beside hf methods
+                    None for a lossy rule and for another engine, which may differ); None for sampling beside hf methods
     quality         {"agreement", "nll", "rouge_l": EST} under the full model, where a lossy rule took part; else None
     categories      {category: {"requests", "tokens", "tokens_per_second": EST, "speedup": {baseline: EST},
                     "mean_acceptance_length": EST or None}}
@@ -52,31 +58,35 @@ from specdec.base import options
 from specdec.base.errors import SpecDecError
 from specdec.base.options import GREEDY_BELOW, MAX_SEED, KVCache, Runtime, Weights
 from specdec.base.settings import Settings
+from specdec.bench.peers import PEERS
 from specdec.models.catalogue import DEFAULT_MODEL
 
-HF_METHODS = ("hf", "hf-lookup", "hf-early-exit", "hf-draft-model")
+HF_METHODS = ("hf", "hf-lookup", "hf-early-exit", "hf-assistant")
+OTHERS = (*HF_METHODS, *PEERS)  # methods in which another engine decodes
+PLAIN = ("none", "hf", "llama.cpp", "openvino")  # those that draft nothing
+WITH_SOURCE = {"hf-assistant": "MODEL", "llama.cpp-draft-model": "FILE"}  # NAME=SOURCE
 
 Progress = Callable[[int, int, int], None]  # requests done, requests in all, tokens decoded so far
 
 Text = Annotated[str, Field(min_length=1, description="text")]
 Count = Annotated[int, Field(ge=1, description="a whole number >= 1")]
-Baseline = Literal["none", "hf", "hf-lookup", "hf-early-exit"]
+Baseline = Literal["none", "hf", "hf-lookup", "hf-early-exit", "llama.cpp", "openvino"]
 
 
-def check_hf(name: str, given: Mapping[str, Any]) -> tuple[str, str]:
-    """The kind and the source of a method of ``model.generate``. Raises SpecDecError for options that it has not."""
+def check_other(name: str, given: Mapping[str, Any]) -> tuple[str, str]:
+    """The kind and the source of a method of ``OTHERS``. Raises SpecDecError for options that it has not."""
     kind, _, source = name.partition("=")
-    if kind == "hf-draft-model" and not source:
-        raise SpecDecError("'hf-draft-model' needs a model; give hf-draft-model=MODEL")
-    known = ("exit_layer",) if kind == "hf-early-exit" else ()
-    options.check(kind, given, known, source if kind != "hf-draft-model" and source else None)
+    if kind in WITH_SOURCE and not source:
+        raise SpecDecError(f"'{kind}' needs a second model; give {kind}={WITH_SOURCE[kind]}")
+    known = ("exit_layer",) if kind == "hf-early-exit" else ("context",) if kind in PEERS else ()
+    options.check(kind, given, known, source if kind not in WITH_SOURCE and source else None)
     return kind, source
 
 
 class Cell(Settings):
     """One measurement.
 
-    drafter: a drafter as ``specdec generate --drafter`` takes it, or one of ``HF_METHODS``.
+    drafter: a drafter as ``specdec generate --drafter`` takes it, or one of ``OTHERS``.
     num_speculative_tokens: depth of each step's draft, or "auto".
     prompts: a file, or the name of a prompt set. limit: conversations, spread over the set; None: all of it.
     repetitions: times that everything is decoded. against: baselines that run interleaved with the method.
@@ -115,20 +125,20 @@ class Cell(Settings):
         return {name: str(getattr(self, name)) for name in names}
 
     @property
-    def is_hf(self) -> bool:
-        """Whether ``model.generate`` decodes."""
-        return self.drafter.partition("=")[0] in HF_METHODS
+    def is_other(self) -> bool:
+        """Whether another engine decodes: ``model.generate``, or a peer."""
+        return self.drafter.partition("=")[0] in OTHERS
 
     def but(self, **changes: Any) -> Cell:
         """The cell with other values for some settings."""
         return Cell(**self.as_dict() | changes)
 
     def canonical(self) -> Cell:
-        """The cell without what makes no difference: plain decoding and model.generate know no acceptance rule."""
+        """The cell without what makes no difference: plain decoding and other engines know no acceptance rule."""
         changes: dict[str, Any] = {}
-        if self.drafter == "none" or self.is_hf:
+        if self.drafter == "none" or self.is_other:
             changes = {"verifier": "exact", "verifier_options": {}}
-        if self.drafter in ("none", "hf"):
+        if self.drafter in PLAIN:
             changes["num_speculative_tokens"] = "auto"
         return self.but(**changes)
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from specdec.bench import stats
-from specdec.bench.methods import Reply
+from specdec.bench.methods import Method, Reply
 from specdec.bench.prompts import Conversation
 from specdec.bench.quality import Quality
 from specdec.engine.metrics import RequestMetrics
@@ -58,13 +58,15 @@ class Request:
             "seconds": reply.seconds,
             "first_token_seconds": reply.first_seconds,
             "first_tokens": reply.first_tokens,
+            "arrivals": [round(at, 6) for at in reply.arrivals],
             "peak_memory_mb": reply.peak_memory_mb,
             "rows": rows,
         }
 
 
-def figures(name: str, mine: list[Request], baselines: dict[str, list[Request]], lossless: bool) -> dict[str, Any]:
+def figures(name: str, mine: list[Request], baselines: dict[str, list[Request]], method: Method) -> dict[str, Any]:
     """Sum up the requests of one method; ``baselines``: requests of other methods for the same prompts, by label."""
+    alike = method.lossless and method.same_arithmetic
     by_place = {label: {r.place: r for r in requests} for label, requests in baselines.items()}
     replies = [r.reply for r in mine]
     steps = RequestMetrics(
@@ -76,15 +78,22 @@ def figures(name: str, mine: list[Request], baselines: dict[str, list[Request]],
     categories = list(dict.fromkeys(r.category for r in mine))
     return {
         "name": name,
-        "lossless": lossless,
+        "lossless": method.lossless,
+        "engine": method.engine,
         **_summary(mine, by_place),
         "decode_tokens_per_second": _median(mine, lambda reply: _rate(reply.pace(after_first=True))),
         "prefill_ms": _median(mine, lambda reply: reply.metrics[0].prefill_seconds if reply.metrics else None, 1e3),
         "first_token_ms": _median(mine, lambda reply: reply.first_seconds, 1e3),
         "decode_ms_per_token": _median(mine, lambda reply: reply.pace(after_first=True), 1e3),
+        "latency_ms": {
+            "token": _percentiles([reply.pace() for reply in replies]),
+            "first_token": _percentiles([reply.first_seconds for reply in replies]),
+            "step": _percentiles([gap for reply in replies for gap in reply.gaps]),
+        },
         "decode_speedup": {label: _speedup(mine, base, after_first=True) for label, base in by_place.items()},
         "acceptance_rate": steps.draft_acceptance_rate if steps.num_draft_tokens else None,
         "acceptance_per_position": steps.acceptance_per_position,
+        "conditional_acceptance": steps.conditional_acceptance,
         "acceptance_histogram": steps.acceptance_histogram,
         "mean_layers_per_token": _pooled(
             mine, lambda m: m.mean_layers_per_token * m.num_new_tokens, lambda m: m.num_new_tokens
@@ -93,8 +102,8 @@ def figures(name: str, mine: list[Request], baselines: dict[str, list[Request]],
         "peak_memory_mb": max((r.peak_memory_mb for r in replies if r.peak_memory_mb is not None), default=None),
         "equal_to_plain": {
             "equal": equality.count("equal"),
-            "near_ties": equality.count("near-tie") if lossless else None,
-            "faults": equality.count("fault") if lossless else None,
+            "near_ties": equality.count("near-tie") if alike else None,
+            "faults": equality.count("fault") if alike else None,
             "of": len(equality),
         }
         if equality
@@ -121,6 +130,12 @@ def _median(mine: list[Request], figure: Callable[[Reply], float | None], scale:
     """The median over the requests that have the figure, times ``scale``."""
     found = [(value * scale, r.group) for r in mine if (value := figure(r.reply)) is not None]
     return stats.median([value for value, _ in found], [group for _, group in found])
+
+
+def _percentiles(seconds: Sequence[float | None]) -> dict[str, float] | None:
+    """P50 and P99 in milliseconds; None if there is nothing."""
+    found = [1e3 * value for value in seconds if value is not None]
+    return dict(zip(("p50", "p99"), stats.percentiles(found, (50, 99)), strict=True)) if found else None
 
 
 def _rate(pace: float | None) -> float | None:

@@ -1,4 +1,4 @@
-"""The methods of a benchmark: our decoder with a drafter, or ``model.generate`` in one of its modes, timed alike.
+"""The methods of a benchmark, timed alike: our decoder with a drafter, ``model.generate``, or another engine.
 
 Tokens are raw ids on both sides, cut after the end-of-sequence token; nothing is re-tokenised. Knows no prompt sets and
 no statistics.
@@ -11,6 +11,7 @@ import re
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,13 +21,16 @@ from transformers.generation.streamers import BaseStreamer
 from specdec.api.decoder import SpecDecoder
 from specdec.base import options
 from specdec.base.errors import SpecDecError
-from specdec.bench.cell import Cell, check_hf
+from specdec.bench import peers
+from specdec.bench.cell import Cell, check_other
 from specdec.engine.metrics import RequestMetrics
-from specdec.models import loading
+from specdec.models import catalogue, loading
 from specdec.models.blocks import dense, densify
 
 WARM_UP, CONTEXT = 8, 64  # new tokens and prompt tokens of the request that warms a method up
 SAMPLING = ("temperature", "top_p", "top_k")
+PASSES = (1, 2, 4, 8, 16)  # tokens of the passes that are timed before anything else
+PEER_CONTEXT = 4096  # tokens for which another engine makes room
 LOOKUP = 10  # tokens that model.generate's prompt lookup drafts where our depth is automatic
 
 
@@ -34,14 +38,14 @@ LOOKUP = 10  # tokens that model.generate's prompt lookup drafts where our depth
 class Reply:
     """One request: a batch of prompts answered once.
 
-    tokens: new ids per row. seconds: the whole call. first_seconds: until the first token; first_tokens came with it
-    (assisted generation hands over whole steps). metrics: per row, of our own loop. reasons: why each row ended.
-    peak_memory_mb: None where the system does not report it.
+    tokens: new ids per row. seconds: the whole call. arrivals: seconds until tokens came, a whole step at once;
+    first_tokens came first. metrics: per row, of our own loop. reasons: why each row ended. peak_memory_mb: None where
+    the system does not report it.
     """
 
     tokens: list[list[int]]
     seconds: float
-    first_seconds: float
+    arrivals: list[float]
     first_tokens: int
     metrics: list[RequestMetrics] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
@@ -50,6 +54,16 @@ class Reply:
     @property
     def count(self) -> int:
         return sum(map(len, self.tokens))
+
+    @property
+    def first_seconds(self) -> float:
+        """Until the first token."""
+        return self.arrivals[0]
+
+    @property
+    def gaps(self) -> list[float]:
+        """Seconds between arrivals."""
+        return [after - before for before, after in pairwise(self.arrivals)]
 
     def pace(self, after_first: bool = False) -> float | None:
         """Seconds per token; None where there is none."""
@@ -61,6 +75,9 @@ class OwnMethod:
     """Our loop with one drafter and one acceptance rule. Sampled tokens depend on the seed alone (``seeded``)."""
 
     seeded: ClassVar[bool] = True
+    same_arithmetic: ClassVar[bool] = True
+    engine: dict[str, Any] | None = None
+    pass_seconds: ClassVar[dict[str, float]] = {}
 
     def __init__(self, decoder: SpecDecoder, cell: Cell) -> None:
         self.decoder = decoder
@@ -71,17 +88,13 @@ class OwnMethod:
         """Answer ``prompts`` with at most ``count`` new tokens each."""
         start = time.perf_counter()
         with self.decoder.open(prompts, max_new_tokens=count, seed=seed, **self.settings) as generation:
-            steps = generation.steps()
-            next(steps)
-            first = time.perf_counter() - start
-            for _ in steps:
-                pass
+            arrivals = [time.perf_counter() - start for _ in generation.steps()]
             outputs = generation.outputs()
         seconds = time.perf_counter() - start
         return Reply(
             [out.token_ids for out in outputs],
             seconds,
-            first,
+            arrivals,
             len(prompts),
             [out.metrics for out in outputs],
             [out.finish_reason for out in outputs],
@@ -93,11 +106,15 @@ class HFMethod:
 
     lossless = True
     seeded: ClassVar[bool] = False
+    same_arithmetic: ClassVar[bool] = True
+    engine: dict[str, Any] | None = None
+    pass_seconds: ClassVar[dict[str, float]] = {}
 
-    def __init__(self, base: SpecDecoder, name: str, given: dict[str, Any], cell: Cell) -> None:
-        kind, source = check_hf(name, given)
-        if kind != "hf" and cell.batch_size > 1:
-            raise SpecDecError(f"'{name}' decodes one prompt at a time; leave it out or use --batch-size 1")
+    def __init__(self, base: SpecDecoder, cell: Cell) -> None:
+        given = cell.drafter_options
+        kind, source = check_other(cell.drafter, given)
+        if kind != "hf":
+            _one_at_a_time(cell)
         self.model = assistant = copy.copy(base.model)
         self.model.generation_config = copy.copy(base.model.generation_config)  # which assisted generation changes
         self.eos = base.eos_ids()
@@ -111,11 +128,11 @@ class HFMethod:
             layers = base.target.num_layers
             exit_layer = given.get("exit_layer", max(layers // 3, 1))
             self.settings["assistant_early_exit"] = options.whole("exit_layer", exit_layer, 1, layers - 1)
-        elif kind == "hf-draft-model":
+        elif kind == "hf-assistant":
             assistant = loading.load(source, dtype=base.target.dtype, device=base.target.device)[0]
             densify(assistant)
             self.settings["assistant_model"] = assistant
-        if kind in ("hf-early-exit", "hf-draft-model") and depth != "auto":
+        if kind in ("hf-early-exit", "hf-assistant") and depth != "auto":
             config = assistant.generation_config  # how deep it drafts: as our drafters
             config.num_assistant_tokens, config.num_assistant_tokens_schedule = depth, "constant"
             config.assistant_confidence_threshold = 0.0
@@ -139,7 +156,7 @@ class HFMethod:
             )
             tokens = [self._cut(row) for row in out[:, width:].tolist()]
             seconds = time.perf_counter() - start
-        return Reply(tokens, seconds, clock.first - start, clock.tokens)
+        return Reply(tokens, seconds, [at - start for at in clock.arrivals], clock.tokens)
 
     def _cut(self, row: list[int]) -> list[int]:
         """Without the padding behind the end-of-sequence token of a row that ended early."""
@@ -148,18 +165,70 @@ class HFMethod:
 
 
 class _Clock(BaseStreamer):
-    """Notes when the first new tokens arrive, and how many; ``generate`` hands over the prompt before that."""
+    """Notes when new tokens arrive, and how many come first; ``generate`` hands over the prompt before that."""
 
     def __init__(self) -> None:
-        self.calls, self.first, self.tokens = 0, 0.0, 0
+        self.calls, self.arrivals, self.tokens = 0, list[float](), 0
 
     def put(self, value: torch.Tensor) -> None:
         self.calls += 1
+        if self.calls > 1:
+            self.arrivals.append(time.perf_counter())
         if self.calls == 2:
-            self.first, self.tokens = time.perf_counter(), value.numel()
+            self.tokens = value.numel()
 
     def end(self) -> None:
         pass
+
+
+class PeerMethod:
+    """Another engine on the model's own file (option: context, in tokens). Its arithmetic may choose other tokens."""
+
+    lossless = True
+    seeded: ClassVar[bool] = False
+    same_arithmetic: ClassVar[bool] = False
+
+    def __init__(self, base: SpecDecoder, cell: Cell) -> None:
+        self.kind, source = check_other(cell.drafter, cell.drafter_options)
+        peer = peers.require(self.kind)
+        _one_at_a_time(cell)
+        if cell.temperature > 0:
+            raise SpecDecError(f"'{self.kind}' is measured greedily; leave it out or use --temperature 0")
+        path, most = peers.readable(self.kind, model_file(cell.model)), base.target.context
+        context = options.whole("context", cell.drafter_options.get("context", min(PEER_CONTEXT, most)), 1, most)
+        if peer.mode == "draft-model":
+            source = str(peers.readable(self.kind, Path(source) if Path(source).is_file() else None))
+        depth = None if cell.num_speculative_tokens == "auto" else cell.num_speculative_tokens
+        how = {"threads": torch.get_num_threads(), "context": context, "mode": peer.mode, "source": source}
+        self.context, self.eos = context, sorted(base.eos_ids())
+        self.process = peers.Process(peer.engine)
+        self.engine: dict[str, Any] | None = self.process.ask("load", path=str(path), depth=depth, **how)
+        self.pass_seconds: dict[str, float] = self.process.ask("passes", sizes=[n for n in PASSES if n < context])
+
+    def reply(self, prompts: list[list[int]], count: int, seed: int) -> Reply:
+        (ids,) = prompts
+        if len(ids) + count > self.context:
+            option = f"--drafter-option {self.kind}.context={len(ids) + count}"
+            raise SpecDecError(f"a prompt of {len(ids)} tokens does not fit '{self.kind}'; give it more by {option}")
+        made = self.process.ask("generate", ids=ids, count=count, eos=self.eos)
+        peak = self.process.resident()
+        return Reply([made["tokens"]], made["seconds"], made["arrivals"], made["first"], peak_memory_mb=peak)
+
+
+def model_file(name: str) -> Path | None:
+    """The GGUF file of an embedded model, else the file or folder ``name``; None where that is neither."""
+    if name in catalogue.EMBEDDED:
+        return catalogue.prepared(name) / catalogue.GGUF
+    path = Path(name).expanduser().absolute()
+    return path if path.exists() else None
+
+
+def _one_at_a_time(cell: Cell) -> None:
+    if cell.batch_size > 1:
+        raise SpecDecError(f"'{cell.drafter}' decodes one prompt at a time; leave it out or use --batch-size 1")
+
+
+Method = OwnMethod | HFMethod | PeerMethod
 
 
 class PeakMemory:

@@ -1,4 +1,5 @@
-"""Prompt sets: a file, our own small set, or a public set by name, found in a data folder or fetched from its home.
+"""Prompt sets: a file, our own small set, or a public set by name, found in a data folder, in a package that is
+installed, or fetched from its home.
 
 What is downloaded has a fixed revision and a known SHA-256, and is kept in the cache folder; sets of which we know no
 checksum are not downloaded. Knows no tokenizer and no model.
@@ -13,6 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from http.client import HTTPException
+from importlib.metadata import PackageNotFoundError, distribution
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -54,7 +56,8 @@ class Home:
     """Where a public set comes from.
 
     url, sha256: of one revision of the file, and its checksum. None: no checksum is known to us, so the user has to get
-    the file. turns: makes the turns of one of the file's records; the plain reading comes first.
+    the file. turns: makes the turns of one of the file's records; the plain reading comes first. package: a package
+    that pip installs, and its file with the same checksum.
     """
 
     page: str
@@ -62,6 +65,7 @@ class Home:
     url: str | None = None
     sha256: str | None = None
     turns: Turns = lambda record: None
+    package: tuple[str, str] | None = None
 
 
 RAW = "https://raw.githubusercontent.com/"
@@ -93,6 +97,7 @@ SETS: dict[str, Home] = {
         RAW + "openai/human-eval/6d43fb980f9fee3c892a914eda09951f772ad10d/data/HumanEval.jsonl.gz",
         "b796127e635a67f93fb35c04f4cb03cf06f38c8072ee7cee8833d7bee06979ef",
         lambda record: CODE + record["prompt"].rstrip() + "\n```" if "task_id" in record else None,
+        ("human-eval", "human_eval/data/HumanEval.jsonl.gz"),
     ),
     "koala": Home(
         "https://github.com/arnav-gudibande/koala-test-set (koala_test_set.jsonl)",
@@ -116,14 +121,14 @@ def load_prompts(name: str, data_dir: Path | None = None) -> PromptSet:
 
     Files are JSONL with ``turns`` (or ``prompt``) and optionally ``category`` and ``id``, or plain lines, one prompt
     each; ``.gz`` is unpacked. A named set is ``NAME.jsonl`` in ``data_dir`` or the folder that $SPECDEC_DATA names
-    ("_" may stand for "-"), else it is downloaded. Raises SpecDecError for unknown names, files that are missing or
-    empty, and a broken line, with its number.
+    ("_" may stand for "-"), else a package's file, else it is downloaded. Raises SpecDecError for unknown names, files
+    that are missing or empty, and a broken line, with its number.
     """
     if name == "own":
         return _read(name, Path(str(files("specdec.bench") / "data" / "own.jsonl")))
     if name in SETS:
         home = SETS[name]
-        path = _local(name, data_dir) or _downloaded(name, home)
+        path = _local(name, data_dir) or _packaged(home) or _downloaded(name, home)
         return _read(name, path, f"{home.licence}; {home.page}", home.turns)
     path = Path(name).expanduser()
     if not path.is_file():
@@ -153,8 +158,21 @@ def _local(name: str, data_dir: Path | None) -> Path | None:
     return next((file for file in files if file.is_file()), None)
 
 
+def _packaged(home: Home) -> Path | None:
+    """The file in the package, if that is installed and the file is the known one."""
+    if home.package is None:
+        return None
+    with suppress(PackageNotFoundError):
+        path = Path(str(distribution(home.package[0]).locate_file(home.package[1])))
+        if path.is_file() and inputs.sha256(path) == home.sha256:
+            return path
+    return None
+
+
 def _downloaded(name: str, home: Home) -> Path:
     by_hand = f"put it as '{name}.jsonl' into a folder and give that with --data-dir or ${DATA}; it is at {home.page}"
+    if home.package is not None:
+        by_hand = f"'pip install {home.package[0]}', or {by_hand}"
     if home.url is None or home.sha256 is None:
         raise SpecDecError(f"prompt set '{name}' is not downloaded, for want of a published checksum; {by_hand}")
     path = cache_dir() / "prompts" / f"{name}.jsonl{'.gz' if home.url.endswith('.gz') else ''}"

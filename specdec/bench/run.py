@@ -24,8 +24,10 @@ from specdec.bench import quality
 from specdec.bench.cell import Cell, Progress
 from specdec.bench.environment import environment
 from specdec.bench.figures import Request, figures
-from specdec.bench.methods import CONTEXT, WARM_UP, HFMethod, OwnMethod, PeakMemory
+from specdec.bench.methods import CONTEXT, PASSES, WARM_UP, HFMethod, Method, OwnMethod, PeakMemory, PeerMethod
+from specdec.bench.peers import PEERS, require
 from specdec.bench.prompts import Conversation, PromptSet, load_prompts, spread
+from specdec.engine import costs
 from specdec.engine.replay import first_difference
 from specdec.models import loading
 from specdec.speculation import registry
@@ -61,11 +63,11 @@ class Decoders:
             self._base = cell.loading, SpecDecoder.from_pretrained(cell.model, "none", **how)
         return self._base[1]
 
-    def method(self, cell: Cell) -> OwnMethod | HFMethod:
+    def method(self, cell: Cell) -> Method:
         """The cell's own method."""
         base = self.base(cell)
-        if cell.is_hf:
-            return HFMethod(base, cell.drafter, cell.drafter_options, cell)
+        if cell.is_other:
+            return PeerMethod(base, cell) if cell.drafter.partition("=")[0] in PEERS else HFMethod(base, cell)
         key = json.dumps([cell.drafter, cell.drafter_options, cell.verifier, cell.verifier_options], sort_keys=True)
         if key not in self._loaded:
             ruled = copy.copy(base)
@@ -106,9 +108,12 @@ class Run:
             differing = [name for name, value in cell.as_dict().items() if name not in OWN and value != theirs[name]]
             if differing:
                 raise SpecDecError(f"cells side by side must agree in {', '.join(differing)}")
+        for cell in cells:
+            if cell.drafter.partition("=")[0] in PEERS:
+                require(cell.drafter.partition("=")[0])
         self.prompt_set = decoders.prompts(first)
-        self.base = decoders.base(first, [cell.drafter for cell in cells if not cell.is_hf])
-        self.methods: dict[str, OwnMethod | HFMethod] = {}
+        self.base = decoders.base(first, [cell.drafter for cell in cells if not cell.is_other])
+        self.methods: dict[str, Method] = {}
         self.names: dict[str, str] = {}  # of the method of each cell, by the cell's key
         for cell in cells:
             for one in (*(_alone(cell, name) for name in cell.against), _alone(cell)):
@@ -122,6 +127,7 @@ class Run:
         count = first.batch_size
         conversations = spread(self.prompt_set.conversations, first.limit)
         self.groups = [conversations[i : i + count] for i in range(0, len(conversations), count)]
+        self.passes: dict[str, dict[str, float]] = {}
         self.requests: list[Request] = []
         self.skipped: list[str] = []
         self.seconds, self.interrupted = 0.0, True
@@ -137,10 +143,13 @@ class Run:
     def _add(self, cell: Cell) -> None:
         """Load the cell's own method under a name of its own."""
         if cell.key() not in self.names:
-            name, number = cell.drafter, 1
+            depth = cell.num_speculative_tokens
+            usual = depth in ("auto", self.first.num_speculative_tokens)
+            name = label = cell.drafter if usual else f"{cell.drafter}@{depth}"
+            number = 1
             while name in self.methods:
                 number += 1
-                name = f"{cell.drafter} ({number})"
+                name = f"{label} ({number})"
             self.methods[name], self.names[cell.key()] = self.decoders.method(cell), name
 
     def execute(self) -> None:
@@ -148,6 +157,7 @@ class Run:
         longest = [max(len(c.turns) for c in group) for group in self.groups]
         total = self.first.repetitions * len(self.methods) * sum(longest)
         try:
+            self._time_passes()
             self._warm_up()
             for repetition, number in product(range(self.first.repetitions), range(len(self.groups))):
                 chats: list[Chat] = [(conversation, []) for conversation in self.groups[number]]
@@ -161,6 +171,13 @@ class Run:
             self.interrupted = False
         finally:
             self.seconds = time.perf_counter() - start
+
+    def _time_passes(self) -> None:
+        """Before anything else: what a pass over several tokens costs, in each engine that can be asked."""
+        sizes = [n for n in PASSES if n < self.base.target.context]
+        own = {str(n): seconds for n, seconds in costs.time_scoring(self.base.target, sizes=sizes).items()}
+        timed = {"specdec": own} | {name: method.pass_seconds for name, method in self.methods.items()}
+        self.passes = {name: {n: 1e3 * s for n, s in found.items()} for name, found in timed.items() if found}
 
     def _warm_up(self) -> None:
         most = min(CONTEXT, self.base.target.context - WARM_UP)
@@ -194,7 +211,8 @@ class Run:
         for name in order:
             with PeakMemory(self.base.target.device) as memory:
                 reply = self.methods[name].reply(prompts, count, seed)
-            reply.peak_memory_mb = memory.mb
+            if reply.peak_memory_mb is None:
+                reply.peak_memory_mb = memory.mb
             made[name] = Request(name, *place, [conversation for conversation, _ in chats], prompts, reply)
         for name in order:
             self._compare(made[name], made[self.plain], count, seed)
@@ -220,7 +238,7 @@ class Run:
             theirs, equality = plain.reply.tokens[b], None
             if comparable and ours == theirs:
                 equality = "equal"
-            elif comparable and not method.lossless:
+            elif comparable and not (method.lossless and method.same_arithmetic):
                 equality = "differs"
             elif comparable:
                 params = SamplingParams(cell.temperature, cell.top_k, cell.top_p, seed=seed)
@@ -246,6 +264,7 @@ class Run:
                 "skipped": self.skipped,
             },
             "environment": self.environment,
+            "pass_ms": self.passes,
             "seconds": self.seconds,
             "interrupted": self.interrupted,
         }
@@ -255,7 +274,7 @@ class Run:
             name = self.names[_alone(cell).key()]
             labels = {str(label): self.names[_alone(cell, label).key()] for label in cell.against}
             baselines = {label: made[method] for label, method in labels.items()}
-            sums = {m: figures(m, made[m], baselines, self.methods[m].lossless) for m in {name, *labels.values()}}
+            sums = {m: figures(m, made[m], baselines, self.methods[m]) for m in {name, *labels.values()}}
             compared = {label: sums[method] for label, method in labels.items()}
             out.append(
                 {"key": cell.key(), "cell": cell.as_dict(), "method": sums[name], "baselines": compared, **shared}

@@ -43,6 +43,11 @@ def ratio(above: Sequence[float], below: Sequence[float], clusters: Sequence[int
     return _estimate(float(sum(above) / sum(below)), draws, len(sums[0]))
 
 
+def percentiles(values: Sequence[float], at: Sequence[float]) -> list[float]:
+    """The percentiles ``at`` of ``values``, linear between neighbours."""
+    return [float(value) for value in np.percentile(values, at)]
+
+
 def _counts(clusters: int) -> Any:
     """How often each cluster is drawn, [RESAMPLES, clusters]; the same for all estimates of a run."""
     return np.random.default_rng(0).multinomial(clusters, np.full(clusters, 1 / clusters), RESAMPLES)

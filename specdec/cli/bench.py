@@ -20,17 +20,20 @@ METHODS = "hf,none,prompt-lookup,m2r2"
 
 def bench(
     model: shared.Model = DEFAULT_MODEL,
-    drafters: Annotated[
+    methods: Annotated[
         str | None,
         typer.Option(
+            "--methods",
+            "--drafters",
             metavar="NAMES",
-            help="Methods, with commas between: drafters, and hf, hf-lookup, hf-early-exit, hf-draft-model=MODEL "
-            "(model.generate and its assisted modes). none (plain decoding) always runs. If not given: "
-            "hf, none, prompt-lookup, and m2r2 where one is shipped for the model.",
+            help="With commas between: drafters (NAME@K drafts K tokens a step); hf, hf-lookup, hf-early-exit, "
+            "hf-assistant=MODEL (model.generate and its assisted modes); llama.cpp, llama.cpp-lookup, "
+            "llama.cpp-draft-model=FILE, openvino, openvino-lookup, where installed. none (plain decoding) always "
+            "runs. If not given: hf, none, prompt-lookup, and m2r2 where one is shipped for the model.",
         ),
     ] = None,
     drafter_option: Annotated[
-        list[str] | None, typer.Option(metavar="DRAFTER.KEY=VALUE", help="An option of one drafter; repeatable.")
+        list[str] | None, typer.Option(metavar="METHOD.KEY=VALUE", help="An option of one method; repeatable.")
     ] = None,
     prompts: shared.Prompts = "own",
     data_dir: shared.DataDir = None,
@@ -60,9 +63,9 @@ def bench(
     Medians with 95 % bootstrap intervals. Every method answers the same prompts; a conversation goes on with the answer
     of plain decoding.
     """
-    names = shared.commas(METHODS if drafters is None else drafters)
+    names = shared.commas(METHODS if methods is None else methods)
     if not names:
-        raise SpecDecError(f"--drafters names no method; give some, such as {METHODS}")
+        raise SpecDecError(f"--methods names none; give some, such as {METHODS}")
     own = _by_method(names, drafter_option or [])
     with terminal.status("loading"):
         from specdec.bench.cell import Cell
@@ -90,15 +93,15 @@ def bench(
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             repetitions=repetitions,
-            against=("none", *(["hf"] if "hf" in names else [])),
+            against=("none", *(name for name in ("hf", "llama.cpp", "openvino") if name in names and name not in own)),
         )
         every = names if "none" in names else ["none", *names]
-        cells = [base.but(drafter=name, drafter_options=own.get(name, {})) for name in every]
+        cells = [base.but(**_method(name), drafter_options=own.get(name, {})) for name in every]
         folder = _folder(output) if output else None
         decoders = Decoders(data_dir)
         if licence := decoders.prompts(base).licence:
             terminal.say(f"prompts: {prompts} ({licence})")
-        if drafters is None and shipped("m2r2", decoders.base(base).target) is None:
+        if methods is None and shipped("m2r2", decoders.base(base).target) is None:
             cells = [cell for cell in cells if cell.drafter != "m2r2"]
             terminal.say("m2r2 is left out: none is shipped for this model; train one: specdec train m2r2 --model ...")
         run = Run(cells, decoders)
@@ -119,10 +122,10 @@ def bench(
         "command": shared.command_line(),
         "configuration": {k: v for k, v in base.as_dict().items() if k not in ("drafter", "drafter_options")},
         "methods": [
-            {"drafter": r["cell"]["drafter"], "drafter_options": r["cell"]["drafter_options"], **r["method"]}
+            {key: r["cell"][key] for key in ("drafter", "drafter_options", "num_speculative_tokens")} | r["method"]
             for r in results
         ],
-        **{key: results[0][key] for key in ("prompts", "environment", "seconds", "interrupted")},
+        **{key: results[0][key] for key in ("prompts", "environment", "pass_ms", "seconds", "interrupted")},
     }
     if folder:
         shared.write_json(folder / "bench.json", summary)
@@ -133,13 +136,21 @@ def bench(
         raise typer.Exit(INTERRUPTED)
 
 
+def _method(name: str) -> dict[str, Any]:
+    """The drafter and, with ``NAME@K``, the draft length of a method."""
+    drafter, _, depth = name.rpartition("@")
+    if drafter and depth.isdecimal():
+        return {"drafter": drafter, "num_speculative_tokens": shared.depth(depth, name)}
+    return {"drafter": name}
+
+
 def _by_method(names: list[str], pairs: list[str]) -> dict[str, dict[str, Any]]:
-    """``DRAFTER.KEY=VALUE`` texts as options by drafter; names may have dots in them."""
+    """``METHOD.KEY=VALUE`` texts as options by method; names may have dots in them."""
     out: dict[str, dict[str, Any]] = {}
     for pair in pairs:
         fits = [name for name in names if pair.startswith(f"{name}.")]
         if not fits:
-            raise SpecDecError(f"--drafter-option takes DRAFTER.KEY=VALUE with a name of --drafters; got '{pair}'")
+            raise SpecDecError(f"--drafter-option takes METHOD.KEY=VALUE with a name of --methods; got '{pair}'")
         name = max(fits, key=len)
         out.setdefault(name, {}).update(options.assignments("--drafter-option", [pair[len(name) + 1 :]]))
     return out
@@ -154,7 +165,7 @@ def _folder(output: Path) -> Path:
 
 
 def _print(summary: dict[str, Any], table: Any) -> None:
-    """Print what was measured, the figures, and where the time went."""
+    """Print what was measured, what passes cost, the figures, where the time went, and how it spreads."""
     cell, about, prompts = (summary[key] for key in ("configuration", "environment", "prompts"))
     skipped = f", {len(prompts['skipped'])} skipped" if prompts["skipped"] else ""
     held = "" if about["kv_cache"] == "as computed" else f", KV cache in {about['kv_cache']}"
@@ -167,19 +178,37 @@ def _print(summary: dict[str, Any], table: Any) -> None:
         f"{cell['max_new_tokens']} tokens, batch of {cell['batch_size']}, {times}, "
         f"{summary['seconds']:.0f} s{' (interrupted)' if summary['interrupted'] else ''}\n\n"
     )
+    for engine, costs in summary["pass_ms"].items():
+        one = costs.get("1") or 1.0
+        shown = ", ".join(f"{ms:.1f} ({ms / one:.2f} x)" for ms in costs.values())
+        terminal.write(f"{engine}: a pass over {', '.join(costs)} tokens takes {shown} ms\n")
+    for method in summary["methods"]:
+        if method["engine"]:
+            about = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in method["engine"].items())
+            terminal.write(f"{method['name']}: {about.removeprefix('version ')}\n")
+    print()
     terminal.columns(table.header, table.rows)
     print()
     methods = summary["methods"]
     phases = list(dict.fromkeys(phase for method in methods for phase in method["ledger_ms_per_step"]))
-    header = ["method", "prefill ms", "decode ms/token", *(f"{p} ms/step" for p in phases), "accepted at 1, 2 ..", "MB"]
+    header = ["method", "prefill ms", "decode ms/token", *(f"{p} ms/step" for p in phases), "MB"]
     rows = []
     for method in methods:
         ledger, memory = method["ledger_ms_per_step"], method["peak_memory_mb"]
         prefill, decode = method["prefill_ms"], method["decode_ms_per_token"]
         row = [method["name"], f"{prefill['value']:.0f}" if prefill else "", f"{decode['value']:.1f}" if decode else ""]
         row += [f"{ledger[phase]:.1f}" if phase in ledger else "" for phase in phases]
-        row.append(" ".join(f"{share:.2f}".removeprefix("0") for share in method["acceptance_per_position"]))
         rows.append([*row, "" if memory is None else f"{memory:.0f}"])
+    terminal.columns(header, rows)
+    print()
+    header = ["method", "P50, P99: ms/token", "ms to the first", "ms/step", "accepted at 1, 2 ..", "if all before were"]
+    rows = []
+    for method in methods:
+        found = [method["latency_ms"][what] for what in ("token", "first_token", "step")]
+        row = [method["name"], *(f"{one['p50']:.1f}, {one['p99']:.1f}" if one else "" for one in found)]
+        for shares in (method["acceptance_per_position"], method["conditional_acceptance"]):
+            row.append(" ".join(f"{share:.2f}".removeprefix("0") for share in shares))
+        rows.append(row)
     terminal.columns(header, rows)
     for line in prompts["skipped"]:
         terminal.say(f"skipped {line}")

@@ -81,6 +81,19 @@ class RequestMetrics:
         return shares
 
     @property
+    def conditional_acceptance(self) -> list[float]:
+        """Entry i: of the steps that drafted deeper than i and accepted all before it, the share that accepted token
+        i."""
+        shares = []
+        for i in range(max(self.per_step_drafted, default=0)):
+            steps = zip(self.per_step_drafted, self.per_step_accepted, strict=True)
+            reached = [a > i for d, a in steps if d > i and a >= i]
+            if not reached:
+                break
+            shares.append(sum(reached) / len(reached))
+        return shares
+
+    @property
     def mean_layers_per_token(self) -> float:
         """Average depth: layers a token went through before it was accepted. Early exits count as far as they went."""
         full = self.num_new_tokens - len(self.exit_layers)

@@ -20,7 +20,7 @@ from specdec.bench.cell import Cell
 from specdec.sweep import axes
 from specdec.sweep.store import MANIFEST, Store
 
-BENCH = "bench.json"
+BENCH, DEPTH = "bench.json", "num_speculative_tokens"
 NAMES = {"none": "plain", "hf": "model.generate"}  # of baselines, for people
 Record = Mapping[str, Any]
 Estimate = Mapping[str, Any]  # {"value", "low", "high"}; the bounds may be None
@@ -113,7 +113,7 @@ def from_benchmark(summary: Mapping[str, Any]) -> Results:
     shared = {key: summary[key] for key in ("prompts", "environment", "seconds")}
     records = []
     for method in summary["methods"]:
-        own = {name: method[name] for name in ("drafter", "drafter_options")}
+        own = {name: method[name] for name in ("drafter", "drafter_options", DEPTH) if name in method}
         cell = Cell(**summary["configuration"] | own)
         records.append({"key": cell.key(), "cell": cell.as_dict(), "method": method, "baselines": {}, **shared})
     return Results("benchmark", "", str(summary["command"]), records)

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from specdec.base.errors import SpecDecError, did_you_mean
 from specdec.base.settings import Settings
-from specdec.bench.cell import HF_METHODS, Cell, check_hf
+from specdec.bench.cell import OTHERS, Cell, check_other
 from specdec.speculation import registry
 from specdec.sweep.document import Document, each, show
 
@@ -65,13 +65,13 @@ def check_plugin(group: str, name: str, options: Mapping[str, Any]) -> None:
     """Raise SpecDecError for an unknown plug-in and for what it has against its options whatever the model is."""
     if group == "verifier":
         registry.verifier(name, options)
-    elif name.partition("=")[0] in HF_METHODS:
-        check_hf(name, options)
+    elif name.partition("=")[0] in OTHERS:
+        check_other(name, options)
     else:
         try:
             parts = registry.parse(name)
         except SpecDecError as error:
-            near = did_you_mean(name, (*registry.names("drafters"), *HF_METHODS))
+            near = did_you_mean(name, (*registry.names("drafters"), *OTHERS))
             raise SpecDecError(f"unknown drafter '{name}'{near}" if "'hf" in near else str(error)) from None
         checks = [(*parts[0], options)]
         if len(parts) > 1:

@@ -1,0 +1,197 @@
+"""Other engines, each in a process of its own that idles while another method runs.
+
+The process reads a command from each line of its input and answers with a line, both JSON; ``serve`` runs in it. An
+engine is a class in a module of its own. Separate processes keep apart engines that configure threads and the CPU's
+tile registers, each for itself. Knows no torch.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
+
+from specdec.base.errors import SpecDecError
+
+Put = Callable[[Sequence[int]], bool]  # takes new tokens as they come; False: no more are wanted
+
+
+class Engine(Protocol):
+    """What runs in the process."""
+
+    def load(self, path: str, threads: int, context: int, mode: str, source: str, depth: int | None) -> dict[str, Any]:
+        """Load a model; return what to report: version and settings. mode: "", "lookup" or "draft-model" (of the file
+        ``source``). depth: tokens to draft a step; None: the engine's own default."""
+        ...
+
+    def generate(self, ids: list[int], count: int, put: Put) -> None:
+        """Decode at most ``count`` tokens greedily after ``ids``."""
+        ...
+
+    def passes(self, sizes: list[int]) -> dict[str, float]:
+        """Seconds of a pass over so many tokens; {} where no call does that."""
+        ...
+
+
+@dataclass(frozen=True)
+class Peer:
+    """engine: "module:Class". module, package: what it imports, and what pip installs for that. reads: kinds of models
+    (".gguf", or a file that is in a model's folder)."""
+
+    engine: str
+    module: str
+    package: str
+    reads: tuple[str, ...]
+    mode: str = ""
+
+
+LLAMA_CPP = ("specdec.bench.llama_cpp:LlamaCpp", "llama_cpp", "llama-cpp-python", (".gguf",))
+OPENVINO = ("specdec.bench.openvino:OpenVINO", "openvino_genai", "openvino-genai", (".gguf", "openvino_model.xml"))
+PEERS: dict[str, Peer] = {
+    "llama.cpp": Peer(*LLAMA_CPP),
+    "llama.cpp-lookup": Peer(*LLAMA_CPP, mode="lookup"),
+    "llama.cpp-draft-model": Peer(*LLAMA_CPP, mode="draft-model"),
+    "openvino": Peer(*OPENVINO),
+    "openvino-lookup": Peer(*OPENVINO, mode="lookup"),
+}
+
+
+def require(name: str) -> Peer:
+    """The peer ``name``. Raises SpecDecError where it is not installed."""
+    peer = PEERS[name]
+    if importlib.util.find_spec(peer.module) is None:
+        raise SpecDecError(f"'{name}' is not installed; get it with: pip install {peer.package}")
+    return peer
+
+
+def readable(name: str, model: Path | None) -> Path:
+    """What the peer ``name`` loads of the file or folder ``model``. Raises SpecDecError if it reads no such model."""
+    peer = PEERS[name]
+    if model is not None and (model.suffix in peer.reads or any((model / kind).is_file() for kind in peer.reads)):
+        return model
+    others = "" if len(peer.reads) == 1 else f" or a folder with {peer.reads[1]}"
+    raise SpecDecError(f"'{name}' reads a GGUF file{others}, and the model is none; give such a --model")
+
+
+class Process:
+    """A child that runs the engine ``"module:Class"``. environment: variables beside those of this process."""
+
+    def __init__(self, engine: str, **environment: str) -> None:
+        self.engine = engine
+        command = [sys.executable, "-m", "specdec.bench.peers", engine]
+        pipe = subprocess.PIPE
+        self.child = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True, env=os.environ | environment
+        )
+        self.close = weakref.finalize(self, _end, self.child)
+        self._answer()  # it is ready
+        self.libraries = self.resident("VmRSS")  # MB, before a model is loaded
+
+    def ask(self, do: str, **given: Any) -> Any:
+        """Have the engine do something. Raises SpecDecError with what the engine raised."""
+        assert self.child.stdin is not None
+        try:
+            self.child.stdin.write(json.dumps({"do": do, **given}) + "\n")
+            self.child.stdin.flush()
+        except OSError:  # it has ended: so says the answer
+            pass
+        return self._answer()
+
+    def _answer(self) -> Any:
+        assert self.child.stdout is not None
+        line = self.child.stdout.readline()
+        if not line:
+            raise SpecDecError(f"the process of {self.engine} ended with code {self.child.wait()}; leave it out")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise SpecDecError(f"{self.engine.rpartition(':')[2]}: {answer['error']}")
+        return answer["value"]
+
+    def resident(self, field: str = "VmHWM") -> float | None:
+        """Memory in MB: "VmRSS" now, "VmHWM" at its peak; None where the system does not report it."""
+        try:
+            status = Path(f"/proc/{self.child.pid}/status").read_text("utf-8")
+        except OSError:
+            return None
+        found = re.search(rf"{field}:\s*(\d+)", status)
+        return int(found[1]) * 1024 / 1e6 if found else None
+
+
+def _end(child: subprocess.Popen[str]) -> None:
+    child.kill()
+    child.wait()
+    for pipe in (child.stdin, child.stdout):
+        assert pipe is not None
+        pipe.close()
+
+
+# --- in the process --------------------------------------------------------------------------------------------------
+
+
+class Server:
+    """Carries out commands with an engine, and times them."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.load, self.passes = engine.load, engine.passes
+        self.engine = engine
+
+    def generate(self, ids: list[int], count: int, eos: list[int]) -> dict[str, Any]:
+        """``tokens``, cut after an end-of-sequence token; ``arrivals``: seconds at which some came, and ``first``, how
+        many came first; ``seconds`` in all."""
+        tokens, arrivals, firsts, end = list[int](), list[float](), list[int](), set(eos)
+        start = time.perf_counter()
+
+        def put(new: Sequence[int]) -> bool:
+            arrivals.append(time.perf_counter() - start)
+            firsts.append(len(new))
+            for token in new:
+                tokens.append(token)
+                if token in end or len(tokens) == count:
+                    return False
+            return True
+
+        self.engine.generate(ids, count, put)
+        if not tokens:
+            raise ValueError("it decoded nothing")
+        return {
+            "tokens": tokens,
+            "seconds": time.perf_counter() - start,
+            "arrivals": arrivals,
+            "first": firsts[0],
+        }
+
+
+def serve(engine: str) -> None:
+    """Answer the commands on standard input until it ends; what libraries print goes elsewhere."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the benchmark, which then ends this process
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    def carry_out(action: Callable[[], Any]) -> None:
+        try:
+            answer = {"value": action()}
+        except Exception as error:  # whatever an engine raises is an answer
+            answer = {"error": " ".join(f"{type(error).__name__}: {error}".split())}
+        print(json.dumps(answer), file=answers, flush=True)
+
+    module, _, name = engine.partition(":")
+    made = list[Server]()
+    carry_out(lambda: made.append(Server(getattr(import_module(module), name)())))
+    for line in sys.stdin:
+        carry_out(partial(lambda do, **given: getattr(made[0], do)(**given), **json.loads(line)))
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1])
