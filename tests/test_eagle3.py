@@ -18,12 +18,14 @@ from torch import Tensor
 from specdec import SpecDecError, SpecDecoder
 from specdec.drafters.eagle3 import Eagle3Drafter
 from specdec.drafters.eagle3_network import Eagle3
+from specdec.drafters.none import NoDrafter
 from specdec.engine.depth import FixedDepth
 from specdec.engine.engine import Engine
 from specdec.engine.request import Request
 from specdec.models import loading
 from specdec.runtimes.prefill import run_tokens
 from specdec.runtimes.reference import ReferenceTarget
+from specdec.runtimes.select import make_target
 from specdec.speculation.draft import Draft, State
 from specdec.speculation.sampling import Sampler, SamplingParams
 from specdec.speculation.trees import Prices
@@ -136,6 +138,24 @@ def test_chains_of_ragged_rows_are_what_the_formula_says(target: ReferenceTarget
         for row, text in enumerate(texts):
             for *before, token in paths(draft, row):
                 assert token == tokens[expected(target, drafter.network, text, before).argmax()]
+
+
+@pytest.mark.parametrize("runtime", ["fused", "graphs", "native"])
+def test_chains_and_trees_are_alike_in_every_runtime(runtime: str) -> None:
+    model = tiny_model("llama", hidden_size=64, intermediate_size=96, head_dim=32)
+    model = model.bfloat16() if runtime == "native" else model
+    try:
+        target, reference = make_target(model, runtime)[0], ReferenceTarget(model)
+    except SpecDecError as error:
+        pytest.skip(f"no native runtime here: {error}" if runtime == "native" else f"there is no CUDA device: {error}")
+    plain = zoo.run(target, NoDrafter(), zoo.PROMPTS, 12)[0]
+    for options in ({}, {"siblings": (2, 0, 1)}, {"nodes": 9, "width": 3}):
+        made = zoo.run(target, zoo.eagle3(target, **options), zoo.PROMPTS, 12)
+        assert made[0] == plain and sum(m.num_draft_tokens for m in made[1].metrics) > 0
+        if runtime != "native":  # float32: the drafts themselves
+            (_, first), *_ = proposed(target, zoo.eagle3(target, **options), [TEXT])
+            (_, same), *_ = proposed(reference, zoo.eagle3(reference, **options), [TEXT])
+            assert first.lists() == same.lists() and first.parents == same.parents
 
 
 @pytest.mark.parametrize("own", [False, True])

@@ -117,6 +117,20 @@ def test_scores_and_logits_are_returned() -> None:
     assert compared > len(plain.scores)
 
 
+def test_a_call_without_a_mask_has_no_padding() -> None:
+    model, ids = tiny_model(), torch.tensor(ROWS[:1])
+    model.generation_config.max_new_tokens, model.generation_config.do_sample = 20, False
+    seen: dict[str, Any] = {}
+
+    class Bare(SpecGenerate):
+        def __call__(self, *args: Any, **given: Any) -> Any:
+            seen.update(given)
+            return super().__call__(*args, **given | {"attention_mask": None})
+
+    ours = model.generate(ids, custom_generate=Bare("prompt-lookup"))
+    assert "attention_mask" in seen and torch.equal(ours, model.generate(ids))
+
+
 def test_drafts_are_accepted() -> None:
     spec = SpecGenerate("prompt-lookup", num_speculative_tokens=3)
     model = tiny_model()
@@ -205,6 +219,17 @@ def test_what_cannot_be_honoured_is_refused_by_name(given: dict[str, Any], text:
         tiny_model().generate(torch.tensor([[5, 6, 7]]), **asked, custom_generate=SpecGenerate("prompt-lookup"))
 
 
+def test_unknown_options_are_refused_by_name() -> None:
+    model, ids = tiny_model(), torch.tensor([[5, 6, 7]])
+    with pytest.raises(ValueError, match="max_new_tokenz"):
+        model.generate(ids, max_new_tokenz=4, custom_generate=SpecGenerate("prompt-lookup"))
+    with pytest.raises(SpecDecError, match="ngrams") as error:
+        model.generate(ids, custom_generate=SpecGenerate("prompt-lookup", drafter_options={"ngrams": 3}))
+    assert "\n" not in str(error.value)
+    with pytest.raises(SpecDecError, match="num_speculative_tokens"):
+        model.generate(ids, custom_generate=SpecGenerate("prompt-lookup", num_speculative_tokens=0))
+
+
 def test_encoder_decoder_models_are_refused() -> None:
     sizes = {"vocab_size": 20, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
     model = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1))
@@ -241,7 +266,8 @@ def test_an_exported_repository_decodes_with_its_drafter(tmp_path: Path, monkeyp
     arguments = ["export", "custom-generate", "--model", str(folder), "--drafter", "prompt-lookup"]
     result = CliRunner().invoke(app, [*arguments, "--output", str(repository)])
     assert result.exit_code == 0, result.output
-    assert "custom_generate" in (repository / "README.md").read_text()
+    assert "- custom_generate\n" in (repository / "README.md").read_text()
+    assert (repository / "custom_generate/requirements.txt").read_text() == "specdec-m2r2\n"
     seen: list[SpecGenerate] = []
     call = SpecGenerate.__call__
 

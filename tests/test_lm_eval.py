@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from conftest import tiny_model
 from serving import NAME, serving
 from test_constraints import letters
+from tiny import save_tiny
 
-from specdec import SpecDecError, SpecDecoder
+from specdec import Engine, SpecDecError, SpecDecoder
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed")
 
@@ -72,6 +76,52 @@ def test_figures_equal_those_of_the_hf_model(tasks: list[dict[str, Any]]) -> Non
     check(evaluated(own, tasks), evaluated(other, tasks))
     with pytest.raises(SpecDecError, match="no place for a prompt"):
         own.generate_until([type("Instance", (), {"args": ("a", {"max_gen_toks": 40})})])
+
+
+def test_it_is_registered_and_takes_what_a_decoder_takes(tasks: list[dict[str, Any]], tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "model")
+    arguments = {"pretrained": str(folder), "drafter": "prompt-lookup", "verifier": "typical", "batch_size": 2}
+    from lm_eval.api.registry import get_model
+
+    import specdec.integrations.lm_eval  # noqa: F401
+
+    model = get_model("specdec")(**arguments)
+    assert model.decoder.drafter.name == "prompt-lookup" and not model.decoder.verifier.lossless
+    rows, step = [], Engine.step
+
+    def spied(self: Engine) -> Any:
+        rows.append(self.scheduler.running)
+        return step(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "step", spied)
+        found = evaluated("specdec", tasks[2:], model_args=arguments)
+    assert found["until"] and max(rows) == 2  # six prompts, two at a time
+
+
+@pytest.mark.slow
+def test_the_module_is_the_command(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "model")
+    lines = [{"question": f"abc{n}", "answer": "x"} for n in range(2)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+    task = {
+        "task": "until",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "data.jsonl")}},
+        "test_split": "test",
+        "output_type": "generate_until",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "{{answer}}",
+        "generation_kwargs": {"until": ["b"], "max_gen_toks": 8},
+    }
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks/until.yaml").write_text(yaml.safe_dump(task))
+    command = [sys.executable, "-m", "specdec.integrations.lm_eval", "--model", "specdec", "--tasks", "until"]
+    command += ["--model_args", f"pretrained={tmp_path / 'model'},drafter=prompt-lookup"]
+    result = subprocess.run(
+        [*command, "--include_path", str(tmp_path / "tasks")], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert result.returncode == 0 and "|until|" in result.stdout, result.stderr[-2000:]
 
 
 def test_local_completions_against_the_server(tasks: list[dict[str, Any]], tmp_path: Path) -> None:

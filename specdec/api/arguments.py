@@ -50,6 +50,7 @@ REQUEST = {
     "logits_processor": options.lists("logits processors", callable),
     "ignore_eos": options.BOOL,
     "logprobs": options.wholes_from(0) | options.NONE,
+    "max_rows": options.wholes_from(1) | options.NONE,
     "prompt_logprobs": options.BOOL,
     "constraint": options.instance("a Json, Regex, Grammar or Choice", Constraint) | options.NONE,
 }

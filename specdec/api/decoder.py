@@ -211,6 +211,7 @@ class SpecDecoder:
         constraint: Constraint | None = None,
         logprobs: int | None = None,
         prompt_logprobs: bool = False,
+        max_rows: int | None = None,
     ) -> Generation:
         """Start a generation: the form under ``generate`` and ``stream`` that gives text and figures as they grow.
 
@@ -225,6 +226,7 @@ class SpecDecoder:
         it. Tokens that it leaves no choice about are drafted before the drafter is asked.
         logprobs: give the log-probability of each new token, with this many of the likeliest tokens at its position.
         They are the model's own: before processors, temperature and constraints. prompt_logprobs: also of the prompt.
+        max_rows: most rows that are decoded at once; another begins when one has ended. None: all.
         Raises SpecDecError for values of the wrong type or out of range and for prompts that do not fit.
         """
         penalty = 1.0 if repetition_penalty is None else repetition_penalty
@@ -268,7 +270,7 @@ class SpecDecoder:
             Request(row, limit, eos=ends, chooser=chooser, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
             for row, limit, chooser in zip(ids, limits, sampler.rows, strict=True)
         ]
-        engine = self.idle_engine(num_speculative_tokens, max_rows=len(ids))
+        engine = self.idle_engine(num_speculative_tokens, max_rows=max_rows or len(ids), max_waiting=len(ids))
         try:
             return Generation(engine, requests, self.tokenizer, stops)
         except BaseException:

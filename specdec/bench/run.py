@@ -21,7 +21,7 @@ from specdec.api.text import encode
 from specdec.base import options
 from specdec.base.errors import SpecDecError
 from specdec.bench import quality
-from specdec.bench.cell import Cell, Progress
+from specdec.bench.cell import Cell, Progress, check_other
 from specdec.bench.environment import environment
 from specdec.bench.figures import Request, figures
 from specdec.bench.methods import CONTEXT, PASSES, WARM_UP, HFMethod, Method, OwnMethod, PeakMemory, PeerMethod
@@ -109,8 +109,8 @@ class Run:
             if differing:
                 raise SpecDecError(f"cells side by side must agree in {', '.join(differing)}")
         for cell in cells:
-            if cell.drafter.partition("=")[0] in PEERS:
-                require(cell.drafter.partition("=")[0])
+            if cell.is_other and (kind := check_other(cell.drafter, cell.drafter_options)[0]) in PEERS:
+                require(kind)
         self.prompt_set = decoders.prompts(first)
         self.base = decoders.base(first, [cell.drafter for cell in cells if not cell.is_other])
         self.methods: dict[str, Method] = {}

@@ -1,6 +1,7 @@
 """A model of lm-eval (extra ``lm-eval``), registered as ``specdec`` when this module is imported.
 
-Log-likelihoods come from the log-probabilities of prompts, generated text from the decoder with its drafter.
+Log-likelihoods come from the log-probabilities of prompts, generated text from the decoder with its drafter. Run as a
+program, it is lm-eval's own command, which knows the model.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ class SpecDecLM(TemplateLM):  # type: ignore[misc]
     """A SpecDecoder as lm-eval calls it.
 
     pretrained: a model's name, as ``SpecDecoder.from_pretrained`` takes it with ``drafter``, ``device``, ``dtype`` and
-    ``more``, or a SpecDecoder. batch_size: prompts that run together. max_length: most tokens of a context and its
-    continuation, without the last one; None: as many as the model takes.
+    ``more``, or a SpecDecoder. batch_size: prompts that run together; while text is generated, the next one begins
+    where one has ended. max_length: most tokens of a context and its continuation, without the last one; None: as many
+    as the model takes.
     """
 
     def __init__(
@@ -122,10 +124,10 @@ class SpecDecLM(TemplateLM):  # type: ignore[misc]
                     f"{options['max_new_tokens']} new tokens leave no place for a prompt in {self.max_length}; "
                     "ask for fewer (max_gen_toks)"
                 )
-            for part in self._parts(group):
-                prompts = [self.tok_encode(requests[n].args[0])[-most:] for n in part]
-                for n, output in zip(part, self.decoder.generate_batch(prompts, **options), strict=True):
-                    found[n] = output.text
+            prompts = [self.tok_encode(requests[n].args[0])[-most:] for n in group]
+            outputs = self.decoder.generate_batch(prompts, max_rows=self.batch_size, **options)
+            for n, output in zip(group, outputs, strict=True):
+                found[n] = output.text
         return found
 
     def _parts(self, numbers: list[int]) -> list[list[int]]:
@@ -140,3 +142,9 @@ def _options(given: dict[str, Any], most: int) -> dict[str, Any]:
         options["temperature"] = 0.0
     count = next((given[name] for name in ("max_gen_toks", "max_new_tokens", "max_tokens") if given.get(name)), most)
     return options | {"max_new_tokens": int(count), "stop": [until] if isinstance(until, str) else list(until)}
+
+
+if __name__ == "__main__":
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()
