@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from itertools import product
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -96,6 +97,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def test_options_are_honoured(name: str, rows: int) -> None:
     plain, ours = pair(tiny_model(), ROWS[:rows], **OPTIONS[name])
     assert torch.equal(plain, ours)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"llama"}))
+def test_options_are_honoured_by_every_family(family: str) -> None:
+    model = tiny_model(family)
+    for (name, given), rows in product(OPTIONS.items(), (1, 3)):
+        plain, ours = pair(model, ROWS[:rows], **given)
+        assert torch.equal(plain, ours), (name, rows)
 
 
 def test_scores_and_logits_are_returned() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from importlib.metadata import version
 from itertools import product
 from typing import Any
 
@@ -35,7 +34,7 @@ class LlamaCpp:
     def load(self, path: str, threads: int, context: int, mode: str, source: str, depth: int | None) -> dict[str, Any]:
         how: dict[str, Any] = {"n_ctx": context, "n_threads": threads, "n_threads_batch": threads, "n_gpu_layers": 0}
         settings: dict[str, Any] = {
-            "version": f"llama-cpp-python {version('llama-cpp-python')}",
+            "version": f"llama-cpp-python {llama_cpp.__version__}",
             "threads": threads,
             "context": context,
         }
