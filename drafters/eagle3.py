@@ -33,13 +33,14 @@ BLOCK, CHUNK = 256, 512  # slots that a row's keys grow by, and tokens of a row 
 class Eagle3Row(ChainRow):
     """What is kept of a row.
 
-    known: of tokens whose successors' pairs have not been run, parts [n, D']. count: pairs that have been run, whose
-    keys and values [1, H', slots, d] these are. last: the head's output at the root's pair, [1, 1, D'].
+    states: the tapped layers' of tokens whose successors' pairs have not been run, parts [n, 3 D]. count: pairs that
+    have been run, whose keys and values [1, H', slots, d] these are. last: the head's output at the root's pair,
+    [1, 1, D'].
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.known: list[Tensor] = []
+        self.states: list[Tensor] = []
         self.count = 0
         self.keys = self.values = self.last = torch.empty(0)
 
@@ -105,16 +106,11 @@ class Eagle3Drafter(ChainDrafter):
 
     def observe(self, memory: list[Any], paths: list[list[int]], taps: dict[int, Tensor]) -> None:
         super().observe(memory, paths, taps)
-        longest = max(map(len, paths), default=0)
-        if not longest:
-            return
-        states = [taps[layer] for layer in self.network.config.layers]
-        places = upload([[*path, *[0] * (longest - len(path))] for path in paths], states[0].device)  # (B, L)
-        rows = torch.arange(len(paths), device=places.device)[:, None]
-        known = self.network.fuse([part[rows, places] for part in states])  # (B, L, D')
-        for row, path, own in zip(memory, paths, known, strict=True):
+        for b, (row, path) in enumerate(zip(memory, paths, strict=True)):
             if path:
-                row.known.append(own[: len(path)])
+                states = [taps[layer][b] for layer in self.network.config.layers]
+                places = upload([path], states[0].device)[0]
+                row.states.append(torch.cat([part[places] for part in states], -1))
 
     def propose(self, state: State, limit: int) -> Draft:
         self._catch_up(state)
@@ -159,23 +155,25 @@ class Eagle3Drafter(ChainDrafter):
     def _catch_up(self, state: State) -> None:
         """Run the pairs of what is new of the rows' texts, up to their roots."""
         rows: list[Eagle3Row] = state.memory
-        new = [torch.cat(row.known) if row.known else row.last.new_empty(0, self.network.config.width) for row in rows]
-        device, width = state.cache.device, max(map(len, new))
+        target, device, tapped = state.target, state.cache.device, len(self.network.config.layers)
+        nothing = torch.empty(0, tapped * target.hidden_size, dtype=target.dtype, device=device)
+        new = [torch.cat(row.states).to(device) if row.states else nothing for row in rows]  # (n, 3 D) each
+        width = max(map(len, new))
         for start in range(0, width, CHUNK):
-            parts = [known[start : start + CHUNK] for known in new]
+            parts = [states[start : start + CHUNK] for states in new]
             counts = list(map(len, parts))
-            first = [len(ids) - len(known) + start for ids, known in zip(state.ids, new, strict=True)]  # tokens' places
+            first = [len(ids) - len(states) + start for ids, states in zip(state.ids, new, strict=True)]
             texts = [ids[at : at + n] for ids, at, n in zip(state.ids, first, counts, strict=True)]
             most = max(counts)
             tokens = upload([[*text, *[0] * (most - len(text))] for text in texts], device)
-            positions = upload([[min(at + i, state.target.context - 1) for i in range(most)] for at in first], device)
-            known = pad_sequence([part.to(device) for part in parts], batch_first=True)  # (B, T, D')
+            positions = upload([[min(at + i, target.context - 1) for i in range(most)] for at in first], device)
+            known = self.network.fuse(pad_sequence(parts, batch_first=True).chunk(tapped, -1))  # (B, T, D')
             out = self._run(state, tokens, known, positions, [row.count for row in rows], counts=counts)
             for b, (row, count) in enumerate(zip(rows, counts, strict=True)):
                 if count:
                     row.count, row.last = row.count + count, out[b : b + 1, count - 1 : count].clone()
         for row in rows:
-            row.known = []
+            row.states = []
 
     def _run(
         self,
