@@ -142,7 +142,10 @@ def test_the_server_gives_them_to_the_official_client_whole_and_streamed(tmp_pat
     assert "".join(each.token for each in content) == whole.message.content and len(content) == 12
     assert all(each.top_logprobs[0].token == each.token and each.bytes == [*each.token.encode()] for each in content)
     streamed = [each for chunk in chunks if chunk.choices[0].logprobs for each in chunk.choices[0].logprobs.content]
-    assert streamed == content
+    assert [(each.token, each.bytes) for each in streamed] == [(each.token, each.bytes) for each in content]
+    for one, other in zip(streamed, content, strict=True):  # the prompt's prefix is reused: passes of other shapes
+        assert [top.token for top in one.top_logprobs] == [top.token for top in other.top_logprobs]
+        assert one.logprob == pytest.approx(other.logprob, abs=1e-5)
     ids = decoder.generate("Name", chat=False, max_new_tokens=5, logprobs=3)
     for choice in text.choices:
         assert choice.logprobs.token_logprobs == pytest.approx([each.logprob for each in ids.logprobs or ()], abs=1e-5)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from lm_eval import utils
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
@@ -43,6 +44,8 @@ class SpecDecLM(TemplateLM):  # type: ignore[misc]
         **more: Any,
     ) -> None:
         super().__init__()
+        if device and device.startswith("cuda") and not torch.cuda.is_available():
+            device = None  # lm-eval's command asks for 'cuda:0' where the user gives nothing
         if isinstance(pretrained, str):
             pretrained = SpecDecoder.from_pretrained(pretrained, drafter, device=device or "auto", dtype=dtype, **more)
         self.decoder, self.tokenizer = pretrained, pretrained.tokenizer
@@ -69,7 +72,7 @@ class SpecDecLM(TemplateLM):  # type: ignore[misc]
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         if add_special_tokens is None:
-            begin = self.tokenizer.decode(self.prefix_token_id)
+            begin = self.tokenizer.bos_token or self.tokenizer.eos_token
             add_special_tokens = not (begin and string.startswith(begin))
         return [int(token) for token in self.tokenizer.encode(string, add_special_tokens=add_special_tokens)]
 
