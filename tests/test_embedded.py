@@ -516,6 +516,9 @@ def test_an_interrupt_stops_the_child(script, tmp_path):
 
     def interrupt():
         started.append(int((tmp_path / "pid").read_text()))  # waits for the child
+        main = threading.main_thread().ident
+        while sys._current_frames()[main].f_code is not catalogue._convert.__code__:  # it is still in Popen
+            time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt).start()
