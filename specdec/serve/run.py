@@ -80,5 +80,5 @@ class _Server(uvicorn.Server):
         if self.should_exit:
             say("ended")
             os._exit(128 + sig)  # whatever the engine is doing
+        super().handle_exit(sig, frame)  # first: the next signal may come as soon as the line is read
         say("finishing the requests under way; a second signal ends them")
-        super().handle_exit(sig, frame)
