@@ -17,6 +17,7 @@ from specdec.base.errors import SpecDecError
 Prompt = str | Sequence[int] | Tensor | Sequence[dict[str, str]]
 
 OPTIONS = {"chat": options.BOOL | options.NONE, "system": options.TEXT | options.NONE}
+CONTEXT = 16  # tokens before new ones with which these are decoded, at most: a token's text depends on its context
 LONG_TOKEN = 16  # characters; shorter prompts than the context holds of such tokens are tokenised to see
 PLACEHOLDERS = 0xF0000  # first of the private code points that stand for special tokens' text in a template
 _encoding = threading.Lock()  # of any tokenizer: whether it splits special tokens is a state of the tokenizer itself
@@ -194,7 +195,8 @@ class Detokenizer:
         special = special_tokens(tokenizer) if self.stop or shown else {}
         self.special = {i: str(t) for i, t in special.items() if any(str(t) in s for s in [*self.stop, *shown])}
         self.ids: list[int] = []
-        self.start = self.read = 0  # ids[start:read] is context whose text has been taken, ids[read:] is new
+        self.start = self.read = 0  # ids[start:read] are context, whose text has been taken; ids[read:] are new
+        self.context = ""  # the text of the former
         self.text = ""  # all complete text, up to the stop string
         self.whole = ""  # the same with the special tokens that stop strings have in them
         self.unseen: list[tuple[int, int]] = []  # where those are in it, and how long they are
@@ -216,12 +218,15 @@ class Detokenizer:
         return self._send(len(self.text) if self.stopped else self._place(len(self.whole) - hold))
 
     def _read(self, complete: bool = True) -> None:
-        before = self._decode(self.ids[self.start : self.read])
-        after = self._decode(self.ids[self.start :])
+        text = self._decode(self.ids[self.start :])
         # A trailing replacement character is most likely half of a multi-byte one: wait for the rest.
-        if len(after) > len(before) and not (complete and after.endswith("�")):
-            self._extend(after[len(before) :])
-            self.start, self.read = self.read, len(self.ids)
+        if len(text) > len(self.context) and not (complete and text.endswith("�")):
+            self._extend(text[len(self.context) :])
+            self.context = text
+            if len(self.ids) - self.start > CONTEXT:
+                self.start = self.read
+                self.context = self._decode(self.ids[self.start :])
+            self.read = len(self.ids)
 
     def finish(self) -> str:
         """The text held back so far, at the end of the output."""

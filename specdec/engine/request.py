@@ -161,10 +161,11 @@ class Handle:
             event.depths += depths
             event.finished, event.error = self.request.finished, self.request.error
             self._change.notify_all()
-            if self._waker is not None:
-                loop, flag = self._waker
-                if not loop.is_closed():
-                    loop.call_soon_threadsafe(flag.set)
+            waker = self._waker
+        if waker is not None:  # without the lock, which the one that wakes takes at once
+            loop, flag = waker
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(flag.set)
 
     def _take(self) -> Event | None:
         with self._change:

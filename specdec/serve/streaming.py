@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 
+from pydantic_core import to_json
 from starlette.responses import StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
@@ -18,11 +18,8 @@ DONE = b"data: [DONE]\n\n"
 T = TypeVar("T")
 
 
-_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))  # made once: that costs as much as an event
-
-
 def event(value: dict[str, Any]) -> bytes:
-    return b"data: " + _JSON.encode(value).encode() + b"\n\n"
+    return b"data: " + to_json(value) + b"\n\n"
 
 
 class EventStream(StreamingResponse):
@@ -37,13 +34,28 @@ class EventStream(StreamingResponse):
         self.end, self.patience = end, patience
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def bounded(message: Message) -> None:
-            async with asyncio.timeout(self.patience):
-                await send(message)
+        clock = asyncio.get_running_loop().time
+        since: float | None = None  # when the event began that is being sent
+
+        async def noted(message: Message) -> None:
+            nonlocal since
+            since = clock()
+            await send(message)
+            since = None
+
+        async def watch(sending: asyncio.Timeout) -> None:  # one for all events: a time limit for each costs more
+            while since is None or clock() - since < self.patience:
+                await asyncio.sleep(self.patience / 4)
+            sending.reschedule(clock())
 
         try:
             with suppress(TimeoutError):
-                await super().__call__(scope, receive, bounded)
+                async with asyncio.timeout(None) as sending:
+                    watching = asyncio.create_task(watch(sending))
+                    try:
+                        await super().__call__(scope, receive, noted)
+                    finally:
+                        watching.cancel()
         finally:  # also where no event has been asked for
             self.end()
 
