@@ -6,7 +6,7 @@ Knows no drafter, no text and no command line: tokens in, tokens out.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -133,8 +133,11 @@ class Batch:
     # -- a step -------------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def step(self) -> list[tuple[list[int], list[int]]]:
-        """Draft, score, verify, commit; return each row's new tokens, and their depths in the draft."""
+    def step(self, scoring: Callable[[], object] = lambda: None) -> list[tuple[list[int], list[int]]]:
+        """Draft, score, verify, commit; return each row's new tokens, and their depths in the draft.
+
+        scoring: called when the model is about to score.
+        """
         depths = self._budget()
         self.ledger.begin()
         forced = self._forced()
@@ -142,6 +145,7 @@ class Batch:
         if any(forced):
             draft = self._put_first(forced, draft)
         self.ledger.mark("draft")
+        scoring()
         scores = self._score(draft)
         self.ledger.mark("score")
         accepted = self.verifier.verify(draft, scores.chosen, scores.p)

@@ -86,6 +86,7 @@ class Engine:
         self.ledger = self.batch.ledger
         self.steps_done = self.drafted = self.accepted = 0
         self.positions: Counter[int] = Counter()
+        self._asleep: list[Handle] = []  # handles of what was put since readers were woken
         self._gate = threading.Condition()  # of the waiting queue and of what closing changes
         self._turn = threading.RLock()  # of steps
         self._thread: threading.Thread | None = None
@@ -162,7 +163,9 @@ class Engine:
                 joined = scheduler.prefill()
                 events += self._deliver(joined, [([row.chosen], [0]) for row in joined], prefill=True)
             if decoding and batch.rows:
-                events += self._deliver(batch.rows, batch.step())
+                events += self._deliver(batch.rows, batch.step(self._wake))
+            if not (decoding and batch.rows):
+                self._wake()
             return events
 
     def _book(self, rows: Sequence[Request]) -> None:
@@ -202,9 +205,20 @@ class Engine:
         for row, taken, (_, depths) in zip(rows, kept, new, strict=True):
             if row.finished is not None:
                 row.settle(self.ledger.seconds)
-            if row.handle is not None:
-                row.handle.put(taken, depths[: len(taken)])
+            self._put(row, taken, depths[: len(taken)])
         return events
+
+    def _put(self, row: Request, tokens: list[int], depths: list[int]) -> None:
+        """Leave tokens where the reader of a request finds them once it is woken."""
+        if row.handle is not None:
+            row.handle.put(tokens, depths)
+            self._asleep.append(row.handle)
+
+    def _wake(self) -> None:
+        """Let readers have what was put: while the model scores, when their work does not hold up the next draft."""
+        asleep, self._asleep = self._asleep, []
+        for handle in asleep:
+            handle.wake()
 
     def _count(self, drafted: int, accepted: int) -> None:
         self.steps_done += 1
@@ -238,8 +252,8 @@ class Engine:
                 self.scheduler.waiting.remove(row)
         self._end([row])
         row.settle(self.ledger.seconds)
-        if row.handle is not None:
-            row.handle.put([], [])
+        self._put(row, [], [])
+        self._wake()
 
     def _fail(self, error: BaseException) -> None:
         """A step has failed: what ran cannot go on. What waits can."""
@@ -248,8 +262,8 @@ class Engine:
         for row in rows:
             row.finished, row.error = "error", why
             row.settle(self.ledger.seconds)
-            if row.handle is not None:
-                row.handle.put([], [])
+            self._put(row, [], [])
+        self._wake()
 
     # -- the thread ---------------------------------------------------------------------------------------------------
 

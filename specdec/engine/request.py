@@ -154,12 +154,16 @@ class Handle:
         self.request.cancelled = True
 
     def put(self, tokens: list[int], depths: list[int]) -> None:
-        """Add what a step has brought, and whether the request has ended by it."""
+        """Add what a step has brought, and whether the request has ended by it. The reader is not woken yet."""
         with self._change:
             event = self._pending = self._pending or Event()
             event.tokens += tokens
             event.depths += depths
             event.finished, event.error = self.request.finished, self.request.error
+
+    def wake(self) -> None:
+        """Let the reader have what was put."""
+        with self._change:
             self._change.notify_all()
             waker = self._waker
         if waker is not None:  # without the lock, which the one that wakes takes at once
