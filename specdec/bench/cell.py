@@ -50,16 +50,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, Field
 
 from specdec.base import options
-from specdec.base.errors import SpecDecError
+from specdec.base.errors import SpecDecError, did_you_mean
 from specdec.base.options import GREEDY_BELOW, MAX_SEED, KVCache, Runtime, Weights
 from specdec.base.settings import Settings
 from specdec.bench.peers import PEERS
 from specdec.models.catalogue import DEFAULT_MODEL
+from specdec.speculation import registry
 
 HF_METHODS = ("hf", "hf-lookup", "hf-early-exit", "hf-assistant")
 OTHERS = (*HF_METHODS, *PEERS)  # methods in which another engine decodes
@@ -81,6 +83,16 @@ def check_other(name: str, given: Mapping[str, Any]) -> tuple[str, str]:
     known = ("exit_layer",) if kind == "hf-early-exit" else ("context",) if kind in PEERS else ()
     options.check(kind, given, known, source if kind not in WITH_SOURCE and source else None)
     return kind, source
+
+
+def check_method(name: str) -> None:
+    """Raise SpecDecError for what is neither a drafter nor one of ``OTHERS``."""
+    kind, known = name.partition("=")[0], (*registry.names("drafters"), *OTHERS)
+    if kind in known:
+        return
+    if not ("+" in kind or "/" in kind or Path(kind).is_dir()):
+        raise SpecDecError(f"unknown method '{name}'{did_you_mean(kind, known)}; known: {', '.join(sorted(known))}")
+    registry.parse(name)
 
 
 class Cell(Settings):

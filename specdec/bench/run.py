@@ -21,7 +21,7 @@ from specdec.api.text import encode
 from specdec.base import options
 from specdec.base.errors import SpecDecError
 from specdec.bench import quality
-from specdec.bench.cell import Cell, Progress, check_other
+from specdec.bench.cell import Cell, Progress, check_method, check_other
 from specdec.bench.environment import environment
 from specdec.bench.figures import Request, figures
 from specdec.bench.methods import CONTEXT, PASSES, WARM_UP, HFMethod, Method, OwnMethod, PeakMemory, PeerMethod
@@ -109,6 +109,7 @@ class Run:
             if differing:
                 raise SpecDecError(f"cells side by side must agree in {', '.join(differing)}")
         for cell in cells:
+            check_method(cell.drafter)
             if cell.is_other and (kind := check_other(cell.drafter, cell.drafter_options)[0]) in PEERS:
                 require(kind)
         self.prompt_set = decoders.prompts(first)

@@ -11,9 +11,8 @@ from typing import Any
 
 from pydantic import Field
 
-from specdec.base.errors import SpecDecError, did_you_mean
 from specdec.base.settings import Settings
-from specdec.bench.cell import OTHERS, Cell, check_other
+from specdec.bench.cell import OTHERS, Cell, check_method, check_other
 from specdec.speculation import registry
 from specdec.sweep.document import Document, each, show
 
@@ -68,11 +67,8 @@ def check_plugin(group: str, name: str, options: Mapping[str, Any]) -> None:
     elif name.partition("=")[0] in OTHERS:
         check_other(name, options)
     else:
-        try:
-            parts = registry.parse(name)
-        except SpecDecError as error:
-            near = did_you_mean(name, (*registry.names("drafters"), *OTHERS))
-            raise SpecDecError(f"unknown drafter '{name}'{near}" if "'hf" in near else str(error)) from None
+        check_method(name)
+        parts = registry.parse(name)
         checks = [(*parts[0], options)]
         if len(parts) > 1:
             checks = [("hybrid", name, options), *((part, source, options.get(part, {})) for part, source in parts)]
