@@ -59,13 +59,12 @@ def encode(
         raise SpecDecError(f"the {name} is empty; give some text")
     if tokenizer is None:
         raise SpecDecError("text prompts need a tokenizer; pass token ids or give SpecDecoder a tokenizer")
-    if context is not None and isinstance(prompt, str):
-        _check_length(tokenizer, prompt, context)
     has_template = bool(getattr(tokenizer, "chat_template", None))
     if isinstance(prompt, str):
         if chat is False or (chat is None and not has_template):
             if system is not None:
                 raise SpecDecError("a system prompt needs a chat template; this prompt is used as plain text")
+            _check_length(tokenizer, prompt, context)
             with _encoding:
                 return [int(t) for t in tokenizer(prompt).input_ids]
         messages: list[Any] = [{"role": "user", "content": prompt}]
@@ -83,6 +82,7 @@ def encode(
         )
     except Exception as error:  # templates are code of the model's author and may raise anything
         raise SpecDecError(f"the chat template refuses these messages: {error}") from None
+    _check_length(tokenizer, text, context)
     with _encoding:
         return special.encode(text)
 
@@ -169,9 +169,9 @@ def _wrong(name: str, what: str) -> SpecDecError:
     )
 
 
-def _check_length(tokenizer: Any, text: str, context: int) -> None:
+def _check_length(tokenizer: Any, text: str, context: int | None) -> None:
     """Raise SpecDecError for text with more characters than ``context`` of the tokenizer's longest tokens have."""
-    if len(text) <= LONG_TOKEN * context:
+    if context is None or len(text) <= LONG_TOKEN * context:
         return
     most = context * max(map(len, tokenizer.get_vocab()))
     if len(text) > most:

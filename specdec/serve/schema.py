@@ -46,6 +46,22 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
+class Body(Strict):
+    """A whole body."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _characters(cls, given: Any) -> Any:
+        """JSON can write a half of a surrogate pair, which is no character and which nothing after this can encode."""
+        try:
+            json.dumps(given, ensure_ascii=False, default=str).encode()
+        except UnicodeEncodeError:
+            raise ValueError("it has half of a surrogate pair in it, which is no character") from None
+        except RecursionError:
+            raise ValueError("it is nested too deeply") from None
+        return given
+
+
 class StreamOptions(Strict):
     """include_draft_depth: a chunk for each token, which says how deep in a draft it was (0: the model's own)."""
 
@@ -86,7 +102,7 @@ class ResponseFormat(Strict):
         return Json({"type": "object"} if self.json_schema is None else self.json_schema.schema_)
 
 
-class Sampling(Strict):
+class Sampling(Body):
     """What both endpoints take.
 
     speculative_decoding: false decodes plainly; the text is the same. include_metrics: what the request took, in the
@@ -326,7 +342,7 @@ class CompletionBody(Sampling):
         return list(self.prompt)  # type: ignore[arg-type]
 
 
-class TokenizeBody(Strict):
+class TokenizeBody(Body):
     model: str | None = None
     prompt: Text | None = None
     messages: Annotated[list[Message], Field(min_length=1)] | None = None
@@ -338,6 +354,6 @@ class TokenizeBody(Strict):
         return self
 
 
-class DetokenizeBody(Strict):
+class DetokenizeBody(Body):
     model: str | None = None
     tokens: list[Annotated[int, Field(ge=0)]]
