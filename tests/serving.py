@@ -36,17 +36,63 @@ def tiny_decoder(folder: Path, drafter: Any = "prompt-lookup", context: int = 40
 
 
 class Oracle(Scripted):
-    """Drafts what ``texts`` (token ids of prompts with their answers) go on with, four tokens at a time."""
+    """Drafts what ``texts`` (token ids of prompts with their answers) go on with, four tokens deep.
 
-    def __init__(self) -> None:
+    slips: it drafts another token at every sixth place, so that drafts are accepted whole, in part and not at all.
+    tree: each token comes after a wrong sibling.
+    """
+
+    def __init__(self, slips: bool = False, tree: bool = False) -> None:
         super().__init__(self.go_on)
-        self.texts: list[list[int]] = []
+        self.texts, self.slips, self.tree = list[list[int]](), slips, tree
 
     def go_on(self, ids: Sequence[int], limit: int) -> list[tuple[int, int]]:
-        for text in self.texts:
-            if text[: len(ids)] == list(ids):
-                return [(token, place) for place, token in enumerate(text[len(ids) :][: min(limit, 4)])]
-        return []
+        text = next((text for text in self.texts if text[: len(ids)] == list(ids)), [])
+        nodes = list[tuple[int, int]]()
+        for depth, token in enumerate(text[len(ids) :][: min(limit, 4)]):
+            token = _other(token, 2) if self.slips and (len(ids) + depth) % 6 == 0 else token
+            parent = 2 * depth if self.tree else depth
+            nodes += [(_other(token, 1), parent)] * self.tree + [(token, parent)]
+        return nodes
+
+
+def _other(token: int, by: int) -> int:
+    return token - by if token >= by else token + by
+
+
+class Gate:
+    """Steps of an engine's thread wait for ``let``, until ``open``. rows: most that shared a step."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine, self.step, self.rows = engine, engine.step, 0
+        self.permits, self.done, self.free = threading.Semaphore(0), threading.Semaphore(0), False
+
+    def __enter__(self) -> Gate:
+        self.engine.step = self._step
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.open()
+        del self.engine.step
+
+    def _step(self) -> Any:
+        if not self.free:
+            self.permits.acquire()
+        self.rows = max(self.rows, len(self.engine.batch.rows))
+        try:
+            return self.step()
+        finally:
+            self.done.release()
+
+    def let(self, steps: int = 1) -> None:
+        """Run so many steps."""
+        for _ in range(steps):
+            self.permits.release()
+            assert self.done.acquire(timeout=60)
+
+    def open(self) -> None:
+        self.free = True
+        self.permits.release()
 
 
 class Server:
