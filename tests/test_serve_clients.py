@@ -59,6 +59,22 @@ def test_completions_whole_and_streamed(client: openai.OpenAI) -> None:
     assert whole.choices[0].text == "".join(c.choices[0].text for c in stream) and whole.choices[0].text[:4] == "Name"
 
 
+def test_parameters_of_both_endpoints(client: openai.OpenAI) -> None:
+    chat = client.chat.completions.create(
+        model=NAME, messages=USER, n=2, stop=["\0", "\1"], max_completion_tokens=9, logprobs=True, top_logprobs=2,
+        seed=3, temperature=0.9, top_p=0.9, user="me",
+    )  # fmt: skip
+    assert [len(c.logprobs.content) for c in chat.choices] == [9, 9] and chat.usage.completion_tokens == 18
+    first = chat.choices[0].message.content
+    again = client.chat.completions.create(
+        model=NAME, messages=USER, stop=first[4], max_completion_tokens=9, seed=3, temperature=0.9, top_p=0.9
+    )
+    assert again.choices[0].message.content == first[: first.index(first[4])]
+    assert again.choices[0].finish_reason == "stop"
+    ids = client.completions.create(model=NAME, prompt=[[5, 6], [7]], n=2, logprobs=1, **SAMPLED)
+    assert [len(c.logprobs.tokens) for c in ids.choices] == [20] * 4 and ids.usage.prompt_tokens == 3
+
+
 def test_errors_are_those_of_the_client(server: Server, client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match="there is no model 'other'"):
         client.chat.completions.create(model="other", messages=USER)
@@ -68,6 +84,16 @@ def test_errors_are_those_of_the_client(server: Server, client: openai.OpenAI) -
     wrong = openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong", max_retries=0)
     with wrong, pytest.raises(openai.AuthenticationError):
         wrong.models.list()
+
+
+def test_the_other_endpoints_answer_the_same_client(server: Server, client: openai.OpenAI) -> None:
+    tokens = client.post(f"{server.url}/tokenize", body={"messages": USER}, cast_to=object)
+    usage = client.chat.completions.create(model=NAME, messages=USER, **SAMPLED).usage
+    assert tokens["count"] == usage.prompt_tokens
+    text = client.post(f"{server.url}/detokenize", body={"tokens": tokens["tokens"]}, cast_to=object)
+    assert "Name three colours." in text["prompt"]
+    assert client.get(f"{server.url}/health", cast_to=object) == {"status": "ok"}
+    assert "vllm:prompt_tokens_total" in client.get(f"{server.url}/metrics", cast_to=str)
 
 
 def test_a_stream_that_is_closed_early_frees_its_row(server: Server, client: openai.OpenAI) -> None:
@@ -94,8 +120,17 @@ def test_asynchronous_requests_run_at_once(server: Server, client: openai.OpenAI
                 return (await client.chat.completions.create(**body(seed))).choices[0].message.content
 
             assert [model.id async for model in client.models.list()] == [NAME]
+            assert (await client.models.retrieve(NAME)).id == NAME
             completion = await client.completions.create(model=NAME, prompt="Name", **SAMPLED)
-            assert completion.choices[0].text
+            stream = await client.completions.create(model=NAME, prompt="Name", stream=True, **SAMPLED)
+            assert completion.choices[0].text == "".join([chunk.choices[0].text async for chunk in stream]) != ""
+            with pytest.raises(openai.BadRequestError, match="logit_bias"):
+                await client.completions.create(model=NAME, prompt="Name", stream=True, logit_bias={"5": 1})
+            tokens = await client.post(f"{server.url}/tokenize", body={"prompt": "Name"}, cast_to=object)
+            text = await client.post(f"{server.url}/detokenize", body={"tokens": tokens["tokens"]}, cast_to=object)
+            assert text == {"prompt": "Name"}
+            assert await client.get(f"{server.url}/health", cast_to=object) == {"status": "ok"}
+            assert "vllm:prompt_tokens_total" in await client.get(f"{server.url}/metrics", cast_to=str)
             return await asyncio.gather(*map(streamed, range(4)), *map(whole, range(4)))
 
     texts = asyncio.run(run())

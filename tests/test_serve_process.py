@@ -105,6 +105,26 @@ def test_a_killed_server_starts_again_on_its_port_and_gives_the_same_text(model:
         assert again.url == server.url and text(again.url) == before
 
 
+def test_options_of_the_command_reach_the_server(model: Path) -> None:
+    options = ("--api-key", "secret", "--cors", "https://a.example", "--max-body", "2KB", "--name", "mine")
+    with (
+        process(model, *options, "--max-rows", "1", "--max-waiting", "1") as server,
+        httpx.Client(timeout=600) as client,
+    ):
+        url, body = server.url + "/v1/chat/completions", BODY | {"model": "mine"}
+        assert client.post(url, json=body).status_code == 401
+        client.headers["Authorization"] = "Bearer secret"
+        for origin, allowed in (("https://a.example", "https://a.example"), ("https://b.example", None)):
+            answer = client.post(url, json=body, headers={"Origin": origin})
+            assert answer.status_code == 200 and answer.headers.get("Access-Control-Allow-Origin") == allowed
+        assert client.post(url, json=body | {"stop": ["x" * 3000]}).status_code == 413
+        long = body | {"max_tokens": 30_000, "stream": True}
+        with client.stream("POST", url, json=long), client.stream("POST", url, json=long):
+            refused = client.post(url, json=body)
+            assert refused.status_code == 429 and int(refused.headers["Retry-After"]) > 0
+        assert client.post(url, json=body).status_code == 200  # those that went away made room
+
+
 def test_a_port_that_is_taken_is_named_at_once(model: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
