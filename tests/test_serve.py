@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -148,6 +149,8 @@ WRONG: dict[str, tuple[dict[str, Any], str | None]] = {
     "a temperature in words": ({"temperature": "warm"}, "temperature"),
     "no probability": ({"top_p": 0}, "top_p"),
     "too much probability": ({"top_p": 1.5}, "top_p"),
+    "a penalty by which logits become infinite": ({"repetition_penalty": 5e-324}, "repetition_penalty"),
+    "a character without a token": ({"messages": [{"role": "user", "content": "\x1b"}]}, None),
     "no tokens": ({"max_tokens": 0}, "max_tokens"),
     "a fraction of a token": ({"max_tokens": 1.5}, "max_tokens"),
     "true tokens": ({"max_tokens": True}, "max_tokens"),
@@ -234,6 +237,26 @@ def test_a_large_header_is_refused_and_others_go_on(server: Server, truth: str) 
             answer = b""
     assert answer == b"" or answer.startswith(b"HTTP/1.1 400")
     assert server.chat(**GREEDY).json()["choices"][0]["message"]["content"] == truth[:24]
+
+
+def test_others_are_answered_while_bad_input_comes(server: Server, truth: str) -> None:
+    texts, over = list[str](), threading.Event()
+
+    def ask() -> None:
+        while not over.is_set():
+            texts.append(server.chat(**GREEDY).json()["choices"][0]["message"]["content"])
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    headers = {"Content-Type": "application/json"}
+    for body, _ in WRONG.values():
+        assert server.chat(**body).status_code == 400
+    for content in BODIES.values():
+        url = server.url + "/v1/chat/completions"
+        assert httpx.post(url, content=content, headers=headers).status_code == 400
+    over.set()
+    asking.join(60)
+    assert len(texts) > 1 and set(texts) == {truth[:24]}
 
 
 def test_the_line_of_a_request_says_what_it_was(server: Server, truth: str) -> None:

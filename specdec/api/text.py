@@ -66,7 +66,7 @@ def encode(
                 raise SpecDecError("a system prompt needs a chat template; this prompt is used as plain text")
             _check_length(tokenizer, prompt, context)
             with _encoding:
-                return [int(t) for t in tokenizer(prompt).input_ids]
+                return _tokens(tokenizer, prompt)
         messages: list[Any] = [{"role": "user", "content": prompt}]
     else:
         messages = list(prompt)
@@ -138,7 +138,15 @@ class _Special:
         return ids + self._ids(clean)
 
     def _ids(self, text: str, **how: Any) -> list[int]:
-        return [int(t) for t in self.tokenizer(text, add_special_tokens=False, **how).input_ids] if text else []
+        return _tokens(self.tokenizer, text, add_special_tokens=False, **how) if text else []
+
+
+def _tokens(tokenizer: Any, text: str, **how: Any) -> list[int]:
+    """The tokens of a text. Raises SpecDecError where the tokenizer does: one without a token for what is unknown."""
+    try:
+        return [int(t) for t in tokenizer(text, **how).input_ids]
+    except Exception as error:
+        raise SpecDecError(f"the tokenizer cannot read this text: {error}") from None
 
 
 def _texts(value: Any) -> Iterator[str]:
