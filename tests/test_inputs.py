@@ -99,8 +99,18 @@ def test_a_prompt_that_cannot_fit_is_refused_before_it_is_tokenised() -> None:
     for chat in (None, False):
         with pytest.raises(SpecDecError, match="321 characters; the model's context of 10 tokens holds at most 320"):
             encode(Tokenizer(), "x" * 321, chat, context=10)
-    with pytest.raises(AssertionError, match="minutes"):
+    with pytest.raises(SpecDecError, match="the tokenizer cannot read this text: minutes"):
         encode(Tokenizer(), "x" * 320, context=10)
+
+    class Chat(Tokenizer):
+        chat_template = "there is one"
+
+        def apply_chat_template(self, messages: list[dict[str, str]], **how: object) -> str:
+            return messages[0]["content"]
+
+    for prompt in ("x" * 321, [{"role": "user", "content": "x" * 321}]):
+        with pytest.raises(SpecDecError, match="321 characters"):
+            encode(Chat(), prompt, context=10)
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:

@@ -150,7 +150,7 @@ WRONG: dict[str, tuple[dict[str, Any], str | None]] = {
     "no probability": ({"top_p": 0}, "top_p"),
     "too much probability": ({"top_p": 1.5}, "top_p"),
     "a penalty by which logits become infinite": ({"repetition_penalty": 5e-324}, "repetition_penalty"),
-    "a character without a token": ({"messages": [{"role": "user", "content": "\x1b"}]}, None),
+    "a character without a token": ({"messages": [{"role": "user", "content": "\x1b"}]}, "messages"),
     "no tokens": ({"max_tokens": 0}, "max_tokens"),
     "a fraction of a token": ({"max_tokens": 1.5}, "max_tokens"),
     "true tokens": ({"max_tokens": True}, "max_tokens"),
@@ -165,7 +165,7 @@ WRONG: dict[str, tuple[dict[str, Any], str | None]] = {
     "an option of a stream": ({"stream_options": {"include_usage": True}}, None),
     "an unknown option of a stream": ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x"),
     "a long prompt": ({"messages": [{"role": "user", "content": "x" * 5000}]}, "messages"),
-    "a very long prompt": ({"messages": [{"role": "user", "content": "x " * 500_000}]}, None),  # not tokenised
+    "a very long prompt": ({"messages": [{"role": "user", "content": "x " * 500_000}]}, "messages"),
 }
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from specdec.base import options
-from specdec.base.errors import SpecDecError
+from specdec.base.errors import PromptTooLongError, SpecDecError
 
 Prompt = str | Sequence[int] | Tensor | Sequence[dict[str, str]]
 
@@ -178,12 +178,12 @@ def _wrong(name: str, what: str) -> SpecDecError:
 
 
 def _check_length(tokenizer: Any, text: str, context: int | None) -> None:
-    """Raise SpecDecError for text with more characters than ``context`` of the tokenizer's longest tokens have."""
+    """Raise PromptTooLongError for text of more characters than ``context`` of the tokenizer's longest tokens have."""
     if context is None or len(text) <= LONG_TOKEN * context:
         return
     most = context * max(map(len, tokenizer.get_vocab()))
     if len(text) > most:
-        raise SpecDecError(
+        raise PromptTooLongError(
             f"the prompt has {len(text)} characters; the model's context of {context} tokens holds at most {most}; "
             "shorten it"
         )

@@ -28,6 +28,10 @@ class QueueFullError(SpecDecError):
     """As many requests wait as an engine lets wait."""
 
 
+class PromptTooLongError(SpecDecError):
+    """A prompt does not fit the model's context."""
+
+
 class SpecDecWarning(UserWarning):
     """Something the user may want to change. The command line prints it as one line on stderr and goes on."""
 

@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 from specdec.api.decoder import SpecDecoder
 from specdec.api.text import encode
-from specdec.base.errors import QueueFullError, SpecDecError
+from specdec.base.errors import PromptTooLongError, QueueFullError, SpecDecError
 from specdec.engine.engine import Engine
 from specdec.engine.request import Request
 from specdec.serve.choice import Choice
@@ -24,6 +24,7 @@ from specdec.speculation.constraints import Compiled, Constraint
 from specdec.speculation.sampling import SamplingParams, streams
 
 TEMPERATURE = 1.0  # OpenAI's default
+TOO_LONG = "context_length_exceeded"
 SEEDS = 2**53  # JavaScript's whole numbers
 
 
@@ -47,7 +48,7 @@ class Service:
 
     def encode_chat(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> list[int]:
         texts = [message.as_dict() for message in messages]
-        return self._fitting("messages", encode(self.tokenizer, texts, context=self.context, tools=tools))
+        return self._encode("messages", texts, tools=tools)
 
     def tool_form(self, tools: Sequence[dict[str, Any]]) -> ToolForm | None:
         """How the model writes calls of ``tools``; None: there are none."""
@@ -60,15 +61,21 @@ class Service:
         return form
 
     def encode_text(self, prompt: str | list[int]) -> list[int]:
-        return self._fitting("prompt", encode(self.tokenizer, prompt, chat=False, context=self.context))
+        return self._encode("prompt", prompt, chat=False)
 
-    def _fitting(self, name: str, ids: list[int]) -> list[int]:
+    def _encode(self, name: str, prompt: Any, **how: Any) -> list[int]:
+        """Token ids of the parameter ``name``. Raises ApiError for what cannot be encoded, or does not fit."""
+        try:
+            ids = encode(self.tokenizer, prompt, context=self.context, **how)
+        except SpecDecError as error:
+            code = TOO_LONG if isinstance(error, PromptTooLongError) else "invalid_value"
+            raise ApiError(400, str(error), name, code) from None
         most = self.context - 1
         if self.settings.max_prompt_tokens is not None:
             most = min(most, self.settings.max_prompt_tokens)
         if len(ids) > most:
             message = f"the prompt has {len(ids)} tokens; this server takes at most {most}; shorten it"
-            raise ApiError(400, message, name, "context_length_exceeded")
+            raise ApiError(400, message, name, TOO_LONG)
         self.check_tokens(name, ids)
         return ids
 
