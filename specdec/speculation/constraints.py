@@ -130,6 +130,7 @@ class Compiled:
         self.matcher, self.vocab_size, self.ends, self.block = matcher, vocab_size, ends, block
         self.reasoning = torch.ones(vocab_size, dtype=torch.bool)  # what may follow in a block
         self.reasoning[[end for end in ends if end < vocab_size]] = False
+        self.nothing: Tensor | None = torch.zeros(vocab_size, dtype=torch.bool)
 
     def state(self, prompt: Sequence[int]) -> ConstraintState:
         """Of a row with this prompt, whose template may have opened a block of reasoning, or closed an empty one."""
@@ -242,8 +243,7 @@ class ConstraintState(LogitsProcessor):  # type: ignore[misc]
         if key not in self.masks:
             if len(self.masks) >= MASKS:
                 self.masks.clear()
-            nothing: Tensor | None = torch.zeros(self.compiled.vocab_size, dtype=torch.bool)
-            self.masks[key] = self._guarded(self._mask, key, nothing)
+            self.masks[key] = self._guarded(self._mask, key, self.compiled.nothing)
         return self.masks[key]
 
     def forced(self, ids: Sequence[int], limit: int) -> list[int]:
@@ -287,8 +287,10 @@ class ConstraintState(LogitsProcessor):  # type: ignore[misc]
             return []
         if more := self.matcher.compute_ff_tokens():
             return list(more)
-        allowed = self.mask(new)
-        return allowed.nonzero()[:, 0].tolist() if allowed is not None and int(allowed.sum()) == 1 else []
+        if (mask := self.mask(new)) is None:
+            return []
+        allowed = mask.numpy()  # not torch: to wake a team of threads takes ten times as long as this
+        return [int(allowed.argmax())] if np.count_nonzero(allowed) == 1 else []
 
     def _allows(self, text: Sequence[int], before: int) -> int:
         """Of the tokens of ``text``, from number ``before`` on."""
