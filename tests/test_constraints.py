@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from test_exact import p_value
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerFast
 from typer.testing import CliRunner
-from zoo import EOS, PROMPTS, every, new_tokens, together
+from zoo import EOS, PROMPTS, every, half, new_tokens, together
 
 from specdec import Choice, Grammar, Json, Regex, Request, SamplingParams, SpecDecError, SpecDecoder
 from specdec.cli import app
@@ -54,6 +55,9 @@ def letters(count: int = 94) -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>")
+
+
+SERVED = {"vocab_size": 97, "hidden_size": 64, "head_dim": 32, "intermediate_size": 96}  # by the native runtime
 
 
 def made(constraint: Constraint, vocab: int = 97) -> Compiled:
@@ -185,26 +189,52 @@ def test_each_node_of_medusas_tree_is_chosen_under_the_mask_of_its_own_path() ->
     assert [9] in mixed.paths(1) and [9, 9] in mixed.paths(1)
 
 
-def test_trees_that_grow_level_by_level_have_allowed_nodes_alone() -> None:
-    model, rule = tiny_model(), made(Regex("[a-e]{3,9}(foo|fool)x?"))
-    target = ReferenceTarget(model)
-    drafter, drafted = every(target)["m2r2: grown level by level (tree)"], list[tuple[list[int], Draft]]()
-    drafter.bind(target)
-    own = drafter.propose
+@pytest.mark.parametrize("native", [False, True])
+def test_what_is_drafted_is_allowed(monkeypatch: pytest.MonkeyPatch, native: bool) -> None:
+    """By every drafter, for one row and several; lookahead's window excepted, which are guesses to learn from."""
+    if native and not library.runs():
+        pytest.skip("there are no native kernels here")
+    monkeypatch.setattr(batch, "FORCED", 0)
+    rule = made(Regex("[a-e]{3,9}(foo|fool)x?"))
+    model = tiny_model(**(SERVED if native else {}))
+    target = NativeTarget(model.bfloat16()) if native else ReferenceTarget(model)
+    for name, drafter in every(target).items():
+        if name in ("none", "lookahead (tree)", "hybrid (tree)"):
+            continue
+        own, drafted = drafter.propose, list[tuple[list[list[int]], Draft]]()
 
-    def spy(state: State, limit: int) -> Draft:
-        drafted.append((list(state.ids[0]), own(state, limit)))
-        return drafted[-1][1]
+        def spy(state: State, limit: int, own: Any = own, drafted: Any = drafted) -> Draft:
+            drafted.append(([list(ids) for ids in state.ids], own(state, limit)))
+            return drafted[-1][1]  # type: ignore[no-any-return]
 
-    drafter.propose = spy  # type: ignore[method-assign]
-    row = request(PROMPTS[0], rule)
-    together(target, drafter, [row], FixedDepth(4))
-    state, nodes = rule.state(PROMPTS[0]), 0
-    for ids, draft in drafted:
-        for path in draft.paths(0):
-            nodes += 1
-            assert state.allows(ids, path) == len(path)
-    assert nodes and new_tokens(row) == plainly(model, PROMPTS[0], rule)
+        drafter.propose = spy  # type: ignore[method-assign]
+        drafter.bind(target)
+        texts = []
+        for rows in ([request(PROMPTS[0], rule)], [request(prompt, rule) for prompt in PROMPTS]):
+            together(target, drafter, rows, FixedDepth(4))
+            texts.append(new_tokens(rows[0]))
+        nodes, state = 0, rule.state(())
+        for texts_before, draft in drafted:
+            for b, ids in enumerate(texts_before):
+                start = next(len(prompt) for prompt in PROMPTS if ids[: len(prompt)] == prompt)
+                for path in draft.paths(b):
+                    nodes += 1
+                    assert state.allows(ids[start:], path) == len(path), name
+        assert nodes or name == "prompt-lookup", name
+        assert texts[0] == texts[1], name
+
+
+def test_a_chain_ends_where_its_vocabulary_has_nothing_that_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch, "FORCED", 0)
+    target = ReferenceTarget(tiny_model())
+    known = set(half(target).tolist())
+    odd, even = (next(t for t in letters()("abcdefgh").input_ids if (t in known) == inside) for inside in (False, True))
+    rule = made(Regex(letters().decode([even, even, odd, even])))
+    for name, drafter in every(target).items():
+        drafter.bind(target)
+        rows = [request(prompt, rule) for prompt in PROMPTS]
+        together(target, drafter, rows, FixedDepth(4))
+        assert [new_tokens(row) for row in rows] == [[even, even, odd, even, EOS]] * 3, name
 
 
 def test_masked_medusa_drafts_more_of_what_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,7 +296,7 @@ def test_constrained_and_free_rows_share_a_batch() -> None:
 
 @pytest.mark.skipif(not library.runs(), reason="there are no native kernels here")
 def test_the_native_runtime_gives_plain_constrained_decoding() -> None:
-    target = NativeTarget(tiny_model(vocab_size=97, hidden_size=64, head_dim=32, intermediate_size=96).bfloat16())
+    target = NativeTarget(tiny_model(**SERVED).bfloat16())
     rules = [made(Json(SCHEMA)), made(Regex("[a-e]{3,9}(foo|fool)x?"))]
     texts = []
     for name in ("none", "prompt-lookup", "early-exit", "early-exit (tree)"):

@@ -60,7 +60,7 @@ def _score_block(
     x, late = _after(filled, x), _after(filled, positions)
     x = target.layers(x, exit_layer, target.num_layers, Pass(late, cache.mask(exit_layer, late, tree), cache, taps))
     greedy, tapped = state.sampler.plain_greedy, target.num_layers + 1 in taps
-    masked = not verifier.needs_probabilities and all(row.plain_greedy or row.masked_greedy for row in choosers)
+    masked = not verifier.needs_probabilities and state.sampler.best_allowed
     p, unread = None, [draft.tokens] if draft.listed is None else []
     kept = dict[int, Tensor]()
     if greedy and not tapped and not wanted:
