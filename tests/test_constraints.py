@@ -27,7 +27,7 @@ from specdec.cli import app
 from specdec.drafters.lookahead import LookaheadDrafter
 from specdec.drafters.medusa import Medusa, MedusaDrafter
 from specdec.drafters.prompt_lookup import PromptLookupDrafter
-from specdec.engine import batch
+from specdec.engine import batch, scoring
 from specdec.engine.depth import FixedDepth
 from specdec.engine.engine import Engine
 from specdec.runtimes.native import library
@@ -279,6 +279,35 @@ def test_masks_are_made_along_what_is_accepted(monkeypatch: pytest.MonkeyPatch, 
     together(ReferenceTarget(model), Scripted(script), [row], FixedDepth(2))
     assert new_tokens(row) == text and row.metrics.num_accepted_draft_tokens > 4
     assert all(list(new) == text[: len(new)] for new in constraint.masks) == alone
+
+
+def test_masks_are_made_while_a_device_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before what it has chosen is read, which waits for it; after that, none is made."""
+    monkeypatch.setattr(batch, "FORCED", 0)
+    monkeypatch.setattr(scoring, "waits", lambda device: True)
+    model, rule, made_when = tiny_model(), made(Regex("[a-e]{3,9}(foo|fool)x?")), list[str]()
+    text, own, read = plainly(model, PROMPTS[0], rule), ConstraintState._mask, scoring.download
+
+    def noted(self: ConstraintState, new: list[int]) -> torch.Tensor | None:
+        made_when.append("mask")
+        return own(self, new)
+
+    def reads(*tensors: torch.Tensor) -> list[list[list[int]]]:
+        made_when.append("read")
+        return read(*tensors)
+
+    monkeypatch.setattr(ConstraintState, "_mask", noted)
+    monkeypatch.setattr(scoring, "download", reads)
+
+    def script(ids: list[int], limit: int) -> list[tuple[int, int]]:
+        made_when.append("draft")
+        return [(token, place) for place, token in enumerate(text[len(ids) - len(PROMPTS[0]) :][:2])]
+
+    row = request(PROMPTS[0], rule)
+    together(ReferenceTarget(model), Scripted(script), [row], FixedDepth(2))
+    assert new_tokens(row) == text
+    steps = " ".join(made_when).split("draft")[1:]
+    assert len(steps) > 2 and all(step.split()[-1] == "read" and "mask" in step for step in steps[:-1])
 
 
 def test_constrained_and_free_rows_share_a_batch() -> None:
