@@ -6,11 +6,13 @@ import json
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 import torch
 from click.testing import Result
@@ -521,3 +523,53 @@ def test_the_server_streams_constrained_rows_beside_each_other_and_ends_them_at_
     texts = ["".join(chunk["choices"][0]["delta"].get("content", "") for chunk in stream) for stream in streams]
     assert texts == ['"ab"', '"cd"'] and all(s[-1]["choices"][0]["finish_reason"] == "stop" for s in streams)
     assert stopped["message"]["content"] == '"a' and stopped["finish_reason"] == "stop"
+
+
+STOPS = ["uth", "7"]
+
+
+def cut(text: str) -> bool:
+    """Whether a text of the schema has ended at a stop string; it is whole otherwise."""
+    if any(stop in text for stop in STOPS):
+        raise AssertionError(text)
+    if text.endswith("}"):
+        assert set(json.loads(text)) == {"kind", "n"}
+        return False
+    return True
+
+
+def test_streams_of_several_constrained_rows_end_at_stop_strings_with_every_drafter() -> None:
+    """Through the library and through the server with the official client: what plain decoding gives."""
+    tokenizer = letters()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    plain, prompt, rows = SpecDecoder(tiny_model(), tokenizer, "none", runtime="reference"), "where?", 4
+    how: dict[str, Any] = {"constraint": Json(SCHEMA), "max_new_tokens": 60, "temperature": 1.0, "seed": 1}
+    form = {"type": "json_schema", "json_schema": {"name": "place", "schema": SCHEMA}}
+    asked: Any = {"model": "tiny", "messages": [{"role": "user", "content": prompt}], "max_tokens": 60, "seed": 1}
+    asked |= {"n": rows, "stop": STOPS, "response_format": form, "temperature": 1.0}
+    how |= {"stop": STOPS, "num_speculative_tokens": 4}
+    expected = plain.generate_batch([prompt] * rows, **how)
+    texts = [output.text for output in expected]
+    assert {cut(text) for text in texts} == {False, True} and len(set(texts)) > 2
+    for name, drafter in every(plain.target).items():
+        decoder = plain.with_drafter(drafter)
+        with decoder.open([prompt] * rows, **how) as generation:
+            pieces = list(generation)
+            assert [output.token_ids for output in generation.outputs()] == [one.token_ids for one in expected], name
+        assert ["".join(parts) for parts in zip(*pieces, strict=True)] == texts, name
+        assert "".join(decoder.stream(prompt, **how)) == texts[0], name
+        engine = decoder.engine(max_rows=16, num_speculative_tokens=4)
+        with (
+            closing(engine),
+            serving(decoder, engine) as server,
+            openai.OpenAI(base_url=f"{server.url}/v1", api_key="none") as client,
+        ):
+            whole = client.chat.completions.create(**asked)
+            chunks = list(client.chat.completions.create(stream=True, **asked))
+        assert [choice.message.content for choice in whole.choices] == texts, name
+        assert {choice.finish_reason for choice in whole.choices} == {"stop"}, name
+        streamed, ends = Counter[int](), [""] * rows
+        for choice in (choice for chunk in chunks for choice in chunk.choices):
+            ends[choice.index] += choice.delta.content or ""
+            streamed[choice.index] += choice.finish_reason == "stop"
+        assert ends == texts and set(streamed.values()) == {1}, name
