@@ -424,7 +424,12 @@ def test_another_constraint_fails_the_test_of_sampling() -> None:
         (Json("[1]"), "not a JSON object"),
         (Json({"enum": ["x" * LONGEST]}), "shorten it"),
         (Json({1: {2}}), "not JSON"),
+        (Json({"$ref": "#"}), "it allows no text$"),
+        (Json('{"enum": [NaN]}'), "NaN is not JSON$"),
+        (Json('{"items": ' * 9000 + "{}" + "}" * 9000), "shorten it"),
+        (Json('{"a":' * 9000 + "1" + "}" * 9000), "nested too deeply"),
         (Regex("("), "unclosed group"),
+        (Grammar("start: start"), "it allows no text$"),
         (Regex("[a&&b]"), "regular expression cannot be used"),
         (Grammar("start: missing"), "grammar cannot be used"),
         (Choice([]), "list of texts"),
@@ -491,6 +496,9 @@ def test_the_command_takes_a_schema(tmp_path: Path) -> None:
     assert set(json.loads(good.stdout)) == {"kind", "n"}
     assert bad.exit_code == 2 and "cannot be used" in bad.stderr
     assert broken.exit_code == 2 and "error: " in broken.stderr and len(broken.stderr.splitlines()) == 1
+    file.unlink()
+    missing = CliRunner().invoke(app, ["generate", "--json-schema", str(file), "hello"])
+    assert missing.stderr.splitlines() == [f"error: --json-schema: {file} cannot be read: No such file or directory"]
 
 
 # --- the server ------------------------------------------------------------------------------------------------------
@@ -505,9 +513,11 @@ def test_the_server_keeps_response_formats_and_refuses_bad_ones() -> None:
         found = server.chat(max_tokens=60, n=2, seed=3, response_format=schema).json()
         bad = server.chat(response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": []}}})
         unnamed = server.chat(response_format={"type": "json_schema"})
+        words = server.chat(response_format="json")
     for choice in found["choices"]:
         assert set(json.loads(choice["message"]["content"])) == {"kind", "n"} and choice["finish_reason"] == "stop"
-    assert bad.status_code == unnamed.status_code == 400
+    assert bad.status_code == unnamed.status_code == words.status_code == 400
+    assert words.json()["error"]["param"] == "response_format"
     assert bad.json()["error"]["param"] == "response_format" and "Unsatisfiable" in bad.json()["error"]["message"]
 
 

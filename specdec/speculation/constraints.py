@@ -26,6 +26,7 @@ from specdec.base.errors import SpecDecError
 LONGEST = 2**16  # characters of a schema, an expression or a grammar
 MASKS = 64  # masks that are kept: drafting, scoring and looking for forced tokens ask for the same
 JSON_FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}  # as json.dumps writes it
+NO_TEXT = "NoExtensionBias"  # llguidance's word for it
 REASONING = "<think>", "</think>"
 CLOSED = 4  # a block of reasoning that ends so few tokens before the end of a prompt is its answer's, and empty
 LIMITS: dict[str, Any] = {"initial_lexer_fuel": 1_000_000, "step_lexer_fuel": 200_000, "step_max_items": 50_000}
@@ -65,10 +66,18 @@ class Json(Constraint):
             raise SpecDecError(f"the JSON schema is not JSON ({error})") from None
 
     def grammar(self, matcher: Any) -> str:
-        schema = json.loads(self.source)
+        try:
+            schema = json.loads(self.source, parse_constant=_no_constant)
+        except RecursionError:
+            raise ValueError("it is nested too deeply") from None
         if not isinstance(schema, dict):
             raise ValueError("it is not a JSON object")
         return str(matcher.grammar_from_json_schema(schema, defaults=JSON_FORM))
+
+
+def _no_constant(name: str) -> None:
+    """Of what Python takes for a number in JSON."""
+    raise ValueError(f"{name} is not JSON")
 
 
 @dataclass(frozen=True)
@@ -175,6 +184,9 @@ def compiled(constraint: Constraint, tokenizer: Any, vocab_size: int, ends: froz
 
 
 def _invalid(constraint: Constraint, why: str) -> SpecDecError:
+    why = why.partition("<state>")[0]  # what follows is the matcher's own
+    if NO_TEXT in why:
+        why = "it allows no text"
     lines = [line.strip() for line in why.splitlines() if line.strip(" ^\t")]
     return SpecDecError(f"the {constraint.kind} cannot be used: {' '.join(lines)[:300]}")
 
