@@ -49,7 +49,7 @@ class TreeDrafter:
         self.position = (ctypes.c_int64 * 1)()
         count = levels * width * width
         self.found = (ctypes.c_float * count)(), (INT * count)(), (INT * count)()  # scores, tokens, parents
-        self.allowed, self.call_mask = (POINTER * width)(), MaskCall(self._mask)
+        self.allowed = (POINTER * width)()
         self.masks: Masks | None = None
         self.held: list[Tensor | None] = []  # the masks of the level
         self.error: BaseException | None = None  # of the masks
@@ -100,10 +100,12 @@ class TreeDrafter:
             call.threads = cores.threads()
             stage.carried = call.x = state.data_ptr() + before
         struct.root, struct.final, struct.confidence = seed.token, final.data_ptr() + before, confidence
-        self.masks, struct.mask = masks, None if masks is None else ctypes.cast(self.call_mask, POINTER)
+        self.masks, call_mask = masks, None if masks is None else MaskCall(self._mask)
+        struct.mask = None if call_mask is None else ctypes.cast(call_mask, POINTER)
         count = target.lib.specdec_draft_tree(ctypes.byref(struct))
         for lo, hi in segments:
             cache.trim(self.drafted, lo, hi)
+        self.masks, self.held = None, []
         if self.error is not None:
             raise self.error
         done(count)
