@@ -98,28 +98,12 @@ class Readout(NamedTuple):
 
 def grown(found: Candidates, limit: int, nodes: int | None, state: State) -> Draft:
     """The draft of the ``nodes`` best of a tree's candidates; None: of those worth their price, or ``limit``."""
-    prices, levels = state.prices, found.levels()
-    if state.constrained:
-        found = _allowed(found, state)
+    prices = state.prices
     if prices is not None:
-        prices.levels = levels
+        prices.levels = found.levels()
         nodes = prices.take(prices.calibrated(sorted(found.scores, reverse=True)[:MOST_NODES]), exactly=nodes)
-    chosen, parents = found.best(limit if nodes is None else nodes)
-    return Draft([chosen], parents, device=state.cache.device)
-
-
-def _allowed(found: Candidates, state: State) -> Candidates:
-    """The candidates of the one row that its constraint allows, each under the mask of its own path."""
-    constraint, kept, place, texts = state.sampler.rows[0].constraint, Candidates([], [], []), {0: 0}, {0: state.ids[0]}
-    assert constraint is not None
-    for node, (score, token, parent) in enumerate(zip(*found, strict=True), start=1):
-        mask = constraint.mask(texts[parent][constraint.start :]) if parent in place else None
-        if mask is not None and mask[token]:
-            kept.scores.append(score)
-            kept.tokens.append(token)
-            kept.parents.append(place[parent])
-            place[node], texts[node] = len(kept.tokens), [*texts[parent], token]
-    return kept
+    best = found.best(limit if nodes is None else nodes)
+    return Draft([best.tokens], tuple(best.parents), device=state.cache.device)
 
 
 class ChainRow:
@@ -162,7 +146,8 @@ class ChainDrafter(Drafter):
         vocab: int64 [V'], the tokens that logits are over; None: those of ``vocabulary``.
         Ends early once the whole chain is not worth another level (``Prices.level``), where reading that does not wait
         for a device. Where nothing will be verified, a row's chain ends before the first token that is
-        less certain than ``state.threshold``, and has no siblings.
+        less certain than ``state.threshold``, and has no siblings. Under a constraint it ends where the vocabulary has
+        nothing that is allowed, and probabilities are those under the mask.
         """
         if self.vocabulary is not None:
             self.vocabulary.follow(state, [row.context for row in state.memory])
@@ -186,15 +171,22 @@ class ChainDrafter(Drafter):
                 if not bool(going.any()):
                     break
                 layers += [] if run is None else [run]
-            tokens = _pick(state, logits, width, prefixes, vocab)
-            token = tokens[:, :1]
-            chain.append(token if state.threshold is None else token.masked_fill(~going, -1))
+            tokens, shares = _pick(state, logits, width, prefixes, vocab)
+            if shares is not None:
+                going &= tokens[:, :1] >= 0
+                if not bool(going.any()):
+                    break
+                tokens = tokens.masked_fill(~going, -1)
+            ends = state.threshold is not None or shares is not None
+            token = tokens[:, :1].clamp_min(0)
+            chain.append(token.masked_fill(~going, -1) if ends else token)
             beside.append(tokens[:, 1:])
             parents += [depth] * (tokens.shape[1] - 1)
             positions = positions + 1
             if prices is not None and not waits(token.device):
                 own = weighs or certainty is None
                 each = _probability(logits, tokens if weighs else token, vocab) if own else certainty
+                each = each if shares is None else shares[:, : tokens.shape[1] if weighs else 1]
                 assert each is not None
                 joint = reach * each.pow(prices.exponent)  # (B, 1 or W)
                 values, reach = joint.mean(0).tolist(), joint[:, :1]
@@ -213,8 +205,11 @@ class ChainDrafter(Drafter):
         return draft
 
 
-def _pick(state: State, logits: Tensor, width: int, prefixes: list[list[int]], vocab: Tensor | None) -> Tensor:
-    """Tokens [B, width] after the chain's end, best first, from draft logits [B, V'].
+def _pick(
+    state: State, logits: Tensor, width: int, prefixes: list[list[int]], vocab: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Tokens [B, width] after the chain's end, best first, from draft logits [B, V']; and, if a row has a constraint,
+    their probabilities under all that is processed.
 
     The first continues the chain (and is appended to its ``prefixes``), the others are its siblings: those that the
     draft's logits rank next, under the noise by which the target will choose. -1: processing leaves no such token.
@@ -222,19 +217,20 @@ def _pick(state: State, logits: Tensor, width: int, prefixes: list[list[int]], v
     sampler, size = state.sampler, state.target.vocab_size
     if sampler.plain_greedy:
         best = logits.topk(width).indices if width > 1 else logits.argmax(-1, keepdim=True)
-        return best if vocab is None else vocab[best]
+        return best if vocab is None else vocab[best], None
     if vocab is not None and sampler.needs_prefixes:  # processors look tokens up by their ids
         full = logits.new_full((logits.shape[0], size), float("-inf"))
         full[:, vocab] = logits
         logits, vocab = full, None
     scores = sampler.scores(logits[:, None], lambda: [[prefix] for prefix in prefixes], vocab)
-    scores = sampler.perturb(scores, [[len(prefix)] for prefix in prefixes], size, vocab)[:, 0]  # (B, V')
-    values, best = scores.topk(min(width, scores.shape[1]))
-    tokens = best if vocab is None else vocab[best]
-    tokens[:, 1:].masked_fill_(values[:, 1:].isneginf(), -1)
+    noisy = sampler.perturb(scores, [[len(prefix)] for prefix in prefixes], size, vocab)[:, 0]  # (B, V')
+    values, best = noisy.topk(min(width, noisy.shape[1]))
+    tokens = (best if vocab is None else vocab[best]).masked_fill(~values.isfinite(), -1)
     for prefix, token in zip(prefixes, tokens[:, 0].tolist(), strict=True):
-        prefix.append(token)
-    return tokens
+        prefix.append(max(token, 0))
+    if not state.constrained:
+        return tokens, None
+    return tokens, scores[:, 0].softmax(-1).gather(1, best).masked_fill(tokens < 0, 0.0)
 
 
 def first_sure(read: Callable[[int], tuple[Tensor, ...]], exits: int, bar: float) -> tuple[Tensor, ...]:

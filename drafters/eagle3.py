@@ -130,7 +130,7 @@ class Eagle3Drafter(ChainDrafter):
 
     def _grows(self, state: State) -> bool:
         """Whether a draft grows level by level: what has grown is read before it is scored, and is one greedy row's."""
-        verified = state.threshold is None and state.sampler.plain_greedy and len(state.ids) == 1
+        verified = state.threshold is None and state.sampler.best_allowed and len(state.ids) == 1
         worth = bool(self.shape.nodes) or not waits(state.cache.device)
         return verified and worth and self.shape.siblings is None
 
@@ -150,7 +150,8 @@ class Eagle3Drafter(ChainDrafter):
 
         width = self.width if nodes or prices else 1
         bounds = Bounds(limit, width, prices.bar if prices else 0.0)
-        return grown(by_levels(state.ids[0][-1], self.tokens, bounds, state.cache.device, step), limit, nodes, state)
+        found = by_levels(state.ids[0][-1], self.tokens, bounds, state.cache.device, step, state.masks(0))
+        return grown(found, limit, nodes, state)
 
     def _catch_up(self, state: State) -> None:
         """Run the pairs of what is new of the rows' texts, up to their roots."""

@@ -100,11 +100,13 @@ class LayerSkipDrafter(ChainDrafter):
 
     def propose(self, state: State, limit: int) -> Draft:
         target, cache = state.target, state.cache
-        states: list[Tensor] = []
+        states, run = list[Tensor](), 0
         attending = [(lo, hi) for part, lo, hi in self.steps if part != "mlp"]
         first = attending[0][0] if attending else 0
 
         def step(token: Tensor, positions: Tensor) -> Readout:
+            nonlocal run
+            run += 1
             x, mask = target.embed(token, positions), cache.mask(first, positions)
             for way in self.steps:
                 x = run_step(target, way, x, positions, mask, cache)
@@ -115,7 +117,7 @@ class LayerSkipDrafter(ChainDrafter):
         draft = self.chain(state, limit, step)
         for lo, hi in attending:
             if lo >= self.exit_layer:
-                cache.trim(max(draft.depths()), lo, hi)
+                cache.trim(run, lo, hi)
         if states:
             draft.states, draft.exit_layer = torch.cat(states, 1), self.exit_layer
         return draft

@@ -130,8 +130,7 @@ class M2R2Drafter(ChainDrafter):
     def _grows(self, state: State) -> bool:
         """Whether a draft grows level by level: it has to pay in scoring alone, and to be one greedy row's."""
         path = self.network.path
-        greedy = all(row.plain_greedy or row.masked_greedy for row in state.sampler.rows)
-        verified = state.threshold is None and greedy and state.cache.batch == 1
+        verified = state.threshold is None and state.sampler.best_allowed and state.cache.batch == 1
         worth = bool(self.shape.nodes) or not waits(state.cache.device)  # what has grown is read before it is scored
         return verified and worth and self.shape.siblings is None and not path.exit_layer and not path.exits
 
@@ -148,7 +147,8 @@ class M2R2Drafter(ChainDrafter):
         seed = Seed(state.ids[0][-1], state.cache.rows[0], final, inputs, row.place)
         prices, nodes = state.prices, self.shape.nodes
         width = self.width if nodes or prices else 1
-        found = state.target.grow(state.cache, seed, path, Bounds(limit, width, prices.bar if prices else 0.0))
+        bounds = Bounds(limit, width, prices.bar if prices else 0.0)
+        found = state.target.grow(state.cache, seed, path, bounds, state.masks(0))
         return grown(found, limit, nodes, state)
 
     def _before(self, memory: list[M2R2Row]) -> list[Tensor]:

@@ -6,10 +6,13 @@ import json
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from functools import partial
 from itertools import product
 from pathlib import Path
+from typing import Any
 
+import openai
 import pytest
 import torch
 from click.testing import Result
@@ -19,14 +22,14 @@ from test_exact import p_value
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerFast
 from typer.testing import CliRunner
-from zoo import EOS, PROMPTS, every, new_tokens, together
+from zoo import EOS, PROMPTS, every, half, new_tokens, together
 
 from specdec import Choice, Grammar, Json, Regex, Request, SamplingParams, SpecDecError, SpecDecoder
 from specdec.cli import app
 from specdec.drafters.lookahead import LookaheadDrafter
 from specdec.drafters.medusa import Medusa, MedusaDrafter
 from specdec.drafters.prompt_lookup import PromptLookupDrafter
-from specdec.engine import batch
+from specdec.engine import batch, scoring
 from specdec.engine.depth import FixedDepth
 from specdec.engine.engine import Engine
 from specdec.runtimes.native import library
@@ -54,6 +57,9 @@ def letters(count: int = 94) -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>")
+
+
+SERVED = {"vocab_size": 97, "hidden_size": 64, "head_dim": 32, "intermediate_size": 96}  # by the native runtime
 
 
 def made(constraint: Constraint, vocab: int = 97) -> Compiled:
@@ -185,26 +191,52 @@ def test_each_node_of_medusas_tree_is_chosen_under_the_mask_of_its_own_path() ->
     assert [9] in mixed.paths(1) and [9, 9] in mixed.paths(1)
 
 
-def test_trees_that_grow_level_by_level_have_allowed_nodes_alone() -> None:
-    model, rule = tiny_model(), made(Regex("[a-e]{3,9}(foo|fool)x?"))
-    target = ReferenceTarget(model)
-    drafter, drafted = every(target)["m2r2: grown level by level (tree)"], list[tuple[list[int], Draft]]()
-    drafter.bind(target)
-    own = drafter.propose
+@pytest.mark.parametrize("native", [False, True])
+def test_what_is_drafted_is_allowed(monkeypatch: pytest.MonkeyPatch, native: bool) -> None:
+    """By every drafter, for one row and several; lookahead's window excepted, which are guesses to learn from."""
+    if native and not library.runs():
+        pytest.skip("there are no native kernels here")
+    monkeypatch.setattr(batch, "FORCED", 0)
+    rule = made(Regex("[a-e]{3,9}(foo|fool)x?"))
+    model = tiny_model(**(SERVED if native else {}))
+    target = NativeTarget(model.bfloat16()) if native else ReferenceTarget(model)
+    for name, drafter in every(target).items():
+        if name in ("none", "lookahead (tree)", "hybrid (tree)"):
+            continue
+        own, drafted = drafter.propose, list[tuple[list[list[int]], Draft]]()
 
-    def spy(state: State, limit: int) -> Draft:
-        drafted.append((list(state.ids[0]), own(state, limit)))
-        return drafted[-1][1]
+        def spy(state: State, limit: int, own: Any = own, drafted: Any = drafted) -> Draft:
+            drafted.append(([list(ids) for ids in state.ids], own(state, limit)))
+            return drafted[-1][1]  # type: ignore[no-any-return]
 
-    drafter.propose = spy  # type: ignore[method-assign]
-    row = request(PROMPTS[0], rule)
-    together(target, drafter, [row], FixedDepth(4))
-    state, nodes = rule.state(PROMPTS[0]), 0
-    for ids, draft in drafted:
-        for path in draft.paths(0):
-            nodes += 1
-            assert state.allows(ids, path) == len(path)
-    assert nodes and new_tokens(row) == plainly(model, PROMPTS[0], rule)
+        drafter.propose = spy  # type: ignore[method-assign]
+        drafter.bind(target)
+        texts = []
+        for rows in ([request(PROMPTS[0], rule)], [request(prompt, rule) for prompt in PROMPTS]):
+            together(target, drafter, rows, FixedDepth(4))
+            texts.append(new_tokens(rows[0]))
+        nodes, state = 0, rule.state(())
+        for texts_before, draft in drafted:
+            for b, ids in enumerate(texts_before):
+                start = next(len(prompt) for prompt in PROMPTS if ids[: len(prompt)] == prompt)
+                for path in draft.paths(b):
+                    nodes += 1
+                    assert state.allows(ids[start:], path) == len(path), name
+        assert nodes or name == "prompt-lookup", name
+        assert texts[0] == texts[1], name
+
+
+def test_a_chain_ends_where_its_vocabulary_has_nothing_that_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch, "FORCED", 0)
+    target = ReferenceTarget(tiny_model())
+    known = set(half(target).tolist())
+    odd, even = (next(t for t in letters()("abcdefgh").input_ids if (t in known) == inside) for inside in (False, True))
+    rule = made(Regex(letters().decode([even, even, odd, even])))
+    for name, drafter in every(target).items():
+        drafter.bind(target)
+        rows = [request(prompt, rule) for prompt in PROMPTS]
+        together(target, drafter, rows, FixedDepth(4))
+        assert [new_tokens(row) for row in rows] == [[even, even, odd, even, EOS]] * 3, name
 
 
 def test_masked_medusa_drafts_more_of_what_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,6 +283,35 @@ def test_masks_are_made_along_what_is_accepted(monkeypatch: pytest.MonkeyPatch, 
     assert all(list(new) == text[: len(new)] for new in constraint.masks) == alone
 
 
+def test_masks_are_made_while_a_device_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before what it has chosen is read, which waits for it; after that, none is made."""
+    monkeypatch.setattr(batch, "FORCED", 0)
+    monkeypatch.setattr(scoring, "waits", lambda device: True)
+    model, rule, made_when = tiny_model(), made(Regex("[a-e]{3,9}(foo|fool)x?")), list[str]()
+    text, own, read = plainly(model, PROMPTS[0], rule), ConstraintState._mask, scoring.download
+
+    def noted(self: ConstraintState, new: list[int]) -> torch.Tensor | None:
+        made_when.append("mask")
+        return own(self, new)
+
+    def reads(*tensors: torch.Tensor) -> list[list[list[int]]]:
+        made_when.append("read")
+        return read(*tensors)
+
+    monkeypatch.setattr(ConstraintState, "_mask", noted)
+    monkeypatch.setattr(scoring, "download", reads)
+
+    def script(ids: list[int], limit: int) -> list[tuple[int, int]]:
+        made_when.append("draft")
+        return [(token, place) for place, token in enumerate(text[len(ids) - len(PROMPTS[0]) :][:2])]
+
+    row = request(PROMPTS[0], rule)
+    together(ReferenceTarget(model), Scripted(script), [row], FixedDepth(2))
+    assert new_tokens(row) == text
+    steps = " ".join(made_when).split("draft")[1:]
+    assert len(steps) > 2 and all(step.split()[-1] == "read" and "mask" in step for step in steps[:-1])
+
+
 def test_constrained_and_free_rows_share_a_batch() -> None:
     model, rule = tiny_model(), made(Json(SCHEMA))
     target = ReferenceTarget(model)
@@ -266,7 +327,7 @@ def test_constrained_and_free_rows_share_a_batch() -> None:
 
 @pytest.mark.skipif(not library.runs(), reason="there are no native kernels here")
 def test_the_native_runtime_gives_plain_constrained_decoding() -> None:
-    target = NativeTarget(tiny_model(vocab_size=97, hidden_size=64, head_dim=32, intermediate_size=96).bfloat16())
+    target = NativeTarget(tiny_model(**SERVED).bfloat16())
     rules = [made(Json(SCHEMA)), made(Regex("[a-e]{3,9}(foo|fool)x?"))]
     texts = []
     for name in ("none", "prompt-lookup", "early-exit", "early-exit (tree)"):
@@ -363,7 +424,12 @@ def test_another_constraint_fails_the_test_of_sampling() -> None:
         (Json("[1]"), "not a JSON object"),
         (Json({"enum": ["x" * LONGEST]}), "shorten it"),
         (Json({1: {2}}), "not JSON"),
+        (Json({"$ref": "#"}), "it allows no text$"),
+        (Json('{"enum": [NaN]}'), "NaN is not JSON$"),
+        (Json('{"items": ' * 9000 + "{}" + "}" * 9000), "shorten it"),
+        (Json('{"a":' * 9000 + "1" + "}" * 9000), "nested too deeply"),
         (Regex("("), "unclosed group"),
+        (Grammar("start: start"), "it allows no text$"),
         (Regex("[a&&b]"), "regular expression cannot be used"),
         (Grammar("start: missing"), "grammar cannot be used"),
         (Choice([]), "list of texts"),
@@ -430,6 +496,9 @@ def test_the_command_takes_a_schema(tmp_path: Path) -> None:
     assert set(json.loads(good.stdout)) == {"kind", "n"}
     assert bad.exit_code == 2 and "cannot be used" in bad.stderr
     assert broken.exit_code == 2 and "error: " in broken.stderr and len(broken.stderr.splitlines()) == 1
+    file.unlink()
+    missing = CliRunner().invoke(app, ["generate", "--json-schema", str(file), "hello"])
+    assert missing.stderr.splitlines() == [f"error: --json-schema: {file} cannot be read: No such file or directory"]
 
 
 # --- the server ------------------------------------------------------------------------------------------------------
@@ -444,9 +513,11 @@ def test_the_server_keeps_response_formats_and_refuses_bad_ones() -> None:
         found = server.chat(max_tokens=60, n=2, seed=3, response_format=schema).json()
         bad = server.chat(response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": []}}})
         unnamed = server.chat(response_format={"type": "json_schema"})
+        words = server.chat(response_format="json")
     for choice in found["choices"]:
         assert set(json.loads(choice["message"]["content"])) == {"kind", "n"} and choice["finish_reason"] == "stop"
-    assert bad.status_code == unnamed.status_code == 400
+    assert bad.status_code == unnamed.status_code == words.status_code == 400
+    assert words.json()["error"]["param"] == "response_format"
     assert bad.json()["error"]["param"] == "response_format" and "Unsatisfiable" in bad.json()["error"]["message"]
 
 
@@ -462,3 +533,53 @@ def test_the_server_streams_constrained_rows_beside_each_other_and_ends_them_at_
     texts = ["".join(chunk["choices"][0]["delta"].get("content", "") for chunk in stream) for stream in streams]
     assert texts == ['"ab"', '"cd"'] and all(s[-1]["choices"][0]["finish_reason"] == "stop" for s in streams)
     assert stopped["message"]["content"] == '"a' and stopped["finish_reason"] == "stop"
+
+
+STOPS = ["uth", "7"]
+
+
+def cut(text: str) -> bool:
+    """Whether a text of the schema has ended at a stop string; it is whole otherwise."""
+    if any(stop in text for stop in STOPS):
+        raise AssertionError(text)
+    if text.endswith("}"):
+        assert set(json.loads(text)) == {"kind", "n"}
+        return False
+    return True
+
+
+def test_streams_of_several_constrained_rows_end_at_stop_strings_with_every_drafter() -> None:
+    """Through the library and through the server with the official client: what plain decoding gives."""
+    tokenizer = letters()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    plain, prompt, rows = SpecDecoder(tiny_model(), tokenizer, "none", runtime="reference"), "where?", 4
+    how: dict[str, Any] = {"constraint": Json(SCHEMA), "max_new_tokens": 60, "temperature": 1.0, "seed": 1}
+    form = {"type": "json_schema", "json_schema": {"name": "place", "schema": SCHEMA}}
+    asked: Any = {"model": "tiny", "messages": [{"role": "user", "content": prompt}], "max_tokens": 60, "seed": 1}
+    asked |= {"n": rows, "stop": STOPS, "response_format": form, "temperature": 1.0}
+    how |= {"stop": STOPS, "num_speculative_tokens": 4}
+    expected = plain.generate_batch([prompt] * rows, **how)
+    texts = [output.text for output in expected]
+    assert {cut(text) for text in texts} == {False, True} and len(set(texts)) > 2
+    for name, drafter in every(plain.target).items():
+        decoder = plain.with_drafter(drafter)
+        with decoder.open([prompt] * rows, **how) as generation:
+            pieces = list(generation)
+            assert [output.token_ids for output in generation.outputs()] == [one.token_ids for one in expected], name
+        assert ["".join(parts) for parts in zip(*pieces, strict=True)] == texts, name
+        assert "".join(decoder.stream(prompt, **how)) == texts[0], name
+        engine = decoder.engine(max_rows=16, num_speculative_tokens=4)
+        with (
+            closing(engine),
+            serving(decoder, engine) as server,
+            openai.OpenAI(base_url=f"{server.url}/v1", api_key="none") as client,
+        ):
+            whole = client.chat.completions.create(**asked)
+            chunks = list(client.chat.completions.create(stream=True, **asked))
+        assert [choice.message.content for choice in whole.choices] == texts, name
+        assert {choice.finish_reason for choice in whole.choices} == {"stop"}, name
+        streamed, ends = Counter[int](), [""] * rows
+        for choice in (choice for chunk in chunks for choice in chunk.choices):
+            ends[choice.index] += choice.delta.content or ""
+            streamed[choice.index] += choice.finish_reason == "stop"
+        assert ends == texts and set(streamed.values()) == {1}, name

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import itertools
 import os
+from collections.abc import Sequence
+from functools import partial
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from specdec.base import cores
 from specdec.base.errors import SpecDecError
 from specdec.models.blocks import BlockEmbedding, BlockLinear
 from specdec.runtimes import linear_maps, tree_drafting
+from specdec.runtimes.cache import KVCache
 from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.native import library, linear
 from specdec.runtimes.native.target import FAMILIES, NativeTarget
@@ -288,6 +291,57 @@ def test_trees_grow_in_one_call_as_they_do_in_parts(
     assert torch.equal(cache.data[0][:, :, :, :21], again.data[0][:, :, :, :21])
 
 
+@pytest.mark.parametrize("share", [0.04, 0.5])
+@torch.inference_mode()
+def test_trees_grow_under_masks_in_one_call_as_they_do_in_parts(share: float) -> None:
+    model, bounds = model_of("llama"), tree_drafting.Bounds(4, 3)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(6)  # few near ties
+    target = NativeTarget(model)
+    cache, seed = seeded(target)
+    free = tree_drafting.Bounds(1, 16)
+
+    def masks(text: Sequence[int]) -> torch.Tensor | None:
+        random = torch.Generator().manual_seed(hash(tuple(text)) % 2**31)
+        return torch.rand(97, generator=random) < share if len(text) < 3 else None
+
+    total = same = 0
+    for number in range(8):
+        torch.manual_seed(number)
+        route = random_route(target, heads=2)
+        ours, theirs = (
+            by_path(grow(cache, seed, route, bounds, masks))
+            for grow in (target.grow, partial(tree_drafting.grow, target))
+        )
+        assert all(bool(masks(path[:-1])[path[-1]]) for path in ours)  # type: ignore[index]
+        assert cache.lengths == [3] * 4 and max(map(len, ours), default=0) <= 3
+        assert all(abs(ours[path] - theirs[path]) < 0.3 for path in ours.keys() & theirs.keys())
+        total, same = total + len(theirs), same + len(ours.keys() & theirs.keys())
+    assert same > 0.75 * total > 0
+    assert len(target.grow(cache, seed, route, free, lambda text: None).tokens) == 0
+    assert len(target.grow(cache, seed, route, free).tokens) == 16
+    for error in (ValueError("no mask"), KeyboardInterrupt()):
+        with pytest.raises(type(error)):
+            target.grow(cache, seed, route, bounds, raising(error))
+        assert cache.lengths == [3] * 4
+
+
+def seeded(target: Target) -> tuple[KVCache, tree_drafting.Seed]:
+    """What a tree grows from after three tokens."""
+    ids, positions, cache = torch.tensor([[5, 6, 7]]), torch.arange(3)[None], target.new_cache()
+    taps = {1: torch.empty(0), 3: torch.empty(0)}
+    final = target.layers(target.embed(ids, positions), 0, 4, Pass(positions, cache.mask(0, positions), cache, taps))
+    cache.commit([[0, 1, 2]])
+    return cache, tree_drafting.Seed(5, 3, final, list(taps.values()), place=2)
+
+
+def raising(error: BaseException) -> tree_drafting.Masks:
+    def masks(text: Sequence[int]) -> torch.Tensor | None:
+        raise error
+
+    return masks
+
+
 @torch.inference_mode()
 def test_more_threads_than_cores_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """Some of them sleep at every barrier, and each is woken."""
@@ -301,11 +355,8 @@ def test_more_threads_than_cores_wait_for_each_other(monkeypatch: pytest.MonkeyP
 def test_trees_grow_alike_in_a_team_that_is_smaller_than_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """As under OMP_THREAD_LIMIT or OMP_DYNAMIC."""
     openmp = ctypes.CDLL(torch._C.__file__)
-    target, ids, positions = NativeTarget(model_of("llama")), torch.tensor([[5, 6, 7]]), torch.arange(3)[None]
-    cache, taps = target.new_cache(), {1: torch.empty(0), 3: torch.empty(0)}
-    final = target.layers(target.embed(ids, positions), 0, 4, Pass(positions, cache.mask(0, positions), cache, taps))
-    cache.commit([[0, 1, 2]])
-    seed = tree_drafting.Seed(5, 3, final, list(taps.values()), place=2)
+    target = NativeTarget(model_of("llama"))
+    cache, seed = seeded(target)
     torch.manual_seed(1)
     route = random_route(target, heads=2)
     monkeypatch.setattr(cores, "threads", lambda: 3)

@@ -9,13 +9,23 @@ from typing import Any
 import openai
 import pytest
 from conftest import tiny_model
-from serving import NAME, USER, Replay, Server, byte_tokenizer, serving, stand_in
+from serving import NAME, USER, Replay, Server, byte_tokenizer, events, serving, stand_in
 from test_constraints import letters
 from zoo import EOS
 
 from specdec import SpecDecoder
 from specdec.engine.request import Event
-from specdec.serve.tools import HERMES, LLAMA, MISTRAL, ChatParser, ToolForm, form_of, grammar_of, message_of
+from specdec.serve.tools import (
+    HERMES,
+    LLAMA,
+    MISTRAL,
+    MISTRAL_NAMED,
+    ChatParser,
+    ToolForm,
+    form_of,
+    grammar_of,
+    message_of,
+)
 from specdec.speculation.constraints import ConstraintState, compiled
 
 pytest.importorskip("llguidance", reason="llguidance is not installed")
@@ -37,6 +47,7 @@ TOOLS: Any = [
     {"type": "function", "function": {"name": name, "description": f"the {name}"} | ({"parameters": s} if s else {})}
     for name, s in SCHEMAS.items()
 ]
+FORMS = [HERMES, MISTRAL, MISTRAL_NAMED, LLAMA]
 CALLS = [("weather", {"city": "Rome", "days": 3}), ("sum", {"a": 1, "b": 4})]
 TEMPLATE = (
     "{% for t in tools or [] %}{{ t.function.name }};{% endfor %}"
@@ -47,6 +58,8 @@ TEMPLATE = (
 
 def written(form: ToolForm, calls: list[tuple[str, dict[str, Any]]]) -> str:
     bodies = [json.dumps({"name": name, form.arguments: arguments}) for name, arguments in calls]
+    if form.named:
+        bodies = [name + form.named + json.dumps(arguments) for name, arguments in calls]
     return form.first + form.between.join(form.before + body + form.after for body in bodies) + form.last
 
 
@@ -61,7 +74,7 @@ def calls_of(message: dict[str, Any]) -> list[tuple[str, Any]]:
     return [(call["name"], json.loads(call["arguments"])) for call in found]
 
 
-@pytest.mark.parametrize("form", [HERMES, MISTRAL, LLAMA])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("size", [1, 3, 7, 1000])
 def test_calls_are_read_however_the_text_comes(form: ToolForm, size: int) -> None:
     message, count = read(written(form, CALLS), size, form)
@@ -70,9 +83,12 @@ def test_calls_are_read_however_the_text_comes(form: ToolForm, size: int) -> Non
     single, _ = read(written(form, CALLS), size, form, single=True)
     assert calls_of(single) == CALLS[:1]
     other = '{"arguments": {"a": 1, "b": 3}, "id": "x", "name": "sum"}'
-    assert calls_of(read(form.first + form.before + other + form.after + form.last, size, form)[0]) == [
+    assert form.named or calls_of(read(form.first + form.before + other + form.after + form.last, size, form)[0]) == [
         ("sum", {"a": 1, "b": 3})
     ]
+    for odd in ("[TOOL_CALLS]nobody[ARGS]{}", "[TOOL_CALLS]sum[ARGS]7", "[TOOL_CALLS]su"):
+        message, count = read(odd, size, MISTRAL_NAMED)
+        assert message["content"] == odd.removeprefix("[TOOL_CALLS]") and not count
     quoted = [("weather", {"city": 'a"}{<tool_call>\\', "days": []})]
     assert calls_of(read(written(form, quoted), size, form)[0]) == quoted
     for answer in (
@@ -102,16 +118,17 @@ def test_reasoning_is_told_apart(size: int) -> None:
 
 def test_forms_are_found_in_templates() -> None:
     assert form_of("tools <tool_call>") is HERMES and form_of("tools [TOOL_CALLS]") is MISTRAL
+    assert form_of("tools [TOOL_CALLS] [ARGS]") is MISTRAL_NAMED and form_of("tools [TOOL_CALLS] [CALL_ID]") is None
     assert form_of('tools Environment: ipython "parameters"') is LLAMA
     assert form_of("<tool_call>") is form_of("tools") is form_of("tools <tool_call><function=x>") is None
 
 
-@pytest.mark.parametrize("form", [HERMES, MISTRAL, LLAMA])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("special", [False, True])
 def test_grammars_take_what_is_in_the_form_and_nothing_else(form: ToolForm, special: bool) -> None:
     tokenizer = letters()
     if form.mark:
-        tokenizer.add_tokens([form.mark], special_tokens=special)
+        tokenizer.add_tokens([form.mark, *filter(None, [form.named])], special_tokens=special)
     tokenizer.add_tokens(["\n"])
 
     def state(several: bool) -> ConstraintState:
@@ -156,6 +173,23 @@ def test_the_official_client_gets_the_calls_it_forces(server: Server) -> None:
             assert json.loads("".join(part.function.arguments for part in parts)) == arguments
         again: Any = [*USER, answer.message, {"role": "tool", "tool_call_id": call.id, "content": "4"}]
         assert client.chat.completions.create(model=NAME, messages=again, max_tokens=3).choices[0].message.content
+
+
+def test_calls_with_names_before_their_arguments_are_forced_and_streamed() -> None:
+    tokenizer = letters()
+    tokenizer.add_tokens(["[TOOL_CALLS]", "[ARGS]"], special_tokens=True)
+    tokenizer.chat_template = TEMPLATE.replace("<tool_call>", "[TOOL_CALLS]").replace("</tool_call>", "[ARGS]")
+    model = tiny_model(vocab_size=99, max_position_embeddings=512)
+    body: dict[str, Any] = {"tools": TOOLS[:2], "tool_choice": "required", "n": 4, "seed": 1, "max_tokens": 300}
+    with serving(SpecDecoder(model, tokenizer, "prompt-lookup", runtime="reference")) as other:
+        whole = other.chat(**body).json()["choices"]
+        chunks = [chunk["choices"][0] for chunk in events(other.chat(stream=True, **body))]
+    for choice in whole:
+        calls = calls_of(choice["message"])
+        assert choice["finish_reason"] == "tool_calls" and calls and choice["message"]["content"] is None
+        deltas = [chunk["delta"] for chunk in chunks if chunk["index"] == choice["index"]]
+        assert calls_of(message_of([delta for delta in deltas if "tool_calls" in delta])) == calls
+        assert all(set(arguments) == set(SCHEMAS[name]["properties"]) for name, arguments in calls)  # type: ignore[index]
 
 
 def test_several_calls_come_where_they_may(server: Server) -> None:

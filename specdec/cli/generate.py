@@ -236,7 +236,8 @@ def _schema(file: Path) -> Json:
         with file.open("rb") as opened:
             return Json(inputs.whole(opened, 2**20).decode("utf-8-sig"))
     except (OSError, ValueError) as error:
-        raise SpecDecError(f"--json-schema: {file} cannot be read: {error}") from None
+        why = error.strerror if isinstance(error, OSError) else error
+        raise SpecDecError(f"--json-schema: {file} cannot be read: {why}") from None
 
 
 def _expert_options(cache: str | None, prefetch: str, more: list[str]) -> ExpertOptions | None:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from specdec.base.devices import download, upload
+from specdec.base.devices import download, upload, waits
 from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.row_cache import RowCache
 from specdec.runtimes.target import Target, largest
@@ -60,7 +60,7 @@ def _score_block(
     x, late = _after(filled, x), _after(filled, positions)
     x = target.layers(x, exit_layer, target.num_layers, Pass(late, cache.mask(exit_layer, late, tree), cache, taps))
     greedy, tapped = state.sampler.plain_greedy, target.num_layers + 1 in taps
-    masked = not verifier.needs_probabilities and all(row.plain_greedy or row.masked_greedy for row in choosers)
+    masked = not verifier.needs_probabilities and state.sampler.best_allowed
     p, unread = None, [draft.tokens] if draft.listed is None else []
     kept = dict[int, Tensor]()
     if greedy and not tapped and not wanted:
@@ -72,6 +72,8 @@ def _score_block(
             taps[target.num_layers + 1] = logits
         if greedy or masked:
             tokens = largest(logits)
+            if waits(cache.device):
+                _make_masks(state, draft)
         else:
             scores = state.sampler.scores(logits, lambda: _prefixes(state.ids, draft, filled))
             after = [[len(ids) + depth for depth in draft.depths()[filled:]] for ids in state.ids]
@@ -93,6 +95,15 @@ def _score_block(
     scores_ = Scores(chosen, p, taps, len(chosen) * (1 + len(draft.parents)))
     scores_.fault, scores_.logits = fault, kept
     return scores_
+
+
+def _make_masks(state: State, draft: Draft) -> None:
+    """Make the masks of drafted tokens while the device scores them, where the host has them; others were drafted under
+    masks, which are kept."""
+    for b, row in enumerate(state.sampler.rows):
+        if row.constraint is not None and draft.listed is not None:
+            for path in ([], *draft.paths(b)):
+                row.constraint.mask([*state.ids[b][row.constraint.start :], *path])
 
 
 def _resume(state: State, draft: Draft, tokens: Tensor, positions: Tensor) -> Tensor:

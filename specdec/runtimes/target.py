@@ -20,7 +20,7 @@ from specdec.models.blocks import rows, stored
 from specdec.runtimes import linear_maps, tree_drafting
 from specdec.runtimes.cache import Chunk, KVCache
 from specdec.runtimes.layer_pass import Pass
-from specdec.runtimes.tree_drafting import Bounds, Candidates, DraftPath, Seed
+from specdec.runtimes.tree_drafting import Bounds, Candidates, DraftPath, Masks, Seed
 
 if TYPE_CHECKING:
     from specdec.runtimes.experts.offload import Offload
@@ -116,9 +116,14 @@ class Target(ABC):
         """
         return download(*beside, largest(self.readout(x)))
 
-    def grow(self, cache: KVCache, seed: Seed, path: DraftPath, bounds: Bounds) -> Candidates:
-        """Draft a tree along ``path`` from ``seed``, for the one row of ``cache``, which is left as it was."""
-        return tree_drafting.grow(self, cache, seed, path, bounds)
+    def grow(
+        self, cache: KVCache, seed: Seed, path: DraftPath, bounds: Bounds, masks: Masks | None = None
+    ) -> Candidates:
+        """Draft a tree along ``path`` from ``seed``, for the one row of ``cache``, which is left as it was.
+
+        masks: what may be drafted; None: anything.
+        """
+        return tree_drafting.grow(self, cache, seed, path, bounds, masks)
 
     @contextmanager
     def prepared(self, layer: int) -> Iterator[None]:

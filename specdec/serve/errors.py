@@ -86,7 +86,7 @@ def _validation(found: Mapping[str, Any]) -> ApiError:
     """The refusal of a body that pydantic has ``found`` to be wrong."""
     if found["type"] == "json_invalid":
         return ApiError(400, f"the body is not valid JSON: {found['ctx']['error']}", code="invalid_json")
-    if found["type"] == "model_attributes_type":
+    if found["type"] == "model_attributes_type" and len(found["loc"]) == 1:
         return ApiError(400, "the body must be a JSON object, with Content-Type: application/json", code="invalid_json")
     parts = []
     for part in found["loc"][1:]:

@@ -22,7 +22,8 @@ class ToolForm:
     """How a family of models writes calls: ``first`` of all, ``before`` and ``after`` each, ``between`` two, ``last``.
 
     mark: what calls are known by; "": an answer that is JSON is a call. end: what ends a call that began with the mark.
-    arguments: what the arguments are called.
+    arguments: what the arguments are called. named: what stands between a name and its arguments; "": both are in one
+    JSON object.
     """
 
     mark: str
@@ -33,17 +34,19 @@ class ToolForm:
     last: str = ""
     end: str = ""
     arguments: str = "arguments"
+    named: str = ""
 
 
 # Qwen's, too
 HERMES = ToolForm("<tool_call>", "", "<tool_call>\n", "\n", "\n</tool_call>", "", "</tool_call>")
 MISTRAL = ToolForm("[TOOL_CALLS]", "[TOOL_CALLS][", between=", ", last="]")
+MISTRAL_NAMED = ToolForm("[TOOL_CALLS]", before="[TOOL_CALLS]", named="[ARGS]")  # since Mistral Small 3.1
 LLAMA = ToolForm("", between="; ", arguments="parameters")
 
 
 def shown_of(form: ToolForm | None, constrained: bool) -> list[str]:
     """What ``ChatParser`` looks for in a text, be it a special token or not."""
-    marks = [] if form is None else [mark for mark in (form.mark, form.end) if mark]
+    marks = [] if form is None else [mark for mark in (form.mark, form.end, form.named) if mark]
     return [*marks, *REASONING] if constrained else marks
 
 
@@ -53,8 +56,8 @@ def form_of(template: str) -> ToolForm | None:
         return None
     if HERMES.mark in template and "<function=" not in template:
         return HERMES
-    if MISTRAL.mark in template and "[ARGS]" not in template:
-        return MISTRAL
+    if MISTRAL.mark in template and "[CALL_ID]" not in template:
+        return MISTRAL_NAMED if MISTRAL_NAMED.named in template else MISTRAL
     return LLAMA if '"parameters"' in template and "ipython" in template else None
 
 
@@ -69,8 +72,10 @@ def grammar_of(form: ToolForm, tools: dict[str, dict[str, Any] | None], several:
     lines.append(f"call: {text(form.before)} body {text(form.after)}")
     lines.append("body: " + " | ".join(f"call_{n}" for n in range(len(tools))))
     for n, (name, schema) in enumerate(tools.items()):
-        head = json.dumps(f'{{"name": "{name}", "{form.arguments}": ')
-        lines.append(f'call_{n}: {head} arguments_{n} "}}"')
+        head, tail = f'{{"name": "{name}", "{form.arguments}": ', '"}"'
+        if form.named:
+            head, tail = name + form.named, ""
+        lines.append(f"call_{n}: {text(head)} arguments_{n} {tail}")
         lines.append(f"arguments_{n}: %json {json.dumps((schema or NO_ARGUMENTS) | {'x-guidance': JSON_FORM})}")
     return Grammar("\n".join(lines))
 
@@ -87,14 +92,16 @@ def _text(text: str, marks: Sequence[str], tokenizer: Any) -> str:
 
 
 class _Call:
-    """A call that is being read: a JSON object with a name and arguments."""
+    """A call that is being read: a JSON object with a name and arguments; or, of one that is ``named``, the latter."""
 
-    def __init__(self, index: int, names: Collection[str]) -> None:
-        self.index, self.names, self.raw = index, names, ""
+    def __init__(self, index: int, names: Collection[str], named: str = "") -> None:
+        self.index, self.names, self.raw, self.named = index, names, "", bool(named)
         self.depth = self.sent = self.end = 0  # end: of the arguments in the raw text
         self.quoted = self.escaped = self.complete = False
         self.head: re.Match[str] | None = None
         self.announced = False
+        if named:
+            self.take(f'{{"name": "{named}", "arguments": ')
 
     def take(self, text: str) -> int:
         """Read on; return how many characters belong to the call."""
@@ -115,7 +122,7 @@ class _Call:
                 self.depth -= 1
                 if self.depth == 1 and self.head is not None and not self.end:
                     self.end = end
-                if not self.depth:
+                if not self.depth or (self.named and self.end):
                     self.complete, self.raw = True, self.raw[:end]
                     return end - before
         return len(text)
@@ -243,6 +250,8 @@ class ChatParser:
 
     def _between(self, last: bool) -> list[dict[str, Any]] | None:
         assert self.form is not None
+        if self.form.named:
+            return self._named(self.form.named, last)
         text, end = self.buffer.lstrip(BETWEEN), self.form.end
         if end and text.startswith(end):
             self.calling, self.buffer = False, text.removeprefix(end)
@@ -255,6 +264,19 @@ class ChatParser:
             self.call, self.buffer = _Call(self.calls, self.names), text
         else:
             self.calling, self.begun = False, True
+        return []
+
+    def _named(self, between: str, last: bool) -> list[dict[str, Any]] | None:
+        """A name and the beginning of its arguments."""
+        text = self.buffer.lstrip()
+        for name in self.names:
+            head, rest = name + between, text.removeprefix(name + between).lstrip()
+            if text.startswith(head) and rest.startswith("{"):
+                self.call, self.calling, self.buffer = _Call(self.calls, self.names, name), False, rest
+                return []
+            if not last and (head.startswith(text) or (text.startswith(head) and not rest)):
+                return None
+        self.calling, self.begun = False, True
         return []
 
     def _in_call(self, call: _Call, last: bool) -> list[dict[str, Any]] | None:

@@ -26,6 +26,7 @@ from specdec.base.errors import SpecDecError
 LONGEST = 2**16  # characters of a schema, an expression or a grammar
 MASKS = 64  # masks that are kept: drafting, scoring and looking for forced tokens ask for the same
 JSON_FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}  # as json.dumps writes it
+NO_TEXT = "NoExtensionBias"  # llguidance's word for it
 REASONING = "<think>", "</think>"
 CLOSED = 4  # a block of reasoning that ends so few tokens before the end of a prompt is its answer's, and empty
 LIMITS: dict[str, Any] = {"initial_lexer_fuel": 1_000_000, "step_lexer_fuel": 200_000, "step_max_items": 50_000}
@@ -65,10 +66,18 @@ class Json(Constraint):
             raise SpecDecError(f"the JSON schema is not JSON ({error})") from None
 
     def grammar(self, matcher: Any) -> str:
-        schema = json.loads(self.source)
+        try:
+            schema = json.loads(self.source, parse_constant=_no_constant)
+        except RecursionError:
+            raise ValueError("it is nested too deeply") from None
         if not isinstance(schema, dict):
             raise ValueError("it is not a JSON object")
         return str(matcher.grammar_from_json_schema(schema, defaults=JSON_FORM))
+
+
+def _no_constant(name: str) -> None:
+    """Of what Python takes for a number in JSON."""
+    raise ValueError(f"{name} is not JSON")
 
 
 @dataclass(frozen=True)
@@ -130,6 +139,7 @@ class Compiled:
         self.matcher, self.vocab_size, self.ends, self.block = matcher, vocab_size, ends, block
         self.reasoning = torch.ones(vocab_size, dtype=torch.bool)  # what may follow in a block
         self.reasoning[[end for end in ends if end < vocab_size]] = False
+        self.nothing: Tensor | None = torch.zeros(vocab_size, dtype=torch.bool)
 
     def state(self, prompt: Sequence[int]) -> ConstraintState:
         """Of a row with this prompt, whose template may have opened a block of reasoning, or closed an empty one."""
@@ -174,6 +184,9 @@ def compiled(constraint: Constraint, tokenizer: Any, vocab_size: int, ends: froz
 
 
 def _invalid(constraint: Constraint, why: str) -> SpecDecError:
+    why = why.partition("<state>")[0]  # what follows is the matcher's own
+    if NO_TEXT in why:
+        why = "it allows no text"
     lines = [line.strip() for line in why.splitlines() if line.strip(" ^\t")]
     return SpecDecError(f"the {constraint.kind} cannot be used: {' '.join(lines)[:300]}")
 
@@ -242,8 +255,7 @@ class ConstraintState(LogitsProcessor):  # type: ignore[misc]
         if key not in self.masks:
             if len(self.masks) >= MASKS:
                 self.masks.clear()
-            nothing: Tensor | None = torch.zeros(self.compiled.vocab_size, dtype=torch.bool)
-            self.masks[key] = self._guarded(self._mask, key, nothing)
+            self.masks[key] = self._guarded(self._mask, key, self.compiled.nothing)
         return self.masks[key]
 
     def forced(self, ids: Sequence[int], limit: int) -> list[int]:
@@ -287,8 +299,10 @@ class ConstraintState(LogitsProcessor):  # type: ignore[misc]
             return []
         if more := self.matcher.compute_ff_tokens():
             return list(more)
-        allowed = self.mask(new)
-        return allowed.nonzero()[:, 0].tolist() if allowed is not None and int(allowed.sum()) == 1 else []
+        if (mask := self.mask(new)) is None:
+            return []
+        allowed = mask.numpy()  # not torch: to wake a team of threads takes ten times as long as this
+        return [int(allowed.argmax())] if np.count_nonzero(allowed) == 1 else []
 
     def _allows(self, text: Sequence[int], before: int) -> int:
         """Of the tokens of ``text``, from number ``before`` on."""

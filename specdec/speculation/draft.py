@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -154,6 +155,14 @@ class State:
         """The ``tokens`` that may follow the row's text: those before the first that its constraint rules out."""
         constraint = self.sampler.rows[row].constraint
         return tokens if constraint is None else tokens[: constraint.allows(self.ids[row], tokens)]
+
+    def masks(self, row: int) -> Callable[[Sequence[int]], Tensor | None] | None:
+        """What a row's constraint allows after tokens that follow its root, bool [V] (None: it rules these out).
+
+        None: the row has no constraint.
+        """
+        constraint, ids = self.sampler.rows[row].constraint, self.ids[row]
+        return None if constraint is None else lambda tokens: constraint.mask([*ids[constraint.start :], *tokens])
 
     @property
     def roots(self) -> Tensor:

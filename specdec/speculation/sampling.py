@@ -195,6 +195,11 @@ class Sampler:
         return all(row.plain_greedy for row in self.rows)
 
     @property
+    def best_allowed(self) -> bool:
+        """True if every choice is the argmax of the raw logits, of those tokens that the row's constraint allows."""
+        return all(row.plain_greedy or row.masked_greedy for row in self.rows)
+
+    @property
     def sharpness(self) -> float:
         """By how much a gap between logits grows before tokens are chosen: 1 / temperature."""
         return max(row.transforms.sharpness for row in self.rows)

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from specdec.base import cores
 from specdec.runtimes import linear_maps
 from specdec.runtimes.adapters import Adapters
-from specdec.runtimes.native.library import INT, POINTER, Call, Model, Stage, TreeDraft, done, pointer
+from specdec.runtimes.native.library import INT, POINTER, Call, MaskCall, Model, Stage, TreeDraft, done, pointer
 from specdec.runtimes.native.linear import Packed, RowTable
 from specdec.runtimes.row_cache import RowCache
-from specdec.runtimes.tree_drafting import Candidates, DraftPath, Seed
+from specdec.runtimes.tree_drafting import Candidates, DraftPath, Masks, Seed
 
 
 class Kernels(Protocol):
@@ -49,6 +49,10 @@ class TreeDrafter:
         self.position = (ctypes.c_int64 * 1)()
         count = levels * width * width
         self.found = (ctypes.c_float * count)(), (INT * count)(), (INT * count)()  # scores, tokens, parents
+        self.allowed = (POINTER * width)()
+        self.masks: Masks | None = None
+        self.held: list[Tensor | None] = []  # the masks of the level
+        self.error: BaseException | None = None  # of the masks
         maps, heads = [each.packed for each in path.projections], [target.head(head) for head in path.heads]
         self.stages = (Stage * len(maps))()
         self.calls: list[Call] = []
@@ -69,6 +73,8 @@ class TreeDrafter:
             (INT * 2)(*(head.width for head in heads)),
             *(pointer(path.tokens), target.final_norm.data_ptr(), target.eps, linear_maps.UNIT_EPS, 0.0),
             *(ctypes.addressof(out) for out in self.found),
+            None,
+            ctypes.addressof(self.allowed),
         )
 
     @staticmethod
@@ -81,7 +87,9 @@ class TreeDrafter:
             fits and path.adapters.draft_only and bool(path.segments) and all(each.packed for each in path.projections)
         )
 
-    def __call__(self, target: Kernels, cache: RowCache, seed: Seed, confidence: float) -> Candidates:
+    def __call__(
+        self, target: Kernels, cache: RowCache, seed: Seed, confidence: float, masks: Masks | None
+    ) -> Candidates:
         struct, segments = self.struct, self.segments
         final, *carried = (x.contiguous() for x in (seed.final, *seed.carried))
         before = seed.place * final.shape[2] * final.element_size()  # bytes
@@ -92,9 +100,31 @@ class TreeDrafter:
             call.threads = cores.threads()
             stage.carried = call.x = state.data_ptr() + before
         struct.root, struct.final, struct.confidence = seed.token, final.data_ptr() + before, confidence
+        self.masks, call_mask = masks, None if masks is None else MaskCall(self._mask)
+        struct.mask = None if call_mask is None else ctypes.cast(call_mask, POINTER)
         count = target.lib.specdec_draft_tree(ctypes.byref(struct))
         for lo, hi in segments:
             cache.trim(self.drafted, lo, hi)
+        self.masks, self.held = None, []
+        if self.error is not None:
+            raise self.error
         done(count)
         scores, tokens, parents = self.found
         return Candidates(scores[:count], tokens[:count], parents[:count])
+
+    def _mask(self, rows: int, nodes: Any) -> int:
+        """Have ``allowed`` point to the masks of a level, which are kept until the next; 1 where that fails."""
+        _, tokens, parents = self.found
+        assert self.masks is not None
+        try:
+            self.held = []
+            for row in range(rows):
+                node, text = nodes[row], list[int]()
+                while node:
+                    text.insert(0, tokens[node - 1])
+                    node = parents[node - 1]
+                self.held.append(self.masks(text))
+                self.allowed[row] = pointer(self.held[-1])
+        except BaseException as error:  # also an interrupt: the caller raises it
+            self.error = error
+        return int(self.error is not None)

@@ -94,8 +94,11 @@ class TreeDraft(ctypes.Structure):
         *((name, POINTER) for name in ("stage", "embedding", "final")),
         *(("head", POINTER * 2), ("outputs", INT * 2), ("tokens", POINTER), ("norm", POINTER)),
         *((name, ctypes.c_float) for name in ("eps", "unit_eps", "confidence")),
-        *((name, POINTER) for name in ("scores", "ids", "parents")),
+        *((name, POINTER) for name in ("scores", "ids", "parents", "mask", "allowed")),
     )
+
+
+MaskCall = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.POINTER(INT))  # ``TreeDraft.mask``
 
 
 def could_run(cpuinfo: Path = machine.CPUINFO) -> bool:

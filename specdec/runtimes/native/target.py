@@ -50,7 +50,7 @@ from specdec.runtimes.native.library import (
 from specdec.runtimes.native.linear import Packed, RowTable
 from specdec.runtimes.reference import ByParts
 from specdec.runtimes.row_cache import RowCache, RowMask
-from specdec.runtimes.tree_drafting import Bounds, Candidates, DraftPath, Seed
+from specdec.runtimes.tree_drafting import Bounds, Candidates, DraftPath, Masks, Seed
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
 ROUNDED = {"int8": "Q8_0", "int4": "Q4_1"}  # blocks that the layers' weights are rounded to
@@ -150,19 +150,21 @@ class NativeTarget(ByParts):
             taps[hi] = y
         return y
 
-    def grow(self, cache: KVCache, seed: Seed, path: DraftPath, bounds: Bounds) -> Candidates:
+    def grow(
+        self, cache: KVCache, seed: Seed, path: DraftPath, bounds: Bounds, masks: Masks | None = None
+    ) -> Candidates:
         assert isinstance(cache, RowCache)
         size = bounds.levels, bounds.width
         if (self, size) not in path.made:
             path.made[self, size] = [] if TreeDrafter.serves(self, path, *size) else None
         idle = path.made[self, size]  # those that nobody is using; None: not served
         if idle is None:
-            return super().grow(cache, seed, path, bounds)
+            return super().grow(cache, seed, path, bounds, masks)
         try:
             drafter = idle.pop()
         except IndexError:
             drafter = TreeDrafter(self, path, *size)
-        found = drafter(self, cache, seed, bounds.confidence)
+        found = drafter(self, cache, seed, bounds.confidence, masks)
         idle.append(drafter)
         return found
 

@@ -22,6 +22,8 @@ typedef struct {        /* a tree that grows from one root, level by level */
     float confidence;       /* growing ends when no path is as probable */
     float *scores;          /* out: [levels * width * width], log-probabilities of the candidates' paths */
     int32_t *ids, *parents; /* out: their tokens; 0: the root, i + 1: candidate i */
+    int (*mask)(int rows, const int32_t *nodes); /* NULL: all may follow all. Called before a level's pass, by one thread: has */
+    const uint8_t *const *allowed;  /* tell which tokens may follow each of its nodes (NULL: none); not 0 ends growing */
 } TreeDraft;
 
 typedef struct {        /* of a thread's share of the outputs, by lane */
@@ -29,6 +31,20 @@ typedef struct {        /* of a thread's share of the outputs, by lane */
     float values[16][MOST_WIDTH];
     int32_t ids[16][MOST_WIDTH];
 } Best;
+
+static const float NEVER = -1e30f; /* logit of what may not follow */
+
+/* Which lanes may be followed by each of `some` outputs from number `first` on; returns those that have any. */
+static uint32_t allowed_lanes(const TreeDraft *g, int rows, int first, int some, uint32_t *lanes) {
+    uint32_t any = 0;
+    for (int o = 0; o < some; o++) {
+        int64_t token = g->tokens ? g->tokens[first + o] : first + o;
+        lanes[o] = 0;
+        for (int r = 0; r < rows; r++) lanes[o] |= (uint32_t)(g->allowed[r] && g->allowed[r][token]) << r;
+        any |= lanes[o];
+    }
+    return any;
+}
 
 static void insert_candidate(Best *best, int lane, int count, float value, int32_t id) {
     float *values = best->values[lane];
@@ -59,13 +75,15 @@ static void project(Pass *p, const Map *map, const float *before, const float *c
     from_blocks(p->x, from, to, hidden, projected);
 }
 
+/* The best of what follows each lane, of this thread's outputs. */
 static void read_out(Pass *p, const TreeDraft *g, Best *best, int me, int n) {
     uint8_t *mine = p->scratch + p->own * me;
     float sums[256] __attribute__((aligned(64)));
-    F most = set16(-1e30f), sum = zero16();
+    uint32_t lanes[16];
+    F most = set16(NEVER), sum = zero16();
     for (int lane = 0; lane < 16; lane++) {
-        best->floor[lane] = -1e30f;
-        for (int i = 0; i < g->width; i++) best->values[lane][i] = -1e30f, best->ids[lane][i] = 0;
+        best->floor[lane] = NEVER;
+        for (int i = 0; i < g->width; i++) best->values[lane][i] = NEVER, best->ids[lane][i] = 0;
     }
     norm(p->x, g->norm, p->m->hidden, g->eps, (uint32_t *)mine);
     for (int h = 0; h < 2 && g->head[h]; h++) {
@@ -73,8 +91,13 @@ static void read_out(Pass *p, const TreeDraft *g, Best *best, int me, int n) {
         int from, to, first = h ? g->outputs[0] : 0;
         split((g->outputs[h] + 15) / 16, me, n, &from, &to);
         for (int t = from; t < to; t++) {
-            product(g->head[h], NULL, t, input, NULL, p->rows, sums);
             int some = g->outputs[h] - 16 * t < 16 ? g->outputs[h] - 16 * t : 16;
+            if (g->mask && !allowed_lanes(g, p->rows, first + 16 * t, some, lanes)) continue;
+            product(g->head[h], NULL, t, input, NULL, p->rows, sums);
+            if (g->mask)
+                for (int o = 0; o < some; o++)
+                    for (int r = 0; r < p->rows; r++)
+                        if (!(lanes[o] >> r & 1)) sums[16 * o + r] = NEVER;
             F top = most;
             for (int o = 0; o < some; o++) top = max16(top, load16(sums + 16 * o));
             sum = mul16(sum, exp16(sub16(most, top)));
@@ -93,7 +116,7 @@ static void read_out(Pass *p, const TreeDraft *g, Best *best, int me, int n) {
     store16(best->most, most), store16(best->sum, sum);
 }
 
-/* One lane of what the threads of the team found, merged into the first one's, as log-probabilities. */
+/* One lane of what the threads of the team found, merged into the first one's, as log-probabilities, or NEVER. */
 static void merge_candidates(Best *best, int lane, int count, int team) {
     float most = best->most[lane], sum = 0;
     for (int t = 1; t < team; t++) most = best[t].most[lane] > most ? best[t].most[lane] : most;
@@ -101,7 +124,7 @@ static void merge_candidates(Best *best, int lane, int count, int team) {
     for (int t = 1; t < team; t++)
         for (int i = 0; i < count && best[t].values[lane][i] > best->floor[lane]; i++)
             insert_candidate(best, lane, count, best[t].values[lane][i], best[t].ids[lane][i]);
-    for (int i = 0; i < count; i++) best->values[lane][i] -= most + __builtin_logf(sum);
+    for (int i = 0; i < count && best->values[lane][i] > NEVER; i++) best->values[lane][i] -= most + __builtin_logf(sum);
 }
 
 /* The pass of a level: `x` [rows, hidden] goes through all stages to `best`. The states of a level, [stages + 1][MOST_WIDTH]
@@ -144,7 +167,7 @@ static int run_level(const TreeDraft *g, const Call *calls, const bf16 *x, const
 }
 
 /* Grow a tree; the slots behind each call's first one need room for all tokens that are drafted from. Returns how many
- * candidates were found, or -1 without memory. */
+ * candidates were found, or -1 without memory or masks. */
 EXPORT int KERNEL(draft_tree)(const TreeDraft *g) {
     const Model *m = g->stage[0].model;
     const Call *like = g->stage[0].call;
@@ -155,7 +178,7 @@ EXPORT int KERNEL(draft_tree)(const TreeDraft *g) {
     Line lines[MOST_STAGES];
     int committed = like->lines->start;
     int64_t positions[MOST_WIDTH] = {first};
-    int32_t tokens[MOST_WIDTH] = {g->root}, nodes[MOST_WIDTH] = {0}, origin[MOST_WIDTH] = {0};
+    int32_t tokens[MOST_WIDTH] = {g->root}, nodes[MOST_WIDTH] = {0}, origin[MOST_WIDTH * MOST_WIDTH] = {0};
     float score[MOST_WIDTH] = {0};
     bf16 *x = allocate(2 * block), *before = allocate(states), *now = allocate(states);
     float *fm = allocate(2 * states);
@@ -186,12 +209,13 @@ EXPORT int KERNEL(draft_tree)(const TreeDraft *g) {
                 calls[i].tokens = lines[i].tokens = rows, calls[i].positions = positions;
                 lines[i].start = committed + drafted, lines[i].committed = committed, lines[i].trees = trees;
             }
-        failed = run_level(g, calls, x, before, now, best, fm);
+        failed = (g->mask && g->mask(rows, nodes)) || run_level(g, calls, x, before, now, best, fm);
         if (failed) break;
         int begun = found, chosen[MOST_WIDTH], some = 0;
         for (int r = 0; r < rows; r++)
-            for (int i = 0; i < width; i++, found++) {
+            for (int i = 0; i < width && best->values[r][i] > NEVER; i++, found++) {
                 int32_t id = best->ids[r][i];
+                origin[found - begun] = r;
                 g->scores[found] = score[r] + best->values[r][i];
                 g->ids[found] = g->tokens ? (int32_t)g->tokens[id] : id;
                 g->parents[found] = nodes[r];
@@ -202,13 +226,13 @@ EXPORT int KERNEL(draft_tree)(const TreeDraft *g) {
             for (; at > 0 && g->scores[i] > g->scores[chosen[at - 1]]; at--) chosen[at] = chosen[at - 1];
             chosen[at] = i;
         }
-        if (__builtin_expf(g->scores[chosen[0]]) < g->confidence) break;
+        if (!some || __builtin_expf(g->scores[chosen[0]]) < g->confidence) break;
         for (int r = 0; r < some; r++) {
-            origin[r] = (chosen[r] - begun) / width;
+            int parent = origin[chosen[r] - begun];
             memset(next + r * (most + 1), 0, most + 1);
-            memcpy(next + r * (most + 1), path + origin[r] * (most + 1), (size_t)(drafted + rows));
+            memcpy(next + r * (most + 1), path + parent * (most + 1), (size_t)(drafted + rows));
             for (int i = 0; i <= g->stages; i++)
-                memcpy(before + i * block + (int64_t)r * hidden, now + i * block + (int64_t)origin[r] * hidden, 2 * (size_t)hidden);
+                memcpy(before + i * block + (int64_t)r * hidden, now + i * block + (int64_t)parent * hidden, 2 * (size_t)hidden);
             tokens[r] = g->ids[chosen[r]], nodes[r] = chosen[r] + 1, score[r] = g->scores[chosen[r]];
         }
         drafted += rows, rows = some;
