@@ -59,7 +59,7 @@ def time_levels(decoder: SpecDecoder, seconds: float) -> dict[int, float]:
     path = DraftPath(network.frozen, network.path.segments, network.adapters, vocabulary.heads, vocabulary.tokens)
     cache, shape = target.new_cache(), (1, 1, target.hidden_size)
     final, *carried = torch.randn(1 + len(path.segments), *shape, dtype=target.dtype)
-    seed = Seed(5, 0, final, carried)
+    seed = Seed([5], [0], final, carried)
     least, start = defaultdict[tuple[int, int], float](lambda: float("inf")), time.perf_counter()
     while time.perf_counter() - start < seconds:
         for width in WIDTHS:

@@ -97,6 +97,8 @@ class M2R2Drafter(ChainDrafter):
     def propose(self, state: State, limit: int) -> Draft:
         if self._grows(state):
             return self._tree(state, limit)
+        if self._several(state) and (found := self._chains(state, limit)) is not None:
+            return Draft(found, tuple(range(limit)), device=state.cache.device)
         *inputs, final = self._before(state.memory) or [torch.empty(0)]
         tokens = PathPass(self.network, state.target, state.cache, Carry(final, inputs))
 
@@ -135,21 +137,39 @@ class M2R2Drafter(ChainDrafter):
         return verified and worth and self.shape.siblings is None and not path.exit_layer and not path.exits
 
     def _tree(self, state: State, limit: int) -> Draft:
-        network, vocabulary, path = self.network, self.vocabulary, self.draft_path
         [row] = state.memory
-        vocabulary.follow(state, [row.context])
-        if path is None or path.tokens is not vocabulary.tokens:  # the vocabulary has grown
-            heads, tokens = vocabulary.heads, vocabulary.tokens
-            path = self.draft_path = DraftPath(network.frozen, network.path.segments, network.adapters, heads, tokens)
+        path = self._draft_path(state)
         *inputs, final = row.block
         if len(final) > 1:  # other rows were in the block
             *inputs, final = (x[row.number : row.number + 1] for x in row.block)
-        seed = Seed(state.ids[0][-1], state.cache.rows[0], final, inputs, row.place)
+        seed = Seed([state.ids[0][-1]], state.cache.rows, final, inputs, row.place)
         prices, nodes = state.prices, self.shape.nodes
         width = self.width if nodes or prices else 1
         bounds = Bounds(limit, width, prices.bar if prices else 0.0)
         found = state.target.grow(state.cache, seed, path, bounds, state.masks(0))
         return grown(found, limit, nodes, state)
+
+    def _several(self, state: State) -> bool:
+        """Whether nothing but the likeliest chain of each of several rows is wanted."""
+        path, shape = self.network.path, self.shape
+        plain = state.sampler.plain_greedy and state.threshold is None and state.prices is None
+        alone = not path.exit_layer and not path.exits and bool(self.taps)
+        return plain and alone and shape.siblings is None and shape.nodes is None and state.cache.batch > 1
+
+    def _chains(self, state: State, limit: int) -> list[list[int]] | None:
+        path = self._draft_path(state)
+        *inputs, final = self._before(state.memory)
+        seed = Seed([ids[-1] for ids in state.ids], state.cache.rows, final, inputs)
+        return state.target.chains(state.cache, seed, path, limit)
+
+    def _draft_path(self, state: State) -> DraftPath:
+        """The path to the tokens that are drafted now."""
+        network, vocabulary, path = self.network, self.vocabulary, self.draft_path
+        vocabulary.follow(state, [row.context for row in state.memory])
+        if path is None or path.tokens is not vocabulary.tokens:  # the vocabulary has grown
+            heads, tokens = vocabulary.heads, vocabulary.tokens
+            path = self.draft_path = DraftPath(network.frozen, network.path.segments, network.adapters, heads, tokens)
+        return path
 
     def _before(self, memory: list[M2R2Row]) -> list[Tensor]:
         """The tapped states [B, 1, D] of the token before each root."""

@@ -268,7 +268,7 @@ def test_trees_grow_in_one_call_as_they_do_in_parts(
     mask = cache.mask(0, positions)
     final = target.layers(target.embed(ids, positions), 0, 4, Pass(positions, mask, cache, taps))
     cache.commit([list(range(21))])
-    seed = tree_drafting.Seed(5, 21, final, list(taps.values()), place=20)
+    seed = tree_drafting.Seed([5], [21], final, list(taps.values()), place=20)
     total = same = 0
     for number in range(4):
         torch.manual_seed(number)
@@ -276,7 +276,7 @@ def test_trees_grow_in_one_call_as_they_do_in_parts(
         whole, parts = target.grow(cache, seed, route, bounds), tree_drafting.grow(target, cache, seed, route, bounds)
         assert cache.lengths == [21] * 4
         # Built for the route the first time, and used again.
-        states = tree_drafting.Seed(5, 21, final[:, -1:].clone(), [tap[:, -1:].clone() for tap in taps.values()])
+        states = tree_drafting.Seed([5], [21], final[:, -1:].clone(), [tap[:, -1:].clone() for tap in taps.values()])
         assert target.grow(cache, states, route, bounds) == whole
         assert len(parts.scores) > bounds.width
         assert whole.parents[: bounds.width] == [0] * bounds.width
@@ -326,13 +326,48 @@ def test_trees_grow_under_masks_in_one_call_as_they_do_in_parts(share: float) ->
         assert cache.lengths == [3] * 4
 
 
+@pytest.mark.parametrize("rows", [2, 5, 16])
+@pytest.mark.parametrize("kv_cache", ["bf16", "int8"])
+@torch.inference_mode()
+def test_chains_of_several_rows_are_those_of_each_row_alone(rows: int, kv_cache: str) -> None:
+    target = NativeTarget(model_of("llama"), kv_cache=kv_cache)
+    route, levels, alone = random_route(target, heads=2), 5, list[list[int]]()
+    caches, finals, carried = list[KVCache](), list[torch.Tensor](), list[list[torch.Tensor]]()
+    for row in range(rows):
+        count = 3 + 7 * row % 19
+        ids = torch.randint(3, 97, (1, count), generator=torch.Generator().manual_seed(row))
+        positions, taps, cache = torch.arange(count)[None], {1: torch.empty(0), 3: torch.empty(0)}, target.new_cache()
+        mask = cache.mask(0, positions)
+        final = target.layers(target.embed(ids, positions), 0, 4, Pass(positions, mask, cache, taps))
+        cache.commit([list(range(count))])
+        seed = tree_drafting.Seed([row], [count], final, list(taps.values()), place=count - 1)
+        alone.append(target.grow(cache, seed, route, tree_drafting.Bounds(levels, 1)).tokens)
+        caches.append(cache)
+        finals.append(final[:, -1:])
+        carried.append([tap[:, -1:] for tap in taps.values()])
+    together = caches[0]
+    for cache in caches[1:]:
+        together.join(cache)
+    lengths, held = list(together.rows), [data.clone() for data in together.data]
+    states = [torch.cat(parts) for parts in zip(*carried, strict=True)]
+    seed = tree_drafting.Seed(list(range(rows)), lengths, torch.cat(finals), states)
+    for _ in range(2):  # built the first time, and used again
+        assert target.chains(together, seed, route, levels) == alone
+        assert together.rows == lengths and together.lengths == [max(lengths)] * 4
+    assert all(
+        torch.equal(now[:, :, :, :n], before[:, :, :, :n])
+        for now, before, n in zip(together.data, held, lengths, strict=True)
+    )
+    assert len({tuple(chain) for chain in alone}) > 1
+
+
 def seeded(target: Target) -> tuple[KVCache, tree_drafting.Seed]:
     """What a tree grows from after three tokens."""
     ids, positions, cache = torch.tensor([[5, 6, 7]]), torch.arange(3)[None], target.new_cache()
     taps = {1: torch.empty(0), 3: torch.empty(0)}
     final = target.layers(target.embed(ids, positions), 0, 4, Pass(positions, cache.mask(0, positions), cache, taps))
     cache.commit([[0, 1, 2]])
-    return cache, tree_drafting.Seed(5, 3, final, list(taps.values()), place=2)
+    return cache, tree_drafting.Seed([5], [3], final, list(taps.values()), place=2)
 
 
 def raising(error: BaseException) -> tree_drafting.Masks:

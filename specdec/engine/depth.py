@@ -21,7 +21,7 @@ from __future__ import annotations
 import bisect
 import functools
 import math
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from typing import Annotated, NamedTuple
 
@@ -140,7 +140,8 @@ class AutoDepth:
             own = [(share, seen, 0) for share, seen in carried[: self.most]]
             self.all.known[exit][: len(own)] = own
         self.paces: deque[float] = deque(maxlen=RECENT)  # measured to expected seconds of scoring
-        self.ratios = [deque([1.0], maxlen=RECENT) for _ in range(exits)]  # of drafting, over that of scoring
+        # Of drafting, over that of scoring: by exit and number of rows, as drafting for more of them takes longer.
+        self.ratios = defaultdict[tuple[int, int], deque[float]](lambda: deque([1.0], maxlen=RECENT))
         self.width = 1.0  # tokens lately scored per drafted depth: more than 1 in a fixed tree
         self.levels, self.nodes = LEVELS, NODES  # of late drafts by prices: levels drafted, and nodes of a row
         self.exponent = 1.0  # ``Prices.exponent``
@@ -246,7 +247,7 @@ class AutoDepth:
                 self.exponent = min(max(self.exponent * math.exp(LEARNED * surplus), low), high)
         self.width = 0.8 * self.width + 0.2 * (nodes / sum(drafted) if prices.expected is None else 1.0)
         pace, expected = _median(self.paces), self.table.drafting(deepest, exit)
-        self.ratios[exit].append(draft / pace / expected)
+        self.ratios[exit, len(drafted)].append(draft / pace / expected)
         for row, depth, count in zip(rows, drafted, accepted, strict=True):
             row.idle = 0 if depth else row.idle + 1
             for position in range(min(depth, count + 1, self.most)):
@@ -271,7 +272,7 @@ class AutoDepth:
 
     def _seconds(self, exit: int) -> tuple[Sequence[float], Sequence[float]]:
         """By the table: of passes over 0, 1, .. drafted tokens beside the roots, and of drafting so deep."""
-        ratio = _median(self.ratios[exit])
+        ratio = _median(self.ratios[exit, sum(self.batch)])
         if self.estimates and self.batch == (1, 0):  # a draft is as deep as it likes
             never = [math.inf] * (self.most - 1)
             passes = [self.scoring(1), *never, self.scoring(1 + self.nodes)]
@@ -284,7 +285,7 @@ class AutoDepth:
     def costs(self) -> Costs:
         """The table as recent steps have it, and what is known of acceptance."""
         pace = _median(self.paces)
-        scales = [pace * _median(known) for known in self.ratios]
+        scales = [pace * _median(self.ratios[exit, 1]) for exit in range(len(self.drafting))]
         drafts = tuple((a * first, a * further) for a, (first, further) in zip(scales, self.table.drafts, strict=True))
         accepted = tuple(tuple((share, seen) for share, seen, _ in known if seen) for known in self.all.known)
         return Costs({n: pace * seconds for n, seconds in self.table.score.items()}, drafts, accepted)
@@ -292,7 +293,7 @@ class AutoDepth:
     def _prices(self, exit: int, speed: float) -> Prices:
         """What levels and nodes of one row cost, at ``speed`` tokens by a second of the table."""
         nodes = [speed * seconds for seconds in self.beside]
-        level = speed * _median(self.ratios[exit]) * self.table.drafts[exit][1]
+        level = speed * _median(self.ratios[exit, 1]) * self.table.drafts[exit][1]
         return Prices(nodes, level + max(nodes[1], 0.0), self.exponent)
 
 

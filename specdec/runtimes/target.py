@@ -125,6 +125,13 @@ class Target(ABC):
         """
         return tree_drafting.grow(self, cache, seed, path, bounds, masks)
 
+    def chains(self, cache: KVCache, seed: Seed, path: DraftPath, levels: int) -> list[list[int]] | None:
+        """Draft the likeliest chain of ``levels`` tokens along ``path`` for each row of ``cache``, left as it was.
+
+        None: this runtime has no way of its own to.
+        """
+        return None
+
     @contextmanager
     def prepared(self, layer: int) -> Iterator[None]:
         """Hold what makes many large passes through ``layer`` (N: the readout) faster; there are no gradients then."""

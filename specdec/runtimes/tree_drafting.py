@@ -44,14 +44,14 @@ class DraftPath:
 
 @dataclass
 class Seed:
-    """What a tree grows from: the root token, its position, and the states of the token before it.
+    """What drafts grow from: the root token of each row, its position, and the states of the token before it.
 
-    final: [1, T, D]. carried: for each segment of the path, the states where it begins [1, T, D]. place: of these T,
-    the token before the root.
+    final: [B, T, D]. carried: for each segment of the path, the states where it begins [B, T, D]. place: of these T,
+    the token before the root; of several rows, T is 1.
     """
 
-    token: int
-    position: int
+    tokens: Sequence[int]
+    positions: Sequence[int]
     final: Tensor
     carried: Sequence[Tensor]
     place: int = 0
@@ -169,7 +169,7 @@ def grow(
     target: Layers, cache: KVCache, seed: Seed, path: DraftPath, bounds: Bounds, masks: Masks | None = None
 ) -> Candidates:
     """All candidates within ``bounds``, for the one row of ``cache``, which is left as it was."""
-    position = seed.position
+    [position] = seed.positions
     final, *carried = (x[:, seed.place : seed.place + 1] for x in (seed.final, *seed.carried))
 
     def step(tokens: Tensor, parents: Tensor, paths: Tensor) -> Tensor:
@@ -184,7 +184,7 @@ def grow(
         carried, position = projected, position + 1
         return torch.cat([target.readout(final, head) for head in path.heads], -1)[0]  # (W, V')
 
-    found = by_levels(seed.token, path.tokens, bounds, cache.device, step, masks)
+    found = by_levels(seed.tokens[0], path.tokens, bounds, cache.device, step, masks)
     for lo, hi in path.segments:
         cache.trim(cache.lengths[lo] - cache.committed, lo, hi)
     return found

@@ -1,4 +1,4 @@
-"""Drafting a tree in one native call: what the kernels read is built once for a draft path, and used again every step.
+"""Drafting a tree, or a chain for each of several rows, in one native call: what the kernels read is built once for a draft path, and used again every step.
 
 Between two passes all code is cold, so a step changes few fields here and builds nothing. Knows the kernels'
 structures, and of the model only what ``Kernels`` hands over.
@@ -35,19 +35,22 @@ class Kernels(Protocol):
         """An output head, packed; None: the model's own."""
 
     def draft_call(self, lo: int, hi: int, adapters: Adapters) -> tuple[Model, Call]:
-        """Layers [lo, hi) with ``adapters`` on one token, for kernels that make masks and states themselves."""
+        """Layers [lo, hi) with ``adapters`` on a token of each row, for kernels that make masks and states themselves."""
 
     def place(self, call: Call, cache: RowCache, lo: int, hi: int, counts: Sequence[int]) -> tuple[Any, ...]:
         """Have ``call`` write to the next ``counts`` slots of layers [lo, hi); return what must live as long."""
 
 
 class TreeDrafter:
-    """Trees of ``levels`` levels, ``width`` nodes of which are drafted on from, along ``path``; one at a time."""
+    """Trees of ``levels`` levels, ``width`` nodes of which are drafted on from, along ``path``; one at a time.
 
-    def __init__(self, target: Kernels, path: DraftPath, levels: int, width: int) -> None:
+    rows: of the cache; of several, a chain each (``width`` 1), whose tokens come level by level.
+    """
+
+    def __init__(self, target: Kernels, path: DraftPath, levels: int, width: int, rows: int = 1) -> None:
         self.segments, self.drafted = path.segments, 1 + (levels - 1) * width
-        self.position = (ctypes.c_int64 * 1)()
-        count = levels * width * width
+        self.rows, self.positions, self.roots = rows, (ctypes.c_int64 * rows)(), (INT * rows)()
+        count = levels * max(width * width, rows)
         self.found = (ctypes.c_float * count)(), (INT * count)(), (INT * count)()  # scores, tokens, parents
         self.allowed = (POINTER * width)()
         self.masks: Masks | None = None
@@ -62,12 +65,12 @@ class TreeDrafter:
             stage.projection = ctypes.addressof(projection.struct)
         for stage, (lo, hi) in zip(self.stages, path.segments, strict=False):
             model, call = target.draft_call(lo, hi, path.adapters)
-            call.positions = ctypes.addressof(self.position)
+            call.positions = ctypes.addressof(self.positions)
             stage.model, stage.call = ctypes.addressof(model), ctypes.addressof(call)
             self.calls.append(call)
             self.alive.append(model)
         self.struct = TreeDraft(
-            *(len(maps), levels, width, 0, ctypes.addressof(self.stages)),
+            *(len(maps), levels, width, rows, ctypes.addressof(self.roots), ctypes.addressof(self.stages)),
             *(ctypes.addressof(target.embedding.struct), None),
             (POINTER * 2)(*(ctypes.addressof(head.struct) for head in heads)),
             (INT * 2)(*(head.width for head in heads)),
@@ -78,11 +81,17 @@ class TreeDrafter:
         )
 
     @staticmethod
-    def serves(target: Kernels, path: DraftPath, levels: int, width: int) -> bool:
-        """Whether the kernels take such a path and such a tree."""
+    def serves(target: Kernels, path: DraftPath, levels: int, width: int, rows: int = 1) -> bool:
+        """Whether the kernels take such a path and such a draft."""
         outputs = sum(target.vocab_size if head is None else head.out_features for head in path.heads)
         near = any(window is not None and window <= levels for window in target.windows)
-        fits = width <= min(16, outputs) and len(path.projections) <= 8 and len(path.heads) <= 2 and not near
+        fits = (
+            width <= min(16, outputs)
+            and rows <= 16
+            and len(path.projections) <= 8
+            and len(path.heads) <= 2
+            and not near
+        )
         return (
             fits and path.adapters.draft_only and bool(path.segments) and all(each.packed for each in path.projections)
         )
@@ -93,13 +102,13 @@ class TreeDrafter:
         struct, segments = self.struct, self.segments
         final, *carried = (x.contiguous() for x in (seed.final, *seed.carried))
         before = seed.place * final.shape[2] * final.element_size()  # bytes
-        self.position[0] = seed.position
+        self.positions[:], self.roots[:] = seed.positions, seed.tokens
         alive = []
         for stage, call, state, (lo, hi) in zip(self.stages, self.calls, carried, segments, strict=False):
-            alive.append(target.place(call, cache, lo, hi, [self.drafted]))
+            alive.append(target.place(call, cache, lo, hi, [self.drafted] * self.rows))
             call.threads = cores.threads()
             stage.carried = call.x = state.data_ptr() + before
-        struct.root, struct.final, struct.confidence = seed.token, final.data_ptr() + before, confidence
+        struct.final, struct.confidence = final.data_ptr() + before, confidence
         self.masks, call_mask = masks, None if masks is None else MaskCall(self._mask)
         struct.mask = None if call_mask is None else ctypes.cast(call_mask, POINTER)
         count = target.lib.specdec_draft_tree(ctypes.byref(struct))

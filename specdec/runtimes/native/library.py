@@ -90,8 +90,8 @@ class Stage(ctypes.Structure):
 
 class TreeDraft(ctypes.Structure):
     _fields_ = (
-        *((name, INT) for name in ("stages", "levels", "width", "root")),
-        *((name, POINTER) for name in ("stage", "embedding", "final")),
+        *((name, INT) for name in ("stages", "levels", "width", "lines")),
+        *((name, POINTER) for name in ("roots", "stage", "embedding", "final")),
         *(("head", POINTER * 2), ("outputs", INT * 2), ("tokens", POINTER), ("norm", POINTER)),
         *((name, ctypes.c_float) for name in ("eps", "unit_eps", "confidence")),
         *((name, POINTER) for name in ("scores", "ids", "parents", "mask", "allowed")),

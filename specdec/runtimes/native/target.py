@@ -154,12 +154,27 @@ class NativeTarget(ByParts):
         self, cache: KVCache, seed: Seed, path: DraftPath, bounds: Bounds, masks: Masks | None = None
     ) -> Candidates:
         assert isinstance(cache, RowCache)
-        size = bounds.levels, bounds.width
+        found = self._drafted(cache, seed, path, bounds, masks)
+        return super().grow(cache, seed, path, bounds, masks) if found is None else found
+
+    def chains(self, cache: KVCache, seed: Seed, path: DraftPath, levels: int) -> list[list[int]] | None:
+        assert isinstance(cache, RowCache)
+        found = self._drafted(cache, seed, path, Bounds(levels, width=1))
+        rows = len(seed.tokens)
+        return (
+            None if found is None or len(found.tokens) < rows * levels else [found.tokens[b::rows] for b in range(rows)]
+        )
+
+    def _drafted(
+        self, cache: RowCache, seed: Seed, path: DraftPath, bounds: Bounds, masks: Masks | None = None
+    ) -> Candidates | None:
+        """What the kernels draft; None: they do not serve this."""
+        size = bounds.levels, bounds.width, len(seed.tokens)
         if (self, size) not in path.made:
             path.made[self, size] = [] if TreeDrafter.serves(self, path, *size) else None
         idle = path.made[self, size]  # those that nobody is using; None: not served
         if idle is None:
-            return super().grow(cache, seed, path, bounds, masks)
+            return None
         try:
             drafter = idle.pop()
         except IndexError:

@@ -1,27 +1,28 @@
-/* Drafting a tree level by level along a draft path: projections, and layers between them. */
+/* Drafting level by level along a draft path, projections and layers between them: a tree for one line, or a chain for each of several. */
 
 enum { MOST_STAGES = 8, MOST_WIDTH = 16 };
 
 typedef struct {        /* a projection, and the layers behind it */
     const Map *projection;        /* of the parts, each divided by its RMS: the residual, the previous final state (, `carried`) */
-    const bf16 *carried;    /* [hidden]: the root's previous state where the layers begin */
+    const bf16 *carried;    /* [lines, hidden]: the roots' previous states where the layers begin */
     const Model *model;     /* the first stage has layers; the last may have none (NULL) */
-    const Call *call;       /* of one line's token at the first free slot, without trees */
+    const Call *call;       /* of a token of each line at its first free slot, without trees */
 } Stage;
 
-typedef struct {        /* a tree that grows from one root, level by level */
-    int32_t stages, levels, width, root; /* width: tokens of a level that are drafted on from, children of each */
+typedef struct {        /* a tree that grows from one root, level by level; of several lines, each one's likeliest chain */
+    int32_t stages, levels, width, lines; /* width: tokens of a level that are drafted on from, children of each; 1 of several lines */
+    const int32_t *roots;   /* [lines] */
     const Stage *stage;
     const Table *embedding; /* [vocabulary, hidden] */
-    const bf16 *final;      /* [hidden]: the root's previous final state */
+    const bf16 *final;      /* [lines, hidden]: the roots' previous final states */
     const Map *head[2];     /* what follows is read out by, one beside the other; the second may be NULL */
     int32_t outputs[2];     /* of each head, those that count */
     const int64_t *tokens;  /* [outputs]: what they stand for, or NULL: themselves */
     const float *norm;
     float eps, unit_eps;    /* of the final norm, of the projections' */
     float confidence;       /* growing ends when no path is as probable */
-    float *scores;          /* out: [levels * width * width], log-probabilities of the candidates' paths */
-    int32_t *ids, *parents; /* out: their tokens; 0: the root, i + 1: candidate i */
+    float *scores;          /* out: [levels * width * width] or [levels, lines], log-probabilities of the candidates' paths */
+    int32_t *ids, *parents; /* out: their tokens; 0: a root, i + 1: candidate i */
     int (*mask)(int rows, const int32_t *nodes); /* NULL: all may follow all. Called before a level's pass, by one thread: has */
     const uint8_t *const *allowed;  /* tell which tokens may follow each of its nodes (NULL: none); not 0 ends growing */
 } TreeDraft;
@@ -166,19 +167,18 @@ static int run_level(const TreeDraft *g, const Call *calls, const bf16 *x, const
     return failed;
 }
 
-/* Grow a tree; the slots behind each call's first one need room for all tokens that are drafted from. Returns how many
- * candidates were found, or -1 without memory or masks. */
+/* Grow a tree, or chains; the slots behind each line's first one need room for all its tokens that are drafted from. Returns
+ * how many candidates were found, or -1 without memory or masks. */
 EXPORT int KERNEL(draft_tree)(const TreeDraft *g) {
     const Model *m = g->stage[0].model;
     const Call *like = g->stage[0].call;
-    int width = g->width, hidden = m->hidden, found = 0, rows = 1, drafted = 0, failed = 0;
-    int64_t block = (int64_t)hidden * 16, first = *like->positions;
+    int width = g->width, count = g->lines, hidden = m->hidden, found = 0, rows = count, drafted = 0, failed = 0;
+    int64_t block = (int64_t)hidden * 16;
     size_t states = 2 * (size_t)block * (g->stages + 1), most = (size_t)g->levels * width;
     Call calls[MOST_STAGES];
-    Line lines[MOST_STAGES];
-    int committed = like->lines->start;
-    int64_t positions[MOST_WIDTH] = {first};
-    int32_t tokens[MOST_WIDTH] = {g->root}, nodes[MOST_WIDTH] = {0}, origin[MOST_WIDTH * MOST_WIDTH] = {0};
+    Line lines[MOST_STAGES][MOST_WIDTH];
+    int64_t positions[MOST_WIDTH];
+    int32_t tokens[MOST_WIDTH], nodes[MOST_WIDTH] = {0}, origin[MOST_WIDTH * MOST_WIDTH] = {0};
     float score[MOST_WIDTH] = {0};
     bf16 *x = allocate(2 * block), *before = allocate(states), *now = allocate(states);
     float *fm = allocate(2 * states);
@@ -188,27 +188,37 @@ EXPORT int KERNEL(draft_tree)(const TreeDraft *g) {
     const uint8_t **trees = calloc((size_t)like->windows, sizeof *trees); /* by window kind: all the same, as windows are wider */
     failed = !(x && before && now && fm && best && paths && tree && trees);
     for (int i = 0; !failed && i < g->stages; i++) {
-        if (g->stage[i].call) calls[i] = *g->stage[i].call, lines[i] = *calls[i].lines, calls[i].lines = lines + i, memcpy(before + i * block, g->stage[i].carried, 2 * (size_t)hidden);
-        else memset(before + i * block, 0, 2 * (size_t)hidden);
+        memset(before + i * block, 0, 2 * (size_t)count * hidden);
+        if (!g->stage[i].call) continue;
+        calls[i] = *g->stage[i].call;
+        memcpy(lines[i], calls[i].lines, count * sizeof(Line));
+        calls[i].lines = lines[i];
+        memcpy(before + i * block, g->stage[i].carried, 2 * (size_t)count * hidden);
     }
-    if (!failed) memcpy(before + g->stages * block, g->final, 2 * (size_t)hidden);
+    if (!failed) memcpy(before + g->stages * block, g->final, 2 * (size_t)count * hidden);
+    memcpy(tokens, g->roots, count * sizeof *tokens);
     for (int level = 0; !failed && level < g->levels; level++) {
         int behind = drafted + rows;
         uint8_t *path = paths + (level & 1 ? MOST_WIDTH * (most + 1) : 0), *next = paths + (level & 1 ? 0 : MOST_WIDTH * (most + 1));
         for (int w = 0; w < like->windows; w++) trees[w] = tree;
-        for (int r = 0; r < rows; r++) {
+        for (int r = 0; count == 1 && r < rows; r++) {
             path[r * (most + 1) + drafted + r] = 1;
             memcpy(tree + (size_t)r * behind, path + r * (most + 1), (size_t)behind);
         }
         for (int r = 0; r < rows; r++) {
-            positions[r] = first + level;
+            positions[r] = like->positions[count == 1 ? 0 : r] + level;
             read_row(g->embedding, tokens[r], x + (int64_t)r * hidden);
         }
-        for (int i = 0; i < g->stages; i++)
-            if (g->stage[i].call) {
-                calls[i].tokens = lines[i].tokens = rows, calls[i].positions = positions;
-                lines[i].start = committed + drafted, lines[i].committed = committed, lines[i].trees = trees;
+        for (int i = 0; i < g->stages; i++) {
+            if (!g->stage[i].call) continue;
+            calls[i].tokens = rows, calls[i].positions = positions;
+            for (int l = 0; l < count; l++) {
+                Line *line = lines[i] + l;
+                int committed = g->stage[i].call->lines[l].start;
+                line->tokens = count == 1 ? rows : 1, line->start = committed + (count == 1 ? drafted : level);
+                line->committed = count == 1 ? committed : line->start, line->trees = count == 1 ? trees : NULL;
             }
+        }
         failed = (g->mask && g->mask(rows, nodes)) || run_level(g, calls, x, before, now, best, fm);
         if (failed) break;
         int begun = found, chosen[MOST_WIDTH], some = 0;
@@ -220,17 +230,26 @@ EXPORT int KERNEL(draft_tree)(const TreeDraft *g) {
                 g->ids[found] = g->tokens ? (int32_t)g->tokens[id] : id;
                 g->parents[found] = nodes[r];
             }
-        for (int i = begun; i < found; i++) { /* the likeliest of them, the first one first */
+        if (count > 1 && found - begun < rows) { /* no number came of a line */
+            found = begun;
+            break;
+        }
+        for (int i = begun; count > 1 && i < found; i++) chosen[some++] = i; /* each line goes on alone */
+        for (int i = begun; count == 1 && i < found; i++) { /* the likeliest of them, the first one first */
             if (some == width && g->scores[i] <= g->scores[chosen[width - 1]]) continue;
             int at = some < width ? some++ : width - 1;
             for (; at > 0 && g->scores[i] > g->scores[chosen[at - 1]]; at--) chosen[at] = chosen[at - 1];
             chosen[at] = i;
         }
-        if (!some || __builtin_expf(g->scores[chosen[0]]) < g->confidence) break;
+        float likeliest = NEVER;
+        for (int i = 0; i < some; i++) likeliest = g->scores[chosen[i]] > likeliest ? g->scores[chosen[i]] : likeliest;
+        if (!some || __builtin_expf(likeliest) < g->confidence) break;
         for (int r = 0; r < some; r++) {
             int parent = origin[chosen[r] - begun];
-            memset(next + r * (most + 1), 0, most + 1);
-            memcpy(next + r * (most + 1), path + parent * (most + 1), (size_t)(drafted + rows));
+            if (count == 1) {
+                memset(next + r * (most + 1), 0, most + 1);
+                memcpy(next + r * (most + 1), path + parent * (most + 1), (size_t)(drafted + rows));
+            }
             for (int i = 0; i <= g->stages; i++)
                 memcpy(before + i * block + (int64_t)r * hidden, now + i * block + (int64_t)parent * hidden, 2 * (size_t)hidden);
             tokens[r] = g->ids[chosen[r]], nodes[r] = chosen[r] + 1, score[r] = g->scores[chosen[r]];
