@@ -810,10 +810,11 @@ def test_the_search_chooses_the_path_of_largest_predicted_speedup_and_trains_it(
     kept = json.loads((out / "search.json").read_text())
     assert {tuple(row["segment"]) for row in kept["table"]} == {(2, 3), (2, 4), (3, 4)}
     best = max(kept["table"], key=lambda row: row["speedup"])
+    assert best["tokens"] == pytest.approx(evaluations(out)[0]["score"], abs=0.15)  # as the first evaluation finds it
     path = drafter_folder.read_config(out)["path"]
     assert path["segments"] == [kept["chosen"]] == [best["segment"]] and path["final_leap"]
     assert not (out / "states" / "search").exists()
-    monkeypatch.setattr(search, "agreement", None)  # nothing is searched again
+    monkeypatch.setattr(search, "chains", None)  # nothing is searched again
     train(searched(answers, out), resume=True)
 
 
@@ -830,21 +831,32 @@ def test_drafts_of_the_search_are_those_of_a_network_that_training_fits(answers:
     target = training_target(tiny_model("llama", eos_token_id=None))
     some = [a for a in data.read([answers]) if isinstance(a, Answer)]
     records = states.compute(tmp_path / "states", target, some, states.Wanted((2, 3), (2, 3, 4)))
-    found = search.agreement(target, None, 2, records, records, searched(answers, tmp_path / "out"))
+    found = search.chains(target, None, 2, records, records, searched(answers, tmp_path / "out"))
     assert found.keys() == {(2, 3), (2, 4)}
     network = M2R2(M2R2Path(0, ((2, 4),), True), target)
     rows = windows(records, 8)
     batches = [assemble(records, rows[i : i + 4], 8, target.device) for i in range(0, len(rows), 4)]
     fit_projections(network, target, lambda: batches)
     with torch.no_grad():
-        fitted = evaluate(network, target, batches, steps=1)
-    assert found[2, 4] == pytest.approx(fitted["top1"][0], abs=0.01)
+        fitted = evaluate(network, target, batches)
+    assert found[2, 4] == pytest.approx(fitted["chain"], abs=0.02)
+
+
+def test_a_path_whose_later_drafts_fail_is_worth_what_is_accepted_of_it() -> None:
+    """Cheap layers that agree in the first draft alone, against dear ones that go on: no training is assumed."""
+    score = {n: 10.0 for n in (1, 2, 4, 8)}
+    costs = [Costs(score, ((cost, cost),)) for cost in (0.1, 1.0)]
+    chains = {(2, 3): [0.5, 0.1, 0.0, 0.0], (2, 4): [0.5, 0.4, 0.3, 0.2]}
+    best, other = search.rank(chains, costs)
+    assert best == search.Row((2, 4), 0.1, 2.4, pytest.approx(24 / 14, abs=1e-3), 4)
+    assert other == search.Row((2, 3), 0.01, 1.6, pytest.approx(16 / 10.2, abs=1e-3), 2)
 
 
 def test_the_search_measures_segments_of_every_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    def measured(target: Target, drafter: M2R2Drafter, verifier: Any) -> Costs:
-        [(lo, hi)] = drafter.network.path.segments
-        return Costs({1: 10.0}, ((hi - lo + 1.0,) * 2,))
+    def measured(target: Target, drafters: list[M2R2Drafter], verifier: Any) -> list[Costs]:
+        assert all(drafter.shape.siblings is None for drafter in drafters)  # as users run them
+        lengths = [hi - lo for drafter in drafters for lo, hi in drafter.network.path.segments]
+        return [Costs({1: 10.0}, ((length + 1.0,) * 2,)) for length in lengths]
 
     monkeypatch.setattr(search, "measure", measured)
     costs = search.draft_costs(training_target(tiny_model("llama", num_hidden_layers=8)), None)
