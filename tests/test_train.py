@@ -859,7 +859,7 @@ def test_the_search_measures_segments_of_every_length(monkeypatch: pytest.Monkey
         return [Costs({1: 10.0}, ((length + 1.0,) * 2,)) for length in lengths]
 
     monkeypatch.setattr(search, "measure", measured)
-    costs = search.draft_costs(training_target(tiny_model("llama", num_hidden_layers=8)), None)
+    costs = search.draft_costs(SpecDecoder(tiny_model("llama", num_hidden_layers=8), None, drafter="none"), None)
     assert [c.drafts[-1][1] for c in costs] == [2.0, 3.0, 4.0, 5.0]
 
 

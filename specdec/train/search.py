@@ -39,7 +39,7 @@ from specdec.train.states import Record, Wanted, compute
 from specdec.train.student import Teacher, draft_steps, exact_carry
 
 FILE = "search.json"
-EVAL_TOKENS = 6_000  # held-out answer positions
+EVAL_TOKENS = 4_000  # held-out answer positions
 LONGEST = 9  # most layers of a segment
 STEPS = 4  # drafts of a chain
 SHOWN = 24  # rows of the table that is printed
@@ -88,7 +88,7 @@ def choose(settings: M2R2Settings, target: Target, work: Work) -> Segment:
     for lo in starts:
         found |= chains(target, work.vocab, lo, records[0], records[1], settings)
         work.progress.advance(task)
-    rows = rank(found, draft_costs(target, work.vocab))
+    rows = rank(found, draft_costs(work.decoder, work.vocab))
     _show(rows, work.console)
     table = {"chosen": rows[0].segment, "table": [asdict(row) for row in rows]}
     with writing(FILE, work.output):
@@ -147,19 +147,18 @@ def _batches(target: Target, path: M2R2Path, records: Sequence[Record], settings
     return in_order(some, settings.rows, settings.window, target.device)
 
 
-def draft_costs(target: Target, vocab: Tensor | None) -> list[Costs]:
-    """Costs of untrained drafters whose segment has 1, 2, ... layers, in the runtime that serves them.
+def draft_costs(decoder: SpecDecoder, vocab: Tensor | None) -> list[Costs]:
+    """Costs of untrained drafters whose segment has 1, 2, ... layers, in the runtime of ``decoder``.
 
     Drafting is timed with the fewest and with the most; each layer between them costs the same.
     """
-    half, decoder = target.num_layers // 2, SpecDecoder(target.model, None, drafter="none")
+    target, half = decoder.target, decoder.target.num_layers // 2
     most = min(LONGEST, target.num_layers - half)
-    ends = []
-    for length in (1, most):
-        network = M2R2(M2R2Path(0, ((half, half + length),), True), decoder.target, vocab)
-        ends.append(M2R2Drafter(network))
-        ends[-1].bind(decoder.target)
-    fewest, longest = measure(decoder.target, ends, decoder.verifier)
+    paths = [M2R2Path(0, ((half, half + length),), True) for length in (1, most)]
+    ends = [M2R2Drafter(M2R2(path, target, vocab)) for path in paths]
+    for drafter in ends:
+        drafter.bind(target)
+    fewest, longest = measure(target, ends, decoder.verifier)
     [short], [long] = fewest.drafts, longest.drafts
     shares = [(length - 1) / max(most - 1, 1) for length in range(1, most + 1)]
     more = [max(b - a, 0.0) for a, b in zip(short, long, strict=True)]  # of the first draft, of each further one
