@@ -36,9 +36,9 @@ from specdec.runtimes.fused import FusedTarget
 from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.target import Target
-from specdec.speculation.draft import State
+from specdec.speculation.draft import Drafter, State, Verifier
 from specdec.speculation.sampling import Sampler, SamplingParams
-from specdec.train import data, search, states
+from specdec.train import data, search, speed, states
 from specdec.train.batches import assemble, epoch, stream, windows
 from specdec.train.data import Answer, Prompt
 from specdec.train.evaluate import acceptance_lengths, evaluate
@@ -397,6 +397,13 @@ def test_a_drafter_trained_on_a_gguf_file_serves_it_and_its_other_precisions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "cache"))
+    given, timed = speed.costs, list[str]()
+
+    def noted(target: Target, drafter: Drafter, verifier: Verifier) -> Costs:
+        timed.append(target.storage)
+        return given(target, drafter, verifier)
+
+    monkeypatch.setattr(speed, "costs", noted)
     files = {name: tmp_path / f"{name}.gguf" for name in ("packed", "plain", "other")}
     write_gguf(files["packed"], width=64, packed=gguf.GGMLQuantizationType.Q4_0)
     write_gguf(files["plain"], width=64)
@@ -416,6 +423,8 @@ def test_a_drafter_trained_on_a_gguf_file_serves_it_and_its_other_precisions(
     capsys.readouterr()
     for name, says in (("packed", False), ("plain", True)):
         decoder = SpecDecoder.from_pretrained(str(files[name]), drafter=str(tmp_path / "out"))
+        if name == "packed":
+            assert timed == [decoder.target.storage]  # the blocks that users run, not what training makes of them
         assert ("another precision of that model" in capsys.readouterr().err) == says
         plain = decoder.with_drafter("none").generate("3 plus 3 is", max_new_tokens=16).token_ids
         out = decoder.generate("3 plus 3 is", max_new_tokens=16, num_speculative_tokens=2)
