@@ -674,7 +674,8 @@ def test_presets_load_and_settings_are_checked(tmp_path: Path) -> None:
     settings = load_settings(M2R2Settings, "m2r2", None, {"steps": 5})
     assert settings.begin == 20 and not settings.segments
     given = load_settings(M2R2Settings, "m2r2", None, {"segments": [[1, 2]]})
-    assert given.segments == ((1, 2),) and not given.begin
+    assert given.segments == ((1, 2),) and not given.begin and given.layers_of is None  # not scaled to the model
+    assert load_settings(M2R2Settings, "m2r2", "m2r2-paper", {"exit_layer": 2}).layers_of is None
     searching = load_settings(M2R2Settings, "m2r2", None, {"search": True})
     assert searching.search and not searching.segments
     assert not load_settings(M2R2Settings, "m2r2", "m2r2-paper", {}).segments
@@ -774,7 +775,7 @@ def test_alignment_brings_a_layer_before_the_exit_nearer_to_where_it_runs_ahead_
 
 def test_given_paths_scale_with_the_depth_of_the_model() -> None:
     target = ReferenceTarget(tiny_model())  # 4 layers, the paths were chosen on 30
-    given = {"segments": [[20, 24]]}
+    given = {"segments": [[20, 24]], "layers_of": 30}
     projected, paper = (
         path_of(load_settings(M2R2Settings, "m2r2", name, changes), target)
         for name, changes in (("m2r2", given), ("m2r2-paper", {}))

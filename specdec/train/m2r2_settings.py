@@ -18,8 +18,8 @@ class M2R2Settings(TrainSettings):
     replaces: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         **TrainSettings.replaces,
         "search": {"begin": 0, "segments": [], "exit_layer": 0, "exits": []},
-        "segments": {"begin": 0},
-        "exit_layer": {"begin": 0},
+        "segments": {"begin": 0, "layers_of": None},  # layers that are given are those of the model at hand
+        "exit_layer": {"begin": 0, "layers_of": None},
     }
 
     # A segment's end is chosen by measured cost and closed-form acceptance: of that which begins at layer ``begin``, or
