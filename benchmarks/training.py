@@ -122,7 +122,7 @@ def measured(output: Path, names: list[str]) -> dict[str, Costs]:
     found: dict[str, list[Costs]] = {name: [] for name in names}
     for name in names * 2:
         decoder = SpecDecoder(model, None, drafter=folder(output, name))
-        found[name].append(measure(decoder.target, decoder.drafter, decoder.verifier))
+        found[name] += measure(decoder.target, [decoder.drafter], decoder.verifier)
     every = [costs.score for visits in found.values() for costs in visits]
     score = {n: min(seconds[n] for seconds in every) for n in every[0]}
     return {name: Costs(score, (min(costs.drafts[-1] for costs in visits),)) for name, visits in found.items()}

@@ -23,7 +23,7 @@ from rich.progress import Progress
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from specdec import SpecDecError
+from specdec import SpecDecError, SpecDecoder
 from specdec.models import loading
 from specdec.models.catalogue import DEFAULT_MODEL
 from specdec.train import data
@@ -112,7 +112,8 @@ def main(arguments: list[str] | None = None) -> None:
         with Progress(console=console) as progress:
             items = encode_prompts(tokenizer, data.read([given.prompts]), given.model)
             sampling = Sampling(0.0, 1.0, 0)
-            answers = answer_prompts(given.output, base, tokenizer, items, 128, sampling, progress)
+            decoder = SpecDecoder(base, tokenizer, drafter="none")
+            answers = answer_prompts(given.output, decoder, items, 128, sampling, progress)
             usable = [a for a in answers if len(a.prompt_ids) + 1 < LENGTH and a.response_ids]
             if not usable:
                 raise SpecDecError(f"no answer begins within {LENGTH} tokens; give shorter prompts")

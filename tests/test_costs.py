@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -82,7 +83,23 @@ def test_the_least_of_several_timings_counts(monkeypatch) -> None:
     scoring = lambda target, repeats: dict.fromkeys(costs.ROWS, 6.0 * next(slow)) | {2: 60.0}  # noqa: E731
     monkeypatch.setattr(costs, "time_scoring", scoring)
     monkeypatch.setattr(costs, "time_drafting", lambda *args: 1.2)
-    assert costs.measure(None, NoDrafter(), None) == costs.Costs(dict.fromkeys(costs.ROWS, 6.0), ((1.2, 1.2),))
+    assert costs.measure(None, [NoDrafter()], None) == [costs.Costs(dict.fromkeys(costs.ROWS, 6.0), ((1.2, 1.2),))]
+
+
+def test_drafters_are_timed_in_turns_so_that_a_busy_second_hides_neither(monkeypatch) -> None:
+    """All that runs in the first two rounds takes ten times as long."""
+    rounds = iter((10, 10, 1))
+    busy = [1]
+
+    def scoring(target: Any, repeats: int) -> dict[int, float]:
+        busy[0] = next(rounds)
+        return dict.fromkeys(costs.ROWS, 6.0 * busy[0])
+
+    monkeypatch.setattr(costs, "time_scoring", scoring)
+    monkeypatch.setattr(costs, "SECONDS", 0.0)
+    monkeypatch.setattr(costs, "time_drafting", lambda target, drafter, *_: busy[0] * drafter.cost)
+    short, long = costs.measure(None, [Mock(num_exits=1, cost=0.5), Mock(num_exits=1, cost=2.0)], None)
+    assert short.drafts == ((0.5, 0.5),) and long.drafts == ((2.0, 2.0),) and short.score == long.score
 
 
 def test_each_exit_and_the_first_token_of_a_draft_have_prices_of_their_own(monkeypatch) -> None:
@@ -90,10 +107,10 @@ def test_each_exit_and_the_first_token_of_a_draft_have_prices_of_their_own(monke
     monkeypatch.setattr(costs, "time_scoring", lambda target, repeats: dict.fromkeys(costs.ROWS, 6.0))
     alone = lambda target, drafter, verifier, depth, exit: (2.0 if depth == 1 else 1.25) * (1 + (exit or 0))  # noqa: E731
     monkeypatch.setattr(costs, "time_drafting", alone)
-    assert costs.measure(None, Mock(num_exits=2), None).drafts == ((2.0, 1.0), (4.0, 2.0))
-    assert costs.measure(None, Mock(num_exits=1), None).drafts == ((2.0, 1.0),)
+    one, two = costs.measure(None, [Mock(num_exits=1), Mock(num_exits=2)], None)
+    assert one.drafts == ((2.0, 1.0),) and two.drafts == ((2.0, 1.0), (4.0, 2.0))
     monkeypatch.setattr(costs, "time_drafting", lambda *args: 0.0)
-    assert costs.measure(None, Mock(num_exits=1), None).drafts == ((0.0, 0.0),)
+    assert costs.measure(None, [Mock(num_exits=1)], None)[0].drafts == ((0.0, 0.0),)
 
 
 def test_what_requests_find_out_is_kept_at_most_once_a_minute(monkeypatch) -> None:

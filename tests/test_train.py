@@ -36,9 +36,9 @@ from specdec.runtimes.fused import FusedTarget
 from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.target import Target
-from specdec.speculation.draft import State
+from specdec.speculation.draft import Drafter, State, Verifier
 from specdec.speculation.sampling import Sampler, SamplingParams
-from specdec.train import data, search, states
+from specdec.train import data, search, speed, states
 from specdec.train.batches import assemble, epoch, stream, windows
 from specdec.train.data import Answer, Prompt
 from specdec.train.evaluate import acceptance_lengths, evaluate
@@ -397,6 +397,13 @@ def test_a_drafter_trained_on_a_gguf_file_serves_it_and_its_other_precisions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "cache"))
+    given, timed = speed.costs, list[str]()
+
+    def noted(target: Target, drafter: Drafter, verifier: Verifier) -> Costs:
+        timed.append(target.storage)
+        return given(target, drafter, verifier)
+
+    monkeypatch.setattr(speed, "costs", noted)
     files = {name: tmp_path / f"{name}.gguf" for name in ("packed", "plain", "other")}
     write_gguf(files["packed"], width=64, packed=gguf.GGMLQuantizationType.Q4_0)
     write_gguf(files["plain"], width=64)
@@ -416,6 +423,8 @@ def test_a_drafter_trained_on_a_gguf_file_serves_it_and_its_other_precisions(
     capsys.readouterr()
     for name, says in (("packed", False), ("plain", True)):
         decoder = SpecDecoder.from_pretrained(str(files[name]), drafter=str(tmp_path / "out"))
+        if name == "packed":
+            assert timed == [decoder.target.storage]  # the blocks that users run, not what training makes of them
         assert ("another precision of that model" in capsys.readouterr().err) == says
         plain = decoder.with_drafter("none").generate("3 plus 3 is", max_new_tokens=16).token_ids
         out = decoder.generate("3 plus 3 is", max_new_tokens=16, num_speculative_tokens=2)
@@ -665,7 +674,8 @@ def test_presets_load_and_settings_are_checked(tmp_path: Path) -> None:
     settings = load_settings(M2R2Settings, "m2r2", None, {"steps": 5})
     assert settings.begin == 20 and not settings.segments
     given = load_settings(M2R2Settings, "m2r2", None, {"segments": [[1, 2]]})
-    assert given.segments == ((1, 2),) and not given.begin
+    assert given.segments == ((1, 2),) and not given.begin and given.layers_of is None  # not scaled to the model
+    assert load_settings(M2R2Settings, "m2r2", "m2r2-paper", {"exit_layer": 2}).layers_of is None
     searching = load_settings(M2R2Settings, "m2r2", None, {"search": True})
     assert searching.search and not searching.segments
     assert not load_settings(M2R2Settings, "m2r2", "m2r2-paper", {}).segments
@@ -765,7 +775,7 @@ def test_alignment_brings_a_layer_before_the_exit_nearer_to_where_it_runs_ahead_
 
 def test_given_paths_scale_with_the_depth_of_the_model() -> None:
     target = ReferenceTarget(tiny_model())  # 4 layers, the paths were chosen on 30
-    given = {"segments": [[20, 24]]}
+    given = {"segments": [[20, 24]], "layers_of": 30}
     projected, paper = (
         path_of(load_settings(M2R2Settings, "m2r2", name, changes), target)
         for name, changes in (("m2r2", given), ("m2r2-paper", {}))
@@ -810,10 +820,11 @@ def test_the_search_chooses_the_path_of_largest_predicted_speedup_and_trains_it(
     kept = json.loads((out / "search.json").read_text())
     assert {tuple(row["segment"]) for row in kept["table"]} == {(2, 3), (2, 4), (3, 4)}
     best = max(kept["table"], key=lambda row: row["speedup"])
+    assert best["tokens"] == pytest.approx(evaluations(out)[0]["score"], abs=0.15)  # as the first evaluation finds it
     path = drafter_folder.read_config(out)["path"]
     assert path["segments"] == [kept["chosen"]] == [best["segment"]] and path["final_leap"]
     assert not (out / "states" / "search").exists()
-    monkeypatch.setattr(search, "agreement", None)  # nothing is searched again
+    monkeypatch.setattr(search, "chains", None)  # nothing is searched again
     train(searched(answers, out), resume=True)
 
 
@@ -830,24 +841,35 @@ def test_drafts_of_the_search_are_those_of_a_network_that_training_fits(answers:
     target = training_target(tiny_model("llama", eos_token_id=None))
     some = [a for a in data.read([answers]) if isinstance(a, Answer)]
     records = states.compute(tmp_path / "states", target, some, states.Wanted((2, 3), (2, 3, 4)))
-    found = search.agreement(target, None, 2, records, records, searched(answers, tmp_path / "out"))
+    found = search.chains(target, None, 2, records, records, searched(answers, tmp_path / "out"))
     assert found.keys() == {(2, 3), (2, 4)}
     network = M2R2(M2R2Path(0, ((2, 4),), True), target)
     rows = windows(records, 8)
     batches = [assemble(records, rows[i : i + 4], 8, target.device) for i in range(0, len(rows), 4)]
     fit_projections(network, target, lambda: batches)
     with torch.no_grad():
-        fitted = evaluate(network, target, batches, steps=1)
-    assert found[2, 4] == pytest.approx(fitted["top1"][0], abs=0.01)
+        fitted = evaluate(network, target, batches)
+    assert found[2, 4] == pytest.approx(fitted["chain"], abs=0.02)
+
+
+def test_a_path_whose_later_drafts_fail_is_worth_what_is_accepted_of_it() -> None:
+    """Cheap layers that agree in the first draft alone, against dear ones that go on: no training is assumed."""
+    score = {n: 10.0 for n in (1, 2, 4, 8)}
+    costs = [Costs(score, ((cost, cost),)) for cost in (0.1, 1.0)]
+    chains = {(2, 3): [0.5, 0.1, 0.0, 0.0], (2, 4): [0.5, 0.4, 0.3, 0.2]}
+    best, other = search.rank(chains, costs)
+    assert best == search.Row((2, 4), 0.1, 2.4, pytest.approx(24 / 14, abs=1e-3), 4)
+    assert other == search.Row((2, 3), 0.01, 1.6, pytest.approx(16 / 10.2, abs=1e-3), 2)
 
 
 def test_the_search_measures_segments_of_every_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    def measured(target: Target, drafter: M2R2Drafter, verifier: Any) -> Costs:
-        [(lo, hi)] = drafter.network.path.segments
-        return Costs({1: 10.0}, ((hi - lo + 1.0,) * 2,))
+    def measured(target: Target, drafters: list[M2R2Drafter], verifier: Any) -> list[Costs]:
+        assert all(drafter.shape.siblings is None for drafter in drafters)  # as users run them
+        lengths = [hi - lo for drafter in drafters for lo, hi in drafter.network.path.segments]
+        return [Costs({1: 10.0}, ((length + 1.0,) * 2,)) for length in lengths]
 
     monkeypatch.setattr(search, "measure", measured)
-    costs = search.draft_costs(training_target(tiny_model("llama", num_hidden_layers=8)), None)
+    costs = search.draft_costs(SpecDecoder(tiny_model("llama", num_hidden_layers=8), None, drafter="none"), None)
     assert [c.drafts[-1][1] for c in costs] == [2.0, 3.0, 4.0, 5.0]
 
 

@@ -32,9 +32,9 @@ def some_prompts(count: int = 11) -> list[Answer | list[int]]:
 
 
 def made(folder: Path, prompts: list[Answer | list[int]], sampling: Sampling = GREEDY, limit: int = 14) -> list[Answer]:
-    model = tiny_model("llama", eos_token_id=ENDS)
+    decoder = SpecDecoder(tiny_model("llama", eos_token_id=ENDS), None, drafter="none")
     folder.mkdir(exist_ok=True)
-    return answer_prompts(folder, model, None, prompts, limit, sampling, Progress(disable=True))
+    return answer_prompts(folder, decoder, prompts, limit, sampling, Progress(disable=True))
 
 
 def test_answers_of_a_refilled_batch_are_those_of_plain_decoding(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def run(
     device: Annotated[str | None, typer.Option(help="auto (CUDA where there is one), cpu or cuda.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of shuffling and of the first weights.")] = None,
     search: Annotated[
-        bool, typer.Option("--search", help="m2r2: choose the layers by closed-form agreement and measured cost.")
+        bool, typer.Option("--search", help="m2r2: choose the layers by closed-form acceptance and measured cost.")
     ] = False,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other setting of train.yaml.")

@@ -41,7 +41,7 @@ def costs(target: Target, drafter: Drafter, verifier: Verifier) -> Costs:
         kept = FILE.validate_json(_place(target, drafter).read_bytes())
         if set(kept.score) == set(ROWS) and len(kept.drafts) == drafter.num_exits:
             return kept
-    fresh = measure(target, drafter, verifier)
+    [fresh] = measure(target, [drafter], verifier)
     keep(target, drafter, fresh)
     return fresh
 
@@ -54,25 +54,30 @@ def keep(target: Target, drafter: Drafter, found: Costs) -> None:
         drafter_folder.replace(place, FILE.dump_json(found))
 
 
-def measure(target: Target, drafter: Drafter, verifier: Verifier) -> Costs:
-    """Time scoring and drafting in turns."""
-    exits = range(drafter.num_exits) if drafter.num_exits > 1 else [None]
-    score, draft = defaultdict[int, list[float]](list), defaultdict[tuple[int | None, int], list[float]](list)
+def measure(target: Target, drafters: Sequence[Drafter], verifier: Verifier) -> list[Costs]:
+    """Time scoring and drafting with each of ``drafters`` in turns, so that all see the same machine."""
+    exits = [range(drafter.num_exits) if drafter.num_exits > 1 else [None] for drafter in drafters]
+    score, draft = defaultdict[int, list[float]](list), defaultdict[tuple[int, int | None, int], list[float]](list)
     start = time.perf_counter()
     while len(score[1]) < REPEATS or time.perf_counter() - start < SECONDS:
         for n, seconds in time_scoring(target, 1).items():
             score[n].append(seconds)
-        for exit, depth in product(exits, (1, DRAFTED)):
-            draft[exit, depth].append(time_drafting(target, drafter, verifier, depth, exit))
-    drafts = []
-    for exit in exits:
-        one, each = min(draft[exit, 1]), min(draft[exit, DRAFTED])
-        further = (DRAFTED * each - one) / (DRAFTED - 1)
-        # A further token costs no more than the first. A drafter that drafts nothing alone (0) has one price.
-        drafts.append((one, further) if 0 <= further <= one else (each, each))
+        for number, drafter in enumerate(drafters):
+            for exit, depth in product(exits[number], (1, DRAFTED)):
+                draft[number, exit, depth].append(time_drafting(target, drafter, verifier, depth, exit))
     least = [min(score[n]) for n in ROWS]
     # Fewer tokens take no longer: where they seem to, the machine was busy.
-    return Costs({n: min(least[at:]) for at, n in enumerate(ROWS)}, tuple(drafts))
+    scoring = {n: min(least[at:]) for at, n in enumerate(ROWS)}
+    found = []
+    for number in range(len(drafters)):
+        drafts = []
+        for exit in exits[number]:
+            one, each = min(draft[number, exit, 1]), min(draft[number, exit, DRAFTED])
+            further = (DRAFTED * each - one) / (DRAFTED - 1)
+            # A further token costs no more than the first. A drafter that drafts nothing alone (0) has one price.
+            drafts.append((one, further) if 0 <= further <= one else (each, each))
+        found.append(Costs(scoring, tuple(drafts)))
+    return found
 
 
 def _place(target: Target, drafter: Drafter) -> Path:

@@ -53,8 +53,7 @@ class Sampling:
 
 def answer_prompts(
     output: Path,
-    model: Any,
-    tokenizer: Any,
+    decoder: SpecDecoder,
     items: Sequence[Answer | list[int]],
     limit: int,
     sampling: Sampling,
@@ -71,7 +70,7 @@ def answer_prompts(
     task = progress.add_task("answers", total=len(made) + len(left), completed=len(made), visible=bool(left))
     if left:
         with writing("answers", output), (output / ANSWERS).open("a", encoding="utf-8") as file:
-            for answer in _generate(SpecDecoder(model, tokenizer, drafter="none"), left, limit, sampling):
+            for answer in _generate(decoder, left, limit, sampling):
                 ids = {"prompt_ids": answer.prompt_ids, "response_ids": answer.response_ids}
                 file.write(json.dumps(ids) + "\n")
                 file.flush()

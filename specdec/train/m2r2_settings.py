@@ -18,11 +18,11 @@ class M2R2Settings(TrainSettings):
     replaces: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         **TrainSettings.replaces,
         "search": {"begin": 0, "segments": [], "exit_layer": 0, "exits": []},
-        "segments": {"begin": 0},
-        "exit_layer": {"begin": 0},
+        "segments": {"begin": 0, "layers_of": None},  # layers that are given are those of the model at hand
+        "exit_layer": {"begin": 0, "layers_of": None},
     }
 
-    # A segment's end is chosen by measured cost and closed-form agreement: of that which begins at layer ``begin``, or
+    # A segment's end is chosen by measured cost and closed-form acceptance: of that which begins at layer ``begin``, or
     # (``search``) its beginning, too. Or give the path:
     begin: int = Field(0, ge=0)
     search: bool = False
@@ -38,7 +38,6 @@ class M2R2Settings(TrainSettings):
     align: float = 0.0  # weight of 1 - cos(p[k], h[R k]), summed over the layers k of the path
 
     search_tokens: Positive = 12_000  # answer tokens that the search fits projections on
-    search_gain: float = 1.25  # what training adds to the log-odds of agreement, as measured
 
     @model_validator(mode="after")
     def _one_path(self) -> M2R2Settings:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # the command line imports this module for the names alone
     from rich.console import Console
     from torch import Tensor, nn
 
+    from specdec.api.decoder import SpecDecoder
     from specdec.base.terminal import Progress
     from specdec.runtimes.target import Target
     from specdec.train.batches import Batch
@@ -47,12 +48,14 @@ def lookup(name: str) -> type[Method[Any]]:
 
 @dataclass(frozen=True)
 class Work:
-    """What a run has before training: its folder, its answers and the draft vocabulary."""
+    """What a run has before training: its folder, its answers, the draft vocabulary, and a decoder of the model as it
+    was loaded, in the runtime that will serve the drafter."""
 
     output: Path
     train: Sequence[Answer]
     held_out: Sequence[Answer]
     vocab: Tensor | None
+    decoder: SpecDecoder
     console: Console
     progress: Progress
 

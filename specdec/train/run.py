@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TimeElapsedColumn
 from torch import Tensor, nn
 
+from specdec.api.decoder import SpecDecoder
 from specdec.base import devices
 from specdec.base.errors import SpecDecError
 from specdec.base.terminal import Progress, status, tell
@@ -46,11 +47,13 @@ class Run:
         train: Sequence[Record],
         held_out: Sequence[Record],
         output: Path,
+        decoder: SpecDecoder,
         console: Console,
         world: World,
     ) -> None:
         self.method, self.settings, self.target = method, method.settings, method.target
         self.output, self.console, self.world = output, console, world
+        self.decoder: SpecDecoder | None = decoder  # until the first evaluation
         torch.manual_seed(self.settings.seed)  # the masters' first values
         self.masters = method.build(vocab).to(self.target.device)  # float32
         self.network = copy.deepcopy(self.masters).to(self.target.dtype)  # what runs
@@ -253,6 +256,7 @@ class Run:
 
     def _evaluate(self) -> None:
         """Measure on held-out answers; keep the drafter if it is the best so far. Only the first process does."""
+        decoder, self.decoder = self.decoder, None  # its memory is free from here on
         if not self.world.first:
             return
         held_out = batches.in_order(self.held_out, self.settings.rows, self.settings.window, self.target.device)
@@ -260,7 +264,7 @@ class Run:
         with torch.no_grad():
             figures = self.method.evaluate(self.network, self._shown("evaluation", held_out, total))
         if "chain" in figures:
-            figures |= self._predicted(figures)
+            figures |= self._predicted(figures, decoder)
         self._log({"update": self.update, "tokens": self.tokens, "evaluation": figures})
         tell(
             self.console,
@@ -271,12 +275,13 @@ class Run:
             self.best = figures["score"]
             self._export(figures)
 
-    def _predicted(self, figures: dict[str, Any]) -> dict[str, Any]:
-        if self.costs is None:
+    def _predicted(self, figures: dict[str, Any], decoder: SpecDecoder | None) -> dict[str, Any]:
+        if decoder is not None:
             if not (self.output / drafter_folder.CONFIG).exists():
                 self._export(figures)  # the first: its drafter is what can be measured
             with status("measuring what drafting costs", quiet=self.console.quiet):
-                self.costs = measure(self.target.model, self.output)
+                self.costs = measure(decoder, self.output)
+        assert self.costs is not None
         speedup, depth = predict(figures["chain"], self.costs, figures.get("nodes"))
         self.speedup = round(speedup, 3)
         plain = self.costs.score[1]

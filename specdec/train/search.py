@@ -1,10 +1,10 @@
-"""The segment of an M2R2 path, by closed-form agreement and measured cost, without gradients.
+"""The segment of an M2R2 path, by closed-form acceptance and measured cost, without gradients.
 
 Candidates project from the embedding to one segment of later layers, and from its end to the final state. They begin
 at layer ``begin`` (two thirds up, in the preset) or, with ``--search``, anywhere in the upper half. Projections are
-fitted on a sample of the teacher's states. The agreement of one draft on held-out answers, and what drafting and
-scoring cost on this machine, predict a speedup; the largest wins. Training raises agreement: the setting
-``search_gain`` is added to its log-odds.
+fitted on a sample of the teacher's states. Each candidate drafts on its own states along held-out answers. How many
+drafts are accepted, and what drafting and scoring cost on this machine, predict a speedup as every evaluation does
+(``predict``); the largest wins.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from specdec.models import drafter_folder
 from specdec.runtimes.target import Target
 from specdec.train.batches import Batch, in_order
 from specdec.train.data import Answer
+from specdec.train.evaluate import acceptance_lengths, chain_figures
 from specdec.train.fit import Ridge, fit_projection
 from specdec.train.m2r2_settings import M2R2Settings, wanted_states
 from specdec.train.method import Work
@@ -38,21 +39,21 @@ from specdec.train.states import Record, Wanted, compute
 from specdec.train.student import Teacher, draft_steps, exact_carry
 
 FILE = "search.json"
-EVAL_TOKENS = 6_000  # held-out answer positions
+EVAL_TOKENS = 4_000  # held-out answer positions
 LONGEST = 9  # most layers of a segment
-STEPS, FADE = 8, 0.94  # drafts of a chain; agreement of each over that of the draft before
+STEPS = 4  # drafts of a chain
 SHOWN = 24  # rows of the table that is printed
 Segment = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Row:
-    """A candidate: layers [lo, hi), cost of a draft in plain steps, agreement of a first draft in closed form, and the
-    predicted speedup after training, at ``depth`` drafts a step."""
+    """A candidate: layers [lo, hi), cost of a further draft in plain steps, mean acceptance length of ``STEPS`` drafts
+    in closed form, and the speedup that this predicts, at ``depth`` drafts a step."""
 
     segment: Segment
     cost: float
-    agreement: float
+    tokens: float
     speedup: float
     depth: int
 
@@ -83,11 +84,11 @@ def choose(settings: M2R2Settings, target: Target, work: Work) -> Segment:
         part = _first(answers, tokens)
         records.append(compute(folder / name, target, part, wanted, work.progress, f"search, {name}"))
     task = work.progress.add_task("search", total=len(starts), unit="layers")
-    found: dict[Segment, float] = {}
+    found: dict[Segment, list[float]] = {}
     for lo in starts:
-        found |= agreement(target, work.vocab, lo, records[0], records[1], settings)
+        found |= chains(target, work.vocab, lo, records[0], records[1], settings)
         work.progress.advance(task)
-    rows = rank(found, draft_costs(target, work.vocab), settings.search_gain)
+    rows = rank(found, draft_costs(work.decoder, work.vocab))
     _show(rows, work.console)
     table = {"chosen": rows[0].segment, "table": [asdict(row) for row in rows]}
     with writing(FILE, work.output):
@@ -97,40 +98,38 @@ def choose(settings: M2R2Settings, target: Target, work: Work) -> Segment:
 
 
 @torch.no_grad()
-def agreement(
+def chains(
     target: Target,
     vocab: Tensor | None,
     lo: int,
     train: Sequence[Record],
     held_out: Sequence[Record],
     settings: M2R2Settings,
-) -> dict[Segment, float]:
-    """Of the first draft, in closed form, for each segment that begins at layer ``lo``; all share its passes."""
+) -> dict[Segment, list[float]]:
+    """P(the first 1 .. ``STEPS`` drafts are all accepted), in closed form, for each segment that begins at ``lo``."""
     segments = [(lo, hi) for hi in range(lo + 1, min(lo + LONGEST, target.num_layers) + 1)]
     networks = [M2R2(M2R2Path(0, (each,), True), target, vocab).to(target.device, target.dtype) for each in segments]
     longest = networks[-1]
 
-    def residuals(batch: Batch) -> list[Tensor]:
-        """At the end of each segment, [B, T, D]."""
-        exits, _ = next(draft_steps(longest, target, batch, 1, watched=True))
-        return exits[0][1][1:-1]
-
     fit_projection(longest, target, _batches(target, longest.path, train, settings), 0)
     fits = [Ridge() for _ in segments]
-    for batch in _batches(target, longest.path, train, settings):
-        for network, x, ridge in zip(networks, residuals(batch), fits, strict=True):
+    for batch in _batches(target, longest.path, train, settings):  # all share the passes of the longest
+        exits, _ = next(draft_steps(longest, target, batch, 1, watched=True))
+        for network, x, ridge in zip(networks, exits[0][1][1:-1], fits, strict=True):  # the end of each: [B, T, D]
             features = network.features(1, x, exact_carry(network, batch))
             ridge.add(features[batch.valid], batch.hidden[target.num_layers][batch.valid])
     for network, ridge in zip(networks, fits, strict=True):
+        network.projections[0].load_state_dict(longest.projections[0].state_dict())
         ridge.solve_into(network.projections[1])
-    teacher, hits, total = Teacher(target, vocab), [0] * len(segments), 0
+    teacher, lengths = Teacher(target, vocab), [list[int]() for _ in segments]
     for batch in _batches(target, longest.path, held_out, settings):
         teacher.begin(batch)
-        known, total = teacher.known(batch) & batch.valid, total + int(batch.valid.sum())
-        for number, (network, x) in enumerate(zip(networks, residuals(batch), strict=True)):
-            logits = teacher.logits(network.estimate(0, x, exact_carry(network, batch)))
-            hits[number] += int((teacher.hits(logits) & known).sum())
-    return {segment: count / max(total, 1) for segment, count in zip(segments, hits, strict=True)}
+        known = teacher.known(batch)
+        for network, found in zip(networks, lengths, strict=True):
+            drafts = draft_steps(network, target, batch, STEPS)
+            hits = [teacher.hits(teacher.logits(exits[-1][0])) & known & valid for exits, valid in drafts]
+            found += acceptance_lengths(hits, batch.valid)
+    return {each: chain_figures(found, STEPS)["chain"] for each, found in zip(segments, lengths, strict=True)}
 
 
 def _batches(target: Target, path: M2R2Path, records: Sequence[Record], settings: M2R2Settings) -> Iterator[Batch]:
@@ -148,37 +147,33 @@ def _batches(target: Target, path: M2R2Path, records: Sequence[Record], settings
     return in_order(some, settings.rows, settings.window, target.device)
 
 
-def draft_costs(target: Target, vocab: Tensor | None) -> list[Costs]:
-    """Costs of untrained drafters whose segment has 1, 2, ... layers, in the runtime that serves them.
+def draft_costs(decoder: SpecDecoder, vocab: Tensor | None) -> list[Costs]:
+    """Costs of untrained drafters whose segment has 1, 2, ... layers, in the runtime of ``decoder``.
 
     Drafting is timed with the fewest and with the most; each layer between them costs the same.
     """
-    half, decoder = target.num_layers // 2, SpecDecoder(target.model, None, drafter="none")
+    target, half = decoder.target, decoder.target.num_layers // 2
     most = min(LONGEST, target.num_layers - half)
-    ends = []
-    for length in (1, most):
-        network = M2R2(M2R2Path(0, ((half, half + length),), True), decoder.target, vocab)
-        drafter = M2R2Drafter(network, siblings=())
-        drafter.bind(decoder.target)
-        ends.append(measure(decoder.target, drafter, decoder.verifier))
-    (short,), (long,) = (each.drafts for each in ends)
+    paths = [M2R2Path(0, ((half, half + length),), True) for length in (1, most)]
+    ends = [M2R2Drafter(M2R2(path, target, vocab)) for path in paths]
+    for drafter in ends:
+        drafter.bind(target)
+    fewest, longest = measure(target, ends, decoder.verifier)
+    [short], [long] = fewest.drafts, longest.drafts
     shares = [(length - 1) / max(most - 1, 1) for length in range(1, most + 1)]
     more = [max(b - a, 0.0) for a, b in zip(short, long, strict=True)]  # of the first draft, of each further one
-    prices = [(short[0] + share * more[0], short[1] + share * more[1]) for share in shares]
-    return [replace(ends[0], drafts=(price,)) for price in prices]
+    return [replace(fewest, drafts=((short[0] + share * more[0], short[1] + share * more[1]),)) for share in shares]
 
 
-def rank(agreement: dict[Segment, float], costs: Sequence[Costs], gain: float) -> list[Row]:
+def rank(chains: dict[Segment, list[float]], costs: Sequence[Costs]) -> list[Row]:
     """All candidates, the one of largest predicted speedup first."""
     rows = []
-    for (lo, hi), share in agreement.items():
+    for (lo, hi), chain in chains.items():
         price = costs[hi - lo - 1]
-        trained = float(torch.tensor(share).clamp(1e-3, 0.999).logit().add(gain).sigmoid())
-        chain = torch.tensor([trained * FADE**step for step in range(STEPS)]).cumprod(0).tolist()
         speedup, depth = predict(chain, price)
         cost = price.drafts[-1][1] / price.score[1]
-        rows.append(Row((lo, hi), round(cost, 4), round(share, 4), round(speedup, 3), depth))
-    return sorted(rows, key=lambda row: (-row.speedup, row.segment[1] - row.segment[0], -row.agreement))
+        rows.append(Row((lo, hi), round(cost, 4), round(1 + sum(chain), 3), round(speedup, 3), depth))
+    return sorted(rows, key=lambda row: (-row.speedup, -row.tokens))
 
 
 def _first(answers: Sequence[Answer], tokens: int) -> list[Answer]:
@@ -194,11 +189,9 @@ def _first(answers: Sequence[Answer], tokens: int) -> list[Answer]:
 
 def _show(rows: Sequence[Row], console: Console) -> None:
     table = Table(title="segments, closed form", title_justify="left", box=None, pad_edge=False)
-    for name in ("layers", "draft cost", "agreement", "predicted", "drafts a step"):
+    for name in ("layers", "draft cost", "tokens a step", "predicted", "drafts a step"):
         table.add_column(name, justify="right")
     for row in rows[:SHOWN]:
         lo, hi = row.segment
-        table.add_row(
-            f"{lo}-{hi - 1}", f"{row.cost:.3f}", f"{row.agreement:.3f}", f"{row.speedup:.2f}x", str(row.depth)
-        )
+        table.add_row(f"{lo}-{hi - 1}", f"{row.cost:.3f}", f"{row.tokens:.2f}", f"{row.speedup:.2f}x", str(row.depth))
     console.print(table)

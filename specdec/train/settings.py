@@ -22,7 +22,7 @@ from specdec.base import inputs
 from specdec.base.errors import SpecDecError, did_you_mean
 from specdec.base.options import shown
 
-DROPPED = ("compile", "learning_rate", "leap_rate")  # settings of earlier versions; those rates were absolute
+DROPPED = ("compile", "learning_rate", "leap_rate", "search_gain")  # of earlier versions; those rates were absolute
 Positive = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]

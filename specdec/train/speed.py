@@ -9,16 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
-
 from specdec.api.decoder import SpecDecoder
 from specdec.engine.costs import Costs, costs
 
 
-def measure(model: PreTrainedModel, folder: Path) -> Costs:
-    """The costs of the drafter in ``folder`` on ``model``. Builds a decoder, and frees it."""
-    decoder = SpecDecoder(model, None, drafter=folder)
-    return costs(decoder.target, decoder.drafter, decoder.verifier)
+def measure(decoder: SpecDecoder, folder: Path) -> Costs:
+    """The costs of the drafter in ``folder`` on the model of ``decoder``."""
+    drafting = decoder.with_drafter(folder)
+    return costs(drafting.target, drafting.drafter, drafting.verifier)
 
 
 def predict(chain: Sequence[float], costs: Costs, nodes: Sequence[int] | None = None) -> tuple[float, int]:

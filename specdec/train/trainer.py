@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from specdec.api.decoder import SpecDecoder
 from specdec.base.errors import SpecDecError
 from specdec.base.terminal import stderr
 from specdec.models import drafter_folder, generation_config, loading
@@ -55,6 +56,7 @@ def _prepare(settings: TrainSettings, resume: bool, console: Console, world: Wor
     keep_freed_memory()
     fits = partial(room.check_memory, settings.model, dtype=settings.dtype, device=torch.device(world.device))
     model, tokenizer = loading.load(settings.model, dtype=settings.dtype, device=world.device, check=fits)
+    decoder = SpecDecoder(model, tokenizer, drafter="none")  # as users run it: training dequantises the model
     target = training_target(model)
     if settings.init:
         drafter_folder.check_base(drafter_folder.read_config(Path(settings.init)), target, settings.init)
@@ -67,19 +69,19 @@ def _prepare(settings: TrainSettings, resume: bool, console: Console, world: Wor
     with progress_bars(console) as progress:
         prompts = encode_prompts(tokenizer, items, settings.model)
         sampling = Sampling(settings.sampled, settings.temperature, settings.seed)
-        answers = answer_prompts(output, model, tokenizer, prompts, settings.max_new_tokens, sampling, progress)
+        answers = answer_prompts(output, decoder, prompts, settings.max_new_tokens, sampling, progress)
         usable = [a for a in answers if len(a) <= target.context and len(a.response_ids) > 1]
         train, held_out = _split(settings, usable, _pieces(settings, texts, tokenizer, target.context))
         vocab = None
         if settings.draft_vocab:
             ends = sorted(generation_config.ends(model, tokenizer))
             vocab = data.draft_vocabulary(train, settings.draft_vocab, ends, target.vocab_size).to(target.device)
-        method.prepare(Work(output, train, held_out, vocab, console, progress))
+        method.prepare(Work(output, train, held_out, vocab, decoder, console, progress))
         records = [
             states.compute(output / STATES / name, target, part, method.wanted(), progress, name)
             for name, part in (("eval", held_out), ("train", train))
         ]
-    return Run(method, vocab, records[1], records[0], output, console, world)
+    return Run(method, vocab, records[1], records[0], output, decoder, console, world)
 
 
 def _turn(tokenizer: Any) -> str:
