@@ -1,5 +1,6 @@
-"""Drafting a tree, or a chain for each of several rows, in one native call: what the kernels read is built once for a draft path, and used again every step.
+"""Drafting in one native call: a tree, or a chain for each of several rows.
 
+What the kernels read is built once for a draft path, and used again every step.
 Between two passes all code is cold, so a step changes few fields here and builds nothing. Knows the kernels'
 structures, and of the model only what ``Kernels`` hands over.
 """
@@ -35,7 +36,7 @@ class Kernels(Protocol):
         """An output head, packed; None: the model's own."""
 
     def draft_call(self, lo: int, hi: int, adapters: Adapters) -> tuple[Model, Call]:
-        """Layers [lo, hi) with ``adapters`` on a token of each row, for kernels that make masks and states themselves."""
+        """Layers [lo, hi) with ``adapters`` on a token of each row, for kernels that make masks and states."""
 
     def place(self, call: Call, cache: RowCache, lo: int, hi: int, counts: Sequence[int]) -> tuple[Any, ...]:
         """Have ``call`` write to the next ``counts`` slots of layers [lo, hi); return what must live as long."""
@@ -102,7 +103,7 @@ class TreeDrafter:
         struct, segments = self.struct, self.segments
         final, *carried = (x.contiguous() for x in (seed.final, *seed.carried))
         before = seed.place * final.shape[2] * final.element_size()  # bytes
-        self.positions[:], self.roots[:] = seed.positions, seed.tokens
+        self.positions[:], self.roots[:] = list(seed.positions), list(seed.tokens)
         alive = []
         for stage, call, state, (lo, hi) in zip(self.stages, self.calls, carried, segments, strict=False):
             alive.append(target.place(call, cache, lo, hi, [self.drafted] * self.rows))
