@@ -159,7 +159,7 @@ class M2R2Drafter(ChainDrafter):
     def _chains(self, state: State, limit: int) -> list[list[int]] | None:
         path = self._draft_path(state)
         *inputs, final = self._before(state.memory)
-        seed = Seed([ids[-1] for ids in state.ids], state.cache.rows, final, inputs)
+        seed = Seed([ids[-1] for ids in state.ids], state.cache.rows, final, inputs, hidden=self.vocabulary.hidden)
         return state.target.chains(state.cache, seed, path, limit)
 
     def _draft_path(self, state: State) -> DraftPath:

@@ -73,7 +73,7 @@ class DraftVocabulary:
 
     @property
     def heads(self) -> list[nn.Linear | None]:
-        """What ``tokens`` are read out by, one head beside the other (None: the model's own). For one row."""
+        """What ``tokens`` are read out by, one head beside the other (None: the model's own), but for ``hidden``."""
         return [self.head] if self.more_head is None else [self.head, self.more_head]
 
     def logits(self, final: Tensor, read: Callable[[Tensor, nn.Linear | None], Tensor] | None = None) -> Tensor:

@@ -6,6 +6,7 @@ import ctypes
 import itertools
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -331,6 +332,7 @@ def test_trees_grow_under_masks_in_one_call_as_they_do_in_parts(share: float) ->
 @torch.inference_mode()
 def test_chains_of_several_rows_are_those_of_each_row_alone(rows: int, kv_cache: str) -> None:
     target = NativeTarget(model_of("llama"), kv_cache=kv_cache)
+    torch.manual_seed(3)
     route, levels, alone = random_route(target, heads=2), 5, list[list[int]]()
     caches, finals, carried = list[KVCache](), list[torch.Tensor](), list[list[torch.Tensor]]()
     for row in range(rows):
@@ -351,6 +353,14 @@ def test_chains_of_several_rows_are_those_of_each_row_alone(rows: int, kv_cache:
     lengths, held = list(together.rows), [data.clone() for data in together.data]
     states = [torch.cat(parts) for parts in zip(*carried, strict=True)]
     seed = tree_drafting.Seed(list(range(rows)), lengths, torch.cat(finals), states)
+    added, outputs = route.heads[1], set[int]()
+    assert added is not None and route.tokens is not None
+    outputs.update(route.tokens[-added.out_features :].tolist())
+    hidden = torch.zeros(rows, added.out_features, dtype=torch.bool)
+    hidden[1] = True
+    assert any(outputs & set(chain) for chain in alone)
+    own = target.chains(together, replace(seed, hidden=hidden), route, levels)
+    assert own is not None and own[:1] + own[2:] == alone[:1] + alone[2:] and not outputs & set(own[1])
     for _ in range(2):  # built the first time, and used again
         assert target.chains(together, seed, route, levels) == alone
         assert together.rows == lengths and together.lengths == [max(lengths)] * 4

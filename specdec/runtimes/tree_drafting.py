@@ -47,7 +47,8 @@ class Seed:
     """What drafts grow from: the root token of each row, its position, and the states of the token before it.
 
     final: [B, T, D]. carried: for each segment of the path, the states where it begins [B, T, D]. place: of these T,
-    the token before the root; of several rows, T is 1.
+    the token before the root; of several rows, T is 1. hidden: bool [B, outputs of the second head], those that a row
+    may not draft; None: there are none.
     """
 
     tokens: Sequence[int]
@@ -55,6 +56,7 @@ class Seed:
     final: Tensor
     carried: Sequence[Tensor]
     place: int = 0
+    hidden: Tensor | None = None
 
 
 class Candidates(NamedTuple):

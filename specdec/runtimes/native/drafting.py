@@ -77,8 +77,7 @@ class TreeDrafter:
             (INT * 2)(*(head.width for head in heads)),
             *(pointer(path.tokens), target.final_norm.data_ptr(), target.eps, linear_maps.UNIT_EPS, 0.0),
             *(ctypes.addressof(out) for out in self.found),
-            None,
-            ctypes.addressof(self.allowed),
+            *(None, ctypes.addressof(self.allowed), None),
         )
 
     @staticmethod
@@ -103,6 +102,8 @@ class TreeDrafter:
         struct, segments = self.struct, self.segments
         final, *carried = (x.contiguous() for x in (seed.final, *seed.carried))
         before = seed.place * final.shape[2] * final.element_size()  # bytes
+        hidden = None if seed.hidden is None else seed.hidden.contiguous()
+        struct.hidden = None if hidden is None else hidden.data_ptr()
         self.positions[:], self.roots[:] = list(seed.positions), list(seed.tokens)
         alive = []
         for stage, call, state, (lo, hi) in zip(self.stages, self.calls, carried, segments, strict=False):

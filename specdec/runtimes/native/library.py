@@ -94,7 +94,7 @@ class TreeDraft(ctypes.Structure):
         *((name, POINTER) for name in ("roots", "stage", "embedding", "final")),
         *(("head", POINTER * 2), ("outputs", INT * 2), ("tokens", POINTER), ("norm", POINTER)),
         *((name, ctypes.c_float) for name in ("eps", "unit_eps", "confidence")),
-        *((name, POINTER) for name in ("scores", "ids", "parents", "mask", "allowed")),
+        *((name, POINTER) for name in ("scores", "ids", "parents", "mask", "allowed", "hidden")),
     )
 
 

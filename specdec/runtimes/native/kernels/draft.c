@@ -25,6 +25,7 @@ typedef struct {        /* a tree that grows from one root, level by level; of s
     int32_t *ids, *parents; /* out: their tokens; 0: a root, i + 1: candidate i */
     int (*mask)(int rows, const int32_t *nodes); /* NULL: all may follow all. Called before a level's pass, by one thread: has */
     const uint8_t *const *allowed;  /* tell which tokens may follow each of its nodes (NULL: none); not 0 ends growing */
+    const uint8_t *hidden;  /* [lines, outputs of the second head]: those that a line does not have, or NULL */
 } TreeDraft;
 
 typedef struct {        /* of a thread's share of the outputs, by lane */
@@ -99,6 +100,9 @@ static void read_out(Pass *p, const TreeDraft *g, Best *best, int me, int n) {
                 for (int o = 0; o < some; o++)
                     for (int r = 0; r < p->rows; r++)
                         if (!(lanes[o] >> r & 1)) sums[16 * o + r] = NEVER;
+            for (int r = 0; h && g->hidden && r < p->rows; r++)
+                for (int o = 0; o < some; o++)
+                    if (g->hidden[(int64_t)r * g->outputs[1] + 16 * t + o]) sums[16 * o + r] = NEVER;
             F top = most;
             for (int o = 0; o < some; o++) top = max16(top, load16(sums + 16 * o));
             sum = mul16(sum, exp16(sub16(most, top)));
