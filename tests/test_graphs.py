@@ -297,10 +297,10 @@ def test_a_greedy_round_waits_for_the_device_once(drafter: str, monkeypatch: pyt
     run(target, every(target)[drafter], [PROMPTS[1]], 24)  # everything is recorded
     counter, counts, rounds = _Waits(target, monkeypatch), list[int](), Batch.step
 
-    def counted(self: Batch) -> Any:
+    def counted(self: Batch, scoring: Callable[[], object]) -> Any:
         before = len(counter.waits)
         with counter:
-            new = rounds(self)
+            new = rounds(self, scoring)
         counts.append(len(counter.waits) - before)
         return new
 

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -122,7 +123,8 @@ def test_options_of_the_command_reach_the_server(model: Path) -> None:
         with client.stream("POST", url, json=long), client.stream("POST", url, json=long):
             refused = client.post(url, json=body)
             assert refused.status_code == 429 and int(refused.headers["Retry-After"]) > 0
-        assert client.post(url, json=body).status_code == 200  # those that went away made room
+        found = (client.post(url, json=body).status_code for _ in range(100))  # those that went away make room soon
+        assert any(status == 200 or time.sleep(0.1) for status in found)
 
 
 def test_a_port_that_is_taken_is_named_at_once(model: Path) -> None:
