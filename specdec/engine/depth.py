@@ -13,7 +13,7 @@ drafts yielded and cost on average.
 Each row has a running estimate of its own, and the tokens of a step go to those where they are likeliest to be
 accepted, as long as they pay for the larger pass (``divide``): one row is the same case as many. The token more that is
 probed is of the row that has not drafted for the longest time; where none drafts, all probe together, as drafting for
-one row costs about what it costs for all.
+one row costs about what it costs for all. What drafts took counts for steps of as many rows.
 """
 
 from __future__ import annotations
