@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+
 import gguf
 import numpy as np
 import pytest
 import torch
 from test_fused import apart
 
+from specdec.base.errors import SpecDecError
 from specdec.models.blocks import KINDS, Blocks
 from specdec.runtimes.native import library, linear
 
@@ -47,6 +50,25 @@ def test_products_of_blocks_equal_those_of_their_bf16_values(kind: str, tokens: 
     x = torch.randn(tokens, 512).bfloat16()
     assert alike(packed(x), dense(x))
     assert torch.equal(packed(x)[-1:], packed(x[-1:]))
+
+
+@pytest.mark.parametrize("tokens", [2, 40])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_widest_maps_fit_the_stack_and_wider_ones_are_refused(kind: str, tokens: int) -> None:
+    blocks, x = random_blocks(kind, 16, linear.WIDEST), torch.randn(tokens, linear.WIDEST).bfloat16()
+    got: list[torch.Tensor] = []
+    before = threading.stack_size(2 << 20)
+    try:
+        thread = threading.Thread(target=lambda: got.append(linear.Packed([blocks])(x)))
+        thread.start()
+    finally:
+        threading.stack_size(before)
+    thread.join()
+    assert apart(got[0].float(), (x @ blocks.numbers().bfloat16().T).float()) < 0.02
+    wider = random_blocks(kind, 16, 1 << 20)
+    with pytest.raises(SpecDecError, match="at most 131072 inputs"):
+        linear.Packed([wider])
+    assert not linear.serves(torch.empty(16, 1 << 20, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("scales", [(0.001, 0.02), (1e-7, 1e-6), (100.0, 4000.0), (0.0, 0.0)])

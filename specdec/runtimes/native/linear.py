@@ -17,6 +17,7 @@ from specdec.models.blocks import BlockEmbedding, BlockLinear, Blocks, dequantiz
 from specdec.runtimes.native import library
 from specdec.runtimes.native.library import BF16, I4, I8, INT, POINTER, Map, Part, Table, done, pointer, runs
 
+WIDEST = 1 << 17  # inputs of a map: kernels have 12 bytes of each on the stack, which may be 2 MB large
 LARGE = 6_000_000  # weights of a matrix for drafts from which on reading it is all that takes time: 4 bits are faster
 
 
@@ -60,7 +61,8 @@ class Packed:
 
     draft_only: for drafts, which need not be exact: ``(I8,)`` or ``(I4, I8)``, tried in order before all else, for one
         weight. It is rounded to 8 or 4 bits, and what it is multiplied with to 8, where this CPU gains by that.
-    Raises SpecDecError if ``in`` is not a multiple of 32, or the outputs of any weight but the last one of 16.
+    Raises SpecDecError if ``in`` is not a multiple of 32 or above ``WIDEST``, or the outputs of any weight but the
+    last one are not a multiple of 16.
     """
 
     def __init__(
@@ -76,6 +78,8 @@ class Packed:
                 "the native runtime takes linear maps of multiples of 16 outputs and 32 inputs; one has "
                 f"{weights[0].shape[0]} and {self.inp}"
             )
+        if self.inp > WIDEST:
+            raise SpecDecError(f"the native runtime takes linear maps of at most {WIDEST} inputs; one has {self.inp}")
         shape = -(-self.width // 16), self.inp // 64
         served = [kind for kind in draft_only if not self.inp % 64 and lib.specdec_tiles_bytes(kind, *shape)]
         self.tiles, self.scale, end = list[Tensor](), None, 0
@@ -214,7 +218,8 @@ def _draft_tiles(kind: int, weight: Tensor, scale: Tensor) -> Tensor:
 
 def serves(weight: Tensor) -> bool:
     """Whether a linear map with this weight [out, in] can be ``Packed`` here."""
-    return weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and not weight.shape[1] % 32 and runs()
+    fits = not weight.shape[1] % 32 and weight.shape[1] <= WIDEST
+    return fits and weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and runs()
 
 
 def argmax(x: Tensor) -> Tensor:

@@ -91,7 +91,7 @@ typedef struct {       /* rows of a map in one kind of tiles */
 } Part;
 
 typedef struct {       /* y = W x (+ bias) */
-    int32_t kind, out, in, count; /* kind: of the first part (I8 and I4 maps have one); out: multiple of 16; in: multiple of 32 */
+    int32_t kind, out, in, count; /* kind: of the first part (I8 and I4 maps have one); out: multiple of 16; in: multiple of 32, at most 2^17 */
     const Part *parts;    /* [count] */
     const float *bias;    /* [out] or NULL */
     const float *scale;   /* of I8 and I4: [out] */

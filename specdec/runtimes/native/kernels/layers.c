@@ -430,14 +430,16 @@ EXPORT int KERNEL(layers)(const Model *m, const Call *c) {
     for (int first = 0; !failed && first < c->tokens; first += SLICE) {
         Call part = *c;
         Line line = *c->lines;
-        bf16 *taps[c->hi + 1];
+        bf16 **taps = allocate(sizeof *taps * (size_t)(c->hi + 1));
         int plain = c->adapted > 0 ? c->tokens - c->adapted - first : 0; /* tokens of the slice before those with adapters */
+        if (!taps) return -1;
         part.tokens = c->tokens - first < SLICE ? c->tokens - first : SLICE;
         part.lines = &line, line.tokens = part.tokens, line.start += first, part.x += (int64_t)first * m->hidden, part.positions += first, part.taps = taps;
         for (int l = c->lo; l <= c->hi; l++) taps[l] = c->taps[l] ? c->taps[l] + (int64_t)first * m->hidden : NULL;
         part.adapted = plain > 0 ? part.tokens - plain : 0;
         if (plain >= part.tokens) part.low = NULL;
         failed = run_call(m, &part);
+        free(taps);
     }
     return failed;
 }
