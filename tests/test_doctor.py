@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,21 @@ def test_lines_name_the_cache_that_is_not_there_and_the_variables(monkeypatch: p
     lines = CliRunner().invoke(cli.app, ["doctor"]).stdout
     assert "not created yet" in lines and "OMP_NUM_THREADS=1" in lines
     assert "smollm2-135m-instruct (not in the cache)" in lines
+
+
+def test_no_secret_of_the_environment_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (
+        "SPECDEC_API_KEY",
+        "SPECDEC_SOMETHING",
+        "OMP_TOKEN",
+        "HF_TOKEN",
+        "HF_HOME_PASSWORD",
+        "CUDA_VISIBLE_DEVICES_KEY",
+    ):
+        monkeypatch.setenv(name, f"secret-of-{name}")
+    for arguments in (["doctor"], ["doctor", "--json"]):
+        assert "secret-of" not in CliRunner().invoke(cli.app, arguments).stdout
+    assert not [name for name in doctor.VARIABLES if re.search("KEY|TOKEN|PASS|SECRET|AUTH", name)]
 
 
 def test_kernels_that_are_missing_are_named_with_the_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -23,7 +23,10 @@ from specdec.speculation import registry
 PACKAGES = ("specdec-m2r2", "torch", "transformers", "numpy", "safetensors", "gguf", "accelerate", "ray")
 FLAGS = ["avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "avx512_vnni"]
 FLAGS += ["amx_bf16", "amx_int8"]
-VARIABLES = ("SPECDEC_", "OMP_", "GOMP_", "CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "HF_HOME")
+# Whole names, none of a secret: reports are sent to others.
+VARIABLES = ["CUDA_VISIBLE_DEVICES", "GOMP_CPU_AFFINITY", "GOMP_SPINCOUNT", "HF_HOME", "HF_HUB_OFFLINE"]
+VARIABLES += ["OMP_NUM_THREADS", "OMP_PLACES", "OMP_PROC_BIND", "OMP_WAIT_POLICY"]
+VARIABLES += ["SPECDEC_CACHE", "SPECDEC_DATA", "SPECDEC_DEBUG", "SPECDEC_NATIVE"]
 
 
 def collect() -> dict[str, Any]:
@@ -43,7 +46,7 @@ def collect() -> dict[str, Any]:
         "cache": _cache(),
         "models": {row.name: row.cached for row in catalogue.embedded_models()},
         "shipped_drafters": {name: models for name in registry.names("drafters") if (models := shipped_for(name))},
-        "variables": {name: os.environ[name] for name in sorted(os.environ) if name.startswith(VARIABLES)},
+        "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
     }
 
 
