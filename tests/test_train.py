@@ -18,6 +18,7 @@ from typing import Any
 import gguf
 import pytest
 import torch
+import yaml
 from conftest import tiny_model
 from rich.console import Console
 from safetensors.torch import load_file
@@ -256,6 +257,23 @@ def test_a_killed_run_goes_on_to_exactly_the_weights_of_an_uninterrupted_one(
     reported = [json.loads(line)["update"] for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
     assert reported == sorted(reported)
     assert len(evaluations(tmp_path / "parts")) == len(evaluations(tmp_path / "whole"))
+
+
+def test_a_finished_run_is_prolonged_from_its_last_update(answers: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    train(recipe(answers, out, steps=20))
+    first = load_file(out / "checkpoint.safetensors")
+    with pytest.raises(SpecDecError, match=r"pass --resume to go on, with a longer --minutes or --steps .* prolong"):
+        train(recipe(answers, out, steps=60))
+    with pytest.raises(SpecDecError, match="steps 20 -> 10"):
+        train(recipe(answers, out, steps=10), resume=True)
+    train(recipe(answers, out, steps=60), resume=True)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    rates = {line["update"]: line["rate"] for line in lines if "rate" in line}
+    assert list(rates) == [10, 20, 30, 40, 50, 60]  # what was done is not done again
+    assert rates[30] == pytest.approx(5.5 / 20)  # the rates warm up anew
+    assert any(not torch.equal(first[key], now) for key, now in load_file(out / "checkpoint.safetensors").items())
+    assert yaml.safe_load((out / "train.yaml").read_text())["steps"] == 60
 
 
 @pytest.mark.parametrize("searches", [True, False])
@@ -723,7 +741,8 @@ def test_the_command_answers_prompts_trains_and_leaves_a_drafter(tmp_path: Path)
     plain = SpecDecoder.from_pretrained(str(folder), drafter="none", dtype="float32")
     assert decoder.generate("hello", max_new_tokens=16).text == plain.generate("hello", max_new_tokens=16).text
     again = CliRunner().invoke(app, [*command, "--steps", "4", "--resume"])
-    assert again.exit_code == 2 and "steps 3 -> 4" in again.output
+    assert again.exit_code == 0, again.output
+    assert json.loads((output / "metrics.jsonl").read_text().splitlines()[-1])["update"] == 4
 
 
 def test_each_residual_runs_ahead_to_the_layer_that_its_rate_says() -> None:

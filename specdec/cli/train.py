@@ -27,7 +27,9 @@ def run(
     preset: Annotated[
         str | None, typer.Option(help="Settings: a preset's name or a YAML file; else the method's own preset.")
     ] = None,
-    minutes: Annotated[float | None, typer.Option(help="Length of the gradient training.")] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="Length of the gradient training; with --resume, from its beginning.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Its length in updates, instead of minutes.")] = None,
     holdout: Annotated[list[Path] | None, typer.Option(help="Files whose prompts must not be trained on.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")] = False,

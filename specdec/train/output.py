@@ -17,6 +17,7 @@ from specdec.train.settings import TrainSettings, current, from_mapping
 
 RECIPE, METRICS, CHECKPOINT = "train.yaml", "metrics.jsonl", "checkpoint.safetensors"
 ANSWERS, STATES = "answers.jsonl", "states"
+LENGTHS = ("minutes", "steps")  # the settings that say how long a run is
 # What a run writes, replaces and deletes; files of these names that no run wrote are refused.
 WRITTEN = (drafter_folder.CONFIG, drafter_folder.WEIGHTS, METRICS, CHECKPOINT, ANSWERS, STATES)
 
@@ -59,8 +60,13 @@ def _check_same_run(output: Path, own: TrainSettings, resume: bool) -> None:
         raise SpecDecError(f"'{output}' holds a run of 'specdec train {kept['method']}'; use another --output")
     earlier = from_mapping(type(own), current(kept), f"'{output / RECIPE}'")
     if not resume:
-        raise SpecDecError(f"'{output}' holds a training run; pass --resume to go on, or another --output")
-    before, now = earlier.model_dump(exclude={"device"}), own.model_dump()  # it may continue elsewhere
+        raise SpecDecError(
+            f"'{output}' holds a training run; pass --resume to go on, with a longer --minutes or --steps to prolong "
+            "it, or another --output"
+        )
+    before, now = earlier.model_dump(exclude={"device"}), own.model_dump()  # it may go on elsewhere
+    if any(before[unit] and now[unit] and now[unit] > before[unit] for unit in LENGTHS):  # and longer
+        before = {key: value for key, value in before.items() if key not in LENGTHS}
     if differs := [f"{key} {value!r} -> {now[key]!r}" for key, value in before.items() if value != now[key]]:
         raise SpecDecError(f"cannot resume '{output}' with other settings: {', '.join(differs)}")
 

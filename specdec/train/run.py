@@ -26,7 +26,7 @@ from specdec.train import batches, checkpoint
 from specdec.train.batches import Batch, Window
 from specdec.train.best import Best
 from specdec.train.method import Method
-from specdec.train.output import CHECKPOINT, METRICS, RECIPE, writing
+from specdec.train.output import CHECKPOINT, LENGTHS, METRICS, RECIPE, writing
 from specdec.train.plot import draw_curves
 from specdec.train.speed import measure, predict, speedup_text
 from specdec.train.states import Record
@@ -173,6 +173,10 @@ class Run:
         if self.settings.steps is not None:
             return self.update / self.settings.steps
         return self.seconds / (60 * self.settings.minutes)
+
+    def _length(self) -> list[float | None]:
+        """Of the whole schedule, as a checkpoint keeps it: minutes or steps."""
+        return [getattr(self.settings, unit) for unit in LENGTHS]
 
     def _rate(self, done: float) -> float:
         """The factor on all learning rates: warmup, constant, linear decay."""
@@ -332,6 +336,7 @@ class Run:
                 "best": self.best,
             }
             state |= {"sizes": self.sizes, "lowered": self.lowered, "warmed": self.warmed, "start": self.good.start}
+            state["length"] = self._length()
             checkpoint.write(self.output, self.parameters, self.optimizer, state)
 
     def _restore(self) -> None:
@@ -339,6 +344,8 @@ class Run:
         self.update, self.tokens = state["update"], state["tokens"]
         self.seconds, self.best = state["seconds"], state["best"]
         self.sizes, self.lowered, self.warmed = state["sizes"], state["lowered"], state["warmed"]
+        if state.get("length", self._length()) != self._length():
+            self.warmed = self.update  # the rates rise again from where they had fallen to
         copy_values(self.parameters, self.running)
         self.good = Best(self.parameters, state["start"], self.update)
         if self.world.first:
