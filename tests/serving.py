@@ -24,7 +24,7 @@ from specdec.engine.engine import EngineStats
 from specdec.engine.metrics import RequestMetrics
 from specdec.engine.request import Event, Request
 from specdec.serve.app import make_app
-from specdec.serve.run import address, bind
+from specdec.serve.run import address, bind, config
 from specdec.serve.settings import Settings
 
 NAME = "tiny"
@@ -103,8 +103,7 @@ class Server:
         self.app = make_app(decoder, engine, settings, self.lines.append)
         self.socket = bind("127.0.0.1", 0)
         self.url = address(self.socket)
-        config = uvicorn.Config(self.app, http="h11", ws="none", log_config=None, access_log=False)
-        self.server = uvicorn.Server(config)
+        self.server = uvicorn.Server(config(self.app, settings, self.lines.append))
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.socket]}, daemon=True)
 
     def post(self, path: str, body: Any, **more: Any) -> httpx.Response:

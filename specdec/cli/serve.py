@@ -55,6 +55,9 @@ def serve(
     max_choices: Annotated[
         int, _limits("--max-choices", "Most choices of a request: its prompts times n.", "N", min=1)
     ] = 64,
+    max_connections: Annotated[
+        int, _limits("--max-connections", "Most connections; fewer where descriptors are short.", "N", min=1)
+    ] = 1024,
     max_body: Annotated[str, _limits("--max-body", "Largest body of a request.", "SIZE")] = "4MiB",
 ) -> None:
     """Serve a model over HTTP: OpenAI's interface, a page to try it, figures for Prometheus (extra 'serve')."""
@@ -84,6 +87,7 @@ def serve(
             max_prompt_tokens=max_prompt_tokens,
             max_tokens=max_tokens,
             max_choices=max_choices,
+            max_connections=max_connections,
         )
         memory = None if kv_memory is None else _bytes("--kv-memory", kv_memory)
         found = bind(host, port)
@@ -103,7 +107,8 @@ def serve(
         engine = decoder.engine(max_rows=max_rows, max_waiting=max_waiting, kv_memory=memory)
     try:
         app = make_app(decoder, engine, settings, _discard if quiet else say)
-        serve(app, found, lambda: say(f"{settings.name} with {decoder.drafter.label} is served at {address(found)}"))
+        label = f"{settings.name} with {decoder.drafter.label}"
+        serve(app, settings, found, lambda: say(f"{label} is served at {address(found)}"))
     finally:
         engine.close(drain=False)
 

@@ -89,7 +89,7 @@ async def _answer(service: Service, request: Request, response: Response) -> HTT
         service.end(response.choices)
 
     if response.body.stream:
-        return EventStream(response.stream(), end, service.settings.patience, headers)
+        return EventStream(response.stream(), end, headers)
     try:
         found = await unless_gone(request.receive, response.whole())
         return HTTPResponse(status_code=CLOSED) if found is None else JSONResponse(found, headers=headers)

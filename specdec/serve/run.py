@@ -14,9 +14,10 @@ from fastapi import FastAPI
 
 from specdec.base.errors import SpecDecError
 from specdec.base.terminal import say
+from specdec.serve.connections import BACKLOG, Connections
+from specdec.serve.settings import Settings
 
 MAX_HEADERS = 64 * 2**10  # bytes
-BACKLOG = 2048
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -40,14 +41,13 @@ def address(found: socket.socket) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-def serve(app: FastAPI, found: socket.socket, ready: Callable[[], object]) -> None:
-    """Serve ``app`` until SIGTERM or Ctrl-C, then finish its requests; a second signal ends them. Call ``ready`` once.
-
-    Returns when the last response is sent.
-    """
-    config = uvicorn.Config(
+def config(app: FastAPI, settings: Settings, write: Callable[[str], object] = say) -> uvicorn.Config:
+    """How uvicorn serves ``app``. write: takes lines about connections."""
+    connections = Connections(settings.max_connections, settings.patience, write)
+    return uvicorn.Config(
         app,
-        http="h11",  # it bounds headers
+        http=connections.protocol,  # type: ignore[arg-type]
+        loop="asyncio",
         ws="none",
         h11_max_incomplete_event_size=MAX_HEADERS,
         log_config=None,
@@ -55,9 +55,16 @@ def serve(app: FastAPI, found: socket.socket, ready: Callable[[], object]) -> No
         server_header=False,
         backlog=BACKLOG,
     )
+
+
+def serve(app: FastAPI, settings: Settings, found: socket.socket, ready: Callable[[], object]) -> None:
+    """Serve ``app`` until SIGTERM or Ctrl-C, then finish its requests; a second signal ends them. Call ``ready`` once.
+
+    Returns when the last response is sent.
+    """
     handlers = {number: signal.signal(number, _nothing) for number in (signal.SIGTERM, signal.SIGINT)}
     try:  # uvicorn raises the signals that it has caught again, for the handlers that it found
-        asyncio.run(_Server(config, ready).serve(sockets=[found]))
+        asyncio.run(_Server(config(app, settings), ready).serve(sockets=[found]))
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -12,7 +12,7 @@ class Settings:
     """name: of the model, as clients call it. api_key: None lets everybody in. origins: allowed by CORS.
 
     Limits: max_body (bytes of a request), max_prompt_tokens and max_tokens (None: the model's context), max_choices (of
-    one request: its prompts times ``n``). patience: seconds for a client that sends or reads slowly.
+    one request: its prompts times ``n``), max_connections. patience: seconds for a client that sends or reads slowly.
     """
 
     name: str
@@ -22,4 +22,5 @@ class Settings:
     max_prompt_tokens: int | None = None
     max_tokens: int | None = None
     max_choices: int = 64
+    max_connections: int = 1024
     patience: float = SECONDS

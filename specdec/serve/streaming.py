@@ -1,15 +1,14 @@
-"""Server-sent events, bounded by what the client reads."""
+"""Server-sent events."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from contextlib import suppress
 from typing import Any, TypeVar
 
 from pydantic_core import to_json
 from starlette.responses import StreamingResponse
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from specdec.serve.choice import Choice
 from specdec.serve.pieces import Piece
@@ -23,39 +22,17 @@ def event(value: dict[str, Any]) -> bytes:
 
 
 class EventStream(StreamingResponse):
-    """Events as they come, until the client goes away or reads nothing for ``patience`` seconds. end: called then."""
+    """Events as they come, until the client goes away. end: called then."""
 
     media_type = "text/event-stream"
 
-    def __init__(
-        self, events: AsyncIterator[bytes], end: Callable[[], object], patience: float, headers: dict[str, str]
-    ) -> None:
+    def __init__(self, events: AsyncIterator[bytes], end: Callable[[], object], headers: dict[str, str]) -> None:
         super().__init__(events, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"} | headers)
-        self.end, self.patience = end, patience
+        self.end = end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        clock = asyncio.get_running_loop().time
-        since: float | None = None  # when the event began that is being sent
-
-        async def noted(message: Message) -> None:
-            nonlocal since
-            since = clock()
-            await send(message)
-            since = None
-
-        async def watch(sending: asyncio.Timeout) -> None:  # one for all events: a time limit for each costs more
-            while since is None or clock() - since < self.patience:
-                await asyncio.sleep(self.patience / 4)
-            sending.reschedule(clock())
-
         try:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(None) as sending:
-                    watching = asyncio.create_task(watch(sending))
-                    try:
-                        await super().__call__(scope, receive, noted)
-                    finally:
-                        watching.cancel()
+            await super().__call__(scope, receive, send)
         finally:  # also where no event has been asked for
             self.end()
 
