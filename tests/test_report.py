@@ -21,8 +21,7 @@ from typer.testing import CliRunner
 from specdec import cli
 from specdec.bench.cell import Cell
 from specdec.sweep.page import PAGE
-from specdec.sweep.plan import Plan, load_plan, shipped
-from specdec.sweep.schema import Resources
+from specdec.sweep.plan import Plan, Resources, load_plan, shipped
 from specdec.sweep.store import Store
 
 pytest.importorskip("matplotlib")
@@ -34,10 +33,9 @@ def fill(folder: Path, records: list[dict], missing: tuple[Cell, ...] = (), name
     """The folder of a sweep that has these records."""
     cells = (*(Cell(**record["cell"]) for record in records), *missing)
     store = Store(folder)
-    folder.mkdir()
-    store.begin(Plan(name, "What it is for.", cells, Resources()), "specdec sweep mine.yaml")
-    for record in records:
-        store.append(record)
+    with store.opened(Plan(name, "What it is for.", cells, Resources()), "specdec sweep mine.yaml"):
+        for record in records:
+            store.append(record)
     return folder
 
 

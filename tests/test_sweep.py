@@ -390,7 +390,7 @@ def test_a_folder_belongs_to_one_sweep(sweep, counted: Counter, tmp_path: Path) 
 
 def test_two_sweeps_do_not_write_into_one_folder(sweep, counted: Counter, grid: Path, tmp_path: Path) -> None:
     plan = load_plan(grid)
-    with Store(tmp_path / "out").lock(plan, resume=False):
+    with Store(tmp_path / "out").opened(plan, ""):
         assert "another sweep is writing into" in one_line_error(sweep())
 
 

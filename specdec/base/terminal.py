@@ -260,7 +260,7 @@ class Bar:
     def __exit__(self, *error: object) -> None:
         self.progress.stop()
 
-    def __call__(self, done: int, total: int, tokens: int | None = None) -> None:
+    def __call__(self, done: float, total: int, tokens: int | None = None) -> None:
         self.progress.update(self.task, completed=done, total=total)
         if tokens is not None:
             self.progress.update(self.task, rate=f"{tokens / (time.perf_counter() - self.start):.1f} tok/s")

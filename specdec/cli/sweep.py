@@ -10,16 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from specdec.base import terminal
 from specdec.base.errors import SpecDecError
-from specdec.base.terminal import Progress, duration, say, tell
+from specdec.base.terminal import duration, say, tell
 from specdec.cli import shared
 from specdec.cli.shared import INTERRUPTED
 
 if TYPE_CHECKING:
-    from specdec.bench.cell import Cell
     from specdec.sweep.plan import Plan
 
 
@@ -62,8 +60,9 @@ def sweep(
         raise SpecDecError("--ray-address is for --launcher ray")
     with terminal.status("checking"):
         from specdec.bench.prompts import load_prompts
+        from specdec.sweep import launch
         from specdec.sweep.plan import find, load_plan
-        from specdec.sweep.results import load_results
+        from specdec.sweep.results import labels, load_results, outcome
         from specdec.sweep.store import Store
 
         plan = load_plan(find(file), overrides or [])
@@ -71,34 +70,38 @@ def sweep(
             found = load_prompts(name, data_dir)
             if found.licence:
                 say(f"prompts: {found.name} ({found.licence})")
-    store = Store(output or Path("runs") / plan.name)
+    store, total = Store(output or Path("runs") / plan.name), len(plan.cells)
     if dry_run:
         _print_plan(plan, store.records())
         return
-    with store.lock(plan, resume):
-        records = store.begin(plan, shared.command_line())
+    names = dict(zip((cell.key() for cell in plan.cells), labels([c.as_dict() for c in plan.cells]), strict=True))
+    with store.opened(plan, shared.command_line(), resume):
+        records = store.records()
         waiting = [cell for cell in plan.cells if "error" in records.get(cell.key(), {"error": ""})]
-        if done := len(plan.cells) - len(waiting):
-            say(f"{done} of {len(plan.cells)} cells are done already")
-        with Screen(plan, done) as screen:
+        done = before = total - len(waiting)
+        if done:
+            say(f"{done} of {total} cells are done already")
+        began, interrupted = time.perf_counter(), False
+        with terminal.Bar("cells") as bar:
+            bar(done, total)
             if launcher is Launcher.ray:
-                from specdec.sweep.cluster import on_ray
-
-                arriving = on_ray(waiting, plan.resources, ray_address or None, data_dir, screen.watch)
+                arriving = launch.on_ray(waiting, data_dir, plan.resources, ray_address or None)
             else:
-                from specdec.sweep.launch import locally
-
                 terminal.warn_in_lines()
-                arriving = locally(waiting, data_dir, screen.watch)
-            interrupted = False
+                arriving = launch.locally(waiting, data_dir, lambda part, of, tokens: bar(done + part / of, total))
             try:
                 for record in arriving:
                     store.append(record)
-                    screen.ended(record)
+                    done += 1
+                    bar(done, total)
+                    left = (total - done) * (time.perf_counter() - began) / (done - before)
+                    after = f"; about {duration(left)} left" if done < total else ""
+                    what = f"[{done}/{total}] {names[record['key']]}: {outcome(record)}"
+                    tell(bar.progress.console, f"{what} ({record['seconds']:.0f} s{after})")
             except KeyboardInterrupt:
                 interrupted = True
             finally:
-                arriving.close()  # ends the workers of a cluster
+                arriving.close()  # leaves a cluster
         records = store.records()
     if records:
         table = load_results(store.folder).table()
@@ -109,7 +112,7 @@ def sweep(
         again = shared.command_line(*([] if resume else ["--resume"]))
         what = "interrupted; " if interrupted else ""
         failed = f", {errors} failed" if errors else ""
-        say(f"{what}{done} of {len(plan.cells)} cells are done{failed}; go on with: {again}")
+        say(f"{what}{done} of {total} cells are done{failed}; go on with: {again}")
     say(f"results are in '{store.folder}'; see them with: specdec report {shlex.quote(str(store.folder))}")
     if interrupted:
         raise typer.Exit(INTERRUPTED)
@@ -142,57 +145,15 @@ def report(
 
 
 def _print_plan(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> None:
-    from specdec.sweep import axes
+    from specdec.sweep.results import axes, flow, short, varying
 
     cells = [cell.as_dict() for cell in plan.cells]
-    differing = [name for name in axes.varying(cells) if name != "drafter"]
+    differing = [name for name in varying(cells) if name != "drafter"]
     rows = []
     for cell, values in zip(plan.cells, cells, strict=True):
-        point, record = axes.values(values), records.get(cell.key())
+        point, record = axes(values), records.get(cell.key())
         state = "to do" if record is None else "failed" if "error" in record else "done"
-        rows.append([cell.key()[:8], cell.drafter, *(axes.flow(point.get(name)) for name in differing), state])
-    terminal.columns(["cell", "drafter", *map(axes.short, differing), "state"], rows)
+        rows.append([cell.key()[:8], cell.drafter, *(flow(point.get(name)) for name in differing), state])
+    terminal.columns(["cell", "drafter", *map(short, differing), "state"], rows)
     waiting = sum(row[-1] != "done" for row in rows)
     say(f"{plan.name}: {len(rows)} cells, {waiting} to do")
-
-
-class Screen(Progress):
-    """Progress on stderr: bars on a terminal, and a line for every cell that ends."""
-
-    def __init__(self, plan: Plan, done: int) -> None:
-        from specdec.sweep import axes
-
-        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeElapsedColumn())
-        super().__init__(*columns, transient=True, refresh_per_second=2)  # a faster one slows what is measured
-        names = axes.labels([cell.as_dict() for cell in plan.cells])
-        self.labels = {cell.key(): name for cell, name in zip(plan.cells, names, strict=True)}
-        self.before, self.done, self.total, self.began = done, done, len(plan.cells), time.perf_counter()
-        self.all = self.add_task("cells", total=self.total, completed=done, rate="")
-        self.under_way: dict[str, TaskID] = {}
-
-    def watch(self, cell: Cell, done: int, total: int, tokens: int) -> None:
-        """Show how far a cell under way is."""
-        key, rate = cell.key(), f"{tokens} tokens" if total else "loading"
-        if key not in self.under_way:
-            self.under_way[key] = self.add_task(f"  {self.labels[key]}", total=None, rate=rate)
-        self.update(self.under_way[key], completed=done, total=total or None, rate=rate)
-
-    def ended(self, record: Mapping[str, Any]) -> None:
-        """Print the line of a cell that has ended, and how long the others may take."""
-        from specdec.sweep.results import speedup_of
-
-        self.done += 1
-        key, label = record["key"], self.labels[record["key"]]
-        if key in self.under_way:
-            self.remove_task(self.under_way.pop(key))
-        self.update(self.all, completed=self.done)
-        if "error" in record:
-            what = f"failed: {record['error']}"
-        else:
-            rate, gain = record["method"]["tokens_per_second"], speedup_of(record)
-            what = f"{rate['value']:.1f} tok/s" if rate else "nothing to time"
-            what += f", {gain[1]['value']:.2f} x {gain[0]}" if gain else ""
-        each = (time.perf_counter() - self.began) / (self.done - self.before)
-        left = self.total - self.done
-        after = f"; about {duration(left * each)} left" if left else ""
-        tell(self.console, f"[{self.done}/{self.total}] {label}: {what} ({record['seconds']:.0f} s{after})")

@@ -29,6 +29,11 @@ class Document:
         """Where the value stands, or else what holds it."""
         return next(self.places[keys[:n]] for n in range(len(keys), -1, -1) if keys[:n] in self.places)
 
+    def over(self, keys: Keys, place: str, deep: bool) -> None:
+        """Note that the value at ``keys``, or (``deep``) all that is in it, now stands elsewhere."""
+        size = len(keys) if deep else None
+        self.places = {old: at for old, at in self.places.items() if old[:size] != keys} | {keys: place}
+
     def fail(self, keys: Keys, message: str) -> NoReturn:
         raise SpecDecError(f"{self.place(keys)}: {message}")
 
@@ -42,16 +47,6 @@ class Document:
                 near = did_you_mean(key, known)
                 self.fail((*keys, key), f"unknown key '{key}' in {what}{near}; known: {', '.join(known)}")
         return value or {}
-
-    def put(self, keys: Keys, value: Any, place: str) -> None:
-        """Set the value at ``keys``, all but the last of which lead through mappings."""
-        self.places = {old: where for old, where in self.places.items() if old[: len(keys)] != keys} | {keys: place}
-        holder = self.value
-        for key in keys[:-1]:
-            if not isinstance(holder.get(key), dict):
-                holder[key] = {}
-            holder = holder[key]
-        holder[keys[-1]] = value
 
 
 def each(value: Any) -> list[Any]:

@@ -19,8 +19,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from specdec.sweep import axes
-from specdec.sweep.results import NAMES, Estimate, Record, baselines
+from specdec.sweep.results import NAMES, Estimate, Record, axes, baselines, flow, short, varying
 
 WIDTH = 4.5  # inches; at a telephone's width, text of 9 points stays readable
 MOST_BARS, MOST_LINES = 48, 8
@@ -180,16 +179,16 @@ def _heat_maps(records: Sequence[Record], baseline: str) -> Iterator[Picture]:
 
 def _by_width(records: Sequence[Record]) -> list[str]:
     """The axes on which these records differ, those with most values first."""
-    found = axes.varying([r["cell"] for r in records])
+    found = varying([r["cell"] for r in records])
     return sorted(found, key=lambda name: -len(found[name]))
 
 
 def _heat(records: Sequence[Record], baseline: str, pair: list[str], name: str, title: str) -> Iterator[Picture]:
-    swept = axes.varying([r["cell"] for r in records])
+    swept = varying([r["cell"] for r in records])
     rows, columns = (_numbers_in_order(swept[axis]) for axis in pair)
     fields: dict[tuple[int, int], list[float]] = {}
     for record in records:
-        point = axes.values(record["cell"])
+        point = axes(record["cell"])
         if all(axis in point for axis in pair):
             place = rows.index(point[pair[0]]), columns.index(point[pair[1]])
             fields.setdefault(place, []).append(_gain(record, baseline)["value"])
@@ -208,11 +207,11 @@ def _heat(records: Sequence[Record], baseline: str, pair: list[str], name: str, 
         value = grid[y, x]
         ink, weight = "white" if value > low + 0.6 * span else INK, "bold" if value == high else "normal"
         ax.text(x, y, f"{value:.2f}", ha="center", va="center", color=ink, fontweight=weight)
-    ax.set_xticks(range(len(columns)), [_short(axes.flow(value), 16) for value in columns])
-    ax.set_yticks(range(len(rows)), [_short(axes.flow(value)) for value in rows])
+    ax.set_xticks(range(len(columns)), [_short(flow(value), 16) for value in columns])
+    ax.set_yticks(range(len(rows)), [_short(flow(value)) for value in rows])
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
-    down, across = map(axes.short, pair)
+    down, across = map(short, pair)
     ax.set_xlabel(across)
     ax.set_ylabel(down)
     caption = (

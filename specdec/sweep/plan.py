@@ -14,23 +14,37 @@ of running cells.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.resources
 import math
-import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from specdec.base.errors import SpecDecError, did_you_mean
 from specdec.base.settings import Settings
-from specdec.bench.cell import Cell
-from specdec.sweep.document import Document, Keys, each, load, show
-from specdec.sweep.overrides import override
-from specdec.sweep.schema import GROUPS, KEYS, SETTINGS, WHOLE, Resources, by_name, check_plugin
+from specdec.bench.cell import OTHERS, Cell, check_method, check_other
+from specdec.speculation import registry
+from specdec.sweep.document import Keys, each, load, parse, show
 
 MOST_CELLS = 10_000
+GROUPS = ("drafter", "verifier")  # settings that have options of their own
+WHOLE = "against"  # a setting that is a list itself
+SETTINGS = [name for name in Cell.model_fields if not name.startswith(GROUPS)]
+KEYS = ("name", "description", "zip", "exclude", "resources", *GROUPS, *SETTINGS)
+
+
+class Resources(Settings):
+    """What one cell needs of a cluster. workers: most cells at once; None: as many as fit."""
+
+    cpus: float = Field(1, gt=0, description="a number above 0")
+    gpus: float = Field(0, ge=0, description="a number >= 0")
+    memory_gb: float = Field(0, ge=0, description="a number >= 0")
+    workers: int | None = Field(None, gt=0, description="a whole number above 0")
 
 
 @dataclass(frozen=True)
@@ -61,52 +75,111 @@ def find(name: str) -> Path:
 
 def load_plan(path: Path, overrides: Sequence[str] = ()) -> Plan:
     """The plan of a file with ``overrides`` (``KEY=VALUE,VALUE``) on top. Raises SpecDecError with file and line."""
-    document = load(path)
-    if document.value is None:
-        raise SpecDecError(f"{path}: the file is empty; a sweep needs at least one setting, such as 'drafter: m2r2'")
-    Sweep(document, path.stem).check_conditions()
+    sweep = Sweep(path)
     for change in overrides:
-        override(document, change)
-    return Sweep(document, path.stem).plan()
+        sweep.override(change)
+    return sweep.plan()
 
 
 class Sweep:
-    """A sweep file under inspection: its axes, and the points that they span.
+    """A sweep file: its axes, and the points that they span.
 
     settings: the values of each axis. names: of drafters and of verifiers, each with the values of its options' axes.
+    paths: the way to each axis in the file.
     """
 
-    def __init__(self, document: Document, name: str) -> None:
-        self.document = document
-        self.items = document.mapping((), document.value, "a sweep", KEYS)
-        self.name, self.description = self._text("name", name), self._text("description", "")
-        given = document.mapping(("resources",), self.items.get("resources"), "resources", Resources.model_fields)
-        for key, value in given.items():
-            self._check(Resources, key, value, ("resources", key))
-        self.resources = Resources(**given)
-        self.against = {WHOLE: each(self.items[WHOLE])} if WHOLE in self.items else {}
-        for value in self.against.values():
-            self._check(Cell, WHOLE, value, (WHOLE,))
-        self.settings = {name: self._axis((name,), self.items[name]) for name in SETTINGS if name in self.items}
-        for name, values in self.settings.items():
-            for number, value in enumerate(values):
-                self._check(Cell, name, value, (name, number))
-        self.names = {
-            group: {name: self._options((group, name), given) for name, given in by_name(document, group).items()}
-            for group in GROUPS
-        }
+    def __init__(self, path: Path) -> None:
+        self.document = document = load(path)
+        if document.value is None:
+            raise SpecDecError(
+                f"{path}: the file is empty; a sweep needs at least one setting, such as 'drafter: m2r2'"
+            )
+        items = document.mapping((), document.value, "a sweep", KEYS)
+        self.name, self.description = items.get("name", path.stem), items.get("description", "")
+        self.resources = document.mapping(("resources",), items.get("resources"), "resources")
+        self.paths: dict[str, Keys] = {name: (name,) for name in SETTINGS}
+        self.settings = {name: self._values(name, items[name]) for name in SETTINGS if name in items}
+        self.names = {group: self._names(group, items.get(group, getattr(Cell(), group))) for group in GROUPS}
+        self.zips = [[str(name) for name in each(entry)] for entry in each(items.get("zip", []))]
+        self.excludes = [
+            {
+                axis: each(value)
+                for axis, value in document.mapping(("exclude", number), entry, "an entry of exclude").items()
+            }
+            for number, entry in enumerate(each(items.get("exclude", [])))
+        ]
+        self._check_conditions()
+
+    # Read the file, and what goes over it.
+
+    def _values(self, name: str, value: Any) -> list[Any]:
+        return [each(value)] if name == WHOLE else each(value)
+
+    def _names(self, group: str, given: Any) -> dict[str, dict[str, list[Any]]]:
+        """The options of a group's plug-ins by name, of a mapping, of a list of names or of one name."""
+        if isinstance(given, dict):
+            return {name: self._options((group, name), options) for name, options in given.items()}
+        names = each(given)
+        for number, name in enumerate(names):
+            if not isinstance(name, str) or not name:
+                what = f"'{group}' must be a name, a list of names or a mapping; got {show(name)}"
+                self.document.fail((group, number), what)
+            if name in names[:number]:
+                self.document.fail((group, number), f"'{group}' has the value {name} twice")
+            self.document.places.setdefault((group, name), self.document.place((group, number)))
+        return {name: {} for name in names}
+
+    def _options(self, keys: Keys, given: Any) -> dict[str, list[Any]]:
+        """The axes of a drafter's or a verifier's options; those of joined drafters are a level down."""
+        axis, out = ".".join(keys), dict[str, list[Any]]()
+        for name, value in self.document.mapping(keys, given, f"the options of '{axis}'").items():
+            if isinstance(value, dict):
+                out |= self._options((*keys, name), value)
+            else:
+                out[f"{axis}.{name}"], self.paths[f"{axis}.{name}"] = each(value), (*keys, name)
+        return out
+
+    def override(self, text: str) -> None:
+        """Put ``KEY=VALUE,VALUE`` over the file. Raises SpecDecError for what it does not know."""
+        key, equals, value = text.partition("=")
+        keys: Keys = (key,)
+        if group := next((group for group in GROUPS if text.startswith(f"{group}.")), None):
+            names, rest = self.names[group], text.removeprefix(f"{group}.")
+            name = max((name for name in names if rest.startswith(f"{name}.")), key=len, default=None)
+            if name is None:
+                given = rest.partition(".")[0]
+                near = did_you_mean(given, names)
+                raise SpecDecError(f"'{text}': the sweep has no {group} '{given}'{near}; it has {', '.join(names)}")
+            option, equals, value = rest.removeprefix(f"{name}.").partition("=")  # names may have = in them
+            keys, key = (group, name, *option.split(".")), f"{group}.{name}.{option}"
+        elif key not in (known := (*GROUPS, *SETTINGS, "name")) and not key.startswith("resources."):
+            near = did_you_mean(key, known)
+            what = "it is SETTING=VALUE,VALUE or drafter.NAME.OPTION=VALUE"
+            raise SpecDecError(f"cannot override with '{text}'{near}; {what}")
+        if not equals:
+            raise SpecDecError(f"override '{text}' gives no value; write {text}=VALUE,VALUE")
+        place = f"override '{text}'"
+        values = parse(f"[{value}]", lambda line: place).value
+        if not isinstance(values, list) or not values:
+            raise SpecDecError(f"{place} gives no value")
+        self.document.over(keys, place, deep=key not in GROUPS)
+        if group:
+            self.names[group][keys[1]][key], self.paths[key] = values, keys
+        elif key in GROUPS:  # those that the file knows keep their options
+            self.names[key] = {name: self.names[key].get(name, {}) for name in self._names(key, values)}
+        elif key in SETTINGS:
+            self.settings[key] = self._values(key, values)
+        elif key == "name":
+            self.name = values[0]
+        else:
+            self.resources = self.resources | {key.removeprefix("resources."): values[0]}
+
+    # Check it.
+
+    @property
+    def axes(self) -> dict[str, list[Any]]:
         options = (axes for names in self.names.values() for axes in names.values())
-        self.axes = self.settings | {name: values for axes in options for name, values in axes.items()}
-        self.zips = self._zips()
-        self.excludes = self._excludes()
-
-    # Read the file.
-
-    def _text(self, key: str, default: str) -> str:
-        value = self.items.get(key, default)
-        if not isinstance(value, str) or (key in self.items and not value.strip()):
-            self.document.fail((key,), f"this must be text; got {show(value)}")
-        return " ".join(value.split())
+        return self.settings | {name: values for axes in options for name, values in axes.items()}
 
     def _check(self, settings: type[Settings], name: str, value: Any, keys: Keys) -> None:
         try:
@@ -114,48 +187,35 @@ class Sweep:
         except SpecDecError as error:
             self.document.fail(keys, str(error))
 
-    def _axis(self, keys: Keys, value: Any) -> list[Any]:
-        values = each(value)
-        if not values:
-            self.document.fail(keys, f"'{keys[-1]}' is an empty list: the sweep would have no cell")
-        for number, one in enumerate(values):
-            if one in values[:number]:
-                self.document.fail((*keys, number), f"'{keys[-1]}' has the value {show(one)} twice")
-        return values
-
-    def _options(self, keys: Keys, given: Any) -> dict[str, list[Any]]:
-        """The axes of a drafter's or a verifier's options; those of joined drafters are a level down."""
-        prefix, out = ".".join(keys), dict[str, list[Any]]()
-        for name, value in self.document.mapping(keys, given, f"the options of '{prefix}'").items():
-            if isinstance(value, dict):
-                out |= self._options((*keys, name), value)
-            else:
-                out[f"{prefix}.{name}"] = self._axis((*keys, name), value)
-        return out
-
-    def _zips(self) -> list[list[str]]:
-        groups = [[str(name) for name in each(entry)] for entry in each(self.items.get("zip", []))]
-        for number, names in enumerate(groups):
-            others = {name for group in groups[:number] for name in group}
-            lengths = {name: len(self.axes[name]) for name in names if name in self.axes}
-            if len(names) < 2 or others & {*names} or len(set(lengths.values())) > 1:
+    def _check_values(self) -> None:
+        for key, text in (("name", self.name), ("description", self.description)):
+            if not isinstance(text, str) or not (text.strip() or key == "description"):
+                self.document.fail((key,), f"this must be text; got {show(text)}")
+        for key, value in self.resources.items():
+            self._check(Resources, key, value, ("resources", key))
+        for group, names in self.names.items():
+            if not names:
+                self.document.fail((group,), f"'{group}' is empty: the sweep would have no cell")
+        for axis, values in self.axes.items():
+            keys = self.paths[axis]
+            if not values:
+                self.document.fail(keys, f"'{keys[-1]}' is an empty list: the sweep would have no cell")
+            for number, value in enumerate(values):
+                if value in values[:number]:
+                    self.document.fail((*keys, number), f"'{keys[-1]}' has the value {show(value)} twice")
+                if axis in SETTINGS:
+                    self._check(Cell, axis, value, (*keys, number))
+        for number, zipped in enumerate(self.zips):
+            others = {name for names in self.zips[:number] for name in names}
+            lengths = {name: len(self.axes[name]) for name in zipped if name in self.axes}
+            if len(zipped) < 2 or others & {*zipped} or len(set(lengths.values())) > 1:
                 counts = ", ".join(f"{name} has {length}" for name, length in lengths.items())
                 what = f"an entry of zip lists axes with as many values each, and an axis is in one entry; {counts}"
                 self.document.fail(("zip", number), what)
-        return groups
 
-    def _excludes(self) -> list[dict[str, list[Any]]]:
-        entries = enumerate(each(self.items.get("exclude", [])))
-        return [
-            {
-                axis: each(value)
-                for axis, value in self.document.mapping(("exclude", number), entry, "an entry of exclude").items()
-            }
-            for number, entry in entries
-        ]
-
-    def check_conditions(self) -> None:
+    def _check_conditions(self) -> None:
         """Raise SpecDecError for what zip and exclude name and the file does not have. Overrides may take it away."""
+        self._check_values()
         for number, names in enumerate(self.zips):
             for name in names:
                 self._known(("zip", number), name, self.axes, "not an axis of this sweep")
@@ -193,6 +253,7 @@ class Sweep:
 
     def plan(self) -> Plan:
         """The plan. Raises SpecDecError for combinations that cannot work and for a sweep without a cell."""
+        self._check_values()
         cells: dict[str, Cell] = {}
         for point in self._points():
             cell = self._cell(point)
@@ -201,48 +262,36 @@ class Sweep:
             self.document.fail((), "this sweep has no cell: exclude drops them all")
         loads = [cell.loading for cell in cells.values()]
         ordered = sorted(cells.values(), key=lambda cell: loads.index(cell.loading))
-        return Plan(self.name, self.description, tuple(ordered), self.resources)
+        name, description = (" ".join(text.split()) for text in (self.name, self.description))
+        return Plan(name, description, tuple(ordered), Resources(**self.resources))
 
     def _cell(self, point: dict[str, Any]) -> Cell:
-        values: dict[str, Any] = self.against | {name: point[name] for name in (*GROUPS, *self.settings)}
+        values: dict[str, Any] = {name: point[name] for name in (*GROUPS, *self.settings)}
         for group in GROUPS:
             options = values[f"{group}_options"] = {}
-            prefix = f"{group}.{point[group]}."
-            for name in self.names[group][point[group]]:
-                *path, last = name.removeprefix(prefix).split(".")
+            for axis in self.names[group][point[group]]:
+                *above, last = self.paths[axis][2:]
                 holder = options
-                for key in path:
+                for key in above:
                     holder = holder.setdefault(key, {})
-                holder[last] = point[name]
+                holder[last] = point[axis]
         cell = Cell(**values)
         elsewhere = cell.dtype not in ("auto", "bfloat16") or cell.device not in ("auto", "cpu")
-        given = f"dtype {cell.dtype}, device {cell.device}, runtime {cell.runtime}; exclude the combination"
+        given = f"cannot go with dtype {cell.dtype}, device {cell.device}, runtime {cell.runtime}"
         if cell.weights in ("int8", "int4") and (elsewhere or cell.runtime == "reference"):
-            self.document.fail(
-                ("weights",),
-                f"weights {cell.weights} need bfloat16, the CPU and a runtime of ours; they cannot go with {given}",
-            )
+            need = f"weights {cell.weights} need bfloat16, the CPU and a runtime of ours"
+            self.document.fail(("weights",), f"{need}; they {given}; exclude the combination")
         if cell.kv_cache == "int8" and (elsewhere or cell.runtime not in ("auto", "native")):
-            self.document.fail(
-                ("kv_cache",),
-                f"an 8-bit KV cache needs bfloat16, the CPU and the native runtime; it cannot go with {given}",
-            )
+            need = "an 8-bit KV cache needs bfloat16, the CPU and the native runtime"
+            self.document.fail(("kv_cache",), f"{need}; it {given}; exclude the combination")
         for group in GROUPS:
             name = point[group]
             try:
                 check_plugin(group, name, values[f"{group}_options"])
             except SpecDecError as error:
-                self.document.fail(self._subject(group, name, str(error)), str(error))
+                found = (self.paths[axis] for axis in self.names[group][name] if self.paths[axis][-1] in str(error))
+                self.document.fail(next(found, (group, name)), str(error))  # at the option that it is about
         return cell.canonical()
-
-    def _subject(self, group: str, name: str, message: str) -> Keys:
-        """The option that ``message`` is about; else the name it is an option of."""
-        found: dict[int, Keys] = {}
-        for axis in self.names[group][name]:
-            path = axis.removeprefix(f"{group}.{name}.").split(".")
-            if match := re.search(rf"\b{re.escape(path[-1])}\b", message):
-                found[match.start()] = (group, name, *path)
-        return found[min(found)] if found else (group, name)
 
 
 def _steps(axes: dict[str, list[Any]], zips: list[list[str]]) -> list[list[dict[str, Any]]]:
@@ -261,3 +310,30 @@ def _steps(axes: dict[str, list[Any]], zips: list[list[str]]) -> list[list[dict[
 
 def _matches(point: dict[str, Any], conditions: dict[str, list[Any]]) -> bool:
     return all(key in point and point[key] in values for key, values in conditions.items())
+
+
+class _Unloaded:
+    """Stands in for a model that is not loaded yet: looking at it ends a check."""
+
+    class Looked(Exception):
+        pass
+
+    def __getattr__(self, name: str) -> Any:
+        raise self.Looked
+
+
+def check_plugin(group: str, name: str, options: Mapping[str, Any]) -> None:
+    """Raise SpecDecError for an unknown plug-in and for what it has against its options whatever the model is."""
+    if group == "verifier":
+        registry.verifier(name, options)
+    elif name.partition("=")[0] in OTHERS:
+        check_other(name, options)
+    else:
+        check_method(name)
+        parts = registry.parse(name)
+        checks = [(*parts[0], options)]
+        if len(parts) > 1:
+            checks = [("hybrid", name, options), *((part, source, options.get(part, {})) for part, source in parts)]
+        for part, source, own in checks:
+            with contextlib.suppress(_Unloaded.Looked):
+                registry.lookup("drafters", part).load(_Unloaded(), source, **own)

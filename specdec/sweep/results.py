@@ -17,13 +17,70 @@ from typing import Any
 
 from specdec.base.errors import SpecDecError
 from specdec.bench.cell import Cell
-from specdec.sweep import axes
+from specdec.sweep.plan import GROUPS
 from specdec.sweep.store import MANIFEST, Store
 
 BENCH, DEPTH = "bench.json", "num_speculative_tokens"
+SHORT = {DEPTH: "depth", "max_new_tokens": "tokens", "batch_size": "batch", "temperature": "T"}
 NAMES = {"none": "plain", "hf": "model.generate"}  # of baselines, for people
 Record = Mapping[str, Any]
 Estimate = Mapping[str, Any]  # {"value", "low", "high"}; the bounds may be None
+
+
+# In what cells (``Cell.as_dict()``) differ.
+
+
+def axes(cell: Mapping[str, Any]) -> dict[str, Any]:
+    """Every setting of a cell by axis name; options are ``drafter.NAME.OPTION``."""
+    out: dict[str, Any] = {}
+    for name, value in cell.items():
+        group = name.removesuffix("_options")
+        out |= {name: value} if group == name else flat(f"{group}.{cell[group]}.", value)
+    return out
+
+
+def flat(prefix: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of joined drafters are a level down; here they are not."""
+    out: dict[str, Any] = {}
+    for name, value in options.items():
+        out |= flat(f"{prefix}{name}.", value) if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return out
+
+
+def flow(value: Any) -> str:
+    """``value`` as YAML on one line."""
+    return "" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def varying(cells: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """The axes on which these cells differ, each with its values in order of appearance."""
+    found: dict[str, list[Any]] = {}
+    for cell in cells:
+        for name, value in axes(cell).items():
+            if value not in found.setdefault(name, []):
+                found[name].append(value)
+    return {name: taken for name, taken in found.items() if len(taken) > 1}
+
+
+def labels(cells: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A name for each cell: its drafter, and what distinguishes it from the other cells of that drafter."""
+    drafters = {cell["drafter"] for cell in cells}
+    differing = {drafter: varying([cell for cell in cells if cell["drafter"] == drafter]) for drafter in drafters}
+    out = []
+    for cell in cells:
+        point = axes(cell)
+        own = [f"{short(name)}={flow(point[name])}" for name in differing[cell["drafter"]] if name in point]
+        out.append(" ".join([cell["drafter"], *own]))
+    return out
+
+
+def short(axis: str) -> str:
+    """The last part of an axis' name, for people."""
+    name = axis.rpartition(".")[2] if axis.startswith(tuple(f"{group}." for group in GROUPS)) else axis
+    return SHORT.get(name, name)
+
+
+# What a folder holds.
 
 
 @dataclass(frozen=True)
@@ -52,7 +109,7 @@ class Results:
 
     def labels(self) -> list[str]:
         """A short name for each record's cell."""
-        return axes.labels([record["cell"] for record in self.records])
+        return labels([record["cell"] for record in self.records])
 
     def table(self) -> Table:
         """What most people want to know of each cell, columns that are empty left out."""
@@ -122,6 +179,15 @@ def from_benchmark(summary: Mapping[str, Any]) -> Results:
 # For people.
 
 
+def outcome(record: Record) -> str:
+    """What came out of a cell, in a few words."""
+    if "error" in record:
+        return f"failed: {record['error']}"
+    rate, gain = record["method"]["tokens_per_second"], speedup_of(record)
+    what = f"{rate['value']:.1f} tok/s" if rate else "nothing to time"
+    return what + (f", {gain[1]['value']:.2f} x {gain[0]}" if gain else "")
+
+
 def speedup_of(record: Record) -> tuple[str, Estimate] | None:
     """The name of the first baseline that there is a speedup over, and the speedup."""
     found = ((NAMES.get(name, name), value) for name, value in record["method"]["speedup"].items() if value)
@@ -158,10 +224,10 @@ def command(cell: Mapping[str, Any]) -> str:
     drafter = cell["drafter"]
     names = [*(name for name in cell["against"] if name not in ("none", drafter)), drafter]
     words = ["specdec", "bench", "--drafters", ",".join(names)]
-    for path, value in axes.flat(f"{drafter}.", cell["drafter_options"]).items():
-        words += ["--drafter-option", f"{path}={axes.flow(value)}"]
-    for path, value in axes.flat("", cell["verifier_options"]).items():
-        words += ["--verifier-option", f"{path}={axes.flow(value)}"]
+    for path, value in flat(f"{drafter}.", cell["drafter_options"]).items():
+        words += ["--drafter-option", f"{path}={flow(value)}"]
+    for path, value in flat("", cell["verifier_options"]).items():
+        words += ["--verifier-option", f"{path}={flow(value)}"]
     for name, value in cell.items():
         if name not in ("drafter", "drafter_options", "verifier_options", "against") and value != defaults[name]:
             words += [f"--{name.replace('_', '-')}", str(value)]
@@ -191,7 +257,7 @@ def _csv(records: Sequence[Record]) -> str:
     rows = [
         {
             "key": record["key"],
-            **{name: axes.flow(value) for name, value in record["cell"].items()},
+            **{name: flow(value) for name, value in record["cell"].items()},
             "error": record.get("error"),
             **_figures(record.get("method", {})),
             "seconds": record.get("seconds"),

@@ -20,6 +20,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from specdec.base.errors import SpecDecError
+from specdec.models.drafter_folder import replace
 from specdec.sweep.plan import Plan
 
 MANIFEST, RECORDS, LOCK = "sweep.json", "cells.jsonl", ".lock"
@@ -29,13 +30,38 @@ class Store:
     """The folder of one sweep."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder, self.manifest, self.path = folder, folder / MANIFEST, folder / RECORDS
 
-    def check(self, plan: Plan, resume: bool) -> None:
-        """Raise SpecDecError if the folder holds another sweep, or this one without ``resume``, or anything else.
+    @contextmanager
+    def opened(self, plan: Plan, command: str, resume: bool = False) -> Iterator[None]:
+        """Hold the folder for ``plan``, ready to append to.
 
-        A sweep of which no cell has ended may begin anew.
+        Raises SpecDecError if it holds another sweep, or this one without ``resume`` (one of which no cell has ended
+        may begin anew), or anything else, and if another process holds it.
         """
+        self._check(plan, resume)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.folder / LOCK, timeout=0):
+                self._check(plan, resume)  # another process may just have begun one
+                if not self.manifest.is_file():
+                    manifest = {
+                        "name": plan.name,
+                        "description": plan.description,
+                        "command": command,
+                        "resources": plan.resources.model_dump(),
+                        "cells": {cell.key(): cell.as_dict() for cell in plan.cells},
+                    }
+                    replace(self.manifest, (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
+                if self.path.is_file():  # cut off the unfinished end that a killed process may have left
+                    os.truncate(self.path, self.path.read_bytes().rfind(b"\n") + 1)
+                yield
+        except Timeout:
+            raise SpecDecError(f"another sweep is writing into '{self.folder}'; wait for it or end it") from None
+        except (FileExistsError, NotADirectoryError, PermissionError) as error:
+            raise SpecDecError(f"cannot write to '{self.folder}': {error.strerror}; give another --output") from None
+
+    def _check(self, plan: Plan, resume: bool) -> None:
         keys = {cell.key() for cell in plan.cells}
         if self.manifest.is_file():
             before = self.read_manifest()
@@ -53,40 +79,6 @@ class Store:
         elif self.folder.is_dir() and any(path.name != LOCK for path in self.folder.iterdir()):
             raise SpecDecError(f"'{self.folder}' is not empty and holds no sweep; give another --output")
 
-    def begin(self, plan: Plan, command: str) -> dict[str, dict[str, Any]]:
-        """Make the folder ready for ``plan``; return the records it has already, by key. Under ``lock`` only."""
-        if not self.manifest.is_file():
-            from specdec.models.drafter_folder import replace  # heavy
-
-            manifest = {
-                "name": plan.name,
-                "description": plan.description,
-                "command": command,
-                "resources": plan.resources.model_dump(),
-                "cells": {cell.key(): cell.as_dict() for cell in plan.cells},
-            }
-            replace(self.manifest, (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
-        self._mend()
-        return self.records()
-
-    @contextmanager
-    def lock(self, plan: Plan, resume: bool) -> Iterator[None]:
-        """Hold the folder for ``plan``. Raises SpecDecError as ``check`` does, and if another process holds it."""
-        self.check(plan, resume)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with FileLock(self.folder / LOCK, timeout=0):
-                self.check(plan, resume)  # another process may just have begun one
-                yield
-        except Timeout:
-            raise SpecDecError(f"another sweep is writing into '{self.folder}'; wait for it or end it") from None
-        except (FileExistsError, NotADirectoryError, PermissionError) as error:
-            raise SpecDecError(f"cannot write to '{self.folder}': {error.strerror}; give another --output") from None
-
-    @property
-    def manifest(self) -> Path:
-        return self.folder / MANIFEST
-
     def read_manifest(self) -> dict[str, Any]:
         """The plan as it was when the sweep began. Raises SpecDecError if it cannot be read."""
         try:
@@ -99,32 +91,21 @@ class Store:
 
     def records(self) -> dict[str, dict[str, Any]]:
         """Every record by key. Raises SpecDecError for a broken line (other than an unfinished last one)."""
-        path = self.folder / RECORDS
-        if not path.is_file():
-            return {}
+        lines = self.path.read_bytes().split(b"\n")[:-1] if self.path.is_file() else []
         records = {}
-        lines = path.read_bytes().split(b"\n")
-        for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline is unfinished, or nothing
+        for number, line in enumerate(lines, start=1):
             try:
                 record = json.loads(line)
                 records[record["key"]] = record
             except (ValueError, KeyError, TypeError, RecursionError):
                 raise SpecDecError(
-                    f"line {number} of '{path}' is broken; remove it and --resume repeats its cell"
+                    f"line {number} of '{self.path}' is broken; remove it and --resume repeats its cell"
                 ) from None
         return records
 
     def append(self, record: dict[str, Any]) -> None:
-        """Write one record, and see to it that it is on the disk. ``begin`` cuts off an unfinished line."""
-        with (self.folder / RECORDS).open("ab") as file:
+        """Write one record, and see to it that it is on the disk. Within ``opened`` only."""
+        with self.path.open("ab") as file:
             file.write(json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
-
-    def _mend(self) -> None:
-        """Cut off the unfinished end that a killed process may have left."""
-        path = self.folder / RECORDS
-        if path.is_file():
-            data = path.read_bytes()
-            if not data.endswith(b"\n") and data:
-                os.truncate(path, data.rfind(b"\n") + 1)
