@@ -1,9 +1,13 @@
-"""Drafting through the model's first layers: what every drafter that leaves the model early shares.
+"""Drafting through the model's first layers: one drafter, whose presets say where a token leaves.
 
 A drafted token runs layer by layer and leaves at an exit; its readout there is the draft. What it has computed is
 exact: it is kept, and scoring resumes where the deepest token left. Layers that earlier tokens of the draft have not
-run are run for all of them at once, just in time, when a later token goes deeper (DEED, Tang et al. 2023, arXiv
-2311.08623). Knows nothing of acceptance.
+run are run for all of them at once, just in time, when a later token goes deeper. Knows nothing of acceptance.
+
+    early-exit         every token at one exit (LayerSkip, Elhoushi et al. 2024, arXiv 2404.16710)
+    deed               each at the first exit that is sure of it (Tang et al. 2023, arXiv 2311.08623)
+    skip-decode        the later in the answer, the earlier (Del Corro et al. 2023, arXiv 2307.02628)
+    mixture-of-depths  a router at each layer lets a token run it or pass it by (Raposo et al. 2024, arXiv 2404.02258)
 """
 
 from __future__ import annotations
@@ -11,7 +15,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +31,7 @@ from specdec.runtimes.target import Target
 from specdec.speculation.draft import Draft, State
 
 from . import trained
-from .chain import ChainDrafter, Readout, ShapeOptions, best_probability
+from .chain import SHAPE, ChainDrafter, ChainRow, Readout, ShapeOptions, best_probability, first_sure
 from .vocabulary import DraftVocabulary
 
 
@@ -95,12 +99,10 @@ class ExitHeads(nn.Module):
         return {"exits": list(self.exits), "width": self.width}
 
     @classmethod
-    def load(cls, target: Target, folder: Path, drafter: str) -> ExitHeads:
-        """From a folder of ``drafter``. Raises SpecDecError if it is another's, or its files do not fit the target."""
-        config = trained.read_config(folder, drafter, target)
+    def of(cls, config: dict[str, Any], target: Target, draft_vocab: Tensor | None) -> ExitHeads:
+        """As a drafter folder's config.json says. Raises SpecDecError for what does not fit the target."""
         width = drafter_folder.inner("width", config.get("width"), target.hidden_size)
-        exits = check_exits(config.get("exits"), target.num_layers)
-        return drafter_folder.load(folder, target.vocab_size, lambda vocab: cls(exits, width, target, vocab))
+        return cls(config.get("exits", ()), width, target, draft_vocab)
 
 
 def check_exits(exits: Any, num_layers: int) -> tuple[int, ...]:
@@ -112,37 +114,64 @@ def check_exits(exits: Any, num_layers: int) -> tuple[int, ...]:
 
 
 class ExitDrafter(ChainDrafter):
-    """Drafts a chain of tokens that each leave at one of the exits; subclasses say which, token by token.
+    """Drafts a chain of tokens that leave the model early; presets say where, token by token.
 
-    heads: trained modules at the exits; None: the model's own norm and head. siblings, nodes: see ``Shape``.
+    network: what is trained; None: the model's own norm and head. siblings, nodes: see ``Shape``.
     """
 
     leaves_early = True
     leaves_state = True
+    trains: ClassVar[type[ExitHeads] | type[Routers]] = ExitHeads
     vocabulary: DraftVocabulary
 
-    def __init__(self, heads: ExitHeads | None = None, **shape: Unpack[ShapeOptions]) -> None:
+    def __init__(self, network: Any = None, **shape: Unpack[ShapeOptions]) -> None:
         super().__init__(**shape)
-        self.heads = heads
+        self.network = network
+
+    @classmethod
+    def load(cls, target: Target, source: str | None = None, **given: Any) -> ExitDrafter:
+        """With the network of a folder, or of the one shipped for the target, if there is one.
+
+        Raises SpecDecError if there is none and one is needed, and for a folder of another drafter or model.
+        """
+        known = [name for name in options.keywords(cls) if name != "network"]
+        options.check(cls.name, given, (*known, *SHAPE), source if cls.training is None else None)
+        if cls.needs_training:
+            folder = trained.find(cls, target, source)
+        elif source is not None and "exit_layer" in given:
+            raise SpecDecError(f"'{source}' has its own exit layer; leave exit_layer out, or the folder")
+        elif source is not None:
+            folder = Path(source)
+        elif cls.training is None or "exit_layer" in given or not (found := drafter_folder.shipped(cls.name, target)):
+            return cls(**given)
+        else:
+            folder = found
+        config = trained.read_config(folder, cls.name, target)
+        network = drafter_folder.load(folder, target.vocab_size, lambda vocab: cls.trains.of(config, target, vocab))
+        return cls(network=network, **given)
 
     def bind(self, target: Target) -> None:
-        if self.heads is not None:
-            self.heads.to(target.device, target.dtype).requires_grad_(False).eval()
-        self.vocabulary = DraftVocabulary(target, None if self.heads is None else self.heads.draft_vocab)
+        if self.network is not None:
+            self.network.to(target.device, target.dtype).requires_grad_(False).eval()
+        self.vocabulary = DraftVocabulary(target, None if self.network is None else self.network.draft_vocab)
+
+    def begin_draft(self, state: State) -> Any:
+        """What runs the draft's tokens: ``PartialPass``, or what has its ``push`` and ``finish``."""
+        return PartialPass(state.target, state.cache)
 
     @abstractmethod
-    def leave(self, tokens: PartialPass, state: State) -> tuple[Tensor, ...]:
-        """Take the last token of ``tokens`` to where it leaves, and read it there (``read``)."""
+    def leave(self, tokens: Any, state: State) -> tuple[Any, ...]:
+        """Take the last of ``tokens`` to where it leaves, and read it there: the three parts of a ``Readout``."""
 
     def read(self, tokens: PartialPass, layer: int, index: int = 0) -> tuple[Tensor, ...]:
-        """Take the last token to ``layer``, which is exit ``index``: the three parts of a ``Readout``."""
+        """Take the last token to ``layer``, which is exit ``index``, and read it."""
         h = tokens.to(layer)
-        logits = self.vocabulary.logits(h if self.heads is None else self.heads(index, h))[:, 0]
+        logits = self.vocabulary.logits(h if self.network is None else self.network(index, h))[:, 0]
         certainty = best_probability(logits)
         return logits, certainty, torch.full_like(certainty, layer, dtype=torch.long)
 
     def propose(self, state: State, limit: int) -> Draft:
-        tokens = PartialPass(state.target, state.cache)
+        tokens = self.begin_draft(state)
 
         def step(token: Tensor, positions: Tensor) -> Readout:
             tokens.push(token, positions)
@@ -151,3 +180,207 @@ class ExitDrafter(ChainDrafter):
         draft = self.chain(state, limit, step)
         draft.states, draft.exit_layer = tokens.finish()
         return draft
+
+
+class EarlyExitDrafter(ExitDrafter):
+    """Drafts a chain through layers [0, E), read out by the model's own norm and head or by a trained module and head.
+
+    exit_layer: E, 1 <= E < N; None: that of ``network``, else a third of the layers, about where models trained for it
+        exit, or a sixth or half of them where the controller finds that better (``State.exit``).
+    siblings, nodes: see ``Shape``.
+    Models that were not trained to exit early rarely agree with their first layers read by their own head; a trained
+    module at the exit helps. Raises SpecDecError, when bound, if the exit layer is outside the model.
+    """
+
+    name: ClassVar[str] = "early-exit"
+    summary: ClassVar[str] = "the model's own first layers and head; training optional"
+    training: ClassVar[str] = "specdec train early-exit"
+
+    def __init__(
+        self, exit_layer: int | None = None, network: ExitHeads | None = None, **shape: Unpack[ShapeOptions]
+    ) -> None:
+        super().__init__(network, **shape)
+        self.given = exit_layer if network is None else network.exits[0]
+
+    def bind(self, target: Target) -> None:
+        count, given = target.num_layers, self.given
+        self.exit_layer = options.whole("exit_layer", max(count // 3, 1) if given is None else given, 1, count - 1)
+        around = (count // 6, self.exit_layer, count // 2) if given is None else (self.exit_layer,)
+        self.layers = sorted({max(layer, 1) for layer in around})
+        self.num_exits, self.path = len(self.layers), f"{self.layers} {self.network is not None}"
+        super().bind(target)
+
+    def leave(self, tokens: PartialPass, state: State) -> tuple[Any, ...]:
+        return self.read(tokens, self.exit_layer if state.exit is None else self.layers[state.exit])
+
+
+class DeedDrafter(ExitDrafter):
+    """Drafts a chain whose tokens leave at the first exit that is sure of its best token, or at the last.
+
+    exit_confidence: how sure, in [0, 1]; where drafts are not verified, the verifier's threshold takes its place. The
+        controller chooses which exit is the last (``State.exit``).
+    siblings, nodes: see ``Shape``.
+    Each exit has a trained module; all share one head. The paper trains a model together with its exits; here the base
+    stays frozen.
+    """
+
+    name: ClassVar[str] = "deed"
+    summary: ClassVar[str] = "several trained exits, each token leaves at the first that is sure of it"
+    training: ClassVar[str] = "specdec train deed"
+    needs_training: ClassVar[bool] = True
+
+    def __init__(self, network: ExitHeads, exit_confidence: float = 0.5, **shape: Unpack[ShapeOptions]) -> None:
+        super().__init__(network, **shape)
+        self.exits, self.bar = network.exits, options.probability("exit_confidence", exit_confidence)
+        self.num_exits, self.path = len(self.exits), f"{self.exits} {self.bar}"
+
+    def leave(self, tokens: PartialPass, state: State) -> tuple[Any, ...]:
+        bar = self.bar if state.threshold is None else state.threshold
+        last = self.num_exits if state.exit is None else state.exit + 1
+        return first_sure(lambda index: self.read(tokens, self.exits[index], index), last, bar)
+
+
+class SkipDecodeRow(ChainRow):
+    """prompt: its tokens, once they are known."""
+
+    prompt = 0
+
+
+class SkipDecodeDrafter(ExitDrafter):
+    """Drafts a chain through a number of layers that falls from ``deepest`` to ``shallowest`` over ``horizon`` tokens.
+
+    deepest, shallowest: exit of the first and of the last tokens, 1 <= shallowest <= deepest < N; None: four and two
+        fifths of the layers. horizon: new tokens until the shallowest exit is reached.
+    siblings, nodes: see ``Shape``.
+    No token needs keys and values above an earlier one's exit. The paper accepts every token (here: a confident
+    verifier with threshold 0) and never runs the layers it skipped; here the next deep pass fills them in.
+    Raises SpecDecError, when bound, if the exits are outside the model or in the wrong order.
+    """
+
+    name: ClassVar[str] = "skip-decode"
+    summary: ClassVar[str] = "the model's own first layers, fewer the later the token; no training"
+
+    def __init__(
+        self,
+        deepest: int | None = None,
+        shallowest: int | None = None,
+        horizon: int = 128,
+        **shape: Unpack[ShapeOptions],
+    ) -> None:
+        super().__init__(**shape)
+        self.bounds, self.horizon = (shallowest, deepest), options.whole("horizon", horizon, 1)
+
+    def bind(self, target: Target) -> None:
+        count = target.num_layers
+        own = (max(2 * count // 5, 1), max(4 * count // 5, 1))
+        low, high = (usual if given is None else given for given, usual in zip(self.bounds, own, strict=True))
+        self.low = options.whole("shallowest", low, 1, count - 1)
+        self.high = options.whole("deepest", high, 1, count - 1)
+        if self.low > self.high:
+            raise SpecDecError(f"the exit falls from deepest to shallowest; got {self.high} and {self.low}")
+        self.path = f"{self.low} {self.high} {self.horizon}"
+        super().bind(target)
+
+    def begin(self) -> SkipDecodeRow:
+        return SkipDecodeRow()
+
+    def leave(self, tokens: PartialPass, state: State) -> tuple[Any, ...]:
+        for row, ids in zip(state.memory, state.ids, strict=True):
+            row.prompt = row.prompt or len(ids) - 1  # the first new token is known by now
+        done = min(len(ids) - row.prompt for row, ids in zip(state.memory, state.ids, strict=True)) + tokens.count - 1
+        # Rows share their layers: those of the row that is least far.
+        layer = self.high - round((self.high - self.low) * min(done / self.horizon, 1.0))
+        return self.read(tokens, layer)
+
+
+# --- depth routers ---------------------------------------------------------------------------------------------------
+
+
+class Routers(nn.Module):
+    """One linear score of the residual for each layer from ``first`` on; a token runs the layer where it is positive.
+
+    first: layers below are always run, 1 <= first < N. draft_vocab: int32 [V'], or None for the full vocabulary.
+    """
+
+    def __init__(self, first: int, target: Target, draft_vocab: Tensor | None = None) -> None:
+        super().__init__()
+        self.first = options.whole("first", first, 1, target.num_layers - 1)
+        count = target.num_layers - first
+        self.weight = nn.Parameter(torch.zeros(count, target.hidden_size))
+        self.bias = nn.Parameter(torch.ones(count))  # untrained, every layer is run
+        self.register_buffer("draft_vocab", draft_vocab)
+        self.draft_vocab: Tensor | None
+
+    def score(self, layer: int, x: Tensor) -> Tensor:
+        """Of the residual x [B, T, D] before ``layer`` -> [B, T, 1]."""
+        return F.linear(rms_unit(x), self.weight[layer - self.first, None], self.bias[layer - self.first, None])
+
+    @classmethod
+    def of(cls, config: dict[str, Any], target: Target, draft_vocab: Tensor | None) -> Routers:
+        """As a drafter folder's config.json says. Raises SpecDecError for what does not fit the target."""
+        return cls(config.get("first", 0), target, draft_vocab)
+
+
+class RoutedPass:
+    """The tokens of a draft, each run through the first layers, which are exact, and those that a router chooses.
+
+    A token that passes a layer by leaves keys and values there as soon as a later token runs it.
+    """
+
+    def __init__(self, target: Target, cache: KVCache, routers: Routers) -> None:
+        self.target, self.cache, self.routers = target, cache, routers
+        self.states: list[Tensor] = []  # [B, 1, D] of each token behind the first layers
+        self.waiting: dict[int, list[Tensor]] = {layer: [] for layer in range(routers.first, target.num_layers)}
+
+    def push(self, token: Tensor, positions: Tensor) -> None:
+        """Run a token, int64 [B, 1]: ``last`` [B, 1, D] is its final state, ``ran`` the number of its layers."""
+        target, cache, first = self.target, self.cache, self.routers.first
+        given = Pass(positions, cache.mask(0, positions), cache)
+        x = target.layers(target.embed(token, positions), 0, first, given)
+        self.states.append(x)
+        self.ran = first
+        for layer, waiting in self.waiting.items():
+            waiting.append(x)
+            if bool((self.routers.score(layer, x) > 0).any()):
+                block = torch.cat(waiting, 1)  # (B, n, D)
+                own = positions + torch.arange(1 - block.shape[1], 1, device=positions.device)
+                x = target.layers(block, layer, layer + 1, Pass(own, cache.mask(layer, own), cache))[:, -1:]
+                waiting.clear()
+                self.ran += 1
+        self.last = x
+
+    def finish(self) -> tuple[Tensor, int]:
+        """All tokens' states [B, n, D] behind the first layers, and their number; what lies above is provisional."""
+        for layer, waiting in self.waiting.items():
+            self.cache.trim(len(self.states) - len(waiting), layer, layer + 1)
+        return torch.cat(self.states, 1), self.routers.first
+
+
+class MixtureOfDepthsDrafter(ExitDrafter):
+    """Drafts a chain through the layers that trained routers choose for each token; a batch runs what any row needs.
+
+    siblings, nodes: see ``Shape``.
+    The routers learn on a frozen base to run a share of the routed layers, their capacity. The paper picks the top
+    tokens of a sequence for each layer; that looks ahead, so here a token runs a layer where its score is positive.
+    """
+
+    name: ClassVar[str] = "mixture-of-depths"
+    summary: ClassVar[str] = "the layers that a trained router chooses for each token"
+    training: ClassVar[str] = "specdec train mixture-of-depths"
+    needs_training: ClassVar[bool] = True
+    leaves_state = False
+    trains = Routers
+
+    def __init__(self, network: Routers, **shape: Unpack[ShapeOptions]) -> None:
+        super().__init__(network, **shape)
+
+    def bind(self, target: Target) -> None:
+        super().bind(target)
+        self.path = f"{self.network.first} {float(self.network.weight.sum())}"
+
+    def begin_draft(self, state: State) -> RoutedPass:
+        return RoutedPass(state.target, state.cache, self.network)
+
+    def leave(self, tokens: RoutedPass, state: State) -> tuple[Any, ...]:
+        logits = self.vocabulary.logits(tokens.last)[:, 0]
+        return logits, None, torch.full_like(logits[:, :1], tokens.ran, dtype=torch.long)

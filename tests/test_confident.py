@@ -15,10 +15,7 @@ from zoo import PROMPTS, heads, m2r2, routers, run
 
 from specdec import SpecDecError, SpecDecoder
 from specdec.cli import app
-from specdec.drafters.deed import DeedDrafter
-from specdec.drafters.early_exit import EarlyExitDrafter
-from specdec.drafters.mixture_of_depths import MixtureOfDepthsDrafter
-from specdec.drafters.skip_decode import SkipDecodeDrafter
+from specdec.drafters.exits import DeedDrafter, EarlyExitDrafter, MixtureOfDepthsDrafter, SkipDecodeDrafter
 from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.target import Target

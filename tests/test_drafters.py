@@ -17,7 +17,7 @@ from zoo import PROMPTS, m2r2, other_model, run
 
 from specdec import SamplingParams, SpecDecError, SpecDecoder
 from specdec.drafters.draft_model import DraftModelDrafter
-from specdec.drafters.early_exit import EarlyExitDrafter
+from specdec.drafters.exits import EarlyExitDrafter
 from specdec.drafters.hybrid import HybridDrafter
 from specdec.drafters.layer_skip import LayerSkipDrafter
 from specdec.drafters.lookahead import LookaheadDrafter

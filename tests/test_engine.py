@@ -12,7 +12,7 @@ from transformers import LogitsProcessor, PreTrainedModel
 from zoo import PROMPTS, every, m2r2, new_tokens, run, together
 
 from specdec import SpecDecError
-from specdec.drafters.early_exit import EarlyExitDrafter
+from specdec.drafters.exits import EarlyExitDrafter
 from specdec.drafters.none import NoDrafter
 from specdec.engine.depth import FixedDepth
 from specdec.engine.engine import Engine

@@ -14,10 +14,7 @@ from transformers import PreTrainedModel
 from zoo import PROMPTS, heads, routers, run
 
 from specdec import SpecDecError, SpecDecoder
-from specdec.drafters.deed import DeedDrafter
-from specdec.drafters.early_exit import EarlyExitDrafter
-from specdec.drafters.mixture_of_depths import MixtureOfDepthsDrafter, Routers
-from specdec.drafters.skip_decode import SkipDecodeDrafter
+from specdec.drafters.exits import DeedDrafter, EarlyExitDrafter, MixtureOfDepthsDrafter, Routers, SkipDecodeDrafter
 from specdec.models import drafter_folder
 from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.target import Target
@@ -72,7 +69,7 @@ def test_no_token_goes_beyond_the_exit_that_the_controller_chose(llama: PreTrain
     for drafter, layers, usual in (
         (DeedDrafter(heads(ReferenceTarget(llama), 1, 3), 1.0), (1, 3), 3),
         (EarlyExitDrafter(), (1, 2), 1),
-        (EarlyExitDrafter(heads=heads(ReferenceTarget(llama), 2)), (2, 2), 2),
+        (EarlyExitDrafter(network=heads(ReferenceTarget(llama), 2)), (2, 2), 2),
     ):
         target = ReferenceTarget(llama)
         drafter.bind(target)
@@ -99,7 +96,7 @@ def test_what_passed_a_layer_by_leaves_keys_there_for_a_later_token(llama: PreTr
     target = ReferenceTarget(llama)
     drafter = MixtureOfDepthsDrafter(Routers(3, target))
     scores = iter([-1.0, -1.0, 1.0, -1.0])
-    drafter.routers.score = lambda layer, x: torch.tensor([[[next(scores, -1.0)]]])  # type: ignore[method-assign]
+    drafter.network.score = lambda layer, x: torch.tensor([[[next(scores, -1.0)]]])  # type: ignore[method-assign]
     assert calls_of(target, drafter)[:6] == [*[(0, 3, 1)] * 3, (3, 4, 3), (0, 3, 1), (0, 3, 1)]
 
 

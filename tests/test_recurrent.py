@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from zoo import PROMPTS, new_tokens, run
 
 from specdec import SpecDecoder
-from specdec.drafters.early_exit import EarlyExitDrafter
+from specdec.drafters.exits import EarlyExitDrafter
 from specdec.drafters.layer_skip import LayerSkipDrafter
 from specdec.drafters.none import NoDrafter
 from specdec.drafters.prompt_lookup import PromptLookupDrafter

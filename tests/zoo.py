@@ -10,22 +10,25 @@ import torch
 from conftest import tiny_model
 
 from specdec.drafters.arla import Router
-from specdec.drafters.deed import DeedDrafter
 from specdec.drafters.draft_model import DraftModelDrafter
 from specdec.drafters.eagle3 import Eagle3Drafter
 from specdec.drafters.eagle3_network import Eagle3, Eagle3Config, tapped
-from specdec.drafters.early_exit import EarlyExitDrafter
-from specdec.drafters.exits import ExitHeads
+from specdec.drafters.exits import (
+    DeedDrafter,
+    EarlyExitDrafter,
+    ExitHeads,
+    MixtureOfDepthsDrafter,
+    Routers,
+    SkipDecodeDrafter,
+)
 from specdec.drafters.hybrid import HybridDrafter
 from specdec.drafters.layer_skip import LayerSkipDrafter
 from specdec.drafters.lookahead import LookaheadDrafter
 from specdec.drafters.m2r2 import M2R2, M2R2Drafter, M2R2Path, PaperM2R2Drafter
 from specdec.drafters.medusa import Medusa, MedusaDrafter
-from specdec.drafters.mixture_of_depths import MixtureOfDepthsDrafter, Routers
 from specdec.drafters.mtp import MTPDrafter, MTPHead
 from specdec.drafters.none import NoDrafter
 from specdec.drafters.prompt_lookup import PromptLookupDrafter
-from specdec.drafters.skip_decode import SkipDecodeDrafter
 from specdec.engine.depth import FixedDepth
 from specdec.engine.engine import Engine
 from specdec.engine.metrics import RequestMetrics
@@ -208,7 +211,7 @@ def chains(target: Target) -> dict[str, Drafter]:
         "mtp": mtp(target),
         "draft-model": DraftModelDrafter(second(target)),
         "early-exit": EarlyExitDrafter(),
-        "early-exit: trained": EarlyExitDrafter(heads=heads(target, 2)),
+        "early-exit: trained": EarlyExitDrafter(network=heads(target, 2)),
         "deed": DeedDrafter(heads(target, 1, 2, 3), 0.2),
         "skip-decode": SkipDecodeDrafter(3, 1, horizon=9),
         "mixture-of-depths": MixtureOfDepthsDrafter(routers(target)),
@@ -237,7 +240,7 @@ def trees(target: Target) -> dict[str, Drafter]:
         "mtp": mtp(target, siblings=(2, 1)),
         "draft-model": DraftModelDrafter(second(target, max_position_embeddings=16), siblings=(2, 0, 1)),
         "early-exit": EarlyExitDrafter(3, siblings=(2, 1)),
-        "early-exit: trained": EarlyExitDrafter(nodes=8, heads=heads(target, 2)),
+        "early-exit: trained": EarlyExitDrafter(nodes=8, network=heads(target, 2)),
         "deed": DeedDrafter(heads(target, 1, 3, whole=True), 1.0, siblings=(2, 0, 1)),
         "skip-decode": SkipDecodeDrafter(3, 1, horizon=9, siblings=(1, 1)),
         "mixture-of-depths": MixtureOfDepthsDrafter(routers(target, 2, whole=True), siblings=(1, 2)),

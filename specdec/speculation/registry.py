@@ -17,20 +17,20 @@ if TYPE_CHECKING:
 DRAFTERS: dict[str, str] = {
     "none": "specdec.drafters.none:NoDrafter",
     "auto": "specdec.drafters.auto:AutoDrafter",
-    "deed": "specdec.drafters.deed:DeedDrafter",
+    "deed": "specdec.drafters.exits:DeedDrafter",
     "draft-model": "specdec.drafters.draft_model:DraftModelDrafter",
     "eagle3": "specdec.drafters.eagle3:Eagle3Drafter",
-    "early-exit": "specdec.drafters.early_exit:EarlyExitDrafter",
+    "early-exit": "specdec.drafters.exits:EarlyExitDrafter",
     "hybrid": "specdec.drafters.hybrid:HybridDrafter",
     "layer-skip": "specdec.drafters.layer_skip:LayerSkipDrafter",
     "lookahead": "specdec.drafters.lookahead:LookaheadDrafter",
     "m2r2": "specdec.drafters.m2r2:M2R2Drafter",
     "m2r2-paper": "specdec.drafters.m2r2:PaperM2R2Drafter",
-    "mixture-of-depths": "specdec.drafters.mixture_of_depths:MixtureOfDepthsDrafter",
+    "mixture-of-depths": "specdec.drafters.exits:MixtureOfDepthsDrafter",
     "medusa": "specdec.drafters.medusa:MedusaDrafter",
     "mtp": "specdec.drafters.mtp:MTPDrafter",
     "prompt-lookup": "specdec.drafters.prompt_lookup:PromptLookupDrafter",
-    "skip-decode": "specdec.drafters.skip_decode:SkipDecodeDrafter",
+    "skip-decode": "specdec.drafters.exits:SkipDecodeDrafter",
 }
 
 VERIFIERS: dict[str, str] = {

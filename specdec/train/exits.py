@@ -17,8 +17,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from specdec.base.errors import SpecDecError
-from specdec.drafters.exits import ExitHeads, check_exits
-from specdec.drafters.mixture_of_depths import Routers
+from specdec.drafters.exits import ExitHeads, Routers, check_exits
 from specdec.runtimes.cache import Mask
 from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.linear_maps import rms_unit
