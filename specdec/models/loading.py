@@ -41,7 +41,7 @@ from specdec.base import memory
 from specdec.base.errors import SpecDecError, did_you_mean
 from specdec.models import checkpoint, gguf_model
 from specdec.models.blocks import Blocks, named_weights
-from specdec.models.catalogue import EMBEDDED, GGUF, check_memory, converted, described, one_line, prepared, quietly
+from specdec.models.catalogue import EMBEDDED, GGUF, check_memory, described, one_line, prepared, quietly
 from specdec.models.gguf_file import GGUFFile, is_gguf, read_header
 
 _HUB_FILE = re.compile(r"([\w.-]+/[\w.-]+):([\w./-]+\.gguf)")  # ORG/REPO:file.gguf
@@ -63,7 +63,7 @@ def load(
     name_or_path: an embedded model's name (fetched at first use), else a local folder, a ``.gguf`` file, a Hugging Face
     id, or ``ORG/REPO:file.gguf``. Weights are read from safetensors or GGUF only, never from pickles. In bfloat16 on
     a CPU those of a GGUF file stay in its blocks (``blocks``), if the model is of an architecture in ``gguf_model``;
-    files of others are converted into a folder in the cache at first use.
+    those of others are dequantised by transformers.
     dtype: "auto" (the checkpoint's own; bfloat16 for a GGUF file) or one of float32, bfloat16, float16.
     device: "auto" (the first CUDA device that can compute, else the CPU) or what PyTorch calls one.
     revision: for Hugging Face ids.
@@ -109,10 +109,17 @@ def _of_checkpoint(
     experts: bool,
 ) -> PreTrainedModel:
     """The model of safetensors files."""
-    options |= {"use_safetensors": True, "ignore_mismatched_sizes": True}  # checked below
-    local = options["local_files_only"]
+    local, packed = options["local_files_only"], options.get("gguf_file")
+    if packed:  # dequantised, whatever kernels for packed weights there are
+        kind = kind if isinstance(kind, torch.dtype) else torch.bfloat16
+        shapes = (info.shape for info in read_header(Path(source) / packed, name).tensors.values())
+        check_memory(name, sum(map(math.prod, shapes)) * kind.itemsize)
+        options = {key: value for key, value in options.items() if key != "config"}
+        options |= {"quantization_config": GgufConfig(dequantize=True)}
+    else:
+        options |= {"use_safetensors": True, "ignore_mismatched_sizes": True}  # checked below
     with quietly(f"Loading {name}") if local else contextlib.nullcontext(), _explained(name):
-        checkpoint = None if experts else _checkpoint(source, options)
+        checkpoint = None if experts or packed else _checkpoint(source, options)
         if checkpoint is None:
             load: Any = AutoModelForCausalLM.from_pretrained
             loaded = load(source, dtype=kind, output_loading_info=True, **options)
@@ -142,19 +149,6 @@ def _of_file(
         model.to(place)  # type: ignore[arg-type]
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model
-
-
-def dequantized(name: str, file: Path, dtype: str) -> tuple[PreTrainedModel, Any]:
-    """The model and tokenizer of a GGUF file itself, all weights in memory; messages call it ``name``."""
-    options: dict[str, Any] = {"local_files_only": True, "gguf_file": file.name}
-    with quietly():
-        _, tokenizer = _parts(name, file.parent, options)
-        options |= {"quantization_config": GgufConfig(dequantize=True)}  # whatever kernels for packed ones there are
-        with _explained(name):
-            load: Any = AutoModelForCausalLM.from_pretrained
-            model, info = load(file.parent, dtype=DTYPES[dtype], output_loading_info=True, **options)
-    _check_fit(name, model, info)
-    return model, tokenizer
 
 
 def _parts(name: str, source: str | Path, options: dict[str, Any]) -> tuple[Any, Any]:
@@ -290,7 +284,7 @@ def _source(
         file = read_header(path, name)
         if gguf_model.serves(file):
             return described(name, file), options, file
-        path = converted(name, path, str(torch.bfloat16 if dtype == "auto" else dtype).removeprefix("torch."))
+        return path.parent, options | {"gguf_file": path.name}, None
     elif file_in_repository := _HUB_FILE.fullmatch(name):
         repository, member = file_in_repository.groups()
         return _source(str(_from_hub(name, repository, member, revision)), None, dtype)
@@ -392,7 +386,7 @@ def weight_files(name: str, revision: str | None = None) -> list[Path]:
     local = name in EMBEDDED or Path(name).expanduser().exists()
     source, options, file = _source(name, None if local else revision, "auto")
     with _explained(name):
-        return [] if file is not None else _weight_files(source, _where(options))
+        return [] if file is not None or "gguf_file" in options else _weight_files(source, _where(options))
 
 
 def _weight_files(source: str | Path, where: dict[str, Any]) -> list[Path]:
@@ -430,6 +424,8 @@ def _tokenizer(name: str, source: str | Path, options: dict[str, Any]) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         if len(tokenizer) > len(tokenizer.all_special_tokens):  # else: a class that starts empty without its files
+            if file := options.get("gguf_file"):
+                gguf_model.split_digits(read_header(Path(source) / file, name), tokenizer.backend_tokenizer)
             return tokenizer
         reason = "its files are missing"
     except Exception as error:  # as above

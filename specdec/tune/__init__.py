@@ -1,1 +1,0 @@
-"""Choosing settings for a model, a machine and the user's prompts, by measurement."""
