@@ -182,7 +182,7 @@ class ChainDrafter(Drafter):
             chain.append(token.masked_fill(~going, -1) if ends else token)
             beside.append(tokens[:, 1:])
             parents += [depth] * (tokens.shape[1] - 1)
-            positions = positions + 1
+            positions = (positions + 1).clamp_max(state.target.context - 1)  # other rows may go deeper
             if prices is not None and not waits(token.device):
                 own = weighs or certainty is None
                 each = _probability(logits, tokens if weighs else token, vocab) if own else certainty

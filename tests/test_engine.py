@@ -175,6 +175,19 @@ def test_generation_stops_at_the_context_limit() -> None:
     assert out == [greedy_reference(model, prompt, 12)]
 
 
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_a_row_at_the_end_of_the_context_does_not_keep_others_from_drafting(family: str) -> None:
+    """Their nodes are deeper than it may go, where a table of positions has no entry."""
+    model = tiny_model(family, max_position_embeddings=32)
+    target, prompts = ReferenceTarget(model), [[5, 6] * 14 + [7], PROMPTS[0]]
+    expected = [greedy_reference(model, prompt, 32 - len(prompt)) for prompt in prompts]
+    for name, drafter in every(target).items():
+        drafter.bind(target)
+        requests = [Request(prompt, 32 - len(prompt), eos=frozenset([2])) for prompt in prompts]
+        together(target, drafter, requests, FixedDepth(7))
+        assert [new_tokens(request) for request in requests] == expected, name
+
+
 def test_long_prompts_are_prefilled_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("mistral")
     target, expected = ReferenceTarget(model), [greedy_reference(model, p, 12) for p in PROMPTS]

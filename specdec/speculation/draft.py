@@ -175,9 +175,12 @@ class State:
         return upload([[n] for n in self.cache.rows], self.cache.device)
 
     def block(self, draft: Draft) -> tuple[Tensor, Tensor]:
-        """The tokens that scoring ``draft`` runs, roots first, and their positions: int64 [B, 1 + M] each."""
-        device, depths = self.cache.device, draft.depths()
-        positions = upload([[n + depth for depth in depths] for n in self.cache.rows], device)
+        """The tokens that scoring ``draft`` runs, roots first, and their positions: int64 [B, 1 + M] each.
+
+        Nodes that a row does not have may lie past the end of its context: they get the last position.
+        """
+        device, depths, last = self.cache.device, draft.depths(), self.target.context - 1
+        positions = upload([[min(n + depth, last) for depth in depths] for n in self.cache.rows], device)
         if draft.listed is None and waits(device):  # reading drafted tokens would wait for them
             return torch.cat((self.roots, draft.tokens.clamp(0, self.target.vocab_size - 1)), 1), positions
         rows = zip(self.ids, draft.lists(), strict=True)
