@@ -221,6 +221,36 @@ def test_a_second_cache_of_the_same_size_runs_beside_the_first() -> None:
 
 
 @torch.inference_mode()
+def test_rows_that_come_and_go_meet_buffers_of_their_shape() -> None:
+    """One row, two, and one again; and what begins in the buffer that these leave behind."""
+    target, eager = GraphedTarget(tiny_model("llama"), record=Replay), FusedTarget(tiny_model("llama"))
+
+    def step(runtime: FusedTarget, cache: caches.KVCache, token: int) -> Tensor:
+        ids, positions = torch.full((cache.batch, 1), token), torch.tensor(cache.rows)[:, None]
+        x = runtime.embed(ids, positions)
+        x = runtime.layers(x, 0, 4, Pass(positions, cache.mask(0, positions), cache))
+        cache.commit([[0]] * cache.batch)
+        return x
+
+    def play(runtime: FusedTarget) -> list[Tensor]:
+        cache = runtime.new_cache(1)
+        seen = [step(runtime, cache, token) for token in (5, 6)]
+        for _ in range(2):
+            cache.join(cache.take(0))
+            seen += [step(runtime, cache, token) for token in (7, 8)]
+            cache.select([1])
+            seen += [step(runtime, cache, token) for token in (9, 10)]
+        return seen
+
+    expected = play(eager)
+    for _ in range(3):
+        before = Replay.recorded
+        for got, right in zip(play(target), expected, strict=True):
+            assert torch.allclose(got, right, atol=2e-5)
+    assert Replay.recorded == before < Replay.replayed
+
+
+@torch.inference_mode()
 def test_the_stand_in_fails_where_a_graph_would_go_wrong() -> None:
     x, state = torch.ones(3), {"times": 2}
     graph = Replay(lambda: x.mul_(state["times"]))

@@ -141,7 +141,7 @@ class GraphedTarget(FusedTarget):
             whole = cache.whole
             self._buffers[batch] = user, whole
             self._steps = OrderedDict((key, step) for key, step in self._steps.items() if key[0] != batch)
-        keys, values = whole[0], whole[1]  # (N, B, Hkv, capacity, d)
+        keys, values = whole[:, :, :batch]  # (N, B, Hkv, capacity, d); more rows were there once
         stack = self._maps(x, lo, hi, given, grad=False)[lo:hi]
         windows = sorted(set(self.windows[lo:hi]), key=str)
         tapped = sorted(layer for layer in taps if lo <= layer <= hi)
