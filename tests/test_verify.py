@@ -100,6 +100,17 @@ def test_an_answer_cut_short_is_a_fault(model) -> None:
     assert not check.passed and "ends after 5 of 12" in check.details[0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_token_whose_distance_cannot_be_told_is_a_fault(dtype: torch.dtype) -> None:
+    model = tiny_model("llama", vocab_size=24).to(dtype)
+    right = greedy_reference(model, PROMPT, 12)
+    decoder, check = SpecDecoder(model, drafter="none"), Greedy(3, False)
+    model.get_output_embeddings().weight.data[9] = torch.nan  # the model's own answer is broken, too
+    check.take(decoder, "p", PROMPT, right, right, 12)
+    assert not check.passed and check.faults == len(right) and "nan below the best" in check.details[0]
+    assert misfits([Fit(0, 1, 4, 4, 0, 0, torch.nan, torch.nan)])
+
+
 def test_in_bfloat16_a_near_tie_passes_and_a_fault_does_not() -> None:
     model = tiny_model("llama", vocab_size=24).to(torch.bfloat16)
     head = model.get_output_embeddings().weight

@@ -86,7 +86,7 @@ class Greedy:
         self.argmax += int((gaps == 0).sum())
         self.near_ties += int(((gaps > 0) & (gaps <= limit)).sum())
         self.largest_gap = max(self.largest_gap, float(gaps.max()))
-        far = [i for i, gap in enumerate(gaps.tolist()) if gap > limit]
+        far = [i for i, gap in enumerate(gaps.tolist()) if not gap <= limit]  # NaN is no near-tie
         wrong = [f"token {i} is {answer[i]}, {float(gaps[i]):.3g} below the best" for i in far]
         if any(token in eos for token in answer[:-1]):
             wrong.append("it continues after the end of the text")
@@ -185,4 +185,4 @@ def chi_square_tail(statistic: float, degrees: int) -> float:
 
 def misfits(fits: list[Fit]) -> list[Fit]:
     """The fits that a lossless decoder would not have shown, at level ``ALPHA`` for all of them (Bonferroni)."""
-    return [fit for fit in fits if fit.faults or fit.impossible or fit.p_value < ALPHA / len(fits)]
+    return [fit for fit in fits if fit.faults or fit.impossible or not fit.p_value >= ALPHA / len(fits)]
