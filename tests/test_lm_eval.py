@@ -99,6 +99,14 @@ def test_it_is_registered_and_takes_what_a_decoder_takes(tasks: list[dict[str, A
     assert found["until"] and max(rows) == 2  # six prompts, two at a time
 
 
+def test_it_hides_no_other_model() -> None:
+    """In a process of its own: lm-eval registers its models as it looks for the first one."""
+    code = "import specdec.integrations.lm_eval; from lm_eval.api.registry import get_model as of\n"
+    code += "print(of('specdec').__name__, of('dummy').__name__, of('hf').__name__)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.split() == ["SpecDecLM", "DummyLM", "HFLM"], result.stderr[-2000:]
+
+
 @pytest.mark.slow
 def test_the_module_is_the_command(tmp_path: Path) -> None:
     save_tiny(tmp_path / "model")

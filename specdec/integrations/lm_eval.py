@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import lm_eval.models  # noqa: F401 (lm-eval registers its own only where none is registered)
 import torch
 from lm_eval import utils
 from lm_eval.api.model import TemplateLM
