@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from unittest.mock import Mock
 
 import numpy as np
@@ -11,8 +12,8 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from specdec.api.text import Detokenizer, encode
-from specdec.base.errors import SpecDecError
+from specdec.api.text import PLACEHOLDERS, Detokenizer, encode
+from specdec.base.errors import PromptTooLongError, SpecDecError
 
 
 class Bytes:
@@ -168,15 +169,15 @@ def special_tokenizer(kind: str) -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n|[^\n]+"), "isolated")
     backend.decoder = decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>")
-    right = kind == "greedy"  # tokens that take white space behind them along
+    right = kind == "greedy"  # tokens that take white space behind them along, or before them
     names = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|end|>x")
-    special = [AddedToken(name, special=True, normalized=False, rstrip=right) for name in names]
+    special = [AddedToken(name, special=True, normalized=False, rstrip=right, lstrip=kind == "eager") for name in names]
     tokenizer.add_special_tokens({"additional_special_tokens": special})
     tokenizer.chat_template = TEMPLATE
     return tokenizer
 
 
-KINDS = ("plain", "marked", "greedy")
+KINDS = ("plain", "marked", "greedy", "eager")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -215,6 +216,48 @@ def test_special_tokens_in_a_chat_come_from_the_template_alone(kind: str, conten
         text = tokenizer.apply_chat_template(messages, tokenize=False)  # nothing is lost
         plain = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
         assert re.sub(r"[▁\s]", "", tokenizer.decode(ids)) == re.sub(r"[▁\s]", "", tokenizer.decode(plain))
+
+
+@pytest.mark.parametrize("kind", ["greedy", "eager"])
+@pytest.mark.parametrize("content", ["<|end|>" + " " * 200_000 + "b", "<|end|> " * 25_000, "<|e" * 70_000 + "<|end|>"])
+def test_special_tokens_are_found_in_a_linear_time(kind: str, content: str) -> None:
+    tokenizer, began = special_tokenizer(kind), time.process_time()
+    ids = encode(tokenizer, content)
+    assert time.process_time() - began < 30  # where the time grows with the square it takes minutes
+    assert ids.count(tokenizer.convert_tokens_to_ids("<|end|>")) == 1
+
+
+def test_special_tokens_are_refused_where_nothing_can_stand_for_them() -> None:
+    tokenizer, private = special_tokenizer("plain"), "".join(map(chr, PLACEHOLDERS))
+    with pytest.raises(SpecDecError, match="spell out special tokens and use up the private characters"):
+        encode(tokenizer, [{"role": "user", "content": "a<|end|>"}, {"role": "user", "content": private}])
+    assert encode(tokenizer, [{"role": "user", "content": "a<|end|>"}, {"role": "user", "content": private[1:]}])
+
+
+def test_names_in_messages_spell_out_no_special_tokens_either() -> None:
+    tokenizer = special_tokenizer("plain")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.call | tojson }}{% endfor %}<|assistant|>"
+    ids = encode(tokenizer, [{"role": "user", "call": {"<|end|>": "<|user|>"}}])
+    assert [i for i in ids if i in tokenizer.added_tokens_decoder] == [ids[-1]]
+
+
+def test_the_length_of_messages_comes_before_all_else() -> None:
+    tokenizer = special_tokenizer("plain")
+    tokenizer.apply_chat_template = Mock(side_effect=AssertionError)  # type: ignore[method-assign]
+    with pytest.raises(PromptTooLongError, match="at most"):
+        encode(tokenizer, "<|end|>" * 1000, context=20)
+
+
+def test_special_tokens_alone_are_read_in_a_linear_time() -> None:
+    tokenizer = special_tokenizer("plain")
+    tokenizer.decode = Mock(side_effect=tokenizer.decode)  # type: ignore[method-assign]
+    a, end, user = tokenizer.convert_tokens_to_ids(["a", "<|end|>", "<|user|>"])
+    for detokenizer in (Detokenizer(tokenizer), Detokenizer(tokenizer, ["never", "x<|user|>"])):
+        for token in (a, *[end, user] * 200, a):
+            detokenizer.push(token)
+            detokenizer.take()
+        assert detokenizer.finish() == "" and detokenizer.text == "aa" and len(detokenizer.ids) == 402
+    assert sum(len(call.args[0]) for call in tokenizer.decode.mock_calls) < 2000
 
 
 def test_what_lies_between_special_tokens_is_tokenised_in_one_piece() -> None:

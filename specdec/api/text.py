@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +21,7 @@ Prompt = str | Sequence[int] | Tensor | Sequence[dict[str, str]]
 OPTIONS = {"chat": options.BOOL | options.NONE, "system": options.TEXT | options.NONE}
 CONTEXT = 16  # tokens before new ones with which these are decoded, at most: a token's text depends on its context
 LONG_TOKEN = 16  # characters; shorter prompts than the context holds of such tokens are tokenised to see
-PLACEHOLDERS = 0xF0000  # first of the private code points that stand for special tokens' text in a template
+PLACEHOLDERS = range(0xF0000, 0xFFFFE)  # private code points that stand for special tokens' text in a template
 _encoding = threading.Lock()  # of any tokenizer: whether it splits special tokens is a state of the tokenizer itself
 
 
@@ -64,7 +66,7 @@ def encode(
         if chat is False or (chat is None and not has_template):
             if system is not None:
                 raise SpecDecError("a system prompt needs a chat template; this prompt is used as plain text")
-            _check_length(tokenizer, prompt, context)
+            _check_length(tokenizer, len(prompt), context)
             with _encoding:
                 return _tokens(tokenizer, prompt)
         messages: list[Any] = [{"role": "user", "content": prompt}]
@@ -74,15 +76,14 @@ def encode(
         raise SpecDecError("this tokenizer has no chat template; use plain text (chat=False, --raw)")
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
+    _check_length(tokenizer, sum(map(len, _texts([messages, tools]))), context)
     special = _Special(tokenizer, [messages, tools])
-    more = {"tools": special.hidden(tools)} if tools else {}
+    messages, more = special.hidden(messages), {"tools": special.hidden(tools)} if tools else {}
     try:
-        text = tokenizer.apply_chat_template(
-            special.hidden(messages), add_generation_prompt=True, tokenize=False, **more
-        )
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **more)
     except Exception as error:  # templates are code of the model's author and may raise anything
         raise SpecDecError(f"the chat template refuses these messages: {error}") from None
-    _check_length(tokenizer, text, context)
+    _check_length(tokenizer, len(text), context)
     with _encoding:
         return special.encode(text)
 
@@ -98,26 +99,34 @@ class _Special:
 
     Each is replaced by one private character, which a template passes on, trims around and cannot take for markup.
     In the rendered chat, what lies between two special tokens and has such a character in it gets its text back and is
-    tokenised as plain text; all else is tokenised as it would be without any.
+    tokenised as plain text; all else is tokenised as it would be without any. Takes a time linear in the text.
     """
 
     def __init__(self, tokenizer: Any, messages: Any) -> None:
         self.tokenizer = tokenizer
-        self.tokens = sorted(special_tokens(tokenizer).values(), key=lambda token: -len(str(token)))
-        texts = "".join(_texts(messages))
-        spelled = [str(token) for token in self.tokens if str(token) in texts]
-        free = (chr(c) for c in range(PLACEHOLDERS, PLACEHOLDERS + 0xFFFE) if chr(c) not in texts)
-        self.stand_ins = dict(zip(spelled, free, strict=False))
+        self.tokens = {str(token): token for token in special_tokens(tokenizer).values()}
+        self.spelled = _any_of(tuple(self.tokens))
+        used = set[str]().union(*_texts(messages))
+        self.free = (chr(c) for c in PLACEHOLDERS if chr(c) not in used)
+        self.stand_ins = dict[str, str]()
 
     def hidden(self, messages: Any) -> Any:
-        """``messages`` with the characters in place of the tokens."""
-        if not self.stand_ins:
-            return messages
+        """``messages`` with the characters in place of the tokens. Raises SpecDecError where there are none left."""
         if isinstance(messages, str):
-            return re.sub("|".join(map(re.escape, self.stand_ins)), lambda m: self.stand_ins[m[0]], messages)
+            return self.spelled.sub(self._stand_in, messages) if self.tokens else messages
         if isinstance(messages, Mapping):
-            return {key: self.hidden(value) for key, value in messages.items()}
+            return {self.hidden(key): self.hidden(value) for key, value in messages.items()}
         return [self.hidden(value) for value in messages] if isinstance(messages, list | tuple) else messages
+
+    def _stand_in(self, found: re.Match[str]) -> str:
+        if found[0] not in self.stand_ins:
+            if (character := next(self.free, None)) is None:
+                raise SpecDecError(
+                    "the messages spell out special tokens and use up the private characters that stand for these; "
+                    "leave one or the other out"
+                )
+            self.stand_ins[found[0]] = character
+        return self.stand_ins[found[0]]
 
     def encode(self, text: str) -> list[int]:
         """The rendered chat as token ids."""
@@ -125,20 +134,42 @@ class _Special:
             return self._ids(text)
         back = {stand_in: token for token, stand_in in self.stand_ins.items()}
         marks = re.compile(f"[{''.join(back)}]")
-        space = r"\s*"  # beside a token that takes it along
-        tokens = [space * t.lstrip + re.escape(str(t)) + space * t.rstrip for t in self.tokens]
-        ids, clean = list[int](), ""
-        for part in re.split(f"({'|'.join(tokens)})", text):
-            if marks.search(part):
-                plain = marks.sub(lambda m: back[m[0]], part)
-                ids += self._ids(clean) + self._ids(plain, split_special_tokens=True)
-                clean = ""
-            else:
-                clean += part
-        return ids + self._ids(clean)
+        ids, clean = list[int](), list[str]()
+        parts = ["", *re.split(f"({self.spelled.pattern})", text), ""]  # a token, a text, a token ...
+        for before, part, after in zip(parts[:-1:2], parts[1::2], parts[2::2], strict=True):
+            clean.append(before)
+            if not marks.search(part):
+                clean.append(part)
+                continue
+            if before and self.tokens[before].rstrip:  # beside a token that takes white space along
+                clean.append(part[: len(part) - len(part.lstrip())])
+                part = part.lstrip()
+            space = part[len(part.rstrip()) :] if after and self.tokens[after].lstrip else ""
+            plain = marks.sub(lambda found: back[found[0]], part[: len(part) - len(space)])
+            ids += self._ids("".join(clean)) + self._ids(plain, split_special_tokens=True)
+            clean = [space]
+        return ids + self._ids("".join(clean))
 
     def _ids(self, text: str, **how: Any) -> list[int]:
         return _tokens(self.tokenizer, text, add_special_tokens=False, **how) if text else []
+
+
+@functools.lru_cache(16)
+def _any_of(words: tuple[str, ...]) -> re.Pattern[str]:
+    """A regular expression of the longest of ``words`` at a place. It reads no character twice there."""
+    tree: dict[str, Any] = {}
+    for word in words:
+        place = tree
+        for character in word:
+            place = place.setdefault(character, {})
+        place[""] = {}
+
+    def pattern(place: dict[str, Any]) -> str:
+        more = [re.escape(character) + pattern(after) for character, after in place.items() if character]
+        found = f"(?:{'|'.join(more)})" if len(more) > 1 else "".join(more)
+        return f"(?:{found})?" if found and "" in place else found
+
+    return re.compile(pattern(tree))
 
 
 def _tokens(tokenizer: Any, text: str, **how: Any) -> list[int]:
@@ -154,7 +185,7 @@ def _texts(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping | list | tuple):
-        for item in value.values() if isinstance(value, Mapping) else value:
+        for item in itertools.chain(value, value.values()) if isinstance(value, Mapping) else value:
             yield from _texts(item)
 
 
@@ -177,14 +208,14 @@ def _wrong(name: str, what: str) -> SpecDecError:
     )
 
 
-def _check_length(tokenizer: Any, text: str, context: int | None) -> None:
+def _check_length(tokenizer: Any, length: int, context: int | None) -> None:
     """Raise PromptTooLongError for text of more characters than ``context`` of the tokenizer's longest tokens have."""
-    if context is None or len(text) <= LONG_TOKEN * context:
+    if context is None or length <= LONG_TOKEN * context:
         return
     most = context * max(map(len, tokenizer.get_vocab()))
-    if len(text) > most:
+    if length > most:
         raise PromptTooLongError(
-            f"the prompt has {len(text)} characters; the model's context of {context} tokens holds at most {most}; "
+            f"the prompt has {length} characters; the model's context of {context} tokens holds at most {most}; "
             "shorten it"
         )
 
@@ -200,11 +231,11 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = (), shown: Sequence[str] = ()) -> None:
         self.tokenizer, self.stop, self.shown = tokenizer, [s for s in stop if s], list(shown)
-        special = special_tokens(tokenizer) if self.stop or shown else {}
-        self.special = {i: str(t) for i, t in special.items() if any(str(t) in s for s in [*self.stop, *shown])}
+        self.special = {i: str(token) for i, token in special_tokens(tokenizer).items()}
+        self.matched = {i for i, t in self.special.items() if any(t in s for s in [*self.stop, *shown])}
         self.ids: list[int] = []
-        self.start = self.read = 0  # ids[start:read] are context, whose text has been taken; ids[read:] are new
-        self.context = ""  # the text of the former
+        self.window: list[int] = []  # those that have text: first of context, whose text has been taken, then new ones
+        self.old, self.context = 0, ""  # how many are context, and its text
         self.text = ""  # all complete text, up to the stop string
         self.whole = ""  # the same with the special tokens that stop strings have in them
         self.unseen: list[tuple[int, int]] = []  # where those are in it, and how long they are
@@ -212,10 +243,12 @@ class Detokenizer:
         self.stopped = False
 
     def push(self, token: int) -> None:
-        if token in self.special and not self.stopped:
+        self.ids.append(token)
+        if token not in self.special:
+            self.window.append(token)
+        elif token in self.matched and not self.stopped:
             self._read(complete=False)
             self._extend(self.special[token], seen=self.special[token] in self.shown)
-        self.ids.append(token)
         if self.stop:
             self._read()
 
@@ -226,15 +259,17 @@ class Detokenizer:
         return self._send(len(self.text) if self.stopped else self._place(len(self.whole) - hold))
 
     def _read(self, complete: bool = True) -> None:
-        text = self._decode(self.ids[self.start :])
+        if len(self.window) == self.old:
+            return
+        text = self._decode(self.window)
         # A trailing replacement character is most likely half of a multi-byte one: wait for the rest.
         if len(text) > len(self.context) and not (complete and text.endswith("�")):
             self._extend(text[len(self.context) :])
             self.context = text
-            if len(self.ids) - self.start > CONTEXT:
-                self.start = self.read
-                self.context = self._decode(self.ids[self.start :])
-            self.read = len(self.ids)
+            if len(self.window) > CONTEXT:
+                del self.window[: self.old]
+                self.context = self._decode(self.window)
+            self.old = len(self.window)
 
     def finish(self) -> str:
         """The text held back so far, at the end of the output."""
