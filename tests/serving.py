@@ -26,6 +26,7 @@ from specdec.engine.request import Event, Request
 from specdec.serve.app import make_app
 from specdec.serve.run import address, bind, config
 from specdec.serve.settings import Settings
+from specdec.speculation.sampling import Chooser
 
 NAME = "tiny"
 USER = [{"role": "user", "content": "Name three colours."}]
@@ -183,10 +184,13 @@ class _Replayed:
 def stand_in(tokenizer: Any, context: int = 4096, vocab: int = 512) -> Any:
     """A decoder for servers around ``Replay``: a tokenizer, and nothing to decode with."""
     target = SimpleNamespace(context=context, vocab_size=vocab)
-    model = SimpleNamespace(generation_config=None, device="cpu", _get_logits_processor=lambda config, **more: [])
     drafter = SimpleNamespace(label="none")
     return SimpleNamespace(
-        tokenizer=tokenizer, target=target, model=model, drafter=drafter, eos_ids=lambda: frozenset({0})
+        tokenizer=tokenizer,
+        target=target,
+        drafter=drafter,
+        eos_ids=lambda: frozenset({0}),
+        chooser=lambda prompt, limit, params, *more: Chooser(params),
     )
 
 

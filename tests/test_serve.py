@@ -126,6 +126,21 @@ def test_messages_may_be_parts_and_come_from_developers(server: Server) -> None:
     assert server.chat(messages=answered).status_code == 200
 
 
+def test_penalties_and_biases_are_those_of_plain_decoding(server: Server, decoder: SpecDecoder, truth: str) -> None:
+    asked = {"frequency_penalty": 0.7, "presence_penalty": 0.4, "logit_bias": {"40": 0.5, "41": -100}}
+    given = asked | {"logit_bias": {40: 0.5, 41: -100}}
+    right = decoder.with_drafter("none").generate(USER, max_new_tokens=24, **given).text
+    found = server.chat(**GREEDY, **asked).json()
+    assert found["choices"][0]["message"]["content"] == right != truth[:24]
+    assert server.chat(**GREEDY, **asked, speculative_decoding=False).json()["choices"] == found["choices"]
+
+
+def test_what_changes_no_text_is_taken(server: Server, truth: str) -> None:
+    more = {"metadata": {"a": "b"}, "user": "x", "store": True, "service_tier": "flex", "parallel_tool_calls": True}
+    found = server.chat(**GREEDY, **more, prompt_cache_key="k", safety_identifier="s", frequency_penalty=0)
+    assert found.json()["choices"][0]["message"]["content"] == truth[:24]
+
+
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 
@@ -150,6 +165,10 @@ WRONG: dict[str, tuple[dict[str, Any], str | None]] = {
     "no probability": ({"top_p": 0}, "top_p"),
     "too much probability": ({"top_p": 1.5}, "top_p"),
     "a penalty by which logits become infinite": ({"repetition_penalty": 5e-324}, "repetition_penalty"),
+    "a large penalty": ({"frequency_penalty": 2.5}, "frequency_penalty"),
+    "a bias of no token": ({"logit_bias": {"x": 1}}, "logit_bias.x"),
+    "a bias of a token that the model lacks": ({"logit_bias": {"99999": 1}}, "logit_bias"),
+    "a huge bias": ({"logit_bias": {"5": 1000}}, "logit_bias"),
     "a character without a token": ({"messages": [{"role": "user", "content": "\x1b"}]}, "messages"),
     "no tokens": ({"max_tokens": 0}, "max_tokens"),
     "a fraction of a token": ({"max_tokens": 1.5}, "max_tokens"),

@@ -8,7 +8,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -35,7 +35,7 @@ from specdec.runtimes.select import make_target, needs_cpu
 from specdec.speculation import registry
 from specdec.speculation.constraints import Compiled, Constraint, compiled
 from specdec.speculation.draft import Drafter, Verifier
-from specdec.speculation.sampling import Sampler, SamplingParams, streams
+from specdec.speculation.sampling import Chooser, Sampler, SamplingParams, streams
 
 LOSSY_DEPTH = 4  # of drafts under a lossy rule that scores them, where the depth is "auto"
 PARTS = {"cpu": 96}  # tokens of new prompts in a step of an engine, by device: a few blocks of the kernels
@@ -159,6 +159,12 @@ class SpecDecoder:
             self.target.experts.close()
             self.target.experts = None
 
+    def __enter__(self) -> SpecDecoder:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
     def with_drafter(self, drafter: str | Path | Drafter, **drafter_options: Any) -> SpecDecoder:
         """A second decoder with another drafter, sharing this one's model, tokenizer, target and verifier."""
         options.check_values({"drafter": drafter}, CONSTRUCTOR)
@@ -203,6 +209,9 @@ class SpecDecoder:
         min_p: float = 0.0,
         repetition_penalty: float | None = None,
         seed: int = 0,
+        frequency_penalty: float = 0.0,
+        presence_penalty: float = 0.0,
+        logit_bias: Mapping[int, float] | None = None,
         stop: str | Sequence[str] = (),
         chat: bool | None = None,
         system: str | None = None,
@@ -217,9 +226,9 @@ class SpecDecoder:
 
         max_new_tokens: most new tokens per row (also bounded by the model's context).
         num_speculative_tokens: depth of each draft; "auto" chooses it from measured costs and running
-        acceptance, down to plain decoding (of ``tuned`` settings, it is theirs). temperature 0 is greedy; the sampling
-        options are those of ``SamplingParams``. repetition_penalty: None is that of the model's ``generation_config``,
-        see ``specdec.models.generation_config``. stop: strings that end a row; special tokens in
+        acceptance, down to plain decoding (of ``tuned`` settings, it is theirs). temperature 0 is greedy; the options
+        from there to ``logit_bias`` are those of ``SamplingParams``. repetition_penalty: None is that of the model's
+        ``generation_config``, see ``specdec.models.generation_config``. stop: strings that end a row; special tokens in
         them are matched, too. chat: wrap text in the chat template (None: if the tokenizer has one), after a ``system``
         message. logits_processor: HF processors, applied to every position. ignore_eos: go on to the limit.
         constraint: what the new text must be (Json, Regex, Grammar or Choice); the limit and stop strings may still cut
@@ -229,8 +238,9 @@ class SpecDecoder:
         max_rows: most rows that are decoded at once; another begins when one has ended. None: all.
         Raises SpecDecError for values of the wrong type or out of range and for prompts that do not fit.
         """
-        penalty = 1.0 if repetition_penalty is None else repetition_penalty
-        params = SamplingParams(temperature, top_k, top_p, min_p, penalty, seed)
+        params = SamplingParams(
+            temperature, top_k, top_p, min_p, repetition_penalty, seed, frequency_penalty, presence_penalty, logit_bias
+        )
         if isinstance(prompts, Tensor) and prompts.dim() == 2:
             prompts = list(prompts)
         if not isinstance(prompts, Sequence) or isinstance(prompts, str | bytes):
@@ -264,7 +274,7 @@ class SpecDecoder:
         if logprobs is not None:
             self.check_logprobs()
         rule = None if constraint is None else self.compile(constraint, ignore_eos)
-        sampler = self.sampler(ids, limits, params, repetition_penalty, logits_processor, rule)
+        sampler = self.sampler(ids, limits, params, logits_processor, rule)
         ends = frozenset() if ignore_eos else self.eos_ids()
         requests = [
             Request(row, limit, eos=ends, chooser=chooser, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
@@ -358,31 +368,37 @@ class SpecDecoder:
             _busy.add(id(self.drafter))
             return id(self.drafter)
 
+    def chooser(
+        self,
+        prompt: Sequence[int],
+        limit: int,
+        params: SamplingParams,
+        processors: Sequence[LogitsProcessor] = (),
+        constraint: Compiled | None = None,
+        stream: int = 0,
+    ) -> Chooser:
+        """What chooses the tokens after a prompt (token ids), at most ``limit`` new ones.
+
+        processors: HF's. stream: which of several answers to one prompt.
+        """
+        made = generation_config.processors(self.model, prompt, limit, params.repetition_penalty, processors)
+        made += [] if constraint is None else [constraint.state(prompt)]
+        own = replace(params, repetition_penalty=None)  # transformers has made it
+        return Chooser(own, made, stream, start=len(prompt))
+
     def sampler(
         self,
         prompts: Sequence[Sequence[int]],
         limits: Sequence[int],
         params: SamplingParams,
-        repetition_penalty: float | None = None,
         processors: Sequence[LogitsProcessor] = (),
         constraint: Compiled | None = None,
     ) -> Sampler:
-        """What chooses the tokens of a batch of prompts (token ids), at most ``limits`` new ones each.
-
-        repetition_penalty: as in ``open``; that of ``params`` is not used.
-        """
-        own = replace(params, repetition_penalty=1.0)  # transformers makes the penalty, too
-        rows = [
-            generation_config.processors(self.model, row, limit, repetition_penalty, processors)
-            + ([] if constraint is None else [constraint.state(row)])
-            for row, limit in zip(prompts, limits, strict=True)
-        ]
-        if not any(rows):
-            return Sampler(own, streams=streams(prompts))
-        sampler = Sampler(own, streams=())
-        for made, stream in zip(rows, streams(prompts), strict=True):
-            sampler.join(Sampler(own, made, [stream]))
-        return sampler
+        """The same of a batch of prompts."""
+        rows = zip(prompts, limits, streams(prompts), strict=True)
+        return Sampler.of(
+            [self.chooser(row, most, params, processors, constraint, number) for row, most, number in rows]
+        )
 
     def compile(self, constraint: Constraint, ignore_eos: bool = False) -> Compiled:
         """Prepare a constraint for requests. Raises SpecDecError where it is invalid or cannot be kept."""

@@ -88,6 +88,15 @@ def generate(
         float | None,
         _sampling("--repetition-penalty", "Above 1 discourages repetition; if not given, the model's own.", "R"),
     ] = None,
+    frequency_penalty: Annotated[
+        float, _sampling("--frequency-penalty", "Taken from a token's logit for each time it has come.", "P")
+    ] = 0.0,
+    presence_penalty: Annotated[
+        float, _sampling("--presence-penalty", "Taken from the logit of each token that has come.", "P")
+    ] = 0.0,
+    logit_bias: Annotated[
+        list[str] | None, _sampling("--logit-bias", "Added to a token's logit; repeatable.", "TOKEN=BIAS")
+    ] = None,
     seed: shared.Seed = 0,
     compare: Annotated[
         bool, _output("--compare", "Also decode plainly: speedup, and is the output identical?")
@@ -109,12 +118,14 @@ def generate(
         from specdec.speculation.sampling import SamplingParams
 
         # What can be checked without the model comes first: it may have to be downloaded.
-        penalty = 1.0 if repetition_penalty is None else repetition_penalty
-        params = SamplingParams(temperature, top_k, top_p, min_p, penalty, seed)
+        bias = _bias(logit_bias or [])
+        params = SamplingParams(
+            temperature, top_k, top_p, min_p, repetition_penalty, seed, frequency_penalty, presence_penalty, bias
+        )
         settings: dict[str, Any] = {
             "max_new_tokens": max_new_tokens,
             "num_speculative_tokens": shared.depth(num_speculative_tokens),
-            **(vars(params) | {"repetition_penalty": repetition_penalty}),
+            **vars(params),
             "stop": stop,
             "constraint": None if json_schema is None else _schema(json_schema),
         }
@@ -170,7 +181,7 @@ def generate(
         if not interrupted:
             limit = min(max_new_tokens, decoder.target.context - len(ids))
             constraint = None if json_schema is None else decoder.compile(settings["constraint"])
-            sampler = decoder.sampler([ids], [limit], params, repetition_penalty, constraint=constraint)
+            sampler = decoder.sampler([ids], [limit], params, constraint=constraint)
             comparison = compared(decoder, ids, sampler, output, baseline)
 
     if as_json:
@@ -238,6 +249,14 @@ def _schema(file: Path) -> Json:
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else error
         raise SpecDecError(f"--json-schema: {file} cannot be read: {why}") from None
+
+
+def _bias(pairs: list[str]) -> dict[int, float] | None:
+    """The bias of logits by token id. Raises SpecDecError for what is none."""
+    try:
+        return {int(token): float(bias) for token, _, bias in (pair.partition("=") for pair in pairs)} or None
+    except ValueError:
+        raise SpecDecError("--logit-bias takes TOKEN=BIAS, a token id and a number, such as 504=-100") from None
 
 
 def _expert_options(cache: str | None, prefetch: str, more: list[str]) -> ExpertOptions | None:

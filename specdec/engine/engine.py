@@ -110,6 +110,8 @@ class Engine:
                 f"the prompt has {len(request.prompt)} tokens; with at least one new token it does not fit the model's "
                 f"context of {context}; shorten it"
             )
+        if request.sampling.transforms.highest >= self.target.vocab_size:
+            raise SpecDecError(f"logit_bias has token ids outside the model's vocabulary of {self.target.vocab_size}")
         request.limit = min(request.limit, context - len(request.prompt))
         request.submitted = time.perf_counter()
         with self._gate:
@@ -307,6 +309,12 @@ class Engine:
             if not self._closed:
                 self._closed = True
                 self.ended()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     # -- figures ------------------------------------------------------------------------------------------------------
 

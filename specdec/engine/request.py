@@ -59,7 +59,7 @@ class Request:
         self.ids = list(self.prompt)
         self.metrics = RequestMetrics(len(self.prompt))
         if self.chooser is None:
-            self.chooser = Chooser(self.params, self.processors, self.stream)
+            self.chooser = Chooser(self.params, self.processors, self.stream, start=len(self.prompt))
 
     @property
     def sampling(self) -> Chooser:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from specdec.api.decoder import SpecDecoder
 from specdec.api.text import Detokenizer
 from specdec.engine.request import Request
-from specdec.models import generation_config
 from specdec.speculation.constraints import Compiled
 from specdec.speculation.sampling import SamplingParams
 
@@ -21,7 +19,6 @@ def make_request(
     limit: int | None,
     stops: Sequence[str] = (),
     *,
-    repetition_penalty: float | None = None,
     stream: int = 0,
     ignore_eos: bool = False,
     draft: bool = True,
@@ -31,19 +28,15 @@ def make_request(
 ) -> Request:
     """A request for at most ``limit`` new tokens, and no more than the model's context has place for.
 
-    repetition_penalty: None is that of the model's ``generation_config``; that of ``params`` is not used. stream: which
-    of several answers to one prompt. draft: False decodes plainly. constraint: what the answer must be.
+    stream: which of several answers to one prompt. draft: False decodes plainly. constraint: what the answer must be.
     logprobs, prompt_logprobs: as in ``Request``.
     """
     free = decoder.target.context - len(prompt)
     most = free if limit is None else min(limit, free)
-    processors = generation_config.processors(decoder.model, prompt, most, repetition_penalty, ())
     return Request(
         prompt=prompt,
         limit=most,
-        params=replace(params, repetition_penalty=1.0),
-        processors=processors + ([] if constraint is None else [constraint.state(prompt)]),
-        stream=stream,
+        chooser=decoder.chooser(prompt, most, params, (), constraint, stream),
         eos=frozenset() if ignore_eos else decoder.eos_ids(),
         stop=StopStrings(decoder.tokenizer, stops) if stops else None,
         draft=draft,

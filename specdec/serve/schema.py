@@ -11,26 +11,24 @@ from specdec.base.options import MAX_SEED
 from specdec.speculation.constraints import Json
 
 MAX_STOPS = 4
+MAX_BIASES = 1024
 Text = Annotated[str, Field(min_length=1)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 Top = Annotated[int, Field(ge=0, le=20)]
+Penalty = Annotated[float, Field(ge=-2, le=2)] | None
+TokenId = Annotated[str, Field(pattern="^[0-9]{1,9}$")]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
 # Parameters that are not supported: the values by which clients say that they do not use them.
 UNUSED: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "best_of": (1,),
-    "frequency_penalty": (0,),
     "function_call": ("none",),
     "functions": ([],),
-    "logit_bias": ({},),
-    "metadata": ({},),
     "modalities": (["text"],),
     "prediction": (),
-    "presence_penalty": (0,),
     "reasoning_effort": (),
-    "service_tier": ("auto", "default"),
-    "store": (False,),
     "suffix": ("",),
 }
 IN_A_MESSAGE = ("annotations", "audio", "function_call", "refusal", "tool_calls")
@@ -122,7 +120,15 @@ class Sampling(Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
-    user: Annotated[str, Field(max_length=256)] | None = None
+    frequency_penalty: Penalty = None
+    presence_penalty: Penalty = None
+    logit_bias: Annotated[dict[TokenId, Bias], Field(max_length=MAX_BIASES)] | None = None
+    metadata: Any = None  # this and what follows changes nothing
+    prompt_cache_key: Any = None
+    safety_identifier: Any = None
+    service_tier: Any = None
+    store: Any = None
+    user: Any = None
     ignore_eos: bool = False
     speculative_decoding: bool = True
     include_metrics: bool = True
@@ -142,6 +148,11 @@ class Sampling(Body):
     @property
     def stops(self) -> list[str]:
         return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
+
+    @property
+    def bias(self) -> dict[int, float]:
+        """Of logits, by token id."""
+        return {int(token): bias for token, bias in (self.logit_bias or {}).items()}
 
     @property
     def limit(self) -> int | None:

@@ -120,6 +120,7 @@ class Service:
             raise ApiError(400, message, "max_tokens", "invalid_value")
         if body.top is not None:
             self.decoder.check_logprobs()
+        self.check_tokens("logit_bias", list(body.bias))
         seed = secrets.randbelow(SEEDS) if body.seed is None else body.seed
         rows = [prompt for prompt in prompts for _ in range(n)]
         choices: list[Choice] = []
@@ -153,7 +154,11 @@ class Service:
             top_k=body.top_k or 0,
             top_p=1.0 if body.top_p is None else body.top_p,
             min_p=body.min_p or 0.0,
+            repetition_penalty=body.repetition_penalty,
             seed=seed,
+            frequency_penalty=body.frequency_penalty or 0.0,
+            presence_penalty=body.presence_penalty or 0.0,
+            logit_bias=body.bias,
         )
         return make_request(
             self.decoder,
@@ -161,7 +166,6 @@ class Service:
             params,
             min(bounds, default=None),
             body.stops,
-            repetition_penalty=body.repetition_penalty,
             stream=stream,
             ignore_eos=body.ignore_eos,
             draft=body.speculative_decoding,

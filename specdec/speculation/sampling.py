@@ -5,13 +5,13 @@ from their softmax. The noise of a token depends on the request's seed and on th
 sampled does not depend on the drafter, on the depth of drafts, or on the rest of the batch: acceptance is the walk of
 greedy decoding, and a drafter that adds the same noise to its own logits proposes what the model is likely to choose
 (Daliri et al. 2024, arXiv 2408.07978). The transforms are Hugging Face's own logits processors, in ``generate``'s
-order. Knows nothing about drafts.
+order, and the penalties and the bias of OpenAI's interface. Knows nothing about drafts.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,13 +29,24 @@ from transformers import (
 from specdec.base import options
 from specdec.speculation.constraints import ConstraintState
 
+_PENALTY = options.numbers("in [-2, 2] (0 = off)", lambda value: -2 <= value <= 2)
 SAMPLING = {
     "temperature": options.numbers(">= 0 (0 = greedy)", lambda value: value >= 0),
     "top_k": options.wholes_from(0, note=" (0 = off)"),
     "top_p": options.numbers("in (0, 1] (1 = off)", lambda value: 0 < value <= 1),
     "min_p": options.numbers("in [0, 1] (0 = off)", lambda value: 0 <= value <= 1),
-    "repetition_penalty": options.numbers("> 0 (1 = off)", lambda value: value > 0),
+    "repetition_penalty": options.NONE | options.numbers("> 0 (1 = off)", lambda value: value > 0),
     "seed": options.SEED,
+    "frequency_penalty": _PENALTY,
+    "presence_penalty": _PENALTY,
+    "logit_bias": options.NONE
+    | options.Kind(
+        "a mapping of token ids to numbers in [-100, 100]",
+        lambda value: all(
+            options.is_whole(token) and token >= 0 and options.is_number(bias) and -100 <= bias <= 100
+            for token, bias in value.items()
+        ),
+    ),
 }
 
 Prefixes = Callable[[], Sequence[Sequence[Sequence[int]]]]  # [B][T]: the tokens before each position
@@ -46,35 +57,68 @@ class SamplingParams:
     """How the next token is chosen.
 
     temperature: 0 = greedy (the most likely token), and so is all below ``options.GREEDY_BELOW``. top_k: 0 = off.
-    top_p, min_p: nucleus and relative cut-off. repetition_penalty: 1 = off. seed: of the noise by which tokens are
-    drawn, a whole number in [0, 2**63 - 1].
+    top_p, min_p: nucleus and relative cut-off. repetition_penalty: 1 = off; None: the model's own, where a decoder
+    knows it. seed: of the noise by which tokens are drawn, a whole number in [0, 2**63 - 1]. frequency_penalty,
+    presence_penalty: taken from a token's logit for each time, and once if, it is among the new tokens. logit_bias:
+    added to logits, by token.
     """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
-    repetition_penalty: float = 1.0
+    repetition_penalty: float | None = None
     seed: int = 0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = None
 
     def __post_init__(self) -> None:
         options.check_values(vars(self), SAMPLING)
         for name, value in vars(self).items():  # NumPy's numbers become Python's
-            object.__setattr__(self, name, int(value) if options.is_whole(value) else float(value))
+            if isinstance(value, Mapping):
+                object.__setattr__(self, name, {int(token): float(bias) for token, bias in value.items()})
+            elif value is not None:
+                object.__setattr__(self, name, int(value) if options.is_whole(value) else float(value))
         if self.temperature < options.GREEDY_BELOW:
             object.__setattr__(self, "temperature", 0.0)
 
 
-class Transforms:
-    """Logits -> processed logits: ``params`` and extra HF ``processors``, as ``generate`` applies them."""
+class Penalties(LogitsProcessor):  # type: ignore[misc]
+    """The frequency and the presence penalty of the tokens from number ``start`` on, and the bias of logits."""
 
-    def __init__(self, params: SamplingParams, processors: Sequence[LogitsProcessor] = ()) -> None:
+    def __init__(self, params: SamplingParams, start: int) -> None:
+        self.frequency, self.presence, self.start = params.frequency_penalty, params.presence_penalty, start
+        bias = params.logit_bias or {}
+        self.biased, self.bias = torch.tensor(list(bias), dtype=torch.long), torch.tensor(list(bias.values()))
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        scores = scores.index_add(-1, self.biased.to(scores.device), self.bias.to(scores).expand(len(scores), -1))
+        for row, new in zip(scores, input_ids[:, self.start :], strict=True):
+            tokens, counts = new.unique(return_counts=True)
+            row[tokens] -= self.frequency * counts + self.presence
+        return scores
+
+
+class Transforms:
+    """Logits -> processed logits: ``params`` and extra HF ``processors``, as ``generate`` applies them.
+
+    start: tokens of the prompt, which the frequency and the presence penalty do not count. alike: the same for
+    transforms of several rows that do the same.
+    """
+
+    def __init__(self, params: SamplingParams, processors: Sequence[LogitsProcessor] = (), start: int = 0) -> None:
         self.greedy = params.temperature == 0
         self.sharpness = 1.0 if self.greedy else max(1.0 / params.temperature, 1.0)
         self.processors: list[LogitsProcessor] = []  # those that look at the tokens before a position
-        if params.repetition_penalty != 1:
+        if params.repetition_penalty not in (None, 1):
             self.processors.append(RepetitionPenaltyLogitsProcessor(params.repetition_penalty))
         self.processors += processors
+        if params.frequency_penalty or params.presence_penalty or params.logit_bias:
+            self.processors.append(Penalties(params, start))
+        self.highest = max(params.logit_bias or (), default=-1)  # token id with a bias
+        own = (params.temperature, params.top_k, params.top_p, params.min_p)
+        self.alike: Hashable = id(self) if self.processors else own
         self.warpers: list[LogitsProcessor] = []
         if not self.greedy:
             if params.temperature != 1:
@@ -140,8 +184,8 @@ class Noise:
 class Chooser:
     """How one row's tokens are chosen.
 
-    stream: rows with one seed draw alike at one position unless their streams differ. transforms: those of another row,
-    where they are the same.
+    stream: rows with one seed draw alike at one position unless their streams differ. transforms: in place of those
+    that ``params``, ``processors`` and ``start`` make.
     """
 
     def __init__(
@@ -150,8 +194,9 @@ class Chooser:
         processors: Sequence[LogitsProcessor] = (),
         stream: int = 0,
         transforms: Transforms | None = None,
+        start: int = 0,
     ) -> None:
-        self.transforms = Transforms(params, processors) if transforms is None else transforms
+        self.transforms = Transforms(params, processors, start) if transforms is None else transforms
         self.noise = Noise(params.seed, stream)
 
     @property
@@ -221,9 +266,9 @@ class Sampler:
 
         vocab: int64 [V'], the tokens that logits are over; None: all, as it has to be if it ``needs_prefixes``.
         """
-        groups: dict[int, list[int]] = {}  # rows by what transforms them
+        groups: dict[Hashable, list[int]] = {}  # rows by what transforms them
         for b, row in enumerate(self.rows):
-            groups.setdefault(id(row.transforms), []).append(b)
+            groups.setdefault(row.transforms.alike, []).append(b)
         if len(groups) == 1:
             return self.rows[0].transforms(logits, prefixes, vocab)
         scores = torch.empty_like(logits, dtype=torch.float32)
