@@ -42,6 +42,9 @@ from specdec.engine.engine import Engine
 from specdec.engine.metrics import RequestMetrics
 from specdec.engine.request import Request
 from specdec.models.generation_config import STATEFUL
+from specdec.runtimes.cache import KVCache
+from specdec.runtimes.prefill import prefill
+from specdec.runtimes.target import Target
 from specdec.speculation.draft import Drafter
 from specdec.speculation.sampling import Chooser, SamplingParams, Transforms, streams
 
@@ -237,7 +240,13 @@ def _check_inputs(prompts: Sequence[Sequence[int]], input_ids: Tensor, model_kwa
 
 
 class _Records:
-    """Logits and scores [V] of positions by the new tokens before them; drafts that are not accepted have some, too."""
+    """Logits and scores [V] of positions by the new tokens before them; drafts that are not accepted have some, too.
+
+    of: the processors of the row. cache: of the row with its padding, once it has ended.
+    """
+
+    of: _OfRow
+    cache: KVCache | None = None
 
     def __init__(self) -> None:
         self.found: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
@@ -247,6 +256,15 @@ class _Records:
         pair = self.found[tuple(tokens)]
         self.found = {before: kept for before, kept in self.found.items() if len(before) > len(tokens)}
         return pair
+
+    @torch.inference_mode()
+    def run(self, target: Target, ids: list[int]) -> tuple[Tensor, Tensor]:
+        """Those after ``ids``, a row that has ended and its padding: transformers runs the model on that, too."""
+        if self.cache is None:
+            self.cache = target.new_cache(1)
+        last = prefill(target, self.cache, [ids[self.cache.rows[0] :]])
+        self.of(torch.tensor([ids]), target.readout(last)[:, 0])
+        return self.take(ids[self.of.prompt :])
 
 
 class _OfRow(LogitsProcessor):
@@ -296,7 +314,8 @@ def _choosers(
     rows, batch = [], len(prompts)
     for b, (prompt, stream) in enumerate(zip(prompts, streams(prompts), strict=True)):
         own = _OfRow(processors, b, input_ids[b : b + 1, : input_ids.shape[1] - len(prompt)], len(prompt), batch)
-        own.records = records[b] if records else None
+        if records:
+            own.records, records[b].of = records[b], own
         transforms = Transforms(params, [own] if processors or records else [])
         transforms.warpers = warpers
         rows.append(Chooser(params, stream=stream, transforms=transforms))
@@ -335,7 +354,7 @@ class _Call:
             if error := next((request.error for request in requests if request.error is not None), None):
                 raise error
             while bool(self.unfinished.any()) and (tokens := self._next(requests)) is not None:
-                self._grow(requests, tokens)
+                self._grow(engine.target, requests, tokens)
                 if streamer is not None:
                     streamer.put(torch.tensor(tokens))
             if not bool(self.unfinished.any()):
@@ -357,10 +376,10 @@ class _Call:
         """Which rows still get tokens: where no token ends a row, those that criteria have ended do, too."""
         return [going or not self.pads for going in self.unfinished.tolist()]
 
-    def _grow(self, requests: Sequence[Request], tokens: list[int]) -> None:
+    def _grow(self, target: Target, requests: Sequence[Request], tokens: list[int]) -> None:
         """Add a position, and see which rows it ends."""
         if self.records:
-            self._record(requests)
+            self._record(target, requests)
         new = torch.tensor(tokens, device=self.sequences.device, dtype=self.sequences.dtype)
         self.sequences = torch.cat((self.sequences, new[:, None]), 1)
         self.count += 1
@@ -368,16 +387,12 @@ class _Call:
         for request, going in zip(requests, self._going(), strict=True):
             request.cancelled = not going
 
-    def _record(self, requests: Sequence[Request]) -> None:
-        """Add the logits and scores of the position; in rows that are finished, padding is certain."""
-        pairs = []
-        for request, records, going in zip(requests, self.records, self._going(), strict=True):
-            begin = len(request.prompt)
-            pairs.append(records.take(request.ids[begin : begin + self.count]) if going else None)
-        some = next(pair[0] for pair in pairs if pair is not None)
-        certain = torch.full_like(some, -torch.inf)
-        certain[self.pad] = 0.0
-        logits, scores = zip(*(pair or (certain, certain) for pair in pairs), strict=True)
+    def _record(self, target: Target, requests: Sequence[Request]) -> None:
+        """Add the logits and scores of the position."""
+        pairs, new = list[tuple[Tensor, Tensor]](), self.sequences[:, self.sequences.shape[1] - self.count :].tolist()
+        for request, records, own, going in zip(requests, self.records, new, self._going(), strict=True):
+            pairs.append(records.take(own) if going else records.run(target, [*request.prompt, *own]))
+        logits, scores = zip(*pairs, strict=True)
         self.logits += (torch.stack(logits),)
         self.scores += (torch.stack(scores),)
 
