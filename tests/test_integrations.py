@@ -227,8 +227,32 @@ def test_unknown_options_are_refused_by_name() -> None:
     with pytest.raises(SpecDecError, match="ngrams") as error:
         model.generate(ids, custom_generate=SpecGenerate("prompt-lookup", drafter_options={"ngrams": 3}))
     assert "\n" not in str(error.value)
-    with pytest.raises(SpecDecError, match="num_speculative_tokens"):
-        model.generate(ids, custom_generate=SpecGenerate("prompt-lookup", num_speculative_tokens=0))
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"drafter": "nope"}, "unknown drafter 'nope'"),
+        ({"drafter": 3}, "drafter must be text or a path or a Drafter"),
+        ({"runtme": "native"}, "SpecGenerate takes no 'runtme' .did you mean 'runtime'"),
+        ({"runtime": "nativ"}, "unknown runtime 'nativ'"),
+        ({"kv_cache": "int4"}, "unknown kv_cache 'int4'"),
+        ({"verifier": "nope"}, "unknown verifier 'nope'"),
+        ({"num_speculative_tokens": 0}, "num_speculative_tokens must be"),
+    ],
+)
+def test_bad_settings_are_refused_when_it_is_made(given: dict[str, Any], text: str) -> None:
+    with pytest.raises(SpecDecError, match=text):
+        SpecGenerate(**given)
+
+
+def test_the_first_call_says_what_it_prepares(capsys: pytest.CaptureFixture[str]) -> None:
+    model, spec = tiny_model(), SpecGenerate("prompt-lookup")
+    model.generate(torch.tensor(ROWS[:1]), max_new_tokens=2, custom_generate=spec)
+    [line] = capsys.readouterr().err.splitlines()
+    assert "preparing the llama model for drafter 'prompt-lookup'" in line
+    model.generate(torch.tensor(ROWS[:1]), max_new_tokens=2, custom_generate=spec)
+    assert not capsys.readouterr().err
 
 
 def test_encoder_decoder_models_are_refused() -> None:

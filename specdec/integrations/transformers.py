@@ -36,7 +36,9 @@ from transformers import (
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.logits_process import TopHLogitsWarper
 
+from specdec.api.arguments import CONSTRUCTOR, REQUEST
 from specdec.api.decoder import SpecDecoder
+from specdec.base import options, terminal
 from specdec.base.errors import SpecDecError
 from specdec.engine.engine import Engine
 from specdec.engine.metrics import RequestMetrics
@@ -44,7 +46,9 @@ from specdec.engine.request import Request
 from specdec.models.generation_config import STATEFUL
 from specdec.runtimes.cache import KVCache
 from specdec.runtimes.prefill import prefill
+from specdec.runtimes.select import check_names
 from specdec.runtimes.target import Target
+from specdec.speculation import registry
 from specdec.speculation.draft import Drafter
 from specdec.speculation.sampling import Chooser, SamplingParams, Transforms, streams
 
@@ -66,19 +70,23 @@ WARPERS = (  # those that read no tokens: they take all positions at once
 )
 PREPARED = ("position_ids", "cache", "use_cache", "logits_to_keep")  # by transformers, for a forward of its own
 MODES = ("greedy_search", "sample")
+SETTINGS = CONSTRUCTOR | {"num_speculative_tokens": REQUEST["num_speculative_tokens"]}
 
 
 class SpecGenerate:
     """A ``custom_generate`` for any supported model that is loaded; one object serves one call at a time.
 
     drafter, and further keywords (``drafter_options``, ``runtime``, ``weights``, ...): as ``SpecDecoder`` takes them.
-    The decoder is made at the first call, and kept for further calls with the same model; its weights must not change.
+    The decoder is made at the first call, which says so, and kept for further calls with the same model; its weights
+    must not change.
     num_speculative_tokens: depth of each draft, or "auto". streamer: gets the prompt and each new token, as from
     ``generate``. tokenizer, stop_strings: strings that end a row. These three are given here because ``generate`` does
     not pass its own on to a callable.
     metrics: after a call, those of its rows.
+    Raises SpecDecError for unknown names, and for values that ``SpecDecoder`` does not take.
     """
 
+    @options.checked("SpecGenerate", SETTINGS, SpecDecoder.__init__)
     def __init__(
         self,
         drafter: str | Path | Drafter = "auto",
@@ -91,6 +99,11 @@ class SpecGenerate:
     ) -> None:
         if stop_strings and tokenizer is None:
             raise SpecDecError("stop_strings need a tokenizer; give SpecGenerate(tokenizer=...) one")
+        options.check_values(more, SETTINGS)
+        if isinstance(drafter, str):
+            registry.parse(drafter)
+        check_names(**{name: more[name] for name in ("runtime", "weights", "kv_cache") if name in more})
+        registry.verifier(more.get("verifier", "exact"), more.get("verifier_options"), more.get("exact", False))
         self.drafter, self.tokenizer, self.streamer, self.more = drafter, tokenizer, streamer, more
         self.stop_strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
         self.num_speculative_tokens = num_speculative_tokens
@@ -103,6 +116,8 @@ class SpecGenerate:
         if self._decoder is None or self._model() is not model:
             if getattr(model.config, "is_encoder_decoder", False):
                 raise SpecDecError("SpecGenerate cannot run encoder-decoder models; call generate without it")
+            named = f"drafter '{self.drafter if isinstance(self.drafter, str | Path) else self.drafter.label}'"
+            terminal.say(f"preparing the {model.config.model_type} model for {named}; later calls begin at once")
             self._decoder = SpecDecoder(model, self.tokenizer, self.drafter, **self.more)
             self._model = weakref.ref(model)
         return self._decoder

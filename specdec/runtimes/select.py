@@ -23,6 +23,14 @@ def needs_cpu(runtime: str, weights: str, kv_cache: str = "auto") -> bool:
     return runtime == "native" or weights in ("int8", "int4") or kv_cache == "int8"
 
 
+def check_names(runtime: str = "auto", weights: str = "auto", kv_cache: str = "auto") -> None:
+    """Raise SpecDecError for a name that ``make_target`` does not know."""
+    named = ("runtime", runtime, RUNTIMES), ("weights", weights, WEIGHTS), ("kv_cache", kv_cache, KV_CACHES)
+    for what, value, known in named:
+        if value not in known:
+            raise SpecDecError(f"unknown {what} '{value}'{did_you_mean(value, known)}; there are: {', '.join(known)}")
+
+
 def make_target(
     model: PreTrainedModel, runtime: str = "auto", weights: str = "auto", kv_cache: str = "auto"
 ) -> tuple[Target, str]:
@@ -34,10 +42,7 @@ def make_target(
     the base). kv_cache: "auto" (in the model's dtype) or "int8" (rounded, in the native runtime).
     Raises SpecDecError if the model is unsupported, or unfit for what was named.
     """
-    named = ("runtime", runtime, RUNTIMES), ("weights", weights, WEIGHTS), ("kv_cache", kv_cache, KV_CACHES)
-    for what, value, known in named:
-        if value not in known:
-            raise SpecDecError(f"unknown {what} '{value}'{did_you_mean(value, known)}; there are: {', '.join(known)}")
+    check_names(runtime, weights, kv_cache)
     rounded = weights in ("int8", "int4")
     if runtime == "reference" and rounded:
         raise SpecDecError(f"{weights} weights need the native or the fused runtime; use weights 'auto'")
