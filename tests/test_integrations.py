@@ -8,10 +8,12 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from conftest import FAMILIES, tiny_model
 from tiny import save_tiny
+from tiny_gguf import write_gguf, write_model
 from torch import Tensor
 from transformers import (
     AsyncTextIteratorStreamer,
@@ -31,6 +33,7 @@ from typer.testing import CliRunner
 from specdec.base.errors import SpecDecError
 from specdec.cli import app
 from specdec.integrations.transformers import SpecGenerate
+from specdec.models import loading
 
 ROWS = [[5, 6, 7, 8, 5, 6], [9, 10, 11], [3, 4, 3, 4, 3, 4, 3]]
 
@@ -307,6 +310,34 @@ def test_an_exported_repository_decodes_with_its_drafter(tmp_path: Path, monkeyp
     ids, streamer = torch.tensor([[5, 6, 5, 6]]), Heard()
     assert torch.equal(model.generate(ids, streamer=streamer, **inputs), plain.generate(ids, **inputs))
     assert len(seen) == 1 and seen[0].drafter == "prompt-lookup" and streamer.ended == 1
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "experts"])
+def test_an_exported_model_has_the_weights_of_its_file(cache: Path, tmp_path: Path, kind: str) -> None:
+    """Of a GGUF file, whose matrices the model holds in blocks (those of experts in bfloat16)."""
+    if kind == "experts":
+        write_gguf(tmp_path / "it.gguf", packed=gguf.GGMLQuantizationType.Q8_0, experts=4)
+    else:
+        write_model(tmp_path / "it.gguf", kind, "Q4_0", tied=kind == "llama")
+    arguments = ["export", "custom-generate", "--model", str(tmp_path / "it.gguf"), "--drafter", "none"]
+    result = CliRunner().invoke(app, [*arguments, "--output", str(tmp_path / "repo")])
+    assert result.exit_code == 0, result.output
+    made, tokenizer = loading.load(tmp_path / "it.gguf")
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "repo").eval()
+    assert AutoTokenizer.from_pretrained(tmp_path / "repo").get_vocab() == tokenizer.get_vocab()
+    ids = torch.tensor([[3, 7, 11, 19]])
+    assert found.dtype == made.dtype and torch.equal(found(ids).logits, made(ids).logits)
+
+
+def test_an_export_that_does_not_load_as_the_model_fails(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_model(tmp_path / "it.gguf", "llama", "Q4_0")
+    monkeypatch.setattr("specdec.integrations.custom_generate.densify", lambda model: None)
+    arguments = ["export", "custom-generate", "--model", str(tmp_path / "it.gguf"), "--drafter", "none"]
+    result = CliRunner().invoke(app, [*arguments, "--output", str(tmp_path / "repo")])
+    assert result.exit_code == 2 and "load it with" not in result.output
+    assert "loads as another model" in " ".join(result.output.split())
 
 
 @pytest.fixture

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError
+
 from specdec.base.errors import SpecDecError
 from specdec.integrations.hub import RECIPE
 from specdec.models import drafter_folder
+from specdec.models.blocks import Blocks, densify, named_weights
+from specdec.models.catalogue import check_memory, one_line, quietly
 from specdec.speculation import registry
 
 FOLDER, DRAFTER = "custom_generate", "drafter"
@@ -60,7 +66,8 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))
 def export(drafter: str, output: Path, model: tuple[Any, Any] | None = None) -> None:
     """Write the repository. model: with its tokenizer, to be written there, too; else ``output`` has it or never will.
 
-    A drafter folder goes into the repository; a drafter that needs none is named.
+    A drafter folder goes into the repository; a drafter that needs none is named. Raises SpecDecError for files that
+    cannot be written, and where the model does not load again as it is.
     """
     [(name, source), *more] = registry.parse(drafter)
     if more:
@@ -75,12 +82,39 @@ def export(drafter: str, output: Path, model: tuple[Any, Any] | None = None) -> 
         (where / "generate.py").write_text(GENERATE.format(drafter=named, files=files), "utf-8")
         (where / "requirements.txt").write_text(REQUIREMENTS, "utf-8")
         if model is not None:
-            for part in model:
-                part.save_pretrained(output)
+            _save(*model, output)
         if not (output / "README.md").exists():
             (output / "README.md").write_text(CARD.format(title=output.resolve().name, drafter=name), "utf-8")
-    except OSError as error:
-        raise SpecDecError(f"cannot write the repository to '{output}': {error.strerror or error}") from None
+    except (OSError, SafetensorError) as error:
+        what = getattr(error, "strerror", None) or error
+        raise SpecDecError(f"cannot write the repository to '{output}': {what}") from None
+    if model is not None:
+        _compare(model[0], output)
+
+
+def _save(model: Any, tokenizer: Any, output: Path) -> None:
+    """Write a model and its tokenizer. Weights in GGUF blocks become numbers of the model's dtype, as it computes."""
+    shapes = (weight.shape for _, weight in named_weights(model) if isinstance(weight, Blocks))
+    check_memory(str(model.name_or_path), sum(map(math.prod, shapes)) * model.dtype.itemsize)
+    densify(model)
+    with quietly(f"Writing {output}"):
+        for part in (model, tokenizer):
+            part.save_pretrained(output)
+
+
+@torch.inference_mode()
+def _compare(model: Any, output: Path) -> None:
+    """Raise SpecDecError unless ``output`` loads as ``model``: its logits on a fixed input are the same."""
+    ids = 31 * torch.arange(1, 17)[None] % model.get_input_embeddings().weight.shape[0]
+    try:
+        with quietly():
+            loaded = type(model).from_pretrained(output, dtype=model.dtype, local_files_only=True).eval()
+        same = torch.allclose(loaded(ids).logits, model(ids).logits, rtol=1e-3, atol=1e-3)
+        why = "" if same else "its logits differ"
+    except Exception as error:  # whatever transformers raises
+        why = one_line(error)
+    if why:
+        raise SpecDecError(f"what was written to '{output}' loads as another model ({why}); delete the folder")
 
 
 def _copy(folder: Path, to: Path) -> None:
