@@ -17,7 +17,7 @@ import pytest
 import torch
 from click.testing import Result
 from conftest import Scripted, tiny_model
-from serving import events, serving
+from serving import Replay, byte_tokenizer, events, serving, stand_in
 from test_exact import p_value
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerFast
@@ -25,6 +25,7 @@ from typer.testing import CliRunner
 from zoo import EOS, PROMPTS, every, half, new_tokens, together
 
 from specdec import Choice, Grammar, Json, Regex, Request, SamplingParams, SpecDecError, SpecDecoder
+from specdec.base.errors import ConstraintError
 from specdec.cli import app
 from specdec.drafters.lookahead import LookaheadDrafter
 from specdec.drafters.medusa import Medusa, MedusaDrafter
@@ -32,6 +33,7 @@ from specdec.drafters.prompt_lookup import PromptLookupDrafter
 from specdec.engine import batch, scoring
 from specdec.engine.depth import FixedDepth
 from specdec.engine.engine import Engine
+from specdec.engine.request import Event
 from specdec.runtimes.native import library
 from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.reference import ReferenceTarget
@@ -425,6 +427,14 @@ def test_another_constraint_fails_the_test_of_sampling() -> None:
         (Json({"enum": ["x" * LONGEST]}), "shorten it"),
         (Json({1: {2}}), "not JSON"),
         (Json({"$ref": "#"}), "it allows no text$"),
+        (
+            Json({"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}),
+            "has no end, or is too long$",
+        ),
+        (Json({"type": "array", "items": {"$ref": "#"}, "minItems": 1}), "has no end, or is too long$"),
+        (Regex("^((a|aa){1000}){1000}$"), "too many expressions constructed$"),
+        (Json({"type": "string", "pattern": "^((a|aa){1000}){1000}$"}), "too many expressions constructed$"),
+        (Grammar('start: "abc" end\nend: "d" end'), "cannot be used: "),
         (Json('{"enum": [NaN]}'), "NaN is not JSON$"),
         (Json('{"items": ' * 9000 + "{}" + "}" * 9000), "shorten it"),
         (Json('{"a":' * 9000 + "1" + "}" * 9000), "nested too deeply"),
@@ -440,6 +450,12 @@ def test_a_bad_constraint_is_refused_in_one_line(constraint: Constraint, why: st
     with pytest.raises(SpecDecError, match=why) as found:
         made(constraint)
     assert "\n" not in str(found.value) and len(str(found.value)) < 400
+
+
+@pytest.mark.parametrize("constraint", [Choice(["abc"]), Json({"const": "x" * 3000}), Regex("a{50}b?")])
+def test_a_text_that_is_forced_from_its_beginning_is_allowed(constraint: Constraint) -> None:
+    state = made(constraint).state([3])
+    assert len(state.forced([3], 4000)) >= 3 and state.error([3]) is None
 
 
 @pytest.mark.parametrize("pattern", ["(a{1,1000}){1,1000}", "(.*a){60}.*", "[ab]*a[ab]{40}", "(((a*)*)*b*)*!"])
@@ -519,6 +535,13 @@ def test_the_server_keeps_response_formats_and_refuses_bad_ones() -> None:
     assert bad.status_code == unnamed.status_code == words.status_code == 400
     assert words.json()["error"]["param"] == "response_format"
     assert bad.json()["error"]["param"] == "response_format" and "Unsatisfiable" in bad.json()["error"]["message"]
+
+
+def test_a_constraint_that_cannot_be_kept_is_an_error_of_the_client() -> None:
+    script = [Event([65], depths=[0]), Event(finished="error", error=ConstraintError("the constraint cannot be kept"))]
+    with serving(stand_in(byte_tokenizer()), Replay(lambda request: script)) as server:
+        found = server.chat()
+    assert found.status_code == 400 and found.json()["error"]["message"] == "the constraint cannot be kept"
 
 
 def test_the_server_streams_constrained_rows_beside_each_other_and_ends_them_at_stop_strings() -> None:

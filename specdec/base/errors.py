@@ -28,6 +28,10 @@ class QueueFullError(SpecDecError):
     """As many requests wait as an engine lets wait."""
 
 
+class ConstraintError(SpecDecError):
+    """A constraint that cannot be used, or that a text cannot keep."""
+
+
 class PromptTooLongError(SpecDecError):
     """A prompt does not fit the model's context."""
 

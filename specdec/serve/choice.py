@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
+from specdec.base.errors import ConstraintError
 from specdec.engine.logprobs import TokenLogprob
 from specdec.engine.request import Handle
 from specdec.serve.errors import ApiError
@@ -67,4 +68,6 @@ class Choice:
 def _failed(finished: str, error: BaseException | None) -> ApiError:
     if finished == "cancelled":
         return ApiError(503, "the server is shutting down; try again later")
+    if isinstance(error, ConstraintError):
+        return ApiError(400, str(error), code="invalid_value")
     return ApiError(500, f"decoding failed: {error}")

@@ -21,12 +21,13 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedTokenizerFast
 
-from specdec.base.errors import SpecDecError
+from specdec.base.errors import ConstraintError, SpecDecError
 
 LONGEST = 2**16  # characters of a schema, an expression or a grammar
 MASKS = 64  # masks that are kept: drafting, scoring and looking for forced tokens ask for the same
 JSON_FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}  # as json.dumps writes it
 NO_TEXT = "NoExtensionBias"  # llguidance's word for it
+NO_END = "Too many items"  # its words for what is forced and goes on for ever, or almost
 REASONING = "<think>", "</think>"
 CLOSED = 4  # a block of reasoning that ends so few tokens before the end of a prompt is its answer's, and empty
 LIMITS: dict[str, Any] = {"initial_lexer_fuel": 1_000_000, "step_lexer_fuel": 200_000, "step_max_items": 50_000}
@@ -177,18 +178,25 @@ def compiled(constraint: Constraint, tokenizer: Any, vocab_size: int, ends: froz
         raise _invalid(constraint, matcher.get_error())
     made = Compiled(matcher, vocab_size, ends, _block(tokenizer))
     first = ConstraintState(made, 0)
-    allowed = first.mask(())
-    if allowed is None or not bool(allowed.any()):
+    begun = [token for token in first.forced((), 2 * LONGEST) if token not in ends]
+    allowed = first.mask(begun)  # where there is a choice at first
+    if first.error_text or allowed is None or not bool(allowed.any()):
         raise _invalid(constraint, first.error_text or "it allows no text")
     return made
 
 
 def _invalid(constraint: Constraint, why: str) -> SpecDecError:
-    why = why.partition("<state>")[0]  # what follows is the matcher's own
+    return ConstraintError(f"the {constraint.kind} cannot be used: {_sentence(why)}")
+
+
+def _sentence(why: str) -> str:
+    """What the matcher says, without its state."""
     if NO_TEXT in why:
-        why = "it allows no text"
-    lines = [line.strip() for line in why.splitlines() if line.strip(" ^\t")]
-    return SpecDecError(f"the {constraint.kind} cannot be used: {' '.join(lines)[:300]}")
+        return "it allows no text"
+    if NO_END in why:
+        return "what it requires has no end, or is too long"
+    lines = [line.strip() for line in why.partition("<state>")[0].splitlines() if line.strip(" ^\t")]
+    return " ".join(lines)[:300]
 
 
 def _words(tokenizer: Any, vocab_size: int, ends: frozenset[int]) -> Any:
@@ -233,7 +241,7 @@ class ConstraintState(LogitsProcessor):  # type: ignore[misc]
         why = self.error_text
         if not why and self.mask(ids[self.start :]) is None:
             why = "the tokenizer and the grammar disagree on what is allowed"
-        return SpecDecError(f"the constraint cannot be kept: {why}") if why else None
+        return ConstraintError(f"the constraint cannot be kept: {why}") if why else None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         return self.masked(input_ids[0].tolist(), scores)
@@ -334,6 +342,6 @@ class ConstraintState(LogitsProcessor):  # type: ignore[misc]
             answer, why = otherwise, str(error)
         if not why:
             return answer
-        self.error_text = " ".join(why.split())[:300]
+        self.error_text = _sentence(why)
         self.matcher, self.at = self.compiled.matcher.deep_copy(), []
         return otherwise
