@@ -175,6 +175,11 @@ def test_the_official_client_gets_the_calls_it_forces(server: Server) -> None:
         assert client.chat.completions.create(model=NAME, messages=again, max_tokens=3).choices[0].message.content
 
 
+def test_detokenising_keeps_special_tokens(server: Server) -> None:
+    tokens = [2, *server.post("/tokenize", {"prompt": "ab"}).json()["tokens"]]
+    assert server.post("/detokenize", {"tokens": tokens}).json() == {"prompt": "<eos>ab"}
+
+
 def test_calls_with_names_before_their_arguments_are_forced_and_streamed() -> None:
     tokenizer = letters()
     tokenizer.add_tokens(["[TOOL_CALLS]", "[ARGS]"], special_tokens=True)
@@ -190,6 +195,44 @@ def test_calls_with_names_before_their_arguments_are_forced_and_streamed() -> No
         deltas = [chunk["delta"] for chunk in chunks if chunk["index"] == choice["index"]]
         assert calls_of(message_of([delta for delta in deltas if "tool_calls" in delta])) == calls
         assert all(set(arguments) == set(SCHEMAS[name]["properties"]) for name, arguments in calls)  # type: ignore[index]
+
+
+def test_a_forced_call_that_is_cut_is_a_call(server: Server) -> None:
+    forced: dict[str, Any] = {"type": "function", "function": {"name": "sum"}}
+    body: dict[str, Any] = {"tools": TOOLS[:2], "seed": 1}
+    lengths = set()
+    for limit in (1, 4, 12, 25, 34, 38):
+        answer = server.chat(**body, tool_choice=forced, max_tokens=limit).json()["choices"][0]
+        [call] = answer["message"]["tool_calls"]
+        assert call["function"]["name"] == "sum" and call["id"] and answer["message"]["content"] is None
+        assert answer["finish_reason"] == "length"
+        streamed = events(server.chat(**body, tool_choice=forced, max_tokens=limit, stream=True))
+        deltas = [chunk["choices"][0]["delta"] for chunk in streamed]
+        same = message_of([delta for delta in deltas if "tool_calls" in delta])["tool_calls"][0]["function"]
+        assert same == call["function"] and not any(delta.get("content") for delta in deltas)
+        lengths.add(len(call["function"]["arguments"]))
+    assert 0 in lengths and max(lengths) > 0
+    unclear = server.chat(**body, tool_choice="required", max_tokens=3).json()["choices"][0]
+    assert unclear["finish_reason"] == "length" and unclear["message"]["content"] == ""
+
+
+@pytest.mark.parametrize(
+    ("form", "text", "name"),
+    [
+        (HERMES, '<tool_call>\n{"name": "w', "weather"),
+        (HERMES, '<think>"name": "now"</think><tool_call>\n{"name": "sum", "arg', "sum"),
+        (HERMES, '<tool_call>\n{"name": "', None),
+        (LLAMA, '{"name": "no', "now"),
+        (MISTRAL_NAMED, "[TOOL_CALLS]su", "sum"),
+        (MISTRAL_NAMED, "[TOOL_CALLS]sum[ARGS]", "sum"),
+    ],
+)
+def test_the_name_of_a_call_that_is_cut_is_told_where_it_is_certain(
+    form: ToolForm, text: str, name: str | None
+) -> None:
+    message, _ = read(text, 5, form, forced=True, may_reason=True)
+    assert [call["function"]["name"] for call in message.get("tool_calls", [])] == ([name] if name else [])
+    assert not message["content"]
 
 
 def test_several_calls_come_where_they_may(server: Server) -> None:
@@ -240,6 +283,13 @@ def test_tools_that_the_model_may_call(server: Server) -> None:
                 "tool_choice": "required",
             },
             "cannot be used",
+        ),
+        (
+            {
+                "tools": [{"type": "function", "function": {"name": "a", "parameters": {"$ref": "#"}}}],
+                "tool_choice": "required",
+            },
+            "the grammar cannot be used: it allows no text",
         ),
     ],
 )

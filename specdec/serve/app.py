@@ -65,8 +65,9 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         prompt = await run_sync(service.encode_chat, body.messages, body.offered)
         rule = await run_sync(service.constraint, body)
         choices = service.submit([prompt], body, rule, shown_of(form, constrained=rule is not None))
-        names = [tool["function"]["name"] for tool in body.offered]
-        response = Response(Chat(form, names, not body.several), service.settings.name, choices, body)
+        names = list(body.forced) or [tool["function"]["name"] for tool in body.offered]
+        shape = Chat(form, names, not body.several, forced=bool(body.forced))
+        response = Response(shape, service.settings.name, choices, body)
         return await _answer(service, request, response)
 
     @app.post("/v1/completions")
@@ -111,7 +112,7 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
     async def detokenize(body: DetokenizeBody) -> dict[str, str]:
         service.check_model(body.model)
         service.check_tokens("tokens", body.tokens)
-        return {"prompt": await run_sync(service.decode, body.tokens)}
+        return {"prompt": await run_sync(service.decode, body.tokens, True)}
 
 
 def _add_state(app: FastAPI, service: Service) -> None:

@@ -14,22 +14,29 @@ from specdec.serve.errors import ApiError
 from specdec.serve.pieces import Piece
 from specdec.serve.schema import Sampling, StreamOptions
 from specdec.serve.streaming import DONE, event, merged
-from specdec.serve.tools import ChatParser, ToolForm, message_of, parser_of
+from specdec.serve.tools import ChatParser, ToolForm, message_of
 
 
 class Chat:
-    """Shapes of ``/v1/chat/completions``. form, names: of tool calls, if there are tools; single: at most one call."""
+    """Shapes of ``/v1/chat/completions``. form, names: of tool calls, if there are tools; single: at most one call.
+
+    forced: the answer is calls.
+    """
 
     prefix, whole, part = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, form: ToolForm | None = None, names: Sequence[str] = (), single: bool = False) -> None:
-        self.form, self.names, self.single = form, names, single
+    def __init__(
+        self, form: ToolForm | None = None, names: Sequence[str] = (), single: bool = False, forced: bool = False
+    ) -> None:
+        self.form, self.names, self.single, self.forced = form, names, single, forced
         self.parsers: dict[int, ChatParser] = {}
 
     def parser(self, choice: Choice) -> ChatParser:
         if choice.index not in self.parsers:
             rule = choice.handle.request.sampling.constraint
-            self.parsers[choice.index] = parser_of(self.form, self.names, self.single, rule)
+            inside, may_reason = (False, False) if rule is None else (rule.inside, rule.may_reason)
+            parser = ChatParser(self.form, self.names, self.single, inside, may_reason, self.forced)
+            self.parsers[choice.index] = parser
         return self.parsers[choice.index]
 
     def opening(self, choice: Choice) -> dict[str, Any] | None:

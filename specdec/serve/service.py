@@ -84,8 +84,9 @@ class Service:
             message = f"{name} has token ids outside the model's vocabulary of {self.decoder.target.vocab_size}"
             raise ApiError(400, message, name, "invalid_value")
 
-    def decode(self, ids: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+    def decode(self, ids: Sequence[int], special: bool = False) -> str:
+        """Text, with or without ``special`` tokens."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=not special))
 
     def constraint(self, body: Sampling) -> Compiled | None:
         """What the answers must be; it may take a second to prepare."""

@@ -10,11 +10,13 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from specdec.speculation.constraints import JSON_FORM, REASONING, ConstraintState, Grammar
+from specdec.speculation.constraints import JSON_FORM, REASONING, Grammar
 
 BETWEEN = " \t\r\n,;[]"  # what may stand between two calls
 NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
 _HEAD = re.compile(r'\{\s*"name"\s*:\s*"([\w-]+)"\s*,\s*"(?:arguments|parameters)"\s*:\s*')
+
+_NAME = re.compile(r'"name"\s*:\s*"([\w-]*)("?)')
 
 
 @dataclass(frozen=True)
@@ -136,13 +138,13 @@ class _Call:
         """What has become certain of the call since the last time."""
         if self.head is None:
             if self.complete and (found := self._whole()) is not None:
-                yield self._delta(*found, new=True)
+                yield self.opening(*found)
             return
         if not self.announced:
-            yield self._delta(self.head[1], "", new=True)
+            yield self.opening(self.head[1])
         end = self.end or len(self.raw)
         if end > self.sent:
-            yield self._delta(None, self.raw[self.sent : end])
+            yield {"tool_calls": [{"index": self.index, "function": {"arguments": self.raw[self.sent : end]}}]}
             self.sent = end
 
     def _whole(self) -> tuple[str, str] | None:
@@ -156,11 +158,11 @@ class _Call:
             return None
         return name, json.dumps(arguments, ensure_ascii=False)
 
-    def _delta(self, name: str | None, arguments: str, new: bool = False) -> dict[str, Any]:
+    def opening(self, name: str, arguments: str = "") -> dict[str, Any]:
+        """The first delta of the call."""
         self.announced = True
-        function = ({"name": name} if name else {}) | {"arguments": arguments}
-        head = {"id": _new_id(), "type": "function"} if new else {}
-        return {"tool_calls": [{"index": self.index, **head, "function": function}]}
+        function = {"name": name, "arguments": arguments}
+        return {"tool_calls": [{"index": self.index, "id": _new_id(), "type": "function", "function": function}]}
 
 
 def _new_id() -> str:
@@ -172,7 +174,8 @@ class ChatParser:
     """The parts of an answer as its text comes: reasoning, content, tool calls. Each is a delta of OpenAI's interface.
 
     form: None reads no calls. names: of the tools; what calls another one is content. single: calls after the first are
-    left out. inside, may_reason: the text begins in a block of reasoning, or may begin with one.
+    left out. inside, may_reason: the text begins in a block of reasoning, or may begin with one. forced: the answer is
+    calls, so it has no content; one that is cut before its arguments is a call if its name is certain.
     """
 
     def __init__(
@@ -182,8 +185,10 @@ class ChatParser:
         single: bool = False,
         inside: bool = False,
         may_reason: bool = False,
+        forced: bool = False,
     ) -> None:
         self.form, self.names, self.single, self.reasoning, self.may_reason = form, names, single, inside, may_reason
+        self.forced, self.answer = forced, ""  # the text so far, of calls that are forced
         self.buffer, self.calls = "", 0
         self.call: _Call | None = None
         self.calling = self.begun = False  # between the calls; some content has come
@@ -195,7 +200,25 @@ class ChatParser:
         found = list[dict[str, Any]]()
         while (part := self._next(last)) is not None:
             found += part
-        return found
+        if not self.forced:
+            return found
+        self.answer += "" if self.calls else text
+        return [delta for delta in found if "content" not in delta] + (self._cut() if last else [])
+
+    def _cut(self) -> list[dict[str, Any]]:
+        """The call of an answer that has ended before the arguments of its first one."""
+        assert self.form is not None
+        text = self.answer.rpartition(REASONING[1])[2]
+        if self.form.named:
+            name, closed, _ = text.partition(self.form.mark)[2].lstrip().partition(self.form.named)
+        else:
+            head = _NAME.search(text)
+            name, closed = (head[1], head[2]) if head else ("", "")
+        certain = [each for each in self.names if each == name or (not closed and each.startswith(name))]
+        if self.calls or len(certain) != 1:
+            return []
+        self.calls = 1
+        return [_Call(0, self.names).opening(certain[0])]
 
     def _next(self, last: bool) -> list[dict[str, Any]] | None:
         """Read one part of the buffer; None if more has to come first."""
@@ -300,13 +323,6 @@ def _certain(text: str, mark: str, last: bool) -> tuple[str, str]:
     hold = max((n for n in range(1, len(mark)) if text.endswith(mark[:n])), default=0)
     certain = text[: len(text) - hold].rstrip()
     return certain, text[len(certain) :]
-
-
-def parser_of(form: ToolForm | None, names: Sequence[str], single: bool, rule: ConstraintState | None) -> ChatParser:
-    """The parser of one choice. ``rule``: its constraint, before which there may be a block of reasoning."""
-    if rule is None:
-        return ChatParser(form, names, single)
-    return ChatParser(form, names, single, rule.inside, rule.may_reason)
 
 
 def message_of(deltas: Sequence[dict[str, Any]]) -> dict[str, Any]:
