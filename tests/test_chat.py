@@ -49,8 +49,11 @@ def test_a_conversation_goes_on_with_what_was_said(
     assert capsys.readouterr().out == f"{said[1]['content']}\n{said[3]['content']}\n"
 
 
-def test_commands_change_the_conversation(conversation: Conversation, tmp_path: Path) -> None:
+def test_commands_change_the_conversation(
+    conversation: Conversation, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     conversation.take("/system Be brief.")
+    assert capsys.readouterr().err == "begun anew with this system message\n"
     conversation.take("Hello")
     assert [m["role"] for m in conversation.messages] == ["system", "user", "assistant"]
     file = tmp_path / "chat.json"
@@ -59,7 +62,12 @@ def test_commands_change_the_conversation(conversation: Conversation, tmp_path: 
     assert saved == {"drafter": "prompt-lookup", "messages": conversation.messages}
     with pytest.raises(SpecDecError, match="already"):
         conversation.take(f"/save {file}")
+    capsys.readouterr()
     conversation.take("/new")
+    conversation.take("/drafter off")
+    conversation.take("/drafter on")
+    said = ["begun anew with a system message", "decoding plainly", "prompt-lookup drafts"]
+    assert capsys.readouterr().err.splitlines() == said
     assert conversation.messages == [{"role": "system", "content": "Be brief."}]
     conversation.take("/drafter off")
     conversation.take("Hello")

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import tiny_model
+from tiny import save_tiny
 from transformers import PreTrainedModel
+from typer.testing import CliRunner
 from zoo import PROMPTS, every, new_tokens, run, together
 
 from specdec import Request, SamplingParams, SpecDecError, SpecDecoder
+from specdec.cli import app
 from specdec.engine.depth import FixedDepth
 from specdec.runtimes.reference import ReferenceTarget
 
@@ -85,6 +90,26 @@ def test_a_bias_of_100_decides() -> None:
     banned = {token: -100.0 for token in range(97) if token not in (3, 4)}
     drawn = decoder.generate(PROMPTS[0], max_new_tokens=30, logit_bias=banned, temperature=2.0, ignore_eos=True)
     assert set(drawn.token_ids) == {3, 4}
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["--logit-bias", "x=1"], "--logit-bias takes TOKEN=BIAS"),
+        (["--logit-bias", "5=101"], "logit_bias must be None or a mapping of token ids to numbers in [-100, 100]"),
+        (["--presence-penalty", "3"], "presence_penalty must be a number in [-2, 2]"),
+    ],
+)
+def test_the_command_takes_them_and_refuses_others(given: list[str], says: str, tmp_path: Path) -> None:
+    command = ["generate", "Hi", "--model", str(save_tiny(tmp_path / "tiny")), "--max-new-tokens", "4", "--json"]
+    command += ["--drafter", "prompt-lookup", "--num-speculative-tokens", "2"]
+    asked = ["--logit-bias", "9=100", "--logit-bias", "10=-1", "--frequency-penalty", "0.5", "--compare"]
+    found = CliRunner().invoke(app, command + asked)
+    output = json.loads(found.stdout)
+    assert found.exit_code == 0 and output["token_ids"] == [9] * 4 and output["compare"]["identical"]
+    assert output["settings"]["logit_bias"] == {"9": 100.0, "10": -1.0}
+    refused = CliRunner().invoke(app, command + given)
+    assert refused.exit_code == 2 and says in refused.stderr
 
 
 def test_a_token_that_the_model_lacks_is_refused_on_every_way_in() -> None:

@@ -7,14 +7,18 @@ import json
 import socket
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from serving import NAME, USER, Oracle, Replay, Server, byte_tokenizer, events, serving, stand_in, tiny_decoder, until
+from tiny import save_tiny
+from typer.testing import CliRunner
 
 from specdec import SpecDecoder
 from specdec.base.errors import SpecDecError
+from specdec.cli import app
 from specdec.engine.request import Event
 from specdec.serve.app import make_app
 from specdec.serve.settings import Settings
@@ -203,6 +207,33 @@ def test_prompts_that_are_none_are_refused(server: Server, prompt: Any) -> None:
     assert refusal(response, 400)["param"] in ("prompt", "prompt.0", "prompt.1")
 
 
+SAID: dict[str, tuple[str, dict[str, Any], str]] = {
+    "five stops": ("chat", {"stop": list("abcde")}, "'stop': List should have at most 4 items"),
+    "a number of stops": ("chat", {"stop": 5}, "'stop': it must be text or a list of up to four texts"),
+    "a token below zero": ("complete", {"prompt": [-1]}, "'prompt': Input should be greater than or equal to 0"),
+    "no prompts": ("complete", {"prompt": []}, "'prompt': List should have at least 1 item"),
+    "an object": ("complete", {"prompt": {}}, "'prompt': it must be text, token ids, or a list"),
+    "an image": (
+        "chat",
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+        "'messages.0.content': parts of the type 'image_url' are not supported",
+    ),
+    "a number": ("chat", {"messages": [{"role": "user", "content": 5}]}, "it must be text or a list of text parts"),
+    "a name of a token": ("chat", {"logit_bias": {"yes": 1}}, "it maps token ids to numbers from -100 to 100"),
+}
+
+
+@pytest.mark.parametrize("case", SAID)
+def test_a_refusal_says_what_is_wrong(server: Server, case: str) -> None:
+    method, body, says = SAID[case]
+    assert says in refusal(getattr(server, method)(**body), 400)["message"]
+
+
+def test_an_empty_body_is_called_so(server: Server) -> None:
+    found = httpx.post(server.url + "/v1/completions", headers={"Content-Type": "application/json"})
+    assert refusal(found, 400)["message"] == "the body is empty; send a JSON object"
+
+
 BODIES = {
     "nothing": b"", "half": b'{"model": "tiny", ', "a list": b"[]", "text": b'"x"', "a number": b"3", "null": b"null",
     "not UTF-8": b'{"model": "\xff\xfe"}', "nested": b"[" * 100_000, "digits": b'{"seed":' + b"9" * 10_000 + b"}",
@@ -380,3 +411,14 @@ def test_prometheus_has_the_figures_of_vllm(server: Server) -> None:
     assert grown["spec_decode_num_drafts_total"] == spec["num_spec_steps"]
     assert grown["spec_decode_num_draft_tokens_total"] == spec["num_draft_tokens"]
     assert grown["spec_decode_num_accepted_tokens_total"] == spec["num_accepted_draft_tokens"]
+
+
+def test_the_command_takes_a_draft_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def engine(self: SpecDecoder, **how: Any) -> None:
+        raise SpecDecError(f"asked for {how['num_speculative_tokens']}")
+
+    monkeypatch.setattr(SpecDecoder, "engine", engine)
+    command = ["serve", "--model", str(save_tiny(tmp_path / "tiny")), "--drafter", "prompt-lookup", "--port", "0"]
+    for given, says in (("3", "asked for 3"), ("auto", "asked for auto"), ("0", "must be 'auto' or a number >= 1")):
+        found = CliRunner().invoke(app, [*command, "--num-speculative-tokens", given])
+        assert found.exit_code == 2 and says in found.stderr

@@ -128,12 +128,15 @@ class Conversation:
         rest = rest.strip()
         if command == "/system":
             self.begin(rest or None)
+            say("begun anew with this system message" if rest else "begun anew without a system message")
         elif command == "/new":
             self.begin(self.system)
+            say(f"begun anew with{'' if self.system else 'out'} a system message")
         elif command == "/save":
             self.save(rest)
         elif command == "/drafter" and rest in ("on", "off"):
             self.draft = rest == "on"
+            say(f"{self.decoder.drafter.label} drafts" if self.draft else "decoding plainly")
         elif command == "/help":
             for name, what in COMMANDS.items():
                 say(f"{name} {what}")

@@ -40,6 +40,7 @@ def serve(
         list[str] | None, _server("--cors", "Let pages from this origin call the server; repeatable.", "ORIGIN")
     ] = None,
     quiet: Annotated[bool, _server("--quiet", "No line for each request.")] = False,
+    num_speculative_tokens: shared.Depth = "auto",
     max_rows: Annotated[int, _limits("--max-rows", "Requests decoded at once.", "N", min=1)] = 16,
     max_waiting: Annotated[int, _limits("--max-waiting", "Requests that may wait; more get 429.", "N", min=1)] = 256,
     kv_memory: Annotated[
@@ -89,6 +90,7 @@ def serve(
             max_choices=max_choices,
             max_connections=max_connections,
         )
+        depth = shared.depth(num_speculative_tokens)
         memory = None if kv_memory is None else _bytes("--kv-memory", kv_memory)
         found = bind(host, port)
     with terminal.status(f"preparing {model}"):
@@ -104,7 +106,9 @@ def serve(
             kv_cache=kv_cache,
             drafter_options=options.assignments("--drafter-option", drafter_option or []),
         )
-        engine = decoder.engine(max_rows=max_rows, max_waiting=max_waiting, kv_memory=memory)
+        engine = decoder.engine(
+            max_rows=max_rows, max_waiting=max_waiting, kv_memory=memory, num_speculative_tokens=depth
+        )
     try:
         app = make_app(decoder, engine, settings, _discard if quiet else say)
         label = f"{settings.name} with {decoder.drafter.label}"

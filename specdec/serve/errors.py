@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -65,7 +65,7 @@ def add_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        return _validation(error.errors()[0]).response()
+        return _validation(_telling(error.errors())).response()
 
     @app.exception_handler(HTTPException)
     def http(request: Request, error: HTTPException) -> JSONResponse:
@@ -82,22 +82,46 @@ def add_handlers(app: FastAPI) -> None:
         return ApiError(500, f"unexpected {type(error).__name__}; the server's log has more").response()
 
 
+def _telling(found: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Of what pydantic has found, the first; where that is that a value is not of the first of several types, what is
+    wrong in a type that it is of."""
+    first = found[0]
+    place = next((n for n, part in enumerate(first["loc"]) if n and _branch(part)), len(first["loc"]))
+    same = [each for each in found if each["loc"][:place] == first["loc"][:place]]
+    return next((each for each in same if not each["type"].endswith(MISMATCH)), first)
+
+
+def _branch(part: Any) -> bool:
+    """Whether a part of a place is a type, by pydantic's name for it, and no field."""
+    return isinstance(part, str) and (part in _KINDS or not _FIELD.fullmatch(part))
+
+
 def _validation(found: Mapping[str, Any]) -> ApiError:
     """The refusal of a body that pydantic has ``found`` to be wrong."""
+    if found["type"] == "missing" and len(found["loc"]) == 1:
+        return ApiError(400, "the body is empty; send a JSON object", code="invalid_json")
     if found["type"] == "json_invalid":
         return ApiError(400, f"the body is not valid JSON: {found['ctx']['error']}", code="invalid_json")
     if found["type"] == "model_attributes_type" and len(found["loc"]) == 1:
         return ApiError(400, "the body must be a JSON object, with Content-Type: application/json", code="invalid_json")
     parts = []
     for part in found["loc"][1:]:
-        if isinstance(part, str) and (part in _KINDS or not _FIELD.fullmatch(part)) and found["type"] != UNKNOWN:
+        if _branch(part) and found["type"] != UNKNOWN:
             break
         parts.append(str(part))
     param = ".".join(parts)[:200] or None
     if found["type"] == UNKNOWN:
         return ApiError(400, f"parameter '{param}' is not supported; leave it out", param, "unsupported_parameter")
     what = str(found["msg"]).removeprefix("Value error, ")
+    field = ".".join(part for part in parts if not part.isdigit())
+    if field in NEEDS and found["type"].endswith(MISMATCH):
+        what = f"it must be {NEEDS[field]}"
     return ApiError(400, f"'{param}': {what}" if param else f"the body: {what}", param, "invalid_value")
 
 
-UNKNOWN = "extra_forbidden"
+UNKNOWN, MISMATCH = "extra_forbidden", "_type"
+NEEDS = {  # what fields of several types may be
+    "prompt": "text, token ids, or a list of texts or of lists of token ids",
+    "stop": "text or a list of up to four texts",
+    "messages.content": "text or a list of text parts",
+}

@@ -5,10 +5,17 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from specdec.base.options import MAX_SEED
 from specdec.speculation.constraints import Json
+
+
+def _token_id(given: str) -> str:
+    if not (given.isascii() and given.isdigit() and len(given) < 10):
+        raise ValueError("it maps token ids to numbers from -100 to 100, such as {'504': -100}")
+    return given
+
 
 MAX_STOPS = 4
 MAX_BIASES = 1024
@@ -16,7 +23,7 @@ Text = Annotated[str, Field(min_length=1)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 Top = Annotated[int, Field(ge=0, le=20)]
 Penalty = Annotated[float, Field(ge=-2, le=2)] | None
-TokenId = Annotated[str, Field(pattern="^[0-9]{1,9}$")]
+TokenId = Annotated[str, AfterValidator(_token_id)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
@@ -168,6 +175,13 @@ class Sampling(Body):
 class TextPart(Strict):
     type: Literal["text"]
     text: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _text_alone(cls, given: Any) -> Any:
+        if isinstance(given, dict) and isinstance(kind := given.get("type"), str) and kind != "text":
+            raise ValueError(f"parts of the type '{kind[:64]}' are not supported, only text is; leave them out")
+        return given
 
 
 class CalledFunction(Strict):
