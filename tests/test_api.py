@@ -12,7 +12,7 @@ from test_text import Bytes, special_tokenizer
 from tiny import save_tiny
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from specdec import SpecDecError, SpecDecoder
+from specdec import Request, SpecDecError, SpecDecoder
 from specdec.api.tuned import Tuned, place, store
 from specdec.base.errors import SpecDecWarning
 from specdec.models import drafter_folder, loading
@@ -342,3 +342,14 @@ def test_a_cuda_device_that_cannot_compute_is_passed_over(monkeypatch) -> None:
     assert loading.find_device("auto").type == "cpu"
     with pytest.raises(SpecDecError, match="no kernel image"):
         loading.find_device("cuda")
+
+
+def test_decoders_and_engines_close_at_the_end_of_a_with_block(llama, monkeypatch) -> None:
+    ended = list[object]()
+    monkeypatch.setattr(SpecDecoder, "close", lambda self: ended.append(self))
+    with pytest.raises(KeyError), SpecDecoder(llama, drafter="prompt-lookup") as decoder:
+        with decoder.engine() as engine:
+            assert [event.tokens for event in engine.submit(Request(PROMPT, 2))] and not engine.closed
+        assert engine.closed and decoder.generate(PROMPT, max_new_tokens=2).token_ids  # the drafter is free again
+        raise KeyError
+    assert ended == [decoder]

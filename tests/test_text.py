@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 import time
 from unittest.mock import Mock
@@ -55,6 +56,20 @@ def test_pieces_add_up_and_never_show_half_a_character(text: str) -> None:
     assert "".join(pieces) == detokenizer.text == text
     if "�" not in text:
         assert not any("�" in piece for piece in pieces)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_bytes_that_are_no_text_come_as_decoding_all_gives_them(seed: int) -> None:
+    tokenizer, rng = Bytes(), random.Random(seed)
+    tokenizer.decode = Mock(side_effect=tokenizer.decode)  # type: ignore[method-assign]
+    kinds = [range(128, 192), range(192, 256), [128], "日🙂".encode(), range(128)]
+    tokens = [rng.choice(kinds[rng.choice([0, 0, 0, 1, 2, 3, 3, 3])]) for _ in range(400 + seed)]
+    if seed < 5:
+        tokens = [*kinds[seed]][:1] * 400 + tokens[:9]
+    for detokenizer in (Detokenizer(tokenizer), Detokenizer(tokenizer, ["never"])):
+        pieces = [(detokenizer.push(token), detokenizer.take())[1] for token in tokens]
+        assert "".join(pieces) + detokenizer.finish() == bytes(tokens).decode("utf-8", errors="replace")
+    assert sum(len(call.args[0]) for call in tokenizer.decode.mock_calls) < 200 * len(tokens)
 
 
 def test_text_ends_before_the_first_stop_string() -> None:

@@ -262,14 +262,26 @@ class Detokenizer:
         if len(self.window) == self.old:
             return
         text = self._decode(self.window)
-        # A trailing replacement character is most likely half of a multi-byte one: wait for the rest.
-        if len(text) > len(self.context) and not (complete and text.endswith("�")):
+        if complete and text.endswith("�"):  # most likely half of a multi-byte character: wait for the rest
+            if len(self.window) - self.old > CONTEXT:  # so many tokens are none: the first of them are certain
+                self._cut(text)
+        elif len(text) > len(self.context):
             self._extend(text[len(self.context) :])
             self.context = text
             if len(self.window) > CONTEXT:
                 del self.window[: self.old]
                 self.context = self._decode(self.window)
             self.old = len(self.window)
+
+    def _cut(self, text: str) -> None:
+        """Take the text of the window but for the last few tokens, from where these have one of their own."""
+        for end in range(len(self.window) - 4, len(self.window) - 8, -1):  # a character has four bytes at most
+            first = self._decode(self.window[:end])
+            if first + self._decode(self.window[end:]) == text:
+                self._extend(first[len(self.context) :])
+                del self.window[:end]
+                self.old, self.context = 0, ""
+                return
 
     def finish(self) -> str:
         """The text held back so far, at the end of the output."""

@@ -77,11 +77,9 @@ def chat(
             drafter_options=options.assignments("--drafter-option", drafter_option or []),
         )
         engine = decoder.engine(max_rows=1)
-    try:
+    with engine:
         note(f"{model} with {decoder.drafter.label}; /help lists commands")
         Conversation(decoder, engine, params, max_new_tokens, system, quiet).run(ask)
-    finally:
-        engine.close(drain=False)
 
 
 class Conversation:

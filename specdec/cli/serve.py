@@ -109,12 +109,10 @@ def serve(
         engine = decoder.engine(
             max_rows=max_rows, max_waiting=max_waiting, kv_memory=memory, num_speculative_tokens=depth
         )
-    try:
+    with engine:
         app = make_app(decoder, engine, settings, _discard if quiet else say)
         label = f"{settings.name} with {decoder.drafter.label}"
         serve(app, settings, found, lambda: say(f"{label} is served at {address(found)}"))
-    finally:
-        engine.close(drain=False)
 
 
 def _bytes(flag: str, text: str) -> int:
