@@ -428,9 +428,8 @@ def test_11_a_wrong_key_is_refused(decoder: SpecDecoder) -> None:
 
 
 USED = {
-    "audio": {"voice": "a"}, "best_of": 2, "frequency_penalty": 0.5, "function_call": "auto", "functions": [{}],
-    "logit_bias": {"5": 1}, "metadata": {"a": "b"}, "modalities": ["audio"], "prediction": {}, "presence_penalty": 1,
-    "reasoning_effort": "low", "service_tier": "flex", "store": True, "suffix": "x", "beam_width": 4,
+    "audio": {"voice": "a"}, "best_of": 2, "function_call": "auto", "functions": [{}], "modalities": ["audio"],
+    "prediction": {}, "reasoning_effort": "low", "suffix": "x", "beam_width": 4,
 }  # fmt: skip
 
 
