@@ -3,76 +3,38 @@
 from __future__ import annotations
 
 import asyncio
-import random
+import math
 import threading
-from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import Scripted, tiny_model
 from transformers import PreTrainedModel
-from zoo import EOS, PROMPTS, every, new_tokens, run, together
+from zoo import PROMPTS, new_tokens, run, together
 
 from specdec import SpecDecError, SpecDecoder
 from specdec.base.errors import QueueFullError
 from specdec.drafters.none import NoDrafter
 from specdec.drafters.prompt_lookup import PromptLookupDrafter
 from specdec.engine import batch, scheduler
-from specdec.engine.depth import AutoDepth, Choice, Costs, FixedDepth, Row
+from specdec.engine.depth import AutoDepth, Costs, FixedDepth
 from specdec.engine.division import divide
 from specdec.engine.engine import Engine
 from specdec.engine.prefix import PrefixStore
-from specdec.engine.request import Request
+from specdec.engine.request import Handle, Request
 from specdec.runtimes.cache import KVCache
 from specdec.runtimes.native import library
 from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.target import Target
-from specdec.speculation.draft import Drafter
+from specdec.speculation.draft import Drafter, DrafterWarning
 from specdec.speculation.sampling import SamplingParams
 from specdec.verifiers.exact import ExactVerifier
 
 needs_native = pytest.mark.skipif(not library.runs(), reason="there are no native kernels here")
 COSTS = Costs({n: 1 + 0.05 * n for n in (1, 2, 4, 8, 16, 32)}, ((0.2, 0.2),))
-DRAFTERS = [
-    "prompt-lookup",
-    "hybrid",
-    "m2r2: grown level by level (tree)",
-    "medusa (tree)",
-    "eagle3: grown level by level (tree)",
-    "draft-model",
-    "lookahead (tree)",
-    "mtp",
-]
-
-
-def native() -> Target:
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32, "max_position_embeddings": 256}
-    return NativeTarget(tiny_model("llama", **sizes).bfloat16())
-
-
-def reference() -> Target:
-    return ReferenceTarget(tiny_model("llama", max_position_embeddings=256))
-
-
-def hybrid() -> Target:
-    return ReferenceTarget(tiny_model("qwen3_next", max_position_embeddings=256))
-
-
-def some_requests(count: int, seed: int) -> list[Request]:
-    """Prompts of which many begin alike, greedy and sampled, with and without drafts, short and long."""
-    rng = random.Random(seed)
-    systems = [[rng.randrange(3, 97) for _ in range(n)] for n in (20, 33)]
-    made = []
-    for _ in range(count):
-        start = rng.choice([[], *systems])
-        prompt = start + [rng.randrange(3, 97) for _ in range(rng.randrange(1, 20))]
-        params = SamplingParams(*rng.choice([(0.0,), (0.9,), (1.3, 20), (0.8, 0, 0.9)]), seed=rng.randrange(5))
-        request = Request(prompt, rng.randrange(1, 40), params, stream=rng.randrange(3), eos=frozenset([EOS]))
-        request.draft = rng.random() < 0.8
-        made.append(request)
-    return made
 
 
 def alone(target: Target, request: Request) -> tuple[list[int], str | None]:
@@ -81,79 +43,64 @@ def alone(target: Target, request: Request) -> tuple[list[int], str | None]:
     return new_tokens(own), own.finished
 
 
-def among_others(engine: Engine, requests: list[Request], seed: int, before: Callable[[], None] = lambda: None) -> None:
-    """Run requests that arrive at random; a tenth of them are cancelled at some time."""
-    rng, coming, here = random.Random(seed), list(requests), list[Request]()
-    while coming or engine.busy:
-        for _ in range(rng.choice((0, 0, 1, 2, 5))):
-            if coming:
-                engine.submit(coming[0])
-                here.append(coming.pop(0))
-        for request in here:
-            if rng.random() < 0.003:
-                assert request.handle is not None
-                request.handle.cancel()
-        before()
-        engine.step()
+def test_a_text_that_ended_inside_a_draft_is_gone_on_with_from_its_end(llama: PreTrainedModel) -> None:
+    """As an agent does that stops a model at some words and writes what follows itself."""
+    target = ReferenceTarget(llama)
+    right = Request(PROMPTS[1], 30)
+    together(target, NoDrafter(), [right], FixedDepth(0))
+    drafter = Scripted(lambda ids, limit: [(token, i) for i, token in enumerate(right.ids[len(ids) :][:limit])])
+    for end in range(len(PROMPTS[1]), len(PROMPTS[1]) + 8):
+        engine = Engine(target, drafter, ExactVerifier(), FixedDepth(6), reuse=True)
+        first = Request(PROMPTS[1], 30, eos=frozenset([right.ids[end]]))
+        engine.submit(first)
+        for _ in engine.steps():
+            pass
+        again, changed = (Request([*first.ids, *words], 9, draft=False) for words in ([], [50, 51]))
+        for request in (changed, again):
+            engine.submit(request)
+            for _ in engine.steps():
+                pass
+            assert (new_tokens(request), request.finished) == alone(target, request)
+        assert changed.metrics.num_cached_tokens == len(first.ids) - 1
 
 
-class Varied(FixedDepth):
-    """Every row drafts another depth in every step."""
-
-    def __init__(self, depth: int) -> None:
-        super().__init__(depth)
-        self.rng = random.Random(0)
-
-    def choose(self, rows: Sequence[Row], plain: int = 0) -> Choice:
-        depths = [self.rng.randrange(self.choice.depth + 1) for _ in rows]
-        return Choice(max(depths, default=0), depths=depths)
-
-
-@pytest.mark.parametrize(
-    ("make", "name"),
-    [
-        *[pytest.param(native, name, marks=needs_native) for name in DRAFTERS],
-        *[(reference, name) for name in DRAFTERS],
-        (hybrid, "medusa (tree)"),
-    ],
-)
-def test_a_response_does_not_depend_on_what_else_runs(
-    make: Callable[[], Target], name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Random arrivals, cancellations and evictions, parts of prompts, shared beginnings, depths by row."""
-    monkeypatch.setattr(scheduler, "AHEAD", 0)  # rows are admitted that have to give way soon
-    target = make()
-    drafter = every(target)[name]
-    drafter.bind(target)
-    count = 200 if name == "hybrid" else 40
-    requests = some_requests(count, seed=len(name))
-    token_bytes, state_bytes = scheduler._bytes(target)
-    assert bool(state_bytes) == (make is hybrid)
-    engine = Engine(
-        target,
-        drafter,
-        ExactVerifier(),
-        Varied(4),
-        max_rows=6,
-        kv_memory=240 * token_bytes + 12 * state_bytes,
-        prefill_chunk=7,
-        reuse=True,
-    )
-    among_others(engine, requests, seed=1)
-    stats = engine.stats()
-    assert engine.batch.drafter is drafter  # it has not been dropped
-    assert stats.preemptions > 0 and stats.prefix_hits > 0 and stats.drafted > stats.accepted > 0
-    whole = 0
-    for request in requests:
-        tokens, finished = alone(target, request)
-        if request.finished == "cancelled":
-            assert new_tokens(request) == tokens[: len(new_tokens(request))]
-        else:
-            whole += 1
-            assert (new_tokens(request), request.finished) == (tokens, finished)
-    assert count > whole > count // 2
+def test_texts_of_one_scope_are_not_gone_on_with_in_another(llama: PreTrainedModel) -> None:
+    target = ReferenceTarget(llama)
+    engine = Engine(target, NoDrafter(), ExactVerifier(), FixedDepth(0), reuse=True)
+    prompt, known = list(range(3, 60)), []
+    for scope in (None, "a", "b", "a", None):
+        request = Request(prompt, 3, scope=scope)
+        engine.submit(request)
+        for _ in engine.steps():
+            pass
+        known.append(request.metrics.num_cached_tokens)
+    assert known == [0, 0, 0, 56, 56]
+    running = Request(prompt[:40], 30, scope="c")  # nor do running texts serve others, whose prompts wait for none
+    engine.submit(running)
+    engine.step()
+    both = [Request(prompt[:41], 3, scope=scope) for scope in ("d", "c", "e")]
+    for request in both:
+        engine.submit(request)
+    for _ in engine.steps():
+        pass
+    assert [request.metrics.num_cached_tokens for request in both] == [0, 40, 0]
     engine.close()
-    assert engine.stats().kv_bytes == 0
+
+
+@needs_native
+def test_kept_texts_count_what_they_hold_and_hold_little() -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32}
+    target = NativeTarget(tiny_model("llama", **sizes).bfloat16())
+    token_bytes, _ = scheduler._bytes(target)
+    engine = Engine(target, NoDrafter(), ExactVerifier(), FixedDepth(0), kv_memory=400 * token_bytes, reuse=True)
+    for first in range(5, 45):
+        engine.submit(Request([first, *range(10, 30)], 4))  # room for many more tokens is made for each
+        for _ in engine.steps():
+            pass
+        kept = engine.scheduler.prefixes.kept
+        held = [data.nbytes for prefix in kept for data in prefix.cache.data if data is not None]  # type: ignore[attr-defined]
+        assert sum(held) == engine.stats().kv_bytes <= 400 * token_bytes
+    assert len(kept) > 8
 
 
 def test_a_longer_text_begins_where_an_earlier_one_ended(llama: PreTrainedModel) -> None:
@@ -374,29 +321,108 @@ def test_a_step_that_fails_ends_what_runs_and_the_engine_goes_on(
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_an_engine_whose_thread_has_failed_is_closed(decoder: SpecDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_whose_thread_has_failed_is_closed_and_nobody_waits(
+    decoder: SpecDecoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(error: BaseException) -> None:
-        raise SystemExit
+        raise MemoryError("also here")
 
-    engine = decoder.engine()
-    monkeypatch.setattr(engine, "step", lambda: 1 / 0)
+    engine, go = decoder.engine(), threading.Event()
+    monkeypatch.setattr(engine, "step", lambda: go.wait(60) and 1 / 0)
     monkeypatch.setattr(engine, "_fail", fail)
-    engine.submit(Request(PROMPTS[0], 3))
-    assert engine._thread is not None
-    engine._thread.join(60)
+    handles = [engine.submit(Request(PROMPTS[0], 3)) for _ in range(3)]
+    found: list[str | None] = []
+
+    async def read(handle: Handle) -> None:
+        async for event in handle:
+            found.append(event.finished)
+
+    def read_here(handle: Handle) -> None:
+        found.extend(event.finished for event in handle)
+
+    readers = [threading.Thread(target=read_here, args=(handles[0],), daemon=True)]
+    readers.append(threading.Thread(target=lambda: asyncio.run(read(handles[1])), daemon=True))
+    for reader in readers:
+        reader.start()
+    go.set()
+    for reader in readers:
+        reader.join(60)
+    read_here(handles[2])  # one that comes later
+    assert found == ["error"] * 3 and "the engine has ended" in str(handles[0].request.error)
     assert engine.closed
     with pytest.raises(SpecDecError, match="the engine is closed"):
         engine.submit(Request(PROMPTS[0], 3))
     engine.close()
 
 
-def test_prompts_that_do_not_fit_are_refused(decoder: SpecDecoder) -> None:
+def test_what_cannot_be_run_is_refused(decoder: SpecDecoder) -> None:
     engine = decoder.engine()
-    with pytest.raises(SpecDecError, match="the prompt has 128 tokens"):
-        engine.submit(Request([3] * 128, 9))
-    with pytest.raises(SpecDecError, match="the prompt is empty"):
-        engine.submit(Request([], 9))
+    for prompt, why in [
+        ([3] * 128, "the prompt has 128 tokens"),
+        ([], "the prompt is empty"),
+        ([5, 97], "outside the model's vocabulary of 97"),
+        ([5, 10**30], "outside the model's vocabulary of 97"),
+        ([-1, 5], "outside the model's vocabulary of 97"),
+    ]:
+        with pytest.raises(SpecDecError, match=why):
+            engine.submit(Request(prompt, 9))
+    for name, value in [
+        ("prompt", "abc"),
+        ("prompt", [5, 2.0]),
+        ("prompt", torch.tensor([5])),
+        ("limit", -1),
+        ("limit", 3.5),
+        ("limit", math.nan),
+        ("limit", "9"),
+        ("stream", -1),
+        ("eos", 2),
+        ("eos", {"a"}),
+        ("stop", "word"),
+        ("logprobs", -1),
+        ("draft", None),
+        ("scope", 3),
+    ]:
+        given: dict[str, Any] = {"prompt": [5], "limit": 3, name: value}
+        with pytest.raises(SpecDecError, match=f"{name} must be"):
+            Request(**given)
+    handle = engine.submit(Request([np.int64(5), 6], np.int64(3)))  # type: ignore[list-item, arg-type]
+    assert [event.finished for event in handle][-1] == "length"
+    with pytest.raises(SpecDecError, match="a request is run once"):
+        engine.submit(handle.request)
     engine.close()
+
+
+def test_a_drafter_that_fails_is_started_again_for_the_next_request(llama: PreTrainedModel) -> None:
+    target, failing = ReferenceTarget(llama), [False]
+    right = {tuple(prompt): [*prompt, *alone(target, Request(prompt, 60))[0]] for prompt in PROMPTS}
+
+    def script(ids: list[int], limit: int) -> list[tuple[int, int]]:
+        if failing[0]:
+            raise IndexError("as told")
+        text = next(text for text in right.values() if text[: len(ids)] == ids)
+        return [(token, i) for i, token in enumerate(text[len(ids) :][:limit])]
+
+    engine = Engine(target, Scripted(script), ExactVerifier(), FixedDepth(3))
+    long = Request(PROMPTS[0], 60)
+    engine.submit(long)
+    for failures in range(1, 7):
+        failing[0] = True
+        with pytest.warns(DrafterWarning, match="decoding goes on without it"):
+            for _ in range(3):
+                engine.step()
+        drafted, failing[0] = long.metrics.num_draft_tokens, False
+        engine.step()
+        assert long.metrics.num_draft_tokens == drafted
+        assert (engine.stats().drafter, engine.stats().drafter_failures) == ("off", failures)
+        engine.submit(Request(PROMPTS[1], 4))
+        for _ in range(2):
+            engine.step()
+        again = failures < 6
+        assert (engine.stats().drafter == "on") == again == (long.metrics.num_draft_tokens > drafted)
+    for _ in engine.steps():
+        pass
+    assert new_tokens(long) == alone(target, long)[0]
+    assert Engine(target, NoDrafter(), ExactVerifier(), FixedDepth(0)).stats().drafter == "none"
 
 
 def test_events_say_which_tokens_were_drafted(llama: PreTrainedModel) -> None:
@@ -421,7 +447,7 @@ def test_the_text_used_least_recently_goes_first() -> None:
     store = PrefixStore()
     for ids in ([1, 2, 3], [4, 5], [6]):
         store.add(ids, one(len(ids)))
-    assert store.longest([1, 2, 9])[1] == 2 and store.tokens == 6
+    assert store.longest([1, 2, 9])[1] == 2 and store.longest([1, 2, 9], "another")[1] == 0
     assert store.drop() and [prefix.ids for prefix in store.kept] == [[6], [1, 2, 3]]
     store.add([6, 7, 8], one(3))
     assert [prefix.ids for prefix in store.kept] == [[1, 2, 3], [6, 7, 8]]

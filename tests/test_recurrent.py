@@ -135,7 +135,7 @@ def test_recurrent_states_count_as_memory() -> None:
     for first in range(5, 10):
         cached(engine, [[first, *range(10, 40)]])
     kept, held = len(engine.scheduler.prefixes.kept), engine.stats().kv_bytes
-    assert kept == 3 and held == 3 * state_bytes + engine.scheduler.prefixes.tokens * token_bytes
+    assert kept == 3 and held == 3 * state_bytes + engine.scheduler.prefixes.nbytes
 
 
 # --- sampling, and controls ------------------------------------------------------------------------------------------

@@ -92,7 +92,7 @@ def test_the_other_endpoints_answer_the_same_client(server: Server, client: open
     assert tokens["count"] == usage.prompt_tokens
     text = client.post(f"{server.url}/detokenize", body={"tokens": tokens["tokens"]}, cast_to=object)
     assert "Name three colours." in text["prompt"]
-    assert client.get(f"{server.url}/health", cast_to=object) == {"status": "ok"}
+    assert client.get(f"{server.url}/health", cast_to=object) == {"status": "ok", "drafter": "on"}
     assert "vllm:prompt_tokens_total" in client.get(f"{server.url}/metrics", cast_to=str)
 
 
@@ -129,7 +129,7 @@ def test_asynchronous_requests_run_at_once(server: Server, client: openai.OpenAI
             tokens = await client.post(f"{server.url}/tokenize", body={"prompt": "Name"}, cast_to=object)
             text = await client.post(f"{server.url}/detokenize", body={"tokens": tokens["tokens"]}, cast_to=object)
             assert text == {"prompt": "Name"}
-            assert await client.get(f"{server.url}/health", cast_to=object) == {"status": "ok"}
+            assert await client.get(f"{server.url}/health", cast_to=object) == {"status": "ok", "drafter": "on"}
             assert "vllm:prompt_tokens_total" in await client.get(f"{server.url}/metrics", cast_to=str)
             return await asyncio.gather(*map(streamed, range(4)), *map(whole, range(4)))
 

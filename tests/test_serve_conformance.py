@@ -300,15 +300,15 @@ def test_6_the_rows_of_a_client_that_goes_away_are_gone_after_one_step(
             gate.let()
             assert engine.batch.rows == [staying] and not scheduler.waiting and not scheduler.joining.rows
             assert all(row.finished == "cancelled" for row in rows)
-            held = sum(engine.batch.cache.rows) + scheduler.prefixes.tokens
-            assert engine.stats().kv_bytes <= (held + 16) * scheduler.token_bytes
+            running = (sum(engine.batch.cache.rows) + 16) * scheduler.token_bytes
+            assert engine.stats().kv_bytes <= running + scheduler.prefixes.nbytes
             until(lambda: any("cancelled" in line for line in server.lines))
             gate.open()
             stays.join(60)
             assert answers == [text[:60]]
             stats = engine.stats()
             assert (stats.running, stats.waiting) == (0, 0)
-            assert stats.kv_bytes == scheduler.prefixes.tokens * scheduler.token_bytes  # for texts that begin alike
+            assert stats.kv_bytes == scheduler.prefixes.nbytes  # for texts that begin alike
     finally:
         engine.close(drain=False)
     assert engine.stats().kv_bytes == 0
@@ -422,7 +422,7 @@ def test_11_a_wrong_key_is_refused(decoder: SpecDecoder) -> None:
                 assert "secret" not in error["message"]
             for path in (CHAT, "/v1/completions", "/tokenize", "/detokenize"):
                 refusal(httpx.post(server.url + path, content=b"x", headers=headers), 401)
-        assert httpx.get(server.url + "/health").json() == {"status": "ok"}
+        assert httpx.get(server.url + "/health").json() == {"status": "ok", "drafter": "on"}
         assert httpx.get(server.url + "/").status_code == 200
         assert httpx.get(server.url + "/v1/models", headers=KEY).json()["data"][0]["id"] == NAME
 

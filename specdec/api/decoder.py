@@ -27,7 +27,7 @@ from specdec.base.memory import free_memory
 from specdec.engine.costs import costs, keep
 from specdec.engine.depth import MOST, AutoDepth, DepthPolicy, FixedDepth
 from specdec.engine.engine import Engine
-from specdec.engine.request import Request
+from specdec.engine.request import Request, check_prompt
 from specdec.models import catalogue, generation_config, loading
 from specdec.runtimes.experts.offload import ExpertOptions, Offload
 from specdec.runtimes.prefill import CHUNK
@@ -254,15 +254,7 @@ class SpecDecoder:
             for name, prompt in zip(names, prompts, strict=True)
         ]
         for row in ids:
-            if len(row) >= context:
-                raise SpecDecError(
-                    f"the prompt has {len(row)} tokens; with at least one new token it does not fit the model's "
-                    f"context of {context}; shorten it"
-                )
-            if not 0 <= min(row) <= max(row) < self.target.vocab_size:
-                raise SpecDecError(
-                    f"the prompt has token ids outside the model's vocabulary of {self.target.vocab_size}"
-                )
+            check_prompt(row, self.target)
         stops = [stop] if isinstance(stop, str) else list(stop)
         if stops and self.tokenizer is None:
             raise SpecDecError("stop strings need a tokenizer; give SpecDecoder one")

@@ -27,18 +27,21 @@ from specdec.speculation.draft import Acceptance, Draft, Drafter, DrafterWarning
 from specdec.speculation.sampling import Sampler
 
 NOTHING = torch.empty(0)
+RESTARTS = 5  # how often a drafter that has failed begins anew in an engine's life
 FORCED = 16  # most tokens that are drafted where a constraint leaves no choice
 
 
 class Batch:
     """Rows that decode together; they come and go between steps.
 
-    A drafter that fails, or proposes what cannot be scored, is dropped with a DrafterWarning; decoding goes on plainly.
+    A drafter that fails, or proposes what cannot be scored, is dropped with a DrafterWarning; decoding goes on plainly
+    until the next request comes, for which it is started again, ``RESTARTS`` times at most. failures: so far.
     """
 
     def __init__(self, target: Target, drafter: Drafter, verifier: Verifier, policy: DepthPolicy) -> None:
         self.target, self.verifier, self.policy = target, verifier, policy
-        self.drafter: Drafter | None = drafter
+        self.given, self.failures, self.unseen = drafter, 0, False
+        self.drafter: Drafter | None = drafter  # None: it has failed
         self.rows: list[Request] = []
         self.cache = target.new_cache(0)
         self.ledger = Ledger(target.device)
@@ -47,6 +50,21 @@ class Batch:
             drafter.start()
 
     # -- rows come and go ---------------------------------------------------------------------------------------------
+
+    @property
+    def drafting(self) -> str:
+        """Whether the drafter is "on" or, as it has failed, "off"; "none": it never drafts."""
+        return "none" if not self.given.drafts else "off" if self.drafter is None else "on"
+
+    def restart(self, rows: Sequence[Request]) -> None:
+        """Start a drafter that has failed again. It has seen nothing of ``rows``, which are all that run."""
+        if self.drafter is None and self.failures <= RESTARTS:
+            self.drafter, self.unseen = self.given, bool(self.rows)
+            with self._drafting():
+                self.given.start()
+                for row in rows:
+                    row.memory = self.given.begin()
+            self._gather()
 
     def begin(self, row: Request) -> None:
         """A row is admitted: what is kept of it begins."""
@@ -61,7 +79,7 @@ class Batch:
     def prefill(self, rows: Sequence[Request], cache: KVCache, counts: Sequence[int]) -> list[Request]:
         """Run the next ``counts`` tokens of the rows, whose ``cache`` this is; return those that have been run whole.
 
-        Each of these has its next token then, -1 where the logits are not finite, as ``chosen``.
+        Each of these has taken its next token then.
         """
         parts = [row.ids[n : n + count] for row, n, count in zip(rows, cache.rows, counts, strict=True)]
         taps, whole_prompts = self._taps(), self.drafter is not None and self.drafter.whole_prompts
@@ -69,21 +87,20 @@ class Batch:
         every: list[Tensor] | None = [] if any(row.prompt_logprobs for row in rows) else None
         last = run_tokens(self.target, cache, parts, taps, whole_prompts, every)  # (B, 1, D)
         for row, start, states in zip(rows, begun, every or (), strict=False):
-            if row.prompt_logprobs and start == len(row.prompt_scored):  # not where the row was preempted later on
-                following = row.prompt[start + 1 : start + 1 + len(states)]
-                row.prompt_scored += prompt_logprobs(self.target, states, following, row.logprobs or 0)
+            if row.unscored and (done := len(row.prompt_scored)) < start + len(states):  # some before it gave way
+                following = row.prompt[done + 1 : start + 1 + len(states)]
+                row.prompt_scored += prompt_logprobs(self.target, states[done - start :], following, row.logprobs or 0)
         paths = [list(range(len(part) if whole_prompts else min(len(part), 1))) for part in parts]
         self._observe([row.memory for row in rows], paths, taps)
         whole = [b for b, (row, n) in enumerate(zip(rows, cache.rows, strict=True)) if n == len(row.ids)]
-        done = [rows[b] for b in whole]
-        if done:
-            for row, token in zip(done, self._choose(done, last[whole]), strict=True):
-                row.chosen = token
+        joined = [rows[b] for b in whole]
+        if joined:
+            self._choose(joined, last[whole])
         self.ledger.mark("prefill")
-        return done
+        return joined
 
-    def _choose(self, rows: Sequence[Request], last: Tensor) -> list[int]:
-        """The token after each row's last one, whose final states [B, 1, D] these are."""
+    def _choose(self, rows: Sequence[Request], last: Tensor) -> None:
+        """Let each row take the token after its last one, whose final states [B, 1, D] these are."""
         sampler = Sampler.of([row.sampling for row in rows])
         if sampler.plain_greedy and all(row.logprobs is None for row in rows):
             [chosen] = self.target.choose(last)
@@ -91,10 +108,10 @@ class Batch:
             logits = self.target.readout(last)
             scores = sampler.scores(logits, lambda: [[row.ids] for row in rows])  # (B, 1, V)
             chosen = sampler.choose(scores, [[len(row.ids)] for row in rows]).tolist()
-            for row, raw, tokens in zip(rows, logits, chosen, strict=True):
-                if row.logprobs is not None:
-                    row.scored += token_logprobs(raw, tokens, row.logprobs)
-        return [token for [token] in chosen]
+        for b, (row, tokens) in enumerate(zip(rows, chosen, strict=True)):
+            row.take(tokens, [0])
+            if row.logprobs is not None:
+                row.scored += token_logprobs(logits[b, : len(row.new)], row.new, row.logprobs)
 
     def join(self, rows: Sequence[Request], cache: KVCache) -> None:
         """Add rows that have been run, with their cache."""
@@ -133,10 +150,11 @@ class Batch:
     # -- a step -------------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def step(self, scoring: Callable[[], object] = lambda: None) -> list[tuple[list[int], list[int]]]:
-        """Draft, score, verify, commit; return each row's new tokens, and their depths in the draft.
+    def step(self, scoring: Callable[[], object] = lambda: None) -> None:
+        """Draft, score, verify, let each row take what is accepted, and commit what it has taken.
 
-        scoring: called when the model is about to score.
+        A row may end inside its draft: what is behind the end is never committed, so that the cache has what was run of
+        the row's text, and nothing else. scoring: called when the model is about to score.
         """
         depths = self._budget()
         self.ledger.begin()
@@ -150,27 +168,31 @@ class Batch:
         self.ledger.mark("score")
         accepted = self.verifier.verify(draft, scores.chosen, scores.p)
         self.ledger.mark("accept")
-        self.cache.commit(scores.slots(accepted.paths))
-        self._observe(self.state.memory, accepted.paths, scores.taps)
+        taken = self._take(draft, accepted)
+        self.ledger.mark("detokenise")
+        slots = scores.slots(taken)
+        self.cache.commit(slots)
+        self._observe(self.state.memory, taken, scores.taps)
+        self.unseen = False
         self.ledger.mark("commit")
         self._learn(draft, accepted, scores.count, any(forced))
-        drafted, places = draft.lists(), draft.depths()
-        new = []
-        for b, (path, token) in enumerate(zip(accepted.paths, accepted.next_tokens, strict=True)):
-            new.append(
-                ([drafted[b][node - 1] for node in path[1:]] + [token], [places[node] for node in path[1:]] + [0])
-            )
-        if scores.logits:
-            slots = scores.slots(accepted.paths)
-            for b, logits in scores.logits.items():
-                row = self.rows[b]
-                row.scored += token_logprobs(logits[slots[b]], new[b][0], row.logprobs or 0)
-        return new
+        for b, logits in scores.logits.items():
+            row = self.rows[b]
+            row.scored += token_logprobs(logits[slots[b]], row.new, row.logprobs or 0)
+
+    def _take(self, draft: Draft, accepted: Acceptance) -> list[list[int]]:
+        """Let each row take its new tokens; return the part of its path that the cache needs: one node for each."""
+        drafted, places, paths = draft.lists(), draft.depths(), []
+        for b, (row, path, token) in enumerate(zip(self.rows, accepted.paths, accepted.next_tokens, strict=True)):
+            row.take([*(drafted[b][node - 1] for node in path[1:]), token], [*(places[node] for node in path[1:]), 0])
+            paths.append(path[: len(row.new)])
+        return paths
 
     def _budget(self) -> list[int]:
         """How deep to draft for each row in this step."""
         state, rows = self.state, self.rows
-        drafting = [b for b, row in enumerate(rows) if row.draft and self.drafter is not None]
+        able = self.drafter is not None and not self.unseen
+        drafting = [b for b, row in enumerate(rows) if row.draft and able]
         choice = self.policy.choose([rows[b].known for b in drafting], len(rows) - len(drafting))
         state.exit, state.prices = choice.exit, choice.prices
         depths = [0] * len(rows)
@@ -188,7 +210,7 @@ class Batch:
 
     def _forced(self) -> list[list[int]]:
         """The tokens that each row's constraint leaves no choice about; drafted before the drafter is asked."""
-        if self.drafter is None or not self.drafter.drafts:
+        if self.drafter is None or self.unseen or not self.drafter.drafts:
             return [[] for _ in self.rows]
         found = []
         for b, row in enumerate(self.rows):
@@ -240,9 +262,10 @@ class Batch:
         for b, (row, path) in enumerate(zip(self.rows, accepted.paths, strict=True)):
             nodes = [node for node, token in enumerate(drafted[b], start=1) if token >= 0]
             deepest.append(max((depths[node] for node in nodes), default=0))
-            row.metrics.step(deepest[-1], len(nodes), len(path) - 1)
+            row.metrics.step(deepest[-1], len(nodes), min(len(path) - 1, len(row.new)))
             if self.verifier.threshold is not None and draft.layers is not None:
-                row.metrics.exit_layers += draft.layers[b, [node - 1 for node in path[1:]]].tolist()
+                took = path[1 : 1 + len(row.new)]
+                row.metrics.exit_layers += draft.layers[b, [node - 1 for node in took]].tolist()
         if not forced:
             step, known = self.ledger.step, [row.known for row in self.rows]
             rest = step["score"] + step["accept"] + step["commit"]
@@ -265,7 +288,7 @@ class Batch:
         """Go on without the drafter."""
         assert self.drafter is not None
         warnings.warn(f"drafter '{self.drafter.name}' {why}; decoding goes on without it", DrafterWarning, stacklevel=2)
-        self.drafter = None
+        self.drafter, self.failures = None, self.failures + 1
 
     def _taps(self) -> dict[int, Tensor]:
         return dict.fromkeys(self.drafter.taps if self.drafter is not None else (), NOTHING)

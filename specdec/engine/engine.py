@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from specdec.base.errors import QueueFullError, SpecDecError
 from specdec.engine.batch import Batch, not_finite
 from specdec.engine.depth import DepthPolicy
-from specdec.engine.request import Handle, Request, failure
+from specdec.engine.request import Handle, Request, check_prompt, failure
 from specdec.engine.scheduler import Scheduler
 from specdec.runtimes.prefill import CHUNK
 from specdec.runtimes.target import Target
@@ -35,7 +35,8 @@ class EngineStats:
     """running, waiting: requests. kv_bytes: of keys and values held; kv_budget: how many may be (None: no bound).
 
     prefix_queries, prefix_hits: prompt tokens that were looked up, and found. preemptions: requests that gave way and
-    are computed again. steps, drafted, accepted, accepted_per_position: of all requests so far.
+    are computed again. steps, drafted, accepted, accepted_per_position: of all requests so far. drafter: "on",
+    "off" (it has failed: requests are decoded plainly) or "none". drafter_failures: how often it has failed.
     """
 
     running: int
@@ -49,6 +50,8 @@ class EngineStats:
     drafted: int
     accepted: int
     accepted_per_position: list[int] = field(default_factory=list)
+    drafter: str = "none"
+    drafter_failures: int = 0
 
     @property
     def kv_usage(self) -> float:
@@ -102,24 +105,19 @@ class Engine:
 
     def enqueue(self, request: Request) -> None:
         """The same without a handle: for callers that run the steps themselves."""
-        context = self.target.context
-        if not request.prompt:
-            raise SpecDecError("the prompt is empty; give some token ids")
-        if len(request.prompt) >= context:
-            raise SpecDecError(
-                f"the prompt has {len(request.prompt)} tokens; with at least one new token it does not fit the model's "
-                f"context of {context}; shorten it"
-            )
+        check_prompt(request.prompt, self.target)
         if request.sampling.transforms.highest >= self.target.vocab_size:
             raise SpecDecError(f"logit_bias has token ids outside the model's vocabulary of {self.target.vocab_size}")
-        request.limit = min(request.limit, context - len(request.prompt))
-        request.submitted = time.perf_counter()
+        if request.submitted:
+            raise SpecDecError("a request is run once; make another of the same prompt")
+        request.limit = min(request.limit, self.target.context - len(request.prompt))
         with self._gate:
             if self.closed:
                 raise SpecDecError("the engine is closed; it takes no more requests")
             waiting = self.scheduler.waiting
             if len(waiting) - (self.scheduler.max_rows - self.scheduler.running) >= self.max_waiting:
                 raise QueueFullError(f"{len(waiting)} requests are waiting already; try again later")
+            request.submitted = time.perf_counter()
             waiting.append(request)
             self._gate.notify_all()
 
@@ -133,13 +131,17 @@ class Engine:
         """Whether any request runs or waits."""
         return bool(self.scheduler.running or self.scheduler.waiting)
 
-    def _advance(self) -> bool:
-        """Run a step, unless a thread does: then return True."""
-        if self._thread is not None:
+    def _advance(self, request: Request) -> bool:
+        """Run a step, unless a thread does: then return True. Where that has died, the request ends."""
+        thread = self._thread
+        if thread is not None and thread.is_alive():
             return True
         with self._turn:
-            if self.busy:
+            if thread is None and self.busy:
                 self.step()
+            elif request.finished is None:
+                request.finished, request.error = "error", SpecDecError("the engine has ended; start another")
+                self._put(request, [], [])
         return False
 
     def steps(self) -> Iterator[Events]:
@@ -162,10 +164,12 @@ class Engine:
                 self._book(scheduler.joining.rows)
             events: Events = []
             if scheduler.joining.rows:
-                joined = scheduler.prefill()
-                events += self._deliver(joined, [([row.chosen], [0]) for row in joined], prefill=True)
+                events += self._deliver(scheduler.prefill())
             if decoding and batch.rows:
-                events += self._deliver(batch.rows, batch.step(self._wake))
+                batch.step(self._wake)
+                for row in batch.rows:
+                    self._count(row.metrics.per_step_drafted[-1], row.metrics.per_step_accepted[-1])
+                events += self._deliver(batch.rows)
             if not (decoding and batch.rows):
                 self._wake()
             return events
@@ -177,38 +181,24 @@ class Engine:
                 row.begun = dict(self.ledger.seconds)
                 row.metrics.ledger = self.ledger.seconds  # shared until the row ends
 
-    def _deliver(
-        self, rows: Sequence[Request], new: Sequence[tuple[list[int], list[int]]], prefill: bool = False
-    ) -> Events:
-        """Give each row its new tokens, cut where plain decoding would stop, and let go of the rows that ended."""
-        events, kept, ended = list[tuple[Request, list[int]]](), list[list[int]](), list[Request]()
-        for number, (row, (tokens, _)) in enumerate(zip(rows, new, strict=True)):
-            taken, metrics = row.take(tokens), row.metrics
-            if row.finished is None and len(taken) < len(tokens):
-                row.finished = "error"
+    def _deliver(self, rows: Sequence[Request]) -> Events:
+        """Give each row's reader its new tokens, and let go of the rows that ended."""
+        rows, now = list(rows), time.perf_counter()
+        for number, row in enumerate(rows):
+            if row.finished == "error" and row.error is None:
                 constraint = row.sampling.constraint
                 row.error = None if constraint is None else constraint.error(row.ids)
                 row.error = row.error or not_finite(self.target, row, number if len(rows) > 1 else None)
-            if not metrics.first_token_seconds:
-                metrics.first_token_seconds = time.perf_counter() - row.submitted
-            if not prefill:
-                metrics.per_step_accepted[-1] = min(metrics.per_step_accepted[-1], len(taken))
-                if metrics.exit_layers:
-                    del metrics.exit_layers[metrics.num_accepted_draft_tokens :]
-                self._count(metrics.per_step_drafted[-1], metrics.per_step_accepted[-1])
-            events.append((row, taken))
-            kept.append(taken)
-            if row.finished is not None:
-                ended.append(row)
-        self.ledger.mark("detokenise")
-        if ended:
+            if not row.metrics.first_token_seconds:
+                row.metrics.first_token_seconds = now - row.submitted
+        if ended := [row for row in rows if row.finished is not None]:
             self._end(ended)
         self.ledger.mark("overhead")
-        for row, taken, (_, depths) in zip(rows, kept, new, strict=True):
+        for row in rows:
             if row.finished is not None:
                 row.settle(self.ledger.seconds)
-            self._put(row, taken, depths[: len(taken)])
-        return events
+            self._put(row, row.new, row.depths)
+        return [(row, row.new) for row in rows]
 
     def _put(self, row: Request, tokens: list[int], depths: list[int]) -> None:
         """Leave tokens where the reader of a request finds them once it is woken."""
@@ -334,6 +324,8 @@ class Engine:
             drafted=self.drafted,
             accepted=self.accepted,
             accepted_per_position=[self.positions[n] for n in range(most)],
+            drafter=self.batch.drafting,
+            drafter_failures=self.batch.failures,
         )
 
 

@@ -8,10 +8,16 @@ from specdec.runtimes.cache import KVCache
 
 
 class Prefix:
-    """A text that has been run, with its cache of one row."""
+    """A text that has been run, with its cache of one row, which has these tokens and no others.
 
-    def __init__(self, ids: Sequence[int], cache: KVCache) -> None:
-        self.ids, self.cache = ids, cache
+    scope: of the requests that may begin with it.
+    """
+
+    def __init__(self, ids: Sequence[int], cache: KVCache, scope: str | None) -> None:
+        [count] = cache.rows
+        if count > len(ids):
+            raise ValueError(f"a cache of {count} tokens does not belong to a text of {len(ids)}")
+        self.ids, self.cache, self.scope = list(ids[:count]), cache, scope
 
 
 class PrefixStore:
@@ -26,23 +32,23 @@ class PrefixStore:
         return sum(prefix.cache.num_states for prefix in self.kept)
 
     @property
-    def tokens(self) -> int:
-        """Slots that are held."""
-        return sum(prefix.cache.rows[0] for prefix in self.kept)
+    def nbytes(self) -> int:
+        """Bytes of the buffers of keys and values."""
+        return sum(prefix.cache.nbytes for prefix in self.kept)
 
-    def add(self, ids: Sequence[int], cache: KVCache) -> None:
+    def add(self, ids: Sequence[int], cache: KVCache, scope: str | None = None) -> None:
         """Keep a text. Those that it begins with need not be kept beside it."""
-        count = cache.rows[0]
-        if not count:
-            return
-        text = list(ids[:count])
-        self.kept = [prefix for prefix in self.kept if common(prefix.ids, text) < len(prefix.ids)]
-        self.kept.append(Prefix(text, cache))
+        made = Prefix(ids, cache, scope)
+        if made.ids:
+            self.kept = [p for p in self.kept if p.scope != scope or common(p.ids, made.ids) < len(p.ids)]
+            self.kept.append(made)
 
-    def longest(self, ids: Sequence[int]) -> tuple[Prefix | None, int, int]:
+    def longest(self, ids: Sequence[int], scope: str | None = None) -> tuple[Prefix | None, int, int]:
         """The text with which most of ``ids`` can begin, how many tokens, and how many are in common with any text."""
         best, most, shared = None, 0, 0
         for prefix in self.kept:
+            if prefix.scope != scope:
+                continue
             alike = common(prefix.ids, ids)
             shared = max(shared, alike)
             if (count := prefix.cache.restorable(0, alike)) > most:

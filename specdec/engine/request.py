@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -10,10 +11,25 @@ from typing import Any
 
 from transformers import LogitsProcessor
 
+from specdec.base import options
 from specdec.base.errors import SpecDecError
 from specdec.engine.logprobs import TokenLogprob
 from specdec.engine.metrics import RequestMetrics
+from specdec.runtimes.target import Target
 from specdec.speculation.sampling import Chooser, SamplingParams
+
+IDS = options.lists("token ids (whole numbers)", options.is_whole)
+FIELDS = {
+    "prompt": IDS,
+    "limit": options.wholes_from(0),
+    "stream": options.wholes_from(0, 2**64 - 1),
+    "eos": options.Kind("a set of token ids", lambda value: all(map(options.is_whole, value))),
+    "stop": options.Kind("callable", callable) | options.NONE,
+    "draft": options.BOOL,
+    "logprobs": options.wholes_from(0) | options.NONE,
+    "prompt_logprobs": options.BOOL,
+    "scope": options.TEXT | options.NONE,
+}
 
 
 @dataclass(eq=False)
@@ -24,7 +40,8 @@ class Request:
     draw alike unless their streams differ. eos: tokens that end it. stop: called for each new token in order, where the
     engine runs; returns a finish reason, or None. draft: whether the drafter drafts for it. logprobs: how many of the
     likeliest tokens go with the log-probability of each new token; None: there are no log-probabilities.
-    prompt_logprobs: those of the prompt's tokens from the second on, too.
+    prompt_logprobs: those of the prompt's tokens from the second on, too. scope: only requests of the same scope go on
+    from what has been run of it. Raises SpecDecError for what is not of its kind.
     """
 
     prompt: list[int]
@@ -38,6 +55,7 @@ class Request:
     chooser: Chooser | None = None  # instead of params, processors and stream
     logprobs: int | None = None
     prompt_logprobs: bool = False
+    scope: str | None = None
 
     # What the engine keeps of it
     ids: list[int] = field(init=False)  # prompt and output; the last one, the root, is not yet cached
@@ -49,13 +67,16 @@ class Request:
     cancelled: bool = field(init=False, default=False)
     submitted: float = field(init=False, default=0.0)
     begun: dict[str, float] | None = field(init=False, default=None)  # the engine's ledger when it was admitted
-    chosen: int = field(init=False, default=-1)  # the token after a prompt
+    new: list[int] = field(init=False, default_factory=list)  # what the last step brought
+    depths: list[int] = field(init=False, default_factory=list)  # of these tokens in their draft; 0: the model's own
     forks: set[int] = field(init=False, default_factory=set)  # tokens after which other texts go on differently
     handle: Handle | None = field(init=False, default=None)
     scored: list[TokenLogprob] = field(init=False, default_factory=list)  # the new tokens, where that is asked for
     prompt_scored: list[TokenLogprob] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
+        options.check_values(vars(self), FIELDS)
+        self.prompt = list(map(int, self.prompt))
         self.ids = list(self.prompt)
         self.metrics = RequestMetrics(len(self.prompt))
         if self.chooser is None:
@@ -71,15 +92,22 @@ class Request:
         """Most tokens that may still come."""
         return self.limit - self.metrics.num_new_tokens
 
-    def take(self, tokens: Sequence[int]) -> list[int]:
-        """Add new tokens, up to where plain decoding would end; return those added."""
-        kept: list[int] = []
+    @property
+    def unscored(self) -> bool:
+        """Whether log-probabilities of its prompt are still to come."""
+        return self.prompt_logprobs and len(self.prompt_scored) < len(self.prompt) - 1
+
+    def take(self, tokens: Sequence[int], depths: Sequence[int]) -> None:
+        """Add ``new`` tokens, up to where plain decoding would end. Those left over are not the text's, whose cache
+        must not have them either. depths: of the tokens in their draft."""
+        self.new = []
         if not self.left:  # only the prompt is of interest
             self.finished, tokens = "length", ()
         for token in tokens:
             if token < 0:  # the model's logits are not finite
+                self.finished = "error"
                 break
-            kept.append(token)
+            self.new.append(token)
             self.metrics.num_new_tokens += 1
             try:
                 self.finished = self._reason(token)
@@ -87,10 +115,9 @@ class Request:
                 self.finished, self.error = "error", failure(error)
             if self.finished is not None:
                 break
-        self.ids += kept
-        del self.scored[self.metrics.num_new_tokens :]
+        self.ids += self.new
+        self.depths = list(depths[: len(self.new)])
         self.sampling.noise.forget(len(self.ids))
-        return kept
 
     def settle(self, ledger: dict[str, float]) -> None:
         """The request has ended: its own ledger is what it has seen of the engine's."""
@@ -102,6 +129,19 @@ class Request:
         if token in self.eos:
             return "eos"
         return reason or (None if self.left > 0 else "length")
+
+
+def check_prompt(prompt: Sequence[int], target: Target) -> None:
+    """Raise SpecDecError for token ids that ``target`` cannot go on from."""
+    if not prompt:
+        raise SpecDecError("the prompt is empty; give some token ids")
+    if len(prompt) >= target.context:
+        raise SpecDecError(
+            f"the prompt has {len(prompt)} tokens; with at least one new token it does not fit the model's context of "
+            f"{target.context}; shorten it"
+        )
+    if not 0 <= min(prompt) <= max(prompt) < target.vocab_size:
+        raise SpecDecError(f"the prompt has token ids outside the model's vocabulary of {target.vocab_size}")
 
 
 def failure(error: BaseException) -> SpecDecError:
@@ -131,14 +171,17 @@ class Event:
         return next((n for n, depth in enumerate(self.depths) if not depth), len(self.depths))
 
 
+PATIENCE = 1.0  # seconds after which a reader looks whether the engine is still there
+
+
 class Handle:
     """The events of a request, to be iterated in a thread or on an event loop, by one reader.
 
     Of a reader that is slow, one event waits, which takes in what comes. advance: runs a step where no thread of the
-    engine does; returns whether one does.
+    engine does; returns whether one does. It ends a request that none will serve any more.
     """
 
-    def __init__(self, request: Request, advance: Callable[[], bool]) -> None:
+    def __init__(self, request: Request, advance: Callable[[Request], bool]) -> None:
         self.request, self._advance = request, advance
         self._pending: Event | None = None
         self._change = threading.Condition()
@@ -181,9 +224,9 @@ class Handle:
         while not self._over:
             if (event := self._take()) is not None:
                 yield event
-            elif self._advance():
+            elif self._advance(self.request):
                 with self._change:
-                    self._change.wait_for(lambda: self._pending is not None, 1.0)
+                    self._change.wait_for(lambda: self._pending is not None, PATIENCE)
 
     async def __aiter__(self) -> AsyncIterator[Event]:
         flag = asyncio.Event()
@@ -192,6 +235,8 @@ class Handle:
         while not self._over:
             if (event := self._take()) is not None:
                 yield event
-            elif self._advance():
-                await flag.wait()
+            elif self._advance(self.request):
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(PATIENCE):
+                        await flag.wait()
                 flag.clear()

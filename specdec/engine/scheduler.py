@@ -83,12 +83,14 @@ class Scheduler:
     # -- memory -------------------------------------------------------------------------------------------------------
 
     def used(self) -> int:
-        """Bytes of keys and values that are held, in whole blocks of slots, and of recurrent states."""
+        """Bytes of keys and values that are held, and of recurrent states. Running rows count in whole blocks of slots,
+        kept texts with their buffers."""
         joining = [len(row.ids) for row in self.joining.rows]
         slots = sum(blocks(n, PAGE) for n in (*self.batch.cache.rows, *joining))
         states = self.batch.cache.num_states + self.prefixes.states
         states += 0 if self.joining.cache is None else self.joining.cache.num_states
-        return self.token_bytes * (slots + self.prefixes.tokens) + self.state_bytes * states
+        kept = 0 if self.memory is None else self.prefixes.nbytes
+        return self.token_bytes * slots + kept + self.state_bytes * states
 
     def _fits(self, more: int, rows: int = 0) -> bool:
         """Whether so many more tokens, and rows, have room; prefixes make room for them."""
@@ -116,17 +118,19 @@ class Scheduler:
         fresh, longest, target = list[Request](), 0, self.batch.target
         while self.waiting and self.running + len(fresh) < self.max_rows:
             row, others = self.waiting[0], self.running + len(fresh)
-            known = [] if row.prompt_logprobs else row.ids[:-1]  # what follows the last token is sought, so it is run
-            source, found, shared = self._longest(known)
+            # What follows the last token is sought, so it is run; and so are those of whose successors it is asked.
+            known = row.ids[: len(row.prompt_scored) if row.unscored else -1]
+            source, found, shared = self._longest(known, row.scope)
             more = sum(blocks(len(each.ids), PAGE) for each in (*fresh, row)) + AHEAD * (others + 1)
             if not self._fits(more, len(fresh) + 1) and others:
                 break
-            if self._waits(known, found, fresh):
+            if self._waits(row, known, found, fresh):
                 break
             if shared > found + SHARED:
                 row.forks.add(shared)
             cache = None if source is None else source(found, self._expected(row))
             self._book(row, found)
+            self.batch.restart([*self.batch.rows, *self.joining.rows, *fresh])
             self.waiting.popleft()
             if not row.metrics.num_new_tokens:
                 row.metrics.queue_seconds = time.perf_counter() - row.submitted
@@ -149,24 +153,26 @@ class Scheduler:
         left = min(row.left, ROOM) if self.reuse else row.left
         return min(len(row.ids) + left + DRAFTED, self.batch.target.context)
 
-    def _longest(self, ids: Sequence[int]) -> tuple[Callable[[int, int], KVCache] | None, int, int]:
+    def _longest(self, ids: Sequence[int], scope: str | None) -> tuple[Callable[[int, int], KVCache] | None, int, int]:
         """How to get a cache with the most tokens that a text can begin with, how many, and how many are in common with
         what has been run."""
         if not self.reuse:
             return None, 0, 0
-        prefix, most, shared = self.prefixes.longest(ids)
+        prefix, most, shared = self.prefixes.longest(ids, scope)
         source: Callable[[int, int], KVCache] | None = None
         if prefix is not None:
             whole = most == len(prefix.ids)
             source = partial(self._taken, prefix) if whole else partial(prefix.cache.copy, 0)
         for b, other in enumerate(self.batch.rows):
+            if other.scope != scope:
+                continue
             alike = min(common(other.ids, ids), self.batch.cache.rows[b])
             shared = max(shared, alike)
             if (count := self.batch.cache.restorable(b, alike)) > most:
                 most, source = count, partial(self.batch.cache.copy, b)
         return source, most, shared
 
-    def _waits(self, known: Sequence[int], found: int, fresh: list[Request]) -> bool:
+    def _waits(self, row: Request, known: Sequence[int], found: int, fresh: list[Request]) -> bool:
         """Whether a text had better wait for a prompt that is being run, and begin with more of it than was found."""
         if not self.reuse:
             return False
@@ -174,7 +180,7 @@ class Scheduler:
         for b, other in enumerate((*joining.rows, *fresh)):
             cache = joining.cache if b < len(joining.rows) else None
             shared, run = common(other.ids, known), 0 if cache is None else cache.rows[b]
-            if shared <= found + SHARED:
+            if shared <= found + SHARED or other.scope != row.scope:
                 continue
             if run < shared:
                 other.forks.add(shared)
@@ -221,9 +227,10 @@ class Scheduler:
         if keep and self.reuse:
             for b, row in enumerate(batch.rows):
                 if row in rows and row.error is None:
-                    self.prefixes.add(row.ids, batch.cache.take(b))
+                    self.prefixes.add(row.ids, batch.cache.kept(b), row.scope)
         batch.keep([row for row in batch.rows if row not in rows])
         self.joining.remove(rows)
+        self._fits(0)
 
     def forget(self) -> None:
         """Let all rows and all kept texts go."""

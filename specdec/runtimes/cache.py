@@ -119,6 +119,11 @@ class KVCache:
         return sum(t.shape[1] * t.shape[3] * t.itemsize for t in held)
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers of keys and values."""
+        return sum(t.nbytes for t in (*self.keys, *self.values) if t is not None)
+
+    @property
     def ragged(self) -> bool:
         """True if some row has holes."""
         return any(n != self.committed for n in self.rows)
@@ -345,6 +350,10 @@ class KVCache:
     def take(self, row: int) -> KVCache:
         """The row as a cache of its own."""
         return self.copy(row, self.rows[row])
+
+    def kept(self, row: int) -> KVCache:
+        """The same for a text that may be kept for long: its buffers have little more room than its tokens take."""
+        return self.take(row)
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep only ``rows`` of the batch, in that order. Nothing may be uncommitted.

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from specdec.runtimes.cache import KVCache, Mask, rows8, widened, zeros
 
+SNUG = 16  # slots that the buffer of a copy is rounded up to
+
 
 class RowMask(Mask):
     """What the tokens of a pass over rows of a ``RowCache`` may attend to, row by row.
@@ -69,7 +71,7 @@ class RowMask(Mask):
 class RowCache(KVCache):
     """Keys and values of a batch on a CPU. ``data[b]``: those of row b, [2, N, H, capacity, d], made at first use.
 
-    expected: slots that a row's buffer has room for from the beginning. A capacity is a multiple of ``block``.
+    expected: slots that a row's buffer has room for from the beginning. It grows to multiples of ``block``.
     """
 
     def __init__(self, num_layers: int, batch: int = 1, block: int = 256, rounded: bool = False) -> None:
@@ -81,6 +83,10 @@ class RowCache(KVCache):
     @property
     def slots(self) -> int:
         return max((capacity for capacity, _, _ in self.places), default=0)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(data.nbytes for data in self.data if data is not None)
 
     @property
     def token_bytes(self) -> int:
@@ -176,7 +182,7 @@ class RowCache(KVCache):
     def copy(self, row: int, count: int, room: int = 0) -> RowCache:
         made, data = RowCache(len(self.lengths), 1, self.block, self.rounded), self.data[row]
         if data is not None and count:
-            slots = -(-max(count, room) // self.block) * self.block
+            slots = -(-max(count, room) // SNUG) * SNUG
             own = zeros((*data.shape[:3], slots, data.shape[4]), data.dtype, self.device)
             own[:, :, :, :count] = data[:, :, :, :count]
             made._put(0, own)
@@ -189,3 +195,7 @@ class RowCache(KVCache):
         made.data, made.places = [self.data[row]], [self.places[row]]
         made._count([self.rows[row]])
         return made
+
+    def kept(self, row: int) -> RowCache:
+        count = self.rows[row]
+        return self.copy(row, count) if self.places[row][0] > count + count // 4 + SNUG else self.take(row)

@@ -64,7 +64,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         form = service.tool_form(body.offered)
         prompt = await run_sync(service.encode_chat, body.messages, body.offered)
         rule = await run_sync(service.constraint, body)
-        choices = service.submit([prompt], body, rule, shown_of(form, constrained=rule is not None))
+        choices = service.submit([prompt], body, rule, shown_of(form, constrained=rule is not None), _caller(request))
         names = list(body.forced) or [tool["function"]["name"] for tool in body.offered]
         shape = Chat(form, names, not body.several, forced=bool(body.forced))
         response = Response(shape, service.settings.name, choices, body)
@@ -77,8 +77,14 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         texts = [p if isinstance(p, str) else service.decode(p) for p in body.prompts if body.echo]
         shape = Completion([text for text in texts for _ in range(body.n or 1)])
         rule = await run_sync(service.constraint, body)
-        response = Response(shape, service.settings.name, service.submit(prompts, body, rule), body)
+        choices = service.submit(prompts, body, rule, scope=_caller(request))
+        response = Response(shape, service.settings.name, choices, body)
         return await _answer(service, request, response)
+
+
+def _caller(request: Request) -> str | None:
+    """Whose key the request has; None: there are no keys."""
+    return getattr(request.state, "caller", None)
 
 
 async def _answer(service: Service, request: Request, response: Response) -> HTTPResponse:
@@ -141,7 +147,7 @@ def _add_state(app: FastAPI, service: Service) -> None:
     @app.get("/health")
     async def health() -> dict[str, str]:
         service.check_engine()
-        return {"status": "ok"}
+        return {"status": "ok", "drafter": service.engine.stats().drafter}
 
     @app.get("/metrics")
     async def metrics() -> HTTPResponse:

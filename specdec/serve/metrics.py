@@ -83,11 +83,16 @@ class _Engine(Collector):
         gauges = {
             "num_requests_running": ("Requests that are being decoded.", stats.running),
             "num_requests_waiting": ("Requests that wait.", stats.waiting),
+            "spec_decode_drafter_active": (
+                "1: the drafter drafts; 0: there is none, or it has failed.",
+                stats.drafter == "on",
+            ),
             "kv_cache_usage_perc": ("Share of the memory for keys and values that is in use.", stats.kv_usage),
         }
         counters = {
             "prefix_cache_queries": ("Prompt tokens that were looked up.", stats.prefix_queries),
             "prefix_cache_hits": ("Prompt tokens that were not computed again.", stats.prefix_hits),
+            "spec_decode_drafter_failures": ("How often the drafter has failed.", stats.drafter_failures),
             "num_preemptions": ("Requests that gave way and are computed again.", stats.preemptions),
         }
         kinds = ((GaugeMetricFamily, gauges), (CounterMetricFamily, counters))

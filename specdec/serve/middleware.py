@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import hmac
 import time
 from collections.abc import Callable
@@ -49,7 +50,8 @@ class Log:
 
 
 class Key:
-    """Refuse requests without the key, in a time that does not depend on what they have instead."""
+    """Refuse requests without the key, in a time that does not depend on what they have instead. ``caller`` says whose
+    key it is: what one has sent serves no other."""
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self.app = app
@@ -61,6 +63,7 @@ class Key:
             if not hmac.compare_digest(given, self.wanted):
                 message = "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'"
                 return await ApiError(401, message, code="invalid_api_key").response()(scope, receive, send)
+            scope.setdefault("state", {})["caller"] = hashlib.sha256(given).hexdigest()
         await self.app(scope, receive, send)
 
 

@@ -104,9 +104,15 @@ class Service:
             raise ApiError(400, str(error), name, "invalid_value") from None
 
     def submit(
-        self, prompts: Sequence[list[int]], body: Sampling, rule: Compiled | None = None, shown: Sequence[str] = ()
+        self,
+        prompts: Sequence[list[int]],
+        body: Sampling,
+        rule: Compiled | None = None,
+        shown: Sequence[str] = (),
+        scope: str | None = None,
     ) -> list[Choice]:
-        """Start every choice of a request: ``n`` for each prompt. shown: special tokens that are in their text.
+        """Start every choice of a request: ``n`` for each prompt. shown: special tokens that are in their text. scope:
+        as in ``engine.Request``.
 
         Raises ApiError where none is started.
         """
@@ -127,7 +133,9 @@ class Service:
         choices: list[Choice] = []
         try:
             for index, (prompt, stream) in enumerate(zip(rows, streams(rows), strict=True)):
-                handle = self.engine.submit(self._request(prompt, body, seed, stream, rule))
+                request = self._request(prompt, body, seed, stream, rule)
+                request.scope = scope
+                handle = self.engine.submit(request)
                 choices.append(Choice(index, handle, prompt, self.tokenizer, body.stops, self.metrics, shown))
         except QueueFullError as error:
             raise ApiError(429, str(error), code="queue_full") from None
@@ -138,8 +146,9 @@ class Service:
         return choices
 
     def drafter_of(self, body: Sampling) -> str:
-        """The drafter that a request uses, as a header may name it."""
-        return quote(self.decoder.drafter.label if body.speculative_decoding else "none", safe="+=-. /")
+        """The drafter that a request uses, as a header may name it; "none", too, while it is off as it has failed."""
+        on = body.speculative_decoding and self.engine.batch.drafting == "on"
+        return quote(self.decoder.drafter.label if on else "none", safe="+=-. /")
 
     def end(self, choices: Sequence[Choice]) -> None:
         """A request is over, or its client has gone."""
