@@ -142,7 +142,9 @@ class Oracle(Drafter):
 class Varied(FixedDepth):
     """Every row drafts another depth in every step, mostly the whole."""
 
-    rng = random.Random(0)
+    def __init__(self, depth: int) -> None:
+        super().__init__(depth)
+        self.rng = random.Random(0)
 
     def choose(self, rows: Sequence[Row], plain: int = 0) -> Choice:
         depths = [self.rng.choice((self.choice.depth, self.rng.randrange(self.choice.depth + 1))) for _ in rows]
@@ -237,7 +239,7 @@ class Schedules(RuleBasedStateMachine):
     @rule(data=st.data())
     def arrive(self, data: st.DataObject) -> None:
         prompt, style = self.prompt(data), data.draw(st.integers(0, len(STYLES) - 1), label="style")
-        limit, at = data.draw(st.integers(1, MOST), label="limit"), data.draw(st.integers(1, MOST), label="at")
+        limit, at = data.draw(st.integers(0, MOST), label="limit"), data.draw(st.integers(1, MOST), label="at")
         ends = data.draw(st.sampled_from(["eos", "eos", "stop", "raise", "cancel", None]), label="ends")
         logprobs = data.draw(st.sampled_from([None, None, "new", "prompt"]), label="logprobs")
         draft, scope = (
@@ -316,7 +318,7 @@ class Schedules(RuleBasedStateMachine):
         assert request.error is None or isinstance(request.error, SpecDecError)
         if request.logprobs is not None:
             alike(request.scored, case.plain.scored[: len(found)])
-        if request.prompt_logprobs and request.begun is not None and found:
+        if request.prompt_logprobs and (found or request.finished == "length"):
             alike(request.prompt_scored, case.plain.prompt_scored)
 
     def teardown(self) -> None:

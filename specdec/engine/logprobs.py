@@ -26,8 +26,10 @@ class TokenLogprob(NamedTuple):
 
 def token_logprobs(logits: Tensor, tokens: Sequence[int], top: int) -> list[TokenLogprob]:
     """Logits [n, V] and the n ``tokens`` chosen there, with the ``top`` likeliest tokens."""
+    if not tokens:
+        return []
     logs = logits.float().log_softmax(-1)
-    chosen = upload([[max(token, 0)] for token in tokens], logs.device)  # -1: not finite, and dropped later
+    chosen = upload([[token] for token in tokens], logs.device)
     own = logs.gather(-1, chosen)[:, 0].tolist()
     values, ids = logs.topk(min(top, logs.shape[-1]))
     likeliest = [list(zip(*pair, strict=True)) for pair in zip(ids.tolist(), values.tolist(), strict=True)]
