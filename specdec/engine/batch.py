@@ -108,10 +108,12 @@ class Batch:
             logits = self.target.readout(last)
             scores = sampler.scores(logits, lambda: [[row.ids] for row in rows])  # (B, 1, V)
             chosen = sampler.choose(scores, [[len(row.ids)] for row in rows]).tolist()
+        self.ledger.mark("prefill")
         for b, (row, tokens) in enumerate(zip(rows, chosen, strict=True)):
             row.take(tokens, [0])
             if row.logprobs is not None:
                 row.scored += token_logprobs(logits[b, : len(row.new)], row.new, row.logprobs)
+        self.ledger.mark("detokenise")
 
     def join(self, rows: Sequence[Request], cache: KVCache) -> None:
         """Add rows that have been run, with their cache."""
