@@ -154,6 +154,8 @@ class Replay:
     handles: of all requests so far.
     """
 
+    drafting = "on"
+
     def __init__(self, script: Callable[[Request], Sequence[Event]], refuse: Exception | None = None) -> None:
         self.script, self.refuse, self.handles, self.closed = script, refuse, list[Any](), False
 

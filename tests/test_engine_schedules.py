@@ -192,16 +192,13 @@ class Schedules(RuleBasedStateMachine):
 
     @initialize(
         rows=st.integers(1, 4),
-        chunk=st.sampled_from([3, 7, 40]),
         memory=st.sampled_from([1000, 1000, 160, 80]),
         depth=st.integers(1, 6),
         siblings=st.integers(0, 2),
         reuse=st.sampled_from([True, True, True, False]),
         data=st.data(),
     )
-    def begin(
-        self, rows: int, chunk: int, memory: int, depth: int, siblings: int, reuse: bool, data: st.DataObject
-    ) -> None:
+    def begin(self, rows: int, memory: int, depth: int, siblings: int, reuse: bool, data: st.DataObject) -> None:
         self.oracle = Oracle(siblings)
         self.drafter: Drafter = self.oracle
         if self.names:
@@ -214,7 +211,6 @@ class Schedules(RuleBasedStateMachine):
             Varied(depth),
             max_rows=rows,
             kv_memory=memory * token + 16 * state,
-            prefill_chunk=chunk,
             reuse=reuse,
         )
 
@@ -222,7 +218,7 @@ class Schedules(RuleBasedStateMachine):
 
     def prompt(self, data: st.DataObject) -> list[int]:
         """New words, or a text that has come, whole or a beginning of it, with other words behind it."""
-        words = data.draw(st.lists(st.integers(3, 96), min_size=1, max_size=9), label="words")
+        words = data.draw(st.lists(st.integers(3, 96), min_size=1, max_size=14), label="words")
         if not self.cases or not data.draw(st.integers(0, 4), label="afresh"):
             return words
         case = data.draw(st.sampled_from(self.cases[-4:]), label="of")
@@ -241,7 +237,7 @@ class Schedules(RuleBasedStateMachine):
         prompt, style = self.prompt(data), data.draw(st.integers(0, len(STYLES) - 1), label="style")
         limit, at = data.draw(st.integers(0, MOST), label="limit"), data.draw(st.integers(1, MOST), label="at")
         ends = data.draw(st.sampled_from(["eos", "eos", "stop", "raise", "cancel", None]), label="ends")
-        logprobs = data.draw(st.sampled_from([None, None, "new", "prompt"]), label="logprobs")
+        logprobs = data.draw(st.sampled_from([None, "new", "prompt"]), label="logprobs")
         draft, scope = (
             data.draw(st.integers(0, 7), label="draft") > 0,
             data.draw(st.sampled_from("aaab"), label="scope"),
@@ -270,9 +266,9 @@ class Schedules(RuleBasedStateMachine):
     # -- what happens -------------------------------------------------------------------------------------------------
 
     @precondition(lambda self: self.engine.busy)
-    @rule(right=st.integers(0, 6), count=st.integers(1, 4))
-    def step(self, right: int, count: int) -> None:
-        self.oracle.right = right
+    @rule(right=st.integers(0, 6), chunk=st.sampled_from([1, 2, 3, 7, 40]), count=st.integers(1, 4))
+    def step(self, right: int, chunk: int, count: int) -> None:
+        self.oracle.right, self.engine.scheduler.chunk = right, chunk
         for _ in range(count):
             self.engine.step()
             self.check_caches()

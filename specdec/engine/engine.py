@@ -127,6 +127,11 @@ class Engine:
         return self._closing or (self._thread is not None and not self._thread.is_alive())
 
     @property
+    def drafting(self) -> str:
+        """As ``drafter`` of ``stats``."""
+        return self.batch.drafting
+
+    @property
     def busy(self) -> bool:
         """Whether any request runs or waits."""
         return bool(self.scheduler.running or self.scheduler.waiting)
@@ -324,7 +329,7 @@ class Engine:
             drafted=self.drafted,
             accepted=self.accepted,
             accepted_per_position=[self.positions[n] for n in range(most)],
-            drafter=self.batch.drafting,
+            drafter=self.drafting,
             drafter_failures=self.batch.failures,
         )
 

@@ -147,7 +147,7 @@ def _add_state(app: FastAPI, service: Service) -> None:
     @app.get("/health")
     async def health() -> dict[str, str]:
         service.check_engine()
-        return {"status": "ok", "drafter": service.engine.stats().drafter}
+        return {"status": "ok", "drafter": service.engine.drafting}
 
     @app.get("/metrics")
     async def metrics() -> HTTPResponse:

@@ -147,7 +147,7 @@ class Service:
 
     def drafter_of(self, body: Sampling) -> str:
         """The drafter that a request uses, as a header may name it; "none", too, while it is off as it has failed."""
-        on = body.speculative_decoding and self.engine.batch.drafting == "on"
+        on = body.speculative_decoding and self.engine.drafting == "on"
         return quote(self.decoder.drafter.label if on else "none", safe="+=-. /")
 
     def end(self, choices: Sequence[Choice]) -> None:
