@@ -18,7 +18,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from specdec.base import options
 from specdec.base.devices import upload, waits
-from specdec.base.errors import SpecDecError
 from specdec.models import drafter_folder, hub
 from specdec.runtimes.target import Target
 from specdec.runtimes.tree_drafting import WIDTH, Bounds, by_levels
@@ -84,9 +83,7 @@ class Eagle3Drafter(ChainDrafter):
         if source is None:
             raise cls.not_shipped(target.model.config._name_or_path)
         folder = Path(source) if Path(source).is_dir() else hub.drafter(source)
-        where, config = drafter_folder.called(folder), drafter_folder.read_config(folder)
-        if config["drafter"] != KIND:
-            raise SpecDecError(f"'{where}' holds a '{config['drafter']}' drafter, not an {KIND} one")
+        where, config = drafter_folder.called(folder), drafter_folder.read_config(folder, KIND)
         if "base" in config:  # ours; others do not say which weights a head is for
             drafter_folder.check_base(config, target, where)
         return cls(read_network(folder, Eagle3Config.read(config, target, where), target, where), **given)

@@ -30,7 +30,6 @@ from specdec.runtimes.linear_maps import rms_unit
 from specdec.runtimes.target import Target
 from specdec.speculation.draft import Draft, State
 
-from . import trained
 from .chain import SHAPE, ChainDrafter, ChainRow, Readout, ShapeOptions, best_probability, first_sure
 from .vocabulary import DraftVocabulary
 
@@ -137,7 +136,7 @@ class ExitDrafter(ChainDrafter):
         known = [name for name in options.keywords(cls) if name != "network"]
         options.check(cls.name, given, (*known, *SHAPE), source if cls.training is None else None)
         if cls.needs_training:
-            folder = trained.find(cls, target, source)
+            folder = cls.find(target, source)
         elif source is not None and "exit_layer" in given:
             raise SpecDecError(f"'{source}' has its own exit layer; leave exit_layer out, or the folder")
         elif source is not None:
@@ -146,7 +145,7 @@ class ExitDrafter(ChainDrafter):
             return cls(**given)
         else:
             folder = found
-        config = trained.read_config(folder, cls.name, target)
+        config = drafter_folder.read_config(folder, cls.name, target)
         network = drafter_folder.load(folder, target.vocab_size, lambda vocab: cls.trains.of(config, target, vocab))
         return cls(network=network, **given)
 

@@ -25,7 +25,6 @@ from specdec.runtimes.target import Target
 from specdec.runtimes.tree_drafting import WIDTH, Bounds, DraftPath, Seed
 from specdec.speculation.draft import Draft, State
 
-from . import trained
 from .chain import SHAPE, ChainDrafter, ChainRow, Readout, ShapeOptions, best_probability, first_sure, grown
 from .m2r2_network import M2R2, Carry, load_network
 from .m2r2_pass import PathPass
@@ -82,7 +81,7 @@ class M2R2Drafter(ChainDrafter):
     def load(cls, target: Target, source: str | None = None, **given: Any) -> M2R2Drafter:
         """From a drafter folder, or (``source`` None) the one shipped for the target's weights."""
         options.check(cls.name, given, (*SHAPE, "width", "exit_confidence"))
-        return cls(load_network(target, trained.find(cls, target, source)), **given)
+        return cls(load_network(target, cls.find(target, source)), **given)
 
     def bind(self, target: Target) -> None:
         self.network.freeze(target)

@@ -18,7 +18,6 @@ from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.linear_maps import rms_unit
 from specdec.runtimes.target import Target
 
-from . import trained
 from .arla import Router
 from .m2r2_path import M2R2Path
 
@@ -140,7 +139,7 @@ def watch(lo: int, hi: int) -> dict[int, Tensor]:
 
 def load_network(target: Target, folder: Path) -> M2R2:
     """The network in a drafter folder. Raises SpecDecError if it does not fit the target."""
-    config = trained.read_config(folder, "m2r2", target)
+    config = drafter_folder.read_config(folder, "m2r2", target)
     path, router = M2R2Path.from_json(config.get("path", {})), config.get("router", 0)
     drafter_folder.inner("the rank", path.rank, target.hidden_size)
     router = router and drafter_folder.inner("the router's width", router, target.hidden_size)

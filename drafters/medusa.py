@@ -33,7 +33,6 @@ from specdec.runtimes.target import GivenLinear, Target
 from specdec.speculation.draft import Draft, Drafter, State
 from specdec.speculation.trees import MOST_NODES, best_first, grown
 
-from . import trained
 from .vocabulary import Context, DraftVocabulary
 
 RANKS = 8  # choices of a head that a tree is made of
@@ -133,11 +132,11 @@ class MedusaDrafter(Drafter):
         revision, nodes = given.get("revision"), given.get("nodes")
         if source is None and revision is not None:
             raise SpecDecError("option 'revision' goes with Medusa heads by Hugging Face id: --drafter medusa=ID")
-        folder, named = (trained.find(cls, target, None), "") if source is None else _folder(source, revision)
+        folder, named = (cls.find(target, None), "") if source is None else _folder(source, revision)
         if (public := _public_config(folder)) is not None:
             network, own = (_read_vllm if public.get("model_type") == KIND else _read_public)(folder, public, target)
             return cls(network, public.get("accuracy", ASSUMED[: network.heads]), nodes, own, named)
-        config = trained.read_config(folder, cls.name, target)
+        config = drafter_folder.read_config(folder, cls.name, target)
         heads, layers = _counts(config.get("heads"), config.get("layers"))
         make = lambda vocab: Medusa(target.hidden_size, heads, layers, bool(config.get("rooted")), vocab)  # noqa: E731
         network = drafter_folder.load(folder, target.vocab_size, make)

@@ -27,7 +27,7 @@ import torch
 from tiny_gguf import NAME, forbidden, write_gguf
 
 from specdec import SpecDecoder
-from specdec.base import inputs
+from specdec.base import inputs, machine, terminal
 from specdec.base.errors import SpecDecError
 from specdec.models import catalogue, loading, wheels
 from specdec.runtimes.experts.offload import ExpertOptions
@@ -181,7 +181,7 @@ def test_a_piece_of_another_size_is_refused_before_it_is_read(cache, pieces, mon
 
 
 def test_too_little_memory_is_noticed_before_the_download(cache, monkeypatch):
-    monkeypatch.setattr(catalogue, "_free_memory", lambda: 1000)
+    monkeypatch.setattr(machine, "free_memory", lambda: 1000)
     with pytest.raises(SpecDecError, match="not enough memory for 'tiny-test-model': its weights take"):
         loading.load(NAME)
     assert cache.downloads == 0
@@ -236,20 +236,20 @@ def test_a_killed_process_leaves_nothing_under_the_final_name(cache, published, 
 
 
 def test_two_at_once_prepare_once(cache, monkeypatch, capsys):
-    described, found, tell, waits = [], [], catalogue._tell, threading.Event()
+    described, found, say, waits = [], [], terminal.say, threading.Event()
 
     def describe(*arguments):
         described.append(arguments)
         assert waits.wait(60)
         fake_describe(*arguments)
 
-    def told(console, text):
-        tell(console, text)
+    def told(text):
+        say(text)
         if text.startswith("Waiting"):
             waits.set()
 
     monkeypatch.setattr(catalogue, "_describe", describe)
-    monkeypatch.setattr(catalogue, "_tell", told)
+    monkeypatch.setattr(terminal, "say", told)
     threads = [threading.Thread(target=lambda: found.append(catalogue.prepared(NAME))) for _ in range(2)]
     for thread in threads:
         thread.start()
@@ -366,7 +366,7 @@ def test_a_mixture_in_a_gguf_file_is_loaded_whole(cache, own):
 
 
 def test_a_model_that_does_not_fit_the_memory_is_not_dequantised(cache, own, monkeypatch):
-    monkeypatch.setattr(catalogue, "_free_memory", lambda: 1000)
+    monkeypatch.setattr(machine, "free_memory", lambda: 1000)
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", forbidden)
     with pytest.raises(SpecDecError, match="not enough memory for"):
         loading.load(own)

@@ -27,11 +27,12 @@ from tiny_gguf import write_gguf
 from typer.testing import CliRunner
 
 from specdec import SpecDecoder
+from specdec.base import machine
 from specdec.base.errors import SpecDecError
 from specdec.cli import app
 from specdec.drafters.m2r2 import M2R2, M2R2Drafter, M2R2Path, load_network
 from specdec.engine.costs import Costs
-from specdec.models import catalogue, drafter_folder, loading
+from specdec.models import drafter_folder, loading
 from specdec.runtimes.fused import FAMILIES as FUSED
 from specdec.runtimes.fused import FusedTarget
 from specdec.runtimes.layer_pass import Pass
@@ -488,12 +489,12 @@ def test_a_base_too_large_for_memory_is_refused_before_its_weights_are_read(
     folder = save_tiny(tmp_path / "model")
     (folder / "model.safetensors").write_bytes(b"never read")
     weights = sum(p.numel() for p in tiny_model(vocab_size=99).parameters()) * 4
-    monkeypatch.setattr(catalogue, "_free_memory", lambda: weights - 1)
+    monkeypatch.setattr(machine, "free_memory", lambda: weights - 1)
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "Hello"}\n')
     settings = recipe(tmp_path / "prompts.jsonl", tmp_path / "out", model=str(folder), device="cpu")
     with pytest.raises(SpecDecError, match=r"not enough memory for .*: its weights take 0 MB, and 0 MB are free"):
         train(settings)
-    monkeypatch.setattr(catalogue, "_free_memory", lambda: weights)
+    monkeypatch.setattr(machine, "free_memory", lambda: weights)
     with pytest.raises(SpecDecError, match="safetensors file is truncated or broken"):
         train(settings)
 

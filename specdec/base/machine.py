@@ -1,11 +1,11 @@
-"""The processor, as Linux describes it."""
+"""The processor and the free memory, as Linux describes them."""
 
 from __future__ import annotations
 
 import platform
 from pathlib import Path
 
-CPUINFO = Path("/proc/cpuinfo")
+CPUINFO, MEMINFO = Path("/proc/cpuinfo"), Path("/proc/meminfo")
 
 
 def processor(cpuinfo: Path = CPUINFO) -> dict[str, str]:
@@ -19,3 +19,12 @@ def processor(cpuinfo: Path = CPUINFO) -> dict[str, str]:
 
 def processor_name() -> str:
     return processor().get("model name") or platform.processor() or platform.machine()
+
+
+def free_memory() -> int | None:
+    """Bytes of memory that programs can still get; None where the system does not say."""
+    try:
+        lines = MEMINFO.read_text("ascii").splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, ValueError, StopIteration):
+        return None

@@ -11,10 +11,11 @@ import ctypes
 import mmap
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from specdec.base import machine
 
 _DONT_NEED = 4  # MADV_DONTNEED
 _SWAPPED, _OF_FILE = 1 << 62, 1 << 61  # bits of an entry of /proc/self/pagemap; its sign says "present"
@@ -38,11 +39,7 @@ def free_memory(device: torch.device) -> int:
     """Bytes that are free on a device."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, ValueError, StopIteration):
-        return 4 << 30
+    return machine.free_memory() or 4 << 30
 
 
 def trim() -> None:

@@ -22,7 +22,6 @@ from specdec.cli import (
     generate,
     listings,
     pack_experts,
-    push,
     serve,
     sweep,
     train,
@@ -61,7 +60,7 @@ app.command(epilog="Example: specdec report DIR --format markdown")(sweep.report
 app.command("pack-experts", epilog="Example: specdec pack-experts my-moe experts --fit answers.jsonl")(
     pack_experts.pack_experts
 )
-app.command(epilog="Example: specdec push my-drafter my-org/my-drafter")(push.push)
+app.command(epilog="Example: specdec push my-drafter my-org/my-drafter")(export.push)
 app.add_typer(export.app, name="export")
 app.add_typer(tune.app, name="tune")
 app.command(epilog="Example: specdec doctor --json")(doctor.doctor)

@@ -15,10 +15,9 @@ from typing import Any
 
 from specdec.base import machine
 from specdec.base.errors import SpecDecError
-from specdec.cli.listings import AsJson, shipped_for
+from specdec.cli.listings import AsJson
 from specdec.cli.shared import print_json
 from specdec.models import catalogue
-from specdec.speculation import registry
 
 PACKAGES = ("specdec-m2r2", "torch", "transformers", "numpy", "safetensors", "gguf", "accelerate", "ray")
 FLAGS = ["avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "avx512_vnni"]
@@ -45,7 +44,7 @@ def collect() -> dict[str, Any]:
         "threads": {"used": cores.threads(), "cpus": cores.cpus()},
         "cache": _cache(),
         "models": {row.name: row.cached for row in catalogue.embedded_models()},
-        "shipped_drafters": {name: models for name in registry.names("drafters") if (models := shipped_for(name))},
+        "shipped_drafters": catalogue.shipped_drafters(),
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
     }
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from importlib.resources import files
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -12,7 +10,7 @@ import typer
 from specdec.base import terminal
 from specdec.base.errors import SpecDecError
 from specdec.cli.shared import print_json
-from specdec.models.catalogue import embedded_models
+from specdec.models.catalogue import embedded_models, shipped_drafters
 from specdec.speculation import registry
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -51,10 +49,9 @@ def _drafter(name: str) -> dict[str, Any]:
         summary, training = found.summary, found.training
     except (ImportError, AttributeError, SpecDecError) as error:  # one broken plug-in must not hide the others
         summary, training = f"cannot be loaded: {error}", None
-    return {"name": name, "summary": summary, "training": training, "shipped_for": shipped_for(name)}
-
-
-def shipped_for(name: str) -> list[str]:
-    """The models that a drafter of that name is shipped for."""
-    folder = Path(str(files("specdec.drafters"))) / "pretrained" / name
-    return sorted(path.parent.name for path in folder.glob("*/config.json"))
+    return {
+        "name": name,
+        "summary": summary,
+        "training": training,
+        "shipped_for": shipped_drafters().get(name, []),
+    }

@@ -20,17 +20,13 @@ import io
 import json
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
-
-from specdec.base import inputs, terminal
+from specdec.base import inputs, machine, terminal
 from specdec.base.errors import SpecDecError
 from specdec.models import wheels
 from specdec.models.wheels import Embedded
@@ -122,7 +118,17 @@ def embedded_models() -> list[ModelRow]:
         packages = entry.package.format(n=1) + (f" ... {entry.package.format(n=entry.pieces)}" * (entry.pieces > 1))
         where = str(folder) if cached else f"PyPI: {packages} {entry.version}"
         sizes = entry.download_bytes, entry.cached_bytes
-        rows.append(ModelRow(name, entry.licence, *sizes, where, cached, _shipped_for(name), entry.description))
+        rows.append(
+            ModelRow(
+                name,
+                entry.licence,
+                *sizes,
+                where,
+                cached,
+                [drafter for drafter, models in shipped_drafters().items() if name in models],
+                entry.description,
+            )
+        )
     return rows
 
 
@@ -130,24 +136,26 @@ def prepared(name: str) -> Path:
     """The finished folder of an embedded model, prepared now if need be. Raises SpecDecError if that fails."""
     entry, folder, downloads = EMBEDDED[name], cache_dir() / "models" / name, cache_dir() / "downloads"
 
-    def make(draft: Path, console: Console) -> None:
+    def make(draft: Path) -> None:
         partial = cache_dir() / WORK / f"{name}-{entry.sha256[:16]}.part"  # outlives an interruption
         if not partial.exists() and (kept := folder / GGUF).is_file() and inputs.sha256(kept) == entry.sha256:
             kept.rename(partial)
         have = partial.stat().st_size if partial.exists() else 0
         check_memory(name, entry.file_bytes)
         with room(entry.file_bytes - have + entry.piece_bytes * (have < entry.file_bytes) + VOCABULARY_BYTES):
-            wheels.fetch(name, entry, partial, draft.parent, downloads, console)
+            wheels.fetch(name, entry, partial, draft.parent, downloads)
             _describe(name, partial, draft)
         partial.rename(draft / GGUF)
 
     return _made(name, folder, _key(name), make)
 
 
-def _shipped_for(name: str) -> list[str]:
-    """The drafters that are shipped for an embedded model."""
-    root = Path(str(importlib.resources.files("specdec.drafters"))) / "pretrained"
-    return sorted(path.parent.parent.name for path in root.glob(f"*/{name}/config.json"))
+def shipped_drafters() -> dict[str, list[str]]:
+    """The drafters that are in the package, each with the names of its models."""
+    root, found = Path(str(importlib.resources.files("specdec.drafters"))) / "pretrained", dict[str, list[str]]()
+    for path in sorted(root.glob("*/*/config.json")):
+        found.setdefault(path.parent.parent.name, []).append(path.parent.name)
+    return found
 
 
 def described(name: str, file: GGUFFile) -> Path:
@@ -156,7 +164,7 @@ def described(name: str, file: GGUFFile) -> Path:
     key = {"gguf": str(path), "bytes": found.st_size, "mtime_ns": found.st_mtime_ns}
     mark = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
     folder = cache_dir() / "models" / f"{path.stem[:48]}-{mark}"
-    return _made(name, folder, key, lambda draft, console: _describe(name, path, draft))
+    return _made(name, folder, key, lambda draft: _describe(name, path, draft))
 
 
 @contextlib.contextmanager
@@ -181,7 +189,7 @@ def room(need: int) -> Iterator[None]:
 
 def check_memory(name: str, need: int) -> None:
     """Raise SpecDecError if this machine has less than ``need`` bytes of memory free."""
-    free = _free_memory()
+    free = machine.free_memory()
     if free is not None and free < need:
         raise SpecDecError(
             f"not enough memory for '{name}': its weights take {need / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free; "
@@ -203,35 +211,16 @@ def quietly(status: str = "") -> Iterator[None]:
             transformers_logging.set_verbosity(verbosity)
 
 
-@contextlib.contextmanager
-def progress(text: str, what: str) -> Iterator[Callable[[int, int], None]]:
-    """Say ``text`` on stderr, then show how far ``what`` is; yields what takes how much is done, and of how much."""
-    console = Console(file=sys.stderr)
-    _tell(console, text)
-    with _progress(console) as bar:
-        task = bar.add_task(what, total=None, amount="")
-        yield lambda done, total: bar.update(task, completed=done, total=total, amount=f"{done}/{total}")
-
-
 def one_line(error: BaseException) -> str:
     """The error's message as one line of bearable length."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 240 else text[:237] + "..."
 
 
-def _free_memory() -> int | None:
-    """Bytes of memory that programs can still get; None where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
-        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, ValueError, StopIteration):
-        return None
-
-
 # --- preparing ----------------------------------------------------------------------------------------------------
 
 
-def _made(name: str, folder: Path, key: dict[str, Any], make: Callable[[Path, Console], None]) -> Path:
+def _made(name: str, folder: Path, key: dict[str, Any], make: Callable[[Path], None]) -> Path:
     """``folder``, if it is whole and of ``key``; else ``make`` fills an empty one, which is then renamed to it.
 
     One process at a time works in the cache, under a lock that the system releases when the process dies. Whoever
@@ -239,10 +228,10 @@ def _made(name: str, folder: Path, key: dict[str, Any], make: Callable[[Path, Co
     """
     if _defect(folder, key) is None:
         return folder
-    root, console = cache_dir(), terminal.stderr()
+    root = cache_dir()
     try:
         works = _work_folder(root)
-        with _locked(works / "lock", console):
+        with _locked(works / "lock"):
             for left in works.iterdir():
                 if left.is_dir():
                     shutil.rmtree(left, ignore_errors=True)
@@ -255,12 +244,12 @@ def _made(name: str, folder: Path, key: dict[str, Any], make: Callable[[Path, Co
                         f"'{folder}' is where the model is to be kept, but specdec did not make it ({MANIFEST} is "
                         "missing); move it away, or let SPECDEC_CACHE name another folder"
                     )
-                _tell(console, f"The cached model in {folder} is made again: {defect}.")
+                terminal.say(f"The cached model in {folder} is made again: {defect}.")
             work = Path(tempfile.mkdtemp(dir=works))
             try:
                 draft = work / "model"
                 draft.mkdir()
-                make(draft, console)
+                make(draft)
                 _finish(draft, folder, key)
             finally:
                 shutil.rmtree(work, ignore_errors=True)
@@ -332,29 +321,17 @@ def _describe(name: str, file: Path, folder: Path) -> None:
         gguf_model.write_parts(name, gguf_file.read_header(file, name), folder)
 
 
-# --- the terminal ----------------------------------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
-def _locked(path: Path, console: Console) -> Iterator[None]:
+def _locked(path: Path) -> Iterator[None]:
     from filelock import FileLock, Timeout  # imports asyncio: slow, too
 
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        _tell(console, "Waiting for another process that is preparing a model.")
+        terminal.say("Waiting for another process that is preparing a model.")
         lock.acquire()
     try:
         yield
     finally:
         lock.release()
-
-
-def _tell(console: Console, text: str) -> None:
-    terminal.tell(console, text)
-
-
-def _progress(console: Console) -> terminal.Progress:
-    columns = (BarColumn(), TextColumn("{task.fields[amount]}"), TimeElapsedColumn())
-    return terminal.Progress(*columns, console=console)

@@ -55,10 +55,10 @@ def called(folder: Path) -> str:
     return str(folder)
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path, drafter: str | None = None, base: Identified | None = None) -> dict[str, Any]:
     """The folder's ``config.json``; one in the speculators format is of the drafter that it names.
 
-    Raises SpecDecError if it is missing, broken or not a drafter's.
+    Raises SpecDecError if it is missing, broken or not a drafter's, or not that of a ``drafter`` for ``base``.
     """
     if not folder.is_dir():
         raise SpecDecError(f"drafter folder '{folder}' does not exist")
@@ -72,6 +72,10 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise SpecDecError(f"'{path}' does not describe a specdec drafter (no 'drafter' entry)")
     if not isinstance(config.get("base", {}), dict):
         raise SpecDecError(f"'{path}' does not say what base model it is for ('base' is not a mapping)")
+    if drafter is not None and config["drafter"] != drafter:
+        raise SpecDecError(f"'{called(folder)}' holds a '{config['drafter']}' drafter, not a {drafter} one")
+    if base is not None:
+        check_base(config, base, called(folder))
     return config
 
 

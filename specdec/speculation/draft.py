@@ -10,6 +10,7 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from specdec.base import options
 from specdec.base.devices import upload, waits
 from specdec.base.errors import SpecDecError, SpecDecWarning
+from specdec.models import drafter_folder
 from specdec.speculation.trees import Prices
 
 if TYPE_CHECKING:
@@ -233,6 +235,14 @@ class Drafter(ABC):
         """
         options.check(cls.name, given, options.keywords(cls), source)
         return cls(**given)
+
+    @classmethod
+    def find(cls, target: Target, source: str | None) -> Path:
+        """The folder ``source``, or the drafter shipped for the target's weights. Raises SpecDecError if none is."""
+        folder = drafter_folder.shipped(cls.name, target) if source is None else Path(source)
+        if folder is None:
+            raise cls.not_shipped(target.model.config._name_or_path)
+        return folder
 
     @classmethod
     def training_command(cls, model: str) -> str:

@@ -24,7 +24,7 @@ from specdec.engine.costs import Costs
 from specdec.models import drafter_folder, identity, loading
 from specdec.train import batches, checkpoint
 from specdec.train.batches import Batch, Window
-from specdec.train.best import Best
+from specdec.train.checkpoint import Best
 from specdec.train.method import Method
 from specdec.train.output import CHECKPOINT, LENGTHS, METRICS, RECIPE, writing
 from specdec.train.plot import draw_curves

@@ -19,13 +19,13 @@ from specdec.api.decoder import SpecDecoder
 from specdec.base.errors import SpecDecError
 from specdec.base.terminal import stderr
 from specdec.models import drafter_folder, generation_config, loading
-from specdec.train import data, room, states
+from specdec.train import data, states
 from specdec.train.answers import Sampling, answer_prompts, encode_prompts
 from specdec.train.data import Answer, Prompt
 from specdec.train.method import Work, lookup
 from specdec.train.output import STATES, open_output
 from specdec.train.run import Run, progress_bars
-from specdec.train.runtime import keep_freed_memory, training_target
+from specdec.train.runtime import check_memory, keep_freed_memory, training_target
 from specdec.train.settings import TrainSettings
 from specdec.train.world import World, join
 
@@ -54,7 +54,7 @@ def _prepare(settings: TrainSettings, resume: bool, console: Console, world: Wor
     held = data.read([Path(p) for p in settings.holdout]) if settings.holdout else []
     output = open_output(settings, resume)
     keep_freed_memory()
-    fits = partial(room.check_memory, settings.model, dtype=settings.dtype, device=torch.device(world.device))
+    fits = partial(check_memory, settings.model, dtype=settings.dtype, device=torch.device(world.device))
     model, tokenizer = loading.load(settings.model, dtype=settings.dtype, device=world.device, check=fits)
     decoder = SpecDecoder(model, tokenizer, drafter="none")  # as users run it: training dequantises the model
     target = training_target(model)

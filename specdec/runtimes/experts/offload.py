@@ -20,9 +20,10 @@ from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from specdec.base import terminal
 from specdec.base.errors import SpecDecError
 from specdec.base.settings import Settings
-from specdec.models.catalogue import cache_dir, progress
+from specdec.models.catalogue import cache_dir
 from specdec.models.checkpoint import FUSED, Absent, StoredExperts, sample
 from specdec.runtimes.experts import packed, predict
 from specdec.runtimes.experts.control import Controller
@@ -170,14 +171,14 @@ class Offload:
             if self.options.folder is not None:
                 raise
         if self.options.folder is not None:
-            text = f"Comparing the packed experts in {self.folder} with the model, once."
-            with progress(text, "Comparing experts") as update:
-                packed.same_weights(index, self.layers, self.folder, update)
+            terminal.say(f"Comparing the packed experts in {self.folder} with the model, once.")
+            with terminal.Bar("Comparing experts") as bar:
+                packed.same_weights(index, self.layers, self.folder, bar)
             return index
         name = self.model.config._name_or_path or "the model"
-        text = f"Packing the experts of {name} ({planned.total_bytes / 1e6:.0f} MB) into {self.folder}, once."
-        with progress(text, "Packing experts") as update:
-            return packed.pack(self.layers, self.fingerprint, self.folder, update)
+        terminal.say(f"Packing the experts of {name} ({planned.total_bytes / 1e6:.0f} MB) into {self.folder}, once.")
+        with terminal.Bar("Packing experts") as bar:
+            return packed.pack(self.layers, self.fingerprint, self.folder, bar)
 
     def _predictor(self, name: str, planned: packed.Index) -> Predictor | None:
         if name == "previous-token":
