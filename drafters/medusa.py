@@ -25,8 +25,7 @@ from torch import Tensor, nn
 from specdec.base import options
 from specdec.base.devices import waits
 from specdec.base.errors import SpecDecError
-from specdec.models import drafter_folder
-from specdec.models.catalogue import one_line
+from specdec.models import drafter_folder, hub
 from specdec.runtimes import linear_maps
 from specdec.runtimes.linear_maps import rms_unit
 from specdec.runtimes.target import GivenLinear, Target
@@ -274,18 +273,8 @@ def _folder(source: str, revision: Any) -> tuple[Path, str]:
         if revision is not None:
             raise SpecDecError(f"a revision ('{revision}') goes with a Hugging Face id, and '{source}' is not one")
         return Path(source), source
-    from huggingface_hub import snapshot_download
-
-    try:
-        found = Path(
-            snapshot_download(
-                source, revision=revision, allow_patterns=[drafter_folder.CONFIG, drafter_folder.WEIGHTS, PUBLIC]
-            )
-        )
-    except Exception as error:  # the type depends on the HTTP library
-        raise SpecDecError(
-            f"cannot get Medusa heads '{source}' ({one_line(error)}); name a folder or a Hugging Face id"
-        ) from None
+    files = [drafter_folder.CONFIG, drafter_folder.WEIGHTS, PUBLIC]
+    found = hub.fetch("drafter", source, revision, files, "; name a folder or a Hugging Face id")
     return found, f"{source}@{found.name}"  # snapshots are called by their commits
 
 

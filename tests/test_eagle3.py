@@ -271,7 +271,7 @@ LAYER = {"model_type": "llama", "vocab_size": 97, "num_attention_heads": 4, "int
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"speculators_model_type": "eagle"}, "holds a 'eagle' drafter, not an eagle3 one"),
+        ({"speculators_model_type": "eagle"}, "holds the drafter 'eagle', not 'eagle3'"),
         ({"transformer_layer_config": 5}, "is not an EAGLE-3 head in the speculators format"),
         ({"target_hidden_size": 64}, "made for a model of hidden size 64; this model's is 32"),
         ({"transformer_layer_config": LAYER | {"vocab_size": 50}}, "made for a model of vocabulary 50"),

@@ -156,7 +156,7 @@ def test_bad_options_are_refused_in_one_line(
         ({"exits": [1, 4]}, r"exits must be rising layers in 1 .. 3; got \[1, 4\]"),
         ({"exits": [1]}, "do not fit each other"),
         ({"width": "wide"}, "width in the drafter.s config.json must be a whole number in 1 .. 512; got .wide."),
-        ({"drafter": "early-exit"}, "holds a 'early-exit' drafter, not a deed one"),
+        ({"drafter": "early-exit"}, "holds the drafter 'early-exit', not 'deed'"),
         ({"base": {"fingerprint": "other"}}, "trained for base weights other"),
     ],
 )

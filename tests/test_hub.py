@@ -14,7 +14,6 @@ import torch
 from conftest import tiny_model
 from huggingface_hub.errors import (
     LocalEntryNotFoundError,
-    RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -24,7 +23,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from specdec.base.errors import SpecDecError
-from specdec.models import catalogue, loading
+from specdec.models import catalogue, hub, loading
 from specdec.runtimes.native import library
 from specdec.runtimes.select import make_target
 
@@ -84,7 +83,7 @@ def test_attention_falls_back_to_eager_where_sdpa_would_be_wrong(folder):
         ({"name_or_path": "smolm2-135m-instruct"}, r"did you mean 'smollm2-135m-instruct'\?"),
         ({"name_or_path": "SmolLM2-135M-Instruct"}, r"did you mean 'smollm2-135m-instruct'\?"),
         ({"name_or_path": "someone/some-model"}, "not in the local Hugging Face cache"),
-        ({"name_or_path": "some model"}, "unknown model 'some model'; give an embedded model"),
+        ({"name_or_path": "some model"}, "unknown model 'some model': .*; give an embedded model"),
         ({"name_or_path": ""}, "unknown model ''"),
         ({"name_or_path": "./nowhere"}, "no file or folder './nowhere'"),
         ({"name_or_path": "nowhere.gguf"}, "no file or folder 'nowhere.gguf'"),
@@ -178,24 +177,38 @@ def test_a_hugging_face_id_loads_from_its_cache_without_network(folder, tmp_path
 
 
 def test_a_repository_that_does_not_exist(monkeypatch):
-    def missing(*args, **kwargs):
-        raise RepositoryNotFoundError("404", response=Mock())
-
-    monkeypatch.setattr(loading.HfApi, "model_info", missing)
-    with pytest.raises(SpecDecError, match=r"unknown model 'some/smolm2-135m' \(did you mean .*: not on Hugging Face"):
+    monkeypatch.setattr(hub, "snapshot_download", Mock(side_effect=RepositoryNotFoundError("404", response=Mock())))
+    with pytest.raises(SpecDecError, match=r"unknown model 'some/smolm2-135m': .* not on Hugging.* \(did you mean"):
         loading.load("some/smolm2-135m")
 
 
-def test_a_gguf_file_of_a_repository(cache, published, monkeypatch):
-    def fetch(repository, file, revision):
-        asked.append((repository, file, revision))
-        return str(published.gguf)
+def test_weights_of_a_repository_come_once_the_config_is_wanted(folder, monkeypatch):
+    def fetch(repository, revision, allow_patterns, **more):
+        asked.append((repository, revision, "model*.safetensors" in allow_patterns))
+        return str(folder)
+
+    def unwanted(config):
+        raise SpecDecError("not this one")
 
     asked = []
-    monkeypatch.setattr(loading, "hf_hub_download", fetch)
-    model, _ = loading.load("some/one-GGUF:sub/it.Q4_K_M.gguf", revision="v1")
-    assert asked == [("some/one-GGUF", "sub/it.Q4_K_M.gguf", "v1")]
-    assert model.config._name_or_path == "some/one-GGUF:sub/it.Q4_K_M.gguf"
+    monkeypatch.setattr(hub, "snapshot_download", fetch)
+    with pytest.raises(SpecDecError, match="not this one"):
+        loading.load("some/one", revision="v1", check=unwanted)
+    assert asked == [("some/one", "v1", False)]
+    assert loading.load("some/one", revision="v1")[0].config._commit_hash == folder.name
+    assert asked[1:] == [("some/one", "v1", False), ("some/one", folder.name, True)]
+
+
+def test_a_gguf_file_of_a_repository(cache, published, monkeypatch):
+    def fetch(repository, revision, allow_patterns, **more):
+        asked.append((repository, revision, allow_patterns))
+        return str(published.gguf.parent)
+
+    asked, file = [], published.gguf.name
+    monkeypatch.setattr(hub, "snapshot_download", fetch)
+    model, _ = loading.load(f"some/one-GGUF:{file}", revision="v1")
+    assert asked == [("some/one-GGUF", "v1", [file])]
+    assert model.config._name_or_path == f"some/one-GGUF:{file}"
     assert loading.fingerprint(model) == loading.fingerprint(loading.load(published.gguf)[0])
 
 
@@ -204,21 +217,21 @@ def test_a_gguf_file_of_a_repository(cache, published, monkeypatch):
     [
         (RepositoryNotFoundError("404", response=Mock()), "unknown model 'some/one'"),
         (RevisionNotFoundError("404", response=Mock()), "'some/one' has no revision 'v1'"),
-        (RemoteEntryNotFoundError("404", response=Mock()), r"'some/one' has no file 'it.gguf'"),
         (LocalEntryNotFoundError("no\nnetwork"), r"get https://huggingface.co/some/one/resolve/v1/it.gguf by hand and"),
+        (OSError("disk\nfull"), r"cannot download model 'some/one' \(disk full\)"),
+        (None, r"'some/one' has no file 'it.gguf'"),
     ],
 )
-def test_a_file_of_a_repository_that_cannot_be_had_is_one_line(monkeypatch, error, text):
-    monkeypatch.setattr(loading, "hf_hub_download", Mock(side_effect=error))
+def test_a_file_of_a_repository_that_cannot_be_had_is_one_line(monkeypatch, tmp_path, error, text):
+    monkeypatch.setattr(hub, "snapshot_download", Mock(side_effect=error, return_value=str(tmp_path)))
     with pytest.raises(SpecDecError, match=text) as found:
         loading.load("some/one:it.gguf", revision="v1")
     assert "\n" not in str(found.value)
 
 
-def test_a_repository_of_gguf_files_names_one(monkeypatch):
-    files = [Mock(rfilename=name) for name in ("README.md", "a.Q4_0.gguf", "b.gguf")]
-    monkeypatch.setattr(loading.HfApi, "model_info", lambda *a, **k: Mock(siblings=files))
-    with pytest.raises(SpecDecError, match=r"name one of them, such as 'some/one:a.Q4_0.gguf'"):
+def test_a_repository_of_gguf_files_names_one(monkeypatch, tmp_path):
+    monkeypatch.setattr(hub, "snapshot_download", Mock(return_value=str(tmp_path)))
+    with pytest.raises(SpecDecError, match=r"if it holds GGUF files, name one of them: 'some/one:FILE.gguf'"):
         loading.load("some/one")
 
 

@@ -211,7 +211,7 @@ def test_code_in_a_repository_is_not_downloaded(fake: type[FakeHub], folder: Pat
 @pytest.mark.parametrize(
     ("files", "asked", "text"),
     [
-        ({}, "org/other", "nor does the repository on Hugging Face"),
+        ({}, "org/other", "unknown drafter 'org/other': no folder of that name, and not on Hugging Face"),
         ({}, "org/my-drafter@v9", "'org/my-drafter' has no revision 'v9'"),
         ({}, REPOSITORY, "is no drafter: config.json is missing"),
         ({"config.json": b"{}", "pytorch_model.bin": b""}, REPOSITORY, "is no drafter: model.safetensors is missing"),
@@ -242,7 +242,7 @@ def test_without_a_network_the_cache_serves(fake: type[FakeHub], folder: Path, m
     hub.drafter.cache_clear()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert registry.parse(REPOSITORY)[0][0] == "medusa"
-    with pytest.raises(SpecDecError, match="nor is it in the local Hugging Face cache"):
+    with pytest.raises(SpecDecError, match="is not in the local Hugging Face cache"):
         registry.parse("org/another")
 
 

@@ -181,7 +181,7 @@ def test_a_folder_is_read_back_and_checked(llama: PreTrainedModel, tmp_path: Pat
         ({"layers": 0}, {}, "layers of the Medusa drafter must be a whole number in 1 .. 16"),
         ({"accuracy": [[0.5]]}, {}, "'accuracy' must hold shares in .0, 1. for each of its 2 heads"),
         ({"accuracy": [[0.5], [1.5]]}, {}, "'accuracy' must hold shares"),
-        ({"drafter": "m2r2"}, {}, "holds a 'm2r2' drafter, not a medusa one"),
+        ({"drafter": "m2r2"}, {}, "holds the drafter 'm2r2', not 'medusa'"),
         ({}, {"draft_vocab": torch.tensor([97], dtype=torch.int32)}, "names tokens that the model does not have"),
     ):
         with pytest.raises(SpecDecError, match=message):
@@ -223,7 +223,7 @@ def test_heads_from_the_hub_are_those_of_the_revision_and_the_commit_is_kept(
         asked.append(revision)
         return str(folder)
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr("specdec.models.hub.snapshot_download", download)
     for revision in (None, "v1"):
         options = {} if revision is None else {"revision": revision}
         assert MedusaDrafter.load(target, "some/heads", **options).source == "some/heads@" + "c" * 40

@@ -73,7 +73,7 @@ def read_config(folder: Path, drafter: str | None = None, base: Identified | Non
     if not isinstance(config.get("base", {}), dict):
         raise SpecDecError(f"'{path}' does not say what base model it is for ('base' is not a mapping)")
     if drafter is not None and config["drafter"] != drafter:
-        raise SpecDecError(f"'{called(folder)}' holds a '{config['drafter']}' drafter, not a {drafter} one")
+        raise SpecDecError(f"'{called(folder)}' holds the drafter '{config['drafter']}', not '{drafter}'")
     if base is not None:
         check_base(config, base, called(folder))
     return config

@@ -1,6 +1,6 @@
-"""Drafters in Hugging Face repositories, ``ORG/NAME[@revision]``.
+"""Folders of Hugging Face repositories; drafters in them, ``ORG/NAME[@revision]``.
 
-Of a repository only the configuration and the safetensors file are downloaded: nothing else in it is read or run.
+Of a drafter's repository only the configuration and the safetensors file are downloaded: nothing else is read or run.
 """
 
 from __future__ import annotations
@@ -10,7 +10,12 @@ import re
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from specdec.base.errors import SpecDecError
 from specdec.models.catalogue import one_line
@@ -32,25 +37,36 @@ def drafter(text: str) -> Path:
     named = parts(text)
     if named is None:
         raise SpecDecError(f"drafter folder '{text}' does not exist")
-    repository, revision = named
-    try:
-        # Without a network this is what the cache has.
-        found = snapshot_download(repository, revision=revision, allow_patterns=[CONFIG, WEIGHTS], etag_timeout=TIMEOUT)
-    except RevisionNotFoundError:
-        raise SpecDecError(f"drafter '{repository}' has no revision '{revision}' on Hugging Face") from None
-    except RepositoryNotFoundError:
-        raise SpecDecError(
-            f"drafter folder '{text}' does not exist, nor does the repository on Hugging Face, or it is private (then "
-            "'hf auth login')"
-        ) from None
-    except LocalEntryNotFoundError as error:
-        raise SpecDecError(
-            f"drafter folder '{text}' does not exist, nor is it in the local Hugging Face cache, and the network "
-            f"cannot be used ({one_line(error)})"
-        ) from None
-    except Exception as error:  # a full disk, ...
-        raise SpecDecError(f"cannot download drafter '{text}' ({one_line(error)})") from None
+    folder = fetch("drafter", *named, [CONFIG, WEIGHTS])
     for name in (CONFIG, WEIGHTS):
-        if not (Path(found) / name).is_file():
-            raise SpecDecError(f"'{repository}' on Hugging Face is no drafter: {name} is missing")
-    return Path(found)
+        if not (folder / name).is_file():
+            raise SpecDecError(f"'{named[0]}' on Hugging Face is no drafter: {name} is missing")
+    return folder
+
+
+def fetch(
+    kind: str, repository: str, revision: str | None, files: list[str], hint: str = "", top: bool = False
+) -> Path:
+    """The folder in Hugging Face's cache with those files (patterns), downloaded if need be; without a network what the
+    cache has.
+
+    kind: what it holds, for messages. hint: their end. top: leave folders in it out. Raises SpecDecError if there is no
+    such repository or revision, or it cannot be had.
+    """
+    outside = ["*/*"] if top else None
+    try:
+        return Path(
+            snapshot_download(
+                repository, revision=revision, allow_patterns=files, ignore_patterns=outside, etag_timeout=TIMEOUT
+            )
+        )
+    except RevisionNotFoundError:
+        raise SpecDecError(f"{kind} '{repository}' has no revision '{revision}' on Hugging Face") from None
+    except (RepositoryNotFoundError, HFValidationError):
+        what = "no folder of that name, and not on Hugging Face, or private (then 'hf auth login')"
+        raise SpecDecError(f"unknown {kind} '{repository}': {what}{hint}") from None
+    except LocalEntryNotFoundError as error:
+        what = "is not in the local Hugging Face cache, and the network cannot be used"
+        raise SpecDecError(f"{kind} '{repository}' {what} ({one_line(error)}){hint}") from None
+    except Exception as error:  # a full disk, ...; the type depends on the HTTP library
+        raise SpecDecError(f"cannot download {kind} '{repository}' ({one_line(error)}){hint}") from None

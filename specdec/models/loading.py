@@ -16,14 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    RemoteEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -34,16 +26,19 @@ from transformers import (
     GgufConfig,
     PreTrainedModel,
 )
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from specdec.base import memory
 from specdec.base.errors import SpecDecError, did_you_mean
-from specdec.models import checkpoint, gguf_model
+from specdec.models import checkpoint, gguf_model, hub
 from specdec.models.blocks import Blocks, named_weights
 from specdec.models.catalogue import EMBEDDED, GGUF, check_memory, described, one_line, prepared, quietly
 from specdec.models.gguf_file import GGUFFile, is_gguf, read_header
 
+# What is downloaded of a repository: all but weights at once, weights (no pickles) when they are to be read.
+PARTS = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py"]
+WEIGHTS = ["model*.safetensors"]
 _HUB_FILE = re.compile(r"([\w.-]+/[\w.-]+):([\w./-]+\.gguf)")  # ORG/REPO:file.gguf
 
 
@@ -76,9 +71,9 @@ def load(
     name = os.fspath(name_or_path)
     kind = as_dtype(dtype)
     place = find_device(device, kind)
-    source, options, file = _source(name, revision, kind)
+    source, options, file = _source(name, revision)
     options |= {"trust_remote_code": trust_remote_code}
-    with quietly(f"Loading {name}") if options["local_files_only"] else contextlib.nullcontext():
+    with quietly(f"Loading {name}"):
         config, tokenizer = _parts(name, source, options)
         if check is not None:
             check(config)
@@ -90,36 +85,39 @@ def load(
             options |= {"attn_implementation": attn_implementation}
         model = _of_checkpoint(name, source, options, kind, place, experts)
     model.config._name_or_path = name  # what messages call it, not the cache folder
+    if _remote(options):
+        model.config._commit_hash = source.name
     return model.eval().requires_grad_(False), tokenizer
 
 
 def read_config(name: str, dtype: str | torch.dtype = "auto") -> Any:
     """The config of the model that ``load`` would load; its weights may have to be fetched, but are not read."""
-    source, options, _ = _source(name, None, as_dtype(dtype))
+    source, options, _ = _source(name, None)
     with _explained(name):
         return AutoConfig.from_pretrained(source, **options)
 
 
 def _of_checkpoint(
     name: str,
-    source: str | Path,
+    source: Path,
     options: dict[str, Any],
     kind: str | torch.dtype,
     place: torch.device,
     experts: bool,
 ) -> PreTrainedModel:
     """The model of safetensors files."""
-    local, packed = options["local_files_only"], options.get("gguf_file")
+    packed = options.get("gguf_file")
     if packed:  # dequantised, whatever kernels for packed weights there are
         kind = kind if isinstance(kind, torch.dtype) else torch.bfloat16
-        shapes = (info.shape for info in read_header(Path(source) / packed, name).tensors.values())
+        shapes = (info.shape for info in read_header(source / packed, name).tensors.values())
         check_memory(name, sum(map(math.prod, shapes)) * kind.itemsize)
         options = {key: value for key, value in options.items() if key != "config"}
         options |= {"quantization_config": GgufConfig(dequantize=True)}
     else:
         options |= {"use_safetensors": True, "ignore_mismatched_sizes": True}  # checked below
-    with quietly(f"Loading {name}") if local else contextlib.nullcontext(), _explained(name):
-        checkpoint = None if experts or packed else _checkpoint(source, options)
+    _fetch_weights(name, source, options)
+    with quietly(f"Loading {name}"), _explained(name):
+        checkpoint = None if experts or packed else _checkpoint(source, options["config"])
         if checkpoint is None:
             load: Any = AutoModelForCausalLM.from_pretrained
             loaded = load(source, dtype=kind, output_loading_info=True, **options)
@@ -133,7 +131,7 @@ def _of_checkpoint(
 def _of_file(
     name: str,
     file: GGUFFile,
-    folder: str | Path,
+    folder: Path,
     config: Any,
     kind: str | torch.dtype,
     place: torch.device,
@@ -151,7 +149,7 @@ def _of_file(
     return model
 
 
-def _parts(name: str, source: str | Path, options: dict[str, Any]) -> tuple[Any, Any]:
+def _parts(name: str, source: Path, options: dict[str, Any]) -> tuple[Any, Any]:
     """The config, of a decoder-only model, and the tokenizer."""
     with _explained(name):
         config = AutoConfig.from_pretrained(source, **options)
@@ -261,11 +259,9 @@ def _try_out(place: torch.device, dtype: str | torch.dtype) -> None:
         raise SpecDecError(f"this machine cannot compute in {what} on device '{place}' ({one_line(error)})") from None
 
 
-def _source(
-    name: str, revision: str | None, dtype: str | torch.dtype
-) -> tuple[str | Path, dict[str, Any], GGUFFile | None]:
-    """Where the model is, or is now put, the options that tell transformers' ``from_pretrained`` so, and the GGUF file
-    that its weights are in, if they are."""
+def _source(name: str, revision: str | None) -> tuple[Path, dict[str, Any], GGUFFile | None]:
+    """The folder where the model is, or is now put (of a Hugging Face id all but the weights), options for
+    transformers' ``from_pretrained``, and the GGUF file that its weights are in, if they are."""
     path = Path(name).expanduser()
     options: dict[str, Any] = {"local_files_only": True}
     if revision is not None and (name in EMBEDDED or path.exists()):
@@ -287,67 +283,39 @@ def _source(
         return path.parent, options | {"gguf_file": path.name}, None
     elif file_in_repository := _HUB_FILE.fullmatch(name):
         repository, member = file_in_repository.groups()
-        return _source(str(_from_hub(name, repository, member, revision)), None, dtype)
+        place = f"https://huggingface.co/{repository}/resolve/{revision or 'main'}/{member}"
+        by_hand = f"; get {place} by hand and give the path of the file instead"
+        path = hub.fetch("model", repository, revision, [member], by_hand) / member
+        if not path.is_file():
+            raise SpecDecError(f"'{repository}' has no file '{member}' on Hugging Face")
+        return _source(str(path), None)
     else:
-        return name, _repository(name, revision), None
+        return _repository(name, revision), {}, None
     return path, options, None
 
 
-def _from_hub(name: str, repository: str, file: str, revision: str | None) -> Path:
-    """A file of a Hugging Face repository, in HF's cache; downloaded now if need be."""
-    place = f"https://huggingface.co/{repository}/resolve/{revision or 'main'}/{file}"
-    try:
-        return Path(hf_hub_download(repository, file, revision=revision))
-    except RevisionNotFoundError:
-        raise SpecDecError(f"model '{repository}' has no revision '{revision}' on Hugging Face") from None
-    except RepositoryNotFoundError:
-        raise SpecDecError(
-            f"unknown model '{repository}': not on Hugging Face, or private (then 'hf auth login')"
-        ) from None
-    except RemoteEntryNotFoundError:
-        raise SpecDecError(f"'{repository}' has no file '{file}' on Hugging Face") from None
-    except Exception as error:  # no network, a full disk, ...; the type depends on the HTTP library
-        raise SpecDecError(
-            f"cannot download '{name}' ({one_line(error)}); get {place} by hand and give the path of the file instead"
-        ) from None
-
-
-def _repository(name: str, revision: str | None) -> dict[str, Any]:
-    """Options for a Hugging Face id. One short request decides whether to use the network or HF's cache alone.
-
-    (Without it, transformers retries each file for half a minute when there is no network.)
-    """
+def _repository(name: str, revision: str | None) -> Path:
     known = f"give an embedded model ({', '.join(EMBEDDED)}), a model folder, a .gguf file, ORG/REPO or ORG/REPO:FILE"
     guess = did_you_mean(name.rpartition("/")[2].lower(), EMBEDDED)
     if name.startswith((".", "/", "~")) or name.endswith(".gguf") or name.count("/") > 1:
         raise SpecDecError(f"there is no file or folder '{name}'")
     if guess and "/" not in name:
         raise SpecDecError(f"unknown model '{name}'{guess}; {known}")
-    online = True
-    try:
-        files = [found.rfilename for found in HfApi().model_info(name, revision=revision, timeout=10).siblings or ()]
-        if "config.json" not in files and (ggufs := [file for file in files if file.endswith(".gguf")]):
-            raise SpecDecError(f"'{name}' has GGUF files alone; name one of them, such as '{name}:{ggufs[0]}'")
-    except SpecDecError:
-        raise
-    except HFValidationError:
-        raise SpecDecError(f"unknown model '{name}'; {known}") from None
-    except RevisionNotFoundError:
-        raise SpecDecError(f"model '{name}' has no revision '{revision}' on Hugging Face") from None
-    except RepositoryNotFoundError:
-        raise SpecDecError(
-            f"unknown model '{name}'{guess}: not on Hugging Face, or private (then 'hf auth login'); {known}"
-        ) from None
-    except HfHubHTTPError:
-        pass  # an answer: the download will say what is wrong
-    except Exception as error:  # no answer; the type depends on the HTTP library
-        online = False
-        if not isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
-            raise SpecDecError(
-                f"model '{name}'{guess} is not in the local Hugging Face cache, and the network cannot be used "
-                f"({one_line(error)}); {known}"
-            ) from None
-    return {"revision": revision or "main", "local_files_only": not online}
+    folder = hub.fetch("model", name, revision, PARTS, f"{guess}; {known}", top=True)
+    if not (folder / "config.json").is_file():
+        raise SpecDecError(f"'{name}' has no config.json; if it holds GGUF files, name one of them: '{name}:FILE.gguf'")
+    return folder
+
+
+def _remote(options: dict[str, Any]) -> bool:
+    """Whether the options are those of a Hugging Face id."""
+    return "local_files_only" not in options
+
+
+def _fetch_weights(name: str, source: Path, options: dict[str, Any]) -> None:
+    """Download the weights of a Hugging Face id into its folder, which is called by its commit."""
+    if _remote(options):
+        hub.fetch("model", name, source.name, WEIGHTS, top=True)
 
 
 @contextlib.contextmanager
@@ -372,34 +340,35 @@ def _explained(name: str) -> Iterator[None]:
         raise SpecDecError(f"cannot load model '{name}': {reason}") from error
 
 
-def _checkpoint(source: str | Path, options: dict[str, Any]) -> checkpoint.Checkpoint | None:
-    """The checkpoint, fetched if need be, of a mixture that can be loaded without its experts; else None."""
-    config, where = options["config"], _where(options)
+def _checkpoint(source: Path, config: Any) -> checkpoint.Checkpoint | None:
+    """The checkpoint of a mixture that can be loaded without its experts; else None."""
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "quantization_config", None):
         return None
-    files = _weight_files(source, where)
+    files = _weight_files(source)
     return checkpoint.open_checkpoint(files) if files else None
 
 
 def weight_files(name: str, revision: str | None = None) -> list[Path]:
     """The safetensors files of a model as ``load`` takes it; none if its weights are in another format."""
     local = name in EMBEDDED or Path(name).expanduser().exists()
-    source, options, file = _source(name, None if local else revision, "auto")
+    source, options, file = _source(name, None if local else revision)
+    if file is not None or "gguf_file" in options:
+        return []
+    _fetch_weights(name, source, options)
     with _explained(name):
-        return [] if file is not None or "gguf_file" in options else _weight_files(source, _where(options))
+        return _weight_files(source)
 
 
-def _weight_files(source: str | Path, where: dict[str, Any]) -> list[Path]:
-    find = lambda file: cached_file(source, file, _raise_exceptions_for_missing_entries=False, **where)  # noqa: E731
-    if (only := find(SAFE_WEIGHTS_NAME)) is not None:
-        return [Path(only)]
-    if (index := find(SAFE_WEIGHTS_INDEX_NAME)) is not None:
-        return [Path(path) for path in get_checkpoint_shard_files(source, index, **where)[0]]
+def _weight_files(folder: Path) -> list[Path]:
+    if (only := folder / SAFE_WEIGHTS_NAME).is_file():
+        return [only]
+    if (index := folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
+        return [Path(path) for path in get_checkpoint_shard_files(str(folder), str(index))[0]]
     return []
 
 
 def _without_experts(
-    source: str | Path, checkpoint: checkpoint.Checkpoint, dtype: str | torch.dtype, options: dict[str, Any]
+    source: Path, checkpoint: checkpoint.Checkpoint, dtype: str | torch.dtype, options: dict[str, Any]
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """What ``from_pretrained`` returns, of a model whose experts are left in ``checkpoint``."""
     config = options["config"]
@@ -407,7 +376,7 @@ def _without_experts(
         dtype = config.dtype or next(iter(checkpoint.others.values())).dtype
     given = {key: options[key] for key in options if key in ("ignore_mismatched_sizes", "attn_implementation")}
     with contextlib.suppress(OSError):  # none of its own: made of the model's
-        given["generation_config"] = GenerationConfig.from_pretrained(source, **_where(options))
+        given["generation_config"] = GenerationConfig.from_pretrained(source)
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     model, info = kind.from_pretrained(
         None, config=config, state_dict=checkpoint.state(dtype), dtype=dtype, output_loading_info=True, **given
@@ -416,16 +385,12 @@ def _without_experts(
     return model, info
 
 
-def _where(options: dict[str, Any]) -> dict[str, Any]:
-    return {key: options[key] for key in ("revision", "local_files_only") if key in options}
-
-
-def _tokenizer(name: str, source: str | Path, options: dict[str, Any]) -> Any:
+def _tokenizer(name: str, source: Path, options: dict[str, Any]) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         if len(tokenizer) > len(tokenizer.all_special_tokens):  # else: a class that starts empty without its files
             if file := options.get("gguf_file"):
-                gguf_model.split_digits(read_header(Path(source) / file, name), tokenizer.backend_tokenizer)
+                gguf_model.split_digits(read_header(source / file, name), tokenizer.backend_tokenizer)
             return tokenizer
         reason = "its files are missing"
     except Exception as error:  # as above
