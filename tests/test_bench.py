@@ -27,7 +27,7 @@ from typer.testing import CliRunner
 from specdec import SpecDecoder, cli
 from specdec.api.text import encode
 from specdec.base.errors import SpecDecError
-from specdec.bench import methods, prompts, stats
+from specdec.bench import figures, methods, prompts
 from specdec.bench.cell import Cell
 from specdec.bench.figures import Request
 from specdec.bench.prompts import SETS, Home, load_prompts, spread
@@ -307,24 +307,24 @@ def test_intervals_are_those_of_a_bootstrap_over_conversations() -> None:
     random = np.random.default_rng(7)
     clusters = np.repeat(np.arange(9), 3)
     values = random.lognormal(0, 0.3, 27) + clusters / 5
-    found = stats.median(list(values), list(clusters))
+    found = figures.median(list(values), list(clusters))
     draws = []
     for _ in range(4000):
         chosen = random.integers(0, 9, 9)
         draws.append(np.median(np.concatenate([values[clusters == c] for c in chosen])))
     assert found["value"] == pytest.approx(np.median(values))
     assert (found["low"], found["high"]) == pytest.approx(tuple(np.percentile(draws, (2.5, 97.5))), abs=0.08)
-    pooled = stats.ratio([3, 1, 4], [2, 1, 1], [0, 1, 2])
+    pooled = figures.ratio([3, 1, 4], [2, 1, 1], [0, 1, 2])
     assert pooled["value"] == 2 and 1 <= pooled["low"] < 2 < pooled["high"] <= 4
-    assert stats.median([1.0, 3.0], [0, 0]) == {"value": 2, "low": None, "high": None}  # one conversation: no spread
-    assert stats.median([], []) is None and stats.ratio([1], [0], [0]) is None
+    assert figures.median([1.0, 3.0], [0, 0]) == {"value": 2, "low": None, "high": None}  # one conversation: no spread
+    assert figures.median([], []) is None and figures.ratio([1], [0], [0]) is None
 
 
 def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
     random = np.random.default_rng(3)
     held = 0
     for _ in range(300):
-        found = stats.median(list(random.lognormal(0, 0.4, 20)), list(range(20)))
+        found = figures.median(list(random.lognormal(0, 0.4, 20)), list(range(20)))
         held += found["low"] <= 1 <= found["high"]
     assert 0.91 < held / 300 < 0.99
 

@@ -1,4 +1,8 @@
-"""Sums up the requests of a method: the FIGURES that ``specdec.bench.cell`` describes. Knows no models."""
+"""Sums up the requests of a method: the FIGURES that ``specdec.bench.cell`` describes. Knows no models.
+
+Intervals are percentiles of a cluster bootstrap (Efron 1979; Davison and Hinkley 1997, 3.8): conversations are drawn
+with replacement, each with all its turns and repetitions, because what one conversation yields hangs together.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from specdec.bench import stats
+import numpy as np
+
 from specdec.bench.methods import Method, Reply
 from specdec.bench.prompts import Conversation
 from specdec.bench.quality import Quality
 from specdec.engine.metrics import RequestMetrics
+
+RESAMPLES = 1000
+TAIL = 2.5  # per cent on each side
+
+Estimate = dict[str, float | None]  # {"value", "low", "high"}; no interval for a single cluster
 
 
 @dataclass
@@ -86,9 +96,9 @@ def figures(name: str, mine: list[Request], baselines: dict[str, list[Request]],
         "first_token_ms": _median(mine, lambda reply: reply.first_seconds, 1e3),
         "decode_ms_per_token": _median(mine, lambda reply: reply.pace(after_first=True), 1e3),
         "latency_ms": {
-            "token": _percentiles([reply.pace() for reply in replies]),
-            "first_token": _percentiles([reply.first_seconds for reply in replies]),
-            "step": _percentiles([gap for reply in replies for gap in reply.gaps]),
+            "token": _milliseconds([reply.pace() for reply in replies]),
+            "first_token": _milliseconds([reply.first_seconds for reply in replies]),
+            "step": _milliseconds([gap for reply in replies for gap in reply.gaps]),
         },
         "decode_speedup": {label: _speedup(mine, base, after_first=True) for label, base in by_place.items()},
         "acceptance_rate": steps.draft_acceptance_rate if steps.num_draft_tokens else None,
@@ -126,23 +136,23 @@ def _summary(mine: list[Request], baselines: dict[str, dict[Any, Request]]) -> d
     }
 
 
-def _median(mine: list[Request], figure: Callable[[Reply], float | None], scale: float = 1) -> stats.Estimate | None:
+def _median(mine: list[Request], figure: Callable[[Reply], float | None], scale: float = 1) -> Estimate | None:
     """The median over the requests that have the figure, times ``scale``."""
     found = [(value * scale, r.group) for r in mine if (value := figure(r.reply)) is not None]
-    return stats.median([value for value, _ in found], [group for _, group in found])
+    return median([value for value, _ in found], [group for _, group in found])
 
 
-def _percentiles(seconds: Sequence[float | None]) -> dict[str, float] | None:
+def _milliseconds(seconds: Sequence[float | None]) -> dict[str, float] | None:
     """P50 and P99 in milliseconds; None if there is nothing."""
     found = [1e3 * value for value in seconds if value is not None]
-    return dict(zip(("p50", "p99"), stats.percentiles(found, (50, 99)), strict=True)) if found else None
+    return dict(zip(("p50", "p99"), map(float, np.percentile(found, (50, 99))), strict=True)) if found else None
 
 
 def _rate(pace: float | None) -> float | None:
     return 1 / pace if pace else None
 
 
-def _speedup(mine: list[Request], base: dict[Any, Request], after_first: bool = False) -> stats.Estimate | None:
+def _speedup(mine: list[Request], base: dict[Any, Request], after_first: bool = False) -> Estimate | None:
     """Seconds per token of the baseline over ours, for each request that both did."""
     ratios, groups = [], []
     for request in mine:
@@ -151,15 +161,15 @@ def _speedup(mine: list[Request], base: dict[Any, Request], after_first: bool = 
         if ours and theirs:
             ratios.append(theirs / ours)
             groups.append(request.group)
-    return stats.median(ratios, groups)
+    return median(ratios, groups)
 
 
 def _pooled(
     mine: list[Request], above: Callable[[RequestMetrics], float], below: Callable[[RequestMetrics], float]
-) -> stats.Estimate | None:
+) -> Estimate | None:
     """A ratio of sums over all rows; None for methods without metrics."""
     rows = [(m, r.group) for r in mine for m in r.reply.metrics]
-    return stats.ratio([above(m) for m, _ in rows], [below(m) for m, _ in rows], [group for _, group in rows])
+    return ratio([above(m) for m, _ in rows], [below(m) for m, _ in rows], [group for _, group in rows])
 
 
 def _ledger(replies: list[Reply]) -> dict[str, float]:
@@ -176,7 +186,48 @@ def _quality(requests: list[Request]) -> dict[str, Any] | None:
         return None
     tokens, groups = [q.tokens for q, _ in rows], [group for _, group in rows]
     return {
-        "agreement": stats.ratio([q.agreed for q, _ in rows], tokens, groups),
-        "nll": stats.ratio([q.nll for q, _ in rows], tokens, groups),
-        "rouge_l": stats.ratio([q.rouge_l for q, _ in rows], [1] * len(rows), groups),
+        "agreement": ratio([q.agreed for q, _ in rows], tokens, groups),
+        "nll": ratio([q.nll for q, _ in rows], tokens, groups),
+        "rouge_l": ratio([q.rouge_l for q, _ in rows], [1] * len(rows), groups),
     }
+
+
+# --- estimates -------------------------------------------------------------------------------------------------------
+
+
+def median(values: Sequence[float], clusters: Sequence[int]) -> Estimate | None:
+    """The median of ``values``, value i belonging to ``clusters[i]``. None if there are none."""
+    if not values:
+        return None
+    order = np.argsort(values, kind="stable")
+    ordered, index = np.asarray(values, float)[order], np.unique(clusters, return_inverse=True)[1][order]
+    weights = _counts(int(index.max()) + 1)[:, index].cumsum(1)  # (resamples, values)
+    half = weights[:, -1:] / 2
+    below, above = (weights < half).sum(1), (weights <= half).sum(1)
+    # The last value is the middle of a resample that holds nothing above it.
+    draws = (ordered[below] + ordered[np.minimum(above, len(ordered) - 1)]) / 2
+    return _estimate(float(np.median(ordered)), draws, int(index.max()) + 1)
+
+
+def ratio(above: Sequence[float], below: Sequence[float], clusters: Sequence[int]) -> Estimate | None:
+    """The pooled ratio sum(above) / sum(below). None if there is nothing below."""
+    if not sum(below):
+        return None
+    index = np.unique(clusters, return_inverse=True)[1]
+    sums = [np.bincount(index, np.asarray(part, float)) for part in (above, below)]
+    counts = _counts(len(sums[0]))
+    top, bottom = (counts @ part for part in sums)
+    draws = top[bottom > 0] / bottom[bottom > 0]
+    return _estimate(float(sum(above) / sum(below)), draws, len(sums[0]))
+
+
+def _counts(clusters: int) -> Any:
+    """How often each cluster is drawn, [RESAMPLES, clusters]; the same for all estimates of a run."""
+    return np.random.default_rng(0).multinomial(clusters, np.full(clusters, 1 / clusters), RESAMPLES)
+
+
+def _estimate(value: float, draws: Any, clusters: int) -> Estimate:
+    if clusters < 2:
+        return {"value": value, "low": None, "high": None}
+    low, high = np.percentile(draws, (TAIL, 100 - TAIL))
+    return {"value": value, "low": float(low), "high": float(high)}
