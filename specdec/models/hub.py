@@ -44,22 +44,15 @@ def drafter(text: str) -> Path:
     return folder
 
 
-def fetch(
-    kind: str, repository: str, revision: str | None, files: list[str], hint: str = "", top: bool = False
-) -> Path:
+def fetch(kind: str, repository: str, revision: str | None, files: list[str], hint: str = "") -> Path:
     """The folder in Hugging Face's cache with those files (patterns), downloaded if need be; without a network what the
     cache has.
 
-    kind: what it holds, for messages. hint: their end. top: leave folders in it out. Raises SpecDecError if there is no
-    such repository or revision, or it cannot be had.
+    kind: what it holds, for messages. hint: their end. Raises SpecDecError if there is no such repository or revision,
+    or it cannot be had.
     """
-    outside = ["*/*"] if top else None
     try:
-        return Path(
-            snapshot_download(
-                repository, revision=revision, allow_patterns=files, ignore_patterns=outside, etag_timeout=TIMEOUT
-            )
-        )
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=files, etag_timeout=TIMEOUT))
     except RevisionNotFoundError:
         raise SpecDecError(f"{kind} '{repository}' has no revision '{revision}' on Hugging Face") from None
     except (RepositoryNotFoundError, HFValidationError):

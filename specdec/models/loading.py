@@ -301,7 +301,7 @@ def _repository(name: str, revision: str | None) -> Path:
         raise SpecDecError(f"there is no file or folder '{name}'")
     if guess and "/" not in name:
         raise SpecDecError(f"unknown model '{name}'{guess}; {known}")
-    folder = hub.fetch("model", name, revision, PARTS, f"{guess}; {known}", top=True)
+    folder = hub.fetch("model", name, revision, PARTS, f"{guess}; {known}")
     if not (folder / "config.json").is_file():
         raise SpecDecError(f"'{name}' has no config.json; if it holds GGUF files, name one of them: '{name}:FILE.gguf'")
     return folder
@@ -315,7 +315,7 @@ def _remote(options: dict[str, Any]) -> bool:
 def _fetch_weights(name: str, source: Path, options: dict[str, Any]) -> None:
     """Download the weights of a Hugging Face id into its folder, which is called by its commit."""
     if _remote(options):
-        hub.fetch("model", name, source.name, WEIGHTS, top=True)
+        hub.fetch("model", name, source.name, WEIGHTS)
 
 
 @contextlib.contextmanager
