@@ -185,14 +185,14 @@ class SpecDecoder:
         if unscored and drafter.drafts and not drafter.leaves_early:
             raise SpecDecError(
                 f"verifier '{self.verifier.name}' accepts drafts without scoring them, so it takes a drafter that "
-                "leaves the model early and has a confidence (m2r2, m2r2-paper, early-exit, deed, skip-decode, "
-                f"mixture-of-depths); '{drafter.name}' does not"
+                f"leaves the model early and has a confidence ({registry.having('leaves_early')}); "
+                f"'{drafter.name}' does not"
             )
         drafter.bind(self.target)
         if self.verifier.propagates and drafter.drafts and not drafter.leaves_state:
             raise SpecDecError(
-                "states are propagated from the layer at which a token leaves (early-exit, deed, skip-decode, "
-                f"m2r2-paper); '{drafter.name}' leaves no state there; use fill=exact"
+                f"states are propagated from the layer at which a token leaves ({registry.having('leaves_state')}); "
+                f"'{drafter.name}' leaves no state there; use fill=exact"
             )
         return drafter
 

@@ -63,8 +63,8 @@ def load(
     device: "auto" (the first CUDA device that can compute, else the CPU) or what PyTorch calls one.
     revision: for Hugging Face ids.
     attn_implementation: None lets transformers choose (sdpa where the model supports it, else eager).
-    experts: False leaves those of a mixture in the checkpoint (``stored.StoredExperts``), if it is one of safetensors
-    that holds them as published models do; the model can then decode by ``SpecDecoder(experts=...)`` only.
+    experts: False leaves those of a mixture in the checkpoint (``checkpoint.StoredExperts``), if it is one of
+    safetensors that holds them as published models do; only ``SpecDecoder(experts=...)`` can then decode.
     check: called with the model's config before its weights are read; it raises for a model that is not wanted.
     Raises SpecDecError, in one line, for whatever is unknown, missing, broken or beyond this machine.
     """

@@ -49,6 +49,11 @@ def names(kind: str) -> dict[str, str]:
     return {e.name: e.value for e in entry_points(group=f"specdec.{kind}")} | built_in
 
 
+def having(trait: str) -> str:
+    """Names of the drafters whose class has ``trait``, such as ``leaves_early``, for messages."""
+    return ", ".join(name for name in DRAFTERS if getattr(lookup("drafters", name), trait))
+
+
 def lookup(kind: str, name: str) -> Any:
     """Import and return the class registered as ``name``. Raises SpecDecError for an unknown name."""
     known = names(kind)

@@ -1,7 +1,7 @@
 """The native runtime: decoder layers as one call into compiled kernels.
 
 Builds what the kernels read (packed weights, pointers, masks) and calls them; raises SpecDecError for machines and
-models that it does not serve. Weights of a GGUF file keep their codes and scales. Knows nothing about drafting.
+models that it does not serve. Weights of a GGUF file keep their codes and scales.
 """
 
 from __future__ import annotations
