@@ -16,12 +16,14 @@ from zoo import EOS, PROMPTS, every, new_tokens, together
 from specdec import Request, SamplingParams, SpecDecError, SpecDecoder
 from specdec.drafters.none import NoDrafter
 from specdec.engine.depth import FixedDepth
+from specdec.engine.engine import Engine
 from specdec.runtimes.native import library
 from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.target import Target
 from specdec.serve.logprobs import token_bytes, token_text
 from specdec.speculation.draft import Drafter
+from specdec.verifiers.exact import ExactVerifier
 
 PARAMS = [SamplingParams(), SamplingParams(0.9, top_k=20, repetition_penalty=1.3, seed=3), SamplingParams(1.5)]
 DRAFTERS = sorted(every(ReferenceTarget(tiny_model())))
@@ -93,6 +95,33 @@ def test_rows_that_gave_way_have_them_once() -> None:
     for row in rows:
         check(model, row)
         assert [each.token_id for each in row.prompt_scored] == row.prompt[1:]
+
+
+def test_a_prompt_that_gave_way_has_them_all_whatever_the_parts_were() -> None:
+    model = tiny_model()
+    target = ReferenceTarget(model)
+    for first, then, steps in ((5, 7, 1), (7, 5, 2), (4, 40, 3), (12, 1, 1)):
+        bounds: dict[str, Any] = {"kv_memory": 10**6, "prefill_chunk": first, "reuse": True}
+        engine = Engine(target, NoDrafter(), ExactVerifier(), FixedDepth(0), **bounds)
+        engine.submit(Request(PROMPTS[0], 60))
+        engine.step()
+        row = Request(list(range(3, 36)), 4, logprobs=1, prompt_logprobs=True)
+        engine.submit(row)
+        for _ in range(steps):
+            engine.step()
+        assert 0 < len(row.prompt_scored) < len(row.prompt) - 1
+        engine.scheduler.memory = 1
+        engine.step()
+        engine.scheduler.memory, engine.scheduler.chunk = 10**6, then
+        for _ in engine.steps():
+            pass
+        assert engine.stats().preemptions == 1
+        assert [each.token_id for each in row.prompt_scored] == row.prompt[1:]
+        logs = model(torch.tensor([row.prompt])).logits[0].log_softmax(-1)
+        expected = logs[:-1].gather(1, torch.tensor(row.prompt[1:])[:, None])[:, 0]
+        torch.testing.assert_close(
+            torch.tensor([each.logprob for each in row.prompt_scored]), expected, atol=1e-4, rtol=0
+        )
 
 
 @pytest.mark.parametrize("native", [False, True])
