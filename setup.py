@@ -1,6 +1,6 @@
-"""Builds the native kernels; everything else is in pyproject.toml.
+"""Builds the native kernels and the n-gram drafter; everything else is in pyproject.toml.
 
-The kernels are a shared library that is loaded through ctypes, not a Python module: one wheel serves every Python 3.
+They are shared libraries that are loaded through ctypes, not Python modules: one wheel serves every Python 3.
 """
 
 from glob import glob
@@ -32,6 +32,14 @@ setup(
             extra_link_args=["-s"],
             libraries=["m"],
             optional=True,  # without a C compiler the other runtimes serve
-        )
+        ),
+        Extension(
+            "specdec.speculation._ngram",
+            sources=["specdec/speculation/ngram.c"],
+            extra_compile_args=["-O3", "-fvisibility=hidden"],
+            extra_link_args=["-s"],
+            libraries=["m"],
+            optional=True,  # without it, prompt-lookup drafts
+        ),
     ],
 )

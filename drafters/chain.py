@@ -15,7 +15,6 @@ from torch import Tensor
 from specdec.base import options
 from specdec.base.devices import waits
 from specdec.base.errors import SpecDecError
-from specdec.runtimes.tree_drafting import Candidates
 from specdec.speculation.draft import Draft, Drafter, State
 from specdec.speculation.trees import MOST_NODES, Prices, best_first
 
@@ -57,7 +56,7 @@ class Shape:
             return limit, self.siblings or ()
         pairs = zip(self.right[:limit], self.offered[:limit], strict=True)
         accuracy = [[r / n for r, n in zip(right, offered, strict=True)] for right, offered in pairs]
-        tree, values = best_first([accuracy], self.nodes or MOST_NODES, chain=True)
+        tree, values = best_first(accuracy, self.nodes or MOST_NODES, chain=True)
         if prices is not None:
             tree = tree.first(prices.take(values, least=1, exactly=self.nodes))
         depths = tree.depths()
@@ -94,16 +93,6 @@ class Readout(NamedTuple):
     logits: Tensor
     certainty: Tensor | None = None
     layers: Tensor | None = None
-
-
-def grown(found: Candidates, limit: int, nodes: int | None, state: State) -> Draft:
-    """The draft of the ``nodes`` best of a tree's candidates; None: of those worth their price, or ``limit``."""
-    prices = state.prices
-    if prices is not None:
-        prices.levels = found.levels()
-        nodes = prices.take(prices.calibrated(sorted(found.scores, reverse=True)[:MOST_NODES]), exactly=nodes)
-    best = found.best(limit if nodes is None else nodes)
-    return Draft([best.tokens], tuple(best.parents), device=state.cache.device)
 
 
 class ChainRow:

@@ -20,10 +20,11 @@ from specdec.base import options
 from specdec.base.devices import upload, waits
 from specdec.models import drafter_folder, hub
 from specdec.runtimes.target import Target
-from specdec.runtimes.tree_drafting import WIDTH, Bounds, by_levels
+from specdec.runtimes.tree_drafting import WIDTH, Bounds, Candidates, by_levels
+from specdec.speculation.candidates import finish
 from specdec.speculation.draft import Draft, State
 
-from .chain import SHAPE, ChainDrafter, ChainRow, Readout, ShapeOptions, grown
+from .chain import SHAPE, ChainDrafter, ChainRow, Readout, ShapeOptions
 from .eagle3_network import KIND, Eagle3, Eagle3Config, read_network
 
 BLOCK, CHUNK = 256, 512  # slots that a row's keys grow by, and tokens of a row that run in one pass
@@ -109,10 +110,13 @@ class Eagle3Drafter(ChainDrafter):
                 places = upload([path], states[0].device)[0]
                 row.states.append(torch.cat([part[places] for part in states], -1))
 
-    def propose(self, state: State, limit: int) -> Draft:
+    def candidates(self, state: State, limit: int) -> list[Candidates] | None:
         self._catch_up(state)
-        if self._grows(state):
-            return self._tree(state, limit)
+        return [self._tree(state, limit)] if self._grows(state) else None
+
+    def propose(self, state: State, limit: int) -> Draft:
+        if (found := self.candidates(state, limit)) is not None:
+            return finish(found, limit, self.shape.nodes, state, found[0].levels())
         rows: list[Eagle3Row] = state.memory
         known, drafted = torch.cat([row.last for row in rows]), -1  # (B, 1, D'); tokens drafted so far
 
@@ -131,7 +135,7 @@ class Eagle3Drafter(ChainDrafter):
         worth = bool(self.shape.nodes) or not waits(state.cache.device)
         return verified and worth and self.shape.siblings is None
 
-    def _tree(self, state: State, limit: int) -> Draft:
+    def _tree(self, state: State, limit: int) -> Candidates:
         [row], prices, nodes = state.memory, state.prices, self.shape.nodes
         known, level, position = row.last, 0, len(state.ids[0]) - 1
 
@@ -147,8 +151,7 @@ class Eagle3Drafter(ChainDrafter):
 
         width = self.width if nodes or prices else 1
         bounds = Bounds(limit, width, prices.bar if prices else 0.0)
-        found = by_levels(state.ids[0][-1], self.tokens, bounds, state.cache.device, step, state.masks(0))
-        return grown(found, limit, nodes, state)
+        return by_levels(state.ids[0][-1], self.tokens, bounds, state.cache.device, step, state.masks(0))
 
     def _catch_up(self, state: State) -> None:
         """Run the pairs of what is new of the rows' texts, up to their roots."""

@@ -1,7 +1,7 @@
-"""Several drafters in turn: the first that proposes something drafts the step, as in ``prompt-lookup+m2r2``.
+"""Several drafters together, as in ``ngram+m2r2``: one tree of the candidates of both, where both have probabilities.
 
-One that is cheap and right now and then comes first, one that always has an answer last. All of them see what became
-of every step, also of those that another one drafted.
+Elsewhere, as in ``prompt-lookup+m2r2``, the first that proposes something drafts the step: one that is cheap and right
+now and then comes first, one that always has an answer last. All of them see what became of every step.
 """
 
 from __future__ import annotations
@@ -23,10 +23,15 @@ from .trie import merge
 
 
 class HybridDrafter(Drafter):
-    """Asks ``members`` in order; a row takes the first draft that has a token for it."""
+    """Asks ``members`` in order; a row takes the first draft that has a token for it.
+
+    Where the first one ``blends``, it makes one tree of its own candidates and those of the second.
+    """
 
     name: ClassVar[str] = "hybrid"
-    summary: ClassVar[str] = "drafters joined by '+', such as prompt-lookup+m2r2: the first that finds something drafts"
+    summary: ClassVar[str] = (
+        "drafters joined by '+': ngram+m2r2 draft one tree; of prompt-lookup+m2r2 the first that finds"
+    )
 
     def __init__(self, members: Sequence[Drafter]) -> None:
         self.members = list(members)
@@ -43,7 +48,7 @@ class HybridDrafter(Drafter):
         """
         parts = registry.parse(source) if source else []
         if len(parts) < 2:
-            raise SpecDecError("drafter 'hybrid' needs at least two drafters; join them: prompt-lookup+m2r2")
+            raise SpecDecError("drafter 'hybrid' needs at least two drafters; join them: ngram+m2r2")
         options.check(cls.name, given, [name for name, _ in parts])
         for name, own in given.items():
             if not isinstance(own, Mapping):
@@ -60,6 +65,8 @@ class HybridDrafter(Drafter):
             member.bind(target)
         self.taps = tuple(sorted({layer for member in self.members for layer in member.taps}))
         self.whole_prompts = any(member.whole_prompts for member in self.members)
+        self.blended = len(self.members) == 2 and self.members[0].blends
+        self.estimates = self.blended and self.members[1].estimates
         self.path = "+".join(f"{member.name} {member.path}" for member in self.members)
 
     def start(self) -> None:
@@ -74,6 +81,10 @@ class HybridDrafter(Drafter):
             member.end(own, ids)
 
     def propose(self, state: State, limit: int) -> Draft:
+        if self.blended:
+            first, second = (replace(state, memory=[own[number] for own in state.memory]) for number in (0, 1))
+            if (given := self.members[1].candidates(second, limit)) is not None:
+                return self.members[0].blend(first, limit, given)
         used: dict[int, Draft] = {}  # by row
         missing = list(range(len(state.ids)))
         for number, member in enumerate(self.members):

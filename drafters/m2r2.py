@@ -22,10 +22,11 @@ from torch import Tensor
 from specdec.base import options
 from specdec.base.devices import waits
 from specdec.runtimes.target import Target
-from specdec.runtimes.tree_drafting import WIDTH, Bounds, DraftPath, Seed
+from specdec.runtimes.tree_drafting import WIDTH, Bounds, Candidates, DraftPath, Seed
+from specdec.speculation.candidates import finish
 from specdec.speculation.draft import Draft, State
 
-from .chain import SHAPE, ChainDrafter, ChainRow, Readout, ShapeOptions, best_probability, first_sure, grown
+from .chain import SHAPE, ChainDrafter, ChainRow, Readout, ShapeOptions, best_probability, first_sure
 from .m2r2_network import M2R2, Carry, load_network
 from .m2r2_pass import PathPass
 from .m2r2_path import M2R2Path
@@ -93,11 +94,14 @@ class M2R2Drafter(ChainDrafter):
     def begin(self) -> M2R2Row:
         return M2R2Row()
 
+    def candidates(self, state: State, limit: int) -> list[Candidates] | None:
+        return [self._tree(state, limit)] if self._grows(state) else None
+
     def propose(self, state: State, limit: int) -> Draft:
-        if self._grows(state):
-            return self._tree(state, limit)
-        if self._several(state) and (found := self._chains(state, limit)) is not None:
-            return Draft(found, tuple(range(limit)), device=state.cache.device)
+        if (found := self.candidates(state, limit)) is not None:
+            return finish(found, limit, self.shape.nodes, state, found[0].levels())
+        if self._several(state) and (chains := self._chains(state, limit)) is not None:
+            return Draft(chains, tuple(range(limit)), device=state.cache.device)
         *inputs, final = self._before(state.memory) or [torch.empty(0)]
         tokens = PathPass(self.network, state.target, state.cache, Carry(final, inputs))
 
@@ -135,7 +139,7 @@ class M2R2Drafter(ChainDrafter):
         worth = bool(self.shape.nodes) or not waits(state.cache.device)  # what has grown is read before it is scored
         return verified and worth and self.shape.siblings is None and not path.exit_layer and not path.exits
 
-    def _tree(self, state: State, limit: int) -> Draft:
+    def _tree(self, state: State, limit: int) -> Candidates:
         [row] = state.memory
         path = self._draft_path(state)
         *inputs, final = row.block
@@ -145,8 +149,7 @@ class M2R2Drafter(ChainDrafter):
         prices, nodes = state.prices, self.shape.nodes
         width = self.width if nodes or prices else 1
         bounds = Bounds(limit, width, prices.bar if prices else 0.0)
-        found = state.target.grow(state.cache, seed, path, bounds, state.masks(0))
-        return grown(found, limit, nodes, state)
+        return state.target.grow(state.cache, seed, path, bounds, state.masks(0))
 
     def _several(self, state: State) -> bool:
         """Whether nothing but the likeliest chain of each of several rows is wanted."""

@@ -13,6 +13,7 @@ which the exact rule verifies without bias.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
@@ -29,6 +30,8 @@ from specdec.models import drafter_folder, hub
 from specdec.runtimes import linear_maps
 from specdec.runtimes.linear_maps import rms_unit
 from specdec.runtimes.target import GivenLinear, Target
+from specdec.runtimes.tree_drafting import Candidates
+from specdec.speculation.candidates import finish
 from specdec.speculation.draft import Draft, Drafter, State
 from specdec.speculation.trees import MOST_NODES, best_first, grown
 
@@ -155,7 +158,7 @@ class MedusaDrafter(Drafter):
         vocab, shapes = network.draft_vocab, [tuple(weight.shape) for weight in network.weights]
         self.path = f"{shapes} {self.own is not None} {self.normed} {None if vocab is None else len(vocab)}"
         table = [row[: target.vocab_size if vocab is None else len(vocab)] for row in self.accuracy]
-        self.tree = functools.cache(lambda depth, nodes: best_first([table[:depth]], nodes))
+        self.tree = functools.cache(lambda depth, nodes: best_first(table[:depth], nodes))
         self.estimates = not waits(target.device)
         self.start()
 
@@ -166,52 +169,50 @@ class MedusaDrafter(Drafter):
         return MedusaRow()
 
     def propose(self, state: State, limit: int) -> Draft:
-        prices, heads = state.prices, min(limit, self.network.heads)
-        most = self.nodes or (limit if prices is None else MOST_NODES)
-        exponent = 1.0 if prices is None else prices.exponent
-        if state.constrained:
-            return self._masked(state, heads, most, exponent)
-        if self.estimates:
-            logits = self._logits(state)[:, :heads].float()
-            logs, ids = (logits - logits.logsumexp(-1, keepdim=True)).topk(min(RANKS, logits.shape[-1]))
-            tree, values = best_first((logs * exponent).exp().tolist(), most)
-        else:  # nothing is read before the tree is scored
-            tree, values = self.tree(heads, most)
-            ids = self._logits(state)[:, :heads].topk(1 + max(tree.ranks, default=0)).indices
+        if (found := self.candidates(state, limit)) is not None:
+            return finish(found, limit, self.nodes, state, levels=1)
+        prices, heads = state.prices, min(limit, self.network.heads)  # nothing is read before the tree is scored
+        tree, values = self.tree(heads, self.nodes or (limit if prices is None else MOST_NODES))
         if prices is not None:
             tree = tree.first(prices.take(values, exactly=self.nodes))
-        if not tree.parents:
-            return Draft.empty(len(state.ids), state.cache.device)
+        ids = self._logits(state)[:, :heads].topk(1 + max(tree.ranks, default=0)).indices
         best = ids[:, tree.depths(), tree.ranks]  # (B, M); which head each node is taken from, and its place there
         tokens = self.vocabulary.tokens
         return Draft(best if tokens is None else tokens[best], tree.parents)
 
-    def _masked(self, state: State, heads: int, most: int, exponent: float) -> Draft:
-        """The draft where constraints rule out tokens: each node is chosen under the mask of its own path."""
-        logits, vocab = self._logits(state)[:, :heads].float(), self.vocabulary.tokens  # (B, K, V')
-        tokens: dict[tuple[int, ...], list[int]] = {}  # of each row, by the ranks on a node's path; -1: it has no such
+    def candidates(self, state: State, limit: int) -> list[Candidates] | None:
+        if not (self.estimates or state.constrained):
+            return None
+        logits = self._logits(state)[:, : min(limit, self.network.heads)].float()  # (B, K, V')
+        return [self._likeliest(state, row, logits[row]) for row in range(len(state.ids))]
 
-        def after(path: tuple[int, ...]) -> list[list[float]]:
-            if len(path) == heads:
+    def _likeliest(self, state: State, row: int, logits: Tensor) -> Candidates:
+        """The tree of a row's likeliest paths, from its logits [K, V']; each node is chosen under its path's mask."""
+        constraint, vocab = state.sampler.rows[row].constraint, self.vocabulary.tokens
+        tokens: dict[tuple[int, ...], int] = {(): state.ids[row][-1]}  # by the ranks on a node's path
+
+        def best(scores: Tensor) -> tuple[list[list[float]], list[list[int]]]:
+            """The log-probabilities and tokens of the best of scores [n, V']."""
+            logs, found = scores.log_softmax(-1).topk(min(RANKS, scores.shape[-1]))
+            return logs.tolist(), (found if vocab is None else vocab[found]).tolist()
+
+        logs, found = best(logits) if constraint is None else ([], [])
+
+        def after(path: tuple[int, ...]) -> list[float]:
+            depth = len(path)
+            if depth == len(logits):
                 return []
-            scores = logits[:, len(path)].clone()  # (B, V')
-            for b, row in enumerate(state.sampler.rows):
-                before = [tokens[path[:n]][b] for n in range(1, len(path) + 1)]
-                if -1 in before:
-                    scores[b] = -torch.inf
-                elif row.constraint is not None:
-                    scores[b] = row.constraint.masked(state.ids[b] + before, scores[b : b + 1], vocab)
-            logs = scores.log_softmax(-1).nan_to_num(-torch.inf, neginf=-torch.inf)  # NaN where nothing is allowed
-            logs, best = logs.topk(min(RANKS, scores.shape[-1]))
-            found = (best if vocab is None else vocab[best]).masked_fill(logs.isneginf(), -1)  # (B, R)
-            tokens.update({(*path, rank): own for rank, own in enumerate(found.T.tolist())})
-            return (logs * exponent).exp().tolist()  # type: ignore[no-any-return]
+            if constraint is None:
+                own, ids = logs[depth], found[depth]
+            else:
+                text = [tokens[path[:n]] for n in range(1, depth + 1)]
+                [own], [ids] = best(constraint.masked(state.ids[row] + text, logits[depth : depth + 1].clone(), vocab))
+            tokens.update({(*path, rank): token for rank, token in enumerate(ids)})
+            return [math.exp(log) if log > -math.inf else 0.0 for log in own]  # NaN where nothing is allowed
 
-        tree, values = grown(after, most)
-        if state.prices is not None:
-            tree = tree.first(state.prices.take(values, exactly=self.nodes))
-        nodes = [tokens[path] for path in tree.paths()]  # [M][B]
-        return Draft([[node[b] for node in nodes] for b in range(len(state.ids))], tree.parents, state.cache.device)
+        tree, values = grown(after, self.nodes or MOST_NODES)
+        chosen = [tokens[path] for path in tree.paths()]
+        return Candidates([math.log(value) for value in values], chosen, list(tree.parents))
 
     def _logits(self, state: State) -> Tensor:
         """Each head's logits [B, K, V'], over the vocabulary's tokens."""

@@ -120,7 +120,9 @@ def test_nodes_are_taken_by_the_heads_own_probabilities_while_they_pay(llama: Pr
     assert drafter.propose(state, 2).parents == ()  # the heads are known to be too sure
     sure = torch.cat((sure, torch.full((1, 2, V), 1 / V)))  # a second row, of which nothing is known
     state.ids, state.prices = [[5, 6]] * 2, Prices([0.14 * n for n in range(25)])
-    assert drafter.propose(state, 2).parents == (0, 1)
+    state.sampler = Sampler(SamplingParams(), streams=(0, 1))
+    draft = drafter.propose(state, 2)
+    assert draft.lists() == [[7, 3, 8, 4], [-1] * 4]
 
 
 def test_an_accuracy_table_shapes_the_tree_where_nothing_is_read(llama: PreTrainedModel) -> None:
@@ -143,7 +145,9 @@ def test_rare_words_of_a_rows_own_context_are_drafted(llama: PreTrainedModel) ->
     memory = [drafter.begin(), drafter.begin()]
     for row in memory:  # the state whose readout has token 95 on top: the final norm's input along that row of the head
         row.final = llama.get_output_embeddings().weight[95].view(1, 1, D)
-    state = State(target, target.new_cache(2), Sampler(SamplingParams()), [[5, 95], [5, 6]], memory=memory)
+    state = State(
+        target, target.new_cache(2), Sampler(SamplingParams(), streams=(0, 1)), [[5, 95], [5, 6]], memory=memory
+    )
     tokens = drafter.propose(state, 2).tokens
     assert 95 in tokens[0] and 95 not in tokens[1]
 

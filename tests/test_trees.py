@@ -10,7 +10,7 @@ from math import prod
 import pytest
 
 from specdec.speculation.draft import Draft
-from specdec.speculation.trees import Prices, best_first, best_tree
+from specdec.speculation.trees import Prices, best_tree
 
 
 def paths(tree) -> list[tuple[int, ...]]:
@@ -46,14 +46,6 @@ def test_a_tree_is_a_draft_s_shape_and_grows_node_by_node() -> None:
 def test_certain_heads_make_a_chain_and_useless_candidates_are_left_out() -> None:
     assert best_tree([[1.0, 0.0]] * 3, 9) == ((0, 1, 2), (0, 0, 0))
     assert best_tree([[0.0, 0.0]], 5).parents == ()
-
-
-def test_rows_share_the_shape_that_is_best_on_average() -> None:
-    """The first row is sure of a chain, the second wavers between two first tokens."""
-    rows = [[[0.9, 0.1], [0.9, 0.1]], [[0.5, 0.5], [0.1, 0.1]]]
-    tree, values = best_first(rows, 3)
-    assert tree == ((0, 1, 0), (0, 0, 1))
-    assert values == pytest.approx([0.7, 0.43, 0.3])
 
 
 def test_as_many_nodes_are_taken_as_bring_most_beyond_their_price() -> None:

@@ -231,7 +231,7 @@ class AutoDepth:
     ) -> None:
         """A step: drafted depth and accepted tokens of each row, tokens scored, seconds of drafting and of the rest."""
         prices = self.choice.prices or Prices(())
-        deepest = max(*drafted, prices.levels)
+        deepest = prices.levels or max(drafted)
         self.elapsed += draft + rest
         self.paces.append(rest / self.scoring(scored))
         if not deepest:

@@ -25,6 +25,7 @@ from specdec.speculation.trees import Prices
 if TYPE_CHECKING:
     from specdec.runtimes.cache import KVCache
     from specdec.runtimes.target import Target
+    from specdec.runtimes.tree_drafting import Candidates
     from specdec.speculation.sampling import Sampler
 
 
@@ -205,6 +206,7 @@ class Drafter(ABC):
     estimates: it has probabilities of its own for what it drafts, and ends drafts by ``State.prices``.
     leaves_early: tokens may leave the model early, with a confidence (``State.threshold``). leaves_state: they leave
         with an exact state of the model.
+    blends: it takes the candidates of another drafter into its own tree (``blend``).
     path: what the cost of drafting depends on, beside the name.
     """
 
@@ -214,6 +216,7 @@ class Drafter(ABC):
     needs_training: ClassVar[bool] = False
     before_others: ClassVar[dict[str, Any]] = {}
     drafts: ClassVar[bool] = True
+    blends: ClassVar[bool] = False
     taps: tuple[int, ...] = ()
     whole_prompts: bool = False
     num_exits: int = 1
@@ -270,6 +273,17 @@ class Drafter(ABC):
     @abstractmethod
     def propose(self, state: State, limit: int) -> Draft:
         """Draft at most ``limit`` >= 1 tokens in depth after each row's root."""
+
+    def candidates(self, state: State, limit: int) -> list[Candidates] | None:
+        """What may follow each row's root, with probabilities, at most ``limit`` deep, for a drafter that blends them.
+
+        None: what it proposes has none, or is worth more as it is.
+        """
+        return None
+
+    def blend(self, state: State, limit: int, given: list[Candidates]) -> Draft:
+        """As ``propose``, with the candidates of another drafter for each row, if this one ``blends``."""
+        raise NotImplementedError
 
     def observe(self, memory: list[Any], paths: list[list[int]], taps: dict[int, Tensor]) -> None:  # noqa: B027
         """Receive the states [B, T, D] at the tapped layers of a block just run, and what of it is accepted.

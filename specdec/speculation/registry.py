@@ -29,6 +29,7 @@ DRAFTERS: dict[str, str] = {
     "mixture-of-depths": "specdec.drafters.exits:MixtureOfDepthsDrafter",
     "medusa": "specdec.drafters.medusa:MedusaDrafter",
     "mtp": "specdec.drafters.mtp:MTPDrafter",
+    "ngram": "specdec.drafters.ngram:NgramDrafter",
     "prompt-lookup": "specdec.drafters.prompt_lookup:PromptLookupDrafter",
     "skip-decode": "specdec.drafters.exits:SkipDecodeDrafter",
 }

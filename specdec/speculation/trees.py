@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 MOST_NODES = 24  # most nodes of a tree that is sized by prices
 
@@ -21,12 +21,11 @@ class Prices:
 
     Nodes are taken in order of the probability that they are accepted, as many as bring the most tokens beyond the
     price of scoring them. Another level is drafted while the likeliest path so far is worth it. A drafter's own
-    probability p counts as p ** ``exponent``, which is learned from what is accepted. Of several rows, which share a
-    shape, the mean probability counts.
+    probability p counts as p ** ``exponent``, which is learned from what is accepted. Of several rows, the nodes of
+    all are taken together.
 
     nodes: of scoring n = 0, 1, .. ``MOST_NODES`` nodes beside the root. level: of drafting another level.
-    expected, levels: what became of it: the tokens expected of the nodes taken, and the levels drafted where they are
-    more than the nodes taken are deep.
+    expected, levels: what became of it: the tokens expected of the nodes taken, and the levels that were drafted.
     """
 
     nodes: Sequence[float]
@@ -93,52 +92,46 @@ def best_tree(accuracy: Sequence[Sequence[float]], budget: int, chain: bool = Fa
 
     See ``best_first``.
     """
-    return best_first([accuracy], budget, chain)[0]
+    return best_first(accuracy, budget, chain)[0]
 
 
-def best_first(
-    accuracy: Sequence[Sequence[Sequence[float]]], budget: int, chain: bool = False
-) -> tuple[Tree, list[float]]:
+def best_first(accuracy: Sequence[Sequence[float]], budget: int, chain: bool = False) -> tuple[Tree, list[float]]:
     """The tree of at most ``budget`` >= 1 nodes with the most accepted tokens, and how often each node is, best first.
 
+    accuracy[depth][rank]: probability in [0, 1] that the candidate of that rank is the right token at that depth.
     chain: only first choices are drafted on from, so that the others stand beside a chain.
-    accuracy[row][depth][rank]: probability in [0, 1] that the candidate of that rank is the right token at that depth.
-    The rows of a batch share one shape, so the mean over them counts.
     """
-    depths, rows = len(accuracy[0]), range(len(accuracy))
-    return grown(lambda path: [accuracy[b][len(path)] for b in rows] if len(path) < depths else [], budget, chain)
+    return grown(lambda path: accuracy[len(path)] if len(path) < len(accuracy) else (), budget, chain)
 
 
 def grown(
-    after: Callable[[tuple[int, ...]], Sequence[Sequence[float]]], budget: int, chain: bool = False
+    after: Callable[[tuple[int, ...]], Sequence[float]], budget: int, chain: bool = False
 ) -> tuple[Tree, list[float]]:
     """``best_first`` where what is right at a depth depends on what comes before.
 
-    after: takes the ranks on the path to a node, () for the root. Returns [row][rank], the probabilities of the
-    candidates after that node; nothing where there are none. Called once for each node that is drafted on from.
+    after: takes the ranks on the path to a node, () for the root. Returns the probabilities of the candidates after
+    that node; none where there are none. Called once for each node that is drafted on from.
     A node is accepted if all candidates on its path are right, so with probability a(path) = prod accuracy[d][r_d], and
     a tree keeps sum_nodes a(path) tokens (Medusa, arXiv 2401.10774, section 2.3.3). No node beats its parent, hence the
     ``budget`` likeliest paths always form a tree, and no other set of as many nodes has a larger sum: it is optimal.
     Nodes that are never right are left out.
     """
     parents, ranks, values = list[int](), list[int](), list[float]()
-    # (-a, order, parent, path, a of each row); ``order`` makes ties fall to the node found first: parents before
-    # children.
-    heap: list[tuple[float, int, int, tuple[int, ...], Any]] = []
+    # (-a, order, parent, path); ``order`` makes ties fall to the node found first: parents before children.
+    heap: list[tuple[float, int, int, tuple[int, ...]]] = []
     order = itertools.count()
 
-    def offer(parent: int, path: tuple[int, ...], reach: list[float] | None) -> None:
-        for rank, right in enumerate(zip(*after(path), strict=True)):
-            joint = right if reach is None else [a * b for a, b in zip(reach, right, strict=True)]
-            if (value := sum(joint) / len(joint)) > 0:
-                heapq.heappush(heap, (-value, next(order), parent, (*path, rank), joint))
+    def offer(parent: int, path: tuple[int, ...], reach: float) -> None:
+        for rank, right in enumerate(after(path)):
+            if (value := reach * right) > 0:
+                heapq.heappush(heap, (-value, next(order), parent, (*path, rank)))
 
-    offer(0, (), None)
+    offer(0, (), 1.0)
     while heap and len(parents) < budget:
-        negative, _, parent, path, joint = heapq.heappop(heap)
+        negative, _, parent, path = heapq.heappop(heap)
         parents.append(parent)
         ranks.append(path[-1])
         values.append(-negative)
         if len(parents) < budget and (path[-1] == 0 or not chain):
-            offer(len(parents), path, joint)
+            offer(len(parents), path, -negative)
     return Tree(tuple(parents), tuple(ranks)), values

@@ -1,0 +1,132 @@
+"""N-grams: what followed where the text went on alike before, and a static prior where it never did.
+
+Three sources, each overruling the one before: how often which token follows which in a small corpus, the texts of
+earlier requests (as suffix decoding, arXiv 2411.04975), and the request's own text. The tree has the likeliest paths.
+Needs no training; serves every tokenizer, as the corpus is text. Changes what is drafted, never the output.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.resources
+import io
+import lzma
+from contextlib import suppress
+from typing import Any, ClassVar
+
+import numpy as np
+
+from specdec.base import options
+from specdec.models import drafter_folder
+from specdec.models.catalogue import cache_dir
+from specdec.runtimes.target import Target
+from specdec.runtimes.tree_drafting import Candidates
+from specdec.speculation.candidates import finish
+from specdec.speculation.draft import Draft, Drafter, State
+from specdec.speculation.ngram import Grower, Ints, Prior, Texts
+
+OWN = 1 << 20  # most tokens of a text that are matched
+STORE = 1 << 17  # tokens of earlier requests that are kept: 2.6 MB
+TRUST = {"corpus": 0.15, "store": 0.25, "own": 1.0}  # how many times the evidence of an occurrence counts
+CORPUS = "pretrained/ngram/corpus.txt.xz"  # texts, one behind the other, a NUL between them
+MOST_CORPUS = 1 << 20  # tokens of a corpus that are counted
+NOTHING = Candidates([], [], [])
+SAMPLED = 8  # most levels where tokens are sampled: noise is made for each
+
+
+class NgramRow:
+    """The text of one request, as far as it is entered. store: of earlier texts, those that this one may know."""
+
+    def __init__(self, store: Texts | None) -> None:
+        self.texts, self.seen, self.store = Texts(OWN), 0, store
+
+
+class NgramDrafter(Drafter):
+    """Drafts the likeliest paths by n-grams: as many nodes as pay for their scoring, or ``nodes``.
+
+    nodes: of a tree; None: those worth their price (``Prices``), or as many as the draft may be deep. store: tokens of
+    earlier requests of this process, prompts and outputs, that are matched; 0 or false: none. prior: whether the corpus
+    is used; it needs the model's tokenizer.
+    Raises SpecDecError where its compiled part is not built.
+    """
+
+    name: ClassVar[str] = "ngram"
+    summary: ClassVar[str] = (
+        "suffix matches in the text and earlier requests, and a prior counted in a corpus; no training"
+    )
+    blends: ClassVar[bool] = True
+    estimates = True
+
+    def __init__(self, nodes: int | None = None, store: int | bool = STORE, prior: bool = True) -> None:
+        self.nodes = None if nodes is None else options.whole("nodes", nodes, 1)
+        self.size = STORE * store if isinstance(store, bool) else options.whole("store", store, 0)
+        self.prior = bool(prior)
+        self.store = Texts(self.size) if self.size else None
+
+    def bind(self, target: Target) -> None:
+        self.corpus, counted = None, None
+        if self.prior and target.tokenizer is not None:
+            ids = corpus(target.tokenizer, target.vocab_size)
+            self.corpus, counted = Texts(len(ids)), Prior.count(ids, target.vocab_size)
+            self.corpus.add(ids)
+        self.grower = Grower(counted)
+
+    def begin(self) -> NgramRow:
+        return NgramRow(self.store)
+
+    def end(self, memory: NgramRow, ids: list[int]) -> None:
+        if memory.store is not None:
+            memory.store.add([*ids[-self.size // 2 :], -1])
+
+    def propose(self, state: State, limit: int) -> Draft:
+        return self.blend(state, limit, [NOTHING] * len(state.ids))
+
+    def blend(self, state: State, limit: int, given: list[Candidates]) -> Draft:
+        levels = max(own.levels() for own in given)
+        found = [self._grown(state, row, limit, own) for row, own in enumerate(given)]
+        return finish(found, limit, self.nodes, state, levels)
+
+    def _grown(self, state: State, row: int, limit: int, given: Candidates) -> Candidates:
+        memory, ids, chooser = state.memory[row], state.ids[row], state.sampler.rows[row]
+        memory.texts.add(ids[memory.seen :])
+        memory.seen = len(ids)
+        kept = (self.corpus, TRUST["corpus"]), (memory.store, TRUST["store"]), (memory.texts, TRUST["own"])
+        sources = [(texts, trust) for texts, trust in kept if texts is not None]
+        noise = None
+        if not chooser.transforms.greedy:
+            size = state.target.vocab_size
+            noise = [chooser.noise(len(ids) + depth, size) for depth in range(min(limit, SAMPLED))]
+        return self.grower(ids, sources, limit, given, state.masks(row), noise)
+
+
+def corpus(tokenizer: Any, vocab_size: int) -> Ints:
+    """The corpus in a tokenizer's tokens, texts between -1. It is kept in the cache folder, where that can be."""
+    source = importlib.resources.files("specdec.drafters").joinpath(CORPUS).read_bytes()
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    mark = hashlib.sha256(
+        source + (backend.to_str() if backend else repr(sorted(tokenizer.get_vocab().items()))).encode()
+    )
+    place = cache_dir() / "ngram" / f"{mark.hexdigest()[:24]}.npy"
+    with suppress(OSError, ValueError):  # there is none, or it is damaged
+        kept = np.load(place, allow_pickle=False)
+        if kept.dtype == np.int32 and kept.ndim == 1 and 0 < len(kept) <= MOST_CORPUS and kept.max() < vocab_size:
+            return kept  # type: ignore[no-any-return]
+    ids = tokenised(lzma.decompress(source).decode().split("\0"), tokenizer, vocab_size)
+    with suppress(OSError):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        data = io.BytesIO()
+        np.save(data, ids)
+        drafter_folder.replace(place, data.getvalue())
+    return ids
+
+
+def tokenised(texts: list[str], tokenizer: Any, vocab_size: int) -> Ints:
+    """``texts`` in tokens, one behind the other, a -1 before each and at the end; at most ``MOST_CORPUS``."""
+    found: list[int] = []
+    for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]:
+        found += [-1, *ids]
+        if len(found) >= MOST_CORPUS:
+            break
+    made = np.array([*found[: MOST_CORPUS - 1], -1], np.int32)
+    made[made >= vocab_size] = -1
+    return made

@@ -1,0 +1,252 @@
+/* N-grams: which tokens followed where a text went on alike before, how likely each is now, and the best-first tree of them.
+ *
+ * Texts lie one behind the other in a window. From each place chains lead to earlier places behind the same last token, and
+ * behind the same last two, the latest first. The probability of a follower is blended from the shortest match to the longest
+ * (as PPM escapes from the longest to the shortest, Cleary and Witten 1984): what more and longer matches say overrules what
+ * fewer and shorter ones say, a static prior, and a learned drafter's tree. Knows tokens and numbers, no model and no Python. */
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#ifdef _WIN32
+#define EXPORT __declspec(dllexport)
+#else
+#define EXPORT __attribute__((visibility("default")))
+#endif
+
+enum {
+    LONGEST = 16,     /* tokens of a match that are compared */
+    OCCURRENCES = 32, /* places that are read of a chain, and that many times */
+    VISITS = 4,       /* as many links are followed */
+    SINGLES = 8,      /* places behind the last token alone, where none is behind the last two */
+    TOKENS = 96,      /* followers of a place that are kept apart */
+    MOST_NODES = 64,  /* of a tree */
+};
+static const float RECENCY = 0.9f; /* weight of an occurrence over that of the next later one */
+static const float ESCAPE = 8; /* n matches of L tokens count n / (n + ESCAPE / L^1.5) */
+
+typedef struct {
+    int32_t *ids;         /* [size], by place; -1: between texts */
+    uint32_t *one, *two;  /* [size]: how far back the place before behind the same token, the same two, is; 0: there is none */
+    uint32_t *ones, *twos; /* [size], by hash: the latest such place, and 1 */
+    int64_t end;          /* places so far; the window has the last `size` */
+    int64_t size, most;   /* powers of two: the window's, and what it may grow to */
+} Texts;
+
+typedef struct {
+    int32_t tokens;        /* V */
+    const int32_t *begin;  /* [V + 1]: where each token's followers are */
+    const int32_t *after;  /* [..], likeliest first */
+    const float *p;
+} Prior;
+
+typedef struct {
+    const int32_t *text;   /* the last tokens of the text, the root last */
+    int32_t length;        /* at most LONGEST */
+    int32_t limit, nodes;  /* most levels, and most nodes */
+    int32_t sources;       /* texts that are matched; later ones overrule earlier ones */
+    float least;           /* probability below which a node is not taken */
+    const Prior *prior;    /* NULL: none */
+    const Texts *const *source;
+    const float *trust;    /* by source: how many times the evidence of an occurrence counts */
+    int32_t given;         /* nodes of a learned drafter's tree, parents first */
+    float caution;         /* where that tree has followers, the trust in all sources is multiplied by this */
+    const int32_t *given_tokens, *given_parents; /* parent 0: the root, i + 1: node i */
+    const float *given_scores;                   /* log-probabilities of paths */
+    const float *const *noise;                   /* [limit][V] of the positions behind the root, or NULL: greedy */
+    const uint8_t *(*allowed)(int32_t node);     /* [V]: what may follow a node of the tree; its NULL: nothing. NULL: anything */
+    int32_t *tokens, *parents;                   /* out: [nodes] */
+    float *values;                               /* out: [nodes], probability of each path */
+} Growth;
+
+typedef struct { int32_t token, length; } Occurrence;
+typedef struct { int32_t count, token[TOKENS]; float p[TOKENS]; } Followers;
+typedef struct { float value; int32_t token, parent, depth, given; } Node;
+
+static uint32_t hash(uint32_t a, uint32_t b, int64_t size) {
+    uint64_t h = (((uint64_t)a << 32) | b) * 0x9E3779B97F4A7C15ull;
+    return (uint32_t)(h >> 32) & (uint32_t)(size - 1);
+}
+
+static uint32_t link(uint32_t *heads, uint32_t at, int64_t place, int64_t size) {
+    uint32_t before = heads[at], back = (uint32_t)place + 1 - before;
+    heads[at] = (uint32_t)place + 1;
+    return before && back < (uint64_t)size ? back : 0;
+}
+
+/* Enter a place whose token is there: what precedes it leads to it. */
+static void enter(Texts *t, int64_t place) {
+    int64_t mask = t->size - 1;
+    int32_t last = place > 0 ? t->ids[(place - 1) & mask] : -1, other = place > 1 ? t->ids[(place - 2) & mask] : -1;
+    int there = t->ids[place & mask] >= 0 && last >= 0;
+    t->one[place & mask] = there ? link(t->ones, hash(0xffffffffu, last, t->size), place, t->size) : 0;
+    t->two[place & mask] = there && other >= 0 ? link(t->twos, hash(other, last, t->size), place, t->size) : 0;
+}
+
+static int resize(Texts *t, int64_t size) {
+    int32_t *ids = realloc(t->ids, sizeof *ids * size);
+    if (ids) t->ids = ids;
+    uint32_t *lists[4] = {t->one, t->two, t->ones, t->twos};
+    int failed = !ids;
+    for (int i = 0; i < 4; i++) {
+        uint32_t *list = realloc(lists[i], sizeof *list * size);
+        if (list) lists[i] = list;
+        failed |= !list;
+    }
+    t->one = lists[0], t->two = lists[1], t->ones = lists[2], t->twos = lists[3];
+    if (failed) return -1; /* the old size goes on: its part of each list is as it was */
+    memset(t->ids + t->size, -1, sizeof *ids * (size - t->size));
+    memset(t->ones, 0, sizeof *t->ones * size), memset(t->twos, 0, sizeof *t->twos * size);
+    t->size = size;
+    for (int64_t place = 0; place < t->end; place++) enter(t, place);
+    return 0;
+}
+
+EXPORT void specdec_texts_close(Texts *t) {
+    if (t) free(t->ids), free(t->one), free(t->two), free(t->ones), free(t->twos), free(t);
+}
+
+/* A window of at most `most` tokens, a power of two; `size` at first. NULL without memory. */
+EXPORT Texts *specdec_texts_open(int64_t size, int64_t most) {
+    Texts *t = calloc(1, sizeof *t);
+    if (!t) return NULL;
+    t->most = most;
+    if (resize(t, size < most ? size : most)) return specdec_texts_close(t), NULL;
+    return t;
+}
+
+/* Go on with the text; -1 ends one. Returns 0, or -1 without memory: the window is then as large as it gets. */
+EXPORT int specdec_texts_add(Texts *t, const int32_t *ids, int64_t count) {
+    int failed = 0;
+    for (int64_t i = 0; i < count; i++) {
+        if (t->end == t->size && t->size < t->most && !failed) failed = resize(t, 2 * t->size);
+        t->ids[t->end & (t->size - 1)] = ids[i];
+        enter(t, t->end++);
+    }
+    return failed;
+}
+
+EXPORT int64_t specdec_texts_bytes(const Texts *t) { return 20 * t->size + (int64_t)sizeof *t; }
+
+/* The places from which the text that ends before `end`, `length` tokens of it, went on before: the latest first. */
+static int find(const Texts *t, const int32_t *end, int length, Occurrence *found) {
+    int64_t mask = t->size - 1;
+    for (int pair = length > 1; pair >= 0; pair--) {
+        const uint32_t *chain = pair ? t->two : t->one;
+        uint32_t head = pair ? t->twos[hash(end[-2], end[-1], t->size)] : t->ones[hash(0xffffffffu, end[-1], t->size)];
+        int count = 0, most = pair ? OCCURRENCES : SINGLES;
+        uint32_t place = head - 1;
+        for (int visit = 0; head && count < most && visit < VISITS * OCCURRENCES; visit++) {
+            uint32_t back = (uint32_t)t->end - place;
+            if (!back || back + LONGEST >= (uint64_t)t->size + (t->end <= t->size ? LONGEST + 1 : 0)) break; /* gone */
+            int alike = 0, least = 1 + pair;
+            while (alike < length && t->ids[(place - 1 - alike) & mask] == end[-1 - alike]) alike++;
+            if (alike >= least) found[count++] = (Occurrence){t->ids[place & mask], alike};
+            if (!chain[place & mask]) break;
+            place -= chain[place & mask];
+        }
+        if (count) return count;
+    }
+    return 0;
+}
+
+static int follower(Followers *f, int32_t token) {
+    for (int i = 0; i < f->count; i++)
+        if (f->token[i] == token) return i;
+    if (f->count == TOKENS) return -1;
+    f->token[f->count] = token, f->p[f->count] = 0;
+    return f->count++;
+}
+
+/* Blend what followed into `f`, from all matches to the longest ones. */
+static void blend(Followers *f, const Occurrence *found, int count, float trust) {
+    static const int LENGTHS[] = {1, 2, 3, 4, 6, 9, 13, LONGEST + 1};
+    int at[OCCURRENCES];
+    float weight[OCCURRENCES], w = 1;
+    for (int i = 0; i < count; i++, w *= RECENCY) at[i] = follower(f, found[i].token), weight[i] = w;
+    for (int level = 0; level < 7; level++) {
+        float total = 0;
+        int own = 0;
+        for (int i = 0; i < count; i++)
+            if (found[i].length >= LENGTHS[level]) total += weight[i], own |= found[i].length < LENGTHS[level + 1];
+        if (!own) continue; /* the next level has the same places */
+        float share = trust * total / (trust * total + ESCAPE * powf((float)LENGTHS[level], -1.5f));
+        for (int i = 0; i < f->count; i++) f->p[i] *= 1 - share;
+        for (int i = 0; i < count; i++)
+            if (found[i].length >= LENGTHS[level] && at[i] >= 0) f->p[at[i]] += share * weight[i] / total;
+    }
+}
+
+/* What follows a node, whose text ends before `end`. */
+static void followers(const Growth *g, const Node *node, int32_t number, const int32_t *end, int length, Followers *f) {
+    Occurrence found[OCCURRENCES];
+    float trust = 1;
+    f->count = 0;
+    if (node->given >= 0) {
+        float before = node->given ? g->given_scores[node->given - 1] : 0;
+        for (int i = node->given; i < g->given; i++) {
+            if (g->given_parents[i] != node->given) continue;
+            int at = follower(f, g->given_tokens[i]);
+            if (at >= 0) f->p[at] = expf(g->given_scores[i] - before);
+        }
+        if (f->count) trust = g->caution;
+    }
+    if (!f->count && g->prior && end[-1] < g->prior->tokens)
+        for (int i = g->prior->begin[end[-1]]; i < g->prior->begin[end[-1] + 1]; i++) {
+            int at = follower(f, g->prior->after[i]);
+            if (at >= 0) f->p[at] = g->prior->p[i];
+        }
+    for (int s = 0; s < g->sources; s++) {
+        int count = find(g->source[s], end, length, found);
+        if (count) blend(f, found, count, trust * g->trust[s]);
+    }
+    float all = 0, kept = 0;
+    for (int i = 0; i < f->count; i++) all += f->p[i];
+    float rest = all < 1 ? 1 - all : 0; /* of tokens that are not candidates */
+    if (g->allowed) {
+        const uint8_t *mask = g->allowed(number);
+        for (int i = 0; i < f->count; i++) f->p[i] = mask && mask[f->token[i]] ? f->p[i] : 0;
+    }
+    if (g->noise && g->noise[node->depth]) { /* given the noise, the choice is the largest of p e^noise, nearly certain */
+        for (int i = 0; i < f->count; i++) f->p[i] *= expf(g->noise[node->depth][f->token[i]]);
+        rest *= 1.4427f; /* the median of e^noise */
+    }
+    for (int i = 0; i < f->count; i++) kept += f->p[i];
+    if (g->allowed || g->noise)
+        for (int i = 0; i < f->count && kept > 0; i++) f->p[i] /= kept + rest;
+}
+
+/* Grow the tree of the likeliest paths, best first; returns how many nodes it has. No path beats its beginning, so the
+ * likeliest paths always form a tree, and no other set of as many nodes is accepted more often. */
+EXPORT int specdec_ngram_grow(const Growth *g) {
+    Node taken[MOST_NODES + 1], waiting[MOST_NODES + 1];
+    int most = g->nodes < MOST_NODES ? g->nodes : MOST_NODES, count = 0, held = 0;
+    int32_t text[LONGEST + MOST_NODES];
+    Followers f;
+    taken[0] = (Node){1, g->text[g->length - 1], 0, 0, g->given ? 0 : -1};
+    while (count < most) {
+        const Node *node = taken + count; /* the newest: offer what follows it */
+        if (node->depth < g->limit) {
+            memcpy(text, g->text, sizeof *text * g->length);
+            for (const Node *n = node; n != taken; n = taken + n->parent) text[g->length + n->depth - 1] = n->token;
+            int end = g->length + node->depth, length = end < LONGEST ? end : LONGEST;
+            followers(g, node, count, text + end, length, &f);
+            for (int i = 0; i < f.count; i++) {
+                float value = node->value * (f.p[i] < 1 ? f.p[i] : 1);
+                if (!(value > g->least) || (held == most - count && value <= waiting[held - 1].value)) continue;
+                int at = held < most - count ? held++ : held - 1, given = -1;
+                for (; at > 0 && value > waiting[at - 1].value; at--) waiting[at] = waiting[at - 1];
+                for (int j = node->given; node->given >= 0 && given < 0 && j < g->given; j++)
+                    if (g->given_parents[j] == node->given && g->given_tokens[j] == f.token[i]) given = j + 1;
+                waiting[at] = (Node){value, f.token[i], count, node->depth + 1, given};
+            }
+        }
+        if (!held) break;
+        taken[++count] = waiting[0];
+        memmove(waiting, waiting + 1, sizeof *waiting * --held);
+        g->tokens[count - 1] = taken[count].token, g->parents[count - 1] = taken[count].parent, g->values[count - 1] = taken[count].value;
+        if (held > most - count) held = most - count;
+    }
+    return count;
+}

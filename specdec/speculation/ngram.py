@@ -1,0 +1,192 @@
+"""Candidates by n-grams: texts that are matched, a static prior, and the best-first tree of both and a drafter's own.
+
+The compiled part is ``ngram.c``. Knows tokens, not drafters or models.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from specdec.base.errors import SpecDecError
+from specdec.runtimes.tree_drafting import Candidates
+from specdec.speculation.trees import MOST_NODES
+
+LIBRARY = Path(__file__).with_name("_ngram.so")  # setup.py builds it
+LONGEST, MOST = 16, 64  # as in ngram.c: tokens of a match, nodes of a tree
+FOLLOWERS = 8  # of a token that the prior keeps
+CAUTION = 0.25  # trust in occurrences where a learned drafter has an opinion
+POINTER, INT, FLOAT = ctypes.c_void_p, ctypes.c_int32, ctypes.c_float
+Allowed = ctypes.CFUNCTYPE(POINTER, INT)
+Ints = npt.NDArray[np.int32]
+
+
+class _Prior(ctypes.Structure):
+    _fields_ = (("tokens", INT), *((name, POINTER) for name in ("begin", "after", "p")))
+
+
+class _Growth(ctypes.Structure):
+    _fields_ = (
+        ("text", POINTER),
+        *((name, INT) for name in ("length", "limit", "nodes", "sources")),
+        ("least", FLOAT),
+        *((name, POINTER) for name in ("prior", "source", "trust")),
+        *(("given", INT), ("caution", FLOAT)),
+        *((name, POINTER) for name in ("given_tokens", "given_parents", "given_scores", "noise")),
+        ("allowed", Allowed),
+        *((name, POINTER) for name in ("tokens", "parents", "values")),
+    )
+
+
+@functools.cache
+def load() -> Any:
+    """The compiled part. Raises SpecDecError where it is not built."""
+    try:
+        found: Any = ctypes.CDLL(str(LIBRARY))
+    except OSError:
+        raise SpecDecError(
+            "the n-gram drafter is not built; install specdec where there is a C compiler, or draft with prompt-lookup"
+        ) from None
+    found.specdec_texts_open.restype, found.specdec_texts_open.argtypes = POINTER, (ctypes.c_int64, ctypes.c_int64)
+    found.specdec_texts_add.argtypes = (POINTER, POINTER, ctypes.c_int64)
+    found.specdec_texts_bytes.restype, found.specdec_texts_bytes.argtypes = ctypes.c_int64, (POINTER,)
+    found.specdec_texts_close.argtypes, found.specdec_texts_close.restype = (POINTER,), None
+    found.specdec_ngram_grow.argtypes = (POINTER,)
+    return found
+
+
+def built() -> bool:
+    """Whether the compiled part is there."""
+    try:
+        load()
+    except SpecDecError:
+        return False
+    return True
+
+
+class Texts:
+    """Texts that are matched: the last ``most`` tokens (rounded up to a power of two) of what was added."""
+
+    def __init__(self, most: int, size: int = 1024) -> None:
+        lib = load()
+        whole = 1 << max(most - 1, LONGEST).bit_length()
+        self.pointer = lib.specdec_texts_open(size, whole)
+        if not self.pointer:
+            raise MemoryError("can't allocate memory for the texts of the n-gram drafter")
+        weakref.finalize(self, lib.specdec_texts_close, self.pointer)
+        self._add = lib.specdec_texts_add
+
+    def add(self, ids: Sequence[int] | Ints) -> None:
+        """Go on with the text; a token of -1 ends one."""
+        if isinstance(ids, np.ndarray):
+            self._add(self.pointer, ids.ctypes.data, len(ids))
+        else:
+            self._add(self.pointer, (INT * len(ids))(*ids), len(ids))
+
+    @property
+    def nbytes(self) -> int:
+        return int(load().specdec_texts_bytes(self.pointer))
+
+
+class Prior:
+    """How often which tokens follow a token: the likeliest of each. begin: [V + 1], after, p: [n] of each token."""
+
+    def __init__(self, begin: Ints, after: Ints, p: npt.NDArray[np.float32]) -> None:
+        self.begin, self.after, self.p = begin, after, p
+        self.struct = _Prior(len(begin) - 1, *(part.ctypes.data for part in (begin, after, p)))
+
+    @classmethod
+    def count(cls, ids: Ints, vocab_size: int) -> Prior:
+        """Count the texts ``ids``, between which stands -1."""
+        pairs = ids[:-1].astype(np.int64) * vocab_size + ids[1:]
+        keys, counts = np.unique(pairs[(ids[:-1] >= 0) & (ids[1:] >= 0)], return_counts=True)
+        before = keys // vocab_size
+        order = np.lexsort((-counts, before))
+        keys, counts, before = keys[order], counts[order], before[order]
+        begin = np.searchsorted(before, np.arange(vocab_size + 1))  # (V + 1,)
+        totals = np.add.reduceat(np.append(counts, 0), np.minimum(begin[:-1], len(counts)))
+        kept = np.arange(len(keys)) - begin[before] < FOLLOWERS
+        p = counts / (totals[before] + 2)
+        first = np.concatenate(([0], np.cumsum(kept)))[begin]
+        return cls(first.astype(np.int32), (keys % vocab_size)[kept].astype(np.int32), p[kept].astype(np.float32))
+
+
+class Grower:
+    """Grows trees, one at a time. least: probability below which a node is not taken."""
+
+    def __init__(self, prior: Prior | None = None, least: float = 0.01) -> None:
+        self.lib, self.prior = load(), prior
+        self.text = (INT * LONGEST)()
+        self.out = (INT * MOST)(), (INT * MOST)(), (FLOAT * MOST)()
+        self.struct = _Growth(text=ctypes.addressof(self.text), least=least, caution=CAUTION)
+        self.struct.prior = None if prior is None else ctypes.addressof(prior.struct)
+        for name, out in zip(("tokens", "parents", "values"), self.out, strict=True):
+            setattr(self.struct, name, ctypes.addressof(out))
+
+    def __call__(
+        self,
+        ids: Sequence[int],
+        sources: Sequence[tuple[Texts, float]],
+        limit: int,
+        given: Candidates,
+        masks: Callable[[Sequence[int]], Tensor | None] | None = None,
+        noise: Sequence[Tensor] | None = None,
+        nodes: int = MOST_NODES,
+    ) -> Candidates:
+        """The ``nodes`` likeliest paths behind the text ``ids``, at most ``limit`` tokens deep.
+
+        sources: texts that are matched, and the trust in each; later ones overrule earlier ones. given: a learned
+        drafter's tree.
+        masks: which tokens may follow those behind the root, bool [V] (None: none may). noise: by which tokens are
+        drawn, float32 [V] of each position behind the root; fewer than ``limit`` end the tree there.
+        """
+        struct, tail = self.struct, ids[-LONGEST:]
+        ctypes.memmove(self.text, (INT * len(tail))(*tail), 4 * len(tail))
+        struct.length, struct.nodes = len(tail), min(nodes, MOST)
+        struct.limit = limit if noise is None else min(limit, len(noise))
+        struct.sources = len(sources)
+        alive: list[Any] = [
+            (POINTER * len(sources))(*(texts.pointer for texts, _ in sources)),
+            (FLOAT * len(sources))(*(trust for _, trust in sources)),
+        ]
+        struct.source, struct.trust = map(ctypes.addressof, alive)
+        struct.given = len(given.tokens)
+        if given.tokens:
+            parts = [(INT * struct.given)(*given.tokens), (INT * struct.given)(*given.parents)]
+            parts.append((FLOAT * struct.given)(*given.scores))
+            struct.given_tokens, struct.given_parents, struct.given_scores = map(ctypes.addressof, parts)
+            alive += parts
+        struct.noise = None
+        if noise is not None:
+            alive.append((POINTER * len(noise))(*(each.data_ptr() for each in noise)))
+            struct.noise = ctypes.addressof(alive[-1])
+        error: list[BaseException] = []
+
+        def allowed(node: int) -> int | None:
+            try:
+                text = list[int]()
+                while node:
+                    text.insert(0, self.out[0][node - 1])
+                    node = self.out[1][node - 1]
+                mask = masks(text) if masks is not None and not error else None
+            except BaseException as problem:  # also an interrupt: the caller raises it
+                error.append(problem)
+                return None
+            alive.append(mask)
+            return None if mask is None else mask.data_ptr()
+
+        struct.allowed = Allowed() if masks is None else Allowed(allowed)
+        count = self.lib.specdec_ngram_grow(ctypes.byref(struct))
+        if error:
+            raise error[0]
+        tokens, parents, values = self.out
+        return Candidates([math.log(value) for value in values[:count]], tokens[:count], parents[:count])
