@@ -9,7 +9,7 @@ import transformers.models.qwen2.modeling_qwen2  # noqa: F401  # the libraries' 
 
 from specdec import SpecDecoder
 from specdec.bench.peers import Put
-from specdec.engine import costs
+from specdec.engine.depth import measure as costs
 
 
 class Specdec:

@@ -23,7 +23,8 @@ from rich.console import Console
 
 from specdec import SpecDecoder
 from specdec.base.terminal import Progress
-from specdec.engine.costs import Costs, measure
+from specdec.engine.depth.costs import Costs
+from specdec.engine.depth.measure import measure
 from specdec.models import drafter_folder, loading
 from specdec.train import data, states
 from specdec.train.m2r2 import path_of

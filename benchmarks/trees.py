@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from specdec import SpecDecoder
-from specdec.engine.costs import time_scoring
+from specdec.engine.depth.measure import time_scoring
 from specdec.runtimes.tree_drafting import Bounds, DraftPath, Seed
 
 SIZES = (1, 2, 4, 8, 12, 16, 17, 20, 24)

@@ -50,15 +50,15 @@ class Shape:
         self.offered = [[self.WEIGHT] * self.RANKS for _ in range(self.DEPTHS)]
         self.pending: tuple[int, ...] = ()  # parents of the draft that is being verified
 
-    def fit(self, limit: int, prices: Prices | None) -> tuple[int, Sequence[int]]:
-        """The chain's depth, at most ``limit`` >= 1, and the siblings at each depth."""
+    def fit(self, limit: int, prices: Prices | None, rows: int = 1) -> tuple[int, Sequence[int]]:
+        """The chain's depth, at most ``limit`` >= 1, and the siblings at each depth, in a shape for so many rows."""
         if self.siblings is not None or (self.nodes is None and prices is None):
             return limit, self.siblings or ()
         pairs = zip(self.right[:limit], self.offered[:limit], strict=True)
         accuracy = [[r / n for r, n in zip(right, offered, strict=True)] for right, offered in pairs]
         tree, values = best_first(accuracy, self.nodes or MOST_NODES, chain=True)
         if prices is not None:
-            tree = tree.first(prices.take(values, least=1, exactly=self.nodes))
+            tree = tree.first(prices.take(values, least=1, exactly=self.nodes, rows=rows))
         depths = tree.depths()
         return max(depths) + 1, [depths.count(depth) - 1 for depth in range(max(depths) + 1)]
 
@@ -143,7 +143,7 @@ class ChainDrafter(Drafter):
             vocab = self.vocabulary.tokens
         prices = state.prices
         weighs = self.estimates and prices is not None and self.shape.nodes is None
-        limit, siblings = (limit, [RANKS - 1] * limit) if weighs else self.shape.fit(limit, prices)
+        limit, siblings = (limit, [RANKS - 1] * limit) if weighs else self.shape.fit(limit, prices, len(state.ids))
         token, positions = state.roots, state.positions  # (B, 1)
         chain, beside, layers = [token[:, :0]], list[Tensor](), list[Tensor]()
         parents: list[int] = []  # of the siblings: the chain's node i has block index i + 1, the root 0
@@ -180,12 +180,12 @@ class ChainDrafter(Drafter):
                 joint = reach * each.pow(prices.exponent)  # (B, 1 or W)
                 values, reach = joint.mean(0).tolist(), joint[:, :1]
                 on, off = [*on, values[0]], [*off, *values[1:]]
-                if values[0] < prices.level:
+                if len(token) * values[0] < prices.level:
                     break
         drafted, parents = torch.cat((*chain, *beside), 1), [*range(len(chain) - 1), *parents]
         if weighs and prices is not None:
             order = sorted(range(len(off)), key=lambda i: -off[i])
-            count = prices.take([*on, *(off[i] for i in order)], least=len(on))
+            count = prices.take([*on, *(off[i] for i in order)], least=len(on), rows=len(token))
             kept = [*range(len(on)), *sorted(len(on) + i for i in order[: count - len(on)])]
             drafted, parents = drafted[:, kept], [parents[i] for i in kept]
         draft = Draft(drafted, tuple(parents))

@@ -95,13 +95,13 @@ class M2R2Drafter(ChainDrafter):
         return M2R2Row()
 
     def candidates(self, state: State, limit: int) -> list[Candidates] | None:
-        return [self._tree(state, limit)] if self._grows(state) else None
+        if self._grows(state):
+            return [self._tree(state, limit)]
+        return self._chains(state, limit) if self._several(state) else None
 
     def propose(self, state: State, limit: int) -> Draft:
         if (found := self.candidates(state, limit)) is not None:
             return finish(found, limit, self.shape.nodes, state, found[0].levels())
-        if self._several(state) and (chains := self._chains(state, limit)) is not None:
-            return Draft(chains, tuple(range(limit)), device=state.cache.device)
         *inputs, final = self._before(state.memory) or [torch.empty(0)]
         tokens = PathPass(self.network, state.target, state.cache, Carry(final, inputs))
 
@@ -154,15 +154,17 @@ class M2R2Drafter(ChainDrafter):
     def _several(self, state: State) -> bool:
         """Whether nothing but the likeliest chain of each of several rows is wanted."""
         path, shape = self.network.path, self.shape
-        plain = state.sampler.plain_greedy and state.threshold is None and state.prices is None
+        plain = state.sampler.plain_greedy and state.threshold is None
         alone = not path.exit_layer and not path.exits and bool(self.taps)
         return plain and alone and shape.siblings is None and shape.nodes is None and state.cache.batch > 1
 
-    def _chains(self, state: State, limit: int) -> list[list[int]] | None:
-        path = self._draft_path(state)
+    def _chains(self, state: State, limit: int) -> list[Candidates] | None:
+        path, rows = self._draft_path(state), len(state.ids)
         *inputs, final = self._before(state.memory)
         seed = Seed([ids[-1] for ids in state.ids], state.cache.rows, final, inputs, hidden=self.vocabulary.hidden)
-        return state.target.chains(state.cache, seed, path, limit)
+        # A level is worth its price where the rows together are: the likeliest one, at least, as their mean.
+        bounds = Bounds(limit, width=1, confidence=state.prices.bar / rows if state.prices else 0.0)
+        return state.target.chains(state.cache, seed, path, bounds)
 
     def _draft_path(self, state: State) -> DraftPath:
         """The path to the tokens that are drafted now."""

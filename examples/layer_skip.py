@@ -31,7 +31,7 @@ from specdec.base.errors import SpecDecError
 from specdec.base.terminal import columns, say, status
 from specdec.bench.prompts import load_prompts, spread
 from specdec.drafters.layer_skip import LayerSkipDrafter, run_step, steps_without
-from specdec.engine.costs import CONTEXT, time_scoring
+from specdec.engine.depth.measure import CONTEXT, time_scoring
 from specdec.models import loading
 from specdec.models.catalogue import DEFAULT_MODEL
 from specdec.models.drafter_folder import replace as write_whole

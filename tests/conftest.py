@@ -26,7 +26,7 @@ from tiny_gguf import NAME, write_gguf
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from specdec.base import inputs
-from specdec.engine.costs import Costs
+from specdec.engine.depth.costs import Costs
 from specdec.models import catalogue, wheels
 from specdec.runtimes.experts.store import ExpertStore
 from specdec.runtimes.native import library

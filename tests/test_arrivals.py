@@ -20,7 +20,7 @@ from specdec.drafters.none import NoDrafter
 from specdec.drafters.prompt_lookup import PromptLookupDrafter
 from specdec.engine import batch, scheduler
 from specdec.engine.depth import AutoDepth, Costs, FixedDepth
-from specdec.engine.division import divide
+from specdec.engine.depth.division import divide
 from specdec.engine.engine import Engine
 from specdec.engine.prefix import PrefixStore
 from specdec.engine.request import Handle, Request

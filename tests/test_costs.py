@@ -14,8 +14,8 @@ from conftest import tiny_model
 from specdec import SpecDecoder
 from specdec.drafters.none import NoDrafter
 from specdec.drafters.prompt_lookup import PromptLookupDrafter
-from specdec.engine import costs
-from specdec.engine.depth import AutoDepth
+from specdec.engine.depth import AutoDepth, StepReport
+from specdec.engine.depth import measure as costs
 from specdec.runtimes.reference import ReferenceTarget
 from specdec.verifiers.exact import ExactVerifier
 
@@ -70,7 +70,7 @@ def test_figures_that_requests_contradict_are_corrected_for_good(tmp_path: Path,
     policy = AutoDepth(costs.costs(target, drafter, verifier))
     row = policy.begin()
     for _ in range(30):
-        policy.observe([row], [2], [1], 3, 2 * 1.3, 6.3)
+        policy.observe(StepReport([row], [2], [1], 3, 2 * 1.3, 6.3))
     found = policy.costs()
     assert 5 < found.score[1] < 7 and 1 < found.drafts[0][0] < 1.6 and found.accepted[0][0][0] == 1.0
     costs.keep(target, drafter, found)

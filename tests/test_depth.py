@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from specdec.engine.depth import MOST, AutoDepth, Choice, Costs, Row
+from specdec.engine.depth import MOST, AutoDepth, Choice, Costs, RowHistory, StepReport
 from specdec.speculation.trees import MOST_NODES, Prices
 
 SCORE = {1: 20.0, 2: 21.0, 4: 22.0, 8: 24.0, 16: 40.0}
@@ -16,7 +16,7 @@ Known = tuple[tuple[float, float], ...]  # of each position: share of acceptance
 class OneRow(AutoDepth):
     """The policy, for one request after the other."""
 
-    def begin(self) -> Row:
+    def begin(self) -> RowHistory:
         self.row = super().begin()
         return self.row
 
@@ -24,7 +24,7 @@ class OneRow(AutoDepth):
         return self.choose([self.row])
 
     def took(self, drafted: int, accepted: int, scored: int, draft: float, rest: float) -> None:
-        self.observe([self.row], [drafted], [accepted], scored, draft, rest)
+        self.observe(StepReport([self.row], [drafted], [accepted], scored, draft, rest))
 
 
 def policy_of(
@@ -304,7 +304,7 @@ def test_a_drafter_that_knows_how_sure_it_is_beats_every_fixed_depth(draft: floa
 def test_probabilities_are_corrected_by_what_is_accepted(power: float) -> None:
     policy = policy_of((1.0, 1.0), estimates=True)
     simulate_tree(6000, random.Random(3), policy, 1.0, (0.9, 0.5), power)
-    assert policy.exponent == pytest.approx(power, rel=0.35)
+    assert policy.model.exponent == pytest.approx(power, rel=0.35)
 
 
 @pytest.mark.parametrize("draft", [0.5, 3.0, 8.0, 20.0])
@@ -338,7 +338,7 @@ def simulate_rows(acceptance: list[float], steps: int, rng: random.Random, polic
             next((i for i in range(d) if rng.random() >= p), d) for d, p in zip(depths, acceptance, strict=True)
         ]
         scored, draft = len(rows) + sum(depths), 3.0 * max(depths)
-        policy.observe(rows, depths, accepted, scored, draft, seconds(scored))
+        policy.observe(StepReport(rows, depths, accepted, scored, draft, seconds(scored)))
         total += draft + seconds(scored)
         tokens, drafted = tokens + len(rows) + sum(accepted), drafted + sum(depths)
     return tokens / total / (len(rows) / seconds(len(rows))), drafted / steps / len(rows)

@@ -359,10 +359,14 @@ def test_chains_of_several_rows_are_those_of_each_row_alone(rows: int, kv_cache:
     hidden = torch.zeros(rows, added.out_features, dtype=torch.bool)
     hidden[1] = True
     assert any(outputs & set(chain) for chain in alone)
-    own = target.chains(together, replace(seed, hidden=hidden), route, levels)
-    assert own is not None and own[:1] + own[2:] == alone[:1] + alone[2:] and not outputs & set(own[1])
+    bounds = tree_drafting.Bounds(levels, 1)
+    own = target.chains(together, replace(seed, hidden=hidden), route, bounds)
+    assert own is not None and not outputs & set(own[1].tokens)
+    assert [chain.tokens for b, chain in enumerate(own) if b != 1] == alone[:1] + alone[2:]
     for _ in range(2):  # built the first time, and used again
-        assert target.chains(together, seed, route, levels) == alone
+        found = target.chains(together, seed, route, bounds)
+        assert found is not None and [chain.tokens for chain in found] == alone
+        assert all(chain.parents == list(range(levels)) and chain.scores[-1] < 0 for chain in found)
         assert together.rows == lengths and together.lengths == [max(lengths)] * 4
     assert all(
         torch.equal(now[:, :, :, :n], before[:, :, :, :n])

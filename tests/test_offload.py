@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 
 from specdec import SpecDecoder, cli
 from specdec.base.errors import SpecDecError
-from specdec.engine import costs
 from specdec.engine.depth import MOST, AutoDepth, Costs
+from specdec.engine.depth import measure as costs
 from specdec.models import loading
 from specdec.runtimes.experts import packed, predict, tiers
 from specdec.runtimes.experts.layers import moe_layers

@@ -31,7 +31,7 @@ from specdec.base import machine
 from specdec.base.errors import SpecDecError
 from specdec.cli import app
 from specdec.drafters.m2r2 import M2R2, M2R2Drafter, M2R2Path, load_network
-from specdec.engine.costs import Costs
+from specdec.engine.depth.costs import Costs
 from specdec.models import drafter_folder, loading
 from specdec.runtimes.fused import FAMILIES as FUSED
 from specdec.runtimes.fused import FusedTarget

@@ -27,6 +27,7 @@ from specdec.drafters.lookahead import LookaheadDrafter
 from specdec.drafters.m2r2 import M2R2, M2R2Drafter, M2R2Path, PaperM2R2Drafter
 from specdec.drafters.medusa import Medusa, MedusaDrafter
 from specdec.drafters.mtp import MTPDrafter, MTPHead
+from specdec.drafters.ngram import NgramDrafter
 from specdec.drafters.none import NoDrafter
 from specdec.drafters.prompt_lookup import PromptLookupDrafter
 from specdec.engine.depth import FixedDepth
@@ -229,6 +230,9 @@ def trees(target: Target) -> dict[str, Drafter]:
     return {
         "prompt-lookup": PromptLookupDrafter(continuations=3),
         "lookahead": LookaheadDrafter(),
+        "ngram": NgramDrafter(),
+        "ngram+m2r2": HybridDrafter([NgramDrafter(9), m2r2(target, 0, ((1, 2), (3, 4)), True, False, width=3)]),
+        "ngram+medusa": HybridDrafter([NgramDrafter(9), medusa(target, 9)]),
         "m2r2": m2r2(target, 2, (), False, True, (3, 0, 2)),
         "m2r2: after a leap": m2r2(target, 1, ((2, 4),), False, False, (1, 1, 1, 1)),
         "m2r2: grown level by level": m2r2(target, 0, ((1, 2), (3, 4)), True, False, nodes=9, width=3),

@@ -24,8 +24,8 @@ from specdec.api.tuned import DEFAULTS, Tuned, place, recall
 from specdec.base import options
 from specdec.base.errors import SpecDecError
 from specdec.base.memory import free_memory
-from specdec.engine.costs import costs, keep
 from specdec.engine.depth import MOST, AutoDepth, DepthPolicy, FixedDepth
+from specdec.engine.depth.measure import costs, keep
 from specdec.engine.engine import Engine
 from specdec.engine.request import Request, check_prompt
 from specdec.models import catalogue, generation_config, loading

@@ -27,7 +27,7 @@ from specdec.bench.figures import Request, figures
 from specdec.bench.methods import CONTEXT, PASSES, WARM_UP, HFMethod, Method, OwnMethod, PeakMemory, PeerMethod
 from specdec.bench.peers import PEERS, require
 from specdec.bench.prompts import Conversation, PromptSet, load_prompts, spread
-from specdec.engine import costs
+from specdec.engine.depth import measure as costs
 from specdec.engine.replay import first_difference
 from specdec.models import loading
 from specdec.speculation import registry

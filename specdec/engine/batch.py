@@ -15,7 +15,7 @@ from torch import Tensor
 
 from specdec.base.errors import NotFiniteError
 from specdec.drafters.trie import merge
-from specdec.engine.depth import DepthPolicy
+from specdec.engine.depth.policy import DepthPolicy, StepReport
 from specdec.engine.logprobs import prompt_logprobs, token_logprobs
 from specdec.engine.metrics import Ledger
 from specdec.engine.request import Request
@@ -69,8 +69,8 @@ class Batch:
     def begin(self, row: Request) -> None:
         """A row is admitted: what is kept of it begins."""
         row.memory, row.metrics.num_layers = None, self.target.num_layers
-        if row.known is None:
-            row.known = self.policy.begin()
+        if row.history is None:
+            row.history = self.policy.begin()
         if self.drafter is not None:
             with self._drafting():
                 row.memory = self.drafter.begin()
@@ -195,7 +195,7 @@ class Batch:
         state, rows = self.state, self.rows
         able = self.drafter is not None and not self.unseen
         drafting = [b for b, row in enumerate(rows) if row.draft and able]
-        choice = self.policy.choose([rows[b].known for b in drafting], len(rows) - len(drafting))
+        choice = self.policy.choose([rows[b].history for b in drafting], len(rows) - len(drafting))
         state.exit, state.prices = choice.exit, choice.prices
         depths = [0] * len(rows)
         for b, depth in zip(drafting, choice.depths or [choice.depth] * len(drafting), strict=True):
@@ -269,10 +269,10 @@ class Batch:
                 took = path[1 : 1 + len(row.new)]
                 row.metrics.exit_layers += draft.layers[b, [node - 1 for node in took]].tolist()
         if not forced:
-            step, known = self.ledger.step, [row.known for row in self.rows]
+            step, taken = self.ledger.step, [len(path) - 1 for path in accepted.paths]
             rest = step["score"] + step["accept"] + step["commit"]
-            taken = [len(path) - 1 for path in accepted.paths]
-            self.policy.observe(known, deepest, taken, scored, step["draft"], rest)
+            histories = [row.history for row in self.rows]
+            self.policy.observe(StepReport(histories, deepest, taken, scored, step["draft"], rest))
         self.ledger.mark("overhead")
 
     # -- the drafter, which must not end a request --------------------------------------------------------------------

@@ -61,7 +61,7 @@ class Request:
     ids: list[int] = field(init=False)  # prompt and output; the last one, the root, is not yet cached
     metrics: RequestMetrics = field(init=False)
     memory: Any = field(init=False, default=None)  # the drafter's
-    known: Any = field(init=False, default=None)  # the depth policy's
+    history: Any = field(init=False, default=None)  # the depth policy's
     finished: str | None = field(init=False, default=None)
     error: SpecDecError | None = field(init=False, default=None)
     cancelled: bool = field(init=False, default=False)

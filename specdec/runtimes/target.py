@@ -125,8 +125,8 @@ class Target(ABC):
         """
         return tree_drafting.grow(self, cache, seed, path, bounds, masks)
 
-    def chains(self, cache: KVCache, seed: Seed, path: DraftPath, levels: int) -> list[list[int]] | None:
-        """Draft the likeliest chain of ``levels`` tokens along ``path`` for each row of ``cache``, left as it was.
+    def chains(self, cache: KVCache, seed: Seed, path: DraftPath, bounds: Bounds) -> list[Candidates] | None:
+        """Draft the likeliest chain along ``path`` for each row of ``cache``, left as it was; ``bounds.width`` is 1.
 
         None: this runtime has no way of its own to.
         """

@@ -129,8 +129,8 @@ class Grower:
         self.out = (INT * MOST)(), (INT * MOST)(), (FLOAT * MOST)()
         self.struct = _Growth(text=ctypes.addressof(self.text), least=least, caution=CAUTION)
         self.struct.prior = None if prior is None else ctypes.addressof(prior.struct)
-        for name, out in zip(("tokens", "parents", "values"), self.out, strict=True):
-            setattr(self.struct, name, ctypes.addressof(out))
+        self.struct.tokens, self.struct.parents = map(ctypes.addressof, self.out[:2])
+        self.struct.values = ctypes.addressof(self.out[2])
 
     def __call__(
         self,

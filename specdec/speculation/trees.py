@@ -17,14 +17,14 @@ MOST_NODES = 24  # most nodes of a tree that is sized by prices
 
 @dataclass
 class Prices:
-    """What a draft costs, in accepted tokens of a row: what the engine yields in the seconds that it takes.
+    """What a draft costs, in accepted tokens: what the engine yields in the seconds that it takes.
 
     Nodes are taken in order of the probability that they are accepted, as many as bring the most tokens beyond the
     price of scoring them. Another level is drafted while the likeliest path so far is worth it. A drafter's own
     probability p counts as p ** ``exponent``, which is learned from what is accepted. Of several rows, the nodes of
     all are taken together.
 
-    nodes: of scoring n = 0, 1, .. ``MOST_NODES`` nodes beside the root. level: of drafting another level.
+    nodes: of scoring n = 0, 1, .. nodes beside the roots. level: of drafting another level for all rows.
     expected, levels: what became of it: the tokens expected of the nodes taken, and the levels that were drafted.
     """
 
@@ -39,17 +39,19 @@ class Prices:
         """The drafter's own probability that a path must have for another level."""
         return min(self.level, 1.0) ** (1 / self.exponent)
 
-    def take(self, probabilities: Sequence[float], least: int = 0, exactly: int | None = None) -> int:
+    def take(self, probabilities: Sequence[float], least: int = 0, exactly: int | None = None, rows: int = 1) -> int:
         """How many nodes to score: ``exactly`` so many if they are given, else ``least`` or more.
 
-        probabilities: calibrated, of the nodes in the order in which they are taken.
+        probabilities: calibrated, of the nodes in the order in which they are taken; where each is one of ``rows``
+        nodes, their mean.
         """
-        most = min(len(probabilities), max(len(self.nodes) - 1, least))
-        sums = [0.0, *itertools.accumulate(probabilities)]
+        nodes = self.nodes[::rows]
+        most = min(len(probabilities), max(len(nodes) - 1, least))
+        sums = [0.0, *itertools.accumulate(rows * probability for probability in probabilities)]
         if exactly is not None:
             count = min(exactly, len(probabilities))
         else:
-            gains = [tokens - price for tokens, price in zip(sums[least : most + 1], self.nodes[least:], strict=False)]
+            gains = [tokens - price for tokens, price in zip(sums[least : most + 1], nodes[least:], strict=False)]
             count = least + gains.index(max(gains)) if gains else most
         self.expected = sums[count]
         return count

@@ -20,7 +20,7 @@ from specdec.api.decoder import SpecDecoder
 from specdec.base import devices
 from specdec.base.errors import SpecDecError
 from specdec.base.terminal import Progress, status, tell
-from specdec.engine.costs import Costs
+from specdec.engine.depth.costs import Costs
 from specdec.models import drafter_folder, identity, loading
 from specdec.train import batches, checkpoint
 from specdec.train.batches import Batch, Window

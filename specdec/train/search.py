@@ -24,7 +24,8 @@ from specdec.base.errors import SpecDecError
 from specdec.drafters.m2r2 import M2R2Drafter
 from specdec.drafters.m2r2_network import M2R2
 from specdec.drafters.m2r2_path import M2R2Path
-from specdec.engine.costs import Costs, measure
+from specdec.engine.depth.costs import Costs
+from specdec.engine.depth.measure import measure
 from specdec.models import drafter_folder
 from specdec.runtimes.target import Target
 from specdec.train.batches import Batch, in_order

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from specdec.api.decoder import SpecDecoder
-from specdec.engine.costs import Costs, costs
+from specdec.engine.depth.costs import Costs
+from specdec.engine.depth.measure import costs
 
 
 def measure(decoder: SpecDecoder, folder: Path) -> Costs:

@@ -157,13 +157,13 @@ class NativeTarget(ByParts):
         found = self._drafted(cache, seed, path, bounds, masks)
         return super().grow(cache, seed, path, bounds, masks) if found is None else found
 
-    def chains(self, cache: KVCache, seed: Seed, path: DraftPath, levels: int) -> list[list[int]] | None:
+    def chains(self, cache: KVCache, seed: Seed, path: DraftPath, bounds: Bounds) -> list[Candidates] | None:
         assert isinstance(cache, RowCache)
-        found = self._drafted(cache, seed, path, Bounds(levels, width=1))
-        rows = len(seed.tokens)
-        return (
-            None if found is None or len(found.tokens) < rows * levels else [found.tokens[b::rows] for b in range(rows)]
-        )
+        rows, found = len(seed.tokens), self._drafted(cache, seed, path, bounds)
+        if found is None or not found.tokens:
+            return None
+        parents = list(range(len(found.tokens) // rows))
+        return [Candidates(found.scores[b::rows], found.tokens[b::rows], parents) for b in range(rows)]
 
     def _drafted(
         self, cache: RowCache, seed: Seed, path: DraftPath, bounds: Bounds, masks: Masks | None = None

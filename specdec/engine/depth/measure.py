@@ -19,7 +19,8 @@ import torch
 from pydantic import TypeAdapter
 
 from specdec.base import machine
-from specdec.engine.depth import Costs, FixedDepth
+from specdec.engine.depth.costs import Costs
+from specdec.engine.depth.policy import FixedDepth
 from specdec.engine.engine import Engine
 from specdec.engine.request import Request
 from specdec.models import catalogue, drafter_folder

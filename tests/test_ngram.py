@@ -1,0 +1,223 @@
+"""N-grams: the tree against all paths, what is matched and forgotten, the prior, constraints, noise, and the corpus."""
+
+from __future__ import annotations
+
+import itertools
+import lzma
+import math
+import random
+import re
+from collections import Counter, defaultdict
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedModel
+
+from specdec import SpecDecoder
+from specdec.drafters import ngram as drafter
+from specdec.drafters.ngram import NgramDrafter
+from specdec.runtimes.tree_drafting import Candidates
+from specdec.speculation.ngram import LONGEST, Grower, Prior, Texts
+
+NOTHING = Candidates([], [], [])
+LENGTHS, ESCAPE, RECENCY = (1, 2, 3, 4, 6, 9, 13), 8, 0.9
+
+
+def texts(*parts: list[int], most: int = 1024) -> Texts:
+    made = Texts(most, 32)
+    for part in parts:
+        made.add([*part, -1])
+    return made
+
+
+def occurrences(window: list[int], text: list[int]) -> list[tuple[int, int]]:
+    """The token and the length of each match, the latest first; single tokens where no two match."""
+    found = []
+    for place in range(len(window) - 1, 0, -1):
+        alike = 0
+        while alike < min(LONGEST, len(text), place) and window[place - 1 - alike] == text[-1 - alike] >= 0:
+            alike += 1
+        if alike and window[place] >= 0:
+            found.append((window[place], alike))
+    pairs = [each for each in found if each[1] > 1][:32]
+    return pairs or found[:8]
+
+
+def followers(text: list[int], base: dict[int, float], sources: list[tuple[list[int], float]]) -> dict[int, float]:
+    """``ngram.c``'s blend, written plainly."""
+    p = dict(base)
+    for window, trust in sources:
+        found = occurrences(window, text)
+        for level, least in enumerate(LENGTHS):
+            upper = [*LENGTHS, LONGEST + 1][level + 1]
+            if not any(least <= length < upper for _, length in found):
+                continue
+            weights = [(token, RECENCY**n) for n, (token, length) in enumerate(found) if length >= least]
+            total = sum(weight for _, weight in weights)
+            share = trust * total / (trust * total + ESCAPE * least**-1.5)
+            p = {token: (1 - share) * each for token, each in p.items()}
+            for token, weight in weights:
+                p[token] = p.get(token, 0.0) + share * weight / total
+    return p
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_the_tree_has_the_likeliest_paths_and_their_probabilities(data: st.DataObject) -> None:
+    rng = random.Random(data.draw(st.integers(0, 10**6)))
+    vocab, limit, nodes = data.draw(st.integers(2, 5)), data.draw(st.integers(1, 3)), data.draw(st.integers(1, 12))
+    counted = [rng.randrange(vocab) for _ in range(60)]
+    stored, own = [rng.randrange(vocab) for _ in range(40)], [rng.randrange(vocab) for _ in range(30)]
+    trust = rng.choice([0.25, 1.0])
+    grower = Grower(Prior.count(np.array(counted, np.int32), vocab), least=0.0)
+    mine = Texts(1024, 32)
+    mine.add(own)
+    found = grower(own, [(texts(stored), trust), (mine, 1.0)], limit, NOTHING, nodes=nodes)
+    after = defaultdict(Counter)
+    for a, b in itertools.pairwise(counted):
+        after[a][b] += 1
+    values: dict[tuple[int, ...], float] = {(): 1.0}
+    for depth in range(limit):
+        for path in [path for path in values if len(path) == depth]:
+            text = own + list(path)
+            base = {t: n / (after[text[-1]].total() + 2) for t, n in after[text[-1]].items()}
+            for token, p in followers(text, base, [([*stored, -1], trust), (own, 1.0)]).items():
+                values[(*path, token)] = values[path] * p
+    del values[()]
+    paths: list[tuple[int, ...]] = [()]
+    for token, parent in zip(found.tokens, found.parents, strict=True):
+        paths.append((*paths[parent], token))
+    assert len(set(paths)) == len(paths) == 1 + min(nodes, len(values))
+    for path, score in zip(paths[1:], found.scores, strict=True):
+        assert math.exp(score) == pytest.approx(values[path], rel=1e-3)
+    best = sorted(values.values(), reverse=True)[: len(found.tokens)]
+    assert [math.exp(score) for score in found.scores] == pytest.approx(best, rel=1e-3)
+
+
+def test_a_long_match_overrules_a_learned_tree_and_goes_on_beyond_it() -> None:
+    text = [*range(10, 30), *range(10, 20)]
+    own = Texts(1024)
+    own.add(text)
+    learned = Candidates([math.log(0.5), math.log(0.3), math.log(0.45)], [7, 20, 8], [0, 0, 1])
+    found = Grower()(text, [(own, 1.0)], 8, learned)
+    assert found.tokens[0] == 20 and 7 in found.tokens and set(range(20, 28)) <= set(found.tokens)
+    alone = Grower()([1, 2, 3], [], 8, learned)
+    assert alone.tokens == [7, 8, 20] and alone.parents == [0, 1, 0]
+    assert [math.exp(score) for score in alone.scores] == pytest.approx([0.5, 0.45, 0.3])
+
+
+def test_the_window_forgets_the_oldest_and_holds_no_more_than_it_says() -> None:
+    window = Texts(64, 32)
+    size = window.nbytes
+    for n in range(40):
+        window.add([100 + n, 200 + n, 300 + n, -1])
+    assert window.nbytes <= 2 * size + 64
+    grow = lambda text: Grower()(text, [(window, 1.0)], 4, NOTHING).tokens  # noqa: E731
+    assert grow([100 + 39, 200 + 39])[0] == 300 + 39
+    assert grow([100, 200]) == []
+
+
+def test_texts_of_other_lengths_and_tokens_are_matched_alike_before_and_after_the_window_grows() -> None:
+    rng = random.Random(3)
+    ids = [rng.randrange(50) for _ in range(3000)]
+    small, large = Texts(4096, 32), Texts(4096, 4096)
+    for n in range(0, 3000, 7):
+        small.add(ids[n : n + 7])
+    large.add(ids)
+    for n in range(20, 3000, 311):
+        trees = [Grower()(ids[:n], [(each, 1.0)], 6, NOTHING) for each in (small, large)]
+        assert trees[0] == trees[1]
+
+
+def test_under_a_mask_only_what_is_allowed_is_drafted_and_an_error_comes_through() -> None:
+    own = Texts(1024)
+    text = [1, 2, 3, 9, 1, 2, 4, 9, 1, 2]
+    own.add(text)
+    asked = list[list[int]]()
+
+    def masks(path: list[int]) -> torch.Tensor | None:
+        asked.append(path)
+        allowed = torch.ones(10, dtype=torch.bool)
+        allowed[3] = False
+        return allowed if len(path) < 2 else None
+
+    found = Grower()(text, [(own, 1.0)], 4, NOTHING, masks)
+    assert 3 not in found.tokens and found.tokens[0] == 4 and max(map(len, asked)) == 2
+    assert math.exp(found.scores[0]) <= 1
+
+    def failing(path: list[int]) -> torch.Tensor:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Grower()(text, [(own, 1.0)], 4, NOTHING, failing)
+
+
+def test_noise_decides_between_likely_followers() -> None:
+    prior = Prior.count(np.array([1, 2, -1, 1, 3, -1] * 50, np.int32), 10)
+    for token in (2, 3):
+        noise = torch.full((10,), -1.0)
+        noise[token] = 3.0
+        assert Grower(prior)([1], [], 1, NOTHING, None, [noise]).tokens[0] == token
+
+
+def test_the_prior_counts_followers_and_no_pair_across_texts() -> None:
+    prior = Prior.count(np.array([-1, 1, 2, -1, 1, 2, 1, 3, -1], np.int32), 5)
+    own = slice(*prior.begin[1:3])
+    assert prior.after[own].tolist() == [2, 3] and prior.p[own].tolist() == pytest.approx([2 / 5, 1 / 5])
+    assert prior.begin.tolist() == [0, 0, 2, 3, 3, 3] and prior.after[2] == 1
+
+
+@pytest.mark.parametrize("corpus", ["counted", "damaged", "none"])
+def test_a_cached_corpus_is_used_unless_it_is_damaged(
+    corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path))
+
+    class Tokenizer:
+        calls = 0
+
+        def get_vocab(self) -> dict[str, int]:
+            return {"a": 1}
+
+        def __call__(self, given: list[str], **_: Any) -> dict[str, list[list[int]]]:
+            Tokenizer.calls += 1
+            return {"input_ids": [[1, 2, 99] for _ in given[:3]]}
+
+    first = drafter.corpus(Tokenizer(), 50)
+    assert first.tolist() == [-1, 1, 2, -1] * 3 + [-1] and Tokenizer.calls == 1
+    [kept] = (tmp_path / "ngram").iterdir()
+    if corpus == "damaged":
+        kept.write_bytes(kept.read_bytes()[:-5])
+    if corpus == "none":
+        kept.unlink()
+    assert drafter.corpus(Tokenizer(), 50).tolist() == first.tolist()
+    assert Tokenizer.calls == (1 if corpus == "counted" else 2)
+
+
+def test_earlier_requests_are_matched_and_a_drafter_without_a_store_knows_none(llama: PreTrainedModel) -> None:
+    prompt = [5, 6, 7, 8]
+    for store, known in ((True, True), (0, False)):
+        decoder = SpecDecoder(llama, None, NgramDrafter(store=store))
+        first = decoder.generate(prompt, max_new_tokens=24, num_speculative_tokens=8)
+        again = decoder.generate(prompt, max_new_tokens=24, num_speculative_tokens=8)
+        assert first.token_ids == again.token_ids
+        better = again.metrics.num_spec_steps < first.metrics.num_spec_steps
+        assert better == known
+
+
+def test_no_long_passage_of_the_prompts_that_are_measured_is_in_the_corpus() -> None:
+    def grams(text: str) -> set[tuple[str, ...]]:
+        words = re.findall(r"\w+", text.lower())
+        return {tuple(words[i : i + 12]) for i in range(len(words) - 11)}
+
+    packed = files("specdec.drafters").joinpath(drafter.CORPUS).read_bytes()
+    assert len(packed) < 3_000_000
+    corpus = grams(lzma.decompress(packed).decode().replace("\0", " "))
+    for prompts in files("specdec.bench").joinpath("data").iterdir():
+        assert not grams(prompts.read_text("utf-8")) & corpus
