@@ -43,8 +43,7 @@ SKIPS = (  # what a machine may lack: patterns of the reasons
     "stands on the inside of PyTorch",
     "the native runtime needs an x86 CPU with AVX2, FMA and F16C",
     "no native (kernels|runtime) here",
-    "this CPU has no (amx|avx512|avx2)",
-    "this CPU does better with eight bits",
+    "this CPU has no (amx|avx512|avxvnni|avx2)",
 )
 SMALL = {
     "vocab_size": 97,

@@ -54,5 +54,5 @@ def test_an_unknown_instruction_set_is_an_error(missing: None, monkeypatch: pyte
     monkeypatch.setenv(library.LEVEL, "sse2")
     model = tiny_model("llama").bfloat16()
     for function in (library.load, library.runs, lambda: make_target(model)):
-        with pytest.raises(SpecDecError, match="SPECDEC_NATIVE='sse2' is unknown; it is avx2, avx512 or amx"):
+        with pytest.raises(SpecDecError, match="SPECDEC_NATIVE='sse2' is unknown; it is avx2, avxvnni, avx512 or amx"):
             function()

@@ -162,6 +162,7 @@ def test_shipped_sweeps_are_what_they_say() -> None:
         ("resources: {cpu: 2}\n", 1, "did you mean 'cpus'"),
         ("resources: {cpus: 0}\n", 1, "cpus must be a number above 0"),
         ("weights: int4\ndtype: float32\n", 1, "cannot go with dtype float32"),
+        ("activations: int8\nruntime: fused\n", 1, "cannot go with dtype auto, device auto, runtime fused"),
         ("kv_cache: int8\nruntime: fused\n", 1, "cannot go with dtype auto, device auto, runtime fused"),
         ("against: [non]\n", 1, "did you mean 'none'"),
         ("seed: [1, 2\n", 2, "this is not YAML"),

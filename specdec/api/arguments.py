@@ -29,6 +29,7 @@ CONSTRUCTOR = {
     "runtime": options.TEXT,
     "weights": options.TEXT,
     "kv_cache": options.TEXT,
+    "activations": options.TEXT,
     "verifier": options.TEXT | options.Kind("a Verifier", lambda value: callable(value.verify)),
     "verifier_options": _MAPPING,
     "exact": options.BOOL,

@@ -63,6 +63,8 @@ class SpecDecoder:
     lossless with respect to it.
     kv_cache: "auto" (in the model's dtype) or "int8" (keys and values rounded to 8 bits, half the memory; native
     runtime). It is lossy: plain decoding with that cache is then the base.
+    activations: what products with quantised weights take in the native runtime: "int8" (rounded, a scale for 32
+    numbers), "bf16", or "auto" (the first). Plain decoding in the same way is the base.
     verifier: the acceptance rule, a name (with its ``verifier_options``) or an object: "exact", or a lossy one, such as
     "confident". exact: refuse lossy rules.
     experts: of a mixture-of-experts model, keep them in slow memory and load them as they are needed
@@ -81,6 +83,7 @@ class SpecDecoder:
         runtime: str = "auto",
         weights: str = "auto",
         kv_cache: str = "auto",
+        activations: str = "auto",
         verifier: str | Verifier = "exact",
         verifier_options: dict[str, Any] | None = None,
         exact: bool = False,
@@ -90,7 +93,7 @@ class SpecDecoder:
         self._kept: Tuned | None = None  # the same, where there is anything for this model
         self.verifier = registry.verifier(verifier, verifier_options, exact)
         self.model, self.tokenizer = model.eval(), tokenizer
-        self.target, self.runtime_note = make_target(model, runtime, weights, kv_cache)
+        self.target, self.runtime_note = make_target(model, runtime, weights, kv_cache, activations)
         self.target.tokenizer = tokenizer
         if experts is not None:
             self.target.experts = Offload(model, self.target.fingerprint, experts)
@@ -126,7 +129,8 @@ class SpecDecoder:
         drafter: as in the constructor; "auto" is first of all what ``specdec tune drafter`` found for the model, with
         its depth of drafts (``tuned``).
         device: "auto" is the first CUDA device that can compute, else the CPU; the CPU, too, for what runs there alone
-        (the native runtime, weights in int8 or int4, an 8-bit KV cache). ``device`` says which it is.
+        (the native runtime, weights in int8 or int4, an 8-bit KV cache or 8-bit activations). ``device`` says which it
+        is.
         dtype: as ``loading.load``.
         experts: as in the constructor; those of a safetensors checkpoint are then never in memory all at once, and
         after ``close`` they are in the checkpoint only. ``more`` goes to the constructor. Raises SpecDecError with the
@@ -134,7 +138,8 @@ class SpecDecoder:
         """
         way = {key: more.get(key, usual) for key, usual in DEFAULTS.items()}
         options.check_values(way, CONSTRUCTOR)
-        if device == "auto" and needs_cpu(way["runtime"], way["weights"], more.get("kv_cache", "auto")):
+        rounded = more.get("kv_cache", "auto"), more.get("activations", "auto")
+        if device == "auto" and needs_cpu(way["runtime"], way["weights"], *rounded):
             device = "cpu"
         if isinstance(drafter, str):
             registry.parse(drafter)  # before the model, which may have to be downloaded

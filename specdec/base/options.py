@@ -38,6 +38,12 @@ class KVCache(StrEnum):
     int8 = "int8"
 
 
+class Activations(StrEnum):
+    auto = "auto"
+    int8 = "int8"
+    bf16 = "bf16"
+
+
 MAX_SEED = 2**63 - 1
 GREEDY_BELOW = 1e-5  # temperatures below it: logits / T would overflow float32, and the softmax is one-hot anyway
 

@@ -57,7 +57,7 @@ from pydantic import AfterValidator, Field
 
 from specdec.base import options
 from specdec.base.errors import SpecDecError, did_you_mean
-from specdec.base.options import GREEDY_BELOW, MAX_SEED, KVCache, Runtime, Weights
+from specdec.base.options import GREEDY_BELOW, MAX_SEED, Activations, KVCache, Runtime, Weights
 from specdec.base.settings import Settings
 from specdec.bench.peers import PEERS
 from specdec.models.catalogue import DEFAULT_MODEL
@@ -110,6 +110,7 @@ class Cell(Settings):
     runtime: Runtime = Field(Runtime.auto, strict=False, description=f"one of {', '.join(Runtime)}")
     weights: Weights = Field(Weights.auto, strict=False, description=f"one of {', '.join(Weights)}")
     kv_cache: KVCache = Field(KVCache.auto, strict=False, description=f"one of {', '.join(KVCache)}")
+    activations: Activations = Field(Activations.auto, strict=False, description=f"one of {', '.join(Activations)}")
     drafter: Text = "auto"
     drafter_options: dict[str, Any] = Field(default_factory=dict, description="a mapping")
     verifier: Text = "exact"
@@ -133,7 +134,7 @@ class Cell(Settings):
     @property
     def loading(self) -> dict[str, Any]:
         """What decides which model is loaded, and how."""
-        names = "model", "dtype", "device", "runtime", "weights", "kv_cache"
+        names = "model", "dtype", "device", "runtime", "weights", "kv_cache", "activations"
         return {name: str(getattr(self, name)) for name in names}
 
     @property

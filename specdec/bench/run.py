@@ -137,6 +137,7 @@ class Run:
             "dtype": str(self.base.target.dtype).removeprefix("torch."),
             "runtime": self.base.target.runtime,
             "kv_cache": self.base.target.kv_cache,
+            "activations": self.base.target.activations,
             "runtime_note": self.base.runtime_note,
             "context": self.base.target.context,
         }

@@ -53,6 +53,7 @@ def bench(
     runtime: shared.Runtime = options.Runtime.auto,
     weights: shared.Weights = options.Weights.auto,
     kv_cache: shared.KVCache = options.KVCache.auto,
+    activations: shared.Activations = options.Activations.auto,
     output: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder for results.jsonl (every request) and bench.json.")
     ] = None,
@@ -81,6 +82,7 @@ def bench(
             runtime=runtime,
             weights=weights,
             kv_cache=kv_cache,
+            activations=activations,
             verifier=verifier,
             verifier_options=options.assignments("--verifier-option", verifier_option or []),
             num_speculative_tokens=shared.depth(num_speculative_tokens),
@@ -168,7 +170,8 @@ def _print(summary: dict[str, Any], table: Any) -> None:
     """Print what was measured, what passes cost, the figures, where the time went, and how it spreads."""
     cell, about, prompts = (summary[key] for key in ("configuration", "environment", "prompts"))
     skipped = f", {len(prompts['skipped'])} skipped" if prompts["skipped"] else ""
-    held = "" if about["kv_cache"] == "as computed" else f", KV cache in {about['kv_cache']}"
+    names = {"activations": "activations", "kv_cache": "KV cache"}
+    held = "".join(f", {name} in {about[key]}" for key, name in names.items() if about[key] != "as computed")
     times = f"{cell['repetitions']} repetition{'s' * (cell['repetitions'] > 1)}"
     how = "greedy" if cell["temperature"] == 0 else f"temperature {cell['temperature']:g}"
     terminal.write(

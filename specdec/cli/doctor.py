@@ -20,7 +20,7 @@ from specdec.cli.shared import print_json
 from specdec.models import catalogue
 
 PACKAGES = ("specdec-m2r2", "torch", "transformers", "numpy", "safetensors", "gguf", "accelerate", "ray")
-FLAGS = ["avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "avx512_vnni"]
+FLAGS = ["avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "avx512_vnni"]
 FLAGS += ["amx_bf16", "amx_int8"]
 # Whole names, none of a secret: reports are sent to others.
 VARIABLES = ["CUDA_VISIBLE_DEVICES", "GOMP_CPU_AFFINITY", "GOMP_SPINCOUNT", "HF_HOME", "HF_HUB_OFFLINE"]

@@ -50,6 +50,7 @@ def generate(
     runtime: shared.Runtime = options.Runtime.auto,
     weights: shared.Weights = options.Weights.auto,
     kv_cache: shared.KVCache = options.KVCache.auto,
+    activations: shared.Activations = options.Activations.auto,
     revision: shared.Revision = None,
     trust_remote_code: shared.TrustRemoteCode = False,
     expert_cache: Annotated[
@@ -149,6 +150,7 @@ def generate(
             runtime=runtime,
             weights=weights,
             kv_cache=kv_cache,
+            activations=activations,
             drafter_options=drafter_options,
             verifier=rule,
             experts=experts,

@@ -25,6 +25,7 @@ def serve(
     runtime: shared.Runtime = options.Runtime.auto,
     weights: shared.Weights = options.Weights.auto,
     kv_cache: shared.KVCache = options.KVCache.auto,
+    activations: shared.Activations = options.Activations.auto,
     revision: shared.Revision = None,
     trust_remote_code: shared.TrustRemoteCode = False,
     host: Annotated[
@@ -104,6 +105,7 @@ def serve(
             runtime=runtime,
             weights=weights,
             kv_cache=kv_cache,
+            activations=activations,
             drafter_options=options.assignments("--drafter-option", drafter_option or []),
         )
         engine = decoder.engine(

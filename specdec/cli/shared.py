@@ -47,6 +47,10 @@ KVCache = Annotated[
     options.KVCache,
     _model("--kv-cache", "auto (in the model's dtype), or int8: half the memory, lossy (native runtime).", "KIND"),
 ]
+Activations = Annotated[
+    options.Activations,
+    _model("--activations", "auto (int8 for quantised weights in the native runtime), int8 or bf16.", "KIND"),
+]
 Drafter = Annotated[
     str,
     _model(

@@ -139,14 +139,15 @@ def rule(decoder: SpecDecoder) -> str:
 
 
 def _held(decoder: SpecDecoder) -> str:
-    storage, kv_cache = decoder.target.storage, decoder.target.kv_cache
-    weights = "weights " + (storage if storage == "as loaded" else f"in {storage}")
-    return weights if kv_cache == "as computed" else f"{weights}, KV cache in {kv_cache}"
+    target = decoder.target
+    parts = ["weights " + (target.storage if target.storage == "as loaded" else f"in {target.storage}")]
+    held = {"activations": target.activations, "KV cache": target.kv_cache}
+    return ", ".join(parts + [f"{what} in {how}" for what, how in held.items() if how != "as computed"])
 
 
 def runtime(decoder: SpecDecoder) -> dict[str, str]:
     """Which runtime ran, in which dtype, where, and what its weights, keys and values are held in."""
     target = decoder.target
     dtype, device = str(target.dtype).removeprefix("torch."), str(target.device)
-    held = {"storage": target.storage, "kv_cache": target.kv_cache}
+    held = {"storage": target.storage, "activations": target.activations, "kv_cache": target.kv_cache}
     return {"runtime": target.runtime, "dtype": dtype, "device": device} | held

@@ -47,6 +47,7 @@ def verify(
     runtime: shared.Runtime = options.Runtime.auto,
     weights: shared.Weights = options.Weights.auto,
     kv_cache: shared.KVCache = options.KVCache.auto,
+    activations: shared.Activations = options.Activations.auto,
     output: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder for certificate.txt and certificate.json.")
     ] = None,
@@ -92,6 +93,7 @@ def verify(
             runtime=runtime,
             weights=weights,
             kv_cache=kv_cache,
+            activations=activations,
         )
         drafter = decoder.tuned.drafter if decoder.tuned else decoder.drafter.name if drafter == "auto" else drafter
     plan = Plan(chosen, spread(found.conversations, limit), max_new_tokens, draws, places, params)
@@ -116,6 +118,7 @@ def verify(
     }
     title = [
         f"model      {model}, {about['dtype']}, {about['runtime']} runtime on {about['device']}, weights {weights}"
+        + (f", activations in {about['activations']}" if about["activations"] != "as computed" else "")
         + (f", KV cache {kv_cache}" if kv_cache != "auto" else ""),
         f"drafter    {drafter}; acceptance rule {about['verifier']}",
         f"prompts    {about['prompts']}, at most {max_new_tokens} new tokens",

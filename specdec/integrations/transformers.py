@@ -46,7 +46,7 @@ from specdec.engine.request import Request
 from specdec.models.generation_config import STATEFUL
 from specdec.runtimes.cache import KVCache
 from specdec.runtimes.prefill import prefill
-from specdec.runtimes.select import check_names
+from specdec.runtimes.select import CHOICES, check_names
 from specdec.runtimes.target import Target
 from specdec.speculation import registry
 from specdec.speculation.draft import Drafter
@@ -102,7 +102,7 @@ class SpecGenerate:
         options.check_values(more, SETTINGS)
         if isinstance(drafter, str):
             registry.parse(drafter)
-        check_names(**{name: more[name] for name in ("runtime", "weights", "kv_cache") if name in more})
+        check_names(**{name: more[name] for name in CHOICES if name in more})
         registry.verifier(more.get("verifier", "exact"), more.get("verifier_options"), more.get("exact", False))
         self.drafter, self.tokenizer, self.streamer, self.more = drafter, tokenizer, streamer, more
         self.stop_strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)

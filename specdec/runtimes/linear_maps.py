@@ -163,7 +163,7 @@ def packed_silu_gated(weight: Tensor, bias: Tensor | None = None) -> Linear:
 def frozen(weight: Tensor, bias: Tensor | None = None) -> Linear:
     """For weights of a drafter that no longer change: in the fastest format at one row, which may round."""
     if linear.serves(weight):
-        return linear.Packed([weight], bias, draft_only=linear.drafts_in(weight))
+        return linear.Packed([weight], bias, draft_only=True)
     return (packed if packable(weight.dtype, weight.device) else dense)(weight.detach(), bias)
 
 
@@ -174,9 +174,7 @@ class UnitMap:
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        self.packed = (
-            linear.Packed([weight], bias, draft_only=linear.drafts_in(weight)) if linear.serves(weight) else None
-        )
+        self.packed = linear.Packed([weight], bias, draft_only=True) if linear.serves(weight) else None
         self.linear = None if self.packed else frozen(weight, bias)
 
     def __call__(self, parts: Sequence[Tensor]) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from specdec.base.errors import NotFiniteError, SettingError, SpecDecError, did_you_mean
-from specdec.base.options import KVCache, Runtime, Weights
+from specdec.base.options import Activations, KVCache, Runtime, Weights
 from specdec.models.blocks import densify
 from specdec.runtimes.checks import refuse_unsupported
 from specdec.runtimes.fused import FusedTarget
@@ -15,55 +15,65 @@ from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.target import Target, lock_of
 
-RUNTIMES, WEIGHTS, KV_CACHES = tuple(Runtime), tuple(Weights), tuple(KVCache)
+CHOICES = {"runtime": Runtime, "weights": Weights, "kv_cache": KVCache, "activations": Activations}
 
 
-def needs_cpu(runtime: str, weights: str, kv_cache: str = "auto") -> bool:
+def needs_cpu(runtime: str, weights: str, kv_cache: str = "auto", activations: str = "auto") -> bool:
     """Whether these settings run on the CPU alone, whatever other device there is."""
-    return runtime == "native" or weights in ("int8", "int4") or kv_cache == "int8"
+    return runtime == "native" or weights in ("int8", "int4") or "int8" in (kv_cache, activations)
 
 
-def check_names(runtime: str = "auto", weights: str = "auto", kv_cache: str = "auto") -> None:
+def check_names(
+    runtime: str = "auto", weights: str = "auto", kv_cache: str = "auto", activations: str = "auto"
+) -> None:
     """Raise SpecDecError for a name that ``make_target`` does not know."""
-    named = ("runtime", runtime, RUNTIMES), ("weights", weights, WEIGHTS), ("kv_cache", kv_cache, KV_CACHES)
-    for what, value, known in named:
-        if value not in known:
+    for (what, kind), value in zip(CHOICES.items(), (runtime, weights, kv_cache, activations), strict=True):
+        if value not in (known := tuple(kind)):
             raise SpecDecError(f"unknown {what} '{value}'{did_you_mean(value, known)}; there are: {', '.join(known)}")
 
 
 def make_target(
-    model: PreTrainedModel, runtime: str = "auto", weights: str = "auto", kv_cache: str = "auto"
+    model: PreTrainedModel,
+    runtime: str = "auto",
+    weights: str = "auto",
+    kv_cache: str = "auto",
+    activations: str = "auto",
 ) -> tuple[Target, str]:
     """The target of ``model`` in the runtime named, and a one-line note ("" if there is nothing to say).
 
     runtime "auto": native (CPUs) or graphs (CUDA) where it serves the model on this machine, else fused (not on mps),
     else the reference runtime, the note saying why. weights: "auto" (as loaded, GGUF blocks as they
     are), "dense" (as loaded, in 16 or 32 bits), "int8" or "int4" (layers rounded, in the model too: what is rounded is
-    the base). kv_cache: "auto" (in the model's dtype) or "int8" (rounded, in the native runtime).
+    the base). kv_cache: "auto" (in the model's dtype) or "int8" (rounded, in the native runtime). activations: "auto"
+    (8 bits for quantised weights in the native runtime, else the model's dtype), "int8" or "bf16".
     Raises SpecDecError if the model is unsupported, or unfit for what was named.
     """
-    check_names(runtime, weights, kv_cache)
+    check_names(runtime, weights, kv_cache, activations)
     rounded = weights in ("int8", "int4")
     if runtime == "reference" and rounded:
         raise SpecDecError(f"{weights} weights need the native or the fused runtime; use weights 'auto'")
     if kv_cache == "int8" and runtime not in ("auto", "native"):
         raise SpecDecError(f"the {runtime} runtime has no 8-bit KV cache, the native one has; use kv_cache 'auto'")
+    if activations == "int8" and runtime not in ("auto", "native"):
+        raise SpecDecError(
+            f"the {runtime} runtime has no 8-bit activations, the native one has; use activations 'auto'"
+        )
     refuse_unsupported(model)
     with lock_of(model):  # a runtime may put its own form of the weights into the model
-        return _make(model, runtime, weights, kv_cache)
+        return _make(model, runtime, weights, kv_cache, activations)
 
 
-def _make(model: PreTrainedModel, runtime: str, weights: str, kv_cache: str) -> tuple[Target, str]:
+def _make(model: PreTrainedModel, runtime: str, weights: str, kv_cache: str, activations: str) -> tuple[Target, str]:
     rounded, reasons = weights in ("int8", "int4"), list[str]()
     native = ["native"] if model.dtype == torch.bfloat16 else []
     first = {"cpu": [*native, "fused"], "cuda": ["graphs", "fused"], "mps": []}.get(model.device.type, ["fused"])
-    every = ["native"] if kv_cache == "int8" else [*first, "reference"]
+    every = ["native"] if "int8" in (kv_cache, activations) else [*first, "reference"]
     for name in every if runtime == "auto" else [runtime]:
         try:
             if name == "reference":  # it computes with the model's modules
                 densify(model)
             if name == "native":
-                return NativeTarget(model, weights, kv_cache), ""
+                return NativeTarget(model, weights, kv_cache, activations), ""
             if name in ("fused", "graphs") and weights == "int8":
                 raise SpecDecError("8-bit weights need the native runtime")
             if name in ("fused", "graphs"):
@@ -80,4 +90,6 @@ def _make(model: PreTrainedModel, runtime: str, weights: str, kv_cache: str) -> 
     why = "; ".join(reasons) or f"on {model.device.type} there is the reference runtime alone"
     if kv_cache == "int8":
         raise SpecDecError(f"an 8-bit KV cache is not possible here ({why}); use kv_cache 'auto'")
+    if activations == "int8":
+        raise SpecDecError(f"8-bit activations are not possible here ({why}); use activations 'auto'")
     raise SpecDecError(f"{weights} weights are not possible here ({why}); use weights 'auto'")

@@ -59,6 +59,7 @@ class Target(ABC):
     ragged = False  # whether a pass takes rows with different numbers of tokens, one behind the other
     storage = "as loaded"  # what the layers' weights are held in
     kv_cache = "as computed"  # what keys and values are held in
+    activations = "as computed"  # what products with weights take
     spread: float  # difference from the model's own logits in the self-check at load, relative to the largest logit
     tokenizer: Any = None  # the model's, where known: drafters with a model of their own compare it
     recurrent_layers: frozenset[int] = frozenset()  # with them a text can be gone on with at checkpoints alone

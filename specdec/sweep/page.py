@@ -26,6 +26,7 @@ ENVIRONMENT = {
     "load_average": "load average",
     "runtime_note": "about the runtime",
     "kv_cache": "KV cache",
+    "activations": "activations",
 }
 
 

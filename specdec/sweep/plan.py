@@ -284,6 +284,9 @@ class Sweep:
         if cell.kv_cache == "int8" and (elsewhere or cell.runtime not in ("auto", "native")):
             need = "an 8-bit KV cache needs bfloat16, the CPU and the native runtime"
             self.document.fail(("kv_cache",), f"{need}; it {given}; exclude the combination")
+        if cell.activations == "int8" and (elsewhere or cell.runtime not in ("auto", "native")):
+            need = "8-bit activations need bfloat16, the CPU and the native runtime"
+            self.document.fail(("activations",), f"{need}; they {given}; exclude the combination")
         for group in GROUPS:
             name = point[group]
             try:

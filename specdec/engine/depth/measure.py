@@ -86,7 +86,7 @@ def _place(target: Target, drafter: Drafter) -> Path:
     device, cpu = target.device, machine.processor_name()
     units = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     parts: list[object] = [cpu, platform.node(), units, torch.__version__, torch.backends.cpu.get_cpu_capability()]
-    parts += [target.runtime, target.storage, target.kv_cache, target.dtype, target.fingerprint]
+    parts += [target.runtime, target.storage, target.activations, target.kv_cache, target.dtype, target.fingerprint]
     parts += [drafter.name, drafter.path]
     parts += [] if target.experts is None else [target.experts.describe()]  # more tokens load more experts
     name = hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest()[:24]

@@ -6,17 +6,10 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-int level, has_amx, has_vnni;
+int has_amx;
 
-enum { CACHED = 2 << 20 }; /* bytes of the second-level cache of a core with AMX */
-
-/* Bytes of `rows` rows of `tiles` tiles of `kind`; 0 for one that this CPU does not have, or does better without. With AMX,
- * I4 is for maps that a core's second-level cache does not hold in I8: it reads them faster, and computes more slowly. */
-EXPORT int64_t specdec_tiles_bytes(int kind, int64_t rows, int64_t tiles) {
-    if (kind >= I8 && level == AVX512 && !has_vnni) return 0;
-    if (kind == I4 && (level == AVX2 || (has_amx && rows * tiles_bytes(I8, tiles) <= CACHED))) return 0;
-    return rows * tiles_bytes(kind, tiles);
-}
+/* Bytes of `rows` rows of `tiles` tiles of `kind`. */
+EXPORT int64_t specdec_tiles_bytes(int kind, int64_t rows, int64_t tiles) { return rows * tiles_bytes(kind, tiles); }
 
 /* Ask for large pages for memory that will be read in whole, again and again. */
 EXPORT void specdec_large_pages(void *memory, int64_t bytes) {
@@ -24,13 +17,18 @@ EXPORT void specdec_large_pages(void *memory, int64_t bytes) {
     if (to > from) madvise((void *)from, to - from, MADV_HUGEPAGE);
 }
 
+static int has_avxvnni(void) {
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && a >> 4 & 1;
+}
+
 static int supported(void) {
     unsigned a, b, c, d;
     __builtin_cpu_init();
     if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))) return 0;
     if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bf16")))
-        return AVX2;
+          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")))
+        return has_avxvnni() ? AVXVNNI : AVX2;
     int tiles = __get_cpuid_count(7, 0, &a, &b, &c, &d) && d >> 22 & 1 && d >> 24 & 1 && d >> 25 & 1; /* AMX-BF16, AMX-TILE, AMX-INT8 */
     return tiles && syscall(SYS_arch_prctl, 0x1023, 18) == 0 ? AMX : AVX512; /* ARCH_REQ_XCOMP_PERM: tile data */
 }
@@ -38,9 +36,9 @@ static int supported(void) {
 /* Which kernels serve: the best that this CPU runs, `most` at most; 0: none. Call first. */
 EXPORT int specdec_open(int most) {
     int found = supported();
-    level = found < most ? found : most;
-    has_vnni = level >= AVX512 && __builtin_cpu_supports("avx512vnni"), has_amx = level == AMX;
-    return level;
+    has_amx = found == AMX && most >= AMX;
+    if (found > AVXVNNI && most == AVXVNNI) found = has_avxvnni() ? AVXVNNI : AVX2; /* AVX-512's own products are no AVX-VNNI */
+    return found < most ? found : most;
 }
 #else
 EXPORT int specdec_open(int most) { return 0; }

@@ -8,7 +8,6 @@
 #define KERNEL(name) specdec_##name##_avx512
 #include "kernels/simd_avx512.h"
 #include "kernels/simd.h"
-#include "kernels/tiles_avx512.h"
 #include "kernels/avx512.c"
 #include "kernels/amx.c"
 #include "kernels/algorithms.h"

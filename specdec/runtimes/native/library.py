@@ -17,11 +17,11 @@ from specdec.base.errors import SettingError, SpecDecError
 
 LIBRARY = Path(__file__).with_name("_native.so")  # setup.py builds it
 log = logging.getLogger(__name__)
-BF16, Q8, Q4, Q5, K4, K5, K6, I8, I4 = range(9)  # as in native.h
+BF16, Q8, Q4, Q5, K4, K5, K6 = range(7)  # as in native.h
 POINTER, INT, LONG = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
 LEVEL = "SPECDEC_NATIVE"  # environment variable: the best instruction set that may be used
-LEVELS = ("", "avx2", "avx512", "amx")  # instruction sets, as specdec_open counts them
-SUFFIXES = {"avx2": "avx2", "avx512": "avx512", "amx": "avx512"}  # of the kernels' names
+LEVELS = ("", "avx2", "avxvnni", "avx512", "amx")  # instruction sets, as specdec_open counts them
+SUFFIXES = {"amx": "avx512"}  # of the kernels' names, where they are not the instruction set's
 KERNELS: dict[str, tuple[Any, ...]] = {  # each is there for every instruction set: what it returns, what it takes
     "layers": (INT, POINTER, POINTER),
     "linear": (INT, POINTER, POINTER, ctypes.c_float, POINTER, INT, INT, POINTER, POINTER, INT, INT),
@@ -31,8 +31,7 @@ KERNELS: dict[str, tuple[Any, ...]] = {  # each is there for every instruction s
     "pack_blocks": (INT, POINTER, INT, POINTER, INT),
     "read_rows": (None, POINTER, POINTER, LONG, POINTER, INT),
     "pack": (None, POINTER, INT, INT, POINTER, INT),
-    "pack_i8": (None, POINTER, INT, INT, POINTER, POINTER, INT),
-    "pack_i4": (None, POINTER, INT, INT, POINTER, POINTER, INT),
+    "pack_rounded": (None, POINTER, INT, INT, INT, POINTER, INT),
 }
 
 
@@ -42,8 +41,8 @@ class Part(ctypes.Structure):
 
 class Map(ctypes.Structure):
     _fields_ = (
-        *((name, INT) for name in ("kind", "out", "inp", "count")),
-        *((name, POINTER) for name in ("parts", "bias", "scale")),
+        *((name, INT) for name in ("rounded", "out", "inp", "count")),
+        *((name, POINTER) for name in ("parts", "bias")),
     )
 
 
@@ -64,7 +63,7 @@ class Layer(ctypes.Structure):
 
 class Model(ctypes.Structure):
     _fields_ = (
-        *((n, INT) for n in ("hidden", "heads", "kv_heads", "head_dim", "inner", "rotated")),
+        *((n, INT) for n in ("hidden", "heads", "kv_heads", "head_dim", "inner", "rotated", "rounded")),
         *((n, ctypes.c_float) for n in ("eps", "scale")),
         ("layers", POINTER),
     )
@@ -140,11 +139,12 @@ def load() -> Any:
     try:
         found.level = LEVELS[found.specdec_open(most)]
         if not found.level:
-            raise SpecDecError("the native runtime needs an x86 CPU with AVX2, FMA and F16C")
+            name = machine.processor_name()
+            raise SpecDecError(f"the native runtime needs an x86 CPU with AVX2, FMA and F16C; this one is {name}")
         found.specdec_large_pages.argtypes = (POINTER, ctypes.c_int64)
         found.specdec_tiles_bytes.argtypes, found.specdec_tiles_bytes.restype = (INT, LONG, LONG), LONG
         for name, (result, *arguments) in KERNELS.items():
-            kernel = getattr(found, f"specdec_{name}_{SUFFIXES[found.level]}")
+            kernel = getattr(found, f"specdec_{name}_{SUFFIXES.get(found.level, found.level)}")
             kernel.restype, kernel.argtypes = result, arguments
             setattr(found, f"specdec_{name}", kernel)
     except AttributeError:  # an editable install whose sources went on without it

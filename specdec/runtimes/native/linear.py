@@ -15,10 +15,9 @@ from specdec.base import cores
 from specdec.base.errors import SpecDecError
 from specdec.models.blocks import BlockEmbedding, BlockLinear, Blocks, dequantize
 from specdec.runtimes.native import library
-from specdec.runtimes.native.library import BF16, I4, I8, INT, POINTER, Map, Part, Table, done, pointer, runs
+from specdec.runtimes.native.library import BF16, INT, POINTER, Q4, Q8, Map, Part, Table, done, pointer, runs
 
-WIDEST = 1 << 17  # inputs of a map: kernels have 12 bytes of each on the stack, which may be 2 MB large
-LARGE = 6_000_000  # weights of a matrix for drafts from which on reading it is all that takes time: 4 bits are faster
+LARGE = 2_000_000  # weights of a matrix for drafts from which on reading it is all that takes time: 4 bits are faster
 
 
 class _Arena:
@@ -59,45 +58,40 @@ class Packed:
     """A linear map ``x W.T + bias`` in tiles. weights: bf16 [out_i, in] or GGUF blocks, one on another. Blocks keep
     their codes and scales; bf16 weights are held as they are.
 
-    draft_only: for drafts, which need not be exact: ``(I8,)`` or ``(I4, I8)``, tried in order before all else, for one
-        weight. It is rounded to 8 or 4 bits, and what it is multiplied with to 8, where this CPU gains by that.
-    Raises SpecDecError if ``in`` is not a multiple of 32 or above ``WIDEST``, or the outputs of any weight but the
-    last one are not a multiple of 16.
+    rounded: products of blocks take activations in 8 bits; else both are rounded to bf16. A map with a bf16 weight
+        takes bf16.
+    draft_only: for drafts, which need not be exact: bf16 weights are rounded to 8 bits, large ones to 4.
+    Raises SpecDecError if ``in`` is not a multiple of 32, or the outputs of any weight but the last one of 16.
     """
 
     def __init__(
         self,
         weights: Sequence[Tensor | Blocks],
         bias: Tensor | None = None,
-        draft_only: Sequence[int] = (),
+        rounded: bool = True,
+        draft_only: bool = False,
     ) -> None:
-        lib = library.load()
         self.inp, self.width = weights[0].shape[1], sum(weight.shape[0] for weight in weights)
         if self.inp % 32 or any(weight.shape[0] % 16 for weight in weights[:-1]):
             raise SpecDecError(
                 "the native runtime takes linear maps of multiples of 16 outputs and 32 inputs; one has "
                 f"{weights[0].shape[0]} and {self.inp}"
             )
-        if self.inp > WIDEST:
-            raise SpecDecError(f"the native runtime takes linear maps of at most {WIDEST} inputs; one has {self.inp}")
-        shape = -(-self.width // 16), self.inp // 64
-        served = [kind for kind in draft_only if not self.inp % 64 and lib.specdec_tiles_bytes(kind, *shape)]
-        self.tiles, self.scale, end = list[Tensor](), None, 0
+        self.tiles, end = list[Tensor](), 0
         self.parts = (Part * len(weights))()
         for part, weight in zip(self.parts, weights, strict=True):
             if isinstance(weight, Blocks):
                 kind, tiles = _block_tiles(weight)
-            elif served:
-                self.scale = torch.empty(-(-self.width // 16) * 16)
-                kind, tiles = served[0], _draft_tiles(served[0], weight, self.scale)
             else:
-                kind, tiles = BF16, _tiles(weight)
+                kind = BF16 if not draft_only else Q4 if weight.numel() > LARGE else Q8
+                tiles = _tiles(weight, kind)
             end += -(-weight.shape[0] // 16)
             part.kind, part.end, part.tiles = kind, end, tiles.data_ptr()
             self.tiles.append(tiles)
         self.bias = None if bias is None else F.pad(bias.detach().float(), (0, -self.width % 16)).contiguous()
-        pointers = ctypes.addressof(self.parts), pointer(self.bias), pointer(self.scale)
-        self.struct = Map(self.parts[0].kind, 16 * end, self.inp, len(weights), *pointers)
+        self.rounded = (rounded or draft_only) and BF16 not in self.kinds
+        pointers = ctypes.addressof(self.parts), pointer(self.bias)
+        self.struct = Map(self.rounded, 16 * end, self.inp, len(weights), *pointers)
 
     @property
     def kinds(self) -> set[int]:
@@ -161,11 +155,6 @@ class RowTable:
         return rows
 
 
-def drafts_in(weight: Tensor | Blocks) -> tuple[int, ...]:
-    """What a head or a projection that drafts alone read is rounded to."""
-    return (I4, I8) if weight.shape[0] * weight.shape[1] > LARGE else (I8,)
-
-
 def unpack(blocks: Blocks, index: Tensor | None, dtype: torch.dtype) -> Tensor:
     """As ``blocks.dequantize``, and faster in bf16."""
     if dtype != torch.bfloat16:
@@ -197,29 +186,21 @@ def _block_tiles(blocks: Blocks) -> tuple[int, Tensor]:
     return BF16, _tiles(dequantize(blocks, None, torch.bfloat16))
 
 
-def _tiles(weight: Tensor) -> Tensor:
-    """bf16 ``weight`` [out, in] in tiles."""
+def _tiles(weight: Tensor, kind: int = BF16) -> Tensor:
+    """bf16 ``weight`` [out, in] in tiles of ``kind``: as it is, or rounded to Q8 or Q4."""
     lib, (out, inp) = library.load(), weight.shape
     source = weight.detach().contiguous()
-    tiles = _arena.take(lib.specdec_tiles_bytes(BF16, -(-out // 16), inp // 32))
-    lib.specdec_pack(source.data_ptr(), out, inp, tiles.data_ptr(), cores.threads())
-    return tiles
-
-
-def _draft_tiles(kind: int, weight: Tensor, scale: Tensor) -> Tensor:
-    """bf16 ``weight`` [out, in] rounded to I8 or I4 tiles; ``scale`` [out] is filled in."""
-    lib, (out, inp) = library.load(), weight.shape
-    source = weight.detach().contiguous()
-    tiles = _arena.take(lib.specdec_tiles_bytes(kind, -(-out // 16), inp // 64))
-    pack = lib.specdec_pack_i4 if kind == I4 else lib.specdec_pack_i8
-    pack(source.data_ptr(), out, inp, tiles.data_ptr(), scale.data_ptr(), cores.threads())
+    tiles = _arena.take(lib.specdec_tiles_bytes(kind, -(-out // 16), inp // 32))
+    if kind == BF16:
+        lib.specdec_pack(source.data_ptr(), out, inp, tiles.data_ptr(), cores.threads())
+    else:
+        lib.specdec_pack_rounded(source.data_ptr(), out, inp, kind, tiles.data_ptr(), cores.threads())
     return tiles
 
 
 def serves(weight: Tensor) -> bool:
     """Whether a linear map with this weight [out, in] can be ``Packed`` here."""
-    fits = not weight.shape[1] % 32 and weight.shape[1] <= WIDEST
-    return fits and weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and runs()
+    return weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and not weight.shape[1] % 32 and runs()
 
 
 def argmax(x: Tensor) -> Tensor:

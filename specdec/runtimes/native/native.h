@@ -5,26 +5,26 @@
  * tokens at once and compares them with what one at a time would have given; usual libraries choose another order of sums
  * for another number of rows. Here every token is computed by the same operations in the same order whatever is scored
  * beside it: attention adds the visible keys one by one, and an invisible one adds an exact zero. So a token's logits do
- * not depend, to the last bit, on how many tokens a pass has, nor on the cache slots of a tree's branches. They do depend on
- * the instruction set.
+ * not depend, to the last bit, on how many tokens a pass has, nor on the cache slots of a tree's branches. A model in blocks
+ * whose activations are rounded to 8 bits has the same logits in every instruction set, too. Those of bf16 products differ.
  *
- * Weights lie in tiles of 16 outputs x 32 inputs, in bf16, or in fewer bits. With AMX, a tile is unpacked to bf16 in the
- * first-level cache and multiplied with 16 tokens at once: a pass costs what reading the weights costs, however many of the
- * 16 tokens are there. With AVX-512, a tile's rows are unpacked to bf16 in registers and multiplied with one token after
- * another. With AVX2 they are unpacked to floats, which are not rounded to bf16: that would cost half as much again.
- * Drafts need not be exact: their maps may be I8, whose products need no unpacking, or I4, half as large.
+ * Weights lie in tiles of 16 outputs x 32 inputs, in bf16, or as the codes of blocks. Products of blocks (integer.c) are
+ * whole numbers: codes of 16 outputs and 4 inputs fill a vector, which is multiplied with 4 inputs of a token, and a block's
+ * sum is scaled in float. It takes a token's activations in 8 bits, with a scale for 32 of them. bf16 tiles are multiplied
+ * with 16 tokens at once in AMX, with one token after another in AVX-512 and, as floats, in AVX2. Where activations are to stay
+ * bf16, blocks are unpacked to bf16 tiles first, which is slower. What drafts alone read need not be exact: it is rounded to
+ * blocks when it is packed.
  *
  * Layouts of activations, for blocks of 16 tokens ("lanes"):
  *   feature_major  float [features][16]
  *   vnni_bf16      bf16 pairs [features / 2][16]: what AMX multiplies with bf16 tiles
- *   vnni_int8      int8 quads [features / 4][16], then each lane's scale: the same for I8 and I4 maps
  *   rows_bf16      bf16 [16 tokens][features]: what AVX-512 multiplies
  *   rows_f32       float [16 tokens][features]: what AVX2 multiplies; the numbers are bf16
- *   rows_int8      int8 [16][features], each token's scale, and (AVX-512) 128 times its sum: the same for I8 and I4 maps
+ *   rounded        Rounded [features / 32][tokens]: what blocks are multiplied with
  *
- * Files: kernels_avx512.c and kernels_avx2.c build the kernels for an instruction set, from kernels/: simd_*.h vectors of 16
- * numbers, simd.h what is made of them; avx512.c (with tiles_avx512.h), amx.c and avx2.c products; and what is written once
- * for all of them: norm.c norms and rotary embeddings; linear.c linear maps; attention.c; layers.c a pass through the layers;
+ * Files: kernels_*.c build the kernels for an instruction set, from kernels/: simd_*.h vectors of 16 numbers, simd.h what is
+ * made of them; avx512.c, amx.c and avx2.c products of bf16 tiles; and what is written once for all of them: integer.c
+ * products of blocks; norm.c norms and rotary embeddings; linear.c linear maps; attention.c; layers.c a pass through the layers;
  * pack.c weights to tiles; draft.c trees that grow level by level. Another instruction set is another simd_*.h, products and
  * kernels_*.c. threads.c has the team's barrier, cpu.c what this CPU has. Nothing here knows of Python, models' names, or
  * acceptance. */
@@ -45,25 +45,20 @@ int omp_get_num_threads(void);
 
 /* Kinds of tiles. A group of tiles [16 outputs x 32 inputs] has a head, with scales by output, and then each tile's codes.
  *
- *   kind  weight                       head                                                codes of a tile
- *   BF16  bf16                         -                                                   bf16[16][32]
- *   Q8    d q                          f16 d[16]                                           int8 q[16][32]
- *   Q4    d q + m                      f16 d[16], m[16]                                    nibbles
- *   Q5    d q + m                      f16 d[16], m[16]                                    nibbles, bits
- *   K4    (d sc) q - (dmin mn)         f16 d[16], dmin[16], uint8 sc[8][16], mn[8][16]     nibbles
- *   K5    (d sc) q - (dmin mn)         the same                                            nibbles, bits
- *   K6    (d sc) q                     f16 d[16], 32 unused bytes, int8 sc[8][2][16]       int8 q[16][32]
- *   I8    q, a scale by row            -                                                   int8[16][64]
- *   I4    m q + z, a scale by row      {uint8 m[16], int8 z[16]}[2]                        uint8[2][4][16][4]
+ *   kind  weight                     head                                                codes of a tile
+ *   BF16  bf16                       -                                                   bf16[16][32]
+ *   Q8    d (q - 128)                f16 d[16]                                           uint8 q[8][16][4]
+ *   Q4    d q + m                    f16 d[16], m[16]                                    nibbles
+ *   Q5    d q + m                    f16 d[16], m[16]                                    nibbles, 1 bit
+ *   K4    (d sc) q - (dmin mn)       f16 d[16], dmin[16], uint8 sc[8][16], mn[8][16]     nibbles
+ *   K5    (d sc) q - (dmin mn)       the same                                            nibbles, 1 bit
+ *   K6    (d sc) (q - 32)            f16 d[16], 32 unused bytes, int8 sc[8][2][16]       nibbles, 2 bits
  *
- * nibbles: uint16[4][32]: nibble j of word [i][c] has the low bits of row 4 i + j, input c. bits: uint32[16]: bit c has the
- * fifth bit of input c. A group of K4, K5 and K6 is 8 tiles: the GGUF blocks of 16 rows. In K6, inputs below 16 and above have
- * a scale each; its codes of 6 bits take 8, since unpacking them would cost more time than reading does. I8 and I4 are for
- * drafts alone, and have 64 inputs: what they are multiplied with is rounded to 8 bits. I4 has a step
- * m (1 .. 15) and a least z for each half of the inputs, and m q + z fits 8 bits: its products are whole numbers, as I8's. A
- * byte [half][i][output][j] has the nibbles of inputs 8 i + j, and 8 i + 4 + j above. */
-enum { BF16, Q8, Q4, Q5, K4, K5, K6, I8, I4, KINDS };
-enum { AVX2 = 1, AVX512, AMX }; /* instruction sets */
+ * Codes stand as integer products take them: [quad of inputs][output][input of the quad], bytes. nibbles: uint8[4][16][4], quads
+ * i and, above, i + 4. 1 bit: uint8[16][4], bit i is of quad i. 2 bits: uint8[2][16][4], bits 2 i of quads i and i + 4. A group
+ * of K4, K5 and K6 is 8 tiles: the GGUF blocks of 16 rows. In K6, inputs below 16 and above have a scale each. */
+enum { BF16, Q8, Q4, Q5, K4, K5, K6, KINDS };
+enum { AVX2 = 1, AVXVNNI, AVX512, AMX }; /* instruction sets */
 enum { MOST_BLOCKS = 3 }; /* of tokens that are multiplied at once */
 enum { CACHE16, CACHE8, TOGETHER = 32 }; /* rows of the cache, a slot of a head each: bf16[d], or int8[d] and bf16[d / TOGETHER], scales */
 
@@ -74,8 +69,7 @@ typedef struct {
     int tiles, head, codes; /* of a group: how many tiles, bytes of its head, bytes of each tile's codes */
 } Group;
 
-static const Group GROUPS[KINDS] = {{1, 0, 1024}, {1, 32, 512}, {1, 64, 256},  {1, 64, 320}, {8, 320, 256},
-                                      {8, 320, 320}, {8, 320, 512}, {1, 0, 1024}, {1, 64, 512}};
+static const Group GROUPS[KINDS] = {{1, 0, 1024}, {1, 32, 512}, {1, 64, 256}, {1, 64, 320}, {8, 320, 256}, {8, 320, 320}, {8, 320, 384}};
 
 /* Bytes of `tiles` tiles, in whole groups. */
 static inline int64_t tiles_bytes(int kind, int64_t tiles) {
@@ -91,10 +85,9 @@ typedef struct {       /* rows of a map in one kind of tiles */
 } Part;
 
 typedef struct {       /* y = W x (+ bias) */
-    int32_t kind, out, in, count; /* kind: of the first part (I8 and I4 maps have one); out: multiple of 16; in: multiple of 32, at most 2^17 */
+    int32_t rounded, out, in, count; /* rounded: it reads activations in 8 bits, all parts are blocks; out: multiple of 16; in: of 32 */
     const Part *parts;    /* [count] */
     const float *bias;    /* [out] or NULL */
-    const float *scale;   /* of I8 and I4: [out] */
 } Map;
 
 typedef struct {       /* rows of numbers, in GGUF blocks or bf16 */
@@ -118,6 +111,7 @@ typedef struct {
 
 typedef struct {
     int32_t hidden, heads, kv_heads, head_dim, inner, rotated; /* rotated: rotary dimensions of a head */
+    int32_t rounded; /* activations in 8 bits: attention is then the same, to the last bit, in every instruction set */
     float eps, scale;
     const Layer *layers;
 } Model;
@@ -169,7 +163,7 @@ static inline int item_of(int turn, int items, int me, int n, int *together) {
     return *together ? whole * n + turn - whole : turn * n + me;
 }
 
-extern int level, has_amx, has_vnni; /* level: as specdec_open returns it */
+extern int has_amx;
 
 static inline void *allocate(size_t bytes) { /* aligned to a cache line; the memory of a call comes back to the next */
     return aligned_alloc(64, (bytes + 63) / 64 * 64);

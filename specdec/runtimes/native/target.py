@@ -29,8 +29,6 @@ from specdec.runtimes.native import library, linear
 from specdec.runtimes.native.drafting import TreeDrafter
 from specdec.runtimes.native.library import (
     BF16,
-    I4,
-    I8,
     INT,
     K4,
     K5,
@@ -59,19 +57,22 @@ BITS = {BF16: 16, Q8: 8, Q4: 4, Q5: 5, K4: 4, K5: 5, K6: 6}
 
 class NativeTarget(ByParts):
     """The native runtime. No gradients. What drafts alone see (merged adapters marked ``draft_only``, reduced heads) is
-    rounded to 8 or 4 bits where that is faster; all else is bf16, and a token's result does not depend on what else is
-    in its pass, to the last bit.
+    rounded to 8 bits, or to 4 where it is large. A token's result does not depend on what else is in its pass, to the
+    last bit; with activations in 8 bits neither on the instruction set.
 
     weights: "auto" (GGUF blocks as they are, else bf16), "dense" (bf16), "int8" or "int4" (layers rounded to blocks of
     Q8_0 or Q4_1, in ``model`` too: it is the base).
     kv_cache: "auto" (bf16) or "int8" (rounded, a scale for 32 numbers).
+    activations: what products of blocks take: "int8" (rounded, a scale for 32 numbers), "bf16" or "auto" (the first).
     ``storage``: what the layers' weights are held in. Raises SpecDecError for what it does not serve.
     """
 
     runtime = "native"
     ragged = True
 
-    def __init__(self, model: PreTrainedModel, weights: str = "auto", kv_cache: str = "auto") -> None:
+    def __init__(
+        self, model: PreTrainedModel, weights: str = "auto", kv_cache: str = "auto", activations: str = "auto"
+    ) -> None:
         refuse_unsupported(model)
         self.lib = library.load()
         kind, config = model.config.model_type, model.config
@@ -97,7 +98,7 @@ class NativeTarget(ByParts):
         if weights in ROUNDED:
             for layer in decoder.layers:
                 _round(layer, ROUNDED[weights])
-        self.cache_rounded = False
+        self.cache_rounded, self.rounded = False, activations != "bf16"
         self._parts = llama_like.adapter_parts(first)
         self._layers = (Layer * self.num_layers)()
         self._alive: list[Any] = []  # what the structures point to
@@ -108,8 +109,17 @@ class NativeTarget(ByParts):
         rotated = int(self._rotary_tables(8).shape[2])
         self.final_norm, self.eps = decoder.norm.weight.detach().float(), float(decoder.norm.variance_epsilon)
         scale = float(first.self_attn.scaling)
+        packed = [item for item in self._alive if isinstance(item, Packed)]
+        kinds = set().union(*(item.kinds for item in packed))
+        self.rounded = any(item.rounded for item in packed)
+        if activations == "int8" and not self.rounded:
+            raise SpecDecError(
+                "8-bit activations go with quantised weights, and these have 16 bits; use weights 'int8'"
+            )
+        if kinds != {BF16}:
+            self.activations = "8 bits" if self.rounded else "16 bits"
         sizes = self.hidden_size, self.heads, self.kv_heads, self.head_dim, self.inner, 2 * rotated
-        self._sizes = (*sizes, self.eps, scale)
+        self._sizes = (*sizes, self.rounded, self.eps, scale)
         self._model = Model(*self._sizes, ctypes.addressof(self._layers))
         self.kinds_of_windows = sorted(set(self.windows), key=str)
         self._spans = (INT * len(self.kinds_of_windows))(*(window or 0 for window in self.kinds_of_windows))
@@ -120,7 +130,6 @@ class NativeTarget(ByParts):
         self._untapped = (POINTER * (self.num_layers + 1))()
         self._adapted: WeakKeyDictionary[Adapters, dict[int, Any]] = WeakKeyDictionary()
         self._coarse: WeakKeyDictionary[Adapters, dict[tuple[int, int], Any]] = WeakKeyDictionary()
-        kinds = set().union(*(item.kinds for item in self._alive if isinstance(item, Packed)))
         self.storage = " and ".join(str(width) for width in sorted({BITS[kind] for kind in kinds})) + " bits"
         if weights in ROUNDED:
             self.storage += ", rounded"
@@ -274,8 +283,7 @@ class NativeTarget(ByParts):
             packed = self._heads.get(module)
             if packed is None:
                 weight = matrix(module)
-                draft_only = () if head is None else linear.drafts_in(weight)
-                packed = self._heads[module] = Packed([weight], module.bias, draft_only=draft_only)
+                packed = self._heads[module] = Packed([weight], module.bias, self.rounded, draft_only=head is not None)
                 release(weight)
             if head is None:
                 self._readout = packed
@@ -295,7 +303,7 @@ class NativeTarget(ByParts):
                 raise SpecDecError(
                     f"the native runtime takes multiples of 32 outputs; '{pairs[0][0]}' does not have them"
                 )
-            packed = Packed(weights, bias)
+            packed = Packed(weights, bias, self.rounded)
             release(*(matrix(module) for _, module in pairs))
             self._alive.append(packed)
             setattr(struct, slot, packed.struct)
@@ -344,7 +352,7 @@ class NativeTarget(ByParts):
                 down, up = (factor.detach().float() for factor in factors[path])
                 weight[start:stop] += up @ down
             bias = None if pairs[0][1].bias is None else torch.cat([module.bias.detach() for _, module in pairs])
-            alive.append(Packed([weight.bfloat16()], bias, draft_only=(I4, I8)))
+            alive.append(Packed([weight.bfloat16()], bias, draft_only=True))
             setattr(struct, slot, alive[-1].struct)
             release(*(matrix(module) for _, module in pairs))
         return alive

@@ -19,12 +19,12 @@ INLINE F cached16(int kind, const uint8_t *row, int d, int at) {
 }
 
 /* As score_keys, for rows of the cache. */
-INLINE void score_rows(int kind, const uint8_t *keys, int d, const uint32_t *queries, int columns, float *to) {
+INLINE void score_rows(int kind, const uint8_t *keys, int d, const uint32_t *queries, int columns, int equal, float *to) {
     bf16 wide[16 * 256] __attribute__((aligned(64)));
     for (int i = 0; i < 16 && kind != CACHE16; i++)
         for (int at = 0; at < d; at += 16)
             store_h(wide + i * d + at, narrow16(cached16(kind, keys + i * cache_row(kind, d), d, at)));
-    score_keys(kind == CACHE16 ? (const bf16 *)keys : wide, d, queries, columns, to);
+    score_keys(kind == CACHE16 ? (const bf16 *)keys : wide, d, queries, columns, equal, to);
 }
 
 /* sum[column] = the sum of p[key][column], out[column][dims] that of p[key][column] v[key][dims]; COLUMNS and PARTS times
@@ -55,9 +55,9 @@ INLINE void score_rows(int kind, const uint8_t *keys, int d, const uint32_t *que
 /* Attention of up to 16 columns (a token and a head each) to `count` keys of one key head.
  * queries: vnni_bf16 [d / 2][16 columns]; visible: for each key the columns that see it, as bits from `bit` on, or NULL (all see
  * all). p: scratch, [blocks of 16 keys][column][key]; out: [16][d]. once: no other columns read these keys: they are sent
- * for ahead. Memory of whole blocks of keys is read. */
+ * for ahead. equal: as of score_keys. Memory of whole blocks of keys is read. */
 INLINE void attend_rows(int kind, const uint8_t *keys, const uint8_t *values, int count, int d, const uint32_t *queries, int columns,
-                        const uint16_t *visible, int bit, float scale, int once, float *p, float *out) {
+                        const uint16_t *visible, int bit, float scale, int once, int equal, float *p, float *out) {
     const int64_t row = cache_row(kind, d);
     F most[16], sum[16], scales = set16(scale);
     for (int c = 0; c < 16; c++) most[c] = set16(-1e30f);
@@ -68,7 +68,7 @@ INLINE void attend_rows(int kind, const uint8_t *keys, const uint8_t *values, in
             __builtin_prefetch((values + s * row + i), 0, 2);
         }
         M there = mask16(count - s < 16 ? (1u << (count - s)) - 1 : 0xffff);
-        score_rows(kind, keys + s * row, d, queries, columns, to);
+        score_rows(kind, keys + s * row, d, queries, columns, equal, to);
         for (int c = 0; c < columns; c++) {
             M mine = visible ? both16(there, bit_h(visible + s, bit + c)) : there;
             F v = pick16(mine, mul16(load16(to + 16 * c), scales), set16(-1e30f));
@@ -96,7 +96,7 @@ INLINE void attend_rows(int kind, const uint8_t *keys, const uint8_t *values, in
 }
 
 static void attend(int kind, const uint8_t *keys, const uint8_t *values, int count, int d, const uint32_t *queries, int columns,
-                   const uint16_t *visible, int bit, float scale, int once, float *p, float *out) {
-    if (kind == CACHE8) attend_rows(CACHE8, keys, values, count, d, queries, columns, visible, bit, scale, once, p, out);
-    else attend_rows(CACHE16, keys, values, count, d, queries, columns, visible, bit, scale, once, p, out);
+                   const uint16_t *visible, int bit, float scale, int once, int equal, float *p, float *out) {
+    if (kind == CACHE8) attend_rows(CACHE8, keys, values, count, d, queries, columns, visible, bit, scale, once, equal, p, out);
+    else attend_rows(CACHE16, keys, values, count, d, queries, columns, visible, bit, scale, once, equal, p, out);
 }

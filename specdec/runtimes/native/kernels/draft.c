@@ -65,7 +65,7 @@ static void project(Pass *p, const Map *map, const float *before, const float *c
     norm(p->x, NULL, hidden, eps, normed);
     norm(before, NULL, hidden, eps, normed + 8 * hidden);
     if (carried) norm(carried, NULL, hidden, eps, normed + 16 * hidden);
-    const uint32_t *input = input_of(map, normed, p->rows, mine + p->input, mine + p->spare);
+    const uint32_t *input = input_of(map, normed, p->rows, mine + p->input);
     wait_for_team(&p->barrier, n);
     split(hidden / 16, me, n, &from, &to);
     for (int t = from; t < to; t++) {
@@ -89,7 +89,7 @@ static void read_out(Pass *p, const TreeDraft *g, Best *best, int me, int n) {
     }
     norm(p->x, g->norm, p->m->hidden, g->eps, (uint32_t *)mine);
     for (int h = 0; h < 2 && g->head[h]; h++) {
-        const uint32_t *input = input_of(g->head[h], (uint32_t *)mine, p->rows, mine + p->input, mine + p->spare);
+        const uint32_t *input = input_of(g->head[h], (uint32_t *)mine, p->rows, mine + p->input);
         int from, to, first = h ? g->outputs[0] : 0;
         split((g->outputs[h] + 15) / 16, me, n, &from, &to);
         for (int t = from; t < to; t++) {

@@ -10,14 +10,14 @@ typedef struct {
     int rows, blocks, group, count, ranks;   /* count: of items */
     int32_t *line_of, *first;                /* by token: its line; by line: its first token */
     Item *items;                             /* of attention */
-    size_t scored, input, spare, own;        /* a thread's scratch: where its parts begin, its size */
+    size_t scored, input, own;               /* a thread's scratch: where its parts begin, its size */
     float *x, *qkv, *cos, *sin;              /* feature_major; cos and sin [block][rotated / 2][16] */
     uint32_t *attended, *inner, *ranked[2];  /* vnni_bf16 */
     bf16 *queries;                           /* [rows, heads, head_dim] */
     uint16_t **visible;                      /* by window kind and line: [column block][slots], or NULL */
     uint32_t *normed;                        /* of more than one block: all of them, in vnni_bf16, and as maps read them */
     uint8_t *inputs;
-    uint8_t *scratch;                        /* by thread: a normed block, attention's scores, a block as a map reads it, and a spare one */
+    uint8_t *scratch;                        /* by thread: a normed block, attention's scores, and a block as a map reads it */
     Barrier barrier;
 } Pass;
 
@@ -30,35 +30,6 @@ static int column_blocks_of(const Pass *p, const Line *line) { return (line->tok
 static int tokens_from(const Pass *p, int b0) {
     int left = p->rows - 16 * b0;
     return left < 16 * MOST_BLOCKS ? left : 16 * MOST_BLOCKS;
-}
-
-/* Low-rank activations down x of `low` for all blocks (vnni_bf16; without AMX rows_bf16), zero where a token has no
- * adapters; then all threads wait. */
-static void rank_down(Pass *p, const LowRank *low, const uint32_t *x, uint32_t *ranked, int me, int n) {
-    if (!low) return;
-    float sums[MOST_BLOCKS * 256] __attribute__((aligned(64)));
-    int from, to, most = p->c->adapted > 0 ? p->c->adapted : p->rows;
-    split(low->down.out / 16, me, n, &from, &to);
-    for (int b0 = 0; b0 < p->blocks; b0 += MOST_BLOCKS) {
-        int tokens = tokens_from(p, b0), blocks = (tokens + 15) / 16;
-        for (int t = from; t < to; t++) {
-            product(&low->down, NULL, t, from_block(&low->down, x, b0), NULL, tokens, sums);
-            for (int b = 0; b < blocks; b++) {
-                uint32_t adapted = 0;
-                for (int lane = 0; lane < 16; lane++) {
-                    int row = (b0 + b) * 16 + lane, line = p->line_of[row];
-                    if (p->first[line] + p->c->lines[line].tokens - row <= most) adapted |= 1u << lane;
-                }
-                uint32_t *out = ranked + (b0 + b) * input_bytes(low->down.out) / 4;
-                for (int o = 0; o < 16; o += 2) {
-                    const float *row = sums + 256 * b + 16 * o;
-                    U pairs = keep_u(mask16(adapted), paired(load16(row), load16(row + 16)));
-                    put_pairs(out, low->down.out, 8 * t + o / 2, pairs);
-                }
-            }
-        }
-    }
-    wait_for_team(&p->barrier, n);
 }
 
 static inline F silu_times(F gate, F up) {
@@ -156,10 +127,40 @@ static const uint32_t *inputs_of(Pass *p, const Map *map, const float *weight, c
         int tokens = p->rows - 16 * b < 16 ? p->rows - 16 * b : 16;
         if (!x) norm(p->x + (int64_t)b * hidden * 16, weight, hidden, p->m->eps, normed + (int64_t)b * hidden * 8);
         uint8_t *out = shared ? p->inputs + b * block_bytes(map) : mine + p->input;
-        input_of(map, (x ? x : normed) + (int64_t)b * map->in * 8, tokens, out, mine + p->spare);
+        input_of(map, (x ? x : normed) + (int64_t)b * map->in * 8, tokens, out);
     }
     if (shared) wait_for_team(&p->barrier, n);
     return reads_vnni(map) ? normed : (const uint32_t *)(shared ? p->inputs : mine + p->input);
+}
+
+/* Low-rank activations down x of `low` for all blocks (vnni_bf16; without AMX rows_bf16), zero where a token has no
+ * adapters; then all threads wait. weight, vnni: as inputs_of takes them. */
+static void rank_down(Pass *p, const LowRank *low, const float *weight, const uint32_t *vnni, uint32_t *ranked, int me, int n) {
+    if (!low) return;
+    const uint32_t *x = inputs_of(p, &low->down, weight, vnni, me, n);
+    float sums[MOST_BLOCKS * 256] __attribute__((aligned(64)));
+    int from, to, most = p->c->adapted > 0 ? p->c->adapted : p->rows;
+    split(low->down.out / 16, me, n, &from, &to);
+    for (int b0 = 0; b0 < p->blocks; b0 += MOST_BLOCKS) {
+        int tokens = tokens_from(p, b0), blocks = (tokens + 15) / 16;
+        for (int t = from; t < to; t++) {
+            product(&low->down, NULL, t, from_block(&low->down, x, b0), NULL, tokens, sums);
+            for (int b = 0; b < blocks; b++) {
+                uint32_t adapted = 0;
+                for (int lane = 0; lane < 16; lane++) {
+                    int row = (b0 + b) * 16 + lane, line = p->line_of[row];
+                    if (p->first[line] + p->c->lines[line].tokens - row <= most) adapted |= 1u << lane;
+                }
+                uint32_t *out = ranked + (b0 + b) * input_bytes(low->down.out) / 4;
+                for (int o = 0; o < 16; o += 2) {
+                    const float *row = sums + 256 * b + 16 * o;
+                    U pairs = keep_u(mask16(adapted), paired(load16(row), load16(row + 16)));
+                    put_pairs(out, low->down.out, 8 * t + o / 2, pairs);
+                }
+            }
+        }
+    }
+    wait_for_team(&p->barrier, n);
 }
 
 static void run_layer(Pass *p, int index, float *scores, int me, int n) {
@@ -172,8 +173,8 @@ static void run_layer(Pass *p, int index, float *scores, int me, int n) {
     float sums[MOST_BLOCKS * 256] __attribute__((aligned(64))), gate[MOST_BLOCKS * 256] __attribute__((aligned(64)));
 #define LOW(i) (low && low[i].ks ? low + (i) : NULL)
 
+    rank_down(p, LOW(0), layer->norm_in, NULL, p->ranked[0], me, n);
     const uint32_t *input = inputs_of(p, &layer->qkv, layer->norm_in, NULL, me, n);
-    rank_down(p, LOW(0), input, p->ranked[0], me, n);
     split(total * d / 16, me, n, &from, &to);
     for (int b0 = 0; b0 < p->blocks; b0 += MOST_BLOCKS) {
         int tokens = tokens_from(p, b0), blocks = (tokens + 15) / 16;
@@ -228,7 +229,7 @@ static void run_layer(Pass *p, int index, float *scores, int me, int n) {
         int64_t cached = ((int64_t)index * m->kv_heads + kv) * line->capacity * cached_row;
         const uint16_t *visible = p->visible[c->window[index] * c->count + item.line];
         if (visible) visible += (int64_t)block * slots;
-        attend(c->cache, line->keys + cached, line->values + cached, slots, d, q, columns, visible, bit, m->scale, column_blocks_of(p, line) == 1, scores, out);
+        attend(c->cache, line->keys + cached, line->values + cached, slots, d, q, columns, visible, bit, m->scale, column_blocks_of(p, line) == 1, m->rounded, scores, out);
         for (int col = 0; col < columns; col++) {
             int row = begin + (first + col) / p->group, head = kv * p->group + (first + col) % p->group;
             uint32_t *lane = p->attended + ((int64_t)(row / 16) * m->heads * d + head * d) * 8 + row % 16;
@@ -241,13 +242,13 @@ static void run_layer(Pass *p, int index, float *scores, int me, int n) {
     }
     wait_for_team(&p->barrier, n);
 
+    rank_down(p, LOW(1), NULL, p->attended, p->ranked[1], me, n);
     input = inputs_of(p, &layer->out, NULL, p->attended, me, n);
-    rank_down(p, LOW(1), input, p->ranked[1], me, n);
     add_product(p, &layer->out, LOW(1), input, p->ranked[1], me, n);
     wait_for_team(&p->barrier, n);
 
+    rank_down(p, LOW(2), layer->norm_mlp, NULL, p->ranked[0], me, n);
     input = inputs_of(p, &layer->gate_up, layer->norm_mlp, NULL, me, n);
-    rank_down(p, LOW(2), input, p->ranked[0], me, n);
     split(m->inner / 16, me, n, &from, &to);
     for (int b0 = 0; b0 < p->blocks; b0 += MOST_BLOCKS) {
         int tokens = tokens_from(p, b0), blocks = (tokens + 15) / 16;
@@ -266,8 +267,8 @@ static void run_layer(Pass *p, int index, float *scores, int me, int n) {
     }
     wait_for_team(&p->barrier, n);
 
+    rank_down(p, LOW(3), NULL, p->inner, p->ranked[1], me, n);
     input = inputs_of(p, &layer->down, NULL, p->inner, me, n);
-    rank_down(p, LOW(3), input, p->ranked[1], me, n);
     add_product(p, &layer->down, LOW(3), input, p->ranked[1], me, n);
     wait_for_team(&p->barrier, n);
 #undef LOW
@@ -354,12 +355,11 @@ static int begin_pass(Pass *p, const Model *m, const Call *c, int slots, int wid
     if (widest < m->inner) widest = m->inner;
     if (widest < m->heads * m->head_dim) widest = m->heads * m->head_dim;
     p->input = p->scored + 64 * ((size_t)slots + 16);
-    p->spare = p->input + most_block_bytes(widest);
-    p->own = p->spare + most_block_bytes(widest);
+    p->own = p->input + input_bytes(widest); /* no layout takes more */
     p->scratch = allocate(p->own * c->threads);
     size_t shared = blocks > 1 ? blocks : 0;
     p->normed = allocate(32 * shared * m->hidden + 1);
-    p->inputs = allocate(shared * most_block_bytes(widest) + 1);
+    p->inputs = allocate(shared * input_bytes(widest) + 1);
     if (!(p->x && p->qkv && p->cos && p->sin && p->attended && p->inner && p->ranked[0] && p->ranked[1] && p->queries && p->normed && p->inputs && p->scratch &&
           p->line_of && p->first && p->items))
         return -1;

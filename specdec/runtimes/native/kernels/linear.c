@@ -1,21 +1,47 @@
 /* Linear maps: one output tile for all tokens, and whole maps for callers of their own. */
 
+/* What `map` reads of vnni_bf16 `x`: itself, or else rounded tokens or rows of bf16, in `out`. */
+static const uint32_t *input_of(const Map *map, const uint32_t *x, int tokens, uint8_t *out) {
+    if (reads_vnni(map)) return x;
+    for (int b = 0; 16 * b < tokens; b++, x += 8 * (int64_t)map->in) {
+        int some = tokens - 16 * b < 16 ? tokens - 16 * b : 16;
+        if (map->rounded) round_inputs(x, map->in, some, (Rounded *)(out + b * block_bytes(map)));
+        else to_rows(x, map->in, some, out + b * block_bytes(map));
+    }
+    return (const uint32_t *)out;
+}
+
 /* The sums of output tile `t` of `map` (and `low`, on `down_x`, its rank's activations) for `tokens` tokens, from the
  * block on that `x` begins with, in the layout that `input_of` makes; bias added. */
 static void product(const Map *map, const LowRank *low, int t, const uint32_t *x, const uint32_t *down_x, int tokens, float *sums) {
-    int blocks = (tokens + 15) / 16, first = 0;
+    int blocks = (tokens + 15) / 16, first = 0, count = map->in / 32;
     const Part *part = map->parts;
     for (; t >= part->end; part++) first = part->end;
-    Side a = {NULL, (const uint8_t *)x, GROUPS[part->kind].codes, map->kind >= I8 ? map->in : INPUT_BYTES * (int64_t)map->in, block_bytes(map),
-              map->in / (map->kind >= I8 ? 64 : 32)};
-    Side b = {NULL, NULL, 1024, 0, 0, 0};
-    a.tiles = part->tiles + tiles_bytes(part->kind, a.count) * (t - first);
+    const uint8_t *tiles = part->tiles + tiles_bytes(part->kind, count) * (t - first), *inputs = (const uint8_t *)x;
+    Side b = {NULL, NULL, 0, 0, 0}, none = b;
     if (low && low->first[t] >= 0) {
-        b.count = low->ks, b.stride = INPUT_BYTES * (int64_t)low->down.out, b.block = 16 * b.stride;
-        b.tiles = low->up + 1024 * (int64_t)low->ks * t;
-        b.x = (const uint8_t *)down_x + tile_inputs() * (int64_t)low->first[t];
+        b = (Side){low->up + 1024 * (int64_t)low->ks * t, (const uint8_t *)down_x + tile_inputs() * (int64_t)low->first[t], INPUT_BYTES * (int64_t)low->down.out, 0, low->ks};
+        b.block = 16 * b.stride;
     }
-    tile_product(part->kind, &a, &b, tokens, map->kind >= I8 ? map->scale + 16 * t : NULL, sums);
+    if (map->rounded) {
+        for (int i = 0; i < blocks; i++)
+            integer_product(part->kind, tiles, count, (const Rounded *)(inputs + i * block_bytes(map)), tokens - 16 * i < 16 ? tokens - 16 * i : 16, sums + 256 * i);
+        if (b.count) {
+            float more[MOST_BLOCKS * 256] __attribute__((aligned(64)));
+            bf16_product(&b, &none, tokens, more);
+            for (int i = 0; i < 256 * blocks; i += 16) store16(sums + i, add16(load16(sums + i), load16(more + i)));
+        }
+    } else {
+        bf16 *unpacked = part->kind == BF16 ? NULL : allocate(1024 * (size_t)count);
+        if (part->kind != BF16 && !unpacked) { /* no memory: no numbers, and callers say so */
+            for (int i = 0; i < 256 * blocks; i += 16) store16(sums + i, set16(__builtin_nanf("")));
+            return;
+        }
+        if (unpacked) unpack_tiles(part->kind, tiles, count, unpacked);
+        Side a = {unpacked ? (const uint8_t *)unpacked : tiles, inputs, INPUT_BYTES * (int64_t)map->in, block_bytes(map), count};
+        bf16_product(&a, &b, tokens, sums);
+        free(unpacked);
+    }
     if (map->bias)
         for (int b = 0; b < blocks; b++)
             for (int o = 0; o < 16; o++) {
@@ -32,7 +58,7 @@ EXPORT int KERNEL(linear)(const Map *map, const float *weight, float eps, const 
     int blocks = (rows + 15) / 16, features = map->in, piece = features / parts;
     float *fm = allocate(64 * (size_t)blocks * piece);
     uint32_t *vnni = allocate(32 * (size_t)blocks * features);
-    uint8_t *scratch = allocate((size_t)(blocks + 1) * most_block_bytes(features));
+    uint8_t *scratch = allocate((size_t)blocks * block_bytes(map));
     float *tops = allocate(128 * (size_t)blocks * threads); /* by thread and row: the largest output so far, and which */
     if (fm && vnni && scratch && tops) {
         for (int lane = 0; lane < 16 * blocks * threads; lane++) tops[lane] = -__builtin_inff();
@@ -49,7 +75,7 @@ EXPORT int KERNEL(linear)(const Map *map, const float *weight, float eps, const 
                         store_u(to + 8 * i, paired(load16(from + 16 * i), load16(from + 16 * i + 16)));
             }
         }
-        const uint32_t *input = input_of(map, vnni, rows, scratch, scratch + blocks * block_bytes(map));
+        const uint32_t *input = input_of(map, vnni, rows, scratch);
         int team = 1; /* there may be fewer threads than we ask for */
 #pragma omp parallel num_threads(threads)
         {

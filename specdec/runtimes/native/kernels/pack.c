@@ -25,8 +25,8 @@ static int shape_of(int type, int *bytes, int *kind) {
     }
 }
 
-typedef struct { /* a block: weight i is scale[i / 32] code[i] + low[i / 32]; in Q6_K scale[i / 16] code[i] */
-    int8_t code[256];
+typedef struct { /* a block: weight i is scale[i / 32] code[i] + low[i / 32]; in Q6_K scale[i / 16] (code[i] - 32), in Q8_0 128 less */
+    uint8_t code[256];
     float scale[16], low[8];
     uint16_t d, m;          /* halves that the scales and lows are multiples of */
     uint8_t sc[16], mn[8];  /* ... by these */
@@ -37,20 +37,20 @@ static void read_block(int type, const uint8_t *p, Block *b) {
     b->d = word_at(type == Q6_K ? p + 208 : p), b->m = type == Q4_1 || type == Q5_1 || k ? word_at(p + 2) : 0;
     float d = half(b->d), m = half(b->m);
     if (type == Q8_0) {
-        memcpy(b->code, p + 2, 32);
+        for (int i = 0; i < 32; i++) b->code[i] = p[2 + i] ^ 128;
         b->scale[0] = d, b->low[0] = 0;
     } else if (!k) {
         const uint8_t *bits = p + (type == Q4_1 || type == Q5_1 ? 4 : 2), *nibbles = bits + (five ? 4 : 0);
-        for (int i = 0; i < 16; i++) b->code[i] = (int8_t)(nibbles[i] & 15), b->code[16 + i] = (int8_t)(nibbles[i] >> 4);
-        for (int i = 0; five && i < 32; i++) b->code[i] |= (int8_t)((bits[i / 8] >> i % 8 & 1) << 4);
+        for (int i = 0; i < 16; i++) b->code[i] = nibbles[i] & 15, b->code[16 + i] = nibbles[i] >> 4;
+        for (int i = 0; five && i < 32; i++) b->code[i] |= (uint8_t)((bits[i / 8] >> i % 8 & 1) << 4);
         b->scale[0] = d, b->low[0] = type == Q4_0 ? -8 * d : type == Q5_0 ? -16 * d : m;
     } else if (type == Q6_K) {
         for (int half_ = 0; half_ < 2; half_++) { /* of 128 weights: 64 bytes of nibbles, 32 of pairs */
             const uint8_t *nibbles = p + 64 * half_, *pairs = p + 128 + 32 * half_;
-            int8_t *code = b->code + 128 * half_;
+            uint8_t *code = b->code + 128 * half_;
             for (int i = 0; i < 64; i++) {
-                code[i] = (int8_t)(((nibbles[i] & 15) | (pairs[i % 32] >> (i < 32 ? 0 : 2) & 3) << 4) - 32);
-                code[64 + i] = (int8_t)((nibbles[i] >> 4 | (pairs[i % 32] >> (i < 32 ? 4 : 6) & 3) << 4) - 32);
+                code[i] = (uint8_t)((nibbles[i] & 15) | (pairs[i % 32] >> (i < 32 ? 0 : 2) & 3) << 4);
+                code[64 + i] = (uint8_t)(nibbles[i] >> 4 | (pairs[i % 32] >> (i < 32 ? 4 : 6) & 3) << 4);
             }
         }
         memcpy(b->sc, p + 192, 16);
@@ -66,26 +66,22 @@ static void read_block(int type, const uint8_t *p, Block *b) {
             for (int i = 0; i < 32; i++) {
                 int low = nibbles[32 * j + i] & 15, high = nibbles[32 * j + i] >> 4;
                 if (five) low |= (bits[i] >> 2 * j & 1) << 4, high |= (bits[i] >> (2 * j + 1) & 1) << 4;
-                b->code[64 * j + i] = (int8_t)low, b->code[64 * j + 32 + i] = (int8_t)high;
+                b->code[64 * j + i] = (uint8_t)low, b->code[64 * j + 32 + i] = (uint8_t)high;
             }
     }
 }
 
-/* Codes of 16 rows, 256 apart, to a tile's. */
-static void put_codes(int kind, const int8_t *code, uint8_t *codes) {
-    for (int row = 0; row < 16 && (kind == Q8 || kind == K6); row++) memcpy(codes + 32 * row, code + 256 * row, 32);
-    for (int row = 0; row < 16 && (kind == Q5 || kind == K5); row++) {
-        uint32_t bits = 0;
-        for (int i = 0; i < 32; i++) bits |= (uint32_t)(code[256 * row + i] >> 4 & 1) << i;
-        memcpy(codes + 256 + 4 * row, &bits, 4);
-    }
-    for (int quad = 0; quad < 4 && kind != Q8 && kind != K6; quad++) {
-        const int8_t *a = code + 1024 * quad, *b = a + 256, *c = b + 256, *d = c + 256;
-        uint16_t words[32];
-        for (int i = 0; i < 32; i++)
-            words[i] = (uint16_t)((a[i] & 15) | (b[i] & 15) << 4 | (c[i] & 15) << 8 | (d[i] & 15) << 12);
-        memcpy(codes + 64 * quad, words, 64);
-    }
+/* Codes of 16 rows, 256 apart, to a tile's, which is 0 so far. */
+static void put_codes(int kind, const uint8_t *code, uint8_t *codes) {
+    uint32_t quad, *to = (uint32_t *)codes; /* [vector][row] */
+    for (int row = 0; row < 16; row++)
+        for (int i = 0; i < 8; i++) {
+            memcpy(&quad, code + 256 * row + 4 * i, 4);
+            if (kind == Q8) to[16 * i + row] = quad;
+            else to[16 * (i % 4) + row] |= (quad & 0x0f0f0f0f) << (i < 4 ? 0 : 4);
+            if (kind == Q5 || kind == K5) to[64 + row] |= (quad >> 4 & 0x01010101) << i;
+            if (kind == K6) to[64 + 16 * (i / 4) + row] |= (quad >> 4 & 0x03030303) << 2 * (i % 4);
+        }
 }
 
 /* Bytes of the tiles that hold `out` rows of `in` weights of GGUF's `type`, and their kind; 0 for a type that none hold. */
@@ -103,8 +99,8 @@ EXPORT int KERNEL(pack_blocks)(const Table *table, int out, uint8_t *tiles, int 
     for (int t = 0; t < (good ? (out + 15) / 16 : 0); t++) {
         uint8_t *head = tiles + t * tiles_bytes(kind, in / 32);
         for (int at = 0; at < in / weights; at++, head += g.head + g.tiles * g.codes) {
-            int8_t codes[16 * 256] = {0};
-            memset(head, 0, (size_t)g.head);
+            uint8_t codes[16 * 256] = {0};
+            memset(head, 0, (size_t)tiles_bytes(kind, g.tiles));
             for (int row = 0; row < 16 && 16 * t + row < out; row++) {
                 Block b;
                 int64_t from = table->order ? table->order[16 * t + row] : 16 * t + row;
@@ -133,7 +129,8 @@ static void read_row(const Table *table, int64_t index, bf16 *to) {
         read_block(table->type, row, &b);
         for (int part = 0; part < weights / 16; part++) {
             float scale = b.scale[kind == K6 ? part : part / 2], low = kind == K6 ? 0 : b.low[part / 2];
-            for (int i = 16 * part; i < 16 * part + 16; i++) to[at + i] = narrow(b.code[i] * scale + low);
+            int less = kind == K6 ? 32 : kind == Q8 ? 128 : 0;
+            for (int i = 16 * part; i < 16 * part + 16; i++) to[at + i] = narrow((b.code[i] - less) * scale + low);
         }
     }
 }
@@ -158,67 +155,46 @@ EXPORT void KERNEL(pack)(const bf16 *weights, int out, int in, uint8_t *tiles, i
 
 /* --- for drafts --- */
 
-/* Round bf16 weights [out, in] to I8 tiles (or more, as `surplus` says) and a scale per row; rows up to the next multiple of
- * 16 are zero. */
-EXPORT void KERNEL(pack_i8)(const bf16 *weights, int out, int in, uint8_t *tiles, float *scale, int threads) {
-#pragma omp parallel for num_threads(threads)
-    for (int row = 0; row < (out + 15) / 16 * 16; row++) {
-        float most = 0;
-        const bf16 *source = weights + (int64_t)row * in;
-        for (int i = 0; row < out && i < in; i++) most = __builtin_fmaxf(most, __builtin_fabsf(widen(source[i])));
-        scale[row] = most / 127;
-        for (int i = 0; i < in; i++) {
-            float v = most > 0 ? __builtin_rintf(widen(source[i]) * (127 / most)) : 0;
-            tiles[16 * (int64_t)in * (row / 16) + 1024 * (i / 64) + 64 * (row % 16) + i % 64] = (uint8_t)((int)v + surplus());
+/* 32 numbers to Q8's or Q4's codes, and their scale and low in float16. Of some steps for Q4 the one that fits best: smaller
+ * ones cut the ends off. */
+static void fit(int kind, const float *v, uint8_t *codes, uint16_t *scale, uint16_t *low) {
+    const int most = kind == Q8 ? 255 : 15, less = kind == Q8 ? 128 : 0;
+    float first = v[0], last = v[0], best = __builtin_inff();
+    for (int i = 1; i < 32; i++) first = v[i] < first ? v[i] : first, last = v[i] > last ? v[i] : last;
+    if (kind == Q8) last = __builtin_fmaxf(last, -first), first = -last;
+    for (int turn = 0; turn < (kind == Q8 ? 1 : 4); turn++) {
+        float cut = 0.03f * turn * (last - first), error = 0;
+        uint16_t step = half_of((last - first - 2 * cut) / (kind == Q8 ? 254 : 15)), least = kind == Q8 ? 0 : half_of(first + cut);
+        float d = half(step), m = half(least), inverse = d > 0 ? 1 / d : 0;
+        uint8_t found[32];
+        for (int i = 0; i < 32; i++) {
+            float q = __builtin_rintf((v[i] - m) * inverse) + less;
+            q = q < 0 ? 0 : q > most ? most : q;
+            float gap = v[i] - (q - less) * d - m;
+            error += gap * gap, found[i] = (uint8_t)q;
         }
+        if (turn && error >= best) continue;
+        best = error, *scale = step, *low = least;
+        memcpy(codes, found, 32);
     }
 }
 
-/* Codes in 0 .. 15 for 32 numbers, and the step (1 .. 15) and the least (-128 .. 127) with which they fit these best. */
-static void fit4(const float *u, uint8_t *codes, int *step, int *least) {
-    float low = u[0], high = u[0], best = __builtin_inff();
-    for (int i = 1; i < 32; i++) low = u[i] < low ? u[i] : low, high = u[i] > high ? u[i] : high;
-    int widest = (int)((high - low) / 15) + 1;
-    for (int m = widest > 4 ? widest - 3 : 1; m <= widest; m++) { /* smaller ones cut the ends off */
-        float code[32], error = 0, z = __builtin_rintf((low + high - 15 * m) / 2);
-        for (int turn = 0; turn < 2; turn++) {
-            float rest = 0;
-            error = 0;
-            for (int i = 0; i < 32; i++) {
-                float v = __builtin_rintf((u[i] - z) * (1.0f / m));
-                code[i] = v < 0 ? 0 : v > 15 ? 15 : v;
-                float gap = u[i] - m * code[i] - z;
-                rest += gap, error += gap * gap;
+/* Round bf16 weights [out, in] to tiles of `kind`, Q8 or Q4; rows up to the next multiple of 16 are zero. */
+EXPORT void KERNEL(pack_rounded)(const bf16 *weights, int out, int in, int kind, uint8_t *tiles, int threads) {
+    const Group g = GROUPS[kind];
+#pragma omp parallel for num_threads(threads)
+    for (int t = 0; t < (out + 15) / 16; t++)
+        for (int k = 0; k < in / 32; k++) {
+            uint8_t *head = tiles + tiles_bytes(kind, (int64_t)t * (in / 32) + k), codes[16 * 256] = {0};
+            memset(head, 0, (size_t)tiles_bytes(kind, 1));
+            for (int row = 0; row < 16; row++) {
+                float v[32] = {0};
+                uint16_t scale, low;
+                for (int i = 0; i < 32 && 16 * t + row < out; i++) v[i] = widen(weights[(int64_t)(16 * t + row) * in + 32 * k + i]);
+                fit(kind, v, codes + 256 * row, &scale, &low);
+                memcpy(head + 2 * row, &scale, 2);
+                if (kind == Q4) memcpy(head + 32 + 2 * row, &low, 2);
             }
-            if (turn || m > 15 || z < -128 || z + 15 * m > 127) break;
-            z = __builtin_rintf(z + rest / 32);
+            put_codes(kind, codes, head + g.head);
         }
-        if (error >= best || m > 15 || z < -128 || z + 15 * m > 127) continue;
-        best = error, *step = m, *least = (int)z;
-        for (int i = 0; i < 32; i++) codes[i] = (uint8_t)code[i];
-    }
-}
-
-/* Round bf16 weights [out, in] to I4 tiles (or more, as `surplus` says) and a scale per row; rows up to the next multiple of
- * 16 are zero. */
-EXPORT void KERNEL(pack_i4)(const bf16 *weights, int out, int in, uint8_t *tiles, float *scale, int threads) {
-#pragma omp parallel for num_threads(threads)
-    for (int row = 0; row < (out + 15) / 16 * 16; row++) {
-        const bf16 *source = weights + (int64_t)row * in;
-        uint8_t *tile = tiles + tiles_bytes(I4, in / 64) * (row / 16);
-        float most = 0;
-        for (int i = 0; row < out && i < in; i++) most = __builtin_fmaxf(most, __builtin_fabsf(widen(source[i])));
-        scale[row] = most / 112; /* all steps up to 15 fit then */
-        for (int g = 0; g < in / 32; g++) { /* halves of tiles */
-            float u[32];
-            uint8_t codes[32] = {0}, *half_ = tile + tiles_bytes(I4, g / 2) + 32 * (g % 2), *to = tile + tiles_bytes(I4, g / 2) + GROUPS[I4].head + 256 * (g % 2);
-            int step = 1, least = 0;
-            for (int i = 0; most > 0 && i < 32; i++) u[i] = widen(source[32 * g + i]) * (112 / most);
-            if (most > 0) fit4(u, codes, &step, &least);
-            half_[row % 16] = (uint8_t)step, half_[16 + row % 16] = (uint8_t)(least + surplus());
-            for (int i = 0; i < 4; i++)
-                for (int j = 0; j < 4; j++)
-                    to[64 * i + 4 * (row % 16) + j] = (uint8_t)(codes[8 * i + j] | codes[8 * i + 4 + j] << 4);
-        }
-    }
 }

@@ -26,30 +26,26 @@ static inline F exp16(F x) {
     return scale16(p, n);
 }
 
-#define INLINE static inline __attribute__((always_inline)) /* `kind` is a constant wherever these are called */
+#define INLINE static inline __attribute__((always_inline)) /* `kind` and, mostly, `tokens` are constants where these are called */
 
-/* The codes of tile `k` of a row of tiles. */
-INLINE const uint8_t *codes_of(int kind, const uint8_t *tiles, int k) {
-    const Group g = GROUPS[kind];
-    return tiles + g.head * (int64_t)(k / g.tiles + 1) + g.codes * (int64_t)k;
-}
-
-typedef struct { /* what is multiplied: `count` tiles, bf16 ones `step` bytes apart; tokens `stride` bytes apart, blocks of them `block` */
+typedef struct { /* what is multiplied: `count` bf16 tiles; tokens `stride` bytes apart, blocks of them `block` */
     const uint8_t *tiles, *x;
-    int64_t step, stride, block;
+    int64_t stride, block;
     int count;
 } Side;
 
 /* Bytes of a block of what bf16 tiles are multiplied with. */
 static inline int64_t input_bytes(int features) { return 16 * INPUT_BYTES * (int64_t)features; }
 
-/* Bytes of a block of vnni_int8, or of rows_int8. */
-static inline int64_t int8_block_bytes(int features) { return 16 * (int64_t)features + 128; }
+typedef struct {      /* 32 inputs of a token, in 8 bits */
+    float scale, sum;   /* scale; the sum of x */
+    int32_t less[2];    /* -32 times the sum of each half of x: what codes that are 32 too large give too much */
+    int8_t x[32];
+} Rounded;
 
 /* Bytes of a block of what `map` reads, for the layout that `input_of` makes. */
-static inline int64_t block_bytes(const Map *map) { return map->kind >= I8 ? int8_block_bytes(map->in) : input_bytes(map->in); }
-
-/* Bytes of a block of what any map reads. */
-static inline int64_t most_block_bytes(int features) { return input_bytes(features) + 128; }
+static inline int64_t block_bytes(const Map *map) {
+    return map->rounded ? map->in / 2 * (int64_t)sizeof(Rounded) : input_bytes(map->in);
+}
 
 static inline const uint32_t *from_block(const Map *map, const uint32_t *x, int b) { return x + b * block_bytes(map) / 4; }

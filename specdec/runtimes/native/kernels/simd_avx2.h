@@ -47,6 +47,12 @@ static inline void store_u(void *p, U v) { _mm256_store_si256(p, v.a), _mm256_st
 static inline U set_u(uint32_t v) { return (U){_mm256_set1_epi32((int)v), _mm256_set1_epi32((int)v)}; }
 static inline U add_u(U a, U b) { PAIRWISE(U, _mm256_add_epi32); }
 static inline U sub_u(U a, U b) { PAIRWISE(U, _mm256_sub_epi32); }
+static inline U max_u(U a, U b) { PAIRWISE(U, _mm256_max_epi32); }
+static inline U and_u(U a, U b) { PAIRWISE(U, _mm256_and_si256); }
+static inline U or_u(U a, U b) { PAIRWISE(U, _mm256_or_si256); }
+static inline U without_u(U b, U a) { PAIRWISE(U, _mm256_andnot_si256); }
+static inline U shift_u(U v, int n) { return (U){_mm256_slli_epi32(v.a, n), _mm256_slli_epi32(v.b, n)}; }
+static inline U nearest_u(F v) { TWICE(U, _mm256_cvtps_epi32); }
 static inline U to_u(F v) { TWICE(U, _mm256_castps_si256); }
 static inline F to_f(U v) { TWICE(F, _mm256_castsi256_ps); }
 
@@ -84,9 +90,13 @@ static inline __m256 load_bf16_8(const bf16 *p) {
 static inline F load_bf16(const bf16 *p) { return (F){load_bf16_8(p), load_bf16_8(p + 8)}; }
 static inline __m256 load_int8_8(const void *p) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p))); }
 static inline F load_int8(const void *p) { return (F){load_int8_8(p), load_int8_8((const char *)p + 8)}; }
+static inline __m256 load_bytes8(const void *p) { return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(p))); }
+static inline F load_bytes(const void *p) { return (F){load_bytes8(p), load_bytes8((const char *)p + 8)}; }
 static inline __m256i half_up8(__m256 v) { /* the upper 16 bits are v's bf16 */
     __m256i bits = _mm256_castps_si256(v), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    __m256i tiny = _mm256_cmpgt_epi32(_mm256_set1_epi32(0x800000), _mm256_and_si256(bits, _mm256_set1_epi32(0x7fffffff)));
     bits = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+    bits = _mm256_andnot_si256(_mm256_and_si256(tiny, _mm256_set1_epi32(0x7fffffff)), bits); /* as AVX-512 does: no denormals */
     const __m256i nan = _mm256_set1_epi32(0x7fc00000);
     return _mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(bits), _mm256_castsi256_ps(nan), _mm256_cmp_ps(v, v, _CMP_UNORD_Q)));
 }
@@ -155,3 +165,63 @@ static inline void transpose(U *a) {
 
 static inline uint16_t half_of(float v) { return (uint16_t)_cvtss_sh(v, 0); } /* float16 */
 static inline float half(uint16_t v) { return _cvtsh_ss(v); }
+
+enum { WIDE = 8 };
+typedef __m256i Codes;
+typedef __m256 W;
+
+static inline Codes load_codes(const void *p) { return _mm256_loadu_si256(p); }
+static inline void store_codes(void *p, Codes v) { _mm256_storeu_si256(p, v); }
+static inline Codes same_codes(int v) { return _mm256_set1_epi8((char)v); }
+static inline Codes and_codes(Codes a, Codes b) { return _mm256_and_si256(a, b); }
+static inline Codes or_codes(Codes a, Codes b) { return _mm256_or_si256(a, b); }
+static inline Codes left_codes(Codes v, int n) { return _mm256_slli_epi16(v, n); }
+static inline Codes right_codes(Codes v, int n) { return _mm256_srli_epi16(v, n); }
+static inline W load_w(const float *p) { return _mm256_loadu_ps(p); }
+static inline void store_w(float *p, W v) { _mm256_storeu_ps(p, v); }
+static inline W set_w(float v) { return _mm256_set1_ps(v); }
+static inline W mul_w(W a, W b) { return _mm256_mul_ps(a, b); }
+static inline W fma_w(W a, W b, W c) { return _mm256_fmadd_ps(a, b, c); }
+static inline W fnma_w(W a, W b, W c) { return _mm256_fnmadd_ps(a, b, c); }
+static inline W whole_w(Codes v) { return _mm256_cvtepi32_ps(v); }
+static inline W halves_w(const void *p) { return _mm256_cvtph_ps(_mm_loadu_si128(p)); }
+static inline W bytes_w(const void *p) { return load_bytes8(p); }
+static inline W signed_bytes_w(const void *p) { return load_int8_8(p); }
+
+static inline Codes four_inputs(const int8_t *x) {
+    int32_t v;
+    memcpy(&v, x, 4);
+    return _mm256_set1_epi32(v);
+}
+
+#ifdef __AVXVNNI__
+static inline __attribute__((always_inline)) Codes sum_codes(int most, int chains, const Codes *codes, int n, const int8_t *x, int32_t start) {
+    Codes a = _mm256_set1_epi32(start), b = _mm256_setzero_si256();
+    for (int i = 0; i < n; i++)
+        if (chains > 1 && i & 1) b = _mm256_dpbusd_avx_epi32(b, codes[i], four_inputs(x + 4 * i));
+        else a = _mm256_dpbusd_avx_epi32(a, codes[i], four_inputs(x + 4 * i));
+    return chains > 1 ? _mm256_add_epi32(a, b) : a;
+}
+#else
+/* Products are added two by two in 16 bits, which hold 2 x 4 most 127; then in 32. Two of codes of 8 bits exceed them:
+ * those are multiplied without their 128, the sign on the inputs, and what `start` takes off is left out. */
+static inline __attribute__((always_inline)) Codes sum_codes(int most, int chains, const Codes *codes, int n, const int8_t *x, int32_t start) {
+    const __m256i ones = _mm256_set1_epi16(1);
+    const int together = most > 63 ? 1 : 32767 / (2 * 127 * most) < n ? 32767 / (2 * 127 * most) : n;
+    Codes sum = _mm256_set1_epi32(most > 63 ? 0 : start);
+    for (int i = 0; i < n; i += together) {
+        __m256i words = _mm256_setzero_si256();
+        for (int j = i; j < i + together && j < n; j++) {
+            Codes own = codes[j], token = four_inputs(x + 4 * j);
+            if (most > 63) {
+                own = _mm256_xor_si256(own, _mm256_set1_epi8(-128));
+                token = _mm256_sign_epi8(token, own), own = _mm256_abs_epi8(own);
+            }
+            __m256i two = _mm256_maddubs_epi16(own, token);
+            words = j == i ? two : _mm256_add_epi16(words, two);
+        }
+        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(words, ones));
+    }
+    return sum;
+}
+#endif

@@ -35,6 +35,12 @@ static inline void store_u(void *p, U v) { _mm512_store_si512(p, v); }
 static inline U set_u(uint32_t v) { return _mm512_set1_epi32((int)v); }
 static inline U add_u(U a, U b) { return _mm512_add_epi32(a, b); }
 static inline U sub_u(U a, U b) { return _mm512_sub_epi32(a, b); }
+static inline U max_u(U a, U b) { return _mm512_max_epi32(a, b); }
+static inline U and_u(U a, U b) { return _mm512_and_si512(a, b); }
+static inline U or_u(U a, U b) { return _mm512_or_si512(a, b); }
+static inline U without_u(U a, U b) { return _mm512_andnot_si512(b, a); } /* a without the bits of b */
+static inline U shift_u(U v, int n) { return _mm512_slli_epi32(v, (unsigned)n); }
+static inline U nearest_u(F v) { return _mm512_cvtps_epi32(v); }
 static inline U to_u(F v) { return _mm512_castps_si512(v); } /* the same bits */
 static inline F to_f(U v) { return _mm512_castsi512_ps(v); }
 
@@ -62,6 +68,7 @@ static inline F load_bf16(const bf16 *p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));
 }
 static inline F load_int8(const void *p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p))); }
+static inline F load_bytes(const void *p) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(p))); }
 static inline H narrow16(F v) { return (H)_mm512_cvtneps_pbh(v); } /* to nearest even, as torch does */
 static inline F rounded(F v) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow16(v)), 16)); }
 static inline void store_h(void *p, H v) { _mm256_store_si256((__m256i *)p, v); }
@@ -113,3 +120,42 @@ static inline void transpose(U *a) {
 
 static inline uint16_t half_of(float v) { return (uint16_t)_cvtss_sh(v, 0); } /* float16 */
 static inline float half(uint16_t v) { return _cvtsh_ss(v); }
+
+/* Vectors of WIDE outputs: their weights' codes, four inputs each, as bytes; their sums. */
+enum { WIDE = 16 };
+typedef __m512i Codes;
+typedef __m512 W;
+
+static inline Codes load_codes(const void *p) { return _mm512_loadu_si512(p); }
+static inline void store_codes(void *p, Codes v) { _mm512_storeu_si512(p, v); }
+static inline Codes same_codes(int v) { return _mm512_set1_epi8((char)v); }
+static inline Codes and_codes(Codes a, Codes b) { return _mm512_and_si512(a, b); }
+static inline Codes or_codes(Codes a, Codes b) { return _mm512_or_si512(a, b); }
+static inline Codes left_codes(Codes v, int n) { return _mm512_slli_epi16(v, (unsigned)n); } /* in words: bits of a neighbour come in */
+static inline Codes right_codes(Codes v, int n) { return _mm512_srli_epi16(v, (unsigned)n); }
+static inline W load_w(const float *p) { return _mm512_loadu_ps(p); }
+static inline void store_w(float *p, W v) { _mm512_storeu_ps(p, v); }
+static inline W set_w(float v) { return _mm512_set1_ps(v); }
+static inline W mul_w(W a, W b) { return _mm512_mul_ps(a, b); }
+static inline W fma_w(W a, W b, W c) { return _mm512_fmadd_ps(a, b, c); }
+static inline W fnma_w(W a, W b, W c) { return _mm512_fnmadd_ps(a, b, c); }
+static inline W whole_w(Codes v) { return _mm512_cvtepi32_ps(v); }
+static inline W halves_w(const void *p) { return _mm512_cvtph_ps(_mm256_loadu_si256(p)); }
+static inline W bytes_w(const void *p) { return load_bytes(p); }
+static inline W signed_bytes_w(const void *p) { return load_int8(p); }
+
+static inline Codes four_inputs(const int8_t *x) {
+    int32_t v;
+    memcpy(&v, x, 4);
+    return _mm512_set1_epi32(v);
+}
+
+/* start + the products of codes [n] and the inputs `x` [4 n], by output. most: the largest code. `chains` sums side by side:
+ * a product waits for the one before it in its sum. */
+static inline __attribute__((always_inline)) Codes sum_codes(int most, int chains, const Codes *codes, int n, const int8_t *x, int32_t start) {
+    Codes a = _mm512_set1_epi32(start), b = _mm512_setzero_si512();
+    for (int i = 0; i < n; i++)
+        if (chains > 1 && i & 1) b = _mm512_dpbusd_epi32(b, codes[i], four_inputs(x + 4 * i));
+        else a = _mm512_dpbusd_epi32(a, codes[i], four_inputs(x + 4 * i));
+    return chains > 1 ? _mm512_add_epi32(a, b) : a;
+}

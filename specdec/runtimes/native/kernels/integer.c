@@ -1,0 +1,203 @@
+/* Products of weights in blocks with activations in 8 bits.
+ *
+ * A token's activations are rounded in blocks of 32: whole numbers -127 .. 127 times the block's scale. Weights keep their
+ * codes, as bytes without sign. So the products of a block are whole numbers, whose sums have no order, and what follows is
+ * done for each token and output in one order, each step rounded once:
+ *     v = sum of codes times activations, times the weights' scale (plus that of the second half, where halves have their own)
+ *     v = v + (weights' low) times (sum of activations);    result = result + v times (activations' scale)
+ * A result depends neither on the tokens beside it nor on the instruction set. */
+
+enum { BEYOND = 4096 }; /* bytes ahead that are sent for */
+
+/* vnni_bf16 of up to 16 tokens to rounded [features / 32][tokens]. What is not finite makes its block's scale so. */
+static void round_inputs(const uint32_t *x, int features, int tokens, Rounded *out) {
+    const U sign = set_u(0x80000000), upper = set_u(0xffff0000), byte = set_u(255);
+    for (int k = 0; k < features / 32; k++, x += 256, out += tokens) {
+        uint32_t quads[8][16] __attribute__((aligned(64))), sums[2][16] __attribute__((aligned(64)));
+        float scale[16] __attribute__((aligned(64)));
+        U most = to_u(set16(1e-30f)); /* without their signs, floats order as whole numbers do, NaN last */
+        for (int i = 0; i < 16; i++) {
+            U pair = load_u(x + 16 * i);
+            most = max_u(most, max_u(without_u(shift_u(pair, 16), sign), without_u(and_u(pair, upper), sign)));
+        }
+        F inverse = div16(set16(127.0f), to_f(most));
+        store16(scale, mul16(to_f(most), set16(1 / 127.0f)));
+        for (int h = 0; h < 2; h++) {
+            U sum = set_u(0);
+            for (int g = 4 * h; g < 4 * h + 4; g++) {
+                U quad = set_u(0);
+                for (int j = 0; j < 2; j++) {
+                    U pair = load_u(x + 32 * g + 16 * j);
+                    U a = nearest_u(mul16(to_f(shift_u(pair, 16)), inverse)), b = nearest_u(mul16(to_f(and_u(pair, upper)), inverse));
+                    sum = add_u(sum, add_u(a, b));
+                    quad = or_u(quad, shift_u(or_u(and_u(a, byte), shift_u(and_u(b, byte), 8)), 16 * j));
+                }
+                store_u(quads[g], quad);
+            }
+            store_u(sums[h], sum);
+        }
+        for (int t = 0; t < tokens; t++) {
+            int32_t first = (int32_t)sums[0][t], second = (int32_t)sums[1][t];
+            out[t] = (Rounded){scale[t], (float)(first + second), {-32 * first, -32 * second}, {0}};
+            for (int g = 0; g < 8; g++) memcpy(out[t].x + 4 * g, &quads[g][t], 4);
+        }
+    }
+}
+
+/* The codes of a tile's inputs 4 i .. in codes[i], for WIDE outputs from 16 * WIDE bytes `at` of each vector on. */
+INLINE void codes_of_tile(int kind, const uint8_t *at, Codes *codes) {
+    const Codes nibble = same_codes(15);
+    const int extra = kind == Q5 || kind == K5 ? 1 : kind == K6 ? 2 : 0;
+    for (int i = 0; i < 8 && kind == Q8; i++) codes[i] = load_codes(at + 64 * i);
+    for (int i = 0; i < 4 && kind != Q8; i++) {
+        Codes both = load_codes(at + 64 * i);
+        codes[i] = and_codes(both, nibble), codes[i + 4] = and_codes(right_codes(both, 4), nibble);
+    }
+    for (int i = 0; i < 8 && extra; i++) {
+        const int from = extra * i % 8;
+        Codes bits = load_codes(at + 256 + 64 * (extra * i / 8));
+        bits = from < 4 ? left_codes(bits, 4 - from) : right_codes(bits, from - 4);
+        codes[i] = or_codes(codes[i], and_codes(bits, same_codes(extra == 1 ? 16 : 48)));
+    }
+}
+
+typedef struct {
+    W d, m;             /* of a group of tiles */
+    W scale, second, low; /* of a tile; second: of the upper half of its inputs */
+} Scales;
+
+INLINE void scales_of_group(int kind, const uint8_t *head, int first, Scales *s) {
+    s->scale = s->second = s->d = halves_w(head + 2 * first);
+    s->low = s->m = kind == Q8 || kind == K6 ? set_w(0) : halves_w(head + 32 + 2 * first);
+}
+
+INLINE void scales_of_tile(int kind, const uint8_t *head, int tile, int first, Scales *s) {
+    if (kind == K4 || kind == K5) {
+        s->scale = mul_w(s->d, bytes_w(head + 64 + 16 * tile + first));
+        s->low = mul_w(s->m, bytes_w(head + 192 + 16 * tile + first));
+    } else if (kind == K6) {
+        s->scale = mul_w(s->d, signed_bytes_w(head + 64 + 32 * tile + first));
+        s->second = mul_w(s->d, signed_bytes_w(head + 80 + 32 * tile + first));
+    }
+}
+
+/* sum + a tile's products with 32 inputs `x` of a token, for WIDE outputs. */
+INLINE W add_tile_of(int kind, int chains, const Codes *codes, const Scales *s, const Rounded *x, W sum) {
+    const int most = kind == Q8 ? 255 : kind == K6 ? 63 : kind == Q5 || kind == K5 ? 31 : 15;
+    W v;
+    if (kind == K6) {
+        v = mul_w(whole_w(sum_codes(most, 1, codes, 4, x->x, x->less[0])), s->scale);
+        v = fma_w(whole_w(sum_codes(most, 1, codes + 4, 4, x->x + 16, x->less[1])), s->second, v);
+    } else v = mul_w(whole_w(sum_codes(most, chains, codes, 8, x->x, kind == Q8 ? 4 * (x->less[0] + x->less[1]) : 0)), s->scale);
+    if (kind == Q4 || kind == Q5) v = fma_w(s->low, set_w(x->sum), v);
+    if (kind == K4 || kind == K5) v = fnma_w(s->low, set_w(x->sum), v);
+    return fma_w(v, set_w(x->scale), sum);
+}
+
+/* to [tokens][16 outputs] = a row of `count` tiles times `tokens` tokens, which lie beside each other in `x`. few: sums of so
+ * few tokens stay in registers. */
+INLINE void row_of_tiles(int kind, int few, int tokens, const uint8_t *at, int count, const Rounded *x, float (*to)[16]) {
+    enum { PARTS = 16 / WIDE };
+    const Group g = GROUPS[kind];
+    W sum[PARTS][16];
+    for (int t = 0; t < tokens; t++)
+        for (int p = 0; p < PARTS; p++) sum[p][t] = set_w(0);
+    for (int k = 0; k < count; k += g.tiles) {
+        const uint8_t *head = at;
+        Scales s[PARTS];
+        for (int p = 0; p < PARTS; p++) scales_of_group(kind, head, WIDE * p, s + p);
+        for (int i = 0; i < g.head; i += 64) _mm_prefetch((const char *)at + BEYOND + i, _MM_HINT_T0);
+        at += g.head;
+        for (int tile = 0; tile < g.tiles; tile++, at += g.codes, x += tokens) {
+            for (int i = 0; i < g.codes; i += 64) _mm_prefetch((const char *)at + BEYOND + i, _MM_HINT_T0);
+            for (int p = 0; p < PARTS; p++) {
+                Codes codes[8];
+                codes_of_tile(kind, at + 4 * WIDE * p, codes);
+                scales_of_tile(kind, head, tile, WIDE * p, s + p);
+                if (few) {
+#pragma GCC unroll 4
+                    for (int t = 0; t < few; t++) sum[p][t] = add_tile_of(kind, few > 2 ? 1 : 2, codes, s + p, x + t, sum[p][t]);
+                } else {
+#pragma GCC unroll 1
+                    for (int t = 0; t < tokens; t++) sum[p][t] = add_tile_of(kind, 1, codes, s + p, x + t, sum[p][t]);
+                }
+            }
+        }
+    }
+    for (int t = 0; t < tokens; t++)
+        for (int p = 0; p < PARTS; p++) store_w(to[t] + WIDE * p, sum[p][t]);
+}
+
+INLINE void rows_of_kind(int kind, int tokens, const uint8_t *tiles, int count, const Rounded *x, float (*to)[16]) {
+    switch (tokens) {
+    case 1: row_of_tiles(kind, 1, 1, tiles, count, x, to); break;
+    case 2: row_of_tiles(kind, 2, 2, tiles, count, x, to); break;
+    case 3: row_of_tiles(kind, 3, 3, tiles, count, x, to); break;
+    case 4: row_of_tiles(kind, 4, 4, tiles, count, x, to); break;
+    default: row_of_tiles(kind, 0, tokens, tiles, count, x, to);
+    }
+}
+
+/* sums[16 outputs][16 lanes] of a row of tiles in blocks and a block of `tokens` rounded tokens. Lanes without a token are 0. */
+static void integer_product(int kind, const uint8_t *tiles, int count, const Rounded *x, int tokens, float *sums) {
+    float to[16][16] __attribute__((aligned(64)));
+    switch (kind) {
+    case Q8: rows_of_kind(Q8, tokens, tiles, count, x, to); break;
+    case Q4: rows_of_kind(Q4, tokens, tiles, count, x, to); break;
+    case Q5: rows_of_kind(Q5, tokens, tiles, count, x, to); break;
+    case K4: rows_of_kind(K4, tokens, tiles, count, x, to); break;
+    case K5: rows_of_kind(K5, tokens, tiles, count, x, to); break;
+    default: rows_of_kind(K6, tokens, tiles, count, x, to);
+    }
+    if (tokens == 1) {
+        memset(sums, 0, 1024);
+        for (int o = 0; o < 16; o++) sums[16 * o] = to[0][o];
+        return;
+    }
+    U a[16];
+    for (int t = 0; t < 16; t++) a[t] = t < tokens ? load_u(to[t]) : set_u(0);
+    transpose(a);
+    for (int o = 0; o < 16; o++) store_u(sums + 16 * o, a[o]);
+}
+
+INLINE void unpack_kind(int kind, const uint8_t *at, int count, bf16 *to) {
+    const Group g = GROUPS[kind];
+    for (int k = 0; k < count; k += g.tiles) {
+        const uint8_t *head = at;
+        at += g.head;
+        for (int tile = 0; tile < g.tiles; tile++, at += g.codes, to += 512) {
+            uint8_t quads[8][16][4] __attribute__((aligned(64))), row[32] __attribute__((aligned(32)));
+            float scale[2][16], low[2][16];
+            for (int p = 0; p < 16 / WIDE; p++) {
+                Codes codes[8];
+                Scales s;
+                codes_of_tile(kind, at + 4 * WIDE * p, codes);
+                for (int i = 0; i < 8; i++) store_codes(quads[i][WIDE * p], codes[i]);
+                scales_of_group(kind, head, WIDE * p, &s);
+                scales_of_tile(kind, head, tile, WIDE * p, &s);
+                for (int h = 0; h < 2; h++) { /* the product of two of these numbers is exact */
+                    W own = kind == K6 && h ? s.second : s.scale, sign = set_w(kind == K4 || kind == K5 ? -1.0f : 1.0f);
+                    store_w(scale[h] + WIDE * p, own);
+                    store_w(low[h] + WIDE * p, kind == Q8 ? mul_w(own, set_w(-128)) : kind == K6 ? mul_w(own, set_w(-32)) : mul_w(s.low, sign));
+                }
+            }
+            for (int o = 0; o < 16; o++) {
+                for (int i = 0; i < 8; i++) memcpy(row + 4 * i, quads[i][o], 4);
+                for (int h = 0; h < 2; h++)
+                    store_h(to + 32 * o + 16 * h, narrow16(fma16(load_bytes(row + 16 * h), set16(scale[h][o]), set16(low[h][o]))));
+            }
+        }
+    }
+}
+
+/* A row of tiles in blocks, each weight rounded once, as bf16 tiles. */
+static void unpack_tiles(int kind, const uint8_t *tiles, int count, bf16 *to) {
+    switch (kind) {
+    case Q8: unpack_kind(Q8, tiles, count, to); break;
+    case Q4: unpack_kind(Q4, tiles, count, to); break;
+    case Q5: unpack_kind(Q5, tiles, count, to); break;
+    case K4: unpack_kind(K4, tiles, count, to); break;
+    case K5: unpack_kind(K5, tiles, count, to); break;
+    default: unpack_kind(K6, tiles, count, to);
+    }
+}
