@@ -25,6 +25,8 @@ from specdec.speculation.candidates import finish
 from specdec.speculation.draft import Draft, Drafter, State
 from specdec.speculation.ngram import Grower, Ints, Prior, Texts
 
+from .scoped import Scoped
+
 OWN = 1 << 20  # most tokens of a text that are matched
 STORE = 1 << 17  # tokens of earlier requests that are kept: 2.6 MB
 TRUST = {"corpus": 0.15, "store": 0.25, "own": 1.0}  # how many times the evidence of an occurrence counts
@@ -35,10 +37,11 @@ SAMPLED = 8  # most levels where tokens are sampled: noise is made for each
 
 
 class NgramRow:
-    """The text of one request, as far as it is entered. store: of earlier texts, those that this one may know."""
+    """The text of one request, as far as it is entered. store: of earlier texts of its scope, once it has drafted."""
 
-    def __init__(self, store: Texts | None) -> None:
-        self.texts, self.seen, self.store = Texts(OWN), 0, store
+    def __init__(self) -> None:
+        self.texts, self.seen = Texts(OWN), 0
+        self.store: Texts | None = None
 
 
 class NgramDrafter(Drafter):
@@ -61,7 +64,7 @@ class NgramDrafter(Drafter):
         self.nodes = None if nodes is None else options.whole("nodes", nodes, 1)
         self.size = STORE * store if isinstance(store, bool) else options.whole("store", store, 0)
         self.prior = bool(prior)
-        self.store = Texts(self.size) if self.size else None
+        self.stores = Scoped(lambda: Texts(self.size))
 
     def bind(self, target: Target) -> None:
         self.corpus, counted = None, None
@@ -72,7 +75,7 @@ class NgramDrafter(Drafter):
         self.grower = Grower(counted)
 
     def begin(self) -> NgramRow:
-        return NgramRow(self.store)
+        return NgramRow()
 
     def end(self, memory: NgramRow, ids: list[int]) -> None:
         if memory.store is not None:
@@ -88,6 +91,8 @@ class NgramDrafter(Drafter):
 
     def _grown(self, state: State, row: int, limit: int, given: Candidates) -> Candidates:
         memory, ids, chooser = state.memory[row], state.ids[row], state.sampler.rows[row]
+        if self.size and memory.store is None:
+            memory.store = self.stores.of(state.scopes[row] if state.scopes else None)
         memory.texts.add(ids[memory.seen :])
         memory.seen = len(ids)
         kept = (self.corpus, TRUST["corpus"]), (memory.store, TRUST["store"]), (memory.texts, TRUST["own"])

@@ -13,6 +13,7 @@ from specdec.base import options
 from specdec.base.errors import SpecDecError
 from specdec.speculation.draft import Draft, Drafter, State
 
+from .scoped import Scoped
 from .trie import merge
 
 STORE = 100_000  # tokens of earlier requests that ``store: true`` keeps: some 100 MB
@@ -26,6 +27,7 @@ class _Index:
     def __init__(self, sizes: range, most: int) -> None:
         self.sizes, self.most, self.places = sizes, most, dict[tuple[int, ...], tuple[Place, ...]]()
         self.seen = 0  # tokens of a row's text that are in it
+        self.store: _Store | None = None  # of earlier texts of the row's scope, once it has drafted
 
     def add(self, ids: list[int], begin: int) -> None:
         """Enter the n-grams of ``ids`` whose continuation starts at ``begin`` or later."""
@@ -81,20 +83,22 @@ class PromptLookupDrafter(Drafter):
         self.sizes = range(longest, shortest - 1, -1)
         self.continuations = options.whole("continuations", continuations, 1)
         size = STORE * store if isinstance(store, bool) else options.whole("store", store, 0)
-        self.store = _Store(self.sizes, self.continuations, size) if size else None
+        self.stores = Scoped(lambda: _Store(self.sizes, self.continuations, size)) if size else None
 
     def begin(self) -> _Index:
         return _Index(self.sizes, self.continuations)
 
     def end(self, memory: _Index, ids: list[int]) -> None:
-        if self.store is not None:
-            self.store.add(ids)
+        if memory.store is not None:
+            memory.store.add(ids)
 
     def propose(self, state: State, limit: int) -> Draft:
         return merge([self._lookup(state, row, limit) for row in range(len(state.ids))], state.cache.device)[0]
 
     def _lookup(self, state: State, row: int, limit: int) -> list[list[int]]:
         index, ids = state.memory[row], state.ids[row]
+        if self.stores is not None:
+            index.store = self.stores.of(state.scopes[row] if state.scopes else None)
         # An n-gram enters the index once its continuation is known, so the current suffix never finds itself.
         index.add(ids, index.seen)
         index.seen = len(ids)
@@ -109,8 +113,8 @@ class PromptLookupDrafter(Drafter):
     def _places(self, own: _Index, ids: list[int]) -> Iterator[Place]:
         """Where what the text ends with occurred before: long matches first, in the text itself first."""
         indexes = [own]
-        if self.store is not None:
-            indexes += [self.store.young, self.store.old]
+        if own.store is not None:
+            indexes += [own.store.young, own.store.old]
         for n in self.sizes:
             if n <= len(ids):
                 key = tuple(ids[-n:])

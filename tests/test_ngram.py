@@ -8,6 +8,7 @@ import math
 import random
 import re
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,15 @@ from transformers import PreTrainedModel
 from specdec import SpecDecoder
 from specdec.drafters import ngram as drafter
 from specdec.drafters.ngram import NgramDrafter
+from specdec.drafters.prompt_lookup import PromptLookupDrafter
+from specdec.engine.depth import FixedDepth
+from specdec.engine.engine import Engine
+from specdec.engine.request import Request
+from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.tree_drafting import Candidates
+from specdec.speculation.draft import Drafter
 from specdec.speculation.ngram import LONGEST, Grower, Prior, Texts
+from specdec.verifiers.exact import ExactVerifier
 
 NOTHING = Candidates([], [], [])
 LENGTHS, ESCAPE, RECENCY = (1, 2, 3, 4, 6, 9, 13), 8, 0.9
@@ -221,3 +229,21 @@ def test_no_long_passage_of_the_prompts_that_are_measured_is_in_the_corpus() -> 
     corpus = grams(lzma.decompress(packed).decode().replace("\0", " "))
     for prompts in files("specdec.bench").joinpath("data").iterdir():
         assert not grams(prompts.read_text("utf-8")) & corpus
+
+
+@pytest.mark.parametrize(
+    "make", [NgramDrafter, lambda: PromptLookupDrafter(store=True)], ids=["ngram", "prompt-lookup"]
+)
+def test_texts_of_one_scope_are_not_drafted_from_in_another(
+    llama: PreTrainedModel, make: Callable[[], Drafter]
+) -> None:
+    target, steps, made = ReferenceTarget(llama), [], make()
+    made.bind(target)
+    engine = Engine(target, made, ExactVerifier(), FixedDepth(8))
+    for scope in ("a", "b", "a"):
+        request = Request([5, 6, 7, 8], 24, scope=scope)
+        engine.submit(request)
+        for _ in engine.steps():
+            pass
+        steps.append(request.metrics.num_spec_steps)
+    assert steps[2] < steps[0] == steps[1]

@@ -144,9 +144,9 @@ class Batch:
     def _gather(self) -> None:
         rows = self.rows
         sampler = Sampler.of([row.sampling for row in rows])
-        memory = [row.memory for row in rows]
+        memory, scopes = [row.memory for row in rows], [row.scope for row in rows]
         self.state = replace(
-            self.state, cache=self.cache, sampler=sampler, ids=[row.ids for row in rows], memory=memory
+            self.state, cache=self.cache, sampler=sampler, ids=[row.ids for row in rows], memory=memory, scopes=scopes
         )
 
     # -- a step -------------------------------------------------------------------------------------------------------

@@ -137,7 +137,8 @@ class State:
     exit: of a drafter with several exits, the number of the last that tokens may go to; None: any.
     threshold: drafts are accepted without scoring, and only tokens that the drafter is at least this sure of are
         proposed. None: drafts are verified.
-    memory[b]: what the drafter keeps of row b (``Drafter.begin``).
+    memory[b]: what the drafter keeps of row b (``Drafter.begin``). scopes[b]: texts of one scope are not drafted from
+        in another.
     """
 
     target: Target
@@ -148,6 +149,7 @@ class State:
     exit: int | None = None
     threshold: float | None = None
     memory: list[Any] = field(default_factory=list)
+    scopes: list[str | None] = field(default_factory=list)
 
     @property
     def constrained(self) -> bool:
