@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from anyio.to_thread import run_sync
 from fastapi import FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse
@@ -17,8 +16,9 @@ from specdec import __version__
 from specdec.api.decoder import SpecDecoder
 from specdec.base.terminal import say
 from specdec.engine.engine import Engine
+from specdec.serve.bodies import CLOSED, BodyRoute, Intake
 from specdec.serve.errors import ErrorBody, add_handlers
-from specdec.serve.middleware import CLOSED, Body, Key, Log
+from specdec.serve.middleware import Key, Log
 from specdec.serve.responses import Chat, Completion, Response
 from specdec.serve.schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from specdec.serve.service import Service
@@ -39,11 +39,11 @@ def make_app(decoder: SpecDecoder, engine: Engine, settings: Settings, write: Ca
     """The application that serves ``decoder`` through ``engine``. write: takes the line of each request."""
     service = Service(decoder, engine, settings)
     app = FastAPI(title="specdec", version=__version__, docs_url=None, redoc_url=None, responses=ERRORS)
+    app.router.route_class, app.state.intake = BodyRoute, Intake(settings)
     add_handlers(app)
     _add_generation(app, service)
     _add_tokens(app, service)
     _add_state(app, service)
-    app.add_middleware(Body, settings=settings)
     app.add_middleware(Key, settings=settings)
     if settings.origins:
         app.add_middleware(
@@ -58,25 +58,21 @@ def make_app(decoder: SpecDecoder, engine: Engine, settings: Settings, write: Ca
 
 
 def _add_generation(app: FastAPI, service: Service) -> None:
+    run = app.state.intake.run
+
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatBody, request: Request) -> HTTPResponse:
-        service.check_model(body.model)
-        form = service.tool_form(body.offered)
-        prompt = await run_sync(service.encode_chat, body.messages, body.offered)
-        rule = await run_sync(service.constraint, body)
+        service.check(body)
+        form, names, prompt, rule = await run(request, service.chat, body)
         choices = service.submit([prompt], body, rule, shown_of(form, constrained=rule is not None), _caller(request))
-        names = list(body.forced) or [tool["function"]["name"] for tool in body.offered]
         shape = Chat(form, names, not body.several, forced=bool(body.forced))
-        response = Response(shape, service.settings.name, choices, body)
-        return await _answer(service, request, response)
+        return await _answer(service, request, Response(shape, service.settings.name, choices, body))
 
     @app.post("/v1/completions")
     async def completions(body: CompletionBody, request: Request) -> HTTPResponse:
-        service.check_model(body.model)
-        prompts = [await run_sync(service.encode_text, prompt) for prompt in body.prompts]
-        texts = [p if isinstance(p, str) else service.decode(p) for p in body.prompts if body.echo]
+        service.check(body, len(body.prompts))
+        prompts, texts, rule = await run(request, service.completion, body)
         shape = Completion([text for text in texts for _ in range(body.n or 1)])
-        rule = await run_sync(service.constraint, body)
         choices = service.submit(prompts, body, rule, scope=_caller(request))
         response = Response(shape, service.settings.name, choices, body)
         return await _answer(service, request, response)
@@ -105,20 +101,20 @@ async def _answer(service: Service, request: Request, response: Response) -> HTT
 
 
 def _add_tokens(app: FastAPI, service: Service) -> None:
+    run = app.state.intake.run
+
     @app.post("/tokenize")
-    async def tokenize(body: TokenizeBody) -> dict[str, Any]:
+    async def tokenize(body: TokenizeBody, request: Request) -> HTTPResponse:
         service.check_model(body.model)
-        if body.messages is not None:
-            ids = await run_sync(service.encode_chat, body.messages)
-        else:
-            ids = await run_sync(service.encode_text, body.prompt or "")
-        return {"count": len(ids), "max_model_len": service.context, "tokens": ids}
+        ids = await run(request, service.tokenize, body)
+        return JSONResponse({"count": len(ids), "max_model_len": service.context, "tokens": ids})
 
     @app.post("/detokenize")
-    async def detokenize(body: DetokenizeBody) -> dict[str, str]:
+    async def detokenize(body: DetokenizeBody, request: Request) -> HTTPResponse:
         service.check_model(body.model)
+        service.check_fits("tokens", len(body.tokens), service.context)
         service.check_tokens("tokens", body.tokens)
-        return {"prompt": await run_sync(service.decode, body.tokens, True)}
+        return JSONResponse({"prompt": await run(request, service.decode, body.tokens, True)})
 
 
 def _add_state(app: FastAPI, service: Service) -> None:

@@ -70,7 +70,6 @@ def add_handlers(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     def http(request: Request, error: HTTPException) -> JSONResponse:
         message = {
-            400: "the body is not JSON: bytes that are not UTF-8, a number that is too long, or nested too deeply",
             404: f"there is no {request.url.path[:100]}",
             405: f"{request.url.path} takes no {request.method}",
         }
@@ -98,12 +97,6 @@ def _branch(part: Any) -> bool:
 
 def _validation(found: Mapping[str, Any]) -> ApiError:
     """The refusal of a body that pydantic has ``found`` to be wrong."""
-    if found["type"] == "missing" and len(found["loc"]) == 1:
-        return ApiError(400, "the body is empty; send a JSON object", code="invalid_json")
-    if found["type"] == "json_invalid":
-        return ApiError(400, f"the body is not valid JSON: {found['ctx']['error']}", code="invalid_json")
-    if found["type"] == "model_attributes_type" and len(found["loc"]) == 1:
-        return ApiError(400, "the body must be a JSON object, with Content-Type: application/json", code="invalid_json")
     parts = []
     for part in found["loc"][1:]:
         if _branch(part) and found["type"] != UNKNOWN:

@@ -1,8 +1,7 @@
-"""What every request goes through: a line in the log, the key, and bounds on its body."""
+"""What every request goes through: a line in the log, and the key."""
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import hmac
 import time
@@ -11,12 +10,12 @@ from collections.abc import Callable
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from specdec.serve.bodies import CLOSED
 from specdec.serve.errors import ApiError
 from specdec.serve.settings import Settings
 
 OPEN = ("/", "/health")  # without the key
 QUIET = ("/health", "/metrics")  # without a line
-CLOSED = 499  # status, in the log, of a request whose client has gone
 
 
 class Log:
@@ -65,50 +64,3 @@ class Key:
                 return await ApiError(401, message, code="invalid_api_key").response()(scope, receive, send)
             scope.setdefault("state", {})["caller"] = hashlib.sha256(given).hexdigest()
         await self.app(scope, receive, send)
-
-
-class Body:
-    """Read bodies of up to ``max_body`` bytes, for at most ``patience`` seconds; refuse others."""
-
-    def __init__(self, app: ASGIApp, settings: Settings) -> None:
-        self.app, self.settings = app, settings
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST":
-            return await self.app(scope, receive, send)
-        try:
-            body = await self._read(Headers(scope=scope), receive)
-        except ApiError as error:
-            return await error.response()(scope, receive, send)
-        if body is None:
-            return None
-        waiting: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-
-        async def replayed() -> Message:
-            return waiting.pop() if waiting else await receive()
-
-        await self.app(scope, replayed, send)
-
-    async def _read(self, headers: Headers, receive: Receive) -> bytes | None:
-        """The whole body; None if the client has gone."""
-        most = self.settings.max_body
-        if (length := headers.get("content-length", "0")).isdecimal() and int(length) > most:
-            raise _too_large(most)
-        body = bytearray()
-        try:
-            async with asyncio.timeout(self.settings.patience):
-                while True:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        return None
-                    body += message.get("body", b"")
-                    if len(body) > most:
-                        raise _too_large(most)
-                    if not message.get("more_body"):
-                        return bytes(body)
-        except TimeoutError:
-            raise ApiError(408, f"the body did not arrive within {self.settings.patience:g} seconds") from None
-
-
-def _too_large(most: int) -> ApiError:
-    return ApiError(413, f"the body is larger than {most} bytes, the most that this server takes", code="too_large")

@@ -18,6 +18,7 @@ from specdec.serve.connections import BACKLOG, Connections
 from specdec.serve.settings import Settings
 
 MAX_HEADERS = 64 * 2**10  # bytes
+UNREAD = 256 * 2**10  # bytes that the system keeps for one client
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -28,6 +29,7 @@ def bind(host: str, port: int) -> socket.socket:
         )[0]
         found = socket.socket(family, kind, protocol)
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNREAD)  # of its connections
         found.bind(address)
         return found
     except (OSError, OverflowError) as error:

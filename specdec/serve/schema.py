@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from specdec.base.options import MAX_SEED
 from specdec.speculation.constraints import Json
@@ -19,13 +19,21 @@ def _token_id(given: str) -> str:
 
 MAX_STOPS = 4
 MAX_BIASES = 1024
+MAX_MEMBERS = 64  # of an object whose members are known
+MAX_MESSAGES = MAX_PROMPTS = 2048
+MAX_PARTS = 1024
+MAX_CALLS = 128
 Text = Annotated[str, Field(min_length=1)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 Top = Annotated[int, Field(ge=0, le=20)]
 Penalty = Annotated[float, Field(ge=-2, le=2)] | None
 TokenId = Annotated[str, AfterValidator(_token_id)]
-Bias = Annotated[float, Field(ge=-100, le=100)]
-Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+Biases = Annotated[
+    dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(lambda given: _few(given, MAX_BIASES))
+]
+Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
+Messages = Annotated[list["Message"], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+Prompts = Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)
 
 # Parameters that are not supported: the values by which clients say that they do not use them.
 UNUSED: dict[str, tuple[Any, ...]] = {
@@ -47,24 +55,20 @@ def _drop(given: Any, unused: dict[str, tuple[Any, ...]]) -> Any:
     return {k: v for k, v in given.items() if k not in unused or not (v is None or v in unused[k])}
 
 
+def _few(given: Any, most: int) -> Any:
+    """Bound members before they are looked at: each one that is wrong would be reported."""
+    if isinstance(given, dict) and len(given) > most:
+        raise ValueError(f"an object has {len(given)} members; at most {most} are taken")
+    return given
+
+
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
-
-class Body(Strict):
-    """A whole body."""
-
     @model_validator(mode="before")
     @classmethod
-    def _characters(cls, given: Any) -> Any:
-        """JSON can write a half of a surrogate pair, which is no character and which nothing after this can encode."""
-        try:
-            json.dumps(given, ensure_ascii=False, default=str).encode()
-        except UnicodeEncodeError:
-            raise ValueError("it has half of a surrogate pair in it, which is no character") from None
-        except RecursionError:
-            raise ValueError("it is nested too deeply") from None
-        return given
+    def _few_members(cls, given: Any) -> Any:
+        return _few(given, MAX_MEMBERS)
 
 
 class StreamOptions(Strict):
@@ -107,7 +111,7 @@ class ResponseFormat(Strict):
         return Json({"type": "object"} if self.json_schema is None else self.json_schema.schema_)
 
 
-class Sampling(Body):
+class Sampling(Strict):
     """What both endpoints take.
 
     speculative_decoding: false decodes plainly; the text is the same. include_metrics: what the request took, in the
@@ -123,13 +127,13 @@ class Sampling(Body):
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
     n: Annotated[int, Field(ge=1)] | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
     frequency_penalty: Penalty = None
     presence_penalty: Penalty = None
-    logit_bias: Annotated[dict[TokenId, Bias], Field(max_length=MAX_BIASES)] | None = None
+    logit_bias: Biases | None = None
     metadata: Any = None  # this and what follows changes nothing
     prompt_cache_key: Any = None
     safety_identifier: Any = None
@@ -214,9 +218,9 @@ class ToolCall(Strict):
 
 class Message(Strict):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[TextPart], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
     name: Annotated[str, Field(max_length=64)] | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_CALLS, fail_fast=True)] | None = None
     tool_call_id: Annotated[str, Field(max_length=256)] | None = None
     reasoning_content: str | None = None  # of an earlier answer; templates leave it out
 
@@ -273,11 +277,11 @@ class NamedTool(Strict):
 
 
 class ChatBody(Sampling):
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Messages
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Top | None = None
-    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=128, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
 
@@ -334,7 +338,7 @@ class ChatBody(Sampling):
 
 
 class CompletionBody(Sampling):
-    prompt: Text | Ids | Annotated[list[Text], Field(min_length=1)] | Annotated[list[Ids], Field(min_length=1)]
+    prompt: Text | Ids | Annotated[list[Text], Prompts] | Annotated[list[Ids], Prompts]
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     echo: bool = False
     logprobs: Top | None = None
@@ -367,10 +371,10 @@ class CompletionBody(Sampling):
         return list(self.prompt)  # type: ignore[arg-type]
 
 
-class TokenizeBody(Body):
+class TokenizeBody(Strict):
     model: str | None = None
     prompt: Text | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    messages: Messages | None = None
 
     @model_validator(mode="after")
     def _either(self) -> TokenizeBody:
@@ -379,6 +383,6 @@ class TokenizeBody(Body):
         return self
 
 
-class DetokenizeBody(Body):
+class DetokenizeBody(Strict):
     model: str | None = None
-    tokens: list[Annotated[int, Field(ge=0)]]
+    tokens: Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)]

@@ -17,7 +17,7 @@ from specdec.serve.choice import Choice
 from specdec.serve.errors import ApiError
 from specdec.serve.metrics import Metrics
 from specdec.serve.requests import make_request
-from specdec.serve.schema import ChatBody, CompletionBody, Message, Sampling
+from specdec.serve.schema import ChatBody, CompletionBody, Message, Sampling, TokenizeBody
 from specdec.serve.settings import Settings
 from specdec.serve.tools import ToolForm, form_of, grammar_of
 from specdec.speculation.constraints import Compiled, Constraint
@@ -46,6 +46,39 @@ class Service:
             message = f"there is no model '{name[:100]}'; this server has '{self.settings.name}'"
             raise ApiError(404, message, "model", "model_not_found")
 
+    def check(self, body: Sampling, prompts: int = 1) -> None:
+        """Raises ApiError for counts beyond this server's limits: before anything is made of them."""
+        self.check_model(body.model)
+        self.check_engine()
+        n, most = body.n or 1, self.settings.max_choices
+        if n * prompts > most:
+            message = f"{n * prompts} choices (prompts times n) are too many; this server gives at most {most}"
+            raise ApiError(400, message, "n", "invalid_value")
+        cap = self.settings.max_tokens
+        if cap is not None and body.limit is not None and body.limit > cap:
+            message = f"{body.limit} new tokens are too many; this server gives at most {cap}"
+            raise ApiError(400, message, "max_tokens", "invalid_value")
+        if body.top is not None:
+            self.decoder.check_logprobs()
+        self.check_tokens("logit_bias", list(body.bias))
+
+    def chat(self, body: ChatBody) -> tuple[ToolForm | None, list[str], list[int], Compiled | None]:
+        """How calls of its tools are written, their names, the prompt, and what the answer must be."""
+        offered = body.offered
+        form = self.tool_form(offered)
+        prompt = self.encode_chat(body.messages, offered)
+        names = list(body.forced) or [tool["function"]["name"] for tool in offered]
+        return form, names, prompt, self.constraint(body)
+
+    def completion(self, body: CompletionBody) -> tuple[list[list[int]], list[str], Compiled | None]:
+        """The prompts, their texts where they come before the answers, and what the answers must be."""
+        prompts = [self.encode_text(prompt) for prompt in body.prompts]
+        texts = [p if isinstance(p, str) else self.decode(p) for p in body.prompts if body.echo]
+        return prompts, texts, self.constraint(body)
+
+    def tokenize(self, body: TokenizeBody) -> list[int]:
+        return self.encode_text(body.prompt or "") if body.messages is None else self.encode_chat(body.messages)
+
     def encode_chat(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> list[int]:
         texts = [message.as_dict() for message in messages]
         return self._encode("messages", texts, tools=tools)
@@ -61,6 +94,8 @@ class Service:
         return form
 
     def encode_text(self, prompt: str | list[int]) -> list[int]:
+        if not isinstance(prompt, str):
+            self.check_fits("prompt", len(prompt))
         return self._encode("prompt", prompt, chat=False)
 
     def _encode(self, name: str, prompt: Any, **how: Any) -> list[int]:
@@ -70,14 +105,16 @@ class Service:
         except SpecDecError as error:
             code = TOO_LONG if isinstance(error, PromptTooLongError) else "invalid_value"
             raise ApiError(400, str(error), name, code) from None
-        most = self.context - 1
-        if self.settings.max_prompt_tokens is not None:
-            most = min(most, self.settings.max_prompt_tokens)
-        if len(ids) > most:
-            message = f"the prompt has {len(ids)} tokens; this server takes at most {most}; shorten it"
-            raise ApiError(400, message, name, TOO_LONG)
+        self.check_fits(name, len(ids))
         self.check_tokens(name, ids)
         return ids
+
+    def check_fits(self, name: str, tokens: int, most: int | None = None) -> None:
+        if most is None:
+            most = min(self.context - 1, self.settings.max_prompt_tokens or self.context)
+        if tokens > most:
+            message = f"there are {tokens} tokens in '{name}'; this server takes at most {most}; shorten it"
+            raise ApiError(400, message, name, TOO_LONG)
 
     def check_tokens(self, name: str, ids: Sequence[int]) -> None:
         if max(ids, default=0) >= self.decoder.target.vocab_size:
@@ -116,20 +153,8 @@ class Service:
 
         Raises ApiError where none is started.
         """
-        self.check_engine()
-        n, most = body.n or 1, self.settings.max_choices
-        if n * len(prompts) > most:
-            message = f"{n * len(prompts)} choices (prompts times n) are too many; this server gives at most {most}"
-            raise ApiError(400, message, "n", "invalid_value")
-        cap = self.settings.max_tokens
-        if cap is not None and body.limit is not None and body.limit > cap:
-            message = f"{body.limit} new tokens are too many; this server gives at most {cap}"
-            raise ApiError(400, message, "max_tokens", "invalid_value")
-        if body.top is not None:
-            self.decoder.check_logprobs()
-        self.check_tokens("logit_bias", list(body.bias))
         seed = secrets.randbelow(SEEDS) if body.seed is None else body.seed
-        rows = [prompt for prompt in prompts for _ in range(n)]
+        rows = [prompt for prompt in prompts for _ in range(body.n or 1)]
         choices: list[Choice] = []
         try:
             for index, (prompt, stream) in enumerate(zip(rows, streams(rows), strict=True)):
