@@ -422,3 +422,45 @@ def test_the_command_takes_a_draft_length(tmp_path: Path, monkeypatch: pytest.Mo
     for given, says in (("3", "asked for 3"), ("auto", "asked for auto"), ("0", "must be 'auto' or a number >= 1")):
         found = CliRunner().invoke(app, [*command, "--num-speculative-tokens", given])
         assert found.exit_code == 2 and says in found.stderr
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.evil.example", "[::1].x"]
+)
+def test_other_hosts_are_refused(server: Server, host: str) -> None:
+    for path in ("/", "/v1/models", "/health"):
+        error = refusal(httpx.get(server.url + path, headers={"Host": host}), 421)
+        assert "--allowed-hosts" in error["message"]
+
+
+def test_hosts_of_this_machine_and_those_named_are_answered(server: Server, decoder: SpecDecoder) -> None:
+    for host in ("localhost", "LOCALHOST:80", "127.0.0.1", "[::1]:8000", "10.0.0.7:1", socket.gethostname()):
+        assert httpx.get(server.url + "/health", headers={"Host": host}).status_code == 200, host
+    for hosts in (("a.example",), ("*",)):
+        with serving(decoder, Replay(lambda request: []), hosts=hosts) as named:
+            assert httpx.get(named.url + "/v1/models", headers={"Host": "a.example:80"}).status_code == 200
+
+
+def test_a_path_forges_no_line_and_health_has_a_head(server: Server) -> None:
+    assert httpx.get(server.url + "/x%0a127.0.0.1%20GET%20/%20200%1b[2J%c2%9b").status_code == 404
+    until(lambda: any("GET /x" in line for line in server.lines))
+    [line] = [line for line in server.lines if "GET /x" in line]
+    assert line.isascii() and line.isprintable()
+    assert httpx.head(server.url + "/health").status_code == 200
+
+
+WRONG_OPTIONS = [
+    ("--cors", "evil"), ("--cors", "https://a.example/path"), ("--name", ""), ("--name", "a\nb"), ("--max-body", "10"),
+    ("--allowed-hosts", "http://a"), ("--allowed-hosts", ""),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", WRONG_OPTIONS)
+def test_options_that_cannot_be_meant_are_refused_at_start(options: tuple[str, str]) -> None:
+    from typer.testing import CliRunner
+
+    from specdec import cli
+
+    result = CliRunner().invoke(cli.app, ["serve", "--model", "/nowhere", *options])
+    assert isinstance(result.exception, SpecDecError) or result.exit_code == 2
+    assert options[0] in str(result.exception) + result.output, (result.output, result.exception)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +14,7 @@ from specdec.cli import shared
 from specdec.cli.shared import panel
 from specdec.models.catalogue import DEFAULT_MODEL
 
+MIN_BODY = 1024  # bytes
 _server, _limits = map(panel, ("Server", "Limits"))
 
 
@@ -39,6 +41,10 @@ def serve(
     ] = None,
     cors: Annotated[
         list[str] | None, _server("--cors", "Let pages from this origin call the server; repeatable.", "ORIGIN")
+    ] = None,
+    allowed_hosts: Annotated[
+        list[str] | None,
+        _server("--allowed-hosts", "Further name by which clients call the server; '*': any; repeatable.", "HOST"),
     ] = None,
     quiet: Annotated[bool, _server("--quiet", "No line for each request.")] = False,
     num_speculative_tokens: shared.Depth = "auto",
@@ -79,13 +85,23 @@ def serve(
             api_key.isascii() and api_key.isprintable() and api_key.strip() == api_key != ""
         ):
             raise SpecDecError("--api-key must be printable ASCII characters, without spaces around")
+        for origin in cors or []:
+            if not re.fullmatch(r"\*|https?://[^/\s]+", origin):
+                raise SpecDecError(f"--cors takes an origin, such as https://a.example, or '*'; got '{origin}'")
+        hosts = [part.strip().lower() for text in allowed_hosts or [] for part in text.split(",")]
+        for allowed in hosts:
+            if not re.fullmatch(r"\*|[a-z0-9._-]+", allowed):
+                raise SpecDecError(f"--allowed-hosts takes names, such as a.example, or '*'; got '{allowed}'")
+        if name is not None and not (name.strip() and name.isprintable()):
+            raise SpecDecError("--name must be printable characters; leave it out for the model's own name")
         if "*" in (cors or []) and api_key is None and host != "127.0.0.1":
             say("note: any web page can use this server; set --api-key, or name origins in --cors")
         settings = Settings(
             name=name or (Path(model).resolve().name if os.path.exists(model) else model),
             api_key=api_key,
             origins=tuple(cors or ()),
-            max_body=_bytes("--max-body", max_body),
+            hosts=(host.lower(), *hosts),
+            max_body=_body(max_body),
             max_prompt_tokens=max_prompt_tokens,
             max_tokens=max_tokens,
             max_choices=max_choices,
@@ -121,6 +137,12 @@ def _bytes(flag: str, text: str) -> int:
     size = options.size(flag, text)
     if isinstance(size, float):
         raise SpecDecError(f"{flag} takes a size, such as 300MB; got '{text}'")
+    return size
+
+
+def _body(text: str) -> int:
+    if (size := _bytes("--max-body", text)) < MIN_BODY:
+        raise SpecDecError(f"--max-body must be at least {MIN_BODY} bytes, or no request fits; got '{text}'")
     return size
 
 

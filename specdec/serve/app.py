@@ -18,7 +18,7 @@ from specdec.base.terminal import say
 from specdec.engine.engine import Engine
 from specdec.serve.bodies import CLOSED, BodyRoute, Intake
 from specdec.serve.errors import ErrorBody, add_handlers
-from specdec.serve.middleware import Key, Log
+from specdec.serve.middleware import Hosts, Key, Log
 from specdec.serve.responses import Chat, Completion, Response
 from specdec.serve.schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from specdec.serve.service import Service
@@ -27,7 +27,7 @@ from specdec.serve.streaming import EventStream, unless_gone
 from specdec.serve.tools import shown_of
 
 PAGE = Path(__file__).with_name("page.html")
-POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'"
+POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:"
 DRAFTER = "X-Specdec-Drafter"
 ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorBody, "description": "The request is refused."},
@@ -53,6 +53,7 @@ def make_app(decoder: SpecDecoder, engine: Engine, settings: Settings, write: Ca
             allow_headers=["*"],
             expose_headers=[DRAFTER],
         )
+    app.add_middleware(Hosts, settings=settings)
     app.add_middleware(Log, write=write)  # the outermost
     return app
 
@@ -140,6 +141,7 @@ def _add_state(app: FastAPI, service: Service) -> None:
         service.check_model(name)
         return model
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health")
     async def health() -> dict[str, str]:
         service.check_engine()

@@ -1,11 +1,15 @@
-"""What every request goes through: a line in the log, and the key."""
+"""What every request goes through: a line in the log, the name it is for, and the key."""
 
 from __future__ import annotations
 
 import hashlib
 import hmac
+import re
+import socket
 import time
 from collections.abc import Callable
+from ipaddress import ip_address
+from urllib.parse import quote
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -45,7 +49,34 @@ class Log:
         finally:
             client = scope["client"][0] if scope.get("client") else "-"
             seconds = f"{time.perf_counter() - began:.3f} s"
-            self.write(", ".join([f"{client} {scope['method']} {scope['path'][:100]} {status}", seconds, *summary]))
+            self.write(
+                ", ".join([f"{client} {scope['method']} {quote(scope['path'][:100])} {status}", seconds, *summary])
+            )
+
+
+class Hosts:
+    """Refuse requests to other names than ``settings.hosts``, this machine's, and addresses.
+
+    A page of another site can have its own name lead here (DNS rebinding), and would be read as one of this server.
+    """
+
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+        self.app, self.hosts = app, {"", "localhost", socket.gethostname().lower(), *settings.hosts}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and not self._known(Headers(scope=scope).get("host", "")):
+            message = "this server does not have the name in the Host header; allow it with --allowed-hosts"
+            return await ApiError(421, message, code="unknown_host").response()(scope, receive, send)
+        await self.app(scope, receive, send)
+
+    def _known(self, given: str) -> bool:
+        host = re.sub(r":[0-9]*$", "", given.lower()).rstrip(".")
+        if "*" in self.hosts or host in self.hosts:
+            return True
+        try:
+            return bool(ip_address(host.removeprefix("[").removesuffix("]")))
+        except ValueError:
+            return False
 
 
 class Key:

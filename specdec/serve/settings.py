@@ -9,7 +9,8 @@ SECONDS = 30.0  # that a client may take to send its body, or to read what waits
 
 @dataclass(frozen=True)
 class Settings:
-    """name: of the model, as clients call it. api_key: None lets everybody in. origins: allowed by CORS.
+    """name: of the model, as clients call it. api_key: None lets everybody in. origins: allowed by CORS. hosts:
+    names by which clients may call the server, beside "localhost", this machine's and addresses; "*": any.
 
     Limits: max_body (bytes of a request), max_prompt_tokens and max_tokens (None: the model's context), max_choices (of
     one request: its prompts times ``n``), max_connections. patience: seconds for a client that sends or reads slowly.
@@ -18,6 +19,7 @@ class Settings:
     name: str
     api_key: str | None = None
     origins: tuple[str, ...] = ()
+    hosts: tuple[str, ...] = ()
     max_body: int = 4 * 2**20
     max_prompt_tokens: int | None = None
     max_tokens: int | None = None
