@@ -21,7 +21,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from memory import resident
 from rich.console import Console
 from rich.table import Table
 
@@ -101,6 +100,12 @@ def measure(args: argparse.Namespace, settings: dict[str, Any]) -> list[dict[str
                 with args.output.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(rows[-1]) + "\n")
     return sorted(rows, key=lambda row: row["context"])
+
+
+def resident(field: str) -> float:
+    """ "VmRSS" (now) or "VmHWM" (peak) of this process, in MB."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024 / 1e6
 
 
 def main() -> None:

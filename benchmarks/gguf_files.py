@@ -3,7 +3,7 @@
     pip install llama-cpp-python
     python benchmarks/gguf_files.py smollm2-135m-instruct MODEL.gguf --threads 2 --json result.json
 
-Each engine is a process of its own (``specdec.bench.peers``) and idles while the other runs; who begins alternates
+Each engine is a process of its own (``peers``) and idles while the other runs; who begins alternates
 from round to round. A round is plain greedy decoding after a short prompt, a prompt of 512 tokens, and passes over 1,
 2, 4, 8 and 16 tokens (the least of five each). The table has medians over the rounds, their ranges, and the median of
 the ratios within rounds: above 1 specdec is faster. Files are loaded with an empty cache folder first and again
@@ -11,7 +11,7 @@ afterwards.
 
 Bytes per token are those of the tensors that a pass reads: all but the embedding, where the output has a matrix of its
 own. Memory is the peak resident size of the process; mapped pages of the file count. ``--json`` keeps what was
-measured, for ``reckoning.py``.
+measured.
 """
 
 from __future__ import annotations
@@ -22,23 +22,51 @@ import statistics
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reckoning import read_shape
+import peers
+import torch
+from gguf import GGUFReader
 from rich.console import Console
 from rich.table import Table
-from runtime import read_bandwidth
 
 from specdec.base import cores
 from specdec.base.errors import SpecDecError
-from specdec.bench import peers
 from specdec.bench.environment import environment
 from specdec.models import catalogue
 
 ROWS, CONTEXT = (1, 2, 4, 8, 16), 2048
 PREFILL, PROMPT = 512, 64  # tokens
 Rounds = dict[str, list[dict[str, float]]]  # figures of each round, by engine
+
+
+@dataclass(frozen=True)
+class Shape:
+    """vocabulary: tokens. bytes_read: of the matrices that a pass reads."""
+
+    vocabulary: int
+    bytes_read: int
+
+
+def read_shape(file: Path) -> Shape:
+    """The shape of a GGUF file, from its header."""
+    tensors = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
+    embedding = tensors["token_embd.weight"]
+    unread = int(embedding.n_bytes) if "output.weight" in tensors else 0
+    return Shape(int(embedding.shape[1]), sum(int(tensor.n_bytes) for tensor in tensors.values()) - unread)
+
+
+def read_bandwidth(megabytes: int = 512) -> float:
+    """Bytes per second of reading memory once with all threads: the best of several sums."""
+    data = torch.ones(megabytes * 2**20 // 4)
+    best = float("inf")
+    for _ in range(9):
+        start = time.perf_counter()
+        data.sum()
+        best = min(best, time.perf_counter() - start)
+    return data.nbytes / best
 
 
 def gguf_of(model: str) -> Path:
@@ -70,10 +98,10 @@ def measure(model: str, args: argparse.Namespace, cache: Path) -> dict[str, Any]
     missing, loading = "", {"path": str(file), "threads": args.threads, "context": CONTEXT}
     loading |= {"mode": "", "source": "", "depth": None}
     own = {"SPECDEC_CACHE": str(cache), "OMP_NUM_THREADS": str(args.threads), "PYTHONPATH": str(Path(__file__).parent)}
-    makers = {"specdec": lambda: peers.Process("engines:Specdec", **own)}
+    makers = {"specdec": lambda: peers.Process("engine_specdec:Specdec", **own)}
     about: dict[str, Any] = {}
     if not args.alone:
-        makers["llama.cpp"] = lambda: peers.Process(peers.require("llama.cpp").engine)
+        makers["llama.cpp"] = lambda: peers.Process(peers.PEERS["llama.cpp"].engine)
     try:
         for name, make in makers.items():
             try:
@@ -100,7 +128,7 @@ def measure(model: str, args: argparse.Namespace, cache: Path) -> dict[str, Any]
         for engine in running.values():
             engine.close()
     result = {"file": Path(model).name, "threads": args.threads, "gb_per_s": read_bandwidth() / 1e9, "missing": missing}
-    result |= {"bytes": dict(shape.bytes), "bytes_read": shape.bytes_read, "products": shape.products}
+    result["bytes_read"] = shape.bytes_read
     held = {key: about["specdec"][key] for key in ("runtime", "storage", "bytes_read")}
     return result | {"specdec": held, "rounds": rounds, "loads": loads, "memory": peaks}
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 import zoo
 from conftest import Scripted, greedy_reference, settle, tiny_model
-from expert_study import Oracle, Shuffled, StudyStore, replay
+from recorded_experts import RecordingStore, Shuffled, replay
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny_moe
 from typer.testing import CliRunner
@@ -70,13 +70,13 @@ def folder(mixtral, tmp_path_factory):
 @pytest.fixture
 def uncached(monkeypatch):
     """Experts are loaded whenever they are demanded."""
-    monkeypatch.setattr("specdec.runtimes.experts.offload.ExpertStore", partial(StudyStore, caching=False))
+    monkeypatch.setattr("specdec.runtimes.experts.offload.ExpertStore", partial(RecordingStore, caching=False))
 
 
 @pytest.fixture
 def recorded(monkeypatch):
     """Stores record what they are asked for."""
-    monkeypatch.setattr("specdec.runtimes.experts.offload.ExpertStore", StudyStore)
+    monkeypatch.setattr("specdec.runtimes.experts.offload.ExpertStore", RecordingStore)
 
 
 def texts(count: int, seed: int = 0) -> list[Answer]:
@@ -235,19 +235,6 @@ def test_figures_are_of_the_decoding_alone_and_agree_with_a_replay(mixtral, fold
         store.counters.unused,
     )
     decoder.close()
-
-
-def test_the_oracle_misses_nothing_it_has_seen(mixtral, folder):
-    decoder = SpecDecoder(mixtral, None, "none", experts=ExpertOptions(2 / 6, folder=folder, adaptive=False))
-    decoder.target.experts.predictor = Oracle(6)
-    own = decoder.target.experts.store
-    demand = own.demand
-    own.demand = lambda row, experts: settle(own) or demand(row, experts)  # there is always time
-    rates = [
-        decoder.generate(PROMPT, max_new_tokens=COUNT, ignore_eos=True).metrics.experts["hit_rate"] for _ in range(2)
-    ]
-    decoder.close()
-    assert rates[0] < rates[1] == 1.0
 
 
 def test_a_predictor_that_can_be_fitted_is_fitted_and_kept(mixtral, folder):

@@ -8,14 +8,16 @@ import os
 from pathlib import Path
 from textwrap import dedent
 
+import other_engines
+import peers
 import pytest
+from peers import PEERS, Peer, Process
 from tiny import save_tiny
 from typer.testing import CliRunner
 
 from specdec import cli
 from specdec.base.errors import SpecDecError
-from specdec.bench import methods, peers
-from specdec.bench.peers import PEERS, Peer, Process
+from specdec.bench import cell, methods
 from specdec.models import loading
 
 NEW = 6
@@ -24,6 +26,14 @@ NEW = 6
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engines are methods until the test ends."""
+    for name in PEERS:
+        monkeypatch.setitem(cell.OTHERS, name, cell.OTHERS["hf"])
+    other_engines.register()
 
 
 @pytest.fixture
@@ -56,6 +66,7 @@ def scripted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     engine = "scripted:Scripted"
     monkeypatch.setitem(PEERS, "llama.cpp", Peer(engine, "json", "llama-cpp-python", ("config.json",)))
+    other_engines.register()
     return engine
 
 
@@ -78,7 +89,7 @@ def one_line_error(result) -> str:
 
 
 @pytest.mark.usefixtures("scripted")
-def test_another_engine_runs_beside_ours_and_is_named(bench, tmp_path: Path) -> None:
+def test_another_engine_runs_beside_ours_and_is_named(bench, tmp_path: Path, monkeypatch) -> None:
     result = bench("--methods", "llama.cpp,prompt-lookup@3", "--json", "--output", str(tmp_path / "out"))
     assert result.exit_code == 0, result.output
     summary = json.loads(result.stdout.splitlines()[-1])
@@ -102,6 +113,7 @@ def test_another_engine_runs_beside_ours_and_is_named(bench, tmp_path: Path) -> 
     rows = [json.loads(line) for line in (tmp_path / "out/results.jsonl").read_text().splitlines()]
     (row, _) = (row for row in rows if row["method"] == "llama.cpp")
     assert row["first_tokens"] == 1 and len(row["arrivals"]) == 1 + 3  # the third pair is cut at the limit
+    monkeypatch.delitem(cell.OTHERS, "llama.cpp")  # a report needs no engine
     report = CliRunner().invoke(cli.app, ["report", str(tmp_path / "out"), "--format", "markdown"])
     assert "x llama.cpp" in report.stdout, report.output + repr(report.exception)
 
@@ -126,6 +138,7 @@ def test_an_engine_that_fails_is_one_line(bench, scripted: str, monkeypatch, var
 @pytest.mark.parametrize(("name", "package"), [("llama.cpp", "llama-cpp-python"), ("openvino", "openvino-genai")])
 def test_an_engine_that_is_not_installed_is_refused_first(bench, monkeypatch, name: str, package: str) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda module: None)
+    other_engines.register()
     monkeypatch.setattr(loading, "load", None)
     line = one_line_error(bench("--methods", f"none,{name}"))
     assert f"'{name}' is not installed" in line and line.endswith(f"pip install {package}")
@@ -154,7 +167,7 @@ def test_a_model_that_an_engine_does_not_read_is_refused(folder: Path, tmp_path:
         peers.readable("openvino", None)
     (tmp_path / "openvino_model.xml").touch()
     assert peers.readable("openvino", tmp_path) == tmp_path
-    assert methods.model_file("ORG/NAME") is None and methods.model_file(str(folder)) == folder
+    assert other_engines.model_file("ORG/NAME") is None and other_engines.model_file(str(folder)) == folder
 
 
 @pytest.mark.model

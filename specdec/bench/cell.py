@@ -1,8 +1,8 @@
 """A cell: one measurement, described by plain values, and what comes out of it.
 
 A cell is one method on one prompt set, with the baselines that run interleaved beside it. A method is a drafter with
-its options, ``model.generate`` in one of its modes (``hf``, ``hf-lookup``, ``hf-early-exit``, ``hf-assistant=MODEL``),
-or another engine (``specdec.bench.peers``).
+its options, or one of ``OTHERS``: ``model.generate`` in one of its modes (``hf``, ``hf-lookup``, ``hf-early-exit``,
+``hf-assistant=MODEL``), or another engine that ``benchmarks/other_engines.py`` adds.
 ``specdec.bench.run.run_cell`` returns one JSON-able mapping:
 
     key          ``cell.key()``
@@ -50,38 +50,69 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
+from pydantic_core import PydanticCustomError
 
 from specdec.base import options
 from specdec.base.errors import SpecDecError, did_you_mean
 from specdec.base.options import GREEDY_BELOW, MAX_SEED, Activations, KVCache, Runtime, Weights
 from specdec.base.settings import Settings
-from specdec.bench.peers import PEERS
 from specdec.models.catalogue import DEFAULT_MODEL
 from specdec.speculation import registry
 
-HF_METHODS = ("hf", "hf-lookup", "hf-early-exit", "hf-assistant")
-OTHERS = (*HF_METHODS, *PEERS)  # methods in which another engine decodes
-PLAIN = ("none", "hf", "llama.cpp", "openvino")  # those that draft nothing
-WITH_SOURCE = {"hf-assistant": "MODEL", "llama.cpp-draft-model": "FILE"}  # NAME=SOURCE
+
+@dataclass(frozen=True)
+class Other:
+    """A method in which another engine decodes.
+
+    method: "module:Class" of a ``specdec.bench.methods.Method`` that is made of the model and the cell. options: their
+    names. drafts: whether it drafts. source: what NAME=SOURCE names; "": it takes none. missing: why it cannot run.
+    """
+
+    method: str = "specdec.bench.methods:HFMethod"
+    options: tuple[str, ...] = ()
+    drafts: bool = True
+    source: str = ""
+    missing: str = ""
+
+
+OTHERS = {  # by name
+    "hf": Other(drafts=False),
+    "hf-lookup": Other(),
+    "hf-early-exit": Other(options=("exit_layer",)),
+    "hf-assistant": Other(source="MODEL"),
+}
 
 Progress = Callable[[int, int, int], None]  # requests done, requests in all, tokens decoded so far
 
 Text = Annotated[str, Field(min_length=1, description="text")]
 Count = Annotated[int, Field(ge=1, description="a whole number >= 1")]
-Baseline = Literal["none", "hf", "hf-lookup", "hf-early-exit", "llama.cpp", "openvino"]
+
+
+def _baselines() -> tuple[str, ...]:
+    return ("none", *(name for name, other in OTHERS.items() if not other.source))
+
+
+def _baseline(name: str) -> str:
+    if name not in (known := _baselines()):
+        raise PydanticCustomError("choice", "unknown", {"expected": ", ".join(known)})
+    return name
 
 
 def check_other(name: str, given: Mapping[str, Any]) -> tuple[str, str]:
-    """The kind and the source of a method of ``OTHERS``. Raises SpecDecError for options that it has not."""
+    """The kind and the source of a method of ``OTHERS``. Raises SpecDecError for options that it has not, and where it
+    cannot run."""
     kind, _, source = name.partition("=")
-    if kind in WITH_SOURCE and not source:
-        raise SpecDecError(f"'{kind}' needs a second model; give {kind}={WITH_SOURCE[kind]}")
-    known = ("exit_layer",) if kind == "hf-early-exit" else ("context",) if kind in PEERS else ()
-    options.check(kind, given, known, source if kind not in WITH_SOURCE and source else None)
+    other = OTHERS[kind]
+    if other.source and not source:
+        raise SpecDecError(f"'{kind}' needs a second model; give {kind}={other.source}")
+    if other.missing:
+        raise SpecDecError(f"'{kind}' {other.missing}")
+    options.check(kind, given, other.options, source if not other.source and source else None)
     return kind, source
 
 
@@ -127,8 +158,8 @@ class Cell(Settings):
     max_new_tokens: Count = 128
     batch_size: Count = 1
     repetitions: Count = 1
-    against: tuple[Baseline, ...] = Field(
-        ("none",), strict=False, description=f"a list of {', '.join(get_args(Baseline))}"
+    against: tuple[Annotated[str, AfterValidator(_baseline)], ...] = Field(
+        ("none",), strict=False, description=f"a list of {', '.join(_baselines())}"
     )
 
     @property
@@ -139,7 +170,7 @@ class Cell(Settings):
 
     @property
     def is_other(self) -> bool:
-        """Whether another engine decodes: ``model.generate``, or a peer."""
+        """Whether another engine decodes."""
         return self.drafter.partition("=")[0] in OTHERS
 
     def but(self, **changes: Any) -> Cell:
@@ -151,7 +182,7 @@ class Cell(Settings):
         changes: dict[str, Any] = {}
         if self.drafter == "none" or self.is_other:
             changes = {"verifier": "exact", "verifier_options": {}}
-        if self.drafter in PLAIN:
+        if self.drafter == "none" or (self.drafter in OTHERS and not OTHERS[self.drafter].drafts):
             changes["num_speculative_tokens"] = "auto"
         return self.but(**changes)
 

@@ -1,4 +1,4 @@
-"""The methods of a benchmark, timed alike: our decoder with a drafter, ``model.generate``, or another engine.
+"""The methods of a benchmark, timed alike: our decoder with a drafter, or ``model.generate``.
 
 Tokens are raw ids on both sides, cut after the end-of-sequence token; nothing is re-tokenised. Knows no prompt sets and
 no statistics.
@@ -9,10 +9,12 @@ from __future__ import annotations
 import copy
 import re
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -21,16 +23,14 @@ from transformers.generation.streamers import BaseStreamer
 from specdec.api.decoder import SpecDecoder
 from specdec.base import options
 from specdec.base.errors import SpecDecError
-from specdec.bench import peers
 from specdec.bench.cell import Cell, check_other
 from specdec.engine.metrics import RequestMetrics
-from specdec.models import catalogue, loading
+from specdec.models import loading
 from specdec.models.blocks import dense, densify
 
 WARM_UP, CONTEXT = 8, 64  # new tokens and prompt tokens of the request that warms a method up
 SAMPLING = ("temperature", "top_p", "top_k")
 PASSES = (1, 2, 4, 8, 16)  # tokens of the passes that are timed before anything else
-PEER_CONTEXT = 4096  # tokens for which another engine makes room
 LOOKUP = 10  # tokens that model.generate's prompt lookup drafts where our depth is automatic
 
 
@@ -71,13 +71,28 @@ class Reply:
         return (self.seconds - self.first_seconds * after_first) / count if count > 0 else None
 
 
-class OwnMethod:
-    """Our loop with one drafter and one acceptance rule. Sampled tokens depend on the seed alone (``seeded``)."""
+class Method:
+    """What all methods have.
 
-    seeded: ClassVar[bool] = True
+    seeded: sampled tokens depend on the seed alone. same_arithmetic: greedy tokens are those of plain decoding.
+    engine: version and settings of another engine. pass_seconds: of its passes, by number of tokens.
+    """
+
+    lossless: bool = True
+    seeded: ClassVar[bool] = False
     same_arithmetic: ClassVar[bool] = True
     engine: dict[str, Any] | None = None
-    pass_seconds: ClassVar[dict[str, float]] = {}
+    pass_seconds: Mapping[str, float] = MappingProxyType({})
+
+    def reply(self, prompts: list[list[int]], count: int, seed: int) -> Reply:
+        """Answer ``prompts`` with at most ``count`` new tokens each."""
+        raise NotImplementedError
+
+
+class OwnMethod(Method):
+    """Our loop with one drafter and one acceptance rule."""
+
+    seeded = True
 
     def __init__(self, decoder: SpecDecoder, cell: Cell) -> None:
         self.decoder = decoder
@@ -85,7 +100,6 @@ class OwnMethod:
         self.lossless = decoder.verifier.lossless
 
     def reply(self, prompts: list[list[int]], count: int, seed: int) -> Reply:
-        """Answer ``prompts`` with at most ``count`` new tokens each."""
         start = time.perf_counter()
         with self.decoder.open(prompts, max_new_tokens=count, seed=seed, **self.settings) as generation:
             arrivals = [time.perf_counter() - start for _ in generation.steps()]
@@ -101,20 +115,14 @@ class OwnMethod:
         )
 
 
-class HFMethod:
+class HFMethod(Method):
     """``model.generate``: plain, with prompt lookup, an early exit (option: exit_layer), or a draft model."""
-
-    lossless = True
-    seeded: ClassVar[bool] = False
-    same_arithmetic: ClassVar[bool] = True
-    engine: dict[str, Any] | None = None
-    pass_seconds: ClassVar[dict[str, float]] = {}
 
     def __init__(self, base: SpecDecoder, cell: Cell) -> None:
         given = cell.drafter_options
         kind, source = check_other(cell.drafter, given)
         if kind != "hf":
-            _one_at_a_time(cell)
+            one_at_a_time(cell)
         self.model = assistant = copy.copy(base.model)
         self.model.generation_config = copy.copy(base.model.generation_config)  # which assisted generation changes
         self.eos = base.eos_ids()
@@ -181,54 +189,10 @@ class _Clock(BaseStreamer):
         pass
 
 
-class PeerMethod:
-    """Another engine on the model's own file (option: context, in tokens). Its arithmetic may choose other tokens."""
-
-    lossless = True
-    seeded: ClassVar[bool] = False
-    same_arithmetic: ClassVar[bool] = False
-
-    def __init__(self, base: SpecDecoder, cell: Cell) -> None:
-        self.kind, source = check_other(cell.drafter, cell.drafter_options)
-        peer = peers.require(self.kind)
-        _one_at_a_time(cell)
-        if cell.temperature > 0:
-            raise SpecDecError(f"'{self.kind}' is measured greedily; leave it out or use --temperature 0")
-        path, most = peers.readable(self.kind, model_file(cell.model)), base.target.context
-        context = options.whole("context", cell.drafter_options.get("context", min(PEER_CONTEXT, most)), 1, most)
-        if peer.mode == "draft-model":
-            source = str(peers.readable(self.kind, Path(source) if Path(source).is_file() else None))
-        depth = None if cell.num_speculative_tokens == "auto" else cell.num_speculative_tokens
-        how = {"threads": torch.get_num_threads(), "context": context, "mode": peer.mode, "source": source}
-        self.context, self.eos = context, sorted(base.eos_ids())
-        self.process = peers.Process(peer.engine)
-        self.engine: dict[str, Any] | None = self.process.ask("load", path=str(path), depth=depth, **how)
-        self.pass_seconds: dict[str, float] = self.process.ask("passes", sizes=[n for n in PASSES if n < context])
-
-    def reply(self, prompts: list[list[int]], count: int, seed: int) -> Reply:
-        (ids,) = prompts
-        if len(ids) + count > self.context:
-            option = f"--drafter-option {self.kind}.context={len(ids) + count}"
-            raise SpecDecError(f"a prompt of {len(ids)} tokens does not fit '{self.kind}'; give it more by {option}")
-        made = self.process.ask("generate", ids=ids, count=count, eos=self.eos)
-        peak = self.process.resident()
-        return Reply([made["tokens"]], made["seconds"], made["arrivals"], made["first"], peak_memory_mb=peak)
-
-
-def model_file(name: str) -> Path | None:
-    """The GGUF file of an embedded model, else the file or folder ``name``; None where that is neither."""
-    if name in catalogue.EMBEDDED:
-        return catalogue.prepared(name) / catalogue.GGUF
-    path = Path(name).expanduser().absolute()
-    return path if path.exists() else None
-
-
-def _one_at_a_time(cell: Cell) -> None:
+def one_at_a_time(cell: Cell) -> None:
+    """Raise SpecDecError for a batch."""
     if cell.batch_size > 1:
         raise SpecDecError(f"'{cell.drafter}' decodes one prompt at a time; leave it out or use --batch-size 1")
-
-
-Method = OwnMethod | HFMethod | PeerMethod
 
 
 class PeakMemory:

@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from importlib import import_module
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,10 @@ from specdec.api.text import encode
 from specdec.base import options
 from specdec.base.errors import SpecDecError
 from specdec.bench import quality
-from specdec.bench.cell import Cell, Progress, check_method, check_other
+from specdec.bench.cell import OTHERS, Cell, Progress, check_method, check_other
 from specdec.bench.environment import environment
 from specdec.bench.figures import Request, figures
-from specdec.bench.methods import CONTEXT, PASSES, WARM_UP, HFMethod, Method, OwnMethod, PeakMemory, PeerMethod
-from specdec.bench.peers import PEERS, require
+from specdec.bench.methods import CONTEXT, PASSES, WARM_UP, Method, OwnMethod, PeakMemory
 from specdec.bench.prompts import Conversation, PromptSet, load_prompts, spread
 from specdec.engine.depth import measure as costs
 from specdec.engine.replay import first_difference
@@ -67,7 +67,9 @@ class Decoders:
         """The cell's own method."""
         base = self.base(cell)
         if cell.is_other:
-            return PeerMethod(base, cell) if cell.drafter.partition("=")[0] in PEERS else HFMethod(base, cell)
+            module, _, name = OTHERS[cell.drafter.partition("=")[0]].method.partition(":")
+            made: Method = getattr(import_module(module), name)(base, cell)
+            return made
         key = json.dumps([cell.drafter, cell.drafter_options, cell.verifier, cell.verifier_options], sort_keys=True)
         if key not in self._loaded:
             ruled = copy.copy(base)
@@ -110,8 +112,8 @@ class Run:
                 raise SpecDecError(f"cells side by side must agree in {', '.join(differing)}")
         for cell in cells:
             check_method(cell.drafter)
-            if cell.is_other and (kind := check_other(cell.drafter, cell.drafter_options)[0]) in PEERS:
-                require(kind)
+            if cell.is_other:
+                check_other(cell.drafter, cell.drafter_options)
         self.prompt_set = decoders.prompts(first)
         self.base = decoders.base(first, [cell.drafter for cell in cells if not cell.is_other])
         self.methods: dict[str, Method] = {}

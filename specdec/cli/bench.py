@@ -27,9 +27,8 @@ def bench(
             "--drafters",
             metavar="NAMES",
             help="With commas between: drafters (NAME@K drafts K tokens a step); hf, hf-lookup, hf-early-exit, "
-            "hf-assistant=MODEL (model.generate and its assisted modes); llama.cpp, llama.cpp-lookup, "
-            "llama.cpp-draft-model=FILE, openvino, openvino-lookup, where installed. none (plain decoding) always "
-            "runs. If not given: hf, none, prompt-lookup, and m2r2 where one is shipped for the model.",
+            "hf-assistant=MODEL (model.generate and its assisted modes). none (plain decoding) always runs. If not "
+            "given: hf, none, prompt-lookup, and m2r2 where one is shipped for the model.",
         ),
     ] = None,
     drafter_option: Annotated[
@@ -69,7 +68,7 @@ def bench(
         raise SpecDecError(f"--methods names none; give some, such as {METHODS}")
     own = _by_method(names, drafter_option or [])
     with terminal.status("loading"):
-        from specdec.bench.cell import Cell
+        from specdec.bench.cell import OTHERS, Cell
         from specdec.bench.run import Decoders, Run
         from specdec.models.drafter_folder import shipped
         from specdec.sweep.results import from_benchmark
@@ -95,7 +94,7 @@ def bench(
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             repetitions=repetitions,
-            against=("none", *(name for name in ("hf", "llama.cpp", "openvino") if name in names and name not in own)),
+            against=("none", *(n for n in names if n in OTHERS and not OTHERS[n].drafts and n not in own)),
         )
         every = names if "none" in names else ["none", *names]
         cells = [base.but(**_method(name), drafter_options=own.get(name, {})) for name in every]

@@ -171,7 +171,7 @@ def from_benchmark(summary: Mapping[str, Any]) -> Results:
     records = []
     for method in summary["methods"]:
         own = {name: method[name] for name in ("drafter", "drafter_options", DEPTH) if name in method}
-        cell = Cell(**summary["configuration"] | own)
+        cell = Cell(**summary["configuration"] | own | {"against": ()})  # which may name engines that are not here
         records.append({"key": cell.key(), "cell": cell.as_dict(), "method": method, "baselines": {}, **shared})
     return Results("benchmark", "", str(summary["command"]), records)
 

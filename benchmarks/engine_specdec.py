@@ -1,4 +1,4 @@
-"""Our own engine as ``specdec.bench.peers`` runs others: in a process of its own, with the same commands."""
+"""Our own engine as ``peers`` runs others: in a process of its own, with the same commands."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 import transformers.models.qwen2.modeling_qwen2  # noqa: F401  # the libraries' own lazy parts
+from peers import Put
 
 from specdec import SpecDecoder
-from specdec.bench.peers import Put
 from specdec.engine.depth import measure as costs
 
 

@@ -1,4 +1,4 @@
-"""llama.cpp through llama-cpp-python, as ``specdec.bench.peers`` runs it."""
+"""llama.cpp through llama-cpp-python, as ``peers`` runs it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import llama_cpp
 import numpy as np
 from llama_cpp import Llama
 from llama_cpp.llama_speculative import LlamaDraftModel, LlamaPromptLookupDecoding
-
-from specdec.bench.peers import Put
+from peers import Put
 
 CACHED, REPEATS = 128, 5  # tokens in the cache, and timings, of a pass: as specdec times its own
 DEPTH = {"lookup": 10, "draft-model": 4}  # tokens drafted a step where our depth is automatic

@@ -7,7 +7,6 @@ tile registers, each for itself. Knows no torch.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -57,8 +56,8 @@ class Peer:
     mode: str = ""
 
 
-LLAMA_CPP = ("specdec.bench.llama_cpp:LlamaCpp", "llama_cpp", "llama-cpp-python", (".gguf",))
-OPENVINO = ("specdec.bench.openvino:OpenVINO", "openvino_genai", "openvino-genai", (".gguf", "openvino_model.xml"))
+LLAMA_CPP = ("engine_llama_cpp:LlamaCpp", "llama_cpp", "llama-cpp-python", (".gguf",))
+OPENVINO = ("engine_openvino:OpenVINO", "openvino_genai", "openvino-genai", (".gguf", "openvino_model.xml"))
 PEERS: dict[str, Peer] = {
     "llama.cpp": Peer(*LLAMA_CPP),
     "llama.cpp-lookup": Peer(*LLAMA_CPP, mode="lookup"),
@@ -66,14 +65,6 @@ PEERS: dict[str, Peer] = {
     "openvino": Peer(*OPENVINO),
     "openvino-lookup": Peer(*OPENVINO, mode="lookup"),
 }
-
-
-def require(name: str) -> Peer:
-    """The peer ``name``. Raises SpecDecError where it is not installed."""
-    peer = PEERS[name]
-    if importlib.util.find_spec(peer.module) is None:
-        raise SpecDecError(f"'{name}' is not installed; get it with: pip install {peer.package}")
-    return peer
 
 
 def readable(name: str, model: Path | None) -> Path:
@@ -90,7 +81,7 @@ class Process:
 
     def __init__(self, engine: str, **environment: str) -> None:
         self.engine = engine
-        command = [sys.executable, "-m", "specdec.bench.peers", engine]
+        command = [sys.executable, __file__, engine]
         pipe = subprocess.PIPE
         self.child = subprocess.Popen(
             command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True, env=os.environ | environment

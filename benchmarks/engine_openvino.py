@@ -1,4 +1,4 @@
-"""OpenVINO GenAI's ``LLMPipeline`` on the CPU, as ``specdec.bench.peers`` runs it."""
+"""OpenVINO GenAI's ``LLMPipeline`` on the CPU, as ``peers`` runs it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import openvino
 import openvino_genai
-
-from specdec.bench.peers import Put
+from peers import Put
 
 DEPTH, NGRAM = 5, 3  # of prompt lookup: tokens drafted a step where our depth is automatic, longest n-gram
 

@@ -1,0 +1,81 @@
+"""``specdec`` with llama.cpp and OpenVINO GenAI among the methods of its benchmarks.
+
+    python benchmarks/other_engines.py bench --methods none,m2r2,llama.cpp,openvino --model MODEL.gguf
+
+Methods beside those of ``specdec bench``, also for ``sweep``: llama.cpp, llama.cpp-lookup, llama.cpp-draft-model=FILE,
+openvino and openvino-lookup. They load the model's own file, decode greedily, one prompt at a time, with our number of
+threads, each in a process of its own (``peers``).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from peers import PEERS, Process, readable
+
+from specdec import cli
+from specdec.api.decoder import SpecDecoder
+from specdec.base import options
+from specdec.base.errors import SpecDecError
+from specdec.bench.cell import OTHERS, Cell, Other, check_other
+from specdec.bench.methods import PASSES, Method, Reply, one_at_a_time
+from specdec.models import catalogue
+
+CONTEXT = 4096  # tokens for which another engine makes room
+
+
+class PeerMethod(Method):
+    """Another engine on the model's own file (option: context, in tokens). Its arithmetic may choose other tokens."""
+
+    same_arithmetic = False
+
+    def __init__(self, base: SpecDecoder, cell: Cell) -> None:
+        self.kind, source = check_other(cell.drafter, cell.drafter_options)
+        peer = PEERS[self.kind]
+        one_at_a_time(cell)
+        if cell.temperature > 0:
+            raise SpecDecError(f"'{self.kind}' is measured greedily; leave it out or use --temperature 0")
+        path, most = readable(self.kind, model_file(cell.model)), base.target.context
+        context = options.whole("context", cell.drafter_options.get("context", min(CONTEXT, most)), 1, most)
+        if peer.mode == "draft-model":
+            source = str(readable(self.kind, Path(source) if Path(source).is_file() else None))
+        depth = None if cell.num_speculative_tokens == "auto" else cell.num_speculative_tokens
+        how = {"threads": torch.get_num_threads(), "context": context, "mode": peer.mode, "source": source}
+        self.context, self.eos = context, sorted(base.eos_ids())
+        self.process = Process(peer.engine)
+        self.engine: dict[str, Any] | None = self.process.ask("load", path=str(path), depth=depth, **how)
+        self.pass_seconds: dict[str, float] = self.process.ask("passes", sizes=[n for n in PASSES if n < context])
+
+    def reply(self, prompts: list[list[int]], count: int, seed: int) -> Reply:
+        (ids,) = prompts
+        if len(ids) + count > self.context:
+            option = f"--drafter-option {self.kind}.context={len(ids) + count}"
+            raise SpecDecError(f"a prompt of {len(ids)} tokens does not fit '{self.kind}'; give it more by {option}")
+        made = self.process.ask("generate", ids=ids, count=count, eos=self.eos)
+        peak = self.process.resident()
+        return Reply([made["tokens"]], made["seconds"], made["arrivals"], made["first"], peak_memory_mb=peak)
+
+
+def model_file(name: str) -> Path | None:
+    """The GGUF file of an embedded model, else the file or folder ``name``; None where that is neither."""
+    if name in catalogue.EMBEDDED:
+        return catalogue.prepared(name) / catalogue.GGUF
+    path = Path(name).expanduser().absolute()
+    return path if path.exists() else None
+
+
+def register() -> None:
+    """Add the engines to the methods of benchmarks."""
+    for name, peer in PEERS.items():
+        there = importlib.util.find_spec(peer.module) is not None
+        missing = "" if there else f"is not installed; get it with: pip install {peer.package}"
+        source = "FILE" if peer.mode == "draft-model" else ""
+        OTHERS[name] = Other("other_engines:PeerMethod", ("context",), bool(peer.mode), source, missing)
+
+
+if __name__ == "__main__":
+    register()
+    cli.main()
