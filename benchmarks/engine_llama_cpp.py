@@ -1,70 +1,203 @@
-"""llama.cpp through llama-cpp-python, as ``peers`` runs it."""
+"""llama.cpp on the CPU, as ``peers`` runs it: its shared library through ctypes.
+
+The library is that of the folder $LLAMA_CPP, such as the unpacked npm package @node-llama-cpp/linux-x64, else of an
+installed llama-cpp-python. Where the folder has a backend for each kind of CPU, $LLAMA_CPP_CPU names the one to use,
+such as "haswell" (AVX2 alone). Structures are declared as far as they have stayed the same; the rest is room.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import importlib.util
+import os
 import time
+from collections.abc import Callable, Sequence
 from itertools import product
+from pathlib import Path
 from typing import Any
 
-import llama_cpp
 import numpy as np
-from llama_cpp import Llama
-from llama_cpp.llama_speculative import LlamaDraftModel, LlamaPromptLookupDecoding
 from peers import Put
 
 CACHED, REPEATS = 128, 5  # tokens in the cache, and timings, of a pass: as specdec times its own
 DEPTH = {"lookup": 10, "draft-model": 4}  # tokens drafted a step where our depth is automatic
+NGRAM = 2  # tokens that prompt lookup looks for
+PART = 512  # most tokens of a pass
+POINTER, INT, COUNT = ctypes.c_void_p, ctypes.c_int32, ctypes.c_uint32
 
 
-class DraftModel(LlamaDraftModel):  # type: ignore[misc]
-    """Greedy drafts of a second model, whose cache keeps the common beginning."""
+class ModelParams(ctypes.Structure):
+    _fields_ = (("room", ctypes.c_uint64 * 64),)
 
-    def __init__(self, model: Llama, depth: int) -> None:
-        self.model, self.depth = model, depth
 
-    def __call__(self, input_ids: Any, /, **_: Any) -> Any:
-        drafts = self.model.generate(input_ids.tolist(), temp=0.0, repeat_penalty=1.0)
-        return np.array([token for _, token in zip(range(self.depth), drafts, strict=False)], dtype=np.intc)
+class ContextParams(ctypes.Structure):
+    _fields_ = (*((name, COUNT) for name in ("context", "batch", "part")), ("room", COUNT * 125))
+
+
+class Batch(ctypes.Structure):
+    _fields_ = (
+        ("count", INT),
+        ("token", ctypes.POINTER(INT)),
+        ("embd", POINTER),
+        ("pos", ctypes.POINTER(INT)),
+        ("sequences", ctypes.POINTER(INT)),
+        ("sequence", ctypes.POINTER(ctypes.POINTER(INT))),
+        ("output", ctypes.POINTER(ctypes.c_int8)),
+    )
+
+
+SIGNATURES: dict[str, tuple[Any, ...]] = {  # what it returns, what it takes
+    "llama_model_default_params": (ModelParams,),
+    "llama_context_default_params": (ContextParams,),
+    "llama_model_load_from_file": (POINTER, ctypes.c_char_p, ModelParams),
+    "llama_model_get_vocab": (POINTER, POINTER),
+    "llama_vocab_n_tokens": (INT, POINTER),
+    "llama_init_from_model": (POINTER, POINTER, ContextParams),
+    "llama_set_n_threads": (None, POINTER, INT, INT),
+    "llama_batch_init": (Batch, INT, INT, INT),
+    "llama_decode": (INT, POINTER, Batch),
+    "llama_synchronize": (None, POINTER),
+    "llama_get_logits_ith": (ctypes.POINTER(ctypes.c_float), POINTER, INT),
+    "llama_get_memory": (POINTER, POINTER),
+    "llama_memory_seq_rm": (ctypes.c_bool, POINTER, INT, INT, INT),
+}
+
+
+def folder() -> Path | None:
+    """Where the library is; None where there is none."""
+    if given := os.environ.get("LLAMA_CPP"):
+        return Path(given)
+    spec = importlib.util.find_spec("llama_cpp")
+    return None if spec is None or spec.origin is None else Path(spec.origin).with_name("lib")
+
+
+def library() -> Any:
+    """Load llama.cpp with the backend that is wanted. Raises ValueError for one that is not there."""
+    place, wanted = folder(), os.environ.get("LLAMA_CPP_CPU")
+    if place is None or not (found := sorted(place.glob("libllama.*so"))):
+        raise ValueError(f"no libllama in {place}; set LLAMA_CPP to a folder with it")
+    lib = ctypes.CDLL(str(found[0]), mode=ctypes.RTLD_GLOBAL)
+    for name, (result, *arguments) in SIGNATURES.items():
+        function = getattr(lib, name)
+        function.restype, function.argtypes = result, arguments
+    ggml = ctypes.CDLL(str(sorted(place.glob("libggml.*so"))[0]))
+    ggml.ggml_backend_load.restype = POINTER
+    if wanted:
+        if not ggml.ggml_backend_load(str(place / f"libggml-cpu-{wanted}.so").encode()):
+            raise ValueError(f"no backend '{wanted}' for this CPU in {place}")
+    else:
+        ggml.ggml_backend_load_all_from_path(str(place).encode())
+    return lib
+
+
+class Context:
+    """A model with a cache of ``context`` tokens, of which ``tokens`` are there."""
+
+    def __init__(self, lib: Any, path: str, threads: int, context: int) -> None:
+        self.lib, self.tokens = lib, list[int]()
+        model = lib.llama_model_load_from_file(path.encode(), lib.llama_model_default_params())
+        if not model:
+            raise ValueError(f"llama.cpp cannot load {path}")
+        self.vocabulary = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
+        params = lib.llama_context_default_params()
+        params.context, params.batch, params.part = context, PART, PART
+        self.handle = lib.llama_init_from_model(model, params)
+        if not self.handle:
+            raise ValueError(f"llama.cpp has no room for {context} tokens")
+        lib.llama_set_n_threads(self.handle, threads, threads)
+        self.memory, self.batch = lib.llama_get_memory(self.handle), lib.llama_batch_init(PART, 0, 1)
+
+    def keep(self, count: int) -> None:
+        """Keep ``count`` tokens of the cache."""
+        self.lib.llama_memory_seq_rm(self.memory, 0, count, -1)
+        del self.tokens[count:]
+
+    def decode(self, ids: Sequence[int], outputs: int = 1) -> None:
+        """One pass over ``ids``, at most ``PART``; logits are computed for the last ``outputs`` tokens."""
+        batch, first = self.batch, len(ids) - outputs
+        batch.count = len(ids)
+        for i, token in enumerate(ids):
+            batch.token[i], batch.pos[i] = token, len(self.tokens) + i
+            batch.sequences[i], batch.sequence[i][0] = 1, 0
+            batch.output[i] = i >= first
+        if code := self.lib.llama_decode(self.handle, batch):
+            raise ValueError(f"llama_decode failed with {code} after {len(self.tokens)} tokens")
+        self.lib.llama_synchronize(self.handle)
+        self.tokens += ids
+
+    def logits(self, index: int) -> Any:
+        """float32[V] after token ``index`` of the last pass; valid until the next one."""
+        return np.ctypeslib.as_array(self.lib.llama_get_logits_ith(self.handle, index), (self.vocabulary,))
+
+    def follow(self, ids: list[int]) -> int:
+        """Read ``ids``, of which the cache may hold a beginning; return the likeliest next token."""
+        same = next((i for i, (a, b) in enumerate(zip(self.tokens, ids, strict=False)) if a != b), len(self.tokens))
+        self.keep(min(same, len(ids) - 1))
+        while new := ids[len(self.tokens) :]:
+            self.decode(new[:PART])
+        return int(self.logits(-1).argmax())
 
 
 class LlamaCpp:
-    """Greedy decoding of a GGUF file: plain, with the package's prompt lookup, or with a draft model."""
+    """Greedy decoding of a GGUF file: plain, with prompt lookup, or with a draft model."""
 
     def load(self, path: str, threads: int, context: int, mode: str, source: str, depth: int | None) -> dict[str, Any]:
-        how: dict[str, Any] = {"n_ctx": context, "n_threads": threads, "n_threads_batch": threads, "n_gpu_layers": 0}
-        settings: dict[str, Any] = {
-            "version": f"llama-cpp-python {llama_cpp.__version__}",
-            "threads": threads,
-            "context": context,
-        }
-        draft: LlamaDraftModel | None = None
+        lib = library()
+        self.model = Context(lib, path, threads, context)
+        settings: dict[str, Any] = {"version": "llama.cpp", "threads": threads, "context": context}
+        self.drafts: Callable[[list[int]], list[int]] = lambda ids: []
         if mode:
-            settings["drafted"] = drafted = depth or DEPTH[mode]
-            if mode == "lookup":
-                draft = LlamaPromptLookupDecoding(num_pred_tokens=drafted)
-            else:
-                draft = DraftModel(Llama(source, verbose=False, **how), drafted)
-        self.model = Llama(path, verbose=False, draft_model=draft, **how)
+            settings["drafted"] = self.depth = depth or DEPTH[mode]
+            self.drafts = self.looked_up if mode == "lookup" else self.drafted
+        if mode == "draft-model":
+            self.second = Context(lib, source, threads, context)
         return settings
 
+    def looked_up(self, ids: list[int]) -> list[int]:
+        """What followed the last tokens when they came last."""
+        rows = np.lib.stride_tricks.sliding_window_view(np.array(ids), NGRAM)
+        (found,) = np.nonzero((rows[:-1] == rows[-1]).all(1))
+        return ids[found[-1] + NGRAM :][: self.depth] if len(found) else []
+
+    def drafted(self, ids: list[int]) -> list[int]:
+        """Greedy drafts of the second model, whose cache keeps the common beginning."""
+        out = list[int]()
+        for _ in range(self.depth):
+            out.append(self.second.follow(ids + out))
+        return out
+
     def generate(self, ids: list[int], count: int, put: Put) -> None:
-        self.model.n_tokens = 0  # nothing of the last request is kept
-        self.model.reset()
-        for token in self.model.generate(ids, temp=0.0, repeat_penalty=1.0):
-            if not put([token]):
-                break
+        self.model.keep(0)  # nothing of the last request is kept
+        ids = [*ids, self.model.follow(ids)]
+        more = put(ids[-1:])
+        while more:
+            drafts = self.drafts(ids)
+            self.model.decode([ids[-1], *drafts], len(drafts) + 1)
+            made = [int(self.model.logits(i).argmax()) for i in range(len(drafts) + 1)]
+            accepted = next((i for i, (a, b) in enumerate(zip(drafts, made, strict=False)) if a != b), len(drafts))
+            ids += made[: accepted + 1]
+            self.model.keep(len(ids) - 1)
+            more = put(made[: accepted + 1])
 
     def passes(self, sizes: list[int]) -> dict[str, float]:
-        self.model.reset()
-        self.model.eval(list(range(1, CACHED + 1)))
-        context, batch, best = self.model._ctx, self.model._batch, dict[str, float]()
+        self.model.keep(0)
+        self.model.follow(list(range(1, CACHED + 1)))
+        best = dict[str, float]()
         for repeat, size in product(range(REPEATS + 1), sizes):
-            batch.set_batch(list(range(1000, 1000 + size)), n_past=CACHED, logits_all=True)
             start = time.perf_counter()
-            context.decode(batch)
-            llama_cpp.llama_synchronize(context.ctx)
+            self.model.decode(range(1000, 1000 + size), size)
             seconds = time.perf_counter() - start
             if repeat:  # the first ones warm up
                 best[str(size)] = min(best.get(str(size), seconds), seconds)
-            context.kv_cache_seq_rm(-1, CACHED, -1)
+            self.model.keep(CACHED)
         return best
+
+    def logits(self, ids: list[int], count: int) -> Any:
+        self.model.keep(0)
+        rows = list[Any]()
+        for start in range(0, len(ids) - 1, PART):
+            part = ids[start : min(start + PART, len(ids) - 1)]
+            outputs = min(len(part), max(start + len(part) - (len(ids) - 1 - count), 0))
+            self.model.decode(part, outputs)
+            rows += [self.model.logits(len(part) - outputs + i).copy() for i in range(outputs)]
+        return np.stack(rows)

@@ -10,14 +10,16 @@ from peers import Put
 
 from specdec import SpecDecoder
 from specdec.engine.depth import measure as costs
+from specdec.engine.replay import replay
 
 
 class Specdec:
-    """Plain decoding with the default engine."""
+    """Plain decoding with the default engine. mode: "float32" (PyTorch), or a value of ``--activations``."""
 
     def load(self, path: str, threads: int, context: int, mode: str, source: str, depth: int | None) -> dict[str, Any]:
         torch.set_num_threads(threads)
-        self.decoder = SpecDecoder.from_pretrained(path, drafter="none", device="cpu")
+        how = {"dtype": mode, "runtime": "reference"} if mode == "float32" else {"activations": mode} if mode else {}
+        self.decoder = SpecDecoder.from_pretrained(path, drafter="none", device="cpu", **how)
         target: Any = self.decoder.target
         return {"runtime": target.runtime, "storage": target.storage, "bytes_read": getattr(target, "bytes_read", None)}
 
@@ -29,3 +31,6 @@ class Specdec:
 
     def passes(self, sizes: list[int]) -> dict[str, float]:
         return {str(n): seconds for n, seconds in costs.time_scoring(self.decoder.target, sizes=sizes).items()}
+
+    def logits(self, ids: list[int], count: int) -> Any:
+        return replay(self.decoder.target, ids[:-count], ids[-count:]).numpy()

@@ -9,7 +9,6 @@ threads, each in a process of its own (``peers``).
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -70,10 +69,8 @@ def model_file(name: str) -> Path | None:
 def register() -> None:
     """Add the engines to the methods of benchmarks."""
     for name, peer in PEERS.items():
-        there = importlib.util.find_spec(peer.module) is not None
-        missing = "" if there else f"is not installed; get it with: pip install {peer.package}"
         source = "FILE" if peer.mode == "draft-model" else ""
-        OTHERS[name] = Other("other_engines:PeerMethod", ("context",), bool(peer.mode), source, missing)
+        OTHERS[name] = Other("other_engines:PeerMethod", ("context",), bool(peer.mode), source, peer.missing)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ tile registers, each for itself. Knows no torch.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -21,6 +22,8 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
+
+import numpy as np
 
 from specdec.base.errors import SpecDecError
 
@@ -43,25 +46,40 @@ class Engine(Protocol):
         """Seconds of a pass over so many tokens; {} where no call does that."""
         ...
 
+    def logits(self, ids: list[int], count: int) -> Any:
+        """float32 [count, V]: what the model predicts in place of each of the last ``count`` tokens."""
+        ...
+
 
 @dataclass(frozen=True)
 class Peer:
     """engine: "module:Class". module, package: what it imports, and what pip installs for that. reads: kinds of models
-    (".gguf", or a file that is in a model's folder)."""
+    (".gguf", or a file that is in a model's folder). folder: an environment variable that may name the library's folder
+    instead."""
 
     engine: str
     module: str
     package: str
     reads: tuple[str, ...]
     mode: str = ""
+    folder: str = ""
+
+    @property
+    def missing(self) -> str:
+        """Why it cannot run here; "" where it can."""
+        if os.environ.get(self.folder) or importlib.util.find_spec(self.module):
+            return ""
+        where = f", or let {self.folder} name the folder of its library" if self.folder else ""
+        return f"is not installed; get it with: pip install {self.package}{where}"
 
 
 LLAMA_CPP = ("engine_llama_cpp:LlamaCpp", "llama_cpp", "llama-cpp-python", (".gguf",))
+FOLDER = "LLAMA_CPP"
 OPENVINO = ("engine_openvino:OpenVINO", "openvino_genai", "openvino-genai", (".gguf", "openvino_model.xml"))
 PEERS: dict[str, Peer] = {
-    "llama.cpp": Peer(*LLAMA_CPP),
-    "llama.cpp-lookup": Peer(*LLAMA_CPP, mode="lookup"),
-    "llama.cpp-draft-model": Peer(*LLAMA_CPP, mode="draft-model"),
+    "llama.cpp": Peer(*LLAMA_CPP, folder=FOLDER),
+    "llama.cpp-lookup": Peer(*LLAMA_CPP, "lookup", FOLDER),
+    "llama.cpp-draft-model": Peer(*LLAMA_CPP, "draft-model", FOLDER),
     "openvino": Peer(*OPENVINO),
     "openvino-lookup": Peer(*OPENVINO, mode="lookup"),
 }
@@ -137,6 +155,10 @@ class Server:
     def __init__(self, engine: Engine) -> None:
         self.load, self.passes = engine.load, engine.passes
         self.engine = engine
+
+    def logits(self, ids: list[int], count: int, path: str) -> None:
+        """Write ``Engine.logits`` to the file ``path`` (.npy)."""
+        np.save(path, self.engine.logits(ids, count))
 
     def generate(self, ids: list[int], count: int, eos: list[int]) -> dict[str, Any]:
         """``tokens``, cut after an end-of-sequence token; ``arrivals``: seconds at which some came, and ``first``, how

@@ -549,7 +549,7 @@ def test_penalties_of_a_model_are_no_faults(folder: Path, file: Path, tmp_path: 
         (["--seed", str(2**63)], "seed must be a whole number in [0, "),
         (["--methods", ","], "--methods names none"),
         (["--drafters", "prompt-lokup"], "did you mean 'prompt-lookup'"),
-        (["--methods", "llama.cp"], "unknown method 'llama.cp' (did you mean 'llama.cpp'?)"),
+        (["--methods", "hf-looku"], "unknown method 'hf-looku' (did you mean 'hf-lookup'?)"),
         (["--methods", "prompt-lookup+m2r3"], "did you mean 'm2r2'"),
         (["--drafters", "none,m2r2"], "train one"),  # nothing is measured: it is found out before
         (["--drafters", "hf-assistant"], "hf-assistant=MODEL"),
