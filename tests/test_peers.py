@@ -141,7 +141,7 @@ def test_an_engine_that_is_not_installed_is_refused_first(bench, monkeypatch, na
     other_engines.register()
     monkeypatch.setattr(loading, "load", None)
     line = one_line_error(bench("--methods", f"none,{name}"))
-    assert f"'{name}' is not installed" in line and line.endswith(f"pip install {package}")
+    assert f"'{name}' is not installed" in line and f"pip install {package}" in line
 
 
 @pytest.mark.parametrize(
