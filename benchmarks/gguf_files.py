@@ -1,17 +1,18 @@
-"""The default engine on GGUF files, beside llama.cpp on the same files; the last line is JSON.
+"""Every native build that this CPU runs on GGUF files, beside llama.cpp on the same files; the last line is JSON.
 
-    pip install llama-cpp-python
+    pip install llama-cpp-python                    # or: export LLAMA_CPP=FOLDER, see engine_llama_cpp.py
     python benchmarks/gguf_files.py smollm2-135m-instruct MODEL.gguf --threads 2 --json result.json
 
-Each engine is a process of its own (``peers``) and idles while the other runs; who begins alternates
-from round to round. A round is plain greedy decoding after a short prompt, a prompt of 512 tokens, and passes over 1,
-2, 4, 8 and 16 tokens (the least of five each). The table has medians over the rounds, their ranges, and the median of
-the ratios within rounds: above 1 specdec is faster. Files are loaded with an empty cache folder first and again
-afterwards.
+A build is an instruction set ($SPECDEC_NATIVE). Each engine is a process of its own (``peers``) and idles while another
+runs; who begins changes from round to round. A round is plain greedy decoding after a short prompt, a prompt of 512
+tokens, passes over 1, 2, 4, 8 and 16 tokens (the least of five each), and a plain read of as many bytes as a pass reads
+of the file, by as many threads. The table has medians over the rounds, their ranges, and for each build the median of
+the ratios within rounds to llama.cpp: above 1 specdec is faster. The AVX2 build is compared with llama.cpp's own AVX2
+backend, where its folder has one (npm's @node-llama-cpp/linux-x64 does). Files are loaded with an empty cache folder
+first and again afterwards.
 
 Bytes per token are those of the tensors that a pass reads: all but the embedding, where the output has a matrix of its
-own. Memory is the peak resident size of the process; mapped pages of the file count. ``--json`` keeps what was
-measured.
+own. Memory is the peak resident size of the process; mapped pages of the file count.
 """
 
 from __future__ import annotations
@@ -36,15 +37,18 @@ from specdec.base import cores
 from specdec.base.errors import SpecDecError
 from specdec.bench.environment import environment
 from specdec.models import catalogue
+from specdec.runtimes.native import library
 
 ROWS, CONTEXT = (1, 2, 4, 8, 16), 2048
 PREFILL, PROMPT = 512, 64  # tokens
+BACKENDS = {"avx2": "haswell"}  # of llama.cpp, by the build that it is compared with; else the best for this CPU
+LLAMA = "llama.cpp"
 Rounds = dict[str, list[dict[str, float]]]  # figures of each round, by engine
 
 
 @dataclass(frozen=True)
 class Shape:
-    """vocabulary: tokens. bytes_read: of the matrices that a pass reads."""
+    """vocabulary: tokens. bytes_read: of the tensors that a pass reads."""
 
     vocabulary: int
     bytes_read: int
@@ -58,15 +62,14 @@ def read_shape(file: Path) -> Shape:
     return Shape(int(embedding.shape[1]), sum(int(tensor.n_bytes) for tensor in tensors.values()) - unread)
 
 
-def read_bandwidth(megabytes: int = 512) -> float:
-    """Bytes per second of reading memory once with all threads: the best of several sums."""
-    data = torch.ones(megabytes * 2**20 // 4)
+def read_seconds(data: torch.Tensor) -> float:
+    """Reading ``data`` once with all threads: the best of three sums."""
     best = float("inf")
-    for _ in range(9):
+    for _ in range(3):
         start = time.perf_counter()
         data.sum()
         best = min(best, time.perf_counter() - start)
-    return data.nbytes / best
+    return best
 
 
 def gguf_of(model: str) -> Path:
@@ -75,6 +78,27 @@ def gguf_of(model: str) -> Path:
     if not Path(model).is_file():
         sys.exit(f"'{model}' is neither an embedded model nor a file; give a .gguf file")
     return Path(model).absolute()
+
+
+def builds() -> list[str]:
+    """Instruction sets that this CPU runs, the best one first."""
+    best = library.LEVELS.index(library.load().level)
+    return list(library.LEVELS[best:0:-1])
+
+
+def rival(build: str) -> str:
+    """The llama.cpp that a build is compared with."""
+    return f"{LLAMA} {build}" if build in BACKENDS else LLAMA
+
+
+def engines(args: argparse.Namespace, cache: Path) -> dict[str, tuple[str, dict[str, str]]]:
+    """By name: the engine and its environment."""
+    own = {"SPECDEC_CACHE": str(cache), "OMP_NUM_THREADS": str(args.threads)}
+    out = {build: ("engine_specdec:Specdec", own | {library.LEVEL: build}) for build in args.builds}
+    for build in () if args.alone else args.builds:
+        backend = {"LLAMA_CPP_CPU": BACKENDS[build]} if build in BACKENDS else {}
+        out[rival(build)] = (peers.PEERS[LLAMA].engine, backend)
+    return out
 
 
 def synthetic(count: int, vocabulary: int) -> list[int]:
@@ -88,49 +112,50 @@ def one_round(engine: peers.Process, vocabulary: int, tokens: int) -> dict[str, 
     first, last, further = decoded["arrivals"][0], decoded["arrivals"][-1], len(decoded["tokens"]) - decoded["first"]
     figures = {"ms": 1e3 * (last - first) / further, "prefill": PREFILL / prompt["arrivals"][0]}
     passes = engine.ask("passes", sizes=list(ROWS))
-    return figures | {f"rows_{count}": 1e3 * passes[str(count)] for count in ROWS if str(count) in passes}
+    figures |= {f"rows_{count}": 1e3 * passes[str(count)] for count in ROWS}
+    return figures | {f"times_{count}": passes[str(count)] / passes["1"] for count in ROWS[1:]}
 
 
 def measure(model: str, args: argparse.Namespace, cache: Path) -> dict[str, Any]:
     """The figures of one file."""
     file = gguf_of(model)
     shape, loads, running = read_shape(file), dict[str, dict[str, float]](), dict[str, peers.Process]()
-    missing, loading = "", {"path": str(file), "threads": args.threads, "context": CONTEXT}
-    loading |= {"mode": "", "source": "", "depth": None}
-    own = {"SPECDEC_CACHE": str(cache), "OMP_NUM_THREADS": str(args.threads), "PYTHONPATH": str(Path(__file__).parent)}
-    makers = {"specdec": lambda: peers.Process("engine_specdec:Specdec", **own)}
+    missing, loading = list[str](), {"path": str(file), "threads": args.threads, "context": CONTEXT}
+    loading |= {"mode": args.activations or "", "source": "", "depth": None}
     about: dict[str, Any] = {}
-    if not args.alone:
-        makers["llama.cpp"] = lambda: peers.Process(peers.PEERS["llama.cpp"].engine)
+    data = torch.ones(shape.bytes_read // 4)
     try:
-        for name, make in makers.items():
+        for name, (engine, variables) in engines(args, cache).items():
+            llama = name.startswith(LLAMA)
             try:
+                if llama and (why := peers.PEERS[LLAMA].missing):
+                    raise SpecDecError(f"it {why}")
                 for when in ("first_load", "load"):
                     if name in running:
                         running[name].close()
-                    running[name] = make()
+                    running[name] = peers.Process(engine, **variables)
                     start = time.perf_counter()
-                    about[name] = running[name].ask("load", **loading)
+                    about[name] = running[name].ask("load", **loading | ({"mode": ""} if llama else {}))
                     loads.setdefault(name, {})[when] = time.perf_counter() - start
             except SpecDecError as error:
-                if name == "specdec":
+                if not llama:
                     raise
                 running.pop(name, None)
-                missing = f"{name} did not run: {error}"
+                missing.append(f"{name} did not run: {error}")
         rounds: Rounds = {name: [] for name in running}
         for number in range(args.rounds + 1):
-            for name in list(running)[:: -1 if number % 2 else 1]:
+            reading, turn = read_seconds(data), number % len(running)
+            for name in [*list(running)[turn:], *list(running)[:turn]]:
                 figures = one_round(running[name], shape.vocabulary, args.tokens if number else 8)
                 if number:  # the first one warms up
-                    rounds[name].append(figures)
+                    rounds[name].append(figures | {"share": 1e3 * reading / figures["ms"], "read_ms": 1e3 * reading})
         peaks = {name: {"peak": e.resident(), "libraries": e.libraries} for name, e in running.items()}
     finally:
-        for engine in running.values():
-            engine.close()
-    result = {"file": Path(model).name, "threads": args.threads, "gb_per_s": read_bandwidth() / 1e9, "missing": missing}
-    result["bytes_read"] = shape.bytes_read
-    held = {key: about["specdec"][key] for key in ("runtime", "storage", "bytes_read")}
-    return result | {"specdec": held, "rounds": rounds, "loads": loads, "memory": peaks}
+        for process in running.values():
+            process.close()
+    held = {name: about[name] for name in args.builds}
+    result = {"file": Path(model).name, "threads": args.threads, "bytes_read": shape.bytes_read, "missing": missing}
+    return result | {"builds": held, "rounds": rounds, "loads": loads, "memory": peaks}
 
 
 def spread(values: list[float], digits: int = 1) -> str:
@@ -139,47 +164,43 @@ def spread(values: list[float], digits: int = 1) -> str:
 
 
 def table_of(result: dict[str, Any]) -> Table:
-    rounds, names = result["rounds"], list(result["rounds"])
-    held, read = result["specdec"], result["bytes_read"]
-    title = f"{result['file']}: {held['runtime']}, {held['storage']}; {result['threads']} threads"
-    table = Table(title=f"{title}; memory is read at {result['gb_per_s']:.1f} GB/s")
-    for column in ("", *names, "ratio"):
-        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    rounds, names, held = result["rounds"], list(result["rounds"]), result["builds"]
+    pairs = [(build, rival(build)) for build in held if rival(build) in rounds]
+    reading = spread([figures["read_ms"] for figures in rounds[names[0]]])
+    title = f"{result['file']}: {next(iter(held.values()))['storage']}; {result['threads']} threads; a plain read of "
+    table = Table(title=f"{title}{result['bytes_read'] / 1e6:.0f} MB takes {reading} ms")
+    for column in ("", *names, *(f"{ours} over {theirs}" for ours, theirs in pairs)):
+        table.add_column(column, justify="right" if column else "left")
 
-    def row(label: str, key: str, faster_is_more: bool = False) -> None:
-        cells = [spread([figures[key] for figures in rounds[name]]) if measured(name, key) else "" for name in names]
-        ratio = ""
-        if len(names) == 2 and all(measured(name, key) for name in names):
-            pairs = zip(*(rounds[name] for name in names), strict=True)
-            ratios = [theirs[key] / ours[key] for ours, theirs in pairs]
-            ratio = spread([1 / r for r in ratios] if faster_is_more else ratios, 2)
-        table.add_row(label, *cells, ratio)
+    def row(label: str, key: str, digits: int = 1, ratio: int = 0) -> None:
+        """ratio: 1 where less is faster, -1 where more is, 0 for none."""
+        cells = [spread([figures[key] for figures in rounds[name]], digits) for name in names]
+        for ours, theirs in pairs if ratio else ():
+            both = zip(rounds[ours], rounds[theirs], strict=True)
+            cells.append(spread([(b[key] / a[key]) ** ratio for a, b in both], 2))
+        table.add_row(label, *cells)
 
-    def measured(name: str, key: str) -> bool:
-        return all(key in figures for figures in rounds[name])
-
-    row("decoding, ms per token", "ms")
+    row("decoding, ms per token", "ms", ratio=1)
     for count in ROWS:
-        row(f"pass over {count}, ms", f"rows_{count}")
+        row(f"pass over {count}, ms", f"rows_{count}", ratio=1)
     for count in ROWS[1:]:
-        key = f"rows_{count}"
-        ratios = [[f[key] / f["rows_1"] for f in rounds[n]] if measured(n, key) else [] for n in names]
-        table.add_row(f"pass over {count} / over 1", *(spread(r, 2) if r else "" for r in ratios), "")
-    row(f"prefill of {PREFILL}, tokens/s", "prefill", faster_is_more=True)
+        row(f"pass over {count} / over 1", f"times_{count}", 2)
+    row(f"prefill of {PREFILL}, tokens/s", "prefill", ratio=-1)
+    row("plain read / decoding", "share", 2)
     for label, key in (("first load, s", "first_load"), ("later load, s", "load")):
-        table.add_row(label, *(f"{result['loads'][name][key]:.1f}" for name in names), "")
+        table.add_row(label, *(f"{result['loads'][name][key]:.1f}" for name in names))
     for label, key in (("peak resident, MB", "peak"), ("of that, libraries", "libraries")):
-        table.add_row(label, *(f"{result['memory'][name][key]:.0f}" for name in names), "")
-    sizes = [read if name != "specdec" else held["bytes_read"] or read for name in names]
-    table.add_row("read per token, MB", *(f"{size / 1e6:.0f}" for size in sizes), "")
-    reached = [size / 1e6 / statistics.median(f["ms"] for f in rounds[n]) for n, size in zip(names, sizes, strict=True)]
-    table.add_row("GB/s reached", *(f"{speed:.1f}" for speed in reached), "")
+        table.add_row(label, *(f"{result['memory'][name][key]:.0f}" for name in names))
+    read = [held.get(name, {}).get("bytes_read") or result["bytes_read"] for name in names]
+    table.add_row("read per token, MB", *(f"{size / 1e6:.0f}" for size in read))
     return table
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", help="GGUF files or names of embedded models")
+    parser.add_argument("--builds", type=lambda text: text.split(","), help="some of the builds, with commas between")
+    parser.add_argument("--activations", help="of specdec, as its option of this name takes them")
     parser.add_argument("--alone", action="store_true", help="measure no other engine")
     parser.add_argument("--threads", type=int, default=cores.cpus())
     parser.add_argument("--rounds", type=int, default=5)
@@ -189,13 +210,18 @@ def main() -> None:
     args = parser.parse_args()
     if args.rounds < 1 or args.tokens < 2:
         parser.error("--rounds takes at least 1, --tokens at least 2")
-    console, results = Console(width=110), []
+    known = builds()
+    args.builds = args.builds or known
+    if unknown := [build for build in args.builds if build not in known]:
+        parser.error(f"--builds: this CPU runs {', '.join(known)}, not {', '.join(unknown)}")
+    torch.set_num_threads(args.threads)
+    console, results = Console(width=160), []
     with tempfile.TemporaryDirectory() as folder:
         for model in args.models:
             result = measure(model, args, args.cache or Path(folder))
             console.print(table_of(result))
-            if result["missing"]:
-                console.print(result["missing"], markup=False)
+            for line in result["missing"]:
+                console.print(line, markup=False)
             results.append(result)
     text = json.dumps({"results": results, "environment": environment()})
     if args.json is not None:
