@@ -18,9 +18,10 @@ VOCABULARY = 4
 
 def test_divergence_and_agreement_are_those_of_the_distributions() -> None:
     reference = np.log(np.array([[0.5, 0.25, 0.125, 0.125], [0.4, 0.3, 0.2, 0.1]], np.float32))
-    run = np.log(np.array([[0.25, 0.5, 0.125, 0.125], [0.4, 0.3, 0.2, 0.1]], np.float32)) + 7  # logits have no level
+    run = np.log(np.array([[0.1, 0.7, 0.1, 0.1], [0.4, 0.3, 0.2, 0.1]], np.float32)) + 7  # logits have no level
     kl, same = quality.compare(reference, run)
-    assert kl == pytest.approx([0.25 * math.log(2), 0], abs=1e-6) and same == [False, True]
+    expected = 0.5 * math.log(0.5 / 0.1) + 0.25 * math.log(0.25 / 0.7) + 0.25 * math.log(0.125 / 0.1)
+    assert kl == pytest.approx([expected, 0], abs=1e-6) and same == [False, True]
 
 
 def test_answers_are_whole_but_the_last_one_and_not_too_short() -> None:
