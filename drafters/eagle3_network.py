@@ -19,9 +19,8 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from specdec.base import options
-from specdec.base.errors import SpecDecError
+from specdec.base.errors import SpecDecError, one_line
 from specdec.models import drafter_folder
-from specdec.models.catalogue import one_line
 from specdec.runtimes import linear_maps
 from specdec.runtimes.linear_maps import Linear
 from specdec.runtimes.target import Target

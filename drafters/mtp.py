@@ -19,9 +19,8 @@ from transformers import PreTrainedModel
 
 from specdec.base import options
 from specdec.base.devices import upload, waits
-from specdec.base.errors import SpecDecError
+from specdec.base.errors import SpecDecError, one_line
 from specdec.models import drafter_folder, loading
-from specdec.models.catalogue import one_line
 from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.prefill import CHUNK
 from specdec.runtimes.reference import ReferenceTarget

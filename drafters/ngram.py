@@ -16,9 +16,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from specdec.base import options
-from specdec.models import drafter_folder
-from specdec.models.catalogue import cache_dir
+from specdec.base import files, options
+from specdec.base.files import cache_dir
 from specdec.runtimes.target import Target
 from specdec.runtimes.tree_drafting import Candidates
 from specdec.speculation.candidates import finish
@@ -121,7 +120,7 @@ def corpus(tokenizer: Any, vocab_size: int) -> Ints:
         place.parent.mkdir(parents=True, exist_ok=True)
         data = io.BytesIO()
         np.save(data, ids)
-        drafter_folder.replace(place, data.getvalue())
+        files.replace(place, data.getvalue())
     return ids
 
 

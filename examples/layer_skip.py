@@ -28,13 +28,13 @@ from torch import Tensor
 from specdec.api.decoder import SpecDecoder
 from specdec.api.text import encode
 from specdec.base.errors import SpecDecError
+from specdec.base.files import replace as write_whole
 from specdec.base.terminal import columns, say, status
 from specdec.bench.prompts import load_prompts, spread
 from specdec.drafters.layer_skip import LayerSkipDrafter, run_step, steps_without
 from specdec.engine.depth.measure import CONTEXT, time_scoring
 from specdec.models import loading
 from specdec.models.catalogue import DEFAULT_MODEL
-from specdec.models.drafter_folder import replace as write_whole
 from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.prefill import CHUNK, prefill
 from specdec.runtimes.target import Target

@@ -27,7 +27,7 @@ import torch
 from tiny_gguf import NAME, forbidden, write_gguf
 
 from specdec import SpecDecoder
-from specdec.base import inputs, machine, terminal
+from specdec.base import files, inputs, machine, terminal
 from specdec.base.errors import SpecDecError
 from specdec.models import catalogue, loading, wheels
 from specdec.runtimes.experts.offload import ExpertOptions
@@ -316,12 +316,12 @@ def test_a_cache_that_cannot_be_written(cache, tmp_path, monkeypatch):
 def test_where_the_cache_is(monkeypatch, tmp_path):
     monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "a"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "b"))
-    assert catalogue.cache_dir() == tmp_path / "a"
+    assert files.cache_dir() == tmp_path / "a"
     monkeypatch.delenv("SPECDEC_CACHE")
-    assert catalogue.cache_dir() == tmp_path / "b/specdec"
+    assert files.cache_dir() == tmp_path / "b/specdec"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "c"))
-    assert catalogue.cache_dir() == tmp_path / "c/.cache/specdec"
+    assert files.cache_dir() == tmp_path / "c/.cache/specdec"
 
 
 def test_rows_for_the_model_list(cache, published):
@@ -484,7 +484,7 @@ def test_the_default_model(monkeypatch):
     out = model.generate(**ids, max_new_tokens=16, do_sample=False)
     assert "Paris" in tokenizer.decode(out[0, ids["input_ids"].shape[1] :])
 
-    path = catalogue.cache_dir() / "models" / catalogue.DEFAULT_MODEL / "model.gguf"
+    path = files.cache_dir() / "models" / catalogue.DEFAULT_MODEL / "model.gguf"
     packed = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     for ours, theirs in (("embed_tokens", "token_embd"), ("layers.29.mlp.down_proj", "blk.29.ffn_down")):
         values = gguf.dequantize(packed[f"{theirs}.weight"].data, packed[f"{theirs}.weight"].tensor_type)

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from specdec import SpecDecoder
+from specdec.base import files
 from specdec.base.errors import SpecDecError
 from specdec.models import catalogue, loading
 from specdec.models.blocks import KINDS, BlockEmbedding, BlockLinear, dense, densify, named_weights
@@ -98,7 +99,7 @@ def test_in_another_dtype_all_weights_are_parameters(cache, tmp_path, dtype):
     assert {type(m) for m in model.modules() if isinstance(m, nn.Linear)} == {nn.Linear}
     for (name, ours), expected in zip(model.named_parameters(), theirs.parameters(), strict=True):
         assert torch.equal(ours, expected), name
-    assert not list(catalogue.cache_dir().rglob("*.safetensors"))
+    assert not list(files.cache_dir().rglob("*.safetensors"))
 
 
 def test_nothing_of_the_matrices_is_held_twice(cache, tmp_path):

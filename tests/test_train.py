@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import errno
 import gzip
+import importlib.resources
 import io
 import json
 import random
 import sys
 from collections.abc import Callable
-from importlib.resources import files
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,7 +27,7 @@ from tiny_gguf import write_gguf
 from typer.testing import CliRunner
 
 from specdec import SpecDecoder
-from specdec.base import machine
+from specdec.base import files, machine
 from specdec.base.errors import SpecDecError
 from specdec.cli import app
 from specdec.drafters.m2r2 import M2R2, M2R2Drafter, M2R2Path, load_network
@@ -400,14 +400,14 @@ def test_rates_follow_the_size_of_the_weights(kind: str) -> None:
 
 
 def test_a_full_disk_is_one_clear_line(answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    replace = drafter_folder.replace
+    replace = files.replace
 
     def full(path: Path, content: bytes) -> None:
         if path.name == "checkpoint.safetensors":
             raise OSError(errno.ENOSPC, "No space left on device")
         replace(path, content)
 
-    monkeypatch.setattr(drafter_folder, "replace", full)
+    monkeypatch.setattr(files, "replace", full)
     with pytest.raises(SpecDecError, match=r"No space left on device; .* free space and --resume"):
         train(recipe(answers, tmp_path / "out", steps=2))
 
@@ -656,7 +656,7 @@ def test_a_setting_of_earlier_versions_is_ignored() -> None:
 
 
 def test_recipes_of_shipped_drafters_are_presets() -> None:
-    recipes = sorted((files("specdec.drafters") / "pretrained").glob("*/*/train.yaml"))  # type: ignore[attr-defined]
+    recipes = sorted((importlib.resources.files("specdec.drafters") / "pretrained").glob("*/*/train.yaml"))  # type: ignore[attr-defined]
     assert recipes
     for path in recipes:
         kind = lookup(drafter_folder.read_config(path.parent)["drafter"])

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from specdec.base.errors import SpecDecError
-from specdec.models.catalogue import cache_dir
+from specdec.base.files import cache_dir, replace
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,6 @@ def place(model: str, dtype: str, device: str, runtime: str, weights: str) -> Pa
 
 def store(path: Path, tuned: Tuned) -> None:
     """Keep ``tuned``. Raises SpecDecError if the cache folder cannot be written."""
-    from specdec.models.drafter_folder import replace  # heavy
-
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         replace(path, (json.dumps(asdict(tuned)) + "\n").encode())

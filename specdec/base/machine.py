@@ -5,6 +5,8 @@ from __future__ import annotations
 import platform
 from pathlib import Path
 
+from specdec.base.errors import SpecDecError
+
 CPUINFO, MEMINFO = Path("/proc/cpuinfo"), Path("/proc/meminfo")
 
 
@@ -28,3 +30,13 @@ def free_memory() -> int | None:
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
     except (OSError, ValueError, StopIteration):
         return None
+
+
+def check_memory(name: str, need: int) -> None:
+    """Raise SpecDecError if this machine has less than ``need`` bytes of memory free."""
+    free = free_memory()
+    if free is not None and free < need:
+        raise SpecDecError(
+            f"not enough memory for '{name}': its weights take {need / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free; "
+            "end other programs or use a smaller model"
+        )

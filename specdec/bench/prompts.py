@@ -20,9 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from specdec.base import inputs
-from specdec.base.errors import SpecDecError, did_you_mean
-from specdec.models.catalogue import cache_dir, one_line
-from specdec.models.drafter_folder import replace
+from specdec.base.errors import SpecDecError, did_you_mean, one_line
+from specdec.base.files import cache_dir, replace
 
 DATA = "SPECDEC_DATA"  # environment variable: the data folder
 TIMEOUT = 20  # seconds for a download to answer

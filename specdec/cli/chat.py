@@ -210,7 +210,7 @@ def _history() -> Any:
     """What was typed before, in a file that only its owner reads."""
     from prompt_toolkit.history import FileHistory, InMemoryHistory
 
-    from specdec.models.catalogue import cache_dir
+    from specdec.base.files import cache_dir
 
     path = cache_dir() / "chat_history"
     try:

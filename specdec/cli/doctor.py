@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from specdec.base import machine
+from specdec.base import files, machine
 from specdec.base.errors import SpecDecError
 from specdec.cli.listings import AsJson
 from specdec.cli.shared import print_json
@@ -122,7 +122,7 @@ def _device() -> dict[str, str]:
 
 def _cache() -> dict[str, Any]:
     """Size of the cache folder, symbolic links not followed. Files that vanish meanwhile do not count."""
-    folder, size, free = catalogue.cache_dir(), 0, 0
+    folder, size, free = files.cache_dir(), 0, 0
     for parent, _, names in os.walk(folder):
         for name in names:
             try:

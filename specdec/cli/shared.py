@@ -13,6 +13,7 @@ import typer
 
 from specdec.base import options
 from specdec.base.errors import SpecDecError
+from specdec.base.files import replace
 
 INTERRUPTED = 130  # exit code of Ctrl-C
 
@@ -130,6 +131,4 @@ def print_json(value: Any) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write indented JSON; the file is whole or as it was."""
-    from specdec.models.drafter_folder import replace  # heavy
-
     replace(path, (json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode())

@@ -12,6 +12,7 @@ import typer
 
 from specdec.base import options, terminal
 from specdec.base.errors import SpecDecError
+from specdec.base.files import replace
 from specdec.cli import shared, statistics
 from specdec.cli.shared import INTERRUPTED
 from specdec.models.catalogue import DEFAULT_MODEL
@@ -127,8 +128,6 @@ def verify(
     page, data = certificate.page(title), about | certificate.as_dict()
     terminal.write(f"{page}\n")
     if output:
-        from specdec.models.drafter_folder import replace
-
         replace(output / "certificate.txt", (page + "\n").encode())
         shared.write_json(output / "certificate.json", data)
     if as_json:

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from specdec.base.errors import SpecDecError
+from specdec.base.errors import SpecDecError, one_line
+from specdec.base.machine import check_memory
 from specdec.integrations.hub import RECIPE
 from specdec.models import drafter_folder
 from specdec.models.blocks import Blocks, densify, named_weights
-from specdec.models.catalogue import check_memory, one_line, quietly
+from specdec.models.catalogue import quietly
 from specdec.speculation import registry
 
 FOLDER, DRAFTER = "custom_generate", "drafter"

@@ -10,9 +10,8 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
 from specdec.base import inputs
-from specdec.base.errors import SpecDecError
+from specdec.base.errors import SpecDecError, one_line
 from specdec.models import drafter_folder, hub
-from specdec.models.catalogue import one_line
 
 CARD, RECIPE = "README.md", "train.yaml"
 

@@ -26,8 +26,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from specdec.base import inputs, machine, terminal
-from specdec.base.errors import SpecDecError
+from specdec.base import inputs, terminal
+from specdec.base.errors import SpecDecError, one_line
+from specdec.base.files import cache_dir
+from specdec.base.machine import check_memory
 from specdec.models import wheels
 from specdec.models.wheels import Embedded
 
@@ -99,14 +101,6 @@ class ModelRow:
     cached: bool
     drafters: list[str]
     description: str
-
-
-def cache_dir() -> Path:
-    """``$SPECDEC_CACHE``, else ``$XDG_CACHE_HOME/specdec``, else ``~/.cache/specdec``. Not created here."""
-    if own := os.environ.get("SPECDEC_CACHE"):
-        return Path(own).expanduser().absolute()
-    shared = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (shared if shared.is_absolute() else Path.home() / ".cache") / "specdec"
 
 
 def embedded_models() -> list[ModelRow]:
@@ -187,16 +181,6 @@ def room(need: int) -> Iterator[None]:
         ) from error
 
 
-def check_memory(name: str, need: int) -> None:
-    """Raise SpecDecError if this machine has less than ``need`` bytes of memory free."""
-    free = machine.free_memory()
-    if free is not None and free < need:
-        raise SpecDecError(
-            f"not enough memory for '{name}': its weights take {need / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free; "
-            "end other programs or use a smaller model"
-        )
-
-
 @contextlib.contextmanager
 def quietly(status: str = "") -> Iterator[None]:
     """Mute progress bars and warnings of transformers; say ``status``, if given."""
@@ -209,12 +193,6 @@ def quietly(status: str = "") -> Iterator[None]:
             yield
         finally:
             transformers_logging.set_verbosity(verbosity)
-
-
-def one_line(error: BaseException) -> str:
-    """The error's message as one line of bearable length."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 240 else text[:237] + "..."
 
 
 # --- preparing ----------------------------------------------------------------------------------------------------

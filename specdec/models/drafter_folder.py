@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import importlib.resources
 import json
-import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from specdec.base import options, terminal
+from specdec.base import files, options, terminal
 from specdec.base.errors import SpecDecError
 from specdec.models import identity
 
@@ -258,24 +256,9 @@ def write(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], stor
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, data in ((WEIGHTS, save(contiguous)), (CONFIG, text.encode())):
-            replace(folder / name, data)
+            files.replace(folder / name, data)
     except OSError as error:
         raise SpecDecError(f"cannot write the drafter to '{folder}': {error.strerror or error}") from None
-
-
-def replace(path: Path, data: bytes) -> None:
-    """Put ``data`` at ``path`` atomically (a temporary file beside it, flushed, then renamed)."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def shipped(drafter: str, base: Identified) -> Path | None:

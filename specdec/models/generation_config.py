@@ -21,8 +21,7 @@ from transformers import (
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
-from specdec.base.errors import SpecDecError
-from specdec.models.catalogue import one_line
+from specdec.base.errors import SpecDecError, one_line
 
 STATEFUL = (UnbatchedClassifierFreeGuidanceLogitsProcessor, SynthIDTextWatermarkLogitsProcessor)
 

@@ -17,8 +17,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from specdec.base.errors import SpecDecError
-from specdec.models.catalogue import one_line
+from specdec.base.errors import SpecDecError, one_line
 from specdec.models.drafter_folder import CONFIG, WEIGHTS
 
 _ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*?)(?:@([\w./-]+))?", re.ASCII)

@@ -30,10 +30,11 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from specdec.base import memory
-from specdec.base.errors import SpecDecError, did_you_mean
+from specdec.base.errors import SpecDecError, did_you_mean, one_line
+from specdec.base.machine import check_memory
 from specdec.models import checkpoint, gguf_model, hub
 from specdec.models.blocks import Blocks, named_weights
-from specdec.models.catalogue import EMBEDDED, GGUF, check_memory, described, one_line, prepared, quietly
+from specdec.models.catalogue import EMBEDDED, GGUF, described, prepared, quietly
 from specdec.models.gguf_file import GGUFFile, is_gguf, read_header
 
 # What is downloaded of a repository: all but weights at once, weights (no pickles) when they are to be read.

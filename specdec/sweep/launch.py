@@ -17,10 +17,9 @@ from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
-from specdec.base.errors import SpecDecError
+from specdec.base.errors import SpecDecError, one_line
 from specdec.bench.cell import Cell, Progress
 from specdec.bench.run import Decoders, run_cell
-from specdec.models.catalogue import one_line
 from specdec.sweep.plan import Resources
 
 

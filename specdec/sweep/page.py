@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader
 
 from specdec import __version__
 from specdec.base.errors import SpecDecError
-from specdec.models.drafter_folder import replace
+from specdec.base.files import replace
 from specdec.sweep.results import Record, Results, Table, command, speedup_of
 
 PAGE = "report.html"  # the template's name, too

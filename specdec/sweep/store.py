@@ -20,7 +20,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from specdec.base.errors import SpecDecError
-from specdec.models.drafter_folder import replace
+from specdec.base.files import replace
 from specdec.sweep.plan import Plan
 
 MANIFEST, RECORDS, LOCK = "sweep.json", "cells.jsonl", ".lock"

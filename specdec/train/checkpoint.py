@@ -13,8 +13,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from specdec.base import files
 from specdec.base.errors import SpecDecError
-from specdec.models import drafter_folder
 from specdec.train.output import CHECKPOINT, METRICS, writing
 
 MASTERS, SLOTS = "masters/", "optimizer/"  # how its tensors' names begin
@@ -27,7 +27,7 @@ def write(output: Path, masters: Mapping[str, nn.Parameter], optimizer: Optimize
         tensors |= {f"{SLOTS}{index}/{key}": torch.as_tensor(value) for key, value in slot.items()}
     contiguous = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
     with writing("a checkpoint", output):
-        drafter_folder.replace(output / CHECKPOINT, save(contiguous, {"state": json.dumps(state)}))
+        files.replace(output / CHECKPOINT, save(contiguous, {"state": json.dumps(state)}))
 
 
 @torch.no_grad()
@@ -61,7 +61,7 @@ def rewind_metrics(output: Path, update: int) -> None:
             except (ValueError, KeyError, TypeError):  # the run was killed as it wrote this line
                 break
             kept += line
-        drafter_folder.replace(path, kept.encode())
+        files.replace(path, kept.encode())
 
 
 class Best:

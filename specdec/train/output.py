@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from safetensors import SafetensorError
 
-from specdec.base import inputs
+from specdec.base import files, inputs
 from specdec.base.errors import SpecDecError
 from specdec.models import drafter_folder, loading
 from specdec.train.settings import TrainSettings, current, from_mapping
@@ -48,7 +48,7 @@ def open_output(settings: TrainSettings, resume: bool) -> Path:
             _check_same_run(output, own, resume)
         output.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(own.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-        drafter_folder.replace(recipe, text.encode())
+        files.replace(recipe, text.encode())
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise SpecDecError(f"cannot use '{output}' as output folder: {error}") from None
     return output

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from specdec.base import machine
 from specdec.base.errors import SpecDecError
-from specdec.models import catalogue, gguf_model, loading
+from specdec.models import gguf_model, loading
 from specdec.runtimes.fused import FusedTarget
 from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.target import Target
@@ -47,7 +48,7 @@ def check_memory(name: str, config: Any, dtype: str, device: torch.device) -> No
         return
     need = sum(parameter.numel() for parameter in model.parameters()) * kind.itemsize
     if device.type != "cuda":
-        catalogue.check_memory(name, need)
+        machine.check_memory(name, need)
     elif (free := torch.cuda.mem_get_info(device)[0]) < need:
         raise SpecDecError(
             f"not enough memory on '{device}' for '{name}': its weights take {need / 1e6:.0f} MB, and {free / 1e6:.0f} "

@@ -20,6 +20,7 @@ from rich.table import Table
 from torch import Tensor
 
 from specdec.api.decoder import SpecDecoder
+from specdec.base import files
 from specdec.base.errors import SpecDecError
 from specdec.drafters.m2r2 import M2R2Drafter
 from specdec.drafters.m2r2_network import M2R2
@@ -93,7 +94,7 @@ def choose(settings: M2R2Settings, target: Target, work: Work) -> Segment:
     _show(rows, work.console)
     table = {"chosen": rows[0].segment, "table": [asdict(row) for row in rows]}
     with writing(FILE, work.output):
-        drafter_folder.replace(file, json.dumps(table, indent=1).encode())
+        files.replace(file, json.dumps(table, indent=1).encode())
     shutil.rmtree(folder)  # large, and of no use any more
     return rows[0].segment
 

@@ -25,8 +25,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from specdec.base import inputs
 from specdec.base.errors import SpecDecError
+from specdec.base.files import replace
 from specdec.base.terminal import Progress, duration, megabytes, tell
-from specdec.models.drafter_folder import replace
 from specdec.runtimes import linear_maps
 from specdec.runtimes.cache import KVCache, Mask
 from specdec.runtimes.layer_pass import Pass

@@ -18,12 +18,11 @@ from pathlib import Path
 import torch
 from pydantic import TypeAdapter
 
-from specdec.base import machine
+from specdec.base import files, machine
 from specdec.engine.depth.costs import Costs
 from specdec.engine.depth.policy import FixedDepth
 from specdec.engine.engine import Engine
 from specdec.engine.request import Request
-from specdec.models import catalogue, drafter_folder
 from specdec.runtimes.cache import KVCache
 from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.target import Target
@@ -52,7 +51,7 @@ def keep(target: Target, drafter: Drafter, found: Costs) -> None:
     with suppress(OSError):
         place = _place(target, drafter)
         place.parent.mkdir(parents=True, exist_ok=True)
-        drafter_folder.replace(place, FILE.dump_json(found))
+        files.replace(place, FILE.dump_json(found))
 
 
 def measure(target: Target, drafters: Sequence[Drafter], verifier: Verifier) -> list[Costs]:
@@ -90,7 +89,7 @@ def _place(target: Target, drafter: Drafter) -> Path:
     parts += [drafter.name, drafter.path]
     parts += [] if target.experts is None else [target.experts.describe()]  # more tokens load more experts
     name = hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest()[:24]
-    return catalogue.cache_dir() / "costs" / f"{name}.json"
+    return files.cache_dir() / "costs" / f"{name}.json"
 
 
 @torch.inference_mode()

@@ -22,8 +22,8 @@ from transformers import PreTrainedModel
 
 from specdec.base import terminal
 from specdec.base.errors import SpecDecError
+from specdec.base.files import cache_dir
 from specdec.base.settings import Settings
-from specdec.models.catalogue import cache_dir
 from specdec.models.checkpoint import FUSED, Absent, StoredExperts, sample
 from specdec.runtimes.experts import packed, predict
 from specdec.runtimes.experts.control import Controller

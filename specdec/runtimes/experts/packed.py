@@ -26,8 +26,8 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
+from specdec.base import files
 from specdec.base.errors import SpecDecError
-from specdec.models import drafter_folder
 from specdec.models.checkpoint import StoredExperts
 from specdec.runtimes.experts.layers import MoELayer
 
@@ -192,7 +192,7 @@ def _is_index(path: Path) -> bool:
 
 
 def _write_index(index: Index, folder: Path) -> None:
-    drafter_folder.replace(folder / INDEX, json.dumps({"format": FORMAT, **asdict(index)}).encode())
+    files.replace(folder / INDEX, json.dumps({"format": FORMAT, **asdict(index)}).encode())
 
 
 def buffer(memory: Tensor) -> memoryview:
