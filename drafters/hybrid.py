@@ -18,8 +18,7 @@ from specdec.runtimes.cache import KVCache
 from specdec.runtimes.target import Target
 from specdec.speculation import registry
 from specdec.speculation.draft import Draft, Drafter, State
-
-from .trie import merge
+from specdec.speculation.trie import merge
 
 
 class HybridDrafter(Drafter):

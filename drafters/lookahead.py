@@ -17,8 +17,7 @@ from torch import Tensor
 from specdec.base import options
 from specdec.runtimes.target import Target
 from specdec.speculation.draft import Draft, Drafter, State
-
-from .trie import merge
+from specdec.speculation.trie import merge
 
 
 class _Row:

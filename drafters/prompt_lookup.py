@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 from specdec.base import options
 from specdec.base.errors import SpecDecError
 from specdec.speculation.draft import Draft, Drafter, State
+from specdec.speculation.trie import merge
 
 from .scoped import Scoped
-from .trie import merge
 
 STORE = 100_000  # tokens of earlier requests that ``store: true`` keeps: some 100 MB
 

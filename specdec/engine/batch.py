@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from specdec.base.errors import NotFiniteError
-from specdec.drafters.trie import merge
 from specdec.engine.depth.policy import DepthPolicy, StepReport
 from specdec.engine.logprobs import prompt_logprobs, token_logprobs
 from specdec.engine.metrics import Ledger
@@ -25,6 +24,7 @@ from specdec.runtimes.prefill import run_tokens
 from specdec.runtimes.target import Target
 from specdec.speculation.draft import Acceptance, Draft, Drafter, DrafterWarning, State, Verifier, check_draft
 from specdec.speculation.sampling import Sampler
+from specdec.speculation.trie import merge
 
 NOTHING = torch.empty(0)
 RESTARTS = 5  # how often a drafter that has failed begins anew in an engine's life
