@@ -23,8 +23,8 @@ from torch.nn import functional as F
 
 from specdec.base import options
 from specdec.base.errors import SpecDecError
+from specdec.kvcache.cache import KVCache
 from specdec.models import drafter_folder
-from specdec.runtimes.cache import KVCache
 from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.linear_maps import rms_unit
 from specdec.runtimes.target import Target

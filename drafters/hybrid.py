@@ -14,7 +14,7 @@ from torch import Tensor
 
 from specdec.base import options
 from specdec.base.errors import SpecDecError
-from specdec.runtimes.cache import KVCache
+from specdec.kvcache.cache import KVCache
 from specdec.runtimes.target import Target
 from specdec.speculation import registry
 from specdec.speculation.draft import Draft, Drafter, State

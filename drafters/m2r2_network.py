@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from specdec.base.errors import SpecDecError
+from specdec.kvcache.cache import KVCache, Mask
 from specdec.models import drafter_folder
 from specdec.runtimes import linear_maps
 from specdec.runtimes.adapters import Adapters
-from specdec.runtimes.cache import KVCache, Mask
 from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.linear_maps import rms_unit
 from specdec.runtimes.target import Target

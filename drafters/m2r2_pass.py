@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from specdec.runtimes.cache import KVCache
+from specdec.kvcache.cache import KVCache
 from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.target import Target
 

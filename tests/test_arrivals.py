@@ -22,9 +22,9 @@ from specdec.engine import batch, scheduler
 from specdec.engine.depth import AutoDepth, Costs, FixedDepth
 from specdec.engine.depth.division import divide
 from specdec.engine.engine import Engine
-from specdec.engine.prefix import PrefixStore
 from specdec.engine.request import Handle, Request
-from specdec.runtimes.cache import KVCache
+from specdec.kvcache.cache import KVCache
+from specdec.kvcache.prefix import PrefixStore
 from specdec.runtimes.native import library
 from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.reference import ReferenceTarget

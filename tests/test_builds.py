@@ -13,10 +13,10 @@ from test_native import in_blocks
 
 from specdec.base import machine
 from specdec.base.errors import SpecDecError
+from specdec.kvcache.rows import RowCache
 from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.native import library, linear
 from specdec.runtimes.native.target import NativeTarget
-from specdec.runtimes.row_cache import RowCache
 from specdec.runtimes.select import make_target
 from specdec.runtimes.target import Target
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from specdec.runtimes import cache as cache_module
-from specdec.runtimes.cache import KVCache
+from specdec.kvcache import cache as cache_module
+from specdec.kvcache.cache import KVCache
 
 
 def entries(tokens: list[list[int]]) -> torch.Tensor:

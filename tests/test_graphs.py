@@ -25,7 +25,7 @@ from specdec.base import devices
 from specdec.base.errors import SpecDecError
 from specdec.drafters import chain, m2r2, medusa, vocabulary
 from specdec.engine.batch import Batch
-from specdec.runtimes import cache as caches
+from specdec.kvcache import cache as caches
 from specdec.runtimes import tree_drafting
 from specdec.runtimes.fused import FusedTarget
 from specdec.runtimes.graphs import GraphedTarget

@@ -19,7 +19,7 @@ from specdec.api.decoder import SpecDecoder
 from specdec.base.errors import SpecDecError
 from specdec.cli import statistics
 from specdec.drafters.none import NoDrafter
-from specdec.runtimes.cache import KVCache, rows8, widened
+from specdec.kvcache.cache import KVCache, rows8, widened
 from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.native import library
 from specdec.runtimes.native.target import FAMILIES, NativeTarget

@@ -22,8 +22,8 @@ from specdec.engine import scheduler
 from specdec.engine.depth import FixedDepth
 from specdec.engine.engine import Engine
 from specdec.engine.request import Request
+from specdec.kvcache.recurrent import Recurrent
 from specdec.runtimes.fused import FusedTarget
-from specdec.runtimes.recurrent import Recurrent
 from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.target import Target
 from specdec.speculation.draft import Drafter

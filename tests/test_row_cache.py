@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from specdec.runtimes.cache import KVCache
-from specdec.runtimes.row_cache import RowCache
+from specdec.kvcache.cache import KVCache
+from specdec.kvcache.rows import RowCache
 
 
 def entries(tokens: list[int]) -> torch.Tensor:

@@ -36,18 +36,17 @@ from specdec.runtimes.target import Target, lock_of
 from specdec.speculation.draft import Drafter
 
 RUNTIMES = Path(target.__file__).parent
+FOLDERS = (RUNTIMES, RUNTIMES / "native", RUNTIMES.parent / "kvcache")
 FILES = {
     "library",
     "linear",
     "drafting",
-    "growth",
     "target",
     "reference",
     "fused",
     "graphs",
-    "kernels",
     "cache",
-    "row_cache",
+    "rows",
 }
 BF16 = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32}  # what the native runtime serves
 PROMPTS = [[5, 6, 7, 8, 9] * 3, [10, 11, 12, 13, 10, 11, 12], [20, 21, 22, 23, 24, 25] * 4]
@@ -57,13 +56,13 @@ needs_native = pytest.mark.skipif(not library.runs(), reason="there are no nativ
 def interleaved(mine: Callable[[], Any], other: Callable[[], Any], model: torch.nn.Module) -> tuple[Any, list[Any]]:
     """What ``mine`` returns, and what ``other`` does each time that it runs in another thread, in one go.
 
-    That is before each line of the runtimes, the first time that it is reached without a lock.
+    That is before each line of the runtimes and caches, the first time that it is reached without a lock.
     """
     seen, others, before = set[tuple[str, int]](), list[Any](), sys.gettrace()
 
     def trace(frame: Any, event: str, _: object) -> Any:
         path = Path(frame.f_code.co_filename)
-        if path.parent not in (RUNTIMES, RUNTIMES / "native") or path.stem not in FILES:
+        if path.parent not in FOLDERS or path.stem not in FILES:
             return None
         line = path.stem, frame.f_lineno
         locked = lock_of(model)._is_owned() or linear._arena.lock.locked() or target._finding.locked()

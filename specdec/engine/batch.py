@@ -19,7 +19,7 @@ from specdec.engine.logprobs import prompt_logprobs, token_logprobs
 from specdec.engine.metrics import Ledger
 from specdec.engine.request import Request
 from specdec.engine.scoring import Scores, score
-from specdec.runtimes.cache import KVCache
+from specdec.kvcache.cache import KVCache
 from specdec.runtimes.prefill import run_tokens
 from specdec.runtimes.target import Target
 from specdec.speculation.draft import Acceptance, Draft, Drafter, DrafterWarning, State, Verifier, check_draft

@@ -10,9 +10,9 @@ from functools import partial
 import torch
 
 from specdec.engine.batch import Batch
-from specdec.engine.prefix import Prefix, PrefixStore, blocks, common
 from specdec.engine.request import Request
-from specdec.runtimes.cache import KVCache
+from specdec.kvcache.cache import KVCache
+from specdec.kvcache.prefix import Prefix, PrefixStore, blocks, common
 from specdec.runtimes.prefill import run_tokens
 from specdec.runtimes.target import Target
 

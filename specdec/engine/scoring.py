@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from specdec.base.devices import download, upload, waits
+from specdec.kvcache.rows import RowCache
 from specdec.runtimes.layer_pass import Pass
-from specdec.runtimes.row_cache import RowCache
 from specdec.runtimes.target import Target, largest
 from specdec.speculation.draft import Draft, State, Verifier, ancestors, check_tokens
 from specdec.speculation.sampling import Sampler

@@ -43,8 +43,8 @@ from specdec.base.errors import SpecDecError
 from specdec.engine.engine import Engine
 from specdec.engine.metrics import RequestMetrics
 from specdec.engine.request import Request
+from specdec.kvcache.cache import KVCache
 from specdec.models.generation_config import STATEFUL
-from specdec.runtimes.cache import KVCache
 from specdec.runtimes.prefill import prefill
 from specdec.runtimes.select import CHOICES, check_names
 from specdec.runtimes.target import Target

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from specdec.runtimes.recurrent import Adapted, States
+from specdec.kvcache.recurrent import Adapted, States
 
 CHUNK = 64
 CONV, MATRIX = ("conv", 0), ("recurrent", 0)  # kinds of states: the last inputs of the convolution, keys by values

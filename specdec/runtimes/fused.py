@@ -28,10 +28,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from specdec.base.errors import SpecDecError
+from specdec.kvcache.cache import Mask
 from specdec.models.blocks import densify
 from specdec.runtimes import linear_maps, llama_like
 from specdec.runtimes.adapters import Adapters
-from specdec.runtimes.cache import Mask
 from specdec.runtimes.checks import check_logits, refuse_unsupported
 from specdec.runtimes.delta_rule import DeltaRule
 from specdec.runtimes.layer_pass import Pass

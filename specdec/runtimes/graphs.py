@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from specdec.base.errors import SpecDecError
+from specdec.kvcache.cache import KVCache
 from specdec.runtimes import llama_like
-from specdec.runtimes.cache import KVCache
 from specdec.runtimes.fused import FusedTarget
 from specdec.runtimes.layer_pass import Pass
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from specdec.kvcache.cache import KVCache, Mask
 from specdec.runtimes.adapters import Adapters
-from specdec.runtimes.cache import KVCache, Mask
 
 
 @dataclass

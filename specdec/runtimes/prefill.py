@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from specdec.base.devices import upload
-from specdec.runtimes.cache import KVCache, Mask
+from specdec.kvcache.cache import KVCache, Mask
+from specdec.kvcache.rows import RowCache
 from specdec.runtimes.layer_pass import Pass
-from specdec.runtimes.row_cache import RowCache
 from specdec.runtimes.target import Target
 
 CHUNK = 512  # tokens of a row per pass: bounds the memory of masks and activations

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from specdec.base.errors import SpecDecError
+from specdec.kvcache.cache import KVCache, Mask
+from specdec.kvcache.recurrent import Adapted, Advance, States
 from specdec.models import checkpoint
 from specdec.runtimes.adapters import Adapters
-from specdec.runtimes.cache import KVCache, Mask
 from specdec.runtimes.checks import check_logits, refuse_unsupported
 from specdec.runtimes.layer_pass import Pass
-from specdec.runtimes.recurrent import Adapted, Advance, States
 from specdec.runtimes.target import Part, Target
 
 FEW = 16  # tokens that take less time one by one than a scan of a whole chunk

@@ -15,10 +15,10 @@ from transformers import PreTrainedModel
 from specdec.base import cores
 from specdec.base.devices import download
 from specdec.base.errors import SpecDecError
+from specdec.kvcache.cache import Chunk, KVCache
 from specdec.models import loading
 from specdec.models.blocks import rows, stored
 from specdec.runtimes import linear_maps, tree_drafting
-from specdec.runtimes.cache import Chunk, KVCache
 from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.tree_drafting import Bounds, Candidates, DraftPath, Masks, Seed
 

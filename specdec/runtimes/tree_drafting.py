@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from specdec.base.devices import download, upload, waits
+from specdec.kvcache.cache import KVCache
 from specdec.runtimes.adapters import Adapters
-from specdec.runtimes.cache import KVCache
 from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.linear_maps import UnitMap
 

@@ -23,7 +23,7 @@ from specdec.models import drafter_folder
 from specdec.speculation.trees import Prices
 
 if TYPE_CHECKING:
-    from specdec.runtimes.cache import KVCache
+    from specdec.kvcache.cache import KVCache
     from specdec.runtimes.target import Target
     from specdec.runtimes.tree_drafting import Candidates
     from specdec.speculation.sampling import Sampler

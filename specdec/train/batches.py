@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from specdec.runtimes.cache import KVCache
-from specdec.runtimes.recurrent import States
+from specdec.kvcache.cache import KVCache
+from specdec.kvcache.recurrent import States
 from specdec.train.recurrent import StatesAtPositions
 from specdec.train.states import Record
 

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from specdec.base.errors import SpecDecError
 from specdec.drafters.exits import ExitHeads, Routers, check_exits
-from specdec.runtimes.cache import Mask
+from specdec.kvcache.cache import Mask
 from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.linear_maps import rms_unit
 from specdec.runtimes.target import Target

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from specdec.base.errors import SpecDecError
 from specdec.base.memory import free_memory
-from specdec.runtimes.recurrent import Advance, Recurrent, States
+from specdec.kvcache.recurrent import Advance, Recurrent, States
 
 HELD = 4  # states of a position that are held at once: exact, before and after a step, and for gradients
 

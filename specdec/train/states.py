@@ -27,8 +27,8 @@ from specdec.base import inputs
 from specdec.base.errors import SpecDecError
 from specdec.base.files import replace
 from specdec.base.terminal import Progress, duration, megabytes, tell
+from specdec.kvcache.cache import KVCache, Mask
 from specdec.runtimes import linear_maps
-from specdec.runtimes.cache import KVCache, Mask
 from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.target import Target
 from specdec.train.data import Answer

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from specdec.drafters.m2r2_network import M2R2, Carry, watch
-from specdec.runtimes.cache import Mask
+from specdec.kvcache.cache import Mask
 from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.target import Target
 from specdec.train.batches import Batch

@@ -23,7 +23,7 @@ from specdec.engine.depth.costs import Costs
 from specdec.engine.depth.policy import FixedDepth
 from specdec.engine.engine import Engine
 from specdec.engine.request import Request
-from specdec.runtimes.cache import KVCache
+from specdec.kvcache.cache import KVCache
 from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.target import Target
 from specdec.speculation.draft import Drafter, Verifier

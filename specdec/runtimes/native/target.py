@@ -19,10 +19,11 @@ from transformers import PreTrainedModel
 
 from specdec.base import cores, memory
 from specdec.base.errors import SpecDecError
+from specdec.kvcache.cache import KVCache
+from specdec.kvcache.rows import RowCache, RowMask
 from specdec.models.blocks import BlockEmbedding, BlockLinear, Blocks, bits, densify, named_weights, quantized
 from specdec.runtimes import llama_like
 from specdec.runtimes.adapters import Adapters
-from specdec.runtimes.cache import KVCache
 from specdec.runtimes.checks import check_logits, refuse_unsupported
 from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.native import library, linear
@@ -47,7 +48,6 @@ from specdec.runtimes.native.library import (
 )
 from specdec.runtimes.native.linear import Packed, RowTable
 from specdec.runtimes.reference import ByParts
-from specdec.runtimes.row_cache import RowCache, RowMask
 from specdec.runtimes.tree_drafting import Bounds, Candidates, DraftPath, Masks, Seed
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from specdec.runtimes.cache import KVCache
+from specdec.kvcache.cache import KVCache
 
 
 class Prefix:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from specdec.base.devices import upload
-from specdec.runtimes.recurrent import Advance, Recurrent
+from specdec.kvcache.recurrent import Advance, Recurrent
 
 TOGETHER = 32  # numbers of an 8-bit row that share a scale
 AHEAD = 1 << 30  # bytes of slots that buffers begin with at most because they are expected

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from specdec.runtimes.cache import KVCache, Mask, rows8, widened, zeros
+from specdec.kvcache.cache import KVCache, Mask, rows8, widened, zeros
 
 SNUG = 16  # slots that the buffer of a copy is rounded up to
 

@@ -1,0 +1,1 @@
+"""What runs hold of tokens they have seen: keys, values and recurrent states, with roll-back, and kept prefixes."""
