@@ -29,7 +29,7 @@ from specdec.bench.environment import environment
 from specdec.bench.prompts import load_prompts, spread
 from specdec.integrations.transformers import SpecGenerate
 from specdec.models import catalogue, loading
-from specdec.models.blocks import densify
+from specdec.models.gguf.blocks import densify
 
 PLAIN, WARM_UP = "generate", 12
 Method = Callable[[list[int], int], tuple[list[int], int]]  # prompt, new tokens -> new tokens, passes of the model

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from specdec.base import memory
 from specdec.base.devices import upload
-from specdec.models.blocks import stored
+from specdec.models.gguf.blocks import stored
 from specdec.runtimes.target import Target
 from specdec.speculation.draft import State
 

@@ -16,7 +16,7 @@ from specdec import SpecDecoder
 from specdec.base.errors import SpecDecError
 from specdec.drafters.m2r2 import M2R2, M2R2Path
 from specdec.models import drafter_folder, identity
-from specdec.models.blocks import quantized
+from specdec.models.gguf.blocks import quantized
 from specdec.models.loading import fingerprint
 from specdec.runtimes.reference import ReferenceTarget
 

@@ -21,8 +21,8 @@ from specdec import SpecDecoder
 from specdec.base import files
 from specdec.base.errors import SpecDecError
 from specdec.models import catalogue, loading
-from specdec.models.blocks import KINDS, BlockEmbedding, BlockLinear, dense, densify, named_weights
-from specdec.models.gguf_file import read_header
+from specdec.models.gguf.blocks import KINDS, BlockEmbedding, BlockLinear, dense, densify, named_weights
+from specdec.models.gguf.file import read_header
 from specdec.runtimes.select import make_target
 
 SERVED = ("llama", "qwen2", "qwen3", "phi3")

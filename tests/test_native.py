@@ -18,7 +18,7 @@ from test_tiles import random_blocks
 from specdec.base import cores
 from specdec.base.errors import SpecDecError
 from specdec.kvcache.cache import KVCache
-from specdec.models.blocks import BlockEmbedding, BlockLinear
+from specdec.models.gguf.blocks import BlockEmbedding, BlockLinear
 from specdec.runtimes import linear_maps, tree_drafting
 from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.native import library, linear

@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_fused import apart
 
-from specdec.models.blocks import KINDS, Blocks
+from specdec.models.gguf.blocks import KINDS, Blocks
 from specdec.runtimes.native import library, linear
 
 pytestmark = [

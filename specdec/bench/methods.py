@@ -26,7 +26,7 @@ from specdec.base.errors import SpecDecError
 from specdec.bench.cell import Cell, check_other
 from specdec.engine.metrics import RequestMetrics
 from specdec.models import loading
-from specdec.models.blocks import dense, densify
+from specdec.models.gguf.blocks import dense, densify
 
 WARM_UP, CONTEXT = 8, 64  # new tokens and prompt tokens of the request that warms a method up
 SAMPLING = ("temperature", "top_p", "top_k")

@@ -159,8 +159,8 @@ class Conversation:
 
     def answer(self, text: str) -> None:
         """Answer a message. What there is when Ctrl-C stops it stays in the conversation."""
+        from specdec.api.pieces import Answer
         from specdec.api.text import encode
-        from specdec.serve.pieces import Answer
         from specdec.serve.requests import make_request
 
         messages = [*self.messages, {"role": "user", "content": text}]

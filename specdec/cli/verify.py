@@ -71,7 +71,7 @@ def verify(
     with terminal.status("loading"):
         from specdec.api.decoder import SpecDecoder
         from specdec.bench.prompts import load_prompts, spread
-        from specdec.models.blocks import dense
+        from specdec.models.gguf.blocks import dense
         from specdec.speculation.sampling import SamplingParams
         from specdec.verify.certificate import Certificate, Plan
 

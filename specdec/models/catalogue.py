@@ -34,7 +34,7 @@ from specdec.models import wheels
 from specdec.models.wheels import Embedded
 
 if TYPE_CHECKING:
-    from specdec.models.gguf_file import GGUFFile
+    from specdec.models.gguf.file import GGUFFile
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 GGUF, MANIFEST = "model.gguf", "specdec.json"
@@ -293,7 +293,8 @@ def _defect(folder: Path, key: dict[str, Any]) -> str | None:
 
 def _describe(name: str, file: Path, folder: Path) -> None:
     """Write config and tokenizer of a GGUF file into ``folder``."""
-    from specdec.models import gguf_file, gguf_model
+    from specdec.models.gguf import file as gguf_file
+    from specdec.models.gguf import model as gguf_model
 
     with room(VOCABULARY_BYTES), quietly(f"Reading {name}"):
         gguf_model.write_parts(name, gguf_file.read_header(file, name), folder)

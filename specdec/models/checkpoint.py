@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from specdec.base.errors import SpecDecError
-from specdec.models.blocks import Blocks
+from specdec.models.gguf.blocks import Blocks
 
 FUSED = ("gate_up_proj", "down_proj")  # [E, 2 F, D] and [E, D, F]
 SAMPLES = 512

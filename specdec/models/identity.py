@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from specdec.base.errors import SpecDecError
-from specdec.models.blocks import Blocks, named_weights
+from specdec.models.gguf.blocks import Blocks, named_weights
 
 VECTORS, MATRICES = 4, 12  # that are sampled,
 WINDOWS, WINDOW = 2, 16  # at so many places each, and so many values in a row there (of one block)

@@ -32,10 +32,11 @@ from transformers.utils.hub import get_checkpoint_shard_files
 from specdec.base import memory
 from specdec.base.errors import SpecDecError, did_you_mean, one_line
 from specdec.base.machine import check_memory
-from specdec.models import checkpoint, gguf_model, hub
-from specdec.models.blocks import Blocks, named_weights
+from specdec.models import checkpoint, hub
 from specdec.models.catalogue import EMBEDDED, GGUF, described, prepared, quietly
-from specdec.models.gguf_file import GGUFFile, is_gguf, read_header
+from specdec.models.gguf import model as gguf_model
+from specdec.models.gguf.blocks import Blocks, named_weights
+from specdec.models.gguf.file import GGUFFile, is_gguf, read_header
 
 # What is downloaded of a repository: all but weights at once, weights (no pickles) when they are to be read.
 PARTS = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py"]
@@ -58,7 +59,7 @@ def load(
 
     name_or_path: an embedded model's name (fetched at first use), else a local folder, a ``.gguf`` file, a Hugging Face
     id, or ``ORG/REPO:file.gguf``. Weights are read from safetensors or GGUF only, never from pickles. In bfloat16 on
-    a CPU those of a GGUF file stay in its blocks (``blocks``), if the model is of an architecture in ``gguf_model``;
+    a CPU those of a GGUF file stay in its blocks, if the model is of an architecture that ``gguf.model`` serves;
     those of others are dequantised by transformers.
     dtype: "auto" (the checkpoint's own; bfloat16 for a GGUF file) or one of float32, bfloat16, float16.
     device: "auto" (the first CUDA device that can compute, else the CPU) or what PyTorch calls one.

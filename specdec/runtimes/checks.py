@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from specdec.base.errors import NotFiniteError, SpecDecError
-from specdec.models.blocks import Blocks, dequantize, named_weights
+from specdec.models.gguf.blocks import Blocks, dequantize, named_weights
 from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.target import Target
 

@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 
 from specdec.base.errors import SpecDecError
 from specdec.kvcache.cache import Mask
-from specdec.models.blocks import densify
+from specdec.models.gguf.blocks import densify
 from specdec.runtimes import linear_maps, llama_like
 from specdec.runtimes.adapters import Adapters
 from specdec.runtimes.checks import check_logits, refuse_unsupported

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from specdec.base.errors import SpecDecError
-from specdec.models.blocks import BlockLinear
+from specdec.models.gguf.blocks import BlockLinear
 from specdec.runtimes import linear_maps
 
 Norm = Callable[[Tensor], Tensor]

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from specdec.base.errors import NotFiniteError, SettingError, SpecDecError, did_you_mean
 from specdec.base.options import Activations, KVCache, Runtime, Weights
-from specdec.models.blocks import densify
+from specdec.models.gguf.blocks import densify
 from specdec.runtimes.checks import refuse_unsupported
 from specdec.runtimes.fused import FusedTarget
 from specdec.runtimes.graphs import GraphedTarget

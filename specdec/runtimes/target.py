@@ -17,7 +17,7 @@ from specdec.base.devices import download
 from specdec.base.errors import SpecDecError
 from specdec.kvcache.cache import Chunk, KVCache
 from specdec.models import loading
-from specdec.models.blocks import rows, stored
+from specdec.models.gguf.blocks import rows, stored
 from specdec.runtimes import linear_maps, tree_drafting
 from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.tree_drafting import Bounds, Candidates, DraftPath, Masks, Seed

@@ -6,12 +6,12 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
+from specdec.api.pieces import REASONS, Answer, Piece
 from specdec.base.errors import ConstraintError
 from specdec.engine.logprobs import TokenLogprob
 from specdec.engine.request import Handle
 from specdec.serve.errors import ApiError
 from specdec.serve.metrics import Metrics
-from specdec.serve.pieces import REASONS, Answer, Piece
 
 
 class Choice:

@@ -8,10 +8,10 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from specdec import __version__
+from specdec.api.pieces import Piece
 from specdec.serve import logprobs, speculation
 from specdec.serve.choice import Choice
 from specdec.serve.errors import ApiError
-from specdec.serve.pieces import Piece
 from specdec.serve.schema import Sampling, StreamOptions
 from specdec.serve.streaming import DONE, event, merged
 from specdec.serve.tools import ChatParser, ToolForm, message_of

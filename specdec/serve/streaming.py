@@ -10,8 +10,8 @@ from pydantic_core import to_json
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from specdec.api.pieces import Piece
 from specdec.serve.choice import Choice
-from specdec.serve.pieces import Piece
 
 DONE = b"data: [DONE]\n\n"
 T = TypeVar("T")

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from specdec.base import machine
 from specdec.base.errors import SpecDecError
-from specdec.models import gguf_model, loading
+from specdec.models import loading
+from specdec.models.gguf import model as gguf_model
 from specdec.runtimes.fused import FusedTarget
 from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.target import Target

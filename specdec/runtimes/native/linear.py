@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from specdec.base import cores
 from specdec.base.errors import SpecDecError
-from specdec.models.blocks import BlockEmbedding, BlockLinear, Blocks, dequantize
+from specdec.models.gguf.blocks import BlockEmbedding, BlockLinear, Blocks, dequantize
 from specdec.runtimes.native import library
 from specdec.runtimes.native.library import BF16, INT, POINTER, Q4, Q8, Map, Part, Table, done, pointer, runs
 

@@ -21,7 +21,7 @@ from specdec.base import cores, memory
 from specdec.base.errors import SpecDecError
 from specdec.kvcache.cache import KVCache
 from specdec.kvcache.rows import RowCache, RowMask
-from specdec.models.blocks import BlockEmbedding, BlockLinear, Blocks, bits, densify, named_weights, quantized
+from specdec.models.gguf.blocks import BlockEmbedding, BlockLinear, Blocks, bits, densify, named_weights, quantized
 from specdec.runtimes import llama_like
 from specdec.runtimes.adapters import Adapters
 from specdec.runtimes.checks import check_logits, refuse_unsupported

@@ -31,9 +31,9 @@ from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorPr
 
 from specdec.base import memory, terminal
 from specdec.base.errors import SpecDecError
-from specdec.models import blocks
-from specdec.models.blocks import BlockEmbedding, BlockLinear, Blocks
-from specdec.models.gguf_file import PLAIN, GGUFFile, TensorInfo
+from specdec.models.gguf import blocks
+from specdec.models.gguf.blocks import BlockEmbedding, BlockLinear, Blocks
+from specdec.models.gguf.file import PLAIN, GGUFFile, TensorInfo
 
 ARCHITECTURES = "llama", "qwen2", "qwen3", "phi3"
 LARGEST, WIDEST = 1 << 28, 1 << 20  # of the whole numbers in a config, and of those that are sizes of its parts
