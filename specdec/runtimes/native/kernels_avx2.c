@@ -8,6 +8,7 @@
 #define KERNEL(name) specdec_##name##_avx2
 #include "kernels/simd_avx2.h"
 #include "kernels/simd.h"
+#include "kernels/integer.c"
 #include "kernels/avx2.c"
 #include "kernels/algorithms.h"
 #endif

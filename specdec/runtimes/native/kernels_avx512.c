@@ -8,6 +8,7 @@
 #define KERNEL(name) specdec_##name##_avx512
 #include "kernels/simd_avx512.h"
 #include "kernels/simd.h"
+#include "kernels/integer.c"
 #include "kernels/avx512.c"
 #include "kernels/amx.c"
 #include "kernels/algorithms.h"

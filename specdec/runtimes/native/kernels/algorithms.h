@@ -1,6 +1,5 @@
 /* What is written once for every instruction set. */
 #include "norm.c"
-#include "integer.c"
 #include "linear.c"
 #include "attention.c"
 #include "layers.c"

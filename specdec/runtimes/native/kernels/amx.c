@@ -1,6 +1,6 @@
 /* Products of tiles in AMX, 16 tokens at once. */
 
-enum { PREFETCH = 4096 };
+enum { PREFETCH = 4096, RING = 8, AHEAD = 2, MANY = 8 }; /* MANY: tokens from which on whole numbers are multiplied in tiles */
 
 typedef struct {
     uint8_t palette, start, zero[14];
@@ -8,13 +8,18 @@ typedef struct {
     uint8_t height[16];
 } TileConfig;
 
-static void enter_tiles(void) {
-    if (!has_amx) return;
+/* Tiles 0 to 5 of `rows` rows, 6 of `rows` rows of `width` bytes, and 7 of width / 4 rows. */
+static void configure_tiles(int rows, int width) {
     TileConfig config __attribute__((aligned(64)));
     memset(&config, 0, sizeof config);
     config.palette = 1;
-    for (int i = 0; i < 8; i++) config.width[i] = 64, config.height[i] = 16;
+    for (int i = 0; i < 8; i++) config.width[i] = 64, config.height[i] = (uint8_t)rows;
+    config.width[6] = (uint16_t)width, config.height[7] = (uint8_t)(width / 4);
     _tile_loadconfig(&config);
+}
+
+static void enter_tiles(void) {
+    if (has_amx) configure_tiles(16, 64);
 }
 
 static void leave_tiles(void) {
@@ -53,7 +58,59 @@ static void amx_product(const Side *a, const Side *b, int blocks, float *sums) {
 #undef ADD_TO
 }
 
+/* As row_of_tiles, of many tokens. Memory that was just written is no tile at once, nor the other way round: codes are
+ * unpacked AHEAD tiles before they are multiplied, and sums wait as long to be scaled. */
+INLINE void amx_row_of_tiles(int kind, int tokens, const uint8_t *at, int count, const Rounded *x, float (*to)[16]) {
+    const Group g = GROUPS[kind];
+    Codes codes[RING][8], whole[RING][2][16];
+    Scales scales[RING], s;
+    W sum[16];
+    const uint8_t *head = at;
+    configure_tiles(tokens, kind == K6 ? 16 : 32);
+    for (int t = 0; t < tokens; t++) sum[t] = set_w(0);
+    for (int k = 0; k < count + 2 * AHEAD; k++) {
+        if (k < count) {
+            for (int i = 0; i < g.codes; i += 64) _mm_prefetch((const char *)at + PREFETCH + i, _MM_HINT_T0);
+            if (k % g.tiles == 0) scales_of_group(kind, head = at, 0, &s), at += g.head;
+            codes_of_tile(kind, at, codes[k % RING]);
+            scales_of_tile(kind, head, k % g.tiles, 0, &s);
+            scales[k % RING] = s, at += g.codes;
+        }
+        const int now = k - AHEAD, then = k - 2 * AHEAD;
+        __asm__ volatile("" ::: "memory"); /* compilers do not know that tiles are loaded from memory */
+        if (now >= 0 && now < count)
+            for (int h = 0; h < (kind == K6 ? 2 : 1); h++) {
+                _tile_zero(0);
+                _tile_loadd(6, x[now * tokens].x + 16 * h, sizeof(Rounded));
+                _tile_loadd(7, codes[now % RING] + 4 * h, 64);
+                _tile_dpbsud(0, 6, 7);
+                _tile_stored(0, whole[now % RING][h], 64);
+            }
+        for (int t = 0; then >= 0 && t < tokens; t++) {
+            const Rounded *own = x + then * tokens + t;
+            Codes sums[2];
+            for (int h = 0; h < 2; h++) sums[h] = _mm512_add_epi32(whole[then % RING][kind == K6 ? h : 0][t], _mm512_set1_epi32(start_of(kind, own, h)));
+            sum[t] = scaled(kind, sums[0], sums[1], scales + then % RING, own, sum[t]);
+        }
+    }
+    for (int t = 0; t < tokens; t++) store_w(to[t], sum[t]);
+    enter_tiles();
+}
+
 /* --- what the algorithms call: AMX where it is, or else rows --- */
+
+/* As few_rows. */
+static void row_of_blocks(int kind, int tokens, const uint8_t *tiles, int count, const Rounded *x, float (*to)[16]) {
+    if (!has_amx || tokens < MANY) few_rows(kind, tokens, tiles, count, x, to);
+    else switch (kind) {
+        case Q8: amx_row_of_tiles(Q8, tokens, tiles, count, x, to); break;
+        case Q4: amx_row_of_tiles(Q4, tokens, tiles, count, x, to); break;
+        case Q5: amx_row_of_tiles(Q5, tokens, tiles, count, x, to); break;
+        case K4: amx_row_of_tiles(K4, tokens, tiles, count, x, to); break;
+        case K5: amx_row_of_tiles(K5, tokens, tiles, count, x, to); break;
+        default: amx_row_of_tiles(K6, tokens, tiles, count, x, to);
+        }
+}
 
 /* sums[block][16 outputs][16 lanes] of one output tile in bf16, and then side b's. Lanes without a token are 0. */
 static void bf16_product(const Side *a, const Side *b, int tokens, float *sums) {

@@ -6,6 +6,10 @@ static inline void enter_tiles(void) {}
 static inline void leave_tiles(void) {}
 static inline int tile_inputs(void) { return 128; } /* bytes of 32 inputs */
 
+static void row_of_blocks(int kind, int tokens, const uint8_t *tiles, int count, const Rounded *x, float (*to)[16]) {
+    few_rows(kind, tokens, tiles, count, x, to);
+}
+
 /* sum[4 outputs][tokens] += rows 4 quad .. of a tile times `tokens` tokens, `stride` floats apart. wide: the rows, in floats
  * [vector of 8 inputs][4 rows][8], instead of `tile`. */
 INLINE void add_tile(int tokens, const uint8_t *tile, const float *wide, int quad, const float *x, int64_t stride, __m256 sum[4][ROWS]) {

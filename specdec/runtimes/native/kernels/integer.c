@@ -81,17 +81,25 @@ INLINE void scales_of_tile(int kind, const uint8_t *head, int tile, int first, S
     }
 }
 
-/* sum + a tile's products with 32 inputs `x` of a token, for WIDE outputs. */
-INLINE W add_tile_of(int kind, int chains, const Codes *codes, const Scales *s, const Rounded *x, W sum) {
-    const int most = kind == Q8 ? 255 : kind == K6 ? 63 : kind == Q5 || kind == K5 ? 31 : 15;
-    W v;
-    if (kind == K6) {
-        v = mul_w(whole_w(sum_codes(most, 1, codes, 4, x->x, x->less[0])), s->scale);
-        v = fma_w(whole_w(sum_codes(most, 1, codes + 4, 4, x->x + 16, x->less[1])), s->second, v);
-    } else v = mul_w(whole_w(sum_codes(most, chains, codes, 8, x->x, kind == Q8 ? 4 * (x->less[0] + x->less[1]) : 0)), s->scale);
+/* sum + a tile's products with 32 inputs `x` of a token, of which a and (K6) b are the whole numbers, for WIDE outputs. */
+INLINE W scaled(int kind, Codes a, Codes b, const Scales *s, const Rounded *x, W sum) {
+    W v = mul_w(whole_w(a), s->scale);
+    if (kind == K6) v = fma_w(whole_w(b), s->second, v);
     if (kind == Q4 || kind == Q5) v = fma_w(s->low, set_w(x->sum), v);
     if (kind == K4 || kind == K5) v = fnma_w(s->low, set_w(x->sum), v);
     return fma_w(v, set_w(x->scale), sum);
+}
+
+/* What a tile's whole numbers begin with, for codes that are too large; of K6, of each half. */
+INLINE int32_t start_of(int kind, const Rounded *x, int half_) {
+    return kind == K6 ? x->less[half_] : kind == Q8 ? 4 * (x->less[0] + x->less[1]) : 0;
+}
+
+INLINE W add_tile_of(int kind, int chains, const Codes *codes, const Scales *s, const Rounded *x, W sum) {
+    const int most = kind == Q8 ? 255 : kind == K6 ? 63 : kind == Q5 || kind == K5 ? 31 : 15, n = kind == K6 ? 4 : 8;
+    Codes a = sum_codes(most, kind == K6 ? 1 : chains, codes, n, x->x, start_of(kind, x, 0)), b = a;
+    if (kind == K6) b = sum_codes(most, 1, codes + 4, 4, x->x + 16, start_of(kind, x, 1));
+    return scaled(kind, a, b, s, x, sum);
 }
 
 /* to [tokens][16 outputs] = a row of `count` tiles times `tokens` tokens, which lie beside each other in `x`. few: sums of so
@@ -116,10 +124,10 @@ INLINE void row_of_tiles(int kind, int few, int tokens, const uint8_t *at, int c
                 scales_of_tile(kind, head, tile, WIDE * p, s + p);
                 if (few) {
 #pragma GCC unroll 4
-                    for (int t = 0; t < few; t++) sum[p][t] = add_tile_of(kind, few > 2 ? 1 : 2, codes, s + p, x + t, sum[p][t]);
+                    for (int t = 0; t < few; t++) sum[p][t] = add_tile_of(kind, few == 3 || few == 4 ? 1 : 2, codes, s + p, x + t, sum[p][t]);
                 } else {
 #pragma GCC unroll 1
-                    for (int t = 0; t < tokens; t++) sum[p][t] = add_tile_of(kind, 1, codes, s + p, x + t, sum[p][t]);
+                    for (int t = 0; t < tokens; t++) sum[p][t] = add_tile_of(kind, 2, codes, s + p, x + t, sum[p][t]);
                 }
             }
         }
@@ -138,9 +146,8 @@ INLINE void rows_of_kind(int kind, int tokens, const uint8_t *tiles, int count, 
     }
 }
 
-/* sums[16 outputs][16 lanes] of a row of tiles in blocks and a block of `tokens` rounded tokens. Lanes without a token are 0. */
-static void integer_product(int kind, const uint8_t *tiles, int count, const Rounded *x, int tokens, float *sums) {
-    float to[16][16] __attribute__((aligned(64)));
+/* to [tokens][16 outputs] = a row of tiles in blocks times `tokens` rounded tokens, 16 at most. */
+static void few_rows(int kind, int tokens, const uint8_t *tiles, int count, const Rounded *x, float (*to)[16]) {
     switch (kind) {
     case Q8: rows_of_kind(Q8, tokens, tiles, count, x, to); break;
     case Q4: rows_of_kind(Q4, tokens, tiles, count, x, to); break;
@@ -149,15 +156,6 @@ static void integer_product(int kind, const uint8_t *tiles, int count, const Rou
     case K5: rows_of_kind(K5, tokens, tiles, count, x, to); break;
     default: rows_of_kind(K6, tokens, tiles, count, x, to);
     }
-    if (tokens == 1) {
-        memset(sums, 0, 1024);
-        for (int o = 0; o < 16; o++) sums[16 * o] = to[0][o];
-        return;
-    }
-    U a[16];
-    for (int t = 0; t < 16; t++) a[t] = t < tokens ? load_u(to[t]) : set_u(0);
-    transpose(a);
-    for (int o = 0; o < 16; o++) store_u(sums + 16 * o, a[o]);
 }
 
 INLINE void unpack_kind(int kind, const uint8_t *at, int count, bf16 *to) {

@@ -1,5 +1,20 @@
 /* Linear maps: one output tile for all tokens, and whole maps for callers of their own. */
 
+/* sums[16 outputs][16 lanes] of a row of tiles in blocks and a block of `tokens` rounded tokens. Lanes without a token are 0. */
+static void integer_product(int kind, const uint8_t *tiles, int count, const Rounded *x, int tokens, float *sums) {
+    float to[16][16] __attribute__((aligned(64)));
+    row_of_blocks(kind, tokens, tiles, count, x, to);
+    if (tokens == 1) {
+        memset(sums, 0, 1024);
+        for (int o = 0; o < 16; o++) sums[16 * o] = to[0][o];
+        return;
+    }
+    U a[16];
+    for (int t = 0; t < 16; t++) a[t] = t < tokens ? load_u(to[t]) : set_u(0);
+    transpose(a);
+    for (int o = 0; o < 16; o++) store_u(sums + 16 * o, a[o]);
+}
+
 /* What `map` reads of vnni_bf16 `x`: itself, or else rounded tokens or rows of bf16, in `out`. */
 static const uint32_t *input_of(const Map *map, const uint32_t *x, int tokens, uint8_t *out) {
     if (reads_vnni(map)) return x;
