@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 from specdec.base import options
 from specdec.base.devices import upload, waits
 from specdec.base.errors import SpecDecError, one_line
-from specdec.models import drafter_folder, loading
+from specdec.models import drafter_folder
+from specdec.models.source import weight_files
 from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.prefill import CHUNK
 from specdec.runtimes.reference import ReferenceTarget
@@ -228,7 +229,7 @@ def read_head(target: Target, source: str | None = None) -> MTPHead:
     """
     model, config = target.model, target.model.config.get_text_config()
     name = source or config._name_or_path or model.config._name_or_path
-    files = loading.weight_files(name, None if source else getattr(model.config, "_commit_hash", None))
+    files = weight_files(name, None if source else getattr(model.config, "_commit_hash", None))
     for layout in LAYOUTS:
         prefix = layout.prefix.format(n=target.num_layers)
         if tensors := _read(files, prefix):

@@ -33,7 +33,7 @@ from specdec.base.terminal import columns, say, status
 from specdec.bench.prompts import load_prompts, spread
 from specdec.drafters.layer_skip import LayerSkipDrafter, run_step, steps_without
 from specdec.engine.depth.measure import CONTEXT, time_scoring
-from specdec.models import loading
+from specdec.models import source
 from specdec.models.catalogue import DEFAULT_MODEL
 from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.prefill import CHUNK, prefill
@@ -366,7 +366,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with status("timing"):
         best = time_in_decoding(decoder, ids[:TIMED], best[:FINALISTS], ANSWER)
     _show(best)
-    _write(args.output, best[0], {"name": loading.own_name(args.model), "fingerprint": target.fingerprint})
+    _write(args.output, best[0], {"name": source.own_name(args.model), "fingerprint": target.fingerprint})
     say(f"{args.output}: {best[0].measured:.2f}x plain decoding, of {len(search.seen)} sets tried")
 
 

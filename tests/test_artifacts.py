@@ -17,7 +17,7 @@ from specdec.base.errors import SpecDecError
 from specdec.drafters.m2r2 import M2R2, M2R2Path
 from specdec.models import drafter_folder, identity
 from specdec.models.gguf.blocks import quantized
-from specdec.models.loading import fingerprint
+from specdec.models.identity import fingerprint
 from specdec.runtimes.reference import ReferenceTarget
 
 PATH = M2R2Path(1, ((2, 3),), True, 4, {2: ["self_attn.q_proj", "mlp.down_proj"]})

@@ -29,7 +29,7 @@ from tiny_gguf import NAME, forbidden, write_gguf
 from specdec import SpecDecoder
 from specdec.base import files, inputs, machine, terminal
 from specdec.base.errors import SpecDecError
-from specdec.models import catalogue, loading, wheels
+from specdec.models import catalogue, identity, loading, source, wheels
 from specdec.runtimes.experts.offload import ExpertOptions
 
 
@@ -65,7 +65,7 @@ def test_first_use_keeps_the_file_as_it_is_and_the_second_is_local(cache, publis
     monkeypatch.setattr(catalogue, "_describe", forbidden)
     again, _ = loading.load(NAME)
     assert cache.downloads == 1
-    assert loading.fingerprint(again) == loading.fingerprint(model)
+    assert identity.fingerprint(again) == identity.fingerprint(model)
 
 
 def test_digits_are_split_off_before_words(cache):
@@ -263,10 +263,10 @@ def test_two_at_once_prepare_once(cache, monkeypatch, capsys):
     ("file", "downloads"), [("config.json", 1), ("tokenizer.json", 1), ("specdec.json", 1), ("model.gguf", 2)]
 )
 def test_a_damaged_cache_is_rebuilt_from_the_gguf_file_if_that_is_whole(cache, file, downloads, capsys):
-    before = loading.fingerprint(loading.load(NAME)[0])
+    before = identity.fingerprint(loading.load(NAME)[0])
     with (cache.folder / file).open("r+b") as handle:
         handle.truncate(20)
-    assert loading.fingerprint(loading.load(NAME)[0]) == before
+    assert identity.fingerprint(loading.load(NAME)[0]) == before
     assert cache.downloads == downloads
     assert f"is made again: {file}" in capsys.readouterr().err
     assert not works(cache)
@@ -352,14 +352,14 @@ def test_a_file_that_we_do_not_serve_is_dequantised_as_it_loads(cache, tmp_path,
     value = torch.from_numpy(tensors["blk.0.attn_v.weight"]).to(kind)
     assert torch.equal(model.model.layers[0].self_attn.v_proj.weight, value)
     assert tokenizer.convert_ids_to_tokens(tokenizer("\n\n1")["input_ids"]) == ["ĊĊ", "1"]
-    assert not (cache.root / "models").exists() and loading.weight_files(str(own)) == []
+    assert not (cache.root / "models").exists() and source.weight_files(str(own)) == []
 
 
 def test_a_mixture_in_a_gguf_file_is_loaded_whole(cache, own):
     write_gguf(own, experts=4)
     whole, _ = loading.load(own)
     left, tokenizer = loading.load(own, experts=False)
-    assert loading.fingerprint(left) == loading.fingerprint(whole)
+    assert identity.fingerprint(left) == identity.fingerprint(whole)
     plain = SpecDecoder(whole, tokenizer, "none").generate([1, 40, 41], max_new_tokens=8, ignore_eos=True)
     with closing(SpecDecoder(left, tokenizer, "none", experts=ExpertOptions(cache=0.5))) as decoder:
         assert decoder.generate([1, 40, 41], max_new_tokens=8, ignore_eos=True).token_ids == plain.token_ids
@@ -491,5 +491,5 @@ def test_the_default_model(monkeypatch):
         assert torch.equal(model.model.get_submodule(ours).weight, torch.from_numpy(values).to(torch.bfloat16))
 
     start = time.process_time()
-    loading.fingerprint(model)
+    identity.fingerprint(model)
     assert time.process_time() - start < 1.0  # takes 0.02 s

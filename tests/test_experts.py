@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from recorded_experts import RecordingStore, replay
 
 from specdec.base.errors import SpecDecError
-from specdec.models import loading
+from specdec.models import identity
 from specdec.runtimes.experts import packed, tiers
 from specdec.runtimes.experts.cache import LayerCache
 from specdec.runtimes.experts.layers import moe_layers
@@ -391,7 +391,7 @@ def mixtral():
 
 @pytest.fixture
 def folder(mixtral, tmp_path) -> Path:
-    packed.pack(moe_layers(mixtral), loading.fingerprint(mixtral), tmp_path)
+    packed.pack(moe_layers(mixtral), identity.fingerprint(mixtral), tmp_path)
     return tmp_path
 
 

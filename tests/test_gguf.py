@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from specdec import SpecDecoder
 from specdec.base import files
 from specdec.base.errors import SpecDecError
-from specdec.models import catalogue, loading
+from specdec.models import catalogue, identity, loading
 from specdec.models.gguf.blocks import KINDS, BlockEmbedding, BlockLinear, dense, densify, named_weights
 from specdec.models.gguf.file import read_header
 from specdec.runtimes.select import make_target
@@ -63,7 +63,7 @@ def test_a_model_is_what_transformers_makes_of_the_file(cache, tmp_path, archite
     assert isinstance(model.model.embed_tokens, BlockEmbedding) and isinstance(model.lm_head, BlockLinear)
     assert (model.lm_head.blocks is model.model.embed_tokens.blocks) == tied
     assert not any(p.requires_grad for p in model.parameters())
-    assert loading.fingerprint(model) == loading.fingerprint(theirs)
+    assert identity.fingerprint(model) == identity.fingerprint(theirs)
     ours, given = model.config.to_dict(), theirs.config.to_dict()
     assert {k for k in given if ours.get(k) != given[k]} <= {"_name_or_path", "_model_name_or_path", "head_dim"}
     ids = torch.arange(5, 25)[None]
@@ -89,7 +89,7 @@ def test_every_type_has_the_values_of_the_gguf_package(cache, tmp_path, kind, ca
     ):
         values = ours.numbers().bfloat16() if not isinstance(ours, torch.Tensor) else ours
         assert torch.equal(values, expected), name
-    assert loading.fingerprint(model) == loading.fingerprint(theirs)
+    assert identity.fingerprint(model) == identity.fingerprint(theirs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -303,7 +303,7 @@ def test_a_real_models_tokenizer_is_that_of_the_file(name):
 @pytest.mark.model
 def test_the_default_model_is_the_one_that_drafters_were_trained_for():
     model, _ = loading.load(catalogue.DEFAULT_MODEL)
-    assert loading.fingerprint(model) == "b3f8b9618bb000c415ea5e9a6a741835"
+    assert identity.fingerprint(model) == "b3f8b9618bb000c415ea5e9a6a741835"
     assert isinstance(model.model.layers[0].self_attn.q_proj, BlockLinear)
     assert model.model.layers[0].self_attn.q_proj.blocks.rows is not None
     assert model.generation_config.eos_token_id == 2

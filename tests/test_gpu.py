@@ -22,7 +22,7 @@ from specdec.cli import app
 from specdec.drafters.draft_model import DraftModelDrafter
 from specdec.drafters.layer_skip import LayerSkipDrafter
 from specdec.drafters.prompt_lookup import PromptLookupDrafter
-from specdec.models import loading
+from specdec.models import identity
 from specdec.runtimes.experts import packed, tiers
 from specdec.runtimes.experts.layers import moe_layers
 from specdec.runtimes.experts.offload import ExpertOptions
@@ -102,7 +102,7 @@ def test_offloaded_experts_compute_what_resident_ones_do(family: str, dtype: tor
     for drafter in ("none", LayerSkipDrafter([1])):
         options = ExpertOptions(0.5, "residual", tmp_path / "packed", adaptive=False)
         if not options.folder.exists():
-            packed.pack(moe_layers(model), loading.fingerprint(model), options.folder)
+            packed.pack(moe_layers(model), identity.fingerprint(model), options.folder)
         decoder = SpecDecoder(model, drafter=drafter, experts=options)
         outputs.append(decoder.generate(zoo.PROMPTS[1], max_new_tokens=ROWS, num_speculative_tokens=2))
         assert outputs[-1].metrics.experts["prefetched"]

@@ -23,7 +23,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from specdec.base.errors import SpecDecError
-from specdec.models import catalogue, hub, loading
+from specdec.models import catalogue, hub, identity, loading, source
 from specdec.runtimes.native import library
 from specdec.runtimes.select import make_target
 
@@ -97,7 +97,7 @@ def test_attention_falls_back_to_eager_where_sdpa_would_be_wrong(folder):
     ],
 )
 def test_what_cannot_be_loaded_gets_one_line(monkeypatch, arguments, text):
-    monkeypatch.setattr(loading, "prepared", forbidden)  # nothing is downloaded before the arguments are checked
+    monkeypatch.setattr(source, "prepared", forbidden)  # nothing is downloaded before the arguments are checked
     with pytest.raises(SpecDecError, match=text) as error:
         loading.load(**{"name_or_path": catalogue.DEFAULT_MODEL, **arguments})
     assert "\n" not in str(error.value)
@@ -170,8 +170,8 @@ def test_a_hugging_face_id_loads_from_its_cache_without_network(folder, tmp_path
     shutil.copytree(folder, repository / "snapshots" / commit)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hf"))
     monkeypatch.setattr("socket.socket.connect", forbidden)
-    expected = loading.fingerprint(loading.load(folder)[0])
-    assert loading.fingerprint(loading.load("some/one")[0]) == expected
+    expected = identity.fingerprint(loading.load(folder)[0])
+    assert identity.fingerprint(loading.load("some/one")[0]) == expected
     with pytest.raises(SpecDecError, match="'some/other' is not in the local Hugging Face cache"):
         loading.load("some/other")
 
@@ -209,7 +209,7 @@ def test_a_gguf_file_of_a_repository(cache, published, monkeypatch):
     model, _ = loading.load(f"some/one-GGUF:{file}", revision="v1")
     assert asked == [("some/one-GGUF", "v1", [file])]
     assert model.config._name_or_path == f"some/one-GGUF:{file}"
-    assert loading.fingerprint(model) == loading.fingerprint(loading.load(published.gguf)[0])
+    assert identity.fingerprint(model) == identity.fingerprint(loading.load(published.gguf)[0])
 
 
 @pytest.mark.parametrize(
@@ -254,9 +254,9 @@ def test_a_folders_own_name_is_never_a_path(tmp_path, monkeypatch, saved_from, e
     (tmp_path / "here/mine").mkdir(parents=True)
     (tmp_path / "here/mine/config.json").write_text(json.dumps({"_name_or_path": saved_from}))
     monkeypatch.chdir(tmp_path)
-    assert loading.own_name("here/mine") == expected
+    assert source.own_name("here/mine") == expected
     monkeypatch.chdir(tmp_path / "here/mine")
-    assert loading.own_name(".") == ("here" if expected == "mine" and saved_from == "here" else expected)
+    assert source.own_name(".") == ("here" if expected == "mine" and saved_from == "here" else expected)
 
 
 @pytest.mark.parametrize("told", ["A Model 1B", "/home/me/model", None])
@@ -266,10 +266,10 @@ def test_a_gguf_files_own_name_is_what_it_says(tmp_path, monkeypatch, told):
         gguf.GGUFWriter, "add_block_count", lambda self, n: (told and self.add_name(told), write(self, n))
     )
     write_gguf(tmp_path / "mine.gguf")
-    assert loading.own_name(str(tmp_path / "mine.gguf")) == (told if told == "A Model 1B" else "mine.gguf")
+    assert source.own_name(str(tmp_path / "mine.gguf")) == (told if told == "A Model 1B" else "mine.gguf")
     assert (
-        loading.own_name("org/name") == "org/name"
-        and loading.own_name(catalogue.DEFAULT_MODEL) == catalogue.DEFAULT_MODEL
+        source.own_name("org/name") == "org/name"
+        and source.own_name(catalogue.DEFAULT_MODEL) == catalogue.DEFAULT_MODEL
     )
 
 
@@ -297,29 +297,29 @@ def test_fingerprint_does_not_depend_on_the_dtype(family):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.to(torch.bfloat16))
-    fingerprint = loading.fingerprint(model)
+    fingerprint = identity.fingerprint(model)
     assert len(fingerprint) == 32
-    assert {loading.fingerprint(model.to(dtype)) for dtype in (torch.bfloat16, torch.float32, torch.float16)} == {
+    assert {identity.fingerprint(model.to(dtype)) for dtype in (torch.bfloat16, torch.float32, torch.float16)} == {
         fingerprint
     }
 
 
 def test_fingerprint_does_not_depend_on_where_the_weights_lie():
     model = tiny_model("llama", tie_word_embeddings=True)
-    fingerprint = loading.fingerprint(model)
+    fingerprint = identity.fingerprint(model)
     attention = model.model.layers[2].self_attn
     fused = torch.cat([attention.q_proj.weight, attention.k_proj.weight]).T.contiguous().T  # and another memory order
     attention.q_proj.weight = nn.Parameter(fused[:32], requires_grad=False)
     attention.k_proj.weight = nn.Parameter(fused[32:], requires_grad=False)
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone(), requires_grad=False)  # tied no longer
     model.spare_head = model.lm_head  # a second name
-    assert loading.fingerprint(model) == fingerprint
+    assert identity.fingerprint(model) == fingerprint
 
 
 @pytest.mark.parametrize("change", ["scale", "swap", "rename", "layers"])
 def test_fingerprint_tells_weights_apart(change):
     model = tiny_model("llama")
-    fingerprint = loading.fingerprint(model)
+    fingerprint = identity.fingerprint(model)
     first, second = model.model.layers[0].mlp, model.model.layers[1].mlp
     if change == "scale":
         first.up_proj.weight[-1].mul_(1.02)
@@ -330,4 +330,4 @@ def test_fingerprint_tells_weights_apart(change):
         del first.up_proj
     else:
         del model.model.layers[-1]
-    assert loading.fingerprint(model) != fingerprint
+    assert identity.fingerprint(model) != fingerprint

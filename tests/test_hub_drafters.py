@@ -27,7 +27,7 @@ from specdec import SpecDecError, SpecDecoder
 from specdec.cli import app
 from specdec.drafters.medusa import MedusaDrafter
 from specdec.models import drafter_folder, hub, identity
-from specdec.models.loading import fingerprint
+from specdec.models.identity import fingerprint
 from specdec.runtimes.reference import ReferenceTarget
 from specdec.speculation import registry
 

@@ -21,7 +21,7 @@ from specdec import SpecDecoder, cli
 from specdec.base.errors import SpecDecError
 from specdec.engine.depth import MOST, AutoDepth, Costs
 from specdec.engine.depth import measure as costs
-from specdec.models import loading
+from specdec.models import identity
 from specdec.runtimes.experts import packed, predict, tiers
 from specdec.runtimes.experts.layers import moe_layers
 from specdec.runtimes.experts.offload import ExpertOptions, Offload
@@ -61,7 +61,7 @@ def mixtral():
 def folder(mixtral, tmp_path_factory):
     """Packed experts of ``mixtral`` and a fitted predictor."""
     path = tmp_path_factory.mktemp("packed")
-    fingerprint = loading.fingerprint(mixtral)
+    fingerprint = identity.fingerprint(mixtral)
     packed.pack(moe_layers(mixtral), fingerprint, path)
     predict.write_predictor(path, fit_predictor(mixtral, texts(8)), fingerprint, {})
     return path
@@ -239,7 +239,7 @@ def test_figures_are_of_the_decoding_alone_and_agree_with_a_replay(mixtral, fold
 
 def test_a_predictor_that_can_be_fitted_is_fitted_and_kept(mixtral, folder):
     fitted = fit_predictor(mixtral, texts(16))
-    kept = predict.read_predictor(folder, loading.fingerprint(mixtral), 6, 32)
+    kept = predict.read_predictor(folder, identity.fingerprint(mixtral), 6, 32)
     assert [len(t) for t in kept.targets] == [3] * 6 and kept.targets[5] == [1, 0, 5]
     predictors = {"m2r2": fitted, "residual": predict.residual(moe_layers(mixtral))}
     by = recalls(mixtral, predictors, texts(4, seed=1))
@@ -269,7 +269,7 @@ def test_a_predictor_with_broken_or_boundless_figures_is_one_line(mixtral, folde
 
 
 def test_a_damaged_expert_is_named_and_the_decoder_survives(mixtral, tmp_path):
-    index = packed.pack(moe_layers(mixtral), loading.fingerprint(mixtral), tmp_path)
+    index = packed.pack(moe_layers(mixtral), identity.fingerprint(mixtral), tmp_path)
     decoder = SpecDecoder(mixtral, None, "none", experts=ExpertOptions(0.5, folder=tmp_path))
     good = (tmp_path / packed.BLOCKS).read_bytes()
     with (tmp_path / packed.BLOCKS).open("r+b") as file:

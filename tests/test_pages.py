@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from specdec.base import memory
 from specdec.base.errors import SpecDecError
-from specdec.models import loading
+from specdec.models import identity
 from specdec.runtimes.native import library
 from specdec.runtimes.native.target import NativeTarget
 
@@ -59,7 +59,7 @@ def test_the_native_runtime_leaves_the_models_weights_in_their_file(tmp_path: Pa
     ids = torch.arange(3, 9)[None]
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    assert loading.fingerprint(model)
+    assert identity.fingerprint(model)
     NativeTarget(model)
     linears = [p for name, p in model.named_parameters() if name.endswith(("proj.weight", "lm_head.weight"))]
     assert len(linears) == 29 and max(map(present, linears)) == 0

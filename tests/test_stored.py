@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 
 from specdec import SpecDecoder
 from specdec.base.errors import SpecDecError
-from specdec.models import checkpoint, loading
+from specdec.models import checkpoint, identity, loading
 from specdec.runtimes.experts import packed, tiers
 from specdec.runtimes.experts.layers import moe_layers
 from specdec.runtimes.experts.offload import ExpertOptions
@@ -85,15 +85,15 @@ def test_it_is_the_same_model(folder, dtype):
             parts = torch.empty_like(gate_up), torch.empty_like(down)
             b.read(expert, *parts)
             assert torch.equal(parts[0], gate_up) and torch.equal(parts[1], down)
-    assert loading.fingerprint(left) == loading.fingerprint(whole)
+    assert identity.fingerprint(left) == identity.fingerprint(whole)
     assert left.config.to_dict() == whole.config.to_dict()
     assert left.generation_config.to_dict() == whole.generation_config.to_dict()
 
 
 def test_tokens_are_those_of_the_model_in_memory(folder, tmp_path):
     whole, left = loading.load(folder)[0], loading.load(folder, experts=False)[0]
-    index = packed.pack(moe_layers(left), loading.fingerprint(left), tmp_path)
-    assert index == packed.pack(moe_layers(whole), loading.fingerprint(whole), tmp_path / "whole")
+    index = packed.pack(moe_layers(left), identity.fingerprint(left), tmp_path)
+    assert index == packed.pack(moe_layers(whole), identity.fingerprint(whole), tmp_path / "whole")
     with unread():
         decoder = SpecDecoder(left, None, "none", experts=ExpertOptions(2 / 6, "residual", tmp_path))
         assert decoder.generate(PROMPT, max_new_tokens=COUNT).token_ids == greedy_reference(whole, PROMPT, COUNT)
@@ -102,7 +102,7 @@ def test_tokens_are_those_of_the_model_in_memory(folder, tmp_path):
 
 def test_closed_it_is_without_experts_again(mixtral, tmp_path):
     options = ExpertOptions(0.5, folder=tmp_path)
-    packed.pack(moe_layers(model := loading.load(mixtral, experts=False)[0]), loading.fingerprint(model), tmp_path)
+    packed.pack(moe_layers(model := loading.load(mixtral, experts=False)[0]), identity.fingerprint(model), tmp_path)
     decoder = SpecDecoder.from_pretrained(mixtral, "none", experts=options)
     model, mark = decoder.model, decoder.target.fingerprint
     own = decoder.generate(PROMPT, max_new_tokens=COUNT).token_ids
@@ -117,7 +117,7 @@ def test_closed_it_is_without_experts_again(mixtral, tmp_path):
 
 def test_a_packed_file_of_a_model_that_differs_in_one_expert_only_is_refused(mixtral, tmp_path):
     model = loading.load(mixtral, experts=False)[0]
-    packed.pack(moe_layers(model), loading.fingerprint(model), tmp_path)
+    packed.pack(moe_layers(model), identity.fingerprint(model), tmp_path)
     name = "model.layers.2.block_sparse_moe.experts.5.w2.weight"
     edit(mixtral, lambda tensors: tensors[name].mul_(1.5))
     with pytest.raises(SpecDecError, match=r"those of a model with fingerprint .* pack this model, or load that one"):
@@ -150,13 +150,13 @@ def test_an_edit_that_the_fingerprint_does_not_see_is_packed_anew(mixtral, cache
         (folder,) = cache.iterdir()  # the old one does not stay
         return packed_number(folder)
 
-    before, mark = number(), loading.fingerprint(loading.load(mixtral)[0])
+    before, mark = number(), identity.fingerprint(loading.load(mixtral)[0])
     said = capsys.readouterr().err
     assert f"Packing the experts of {mixtral} (0 MB) into {cache}" in said and "once" in said
     number()
     assert "Packing" not in capsys.readouterr().err
     edit(mixtral, unsampled)
-    assert loading.fingerprint(loading.load(mixtral)[0]) == mark
+    assert identity.fingerprint(loading.load(mixtral)[0]) == mark
     assert number() == before + 0.5
 
 
@@ -174,7 +174,7 @@ def test_an_edit_in_memory_is_packed_anew(mixtral, cache):
 
 def test_a_folder_packed_before_an_edit_is_refused_and_one_of_a_copy_is_taken(mixtral, tmp_path):
     model, options = loading.load(mixtral, experts=False)[0], ExpertOptions(0.5, folder=tmp_path / "packed")
-    packed.pack(moe_layers(model), loading.fingerprint(model), options.folder)
+    packed.pack(moe_layers(model), identity.fingerprint(model), options.folder)
     copied = Path(shutil.copytree(mixtral, tmp_path / "copy"))
     SpecDecoder.from_pretrained(copied, "none", experts=options).close()
     layers = moe_layers(loading.load(copied, experts=False)[0])
@@ -198,7 +198,7 @@ def test_a_foreign_index_is_left_alone(mixtral, tmp_path):
     model = loading.load(mixtral, experts=False)[0]
     (tmp_path / packed.INDEX).write_text('["theirs"]')
     with pytest.raises(SpecDecError, match=r"experts.json' was not made by specdec; move it away"):
-        packed.pack(moe_layers(model), loading.fingerprint(model), tmp_path)
+        packed.pack(moe_layers(model), identity.fingerprint(model), tmp_path)
     assert (tmp_path / packed.INDEX).read_text() == '["theirs"]'
 
 
@@ -256,7 +256,7 @@ def test_from_the_cache_of_hugging_face(mixtral, tmp_path, monkeypatch):
     monkeypatch.setattr("socket.socket.connect", forbidden)
     model = loading.load("some/one", experts=False)[0]
     assert moe_layers(model)[0].experts.gate_up_proj.is_meta
-    assert loading.fingerprint(model) == loading.fingerprint(loading.load(mixtral)[0])
+    assert identity.fingerprint(model) == identity.fingerprint(loading.load(mixtral)[0])
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------

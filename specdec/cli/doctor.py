@@ -112,10 +112,10 @@ def _device() -> dict[str, str]:
     """The device that ``auto`` chooses, and why it is not a CUDA device."""
     import torch
 
-    from specdec.models import loading
+    from specdec.models import device
 
     try:
-        return {"name": f"cuda ({torch.cuda.get_device_name(loading.find_device('cuda'))})", "no_cuda": ""}
+        return {"name": f"cuda ({torch.cuda.get_device_name(device.find_device('cuda'))})", "no_cuda": ""}
     except SpecDecError as error:
         return {"name": "cpu", "no_cuda": str(error)}
 

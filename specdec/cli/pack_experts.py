@@ -38,14 +38,14 @@ def pack_experts(
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
 ) -> None:
     """Write the experts of a model into one file, to be loaded as they are needed (generate --expert-cache)."""
-    from specdec.models import loading
+    from specdec.models import identity, loading
     from specdec.runtimes.experts import packed
     from specdec.runtimes.experts.layers import moe_layers
     from specdec.runtimes.experts.offload import ExpertOptions, Offload
 
     items, cache = None if fit is None else _read(fit), options.size("--expert-cache", expert_cache)
     loaded, tokenizer = loading.load(model, dtype=dtype, trust_remote_code=trust_remote_code, experts=False)
-    layers, fingerprint = moe_layers(loaded), loading.fingerprint(loaded)
+    layers, fingerprint = moe_layers(loaded), identity.fingerprint(loaded)
     with Bar("packing", "experts") as update:
         index = packed.pack(layers, fingerprint, folder, update)
     write(

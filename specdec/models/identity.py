@@ -7,6 +7,7 @@ moves a value by half a step at most. A change smaller than that rounding cannot
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from specdec.base import memory
 from specdec.base.errors import SpecDecError
+from specdec.models import checkpoint
 from specdec.models.gguf.blocks import Blocks, named_weights
 
 VECTORS, MATRICES = 4, 12  # that are sampled,
@@ -22,6 +25,25 @@ WINDOWS, WINDOW = 2, 16  # at so many places each, and so many values in a row t
 MOST_TENSORS, MOST_TEXT = 64, 4096  # that are read
 FINE = 160  # the part of the largest value nearby that rounding to 8 bits, or to bfloat16, may move one
 BEYOND, BEYOND_ONE = 0.05, 0.5  # shares of all values, and of one tensor's, that may lie farther away: some are clipped
+
+
+def fingerprint(model: nn.Module) -> str:
+    """32 hex digits that identify a model's weights, the same whatever dtype or device they are loaded in.
+
+    SHA-256 over every parameter's name, shape and up to 512 evenly strided elements as bf16, in order of names; of
+    parameters with equal content (tied ones among them, tied or not after a runtime rearranged them) only the first.
+    """
+    digest, seen = hashlib.sha256(), set()
+    for name, parameter in sorted(named_weights(model), key=lambda pair: pair[0]):
+        sample = checkpoint.sample(parameter).to(torch.bfloat16)
+        # Below 2^-16 float16 cannot hold every bf16 value; zero also has one sign only.
+        sample = torch.where(sample.abs() < 2**-16, torch.zeros_like(sample), sample)
+        content = f"{tuple(parameter.shape)}".encode() + sample.cpu().view(torch.int16).numpy().tobytes()
+        if content not in seen:
+            seen.add(content)
+            digest.update(f"{name} ".encode() + content)
+        memory.release(parameter.data if isinstance(parameter, Blocks) else parameter.detach())
+    return digest.hexdigest()[:32]
 
 
 def samples(model: nn.Module) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from specdec.base import cores
 from specdec.base.devices import download
 from specdec.base.errors import SpecDecError
 from specdec.kvcache.cache import Chunk, KVCache
-from specdec.models import loading
+from specdec.models import identity
 from specdec.models.gguf.blocks import rows, stored
 from specdec.runtimes import linear_maps, tree_drafting
 from specdec.runtimes.layer_pass import Pass
@@ -69,7 +69,7 @@ class Target(ABC):
         self.model, self.lock = model, lock_of(model)
         with self.lock:
             self.own_head: Any = model.get_output_embeddings()
-            self.fingerprint = loading.fingerprint(model)
+            self.fingerprint = identity.fingerprint(model)
         cores.fit()
         config = model.config.get_text_config()
         self.num_layers = int(config.num_hidden_layers)

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from specdec.base.errors import SpecDecError
 from specdec.drafters.eagle3_network import KIND, Eagle3, Eagle3Config, tapped
 from specdec.drafters.medusa import final_norm
-from specdec.models import drafter_folder, loading
+from specdec.models import drafter_folder, source
 from specdec.runtimes.target import Target
 from specdec.train.batches import Batch
 from specdec.train.evaluate import acceptance_lengths, chain_figures
@@ -135,7 +135,7 @@ class Eagle3Method(Method[Eagle3]):
         return f"mean acceptance length {figures['score']:.2f} with {len(figures['top1'])} drafts (agreement {chain})"
 
     def config(self, network: Eagle3) -> dict[str, Any]:
-        name = loading.own_name(self.settings.model)
+        name = source.own_name(self.settings.model)
         return {"drafter": KIND, **network.config.written(self.target, name, self.settings.draft_steps)}
 
     def tensors(self, masters: Eagle3) -> dict[str, Tensor]:

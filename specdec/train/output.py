@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from specdec.base import files, inputs
 from specdec.base.errors import SpecDecError
-from specdec.models import drafter_folder, loading
+from specdec.models import drafter_folder, source
 from specdec.train.settings import TrainSettings, current, from_mapping
 
 RECIPE, METRICS, CHECKPOINT = "train.yaml", "metrics.jsonl", "checkpoint.safetensors"
@@ -73,7 +73,7 @@ def _check_same_run(output: Path, own: TrainSettings, resume: bool) -> None:
 
 def recorded(settings: TrainSettings) -> TrainSettings:
     """``settings`` without paths of this machine: who publishes a drafter's folder publishes them."""
-    names: dict[str, Any] = {"model": loading.own_name(settings.model), "output": ""}
+    names: dict[str, Any] = {"model": source.own_name(settings.model), "output": ""}
     for key in ("prompts", "text", "holdout"):
         names[key] = tuple(Path(path).name for path in getattr(settings, key))
     for key in ("init", "drafter"):

@@ -21,7 +21,7 @@ from specdec.base import devices
 from specdec.base.errors import SpecDecError
 from specdec.base.terminal import Progress, status, tell
 from specdec.engine.depth.costs import Costs
-from specdec.models import drafter_folder, identity, loading
+from specdec.models import drafter_folder, identity, source
 from specdec.train import batches, checkpoint
 from specdec.train.batches import Batch, Window
 from specdec.train.checkpoint import Best
@@ -295,7 +295,7 @@ class Run:
         target = self.target
         base = {
             "fingerprint": target.fingerprint,
-            "name": loading.own_name(self.settings.model),
+            "name": source.own_name(self.settings.model),
             "model_type": target.model.config.model_type,
             "num_layers": target.num_layers,
             "hidden_size": target.hidden_size,

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from specdec.base import machine
 from specdec.base.errors import SpecDecError
-from specdec.models import loading
+from specdec.models.device import as_dtype
 from specdec.models.gguf import model as gguf_model
 from specdec.runtimes.fused import FusedTarget
 from specdec.runtimes.reference import ReferenceTarget
@@ -41,7 +41,7 @@ def keep_freed_memory() -> None:
 
 def check_memory(name: str, config: Any, dtype: str, device: torch.device) -> None:
     """Raise SpecDecError if the weights of a model of ``config`` are larger than the device's free memory."""
-    kind = loading.as_dtype(dtype)
+    kind = as_dtype(dtype)
     kind = kind if isinstance(kind, torch.dtype) else getattr(config, "dtype", None) or torch.float32
     try:
         model = gguf_model.skeleton(config, kind)

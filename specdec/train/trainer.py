@@ -18,7 +18,7 @@ from rich.console import Console
 from specdec.api.decoder import SpecDecoder
 from specdec.base.errors import SpecDecError
 from specdec.base.terminal import stderr
-from specdec.models import drafter_folder, generation_config, loading
+from specdec.models import device, drafter_folder, generation_config, loading
 from specdec.train import data, states
 from specdec.train.answers import Sampling, answer_prompts, encode_prompts
 from specdec.train.data import Answer, Prompt
@@ -38,7 +38,7 @@ def train(settings: TrainSettings, resume: bool = False, console: Console | None
     """
     if not settings.prompts and not settings.text:
         raise SpecDecError("nothing to train on; give --prompts FILE or --text FILE")
-    with join(str(loading.find_device(settings.device))) as world:
+    with join(str(device.find_device(settings.device))) as world:
         if settings.rows < world.size:
             raise SpecDecError(f"{world.size} processes cannot share batches of {settings.rows} rows; raise 'rows'")
         with world.after_the_first():  # the others find on the disk what the first one computes

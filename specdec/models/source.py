@@ -1,0 +1,167 @@
+"""Where a model is: an embedded one, a local folder, a GGUF file, or a Hugging Face id whose files are fetched.
+
+Finds folders and files; reads no weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import get_checkpoint_shard_files
+
+from specdec.base.errors import SpecDecError, did_you_mean, one_line
+from specdec.models import hub
+from specdec.models.catalogue import EMBEDDED, GGUF, described, prepared
+from specdec.models.gguf import model as gguf_model
+from specdec.models.gguf.file import GGUFFile, is_gguf, read_header
+
+# What is downloaded of a repository: all but weights at once, weights (no pickles) when they are to be read.
+PARTS = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py"]
+WEIGHTS = ["model*.safetensors"]
+_HUB_FILE = re.compile(r"([\w.-]+/[\w.-]+):([\w./-]+\.gguf)")  # ORG/REPO:file.gguf
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the model ``name`` is.
+
+    folder: with its config and tokenizer. file: the GGUF file of its weights, if they stay in its blocks. packed: the
+    name of a GGUF file in the folder that transformers dequantises. remote: the folder is Hugging Face's, called by the
+    commit; weights are not fetched yet.
+    """
+
+    name: str
+    folder: Path
+    file: GGUFFile | None = None
+    packed: str | None = None
+    remote: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """For transformers' ``from_pretrained``."""
+        if self.remote:
+            return {}
+        return {"local_files_only": True} | ({} if self.packed is None else {"gguf_file": self.packed})
+
+    def fetch_weights(self) -> None:
+        """Download the weights of a Hugging Face id into its folder."""
+        if self.remote:
+            hub.fetch("model", self.name, self.folder.name, WEIGHTS)
+
+    def weight_files(self) -> list[Path]:
+        """The safetensors files that are there; none if the weights are in another format."""
+        if self.file is not None or self.packed is not None:
+            return []
+        if (only := self.folder / SAFE_WEIGHTS_NAME).is_file():
+            return [only]
+        if (index := self.folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
+            with explained(self.name):
+                return [Path(path) for path in get_checkpoint_shard_files(str(self.folder), str(index))[0]]
+        return []
+
+
+def find(name: str, revision: str | None = None) -> Source:
+    """Where the model is, or is now put: of a Hugging Face id all but the weights.
+
+    Raises SpecDecError if it is unknown, missing or broken.
+    """
+    path = Path(name).expanduser()
+    if revision is not None and (name in EMBEDDED or path.exists()):
+        raise SpecDecError(f"a revision ('{revision}') goes with a Hugging Face id, and '{name}' is not one")
+    if name in EMBEDDED:
+        path = prepared(name)
+        return Source(name, path, read_header(path / GGUF, name))
+    if name and path.is_dir():
+        if not (path / "config.json").is_file():
+            found = sorted(path.glob("*.gguf"))
+            hint = f"; to load the GGUF file in it, give '{found[0]}'" if found else ""
+            raise SpecDecError(f"'{name}' is no model folder: config.json is missing{hint}")
+        return Source(name, path)
+    if path.is_file():
+        if not is_gguf(path):
+            raise SpecDecError(f"'{name}' is not a GGUF file; give a .gguf file, a model folder or a model's name")
+        file = read_header(path, name)
+        if gguf_model.serves(file):
+            return Source(name, described(name, file), file)
+        return Source(name, path.parent, packed=path.name)
+    if file_in_repository := _HUB_FILE.fullmatch(name):
+        repository, member = file_in_repository.groups()
+        place = f"https://huggingface.co/{repository}/resolve/{revision or 'main'}/{member}"
+        by_hand = f"; get {place} by hand and give the path of the file instead"
+        path = hub.fetch("model", repository, revision, [member], by_hand) / member
+        if not path.is_file():
+            raise SpecDecError(f"'{repository}' has no file '{member}' on Hugging Face")
+        return find(str(path))
+    return Source(name, _repository(name, revision), remote=True)
+
+
+def _repository(name: str, revision: str | None) -> Path:
+    known = f"give an embedded model ({', '.join(EMBEDDED)}), a model folder, a .gguf file, ORG/REPO or ORG/REPO:FILE"
+    guess = did_you_mean(name.rpartition("/")[2].lower(), EMBEDDED)
+    if name.startswith((".", "/", "~")) or name.endswith(".gguf") or name.count("/") > 1:
+        raise SpecDecError(f"there is no file or folder '{name}'")
+    if guess and "/" not in name:
+        raise SpecDecError(f"unknown model '{name}'{guess}; {known}")
+    folder = hub.fetch("model", name, revision, PARTS, f"{guess}; {known}")
+    if not (folder / "config.json").is_file():
+        raise SpecDecError(f"'{name}' has no config.json; if it holds GGUF files, name one of them: '{name}:FILE.gguf'")
+    return folder
+
+
+def weight_files(name: str, revision: str | None = None) -> list[Path]:
+    """The safetensors files of a model as ``loading.load`` takes it; none if its weights are in another format."""
+    local = name in EMBEDDED or Path(name).expanduser().exists()
+    source = find(name, None if local else revision)
+    source.fetch_weights()
+    return source.weight_files()
+
+
+def own_name(name: str) -> str:
+    """What to call the model ``name`` in files that others may read: never by a path of this machine.
+
+    An embedded model's name and a Hugging Face id are that; a GGUF file says what it holds (``general.name``), and a
+    folder's config what it was saved from, unless that is a path, too. Else it is called as its file or folder is.
+    """
+    path = Path(name).expanduser()
+    if name in EMBEDDED or not path.exists():
+        return name
+    said = ""
+    with contextlib.suppress(Exception):  # untrusted files: any type
+        if path.is_file():
+            said = str(read_header(path).metadata.get("general.name", ""))
+        else:
+            said = str(json.loads((path / "config.json").read_text("utf-8")).get("_name_or_path", ""))
+    said = " ".join(said.split())
+    a_path = said.startswith(("/", ".", "~")) or "\\" in said or said.count("/") > 1 or Path(said).exists()
+    return path.resolve().name if a_path else said
+
+
+@contextlib.contextmanager
+def explained(name: str) -> Iterator[None]:
+    """Turn whatever transformers raises while it reads a model (untrusted files: any type) into one line."""
+    try:
+        yield
+    except SpecDecError:
+        raise
+    except torch.OutOfMemoryError:
+        raise SpecDecError(
+            f"'{name}' does not fit into the device's memory; use a smaller dtype or model, or the device cpu"
+        ) from None
+    except Exception as error:
+        reason = one_line(error)
+        if isinstance(error, SafetensorError):
+            reason = f"a safetensors file is truncated or broken ({reason}); get it again"
+        elif "model.safetensors" in reason:
+            reason += " Weights are read from safetensors only."
+        elif "trust_remote_code" in str(error):
+            reason = "it needs Python code of its own; pass trust_remote_code only if you trust its authors"
+        raise SpecDecError(f"cannot load model '{name}': {reason}") from error
