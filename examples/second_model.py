@@ -27,8 +27,8 @@ from specdec import SpecDecError, SpecDecoder
 from specdec.models import loading
 from specdec.models.catalogue import DEFAULT_MODEL
 from specdec.train import data
-from specdec.train.answers import Sampling, answer_prompts, encode_prompts
-from specdec.train.data import Answer
+from specdec.train.answers import AnswerSampling, answer_prompts, encode_prompts
+from specdec.train.data import TrainingAnswer
 
 ROWS, LENGTH = 4, 256  # answers of an update, and tokens of each that count
 
@@ -52,7 +52,7 @@ def shrink(base: PreTrainedModel, layers: list[int]) -> PreTrainedModel:
     return small
 
 
-def loss(base: PreTrainedModel, small: PreTrainedModel, answers: list[Answer]) -> tuple[Tensor, float]:
+def loss(base: PreTrainedModel, small: PreTrainedModel, answers: list[TrainingAnswer]) -> tuple[Tensor, float]:
     """KL(base || small) per answer token, and the share of them on which the two agree."""
     rows = [[*a.prompt_ids, *a.response_ids][:LENGTH] for a in answers]
     width = max(map(len, rows))
@@ -71,7 +71,7 @@ def loss(base: PreTrainedModel, small: PreTrainedModel, answers: list[Answer]) -
 def distil(
     base: PreTrainedModel,
     small: PreTrainedModel,
-    answers: list[Answer],
+    answers: list[TrainingAnswer],
     minutes: float,
     rate: float,
     progress: Progress,
@@ -111,7 +111,7 @@ def main(arguments: list[str] | None = None) -> None:
         given.output.mkdir(parents=True, exist_ok=True)
         with Progress(console=console) as progress:
             items = encode_prompts(tokenizer, data.read([given.prompts]), given.model)
-            sampling = Sampling(0.0, 1.0, 0)
+            sampling = AnswerSampling(0.0, 1.0, 0)
             decoder = SpecDecoder(base, tokenizer, drafter="none")
             answers = answer_prompts(given.output, decoder, items, 128, sampling, progress)
             usable = [a for a in answers if len(a.prompt_ids) + 1 < LENGTH and a.response_ids]

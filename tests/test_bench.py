@@ -29,9 +29,9 @@ from specdec.api.text import encode
 from specdec.base.errors import SpecDecError
 from specdec.bench import figures, methods, prompts
 from specdec.bench.cell import Cell
-from specdec.bench.figures import Request
+from specdec.bench.figures import BenchRequest
 from specdec.bench.prompts import SETS, Home, load_prompts, spread
-from specdec.bench.run import Decoders, Run
+from specdec.bench.run import BenchRun, Decoders
 
 CONVERSATIONS = [
     {"id": "chat", "category": "talk", "turns": ["abcabcabc", "and then abcabc"]},
@@ -189,7 +189,7 @@ def close(estimate: dict, value: float) -> None:
 
 def test_a_batch_counts_each_row_up_to_its_own_end(cell) -> None:
     decoders = Decoders()
-    run = Run([cell(drafter="hf", batch_size=3), cell(drafter="prompt-lookup", batch_size=3)], decoders)
+    run = BenchRun([cell(drafter="hf", batch_size=3), cell(drafter="prompt-lookup", batch_size=3)], decoders)
     rows = [encode(run.base.tokenizer, text) for text in ("one", "a longer prompt, padded by nobody", "abc")]
     whole = [greedy_reference(run.base.model, row, NEW) for row in rows]
     run.base.model.generation_config.eos_token_id = whole[0][4]  # the first row ends early
@@ -235,8 +235,8 @@ LOSSY = {"verifier": "confident", "verifier_options": {"exit_threshold": 0.0}}
 
 def test_a_lossy_rule_is_compared_with_the_full_model(cell, folder: Path) -> None:
     pytest.importorskip("rouge_score")
-    made: list[Request] = []
-    run = Run([cell(drafter="early-exit", **LOSSY)], Decoders(), record=made.append)
+    made: list[BenchRequest] = []
+    run = BenchRun([cell(drafter="early-exit", **LOSSY)], Decoders(), record=made.append)
     run.execute()
     (result,) = run.results()
     plain, lossy = result["baselines"]["none"], result["method"]
@@ -346,7 +346,7 @@ def test_two_runs_of_a_cell_agree_within_their_intervals(cell, tmp_path: Path, m
     decoders, runs = Decoders(), []
     for seed in (1, 2):
         monkeypatch.setattr(methods, "time", Noise(seed))
-        run = Run([cell(drafter="prompt-lookup", prompts=str(many), temperature=1.0, seed=7 * seed)], decoders)
+        run = BenchRun([cell(drafter="prompt-lookup", prompts=str(many), temperature=1.0, seed=7 * seed)], decoders)
         run.execute()
         runs.append(run.results()[0]["method"])
     for figure in ("tokens_per_second", "first_token_ms", "mean_acceptance_length"):
@@ -364,8 +364,8 @@ def agree(one: dict, other: dict) -> None:
 
 def test_every_method_continues_with_the_plain_answer(cell, monkeypatch) -> None:
     """Even where a method's own answer was another: what comes next is measured on the same prompt."""
-    made: list[Request] = []
-    run = Run([cell(drafter="hf", temperature=1.5)], Decoders(), record=made.append)
+    made: list[BenchRequest] = []
+    run = BenchRun([cell(drafter="hf", temperature=1.5)], Decoders(), record=made.append)
     run.execute()
     chat = [request for request in made if request.conversations[0].id == "chat"]
     first = {r.method: r.reply.tokens[0] for r in chat if r.turn == 0}
@@ -529,7 +529,7 @@ def test_by_default_m2r2_is_left_out_where_none_is_shipped(folder: Path, file: P
 def test_a_drafter_that_is_not_shipped_is_refused_before_the_weights(cell, monkeypatch) -> None:
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
     with pytest.raises(SpecDecError, match="no m2r2 drafter is shipped for this model"):
-        Run([cell(drafter="none"), cell(drafter="m2r2")], Decoders())
+        BenchRun([cell(drafter="none"), cell(drafter="m2r2")], Decoders())
 
 
 def test_penalties_of_a_model_are_no_faults(folder: Path, file: Path, tmp_path: Path) -> None:

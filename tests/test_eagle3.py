@@ -31,7 +31,7 @@ from specdec.speculation.sampling import Sampler, SamplingParams
 from specdec.speculation.trees import Prices
 from specdec.train import data, states
 from specdec.train.batches import assemble, windows
-from specdec.train.data import Answer
+from specdec.train.data import TrainingAnswer
 from specdec.train.eagle3 import Eagle3Method, Eagle3Settings, draft_steps
 from specdec.train.runtime import training_target
 from specdec.train.settings import from_mapping
@@ -334,7 +334,10 @@ def test_a_head_learns_on_what_it_drafts() -> None:
     method = Eagle3Method(settings(), target)
     ids = torch.randint(3, 97, (40,), generator=torch.Generator().manual_seed(1)).tolist()
     wanted = method.wanted()
-    some = [Answer(tuple(ids[:4]), tuple(ids[4:])), Answer(tuple(ids[:3]), tuple(ids[9:20]))]  # they begin alike
+    some = [
+        TrainingAnswer(tuple(ids[:4]), tuple(ids[4:])),
+        TrainingAnswer(tuple(ids[:3]), tuple(ids[9:20])),
+    ]  # they begin alike
     records = states._records(states._teach(target, some, wanted, lambda n: None), wanted)
     rows = windows(records[:1], 64)
     batch = assemble(records, rows, 64, target.device)
@@ -355,7 +358,7 @@ def test_training_makes_a_head_that_drafts_as_measured(answers: Path, tmp_path: 
     config = json.loads((output / "config.json").read_text())
     assert config["speculators_config"]["algorithm"] == "eagle3" and "fingerprint" in config["base"]
     decoder = SpecDecoder(model, None, drafter=str(output), drafter_options={"siblings": [0]})
-    held = [a for a in data.split(data.read([answers]), 0.15)[1] if isinstance(a, Answer)]
+    held = [a for a in data.split(data.read([answers]), 0.15)[1] if isinstance(a, TrainingAnswer)]
     outs = decoder.generate_batch([list(a.prompt_ids) for a in held], max_new_tokens=24, num_speculative_tokens=4)
     assert [out.token_ids for out in outs] == [list(a.response_ids) for a in held]
     kept = sum(o.metrics.num_accepted_draft_tokens for o in outs) / sum(o.metrics.num_spec_steps for o in outs)

@@ -28,7 +28,7 @@ from specdec.speculation.sampling import Sampler
 from specdec.speculation.trees import Prices
 from specdec.train import data, states
 from specdec.train.batches import assemble, windows
-from specdec.train.data import Answer
+from specdec.train.data import TrainingAnswer
 from specdec.train.medusa import MedusaMethod, MedusaSettings
 from specdec.train.runtime import training_target
 from specdec.train.settings import from_mapping
@@ -406,7 +406,7 @@ def test_heads_learn_exactly_what_the_drafter_drafts(normed: bool) -> None:
     network = random_network(3, 2, not normed)
     drafter = MedusaDrafter(network, [[1.0]] * 3, normed=normed)  # a chain of each head's best
     ids = torch.randint(3, V, (40,), generator=torch.Generator().manual_seed(1)).tolist()
-    answer, wanted = Answer(tuple(ids[:4]), tuple(ids[4:])), method.wanted()
+    answer, wanted = TrainingAnswer(tuple(ids[:4]), tuple(ids[4:])), method.wanted()
     records = states._records(states._teach(target, [answer], wanted, lambda n: None), wanted)
     batch = assemble(records, rows := windows(records, 64), 64, target.device)
     says = [method._logits(final)[0].argmax(-1) for final, _ in method._drafts(network, batch)]
@@ -437,7 +437,7 @@ def test_training_makes_a_drafter_whose_table_holds(
     assert figures["nodes"][-1] == 5 and figures["score"] == pytest.approx(1 + sum(figures["chain"]), abs=1e-3)
     decoder = SpecDecoder(model, None, drafter=str(output), drafter_options={"nodes": 5})
     decoder.drafter.estimates = False
-    held = [a for a in data.split(data.read([answers]), 0.15)[1] if isinstance(a, Answer)]
+    held = [a for a in data.split(data.read([answers]), 0.15)[1] if isinstance(a, TrainingAnswer)]
     outs = decoder.generate_batch([list(a.prompt_ids) for a in held], max_new_tokens=24, num_speculative_tokens=2)
     assert [out.token_ids for out in outs] == [list(a.response_ids) for a in held]
     kept = sum(o.metrics.num_accepted_draft_tokens for o in outs) / sum(o.metrics.num_spec_steps for o in outs)

@@ -27,7 +27,7 @@ from specdec.runtimes.experts.layers import moe_layers
 from specdec.runtimes.experts.offload import ExpertOptions, Offload
 from specdec.runtimes.linear_maps import rms_unit
 from specdec.runtimes.reference import ReferenceTarget
-from specdec.train.data import Answer
+from specdec.train.data import TrainingAnswer
 from specdec.train.expert_predictor import fit_predictor, recalls
 
 PROMPT, COUNT = [5, 9, 11, 3, 7, 20, 31], 24
@@ -79,10 +79,10 @@ def recorded(monkeypatch):
     monkeypatch.setattr("specdec.runtimes.experts.offload.ExpertStore", RecordingStore)
 
 
-def texts(count: int, seed: int = 0) -> list[Answer]:
+def texts(count: int, seed: int = 0) -> list[TrainingAnswer]:
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randint(3, 97, (count, 60), generator=generator).tolist()
-    return [Answer(tuple(row[:4]), tuple(row[4:])) for row in rows]
+    return [TrainingAnswer(tuple(row[:4]), tuple(row[4:])) for row in rows]
 
 
 def decoded(model, drafter="none", experts=None, **options):

@@ -42,7 +42,7 @@ from specdec.speculation.draft import Drafter, State, Verifier
 from specdec.speculation.sampling import Sampler, SamplingParams
 from specdec.train import data, search, speed, states
 from specdec.train.batches import assemble, epoch, stream, windows
-from specdec.train.data import Answer, Prompt
+from specdec.train.data import Prompt, TrainingAnswer
 from specdec.train.evaluate import acceptance_lengths, evaluate
 from specdec.train.fit import fit_projections
 from specdec.train.m2r2 import M2R2Method, path_of
@@ -50,7 +50,7 @@ from specdec.train.m2r2_settings import M2R2Settings, wanted_states
 from specdec.train.medusa import MedusaSettings
 from specdec.train.method import lookup
 from specdec.train.plot import draw_curves
-from specdec.train.run import Run
+from specdec.train.run import TrainingRun
 from specdec.train.runtime import training_target
 from specdec.train.settings import current, from_mapping, load_settings
 from specdec.train.speed import predict
@@ -103,7 +103,7 @@ def same_drafts(target: Target, path: M2R2Path) -> None:
     for seed in range(4):
         ids = torch.randint(3, 97, (9 + seed,), generator=torch.Generator().manual_seed(seed)).tolist()
         chain = drafted(network, target, ids, 3)
-        answer = Answer(tuple(ids[:4]), (*ids[4:], *chain, 5))
+        answer = TrainingAnswer(tuple(ids[:4]), (*ids[4:], *chain, 5))
         wanted = wanted_states(path, target.num_layers)
         records = states._records(states._teach(target, [answer], wanted, lambda n: None), wanted)
         rows = windows(records, 64)
@@ -233,19 +233,19 @@ def test_a_killed_run_goes_on_to_exactly_the_weights_of_an_uninterrupted_one(
     answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint: int | None
 ) -> None:
     train(recipe(answers, tmp_path / "whole"))
-    step = Run._step
+    step = TrainingRun._step
 
-    def killed(run: Run, *args: Any) -> dict[str, float]:
+    def killed(run: TrainingRun, *args: Any) -> dict[str, float]:
         if run.update == checkpoint:
             run._save()
         if run.update == 17:
             raise Killed
         return step(run, *args)
 
-    monkeypatch.setattr(Run, "_step", killed)
+    monkeypatch.setattr(TrainingRun, "_step", killed)
     with pytest.raises(Killed):
         train(recipe(answers, tmp_path / "parts"))
-    monkeypatch.setattr(Run, "_step", step)
+    monkeypatch.setattr(TrainingRun, "_step", step)
     with pytest.raises(SpecDecError, match="--resume"):
         train(recipe(answers, tmp_path / "parts"))
     with pytest.raises(SpecDecError, match="rank 4 -> 5"):
@@ -363,13 +363,13 @@ def test_a_run_that_makes_the_drafter_worse_than_its_closed_form_goes_back_and_l
     answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rates: list[float] = []
-    step = Run._step
+    step = TrainingRun._step
 
-    def seen(run: Run, rows: Any, rate: float) -> dict[str, float]:
+    def seen(run: TrainingRun, rows: Any, rate: float) -> dict[str, float]:
         rates.append(rate)
         return step(run, rows, rate)
 
-    monkeypatch.setattr(Run, "_step", seen)
+    monkeypatch.setattr(TrainingRun, "_step", seen)
     console = Console(file=io.StringIO(), width=300)
     train(recipe(answers, tmp_path / "out", steps=50, relative_rate=30.0, warmup=1, decay=1e-9), console=console)
     said = console.file.getvalue()  # type: ignore[attr-defined]
@@ -468,7 +468,7 @@ def test_answers_of_another_tokenizer_or_template_are_refused_with_the_first_exa
         return ids
 
     def check(*prompts: tuple[int, ...], turn: str = "<|turn|>") -> None:
-        data.refuse_other_tokens([Prompt(("x",)), *(Answer(p, (2,)) for p in prompts)], decode, encode, turn)
+        data.refuse_other_tokens([Prompt(("x",)), *(TrainingAnswer(p, (2,)) for p in prompts)], decode, encode, turn)
 
     check()
     check((1, 2, 3, 7), (2, 3), (4, 2, 7))
@@ -518,7 +518,7 @@ def test_states_are_written_shard_by_shard_and_go_on_after_a_kill(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = training_target(tiny_model("llama"))
-    some = [Answer((3, 4, 5), tuple(range(6, 12 + n))) for n in range(6)]
+    some = [TrainingAnswer((3, 4, 5), tuple(range(6, 12 + n))) for n in range(6)]
     wanted = states.Wanted((2,), (4,))
     monkeypatch.setattr(states, "SHARD_ANSWERS", 2)
     whole = states.compute(tmp_path / "whole", target, some, wanted)
@@ -550,7 +550,7 @@ def test_lines_of_every_kind_are_read_and_broken_ones_are_named(tmp_path: Path) 
     lines = ['{"turns": ["a", "b"]}', "", '{"prompt": "c"}', "plain", '{"prompt_ids": [1], "response_ids": [2, 3]}']
     with gzip.open(file, "wt") as out:
         out.write("\n".join(lines))
-    assert data.read([file]) == [Prompt(("a", "b")), Prompt(("c",)), Prompt(("plain",)), Answer((1,), (2, 3))]
+    assert data.read([file]) == [Prompt(("a", "b")), Prompt(("c",)), Prompt(("plain",)), TrainingAnswer((1,), (2, 3))]
     for broken in ('{"turns": ["a"]', '{"turns": []}', '{"prompt_ids": [1], "response_ids": [true]}', '{"text": "x"}'):
         path = tmp_path / "broken.jsonl"
         path.write_text('{"prompt": "fine"}\n' + broken + "\n")
@@ -587,7 +587,7 @@ def test_plain_text_becomes_pieces_that_are_trained_on_and_may_stand_alone(tmp_p
 def test_held_out_prompts_are_refused_in_text_and_in_token_ids() -> None:
     held = [Prompt(("Why is the sky blue?", "second turn"))]
     data.refuse_held_out([Prompt(("second turn",)), Prompt(("Why is it?",))], held, str)
-    for item in (Prompt(("Tell me:  why IS the\nsky blue?",)), Answer((1,), (2,))):
+    for item in (Prompt(("Tell me:  why IS the\nsky blue?",)), TrainingAnswer((1,), (2,))):
         with pytest.raises(SpecDecError, match="prompt 1 to train on contains the held-out prompt"):
             data.refuse_held_out([item], held, lambda ids: "user why is the sky blue? assistant")
 
@@ -665,7 +665,7 @@ def test_recipes_of_shipped_drafters_are_presets() -> None:
 
 
 def test_the_draft_vocabulary_is_the_most_frequent_answer_tokens_and_the_ends() -> None:
-    some = [Answer((9, 9, 9, 9), (5, 5, 5, 7, 7, 8)), Answer((9,), (5, 6))]
+    some = [TrainingAnswer((9, 9, 9, 9), (5, 5, 5, 7, 7, 8)), TrainingAnswer((9,), (5, 6))]
     assert data.draft_vocabulary(some, 3, [2], 97).tolist() == [2, 5, 7]
     assert data.draft_vocabulary(some, 6, [2], 97).tolist() == [2, 5, 6, 7, 8, 9]
     assert len(data.draft_vocabulary(some, 500, [2], 97)) == 97
@@ -737,7 +737,7 @@ def test_the_command_answers_prompts_trains_and_leaves_a_drafter(tmp_path: Path)
     result = CliRunner().invoke(app, [*command, "--steps", "3"])
     assert result.exit_code == 0, result.output
     made = data.read([output / "answers.jsonl"])
-    assert len(made) == 24 and all(isinstance(a, Answer) and len(a.response_ids) == 12 for a in made)
+    assert len(made) == 24 and all(isinstance(a, TrainingAnswer) and len(a.response_ids) == 12 for a in made)
     decoder = SpecDecoder.from_pretrained(str(folder), drafter=str(output), dtype="float32")
     plain = SpecDecoder.from_pretrained(str(folder), drafter="none", dtype="float32")
     assert decoder.generate("hello", max_new_tokens=16).text == plain.generate("hello", max_new_tokens=16).text
@@ -758,7 +758,7 @@ def test_each_residual_runs_ahead_to_the_layer_that_its_rate_says() -> None:
 
 def test_windows_stay_within_the_context() -> None:
     target = training_target(tiny_model("gpt2"))  # with an embedding for each position
-    answer = Answer(tuple([5] * 4), tuple([7] * (target.context - 4)))
+    answer = TrainingAnswer(tuple([5] * 4), tuple([7] * (target.context - 4)))
     wanted = states.Wanted((), (target.num_layers,))
     records = states._records(states._teach(target, [answer], wanted, lambda n: None), wanted)
     for rows in (windows(records, 64)[-1:], windows(records, 7)):
@@ -774,7 +774,7 @@ def test_alignment_brings_a_layer_before_the_exit_nearer_to_where_it_runs_ahead_
     paper |= {"relative_rate": 0.1, "draft_vocab": 0}
     model, _ = loading.load("tiny")
     target, cosines = training_target(model), {}
-    some = [a for a in data.read([answers]) if isinstance(a, Answer)]
+    some = [a for a in data.read([answers]) if isinstance(a, TrainingAnswer)]
     for align in (0.0, 3.0):
         train(recipe(answers, tmp_path / f"{align}", align=align, **paper))
         folder = tmp_path / f"{align}"
@@ -859,7 +859,7 @@ def test_by_default_the_end_of_the_path_alone_is_chosen(answers: Path, tmp_path:
 
 def test_drafts_of_the_search_are_those_of_a_network_that_training_fits(answers: Path, tmp_path: Path) -> None:
     target = training_target(tiny_model("llama", eos_token_id=None))
-    some = [a for a in data.read([answers]) if isinstance(a, Answer)]
+    some = [a for a in data.read([answers]) if isinstance(a, TrainingAnswer)]
     records = states.compute(tmp_path / "states", target, some, states.Wanted((2, 3), (2, 3, 4)))
     found = search.chains(target, None, 2, records, records, searched(answers, tmp_path / "out"))
     assert found.keys() == {(2, 3), (2, 4)}
@@ -878,8 +878,8 @@ def test_a_path_whose_later_drafts_fail_is_worth_what_is_accepted_of_it() -> Non
     costs = [Costs(score, ((cost, cost),)) for cost in (0.1, 1.0)]
     chains = {(2, 3): [0.5, 0.1, 0.0, 0.0], (2, 4): [0.5, 0.4, 0.3, 0.2]}
     best, other = search.rank(chains, costs)
-    assert best == search.Row((2, 4), 0.1, 2.4, pytest.approx(24 / 14, abs=1e-3), 4)
-    assert other == search.Row((2, 3), 0.01, 1.6, pytest.approx(16 / 10.2, abs=1e-3), 2)
+    assert best == search.SegmentCandidate((2, 4), 0.1, 2.4, pytest.approx(24 / 14, abs=1e-3), 4)
+    assert other == search.SegmentCandidate((2, 3), 0.01, 1.6, pytest.approx(16 / 10.2, abs=1e-3), 2)
 
 
 def test_the_search_measures_segments_of_every_length(monkeypatch: pytest.MonkeyPatch) -> None:

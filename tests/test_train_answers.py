@@ -13,11 +13,11 @@ from rich.progress import Progress
 from specdec import SpecDecoder
 from specdec.base.errors import SpecDecError
 from specdec.train import answers
-from specdec.train.answers import Sampling, answer_prompts, encode_prompts
-from specdec.train.data import Answer, Prompt
+from specdec.train.answers import AnswerSampling, answer_prompts, encode_prompts
+from specdec.train.data import Prompt, TrainingAnswer
 
 ENDS = [*range(3, 97, 12)]  # answers end early and late
-GREEDY = Sampling(0.0, 0.8, 0)
+GREEDY = AnswerSampling(0.0, 0.8, 0)
 
 
 @pytest.fixture(autouse=True)
@@ -26,12 +26,14 @@ def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(answers, "REFILL", 2)
 
 
-def some_prompts(count: int = 11) -> list[Answer | list[int]]:
+def some_prompts(count: int = 11) -> list[TrainingAnswer | list[int]]:
     draw = random.Random(0)
     return [[draw.randrange(3, 97) for _ in range(draw.randrange(1, 9))] for _ in range(count)]
 
 
-def made(folder: Path, prompts: list[Answer | list[int]], sampling: Sampling = GREEDY, limit: int = 14) -> list[Answer]:
+def made(
+    folder: Path, prompts: list[TrainingAnswer | list[int]], sampling: AnswerSampling = GREEDY, limit: int = 14
+) -> list[TrainingAnswer]:
     decoder = SpecDecoder(tiny_model("llama", eos_token_id=ENDS), None, drafter="none")
     folder.mkdir(exist_ok=True)
     return answer_prompts(folder, decoder, prompts, limit, sampling, Progress(disable=True))
@@ -39,7 +41,7 @@ def made(folder: Path, prompts: list[Answer | list[int]], sampling: Sampling = G
 
 def test_answers_of_a_refilled_batch_are_those_of_plain_decoding(tmp_path: Path) -> None:
     prompts = some_prompts()
-    given = Answer((1,), (2, 3))
+    given = TrainingAnswer((1,), (2, 3))
     out = made(tmp_path, [given, *prompts])
     model = tiny_model("llama", eos_token_id=ENDS)
     assert out[0] is given
@@ -62,12 +64,12 @@ def test_rows_that_come_and_go_in_the_native_runtime_do_not_touch_each_other(tmp
 
 def test_a_share_of_the_prompts_is_answered_by_sampling_and_each_draws_for_itself(tmp_path: Path) -> None:
     prompts = some_prompts(24)
-    plain, mixed = made(tmp_path / "plain", prompts), made(tmp_path / "mixed", prompts, Sampling(0.5, 5.0, 0))
+    plain, mixed = made(tmp_path / "plain", prompts), made(tmp_path / "mixed", prompts, AnswerSampling(0.5, 5.0, 0))
     differ = sum(a != b for a, b in zip(plain, mixed, strict=True))
     assert 6 < differ < 18
-    fewer = made(tmp_path / "fewer", prompts[7:], Sampling(0.5, 5.0, 0))
+    fewer = made(tmp_path / "fewer", prompts[7:], AnswerSampling(0.5, 5.0, 0))
     assert fewer == mixed[7:]
-    assert made(tmp_path / "other", prompts, Sampling(0.5, 5.0, 1)) != mixed
+    assert made(tmp_path / "other", prompts, AnswerSampling(0.5, 5.0, 1)) != mixed
 
 
 def test_a_killed_run_keeps_what_it_has_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,7 +77,7 @@ def test_a_killed_run_keeps_what_it_has_and_goes_on(tmp_path: Path, monkeypatch:
     whole = made(tmp_path / "whole", prompts)
     generate, asked = answers._generate, []
 
-    def killed(decoder: SpecDecoder, left: list[tuple[int, ...]], *rest: object) -> Iterator[Answer]:
+    def killed(decoder: SpecDecoder, left: list[tuple[int, ...]], *rest: object) -> Iterator[TrainingAnswer]:
         asked.append(len(left))
         for number, answer in enumerate(generate(decoder, left, *rest)):  # type: ignore[arg-type]
             if number == 5 and len(asked) == 1:
@@ -106,7 +108,7 @@ def test_a_model_without_chat_template_takes_answers_as_token_ids_only() -> None
 
     with pytest.raises(SpecDecError, match="model 'plain' has no chat template for text prompts; give answers as"):
         encode_prompts(Tokens(), [Prompt(("Hello",))], "plain")
-    assert encode_prompts(Tokens(), [Answer((1,), (2, 3))], "plain") == [Answer((1,), (2, 3))]
+    assert encode_prompts(Tokens(), [TrainingAnswer((1,), (2, 3))], "plain") == [TrainingAnswer((1,), (2, 3))]
 
 
 def test_a_full_disk_and_a_prompt_that_is_too_long_are_clear_lines(
@@ -115,7 +117,7 @@ def test_a_full_disk_and_a_prompt_that_is_too_long_are_clear_lines(
     with pytest.raises(SpecDecError, match="a prompt has 200 tokens, the model's context 128"):
         made(tmp_path, [[3] * 200])
 
-    def full(*args: object) -> Iterator[Answer]:
+    def full(*args: object) -> Iterator[TrainingAnswer]:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(answers, "_generate", full)

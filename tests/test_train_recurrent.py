@@ -17,7 +17,7 @@ from specdec import SpecDecError, SpecDecoder
 from specdec.drafters.m2r2 import M2R2Path
 from specdec.models import loading
 from specdec.train import recurrent
-from specdec.train.run import Run
+from specdec.train.run import TrainingRun
 from specdec.train.runtime import training_target
 
 
@@ -52,19 +52,19 @@ def test_the_student_drafts_exactly_as_the_drafter(family: str) -> None:
 def test_m2r2_is_trained_drafts_and_resumes(answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path: dict[str, Any] = {"segments": [[2, 4]], "steps": 24}  # a recurrent layer, and one with attention
     train(recipe(answers, tmp_path / "whole", **path))
-    step = Run._step
+    step = TrainingRun._step
 
-    def killed(run: Run, *args: Any) -> dict[str, float]:
+    def killed(run: TrainingRun, *args: Any) -> dict[str, float]:
         if run.update == 9:
             run._save()
         if run.update == 15:
             raise Killed
         return step(run, *args)
 
-    monkeypatch.setattr(Run, "_step", killed)
+    monkeypatch.setattr(TrainingRun, "_step", killed)
     with pytest.raises(Killed):
         train(recipe(answers, tmp_path / "parts", **path))
-    monkeypatch.setattr(Run, "_step", step)
+    monkeypatch.setattr(TrainingRun, "_step", step)
     train(recipe(answers, tmp_path / "parts", **path), resume=True)
     whole, parts = (load_file(tmp_path / name / "checkpoint.safetensors") for name in ("whole", "parts"))
     assert all(torch.equal(whole[key], parts[key]) for key in whole | parts)

@@ -18,21 +18,21 @@ from specdec.runtimes.fused import FusedTarget
 from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.target import Target
 from specdec.train import states
-from specdec.train.data import Answer
+from specdec.train.data import TrainingAnswer
 from specdec.train.runtime import training_target
 
 WANTED = states.Wanted((0, 2), (1, 4))
 
 
-def some_answers(common: int) -> list[Answer]:
+def some_answers(common: int) -> list[TrainingAnswer]:
     """Answers of many lengths, whose prompts begin with ``common`` tokens and end with others."""
     generator = torch.Generator().manual_seed(common)
     draw = lambda count: tuple(torch.randint(3, 97, (count,), generator=generator).tolist())  # noqa: E731
     begin = draw(common)
-    return [Answer((*begin, 3 + n, *draw(4 * n % 7)), draw(5 + 13 * n % 80)) for n in range(9)]
+    return [TrainingAnswer((*begin, 3 + n, *draw(4 * n % 7)), draw(5 + 13 * n % 80)) for n in range(9)]
 
 
-def alone(target: Target, answer: Answer) -> dict[str, torch.Tensor]:
+def alone(target: Target, answer: TrainingAnswer) -> dict[str, torch.Tensor]:
     """What a pass over the one answer gives."""
     ids = torch.tensor([answer.prompt_ids + answer.response_ids])
     cache, taps = target.new_cache(), {layer: torch.empty(0) for layer in WANTED.hidden}
@@ -80,7 +80,7 @@ def test_what_all_answers_begin_with_is_run_once(monkeypatch: pytest.MonkeyPatch
         return layers(x, lo, *given)
 
     monkeypatch.setattr(target, "layers", counted)
-    answers = [Answer((*range(3, 23), 30 + n), (5, 6, 7, 8)) for n in range(8)]
+    answers = [TrainingAnswer((*range(3, 23), 30 + n), (5, 6, 7, 8)) for n in range(8)]
     states._teach(target, answers, WANTED, lambda n: None)
     assert tokens[0] == 19 + 8 * 6  # hidden states are kept from two tokens before the answers on
 

@@ -44,7 +44,7 @@ def test_the_fastest_is_kept_and_generate_uses_it(run, folder: Path, monkeypatch
     def measure(decoders, cells, progress):
         ran.append(cells)
         assert all(len(c.turns) == 1 for c in decoders.prompts(cells[0]).conversations)
-        rows = [search.Row(c, speeds[c.drafter] + 0.2 * (c.num_speculative_tokens == 3), 1.5, 0) for c in cells]
+        rows = [search.TunedCell(c, speeds[c.drafter] + 0.2 * (c.num_speculative_tokens == 3), 1.5, 0) for c in cells]
         return sorted(rows, key=lambda row: -row.speedup)
 
     monkeypatch.setattr(search, "measure", measure)
@@ -64,14 +64,14 @@ def test_the_fastest_is_kept_and_generate_uses_it(run, folder: Path, monkeypatch
 
 
 def test_without_a_faster_drafter_plain_decoding_is_kept(run, folder: Path, monkeypatch) -> None:
-    monkeypatch.setattr(search, "measure", lambda decoders, cells, progress: [search.Row(cells[0], 0.98, 1.0, 0)])
+    monkeypatch.setattr(search, "measure", lambda decoders, cells, progress: [search.TunedCell(cells[0], 0.98, 1.0, 0)])
     assert run("tune", "drafter", "--prompts", "PROMPTS", "--drafters", "lookahead").exit_code == 0
     kept = recall(place(str(folder), "auto", "cpu", "auto", "auto"))
     assert kept is not None and kept.drafter == "none"
 
 
 def test_an_output_that_differs_keeps_nothing(run, folder: Path, monkeypatch) -> None:
-    monkeypatch.setattr(search, "measure", lambda decoders, cells, progress: [search.Row(cells[0], 0.9, 1.0, 2)])
+    monkeypatch.setattr(search, "measure", lambda decoders, cells, progress: [search.TunedCell(cells[0], 0.9, 1.0, 2)])
     result = run("tune", "drafter", "--prompts", "PROMPTS", "--drafters", "lookahead")
     assert result.exit_code != 0 and recall(place(str(folder), "auto", "cpu", "auto", "auto")) is None
 

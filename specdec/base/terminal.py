@@ -244,6 +244,9 @@ def status(message: str, quiet: bool = False) -> Iterator[Status]:
         yield Status(message, shown)
 
 
+OnProgress = Callable[[int, int, int], None]  # steps done, steps in all, tokens so far
+
+
 class Bar:
     """Progress of one task on stderr. It is called with the steps done, the steps in all and the tokens so far."""
 

@@ -49,7 +49,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -87,7 +87,6 @@ OTHERS = {  # by name
     "hf-assistant": Other(source="MODEL"),
 }
 
-Progress = Callable[[int, int, int], None]  # requests done, requests in all, tokens decoded so far
 
 Text = Annotated[str, Field(min_length=1, description="text")]
 Count = Annotated[int, Field(ge=1, description="a whole number >= 1")]

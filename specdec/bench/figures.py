@@ -24,7 +24,7 @@ Estimate = dict[str, float | None]  # {"value", "low", "high"}; no interval for 
 
 
 @dataclass
-class Request:
+class BenchRequest:
     """One batch of prompts answered once by one method. ``equality``: per row "equal", "near-tie", "fault", "differs"
     (a lossy rule) or None (sampling)."""
 
@@ -74,7 +74,9 @@ class Request:
         }
 
 
-def figures(name: str, mine: list[Request], baselines: dict[str, list[Request]], method: Method) -> dict[str, Any]:
+def figures(
+    name: str, mine: list[BenchRequest], baselines: dict[str, list[BenchRequest]], method: Method
+) -> dict[str, Any]:
     """Sum up the requests of one method; ``baselines``: requests of other methods for the same prompts, by label."""
     alike = method.lossless and method.same_arithmetic
     by_place = {label: {r.place: r for r in requests} for label, requests in baselines.items()}
@@ -123,7 +125,7 @@ def figures(name: str, mine: list[Request], baselines: dict[str, list[Request]],
     }
 
 
-def _summary(mine: list[Request], baselines: dict[str, dict[Any, Request]]) -> dict[str, Any]:
+def _summary(mine: list[BenchRequest], baselines: dict[str, dict[Any, BenchRequest]]) -> dict[str, Any]:
     """The figures that each category has, too."""
     return {
         "requests": len(mine),
@@ -136,7 +138,7 @@ def _summary(mine: list[Request], baselines: dict[str, dict[Any, Request]]) -> d
     }
 
 
-def _median(mine: list[Request], figure: Callable[[Reply], float | None], scale: float = 1) -> Estimate | None:
+def _median(mine: list[BenchRequest], figure: Callable[[Reply], float | None], scale: float = 1) -> Estimate | None:
     """The median over the requests that have the figure, times ``scale``."""
     found = [(value * scale, r.group) for r in mine if (value := figure(r.reply)) is not None]
     return median([value for value, _ in found], [group for _, group in found])
@@ -152,7 +154,7 @@ def _rate(pace: float | None) -> float | None:
     return 1 / pace if pace else None
 
 
-def _speedup(mine: list[Request], base: dict[Any, Request], after_first: bool = False) -> Estimate | None:
+def _speedup(mine: list[BenchRequest], base: dict[Any, BenchRequest], after_first: bool = False) -> Estimate | None:
     """Seconds per token of the baseline over ours, for each request that both did."""
     ratios, groups = [], []
     for request in mine:
@@ -165,7 +167,7 @@ def _speedup(mine: list[Request], base: dict[Any, Request], after_first: bool = 
 
 
 def _pooled(
-    mine: list[Request], above: Callable[[RequestMetrics], float], below: Callable[[RequestMetrics], float]
+    mine: list[BenchRequest], above: Callable[[RequestMetrics], float], below: Callable[[RequestMetrics], float]
 ) -> Estimate | None:
     """A ratio of sums over all rows; None for methods without metrics."""
     rows = [(m, r.group) for r in mine for m in r.reply.metrics]
@@ -180,7 +182,7 @@ def _ledger(replies: list[Reply]) -> dict[str, float]:
     return {p: 1e3 * sum(m.ledger.get(p, 0.0) for m in longest) / steps for p in phases} if steps else {}
 
 
-def _quality(requests: list[Request]) -> dict[str, Any] | None:
+def _quality(requests: list[BenchRequest]) -> dict[str, Any] | None:
     rows = [(q, r.group) for r in requests for q in r.qualities]
     if not rows:
         return None

@@ -21,10 +21,11 @@ from specdec.api.decoder import SpecDecoder
 from specdec.api.text import encode
 from specdec.base import options
 from specdec.base.errors import SpecDecError
+from specdec.base.terminal import OnProgress
 from specdec.bench import quality
-from specdec.bench.cell import OTHERS, Cell, Progress, check_method, check_other
+from specdec.bench.cell import OTHERS, Cell, check_method, check_other
 from specdec.bench.environment import environment
-from specdec.bench.figures import Request, figures
+from specdec.bench.figures import BenchRequest, figures
 from specdec.bench.methods import CONTEXT, PASSES, WARM_UP, Method, OwnMethod, PeakMemory
 from specdec.bench.prompts import Conversation, PromptSet, load_prompts, spread
 from specdec.engine.depth import measure as costs
@@ -88,7 +89,7 @@ class Decoders:
         return self._prompts[cell.prompts]
 
 
-class Run:
+class BenchRun:
     """Cells that differ in their methods alone, measured side by side.
 
     progress: called after each request. record: given each request as it is done. ``execute`` may be interrupted;
@@ -99,8 +100,8 @@ class Run:
         self,
         cells: Sequence[Cell],
         decoders: Decoders,
-        progress: Progress | None = None,
-        record: Callable[[Request], Any] | None = None,
+        progress: OnProgress | None = None,
+        record: Callable[[BenchRequest], Any] | None = None,
     ) -> None:
         self.cells, self.decoders = list(cells), decoders
         self.progress, self.record = progress, record
@@ -131,7 +132,7 @@ class Run:
         conversations = spread(self.prompt_set.conversations, first.limit)
         self.groups = [conversations[i : i + count] for i in range(0, len(conversations), count)]
         self.passes: dict[str, dict[str, float]] = {}
-        self.requests: list[Request] = []
+        self.requests: list[BenchRequest] = []
         self.skipped: list[str] = []
         self.seconds, self.interrupted = 0.0, True
         self.environment = environment() | {
@@ -209,7 +210,7 @@ class Run:
         """Have every method answer one turn of a group of chats; return the number of new tokens."""
         count = min(self.first.max_new_tokens, *(self.base.target.context - len(ids) for ids in prompts))
         names, shift = list(self.methods), len(self.requests) // len(self.methods) % len(self.methods)
-        made: dict[str, Request] = {}
+        made: dict[str, BenchRequest] = {}
         seed = (self.first.seed + len(self.requests)) % (options.MAX_SEED + 1)
         order = names[len(names) - shift :] + names[: len(names) - shift]
         for name in order:
@@ -217,7 +218,7 @@ class Run:
                 reply = self.methods[name].reply(prompts, count, seed)
             if reply.peak_memory_mb is None:
                 reply.peak_memory_mb = memory.mb
-            made[name] = Request(name, *place, [conversation for conversation, _ in chats], prompts, reply)
+            made[name] = BenchRequest(name, *place, [conversation for conversation, _ in chats], prompts, reply)
         for name in order:
             self._compare(made[name], made[self.plain], count, seed)
             self.requests.append(made[name])
@@ -234,7 +235,7 @@ class Run:
             return encode(self.base.tokenizer, [{"role": roles[i % 2], "content": t} for i, t in enumerate(texts)])
         return encode(self.base.tokenizer, "\n\n".join(texts))
 
-    def _compare(self, request: Request, plain: Request, count: int, seed: int) -> None:
+    def _compare(self, request: BenchRequest, plain: BenchRequest, count: int, seed: int) -> None:
         """Note how the request's tokens compare with those of plain decoding."""
         cell, method, target = self.first, self.methods[request.method], self.base.target
         comparable = cell.temperature == 0 or (method.seeded and self.methods[self.plain].seeded)
@@ -286,13 +287,13 @@ class Run:
         return out
 
 
-def run_cell(cell: Cell, decoders: Decoders, progress: Progress | None = None) -> dict[str, Any]:
+def run_cell(cell: Cell, decoders: Decoders, progress: OnProgress | None = None) -> dict[str, Any]:
     """Measure ``cell``; ``specdec.bench.cell`` describes the result.
 
     decoders: the loaded models, kept from cell to cell. progress: called after each request. Raises SpecDecError if
     the model, the drafter or the prompts cannot be had.
     """
-    run = Run([cell], decoders, progress)
+    run = BenchRun([cell], decoders, progress)
     run.execute()
     return run.results()[0]
 

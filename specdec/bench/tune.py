@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from specdec.base.errors import SpecDecError
-from specdec.bench.cell import Cell, Progress
-from specdec.bench.run import Decoders, Run
+from specdec.base.terminal import OnProgress
+from specdec.bench.cell import Cell
+from specdec.bench.run import BenchRun, Decoders
 from specdec.speculation import registry
 
 DEPTHS = (2, 3, 4, 6)  # fixed depths that the best drafter is tried at
@@ -19,7 +20,7 @@ JOINED = ("m2r2", "early-exit", "deed")  # tried behind a prompt lookup, too, if
 
 
 @dataclass(frozen=True)
-class Row:
+class TunedCell:
     """One measured setting. speedup: median over prompts, whole calls, over plain decoding."""
 
     cell: Cell
@@ -47,9 +48,9 @@ def every() -> list[str]:
     return [*alone, *(f"prompt-lookup+{name}" for name in JOINED)]
 
 
-def measure(decoders: Decoders, cells: list[Cell], progress: Progress | None) -> list[Row]:
+def measure(decoders: Decoders, cells: list[Cell], progress: OnProgress | None) -> list[TunedCell]:
     """The settings, fastest first."""
-    run = Run(cells, decoders, progress)
+    run = BenchRun(cells, decoders, progress)
     run.execute()
     if run.interrupted:
         raise KeyboardInterrupt
@@ -58,11 +59,11 @@ def measure(decoders: Decoders, cells: list[Cell], progress: Progress | None) ->
         method: dict[str, Any] = result["method"]
         speedup, length = method["speedup"]["none"], method["mean_acceptance_length"]
         faults = (method["equal_to_plain"] or {}).get("faults") or 0
-        rows.append(Row(cell, speedup["value"] if speedup else 0.0, length["value"] if length else 1.0, faults))
+        rows.append(TunedCell(cell, speedup["value"] if speedup else 0.0, length["value"] if length else 1.0, faults))
     return sorted(rows, key=lambda row: -row.speedup)
 
 
-def search(decoders: Decoders, cells: list[Cell], progress: Progress | None = None) -> list[Row]:
+def search(decoders: Decoders, cells: list[Cell], progress: OnProgress | None = None) -> list[TunedCell]:
     """Every cell at automatic depth, then the best at fixed ones; first the one to keep."""
     rows = measure(decoders, cells, progress)
     best = rows[0]

@@ -69,7 +69,7 @@ def bench(
     own = _by_method(names, drafter_option or [])
     with terminal.status("loading"):
         from specdec.bench.cell import OTHERS, Cell
-        from specdec.bench.run import Decoders, Run
+        from specdec.bench.run import BenchRun, Decoders
         from specdec.models.drafter_folder import shipped
         from specdec.sweep.results import from_benchmark
 
@@ -105,7 +105,7 @@ def bench(
         if methods is None and shipped("m2r2", decoders.base(base).target) is None:
             cells = [cell for cell in cells if cell.drafter != "m2r2"]
             terminal.say("m2r2 is left out: none is shipped for this model; train one: specdec train m2r2 --model ...")
-        run = Run(cells, decoders)
+        run = BenchRun(cells, decoders)
     with (
         (folder / "results.jsonl").open("a", buffering=1, encoding="utf-8") if folder else nullcontext() as log,
         terminal.Bar("bench") as bar,

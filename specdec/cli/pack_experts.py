@@ -15,7 +15,7 @@ from specdec.base.terminal import Bar, columns, write
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from specdec.train.data import Answer
+    from specdec.train.data import TrainingAnswer
 
 HELD_OUT = 8  # every so many texts one is kept to say how good the predictor is, at most this many
 NEW_TOKENS = 192  # of an answer that the model still has to give
@@ -57,7 +57,7 @@ def pack_experts(
             _fit(loaded, fingerprint, folder, _answers(loaded, tokenizer, items[:texts]))
 
 
-def _fit(loaded: PreTrainedModel, fingerprint: str, folder: Path, answers: list[Answer]) -> None:
+def _fit(loaded: PreTrainedModel, fingerprint: str, folder: Path, answers: list[TrainingAnswer]) -> None:
     """Fit the predictor to all but a few of ``answers``, write it, and print its recall on those few."""
     from specdec.runtimes.experts import predict
     from specdec.runtimes.experts.layers import moe_layers
@@ -87,20 +87,20 @@ def _read(path: Path) -> list[Any]:
     return items
 
 
-def _answers(model: Any, tokenizer: Any, items: list[Any]) -> list[Answer]:
+def _answers(model: Any, tokenizer: Any, items: list[Any]) -> list[TrainingAnswer]:
     """The texts as answers; prompts are answered by the model."""
     from specdec.api.decoder import SpecDecoder
     from specdec.train.answers import encode_prompts
-    from specdec.train.data import Answer
+    from specdec.train.data import TrainingAnswer
 
     out = []
     decoder = None
     with Bar("answering", "prompts") as update:
         for number, item in enumerate(encode_prompts(tokenizer, items, model.config._name_or_path), start=1):
-            if not isinstance(item, Answer):
+            if not isinstance(item, TrainingAnswer):
                 decoder = decoder or SpecDecoder(model, tokenizer, "none")
                 reply = decoder.generate(item, max_new_tokens=NEW_TOKENS)
-                item = Answer(tuple(item), tuple(reply.token_ids))
+                item = TrainingAnswer(tuple(item), tuple(reply.token_ids))
             out.append(item)
             update(number, len(items))
     return out

@@ -73,7 +73,7 @@ def verify(
         from specdec.bench.prompts import load_prompts, spread
         from specdec.models.gguf.blocks import dense
         from specdec.speculation.sampling import SamplingParams
-        from specdec.verify.certificate import Certificate, Plan
+        from specdec.verify.certificate import Certificate, CheckPlan
 
         terminal.warn_in_lines()
         params = SamplingParams(temperature, top_k, top_p, seed=seed)
@@ -97,7 +97,7 @@ def verify(
             activations=activations,
         )
         drafter = decoder.tuned.drafter if decoder.tuned else decoder.drafter.name if drafter == "auto" else drafter
-    plan = Plan(chosen, spread(found.conversations, limit), max_new_tokens, draws, places, params)
+    plan = CheckPlan(chosen, spread(found.conversations, limit), max_new_tokens, draws, places, params)
     certificate = Certificate(decoder, plan)
     try:
         with terminal.Bar("verify") as bar, dense(decoder.model):

@@ -18,19 +18,20 @@ from pathlib import Path
 from typing import Any
 
 from specdec.base.errors import SpecDecError, one_line
-from specdec.bench.cell import Cell, Progress
+from specdec.base.terminal import OnProgress
+from specdec.bench.cell import Cell
 from specdec.bench.run import Decoders, run_cell
 from specdec.sweep.plan import Resources
 
 
-def locally(cells: Sequence[Cell], data_dir: Path | None, progress: Progress) -> Generator[dict[str, Any]]:
+def locally(cells: Sequence[Cell], data_dir: Path | None, progress: OnProgress) -> Generator[dict[str, Any]]:
     """Measure ``cells`` here, in order. A model stays loaded until a cell needs another."""
     decoders = Decoders(data_dir)
     for cell in cells:
         yield measure(cell, decoders, progress)
 
 
-def measure(cell: Cell, decoders: Decoders, progress: Progress | None = None) -> dict[str, Any]:
+def measure(cell: Cell, decoders: Decoders, progress: OnProgress | None = None) -> dict[str, Any]:
     """The result of a cell, or a record of why there is none; never raises but for an interrupt."""
     start = time.perf_counter()
     try:

@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader
 from specdec import __version__
 from specdec.base.errors import SpecDecError
 from specdec.base.files import replace
-from specdec.sweep.results import Record, Results, Table, command, speedup_of
+from specdec.sweep.results import Record, Results, ResultTable, command, speedup_of
 
 PAGE = "report.html"  # the template's name, too
 SECTIONS = {  # name: title, and the text where there is no picture
@@ -49,7 +49,7 @@ def write_page(results: Results, folder: Path) -> Path:
         sections=SECTIONS,
         pictures=drawn,
         encoded=lambda png: base64.b64encode(png).decode(),
-        failures=Table(["cell", "error"], [[labels[r["key"]], r["error"]] for r in results.failed]),
+        failures=ResultTable(["cell", "error"], [[labels[r["key"]], r["error"]] for r in results.failed]),
         environment=_environment(results.done),
         commands="\n".join(f"# {labels[r['key']]}\n{command(r['cell'])}" for r in results.records),
         version=__version__,
@@ -85,7 +85,7 @@ def _facts(results: Results, labels: Mapping[str, str]) -> list[tuple[str, str, 
     return facts
 
 
-def _environment(records: Sequence[Record]) -> Table:
+def _environment(records: Sequence[Record]) -> ResultTable:
     """One row a fact; what differs between cells shows all its values, dates and numbers as a range."""
     facts: dict[str, list[Any]] = {}
     for record in records:
@@ -98,7 +98,7 @@ def _environment(records: Sequence[Record]) -> Table:
         if len(values) > 2 and (name == "date" or all(isinstance(value, int | float) for value in values)):
             text = f"{min(values)} to {max(values)}"
         rows += [[ENVIRONMENT.get(name, name), text]] if values else []
-    return Table(["fact", "value"], rows)
+    return ResultTable(["fact", "value"], rows)
 
 
 def _prompts(about: Mapping[str, Any]) -> str:

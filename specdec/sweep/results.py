@@ -84,7 +84,7 @@ def short(axis: str) -> str:
 
 
 @dataclass(frozen=True)
-class Table:
+class ResultTable:
     header: list[str]
     rows: list[list[str]] = field(default_factory=list)
 
@@ -111,7 +111,7 @@ class Results:
         """A short name for each record's cell."""
         return labels([record["cell"] for record in self.records])
 
-    def table(self) -> Table:
+    def table(self) -> ResultTable:
         """What most people want to know of each cell, columns that are empty left out."""
         over = baselines(self.done)
         rows = []
@@ -120,7 +120,7 @@ class Results:
             rows.append({"cell": label} | figures)
         names = [*dict.fromkeys(name for row in rows for name in row if name != "error"), "error"]
         used = [name for name in names if any(row.get(name) for row in rows)]
-        return Table(used, [[row.get(name, "") for name in used] for row in rows])
+        return ResultTable(used, [[row.get(name, "") for name in used] for row in rows])
 
 
 def _columns(method: Mapping[str, Any], over: Sequence[str]) -> dict[str, str]:
@@ -246,7 +246,7 @@ def render(results: Results, form: str) -> str:
     return _csv(results.records)
 
 
-def _markdown(table: Table) -> str:
+def _markdown(table: ResultTable) -> str:
     def line(cells: Sequence[str]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
 

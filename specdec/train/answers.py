@@ -21,24 +21,26 @@ from specdec.engine.depth import FixedDepth
 from specdec.engine.engine import Engine
 from specdec.engine.request import Request
 from specdec.speculation.sampling import SamplingParams
-from specdec.train.data import Answer, Prompt, prompt_hash, records
+from specdec.train.data import Prompt, TrainingAnswer, prompt_hash, records
 from specdec.train.output import ANSWERS, writing
 
 ROWS, REFILL = 48, 12  # rows of the batch; those that must have ended before new ones come
 
 
-def encode_prompts(tokenizer: Any, items: Sequence[Answer | Prompt], model: str) -> list[Answer | list[int]]:
+def encode_prompts(
+    tokenizer: Any, items: Sequence[TrainingAnswer | Prompt], model: str
+) -> list[TrainingAnswer | list[int]]:
     """Text prompts as token ids, in the model's chat template. Raises SpecDecError if it has none."""
     if any(isinstance(item, Prompt) for item in items) and not getattr(tokenizer, "chat_template", None):
         raise SpecDecError(
             f"model '{model}' has no chat template for text prompts; give answers as token ids "
             '({"prompt_ids": [...], "response_ids": [...]})'
         )
-    return [item if isinstance(item, Answer) else encode(tokenizer, item.turns[0], chat=True) for item in items]
+    return [item if isinstance(item, TrainingAnswer) else encode(tokenizer, item.turns[0], chat=True) for item in items]
 
 
 @dataclass(frozen=True)
-class Sampling:
+class AnswerSampling:
     """How answers are drawn: ``share`` of the prompts (chosen by a hash) at ``temperature``, the others greedily."""
 
     share: float
@@ -54,17 +56,17 @@ class Sampling:
 def answer_prompts(
     output: Path,
     decoder: SpecDecoder,
-    items: Sequence[Answer | list[int]],
+    items: Sequence[TrainingAnswer | list[int]],
     limit: int,
-    sampling: Sampling,
+    sampling: AnswerSampling,
     progress: Progress,
-) -> list[Answer]:
+) -> list[TrainingAnswer]:
     """All answers, in order; those missing are generated (at most ``limit`` tokens) and kept in ``answers.jsonl``.
 
     An answer does not depend on what else is in the batch (up to rounding), nor on where a killed run stopped. Raises
     SpecDecError if the disk is full, and if the file holds answers to other prompts.
     """
-    prompts = [tuple(item) for item in items if not isinstance(item, Answer)]
+    prompts = [tuple(item) for item in items if not isinstance(item, TrainingAnswer)]
     made = _written(output / ANSWERS, set(prompts))
     left = [p for p in dict.fromkeys(prompts) if p not in made]
     task = progress.add_task("answers", total=len(made) + len(left), completed=len(made), visible=bool(left))
@@ -76,12 +78,12 @@ def answer_prompts(
                 file.flush()
                 made[answer.prompt_ids] = answer
                 progress.update(task, completed=len(made))
-    return [item if isinstance(item, Answer) else made[tuple(item)] for item in items]
+    return [item if isinstance(item, TrainingAnswer) else made[tuple(item)] for item in items]
 
 
 def _generate(
-    decoder: SpecDecoder, prompts: Sequence[tuple[int, ...]], limit: int, sampling: Sampling
-) -> Iterator[Answer]:
+    decoder: SpecDecoder, prompts: Sequence[tuple[int, ...]], limit: int, sampling: AnswerSampling
+) -> Iterator[TrainingAnswer]:
     """Answers as they are finished."""
     context = decoder.target.context
     if long := [p for p in prompts if len(p) >= context]:
@@ -104,16 +106,16 @@ def _generate(
             if request.error is not None:
                 raise request.error
             running.remove(request)
-            yield Answer(tuple(request.prompt), tuple(request.ids[len(request.prompt) :]))
+            yield TrainingAnswer(tuple(request.prompt), tuple(request.ids[len(request.prompt) :]))
 
 
-def _written(path: Path, prompts: set[tuple[int, ...]]) -> dict[tuple[int, ...], Answer]:
+def _written(path: Path, prompts: set[tuple[int, ...]]) -> dict[tuple[int, ...], TrainingAnswer]:
     """The answers an earlier run left; a line that it did not finish is cut off."""
-    made: dict[tuple[int, ...], Answer] = {}
+    made: dict[tuple[int, ...], TrainingAnswer] = {}
     if path.exists():
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
         for answer in records(path):
-            if not isinstance(answer, Answer) or answer.prompt_ids not in prompts:
+            if not isinstance(answer, TrainingAnswer) or answer.prompt_ids not in prompts:
                 raise SpecDecError(f"'{path}' holds answers to other prompts; use another --output or delete it")
             made[answer.prompt_ids] = answer
     return made

@@ -18,9 +18,9 @@ from specdec.base.errors import SpecDecError
 from specdec.drafters.m2r2_network import M2R2, load_network
 from specdec.models import drafter_folder
 from specdec.runtimes.target import Target
-from specdec.train.batches import Batch
+from specdec.train.batches import TrainingBatch
 from specdec.train.m2r2_settings import wanted_states
-from specdec.train.method import Method, agreement_name
+from specdec.train.method import TrainingMethod, agreement_name
 from specdec.train.settings import Positive, TrainSettings
 from specdec.train.states import Wanted
 from specdec.train.student import Teacher, draft_steps
@@ -36,7 +36,7 @@ class ArlaSettings(TrainSettings):
     draft_steps: Positive = 3  # of the drafter's own drafts the router learns from
 
 
-class ArlaMethod(Method[M2R2]):
+class ArlaMethod(TrainingMethod[M2R2]):
     """Cross-entropy of the router's probability with whether the draft's best token is the base's."""
 
     name = "arla"
@@ -62,7 +62,7 @@ class ArlaMethod(Method[M2R2]):
             parameter.requires_grad_(name.startswith("routers."))
         return network
 
-    def _steps(self, network: M2R2, batch: Batch) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def _steps(self, network: M2R2, batch: TrainingBatch) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Per step and exit: log-odds of the router [B, T], whether the draft is right, and which positions have it."""
         assert network.routers is not None
         teacher = self.teacher
@@ -75,7 +75,7 @@ class ArlaMethod(Method[M2R2]):
                     hit = teacher.hits(logits) & known
                 yield router([p.detach() for p in passed], logits), hit, valid
 
-    def loss(self, network: M2R2, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, network: M2R2, batch: TrainingBatch) -> tuple[Tensor, dict[str, float]]:
         loss, figures = torch.zeros((), device=self.target.device), dict[str, float]()
         exits, last = len(network.path.reach), len(network.path.exits)
         for number, (odds, hit, valid) in enumerate(self._steps(network, batch)):
@@ -85,7 +85,7 @@ class ArlaMethod(Method[M2R2]):
             figures[name] = float(((odds > 0) == hit)[valid].float().mean())
         return loss / (batch.valid.sum() * self.settings.draft_steps * exits), figures
 
-    def evaluate(self, network: M2R2, batches: Iterable[Batch]) -> dict[str, Any]:
+    def evaluate(self, network: M2R2, batches: Iterable[TrainingBatch]) -> dict[str, Any]:
         """Of the routers' probabilities over all draft steps and exits.
 
         ``entropy``: cross-entropy in nats. ``leave``: share of the tokens above each threshold of ``levels``, and

@@ -22,7 +22,7 @@ Window = tuple[int, int, int]  # record, first position, end
 
 
 @dataclass
-class Batch:
+class TrainingBatch:
     """B windows of T positions; position t reads token ids[t] and is to predict the base's choice for t + 1.
 
     Padding has ``valid`` False. Exact entries of layers ``kv`` are [B, H', S, d] for positions 0 .. S - 1, and so are
@@ -82,7 +82,7 @@ def epoch(found: Sequence[Window], rows: int, seed: int, number: int) -> list[li
     return [[found[i] for i in whole[j]] for j in mixed]
 
 
-def assemble(records: Sequence[Record], rows: Sequence[Window], length: int, device: torch.device) -> Batch:
+def assemble(records: Sequence[Record], rows: Sequence[Window], length: int, device: torch.device) -> TrainingBatch:
     """Copy the windows' states out of the records; T = ``length``, S a multiple of ``BLOCK``."""
     picked = [(records[index], start, end) for index, start, end in rows]
     slots = -(-max(end for _, _, end in rows) // BLOCK) * BLOCK
@@ -103,7 +103,7 @@ def assemble(records: Sequence[Record], rows: Sequence[Window], length: int, dev
         return pad([r.kv[layer][part][:end] for r, _, end in picked], slots).transpose(1, 2)
 
     starts, last = torch.tensor([(start, end - 1) for _, start, end in rows]).unbind(1)
-    return Batch(
+    return TrainingBatch(
         ids=pad([r.ids[start:end].long() for r, start, end in picked]),
         next_ids=pad([r.ids[start + 1 : end + 1].long() for r, start, end in picked]),
         # Padding stays at the last position: the one behind it may be beyond the model's context.
@@ -120,7 +120,7 @@ def assemble(records: Sequence[Record], rows: Sequence[Window], length: int, dev
     )
 
 
-def in_order(records: Sequence[Record], rows: int, length: int, device: torch.device) -> Iterator[Batch]:
+def in_order(records: Sequence[Record], rows: int, length: int, device: torch.device) -> Iterator[TrainingBatch]:
     """Every window once, those of similar key length together."""
     found = sorted(windows(records, length), key=lambda window: window[2])
     for start in range(0, len(found), rows):

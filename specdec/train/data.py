@@ -24,7 +24,7 @@ TURNS = "<|im_start|>", "<|start_header_id|>", "<start_of_turn>", "<|user|>", "<
 
 
 @dataclass(frozen=True)
-class Answer:
+class TrainingAnswer:
     """A prompt and the base model's own continuation, as token ids."""
 
     prompt_ids: tuple[int, ...]
@@ -41,7 +41,7 @@ class Prompt:
     turns: tuple[str, ...]
 
 
-def read(paths: Sequence[Path]) -> list[Answer | Prompt]:
+def read(paths: Sequence[Path]) -> list[TrainingAnswer | Prompt]:
     """Everything in the files, in order. Lines are ``{"prompt_ids", "response_ids"}``, ``{"turns": [...]}``,
     ``{"prompt": ...}`` or plain text; ``.gz`` is unpacked.
 
@@ -53,12 +53,12 @@ def read(paths: Sequence[Path]) -> list[Answer | Prompt]:
     return items
 
 
-def records(path: Path) -> Iterator[Answer | Prompt]:
+def records(path: Path) -> Iterator[TrainingAnswer | Prompt]:
     """The answers and prompts of one file, which may be empty."""
     for where, record in inputs.prompts(path):
         ids = record.get("prompt_ids"), record.get("response_ids")
         if all(isinstance(part, list) and part and all(type(i) is int and i >= 0 for i in part) for part in ids):
-            yield Answer(*map(tuple, ids))  # type: ignore[arg-type]
+            yield TrainingAnswer(*map(tuple, ids))  # type: ignore[arg-type]
         elif "response_ids" not in record and (turns := inputs.turns(record)):
             yield Prompt(turns)
         else:
@@ -80,16 +80,16 @@ def read_texts(paths: Sequence[Path]) -> list[str]:
     return texts
 
 
-def pieces(ids: Sequence[int], length: int) -> list[Answer]:
+def pieces(ids: Sequence[int], length: int) -> list[TrainingAnswer]:
     """Token ids of a text as answers of ``length`` tokens in all; the first few are its prompt, context only."""
     parts = [tuple(ids[start : start + length]) for start in range(0, len(ids), length)]
-    return [Answer(part[:TEXT_CONTEXT], part[TEXT_CONTEXT:]) for part in parts if len(part) > TEXT_CONTEXT + 1]
+    return [TrainingAnswer(part[:TEXT_CONTEXT], part[TEXT_CONTEXT:]) for part in parts if len(part) > TEXT_CONTEXT + 1]
 
 
-def refuse_foreign(items: Sequence[Answer | Prompt], vocab_size: int) -> None:
+def refuse_foreign(items: Sequence[TrainingAnswer | Prompt], vocab_size: int) -> None:
     """Raise SpecDecError for token ids that a vocabulary of that size does not have."""
     for number, item in enumerate(items, start=1):
-        largest = max(item.prompt_ids + item.response_ids) if isinstance(item, Answer) else 0
+        largest = max(item.prompt_ids + item.response_ids) if isinstance(item, TrainingAnswer) else 0
         if largest >= vocab_size:
             raise SpecDecError(
                 f"answer {number} to train on holds token {largest}, but the model's vocabulary ends at "
@@ -98,7 +98,7 @@ def refuse_foreign(items: Sequence[Answer | Prompt], vocab_size: int) -> None:
 
 
 def refuse_other_tokens(
-    items: Sequence[Answer | Prompt],
+    items: Sequence[TrainingAnswer | Prompt],
     decode: Callable[[Sequence[int]], str],
     encode: Callable[[str], Sequence[int]],
     turn: str,
@@ -108,7 +108,7 @@ def refuse_other_tokens(
     turn: what the model's template has between a user's text and the answer; empty: it has no template. Prompts that
     are in no template are fine.
     """
-    own = [(n, item.prompt_ids) for n, item in enumerate(items, start=1) if isinstance(item, Answer)][:CHECKED]
+    own = [(n, item.prompt_ids) for n, item in enumerate(items, start=1) if isinstance(item, TrainingAnswer)][:CHECKED]
     texts = [(n, ids, decode(ids)) for n, ids in own]
     again = [Counter(encode(text)) for _, _, text in texts]
     kept = sum(sum((Counter(ids) & found).values()) for (_, ids, _), found in zip(texts, again, strict=True))
@@ -133,15 +133,15 @@ def _short(text: str) -> str:
 
 
 def refuse_held_out(
-    items: Sequence[Answer | Prompt],
-    held_out: Sequence[Answer | Prompt],
+    items: Sequence[TrainingAnswer | Prompt],
+    held_out: Sequence[TrainingAnswer | Prompt],
     decode: Callable[[Sequence[int]], str],
     what: str = "prompt",
 ) -> None:
     """Raise SpecDecError if a prompt to train on contains one that must be held out (compared as lower-case words)."""
     words = [" " + " ".join(_text(item, decode).lower().split()) + " " for item in items]
     for item in held_out:
-        probe = decode(item.prompt_ids) if isinstance(item, Answer) else item.turns[0]
+        probe = decode(item.prompt_ids) if isinstance(item, TrainingAnswer) else item.turns[0]
         needle = " " + " ".join(probe.lower().split()) + " "
         for index, text in enumerate(words):
             if needle in text:
@@ -151,18 +151,18 @@ def refuse_held_out(
                 )
 
 
-def _text(item: Answer | Prompt, decode: Callable[[Sequence[int]], str]) -> str:
-    return decode(item.prompt_ids) if isinstance(item, Answer) else " ".join(item.turns)
+def _text(item: TrainingAnswer | Prompt, decode: Callable[[Sequence[int]], str]) -> str:
+    return decode(item.prompt_ids) if isinstance(item, TrainingAnswer) else " ".join(item.turns)
 
 
 def prompt_hash(ids: Sequence[int]) -> int:
     return zlib.crc32(",".join(map(str, ids)).encode())
 
 
-def split(answers: Sequence[Answer], fraction: float) -> tuple[list[Answer], list[Answer]]:
+def split(answers: Sequence[TrainingAnswer], fraction: float) -> tuple[list[TrainingAnswer], list[TrainingAnswer]]:
     """(training, evaluation): about ``fraction`` of the prompts, chosen by a hash of their ids, at least one."""
-    train: list[Answer] = []
-    held: list[Answer] = []
+    train: list[TrainingAnswer] = []
+    held: list[TrainingAnswer] = []
     for answer in answers:
         (held if prompt_hash(answer.prompt_ids) % 10_000 < fraction * 10_000 else train).append(answer)
     if not held and len(train) > 1:
@@ -172,7 +172,7 @@ def split(answers: Sequence[Answer], fraction: float) -> tuple[list[Answer], lis
     return train, held
 
 
-def draft_vocabulary(answers: Sequence[Answer], size: int, always: Sequence[int], vocab_size: int) -> Tensor:
+def draft_vocabulary(answers: Sequence[TrainingAnswer], size: int, always: Sequence[int], vocab_size: int) -> Tensor:
     """The ``size`` most frequent token ids of the answers, then of the prompts, plus ``always``; int32, ascending."""
     count: Counter[int] = Counter()
     for answer in answers:

@@ -20,9 +20,9 @@ from specdec.drafters.eagle3_network import KIND, Eagle3, Eagle3Config, tapped
 from specdec.drafters.medusa import final_norm
 from specdec.models import drafter_folder, source
 from specdec.runtimes.target import Target
-from specdec.train.batches import Batch
+from specdec.train.batches import TrainingBatch
 from specdec.train.evaluate import acceptance_lengths, chain_figures
-from specdec.train.method import Method, agreement_name
+from specdec.train.method import TrainingMethod, agreement_name
 from specdec.train.settings import Positive, TrainSettings
 from specdec.train.states import Wanted
 from specdec.train.student import Teacher, later, step_mask
@@ -41,7 +41,7 @@ class Eagle3Settings(TrainSettings):
     focus: float = 1.0  # weight of a later step where the head's earlier steps were already wrong
 
 
-class Eagle3Method(Method[Eagle3]):
+class Eagle3Method(TrainingMethod[Eagle3]):
     """KL to the base at each of the head's own steps."""
 
     name = KIND
@@ -99,7 +99,7 @@ class Eagle3Method(Method[Eagle3]):
         """Of what begins with values, their RMS; of maps that begin with none, what keeps the scale of their inputs."""
         return float(parameter.detach().square().mean().sqrt()) or super().size(name, parameter)
 
-    def loss(self, network: Eagle3, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, network: Eagle3, batch: TrainingBatch) -> tuple[Tensor, dict[str, float]]:
         settings, teacher = self.settings, self.teacher
         teacher.begin(batch)
         loss, figures = torch.zeros((), device=self.target.device), dict[str, float]()
@@ -112,7 +112,7 @@ class Eagle3Method(Method[Eagle3]):
             right = teacher.hits(logits, teacher.next) & reached
         return loss, figures
 
-    def evaluate(self, network: Eagle3, batches: Iterable[Batch]) -> dict[str, Any]:
+    def evaluate(self, network: Eagle3, batches: Iterable[TrainingBatch]) -> dict[str, Any]:
         """``top1``, ``top3``: of each draft step; the draft vocabulary is the head's own. ``chain``, ``score``."""
         teacher, lengths = self.teacher, list[int]()
         sums = torch.zeros(3, EVALUATED, dtype=torch.float64)  # positions, top1, top3
@@ -156,7 +156,7 @@ def _theta(config: Any) -> float:
     return float((getattr(config, "rope_parameters", None) or {}).get("rope_theta", 10000.0))
 
 
-def draft_steps(network: Eagle3, target: Target, batch: Batch, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
+def draft_steps(network: Eagle3, target: Target, batch: TrainingBatch, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield, for s = 1 .. steps, the head's outputs [B, T, D'], and which positions have them (bool [B, T])."""
     texts = pad_sequence([text.long() for text in batch.texts], batch_first=True)
     texts = F.pad(texts, (0, batch.slots - texts.shape[1])).to(batch.ids.device)  # (B, S)

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from specdec.drafters.m2r2_network import M2R2
 from specdec.runtimes.target import Target
-from specdec.train.batches import Batch
+from specdec.train.batches import TrainingBatch
 from specdec.train.student import Teacher, draft_steps
 
 
-def evaluate(network: M2R2, target: Target, batches: Iterable[Batch], steps: int = 4) -> dict[str, Any]:
+def evaluate(network: M2R2, target: Target, batches: Iterable[TrainingBatch], steps: int = 4) -> dict[str, Any]:
     """Figures per draft step 1 .. ``steps``, over ``batches``.
 
     ``top1``, ``top3``: the base's most likely token is the draft's choice, or among its three best (False where the

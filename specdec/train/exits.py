@@ -22,10 +22,10 @@ from specdec.kvcache.cache import Mask
 from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.linear_maps import rms_unit
 from specdec.runtimes.target import Target
-from specdec.train.batches import Batch
+from specdec.train.batches import TrainingBatch
 from specdec.train.evaluate import acceptance_lengths, chain_figures
 from specdec.train.fit import Ridge
-from specdec.train.method import Method, agreement_name
+from specdec.train.method import TrainingMethod, agreement_name
 from specdec.train.settings import Positive, TrainSettings
 from specdec.train.states import Wanted, whole_pass
 from specdec.train.student import Teacher
@@ -42,7 +42,7 @@ class ExitSettings(TrainSettings):
     width: Positive = 96  # hidden size of an exit's module
 
 
-class DeedMethod(Method[ExitHeads]):
+class DeedMethod(TrainingMethod[ExitHeads]):
     """KL to the base at each exit, equally weighted."""
 
     name = "deed"
@@ -61,7 +61,7 @@ class DeedMethod(Method[ExitHeads]):
         return ExitHeads(self.exits, self.settings.width, self.target, vocab)
 
     @torch.no_grad()
-    def fit(self, network: ExitHeads, batches: Callable[[], Iterable[Batch]]) -> None:
+    def fit(self, network: ExitHeads, batches: Callable[[], Iterable[TrainingBatch]]) -> None:
         """Each exit's map in closed form, onto the final state."""
         fits = [Ridge() for _ in self.exits]
         for batch in batches():
@@ -70,7 +70,7 @@ class DeedMethod(Method[ExitHeads]):
         for ridge, straight in zip(fits, network.map, strict=True):
             ridge.solve_into(straight)
 
-    def loss(self, network: ExitHeads, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, network: ExitHeads, batch: TrainingBatch) -> tuple[Tensor, dict[str, float]]:
         self.teacher.begin(batch)
         loss, figures = torch.zeros((), device=self.target.device), dict[str, float]()
         for index, layer in enumerate(self.exits):
@@ -79,7 +79,7 @@ class DeedMethod(Method[ExitHeads]):
             loss = loss + away / len(self.exits)
         return loss, figures
 
-    def evaluate(self, network: ExitHeads, batches: Iterable[Batch]) -> dict[str, Any]:
+    def evaluate(self, network: ExitHeads, batches: Iterable[TrainingBatch]) -> dict[str, Any]:
         """``agreement`` per exit; the rest as the drafter drafts: each token at the first exit that is sure of it.
 
         ``top1``: agreement then. ``layers``: run per token. ``chain`` and ``score``: as for other drafters.
@@ -142,7 +142,7 @@ class DepthSettings(TrainSettings):
     pressure: float = 20.0  # weight of the squared distance of that share from the capacity
 
 
-class MixtureOfDepthsMethod(Method[Routers]):
+class MixtureOfDepthsMethod(TrainingMethod[Routers]):
     """KL to the base of one draft through the layers that the routers choose, on exact keys and values before it.
 
     The keys and values of all layers would be large to keep, so the base runs over each row's text again.
@@ -158,7 +158,7 @@ class MixtureOfDepthsMethod(Method[Routers]):
         self.teacher = Teacher(self.target, vocab, self.settings.sharpen)
         return Routers(self.settings.first, self.target, vocab)
 
-    def _draft(self, network: Routers, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _draft(self, network: Routers, batch: TrainingBatch) -> tuple[Tensor, Tensor]:
         """The state to read out [B, T, D], and the share of routed layers run [B, T], with the soft gates' gradient."""
         target, first = self.target, network.first
         ids = pad_sequence([text.long() for text in batch.texts], batch_first=True).to(target.device)
@@ -179,7 +179,7 @@ class MixtureOfDepthsMethod(Method[Routers]):
             x = torch.where(score > 0, y, x) + soft * (y - x).detach()
         return x, share / (target.num_layers - first)
 
-    def loss(self, network: Routers, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, network: Routers, batch: TrainingBatch) -> tuple[Tensor, dict[str, float]]:
         self.teacher.begin(batch)
         x, share = self._draft(network, batch)
         loss, agree = self.teacher.compare(self.teacher.logits(x), batch.valid)
@@ -187,7 +187,7 @@ class MixtureOfDepthsMethod(Method[Routers]):
         loss = loss + self.settings.pressure * (mean - self.settings.capacity) ** 2
         return loss, {"agree": agree, "share": float(mean.detach())}
 
-    def evaluate(self, network: Routers, batches: Iterable[Batch]) -> dict[str, Any]:
+    def evaluate(self, network: Routers, batches: Iterable[TrainingBatch]) -> dict[str, Any]:
         """``top1``: agreement of a first draft. ``share``: of the routed layers it ran. ``score`` heeds both."""
         teacher, positions, right, ran = self.teacher, 0, 0, 0.0
         for batch in batches:

@@ -19,14 +19,16 @@ from transformers import PreTrainedModel
 from specdec.runtimes.experts.layers import MoELayer, moe_layers
 from specdec.runtimes.experts.predict import DISTANCES, LinearPredictor, slope_of
 from specdec.runtimes.linear_maps import rms_unit
-from specdec.train.data import Answer
+from specdec.train.data import TrainingAnswer
 from specdec.train.fit import Ridge
 
 CONTEXT = 384  # tokens of an answer, prompt included
 
 
 @torch.inference_mode()
-def observe(model: PreTrainedModel, layers: list[MoELayer], answer: Answer) -> tuple[list[Tensor], list[Tensor]]:
+def observe(
+    model: PreTrainedModel, layers: list[MoELayer], answer: TrainingAnswer
+) -> tuple[list[Tensor], list[Tensor]]:
     """Run the model over a text once: by row, what enters the layer [T, D], and its router's logits [T, E]."""
     ids = torch.tensor([(answer.prompt_ids + answer.response_ids)[:CONTEXT]], device=model.device)
     entering, states, hooks = list[Tensor](), list[Tensor](), []
@@ -43,7 +45,7 @@ def observe(model: PreTrainedModel, layers: list[MoELayer], answer: Answer) -> t
 
 @torch.inference_mode()
 def fit_predictor(
-    model: PreTrainedModel, answers: Sequence[Answer], progress: Callable[[int], None] = lambda texts: None
+    model: PreTrainedModel, answers: Sequence[TrainingAnswer], progress: Callable[[int], None] = lambda texts: None
 ) -> LinearPredictor:
     """Fit to texts that ``model``, whose experts are in memory or offloaded, should be good at: its own answers.
 
@@ -73,7 +75,7 @@ def fit_predictor(
 
 @torch.inference_mode()
 def recalls(
-    model: PreTrainedModel, predictors: Mapping[str, LinearPredictor], answers: Sequence[Answer]
+    model: PreTrainedModel, predictors: Mapping[str, LinearPredictor], answers: Sequence[TrainingAnswer]
 ) -> dict[str, dict[int, float]]:
     """Share of the experts a token is routed to that are among the k foremost predicted, by layers ahead.
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from specdec.drafters.m2r2_network import M2R2
 from specdec.runtimes.target import Target
-from specdec.train.batches import Batch
+from specdec.train.batches import TrainingBatch
 from specdec.train.student import projected_from
 
 RIDGE = 1e-3  # of the mean diagonal of the normal matrix
@@ -42,14 +42,14 @@ class Ridge:
             parameter.copy_(found)
 
 
-def fit_projections(network: M2R2, target: Target, batches: Callable[[], Iterable[Batch]]) -> None:
+def fit_projections(network: M2R2, target: Target, batches: Callable[[], Iterable[TrainingBatch]]) -> None:
     """Set the projections one after another, each on the path that the earlier ones make."""
     for index in range(len(network.projections)):
         fit_projection(network, target, batches(), index)
 
 
 @torch.no_grad()
-def fit_projection(network: M2R2, target: Target, batches: Iterable[Batch], index: int) -> None:
+def fit_projection(network: M2R2, target: Target, batches: Iterable[TrainingBatch], index: int) -> None:
     """Set projection ``index``, for step 1 with the exact carry."""
     ridge, path = Ridge(), network.path
     goal = path.segments[index][0] if index < len(path.segments) else network.num_layers

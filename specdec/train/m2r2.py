@@ -22,17 +22,17 @@ from specdec.drafters.m2r2_network import M2R2
 from specdec.drafters.m2r2_path import M2R2Path
 from specdec.models import drafter_folder
 from specdec.runtimes.target import Target
-from specdec.train.batches import Batch
+from specdec.train.batches import TrainingBatch
 from specdec.train.evaluate import evaluate
 from specdec.train.fit import fit_projections
 from specdec.train.m2r2_settings import M2R2Settings, wanted_states
-from specdec.train.method import Method, Work, agreement_name
+from specdec.train.method import TrainingMethod, Work, agreement_name
 from specdec.train.search import choose
 from specdec.train.states import Wanted
 from specdec.train.student import Teacher, draft_steps, later
 
 
-class M2R2Method(Method[M2R2]):
+class M2R2Method(TrainingMethod[M2R2]):
     """KL to the base at each of the drafter's own steps, the mean of its exits, and optionally the rate's alignment.
 
     That is, of every residual of the path, with the state of the base that it runs ahead to (``M2R2Path.aims``).
@@ -77,10 +77,10 @@ class M2R2Method(Method[M2R2]):
         weight, inputs = self.target.weight(int(layer), path), self.target.linears(int(layer))[path][0]
         return float(weight.float().square().mean().sqrt()) * (inputs / self.path.rank) ** 0.5
 
-    def fit(self, network: M2R2, batches: Callable[[], Iterable[Batch]]) -> None:
+    def fit(self, network: M2R2, batches: Callable[[], Iterable[TrainingBatch]]) -> None:
         fit_projections(network, self.target, batches)
 
-    def loss(self, network: M2R2, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, network: M2R2, batch: TrainingBatch) -> tuple[Tensor, dict[str, float]]:
         settings, teacher, target = self.settings, self.teacher, self.target
         teacher.begin(batch)
         loss, figures = torch.zeros((), device=target.device), dict[str, float]()
@@ -99,7 +99,7 @@ class M2R2Method(Method[M2R2]):
                 loss = loss + settings.align * (away * weight * valid).sum() / teacher.count
         return loss, figures
 
-    def evaluate(self, network: M2R2, batches: Iterable[Batch]) -> dict[str, Any]:
+    def evaluate(self, network: M2R2, batches: Iterable[TrainingBatch]) -> dict[str, Any]:
         return evaluate(network, self.target, batches)
 
     @staticmethod

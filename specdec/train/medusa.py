@@ -14,9 +14,9 @@ from specdec.drafters.medusa import Medusa, final_norm, read_normed
 from specdec.runtimes.linear_maps import rms_unit
 from specdec.runtimes.target import Target
 from specdec.speculation.trees import best_tree
-from specdec.train.batches import Batch
+from specdec.train.batches import TrainingBatch
 from specdec.train.evaluate import chain_figures
-from specdec.train.method import Method, agreement_name
+from specdec.train.method import TrainingMethod, agreement_name
 from specdec.train.settings import Positive, PositiveFloat, TrainSettings
 from specdec.train.states import Wanted
 from specdec.train.student import Teacher
@@ -37,7 +37,7 @@ class MedusaSettings(TrainSettings):
     nodes: Positive = 15  # of the tree that evaluation walks
 
 
-class MedusaMethod(Method[Medusa]):
+class MedusaMethod(TrainingMethod[Medusa]):
     """KL of each head's tokens to the base's own distribution at their positions."""
 
     name = "medusa"
@@ -63,7 +63,7 @@ class MedusaMethod(Method[Medusa]):
             self.whole_head = self.target.reduced_head(every) if vocab is None else None
         return Medusa(self.target.hidden_size, settings.heads, settings.blocks, settings.rooted, vocab)
 
-    def loss(self, network: Medusa, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, network: Medusa, batch: TrainingBatch) -> tuple[Tensor, dict[str, float]]:
         self.teacher.begin(batch)
         loss, figures = torch.zeros((), device=self.target.device), dict[str, float]()
         for k, (final, valid) in enumerate(self._drafts(network, batch)):
@@ -71,7 +71,7 @@ class MedusaMethod(Method[Medusa]):
             loss = loss + self.settings.fade**k * away
         return loss, figures
 
-    def _drafts(self, network: Medusa, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
+    def _drafts(self, network: Medusa, batch: TrainingBatch) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield, for each head k = 1, 2, ..., what is read out [B, T, D], and which positions have it (bool [B, T]).
 
         The draft of head k at t comes from t - k: the state before the root, when t - k + 1 was the root.
@@ -90,7 +90,7 @@ class MedusaMethod(Method[Medusa]):
             return read_normed(final, self.teacher.head or self.whole_head)
         return self.teacher.logits(final)
 
-    def evaluate(self, network: Medusa, batches: Iterable[Batch]) -> dict[str, Any]:
+    def evaluate(self, network: Medusa, batches: Iterable[TrainingBatch]) -> dict[str, Any]:
         """``accuracy[k][r]``: choice r of head k is the base's. ``chain``, ``nodes``, ``score``: of the best tree.
 
         The tree is walked from every position; choices outside the draft vocabulary, which is the drafter's own and

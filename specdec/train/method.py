@@ -2,8 +2,8 @@
 
 ``specdec train NAME`` works for every name in ``METHODS``. The trainer owns what all methods share: answers, teacher
 states, batches, optimiser, checkpoints, metrics, evaluation, the drafter folder. A method says what is specific: adding
-one is a file with a ``Method`` and its settings, a line here and a preset ``configs/train/NAME.yaml``. Networks live
-beside their drafters (``specdec.drafters``) and are used alike for drafting and training.
+one is a file with a ``TrainingMethod`` and its settings, a line here and a preset ``configs/train/NAME.yaml``. Networks
+live beside their drafters (``specdec.drafters``) and are used alike for drafting and training.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ if TYPE_CHECKING:  # the command line imports this module for the names alone
     from specdec.api.decoder import SpecDecoder
     from specdec.base.terminal import Progress
     from specdec.runtimes.target import Target
-    from specdec.train.batches import Batch
-    from specdec.train.data import Answer
+    from specdec.train.batches import TrainingBatch
+    from specdec.train.data import TrainingAnswer
     from specdec.train.settings import TrainSettings
     from specdec.train.states import Wanted
 
@@ -39,10 +39,10 @@ METHODS: dict[str, str] = {
 Network = TypeVar("Network", bound="nn.Module")
 
 
-def lookup(name: str) -> type[Method[Any]]:
+def lookup(name: str) -> type[TrainingMethod[Any]]:
     """Import and return the method registered as ``name``."""
     module, _, attribute = METHODS[name].partition(":")
-    found: type[Method[Any]] = getattr(importlib.import_module(module), attribute)
+    found: type[TrainingMethod[Any]] = getattr(importlib.import_module(module), attribute)
     return found
 
 
@@ -52,15 +52,15 @@ class Work:
     was loaded, in the runtime that will serve the drafter."""
 
     output: Path
-    train: Sequence[Answer]
-    held_out: Sequence[Answer]
+    train: Sequence[TrainingAnswer]
+    held_out: Sequence[TrainingAnswer]
     vocab: Tensor | None
     decoder: SpecDecoder
     console: Console
     progress: Progress
 
 
-class Method(ABC, Generic[Network]):
+class TrainingMethod(ABC, Generic[Network]):
     """How one kind of drafter is trained on a frozen target. One object serves one run.
 
     The trainer calls, in this order: the constructor, ``prepare``, ``wanted``, ``build`` (once: float32 masters; a copy
@@ -100,11 +100,11 @@ class Method(ABC, Generic[Network]):
         """
         return parameter.shape[-1] ** -0.5
 
-    def fit(self, network: Network, batches: Callable[[], Iterable[Batch]]) -> None:
+    def fit(self, network: Network, batches: Callable[[], Iterable[TrainingBatch]]) -> None:
         """Set parameters of ``network`` in closed form, before any gradient. ``batches()`` starts over at each call."""
 
     @abstractmethod
-    def loss(self, network: Network, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, network: Network, batch: TrainingBatch) -> tuple[Tensor, dict[str, float]]:
         """The loss, a *mean over the valid positions* of ``batch`` (so that shares of several processes add up).
 
         Beside it, figures for progress and metrics; ``agree`` (share of positions where the draft is the base's choice)
@@ -112,7 +112,7 @@ class Method(ABC, Generic[Network]):
         """
 
     @abstractmethod
-    def evaluate(self, network: Network, batches: Iterable[Batch]) -> dict[str, Any]:
+    def evaluate(self, network: Network, batches: Iterable[TrainingBatch]) -> dict[str, Any]:
         """Figures on held-out answers, for metrics and config.json. ``score`` picks the best: larger is better.
 
         ``chain`` (optional): P(the first i drafts are all accepted), i = 1, 2, ...; from it follows the predicted

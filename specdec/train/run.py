@@ -23,9 +23,9 @@ from specdec.base.terminal import Progress, status, tell
 from specdec.engine.depth.costs import Costs
 from specdec.models import drafter_folder, identity, source
 from specdec.train import batches, checkpoint
-from specdec.train.batches import Batch, Window
+from specdec.train.batches import TrainingBatch, Window
 from specdec.train.checkpoint import Best
-from specdec.train.method import Method
+from specdec.train.method import TrainingMethod
 from specdec.train.output import CHECKPOINT, LENGTHS, METRICS, RECIPE, writing
 from specdec.train.plot import draw_curves
 from specdec.train.speed import measure, predict, speedup_text
@@ -37,12 +37,12 @@ MARGIN = 1.05  # of the held-out loss at the start: what a good rate may pass th
 LOWER = 3  # factor between the learning rates before and after a run went back
 
 
-class Run:
+class TrainingRun:
     """One drafter's training. The first process of several evaluates and writes."""
 
     def __init__(
         self,
-        method: Method[Any],
+        method: TrainingMethod[Any],
         vocab: Tensor | None,
         train: Sequence[Record],
         held_out: Sequence[Record],
@@ -146,7 +146,7 @@ class Run:
         copy_values(tensors, self.parameters)
         copy_values(self.parameters, self.running)
 
-    def _fit_batches(self) -> Iterable[Batch]:
+    def _fit_batches(self) -> Iterable[TrainingBatch]:
         seen = 0
         for rows in batches.epoch(self.windows, self.settings.rows, self.settings.seed, 0):
             batch = batches.assemble(self.records, rows, self.settings.window, self.target.device)
@@ -158,7 +158,7 @@ class Run:
     def _fit_total(self) -> int:
         return min(self.settings.fit_tokens, positions(self.windows))
 
-    def _shown(self, what: str, found: Iterable[Batch], total: int) -> Iterator[Batch]:
+    def _shown(self, what: str, found: Iterable[TrainingBatch], total: int) -> Iterator[TrainingBatch]:
         """``found``, with progress in answer tokens, of which there are ``total``."""
         with progress_bars(self.console) as progress:
             task = progress.add_task(what, total=total, unit="tokens")

@@ -29,8 +29,8 @@ from specdec.engine.depth.costs import Costs
 from specdec.engine.depth.measure import measure
 from specdec.models import drafter_folder
 from specdec.runtimes.target import Target
-from specdec.train.batches import Batch, in_order
-from specdec.train.data import Answer
+from specdec.train.batches import TrainingBatch, in_order
+from specdec.train.data import TrainingAnswer
 from specdec.train.evaluate import acceptance_lengths, chain_figures
 from specdec.train.fit import Ridge, fit_projection
 from specdec.train.m2r2_settings import M2R2Settings, wanted_states
@@ -49,7 +49,7 @@ Segment = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Row:
+class SegmentCandidate:
     """A candidate: layers [lo, hi), cost of a further draft in plain steps, mean acceptance length of ``STEPS`` drafts
     in closed form, and the speedup that this predicts, at ``depth`` drafts a step."""
 
@@ -134,7 +134,9 @@ def chains(
     return {each: chain_figures(found, STEPS)["chain"] for each, found in zip(segments, lengths, strict=True)}
 
 
-def _batches(target: Target, path: M2R2Path, records: Sequence[Record], settings: M2R2Settings) -> Iterator[Batch]:
+def _batches(
+    target: Target, path: M2R2Path, records: Sequence[Record], settings: M2R2Settings
+) -> Iterator[TrainingBatch]:
     """Batches with the states that ``path`` needs."""
     wanted = wanted_states(path, target.num_layers)
     some = [
@@ -167,20 +169,20 @@ def draft_costs(decoder: SpecDecoder, vocab: Tensor | None) -> list[Costs]:
     return [replace(fewest, drafts=((short[0] + share * more[0], short[1] + share * more[1]),)) for share in shares]
 
 
-def rank(chains: dict[Segment, list[float]], costs: Sequence[Costs]) -> list[Row]:
+def rank(chains: dict[Segment, list[float]], costs: Sequence[Costs]) -> list[SegmentCandidate]:
     """All candidates, the one of largest predicted speedup first."""
     rows = []
     for (lo, hi), chain in chains.items():
         price = costs[hi - lo - 1]
         speedup, depth = predict(chain, price)
         cost = price.drafts[-1][1] / price.score[1]
-        rows.append(Row((lo, hi), round(cost, 4), round(1 + sum(chain), 3), round(speedup, 3), depth))
+        rows.append(SegmentCandidate((lo, hi), round(cost, 4), round(1 + sum(chain), 3), round(speedup, 3), depth))
     return sorted(rows, key=lambda row: (-row.speedup, -row.tokens))
 
 
-def _first(answers: Sequence[Answer], tokens: int) -> list[Answer]:
+def _first(answers: Sequence[TrainingAnswer], tokens: int) -> list[TrainingAnswer]:
     """The first answers, up to about so many answer tokens."""
-    some, seen = list[Answer](), 0
+    some, seen = list[TrainingAnswer](), 0
     for answer in answers:
         if seen >= tokens:
             break
@@ -189,7 +191,7 @@ def _first(answers: Sequence[Answer], tokens: int) -> list[Answer]:
     return some
 
 
-def _show(rows: Sequence[Row], console: Console) -> None:
+def _show(rows: Sequence[SegmentCandidate], console: Console) -> None:
     table = Table(title="segments, closed form", title_justify="left", box=None, pad_edge=False)
     for name in ("layers", "draft cost", "tokens a step", "predicted", "drafts a step"):
         table.add_column(name, justify="right")

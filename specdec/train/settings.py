@@ -65,7 +65,9 @@ class TrainSettings(BaseModel):
     rows: Positive = 16  # windows a batch
     window: Positive = 64  # answer positions a window
     fit_tokens: Positive = 100_000  # for what is fitted in closed form
-    relative_rate: PositiveFloat = 0.05  # learning rate of AdamW, as a share of a parameter's size (``Method.size``)
+    relative_rate: PositiveFloat = (
+        0.05  # learning rate of AdamW, as a share of a parameter's size (``TrainingMethod.size``)
+    )
     warmup: Positive = 20  # updates
     decay: float = Field(1.0, gt=0, le=1)  # last share of the run over which the rate falls linearly to zero
     clip: PositiveFloat = 1.0

@@ -31,7 +31,7 @@ from specdec.kvcache.cache import KVCache, Mask
 from specdec.runtimes import linear_maps
 from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.target import Target
-from specdec.train.data import Answer
+from specdec.train.data import TrainingAnswer
 from specdec.train.output import writing
 
 INDEX, VERSION = "index.json", 1
@@ -73,7 +73,7 @@ def first_kept(prompt: int) -> int:
     return max(prompt - 2, 0)
 
 
-def digest(answers: Sequence[Answer]) -> str:
+def digest(answers: Sequence[TrainingAnswer]) -> str:
     """A digest of the token ids of the answers, in order."""
     sha = hashlib.sha256()
     for answer in answers:
@@ -84,7 +84,7 @@ def digest(answers: Sequence[Answer]) -> str:
 def compute(
     folder: Path,
     target: Target,
-    answers: Sequence[Answer],
+    answers: Sequence[TrainingAnswer],
     wanted: Wanted,
     progress: Progress | None = None,
     name: str = "",
@@ -142,7 +142,7 @@ def compute(
 
 
 @torch.inference_mode()
-def estimate(target: Target, answers: Sequence[Answer], wanted: Wanted) -> tuple[int, float]:
+def estimate(target: Target, answers: Sequence[TrainingAnswer], wanted: Wanted) -> tuple[int, float]:
     """(bytes on the disk, seconds) for these answers, measured on a pass through one layer and one readout."""
     rows = next(_grouped([len(answer) for answer in answers]))
     texts = [torch.tensor(answers[i].prompt_ids + answers[i].response_ids) for i in rows]
@@ -190,7 +190,7 @@ class _Block:
 
 @torch.inference_mode()
 def _teach(
-    target: Target, answers: Sequence[Answer], wanted: Wanted, progress: Callable[[int], None]
+    target: Target, answers: Sequence[TrainingAnswer], wanted: Wanted, progress: Callable[[int], None]
 ) -> dict[str, Tensor]:
     """Run the base over the answers and return a shard's tensors, answers in the given order.
 

@@ -16,16 +16,18 @@ from specdec.drafters.m2r2_network import M2R2, Carry, watch
 from specdec.kvcache.cache import Mask
 from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.target import Target
-from specdec.train.batches import Batch
+from specdec.train.batches import TrainingBatch
 
 
-def exact_carry(network: M2R2, batch: Batch) -> Carry:
+def exact_carry(network: M2R2, batch: TrainingBatch) -> Carry:
     """The carry of step 1: the previous position's exact states."""
     path = network.path
     return Carry(batch.before[network.num_layers], [batch.before[lo] for lo, _ in path.segments])
 
 
-def shared(network: M2R2, target: Target, batch: Batch, watched: bool = False) -> list[tuple[Tensor, list[Tensor]]]:
+def shared(
+    network: M2R2, target: Target, batch: TrainingBatch, watched: bool = False
+) -> list[tuple[Tensor, list[Tensor]]]:
     """p [B, T, D] behind each stage that h runs, too, and, if ``watched``, the residuals up to there.
 
     p is the exact state, or what the adapted layers make of that before the stage, on exact keys and values.
@@ -49,7 +51,7 @@ def shared(network: M2R2, target: Target, batch: Batch, watched: bool = False) -
 
 
 def draft_steps(
-    network: M2R2, target: Target, batch: Batch, steps: int, watched: bool = False
+    network: M2R2, target: Target, batch: TrainingBatch, steps: int, watched: bool = False
 ) -> Iterator[tuple[list[tuple[Tensor, list[Tensor]]], Tensor]]:
     """Yield, for s = 1 .. steps, what each exit has, and which positions have it (bool [B, T]).
 
@@ -77,7 +79,7 @@ def draft_steps(
         valid = valid & later(valid)
 
 
-def projected_from(network: M2R2, target: Target, batch: Batch, index: int) -> tuple[Tensor, Carry]:
+def projected_from(network: M2R2, target: Target, batch: TrainingBatch, index: int) -> tuple[Tensor, Carry]:
     """What projection ``index`` maps in step 1: the residual [B, T, D] behind the stages before it, and the carry."""
     path, carry = network.path, exact_carry(network, batch)
     early, segments = shared(network, target, batch), len(path.segments)
@@ -90,7 +92,7 @@ def projected_from(network: M2R2, target: Target, batch: Batch, index: int) -> t
     return ends[run], carry
 
 
-def step_mask(batch: Batch, step: int) -> Mask:
+def step_mask(batch: TrainingBatch, step: int) -> Mask:
     """Of step ``step``: exact entries up to t - step, then one provisional entry of each step since."""
     b, t = batch.ids.shape
     keys = torch.arange(batch.slots, device=batch.ids.device).expand(b, -1)  # (B, S)
@@ -123,7 +125,7 @@ class Teacher:
         self.place: Tensor | None = None  # token id -> index in the batch's vocabulary, or -1
 
     @torch.no_grad()
-    def begin(self, batch: Batch) -> None:
+    def begin(self, batch: TrainingBatch) -> None:
         """Targets for this batch: p [B, T, V'], restricted to its vocabulary and renormalised.
 
         best, next: indices of the base's and the text's next tokens. mass: the base's probability of the vocabulary.
@@ -173,7 +175,7 @@ class Teacher:
         above = (logits > logits.gather(-1, self.best.clamp_min(0)[..., None])).sum(-1)
         return above.masked_fill(self.best < 0, logits.shape[-1])
 
-    def known(self, batch: Batch) -> Tensor:
+    def known(self, batch: TrainingBatch) -> Tensor:
         """Where the base's choice is in the drafter's vocabulary or in the context so far: bool [B, T]."""
         if self.vocab is None:
             return batch.valid

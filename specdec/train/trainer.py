@@ -2,7 +2,7 @@
 
 Stages: the base answers the prompts (unless they come answered), its states are computed once, what has a closed form
 is fitted, then gradients take over (``specdec.train.run``). The base stays frozen, and only answer positions count.
-Knows no drafter: what is trained is a ``Method``.
+Knows no drafter: what is trained is a ``TrainingMethod``.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from specdec.base.errors import SpecDecError
 from specdec.base.terminal import stderr
 from specdec.models import device, drafter_folder, generation_config, loading
 from specdec.train import data, states
-from specdec.train.answers import Sampling, answer_prompts, encode_prompts
-from specdec.train.data import Answer, Prompt
+from specdec.train.answers import AnswerSampling, answer_prompts, encode_prompts
+from specdec.train.data import Prompt, TrainingAnswer
 from specdec.train.method import Work, lookup
 from specdec.train.output import STATES, open_output
-from specdec.train.run import Run, progress_bars
+from specdec.train.run import TrainingRun, progress_bars
 from specdec.train.runtime import check_memory, keep_freed_memory, training_target
 from specdec.train.settings import TrainSettings
 from specdec.train.world import World, join
@@ -46,7 +46,7 @@ def train(settings: TrainSettings, resume: bool = False, console: Console | None
         return run.train(resume)
 
 
-def _prepare(settings: TrainSettings, resume: bool, console: Console, world: World) -> Run:
+def _prepare(settings: TrainSettings, resume: bool, console: Console, world: World) -> TrainingRun:
     """Everything that comes before gradients; what is on the disk already is read."""
     # What can be checked without the model comes first.
     items = data.read([Path(p) for p in settings.prompts]) if settings.prompts else []
@@ -68,7 +68,7 @@ def _prepare(settings: TrainSettings, resume: bool, console: Console, world: Wor
     data.refuse_held_out([Prompt((text,)) for text in texts], held, tokenizer.decode, "text")
     with progress_bars(console) as progress:
         prompts = encode_prompts(tokenizer, items, settings.model)
-        sampling = Sampling(settings.sampled, settings.temperature, settings.seed)
+        sampling = AnswerSampling(settings.sampled, settings.temperature, settings.seed)
         answers = answer_prompts(output, decoder, prompts, settings.max_new_tokens, sampling, progress)
         usable = [a for a in answers if len(a) <= target.context and len(a.response_ids) > 1]
         train, held_out = _split(settings, usable, _pieces(settings, texts, tokenizer, target.context))
@@ -81,7 +81,7 @@ def _prepare(settings: TrainSettings, resume: bool, console: Console, world: Wor
             states.compute(output / STATES / name, target, part, method.wanted(), progress, name)
             for name, part in (("eval", held_out), ("train", train))
         ]
-    return Run(method, vocab, records[1], records[0], output, decoder, console, world)
+    return TrainingRun(method, vocab, records[1], records[0], output, decoder, console, world)
 
 
 def _turn(tokenizer: Any) -> str:
@@ -94,13 +94,15 @@ def _turn(tokenizer: Any) -> str:
     return text.rpartition(mark)[2].strip()
 
 
-def _pieces(settings: TrainSettings, texts: list[str], tokenizer: Any, context: int) -> list[Answer]:
+def _pieces(settings: TrainSettings, texts: list[str], tokenizer: Any, context: int) -> list[TrainingAnswer]:
     """Plain texts, cut to what is trained on."""
     ids = [tokenizer(text, add_special_tokens=False, verbose=False).input_ids for text in texts]
     return [piece for part in ids for piece in data.pieces(part, min(settings.text_tokens, context))]
 
 
-def _split(settings: TrainSettings, answers: list[Answer], texts: list[Answer]) -> tuple[list[Answer], list[Answer]]:
+def _split(
+    settings: TrainSettings, answers: list[TrainingAnswer], texts: list[TrainingAnswer]
+) -> tuple[list[TrainingAnswer], list[TrainingAnswer]]:
     """Answers and texts to train on, shuffled, and those held out: answers if there are any, as they are drafted."""
     train, held_out = data.split(answers or texts, settings.eval_fraction)
     train += texts if answers else []

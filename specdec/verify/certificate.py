@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from specdec.api.decoder import SpecDecoder
 from specdec.api.text import encode
 from specdec.base.errors import SpecDecError
+from specdec.base.terminal import OnProgress
 from specdec.bench.environment import environment
 from specdec.bench.prompts import Conversation
 from specdec.engine.replay import NEAR_TIE
@@ -18,11 +19,10 @@ from specdec.speculation.sampling import SamplingParams
 from specdec.verify.checks import ALPHA, ORDER, TAIL, Fit, Greedy, expected, fit, misfits
 
 POSITIONS = (0, 16)  # tokens of the first answer that sampling is tested after
-Progress = Callable[[int, int, int], None]  # steps done, steps in all, tokens so far
 
 
 @dataclass(frozen=True)
-class Plan:
+class CheckPlan:
     """What is checked: the greedy answer to the first turn of each conversation at each depth, and ``draws`` sampled
     continuations of the first prompt at each of ``positions``, at the last depth, with ``params``.
 
@@ -39,7 +39,7 @@ class Plan:
 class Certificate:
     """Filled by ``run``, which may be interrupted; what was checked until then stays."""
 
-    def __init__(self, decoder: SpecDecoder, plan: Plan) -> None:
+    def __init__(self, decoder: SpecDecoder, plan: CheckPlan) -> None:
         self.decoder, self.plan = decoder, plan
         self.dtype = decoder.target.dtype
         depths = plan.depths if decoder.drafter.drafts else plan.depths[:1]
@@ -48,7 +48,7 @@ class Certificate:
         self.complete = False
         self.environment = environment()
 
-    def run(self, progress: Progress = lambda done, total, tokens: None) -> None:
+    def run(self, progress: OnProgress = lambda done, total, tokens: None) -> None:
         """Check everything. Raises SpecDecError for prompts that do not fit the model."""
         plan, decoder, context = self.plan, self.decoder, self.decoder.target.context
         positions = POSITIONS if plan.positions is None else plan.positions

@@ -29,7 +29,7 @@ DEBT = 4.0  # passes that the drafting of a probe counts as at most
 HOLD = 15  # most plain steps without a decision
 
 
-class Choice(NamedTuple):
+class DepthChoice(NamedTuple):
     """What to draft in a step.
 
     depth: most tokens for each row; 0 is a plain step. exit, prices: as in ``State``. depths: most tokens for each row,
@@ -62,12 +62,12 @@ class FixedDepth:
     """Always the same depth and exit."""
 
     def __init__(self, depth: int, exit: int | None = None) -> None:
-        self.choice = Choice(depth, exit)
+        self.choice = DepthChoice(depth, exit)
 
     def begin(self) -> RowHistory:
         return RowHistory()
 
-    def choose(self, rows: Sequence[RowHistory], plain: int = 0) -> Choice:
+    def choose(self, rows: Sequence[RowHistory], plain: int = 0) -> DepthChoice:
         return self.choice
 
     def observe(self, step: StepReport) -> None:
@@ -86,19 +86,19 @@ class AutoDepth:
         self.acceptance = AcceptanceEstimator(len(self.exits), self.most, table.accepted)
         self.budget = ProbeBudget(len(self.exits))
         self.batch, self.hold = (0, 0), 0  # rows that may draft, and others; plain steps to go without a decision
-        self.choice, self.speed = Choice(), 0.0  # of the last decision; the best expected speed
+        self.choice, self.speed = DepthChoice(), 0.0  # of the last decision; the best expected speed
 
     def begin(self) -> RowHistory:
         """A new request."""
         self.hold = 0
         return self.acceptance.begin()
 
-    def choose(self, rows: Sequence[RowHistory], plain: int = 0) -> Choice:
+    def choose(self, rows: Sequence[RowHistory], plain: int = 0) -> DepthChoice:
         """What to draft in the next step of ``rows``, beside ``plain`` others that never draft."""
         if self.hold and self.batch == (len(rows), plain):
             self.hold -= 1
             return self.choice
-        self.batch, self.hold, self.choice = (len(rows), plain), 0, Choice()
+        self.batch, self.hold, self.choice = (len(rows), plain), 0, DepthChoice()
         if not rows:
             self.budget.restart()
             return self.choice
@@ -125,7 +125,7 @@ class AutoDepth:
             return self.choice
         sized = self.estimates or self.batch == (1, 0)
         prices = self.model.prices(exit, *self.batch, best.tokens / best.seconds) if sized else None
-        self.choice = Choice(max(depths), exit if len(self.exits) > 1 else None, prices, depths)
+        self.choice = DepthChoice(max(depths), exit if len(self.exits) > 1 else None, prices, depths)
         return self.choice
 
     def _one_more(
