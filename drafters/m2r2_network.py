@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,21 +54,15 @@ class M2R2(nn.Module):
             shapes[layer] = {name: linears[name] for name in names}
         self.adapters = Adapters(shapes, path.rank)
         d = target.hidden_size
-        # Named as in a drafter's files. To a segment: of [p; previous final state; previous state where the segment
-        # begins]; to the final state the last two are one and the same.
-        self.leaps = nn.ModuleList(nn.Linear(3 * d, d) for _ in path.segments)
-        if path.final_projection:
-            self.leaps.extend(nn.Linear(2 * d, d) for _ in path.reach)
+        # One to each segment: of [p; previous final state; previous state where the segment begins]. Then, if the path
+        # has final projections, one to the final state at each exit, where the last two are one and the same.
+        widths = [3 * d] * len(path.segments) + [2 * d] * (path.final_projection * len(path.reach))
+        self.projections: Sequence[nn.Linear] = nn.ModuleList(nn.Linear(width, d) for width in widths)  # type: ignore[assignment]
         counts = [path.residuals(index) for index in range(len(path.reach))]
         self.routers = nn.ModuleList(Router(count, d, router) for count in counts) if router else None
         self.frozen: list[linear_maps.UnitMap] = []  # the projections, once nothing is trained any more
         self.register_buffer("draft_vocab", draft_vocab)  # int32 [V'], or None: the full vocabulary
         self.draft_vocab: Tensor | None
-
-    @property
-    def projections(self) -> list[nn.Linear]:
-        """One to each segment, then, if the path has final projections, one to the final state at each exit."""
-        return [each for each in self.leaps if isinstance(each, nn.Linear)]
 
     def parts(self, index: int, x: Tensor, carry: Carry) -> list[Tensor]:
         """What projection ``index`` of ``x`` [B, T, D] is a linear map of, once each has unit RMS: 2 or 3 of it."""
@@ -143,5 +138,9 @@ def load_network(target: Target, folder: Path) -> M2R2:
     path, router = M2R2Path.from_json(config.get("path", {})), config.get("router", 0)
     drafter_folder.inner("the rank", path.rank, target.hidden_size)
     router = router and drafter_folder.inner("the router's width", router, target.hidden_size)
-    rename = lambda name: re.sub(r"^router\.", "routers.0.", name)  # noqa: E731 (of one exit, once)
-    return drafter_folder.load(folder, target.vocab_size, lambda vocab: M2R2(path, target, vocab, router), rename)
+    return drafter_folder.load(folder, target.vocab_size, lambda vocab: M2R2(path, target, vocab, router), current_name)
+
+
+def current_name(name: str) -> str:
+    """What a tensor is called that a file of an earlier version may call otherwise."""
+    return re.sub(r"^leaps\.", "projections.", re.sub(r"^router\.", "routers.0.", name))

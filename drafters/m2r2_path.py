@@ -96,18 +96,20 @@ class M2R2Path:
             )
 
     def to_json(self) -> dict[str, Any]:
-        """The ``path`` of a drafter's config.json, which calls the final projection a leap."""
-        data = asdict(self)
-        return {"final_leap" if key == "final_projection" else key: value for key, value in data.items()}
+        """The ``path`` of a drafter's config.json."""
+        return asdict(self)
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> M2R2Path:
-        """Inverse of ``to_json``. Raises SpecDecError for anything that is not one."""
+        """Inverse of ``to_json``; earlier versions called the final projection a leap.
+
+        Raises SpecDecError for anything that is not one.
+        """
         try:
             path = cls(
                 data["exit_layer"],
                 tuple((lo, hi) for lo, hi in data["segments"]),
-                bool(data["final_leap"]),
+                bool(data["final_leap" if "final_leap" in data else "final_projection"]),
                 data["rank"],
                 {int(layer): [str(p) for p in paths] for layer, paths in data["adapters"].items()},
                 tuple(data.get("exits", ())),

@@ -267,7 +267,7 @@ def decode() -> list[str]:
 def train() -> list[str]:
     """The command, from prompts to a drafter: answers, states, updates, evaluation, a checkpoint."""
     own = {
-        "m2r2": "segments: [[2, 4]]\nfinal_leap: true\nrank: 2\n",
+        "m2r2": "segments: [[2, 4]]\nfinal_projection: true\nrank: 2\n",
         "medusa": "",
         "eagle3": "",
         "deed": "exits: [1, 2, 3]\n",

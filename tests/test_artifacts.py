@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from specdec import SpecDecoder
 from specdec.base.errors import SpecDecError
 from specdec.drafters.m2r2 import M2R2, M2R2Path
+from specdec.drafters.m2r2_network import load_network
 from specdec.models import drafter_folder, identity
 from specdec.models.gguf.blocks import quantized
 from specdec.models.identity import fingerprint
@@ -44,6 +45,17 @@ def test_a_folder_loads_by_path_and_drafts(folder: Path) -> None:
     assert out.token_ids == SpecDecoder(tiny_model(), drafter="none").generate([5, 6, 7], max_new_tokens=12).token_ids
     assert out.metrics.num_draft_tokens > 0
     assert M2R2Path.from_json(json.loads((folder / "config.json").read_text())["path"]) == PATH
+
+
+def test_a_folder_of_an_earlier_version_loads_alike(folder: Path) -> None:
+    target = ReferenceTarget(tiny_model())
+    now, path = load_network(target, folder), PATH.to_json()
+    change(folder, path={"final_leap": path.pop("final_projection"), **path})
+    held = load_file(folder / "model.safetensors")
+    save_file({n.replace("projections.", "leaps."): t for n, t in held.items()}, folder / "model.safetensors")
+    before = load_network(target, folder)
+    assert before.path == PATH and len(before.projections) == 2
+    torch.testing.assert_close(before.state_dict(), now.state_dict(), rtol=0, atol=0)
 
 
 def cut_weights(folder: Path) -> None:
@@ -92,13 +104,22 @@ NAN, INF = torch.full((32, 96), torch.nan), torch.full((32,), torch.inf)
         (lambda f: change(f, path=PATH.to_json() | {"rank": 4.5}), "no valid M2R2 path"),
         (lambda f: change(f, path=PATH.to_json() | {"exit_layer": float("inf")}), "no valid M2R2 path"),
         (lambda f: change(f, router=10**9), "the router's width in .* in 1 .. 512; got 1000000000"),
-        (lambda f: tensors(f, **{"leaps.0.weight": NAN}), "tensor 'leaps.0.weight' in .* holds NaN or infinite"),
         (
-            lambda f: tensors(f, **{"leaps.0.bias": torch.full((32,), torch.inf)}),
-            "tensor 'leaps.0.bias' in .* NaN or inf",
+            lambda f: tensors(f, **{"projections.0.weight": NAN}),
+            "tensor 'projections.0.weight' in .* holds NaN or infinite",
         ),
-        (lambda f: tensors(f, **{"leaps.0.bias": torch.zeros(32, dtype=torch.int32)}), "of whole numbers; for this"),
-        (lambda f: tensors(f, **{"leaps.0.bias": torch.zeros(32, dtype=torch.uint8)}), "is U8; it must be one of"),
+        (
+            lambda f: tensors(f, **{"projections.0.bias": torch.full((32,), torch.inf)}),
+            "tensor 'projections.0.bias' in .* NaN or inf",
+        ),
+        (
+            lambda f: tensors(f, **{"projections.0.bias": torch.zeros(32, dtype=torch.int32)}),
+            "of whole numbers; for this",
+        ),
+        (
+            lambda f: tensors(f, **{"projections.0.bias": torch.zeros(32, dtype=torch.uint8)}),
+            "is U8; it must be one of",
+        ),
         (lambda f: tensors(f, draft_vocab=torch.zeros(5, 10, dtype=torch.int32)), "draft vocabulary .* is .5, 10. of"),
         (lambda f: tensors(f, draft_vocab=torch.zeros(50)), "draft vocabulary .* it must be a list of 1 .. 97 whole"),
         (lambda f: tensors(f, draft_vocab=torch.zeros(98, dtype=torch.int32)), "must be a list of 1 .. 97 whole"),
@@ -223,18 +244,24 @@ def test_a_drafter_in_8_bits_drafts_and_is_smaller(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"leaps.0.weight.scales": None}, "'leaps.0.weight' in .* 8-bit codes without scales that fit"),
-        ({"leaps.0.weight.scales": torch.ones(32, 5).bfloat16()}, "without scales that fit"),
-        ({"leaps.0.weight.scales": torch.ones(32, 3, dtype=torch.int32)}, "without scales that fit"),
-        ({"leaps.0.weight.codes": torch.ones(32, 96)}, "without scales that fit"),
-        ({"leaps.0.weight": torch.ones(32, 96)}, "is stored twice or"),
-        ({"leaps.0.weight.scales": torch.full((32, 3), torch.nan).bfloat16()}, "'leaps.0.weight' in .* holds NaN"),
-        ({"leaps.0.weight.scales": torch.full((32, 3), 3e38).bfloat16()}, "'leaps.0.weight' in .* holds NaN or inf"),
-        ({"leaps.0.bias": torch.ones(32, dtype=torch.int8)}, "is I8; it must be one of"),
+        ({"projections.0.weight.scales": None}, "'projections.0.weight' in .* 8-bit codes without scales that fit"),
+        ({"projections.0.weight.scales": torch.ones(32, 5).bfloat16()}, "without scales that fit"),
+        ({"projections.0.weight.scales": torch.ones(32, 3, dtype=torch.int32)}, "without scales that fit"),
+        ({"projections.0.weight.codes": torch.ones(32, 96)}, "without scales that fit"),
+        ({"projections.0.weight": torch.ones(32, 96)}, "is stored twice or"),
+        (
+            {"projections.0.weight.scales": torch.full((32, 3), torch.nan).bfloat16()},
+            "'projections.0.weight' in .* holds NaN",
+        ),
+        (
+            {"projections.0.weight.scales": torch.full((32, 3), 3e38).bfloat16()},
+            "'projections.0.weight' in .* holds NaN or inf",
+        ),
+        ({"projections.0.bias": torch.ones(32, dtype=torch.int8)}, "is I8; it must be one of"),
         (
             {
-                "leaps.0.weight.codes": torch.ones(32, 64, dtype=torch.int8),
-                "leaps.0.weight.scales": torch.ones(32, 2).bfloat16(),
+                "projections.0.weight.codes": torch.ones(32, 64, dtype=torch.int8),
+                "projections.0.weight.scales": torch.ones(32, 2).bfloat16(),
             },
             "for this model it should be .32, 96.",
         ),

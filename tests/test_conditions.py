@@ -27,7 +27,7 @@ def requests() -> dict[str, list[int]]:
     """
     import torch
     from conftest import tiny_model
-    from test_threads import BF16, PROMPTS, at_once, grown, leaping
+    from test_threads import BF16, PROMPTS, at_once, grown, projecting
 
     from specdec.api.decoder import SpecDecoder
     from specdec.drafters.layer_skip import LayerSkipDrafter
@@ -41,7 +41,7 @@ def requests() -> dict[str, list[int]]:
     found = {}
     for runtime, model in models.items():
         base = SpecDecoder(model, None, "prompt-lookup", runtime=runtime)
-        drafters = grown(base.target), leaping(base.target), LayerSkipDrafter([1])
+        drafters = grown(base.target), projecting(base.target), LayerSkipDrafter([1])
         decoders = [base, *map(base.with_drafter, drafters)]
         runs = {
             f"{runtime} {number} {decoder.drafter.name} {more}": lambda decoder=decoder, number=number, more=more: (

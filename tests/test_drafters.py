@@ -107,7 +107,7 @@ def test_scoring_resumes_where_the_draft_left_the_exact_path(
     assert calls[1 : 1 + len(first_round)] == first_round
 
 
-def test_early_exit_is_an_untrained_m2r2_without_leaps(llama: PreTrainedModel) -> None:
+def test_early_exit_is_an_untrained_m2r2_without_projections(llama: PreTrainedModel) -> None:
     target = ReferenceTarget(llama)
     network = M2R2(M2R2Path(2, rank=4, adapters={layer: list(target.linears(layer)) for layer in (0, 1)}), target)
     assert proposals(target, EarlyExitDrafter(2, siblings=(1,))) == proposals(

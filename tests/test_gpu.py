@@ -160,7 +160,7 @@ def test_the_command_with_a_mixture_left_in_its_checkpoint(tmp_path: Path, monke
 
 SMALL = "draft_vocab: 50\nrows: 4\nwindow: 8\nmax_new_tokens: 12\neval_fraction: 0.2\n"
 OWN = {
-    "m2r2": "segments: [[2, 4]]\nfinal_leap: true\nrank: 2\n",
+    "m2r2": "segments: [[2, 4]]\nfinal_projection: true\nrank: 2\n",
     "medusa": "",
     "eagle3": "",
     "deed": "exits: [1, 2, 3]\n",

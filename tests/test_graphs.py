@@ -130,7 +130,7 @@ def test_passes_are_recorded_once_for_each_row_count_and_again_when_the_cache_gr
 
 @pytest.mark.parametrize(
     "drafter",
-    ["none", "m2r2: leap", "m2r2-paper", "layer-skip", "lookahead (tree)", "medusa (tree)", "m2r2-paper (tree)"],
+    ["none", "m2r2: projection", "m2r2-paper", "layer-skip", "lookahead (tree)", "medusa (tree)", "m2r2-paper (tree)"],
 )
 def test_generations_are_the_models_own(drafter: str) -> None:
     """A batch whose rows end one after the other; twice, in the same buffer."""
@@ -318,7 +318,7 @@ class _Waits(TorchFunctionMode):
         return self.mark(out) if there or kwargs.get("device") is not None else out
 
 
-@pytest.mark.parametrize("drafter", ["none", "m2r2: leap", "m2r2-paper", "medusa", "layer-skip", "prompt-lookup"])
+@pytest.mark.parametrize("drafter", ["none", "m2r2: projection", "m2r2-paper", "medusa", "layer-skip", "prompt-lookup"])
 @torch.inference_mode()
 def test_a_greedy_round_waits_for_the_device_once(drafter: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama")

@@ -62,8 +62,8 @@ def test_a_hard_token_goes_deeper_and_takes_the_earlier_ones_along(llama: PreTra
         (0, 2, 1),  # the last drafted token has not been run yet
         (2, 4, 5),
     ]
-    leaping = scripted(m2r2(target, 1, ((1, 2), (3, 4)), True, False, exits=(1, 2), router=4), 0.9, 0.1, 0.1, 0.9)
-    assert calls_of(target, leaping)[:4] == [(0, 1, 1), (0, 1, 1), (1, 2, 2), (3, 4, 2)]
+    projecting = scripted(m2r2(target, 1, ((1, 2), (3, 4)), True, False, exits=(1, 2), router=4), 0.9, 0.1, 0.1, 0.9)
+    assert calls_of(target, projecting)[:4] == [(0, 1, 1), (0, 1, 1), (1, 2, 2), (3, 4, 2)]
 
 
 def test_output_says_how_deep_tokens_went(llama: PreTrainedModel) -> None:
@@ -126,7 +126,7 @@ def common(answers: Path, output: Path) -> dict[str, Any]:  # noqa: F811
 
 PATHS: list[dict[str, Any]] = [
     {"exit_layer": 3, "exits": [1, 2], "rank": 4, "draft_steps": 1},
-    {"segments": [[1, 2], [3, 4]], "exits": [2], "final_leap": True, "rank": 4},
+    {"segments": [[1, 2], [3, 4]], "exits": [2], "final_projection": True, "rank": 4},
 ]
 
 
@@ -157,7 +157,13 @@ def test_exits_and_their_routers_are_trained_and_draft(
 def test_exits_scale_with_the_depth_of_the_model(llama: PreTrainedModel) -> None:
     given = {"method": "m2r2", "exit_layer": 15, "exits": [8], "layers_of": 30}
     assert path_of(from_mapping(M2R2Settings, given, "test"), ReferenceTarget(llama)).exits == (1,)
-    given = {"method": "m2r2", "segments": [[8, 15], [15, 30]], "exits": [15], "final_leap": True, "layers_of": 30}
+    given = {
+        "method": "m2r2",
+        "segments": [[8, 15], [15, 30]],
+        "exits": [15],
+        "final_projection": True,
+        "layers_of": 30,
+    }
     path = path_of(from_mapping(M2R2Settings, given, "test"), ReferenceTarget(llama))
     assert path.segments == ((1, 2), (2, 4)) and path.exits == (2,)
     with pytest.raises(SpecDecError, match="excludes 'segments', 'exit_layer' and 'exits'"):

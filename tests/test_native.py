@@ -435,16 +435,16 @@ def by_path(found: tree_drafting.Candidates) -> dict[tuple[int, ...], float]:
 
 
 def random_route(target: Target, heads: int) -> tree_drafting.DraftPath:
-    """Two leaps to segments and one to the end, over a reduced vocabulary of so many heads."""
+    """Two projections to segments and one to the end, over a reduced vocabulary of so many heads."""
     with torch.inference_mode(False):
         adapters = random_adapters(ReferenceTarget(target.model)).bfloat16()
     adapters.draft_only, d, tokens = True, target.hidden_size, torch.randperm(97)[:70]
-    leaps = [
+    projections = [
         linear_maps.UnitMap((torch.randn(d, n * d) / (n * d) ** 0.5).bfloat16(), torch.randn(d).bfloat16())
         for n in (3, 3, 2)
     ]
     parts = [target.reduced_head(part) for part in tokens.split([50, 20][:heads])]
-    return tree_drafting.DraftPath(leaps, ((1, 2), (3, 4)), adapters, parts, tokens)
+    return tree_drafting.DraftPath(projections, ((1, 2), (3, 4)), adapters, parts, tokens)
 
 
 def test_the_largest_of_a_row() -> None:

@@ -80,7 +80,7 @@ def test_sampling_is_that_of_plain_decoding() -> None:
         sampling = {"temperature": 0.9, "top_p": 0.9, "seed": 3, **asked}
         right, _ = run(target, drafters["none"], PROMPTS, COUNT, **sampling)
         assert right != run(target, drafters["none"], PROMPTS, COUNT, temperature=0.9, top_p=0.9, seed=3)[0]
-        for drafter in ("m2r2: leap", "medusa (tree)", "lookahead (tree)"):
+        for drafter in ("m2r2: projection", "medusa (tree)", "lookahead (tree)"):
             assert run(target, drafters[drafter], PROMPTS, COUNT, **sampling)[0] == right
 
 

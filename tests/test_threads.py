@@ -102,7 +102,7 @@ def grown(target: Target) -> Drafter:
     return m2r2(target, 0, ((1, 2), (3, 4)), True, False, nodes=6, width=2)
 
 
-def leaping(target: Target) -> Drafter:
+def projecting(target: Target) -> Drafter:
     return m2r2(target, 1, ((2, 4),), False, True)
 
 
@@ -121,10 +121,10 @@ def make(runtime: str) -> Target:
     ("runtime", "drafters"),
     [
         pytest.param("native", (grown, grown), marks=needs_native),
-        pytest.param("native", (leaping, PromptLookupDrafter), marks=needs_native),
-        ("fused", (leaping, PromptLookupDrafter)),
-        ("graphs", (leaping, PromptLookupDrafter)),
-        ("reference", (leaping, PromptLookupDrafter)),
+        pytest.param("native", (projecting, PromptLookupDrafter), marks=needs_native),
+        ("fused", (projecting, PromptLookupDrafter)),
+        ("graphs", (projecting, PromptLookupDrafter)),
+        ("reference", (projecting, PromptLookupDrafter)),
     ],
     ids=["native grown", "native", "fused", "graphs", "reference"],
 )
@@ -238,7 +238,7 @@ def test_memory_that_tiles_did_not_fit_is_used_again() -> None:
 def test_decoders_that_share_a_target_run_at_once(runtime: str) -> None:
     model = tiny_model("llama", **BF16).bfloat16() if runtime == "native" else tiny_model("llama")
     base = SpecDecoder(model, None, "prompt-lookup", runtime=runtime)
-    made = grown(base.target), leaping(base.target), LayerSkipDrafter(attn=[1], mlp=[2]), NoDrafter()
+    made = grown(base.target), projecting(base.target), LayerSkipDrafter(attn=[1], mlp=[2]), NoDrafter()
     runs = [
         lambda decoder=decoder, prompt=prompt: (
             decoder.generate(prompt, max_new_tokens=12, num_speculative_tokens=3, ignore_eos=True).token_ids

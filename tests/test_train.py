@@ -188,7 +188,7 @@ def recipe(answers: Path, output: Path, **changes: Any) -> M2R2Settings:
         "output": str(output),
         "dtype": "float32",
         "segments": [[2, 4]],
-        "final_leap": True,
+        "final_projection": True,
         "rank": 4,
         "draft_vocab": 60,
         "steps": 24,
@@ -206,7 +206,7 @@ def evaluations(output: Path) -> list[dict[str, Any]]:
     return [line["evaluation"] for line in lines if "evaluation" in line]
 
 
-@pytest.mark.parametrize("path", [{}, {"exit_layer": 3, "segments": [], "final_leap": False, "draft_steps": 1}])
+@pytest.mark.parametrize("path", [{}, {"exit_layer": 3, "segments": [], "final_projection": False, "draft_steps": 1}])
 def test_training_brings_drafts_nearer_to_the_base_and_leaves_the_base_alone(
     answers: Path, tmp_path: Path, path: dict[str, Any]
 ) -> None:
@@ -391,7 +391,7 @@ def test_rates_follow_the_size_of_the_weights(kind: str) -> None:
                 if "layers.2." in name or ".h.2." in name:
                     weight.mul_(factor)
         target = training_target(model)
-        some = {"segments": [[2, 3]], "final_leap": True, "rank": 4, "prompts": ["-"], "output": "-"}
+        some = {"segments": [[2, 3]], "final_projection": True, "rank": 4, "prompts": ["-"], "output": "-"}
         method = M2R2Method(from_mapping(M2R2Settings, some, "test"), target)
         masters = method.build(None)
         sizes.append({name: method.size(name, p) for name, p in masters.named_parameters() if name.endswith("/up")})
@@ -571,7 +571,7 @@ def test_plain_text_becomes_pieces_that_are_trained_on_and_may_stand_alone(tmp_p
     text.write_text("".join(f"line {n} of a book that goes on\n" for n in range(60)))
     folder, preset = save_tiny(tmp_path / "model"), tmp_path / "preset.yaml"
     preset.write_text(
-        "segments: [[2, 4]]\nfinal_leap: true\nrank: 2\ndraft_vocab: 50\nrows: 4\nwindow: 8\n"
+        "segments: [[2, 4]]\nfinal_projection: true\nrank: 2\ndraft_vocab: 50\nrows: 4\nwindow: 8\n"
         "text_tokens: 64\neval_fraction: 0.2\n"
     )
     command = ["train", "m2r2", "--model", str(folder), "--text", str(text), "--output", str(tmp_path / "out")]
@@ -651,8 +651,9 @@ def held_text(path: Path) -> str:
     return " ".join(map(str, json.loads(path.read_text())["prompt_ids"]))
 
 
-def test_a_setting_of_earlier_versions_is_ignored() -> None:
+def test_a_setting_of_earlier_versions_is_ignored_or_has_its_new_name() -> None:
     assert current({"compile": True, "leap_rate": 1e-3, "rank": 3}) == {"rank": 3}
+    assert current({"final_leap": True}) == {"final_projection": True}
 
 
 def test_recipes_of_shipped_drafters_are_presets() -> None:
@@ -699,7 +700,7 @@ def test_presets_load_and_settings_are_checked(tmp_path: Path) -> None:
     assert searching.search and not searching.segments
     assert not load_settings(M2R2Settings, "m2r2", "m2r2-paper", {}).segments
     own = tmp_path / "own.yaml"
-    own.write_text("relative_rate: 1e-5\nsegments: [[1, 2]]\nfinal_leap: true\n")
+    own.write_text("relative_rate: 1e-5\nsegments: [[1, 2]]\nfinal_projection: true\n")
     settings = load_settings(M2R2Settings, "m2r2", str(own), {"rank": 3, "seed": None})
     assert (settings.relative_rate, settings.segments, settings.rank) == (1e-5, ((1, 2),), 3)
     for values, message in (
@@ -729,7 +730,7 @@ def test_the_command_answers_prompts_trains_and_leaves_a_drafter(tmp_path: Path)
     prompts.write_text("".join(f"question {n}\n" for n in range(24)))
     preset = tmp_path / "preset.yaml"
     preset.write_text(
-        "segments: [[2, 4]]\nfinal_leap: true\nrank: 2\ndraft_vocab: 50\nrows: 4\nwindow: 8\n"
+        "segments: [[2, 4]]\nfinal_projection: true\nrank: 2\ndraft_vocab: 50\nrows: 4\nwindow: 8\n"
         "max_new_tokens: 12\neval_fraction: 0.2\n"
     )
     command = ["train", "m2r2", "--model", str(folder), "--prompts", str(prompts), "--output", str(output)]
@@ -770,7 +771,7 @@ def test_windows_stay_within_the_context() -> None:
 def test_alignment_brings_a_layer_before_the_exit_nearer_to_where_it_runs_ahead_to(
     answers: Path, tmp_path: Path
 ) -> None:
-    paper = {"exit_layer": 2, "segments": [], "final_leap": False, "draft_steps": 1, "steps": 60}
+    paper = {"exit_layer": 2, "segments": [], "final_projection": False, "draft_steps": 1, "steps": 60}
     paper |= {"relative_rate": 0.1, "draft_vocab": 0}
     model, _ = loading.load("tiny")
     target, cosines = training_target(model), {}
@@ -820,7 +821,7 @@ def test_the_predicted_speedup_weighs_acceptance_against_measured_costs() -> Non
 
 
 def searched(answers: Path, output: Path, **changes: Any) -> M2R2Settings:
-    given = {"search": True, "segments": [], "final_leap": False, "search_tokens": 300, "steps": 2}
+    given = {"search": True, "segments": [], "final_projection": False, "search_tokens": 300, "steps": 2}
     return recipe(answers, output, **given | changes)
 
 
@@ -842,7 +843,7 @@ def test_the_search_chooses_the_path_of_largest_predicted_speedup_and_trains_it(
     best = max(kept["table"], key=lambda row: row["speedup"])
     assert best["tokens"] == pytest.approx(evaluations(out)[0]["score"], abs=0.15)  # as the first evaluation finds it
     path = drafter_folder.read_config(out)["path"]
-    assert path["segments"] == [kept["chosen"]] == [best["segment"]] and path["final_leap"]
+    assert path["segments"] == [kept["chosen"]] == [best["segment"]] and path["final_projection"]
     assert not (out / "states" / "search").exists()
     monkeypatch.setattr(search, "chains", None)  # nothing is searched again
     train(searched(answers, out), resume=True)

@@ -36,7 +36,7 @@ main()
 
 
 def command(folder: Path, output: str, *more: str, program: tuple[str, ...] = ("-m", "specdec")) -> list[str]:
-    given = {"segments": "[[2,4]]", "search": "false", "final_leap": "true", "rank": 4, "draft_vocab": 50}
+    given = {"segments": "[[2,4]]", "search": "false", "final_projection": "true", "rank": 4, "draft_vocab": 50}
     given |= {"rows": 4, "window": 8, "fit_tokens": 200, "max_new_tokens": 12}
     given |= {"eval_fraction": 0.2, "checkpoint_minutes": 0.0005}  # every few updates
     options = ["--model", str(folder / "model"), "--prompts", str(folder / "prompts.txt"), "--dtype", "float32"]

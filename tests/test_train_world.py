@@ -33,7 +33,7 @@ def test_two_processes_train_the_weights_of_one(tmp_path: Path) -> None:
             file.write(json.dumps({"prompt_ids": prompt, "response_ids": answer.tolist()}) + "\n")
 
     def arguments(output: str, steps: int) -> list[str]:
-        given = {"segments": "[[2,4]]", "search": "false", "final_leap": "true", "rank": 4, "draft_vocab": 0}
+        given = {"segments": "[[2,4]]", "search": "false", "final_projection": "true", "rank": 4, "draft_vocab": 0}
         given |= {"rows": 4, "window": 8, "fit_tokens": 200}
         options = ["--model", str(folder), "--prompts", str(tmp_path / "answers.jsonl"), "--dtype", "float32"]
         options += [f"--set={key}={value}" for key, value in given.items()]

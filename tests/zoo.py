@@ -107,7 +107,7 @@ def m2r2(
     target: Target,
     exit_layer: int,
     segments: tuple[tuple[int, int], ...],
-    leap: bool,
+    projection: bool,
     early: bool,
     siblings: Sequence[int] | None = None,
     *,
@@ -120,7 +120,7 @@ def m2r2(
     torch.manual_seed(1)
     layers = [layer for lo, hi in segments for layer in range(lo, hi)] + (list(range(exit_layer)) if early else [])
     adapters = {layer: list(target.linears(layer)) for layer in layers}
-    network = M2R2(M2R2Path(exit_layer, segments, leap, 4, adapters, exits), target, half(target), router)
+    network = M2R2(M2R2Path(exit_layer, segments, projection, 4, adapters, exits), target, half(target), router)
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     for each in network.routers or ():
@@ -199,12 +199,14 @@ def chains(target: Target) -> dict[str, Drafter]:
     return {
         "none": NoDrafter(),
         "prompt-lookup": PromptLookupDrafter(),
-        "m2r2: leap": m2r2(target, 1, ((2, 3),), True, False),
-        "m2r2: leap to the end, adapters everywhere": m2r2(target, 1, ((2, 4),), False, True),
-        "m2r2: two leaps, no early layer": m2r2(target, 0, ((1, 2), (3, 4)), True, False),
+        "m2r2: projection": m2r2(target, 1, ((2, 3),), True, False),
+        "m2r2: projection to the end, adapters everywhere": m2r2(target, 1, ((2, 4),), False, True),
+        "m2r2: two projections, no early layer": m2r2(target, 0, ((1, 2), (3, 4)), True, False),
         "m2r2: three early exits": m2r2(target, 3, (), False, True, exits=(1, 2), router=4),
         "m2r2: exits that need no adapter": m2r2(target, 2, ((2, 4),), True, False, exits=(1, 2)),
-        "m2r2: an early exit, one behind a leap": m2r2(target, 1, ((1, 2), (3, 4)), True, True, exits=(1, 2), router=4),
+        "m2r2: an early exit, one behind a projection": m2r2(
+            target, 1, ((1, 2), (3, 4)), True, True, exits=(1, 2), router=4
+        ),
         "m2r2-paper": m2r2(target, 2, (), False, True, kind=PaperM2R2Drafter),
         "medusa": medusa(target, rooted=True),
         "eagle3": eagle3(target),
@@ -234,7 +236,7 @@ def trees(target: Target) -> dict[str, Drafter]:
         "ngram+m2r2": HybridDrafter([NgramDrafter(9), m2r2(target, 0, ((1, 2), (3, 4)), True, False, width=3)]),
         "ngram+medusa": HybridDrafter([NgramDrafter(9), medusa(target, 9)]),
         "m2r2": m2r2(target, 2, (), False, True, (3, 0, 2)),
-        "m2r2: after a leap": m2r2(target, 1, ((2, 4),), False, False, (1, 1, 1, 1)),
+        "m2r2: after a projection": m2r2(target, 1, ((2, 4),), False, False, (1, 1, 1, 1)),
         "m2r2: grown level by level": m2r2(target, 0, ((1, 2), (3, 4)), True, False, nodes=9, width=3),
         "m2r2: several exits": m2r2(target, 2, ((3, 4),), True, False, (2, 1), exits=(1, 2), router=4),
         "m2r2-paper": m2r2(target, 2, (), False, True, nodes=7, kind=PaperM2R2Drafter),

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from specdec.base.errors import SpecDecError
-from specdec.drafters.m2r2_network import M2R2
+from specdec.drafters.m2r2_network import M2R2, current_name
 from specdec.drafters.m2r2_path import M2R2Path
 from specdec.models import drafter_folder
 from specdec.runtimes.target import Target
@@ -52,8 +52,11 @@ class M2R2Method(TrainingMethod[M2R2]):
     def prepare(self, work: Work) -> None:
         if self.chooses:
             segment = choose(self.settings, self.target, work)
-            found = {"segments": (segment,), "final_leap": True, "layers_of": None, "begin": 0, "search": False}
+            found = {"segments": (segment,), "final_projection": True, "layers_of": None, "begin": 0, "search": False}
             self.path = path_of(self.settings.model_copy(update=found), self.target)
+
+    def stored(self, folder: Path) -> dict[str, Tensor]:
+        return {current_name(name): tensor for name, tensor in super().stored(folder).items()}
 
     def wanted(self) -> Wanted:
         wanted = wanted_states(self.path, self.target.num_layers)
@@ -129,7 +132,7 @@ def path_of(settings: M2R2Settings, target: Target) -> M2R2Path:
     segments = tuple((lo, max(hi, lo + 1)) for lo, hi in ends)
     stops = dict(zip((hi for _, hi in settings.segments), (hi for _, hi in segments), strict=True))
     exits = tuple(stops.get(layer) or round(layer * scale) for layer in settings.exits)
-    path = M2R2Path(exit_layer, segments, settings.final_leap, settings.rank, {}, exits)
+    path = M2R2Path(exit_layer, segments, settings.final_projection, settings.rank, {}, exits)
     path.check(target.num_layers)
     for lo, hi in segments or ((0, exit_layer),):
         for layer in range(lo, hi):
@@ -139,6 +142,6 @@ def path_of(settings: M2R2Settings, target: Target) -> M2R2Path:
             if early:
                 names = [n for n in names if not any(key in n for key in ("k_proj", "v_proj", "c_attn", "key_value"))]
             adapters[layer] = names
-    if not any(adapters.values()) and not settings.final_leap:
+    if not any(adapters.values()) and not settings.final_projection:
         raise SpecDecError("setting 'adapt' names no linear map of this model, so there is nothing to train")
     return dataclasses.replace(path, adapters=adapters)

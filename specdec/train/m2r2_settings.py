@@ -28,7 +28,7 @@ class M2R2Settings(TrainSettings):
     search: bool = False
     exit_layer: int = 0
     segments: tuple[tuple[int, int], ...] = ()
-    final_leap: bool = False
+    final_projection: bool = False
     exits: tuple[int, ...] = ()  # layers behind which a token may leave before the end of the path
     layers_of: int | None = None  # depth of the model these layers were chosen on: scaled to others; None: as they are
     rank: Positive = 64

@@ -92,6 +92,12 @@ class TrainingMethod(ABC, Generic[Network]):
         Parameters with ``requires_grad`` are trained; torch's seed has been set.
         """
 
+    def stored(self, folder: Path) -> dict[str, Tensor]:
+        """The tensors of a trained drafter to begin from, by the names of the masters' parameters."""
+        from specdec.models import drafter_folder  # heavy
+
+        return drafter_folder.read_tensors(folder)
+
     def size(self, name: str, parameter: Tensor) -> float:
         """How large the elements of a parameter of the masters are; ``relative_rate`` is a share of that.
 

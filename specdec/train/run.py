@@ -122,7 +122,7 @@ class TrainingRun:
         if self.world.first:
             (self.output / METRICS).unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
         if self.init is not None:
-            self._begin_from(self.init, drafter_folder.read_tensors(Path(self.settings.init)))
+            self._begin_from(self.init, self.method.stored(Path(self.settings.init)))
         elif self.world.first:
             self.method.fit(
                 self.network, lambda: self._shown("closed-form fit", self._fit_batches(), self._fit_total())

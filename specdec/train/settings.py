@@ -23,6 +23,7 @@ from specdec.base.errors import SpecDecError, did_you_mean
 from specdec.base.options import shown
 
 DROPPED = ("compile", "learning_rate", "leap_rate", "search_gain")  # of earlier versions; those rates were absolute
+RENAMED = {"final_leap": "final_projection"}
 Positive = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -110,8 +111,8 @@ def load_settings(kind: type[S], method: str, preset: str | None, overrides: Map
 
 
 def current(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe without settings that only earlier versions had."""
-    return {key: value for key, value in recipe.items() if key not in DROPPED}
+    """A recipe without settings that only earlier versions had, and with today's names of the others."""
+    return {RENAMED.get(key, key): value for key, value in recipe.items() if key not in DROPPED}
 
 
 def from_mapping(kind: type[S], values: Mapping[str, Any], where: str) -> S:
