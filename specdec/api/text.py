@@ -76,7 +76,8 @@ def encode(
         raise SpecDecError("this tokenizer has no chat template; use plain text (chat=False, --raw)")
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
-    _check_length(tokenizer, sum(map(len, _texts([messages, tools]))), context)
+    contents = [message.get("content") for message in messages]  # of the rest, a template may leave out anything
+    _check_length(tokenizer, sum(len(text) for text in contents if isinstance(text, str)), context)
     special = _Special(tokenizer, [messages, tools])
     messages, more = special.hidden(messages), {"tools": special.hidden(tools)} if tools else {}
     try:
