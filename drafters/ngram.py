@@ -125,9 +125,15 @@ def corpus(tokenizer: Any, vocab_size: int) -> Ints:
 
 
 def tokenised(texts: list[str], tokenizer: Any, vocab_size: int) -> Ints:
-    """``texts`` in tokens, one behind the other, a -1 before each and at the end; at most ``MOST_CORPUS``."""
+    """``texts`` in tokens, one behind the other, a -1 before each and at the end; at most ``MOST_CORPUS``.
+
+    Without texts if it cannot read them: a vocabulary of words may lack an unknown token.
+    """
     found: list[int] = []
-    for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]:
+    rows: list[list[int]] = []
+    with suppress(Exception):  # tokenizers raises nothing more special
+        rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    for ids in rows:
         found += [-1, *ids]
         if len(found) >= MOST_CORPUS:
             break

@@ -18,7 +18,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import PreTrainedModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from specdec import SpecDecoder
 from specdec.drafters import ngram as drafter
@@ -206,6 +208,16 @@ def test_a_cached_corpus_is_used_unless_it_is_damaged(
         kept.unlink()
     assert drafter.corpus(Tokenizer(), 50).tolist() == first.tolist()
     assert Tokenizer.calls == (1 if corpus == "counted" else 2)
+
+
+def test_of_a_tokenizer_that_cannot_read_the_corpus_no_corpus_is_used(
+    llama: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0})))  # without an unknown token
+    assert drafter.corpus(tokenizer, 97).tolist() == [-1]
+    decoder = SpecDecoder(llama, tokenizer, NgramDrafter())
+    assert decoder.generate([5, 6, 7, 5, 6], max_new_tokens=24, ignore_eos=True).metrics.num_spec_steps < 24
 
 
 def test_earlier_requests_are_matched_and_a_drafter_without_a_store_knows_none(llama: PreTrainedModel) -> None:
