@@ -338,3 +338,39 @@ def test_a_greedy_round_waits_for_the_device_once(drafter: str, monkeypatch: pyt
     out, _ = run(target, every(target)[drafter], [PROMPTS[1]], 24)
     assert out == plain
     assert set(counts) == {1}, counter.waits
+
+
+@torch.inference_mode()
+def test_what_was_not_finite_in_one_request_reaches_no_later_one() -> None:
+    """Its keys and values stand in slots that are masked; a mask does not hide what is not a number."""
+    target = GraphedTarget(tiny_model("llama"), record=Replay)
+
+    def run(cache: caches.KVCache, ids: list[list[int]]) -> Tensor:
+        positions = torch.tensor(cache.rows)[:, None] + torch.arange(len(ids[0]))
+        given = Pass(positions, cache.mask(0, positions), cache)
+        logits = target.readout(target.layers(target.embed(torch.tensor(ids), positions), 0, target.num_layers, given))
+        cache.commit([list(range(len(ids[0])))] * cache.batch)
+        return logits
+
+    def broken() -> caches.KVCache:
+        cache = target.new_cache(2)
+        run(cache, [[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16]])
+        assert cache.whole is not None
+        cache.whole[:, :, 1, :, : cache.committed + 2] = torch.nan  # and of a draft
+        return cache
+
+    def guest() -> caches.KVCache:
+        cache = target.new_cache(1)
+        run(cache, [[20, 21]])
+        return cache
+
+    right = run(guest(), [[22]])
+    cache = broken()
+    cache.select([0])
+    cache.join(guest())
+    torch.testing.assert_close(run(cache, [[3], [22]])[1:], right)
+    del cache
+    broken()
+    cache = target.new_cache(2)  # to which the same buffer is lent
+    run(cache, [[20, 21]] * 2)
+    torch.testing.assert_close(run(cache, [[22]] * 2), right.expand(2, -1, -1))

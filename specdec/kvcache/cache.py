@@ -360,11 +360,8 @@ class KVCache:
 
         Cheapest where few rows change their place, and none moves to where another comes from.
         """
-        index, whole, filled = (
-            torch.tensor(list(rows), dtype=torch.long, device=self.device),
-            self.whole,
-            self.committed,
-        )
+        index = torch.tensor(list(rows), dtype=torch.long, device=self.device)
+        whole, filled, batch = self.whole, self.committed, self.batch
         self.positions = self.positions.index_select(0, index)
         self.recurrent = {layer: state.select(rows) for layer, state in self.recurrent.items()}
         self.rows = [self.rows[i] for i in rows]
@@ -377,8 +374,10 @@ class KVCache:
         elif moves.keys() & moves.values():
             self._divide(whole.index_select(2, index))
         else:
+            held = filled + self.block  # with what is left of a draft
             for to, row in moves.items():
-                whole[:, :, to, :, :filled] = whole[:, :, row, :, :filled]
+                whole[:, :, to, :, :held] = whole[:, :, row, :, :held]
+            whole[:, :, len(rows) : batch, :, :held] = 0  # a mask does not hide what is not finite from the next there
             self._divide(whole)
 
 
