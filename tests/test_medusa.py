@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from zoo import PROMPTS, run
 from specdec import SamplingParams, SpecDecError, SpecDecoder
 from specdec.cli import app
 from specdec.drafters.medusa import Medusa, MedusaDrafter
+from specdec.integrations import vllm as to_vllm
 from specdec.models import drafter_folder, loading
 from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.reference import ReferenceTarget
@@ -366,6 +368,23 @@ def test_our_heads_are_exported_to_vllm(tmp_path: Path, reduced: bool) -> None:
     )
     refused = CliRunner().invoke(app, [*command, str(tmp_path / "ours")])
     assert refused.exit_code == 2 and "train them with --set normed=true" in refused.stderr
+
+
+@pytest.mark.parametrize("name", ["lm_heads.0.weight", "blocks.1.layers.0.bias"])
+@pytest.mark.parametrize("damaged", [lambda tensor: tensor[:-1], lambda tensor: tensor + 1])
+def test_what_vllm_gets_is_loaded_again_and_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, damaged: Callable[[Tensor], Tensor]
+) -> None:
+    folder, write = save_tiny(tmp_path / "model"), drafter_folder.write
+    target = ReferenceTarget(loading.load(str(folder))[0])
+    config = {"drafter": "medusa", "base": {"fingerprint": target.fingerprint}, "heads": 2, "layers": 1, "normed": True}
+    network = Medusa(target.hidden_size, 2)
+    write(tmp_path / "ours", config | {"accuracy": ACCURACY}, dict(network.state_dict()))
+    monkeypatch.setattr(
+        drafter_folder, "write", lambda to, config, tensors: write(to, config, tensors | {name: damaged(tensors[name])})
+    )
+    with pytest.raises(SpecDecError, match=r"loads as other heads .*delete the folder"):
+        to_vllm.export(str(tmp_path / "ours"), target, tmp_path / "theirs")
 
 
 def test_vllms_files_that_do_not_fit_are_refused(llama: PreTrainedModel, tmp_path: Path) -> None:

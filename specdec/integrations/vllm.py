@@ -20,7 +20,7 @@ PATHS, CHOICES = 64, 10  # of vLLM's configuration; its proposals are chains
 def export(source: str, target: Target, output: Path) -> None:
     """Write the Medusa heads of ``source``, a folder or a Hugging Face id, for the target's model.
 
-    Raises SpecDecError if vLLM's Medusa cannot compute what these heads do.
+    Raises SpecDecError if vLLM's Medusa cannot compute what these heads do, or the files do not load again as they are.
     """
     drafter = MedusaDrafter.load(target, source)
     if not drafter.normed:
@@ -28,7 +28,17 @@ def export(source: str, target: Target, output: Path) -> None:
             f"the Medusa heads in '{source}' read the state before the final norm, and vLLM's read the one behind it; "
             "train them with --set normed=true"
         )
-    drafter_folder.write(output, _config(drafter, target), _tensors(drafter, target))
+    config, tensors = _config(drafter, target), _tensors(drafter, target)
+    drafter_folder.write(output, config, tensors)
+    try:
+        loaded = MedusaDrafter.load(target, str(output))
+        read = _tensors(loaded, target)
+        same = _config(loaded, target) == config and read.keys() == tensors.keys()
+        why = "" if same and all(torch.equal(read[name], tensors[name]) for name in read) else "its tensors differ"
+    except SpecDecError as error:
+        why = str(error)
+    if why:
+        raise SpecDecError(f"what was written to '{output}' loads as other heads ({why}); delete the folder")
 
 
 def _config(drafter: MedusaDrafter, target: Target) -> dict[str, Any]:
