@@ -1,9 +1,14 @@
-"""Servers for tests: one on a loopback port in a thread, around a tiny model or around events that a test gives."""
+"""Servers for tests: on a loopback port in a thread, around a tiny model or events that a test gives; in a process."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
+import re
+import resource
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -146,6 +151,42 @@ def serving(decoder: SpecDecoder, engine: Any = None, **settings: Any) -> Iterat
         server.thread.join(60)
         if engine is None:
             own.close(drain=False)
+
+
+class Process:
+    """``specdec serve`` with ``args``, ready. descriptors: how many it may open."""
+
+    def __init__(self, model: Path, *args: str, port: int = 0, descriptors: int | None = None) -> None:
+        command = [sys.executable, "-m", "specdec", "serve", "--model", str(model), "--drafter", "prompt-lookup"]
+        self.child = subprocess.Popen(
+            [*command, "--port", str(port), *args],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"HF_HUB_OFFLINE": "1"},
+            preexec_fn=descriptors and (lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors,) * 2)),
+        )
+        self.before: list[str] = []
+        for line in self.child.stderr:
+            self.before.append(line)
+            if found := re.search(r"is served at (http://\S+)", line):
+                self.url = found[1]
+                return
+        raise AssertionError("".join(self.before))
+
+    def rest(self) -> str:
+        """What it prints from now on; it must end."""
+        return self.child.communicate(timeout=600)[1]
+
+
+@contextmanager
+def process(*args: Any, **more: int) -> Iterator[Process]:
+    made = Process(*args, **more)
+    try:
+        yield made
+    finally:
+        made.child.kill()
+        made.child.wait()
+        made.child.stderr.close()
 
 
 class Replay:

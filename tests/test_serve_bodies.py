@@ -14,6 +14,7 @@ from serving import NAME, USER, Replay, Server, byte_tokenizer, serving, stand_i
 
 from specdec.engine.request import Event
 from specdec.serve import bodies, service
+from specdec.serve.responses import Response
 from specdec.serve.schema import ChatBody, CompletionBody, DetokenizeBody
 
 MANY = 20_000
@@ -135,3 +136,28 @@ def test_large_bodies_that_do_not_end_are_bounded_together() -> None:
         for sender in senders:
             sender.join(60)
         assert set(statuses) == {400, 429} and server.app.state.intake.held == 0
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_large_answers_are_written_in_other_threads(server: Server, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, written = set[threading.Thread](), Response._written
+
+    def noted(self: Response, choice: Any) -> bytes:
+        seen.add(threading.current_thread())
+        return written(self, choice)
+
+    monkeypatch.setattr(Response, "_written", noted)
+    answer = server.complete(n=n, max_tokens=1).json()
+    assert [choice["text"] for choice in answer["choices"]] == ["b"] * n and answer["usage"]["completion_tokens"] == n
+    assert answer["object"] == "text_completion" and seen and server.thread not in seen
+
+
+def test_log_probabilities_are_counted_before_anything_is_made(server: Server) -> None:
+    server.decoder.check_logprobs = lambda: None
+    for more in (
+        {"n": 64, "max_tokens": 4096, "logprobs": 20},
+        {"prompt": ["a"] * 64, "max_tokens": 4096, "logprobs": 20},
+    ):
+        error = server.complete(**more).json()["error"]
+        assert error["param"] == "logprobs" and "set max_tokens" in error["message"]
+    assert server.complete(n=64, max_tokens=100, logprobs=20).status_code != 400

@@ -102,8 +102,14 @@ def test_beyond_the_limit_those_that_wait_longest_make_room(server: Server, sent
         raw.close()
 
 
-def test_some_descriptors_are_left_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("resource.getrlimit", lambda which: (256, 256))
-    assert 1 <= Connections(1024, 1.0, print).most < 128
+@pytest.mark.parametrize("limit", [64, 256, 1024])
+def test_some_descriptors_are_left_free(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    monkeypatch.setattr("os.listdir", lambda folder: range(20))
+    monkeypatch.setattr("resource.getrlimit", lambda which: (limit, limit))
+    found = Connections(1024, 1.0, print)
+    assert found.backlog >= 1 and found.most >= 1 and 20 + found.most + 3 * found.backlog < limit
+
+
+def test_without_a_limit_of_descriptors_the_option_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("resource.getrlimit", lambda which: (-1, -1))
     assert Connections(1024, 1.0, print).most == 1024

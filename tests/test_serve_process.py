@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import re
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import pytest
+from serving import process
 from tiny import save_tiny
 
 pytestmark = pytest.mark.slow
@@ -27,39 +24,6 @@ ENDLESS = LONG | {"max_tokens": 30_000, "n": 16}
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny(tmp_path_factory.mktemp("served") / "tiny", 1 << 15)
-
-
-class Process:
-    def __init__(self, model: Path, *args: str, port: int = 0) -> None:
-        command = [sys.executable, "-m", "specdec", "serve", "--model", str(model), "--drafter", "prompt-lookup"]
-        self.child = subprocess.Popen(
-            [*command, "--port", str(port), *args],
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"HF_HUB_OFFLINE": "1"},
-        )
-        self.before: list[str] = []
-        for line in self.child.stderr:
-            self.before.append(line)
-            if found := re.search(r"is served at (http://\S+)", line):
-                self.url = found[1]
-                return
-        raise AssertionError("".join(self.before))
-
-    def rest(self) -> str:
-        """What it prints from now on; it must end."""
-        return self.child.communicate(timeout=600)[1]
-
-
-@contextmanager
-def process(*args: object, **more: int) -> Iterator[Process]:
-    made = Process(*args, **more)
-    try:
-        yield made
-    finally:
-        made.child.kill()
-        made.child.wait()
-        made.child.stderr.close()
 
 
 def text(url: str) -> str:

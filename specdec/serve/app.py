@@ -95,8 +95,8 @@ async def _answer(service: Service, request: Request, response: Response) -> HTT
     if response.body.stream:
         return EventStream(response.stream(), end, headers)
     try:
-        found = await unless_gone(request.receive, response.whole())
-        return HTTPResponse(status_code=CLOSED) if found is None else JSONResponse(found, headers=headers)
+        found = await unless_gone(request.receive, response.whole(request.app.state.intake.work))
+        return HTTPResponse(found, CLOSED if found is None else 200, headers, media_type="application/json")
     finally:
         end()
 

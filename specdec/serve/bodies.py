@@ -28,7 +28,10 @@ T = TypeVar("T")
 
 
 class Intake:
-    """What is done with bodies: reading them, and work on what is in them (``run``). held: bytes that are in memory."""
+    """What is done with bodies: reading them, and work on what is in them (``run``), or comes of them (``work``).
+
+    held: bytes that are in memory.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self.settings, self.held, self.turn = settings, 0, asyncio.Semaphore()
@@ -48,12 +51,16 @@ class Intake:
             self.held -= len(body)
 
     async def run(self, request: Request, function: Callable[..., T], *args: Any) -> T:
+        """``function(*args)``, work on the body of ``request``, in a thread."""
+        return await self.work(request.state.size > SMALL, function, *args)
+
+    async def work(self, large: bool, function: Callable[..., T], *args: Any) -> T:
         """``function(*args)`` in a thread.
 
-        What comes of large bodies may keep the interpreter to itself for a while. So it is done one after another, and
-        as much time as it takes is left to all else before the next.
+        What is ``large`` may keep the interpreter to itself for a while. So it is done one after another, and as much
+        time as it takes is left to all else before the next.
         """
-        if request.state.size <= SMALL:
+        if not large:
             return await run_sync(function, *args)
         async with self.turn:
             began = time.perf_counter()

@@ -12,7 +12,8 @@ from typing import Any
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-BACKLOG = 128  # connections that the system holds, and that are taken in before the first of them is looked at
+BACKLOG = 128  # connections that the system holds, and that are taken in together
+ROUNDS = 3  # of taking in connections, before one of the first round, or another in its place, is closed
 SPARE = 32  # descriptors for anything else
 MINUTE = 60.0
 
@@ -21,11 +22,14 @@ class Connections:
     """At most ``most`` connections, fewer where the system allows fewer descriptors.
 
     One more takes the place of the oldest that has asked for nothing yet; where there is none, it is closed. ``write``
-    takes a line about it, at most once a minute. patience: seconds for a head, and for reading what waits.
+    takes a line about it, at most once a minute. patience: seconds for a head, and for reading what waits. backlog:
+    connections that may be taken in together.
     """
 
     def __init__(self, most: int, patience: float, write: Callable[[str], object]) -> None:
-        self.most, self.patience, self.write = min(most, _free_descriptors()), patience, write
+        free = _free_descriptors()
+        self.backlog = min(BACKLOG, max(1, free // (2 * ROUNDS)))
+        self.most, self.patience, self.write = min(most, max(1, free - ROUNDS * self.backlog)), patience, write
         self.open: dict[Connection, None] = {}
         self.waiting: dict[Connection, None] = {}  # for a head, the oldest first
         self.said = -MINUTE
@@ -114,4 +118,4 @@ def _free_descriptors() -> int:
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if limit == resource.RLIM_INFINITY:
         return 1 << 20
-    return max(1, limit - len(os.listdir("/proc/self/fd")) - BACKLOG - SPARE)
+    return max(1, limit - len(os.listdir("/proc/self/fd")) - SPARE)

@@ -57,6 +57,7 @@ def token_text(tokenizer: Any, token_id: int) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in found)
 
 
+@functools.lru_cache(1 << 16)  # an answer has thousands of them, and few different ones
 def token_bytes(tokenizer: Any, token_id: int) -> bytes:
     """The bytes that a token stands for."""
     piece = tokenizer.convert_ids_to_tokens(token_id)

@@ -5,21 +5,30 @@ Requests with one ``x-session-id`` header go to one replica, where the conversat
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import FastAPI
-from pydantic import BaseModel, ConfigDict, PositiveInt
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PositiveInt
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
 from specdec.models.catalogue import DEFAULT_MODEL
+from specdec.serve.settings import Settings
 
 ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"  # by the session
 
 
+def _parts(given: Any) -> Any:
+    """Of a list with commas."""
+    return tuple(part.strip() for part in given.split(",")) if isinstance(given, str) else given
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_parts)]
+
+
 class Options(BaseModel):
-    """What ``serve run`` takes as KEY=VALUE, for each of the ``replicas``."""
+    """What ``serve run`` takes as KEY=VALUE, for each of the ``replicas``. cors, allowed_hosts: with commas between."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -33,9 +42,24 @@ class Options(BaseModel):
     max_rows: PositiveInt = 16
     max_waiting: PositiveInt = 256
     kv_memory: PositiveInt | None = None
+    cors: Names = ()
+    allowed_hosts: Names = ()
+    max_body: PositiveInt = Settings.max_body
+    max_prompt_tokens: PositiveInt | None = None
+    max_tokens: PositiveInt | None = None
+    max_choices: PositiveInt = Settings.max_choices
     replicas: PositiveInt = 1
     cpus: float = 1
     gpus: float = 0
+
+    def settings(self) -> Settings:
+        return Settings(
+            name=self.name or self.model,
+            api_key=self.api_key,
+            origins=self.cors,
+            hosts=tuple(map(str.lower, self.allowed_hosts)),
+            **{name: getattr(self, name) for name in ("max_body", "max_prompt_tokens", "max_tokens", "max_choices")},
+        )
 
 
 @serve.ingress()
@@ -59,10 +83,8 @@ class Replica:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         from specdec.serve.app import make_app
-        from specdec.serve.settings import Settings
 
-        settings = Settings(self.options.name or self.options.model, self.options.api_key)
-        return make_app(self.decoder, self.engine, settings)
+        return make_app(self.decoder, self.engine, self.options.settings())
 
     def __del__(self) -> None:
         if hasattr(self, "engine"):

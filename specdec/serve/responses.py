@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
+
+from pydantic_core import to_json
 
 from specdec import __version__
 from specdec.api.pieces import Piece
@@ -15,6 +17,8 @@ from specdec.serve.errors import ApiError
 from specdec.serve.schema import Sampling, StreamOptions
 from specdec.serve.streaming import DONE, event, merged
 from specdec.serve.tools import ChatParser, ToolForm, message_of
+
+LARGE = 10_000  # log-probabilities of a choice, which take tens of milliseconds to write
 
 
 class Chat:
@@ -108,12 +112,17 @@ class Response:
             "system_fingerprint": f"specdec-{__version__}",
         }
 
-    async def whole(self) -> dict[str, Any]:
-        """The response, once all choices have ended."""
+    async def whole(self, work: Callable[[bool, Callable[[Choice], bytes], Choice], Awaitable[bytes]]) -> bytes:
+        """The response as JSON, once all choices have ended. work: ``Intake.work``."""
         async for _ in merged(self.choices, each=False):
             pass
-        choices = [self._choice(c, self.shape.full(c), self.shape.finish(c)) for c in self.choices]
-        return self.head | {"object": self.shape.whole, "choices": choices, "usage": self.usage()} | self._metrics()
+        scored = 0 if self.body.top is None else 1 + self.body.top
+        choices = [await work(scored * c.answer.count > LARGE, self._written, c) for c in self.choices]
+        head, rest = {"object": self.shape.whole}, {"usage": self.usage()} | self._metrics()
+        return to_json(self.head | head)[:-1] + b',"choices":[' + b",".join(choices) + b"]," + to_json(rest)[1:]
+
+    def _written(self, choice: Choice) -> bytes:
+        return to_json(self._choice(choice, self.shape.full(choice), self.shape.finish(choice)))
 
     async def stream(self) -> AsyncIterator[bytes]:
         """Events: openings, pieces, the usage if it is asked for, and the end."""

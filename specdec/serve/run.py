@@ -14,7 +14,7 @@ from fastapi import FastAPI
 
 from specdec.base.errors import SpecDecError
 from specdec.base.terminal import say
-from specdec.serve.connections import BACKLOG, Connections
+from specdec.serve.connections import Connections
 from specdec.serve.settings import Settings
 
 MAX_HEADERS = 64 * 2**10  # bytes
@@ -55,7 +55,7 @@ def config(app: FastAPI, settings: Settings, write: Callable[[str], object] = sa
         log_config=None,
         access_log=False,
         server_header=False,
-        backlog=BACKLOG,
+        backlog=connections.backlog,
     )
 
 

@@ -26,6 +26,7 @@ from specdec.speculation.sampling import SamplingParams, streams
 TEMPERATURE = 1.0  # OpenAI's default
 TOO_LONG = "context_length_exceeded"
 SEEDS = 2**53  # JavaScript's whole numbers
+MAX_SCORED = 4_000_000  # log-probabilities of a request with several choices; each takes about 100 bytes
 
 
 class Service:
@@ -60,6 +61,12 @@ class Service:
             raise ApiError(400, message, "max_tokens", "invalid_value")
         if body.top is not None:
             self.decoder.check_logprobs()
+            bounds = [bound for bound in (body.limit, cap, self.context) if bound is not None]
+            if n * prompts > 1 and n * prompts * min(bounds) * (1 + body.top) > MAX_SCORED:
+                message = (
+                    f"{n * prompts} choices of up to {min(bounds)} tokens have more than {MAX_SCORED} log-probabilities"
+                )
+                raise ApiError(400, f"{message}; set max_tokens, or ask for fewer", "logprobs", "invalid_value")
         self.check_tokens("logit_bias", list(body.bias))
 
     def chat(self, body: ChatBody) -> tuple[ToolForm | None, list[str], list[int], Compiled | None]:
