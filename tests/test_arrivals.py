@@ -22,7 +22,7 @@ from specdec.engine import batch, scheduler
 from specdec.engine.depth import AutoDepth, Costs, FixedDepth
 from specdec.engine.depth.division import divide
 from specdec.engine.engine import Engine
-from specdec.engine.request import Handle, Request
+from specdec.engine.request import Handle, Request, Status
 from specdec.kvcache.cache import KVCache
 from specdec.kvcache.prefix import PrefixStore
 from specdec.runtimes.native import library
@@ -451,3 +451,34 @@ def test_the_text_used_least_recently_goes_first() -> None:
     assert store.drop() and [prefix.ids for prefix in store.kept] == [[6], [1, 2, 3]]
     store.add([6, 7, 8], one(3))
     assert [prefix.ids for prefix in store.kept] == [[1, 2, 3], [6, 7, 8]]
+
+
+def test_a_request_says_where_it_is(llama: PreTrainedModel) -> None:
+    engine = Engine(ReferenceTarget(llama), NoDrafter(), ExactVerifier(), FixedDepth(0), max_rows=1, prefill_chunk=4)
+    first, second = Request(list(range(3, 13)), 3), Request([5, 6, 7], 1)
+    seen: list[tuple[str, str]] = []
+    for request in (first, second):
+        engine.submit(request)
+    while engine.busy:
+        seen.append((first.status, second.status))
+        engine.step()
+    seen.append((first.status, second.status))
+    assert list(dict.fromkeys(a for a, _ in seen)) == ["waiting", "prefill", "running", "finished"]
+    assert list(dict.fromkeys(b for _, b in seen)) == ["waiting", "finished"]  # its prompt and only token are one step
+    with pytest.raises(ValueError, match="finished cannot become running"):
+        first.enter(Status.RUNNING)
+
+
+def test_a_request_that_gives_way_waits_again(llama: PreTrainedModel) -> None:
+    engine = Engine(ReferenceTarget(llama), NoDrafter(), ExactVerifier(), FixedDepth(0), kv_memory=1 << 20)
+    rows = [Request([5, 6, 7], 4), Request([8, 9, 10], 4)]
+    for row in rows:
+        engine.submit(row)
+    engine.step()
+    assert [row.status for row in rows] == ["running", "running"]
+    engine.scheduler.memory = 0
+    assert engine.scheduler.make_room() and [row.status for row in rows] == ["running", "waiting"]
+    engine.scheduler.memory = 1 << 20
+    for _ in engine.steps():
+        pass
+    assert [row.status for row in rows] == ["finished", "finished"]

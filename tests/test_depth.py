@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from specdec.engine.depth import MOST, AutoDepth, Choice, Costs, RowHistory, StepReport
+from specdec.engine.depth import MOST, AutoDepth, Costs, DepthChoice, RowHistory, StepReport
 from specdec.speculation.trees import MOST_NODES, Prices
 
 SCORE = {1: 20.0, 2: 21.0, 4: 22.0, 8: 24.0, 16: 40.0}
@@ -20,7 +20,7 @@ class OneRow(AutoDepth):
         self.row = super().begin()
         return self.row
 
-    def next(self) -> Choice:
+    def next(self) -> DepthChoice:
         return self.choose([self.row])
 
     def took(self, drafted: int, accepted: int, scored: int, draft: float, rest: float) -> None:

@@ -27,7 +27,7 @@ from zoo import EOS, every, new_tokens
 
 from specdec import Regex, SpecDecError
 from specdec.engine import scheduler
-from specdec.engine.depth import Choice, FixedDepth, RowHistory
+from specdec.engine.depth import DepthChoice, FixedDepth, RowHistory
 from specdec.engine.engine import Engine
 from specdec.engine.logprobs import TokenLogprob, prompt_logprobs, token_logprobs
 from specdec.engine.request import Handle, Request
@@ -146,9 +146,9 @@ class Varied(FixedDepth):
         super().__init__(depth)
         self.rng = random.Random(0)
 
-    def choose(self, rows: Sequence[RowHistory], plain: int = 0) -> Choice:
+    def choose(self, rows: Sequence[RowHistory], plain: int = 0) -> DepthChoice:
         depths = [self.rng.choice((self.choice.depth, self.rng.randrange(self.choice.depth + 1))) for _ in rows]
-        return Choice(max(depths, default=0), depths=depths)
+        return DepthChoice(max(depths, default=0), depths=depths)
 
 
 @dataclass(eq=False)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from specdec.base.errors import QueueFullError, SpecDecError
 from specdec.engine.batch import Batch, not_finite
 from specdec.engine.depth import DepthPolicy
-from specdec.engine.request import Handle, Request, check_prompt, failure
+from specdec.engine.request import Handle, Request, Status, check_prompt, failure
 from specdec.engine.scheduler import Scheduler
 from specdec.runtimes.prefill import CHUNK
 from specdec.runtimes.target import Target
@@ -144,8 +144,8 @@ class Engine:
         with self._turn:
             if thread is None and self.busy:
                 self.step()
-            elif request.finished is None:
-                request.finished, request.error = "error", SpecDecError("the engine has ended; start another")
+            elif request.status is not Status.FINISHED:
+                request.finish("error", SpecDecError("the engine has ended; start another"))
                 self._put(request, [], [])
         return False
 
@@ -243,10 +243,10 @@ class Engine:
             return [*self.batch.rows, *self.scheduler.joining.rows, *self.scheduler.waiting]
 
     def _cancel(self, row: Request) -> None:
-        row.finished = "cancelled"
         with self._gate:
-            if row in self.scheduler.waiting:
+            if row.status is Status.WAITING:
                 self.scheduler.waiting.remove(row)
+            row.finish("cancelled")
         self._end([row])
         row.settle(self.ledger.seconds)
         self._put(row, [], [])
@@ -257,7 +257,7 @@ class Engine:
         rows, why = [*self.batch.rows, *self.scheduler.joining.rows], failure(error)
         self.scheduler.forget()
         for row in rows:
-            row.finished, row.error = "error", why
+            row.finish("error", why)
             row.settle(self.ledger.seconds)
             self._put(row, [], [])
         self._wake()

@@ -7,6 +7,7 @@ import contextlib
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any
 
 from transformers import LogitsProcessor
@@ -29,6 +30,23 @@ FIELDS = {
     "logprobs": options.wholes_from(0) | options.NONE,
     "prompt_logprobs": options.BOOL,
     "scope": options.TEXT | options.NONE,
+}
+
+
+class Status(StrEnum):
+    """Where a request is: in the queue, with its prompt under way, in the batch, or at its end."""
+
+    WAITING = "waiting"
+    PREFILL = "prefill"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+NEXT = {  # a preempted request waits again
+    Status.WAITING: {Status.PREFILL, Status.FINISHED},
+    Status.PREFILL: {Status.RUNNING, Status.WAITING, Status.FINISHED},
+    Status.RUNNING: {Status.WAITING, Status.FINISHED},
+    Status.FINISHED: {Status.FINISHED},  # the step that ended it may fail
 }
 
 
@@ -62,7 +80,8 @@ class Request:
     metrics: RequestMetrics = field(init=False)
     memory: Any = field(init=False, default=None)  # the drafter's
     history: Any = field(init=False, default=None)  # the depth policy's
-    finished: str | None = field(init=False, default=None)
+    status: Status = field(init=False, default=Status.WAITING)  # changed by ``enter`` alone
+    finished: str | None = field(init=False, default=None)  # the reason, once it has ended
     error: SpecDecError | None = field(init=False, default=None)
     cancelled: bool = field(init=False, default=False)
     submitted: float = field(init=False, default=0.0)
@@ -97,23 +116,36 @@ class Request:
         """Whether log-probabilities of its prompt are still to come."""
         return self.prompt_logprobs and len(self.prompt_scored) < len(self.prompt) - 1
 
+    def enter(self, status: Status) -> None:
+        """The one place where the status changes."""
+        if status not in NEXT[self.status]:
+            raise ValueError(f"a request that is {self.status} cannot become {status}")
+        self.status = status
+
+    def finish(self, reason: str, error: SpecDecError | None = None) -> None:
+        """It ends. reason: as in ``Event.finished``."""
+        self.enter(Status.FINISHED)
+        self.finished, self.error = reason, error
+
     def take(self, tokens: Sequence[int], depths: Sequence[int]) -> None:
         """Add ``new`` tokens, up to where plain decoding would end. Those left over are not the text's, whose cache
         must not have them either. depths: of the tokens in their draft."""
         self.new = []
         if not self.left:  # only the prompt is of interest
-            self.finished, tokens = "length", ()
+            self.finish("length")
+            tokens = ()
         for token in tokens:
             if token < 0:  # the model's logits are not finite
-                self.finished = "error"
+                self.finish("error")
                 break
             self.new.append(token)
             self.metrics.num_new_tokens += 1
             try:
-                self.finished = self._reason(token)
-            except Exception as error:  # of its stop rule: it must not end others
-                self.finished, self.error = "error", failure(error)
-            if self.finished is not None:
+                reason, error = self._reason(token), None
+            except Exception as raised:  # of its stop rule: it must not end others
+                reason, error = "error", failure(raised)
+            if reason is not None:
+                self.finish(reason, error)
                 break
         self.ids += self.new
         self.depths = list(depths[: len(self.new)])

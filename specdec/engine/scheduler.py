@@ -10,7 +10,7 @@ from functools import partial
 import torch
 
 from specdec.engine.batch import Batch
-from specdec.engine.request import Request
+from specdec.engine.request import Request, Status
 from specdec.kvcache.cache import KVCache
 from specdec.kvcache.prefix import Prefix, PrefixStore, blocks, common
 from specdec.runtimes.prefill import run_tokens
@@ -107,6 +107,7 @@ class Scheduler:
         while not self._fits(DRAFTED * len(self.batch.rows)) and self.running > 1:
             youngest = max([*self.batch.rows, *self.joining.rows], key=lambda row: row.submitted)
             self.leave([youngest], keep=False)
+            youngest.enter(Status.WAITING)
             self.waiting.appendleft(youngest)
             self.preemptions += 1
         return self.preemptions > before
@@ -135,6 +136,7 @@ class Scheduler:
             if not row.metrics.num_new_tokens:
                 row.metrics.queue_seconds = time.perf_counter() - row.submitted
             self.batch.begin(row)
+            row.enter(Status.PREFILL)
             expected = self._expected(row)
             if cache is not None:
                 cache.expected = expected
@@ -219,6 +221,9 @@ class Scheduler:
                 cache.keep_state(b)
         if whole and (own := joining.remove(whole)) is not None:
             self.batch.join(whole, own)
+            for row in whole:
+                if row.status is Status.PREFILL:  # else its first token was its last
+                    row.enter(Status.RUNNING)
         return whole
 
     def leave(self, rows: Sequence[Request], keep: bool = True) -> None:
