@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from specdec.base import options
 from specdec.base.errors import SpecDecError
+from specdec.base.settings import keywords
 from specdec.kvcache.cache import KVCache
 from specdec.models import drafter_folder
 from specdec.runtimes.layer_pass import Pass
@@ -133,7 +134,7 @@ class ExitDrafter(ChainDrafter):
 
         Raises SpecDecError if there is none and one is needed, and for a folder of another drafter or model.
         """
-        known = [name for name in options.keywords(cls) if name != "network"]
+        known = [name for name in keywords(cls) if name != "network"]
         options.check(cls.name, given, (*known, *SHAPE), source if cls.training is None else None)
         if cls.needs_training:
             folder = cls.find(target, source)

@@ -194,7 +194,9 @@ def test_a_wrong_keyword_names_the_method_that_was_called(llama, decoder: SpecDe
         "open": lambda: decoder.open([PROMPT], max_tokens=5),  # type: ignore[call-arg]
     }
     for method, call in calls.items():
-        with pytest.raises(SpecDecError, match=rf"^{method} takes no 'max_tokens' \(did you mean 'max_new_tokens'\?\)"):
+        with pytest.raises(
+            SpecDecError, match=rf"^SpecDecoder.{method} takes no 'max_tokens' .did you mean 'max_new_t"
+        ):
             call()
     with pytest.raises(SpecDecError, match=r"^SpecDecoder takes no 'drafters' \(did you mean 'drafter'\?\); it takes"):
         SpecDecoder(llama, drafters="none")  # type: ignore[call-arg]
@@ -212,13 +214,13 @@ def test_a_wrong_keyword_names_the_method_that_was_called(llama, decoder: SpecDe
         ({"drafter": ""}, "no drafter is named in ''"),
         ({"drafter": "+"}, r"no drafter is named in '\+'"),
         ({"drafter": "prompt-lookup+"}, "no drafter is named in 'prompt-lookup.'"),
-        ({"drafter_options": [1]}, "drafter_options must be None or a mapping by name"),
-        ({"drafter_options": {1: 2}}, "drafter_options must be None or a mapping by name"),
+        ({"drafter_options": [1]}, "drafter_options must be a mapping by name or None"),
+        ({"drafter_options": {1: 2}}, "drafter_options must be a mapping by name or None"),
         ({"runtime": 5}, "runtime must be text"),
         ({"weights": None}, "weights must be text"),
         ({"verifier": 5}, "verifier must be text or a Verifier"),
         ({"exact": 1}, "exact must be True or False"),
-        ({"experts": 0.25}, "experts must be ExpertOptions or None"),
+        ({"experts": 0.25}, "experts must be an ExpertOptions or None"),
     ],
 )
 def test_wrong_arguments_of_the_constructor_are_refused(llama, given: dict, message: str) -> None:

@@ -546,7 +546,7 @@ def test_penalties_of_a_model_are_no_faults(folder: Path, file: Path, tmp_path: 
     ("args", "words"),
     [
         (["--drafters", "prompt-lookup,m2r2", "--dtype", "float32"], "no m2r2 drafter is shipped"),
-        (["--seed", str(2**63)], "seed must be a whole number in [0, "),
+        (["--seed", str(2**63)], "seed must be a whole number in 0 .. "),
         (["--methods", ","], "--methods names none"),
         (["--drafters", "prompt-lokup"], "did you mean 'prompt-lookup'"),
         (["--methods", "hf-looku"], "unknown method 'hf-looku' (did you mean 'hf-lookup'?)"),

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, RepetitionPenaltyLogitsProcessor, Wate
 
 from specdec import SpecDecError, SpecDecoder
 from specdec.engine.replay import first_difference, margins
-from specdec.speculation.sampling import SamplingParams
+from specdec.speculation.sampling import Sampler
 from specdec.verify.checks import expected, model_logits
 
 PROMPT, COUNT = [5, 6, 7, 8], 24
@@ -90,7 +90,7 @@ def test_replay_sees_what_was_decided_by() -> None:
     model = asking(repetition_penalty=1.7, eos_token_id=None)
     decoder = SpecDecoder(model, drafter="none")
     tokens = decoder.generate(PROMPT, max_new_tokens=COUNT).token_ids
-    made = decoder.sampler([PROMPT], [COUNT], SamplingParams())
+    made = Sampler.of([decoder.request(PROMPT, max_new_tokens=COUNT).sampling])
     assert margins(decoder.target, PROMPT, tokens, made).max() == 0 < margins(decoder.target, PROMPT, tokens).max()
     logits = model_logits(model, PROMPT, tokens, COUNT)
     assert torch.equal(logits.argmax(-1), torch.tensor(tokens))

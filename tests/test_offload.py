@@ -424,7 +424,7 @@ def test_packing_fitting_and_generating(saved, tmp_path):
         (["--expert-cache", "much"], "takes a share in (0, 1], such as 0.25, or a size"),
         (["--expert-cache", "0"], "takes a share"),
         (["--expert-cache", "0.2"], "holds 1 experts per layer, but one token needs 2"),
-        (["--expert-cache", "0.5", "--expert-prefetch", "m2r3"], "m2r2 (did you mean 'm2r2'?); got 'm2r3'"),
+        (["--expert-cache", "0.5", "--expert-prefetch", "m2r3"], "'m2r2' (did you mean 'm2r2'?); got 'm2r3'"),
         (["--expert-cache", "0.5", "--expert-prefetch", "m2r2"], "no expert predictor in"),
         (["--expert-cache", "0.5", "--expert-option", "colour=red"], "unknown setting 'colour'"),
         (["--expert-cache", "0.5", "--expert-option", "adaptive=often"], "adaptive must be True or False; got 'often'"),

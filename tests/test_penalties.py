@@ -96,7 +96,7 @@ def test_a_bias_of_100_decides() -> None:
     ("given", "says"),
     [
         (["--logit-bias", "x=1"], "--logit-bias takes TOKEN=BIAS"),
-        (["--logit-bias", "5=101"], "logit_bias must be None or a mapping of token ids to numbers in [-100, 100]"),
+        (["--logit-bias", "5=101"], "logit_bias must be a mapping of token ids to numbers in [-100, 100] or None"),
         (["--presence-penalty", "3"], "presence_penalty must be a number in [-2, 2]"),
     ],
 )

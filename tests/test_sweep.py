@@ -160,7 +160,7 @@ def test_shipped_sweeps_are_what_they_say() -> None:
         ("limit: [1, 2]\nseed: [1, 2, 3]\nzip: [[limit, seed]]\n", 3, "limit has 2, seed has 3"),
         ("limit: [1, 2]\nzip: [[limit, sed]]\nseed: [1, 2]\n", 2, "did you mean 'seed'"),
         ("resources: {cpu: 2}\n", 1, "did you mean 'cpus'"),
-        ("resources: {cpus: 0}\n", 1, "cpus must be a number above 0"),
+        ("resources: {cpus: 0}\n", 1, "cpus must be a number > 0"),
         ("weights: int4\ndtype: float32\n", 1, "cannot go with dtype float32"),
         ("activations: int8\nruntime: fused\n", 1, "cannot go with dtype auto, device auto, runtime fused"),
         ("kv_cache: int8\nruntime: fused\n", 1, "cannot go with dtype auto, device auto, runtime fused"),

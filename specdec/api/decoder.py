@@ -8,22 +8,24 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, Unpack, cast
 
 import torch
+from pydantic import Field, SkipValidation
 from torch import Tensor
-from transformers import LogitsProcessor, PreTrainedModel
+from transformers import PreTrainedModel
 
-from specdec.api.arguments import CONSTRUCTOR, ENGINE, LOADING, REQUEST
 from specdec.api.generation import Generation, GenerationOutput
-from specdec.api.text import Prompt, encode
+from specdec.api.options import DecoderOptions, GenerationOptions, Options, RequestOptions
+from specdec.api.text import Detokenizer, Prompt, encode
 from specdec.api.tuned import DEFAULTS, Tuned, place, recall
-from specdec.base import options
 from specdec.base.errors import SpecDecError
 from specdec.base.memory import free_memory
+from specdec.base.options import Count, Depth, SamplingOptions, SamplingParams
+from specdec.base.settings import Whole, checked, shown
 from specdec.engine.depth import MOST, AutoDepth, DepthPolicy, FixedDepth
 from specdec.engine.depth.measure import costs, keep
 from specdec.engine.engine import Engine
@@ -35,8 +37,10 @@ from specdec.runtimes.select import make_target, needs_cpu
 from specdec.speculation import registry
 from specdec.speculation.constraints import Compiled, Constraint, compiled
 from specdec.speculation.draft import Drafter, Verifier
-from specdec.speculation.sampling import Chooser, Sampler, SamplingParams, streams
+from specdec.speculation.sampling import Chooser, streams
 
+SAMPLING = frozenset(SamplingOptions.__annotations__)
+MAX_NEW_TOKENS = 128  # where a request does not say
 LOSSY_DEPTH = 4  # of drafts under a lossy rule that scores them, where the depth is "auto"
 PARTS = {"cpu": 96}  # tokens of new prompts in a step of an engine, by device: a few blocks of the kernels
 KEEP_EVERY = 60.0  # fewest seconds between two writes of what requests measured
@@ -72,23 +76,26 @@ class SpecDecoder:
     Raises SpecDecError if the model is unsupported or the drafter does not fit it.
     """
 
-    @options.checked("SpecDecoder", CONSTRUCTOR)
+    @checked
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: SkipValidation[PreTrainedModel],
         tokenizer: Any = None,
         drafter: str | Path | Drafter = "auto",
         *,
-        drafter_options: dict[str, Any] | None = None,
+        drafter_options: Options = None,
         runtime: str = "auto",
         weights: str = "auto",
         kv_cache: str = "auto",
         activations: str = "auto",
         verifier: str | Verifier = "exact",
-        verifier_options: dict[str, Any] | None = None,
+        verifier_options: Options = None,
         exact: bool = False,
         experts: ExpertOptions | None = None,
     ) -> None:
+        if not callable(getattr(model, "get_output_embeddings", None)):  # wrapped ones have it, too
+            wanted = "a loaded model; SpecDecoder.from_pretrained loads one by name"
+            raise SpecDecError(f"model must be {wanted}; got {shown(model)}")
         self.tuned: Tuned | None = None  # what ``specdec tune drafter`` found, where it is applied
         self._kept: Tuned | None = None  # the same, where there is anything for this model
         self.verifier = registry.verifier(verifier, verifier_options, exact)
@@ -111,18 +118,17 @@ class SpecDecoder:
         return self.target.device
 
     @classmethod
-    @options.checked("SpecDecoder.from_pretrained", LOADING, __init__)
+    @checked
     def from_pretrained(
         cls,
-        name: str = catalogue.DEFAULT_MODEL,
+        name: str | os.PathLike[str] = catalogue.DEFAULT_MODEL,
         drafter: str | Path | Drafter = "auto",
         *,
         dtype: str | torch.dtype = "auto",
         device: str | torch.device = "auto",
         revision: str | None = None,
         trust_remote_code: bool = False,
-        experts: ExpertOptions | None = None,
-        **more: Any,
+        **more: Unpack[DecoderOptions],
     ) -> SpecDecoder:
         """Load an embedded model, a Hugging Face id, a local folder or a GGUF file, and a drafter for it.
 
@@ -132,12 +138,11 @@ class SpecDecoder:
         (the native runtime, weights in int8 or int4, an 8-bit KV cache or 8-bit activations). ``device`` says which it
         is.
         dtype: as ``loading.load``.
-        experts: as in the constructor; those of a safetensors checkpoint are then never in memory all at once, and
-        after ``close`` they are in the checkpoint only. ``more`` goes to the constructor. Raises SpecDecError with the
-        reason if anything is missing or unfit.
+        more: goes to the constructor. ``experts`` of a safetensors checkpoint are never in memory all at once; after
+        ``close`` they are in the checkpoint only. Raises SpecDecError with the reason if anything is missing or unfit.
         """
-        way = {key: more.get(key, usual) for key, usual in DEFAULTS.items()}
-        options.check_values(way, CONSTRUCTOR)
+        name = os.fspath(name)
+        way = {key: str(more.get(key, usual)) for key, usual in DEFAULTS.items()}
         rounded = more.get("kv_cache", "auto"), more.get("activations", "auto")
         if device == "auto" and needs_cpu(way["runtime"], way["weights"], *rounded):
             device = "cpu"
@@ -149,12 +154,12 @@ class SpecDecoder:
             device=device,
             revision=revision,
             trust_remote_code=trust_remote_code,
-            experts=experts is None,
+            experts=more.get("experts") is None,
             check=lambda config: registry.refuse_early(drafter, config, name) if isinstance(drafter, str) else None,
         )
-        kept = recall(place(os.fspath(name), str(dtype).removeprefix("torch."), str(model.device), **way))
+        kept = recall(place(name, str(dtype).removeprefix("torch."), str(model.device), **way))
         drafter, tuned = _recalled(drafter, kept)
-        decoder = cls(model, tokenizer, drafter, experts=experts, **more)
+        decoder = cls(model, tokenizer, drafter, **more)
         decoder.tuned, decoder._kept = tuned, kept
         return decoder
 
@@ -170,9 +175,9 @@ class SpecDecoder:
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    @checked
     def with_drafter(self, drafter: str | Path | Drafter, **drafter_options: Any) -> SpecDecoder:
         """A second decoder with another drafter, sharing this one's model, tokenizer, target and verifier."""
-        options.check_values({"drafter": drafter}, CONSTRUCTOR)
         other = copy.copy(self)
         drafter, other.tuned = _recalled(drafter, self._kept)
         other.drafter = other._drafter(drafter, drafter_options)
@@ -201,96 +206,103 @@ class SpecDecoder:
             )
         return drafter
 
-    @options.checked("open", REQUEST)
+    @checked
+    def request(
+        self,
+        prompt: SkipValidation[Prompt],
+        *,
+        stream: Annotated[Whole, Field(ge=0)] = 0,
+        draft: bool = True,
+        scope: str | None = None,
+        chooser: Chooser | None = None,
+        **given: Unpack[RequestOptions],
+    ) -> Request:
+        """A request for an engine, with the penalties and the end tokens of the model's ``generation_config``.
+
+        stream: which of several answers to one prompt. draft: False decodes plainly. scope: as in ``Request``. chooser:
+        of the tokens, in place of the options of sampling, of processors and of the config.
+        Raises SpecDecError for values of the wrong type or out of range and for prompts that do not fit.
+        """
+        context, ignore_eos, logprobs = self.target.context, given.get("ignore_eos", False), given.get("logprobs")
+        ids = encode(self.tokenizer, prompt, given.get("chat"), given.get("system"), context=context)
+        check_prompt(ids, self.target)
+        limit = min(given.get("max_new_tokens", MAX_NEW_TOKENS), context - len(ids))
+        if (stops := _stops(given)) and self.tokenizer is None:
+            raise SpecDecError("stop strings need a tokenizer; give SpecDecoder one")
+        if given.get("prompt_logprobs") and logprobs is None:
+            raise SpecDecError("prompt_logprobs goes with logprobs; give the number of likely tokens, such as 1")
+        if logprobs is not None and self.verifier.threshold is not None:
+            raise SpecDecError(
+                f"verifier '{self.verifier.name}' accepts drafts without scoring them, so there are no "
+                "log-probabilities; use the verifier 'exact'"
+            )
+        if chooser is None:
+            asked: dict[str, Any] = {name: value for name, value in given.items() if name in SAMPLING}
+            params, others = SamplingParams(**asked), given.get("logits_processor", ())
+            processors = generation_config.processors(self.model, ids, limit, params.repetition_penalty, others)
+            if (rule := given.get("constraint")) is not None:
+                processors.append(self.compile(rule, ignore_eos).state(ids))
+            own = replace(params, repetition_penalty=None)  # transformers has made it
+            chooser = Chooser(own, processors, stream, start=len(ids))
+        return Request(
+            ids,
+            limit,
+            eos=frozenset() if ignore_eos else self.eos_ids(),
+            stop=Detokenizer(self.tokenizer, stops).push if stops else None,
+            draft=draft,
+            chooser=chooser,
+            logprobs=logprobs,
+            prompt_logprobs=given.get("prompt_logprobs", False),
+            scope=scope,
+        )
+
+    @checked
     def open(
         self,
-        prompts: Sequence[Prompt],
+        prompts: SkipValidation[Sequence[Prompt]],
         *,
-        max_new_tokens: int = 128,
-        num_speculative_tokens: int | str = "auto",
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        repetition_penalty: float | None = None,
-        seed: int = 0,
-        frequency_penalty: float = 0.0,
-        presence_penalty: float = 0.0,
-        logit_bias: Mapping[int, float] | None = None,
-        stop: str | Sequence[str] = (),
-        chat: bool | None = None,
-        system: str | None = None,
-        logits_processor: Sequence[LogitsProcessor] = (),
-        ignore_eos: bool = False,
-        constraint: Constraint | None = None,
-        logprobs: int | None = None,
-        prompt_logprobs: bool = False,
-        max_rows: int | None = None,
+        num_speculative_tokens: Depth = "auto",
+        max_rows: Count | None = None,
+        **given: Unpack[RequestOptions],
     ) -> Generation:
         """Start a generation: the form under ``generate`` and ``stream`` that gives text and figures as they grow.
 
-        max_new_tokens: most new tokens per row (also bounded by the model's context).
-        num_speculative_tokens: depth of each draft; "auto" chooses it from measured costs and running
-        acceptance, down to plain decoding (of ``tuned`` settings, it is theirs). temperature 0 is greedy; the options
-        from there to ``logit_bias`` are those of ``SamplingParams``. repetition_penalty: None is that of the model's
-        ``generation_config``, see ``specdec.models.generation_config``. stop: strings that end a row; special tokens in
-        them are matched, too. chat: wrap text in the chat template (None: if the tokenizer has one), after a ``system``
-        message. logits_processor: HF processors, applied to every position. ignore_eos: go on to the limit.
-        constraint: what the new text must be (Json, Regex, Grammar or Choice); the limit and stop strings may still cut
-        it. Tokens that it leaves no choice about are drafted before the drafter is asked.
-        logprobs: give the log-probability of each new token, with this many of the likeliest tokens at its position.
-        They are the model's own: before processors, temperature and constraints. prompt_logprobs: also of the prompt.
-        max_rows: most rows that are decoded at once; another begins when one has ended. None: all.
-        Raises SpecDecError for values of the wrong type or out of range and for prompts that do not fit.
+        Options: ``GenerationOptions``. Raises SpecDecError for values of the wrong type or out of range and for prompts
+        that do not fit.
         """
-        params = SamplingParams(
-            temperature, top_k, top_p, min_p, repetition_penalty, seed, frequency_penalty, presence_penalty, logit_bias
-        )
         if isinstance(prompts, Tensor) and prompts.dim() == 2:
             prompts = list(prompts)
         if not isinstance(prompts, Sequence) or isinstance(prompts, str | bytes):
-            raise SpecDecError(f"prompts must be a list of prompts; got {options.shown(prompts)}; generate takes one")
+            raise SpecDecError(f"prompts must be a list of prompts; got {shown(prompts)}; generate takes one")
         if not prompts:
             raise SpecDecError("there is no prompt to generate from")
         names = ["prompt"] if len(prompts) == 1 else [f"prompts[{i}]" for i in range(len(prompts))]
-        context = self.target.context
+        how = given.get("chat"), given.get("system")
         ids = [
-            encode(self.tokenizer, prompt, chat, system, name, context)
+            encode(self.tokenizer, prompt, *how, name, self.target.context)
             for name, prompt in zip(names, prompts, strict=True)
         ]
-        for row in ids:
-            check_prompt(row, self.target)
-        stops = [stop] if isinstance(stop, str) else list(stop)
-        if stops and self.tokenizer is None:
-            raise SpecDecError("stop strings need a tokenizer; give SpecDecoder one")
+        if (rule := given.get("constraint")) is not None:
+            given["constraint"] = self.compile(rule, given.get("ignore_eos", False))  # once for all rows
         if num_speculative_tokens == "auto" and self.tuned is not None:
             num_speculative_tokens = self.tuned.num_speculative_tokens
-        limits = [min(int(max_new_tokens), context - len(row)) for row in ids]
-        if prompt_logprobs and logprobs is None:
-            raise SpecDecError("prompt_logprobs goes with logprobs; give the number of likely tokens, such as 1")
-        if logprobs is not None:
-            self.check_logprobs()
-        rule = None if constraint is None else self.compile(constraint, ignore_eos)
-        sampler = self.sampler(ids, limits, params, logits_processor, rule)
-        ends = frozenset() if ignore_eos else self.eos_ids()
-        requests = [
-            Request(row, limit, eos=ends, chooser=chooser, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
-            for row, limit, chooser in zip(ids, limits, sampler.rows, strict=True)
-        ]
+        requests = [self.request(row, stream=n, **given) for row, n in zip(ids, streams(ids), strict=True)]
         engine = self.idle_engine(num_speculative_tokens, max_rows=max_rows or len(ids), max_waiting=len(ids))
         try:
-            return Generation(engine, requests, self.tokenizer, stops)
+            return Generation(engine, requests, self.tokenizer, _stops(given))
         except BaseException:
             engine.close()
             raise
 
-    @options.checked("generate", None, open)
-    def generate(self, prompt: Prompt, **given: Any) -> GenerationOutput:
-        """Generate from one prompt (text, token ids, a tensor, or chat messages). Options: see ``open``."""
+    @checked
+    def generate(self, prompt: SkipValidation[Prompt], **given: Unpack[GenerationOptions]) -> GenerationOutput:
+        """Generate from one prompt (text, token ids, a tensor, or chat messages)."""
         return self.generate_batch([prompt], **given)[0]
 
-    @options.checked("generate_batch", None, open)
-    def generate_batch(self, prompts: Sequence[Prompt], **given: Any) -> list[GenerationOutput]:
+    @checked
+    def generate_batch(
+        self, prompts: SkipValidation[Sequence[Prompt]], **given: Unpack[GenerationOptions]
+    ) -> list[GenerationOutput]:
         """Generate from several prompts at once; rows may differ in length, acceptance and end.
 
         A SpecDecError that ends decoding carries what was generated until then as ``outputs``.
@@ -304,23 +316,23 @@ class SpecDecoder:
                 raise
             return generation.outputs()
 
-    @options.checked("stream", None, open)
-    def stream(self, prompt: Prompt, **given: Any) -> Iterator[str]:
+    @checked
+    def stream(self, prompt: SkipValidation[Prompt], **given: Unpack[GenerationOptions]) -> Iterator[str]:
         """Yield text as it is accepted. Closing the iterator early ends the generation and frees its memory."""
         with self.open([prompt], **given) as generation:
             for pieces in generation:
                 if pieces[0]:
                     yield pieces[0]
 
-    @options.checked("engine", ENGINE)
+    @checked
     def engine(
         self,
         *,
-        max_rows: int = 16,
-        max_waiting: int = 256,
-        kv_memory: int | None = None,
-        prefill_chunk: int | None = None,
-        num_speculative_tokens: int | str = "auto",
+        max_rows: Count = 16,
+        max_waiting: Annotated[Whole, Field(ge=0)] = 256,
+        kv_memory: Count | None = None,
+        prefill_chunk: Count | None = None,
+        num_speculative_tokens: Depth = "auto",
     ) -> Engine:
         """Start an engine, which serves requests that come at any time; until it is closed, the drafter is its own.
 
@@ -340,9 +352,8 @@ class SpecDecoder:
         )
         return engine.start()
 
-    def idle_engine(self, num_speculative_tokens: int | str = "auto", **how: Any) -> Engine:
+    def idle_engine(self, num_speculative_tokens: Depth = "auto", **how: Any) -> Engine:
         """An engine whose steps the caller runs; until it is closed, the drafter is its own. how: as ``Engine``."""
-        options.check_values({"num_speculative_tokens": num_speculative_tokens}, REQUEST)
         claim = self._claim()
         try:
             policy = self._policy(num_speculative_tokens)
@@ -365,40 +376,10 @@ class SpecDecoder:
             _busy.add(id(self.drafter))
             return id(self.drafter)
 
-    def chooser(
-        self,
-        prompt: Sequence[int],
-        limit: int,
-        params: SamplingParams,
-        processors: Sequence[LogitsProcessor] = (),
-        constraint: Compiled | None = None,
-        stream: int = 0,
-    ) -> Chooser:
-        """What chooses the tokens after a prompt (token ids), at most ``limit`` new ones.
-
-        processors: HF's. stream: which of several answers to one prompt.
-        """
-        made = generation_config.processors(self.model, prompt, limit, params.repetition_penalty, processors)
-        made += [] if constraint is None else [constraint.state(prompt)]
-        own = replace(params, repetition_penalty=None)  # transformers has made it
-        return Chooser(own, made, stream, start=len(prompt))
-
-    def sampler(
-        self,
-        prompts: Sequence[Sequence[int]],
-        limits: Sequence[int],
-        params: SamplingParams,
-        processors: Sequence[LogitsProcessor] = (),
-        constraint: Compiled | None = None,
-    ) -> Sampler:
-        """The same of a batch of prompts."""
-        rows = zip(prompts, limits, streams(prompts), strict=True)
-        return Sampler.of(
-            [self.chooser(row, most, params, processors, constraint, number) for row, most, number in rows]
-        )
-
-    def compile(self, constraint: Constraint, ignore_eos: bool = False) -> Compiled:
+    def compile(self, constraint: Constraint | Compiled, ignore_eos: bool = False) -> Compiled:
         """Prepare a constraint for requests. Raises SpecDecError where it is invalid or cannot be kept."""
+        if isinstance(constraint, Compiled):
+            return constraint
         if ignore_eos:
             raise SpecDecError("a constraint ends a text, so ignore_eos cannot be given with it; leave one out")
         if self.verifier.threshold is not None:
@@ -408,15 +389,7 @@ class SpecDecoder:
             )
         return compiled(constraint, self.tokenizer, self.target.vocab_size, self.eos_ids())
 
-    def check_logprobs(self) -> None:
-        """Raise SpecDecError where tokens are accepted without a distribution."""
-        if self.verifier.threshold is not None:
-            raise SpecDecError(
-                f"verifier '{self.verifier.name}' accepts drafts without scoring them, so there are no "
-                "log-probabilities; use the verifier 'exact'"
-            )
-
-    def _policy(self, num_speculative_tokens: int | str) -> DepthPolicy:
+    def _policy(self, num_speculative_tokens: Depth) -> DepthPolicy:
         if num_speculative_tokens != "auto":
             return FixedDepth(int(num_speculative_tokens))
         if not self.drafter.drafts:
@@ -441,6 +414,11 @@ class SpecDecoder:
     def eos_ids(self) -> frozenset[int]:
         """Token ids that end a generation, as ``model.generate`` takes them."""
         return generation_config.ends(self.model, self.tokenizer)
+
+
+def _stops(given: RequestOptions) -> list[str]:
+    stop = given.get("stop", ())
+    return [stop] if isinstance(stop, str) else list(stop)
 
 
 def _recalled(drafter: str | Path | Drafter, kept: Tuned | None) -> tuple[str | Path | Drafter, Tuned | None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -53,7 +52,7 @@ class Generation:
         self.texts = [Detokenizer(tokenizer, stops) for _ in requests]
         self.row = {request: row for row, request in enumerate(requests)}
         for request, text in zip(requests, self.texts, strict=True):
-            request.stop = functools.partial(_push, text)
+            request.stop = text.push
             engine.enqueue(request)
         self.meter: Meter | None = None  # of expert loads, from the end of the prefill on
         self.open = True
@@ -121,9 +120,3 @@ class Generation:
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-
-def _push(text: Detokenizer, token: int) -> str | None:
-    """Take a new token into a row's text; return why the row ends with it, if it does."""
-    text.push(token)
-    return "stop" if text.stopped else None

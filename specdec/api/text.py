@@ -7,27 +7,29 @@ import itertools
 import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
 import torch
+from pydantic import SkipValidation
 from torch import Tensor
 
-from specdec.base import options
 from specdec.base.errors import PromptTooLongError, SpecDecError
+from specdec.base.settings import checked, shown
 
 Prompt = str | Sequence[int] | Tensor | Sequence[dict[str, str]]
 
-OPTIONS = {"chat": options.BOOL | options.NONE, "system": options.TEXT | options.NONE}
 CONTEXT = 16  # tokens before new ones with which these are decoded, at most: a token's text depends on its context
 LONG_TOKEN = 16  # characters; shorter prompts than the context holds of such tokens are tokenised to see
 PLACEHOLDERS = range(0xF0000, 0xFFFFE)  # private code points that stand for special tokens' text in a template
 _encoding = threading.Lock()  # of any tokenizer: whether it splits special tokens is a state of the tokenizer itself
 
 
+@checked
 def encode(
     tokenizer: Any,
-    prompt: Prompt,
+    prompt: SkipValidation[Prompt],
     chat: bool | None = None,
     system: str | None = None,
     name: str = "prompt",
@@ -44,19 +46,18 @@ def encode(
     context: refuse text that is too long for so many tokens before it is tokenised, which may take minutes.
     Raises SpecDecError for an empty prompt, one of another type (called ``name``), or a chat without a template.
     """
-    options.check_values({"chat": chat, "system": system}, OPTIONS)
     if isinstance(prompt, Tensor | np.ndarray):
         if isinstance(prompt, np.ndarray) and prompt.dtype.kind not in "iu":
             raise _wrong(name, f"an array of {prompt.dtype}")
         return _tensor_ids(torch.as_tensor(prompt), name)
     if not isinstance(prompt, str):
         if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray):
-            raise _wrong(name, options.shown(prompt))
-        if len(prompt) and all(map(options.is_whole, prompt)):
+            raise _wrong(name, shown(prompt))
+        if len(prompt) and all(isinstance(t, Integral) and not isinstance(t, bool) for t in prompt):
             return [int(t) for t in prompt]  # type: ignore[arg-type]
         for item in prompt:
             if not isinstance(item, Mapping) or not isinstance(item.get("role"), str):
-                raise _wrong(name, f"a list with {options.shown(item)} in it")
+                raise _wrong(name, f"a list with {shown(item)} in it")
     if len(prompt) == 0 or (isinstance(prompt, str) and not prompt.strip()):
         raise SpecDecError(f"the {name} is empty; give some text")
     if tokenizer is None:
@@ -243,7 +244,8 @@ class Detokenizer:
         self.sent = 0  # characters of the text that take() has returned
         self.stopped = False
 
-    def push(self, token: int) -> None:
+    def push(self, token: int) -> str | None:
+        """Take a new token; return "stop" if the text ends with it: the stop rule of a ``Request``."""
         self.ids.append(token)
         if token not in self.special:
             self.window.append(token)
@@ -252,6 +254,7 @@ class Detokenizer:
             self._extend(self.special[token], seen=self.special[token] in self.shown)
         if self.stop:
             self._read()
+        return "stop" if self.stopped else None
 
     def take(self) -> str:
         if not self.stop:

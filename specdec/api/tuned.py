@@ -13,6 +13,7 @@ from pathlib import Path
 
 from specdec.base.errors import SpecDecError
 from specdec.base.files import cache_dir, replace
+from specdec.base.options import Depth
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Tuned:
     """The fastest setting. speedup: over plain decoding, on ``prompts`` (name of the set, and how many of it)."""
 
     drafter: str
-    num_speculative_tokens: int | str
+    num_speculative_tokens: Depth
     speedup: float
     prompts: str
 

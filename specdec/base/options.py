@@ -1,21 +1,18 @@
-"""Options, as users give them in Python, in YAML or on the command line: one clear line for a bad one.
-
-Knows no drafter and no method: each says which options it has and what they may be. Imports nothing heavy.
+"""The options of loading and of generation: the name, the bounds and the documentation of each, for Python, the command
+line, the server and YAML; and how drafters and the command line read theirs. Imports nothing heavy.
 """
 
-from __future__ import annotations
-
-import functools
-import inspect
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from numbers import Integral, Real
-from typing import Any, ParamSpec, TypeVar
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from specdec.base import inputs
 from specdec.base.errors import SpecDecError, did_you_mean
+from specdec.base.settings import Number, Whole, checked_class, valid
 
 
 class Runtime(StrEnum):
@@ -47,111 +44,84 @@ class Activations(StrEnum):
 MAX_SEED = 2**63 - 1
 GREEDY_BELOW = 1e-5  # temperatures below it: logits / T would overflow float32, and the softmax is one-hot anyway
 
-P = ParamSpec("P")
-R = TypeVar("R")
+Count = Annotated[Whole, Field(ge=1)]
+Bias = Annotated[Number, Field(ge=-100, le=100)]
+Penalty = Annotated[Number, Field(ge=-2, le=2)]
+
+# How the next token is chosen. A description is the option's documentation, on the command line, too.
+Temperature = Annotated[Number, Field(ge=0, description="0 is greedy: always the likeliest token.")]
+TopK = Annotated[Whole, Field(ge=0, description="Keep this many likeliest tokens; 0 is off.")]
+TopP = Annotated[
+    Number, Field(gt=0, le=1, description="Keep the likeliest tokens up to this total probability; 1 is off.")
+]
+MinP = Annotated[
+    Number, Field(ge=0, le=1, description="Keep tokens at least this likely, relative to the likeliest; 0 is off.")
+]
+RepetitionPenalty = Annotated[
+    Annotated[Number, Field(gt=0)] | None,
+    Field(description="Above 1 discourages repetition, 1 is off; if not given, the model's own."),
+]
+Seed = Annotated[Whole, Field(ge=0, le=MAX_SEED, description="Same seed, same text.")]
+FrequencyPenalty = Annotated[Penalty, Field(description="Taken from a token's logit for each time it has come.")]
+PresencePenalty = Annotated[Penalty, Field(description="Taken from the logit of each token that has come.")]
+LogitBias = Annotated[
+    Mapping[Annotated[Whole, Field(ge=0)], Bias] | None,
+    Field(
+        title="a mapping of token ids to numbers in [-100, 100] or None",
+        description="Added to a token's logit; repeatable.",
+    ),
+]
+
+# What the text is, and where it ends
+MaxNewTokens = Annotated[Count, Field(description="Most new tokens; the model's context bounds them, too.")]
+Stop = Annotated[str | Sequence[str], Field(description="End before this text; repeatable.")]
+System = Annotated[str | None, Field(description="System message before the prompt.")]
+Depth = Annotated[Literal["auto"] | Count, Field(description="Tokens drafted a step; auto adapts, down to none.")]
 
 
+@checked_class
 @dataclass(frozen=True)
-class Kind:
-    """What a value may be: ``need`` completes "must be ...", ``holds`` tests it and may raise."""
+class SamplingParams:
+    """How the next token is chosen. Raises SpecDecError for a value that is out of range.
 
-    need: str
-    holds: Callable[[Any], bool]
-
-    def __or__(self, other: Kind) -> Kind:
-        return Kind(f"{self.need} or {other.need}", lambda value: self.holds(value) or other.holds(value))
-
-
-def is_whole(value: Any) -> bool:
-    """Whether ``value`` is a whole number (NumPy's included); not True and False."""
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def is_number(value: Any) -> bool:
-    """Whether ``value`` is a finite number; not True and False."""
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def wholes_from(low: int, high: int | None = None, note: str = "") -> Kind:
-    if high is None:
-        return Kind(f"a whole number >= {low}{note}", lambda value: is_whole(value) and low <= value)
-    return Kind(f"a whole number in [{low}, {high}]{note}", lambda value: is_whole(value) and low <= value <= high)
-
-
-def numbers(span: str, inside: Callable[[float], bool]) -> Kind:
-    return Kind(f"a number {span}", lambda value: is_number(value) and inside(value))
-
-
-def instance(need: str, *types: type) -> Kind:
-    return Kind(need, lambda value: isinstance(value, types))
-
-
-def lists(of: str, each: Callable[[Any], bool]) -> Kind:
-    return Kind(f"a list of {of}", lambda value: isinstance(value, Sequence) and all(map(each, value)))
-
-
-def one_of(*values: Any) -> Kind:
-    return Kind(", ".join(map(repr, values)), lambda value: any(value is v or value == v for v in values))
-
-
-BOOL = instance("True or False", bool)
-TEXT = instance("text", str)
-NONE = Kind("None", lambda value: value is None)
-SEED = wholes_from(0, MAX_SEED)
-
-
-def check_values(given: Mapping[str, Any], kinds: Mapping[str, Kind]) -> None:
-    """Raise SpecDecError for the first value that is not of its kind, naming it."""
-    for name, kind in kinds.items():
-        if name in given:
-            try:
-                good = kind.holds(given[name])
-            except Exception:  # whatever was given: comparing it may raise anything
-                good = False
-            if not good:
-                raise SpecDecError(f"{name} must be {kind.need}; got {shown(given[name])}")
-
-
-def shown(value: Any) -> str:
-    """``value`` for a message: as it is written in Python if that is short, else what it is."""
-    if value is None or isinstance(value, bool | int | float | str | bytes | list | tuple | dict):
-        text = repr(value) if not isinstance(value, int) or abs(value) < 10**30 else "a huge number"
-        if len(text) <= 60:
-            return text
-    return f"a {type(value).__name__}"
-
-
-def keywords(method: Callable[..., Any], only: bool = False) -> list[str]:
-    """The names that may (``only``: must) be given by keyword."""
-    kinds = [inspect.Parameter.KEYWORD_ONLY] + [inspect.Parameter.POSITIONAL_OR_KEYWORD] * (not only)
-    parameters = inspect.signature(method).parameters.values()
-    return [p.name for p in parameters if p.kind in kinds and p.name not in ("self", "cls")]
-
-
-def checked(
-    name: str, kinds: Mapping[str, Kind] | None = None, *others: Callable[..., Any]
-) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Have the method ``name`` refuse arguments that are not of their kind, and keywords that it does not take.
-
-    others: what the method hands its further keywords to. Raises SpecDecError.
+    temperature: 0 = greedy (the most likely token), and so is all below ``GREEDY_BELOW``. top_k: 0 = off. top_p, min_p:
+    nucleus and relative cut-off. repetition_penalty: 1 = off; None: the model's own, where a decoder knows it. seed: of
+    the noise by which tokens are drawn. frequency_penalty, presence_penalty: taken from a token's logit for each time,
+    and once if, it is among the new tokens. logit_bias: added to logits, by token.
     """
 
-    def wrap(method: Callable[P, R]) -> Callable[P, R]:
-        signature = inspect.signature(method)
-        known = list(dict.fromkeys([*keywords(method), *(k for other in others for k in keywords(other, only=True))]))
+    temperature: Temperature = 0.0
+    top_k: TopK = 0
+    top_p: TopP = 1.0
+    min_p: MinP = 0.0
+    repetition_penalty: RepetitionPenalty = None
+    seed: Seed = 0
+    frequency_penalty: FrequencyPenalty = 0.0
+    presence_penalty: PresencePenalty = 0.0
+    logit_bias: LogitBias = None
 
-        @functools.wraps(method)
-        def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            for keyword in kwargs:
-                if keyword not in known:
-                    hint = did_you_mean(keyword, known)
-                    raise SpecDecError(f"{name} takes no '{keyword}'{hint}; it takes {', '.join(known)}")
-            check_values(signature.bind(*args, **kwargs).arguments, kinds or {})
-            return method(*args, **kwargs)
+    def __post_init__(self) -> None:
+        if self.temperature < GREEDY_BELOW:
+            object.__setattr__(self, "temperature", 0.0)
 
-        return call
 
-    return wrap
+class SamplingOptions(TypedDict, total=False):
+    """Those of ``SamplingParams``, as keywords."""
+
+    temperature: Temperature
+    top_k: TopK
+    top_p: TopP
+    min_p: MinP
+    repetition_penalty: RepetitionPenalty
+    seed: Seed
+    frequency_penalty: FrequencyPenalty
+    presence_penalty: PresencePenalty
+    logit_bias: LogitBias
+
+
+def description(option: Any) -> str:
+    """The documentation of an option that is defined here."""
+    return next(each.description for each in reversed(get_args(option)) if getattr(each, "description", None))
 
 
 def check(drafter: str, given: Iterable[str], known: Sequence[str] = (), source: str | None = None) -> None:
@@ -165,22 +135,18 @@ def check(drafter: str, given: Iterable[str], known: Sequence[str] = (), source:
 
 
 def whole(name: str, value: Any, low: int, high: int | None = None) -> int:
-    """``value``, if it is a whole number in [low, high]. Raises SpecDecError otherwise."""
-    need = f">= {low}" if high is None else f"in {low} .. {high}"
-    check_values({name: value}, {name: Kind(f"a whole number {need}", wholes_from(low, high).holds)})
-    return int(value)
+    """``value``, if it is a whole number in low .. high. Raises SpecDecError otherwise."""
+    return valid(name, value, Annotated[Whole, Field(ge=low, le=high)])
 
 
 def wholes(name: str, values: Any, low: int) -> tuple[int, ...]:
     """``values``, if they are a list of whole numbers >= low. Raises SpecDecError otherwise."""
-    check_values({name: values}, {name: lists(f"whole numbers >= {low}", wholes_from(low).holds)})
-    return tuple(values)
+    return tuple(valid(name, values, Sequence[Annotated[Whole, Field(ge=low)]]))
 
 
 def probability(name: str, value: Any) -> float:
     """``value``, if it is a number in [0, 1]. Raises SpecDecError otherwise."""
-    check_values({name: value}, {name: Kind("a probability in [0, 1]", lambda p: is_number(p) and 0 <= p <= 1)})
-    return float(value)
+    return valid(name, value, Annotated[Number, Field(ge=0, le=1, title="a probability in [0, 1]")])
 
 
 def assignments(flag: str, pairs: Iterable[str]) -> dict[str, Any]:

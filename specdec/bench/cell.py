@@ -52,14 +52,26 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
 from specdec.base import options
 from specdec.base.errors import SpecDecError, did_you_mean
-from specdec.base.options import GREEDY_BELOW, MAX_SEED, Activations, KVCache, Runtime, Weights
+from specdec.base.options import (
+    GREEDY_BELOW,
+    Activations,
+    Count,
+    Depth,
+    KVCache,
+    Runtime,
+    Seed,
+    Temperature,
+    TopK,
+    TopP,
+    Weights,
+)
 from specdec.base.settings import Settings
 from specdec.models.catalogue import DEFAULT_MODEL
 from specdec.speculation import registry
@@ -88,8 +100,7 @@ OTHERS = {  # by name
 }
 
 
-Text = Annotated[str, Field(min_length=1, description="text")]
-Count = Annotated[int, Field(ge=1, description="a whole number >= 1")]
+Text = Annotated[str, Field(min_length=1)]
 
 
 def _baselines() -> tuple[str, ...]:
@@ -137,28 +148,26 @@ class Cell(Settings):
     model: Text = DEFAULT_MODEL
     dtype: Text = "auto"
     device: Text = "auto"
-    runtime: Runtime = Field(Runtime.auto, strict=False, description=f"one of {', '.join(Runtime)}")
-    weights: Weights = Field(Weights.auto, strict=False, description=f"one of {', '.join(Weights)}")
-    kv_cache: KVCache = Field(KVCache.auto, strict=False, description=f"one of {', '.join(KVCache)}")
-    activations: Activations = Field(Activations.auto, strict=False, description=f"one of {', '.join(Activations)}")
+    runtime: Runtime = Field(Runtime.auto, strict=False)
+    weights: Weights = Field(Weights.auto, strict=False)
+    kv_cache: KVCache = Field(KVCache.auto, strict=False)
+    activations: Activations = Field(Activations.auto, strict=False)
     drafter: Text = "auto"
-    drafter_options: dict[str, Any] = Field(default_factory=dict, description="a mapping")
+    drafter_options: dict[str, Any] = Field({})
     verifier: Text = "exact"
-    verifier_options: dict[str, Any] = Field(default_factory=dict, description="a mapping")
-    num_speculative_tokens: Literal["auto"] | Count = Field("auto", description="'auto' or a whole number >= 1")
-    temperature: Annotated[float, AfterValidator(lambda value: 0.0 if value < GREEDY_BELOW else value)] = Field(
-        0.0, ge=0, description="a number >= 0"
-    )
-    top_p: float = Field(1.0, gt=0, le=1, description="a number in (0, 1]")
-    top_k: int = Field(0, ge=0, description="a whole number >= 0")
-    seed: int = Field(0, ge=0, le=MAX_SEED, description=f"a whole number in [0, {MAX_SEED}]")
+    verifier_options: dict[str, Any] = Field({})
+    num_speculative_tokens: Depth = "auto"
+    temperature: Annotated[Temperature, AfterValidator(lambda value: 0.0 if value < GREEDY_BELOW else value)] = 0.0
+    top_p: TopP = 1.0
+    top_k: TopK = 0
+    seed: Seed = 0
     prompts: Text = "own"
-    limit: Count | None = Field(None, description="a whole number >= 1, or null for all")
+    limit: Annotated[Count | None, Field(title="a whole number >= 1, or null for all")] = None
     max_new_tokens: Count = 128
     batch_size: Count = 1
     repetitions: Count = 1
     against: tuple[Annotated[str, AfterValidator(_baseline)], ...] = Field(
-        ("none",), strict=False, description=f"a list of {', '.join(_baselines())}"
+        ("none",), strict=False, title=f"a list of {', '.join(_baselines())}"
     )
 
     @property

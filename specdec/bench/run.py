@@ -26,13 +26,13 @@ from specdec.bench import quality
 from specdec.bench.cell import OTHERS, Cell, check_method, check_other
 from specdec.bench.environment import environment
 from specdec.bench.figures import BenchRequest, figures
-from specdec.bench.methods import CONTEXT, PASSES, WARM_UP, Method, OwnMethod, PeakMemory
+from specdec.bench.methods import CONTEXT, PASSES, SAMPLING, WARM_UP, Method, OwnMethod, PeakMemory
 from specdec.bench.prompts import Conversation, PromptSet, load_prompts, spread
 from specdec.engine.depth import measure as costs
 from specdec.engine.replay import first_difference
 from specdec.models import loading
 from specdec.speculation import registry
-from specdec.speculation.sampling import Sampler, SamplingParams
+from specdec.speculation.sampling import Sampler, streams
 
 # Settings of a method; in the others, cells that run side by side must agree.
 OWN = ("drafter", "drafter_options", "verifier", "verifier_options", "num_speculative_tokens", "against")
@@ -246,9 +246,10 @@ class BenchRun:
             elif comparable and not (method.lossless and method.same_arithmetic):
                 equality = "differs"
             elif comparable:
-                params = SamplingParams(cell.temperature, cell.top_k, cell.top_p, seed=seed)
-                sampler = self.base.sampler(request.prompts, [count] * len(request.prompts), params)
-                difference = first_difference(target, prompt, ours, theirs, Sampler.of([sampler.rows[b]]))
+                how = {name: getattr(cell, name) for name in SAMPLING}
+                how |= {"seed": seed, "stream": streams(request.prompts)[b]}
+                same = self.base.request(prompt, max_new_tokens=count, **how)
+                difference = first_difference(target, prompt, ours, theirs, Sampler.of([same.sampling]))
                 equality = "near-tie" if difference and difference.near_tie else "fault"
             request.equality.append(equality)
             if self.lossy:

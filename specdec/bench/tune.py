@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from specdec.base.errors import SpecDecError
+from specdec.base.options import Depth
 from specdec.base.terminal import OnProgress
 from specdec.bench.cell import Cell
 from specdec.bench.run import BenchRun, Decoders
@@ -69,7 +70,7 @@ def search(decoders: Decoders, cells: list[Cell], progress: OnProgress | None = 
     best = rows[0]
     if best.speedup > 1:
         # In one run with the automatic depth: only what ran side by side is compared.
-        depths: list[int | str] = ["auto", *DEPTHS]
+        depths: list[Depth] = ["auto", *DEPTHS]
         again = measure(decoders, [best.cell.but(num_speculative_tokens=k) for k in depths], progress)
         auto = next(row for row in again if row.cell.num_speculative_tokens == "auto")
         best = again[0] if again[0].speedup >= ENOUGH * auto.speedup else auto

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from specdec.base import options, terminal
 from specdec.base.errors import SpecDecError, did_you_mean
+from specdec.base.options import SamplingParams
 from specdec.base.terminal import note, say, shown
 from specdec.cli import shared
 from specdec.cli.shared import panel
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from specdec.api.decoder import SpecDecoder
     from specdec.engine.engine import Engine
     from specdec.engine.request import Handle
-    from specdec.speculation.sampling import SamplingParams
 
 COMMANDS = {
     "/system": "TEXT: begin anew with this system message; without TEXT, with none",
@@ -60,7 +60,6 @@ def chat(
     with terminal.status("starting"):
         terminal.warn_in_lines()
         from specdec.api.decoder import SpecDecoder
-        from specdec.speculation.sampling import SamplingParams
 
         params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
         ask = _asker()
@@ -161,7 +160,6 @@ class Conversation:
         """Answer a message. What there is when Ctrl-C stops it stays in the conversation."""
         from specdec.api.pieces import Answer
         from specdec.api.text import encode
-        from specdec.serve.requests import make_request
 
         messages = [*self.messages, {"role": "user", "content": text}]
         context = self.decoder.target.context
@@ -170,7 +168,8 @@ class Conversation:
             raise SpecDecError(
                 f"the conversation has {len(ids)} tokens, the model's context {context}; /new begins anew"
             )
-        handle = self.engine.submit(make_request(self.decoder, ids, self.params, self.limit, draft=self.draft))
+        settings = {"max_new_tokens": self.limit, "draft": self.draft, **vars(self.params)}
+        handle = self.engine.submit(self.decoder.request(ids, **settings))
         answer, write = Answer(self.decoder.tokenizer), _writer(self.quiet)
         failed: BaseException | None = None
         with _stoppable(handle):

@@ -69,35 +69,24 @@ def generate(
         list[str] | None,
         _experts("--expert-option", "folder=DIR, adaptive=false; repeatable.", "KEY=VALUE"),
     ] = None,
-    system: Annotated[str | None, _text("--system", "System message before the prompt.", "TEXT")] = None,
+    system: Annotated[str | None, _text("--system", options.System, "TEXT")] = None,
     raw: Annotated[bool, _text("--raw", "Use the prompt as it is, without the chat template.")] = False,
-    stop: Annotated[
-        list[str] | None, _text("--stop", "End before this text; repeatable.", "TEXT", show_default=False)
-    ] = None,
+    stop: Annotated[list[str] | None, _text("--stop", options.Stop, "TEXT", show_default=False)] = None,
     json_schema: Annotated[
         Path | None, _text("--json-schema", "Constrain the text to JSON that this schema allows.", "FILE")
     ] = None,
-    max_new_tokens: Annotated[int, _text("--max-new-tokens", "Most new tokens.", "N", min=1)] = 128,
+    max_new_tokens: Annotated[int, _text("--max-new-tokens", options.MaxNewTokens, "N", min=1)] = 128,
     num_speculative_tokens: shared.Depth = "auto",
     temperature: shared.Temperature = 0.0,
     top_p: shared.TopP = 1.0,
     top_k: shared.TopK = 0,
-    min_p: Annotated[
-        float, _sampling("--min-p", "Keep tokens at least this likely, relative to the likeliest.", "P")
-    ] = 0.0,
+    min_p: Annotated[float, _sampling("--min-p", options.MinP, "P")] = 0.0,
     repetition_penalty: Annotated[
-        float | None,
-        _sampling("--repetition-penalty", "Above 1 discourages repetition; if not given, the model's own.", "R"),
+        float | None, _sampling("--repetition-penalty", options.RepetitionPenalty, "R")
     ] = None,
-    frequency_penalty: Annotated[
-        float, _sampling("--frequency-penalty", "Taken from a token's logit for each time it has come.", "P")
-    ] = 0.0,
-    presence_penalty: Annotated[
-        float, _sampling("--presence-penalty", "Taken from the logit of each token that has come.", "P")
-    ] = 0.0,
-    logit_bias: Annotated[
-        list[str] | None, _sampling("--logit-bias", "Added to a token's logit; repeatable.", "TOKEN=BIAS")
-    ] = None,
+    frequency_penalty: Annotated[float, _sampling("--frequency-penalty", options.FrequencyPenalty, "P")] = 0.0,
+    presence_penalty: Annotated[float, _sampling("--presence-penalty", options.PresencePenalty, "P")] = 0.0,
+    logit_bias: Annotated[list[str] | None, _sampling("--logit-bias", options.LogitBias, "TOKEN=BIAS")] = None,
     seed: shared.Seed = 0,
     compare: Annotated[
         bool, _output("--compare", "Also decode plainly: speedup, and is the output identical?")
@@ -116,20 +105,20 @@ def generate(
         from specdec.api.comparison import compare as compared
         from specdec.api.decoder import SpecDecoder
         from specdec.api.text import encode
-        from specdec.speculation.sampling import SamplingParams
+        from specdec.speculation.sampling import Sampler
 
         # What can be checked without the model comes first: it may have to be downloaded.
         bias = _bias(logit_bias or [])
-        params = SamplingParams(
+        params = options.SamplingParams(
             temperature, top_k, top_p, min_p, repetition_penalty, seed, frequency_penalty, presence_penalty, bias
         )
-        settings: dict[str, Any] = {
+        asked: dict[str, Any] = {
             "max_new_tokens": max_new_tokens,
-            "num_speculative_tokens": shared.depth(num_speculative_tokens),
             **vars(params),
             "stop": stop,
             "constraint": None if json_schema is None else _schema(json_schema),
         }
+        settings = {"num_speculative_tokens": shared.depth(num_speculative_tokens), **asked}
         registry.parse(drafter)
         rule_options = options.assignments("--verifier-option", verifier_option or [])
         if exit_threshold is not None:
@@ -181,9 +170,7 @@ def generate(
         baseline, failed = _decode(plain, ids, baseline_settings, _discard, silent)
         interrupted = baseline.finish_reason == "interrupted"
         if not interrupted:
-            limit = min(max_new_tokens, decoder.target.context - len(ids))
-            constraint = None if json_schema is None else decoder.compile(settings["constraint"])
-            sampler = decoder.sampler([ids], [limit], params, constraint=constraint)
+            sampler = Sampler.of([decoder.request(ids, **asked).sampling])
             comparison = compared(decoder, ids, sampler, output, baseline)
 
     if as_json:

@@ -19,10 +19,11 @@ INTERRUPTED = 130  # exit code of Ctrl-C
 
 
 def panel(title: str) -> Callable[..., Any]:
-    """A maker of options listed under ``title`` in the help."""
+    """A maker of options listed under ``title`` in the help, which is text or that of a type of ``base.options``."""
 
-    def option(name: str, help: str, metavar: str | None = None, **more: Any) -> Any:
-        return typer.Option(name, help=help, metavar=metavar, rich_help_panel=title, **more)
+    def option(name: str, help: Any, metavar: str | None = None, **more: Any) -> Any:
+        text = help if isinstance(help, str) else options.description(help)
+        return typer.Option(name, help=text, metavar=metavar, rich_help_panel=title, **more)
 
     return option
 
@@ -88,13 +89,11 @@ DataDir = Annotated[
 ]
 Limit = Annotated[int | None, typer.Option(min=1, help="Conversations, spread over the set; all if not given.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Most new tokens of an answer.")]
-Depth = Annotated[
-    str, typer.Option("--num-speculative-tokens", metavar="K", help="Tokens drafted a step; auto adapts, down to none.")
-]
-Temperature = Annotated[float, _sampling("--temperature", "0 is greedy: always the likeliest token.", "T")]
-TopP = Annotated[float, _sampling("--top-p", "Keep the likeliest tokens up to this total probability.", "P")]
-TopK = Annotated[int, _sampling("--top-k", "Keep this many likeliest tokens; 0 is off.", "N")]
-Seed = Annotated[int, _sampling("--seed", "Same seed, same text.", "N")]
+Depth = Annotated[str, typer.Option("--num-speculative-tokens", metavar="K", help=options.description(options.Depth))]
+Temperature = Annotated[float, _sampling("--temperature", options.Temperature, "T")]
+TopP = Annotated[float, _sampling("--top-p", options.TopP, "P")]
+TopK = Annotated[int, _sampling("--top-k", options.TopK, "N")]
+Seed = Annotated[int, _sampling("--seed", options.Seed, "N")]
 JsonLine = Annotated[bool, _output("--json", "End with everything as one line of JSON.")]
 
 

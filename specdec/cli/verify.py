@@ -72,11 +72,10 @@ def verify(
         from specdec.api.decoder import SpecDecoder
         from specdec.bench.prompts import load_prompts, spread
         from specdec.models.gguf.blocks import dense
-        from specdec.speculation.sampling import SamplingParams
         from specdec.verify.certificate import Certificate, CheckPlan
 
         terminal.warn_in_lines()
-        params = SamplingParams(temperature, top_k, top_p, seed=seed)
+        params = options.SamplingParams(temperature, top_k, top_p, seed=seed)
         rule = registry.verifier(verifier, options.assignments("--verifier-option", verifier_option or []))
         registry.parse(drafter)
         found = load_prompts(prompts, data_dir)

@@ -8,29 +8,20 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field, SkipValidation
 from transformers import LogitsProcessor
 
-from specdec.base import options
 from specdec.base.errors import SpecDecError
+from specdec.base.options import SamplingParams
+from specdec.base.settings import Whole, checked_class
 from specdec.engine.logprobs import TokenLogprob
 from specdec.engine.metrics import RequestMetrics
 from specdec.runtimes.target import Target
-from specdec.speculation.sampling import Chooser, SamplingParams
+from specdec.speculation.sampling import Chooser
 
-IDS = options.lists("token ids (whole numbers)", options.is_whole)
-FIELDS = {
-    "prompt": IDS,
-    "limit": options.wholes_from(0),
-    "stream": options.wholes_from(0, 2**64 - 1),
-    "eos": options.Kind("a set of token ids", lambda value: all(map(options.is_whole, value))),
-    "stop": options.Kind("callable", callable) | options.NONE,
-    "draft": options.BOOL,
-    "logprobs": options.wholes_from(0) | options.NONE,
-    "prompt_logprobs": options.BOOL,
-    "scope": options.TEXT | options.NONE,
-}
+Ids = Annotated[Sequence[Whole], Field(title="a list of token ids (whole numbers)")]
 
 
 class Status(StrEnum):
@@ -50,6 +41,7 @@ NEXT = {  # a preempted request waits again
 }
 
 
+@checked_class
 @dataclass(eq=False)
 class Request:
     """A row of the engine's batch.
@@ -62,16 +54,16 @@ class Request:
     from what has been run of it. Raises SpecDecError for what is not of its kind.
     """
 
-    prompt: list[int]
-    limit: int
+    prompt: Ids
+    limit: Annotated[Whole, Field(ge=0)]
     params: SamplingParams = field(default_factory=SamplingParams)
-    processors: Sequence[LogitsProcessor] = ()
-    stream: int = 0
-    eos: frozenset[int] = frozenset()
+    processors: SkipValidation[Sequence[LogitsProcessor]] = ()
+    stream: Annotated[Whole, Field(ge=0, le=2**64 - 1)] = 0
+    eos: Annotated[frozenset[Whole], Field(title="a set of token ids")] = frozenset()
     stop: Callable[[int], str | None] | None = None
     draft: bool = True
     chooser: Chooser | None = None  # instead of params, processors and stream
-    logprobs: int | None = None
+    logprobs: Annotated[Whole, Field(ge=0)] | None = None
     prompt_logprobs: bool = False
     scope: str | None = None
 
@@ -94,8 +86,7 @@ class Request:
     prompt_scored: list[TokenLogprob] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
-        options.check_values(vars(self), FIELDS)
-        self.prompt = list(map(int, self.prompt))
+        self.prompt = list(self.prompt)
         self.ids = list(self.prompt)
         self.metrics = RequestMetrics(len(self.prompt))
         if self.chooser is None:

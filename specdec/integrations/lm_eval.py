@@ -17,8 +17,7 @@ from lm_eval.api.registry import register_model
 
 from specdec.api.decoder import SpecDecoder
 from specdec.base.errors import SpecDecError
-
-SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+from specdec.base.options import SamplingOptions
 
 
 @register_model("specdec")  # type: ignore[untyped-decorator]
@@ -141,7 +140,9 @@ class SpecDecLM(TemplateLM):  # type: ignore[misc]
 def _options(given: dict[str, Any], most: int) -> dict[str, Any]:
     """lm-eval's options of a generation as ``generate_batch`` takes them."""
     until = given.get("until") or []
-    options: dict[str, Any] = {name: given[name] for name in SAMPLING if given.get(name) is not None}
+    options: dict[str, Any] = {
+        name: given[name] for name in SamplingOptions.__annotations__ if given.get(name) is not None
+    }
     if not given.get("do_sample", bool(options.get("temperature"))):
         options["temperature"] = 0.0
     count = next((given[name] for name in ("max_gen_toks", "max_new_tokens", "max_tokens") if given.get(name)), most)

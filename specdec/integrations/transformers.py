@@ -11,7 +11,7 @@ import copy
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Unpack, cast
 
 import torch
 from torch import Tensor
@@ -36,10 +36,12 @@ from transformers import (
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.logits_process import TopHLogitsWarper
 
-from specdec.api.arguments import CONSTRUCTOR, REQUEST
 from specdec.api.decoder import SpecDecoder
-from specdec.base import options, terminal
+from specdec.api.options import DecoderOptions
+from specdec.base import terminal
 from specdec.base.errors import SpecDecError
+from specdec.base.options import Depth, SamplingParams, Stop
+from specdec.base.settings import checked
 from specdec.engine.engine import Engine
 from specdec.engine.metrics import RequestMetrics
 from specdec.engine.request import Request
@@ -50,7 +52,7 @@ from specdec.runtimes.select import CHOICES, check_names
 from specdec.runtimes.target import Target
 from specdec.speculation import registry
 from specdec.speculation.draft import Drafter
-from specdec.speculation.sampling import Chooser, SamplingParams, Transforms, streams
+from specdec.speculation.sampling import Chooser, Transforms, streams
 
 OF_A_BATCH = (  # processors that hold something for each row of the call
     EncoderNoRepeatNGramLogitsProcessor,
@@ -70,7 +72,6 @@ WARPERS = (  # those that read no tokens: they take all positions at once
 )
 PREPARED = ("position_ids", "cache", "use_cache", "logits_to_keep")  # by transformers, for a forward of its own
 MODES = ("greedy_search", "sample")
-SETTINGS = CONSTRUCTOR | {"num_speculative_tokens": REQUEST["num_speculative_tokens"]}
 
 
 class SpecGenerate:
@@ -86,23 +87,22 @@ class SpecGenerate:
     Raises SpecDecError for unknown names, and for values that ``SpecDecoder`` does not take.
     """
 
-    @options.checked("SpecGenerate", SETTINGS, SpecDecoder.__init__)
+    @checked
     def __init__(
         self,
         drafter: str | Path | Drafter = "auto",
         *,
         tokenizer: Any = None,
-        stop_strings: str | Sequence[str] = (),
+        stop_strings: Stop = (),
         streamer: Any = None,
-        num_speculative_tokens: int | str = "auto",
-        **more: Any,
+        num_speculative_tokens: Depth = "auto",
+        **more: Unpack[DecoderOptions],
     ) -> None:
         if stop_strings and tokenizer is None:
             raise SpecDecError("stop_strings need a tokenizer; give SpecGenerate(tokenizer=...) one")
-        options.check_values(more, SETTINGS)
         if isinstance(drafter, str):
             registry.parse(drafter)
-        check_names(**{name: more[name] for name in CHOICES if name in more})
+        check_names(**{name: str(value) for name, value in more.items() if name in CHOICES})
         registry.verifier(more.get("verifier", "exact"), more.get("verifier_options"), more.get("exact", False))
         self.drafter, self.tokenizer, self.streamer, self.more = drafter, tokenizer, streamer, more
         self.stop_strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
@@ -153,8 +153,11 @@ class SpecGenerate:
         call = _Call(input_ids, criteria, config)
         rows = _choosers(prompts, input_ids, list(logits_processor), config.do_sample, generator, call.records)
         requests = [
-            Request(prompt, new, eos=call.ends, chooser=chooser) for prompt, chooser in zip(prompts, rows, strict=True)
+            decoder.request(prompt, max_new_tokens=new, chooser=chooser)
+            for prompt, chooser in zip(prompts, rows, strict=True)
         ]
+        for request in requests:
+            request.eos = call.ends
         engine = decoder.idle_engine(self.num_speculative_tokens, max_rows=len(requests))
         try:
             call.run(engine, requests, self.streamer)

@@ -8,7 +8,7 @@ top-p, max_new_tokens, beams) is the caller's to say. Knows no drafter and no ru
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ def processors(
     prompt: Sequence[int],
     max_new_tokens: int,
     repetition_penalty: float | None = None,
-    others: Sequence[LogitsProcessor] = (),
+    others: Sequence[Callable[..., Any]] = (),
 ) -> list[LogitsProcessor]:
     """The logits processors of a request, made by transformers itself; empty if nothing asks for any.
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from specdec.base.options import MAX_SEED
+from specdec.base import options
 from specdec.speculation.constraints import Json
 
 
@@ -26,11 +26,8 @@ MAX_CALLS = 128
 Text = Annotated[str, Field(min_length=1)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 Top = Annotated[int, Field(ge=0, le=20)]
-Penalty = Annotated[float, Field(ge=-2, le=2)] | None
 TokenId = Annotated[str, AfterValidator(_token_id)]
-Biases = Annotated[
-    dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(lambda given: _few(given, MAX_BIASES))
-]
+Biases = Annotated[dict[TokenId, options.Bias], BeforeValidator(lambda given: _few(given, MAX_BIASES))]
 Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
 Messages = Annotated[list["Message"], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
 Prompts = Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)
@@ -120,19 +117,19 @@ class Sampling(Strict):
 
     model: str
     max_tokens: Annotated[int, Field(ge=1)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    temperature: Annotated[options.Temperature, Field(le=2)] | None = None
+    top_p: options.TopP | None = None
+    top_k: Annotated[options.TopK, Field(le=2**31 - 1)] | None = None
+    min_p: options.MinP | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
-    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
+    seed: options.Seed | None = None
     n: Annotated[int, Field(ge=1)] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
-    frequency_penalty: Penalty = None
-    presence_penalty: Penalty = None
+    frequency_penalty: options.FrequencyPenalty | None = None
+    presence_penalty: options.PresencePenalty | None = None
     logit_bias: Biases | None = None
     metadata: Any = None  # this and what follows changes nothing
     prompt_cache_key: Any = None
@@ -164,6 +161,12 @@ class Sampling(Strict):
     def bias(self) -> dict[int, float]:
         """Of logits, by token id."""
         return {int(token): bias for token, bias in (self.logit_bias or {}).items()}
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """Those of ``SamplingParams`` that are given."""
+        given = self.model_dump(include={*options.SamplingOptions.__annotations__}, exclude_none=True)
+        return given | {"logit_bias": self.bias}
 
     @property
     def limit(self) -> int | None:

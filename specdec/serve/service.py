@@ -16,12 +16,11 @@ from specdec.engine.request import Request
 from specdec.serve.choice import Choice
 from specdec.serve.errors import ApiError
 from specdec.serve.metrics import Metrics
-from specdec.serve.requests import make_request
 from specdec.serve.schema import ChatBody, CompletionBody, Message, Sampling, TokenizeBody
 from specdec.serve.settings import Settings
 from specdec.serve.tools import ToolForm, form_of, grammar_of
 from specdec.speculation.constraints import Compiled, Constraint
-from specdec.speculation.sampling import SamplingParams, streams
+from specdec.speculation.sampling import streams
 
 TEMPERATURE = 1.0  # OpenAI's default
 TOO_LONG = "context_length_exceeded"
@@ -60,7 +59,6 @@ class Service:
             message = f"{body.limit} new tokens are too many; this server gives at most {cap}"
             raise ApiError(400, message, "max_tokens", "invalid_value")
         if body.top is not None:
-            self.decoder.check_logprobs()
             bounds = [bound for bound in (body.limit, cap, self.context) if bound is not None]
             if n * prompts > 1 and n * prompts * min(bounds) * (1 + body.top) > MAX_SCORED:
                 message = (
@@ -165,8 +163,7 @@ class Service:
         choices: list[Choice] = []
         try:
             for index, (prompt, stream) in enumerate(zip(rows, streams(rows), strict=True)):
-                request = self._request(prompt, body, seed, stream, rule)
-                request.scope = scope
+                request = self._request(prompt, body, rule, seed=seed, stream=stream, scope=scope)
                 handle = self.engine.submit(request)
                 choices.append(Choice(index, handle, prompt, self.tokenizer, body.stops, self.metrics, shown))
         except QueueFullError as error:
@@ -189,29 +186,18 @@ class Service:
             choice.close()
             self.metrics.ended(choice.handle.metrics, choice.answer.finish or "abort", now - choice.began)
 
-    def _request(self, prompt: list[int], body: Sampling, seed: int, stream: int, rule: Compiled | None) -> Request:
-        bounds = [bound for bound in (body.limit, self.settings.max_tokens) if bound is not None]
-        params = SamplingParams(
-            temperature=TEMPERATURE if body.temperature is None else body.temperature,
-            top_k=body.top_k or 0,
-            top_p=1.0 if body.top_p is None else body.top_p,
-            min_p=body.min_p or 0.0,
-            repetition_penalty=body.repetition_penalty,
-            seed=seed,
-            frequency_penalty=body.frequency_penalty or 0.0,
-            presence_penalty=body.presence_penalty or 0.0,
-            logit_bias=body.bias,
-        )
-        return make_request(
-            self.decoder,
+    def _request(self, prompt: list[int], body: Sampling, rule: Compiled | None, **how: Any) -> Request:
+        limit = min(bound for bound in (body.limit, self.settings.max_tokens, self.context) if bound is not None)
+        request = self.decoder.request(
             prompt,
-            params,
-            min(bounds, default=None),
-            body.stops,
-            stream=stream,
+            max_new_tokens=max(limit, 1),
+            **{"temperature": TEMPERATURE, **body.sampling, **how},
+            stop=body.stops,
             ignore_eos=body.ignore_eos,
             draft=body.speculative_decoding,
             constraint=rule,
             logprobs=body.top,
             prompt_logprobs=body.top is not None and isinstance(body, CompletionBody) and body.echo,
         )
+        request.limit = min(request.limit, limit)  # 0: the prompt alone is scored
+        return request

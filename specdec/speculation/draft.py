@@ -19,6 +19,7 @@ from torch import Tensor
 from specdec.base import options
 from specdec.base.devices import upload, waits
 from specdec.base.errors import SpecDecError, SpecDecWarning
+from specdec.base.settings import keywords
 from specdec.models import drafter_folder
 from specdec.speculation.trees import Prices
 
@@ -238,7 +239,7 @@ class Drafter(ABC):
 
         Here without a source; options are the arguments of the constructor.
         """
-        options.check(cls.name, given, options.keywords(cls), source)
+        options.check(cls.name, given, keywords(cls), source)
         return cls(**given)
 
     @classmethod

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from specdec.base.errors import SpecDecError, did_you_mean
-from specdec.base.options import keywords
+from specdec.base.settings import keywords
 
 if TYPE_CHECKING:
     from specdec.speculation.draft import Verifier

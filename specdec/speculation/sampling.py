@@ -11,8 +11,7 @@ order, and the penalties and the bias of OpenAI's interface. Knows nothing about
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
 import torch
@@ -26,62 +25,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from specdec.base import options
+from specdec.base.options import SamplingParams
 from specdec.speculation.constraints import ConstraintState
 
-_PENALTY = options.numbers("in [-2, 2] (0 = off)", lambda value: -2 <= value <= 2)
-SAMPLING = {
-    "temperature": options.numbers(">= 0 (0 = greedy)", lambda value: value >= 0),
-    "top_k": options.wholes_from(0, note=" (0 = off)"),
-    "top_p": options.numbers("in (0, 1] (1 = off)", lambda value: 0 < value <= 1),
-    "min_p": options.numbers("in [0, 1] (0 = off)", lambda value: 0 <= value <= 1),
-    "repetition_penalty": options.NONE | options.numbers("> 0 (1 = off)", lambda value: value > 0),
-    "seed": options.SEED,
-    "frequency_penalty": _PENALTY,
-    "presence_penalty": _PENALTY,
-    "logit_bias": options.NONE
-    | options.Kind(
-        "a mapping of token ids to numbers in [-100, 100]",
-        lambda value: all(
-            options.is_whole(token) and token >= 0 and options.is_number(bias) and -100 <= bias <= 100
-            for token, bias in value.items()
-        ),
-    ),
-}
-
 Prefixes = Callable[[], Sequence[Sequence[Sequence[int]]]]  # [B][T]: the tokens before each position
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How the next token is chosen.
-
-    temperature: 0 = greedy (the most likely token), and so is all below ``options.GREEDY_BELOW``. top_k: 0 = off.
-    top_p, min_p: nucleus and relative cut-off. repetition_penalty: 1 = off; None: the model's own, where a decoder
-    knows it. seed: of the noise by which tokens are drawn, a whole number in [0, 2**63 - 1]. frequency_penalty,
-    presence_penalty: taken from a token's logit for each time, and once if, it is among the new tokens. logit_bias:
-    added to logits, by token.
-    """
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float | None = None
-    seed: int = 0
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
-    logit_bias: Mapping[int, float] | None = None
-
-    def __post_init__(self) -> None:
-        options.check_values(vars(self), SAMPLING)
-        for name, value in vars(self).items():  # NumPy's numbers become Python's
-            if isinstance(value, Mapping):
-                object.__setattr__(self, name, {int(token): float(bias) for token, bias in value.items()})
-            elif value is not None:
-                object.__setattr__(self, name, int(value) if options.is_whole(value) else float(value))
-        if self.temperature < options.GREEDY_BELOW:
-            object.__setattr__(self, "temperature", 0.0)
 
 
 class Penalties(LogitsProcessor):  # type: ignore[misc]

@@ -41,10 +41,10 @@ KEYS = ("name", "description", "zip", "exclude", "resources", *GROUPS, *SETTINGS
 class Resources(Settings):
     """What one cell needs of a cluster. workers: most cells at once; None: as many as fit."""
 
-    cpus: float = Field(1, gt=0, description="a number above 0")
-    gpus: float = Field(0, ge=0, description="a number >= 0")
-    memory_gb: float = Field(0, ge=0, description="a number >= 0")
-    workers: int | None = Field(None, gt=0, description="a whole number above 0")
+    cpus: float = Field(1, gt=0)
+    gpus: float = Field(0, ge=0)
+    memory_gb: float = Field(0, ge=0)
+    workers: int | None = Field(None, gt=0)
 
 
 @dataclass(frozen=True)

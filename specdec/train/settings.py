@@ -20,7 +20,7 @@ from pydantic import (
 
 from specdec.base import inputs
 from specdec.base.errors import SpecDecError, did_you_mean
-from specdec.base.options import shown
+from specdec.base.settings import shown
 
 DROPPED = ("compile", "learning_rate", "leap_rate", "search_gain")  # of earlier versions; those rates were absolute
 RENAMED = {"final_leap": "final_projection"}

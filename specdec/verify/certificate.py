@@ -11,6 +11,7 @@ import torch
 from specdec.api.decoder import SpecDecoder
 from specdec.api.text import encode
 from specdec.base.errors import SpecDecError
+from specdec.base.options import Depth
 from specdec.base.terminal import OnProgress
 from specdec.bench.environment import environment
 from specdec.bench.prompts import Conversation
@@ -28,7 +29,7 @@ class CheckPlan:
 
     positions: None is ``POSITIONS``, as far as the first answer reaches."""
 
-    depths: Sequence[int | str]
+    depths: Sequence[Depth]
     conversations: Sequence[Conversation]
     max_new_tokens: int
     draws: int

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from specdec.api.decoder import SpecDecoder
+from specdec.base.options import Depth
 from specdec.engine.replay import NEAR_TIE
 from specdec.models import generation_config
 from specdec.speculation.sampling import Sampler, SamplingParams
@@ -58,7 +59,7 @@ class Greedy:
     best one. faults: what neither explains, at most ``SHOWN`` in detail. strict: float32, where answers must be equal.
     """
 
-    depth: int | str
+    depth: Depth
     strict: bool
     answers: int = 0
     tokens: int = 0
@@ -128,7 +129,7 @@ def fit(
     position: int,
     draws: int,
     params: SamplingParams,
-    depth: int | str,
+    depth: Depth,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> Fit:
     """Draw ``draws`` continuations of ``context``, up to ``TAIL`` tokens each, and test all their tokens together.

@@ -44,12 +44,10 @@ class ExpertOptions(Settings):
     changed. adaptive: stop prefetching where it does not pay.
     """
 
-    cache: float | int = Field(0.25, description="a share (float) or a number of bytes (int)")
-    prefetch: Literal["none", "previous-token", "residual", "m2r2"] = Field(
-        "none", description="none, previous-token, residual or m2r2"
-    )
-    folder: Path | None = Field(None, description="a Path or None")
-    adaptive: bool = Field(True, description="True or False")
+    cache: float | int = Field(0.25, title="a share (float) or a number of bytes (int)")
+    prefetch: Literal["none", "previous-token", "residual", "m2r2"] = "none"
+    folder: Path | None = None
+    adaptive: bool = True
 
     def __init__(self, cache: float = 0.25, prefetch: str = "none", folder: Path | None = None, **more: Any) -> None:
         super().__init__(cache=cache, prefetch=prefetch, folder=folder, **more)
