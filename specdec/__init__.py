@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from specdec.api.decoder import SpecDecoder
     from specdec.api.generation import Generation, GenerationOutput
+    from specdec.api.options import DecoderOptions, GenerationOptions, RequestOptions
     from specdec.base.errors import SpecDecError
+    from specdec.base.options import SamplingParams
     from specdec.engine.engine import Engine
     from specdec.engine.logprobs import TokenLogprob
     from specdec.engine.metrics import RequestMetrics
     from specdec.engine.request import Event, Handle, Request
     from specdec.speculation.constraints import Choice, Grammar, Json, Regex
     from specdec.speculation.draft import Acceptance, Draft, Drafter, DrafterWarning, State, Verifier
-    from specdec.speculation.sampling import SamplingParams
 
 # OpenMP reads this when torch is imported: threads that wait spin for up to half a millisecond and then sleep. By
 # default they spin for up to 15, on cores that those they wait for may need.
@@ -28,12 +29,14 @@ __version__ = version("specdec-m2r2")
 __all__ = [
     "Acceptance",
     "Choice",
+    "DecoderOptions",
     "Draft",
     "Drafter",
     "DrafterWarning",
     "Engine",
     "Event",
     "Generation",
+    "GenerationOptions",
     "GenerationOutput",
     "Grammar",
     "Handle",
@@ -41,6 +44,7 @@ __all__ = [
     "Regex",
     "Request",
     "RequestMetrics",
+    "RequestOptions",
     "SamplingParams",
     "SpecDecError",
     "SpecDecoder",
@@ -52,6 +56,7 @@ __all__ = [
 _MODULES = {
     "api.decoder": ("SpecDecoder",),
     "api.generation": ("Generation", "GenerationOutput"),
+    "api.options": ("DecoderOptions", "GenerationOptions", "RequestOptions"),
     "speculation.constraints": ("Choice", "Grammar", "Json", "Regex"),
     "speculation.draft": ("Acceptance", "Draft", "Drafter", "DrafterWarning", "State", "Verifier"),
     "base.errors": ("SpecDecError",),
@@ -59,7 +64,7 @@ _MODULES = {
     "engine.logprobs": ("TokenLogprob",),
     "engine.metrics": ("RequestMetrics",),
     "engine.request": ("Event", "Handle", "Request"),
-    "speculation.sampling": ("SamplingParams",),
+    "base.options": ("SamplingParams",),
 }
 
 

@@ -24,7 +24,7 @@ from tiny import save_tiny
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from specdec import SpecDecoder
+from specdec import SamplingParams, SpecDecoder
 from specdec.engine.engine import EngineStats
 from specdec.engine.metrics import RequestMetrics
 from specdec.engine.request import Event, Request
@@ -228,13 +228,15 @@ def stand_in(tokenizer: Any, context: int = 4096, vocab: int = 512) -> Any:
     """A decoder for servers around ``Replay``: a tokenizer, and nothing to decode with."""
     target = SimpleNamespace(context=context, vocab_size=vocab)
     drafter = SimpleNamespace(label="none")
-    return SimpleNamespace(
+    made = SimpleNamespace(
         tokenizer=tokenizer,
         target=target,
         drafter=drafter,
+        verifier=SimpleNamespace(threshold=None),
         eos_ids=lambda: frozenset({0}),
-        chooser=lambda prompt, limit, params, *more: Chooser(params),
     )
+    made.request = lambda prompt, **given: SpecDecoder.request(made, prompt, chooser=Chooser(SamplingParams()), **given)
+    return made
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
