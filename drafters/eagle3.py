@@ -112,11 +112,13 @@ class Eagle3Drafter(ChainDrafter):
 
     def candidates(self, state: State, limit: int) -> list[Candidates] | None:
         self._catch_up(state)
-        return [self._tree(state, limit)] if self._grows(state) else None
+        return [self._tree(state, limit, self.width)] if self._grows(state) else None
 
     def propose(self, state: State, limit: int) -> Draft:
-        if (found := self.candidates(state, limit)) is not None:
-            return finish(found, limit, self.shape.nodes, state, found[0].levels())
+        self._catch_up(state)
+        if self._grows(state):
+            found = self._tree(state, limit, self.width if self.shape.nodes or state.prices else 1)
+            return finish([found], limit, self.shape.nodes, state, found.levels())
         rows: list[Eagle3Row] = state.memory
         known, drafted = torch.cat([row.last for row in rows]), -1  # (B, 1, D'); tokens drafted so far
 
@@ -135,8 +137,8 @@ class Eagle3Drafter(ChainDrafter):
         worth = bool(self.shape.nodes) or not waits(state.cache.device)
         return verified and worth and self.shape.siblings is None
 
-    def _tree(self, state: State, limit: int) -> Candidates:
-        [row], prices, nodes = state.memory, state.prices, self.shape.nodes
+    def _tree(self, state: State, limit: int, width: int) -> Candidates:
+        [row] = state.memory
         known, level, position = row.last, 0, len(state.ids[0]) - 1
 
         def step(tokens: Tensor, parents: Tensor, paths: Tensor) -> Tensor:
@@ -149,8 +151,7 @@ class Eagle3Drafter(ChainDrafter):
             level += 1
             return self.network.logits(known)[0]
 
-        width = self.width if nodes or prices else 1
-        bounds = Bounds(limit, width, prices.bar if prices else 0.0)
+        bounds = Bounds(limit, width, state.prices.bar if state.prices else 0.0)
         return by_levels(state.ids[0][-1], self.tokens, bounds, state.cache.device, step, state.masks(0))
 
     def _catch_up(self, state: State) -> None:

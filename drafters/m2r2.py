@@ -95,12 +95,16 @@ class M2R2Drafter(ChainDrafter):
         return M2R2Row()
 
     def candidates(self, state: State, limit: int) -> list[Candidates] | None:
+        return self._found(state, limit, self.width)
+
+    def _found(self, state: State, limit: int, width: int) -> list[Candidates] | None:
         if self._grows(state):
-            return [self._tree(state, limit)]
+            return [self._tree(state, limit, width)]
         return self._chains(state, limit) if self._several(state) else None
 
     def propose(self, state: State, limit: int) -> Draft:
-        if (found := self.candidates(state, limit)) is not None:
+        width = self.width if self.shape.nodes or state.prices else 1
+        if (found := self._found(state, limit, width)) is not None:
             return finish(found, limit, self.shape.nodes, state, found[0].levels())
         *inputs, final = self._before(state.memory) or [torch.empty(0)]
         tokens = PathPass(self.network, state.target, state.cache, Carry(final, inputs))
@@ -139,16 +143,14 @@ class M2R2Drafter(ChainDrafter):
         worth = bool(self.shape.nodes) or not waits(state.cache.device)  # what has grown is read before it is scored
         return verified and worth and self.shape.siblings is None and not path.exit_layer and not path.exits
 
-    def _tree(self, state: State, limit: int) -> Candidates:
+    def _tree(self, state: State, limit: int, width: int) -> Candidates:
         [row] = state.memory
         path = self._draft_path(state)
         *inputs, final = row.block
         if len(final) > 1:  # other rows were in the block
             *inputs, final = (x[row.number : row.number + 1] for x in row.block)
         seed = Seed([state.ids[0][-1]], state.cache.rows, final, inputs, row.place)
-        prices, nodes = state.prices, self.shape.nodes
-        width = self.width if nodes or prices else 1
-        bounds = Bounds(limit, width, prices.bar if prices else 0.0)
+        bounds = Bounds(limit, width, state.prices.bar if state.prices else 0.0)
         return state.target.grow(state.cache, seed, path, bounds, state.masks(0))
 
     def _several(self, state: State) -> bool:

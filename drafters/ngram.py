@@ -100,7 +100,7 @@ class NgramDrafter(Drafter):
         if not chooser.transforms.greedy:
             size = state.target.vocab_size
             noise = [chooser.noise(len(ids) + depth, size) for depth in range(min(limit, SAMPLED))]
-        return self.grower(ids, sources, limit, given, state.masks(row), noise)
+        return self.grower(ids, sources, limit, given, state.masks(row), noise, general=int(self.corpus is not None))
 
 
 def corpus(tokenizer: Any, vocab_size: int) -> Ints:

@@ -46,6 +46,7 @@ typedef struct {
     int32_t length;        /* at most LONGEST */
     int32_t limit, nodes;  /* most levels, and most nodes */
     int32_t sources;       /* texts that are matched; later ones overrule earlier ones */
+    int32_t general;       /* of these, the first ones that a learned drafter knows better */
     float least;           /* probability below which a node is not taken */
     const Prior *prior;    /* NULL: none */
     const Texts *const *source;
@@ -197,7 +198,7 @@ static void followers(const Growth *g, const Node *node, int32_t number, const i
             int at = follower(f, g->prior->after[i]);
             if (at >= 0) f->p[at] = g->prior->p[i];
         }
-    for (int s = 0; s < g->sources; s++) {
+    for (int s = trust < 1 ? g->general : 0; s < g->sources; s++) {
         int count = find(g->source[s], end, length, found);
         if (count) blend(f, found, count, trust * g->trust[s]);
     }

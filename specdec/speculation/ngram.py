@@ -37,7 +37,7 @@ class _Prior(ctypes.Structure):
 class _Growth(ctypes.Structure):
     _fields_ = (
         ("text", POINTER),
-        *((name, INT) for name in ("length", "limit", "nodes", "sources")),
+        *((name, INT) for name in ("length", "limit", "nodes", "sources", "general")),
         ("least", FLOAT),
         *((name, POINTER) for name in ("prior", "source", "trust")),
         *(("given", INT), ("caution", FLOAT)),
@@ -141,11 +141,12 @@ class Grower:
         masks: Callable[[Sequence[int]], Tensor | None] | None = None,
         noise: Sequence[Tensor] | None = None,
         nodes: int = MOST_NODES,
+        general: int = 0,
     ) -> Candidates:
         """The ``nodes`` likeliest paths behind the text ``ids``, at most ``limit`` tokens deep.
 
-        sources: texts that are matched, and the trust in each; later ones overrule earlier ones. given: a learned
-        drafter's tree.
+        sources: texts that are matched, and the trust in each; later ones overrule earlier ones. The first ``general`` of
+        them are not where a learned drafter has an opinion. given: the tree of such a one.
         masks: which tokens may follow those behind the root, bool [V] (None: none may). noise: by which tokens are
         drawn, float32 [V] of each position behind the root; fewer than ``limit`` end the tree there.
         """
@@ -153,7 +154,7 @@ class Grower:
         ctypes.memmove(self.text, (INT * len(tail))(*tail), 4 * len(tail))
         struct.length, struct.nodes = len(tail), min(nodes, MOST)
         struct.limit = limit if noise is None else min(limit, len(noise))
-        struct.sources = len(sources)
+        struct.sources, struct.general = len(sources), general
         alive: list[Any] = [
             (POINTER * len(sources))(*(texts.pointer for texts, _ in sources)),
             (FLOAT * len(sources))(*(trust for _, trust in sources)),
