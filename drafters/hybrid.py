@@ -65,7 +65,9 @@ class HybridDrafter(Drafter):
         self.taps = tuple(sorted({layer for member in self.members for layer in member.taps}))
         self.whole_prompts = any(member.whole_prompts for member in self.members)
         self.blended = len(self.members) == 2 and self.members[0].blends
-        self.estimates = self.blended and self.members[1].estimates
+        last = self.members[-1]
+        self.estimates = self.blended and last.estimates
+        self.leaves_early, self.leaves_state = self.blended and last.leaves_early, self.blended and last.leaves_state
         self.path = "+".join(f"{member.name} {member.path}" for member in self.members)
 
     def start(self) -> None:
@@ -82,6 +84,8 @@ class HybridDrafter(Drafter):
     def propose(self, state: State, limit: int) -> Draft:
         if self.blended:
             first, second = (replace(state, memory=[own[number] for own in state.memory]) for number in (0, 1))
+            if state.threshold is not None:  # n-grams have no confidence that drafts could be accepted by
+                return self.members[1].propose(second, limit)
             if (given := self.members[1].candidates(second, limit)) is not None:
                 return self.members[0].blend(first, limit, given)
         used: dict[int, Draft] = {}  # by row

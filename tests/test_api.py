@@ -279,7 +279,7 @@ def test_a_stop_string_that_is_a_special_token_ends_the_output() -> None:
 
 
 def test_the_default_drafter_of_a_model_without_a_shipped_one_is_prompt_lookup(llama) -> None:
-    with pytest.warns(SpecDecWarning, match="so prompt-lookup drafts; to train one: specdec train m2r2 --model MODEL"):
+    with pytest.warns(SpecDecWarning, match="so ngram drafts; to train one: specdec train m2r2 --model MODEL"):
         decoder = SpecDecoder(llama)
     assert decoder.drafter.name == "prompt-lookup" and decoder.tuned is None
     with pytest.raises(SpecDecError, match="no m2r2 drafter is shipped for this model"):

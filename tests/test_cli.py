@@ -245,7 +245,7 @@ def test_without_a_shipped_drafter_prompt_lookup_drafts_and_a_note_says_so(run) 
     result = run("hello", "--drafter", "auto")
     assert result.exit_code == 0
     (note,) = [line for line in result.stderr.splitlines() if line.startswith("note: ")]
-    assert "prompt-lookup drafts; to train one: specdec train m2r2 --model" in note
+    assert "ngram drafts; to train one: specdec train m2r2 --model" in note
     found = json.loads(run("hello", "--drafter", "auto", "--json").stdout)
     assert found["drafter"] == "prompt-lookup" and found["device"] == "cpu"
 

@@ -57,9 +57,9 @@ class SpecDecoder:
 
     model, tokenizer: as loaded by transformers (the tokenizer may be None if all prompts are token ids).
     drafter: a name (``specdec drafters``), a drafter folder, a Hugging Face repository of one (ORG/NAME[@revision]),
-    several of these joined by "+" (the first that finds something drafts), or a Drafter object; NAME=SOURCE says what
-    it is loaded from, such as draft-model=MODEL. "auto" is the m2r2 shipped for the model, else, with a warning,
-    prompt-lookup. ``drafter`` is then that one.
+    several of these joined by "+", or a Drafter object; NAME=SOURCE says what
+    it is loaded from, such as draft-model=MODEL. "auto" is ngram, with the m2r2 shipped for the
+    model, or, with a warning, alone. ``drafter`` is then that one.
     drafter_options: its options; those of joined drafters are mappings under their names.
     runtime: "auto" (the fastest that serves the model here), "native", "graphs", "fused" or "reference".
     weights: "auto" (as loaded; stored in fewer bits where those hold the very same values), "dense" (as loaded), "int8"

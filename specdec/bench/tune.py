@@ -17,7 +17,7 @@ from specdec.speculation import registry
 
 DEPTHS = (2, 3, 4, 6)  # fixed depths that the best drafter is tried at
 ENOUGH = 1.02  # a fixed depth has to be this much faster than the automatic one, which adapts
-JOINED = ("m2r2", "early-exit", "deed")  # tried behind a prompt lookup, too, if they fit
+JOINED = ("m2r2", "early-exit", "deed")  # tried behind n-grams, too, if they fit
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def candidates(decoders: Decoders, base: Cell, names: list[str]) -> tuple[list[C
 def every() -> list[str]:
     """All drafters, and the joined ones that are worth a try."""
     alone = [name for name in registry.names("drafters") if name not in ("none", "auto", "hybrid")]
-    return [*alone, *(f"prompt-lookup+{name}" for name in JOINED)]
+    return [*alone, *(f"ngram+{name}" for name in JOINED)]
 
 
 def measure(decoders: Decoders, cells: list[Cell], progress: OnProgress | None) -> list[TunedCell]:

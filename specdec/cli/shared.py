@@ -58,8 +58,7 @@ Drafter = Annotated[
     _model(
         "--drafter",
         "Name (see 'specdec drafters'), NAME=SOURCE, folder, ORG/NAME[@revision] on Hugging Face, or several "
-        "joined by +; auto: what 'specdec tune drafter' found for the model, else the m2r2 shipped for it, else "
-        "prompt-lookup.",
+        "joined by +; auto: what 'specdec tune drafter' found for the model, else ngram, with the m2r2 shipped for it.",
         "NAME",
     ),
 ]

@@ -145,8 +145,8 @@ class Grower:
     ) -> Candidates:
         """The ``nodes`` likeliest paths behind the text ``ids``, at most ``limit`` tokens deep.
 
-        sources: texts that are matched, and the trust in each; later ones overrule earlier ones. The first ``general`` of
-        them are not where a learned drafter has an opinion. given: the tree of such a one.
+        sources: texts that are matched, and the trust in each; later ones overrule earlier ones. general: how many of
+        them, from the first on, are left out where a learned drafter has an opinion. given: the tree of such a one.
         masks: which tokens may follow those behind the root, bool [V] (None: none may). noise: by which tokens are
         drawn, float32 [V] of each position behind the root; fewer than ``limit`` end the tree there.
         """
