@@ -278,10 +278,10 @@ def test_a_stop_string_that_is_a_special_token_ends_the_output() -> None:
 # --- which drafter, on what ----------------------------------------------------------------------------------------
 
 
-def test_the_default_drafter_of_a_model_without_a_shipped_one_is_prompt_lookup(llama) -> None:
+def test_the_default_drafter_of_a_model_without_a_shipped_one_is_ngram(llama) -> None:
     with pytest.warns(SpecDecWarning, match="so ngram drafts; to train one: specdec train m2r2 --model MODEL"):
         decoder = SpecDecoder(llama)
-    assert decoder.drafter.name == "prompt-lookup" and decoder.tuned is None
+    assert decoder.drafter.name == "ngram" and decoder.tuned is None
     with pytest.raises(SpecDecError, match="no m2r2 drafter is shipped for this model"):
         SpecDecoder(llama, drafter="m2r2")
 

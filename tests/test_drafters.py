@@ -194,7 +194,9 @@ def test_prompt_lookup_prefers_the_longest_match_to_the_latest(llama: PreTrained
 def finish(drafter: PromptLookupDrafter, *texts: list[int]) -> None:
     """Let ``drafter`` see whole requests."""
     for text in texts:
-        drafter.end(drafter.begin(), text)
+        row = drafter.begin()
+        row.store = drafter.stores.of(None) if drafter.stores else None  # as a row that has drafted
+        drafter.end(row, text)
 
 
 def test_a_store_remembers_earlier_requests_and_prefers_the_text_itself(llama: PreTrainedModel) -> None:
@@ -210,8 +212,9 @@ def test_a_store_remembers_earlier_requests_and_prefers_the_text_itself(llama: P
 def test_a_store_forgets_the_oldest_and_is_bounded(llama: PreTrainedModel) -> None:
     target, drafter = ReferenceTarget(llama), PromptLookupDrafter(2, store=40)
     finish(drafter, *([10 * i + j for j in range(10)] for i in range(9)), [0])
-    store = drafter.store
-    assert store is not None and store.tokens <= 20
+    assert drafter.stores is not None
+    store = drafter.stores.of(None)
+    assert store.tokens <= 20
     assert len(store.young.places) + len(store.old.places) <= 2 * 40  # n-grams of one and two tokens
     assert draft_after(drafter, target, [3, 4]) == [()] and draft_after(drafter, target, [83, 84]) == [(85, 86, 87)]
     finish(drafter, list(range(60)))  # longer than the store: its end is kept
