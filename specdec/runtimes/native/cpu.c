@@ -6,7 +6,9 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-int has_amx;
+int has_amx, amx_blocks;
+
+int specdec_amx_agrees_avx512(void);
 
 /* Bytes of `rows` rows of `tiles` tiles of `kind`. */
 EXPORT int64_t specdec_tiles_bytes(int kind, int64_t rows, int64_t tiles) { return rows * tiles_bytes(kind, tiles); }
@@ -37,6 +39,7 @@ static int supported(void) {
 EXPORT int specdec_open(int most) {
     int found = supported();
     has_amx = found == AMX && most >= AMX;
+    amx_blocks = has_amx && specdec_amx_agrees_avx512();
     if (found > AVXVNNI && most == AVXVNNI) found = has_avxvnni() ? AVXVNNI : AVX2; /* AVX-512's own products are no AVX-VNNI */
     return found < most ? found : most;
 }

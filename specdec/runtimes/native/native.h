@@ -163,7 +163,7 @@ static inline int item_of(int turn, int items, int me, int n, int *together) {
     return *together ? whole * n + turn - whole : turn * n + me;
 }
 
-extern int has_amx;
+extern int has_amx, amx_blocks; /* amx_blocks: also for products of blocks */
 
 static inline void *allocate(size_t bytes) { /* aligned to a cache line; the memory of a call comes back to the next */
     return aligned_alloc(64, (bytes + 63) / 64 * 64);

@@ -97,19 +97,47 @@ INLINE void amx_row_of_tiles(int kind, int tokens, const uint8_t *at, int count,
     enter_tiles();
 }
 
+/* As few_rows. */
+static void amx_row_of_kind(int kind, int tokens, const uint8_t *tiles, int count, const Rounded *x, float (*to)[16]) {
+    switch (kind) {
+    case Q8: amx_row_of_tiles(Q8, tokens, tiles, count, x, to); break;
+    case Q4: amx_row_of_tiles(Q4, tokens, tiles, count, x, to); break;
+    case Q5: amx_row_of_tiles(Q5, tokens, tiles, count, x, to); break;
+    case K4: amx_row_of_tiles(K4, tokens, tiles, count, x, to); break;
+    case K5: amx_row_of_tiles(K5, tokens, tiles, count, x, to); break;
+    default: amx_row_of_tiles(K6, tokens, tiles, count, x, to);
+    }
+}
+
+/* Whether whole numbers in AMX give what rows give, bit by bit: asked before they serve. */
+EXPORT int KERNEL(amx_agrees)(void) {
+    enum { TILES = 8, TOKENS = 9 };
+    uint8_t tiles[TILES * 512 + 512] __attribute__((aligned(64)));
+    Rounded x[TILES * TOKENS] __attribute__((aligned(64)));
+    float rows[16][16], amx[16][16];
+    for (size_t i = 0; i < sizeof tiles; i++) tiles[i] = (i * 37 + i / 64 * 11) & 63; /* numbers are finite */
+    for (int i = 0; i < TILES * TOKENS; i++) {
+        int32_t half_[2] = {0, 0};
+        for (int j = 0; j < 32; j++) half_[j / 16] += x[i].x[j] = (int8_t)((i * 29 + j * 53) % 255 - 127);
+        x[i].scale = 0.01f * (float)(i + 1), x[i].sum = (float)(half_[0] + half_[1]);
+        x[i].less[0] = -32 * half_[0], x[i].less[1] = -32 * half_[1];
+    }
+    for (int kind = Q8; kind <= K6; kind++) {
+        few_rows(kind, TOKENS, tiles, TILES, x, rows);
+        enter_tiles();
+        amx_row_of_kind(kind, TOKENS, tiles, TILES, x, amx);
+        leave_tiles();
+        if (memcmp(rows, amx, sizeof(float) * 16 * TOKENS)) return 0;
+    }
+    return 1;
+}
+
 /* --- what the algorithms call: AMX where it is, or else rows --- */
 
 /* As few_rows. */
 static void row_of_blocks(int kind, int tokens, const uint8_t *tiles, int count, const Rounded *x, float (*to)[16]) {
-    if (!has_amx || tokens < MANY) few_rows(kind, tokens, tiles, count, x, to);
-    else switch (kind) {
-        case Q8: amx_row_of_tiles(Q8, tokens, tiles, count, x, to); break;
-        case Q4: amx_row_of_tiles(Q4, tokens, tiles, count, x, to); break;
-        case Q5: amx_row_of_tiles(Q5, tokens, tiles, count, x, to); break;
-        case K4: amx_row_of_tiles(K4, tokens, tiles, count, x, to); break;
-        case K5: amx_row_of_tiles(K5, tokens, tiles, count, x, to); break;
-        default: amx_row_of_tiles(K6, tokens, tiles, count, x, to);
-        }
+    if (amx_blocks && tokens >= MANY) amx_row_of_kind(kind, tokens, tiles, count, x, to);
+    else few_rows(kind, tokens, tiles, count, x, to);
 }
 
 /* sums[block][16 outputs][16 lanes] of one output tile in bf16, and then side b's. Lanes without a token are 0. */
