@@ -250,6 +250,7 @@ def test_masked_medusa_drafts_more_of_what_is_accepted(monkeypatch: pytest.Monke
             monkeypatch.setattr(State, "constrained", False)
         drafter = every(target)["medusa (tree)"]
         drafter.bind(target)
+        drafter.estimates = not blind
         rows = [request(prompt, rule) for prompt in PROMPTS]
         together(target, drafter, rows, FixedDepth(4))
         accepted.append(sum(row.metrics.num_accepted_draft_tokens for row in rows))
