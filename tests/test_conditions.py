@@ -100,6 +100,7 @@ def busy() -> Iterator[None]:
             loop.wait()
 
 
+@pytest.mark.slow
 def test_one_thread_and_a_busy_machine_give_the_tokens_of_a_quiet_one(children: list[Child]) -> None:
     quiet = children[0].answer()
     assert len(quiet) >= 16 and all(len(tokens) == 16 for tokens in quiet.values())

@@ -20,7 +20,7 @@ from specdec.cli import app
 from specdec.engine.depth import FixedDepth
 from specdec.runtimes.reference import ReferenceTarget
 
-COUNT = 24
+COUNT = 16
 SETTINGS: dict[str, dict[str, Any]] = {
     "frequency": {"frequency_penalty": 0.4},
     "presence": {"presence_penalty": 1.5},
@@ -46,14 +46,15 @@ def plainly(model: PreTrainedModel, prompt: list[int], asked: dict[str, Any]) ->
 @pytest.mark.parametrize("name", SETTINGS)
 @torch.inference_mode()
 def test_greedy_is_plain_decoding_under_the_formula_for_every_drafter(name: str) -> None:
+    """Every drafter under all of them together, and under one of the others."""
     model, asked = tiny_model(), SETTINGS[name]
     prompt = [token for _ in range(3) for token in plainly(model, PROMPTS[0], {})[:4]]  # of tokens that are penalised
     right, plain = plainly(model, prompt, asked), plainly(model, prompt, {})
     assert right != plain
     target = ReferenceTarget(model)
-    drafters = every(target)
+    drafters = list(every(target).values())
     accepted = 0
-    for drafter in drafters.values():
+    for drafter in drafters if name == "all" else drafters[list(SETTINGS).index(name) :: len(SETTINGS) - 1]:
         [got], ran = run(target, drafter, [prompt], COUNT, eos=None, **asked)
         assert got == right, drafter.name
         accepted += ran.metrics[0].num_accepted_draft_tokens
