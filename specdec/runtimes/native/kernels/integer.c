@@ -37,8 +37,8 @@ static void round_inputs(const uint32_t *x, int features, int tokens, Rounded *o
             store_u(sums[h], sum);
         }
         for (int t = 0; t < tokens; t++) {
-            int32_t first = (int32_t)sums[0][t], second = (int32_t)sums[1][t];
-            out[t] = (Rounded){scale[t], (float)(first + second), {-32 * first, -32 * second}, {0}};
+            const uint32_t first = sums[0][t], second = sums[1][t]; /* of what is not finite they are no sums: they wrap */
+            out[t] = (Rounded){scale[t], (float)(int32_t)(first + second), {(int32_t)(0 - 32 * first), (int32_t)(0 - 32 * second)}, {0}};
             for (int g = 0; g < 8; g++) memcpy(out[t].x + 4 * g, &quads[g][t], 4);
         }
     }
