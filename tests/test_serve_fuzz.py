@@ -14,7 +14,7 @@ from serving import NAME, Replay, byte_tokenizer, stand_in, tiny_decoder
 from specdec.serve.app import make_app
 from specdec.serve.settings import Settings
 
-DESCRIBED = make_app(stand_in(byte_tokenizer()), Replay(lambda request: []), Settings(NAME))  # type: ignore[arg-type]
+DESCRIBED = make_app(stand_in(byte_tokenizer()), Replay(lambda request: []), Settings(NAME, hosts=("*",)))  # type: ignore[arg-type]
 schema = schemathesis.openapi.from_asgi("/openapi.json", DESCRIBED)
 
 
@@ -22,7 +22,7 @@ schema = schemathesis.openapi.from_asgi("/openapi.json", DESCRIBED)
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FastAPI]:
     """A server that decodes."""
     engine = (decoder := tiny_decoder(tmp_path_factory.mktemp("tiny"))).engine(num_speculative_tokens=2)
-    limits = Settings(NAME, max_body=100_000, max_tokens=4, max_choices=8)
+    limits = Settings(NAME, max_body=100_000, max_tokens=4, max_choices=8, hosts=("*",))
     yield make_app(decoder, engine, limits, lambda line: None)
     engine.close(drain=False)
 
