@@ -118,7 +118,8 @@ class GraphedTarget(FusedTarget):
                 shape = (2, self.num_layers, batch, self.kv_heads, 256, self.head_dim)
                 whole = torch.zeros(shape, dtype=self.dtype, device=self.device)
             else:
-                whole.zero_()  # a mask does not hide what is not finite
+                with torch.inference_mode():  # one that has grown was made in it
+                    whole.zero_()  # a mask does not hide what is not finite
             cache = KVCache(self.num_layers, batch, self.device, whole=whole)
             self._buffers[batch] = weakref.ref(cache), whole
             return cache
