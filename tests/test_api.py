@@ -356,3 +356,10 @@ def test_decoders_and_engines_close_at_the_end_of_a_with_block(llama, monkeypatc
         assert engine.closed and decoder.generate(PROMPT, max_new_tokens=2).token_ids  # the drafter is free again
         raise KeyError
     assert ended == [decoder]
+
+
+def test_another_drafter_takes_its_own_options(llama: PreTrainedModel) -> None:
+    plain = SpecDecoder(llama, drafter="none")
+    assert plain.with_drafter("prompt-lookup", continuations=3).drafter.continuations == 3
+    with pytest.raises(SpecDecError, match="continuation"):
+        plain.with_drafter("prompt-lookup", continuation=3)

@@ -114,6 +114,7 @@ def checked(method: Callable[P, R]) -> Callable[P, R]:
     Raises SpecDecError.
     """
     name, signature = method.__qualname__.removesuffix(".__init__"), inspect.signature(method)
+    free = any(p.kind is p.VAR_KEYWORD and "Unpack" not in str(p.annotation) for p in signature.parameters.values())
 
     @validate_call(config=STRICT | ConfigDict(defer_build=True))
     @functools.wraps(method)
@@ -124,7 +125,7 @@ def checked(method: Callable[P, R]) -> Callable[P, R]:
     def call(*args: P.args, **given: P.kwargs) -> R:
         known = keywords(method)
         for keyword in given:
-            if keyword not in known:
+            if keyword not in known and not free:
                 hint = did_you_mean(keyword, known)
                 raise SpecDecError(f"{name} takes no '{keyword}'{hint}; it takes {', '.join(known)}")
         bound = signature.bind(*args, **given).arguments
