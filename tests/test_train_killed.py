@@ -18,19 +18,19 @@ STEPS = 120
 STOPS = """
 import signal
 from specdec.cli import main
-from specdec.train.run import Run
+from specdec.train.run import TrainingRun
 
-def save(run, save=Run._save):
+def save(run, save=TrainingRun._save):
     run.saved = True
     save(run)
 
-def log(run, line, log=Run._log):
+def log(run, line, log=TrainingRun._log):
     log(run, line)
     if line["update"] >= 30 and hasattr(run, "saved"):
         print("reached", flush=True)
         signal.pause()
 
-Run._save, Run._log = save, log
+TrainingRun._save, TrainingRun._log = save, log
 main()
 """
 
