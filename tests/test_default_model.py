@@ -88,6 +88,7 @@ def test_batch_of_unequal_chats_equals_single_ones_in_fp32(fp32: SpecDecoder) ->
     assert all(o.text for o in outs)
 
 
+@pytest.mark.slow
 def test_the_main_job_as_a_user_runs_it() -> None:
     command = [sys.executable, "-m", "specdec", "generate", PROMPTS[0], "--drafter", "m2r2", "--dtype", "float32"]
     run = subprocess.run(
