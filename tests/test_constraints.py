@@ -39,6 +39,7 @@ from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.reference import ReferenceTarget
 from specdec.speculation.constraints import LONGEST, Compiled, Constraint, ConstraintState, compiled
 from specdec.speculation.draft import Draft, Drafter, State
+from specdec.speculation.json_schema import can_end
 from specdec.speculation.sampling import Sampler
 from specdec.verifiers.exact import ExactVerifier
 
@@ -417,6 +418,26 @@ def test_another_constraint_fails_the_test_of_sampling() -> None:
 # --- bad input -------------------------------------------------------------------------------------------------------
 
 
+TREE = {"type": "object", "properties": {"kind": {"enum": ["a", "b"]}, "next": {"$ref": "#"}}}
+
+
+@pytest.mark.parametrize(
+    ("schema", "ends"),
+    [
+        (TREE | {"required": ["kind"]}, True),
+        (TREE | {"required": ["kind", "next"]}, False),
+        ({"anyOf": [{"type": "null"}, TREE | {"required": ["next"]}]}, True),
+        ({"type": "array", "items": {"$ref": "#"}}, True),
+        ({"type": "array", "items": {"$ref": "#"}, "minItems": 2}, False),
+        ({"allOf": [{"$ref": "#/$defs/x"}], "$defs": {"x": {"$ref": "#/$defs/y"}, "y": {"$ref": "#/$defs/x"}}}, False),
+        ({"$ref": "#/$defs/a~1b", "$defs": {"a/b": {"type": "string"}}}, True),
+        ({"$ref": "https://example.org/other"}, True),
+    ],
+)
+def test_a_schema_that_requires_itself_has_no_finite_value(schema: dict[str, object], ends: bool) -> None:
+    assert can_end(schema) == ends
+
+
 @pytest.mark.parametrize(
     ("constraint", "why"),
     [
@@ -427,12 +448,11 @@ def test_another_constraint_fails_the_test_of_sampling() -> None:
         (Json("[1]"), "not a JSON object"),
         (Json({"enum": ["x" * LONGEST]}), "shorten it"),
         (Json({1: {2}}), "not JSON"),
-        (Json({"$ref": "#"}), "it allows no text$"),
-        (
-            Json({"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}),
-            "has no end, or is too long$",
-        ),
-        (Json({"type": "array", "items": {"$ref": "#"}, "minItems": 1}), "has no end, or is too long$"),
+        (Json({"$ref": "#"}), "it requires itself, so no value has an end$"),
+        (Json({"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}), "it requires itself"),
+        (Json({"type": "array", "items": {"$ref": "#"}, "minItems": 1}), "it requires itself"),
+        (Json(TREE | {"required": ["kind", "next"]}), "it requires itself"),  # after a choice
+        (Json({"anyOf": [{"$ref": "#/$defs/a"}], "$defs": {"a": TREE | {"required": ["next"]}}}), "it requires itself"),
         (Regex("^((a|aa){1000}){1000}$"), "too many expressions constructed$"),
         (Json({"type": "string", "pattern": "^((a|aa){1000}){1000}$"}), "too many expressions constructed$"),
         (Grammar('start: "abc" end\nend: "d" end'), "cannot be used: "),

@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedTokenizerFast
 
 from specdec.base.errors import ConstraintError, SpecDecError
+from specdec.speculation.json_schema import can_end
 
 LONGEST = 2**16  # characters of a schema, an expression or a grammar
 MASKS = 64  # masks that are kept: drafting, scoring and looking for forced tokens ask for the same
@@ -73,6 +74,8 @@ class Json(Constraint):
             raise ValueError("it is nested too deeply") from None
         if not isinstance(schema, dict):
             raise ValueError("it is not a JSON object")
+        if not can_end(schema):
+            raise ValueError("it requires itself, so no value has an end")
         return str(matcher.grammar_from_json_schema(schema, defaults=JSON_FORM))
 
 
