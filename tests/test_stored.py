@@ -265,7 +265,7 @@ PEAKS = """
 import json, sys
 from pathlib import Path
 from specdec import SpecDecoder
-from specdec.models import loading
+from specdec.models import identity, loading
 from specdec.runtimes.experts import packed, tiers
 from specdec.runtimes.experts.layers import moe_layers
 from specdec.runtimes.experts.offload import ExpertOptions
@@ -274,7 +274,7 @@ large, small, folder = map(Path, sys.argv[1:])
 
 def pack():
     model, _ = loading.load(large, experts=False)
-    packed.pack(moe_layers(model), loading.fingerprint(model), folder)
+    packed.pack(moe_layers(model), identity.fingerprint(model), folder)
 
 def offloaded():
     answer(SpecDecoder.from_pretrained(large, "none", experts=ExpertOptions(0.25, "residual", folder)))
