@@ -241,13 +241,13 @@ def test_compare_replays_with_the_repetition_penalty(run, monkeypatch: pytest.Mo
     assert result.exit_code == 1 and "FAULT" in result.stderr
 
 
-def test_without_a_shipped_drafter_prompt_lookup_drafts_and_a_note_says_so(run) -> None:
+def test_without_a_shipped_drafter_ngram_drafts_and_a_note_says_so(run) -> None:
     result = run("hello", "--drafter", "auto")
     assert result.exit_code == 0
     (note,) = [line for line in result.stderr.splitlines() if line.startswith("note: ")]
     assert "ngram drafts; to train one: specdec train m2r2 --model" in note
     found = json.loads(run("hello", "--drafter", "auto", "--json").stdout)
-    assert found["drafter"] == "prompt-lookup" and found["device"] == "cpu"
+    assert found["drafter"] == "ngram" and found["device"] == "cpu"
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------

@@ -68,12 +68,15 @@ def _tensors(drafter: MedusaDrafter, target: Target) -> dict[str, Tensor]:
             tensors[f"blocks.{k}.layers.{n}.bias"] = bias[k].to(target.dtype)
     heads = _output_heads(drafter, target)
     tensors |= {f"lm_heads.{k}.weight": head.to(target.dtype) for k, head in enumerate(heads)}
-    return tensors if vocab is None else tensors | {"token_map": vocab.long()}
+    return tensors if vocab is None or len(vocab) == target.vocab_size else tensors | {"token_map": vocab.long()}
 
 
 def _output_heads(drafter: MedusaDrafter, target: Target) -> Sequence[Tensor]:
-    """The output head [V', D] of each head, or the one that they share."""
+    """The output head [V', D] of each head, or the one that they share; of all tokens, in their order."""
     own, vocab = drafter.own, drafter.network.draft_vocab
+    if vocab is not None and len(vocab) == target.vocab_size:  # vLLM reads no token map then
+        own = None if own is None else [head[vocab.long().argsort()] for head in own]
+        vocab = None
     if own is None:
         tokens = torch.arange(target.vocab_size) if vocab is None else vocab.long()
         return [target.reduced_head(tokens).weight]
