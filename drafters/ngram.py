@@ -36,7 +36,7 @@ SAMPLED = 8  # most levels where tokens are sampled: noise is made for each
 
 
 class NgramRow:
-    """The text of one request, as far as it is entered. store: of earlier texts of its scope, once it has drafted."""
+    """The text of one request. seen: tokens entered. store: earlier texts of its scope, set by its first draft."""
 
     def __init__(self) -> None:
         self.texts, self.seen = Texts(OWN), 0

@@ -33,7 +33,7 @@ class RowHistory:
 class AcceptanceEstimator:
     """Estimates for each row how far its draft is accepted, from its own history and that of all rows.
 
-    exits, positions: how many there are. known: of earlier requests.
+    exits, positions: their numbers. known: acceptance in earlier requests.
     """
 
     def __init__(self, exits: int, positions: int, known: Sequence[Known] = ()) -> None:

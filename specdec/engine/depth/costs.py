@@ -73,7 +73,7 @@ class CostModel:
         return _median(self._paces)
 
     def seconds(self, exit: int, rows: int, plain: int) -> tuple[Sequence[float], Sequence[float]]:
-        """By the table: of passes over 0, 1, .. drafted tokens beside the roots, and of drafting so deep."""
+        """Expected seconds of scoring 0, 1, .. drafted tokens beside the roots, and of drafting so many deep."""
         ratio = _median(self._ratios[exit, rows + plain])
         if self.priced:  # a draft is as deep as it likes
             count, never = rows + plain, [math.inf] * (rows * self.most - 1)
