@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 import torch
 import zoo
-from conftest import FAMILIES, settle, tiny_model
+from recorded_experts import settle
 from safetensors.torch import load_file
-from test_exact import AcceptsAll
-from test_matrix import fit, small
-from test_train_world import launched
-from tiny import save_tiny, save_tiny_moe
+from sampled import AcceptsAll, fit, small
+from tiny import FAMILIES, save_tiny, save_tiny_moe, tiny_model
+from training import launched
 from typer.testing import CliRunner
 
 from specdec import SpecDecoder

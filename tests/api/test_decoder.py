@@ -1,0 +1,365 @@
+"""SpecDecoder: what comes in, what comes out, and what is refused."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from scripted import Scripted
+from tiny import greedy_reference, save_tiny, tiny_model
+from tiny_tokenizers import Bytes, special_tokenizer
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from specdec import Request, SpecDecError, SpecDecoder
+from specdec.api.tuned import Tuned, place, store
+from specdec.base.errors import SpecDecWarning
+from specdec.models import device, drafter_folder, loading
+
+PROMPT = [5, 6, 7, 8]
+
+
+class Letters(Bytes):
+    """Token t is one letter; ids stay below the tiny vocabulary."""
+
+    eos_token_id = 2
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+        return "".join(chr(ord("!") + i) for i in ids if i != 2 or not skip_special_tokens)
+
+
+@pytest.fixture
+def decoder(llama: PreTrainedModel) -> SpecDecoder:
+    return SpecDecoder(llama, Letters(), drafter="prompt-lookup")
+
+
+def test_generate_returns_tokens_text_reason_and_consistent_figures(llama, decoder: SpecDecoder) -> None:
+    out = decoder.generate(PROMPT, max_new_tokens=30)
+    assert out.token_ids == greedy_reference(llama, PROMPT, 30)
+    assert out.text == Letters().decode(out.token_ids) and out.finish_reason == "length"
+    m = out.metrics
+    assert m.num_new_tokens == 30 == 1 + m.num_spec_steps + m.num_accepted_draft_tokens
+    assert m.mean_acceptance_length == pytest.approx(29 / m.num_spec_steps)
+    assert m.draft_acceptance_rate == pytest.approx(m.num_accepted_draft_tokens / m.num_draft_tokens)
+    assert sum(m.acceptance_histogram) == m.num_spec_steps
+    assert sum(n * c for n, c in enumerate(m.acceptance_histogram)) == m.num_accepted_draft_tokens
+    assert m.prefill_seconds > 0 and m.decode_seconds > 0
+    assert m.tokens_per_second == pytest.approx(29 / m.decode_seconds)
+    assert sum(m.ledger.values()) == pytest.approx(m.prefill_seconds + m.decode_seconds)
+
+
+def test_prompt_kinds_agree(decoder: SpecDecoder) -> None:
+    expected = decoder.generate(PROMPT, max_new_tokens=8).token_ids
+    assert decoder.generate(torch.tensor([PROMPT]), max_new_tokens=8).token_ids == expected
+
+
+def test_stream_yields_the_text_of_generate(decoder: SpecDecoder) -> None:
+    whole = decoder.generate(PROMPT, max_new_tokens=30)
+    pieces = list(decoder.stream(PROMPT, max_new_tokens=30))
+    assert "".join(pieces) == whole.text and len(pieces) == 1 + whole.metrics.num_spec_steps
+
+
+def test_closing_a_stream_early_frees_its_cache_and_the_decoder(decoder: SpecDecoder) -> None:
+    stream = decoder.stream(PROMPT, max_new_tokens=60)
+    next(stream)
+    cache = weakref.ref(stream.gi_frame.f_locals["generation"].engine.batch.cache)  # type: ignore[attr-defined]
+    with pytest.raises(SpecDecError, match="still open"):
+        decoder.generate(PROMPT)
+    stream.close()  # type: ignore[attr-defined]
+    gc.collect()
+    assert cache() is None
+    assert len(decoder.generate(PROMPT, max_new_tokens=3).token_ids) == 3
+
+
+def test_stop_strings_cut_text_and_tokens_where_plain_decoding_stops(llama, decoder: SpecDecoder) -> None:
+    tokens = greedy_reference(llama, PROMPT, 30)
+    text = Letters().decode(tokens)
+    stop = text[11:13]
+    end = text.index(stop)
+    for drafter in (
+        "none",
+        "prompt-lookup",
+        Scripted(lambda ids, n: [(t, i) for i, t in enumerate(tokens[len(ids) - 4 :][:n])]),
+    ):
+        out = SpecDecoder(llama, Letters(), drafter=drafter).generate(PROMPT, max_new_tokens=30, stop=[stop])
+        assert out.token_ids == tokens[: end + 2] and out.text == text[:end] and out.finish_reason == "stop"
+
+
+def test_batch_rows_equal_single_runs(llama, decoder: SpecDecoder) -> None:
+    prompts = [PROMPT, [9, 10, 11, 12, 13], [3], [60, 61, 60, 61, 60]]
+    outs = decoder.generate_batch(prompts, max_new_tokens=25, num_speculative_tokens=3)
+    singles = [decoder.generate(p, max_new_tokens=25, num_speculative_tokens=3) for p in prompts]
+    assert [o.token_ids for o in outs] == [o.token_ids for o in singles]
+
+
+def test_sampling_is_reproducible_by_seed(decoder: SpecDecoder) -> None:
+    runs = [decoder.generate(PROMPT, max_new_tokens=20, temperature=1.0, seed=s).token_ids for s in (1, 1, 2)]
+    assert runs[0] == runs[1] != runs[2]
+
+
+def test_eos_ends_the_output_and_can_be_ignored(decoder: SpecDecoder) -> None:
+    tokens = decoder.generate(PROMPT, max_new_tokens=20).token_ids
+    decoder.model.generation_config.eos_token_id = [tokens[4], 2]
+    try:
+        out = decoder.generate(PROMPT, max_new_tokens=20)
+        assert out.finish_reason == "eos" and out.token_ids == tokens[: tokens.index(tokens[4]) + 1]
+        assert decoder.generate(PROMPT, max_new_tokens=20, ignore_eos=True).token_ids == tokens
+    finally:
+        decoder.model.generation_config.eos_token_id = 2
+
+
+def test_the_model_stays_usable_and_unchanged(llama, decoder: SpecDecoder) -> None:
+    fresh = tiny_model("llama")
+    decoder.generate(PROMPT, max_new_tokens=5)
+    assert greedy_reference(decoder.model, PROMPT, 20) == greedy_reference(fresh, PROMPT, 20)
+    assert all(torch.equal(a, b) for a, b in zip(llama.parameters(), fresh.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens must be a whole number >= 1"),
+        ({"num_speculative_tokens": 0}, "num_speculative_tokens must be 'auto' or a whole number >= 1"),
+        ({"temperature": -1}, "temperature must be a number >= 0"),
+        ({"temperature": float("nan")}, "temperature must be a number >= 0"),
+        ({"top_p": 0.0}, "top_p must be a number in"),
+        ({"top_k": -1}, "top_k must be a whole number >= 0"),
+        ({"prompt": list(range(3, 90)) * 2}, "does not fit the model's context of 128"),
+        ({"prompt": [5, 97]}, "outside the model's vocabulary"),
+        ({"prompt": []}, "empty"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(decoder: SpecDecoder, options: dict, message: str) -> None:
+    prompt = options.pop("prompt", PROMPT)
+    with pytest.raises(SpecDecError, match=message) as caught:
+        decoder.generate(prompt, **options)
+    assert "\n" not in str(caught.value)
+    assert decoder.generate(PROMPT, max_new_tokens=2).finish_reason == "length"  # nothing is left open
+
+
+WRONG: dict[str, list[object]] = {
+    "max_new_tokens": [2.5, "8", None, True, 0, -1],
+    "num_speculative_tokens": ["many", 0, 2.5, None, True],
+    "temperature": ["hot", None, True, -1, float("nan"), float("inf"), 10**400, torch.tensor([1.0, 2.0])],
+    "top_k": [2.0, "5", None, -1],
+    "top_p": ["x", None, 0, 1.5],
+    "min_p": ["x", -0.1, 2],
+    "repetition_penalty": ["x", 0, float("nan")],
+    "frequency_penalty": ["x", 2.5, None, True],
+    "presence_penalty": ["x", -2.5, None],
+    "logit_bias": [5, {"5": 1}, {5: 101}, {-1: 1}, {5: "x"}, [(5, 1)]],
+    "seed": [2**63, 2**70, -1, 1.5, "x", None],
+    "stop": [5, ["a", 5], None, b"a"],
+    "chat": [1, "yes"],
+    "system": [5, ["a"]],
+    "logits_processor": [5, [5], None],
+    "ignore_eos": [1, None],
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_options_are_refused_by_name(decoder: SpecDecoder, name: str) -> None:
+    methods = {
+        "generate": lambda **given: decoder.generate(PROMPT, **given),
+        "generate_batch": lambda **given: decoder.generate_batch([PROMPT], **given),
+        "stream": lambda **given: list(decoder.stream(PROMPT, **given)),
+        "open": lambda **given: decoder.open([PROMPT], **given),
+    }
+    for value in WRONG[name]:
+        for method in methods.values():
+            with pytest.raises(SpecDecError, match=f"^{name} must be ") as caught:
+                method(**{name: value})
+            assert "\n" not in str(caught.value) and len(str(caught.value)) < 160
+    assert decoder.generate(PROMPT, max_new_tokens=2).finish_reason == "length"  # nothing is left open
+
+
+def test_wrong_prompts_are_refused_by_name(decoder: SpecDecoder) -> None:
+    with pytest.raises(SpecDecError, match=r"^prompt must be text, token ids"):
+        decoder.generate(None)  # type: ignore[arg-type]
+    with pytest.raises(SpecDecError, match=r"^prompts\[1\] must be text, token ids .* got True"):
+        decoder.generate_batch([PROMPT, True])  # type: ignore[list-item]
+    for prompts in ("text", b"text", 5, None, iter([PROMPT])):
+        with pytest.raises(SpecDecError, match=r"^prompts must be a list of prompts; got .*; generate takes one"):
+            decoder.generate_batch(prompts)  # type: ignore[arg-type]
+    rows = decoder.generate_batch(torch.tensor([PROMPT, PROMPT]), max_new_tokens=3)  # type: ignore[arg-type]
+    assert len(rows) == 2 and rows[0].token_ids == rows[1].token_ids
+
+
+def test_a_wrong_keyword_names_the_method_that_was_called(llama, decoder: SpecDecoder) -> None:
+    calls = {
+        "generate": lambda: decoder.generate(PROMPT, max_tokens=5),
+        "generate_batch": lambda: decoder.generate_batch([PROMPT], max_tokens=5),
+        "stream": lambda: decoder.stream(PROMPT, max_tokens=5),
+        "open": lambda: decoder.open([PROMPT], max_tokens=5),  # type: ignore[call-arg]
+    }
+    for method, call in calls.items():
+        with pytest.raises(
+            SpecDecError, match=rf"^SpecDecoder.{method} takes no 'max_tokens' .did you mean 'max_new_t"
+        ):
+            call()
+    with pytest.raises(SpecDecError, match=r"^SpecDecoder takes no 'drafters' \(did you mean 'drafter'\?\); it takes"):
+        SpecDecoder(llama, drafters="none")  # type: ignore[call-arg]
+    with pytest.raises(SpecDecError, match=r"from_pretrained takes no 'weight' \(did you mean 'weights'\?\); it takes"):
+        SpecDecoder.from_pretrained("nowhere", weight="int8")
+    with pytest.raises(SpecDecError, match=r"from_pretrained takes no 'model'.*; it takes name, drafter, "):
+        SpecDecoder.from_pretrained(model="nowhere")  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"model": "smollm2-135m-instruct"}, "model must be a loaded model; SpecDecoder.from_pretrained loads one"),
+        ({"drafter": 5}, "drafter must be text or a path or a Drafter; got 5"),
+        ({"drafter": ""}, "no drafter is named in ''"),
+        ({"drafter": "+"}, r"no drafter is named in '\+'"),
+        ({"drafter": "prompt-lookup+"}, "no drafter is named in 'prompt-lookup.'"),
+        ({"drafter_options": [1]}, "drafter_options must be a mapping by name or None"),
+        ({"drafter_options": {1: 2}}, "drafter_options must be a mapping by name or None"),
+        ({"runtime": 5}, "runtime must be text"),
+        ({"weights": None}, "weights must be text"),
+        ({"verifier": 5}, "verifier must be text or a Verifier"),
+        ({"exact": 1}, "exact must be True or False"),
+        ({"experts": 0.25}, "experts must be an ExpertOptions or None"),
+    ],
+)
+def test_wrong_arguments_of_the_constructor_are_refused(llama, given: dict, message: str) -> None:
+    with pytest.raises(SpecDecError, match=message):
+        SpecDecoder(**{"model": llama, "drafter": "none"} | given)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"name": 5}, "name must be text or a path; got 5"),
+        ({"dtype": 32}, "dtype must be text or a torch.dtype"),
+        ({"device": 0}, "device must be text or a torch.device"),
+        ({"revision": 1}, "revision must be text or None"),
+        ({"trust_remote_code": "yes"}, "trust_remote_code must be True or False"),
+        ({"drafter": "promt-lookup"}, "unknown drafter 'promt-lookup'"),
+        ({"runtime": 5}, "runtime must be text"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_anything_is_loaded(monkeypatch, given: dict, message: str) -> None:
+    monkeypatch.setattr(loading, "load", None)
+    with pytest.raises(SpecDecError, match=message):
+        SpecDecoder.from_pretrained(**given)
+
+
+def test_vanishing_temperatures_are_greedy(decoder: SpecDecoder) -> None:
+    greedy = decoder.generate(PROMPT, max_new_tokens=8).token_ids
+    for temperature in (1e-40, 5e-324, 9e-6):
+        assert decoder.generate(PROMPT, max_new_tokens=8, temperature=temperature).token_ids == greedy
+    assert len(decoder.generate(PROMPT, max_new_tokens=8, temperature=1e-5).token_ids) == 8
+
+
+def test_the_largest_seed_serves_every_row(decoder: SpecDecoder) -> None:
+    outs = decoder.generate_batch([PROMPT, PROMPT], max_new_tokens=4, temperature=1.0, seed=2**63 - 1, ignore_eos=True)
+    assert [len(out.token_ids) for out in outs] == [4, 4]
+
+
+def test_a_stop_string_that_is_a_special_token_ends_the_output() -> None:
+    tokenizer = special_tokenizer("plain")
+    model = tiny_model(vocab_size=len(tokenizer), eos_token_id=None)
+    special = tokenizer.convert_tokens_to_ids("<|user|>")
+    decoder = SpecDecoder(model, tokenizer, "prompt-lookup")
+
+    def user_fifth(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if ids.shape[1] == len(PROMPT) + 4:
+            scores = torch.full_like(scores, float("-inf"))
+            scores[:, special] = 0
+        return scores
+
+    out = decoder.generate(PROMPT, max_new_tokens=12, stop="<|user|>", logits_processor=[user_fifth])
+    assert (out.finish_reason, len(out.token_ids), out.token_ids[-1]) == ("stop", 5, special)
+    assert out.text == tokenizer.decode(out.token_ids[:4])
+
+
+# --- which drafter, on what ----------------------------------------------------------------------------------------
+
+
+def test_the_default_drafter_of_a_model_without_a_shipped_one_is_ngram(llama) -> None:
+    with pytest.warns(SpecDecWarning, match="so ngram drafts; to train one: specdec train m2r2 --model MODEL"):
+        decoder = SpecDecoder(llama)
+    assert decoder.drafter.name == "ngram" and decoder.tuned is None
+    with pytest.raises(SpecDecError, match="no m2r2 drafter is shipped for this model"):
+        SpecDecoder(llama, drafter="m2r2")
+
+
+def test_the_default_drafter_is_the_tuned_one_with_its_depth(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "cache"))
+    name = str(save_tiny(tmp_path / "model"))
+    store(place(name, "auto", "cpu", "auto", "auto"), Tuned("lookahead", 3, 1.5, "8 of own"))
+    decoder = SpecDecoder.from_pretrained(name)
+    assert decoder.drafter.name == "lookahead" and decoder.tuned is not None and decoder.device.type == "cpu"
+    with decoder.open([PROMPT]) as generation:
+        assert generation.engine.batch.policy.choose([]).depth == 3
+    plain = decoder.with_drafter("none")
+    assert plain.tuned is None and plain.with_drafter("auto").drafter.name == "lookahead"
+    assert SpecDecoder.from_pretrained(name, "prompt-lookup").tuned is None
+
+
+@pytest.mark.parametrize("drafter", ["m2r2", "m2r2-paper", "medusa", "deed", "mixture-of-depths", "prompt-lookup+m2r2"])
+def test_a_trained_drafter_that_is_not_shipped_is_refused_before_the_weights(tmp_path, monkeypatch, drafter) -> None:
+    name = str(save_tiny(tmp_path))
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+    with pytest.raises(SpecDecError, match=rf"shipped for this model; train one: specdec train .*{name}"):
+        SpecDecoder.from_pretrained(name, drafter)
+    monkeypatch.setattr(drafter_folder, "may_be_shipped", lambda drafter, config: True)
+    with pytest.raises(SpecDecError, match="cannot load model"):  # the weights are needed to tell
+        SpecDecoder.from_pretrained(name, drafter)
+
+
+def test_automatic_devices(monkeypatch) -> None:
+    assert device.find_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(device, "_try_out", lambda place, dtype: None)
+    assert device.find_device("auto").type == "cuda"
+    asked = []
+
+    def load(name: str, *, device: str, **more: object) -> None:
+        asked.append(device)
+        raise SpecDecError("enough")
+
+    monkeypatch.setattr(loading, "load", load)
+    for more in (
+        {},
+        {"weights": "int8"},
+        {"kv_cache": "int8"},
+        {"activations": "int8"},
+        {"runtime": "native"},
+        {"weights": "int8", "device": "cuda"},
+    ):
+        with pytest.raises(SpecDecError, match="enough"):
+            SpecDecoder.from_pretrained("model", **more)
+    assert asked == ["auto", "cpu", "cpu", "cpu", "cpu", "cuda"]
+
+
+def test_a_cuda_device_that_cannot_compute_is_passed_over(monkeypatch) -> None:
+    def refuse(place: torch.device, dtype: object) -> None:
+        if place.type == "cuda":
+            raise SpecDecError("no kernel image")
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(device, "_try_out", refuse)
+    assert device.find_device("auto").type == "cpu"
+    with pytest.raises(SpecDecError, match="no kernel image"):
+        device.find_device("cuda")
+
+
+def test_decoders_and_engines_close_at_the_end_of_a_with_block(llama, monkeypatch) -> None:
+    ended = list[object]()
+    monkeypatch.setattr(SpecDecoder, "close", lambda self: ended.append(self))
+    with pytest.raises(KeyError), SpecDecoder(llama, drafter="prompt-lookup") as decoder:
+        with decoder.engine() as engine:
+            assert [event.tokens for event in engine.submit(Request(PROMPT, 2))] and not engine.closed
+        assert engine.closed and decoder.generate(PROMPT, max_new_tokens=2).token_ids  # the drafter is free again
+        raise KeyError
+    assert ended == [decoder]
+
+
+def test_another_drafter_takes_its_own_options(llama: PreTrainedModel) -> None:
+    plain = SpecDecoder(llama, drafter="none")
+    assert plain.with_drafter("prompt-lookup", continuations=3).drafter.continuations == 3
+    with pytest.raises(SpecDecError, match="continuation"):
+        plain.with_drafter("prompt-lookup", continuation=3)

@@ -1,0 +1,187 @@
+"""Threads are as many as this process has CPUs, and a forked child goes on with one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from specdec.base import cores
+from specdec.runtimes.native import library
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    cores.cpus.cache_clear()
+    yield
+    cores.cpus.cache_clear()
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A machine of 16 CPUs without quotas; its control groups are mounted here."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(16)), raising=False)
+    monkeypatch.setattr(cores, "CGROUPS", tmp_path / "mount")
+    monkeypatch.setattr(cores, "MEMBERSHIP", tmp_path / "membership")
+    return tmp_path
+
+
+def write(group: Path, **files: str) -> None:
+    group.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (group / name.replace("__", ".")).write_text(text)
+
+
+def test_cpus_are_those_of_the_affinity(groups: Path) -> None:
+    assert cores.cpus() == 16
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"cpu__max": "max 100000\n"}, 16),
+        ({"cpu__max": "250000 100000\n"}, 3),
+        ({"cpu__max": "20000 100000\n"}, 1),
+        ({"cpu__max": "9900000 100000\n"}, 16),
+        ({"cpu__max": "nonsense"}, 16),
+    ],
+)
+def test_a_quota_limits_them(groups: Path, files: dict[str, str], expected: int) -> None:
+    (groups / "membership").write_text("0::/user/job\n")
+    write(groups / "mount/user/job", **files)
+    assert cores.cpus() == expected
+
+
+def test_so_does_the_quota_of_a_group_above(groups: Path) -> None:
+    (groups / "membership").write_text("0::/pod/container\n")
+    write(groups / "mount/pod/container", cpu__max="800000 100000\n")
+    write(groups / "mount/pod", cpu__max="400000 100000\n")
+    assert cores.cpus() == 4
+
+
+@pytest.mark.parametrize("place", ["mount/cpu,cpuacct/docker/a1", "mount/cpu/docker/a1", "mount/cpu,cpuacct"])
+def test_version_1_of_control_groups(groups: Path, place: str) -> None:
+    """Mounted under the controllers' names or a link to them; a container sees its own group as the mount."""
+    (groups / "membership").write_text("5:cpuset:/docker/a1\n4:cpu,cpuacct:/docker/a1\n0::/\n")
+    write(groups / place, cpu__cfs_quota_us="200000\n", cpu__cfs_period_us="100000\n")
+    assert cores.cpus() == 2
+    write(groups / place, cpu__cfs_quota_us="-1\n")
+    cores.cpus.cache_clear()
+    assert cores.cpus() == 16
+
+
+def test_kernels_and_pytorch_use_no_more_threads_than_cpus(groups: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3, 5}, raising=False)
+    torch.set_num_threads(5)
+    assert cores.threads() == 2
+    torch.set_num_threads(1)  # whoever asks for fewer gets fewer
+    cores.fit()
+    assert torch.get_num_threads() == cores.threads() == 1
+    torch.set_num_threads(5)
+    cores.fit()
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")]
+)
+def test_waiting_threads_of_pytorch_spin_for_a_bounded_time(given: dict[str, str], expected: str) -> None:
+    """Unless somebody has said what they should do."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    command = [sys.executable, "-c", "import specdec, os; print(os.environ.get('GOMP_SPINCOUNT'))"]
+    done = subprocess.run(command, env=kept | given, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == expected
+
+
+@pytest.mark.skipif(not library.runs(), reason="there are no native kernels here")
+def test_kernels_run_in_the_openmp_that_pytorch_has_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not in another one that lies among the packages."""
+    decoy = tmp_path / "torch_of_others/lib/libgomp-1.so.1"
+    decoy.parent.mkdir(parents=True)
+    decoy.write_bytes(b"no library")
+    monkeypatch.setattr(torch, "__file__", str(tmp_path / "torch/__init__.py"))
+    assert library.load.__wrapped__().level
+    maps = Path("/proc/self/maps")
+    assert not maps.exists() or os.path.realpath(library.openmp()) in maps.read_text()
+
+
+CHILD = """
+import json, multiprocessing, os, sys
+import torch
+torch.set_num_threads(2)
+from tiny import tiny_model
+from specdec.base import cores
+from specdec.runtimes.native import library
+cores.cpus = lambda: 2  # two threads, whatever is here
+from specdec.api.decoder import SpecDecoder
+
+# Large enough for PyTorch to use its threads.
+model = tiny_model("llama", hidden_size=256, intermediate_size=1024, head_dim=64, vocab_size=5000)
+models = {"fused": model, "reference": model}
+if library.runs():
+    models["native"] = tiny_model("llama", hidden_size=256, intermediate_size=1024, head_dim=64).bfloat16()
+decoders = [SpecDecoder(model, None, "prompt-lookup", runtime=runtime) for runtime, model in models.items()]
+prompt = [5, 6, 7, 8] * 12
+
+def run(decoder):
+    return decoder.generate(prompt, max_new_tokens=8, num_speculative_tokens=3, ignore_eos=True).token_ids
+
+expected = [run(decoder) for decoder in decoders]
+
+def child(queue):
+    for decoder in decoders:
+        queue.put(run(decoder))
+
+def forked(decoder):
+    read, write = os.pipe()
+    if not os.fork():
+        try:
+            os.write(write, json.dumps(run(decoder)).encode())
+        finally:
+            os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as file:
+        return json.loads(file.read())
+
+for runtime, decoder, tokens in zip(models, decoders, expected):
+    print("forked", runtime, flush=True)
+    assert forked(decoder) == tokens
+context = multiprocessing.get_context("fork")
+queue = context.SimpleQueue()
+process = context.Process(target=child, args=(queue,))
+process.start()
+for runtime, tokens in zip(models, expected):
+    print("multiprocessing", runtime, flush=True)
+    assert queue.get() == tokens
+process.join()
+assert [run(decoder) for decoder in decoders] == expected and torch.get_num_threads() == 2
+print("the parent goes on as before")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_a_forked_child_goes_on_generating() -> None:
+    """By os.fork and by multiprocessing, in every runtime. It hangs where a child believes in its parent's threads."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "2"}
+    with subprocess.Popen(
+        [sys.executable, "-c", CHILD],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            said, _ = process.communicate(timeout=90)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # what it has forked, too
+            said = f"{process.communicate()[0]} ... hangs"
+    assert said.endswith("the parent goes on as before\n"), said[-2000:]

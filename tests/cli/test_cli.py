@@ -1,0 +1,524 @@
+"""The command line, as a shell sees it: streams, exit codes, one line for bad input, Ctrl-C."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pty
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tty
+from contextlib import suppress
+from inspect import signature
+from pathlib import Path
+from threading import Event
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from pages import ROOT
+from tiny import save_tiny
+from typer.testing import CliRunner
+
+import specdec
+from specdec import cli
+from specdec.api.tuned import Tuned, place, store
+from specdec.base import inputs, terminal
+from specdec.cli import generate
+from specdec.engine import batch
+from specdec.models import catalogue
+from specdec.speculation import registry
+from specdec.speculation.draft import Draft
+
+COMMAND = [sys.executable, "-c", "from specdec.cli import main; main()"]
+FIGURES = ("tokens/s: ", "mean acceptance length: ", "acceptance rate: ", "steps: ", "prefill: ", "finish: length")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_tiny(tmp_path_factory.mktemp("tiny")))
+
+
+@pytest.fixture
+def run(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Run ``specdec generate ARGS`` on the tiny model, in this process, with an empty cache folder."""
+    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "cache"))
+
+    def call(*args: str, stdin: str | bytes | None = None):
+        fixed = [
+            "--model",
+            model,
+            "--drafter",
+            "prompt-lookup",
+            "--max-new-tokens",
+            "24",
+            "--num-speculative-tokens",
+            "4",
+        ]
+        return CliRunner().invoke(cli.app, ["generate", *fixed, *args], input=stdin)
+
+    return call
+
+
+def one_line_error(result, code: int = 2) -> str:
+    assert result.exit_code == code and result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+# --- streams ---------------------------------------------------------------------------------------------------------
+
+
+def test_stdout_has_only_the_text_and_stderr_the_figures(run) -> None:
+    result, whole = run("hello"), json.loads(run("hello", "--json").stdout)
+    assert result.exit_code == 0 and result.stdout == whole["text"] + "\n" and len(whole["text"]) == 24
+    (line,) = result.stderr.splitlines()
+    assert all(part in line for part in FIGURES) and "float32 cpu" in line
+
+
+def test_quiet_leaves_only_the_text(run) -> None:
+    result = run("hello", "--quiet")
+    assert result.stderr == "" and result.stdout == run("hello").stdout
+
+
+def test_verbose_adds_the_ledger(run) -> None:
+    assert re.search(r"draft time: [\d.]+ s; score time: [\d.]+ s", run("hello", "--verbose").stderr)
+
+
+def test_json_is_one_object_with_everything_and_nothing_on_stderr(run, model: str) -> None:
+    result = run("hello", "--json", "--seed", "3", "--stop", "\x00", "--system", "be brief")
+    out = json.loads(result.stdout)
+    assert result.stderr == "" and result.stdout.count("\n") == 1
+    assert out["model"] == model and out["drafter"] == "prompt-lookup" and out["lossless"] is True
+    assert (out["dtype"], out["device"], out["finish_reason"]) == ("float32", "cpu", "length")
+    assert out["runtime"] in ("fused", "reference") and "compare" not in out
+    assert len(out["token_ids"]) == out["metrics"]["num_new_tokens"] == 24
+    expected = {"max_new_tokens": 24, "num_speculative_tokens": 4, "temperature": 0.0, "seed": 3, "stop": ["\x00"]}
+    assert out["settings"].items() >= (expected | {"system": "be brief", "chat": True}).items()
+    assert out["metrics"]["mean_acceptance_length"] >= 1 and out["metrics"]["ledger"]["score"] > 0
+
+
+def test_the_prompt_may_come_from_stdin(run) -> None:
+    assert run("-", stdin="hello\n").stdout == run(stdin="hello").stdout == run("hello").stdout
+
+
+def test_raw_and_system_change_what_the_model_reads(run) -> None:
+    counts = [
+        json.loads(run("hello", "--json", *more).stdout)["metrics"]["num_prompt_tokens"]
+        for more in ((), ("--raw",), ("--system", "be brief"))
+    ]
+    assert counts == [len("[user] hello\n[assistant] "), 5, len("[system] be brief\n[user] hello\n[assistant] ")]
+
+
+def test_stop_ends_the_text_before_it(run) -> None:
+    text = run("hello", "--quiet").stdout
+    stops = text[9:11], text[14:17]
+    out = json.loads(run("hello", "--json", "--stop", stops[1], "--stop", stops[0]).stdout)
+    assert out["text"] == text[: min(text.index(stop) for stop in stops)] and out["finish_reason"] == "stop"
+
+
+def test_drafters_are_joined_loaded_from_somewhere_and_take_options(run, model: str) -> None:
+    plain = json.loads(run("hello", "--json", "--drafter", "none").stdout)
+    joined = ("--drafter", f"prompt-lookup+draft-model={model}", "--drafter-option", "draft-model={siblings: [1, 0]}")
+    out = json.loads(run("hello", "--json", *joined, "--drafter-option", "prompt-lookup={prompt_lookup_min: 3}").stdout)
+    assert out["token_ids"] == plain["token_ids"]
+    assert out["drafter_options"] == {"draft-model": {"siblings": [1, 0]}, "prompt-lookup": {"prompt_lookup_min": 3}}
+    assert out["metrics"]["mean_acceptance_length"] > 3  # the draft model is the model itself
+
+
+def test_the_number_of_drafted_tokens_is_chosen_or_fixed(run) -> None:
+    fixed = json.loads(run("hello", "--json", "--num-speculative-tokens", "2").stdout)
+    assert max(fixed["metrics"]["per_step_drafted"]) == 2 and fixed["settings"]["num_speculative_tokens"] == 2
+    chosen = json.loads(run("hello", "--json", "--num-speculative-tokens", "auto").stdout)
+    assert chosen["settings"]["num_speculative_tokens"] == "auto" and chosen["text"] == fixed["text"]
+
+
+def test_the_statistics_name_the_drafter_and_tuned_settings(run, model: str) -> None:
+    assert "; drafter: prompt-lookup; " in run("hello").stderr
+    joined = f"prompt-lookup+draft-model={model}"
+    assert f"; drafter: prompt-lookup+draft-model (from {joined}); " in run("hello", "--drafter", joined).stderr
+    out = json.loads(run("hello", "--json", "--drafter", joined).stdout)
+    assert (out["drafter"], out["drafter_source"]) == ("prompt-lookup+draft-model", joined) and out["tuned"] is None
+    store(place(model, "auto", "cpu", "auto", "auto"), Tuned("prompt-lookup", 2, 1.5, "8 of own"))
+    auto = ("hello", "--drafter", "auto", "--device", "cpu", "--num-speculative-tokens", "auto")
+    assert "; settings: tuned (1.50x plain on 8 of own)" in run(*auto).stderr
+    out = json.loads(run(*auto, "--json").stdout)
+    assert out["drafter"] == "prompt-lookup" and out["drafter_source"] is None
+    assert out["settings"]["num_speculative_tokens"] == 2
+    assert out["tuned"] == {
+        "drafter": "prompt-lookup",
+        "num_speculative_tokens": 2,
+        "speedup": 1.5,
+        "prompts": "8 of own",
+    }
+
+
+def test_a_drafter_that_is_never_right_is_remarked_on(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = json.loads(run("hello", "--json").stdout)["token_ids"]
+    wrong = next(token for token in range(90) if token not in said)
+
+    def never(self, state, limit):
+        return Draft(torch.full((len(state.ids), 2), wrong), (0, 1))
+
+    monkeypatch.setattr(registry.lookup("drafters", "prompt-lookup"), "propose", never)
+    result, out = run("hello"), json.loads(run("hello", "--json").stdout)
+    note = r"none of the \d+ tokens that prompt-lookup drafted was accepted: .*; 'specdec drafters' lists others, or "
+    assert re.search(note + r"decode plainly \(--drafter none\)", result.stderr) and re.match(note, out["note"])
+    assert json.loads(run("hello", "--json", "--drafter", "none").stdout)["note"] is None
+
+
+def test_reading_a_long_prompt_is_remarked_on_in_a_pipe(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    said, heard, prefill = [], Event(), batch.run_tokens
+
+    def slow(*args):
+        heard.clear()
+        assert heard.wait(60)
+        return prefill(*args)
+
+    monkeypatch.setattr(terminal, "EVERY", 0.005)
+    monkeypatch.setattr(terminal, "tell", lambda console, text: (said.append(text), heard.set()))
+    monkeypatch.setattr(batch, "run_tokens", slow)
+    assert run("hello", "--raw").exit_code == 0 and "reading the prompt of 5 tokens (1 s)" in said
+
+
+def test_sampling_options_and_seed_reach_the_sampler(run) -> None:
+    texts = [run("hello", "--temperature", "1.5", "--seed", seed).stdout for seed in ("1", "1", "2")]
+    assert texts[0] == texts[1] != texts[2]
+    assert run("hello", "--temperature", "1.5", "--seed", str(2**63 - 1)).exit_code == 0
+    assert run("hello", "--temperature", "1.5", "--top-k", "1").stdout == run("hello").stdout
+
+
+# --- comparison with plain decoding ----------------------------------------------------------------------------------
+
+
+def test_compare_says_identical_and_the_speedup(run) -> None:
+    line = run("hello", "--compare").stderr.splitlines()[1]
+    assert re.search(r"speedup over plain decoding: \d+\.\d\dx; plain tokens/s: [\d.]+", line)
+    assert line.endswith("output identical to plain decoding: yes")
+
+
+def test_compare_in_json_times_both_arms(run) -> None:
+    out = json.loads(run("hello", "--compare", "--json").stdout)
+    both = out["compare"]
+    assert both["identical"] is True and both["fault"] is False and both["plain"]["token_ids"] == out["token_ids"]
+    assert both["plain"]["metrics"]["num_draft_tokens"] == 0 < out["metrics"]["num_draft_tokens"]
+    speeds = out["metrics"]["tokens_per_second"], both["plain"]["metrics"]["tokens_per_second"]
+    assert both["speedup"] == pytest.approx(speeds[0] / speeds[1])
+
+
+def test_sampled_text_is_that_of_plain_decoding(run) -> None:
+    result = run("hello", "--compare", "--temperature", "1", "--top-p", "0.9", "--repetition-penalty", "1.1")
+    assert result.exit_code == 0 and "identical to plain decoding: yes" in result.stderr
+
+
+def test_compare_reports_a_wrong_output_as_a_fault(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def accept_all(self, draft, chosen, p):
+        return specdec.Acceptance([list(range(len(chosen[0])))], [chosen[0][-1]])
+
+    monkeypatch.setattr(registry.lookup("verifiers", "exact"), "verify", accept_all)
+    result = run("hello hello hello", "--compare")
+    assert result.exit_code == 1
+    assert re.search(r"identical to plain decoding: no \(first difference at token \d+: FAULT", result.stderr)
+
+
+def test_vanishing_temperatures_are_greedy(run) -> None:
+    result = run("hello", "--compare", "--temperature", "1e-40")
+    assert result.exit_code == 0 and "output identical to plain decoding: yes" in result.stderr
+    assert result.stdout == run("hello").stdout
+
+
+def test_compare_replays_with_the_repetition_penalty(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def accept_all(self, draft, chosen, p):
+        return specdec.Acceptance([list(range(len(chosen[0])))], [chosen[0][-1]])
+
+    monkeypatch.setattr(registry.lookup("verifiers", "exact"), "verify", accept_all)
+    result = run("hello hello hello", "--compare", "--repetition-penalty", "1.2")
+    assert result.exit_code == 1 and "FAULT" in result.stderr
+
+
+def test_without_a_shipped_drafter_ngram_drafts_and_a_note_says_so(run) -> None:
+    result = run("hello", "--drafter", "auto")
+    assert result.exit_code == 0
+    (note,) = [line for line in result.stderr.splitlines() if line.startswith("note: ")]
+    assert "ngram drafts; to train one: specdec train m2r2 --model" in note
+    found = json.loads(run("hello", "--drafter", "auto", "--json").stdout)
+    assert found["drafter"] == "ngram" and found["device"] == "cpu"
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+BAD = {
+    "unknown drafter": (["x", "--drafter", "prompt-lokup"], "did you mean 'prompt-lookup'?"),
+    "unknown drafter among several": (["x", "--drafter", "none+prompt-lokup"], "did you mean 'prompt-lookup'?"),
+    "drafter option": (
+        ["x", "--drafter-option", "continuations=0"],
+        "continuations must be a whole number >= 1; got 0",
+    ),
+    "drafter option without value": (["x", "--drafter-option", "depth"], "takes KEY=VALUE"),
+    "drafter option that is no YAML": (["x", "--drafter-option", "a=["], "takes KEY=VALUE"),
+    "no draft model": (["x", "--drafter", "draft-model"], "name it: draft-model=NAME"),
+    "drafter folder without files": (["x", "--drafter", "."], "config.json is missing"),
+    "no drafter shipped": (["x", "--drafter", "m2r2"], "specdec train m2r2"),
+    "unknown model": (["x", "--model", "./nowhere"], "./nowhere"),
+    "mistyped model": (["x", "--model", "smollm2-135m-instrukt"], "did you mean 'smollm2-135m-instruct'?"),
+    "empty prompt": (["  "], "the prompt is empty"),
+    "no drafter": (["x", "--drafter", ""], "no drafter is named"),
+    "prompt in another encoding": ([os.fsdecode(b"\xff")], "the prompt is not UTF-8 text"),
+    "stop in another encoding": (["x", "--stop", os.fsdecode(b"\xff")], "--stop is not UTF-8 text"),
+    "system in another encoding": (["x", "--system", os.fsdecode(b"\xff")], "--system is not UTF-8 text"),
+    "deep nesting": (["x", "--drafter-option", "a=" + "[" * 100_000], "takes KEY=VALUE"),
+    "a date that is none": (["x", "--drafter-option", "a=2026-13-45"], "takes KEY=VALUE"),
+    "seed": (["x", "--seed", "-1"], "seed must be a whole number in 0 .. 9223372036854775807; got -1"),
+    "huge seed": (["x", "--seed", str(2**63)], "seed must be a whole number in 0 .. 9223372036854775807; got 92233"),
+    "temperature": (["x", "--temperature", "-1"], "temperature must be a number >= 0"),
+    "not a number": (["x", "--temperature", "nan"], "temperature must be a number >= 0"),
+    "top-p": (["x", "--top-p", "0"], "top_p must be a number in (0, 1]"),
+    "K": (["x", "--num-speculative-tokens", "0"], "--num-speculative-tokens must be 'auto' or a number >= 1; got '0'"),
+    "K no number": (["x", "--num-speculative-tokens", "many"], "must be 'auto' or a number >= 1; got 'many'"),
+    "max new tokens": (["x", "--max-new-tokens", "0"], "'--max-new-tokens'"),
+    "dtype": (["x", "--dtype", "float17"], "unknown dtype 'float17' (did you mean 'float16'?)"),
+    "device": (["x", "--device", "toaster"], "unknown device 'toaster'"),
+    "prompt beyond the context": (["x" * 5000], "context of 4096"),
+    "system without template": (["x", "--raw", "--system", "y"], "needs a chat template"),
+    "mistyped option": (["x", "--temprature", "1"], "--temperature); see 'specdec generate --help'"),
+    "two prompts": (["x", "y"], "unexpected extra argument"),
+}
+
+
+@pytest.mark.parametrize(("args", "expected"), BAD.values(), ids=BAD.keys())
+def test_bad_input_is_one_line_and_exit_code_2(
+    run, args: list[str], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert expected in one_line_error(run(*args))
+
+
+def test_stdin_that_is_no_text_is_refused(run) -> None:
+    assert "not UTF-8" in one_line_error(run("-", stdin=b"\xff\xfe"))
+
+
+def test_a_byte_order_mark_on_stdin_is_no_part_of_the_prompt(run) -> None:
+    assert run("-", stdin="\ufeffhello".encode()).stdout == run("hello").stdout
+
+
+def test_no_more_of_stdin_is_read_than_a_prompt_may_have(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inputs, "LINE", 1_000_000)
+    line = one_line_error(run("-", stdin=b"y" * 1_000_001))
+    assert "the prompt on stdin is larger than 1 MB; shorten it" in line
+
+
+def test_a_prompt_far_too_long_is_refused_before_it_is_tokenised(run) -> None:
+    assert "the model's context of 4096 tokens holds at most" in one_line_error(run("-", stdin=b"y" * 100_000))
+
+
+def test_unknown_command_suggests_one() -> None:
+    assert "Did you mean 'generate'" in one_line_error(CliRunner().invoke(cli.app, ["genrate"]))
+
+
+def test_no_prompt_at_a_terminal_shows_an_example() -> None:
+    outer, inner = pty.openpty()
+    try:
+        done = subprocess.run([*COMMAND, "generate"], stdin=inner, capture_output=True, text=True, timeout=60)
+    finally:
+        os.close(outer)
+        os.close(inner)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert 'no prompt; give one, for example: specdec generate "' in done.stderr
+
+
+def failing(error: BaseException):
+    def fail(*args):
+        raise error
+
+    return fail
+
+
+def test_a_full_disk_and_a_full_memory_are_told_plainly(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generate, "_decode", failing(OSError(errno.ENOSPC, "No space left on device", "/some/file")))
+    assert "no space left on the disk while writing '/some/file'" in one_line_error(run("x"))
+    monkeypatch.setattr(generate, "_decode", failing(RuntimeError("x: can't allocate memory: you tried")))
+    assert "out of memory" in one_line_error(run("x"))
+
+
+def test_what_is_nested_without_end_is_no_fault_of_ours(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generate, "_decode", failing(RecursionError("maximum recursion depth exceeded")))
+    assert "nested too deeply" in one_line_error(run("x"))
+
+
+def test_a_fault_of_ours_is_one_line_and_a_traceback_only_on_demand(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generate, "_decode", failing(TypeError("two\nlines")))
+    line = one_line_error(run("x"), code=1)
+    assert line == "error: unexpected TypeError: two lines; run with SPECDEC_DEBUG=1 for the traceback"
+    assert "Traceback" in run("x", "--verbose").stderr
+    monkeypatch.setenv("SPECDEC_DEBUG", "1")
+    result = run("x")
+    assert result.exit_code == 1 and "Traceback" in result.stderr
+
+
+# --- processes -------------------------------------------------------------------------------------------------------
+
+
+def start(model: str, *args: str) -> subprocess.Popen[bytes]:
+    """A generation that takes far longer than the test looks at it."""
+    fixed = ["--model", model, "--drafter", "prompt-lookup", "--max-new-tokens", "4000"]
+    fixed += ["--num-speculative-tokens", "4"]
+    command, one_thread = [*COMMAND, "generate", "hello", *fixed, *args], os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, bufsize=0, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=one_thread)
+
+
+def test_ctrl_c_keeps_the_text_so_far_and_marks_the_figures(model: str) -> None:
+    process = start(model)
+    assert process.stdout is not None
+    first = process.stdout.read(1)  # text streams while the process runs
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    rest, figures = process.communicate(timeout=60)
+    text = (first + rest).decode()
+    assert process.returncode == 130 and text.endswith("\n") and 2 <= len(text) < 4000
+    (line,) = figures.decode().splitlines()
+    assert "finish: interrupted" in line and f"tokens: {len(text) - 1};" in line
+
+
+def test_a_closed_pipe_ends_quietly(model: str) -> None:
+    process = start(model)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.read(5)
+    process.stdout.close()
+    assert process.wait(timeout=60) != 0 and process.stderr.read() == b""
+    process.stderr.close()
+
+
+def call(model: str, *args: str, **streams: Any) -> subprocess.CompletedProcess[bytes]:
+    fixed = ["--model", model, "--drafter", "prompt-lookup", "--max-new-tokens", "24", "--num-speculative-tokens", "4"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"} | streams.pop("env", {})
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | streams
+    return subprocess.run([*COMMAND, "generate", *fixed, *args], env=env, timeout=120, check=False, **pipes)
+
+
+@pytest.fixture(scope="module")
+def answer(model: str) -> bytes:
+    return call(model, "hello", "--quiet").stdout
+
+
+def test_statistics_that_cannot_be_written_do_not_cost_the_answer(model: str, answer: bytes) -> None:
+    with open("/dev/full", "wb") as full:
+        done = call(model, "hello", stderr=full)
+    assert (done.returncode, done.stdout) == (0, answer)
+    done = call(model, "hello", stderr=None, preexec_fn=lambda: os.close(2))
+    assert (done.returncode, done.stdout) == (0, answer)
+
+
+def test_an_answer_that_cannot_be_written_is_an_error(model: str) -> None:
+    for what in ("hello",), ("hello", "--json"):
+        with open("/dev/full", "wb") as full:
+            done = call(model, *what, stdout=full)
+        last = done.stderr.decode().splitlines()[-1]
+        assert (done.returncode, last) == (2, "error: cannot write to stdout: No space left on device")
+    done = call(model, "hello", stdout=None, preexec_fn=lambda: os.close(1))
+    assert done.returncode == 2 and done.stderr.startswith(b"error: stdout is closed") and done.stderr.count(b"\n") == 1
+    with open("/dev/full", "wb") as full:  # so little that it is written at the end
+        done = subprocess.run([*COMMAND, "models"], stdout=full, stderr=subprocess.PIPE, timeout=60)
+    assert (done.returncode, done.stderr) == (2, b"error: cannot write to stdout: No space left on device\n")
+
+
+def test_any_prompt_goes_under_any_locale(model: str, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(model, tmp_path / "model"))
+    tokenizer = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    tokenizer["model"]["vocab"]["\u00fc"] = tokenizer["model"]["vocab"].pop("~")
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer), "utf-8")
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    usual, done = (call(str(folder), "d\u00fcnn", "--json", env=env) for env in ({}, ascii_only))
+    assert (done.returncode, usual.returncode) == (0, 0), done.stderr
+    assert json.loads(done.stdout)["token_ids"] == json.loads(usual.stdout)["token_ids"]
+
+
+def test_control_characters_of_a_model_are_escaped_on_a_terminal_alone(model: str) -> None:
+    args = ("hello", "--max-new-tokens", "400", "--quiet", "--temperature", "3")
+    raw = call(model, *args).stdout
+    assert re.search(rb"[\x0b\x0c]", raw)  # the tokenizer has these two
+    outer, inner = pty.openpty()
+    try:
+        with os.fdopen(outer, "rb", closefd=False) as screen:
+            tty.setraw(inner)
+            done = call(model, *args, stdout=inner)
+            os.close(inner)
+            shown = b""
+            with suppress(OSError):  # the end of a terminal
+                while piece := screen.read1():
+                    shown += piece
+    finally:
+        os.close(outer)
+    assert done.returncode == 0
+    assert shown == raw.replace(b"\x0b", b"\\x0b").replace(b"\x0c", b"\\x0c")
+
+
+def test_help_imports_nothing_heavy_and_every_command_shows_an_example() -> None:
+    heavy = "print([m for m in ('torch', 'transformers', 'numpy') if m in __import__('sys').modules])"
+    script = f"import atexit; atexit.register(lambda: {heavy}); from specdec.cli import main; main()"
+    commands = ["generate", "models", "drafters", "train", "bench", "verify", "sweep", "report", "pack-experts"]
+    for command in ([], *([name] for name in commands), ["train", "m2r2"], ["tune", "drafter"]):
+        done = subprocess.run(
+            [sys.executable, "-c", script, *command, "--help"], capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 0 and done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
+        assert "Example: specdec " in done.stdout
+
+
+# --- the other commands ----------------------------------------------------------------------------------------------
+
+
+def test_version_and_bare_call() -> None:
+    assert CliRunner().invoke(cli.app, ["--version"]).stdout == f"specdec {specdec.__version__}\n"
+    bare = CliRunner().invoke(cli.app, [])
+    assert bare.exit_code == 0 and "generate" in bare.stdout
+
+
+def test_the_default_model_is_the_embedded_one() -> None:
+    default = signature(generate.generate).parameters["model"].default
+    assert default == catalogue.DEFAULT_MODEL and default in catalogue.EMBEDDED
+
+
+def test_models_lists_the_embedded_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path))
+    header, *rows = CliRunner().invoke(cli.app, ["models"]).stdout.splitlines()
+    assert header.split("\t") == ["name", "licence", "download", "on disk", "cached", "shipped drafters", "where"]
+    assert rows[0].split("\t")[:5] == ["smollm2-135m-instruct", "Apache-2.0", "93 MB", "102 MB", "no"]
+    assert [row.split("\t")[0] for row in rows] == list(catalogue.EMBEDDED)
+    row, *_ = json.loads(CliRunner().invoke(cli.app, ["models", "--json"]).stdout)
+    assert row["name"] == "smollm2-135m-instruct" and row["cached"] is False
+    assert "m2r2" in row["drafters"]
+
+
+def test_the_readme_and_the_command_agree_on_sizes() -> None:
+    entry, readme = catalogue.EMBEDDED[catalogue.DEFAULT_MODEL], ROOT / "README.md"
+    assert f"({entry.download_bytes / 1e6:.0f} MB, once)" in readme.read_text("utf-8")
+
+
+def test_drafters_lists_summaries_training_and_what_is_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for model in ("some-model", "another-model"):
+        folder = tmp_path / "pretrained" / "m2r2" / model
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+    monkeypatch.setattr(catalogue.importlib.resources, "files", lambda package: tmp_path)
+    rows = {row["name"]: row for row in json.loads(CliRunner().invoke(cli.app, ["drafters", "--json"]).stdout)}
+    assert rows["m2r2"]["training"] == "specdec train m2r2" and rows["m2r2"]["shipped_for"] == [
+        "another-model",
+        "some-model",
+    ]
+    assert rows["prompt-lookup"]["training"] is None and rows["prompt-lookup"]["shipped_for"] == []
+    assert rows["none"]["summary"] == registry.lookup("drafters", "none").summary
+    table = CliRunner().invoke(cli.app, ["drafters"]).stdout
+    assert "prompt-lookup\t" in table and "\tnot needed\t-" in table and "\tanother-model, some-model" in table
+
+
+def test_a_broken_plug_in_does_not_hide_the_other_drafters(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = SimpleNamespace(name="broken", value="no_such_module:Drafter")
+    monkeypatch.setattr(registry, "entry_points", lambda group: [broken])
+    table = CliRunner().invoke(cli.app, ["drafters"]).stdout
+    assert "cannot be loaded: No module named 'no_such_module'" in table and "prompt-lookup\t" in table

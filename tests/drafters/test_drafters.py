@@ -1,0 +1,390 @@
+"""What each drafter proposes, which options it takes, how names are read, and how outside packages add one."""
+
+from __future__ import annotations
+
+import copy
+import re
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pages import ROOT
+from scripted import Scripted
+from tiny import greedy_reference, without
+from transformers import PreTrainedModel
+from zoo import PROMPTS, m2r2, other_model, run
+
+from specdec import SamplingParams, SpecDecError, SpecDecoder
+from specdec.drafters.draft_model import DraftModelDrafter
+from specdec.drafters.exits import EarlyExitDrafter
+from specdec.drafters.hybrid import HybridDrafter
+from specdec.drafters.layer_skip import LayerSkipDrafter
+from specdec.drafters.lookahead import LookaheadDrafter
+from specdec.drafters.m2r2 import M2R2, M2R2Drafter, M2R2Path
+from specdec.drafters.none import NoDrafter
+from specdec.drafters.prompt_lookup import PromptLookupDrafter
+from specdec.runtimes.reference import ReferenceTarget
+from specdec.runtimes.target import Target
+from specdec.speculation import registry
+from specdec.speculation.draft import Draft, Drafter, State
+from specdec.speculation.sampling import Sampler
+
+DOCS = ROOT / "docs"
+
+
+def proposals(target: Target, drafter: Drafter, watched: Drafter | None = None) -> dict[tuple[int, ...], list[int]]:
+    """What ``watched`` (None: ``drafter``) proposed after each text of a generation that ``drafter`` drafts."""
+    watched, seen = watched or drafter, {}
+    own: Callable[[State, int], Draft] = watched.propose
+
+    def spy(state: State, limit: int) -> Draft:
+        draft = own(state, limit)
+        seen.update((tuple(ids), row) for ids, row in zip(state.ids, draft.tokens.tolist(), strict=True))
+        return draft
+
+    watched.propose = spy  # type: ignore[method-assign]
+    run(target, drafter, PROMPTS, 24)
+    return seen
+
+
+# --- layers of the model itself ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("drafter", "useless"),
+    [
+        (EarlyExitDrafter(2), (2, 3)),
+        (EarlyExitDrafter(), (1, 2, 3)),
+        (LayerSkipDrafter(), (1,)),
+        (LayerSkipDrafter([0, 2]), (0, 2)),
+    ],
+)
+def test_leaving_out_layers_that_change_nothing_is_always_right(
+    llama: PreTrainedModel, drafter: Drafter, useless: tuple[int, ...]
+) -> None:
+    _, loop = run(ReferenceTarget(without(llama, *useless)), drafter, PROMPTS, 21)
+    for metrics in loop.metrics:
+        assert set(metrics.per_step_accepted[:-1]) == {4}  # the last round may be cut by the end of the text
+
+
+@pytest.mark.parametrize(
+    ("drafter", "drafted", "scored"),
+    [
+        (
+            EarlyExitDrafter(3),
+            [(0, 3, 1)],
+            [(0, 3, 1), (3, 4, 5)],
+        ),  # only the last drafted token is not at the exit yet
+        (LayerSkipDrafter([2]), [(0, 2, 1), (3, 4, 1)], [(0, 2, 1), (2, 4, 5)]),
+        (LayerSkipDrafter([0]), [(1, 4, 1)], [(0, 4, 5)]),
+    ],
+)
+def test_scoring_resumes_where_the_draft_left_the_exact_path(
+    llama: PreTrainedModel,
+    drafter: Drafter,
+    drafted: list[tuple[int, int, int]],
+    scored: list[tuple[int, int, int]],
+) -> None:
+    target, calls, layers = ReferenceTarget(llama), [], ReferenceTarget.layers
+
+    def spy(x: torch.Tensor, lo: int, hi: int, *args: Any) -> torch.Tensor:
+        calls.append((lo, hi, x.shape[1]))
+        return layers(target, x, lo, hi, *args)
+
+    target.layers = spy  # type: ignore[method-assign]
+    run(target, drafter, PROMPTS[:1], 6)
+    first_round = 4 * drafted + scored
+    assert calls[1 : 1 + len(first_round)] == first_round
+
+
+def test_early_exit_is_an_untrained_m2r2_without_projections(llama: PreTrainedModel) -> None:
+    target = ReferenceTarget(llama)
+    network = M2R2(M2R2Path(2, rank=4, adapters={layer: list(target.linears(layer)) for layer in (0, 1)}), target)
+    assert proposals(target, EarlyExitDrafter(2, siblings=(1,))) == proposals(
+        target, M2R2Drafter(network, siblings=(1,))
+    )
+
+
+# --- a second model ------------------------------------------------------------------------------------------------
+
+
+def test_the_model_as_its_own_draft_model_is_always_right_and_runs_nothing_twice(llama: PreTrainedModel) -> None:
+    own, fed, layers = ReferenceTarget(llama), [], ReferenceTarget.layers
+
+    def spy(x: torch.Tensor, *args: Any) -> torch.Tensor:
+        fed.append(x.shape[1])
+        return layers(own, x, *args)
+
+    own.layers = spy  # type: ignore[method-assign]
+    _, loop = run(ReferenceTarget(llama), DraftModelDrafter(own), PROMPTS[:1], 21)
+    assert loop.metrics[0].mean_acceptance_length == 5
+    # Each of four rounds feeds what is new (the prompt and its token; then the last draft and the bonus), then drafts.
+    assert fed == [len(PROMPTS[0]) + 1, 1, 1, 1] + [2, 1, 1, 1] * 3
+    _, ragged = run(ReferenceTarget(llama), DraftModelDrafter(own), PROMPTS, 21)
+    assert [m.mean_acceptance_length for m in ragged.metrics] == [5, 5, 5]
+
+
+class Words:
+    """A tokenizer as far as its vocabulary goes."""
+
+    def __init__(self, *words: str) -> None:
+        self.words = words
+
+    def get_vocab(self) -> dict[str, int]:
+        return {word: index for index, word in enumerate(self.words)}
+
+
+def test_a_draft_model_with_other_tokens_is_refused(llama: PreTrainedModel) -> None:
+    target = ReferenceTarget(llama)
+    with pytest.raises(SpecDecError, match="vocabularies of 97 and 90 tokens"):
+        DraftModelDrafter(other_model(90)).bind(target)
+    target.tokenizer = Words("a", "b", "c")
+    with pytest.raises(SpecDecError, match=r"97 and 97 tokens.*token 1 is 'b' in the model's and 'x' in the draft"):
+        DraftModelDrafter(other_model(), Words("a", "x", "c")).bind(target)
+
+
+@pytest.mark.parametrize("size", [90, 104])
+def test_a_draft_model_may_pad_its_vocabulary_otherwise(llama: PreTrainedModel, size: int) -> None:
+    target = ReferenceTarget(llama)
+    target.tokenizer = Words("a", "b", "c")
+    drafter = DraftModelDrafter(other_model(size), Words("a", "b", "c"))
+    for sampling in ({}, {"temperature": 2.0}):
+        out, loop = run(target, drafter, [[5, 96, 7]], 20, eos=None, **sampling)
+        assert len(out[0]) == 20 and loop.metrics[0].num_draft_tokens > 0
+    assert run(target, drafter, [[5, 96, 7]], 20)[0] == [greedy_reference(llama, [5, 96, 7], 20)]
+
+
+# --- lookup --------------------------------------------------------------------------------------------------------
+
+
+def draft_after(drafter: Drafter, target: Target, ids: list[int], limit: int = 3) -> list[tuple[int, ...]]:
+    """The paths from root to leaf of the draft after ``ids``."""
+    state = State(target, target.new_cache(), Sampler(SamplingParams()), [ids], memory=[drafter.begin()])
+    draft = drafter.propose(state, limit)
+    paths: list[tuple[int, ...]] = [()]
+    for token, parent in zip(draft.tokens[0].tolist(), draft.parents, strict=True):
+        paths.append((*paths[parent], token))
+    return [path for i, path in enumerate(paths) if i not in draft.parents]
+
+
+def test_prompt_lookup_drafts_different_continuations_longest_match_first(llama: PreTrainedModel) -> None:
+    target, ids = ReferenceTarget(llama), [1, 2, 3, 9, 2, 3, 4, 5, 3, 6, 7, 2, 3, 4, 8, 1, 2, 3]
+    expected = [(9, 2, 3), (4, 8, 1), (6, 7, 2)]  # after 1 2 3; after 2 3, the later one; after 3
+    for count in (1, 2, 3, 9):
+        assert draft_after(PromptLookupDrafter(continuations=count), target, ids) == expected[:count]
+    assert draft_after(PromptLookupDrafter(prompt_lookup_min=2, continuations=9), target, ids) == expected[:2]
+
+
+def test_prompt_lookup_prefers_the_longest_match_to_the_latest(llama: PreTrainedModel) -> None:
+    target, ids = ReferenceTarget(llama), [1, 2, 3, 4, 50, 9, 2, 3, 4, 60, 1, 2, 3, 4]
+    assert draft_after(PromptLookupDrafter(), target, ids, 1) == [(50,)]
+    assert draft_after(PromptLookupDrafter(prompt_lookup_max=3), target, ids, 1) == [(60,)]
+
+
+def finish(drafter: PromptLookupDrafter, *texts: list[int]) -> None:
+    """Let ``drafter`` see whole requests."""
+    for text in texts:
+        row = drafter.begin()
+        row.store = drafter.stores.of(None) if drafter.stores else None  # as a row that has drafted
+        drafter.end(row, text)
+
+
+def test_a_store_remembers_earlier_requests_and_prefers_the_text_itself(llama: PreTrainedModel) -> None:
+    target = ReferenceTarget(llama)
+    drafter, without = PromptLookupDrafter(store=100), PromptLookupDrafter()
+    for each in (drafter, without):
+        finish(each, [5, 6, 7, 8, 9])
+    assert draft_after(drafter, target, [1, 6, 7]) == [(8, 9)] and draft_after(without, target, [1, 6, 7]) == [()]
+    assert draft_after(drafter, target, [7, 30, 1, 6, 7]) == [(8, 9)]  # a longer match than in its own text
+    assert draft_after(drafter, target, [6, 7, 40, 1, 6, 7]) == [(40, 1, 6)]  # as long a one
+
+
+def test_a_store_forgets_the_oldest_and_is_bounded(llama: PreTrainedModel) -> None:
+    target, drafter = ReferenceTarget(llama), PromptLookupDrafter(2, store=40)
+    finish(drafter, *([10 * i + j for j in range(10)] for i in range(9)), [0])
+    assert drafter.stores is not None
+    store = drafter.stores.of(None)
+    assert store.tokens <= 20
+    assert len(store.young.places) + len(store.old.places) <= 2 * 40  # n-grams of one and two tokens
+    assert draft_after(drafter, target, [3, 4]) == [()] and draft_after(drafter, target, [83, 84]) == [(85, 86, 87)]
+    finish(drafter, list(range(60)))  # longer than the store: its end is kept
+    assert draft_after(drafter, target, [50]) == [(51, 52, 53)] and store.tokens <= 20
+
+
+def test_the_output_of_every_row_enters_the_store(llama: PreTrainedModel) -> None:
+    decoder = SpecDecoder(llama, drafter="prompt-lookup", drafter_options={"store": True})
+    first = decoder.generate_batch(PROMPTS, max_new_tokens=16, num_speculative_tokens=4)
+    again = decoder.generate_batch(PROMPTS, max_new_tokens=16, num_speculative_tokens=4)
+    for prompt, a, b in zip(PROMPTS, first, again, strict=True):
+        assert a.token_ids == b.token_ids == greedy_reference(llama, prompt, 16)
+        assert b.metrics.mean_acceptance_length > max(2.5, a.metrics.mean_acceptance_length)
+
+
+def test_what_the_lookahead_pool_learns_is_what_the_model_says(llama: PreTrainedModel) -> None:
+    target, drafter = ReferenceTarget(llama), LookaheadDrafter(window=3, ngram=3, guesses=99)
+    propose, drafted, rows = drafter.propose, [], []
+
+    def spy(state: State, limit: int) -> Draft:
+        draft = propose(state, limit)
+        drafted.append((list(state.ids[0]), copy.deepcopy(state.memory[0].window)))
+        rows.append(state.memory[0])
+        return draft
+
+    drafter.propose = spy  # type: ignore[method-assign]
+    expected = greedy_reference(llama, PROMPTS[0], 24)
+    assert run(target, drafter, PROMPTS[:1], 24)[0] == [expected]
+    assert len(drafted[0][1]) == 3
+    for ids, window in drafted:
+        for number, (head, after) in enumerate(window):
+            before = [*ids, *(trajectory[0] for trajectory in window[:number]), head, after]
+            answer = int(llama(torch.tensor([before])).logits[0, -1].argmax())
+            assert (after, answer) in rows[0].pool[head]
+
+
+# --- several -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["m2r2", "draft-model", "layer-skip"])
+def test_a_drafter_proposes_the_same_whoever_drafted_before(llama: PreTrainedModel, name: str) -> None:
+    target = ReferenceTarget(llama)
+    make: dict[str, Callable[[], Drafter]] = {
+        "m2r2": lambda: m2r2(target, 1, ((2, 3),), True, False),
+        "draft-model": lambda: DraftModelDrafter(other_model()),
+        "layer-skip": lambda: LayerSkipDrafter(),
+    }
+    ahead = {tuple(p): greedy_reference(llama, p, 24) for p in PROMPTS}
+
+    def now_and_then(ids: list[int], limit: int) -> list[tuple[int, int]]:
+        """Two right tokens and a wrong one, at some lengths; rows seldom agree on it, so one of them is kept alone."""
+        prompt = next(p for p in ahead if tuple(ids[: len(p)]) == p)
+        right = ahead[prompt][len(ids) - len(prompt) :][:2]
+        return [(t, i) for i, t in enumerate([*right, 96][:limit])] if len(ids) % 2 else []
+
+    alone = proposals(target, make[name]())
+    second = make[name]()
+    beside = proposals(target, HybridDrafter([Scripted(now_and_then), second]), second)
+    common = alone.keys() & beside.keys()
+    assert len(common) >= 8 and len(common) > len(PROMPTS)
+    for ids in common:
+        n = min(len(alone[ids]), len(beside[ids]))
+        assert alone[ids][:n] == beside[ids][:n]
+
+
+def test_names_are_read_with_sources_folders_and_joins(tmp_path: Path) -> None:
+    folder = tmp_path / "a+b=c"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"drafter": "m2r2"}')
+    assert registry.parse("m2r2") == [("m2r2", None)]
+    assert registry.parse(str(folder)) == [("m2r2", str(folder))]
+    assert registry.parse(f"draft-model={folder}") == [("draft-model", str(folder))]
+    joined = registry.parse(f"prompt-lookup+draft-model={folder}")
+    assert joined == [("prompt-lookup", None), ("draft-model", str(folder))]
+    (plain := folder.rename(tmp_path / "plain"))
+    assert registry.parse(f"prompt-lookup+{plain}") == [("prompt-lookup", None), ("m2r2", str(plain))]
+
+
+def test_joined_drafters_take_their_options_by_name(llama: PreTrainedModel) -> None:
+    options = {"early-exit": {"exit_layer": 3}, "prompt-lookup": {"continuations": 2}}
+    decoder = SpecDecoder(llama, drafter="prompt-lookup+early-exit", drafter_options=options)
+    lookup, early = decoder.drafter.members  # type: ignore[attr-defined]
+    assert lookup.continuations == 2 and early.exit_layer == 3
+    assert 1 not in lookup.sizes  # one token in common says too little where another drafter can do better
+    assert decoder.generate(PROMPTS[0], max_new_tokens=12).token_ids == greedy_reference(llama, PROMPTS[0], 12)
+
+
+# --- what is refused -----------------------------------------------------------------------------------------------
+
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    ("none", {"depth": 1}, "'none' has no option 'depth'; it has none"),
+    ("none=folder", {}, "'none' is not loaded from anything; leave '=folder' out"),
+    ("prompt-lookup", {"continuation": 2}, "no option 'continuation' .did you mean 'continuations'"),
+    ("prompt-lookup", {"continuations": 0}, "continuations must be a whole number >= 1; got 0"),
+    ("prompt-lookup", {"prompt_lookup_min": 4, "prompt_lookup_max": 3}, "got 4 and 3"),
+    ("prompt-lookup", {"store": -1}, "store must be a whole number >= 0; got -1"),
+    ("early-exit", {"exit_layer": 0}, "exit_layer must be a whole number in 1 .. 3; got 0"),
+    ("early-exit", {"exit_layer": 4}, "exit_layer must be a whole number in 1 .. 3; got 4"),
+    ("early-exit", {"exit_layer": "two"}, "exit_layer must be a whole number in 1 .. 3; got 'two'"),
+    ("early-exit", {"siblings": [1, -1]}, "siblings must be a list of whole numbers >= 0"),
+    ("layer-skip", {"skip": [0, 1, 2, 3]}, "parts of them, not everything"),
+    ("layer-skip", {"skip": []}, r"some of the model's layers 0 .. 3"),
+    ("layer-skip", {"skip": [4]}, r"layers 0 .. 3 or parts.* got attn \[4\]"),
+    ("layer-skip", {"attn": [0, 1, 2, 3], "mlp": [0, 1, 2, 3]}, "parts of them, not everything"),
+    ("layer-skip", {"mlp": [-1]}, "mlp must be a list of whole numbers >= 0"),
+    ("layer-skip=/no/such.yaml", {}, "cannot read the skip set '/no/such.yaml'"),
+    ("layer-skip", {"skip": 1}, "skip must be a list of whole numbers >= 0; got 1"),
+    ("lookahead", {"ngram": 1}, "ngram must be a whole number >= 2"),
+    ("lookahead", {"window": 2.5}, "window must be a whole number >= 1; got 2.5"),
+    ("draft-model", {}, "needs a second model; name it: draft-model=NAME"),
+    ("draft-model=/no/such/model", {}, "no file or folder '/no/such/model'"),
+    ("hybrid", {}, "at least two drafters"),
+    ("prompt-lookup+m2r3", {}, "unknown drafter 'm2r3' .did you mean 'm2r2'"),
+    ("prompt-lookup+none", {"window": 3}, "drafter 'hybrid' has no option 'window'; it has prompt-lookup, none"),
+    ("prompt-lookup+none", {"prompt-lookup": 3}, "options of 'prompt-lookup' as a mapping; got 3"),
+]
+
+
+@pytest.mark.parametrize(("drafter", "options", "message"), REFUSED)
+def test_bad_options_are_refused_in_one_line(
+    llama: PreTrainedModel, drafter: str, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(SpecDecError, match=message) as caught:
+        SpecDecoder(llama, drafter=drafter, drafter_options=options, runtime="reference")
+    assert "\n" not in str(caught.value)
+
+
+# --- the page that tells how to add one ----------------------------------------------------------------------------
+
+
+class Silent(Drafter):
+    """Writes nothing but ``propose``."""
+
+    name = "silent"
+
+    def propose(self, state: State, limit: int) -> Draft:
+        return Draft.empty(len(state.ids), state.cache.device)
+
+
+def test_a_drafter_has_working_defaults_for_everything_but_propose(llama: PreTrainedModel) -> None:
+    target = ReferenceTarget(llama)
+    plain, _ = run(target, NoDrafter(), PROMPTS, 12)
+    assert run(target, Silent(), PROMPTS, 12)[0] == plain
+    assert (Silent.num_exits, Silent.taps, Silent.training, Silent().label) == (1, (), None, "silent")
+
+
+def test_a_class_that_is_not_a_drafter_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(registry.DRAFTERS, "other", "specdec.speculation.draft:Draft")
+    with pytest.raises(
+        SpecDecError, match=r"drafter 'other' \(specdec.speculation.draft:Draft\) is not a subclass of .*Drafter"
+    ):
+        registry.lookup("drafters", "other")
+
+
+def test_the_documented_example_works_as_an_outside_package(
+    llama: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (DOCS / "extend.md").read_text("utf-8")
+    code = next(block for block in re.findall(r"```python\n(.*?)```", text, re.S) if "class BigramDrafter" in block)
+    project = tomllib.loads(next(b for b in re.findall(r"```toml\n(.*?)```", text, re.S)))
+    ((name, value),) = project["project"]["entry-points"]["specdec.drafters"].items()
+    (tmp_path / f"{value.partition(':')[0]}.py").write_text(code)
+    info = tmp_path / "example-1.0.dist-info"  # as an installer leaves it
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: example\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[specdec.drafters]\n{name} = {value}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    decoder = SpecDecoder(llama, drafter=name)
+    outs = decoder.generate_batch(PROMPTS, max_new_tokens=24, num_speculative_tokens=4)
+    assert [out.token_ids for out in outs] == [greedy_reference(llama, prompt, 24) for prompt in PROMPTS]
+    assert all(out.metrics.num_draft_tokens > 0 for out in outs)
+    assert SpecDecoder(llama, drafter=f"{name}+early-exit").generate(PROMPTS[0], max_new_tokens=8).token_ids
+    with pytest.raises(SpecDecError, match=f"drafter '{name}' has no option"):
+        SpecDecoder(llama, drafter=name, drafter_options={"x": 1})
+
+
+def test_the_page_names_every_drafter_that_is_built_in() -> None:
+    text = (DOCS / "choose-a-drafter.md").read_text("utf-8")
+    assert [name for name in registry.DRAFTERS if name not in ("auto", "hybrid") and f"| `{name}` |" not in text] == []

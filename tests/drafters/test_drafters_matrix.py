@@ -1,0 +1,101 @@
+"""All drafters, as chains and trees, greedy and sampled, on tiny model families: plain decoding's very output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from sampled import AcceptsAll, expected, fit, small
+from tiny import FAMILIES, HYBRIDS, greedy_reference, tiny_model
+from transformers import PreTrainedModel
+from zoo import PROMPTS, chains, every, run, trees
+
+from specdec.drafters.layer_skip import LayerSkipDrafter
+from specdec.runtimes.fused import FusedTarget
+from specdec.runtimes.reference import ReferenceTarget
+from specdec.runtimes.target import Target
+from specdec.speculation import registry
+from specdec.speculation.draft import Draft, Drafter, State
+
+WHOLE = ("llama", "mistral", "gpt2", "qwen3_moe", "qwen3_next")  # families for which all variants are run
+DRAFTERS = set(registry.DRAFTERS) - {"auto"}  # that one loads another
+SHAPED = DRAFTERS - {"none"}
+
+
+def test_the_matrix_has_every_drafter(llama: PreTrainedModel) -> None:
+    target = ReferenceTarget(llama)
+    made = (chains(target), trees(target))
+    chain, tree = ({name.partition(":")[0] for name in some if "+" not in name} for some in made)
+    assert tree == SHAPED and chain | {"lookahead", "ngram"} == DRAFTERS  # which draft trees only
+
+
+@pytest.mark.parametrize(
+    ("family", "runtime"),
+    [*((family, ReferenceTarget) for family in FAMILIES | HYBRIDS), ("qwen3_5_text", FusedTarget)],
+)
+def test_greedy_equals_generate_in_a_ragged_batch(family: str, runtime: type[Target]) -> None:
+    model = tiny_model(family)
+    expected = [greedy_reference(model, prompt, 12) for prompt in PROMPTS]
+    target = runtime(model)  # type: ignore[call-arg]
+    # Every drafter that is not none can draft a tree.
+    made = every if family in WHOLE or runtime is FusedTarget else trees
+    for name, drafter in made(target).items():
+        assert run(target, drafter, PROMPTS, 12)[0] == expected, name
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text"])
+def test_greedy_equals_generate_alone_with_eager_attention(family: str) -> None:
+    model = tiny_model(family, "eager")
+    target, prompt = ReferenceTarget(model), PROMPTS[1]
+    expected, shapes = greedy_reference(model, prompt, 16), set()
+    for name, drafter in trees(target).items():
+        out, loop = run(target, drafter, [prompt], 16, depth=7)
+        assert out == [expected], name
+        metrics = loop.metrics[0]
+        shapes |= {name} if metrics.num_draft_tokens > sum(metrics.per_step_drafted) else set()
+    assert shapes == set(trees(target))  # all of them were trees, not chains
+
+
+# --- sampling ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gpt2"])
+@pytest.mark.parametrize("shape", [chains, trees])
+def test_sampling_follows_the_model(family: str, shape: Callable[[Target], dict[str, Drafter]]) -> None:
+    model = small(family)
+    assert sum(p > 1e-3 for p in expected(model, 0.8, 0.9).values()) > 8
+    target = ReferenceTarget(model)
+    p = {name: fit(target, drafter) for name, drafter in shape(target).items()}
+    assert min(p.values()) > 1e-4, p
+
+
+# --- controls that must fail -----------------------------------------------------------------------------------------
+
+
+class Mixed(LayerSkipDrafter):
+    """Says of a tree that it is a chain: siblings see one another."""
+
+    def propose(self, state: State, limit: int) -> Draft:
+        draft = super().propose(state, limit)
+        draft.ancestors = lambda: None  # type: ignore[method-assign]
+        return draft
+
+
+def test_a_rule_that_accepts_everything_fails_sampling_too() -> None:
+    target = ReferenceTarget(small("llama"))
+    assert fit(target, LayerSkipDrafter([1])) > 1e-4 > fit(target, LayerSkipDrafter([1]), verifier=AcceptsAll())
+
+
+def test_a_rule_that_accepts_everything_fails() -> None:
+    model = tiny_model("llama")
+    target, reference = ReferenceTarget(model), greedy_reference(model, PROMPTS[0], 16)
+    out, _ = run(target, LayerSkipDrafter([0]), PROMPTS[:1], 16, verifier=AcceptsAll())
+    assert out != [reference]
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_a_tree_scored_as_a_chain_fails(family: str) -> None:
+    model = tiny_model(family)
+    target, references = ReferenceTarget(model), [greedy_reference(model, prompt, 24) for prompt in PROMPTS]
+    assert run(target, LayerSkipDrafter([1], siblings=(2, 2)), PROMPTS, 24)[0] == references
+    assert run(target, Mixed([1], siblings=(2, 2)), PROMPTS, 24)[0] != references

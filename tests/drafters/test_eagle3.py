@@ -1,0 +1,377 @@
+"""EAGLE-3: what a head drafts, the speculators format, what is refused. (Output: test_drafters_matrix.)"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import zoo
+from safetensors.torch import load_file, save_file
+from tiny import tiny_model
+from torch import Tensor
+
+from specdec import SpecDecError, SpecDecoder
+from specdec.drafters.eagle3 import Eagle3Drafter
+from specdec.drafters.eagle3_network import Eagle3
+from specdec.drafters.none import NoDrafter
+from specdec.engine.depth import FixedDepth
+from specdec.engine.engine import Engine
+from specdec.engine.request import Request
+from specdec.models import loading
+from specdec.runtimes.prefill import run_tokens
+from specdec.runtimes.reference import ReferenceTarget
+from specdec.runtimes.select import make_target
+from specdec.speculation.draft import Draft, State
+from specdec.speculation.sampling import Sampler, SamplingParams
+from specdec.speculation.trees import Prices
+from specdec.train import data, states
+from specdec.train.batches import assemble, windows
+from specdec.train.data import TrainingAnswer
+from specdec.train.eagle3 import Eagle3Method, Eagle3Settings, draft_steps
+from specdec.train.runtime import training_target
+from specdec.train.settings import from_mapping
+from specdec.train.trainer import train
+from specdec.verifiers.exact import ExactVerifier
+
+TEXT = [5, 6, 7, 8, 5, 6, 9, 3, 12]
+
+
+@pytest.fixture
+def target() -> ReferenceTarget:
+    return ReferenceTarget(tiny_model())
+
+
+def save(folder: Path, network: Eagle3, target: ReferenceTarget, **changes: Any) -> Path:
+    """Write a head as others do."""
+    folder.mkdir(exist_ok=True)
+    tensors = {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
+    tokens = network.tokens
+    assert tokens is not None
+    tensors["t2d"] = torch.zeros(target.vocab_size, dtype=torch.bool).index_fill(0, tokens, True)
+    save_file(tensors, folder / "model.safetensors")
+    config = network.config.written(target, "org/base", 4) | changes
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+# -- a plain reimplementation: the whole text and the drafted path at once, without a cache ----------------------------
+
+
+def norm(x: Tensor, weight: Tensor) -> Tensor:
+    return weight * x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+
+
+def turned(x: Tensor, positions: Tensor) -> Tensor:
+    """Rotary positions, by the formula: x [H, T, d]."""
+    half = x.shape[-1] // 2
+    angles = positions[:, None] / 10000.0 ** (torch.arange(half) / half)
+    a, b = x[..., :half], x[..., half:]
+    return torch.cat((a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()), -1)
+
+
+def pass_of(w: dict[str, Tensor], embedded: Tensor, known: Tensor, norm_first: bool) -> Tensor:
+    """One decoder layer over pairs [T, D']."""
+    layer = "layers.0."
+    normed = norm(known, w[layer + "hidden_norm.weight"])
+    both = torch.cat((norm(embedded, w[layer + "input_layernorm.weight"]), normed), -1)
+    q, k, v = ((both @ w[f"{layer}self_attn.{n}_proj.weight"].T).view(len(both), -1, 8).transpose(0, 1) for n in "qkv")
+    places = torch.arange(len(both)).float()
+    q, k = turned(q, places), turned(k, places)
+    k, v = (part.repeat_interleave(len(q) // len(part), 0) for part in (k, v))
+    scores = (q @ k.transpose(1, 2) / 8**0.5).masked_fill(torch.ones(len(both), len(both)).triu(1).bool(), -torch.inf)
+    mixed = (scores.softmax(-1) @ v).transpose(0, 1).flatten(1)
+    x = (normed if norm_first else known) + mixed @ w[layer + "self_attn.o_proj.weight"].T
+    y = norm(x, w[layer + "post_attention_layernorm.weight"])
+    gate, up = (y @ w[f"{layer}mlp.{n}_proj.weight"].T for n in ("gate", "up"))
+    return x + (F.silu(gate) * up) @ w[layer + "mlp.down_proj.weight"].T
+
+
+@torch.no_grad()
+def expected(target: ReferenceTarget, network: Eagle3, text: list[int], drafted: list[int]) -> Tensor:
+    """Logits [V'] of what the head expects after ``text`` and ``drafted`` tokens."""
+    w, config = network.state_dict(), network.config
+    hidden = target.model(torch.tensor([text[:-1]]), output_hidden_states=True).hidden_states
+    known = torch.cat([hidden[layer][0] for layer in config.layers], -1) @ w["fc.weight"].T
+    embedding = w.get("embed_tokens.weight", target.model.get_input_embeddings().weight)
+    for count in range(len(drafted) + 1):
+        tokens = torch.tensor([*text, *drafted][1 : len(text) + count])
+        out = pass_of(w, embedding[tokens], known, config.norm_first)
+        known = torch.cat((known, out[-1:]))
+    return norm(out[-1], w["norm.weight"]) @ w["lm_head.weight"].T
+
+
+def proposed(target: ReferenceTarget, drafter: Eagle3Drafter, prompts: list[list[int]], count: int = 9) -> list[Any]:
+    """The texts of all rows and the draft, of each step of a generation."""
+    seen, own = [], drafter.propose
+
+    def spy(state: State, limit: int) -> Draft:
+        draft = own(state, limit)
+        seen.append(([list(ids) for ids in state.ids], draft))
+        return draft
+
+    drafter.propose = spy  # type: ignore[method-assign]
+    zoo.run(target, drafter, prompts, count, eos=None)
+    return seen
+
+
+def paths(draft: Draft, row: int) -> list[list[int]]:
+    """The drafted tokens on the way to each node."""
+    found: list[list[int]] = [[]]
+    for token, parent in zip(draft.lists()[row], draft.parents, strict=True):
+        found.append([*found[parent], token])
+    return found[1:]
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_chains_of_ragged_rows_are_what_the_formula_says(target: ReferenceTarget, own: bool) -> None:
+    drafter = zoo.eagle3(target, own)
+    steps = proposed(target, drafter, [TEXT, TEXT[3:5], TEXT[2:]])
+    assert len(steps) > 2
+    tokens = drafter.network.tokens
+    assert tokens is not None
+    for texts, draft in steps:
+        for row, text in enumerate(texts):
+            for *before, token in paths(draft, row):
+                assert token == tokens[expected(target, drafter.network, text, before).argmax()]
+
+
+@pytest.mark.parametrize("runtime", ["fused", "graphs", "native"])
+def test_chains_and_trees_are_alike_in_every_runtime(runtime: str) -> None:
+    model = tiny_model("llama", hidden_size=64, intermediate_size=96, head_dim=32)
+    model = model.bfloat16() if runtime == "native" else model
+    try:
+        target, reference = make_target(model, runtime)[0], ReferenceTarget(model)
+    except SpecDecError as error:
+        pytest.skip(f"no native runtime here: {error}" if runtime == "native" else f"there is no CUDA device: {error}")
+    plain = zoo.run(target, NoDrafter(), zoo.PROMPTS, 12)[0]
+    for options in ({}, {"siblings": (2, 0, 1)}, {"nodes": 9, "width": 3}):
+        made = zoo.run(target, zoo.eagle3(target, **options), zoo.PROMPTS, 12)
+        assert made[0] == plain and sum(m.num_draft_tokens for m in made[1].metrics) > 0
+        if runtime != "native":  # float32: the drafts themselves
+            (_, first), *_ = proposed(target, zoo.eagle3(target, **options), [TEXT])
+            (_, same), *_ = proposed(reference, zoo.eagle3(reference, **options), [TEXT])
+            assert first.lists() == same.lists() and first.parents == same.parents
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_grown_tree_has_the_likeliest_paths(target: ReferenceTarget, own: bool) -> None:
+    drafter = zoo.eagle3(target, own, nodes=7, width=3)
+    tokens = drafter.network.tokens
+    assert tokens is not None
+    steps = proposed(target, drafter, [TEXT])
+    assert any(len(draft.parents) == 7 and draft.parents != tuple(range(7)) for _, draft in steps)
+    for [text], draft in steps:
+
+        def likely(path: list[int], text: list[int] = text) -> float:
+            total = 0.0
+            for n, token in enumerate(path):
+                logs = expected(target, drafter.network, text, path[:n]).log_softmax(-1)
+                total += float(logs[tokens.tolist().index(token)])
+            return total
+
+        nodes = paths(draft, 0)
+        least = min(map(likely, nodes))
+        first = expected(target, drafter.network, text, []).log_softmax(-1)
+        best = first.topk(3)
+        for value, index in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+            assert value < least + 1e-4 or [int(tokens[index])] in nodes
+
+
+def test_a_prompt_in_parts_and_a_row_that_joins_later_change_nothing(target: ReferenceTarget) -> None:
+    whole = zoo.eagle3(target)
+    alone = [draft.lists() for _, draft in proposed(target, whole, [TEXT])]
+    drafter, seen = zoo.eagle3(target), []
+    drafter.bind(target)
+    own = drafter.propose
+
+    def spy(state: State, limit: int) -> Draft:
+        draft = own(state, limit)
+        seen.extend(draft.lists()[b] for b, ids in enumerate(state.ids) if ids[: len(TEXT)] == TEXT)
+        return draft
+
+    drafter.propose = spy  # type: ignore[method-assign]
+    engine = Engine(target, drafter, ExactVerifier(), FixedDepth(4), prefill_chunk=2)
+    engine.submit(Request([9, 10], 30, SamplingParams()))
+    for _ in range(3):
+        engine.step()
+    engine.submit(Request(TEXT, 9, SamplingParams()))
+    for _ in engine.steps():
+        pass
+    assert len(seen) >= len(alone) > 1
+    for mine, [theirs] in zip(seen, alone, strict=False):  # the last drafts are as deep as the longest row's may be
+        depth = min(len(mine), len(theirs))
+        assert mine[:depth] == theirs[:depth]
+
+
+def test_a_beginning_that_is_kept_leaves_a_gap_and_the_text_as_it_is(target: ReferenceTarget) -> None:
+    plain = SpecDecoder(tiny_model(), drafter="none").generate(TEXT * 2, max_new_tokens=12, ignore_eos=True).token_ids
+    drafter = zoo.eagle3(target)
+    drafter.bind(target)
+    engine = Engine(target, drafter, ExactVerifier(), FixedDepth(3), reuse=True)
+    for _ in range(2):
+        request = Request(TEXT * 2, 12, SamplingParams())
+        engine.submit(request)
+        for _ in engine.steps():
+            pass
+        assert zoo.new_tokens(request) == plain
+    assert engine.stats().prefix_hits and request.metrics.num_draft_tokens
+
+
+def test_nodes_are_taken_while_they_pay(target: ReferenceTarget) -> None:
+    drafter = zoo.eagle3(target)
+    drafter.bind(target)
+    cache, memory = target.new_cache(1), [drafter.begin()]
+    with torch.inference_mode():
+        taps = dict.fromkeys(drafter.taps, torch.empty(0))
+        run_tokens(target, cache, [TEXT[:-1]], taps, whole=True)
+        drafter.observe(memory, [list(range(len(TEXT) - 1))], taps)
+        state = State(target, cache, Sampler(SamplingParams()), [TEXT], memory=memory)
+        assert drafter.propose(state, 3).parents == (0, 1, 2)  # a chain; asked again, the same
+        state.prices = Prices([0.0] * 25)
+        free = drafter.propose(state, 3)
+        state.prices = Prices([n * 1.0 for n in range(25)], level=1.0)
+        assert drafter.propose(state, 3).parents == () and len(free.parents) > 3
+
+
+# -- files ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_folder_in_the_speculators_format_drafts_as_it_did(
+    target: ReferenceTarget, tmp_path: Path, own: bool
+) -> None:
+    made = zoo.eagle3(target, own)
+    folder = save(tmp_path / "head", made.network, target)
+    decoder = SpecDecoder(tiny_model(), drafter=str(folder))
+    assert decoder.drafter.name == "eagle3"
+    read = Eagle3Drafter.load(target, str(folder))
+    before, after = (proposed(target, drafter, [TEXT]) for drafter in (made, read))
+    assert [draft.lists() for _, draft in before] == [draft.lists() for _, draft in after]
+
+
+def test_names_of_the_first_heads_and_a_bias_are_read(target: ReferenceTarget, tmp_path: Path) -> None:
+    made = zoo.eagle3(target)
+    folder = save(tmp_path / "head", made.network, target)
+    tensors = load_file(folder / "model.safetensors")
+    renamed = {name.replace("layers.0.", "midlayer."): tensor for name, tensor in tensors.items()}
+    save_file(renamed | {"fc.bias": torch.ones(target.hidden_size)}, folder / "model.safetensors")
+    network = Eagle3Drafter.load(target, str(folder)).network
+    states = [torch.randn(1, 2, target.hidden_size) for _ in network.config.layers]
+    torch.testing.assert_close(network.fuse(states), made.network.fuse(states) + 1)
+
+
+LAYER = {"model_type": "llama", "vocab_size": 97, "num_attention_heads": 4, "intermediate_size": 40, "head_dim": 8}
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"speculators_model_type": "eagle"}, "holds the drafter 'eagle', not 'eagle3'"),
+        ({"transformer_layer_config": 5}, "is not an EAGLE-3 head in the speculators format"),
+        ({"target_hidden_size": 64}, "made for a model of hidden size 64; this model's is 32"),
+        ({"transformer_layer_config": LAYER | {"vocab_size": 50}}, "made for a model of vocabulary 50"),
+        ({"transformer_layer_config": LAYER | {"model_type": "qwen3"}}, "has a 'qwen3' decoder layer"),
+        ({"transformer_layer_config": LAYER | {"num_hidden_layers": 2}}, "has 2 decoder layers"),
+        ({"transformer_layer_config": LAYER | {"hidden_size": 10**9}}, "hidden_size"),
+        ({"eagle_aux_hidden_state_layer_ids": [1, 2, 9]}, r"reads layers \[1, 2, 9\]; this model has 4"),
+        ({"eagle_aux_hidden_state_layer_ids": [1, 2]}, "tensor 'fc.weight' is"),
+        ({"draft_vocab_size": 30}, "do not fit each other"),
+        ({"draft_vocab_size": 98}, "draft_vocab_size"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_one_line(
+    target: ReferenceTarget, tmp_path: Path, changes: dict[str, Any], text: str
+) -> None:
+    folder = save(tmp_path / "head", zoo.eagle3(target).network, target, **changes)
+    with pytest.raises(SpecDecError, match=text) as error:
+        Eagle3Drafter.load(target, str(folder))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "text"),
+    [
+        ("d2t", torch.full((49,), 96), "names tokens that the model does not have"),
+        ("t2d", torch.ones(97, dtype=torch.bool), "'d2t' and 't2d' in .* name different tokens"),
+        ("norm.weight", torch.full((32,), torch.nan), "holds NaN"),
+        ("norm.weight", None, "tensor 'norm.weight' is missing"),
+        ("d2t", None, "does not say which"),
+    ],
+)
+def test_broken_tensors_are_refused(
+    target: ReferenceTarget, tmp_path: Path, name: str, tensor: Tensor | None, text: str
+) -> None:
+    folder = save(tmp_path / "head", zoo.eagle3(target).network, target)
+    tensors = load_file(folder / "model.safetensors")
+    if tensor is None:
+        del tensors[name]
+    else:
+        tensors[name] = tensor[: len(tensors[name])]
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(SpecDecError, match=text):
+        Eagle3Drafter.load(target, str(folder))
+
+
+# -- training ------------------------------------------------------------------------------------------------------
+
+
+def settings(**changes: Any) -> Eagle3Settings:
+    values = {"method": "eagle3", "dtype": "float32", "draft_vocab": 60, "minutes": None, "steps": 60}
+    values |= {"rows": 4, "window": 8, "eval_fraction": 0.15, "relative_rate": 0.1}
+    return from_mapping(Eagle3Settings, values | changes, "test")
+
+
+@torch.inference_mode()
+def test_a_head_learns_on_what_it_drafts() -> None:
+    target = training_target(tiny_model("llama"))
+    drafter = zoo.eagle3(ReferenceTarget(tiny_model("llama")))
+    network = drafter.network
+    method = Eagle3Method(settings(), target)
+    ids = torch.randint(3, 97, (40,), generator=torch.Generator().manual_seed(1)).tolist()
+    wanted = method.wanted()
+    some = [
+        TrainingAnswer(tuple(ids[:4]), tuple(ids[4:])),
+        TrainingAnswer(tuple(ids[:3]), tuple(ids[9:20])),
+    ]  # they begin alike
+    records = states._records(states._teach(target, some, wanted, lambda n: None), wanted)
+    rows = windows(records[:1], 64)
+    batch = assemble(records, rows, 64, target.device)
+    steps = [network.logits(known)[0] for known, _ in draft_steps(network, target, batch, 3)]
+    for place in (9, 20, 31):  # of the last drafted token that has been run
+        for s, logits in enumerate(steps):
+            text = ids[: place + 1 - s]
+            says = expected(ReferenceTarget(tiny_model("llama")), network, text, ids[len(text) : place + 1])
+            torch.testing.assert_close(logits[place - rows[0][1]], says, atol=1e-4, rtol=1e-4)
+
+
+def test_training_makes_a_head_that_drafts_as_measured(answers: Path, tmp_path: Path) -> None:
+    model, output = loading.load("tiny")[0], tmp_path / "out"
+    figures = train(settings(prompts=[str(answers)], output=str(output)))
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert losses[-1] < 0.8 * losses[0]
+    config = json.loads((output / "config.json").read_text())
+    assert config["speculators_config"]["algorithm"] == "eagle3" and "fingerprint" in config["base"]
+    decoder = SpecDecoder(model, None, drafter=str(output), drafter_options={"siblings": [0]})
+    held = [a for a in data.split(data.read([answers]), 0.15)[1] if isinstance(a, TrainingAnswer)]
+    outs = decoder.generate_batch([list(a.prompt_ids) for a in held], max_new_tokens=24, num_speculative_tokens=4)
+    assert [out.token_ids for out in outs] == [list(a.response_ids) for a in held]
+    kept = sum(o.metrics.num_accepted_draft_tokens for o in outs) / sum(o.metrics.num_spec_steps for o in outs)
+    assert kept + 1 == pytest.approx(figures["score"], abs=0.3)
+    again = settings(prompts=[str(answers)], output=str(tmp_path / "more"), init=str(output), draft_vocab=40, steps=1)
+    train(again)
+    assert len(load_file(tmp_path / "more/model.safetensors")["d2t"]) == len(
+        load_file(output / "model.safetensors")["d2t"]
+    )
+
+
+def test_settings_that_do_not_fit_the_model_are_refused() -> None:
+    target = training_target(tiny_model("llama"))
+    with pytest.raises(SpecDecError, match="setting 'layers' names 9; the model has 4"):
+        Eagle3Method(settings(layers=[1, 9]), target)
+    with pytest.raises(SpecDecError, match="must be a multiple of 'kv_heads'"):
+        Eagle3Method(settings(heads=4, kv_heads=3), target)

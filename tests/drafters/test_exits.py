@@ -1,0 +1,179 @@
+"""Drafters that leave the model early: nothing is computed twice, what they refuse. (Output: test_drafters_matrix.)"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import without
+from transformers import PreTrainedModel
+from zoo import PROMPTS, heads, routers, run
+
+from specdec import SpecDecError, SpecDecoder
+from specdec.drafters.exits import DeedDrafter, EarlyExitDrafter, MixtureOfDepthsDrafter, Routers, SkipDecodeDrafter
+from specdec.models import drafter_folder
+from specdec.runtimes.reference import ReferenceTarget
+from specdec.runtimes.target import Target
+from specdec.speculation.draft import Drafter
+
+
+def calls_of(target: Target, drafter: Drafter, count: int = 6, exit: int | None = None) -> list[tuple[int, int, int]]:
+    """(first layer, end, tokens) of every pass after the prompt's."""
+    calls: list[tuple[int, int, int]] = []
+    layers = ReferenceTarget.layers
+
+    def spy(x: torch.Tensor, lo: int, hi: int, *args: Any, **more: Any) -> torch.Tensor:
+        if lo < hi:
+            calls.append((lo, hi, x.shape[1]))
+        return layers(target, x, lo, hi, *args, **more)  # type: ignore[arg-type]
+
+    target.layers = spy  # type: ignore[method-assign]
+    run(target, drafter, PROMPTS[:1], count, exit=exit)
+    return calls[1:]
+
+
+def test_a_token_that_goes_deeper_takes_the_earlier_ones_along_at_once(llama: PreTrainedModel) -> None:
+    target = ReferenceTarget(llama)
+    drafter = DeedDrafter(heads(target, 1, 2, 3), 0.5)
+    certainties = iter([0.9, 0.9, 0.1, 0.9, 0.9])  # the third token goes on to the second exit
+    read = drafter.read
+
+    def unsure(*given: Any) -> tuple[torch.Tensor, ...]:
+        logits, _, layers = read(*given)
+        return logits, torch.tensor([[next(certainties, 0.9)]]), layers
+
+    drafter.read = unsure  # type: ignore[method-assign]
+    assert calls_of(target, drafter)[: 4 + 1 + 1 + 1 + 1] == [
+        *[(0, 1, 1)] * 3,
+        (1, 2, 3),
+        (0, 1, 1),
+        (1, 2, 1),  # the fourth token follows: scoring resumes at one layer for all
+        (0, 2, 1),  # the last drafted token has not been run yet
+        (2, 4, 5),
+    ]
+
+
+def test_the_exit_falls_with_position(llama: PreTrainedModel) -> None:
+    calls = calls_of(ReferenceTarget(llama), SkipDecodeDrafter(3, 1, horizon=5))
+    # Exits 3, 2, 2, 1; then all catch up with the deepest, and the last drafted token is run for the first time.
+    assert calls[:8] == [(0, 3, 1), *[(0, 2, 1)] * 2, (0, 1, 1), (1, 2, 1), (2, 3, 3), (0, 3, 1), (3, 4, 5)]
+
+
+@pytest.mark.parametrize("exit", [0, 1, None])
+def test_no_token_goes_beyond_the_exit_that_the_controller_chose(llama: PreTrainedModel, exit: int | None) -> None:
+    """Nothing is sure, so each token goes as far as it may: without a choice, to the last exit or the usual one."""
+    for drafter, layers, usual in (
+        (DeedDrafter(heads(ReferenceTarget(llama), 1, 3), 1.0), (1, 3), 3),
+        (EarlyExitDrafter(), (1, 2), 1),
+        (EarlyExitDrafter(network=heads(ReferenceTarget(llama), 2)), (2, 2), 2),
+    ):
+        target = ReferenceTarget(llama)
+        drafter.bind(target)
+        chosen = exit if drafter.num_exits > 1 else None  # as AutoDepth has it
+        calls = calls_of(target, drafter, exit=chosen)
+        assert drafter.num_exits == len(set(layers))
+        drafted = itertools.takewhile(lambda call: call[1] < 4, calls)
+        assert max(end for _, end, _ in drafted) == (usual if chosen is None else layers[chosen])
+
+
+@pytest.mark.parametrize("useless", [(2,), (1, 3)])
+def test_a_router_passes_by_the_layers_it_scores_below_zero(llama: PreTrainedModel, useless: tuple[int, ...]) -> None:
+    target = ReferenceTarget(without(llama, *useless))
+    network = Routers(1, target)
+    with torch.no_grad():
+        network.bias[[layer - 1 for layer in useless]] = -1
+    _, loop = run(target, MixtureOfDepthsDrafter(network), PROMPTS[:1], 21)
+    assert set(loop.metrics[0].per_step_accepted) == {4}
+    ran = [lo for lo, hi, _ in calls_of(target, MixtureOfDepthsDrafter(network), 6) if hi == lo + 1]
+    assert set(ran) | {0} == {0, 1, 2, 3} - set(useless) | {0}
+
+
+def test_what_passed_a_layer_by_leaves_keys_there_for_a_later_token(llama: PreTrainedModel) -> None:
+    target = ReferenceTarget(llama)
+    drafter = MixtureOfDepthsDrafter(Routers(3, target))
+    scores = iter([-1.0, -1.0, 1.0, -1.0])
+    drafter.network.score = lambda layer, x: torch.tensor([[[next(scores, -1.0)]]])  # type: ignore[method-assign]
+    assert calls_of(target, drafter)[:6] == [*[(0, 3, 1)] * 3, (3, 4, 3), (0, 3, 1), (0, 3, 1)]
+
+
+# --- files and options ---------------------------------------------------------------------------------------------
+
+
+def folder(path: Path, target: Target, name: str, network: torch.nn.Module, config: dict[str, Any]) -> Path:
+    base = {"fingerprint": target.fingerprint}
+    drafter_folder.write(path, {"drafter": name, "base": base, **config}, network.state_dict())
+    return path
+
+
+def test_folders_bring_back_the_drafter(llama: PreTrainedModel, tmp_path: Path) -> None:
+    target = ReferenceTarget(llama)
+    exits, depth = heads(target, 1, 3), routers(target, 2)
+    made: list[tuple[Drafter, Path]] = [
+        (DeedDrafter(exits, 0.2), folder(tmp_path / "a", target, "deed", exits, exits.config())),
+        (
+            MixtureOfDepthsDrafter(depth),
+            folder(tmp_path / "b", target, "mixture-of-depths", depth, {"first": depth.first}),
+        ),
+    ]
+    for drafter, path in made:
+        options = {"exit_confidence": 0.2} if path.name == "a" else {}
+        loaded = SpecDecoder(llama, drafter=path, drafter_options=options, runtime="reference").drafter
+        expected = run(target, drafter, PROMPTS, 16)[1]
+        assert [m.per_step_accepted for m in run(target, loaded, PROMPTS, 16)[1].metrics] == [
+            m.per_step_accepted for m in expected.metrics
+        ]
+
+
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    ("deed", {}, "no deed drafter is shipped for this model; train one: specdec train deed"),
+    ("deed", {"exit_layer": 3}, "no option 'exit_layer'"),
+    ("mixture-of-depths", {}, "no mixture-of-depths drafter is shipped for this model"),
+    ("skip-decode", {"deepest": 4}, "deepest must be a whole number in 1 .. 3; got 4"),
+    ("skip-decode", {"deepest": 1, "shallowest": 2}, "falls from deepest to shallowest; got 1 and 2"),
+    ("skip-decode", {"horizon": 0}, "horizon must be a whole number >= 1"),
+    ("skip-decode=folder", {}, "'skip-decode' is not loaded from anything"),
+    ("early-exit=folder", {"exit_layer": 2}, "has its own exit layer"),
+]
+
+
+@pytest.mark.parametrize(("drafter", "options", "message"), REFUSED)
+def test_bad_options_are_refused_in_one_line(
+    llama: PreTrainedModel, drafter: str, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(SpecDecError, match=message) as caught:
+        SpecDecoder(llama, drafter=drafter, drafter_options=options, runtime="reference")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"exits": [3, 1]}, r"exits must be rising layers in 1 .. 3; got \[3, 1\]"),
+        ({"exits": [1, 4]}, r"exits must be rising layers in 1 .. 3; got \[1, 4\]"),
+        ({"exits": [1]}, "do not fit each other"),
+        ({"width": "wide"}, "width in the drafter.s config.json must be a whole number in 1 .. 512; got .wide."),
+        ({"drafter": "early-exit"}, "holds the drafter 'early-exit', not 'deed'"),
+        ({"base": {"fingerprint": "other"}}, "trained for base weights other"),
+    ],
+)
+def test_damaged_folders_are_refused(
+    llama: PreTrainedModel, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    target = ReferenceTarget(llama)
+    network = heads(target, 1, 3)
+    folder(tmp_path, target, "deed", network, network.config() | change)
+    with pytest.raises(SpecDecError, match=message):
+        SpecDecoder(llama, drafter=f"deed={tmp_path}", runtime="reference")
+
+
+make: Callable[..., Any] = DeedDrafter  # what follows is about values that only Python can give
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.5, "high"])
+def test_an_exit_confidence_is_a_probability(llama: PreTrainedModel, value: Any) -> None:
+    with pytest.raises(SpecDecError, match="exit_confidence must be a probability"):
+        make(heads(ReferenceTarget(llama), 1), value)

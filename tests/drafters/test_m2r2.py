@@ -1,0 +1,169 @@
+"""M2R2 with several exits: where tokens leave, what is run when, files, and the training of exits and routers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import greedy_reference
+from transformers import PreTrainedModel
+from zoo import PROMPTS, m2r2, run
+
+from specdec import SpecDecError, SpecDecoder
+from specdec.drafters.m2r2 import M2R2, M2R2Drafter, M2R2Path, load_network
+from specdec.models import drafter_folder, loading
+from specdec.runtimes.reference import ReferenceTarget
+from specdec.runtimes.target import Target
+from specdec.train.arla import ArlaSettings
+from specdec.train.m2r2 import M2R2Settings, path_of
+from specdec.train.settings import from_mapping
+from specdec.train.trainer import train
+from specdec.verifiers.confident import ConfidentVerifier
+
+
+def scripted(drafter: M2R2Drafter, *sure: float) -> M2R2Drafter:
+    """Routers that say, call by call, how sure they are; then that they are."""
+    left = iter(sure)
+    odds: Callable[..., torch.Tensor] = lambda passed, logits: torch.tensor([[next(left, 0.9)]]).logit()  # noqa: E731
+    for router in drafter.network.routers or ():
+        router.forward = odds  # type: ignore[method-assign]
+    return drafter
+
+
+def calls_of(target: Target, drafter: M2R2Drafter) -> list[tuple[int, int, int]]:
+    """(first layer, end, tokens) of every pass of the first round."""
+    calls: list[tuple[int, int, int]] = []
+    layers = ReferenceTarget.layers
+
+    def spy(x: torch.Tensor, lo: int, hi: int, *args: Any, **more: Any) -> torch.Tensor:
+        calls.append((lo, hi, x.shape[1]))
+        return layers(target, x, lo, hi, *args, **more)  # type: ignore[arg-type]
+
+    target.layers = spy  # type: ignore[method-assign]
+    run(target, drafter, PROMPTS[:1], 6)
+    return calls[1:]
+
+
+def test_a_hard_token_goes_deeper_and_takes_the_earlier_ones_along(llama: PreTrainedModel) -> None:
+    target = ReferenceTarget(llama)
+    early = scripted(m2r2(target, 3, (), False, True, exits=(1, 2), router=4), 0.9, 0.1, 0.9)
+    assert calls_of(target, early)[:8] == [
+        (0, 1, 2),  # h and p of the first token, which leaves at layer 1
+        (0, 1, 2),
+        (1, 2, 4),  # the second goes on, h and p, with the first
+        (0, 1, 2),
+        (0, 1, 2),
+        (1, 2, 2),  # h of the other two follows: scoring resumes at one layer for all
+        (0, 2, 1),  # the last drafted token has not been run yet
+        (2, 4, 5),
+    ]
+    projecting = scripted(m2r2(target, 1, ((1, 2), (3, 4)), True, False, exits=(1, 2), router=4), 0.9, 0.1, 0.1, 0.9)
+    assert calls_of(target, projecting)[:4] == [(0, 1, 1), (0, 1, 1), (1, 2, 2), (3, 4, 2)]
+
+
+def test_output_says_how_deep_tokens_went(llama: PreTrainedModel) -> None:
+    target = ReferenceTarget(llama)
+    drafter = scripted(m2r2(target, 3, (), False, True, exits=(1, 2), router=4), 0.9, 0.7, 0.9, 0.1, 0.2, 0.3)
+    _, loop = run(target, drafter, PROMPTS[:1], 4, verifier=ConfidentVerifier(0.8))
+    # The first token leaves at once, the second at layer 2, the third nowhere: it is the full model's.
+    assert loop.metrics[0].exit_layers == [1, 2]
+    assert loop.metrics[0].exit_shares == {1: 0.25, 2: 0.25, 4: 0.5}
+
+
+@pytest.mark.parametrize("exits", [(3,), (2, 1), (0,), (1, 1)])
+def test_exits_off_the_path_are_refused(llama: PreTrainedModel, exits: tuple[int, ...]) -> None:
+    with pytest.raises(SpecDecError, match="exits of an M2R2 path must be rising layers before its end") as caught:
+        M2R2(M2R2Path(3, (), exits=exits), ReferenceTarget(llama))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(SpecDecError, match=r"at the end of a segment; got \[2\] on a path that ends at 4"):
+        M2R2(M2R2Path(0, ((1, 3), (3, 4)), exits=(2,)), ReferenceTarget(llama))
+
+
+def test_options_shape_what_is_drafted(llama: PreTrainedModel) -> None:
+    target = ReferenceTarget(llama)
+    for nodes in (1, 6, 9):
+        for path in ((2, (), False, True), (0, ((2, 4),), True, False)):
+            _, loop = run(target, m2r2(target, *path, nodes=nodes), PROMPTS[:1], 20)
+            rounds = loop.metrics[0]
+            assert max(rounds.per_step_drafted) <= 4 and rounds.num_draft_tokens <= nodes * rounds.num_spec_steps
+    bad: list[tuple[dict[str, Any], str]] = [
+        ({"nodes": 0}, "nodes must be a whole number >= 1; got 0"),
+        ({"width": 0}, "width must be a whole number >= 1; got 0"),
+        ({"nodes": 3, "siblings": [1]}, "not both"),
+        ({"exit_confidence": 2}, r"exit_confidence must be a probability in \[0, 1\]; got 2"),
+    ]
+    for options, message in bad:
+        with pytest.raises(SpecDecError, match=message):
+            M2R2Drafter(M2R2(M2R2Path(2), target), **options)
+
+
+def test_files_of_one_exit_from_before_there_were_several_are_read(llama: PreTrainedModel, tmp_path: Path) -> None:
+    target = ReferenceTarget(llama)
+    network = M2R2(M2R2Path(1, ((2, 3),), True, 4, {2: ["mlp.up_proj"]}), target, router=4)
+    path = {key: value for key, value in network.path.to_json().items() if key != "exits"}
+    tensors = {key.replace("routers.0.", "router."): tensor for key, tensor in network.state_dict().items()}
+    assert any(key.startswith("router.") for key in tensors)
+    base = {"fingerprint": target.fingerprint}
+    config = {"drafter": "m2r2", "base": base, "path": path, "router": 4, "siblings": [3, 2]}
+    drafter_folder.write(tmp_path, config, tensors)
+    read = load_network(target, tmp_path)
+    assert read.path == network.path
+    assert all(torch.equal(a, b) for a, b in zip(read.parameters(), network.parameters(), strict=True))
+
+
+# --- training ------------------------------------------------------------------------------------------------------
+
+
+def common(answers: Path, output: Path) -> dict[str, Any]:
+    values: dict[str, Any] = {"prompts": [str(answers)], "output": str(output), "dtype": "float32", "minutes": None}
+    return values | {"steps": 60, "rows": 4, "window": 8, "fit_tokens": 200, "eval_fraction": 0.15}
+
+
+PATHS: list[dict[str, Any]] = [
+    {"exit_layer": 3, "exits": [1, 2], "rank": 4, "draft_steps": 1},
+    {"segments": [[1, 2], [3, 4]], "exits": [2], "final_projection": True, "rank": 4},
+]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_exits_and_their_routers_are_trained_and_draft(
+    path: dict[str, Any],
+    answers: Path,
+    tmp_path: Path,
+) -> None:
+    model = loading.load("tiny")[0]
+    first, second = tmp_path / "drafter", tmp_path / "routed"
+    recipe = common(answers, first) | {"method": "m2r2", "draft_vocab": 60, "relative_rate": 0.1} | path
+    figures = train(from_mapping(M2R2Settings, recipe, "test"))
+    lines = [json.loads(line) for line in (first / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    sooner = path["exits"]
+    assert min(losses[1:]) < losses[0] and len(figures["exits"]) == len(sooner)
+    assert all(f"agree@{layer}" in lines[-2] for layer in sooner)
+    routing = common(answers, second) | {"method": "arla", "drafter": str(first), "width": 4, "draft_vocab": 0}
+    train(from_mapping(ArlaSettings, routing, "test"))
+    config = drafter_folder.read_config(second)
+    assert tuple(config["path"]["exits"]) == tuple(sooner) and config["router"] == 4
+    decoder = SpecDecoder(model, None, drafter=str(second), runtime="reference")
+    assert len(decoder.drafter.network.routers) == len(sooner) + 1  # type: ignore[attr-defined]
+    assert decoder.generate(PROMPTS[0], max_new_tokens=12).token_ids == greedy_reference(model, PROMPTS[0], 12)
+
+
+def test_exits_scale_with_the_depth_of_the_model(llama: PreTrainedModel) -> None:
+    given = {"method": "m2r2", "exit_layer": 15, "exits": [8], "layers_of": 30}
+    assert path_of(from_mapping(M2R2Settings, given, "test"), ReferenceTarget(llama)).exits == (1,)
+    given = {
+        "method": "m2r2",
+        "segments": [[8, 15], [15, 30]],
+        "exits": [15],
+        "final_projection": True,
+        "layers_of": 30,
+    }
+    path = path_of(from_mapping(M2R2Settings, given, "test"), ReferenceTarget(llama))
+    assert path.segments == ((1, 2), (2, 4)) and path.exits == (2,)
+    with pytest.raises(SpecDecError, match="excludes 'segments', 'exit_layer' and 'exits'"):
+        from_mapping(M2R2Settings, {"method": "m2r2", "search": True, "exits": [3]}, "test")

@@ -1,0 +1,461 @@
+"""Medusa: what its heads draft, public checkpoints, and what is refused. (Output: test_drafters_matrix.)"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import save_tiny, tiny_model
+from torch import Tensor
+from transformers import PreTrainedModel
+from typer.testing import CliRunner
+from zoo import PROMPTS, run
+
+from specdec import SamplingParams, SpecDecError, SpecDecoder
+from specdec.cli import app
+from specdec.drafters.medusa import Medusa, MedusaDrafter
+from specdec.integrations import vllm as to_vllm
+from specdec.models import drafter_folder, loading
+from specdec.runtimes.layer_pass import Pass
+from specdec.runtimes.reference import ReferenceTarget
+from specdec.speculation.draft import Draft, State
+from specdec.speculation.sampling import Sampler
+from specdec.speculation.trees import Prices
+from specdec.train import data, states
+from specdec.train.batches import assemble, windows
+from specdec.train.data import TrainingAnswer
+from specdec.train.medusa import MedusaMethod, MedusaSettings
+from specdec.train.runtime import training_target
+from specdec.train.settings import from_mapping
+from specdec.train.trainer import train
+
+V, D = 97, 32
+ACCURACY = [[0.6, 0.25, 0.1], [0.5, 0.25, 0.1]]
+
+
+def random_network(heads: int = 2, layers: int = 1, rooted: bool = False, vocab: Tensor | None = None) -> Medusa:
+    torch.manual_seed(3)
+    network = Medusa(D, heads, layers, rooted, vocab)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return network
+
+
+def drafts(target: ReferenceTarget, drafter: MedusaDrafter, count: int = 12) -> list[tuple[list[int], Draft]]:
+    """The texts of a generation and what was drafted after each."""
+    seen, own = [], drafter.propose
+
+    def spy(state: State, limit: int) -> Draft:
+        draft = own(state, limit)
+        seen.append((list(state.ids[0]), draft))
+        return draft
+
+    drafter.propose = spy  # type: ignore[method-assign]
+    run(target, drafter, PROMPTS[:1], count)
+    return seen
+
+
+def test_heads_that_change_nothing_repeat_the_models_own_choices(llama: PreTrainedModel) -> None:
+    for ids, draft in drafts(ReferenceTarget(llama), MedusaDrafter(Medusa(D, 2), ACCURACY, 9)):
+        # The state before the root: what the model took for likely where the root stands now.
+        logits = llama(torch.tensor([ids[:-1]])).logits[0, -1]
+        for node, depth in enumerate(draft.depths()[1:]):
+            siblings = [i for i, p in enumerate(draft.parents) if p == draft.parents[node]]
+            best = logits.topk(len(siblings)).indices.tolist()
+            assert sorted(draft.tokens[0, siblings].tolist()) == sorted(best), depth
+
+
+def public(folder: Path, network: Medusa, heads: Tensor, **config: Any) -> Path:
+    """Write ``network`` and output heads [K, V, D] as a public checkpoint."""
+    folder.mkdir(exist_ok=True)
+    tensors = {}
+    for k in range(network.heads):
+        for n in range(network.layers):
+            tensors[f"{k}.{n}.linear.weight"] = network.weights[n][k].detach().clone()
+            tensors[f"{k}.{n}.linear.bias"] = network.biases[n][k].detach().clone()
+        tensors[f"{k}.{network.layers}.weight"] = heads[k].clone()
+    save_file(tensors, folder / "medusa_lm_head.safetensors")
+    settings = {"medusa_num_heads": network.heads, "medusa_num_layers": network.layers} | config
+    (folder / "config.json").write_text(json.dumps(settings | {"base_model_name_or_path": "some/base"}))
+    return folder
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_public_checkpoints_draft_what_their_formula_says(llama: PreTrainedModel, tmp_path: Path, layers: int) -> None:
+    network, heads = random_network(2, layers), torch.randn(2, V, D)
+    folder, target = public(tmp_path / "heads", network, heads), ReferenceTarget(llama)
+    drafter = MedusaDrafter.load(target, str(folder), nodes=6)
+    for ids, draft in drafts(target, drafter):
+        h = llama.model(torch.tensor([ids[:-1]])).last_hidden_state[0, -1]  # after the final norm
+        for k in range(2):
+            z = h
+            for n in range(layers):
+                z = z + torch.nn.functional.silu(network.weights[n][k] @ z + network.biases[n][k])
+            best = int((heads[k] @ z).argmax())
+            at = [draft.tokens[0, i].item() for i, depth in enumerate(draft.depths()[1:]) if depth == k + 1]
+            assert best in at or k >= max(draft.depths())  # the last rounds are cut
+
+
+def test_nodes_are_taken_by_the_heads_own_probabilities_while_they_pay(llama: PreTrainedModel) -> None:
+    target = ReferenceTarget(llama)
+    drafter = MedusaDrafter(random_network(), ACCURACY)
+    drafter.bind(target)
+    state = State(target, target.new_cache(), Sampler(SamplingParams()), [[5, 6]], memory=[drafter.begin()])
+    sure = torch.tensor([[0.15 / 95], [0.2 / 95]]).repeat(1, 1, V).view(1, 2, V)
+    sure[0, 0, [7, 8]], sure[0, 1, [3, 4]] = torch.tensor([0.6, 0.25]), torch.tensor([0.55, 0.25])
+    drafter._logits = lambda state: sure.log()  # type: ignore[method-assign]
+    assert drafter.propose(state, 1).parents == (0,)
+    assert drafter.propose(state, 2).parents == (0, 1)  # 0.6, then 0.33 under it rather than 0.25 beside it
+    state.prices = Prices([0.14 * n for n in range(25)])
+    draft = drafter.propose(state, 2)
+    assert draft.parents == (0, 1, 0, 1)  # 0.6, 0.33, 0.25, 0.15, and no 0.1375
+    assert draft.tokens.tolist() == [[7, 3, 8, 4]]
+    assert state.prices.expected == pytest.approx(1.33)
+    state.prices = Prices([0.14 * n for n in range(25)], exponent=4.0)
+    assert drafter.propose(state, 2).parents == ()  # the heads are known to be too sure
+    sure = torch.cat((sure, torch.full((1, 2, V), 1 / V)))  # a second row, of which nothing is known
+    state.ids, state.prices = [[5, 6]] * 2, Prices([0.14 * n for n in range(25)])
+    state.sampler = Sampler(SamplingParams(), streams=(0, 1))
+    draft = drafter.propose(state, 2)
+    assert draft.lists() == [[7, 3, 8, 4], [-1] * 4]
+
+
+def test_an_accuracy_table_shapes_the_tree_where_nothing_is_read(llama: PreTrainedModel) -> None:
+    target = ReferenceTarget(llama)
+    drafter = MedusaDrafter(random_network(), ACCURACY, 5)
+    drafter.bind(target)
+    drafter.estimates, memory = False, drafter.begin()
+    memory.final = torch.randn(1, 1, D)
+    state = State(target, target.new_cache(), Sampler(SamplingParams()), [[5, 6]], memory=[memory])
+    wide = drafter.propose(state, 2)
+    assert wide.parents == (0, 1, 0, 1, 3)  # 0.6, 0.3, 0.25, 0.15, 0.125
+    assert len(set(wide.tokens[0, [0, 2]].tolist())) == len(set(wide.tokens[0, [1, 3]].tolist())) == 2
+    assert max(drafter.propose(state, 1).depths()) == 1
+
+
+def test_rare_words_of_a_rows_own_context_are_drafted(llama: PreTrainedModel) -> None:
+    target, vocab = ReferenceTarget(llama), torch.arange(0, 90, dtype=torch.int32)
+    drafter = MedusaDrafter(Medusa(D, 2, draft_vocab=vocab), ACCURACY, 6)
+    drafter.bind(target)
+    memory = [drafter.begin(), drafter.begin()]
+    for row in memory:  # the state whose readout has token 95 on top: the final norm's input along that row of the head
+        row.final = llama.get_output_embeddings().weight[95].view(1, 1, D)
+    state = State(
+        target, target.new_cache(2), Sampler(SamplingParams(), streams=(0, 1)), [[5, 95], [5, 6]], memory=memory
+    )
+    tokens = drafter.propose(state, 2).tokens
+    assert 95 in tokens[0] and 95 not in tokens[1]
+
+
+def test_a_folder_may_be_called_as_a_drafter_is(
+    llama: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = ReferenceTarget(llama)
+    base = {"base": {"fingerprint": target.fingerprint}, "accuracy": ACCURACY}
+    config = {"drafter": "medusa", "heads": 2, "layers": 1, "rooted": False, **base}
+    drafter_folder.write(tmp_path / "medusa", config, dict(random_network(2, 1, False, None).state_dict()))
+    monkeypatch.chdir(tmp_path)
+    assert SpecDecoder(llama, drafter=Path("medusa")).drafter.name == "medusa"
+    with pytest.raises(SpecDecError, match="no medusa drafter is shipped"):
+        SpecDecoder(llama, drafter="medusa")
+
+
+def test_a_folder_is_read_back_and_checked(llama: PreTrainedModel, tmp_path: Path) -> None:
+    target = ReferenceTarget(llama)
+    network = random_network(2, 2, True, torch.arange(0, 97, 2, dtype=torch.int32))
+    config = {"drafter": "medusa", "base": {"fingerprint": target.fingerprint}, "heads": 2, "layers": 2, "rooted": True}
+    tensors = dict(network.state_dict())
+
+    def write(change: dict[str, Any], **other: Tensor) -> str:
+        drafter_folder.write(tmp_path, config | {"accuracy": ACCURACY} | change, tensors | other)
+        return str(tmp_path)
+
+    read = MedusaDrafter.load(target, write({}))
+    same = [torch.equal(a, b) for a, b in zip(read.network.parameters(), network.parameters(), strict=True)]
+    assert all(same) and read.accuracy == ACCURACY
+    for change, other, message in (
+        ({"base": {"fingerprint": "x"}}, {}, "trained for base weights x"),
+        ({"heads": 3}, {}, r"tensor 'biases.0' is \(2, 32\); for this model it should be \(3, 32\)"),
+        ({"rooted": False}, {}, r"tensor 'weights.0' is \(2, 32, 64\); .* should be \(2, 32, 32\)"),
+        ({"layers": 0}, {}, "layers of the Medusa drafter must be a whole number in 1 .. 16"),
+        ({"accuracy": [[0.5]]}, {}, "'accuracy' must hold shares in .0, 1. for each of its 2 heads"),
+        ({"accuracy": [[0.5], [1.5]]}, {}, "'accuracy' must hold shares"),
+        ({"drafter": "m2r2"}, {}, "holds the drafter 'm2r2', not 'medusa'"),
+        ({}, {"draft_vocab": torch.tensor([97], dtype=torch.int32)}, "names tokens that the model does not have"),
+    ):
+        with pytest.raises(SpecDecError, match=message):
+            MedusaDrafter.load(target, write(change, **other))
+
+
+def test_what_cannot_be_used_is_refused_in_one_line(llama: PreTrainedModel, tmp_path: Path) -> None:
+    pickled = public(tmp_path / "pickled", random_network(), torch.randn(2, V, D))
+    (pickled / "medusa_lm_head.safetensors").rename(pickled / "medusa_lm_head.pt")
+    broken = public(tmp_path / "broken", random_network(), torch.randn(2, V, D))
+    (broken / "medusa_lm_head.safetensors").write_bytes(b"x" * 50)
+    fewer = public(tmp_path / "fewer", random_network(), torch.randn(2, V, D), medusa_num_heads=3)
+    wide = public(tmp_path / "wide", Medusa(48, 2), torch.randn(2, V, 48))
+    other = public(tmp_path / "other", random_network(), torch.randn(2, 60, D))
+    for source, options, message in (
+        (None, {}, "no medusa drafter is shipped for this model; train one: specdec train medusa"),
+        (fewer, {"nodes": 0}, "tensor '2.1.weight' is nothing"),
+        (pickled, {}, r"medusa_lm_head.pt is a pickle, .* not read"),
+        (broken, {}, "no safetensors file"),
+        (wide, {}, r"'0.1.weight' is \(97, 48\), and this model .D = 32, V = 97. needs \(97, 32\)"),
+        (other, {}, r"made for some/base: tensor '0.1.weight' is \(60, 32\)"),
+        (tmp_path / "nothing", {}, "does not exist"),
+    ):
+        name = "medusa" if source is None else f"medusa={source}"
+        with pytest.raises(SpecDecError, match=message) as caught:
+            SpecDecoder(llama, drafter=name, drafter_options=options, runtime="reference")
+        assert "\n" not in str(caught.value)
+    with pytest.raises(SpecDecError, match="nodes must be a whole number >= 1; got 0"):
+        MedusaDrafter(random_network(), ACCURACY, nodes=0)
+
+
+def test_heads_from_the_hub_are_those_of_the_revision_and_the_commit_is_kept(
+    llama: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, target = public(tmp_path / ("c" * 40), random_network(), torch.randn(2, V, D)), ReferenceTarget(llama)
+    asked: list[str | None] = []
+
+    def download(name: str, revision: str | None = None, **given: Any) -> str:
+        asked.append(revision)
+        return str(folder)
+
+    monkeypatch.setattr("specdec.models.hub.snapshot_download", download)
+    for revision in (None, "v1"):
+        options = {} if revision is None else {"revision": revision}
+        assert MedusaDrafter.load(target, "some/heads", **options).source == "some/heads@" + "c" * 40
+    assert asked == [None, "v1"]
+    for source, odd, message in ((str(folder), "v1", "goes with a Hugging Face id"), ("a/b", 5, "in quotes; got 5")):
+        with pytest.raises(SpecDecError, match=message):
+            MedusaDrafter.load(target, source, revision=odd)
+    with pytest.raises(SpecDecError, match="goes with Medusa heads by"):
+        MedusaDrafter.load(target, revision="v1")
+
+
+# --- vLLM's format -------------------------------------------------------------------------------------------------
+
+
+def vllm(folder: Path, network: Medusa, heads: Tensor, bias: bool = True, **config: Any) -> Path:
+    """Write ``network`` and output heads [K, V, D] as vLLM's Medusa has them."""
+    folder.mkdir(exist_ok=True)
+    tensors = {f"lm_heads.{k}.weight": head.clone() for k, head in enumerate(heads)}
+    for k in range(network.heads):
+        for n in range(network.layers):
+            tensors[f"blocks.{k}.layers.{n}.weight"] = network.weights[n][k].detach().clone()
+            if bias:
+                tensors[f"blocks.{k}.layers.{n}.bias"] = network.biases[n][k].detach().clone()
+    settings = {"model_type": "medusa", "num_heads": network.heads, "num_hidden_layers": network.layers}
+    settings |= {"medusa_fc_bias": bias, "hidden_size": D, "vocab_size": V} | config
+    tensors |= settings.pop("tensors", {})
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def vllm_chooses(llama: PreTrainedModel, folder: Path, ids: list[int]) -> list[int]:
+    """What vLLM's Medusa proposes after the last of ``ids``, by its formula: each head's best token."""
+    config, tensors = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+    shared, tokens = config["original_lm_head"], tensors.get("token_map")
+    h, chosen = llama.model(torch.tensor([ids])).last_hidden_state[0, -1], []
+    for k in range(config["num_heads"]):
+        x = h
+        for n in range(config["num_hidden_layers"]):
+            block = f"blocks.{k}.layers.{n}"
+            bias = tensors[f"{block}.bias"] if config["medusa_fc_bias"] else 0
+            x = x + torch.nn.functional.silu(tensors[f"{block}.weight"] @ x + bias)
+        best = int((tensors[f"lm_heads.{0 if shared else k}.weight"] @ x).argmax())
+        chosen.append(best if tokens is None else int(tokens[best]))
+    return chosen
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("kind", ["whole", "no bias", "one head", "token map", "token map of whole heads", "prefix"])
+def test_vllms_heads_draft_what_their_formula_says(
+    llama: PreTrainedModel, tmp_path: Path, layers: int, kind: str
+) -> None:
+    network, heads, given = random_network(2, layers), torch.randn(2, V, D), dict[str, Any]()
+    tokens = torch.arange(1, V, 3)
+    if kind.startswith("token map"):
+        given = {"truncated_vocab_size": len(tokens), "tensors": {"token_map": tokens}}
+    written = heads[:, tokens] if kind == "token map" else heads[:1] if kind == "one head" else heads
+    given["original_lm_head"] = kind == "one head"
+    folder, target = vllm(tmp_path / "heads", network, written, kind != "no bias", **given), ReferenceTarget(llama)
+    drafter = MedusaDrafter.load(target, str(folder), nodes=2)
+    drafter.accuracy = [[1.0], [1.0]]  # a chain
+    drafter.estimates = False
+    check = vllm(
+        tmp_path / "check", network, heads[:, tokens] if given.get("tensors") else written, kind != "no bias", **given
+    )
+    if kind == "prefix":
+        stored = load_file(folder / "model.safetensors")
+        save_file({f"medusa_heads.{name}": t for name, t in stored.items()}, folder / "model.safetensors")
+        drafter = MedusaDrafter.load(target, str(folder), nodes=2)
+    for ids, draft in drafts(target, drafter):
+        expected = vllm_chooses(llama, check, ids[:-1])
+        for k, token in enumerate(expected[: max(draft.depths())]):
+            at = [draft.tokens[0, i].item() for i, depth in enumerate(draft.depths()[1:]) if depth == k + 1]
+            assert token in at
+
+
+SCHEMA = {  # vllm/model_executor/models/medusa.py and transformers_utils/configs/medusa.py
+    "model_type": str,
+    "architectures": list,
+    "hidden_size": int,
+    "vocab_size": int,
+    "truncated_vocab_size": int,
+    "num_heads": int,
+    "num_hidden_layers": int,
+    "medusa_fc_bias": bool,
+    "original_lm_head": bool,
+}
+
+
+def check_schema(folder: Path) -> None:
+    """What vLLM's class loads: these entries, and these tensors and no others."""
+    config, tensors = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+    assert all(type(config[key]) is kind for key, kind in SCHEMA.items())
+    assert config["model_type"] == "medusa" and config["architectures"] == ["MedusaModel"]
+    d, size, heads = config["hidden_size"], config["truncated_vocab_size"], config["num_heads"]
+    wanted = {f"lm_heads.{k}.weight": (size, d) for k in range(1 if config["original_lm_head"] else heads)}
+    for k in range(heads):
+        for n in range(config["num_hidden_layers"]):
+            wanted[f"blocks.{k}.layers.{n}.weight"] = (d, d)
+            wanted |= {f"blocks.{k}.layers.{n}.bias": (d,)} if config["medusa_fc_bias"] else {}
+    if size < config["vocab_size"]:
+        wanted["token_map"] = (size,)
+        assert tensors["token_map"].dtype == torch.int64
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == wanted
+
+
+@pytest.mark.parametrize("reduced", [True, False])
+def test_our_heads_are_exported_to_vllm(tmp_path: Path, reduced: bool) -> None:
+    folder = save_tiny(tmp_path / "model")
+    model = loading.load(str(folder))[0].float()
+    target = ReferenceTarget(model)
+    d, v = target.hidden_size, target.vocab_size
+    torch.manual_seed(3)
+    network = Medusa(d, 2, 1, False, torch.arange(0, v, 2, dtype=torch.int32) if reduced else None)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    config = {"drafter": "medusa", "base": {"fingerprint": target.fingerprint}, "heads": 2, "layers": 1, "normed": True}
+    drafter_folder.write(tmp_path / "ours", config | {"accuracy": ACCURACY}, dict(network.state_dict()))
+    command = ["export", "vllm", "--model", str(folder), "--output", str(tmp_path / "theirs"), "--drafter"]
+    result = CliRunner().invoke(app, [*command, str(tmp_path / "ours")])
+    assert result.exit_code == 0, result.output
+    check_schema(tmp_path / "theirs")
+    memory, logits = MedusaDrafter.begin(None), []  # type: ignore[arg-type]
+    memory.final = torch.randn(1, 1, d)
+    for name in ("ours", "theirs"):
+        drafter = MedusaDrafter.load(target, str(tmp_path / name), nodes=2)
+        drafter.bind(target)
+        state = State(target, target.new_cache(), Sampler(SamplingParams()), [[4, 6]], memory=[memory])
+        logits.append(drafter._logits(state)[..., : len(range(0, v, 2)) if reduced else v])
+    torch.testing.assert_close(*logits, atol=0.05, rtol=0.05)  # the file is in the model's dtype
+    again = CliRunner().invoke(app, [*command[:-2], str(tmp_path / "again"), "--drafter", str(tmp_path / "theirs")])
+    assert again.exit_code == 0, again.output
+    check_schema(tmp_path / "again")
+    drafter_folder.write(
+        tmp_path / "ours", config | {"accuracy": ACCURACY, "normed": False}, dict(network.state_dict())
+    )
+    refused = CliRunner().invoke(app, [*command, str(tmp_path / "ours")])
+    assert refused.exit_code == 2 and "train them with --set normed=true" in refused.stderr
+
+
+@pytest.mark.parametrize("name", ["lm_heads.0.weight", "blocks.1.layers.0.bias"])
+@pytest.mark.parametrize("damaged", [lambda tensor: tensor[:-1], lambda tensor: tensor + 1])
+def test_what_vllm_gets_is_loaded_again_and_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, damaged: Callable[[Tensor], Tensor]
+) -> None:
+    folder, write = save_tiny(tmp_path / "model"), drafter_folder.write
+    target = ReferenceTarget(loading.load(str(folder))[0])
+    config = {"drafter": "medusa", "base": {"fingerprint": target.fingerprint}, "heads": 2, "layers": 1, "normed": True}
+    network = Medusa(target.hidden_size, 2)
+    write(tmp_path / "ours", config | {"accuracy": ACCURACY}, dict(network.state_dict()))
+    monkeypatch.setattr(
+        drafter_folder, "write", lambda to, config, tensors: write(to, config, tensors | {name: damaged(tensors[name])})
+    )
+    with pytest.raises(SpecDecError, match=r"loads as other heads .*delete the folder"):
+        to_vllm.export(str(tmp_path / "ours"), target, tmp_path / "theirs")
+
+
+def test_vllms_files_that_do_not_fit_are_refused(llama: PreTrainedModel, tmp_path: Path) -> None:
+    target, heads = ReferenceTarget(llama), torch.randn(2, V, D)
+    far = {"truncated_vocab_size": 3, "tensors": {"token_map": torch.tensor([1, 2, V])}}
+    for given, text in (
+        ({"num_heads": 3}, "tensor 'lm_heads.2.weight' is nothing"),
+        ({"num_hidden_layers": 0}, "layers of the Medusa drafter must be a whole number"),
+        ({**far, "tensors": {"token_map": torch.ones(3) > 0}}, "'token_map' in .* names tokens"),
+        (far, "'token_map' in .* names tokens that the model does not have"),
+    ):
+        folder = vllm(tmp_path / "heads", random_network(), heads, **given)  # type: ignore[arg-type]
+        with pytest.raises(SpecDecError, match=text):
+            MedusaDrafter.load(target, str(folder))
+
+
+# --- training ------------------------------------------------------------------------------------------------------
+
+
+def settings(**changes: Any) -> MedusaSettings:
+    values = {"method": "medusa", "dtype": "float32", "heads": 2, "draft_vocab": 60, "minutes": None, "steps": 100}
+    values |= {
+        "rows": 4,
+        "window": 8,
+        "eval_fraction": 0.15,
+        "relative_rate": 0.2,
+        "nodes": 5,
+    }
+    return from_mapping(MedusaSettings, values | changes, "test")
+
+
+@pytest.mark.parametrize("normed", [False, True])
+@torch.inference_mode()
+def test_heads_learn_exactly_what_the_drafter_drafts(normed: bool) -> None:
+    target = training_target(tiny_model("llama"))
+    method = MedusaMethod(settings(heads=3, normed=normed, rooted=not normed, blocks=2), target)
+    method.build(None)
+    network = random_network(3, 2, not normed)
+    drafter = MedusaDrafter(network, [[1.0]] * 3, normed=normed)  # a chain of each head's best
+    ids = torch.randint(3, V, (40,), generator=torch.Generator().manual_seed(1)).tolist()
+    answer, wanted = TrainingAnswer(tuple(ids[:4]), tuple(ids[4:])), method.wanted()
+    records = states._records(states._teach(target, [answer], wanted, lambda n: None), wanted)
+    batch = assemble(records, rows := windows(records, 64), 64, target.device)
+    says = [method._logits(final)[0].argmax(-1) for final, _ in method._drafts(network, batch)]
+    for length in (9, 20, 31):  # the last token of so many is the root
+        drafter.bind(target)
+        drafter.estimates = False  # its table shapes the tree
+        cache, positions = target.new_cache(), torch.arange(length - 1)[None]
+        taps, mask = {4: torch.empty(0)}, cache.mask(0, positions)
+        x = target.embed(torch.tensor([ids[: length - 1]]), positions)
+        target.layers(x, 0, 4, Pass(positions, mask, cache, taps))
+        cache.commit([list(range(length - 1))])
+        memory = [drafter.begin()]
+        drafter.observe(memory, [list(range(length - 1))], taps)
+        state = State(target, cache, Sampler(SamplingParams()), [ids[:length]], memory=memory)
+        root = length - 1 - rows[0][1]
+        assert drafter.propose(state, 3).tokens[0].tolist() == [int(says[k][root + k]) for k in range(3)]
+
+
+def test_training_makes_a_drafter_whose_table_holds(
+    answers: Path,
+    tmp_path: Path,
+) -> None:
+    model, output = loading.load("tiny")[0], tmp_path / "out"
+    figures = train(settings(prompts=[str(answers)], output=str(output)))
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    agree = [line["agree"] for line in lines if "agree" in line]  # with the answers it learns from
+    assert agree[-1] > agree[0] + 0.1
+    assert figures["nodes"][-1] == 5 and figures["score"] == pytest.approx(1 + sum(figures["chain"]), abs=1e-3)
+    decoder = SpecDecoder(model, None, drafter=str(output), drafter_options={"nodes": 5})
+    decoder.drafter.estimates = False
+    held = [a for a in data.split(data.read([answers]), 0.15)[1] if isinstance(a, TrainingAnswer)]
+    outs = decoder.generate_batch([list(a.prompt_ids) for a in held], max_new_tokens=24, num_speculative_tokens=2)
+    assert [out.token_ids for out in outs] == [list(a.response_ids) for a in held]
+    kept = sum(o.metrics.num_accepted_draft_tokens for o in outs) / sum(o.metrics.num_spec_steps for o in outs)
+    assert kept + 1 == pytest.approx(figures["score"], abs=0.25)

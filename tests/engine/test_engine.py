@@ -1,0 +1,316 @@
+"""A step returns what plain decoding returns, whatever is drafted: oracles, batches, ends."""
+
+from __future__ import annotations
+
+import random
+from itertools import pairwise, permutations
+
+import pytest
+import torch
+from scripted import OnlyOddAfterEven, Scripted
+from tiny import greedy_reference, tiny_model
+from transformers import PreTrainedModel
+from zoo import PROMPTS, every, m2r2, new_tokens, run, together
+
+from specdec import SpecDecError
+from specdec.drafters.exits import EarlyExitDrafter
+from specdec.drafters.none import NoDrafter
+from specdec.engine.depth import FixedDepth
+from specdec.engine.engine import Engine
+from specdec.engine.request import Request
+from specdec.runtimes.layer_pass import Pass
+from specdec.runtimes.reference import ReferenceTarget
+from specdec.speculation.draft import Draft, DrafterWarning, State
+from specdec.speculation.sampling import SamplingParams
+from specdec.verifiers.exact import ExactVerifier
+
+
+@pytest.mark.parametrize("depth", [1, 3, 7])
+def test_oracles_change_nothing_and_the_perfect_one_gets_depth_plus_one(llama: PreTrainedModel, depth: int) -> None:
+    target, prompt, count = ReferenceTarget(llama), PROMPTS[0], 33
+    expected = greedy_reference(llama, prompt, count)
+    if expected[-1] == 2:
+        pytest.fail("the reference output must not end early for this test to mean something")
+    rng = random.Random(0)
+
+    def ahead(ids: list[int], limit: int) -> list[int]:
+        return expected[len(ids) - len(prompt) :][:limit]
+
+    def chain(tokens: list[int]) -> list[tuple[int, int]]:
+        return [(token, parent) for parent, token in enumerate(tokens)]
+
+    def siblings(ids: list[int], limit: int) -> list[tuple[int, int]]:
+        """A wrong, then the right token after each node of the right path."""
+        nodes, parent = [], 0
+        for token in ahead(ids, limit):
+            nodes += [((token + 1) % 97, parent), (token, parent)]
+            parent = len(nodes)
+        return nodes
+
+    def wild(ids: list[int], limit: int) -> list[tuple[int, int]]:
+        """A random tree over right and random tokens."""
+        good = [*ahead(ids, 2 * limit), 0]
+        nodes: list[tuple[int, int]] = []
+        depths = [0]
+        for _ in range(rng.randrange(9)):
+            parent = rng.choice([i for i, d in enumerate(depths) if d < limit])
+            depths.append(depths[parent] + 1)
+            right = good[min(depths[parent], len(good) - 1)]
+            nodes.append((right if rng.random() < 0.6 else rng.randrange(97), parent))
+        return nodes
+
+    scripts = {
+        "perfect": lambda ids, limit: chain(ahead(ids, limit)),
+        "adversarial": lambda ids, limit: chain([(t + 1) % 97 for t in ahead(ids, limit)]),
+        "random": lambda ids, limit: chain([rng.randrange(97) for _ in range(limit)]),
+        "empty": lambda ids, limit: [],
+        "siblings": siblings,
+        "wild tree": wild,
+    }
+    lengths = {}
+    for name, script in scripts.items():
+        out, loop = run(target, Scripted(script), [prompt], count, depth)
+        assert out == [expected], name
+        lengths[name] = loop.metrics[0].mean_acceptance_length
+    assert lengths["adversarial"] == lengths["empty"] == 1
+    full, rest = divmod(count - 1, depth + 1)  # the first token comes from the prefill
+    best = (count - 1) / (full + (rest > 0))
+    assert lengths["perfect"] == lengths["siblings"] == pytest.approx(best)
+
+
+def test_trees_differ_by_row_and_rows_end_apart(llama: PreTrainedModel) -> None:
+    target = ReferenceTarget(llama)
+    expected = [greedy_reference(llama, prompt, 20) for prompt in PROMPTS]
+    starts = {tuple(prompt): reference for prompt, reference in zip(PROMPTS, expected, strict=True)}
+
+    def script(ids: list[int], limit: int) -> list[tuple[int, int]]:
+        prompt = next(p for p in starts if tuple(ids[: len(p)]) == p)
+        ahead = starts[prompt][len(ids) - len(prompt) :][: limit if len(prompt) > 1 else 1]
+        return [(token, parent) for parent, token in enumerate(ahead)]
+
+    out, loop = run(target, Scripted(script), PROMPTS, 20)
+    assert out == expected
+    lengths = [m.mean_acceptance_length for m in loop.metrics]
+    assert lengths[2] <= 2 < lengths[0]
+    assert [m.num_spec_steps for m in loop.metrics][2] > loop.metrics[0].num_spec_steps
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_scoring_runs_no_layer_twice_for_what_the_draft_computed(llama: PreTrainedModel, early: bool) -> None:
+    target = ReferenceTarget(llama)
+    drafter = m2r2(target, 2, ((2, 3),) if not early else (), not early, early)
+    calls: list[tuple[int, int, int, bool]] = []
+    layers = target.layers
+
+    def spy(x, lo, hi, given):
+        calls.append((lo, hi, x.shape[1], given.adapters is not None))
+        return layers(x, lo, hi, given)
+
+    target.layers = spy  # type: ignore[method-assign]
+    drafter.bind(target)
+    engine = Engine(target, drafter, ExactVerifier(), FixedDepth(4))
+    engine.submit(Request(PROMPTS[0], 40))
+    rounds = engine.steps()
+    next(rounds)
+    calls.clear()
+    next(rounds)
+    scoring = [c for c in calls if not c[3] and c[2] == 5]
+    assert scoring == [(2, 4, 5, False)]  # all five block tokens enter at E
+    below = [c for c in calls if c[0] == 0]
+    per_token = 2 if early else 1  # h and p in one pass
+    assert [c[2] for c in below] == [per_token] * 4 + [1]  # four drafted from, the last drafted token once
+
+
+def test_processors_apply_alike_to_drafted_corrected_and_bonus_tokens(llama: PreTrainedModel) -> None:
+    target, prompt = ReferenceTarget(llama), PROMPTS[1]
+    out = llama.generate(
+        torch.tensor([prompt]), max_new_tokens=24, do_sample=False, repetition_penalty=1.7, pad_token_id=0
+    )
+    expected = out[0, len(prompt) :].tolist()
+    assert expected != greedy_reference(llama, prompt, 24)  # the penalty matters here
+    for drafter in every(target).values():
+        assert run(target, drafter, [prompt], 24, repetition_penalty=1.7)[0] == [expected]
+
+
+def test_custom_processors_see_the_path_to_their_node(llama: PreTrainedModel) -> None:
+    target = ReferenceTarget(llama)
+    drafter = Scripted(lambda ids, limit: [(4, 0), (5, 0), (6, 1), (7, 2), (7, 1)] if limit > 1 else [(4, 0), (5, 0)])
+    drafter.bind(target)
+    drafted, plain = (Request(PROMPTS[0], 20, processors=[OnlyOddAfterEven()]) for _ in range(2))
+    together(target, drafter, [drafted], FixedDepth(4))
+    together(target, NoDrafter(), [plain], FixedDepth(1))
+    assert drafted.ids == plain.ids
+    assert all((a + b) % 2 for a, b in pairwise(drafted.ids))
+
+
+def test_output_ends_at_eos_inside_a_draft(llama: PreTrainedModel) -> None:
+    target, prompt = ReferenceTarget(llama), PROMPTS[0]
+    expected = greedy_reference(llama, prompt, 20)
+    end = expected[5]
+    cut = expected[: expected.index(end) + 1]
+    script = lambda ids, limit: [(t, i) for i, t in enumerate(expected[len(ids) - len(prompt) :][:limit])]  # noqa: E731
+    drafter = Scripted(script)
+    drafter.bind(target)
+    request = Request(prompt, 20, eos=frozenset([end]))
+    together(target, drafter, [request], FixedDepth(7))
+    assert new_tokens(request) == cut and request.finished == "eos"
+    assert sum(request.metrics.per_step_accepted) <= len(cut)
+
+
+def test_generation_stops_at_the_context_limit() -> None:
+    model = tiny_model("gpt2", n_positions=32)
+    target = ReferenceTarget(model)
+    prompt = list(range(3, 23))
+    drafter = Scripted(lambda ids, limit: [(5, i) for i in range(limit)])
+    out, _ = run(target, drafter, [prompt], 32 - len(prompt), 7)
+    assert out == [greedy_reference(model, prompt, 12)]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_a_row_at_the_end_of_the_context_does_not_keep_others_from_drafting(family: str) -> None:
+    """Their nodes are deeper than it may go, where a table of positions has no entry."""
+    model = tiny_model(family, max_position_embeddings=32)
+    target, prompts = ReferenceTarget(model), [[5, 6] * 14 + [7], PROMPTS[0]]
+    expected = [greedy_reference(model, prompt, 32 - len(prompt)) for prompt in prompts]
+    for name, drafter in every(target).items():
+        drafter.bind(target)
+        requests = [Request(prompt, 32 - len(prompt), eos=frozenset([2])) for prompt in prompts]
+        together(target, drafter, requests, FixedDepth(7))
+        assert [new_tokens(request) for request in requests] == expected, name
+
+
+def test_long_prompts_are_prefilled_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("mistral")
+    target, expected = ReferenceTarget(model), [greedy_reference(model, p, 12) for p in PROMPTS]
+    monkeypatch.setattr("specdec.runtimes.prefill.CHUNK", 3)
+    for name, drafter in every(target).items():
+        drafter.bind(target)
+        requests = [Request(prompt, 12, eos=frozenset([2])) for prompt in PROMPTS]
+        together(target, drafter, requests, FixedDepth(4), prefill_chunk=3)
+        assert [new_tokens(request) for request in requests] == expected, name
+
+
+# -- what goes wrong --------------------------------------------------------------------------------------------------
+
+
+class Breaks(ReferenceTarget):
+    """Logits are not finite where the token at ``position`` is chosen."""
+
+    position = 9
+
+    def layers(self, x, lo, hi, given):
+        x = super().layers(x, lo, hi, given)
+        broken = (given.positions == self.position - 1) & (hi == self.num_layers)
+        return x.masked_fill(broken[..., None], float("nan"))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS])
+def test_logits_that_are_not_finite_end_it_with_one_error_and_lose_nothing(
+    llama: PreTrainedModel, temperature: float, prompts: list[list[int]]
+) -> None:
+    whole, _ = run(ReferenceTarget(llama), NoDrafter(), prompts, 20, eos=None, temperature=temperature)
+    target = Breaks(llama)
+    ahead = {tuple(p): row for p, row in zip(prompts, whole, strict=True)}
+
+    def script(ids: list[int], limit: int) -> list[tuple[int, int]]:
+        prompt = next(p for p in ahead if tuple(ids[: len(p)]) == p)
+        return [(token, i) for i, token in enumerate(ahead[prompt][len(ids) - len(prompt) :][:limit])]
+
+    drafter = Scripted(script)  # the broken position lies inside an accepted draft
+    drafter.bind(target)
+    requests = [Request(prompt, 20, SamplingParams(temperature)) for prompt in prompts]
+    with pytest.raises(SpecDecError, match=r"logits are not finite at position 9.*float32"):
+        together(target, drafter, requests, FixedDepth(3))
+    out = [new_tokens(request) for request in requests]
+    longest = max(prompts, key=len)
+    assert len(longest) + len(out[prompts.index(longest)]) == 9
+    assert all(tokens == right[: len(tokens)] for tokens, right in zip(out, whole, strict=True))
+
+
+FAULTY = {
+    "raises": lambda ids, limit: 1 // 0,
+    "a token outside the vocabulary": lambda ids, limit: [(97, 0)],
+    "a negative token": lambda ids, limit: [(-2, 0)],
+    "too deep": lambda ids, limit: [(5, i) for i in range(limit + 1)],
+    "a parent that comes later": lambda ids, limit: [(5, 1), (6, 0)],
+    "a negative parent": lambda ids, limit: [(5, -1)],
+}
+
+
+@pytest.mark.parametrize("name", FAULTY)
+def test_a_faulty_drafter_is_dropped_and_decoding_goes_on(llama: PreTrainedModel, name: str) -> None:
+    script, calls = FAULTY[name], 0
+
+    def later(ids: list[int], limit: int) -> list[tuple[int, int]]:
+        nonlocal calls
+        calls += 1
+        return script(ids, limit) if calls > 2 else [(7, 0)]  # type: ignore[return-value]
+
+    with pytest.warns(DrafterWarning, match="decoding goes on without it"):
+        out, _ = run(ReferenceTarget(llama), Scripted(later), PROMPTS[:1], 20)
+    assert out == [greedy_reference(llama, PROMPTS[0], 20)] and calls == 3
+
+
+@pytest.mark.parametrize("method", ["start", "begin", "observe", "end"])
+def test_a_drafter_that_fails_elsewhere_is_dropped_too(llama: PreTrainedModel, method: str) -> None:
+    right = [greedy_reference(llama, prompt, 20) for prompt in PROMPTS]
+    drafter = Scripted(lambda ids, limit: [(right[0][len(ids) - 4], 0)] if ids[:4] == PROMPTS[0] else [])  # ends first
+
+    def fails(*args: object) -> None:
+        raise IndexError("index 9 is out of bounds")
+
+    setattr(drafter, method, fails)
+    with pytest.warns(DrafterWarning, match="IndexError: index 9"):
+        assert run(ReferenceTarget(llama), drafter, PROMPTS, 20)[0] == right
+
+
+def test_what_a_failed_drafter_left_in_the_cache_is_rolled_back(llama: PreTrainedModel) -> None:
+    target = ReferenceTarget(llama)
+
+    class HalfWay(Scripted):
+        def propose(self, state: State, limit: int) -> Draft:
+            x = state.target.embed(state.roots, state.positions)
+            state.target.layers(x, 0, 2, Pass(state.positions, state.cache.mask(0, state.positions), state.cache))
+            raise RuntimeError("half way")
+
+    with pytest.warns(DrafterWarning, match="half way"):
+        assert run(target, HalfWay(None), PROMPTS, 20)[0] == [greedy_reference(llama, p, 20) for p in PROMPTS]
+
+
+# -- seeds ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_seed_gives_the_text_of_plain_decoding_whatever_drafts_at_whatever_depth(llama: PreTrainedModel) -> None:
+    target = ReferenceTarget(llama)
+    plain, _ = run(target, NoDrafter(), PROMPTS, 16, temperature=1.5, top_p=0.9, seed=4)
+    assert plain != run(target, NoDrafter(), PROMPTS, 16, temperature=1.5, top_p=0.9, seed=5)[0]
+    for depth in (1, 4):
+        for name, drafter in every(target).items():
+            assert run(target, drafter, PROMPTS, 16, depth, temperature=1.5, top_p=0.9, seed=4)[0] == plain, name
+
+
+def test_a_row_depends_neither_on_its_neighbours_nor_on_its_place(llama: PreTrainedModel) -> None:
+    target, drafter = ReferenceTarget(llama), EarlyExitDrafter(3)
+    alone = {tuple(p): run(target, drafter, [p], 16, temperature=1.2, seed=4)[0][0] for p in PROMPTS}
+    for order in permutations(PROMPTS):
+        out, _ = run(target, drafter, list(order), 16, temperature=1.2, seed=4)
+        assert out == [alone[tuple(p)] for p in order]
+    twice, _ = run(target, drafter, [PROMPTS[0], PROMPTS[1], PROMPTS[0]], 16, temperature=1.2, seed=4)
+    assert twice[0] == alone[tuple(PROMPTS[0])] != twice[2]
+
+
+def test_guests_keep_their_own_sampler(llama: PreTrainedModel) -> None:
+    """Rows that join are sampled by their own parameters to the end, and so are those that were there."""
+    target = ReferenceTarget(llama)
+    host, guest = SamplingParams(1.2, seed=3), SamplingParams(2.0, top_k=9, seed=8)
+    right = [run(target, NoDrafter(), [PROMPTS[i]], 12, eos=None, **vars(p))[0][0] for i, p in enumerate((host, guest))]
+    requests = [Request(PROMPTS[0], 12, host), Request(PROMPTS[1], 12, guest)]
+    engine = Engine(target, NoDrafter(), ExactVerifier(), FixedDepth(0))
+    engine.submit(requests[0])
+    rounds = engine.steps()
+    next(rounds), next(rounds)
+    engine.submit(requests[1])
+    for _ in rounds:
+        pass
+    assert [new_tokens(request) for request in requests] == right

@@ -1,0 +1,388 @@
+"""Whatever comes, goes, waits and ends when: every answer is that of plain decoding alone.
+
+A state machine drives an engine on tiny models, and each text is compared with one that is decoded token by token,
+without an engine. Most runs have an oracle for a drafter, which knows how each text goes on, also behind its end: so
+texts end inside accepted drafts, at every place of them.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
+from scripted import OnlyOddAfterEven, made
+from tiny import tiny_model
+from transformers import LogitsProcessor
+from transformers.generation.logits_process import NoRepeatNGramLogitsProcessor
+from zoo import EOS, every, new_tokens
+
+from specdec import Regex, SpecDecError
+from specdec.engine import scheduler
+from specdec.engine.depth import DepthChoice, FixedDepth, RowHistory
+from specdec.engine.engine import Engine
+from specdec.engine.logprobs import TokenLogprob, prompt_logprobs, token_logprobs
+from specdec.engine.request import Handle, Request
+from specdec.runtimes.native import library
+from specdec.runtimes.native.target import NativeTarget
+from specdec.runtimes.prefill import run_tokens
+from specdec.runtimes.reference import ReferenceTarget
+from specdec.runtimes.target import Target
+from specdec.speculation.draft import Draft, Drafter, State
+from specdec.speculation.sampling import Chooser, Sampler, SamplingParams
+from specdec.verifiers.exact import ExactVerifier
+
+CONTEXT, MOST, BEHIND, TOP = 128, 12, 6, 2  # BEHIND: tokens that the oracle knows of behind the last one
+KINDS = [
+    "reference",
+    pytest.param("native", marks=pytest.mark.skipif(not library.runs(), reason="there are no native kernels here")),
+    "recurrent",
+]
+
+
+@functools.cache
+def target_of(kind: str) -> Target:
+    if kind == "native":
+        return NativeTarget(tiny_model("llama", hidden_size=64, intermediate_size=96, head_dim=32).bfloat16())
+    return ReferenceTarget(tiny_model("llama" if kind == "reference" else "qwen3_next"))
+
+
+class Style(NamedTuple):
+    """How tokens are chosen; nothing in it has a state."""
+
+    params: SamplingParams = SamplingParams()
+    processors: tuple[LogitsProcessor, ...] = ()
+    pattern: str | None = None
+
+    def chooser(self, prompt: list[int], stream: int) -> Chooser:
+        rule = [] if self.pattern is None else [rules(self.pattern).state(prompt)]
+        return Chooser(self.params, [*self.processors, *rule], stream)
+
+
+rules = functools.cache(lambda pattern: made(Regex(pattern)))  # compiled
+STYLES = [
+    Style(),
+    Style(SamplingParams(0.9, seed=3)),
+    Style(SamplingParams(1.3, 20, seed=1)),
+    Style(SamplingParams(0.8, 0, 0.9, 0.02, 1.3)),
+    Style(SamplingParams(repetition_penalty=1.5)),
+    Style(SamplingParams(1.1), (OnlyOddAfterEven(),)),
+    Style(processors=(NoRepeatNGramLogitsProcessor(2),)),
+    Style(pattern="([a-e]{3,9}(north|nothing) )*!"),
+    Style(SamplingParams(1.2), pattern="[a-z]{2,12}(foo|fool)x?"),
+]
+
+
+class Plain(NamedTuple):
+    """What plain decoding makes of a prompt, without an end: its new tokens, and log-probabilities."""
+
+    tokens: list[int]
+    scored: list[TokenLogprob]
+    prompt_scored: list[TokenLogprob]
+
+
+@functools.cache
+@torch.inference_mode()
+def plain(kind: str, prompt: tuple[int, ...], style: int, stream: int) -> Plain:
+    """The prompt in one pass, and then a token in each; where no token may follow, the text is at its end."""
+    target, ids, states = target_of(kind), list(prompt), list[torch.Tensor]()
+    sampler = Sampler.of([STYLES[style].chooser(ids, stream)])
+    cache, found = target.new_cache(), Plain([], [], [])
+    last = run_tokens(target, cache, [ids], every=states)
+    found.prompt_scored[:] = prompt_logprobs(target, states[0][:-1], ids[1:], TOP)
+    while len(found.tokens) < MOST + BEHIND:
+        logits = target.readout(last)  # (1, 1, V)
+        [[token]] = sampler.choose(sampler.scores(logits, lambda: [[ids]]), [[len(ids)]]).tolist()
+        if token < 0:
+            break
+        found.tokens.append(token)
+        found.scored.extend(token_logprobs(logits[0], [token], TOP))
+        ids.append(token)
+        if len(ids) >= CONTEXT:
+            break
+        last = run_tokens(target, cache, [[token]])
+    return found
+
+
+class Oracle(Drafter):
+    """Drafts how a text goes on: ``right`` right tokens, and then a wrong one. texts: by the row's chooser.
+
+    siblings: wrong tokens beside each right one. (In a row without more to say the wrong ones stand alone.)
+    """
+
+    name = "oracle"
+
+    def __init__(self, siblings: int = 0) -> None:
+        self.siblings, self.right = siblings, 0
+        self.texts: dict[Chooser, list[int]] = {}
+
+    def propose(self, state: State, limit: int) -> Draft:
+        pairs = zip(state.sampler.rows, state.ids, strict=True)
+        rows = [self._draft(self.texts[row], len(ids), limit) for row, ids in pairs]
+        width = 1 + self.siblings
+        levels = max(map(len, rows)) // width
+        parents = [level * width for level in range(levels) for _ in range(width)]
+        return Draft([row + [-1] * (len(parents) - len(row)) for row in rows], tuple(parents))
+
+    def _draft(self, text: list[int], start: int, limit: int) -> list[int]:
+        right = text[start : start + min(self.right, limit)]
+        drafted = [other % 97 for token in right for other in (*range(token + 1, token + 1 + self.siblings), token)]
+        wrong = (text[start + len(right)] + 9) % 97 if start + len(right) < len(text) else 5
+        return drafted + [wrong] * (1 + self.siblings) if len(right) < limit else drafted
+
+
+class Varied(FixedDepth):
+    """Every row drafts another depth in every step, mostly the whole."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__(depth)
+        self.rng = random.Random(0)
+
+    def choose(self, rows: Sequence[RowHistory], plain: int = 0) -> DepthChoice:
+        depths = [self.rng.choice((self.choice.depth, self.rng.randrange(self.choice.depth + 1))) for _ in rows]
+        return DepthChoice(max(depths, default=0), depths=depths)
+
+
+@dataclass(eq=False)
+class Case:
+    """A request with its reference. rule, at: what its stop rule does at which new token."""
+
+    plain: Plain
+    request: Request
+    rule: str | None
+    at: int
+    handle: Handle | None = None
+
+    def stop(self, token: int) -> str | None:
+        if self.request.metrics.num_new_tokens == self.at:
+            if self.rule == "raise":
+                raise ValueError("as told")
+            if self.rule == "cancel":
+                self.request.cancelled = True
+        return "stop" if self.request.metrics.num_new_tokens == self.at and self.rule == "stop" else None
+
+    def expected(self) -> tuple[list[int], str | None]:
+        """The text, cut where it ends, and why; "cancelled": the most there is."""
+        limit = min(self.request.limit, len(self.plain.tokens))
+        for count, token in enumerate(self.plain.tokens[:limit], start=1):
+            own = "error" if count == self.at and self.rule == "raise" else None
+            reason = own or ("eos" if token in self.request.eos else None)
+            reason = reason or ("stop" if count == self.at and self.rule == "stop" else None)
+            reason = reason or ("length" if count == self.request.limit else None)
+            if reason is not None:
+                return self.plain.tokens[:count], reason
+        return self.plain.tokens[:limit], "length" if not self.request.limit else "error"
+
+
+class Schedules(RuleBasedStateMachine):
+    """kind: of the runtime. names: of drafters; without any, there is an oracle."""
+
+    def __init__(self, kind: str, names: Sequence[str] = ()) -> None:
+        super().__init__()
+        self.kind, self.names, self.target = kind, names, target_of(kind)
+        self.cases: list[Case] = []
+
+    @initialize(
+        rows=st.integers(1, 4),
+        memory=st.sampled_from([1000, 1000, 160, 80]),
+        depth=st.integers(1, 6),
+        siblings=st.integers(0, 2),
+        reuse=st.sampled_from([True, True, True, False]),
+        data=st.data(),
+    )
+    def begin(self, rows: int, memory: int, depth: int, siblings: int, reuse: bool, data: st.DataObject) -> None:
+        self.oracle = Oracle(siblings)
+        self.drafter: Drafter = self.oracle
+        if self.names:
+            self.drafter = drafters(self.kind)[data.draw(st.sampled_from(self.names), label="drafter")]
+        token, state = tokens_bytes(self.kind)
+        self.engine = Engine(
+            self.target,
+            self.drafter,
+            ExactVerifier(),
+            Varied(depth),
+            max_rows=rows,
+            kv_memory=memory * token + 16 * state,
+            reuse=reuse,
+        )
+
+    # -- what comes ---------------------------------------------------------------------------------------------------
+
+    def prompt(self, data: st.DataObject) -> list[int]:
+        """New words, or a text that has come, whole or a beginning of it, with other words behind it."""
+        words = data.draw(st.lists(st.integers(3, 96), min_size=1, max_size=14), label="words")
+        if not self.cases or not data.draw(st.integers(0, 4), label="afresh"):
+            return words
+        case = data.draw(st.sampled_from(self.cases[-4:]), label="of")
+        start, ids = len(case.request.prompt), case.request.ids
+        cut = data.draw(st.sampled_from(["whole", "text", "prompt", "behind"]), label="cut")
+        if cut == "text":
+            ids = ids[: data.draw(st.integers(min(start, len(ids)), len(ids)), label="count")]
+        elif cut == "prompt":
+            ids = ids[: data.draw(st.integers(1, start), label="count")]
+        elif cut == "behind":  # as its text would have gone on
+            ids = [*case.request.prompt, *case.plain.tokens[: len(ids) - start + 1]]
+        return [*ids, *data.draw(st.sampled_from([words, words[:1], []]), label="then")][: CONTEXT - 2] or words
+
+    @rule(data=st.data())
+    def arrive(self, data: st.DataObject) -> None:
+        prompt, style = self.prompt(data), data.draw(st.integers(0, len(STYLES) - 1), label="style")
+        limit, at = data.draw(st.integers(0, MOST), label="limit"), data.draw(st.integers(1, MOST), label="at")
+        ends = data.draw(st.sampled_from(["eos", "eos", "stop", "raise", "cancel", None]), label="ends")
+        logprobs = data.draw(st.sampled_from([None, "new", "prompt"]), label="logprobs")
+        draft, scope = (
+            data.draw(st.integers(0, 7), label="draft") > 0,
+            data.draw(st.sampled_from("aaab"), label="scope"),
+        )
+        for stream in range(data.draw(st.sampled_from([1, 1, 1, 2, 3]), label="n")):
+            found = plain(self.kind, tuple(prompt), style, stream)
+            eos = set() if STYLES[style].pattern is None else {EOS}
+            if ends == "eos" and len(found.tokens) >= at:
+                eos.add(found.tokens[at - 1])
+            request = Request(
+                prompt,
+                limit,
+                eos=frozenset(eos),
+                chooser=STYLES[style].chooser(prompt, stream),
+                draft=draft,
+                logprobs=None if logprobs is None else TOP,
+                prompt_logprobs=logprobs == "prompt",
+                scope=scope,
+            )
+            case = Case(found, request, ends, at)
+            request.stop = case.stop
+            self.oracle.texts[request.sampling] = [*prompt, *found.tokens]
+            case.handle = self.engine.submit(request)
+            self.cases.append(case)
+
+    # -- what happens -------------------------------------------------------------------------------------------------
+
+    @precondition(lambda self: self.engine.busy)
+    @rule(right=st.integers(0, 6), chunk=st.sampled_from([1, 2, 3, 7, 40]), count=st.integers(1, 4))
+    def step(self, right: int, chunk: int, count: int) -> None:
+        self.oracle.right, self.engine.scheduler.chunk = right, chunk
+        for _ in range(count):
+            self.engine.step()
+            self.check_caches()
+
+    @precondition(lambda self: self.engine.busy)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        going = [case for case in self.cases if case.request.finished is None]
+        if going:
+            case = data.draw(st.sampled_from(going), label="case")
+            assert case.handle is not None
+            case.handle.cancel()
+
+    @precondition(lambda self: self.engine.busy)
+    @rule(room=st.sampled_from([0, 0, 40, 80]))
+    def squeeze(self, room: int) -> None:
+        """One step with hardly any memory: kept texts go, and the younger rows give way."""
+        whole = self.engine.scheduler.memory
+        self.engine.scheduler.memory = room * self.engine.scheduler.token_bytes
+        self.engine.step()
+        self.engine.scheduler.memory = whole
+        self.check_caches()
+
+    # -- what has to be so --------------------------------------------------------------------------------------------
+
+    def check_caches(self) -> None:
+        """A cache has the tokens of its text that have been run, and no others."""
+        batch, kept = self.engine.batch, self.engine.scheduler.prefixes.kept
+        assert batch.cache.rows == [len(row.ids) - 1 for row in batch.rows]
+        assert all(prefix.cache.rows == [len(prefix.ids)] for prefix in kept)
+        assert batch.drafter is self.drafter  # it has not been dropped
+
+    def check(self, case: Case) -> None:
+        request, (tokens, reason) = case.request, case.expected()
+        found = new_tokens(request)
+        assert case.handle is not None
+        events = [event for event in case.handle if event.tokens or event.finished]
+        assert [token for event in events for token in event.tokens] == found and events[-1].finished
+        if request.finished == "cancelled":
+            assert request.cancelled and found == tokens[: len(found)]
+        else:
+            assert (found, request.finished) == (tokens, reason)
+        assert request.error is None or isinstance(request.error, SpecDecError)
+        if request.logprobs is not None:
+            alike(request.scored, case.plain.scored[: len(found)])
+        if request.prompt_logprobs and (found or request.finished == "length"):
+            alike(request.prompt_scored, case.plain.prompt_scored)
+
+    def teardown(self) -> None:
+        if not self.cases:
+            return
+        self.oracle.right = 6
+        for _ in self.engine.steps():
+            self.check_caches()
+        for case in self.cases:
+            self.check(case)
+        self.engine.close()
+        assert self.engine.stats().kv_bytes == 0
+
+
+def alike(found: list[TokenLogprob], expected: list[TokenLogprob]) -> None:
+    """The same tokens, as likely but for rounding."""
+    assert [each.token_id for each in found] == [each.token_id for each in expected]
+    assert [each.logprob for each in found] == pytest.approx([each.logprob for each in expected], abs=1e-3)
+    assert all(len(each.top) == TOP for each in found)
+
+
+@functools.cache
+def drafters(kind: str) -> dict[str, Drafter]:
+    """Those of the matrix, bound."""
+    made = every(target_of(kind))
+    for drafter in made.values():
+        drafter.bind(target_of(kind))
+    return made
+
+
+tokens_bytes = functools.cache(lambda kind: scheduler._bytes(target_of(kind)))
+
+
+@pytest.fixture(autouse=True)
+def small_figures(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What happens in long texts happens in short ones."""
+    for name, value in {"AHEAD": 0, "SHARED": 4, "EVERY": 6, "DRAFTED": 8}.items():
+        monkeypatch.setattr(scheduler, name, value)
+    yield
+
+
+def run_schedules(kind: str, names: Sequence[str], examples: int, chance: bool = False) -> None:
+    run_state_machine_as_test(
+        functools.partial(Schedules, kind, names),  # type: ignore[arg-type]
+        settings=settings(
+            max_examples=examples,
+            stateful_step_count=16,
+            deadline=None,
+            derandomize=not chance,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+            phases=(Phase.generate, Phase.shrink),
+        ),
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_answers_do_not_depend_on_the_schedule(kind: str) -> None:
+    run_schedules(kind, (), 6 if kind == "recurrent" else 12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nor_on_what_drafts(kind: str) -> None:
+    run_schedules(kind, list(drafters(kind)), 4 if kind == "recurrent" else 8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_schedules(kind: str) -> None:
+    few = kind == "recurrent"
+    run_schedules(kind, (), 6 if few else 20, chance=True)
+    run_schedules(kind, list(drafters(kind)), 6 if few else 16, chance=True)

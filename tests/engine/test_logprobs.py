@@ -1,0 +1,225 @@
+"""Log-probabilities: the model's own at each position, whoever drafted the token, and those of the prompt."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import torch
+from servers import NAME, USER, byte_tokenizer, events, serving, tiny_decoder
+from tiny import tiny_model
+from zoo import EOS, PROMPTS, every, new_tokens, together
+
+from specdec import Request, SamplingParams, SpecDecError, SpecDecoder
+from specdec.drafters.none import NoDrafter
+from specdec.engine.depth import FixedDepth
+from specdec.engine.engine import Engine
+from specdec.runtimes.native import library
+from specdec.runtimes.native.target import NativeTarget
+from specdec.runtimes.reference import ReferenceTarget
+from specdec.runtimes.target import Target
+from specdec.serve.logprobs import token_bytes, token_text
+from specdec.speculation.draft import Drafter
+from specdec.verifiers.exact import ExactVerifier
+
+PARAMS = [SamplingParams(), SamplingParams(0.9, top_k=20, repetition_penalty=1.3, seed=3), SamplingParams(1.5)]
+DRAFTERS = sorted(every(ReferenceTarget(tiny_model())))
+
+
+def ran(target: Target, drafter: Drafter, count: int = 20, **more: Any) -> list[Request]:
+    """Rows that are chosen in different ways, one without log-probabilities among them."""
+    drafter.bind(target)
+    eos, tops = frozenset([EOS]), (2, None, 0)
+    rows = [
+        Request(prompt, count, params, eos=eos, logprobs=top)
+        for prompt, params, top in zip(PROMPTS * 2, PARAMS * 2, [*tops, None, 3, 1], strict=True)
+    ]
+    together(target, drafter, rows, FixedDepth(4), **more)
+    return rows
+
+
+def check(model: Any, row: Request) -> None:
+    """The log-probabilities of a row are those of the model itself."""
+    if row.logprobs is None:
+        assert row.scored == []
+        return
+    new = new_tokens(row)
+    expected = model(torch.tensor([row.ids])).logits[0, len(row.prompt) - 1 : -1].log_softmax(-1)
+    assert [each.token_id for each in row.scored] == new
+    got = torch.tensor([each.logprob for each in row.scored])
+    torch.testing.assert_close(got, expected.gather(1, torch.tensor(new)[:, None])[:, 0], atol=1e-4, rtol=1e-4)
+    for each, logs in zip(row.scored, expected, strict=True):
+        values, ids = logs.topk(row.logprobs)
+        assert [token for token, _ in each.top] == ids.tolist()
+        torch.testing.assert_close(torch.tensor([p for _, p in each.top]), values, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_they_are_the_models_own_whoever_drafts(name: str) -> None:
+    model = tiny_model()
+    target = ReferenceTarget(model)
+    for row in ran(target, every(target)[name]):
+        check(model, row)
+
+
+def test_a_single_greedy_row_has_them() -> None:
+    model = tiny_model()
+    target = ReferenceTarget(model)
+    row = Request(PROMPTS[1], 20, logprobs=3)
+    drafter = every(target)["early-exit (tree)"]
+    drafter.bind(target)
+    together(target, drafter, [row], FixedDepth(4))
+    check(model, row)
+    assert row.metrics.num_accepted_draft_tokens
+
+
+@pytest.mark.skipif(not library.runs(), reason="there are no native kernels here")
+def test_in_the_native_runtime_they_are_those_of_plain_decoding_bit_for_bit() -> None:
+    target = NativeTarget(tiny_model(hidden_size=64, head_dim=32, intermediate_size=96).bfloat16())
+    plain = ran(target, NoDrafter(), max_rows=1)
+    for name in ("prompt-lookup", "m2r2: grown level by level (tree)", "medusa (tree)", "early-exit", "draft-model"):
+        for row, other in zip(ran(target, every(target)[name]), plain, strict=True):
+            assert row.ids == other.ids and row.scored == other.scored, name
+
+
+def test_rows_that_gave_way_have_them_once() -> None:
+    model = tiny_model()
+    target = ReferenceTarget(model)
+    rows = [Request(prompt, 90, logprobs=1, prompt_logprobs=True) for prompt in PROMPTS * 2]
+    bounds = {"kv_memory": 240 * 512, "prefill_chunk": 3, "max_rows": 6}  # 512 bytes a token
+    engine = together(target, every(target)["prompt-lookup"], rows, FixedDepth(4), **bounds)
+    assert engine.stats().preemptions
+    for row in rows:
+        check(model, row)
+        assert [each.token_id for each in row.prompt_scored] == row.prompt[1:]
+
+
+def test_a_prompt_that_gave_way_has_them_all_whatever_the_parts_were() -> None:
+    model = tiny_model()
+    target = ReferenceTarget(model)
+    for first, then, steps in ((5, 7, 1), (7, 5, 2), (4, 40, 3), (12, 1, 1)):
+        bounds: dict[str, Any] = {"kv_memory": 10**6, "prefill_chunk": first, "reuse": True}
+        engine = Engine(target, NoDrafter(), ExactVerifier(), FixedDepth(0), **bounds)
+        engine.submit(Request(PROMPTS[0], 60))
+        engine.step()
+        row = Request(list(range(3, 36)), 4, logprobs=1, prompt_logprobs=True)
+        engine.submit(row)
+        for _ in range(steps):
+            engine.step()
+        assert 0 < len(row.prompt_scored) < len(row.prompt) - 1
+        engine.scheduler.memory = 1
+        engine.step()
+        engine.scheduler.memory, engine.scheduler.chunk = 10**6, then
+        for _ in engine.steps():
+            pass
+        assert engine.stats().preemptions == 1
+        assert [each.token_id for each in row.prompt_scored] == row.prompt[1:]
+        logs = model(torch.tensor([row.prompt])).logits[0].log_softmax(-1)
+        expected = logs[:-1].gather(1, torch.tensor(row.prompt[1:])[:, None])[:, 0]
+        torch.testing.assert_close(
+            torch.tensor([each.logprob for each in row.prompt_scored]), expected, atol=1e-4, rtol=0
+        )
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_of_the_prompt_in_parts_and_after_a_kept_prefix(native: bool) -> None:
+    if native and not library.runs():
+        pytest.skip("there are no native kernels here")
+    model = tiny_model(hidden_size=64, head_dim=32, intermediate_size=96)
+    target = NativeTarget(model.bfloat16()) if native else ReferenceTarget(model)
+    prompt = list(range(3, 60))
+    rows = [Request(prompt, limit, logprobs=2, prompt_logprobs=limit != 5) for limit in (5, 0, 3)]
+    together(target, NoDrafter(), rows, FixedDepth(0), prefill_chunk=7, reuse=True)
+    logs = model(torch.tensor([prompt])).logits[0].float().log_softmax(-1)
+    expected = logs[:-1].gather(1, torch.tensor(prompt[1:])[:, None])[:, 0]
+    for row in rows[1:]:
+        got = torch.tensor([each.logprob for each in row.prompt_scored])
+        torch.testing.assert_close(got, expected, atol=0.3 if native else 1e-4, rtol=0)
+        assert row.prompt_scored == rows[1].prompt_scored
+    assert new_tokens(rows[1]) == [] and rows[1].finished == "length" and rows[1].scored == []
+    assert rows[0].prompt_scored == [] and len(rows[0].scored) == 5
+
+
+def test_the_library_gives_them_and_refuses_what_has_none() -> None:
+    decoder = SpecDecoder(tiny_model(), None, "prompt-lookup", runtime="reference")
+    output = decoder.generate([5, 6, 7], max_new_tokens=6, logprobs=2, prompt_logprobs=True)
+    assert [each.token_id for each in output.logprobs or ()] == output.token_ids
+    assert [each.token_id for each in output.prompt_logprobs or ()] == [6, 7]
+    assert output.as_dict()["logprobs"][0]["logprob"] <= 0
+    assert "logprobs" not in decoder.generate([5], max_new_tokens=2).as_dict()
+    with pytest.raises(SpecDecError, match="goes with logprobs"):
+        decoder.generate([5], prompt_logprobs=True)
+    lossy = SpecDecoder(tiny_model(), None, "early-exit", verifier="confident")
+    with pytest.raises(SpecDecError, match="without scoring"):
+        lossy.generate([5], logprobs=1)
+
+
+# --- the server ------------------------------------------------------------------------------------------------------
+
+
+def test_the_server_gives_them_to_the_official_client_whole_and_streamed(tmp_path: Path) -> None:
+    decoder = tiny_decoder(tmp_path)
+    with serving(decoder) as server, openai.OpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
+        how: dict[str, Any] = {"model": NAME, "max_tokens": 12, "temperature": 0, "logprobs": True, "top_logprobs": 2}
+        whole = client.chat.completions.create(messages=USER, **how).choices[0]  # type: ignore[call-overload]
+        chunks = list(client.chat.completions.create(messages=USER, stream=True, **how))  # type: ignore[call-overload]
+        text = client.completions.create(model=NAME, prompt="Name", max_tokens=5, logprobs=3, temperature=0, n=2)
+    content = whole.logprobs.content
+    assert "".join(each.token for each in content) == whole.message.content and len(content) == 12
+    assert all(each.top_logprobs[0].token == each.token and each.bytes == [*each.token.encode()] for each in content)
+    streamed = [each for chunk in chunks if chunk.choices[0].logprobs for each in chunk.choices[0].logprobs.content]
+    assert [(each.token, each.bytes) for each in streamed] == [(each.token, each.bytes) for each in content]
+    for one, other in zip(streamed, content, strict=True):  # the prompt's prefix is reused: passes of other shapes
+        assert [top.token for top in one.top_logprobs] == [top.token for top in other.top_logprobs]
+        assert one.logprob == pytest.approx(other.logprob, abs=1e-5)
+    ids = decoder.generate("Name", chat=False, max_new_tokens=5, logprobs=3)
+    for choice in text.choices:
+        assert choice.logprobs.token_logprobs == pytest.approx([each.logprob for each in ids.logprobs or ()], abs=1e-5)
+        assert choice.logprobs.text_offset == [0, 1, 2, 3, 4] and len(choice.logprobs.top_logprobs[0]) == 3
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_lm_evals_request_for_the_logprobs_of_a_prompt(tmp_path: Path, count: int) -> None:
+    decoder = tiny_decoder(tmp_path)
+    prompts = [[5, 6, 7, 8, 9], [11, 12, 13]]
+    body = {"prompt": prompts, "max_tokens": count, "logprobs": 1, "echo": True, "temperature": 0, "seed": 1234}
+    with serving(decoder) as server:
+        found = server.complete(**body).json()
+        streamed = events(server.complete(**body, stream=True))
+    assert found["usage"]["completion_tokens"] == 2 * count
+    for prompt, choice in zip(prompts, found["choices"], strict=True):
+        assert choice["finish_reason"] == "length"
+        logs = decoder.model(torch.tensor([prompt])).logits[0].log_softmax(-1)
+        expected = [float(logs[n, token]) for n, token in enumerate(prompt[1:])]
+        got = choice["logprobs"]
+        assert got["token_logprobs"][0] is got["top_logprobs"][0] is None
+        assert got["token_logprobs"][1 : len(prompt)] == pytest.approx(expected, abs=1e-4)
+        assert "".join(got["tokens"]) == choice["text"] and len(got["tokens"]) == len(prompt) + count
+        for n, likely in enumerate(got["top_logprobs"][1 : len(prompt)]):
+            best = max(likely, key=lambda token: likely[token])
+            assert best == token_text(decoder.tokenizer, int(logs[n].argmax()))
+        parts = [
+            c["logprobs"] for e in streamed for c in e["choices"] if c["index"] == choice["index"] and c["logprobs"]
+        ]
+        assert [each for part in parts for each in part["tokens"]] == got["tokens"]
+        assert [each for part in parts for each in part["text_offset"]] == got["text_offset"]
+
+
+def test_what_the_server_refuses_of_them(tmp_path: Path) -> None:
+    with serving(tiny_decoder(tmp_path)) as server:
+        assert server.chat(top_logprobs=2).status_code == server.chat(logprobs=True, top_logprobs=21).status_code == 400
+        assert server.complete(max_tokens=0).status_code == 400
+        assert server.chat(logprobs=False, top_logprobs=0).json()["choices"][0]["logprobs"] is None
+        assert server.complete(logprobs=False).json()["choices"][0]["logprobs"] is None
+        assert len(server.complete(logprobs=0).json()["choices"][0]["logprobs"]["tokens"]) == 24
+
+
+def test_a_part_of_a_character_is_named_by_its_bytes() -> None:
+    tokenizer = byte_tokenizer()
+    ids = tokenizer("\u00e9 a").input_ids
+    assert b"".join(token_bytes(tokenizer, each) for each in ids) == "\u00e9 a".encode()
+    assert [token_text(tokenizer, each) for each in ids] == ["bytes:\\xc3", "bytes:\\xa9", " ", "a"]
+    assert json.dumps(token_text(tokenizer, ids[0]))

@@ -1,0 +1,485 @@
+"""Requests come and go at any time; each gets the tokens that a quiet engine gives it alone."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scripted import Scripted
+from tiny import tiny_model
+from transformers import PreTrainedModel
+from zoo import PROMPTS, new_tokens, run, together
+
+from specdec import SpecDecError, SpecDecoder
+from specdec.base.errors import QueueFullError
+from specdec.drafters.none import NoDrafter
+from specdec.drafters.prompt_lookup import PromptLookupDrafter
+from specdec.engine import batch, scheduler
+from specdec.engine.depth import AutoDepth, Costs, FixedDepth
+from specdec.engine.depth.division import divide
+from specdec.engine.engine import Engine
+from specdec.engine.request import Handle, Request, Status
+from specdec.kvcache.cache import KVCache
+from specdec.kvcache.prefix import PrefixStore
+from specdec.runtimes.native import library
+from specdec.runtimes.native.target import NativeTarget
+from specdec.runtimes.reference import ReferenceTarget
+from specdec.runtimes.target import Target
+from specdec.speculation.draft import Drafter, DrafterWarning
+from specdec.speculation.sampling import SamplingParams
+from specdec.verifiers.exact import ExactVerifier
+
+needs_native = pytest.mark.skipif(not library.runs(), reason="there are no native kernels here")
+COSTS = Costs({n: 1 + 0.05 * n for n in (1, 2, 4, 8, 16, 32)}, ((0.2, 0.2),))
+
+
+def alone(target: Target, request: Request) -> tuple[list[int], str | None]:
+    own = Request(request.prompt, request.limit, request.params, stream=request.stream, eos=request.eos)
+    together(target, NoDrafter(), [own], FixedDepth(0))
+    return new_tokens(own), own.finished
+
+
+def test_a_text_that_ended_inside_a_draft_is_gone_on_with_from_its_end(llama: PreTrainedModel) -> None:
+    """As an agent does that stops a model at some words and writes what follows itself."""
+    target = ReferenceTarget(llama)
+    right = Request(PROMPTS[1], 30)
+    together(target, NoDrafter(), [right], FixedDepth(0))
+    drafter = Scripted(lambda ids, limit: [(token, i) for i, token in enumerate(right.ids[len(ids) :][:limit])])
+    for end in range(len(PROMPTS[1]), len(PROMPTS[1]) + 8):
+        engine = Engine(target, drafter, ExactVerifier(), FixedDepth(6), reuse=True)
+        first = Request(PROMPTS[1], 30, eos=frozenset([right.ids[end]]))
+        engine.submit(first)
+        for _ in engine.steps():
+            pass
+        again, changed = (Request([*first.ids, *words], 9, draft=False) for words in ([], [50, 51]))
+        for request in (changed, again):
+            engine.submit(request)
+            for _ in engine.steps():
+                pass
+            assert (new_tokens(request), request.finished) == alone(target, request)
+        assert changed.metrics.num_cached_tokens == len(first.ids) - 1
+
+
+def test_texts_of_one_scope_are_not_gone_on_with_in_another(llama: PreTrainedModel) -> None:
+    target = ReferenceTarget(llama)
+    engine = Engine(target, NoDrafter(), ExactVerifier(), FixedDepth(0), reuse=True)
+    prompt, known = list(range(3, 60)), []
+    for scope in (None, "a", "b", "a", None):
+        request = Request(prompt, 3, scope=scope)
+        engine.submit(request)
+        for _ in engine.steps():
+            pass
+        known.append(request.metrics.num_cached_tokens)
+    assert known == [0, 0, 0, 56, 56]
+    running = Request(prompt[:40], 30, scope="c")  # nor do running texts serve others, whose prompts wait for none
+    engine.submit(running)
+    engine.step()
+    both = [Request(prompt[:41], 3, scope=scope) for scope in ("d", "c", "e")]
+    for request in both:
+        engine.submit(request)
+    for _ in engine.steps():
+        pass
+    assert [request.metrics.num_cached_tokens for request in both] == [0, 40, 0]
+    engine.close()
+
+
+@needs_native
+def test_kept_texts_count_what_they_hold_and_hold_little() -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32}
+    target = NativeTarget(tiny_model("llama", **sizes).bfloat16())
+    token_bytes, _ = scheduler._bytes(target)
+    engine = Engine(target, NoDrafter(), ExactVerifier(), FixedDepth(0), kv_memory=400 * token_bytes, reuse=True)
+    for first in range(5, 45):
+        engine.submit(Request([first, *range(10, 30)], 4))  # room for many more tokens is made for each
+        for _ in engine.steps():
+            pass
+        kept = engine.scheduler.prefixes.kept
+        held = [data.nbytes for prefix in kept for data in prefix.cache.data if data is not None]  # type: ignore[attr-defined]
+        assert sum(held) == engine.stats().kv_bytes <= 400 * token_bytes
+    assert len(kept) > 8
+
+
+def test_a_longer_text_begins_where_an_earlier_one_ended(llama: PreTrainedModel) -> None:
+    """The next turn of a chat reads only what is new, and so does a request beside a running one."""
+    target, drafter = ReferenceTarget(llama), PromptLookupDrafter()
+    engine = Engine(target, drafter, ExactVerifier(), FixedDepth(3), reuse=True)
+    first = Request(list(range(3, 40)), 12)
+    engine.submit(first)
+    for _ in engine.steps():
+        pass
+    second = Request([*first.ids, 50, 51, 52], 12)
+    engine.submit(second)
+    engine.step()
+    beside = Request([*second.prompt[:30], 60], 12)
+    engine.submit(beside)
+    for _ in engine.steps():
+        pass
+    assert second.metrics.num_cached_tokens == len(first.ids) - 1 and beside.metrics.num_cached_tokens == 30
+    for request in (second, beside):
+        assert new_tokens(request) == alone(target, request)[0]
+
+
+def test_equal_prompts_that_come_at_once_are_run_once(llama: PreTrainedModel) -> None:
+    target = ReferenceTarget(llama)
+    engine = Engine(target, NoDrafter(), ExactVerifier(), FixedDepth(0), reuse=True)
+    choices = [Request(list(range(3, 60)), 6, SamplingParams(1.5), stream=n) for n in range(3)]
+    for request in choices:
+        engine.submit(request)
+    for _ in engine.steps():
+        pass
+    assert [request.metrics.num_cached_tokens for request in choices] == [0, 56, 56]
+    assert len({tuple(new_tokens(request)) for request in choices}) == 3
+    assert all(new_tokens(request) == alone(target, request)[0] for request in choices)
+
+
+def test_running_rows_wait_for_a_bounded_part_of_a_prompt(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, parts = ReferenceTarget(llama), list[int]()
+    run_tokens = batch.run_tokens
+
+    def spy(target: Target, cache: Any, rows: list[list[int]], *more: Any) -> torch.Tensor:
+        parts.append(sum(map(len, rows)))
+        return run_tokens(target, cache, rows, *more)
+
+    monkeypatch.setattr(batch, "run_tokens", spy)
+    engine = Engine(target, NoDrafter(), ExactVerifier(), FixedDepth(0), prefill_chunk=8)
+    running = Request(PROMPTS[0], 40)
+    engine.submit(running)
+    engine.step()
+    parts.clear()
+    for length in (50, 30):
+        engine.submit(Request(list(range(3, 3 + length)), 4))
+    went_on = 0
+    while engine.scheduler.waiting or engine.scheduler.joining.rows:
+        before = len(running.ids)
+        engine.step()
+        went_on += len(running.ids) == before + 1
+    assert sum(parts) == 80 and max(parts) == 8 and went_on == len(parts)
+
+
+def test_rows_with_different_sampling_and_without_a_drafter_share_steps(llama: PreTrainedModel) -> None:
+    target, drafter = ReferenceTarget(llama), PromptLookupDrafter()
+    kinds = [SamplingParams(), SamplingParams(1.1, seed=3), SamplingParams(0.7, 9, seed=4)]
+    requests = [Request(PROMPTS[1] * 3, 16, kind) for kind in kinds]
+    requests.append(Request(PROMPTS[1] * 3, 16, draft=False))
+    together(target, drafter, requests, FixedDepth(4))
+    for request in requests:
+        assert new_tokens(request) == alone(target, request)[0]
+    assert requests[0].metrics.num_draft_tokens > 0 == requests[3].metrics.num_draft_tokens
+
+
+def test_what_draws_too_much_memory_waits_and_nothing_fails(llama: PreTrainedModel) -> None:
+    """One that needs more than there is runs alone."""
+    target = ReferenceTarget(llama)
+    requests = [Request([5 + n, *range(3, 40)], 30) for n in range(4)]
+    bytes_ = 2 * 4 * 2 * 8 * 4
+    engine = together(target, NoDrafter(), requests, FixedDepth(0), kv_memory=50 * bytes_)
+    assert engine.stats().preemptions == 0  # none begins that would have to give way at once
+    assert all(new_tokens(request) == alone(target, request)[0] for request in requests)
+
+
+# -- tokens go where they are likely ----------------------------------------------------------------------------------
+
+
+def test_tokens_of_a_step_go_to_the_rows_whose_drafts_are_accepted() -> None:
+    def table(first: float, each: float) -> list[float]:
+        return [first + each * n for n in range(200)]
+
+    good, bad = ([p**i for i in range(1, 9)] for p in (0.9, 0.05))
+    levels = [0.1 * depth for depth in range(9)]
+    both, alone = divide([good, bad], table(12, 1), levels), divide([good], table(11, 1), levels)
+    assert both.depths[1] == 0 < both.depths[0]
+    many = divide([good] * 16, table(10, 0.3), levels)
+    assert alone.depths[0] >= max(many.depths) and sum(many.depths) > 0
+    # Every token costs what it brings at most, so one is drafted only if one has to be.
+    steep = [divide([good] * 16, table(16, 1), [0.0] * 9, least).depths for least in (0, 1)]
+    assert [sum(depths) for depths in steep] == [0, 1]
+    # Beside rows that never draft, and wait for the pass as well, a token has to bring more.
+    assert divide([good], table(11, 1), levels, plain=15).depths[0] < alone.depths[0]
+
+
+def test_a_row_whose_drafts_fail_stops_while_its_neighbour_goes_on(llama: PreTrainedModel) -> None:
+    target = ReferenceTarget(llama)
+    right = Request(PROMPTS[0], 60)
+    together(target, NoDrafter(), [right], FixedDepth(0))
+
+    def script(ids: list[int], limit: int) -> list[tuple[int, int]]:
+        known = ids[: len(PROMPTS[0])] == PROMPTS[0]
+        return [((right.ids[len(ids) + i] if known else 96) if len(ids) + i < 64 else 96, i) for i in range(limit)]
+
+    requests = [Request(PROMPTS[0], 60), Request(PROMPTS[1], 60)]
+    together(target, Scripted(script), requests, AutoDepth(COSTS))  # type: ignore[arg-type]
+    good, bad = (request.metrics for request in requests)
+    beside = bad.per_step_drafted[: len(good.per_step_drafted)]
+    assert sum(good.per_step_drafted) > 3 * sum(beside)
+
+
+# -- threads, event loops and queues ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def decoder(llama: PreTrainedModel) -> SpecDecoder:
+    return SpecDecoder(llama, None, "prompt-lookup", runtime="reference")
+
+
+def test_requests_come_from_threads_and_from_an_event_loop(decoder: SpecDecoder) -> None:
+    engine = decoder.engine(max_rows=3)
+    found: dict[int, list[int]] = {}
+
+    def ask(number: int) -> None:
+        handle = engine.submit(Request(PROMPTS[number], 12))
+        found[number] = [token for event in handle for token in event.tokens]
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+
+    async def ask_too() -> list[tuple[list[int], str | None]]:
+        async def one(prompt: list[int]) -> tuple[list[int], str | None]:
+            tokens, finished = list[int](), None
+            async for event in engine.submit(Request(prompt, 12)):
+                tokens, finished = tokens + event.tokens, event.finished
+            return tokens, finished
+
+        return await asyncio.gather(*map(one, PROMPTS))
+
+    results = asyncio.run(ask_too())
+    for thread in threads:
+        thread.join(60)
+    engine.close(drain=True)
+    for number, prompt in enumerate(PROMPTS):
+        right = run(decoder.target, NoDrafter(), [prompt], 12, eos=None)[0][0]
+        assert found[number] == right and results[number] == (right, "length")
+    stats = engine.stats()
+    assert (stats.running, stats.waiting, stats.kv_bytes) == (0, 0, 0) and stats.steps > 0
+
+
+def test_an_engine_has_the_drafter_to_itself_until_it_is_closed(decoder: SpecDecoder) -> None:
+    engine = decoder.engine()
+    with pytest.raises(SpecDecError, match="still open"):
+        decoder.generate(PROMPTS[0])
+    assert not engine.closed
+    engine.close()
+    assert engine.closed
+    assert decoder.generate(PROMPTS[0], max_new_tokens=2).token_ids
+    with pytest.raises(SpecDecError, match="the engine is closed"):
+        engine.submit(Request(PROMPTS[0], 3))
+
+
+def test_closing_ends_what_runs_and_draining_lets_it_end(decoder: SpecDecoder) -> None:
+    for drain, reason in ((False, "cancelled"), (True, "length")):
+        engine = decoder.engine(max_rows=1)
+        handles = [engine.submit(Request(PROMPTS[0], 100)) for _ in range(2)]
+        engine.close(drain=drain)
+        ends = [[event.finished for event in handle][-1] for handle in handles]
+        assert ends == [reason] * 2
+
+
+def test_a_full_queue_refuses_and_a_cancelled_request_makes_room(llama: PreTrainedModel) -> None:
+    engine = Engine(ReferenceTarget(llama), NoDrafter(), ExactVerifier(), FixedDepth(0), max_rows=1, max_waiting=1)
+    handles = [engine.submit(Request(PROMPTS[0], 9)) for _ in range(2)]
+    with pytest.raises(QueueFullError, match="requests are waiting already"):
+        engine.submit(Request(PROMPTS[0], 9))
+    handles[1].cancel()
+    engine.step()
+    assert [event.finished for event in handles[1]] == ["cancelled"]
+    third = engine.submit(Request(PROMPTS[1], 9))
+    assert [event.finished for event in third][-1] == "length"  # who reads runs the steps
+    handles[0].cancel()
+    engine.close()
+
+
+def test_of_a_reader_who_does_not_read_one_event_waits(llama: PreTrainedModel) -> None:
+    engine = Engine(ReferenceTarget(llama), NoDrafter(), ExactVerifier(), FixedDepth(0))
+    request = Request(PROMPTS[0], 20)
+    handle = engine.submit(request)
+    for _ in engine.steps():
+        pass
+    events = list(handle)
+    assert [event.tokens for event in events] == [new_tokens(request)] and events[0].finished == "length"
+
+
+def test_a_step_that_fails_ends_what_runs_and_the_engine_goes_on(
+    decoder: SpecDecoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, layers = decoder.engine(), decoder.target.layers
+
+    def broken(*arguments: Any) -> torch.Tensor:
+        raise MemoryError("no memory")
+
+    monkeypatch.setattr(decoder.target, "layers", broken)
+    [event] = engine.submit(Request(PROMPTS[0], 9))
+    assert event.finished == "error" and "MemoryError: no memory" in str(event.error)
+    monkeypatch.setattr(decoder.target, "layers", layers)
+    assert [event.finished for event in engine.submit(Request(PROMPTS[0], 9))][-1] == "length"
+    engine.close()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_engine_whose_thread_has_failed_is_closed_and_nobody_waits(
+    decoder: SpecDecoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(error: BaseException) -> None:
+        raise MemoryError("also here")
+
+    engine, go = decoder.engine(), threading.Event()
+    monkeypatch.setattr(engine, "step", lambda: go.wait(60) and 1 / 0)
+    monkeypatch.setattr(engine, "_fail", fail)
+    handles = [engine.submit(Request(PROMPTS[0], 3)) for _ in range(3)]
+    found: list[str | None] = []
+
+    async def read(handle: Handle) -> None:
+        async for event in handle:
+            found.append(event.finished)
+
+    def read_here(handle: Handle) -> None:
+        found.extend(event.finished for event in handle)
+
+    readers = [threading.Thread(target=read_here, args=(handles[0],), daemon=True)]
+    readers.append(threading.Thread(target=lambda: asyncio.run(read(handles[1])), daemon=True))
+    for reader in readers:
+        reader.start()
+    go.set()
+    for reader in readers:
+        reader.join(60)
+    read_here(handles[2])  # one that comes later
+    assert found == ["error"] * 3 and "the engine has ended" in str(handles[0].request.error)
+    assert engine.closed
+    with pytest.raises(SpecDecError, match="the engine is closed"):
+        engine.submit(Request(PROMPTS[0], 3))
+    engine.close()
+
+
+def test_what_cannot_be_run_is_refused(decoder: SpecDecoder) -> None:
+    engine = decoder.engine()
+    for prompt, why in [
+        ([3] * 128, "the prompt has 128 tokens"),
+        ([], "the prompt is empty"),
+        ([5, 97], "outside the model's vocabulary of 97"),
+        ([5, 10**30], "outside the model's vocabulary of 97"),
+        ([-1, 5], "outside the model's vocabulary of 97"),
+    ]:
+        with pytest.raises(SpecDecError, match=why):
+            engine.submit(Request(prompt, 9))
+    for name, value in [
+        ("prompt", "abc"),
+        ("prompt", [5, 2.0]),
+        ("prompt", torch.tensor([5])),
+        ("limit", -1),
+        ("limit", 3.5),
+        ("limit", math.nan),
+        ("limit", "9"),
+        ("stream", -1),
+        ("eos", 2),
+        ("eos", {"a"}),
+        ("stop", "word"),
+        ("logprobs", -1),
+        ("draft", None),
+        ("scope", 3),
+    ]:
+        given: dict[str, Any] = {"prompt": [5], "limit": 3, name: value}
+        with pytest.raises(SpecDecError, match=f"{name} must be"):
+            Request(**given)
+    handle = engine.submit(Request([np.int64(5), 6], np.int64(3)))  # type: ignore[list-item, arg-type]
+    assert [event.finished for event in handle][-1] == "length"
+    with pytest.raises(SpecDecError, match="a request is run once"):
+        engine.submit(handle.request)
+    engine.close()
+
+
+def test_a_drafter_that_fails_is_started_again_for_the_next_request(llama: PreTrainedModel) -> None:
+    target, failing = ReferenceTarget(llama), [False]
+    right = {tuple(prompt): [*prompt, *alone(target, Request(prompt, 60))[0]] for prompt in PROMPTS}
+
+    def script(ids: list[int], limit: int) -> list[tuple[int, int]]:
+        if failing[0]:
+            raise IndexError("as told")
+        text = next(text for text in right.values() if text[: len(ids)] == ids)
+        return [(token, i) for i, token in enumerate(text[len(ids) :][:limit])]
+
+    engine = Engine(target, Scripted(script), ExactVerifier(), FixedDepth(3))
+    long = Request(PROMPTS[0], 60)
+    engine.submit(long)
+    for failures in range(1, 7):
+        failing[0] = True
+        with pytest.warns(DrafterWarning, match="decoding goes on without it"):
+            for _ in range(3):
+                engine.step()
+        drafted, failing[0] = long.metrics.num_draft_tokens, False
+        engine.step()
+        assert long.metrics.num_draft_tokens == drafted
+        assert (engine.stats().drafter, engine.stats().drafter_failures) == ("off", failures)
+        engine.submit(Request(PROMPTS[1], 4))
+        for _ in range(2):
+            engine.step()
+        again = failures < 6
+        assert (engine.stats().drafter == "on") == again == (long.metrics.num_draft_tokens > drafted)
+    for _ in engine.steps():
+        pass
+    assert new_tokens(long) == alone(target, long)[0]
+    assert Engine(target, NoDrafter(), ExactVerifier(), FixedDepth(0)).stats().drafter == "none"
+
+
+def test_events_say_which_tokens_were_drafted(llama: PreTrainedModel) -> None:
+    target = ReferenceTarget(llama)
+    right = Request(PROMPTS[0], 9)
+    together(target, NoDrafter(), [right], FixedDepth(0))
+    drafter: Drafter = Scripted(
+        lambda ids, limit: [(token, i) for i, token in enumerate(right.ids[len(ids) :][:limit])]
+    )
+    engine = Engine(target, drafter, ExactVerifier(), FixedDepth(3))
+    handle = engine.submit(Request(PROMPTS[0], 9))
+    events = list(handle)
+    assert [(event.depths, event.accepted) for event in events] == [([0], 0), ([1, 2, 3, 0], 3), ([1, 2, 3, 0], 3)]
+
+
+def test_the_text_used_least_recently_goes_first() -> None:
+    def one(count: int) -> KVCache:
+        cache = KVCache(1, 1)
+        cache.rows = [count]
+        return cache
+
+    store = PrefixStore()
+    for ids in ([1, 2, 3], [4, 5], [6]):
+        store.add(ids, one(len(ids)))
+    assert store.longest([1, 2, 9])[1] == 2 and store.longest([1, 2, 9], "another")[1] == 0
+    assert store.drop() and [prefix.ids for prefix in store.kept] == [[6], [1, 2, 3]]
+    store.add([6, 7, 8], one(3))
+    assert [prefix.ids for prefix in store.kept] == [[1, 2, 3], [6, 7, 8]]
+
+
+def test_a_request_says_where_it_is(llama: PreTrainedModel) -> None:
+    engine = Engine(ReferenceTarget(llama), NoDrafter(), ExactVerifier(), FixedDepth(0), max_rows=1, prefill_chunk=4)
+    first, second = Request(list(range(3, 13)), 3), Request([5, 6, 7], 1)
+    seen: list[tuple[str, str]] = []
+    for request in (first, second):
+        engine.submit(request)
+    while engine.busy:
+        seen.append((first.status, second.status))
+        engine.step()
+    seen.append((first.status, second.status))
+    assert list(dict.fromkeys(a for a, _ in seen)) == ["waiting", "prefill", "running", "finished"]
+    assert list(dict.fromkeys(b for _, b in seen)) == ["waiting", "finished"]  # its prompt and only token are one step
+    with pytest.raises(ValueError, match="finished cannot become running"):
+        first.enter(Status.RUNNING)
+
+
+def test_a_request_that_gives_way_waits_again(llama: PreTrainedModel) -> None:
+    engine = Engine(ReferenceTarget(llama), NoDrafter(), ExactVerifier(), FixedDepth(0), kv_memory=1 << 20)
+    rows = [Request([5, 6, 7], 4), Request([8, 9, 10], 4)]
+    for row in rows:
+        engine.submit(row)
+    engine.step()
+    assert [row.status for row in rows] == ["running", "running"]
+    engine.scheduler.memory = 0
+    assert engine.scheduler.make_room() and [row.status for row in rows] == ["running", "waiting"]
+    engine.scheduler.memory = 1 << 20
+    for _ in engine.steps():
+        pass
+    assert [row.status for row in rows] == ["finished", "finished"]

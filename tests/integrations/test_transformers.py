@@ -1,0 +1,376 @@
+"""``SpecGenerate``: what ``model.generate`` returns with the engine is what it returns without."""
+
+from __future__ import annotations
+
+import asyncio
+from itertools import product
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import gguf
+import pytest
+import torch
+from tiny import FAMILIES, save_tiny, tiny_model
+from tiny_gguf import write_gguf, write_model
+from torch import Tensor
+from transformers import (
+    AsyncTextIteratorStreamer,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LogitsProcessor,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    T5Config,
+    T5ForConditionalGeneration,
+    TextIteratorStreamer,
+)
+from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation.streamers import BaseStreamer
+from typer.testing import CliRunner
+
+from specdec.base.errors import SpecDecError
+from specdec.cli import app
+from specdec.integrations.transformers import SpecGenerate
+from specdec.models import loading
+
+ROWS = [[5, 6, 7, 8, 5, 6], [9, 10, 11], [3, 4, 3, 4, 3, 4, 3]]
+
+
+def padded(rows: list[list[int]]) -> dict[str, Tensor]:
+    width = max(map(len, rows))
+    return {
+        "input_ids": torch.tensor([[0] * (width - len(row)) + row for row in rows]),
+        "attention_mask": torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows]),
+    }
+
+
+def pair(model: Any, rows: list[list[int]], spec: SpecGenerate | None = None, **given: Any) -> tuple[Any, Any]:
+    """What the call returns without the engine, and with it."""
+    inputs = padded(rows)
+    given = {"max_new_tokens": 20, "do_sample": False, **given}
+    spec = spec or SpecGenerate("prompt-lookup", num_speculative_tokens=3)
+    return model.generate(**inputs, **given), model.generate(**inputs, **given, custom_generate=spec)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_tensors_are_equal(family: str, rows: int) -> None:
+    plain, ours = pair(tiny_model(family), ROWS[:rows])
+    assert torch.equal(plain, ours)
+
+
+class NoMore(LogitsProcessor):
+    """Of a caller: forbids in each row of the call another token."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        scores = scores.clone()
+        for b in range(len(scores)):
+            scores[b, (input_ids[b, -1] + b) % scores.shape[1]] = -torch.inf
+            scores[b, 30 + b] = 9.0 if len(input_ids[0]) % 3 == 0 else scores[b, 30 + b]
+        return scores
+
+
+class After(StoppingCriteria):
+    """Ends rows at different lengths."""
+
+    def __call__(self, input_ids: Tensor, scores: Any, **more: Any) -> Tensor:
+        return torch.tensor([input_ids.shape[1] >= 12 + 2 * b for b in range(len(input_ids))])
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "max_length": {"max_new_tokens": None, "max_length": 15},
+    "repetition penalty": {"repetition_penalty": 1.5},
+    "encoder repetition penalty": {"encoder_repetition_penalty": 2.0},
+    "n-grams": {"no_repeat_ngram_size": 2},
+    "n-grams of the prompt": {"encoder_no_repeat_ngram_size": 2},
+    "least new tokens": {"min_new_tokens": 9, "eos_token_id": list(range(2, 60))},
+    "many ends": {"eos_token_id": list(range(2, 20))},
+    "no end": {"eos_token_id": None},
+    "prefix function": {"prefix_allowed_tokens_fn": lambda b, ids: [10 + b, 20 + b, 30 + len(ids) % 5]},
+    "own processor": {"logits_processor": [NoMore()]},
+    "own criterion": {"stopping_criteria": StoppingCriteriaList([After()])},
+    "own criterion, no end": {"stopping_criteria": StoppingCriteriaList([After()]), "eos_token_id": -1},
+}
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_are_honoured(name: str, rows: int) -> None:
+    plain, ours = pair(tiny_model(), ROWS[:rows], **OPTIONS[name])
+    assert torch.equal(plain, ours)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"llama"}))
+def test_options_are_honoured_by_every_family(family: str) -> None:
+    model = tiny_model(family)
+    for (name, given), rows in product(OPTIONS.items(), (1, 3)):
+        plain, ours = pair(model, ROWS[:rows], **given)
+        assert torch.equal(plain, ours), (name, rows)
+
+
+@pytest.mark.parametrize("name", ["many ends", "n-grams", "own processor", "own criterion", "no end"])
+def test_scores_and_logits_are_those_of_transformers_also_after_a_row_has_ended(name: str) -> None:
+    asked = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+    plain, ours = pair(tiny_model(), ROWS, repetition_penalty=1.3, **OPTIONS[name], **asked)
+    assert isinstance(ours, GenerateDecoderOnlyOutput) and torch.equal(plain.sequences, ours.sequences)
+    assert (plain.sequences[:, -1] == 0).any() == (name in ("many ends", "n-grams", "own criterion"))  # padding
+    for found, expected in ((ours.scores, plain.scores), (ours.logits, plain.logits)):
+        torch.testing.assert_close(torch.stack(found), torch.stack(expected), atol=1e-4, rtol=1e-4)
+
+
+def test_a_call_without_a_mask_has_no_padding() -> None:
+    model, ids = tiny_model(), torch.tensor(ROWS[:1])
+    model.generation_config.max_new_tokens, model.generation_config.do_sample = 20, False
+    seen: dict[str, Any] = {}
+
+    class Bare(SpecGenerate):
+        def __call__(self, *args: Any, **given: Any) -> Any:
+            seen.update(given)
+            return super().__call__(*args, **given | {"attention_mask": None})
+
+    ours = model.generate(ids, custom_generate=Bare("prompt-lookup"))
+    assert "attention_mask" in seen and torch.equal(ours, model.generate(ids))
+
+
+def test_drafts_are_accepted() -> None:
+    spec = SpecGenerate("prompt-lookup", num_speculative_tokens=3)
+    model = tiny_model()
+    model.generate(torch.tensor([[5, 6] * 8]), max_new_tokens=60, do_sample=False, custom_generate=spec)
+    [metrics] = spec.metrics
+    assert metrics.num_accepted_draft_tokens > 0
+
+
+def sampled(model: Any, rows: list[list[int]] = ROWS, **given: Any) -> Tensor:
+    options = {"do_sample": True, "temperature": 0.8, "top_k": 20, "top_p": 0.9, "min_p": 0.01, "max_new_tokens": 12}
+    spec = SpecGenerate("prompt-lookup", num_speculative_tokens=given.pop("depth", 3))
+    return model.generate(**padded(rows), **{**options, **given}, custom_generate=spec)
+
+
+def test_samples_follow_the_seed() -> None:
+    model = tiny_model()
+    drawn = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        drawn.append(sampled(model))
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    before = torch.random.get_rng_state()
+    made = [
+        sampled(model, generator=torch.Generator().manual_seed(seed), depth=depth) for seed, depth in ((1, 3), (1, 1))
+    ]
+    assert torch.equal(*made) and torch.equal(before, torch.random.get_rng_state())
+
+
+def test_several_sequences_of_a_prompt_differ() -> None:
+    out = sampled(tiny_model(), ROWS[:1], num_return_sequences=3, eos_token_id=None)
+    assert len(out) == 3 and len({tuple(row) for row in out.tolist()}) == 3
+
+
+def test_samples_have_the_models_distribution() -> None:
+    model, count = tiny_model(), 3000
+    with torch.no_grad():
+        logits = model(torch.tensor(ROWS[:1])).logits[0, -1] / 0.5
+    kept = logits >= logits.topk(4).values[-1]
+    expected = logits.masked_fill(~kept, -torch.inf).softmax(0)[kept] * count
+    torch.manual_seed(0)
+    out = sampled(
+        model, ROWS[:1], num_return_sequences=count, temperature=0.5, top_k=4, top_p=1.0, min_p=0.0, max_new_tokens=1
+    )
+    found = torch.bincount(out[:, -1], minlength=len(kept))
+    assert found[~kept].sum() == 0
+    assert ((found[kept] - expected) ** 2 / expected).sum() < 21.1  # chi-square, 3 degrees of freedom, 1e-4
+
+
+class Heard(BaseStreamer):
+    def __init__(self) -> None:
+        self.put_: list[list[int]] = []
+        self.ended = 0
+
+    def put(self, value: Tensor) -> None:
+        self.put_.append(value.flatten().tolist())
+
+    def end(self) -> None:
+        self.ended += 1
+
+
+def test_a_streamer_gets_the_prompt_and_each_token() -> None:
+    model, ours, theirs = tiny_model(), Heard(), Heard()
+    inputs = {**padded(ROWS[:1]), "max_new_tokens": 12, "do_sample": False}
+    model.generate(**inputs, streamer=theirs)
+    model.generate(**inputs, custom_generate=SpecGenerate("prompt-lookup", streamer=ours))
+    assert ours.put_ == theirs.put_ and ours.ended == theirs.ended == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"num_beams": 2}, r"cannot search with beams \(num_beams=2\)"),
+        ({"penalty_alpha": 0.6, "top_k": 4}, "cannot do contrastive search"),
+        ({"prompt_lookup_num_tokens": 3}, "cannot do assisted generation"),
+        ({"return_dict_in_generate": True, "output_attentions": True}, "what output_attentions asks for"),
+        ({"guidance_scale": 1.5}, "UnbatchedClassifierFree.* keeps a state"),
+        ({"attention_mask": torch.tensor([[1, 1, 0]])}, "row 0 of attention_mask masks tokens after the first"),
+        ({"attention_mask": torch.tensor([[0, 0, 0]])}, "row 0 of attention_mask masks every token"),
+        ({"position_ids": torch.tensor([[4, 5, 6]])}, "leave position_ids out"),
+        ({"max_new_tokens": 500}, "may be 503 tokens, more than the model's context of 128"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused_by_name(given: dict[str, Any], text: str) -> None:
+    asked = {"max_new_tokens": 4, "do_sample": False, **given}
+    with pytest.raises(SpecDecError, match=text):
+        tiny_model().generate(torch.tensor([[5, 6, 7]]), **asked, custom_generate=SpecGenerate("prompt-lookup"))
+
+
+def test_unknown_options_are_refused_by_name() -> None:
+    model, ids = tiny_model(), torch.tensor([[5, 6, 7]])
+    with pytest.raises(ValueError, match="max_new_tokenz"):
+        model.generate(ids, max_new_tokenz=4, custom_generate=SpecGenerate("prompt-lookup"))
+    with pytest.raises(SpecDecError, match="ngrams") as error:
+        model.generate(ids, custom_generate=SpecGenerate("prompt-lookup", drafter_options={"ngrams": 3}))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"drafter": "nope"}, "unknown drafter 'nope'"),
+        ({"drafter": 3}, "drafter must be text or a path or a Drafter"),
+        ({"runtme": "native"}, "SpecGenerate takes no 'runtme' .did you mean 'runtime'"),
+        ({"runtime": "nativ"}, "unknown runtime 'nativ'"),
+        ({"kv_cache": "int4"}, "unknown kv_cache 'int4'"),
+        ({"verifier": "nope"}, "unknown verifier 'nope'"),
+        ({"num_speculative_tokens": 0}, "num_speculative_tokens must be"),
+    ],
+)
+def test_bad_settings_are_refused_when_it_is_made(given: dict[str, Any], text: str) -> None:
+    with pytest.raises(SpecDecError, match=text):
+        SpecGenerate(**given)
+
+
+def test_the_first_call_says_what_it_prepares(capsys: pytest.CaptureFixture[str]) -> None:
+    model, spec = tiny_model(), SpecGenerate("prompt-lookup")
+    model.generate(torch.tensor(ROWS[:1]), max_new_tokens=2, custom_generate=spec)
+    [line] = capsys.readouterr().err.splitlines()
+    assert "preparing the llama model for drafter 'prompt-lookup'" in line
+    model.generate(torch.tensor(ROWS[:1]), max_new_tokens=2, custom_generate=spec)
+    assert not capsys.readouterr().err
+
+
+def test_encoder_decoder_models_are_refused() -> None:
+    sizes = {"vocab_size": 20, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+    model = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1))
+    with pytest.raises(SpecDecError, match="cannot run encoder-decoder models"):
+        model.generate(torch.tensor([[5, 6]]), max_new_tokens=2, custom_generate=SpecGenerate("prompt-lookup"))
+
+
+def test_stop_strings_need_a_tokenizer() -> None:
+    with pytest.raises(SpecDecError, match="stop_strings need a tokenizer"):
+        SpecGenerate("prompt-lookup", stop_strings=["x"])
+
+
+def test_stop_strings_end_a_row(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    inputs = {**tokenizer("abcabc", return_tensors="pt"), "max_new_tokens": 16, "do_sample": False, "pad_token_id": 0}
+    stop = tokenizer.decode(model.generate(**inputs)[0, 10:12])
+    expected = model.generate(**inputs, stop_strings=[stop], tokenizer=tokenizer)
+    spec = SpecGenerate("prompt-lookup", tokenizer=tokenizer, stop_strings=stop)
+    assert torch.equal(model.generate(**inputs, custom_generate=spec), expected)
+    assert expected.shape[1] < 6 + 16
+
+
+def test_one_object_serves_one_model_after_another() -> None:
+    spec = SpecGenerate("prompt-lookup", num_speculative_tokens=2)
+    for family in ("llama", "gpt2", "llama"):
+        plain, ours = pair(tiny_model(family), ROWS[:1], spec)
+        assert torch.equal(plain, ours)
+
+
+def test_an_exported_repository_decodes_with_its_drafter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder, repository = save_tiny(tmp_path / "model"), tmp_path / "repo"
+    arguments = ["export", "custom-generate", "--model", str(folder), "--drafter", "prompt-lookup"]
+    result = CliRunner().invoke(app, [*arguments, "--output", str(repository)])
+    assert result.exit_code == 0, result.output
+    assert "- custom_generate\n" in (repository / "README.md").read_text()
+    assert (repository / "custom_generate/requirements.txt").read_text() == "specdec-m2r2\n"
+    seen: list[SpecGenerate] = []
+    call = SpecGenerate.__call__
+
+    def spied(self: SpecGenerate, *args: Any, **kwargs: Any) -> Any:
+        seen.append(self)
+        return call(self, *args, **kwargs)
+
+    monkeypatch.setattr(SpecGenerate, "__call__", spied)
+    model = AutoModelForCausalLM.from_pretrained(repository, trust_remote_code=True)
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    inputs = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0}
+    ids, streamer = torch.tensor([[5, 6, 5, 6]]), Heard()
+    assert torch.equal(model.generate(ids, streamer=streamer, **inputs), plain.generate(ids, **inputs))
+    assert len(seen) == 1 and seen[0].drafter == "prompt-lookup" and streamer.ended == 1
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "experts"])
+def test_an_exported_model_has_the_weights_of_its_file(cache: Path, tmp_path: Path, kind: str) -> None:
+    """Of a GGUF file, whose matrices the model holds in blocks (those of experts in bfloat16)."""
+    if kind == "experts":
+        write_gguf(tmp_path / "it.gguf", packed=gguf.GGMLQuantizationType.Q8_0, experts=4)
+    else:
+        write_model(tmp_path / "it.gguf", kind, "Q4_0", tied=kind == "llama")
+    arguments = ["export", "custom-generate", "--model", str(tmp_path / "it.gguf"), "--drafter", "none"]
+    result = CliRunner().invoke(app, [*arguments, "--output", str(tmp_path / "repo")])
+    assert result.exit_code == 0, result.output
+    made, tokenizer = loading.load(tmp_path / "it.gguf")
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "repo").eval()
+    assert AutoTokenizer.from_pretrained(tmp_path / "repo").get_vocab() == tokenizer.get_vocab()
+    ids = torch.tensor([[3, 7, 11, 19]])
+    assert found.dtype == made.dtype and torch.equal(found(ids).logits, made(ids).logits)
+
+
+def test_an_export_that_does_not_load_as_the_model_fails(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_model(tmp_path / "it.gguf", "llama", "Q4_0")
+    monkeypatch.setattr("specdec.integrations.custom_generate.densify", lambda model: None)
+    arguments = ["export", "custom-generate", "--model", str(tmp_path / "it.gguf"), "--drafter", "none"]
+    result = CliRunner().invoke(app, [*arguments, "--output", str(tmp_path / "repo")])
+    assert result.exit_code == 2 and "load it with" not in result.output
+    assert "loads as another model" in " ".join(result.output.split())
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> tuple[Any, Any, dict[str, Any], str]:
+    """A model, its tokenizer, what generate() takes, and the text that it returns."""
+    folder = save_tiny(tmp_path)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    inputs = {**tokenizer("abcabc", return_tensors="pt"), "max_new_tokens": 16, "do_sample": False, "pad_token_id": 0}
+    return model, tokenizer, inputs, tokenizer.decode(model.generate(**inputs)[0, 6:])
+
+
+def streaming(model: Any, inputs: dict[str, Any], streamer: Any) -> Thread:
+    spec = SpecGenerate("prompt-lookup", streamer=streamer)
+    thread = Thread(target=model.generate, kwargs={**inputs, "custom_generate": spec})
+    thread.start()
+    return thread
+
+
+def test_an_iterator_gets_the_text_while_it_grows(text: tuple[Any, Any, dict[str, Any], str]) -> None:
+    model, tokenizer, inputs, expected = text
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60)
+    thread = streaming(model, inputs, streamer)
+    assert "".join(streamer) == expected
+    thread.join()
+
+
+def test_an_asynchronous_iterator_gets_it_too(text: tuple[Any, Any, dict[str, Any], str]) -> None:
+    model, tokenizer, inputs, expected = text
+
+    async def read() -> str:
+        streamer = AsyncTextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60)
+        thread = streaming(model, inputs, streamer)
+        parts = [part async for part in streamer]
+        thread.join()
+        return "".join(parts)
+
+    assert asyncio.run(read()) == expected

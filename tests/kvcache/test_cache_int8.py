@@ -1,0 +1,177 @@
+"""The 8-bit KV cache: what rounding costs, and that nothing else changes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from passes import apart, play
+from tiny import SIZES, model_of, save_tiny, tiny_model
+from typer.testing import CliRunner
+from zoo import every, run
+
+from specdec import cli
+from specdec.api.decoder import SpecDecoder
+from specdec.base.errors import SpecDecError
+from specdec.cli import statistics
+from specdec.drafters.none import NoDrafter
+from specdec.kvcache.cache import KVCache, rows8, widened
+from specdec.runtimes.layer_pass import Pass
+from specdec.runtimes.native import library
+from specdec.runtimes.native.target import FAMILIES, NativeTarget
+from specdec.runtimes.select import make_target
+from specdec.runtimes.target import Target
+
+pytestmark = [
+    pytest.mark.skipif(not library.runs(), reason="the native kernels do not run here"),
+    pytest.mark.usefixtures("two_threads"),
+]
+PROMPTS = [[5, 6, 7, 8, 9] * 3, [10, 11, 12, 13, 10, 11, 12], [20, 21, 22, 23, 24, 25] * 4]
+
+
+def prefill(target: Target, ids: torch.Tensor, cache: KVCache) -> torch.Tensor:
+    """Logits of ``ids`` [B, T] as the next tokens of ``cache``, which are committed."""
+    positions = torch.tensor(cache.rows)[:, None] + torch.arange(ids.shape[1])
+    given = Pass(positions, cache.mask(0, positions), cache)
+    logits = target.readout(target.layers(target.embed(ids, positions), 0, target.num_layers, given))
+    cache.commit([list(range(ids.shape[1]))] * cache.batch)
+    return logits
+
+
+def steps(x: torch.Tensor) -> torch.Tensor:
+    """The difference between neighbouring codes for each number of ``x`` [..., d]."""
+    parts = x.unflatten(-1, (-1, 32))
+    return (parts.abs().amax(-1, keepdim=True) / 127).expand_as(parts).flatten(-2)
+
+
+@pytest.mark.parametrize("d", [32, 96])
+def test_rounding_is_within_half_a_step(d: int) -> None:
+    x = torch.randn(2, 3, 5, d, generator=torch.Generator().manual_seed(1)) * 10.0 ** torch.arange(-3, 2)[:, None]
+    x[0, 0, 0] = 0
+    rows = rows8(x)
+    assert (rows.shape, rows.dtype) == ((2, 3, 5, d + d // 16), torch.int8)
+    assert bool(((widened(rows, torch.float32) - x).abs() <= 0.505 * steps(x)).all())
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize(("family", "d"), [("llama", 32), ("qwen3", 96), ("llama", 128)])
+@torch.inference_mode()
+def test_kernels_hold_keys_and_values_within_half_a_step(family: str, d: int) -> None:
+    model, ids = (
+        tiny_model(family, **SIZES | {"head_dim": d}).bfloat16(),
+        torch.randint(3, 97, (2, 37), generator=torch.Generator().manual_seed(2)),
+    )
+    wide, narrow = NativeTarget(model), NativeTarget(model, kv_cache="int8")
+    exact, rounded = wide.new_cache(2), narrow.new_cache(2)
+    prefill(wide, ids, exact)
+    prefill(narrow, ids, rounded)
+    for b in range(2):
+        for whole, rows in zip(exact.data[b], rounded.data[b], strict=True):
+            x, held = whole[0, :, :37].float(), widened(rows[0, :, :37], torch.float32)
+            assert bool(((held - x).abs() <= 0.51 * steps(x) + x.abs() / 256).all())  # x itself is rounded to bf16
+            assert int(rows[0, :, :37, d - 32 : d].abs().amax(-1).min()) == 127
+            assert not rows[0, :, 37:].any()
+    assert rounded.data[0].nbytes / exact.data[0].nbytes == (16 + 1) / 32
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize(("family", "d"), [*((family, 32) for family in FAMILIES), ("llama", 96), ("llama", 128)])
+@torch.inference_mode()
+def test_logits_are_near_those_of_the_16_bit_cache(family: str, d: int) -> None:
+    model = model_of(family) if d == 32 else tiny_model(family, **SIZES | {"head_dim": d}).bfloat16()
+    wide, narrow = NativeTarget(model), NativeTarget(model, kv_cache="int8")
+    ids, pairs = torch.randint(3, 97, (1, 60), generator=torch.Generator().manual_seed(3)), []
+    pairs += zip(play(narrow), play(wide), strict=True)
+    pairs.append((prefill(narrow, ids, narrow.new_cache()), prefill(wide, ids, wide.new_cache())))
+    assert all(apart(a.float(), b.float()) < 0.03 for a, b in pairs)
+    assert not torch.equal(*pairs[-1])
+
+
+@torch.inference_mode()
+def test_what_is_not_finite_stays_so() -> None:
+    target = NativeTarget(model_of("llama"), kv_cache="int8")
+    x, cache, positions = torch.ones(1, 3, 64).bfloat16(), target.new_cache(), torch.arange(3)[None]
+    x[0, 1, 5] = float("inf")
+    out = target.layers(x, 0, 4, Pass(positions, cache.mask(0, positions), cache))
+    assert not out[0, 2].isfinite().any()  # it sees the broken key
+
+
+@pytest.mark.usefixtures("kernels")
+@torch.inference_mode()
+def test_rows_join_and_leave_a_batch() -> None:
+    target = NativeTarget(model_of("llama"), kv_cache="int8")
+    ids = torch.randint(3, 97, (3, 12), generator=torch.Generator().manual_seed(4))
+    alone = [target.new_cache() for _ in ids]
+    for row, cache in zip(ids, alone, strict=True):
+        prefill(target, row[None], cache)
+    both = target.new_cache(2)
+    prefill(target, ids[:2], both)
+    third = target.new_cache()
+    prefill(target, ids[2:], third)
+    both.join(third)
+    both.select([2, 1])
+    step = torch.tensor([[7], [8]])
+    expected = torch.cat([prefill(target, step[:1], alone[2]), prefill(target, step[1:], alone[1])])
+    assert torch.equal(prefill(target, step, both), expected)
+
+
+@pytest.fixture(scope="module")
+def target() -> Target:
+    return NativeTarget(tiny_model("llama", **SIZES | {"head_dim": 64}).bfloat16(), kv_cache="int8")
+
+
+@pytest.fixture(scope="module")
+def plain(target: Target) -> list[list[int]]:
+    return run(target, NoDrafter(), PROMPTS, 20)[0]
+
+
+def test_drafters_give_the_tokens_of_plain_decoding(target: Target, plain: list[list[int]]) -> None:
+    for name, drafter in every(target).items():
+        assert run(target, drafter, PROMPTS, 20)[0] == plain, name
+
+
+@pytest.mark.parametrize("name", ["m2r2: grown level by level (tree)", "layer-skip: parts", "prompt-lookup (tree)"])
+@pytest.mark.usefixtures("kernels")
+def test_they_do_with_every_instruction_set(name: str, target: Target) -> None:
+    own = NativeTarget(target.model, kv_cache="int8")
+    alone = [run(own, NoDrafter(), [prompt], 20)[0][0] for prompt in PROMPTS]
+    assert run(own, every(own)[name], PROMPTS, 20)[0] == alone
+
+
+def test_it_is_named_lossy_and_compared_with_itself() -> None:
+    decoder = SpecDecoder(model_of("llama"), drafter="prompt-lookup", kv_cache="int8")
+    assert statistics.runtime(decoder)["kv_cache"] == "8 bits (lossy)"
+    assert statistics._held(decoder) == "weights in 16 bits, KV cache in 8 bits (lossy)"
+    assert decoder.with_drafter("none").target is decoder.target
+    usual = SpecDecoder(decoder.model, drafter="none")
+    assert statistics.runtime(usual)["kv_cache"] == "as computed"
+    assert statistics._held(usual) == "weights in 16 bits"
+
+
+def test_the_command_line_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "cache"))
+    folder = str(save_tiny(tmp_path / "model", **SIZES))
+    given = ["--model", folder, "--dtype", "bfloat16", "--kv-cache", "int8", "--drafter", "prompt-lookup"]
+    given += ["--max-new-tokens", "24", "--num-speculative-tokens", "4", "--compare"]
+    shown = CliRunner().invoke(cli.app, ["generate", "ab ab ab", *given])
+    assert "weights in 16 bits, KV cache in 8 bits (lossy)" in shown.stderr
+    assert "output identical to plain decoding: yes" in shown.stderr
+    result = json.loads(CliRunner().invoke(cli.app, ["generate", "ab ab ab", *given, "--json"]).stdout)
+    assert result["kv_cache"] == "8 bits (lossy)" and result["compare"]["identical"]
+
+
+@pytest.mark.parametrize("runtime", ["fused", "graphs", "reference"])
+def test_other_runtimes_refuse_it(runtime: str) -> None:
+    with pytest.raises(SpecDecError, match=f"the {runtime} runtime has no 8-bit KV cache"):
+        make_target(model_of("llama"), runtime, kv_cache="int8")
+
+
+def test_what_it_cannot_go_with() -> None:
+    with pytest.raises(SpecDecError, match=r"not possible here \(no native runtime: .* computes in bfloat16"):
+        make_target(tiny_model("llama"), kv_cache="int8")
+    with pytest.raises(SpecDecError, match=r"unknown kv_cache 'int7' \(did you mean 'int8'\?\)"):
+        make_target(model_of("llama"), kv_cache="int7")
+    with pytest.raises(SpecDecError, match="kv_cache must be text"):
+        SpecDecoder(model_of("llama"), kv_cache=8)  # type: ignore[arg-type]

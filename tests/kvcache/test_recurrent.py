@@ -1,0 +1,173 @@
+"""Models with recurrent layers: what is rejected leaves no trace in their states."""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Sequence
+
+import pytest
+from sampled import AcceptsAll, fit, small
+from scripted import Scripted
+from tiny import HYBRIDS, greedy_reference, tiny_model
+from transformers import PreTrainedModel
+from zoo import PROMPTS, new_tokens, run
+
+from specdec import SpecDecoder
+from specdec.drafters.exits import EarlyExitDrafter
+from specdec.drafters.layer_skip import LayerSkipDrafter
+from specdec.drafters.none import NoDrafter
+from specdec.drafters.prompt_lookup import PromptLookupDrafter
+from specdec.engine import scheduler
+from specdec.engine.depth import FixedDepth
+from specdec.engine.engine import Engine
+from specdec.engine.request import Request
+from specdec.kvcache.recurrent import Recurrent
+from specdec.runtimes.fused import FusedTarget
+from specdec.runtimes.reference import ReferenceTarget
+from specdec.runtimes.target import Target
+from specdec.speculation.draft import Drafter
+from specdec.verifiers.exact import ExactVerifier
+
+COUNT = 16
+Script = list[tuple[int, int]]
+
+
+@functools.cache
+def served(family: str, fused: bool = False) -> tuple[PreTrainedModel, Target, list[list[int]]]:
+    """A model, its target, and its answers to the prompts."""
+    model = tiny_model(family)
+    expected = [greedy_reference(model, prompt, COUNT) for prompt in PROMPTS]
+    return model, FusedTarget(model) if fused else ReferenceTarget(model), expected
+
+
+def oracle(texts: list[list[int]], right: float, branches: int = 1) -> Scripted:
+    """Drafts that continue one of ``texts``, each token right with a probability.
+
+    branches: as many tokens follow the last one, of which one is continued.
+    """
+    chance = random.Random(0)
+
+    def script(ids: list[int], limit: int) -> Script:
+        [text] = [text for text in texts if text[: len(ids)] == ids]
+        right_ones = text[len(ids) : len(ids) + limit]
+        drafted: Script = [((token + 2 + other) % 97, 0) for token in right_ones[:1] for other in range(branches - 1)]
+        for token in right_ones:
+            parent = len(drafted) if len(drafted) >= branches else 0
+            drafted.append((token if chance.random() < right else (token + 1) % 97, parent))
+        return drafted
+
+    return Scripted(script)
+
+
+@pytest.mark.parametrize(("family", "fused"), [*((family, False) for family in HYBRIDS), ("qwen3_5_text", True)])
+@pytest.mark.parametrize("rows", [slice(1, 2), slice(3)], ids=["alone", "ragged"])
+def test_greedy_equals_generate(family: str, fused: bool, rows: slice) -> None:
+    _, target, expected = served(family, fused)
+    texts = [prompt + answer for prompt, answer in zip(PROMPTS, expected, strict=True)]
+    drafters: dict[str, Drafter] = {
+        f"oracle {right} {branches}": oracle(texts, right, branches) for right in (1, 0.6, 0) for branches in (1, 3)
+    }
+    drafters |= {"prompt-lookup": PromptLookupDrafter(), "early-exit": EarlyExitDrafter(2)}
+    drafters |= {"nothing is drafted": Scripted(lambda ids, limit: [])}
+    drafters |= {"early-exit, a tree": EarlyExitDrafter(3, siblings=(2, 1))}
+    for name, drafter in drafters.items():
+        out, ran = run(target, drafter, PROMPTS[rows], COUNT)
+        assert out == expected[rows], name
+        if name == "oracle 1 1":
+            assert all(metrics.num_spec_steps < COUNT / 2 for metrics in ran.metrics)
+
+
+@pytest.mark.parametrize("family", ["qwen3_5_text", "falcon_h1"])
+def test_auto_drafts(family: str) -> None:
+    model, _, expected = served(family)
+    decoder = SpecDecoder(model, None, drafter="auto", runtime="auto")
+    assert decoder.target.runtime == ("fused" if family == "qwen3_5_text" else "reference")
+    for prompt, answer in zip(PROMPTS, expected, strict=True):
+        assert decoder.generate(prompt, max_new_tokens=COUNT).token_ids == answer
+
+
+def cached(engine: Engine, prompts: Sequence[list[int]], count: int = 6) -> list[int]:
+    """How many tokens of each prompt need not be run, where they come at once. The output is the model's."""
+    requests = [Request(prompt, count) for prompt in prompts]
+    for request in requests:
+        engine.submit(request)
+    for _ in engine.steps():
+        pass
+    for request in requests:
+        assert request.error is None
+        assert new_tokens(request) == greedy_reference(served("qwen3_next")[0], request.prompt, count)
+    return [request.metrics.num_cached_tokens for request in requests]
+
+
+def engine_of(drafter: Drafter, kv_memory: int | None = None) -> Engine:
+    target = served("qwen3_next")[1]
+    drafter.bind(target)
+    return Engine(target, drafter, ExactVerifier(), FixedDepth(4), kv_memory=kv_memory, reuse=True)
+
+
+def test_a_text_is_gone_on_with_where_it_ended_or_where_others_forked_off() -> None:
+    engine, shared = engine_of(PromptLookupDrafter()), list(range(5, 50))
+    [text] = [[*shared, 60, *answer] for answer in [greedy_reference(served("qwen3_next")[0], [*shared, 60], 6)]]
+    assert cached(engine, [[*shared, 60]]) == [0]
+    assert cached(engine, [[*text, 7, 8]]) == [len(text) - 1]  # where it ended
+    assert cached(engine, [[*text, 9]]) == [len(text) - 1]  # and again: the text that went on keeps a checkpoint there
+    assert cached(engine, [[*shared, 61]]) == [0]  # the first to fork off at this place
+    assert cached(engine, [[*shared, 62]]) == [len(shared)]
+    assert cached(engine, [[*range(50, 95), n] for n in (5, 5, 6)]) == [0, 45, 45]  # they know of each other
+
+
+def test_checkpoints_are_kept_every_so_many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduler, "EVERY", 16)
+    engine = engine_of(NoDrafter())
+    engine.scheduler.chunk = 8
+    prompt = [3 + n % 90 for n in range(100)]
+    assert cached(engine, [prompt]) == [0]
+    [text] = engine.scheduler.prefixes.kept
+    assert [text.cache.restorable(0, count) for count in (15, 16, 40, 99)] == [0, 16, 32, 88]
+    assert cached(engine, [[*prompt[:40], 5]]) == [32]
+
+
+def test_recurrent_states_count_as_memory() -> None:
+    token_bytes, state_bytes = scheduler._bytes(served("qwen3_next")[1])
+    assert state_bytes > 10 * token_bytes > 0
+    engine = engine_of(NoDrafter(), kv_memory=3 * state_bytes + 200 * token_bytes)
+    for first in range(5, 10):
+        cached(engine, [[first, *range(10, 40)]])
+    kept, held = len(engine.scheduler.prefixes.kept), engine.stats().kv_bytes
+    assert kept == 3 and held == 3 * state_bytes + engine.scheduler.prefixes.nbytes
+
+
+# --- sampling, and controls ------------------------------------------------------------------------------------------
+
+
+def keeps_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Control: what is rejected stays in the states."""
+    commit = Recurrent.commit
+
+    def everything(self: Recurrent, paths: Sequence[Sequence[int]]) -> None:
+        count = 0 if self.inputs is None else self.inputs.shape[1]
+        commit(self, [range(count) if path else path for path in paths])
+
+    monkeypatch.setattr(Recurrent, "commit", everything)
+
+
+@pytest.mark.parametrize(
+    ("family", "fused"), [("qwen3_next", False), ("falcon_h1", False), ("lfm2", False), ("qwen3_5_text", True)]
+)
+def test_states_that_keep_what_was_rejected_change_the_output(
+    family: str, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, target, expected = served(family, fused)
+    keeps_everything(monkeypatch)
+    assert run(target, LayerSkipDrafter([1]), PROMPTS, COUNT)[0] != expected
+
+
+def test_sampling_follows_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    target = ReferenceTarget(small("qwen3_next"))
+    drafters = {"chain": LayerSkipDrafter([1]), "tree": LayerSkipDrafter([1], siblings=(1, 1))}
+    p = {name: fit(target, drafter) for name, drafter in drafters.items()}
+    assert min(p.values()) > 1e-4, p
+    assert fit(target, drafters["chain"], verifier=AcceptsAll()) < 1e-4
+    keeps_everything(monkeypatch)
+    assert fit(target, drafters["chain"]) < 1e-4

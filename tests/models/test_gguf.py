@@ -1,0 +1,309 @@
+"""GGUF files that load as they are: headers, blocks, configs and tokenizers, of tiny files that the tests write."""
+
+from __future__ import annotations
+
+import os
+import random
+import struct
+import tracemalloc
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from tiny import SMALL, greedy_reference
+from tiny_gguf import write_gguf, write_model
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from specdec import SpecDecoder
+from specdec.base import files
+from specdec.base.errors import SpecDecError
+from specdec.models import catalogue, identity, loading
+from specdec.models.gguf.blocks import KINDS, BlockEmbedding, BlockLinear, dense, densify, named_weights
+from specdec.models.gguf.file import read_header
+from specdec.runtimes.select import make_target
+
+SERVED = ("llama", "qwen2", "qwen3", "phi3")
+QUANTS = (
+    "Q4_0",
+    "Q4_1",
+    "Q5_0",
+    "Q5_1",
+    "Q8_0",
+    "Q2_K",
+    "Q3_K",
+    "Q4_K",
+    "Q5_K",
+    "Q6_K",
+    "IQ4_NL",
+    "BF16",
+    "F16",
+    "F32",
+)
+
+
+def reference(path: Path, dtype: torch.dtype = torch.bfloat16):
+    """What transformers makes of the file."""
+    load = AutoModelForCausalLM.from_pretrained
+    return load(path.parent, gguf_file=path.name, dtype=dtype, quantization_config=loading.GgufConfig(dequantize=True))
+
+
+# --- loading ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("architecture", SERVED)
+def test_a_model_is_what_transformers_makes_of_the_file(cache, tmp_path, architecture, tied):
+    path = write_model(tmp_path / "it.gguf", architecture, "Q4_0", tied=tied)
+    model, _ = loading.load(path)
+    theirs = reference(path)
+    assert model.dtype == torch.bfloat16 and model.device.type == "cpu" and not model.training
+    assert isinstance(model.model.embed_tokens, BlockEmbedding) and isinstance(model.lm_head, BlockLinear)
+    assert (model.lm_head.blocks is model.model.embed_tokens.blocks) == tied
+    assert not any(p.requires_grad for p in model.parameters())
+    assert identity.fingerprint(model) == identity.fingerprint(theirs)
+    ours, given = model.config.to_dict(), theirs.config.to_dict()
+    assert {k for k in given if ours.get(k) != given[k]} <= {"_name_or_path", "_model_name_or_path", "head_dim"}
+    ids = torch.arange(5, 25)[None]
+    with torch.inference_mode():
+        assert torch.equal(model(ids).logits, theirs(ids).logits)
+    densify(model)
+    expected = theirs.state_dict()
+    assert {k: v.tolist() for k, v in model.state_dict().items()} == {k: v.tolist() for k, v in expected.items()}
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+
+
+@pytest.mark.parametrize("kind", QUANTS)
+def test_every_type_has_the_values_of_the_gguf_package(cache, tmp_path, kind, capsys):
+    path = write_model(tmp_path / "it.gguf", "llama", kind, width=256)
+    model, theirs = loading.load(path)[0], reference(path)
+    up = model.model.layers[1].mlp.up_proj
+    assert isinstance(up, BlockLinear) == (kind in KINDS)
+    assert ("Q2_K" in capsys.readouterr().err) == (kind == "Q2_K")
+    for (name, ours), expected in zip(
+        sorted(named_weights(model), key=lambda pair: pair[0]),
+        (v for _, v in sorted(theirs.named_parameters(remove_duplicate=False))),
+        strict=True,
+    ):
+        values = ours.numbers().bfloat16() if not isinstance(ours, torch.Tensor) else ours
+        assert torch.equal(values, expected), name
+    assert identity.fingerprint(model) == identity.fingerprint(theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_in_another_dtype_all_weights_are_parameters(cache, tmp_path, dtype):
+    path = write_model(tmp_path / "it.gguf", "qwen2", "Q5_1")
+    model, theirs = loading.load(path, dtype=dtype)[0], reference(path, dtype)
+    assert {type(m) for m in model.modules() if isinstance(m, nn.Linear)} == {nn.Linear}
+    for (name, ours), expected in zip(model.named_parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(ours, expected), name
+    assert not list(files.cache_dir().rglob("*.safetensors"))
+
+
+def test_nothing_of_the_matrices_is_held_twice(cache, tmp_path):
+    model, _ = loading.load(write_model(tmp_path / "it.gguf", "llama", "Q8_0"))
+    assert sum(p.numel() for p in model.parameters()) == 5 * SMALL["hidden_size"]  # the norms
+    with pytest.raises(SpecDecError, match="stay on the CPU"):
+        model.to("meta")
+    assert model.to(torch.float32).model.layers[0].mlp.up_proj.weight.dtype == torch.float32
+
+
+def test_dense_for_a_while(cache, tmp_path):
+    model, _ = loading.load(write_model(tmp_path / "it.gguf", "llama", "Q4_1"))
+    before = dict(model.named_modules())
+    ids = torch.arange(5, 25)[None]
+    with torch.inference_mode():
+        expected = model(ids).logits
+        with dense(model):
+            assert type(model.model.layers[0].mlp.up_proj) is nn.Linear and torch.equal(model(ids).logits, expected)
+    assert dict(model.named_modules()) == before
+
+
+@pytest.mark.parametrize("runtime", ["auto", "fused", "reference"])
+def test_a_model_in_blocks_decodes_in_every_runtime(cache, tmp_path, runtime):
+    path = write_model(tmp_path / "it.gguf", "qwen2", "Q8_0", width=128)
+    expected = greedy_reference(reference(path, torch.bfloat16), [5, 6, 7], 8)
+    model, tokenizer = loading.load(path)
+    decoder = SpecDecoder(model, tokenizer, "prompt-lookup", runtime=runtime)
+    out = decoder.generate([5, 6, 7], max_new_tokens=8, ignore_eos=True)
+    plain = SpecDecoder(reference(path), tokenizer, "none", runtime=runtime)
+    assert out.token_ids == plain.generate([5, 6, 7], max_new_tokens=8, ignore_eos=True).token_ids
+    assert len(out.token_ids) == len(expected)
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_rounded_weights_are_the_models_own(cache, tmp_path, weights):
+    path = write_model(tmp_path / "it.gguf", "llama", "Q8_0", width=128)
+    model, _ = loading.load(path)
+    try:
+        make_target(model, weights=weights)
+    except SpecDecError as error:
+        pytest.skip(f"no native runtime here: {error}")
+    kinds = {m.blocks.kind for name, m in model.named_modules() if name.endswith("proj")}
+    assert kinds == {"Q8_0" if weights == "int8" else "Q4_1"}
+
+
+def test_broken_scales_are_named(cache, tmp_path):
+    path = write_model(tmp_path / "it.gguf", "llama", "Q8_0", width=128)
+    info = read_header(path).tensors["blk.1.ffn_up.weight"]
+    with path.open("r+b") as file:
+        file.seek(info.offset)
+        file.write(struct.pack("<e", float("nan")))
+    with pytest.raises(SpecDecError, match=r"'model.layers.1.mlp.up_proj.weight' holds NaN"):
+        make_target(loading.load(path)[0])
+
+
+def test_factors_of_the_rotary_frequencies_are_used(cache, tmp_path):
+    factors = np.array([1, 2, 4, 8], np.float32)
+    path = write_model(tmp_path / "it.gguf", "llama", "Q8_0", more={"rope_freqs.weight": factors})
+    ours = loading.load(path)[0].model.rotary_emb.inv_freq
+    plain = loading.load(write_model(tmp_path / "plain.gguf", "llama", "Q8_0"))[0].model.rotary_emb.inv_freq
+    assert torch.equal(ours, plain / torch.from_numpy(factors))
+
+
+# --- the end of a turn ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tokens", "unknown", "expected"),
+    [
+        (["<|endoftext|>", "<|im_end|>"], None, [2, 0, 1]),
+        (["<|endoftext|>", "<|im_end|>"], 0, [2, 1]),  # what stands for the unknown ends nothing
+        (["<|fim|>", "<s>"], None, 2),
+    ],
+)
+def test_control_tokens_known_for_it_end_a_sequence(cache, tmp_path, monkeypatch, tokens, unknown, expected):
+    add = gguf.GGUFWriter.add_token_list
+    monkeypatch.setattr(gguf.GGUFWriter, "add_token_list", lambda self, found: add(self, [*tokens, *found[2:]]))
+    if unknown is not None:
+        bos = gguf.GGUFWriter.add_bos_token_id
+        monkeypatch.setattr(
+            gguf.GGUFWriter, "add_bos_token_id", lambda self, token: (bos(self, token), self.add_unk_token_id(unknown))
+        )
+    write_gguf(tmp_path / "it.gguf")
+    model, _ = loading.load(tmp_path / "it.gguf")
+    assert model.generation_config.eos_token_id == expected
+
+
+# --- files that are broken --------------------------------------------------------------------------------------------
+
+
+def change(path: Path, old: bytes, new: bytes) -> None:
+    data = path.read_bytes()
+    assert data.count(old) >= 1
+    path.write_bytes(data.replace(old, new, 1))
+
+
+@pytest.mark.parametrize(
+    ("damage", "text"),
+    [
+        (lambda p: os.truncate(p, 1000), "truncated or broken .it ends within its header"),
+        (lambda p: os.truncate(p, p.stat().st_size - 64), "truncated or broken .tensor '.*' ends at byte"),
+        (lambda p: p.write_bytes(b"GGUF"), "ends within its header"),
+        (lambda p: p.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 1 << 60, 1 << 60)), "ends within its header"),
+        (lambda p: p.write_bytes(b"GGUF" + struct.pack("<IQQ", 9, 0, 0)), "is of version 9"),
+        (lambda p: p.write_bytes(b"PK\x03\x04" * 9), "is not a GGUF file"),
+        (lambda p: change(p, b"tokenizer.ggml.tokens", b"tokenizer.ggml.tokenz"), "has no vocabulary"),
+        (lambda p: change(p, b"blk.1.ffn_up.weight", b"blk.1.ffn_xx.weight"), "1 missing or of another shape"),
+        (lambda p: change(p, b"blk.1.attn_norm.weight", b"blk.1.xttn_norm.weight"), "has 1 layers, and its header"),
+        (lambda p: change(p, b"llama.feed_forward_length\x04\0\0\0\x30", b"llama.feed_forward_length\x04\0\0\0\x31"),
+         "do not fit its config: 6 missing or of another shape"),
+        (lambda p: change(p, b"embedding_length\x04\0\0\0\x20\0\0\0", b"embedding_length\x04\0\0\0\x20\0\0\x7f"),
+         "says that hidden_size is"),
+        (lambda p: change(p, b"llama.attention.head_count\x04\0\0\0\x04", b"llama.attention.head_count\x04\0\0\0\x00"),
+         "describes no model"),
+    ],
+)  # fmt: skip
+def test_a_broken_file_is_one_line_and_leaves_nothing(cache, tmp_path, damage, text):
+    path = tmp_path / "it.gguf"
+    write_gguf(path)
+    damage(path)
+    with pytest.raises(SpecDecError, match=text) as error:
+        loading.load(path)
+    assert "\n" not in str(error.value)
+    assert not list((cache.root / "models").glob("*"))
+
+
+def test_a_tensor_of_an_unknown_type_is_named(tmp_path):
+    write_gguf(tmp_path / "it.gguf")
+    data = (tmp_path / "it.gguf").read_bytes()
+    at = data.index(b"output_norm.weight") + len("output_norm.weight") + 4 + 8
+    (tmp_path / "it.gguf").write_bytes(data[:at] + struct.pack("<I", 77) + data[at + 4 :])
+    with pytest.raises(SpecDecError, match=r"tensor 'output_norm.weight' is of the unknown type 77"):
+        read_header(tmp_path / "it.gguf")
+
+
+def test_tensors_without_a_place_are_refused(cache, tmp_path):
+    path = write_model(tmp_path / "it.gguf", "llama", "Q8_0", more={"blk.0.attn_q.bias": np.ones(32, np.float32)})
+    with pytest.raises(
+        SpecDecError, match=r"1 tensors that a llama model .* no place for, such as 'blk.0.attn_q.bias'"
+    ):
+        loading.load(path)
+
+
+@pytest.mark.parametrize("part", range(10))
+def test_mutated_headers_never_crash(tmp_path, part):
+    """A thousand damaged headers: one line or a header, and no memory beyond what the file has."""
+    write_gguf(tmp_path / "it.gguf")
+    whole = (tmp_path / "it.gguf").read_bytes()
+    header, path, dice = read_header(tmp_path / "it.gguf"), tmp_path / "bad.gguf", random.Random(part)
+    end = min(info.offset for info in header.tensors.values())
+    numbers = [0, 1, 2**31 - 1, 2**32 - 1, 2**63 - 1, 2**64 - 1, end, 1 << 40]
+    tracemalloc.start()
+    for _ in range(1000):
+        data = bytearray(whole)
+        for _ in range(dice.choice((1, 1, 2, 5, 20))):
+            at = dice.randrange(4, end)
+            if dice.random() < 0.5:
+                data[at] = dice.randrange(256)
+            else:
+                data[at : at + 8] = struct.pack("<Q", dice.choice(numbers))
+        if dice.random() < 0.1:
+            del data[dice.randrange(end) :]
+        path.write_bytes(data)
+        try:
+            read_header(path)
+        except SpecDecError as error:
+            assert "\n" not in str(error)
+    assert tracemalloc.get_traced_memory()[1] < 20 * len(whole)
+    tracemalloc.stop()
+
+
+# --- the real ones ----------------------------------------------------------------------------------------------------
+
+LARGE = ["qwen2.5-coder-1.5b-instruct", "qwen2.5-coder-0.5b-instruct"]
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", LARGE)
+def test_a_real_model_ends_turns_and_texts(name):
+    model, tokenizer = loading.load(name)
+    assert model.generation_config.eos_token_id == [151645, 151643]
+    assert tokenizer.convert_ids_to_tokens([151645, 151643]) == ["<|im_end|>", "<|endoftext|>"]
+    assert isinstance(model.lm_head, BlockLinear) and model.lm_head.blocks.shape[0] == 151936
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", LARGE)
+def test_a_real_models_tokenizer_is_that_of_the_file(name):
+    folder = catalogue.prepared(name)
+    _, tokenizer = loading.load(name)
+    theirs = loading.AutoTokenizer.from_pretrained(folder, gguf_file=catalogue.GGUF)
+    chat = [{"role": "user", "content": "Sum 12345 and 6.78\n\n\t9"}]
+    assert tokenizer.chat_template == read_header(folder / catalogue.GGUF).metadata["tokenizer.chat_template"]
+    assert tokenizer.apply_chat_template(chat, tokenize=False) == theirs.apply_chat_template(chat, tokenize=False)
+    for text in ("def f(a, b):\n    return a + b  # 2024", "\n\n1 22 333", "Ünïcode 🙂 <|im_end|>", "a  b\t\tc"):
+        ids = tokenizer(text).input_ids
+        assert ids == theirs(text).input_ids and tokenizer.decode(ids) == text
+    assert [tokenizer.decode(token) for token in tokenizer("20245").input_ids] == list("20245")
+
+
+@pytest.mark.model
+def test_the_default_model_is_the_one_that_drafters_were_trained_for():
+    model, _ = loading.load(catalogue.DEFAULT_MODEL)
+    assert identity.fingerprint(model) == "b3f8b9618bb000c415ea5e9a6a741835"
+    assert isinstance(model.model.layers[0].self_attn.q_proj, BlockLinear)
+    assert model.model.layers[0].self_attn.q_proj.blocks.rows is not None
+    assert model.generation_config.eos_token_id == 2

@@ -1,0 +1,333 @@
+"""Finding and loading models, from a cache, folders and files that the tests write; no network."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from unittest.mock import Mock
+
+import gguf
+import pytest
+import torch
+from huggingface_hub.errors import (
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors.torch import load_file, save_file
+from tiny import tiny_model
+from tiny_gguf import NAME, forbidden, write_gguf
+from torch import nn
+from transformers import AutoConfig
+
+from specdec.base.errors import SpecDecError
+from specdec.models import catalogue, hub, identity, loading, source
+from specdec.runtimes.native import library
+from specdec.runtimes.select import make_target
+
+# --- loading --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(cache, tmp_path) -> Path:
+    """A model folder: tiny random Llama, tokenizer of the fake embedded model."""
+    tiny_model("llama").save_pretrained(tmp_path / "llama")
+    for path in catalogue.prepared(NAME).glob("*token*"):
+        shutil.copy(path, tmp_path / "llama")
+    return tmp_path / "llama"
+
+
+def test_a_gguf_file_becomes_plain_weights(cache, published):
+    model, tokenizer = loading.load(published.gguf, dtype="float32")
+    assert type(model.model.layers[0].mlp.up_proj) is nn.Linear
+    up = torch.from_numpy(published.tensors["blk.0.ffn_up.weight"])
+    assert torch.equal(model.model.layers[0].mlp.up_proj.weight, up)
+    assert tokenizer.decode(tokenizer("abc")["input_ids"]) == "abc"
+
+
+@pytest.mark.parametrize(("kind", "storage"), [("Q4_1", "4 bits"), ("Q8_0", "8 bits")])
+def test_a_packed_gguf_file_runs_in_as_many_bits_with_the_same_values(cache, tmp_path, kind, storage):
+    packed = gguf.GGMLQuantizationType[kind]
+    tensors = write_gguf(tmp_path / "it.gguf", 64, 2, packed)
+    model, _ = loading.load(tmp_path / "it.gguf")
+    up = torch.from_numpy(gguf.dequantize(gguf.quants.quantize(tensors["blk.1.ffn_up.weight"], packed), packed))
+    assert torch.equal(model.model.layers[1].mlp.up_proj.weight, up.bfloat16())
+    try:
+        library.load()
+    except SpecDecError:
+        assert make_target(model)[0].runtime == "fused"
+    else:
+        target = make_target(model)[0]
+        assert (target.runtime, target.storage) == ("native", storage)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [("auto", torch.float32), ("bf16", torch.bfloat16), (torch.float16, torch.float16)]
+)
+def test_a_folder_in_a_dtype(folder, given, expected):
+    model, _ = loading.load(str(folder), dtype=given)
+    assert model.dtype == expected
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_attention_falls_back_to_eager_where_sdpa_would_be_wrong(folder):
+    tiny_model("gemma2").save_pretrained(folder)
+    assert loading.load(folder)[0].config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"name_or_path": "smolm2-135m-instruct"}, r"did you mean 'smollm2-135m-instruct'\?"),
+        ({"name_or_path": "SmolLM2-135M-Instruct"}, r"did you mean 'smollm2-135m-instruct'\?"),
+        ({"name_or_path": "someone/some-model"}, "not in the local Hugging Face cache"),
+        ({"name_or_path": "some model"}, "unknown model 'some model': .*; give an embedded model"),
+        ({"name_or_path": ""}, "unknown model ''"),
+        ({"name_or_path": "./nowhere"}, "no file or folder './nowhere'"),
+        ({"name_or_path": "nowhere.gguf"}, "no file or folder 'nowhere.gguf'"),
+        ({"name_or_path": __file__}, "is not a GGUF file"),
+        ({"dtype": "bfloat17"}, r"unknown dtype 'bfloat17' \(did you mean 'bfloat16'\?\); known: auto, float32"),
+        ({"dtype": torch.int8}, "unknown dtype 'int8'"),
+        ({"device": "gpu"}, "unknown device 'gpu'; known: auto, cpu, cuda"),
+        ({"device": "meta"}, "cannot compute in float32 on device 'meta'"),
+        ({"device": "cuda:99"}, "device 'cuda:99' is not there"),
+        ({"revision": "v1"}, "a revision .* goes with a Hugging Face id"),
+    ],
+)
+def test_what_cannot_be_loaded_gets_one_line(monkeypatch, arguments, text):
+    monkeypatch.setattr(source, "prepared", forbidden)  # nothing is downloaded before the arguments are checked
+    with pytest.raises(SpecDecError, match=text) as error:
+        loading.load(**{"name_or_path": catalogue.DEFAULT_MODEL, **arguments})
+    assert "\n" not in str(error.value)
+
+
+def no_config(folder):
+    (folder / "config.json").unlink()
+    (folder / "it.gguf").touch()
+
+
+def no_tokenizer(folder):
+    for path in folder.glob("*token*"):
+        path.unlink()
+
+
+def pickled(folder):
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def without(key):
+    return lambda folder: edit(folder, lambda tensors: tensors.pop(key))
+
+
+def shortened(key):
+    return lambda folder: edit(folder, lambda tensors: tensors.update({key: tensors[key][:5].clone()}))
+
+
+def edit(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def foreign_code(folder):
+    config = {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+WEIGHT = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("damage", "text"),
+    [
+        (no_config, "config.json is missing; to load the GGUF file in it, give .*it.gguf"),
+        (no_tokenizer, "has no usable tokenizer"),
+        (pickled, "Weights are read from safetensors only"),
+        (foreign_code, "pass trust_remote_code only if you trust"),
+        (without(WEIGHT), f"do not fit its config.json: 1 missing or of another shape, such as '{WEIGHT}'"),
+        (shortened(WEIGHT), "do not fit its config.json: 1 missing or of another shape"),
+        (lambda f: os.truncate(f / "model.safetensors", 3000), "a safetensors file is truncated or broken"),
+        (lambda f: (f / "config.json").write_text("{"), "not a valid JSON file"),
+        (lambda f: (f / "config.json").write_text('{"drafter": "m2r2"}'), "Unrecognized model"),
+        (lambda f: AutoConfig.for_model("t5", d_model=8).save_pretrained(f), "is an encoder-decoder model"),
+        (lambda f: AutoConfig.for_model("vit").save_pretrained(f), "AutoModelForCausalLM"),
+    ],
+)
+def test_a_folder_that_cannot_be_loaded_gets_one_line(folder, damage, text):
+    damage(folder)
+    with pytest.raises(SpecDecError, match=text) as error:
+        loading.load(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_a_hugging_face_id_loads_from_its_cache_without_network(folder, tmp_path, monkeypatch):
+    repository, commit = tmp_path / "hf/models--some--one", "0" * 40
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs/main").write_text(commit)
+    shutil.copytree(folder, repository / "snapshots" / commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hf"))
+    monkeypatch.setattr("socket.socket.connect", forbidden)
+    expected = identity.fingerprint(loading.load(folder)[0])
+    assert identity.fingerprint(loading.load("some/one")[0]) == expected
+    with pytest.raises(SpecDecError, match="'some/other' is not in the local Hugging Face cache"):
+        loading.load("some/other")
+
+
+def test_a_repository_that_does_not_exist(monkeypatch):
+    monkeypatch.setattr(hub, "snapshot_download", Mock(side_effect=RepositoryNotFoundError("404", response=Mock())))
+    with pytest.raises(SpecDecError, match=r"unknown model 'some/smolm2-135m': .* not on Hugging.* \(did you mean"):
+        loading.load("some/smolm2-135m")
+
+
+def test_weights_of_a_repository_come_once_the_config_is_wanted(folder, monkeypatch):
+    def fetch(repository, revision, allow_patterns, **more):
+        asked.append((repository, revision, "model*.safetensors" in allow_patterns))
+        return str(folder)
+
+    def unwanted(config):
+        raise SpecDecError("not this one")
+
+    asked = []
+    monkeypatch.setattr(hub, "snapshot_download", fetch)
+    with pytest.raises(SpecDecError, match="not this one"):
+        loading.load("some/one", revision="v1", check=unwanted)
+    assert asked == [("some/one", "v1", False)]
+    assert loading.load("some/one", revision="v1")[0].config._commit_hash == folder.name
+    assert asked[1:] == [("some/one", "v1", False), ("some/one", folder.name, True)]
+
+
+def test_a_gguf_file_of_a_repository(cache, published, monkeypatch):
+    def fetch(repository, revision, allow_patterns, **more):
+        asked.append((repository, revision, allow_patterns))
+        return str(published.gguf.parent)
+
+    asked, file = [], published.gguf.name
+    monkeypatch.setattr(hub, "snapshot_download", fetch)
+    model, _ = loading.load(f"some/one-GGUF:{file}", revision="v1")
+    assert asked == [("some/one-GGUF", "v1", [file])]
+    assert model.config._name_or_path == f"some/one-GGUF:{file}"
+    assert identity.fingerprint(model) == identity.fingerprint(loading.load(published.gguf)[0])
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (RepositoryNotFoundError("404", response=Mock()), "unknown model 'some/one'"),
+        (RevisionNotFoundError("404", response=Mock()), "'some/one' has no revision 'v1'"),
+        (LocalEntryNotFoundError("no\nnetwork"), r"get https://huggingface.co/some/one/resolve/v1/it.gguf by hand and"),
+        (OSError("disk\nfull"), r"cannot download model 'some/one' \(disk full\)"),
+        (None, r"'some/one' has no file 'it.gguf'"),
+    ],
+)
+def test_a_file_of_a_repository_that_cannot_be_had_is_one_line(monkeypatch, tmp_path, error, text):
+    monkeypatch.setattr(hub, "snapshot_download", Mock(side_effect=error, return_value=str(tmp_path)))
+    with pytest.raises(SpecDecError, match=text) as found:
+        loading.load("some/one:it.gguf", revision="v1")
+    assert "\n" not in str(found.value)
+
+
+def test_a_repository_of_gguf_files_names_one(monkeypatch, tmp_path):
+    monkeypatch.setattr(hub, "snapshot_download", Mock(return_value=str(tmp_path)))
+    with pytest.raises(SpecDecError, match=r"if it holds GGUF files, name one of them: 'some/one:FILE.gguf'"):
+        loading.load("some/one")
+
+
+# --- fingerprints -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("saved_from", "expected"),
+    [
+        ("org/some-model", "org/some-model"),
+        ("/home/me/some-model", "mine"),
+        ("./out/model", "mine"),
+        ("C:\\\\models\\\\x", "mine"),
+        ("a/b/c", "mine"),
+        ("", "mine"),
+        ("here", "mine"),  # a folder of that name is there
+    ],
+)
+def test_a_folders_own_name_is_never_a_path(tmp_path, monkeypatch, saved_from, expected):
+    (tmp_path / "here/mine").mkdir(parents=True)
+    (tmp_path / "here/mine/config.json").write_text(json.dumps({"_name_or_path": saved_from}))
+    monkeypatch.chdir(tmp_path)
+    assert source.own_name("here/mine") == expected
+    monkeypatch.chdir(tmp_path / "here/mine")
+    assert source.own_name(".") == ("here" if expected == "mine" and saved_from == "here" else expected)
+
+
+@pytest.mark.parametrize("told", ["A Model 1B", "/home/me/model", None])
+def test_a_gguf_files_own_name_is_what_it_says(tmp_path, monkeypatch, told):
+    write = gguf.GGUFWriter.add_block_count
+    monkeypatch.setattr(
+        gguf.GGUFWriter, "add_block_count", lambda self, n: (told and self.add_name(told), write(self, n))
+    )
+    write_gguf(tmp_path / "mine.gguf")
+    assert source.own_name(str(tmp_path / "mine.gguf")) == (told if told == "A Model 1B" else "mine.gguf")
+    assert (
+        source.own_name("org/name") == "org/name"
+        and source.own_name(catalogue.DEFAULT_MODEL) == catalogue.DEFAULT_MODEL
+    )
+
+
+@pytest.mark.parametrize("runtime", ["auto", "fused", "reference"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_broken_weights_are_named(folder, runtime, value):
+    model = loading.load(folder, dtype="float32" if runtime == "reference" else "bfloat16")[0]
+    model.model.layers[2].mlp.up_proj.weight[3, 5] = value
+    with pytest.raises(
+        SpecDecError, match=r"the weights of '.*' are broken: 'model.layers.2.mlp.up_proj.weight' holds NaN"
+    ):
+        make_target(model, runtime)
+
+
+def test_logits_that_overflow_are_the_dtypes_fault(folder):
+    model = loading.load(folder, dtype="float16")[0]
+    model.lm_head.weight.mul_(1e5)
+    with pytest.raises(SpecDecError, match=r"gives NaN or infinite logits in float16; load it in bfloat16 or float32"):
+        make_target(model)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_fingerprint_does_not_depend_on_the_dtype(family):
+    model = tiny_model(family, initializer_range=1e-5)  # many values that float16 holds with few bits only
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(torch.bfloat16))
+    fingerprint = identity.fingerprint(model)
+    assert len(fingerprint) == 32
+    assert {identity.fingerprint(model.to(dtype)) for dtype in (torch.bfloat16, torch.float32, torch.float16)} == {
+        fingerprint
+    }
+
+
+def test_fingerprint_does_not_depend_on_where_the_weights_lie():
+    model = tiny_model("llama", tie_word_embeddings=True)
+    fingerprint = identity.fingerprint(model)
+    attention = model.model.layers[2].self_attn
+    fused = torch.cat([attention.q_proj.weight, attention.k_proj.weight]).T.contiguous().T  # and another memory order
+    attention.q_proj.weight = nn.Parameter(fused[:32], requires_grad=False)
+    attention.k_proj.weight = nn.Parameter(fused[32:], requires_grad=False)
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone(), requires_grad=False)  # tied no longer
+    model.spare_head = model.lm_head  # a second name
+    assert identity.fingerprint(model) == fingerprint
+
+
+@pytest.mark.parametrize("change", ["scale", "swap", "rename", "layers"])
+def test_fingerprint_tells_weights_apart(change):
+    model = tiny_model("llama")
+    fingerprint = identity.fingerprint(model)
+    first, second = model.model.layers[0].mlp, model.model.layers[1].mlp
+    if change == "scale":
+        first.up_proj.weight[-1].mul_(1.02)
+    elif change == "swap":
+        first.up_proj, second.up_proj = second.up_proj, first.up_proj
+    elif change == "rename":
+        first.upper_proj = first.up_proj  # keeps its place in the order of names
+        del first.up_proj
+    else:
+        del model.model.layers[-1]
+    assert identity.fingerprint(model) != fingerprint

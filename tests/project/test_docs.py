@@ -1,0 +1,136 @@
+"""What README and docs print is true: links lead somewhere, lists are whole, pages are short."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pages import ROOT, blocks
+from tiny import tiny_model
+
+import specdec
+from specdec import SpecDecoder
+from specdec.models import catalogue
+from specdec.runtimes.target import Target
+from specdec.speculation import registry
+
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/**/*.md")), *sorted(ROOT.glob("drafters/**/README.md"))]
+GENERATED = {"cli.md"}  # by .ci/site.py
+PROMPT = [5, 6, 7, 5, 6, 7, 5, 6]
+
+
+def words(path: Path) -> int:
+    return len(re.findall(r"\w[\w'.-]*", path.read_text("utf-8")))
+
+
+def test_the_readme_has_at_most_900_words() -> None:
+    assert words(ROOT / "README.md") <= 900
+
+
+@pytest.mark.parametrize("page", [*ROOT.glob("docs/*.md")], ids=lambda p: p.stem)
+def test_how_to_pages_have_at_most_1200_words(page: Path) -> None:
+    assert words(page) <= 1200
+
+
+def test_the_glossary_has_at_most_thirty_terms_in_order() -> None:
+    terms = re.findall(r"^\*\*(.+)\*\*$", (ROOT / "docs/glossary.md").read_text("utf-8"), re.MULTILINE)
+    assert 0 < len(terms) <= 30 and terms == sorted(terms, key=str.lower)
+
+
+def anchors(text: str) -> set[str]:
+    """What links may point to in a page: its headings as slugs, those of the site and of GitHub alike."""
+    return {
+        re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower())
+        for heading in re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), re.MULTILINE)
+    }
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    text = page.read_text("utf-8")
+    for link, anchor in re.findall(r"\]\(([^)#:\s]*)(?:#([^)\s]*))?\)", text):
+        if Path(link).name in GENERATED and page.is_relative_to(ROOT / "docs"):
+            continue
+        target = page.parent / link if link else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target.read_text("utf-8")), f"{link}#{anchor}"
+
+
+@pytest.mark.parametrize("page", [*ROOT.glob("docs/*.md")], ids=lambda p: p.stem)
+def test_pages_beside_the_lab_hold_no_tables_of_measurements(page: Path) -> None:
+    for table in re.findall(r"(?:^\|.*\n)+", page.read_text("utf-8"), re.MULTILINE):
+        measured = re.findall(r"\| *\d+\.\d+(?: x| ms| GB)? *(?=\|)", table)
+        assert len(measured) < 3, table
+
+
+def test_the_page_on_installation_lists_every_extra() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
+    listed = re.findall(r"^\| `([\w-]+)` \| [^|]+ \|$", (ROOT / "docs/install.md").read_text("utf-8"), re.MULTILINE)
+    assert sorted(listed) == sorted(extras)
+
+
+def test_the_page_on_configuration_lists_every_variable() -> None:
+    sources = [path for folder in ("specdec", "drafters") for path in ROOT.glob(f"{folder}/**/*.py")]
+    read = {name for path in sources for name in re.findall(r'"(SPECDEC_[A-Z_]+)"', path.read_text("utf-8"))}
+    page = (ROOT / "docs/configuration.md").read_text("utf-8")
+    assert read == set(re.findall(r"^\| `(SPECDEC_[A-Z_]+)`", page, re.MULTILINE))
+
+
+def test_the_page_on_extending_names_what_a_runtime_must_have() -> None:
+    page = (ROOT / "docs/extend.md").read_text("utf-8")
+    named = re.findall(r"^\| `(\w+)\(", page[page.index("## A runtime") :], re.MULTILINE)
+    assert sorted(named) == sorted(Target.__abstractmethods__)
+
+
+def example(name: str) -> Any:
+    """The class of that name in docs/extend.md."""
+    [code] = [block.text for block in blocks(ROOT / "docs/extend.md") if f"class {name}" in block.text]
+    namespace: dict[str, Any] = {}
+    exec(compile(code, f"<{name} in docs/extend.md>", "exec"), namespace)
+    return namespace[name]
+
+
+def test_the_drafter_of_the_docs_drafts_and_changes_nothing() -> None:
+    model = tiny_model("llama")
+    drafter = example("BigramDrafter").load(None)
+    ours = SpecDecoder(model, drafter=drafter).generate(
+        PROMPT, max_new_tokens=24, num_speculative_tokens=3, ignore_eos=True
+    )
+    plain = SpecDecoder(model, drafter="none").generate(PROMPT, max_new_tokens=24, ignore_eos=True)
+    assert ours.token_ids == plain.token_ids and ours.metrics.num_draft_tokens > 0
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_verifier_of_the_docs_accepts(temperature: float) -> None:
+    rule, bigrams = example("LikelyVerifier")(least=0.0), example("BigramDrafter").load(None)
+    every_token = list(range(97))  # so that a bigram begins with whatever is sampled
+    out = SpecDecoder(tiny_model("llama"), drafter=bigrams, verifier=rule).generate(
+        every_token, max_new_tokens=12, num_speculative_tokens=3, temperature=temperature, ignore_eos=True
+    )
+    assert len(out.token_ids) == 12 and out.metrics.num_draft_tokens > 0
+    if temperature:  # every drafted token is likely enough
+        assert out.metrics.draft_acceptance_rate > 0.7
+
+
+def test_every_shipped_drafter_has_a_model_card() -> None:
+    shipped = list(ROOT.glob("drafters/pretrained/*/*/config.json"))
+    assert shipped
+    package = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]["package-data"]
+    for config in shipped:
+        method, model = config.parent.parts[-2:]
+        assert method in registry.DRAFTERS and model in catalogue.EMBEDDED
+        for file in config.parent.iterdir():
+            place = file.relative_to(ROOT / "drafters").as_posix()
+            assert any(fnmatch(place, pattern) for pattern in package["specdec.drafters"]), place
+        card = config.with_name("README.md").read_text("utf-8")
+        assert "licence" in card and "## Data" in card and "specdec train" in card
+
+
+def test_the_citation_names_this_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    assert citation["version"] == specdec.__version__

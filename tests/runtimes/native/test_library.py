@@ -1,0 +1,58 @@
+"""Where the native kernels are not built, one notice says so, if the CPU could run them; the other runtimes serve."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tiny import tiny_model
+
+from specdec.base.errors import SpecDecError
+from specdec.runtimes.native import library
+from specdec.runtimes.select import make_target
+
+FLAGS = "flags : fpu fma f16c avx2 avx512f\n"
+
+
+@pytest.fixture
+def missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(library, "LIBRARY", tmp_path / "_native.so")
+    cached = library.load, library._notice, library.runs
+    for function in cached:
+        function.cache_clear()
+    yield
+    for function in cached:
+        function.cache_clear()
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_missing_kernels_give_one_notice_where_they_could_run(
+    missing: None, able: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(library, "could_run", lambda: able)
+    for _ in range(2):
+        with pytest.raises(SpecDecError, match="kernels are not built"):
+            library.load()
+        assert not library.runs()
+    model = tiny_model("llama", hidden_size=64, intermediate_size=96, head_dim=32).bfloat16()
+    assert make_target(model)[0].runtime == "fused"
+    assert [r.message.partition(",")[0] for r in caplog.records] == ["The native kernels are not built"] * able
+
+
+def test_what_this_cpu_can_run_is_read_from_its_flags(tmp_path: Path) -> None:
+    info = tmp_path / "cpuinfo"
+    assert not library.could_run(info)
+    info.write_text(FLAGS)
+    assert library.could_run(info)
+    info.write_text(FLAGS.replace(" f16c", ""))
+    assert not library.could_run(info)
+
+
+def test_an_unknown_instruction_set_is_an_error(missing: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even where another runtime would do."""
+    monkeypatch.setenv(library.LEVEL, "sse2")
+    model = tiny_model("llama").bfloat16()
+    for function in (library.load, library.runs, lambda: make_target(model)):
+        with pytest.raises(SpecDecError, match="SPECDEC_NATIVE='sse2' is unknown; it is avx2, avxvnni, avx512 or amx"):
+            function()

@@ -1,0 +1,172 @@
+"""GGUF blocks in the kernels' tiles: their values are those of ``gguf``; products with activations in bf16 are those of
+bf16 tiles, and products with activations in 8 bits those of the algorithm, to the last bit in every build."""
+
+from __future__ import annotations
+
+import threading
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from passes import HALVES, apart, random_blocks
+
+from specdec.models.gguf.blocks import KINDS, Blocks
+from specdec.runtimes.native import library, linear
+
+pytestmark = [
+    pytest.mark.skipif(not library.runs(), reason="the native kernels do not run here"),
+    pytest.mark.usefixtures("kernels"),
+]
+TILES = {"Q4_0": "Q4", "Q4_1": "Q4", "Q5_0": "Q5", "Q5_1": "Q5", "Q8_0": "Q8", "Q4_K": "K4", "Q5_K": "K5", "Q6_K": "K6"}
+
+
+def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """float32 a b + c, rounded once: products of float32 are exact in float64."""
+    return (a.astype(np.float64) * b + c).astype(np.float32)
+
+
+def pieces(blocks: Blocks) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Codes [out, in / 32, 32], scales [out, in / 32, 2] and lows [out, in / 32]: weight = scale code + low."""
+    kind, (out, inputs) = blocks.kind, blocks.shape
+    data = blocks.data.numpy().reshape(out, -1, gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][1])
+    half = lambda at: data[:, :, at : at + 2].copy().view(np.float16)[..., 0].astype(np.float32)  # noqa: E731
+    values = blocks.numbers().numpy().reshape(out, inputs // 32, 32)
+    if kind == "Q6_K":
+        scale = half(208)[..., None] * data[:, :, 192:208].view(np.int8).astype(np.float32)  # 16 for 256 weights
+        scale, low = scale.reshape(out, -1, 2), np.zeros((out, inputs // 32), np.float32)
+    elif kind in ("Q4_K", "Q5_K"):
+        scales, mins = gguf.quants.Q4_K.get_scale_min(data[:, :, 4:16].reshape(-1, 12))
+        scale = (half(0)[..., None] * scales.reshape(*data.shape[:2], 8)).reshape(out, -1, 1).repeat(2, -1)
+        low = -(half(2)[..., None] * mins.reshape(*data.shape[:2], 8)).reshape(out, -1)
+    else:
+        low = half(2) if kind in ("Q4_1", "Q5_1") else half(0) * {"Q8_0": 0, "Q4_0": -8, "Q5_0": -16}[kind]
+        scale = half(0)[..., None].repeat(2, -1)
+    each = scale.astype(np.float64).repeat(16, -1)
+    codes = np.divide(values - low[..., None].astype(np.float64), each, out=np.zeros(each.shape), where=each != 0)
+    return codes.round().astype(np.int64), scale, low
+
+
+def integer_products(blocks: Blocks, x: torch.Tensor) -> np.ndarray:
+    """bf16 x [T, in] -> float32 [T, out], as integer.c says."""
+    codes, scale, low = pieces(blocks)
+    v = x.float().numpy().reshape(len(x), -1, 32)
+    most = np.maximum(np.abs(v).max(-1), np.float32(1e-30))
+    own = most * np.float32(1 / 127)
+    q = np.rint(v * (np.float32(127) / most)[..., None]).astype(np.int64)
+    result = np.zeros((len(x), len(codes)), np.float32)
+    for k in range(codes.shape[1]):
+        halves = [(q[:, None, k, h] * codes[None, :, k, h]).sum(-1) for h in (slice(16), slice(16, 32))]
+        if blocks.kind == "Q6_K":
+            value = halves[0].astype(np.float32) * scale[None, :, k, 0]
+            value = fma(halves[1].astype(np.float32), scale[None, :, k, 1], value)
+        else:
+            value = (halves[0] + halves[1]).astype(np.float32) * scale[None, :, k, 0]
+        if blocks.kind not in ("Q6_K", "Q8_0"):
+            value = fma(low[None, :, k], q[:, k].sum(-1, keepdims=True).astype(np.float32), value)
+        result = fma(value, own[:, k : k + 1], result)
+    return result
+
+
+SCALES = [(0.001, 0.02), (1e-7, 1e-6), (100.0, 4000.0), (0.0, 0.0)]
+
+
+@pytest.mark.parametrize("scales", SCALES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_integer_products_are_those_of_the_algorithm(kind: str, scales: tuple[float, float]) -> None:
+    """Codes and activations at their ends, too: sums in 16 bits must hold them."""
+    blocks, random = random_blocks(kind, 48, 512, scales), torch.Generator().manual_seed(9)
+    if scales == SCALES[0]:
+        blocks.data[:16] |= 0xF0  # large codes
+        for row in range(16):
+            blocks.data[row].view(-1, gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][1])[:, HALVES[kind]] = 64
+            for at in HALVES[kind]:
+                blocks.data[row].view(-1, gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][1])[:, at + 1] = 40
+    packed = linear.Packed([blocks])
+    assert packed.kinds == {getattr(library, TILES[kind])}
+    x = torch.randn(70, 512, generator=random) * 10 ** torch.randint(-3, 4, (70, 16, 1), generator=random).expand(
+        70, 16, 32
+    ).reshape(70, 512)
+    x[1], x[2], x[3, :40] = 1, -1, 0
+    x = x.bfloat16()
+    expected = torch.from_numpy(integer_products(blocks, x)).bfloat16()
+    for tokens in (1, 2, 3, 4, 5, 16, 17, 70):
+        assert torch.equal(packed(x[:tokens]), expected[:tokens]), tokens
+        assert torch.equal(packed(x[-tokens:]), expected[-tokens:]), tokens
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 7, 20, 70])
+@pytest.mark.parametrize("kind", KINDS)
+def test_products_in_bf16_equal_those_of_bf16_tiles(kind: str, tokens: int) -> None:
+    blocks = random_blocks(kind, 48, 512)
+    packed, dense = linear.Packed([blocks], rounded=False), linear.Packed([blocks.numbers().bfloat16()])
+    x = torch.randn(tokens, 512).bfloat16()
+    assert torch.equal(packed(x), dense(x))
+    assert torch.equal(packed(x)[-1:], packed(x[-1:]))
+
+
+@pytest.mark.parametrize("tokens", [2, 40])
+@pytest.mark.parametrize("kind", KINDS)
+def test_wide_maps_fit_the_stack(kind: str, tokens: int) -> None:
+    blocks, x = random_blocks(kind, 16, 1 << 17), torch.randn(tokens, 1 << 17).bfloat16()
+    got: list[torch.Tensor] = []
+    before = threading.stack_size(2 << 20)
+    try:
+        thread = threading.Thread(
+            target=lambda: got.extend(linear.Packed([blocks], None, way)(x) for way in (True, False))
+        )
+        thread.start()
+    finally:
+        threading.stack_size(before)
+    thread.join()
+    assert all(apart(y.float(), (x @ blocks.numbers().bfloat16().T).float()) < 0.02 for y in got) and len(got) == 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_not_finite_stays_so(kind: str) -> None:
+    packed, x = linear.Packed([random_blocks(kind, 32, 256)]), torch.ones(3, 256).bfloat16()
+    x[0, 40], x[1, 3] = float("nan"), float("-inf")
+    y = packed(x)
+    assert not y[:2].isfinite().any() and y[2].isfinite().all()
+
+
+@pytest.mark.parametrize("scales", SCALES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_tiles_hold_the_very_values(kind: str, scales: tuple[float, float]) -> None:
+    blocks = random_blocks(kind, 32, 256, scales)
+    one_hot = torch.eye(256).bfloat16()
+    assert torch.equal(linear.Packed([blocks], rounded=False)(one_hot).T, blocks.numbers().bfloat16())
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q5_0"])
+def test_scales_that_tiles_cannot_hold_are_held_in_bf16(kind: str) -> None:
+    blocks = random_blocks(kind, 32, 256, (60000.0, 65000.0))
+    packed = linear.Packed([blocks])
+    assert packed.kinds == {library.BF16}
+    assert torch.equal(packed(torch.eye(256).bfloat16()).T, blocks.numbers().bfloat16())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_of_a_table(kind: str) -> None:
+    blocks, index = random_blocks(kind, 40, 256), torch.tensor([[3, 0], [39, 3]])
+    assert torch.equal(linear.RowTable(blocks)(index), blocks.numbers(index.flatten()).bfloat16().view(2, 2, 256))
+    dense = blocks.numbers().bfloat16()
+    assert torch.equal(linear.RowTable(dense)(index), dense[index])
+    assert torch.equal(linear.unpack(blocks, None, torch.bfloat16), dense)
+
+
+def test_a_map_of_several_kinds_with_rows_in_another_order() -> None:
+    order = torch.randperm(32).int()
+    q4, q6 = random_blocks("Q4_K", 32, 256), random_blocks("Q6_K", 20, 256)
+    permuted = Blocks(q4.data, "Q4_K", 256, order)
+    plain = torch.randn(16, 256).bfloat16()
+    weight = torch.cat([q4.numbers()[order.long()].bfloat16(), plain, q6.numbers().bfloat16()])
+    assert torch.equal(permuted.numbers().bfloat16(), weight[:32])
+    bias, x = torch.randn(68), torch.randn(5, 256).bfloat16()
+    packed = linear.Packed([permuted, plain, q6], bias)
+    assert packed.kinds == {library.K4, library.BF16, library.K6} and not packed.rounded
+    assert torch.equal(packed(x), linear.Packed([weight], bias)(x))
+    rounded, parts = linear.Packed([permuted, q6], bias[16:]), [linear.Packed([each]) for each in (permuted, q6)]
+    separate = torch.cat([part(x).float() for part in parts], -1)
+    assert apart(rounded(x).float(), separate + bias[16:]) < 0.01
+    assert packed.largest(x, None, 0.0) == packed(x).argmax(-1).tolist()

@@ -1,0 +1,466 @@
+"""The native runtime: the reference's numbers within bf16's rounding, and its own to the last bit whatever the pass."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from passes import adapted_pass, apart, in_blocks, play, random_adapters
+from tiny import PHI, ROPES, SIZES, model_of, rough_model, tiny_model
+
+from specdec.base import cores
+from specdec.base.errors import SpecDecError
+from specdec.kvcache.cache import KVCache
+from specdec.models.gguf.blocks import BlockLinear
+from specdec.runtimes import linear_maps, tree_drafting
+from specdec.runtimes.layer_pass import Pass
+from specdec.runtimes.native import library, linear
+from specdec.runtimes.native.target import FAMILIES, NativeTarget
+from specdec.runtimes.reference import ReferenceTarget
+from specdec.runtimes.select import make_target
+from specdec.runtimes.target import Target
+
+try:
+    library.load()
+except SpecDecError as error:
+    pytest.skip(str(error), allow_module_level=True)
+
+pytestmark = pytest.mark.usefixtures("two_threads", "kernels")  # kernels share work among them
+VARIANTS = [(family, {}) for family in FAMILIES] + [(f, {"rope_parameters": rope}) for f, rope in ROPES.items()]
+
+
+@pytest.mark.parametrize(("family", "changes"), VARIANTS)
+@torch.inference_mode()
+def test_agrees_with_the_reference_runtime(family: str, changes: dict[str, object]) -> None:
+    model = model_of(family, **changes)
+    target = NativeTarget(model)
+    wide = play(ReferenceTarget(model_of_float(model, family, changes)))
+    rough = play(ReferenceTarget(model))
+    for got, reference, expected in zip(play(target), rough, wide, strict=True):
+        # As near to float32 as the model itself is in bf16, within the noise of rounding.
+        assert apart(got.float(), expected) < 2 * apart(reference.float(), expected) + 0.02
+
+
+def model_of_float(model: torch.nn.Module, family: str, changes: dict[str, object]) -> torch.nn.Module:
+    wide = rough_model(family, **(PHI if family == "phi3" else SIZES), **changes)
+    wide.load_state_dict({name: value.float() for name, value in model.state_dict().items()})
+    return wide
+
+
+def passes(target: Target, ids: torch.Tensor, ends: list[int]) -> torch.Tensor:
+    """Logits [1, T, V] of ``ids`` [1, T], run in blocks that end at ``ends``."""
+    cache, out, start = target.new_cache(), [], 0
+    for end in ends:
+        positions = torch.arange(start, end)[None]
+        x = target.embed(ids[:, start:end], positions)
+        x = target.layers(x, 0, 2, Pass(positions, cache.mask(0, positions), cache))
+        out.append(target.readout(target.layers(x, 2, 4, Pass(positions, cache.mask(2, positions), cache))))
+        cache.commit([list(range(end - start))])
+        start = end
+    return torch.cat(out, 1)
+
+
+@pytest.mark.parametrize("kv_cache", ["auto", "int8"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
+@torch.inference_mode()
+def test_a_token_does_not_depend_on_what_is_scored_with_it(family: str, kv_cache: str) -> None:
+    target = NativeTarget(model_of(family), kv_cache=kv_cache)
+    torch.manual_seed(5)
+    ids = torch.randint(3, 97, (1, 50))
+    single = passes(target, ids, list(range(1, 51)))
+    for ends in ([50], [3, 4, 9, 25, 50], [1, 35, 50]):
+        assert torch.equal(passes(target, ids, ends), single)
+    # Beside another row, shorter or longer; and as a branch of a tree, whose slots are not in the order of its path.
+    batch = torch.cat((ids[:, :20], torch.randint(3, 97, (1, 20))))
+    positions, cache = torch.arange(20).expand(2, -1), target.new_cache(2)
+    x = target.layers(target.embed(batch, positions), 0, 4, Pass(positions, cache.mask(0, positions), cache))
+    assert torch.equal(target.readout(x)[0], single[0, :20])
+    cache.commit([list(range(20)), list(range(7))])
+    tree = torch.zeros(6, 6, dtype=torch.bool)
+    for node, ancestors in enumerate(([0], [0, 1], [0, 2], [0, 1, 3], [0, 2, 4], [0, 2, 4, 5])):
+        tree[node, ancestors] = True
+    tokens = torch.full((2, 6), 5)
+    tokens[0, [0, 2, 4, 5]] = ids[0, 20:24]
+    offsets = torch.tensor([0, 1, 1, 2, 2, 3])
+    positions = torch.tensor([[20], [7]]) + offsets
+    x = target.layers(target.embed(tokens, positions), 0, 4, Pass(positions, cache.mask(0, positions, tree), cache))
+    assert torch.equal(target.readout(x)[0, [0, 2, 4, 5]], single[0, 20:24])
+    cache.commit([[0, 2, 4, 5], [0]])
+    positions = torch.tensor([[24], [8]])
+    x = target.layers(
+        target.embed(tokens[:, :1] * 0 + ids[0, 24], positions), 0, 4, Pass(positions, cache.mask(0, positions), cache)
+    )
+    assert torch.equal(target.readout(x)[0], single[0, 24:25])
+
+
+@pytest.mark.parametrize(("family", "kv_cache"), [("llama", "auto"), ("mistral", "auto"), ("llama", "int8")])
+@torch.inference_mode()
+def test_a_long_prompt_goes_through_in_slices(family: str, kv_cache: str) -> None:
+    """Its logits, tapped states and adapted tokens are those of short passes."""
+    window = {"sliding_window": 600} if family == "mistral" else {}
+    target = NativeTarget(model_of(family, max_position_embeddings=2048, **window), kv_cache=kv_cache)
+    with torch.inference_mode(False):
+        adapters = random_adapters(ReferenceTarget(target.model)).bfloat16()
+    ids = torch.randint(3, 97, (1, 1100), generator=torch.Generator().manual_seed(8))
+
+    def run(ends: list[int]) -> torch.Tensor:
+        cache, start, out = target.new_cache(), 0, []
+        for end in ends:
+            positions, taps = torch.arange(start, end)[None], {1: torch.empty(0)}
+            adapted = max(0, end - max(start, 700))  # the tokens from 700 on have adapters
+            given = Pass(
+                positions, cache.mask(0, positions), cache, taps, adapters if adapted else None, adapted or None
+            )
+            x = target.layers(target.embed(ids[:, start:end], positions), 0, 4, given)
+            out.append(torch.cat((taps[1], target.readout(x)), -1))
+            cache.commit([list(range(end - start))])
+            start = end
+        return torch.cat(out, 1)
+
+    whole = run([1100])
+    assert torch.equal(whole, run([300, 650, 700, 705, 1100]))
+    assert torch.equal(whole, run([*range(100, 1101, 100)]))
+
+
+@torch.inference_mode()
+def test_a_model_in_blocks_gives_the_logits_of_its_bf16_values() -> None:
+    model, dense = in_blocks(), model_of("llama")
+    dense.load_state_dict(
+        {name: value for name, value in model.state_dict().items() if "proj" not in name}, strict=False
+    )
+    for name, module in model.named_modules():
+        if isinstance(module, BlockLinear):
+            dense.get_submodule(name).weight.copy_(module.weight)
+    dense.model.embed_tokens.weight.copy_(model.model.embed_tokens.weight)
+    rounded, exact, whole = NativeTarget(model), NativeTarget(model, activations="bf16"), NativeTarget(dense)
+    assert (rounded.storage, whole.storage) == ("4 and 5 and 8 bits", "16 bits")
+    assert [t.activations for t in (rounded, exact, whole)] == ["8 bits", "16 bits", "as computed"]
+    assert rounded.bytes_read < 0.7 * whole.bytes_read
+    for a, b, c in zip(play(rounded), play(exact), play(whole), strict=True):
+        assert torch.equal(b, c) and 0 < apart(a.float(), c.float()) < 0.15
+
+
+@pytest.mark.parametrize(("weights", "most"), [("int4", 0.15), ("int8", 0.01)])
+@torch.inference_mode()
+def test_rounded_weights_round_the_model(weights: str, most: float) -> None:
+    model = model_of("llama")
+    linears = [name for name, _ in model.named_modules() if name.endswith("proj")]
+    before = {name: model.get_submodule(name).weight.clone() for name in linears}
+    target, _ = make_target(model, weights=weights)
+    assert isinstance(target, NativeTarget)
+    after = {name: model.get_submodule(name).weight for name in linears}
+    for name in linears:
+        assert 0 < apart(after[name], before[name]) < most, name
+    again, _ = make_target(model, weights=weights)  # what is rounded stays what it is
+    assert all(torch.equal(model.get_submodule(name).weight, after[name]) for name in linears)
+    assert all(torch.equal(a, b) for a, b in zip(play(target), play(again), strict=True))
+    exact, dense = NativeTarget(model, activations="bf16"), NativeTarget(model, "dense")
+    assert all(torch.equal(a, b) for a, b in zip(play(exact), play(dense), strict=True))
+    assert type(model.get_submodule(linears[0])) is torch.nn.Linear
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("t", "adapted"), [(1, None), (3, 3), (2, 1), (12, 2)])
+@torch.inference_mode()
+def test_adapters(family: str, t: int, adapted: int | None) -> None:
+    model = model_of(family)
+    reference, target = ReferenceTarget(model), NativeTarget(model)
+    assert target.linears(1) == reference.linears(1)
+    with torch.inference_mode(False):
+        adapters = random_adapters(reference, leave_out="self_attn.k_proj").bfloat16()
+    expected, plain = adapted_pass(reference, adapters, t, adapted), adapted_pass(target, None, t, None)
+    got = adapted_pass(target, adapters, t, adapted)
+    assert apart(got.float(), expected.float()) < 0.1 < apart(plain[:, -1:].float(), expected[:, -1:].float())
+    if adapted is not None and adapted < t:
+        assert torch.equal(got[:, :-adapted], plain[:, :-adapted])
+
+
+@torch.inference_mode()
+def test_head_of_any_width() -> None:
+    target = NativeTarget(model_of("llama"))
+    x, few = torch.randn(2, 3, 64).bfloat16(), torch.tensor([7, 3, 90])
+    assert apart(target.readout(x, target.reduced_head(few)), target.readout(x)[..., few]) < 0.03  # for drafts: 8 bits
+
+
+@pytest.mark.parametrize("rows", [1, 5, 16, 70])
+@pytest.mark.parametrize(("outputs", "kind", "least", "most"), [(50, "Q8", 0, 0.02), (11002, "Q4", 0.05, 0.12)])
+@torch.inference_mode()
+def test_maps_for_drafts_are_within_their_bits_and_do_not_depend_on_other_rows(
+    outputs: int, kind: str, least: float, most: float, rows: int
+) -> None:
+    torch.manual_seed(12)
+    weight, bias, x = torch.randn(outputs, 192).bfloat16(), torch.randn(outputs).bfloat16(), torch.randn(rows, 192)
+    x, draft_only, dense = x.bfloat16(), linear.Packed([weight], bias, draft_only=True), linear.Packed([weight], bias)
+    assert draft_only.kinds == {getattr(library, kind)} and draft_only.rounded and not dense.rounded
+    assert least < apart(draft_only(x).float(), dense(x).float()) < most
+    assert torch.equal(draft_only(x)[-1:], draft_only(x[-1:]))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 40])
+@torch.inference_mode()
+def test_four_bits_for_drafts_hold_what_four_bits_can(rows: int) -> None:
+    """Codes 0 .. 15 times a step for 32 inputs, and a least number: nothing is rounded."""
+    outputs, inputs = 16400, 128
+    torch.manual_seed(13)
+    codes = torch.randint(0, 16, (outputs, 4, 32))
+    codes[:, :, 0], codes[:, :, 1] = 0, 15
+    weight = codes * torch.tensor([14, 1, 3, 9]).view(4, 1) + torch.tensor([-112, -5, -20, -30]).view(4, 1)
+    weight = weight.view(outputs, inputs).bfloat16()
+    x = torch.randint(-127, 128, (rows, inputs)).bfloat16()
+    x[:, ::32] = 127  # a block's scale is 1
+    packed = linear.Packed([weight], draft_only=True)
+    assert packed.kinds == {library.Q4}
+    assert torch.equal(packed(x), (x.double() @ weight.double().T).bfloat16())
+
+
+@pytest.mark.parametrize(("family", "t"), [("llama", 1), ("qwen2", 4), ("phi3", 20)])
+@torch.inference_mode()
+def test_coarse_adapters_are_merged_for_drafts_and_leave_the_model_exact(family: str, t: int) -> None:
+    target = NativeTarget(model_of(family))
+    with torch.inference_mode(False):
+        adapters = random_adapters(ReferenceTarget(target.model)).bfloat16()
+    plain, expected = adapted_pass(target, None, t, None), adapted_pass(target, adapters, t, None)
+    adapters.draft_only = True
+    got = adapted_pass(target, adapters, t, None)
+    share = 0.2  # of what the adapters change
+    assert (got - expected).float().norm() < share * (plain - expected).float().norm()
+    assert torch.equal(adapted_pass(target, None, t, None), plain)
+    if t > 1:  # some tokens are the model's own there: exact
+        assert torch.equal(adapted_pass(target, adapters, t, 1)[:, :-1], plain[:, :-1])
+
+
+@pytest.mark.parametrize(
+    ("family", "window", "kv_cache"),
+    [("llama", None, "auto"), ("mistral", 12, "auto"), ("qwen2", None, "auto"), ("llama", None, "int8")],
+)
+@pytest.mark.parametrize(
+    "bounds", [tree_drafting.Bounds(5, 1), tree_drafting.Bounds(4, 3), tree_drafting.Bounds(6, 4, 0.02)]
+)
+@torch.inference_mode()
+def test_trees_grow_in_one_call_as_they_do_in_parts(
+    family: str, window: int | None, kv_cache: str, bounds: tree_drafting.Bounds
+) -> None:
+    model = model_of(family, **({} if window is None else {"sliding_window": window}))
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(6)  # few near ties
+    target = NativeTarget(model, kv_cache=kv_cache)
+    cache, ids = target.new_cache(), torch.randint(3, 97, (1, 21), generator=torch.Generator().manual_seed(6))
+    positions = torch.arange(21)[None]
+    taps = {1: torch.empty(0), 3: torch.empty(0)}
+    mask = cache.mask(0, positions)
+    final = target.layers(target.embed(ids, positions), 0, 4, Pass(positions, mask, cache, taps))
+    cache.commit([list(range(21))])
+    seed = tree_drafting.Seed([5], [21], final, list(taps.values()), place=20)
+    total = same = 0
+    for number in range(4):
+        torch.manual_seed(number)
+        route = random_route(target, heads=2)
+        whole, parts = target.grow(cache, seed, route, bounds), tree_drafting.grow(target, cache, seed, route, bounds)
+        assert cache.lengths == [21] * 4
+        # Built for the route the first time, and used again.
+        states = tree_drafting.Seed([5], [21], final[:, -1:].clone(), [tap[:, -1:].clone() for tap in taps.values()])
+        assert target.grow(cache, states, route, bounds) == whole
+        assert len(parts.scores) > bounds.width
+        assert whole.parents[: bounds.width] == [0] * bounds.width
+        ours, theirs = by_path(whole), by_path(parts)
+        common = ours.keys() & theirs.keys()
+        assert max(abs(ours[path] - theirs[path]) for path in common) < 0.3
+        total, same = total + len(theirs), same + len(common)
+    assert same > 0.75 * total  # near ties may fall either way, and take all behind them along
+    # What was committed is as it was.
+    again = target.new_cache()
+    target.layers(target.embed(ids, positions), 0, 4, Pass(positions, again.mask(0, positions), again))
+    assert torch.equal(cache.data[0][:, :, :, :21], again.data[0][:, :, :, :21])
+
+
+@pytest.mark.parametrize("share", [0.04, 0.5])
+@torch.inference_mode()
+def test_trees_grow_under_masks_in_one_call_as_they_do_in_parts(share: float) -> None:
+    model, bounds = model_of("llama"), tree_drafting.Bounds(4, 3)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(6)  # few near ties
+    target = NativeTarget(model)
+    cache, seed = seeded(target)
+    free = tree_drafting.Bounds(1, 16)
+
+    def masks(text: Sequence[int]) -> torch.Tensor | None:
+        random = torch.Generator().manual_seed(hash(tuple(text)) % 2**31)
+        return torch.rand(97, generator=random) < share if len(text) < 3 else None
+
+    total = same = 0
+    for number in range(8):
+        torch.manual_seed(number)
+        route = random_route(target, heads=2)
+        ours, theirs = (
+            by_path(grow(cache, seed, route, bounds, masks))
+            for grow in (target.grow, partial(tree_drafting.grow, target))
+        )
+        assert all(bool(masks(path[:-1])[path[-1]]) for path in ours)  # type: ignore[index]
+        assert cache.lengths == [3] * 4 and max(map(len, ours), default=0) <= 3
+        assert all(abs(ours[path] - theirs[path]) < 0.3 for path in ours.keys() & theirs.keys())
+        total, same = total + len(theirs), same + len(ours.keys() & theirs.keys())
+    assert same > 0.75 * total > 0
+    assert len(target.grow(cache, seed, route, free, lambda text: None).tokens) == 0
+    assert len(target.grow(cache, seed, route, free).tokens) == 16
+    for error in (ValueError("no mask"), KeyboardInterrupt()):
+        with pytest.raises(type(error)):
+            target.grow(cache, seed, route, bounds, raising(error))
+        assert cache.lengths == [3] * 4
+
+
+@pytest.mark.parametrize("rows", [2, 5, 16])
+@pytest.mark.parametrize("kv_cache", ["bf16", "int8"])
+@torch.inference_mode()
+def test_chains_of_several_rows_are_those_of_each_row_alone(rows: int, kv_cache: str) -> None:
+    target = NativeTarget(model_of("llama"), kv_cache=kv_cache)
+    torch.manual_seed(3)
+    route, levels, alone = random_route(target, heads=2), 5, list[list[int]]()
+    caches, finals, carried = list[KVCache](), list[torch.Tensor](), list[list[torch.Tensor]]()
+    for row in range(rows):
+        count = 3 + 7 * row % 19
+        ids = torch.randint(3, 97, (1, count), generator=torch.Generator().manual_seed(row))
+        positions, taps, cache = torch.arange(count)[None], {1: torch.empty(0), 3: torch.empty(0)}, target.new_cache()
+        mask = cache.mask(0, positions)
+        final = target.layers(target.embed(ids, positions), 0, 4, Pass(positions, mask, cache, taps))
+        cache.commit([list(range(count))])
+        seed = tree_drafting.Seed([row], [count], final, list(taps.values()), place=count - 1)
+        alone.append(target.grow(cache, seed, route, tree_drafting.Bounds(levels, 1)).tokens)
+        caches.append(cache)
+        finals.append(final[:, -1:])
+        carried.append([tap[:, -1:] for tap in taps.values()])
+    together = caches[0]
+    for cache in caches[1:]:
+        together.join(cache)
+    lengths, held = list(together.rows), [data.clone() for data in together.data]
+    states = [torch.cat(parts) for parts in zip(*carried, strict=True)]
+    seed = tree_drafting.Seed(list(range(rows)), lengths, torch.cat(finals), states)
+    added, outputs = route.heads[1], set[int]()
+    assert added is not None and route.tokens is not None
+    outputs.update(route.tokens[-added.out_features :].tolist())
+    hidden = torch.zeros(rows, added.out_features, dtype=torch.bool)
+    hidden[1] = True
+    assert any(outputs & set(chain) for chain in alone)
+    bounds = tree_drafting.Bounds(levels, 1)
+    own = target.chains(together, replace(seed, hidden=hidden), route, bounds)
+    assert own is not None and not outputs & set(own[1].tokens)
+    assert [chain.tokens for b, chain in enumerate(own) if b != 1] == alone[:1] + alone[2:]
+    for _ in range(2):  # built the first time, and used again
+        found = target.chains(together, seed, route, bounds)
+        assert found is not None and [chain.tokens for chain in found] == alone
+        assert all(chain.parents == list(range(levels)) and chain.scores[-1] < 0 for chain in found)
+        assert together.rows == lengths and together.lengths == [max(lengths)] * 4
+    assert all(
+        torch.equal(now[:, :, :, :n], before[:, :, :, :n])
+        for now, before, n in zip(together.data, held, lengths, strict=True)
+    )
+    assert len({tuple(chain) for chain in alone}) > 1
+
+
+def seeded(target: Target) -> tuple[KVCache, tree_drafting.Seed]:
+    """What a tree grows from after three tokens."""
+    ids, positions, cache = torch.tensor([[5, 6, 7]]), torch.arange(3)[None], target.new_cache()
+    taps = {1: torch.empty(0), 3: torch.empty(0)}
+    final = target.layers(target.embed(ids, positions), 0, 4, Pass(positions, cache.mask(0, positions), cache, taps))
+    cache.commit([[0, 1, 2]])
+    return cache, tree_drafting.Seed([5], [3], final, list(taps.values()), place=2)
+
+
+def raising(error: BaseException) -> tree_drafting.Masks:
+    def masks(text: Sequence[int]) -> torch.Tensor | None:
+        raise error
+
+    return masks
+
+
+@torch.inference_mode()
+def test_more_threads_than_cores_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some of them sleep at every barrier, and each is woken."""
+    target = NativeTarget(model_of("llama"))
+    expected = play(target)
+    monkeypatch.setattr(cores, "threads", lambda: 4 * (os.cpu_count() or 1))
+    assert all(torch.equal(a, b) for a, b in zip(play(target), expected, strict=True))
+
+
+@torch.inference_mode()
+def test_trees_grow_alike_in_a_team_that_is_smaller_than_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under OMP_THREAD_LIMIT or OMP_DYNAMIC."""
+    openmp = ctypes.CDLL(torch._C.__file__)
+    target = NativeTarget(model_of("llama"))
+    cache, seed = seeded(target)
+    torch.manual_seed(1)
+    route = random_route(target, heads=2)
+    monkeypatch.setattr(cores, "threads", lambda: 3)
+    most = openmp.omp_get_max_active_levels()
+    try:
+        expected = target.grow(cache, seed, route, tree_drafting.Bounds(3, 3))
+        openmp.omp_set_max_active_levels(0)  # teams of one thread
+        found = target.grow(cache, seed, route, tree_drafting.Bounds(3, 3))
+    finally:
+        openmp.omp_set_max_active_levels(most)
+    assert (found.tokens, found.parents) == (expected.tokens, expected.parents)
+    assert found.scores == pytest.approx(expected.scores, abs=1e-5)
+
+
+def by_path(found: tree_drafting.Candidates) -> dict[tuple[int, ...], float]:
+    paths: list[tuple[int, ...]] = [()]
+    for token, parent in zip(found.tokens, found.parents, strict=True):
+        paths.append((*paths[parent], token))
+    return dict(zip(paths[1:], found.scores, strict=True))
+
+
+def random_route(target: Target, heads: int) -> tree_drafting.DraftPath:
+    """Two projections to segments and one to the end, over a reduced vocabulary of so many heads."""
+    with torch.inference_mode(False):
+        adapters = random_adapters(ReferenceTarget(target.model)).bfloat16()
+    adapters.draft_only, d, tokens = True, target.hidden_size, torch.randperm(97)[:70]
+    projections = [
+        linear_maps.UnitMap((torch.randn(d, n * d) / (n * d) ** 0.5).bfloat16(), torch.randn(d).bfloat16())
+        for n in (3, 3, 2)
+    ]
+    parts = [target.reduced_head(part) for part in tokens.split([50, 20][:heads])]
+    return tree_drafting.DraftPath(projections, ((1, 2), (3, 4)), adapters, parts, tokens)
+
+
+def test_the_largest_of_a_row() -> None:
+    torch.manual_seed(4)
+    x = torch.randn(2, 3, 1003).bfloat16()  # 16 bits: many ties, of which the first counts
+    x[0, 0], x[0, 1, 1001], x[1, 2] = -0.0, 9.0, float("-inf")
+    x[0, 0, 40] = 0.0
+    best = linear.argmax(x)
+    assert best.shape == (2, 3) and best[0, 1] == 1001 and best[0, 0] == 0
+    assert torch.equal(best, x.float().argmax(-1))
+
+
+@pytest.mark.parametrize("rows", [1, 5, 17, 70])
+def test_the_largest_output_is_found_without_the_outputs(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cores, "cpus", lambda: 3)
+    torch.manual_seed(5)
+    weight, norm = torch.randn(1003, 64).bfloat16(), torch.rand(64)
+    weight[500:] = weight[:503].clone()  # ties, of which the first counts
+    weight[1002] = 3 * weight[1002]
+    x = torch.randn(rows, 64).bfloat16()
+    x[-1] = float("nan") if rows > 1 else x[-1]
+    packed, threads = linear.Packed([weight]), torch.get_num_threads()
+    expected = linear.argmax(packed(x, norm, 1e-5))
+    assert expected.max() < 500 or 1002 in expected
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            assert packed.largest(x[:, None], norm, 1e-5) == expected.tolist()
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_refusals_and_fallback() -> None:
+    with pytest.raises(SpecDecError, match="bfloat16 on a CPU"):
+        NativeTarget(tiny_model("llama", **SIZES))
+    with pytest.raises(SpecDecError, match="unknown to the native runtime"):
+        NativeTarget(tiny_model("gemma2").bfloat16())
+    target, note = make_target(tiny_model("llama").bfloat16())  # heads of 8
+    assert target.runtime == "fused" and "heads of" in note
+    assert make_target(model_of("llama"))[0].runtime == "native"

@@ -1,0 +1,135 @@
+"""Models in blocks have the same logits, to the last bit, in every build of the kernels that this CPU runs."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+import torch
+from passes import in_blocks
+
+from specdec.base import machine
+from specdec.base.errors import SpecDecError
+from specdec.kvcache.rows import RowCache
+from specdec.runtimes.layer_pass import Pass
+from specdec.runtimes.native import library, linear
+from specdec.runtimes.native.target import NativeTarget
+from specdec.runtimes.select import make_target
+from specdec.runtimes.target import Target
+
+if not library.runs():
+    pytest.skip("no native kernels here", allow_module_level=True)
+
+pytestmark = pytest.mark.usefixtures("two_threads")
+WIDE = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
+LARGE = ("Q4_K", "Q5_K", "Q6_K", "Q4_0", "Q5_1")
+
+
+@contextmanager
+def build(level: str) -> Iterator[bool]:
+    """The kernels of ``level`` for a while; whether this CPU has them."""
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv(library.LEVEL, level)
+            library.load.cache_clear()
+            yield library.load().level == level
+    finally:
+        library.load.cache_clear()
+        library.load()
+
+
+def run(target: Target, cache: RowCache, ids: torch.Tensor, starts: list[int], keep: int | None = None) -> torch.Tensor:
+    """Logits of ``ids`` [B, T] behind ``starts`` slots; ``keep`` of the new ones stay."""
+    positions = torch.tensor(starts)[:, None] + torch.arange(ids.shape[1])
+    x = target.layers(target.embed(ids, positions), 0, 4, Pass(positions, cache.mask(0, positions), cache))
+    cache.commit([list(range(ids.shape[1] if keep is None else keep))] * len(ids))
+    return target.readout(x)
+
+
+@torch.inference_mode()
+def everything(target: Target) -> list[torch.Tensor]:
+    """Logits of a prompt, of passes of 1, 5 and 16 tokens, after a reused prefix, and of three rows at once."""
+    ids = torch.randint(3, 97, (3, 60), generator=torch.Generator().manual_seed(3))
+    cache, rows = target.new_cache(), target.new_cache(3)
+    assert isinstance(cache, RowCache) and isinstance(rows, RowCache)
+    found, start = [], 0
+    for count in (33, 1, 5, 16):
+        found.append(run(target, cache, ids[:1, start : start + count], [start]))
+        start += count
+    prefix = cache.copy(0, 20)
+    assert isinstance(prefix, RowCache)
+    found.append(run(target, prefix, ids[1:2, 20:27], [20]))
+    found += [run(target, rows, ids[:, :19], [0] * 3, 13), run(target, rows, ids[:, 13:18], [13] * 3)]
+    return found
+
+
+@pytest.mark.parametrize("kv_cache", ["auto", "int8"])
+@pytest.mark.parametrize(
+    ("family", "kinds", "changes"),
+    [
+        ("llama", ("Q4_1", "Q5_0", "Q8_0"), {}),
+        ("llama", LARGE, WIDE),
+        ("qwen2", LARGE, WIDE),
+        ("qwen3", ("Q6_K", "Q4_K"), WIDE),
+        ("mistral", LARGE, WIDE | {"sliding_window": 12}),
+    ],
+)
+def test_logits_are_equal_in_every_build(family: str, kinds: tuple[str, ...], changes: dict, kv_cache: str) -> None:
+    found: dict[str, list[torch.Tensor]] = {}
+    for level in library.LEVELS[1:]:
+        with build(level) as there:
+            if there:
+                found[level] = everything(NativeTarget(in_blocks(family, kinds, **changes), kv_cache=kv_cache))
+    first, *others = found
+    assert all(logits.isfinite().all() and logits.std() > 0 for logits in found[first])
+    for level in others:
+        for one, other in zip(found[first], found[level], strict=True):
+            assert torch.equal(one, other), level
+    assert others or machine.processor().get("flags", "").count("avx512_vnni") == 0
+
+
+def test_numbers_too_small_for_bf16_are_zero_in_every_build() -> None:
+    weight = torch.eye(32).bfloat16()
+    for level in library.LEVELS[1:]:
+        with build(level) as there:
+            if there:
+                x = torch.full((3, 32), 2.0**-126).bfloat16()
+                packed = linear.Packed([weight / 4])
+                assert torch.equal(packed(x), torch.zeros(3, 32).bfloat16()), level
+
+
+def test_a_broken_kernel_fails_the_check_at_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = linear._block_tiles
+
+    def wrong(blocks: linear.Blocks) -> tuple[int, torch.Tensor]:
+        kind, tiles = right(blocks)
+        return kind, tiles.copy_(tiles ^ 7)  # codes and scales are others
+
+    monkeypatch.setattr(linear, "_block_tiles", wrong)
+    with pytest.raises(SpecDecError, match=r"the native runtime gives other logits than this 'llama' model|NaN"):
+        NativeTarget(in_blocks())
+
+
+def test_a_cpu_without_the_instructions_is_refused_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: SimpleNamespace(specdec_open=lambda most: 0))
+    monkeypatch.setattr(machine, "processor_name", lambda: "Pentium 4")
+    library.load.cache_clear()
+    with pytest.raises(SpecDecError, match="needs an x86 CPU with AVX2, FMA and F16C; this one is Pentium 4"):
+        library.load()
+    library.load.cache_clear()
+
+
+def test_activations_are_checked_and_named() -> None:
+    model = in_blocks()
+    assert make_target(model)[0].activations == make_target(model, activations="int8")[0].activations == "8 bits"
+    assert make_target(model, activations="bf16")[0].activations == "16 bits"
+    assert make_target(model, runtime="reference")[0].activations == "as computed"
+    with pytest.raises(SpecDecError, match=r"unknown activations 'int4' .*there are: auto, int8, bf16"):
+        make_target(model, activations="int4")
+    with pytest.raises(SpecDecError, match="the fused runtime has no 8-bit activations"):
+        make_target(model, "fused", activations="int8")
+    with pytest.raises(SpecDecError, match="8-bit activations go with quantised weights"):
+        NativeTarget(in_blocks(), "dense", activations="int8")

@@ -1,0 +1,250 @@
+"""The fused runtime computes what the reference runtime computes, on every family it knows."""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+import pytest
+import torch
+from passes import adapted_pass, apart, play, random_adapters
+from tiny import ROPES, rough_model, tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from specdec.base.errors import SpecDecError
+from specdec.runtimes import linear_maps
+from specdec.runtimes.fused import FAMILIES, SPAN, FusedTarget
+from specdec.runtimes.layer_pass import Pass
+from specdec.runtimes.reference import ReferenceTarget
+from specdec.runtimes.select import make_target
+from specdec.runtimes.target import Target
+
+VARIANTS = [(family, {}) for family in FAMILIES] + [(f, {"rope_parameters": rope}) for f, rope in ROPES.items()]
+
+
+@pytest.mark.parametrize(("family", "changes"), VARIANTS)
+@torch.inference_mode()
+def test_equal_to_the_reference_runtime(family: str, changes: dict[str, object]) -> None:
+    model = rough_model(family, **changes)
+    expected = play(ReferenceTarget(model))
+    got = play(FusedTarget(model))
+    assert len(got) == len(expected)
+    assert max((a - b).abs().max().item() for a, b in zip(got, expected, strict=True)) < 5e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.inference_mode()
+def test_sixteen_bits_and_packed_weights(dtype: torch.dtype) -> None:
+    model = rough_model("qwen3").to(dtype)
+    target = FusedTarget(model)
+    for got, expected in zip(play(target), play(ReferenceTarget(model)), strict=True):
+        assert (got - expected).abs().max() / expected.abs().max() < 5e-2
+    weight, bias, x = torch.randn(48, 32, dtype=dtype), torch.randn(48, dtype=dtype), torch.randn(3, 32, dtype=dtype)
+    plain = linear_maps.dense(weight, bias)(x)
+    if target.layer_format == "packed":
+        assert torch.allclose(linear_maps.packed(weight, bias)(x), plain, atol=0.1, rtol=0.02)
+
+
+@torch.inference_mode()
+def test_reduced_head() -> None:
+    target = FusedTarget(rough_model("llama"))
+    x, few = torch.randn(2, 3, 32), torch.tensor([7, 3, 90])
+    assert torch.allclose(target.readout(x, target.reduced_head(few)), target.readout(x)[..., few], atol=1e-5)
+
+
+def test_the_model_keeps_its_values_and_nothing_is_held_twice() -> None:
+    model = rough_model("qwen2")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    target = FusedTarget(model)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    attention, mlp = model.model.layers[1].self_attn, model.model.layers[1].mlp
+    for modules in ((attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)):
+        assert len({m.weight.untyped_storage().data_ptr() for m in modules}) == 1
+    pointer = attention.q_proj.weight.data_ptr()
+    FusedTarget(model)  # a second runtime shares the fused weights of the first
+    assert attention.q_proj.weight.data_ptr() == pointer == target._weights[1]["qkv"][0].data_ptr()
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that any operation makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.untyped_storage().nbytes() // tensor.element_size())
+        return out
+
+
+@pytest.mark.parametrize("make", [FusedTarget, ReferenceTarget])
+@torch.no_grad()  # inference mode would hide the steps of attention
+def test_a_long_causal_prompt_has_no_mask_of_its_own_size(make: type[Target]) -> None:
+    t, model = 16 * SPAN - 5, rough_model("qwen2", max_position_embeddings=4096)
+    target, ids, positions = make(model), torch.randint(3, 97, (1, t)), torch.arange(t)[None]
+    cache, x = target.new_cache(), target.embed(ids, positions)
+    with Largest() as largest:
+        target.layers(x, 0, 4, Pass(positions, cache.mask(0, positions), cache))
+    assert 0 < largest.elements < t * t / 4
+
+
+@pytest.mark.parametrize(("family", "changes"), [*VARIANTS, ("mistral", {"sliding_window": SPAN + 7})])
+@torch.no_grad()
+def test_long_causal_passes_equal_the_model(family: str, changes: dict[str, object]) -> None:
+    """From an empty cache and behind cached tokens, in whole spans and not, up to one row of a span."""
+    lengths = (3 * SPAN - 11, SPAN, SPAN + 1, 2 * SPAN)
+    model = rough_model(family, **changes, max_position_embeddings=1024)
+    ids = torch.randint(3, 97, (2, sum(lengths)))
+    positions = torch.arange(ids.shape[1])[None].expand(2, -1)
+    target = FusedTarget(model)
+    cache, outs, start = target.new_cache(2), [], 0
+    for length in lengths:
+        part = positions[:, start : start + length]
+        x = target.embed(ids[:, start : start + length], part)
+        outs.append(target.readout(target.layers(x, 0, 4, Pass(part, cache.mask(0, part), cache))))
+        cache.commit([list(range(length))] * 2)
+        start += length
+    assert torch.allclose(torch.cat(outs, 1), model(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_gradients_pass_through_a_long_causal_pass() -> None:
+    target = FusedTarget(rough_model("llama", max_position_embeddings=1024))
+    t = 2 * SPAN + 3
+    positions, x = torch.arange(t)[None], torch.randn(1, t, 32)
+
+    def gradient(target: Target) -> torch.Tensor:
+        cache, given = target.new_cache(), x.clone().requires_grad_()
+        target.layers(given, 0, 4, Pass(positions, cache.mask(0, positions), cache))[0, -1].sum().backward()
+        assert given.grad is not None
+        return given.grad
+
+    assert torch.allclose(gradient(target), gradient(ReferenceTarget(target.model)), atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("t", "adapted"), [(1, None), (3, None), (3, 3), (2, 1), (5, 2)])
+@torch.inference_mode()
+def test_adapters(family: str, t: int, adapted: int | None) -> None:
+    model = rough_model(family)
+    reference, fused = ReferenceTarget(model), FusedTarget(model)
+    assert fused.linears(1) == reference.linears(1)
+    with torch.inference_mode(False):
+        adapters = random_adapters(reference, leave_out="self_attn.k_proj")
+    expected = adapted_pass(reference, adapters, t, adapted)
+    assert (expected - adapted_pass(reference, None, t, None)).abs().max() > 0.1
+    for _ in range(2):  # made on the first call, reused on the second
+        assert torch.allclose(adapted_pass(fused, adapters, t, adapted), expected, atol=5e-5, rtol=1e-5)
+
+
+def test_a_training_step_reaches_merged_weights() -> None:
+    target = FusedTarget(rough_model("llama"))
+    adapters = random_adapters(target)
+    with torch.no_grad():
+        before = adapted_pass(target, adapters, 1, None)
+        for parameter in adapters.parameters():
+            parameter.mul_(0.5)
+        after = adapted_pass(target, adapters, 1, None)
+    assert (before - after).abs().max() > 1e-2
+    assert torch.allclose(after, adapted_pass(target, adapters, 1, None).detach(), atol=2e-5)
+
+
+@pytest.mark.parametrize("adapted", [None, 2])
+def test_gradients_reach_the_adapters(adapted: int | None) -> None:
+    model = rough_model("qwen3")
+    grads = []
+    for target in (ReferenceTarget(model), FusedTarget(model)):
+        torch.manual_seed(3)
+        adapters = random_adapters(target)
+        adapted_pass(target, adapters, 5, adapted).square().sum().backward()
+        grads.append([p.grad for p in adapters.parameters()])
+    for a, b in zip(*grads, strict=True):
+        assert a is not None and b is not None and torch.allclose(a, b, rtol=1e-3, atol=1e-3 * a.abs().max().item())
+
+
+def int4_model(family: str) -> torch.nn.Module:
+    return rough_model(family, intermediate_size=64).bfloat16()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "phi3"])
+@torch.inference_mode()
+def test_int4_rounds_the_model_and_agrees_with_it(family: str) -> None:
+    model = int4_model(family)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    target, note = make_target(model, "fused", "int4")
+    assert isinstance(target, FusedTarget) and (target.runtime, note) == ("fused int4", "")
+    for name, value in model.state_dict().items():
+        rounded = "proj.weight" in name
+        assert torch.equal(value, before[name]) != rounded, name
+        assert apart(value, before[name]) < (0.15 if rounded else 1e-9)
+    expected = play(ReferenceTarget(model))
+    narrow = play(target)
+    target.fast_rows = range(0)  # as blocks of many rows run
+    for a, b, c in zip(narrow, play(target), expected, strict=True):
+        assert apart(a, c) < 6e-2 and apart(b, c) < 6e-2
+
+
+@torch.inference_mode()
+def test_int4_adapters() -> None:
+    target = FusedTarget(int4_model("llama"), "int4")
+    reference = ReferenceTarget(target.model)
+    with torch.inference_mode(False):
+        adapters = random_adapters(target)
+    for t, adapted, bound in ((2, 1, 5e-2), (2, None, 0.3)):  # terms beside the map; merged and rounded again
+        expected = adapted_pass(reference, adapters, t, adapted)
+        assert apart(adapted_pass(target, adapters, t, adapted), expected) < bound
+        assert apart(adapted_pass(target, None, t, None), expected) > 2 * bound
+
+
+def test_four_bits_recover_the_codes_of_a_dequantised_model() -> None:
+    torch.manual_seed(4)
+    codes = torch.randint(0, 16, (64, 96))
+    codes[:, ::32], codes[:, 1::32] = 0, 15  # as quantizers make them: the whole range is used
+    scales = torch.rand(64, 3) * 0.01 + 1e-3
+    low = -7.5 * scales + torch.randn(64, 3) * 1e-3
+    weight = (codes.unflatten(1, (3, 32)) * scales[..., None] + low[..., None]).flatten(1).bfloat16()
+    got, got_scales, zeros = linear_maps.quantize(weight)
+    assert torch.equal(got, codes.int())
+    assert torch.allclose(got_scales.float(), scales, rtol=2**-7)
+    assert apart(linear_maps.dequantize(got, got_scales, zeros), weight.float()) < 2**-7
+    assert linear_maps.quantize(torch.zeros(16, 32))[1].isfinite().all()  # a group of equal weights
+
+
+def test_int4_refusals() -> None:
+    with pytest.raises(SpecDecError, match="bfloat16 on a CPU"):
+        make_target(tiny_model("llama", intermediate_size=64), weights="int4")
+    model = tiny_model("llama").bfloat16()
+    before = model.model.layers[0].self_attn.q_proj.weight.clone()
+    with pytest.raises(SpecDecError, match="32 inputs"):
+        make_target(model, "fused", "int4")
+    assert torch.equal(model.model.layers[0].self_attn.q_proj.weight, before)
+    with pytest.raises(SpecDecError, match="unknown to the fused runtime"):
+        make_target(tiny_model("gemma2").bfloat16(), weights="int4")
+    with pytest.raises(SpecDecError, match="need the native or the fused runtime"):
+        make_target(tiny_model("llama").bfloat16(), "reference", "int4")
+    with pytest.raises(SpecDecError, match="unknown weights 'int5'"):
+        make_target(tiny_model("llama"), weights="int5")
+
+
+def test_fallback_says_why() -> None:
+    target, note = make_target(tiny_model("gemma2"))
+    assert target.runtime == "reference" and "'gemma2' is unknown to the fused runtime" in note
+    model = tiny_model("llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
+    target, note = make_target(model)
+    assert target.runtime == "reference" and "'dynamic'" in note
+    target, note = make_target(tiny_model("llama"))
+    assert (target.runtime, note) == ("fused", "")
+    assert make_target(tiny_model("llama"), "reference")[0].runtime == "reference"
+    with pytest.raises(SpecDecError, match="unknown to the fused runtime"):
+        make_target(tiny_model("gemma2"), "fused")
+    with pytest.raises(SpecDecError, match=r"did you mean 'fused'\?"):
+        make_target(tiny_model("llama"), "fusd")
+
+
+def test_a_model_that_computes_something_else_is_noticed() -> None:
+    model = tiny_model("llama")
+    mlp = model.model.layers[1].mlp
+    mlp.forward = MethodType(lambda self, x: -type(self).forward(self, x), mlp)
+    target, note = make_target(model)
+    assert target.runtime == "reference" and "gives other logits" in note

@@ -1,0 +1,329 @@
+"""The fused runtime by recorded passes: the eager one's numbers, whatever is replayed, grows, or is rolled back.
+
+Recording needs a GPU. ``Replay`` stands in: it runs the function again on the same memory, and fails where a real
+graph would do something else: if an operation, a number or a tensor from outside has changed since it was recorded.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from passes import Replay, _memory, adapted_pass, play, random_adapters
+from tiny import greedy_reference, rough_model, tiny_model
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten
+from zoo import PROMPTS, every, run
+
+from specdec.base import devices
+from specdec.base.errors import SpecDecError
+from specdec.drafters import chain, m2r2, medusa, vocabulary
+from specdec.engine.batch import Batch
+from specdec.kvcache import cache as caches
+from specdec.runtimes import tree_drafting
+from specdec.runtimes.fused import FusedTarget
+from specdec.runtimes.graphs import GraphedTarget
+from specdec.runtimes.layer_pass import Pass
+from specdec.runtimes.select import make_target
+from specdec.speculation import draft
+
+
+@pytest.fixture(autouse=True)
+def count() -> None:
+    Replay.recorded = Replay.replayed = 0
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "olmo2", "gemma"])
+@torch.inference_mode()
+def test_equal_to_the_eager_runtime(family: str) -> None:
+    """Ragged rows, single tokens, a tree with a kept branch, resumed blocks, windows."""
+    model = rough_model(family)
+    target = GraphedTarget(model, record=Replay)
+    for _ in range(2):
+        for got, expected in zip(play(target), play(FusedTarget(model)), strict=True):
+            assert torch.allclose(got, expected, atol=2e-5)
+    assert 0 < Replay.recorded < Replay.replayed
+
+
+@torch.inference_mode()
+def test_passes_are_recorded_once_for_each_row_count_and_again_when_the_cache_grows() -> None:
+    model = tiny_model("llama", max_position_embeddings=2048)
+    target, eager = GraphedTarget(model, record=Replay), FusedTarget(model)
+    torch.manual_seed(3)
+    ids = torch.randint(3, 97, (1, 700))
+    ends = [240, *range(241, 251), 255, 256, 257, 259, 260, 580, 584]
+    blocks = list(zip([0, *ends], ends, strict=False))
+
+    def logits(target: FusedTarget) -> Tensor:
+        cache, out = target.new_cache(), []
+        for a, b in blocks:
+            positions = torch.arange(a, b)[None]
+            x = target.layers(
+                target.embed(ids[:, a:b], positions), 0, 4, Pass(positions, cache.mask(0, positions), cache)
+            )
+            out.append(target.readout(x))
+            cache.commit([list(range(b - a))])
+        return torch.cat(out, 1)
+
+    Replay.recorded = 0
+    assert torch.allclose(logits(target), logits(eager), atol=2e-5)
+    first = Replay.recorded
+    assert first < 16
+    assert torch.allclose(logits(target), logits(eager), atol=2e-5)  # the second generation begins in the grown buffer
+    assert torch.allclose(logits(target), logits(eager), atol=2e-5)
+    again = Replay.recorded
+    assert torch.allclose(logits(target), logits(eager), atol=2e-5)
+    assert Replay.recorded == again
+
+
+@pytest.mark.parametrize(
+    "drafter",
+    ["none", "m2r2: projection", "m2r2-paper", "layer-skip", "lookahead (tree)", "medusa (tree)", "m2r2-paper (tree)"],
+)
+def test_generations_are_the_models_own(drafter: str) -> None:
+    """A batch whose rows end one after the other; twice, in the same buffer."""
+    model = tiny_model("llama")
+    target = GraphedTarget(model, record=Replay)
+    for _ in range(2):
+        out, _loop = run(target, every(target)[drafter], PROMPTS, 20)
+        assert out == [greedy_reference(model, prompt, 20) for prompt in PROMPTS]
+        del _loop
+    assert Replay.replayed > Replay.recorded > 0
+
+
+@torch.inference_mode()
+def test_changed_adapters_are_recorded_anew() -> None:
+    target = GraphedTarget(rough_model("llama"), record=Replay)
+    with torch.inference_mode(False):
+        adapters = random_adapters(target)
+    before = adapted_pass(target, adapters, 3, 1)
+    with torch.inference_mode(False), torch.no_grad():
+        for parameter in adapters.parameters():
+            parameter.mul_(2)
+    after = adapted_pass(target, adapters, 3, 1)
+    assert not torch.allclose(after, before)
+    assert torch.allclose(after, adapted_pass(FusedTarget(target.model), adapters, 3, 1), atol=2e-5)
+
+
+@torch.inference_mode()
+def test_heads_that_are_made_anew_share_what_was_recorded() -> None:
+    """As a draft vocabulary grows; another head may have the address of one that is gone."""
+    target = GraphedTarget(tiny_model("llama"), record=Replay)
+    eager, x, before = FusedTarget(target.model), torch.randn(1, 2, 32), Replay.recorded
+    for count in range(1, 60):
+        head = target.reduced_head(torch.arange(count) % 97)
+        assert torch.allclose(target.readout(x, head), eager.readout(x, head), atol=2e-5)
+        del head
+    head, other = target.reduced_head(torch.arange(7)), target.reduced_head(torch.arange(7, 14))
+    for each in (head, other, head):
+        assert torch.allclose(target.readout(x, each), eager.readout(x, each), atol=2e-5)
+    with torch.inference_mode(False), torch.no_grad():
+        trained = nn.Linear(32, 7, bias=False)
+        with torch.inference_mode():
+            once = target.readout(x, trained)
+        trained.weight.mul_(2)
+        with torch.inference_mode():
+            assert torch.allclose(target.readout(x, trained), 2 * once, atol=2e-5)
+    assert Replay.recorded == before + 1
+
+
+@torch.inference_mode()
+def test_weights_live_as_long_as_what_was_recorded_with_them() -> None:
+    """A CUDA graph knows addresses alone: unlike the stand-in's function, it keeps nothing alive."""
+
+    class Recorded:
+        def __init__(self, function: Callable[[], None]) -> None:
+            function()
+
+        def __call__(self) -> None:
+            pass
+
+    target = GraphedTarget(rough_model("llama"), record=Replay)
+    target.record = Recorded
+    with torch.inference_mode(False):
+        adapters = random_adapters(target)
+    adapted_pass(target, adapters, 3, 1)
+    maps = [weakref.ref(layer.qkv) for layer in target._adapted[adapters].layers.values()]
+    with torch.inference_mode(False), torch.no_grad():
+        next(adapters.parameters()).mul_(2)  # they are made anew
+    adapted_pass(target, adapters, 3, 1)
+    gc.collect()
+    assert maps and all(each() is not None for each in maps)
+    target._steps.clear()
+    gc.collect()
+    assert all(each() is None for each in maps)
+
+
+@torch.inference_mode()
+def test_a_second_cache_of_the_same_size_runs_beside_the_first() -> None:
+    target = GraphedTarget(tiny_model("llama"), record=Replay)
+    first, second = target.new_cache(), target.new_cache()
+    ids, positions = torch.tensor([[5, 6, 7]]), torch.arange(3)[None]
+    for x, cache in ((ids, first), (ids + 1, second)):
+        got = target.layers(target.embed(x, positions), 0, 4, Pass(positions, cache.mask(0, positions), cache))
+        other = FusedTarget(target.model)
+        alone = other.new_cache()
+        expected = other.layers(other.embed(x, positions), 0, 4, Pass(positions, alone.mask(0, positions), alone))
+        assert torch.allclose(got, expected, atol=2e-5)
+    assert Replay.replayed > 0
+
+
+@torch.inference_mode()
+def test_rows_that_come_and_go_meet_buffers_of_their_shape() -> None:
+    """One row, two, and one again; and what begins in the buffer that these leave behind."""
+    target, eager = GraphedTarget(tiny_model("llama"), record=Replay), FusedTarget(tiny_model("llama"))
+
+    def step(runtime: FusedTarget, cache: caches.KVCache, token: int) -> Tensor:
+        ids, positions = torch.full((cache.batch, 1), token), torch.tensor(cache.rows)[:, None]
+        x = runtime.embed(ids, positions)
+        x = runtime.layers(x, 0, 4, Pass(positions, cache.mask(0, positions), cache))
+        cache.commit([[0]] * cache.batch)
+        return x
+
+    def play(runtime: FusedTarget) -> list[Tensor]:
+        cache = runtime.new_cache(1)
+        seen = [step(runtime, cache, token) for token in (5, 6)]
+        for _ in range(2):
+            cache.join(cache.take(0))
+            seen += [step(runtime, cache, token) for token in (7, 8)]
+            cache.select([1])
+            seen += [step(runtime, cache, token) for token in (9, 10)]
+        return seen
+
+    expected = play(eager)
+    for _ in range(3):
+        before = Replay.recorded
+        for got, right in zip(play(target), expected, strict=True):
+            assert torch.allclose(got, right, atol=2e-5)
+    assert Replay.recorded == before < Replay.replayed
+
+
+@torch.inference_mode()
+def test_the_stand_in_fails_where_a_graph_would_go_wrong() -> None:
+    x, state = torch.ones(3), {"times": 2}
+    graph = Replay(lambda: x.mul_(state["times"]))
+    graph()
+    state["times"] = 3
+    with pytest.raises(AssertionError, match="what was recorded"):
+        graph()
+    with pytest.raises(AssertionError, match="waits"):
+        Replay(lambda: x.add_(x.sum().item()))
+
+
+def test_without_a_gpu_it_says_so() -> None:
+    with pytest.raises(SpecDecError, match="need the model on a CUDA device, not on 'cpu'"):
+        make_target(tiny_model("llama"), "graphs")
+
+
+class _Waits(TorchFunctionMode):
+    """Counts where the host would wait for a device that works behind it.
+
+    Tensors stand for the device's if they were made with a ``device``, as the engine makes them, or from such ones;
+    ``transfer.upload`` makes them without waiting. Looking at their numbers waits, and so does making them from lists.
+    """
+
+    LOOKS = ("tolist", "item", "numpy", "cpu", "nonzero", "__bool__", "__int__", "__float__", "__index__", "unique")
+
+    def __init__(self, target: GraphedTarget, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.there = {_memory(p) for p in target.model.parameters()}  # storages of the device
+        self.alive: list[Tensor] = []  # so that no address is used twice
+        self.waits: list[str] = []
+        self.uploading = False
+        upload = devices.upload
+
+        def quiet(values: Any, device: torch.device, *dtype: torch.dtype) -> Tensor:
+            self.uploading = True
+            out = self.mark(upload(values, device, *dtype))
+            self.uploading = False
+            return out
+
+        for module in (draft, caches, tree_drafting, vocabulary):
+            monkeypatch.setattr(module, "upload", quiet)
+        for module in (chain, draft, m2r2, medusa, tree_drafting):
+            monkeypatch.setattr(module, "waits", lambda device: True)
+
+    def mark(self, out: Any) -> Any:
+        for tensor in tree_flatten(out)[0]:
+            if isinstance(tensor, Tensor) and tensor.numel():
+                self.there.add(_memory(tensor))
+                self.alive.append(tensor)
+        return out
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        given = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)]
+        there = any(_memory(t) in self.there for t in given)
+        name = getattr(func, "__name__", "")
+        out = func(*args, **kwargs)
+        if there and name in self.LOOKS:
+            self.waits.append(name)
+            return out
+        if self.uploading:
+            return out
+        if name in ("tensor", "as_tensor") and kwargs.get("device") is not None:
+            self.waits.append("made from a list")
+        return self.mark(out) if there or kwargs.get("device") is not None else out
+
+
+@pytest.mark.parametrize("drafter", ["none", "m2r2: projection", "m2r2-paper", "medusa", "layer-skip", "prompt-lookup"])
+@torch.inference_mode()
+def test_a_greedy_round_waits_for_the_device_once(drafter: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    target = GraphedTarget(model, record=Replay)
+    plain = [greedy_reference(model, PROMPTS[1], 24)]
+    run(target, every(target)[drafter], [PROMPTS[1]], 24)  # everything is recorded
+    counter, counts, rounds = _Waits(target, monkeypatch), list[int](), Batch.step
+
+    def counted(self: Batch, scoring: Callable[[], object]) -> Any:
+        before = len(counter.waits)
+        with counter:
+            new = rounds(self, scoring)
+        counts.append(len(counter.waits) - before)
+        return new
+
+    monkeypatch.setattr(Batch, "step", counted)
+    out, _ = run(target, every(target)[drafter], [PROMPTS[1]], 24)
+    assert out == plain
+    assert set(counts) == {1}, counter.waits
+
+
+@torch.inference_mode()
+def test_what_was_not_finite_in_one_request_reaches_no_later_one() -> None:
+    """Its keys and values stand in slots that are masked; a mask does not hide what is not a number."""
+    target = GraphedTarget(tiny_model("llama"), record=Replay)
+
+    def run(cache: caches.KVCache, ids: list[list[int]]) -> Tensor:
+        positions = torch.tensor(cache.rows)[:, None] + torch.arange(len(ids[0]))
+        given = Pass(positions, cache.mask(0, positions), cache)
+        logits = target.readout(target.layers(target.embed(torch.tensor(ids), positions), 0, target.num_layers, given))
+        cache.commit([list(range(len(ids[0])))] * cache.batch)
+        return logits
+
+    def broken() -> caches.KVCache:
+        cache = target.new_cache(2)
+        run(cache, [[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16]])
+        assert cache.whole is not None
+        cache.whole[:, :, 1, :, : cache.committed + 2] = torch.nan  # and of a draft
+        return cache
+
+    def guest() -> caches.KVCache:
+        cache = target.new_cache(1)
+        run(cache, [[20, 21]])
+        return cache
+
+    right = run(guest(), [[22]])
+    cache = broken()
+    cache.select([0])
+    cache.join(guest())
+    torch.testing.assert_close(run(cache, [[3], [22]])[1:], right)
+    del cache
+    broken()
+    cache = target.new_cache(2)  # to which the same buffer is lent
+    run(cache, [[20, 21]] * 2)
+    torch.testing.assert_close(run(cache, [[22]] * 2), right.expand(2, -1, -1))

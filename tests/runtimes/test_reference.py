@@ -1,0 +1,120 @@
+"""The reference runtime computes what the model itself computes, in pieces, on every supported family."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import FAMILIES, tiny_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+from specdec.base.errors import SpecDecError
+from specdec.runtimes.adapters import Adapters
+from specdec.runtimes.layer_pass import Pass
+from specdec.runtimes.reference import ReferenceTarget
+from specdec.runtimes.select import make_target
+from specdec.speculation.draft import Draft
+
+PIECES = ((0, 9), (9, 10), (10, 14))  # a prompt, a single token, a block
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.inference_mode()
+def test_pieces_equal_the_whole(family: str) -> None:
+    model = tiny_model(family)
+    target, state_keys = ReferenceTarget(model), list(model.state_dict())
+    ids = torch.randint(3, 97, (2, 14))
+    positions = torch.arange(14)[None].expand(2, -1)
+    cache, outs = target.new_cache(2), []
+    for a, b in PIECES:
+        part = positions[:, a:b]
+        x = target.layers(target.embed(ids[:, a:b], part), 0, 3, Pass(part, cache.mask(0, part), cache))
+        x = target.layers(x, 3, 4, Pass(part, cache.mask(3, part), cache))
+        outs.append(target.readout(x))
+        cache.commit([list(range(b - a))] * 2)
+    assert torch.allclose(torch.cat(outs, 1), model(ids).logits, atol=2e-5, rtol=1e-5)
+    assert list(model.state_dict()) == state_keys  # the model's own module tree is untouched
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.inference_mode()
+def test_every_tree_branch_equals_its_own_sequence(family: str) -> None:
+    model = tiny_model(family)
+    target = ReferenceTarget(model)
+    prompt, block, parents = [5, 6, 7, 8, 9, 10, 11], [20, 21, 22, 23, 24, 25], (0, 0, 1, 2, 3)
+    draft = Draft(torch.tensor([block[1:]]), parents)
+    cache = target.new_cache()
+    positions = torch.arange(7)[None]
+    target.layers(
+        target.embed(torch.tensor([prompt]), positions), 0, 4, Pass(positions, cache.mask(0, positions), cache)
+    )
+    cache.commit([list(range(7))])
+    positions = 7 + torch.tensor([draft.depths()])
+    x = target.embed(torch.tensor([block]), positions)
+    x = target.layers(x, 0, 4, Pass(positions, cache.mask(0, positions, draft.ancestors()), cache))
+    logits = target.readout(x)[0]
+    for node in range(len(block)):
+        path = [node]
+        while path[0]:
+            path.insert(0, parents[path[0] - 1])
+        alone = model(torch.tensor([prompt + [block[i] for i in path]])).logits[0, -1]
+        assert torch.allclose(logits[node], alone, atol=2e-5, rtol=1e-5), f"node {node}"
+
+
+@torch.inference_mode()
+def test_taps_record_layer_inputs() -> None:
+    model = tiny_model("llama")
+    target, ids, positions = ReferenceTarget(model), torch.tensor([[3, 4, 5]]), torch.arange(3)[None]
+    states = model(ids, output_hidden_states=True).hidden_states
+    cache, taps = target.new_cache(), {0: torch.empty(0), 2: torch.empty(0), 4: torch.empty(0)}
+    x = target.layers(target.embed(ids, positions), 0, 4, Pass(positions, cache.mask(0, positions), cache, taps))
+    assert torch.equal(taps[0], states[0]) and torch.equal(taps[2], states[2])
+    assert torch.equal(taps[4], x)  # before the final norm, unlike the last of HF's states
+    assert torch.allclose(target.readout(x, target.reduced_head(torch.tensor([7, 3]))), target.readout(x)[..., [7, 3]])
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "mixtral"])
+@torch.inference_mode()
+def test_adapters_act_on_the_last_tokens_only(family: str) -> None:
+    target = ReferenceTarget(tiny_model(family))
+    adapters = Adapters({1: target.linears(1)}, rank=2)
+    ids, positions = torch.tensor([[3, 4, 5, 6]]), torch.arange(4)[None]
+
+    def run(given: Adapters | None, adapted: int | None = None) -> torch.Tensor:
+        cache = target.new_cache()
+        mask = cache.mask(0, positions)
+        x = target.embed(ids, positions)
+        return target.layers(x, 0, 2, Pass(positions, mask, cache, adapters=given, adapted=adapted))
+
+    plain = run(None)
+    assert torch.allclose(run(adapters), plain, atol=1e-6)  # untrained adapters change nothing
+    for parameter in adapters.parameters():
+        parameter.normal_()
+    changed = (run(adapters, 1) - plain).abs().amax(-1)[0]
+    assert (changed[:3] < 1e-5).all() and changed[3] > 1e-3
+
+
+def test_unsupported_models_are_refused_with_the_reason() -> None:
+    t5 = AutoModelForSeq2SeqLM.from_config(
+        AutoConfig.for_model("t5", d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, vocab_size=50)
+    )
+    bloom = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("bloom", hidden_size=16, n_layer=2, n_head=2, vocab_size=50)
+    )
+    zamba = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(
+            "zamba2", hidden_size=16, num_hidden_layers=2, layer_types=["linear_attention", "hybrid"], vocab_size=50
+        )
+    )
+    by_layer = tiny_model("gemma4_text", hidden_size_per_layer_input=8, vocab_size_per_layer_input=97)
+    sharing = tiny_model("gemma4_text", num_kv_shared_layers=2)
+    for model, reason in (
+        (t5, "encoder-decoder"),
+        (bloom, "not supported"),
+        (zamba, "its layers read the token embeddings again"),
+        (by_layer, "its layers read the token embeddings again"),
+        (sharing, "its layers share keys and values"),
+    ):
+        for make in (ReferenceTarget, make_target):
+            with pytest.raises(SpecDecError, match=rf"^model type '{model.config.model_type}' .*{reason}") as caught:
+                make(model.eval())
+            assert "runtime" not in str(caught.value)  # it is about the model

@@ -1,0 +1,466 @@
+"""What the server takes, refuses and says, over real sockets, with a tiny model."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from servers import NAME, USER, Oracle, Replay, Server, byte_tokenizer, events, serving, stand_in, tiny_decoder, until
+from tiny import save_tiny
+from typer.testing import CliRunner
+
+from specdec import SpecDecoder
+from specdec.base.errors import SpecDecError
+from specdec.cli import app
+from specdec.engine.request import Event
+from specdec.serve.app import make_app
+from specdec.serve.settings import Settings
+
+GREEDY = {"temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory: pytest.TempPathFactory) -> SpecDecoder:
+    return tiny_decoder(tmp_path_factory.mktemp("tiny"), Oracle())
+
+
+@pytest.fixture(scope="module")
+def server(decoder: SpecDecoder) -> Iterator[Server]:
+    with serving(decoder) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def truth(decoder: SpecDecoder) -> str:
+    """The greedy answer to ``USER``, which the drafter knows from now on."""
+    plain = decoder.with_drafter("none").generate(USER, max_new_tokens=64)
+    ids = decoder.tokenizer.apply_chat_template(USER, add_generation_prompt=True, tokenize=False)
+    decoder.drafter.texts.append(decoder.tokenizer(ids, add_special_tokens=False).input_ids + plain.token_ids)
+    assert len(plain.text) == 64
+    return plain.text
+
+
+def content(found: list[dict[str, Any]]) -> str:
+    return "".join(c["delta"].get("content", "") for chunk in found for c in chunk["choices"])
+
+
+def accepted(response: dict[str, Any]) -> int:
+    return response["metrics"]["speculative_decoding"]["num_accepted_draft_tokens"]
+
+
+def test_without_a_seed_answers_differ(server: Server) -> None:
+    assert len({server.complete(temperature=1.5).json()["choices"][0]["text"] for _ in range(3)}) == 3
+
+
+def test_figures_follow_the_schema_of_vllm(server: Server, truth: str) -> None:
+    figures = server.chat(**GREEDY).json()["metrics"]
+    spec = figures.pop("speculative_decoding")
+    assert set(figures) == {
+        "time_to_first_token_ms", "generation_time_ms", "queue_time_ms", "mean_itl_ms", "tokens_per_second"
+    }  # fmt: skip
+    assert all(value >= 0 for value in figures.values())
+    steps, histogram = spec["num_spec_steps"], spec["acceptance_histogram"]
+    assert len(histogram) == spec["num_spec_tokens"] + 1 and sum(histogram) == steps
+    assert sum(n * count for n, count in enumerate(histogram)) == spec["num_accepted_draft_tokens"] > 0
+    assert spec["mean_acceptance_length"] == 1 + spec["num_accepted_draft_tokens"] / steps
+    assert spec["draft_acceptance_rate"] == spec["num_accepted_draft_tokens"] / spec["num_draft_tokens"]
+    assert "per_step_accepted" not in spec
+    assert "metrics" not in server.chat(include_metrics=False).json()
+
+
+def test_drafting_can_be_switched_off_and_a_header_names_the_drafter(server: Server, truth: str) -> None:
+    on, off = server.chat(**GREEDY), server.chat(**GREEDY, speculative_decoding=False)
+    assert on.headers["X-Specdec-Drafter"] == "scripted" and off.headers["X-Specdec-Drafter"] == "none"
+    assert on.json()["choices"] == off.json()["choices"]
+    assert off.json()["metrics"]["speculative_decoding"]["num_draft_tokens"] == 0 < accepted(on.json())
+
+
+def test_depths_say_which_tokens_were_drafted(server: Server, truth: str) -> None:
+    options = {"include_draft_depth": True}
+    found = events(server.chat(**GREEDY, stream=True, stream_options=options, per_step_metrics=True))
+    depths = [c["draft_depth"] for chunk in found for c in chunk["choices"] if "draft_depth" in c]
+    assert content(found) == truth[:24] and len(depths) == 24 and depths[0] == 0
+    figures = found[-1]["metrics"]["speculative_decoding"]
+    expected = [0] + [d for n in figures["per_step_accepted"] for d in [*range(1, n + 1), 0]]
+    assert depths == expected[:24]
+
+
+def test_completions_take_texts_ids_and_lists_of_both_and_echo(server: Server) -> None:
+    ids = server.post("/tokenize", {"prompt": "Name"}).json()["tokens"]
+    text = server.complete(**GREEDY).json()["choices"][0]["text"]
+    assert server.complete(**GREEDY, prompt=ids).json()["choices"][0]["text"] == text
+    many = server.complete(**GREEDY, prompt=["Name", "Colour"], n=2, echo=True).json()
+    assert [c["index"] for c in many["choices"]] == [0, 1, 2, 3]
+    assert [c["text"][:4] for c in many["choices"]] == ["Name", "Name", "Colo", "Colo"]
+    assert many["choices"][0]["text"] == "Name" + text and many["usage"]["prompt_tokens"] == len("NameColour")
+    found = events(server.complete(**GREEDY, prompt=[ids, ids], echo=True, stream=True))
+    texts = ["", ""]
+    for chunk in found:
+        for choice in chunk["choices"]:
+            texts[choice["index"]] += choice["text"]
+    assert texts == ["Name" + text] * 2
+    assert server.complete(**GREEDY, max_tokens=None).json()["usage"]["completion_tokens"] == 16
+
+
+def test_tokens_of_a_chat_are_those_that_the_model_reads(server: Server) -> None:
+    found = server.post("/tokenize", {"messages": USER}).json()
+    assert found["count"] == len(found["tokens"]) == server.chat().json()["usage"]["prompt_tokens"]
+    assert found["max_model_len"] == 4096
+    text = server.post("/detokenize", {"tokens": found["tokens"]}).json()["prompt"]
+    assert text == "[user] Name three colours.\n[assistant] "
+
+
+def test_messages_may_be_parts_and_come_from_developers(server: Server) -> None:
+    parts = [
+        {"role": "user", "content": [{"type": "text", "text": "Name three "}, {"type": "text", "text": "colours."}]}
+    ]
+    assert server.chat(**GREEDY, messages=parts).json()["choices"] == server.chat(**GREEDY).json()["choices"]
+    for role in ("system", "developer"):
+        found = server.post("/tokenize", {"messages": [{"role": role, "content": "Be brief."}, *USER]})
+        text = server.post("/detokenize", {"tokens": found.json()["tokens"]}).json()["prompt"]
+        assert text.startswith("[system] Be brief.\n[user] ")
+    answered = [*USER, {"role": "assistant", "content": "Red.", "refusal": None, "tool_calls": None}, *USER]
+    assert server.chat(messages=answered).status_code == 200
+
+
+def test_penalties_and_biases_are_those_of_plain_decoding(server: Server, decoder: SpecDecoder, truth: str) -> None:
+    asked = {"frequency_penalty": 0.7, "presence_penalty": 0.4, "logit_bias": {"40": 0.5, "41": -100}}
+    given = asked | {"logit_bias": {40: 0.5, 41: -100}}
+    right = decoder.with_drafter("none").generate(USER, max_new_tokens=24, **given).text
+    found = server.chat(**GREEDY, **asked).json()
+    assert found["choices"][0]["message"]["content"] == right != truth[:24]
+    assert server.chat(**GREEDY, **asked, speculative_decoding=False).json()["choices"] == found["choices"]
+
+
+def test_what_changes_no_text_is_taken(server: Server, truth: str) -> None:
+    more = {"metadata": {"a": "b"}, "user": "x", "store": True, "service_tier": "flex", "parallel_tool_calls": True}
+    found = server.chat(**GREEDY, **more, prompt_cache_key="k", safety_identifier="s", frequency_penalty=0)
+    assert found.json()["choices"][0]["message"]["content"] == truth[:24]
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+
+def refusal(response: httpx.Response, status: int) -> dict[str, Any]:
+    assert response.status_code == status, response.text
+    assert set(response.json()) == {"error"}
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"} and error["message"] and "\n" not in error["message"]
+    return error
+
+
+WRONG: dict[str, tuple[dict[str, Any], str | None]] = {
+    "no messages": ({"messages": []}, "messages"),
+    "a message without a role": ({"messages": [{"content": "x"}]}, "messages.0.role"),
+    "a tool's message": ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0"),
+    "an image": ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content"),
+    "a tool call": ({"messages": [*USER, {"role": "assistant", "content": "", "tool_calls": [{}]}]}, None),
+    "no content": ({"messages": [{"role": "user", "content": None}]}, "messages.0"),
+    "a negative temperature": ({"temperature": -1}, "temperature"),
+    "a hot temperature": ({"temperature": 1e300}, "temperature"),
+    "a temperature in words": ({"temperature": "warm"}, "temperature"),
+    "no probability": ({"top_p": 0}, "top_p"),
+    "too much probability": ({"top_p": 1.5}, "top_p"),
+    "a penalty by which logits become infinite": ({"repetition_penalty": 5e-324}, "repetition_penalty"),
+    "a large penalty": ({"frequency_penalty": 2.5}, "frequency_penalty"),
+    "a bias of no token": ({"logit_bias": {"x": 1}}, "logit_bias.x"),
+    "a bias of a token that the model lacks": ({"logit_bias": {"99999": 1}}, "logit_bias"),
+    "a huge bias": ({"logit_bias": {"5": 1000}}, "logit_bias"),
+    "a character without a token": ({"messages": [{"role": "user", "content": "\x1b"}]}, "messages"),
+    "no tokens": ({"max_tokens": 0}, "max_tokens"),
+    "a fraction of a token": ({"max_tokens": 1.5}, "max_tokens"),
+    "true tokens": ({"max_tokens": True}, "max_tokens"),
+    "no choices": ({"n": 0}, "n"),
+    "a million choices": ({"n": 1_000_000}, "n"),
+    "a negative seed": ({"seed": -1}, "seed"),
+    "a huge seed": ({"seed": 10**40}, "seed"),
+    "five stops": ({"stop": list("abcde")}, "stop"),
+    "a million stops": ({"stop": ["a"] * 1_000_000}, "stop"),
+    "an empty stop": ({"stop": ""}, "stop"),
+    "a long stop": ({"stop": "x" * 10_000}, "stop"),
+    "an option of a stream": ({"stream_options": {"include_usage": True}}, None),
+    "an unknown option of a stream": ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x"),
+    "a long prompt": ({"messages": [{"role": "user", "content": "x" * 5000}]}, "messages"),
+    "a very long prompt": ({"messages": [{"role": "user", "content": "x " * 500_000}]}, "messages"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_wrong_is_refused_with_one_sentence(server: Server, case: str) -> None:
+    body, param = WRONG[case]
+    error = refusal(server.chat(**body), 400)
+    assert error["param"] == param or param is None, error
+    assert len(error["message"]) < 300
+
+
+@pytest.mark.parametrize("prompt", ["", [], [[]], ["a", ""], ["a", 3], [-1], [10**30], [99], {"a": 1}, None, 3.5])
+def test_prompts_that_are_none_are_refused(server: Server, prompt: Any) -> None:
+    body, headers = json.dumps({"model": NAME, "prompt": prompt}), {"Content-Type": "application/json"}
+    response = httpx.post(server.url + "/v1/completions", content=body, headers=headers)
+    assert refusal(response, 400)["param"] in ("prompt", "prompt.0", "prompt.1")
+
+
+SAID: dict[str, tuple[str, dict[str, Any], str]] = {
+    "five stops": ("chat", {"stop": list("abcde")}, "'stop': List should have at most 4 items"),
+    "a number of stops": ("chat", {"stop": 5}, "'stop': it must be text or a list of up to four texts"),
+    "a token below zero": ("complete", {"prompt": [-1]}, "'prompt': Input should be greater than or equal to 0"),
+    "no prompts": ("complete", {"prompt": []}, "'prompt': List should have at least 1 item"),
+    "an object": ("complete", {"prompt": {}}, "'prompt': it must be text, token ids, or a list"),
+    "an image": (
+        "chat",
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+        "'messages.0.content': parts of the type 'image_url' are not supported",
+    ),
+    "a number": ("chat", {"messages": [{"role": "user", "content": 5}]}, "it must be text or a list of text parts"),
+    "a name of a token": ("chat", {"logit_bias": {"yes": 1}}, "it maps token ids to numbers from -100 to 100"),
+}
+
+
+@pytest.mark.parametrize("case", SAID)
+def test_a_refusal_says_what_is_wrong(server: Server, case: str) -> None:
+    method, body, says = SAID[case]
+    assert says in refusal(getattr(server, method)(**body), 400)["message"]
+
+
+def test_an_empty_body_is_called_so(server: Server) -> None:
+    found = httpx.post(server.url + "/v1/completions", headers={"Content-Type": "application/json"})
+    assert refusal(found, 400)["message"] == "the body is empty; send a JSON object"
+
+
+BODIES = {
+    "nothing": b"", "half": b'{"model": "tiny", ', "a list": b"[]", "text": b'"x"', "a number": b"3", "null": b"null",
+    "not UTF-8": b'{"model": "\xff\xfe"}', "nested": b"[" * 100_000, "digits": b'{"seed":' + b"9" * 10_000 + b"}",
+    "not finite": b'{"model": "tiny", "messages": [{"role": "user", "content": "x"}], "temperature": NaN}',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BODIES)
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"])
+def test_bodies_that_are_not_json_objects_are_refused(server: Server, path: str, case: str) -> None:
+    headers = {"Content-Type": "application/json"}
+    refusal(httpx.post(server.url + path, content=BODIES[case], headers=headers), 400)
+
+
+HALF = "\ud800"  # of a surrogate pair: JSON can write it
+HALVES: list[dict[str, Any]] = [
+    {"model": HALF}, {"user": HALF}, {HALF: 1}, {"stop": HALF}, {"messages": [{"role": "user", "content": HALF}]},
+    {"messages": [USER[0] | {"name": HALF}]}, {"messages": [USER[0] | {"content": [{"type": "text", "text": HALF}]}]},
+    {"tools": [{"type": "function", "function": {"name": "f", "description": HALF}}]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("body", HALVES, ids=map(str, range(len(HALVES))))
+def test_half_of_a_character_is_refused(server: Server, body: dict[str, Any]) -> None:
+    headers = {"Content-Type": "application/json"}
+    text = json.dumps({"model": NAME, "messages": USER, "max_tokens": 2} | body)
+    url = server.url + "/v1/chat/completions"
+    assert "half of a surrogate pair" in refusal(httpx.post(url, content=text, headers=headers), 400)["message"]
+    whole = json.dumps({"model": NAME, "messages": USER, "max_tokens": 2, "user": "\U0001f600"})  # a whole pair
+    assert "ud83d" in whole and httpx.post(url, content=whole, headers=headers).status_code == 200
+
+
+def test_a_body_of_another_type_is_refused(server: Server) -> None:
+    """Web pages of other sites can send text without asking; they cannot send JSON."""
+    response = httpx.post(server.url + "/tokenize", content=b'{"prompt": "x"}', headers={"Content-Type": "text/plain"})
+    assert "application/json" in refusal(response, 400)["message"]
+
+
+def test_what_does_not_exist_is_refused_in_the_same_shape(server: Server) -> None:
+    refusal(httpx.get(server.url + "/v1/responses"), 404)
+    refusal(httpx.get(server.url + "/v1/completions"), 405)
+
+
+def test_a_large_header_is_refused_and_others_go_on(server: Server, truth: str) -> None:
+    with socket.create_connection((server.url.split(":")[1][2:], int(server.url.rpartition(":")[2]))) as raw:
+        raw.settimeout(30)
+        try:
+            raw.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nX: " + b"x" * 2**20)
+            answer = raw.recv(100)
+        except ConnectionError:
+            answer = b""
+    assert answer == b"" or answer.startswith(b"HTTP/1.1 400")
+    assert server.chat(**GREEDY).json()["choices"][0]["message"]["content"] == truth[:24]
+
+
+def test_others_are_answered_while_bad_input_comes(server: Server, truth: str) -> None:
+    texts, over = list[str](), threading.Event()
+
+    def ask() -> None:
+        while not over.is_set():
+            texts.append(server.chat(**GREEDY).json()["choices"][0]["message"]["content"])
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    headers = {"Content-Type": "application/json"}
+    for body, _ in WRONG.values():
+        assert server.chat(**body).status_code == 400
+    for content in BODIES.values():
+        url = server.url + "/v1/chat/completions"
+        assert httpx.post(url, content=content, headers=headers).status_code == 400
+    over.set()
+    asking.join(60)
+    assert len(texts) > 1 and set(texts) == {truth[:24]}
+
+
+def test_the_line_of_a_request_says_what_it_was(server: Server, truth: str) -> None:
+    server.chat(**GREEDY)
+    until(lambda: server.lines and "POST /v1/chat/completions 200" in server.lines[-1])
+    assert "+ 24 tokens" in server.lines[-1] and "a step, length" in server.lines[-1]
+
+
+# --- limits, the key, other origins ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def limited(decoder: SpecDecoder) -> Iterator[Server]:
+    limits = {"max_body": 5000, "max_prompt_tokens": 50, "max_tokens": 8, "max_choices": 3}
+    with serving(
+        decoder.with_drafter("prompt-lookup"), api_key="secret", origins=("https://a.example",), **limits
+    ) as running:
+        yield running
+
+
+KEY = {"Authorization": "Bearer secret"}
+
+
+def test_limits_are_kept(limited: Server) -> None:
+    def chat(**more: Any) -> httpx.Response:
+        return limited.post("/v1/chat/completions", {"model": NAME, "messages": USER} | more, headers=KEY)
+
+    assert chat().json()["usage"]["completion_tokens"] == 8
+    assert "8" in refusal(chat(max_tokens=9), 400)["message"]
+    assert "3" in refusal(chat(n=4, max_tokens=2), 400)["message"]
+    assert "50" in refusal(chat(messages=[{"role": "user", "content": "x" * 60}]), 400)["message"]
+    assert "5000" in refusal(chat(messages=[{"role": "user", "content": "x" * 6000}]), 413)["message"]
+
+    def pieces() -> Iterator[bytes]:  # without a Content-Length
+        for _ in range(10):
+            yield b" " * 1000
+
+    refusal(httpx.post(limited.url + "/tokenize", content=pieces(), headers=KEY), 413)
+
+
+def test_other_origins_are_let_in_only_if_they_are_named(server: Server, limited: Server) -> None:
+    asked = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST"}
+    url = "/v1/chat/completions"
+    assert httpx.options(limited.url + url, headers=asked).headers["Access-Control-Allow-Origin"] == "https://a.example"
+    assert httpx.options(limited.url + url, headers=asked | {"Origin": "https://b.example"}).status_code == 400
+    assert "Access-Control-Allow-Origin" not in httpx.options(server.url + url, headers=asked).headers
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_fault_in_decoding_is_an_error_of_that_request(stream: bool) -> None:
+    script = [Event([65], depths=[0]), Event(finished="error", error=SpecDecError("the logits are not finite"))]
+    with serving(stand_in(byte_tokenizer()), Replay(lambda request: script)) as server:
+        response = server.chat(stream=stream)
+        error = events(response)[-1]["error"] if stream else refusal(response, 500)
+        assert "the logits are not finite" in error["message"] and error["type"] == "server_error"
+
+
+def test_health_and_requests_say_that_the_engine_has_ended() -> None:
+    engine = Replay(lambda request: [Event([65], "length", depths=[0])])
+    with serving(stand_in(byte_tokenizer()), engine) as server:
+        assert httpx.get(server.url + "/health").status_code == 200
+        engine.closed = True
+        assert refusal(httpx.get(server.url + "/health"), 503)["code"] == "engine_ended"
+        assert "restart the server" in refusal(server.chat(), 503)["message"]
+
+
+def test_a_client_that_sends_its_body_slowly_is_given_up() -> None:
+    app = make_app(stand_in(byte_tokenizer()), Replay(lambda request: []), Settings(NAME, patience=0.05), print)
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        await asyncio.Event().wait()
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {
+        "type": "http", "method": "POST", "path": "/tokenize", "raw_path": b"/tokenize", "query_string": b"",
+        "headers": [], "client": ("x", 1), "server": ("x", 1), "scheme": "http", "root_path": "", "http_version": "1.1",
+        "asgi": {"version": "3.0", "spec_version": "2.3"},
+    }  # fmt: skip
+    asyncio.run(asyncio.wait_for(app(scope, receive, send), 60))
+    assert sent[0]["status"] == 408
+
+
+def test_prometheus_has_the_figures_of_vllm(server: Server) -> None:
+    names = (
+        "prompt_tokens_total", "generation_tokens_total", "spec_decode_num_drafts_total",
+        "spec_decode_num_draft_tokens_total", "spec_decode_num_accepted_tokens_total",
+        "spec_decode_num_accepted_tokens_per_pos_total", "num_requests_running", "num_requests_waiting",
+        "time_to_first_token_seconds_count", "inter_token_latency_seconds_count", "e2e_request_latency_seconds_count",
+        "kv_cache_usage_perc", "prefix_cache_queries_total", "prefix_cache_hits_total",
+    )  # fmt: skip
+    server.chat(**GREEDY)
+    before = {name: server.figure(name) for name in names}
+    response = server.chat(**GREEDY).json()
+    until(lambda: server.figure("e2e_request_latency_seconds_count") > before["e2e_request_latency_seconds_count"])
+    grown = {name: server.figure(name) - before[name] for name in names}
+    spec = response["metrics"]["speculative_decoding"]
+    assert grown["prompt_tokens_total"] == response["usage"]["prompt_tokens"]
+    assert grown["generation_tokens_total"] == 24 and grown["time_to_first_token_seconds_count"] == 1
+    assert grown["spec_decode_num_drafts_total"] == spec["num_spec_steps"]
+    assert grown["spec_decode_num_draft_tokens_total"] == spec["num_draft_tokens"]
+    assert grown["spec_decode_num_accepted_tokens_total"] == spec["num_accepted_draft_tokens"]
+
+
+def test_the_command_takes_a_draft_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def engine(self: SpecDecoder, **how: Any) -> None:
+        raise SpecDecError(f"asked for {how['num_speculative_tokens']}")
+
+    monkeypatch.setattr(SpecDecoder, "engine", engine)
+    command = ["serve", "--model", str(save_tiny(tmp_path / "tiny")), "--drafter", "prompt-lookup", "--port", "0"]
+    for given, says in (("3", "asked for 3"), ("auto", "asked for auto"), ("0", "must be 'auto' or a number >= 1")):
+        found = CliRunner().invoke(app, [*command, "--num-speculative-tokens", given])
+        assert found.exit_code == 2 and says in found.stderr
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.evil.example", "[::1].x"]
+)
+def test_other_hosts_are_refused(server: Server, host: str) -> None:
+    for path in ("/", "/v1/models", "/health"):
+        error = refusal(httpx.get(server.url + path, headers={"Host": host}), 421)
+        assert "--allowed-hosts" in error["message"]
+
+
+def test_hosts_of_this_machine_and_those_named_are_answered(server: Server, decoder: SpecDecoder) -> None:
+    for host in ("localhost", "LOCALHOST:80", "127.0.0.1", "[::1]:8000", "10.0.0.7:1", socket.gethostname()):
+        assert httpx.get(server.url + "/health", headers={"Host": host}).status_code == 200, host
+    for hosts in (("a.example",), ("*",)):
+        with serving(decoder, Replay(lambda request: []), hosts=hosts) as named:
+            assert httpx.get(named.url + "/v1/models", headers={"Host": "a.example:80"}).status_code == 200
+
+
+def test_a_path_forges_no_line_and_health_has_a_head(server: Server) -> None:
+    assert httpx.get(server.url + "/x%0a127.0.0.1%20GET%20/%20200%1b[2J%c2%9b").status_code == 404
+    until(lambda: any("GET /x" in line for line in server.lines))
+    [line] = [line for line in server.lines if "GET /x" in line]
+    assert line.isascii() and line.isprintable()
+    assert httpx.head(server.url + "/health").status_code == 200
+
+
+WRONG_OPTIONS = [
+    ("--cors", "evil"), ("--cors", "https://a.example/path"), ("--name", ""), ("--name", "a\nb"), ("--max-body", "10"),
+    ("--allowed-hosts", "http://a"), ("--allowed-hosts", ""),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", WRONG_OPTIONS)
+def test_options_that_cannot_be_meant_are_refused_at_start(options: tuple[str, str]) -> None:
+    from typer.testing import CliRunner
+
+    from specdec import cli
+
+    result = CliRunner().invoke(cli.app, ["serve", "--model", "/nowhere", *options])
+    assert isinstance(result.exception, SpecDecError) or result.exit_code == 2
+    assert options[0] in str(result.exception) + result.output, (result.output, result.exception)

@@ -1,0 +1,163 @@
+"""Bodies that are large in every way: what they count is bounded first, and nothing of it is done on the event loop."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from pydantic import BaseModel, ValidationError
+from servers import NAME, USER, Replay, Server, byte_tokenizer, serving, stand_in, until
+
+from specdec.engine.request import Event
+from specdec.serve import bodies, service
+from specdec.serve.responses import Response
+from specdec.serve.schema import ChatBody, CompletionBody, DetokenizeBody
+
+MANY = 20_000
+CHAT, COMPLETION = {"model": NAME, "messages": USER}, {"model": NAME, "prompt": "a"}
+KEYS = {f"key {i}": 0 for i in range(MANY)}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    engine = Replay(lambda request: [Event([65], "length", depths=[0])])
+    with serving(stand_in(byte_tokenizer()), engine, max_body=10**6) as running:
+        yield running
+
+
+WRONG: dict[str, tuple[type[BaseModel], dict[str, Any]]] = {
+    "messages": (ChatBody, CHAT | {"messages": [0] * MANY}),
+    "empty messages": (ChatBody, CHAT | {"messages": [{}] * MANY}),
+    "more messages": (ChatBody, CHAT | {"messages": USER * MANY}),
+    "parts": (ChatBody, CHAT | {"messages": [{"role": "user", "content": [0] * MANY}]}),
+    "calls": (ChatBody, CHAT | {"messages": [{"role": "assistant", "tool_calls": [{}] * MANY}]}),
+    "tools": (ChatBody, CHAT | {"tools": [0] * MANY}),
+    "stops": (ChatBody, CHAT | {"stop": [""] * MANY}),
+    "keys": (ChatBody, CHAT | KEYS),
+    "keys of a message": (ChatBody, CHAT | {"messages": [USER[0] | KEYS]}),
+    "biases": (ChatBody, CHAT | {"logit_bias": KEYS}),
+    "prompts": (CompletionBody, COMPLETION | {"prompt": [""] * MANY}),
+    "more prompts": (CompletionBody, COMPLETION | {"prompt": ["a"] * MANY}),
+    "lists of ids": (CompletionBody, COMPLETION | {"prompt": [[-1] * MANY]}),
+    "ids": (CompletionBody, COMPLETION | {"prompt": [-1] * MANY}),
+    "tokens": (DetokenizeBody, {"tokens": ["a"] * MANY}),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_wrong_many_times_is_found_once(case: str) -> None:
+    model, body = WRONG[case]
+    with pytest.raises(ValidationError) as found:
+        model.model_validate(body)
+    assert found.value.error_count() < 50
+
+
+@pytest.mark.parametrize(
+    "more", [{"n": 65}, {"n": 2**40, "echo": True}, {"prompt": ["a"] * 65}, {"prompt": [[1]] * 65}]
+)
+def test_choices_are_counted_before_anything_is_made(
+    server: Server, more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Any] = []
+    monkeypatch.setattr(service.Service, "encode_text", lambda self, prompt: made.append(prompt))
+    monkeypatch.setattr("specdec.serve.app.Completion", made.append)
+    response = server.complete(**more)
+    assert response.status_code == 400 and response.json()["error"]["param"] == "n" and made == []
+
+
+def test_ids_are_counted_before_they_are_looked_at(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service, "encode", None)
+    monkeypatch.setattr(server.decoder.tokenizer, "decode", None, raising=False)
+    for response in (server.complete(prompt=[5] * 5000), server.post("/detokenize", {"tokens": [5] * 5000})):
+        assert response.status_code == 400 and "5000" in response.json()["error"]["message"]
+
+
+def test_lists_and_objects_are_counted_but_not_those_in_text(server: Server) -> None:
+    for prompt in ('["["]' * 20_000, '\\"[{' * 50_000):
+        assert "characters" in server.complete(prompt=prompt).json()["error"]["message"]  # it has been read
+    for item in ("[]", "{}", '[""]', "[" * 50 + "]" * 50):
+        content = '{"model": "tiny", "prompt": [' + ",".join([item] * (110_000 // max(1, item.count("[")))) + "]}"
+        headers = {"Content-Type": "application/json"}
+        response = httpx.post(server.url + "/v1/completions", content=content, headers=headers)
+        assert response.status_code == 400 and "lists and objects" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("size", [10, bodies.SMALL + 1])
+def test_bodies_are_read_and_worked_on_in_other_threads(
+    server: Server, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = dict[str, threading.Thread]()
+
+    def noted(where: Any, name: str) -> None:
+        function = getattr(where, name)
+
+        def call(*args: Any, **how: Any) -> Any:
+            seen[name] = threading.current_thread()
+            return function(*args, **how)
+
+        monkeypatch.setattr(where, name, call)
+
+    noted(bodies, "from_json")
+    noted(service, "encode")
+    monkeypatch.setattr(
+        service.Service, "decode", lambda self, ids, *how: seen.update(decode=threading.current_thread())
+    )
+    body = json.dumps({"model": NAME, "prompt": "a", "max_tokens": 1}) + " " * size
+    headers = {"Content-Type": "application/json"}
+    assert httpx.post(server.url + "/v1/completions", content=body, headers=headers).status_code == 200
+    server.post("/detokenize", {"tokens": [5]})
+    assert len(seen) == 3 and server.thread not in seen.values()
+
+
+def test_large_bodies_that_do_not_end_are_bounded_together() -> None:
+    """So many of them may be in memory; small ones are still taken."""
+    engine = Replay(lambda request: [Event([65], "length", depths=[0])])
+    with serving(stand_in(byte_tokenizer()), engine, max_body=2 * bodies.SMALL) as server:
+        over, statuses = threading.Event(), list[int]()
+
+        def parts() -> Iterator[bytes]:
+            yield b" " * (2 * bodies.SMALL - 1)
+            over.wait(60)
+            yield b"{"
+
+        def post() -> None:
+            statuses.append(httpx.post(server.url + "/tokenize", content=parts(), timeout=60).status_code)
+
+        senders = [threading.Thread(target=post) for _ in range(bodies.HELD + 2)]
+        for sender in senders:
+            sender.start()
+        until(lambda: any("/tokenize 429" in line for line in server.lines))
+        assert server.complete().status_code == 200
+        over.set()
+        for sender in senders:
+            sender.join(60)
+        assert set(statuses) == {400, 429} and server.app.state.intake.held == 0
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_large_answers_are_written_in_other_threads(server: Server, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, written = set[threading.Thread](), Response._written
+
+    def noted(self: Response, choice: Any) -> bytes:
+        seen.add(threading.current_thread())
+        return written(self, choice)
+
+    monkeypatch.setattr(Response, "_written", noted)
+    answer = server.complete(n=n, max_tokens=1).json()
+    assert [choice["text"] for choice in answer["choices"]] == ["b"] * n and answer["usage"]["completion_tokens"] == n
+    assert answer["object"] == "text_completion" and seen and server.thread not in seen
+
+
+def test_log_probabilities_are_counted_before_anything_is_made(server: Server) -> None:
+    server.decoder.check_logprobs = lambda: None
+    for more in (
+        {"n": 64, "max_tokens": 4096, "logprobs": 20},
+        {"prompt": ["a"] * 64, "max_tokens": 4096, "logprobs": 20},
+    ):
+        error = server.complete(**more).json()["error"]
+        assert error["param"] == "logprobs" and "set max_tokens" in error["message"]
+    assert server.complete(n=64, max_tokens=100, logprobs=20).status_code != 400

@@ -1,0 +1,147 @@
+"""The official clients against a real server: every endpoint, whole and as a stream, blocking and asynchronous."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+from servers import NAME, USER, Server, serving, tiny_decoder, until
+
+SAMPLED = {"temperature": 0.8, "seed": 3, "max_tokens": 20}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with serving(tiny_decoder(tmp_path_factory.mktemp("tiny")), api_key="secret") as running:
+        yield running
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="secret", max_retries=0) as made:
+        yield made
+
+
+def test_models_are_listed_and_found(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == [NAME]
+    assert client.models.retrieve(NAME).owned_by == "specdec"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("other")
+
+
+def test_chat_whole_and_streamed(client: openai.OpenAI) -> None:
+    whole = client.chat.completions.create(model=NAME, messages=USER, **SAMPLED)
+    text = whole.choices[0].message.content
+    assert text and whole.choices[0].finish_reason == "length" and whole.usage.completion_tokens == 20
+    assert whole.model_extra["metrics"]["speculative_decoding"]["num_spec_steps"] > 0
+    stream = client.chat.completions.create(
+        model=NAME, messages=USER, stream=True, stream_options={"include_usage": True}, **SAMPLED
+    )
+    chunks = list(stream)
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == text
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert chunks[-1].usage.total_tokens == whole.usage.total_tokens and not chunks[-1].choices
+
+
+def test_a_chat_goes_on_with_the_message_that_came(client: openai.OpenAI) -> None:
+    first = client.chat.completions.create(model=NAME, messages=USER, **SAMPLED)
+    second = client.chat.completions.create(model=NAME, messages=[*USER, first.choices[0].message, *USER], **SAMPLED)
+    assert second.usage.prompt_tokens > first.usage.total_tokens
+
+
+def test_completions_whole_and_streamed(client: openai.OpenAI) -> None:
+    whole = client.completions.create(model=NAME, prompt="Name", echo=True, user="me", **SAMPLED)
+    stream = client.completions.create(model=NAME, prompt="Name", echo=True, stream=True, **SAMPLED)
+    assert whole.choices[0].text == "".join(c.choices[0].text for c in stream) and whole.choices[0].text[:4] == "Name"
+
+
+def test_parameters_of_both_endpoints(client: openai.OpenAI) -> None:
+    chat = client.chat.completions.create(
+        model=NAME, messages=USER, n=2, stop=["\0", "\1"], max_completion_tokens=9, logprobs=True, top_logprobs=2,
+        seed=3, temperature=0.9, top_p=0.9, user="me",
+    )  # fmt: skip
+    assert [len(c.logprobs.content) for c in chat.choices] == [9, 9] and chat.usage.completion_tokens == 18
+    first = chat.choices[0].message.content
+    again = client.chat.completions.create(
+        model=NAME, messages=USER, stop=first[4], max_completion_tokens=9, seed=3, temperature=0.9, top_p=0.9
+    )
+    assert again.choices[0].message.content == first[: first.index(first[4])]
+    assert again.choices[0].finish_reason == "stop"
+    ids = client.completions.create(model=NAME, prompt=[[5, 6], [7]], n=2, logprobs=1, **SAMPLED)
+    assert [len(c.logprobs.tokens) for c in ids.choices] == [20] * 4 and ids.usage.prompt_tokens == 3
+
+
+def test_errors_are_those_of_the_client(server: Server, client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError, match="there is no model 'other'"):
+        client.chat.completions.create(model="other", messages=USER)
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.chat.completions.create(model=NAME, messages=USER, extra_body={"suffix": "x"})
+    assert refused.value.param == "suffix" and refused.value.code == "unsupported_parameter"
+    wrong = openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong", max_retries=0)
+    with wrong, pytest.raises(openai.AuthenticationError):
+        wrong.models.list()
+
+
+def test_the_other_endpoints_answer_the_same_client(server: Server, client: openai.OpenAI) -> None:
+    tokens = client.post(f"{server.url}/tokenize", body={"messages": USER}, cast_to=object)
+    usage = client.chat.completions.create(model=NAME, messages=USER, **SAMPLED).usage
+    assert tokens["count"] == usage.prompt_tokens
+    text = client.post(f"{server.url}/detokenize", body={"tokens": tokens["tokens"]}, cast_to=object)
+    assert "Name three colours." in text["prompt"]
+    assert client.get(f"{server.url}/health", cast_to=object) == {"status": "ok", "drafter": "on"}
+    assert "vllm:prompt_tokens_total" in client.get(f"{server.url}/metrics", cast_to=str)
+
+
+def test_a_stream_that_is_closed_early_frees_its_row(server: Server, client: openai.OpenAI) -> None:
+    stream = client.chat.completions.create(model=NAME, messages=USER, stream=True, temperature=0, max_tokens=3500)
+    for _, chunk in zip(range(4), stream, strict=False):
+        assert chunk.id
+    stream.close()
+    until(lambda: any("cancelled" in line for line in server.lines))
+    assert client.chat.completions.create(model=NAME, messages=USER, **SAMPLED).usage.completion_tokens == 20
+
+
+def test_asynchronous_requests_run_at_once(server: Server, client: openai.OpenAI) -> None:
+    def body(seed: int) -> dict[str, object]:
+        return {"model": NAME, "messages": USER, **SAMPLED, "seed": seed}
+
+    async def run() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="secret", max_retries=0) as client:
+
+            async def streamed(seed: int) -> str:
+                stream = await client.chat.completions.create(**body(seed), stream=True)
+                return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+
+            async def whole(seed: int) -> str:
+                return (await client.chat.completions.create(**body(seed))).choices[0].message.content
+
+            assert [model.id async for model in client.models.list()] == [NAME]
+            assert (await client.models.retrieve(NAME)).id == NAME
+            completion = await client.completions.create(model=NAME, prompt="Name", **SAMPLED)
+            stream = await client.completions.create(model=NAME, prompt="Name", stream=True, **SAMPLED)
+            assert completion.choices[0].text == "".join([chunk.choices[0].text async for chunk in stream]) != ""
+            with pytest.raises(openai.BadRequestError, match="suffix"):
+                await client.completions.create(model=NAME, prompt="Name", stream=True, extra_body={"suffix": "x"})
+            tokens = await client.post(f"{server.url}/tokenize", body={"prompt": "Name"}, cast_to=object)
+            text = await client.post(f"{server.url}/detokenize", body={"tokens": tokens["tokens"]}, cast_to=object)
+            assert text == {"prompt": "Name"}
+            assert await client.get(f"{server.url}/health", cast_to=object) == {"status": "ok", "drafter": "on"}
+            assert "vllm:prompt_tokens_total" in await client.get(f"{server.url}/metrics", cast_to=str)
+            return await asyncio.gather(*map(streamed, range(4)), *map(whole, range(4)))
+
+    texts = asyncio.run(run())
+    assert texts[:4] == texts[4:] and len(set(texts)) == 4
+    assert texts[2] == client.chat.completions.create(**body(2)).choices[0].message.content
+
+
+def test_the_server_describes_itself(server: Server, tmp_path: Path) -> None:
+    """The OpenAPI document has the endpoints, and nothing in the page or in it comes from another host."""
+    document = httpx.get(f"{server.url}/openapi.json", headers={"Authorization": "Bearer secret"}).json()
+    paths = {"/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics", "/tokenize", "/detokenize"}
+    assert paths <= set(document["paths"])
+    answers = document["paths"]["/v1/chat/completions"]["post"]["responses"]
+    assert "422" not in answers and "4XX" in answers

@@ -1,0 +1,520 @@
+"""The cases that clients rely on, by their numbers, over real sockets.
+
+The drafter knows what plain decoding answers and is wrong at every sixth place, so drafts are accepted whole, in part
+and not at all: once it drafts chains, once trees. What is expected is what plain decoding gives.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import torch
+from servers import (
+    NAME,
+    USER,
+    Gate,
+    Oracle,
+    Replay,
+    Server,
+    byte_tokenizer,
+    events,
+    serving,
+    stand_in,
+    tiny_decoder,
+    until,
+)
+from tiny import tiny_model
+
+from specdec import SpecDecoder
+from specdec.engine import batch
+from specdec.engine.request import Event
+from specdec.serve.schema import UNUSED
+
+GREEDY = {"temperature": 0}
+SAMPLED = {"temperature": 0.8, "seed": 5}
+KINDS = pytest.mark.parametrize("how", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+CHAT = "/v1/chat/completions"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("tiny")
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["chain", "tree"])
+def decoder(folder: Path, request: pytest.FixtureRequest) -> SpecDecoder:
+    return tiny_decoder(folder, Oracle(slips=True, tree=request.param))
+
+
+@pytest.fixture
+def other(decoder: SpecDecoder) -> SpecDecoder:
+    """The same with a drafter of its own, for a second server."""
+    return decoder.with_drafter(Oracle(slips=True, tree=decoder.drafter.tree))
+
+
+@pytest.fixture(scope="module")
+def server(decoder: SpecDecoder) -> Iterator[Server]:
+    with serving(decoder) as running:
+        yield running
+
+
+def known(decoder: SpecDecoder, how: dict[str, Any], prompt: list[dict[str, str]] | str = USER, n: int = 1) -> Any:
+    """What plain decoding answers, which the drafter knows from now on: a text of 64 tokens, or ``n`` of them."""
+    text = prompt if isinstance(prompt, str) else decoder.tokenizer.apply_chat_template(
+        prompt, add_generation_prompt=True, tokenize=False
+    )  # fmt: skip
+    ids = decoder.tokenizer(text).input_ids
+    answers = decoder.with_drafter("none").generate_batch([ids] * n, max_new_tokens=64, **how)
+    decoder.drafter.texts += [ids + answer.token_ids for answer in answers]
+    texts = [answer.text for answer in answers]
+    assert all(len(text) == 64 for text in texts)  # a token is a character
+    return texts if n > 1 else texts[0]
+
+
+def content(found: list[dict[str, Any]], index: int = 0) -> str:
+    return "".join(
+        c["delta"].get("content", "") for chunk in found for c in chunk["choices"] if c["index"] == index
+    )  # fmt: skip
+
+
+def spec(response: dict[str, Any]) -> dict[str, Any]:
+    return response["metrics"]["speculative_decoding"]
+
+
+def refusal(response: httpx.Response, status: int) -> dict[str, Any]:
+    assert response.status_code == status, response.text
+    [(key, error)] = response.json().items()
+    assert key == "error" and set(error) == {"message", "type", "param", "code"}
+    assert error["message"] and "\n" not in error["message"]
+    return error
+
+
+def at_once(server: Server, bodies: list[dict[str, Any]]) -> list[str]:
+    """The texts of chats that are decoded in one batch from the first step on."""
+
+    async def run(gate: Gate) -> list[str]:
+        async with httpx.AsyncClient(timeout=600) as client:
+            chat = {"model": NAME, "messages": USER, "max_tokens": 24}
+            asked = [asyncio.create_task(client.post(server.url + CHAT, json=chat | body)) for body in bodies]
+            while server.engine.stats().waiting < len(bodies):
+                await asyncio.sleep(0.01)
+            gate.open()
+            answers = [(await answer).json() for answer in asked]
+        assert gate.rows == len(bodies)
+        return [answer["choices"][0]["message"]["content"] for answer in answers]
+
+    with Gate(server.engine) as gate:
+        return asyncio.run(run(gate))
+
+
+@KINDS
+def test_1_a_stop_string_over_chunks_or_in_a_draft_is_never_sent_in_part(server: Server, how: dict[str, Any]) -> None:
+    text, steps = known(server.decoder, how), set[int]()
+    for start, length in ((0, 1), (0, 6), (9, 1), (11, 3), (14, 2), (17, 8), (30, 12)):
+        stop = text[start : start + length]
+        before = text[: text.index(stop)]
+        feint = text[5:8] + next(letter for letter in "abcd" if text[5:8] + letter not in text)  # held back, then sent
+        body = {**how, "max_tokens": 60, "stop": [feint, stop]}
+        whole = server.chat(**body).json()
+        assert whole["choices"][0]["message"]["content"] == before and whole["choices"][0]["finish_reason"] == "stop"
+        found = events(server.chat(**body, stream=True, per_step_metrics=True))
+        assert content(found) == before and found[-1]["choices"][0]["finish_reason"] == "stop"
+        assert len(before) < 9 or spec(whole)["num_accepted_draft_tokens"] > 0
+        accepted = spec(found[-1])["per_step_accepted"]
+        step_of = [0, *(step for step, count in enumerate(accepted, 1) for _ in range(count + 1))]
+        steps.add(len(set(step_of[len(before) : len(before) + length])))
+    assert min(steps) == 1 < max(steps)  # stop strings in one step, and over several
+
+
+def spelling(text: str, drafter: Oracle) -> SpecDecoder:
+    """A decoder whose tokens are bytes and which goes on with ``text`` after any of its bytes, up to its end."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"eos_token": "<end>"})
+    tokenizer.chat_template = tokenizer.chat_template + text[0]
+    ids = [*tokenizer(text).input_ids, tokenizer.eos_token_id]
+    assert len(set(ids)) == len(ids)
+    drafter.texts.append(ids)
+    model = tiny_model(vocab_size=len(tokenizer), eos_token_id=ids[-1], tie_word_embeddings=False)
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.zero_()
+        layer.mlp.down_proj.weight.zero_()
+    model.lm_head.weight.zero_()
+    model.lm_head.weight[ids[1:]] = model.model.embed_tokens.weight[ids[:-1]]
+    return SpecDecoder(model, tokenizer, drafter)
+
+
+@pytest.mark.parametrize("tree", [False, True])
+def test_2_a_character_of_several_tokens_arrives_whole(tree: bool) -> None:
+    text = "né😀,語?"
+    with serving(spelling(text, Oracle(slips=True, tree=tree))) as server:
+        for before in ("n", "né", "né😀", "né😀,"):  # chunks end at other places
+            answer = server.complete(prompt=before, **GREEDY).json()
+            assert answer["choices"][0]["text"] == text.removeprefix(before)
+            for options in ({}, {"stream_options": {"include_draft_depth": True}}):
+                found = events(server.complete(prompt=before, **GREEDY, stream=True, **options))
+                pieces = [choice["text"] for chunk in found for choice in chunk["choices"]]
+                assert "".join(pieces) == text.removeprefix(before)
+                assert not any("\ufffd" in piece for piece in pieces)
+                assert spec(found[-1])["num_accepted_draft_tokens"] > 0
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_2_also_where_each_step_ends_within_one(size: int) -> None:
+    text, tokenizer = "né 😀, 語!", byte_tokenizer()
+    ids = tokenizer(text).input_ids
+    steps = [Event(part := ids[i : i + size], depths=[*range(1, len(part)), 0]) for i in range(0, len(ids), size)]
+    steps[-1].finished = "eos"
+    with serving(stand_in(tokenizer), Replay(lambda request: steps)) as server:
+        for more in ({}, {"stream_options": {"include_draft_depth": True}}):
+            found = events(server.chat(stream=True, **more))
+            pieces = [c["delta"].get("content", "") for chunk in found for c in chunk["choices"]]
+            assert "".join(pieces) == text and not any("\ufffd" in piece for piece in pieces)
+
+
+@KINDS
+@pytest.mark.parametrize("over", [False, True])
+def test_3_the_limit_inside_an_accepted_draft_gives_exactly_so_many_tokens(
+    server: Server, how: dict[str, Any], over: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """over: also where drafts are longer than what may still come."""
+    text = known(server.decoder, how)
+    if over:
+        monkeypatch.setattr(batch.Batch, "_room", lambda self, b, most: most)
+    accepted = 0
+    for limit in (*range(1, 13), 30):
+        whole = server.chat(**how, max_completion_tokens=limit).json()
+        found = events(server.chat(**how, max_tokens=limit, stream=True, stream_options={"include_usage": True}))
+        assert whole["choices"][0]["message"]["content"] == content(found) == text[:limit]
+        assert whole["choices"][0]["finish_reason"] == found[-2]["choices"][0]["finish_reason"] == "length"
+        assert whole["usage"]["completion_tokens"] == found[-1]["usage"]["completion_tokens"] == limit
+        accepted += spec(whole)["num_accepted_draft_tokens"]
+    assert accepted > 20
+
+
+@KINDS
+def test_4_nothing_follows_the_end_of_sequence_inside_an_accepted_draft(
+    server: Server, how: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, depths = known(server.decoder, how), list[int]()
+    for place in (2, 5, 8, 11, 13, 20):
+        [end] = server.decoder.tokenizer(text[place]).input_ids
+        monkeypatch.setattr(server.decoder.model.generation_config, "eos_token_id", end)
+        expected = text[: text.index(text[place]) + 1]  # here the end token has a text
+        whole = server.chat(**how).json()
+        found = events(server.chat(**how, stream=True, stream_options={"include_draft_depth": True}))
+        assert whole["choices"][0]["message"]["content"] == content(found) == expected
+        assert whole["choices"][0]["finish_reason"] == found[-1]["choices"][0]["finish_reason"] == "stop"
+        assert whole["usage"]["completion_tokens"] == len(expected)
+        depths.append(next(c["choices"][0]["draft_depth"] for c in found[::-1] if "draft_depth" in c["choices"][0]))
+        assert server.chat(**how, ignore_eos=True).json()["usage"]["completion_tokens"] == 24
+    assert any(depths) and len(set(depths)) > 1
+
+
+def test_4_the_text_of_the_end_of_sequence_is_not_in_the_answer() -> None:
+    with serving(spelling("né😀,語?", Oracle())) as server:
+        response = server.complete(prompt="né😀,", **GREEDY).json()
+    assert response["choices"][0]["text"] == "語?" and response["choices"][0]["finish_reason"] == "stop"
+    assert response["usage"]["completion_tokens"] == 5  # bytes of "語?", and the end
+    assert spec(response)["num_accepted_draft_tokens"] >= 3
+
+
+@pytest.mark.parametrize("drafted", [False, True])
+def test_5_choices_with_a_seed_differ_can_be_repeated_and_share_one_prefill(
+    other: SpecDecoder, drafted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = [{"role": "user", "content": f"Is a draft {drafted}? Say it in four words."}]
+    how, parts = {"temperature": 0.9, "seed": 5}, list[int]()
+    texts = [text[:24] for text in known(other, how, prompt, n=4)] if drafted else []
+    run_tokens = batch.run_tokens
+
+    def spy(target: Any, cache: Any, rows: list[list[int]], *more: Any) -> Any:
+        parts.append(sum(map(len, rows)))
+        return run_tokens(target, cache, rows, *more)
+
+    monkeypatch.setattr(batch, "run_tokens", spy)
+    with serving(other) as server:
+        one = server.chat(messages=prompt, n=4, **how).json()
+        assert sum(parts) == one["usage"]["prompt_tokens"] + 3  # each of the others runs its last token
+        found = [choice["message"]["content"] for choice in one["choices"]]
+        assert [choice["index"] for choice in one["choices"]] == [0, 1, 2, 3] and len(set(found)) == 4
+        assert found == (texts or found) and one["usage"]["completion_tokens"] == 4 * 24
+        assert one["metrics"] == {"speculative_decoding": None}
+        assert (server.figure("spec_decode_num_accepted_tokens_total") > 0) == drafted
+        two = server.chat(messages=prompt, n=4, **how).json()
+        assert [choice["message"]["content"] for choice in two["choices"]] == found
+        streamed = events(server.chat(messages=prompt, n=4, stream=True, **how))
+        assert [content(streamed, index) for index in range(4)] == found
+        alone = server.chat(messages=prompt, **how).json()
+        assert alone["choices"][0]["message"]["content"] == found[0]
+        assert one["usage"]["prompt_tokens"] == alone["usage"]["prompt_tokens"]  # counted once
+        other = server.chat(messages=prompt, n=4, **how | {"seed": 6}).json()
+        assert not {choice["message"]["content"] for choice in other["choices"]} & set(found)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("when", ["waiting", "in its prompt", "decoding"])
+def test_6_the_rows_of_a_client_that_goes_away_are_gone_after_one_step(
+    other: SpecDecoder, stream: bool, when: str
+) -> None:
+    text = known(other, GREEDY)
+    engine = other.engine(max_rows=3, prefill_chunk=16, kv_memory=2**30)
+    answers = list[str]()
+    try:
+        with serving(other, engine) as server, Gate(engine) as gate:
+            stays = threading.Thread(
+                target=lambda: answers.append(
+                    server.chat(**GREEDY, max_tokens=60).json()["choices"][0]["message"]["content"]
+                )
+            )
+            stays.start()
+            until(lambda: engine.stats().waiting == 1)
+            gate.let(4)
+            [staying] = engine.batch.rows
+            leaves = socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])))
+            body = httpx.Request(
+                "POST",
+                server.url + CHAT,
+                json={"model": NAME, "messages": [{"role": "user", "content": "Go on, and on, and on."}] , "n": 2}
+                | {"max_tokens": 3000, "stream": stream},
+            )  # fmt: skip
+            head = "".join(f"{key}: {value}\r\n" for key, value in body.headers.items())
+            leaves.sendall(f"POST {CHAT} HTTP/1.1\r\n{head}\r\n".encode() + body.read())
+            until(lambda: engine.stats().waiting == 2)
+            gate.let({"waiting": 0, "in its prompt": 1, "decoding": 6}[when])
+            scheduler = engine.scheduler
+            rows = [*scheduler.waiting, *scheduler.joining.rows, *engine.batch.rows]
+            rows.remove(staying)
+            assert len(rows) == 2
+            places = {"waiting": scheduler.waiting, "in its prompt": scheduler.joining.rows}
+            assert any(row in places.get(when, engine.batch.rows) for row in rows)
+            leaves.close()
+            until(lambda: all(row.cancelled for row in rows))  # without a step
+            gate.let()
+            assert engine.batch.rows == [staying] and not scheduler.waiting and not scheduler.joining.rows
+            assert all(row.finished == "cancelled" for row in rows)
+            running = (sum(engine.batch.cache.rows) + 16) * scheduler.token_bytes
+            assert engine.stats().kv_bytes <= running + scheduler.prefixes.nbytes
+            until(lambda: any("cancelled" in line for line in server.lines))
+            gate.open()
+            stays.join(60)
+            assert answers == [text[:60]]
+            stats = engine.stats()
+            assert (stats.running, stats.waiting) == (0, 0)
+            assert stats.kv_bytes == scheduler.prefixes.nbytes  # for texts that begin alike
+    finally:
+        engine.close(drain=False)
+    assert engine.stats().kv_bytes == 0
+
+
+def test_7_greedy_rows_stay_greedy_beside_rows_of_other_temperatures(server: Server) -> None:
+    text, sampled = known(server.decoder, GREEDY), [{"temperature": t, "seed": 9} for t in (0.3, 0.8, 1.2, 2.0)]
+    alone = [known(server.decoder, how)[:24] for how in sampled]
+    before = server.engine.stats().accepted
+    texts = at_once(server, [GREEDY, *sampled, GREEDY])
+    assert texts == [text[:24], *alone, text[:24]] and len(set(texts)) == 5
+    assert server.engine.stats().accepted > before + 20
+
+
+def test_8_a_seed_gives_one_text_alone_beside_others_after_them_and_after_a_restart(
+    server: Server, folder: Path
+) -> None:
+    expected, how = known(server.decoder, SAMPLED)[:24], {**SAMPLED, "max_tokens": 24}
+
+    def alone(server: Server) -> str:
+        return server.chat(**how).json()["choices"][0]["message"]["content"]
+
+    assert alone(server) == expected
+    others = [{"seed": 100 + i, "temperature": 0.3 * (i % 5), "max_tokens": 8 + 4 * i} for i in range(15)]
+    assert at_once(server, [*others[:7], how, *others[7:]])[7] == expected
+    assert alone(server) == expected
+    assert server.chat(**how, speculative_decoding=False).json()["choices"][0]["message"]["content"] == expected
+    with serving(SpecDecoder.from_pretrained(str(folder), "prompt-lookup", device="cpu", dtype=torch.float32)) as again:
+        assert alone(again) == expected
+
+
+@KINDS
+def test_9_the_usage_chunk_comes_last_and_counts_accepted_tokens(server: Server, how: dict[str, Any]) -> None:
+    text, options = known(server.decoder, how), {"include_usage": True}
+    found = events(server.chat(**how, stream=True, stream_options=options, per_step_metrics=True))
+    assert found[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert content(found) == text[:24]
+    assert all(chunk["usage"] is None for chunk in found[:-1])
+    assert [c["choices"][0]["finish_reason"] for c in found[:-1]] == [None] * (len(found) - 2) + ["length"]
+    assert found[-2]["choices"][0]["delta"] == {} and found[-1]["choices"] == []
+    assert len({chunk["id"] for chunk in found}) == 1
+    usage, figures = found[-1]["usage"], spec(found[-1])
+    assert usage["completion_tokens"] == 24 and usage["total_tokens"] == usage["prompt_tokens"] + 24
+    assert figures["num_draft_tokens"] > figures["num_accepted_draft_tokens"] > 0  # so the difference is seen
+    assert figures["num_spec_steps"] + figures["num_accepted_draft_tokens"] in (23, 24)  # the first is the prefill's
+    assert sum(figures["per_step_accepted"]) == figures["num_accepted_draft_tokens"]
+    assert server.chat(**how).json()["usage"] | {"prompt_tokens_details": None} == usage | {
+        "prompt_tokens_details": None
+    }
+
+
+@KINDS
+@pytest.mark.parametrize("n", [1, 3])
+def test_10_log_probabilities_are_the_models_own_whoever_drafted_the_token(
+    server: Server, how: dict[str, Any], n: int
+) -> None:
+    decoder, prompt = server.decoder, "Name three colours"
+    known(decoder, how, prompt, n)
+    known(decoder, how, USER, n)
+    before = server.engine.stats().accepted
+    chat = decoder.tokenizer.apply_chat_template(USER, add_generation_prompt=True, tokenize=False)
+
+    def check(start: str, text: str, got: list[float], top: list[dict[str, float]]) -> None:
+        ids, first = decoder.tokenizer(start + text).input_ids, len(start)
+        logs = decoder.model(torch.tensor([ids])).logits[0, first - 1 : -1].log_softmax(-1)
+        assert len(text) == len(got) == len(top) == 24
+        assert got == pytest.approx(logs.gather(1, torch.tensor(ids[first:])[:, None])[:, 0].tolist(), abs=1e-4)
+        for row, likely in zip(logs, top, strict=True):
+            values, best = row.topk(3)
+            expected = dict(zip(map(decoder.tokenizer.decode, best.tolist()), values.tolist(), strict=True))
+            assert {key: likely[key] for key in expected} == pytest.approx(expected, abs=1e-4)
+
+    for response in (
+        server.chat(**how, n=n, logprobs=True, top_logprobs=3),
+        server.chat(**how, n=n, logprobs=True, top_logprobs=3, stream=True),
+    ):
+        streamed = response.headers["content-type"].startswith("text/event-stream")
+        chunks = events(response) if streamed else [response.json()]
+        for index in range(n):
+            parts = [choice for chunk in chunks for choice in chunk["choices"] if choice["index"] == index]
+            scored = [each for part in parts if part["logprobs"] for each in part["logprobs"]["content"]]
+            tops = [{top["token"]: top["logprob"] for top in each["top_logprobs"]} for each in scored]
+            text = "".join((part.get("delta") or part.get("message") or {}).get("content", "") for part in parts)
+            assert "".join(each["token"] for each in scored) == text
+            check(chat, text, [each["logprob"] for each in scored], tops)
+    for choice in server.complete(**how, prompt=prompt, n=n, logprobs=3).json()["choices"]:
+        got = choice["logprobs"]
+        assert "".join(got["tokens"]) == choice["text"]
+        check(prompt, choice["text"], got["token_logprobs"], got["top_logprobs"])
+    assert server.engine.stats().accepted > before + 30 * n
+
+
+def test_11_an_unknown_model_is_not_found(server: Server) -> None:
+    error = refusal(server.chat(model="gpt-9"), 404)
+    assert error["param"] == "model" and "gpt-9" in error["message"] and NAME in error["message"]
+    refusal(server.complete(model="gpt-9"), 404)
+    refusal(server.post("/tokenize", {"model": "gpt-9", "prompt": "x"}), 404)
+    refusal(httpx.get(server.url + "/v1/models/gpt-9"), 404)
+
+
+KEY = {"Authorization": "Bearer secret"}
+WRONG = [None, "Bearer wrong", "secret", "Bearer secretsecret", "Basic c2VjcmV0", "Bearer \xe9"]
+
+
+def test_11_a_wrong_key_is_refused(decoder: SpecDecoder) -> None:
+    with serving(decoder.with_drafter("prompt-lookup"), api_key="secret") as server:
+        for given in WRONG:
+            headers = {} if given is None else {"Authorization": given.encode("latin-1")}
+            for path in ("/v1/models", "/metrics", "/openapi.json", "/nothing"):
+                error = refusal(httpx.get(server.url + path, headers=headers), 401)
+                assert "secret" not in error["message"]
+            for path in (CHAT, "/v1/completions", "/tokenize", "/detokenize"):
+                refusal(httpx.post(server.url + path, content=b"x", headers=headers), 401)
+        assert httpx.get(server.url + "/health").json() == {"status": "ok", "drafter": "on"}
+        assert httpx.get(server.url + "/").status_code == 200
+        assert httpx.get(server.url + "/v1/models", headers=KEY).json()["data"][0]["id"] == NAME
+
+
+USED = {
+    "audio": {"voice": "a"}, "best_of": 2, "function_call": "auto", "functions": [{}], "modalities": ["audio"],
+    "prediction": {}, "reasoning_effort": "low", "suffix": "x", "beam_width": 4,
+}  # fmt: skip
+
+
+def test_11_an_unsupported_parameter_is_refused_by_name(server: Server) -> None:
+    assert set(USED) - {"beam_width"} == set(UNUSED)
+    for name, value in USED.items():
+        for response in (server.chat(**{name: value}), server.complete(**{name: value})):
+            error = refusal(response, 400)
+            assert error["param"] == name and name in error["message"] and error["code"] == "unsupported_parameter"
+    for name, values in UNUSED.items():  # the value says that it is not used
+        for value in (None, *values):
+            assert server.complete(**{name: value, "max_tokens": 1}).status_code == 200, name
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_11_a_full_queue_says_when_to_come_back(other: SpecDecoder, n: int) -> None:
+    """Of a request with several choices none is started."""
+    text, texts = known(other, GREEDY), list[str]()
+    engine = other.engine(max_rows=1, max_waiting=1)
+    try:
+        with serving(other, engine) as server:
+            with Gate(engine) as gate:
+                asked = [
+                    threading.Thread(
+                        target=lambda: texts.append(server.chat(**GREEDY).json()["choices"][0]["message"]["content"])
+                    )
+                    for _ in range(3 - n)
+                ]
+                for number, thread in enumerate(asked, 1):
+                    thread.start()
+                    until(lambda number=number: engine.stats().waiting == number)
+                response = server.chat(n=n)
+                error = refusal(response, 429)
+                assert error["type"] == "rate_limit_error" and int(response.headers["Retry-After"]) > 0
+                client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+                with client, pytest.raises(openai.RateLimitError, match="waiting"):
+                    client.completions.create(model=NAME, prompt="Name", n=n)
+                gate.let()
+                assert engine.stats().running + engine.stats().waiting == len(asked)
+            for thread in asked:
+                thread.join(60)
+            assert texts == [text[:24]] * len(asked) and server.chat().status_code == 200
+    finally:
+        engine.close(drain=False)
+
+
+def test_11_a_prompt_that_is_too_long_is_refused_with_both_numbers(server: Server) -> None:
+    for response in (server.complete(prompt=[5] * 4096), server.complete(prompt="x" * 4096)):
+        error = refusal(response, 400)
+        assert "4096" in error["message"] and "4095" in error["message"]
+        assert error["code"] == "context_length_exceeded" and error["param"] == "prompt"
+    error = refusal(server.chat(messages=[{"role": "user", "content": "x" * 5000}]), 400)
+    assert "5020" in error["message"] and "4095" in error["message"] and error["param"] == "messages"
+    for response in (
+        server.chat(messages=[{"role": "user", "content": "x " * 300_000}]),
+        server.complete(prompt="x" * 300_000),
+    ):
+        error = refusal(response, 400)
+        assert "characters" in error["message"] and error["code"] == "context_length_exceeded"  # it is not tokenised
+    full = server.complete(**GREEDY, prompt=[5] * 4093, max_tokens=50).json()
+    assert full["usage"]["completion_tokens"] == 3 and full["choices"][0]["finish_reason"] == "length"
+
+
+def test_12_a_slow_reader_is_given_up_with_a_bounded_buffer_and_others_go_on(other: SpecDecoder) -> None:
+    text = known(other, GREEDY)
+    with serving(other, patience=2.0) as server:
+        slow = socket.socket()
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow.connect(("127.0.0.1", int(server.url.rpartition(":")[2])))
+        body = httpx.Request(
+            "POST",
+            server.url + CHAT,
+            json={"model": NAME, "messages": USER, "max_tokens": 4000, "n": 4, "seed": 1}
+            | {"stream": True, "logprobs": True, "top_logprobs": 20},
+        )
+        head = "".join(f"{key}: {value}\r\n" for key, value in body.headers.items())
+        slow.sendall(f"POST {CHAT} HTTP/1.1\r\n{head}\r\n".encode() + body.read())
+        until(lambda: server.engine.stats().running == 4)
+        [connection] = list(server.server.server_state.connections)
+        until(lambda: connection.transport.get_write_buffer_size() > 0)
+        waiting, right = 0, 0
+        while not any("cancelled" in line for line in server.lines):
+            waiting, right = max(waiting, connection.transport.get_write_buffer_size()), right + 1
+            assert server.chat(**GREEDY).json()["choices"][0]["message"]["content"] == text[:24]
+            assert right < 1000
+        assert right > 0 and waiting < 2**17  # bytes that the server keeps for it
+        until(lambda: server.engine.stats().running == 0)
+        slow.close()

@@ -1,0 +1,36 @@
+"""Requests made from the server's own OpenAPI document, valid and not: none is answered with 5xx."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import schemathesis
+from fastapi import FastAPI
+from hypothesis import HealthCheck, settings
+from schemathesis.checks import not_a_server_error
+from servers import NAME, Replay, byte_tokenizer, stand_in, tiny_decoder
+
+from specdec.serve.app import make_app
+from specdec.serve.settings import Settings
+
+DESCRIBED = make_app(stand_in(byte_tokenizer()), Replay(lambda request: []), Settings(NAME, hosts=("*",)))  # type: ignore[arg-type]
+schema = schemathesis.openapi.from_asgi("/openapi.json", DESCRIBED)
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FastAPI]:
+    """A server that decodes."""
+    engine = (decoder := tiny_decoder(tmp_path_factory.mktemp("tiny"))).engine(num_speculative_tokens=2)
+    limits = Settings(NAME, max_body=100_000, max_tokens=4, max_choices=8, hosts=("*",))
+    yield make_app(decoder, engine, limits, lambda line: None)
+    engine.close(drain=False)
+
+
+@schema.parametrize()
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+def test_no_request_makes_the_server_fail(case: schemathesis.Case, served: FastAPI) -> None:
+    """Every second one names the model and asks for few tokens, so that the rest of it is looked at, too."""
+    if isinstance(case.body, dict) and len(case.body) % 2:
+        case.body |= {"model": NAME} | dict.fromkeys(case.body.keys() & {"max_tokens", "max_completion_tokens"}, 3)
+    case.call_and_validate(checks=[not_a_server_error], app=served)

@@ -1,0 +1,616 @@
+"""Constrained decoding: what plain decoding under the same masks gives, for every drafter, and an end at the end."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import torch
+from click.testing import Result
+from sampled import p_value
+from scripted import Scripted, made
+from servers import Replay, byte_tokenizer, events, serving, stand_in
+from tiny import tiny_model
+from tiny_tokenizers import letters
+from transformers import LogitsProcessor, PreTrainedModel
+from typer.testing import CliRunner
+from zoo import EOS, PROMPTS, every, half, new_tokens, together
+
+from specdec import Choice, Grammar, Json, Regex, Request, SamplingParams, SpecDecError, SpecDecoder
+from specdec.base.errors import ConstraintError
+from specdec.cli import app
+from specdec.drafters.lookahead import LookaheadDrafter
+from specdec.drafters.medusa import Medusa, MedusaDrafter
+from specdec.drafters.prompt_lookup import PromptLookupDrafter
+from specdec.engine import batch, scoring
+from specdec.engine.depth import FixedDepth
+from specdec.engine.engine import Engine
+from specdec.engine.request import Event
+from specdec.runtimes.native import library
+from specdec.runtimes.native.target import NativeTarget
+from specdec.runtimes.reference import ReferenceTarget
+from specdec.speculation.constraints import LONGEST, Compiled, Constraint, ConstraintState, compiled
+from specdec.speculation.draft import Draft, Drafter, State
+from specdec.speculation.json_schema import can_end
+from specdec.speculation.sampling import Sampler
+from specdec.verifiers.exact import ExactVerifier
+
+pytest.importorskip("llguidance", reason="llguidance is not installed")
+SCHEMA = {
+    "type": "object",
+    "properties": {"kind": {"enum": ["north", "south"]}, "n": {"type": "integer", "minimum": 1, "maximum": 99}},
+    "required": ["kind", "n"],
+    "additionalProperties": False,
+}
+
+
+SERVED = {"vocab_size": 97, "hidden_size": 64, "head_dim": 32, "intermediate_size": 96}  # by the native runtime
+
+
+def request(prompt: list[int], rule: Compiled | None, count: int = 60, **more: object) -> Request:
+    processors = [] if rule is None else [rule.state(prompt)]
+    return Request(prompt, count, processors=processors, eos=frozenset([EOS]), **more)  # type: ignore[arg-type]
+
+
+def plainly(model: PreTrainedModel, prompt: list[int], rule: Compiled, count: int = 60) -> list[int]:
+    """Greedy decoding one token at a time; the mask of each is that of a new matcher."""
+    ids = list(prompt)
+    while len(ids) < len(prompt) + count and EOS not in ids[len(prompt) :]:
+        mask = rule.state(prompt).mask(ids[len(prompt) :])
+        ids.append(int(model(torch.tensor([ids])).logits[0, -1].masked_fill(~mask, float("-inf")).argmax()))
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("constraint", [Json(SCHEMA), Regex("[a-e]{3,9}(foo|fool)x?"), Choice(["left", "leftover"])])
+def test_greedy_equals_plain_constrained_decoding_for_every_drafter(constraint: Constraint) -> None:
+    model, rule = tiny_model(), made(constraint)
+    expected = [plainly(model, prompt, rule) for prompt in PROMPTS]
+    assert all(text[-1] == EOS and len(text) > 4 for text in expected)
+    target = ReferenceTarget(model)
+    for name, drafter in every(target).items():
+        drafter.bind(target)
+        rows = [request(prompt, rule) for prompt in PROMPTS]
+        together(target, drafter, rows, FixedDepth(4))
+        assert [new_tokens(row) for row in rows] == expected, name
+        assert [row.finished for row in rows] == ["eos"] * len(rows), name
+
+
+def test_forced_tokens_are_drafted_before_the_drafter_is_asked() -> None:
+    decoder = SpecDecoder(tiny_model(), letters(), Scripted(lambda ids, limit: []), runtime="reference")
+    output = decoder.generate([5, 6, 7], constraint=Json(SCHEMA), max_new_tokens=60)
+    assert set(json.loads(output.text)) == {"kind", "n"}
+    assert output.metrics.num_accepted_draft_tokens > 15
+    assert output.metrics.num_accepted_draft_tokens == output.metrics.num_draft_tokens
+    plain = decoder.with_drafter("none").generate([5, 6, 7], constraint=Json(SCHEMA), max_new_tokens=60)
+    assert plain.token_ids == output.token_ids and not plain.metrics.num_draft_tokens
+
+
+def test_tokens_drafted_beyond_the_end_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch, "FORCED", 0)
+    tokenizer, target = letters(), ReferenceTarget(tiny_model())
+    text = tokenizer("ab", add_special_tokens=False).input_ids
+
+    def script(ids: list[int], limit: int) -> list[tuple[int, int]]:
+        rest = [*text, EOS, EOS, 7][len(ids) - 1 :][:limit]
+        return [(token, place) for place, token in enumerate(rest)]
+
+    row = request([3], made(Regex("ab")), 20)
+    together(target, Scripted(script), [row], FixedDepth(4))
+    assert row.finished == "eos" and new_tokens(row) == [*text, EOS]
+    assert row.metrics.num_accepted_draft_tokens == 2
+
+
+def marked(text: str, tokens: list[int], rule: Compiled | None) -> tuple[State, list[int]]:
+    """Where the one row stands that has read ``text`` and these new ``tokens``."""
+    prompt = letters()(text).input_ids
+    target, row = ReferenceTarget(tiny_model()), request(prompt, rule)
+    return State(target, target.new_cache(), Sampler.of([row.sampling]), [prompt + tokens]), prompt
+
+
+def test_what_is_looked_up_ends_where_the_constraint_rules_it_out() -> None:
+    tokenizer, rule = letters(), made(Regex("ab(cd|ce)f*"))
+    [a, b, c, d, e, f, x] = tokenizer("abcdefx").input_ids
+
+    def drafted(rule: Compiled | None, drafter: Drafter, text: str = "abcxabcdffx") -> list[list[int]]:
+        state, _ = marked(text, [a, b], rule)
+        state.memory = [drafter.begin()]
+        return drafter.propose(state, 5).paths(0)
+
+    every = PromptLookupDrafter(2, 1, continuations=3)
+    assert drafted(None, PromptLookupDrafter())[-1] == [c, d, f, f, x]
+    assert drafted(rule, PromptLookupDrafter())[-1] == [c, d, f, f]
+    assert drafted(rule, every, "abxbcxbe") == [[c]]  # the third of three matches
+    assert [path[0] for path in drafted(None, every, "abxbcxbe") if len(path) == 1] == [x, e, c]
+    assert drafted(rule, PromptLookupDrafter(), "abxab") == []
+    pool = LookaheadDrafter(window=1, ngram=3)
+    assert [c, x] in drafted(None, pool, "bcxbcd") and [c, x] not in drafted(rule, pool, "bcxbcd")
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_how_many_tokens_may_follow(inside: bool) -> None:
+    tokenizer = letters(92)
+    tokenizer.add_tokens(["<think>", "</think>"])
+    tokenizer.chat_template = "</think>"
+    begin, end = tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
+    state = compiled(Regex("xyz?"), tokenizer, 97, frozenset([EOS])).state([begin] if inside else [5])
+    [x, y, z] = tokenizer("xyz").input_ids
+    prompt = [begin] if inside else [5]
+    text = [7, x, end, x, y, EOS] if inside else [begin, x, end, x, y, EOS]
+    for n in range(len(text)):
+        assert state.allows(prompt + text[:n], [*text[n:], z, z]) == len(text) - n
+    assert state.allows(prompt + text[:1], [7, EOS, 7]) == 1  # a block of reasoning must end
+    assert state.allows(prompt + text[:3], [x, x]) == 1 and state.allows(prompt + text[:3], [y]) == 0
+    assert state.allows(prompt + text, [EOS]) == 0 == state.allows([*prompt, *text[:3], z], [x])
+    assert not state.error_text
+
+
+def test_each_node_of_medusas_tree_is_chosen_under_the_mask_of_its_own_path() -> None:
+    """The heads like 9 and 8 best; without masks these are drafted."""
+    target, tokenizer, rule = ReferenceTarget(tiny_model()), letters(), made(Regex("(ab|ba|bb)c?x"))
+    drafter = MedusaDrafter(Medusa(target.hidden_size, 3), [[0.5, 0.3]] * 3, 12)
+    drafter.bind(target)
+    [a, b, c, x] = tokenizer("abcx").input_ids
+    liked = torch.zeros(1, 3, target.vocab_size)
+    liked[..., [8, 9]] = torch.tensor([8.0, 9.0])
+    liked[0, 0, [a, b]], liked[0, 1, [a, b]] = torch.tensor([3.0, 2.0]), torch.tensor([3.0, 2.5])
+    liked[0, 2, [c, x]] = torch.tensor([2.0, 1.0])
+
+    def drafted(rules: list[Compiled | None]) -> Draft:
+        rows = [request(PROMPTS[0], rule) for rule in rules]
+        sampler, ids = Sampler.of([row.sampling for row in rows]), [row.ids for row in rows]
+        drafter._logits = lambda state: liked.expand(len(rows), -1, -1)  # type: ignore[method-assign]
+        memory = [drafter.begin() for _ in rows]
+        return drafter.propose(State(target, target.new_cache(len(rows)), sampler, ids, memory=memory), 3)
+
+    under = [[a], [b], [a, b], [b, a], [b, b], *([*p, t] for p in ([a, b], [b, a], [b, b]) for t in (c, x))]
+    masked = drafted([rule]).paths(0)
+    assert sorted(masked) == sorted(under)
+    assert drafted([None]).paths(0)[:2] == [[9], [9, 9]]
+    mixed = drafted([rule, None])
+    assert all(path in under for path in mixed.paths(0))
+    assert [a] in mixed.paths(0)
+    assert [9] in mixed.paths(1) and [9, 9] in mixed.paths(1)
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_what_is_drafted_is_allowed(monkeypatch: pytest.MonkeyPatch, native: bool) -> None:
+    """By every drafter, for one row and several; lookahead's window excepted, which are guesses to learn from."""
+    if native and not library.runs():
+        pytest.skip("there are no native kernels here")
+    monkeypatch.setattr(batch, "FORCED", 0)
+    rule = made(Regex("[a-e]{3,9}(foo|fool)x?"))
+    model = tiny_model(**(SERVED if native else {}))
+    target = NativeTarget(model.bfloat16()) if native else ReferenceTarget(model)
+    for name, drafter in every(target).items():
+        if name in ("none", "lookahead (tree)", "hybrid (tree)"):
+            continue
+        own, drafted = drafter.propose, list[tuple[list[list[int]], Draft]]()
+
+        def spy(state: State, limit: int, own: Any = own, drafted: Any = drafted) -> Draft:
+            drafted.append(([list(ids) for ids in state.ids], own(state, limit)))
+            return drafted[-1][1]  # type: ignore[no-any-return]
+
+        drafter.propose = spy  # type: ignore[method-assign]
+        drafter.bind(target)
+        texts = []
+        for rows in ([request(PROMPTS[0], rule)], [request(prompt, rule) for prompt in PROMPTS]):
+            together(target, drafter, rows, FixedDepth(4))
+            texts.append(new_tokens(rows[0]))
+        nodes, state = 0, rule.state(())
+        for texts_before, draft in drafted:
+            for b, ids in enumerate(texts_before):
+                start = next(len(prompt) for prompt in PROMPTS if ids[: len(prompt)] == prompt)
+                for path in draft.paths(b):
+                    nodes += 1
+                    assert state.allows(ids[start:], path) == len(path), name
+        assert nodes or name == "prompt-lookup", name
+        assert texts[0] == texts[1], name
+
+
+def test_a_chain_ends_where_its_vocabulary_has_nothing_that_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch, "FORCED", 0)
+    target = ReferenceTarget(tiny_model())
+    known = set(half(target).tolist())
+    odd, even = (next(t for t in letters()("abcdefgh").input_ids if (t in known) == inside) for inside in (False, True))
+    rule = made(Regex(letters().decode([even, even, odd, even])))
+    for name, drafter in every(target).items():
+        drafter.bind(target)
+        rows = [request(prompt, rule) for prompt in PROMPTS]
+        together(target, drafter, rows, FixedDepth(4))
+        assert [new_tokens(row) for row in rows] == [[even, even, odd, even, EOS]] * 3, name
+
+
+def test_masked_medusa_drafts_more_of_what_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch, "FORCED", 0)
+    model, rule = tiny_model(), made(Regex("[a-e]{3,9}(foo|fool)x?"))
+    target, accepted, texts = ReferenceTarget(model), [], []
+    for blind in (False, True):
+        if blind:
+            monkeypatch.setattr(State, "constrained", False)
+        drafter = every(target)["medusa (tree)"]
+        drafter.bind(target)
+        drafter.estimates = not blind
+        rows = [request(prompt, rule) for prompt in PROMPTS]
+        together(target, drafter, rows, FixedDepth(4))
+        accepted.append(sum(row.metrics.num_accepted_draft_tokens for row in rows))
+        texts.append([new_tokens(row) for row in rows])
+    assert accepted[0] > 2 * accepted[1] and texts[0] == texts[1]
+
+
+class Unchanged(LogitsProcessor):  # type: ignore[misc]
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return scores
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_masks_are_made_along_what_is_accepted(monkeypatch: pytest.MonkeyPatch, alone: bool) -> None:
+    """A row with another processor has all masks, and the same text."""
+    monkeypatch.setattr(batch, "FORCED", 0)
+    model, rule = tiny_model(), made(Regex("[a-e]{3,9}(foo|fool)x?"))
+    text = plainly(model, PROMPTS[0], rule)
+
+    def script(ids: list[int], limit: int) -> list[tuple[int, int]]:
+        right = text[len(ids) - len(PROMPTS[0]) :][:2]
+        wrong = next(token for token in letters()("ab").input_ids if token not in right)
+        return [(wrong, 0), *zip(right, (0, 2), strict=False), (wrong, 1)]
+
+    row = request(PROMPTS[0], rule)
+    if not alone:
+        state = rule.state(PROMPTS[0])
+        row = Request(PROMPTS[0], 60, processors=[state, Unchanged()], eos=frozenset([EOS]))
+    constraint = row.sampling.constraint
+    assert constraint is not None and row.sampling.masked_greedy == alone
+    together(ReferenceTarget(model), Scripted(script), [row], FixedDepth(2))
+    assert new_tokens(row) == text and row.metrics.num_accepted_draft_tokens > 4
+    assert all(list(new) == text[: len(new)] for new in constraint.masks) == alone
+
+
+def test_masks_are_made_while_a_device_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before what it has chosen is read, which waits for it; after that, none is made."""
+    monkeypatch.setattr(batch, "FORCED", 0)
+    monkeypatch.setattr(scoring, "waits", lambda device: True)
+    model, rule, made_when = tiny_model(), made(Regex("[a-e]{3,9}(foo|fool)x?")), list[str]()
+    text, own, read = plainly(model, PROMPTS[0], rule), ConstraintState._mask, scoring.download
+
+    def noted(self: ConstraintState, new: list[int]) -> torch.Tensor | None:
+        made_when.append("mask")
+        return own(self, new)
+
+    def reads(*tensors: torch.Tensor) -> list[list[list[int]]]:
+        made_when.append("read")
+        return read(*tensors)
+
+    monkeypatch.setattr(ConstraintState, "_mask", noted)
+    monkeypatch.setattr(scoring, "download", reads)
+
+    def script(ids: list[int], limit: int) -> list[tuple[int, int]]:
+        made_when.append("draft")
+        return [(token, place) for place, token in enumerate(text[len(ids) - len(PROMPTS[0]) :][:2])]
+
+    row = request(PROMPTS[0], rule)
+    together(ReferenceTarget(model), Scripted(script), [row], FixedDepth(2))
+    assert new_tokens(row) == text
+    steps = " ".join(made_when).split("draft")[1:]
+    assert len(steps) > 2 and all(step.split()[-1] == "read" and "mask" in step for step in steps[:-1])
+
+
+def test_constrained_and_free_rows_share_a_batch() -> None:
+    model, rule = tiny_model(), made(Json(SCHEMA))
+    target = ReferenceTarget(model)
+    drafter = every(target)["prompt-lookup"]
+    alone = request(PROMPTS[1], None, 20)
+    together(target, drafter, [alone], FixedDepth(4))
+    rows = [request(PROMPTS[0], rule), request(PROMPTS[1], None, 20), request(PROMPTS[2], rule, draft=False)]
+    together(target, drafter, rows, FixedDepth(4))
+    assert new_tokens(rows[1]) == new_tokens(alone)
+    assert [new_tokens(rows[b]) for b in (0, 2)] == [plainly(model, PROMPTS[b], rule) for b in (0, 2)]
+    assert not rows[2].metrics.num_draft_tokens
+
+
+@pytest.mark.skipif(not library.runs(), reason="there are no native kernels here")
+def test_the_native_runtime_gives_plain_constrained_decoding() -> None:
+    target = NativeTarget(tiny_model(**SERVED).bfloat16())
+    rules = [made(Json(SCHEMA)), made(Regex("[a-e]{3,9}(foo|fool)x?"))]
+    texts = []
+    for name in ("none", "prompt-lookup", "early-exit", "early-exit (tree)"):
+        drafter = every(target)[name]
+        drafter.bind(target)
+        rows = [request(prompt, rule) for prompt in PROMPTS for rule in rules]
+        together(target, drafter, rows, FixedDepth(4))
+        texts.append([new_tokens(row) for row in rows])
+    assert texts == texts[:1] * len(texts)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "reasons"),
+    [("a<think>", "inside"), ("a", "may"), ("a<think>b</think>ccccc", "may"), ("a<think></think>", "not")],
+)
+def test_a_constraint_begins_after_a_block_of_reasoning(prompt: str, reasons: str) -> None:
+    tokenizer = letters(92)
+    tokenizer.add_tokens(["<think>", "</think>"])
+    tokenizer.chat_template = "{{ messages[0].content.split('</think>')[-1] }}"
+    begin, end = tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
+    rule = compiled(Regex("xy"), tokenizer, 97, frozenset([EOS]))
+    ids, xy = tokenizer(prompt).input_ids, tokenizer("xy").input_ids
+    state = rule.state(ids)
+    first = state.mask([])
+    assert first is not None
+    if reasons == "inside":
+        assert int(first.sum()) == 96 and not first[EOS]
+    else:
+        assert first.nonzero()[:, 0].tolist() == sorted([xy[0]] + [begin] * (reasons == "may"))
+    block = {"inside": [5, xy[0], end], "may": [begin, 5, xy[0], end], "not": []}[reasons]
+    assert all(int(state.mask(block[:n]).sum()) == 96 for n in range(1, len(block)))  # type: ignore[union-attr]
+    assert state.forced(ids + block, 9) == [*xy, EOS]
+    target = ReferenceTarget(tiny_model())
+    row = Request(ids, 100, processors=[state], eos=frozenset([EOS]))
+    together(target, every(target)["prompt-lookup"], [row], FixedDepth(4))
+    new = new_tokens(row)
+    answer = new[new.index(end) + 1 :] if reasons != "not" and end in new else new
+    assert answer == [*xy, EOS] if row.finished == "eos" else reasons != "not"
+
+
+# --- sampling --------------------------------------------------------------------------------------------------------
+
+VOCAB, ROWS, PROMPT = 7, 512, [3, 4, 3, 4]  # three special tokens and the characters !, ", #, $
+ABC = Regex('(!["#]|"[!$]|#)[!#]?"')
+
+
+def expected(model: PreTrainedModel, rule: Compiled, temperature: float) -> dict[tuple[int, ...], float]:
+    """The distribution of the first three tokens under the masks."""
+    p = {}
+    for outcome in product(range(VOCAB), repeat=3):
+        share, ids = 1.0, list(PROMPT)
+        for n, token in enumerate(outcome):
+            mask = rule.state(PROMPT).mask(outcome[:n])
+            if mask is None or not mask[token]:
+                share = 0.0
+                break
+            logits = model(torch.tensor([ids])).logits[0, -1].double() / temperature
+            share *= float(logits.masked_fill(~mask, float("-inf")).softmax(-1)[token])
+            ids.append(token)
+        p[outcome] = share
+    return p
+
+
+def fit(model: PreTrainedModel, name: str, rule: Compiled, masks: Compiled | None = None) -> float:
+    target = ReferenceTarget(model)
+    drafter = every(target)[name]
+    drafter.bind(target)
+    params = SamplingParams(temperature=2.0, seed=5)
+    rows = [request(PROMPT, masks or rule, 3, params=params, stream=stream) for stream in range(ROWS)]
+    together(target, drafter, rows, FixedDepth(2), max_rows=ROWS)
+    return p_value(Counter(tuple(new_tokens(row)) for row in rows), expected(model, rule, 2.0), ROWS)
+
+
+@pytest.mark.parametrize("name", ["none", "prompt-lookup", "early-exit", "early-exit (tree)", "layer-skip (tree)"])
+def test_sampling_follows_the_model_under_the_masks(name: str) -> None:
+    assert fit(tiny_model(vocab_size=VOCAB), name, made(ABC, VOCAB)) > 1e-4
+
+
+def test_another_constraint_fails_the_test_of_sampling() -> None:
+    other = made(Regex('(!["#]|"[!$]|#)[!#]"'), VOCAB)
+    assert fit(tiny_model(vocab_size=VOCAB), "early-exit", made(ABC, VOCAB), other) < 1e-4
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+
+TREE = {"type": "object", "properties": {"kind": {"enum": ["a", "b"]}, "next": {"$ref": "#"}}}
+
+
+@pytest.mark.parametrize(
+    ("schema", "ends"),
+    [
+        (TREE | {"required": ["kind"]}, True),
+        (TREE | {"required": ["kind", "next"]}, False),
+        ({"anyOf": [{"type": "null"}, TREE | {"required": ["next"]}]}, True),
+        ({"type": "array", "items": {"$ref": "#"}}, True),
+        ({"type": "array", "items": {"$ref": "#"}, "minItems": 2}, False),
+        ({"allOf": [{"$ref": "#/$defs/x"}], "$defs": {"x": {"$ref": "#/$defs/y"}, "y": {"$ref": "#/$defs/x"}}}, False),
+        ({"$ref": "#/$defs/a~1b", "$defs": {"a/b": {"type": "string"}}}, True),
+        ({"$ref": "https://example.org/other"}, True),
+    ],
+)
+def test_a_schema_that_requires_itself_has_no_finite_value(schema: dict[str, object], ends: bool) -> None:
+    assert can_end(schema) == ends
+
+
+@pytest.mark.parametrize(
+    ("constraint", "why"),
+    [
+        (Json({"type": "nope"}), "Invalid type"),
+        (Json({"type": "object", "dependentSchemas": {}}), "dependentSchemas"),
+        (Json({"enum": []}), "Unsatisfiable"),
+        (Json("{"), "JSON schema cannot be used"),
+        (Json("[1]"), "not a JSON object"),
+        (Json({"enum": ["x" * LONGEST]}), "shorten it"),
+        (Json({1: {2}}), "not JSON"),
+        (Json({"$ref": "#"}), "it requires itself, so no value has an end$"),
+        (Json({"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}), "it requires itself"),
+        (Json({"type": "array", "items": {"$ref": "#"}, "minItems": 1}), "it requires itself"),
+        (Json(TREE | {"required": ["kind", "next"]}), "it requires itself"),  # after a choice
+        (Json({"anyOf": [{"$ref": "#/$defs/a"}], "$defs": {"a": TREE | {"required": ["next"]}}}), "it requires itself"),
+        (Regex("^((a|aa){1000}){1000}$"), "too many expressions constructed$"),
+        (Json({"type": "string", "pattern": "^((a|aa){1000}){1000}$"}), "too many expressions constructed$"),
+        (Grammar('start: "abc" end\nend: "d" end'), "cannot be used: "),
+        (Json('{"enum": [NaN]}'), "NaN is not JSON$"),
+        (Json('{"items": ' * 9000 + "{}" + "}" * 9000), "shorten it"),
+        (Json('{"a":' * 9000 + "1" + "}" * 9000), "nested too deeply"),
+        (Regex("("), "unclosed group"),
+        (Grammar("start: start"), "it allows no text$"),
+        (Regex("[a&&b]"), "regular expression cannot be used"),
+        (Grammar("start: missing"), "grammar cannot be used"),
+        (Choice([]), "list of texts"),
+        (Choice("abc"), "list of texts"),
+    ],
+)
+def test_a_bad_constraint_is_refused_in_one_line(constraint: Constraint, why: str) -> None:
+    with pytest.raises(SpecDecError, match=why) as found:
+        made(constraint)
+    assert "\n" not in str(found.value) and len(str(found.value)) < 400
+
+
+@pytest.mark.parametrize("constraint", [Choice(["abc"]), Json({"const": "x" * 3000}), Regex("a{50}b?")])
+def test_a_text_that_is_forced_from_its_beginning_is_allowed(constraint: Constraint) -> None:
+    state = made(constraint).state([3])
+    assert len(state.forced([3], 4000)) >= 3 and state.error([3]) is None
+
+
+@pytest.mark.parametrize("pattern", ["(a{1,1000}){1,1000}", "(.*a){60}.*", "[ab]*a[ab]{40}", "(((a*)*)*b*)*!"])
+def test_what_ruins_other_regular_expressions_is_bounded(pattern: str) -> None:
+    state, began = made(Regex(pattern)).state([3]), time.perf_counter()
+    text = letters()("a" * 30, add_special_tokens=False).input_ids
+    assert state.allows([3], text) == 30 or state.error_text
+    assert time.perf_counter() - began < 60
+
+
+def test_a_constraint_that_fails_ends_its_own_request_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, rule = tiny_model(), made(Json(SCHEMA))
+    bad, good = request(PROMPTS[0], rule), request(PROMPTS[1], rule)
+    failing, go_to = bad.sampling.constraint, ConstraintState._go_to
+
+    def fails(self: ConstraintState, new: list[int]) -> bool:
+        if self is failing and len(new) > 4:
+            raise ValueError("too complex")
+        return go_to(self, new)
+
+    monkeypatch.setattr(ConstraintState, "_go_to", fails)
+    target = ReferenceTarget(model)
+    engine = Engine(target, every(target)["prompt-lookup"], ExactVerifier(), FixedDepth(4))
+    for row in (bad, good):
+        engine.submit(row)
+    for _ in engine.steps():
+        pass
+    assert bad.finished == "error" and "too complex" in str(bad.error)
+    assert good.finished == "eos" and new_tokens(good) == plainly(model, PROMPTS[1], rule)
+
+
+def test_what_cannot_keep_a_constraint_is_refused() -> None:
+    model = tiny_model()
+    with pytest.raises(SpecDecError, match="fast tokenizer"):
+        SpecDecoder(model, None, "none").generate([5], constraint=Regex("a"))
+    with pytest.raises(SpecDecError, match="ignore_eos"):
+        SpecDecoder(model, letters(), "none").generate([5], constraint=Regex("a"), ignore_eos=True)
+    lossy = SpecDecoder(model, letters(), "early-exit", verifier="confident")
+    with pytest.raises(SpecDecError, match="without scoring"):
+        lossy.generate([5], constraint=Regex("a"))
+
+
+def test_the_command_takes_a_schema(tmp_path: Path) -> None:
+    model, file = tmp_path / "model", tmp_path / "schema.json"
+    letters().save_pretrained(model)
+    tiny_model().save_pretrained(model)
+
+    def ran(schema: str) -> Result:
+        file.write_text(schema)
+        given = ["--model", str(model), "--drafter", "prompt-lookup", "--max-new-tokens", "60", "--quiet"]
+        return CliRunner().invoke(app, ["generate", *given, "--json-schema", str(file), "hello"])
+
+    good, bad, broken = ran(json.dumps(SCHEMA)), ran('{"enum": []}'), ran("{")
+    assert set(json.loads(good.stdout)) == {"kind", "n"}
+    assert bad.exit_code == 2 and "cannot be used" in bad.stderr
+    assert broken.exit_code == 2 and "error: " in broken.stderr and len(broken.stderr.splitlines()) == 1
+    file.unlink()
+    missing = CliRunner().invoke(app, ["generate", "--json-schema", str(file), "hello"])
+    assert missing.stderr.splitlines() == [f"error: --json-schema: {file} cannot be read: No such file or directory"]
+
+
+# --- the server ------------------------------------------------------------------------------------------------------
+
+
+def test_the_server_keeps_response_formats_and_refuses_bad_ones() -> None:
+    tokenizer = letters()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    decoder = SpecDecoder(tiny_model(), tokenizer, "prompt-lookup", runtime="reference")
+    schema = {"type": "json_schema", "json_schema": {"name": "place", "schema": SCHEMA, "strict": True}}
+    with serving(decoder) as server:
+        found = server.chat(max_tokens=60, n=2, seed=3, response_format=schema).json()
+        bad = server.chat(response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": []}}})
+        unnamed = server.chat(response_format={"type": "json_schema"})
+        words = server.chat(response_format="json")
+    for choice in found["choices"]:
+        assert set(json.loads(choice["message"]["content"])) == {"kind", "n"} and choice["finish_reason"] == "stop"
+    assert bad.status_code == unnamed.status_code == words.status_code == 400
+    assert words.json()["error"]["param"] == "response_format"
+    assert bad.json()["error"]["param"] == "response_format" and "Unsatisfiable" in bad.json()["error"]["message"]
+
+
+def test_a_constraint_that_cannot_be_kept_is_an_error_of_the_client() -> None:
+    script = [Event([65], depths=[0]), Event(finished="error", error=ConstraintError("the constraint cannot be kept"))]
+    with serving(stand_in(byte_tokenizer()), Replay(lambda request: script)) as server:
+        found = server.chat()
+    assert found.status_code == 400 and found.json()["error"]["message"] == "the constraint cannot be kept"
+
+
+def test_the_server_streams_constrained_rows_beside_each_other_and_ends_them_at_stop_strings() -> None:
+    tokenizer = letters()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    decoder = SpecDecoder(tiny_model(), tokenizer, "prompt-lookup", runtime="reference")
+    forms = [{"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": [kind]}}} for kind in ("ab", "cd")]
+    with serving(decoder) as server, ThreadPoolExecutor() as pool:
+        ask = partial(server.chat, max_tokens=60)
+        streams = list(pool.map(lambda form: events(ask(stream=True, response_format=form)), forms))
+        stopped = ask(response_format=forms[0], stop="b").json()["choices"][0]
+    texts = ["".join(chunk["choices"][0]["delta"].get("content", "") for chunk in stream) for stream in streams]
+    assert texts == ['"ab"', '"cd"'] and all(s[-1]["choices"][0]["finish_reason"] == "stop" for s in streams)
+    assert stopped["message"]["content"] == '"a' and stopped["finish_reason"] == "stop"
+
+
+STOPS = ["uth", "7"]
+
+
+def cut(text: str) -> bool:
+    """Whether a text of the schema has ended at a stop string; it is whole otherwise."""
+    if any(stop in text for stop in STOPS):
+        raise AssertionError(text)
+    if text.endswith("}"):
+        assert set(json.loads(text)) == {"kind", "n"}
+        return False
+    return True
+
+
+def test_streams_of_several_constrained_rows_end_at_stop_strings_with_every_drafter() -> None:
+    """Through the library and through the server with the official client: what plain decoding gives."""
+    tokenizer = letters()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    plain, prompt, rows = SpecDecoder(tiny_model(), tokenizer, "none", runtime="reference"), "where?", 4
+    how: dict[str, Any] = {"constraint": Json(SCHEMA), "max_new_tokens": 60, "temperature": 1.0, "seed": 1}
+    form = {"type": "json_schema", "json_schema": {"name": "place", "schema": SCHEMA}}
+    asked: Any = {"model": "tiny", "messages": [{"role": "user", "content": prompt}], "max_tokens": 60, "seed": 1}
+    asked |= {"n": rows, "stop": STOPS, "response_format": form, "temperature": 1.0}
+    how |= {"stop": STOPS, "num_speculative_tokens": 4}
+    expected = plain.generate_batch([prompt] * rows, **how)
+    texts = [output.text for output in expected]
+    assert {cut(text) for text in texts} == {False, True} and len(set(texts)) > 2
+    for name, drafter in every(plain.target).items():
+        decoder = plain.with_drafter(drafter)
+        with decoder.open([prompt] * rows, **how) as generation:
+            pieces = list(generation)
+            assert [output.token_ids for output in generation.outputs()] == [one.token_ids for one in expected], name
+        assert ["".join(parts) for parts in zip(*pieces, strict=True)] == texts, name
+        assert "".join(decoder.stream(prompt, **how)) == texts[0], name
+        engine = decoder.engine(max_rows=16, num_speculative_tokens=4)
+        with (
+            closing(engine),
+            serving(decoder, engine) as server,
+            openai.OpenAI(base_url=f"{server.url}/v1", api_key="none") as client,
+        ):
+            whole = client.chat.completions.create(**asked)
+            chunks = list(client.chat.completions.create(stream=True, **asked))
+        assert [choice.message.content for choice in whole.choices] == texts, name
+        assert {choice.finish_reason for choice in whole.choices} == {"stop"}, name
+        streamed, ends = Counter[int](), [""] * rows
+        for choice in (choice for chunk in chunks for choice in chunk.choices):
+            ends[choice.index] += choice.delta.content or ""
+            streamed[choice.index] += choice.finish_reason == "stop"
+        assert ends == texts and set(streamed.values()) == {1}, name

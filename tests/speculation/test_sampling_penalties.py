@@ -1,0 +1,121 @@
+"""Frequency penalty, presence penalty and bias of logits: what plain decoding gives under them, for every drafter."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import save_tiny, tiny_model
+from transformers import PreTrainedModel
+from typer.testing import CliRunner
+from zoo import PROMPTS, every, new_tokens, run, together
+
+from specdec import Request, SamplingParams, SpecDecError, SpecDecoder
+from specdec.cli import app
+from specdec.engine.depth import FixedDepth
+from specdec.runtimes.reference import ReferenceTarget
+
+COUNT = 16
+SETTINGS: dict[str, dict[str, Any]] = {
+    "frequency": {"frequency_penalty": 0.4},
+    "presence": {"presence_penalty": 1.5},
+    "rewards": {"frequency_penalty": -0.3, "presence_penalty": -1.0},
+    "bias": {"logit_bias": {5: 1.0, 9: -100.0, 11: 0.75}},
+    "all": {"frequency_penalty": 0.2, "presence_penalty": 0.3, "logit_bias": {7: -1.0, 8: 1.0}},
+}
+
+
+def plainly(model: PreTrainedModel, prompt: list[int], asked: dict[str, Any]) -> list[int]:
+    """Greedy decoding one token at a time, with OpenAI's formula."""
+    new = list[int]()
+    while len(new) < COUNT:
+        logits = model(torch.tensor([prompt + new])).logits[0, -1].float()
+        for token, bias in asked.get("logit_bias", {}).items():
+            logits[token] += bias
+        for token, count in Counter(new).items():
+            logits[token] -= asked.get("frequency_penalty", 0) * count + asked.get("presence_penalty", 0)
+        new.append(int(logits.argmax()))
+    return new
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@torch.inference_mode()
+def test_greedy_is_plain_decoding_under_the_formula_for_every_drafter(name: str) -> None:
+    """Every drafter under all of them together, and under one of the others."""
+    model, asked = tiny_model(), SETTINGS[name]
+    prompt = [token for _ in range(3) for token in plainly(model, PROMPTS[0], {})[:4]]  # of tokens that are penalised
+    right, plain = plainly(model, prompt, asked), plainly(model, prompt, {})
+    assert right != plain
+    target = ReferenceTarget(model)
+    drafters = list(every(target).values())
+    accepted = 0
+    for drafter in drafters if name == "all" else drafters[list(SETTINGS).index(name) :: len(SETTINGS) - 1]:
+        [got], ran = run(target, drafter, [prompt], COUNT, eos=None, **asked)
+        assert got == right, drafter.name
+        accepted += ran.metrics[0].num_accepted_draft_tokens
+    assert accepted
+
+
+@torch.inference_mode()
+def test_rows_of_a_batch_have_their_own() -> None:
+    model = tiny_model()
+    target = ReferenceTarget(model)
+    rows = [(prompt, asked) for prompt in PROMPTS[:2] for asked in ({}, *SETTINGS.values())]
+    for drafter in ("prompt-lookup", "medusa", "m2r2: grown level by level (tree)"):
+        requests = [Request(prompt, COUNT, SamplingParams(**asked)) for prompt, asked in rows]
+        drafting = every(target)[drafter]
+        drafting.bind(target)
+        together(target, drafting, requests, FixedDepth(3), max_rows=5)  # rows come and go
+        assert [new_tokens(request) for request in requests] == [plainly(model, *row) for row in rows]
+
+
+def test_sampling_is_that_of_plain_decoding() -> None:
+    target = ReferenceTarget(tiny_model())
+    drafters = every(target)
+    for asked in (SETTINGS["all"], SETTINGS["rewards"]):
+        sampling = {"temperature": 0.9, "top_p": 0.9, "seed": 3, **asked}
+        right, _ = run(target, drafters["none"], PROMPTS, COUNT, **sampling)
+        assert right != run(target, drafters["none"], PROMPTS, COUNT, temperature=0.9, top_p=0.9, seed=3)[0]
+        for drafter in ("m2r2: projection", "medusa (tree)", "lookahead (tree)"):
+            assert run(target, drafters[drafter], PROMPTS, COUNT, **sampling)[0] == right
+
+
+def test_a_bias_of_100_decides() -> None:
+    decoder = SpecDecoder(tiny_model(), drafter="prompt-lookup")
+    assert decoder.generate(PROMPTS[0], max_new_tokens=5, logit_bias={7: 100}, ignore_eos=True).token_ids == [7] * 5
+    banned = {token: -100.0 for token in range(97) if token not in (3, 4)}
+    drawn = decoder.generate(PROMPTS[0], max_new_tokens=30, logit_bias=banned, temperature=2.0, ignore_eos=True)
+    assert set(drawn.token_ids) == {3, 4}
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["--logit-bias", "x=1"], "--logit-bias takes TOKEN=BIAS"),
+        (["--logit-bias", "5=101"], "logit_bias must be a mapping of token ids to numbers in [-100, 100] or None"),
+        (["--presence-penalty", "3"], "presence_penalty must be a number in [-2, 2]"),
+    ],
+)
+def test_the_command_takes_them_and_refuses_others(given: list[str], says: str, tmp_path: Path) -> None:
+    command = ["generate", "Hi", "--model", str(save_tiny(tmp_path / "tiny")), "--max-new-tokens", "4", "--json"]
+    command += ["--drafter", "prompt-lookup", "--num-speculative-tokens", "2"]
+    asked = ["--logit-bias", "9=100", "--logit-bias", "10=-1", "--frequency-penalty", "0.5", "--compare"]
+    found = CliRunner().invoke(app, command + asked)
+    output = json.loads(found.stdout)
+    assert found.exit_code == 0 and output["token_ids"] == [9] * 4 and output["compare"]["identical"]
+    assert output["settings"]["logit_bias"] == {"9": 100.0, "10": -1.0}
+    refused = CliRunner().invoke(app, command + given)
+    assert refused.exit_code == 2 and says in refused.stderr
+
+
+def test_a_token_that_the_model_lacks_is_refused_on_every_way_in() -> None:
+    decoder = SpecDecoder(tiny_model(), drafter="none")
+    with pytest.raises(SpecDecError, match="logit_bias has token ids outside the model's vocabulary of 97"):
+        decoder.generate(PROMPTS[0], logit_bias={97: 1})
+    with decoder.engine() as engine, pytest.raises(SpecDecError, match="logit_bias has token ids outside"):
+        engine.submit(Request([5], 3, SamplingParams(logit_bias={10**6: 1})))
+    assert decoder.generate(PROMPTS[0], max_new_tokens=3, logit_bias={96: 1}).token_ids

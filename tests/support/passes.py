@@ -1,0 +1,146 @@
+"""Passes of runtimes for tests: a play of all kinds, adapters, models in blocks, and a stand-in for recorded passes."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from tiny import model_of
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+from specdec.models.gguf.blocks import BlockEmbedding, BlockLinear, Blocks
+from specdec.runtimes.adapters import Adapters
+from specdec.runtimes.layer_pass import Pass
+from specdec.runtimes.target import Target
+
+
+def play(target: Target) -> list[torch.Tensor]:
+    """A ragged prompt, single tokens, a tree, a resumed block: the states and logits of all real tokens."""
+    torch.manual_seed(1)
+    ids, cache, out = torch.randint(3, 97, (2, 30)), target.new_cache(2), []
+    rows = torch.zeros(2, 1, dtype=torch.long)  # committed tokens per row
+
+    def run(offsets: list[int], paths: list[list[int]], tree: torch.Tensor | None = None, cut: int = 2) -> None:
+        nonlocal rows
+        positions = rows + torch.tensor(offsets)
+        taps = {cut: torch.empty(0), 4: torch.empty(0)}
+        x = target.embed(ids.gather(1, positions), positions)
+        x = target.layers(x, 0, cut, Pass(positions, cache.mask(0, positions, tree), cache))
+        mask = cache.mask(cut, positions, tree)
+        x = target.layers(x, cut, 3, Pass(positions, mask, cache, taps))
+        x = target.layers(x, 3, 4, Pass(positions, mask, cache, taps))
+        logits = target.readout(x)
+        out.extend(t[b, path] for t in (taps[cut], taps[4], logits) for b, path in enumerate(paths))
+        cache.commit(paths)
+        rows = torch.tensor(cache.rows)[:, None]
+
+    run(list(range(9)), [list(range(9)), list(range(6))])  # row 1 gets three holes
+    run([0], [[0], [0]])
+    tree = torch.zeros(5, 5, dtype=torch.bool)
+    for node, ancestors in enumerate(([0], [0, 1], [0, 2], [0, 1, 3], [0, 2, 4])):
+        tree[node, ancestors] = True
+    run([0, 1, 1, 2, 2], [[0, 2, 4], [0, 1, 3]], tree, cut=3)
+    run([0, 1], [[0, 1], [0]], cut=1)
+    run([0], [[0], [0]])
+    return out
+
+
+def adapted_pass(target: Target, adapters: Adapters | None, t: int, adapted: int | None) -> torch.Tensor:
+    torch.manual_seed(2)
+    positions = torch.arange(t)[None].expand(2, -1)
+    cache = target.new_cache(2)
+    x = target.embed(torch.randint(3, 97, (2, t)), positions)
+    return target.layers(x, 0, 3, Pass(positions, cache.mask(0, positions), cache, adapters=adapters, adapted=adapted))
+
+
+def random_adapters(target: Target, leave_out: str = "") -> Adapters:
+    shapes = {i: {p: s for p, s in target.linears(i).items() if p != leave_out} for i in (0, 2)}
+    adapters = Adapters(shapes, rank=3)
+    with torch.no_grad():
+        for parameter in adapters.parameters():
+            parameter.normal_(std=0.3)
+    return adapters
+
+
+def apart(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((got - expected).abs().max() / expected.abs().max()).item()
+
+
+def _memory(tensor: Tensor) -> int:
+    opaque = tensor.layout == torch._mkldnn  # type: ignore[attr-defined]
+    return id(tensor) if opaque else tensor.untyped_storage().data_ptr()
+
+
+class _Log(TorchDispatchMode):
+    """The operations that run, with their numbers, and the memory of the tensors that came from outside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Any] = []
+        self.made: list[Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        inside = {_memory(t) for t in self.made}
+        entry = [str(func)]
+        for value in tree_flatten((args, kwargs))[0]:
+            if isinstance(value, Tensor):
+                own = _memory(value)
+                entry.append(f"{tuple(value.shape)} {'made' if own in inside else own}")
+            else:
+                entry.append(str(value))
+        assert "item" not in entry[0] and "nonzero" not in entry[0], "the host waits for the device"
+        out = func(*args, **(kwargs or {}))
+        self.made += [t for t in tree_flatten(out)[0] if isinstance(t, Tensor)]
+        self.seen.append(entry)
+        return out
+
+
+class Replay:
+    recorded = replayed = 0
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self.function, self.log = function, self._run(function)
+        Replay.recorded += 1
+
+    def _run(self, function: Callable[[], None]) -> list[Any]:
+        with _Log() as log:
+            function()
+        return log.seen
+
+    def __call__(self) -> None:
+        Replay.replayed += 1
+        assert self._run(self.function) == self.log, "a graph would do what was recorded"
+
+
+HALVES = {"Q4_0": [0], "Q4_1": [0, 2], "Q5_0": [0], "Q5_1": [0, 2], "Q8_0": [0]}
+HALVES |= {"Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208]}  # where a block has float16 numbers
+
+
+def in_blocks(
+    family: str = "llama", kinds: Sequence[str] = ("Q4_1", "Q5_0", "Q8_0"), **sizes: object
+) -> torch.nn.Module:
+    """A model in blocks of ``kinds``, in turns."""
+    model, each = model_of(family, **sizes), itertools.cycle(kinds)
+    for name, module in [*model.named_modules()]:
+        if name.endswith("proj") or name == "lm_head":
+            blocks = random_blocks(next(each), *module.weight.shape)
+            model.set_submodule(name, BlockLinear(blocks, module.bias, torch.bfloat16))
+    model.model.embed_tokens = BlockEmbedding(random_blocks("Q4_0", 97, model.config.hidden_size), torch.bfloat16)
+    return model
+
+
+def random_blocks(kind: str, out: int, inputs: int, scales: tuple[float, float] = (0.001, 0.02)) -> Blocks:
+    """Blocks of random codes; their float16 numbers are in the range ``scales``, of either sign."""
+    weights, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    random = np.random.default_rng(len(kind) * out + inputs)
+    data = random.integers(0, 256, (out, inputs // weights, size), dtype=np.uint8)
+    for at in HALVES[kind]:
+        halves = random.uniform(*scales, data.shape[:2]) * random.choice([-1, 1], data.shape[:2])
+        data[:, :, at : at + 2] = halves.astype(np.float16)[..., None].view(np.uint8)
+    return Blocks(torch.from_numpy(data.reshape(out, -1)), kind, inputs)

@@ -1,0 +1,41 @@
+"""Drafters, processors and constraints that do what a test gives."""
+
+from __future__ import annotations
+
+import torch
+from tiny_tokenizers import letters
+from transformers import LogitsProcessor
+from zoo import EOS
+
+from specdec.speculation.constraints import Compiled, Constraint, compiled
+from specdec.speculation.draft import Draft, Drafter, State
+
+
+class Scripted(Drafter):
+    """A drafter that proposes what ``script(ids, limit)`` returns for each row: [(token, parent block index), ...]."""
+
+    name = "scripted"
+
+    def __init__(self, script):
+        self.script = script
+
+    def propose(self, state: State, limit: int) -> Draft:
+        rows = [self.script(ids, limit) for ids in state.ids]
+        longest = max(rows, key=len)
+        parents = tuple(parent for _, parent in longest)
+        tokens = [[token for token, _ in row] + [-1] * (len(longest) - len(row)) for row in rows]
+        return Draft(torch.tensor(tokens, dtype=torch.long).view(len(rows), len(longest)), parents)
+
+
+class OnlyOddAfterEven(LogitsProcessor):
+    """A processor that looks at the last token: wrong prefixes would show."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        parity = 1 - int(input_ids[0, -1]) % 2
+        scores = scores.clone()
+        scores[:, [t for t in range(scores.shape[1]) if t % 2 != parity]] = float("-inf")
+        return scores
+
+
+def made(constraint: Constraint, vocab: int = 97) -> Compiled:
+    return compiled(constraint, letters(vocab - 3), vocab, frozenset([EOS]))

@@ -1,0 +1,260 @@
+"""Servers for tests: on a loopback port in a thread, around a tiny model or events that a test gives; in a process."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import torch
+import uvicorn
+from scripted import Scripted
+from tiny import save_tiny
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from specdec import SamplingParams, SpecDecoder
+from specdec.engine.engine import EngineStats
+from specdec.engine.metrics import RequestMetrics
+from specdec.engine.request import Event, Request
+from specdec.serve.app import make_app
+from specdec.serve.run import address, bind, config
+from specdec.serve.settings import Settings
+from specdec.speculation.sampling import Chooser
+
+NAME = "tiny"
+USER = [{"role": "user", "content": "Name three colours."}]
+
+
+def tiny_decoder(folder: Path, drafter: Any = "prompt-lookup", context: int = 4096) -> SpecDecoder:
+    return SpecDecoder.from_pretrained(save_tiny(folder, context), drafter, device="cpu", dtype=torch.float32)
+
+
+class Oracle(Scripted):
+    """Drafts what ``texts`` (token ids of prompts with their answers) go on with, four tokens deep.
+
+    slips: it drafts another token at every sixth place, so that drafts are accepted whole, in part and not at all.
+    tree: each token comes after a wrong sibling.
+    """
+
+    def __init__(self, slips: bool = False, tree: bool = False) -> None:
+        super().__init__(self.go_on)
+        self.texts, self.slips, self.tree = list[list[int]](), slips, tree
+
+    def go_on(self, ids: Sequence[int], limit: int) -> list[tuple[int, int]]:
+        text = next((text for text in self.texts if text[: len(ids)] == list(ids)), [])
+        nodes = list[tuple[int, int]]()
+        for depth, token in enumerate(text[len(ids) :][: min(limit, 4)]):
+            token = _other(token, 2) if self.slips and (len(ids) + depth) % 6 == 0 else token
+            parent = 2 * depth if self.tree else depth
+            nodes += [(_other(token, 1), parent)] * self.tree + [(token, parent)]
+        return nodes
+
+
+def _other(token: int, by: int) -> int:
+    return token - by if token >= by else token + by
+
+
+class Gate:
+    """Steps of an engine's thread wait for ``let``, until ``open``. rows: most that shared a step."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine, self.step, self.rows = engine, engine.step, 0
+        self.permits, self.done, self.free = threading.Semaphore(0), threading.Semaphore(0), False
+
+    def __enter__(self) -> Gate:
+        self.engine.step = self._step
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.open()
+        del self.engine.step
+
+    def _step(self) -> Any:
+        if not self.free:
+            self.permits.acquire()
+        self.rows = max(self.rows, len(self.engine.batch.rows))
+        try:
+            return self.step()
+        finally:
+            self.done.release()
+
+    def let(self, steps: int = 1) -> None:
+        """Run so many steps."""
+        for _ in range(steps):
+            self.permits.release()
+            assert self.done.acquire(timeout=60)
+
+    def open(self) -> None:
+        self.free = True
+        self.permits.release()
+
+
+class Server:
+    """A server on a loopback port. ``lines``: its log. ``url``: where it is."""
+
+    def __init__(self, decoder: SpecDecoder, engine: Any, settings: Settings) -> None:
+        self.decoder, self.engine, self.settings, self.lines = decoder, engine, settings, list[str]()
+        self.app = make_app(decoder, engine, settings, self.lines.append)
+        self.socket = bind("127.0.0.1", 0)
+        self.url = address(self.socket)
+        self.server = uvicorn.Server(config(self.app, settings, self.lines.append))
+        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.socket]}, daemon=True)
+
+    def post(self, path: str, body: Any, **more: Any) -> httpx.Response:
+        return httpx.post(self.url + path, json=body, timeout=600, **more)
+
+    def chat(self, **more: Any) -> httpx.Response:
+        return self.post("/v1/chat/completions", {"model": NAME, "messages": USER, "max_tokens": 24} | more)
+
+    def complete(self, **more: Any) -> httpx.Response:
+        return self.post("/v1/completions", {"model": NAME, "prompt": "Name", "max_tokens": 24} | more)
+
+    def figure(self, name: str) -> float:
+        """One of the figures for Prometheus."""
+        for line in httpx.get(self.url + "/metrics").text.splitlines():
+            if line.startswith(f"vllm:{name}{{"):
+                return float(line.rpartition(" ")[2])
+        raise KeyError(name)
+
+
+def events(response: httpx.Response) -> list[dict[str, Any]]:
+    """The objects of a stream, which must end with [DONE]."""
+    *parts, done, rest = response.text.split("\n\n")
+    assert done == "data: [DONE]" and rest == ""
+    return [json.loads(part.removeprefix("data: ")) for part in parts]
+
+
+@contextmanager
+def serving(decoder: SpecDecoder, engine: Any = None, **settings: Any) -> Iterator[Server]:
+    """A running server; ``engine``: one of the test's own."""
+    own = decoder.engine(max_rows=16) if engine is None else engine
+    server = Server(decoder, own, Settings(NAME, **settings))
+    server.thread.start()
+    try:
+        while not server.server.started:
+            assert server.thread.is_alive()
+        yield server
+    finally:
+        server.server.should_exit = True
+        server.thread.join(60)
+        if engine is None:
+            own.close(drain=False)
+
+
+class Process:
+    """``specdec serve`` with ``args``, ready. descriptors: how many it may open."""
+
+    def __init__(self, model: Path, *args: str, port: int = 0, descriptors: int | None = None) -> None:
+        command = [sys.executable, "-m", "specdec", "serve", "--model", str(model), "--drafter", "prompt-lookup"]
+        self.child = subprocess.Popen(
+            [*command, "--port", str(port), *args],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"HF_HUB_OFFLINE": "1"},
+            preexec_fn=descriptors and (lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors,) * 2)),
+        )
+        self.before: list[str] = []
+        for line in self.child.stderr:
+            self.before.append(line)
+            if found := re.search(r"is served at (http://\S+)", line):
+                self.url = found[1]
+                return
+        raise AssertionError("".join(self.before))
+
+    def rest(self) -> str:
+        """What it prints from now on; it must end."""
+        return self.child.communicate(timeout=600)[1]
+
+
+@contextmanager
+def process(*args: Any, **more: int) -> Iterator[Process]:
+    made = Process(*args, **more)
+    try:
+        yield made
+    finally:
+        made.child.kill()
+        made.child.wait()
+        made.child.stderr.close()
+
+
+class Replay:
+    """An engine whose requests get the events that ``script(request)`` makes; a script that waits holds the request.
+
+    handles: of all requests so far.
+    """
+
+    drafting = "on"
+
+    def __init__(self, script: Callable[[Request], Sequence[Event]], refuse: Exception | None = None) -> None:
+        self.script, self.refuse, self.handles, self.closed = script, refuse, list[Any](), False
+
+    def submit(self, request: Request) -> Any:
+        if self.refuse is not None:
+            raise self.refuse
+        self.handles.append(_Replayed(request, self.script(request)))
+        return self.handles[-1]
+
+    def stats(self) -> EngineStats:
+        return EngineStats(0, 0, 0, None, 0, 0, 0, 0, 0, 0)
+
+
+class _Replayed:
+    def __init__(self, request: Request, script: Sequence[Event]) -> None:
+        self.request, self.script, self.cancelled = request, script, False
+        self.metrics = RequestMetrics(len(request.prompt))
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+    async def __aiter__(self) -> Any:
+        for event in self.script:
+            await asyncio.sleep(0)
+            yield event
+
+
+def stand_in(tokenizer: Any, context: int = 4096, vocab: int = 512) -> Any:
+    """A decoder for servers around ``Replay``: a tokenizer, and nothing to decode with."""
+    target = SimpleNamespace(context=context, vocab_size=vocab)
+    drafter = SimpleNamespace(label="none")
+    made = SimpleNamespace(
+        tokenizer=tokenizer,
+        target=target,
+        drafter=drafter,
+        verifier=SimpleNamespace(threshold=None),
+        eos_ids=lambda: frozenset({0}),
+    )
+    made.request = lambda prompt, **given: SpecDecoder.request(made, prompt, chooser=Chooser(SamplingParams()), **given)
+    return made
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A token for each byte."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    return tokenizer
+
+
+def until(holds: Callable[[], bool]) -> None:
+    """Wait until it holds; ten minutes are far more than it takes."""
+    gate = threading.Event()
+    for _ in range(60_000):
+        if holds():
+            return
+        gate.wait(0.01)
+    raise AssertionError("it does not come true")

@@ -1,0 +1,226 @@
+"""Tiny random models, and folders of them with a character tokenizer and a chat template, as a user would have them."""
+
+from __future__ import annotations
+
+import copy
+import string
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+TEMPLATE = (
+    "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+
+
+def save_tiny(folder: Path, context: int = 4096, **sizes: int) -> Path:
+    """Write a float32 llama whose every token is one character, without special ones: it generates up to the limit."""
+    return _save(folder, "llama", {"max_position_embeddings": context, **sizes})
+
+
+def save_tiny_moe(folder: Path, kind: str = "mixtral") -> Path:
+    """The same as a mixture of 6 experts, of which a token takes 2."""
+    count = "num_local_experts" if kind == "mixtral" else "num_experts"
+    return _save(folder, kind, {count: 6, "num_experts_per_tok": 2})
+
+
+def _save(folder: Path, kind: str, more: dict[str, object]) -> Path:
+    characters = string.printable.replace("\r", "")
+    backend = Tokenizer(models.WordLevel({c: i for i, c in enumerate(characters)}))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    backend.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    size = {"vocab_size": len(characters), **more}
+    tiny_model(kind, eos_token_id=None, bos_token_id=None, **size).save_pretrained(folder)
+    return folder
+
+
+SMALL = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "first_k_dense_replace": 1}
+LATENT = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 8,
+    "q_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+}
+FAMILIES: dict[str, dict[str, object]] = {
+    "llama": {},
+    "mistral": {"sliding_window": 5},
+    "qwen2": {},
+    "qwen3": {"head_dim": 8},
+    "gemma": {"head_dim": 8},
+    "gemma2": {"head_dim": 8, "sliding_window": 5},
+    "gemma3_text": {
+        "head_dim": 8,
+        "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
+    "phi": {},
+    "phi3": {},
+    "gpt2": {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 128},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 16},
+    "gpt_neox": {},
+    "olmo2": {},
+    "mixtral": {"num_local_experts": 4},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 24,
+    },
+    "qwen3_moe": {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "smollm3": {"no_rope_layer_interval": 2},
+    "ministral3": {"head_dim": 8},
+    "gemma4_text": {
+        "head_dim": 8,
+        "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "per_layer_config": {"01": {"head_dim": 16}, "03": {"head_dim": 16}},
+        "hidden_size_per_layer_input": 0,
+        "tie_word_embeddings": False,
+    },
+    "llama4_text": {
+        "head_dim": 8,
+        "attention_chunk_size": 6,
+        "num_local_experts": 4,
+        "interleave_moe_layer_step": 2,
+        "intermediate_size_mlp": 48,
+        "floor_scale": 8,
+    },
+    "gpt_oss": {
+        "head_dim": 8,
+        "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    },
+    "deepseek_v3": {**ROUTED, **LATENT, "n_group": 2, "topk_group": 1},
+    "glm4_moe": {**ROUTED, "head_dim": 8},
+    "glm4_moe_lite": {**ROUTED, **LATENT, "n_group": 1},
+    "minimax_m2": {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
+}
+DELTA_NET = {
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+MAMBA2 = {"mamba_n_heads": 8, "mamba_d_state": 8, "mamba_chunk_size": 8}
+EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 24,
+}
+HYBRIDS: dict[str, dict[str, object]] = {  # families with recurrent layers
+    "qwen3_next": {"head_dim": 8, **DELTA_NET, **EXPERTS},
+    "qwen3_5_text": {"head_dim": 8, **DELTA_NET},
+    "qwen3_5_moe_text": {"head_dim": 8, **DELTA_NET, **EXPERTS},
+    "olmo_hybrid": DELTA_NET,
+    "granitemoehybrid": {
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+        **MAMBA2,
+        "num_local_experts": 4,
+        "shared_intermediate_size": 24,
+    },
+    "falcon_h1": {**MAMBA2, "mamba_d_ssm": 64, "mamba_d_head": 8, "head_dim": 8},
+    "bamba": {**MAMBA2, "attn_layer_indices": [1, 3]},
+    "nemotron_h": {
+        "layers_block_type": ["mamba", "attention", "mlp", "mamba"],
+        "head_dim": 8,
+        "ssm_state_size": 8,
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 8,
+        "n_groups": 2,
+        "chunk_size": 8,
+    },
+    "jamba": {
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "num_experts": 4,
+        "mamba_d_state": 8,
+        "mamba_dt_rank": 4,
+    },
+    "mamba2": {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 2, "chunk_size": 8},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
+    "lfm2_moe": {
+        "layer_types": ["conv", "full_attention"] * 2,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "num_dense_layers": 1,
+    },
+}
+
+
+def tiny_model(family: str = "llama", attention: str | None = None, **changes: object) -> PreTrainedModel:
+    """A random fp32 model of 4 layers, in evaluation mode, with logits spread enough to have clear winners."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **{**SMALL, **(FAMILIES | HYBRIDS)[family], **changes})
+    attention = attention or ("eager" if family in ("gemma2", "gpt_oss", "mamba2") else "sdpa")
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4)
+    return model.requires_grad_(False)
+
+
+def greedy_reference(model: PreTrainedModel, ids: list[int], count: int) -> list[int]:
+    """What ``model.generate`` returns: new tokens only."""
+    out = model.generate(torch.tensor([ids]), max_new_tokens=count, do_sample=False, pad_token_id=0)
+    return out[0, len(ids) :].tolist()
+
+
+ROPES = {
+    "llama": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0,
+              "high_freq_factor": 4.0, "original_max_position_embeddings": 32},
+    "qwen2": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32},
+    "phi3": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+}  # fmt: skip
+
+
+def rough_model(family: str, **changes: object) -> torch.nn.Module:
+    """A tiny model whose biases and norms are random, too."""
+    model = tiny_model(family, **changes)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    return model
+
+
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32}
+PHI = {"hidden_size": 128, "intermediate_size": 96}  # its heads share the hidden size
+
+
+def model_of(family: str, **changes: object) -> torch.nn.Module:
+    return rough_model(family, **((PHI if family == "phi3" else SIZES) | changes)).bfloat16()
+
+
+def without(model: PreTrainedModel, *layers: int) -> PreTrainedModel:
+    """A copy of a llama in which ``layers`` change nothing."""
+    model = copy.deepcopy(model)
+    for layer in layers:
+        for linear in (model.model.layers[layer].self_attn.o_proj, model.model.layers[layer].mlp.down_proj):
+            torch.nn.init.zeros_(linear.weight)
+    return model

@@ -1,0 +1,117 @@
+"""Training on a tiny model: its settings, its answers' tokens, and what a drafter of it drafts."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from specdec.drafters.m2r2 import M2R2, M2R2Drafter, M2R2Path
+from specdec.runtimes.layer_pass import Pass
+from specdec.runtimes.target import Target
+from specdec.speculation.draft import State
+from specdec.speculation.sampling import Sampler, SamplingParams
+from specdec.train import states
+from specdec.train.batches import assemble, windows
+from specdec.train.data import TrainingAnswer
+from specdec.train.m2r2_settings import M2R2Settings, wanted_states
+from specdec.train.settings import from_mapping
+from specdec.train.student import Teacher, draft_steps
+
+
+def shaken(path: M2R2Path, target: Target, vocab: torch.Tensor | None = None) -> M2R2:
+    """A network whose every parameter matters."""
+    network = M2R2(path, target, vocab)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.2)
+    return network.requires_grad_(False)
+
+
+def drafted(network: M2R2, target: Target, ids: list[int], count: int, sure: float = 1.0) -> list[int]:
+    """What the drafter itself proposes after ``ids`` (the last is the root), leaving at the last exit or where sure."""
+    drafter = M2R2Drafter(network, exit_confidence=sure)
+    drafter.bind(target)
+    memory = [drafter.begin()]
+    cache, old = target.new_cache(), len(ids) - 1
+    positions = torch.arange(old)[None]
+    taps = {layer: torch.empty(0) for layer in drafter.taps}
+    mask = cache.mask(0, positions)
+    target.layers(
+        target.embed(torch.tensor([ids[:-1]]), positions), 0, target.num_layers, Pass(positions, mask, cache, taps)
+    )
+    cache.commit([list(range(old))])
+    drafter.observe(memory, [list(range(old))], taps)
+    state = State(target, cache, Sampler(SamplingParams(temperature=0)), [ids], memory=memory)
+    return drafter.propose(state, count).tokens[0].tolist()
+
+
+@torch.inference_mode()
+def same_drafts(target: Target, path: M2R2Path) -> None:
+    """The student drafts exactly as the drafter."""
+    network = shaken(path, target)
+    teacher = Teacher(target, None)
+    for seed in range(4):
+        ids = torch.randint(3, 97, (9 + seed,), generator=torch.Generator().manual_seed(seed)).tolist()
+        chain = drafted(network, target, ids, 3)
+        answer = TrainingAnswer(tuple(ids[:4]), (*ids[4:], *chain, 5))
+        wanted = wanted_states(path, target.num_layers)
+        records = states._records(states._teach(target, [answer], wanted, lambda n: None), wanted)
+        rows = windows(records, 64)
+        batch = assemble(records, rows, 64, target.device)
+        root = len(ids) - 1 - rows[0][1]  # the window index of the root's position
+        own = [
+            [int(teacher.logits(final)[0, root + step].argmax()) for final, _ in exits]
+            for step, (exits, _) in enumerate(draft_steps(network, target, batch, 3))
+        ]
+        assert [tokens[-1] for tokens in own] == chain
+        assert own[0][0] == drafted(network, target, ids, 1, sure=0.0)[0]  # at the first exit
+
+
+class Tokens:
+    """Stands in for a tokenizer where answers come as token ids."""
+
+    chat_template = None
+    eos_token_id = 2
+
+    def decode(self, ids: list[int]) -> str:
+        return " ".join(map(str, ids))
+
+    def __call__(self, text: str, **options: Any) -> Any:
+        return SimpleNamespace(input_ids=list(map(int, text.split())))
+
+
+def recipe(answers: Path, output: Path, **changes: Any) -> M2R2Settings:
+    values: dict[str, Any] = {
+        "method": "m2r2",
+        "prompts": [str(answers)],
+        "output": str(output),
+        "dtype": "float32",
+        "segments": [[2, 4]],
+        "final_projection": True,
+        "rank": 4,
+        "draft_vocab": 60,
+        "steps": 24,
+        "minutes": None,
+        "rows": 4,
+        "window": 8,
+        "fit_tokens": 200,
+        "eval_fraction": 0.15,
+    }
+    return from_mapping(M2R2Settings, values | changes, "test")
+
+
+def searched(answers: Path, output: Path, **changes: Any) -> M2R2Settings:
+    given = {"search": True, "segments": [], "final_projection": False, "search_tokens": 300, "steps": 2}
+    return recipe(answers, output, **given | changes)
+
+
+def launched(processes: int, arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [sys.executable, *launcher, "-m", "specdec", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240)

@@ -1,0 +1,259 @@
+"""Every drafter, small and random, as a chain and as a tree, and a way to run them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from tiny import tiny_model
+
+from specdec.drafters.arla import Router
+from specdec.drafters.draft_model import DraftModelDrafter
+from specdec.drafters.eagle3 import Eagle3Drafter
+from specdec.drafters.eagle3_network import Eagle3, Eagle3Config, tapped
+from specdec.drafters.exits import (
+    DeedDrafter,
+    EarlyExitDrafter,
+    ExitHeads,
+    MixtureOfDepthsDrafter,
+    Routers,
+    SkipDecodeDrafter,
+)
+from specdec.drafters.hybrid import HybridDrafter
+from specdec.drafters.layer_skip import LayerSkipDrafter
+from specdec.drafters.lookahead import LookaheadDrafter
+from specdec.drafters.m2r2 import M2R2, M2R2Drafter, M2R2Path, PaperM2R2Drafter
+from specdec.drafters.medusa import Medusa, MedusaDrafter
+from specdec.drafters.mtp import MTPDrafter, MTPHead
+from specdec.drafters.ngram import NgramDrafter
+from specdec.drafters.none import NoDrafter
+from specdec.drafters.prompt_lookup import PromptLookupDrafter
+from specdec.engine.depth import FixedDepth
+from specdec.engine.engine import Engine
+from specdec.engine.metrics import RequestMetrics
+from specdec.engine.request import Request
+from specdec.runtimes.reference import ReferenceTarget
+from specdec.runtimes.target import Target
+from specdec.speculation.draft import Drafter, Verifier
+from specdec.speculation.sampling import SamplingParams, streams
+from specdec.verifiers.exact import ExactVerifier
+
+PROMPTS = [[5, 6, 7, 8], [9, 10, 11, 12, 13, 14, 15], [3]]
+EOS = 2
+
+
+def run(
+    target: Target,
+    drafter: Drafter,
+    prompts: list[list[int]],
+    count: int,
+    depth: int = 4,
+    eos: int | None = EOS,
+    verifier: Verifier | None = None,
+    exit: int | None = None,
+    **sampling: float,
+) -> tuple[list[list[int]], Ran]:
+    """The new tokens of each prompt, at most ``count``, and what else there is to say of them."""
+    drafter.bind(target)
+    params, ends = SamplingParams(**sampling), frozenset() if eos is None else frozenset([eos])  # type: ignore[arg-type]
+    requests = [
+        Request(prompt, count, params, stream=stream, eos=ends)
+        for prompt, stream in zip(prompts, streams(prompts), strict=True)
+    ]
+    together(target, drafter, requests, FixedDepth(depth, exit), verifier)
+    return [new_tokens(request) for request in requests], Ran(requests)
+
+
+class Ran(NamedTuple):
+    """Requests that have been run."""
+
+    requests: list[Request]
+
+    @property
+    def metrics(self) -> list[RequestMetrics]:
+        return [request.metrics for request in self.requests]
+
+
+def new_tokens(request: Request) -> list[int]:
+    return request.ids[len(request.prompt) :]
+
+
+def together(
+    target: Target,
+    drafter: Drafter,
+    requests: Sequence[Request],
+    policy: FixedDepth,
+    verifier: Verifier | None = None,
+    **options: Any,
+) -> Engine:
+    """Run requests that begin together to their ends, and return the engine."""
+    engine = Engine(target, drafter, verifier or ExactVerifier(), policy, **options)
+    for request in requests:
+        engine.submit(request)
+    for _ in engine.steps():
+        if error := next((request.error for request in requests if request.error is not None), None):
+            raise error
+    return engine
+
+
+def half(target: Target) -> torch.Tensor:
+    """A reduced draft vocabulary: about half of the tokens, the last one included."""
+    return torch.arange((target.vocab_size - 1) % 2, target.vocab_size, 2, dtype=torch.int32)
+
+
+def m2r2(
+    target: Target,
+    exit_layer: int,
+    segments: tuple[tuple[int, int], ...],
+    projection: bool,
+    early: bool,
+    siblings: Sequence[int] | None = None,
+    *,
+    exits: tuple[int, ...] = (),
+    router: int = 0,
+    kind: type[M2R2Drafter] = M2R2Drafter,
+    **options: int,
+) -> M2R2Drafter:
+    """A random M2R2 that drafts over every second token."""
+    torch.manual_seed(1)
+    layers = [layer for lo, hi in segments for layer in range(lo, hi)] + (list(range(exit_layer)) if early else [])
+    adapters = {layer: list(target.linears(layer)) for layer in layers}
+    network = M2R2(M2R2Path(exit_layer, segments, projection, 4, adapters, exits), target, half(target), router)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    for each in network.routers or ():
+        assert isinstance(each, Router)
+        torch.nn.init.normal_(each.out.weight, std=2.0)  # unsure of some, sure of others
+    return kind(network, siblings=siblings, **options)
+
+
+def heads(target: Target, *exits: int, whole: bool = False) -> ExitHeads:
+    """Random modules, over every second token or the whole vocabulary."""
+    torch.manual_seed(2)
+    network = ExitHeads(exits, 8, target, None if whole else half(target))
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return network
+
+
+def routers(target: Target, first: int = 1, whole: bool = False) -> Routers:
+    """Random routers: about half of the routed layers are run."""
+    torch.manual_seed(3)
+    network = Routers(first, target, None if whole else half(target))
+    torch.nn.init.normal_(network.weight)
+    torch.nn.init.zeros_(network.bias)
+    return network
+
+
+def medusa(target: Target, nodes: int | None = None, rooted: bool = False) -> MedusaDrafter:
+    torch.manual_seed(3)
+    network = Medusa(target.hidden_size, 3, 1, rooted, half(target))
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return MedusaDrafter(network, [[0.6, 0.3], [0.5, 0.3], [0.4, 0.2]], nodes)
+
+
+def eagle3(target: Target, own_embedding: bool = False, **options: Any) -> Eagle3Drafter:
+    """A random head over every second token; with an embedding of its own its states have another size."""
+    torch.manual_seed(4)
+    tokens = half(target).long()
+    width = 24 if own_embedding else target.hidden_size
+    config = Eagle3Config(tapped(target.num_layers), width, 4, 2, 8, 40, len(tokens), norm_first=not own_embedding)
+    network = Eagle3(config, target, tokens - torch.arange(len(tokens)), own_embedding)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.3)
+    return Eagle3Drafter(network, **options)
+
+
+def mtp(target: Target, **shape: Sequence[int]) -> MTPDrafter:
+    """A random layer of another model in the place of the one that a checkpoint has."""
+    torch.manual_seed(4)
+    d, place = target.hidden_size, (target.device, target.dtype)
+    own = ReferenceTarget(second(target, num_hidden_layers=1, hidden_size=d).model.to(*place))
+    norms = [torch.nn.LayerNorm(d, elementwise_affine=False) for _ in range(4)]
+    join = torch.nn.Linear(2 * d, d).requires_grad_(False).to(*place)
+    return MTPDrafter(MTPHead(own, join, *norms), **shape)  # type: ignore[arg-type]
+
+
+@functools.cache
+def other_model(vocab: int = 97, noise: float = 0.1, **changes: int | None) -> Target:
+    """A second model: its weights are the small llama's, disturbed (a little, so that they often agree)."""
+    model = tiny_model("llama", vocab_size=vocab, **changes)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(noise * parameter.std() * torch.randn(parameter.shape) if parameter.dim() > 1 else 0)
+    return ReferenceTarget(model)
+
+
+def second(target: Target, **changes: int | None) -> Target:
+    """A second model with the vocabulary of ``target``."""
+    few = target.vocab_size < 10
+    ends = dict.fromkeys(("eos_token_id", "pad_token_id", "bos_token_id")) if few else {}
+    return other_model(target.vocab_size, 1.0 if few else 0.1, **ends, **changes)
+
+
+def chains(target: Target) -> dict[str, Drafter]:
+    """Every drafter as a chain (of those that can be one), by name; what follows ": " tells variants apart."""
+    return {
+        "none": NoDrafter(),
+        "prompt-lookup": PromptLookupDrafter(),
+        "m2r2: projection": m2r2(target, 1, ((2, 3),), True, False),
+        "m2r2: projection to the end, adapters everywhere": m2r2(target, 1, ((2, 4),), False, True),
+        "m2r2: two projections, no early layer": m2r2(target, 0, ((1, 2), (3, 4)), True, False),
+        "m2r2: three early exits": m2r2(target, 3, (), False, True, exits=(1, 2), router=4),
+        "m2r2: exits that need no adapter": m2r2(target, 2, ((2, 4),), True, False, exits=(1, 2)),
+        "m2r2: an early exit, one behind a projection": m2r2(
+            target, 1, ((1, 2), (3, 4)), True, True, exits=(1, 2), router=4
+        ),
+        "m2r2-paper": m2r2(target, 2, (), False, True, kind=PaperM2R2Drafter),
+        "medusa": medusa(target, rooted=True),
+        "eagle3": eagle3(target),
+        "eagle3: with an embedding of its own": eagle3(target, True),
+        "mtp": mtp(target),
+        "draft-model": DraftModelDrafter(second(target)),
+        "early-exit": EarlyExitDrafter(),
+        "early-exit: trained": EarlyExitDrafter(network=heads(target, 2)),
+        "deed": DeedDrafter(heads(target, 1, 2, 3), 0.2),
+        "skip-decode": SkipDecodeDrafter(3, 1, horizon=9),
+        "mixture-of-depths": MixtureOfDepthsDrafter(routers(target)),
+        "layer-skip": LayerSkipDrafter(),
+        "layer-skip: parts": LayerSkipDrafter(attn=[1, 2], mlp=[2, 3]),
+        "hybrid": HybridDrafter([PromptLookupDrafter(2, 2), m2r2(target, 1, ((2, 3),), True, False)]),
+        "hybrid: an exit above a layer that m2r2 observes": HybridDrafter(
+            [PromptLookupDrafter(2, 2), EarlyExitDrafter(3), m2r2(target, 1, ((2, 3),), True, False)]
+        ),
+    }
+
+
+def trees(target: Target) -> dict[str, Drafter]:
+    """Every drafter that can draft a tree, doing so."""
+    return {
+        "prompt-lookup": PromptLookupDrafter(continuations=3),
+        "lookahead": LookaheadDrafter(),
+        "ngram": NgramDrafter(),
+        "ngram+m2r2": HybridDrafter([NgramDrafter(9), m2r2(target, 0, ((1, 2), (3, 4)), True, False, width=3)]),
+        "ngram+medusa": HybridDrafter([NgramDrafter(9), medusa(target, 9)]),
+        "m2r2": m2r2(target, 2, (), False, True, (3, 0, 2)),
+        "m2r2: after a projection": m2r2(target, 1, ((2, 4),), False, False, (1, 1, 1, 1)),
+        "m2r2: grown level by level": m2r2(target, 0, ((1, 2), (3, 4)), True, False, nodes=9, width=3),
+        "m2r2: several exits": m2r2(target, 2, ((3, 4),), True, False, (2, 1), exits=(1, 2), router=4),
+        "m2r2-paper": m2r2(target, 2, (), False, True, nodes=7, kind=PaperM2R2Drafter),
+        "medusa": medusa(target, 9),
+        "eagle3": eagle3(target, siblings=(2, 0, 1)),
+        "eagle3: grown level by level": eagle3(target, True, nodes=9, width=3),
+        "mtp": mtp(target, siblings=(2, 1)),
+        "draft-model": DraftModelDrafter(second(target, max_position_embeddings=16), siblings=(2, 0, 1)),
+        "early-exit": EarlyExitDrafter(3, siblings=(2, 1)),
+        "early-exit: trained": EarlyExitDrafter(nodes=8, network=heads(target, 2)),
+        "deed": DeedDrafter(heads(target, 1, 3, whole=True), 1.0, siblings=(2, 0, 1)),
+        "skip-decode": SkipDecodeDrafter(3, 1, horizon=9, siblings=(1, 1)),
+        "mixture-of-depths": MixtureOfDepthsDrafter(routers(target, 2, whole=True), siblings=(1, 2)),
+        "layer-skip": LayerSkipDrafter([0, 2], siblings=(1, 1, 1)),
+        "hybrid": HybridDrafter([PromptLookupDrafter(2, 2, 2), LookaheadDrafter()]),
+    }
+
+
+def every(target: Target) -> dict[str, Drafter]:
+    return chains(target) | {f"{name} (tree)": drafter for name, drafter in trees(target).items()}

@@ -1,0 +1,127 @@
+"""The base's own answers: what plain decoding gives, whatever else is in the batch, and kept when a run is killed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from rich.progress import Progress
+from tiny import greedy_reference, tiny_model
+
+from specdec import SpecDecoder
+from specdec.base.errors import SpecDecError
+from specdec.train import answers
+from specdec.train.answers import AnswerSampling, answer_prompts, encode_prompts
+from specdec.train.data import Prompt, TrainingAnswer
+
+ENDS = [*range(3, 97, 12)]  # answers end early and late
+GREEDY = AnswerSampling(0.0, 0.8, 0)
+
+
+@pytest.fixture(autouse=True)
+def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answers, "ROWS", 4)
+    monkeypatch.setattr(answers, "REFILL", 2)
+
+
+def some_prompts(count: int = 11) -> list[TrainingAnswer | list[int]]:
+    draw = random.Random(0)
+    return [[draw.randrange(3, 97) for _ in range(draw.randrange(1, 9))] for _ in range(count)]
+
+
+def made(
+    folder: Path, prompts: list[TrainingAnswer | list[int]], sampling: AnswerSampling = GREEDY, limit: int = 14
+) -> list[TrainingAnswer]:
+    decoder = SpecDecoder(tiny_model("llama", eos_token_id=ENDS), None, drafter="none")
+    folder.mkdir(exist_ok=True)
+    return answer_prompts(folder, decoder, prompts, limit, sampling, Progress(disable=True))
+
+
+def test_answers_of_a_refilled_batch_are_those_of_plain_decoding(tmp_path: Path) -> None:
+    prompts = some_prompts()
+    given = TrainingAnswer((1,), (2, 3))
+    out = made(tmp_path, [given, *prompts])
+    model = tiny_model("llama", eos_token_id=ENDS)
+    assert out[0] is given
+    for prompt, answer in zip(prompts, out[1:], strict=True):
+        assert isinstance(prompt, list) and list(answer.response_ids) == greedy_reference(model, prompt, 14)
+    assert len({len(a.response_ids) for a in out}) > 3
+
+
+def test_rows_that_come_and_go_in_the_native_runtime_do_not_touch_each_other(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32}
+    decoder = SpecDecoder(tiny_model("llama", eos_token_id=ENDS, **sizes).bfloat16(), None, drafter="none")
+    if decoder.target.runtime != "native":
+        pytest.skip("this machine has no native runtime")
+    prompts = [tuple(p) for p in some_prompts(14)]
+    together = {a.prompt_ids: a.response_ids for a in answers._generate(decoder, prompts, 300, GREEDY)}
+    for prompt in prompts:
+        assert together[prompt] == tuple(decoder.generate(list(prompt), max_new_tokens=300).token_ids)
+    assert len({len(answer) for answer in together.values()}) > 3
+
+
+def test_a_share_of_the_prompts_is_answered_by_sampling_and_each_draws_for_itself(tmp_path: Path) -> None:
+    prompts = some_prompts(24)
+    plain, mixed = made(tmp_path / "plain", prompts), made(tmp_path / "mixed", prompts, AnswerSampling(0.5, 5.0, 0))
+    differ = sum(a != b for a, b in zip(plain, mixed, strict=True))
+    assert 6 < differ < 18
+    fewer = made(tmp_path / "fewer", prompts[7:], AnswerSampling(0.5, 5.0, 0))
+    assert fewer == mixed[7:]
+    assert made(tmp_path / "other", prompts, AnswerSampling(0.5, 5.0, 1)) != mixed
+
+
+def test_a_killed_run_keeps_what_it_has_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = some_prompts()
+    whole = made(tmp_path / "whole", prompts)
+    generate, asked = answers._generate, []
+
+    def killed(decoder: SpecDecoder, left: list[tuple[int, ...]], *rest: object) -> Iterator[TrainingAnswer]:
+        asked.append(len(left))
+        for number, answer in enumerate(generate(decoder, left, *rest)):  # type: ignore[arg-type]
+            if number == 5 and len(asked) == 1:
+                raise KeyboardInterrupt
+            yield answer
+
+    monkeypatch.setattr(answers, "_generate", killed)
+    with pytest.raises(KeyboardInterrupt):
+        made(tmp_path / "parts", prompts)
+    file = tmp_path / "parts" / "answers.jsonl"
+    with file.open("a") as out:
+        out.write('{"prompt_ids": [1, 2')  # a line that was under way
+    assert made(tmp_path / "parts", prompts) == whole
+    assert asked == [11, 6] and len(file.read_text().splitlines()) == 11
+    with pytest.raises(SpecDecError, match="answers to other prompts"):
+        made(tmp_path / "parts", prompts[1:])
+    for damage, message in (("x", "answers to other prompts"), ('{"a": 1', "line 12 of"), ('{"a": 1}', "line 12 of")):
+        kept = file.read_text()
+        file.write_text(kept + damage + "\n")
+        with pytest.raises(SpecDecError, match=message):
+            made(tmp_path / "parts", prompts)
+        file.write_text(kept)
+
+
+def test_a_model_without_chat_template_takes_answers_as_token_ids_only() -> None:
+    class Tokens:
+        chat_template = None
+
+    with pytest.raises(SpecDecError, match="model 'plain' has no chat template for text prompts; give answers as"):
+        encode_prompts(Tokens(), [Prompt(("Hello",))], "plain")
+    assert encode_prompts(Tokens(), [TrainingAnswer((1,), (2, 3))], "plain") == [TrainingAnswer((1,), (2, 3))]
+
+
+def test_a_full_disk_and_a_prompt_that_is_too_long_are_clear_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SpecDecError, match="a prompt has 200 tokens, the model's context 128"):
+        made(tmp_path, [[3] * 200])
+
+    def full(*args: object) -> Iterator[TrainingAnswer]:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(answers, "_generate", full)
+    with pytest.raises(
+        SpecDecError, match=r"cannot write answers to .*No space left on device; .* free space and --resume"
+    ):
+        made(tmp_path, some_prompts())

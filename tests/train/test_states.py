@@ -1,0 +1,125 @@
+"""Teacher states: they are those of each answer alone, need the room that was announced, and show how far they are."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from tiny import tiny_model
+
+from specdec.base import terminal
+from specdec.base.errors import SpecDecError
+from specdec.runtimes.fused import FusedTarget
+from specdec.runtimes.reference import ReferenceTarget
+from specdec.runtimes.target import Target
+from specdec.train import states
+from specdec.train.data import TrainingAnswer
+from specdec.train.runtime import training_target
+
+WANTED = states.Wanted((0, 2), (1, 4))
+
+
+def some_answers(common: int) -> list[TrainingAnswer]:
+    """Answers of many lengths, whose prompts begin with ``common`` tokens and end with others."""
+    generator = torch.Generator().manual_seed(common)
+    draw = lambda count: tuple(torch.randint(3, 97, (count,), generator=generator).tolist())  # noqa: E731
+    begin = draw(common)
+    return [TrainingAnswer((*begin, 3 + n, *draw(4 * n % 7)), draw(5 + 13 * n % 80)) for n in range(9)]
+
+
+def alone(target: Target, answer: TrainingAnswer) -> dict[str, torch.Tensor]:
+    """What a pass over the one answer gives."""
+    ids = torch.tensor([answer.prompt_ids + answer.response_ids])
+    cache, taps = target.new_cache(), {layer: torch.empty(0) for layer in WANTED.hidden}
+    with torch.inference_mode():
+        logits = target.readout(states.whole_pass(target, ids, cache, taps))[0]
+    kept = slice(states.first_kept(len(answer.prompt_ids)), len(answer) - 1)
+    found = {"best": logits[kept].argmax(-1).int(), "log_z": logits[kept].logsumexp(-1)}
+    for layer in WANTED.kv:
+        for name, part in (("k", cache.keys[layer]), ("v", cache.values[layer])):
+            assert part is not None
+            found[f"{name}{layer}"] = part[0, :, : len(answer)].transpose(0, 1)
+    return found | {f"hidden{layer}": taps[layer][0, kept] for layer in WANTED.hidden}
+
+
+@pytest.mark.parametrize("common", [0, 1, 30])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "mistral", "gemma", "gpt2"])
+def test_states_are_those_of_each_answer_alone(
+    kind: str, common: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, answers = training_target(tiny_model(kind)), some_answers(common)
+    assert isinstance(target, ReferenceTarget if kind == "gpt2" else FusedTarget)
+    monkeypatch.setattr(states, "PASS_TOKENS", 200)  # several passes, of several answers each
+    monkeypatch.setattr(states, "READOUT_ROWS", 50)
+    monkeypatch.setattr(states, "SHARD_ANSWERS", 5)
+    for answer, record in zip(answers, states.compute(tmp_path, target, answers, WANTED), strict=True):
+        expected = alone(target, answer)
+        found = {"best": record.best, "log_z": record.log_z}
+        found |= {
+            f"{name}{layer}": part for layer, both in record.kv.items() for name, part in zip("kv", both, strict=True)
+        }
+        found |= {f"hidden{layer}": x for layer, x in record.hidden.items()}
+        assert record.ids.tolist() == [*answer.prompt_ids, *answer.response_ids] and found.keys() == expected.keys()
+        for key, value in expected.items():
+            torch.testing.assert_close(
+                found[key], value, rtol=1e-4, atol=1e-4, msg=lambda text, key=key: f"{key}: {text}"
+            )
+
+
+def test_what_all_answers_begin_with_is_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    target, tokens = training_target(tiny_model("llama")), [0]
+    layers = target.layers
+
+    def counted(x: torch.Tensor, lo: int, *given: Any) -> torch.Tensor:
+        tokens[0] += x.shape[0] * x.shape[1] * (lo == 0)
+        return layers(x, lo, *given)
+
+    monkeypatch.setattr(target, "layers", counted)
+    answers = [TrainingAnswer((*range(3, 23), 30 + n), (5, 6, 7, 8)) for n in range(8)]
+    states._teach(target, answers, WANTED, lambda n: None)
+    assert tokens[0] == 19 + 8 * 6  # hidden states are kept from two tokens before the answers on
+
+
+def test_the_layers_are_as_they_were_after_the_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed copies are freed, also when a pass fails: gradients go through the plain maps again."""
+    target = training_target(tiny_model("llama"))
+    assert isinstance(target, FusedTarget)
+    before, head = list(target._stacks["dense"]), target.head_format
+    states._teach(target, some_answers(3), WANTED, lambda n: None)
+    assert target._stacks["dense"] == before and target.head_format == head
+    for stage in (1, target.num_layers):
+        with pytest.raises(KeyError), target.prepared(stage):
+            raise KeyError
+        assert target._stacks["dense"] == before and target.head_format == head
+
+
+def test_the_tokens_reported_add_up() -> None:
+    target, answers, reported = training_target(tiny_model("llama")), some_answers(3), list[int]()
+    states._teach(target, answers, WANTED, reported.append)
+    assert sum(reported) == sum(map(len, answers)) and len(reported) == target.num_layers + 1
+
+
+def test_size_and_time_are_said_before_and_the_size_holds(tmp_path: Path) -> None:
+    target, answers, stream = training_target(tiny_model("llama")), some_answers(3), io.StringIO()
+    with terminal.Progress(console=Console(file=stream, width=200)) as progress:
+        states.compute(tmp_path, target, answers, WANTED, progress, "train")
+        states.compute(tmp_path, target, answers, WANTED, progress, "train")  # nothing is left to do
+    tokens = sum(map(len, answers))
+    assert stream.getvalue() == f"teacher states (train): {tokens} tokens, about 0.2 MB and 1 s\n"
+    size, seconds = states.estimate(target, answers, WANTED)
+    assert seconds > 0
+    shard = (tmp_path / "states-00000.safetensors").stat().st_size
+    assert size < shard < size + 4096  # the header, and a few numbers of each answer
+
+
+def test_too_little_room_is_known_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, usage = training_target(tiny_model("llama")), shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(SpecDecError, match=r"take about 0\.2 MB, and '.*' has 0\.0 MB free; free space and --resume"):
+        states.compute(tmp_path, target, some_answers(3), WANTED)
+    assert list(tmp_path.iterdir()) == []
