@@ -105,8 +105,10 @@ class ChainRow:
 class ChainDrafter(Drafter):
     """Drafts token by token; siblings beside the chain cost no drafting.
 
-    siblings, nodes: see ``Shape``. vocabulary: the tokens that subclasses draft from; None: all of them.
-    A drafter that ``estimates`` sizes its draft by its own probabilities, siblings included, if nothing else is given.
+    A drafter that ``has_probabilities`` sizes its draft by them, siblings included, if no shape is given.
+
+    siblings, nodes: see ``Shape``.
+    vocabulary: the tokens that subclasses draft from; None: all of them.
     """
 
     vocabulary: DraftVocabulary | None = None
@@ -122,7 +124,7 @@ class ChainDrafter(Drafter):
     def begin(self) -> Any:
         return ChainRow()
 
-    def observe(self, memory: list[Any], paths: list[list[int]], taps: dict[int, Tensor]) -> None:
+    def observe(self, row_states: list[Any], paths: list[list[int]], taps: dict[int, Tensor]) -> None:
         self.shape.observe(paths)
 
     def chain(
@@ -139,10 +141,10 @@ class ChainDrafter(Drafter):
         nothing that is allowed, and probabilities are those under the mask.
         """
         if self.vocabulary is not None:
-            self.vocabulary.follow(state, [row.context for row in state.memory])
+            self.vocabulary.follow(state, [row.context for row in state.row_states])
             vocab = self.vocabulary.tokens
         prices = state.prices
-        weighs = self.estimates and prices is not None and self.shape.nodes is None
+        weighs = self.has_probabilities and prices is not None and self.shape.nodes is None
         limit, siblings = (limit, [RANKS - 1] * limit) if weighs else self.shape.fit(limit, prices, len(state.ids))
         token, positions = state.roots, state.positions  # (B, 1)
         chain, beside, layers = [token[:, :0]], list[Tensor](), list[Tensor]()

@@ -77,7 +77,7 @@ class DraftModelDrafter(ChainDrafter):
         limit = min(limit, own.context + 1 - max(map(len, state.ids)))
         if limit < 1:
             return Draft.empty(len(state.ids), own.device)
-        self._follow(state.memory)
+        self._follow(state.row_states)
         cache = self.cache
         root: Tensor | None = self._catch_up(state.ids)
 

@@ -96,15 +96,15 @@ class Eagle3Drafter(ChainDrafter):
         few = config.vocab < target.vocab_size
         first = torch.arange(config.vocab, device=target.device) if few else None
         self.tokens = network.tokens if network.d2t is not None else first
-        self.estimates = self.shape.siblings is None and not waits(target.device)
+        self.has_probabilities = self.shape.siblings is None and not waits(target.device)
         self.start()
 
     def begin(self) -> Eagle3Row:
         return Eagle3Row()
 
-    def observe(self, memory: list[Any], paths: list[list[int]], taps: dict[int, Tensor]) -> None:
-        super().observe(memory, paths, taps)
-        for b, (row, path) in enumerate(zip(memory, paths, strict=True)):
+    def observe(self, row_states: list[Any], paths: list[list[int]], taps: dict[int, Tensor]) -> None:
+        super().observe(row_states, paths, taps)
+        for b, (row, path) in enumerate(zip(row_states, paths, strict=True)):
             if path:
                 states = [taps[layer][b] for layer in self.network.config.layers]
                 places = upload([path], states[0].device)[0]
@@ -119,7 +119,7 @@ class Eagle3Drafter(ChainDrafter):
         if self._grows(state):
             found = self._tree(state, limit, self.width if self.shape.nodes or state.prices else 1)
             return finish([found], limit, self.shape.nodes, state, found.levels())
-        rows: list[Eagle3Row] = state.memory
+        rows: list[Eagle3Row] = state.row_states
         known, drafted = torch.cat([row.last for row in rows]), -1  # (B, 1, D'); tokens drafted so far
 
         def step(token: Tensor, positions: Tensor) -> Readout:
@@ -138,7 +138,7 @@ class Eagle3Drafter(ChainDrafter):
         return verified and worth and self.shape.siblings is None
 
     def _tree(self, state: State, limit: int, width: int) -> Candidates:
-        [row] = state.memory
+        [row] = state.row_states
         known, level, position = row.last, 0, len(state.ids[0]) - 1
 
         def step(tokens: Tensor, parents: Tensor, paths: Tensor) -> Tensor:
@@ -156,7 +156,7 @@ class Eagle3Drafter(ChainDrafter):
 
     def _catch_up(self, state: State) -> None:
         """Run the pairs of what is new of the rows' texts, up to their roots."""
-        rows: list[Eagle3Row] = state.memory
+        rows: list[Eagle3Row] = state.row_states
         target, device, tapped = state.target, state.cache.device, len(self.network.config.layers)
         nothing = torch.empty(0, tapped * target.hidden_size, dtype=target.dtype, device=device)
         new = [torch.cat(row.states).to(device) if row.states else nothing for row in rows]  # (n, 3 D) each
@@ -191,7 +191,7 @@ class Eagle3Drafter(ChainDrafter):
 
         mask: bool [T, S], which slots each sees, for one row. counts: pairs that each row has; they see those before.
         """
-        rows, network = state.memory, self.network
+        rows, network = state.row_states, self.network
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             out = torch.zeros_like(q)

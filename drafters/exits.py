@@ -285,9 +285,11 @@ class SkipDecodeDrafter(ExitDrafter):
         return SkipDecodeRow()
 
     def leave(self, tokens: PartialPass, state: State) -> tuple[Any, ...]:
-        for row, ids in zip(state.memory, state.ids, strict=True):
+        for row, ids in zip(state.row_states, state.ids, strict=True):
             row.prompt = row.prompt or len(ids) - 1  # the first new token is known by now
-        done = min(len(ids) - row.prompt for row, ids in zip(state.memory, state.ids, strict=True)) + tokens.count - 1
+        done = (
+            min(len(ids) - row.prompt for row, ids in zip(state.row_states, state.ids, strict=True)) + tokens.count - 1
+        )
         # Rows share their layers: those of the row that is least far.
         layer = self.high - round((self.high - self.low) * min(done / self.horizon, 1.0))
         return self.read(tokens, layer)

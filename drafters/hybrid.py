@@ -66,7 +66,7 @@ class HybridDrafter(Drafter):
         self.whole_prompts = any(member.whole_prompts for member in self.members)
         self.blended = len(self.members) == 2 and self.members[0].blends
         last = self.members[-1]
-        self.estimates = self.blended and last.estimates
+        self.has_probabilities = self.blended and last.has_probabilities
         self.leaves_early, self.leaves_state = self.blended and last.leaves_early, self.blended and last.leaves_state
         self.path = "+".join(f"{member.name} {member.path}" for member in self.members)
 
@@ -77,13 +77,13 @@ class HybridDrafter(Drafter):
     def begin(self) -> list[Any]:
         return [member.begin() for member in self.members]
 
-    def end(self, memory: list[Any], ids: list[int]) -> None:
-        for member, own in zip(self.members, memory, strict=True):
+    def end(self, row_state: list[Any], ids: list[int]) -> None:
+        for member, own in zip(self.members, row_state, strict=True):
             member.end(own, ids)
 
     def propose(self, state: State, limit: int) -> Draft:
         if self.blended:
-            first, second = (replace(state, memory=[own[number] for own in state.memory]) for number in (0, 1))
+            first, second = (replace(state, row_states=[own[number] for own in state.row_states]) for number in (0, 1))
             if state.threshold is not None:  # n-grams have no confidence that drafts could be accepted by
                 return self.members[1].propose(second, limit)
             if (given := self.members[1].candidates(second, limit)) is not None:
@@ -91,7 +91,7 @@ class HybridDrafter(Drafter):
         used: dict[int, Draft] = {}  # by row
         missing = list(range(len(state.ids)))
         for number, member in enumerate(self.members):
-            draft = member.propose(replace(state, memory=[own[number] for own in state.memory]), limit)
+            draft = member.propose(replace(state, row_states=[own[number] for own in state.row_states]), limit)
             found = missing  # what the last one has found need not be read
             if number < len(self.members) - 1:
                 lists = draft.lists()
@@ -103,20 +103,20 @@ class HybridDrafter(Drafter):
             _give_back(draft, state.cache)
         if any(each is not draft for each in used.values()):
             _give_back(draft, state.cache)
-            for own in state.memory:
+            for own in state.row_states:
                 self.withdraw(own)
             draft = merge([used[b].paths(b) for b in range(len(state.ids))], state.cache.device)[0]
         if draft.exit_layer > min(self.taps, default=draft.exit_layer):
             _give_back(draft, state.cache)  # another member observes layers that scoring would not run
         return draft
 
-    def withdraw(self, memory: list[Any]) -> None:
-        for member, own in zip(self.members, memory, strict=True):
+    def withdraw(self, row_state: list[Any]) -> None:
+        for member, own in zip(self.members, row_state, strict=True):
             member.withdraw(own)
 
-    def observe(self, memory: list[Any], paths: list[list[int]], taps: dict[int, Tensor]) -> None:
+    def observe(self, row_states: list[Any], paths: list[list[int]], taps: dict[int, Tensor]) -> None:
         for number, member in enumerate(self.members):
-            member.observe([own[number] for own in memory], paths, taps)
+            member.observe([own[number] for own in row_states], paths, taps)
 
 
 def _give_back(draft: Draft, cache: KVCache) -> None:

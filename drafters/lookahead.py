@@ -57,7 +57,7 @@ class LookaheadDrafter(Drafter):
         length = self.ngram - 1  # of a trajectory
         running = max(min(self.window, limit - length + 1), 0)
         continuations = []
-        for b, (row, ids) in enumerate(zip(state.memory, state.ids, strict=True)):
+        for b, (row, ids) in enumerate(zip(state.row_states, state.ids, strict=True)):
             for end in range(max(row.seen, self.ngram), len(ids) + 1):
                 self._learn(row, ids[end - self.ngram : end])
             row.seen = len(ids) + 1
@@ -68,7 +68,7 @@ class LookaheadDrafter(Drafter):
             guesses = [state.allowed(b, list(rest[:limit])) for rest in row.pool.get(ids[-1], ())]
             continuations.append(guesses + [heads[:i] + trajectory for i, trajectory in enumerate(row.window)])
         draft, ends = merge(continuations, state.cache.device)
-        for row, last in zip(state.memory, ends, strict=True):
+        for row, last in zip(state.row_states, ends, strict=True):
             row.ends = last[len(last) - running :]
         return draft
 
@@ -79,12 +79,12 @@ class LookaheadDrafter(Drafter):
         known.insert(0, rest)
         del known[self.guesses :]
 
-    def withdraw(self, memory: _Row) -> None:
-        memory.ends = []
+    def withdraw(self, row_state: _Row) -> None:
+        row_state.ends = []
 
-    def observe(self, memory: list[Any], paths: list[list[int]], taps: dict[int, Tensor]) -> None:
+    def observe(self, row_states: list[Any], paths: list[list[int]], taps: dict[int, Tensor]) -> None:
         logits = taps[self.taps[0]]  # (B, 1 + M, V); a prompt has none
-        for b, (row, path) in enumerate(zip(memory, paths, strict=True)):
+        for b, (row, path) in enumerate(zip(row_states, paths, strict=True)):
             if row.ends:
                 for trajectory, answer in zip(row.window, logits[b, row.ends].argmax(-1).tolist(), strict=True):
                     self._learn(row, [*trajectory, answer])

@@ -88,7 +88,7 @@ class M2R2Drafter(ChainDrafter):
         self.network.freeze(target)
         self.vocabulary = DraftVocabulary(target, self.network.draft_vocab)
         self.draft_path: DraftPath | None = None  # for trees
-        self.estimates = self.num_exits == 1 and self.shape.siblings is None and not waits(target.device)
+        self.has_probabilities = self.num_exits == 1 and self.shape.siblings is None and not waits(target.device)
         self.start()
 
     def begin(self) -> M2R2Row:
@@ -106,7 +106,7 @@ class M2R2Drafter(ChainDrafter):
         width = self.width if self.shape.nodes or state.prices else 1
         if (found := self._found(state, limit, width)) is not None:
             return finish(found, limit, self.shape.nodes, state, found[0].levels())
-        *inputs, final = self._before(state.memory) or [torch.empty(0)]
+        *inputs, final = self._before(state.row_states) or [torch.empty(0)]
         tokens = PathPass(self.network, state.target, state.cache, Carry(final, inputs))
 
         def step(token: Tensor, positions: Tensor) -> Readout:
@@ -144,7 +144,7 @@ class M2R2Drafter(ChainDrafter):
         return verified and worth and self.shape.siblings is None and not path.exit_layer and not path.exits
 
     def _tree(self, state: State, limit: int, width: int) -> Candidates:
-        [row] = state.memory
+        [row] = state.row_states
         path = self._draft_path(state)
         *inputs, final = row.block
         if len(final) > 1:  # other rows were in the block
@@ -162,7 +162,7 @@ class M2R2Drafter(ChainDrafter):
 
     def _chains(self, state: State, limit: int) -> list[Candidates] | None:
         path, rows = self._draft_path(state), len(state.ids)
-        *inputs, final = self._before(state.memory)
+        *inputs, final = self._before(state.row_states)
         seed = Seed([ids[-1] for ids in state.ids], state.cache.rows, final, inputs, hidden=self.vocabulary.hidden)
         # A level is worth its price where the rows together are: the likeliest one, at least, as their mean.
         bounds = Bounds(limit, width=1, confidence=state.prices.bar / rows if state.prices else 0.0)
@@ -171,24 +171,24 @@ class M2R2Drafter(ChainDrafter):
     def _draft_path(self, state: State) -> DraftPath:
         """The path to the tokens that are drafted now."""
         network, vocabulary, path = self.network, self.vocabulary, self.draft_path
-        vocabulary.follow(state, [row.context for row in state.memory])
+        vocabulary.follow(state, [row.context for row in state.row_states])
         if path is None or path.tokens is not vocabulary.tokens:  # the vocabulary has grown
             heads, tokens = vocabulary.heads, vocabulary.tokens
             path = self.draft_path = DraftPath(network.frozen, network.path.segments, network.adapters, heads, tokens)
         return path
 
-    def _before(self, memory: list[M2R2Row]) -> list[Tensor]:
+    def _before(self, row_states: list[M2R2Row]) -> list[Tensor]:
         """The tapped states [B, 1, D] of the token before each root."""
         parts = [
-            [row.block[tap][row.number : row.number + 1, row.place : row.place + 1] for row in memory]
+            [row.block[tap][row.number : row.number + 1, row.place : row.place + 1] for row in row_states]
             for tap in range(len(self.taps))
         ]
         return [part[0] if len(part) == 1 else torch.cat(part) for part in parts]
 
-    def observe(self, memory: list[Any], paths: list[list[int]], taps: dict[int, Tensor]) -> None:
-        super().observe(memory, paths, taps)
+    def observe(self, row_states: list[Any], paths: list[list[int]], taps: dict[int, Tensor]) -> None:
+        super().observe(row_states, paths, taps)
         states = [taps[layer] for layer in self.taps]
-        for number, (row, path) in enumerate(zip(memory, paths, strict=True)):
+        for number, (row, path) in enumerate(zip(row_states, paths, strict=True)):
             if path:
                 row.block, row.number, row.place = states, number, path[-1]
 

@@ -159,7 +159,7 @@ class MedusaDrafter(Drafter):
         self.path = f"{shapes} {self.own is not None} {self.normed} {None if vocab is None else len(vocab)}"
         table = [row[: target.vocab_size if vocab is None else len(vocab)] for row in self.accuracy]
         self.tree = functools.cache(lambda depth, nodes: best_first(table[:depth], nodes))
-        self.estimates = not waits(target.device)
+        self.has_probabilities = not waits(target.device)
         self.start()
 
     def start(self) -> None:
@@ -181,7 +181,7 @@ class MedusaDrafter(Drafter):
         return Draft(best if tokens is None else tokens[best], tree.parents)
 
     def candidates(self, state: State, limit: int) -> list[Candidates] | None:
-        if not (self.estimates or state.constrained):
+        if not (self.has_probabilities or state.constrained):
             return None
         logits = self._logits(state)[:, : min(limit, self.network.heads)].float()  # (B, K, V')
         return [self._likeliest(state, row, logits[row]) for row in range(len(state.ids))]
@@ -216,7 +216,7 @@ class MedusaDrafter(Drafter):
 
     def _logits(self, state: State) -> Tensor:
         """Each head's logits [B, K, V'], over the vocabulary's tokens."""
-        finals = [row.final for row in state.memory]  # (1, 1, D) each
+        finals = [row.final for row in state.row_states]  # (1, 1, D) each
         final = finals[0] if len(finals) == 1 else torch.cat(finals)
         target, x = state.target, rms_unit(final)[:, 0]
         if self.normed:
@@ -225,12 +225,12 @@ class MedusaDrafter(Drafter):
             y = self.network(x)  # (B, K, D)
             return torch.stack([F.linear(y[:, k], weight) for k, weight in enumerate(self.own)], 1)
         root = rms_unit(target.embed(state.roots, state.positions)[:, 0]) if self.network.rooted else None
-        self.vocabulary.follow(state, [row.context for row in state.memory])
+        self.vocabulary.follow(state, [row.context for row in state.row_states])
         return self.vocabulary.logits(self.network(x, root), read_normed if self.normed else target.readout)
 
-    def observe(self, memory: list[Any], paths: list[list[int]], taps: dict[int, Tensor]) -> None:
+    def observe(self, row_states: list[Any], paths: list[list[int]], taps: dict[int, Tensor]) -> None:
         states = taps[self.taps[0]]
-        for number, (row, path) in enumerate(zip(memory, paths, strict=True)):
+        for number, (row, path) in enumerate(zip(row_states, paths, strict=True)):
             if path:
                 row.final = states[number : number + 1, path[-1] : path[-1] + 1]
 

@@ -142,15 +142,15 @@ class MTPDrafter(ChainDrafter):
         if self.head.own.hidden_size != target.hidden_size or self.head.own.vocab_size != target.vocab_size:
             raise SpecDecError("the multi-token prediction layer is of another model; its sizes differ")
         self.taps = (target.num_layers,)
-        self.estimates = self.shape.siblings is None and not waits(target.device)
+        self.has_probabilities = self.shape.siblings is None and not waits(target.device)
         self.start()
 
     def begin(self) -> MTPRow:
         return MTPRow(self.head.own)
 
-    def observe(self, memory: list[Any], paths: list[list[int]], taps: dict[int, Tensor]) -> None:
-        super().observe(memory, paths, taps)
-        for row, path, states in zip(memory, paths, taps[self.taps[0]], strict=True):
+    def observe(self, row_states: list[Any], paths: list[list[int]], taps: dict[int, Tensor]) -> None:
+        super().observe(row_states, paths, taps)
+        for row, path, states in zip(row_states, paths, taps[self.taps[0]], strict=True):
             if path:
                 row.known.append(states[path])
 
@@ -159,7 +159,7 @@ class MTPDrafter(ChainDrafter):
         self.cache, self.rows = self.head.own.new_cache(0), list[MTPRow]()  # whose the cache's rows are
 
     def propose(self, state: State, limit: int) -> Draft:
-        head, target, rows = self.head, state.target, state.memory
+        head, target, rows = self.head, state.target, state.row_states
         self._follow(rows)
         self._catch_up(target, rows, state.ids)
         last, drafted = torch.cat([row.last for row in rows]), False  # (B, 1, D)

@@ -57,7 +57,7 @@ class NgramDrafter(Drafter):
         "suffix matches in the text and earlier requests, and a prior counted in a corpus; no training"
     )
     blends: ClassVar[bool] = True
-    estimates = True
+    has_probabilities = True
 
     def __init__(self, nodes: int | None = None, store: int | bool = STORE, prior: bool = True) -> None:
         self.nodes = None if nodes is None else options.whole("nodes", nodes, 1)
@@ -76,9 +76,9 @@ class NgramDrafter(Drafter):
     def begin(self) -> NgramRow:
         return NgramRow()
 
-    def end(self, memory: NgramRow, ids: list[int]) -> None:
-        if memory.store is not None:
-            memory.store.add([*ids[-self.size // 2 :], -1])
+    def end(self, row_state: NgramRow, ids: list[int]) -> None:
+        if row_state.store is not None:
+            row_state.store.add([*ids[-self.size // 2 :], -1])
 
     def propose(self, state: State, limit: int) -> Draft:
         return self.blend(state, limit, [NOTHING] * len(state.ids))
@@ -89,12 +89,12 @@ class NgramDrafter(Drafter):
         return finish(found, limit, self.nodes, state, levels)
 
     def _grown(self, state: State, row: int, limit: int, given: Candidates) -> Candidates:
-        memory, ids, chooser = state.memory[row], state.ids[row], state.sampler.rows[row]
-        if self.size and memory.store is None:
-            memory.store = self.stores.of(state.scopes[row] if state.scopes else None)
-        memory.texts.add(ids[memory.seen :])
-        memory.seen = len(ids)
-        kept = (self.corpus, TRUST["corpus"]), (memory.store, TRUST["store"]), (memory.texts, TRUST["own"])
+        row_state, ids, chooser = state.row_states[row], state.ids[row], state.sampler.rows[row]
+        if self.size and row_state.store is None:
+            row_state.store = self.stores.of(state.scopes[row] if state.scopes else None)
+        row_state.texts.add(ids[row_state.seen :])
+        row_state.seen = len(ids)
+        kept = (self.corpus, TRUST["corpus"]), (row_state.store, TRUST["store"]), (row_state.texts, TRUST["own"])
         sources = [(texts, trust) for texts, trust in kept if texts is not None]
         noise = None
         if not chooser.transforms.greedy:

@@ -88,15 +88,15 @@ class PromptLookupDrafter(Drafter):
     def begin(self) -> _Index:
         return _Index(self.sizes, self.continuations)
 
-    def end(self, memory: _Index, ids: list[int]) -> None:
-        if memory.store is not None:
-            memory.store.add(ids)
+    def end(self, row_state: _Index, ids: list[int]) -> None:
+        if row_state.store is not None:
+            row_state.store.add(ids)
 
     def propose(self, state: State, limit: int) -> Draft:
         return merge([self._lookup(state, row, limit) for row in range(len(state.ids))], state.cache.device)[0]
 
     def _lookup(self, state: State, row: int, limit: int) -> list[list[int]]:
-        index, ids = state.memory[row], state.ids[row]
+        index, ids = state.row_states[row], state.ids[row]
         if self.stores is not None:
             index.store = self.stores.of(state.scopes[row] if state.scopes else None)
         # An n-gram enters the index once its continuation is known, so the current suffix never finds itself.

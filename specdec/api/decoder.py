@@ -26,8 +26,8 @@ from specdec.base.errors import SpecDecError
 from specdec.base.memory import free_memory
 from specdec.base.options import Count, Depth, SamplingOptions, SamplingParams
 from specdec.base.settings import Whole, checked, shown
-from specdec.engine.depth import MOST, AutoDepth, DepthPolicy, FixedDepth
-from specdec.engine.depth.measure import costs, keep
+from specdec.engine.depth import MAX_DEPTH, AutoDepth, DepthPolicy, FixedDepth
+from specdec.engine.depth.measure import costs, store
 from specdec.engine.engine import Engine
 from specdec.engine.request import Request, check_prompt
 from specdec.models import catalogue, generation_config, loading
@@ -37,7 +37,7 @@ from specdec.runtimes.select import make_target, needs_cpu
 from specdec.speculation import registry
 from specdec.speculation.constraints import Compiled, Constraint, compiled
 from specdec.speculation.draft import Drafter, Verifier
-from specdec.speculation.sampling import Chooser, streams
+from specdec.speculation.sampling import RowSampler, streams
 
 SAMPLING = frozenset(SamplingOptions.__annotations__)
 MAX_NEW_TOKENS = 128  # where a request does not say
@@ -214,12 +214,12 @@ class SpecDecoder:
         stream: Annotated[Whole, Field(ge=0)] = 0,
         draft: bool = True,
         scope: str | None = None,
-        chooser: Chooser | None = None,
+        sampler: RowSampler | None = None,
         **given: Unpack[RequestOptions],
     ) -> Request:
         """A request for an engine, with the penalties and the end tokens of the model's ``generation_config``.
 
-        stream: which of several answers to one prompt. draft: False decodes plainly. scope: as in ``Request``. chooser:
+        stream: which of several answers to one prompt. draft: False decodes plainly. scope: as in ``Request``. sampler:
         of the tokens, in place of the options of sampling, of processors and of the config.
         Raises SpecDecError for values of the wrong type or out of range and for prompts that do not fit.
         """
@@ -236,21 +236,21 @@ class SpecDecoder:
                 f"verifier '{self.verifier.name}' accepts drafts without scoring them, so there are no "
                 "log-probabilities; use the verifier 'exact'"
             )
-        if chooser is None:
+        if sampler is None:
             asked: dict[str, Any] = {name: value for name, value in given.items() if name in SAMPLING}
             params, others = SamplingParams(**asked), given.get("logits_processor", ())
             processors = generation_config.processors(self.model, ids, limit, params.repetition_penalty, others)
             if (rule := given.get("constraint")) is not None:
                 processors.append(self.compile(rule, ignore_eos).state(ids))
             own = replace(params, repetition_penalty=None)  # transformers has made it
-            chooser = Chooser(own, processors, stream, start=len(ids))
+            sampler = RowSampler(own, processors, stream, start=len(ids))
         return Request(
             ids,
             limit,
             eos=frozenset() if ignore_eos else self.eos_ids(),
             stop=Detokenizer(self.tokenizer, stops).push if stops else None,
             draft=draft,
-            chooser=chooser,
+            sampler=sampler,
             logprobs=logprobs,
             prompt_logprobs=given.get("prompt_logprobs", False),
             scope=scope,
@@ -362,7 +362,7 @@ class SpecDecoder:
             _busy.discard(claim)
             raise
         release = weakref.finalize(engine, _busy.discard, claim)
-        engine.ended = functools.partial(self._ended, policy, release)
+        engine.on_close = functools.partial(self._ended, policy, release)
         return engine
 
     def _claim(self) -> int:
@@ -395,18 +395,18 @@ class SpecDecoder:
         if not self.drafter.drafts:
             return FixedDepth(0)
         if self.verifier.threshold is not None:
-            return FixedDepth(MOST)  # the drafter's confidence ends a draft
+            return FixedDepth(MAX_DEPTH)  # the drafter's confidence ends a draft
         if not self.verifier.lossless:
             return FixedDepth(LOSSY_DEPTH)  # the text depends on the depth, so no clock may choose it
         if self._auto is None:
-            self._auto = AutoDepth(costs(self.target, self.drafter, self.verifier), self.drafter.estimates)
+            self._auto = AutoDepth(costs(self.target, self.drafter, self.verifier), self.drafter.has_probabilities)
         return self._auto
 
     def _ended(self, policy: DepthPolicy, release: Callable[[], object]) -> None:
         """Keep the costs that the request measured, and release the drafter."""
         try:
             if isinstance(policy, AutoDepth) and time.monotonic() - self._kept_at >= KEEP_EVERY:
-                keep(self.target, self.drafter, policy.costs())
+                store(self.target, self.drafter, policy.costs())
                 self._kept_at = time.monotonic()
         finally:
             release()

@@ -64,7 +64,7 @@ class Generation:
             ledger.restart()
             for row, _ in events:
                 text = self.texts[row]
-                pieces[row] = text.take() if self.requests[row].finished is None else text.finish()
+                pieces[row] = text.take() if self.requests[row].finish_reason is None else text.finish()
             ledger.mark("detokenise")
             yield pieces
 
@@ -100,10 +100,10 @@ class Generation:
                 request.metrics.experts = self.meter.figures(decoded)
         for request, text in zip(self.requests, self.texts, strict=True):
             text.finish()
-            reason = request.finished if request.error is None else None
+            reason = request.finish_reason if request.error is None else None
             reason = "interrupted" if reason in (None, "cancelled") else reason
-            own = None if request.logprobs is None else list(request.scored)
-            before = list(request.prompt_scored) if request.prompt_logprobs else None
+            own = None if request.logprobs is None else list(request.token_logprobs)
+            before = list(request.prompt_token_logprobs) if request.prompt_logprobs else None
             out.append(GenerationOutput(text.text, list(text.ids), reason, request.metrics, own, before))
         return out
 

@@ -44,8 +44,8 @@ class Answer:
             self.detokenizer.push(token)
             if each and (text := self.detokenizer.take()):
                 yield Piece(text, depth)
-        if event.finished is not None:
-            self.finish = REASONS.get(event.finished, event.finished)
+        if event.finish_reason is not None:
+            self.finish = REASONS.get(event.finish_reason, event.finish_reason)
             yield Piece(self.detokenizer.finish(), depth, self.finish)
         elif not each and (text := self.detokenizer.take()):
             yield Piece(text, depth)

@@ -249,7 +249,7 @@ class BenchRun:
                 how = {name: getattr(cell, name) for name in SAMPLING}
                 how |= {"seed": seed, "stream": streams(request.prompts)[b]}
                 same = self.base.request(prompt, max_new_tokens=count, **how)
-                difference = first_difference(target, prompt, ours, theirs, Sampler.of([same.sampling]))
+                difference = first_difference(target, prompt, ours, theirs, Sampler.of([same.sampler]))
                 equality = "near-tie" if difference and difference.near_tie else "fault"
             request.equality.append(equality)
             if self.lossy:

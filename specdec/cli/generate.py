@@ -170,7 +170,7 @@ def generate(
         baseline, failed = _decode(plain, ids, baseline_settings, _discard, silent)
         interrupted = baseline.finish_reason == "interrupted"
         if not interrupted:
-            sampler = Sampler.of([decoder.request(ids, **asked).sampling])
+            sampler = Sampler.of([decoder.request(ids, **asked).sampler])
             comparison = compared(decoder, ids, sampler, output, baseline)
 
     if as_json:

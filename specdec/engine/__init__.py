@@ -1,1 +1,1 @@
-"""Requests, the scheduler, a step, automatic depth, costs, metrics and replay. Knows no drafter and no text."""
+"""The decoding loop: requests, scheduler, steps, draft depth, metrics and replay. Knows no drafter and no text."""

@@ -6,9 +6,9 @@ Knows no drafter, no text and no command line: tokens in, tokens out.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from specdec.engine.depth.policy import DepthPolicy, StepReport
 from specdec.engine.logprobs import prompt_logprobs, token_logprobs
 from specdec.engine.metrics import Ledger
 from specdec.engine.request import Request
-from specdec.engine.scoring import Scores, score
+from specdec.engine.scoring import score
 from specdec.kvcache.cache import KVCache
 from specdec.runtimes.prefill import run_tokens
 from specdec.runtimes.target import Target
@@ -27,81 +27,88 @@ from specdec.speculation.sampling import Sampler
 from specdec.speculation.trie import merge
 
 NOTHING = torch.empty(0)
-RESTARTS = 5  # how often a drafter that has failed begins anew in an engine's life
-FORCED = 16  # most tokens that are drafted where a constraint leaves no choice
+RESTARTS = 5  # number of times that a drafter which has failed starts again in an engine's life
+FORCED = 16  # maximum number of tokens that are drafted where a constraint leaves no choice
+T = TypeVar("T")
 
 
 class Batch:
     """Rows that decode together; they come and go between steps.
 
-    A drafter that fails, or proposes what cannot be scored, is dropped with a DrafterWarning; decoding goes on plainly
-    until the next request comes, for which it is started again, ``RESTARTS`` times at most. failures: so far.
+    A drafter that raises, or whose draft cannot be scored, is dropped with a DrafterWarning, and rows are decoded
+    plainly. It starts again with the next request, ``RESTARTS`` times at most.
+
+    configured: the drafter that was asked for.
+    drafter: the same, or None after it has failed.
+    drafter_behind: whether the drafter, started again, has seen nothing of the rows until the next step.
+    failures: number of times that the drafter has failed.
     """
 
     def __init__(self, target: Target, drafter: Drafter, verifier: Verifier, policy: DepthPolicy) -> None:
         self.target, self.verifier, self.policy = target, verifier, policy
-        self.given, self.failures, self.unseen = drafter, 0, False
-        self.drafter: Drafter | None = drafter  # None: it has failed
+        self.configured, self.failures, self.drafter_behind = drafter, 0, False
+        self.drafter: Drafter | None = drafter
         self.rows: list[Request] = []
         self.cache = target.new_cache(0)
         self.ledger = Ledger(target.device)
         self.state = State(target, self.cache, Sampler.of([]), [], threshold=verifier.threshold)
-        with self._drafting():
-            drafter.start()
+        self._call(lambda drafter: drafter.start())
 
     # -- rows come and go ---------------------------------------------------------------------------------------------
 
     @property
     def drafting(self) -> str:
-        """Whether the drafter is "on" or, as it has failed, "off"; "none": it never drafts."""
-        return "none" if not self.given.drafts else "off" if self.drafter is None else "on"
+        """ "on", "off" (the drafter has failed) or "none" (it never drafts)."""
+        return "none" if not self.configured.drafts else "off" if self.drafter is None else "on"
 
     def restart(self, rows: Sequence[Request]) -> None:
-        """Start a drafter that has failed again. It has seen nothing of ``rows``, which are all that run."""
+        """Start a drafter that has failed again. ``rows``: all that run; it has seen nothing of them."""
         if self.drafter is None and self.failures <= RESTARTS:
-            self.drafter, self.unseen = self.given, bool(self.rows)
-            with self._drafting():
-                self.given.start()
-                for row in rows:
-                    row.memory = self.given.begin()
-            self._gather()
+            self.drafter, self.drafter_behind = self.configured, bool(self.rows)
+            self._call(lambda drafter: drafter.start())
+            for row in rows:
+                row.drafter_state = self._call(lambda drafter: drafter.begin())
+            self._update_state()
 
     def begin(self, row: Request) -> None:
-        """A row is admitted: what is kept of it begins."""
-        row.memory, row.metrics.num_layers = None, self.target.num_layers
-        if row.history is None:
-            row.history = self.policy.begin()
-        if self.drafter is not None:
-            with self._drafting():
-                row.memory = self.drafter.begin()
+        """Set up an admitted row's state of the drafter and of the depth policy."""
+        row.metrics.num_layers = self.target.num_layers
+        row.depth_history = row.depth_history or self.policy.begin()
+        row.drafter_state = self._call(lambda drafter: drafter.begin())
 
     @torch.inference_mode()
     def prefill(self, rows: Sequence[Request], cache: KVCache, counts: Sequence[int]) -> list[Request]:
-        """Run the next ``counts`` tokens of the rows, whose ``cache`` this is; return those that have been run whole.
+        """Run the next ``counts`` tokens of each row of ``cache``; return the rows whose whole text has been run.
 
-        Each of these has taken its next token then.
+        Each of these has its next token then.
         """
-        parts = [row.ids[n : n + count] for row, n, count in zip(rows, cache.rows, counts, strict=True)]
+        starts = list(cache.rows)
+        parts = [row.ids[n : n + count] for row, n, count in zip(rows, starts, counts, strict=True)]
         taps, whole_prompts = self._taps(), self.drafter is not None and self.drafter.whole_prompts
-        begun = list(cache.rows)
-        every: list[Tensor] | None = [] if any(row.prompt_logprobs for row in rows) else None
-        last = run_tokens(self.target, cache, parts, taps, whole_prompts, every)  # (B, 1, D)
-        for row, start, states in zip(rows, begun, every or (), strict=False):
-            if row.unscored and (done := len(row.prompt_scored)) < start + len(states):  # some before it gave way
-                following = row.prompt[done + 1 : start + 1 + len(states)]
-                row.prompt_scored += prompt_logprobs(self.target, states[done - start :], following, row.logprobs or 0)
+        states: list[Tensor] | None = [] if any(row.prompt_logprobs for row in rows) else None
+        last = run_tokens(self.target, cache, parts, taps, whole_prompts, states)  # (B, 1, D)
+        for row, start, own in zip(rows, starts, states or (), strict=False):
+            self._add_prompt_logprobs(row, start, own)
         paths = [list(range(len(part) if whole_prompts else min(len(part), 1))) for part in parts]
-        self._observe([row.memory for row in rows], paths, taps)
-        whole = [b for b, (row, n) in enumerate(zip(rows, cache.rows, strict=True)) if n == len(row.ids)]
-        joined = [rows[b] for b in whole]
+        self._observe([row.drafter_state for row in rows], paths, taps)
+        complete = [b for b, (row, n) in enumerate(zip(rows, cache.rows, strict=True)) if n == len(row.ids)]
+        joined = [rows[b] for b in complete]
         if joined:
-            self._choose(joined, last[whole])
+            self._choose_first(joined, last[complete])
         self.ledger.mark("prefill")
         return joined
 
-    def _choose(self, rows: Sequence[Request], last: Tensor) -> None:
-        """Let each row take the token after its last one, whose final states [B, 1, D] these are."""
-        sampler = Sampler.of([row.sampling for row in rows])
+    def _add_prompt_logprobs(self, row: Request, start: int, states: Tensor) -> None:
+        """Score the prompt tokens after ``states`` [n, D], those of the tokens from number ``start`` on."""
+        done = len(row.prompt_token_logprobs)  # some may be there from before a preemption
+        if row.needs_prompt_logprobs and done < start + len(states):
+            following = row.prompt[done + 1 : start + 1 + len(states)]
+            scored = prompt_logprobs(self.target, states[done - start :], following, row.logprobs or 0)
+            row.prompt_token_logprobs += scored
+
+    def _choose_first(self, rows: Sequence[Request], last: Tensor) -> None:
+        """Append the token after the prefill to each row, from the final states of its last token [B, 1, D]."""
+        sampler = Sampler.of([row.sampler for row in rows])
         if sampler.plain_greedy and all(row.logprobs is None for row in rows):
             [chosen] = self.target.choose(last)
         else:
@@ -110,181 +117,182 @@ class Batch:
             chosen = sampler.choose(scores, [[len(row.ids)] for row in rows]).tolist()
         self.ledger.mark("prefill")
         for b, (row, tokens) in enumerate(zip(rows, chosen, strict=True)):
-            row.take(tokens, [0])
+            row.append(tokens, [0])
             if row.logprobs is not None:
-                row.scored += token_logprobs(logits[b, : len(row.new)], row.new, row.logprobs)
+                row.token_logprobs += token_logprobs(logits[b, : len(row.new_tokens)], row.new_tokens, row.logprobs)
         self.ledger.mark("detokenise")
 
     def join(self, rows: Sequence[Request], cache: KVCache) -> None:
-        """Add rows that have been run, with their cache."""
+        """Add rows whose prompts have been run, with their cache."""
         if self.rows:
             self.cache.join(cache)
         else:
             self.cache = cache
         self.rows += rows
-        self._gather()
+        self._update_state()
 
     def keep(self, rows: Sequence[Request]) -> None:
-        """Let all other rows go."""
-        alive = [b for b, row in enumerate(self.rows) if row in rows]
+        """Remove all other rows."""
+        alive = compact_order([b for b, row in enumerate(self.rows) if row in rows])
         if len(alive) == len(self.rows):
             return
         if alive:
-            self.cache.select(close_up(alive))
+            self.cache.select(alive)
         else:
             self.cache = self.target.new_cache(0)
-        self.rows = [self.rows[b] for b in close_up(alive)]
-        self._gather()
+        self.rows = [self.rows[b] for b in alive]
+        self._update_state()
 
-    def clear(self) -> None:
-        """Let all rows go."""
-        self.rows, self.cache = [], self.target.new_cache(0)
-        self._gather()
-
-    def _gather(self) -> None:
+    def _update_state(self) -> None:
         rows = self.rows
-        sampler = Sampler.of([row.sampling for row in rows])
-        memory, scopes = [row.memory for row in rows], [row.scope for row in rows]
         self.state = replace(
-            self.state, cache=self.cache, sampler=sampler, ids=[row.ids for row in rows], memory=memory, scopes=scopes
+            self.state,
+            cache=self.cache,
+            sampler=Sampler.of([row.sampler for row in rows]),
+            ids=[row.ids for row in rows],
+            row_states=[row.drafter_state for row in rows],
+            scopes=[row.scope for row in rows],
         )
 
     # -- a step -------------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def step(self, scoring: Callable[[], object] = lambda: None) -> None:
-        """Draft, score, verify, let each row take what is accepted, and commit what it has taken.
+    def step(self, on_score: Callable[[], object] = lambda: None) -> None:
+        """Draft, score, verify, append what is accepted to each row, and commit it.
 
-        A row may end inside its draft: what is behind the end is never committed, so that the cache has what was run of
-        the row's text, and nothing else. scoring: called when the model is about to score.
+        A row may end inside its draft. Tokens behind its end are not committed: the cache holds the row's text alone.
+        on_score: called just before the model scores.
         """
-        depths = self._budget()
+        # Draft
+        depths = self._choose_depths()
         self.ledger.begin()
-        forced = self._forced()
+        forced = self._forced_tokens()
         draft = self._draft([0 if tokens else depth for tokens, depth in zip(forced, depths, strict=True)])
         if any(forced):
-            draft = self._put_first(forced, draft)
+            draft = self._with_forced(forced, draft)
         self.ledger.mark("draft")
-        scoring()
-        scores = self._score(draft)
-        self.ledger.mark("score")
-        accepted = self.verifier.verify(draft, scores.chosen, scores.p)
-        self.ledger.mark("accept")
-        taken = self._take(draft, accepted)
-        self.ledger.mark("detokenise")
-        slots = scores.slots(taken)
-        self.cache.commit(slots)
-        self._observe(self.state.memory, taken, scores.taps)
-        self.unseen = False
-        self.ledger.mark("commit")
-        self._learn(draft, accepted, scores.count, any(forced))
-        for b, logits in scores.logits.items():
-            row = self.rows[b]
-            row.scored += token_logprobs(logits[slots[b]], row.new, row.logprobs or 0)
-
-    def _take(self, draft: Draft, accepted: Acceptance) -> list[list[int]]:
-        """Let each row take its new tokens; return the part of its path that the cache needs: one node for each."""
-        drafted, places, paths = draft.lists(), draft.depths(), []
-        for b, (row, path, token) in enumerate(zip(self.rows, accepted.paths, accepted.next_tokens, strict=True)):
-            row.take([*(drafted[b][node - 1] for node in path[1:]), token], [*(places[node] for node in path[1:]), 0])
-            paths.append(path[: len(row.new)])
-        return paths
-
-    def _budget(self) -> list[int]:
-        """How deep to draft for each row in this step."""
-        state, rows = self.state, self.rows
-        able = self.drafter is not None and not self.unseen
-        drafting = [b for b, row in enumerate(rows) if row.draft and able]
-        choice = self.policy.choose([rows[b].history for b in drafting], len(rows) - len(drafting))
-        state.exit, state.prices = choice.exit, choice.prices
-        depths = [0] * len(rows)
-        for b, depth in zip(drafting, choice.depths or [choice.depth] * len(drafting), strict=True):
-            depths[b] = self._room(b, depth)
-        self.ledger.mark("overhead")
-        return depths
-
-    def _room(self, b: int, most: int) -> int:
-        """How deep a draft of row ``b`` may be, at most ``most``."""
-        row = self.rows[b]
-        # A lossy rule's text may depend on the depth: there the limit does not bound it.
-        most = min(most, row.left - 1) if self.verifier.lossless else most
-        return max(min(most, self.target.context - 1 - self.cache.rows[b]), 0) if row.draft else 0
-
-    def _forced(self) -> list[list[int]]:
-        """The tokens that each row's constraint leaves no choice about; drafted before the drafter is asked."""
-        if self.drafter is None or self.unseen or not self.drafter.drafts:
-            return [[] for _ in self.rows]
-        found = []
-        for b, row in enumerate(self.rows):
-            constraint, room = row.sampling.constraint, self._room(b, FORCED)
-            found.append(constraint.forced(row.ids, room) if constraint is not None and room else [])
-        return found
-
-    def _put_first(self, forced: list[list[int]], draft: Draft) -> Draft:
-        """``draft`` with the forced tokens of a row in place of what was drafted for it."""
-        self.cache.roll_back()  # states below an exit layer belong to the draft as it was
-        paths = [[tokens] if tokens else draft.paths(b) for b, tokens in enumerate(forced)]
-        for b in range(len(self.rows)):
-            self._withdraw(b)
-        return merge(paths, self.cache.device)[0]
-
-    def _withdraw(self, b: int) -> None:
-        if self.drafter is not None:
-            with self._drafting():
-                self.drafter.withdraw(self.state.memory[b])
-
-    def _draft(self, depths: list[int]) -> Draft:
-        """What the drafter proposes, at most ``depths`` deep, if it can be scored; else nothing."""
-        state, limit = self.state, max(depths)
-        if limit and self.drafter is not None:
-            with self._drafting():
-                draft = self.drafter.propose(state, limit)
-                fault = check_draft(draft, len(self.rows), limit, self.target.vocab_size)
-                if fault is None:
-                    for b in draft.within(depths):
-                        self.drafter.withdraw(state.memory[b])
-                    return draft
-                self._drop(f"proposed a draft that cannot be scored: {fault}")
-        self.cache.roll_back()  # what a drafter that failed has left there
-        return Draft.empty(len(self.rows), self.cache.device)
-
-    def _score(self, draft: Draft) -> Scores:
+        # Score
+        on_score()
         wanted = [b for b, row in enumerate(self.rows) if row.logprobs is not None]
         scores = score(self.state, draft, self._taps(), self.verifier, wanted)
         if scores.fault is not None:
             self._drop(f"proposed tokens that cannot be scored: {scores.fault}")
-        return scores
+        self.ledger.mark("score")
+        # Verify
+        accepted = self.verifier.verify(draft, scores.chosen, scores.p)
+        self.ledger.mark("accept")
+        paths = self._append(draft, accepted)
+        self.ledger.mark("detokenise")
+        # Commit
+        slots = scores.slots(paths)
+        self.cache.commit(slots)
+        self._observe(self.state.row_states, paths, scores.taps)
+        self.drafter_behind = False
+        self.ledger.mark("commit")
+        self._record(draft, accepted, scores.count, any(forced))
+        for b, logits in scores.logits.items():
+            row = self.rows[b]
+            row.token_logprobs += token_logprobs(logits[slots[b]], row.new_tokens, row.logprobs or 0)
 
-    def _learn(self, draft: Draft, accepted: Acceptance, scored: int, forced: bool) -> None:
-        """Book what was drafted and accepted in each row's metrics, and let the depth policy see what the step took.
+    def _choose_depths(self) -> list[int]:
+        """The maximum depth of each row's draft in this step."""
+        state, rows = self.state, self.rows
+        able = self.drafter is not None and not self.drafter_behind
+        drafting = [b for b, row in enumerate(rows) if row.draft and able]
+        choice = self.policy.choose([rows[b].depth_history for b in drafting], len(rows) - len(drafting))
+        state.exit, state.prices = choice.exit, choice.prices
+        depths = [0] * len(rows)
+        for b, depth in zip(drafting, choice.depths or [choice.depth] * len(drafting), strict=True):
+            depths[b] = self._bounded(b, depth)
+        self.ledger.mark("overhead")
+        return depths
 
-        forced: some of it was not the drafter's, so the policy learns nothing from it.
-        """
-        drafted, depths, deepest = draft.lists(), draft.depths(), []
+    def _bounded(self, b: int, depth: int) -> int:
+        """``depth``, or as deep as a draft of row ``b`` may be."""
+        row = self.rows[b]
+        # A lossy rule's text may depend on the depth, so the number of remaining tokens does not bound it there.
+        depth = min(depth, row.remaining - 1) if self.verifier.lossless else depth
+        return max(min(depth, self.target.context - 1 - self.cache.rows[b]), 0) if row.draft else 0
+
+    def _forced_tokens(self) -> list[list[int]]:
+        """The tokens that each row's constraint leaves no choice about. They take the place of the drafter's."""
+        if self.drafter is None or self.drafter_behind or not self.drafter.drafts:
+            return [[] for _ in self.rows]
+        found = []
+        for b, row in enumerate(self.rows):
+            constraint, limit = row.sampler.constraint, self._bounded(b, FORCED)
+            found.append(constraint.forced(row.ids, limit) if constraint is not None and limit else [])
+        return found
+
+    def _with_forced(self, forced: list[list[int]], draft: Draft) -> Draft:
+        """``draft`` with the forced tokens of a row in place of what was drafted for it."""
+        self.cache.roll_back()  # states below an exit layer belong to the draft as it was
+        paths = [[tokens] if tokens else draft.paths(b) for b, tokens in enumerate(forced)]
+
+        def withdraw(drafter: Drafter) -> None:
+            for row_state in self.state.row_states:
+                drafter.withdraw(row_state)
+
+        self._call(withdraw)
+        return merge(paths, self.cache.device)[0]
+
+    def _draft(self, depths: list[int]) -> Draft:
+        """The drafter's proposal, at most ``depths`` deep, if it can be scored; else nothing."""
+        state, limit = self.state, max(depths)
+
+        def propose(drafter: Drafter) -> Draft | None:
+            draft = drafter.propose(state, limit)
+            fault = check_draft(draft, len(self.rows), limit, self.target.vocab_size)
+            if fault is not None:
+                self._drop(f"proposed a draft that cannot be scored: {fault}")
+                return None
+            for b in draft.within(depths):
+                drafter.withdraw(state.row_states[b])
+            return draft
+
+        if limit and (draft := self._call(propose)) is not None:
+            return draft
+        self.cache.roll_back()  # entries of a drafter that failed
+        return Draft.empty(len(self.rows), self.cache.device)
+
+    def _append(self, draft: Draft, accepted: Acceptance) -> list[list[int]]:
+        """Append the new tokens to each row; return its path as far as the row's text goes: a node for each token."""
+        tokens, depths, paths = draft.lists(), draft.depths(), []
+        for b, (row, path, token) in enumerate(zip(self.rows, accepted.paths, accepted.next_tokens, strict=True)):
+            row.append([*(tokens[b][node - 1] for node in path[1:]), token], [*(depths[node] for node in path[1:]), 0])
+            paths.append(path[: len(row.new_tokens)])
+        return paths
+
+    def _record(self, draft: Draft, accepted: Acceptance, scored: int, forced: bool) -> None:
+        """Update each row's metrics and the depth policy, which learns nothing from a step with forced tokens."""
+        tokens, depths, deepest = draft.lists(), draft.depths(), []
         for b, (row, path) in enumerate(zip(self.rows, accepted.paths, strict=True)):
-            nodes = [node for node, token in enumerate(drafted[b], start=1) if token >= 0]
+            nodes = [node for node, token in enumerate(tokens[b], start=1) if token >= 0]
             deepest.append(max((depths[node] for node in nodes), default=0))
-            row.metrics.step(deepest[-1], len(nodes), min(len(path) - 1, len(row.new)))
+            row.metrics.step(deepest[-1], len(nodes), min(len(path) - 1, len(row.new_tokens)))
             if self.verifier.threshold is not None and draft.layers is not None:
-                took = path[1 : 1 + len(row.new)]
-                row.metrics.exit_layers += draft.layers[b, [node - 1 for node in took]].tolist()
+                used = path[1 : 1 + len(row.new_tokens)]
+                row.metrics.exit_layers += draft.layers[b, [node - 1 for node in used]].tolist()
         if not forced:
-            step, taken = self.ledger.step, [len(path) - 1 for path in accepted.paths]
-            rest = step["score"] + step["accept"] + step["commit"]
-            histories = [row.history for row in self.rows]
-            self.policy.observe(StepReport(histories, deepest, taken, scored, step["draft"], rest))
+            seconds, counts = self.ledger.step, [len(path) - 1 for path in accepted.paths]
+            other = seconds["score"] + seconds["accept"] + seconds["commit"]
+            histories = [row.depth_history for row in self.rows]
+            self.policy.observe(StepReport(histories, deepest, counts, scored, seconds["draft"], other))
         self.ledger.mark("overhead")
 
-    # -- the drafter, which must not end a request --------------------------------------------------------------------
+    # -- the drafter: an error of its own must not end a request ------------------------------------------------------
 
-    @contextmanager
-    def _drafting(self) -> Iterator[None]:
+    def _call(self, use: Callable[[Drafter], T]) -> T | None:
+        """``use(drafter)``; None if the drafter has failed, now or before."""
+        if self.drafter is None:
+            return None
         try:
-            yield
+            return use(self.drafter)
         except DrafterWarning:  # where warnings are errors
             raise
         except Exception as error:
             self._drop(f"failed ({type(error).__name__}: {error})")
+            return None
 
     def _drop(self, why: str) -> None:
         """Go on without the drafter."""
@@ -295,27 +303,23 @@ class Batch:
     def _taps(self) -> dict[int, Tensor]:
         return dict.fromkeys(self.drafter.taps if self.drafter is not None else (), NOTHING)
 
-    def _observe(self, memory: list[object], paths: list[list[int]], taps: dict[int, Tensor]) -> None:
-        if self.drafter is not None:
-            with self._drafting():
-                self.drafter.observe(memory, paths, taps)
+    def _observe(self, row_states: list[object], paths: list[list[int]], taps: dict[int, Tensor]) -> None:
+        self._call(lambda drafter: drafter.observe(row_states, paths, taps))
 
     def end(self, row: Request) -> None:
-        """A row has left for good."""
-        if self.drafter is not None:
-            with self._drafting():
-                self.drafter.end(row.memory, row.ids)
+        """Tell the drafter that a row has ended."""
+        self._call(lambda drafter: drafter.end(row.drafter_state, row.ids))
 
 
 def not_finite(target: Target, row: Request, number: int | None) -> NotFiniteError:
-    """The error of a row, whose next token cannot be chosen. number: of the row, where there are several."""
+    """The error of a row whose next token cannot be chosen. number: of the row, if there are several."""
     where = f"position {len(row.ids)}" + (f" of row {number}" if number is not None else "")
     remedy = "use --dtype float32" if target.dtype == torch.float16 else "the checkpoint may be damaged; get it again"
     return NotFiniteError(f"the model's logits are not finite at {where} ({target.dtype}); {remedy}")
 
 
-def close_up(alive: list[int]) -> list[int]:
-    """The rows that go on, in an order that moves few of them: the last ones take the places of those that ended."""
+def compact_order(alive: list[int]) -> list[int]:
+    """The rows ``alive``, in an order that moves few of them: the last ones take the places of those that are gone."""
     count = len(alive)
     stay, last = {b for b in alive if b < count}, iter([b for b in alive if b >= count])
     return [b if b in stay else next(last) for b in range(count)]

@@ -10,11 +10,11 @@ from torch import Tensor
 from specdec.base.devices import upload
 from specdec.runtimes.target import Target
 
-PART = 64  # positions of a prompt whose logits are made at once
+CHUNK = 64  # prompt positions whose logits are computed at once
 
 
 class TokenLogprob(NamedTuple):
-    """A token with its log-probability. top: the likeliest tokens at its position, the likeliest first."""
+    """A token with its log-probability. top: (token, log-probability) of the likeliest at its position, best first."""
 
     token_id: int
     logprob: float
@@ -25,7 +25,7 @@ class TokenLogprob(NamedTuple):
 
 
 def token_logprobs(logits: Tensor, tokens: Sequence[int], top: int) -> list[TokenLogprob]:
-    """Logits [n, V] and the n ``tokens`` chosen there, with the ``top`` likeliest tokens."""
+    """The log-probabilities of n ``tokens`` under logits [n, V], each with the ``top`` likeliest tokens there."""
     if not tokens:
         return []
     logs = logits.float().log_softmax(-1)
@@ -37,9 +37,9 @@ def token_logprobs(logits: Tensor, tokens: Sequence[int], top: int) -> list[Toke
 
 
 def prompt_logprobs(target: Target, states: Tensor, tokens: Sequence[int], top: int) -> list[TokenLogprob]:
-    """Final states [n, D] and the tokens that follow each in the prompt, at most n."""
+    """The log-probabilities of at most n ``tokens``, each of which follows one of the final states [n, D]."""
     found = list[TokenLogprob]()
-    for start in range(0, len(tokens), PART):
-        part = tokens[start : start + PART]
+    for start in range(0, len(tokens), CHUNK):
+        part = tokens[start : start + CHUNK]
         found += token_logprobs(target.readout(states[None, start : start + len(part)])[0], part, top)
     return found

@@ -1,4 +1,4 @@
-"""Figures of one request, in vLLM's names, and the time ledger of a generation. Knows nothing about models."""
+"""Figures of one request, in vLLM's names, and the time ledger of an engine. Knows nothing about models."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from specdec.base.devices import Stamp, stamp
 
 @dataclass
 class RequestMetrics:
-    """What one request took. Seconds are wall time; a batch shares its steps' time.
+    """The figures of one request. Seconds are wall time; the rows of a batch share their steps' time.
 
-    per_step_drafted / per_step_accepted: draft depth and accepted drafted tokens, per step after the prefill.
+    per_step_drafted, per_step_accepted: draft depth and number of accepted drafted tokens, per step after the prefill.
     ledger: seconds by phase: prefill, draft, score, accept, commit, detokenise (text and stop strings) and overhead
         (choosing depths, bookkeeping). They sum up to the wall time but for what the caller does between steps.
-    num_layers: the model's N. exit_layers: layers run for each token that was accepted without
-        scoring.
-    experts: while decoding (all rows together), what offloaded experts cost (``experts.offload.Meter``).
-    queue_seconds: until the request was admitted. first_token_seconds: from its submission to its first token.
-    num_cached_tokens: of the prompt, those that were not computed as others had them in common.
+    num_layers: N of the model.
+    exit_layers: number of layers run, for each token that was accepted without scoring.
+    experts: figures of offloaded experts while decoding, for all rows together (``experts.offload.Meter``).
+    queue_seconds: from the submission until the request was admitted.
+    first_token_seconds: from the submission to the first token.
+    num_cached_tokens: prompt tokens whose keys and values were cached.
     """
 
     num_prompt_tokens: int = 0
@@ -73,42 +74,40 @@ class RequestMetrics:
 
     @property
     def acceptance_per_position(self) -> list[float]:
-        """Entry i: of the steps that drafted deeper than i, the share that accepted drafted token i."""
-        shares = []
-        for i in range(max(self.per_step_drafted, default=0)):
-            reached = [a for d, a in zip(self.per_step_drafted, self.per_step_accepted, strict=True) if d > i]
-            shares.append(sum(a > i for a in reached) / len(reached))
-        return shares
+        """Entry i: the share of steps that accepted drafted token i, of those that drafted deeper than i."""
+        return self._acceptance(conditional=False)
 
     @property
     def conditional_acceptance(self) -> list[float]:
-        """Entry i: of the steps that drafted deeper than i and accepted all before it, the share that accepted token
-        i."""
+        """Entry i: the same share, of those steps that accepted all tokens before token i."""
+        return self._acceptance(conditional=True)
+
+    def _acceptance(self, conditional: bool) -> list[float]:
         shares = []
         for i in range(max(self.per_step_drafted, default=0)):
             steps = zip(self.per_step_drafted, self.per_step_accepted, strict=True)
-            reached = [a > i for d, a in steps if d > i and a >= i]
-            if not reached:
+            accepted = [a > i for d, a in steps if d > i and (a >= i or not conditional)]
+            if not accepted:
                 break
-            shares.append(sum(reached) / len(reached))
+            shares.append(sum(accepted) / len(accepted))
         return shares
 
     @property
     def mean_layers_per_token(self) -> float:
-        """Average depth: layers a token went through before it was accepted. Early exits count as far as they went."""
+        """Average number of layers that a token ran before it was accepted."""
         full = self.num_new_tokens - len(self.exit_layers)
         return (sum(self.exit_layers) + full * self.num_layers) / max(self.num_new_tokens, 1)
 
     @property
     def exit_shares(self) -> dict[int, float]:
-        """The share of the new tokens that were accepted after so many layers, shallow to deep; N is the full model."""
+        """The share of new tokens by the number of layers they ran, from shallow to deep; N is the full model."""
         counts = Counter(self.exit_layers)
         counts[self.num_layers] += self.num_new_tokens - len(self.exit_layers)
         return {layers: counts[layers] / max(self.num_new_tokens, 1) for layers in sorted(counts)}
 
     @property
     def tokens_per_second(self) -> float:
-        """Decoding speed: new tokens after the first (which the prefill yields) per decode second."""
+        """New tokens after the first, which the prefill yields, per decode second."""
         return (self.num_new_tokens - 1) / self.decode_seconds if self.decode_seconds > 0 else 0.0
 
     def step(self, drafted: int, nodes: int, accepted: int) -> None:
@@ -130,10 +129,11 @@ class RequestMetrics:
 class Ledger:
     """Wall seconds by phase: ``mark(phase)`` books the time since the previous mark.
 
-    A device may run behind the host, which then only sees how long launching took. So drafting is also measured on the
-    device's own clock, and what it took there is moved from the phase that waits for it.
+    A device may run behind the host, which then only sees how long launching took. So drafting is also timed on the
+    device's clock, and the time that it took there is moved from the phase that waits for it.
 
-    seconds: by phase, of all steps. step: by phase, since ``restart``.
+    seconds: by phase, over all steps.
+    step: by phase, since ``restart``.
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
@@ -143,11 +143,11 @@ class Ledger:
         self._behind: tuple[str, float, Stamp, Stamp] | None = None
 
     def restart(self) -> None:
-        """Start the clock anew; the time since the last mark belongs to no phase."""
+        """Restart the clock; the time since the last mark belongs to no phase."""
         self._last, self.step, self._behind = time.perf_counter(), {}, None
 
     def begin(self) -> None:
-        """The phase that begins now is measured on the device."""
+        """Time the phase that begins now on the device, too."""
         self._begin = stamp(self.device)
 
     def mark(self, phase: str) -> None:

@@ -1,4 +1,4 @@
-"""Proof by replay: what the target itself says about tokens that were generated, all positions in one pass.
+"""Replay: the target's own logits at the positions of generated tokens, all in one pass.
 
 In float32 two correct decoders agree token for token. In bfloat16 a pass over one row and a pass over several rows
 round differently, so tokens whose logits nearly tie may flip; replay distinguishes such a near-tie from a fault.
@@ -25,7 +25,7 @@ NEAR_TIE = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.06}
 def replay(target: Target, prompt: list[int], tokens: list[int], sampler: Sampler | None = None) -> Tensor:
     """Teacher-forced logits, float32 [n, V]: row i is what the target predicts in place of ``tokens[i]`` (n tokens).
 
-    sampler: of one row; the logits are then processed and perturbed, so that the argmax is the token it chooses.
+    sampler: of one row; it processes and perturbs the logits, so that the argmax is the token it chooses.
     """
     ids = torch.tensor([prompt + tokens], device=target.device)
     positions = torch.arange(ids.shape[1], device=target.device)[None]
@@ -48,7 +48,7 @@ def margins(target: Target, prompt: list[int], tokens: list[int], sampler: Sampl
 
 @dataclass(frozen=True)
 class Difference:
-    """The first place where two outputs differ, and the gap between the two tokens' logits there.
+    """The first position where two outputs differ, and the gap between the two tokens' logits there.
 
     An infinite gap between sampled tokens is the edge of top-k, top-p or min-p, which rounding moves.
     """

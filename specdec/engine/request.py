@@ -1,4 +1,4 @@
-"""A request, and what its sender holds of it: tokens as they come, figures, and a way to give it up."""
+"""A request, and the handle that its sender gets: events, metrics, cancellation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from specdec.base.settings import Whole, checked_class
 from specdec.engine.logprobs import TokenLogprob
 from specdec.engine.metrics import RequestMetrics
 from specdec.runtimes.target import Target
-from specdec.speculation.sampling import Chooser
+from specdec.speculation.sampling import RowSampler
 
 Ids = Annotated[Sequence[Whole], Field(title="a list of token ids (whole numbers)")]
 
@@ -33,7 +33,7 @@ class Status(StrEnum):
     FINISHED = "finished"
 
 
-NEXT = {  # a preempted request waits again
+ALLOWED_CHANGES = {  # a preempted request waits again
     Status.WAITING: {Status.PREFILL, Status.FINISHED},
     Status.PREFILL: {Status.RUNNING, Status.WAITING, Status.FINISHED},
     Status.RUNNING: {Status.WAITING, Status.FINISHED},
@@ -44,114 +44,113 @@ NEXT = {  # a preempted request waits again
 @checked_class
 @dataclass(eq=False)
 class Request:
-    """A row of the engine's batch.
+    """A row of the engine's batch. Raises SpecDecError for a value of the wrong type.
 
-    prompt: token ids. limit: most new tokens. params, processors, stream: how tokens are chosen; requests with one seed
-    draw alike unless their streams differ. eos: tokens that end it. stop: called for each new token in order, where the
-    engine runs; returns a finish reason, or None. draft: whether the drafter drafts for it. logprobs: how many of the
-    likeliest tokens go with the log-probability of each new token; None: there are no log-probabilities.
-    prompt_logprobs: those of the prompt's tokens from the second on, too. scope: only requests of the same scope go on
-    from what has been run of it. Raises SpecDecError for what is not of its kind.
+    prompt: token ids.
+    params, processors, stream: how tokens are chosen; requests with one seed draw alike unless their streams differ.
+    eos: tokens that end it.
+    stop: the engine calls it with each new token in order; it returns a finish reason, or None.
+    draft: whether the drafter drafts for it.
+    sampler: takes the place of params, processors and stream.
+    logprobs: number of top tokens that go with the log-probability of each new token; None: no log-probabilities.
+    prompt_logprobs: whether the prompt's tokens, from the second on, get log-probabilities, too.
+    scope: cached prefixes are shared only between requests of one scope.
     """
 
     prompt: Ids
-    limit: Annotated[Whole, Field(ge=0)]
+    max_new_tokens: Annotated[Whole, Field(ge=0)]
     params: SamplingParams = field(default_factory=SamplingParams)
     processors: SkipValidation[Sequence[LogitsProcessor]] = ()
     stream: Annotated[Whole, Field(ge=0, le=2**64 - 1)] = 0
     eos: Annotated[frozenset[Whole], Field(title="a set of token ids")] = frozenset()
     stop: Callable[[int], str | None] | None = None
     draft: bool = True
-    chooser: Chooser | None = None  # instead of params, processors and stream
+    sampler: RowSampler = None  # type: ignore[assignment]  # set below
     logprobs: Annotated[Whole, Field(ge=0)] | None = None
     prompt_logprobs: bool = False
     scope: str | None = None
 
-    # What the engine keeps of it
+    # State that the engine keeps
     ids: list[int] = field(init=False)  # prompt and output; the last one, the root, is not yet cached
     metrics: RequestMetrics = field(init=False)
-    memory: Any = field(init=False, default=None)  # the drafter's
-    history: Any = field(init=False, default=None)  # the depth policy's
-    status: Status = field(init=False, default=Status.WAITING)  # changed by ``enter`` alone
-    finished: str | None = field(init=False, default=None)  # the reason, once it has ended
+    drafter_state: Any = field(init=False, default=None)  # ``Drafter.begin``
+    depth_history: Any = field(init=False, default=None)  # ``DepthPolicy.begin``
+    status: Status = field(init=False, default=Status.WAITING)  # changed by ``set_status`` alone
+    finish_reason: str | None = field(init=False, default=None)
     error: SpecDecError | None = field(init=False, default=None)
     cancelled: bool = field(init=False, default=False)
-    submitted: float = field(init=False, default=0.0)
-    begun: dict[str, float] | None = field(init=False, default=None)  # the engine's ledger when it was admitted
-    new: list[int] = field(init=False, default_factory=list)  # what the last step brought
-    depths: list[int] = field(init=False, default_factory=list)  # of these tokens in their draft; 0: the model's own
-    forks: set[int] = field(init=False, default_factory=set)  # tokens after which other texts go on differently
+    submit_time: float = field(init=False, default=0.0)
+    ledger_at_start: dict[str, float] | None = field(init=False, default=None)  # the engine's, at admission
+    new_tokens: list[int] = field(init=False, default_factory=list)  # of the last step
+    new_depths: list[int] = field(init=False, default_factory=list)  # their depths in the draft; 0: the model's own
+    fork_positions: set[int] = field(init=False, default_factory=set)  # lengths at which other texts branch off
     handle: Handle | None = field(init=False, default=None)
-    scored: list[TokenLogprob] = field(init=False, default_factory=list)  # the new tokens, where that is asked for
-    prompt_scored: list[TokenLogprob] = field(init=False, default_factory=list)
+    token_logprobs: list[TokenLogprob] = field(init=False, default_factory=list)
+    prompt_token_logprobs: list[TokenLogprob] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         self.prompt = list(self.prompt)
         self.ids = list(self.prompt)
         self.metrics = RequestMetrics(len(self.prompt))
-        if self.chooser is None:
-            self.chooser = Chooser(self.params, self.processors, self.stream, start=len(self.prompt))
+        self.sampler = self.sampler or RowSampler(self.params, self.processors, self.stream, start=len(self.prompt))
 
     @property
-    def sampling(self) -> Chooser:
-        assert self.chooser is not None
-        return self.chooser
+    def remaining(self) -> int:
+        """Number of tokens that may still come."""
+        return self.max_new_tokens - self.metrics.num_new_tokens
 
     @property
-    def left(self) -> int:
-        """Most tokens that may still come."""
-        return self.limit - self.metrics.num_new_tokens
+    def needs_prompt_logprobs(self) -> bool:
+        """Whether log-probabilities of its prompt are missing."""
+        return self.prompt_logprobs and len(self.prompt_token_logprobs) < len(self.prompt) - 1
 
-    @property
-    def unscored(self) -> bool:
-        """Whether log-probabilities of its prompt are still to come."""
-        return self.prompt_logprobs and len(self.prompt_scored) < len(self.prompt) - 1
-
-    def enter(self, status: Status) -> None:
+    def set_status(self, status: Status) -> None:
         """The one place where the status changes."""
-        if status not in NEXT[self.status]:
+        if status not in ALLOWED_CHANGES[self.status]:
             raise ValueError(f"a request that is {self.status} cannot become {status}")
         self.status = status
 
     def finish(self, reason: str, error: SpecDecError | None = None) -> None:
-        """It ends. reason: as in ``Event.finished``."""
-        self.enter(Status.FINISHED)
-        self.finished, self.error = reason, error
+        """End the request. reason: as in ``Event.finish_reason``."""
+        self.set_status(Status.FINISHED)
+        self.finish_reason, self.error = reason, error
 
-    def take(self, tokens: Sequence[int], depths: Sequence[int]) -> None:
-        """Add ``new`` tokens, up to where plain decoding would end. Those left over are not the text's, whose cache
-        must not have them either. depths: of the tokens in their draft."""
-        self.new = []
-        if not self.left:  # only the prompt is of interest
+    def append(self, tokens: Sequence[int], depths: Sequence[int]) -> None:
+        """Add ``tokens`` up to where plain decoding would end. The others must not enter the text or the cache.
+
+        depths: of the tokens in their draft.
+        """
+        self.new_tokens = []
+        if not self.remaining:  # only the prompt is of interest
             self.finish("length")
             tokens = ()
         for token in tokens:
             if token < 0:  # the model's logits are not finite
                 self.finish("error")
                 break
-            self.new.append(token)
+            self.new_tokens.append(token)
             self.metrics.num_new_tokens += 1
             try:
-                reason, error = self._reason(token), None
-            except Exception as raised:  # of its stop rule: it must not end others
+                reason, error = self._finish_reason(token), None
+            except Exception as raised:  # of its stop rule: it must not end other requests
                 reason, error = "error", failure(raised)
             if reason is not None:
                 self.finish(reason, error)
                 break
-        self.ids += self.new
-        self.depths = list(depths[: len(self.new)])
-        self.sampling.noise.forget(len(self.ids))
+        self.ids += self.new_tokens
+        self.new_depths = list(depths[: len(self.new_tokens)])
+        self.sampler.noise.forget(len(self.ids))
 
-    def settle(self, ledger: dict[str, float]) -> None:
-        """The request has ended: its own ledger is what it has seen of the engine's."""
-        begun = ledger if self.begun is None else self.begun
-        self.metrics.ledger = {phase: seconds - begun.get(phase, 0.0) for phase, seconds in ledger.items()}
+    def close_ledger(self, ledger: dict[str, float]) -> None:
+        """Set the metrics' ledger to the seconds that the engine's ``ledger`` gained since admission."""
+        start = ledger if self.ledger_at_start is None else self.ledger_at_start
+        self.metrics.ledger = {phase: seconds - start.get(phase, 0.0) for phase, seconds in ledger.items()}
 
-    def _reason(self, token: int) -> str | None:
+    def _finish_reason(self, token: int) -> str | None:
         reason = None if self.stop is None else self.stop(token)
         if token in self.eos:
             return "eos"
-        return reason or (None if self.left > 0 else "length")
+        return reason or (None if self.remaining > 0 else "length")
 
 
 def check_prompt(prompt: Sequence[int], target: Target) -> None:
@@ -176,32 +175,33 @@ def failure(error: BaseException) -> SpecDecError:
 
 @dataclass
 class Event:
-    """What has happened to a request since the last event.
+    """What has happened to a request since its last event.
 
-    finished: "eos", "stop" (or another reason that its stop rule gives), "length", "cancelled", "error" (then there is
-    an ``error``), or None: it goes on. depths: for each token, its depth in the draft that it was accepted from; 0: the
-    model chose it itself.
+    finish_reason: "eos", "stop" (or what its stop rule returns), "length", "cancelled" or "error"; None: it goes on.
+    depths: for each token, its depth in the draft that it was accepted from; 0: the model chose it itself.
     """
 
     tokens: list[int] = field(default_factory=list)
-    finished: str | None = None
+    finish_reason: str | None = None
     error: SpecDecError | None = None
     depths: list[int] = field(default_factory=list)
 
     @property
     def accepted(self) -> int:
-        """How many of the tokens, counted from the first, were drafted."""
+        """Number of leading tokens that were drafted."""
         return next((n for n, depth in enumerate(self.depths) if not depth), len(self.depths))
 
 
-PATIENCE = 1.0  # seconds after which a reader looks whether the engine is still there
+POLL = 1.0  # seconds after which a reader checks that the engine is still there
 
 
 class Handle:
     """The events of a request, to be iterated in a thread or on an event loop, by one reader.
 
-    Of a reader that is slow, one event waits, which takes in what comes. advance: runs a step where no thread of the
-    engine does; returns whether one does. It ends a request that none will serve any more.
+    At most one event waits for a slow reader; new tokens are added to it.
+
+    advance: runs a step if the engine has no thread, and returns whether it has one. Ends a request that is served no
+        longer.
     """
 
     def __init__(self, request: Request, advance: Callable[[Request], bool]) -> None:
@@ -209,30 +209,30 @@ class Handle:
         self._pending: Event | None = None
         self._change = threading.Condition()
         self._waker: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
-        self._over = False
+        self._ended = False
 
     @property
     def metrics(self) -> RequestMetrics:
         return self.request.metrics
 
     def cancel(self) -> None:
-        """Give the request up: it is gone after the step under way. One that has ended stays as it is."""
+        """Cancel the request after the step under way. A request that has ended stays as it is."""
         self.request.cancelled = True
 
     def put(self, tokens: list[int], depths: list[int]) -> None:
-        """Add what a step has brought, and whether the request has ended by it. The reader is not woken yet."""
+        """Add the tokens of a step, and the request's finish reason. The reader is not notified yet."""
         with self._change:
             event = self._pending = self._pending or Event()
             event.tokens += tokens
             event.depths += depths
-            event.finished, event.error = self.request.finished, self.request.error
+            event.finish_reason, event.error = self.request.finish_reason, self.request.error
 
-    def wake(self) -> None:
-        """Let the reader have what was put."""
+    def notify(self) -> None:
+        """Wake the reader."""
         with self._change:
             self._change.notify_all()
             waker = self._waker
-        if waker is not None:  # without the lock, which the one that wakes takes at once
+        if waker is not None:  # without the lock: the reader takes it at once
             loop, flag = waker
             if not loop.is_closed():
                 loop.call_soon_threadsafe(flag.set)
@@ -240,26 +240,26 @@ class Handle:
     def _take(self) -> Event | None:
         with self._change:
             event, self._pending = self._pending, None
-            self._over = self._over or (event is not None and event.finished is not None)
+            self._ended = self._ended or (event is not None and event.finish_reason is not None)
             return event
 
     def __iter__(self) -> Iterator[Event]:
-        while not self._over:
+        while not self._ended:
             if (event := self._take()) is not None:
                 yield event
             elif self._advance(self.request):
                 with self._change:
-                    self._change.wait_for(lambda: self._pending is not None, PATIENCE)
+                    self._change.wait_for(lambda: self._pending is not None, POLL)
 
     async def __aiter__(self) -> AsyncIterator[Event]:
         flag = asyncio.Event()
         with self._change:
             self._waker = asyncio.get_running_loop(), flag
-        while not self._over:
+        while not self._ended:
             if (event := self._take()) is not None:
                 yield event
             elif self._advance(self.request):
                 with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(PATIENCE):
+                    async with asyncio.timeout(POLL):
                         await flag.wait()
                 flag.clear()

@@ -1,4 +1,4 @@
-"""Which requests run: waiting ones are admitted, their prompts run in parts, and the youngest gives way for memory."""
+"""Which requests run: admission, prompts in chunks, preemption of the youngest request when memory is full."""
 
 from __future__ import annotations
 
@@ -12,21 +12,19 @@ import torch
 from specdec.engine.batch import Batch
 from specdec.engine.request import Request, Status
 from specdec.kvcache.cache import KVCache
-from specdec.kvcache.prefix import Prefix, PrefixStore, blocks, common
+from specdec.kvcache.prefix import PrefixStore, blocks, common
 from specdec.runtimes.prefill import run_tokens
 from specdec.runtimes.target import Target
 
 DRAFTED = 16  # slots that the nodes of a usual draft take
-PAGE = 16  # slots that memory is counted in
-AHEAD = 64  # tokens that every row should have room for when one is admitted: else it would soon give way again
-ROOM = 1024  # new tokens that a row has room for from the beginning, where its cache is kept for others
-SHARED = 32  # a request waits for another's prompt to be run if they have so many more tokens in common
-EVERY = (
-    512  # tokens of a prompt between two checkpoints of recurrent states, at least; a quarter of it where it is long
-)
+PAGE = 16  # memory is counted in blocks of so many slots
+HEADROOM = 64  # free slots for each row at an admission: with fewer, a row would soon be preempted again
+NEW_SLOTS = 1024  # maximum new tokens that a row's cache is allocated for at first, if it is kept for others
+SHARED = 32  # a request waits for another's prompt if they share so many more tokens than any cached prefix
+CHECKPOINT = 512  # minimum prompt tokens between two checkpoints of recurrent states; in a long prompt a quarter of it
 
 
-class Joining:
+class PrefillBatch:
     """Requests whose prompts are being run, and their cache."""
 
     def __init__(self) -> None:
@@ -41,7 +39,7 @@ class Joining:
         self.rows += rows
 
     def remove(self, rows: Sequence[Request]) -> KVCache | None:
-        """Take out rows, together with their cache."""
+        """Remove rows; return their cache."""
         index = [b for b, row in enumerate(self.rows) if row in rows]
         stay = [b for b in range(len(self.rows)) if b not in index]
         cache, self.rows = self.cache, [self.rows[b] for b in stay]
@@ -60,54 +58,56 @@ class Joining:
 class Scheduler:
     """Queues and memory of an engine.
 
-    max_rows: most requests that run at once. memory: bytes of keys and values; None: as many as it takes. chunk: most
-    tokens of prompts in a step, while rows run. reuse: whether texts are kept for requests that begin alike.
-    preemptions; queries, hits: prompt tokens that were looked up, and found. token_bytes: of a token's keys and values,
-    where memory is bounded; state_bytes: of a row's recurrent states, and of a checkpoint.
+    max_rows: maximum number of requests that run at once.
+    kv_memory: maximum bytes of keys and values; None: no limit.
+    chunk: maximum prompt tokens in a step while rows decode.
+    reuse: whether texts are kept for requests that begin alike.
+    prefix_queries, prefix_hits: prompt tokens looked up among cached prefixes, and found.
+    token_bytes: size of a token's keys and values; state_bytes: of a row's recurrent states, or a checkpoint. 0 without
+        a limit of memory.
 
-    Texts with recurrent states can be gone on with at checkpoints alone. These are kept in a prompt where another text
-    is known to fork off, and every so many tokens.
+    A text with recurrent states can be resumed at checkpoints alone. A prompt gets one where another text branches off,
+    and one every ``CHECKPOINT`` tokens.
     """
 
-    def __init__(self, batch: Batch, max_rows: int, memory: int | None, chunk: int, reuse: bool) -> None:
-        self.batch, self.max_rows, self.memory, self.chunk, self.reuse = batch, max_rows, memory, chunk, reuse
+    def __init__(self, batch: Batch, max_rows: int, kv_memory: int | None, chunk: int, reuse: bool) -> None:
+        self.batch, self.max_rows, self.kv_memory, self.chunk, self.reuse = batch, max_rows, kv_memory, chunk, reuse
         self.waiting: deque[Request] = deque()
-        self.joining, self.prefixes = Joining(), PrefixStore()
-        self.preemptions = self.queries = self.hits = 0
-        self.token_bytes, self.state_bytes = (0, 0) if memory is None else _bytes(batch.target)
+        self.prefilling, self.prefixes = PrefillBatch(), PrefixStore()
+        self.preemptions = self.prefix_queries = self.prefix_hits = 0
+        self.token_bytes, self.state_bytes = (0, 0) if kv_memory is None else _sizes(batch.target)
 
     @property
     def running(self) -> int:
-        return len(self.batch.rows) + len(self.joining.rows)
+        return len(self.batch.rows) + len(self.prefilling.rows)
 
     # -- memory -------------------------------------------------------------------------------------------------------
 
     def used(self) -> int:
-        """Bytes of keys and values that are held, and of recurrent states. Running rows count in whole blocks of slots,
-        kept texts with their buffers."""
-        joining = [len(row.ids) for row in self.joining.rows]
-        slots = sum(blocks(n, PAGE) for n in (*self.batch.cache.rows, *joining))
+        """Bytes of all keys, values and recurrent states. Running rows count in blocks, cached prefixes by buffers."""
+        prefilling = [len(row.ids) for row in self.prefilling.rows]
+        slots = sum(blocks(n, PAGE) for n in (*self.batch.cache.rows, *prefilling))
         states = self.batch.cache.num_states + self.prefixes.states
-        states += 0 if self.joining.cache is None else self.joining.cache.num_states
-        kept = 0 if self.memory is None else self.prefixes.nbytes
-        return self.token_bytes * slots + kept + self.state_bytes * states
+        states += 0 if self.prefilling.cache is None else self.prefilling.cache.num_states
+        prefixes = 0 if self.kv_memory is None else self.prefixes.nbytes
+        return self.token_bytes * slots + prefixes + self.state_bytes * states
 
-    def _fits(self, more: int, rows: int = 0) -> bool:
-        """Whether so many more tokens, and rows, have room; prefixes make room for them."""
-        if self.memory is None:
+    def _fits(self, tokens: int, rows: int = 0) -> bool:
+        """Whether there is memory for so many more tokens and rows; drops cached prefixes to make it."""
+        if self.kv_memory is None:
             return True
-        while self.used() + more * self.token_bytes + rows * self.state_bytes > self.memory:
+        while self.used() + tokens * self.token_bytes + rows * self.state_bytes > self.kv_memory:
             if not self.prefixes.drop():
                 return False
         return True
 
-    def make_room(self) -> bool:
-        """Before a step: let the youngest rows wait until the others have room to grow; whether any has to."""
+    def preempt(self) -> bool:
+        """Before a step: let the youngest rows wait until the others have memory to grow; return whether any does."""
         before = self.preemptions
         while not self._fits(DRAFTED * len(self.batch.rows)) and self.running > 1:
-            youngest = max([*self.batch.rows, *self.joining.rows], key=lambda row: row.submitted)
-            self.leave([youngest], keep=False)
-            youngest.enter(Status.WAITING)
+            youngest = max([*self.batch.rows, *self.prefilling.rows], key=lambda row: row.submit_time)
+            self.remove([youngest], keep=False)
+            youngest.set_status(Status.WAITING)
             self.waiting.appendleft(youngest)
             self.preemptions += 1
         return self.preemptions > before
@@ -115,56 +115,60 @@ class Scheduler:
     # -- rows ---------------------------------------------------------------------------------------------------------
 
     def admit(self) -> None:
-        """Let waiting requests begin, in their order, where there is room."""
-        fresh, longest, target = list[Request](), 0, self.batch.target
+        """Let waiting requests begin, in their order, while there is memory."""
+        fresh, expected, target = list[Request](), 0, self.batch.target
         while self.waiting and self.running + len(fresh) < self.max_rows:
             row, others = self.waiting[0], self.running + len(fresh)
-            # What follows the last token is sought, so it is run; and so are those of whose successors it is asked.
-            known = row.ids[: len(row.prompt_scored) if row.unscored else -1]
-            source, found, shared = self._longest(known, row.scope)
-            more = sum(blocks(len(each.ids), PAGE) for each in (*fresh, row)) + AHEAD * (others + 1)
-            if not self._fits(more, len(fresh) + 1) and others:
+            # The last token is run, as its successor is sought; so are those whose successors need log-probabilities.
+            ids = row.ids[: len(row.prompt_token_logprobs) if row.needs_prompt_logprobs else -1]
+            source, found, shared = self._longest_prefix(ids, row.scope)
+            tokens = sum(blocks(len(each.ids), PAGE) for each in (*fresh, row)) + HEADROOM * (others + 1)
+            if not self._fits(tokens, len(fresh) + 1) and others:
                 break
-            if self._waits(row, known, found, fresh):
+            if self._should_wait(row, ids, found, fresh):
                 break
             if shared > found + SHARED:
-                row.forks.add(shared)
-            cache = None if source is None else source(found, self._expected(row))
-            self._book(row, found)
-            self.batch.restart([*self.batch.rows, *self.joining.rows, *fresh])
+                row.fork_positions.add(shared)
+            own = self._expected_slots(row)
+            cache = None if source is None else source(found, own)
+            self._count_hits(row, found)
+            self.batch.restart([*self.batch.rows, *self.prefilling.rows, *fresh])
             self.waiting.popleft()
             if not row.metrics.num_new_tokens:
-                row.metrics.queue_seconds = time.perf_counter() - row.submitted
+                row.metrics.queue_seconds = time.perf_counter() - row.submit_time
             self.batch.begin(row)
-            row.enter(Status.PREFILL)
-            expected = self._expected(row)
+            row.set_status(Status.PREFILL)
             if cache is not None:
-                cache.expected = expected
+                cache.expected = own
                 cache.keep_state(0)
-                self.joining.add([row], cache)
+                self.prefilling.add([row], cache)
             else:
                 fresh.append(row)
-                longest = max(longest, expected)
+                expected = max(expected, own)
         if fresh:
             cache = target.new_cache(len(fresh))
-            cache.expected = longest
-            self.joining.add(fresh, cache)
+            cache.expected = expected
+            self.prefilling.add(fresh, cache)
 
-    def _expected(self, row: Request) -> int:
-        """Slots that a row's cache begins with room for."""
-        left = min(row.left, ROOM) if self.reuse else row.left
-        return min(len(row.ids) + left + DRAFTED, self.batch.target.context)
+    def _expected_slots(self, row: Request) -> int:
+        """Slots that a row's cache is allocated for at first."""
+        new = min(row.remaining, NEW_SLOTS) if self.reuse else row.remaining
+        return min(len(row.ids) + new + DRAFTED, self.batch.target.context)
 
-    def _longest(self, ids: Sequence[int], scope: str | None) -> tuple[Callable[[int, int], KVCache] | None, int, int]:
-        """How to get a cache with the most tokens that a text can begin with, how many, and how many are in common with
-        what has been run."""
+    def _longest_prefix(
+        self, ids: Sequence[int], scope: str | None
+    ) -> tuple[Callable[[int, int], KVCache] | None, int, int]:
+        """The longest prefix of ``ids`` that is cached.
+
+        Returns a function that makes a cache of it, its length, and the number of tokens shared with any text.
+        """
         if not self.reuse:
             return None, 0, 0
         prefix, most, shared = self.prefixes.longest(ids, scope)
         source: Callable[[int, int], KVCache] | None = None
         if prefix is not None:
-            whole = most == len(prefix.ids)
-            source = partial(self._taken, prefix) if whole else partial(prefix.cache.copy, 0)
+            whole, cache = most == len(prefix.ids), prefix.cache
+            source = (lambda count, room: self.prefixes.take(prefix)) if whole else partial(cache.copy, 0)
         for b, other in enumerate(self.batch.rows):
             if other.scope != scope:
                 continue
@@ -174,78 +178,73 @@ class Scheduler:
                 most, source = count, partial(self.batch.cache.copy, b)
         return source, most, shared
 
-    def _waits(self, row: Request, known: Sequence[int], found: int, fresh: list[Request]) -> bool:
-        """Whether a text had better wait for a prompt that is being run, and begin with more of it than was found."""
+    def _should_wait(self, row: Request, ids: Sequence[int], found: int, fresh: list[Request]) -> bool:
+        """Whether a request had better wait for a prompt that is being run, to begin with more of it than is cached."""
         if not self.reuse:
             return False
-        joining, wait = self.joining, False
-        for b, other in enumerate((*joining.rows, *fresh)):
-            cache = joining.cache if b < len(joining.rows) else None
-            shared, run = common(other.ids, known), 0 if cache is None else cache.rows[b]
+        prefilling, wait = self.prefilling, False
+        for b, other in enumerate((*prefilling.rows, *fresh)):
+            cache = prefilling.cache if b < len(prefilling.rows) else None
+            shared, run = common(other.ids, ids), 0 if cache is None else cache.rows[b]
             if shared <= found + SHARED or other.scope != row.scope:
                 continue
             if run < shared:
-                other.forks.add(shared)
+                other.fork_positions.add(shared)
                 wait = True
             elif cache is not None and cache.restorable(b, shared) > found + SHARED:
                 wait = True
         return wait
 
-    def _taken(self, prefix: Prefix, count: int, room: int) -> KVCache:
-        return self.prefixes.take(prefix)
-
-    def _book(self, row: Request, found: int) -> None:
-        if not self.reuse:
-            return
-        self.queries += len(row.ids)
-        self.hits += found
-        if not row.metrics.num_new_tokens:
-            row.metrics.num_cached_tokens = found
+    def _count_hits(self, row: Request, found: int) -> None:
+        if self.reuse:
+            self.prefix_queries += len(row.ids)
+            self.prefix_hits += found
+            if not row.metrics.num_new_tokens:
+                row.metrics.num_cached_tokens = found
 
     def prefill(self) -> list[Request]:
-        """Run the next part of the prompts that are joining; those that have been run whole join the batch."""
-        joining, cache = self.joining, self.joining.cache
+        """Run the next chunk of the prompts; rows whose prompts are complete join the batch and are returned."""
+        prefilling, cache = self.prefilling, self.prefilling.cache
         if cache is None:
             return []
-        left = [len(row.ids) - n for row, n in zip(joining.rows, cache.rows, strict=True)]
-        counts, room = [], self.chunk if self.batch.rows else self.chunk * len(left)
-        for row, n, count in zip(joining.rows, cache.rows, left, strict=True):
-            count = min(count, self.chunk, room)
+        left = [len(row.ids) - n for row, n in zip(prefilling.rows, cache.rows, strict=True)]
+        counts, budget = [], self.chunk if self.batch.rows else self.chunk * len(left)
+        for row, n, count in zip(prefilling.rows, cache.rows, left, strict=True):
+            count = min(count, self.chunk, budget)
             if self.batch.target.recurrent_layers:
-                count = min([count, *(fork - n for fork in row.forks if fork > n)])
+                count = min([count, *(fork - n for fork in row.fork_positions if fork > n)])
             counts.append(count)
-            room -= count
-        whole = self.batch.prefill(joining.rows, cache, counts)
-        for b, (row, n) in enumerate(zip(joining.rows, cache.rows, strict=True)):
-            if self.reuse and (n in row.forks or n - cache.restorable(b, n - 1) >= max(EVERY, n // 4)):
+            budget -= count
+        complete = self.batch.prefill(prefilling.rows, cache, counts)
+        for b, (row, n) in enumerate(zip(prefilling.rows, cache.rows, strict=True)):
+            if self.reuse and (n in row.fork_positions or n - cache.restorable(b, n - 1) >= max(CHECKPOINT, n // 4)):
                 cache.keep_state(b)
-        if whole and (own := joining.remove(whole)) is not None:
-            self.batch.join(whole, own)
-            for row in whole:
+        if complete and (own := prefilling.remove(complete)) is not None:
+            self.batch.join(complete, own)
+            for row in complete:
                 if row.status is Status.PREFILL:  # else its first token was its last
-                    row.enter(Status.RUNNING)
-        return whole
+                    row.set_status(Status.RUNNING)
+        return complete
 
-    def leave(self, rows: Sequence[Request], keep: bool = True) -> None:
-        """Rows end, or wait again; their texts are kept for others to begin with (``keep``)."""
+    def remove(self, rows: Sequence[Request], keep: bool = True) -> None:
+        """Remove rows that have ended or are preempted. keep: cache their texts for others to begin with."""
         batch = self.batch
         if keep and self.reuse:
             for b, row in enumerate(batch.rows):
                 if row in rows and row.error is None:
                     self.prefixes.add(row.ids, batch.cache.kept(b), row.scope)
         batch.keep([row for row in batch.rows if row not in rows])
-        self.joining.remove(rows)
+        self.prefilling.remove(rows)
         self._fits(0)
 
-    def forget(self) -> None:
-        """Let all rows and all kept texts go."""
-        self.batch.clear()
-        self.joining = Joining()
-        self.prefixes.clear()
+    def clear(self) -> None:
+        """Drop all rows and all cached prefixes."""
+        self.batch.keep([])
+        self.prefilling, self.prefixes = PrefillBatch(), PrefixStore()
 
 
 @torch.inference_mode()
-def _bytes(target: Target) -> tuple[int, int]:
+def _sizes(target: Target) -> tuple[int, int]:
     """Bytes of a token's keys and values, and of a row's recurrent states."""
     cache = target.new_cache()
     run_tokens(target, cache, [[0]])

@@ -52,7 +52,7 @@ from specdec.runtimes.select import CHOICES, check_names
 from specdec.runtimes.target import Target
 from specdec.speculation import registry
 from specdec.speculation.draft import Drafter
-from specdec.speculation.sampling import Chooser, Transforms, streams
+from specdec.speculation.sampling import RowSampler, Transforms, streams
 
 OF_A_BATCH = (  # processors that hold something for each row of the call
     EncoderNoRepeatNGramLogitsProcessor,
@@ -151,10 +151,10 @@ class SpecGenerate:
         if self.stop_strings:
             criteria.append(StopStringCriteria(self.tokenizer, self.stop_strings))
         call = _Call(input_ids, criteria, config)
-        rows = _choosers(prompts, input_ids, list(logits_processor), config.do_sample, generator, call.records)
+        rows = _samplers(prompts, input_ids, list(logits_processor), config.do_sample, generator, call.records)
         requests = [
-            decoder.request(prompt, max_new_tokens=new, chooser=chooser)
-            for prompt, chooser in zip(prompts, rows, strict=True)
+            decoder.request(prompt, max_new_tokens=new, sampler=sampler)
+            for prompt, sampler in zip(prompts, rows, strict=True)
         ]
         for request in requests:
             request.eos = call.ends
@@ -312,14 +312,14 @@ def _of_a_batch(processor: LogitsProcessor) -> bool:
     return isinstance(processor, OF_A_BATCH) or not type(processor).__module__.startswith("transformers.")
 
 
-def _choosers(
+def _samplers(
     prompts: list[list[int]],
     input_ids: Tensor,
     processors: list[LogitsProcessor],
     sample: bool,
     generator: torch.Generator | None,
     records: list[_Records],
-) -> list[Chooser]:
+) -> list[RowSampler]:
     """What chooses each row's tokens. records: of each row, if scores are to be returned; else empty."""
     seed = 0
     if sample:
@@ -336,7 +336,7 @@ def _choosers(
             own.records, records[b].of = records[b], own
         transforms = Transforms(params, [own] if processors or records else [])
         transforms.warpers = warpers
-        rows.append(Chooser(params, stream=stream, transforms=transforms))
+        rows.append(RowSampler(params, stream=stream, transforms=transforms))
     return rows
 
 

@@ -43,8 +43,8 @@ class Choice:
         try:
             async for event in self.handle:
                 self._time(len(event.tokens))
-                if event.finished is not None and event.finished not in REASONS:
-                    raise _failed(event.finished, event.error)
+                if event.finish_reason is not None and event.finish_reason not in REASONS:
+                    raise _failed(event.finish_reason, event.error)
                 for piece in self.answer.read(event, each):
                     yield piece
         finally:
@@ -52,7 +52,7 @@ class Choice:
 
     def scored(self, start: int) -> list[TokenLogprob]:
         """The log-probabilities of the tokens from number ``start`` on."""
-        return self.handle.request.scored[start : self.answer.count]
+        return self.handle.request.token_logprobs[start : self.answer.count]
 
     def close(self) -> None:
         """The request is not needed any more; one that is over stays as it is."""

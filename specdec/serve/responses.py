@@ -37,7 +37,7 @@ class Chat:
 
     def parser(self, choice: Choice) -> ChatParser:
         if choice.index not in self.parsers:
-            rule = choice.handle.request.sampling.constraint
+            rule = choice.handle.request.sampler.constraint
             inside, may_reason = (False, False) if rule is None else (rule.inside, rule.may_reason)
             parser = ChatParser(self.form, self.names, self.single, inside, may_reason, self.forced)
             self.parsers[choice.index] = parser
@@ -81,7 +81,7 @@ class Completion:
 
     def logprobs(self, choice: Choice, start: int) -> dict[str, Any]:
         """Those of the tokens from number ``start`` on; before the first come the prompt's, where it is repeated."""
-        before = choice.handle.request.prompt_scored if self.echoes and not start else []
+        before = choice.handle.request.prompt_token_logprobs if self.echoes and not start else []
         first = choice.prompt[0] if self.echoes and not start else None
         scored = [*before, *choice.scored(start)]
         found, choice.place = logprobs.of_completion(choice.tokenizer, scored, first, choice.place)

@@ -199,5 +199,5 @@ class Service:
             logprobs=body.top,
             prompt_logprobs=body.top is not None and isinstance(body, CompletionBody) and body.echo,
         )
-        request.limit = min(request.limit, limit)  # 0: the prompt alone is scored
+        request.max_new_tokens = min(request.max_new_tokens, limit)  # 0: the prompt alone is scored
         return request

@@ -1,4 +1,4 @@
-"""What drafters and verifiers exchange: a tree of proposed tokens, and what of it is accepted.
+"""The contracts of drafters and verifiers: a tree of proposed tokens, and the path of it that is accepted.
 
 A step scores a *block* of 1 + M tokens: index 0 is the root (the last committed token, whose successor is sought),
 indices 1 .. M are the draft's nodes in topological order.
@@ -33,12 +33,14 @@ if TYPE_CHECKING:
 class Draft:
     """A tree of proposed tokens for every row of the batch (one shape for all rows).
 
-    tokens: int64 [B, M], or lists [B][M], from which the tensor is made on ``device`` when it is read; -1 marks a
-        node that a row does not have. listed: the lists, where the host has them.
-    parents: block index of each node's parent (0 = root); a chain is (0, 1, 2, ...).
-    states: [B, S, D], hidden states at layer ``exit_layer`` of the first S block tokens, whose keys and values below
-        that layer are already in the cache: scoring resumes there.
-    layers: int64 [B, M], the layers each node's token ran when it was drafted, if the drafter leaves the model early.
+    tokens: int64 [B, M], or lists [B][M], from which the tensor is made on ``device`` when it is read. -1 marks a node
+        that a row does not have.
+    listed: the tokens as lists, once the host has them.
+    parents: block index of each node's parent (0: the root); a chain is (0, 1, 2, ...).
+    states: hidden states [B, S, D] at layer ``exit_layer`` of the first S block tokens, whose keys and values below
+        that layer are in the cache already: scoring resumes there.
+    layers: number of layers that each node's token ran when it was drafted, int64 [B, M], if tokens leave the model
+        early.
     """
 
     states: Tensor | None = None
@@ -75,7 +77,7 @@ class Draft:
         return self.listed
 
     def paths(self, row: int) -> list[list[int]]:
-        """The tokens that a row has, as the paths from the root to each node, in order."""
+        """The path of tokens from the root to each node that the row has, in the order of the nodes."""
         paths: list[list[int] | None] = [[]]
         for token, parent in zip(self.lists()[row], self.parents, strict=True):
             before = paths[parent]
@@ -87,8 +89,8 @@ class Draft:
         return ancestors(self.parents)
 
     def within(self, depths: list[int]) -> list[int]:
-        """Leave out the nodes of each row that are deeper than its own of ``depths``; return the rows that may have
-        had such."""
+        """Remove the nodes of each row that are deeper than its entry of ``depths``; return the rows that may have lost
+        some."""
         deep = self.depths()[1:]
         deepest = max(deep, default=0)
         cut = [b for b, most in enumerate(depths) if most < deepest]
@@ -124,7 +126,11 @@ def ancestors(parents: tuple[int, ...]) -> Tensor | None:
 
 @dataclass
 class Acceptance:
-    """What is accepted of a draft: for each row the block indices (root first) and the token that follows them."""
+    """What is accepted of a draft.
+
+    paths: the accepted block indices of each row, root first.
+    next_tokens: the token that follows each path.
+    """
 
     paths: list[list[int]]
     next_tokens: list[int]
@@ -132,14 +138,15 @@ class Acceptance:
 
 @dataclass
 class State:
-    """Where a generation stands. ``ids[b]``: row b's prompt and output; its last token, the root, is not yet cached.
+    """The running rows, as drafters see them.
 
-    prices: what levels and nodes cost; None: the draft is as deep as it may be, and a chain unless told otherwise.
-    exit: of a drafter with several exits, the number of the last that tokens may go to; None: any.
-    threshold: drafts are accepted without scoring, and only tokens that the drafter is at least this sure of are
-        proposed. None: drafts are verified.
-    memory[b]: what the drafter keeps of row b (``Drafter.begin``). scopes[b]: texts of one scope are not drafted from
-        in another.
+    ids[b]: prompt and output of row b; its last token, the root, is not yet cached.
+    prices: the costs of levels and nodes; None: a draft may be as deep as its limit, and is a chain by default.
+    exit: number of the last exit that tokens may go to; None: any.
+    threshold: minimum confidence of the tokens to propose, which are then accepted without scoring; None: drafts are
+        verified.
+    row_states[b]: what ``Drafter.begin`` returned for row b.
+    scopes[b]: text of one scope must not be drafted in another.
     """
 
     target: Target
@@ -149,7 +156,7 @@ class State:
     prices: Prices | None = None
     exit: int | None = None
     threshold: float | None = None
-    memory: list[Any] = field(default_factory=list)
+    row_states: list[Any] = field(default_factory=list)
     scopes: list[str | None] = field(default_factory=list)
 
     @property
@@ -158,15 +165,13 @@ class State:
         return any(row.constraint is not None for row in self.sampler.rows)
 
     def allowed(self, row: int, tokens: list[int]) -> list[int]:
-        """The ``tokens`` that may follow the row's text: those before the first that its constraint rules out."""
+        """``tokens``, cut before the first that the row's constraint does not allow after its text."""
         constraint = self.sampler.rows[row].constraint
         return tokens if constraint is None else tokens[: constraint.allows(self.ids[row], tokens)]
 
     def masks(self, row: int) -> Callable[[Sequence[int]], Tensor | None] | None:
-        """What a row's constraint allows after tokens that follow its root, bool [V] (None: it rules these out).
-
-        None: the row has no constraint.
-        """
+        """A function from tokens that follow the row's root to the tokens allowed after them: bool [V], or None if they
+        are not allowed themselves. None: the row has no constraint."""
         constraint, ids = self.sampler.rows[row].constraint, self.ids[row]
         return None if constraint is None else lambda tokens: constraint.mask([*ids[constraint.start :], *tokens])
 
@@ -194,23 +199,25 @@ class State:
 
 
 class Drafter(ABC):
-    """Proposes tokens. A subclass implements ``propose``; the other methods do nothing unless it overrides them.
+    """Proposes tokens. A subclass implements ``propose``; the other methods do nothing by default.
 
-    Rows come and go between two steps. What belongs to a row is in the row's own memory (``begin``), and not here.
+    Rows come and go between two steps. What belongs to a row is in the row's own state (``begin``).
 
-    name: as in the registry. summary: one line about it. training: the command that trains one, if there is one.
-    needs_training: it drafts only with trained parameters.
-    before_others: options that differ where another drafter comes after it (``HybridDrafter``).
+    name: as in the registry.
+    summary: one line about it.
+    training: the command that trains one, if there is one.
+    needs_training: whether it drafts only with trained parameters.
+    before_others: defaults that differ where another drafter comes after it (``HybridDrafter``).
     drafts: False for the drafter that never proposes anything.
-    taps: layers whose input states ``observe`` receives; N is the final state, N + 1 for the logits
-        [B, 1 + M, V] of a step (a prompt has none: an empty tensor).
-    whole_prompts: ``observe`` receives every token of a prompt that is run.
-    num_exits: exits to choose from; if there are several, the drafter keeps to ``State.exit``.
-    estimates: it has probabilities of its own for what it drafts, and ends drafts by ``State.prices``.
-    leaves_early: tokens may leave the model early, with a confidence (``State.threshold``). leaves_state: they leave
-        with an exact state of the model.
-    blends: it takes the candidates of another drafter into its own tree (``blend``).
-    path: what the cost of drafting depends on, beside the name.
+    blends: whether it can merge the candidates of another drafter into its tree (``blend``).
+    taps: layers whose input states ``observe`` receives. N stands for the final state, N + 1 for the logits of a step,
+        [B, 1 + M, V] (an empty tensor for a prompt).
+    whole_prompts: whether ``observe`` receives the states of all prompt tokens.
+    num_exits: number of exits to choose from; with more than one, the drafter obeys ``State.exit``.
+    has_probabilities: whether it knows probabilities of its tokens, and sizes drafts by ``State.prices``.
+    leaves_early: whether tokens may leave the model early, with a confidence (``State.threshold``).
+    leaves_state: whether they leave with an exact state of the model.
+    path: a text that tells drafters with different costs apart, beside the name.
     """
 
     name: ClassVar[str]
@@ -223,21 +230,21 @@ class Drafter(ABC):
     taps: tuple[int, ...] = ()
     whole_prompts: bool = False
     num_exits: int = 1
-    estimates: bool = False
+    has_probabilities: bool = False
     leaves_early: bool = False
     leaves_state: bool = False
     path: str = ""
 
     @property
     def label(self) -> str:
-        """The name, for people; of joined drafters the names of all."""
+        """The name for people; of joined drafters, the names of all."""
         return self.name
 
     @classmethod
     def load(cls, target: Target, source: str | None = None, **given: Any) -> Drafter:
-        """Make one for ``target``, from ``source`` (a folder or a name) and options.
+        """Make one for ``target`` from ``source`` (a folder or a name) and options.
 
-        Here without a source; options are the arguments of the constructor.
+        By default there is no source, and options are the arguments of the constructor.
         """
         options.check(cls.name, given, keywords(cls), source)
         return cls(**given)
@@ -267,10 +274,10 @@ class Drafter(ABC):
         """Attach to a target once; raise SpecDecError if the two do not fit."""
 
     def start(self) -> None:  # noqa: B027 (optional)
-        """Forget what earlier rows have taught; none is left."""
+        """Forget what was learned from earlier rows, none of which runs any more."""
 
     def begin(self) -> Any:
-        """What is kept of one row, before its prompt is run."""
+        """The state of a new row, whose prompt has not been run."""
         return None
 
     @abstractmethod
@@ -278,39 +285,41 @@ class Drafter(ABC):
         """Draft at most ``limit`` >= 1 tokens in depth after each row's root."""
 
     def candidates(self, state: State, limit: int) -> list[Candidates] | None:
-        """What may follow each row's root, with probabilities, at most ``limit`` deep, for a drafter that blends them.
+        """What may follow each row's root, with probabilities, at most ``limit`` deep, for a drafter that blends.
 
-        None: what it proposes has none, or is worth more as it is.
+        None: it has no probabilities, or its own draft is worth more.
         """
         return None
 
     def blend(self, state: State, limit: int, given: list[Candidates]) -> Draft:
-        """As ``propose``, with the candidates of another drafter for each row, if this one ``blends``."""
+        """``propose``, with each row's candidates of another drafter merged in, if this drafter ``blends``."""
         raise NotImplementedError
 
-    def observe(self, memory: list[Any], paths: list[list[int]], taps: dict[int, Tensor]) -> None:  # noqa: B027
-        """Receive the states [B, T, D] at the tapped layers of a block just run, and what of it is accepted.
+    def observe(self, row_states: list[Any], paths: list[list[int]], taps: dict[int, Tensor]) -> None:  # noqa: B027
+        """Receive the states [B, T, D] at the tapped layers of a block just run, and the paths that are accepted.
 
-        memory: of each of its rows. Of a part of a prompt, the block has the last token alone, unless the drafter
-        reads ``whole_prompts``; a path is empty where a row was not run. Layers below the exit layer of a draft with
-        states are not run again, so their taps stay empty.
+        row_states: of the block's rows.
+        paths: block indices; empty for a row that was not run. The block of a part of a prompt is its last token alone,
+            unless the drafter reads ``whole_prompts``.
+        taps: empty tensors for layers below the exit layer of a draft with states, which are not run again.
         """
 
-    def withdraw(self, memory: Any) -> None:  # noqa: B027 (optional)
-        """What was proposed for a row is not scored as it is."""
+    def withdraw(self, row_state: Any) -> None:  # noqa: B027 (optional)
+        """The row's proposal is not scored, or only in part."""
 
-    def end(self, memory: Any, ids: list[int]) -> None:  # noqa: B027 (optional)
-        """A row has ended, with the tokens ``ids``."""
+    def end(self, row_state: Any, ids: list[int]) -> None:  # noqa: B027 (optional)
+        """A row has ended. ids: its prompt and output."""
 
 
 class Verifier(ABC):
-    """Decides how much of a draft is accepted. A rule is a function of the draft and the target's choices.
+    """Decides which path of a draft is accepted: a function of the draft and the target's choices.
 
-    name; label: the name with the rule's settings. lossless: whether the output is what plain decoding returns.
+    name: as in the registry; label: the name with the rule's settings.
+    lossless: whether the output is what plain decoding returns.
     needs_probabilities: whether ``verify`` reads ``p`` where tokens are sampled.
-    threshold: of a rule that accepts without scoring, the confidence that a drafter must have in each token
-    (``State.threshold``). propagates: deeper layers get the keys and values of accepted tokens from their states at the
-    draft's exit layer.
+    threshold: minimum confidence of the drafter in a token, for a rule that accepts without scoring
+        (``State.threshold``).
+    propagates: whether deeper layers get the keys and values of accepted tokens from their states at the exit layer.
     """
 
     name: ClassVar[str]
@@ -328,10 +337,10 @@ class Verifier(ABC):
         return token == choice >= 0
 
     def verify(self, draft: Draft, chosen: list[list[int]], p: Tensor | None) -> Acceptance:
-        """Accept a path of ``draft`` for each row: here the one along tokens that ``accepts`` takes.
+        """Accept a path of ``draft`` for each row; by default the one along tokens that ``accepts`` takes.
 
-        chosen: [B][1 + M], the token that the target chooses after each block token (-1: its logits are not finite).
-        p: [B, 1 + M, V], the target's distributions; None if the rule does not need them, or in greedy decoding.
+        chosen: the token that the target chooses after each block token, [B][1 + M] (-1: its logits are not finite).
+        p: the target's distributions [B, 1 + M, V]; None in greedy decoding, or if the rule does not need them.
         """
         accepted = Acceptance([], [])
         for tokens, choices in zip(draft.lists(), chosen, strict=True):

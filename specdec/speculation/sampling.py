@@ -128,7 +128,7 @@ class Noise:
             del self.made[old]
 
 
-class Chooser:
+class RowSampler:
     """How one row's tokens are chosen.
 
     stream: rows with one seed draw alike at one position unless their streams differ. transforms: in place of those
@@ -172,10 +172,10 @@ class Sampler:
         self, params: SamplingParams, processors: Sequence[LogitsProcessor] = (), streams: Sequence[int] = (0,)
     ) -> None:
         transforms = Transforms(params, processors)
-        self.rows = [Chooser(params, (), stream, transforms) for stream in streams]
+        self.rows = [RowSampler(params, (), stream, transforms) for stream in streams]
 
     @classmethod
-    def of(cls, rows: Sequence[Chooser]) -> Sampler:
+    def of(cls, rows: Sequence[RowSampler]) -> Sampler:
         """Of rows that each have their own."""
         made = cls.__new__(cls)
         made.rows = list(rows)

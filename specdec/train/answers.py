@@ -102,7 +102,7 @@ def _generate(
                 engine.submit(request)
                 running.append(request)
         engine.step()
-        for request in [each for each in running if each.finished is not None]:
+        for request in [each for each in running if each.finish_reason is not None]:
             if request.error is not None:
                 raise request.error
             running.remove(request)

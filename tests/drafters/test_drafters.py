@@ -162,7 +162,7 @@ def test_a_draft_model_may_pad_its_vocabulary_otherwise(llama: PreTrainedModel, 
 
 def draft_after(drafter: Drafter, target: Target, ids: list[int], limit: int = 3) -> list[tuple[int, ...]]:
     """The paths from root to leaf of the draft after ``ids``."""
-    state = State(target, target.new_cache(), Sampler(SamplingParams()), [ids], memory=[drafter.begin()])
+    state = State(target, target.new_cache(), Sampler(SamplingParams()), [ids], row_states=[drafter.begin()])
     draft = drafter.propose(state, limit)
     paths: list[tuple[int, ...]] = [()]
     for token, parent in zip(draft.tokens[0].tolist(), draft.parents, strict=True):
@@ -229,8 +229,8 @@ def test_what_the_lookahead_pool_learns_is_what_the_model_says(llama: PreTrained
 
     def spy(state: State, limit: int) -> Draft:
         draft = propose(state, limit)
-        drafted.append((list(state.ids[0]), copy.deepcopy(state.memory[0].window)))
-        rows.append(state.memory[0])
+        drafted.append((list(state.ids[0]), copy.deepcopy(state.row_states[0].window)))
+        rows.append(state.row_states[0])
         return draft
 
     drafter.propose = spy  # type: ignore[method-assign]

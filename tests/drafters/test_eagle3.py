@@ -224,12 +224,12 @@ def test_a_beginning_that_is_kept_leaves_a_gap_and_the_text_as_it_is(target: Ref
 def test_nodes_are_taken_while_they_pay(target: ReferenceTarget) -> None:
     drafter = zoo.eagle3(target)
     drafter.bind(target)
-    cache, memory = target.new_cache(1), [drafter.begin()]
+    cache, row_states = target.new_cache(1), [drafter.begin()]
     with torch.inference_mode():
         taps = dict.fromkeys(drafter.taps, torch.empty(0))
         run_tokens(target, cache, [TEXT[:-1]], taps, whole=True)
-        drafter.observe(memory, [list(range(len(TEXT) - 1))], taps)
-        state = State(target, cache, Sampler(SamplingParams()), [TEXT], memory=memory)
+        drafter.observe(row_states, [list(range(len(TEXT) - 1))], taps)
+        state = State(target, cache, Sampler(SamplingParams()), [TEXT], row_states=row_states)
         assert drafter.propose(state, 3).parents == (0, 1, 2)  # a chain; asked again, the same
         state.prices = Prices([0.0] * 25)
         free = drafter.propose(state, 3)

@@ -111,8 +111,8 @@ def test_a_candidate_is_measured_by_what_it_would_draft_first(llama: PreTrainedM
         right = []
         for prompt, answer in zip(PROMPTS, answers, strict=True):
             for cut, token in enumerate(answer):
-                ids, memory = [*prompt, *answer[:cut]], [drafter.begin()]
-                state = State(target, target.new_cache(), Sampler(SamplingParams()), [ids], memory=memory)
+                ids, row_states = [*prompt, *answer[:cut]], [drafter.begin()]
+                state = State(target, target.new_cache(), Sampler(SamplingParams()), [ids], row_states=row_states)
                 if len(state.ids[0]) > 1:
                     prefill(target, state.cache, [state.ids[0][:-1]])
                 right.append(int(drafter.propose(state, 1).tokens[0, 0]) == token)

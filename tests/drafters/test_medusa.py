@@ -105,7 +105,7 @@ def test_nodes_are_taken_by_the_heads_own_probabilities_while_they_pay(llama: Pr
     target = ReferenceTarget(llama)
     drafter = MedusaDrafter(random_network(), ACCURACY)
     drafter.bind(target)
-    state = State(target, target.new_cache(), Sampler(SamplingParams()), [[5, 6]], memory=[drafter.begin()])
+    state = State(target, target.new_cache(), Sampler(SamplingParams()), [[5, 6]], row_states=[drafter.begin()])
     sure = torch.tensor([[0.15 / 95], [0.2 / 95]]).repeat(1, 1, V).view(1, 2, V)
     sure[0, 0, [7, 8]], sure[0, 1, [3, 4]] = torch.tensor([0.6, 0.25]), torch.tensor([0.55, 0.25])
     drafter._logits = lambda state: sure.log()  # type: ignore[method-assign]
@@ -129,9 +129,9 @@ def test_an_accuracy_table_shapes_the_tree_where_nothing_is_read(llama: PreTrain
     target = ReferenceTarget(llama)
     drafter = MedusaDrafter(random_network(), ACCURACY, 5)
     drafter.bind(target)
-    drafter.estimates, memory = False, drafter.begin()
-    memory.final = torch.randn(1, 1, D)
-    state = State(target, target.new_cache(), Sampler(SamplingParams()), [[5, 6]], memory=[memory])
+    drafter.has_probabilities, own = False, drafter.begin()
+    own.final = torch.randn(1, 1, D)
+    state = State(target, target.new_cache(), Sampler(SamplingParams()), [[5, 6]], row_states=[own])
     wide = drafter.propose(state, 2)
     assert wide.parents == (0, 1, 0, 1, 3)  # 0.6, 0.3, 0.25, 0.15, 0.125
     assert len(set(wide.tokens[0, [0, 2]].tolist())) == len(set(wide.tokens[0, [1, 3]].tolist())) == 2
@@ -142,11 +142,11 @@ def test_rare_words_of_a_rows_own_context_are_drafted(llama: PreTrainedModel) ->
     target, vocab = ReferenceTarget(llama), torch.arange(0, 90, dtype=torch.int32)
     drafter = MedusaDrafter(Medusa(D, 2, draft_vocab=vocab), ACCURACY, 6)
     drafter.bind(target)
-    memory = [drafter.begin(), drafter.begin()]
-    for row in memory:  # the state whose readout has token 95 on top: the final norm's input along that row of the head
+    row_states = [drafter.begin(), drafter.begin()]
+    for row in row_states:  # the state whose readout has token 95 on top: the final norm's input along that head row
         row.final = llama.get_output_embeddings().weight[95].view(1, 1, D)
     state = State(
-        target, target.new_cache(2), Sampler(SamplingParams(), streams=(0, 1)), [[5, 95], [5, 6]], memory=memory
+        target, target.new_cache(2), Sampler(SamplingParams(), streams=(0, 1)), [[5, 95], [5, 6]], row_states=row_states
     )
     tokens = drafter.propose(state, 2).tokens
     assert 95 in tokens[0] and 95 not in tokens[1]
@@ -289,7 +289,7 @@ def test_vllms_heads_draft_what_their_formula_says(
     folder, target = vllm(tmp_path / "heads", network, written, kind != "no bias", **given), ReferenceTarget(llama)
     drafter = MedusaDrafter.load(target, str(folder), nodes=2)
     drafter.accuracy = [[1.0], [1.0]]  # a chain
-    drafter.estimates = False
+    drafter.has_probabilities = False
     check = vllm(
         tmp_path / "check", network, heads[:, tokens] if given.get("tensors") else written, kind != "no bias", **given
     )
@@ -350,12 +350,12 @@ def test_our_heads_are_exported_to_vllm(tmp_path: Path, reduced: bool) -> None:
     result = CliRunner().invoke(app, [*command, str(tmp_path / "ours")])
     assert result.exit_code == 0, result.output
     check_schema(tmp_path / "theirs")
-    memory, logits = MedusaDrafter.begin(None), []  # type: ignore[arg-type]
-    memory.final = torch.randn(1, 1, d)
+    own, logits = MedusaDrafter.begin(None), []  # type: ignore[arg-type]
+    own.final = torch.randn(1, 1, d)
     for name in ("ours", "theirs"):
         drafter = MedusaDrafter.load(target, str(tmp_path / name), nodes=2)
         drafter.bind(target)
-        state = State(target, target.new_cache(), Sampler(SamplingParams()), [[4, 6]], memory=[memory])
+        state = State(target, target.new_cache(), Sampler(SamplingParams()), [[4, 6]], row_states=[own])
         logits.append(drafter._logits(state)[..., : len(range(0, v, 2)) if reduced else v])
     torch.testing.assert_close(*logits, atol=0.05, rtol=0.05)  # the file is in the model's dtype
     again = CliRunner().invoke(app, [*command[:-2], str(tmp_path / "again"), "--drafter", str(tmp_path / "theirs")])
@@ -429,15 +429,15 @@ def test_heads_learn_exactly_what_the_drafter_drafts(normed: bool) -> None:
     says = [method._logits(final)[0].argmax(-1) for final, _ in method._drafts(network, batch)]
     for length in (9, 20, 31):  # the last token of so many is the root
         drafter.bind(target)
-        drafter.estimates = False  # its table shapes the tree
+        drafter.has_probabilities = False  # its table shapes the tree
         cache, positions = target.new_cache(), torch.arange(length - 1)[None]
         taps, mask = {4: torch.empty(0)}, cache.mask(0, positions)
         x = target.embed(torch.tensor([ids[: length - 1]]), positions)
         target.layers(x, 0, 4, Pass(positions, mask, cache, taps))
         cache.commit([list(range(length - 1))])
-        memory = [drafter.begin()]
-        drafter.observe(memory, [list(range(length - 1))], taps)
-        state = State(target, cache, Sampler(SamplingParams()), [ids[:length]], memory=memory)
+        row_states = [drafter.begin()]
+        drafter.observe(row_states, [list(range(length - 1))], taps)
+        state = State(target, cache, Sampler(SamplingParams()), [ids[:length]], row_states=row_states)
         root = length - 1 - rows[0][1]
         assert drafter.propose(state, 3).tokens[0].tolist() == [int(says[k][root + k]) for k in range(3)]
 
@@ -453,7 +453,7 @@ def test_training_makes_a_drafter_whose_table_holds(
     assert agree[-1] > agree[0] + 0.1
     assert figures["nodes"][-1] == 5 and figures["score"] == pytest.approx(1 + sum(figures["chain"]), abs=1e-3)
     decoder = SpecDecoder(model, None, drafter=str(output), drafter_options={"nodes": 5})
-    decoder.drafter.estimates = False
+    decoder.drafter.has_probabilities = False
     held = [a for a in data.split(data.read([answers]), 0.15)[1] if isinstance(a, TrainingAnswer)]
     outs = decoder.generate_batch([list(a.prompt_ids) for a in held], max_new_tokens=24, num_speculative_tokens=2)
     assert [out.token_ids for out in outs] == [list(a.response_ids) for a in held]

@@ -153,7 +153,7 @@ def test_output_ends_at_eos_inside_a_draft(llama: PreTrainedModel) -> None:
     drafter.bind(target)
     request = Request(prompt, 20, eos=frozenset([end]))
     together(target, drafter, [request], FixedDepth(7))
-    assert new_tokens(request) == cut and request.finished == "eos"
+    assert new_tokens(request) == cut and request.finish_reason == "eos"
     assert sum(request.metrics.per_step_accepted) <= len(cut)
 
 

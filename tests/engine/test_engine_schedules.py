@@ -36,7 +36,7 @@ from specdec.runtimes.prefill import run_tokens
 from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.target import Target
 from specdec.speculation.draft import Draft, Drafter, State
-from specdec.speculation.sampling import Chooser, Sampler, SamplingParams
+from specdec.speculation.sampling import RowSampler, Sampler, SamplingParams
 from specdec.verifiers.exact import ExactVerifier
 
 CONTEXT, MOST, BEHIND, TOP = 128, 12, 6, 2  # BEHIND: tokens that the oracle knows of behind the last one
@@ -61,9 +61,9 @@ class Style(NamedTuple):
     processors: tuple[LogitsProcessor, ...] = ()
     pattern: str | None = None
 
-    def chooser(self, prompt: list[int], stream: int) -> Chooser:
+    def sampler(self, prompt: list[int], stream: int) -> RowSampler:
         rule = [] if self.pattern is None else [rules(self.pattern).state(prompt)]
-        return Chooser(self.params, [*self.processors, *rule], stream)
+        return RowSampler(self.params, [*self.processors, *rule], stream)
 
 
 rules = functools.cache(lambda pattern: made(Regex(pattern)))  # compiled
@@ -85,7 +85,7 @@ class Plain(NamedTuple):
 
     tokens: list[int]
     scored: list[TokenLogprob]
-    prompt_scored: list[TokenLogprob]
+    prompt_token_logprobs: list[TokenLogprob]
 
 
 @functools.cache
@@ -93,10 +93,10 @@ class Plain(NamedTuple):
 def plain(kind: str, prompt: tuple[int, ...], style: int, stream: int) -> Plain:
     """The prompt in one pass, and then a token in each; where no token may follow, the text is at its end."""
     target, ids, states = target_of(kind), list(prompt), list[torch.Tensor]()
-    sampler = Sampler.of([STYLES[style].chooser(ids, stream)])
+    sampler = Sampler.of([STYLES[style].sampler(ids, stream)])
     cache, found = target.new_cache(), Plain([], [], [])
     last = run_tokens(target, cache, [ids], every=states)
-    found.prompt_scored[:] = prompt_logprobs(target, states[0][:-1], ids[1:], TOP)
+    found.prompt_token_logprobs[:] = prompt_logprobs(target, states[0][:-1], ids[1:], TOP)
     while len(found.tokens) < MOST + BEHIND:
         logits = target.readout(last)  # (1, 1, V)
         [[token]] = sampler.choose(sampler.scores(logits, lambda: [[ids]]), [[len(ids)]]).tolist()
@@ -112,7 +112,7 @@ def plain(kind: str, prompt: tuple[int, ...], style: int, stream: int) -> Plain:
 
 
 class Oracle(Drafter):
-    """Drafts how a text goes on: ``right`` right tokens, and then a wrong one. texts: by the row's chooser.
+    """Drafts how a text goes on: ``right`` right tokens, and then a wrong one. texts: by the row's sampler.
 
     siblings: wrong tokens beside each right one. (In a row without more to say the wrong ones stand alone.)
     """
@@ -121,7 +121,7 @@ class Oracle(Drafter):
 
     def __init__(self, siblings: int = 0) -> None:
         self.siblings, self.right = siblings, 0
-        self.texts: dict[Chooser, list[int]] = {}
+        self.texts: dict[RowSampler, list[int]] = {}
 
     def propose(self, state: State, limit: int) -> Draft:
         pairs = zip(state.sampler.rows, state.ids, strict=True)
@@ -170,15 +170,15 @@ class Case:
 
     def expected(self) -> tuple[list[int], str | None]:
         """The text, cut where it ends, and why; "cancelled": the most there is."""
-        limit = min(self.request.limit, len(self.plain.tokens))
+        limit = min(self.request.max_new_tokens, len(self.plain.tokens))
         for count, token in enumerate(self.plain.tokens[:limit], start=1):
             own = "error" if count == self.at and self.rule == "raise" else None
             reason = own or ("eos" if token in self.request.eos else None)
             reason = reason or ("stop" if count == self.at and self.rule == "stop" else None)
-            reason = reason or ("length" if count == self.request.limit else None)
+            reason = reason or ("length" if count == self.request.max_new_tokens else None)
             if reason is not None:
                 return self.plain.tokens[:count], reason
-        return self.plain.tokens[:limit], "length" if not self.request.limit else "error"
+        return self.plain.tokens[:limit], "length" if not self.request.max_new_tokens else "error"
 
 
 class Schedules(RuleBasedStateMachine):
@@ -250,7 +250,7 @@ class Schedules(RuleBasedStateMachine):
                 prompt,
                 limit,
                 eos=frozenset(eos),
-                chooser=STYLES[style].chooser(prompt, stream),
+                sampler=STYLES[style].sampler(prompt, stream),
                 draft=draft,
                 logprobs=None if logprobs is None else TOP,
                 prompt_logprobs=logprobs == "prompt",
@@ -258,7 +258,7 @@ class Schedules(RuleBasedStateMachine):
             )
             case = Case(found, request, ends, at)
             request.stop = case.stop
-            self.oracle.texts[request.sampling] = [*prompt, *found.tokens]
+            self.oracle.texts[request.sampler] = [*prompt, *found.tokens]
             case.handle = self.engine.submit(request)
             self.cases.append(case)
 
@@ -275,7 +275,7 @@ class Schedules(RuleBasedStateMachine):
     @precondition(lambda self: self.engine.busy)
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
-        going = [case for case in self.cases if case.request.finished is None]
+        going = [case for case in self.cases if case.request.finish_reason is None]
         if going:
             case = data.draw(st.sampled_from(going), label="case")
             assert case.handle is not None
@@ -285,10 +285,10 @@ class Schedules(RuleBasedStateMachine):
     @rule(room=st.sampled_from([0, 0, 40, 80]))
     def squeeze(self, room: int) -> None:
         """One step with hardly any memory: kept texts go, and the younger rows give way."""
-        whole = self.engine.scheduler.memory
-        self.engine.scheduler.memory = room * self.engine.scheduler.token_bytes
+        whole = self.engine.scheduler.kv_memory
+        self.engine.scheduler.kv_memory = room * self.engine.scheduler.token_bytes
         self.engine.step()
-        self.engine.scheduler.memory = whole
+        self.engine.scheduler.kv_memory = whole
         self.check_caches()
 
     # -- what has to be so --------------------------------------------------------------------------------------------
@@ -304,17 +304,17 @@ class Schedules(RuleBasedStateMachine):
         request, (tokens, reason) = case.request, case.expected()
         found = new_tokens(request)
         assert case.handle is not None
-        events = [event for event in case.handle if event.tokens or event.finished]
-        assert [token for event in events for token in event.tokens] == found and events[-1].finished
-        if request.finished == "cancelled":
+        events = [event for event in case.handle if event.tokens or event.finish_reason]
+        assert [token for event in events for token in event.tokens] == found and events[-1].finish_reason
+        if request.finish_reason == "cancelled":
             assert request.cancelled and found == tokens[: len(found)]
         else:
-            assert (found, request.finished) == (tokens, reason)
+            assert (found, request.finish_reason) == (tokens, reason)
         assert request.error is None or isinstance(request.error, SpecDecError)
         if request.logprobs is not None:
-            alike(request.scored, case.plain.scored[: len(found)])
-        if request.prompt_logprobs and (found or request.finished == "length"):
-            alike(request.prompt_scored, case.plain.prompt_scored)
+            alike(request.token_logprobs, case.plain.scored[: len(found)])
+        if request.prompt_logprobs and (found or request.finish_reason == "length"):
+            alike(request.prompt_token_logprobs, case.plain.prompt_token_logprobs)
 
     def teardown(self) -> None:
         if not self.cases:
@@ -344,13 +344,13 @@ def drafters(kind: str) -> dict[str, Drafter]:
     return made
 
 
-tokens_bytes = functools.cache(lambda kind: scheduler._bytes(target_of(kind)))
+tokens_bytes = functools.cache(lambda kind: scheduler._sizes(target_of(kind)))
 
 
 @pytest.fixture(autouse=True)
 def small_figures(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What happens in long texts happens in short ones."""
-    for name, value in {"AHEAD": 0, "SHARED": 4, "EVERY": 6, "DRAFTED": 8}.items():
+    for name, value in {"HEADROOM": 0, "SHARED": 4, "CHECKPOINT": 6, "DRAFTED": 8}.items():
         monkeypatch.setattr(scheduler, name, value)
     yield
 

@@ -44,14 +44,14 @@ def ran(target: Target, drafter: Drafter, count: int = 20, **more: Any) -> list[
 def check(model: Any, row: Request) -> None:
     """The log-probabilities of a row are those of the model itself."""
     if row.logprobs is None:
-        assert row.scored == []
+        assert row.token_logprobs == []
         return
     new = new_tokens(row)
     expected = model(torch.tensor([row.ids])).logits[0, len(row.prompt) - 1 : -1].log_softmax(-1)
-    assert [each.token_id for each in row.scored] == new
-    got = torch.tensor([each.logprob for each in row.scored])
+    assert [each.token_id for each in row.token_logprobs] == new
+    got = torch.tensor([each.logprob for each in row.token_logprobs])
     torch.testing.assert_close(got, expected.gather(1, torch.tensor(new)[:, None])[:, 0], atol=1e-4, rtol=1e-4)
-    for each, logs in zip(row.scored, expected, strict=True):
+    for each, logs in zip(row.token_logprobs, expected, strict=True):
         values, ids = logs.topk(row.logprobs)
         assert [token for token, _ in each.top] == ids.tolist()
         torch.testing.assert_close(torch.tensor([p for _, p in each.top]), values, atol=1e-4, rtol=1e-4)
@@ -82,7 +82,7 @@ def test_in_the_native_runtime_they_are_those_of_plain_decoding_bit_for_bit() ->
     plain = ran(target, NoDrafter(), max_rows=1)
     for name in ("prompt-lookup", "m2r2: grown level by level (tree)", "medusa (tree)", "early-exit", "draft-model"):
         for row, other in zip(ran(target, every(target)[name]), plain, strict=True):
-            assert row.ids == other.ids and row.scored == other.scored, name
+            assert row.ids == other.ids and row.token_logprobs == other.token_logprobs, name
 
 
 def test_rows_that_gave_way_have_them_once() -> None:
@@ -94,7 +94,7 @@ def test_rows_that_gave_way_have_them_once() -> None:
     assert engine.stats().preemptions
     for row in rows:
         check(model, row)
-        assert [each.token_id for each in row.prompt_scored] == row.prompt[1:]
+        assert [each.token_id for each in row.prompt_token_logprobs] == row.prompt[1:]
 
 
 def test_a_prompt_that_gave_way_has_them_all_whatever_the_parts_were() -> None:
@@ -109,18 +109,18 @@ def test_a_prompt_that_gave_way_has_them_all_whatever_the_parts_were() -> None:
         engine.submit(row)
         for _ in range(steps):
             engine.step()
-        assert 0 < len(row.prompt_scored) < len(row.prompt) - 1
-        engine.scheduler.memory = 1
+        assert 0 < len(row.prompt_token_logprobs) < len(row.prompt) - 1
+        engine.scheduler.kv_memory = 1
         engine.step()
-        engine.scheduler.memory, engine.scheduler.chunk = 10**6, then
+        engine.scheduler.kv_memory, engine.scheduler.chunk = 10**6, then
         for _ in engine.steps():
             pass
         assert engine.stats().preemptions == 1
-        assert [each.token_id for each in row.prompt_scored] == row.prompt[1:]
+        assert [each.token_id for each in row.prompt_token_logprobs] == row.prompt[1:]
         logs = model(torch.tensor([row.prompt])).logits[0].log_softmax(-1)
         expected = logs[:-1].gather(1, torch.tensor(row.prompt[1:])[:, None])[:, 0]
         torch.testing.assert_close(
-            torch.tensor([each.logprob for each in row.prompt_scored]), expected, atol=1e-4, rtol=0
+            torch.tensor([each.logprob for each in row.prompt_token_logprobs]), expected, atol=1e-4, rtol=0
         )
 
 
@@ -136,11 +136,11 @@ def test_of_the_prompt_in_parts_and_after_a_kept_prefix(native: bool) -> None:
     logs = model(torch.tensor([prompt])).logits[0].float().log_softmax(-1)
     expected = logs[:-1].gather(1, torch.tensor(prompt[1:])[:, None])[:, 0]
     for row in rows[1:]:
-        got = torch.tensor([each.logprob for each in row.prompt_scored])
+        got = torch.tensor([each.logprob for each in row.prompt_token_logprobs])
         torch.testing.assert_close(got, expected, atol=0.3 if native else 1e-4, rtol=0)
-        assert row.prompt_scored == rows[1].prompt_scored
-    assert new_tokens(rows[1]) == [] and rows[1].finished == "length" and rows[1].scored == []
-    assert rows[0].prompt_scored == [] and len(rows[0].scored) == 5
+        assert row.prompt_token_logprobs == rows[1].prompt_token_logprobs
+    assert new_tokens(rows[1]) == [] and rows[1].finish_reason == "length" and rows[1].token_logprobs == []
+    assert rows[0].prompt_token_logprobs == [] and len(rows[0].token_logprobs) == 5
 
 
 def test_the_library_gives_them_and_refuses_what_has_none() -> None:

@@ -21,7 +21,7 @@ from specdec.drafters.none import NoDrafter
 from specdec.drafters.prompt_lookup import PromptLookupDrafter
 from specdec.engine import batch, scheduler
 from specdec.engine.depth import AutoDepth, Costs, FixedDepth
-from specdec.engine.depth.division import divide
+from specdec.engine.depth.policy import allocate
 from specdec.engine.engine import Engine
 from specdec.engine.request import Handle, Request, Status
 from specdec.kvcache.cache import KVCache
@@ -39,9 +39,9 @@ COSTS = Costs({n: 1 + 0.05 * n for n in (1, 2, 4, 8, 16, 32)}, ((0.2, 0.2),))
 
 
 def alone(target: Target, request: Request) -> tuple[list[int], str | None]:
-    own = Request(request.prompt, request.limit, request.params, stream=request.stream, eos=request.eos)
+    own = Request(request.prompt, request.max_new_tokens, request.params, stream=request.stream, eos=request.eos)
     together(target, NoDrafter(), [own], FixedDepth(0))
-    return new_tokens(own), own.finished
+    return new_tokens(own), own.finish_reason
 
 
 def test_a_text_that_ended_inside_a_draft_is_gone_on_with_from_its_end(llama: PreTrainedModel) -> None:
@@ -61,7 +61,7 @@ def test_a_text_that_ended_inside_a_draft_is_gone_on_with_from_its_end(llama: Pr
             engine.submit(request)
             for _ in engine.steps():
                 pass
-            assert (new_tokens(request), request.finished) == alone(target, request)
+            assert (new_tokens(request), request.finish_reason) == alone(target, request)
         assert changed.metrics.num_cached_tokens == len(first.ids) - 1
 
 
@@ -92,7 +92,7 @@ def test_texts_of_one_scope_are_not_gone_on_with_in_another(llama: PreTrainedMod
 def test_kept_texts_count_what_they_hold_and_hold_little() -> None:
     sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32}
     target = NativeTarget(tiny_model("llama", **sizes).bfloat16())
-    token_bytes, _ = scheduler._bytes(target)
+    token_bytes, _ = scheduler._sizes(target)
     engine = Engine(target, NoDrafter(), ExactVerifier(), FixedDepth(0), kv_memory=400 * token_bytes, reuse=True)
     for first in range(5, 45):
         engine.submit(Request([first, *range(10, 30)], 4))  # room for many more tokens is made for each
@@ -156,7 +156,7 @@ def test_running_rows_wait_for_a_bounded_part_of_a_prompt(
     for length in (50, 30):
         engine.submit(Request(list(range(3, 3 + length)), 4))
     went_on = 0
-    while engine.scheduler.waiting or engine.scheduler.joining.rows:
+    while engine.scheduler.waiting or engine.scheduler.prefilling.rows:
         before = len(running.ids)
         engine.step()
         went_on += len(running.ids) == before + 1
@@ -193,15 +193,15 @@ def test_tokens_of_a_step_go_to_the_rows_whose_drafts_are_accepted() -> None:
 
     good, bad = ([p**i for i in range(1, 9)] for p in (0.9, 0.05))
     levels = [0.1 * depth for depth in range(9)]
-    both, alone = divide([good, bad], table(12, 1), levels), divide([good], table(11, 1), levels)
+    both, alone = allocate([good, bad], table(12, 1), levels), allocate([good], table(11, 1), levels)
     assert both.depths[1] == 0 < both.depths[0]
-    many = divide([good] * 16, table(10, 0.3), levels)
+    many = allocate([good] * 16, table(10, 0.3), levels)
     assert alone.depths[0] >= max(many.depths) and sum(many.depths) > 0
     # Every token costs what it brings at most, so one is drafted only if one has to be.
-    steep = [divide([good] * 16, table(16, 1), [0.0] * 9, least).depths for least in (0, 1)]
+    steep = [allocate([good] * 16, table(16, 1), [0.0] * 9, least).depths for least in (0, 1)]
     assert [sum(depths) for depths in steep] == [0, 1]
     # Beside rows that never draft, and wait for the pass as well, a token has to bring more.
-    assert divide([good], table(11, 1), levels, plain=15).depths[0] < alone.depths[0]
+    assert allocate([good], table(11, 1), levels, plain=15).depths[0] < alone.depths[0]
 
 
 def test_a_row_whose_drafts_fail_stops_while_its_neighbour_goes_on(llama: PreTrainedModel) -> None:
@@ -244,7 +244,7 @@ def test_requests_come_from_threads_and_from_an_event_loop(decoder: SpecDecoder)
         async def one(prompt: list[int]) -> tuple[list[int], str | None]:
             tokens, finished = list[int](), None
             async for event in engine.submit(Request(prompt, 12)):
-                tokens, finished = tokens + event.tokens, event.finished
+                tokens, finished = tokens + event.tokens, event.finish_reason
             return tokens, finished
 
         return await asyncio.gather(*map(one, PROMPTS))
@@ -277,7 +277,7 @@ def test_closing_ends_what_runs_and_draining_lets_it_end(decoder: SpecDecoder) -
         engine = decoder.engine(max_rows=1)
         handles = [engine.submit(Request(PROMPTS[0], 100)) for _ in range(2)]
         engine.close(drain=drain)
-        ends = [[event.finished for event in handle][-1] for handle in handles]
+        ends = [[event.finish_reason for event in handle][-1] for handle in handles]
         assert ends == [reason] * 2
 
 
@@ -288,9 +288,9 @@ def test_a_full_queue_refuses_and_a_cancelled_request_makes_room(llama: PreTrain
         engine.submit(Request(PROMPTS[0], 9))
     handles[1].cancel()
     engine.step()
-    assert [event.finished for event in handles[1]] == ["cancelled"]
+    assert [event.finish_reason for event in handles[1]] == ["cancelled"]
     third = engine.submit(Request(PROMPTS[1], 9))
-    assert [event.finished for event in third][-1] == "length"  # who reads runs the steps
+    assert [event.finish_reason for event in third][-1] == "length"  # who reads runs the steps
     handles[0].cancel()
     engine.close()
 
@@ -302,7 +302,7 @@ def test_of_a_reader_who_does_not_read_one_event_waits(llama: PreTrainedModel) -
     for _ in engine.steps():
         pass
     events = list(handle)
-    assert [event.tokens for event in events] == [new_tokens(request)] and events[0].finished == "length"
+    assert [event.tokens for event in events] == [new_tokens(request)] and events[0].finish_reason == "length"
 
 
 def test_a_step_that_fails_ends_what_runs_and_the_engine_goes_on(
@@ -315,9 +315,9 @@ def test_a_step_that_fails_ends_what_runs_and_the_engine_goes_on(
 
     monkeypatch.setattr(decoder.target, "layers", broken)
     [event] = engine.submit(Request(PROMPTS[0], 9))
-    assert event.finished == "error" and "MemoryError: no memory" in str(event.error)
+    assert event.finish_reason == "error" and "MemoryError: no memory" in str(event.error)
     monkeypatch.setattr(decoder.target, "layers", layers)
-    assert [event.finished for event in engine.submit(Request(PROMPTS[0], 9))][-1] == "length"
+    assert [event.finish_reason for event in engine.submit(Request(PROMPTS[0], 9))][-1] == "length"
     engine.close()
 
 
@@ -336,10 +336,10 @@ def test_an_engine_whose_thread_has_failed_is_closed_and_nobody_waits(
 
     async def read(handle: Handle) -> None:
         async for event in handle:
-            found.append(event.finished)
+            found.append(event.finish_reason)
 
     def read_here(handle: Handle) -> None:
-        found.extend(event.finished for event in handle)
+        found.extend(event.finish_reason for event in handle)
 
     readers = [threading.Thread(target=read_here, args=(handles[0],), daemon=True)]
     readers.append(threading.Thread(target=lambda: asyncio.run(read(handles[1])), daemon=True))
@@ -387,7 +387,7 @@ def test_what_cannot_be_run_is_refused(decoder: SpecDecoder) -> None:
         with pytest.raises(SpecDecError, match=f"{name} must be"):
             Request(**given)
     handle = engine.submit(Request([np.int64(5), 6], np.int64(3)))  # type: ignore[list-item, arg-type]
-    assert [event.finished for event in handle][-1] == "length"
+    assert [event.finish_reason for event in handle][-1] == "length"
     with pytest.raises(SpecDecError, match="a request is run once"):
         engine.submit(handle.request)
     engine.close()
@@ -467,7 +467,7 @@ def test_a_request_says_where_it_is(llama: PreTrainedModel) -> None:
     assert list(dict.fromkeys(a for a, _ in seen)) == ["waiting", "prefill", "running", "finished"]
     assert list(dict.fromkeys(b for _, b in seen)) == ["waiting", "finished"]  # its prompt and only token are one step
     with pytest.raises(ValueError, match="finished cannot become running"):
-        first.enter(Status.RUNNING)
+        first.set_status(Status.RUNNING)
 
 
 def test_a_request_that_gives_way_waits_again(llama: PreTrainedModel) -> None:
@@ -477,9 +477,9 @@ def test_a_request_that_gives_way_waits_again(llama: PreTrainedModel) -> None:
         engine.submit(row)
     engine.step()
     assert [row.status for row in rows] == ["running", "running"]
-    engine.scheduler.memory = 0
-    assert engine.scheduler.make_room() and [row.status for row in rows] == ["running", "waiting"]
-    engine.scheduler.memory = 1 << 20
+    engine.scheduler.kv_memory = 0
+    assert engine.scheduler.preempt() and [row.status for row in rows] == ["running", "waiting"]
+    engine.scheduler.kv_memory = 1 << 20
     for _ in engine.steps():
         pass
     assert [row.status for row in rows] == ["finished", "finished"]

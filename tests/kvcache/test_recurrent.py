@@ -118,7 +118,7 @@ def test_a_text_is_gone_on_with_where_it_ended_or_where_others_forked_off() -> N
 
 
 def test_checkpoints_are_kept_every_so_many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scheduler, "EVERY", 16)
+    monkeypatch.setattr(scheduler, "CHECKPOINT", 16)
     engine = engine_of(NoDrafter())
     engine.scheduler.chunk = 8
     prompt = [3 + n % 90 for n in range(100)]
@@ -129,7 +129,7 @@ def test_checkpoints_are_kept_every_so_many_tokens(monkeypatch: pytest.MonkeyPat
 
 
 def test_recurrent_states_count_as_memory() -> None:
-    token_bytes, state_bytes = scheduler._bytes(served("qwen3_next")[1])
+    token_bytes, state_bytes = scheduler._sizes(served("qwen3_next")[1])
     assert state_bytes > 10 * token_bytes > 0
     engine = engine_of(NoDrafter(), kv_memory=3 * state_bytes + 200 * token_bytes)
     for first in range(5, 10):

@@ -78,7 +78,7 @@ def test_explicit_arguments_come_first() -> None:
 def test_a_config_that_asks_for_nothing_costs_nothing() -> None:
     decoder = SpecDecoder(tiny_model(), drafter="none")
     with decoder.open([PROMPT]) as generation:
-        assert all(request.sampling.plain_greedy for request in generation.requests)
+        assert all(request.sampler.plain_greedy for request in generation.requests)
 
 
 def test_sampling_keeps_to_it_too() -> None:
@@ -91,7 +91,7 @@ def test_replay_sees_what_was_decided_by() -> None:
     model = asking(repetition_penalty=1.7, eos_token_id=None)
     decoder = SpecDecoder(model, drafter="none")
     tokens = decoder.generate(PROMPT, max_new_tokens=COUNT).token_ids
-    made = Sampler.of([decoder.request(PROMPT, max_new_tokens=COUNT).sampling])
+    made = Sampler.of([decoder.request(PROMPT, max_new_tokens=COUNT).sampler])
     assert margins(decoder.target, PROMPT, tokens, made).max() == 0 < margins(decoder.target, PROMPT, tokens).max()
     logits = model_logits(model, PROMPT, tokens, COUNT)
     assert torch.equal(logits.argmax(-1), torch.tensor(tokens))

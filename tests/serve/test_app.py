@@ -357,7 +357,7 @@ def test_other_origins_are_let_in_only_if_they_are_named(server: Server, limited
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_fault_in_decoding_is_an_error_of_that_request(stream: bool) -> None:
-    script = [Event([65], depths=[0]), Event(finished="error", error=SpecDecError("the logits are not finite"))]
+    script = [Event([65], depths=[0]), Event(finish_reason="error", error=SpecDecError("the logits are not finite"))]
     with serving(stand_in(byte_tokenizer()), Replay(lambda request: script)) as server:
         response = server.chat(stream=stream)
         error = events(response)[-1]["error"] if stream else refusal(response, 500)

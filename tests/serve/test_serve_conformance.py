@@ -171,7 +171,7 @@ def test_2_also_where_each_step_ends_within_one(size: int) -> None:
     text, tokenizer = "né 😀, 語!", byte_tokenizer()
     ids = tokenizer(text).input_ids
     steps = [Event(part := ids[i : i + size], depths=[*range(1, len(part)), 0]) for i in range(0, len(ids), size)]
-    steps[-1].finished = "eos"
+    steps[-1].finish_reason = "eos"
     with serving(stand_in(tokenizer), Replay(lambda request: steps)) as server:
         for more in ({}, {"stream_options": {"include_draft_depth": True}}):
             found = events(server.chat(stream=True, **more))
@@ -187,7 +187,7 @@ def test_3_the_limit_inside_an_accepted_draft_gives_exactly_so_many_tokens(
     """over: also where drafts are longer than what may still come."""
     text = known(server.decoder, how)
     if over:
-        monkeypatch.setattr(batch.Batch, "_room", lambda self, b, most: most)
+        monkeypatch.setattr(batch.Batch, "_bounded", lambda self, b, most: most)
     accepted = 0
     for limit in (*range(1, 13), 30):
         whole = server.chat(**how, max_completion_tokens=limit).json()
@@ -290,16 +290,16 @@ def test_6_the_rows_of_a_client_that_goes_away_are_gone_after_one_step(
             until(lambda: engine.stats().waiting == 2)
             gate.let({"waiting": 0, "in its prompt": 1, "decoding": 6}[when])
             scheduler = engine.scheduler
-            rows = [*scheduler.waiting, *scheduler.joining.rows, *engine.batch.rows]
+            rows = [*scheduler.waiting, *scheduler.prefilling.rows, *engine.batch.rows]
             rows.remove(staying)
             assert len(rows) == 2
-            places = {"waiting": scheduler.waiting, "in its prompt": scheduler.joining.rows}
+            places = {"waiting": scheduler.waiting, "in its prompt": scheduler.prefilling.rows}
             assert any(row in places.get(when, engine.batch.rows) for row in rows)
             leaves.close()
             until(lambda: all(row.cancelled for row in rows))  # without a step
             gate.let()
-            assert engine.batch.rows == [staying] and not scheduler.waiting and not scheduler.joining.rows
-            assert all(row.finished == "cancelled" for row in rows)
+            assert engine.batch.rows == [staying] and not scheduler.waiting and not scheduler.prefilling.rows
+            assert all(row.finish_reason == "cancelled" for row in rows)
             running = (sum(engine.batch.cache.rows) + 16) * scheduler.token_bytes
             assert engine.stats().kv_bytes <= running + scheduler.prefixes.nbytes
             until(lambda: any("cancelled" in line for line in server.lines))

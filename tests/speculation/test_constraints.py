@@ -81,7 +81,7 @@ def test_greedy_equals_plain_constrained_decoding_for_every_drafter(constraint: 
         rows = [request(prompt, rule) for prompt in PROMPTS]
         together(target, drafter, rows, FixedDepth(4))
         assert [new_tokens(row) for row in rows] == expected, name
-        assert [row.finished for row in rows] == ["eos"] * len(rows), name
+        assert [row.finish_reason for row in rows] == ["eos"] * len(rows), name
 
 
 def test_forced_tokens_are_drafted_before_the_drafter_is_asked() -> None:
@@ -105,7 +105,7 @@ def test_tokens_drafted_beyond_the_end_are_dropped(monkeypatch: pytest.MonkeyPat
 
     row = request([3], made(Regex("ab")), 20)
     together(target, Scripted(script), [row], FixedDepth(4))
-    assert row.finished == "eos" and new_tokens(row) == [*text, EOS]
+    assert row.finish_reason == "eos" and new_tokens(row) == [*text, EOS]
     assert row.metrics.num_accepted_draft_tokens == 2
 
 
@@ -113,7 +113,7 @@ def marked(text: str, tokens: list[int], rule: Compiled | None) -> tuple[State, 
     """Where the one row stands that has read ``text`` and these new ``tokens``."""
     prompt = letters()(text).input_ids
     target, row = ReferenceTarget(tiny_model()), request(prompt, rule)
-    return State(target, target.new_cache(), Sampler.of([row.sampling]), [prompt + tokens]), prompt
+    return State(target, target.new_cache(), Sampler.of([row.sampler]), [prompt + tokens]), prompt
 
 
 def test_what_is_looked_up_ends_where_the_constraint_rules_it_out() -> None:
@@ -122,7 +122,7 @@ def test_what_is_looked_up_ends_where_the_constraint_rules_it_out() -> None:
 
     def drafted(rule: Compiled | None, drafter: Drafter, text: str = "abcxabcdffx") -> list[list[int]]:
         state, _ = marked(text, [a, b], rule)
-        state.memory = [drafter.begin()]
+        state.row_states = [drafter.begin()]
         return drafter.propose(state, 5).paths(0)
 
     every = PromptLookupDrafter(2, 1, continuations=3)
@@ -166,10 +166,10 @@ def test_each_node_of_medusas_tree_is_chosen_under_the_mask_of_its_own_path() ->
 
     def drafted(rules: list[Compiled | None]) -> Draft:
         rows = [request(PROMPTS[0], rule) for rule in rules]
-        sampler, ids = Sampler.of([row.sampling for row in rows]), [row.ids for row in rows]
+        sampler, ids = Sampler.of([row.sampler for row in rows]), [row.ids for row in rows]
         drafter._logits = lambda state: liked.expand(len(rows), -1, -1)  # type: ignore[method-assign]
-        memory = [drafter.begin() for _ in rows]
-        return drafter.propose(State(target, target.new_cache(len(rows)), sampler, ids, memory=memory), 3)
+        row_states = [drafter.begin() for _ in rows]
+        return drafter.propose(State(target, target.new_cache(len(rows)), sampler, ids, row_states=row_states), 3)
 
     under = [[a], [b], [a, b], [b, a], [b, b], *([*p, t] for p in ([a, b], [b, a], [b, b]) for t in (c, x))]
     masked = drafted([rule]).paths(0)
@@ -238,7 +238,7 @@ def test_masked_medusa_drafts_more_of_what_is_accepted(monkeypatch: pytest.Monke
             monkeypatch.setattr(State, "constrained", False)
         drafter = every(target)["medusa (tree)"]
         drafter.bind(target)
-        drafter.estimates = not blind
+        drafter.has_probabilities = not blind
         rows = [request(prompt, rule) for prompt in PROMPTS]
         together(target, drafter, rows, FixedDepth(4))
         accepted.append(sum(row.metrics.num_accepted_draft_tokens for row in rows))
@@ -267,8 +267,8 @@ def test_masks_are_made_along_what_is_accepted(monkeypatch: pytest.MonkeyPatch, 
     if not alone:
         state = rule.state(PROMPTS[0])
         row = Request(PROMPTS[0], 60, processors=[state, Unchanged()], eos=frozenset([EOS]))
-    constraint = row.sampling.constraint
-    assert constraint is not None and row.sampling.masked_greedy == alone
+    constraint = row.sampler.constraint
+    assert constraint is not None and row.sampler.masked_greedy == alone
     together(ReferenceTarget(model), Scripted(script), [row], FixedDepth(2))
     assert new_tokens(row) == text and row.metrics.num_accepted_draft_tokens > 4
     assert all(list(new) == text[: len(new)] for new in constraint.masks) == alone
@@ -356,7 +356,7 @@ def test_a_constraint_begins_after_a_block_of_reasoning(prompt: str, reasons: st
     together(target, every(target)["prompt-lookup"], [row], FixedDepth(4))
     new = new_tokens(row)
     answer = new[new.index(end) + 1 :] if reasons != "not" and end in new else new
-    assert answer == [*xy, EOS] if row.finished == "eos" else reasons != "not"
+    assert answer == [*xy, EOS] if row.finish_reason == "eos" else reasons != "not"
 
 
 # --- sampling --------------------------------------------------------------------------------------------------------
@@ -477,7 +477,7 @@ def test_what_ruins_other_regular_expressions_is_bounded(pattern: str) -> None:
 def test_a_constraint_that_fails_ends_its_own_request_only(monkeypatch: pytest.MonkeyPatch) -> None:
     model, rule = tiny_model(), made(Json(SCHEMA))
     bad, good = request(PROMPTS[0], rule), request(PROMPTS[1], rule)
-    failing, go_to = bad.sampling.constraint, ConstraintState._go_to
+    failing, go_to = bad.sampler.constraint, ConstraintState._go_to
 
     def fails(self: ConstraintState, new: list[int]) -> bool:
         if self is failing and len(new) > 4:
@@ -491,8 +491,8 @@ def test_a_constraint_that_fails_ends_its_own_request_only(monkeypatch: pytest.M
         engine.submit(row)
     for _ in engine.steps():
         pass
-    assert bad.finished == "error" and "too complex" in str(bad.error)
-    assert good.finished == "eos" and new_tokens(good) == plainly(model, PROMPTS[1], rule)
+    assert bad.finish_reason == "error" and "too complex" in str(bad.error)
+    assert good.finish_reason == "eos" and new_tokens(good) == plainly(model, PROMPTS[1], rule)
 
 
 def test_what_cannot_keep_a_constraint_is_refused() -> None:
@@ -546,7 +546,10 @@ def test_the_server_keeps_response_formats_and_refuses_bad_ones() -> None:
 
 
 def test_a_constraint_that_cannot_be_kept_is_an_error_of_the_client() -> None:
-    script = [Event([65], depths=[0]), Event(finished="error", error=ConstraintError("the constraint cannot be kept"))]
+    script = [
+        Event([65], depths=[0]),
+        Event(finish_reason="error", error=ConstraintError("the constraint cannot be kept")),
+    ]
     with serving(stand_in(byte_tokenizer()), Replay(lambda request: script)) as server:
         found = server.chat()
     assert found.status_code == 400 and found.json()["error"]["message"] == "the constraint cannot be kept"

@@ -31,7 +31,7 @@ from specdec.engine.request import Event, Request
 from specdec.serve.app import make_app
 from specdec.serve.run import address, bind, config
 from specdec.serve.settings import Settings
-from specdec.speculation.sampling import Chooser
+from specdec.speculation.sampling import RowSampler
 
 NAME = "tiny"
 USER = [{"role": "user", "content": "Name three colours."}]
@@ -235,7 +235,9 @@ def stand_in(tokenizer: Any, context: int = 4096, vocab: int = 512) -> Any:
         verifier=SimpleNamespace(threshold=None),
         eos_ids=lambda: frozenset({0}),
     )
-    made.request = lambda prompt, **given: SpecDecoder.request(made, prompt, chooser=Chooser(SamplingParams()), **given)
+    made.request = lambda prompt, **given: SpecDecoder.request(
+        made, prompt, sampler=RowSampler(SamplingParams()), **given
+    )
     return made
 
 

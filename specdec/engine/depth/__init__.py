@@ -2,6 +2,6 @@
 
 from specdec.engine.depth.acceptance import RowHistory
 from specdec.engine.depth.costs import Costs
-from specdec.engine.depth.policy import MOST, AutoDepth, DepthChoice, DepthPolicy, FixedDepth, StepReport
+from specdec.engine.depth.policy import MAX_DEPTH, AutoDepth, DepthChoice, DepthPolicy, FixedDepth, StepReport
 
-__all__ = ["MOST", "AutoDepth", "Costs", "DepthChoice", "DepthPolicy", "FixedDepth", "RowHistory", "StepReport"]
+__all__ = ["MAX_DEPTH", "AutoDepth", "Costs", "DepthChoice", "DepthPolicy", "FixedDepth", "RowHistory", "StepReport"]

@@ -1,4 +1,4 @@
-"""What steps cost: a table for this machine, model and drafter, and what recent steps say of it."""
+"""The costs of steps: a table for this machine, model and drafter, scaled to recent steps."""
 
 from __future__ import annotations
 
@@ -14,27 +14,29 @@ from pydantic.dataclasses import dataclass
 
 from specdec.speculation.trees import MOST_NODES, Prices
 
-RECENT = 15  # steps whose median ratio of measured to expected seconds scales the table
-LEVELS, NODES, LATELY = 4.0, 8.0, 0.1  # size of a draft by prices at first; weight of a step in its running mean
-LEARNED, EXPONENTS = 0.01, (0.5, 4.0)  # step by which the exponent of drafters' probabilities moves, and its bounds
+RECENT = 15  # number of steps whose median ratio of measured to expected seconds scales the table
+LEVELS, NODES, STEP_WEIGHT = 4.0, 8.0, 0.1  # initial size of a draft by prices; weight of a step in its running mean
+EXPONENT_RATE, EXPONENTS = 0.01, (0.5, 4.0)  # learning rate of the exponent of drafters' probabilities, and its range
 
-Known = tuple[tuple[Annotated[float, Field(ge=0, le=1)], PositiveFloat], ...]  # per position: acceptance, observations
+# Of each position: the acceptance, and the number of observations.
+AcceptanceTable = tuple[tuple[Annotated[float, Field(ge=0, le=1)], PositiveFloat], ...]
 
 
 @dataclass(frozen=True, config={"allow_inf_nan": False})
 class Costs:
-    """Seconds: ``score[n]`` of a pass over n tokens (embedding, layers, readout), ``drafts`` of drafting.
+    """Seconds of scoring and drafting.
 
-    drafts: for each exit, the first drafted token and each further one. accepted: for each exit and position, how often
-    the drafted token was accepted in earlier requests, and how many observations that rests on.
+    score[n]: a pass over n tokens (embedding, layers, readout).
+    drafts: for each exit, the first drafted token and each further one.
+    accepted: for each exit, the acceptance of drafted tokens in earlier processes.
     """
 
     score: dict[int, PositiveFloat]
     drafts: tuple[tuple[NonNegativeFloat, NonNegativeFloat], ...]
-    accepted: tuple[Known, ...] = ()
+    accepted: tuple[AcceptanceTable, ...] = ()
 
     def scoring(self, tokens: float) -> float:
-        """Seconds of a pass over ``tokens``: linear between the sizes in ``score``, and on from half the largest."""
+        """Seconds of a pass over ``tokens``: linear between the sizes in ``score``, and beyond from half the largest on."""
         sizes = sorted(self.score)
         at = min(max(bisect.bisect_left(sizes, tokens), 1), len(sizes) - 1)
         below, above = sizes[at - 1], sizes[at]
@@ -50,75 +52,79 @@ class Costs:
 
 
 class CostModel:
-    """A table of costs, scaled to what recent steps took.
+    """A table of costs, scaled to recent steps.
 
-    most: deepest draft. priced: drafts are sized by ``Prices``, so the policy chooses only whether to draft.
+    max_depth: deepest draft that is considered.
+    priced: whether drafts are sized by ``Prices``, so that the policy chooses only whether to draft.
+    width: running mean of the scored tokens per drafted level; above 1 in a fixed tree.
+    levels, nodes: running means of the levels of drafts by prices, and of a row's nodes.
+    exponent: ``Prices.exponent``.
     """
 
-    def __init__(self, table: Costs, most: int, priced: bool) -> None:
-        self.table, self.most, self.priced = table, most, priced
+    def __init__(self, table: Costs, max_depth: int, priced: bool) -> None:
+        self.table, self.max_depth, self.priced = table, max_depth, priced
         self.scoring = functools.lru_cache(table.scoring)
-        self._passes = functools.lru_cache(64)(self._passes_of)
-        self._drafts = [[table.drafting(n, exit) for n in range(most + 1)] for exit in range(len(table.drafts))]
-        self._paces: deque[float] = deque(maxlen=RECENT)  # measured to expected seconds of scoring
-        # Of drafting, over that of scoring: by exit and number of rows, as drafting for more of them takes longer.
-        self._ratios = defaultdict[tuple[int, int], deque[float]](lambda: deque([1.0], maxlen=RECENT))
-        self.width = 1.0  # tokens lately scored per drafted depth: more than 1 in a fixed tree
-        self.levels, self.nodes = LEVELS, NODES  # of late drafts by prices: levels drafted, and nodes of a row
-        self.exponent = 1.0  # ``Prices.exponent``
+        self._passes = functools.lru_cache(64)(self._seconds_of_passes)
+        self._drafts = [[table.drafting(n, exit) for n in range(max_depth + 1)] for exit in range(len(table.drafts))]
+        self._scoring_ratios: deque[float] = deque(maxlen=RECENT)  # measured to expected seconds
+        # Those of drafting, divided by the one of scoring, by exit and rows: drafting for more rows takes longer.
+        self._drafting_ratios = defaultdict[tuple[int, int], deque[float]](lambda: deque([1.0], maxlen=RECENT))
+        self.width, self.levels, self.nodes, self.exponent = 1.0, LEVELS, NODES, 1.0
 
     @property
-    def pace(self) -> float:
-        """Measured to expected seconds of scoring, lately."""
-        return _median(self._paces)
+    def scoring_ratio(self) -> float:
+        """Recent ratio of measured to expected seconds of scoring."""
+        return _median(self._scoring_ratios)
 
     def seconds(self, exit: int, rows: int, plain: int) -> tuple[Sequence[float], Sequence[float]]:
-        """Expected seconds of scoring 0, 1, .. drafted tokens beside the roots, and of drafting so many deep."""
-        ratio = _median(self._ratios[exit, rows + plain])
+        """Expected seconds of scoring 0, 1, .. drafted tokens beside the roots, and of drafting 0, 1, .. levels."""
+        ratio = _median(self._drafting_ratios[exit, rows + plain])
         if self.priced:  # a draft is as deep as it likes
-            count, never = rows + plain, [math.inf] * (rows * self.most - 1)
+            count, never = rows + plain, [math.inf] * (rows * self.max_depth - 1)
             passes = [self.scoring(count), *never, self.scoring(count + rows * self.nodes)]
-            return passes, [0.0, *[ratio * self.table.drafting(self.levels, exit)] * self.most]
+            return passes, [0.0, *[ratio * self.table.drafting(self.levels, exit)] * self.max_depth]
         return self._passes(rows, plain, round(self.width, 1)), [ratio * seconds for seconds in self._drafts[exit]]
 
-    def _passes_of(self, rows: int, plain: int, width: float) -> list[float]:
-        return [self.scoring(rows + plain + n * width) for n in range(rows * self.most + 1)]
+    def _seconds_of_passes(self, rows: int, plain: int, width: float) -> list[float]:
+        return [self.scoring(rows + plain + n * width) for n in range(rows * self.max_depth + 1)]
 
     def prices(self, exit: int, rows: int, plain: int, speed: float) -> Prices:
-        """What levels, and nodes of all rows together, cost at ``speed`` tokens by a second of the table."""
+        """The prices of levels, and of nodes of all rows. speed: tokens per second of the table."""
         count = rows + plain
         nodes = [speed * (self.scoring(count + n) - self.scoring(count)) for n in range(rows * MOST_NODES + 1)]
-        level = speed * _median(self._ratios[exit, count]) * self.table.drafts[exit][1]
+        level = speed * _median(self._drafting_ratios[exit, count]) * self.table.drafts[exit][1]
         return Prices(nodes, level + max(nodes[1], 0.0), self.exponent)
 
-    def scored(self, tokens: int, seconds: float) -> None:
-        """A pass over ``tokens`` took so long."""
-        self._paces.append(seconds / self.scoring(tokens))
+    def add_scoring(self, tokens: int, seconds: float) -> None:
+        """Add the time of a pass over ``tokens``."""
+        self._scoring_ratios.append(seconds / self.scoring(tokens))
 
-    def drafted(self, exit: int, rows: int, levels: int, seconds: float) -> None:
-        """Drafting so many levels took so long, after the pass of the same step was taken in."""
-        self._ratios[exit, rows].append(seconds / self.pace / self.table.drafting(levels, exit))
+    def add_drafting(self, exit: int, rows: int, levels: int, seconds: float) -> None:
+        """Add the time of drafting, after ``add_scoring`` of the same step."""
+        ratio = seconds / self.scoring_ratio / self.table.drafting(levels, exit)
+        self._drafting_ratios[exit, rows].append(ratio)
 
-    def sized(self, prices: Prices, levels: int, nodes: float, accepted: float) -> None:
-        """A draft by prices had so many levels, and a row so many nodes, of which so many were accepted."""
-        self.levels += LATELY * (levels - self.levels)
-        self.nodes += LATELY * (nodes - self.nodes)
+    def add_size(self, prices: Prices, levels: int, nodes: float, accepted: float) -> None:
+        """Add the size of a draft by prices. nodes: of a row. accepted: tokens of all rows."""
+        self.levels += STEP_WEIGHT * (levels - self.levels)
+        self.nodes += STEP_WEIGHT * (nodes - self.nodes)
         if prices.expected is not None:
             low, high = EXPONENTS
-            self.exponent = min(max(self.exponent * math.exp(LEARNED * (prices.expected - accepted)), low), high)
+            step = math.exp(EXPONENT_RATE * (prices.expected - accepted))
+            self.exponent = min(max(self.exponent * step, low), high)
 
-    def widened(self, tokens: float) -> None:
-        """A draft had so many tokens for each of its depth."""
+    def add_width(self, tokens: float) -> None:
+        """Add the number of tokens per level of a draft."""
         self.width = 0.8 * self.width + 0.2 * tokens
 
-    def measured(self, accepted: tuple[Known, ...]) -> Costs:
-        """The table as recent steps have it, with what is known of acceptance."""
-        pace = self.pace
-        scales = [pace * _median(self._ratios[exit, 1]) for exit in range(len(self.table.drafts))]
+    def scaled_table(self, accepted: tuple[AcceptanceTable, ...]) -> Costs:
+        """The table, scaled to recent steps, with the acceptance of all requests."""
+        scoring = self.scoring_ratio
+        scales = [scoring * _median(self._drafting_ratios[exit, 1]) for exit in range(len(self.table.drafts))]
         drafts = tuple((a * first, a * further) for a, (first, further) in zip(scales, self.table.drafts, strict=True))
-        return Costs({n: pace * seconds for n, seconds in self.table.score.items()}, drafts, accepted)
+        return Costs({n: scoring * seconds for n, seconds in self.table.score.items()}, drafts, accepted)
 
 
 def _median(ratios: Sequence[float]) -> float:
-    """The lower median; 1 of none. What else the machine does only ever makes a step longer."""
+    """The lower median; 1 of none. Other work on the machine makes steps longer, never shorter."""
     return sorted(ratios)[(len(ratios) - 1) // 2] if ratios else 1.0

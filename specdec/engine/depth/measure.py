@@ -1,7 +1,7 @@
-"""What steps cost on this machine: measured once per machine, model, runtime and drafter, kept in the cache folder.
+"""Measuring the costs of steps: once per machine, model, runtime and drafter, stored in the cache folder.
 
-The least of several timings counts: what else the machine does only ever makes a pass longer. Requests correct the
-figures by what their steps take (``AutoDepth.costs``).
+The least of several timings counts: other work on the machine makes a pass longer, never shorter. Later, the times of
+real steps correct the figures (``AutoDepth.costs``).
 """
 
 from __future__ import annotations
@@ -28,34 +28,34 @@ from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.target import Target
 from specdec.speculation.draft import Drafter, Verifier
 
-ROWS = (1, 2, 3, 4, 5, 6, 8, 9, 12, 16, 17, 32)  # numbers of scored tokens that are timed
+SIZES = (1, 2, 3, 4, 5, 6, 8, 9, 12, 16, 17, 32)  # numbers of scored tokens that are timed
 CONTEXT = 128  # cached tokens while timing
 DRAFTED = 4  # depth of the timed drafts
-REPEATS, SECONDS = 3, 1.0  # least number of timings of each, and least time for all
+REPEATS, SECONDS = 3, 1.0  # minimum number of timings of each, and minimum time for all
 FILE = TypeAdapter(Costs)
 
 
 def costs(target: Target, drafter: Drafter, verifier: Verifier) -> Costs:
-    """The costs of ``drafter`` on ``target``: from the cache folder, or measured and kept there."""
-    with suppress(OSError, ValueError):  # no file, or not what ``keep`` writes
-        kept = FILE.validate_json(_place(target, drafter).read_bytes())
-        if set(kept.score) == set(ROWS) and len(kept.drafts) == drafter.num_exits:
-            return kept
-    [fresh] = measure(target, [drafter], verifier)
-    keep(target, drafter, fresh)
-    return fresh
+    """The costs of ``drafter`` on ``target``: from the cache folder, or measured and stored there."""
+    with suppress(OSError, ValueError):  # no file, or not one of ``store``
+        stored = FILE.validate_json(_file(target, drafter).read_bytes())
+        if set(stored.score) == set(SIZES) and len(stored.drafts) == drafter.num_exits:
+            return stored
+    [table] = measure(target, [drafter], verifier)
+    store(target, drafter, table)
+    return table
 
 
-def keep(target: Target, drafter: Drafter, found: Costs) -> None:
-    """Write ``found`` to the cache folder. Where that fails, the costs are measured again next time."""
+def store(target: Target, drafter: Drafter, table: Costs) -> None:
+    """Write ``table`` to the cache folder. If that fails, the costs are measured again next time."""
     with suppress(OSError):
-        place = _place(target, drafter)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        files.replace(place, FILE.dump_json(found))
+        path = _file(target, drafter)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.replace(path, FILE.dump_json(table))
 
 
 def measure(target: Target, drafters: Sequence[Drafter], verifier: Verifier) -> list[Costs]:
-    """Time scoring and drafting with each of ``drafters`` in turns, so that all see the same machine."""
+    """Time scoring, and drafting with each of ``drafters``, in turns: all see the same machine."""
     exits = [range(drafter.num_exits) if drafter.num_exits > 1 else [None] for drafter in drafters]
     score, draft = defaultdict[int, list[float]](list), defaultdict[tuple[int, int | None, int], list[float]](list)
     start = time.perf_counter()
@@ -65,9 +65,9 @@ def measure(target: Target, drafters: Sequence[Drafter], verifier: Verifier) -> 
         for number, drafter in enumerate(drafters):
             for exit, depth in product(exits[number], (1, DRAFTED)):
                 draft[number, exit, depth].append(time_drafting(target, drafter, verifier, depth, exit))
-    least = [min(score[n]) for n in ROWS]
+    least = [min(score[n]) for n in SIZES]
     # Fewer tokens take no longer: where they seem to, the machine was busy.
-    scoring = {n: min(least[at:]) for at, n in enumerate(ROWS)}
+    scoring = {n: min(least[at:]) for at, n in enumerate(SIZES)}
     found = []
     for number in range(len(drafters)):
         drafts = []
@@ -80,8 +80,8 @@ def measure(target: Target, drafters: Sequence[Drafter], verifier: Verifier) -> 
     return found
 
 
-def _place(target: Target, drafter: Drafter) -> Path:
-    """The file whose name is made of all that costs depend on."""
+def _file(target: Target, drafter: Drafter) -> Path:
+    """The file of the costs: its name is a hash of everything that they depend on."""
     device, cpu = target.device, machine.processor_name()
     units = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     parts: list[object] = [cpu, platform.node(), units, torch.__version__, torch.backends.cpu.get_cpu_capability()]
@@ -94,8 +94,8 @@ def _place(target: Target, drafter: Drafter) -> Path:
 
 @torch.inference_mode()
 def time_scoring(target: Target, repeats: int = 5, sizes: Sequence[int] | None = None) -> dict[int, float]:
-    """Time passes of each of ``sizes`` (None: ``ROWS``), interleaved, after one that warms up; the least seconds."""
-    sizes = ROWS if sizes is None else sizes
+    """The least seconds of passes of each of ``sizes`` (None: ``SIZES``), interleaved, after one that warms up."""
+    sizes = SIZES if sizes is None else sizes
     cache, context = target.new_cache(), min(CONTEXT, target.context - max(sizes))
     _pass(target, cache, 0, context)
     cache.commit([list(range(context))])
@@ -116,7 +116,7 @@ def _pass(target: Target, cache: KVCache, start: int, count: int) -> None:
 
 
 def time_drafting(target: Target, drafter: Drafter, verifier: Verifier, depth: int, exit: int | None) -> float:
-    """Seconds per token that ``drafter`` drafts, the least of a short generation; 0 if it drafts nothing there."""
+    """The least seconds per drafted token in the steps of a short generation; 0 if nothing is drafted."""
     prompt = [(7 * i) % target.vocab_size for i in range(min(CONTEXT, target.context // 2))]
     request = Request(prompt, min(8 * depth, target.context - len(prompt)))
     engine = Engine(target, drafter, verifier, FixedDepth(depth, exit))

@@ -29,7 +29,7 @@ def test_costs_are_measured_once_and_again_when_something_changes(tmp_path: Path
     monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path))
     target, verifier = ReferenceTarget(tiny_model()), ExactVerifier()
     first = costs.costs(target, PromptLookupDrafter(), verifier)
-    assert set(first.score) == set(costs.ROWS) and min(first.score.values()) > 0 and min(first.drafts[0]) >= 0
+    assert set(first.score) == set(costs.SIZES) and min(first.score.values()) > 0 and min(first.drafts[0]) >= 0
     assert costs.costs(target, PromptLookupDrafter(), verifier) == first  # times never repeat by chance
     (kept,) = (tmp_path / "costs").iterdir()
     kept.write_text("{}")
@@ -52,7 +52,7 @@ def test_a_planted_file_is_read_as_data(tmp_path: Path, monkeypatch) -> None:
     costs.costs(target, NoDrafter(), ExactVerifier())
     (kept,) = (tmp_path / "costs").iterdir()
     data = json.loads(kept.read_text())
-    data["score"] = {str(n): 5.0 for n in costs.ROWS}
+    data["score"] = {str(n): 5.0 for n in costs.SIZES}
     kept.write_text(json.dumps(data))
     assert costs.costs(target, NoDrafter(), ExactVerifier()).score[1] == 5.0
     data["score"]["1"] = -1.0
@@ -65,7 +65,7 @@ def test_figures_that_requests_contradict_are_corrected_for_good(tmp_path: Path,
     target, drafter, verifier = ReferenceTarget(tiny_model()), PromptLookupDrafter(), ExactVerifier()
     costs.costs(target, drafter, verifier)
     (file,) = (tmp_path / "costs").iterdir()
-    data = json.loads(file.read_text()) | {"score": {str(n): 75.0 + n for n in costs.ROWS}, "drafts": [[47.0, 47.0]]}
+    data = json.loads(file.read_text()) | {"score": {str(n): 75.0 + n for n in costs.SIZES}, "drafts": [[47.0, 47.0]]}
     file.write_text(json.dumps(data))  # as a busy machine would have it
     policy = AutoDepth(costs.costs(target, drafter, verifier))
     row = policy.begin()
@@ -73,17 +73,17 @@ def test_figures_that_requests_contradict_are_corrected_for_good(tmp_path: Path,
         policy.observe(StepReport([row], [2], [1], 3, 2 * 1.3, 6.3))
     found = policy.costs()
     assert 5 < found.score[1] < 7 and 1 < found.drafts[0][0] < 1.6 and found.accepted[0][0][0] == 1.0
-    costs.keep(target, drafter, found)
+    costs.store(target, drafter, found)
     assert costs.costs(target, drafter, verifier) == found
 
 
 def test_the_least_of_several_timings_counts(monkeypatch) -> None:
     """Passes take 60 ms while something else runs, and 6 ms otherwise; those over two tokens never had luck."""
     slow = iter((10, 1, 10))
-    scoring = lambda target, repeats: dict.fromkeys(costs.ROWS, 6.0 * next(slow)) | {2: 60.0}  # noqa: E731
+    scoring = lambda target, repeats: dict.fromkeys(costs.SIZES, 6.0 * next(slow)) | {2: 60.0}  # noqa: E731
     monkeypatch.setattr(costs, "time_scoring", scoring)
     monkeypatch.setattr(costs, "time_drafting", lambda *args: 1.2)
-    assert costs.measure(None, [NoDrafter()], None) == [costs.Costs(dict.fromkeys(costs.ROWS, 6.0), ((1.2, 1.2),))]
+    assert costs.measure(None, [NoDrafter()], None) == [costs.Costs(dict.fromkeys(costs.SIZES, 6.0), ((1.2, 1.2),))]
 
 
 def test_drafters_are_timed_in_turns_so_that_a_busy_second_hides_neither(monkeypatch) -> None:
@@ -93,7 +93,7 @@ def test_drafters_are_timed_in_turns_so_that_a_busy_second_hides_neither(monkeyp
 
     def scoring(target: Any, repeats: int) -> dict[int, float]:
         busy[0] = next(rounds)
-        return dict.fromkeys(costs.ROWS, 6.0 * busy[0])
+        return dict.fromkeys(costs.SIZES, 6.0 * busy[0])
 
     monkeypatch.setattr(costs, "time_scoring", scoring)
     monkeypatch.setattr(costs, "SECONDS", 0.0)
@@ -104,7 +104,7 @@ def test_drafters_are_timed_in_turns_so_that_a_busy_second_hides_neither(monkeyp
 
 def test_each_exit_and_the_first_token_of_a_draft_have_prices_of_their_own(monkeypatch) -> None:
     """One token takes 2 (exit 0) or 4 (exit 1); of four, each takes 1.25 or 2.5. A lookup that finds none takes 0."""
-    monkeypatch.setattr(costs, "time_scoring", lambda target, repeats: dict.fromkeys(costs.ROWS, 6.0))
+    monkeypatch.setattr(costs, "time_scoring", lambda target, repeats: dict.fromkeys(costs.SIZES, 6.0))
     alone = lambda target, drafter, verifier, depth, exit: (2.0 if depth == 1 else 1.25) * (1 + (exit or 0))  # noqa: E731
     monkeypatch.setattr(costs, "time_drafting", alone)
     one, two = costs.measure(None, [Mock(num_exits=1), Mock(num_exits=2)], None)

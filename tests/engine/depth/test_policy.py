@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from specdec.engine.depth import MOST, AutoDepth, Costs, DepthChoice, RowHistory, StepReport
+from specdec.engine.depth import MAX_DEPTH, AutoDepth, Costs, DepthChoice, RowHistory, StepReport
 from specdec.speculation.trees import MOST_NODES, Prices
 
 SCORE = {1: 20.0, 2: 21.0, 4: 22.0, 8: 24.0, 16: 40.0}
@@ -28,9 +28,12 @@ class OneRow(AutoDepth):
 
 
 def policy_of(
-    *drafts: tuple[float, float], score: dict[int, float] | None = None, known: Known = (), estimates: bool = False
+    *drafts: tuple[float, float],
+    score: dict[int, float] | None = None,
+    known: Known = (),
+    has_probabilities: bool = False,
 ) -> OneRow:
-    policy = OneRow(Costs(score or SCORE, drafts, (known,) * len(drafts) if known else ()), estimates)
+    policy = OneRow(Costs(score or SCORE, drafts, (known,) * len(drafts) if known else ()), has_probabilities)
     policy.begin()
     return policy
 
@@ -87,7 +90,7 @@ def test_it_is_close_to_the_best_fixed_depth_and_never_far_below_plain(acceptanc
     rng = random.Random(int(100 * acceptance + 7 * draft))
     policy, tokens = policy_of((draft, draft)), 1500
     total, _ = simulate(acceptance, draft, tokens, rng, policy)
-    best = min(fixed(acceptance, draft, k) for k in range(MOST + 1))
+    best = min(fixed(acceptance, draft, k) for k in range(MAX_DEPTH + 1))
     assert total / tokens <= best * 1.06
     assert simulate(acceptance, draft, tokens, rng, policy)[0] / tokens <= best / 0.95
     assert total / tokens <= fixed(acceptance, draft, 0) / 0.97
@@ -196,7 +199,7 @@ def test_figures_of_a_busy_machine_are_corrected_and_speculation_comes_back(busy
     simulate(0.7, 2.0, 400, rng, policy)
     total, depths = simulate(0.7, 2.0, 600, rng, policy)
     assert min(depths[-100:]) > 0
-    assert total / 600 <= 1.08 * min(fixed(0.7, 2.0, k) for k in range(MOST + 1))
+    assert total / 600 <= 1.08 * min(fixed(0.7, 2.0, k) for k in range(MAX_DEPTH + 1))
     assert policy.costs().drafts[0][0] == pytest.approx(2.0, rel=0.2)
     assert policy.costs().score[1] == pytest.approx(SCORE[1], rel=0.2)
 
@@ -289,7 +292,7 @@ def simulate_tree(
 @pytest.mark.parametrize("draft", [0.5, 2.0, 5.0])
 def test_a_drafter_that_knows_how_sure_it_is_beats_every_fixed_depth(draft: float) -> None:
     """Half the steps are easy, half are hard: long drafts pay in the first ones alone."""
-    sure, policy = (0.95, 0.2), policy_of((draft, draft), estimates=True)
+    sure, policy = (0.95, 0.2), policy_of((draft, draft), has_probabilities=True)
     simulate_tree(2000, random.Random(1), policy, draft, sure)
     total, _ = simulate_tree(4000, random.Random(2), policy, draft, sure)
 
@@ -297,12 +300,12 @@ def test_a_drafter_that_knows_how_sure_it_is_beats_every_fixed_depth(draft: floa
         expected = sum(sum(right**i for i in range(depth + 1)) for right in sure) / len(sure)
         return expected / (draft * depth + seconds(1 + depth))
 
-    assert 4000 / total > 1.02 * max(rate(depth) for depth in range(MOST + 1))
+    assert 4000 / total > 1.02 * max(rate(depth) for depth in range(MAX_DEPTH + 1))
 
 
 @pytest.mark.parametrize("power", [0.6, 1.0, 2.0])
 def test_probabilities_are_corrected_by_what_is_accepted(power: float) -> None:
-    policy = policy_of((1.0, 1.0), estimates=True)
+    policy = policy_of((1.0, 1.0), has_probabilities=True)
     simulate_tree(6000, random.Random(3), policy, 1.0, (0.9, 0.5), power)
     assert policy.model.exponent == pytest.approx(power, rel=0.35)
 
@@ -310,7 +313,7 @@ def test_probabilities_are_corrected_by_what_is_accepted(power: float) -> None:
 @pytest.mark.parametrize("draft", [0.5, 3.0, 8.0, 20.0])
 def test_a_drafter_that_is_sure_and_wrong_never_costs_three_percent(draft: float) -> None:
     for known in ((), ((0.0, 9.0),) * 4):
-        policy, total = policy_of((draft, draft), known=known, estimates=True), 0.0
+        policy, total = policy_of((draft, draft), known=known, has_probabilities=True), 0.0
         for _ in range(4):
             policy.begin()
             done = 0
@@ -394,7 +397,7 @@ def test_it_finds_the_exit_that_pays_and_loses_little_on_the_way(exits: Exits) -
     policy = policy_of(*[(draft, draft) for _, draft in exits])
     simulate_exits(exits, 300, 1, policy)
     total, _ = simulate_exits(exits, 1500, 2, policy)
-    best = min(fixed(a, d, k) for a, d in exits for k in range(MOST + 1))
+    best = min(fixed(a, d, k) for a, d in exits for k in range(MAX_DEPTH + 1))
     assert total / 1500 <= 1.06 * best
 
 

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from specdec import SpecDecoder, cli
 from specdec.base.errors import SpecDecError
-from specdec.engine.depth import MOST, AutoDepth, Costs
+from specdec.engine.depth import MAX_DEPTH, AutoDepth, Costs
 from specdec.engine.depth import measure as costs
 from specdec.models import identity
 from specdec.runtimes.experts import packed, predict, tiers
@@ -177,7 +177,7 @@ def test_the_cost_of_scoring_includes_the_experts_that_more_rows_need(mixtral, f
         offload.close()
     assert score[8] > 1.3 * score[1]
     flat = dict.fromkeys(score, score[1])
-    drafts, known = ((score[1] / 100, score[1] / 100),), (((0.6, 9.0),) * MOST,)
+    drafts, known = ((score[1] / 100, score[1] / 100),), (((0.6, 9.0),) * MAX_DEPTH,)
     policies = [AutoDepth(Costs(s, drafts, known)) for s in (score, flat)]
     slow, fast = (policy.choose([policy.begin()]).depth for policy in policies)
     assert slow < fast
