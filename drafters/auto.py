@@ -1,4 +1,4 @@
-"""The default: n-grams, together with M2R2 where one is shipped for the model."""
+"""The default drafter: n-grams, together with M2R2 if one is shipped for the model."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from specdec.speculation.ngram import built
 
 
 class AutoDrafter(Drafter):
-    """Loads another drafter; nothing is drafted by this one."""
+    """Loads another drafter; it drafts nothing itself."""
 
     name: ClassVar[str] = "auto"
     summary: ClassVar[str] = "what 'specdec tune drafter' found, else ngram, with m2r2 where one is shipped"
 
     @classmethod
     def load(cls, target: Target, source: str | None = None, **given: Any) -> Drafter:
-        """The drafter for ``target``, with its options ``given``. Warns where no trained one is shipped."""
+        """The drafter for ``target``, with its options. Warns if no trained one is shipped."""
         options.check(cls.name, (), source=source)
         name, source = "ngram" if built() else "prompt-lookup", None
         if drafter_folder.shipped("m2r2", target) is not None:

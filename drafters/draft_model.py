@@ -1,7 +1,7 @@
 """Two-model speculation: a second, smaller model drafts (Leviathan, arXiv 2211.17192; Chen, arXiv 2302.01318).
 
-The draft model has a cache of its own. What it has drafted and what has become of the text are compared before each
-draft: agreeing entries stay, the rest is run again. So it does not matter who drafted the tokens in between.
+The draft model has a cache of its own. Before each draft, the tokens it drafted are compared with the text: equal ones
+stay in the cache, the others are replaced. So other drafters may draft in between.
 """
 
 from __future__ import annotations
@@ -25,12 +25,16 @@ from .chain import SHAPE, ChainDrafter, Readout, ShapeOptions
 
 
 class DraftModelDrafter(ChainDrafter):
-    """Drafts a chain with the model behind ``own``, which must have the target's vocabulary.
+    """Drafts a chain with a second model, which must have the target's vocabulary.
 
-    own: the draft model as a target of its own. tokenizer: the draft model's, to be compared with the target's.
-    siblings, nodes: see ``Shape``.
-    Drafts nothing where the text has outgrown the draft model's context.
-    Raises SpecDecError, when bound, if the vocabularies differ.
+    Drafts nothing once the text is longer than the draft model's context. Raises SpecDecError, when bound, if the
+    vocabularies differ.
+
+    own: the draft model as a target of its own.
+    tokenizer: the draft model's, to be compared with the target's.
+    siblings, nodes: see ``ChainShape``.
+    rows: whose the cache's rows are.
+    fed: drafted tokens of each row that are in the cache, uncommitted.
     """
 
     name: ClassVar[str] = "draft-model"
@@ -39,7 +43,7 @@ class DraftModelDrafter(ChainDrafter):
     def __init__(self, own: Target, tokenizer: Any = None, **shape: Unpack[ShapeOptions]) -> None:
         super().__init__(**shape)
         self.own, self.tokenizer, self.path = own, tokenizer, own.fingerprint
-        self.vocab: Tensor | None = None  # int64 [V'], the tokens both models have; None: all of them
+        self.vocab: Tensor | None = None  # the tokens that both models have, int64 [V']; None: all
         self.start()
 
     @classmethod
@@ -69,8 +73,8 @@ class DraftModelDrafter(ChainDrafter):
 
     def start(self) -> None:
         super().start()
-        self.cache, self.rows = self.own.new_cache(0), list[Any]()  # whose the cache's rows are
-        self.fed: list[list[int]] = []  # drafted tokens of each that are in the cache, uncommitted
+        self.cache, self.rows = self.own.new_cache(0), list[Any]()
+        self.fed: list[list[int]] = []
 
     def propose(self, state: State, limit: int) -> Draft:
         own = self.own
@@ -95,7 +99,7 @@ class DraftModelDrafter(ChainDrafter):
         return draft
 
     def _catch_up(self, ids: list[list[int]]) -> Tensor:
-        """Keep the accepted drafts and run what is new of ``ids``: the roots' final states [B, 1, D]."""
+        """Keep the accepted drafts and run the new tokens of ``ids``; return the roots' final states [B, 1, D]."""
         cache = self.cache
         accepted = [
             sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(fed, row[n:-1], strict=False)))
@@ -110,7 +114,7 @@ class DraftModelDrafter(ChainDrafter):
         return prefill(self.own, cache, new)
 
     def _follow(self, rows: list[Any]) -> None:
-        """Let the cache have those rows: others leave, and new ones begin."""
+        """Make ``rows`` the cache's rows: others leave, and new ones begin."""
         if rows == self.rows:
             return
         stay = [row for row in self.rows if row in rows]
@@ -128,7 +132,7 @@ class DraftModelDrafter(ChainDrafter):
 
 
 def _difference(ours: Any, theirs: Any) -> str:
-    """Where two tokenizers part, or "" if they have the same vocabulary."""
+    """The first difference of two tokenizers' vocabularies, or ""."""
     a, b = ({index: token for token, index in t.get_vocab().items()} for t in (ours, theirs))
     for index in sorted(a.keys() | b.keys()):
         if a.get(index) != b.get(index):

@@ -1,8 +1,8 @@
 """EAGLE-3 (arXiv 2503.01840): one decoder layer over the states of three layers drafts a chain, or a tree of tokens.
 
-The head has keys and values of its own, one for each token but the first: of the pair of that token's embedding and
-what the tapped layers hold of the token before it. Of drafted tokens the head's own output takes the place of those
-states. Heads in the ``speculators`` format are read as they are.
+The head runs pairs: a token's embedding, and the features of the token before it, which are made of the tapped layers'
+states, or for a drafted token the head's own output. It has its own keys and values of each pair. Heads in the
+``speculators`` format are read as they are.
 """
 
 from __future__ import annotations
@@ -20,22 +20,23 @@ from specdec.base import options
 from specdec.base.devices import upload, waits
 from specdec.models import drafter_folder, hub
 from specdec.runtimes.target import Target
-from specdec.runtimes.tree_drafting import WIDTH, Bounds, Candidates, by_levels
-from specdec.speculation.candidates import finish
+from specdec.runtimes.tree_drafting import WIDTH, Candidates, TreeLimits, by_levels
 from specdec.speculation.draft import Draft, State
+from specdec.speculation.trie import draft_best
 
 from .chain import SHAPE, ChainDrafter, ChainRow, Readout, ShapeOptions
 from .eagle3_network import KIND, Eagle3, Eagle3Config, read_network
 
-BLOCK, CHUNK = 256, 512  # slots that a row's keys grow by, and tokens of a row that run in one pass
+BLOCK, CHUNK = 256, 512  # slots that a row's keys grow by, and maximum tokens of a row in one pass
 
 
 class Eagle3Row(ChainRow):
-    """What is kept of a row.
+    """The state of a row.
 
-    states: the tapped layers' of tokens whose successors' pairs have not been run, parts [n, 3 D]. count: pairs that
-    have been run, whose keys and values [1, H', slots, d] these are. last: the head's output at the root's pair,
-    [1, 1, D'].
+    states: tapped states of the tokens whose pairs have not been run, parts [n, 3 D].
+    count: number of pairs that have been run.
+    keys, values: of these pairs, [1, H', slots, d].
+    last: the head's output at the root's pair, [1, 1, D'].
     """
 
     def __init__(self) -> None:
@@ -45,7 +46,7 @@ class Eagle3Row(ChainRow):
         self.keys = self.values = self.last = torch.empty(0)
 
     def put(self, at: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write keys and values [1, H', T, d] from slot ``at`` on; return all up to there."""
+        """Write keys and values [1, H', T, d] from slot ``at`` on; return all up to their end."""
         end = at + k.shape[2]
         if self.keys.dim() < 4 or end > self.keys.shape[2]:
             slots = max(-(-end // BLOCK) * BLOCK, 2 * self.keys.shape[2] if self.keys.dim() == 4 else 0)
@@ -61,9 +62,10 @@ class Eagle3Drafter(ChainDrafter):
     """Drafts with an EAGLE-3 head: a chain with siblings that cost no drafting, or a tree grown level by level.
 
     A tree is grown for one greedy row. It has ``nodes`` nodes, else those that are worth their price (``Prices``; a
-    chain if there are no prices), and ``width`` nodes of a level are drafted on from.
-    siblings, nodes: see ``Shape``; siblings that are given make a chain.
-    Raises SpecDecError if the head does not fit the target.
+    chain if there are no prices). Raises SpecDecError if the head does not fit the target.
+
+    siblings, nodes: see ``ChainShape``; given siblings make a chain.
+    width: number of nodes of a level that get children.
     """
 
     name: ClassVar[str] = KIND
@@ -112,50 +114,50 @@ class Eagle3Drafter(ChainDrafter):
 
     def candidates(self, state: State, limit: int) -> list[Candidates] | None:
         self._catch_up(state)
-        return [self._tree(state, limit, self.width)] if self._grows(state) else None
+        return [self._tree(state, limit, self.width)] if self._drafts_tree(state) else None
 
     def propose(self, state: State, limit: int) -> Draft:
         self._catch_up(state)
-        if self._grows(state):
+        if self._drafts_tree(state):
             found = self._tree(state, limit, self.width if self.shape.nodes or state.prices else 1)
-            return finish([found], limit, self.shape.nodes, state, found.levels())
+            return draft_best([found], limit, self.shape.nodes, state, found.levels())
         rows: list[Eagle3Row] = state.row_states
-        known, drafted = torch.cat([row.last for row in rows]), -1  # (B, 1, D'); tokens drafted so far
+        features, drafted = torch.cat([row.last for row in rows]), -1  # (B, 1, D'); number of drafted tokens
 
         def step(token: Tensor, positions: Tensor) -> Readout:
-            nonlocal known, drafted
+            nonlocal features, drafted
             drafted += 1
             if drafted:
-                known = self._run(state, token, known, positions, [row.count + drafted - 1 for row in rows])
-            return Readout(self.network.logits(known)[:, 0])
+                features = self._run(state, token, features, positions, [row.count + drafted - 1 for row in rows])
+            return Readout(self.network.logits(features)[:, 0])
 
         return self.chain(state, limit, step, self.tokens)
 
-    def _grows(self, state: State) -> bool:
-        """Whether a draft grows level by level: what has grown is read before it is scored, and is one greedy row's."""
+    def _drafts_tree(self, state: State) -> bool:
+        """Whether to grow a tree, for one greedy row. It is read before it is scored."""
         verified = state.threshold is None and state.sampler.best_allowed and len(state.ids) == 1
         worth = bool(self.shape.nodes) or not waits(state.cache.device)
         return verified and worth and self.shape.siblings is None
 
     def _tree(self, state: State, limit: int, width: int) -> Candidates:
         [row] = state.row_states
-        known, level, position = row.last, 0, len(state.ids[0]) - 1
+        features, level, position = row.last, 0, len(state.ids[0]) - 1
 
         def step(tokens: Tensor, parents: Tensor, paths: Tensor) -> Tensor:
-            nonlocal known, level
+            nonlocal features, level
             if level:
                 positions, before = torch.full_like(tokens, position + level), paths.shape[1] - 1 - tokens.shape[1]
-                seen = paths.new_ones(len(paths), row.count)  # (W, count): the text is on every path
+                seen = paths.new_ones(len(paths), row.count)  # (W, count): every path has the whole text
                 mask = torch.cat((seen, paths[:, 1:]), 1)
-                known = self._run(state, tokens, known[:, parents], positions, [row.count + before], mask)
+                features = self._run(state, tokens, features[:, parents], positions, [row.count + before], mask)
             level += 1
-            return self.network.logits(known)[0]
+            return self.network.logits(features)[0]
 
-        bounds = Bounds(limit, width, state.prices.bar if state.prices else 0.0)
-        return by_levels(state.ids[0][-1], self.tokens, bounds, state.cache.device, step, state.masks(0))
+        limits = TreeLimits(limit, width, state.prices.min_probability if state.prices else 0.0)
+        return by_levels(state.ids[0][-1], self.tokens, limits, state.cache.device, step, state.masks(0))
 
     def _catch_up(self, state: State) -> None:
-        """Run the pairs of what is new of the rows' texts, up to their roots."""
+        """Run the pairs of the new tokens of all rows, up to their roots."""
         rows: list[Eagle3Row] = state.row_states
         target, device, tapped = state.target, state.cache.device, len(self.network.config.layers)
         nothing = torch.empty(0, tapped * target.hidden_size, dtype=target.dtype, device=device)
@@ -169,8 +171,8 @@ class Eagle3Drafter(ChainDrafter):
             most = max(counts)
             tokens = upload([[*text, *[0] * (most - len(text))] for text in texts], device)
             positions = upload([[min(at + i, target.context - 1) for i in range(most)] for at in first], device)
-            known = self.network.fuse(pad_sequence(parts, batch_first=True).chunk(tapped, -1))  # (B, T, D')
-            out = self._run(state, tokens, known, positions, [row.count for row in rows], counts=counts)
+            features = self.network.fuse(pad_sequence(parts, batch_first=True).chunk(tapped, -1))  # (B, T, D')
+            out = self._run(state, tokens, features, positions, [row.count for row in rows], counts=counts)
             for b, (row, count) in enumerate(zip(rows, counts, strict=True)):
                 if count:
                     row.count, row.last = row.count + count, out[b : b + 1, count - 1 : count].clone()
@@ -181,15 +183,17 @@ class Eagle3Drafter(ChainDrafter):
         self,
         state: State,
         tokens: Tensor,
-        known: Tensor,
+        features: Tensor,
         positions: Tensor,
         slots: Sequence[int],
         mask: Tensor | None = None,
         counts: Sequence[int] | None = None,
     ) -> Tensor:
-        """Run pairs [B, T] through the head, whose keys each row gets from its slot on: the outputs [B, T, D'].
+        """Run pairs [B, T] through the head; return its outputs [B, T, D'].
 
-        mask: bool [T, S], which slots each sees, for one row. counts: pairs that each row has; they see those before.
+        slots: each row's first slot for the new keys.
+        mask: the slots that each pair sees, bool [T, S], for one row.
+        counts: number of each row's pairs; they see all earlier ones.
         """
         rows, network = state.row_states, self.network
 
@@ -209,4 +213,4 @@ class Eagle3Drafter(ChainDrafter):
 
         embedding = network.value("embed_tokens.weight")
         embedded = state.target.embed(tokens, positions) if embedding is None else F.embedding(tokens, embedding)
-        return network.layer(embedded, known, positions, attend)
+        return network.layer(embedded, features, positions, attend)

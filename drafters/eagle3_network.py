@@ -1,14 +1,14 @@
 """EAGLE-3's draft head (arXiv 2503.01840): the states of three layers and a token go through one decoder layer.
 
-A folder in the ``speculators`` format holds one: ``config.json`` with ``speculators_model_type: eagle3`` and the
-layer's Llama configuration, and ``model.safetensors``. ``d2t`` there holds, for each token of the draft vocabulary, by
-how much its id in the model is larger; ``t2d`` marks the same tokens among the model's.
+A folder in the ``speculators`` format holds ``config.json``, with ``speculators_model_type: eagle3`` and the layer's
+Llama configuration, and ``model.safetensors``. ``d2t`` there is the difference between a draft token's id in the model
+and its own; ``t2d`` marks the same tokens among the model's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,9 @@ from specdec.runtimes.linear_maps import Linear
 from specdec.runtimes.target import Target
 
 KIND = "eagle3"
-HEADS, LAYERS = 1024, 8  # most attention heads, and layers that are tapped
+HEADS, LAYERS = 1024, 8  # maximum numbers of attention heads and of tapped layers
 MODEL = "the EAGLE-3 head"
-GROUPS = {  # linear maps that read the same input, as one
+GROUPS = {  # linear maps of one input, which run as one
     "fc": ("fc",),
     "qkv": tuple(f"layers.0.self_attn.{name}_proj" for name in "qkv"),
     "o": ("layers.0.self_attn.o_proj",),
@@ -43,8 +43,11 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # queries [B, H, T, d], key
 class Eagle3Config:
     """Sizes of a head.
 
-    layers: whose input states it reads. width: its own hidden size D', beside the model's D. vocab: draft tokens V'.
-    norm_first: the residual begins with the normalised state. rope: further entries for transformers' rotary positions.
+    layers: layers whose input states it reads.
+    width: its own hidden size D', beside the model's D.
+    vocab: number of draft tokens V'.
+    norm_first: whether the residual begins with the normalised state.
+    rope: further entries for transformers' rotary positions.
     """
 
     layers: tuple[int, ...]
@@ -68,19 +71,19 @@ class Eagle3Config:
             raise SpecDecError(f"'{where}' has a '{layer.get('model_type')}' decoder layer; only llama's can be run")
         if layer.get("num_hidden_layers", 1) != 1:
             raise SpecDecError(f"'{where}' has {layer['num_hidden_layers']} decoder layers; only one can be run")
-        sizes = {
+        expected = {
             "hidden size": (config.get("target_hidden_size") or layer.get("hidden_size"), target.hidden_size),
             "vocabulary": (layer.get("vocab_size"), target.vocab_size),
         }
-        for name, (own, model) in sizes.items():
+        for name, (own, model) in expected.items():
             if own != model:
                 raise SpecDecError(f"'{where}' was made for a model of {name} {own}; this model's is {model}")
         eps = layer.get("rms_norm_eps", 1e-6)
         if not isinstance(eps, float) or not 0 < eps < 1:
             raise SpecDecError(f"'{where}' has the impossible rms_norm_eps {eps!r}")
         n, what = target.num_layers, f"of {MODEL}"
-        given = config.get("eagle_aux_hidden_state_layer_ids")
-        layers = tapped(n) if given is None else options.wholes(f"tapped layers {what}", given, 0)
+        ids = config.get("eagle_aux_hidden_state_layer_ids")
+        layers = tapped(n) if ids is None else options.wholes(f"tapped layers {what}", ids, 0)
         if not 1 <= len(layers) <= LAYERS or max(layers) > n:
             raise SpecDecError(f"'{where}' reads layers {list(layers)}; this model has {n}")
         width = drafter_folder.inner("hidden_size", layer.get("hidden_size"), target.hidden_size)
@@ -138,30 +141,25 @@ class Eagle3Config:
 
     def rotary(self) -> LlamaRotaryEmbedding:
         """Rotary positions. Raises SpecDecError for entries that transformers does not take."""
-        sizes = asdict(self)
+        heads = {"num_attention_heads": self.heads, "num_key_value_heads": self.kv_heads, "head_dim": self.head_dim}
         try:
-            llama = LlamaConfig(
-                hidden_size=sizes["width"],
-                num_attention_heads=sizes["heads"],
-                num_key_value_heads=sizes["kv_heads"],
-                head_dim=sizes["head_dim"],
-                **dict(self.rope),
-            )
-            return LlamaRotaryEmbedding(llama)
+            return LlamaRotaryEmbedding(LlamaConfig(hidden_size=self.width, **heads, **dict(self.rope)))
         except Exception as error:  # transformers checks little
             raise SpecDecError(f"{MODEL} has unusable rotary positions ({one_line(error)})") from None
 
 
 def tapped(layers: int) -> tuple[int, ...]:
-    """The layers that are read where a head's configuration does not say it: an early, a middle and a late one."""
+    """The default of tapped layers: an early, a middle and a late one."""
     return min(2, layers), layers // 2, max(layers - 3, 0)
 
 
 class Eagle3(nn.Module):
-    """The head. A token's pair is its embedding and what is known of the token before it.
+    """The head. Its inputs are pairs: a token's embedding and the features of the token before it.
 
-    own_embedding, biased: whether there is an embedding beside the model's, and which linear maps have a bias.
     d2t: int64 [V'], or None: the draft vocabulary is the model's first tokens.
+    own_embedding: whether it has an embedding of its own.
+    biased: names of the linear maps with a bias.
+    frozen: the linear maps in their fastest format, once nothing is trained any more.
     """
 
     def __init__(
@@ -184,10 +182,7 @@ class Eagle3(nn.Module):
             GROUPS["down"][0]: (width, config.inner),
             "lm_head": (config.vocab, width),
         }
-        norms = (
-            "norm",
-            *(f"layers.0.{name}" for name in ("hidden_norm", "input_layernorm", "post_attention_layernorm")),
-        )
+        norms = "norm", *(f"layers.0.{name}" for name in ("hidden_norm", "input_layernorm", "post_attention_layernorm"))
         values = {f"{name}.weight": torch.empty(shape) for name, shape in shapes.items()}
         values |= {f"{name}.bias": torch.zeros(shapes[name][0]) for name in shapes if name in biased}
         values |= {f"{name}.weight": torch.ones(width) for name in norms}
@@ -198,8 +193,8 @@ class Eagle3(nn.Module):
             _place(self, name, nn.Parameter(value))
         self.register_buffer("d2t", d2t)
         self.d2t: Tensor | None
-        self._rotary: list[LlamaRotaryEmbedding] = []  # no part of the module: rounding it would move positions
-        self.frozen: dict[str, Linear] = {}  # the linear maps, once nothing is trained any more
+        self._rotary: list[LlamaRotaryEmbedding] = []  # in a list: no submodule, which would be rounded
+        self.frozen: dict[str, Linear] = {}
 
     def value(self, name: str) -> Tensor | None:
         """A parameter by its name in the file."""
@@ -218,34 +213,32 @@ class Eagle3(nn.Module):
         self.frozen = {group: linear_maps.frozen(*self._weights(group)) for group in GROUPS}
 
     def fuse(self, taps: Sequence[Tensor]) -> Tensor:
-        """States [..., D] of the tapped layers -> what is known of those tokens [..., D']."""
+        """States [..., D] of the tapped layers -> features [..., D']."""
         return self._map("fc", torch.cat(list(taps), -1))
 
-    def layer(self, embedded: Tensor, known: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """Tokens' embeddings and what is known of the tokens before them, [B, T, D'] -> what is known of the tokens."""
-        q, k, v = self.attended(embedded, known, positions)
-        x = self._norm("layers.0.hidden_norm", known) if self.config.norm_first else known
+    def layer(self, embedded: Tensor, features: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """Pairs of embeddings and features [B, T, D'] -> the features of the pairs' tokens [B, T, D']."""
+        q, k, v = self.attended(embedded, features, positions)
+        x = self._norm("layers.0.hidden_norm", features) if self.config.norm_first else features
         x = x + self._map("o", attend(q, k, v).transpose(1, 2).flatten(2))
         gate, up = self._map("up", self._norm("layers.0.post_attention_layernorm", x)).chunk(2, -1)
         return x + self._map("down", F.silu(gate) * up)
 
-    def attended(self, embedded: Tensor, known: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def attended(self, embedded: Tensor, features: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The queries [B, H, T, d] of pairs, and their keys and values [B, H', T, d]."""
         config = self.config
-        both = torch.cat(
-            (self._norm("layers.0.input_layernorm", embedded), self._norm("layers.0.hidden_norm", known)), -1
-        )
+        normed = self._norm("layers.0.input_layernorm", embedded), self._norm("layers.0.hidden_norm", features)
         sizes = [count * config.head_dim for count in (config.heads, config.kv_heads, config.kv_heads)]
-        parts = self._map("qkv", both).split(sizes, -1)
+        parts = self._map("qkv", torch.cat(normed, -1)).split(sizes, -1)
         q, k, v = (part.unflatten(-1, (-1, config.head_dim)).transpose(1, 2) for part in parts)
         if not self._rotary:
             self._rotary.append(config.rotary())
         q, k = apply_rotary_pos_emb(q, k, *self._rotary[0](q, positions))
         return q, k, v
 
-    def logits(self, known: Tensor) -> Tensor:
-        """What is known of tokens [B, T, D'] -> logits of what follows them, over the draft vocabulary [B, T, V']."""
-        return self._map("head", self._norm("norm", known))
+    def logits(self, features: Tensor) -> Tensor:
+        """Features of tokens [B, T, D'] -> logits of the next tokens over the draft vocabulary [B, T, V']."""
+        return self._map("head", self._norm("norm", features))
 
     def _norm(self, name: str, x: Tensor) -> Tensor:
         wide, weight = x.float(), self.get_parameter(f"{name}.weight")
@@ -257,7 +250,7 @@ class Eagle3(nn.Module):
         return self.frozen[group](x.flatten(0, -2)).unflatten(0, x.shape[:-1])
 
     def _weights(self, group: str) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias of maps that read the same input, one below the other."""
+        """Weight and bias of the maps of a group, stacked."""
         weights = [self.value(f"{name}.weight") for name in GROUPS[group]]
         biases = [self.value(f"{name}.bias") for name in GROUPS[group]]
         return _stacked(weights), None if None in biases else _stacked(biases)  # type: ignore[return-value]
@@ -269,7 +262,7 @@ def _stacked(parts: list[Tensor | None]) -> Tensor | None:
 
 
 def _place(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    """Register a parameter under a name with dots: modules are made on the way."""
+    """Register a parameter under a name with dots; missing modules are made."""
     *way, last = name.split(".")
     for part in way:
         if not hasattr(module, part):

@@ -1,13 +1,13 @@
 """Drafting through the model's first layers: one drafter, whose presets say where a token leaves.
 
-A drafted token runs layer by layer and leaves at an exit; its readout there is the draft. What it has computed is
-exact: it is kept, and scoring resumes where the deepest token left. Layers that earlier tokens of the draft have not
-run are run for all of them at once, just in time, when a later token goes deeper. Knows nothing of acceptance.
+A drafted token runs layer by layer and leaves at an exit; its readout there is the draft. Its states are exact, so
+scoring resumes where the deepest token left. When a later token goes deeper, the layers that earlier tokens of the
+draft have not run are run for all of them at once. Knows nothing of acceptance.
 
-    early-exit         every token at one exit (LayerSkip, Elhoushi et al. 2024, arXiv 2404.16710)
-    deed               each at the first exit that is sure of it (Tang et al. 2023, arXiv 2311.08623)
+    early-exit         every token leaves at one exit (LayerSkip, Elhoushi et al. 2024, arXiv 2404.16710)
+    deed               each at the first exit with enough confidence (Tang et al. 2023, arXiv 2311.08623)
     skip-decode        the later in the answer, the earlier (Del Corro et al. 2023, arXiv 2307.02628)
-    mixture-of-depths  a router at each layer lets a token run it or pass it by (Raposo et al. 2024, arXiv 2404.02258)
+    mixture-of-depths  a router at each layer lets a token run or skip it (Raposo et al. 2024, arXiv 2404.02258)
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from specdec.runtimes.linear_maps import rms_unit
 from specdec.runtimes.target import Target
 from specdec.speculation.draft import Draft, State
 
-from .chain import SHAPE, ChainDrafter, ChainRow, Readout, ShapeOptions, best_probability, first_sure
+from .chain import SHAPE, ChainDrafter, ChainRow, Readout, ShapeOptions, best_probability, first_confident
 from .vocabulary import DraftVocabulary
 
 
 class PartialPass:
-    """The tokens of a draft, each run through some of the layers. Earlier tokens are never below later ones."""
+    """The tokens of a draft, each run through some of the layers; earlier tokens at least as far as later ones."""
 
     def __init__(self, target: Target, cache: KVCache) -> None:
         self.target, self.cache = target, cache
         self.groups: list[tuple[int, Tensor, Tensor]] = []  # (layer reached, states [B, n, D], positions [B, n])
-        self.count = 0  # of the tokens
+        self.count = 0  # number of tokens
 
     def push(self, token: Tensor, positions: Tensor) -> None:
         """Add a token, int64 [B, 1], at layer 0."""
@@ -69,10 +69,13 @@ class PartialPass:
 
 
 class ExitHeads(nn.Module):
-    """What is trained at exits: a small module each, from h[E] towards h[N]; they share the output head.
+    """A small trained module at each exit, from h[E] towards h[N]; they share the output head.
 
-    final = map(u) + up(silu(down(u))) with u = h / rms(h), map the identity at first: untrained it is read out like h.
-    exits: layers, rising. width: hidden size of the modules. draft_vocab: int32 [V'], or None for the full vocabulary.
+    final = map(u) + up(silu(down(u))) with u = h / rms(h). map is the identity at first: untrained, h is read out.
+
+    exits: layers, in rising order.
+    width: hidden size of the modules.
+    draft_vocab: int32 [V'], or None for the full vocabulary.
     """
 
     def __init__(self, exits: Sequence[int], width: int, target: Target, draft_vocab: Tensor | None = None) -> None:
@@ -99,24 +102,26 @@ class ExitHeads(nn.Module):
         return {"exits": list(self.exits), "width": self.width}
 
     @classmethod
-    def of(cls, config: dict[str, Any], target: Target, draft_vocab: Tensor | None) -> ExitHeads:
-        """As a drafter folder's config.json says. Raises SpecDecError for what does not fit the target."""
+    def from_config(cls, config: dict[str, Any], target: Target, draft_vocab: Tensor | None) -> ExitHeads:
+        """From a drafter folder's config.json. Raises SpecDecError for what does not fit the target."""
         width = drafter_folder.inner("width", config.get("width"), target.hidden_size)
         return cls(config.get("exits", ()), width, target, draft_vocab)
 
 
 def check_exits(exits: Any, num_layers: int) -> tuple[int, ...]:
     """``exits``, if they rise within the model. Raises SpecDecError otherwise."""
-    given = options.wholes("exits", exits, 1)
-    if not given or max(given) >= num_layers or list(given) != sorted(set(given)):
-        raise SpecDecError(f"exits must be rising layers in 1 .. {num_layers - 1}; got {list(given)}")
-    return given
+    layers = options.wholes("exits", exits, 1)
+    if not layers or max(layers) >= num_layers or list(layers) != sorted(set(layers)):
+        raise SpecDecError(f"exits must be rising layers in 1 .. {num_layers - 1}; got {list(layers)}")
+    return layers
 
 
 class ExitDrafter(ChainDrafter):
-    """Drafts a chain of tokens that leave the model early; presets say where, token by token.
+    """Drafts a chain of tokens that leave the model early; subclasses choose each token's exit.
 
-    network: what is trained; None: the model's own norm and head. siblings, nodes: see ``Shape``.
+    network: trained modules; None: the model's own norm and head read out.
+    trains: the class of the network.
+    siblings, nodes: see ``ChainShape``.
     """
 
     leaves_early = True
@@ -130,7 +135,7 @@ class ExitDrafter(ChainDrafter):
 
     @classmethod
     def load(cls, target: Target, source: str | None = None, **given: Any) -> ExitDrafter:
-        """With the network of a folder, or of the one shipped for the target, if there is one.
+        """With the network in a folder, or the one shipped for the target, if there is one.
 
         Raises SpecDecError if there is none and one is needed, and for a folder of another drafter or model.
         """
@@ -147,7 +152,9 @@ class ExitDrafter(ChainDrafter):
         else:
             folder = found
         config = drafter_folder.read_config(folder, cls.name, target)
-        network = drafter_folder.load(folder, target.vocab_size, lambda vocab: cls.trains.of(config, target, vocab))
+        network = drafter_folder.load(
+            folder, target.vocab_size, lambda vocab: cls.trains.from_config(config, target, vocab)
+        )
         return cls(network=network, **given)
 
     def bind(self, target: Target) -> None:
@@ -156,15 +163,15 @@ class ExitDrafter(ChainDrafter):
         self.vocabulary = DraftVocabulary(target, None if self.network is None else self.network.draft_vocab)
 
     def begin_draft(self, state: State) -> Any:
-        """What runs the draft's tokens: ``PartialPass``, or what has its ``push`` and ``finish``."""
+        """The pass that runs the draft's tokens: a ``PartialPass``, or an object with its ``push`` and ``finish``."""
         return PartialPass(state.target, state.cache)
 
     @abstractmethod
     def leave(self, tokens: Any, state: State) -> tuple[Any, ...]:
-        """Take the last of ``tokens`` to where it leaves, and read it there: the three parts of a ``Readout``."""
+        """Run the last of ``tokens`` to its exit, and read it out: the three parts of a ``Readout``."""
 
     def read(self, tokens: PartialPass, layer: int, index: int = 0) -> tuple[Tensor, ...]:
-        """Take the last token to ``layer``, which is exit ``index``, and read it."""
+        """Run the last token to ``layer``, which is exit ``index``, and read it out."""
         h = tokens.to(layer)
         logits = self.vocabulary.logits(h if self.network is None else self.network(index, h))[:, 0]
         certainty = best_probability(logits)
@@ -185,11 +192,11 @@ class ExitDrafter(ChainDrafter):
 class EarlyExitDrafter(ExitDrafter):
     """Drafts a chain through layers [0, E), read out by the model's own norm and head or by a trained module and head.
 
-    exit_layer: E, 1 <= E < N; None: that of ``network``, else a third of the layers, about where models trained for it
-        exit, or a sixth or half of them where the controller finds that better (``State.exit``).
-    siblings, nodes: see ``Shape``.
     Models that were not trained to exit early rarely agree with their first layers read by their own head; a trained
     module at the exit helps. Raises SpecDecError, when bound, if the exit layer is outside the model.
+
+    exit_layer: E, 1 <= E < N; None: that of ``network``, else a third of the layers, about where models trained for it
+        exit, or a sixth or half of them if the depth policy finds that better (``State.exit``).
     """
 
     name: ClassVar[str] = "early-exit"
@@ -200,12 +207,14 @@ class EarlyExitDrafter(ExitDrafter):
         self, exit_layer: int | None = None, network: ExitHeads | None = None, **shape: Unpack[ShapeOptions]
     ) -> None:
         super().__init__(network, **shape)
-        self.given = exit_layer if network is None else network.exits[0]
+        self.requested = exit_layer if network is None else network.exits[0]
 
     def bind(self, target: Target) -> None:
-        count, given = target.num_layers, self.given
-        self.exit_layer = options.whole("exit_layer", max(count // 3, 1) if given is None else given, 1, count - 1)
-        around = (count // 6, self.exit_layer, count // 2) if given is None else (self.exit_layer,)
+        count, requested = target.num_layers, self.requested
+        self.exit_layer = options.whole(
+            "exit_layer", max(count // 3, 1) if requested is None else requested, 1, count - 1
+        )
+        around = (count // 6, self.exit_layer, count // 2) if requested is None else (self.exit_layer,)
         self.layers = sorted({max(layer, 1) for layer in around})
         self.num_exits, self.path = len(self.layers), f"{self.layers} {self.network is not None}"
         super().bind(target)
@@ -215,13 +224,13 @@ class EarlyExitDrafter(ExitDrafter):
 
 
 class DeedDrafter(ExitDrafter):
-    """Drafts a chain whose tokens leave at the first exit that is sure of its best token, or at the last.
+    """Drafts a chain whose tokens leave at the first exit with enough confidence, or at the last (``State.exit``).
 
-    exit_confidence: how sure, in [0, 1]; where drafts are not verified, the verifier's threshold takes its place. The
-        controller chooses which exit is the last (``State.exit``).
-    siblings, nodes: see ``Shape``.
     Each exit has a trained module; all share one head. The paper trains a model together with its exits; here the base
     stays frozen.
+
+    exit_confidence: minimum probability of the best token, in [0, 1]; where drafts are not verified, the verifier's
+        threshold takes its place.
     """
 
     name: ClassVar[str] = "deed"
@@ -231,17 +240,17 @@ class DeedDrafter(ExitDrafter):
 
     def __init__(self, network: ExitHeads, exit_confidence: float = 0.5, **shape: Unpack[ShapeOptions]) -> None:
         super().__init__(network, **shape)
-        self.exits, self.bar = network.exits, options.probability("exit_confidence", exit_confidence)
-        self.num_exits, self.path = len(self.exits), f"{self.exits} {self.bar}"
+        self.exits, self.exit_confidence = network.exits, options.probability("exit_confidence", exit_confidence)
+        self.num_exits, self.path = len(self.exits), f"{self.exits} {self.exit_confidence}"
 
     def leave(self, tokens: PartialPass, state: State) -> tuple[Any, ...]:
-        bar = self.bar if state.threshold is None else state.threshold
+        exit_confidence = self.exit_confidence if state.threshold is None else state.threshold
         last = self.num_exits if state.exit is None else state.exit + 1
-        return first_sure(lambda index: self.read(tokens, self.exits[index], index), last, bar)
+        return first_confident(lambda index: self.read(tokens, self.exits[index], index), last, exit_confidence)
 
 
 class SkipDecodeRow(ChainRow):
-    """prompt: its tokens, once they are known."""
+    """prompt: number of prompt tokens; 0: not known yet."""
 
     prompt = 0
 
@@ -249,12 +258,13 @@ class SkipDecodeRow(ChainRow):
 class SkipDecodeDrafter(ExitDrafter):
     """Drafts a chain through a number of layers that falls from ``deepest`` to ``shallowest`` over ``horizon`` tokens.
 
-    deepest, shallowest: exit of the first and of the last tokens, 1 <= shallowest <= deepest < N; None: four and two
-        fifths of the layers. horizon: new tokens until the shallowest exit is reached.
-    siblings, nodes: see ``Shape``.
-    No token needs keys and values above an earlier one's exit. The paper accepts every token (here: a confident
-    verifier with threshold 0) and never runs the layers it skipped; here the next deep pass fills them in.
-    Raises SpecDecError, when bound, if the exits are outside the model or in the wrong order.
+    No token needs keys and values above an earlier one's exit. The paper accepts every token (here: the confident
+    verifier with threshold 0) and never runs the skipped layers; here the next deep pass fills them in. Raises
+    SpecDecError, when bound, if the exits are outside the model or in the wrong order.
+
+    deepest, shallowest: exits of the first and of the last tokens, 1 <= shallowest <= deepest < N; None: four and two
+        fifths of the layers.
+    horizon: number of new tokens until the shallowest exit is reached.
     """
 
     name: ClassVar[str] = "skip-decode"
@@ -271,11 +281,9 @@ class SkipDecodeDrafter(ExitDrafter):
         self.bounds, self.horizon = (shallowest, deepest), options.whole("horizon", horizon, 1)
 
     def bind(self, target: Target) -> None:
-        count = target.num_layers
-        own = (max(2 * count // 5, 1), max(4 * count // 5, 1))
-        low, high = (usual if given is None else given for given, usual in zip(self.bounds, own, strict=True))
-        self.low = options.whole("shallowest", low, 1, count - 1)
-        self.high = options.whole("deepest", high, 1, count - 1)
+        count, (low, high) = target.num_layers, self.bounds
+        self.low = options.whole("shallowest", max(2 * count // 5, 1) if low is None else low, 1, count - 1)
+        self.high = options.whole("deepest", max(4 * count // 5, 1) if high is None else high, 1, count - 1)
         if self.low > self.high:
             raise SpecDecError(f"the exit falls from deepest to shallowest; got {self.high} and {self.low}")
         self.path = f"{self.low} {self.high} {self.horizon}"
@@ -286,11 +294,11 @@ class SkipDecodeDrafter(ExitDrafter):
 
     def leave(self, tokens: PartialPass, state: State) -> tuple[Any, ...]:
         for row, ids in zip(state.row_states, state.ids, strict=True):
-            row.prompt = row.prompt or len(ids) - 1  # the first new token is known by now
+            row.prompt = row.prompt or len(ids) - 1  # the text has one new token by now
         done = (
             min(len(ids) - row.prompt for row, ids in zip(state.row_states, state.ids, strict=True)) + tokens.count - 1
         )
-        # Rows share their layers: those of the row that is least far.
+        # All rows run the layers of the row with the fewest new tokens.
         layer = self.high - round((self.high - self.low) * min(done / self.horizon, 1.0))
         return self.read(tokens, layer)
 
@@ -299,9 +307,10 @@ class SkipDecodeDrafter(ExitDrafter):
 
 
 class Routers(nn.Module):
-    """One linear score of the residual for each layer from ``first`` on; a token runs the layer where it is positive.
+    """One linear score of the residual for each layer from ``first`` on; a token runs the layer if it is positive.
 
-    first: layers below are always run, 1 <= first < N. draft_vocab: int32 [V'], or None for the full vocabulary.
+    first: number of layers that are always run, 1 <= first < N.
+    draft_vocab: int32 [V'], or None for the full vocabulary.
     """
 
     def __init__(self, first: int, target: Target, draft_vocab: Tensor | None = None) -> None:
@@ -314,28 +323,32 @@ class Routers(nn.Module):
         self.draft_vocab: Tensor | None
 
     def score(self, layer: int, x: Tensor) -> Tensor:
-        """Of the residual x [B, T, D] before ``layer`` -> [B, T, 1]."""
+        """Residual x [B, T, D] before ``layer`` -> score [B, T, 1]."""
         return F.linear(rms_unit(x), self.weight[layer - self.first, None], self.bias[layer - self.first, None])
 
     @classmethod
-    def of(cls, config: dict[str, Any], target: Target, draft_vocab: Tensor | None) -> Routers:
-        """As a drafter folder's config.json says. Raises SpecDecError for what does not fit the target."""
+    def from_config(cls, config: dict[str, Any], target: Target, draft_vocab: Tensor | None) -> Routers:
+        """From a drafter folder's config.json. Raises SpecDecError for what does not fit the target."""
         return cls(config.get("first", 0), target, draft_vocab)
 
 
 class RoutedPass:
     """The tokens of a draft, each run through the first layers, which are exact, and those that a router chooses.
 
-    A token that passes a layer by leaves keys and values there as soon as a later token runs it.
+    A token that skips a layer leaves keys and values there as soon as a later token runs it.
+
+    states: [B, 1, D] of each token behind the first layers.
+    waiting: by layer, the inputs of tokens that have skipped it so far.
+    last, ran: final state [B, 1, D] of the last token, and number of layers that it ran.
     """
 
     def __init__(self, target: Target, cache: KVCache, routers: Routers) -> None:
         self.target, self.cache, self.routers = target, cache, routers
-        self.states: list[Tensor] = []  # [B, 1, D] of each token behind the first layers
+        self.states: list[Tensor] = []
         self.waiting: dict[int, list[Tensor]] = {layer: [] for layer in range(routers.first, target.num_layers)}
 
     def push(self, token: Tensor, positions: Tensor) -> None:
-        """Run a token, int64 [B, 1]: ``last`` [B, 1, D] is its final state, ``ran`` the number of its layers."""
+        """Run a token, int64 [B, 1]."""
         target, cache, first = self.target, self.cache, self.routers.first
         given = Pass(positions, cache.mask(0, positions), cache)
         x = target.layers(target.embed(token, positions), 0, first, given)
@@ -352,7 +365,7 @@ class RoutedPass:
         self.last = x
 
     def finish(self) -> tuple[Tensor, int]:
-        """All tokens' states [B, n, D] behind the first layers, and their number; what lies above is provisional."""
+        """All tokens' states [B, n, D] behind the first layers, and their number; drops provisional entries above."""
         for layer, waiting in self.waiting.items():
             self.cache.trim(len(self.states) - len(waiting), layer, layer + 1)
         return torch.cat(self.states, 1), self.routers.first
@@ -361,7 +374,6 @@ class RoutedPass:
 class MixtureOfDepthsDrafter(ExitDrafter):
     """Drafts a chain through the layers that trained routers choose for each token; a batch runs what any row needs.
 
-    siblings, nodes: see ``Shape``.
     The routers learn on a frozen base to run a share of the routed layers, their capacity. The paper picks the top
     tokens of a sequence for each layer; that looks ahead, so here a token runs a layer where its score is positive.
     """
@@ -372,9 +384,6 @@ class MixtureOfDepthsDrafter(ExitDrafter):
     needs_training: ClassVar[bool] = True
     leaves_state = False
     trains = Routers
-
-    def __init__(self, network: Routers, **shape: Unpack[ShapeOptions]) -> None:
-        super().__init__(network, **shape)
 
     def bind(self, target: Target) -> None:
         super().bind(target)

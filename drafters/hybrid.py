@@ -1,7 +1,7 @@
 """Several drafters together, as in ``ngram+m2r2``: one tree of the candidates of both, where both have probabilities.
 
-Elsewhere, as in ``prompt-lookup+m2r2``, the first that proposes something drafts the step: one that is cheap and right
-now and then comes first, one that always has an answer last. All of them see what became of every step.
+Otherwise, as in ``prompt-lookup+m2r2``, each row takes the first proposal: a drafter that is cheap and sometimes right
+comes first, one that always proposes last. All of them observe every step.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from specdec.speculation.trie import merge
 
 
 class HybridDrafter(Drafter):
-    """Asks ``members`` in order; a row takes the first draft that has a token for it.
+    """Each row takes the draft of the first of ``members`` that has a token for it.
 
-    Where the first one ``blends``, it makes one tree of its own candidates and those of the second.
+    If there are two and the first ``blends``, it makes one tree of its own candidates and those of the second.
     """
 
     name: ClassVar[str] = "hybrid"
@@ -41,10 +41,7 @@ class HybridDrafter(Drafter):
 
     @classmethod
     def load(cls, target: Target, source: str | None = None, **given: Any) -> HybridDrafter:
-        """Load the drafters that ``source`` joins; the options of each are given under its name.
-
-        A drafter may have other defaults where another one comes after it: ``before_others``, of its class.
-        """
+        """Load the drafters that ``source`` joins; the options of each are given under its name."""
         parts = registry.parse(source) if source else []
         if len(parts) < 2:
             raise SpecDecError("drafter 'hybrid' needs at least two drafters; join them: ngram+m2r2")
@@ -92,7 +89,7 @@ class HybridDrafter(Drafter):
         missing = list(range(len(state.ids)))
         for number, member in enumerate(self.members):
             draft = member.propose(replace(state, row_states=[own[number] for own in state.row_states]), limit)
-            found = missing  # what the last one has found need not be read
+            found = missing  # the last one's draft need not be read
             if number < len(self.members) - 1:
                 lists = draft.lists()
                 found = [b for b in missing if max(lists[b], default=-1) >= 0]
@@ -100,14 +97,14 @@ class HybridDrafter(Drafter):
             missing = [b for b in missing if b not in used]
             if not missing:
                 break
-            _give_back(draft, state.cache)
+            _drop_states(draft, state.cache)
         if any(each is not draft for each in used.values()):
-            _give_back(draft, state.cache)
+            _drop_states(draft, state.cache)
             for own in state.row_states:
                 self.withdraw(own)
             draft = merge([used[b].paths(b) for b in range(len(state.ids))], state.cache.device)[0]
         if draft.exit_layer > min(self.taps, default=draft.exit_layer):
-            _give_back(draft, state.cache)  # another member observes layers that scoring would not run
+            _drop_states(draft, state.cache)  # another member observes layers that scoring would not run
         return draft
 
     def withdraw(self, row_state: list[Any]) -> None:
@@ -119,8 +116,8 @@ class HybridDrafter(Drafter):
             member.observe([own[number] for own in row_states], paths, taps)
 
 
-def _give_back(draft: Draft, cache: KVCache) -> None:
-    """Take the states out of ``draft``, and what belongs to them out of the cache: scoring starts at layer 0."""
+def _drop_states(draft: Draft, cache: KVCache) -> None:
+    """Remove the states of ``draft``, and their entries in the cache: scoring starts at layer 0."""
     if draft.states is not None:
         cache.trim(draft.states.shape[1], 0, draft.exit_layer)
         draft.states, draft.exit_layer = None, 0

@@ -1,9 +1,9 @@
 """Layer skipping: the model drafts for itself without some of its parts (Draft & Verify, arXiv 2309.08168; SWIFT).
 
-Needs no training, and agrees with the full model as far as the model is indifferent to those parts: the attention or
-the MLP of a layer, or both (SWIFT, arXiv 2410.06916). The layers before the first skipped part are exact: their states
-are handed over and scoring resumes there. What drafted tokens leave in the cache of later layers is provisional.
-``examples/layer_skip.py`` looks for the parts whose loss costs least.
+Needs no training. Its drafts are good as far as the model hardly needs the skipped parts: the attention or the MLP of a
+layer, or both (SWIFT, arXiv 2410.06916). The layers before the first skipped part are exact: scoring resumes behind
+them. Entries of drafted tokens in the cache of later layers are provisional. ``examples/layer_skip.py`` finds the parts
+whose loss costs least.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from specdec.speculation.draft import Draft, State
 
 from .chain import SHAPE, ChainDrafter, Readout, ShapeOptions
 
-Step = tuple[Literal["layers", "attention", "mlp"], int, int]  # what is run, on layers [lo, hi)
+Step = tuple[Literal["layers", "attention", "mlp"], int, int]  # the part that runs, of layers [lo, hi)
 SETTINGS = ("attn", "mlp")
-KEYS = ("drafter", "base", *SETTINGS, *SHAPE, "measured")  # of a file
+KEYS = ("drafter", "base", *SETTINGS, *SHAPE, "measured")  # keys of a file
 
 
 def steps_without(attn: Collection[int], mlp: Collection[int], num_layers: int) -> list[Step]:
-    """The way through the model without the attention of layers ``attn`` and the MLP of layers ``mlp``."""
+    """The steps through the model without the attention of layers ``attn`` and the MLP of layers ``mlp``."""
     steps: list[Step] = []
     for layer in range(num_layers):
         if layer in attn and layer in mlp:
@@ -45,7 +45,7 @@ def steps_without(attn: Collection[int], mlp: Collection[int], num_layers: int) 
 
 
 def run_step(target: Target, step: Step, x: Tensor, positions: Tensor, mask: Mask, cache: KVCache) -> Tensor:
-    """One step of the way: [B, T, D] -> [B, T, D]; arguments as in ``Target.layers``."""
+    """Run a step: [B, T, D] -> [B, T, D]; arguments as in ``Target.layers``."""
     part, lo, hi = step
     if part == "layers":
         return target.layers(x, lo, hi, Pass(positions, mask, cache))
@@ -53,12 +53,14 @@ def run_step(target: Target, step: Step, x: Tensor, positions: Tensor, mask: Mas
 
 
 class LayerSkipDrafter(ChainDrafter):
-    """Drafts a chain through what is not skipped, read out by the model's own norm and head.
+    """Drafts a chain through the parts that are not skipped, read out by the model's own norm and head.
 
-    skip: layers to leave out. attn, mlp: layers whose attention or MLP is left out. Nothing given: the fifth of the
-    layers around the middle, which models miss least.
-    siblings, nodes: see ``Shape``.
-    Raises SpecDecError, when bound, if what is skipped is everything, nothing, or outside the model.
+    By default, the fifth of the layers around the middle is skipped, which costs least. Raises SpecDecError, when
+    bound, if everything, nothing, or a layer outside the model is skipped.
+
+    skip: layers to skip.
+    attn, mlp: layers whose attention or MLP is skipped.
+    siblings, nodes: see ``ChainShape``.
     """
 
     name: ClassVar[str] = "layer-skip"
@@ -81,10 +83,10 @@ class LayerSkipDrafter(ChainDrafter):
     def load(cls, target: Target, source: str | None = None, **given: Any) -> LayerSkipDrafter:
         """From options, or from a YAML file that ``examples/layer_skip.py`` wrote; options override the file's."""
         options.check(cls.name, given, ("skip", *SETTINGS, *SHAPE))
-        kept = {} if source is None else read_skips(Path(source), target)
+        stored = {} if source is None else read_skips(Path(source), target)
         if source is not None and (odd := [name for name in ("skip", *SETTINGS) if name in given]):
             raise SpecDecError(f"drafter 'layer-skip' takes what to skip from '{source}' or from '{odd[0]}', not both")
-        return cls(**(kept | given))
+        return cls(**(stored | given))
 
     def bind(self, target: Target) -> None:
         n = target.num_layers
@@ -96,7 +98,7 @@ class LayerSkipDrafter(ChainDrafter):
                 f"layer-skip must leave out some of the model's layers 0 .. {n - 1} or parts of them, not everything; "
                 f"got attn {sorted(self.attn)}, mlp {sorted(self.mlp)}"
             )
-        self.exit_layer, self.path = min(skipped), str(self.steps)  # layers below are run as in the full model
+        self.exit_layer, self.path = min(skipped), str(self.steps)
 
     def propose(self, state: State, limit: int) -> Draft:
         target, cache = state.target, state.cache
@@ -108,9 +110,9 @@ class LayerSkipDrafter(ChainDrafter):
             nonlocal run
             run += 1
             x, mask = target.embed(token, positions), cache.mask(first, positions)
-            for way in self.steps:
-                x = run_step(target, way, x, positions, mask, cache)
-                if way[2] == self.exit_layer:
+            for part in self.steps:
+                x = run_step(target, part, x, positions, mask, cache)
+                if part[2] == self.exit_layer:
                     states.append(x)
             return Readout(target.readout(x)[:, 0])
 

@@ -1,51 +1,61 @@
 """Lookahead decoding: a Jacobi window beside a pool of n-grams, in the one scoring pass (Fu, arXiv 2402.02057).
 
 The window guesses the tokens of the positions ahead, each at the head of a short trajectory of further guesses. It is a
-tree: the heads follow one another after the root, each trajectory branches off its head. So it rides along as draft
-nodes, and its tokens may even be accepted. What the model answers at the end of a trajectory completes an n-gram, which
-enters the pool; n-grams of the pool that begin with the root are the real draft. Needs no training. N-grams of the
-text itself enter the pool, too.
+tree: the heads follow one another after the root, and each trajectory branches off its head. So it is part of the
+draft, and its tokens may even be accepted. The model's choice at the end of a trajectory completes an n-gram, which
+enters the pool, as do the n-grams of the text. N-grams of the pool that begin with the root are the main draft. Needs
+no training.
 """
 
 from __future__ import annotations
 
 import random
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
+from pydantic import Field
 from torch import Tensor
 
-from specdec.base import options
+from specdec.base.options import Count
+from specdec.base.settings import Whole, checked
 from specdec.runtimes.target import Target
 from specdec.speculation.draft import Draft, Drafter, State
 from specdec.speculation.trie import merge
 
 
 class _Row:
-    """One row's pool and window."""
+    """One row's pool and window.
+
+    pool: first token -> the rest of its n-grams, latest first.
+    seen: number of tokens whose n-grams are in the pool.
+    window: trajectories; the head of number i is a guess for position root + 1 + i.
+    ends: block indices at which the trajectories end in this step's draft.
+    """
 
     def __init__(self) -> None:
-        self.pool: dict[int, list[tuple[int, ...]]] = {}  # first token -> what followed it, latest first
-        self.seen = 0  # tokens whose n-grams are in the pool
-        self.window: list[list[int]] = []  # trajectories; the head of number i is a guess for position root + 1 + i
-        self.ends: list[int] = []  # block indices at which they end in this step's draft
-        self.random = random.Random(0)  # its own: a row does not depend on what else is in the batch
+        self.pool: dict[int, list[tuple[int, ...]]] = {}
+        self.seen = 0
+        self.window: list[list[int]] = []
+        self.ends: list[int] = []
+        self.random = random.Random(0)  # of its own: a row does not depend on the others
 
 
 class LookaheadDrafter(Drafter):
     """Drafts n-grams from a pool that a Jacobi window of guesses fills as the text is generated.
 
-    window: positions ahead that are guessed. ngram: tokens of an n-gram, >= 2. guesses: most n-grams drafted per step.
     A step scores up to ``(window + guesses) * (ngram - 1)`` tokens and the root. Only trajectories that end within the
     draft's depth limit are run.
+
+    window: number of positions ahead that are guessed.
+    ngram: tokens of an n-gram, >= 2.
+    guesses: maximum number of n-grams drafted per step.
     """
 
     name: ClassVar[str] = "lookahead"
     summary: ClassVar[str] = "Jacobi window and n-gram pool in the scoring pass; no training"
 
-    def __init__(self, window: int = 4, ngram: int = 3, guesses: int = 4) -> None:
-        self.window = options.whole("window", window, 1)
-        self.ngram = options.whole("ngram", ngram, 2)
-        self.guesses = options.whole("guesses", guesses, 1)
+    @checked
+    def __init__(self, window: Count = 4, ngram: Annotated[Whole, Field(ge=2)] = 3, guesses: Count = 4) -> None:
+        self.window, self.ngram, self.guesses = window, ngram, guesses
 
     def bind(self, target: Target) -> None:
         self.taps = (target.num_layers + 1,)
@@ -61,7 +71,7 @@ class LookaheadDrafter(Drafter):
             for end in range(max(row.seen, self.ngram), len(ids) + 1):
                 self._learn(row, ids[end - self.ngram : end])
             row.seen = len(ids) + 1
-            while len(row.window) < running:  # the text's own tokens, at random
+            while len(row.window) < running:  # random tokens of the text
                 row.window.append(row.random.choices(ids, k=length))
             del row.window[running:]
             heads = [trajectory[0] for trajectory in row.window]
@@ -73,11 +83,11 @@ class LookaheadDrafter(Drafter):
         return draft
 
     def _learn(self, row: _Row, ngram: list[int]) -> None:
-        known, rest = row.pool.setdefault(ngram[0], []), tuple(ngram[1:])
-        if rest in known:
-            known.remove(rest)
-        known.insert(0, rest)
-        del known[self.guesses :]
+        guesses, rest = row.pool.setdefault(ngram[0], []), tuple(ngram[1:])
+        if rest in guesses:
+            guesses.remove(rest)
+        guesses.insert(0, rest)
+        del guesses[self.guesses :]
 
     def withdraw(self, row_state: _Row) -> None:
         row_state.ends = []
@@ -88,7 +98,7 @@ class LookaheadDrafter(Drafter):
             if row.ends:
                 for trajectory, answer in zip(row.window, logits[b, row.ends].argmax(-1).tolist(), strict=True):
                     self._learn(row, [*trajectory, answer])
-                    trajectory[:] = [*trajectory[1:], answer]  # its head is a guess for one position further now
+                    trajectory[:] = [*trajectory[1:], answer]  # its head now guesses the next position
             passed = len(path) - bool(row.ends)
             del row.window[:passed]
             row.ends = []

@@ -5,8 +5,8 @@ attending to h's exact keys and values. Then, optionally, one matrix projects it
 (the carry), to the input of a later segment of the model's own layers, and a last one projects it onto the final state
 h[N]. Its readout is the draft. h[E] and everything cached below E are exact and kept, so scoring resumes at E.
 
-There may be several exits, each with a rate of its own (the mixture): a token leaves at the first whose router (ARLA)
-is sure enough of it.
+There may be several exits, each with a rate of its own (the mixture): a token leaves at the first exit whose router
+(ARLA) is confident enough.
 
 The published abstract describes early layers with adapters and shared KV (here: a path without segments and
 projections). The projections, the carry and the fit by ridge regression are our own extension.
@@ -22,11 +22,11 @@ from torch import Tensor
 from specdec.base import options
 from specdec.base.devices import waits
 from specdec.runtimes.target import Target
-from specdec.runtimes.tree_drafting import WIDTH, Bounds, Candidates, DraftPath, Seed
-from specdec.speculation.candidates import finish
+from specdec.runtimes.tree_drafting import WIDTH, Candidates, DraftPath, DraftRoots, TreeLimits
 from specdec.speculation.draft import Draft, State
+from specdec.speculation.trie import draft_best
 
-from .chain import SHAPE, ChainDrafter, ChainRow, Readout, ShapeOptions, best_probability, first_sure
+from .chain import SHAPE, ChainDrafter, ChainRow, Readout, ShapeOptions, best_probability, first_confident
 from .m2r2_network import M2R2, Carry, load_network
 from .m2r2_pass import PathPass
 from .m2r2_path import M2R2Path
@@ -36,8 +36,11 @@ __all__ = ["M2R2", "M2R2Drafter", "M2R2Path", "PaperM2R2Drafter", "load_network"
 
 
 class M2R2Row(ChainRow):
-    """The tapped states [B, T, D] of the last block that a row was in, its number there, and the place of the token
-    before its root: to slice them costs more between two passes than to point at them."""
+    """A row's states before its root. Indices cost less between two passes than slices.
+
+    block: tapped states [B, T, D] of the last block with the row.
+    number, place: the row's index in it, and the index of the token before its root.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,13 +51,14 @@ class M2R2Row(ChainRow):
 class M2R2Drafter(ChainDrafter):
     """Drafts with a trained M2R2: a chain with siblings that cost no drafting, or a tree that is grown level by level.
 
-    A tree is grown where the whole path is one exit that shares no layer with scoring, for one greedy row; it has
-    ``nodes`` nodes, else those that are worth their price (``Prices``; a chain if there are no prices), and ``width``
-    nodes of a level are drafted on from.
-    siblings, nodes: see ``Shape``; siblings that are given make a chain.
-    exit_confidence: how sure, in [0, 1], a token must be to leave before the last exit; where drafts are not verified,
-        the verifier's threshold takes its place. Which exit is the last, is for the controller to choose.
-    Raises SpecDecError if no trained drafter fits the target.
+    A tree is grown for one greedy row if the path has one exit and shares no layer with scoring. It has ``nodes``
+    nodes, else those that are worth their price (``Prices``; a chain if there are no prices). Raises SpecDecError if no
+    trained drafter fits the target.
+
+    siblings, nodes: see ``ChainShape``; given siblings make a chain.
+    width: number of nodes of a level that get children.
+    exit_confidence: minimum probability, in [0, 1], with which a token leaves before the last exit (``State.exit``);
+        where drafts are not verified, the verifier's threshold takes its place.
     """
 
     name: ClassVar[str] = "m2r2"
@@ -76,7 +80,7 @@ class M2R2Drafter(ChainDrafter):
         if network.projections:  # else nothing reads a carry
             self.taps = (*(lo for lo, _ in path.segments), network.num_layers)
         self.width = options.whole("width", width, 1)
-        self.bar = options.probability("exit_confidence", exit_confidence)
+        self.exit_confidence = options.probability("exit_confidence", exit_confidence)
 
     @classmethod
     def load(cls, target: Target, source: str | None = None, **given: Any) -> M2R2Drafter:
@@ -87,7 +91,7 @@ class M2R2Drafter(ChainDrafter):
     def bind(self, target: Target) -> None:
         self.network.freeze(target)
         self.vocabulary = DraftVocabulary(target, self.network.draft_vocab)
-        self.draft_path: DraftPath | None = None  # for trees
+        self.draft_path: DraftPath | None = None
         self.has_probabilities = self.num_exits == 1 and self.shape.siblings is None and not waits(target.device)
         self.start()
 
@@ -95,18 +99,18 @@ class M2R2Drafter(ChainDrafter):
         return M2R2Row()
 
     def candidates(self, state: State, limit: int) -> list[Candidates] | None:
-        return self._found(state, limit, self.width)
+        return self._candidates(state, limit, self.width)
 
-    def _found(self, state: State, limit: int, width: int) -> list[Candidates] | None:
-        if self._grows(state):
+    def _candidates(self, state: State, limit: int, width: int) -> list[Candidates] | None:
+        if self._drafts_tree(state):
             return [self._tree(state, limit, width)]
-        return self._chains(state, limit) if self._several(state) else None
+        return self._chains(state, limit) if self._drafts_chains(state) else None
 
     def propose(self, state: State, limit: int) -> Draft:
         width = self.width if self.shape.nodes or state.prices else 1
-        if (found := self._found(state, limit, width)) is not None:
-            return finish(found, limit, self.shape.nodes, state, found[0].levels())
-        *inputs, final = self._before(state.row_states) or [torch.empty(0)]
+        if (found := self._candidates(state, limit, width)) is not None:
+            return draft_best(found, limit, self.shape.nodes, state, found[0].levels())
+        *inputs, final = self._states_before(state.row_states) or [torch.empty(0)]
         tokens = PathPass(self.network, state.target, state.cache, Carry(final, inputs))
 
         def step(token: Tensor, positions: Tensor) -> Readout:
@@ -118,9 +122,9 @@ class M2R2Drafter(ChainDrafter):
         return draft
 
     def _leave(self, tokens: PathPass, state: State) -> Readout:
-        """Take the last token to the first exit that is sure of it, and read it there."""
+        """Run the last token to the first exit with enough confidence, and read it out there."""
         path, routers = self.network.path, self.network.routers
-        bar = self.bar if state.threshold is None else state.threshold
+        exit_confidence = self.exit_confidence if state.threshold is None else state.threshold
         last = self.num_exits if state.exit is None else state.exit + 1
 
         def read(exit: int) -> tuple[Tensor, ...]:
@@ -133,14 +137,14 @@ class M2R2Drafter(ChainDrafter):
                 certainty = best_probability(logits)
             return logits, certainty, torch.full_like(certainty, path.layers_run(exit), dtype=torch.long), final
 
-        logits, certainty, layers, tokens.tokens[-1].own.final = first_sure(read, last, bar)
+        logits, certainty, layers, tokens.tokens[-1].own.final = first_confident(read, last, exit_confidence)
         return Readout(logits, None if routers is None and self.num_exits == 1 else certainty, layers)
 
-    def _grows(self, state: State) -> bool:
-        """Whether a draft grows level by level: it has to pay in scoring alone, and to be one greedy row's."""
+    def _drafts_tree(self, state: State) -> bool:
+        """Whether to grow a tree: for one greedy row, if drafting runs no layer that scoring needs."""
         path = self.network.path
         verified = state.threshold is None and state.sampler.best_allowed and state.cache.batch == 1
-        worth = bool(self.shape.nodes) or not waits(state.cache.device)  # what has grown is read before it is scored
+        worth = bool(self.shape.nodes) or not waits(state.cache.device)  # the tree is read before it is scored
         return verified and worth and self.shape.siblings is None and not path.exit_layer and not path.exits
 
     def _tree(self, state: State, limit: int, width: int) -> Candidates:
@@ -149,12 +153,12 @@ class M2R2Drafter(ChainDrafter):
         *inputs, final = row.block
         if len(final) > 1:  # other rows were in the block
             *inputs, final = (x[row.number : row.number + 1] for x in row.block)
-        seed = Seed([state.ids[0][-1]], state.cache.rows, final, inputs, row.place)
-        bounds = Bounds(limit, width, state.prices.bar if state.prices else 0.0)
-        return state.target.grow(state.cache, seed, path, bounds, state.masks(0))
+        roots = DraftRoots([state.ids[0][-1]], state.cache.rows, final, inputs, row.place)
+        limits = TreeLimits(limit, width, state.prices.min_probability if state.prices else 0.0)
+        return state.target.draft_tree(state.cache, roots, path, limits, state.masks(0))
 
-    def _several(self, state: State) -> bool:
-        """Whether nothing but the likeliest chain of each of several rows is wanted."""
+    def _drafts_chains(self, state: State) -> bool:
+        """Whether to draft the likeliest chain of each of several rows in one call of the runtime."""
         path, shape = self.network.path, self.shape
         plain = state.sampler.plain_greedy and state.threshold is None
         alone = not path.exit_layer and not path.exits and bool(self.taps)
@@ -162,14 +166,18 @@ class M2R2Drafter(ChainDrafter):
 
     def _chains(self, state: State, limit: int) -> list[Candidates] | None:
         path, rows = self._draft_path(state), len(state.ids)
-        *inputs, final = self._before(state.row_states)
-        seed = Seed([ids[-1] for ids in state.ids], state.cache.rows, final, inputs, hidden=self.vocabulary.hidden)
-        # A level is worth its price where the rows together are: the likeliest one, at least, as their mean.
-        bounds = Bounds(limit, width=1, confidence=state.prices.bar / rows if state.prices else 0.0)
-        return state.target.chains(state.cache, seed, path, bounds)
+        *inputs, final = self._states_before(state.row_states)
+        roots = DraftRoots(
+            [ids[-1] for ids in state.ids], state.cache.rows, final, inputs, forbidden=self.vocabulary.forbidden
+        )
+        # A level pays for the rows together: the likeliest row must reach the mean probability that it takes.
+        limits = TreeLimits(
+            limit, width=1, min_probability=state.prices.min_probability / rows if state.prices else 0.0
+        )
+        return state.target.draft_chains(state.cache, roots, path, limits)
 
     def _draft_path(self, state: State) -> DraftPath:
-        """The path to the tokens that are drafted now."""
+        """The draft path with heads for the current draft vocabulary."""
         network, vocabulary, path = self.network, self.vocabulary, self.draft_path
         vocabulary.follow(state, [row.context for row in state.row_states])
         if path is None or path.tokens is not vocabulary.tokens:  # the vocabulary has grown
@@ -177,7 +185,7 @@ class M2R2Drafter(ChainDrafter):
             path = self.draft_path = DraftPath(network.frozen, network.path.segments, network.adapters, heads, tokens)
         return path
 
-    def _before(self, row_states: list[M2R2Row]) -> list[Tensor]:
+    def _states_before(self, row_states: list[M2R2Row]) -> list[Tensor]:
         """The tapped states [B, 1, D] of the token before each root."""
         parts = [
             [row.block[tap][row.number : row.number + 1, row.place : row.place + 1] for row in row_states]

@@ -1,4 +1,4 @@
-"""The parameters of an M2R2 and their forward pass, used alike for drafting and for training."""
+"""The parameters of an M2R2 and their forward pass, for drafting and for training."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ from .m2r2_path import M2R2Path
 
 @dataclass
 class Carry:
-    """Deep states of the previous token: ``final`` [B, T, D], and ``inputs[s]`` [B, T, D] of segment s, as far as run.
+    """Deep states of the previous token; those of a drafted token are its projections.
 
-    A drafted token's are its own projections.
+    final: final state [B, T, D].
+    inputs: the input of each segment, as far as run [B, T, D].
     """
 
     final: Tensor
@@ -35,9 +36,11 @@ class Carry:
 
 
 class M2R2(nn.Module):
-    """Parameters and forward of the accelerated residual; used alike for drafting and for training.
+    """Parameters and forward pass of the accelerated residual.
 
-    router: width of the latents of a router at each exit that says how likely the draft is right; 0: none.
+    router: width of the latents of the router at each exit; 0: no routers.
+    frozen: the projections in their fastest format, once nothing is trained any more.
+    draft_vocab: int32 [V'], or None: the full vocabulary.
     """
 
     def __init__(self, path: M2R2Path, target: Target, draft_vocab: Tensor | None = None, router: int = 0) -> None:
@@ -54,23 +57,23 @@ class M2R2(nn.Module):
             shapes[layer] = {name: linears[name] for name in names}
         self.adapters = Adapters(shapes, path.rank)
         d = target.hidden_size
-        # One to each segment: of [p; previous final state; previous state where the segment begins]. Then, if the path
-        # has final projections, one to the final state at each exit, where the last two are one and the same.
+        # One to each segment, of [p; previous final state; previous state where the segment begins]. Then, if the path
+        # has final projections, one to the final state at each exit, of [p; previous final state].
         widths = [3 * d] * len(path.segments) + [2 * d] * (path.final_projection * len(path.reach))
         self.projections: Sequence[nn.Linear] = nn.ModuleList(nn.Linear(width, d) for width in widths)  # type: ignore[assignment]
         counts = [path.residuals(index) for index in range(len(path.reach))]
         self.routers = nn.ModuleList(Router(count, d, router) for count in counts) if router else None
-        self.frozen: list[linear_maps.UnitMap] = []  # the projections, once nothing is trained any more
-        self.register_buffer("draft_vocab", draft_vocab)  # int32 [V'], or None: the full vocabulary
+        self.frozen: list[linear_maps.UnitMap] = []
+        self.register_buffer("draft_vocab", draft_vocab)
         self.draft_vocab: Tensor | None
 
     def parts(self, index: int, x: Tensor, carry: Carry) -> list[Tensor]:
-        """What projection ``index`` of ``x`` [B, T, D] is a linear map of, once each has unit RMS: 2 or 3 of it."""
+        """The 2 or 3 inputs of projection ``index`` of ``x``, [B, T, D] each, before they are scaled to unit RMS."""
         inputs = [carry.inputs[index]] if index < len(self.path.segments) else []
         return [x, carry.final, *inputs]
 
     def features(self, index: int, x: Tensor, carry: Carry) -> Tensor:
-        """The input of projection ``index``: [B, T, 2 D or 3 D]."""
+        """The input of projection ``index``, [B, T, 2 D or 3 D]."""
         return torch.cat([rms_unit(part) for part in self.parts(index, x, carry)], -1)
 
     def project(self, index: int, x: Tensor, carry: Carry) -> Tensor:
@@ -82,7 +85,7 @@ class M2R2(nn.Module):
         return nn.functional.linear(features, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
 
     def estimate(self, exit: int, p: Tensor, carry: Carry) -> Tensor:
-        """The estimate of h[N] [B, T, D] that the head reads, from the residual p at exit number ``exit``."""
+        """The estimate of h[N] [B, T, D] that the head reads, from the residual p at exit ``exit``."""
         return self.project(len(self.path.segments) + exit, p, carry) if self.path.final_projection else p
 
     def freeze(self, target: Target) -> None:
@@ -101,18 +104,18 @@ class M2R2(nn.Module):
         cache: KVCache,
         watched: bool = False,
     ) -> tuple[Tensor, list[Tensor]]:
-        """Run segment ``index`` from ``x`` [B, T, D]: its end and, if ``watched``, the residuals that a router sees."""
+        """Run segment ``index`` from ``x`` [B, T, D]; return its end and, if ``watched``, the router's residuals."""
         lo, hi = self.path.segments[index]
-        taps = watch(lo, hi) if watched else None
+        taps = router_taps(lo, hi) if watched else None
         p = target.layers(x, lo, hi, Pass(positions, mask, cache, taps=taps, adapters=self.adapters))
         return p, list((taps or {}).values())
 
-    def beside(
+    def shared(
         self, target: Target, x: Tensor, lo: int, hi: int, positions: Tensor, cache: KVCache, watched: bool = False
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Shared layers [lo, hi) for h and p of the next tokens of a chain, both from ``x`` = h[lo] [B, n, D].
+        """Run shared layers [lo, hi) on h and p of the next tokens of a chain, both from ``x`` = h[lo] [B, n, D].
 
-        Returns h[hi], p[hi] and, if ``watched``, the residuals that a router sees. Only h stays in the cache.
+        Returns h[hi], p[hi] and, if ``watched``, the router's residuals. Only h stays in the cache.
         """
         # h and p as two tokens at one position: both see h's keys (shared KV), no token sees p's.
         n, old = x.shape[1], cache.lengths[lo] - cache.committed
@@ -120,15 +123,15 @@ class M2R2(nn.Module):
         tree = torch.cat((chain, torch.zeros(n, n, dtype=torch.bool)), 1).repeat(2, 1)
         both = torch.cat((positions, positions), 1)
         mask = cache.mask(lo, both, tree)
-        taps = watch(lo + 1, hi) if watched else None
+        taps = router_taps(lo + 1, hi) if watched else None
         given = Pass(both, mask, cache, taps=taps, adapters=self.adapters, adapted=n)
         y = target.layers(torch.cat((x, x), 1), lo, hi, given)
         cache.trim(n, lo, hi)
         return y[:, :n], y[:, n:], [p[:, n:] for p in (taps or {}).values()]
 
 
-def watch(lo: int, hi: int) -> dict[int, Tensor]:
-    """Taps for the residuals before, in and behind layers [lo, hi), for a router to see."""
+def router_taps(lo: int, hi: int) -> dict[int, Tensor]:
+    """Taps for the inputs of layers [lo, hi) and their result, which a router reads."""
     return {layer: torch.empty(0) for layer in range(lo, hi + 1)}
 
 
@@ -142,5 +145,5 @@ def load_network(target: Target, folder: Path) -> M2R2:
 
 
 def current_name(name: str) -> str:
-    """What a tensor is called that a file of an earlier version may call otherwise."""
+    """The current name of a tensor in a file of an earlier version."""
     return re.sub(r"^leaps\.", "projections.", re.sub(r"^router\.", "routers.0.", name))

@@ -1,6 +1,6 @@
 """Running the tokens of a draft along an M2R2's draft path, each as far as it goes.
 
-What earlier tokens of the draft have not run is run for all of them at once when a later token goes deeper.
+When a later token goes deeper, the stages that earlier tokens have not run are run for all of them at once.
 """
 
 from __future__ import annotations
@@ -19,9 +19,12 @@ from .m2r2_network import M2R2, Carry
 
 @dataclass
 class _Token:
-    """A drafted token. run: stages behind it; h, p: its residuals there [B, 1, D].
+    """A drafted token.
 
-    before: the previous token's carry. own: what it carries on. passed: residuals that a router has seen.
+    h, p: its residuals after the last stage [B, 1, D].
+    before, own: the carry of the previous token, and its own.
+    run: number of stages that it has run.
+    passed: the router's residuals so far.
     """
 
     positions: Tensor
@@ -34,7 +37,7 @@ class _Token:
 
 
 class PathPass:
-    """The tokens of a draft on the draft path. Earlier tokens are never behind later ones."""
+    """The tokens of a draft on the draft path; earlier tokens are at least as far as later ones."""
 
     def __init__(self, network: M2R2, target: Target, cache: KVCache, carry: Carry) -> None:
         self.network, self.target, self.cache, self.carry = network, target, cache, carry
@@ -47,16 +50,16 @@ class PathPass:
         self.tokens.append(_Token(positions, x, x, before, Carry(x, [])))
 
     def to(self, exit: int) -> tuple[Tensor, list[Tensor]]:
-        """Take the last token to an exit: the estimate of h[N] [B, 1, D] there, and the residuals a router sees."""
+        """Run the last token to an exit; return the estimate of h[N] [B, 1, D] there, and the router's residuals."""
         network, token = self.network, self.tokens[-1]
         self._run(network.path.reach[exit])
         final = network.estimate(exit, token.p, token.before)
         return final, [*token.passed, final] if network.path.final_projection else token.passed
 
     def _run(self, stages: int, drafting: bool = True) -> None:
-        """Run so many stages of the last token, and what earlier ones have not run of them.
+        """Run ``stages`` stages of the last token, and those of them that earlier tokens have not run.
 
-        drafting: p, too, where it differs from h.
+        drafting: whether to run p, too, where it differs from h.
         """
         network, target, cache = self.network, self.target, self.cache
         shared, watched = network.path.shared, network.routers is not None
@@ -67,7 +70,7 @@ class PathPass:
             if stage < len(shared):
                 x = torch.cat([token.h for token in late], 1)
                 if drafting and network.path.adapts_early:
-                    h, p, passed = network.beside(target, x, lo, hi, positions, cache, watched)
+                    h, p, passed = network.shared(target, x, lo, hi, positions, cache, watched)
                 else:
                     h = p = target.layers(x, lo, hi, Pass(positions, cache.mask(lo, positions), cache))
                     passed = [h]
@@ -75,7 +78,7 @@ class PathPass:
                     token.h = h[:, place : place + 1]
             else:
                 index = stage - len(shared)
-                for token in late:  # one after another: each depends on the projection of the one before
+                for token in late:  # one after another: each depends on the projection of the token before
                     token.own.inputs.append(network.project(index, token.p, token.before))
                 x, mask = torch.cat([token.own.inputs[index] for token in late], 1), cache.mask(lo, positions)
                 p, passed = network.segment(target, index, x, positions, mask, cache, watched)

@@ -1,4 +1,4 @@
-"""The draft path of an M2R2: which layers, in which order, and where a token may leave. Knows no tensors."""
+"""The draft path of an M2R2: the order of layers, and the exits. Knows no tensors."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from specdec.base.errors import SpecDecError
 
 @dataclass(frozen=True)
 class M2R2Path:
-    """The draft path: how the accelerated residual goes through the model.
+    """The way of the accelerated residual p through the model.
 
-    exit_layer: E; layers [0, E) are shared with the slow residual, scoring resumes there.
-    segments: later layer ranges [lo, hi) that the residual is projected to, in order.
+    exit_layer: E; layers [0, E) are shared with the slow residual, and scoring resumes there.
+    segments: later layer ranges [lo, hi) that p is projected to, in order.
     final_projection: whether each exit is projected onto the final state, or read out as it is.
-    adapters: ``{layer: [module paths]}`` that carry low-rank adapters of rank ``rank``.
-    exits: layers, rising, behind which a token may leave before the end of the path: up to E, where p then starts again
+    rank, adapters: low-rank adapters of that rank, ``{layer: [module paths]}``.
+    exits: layers, in rising order, behind which a token may leave before the end: up to E, where p then starts again
         from h, or the ends of segments.
     """
 
@@ -39,33 +39,33 @@ class M2R2Path:
 
     @property
     def shared(self) -> list[tuple[int, int]]:
-        """Stages [lo, hi) of the layers that h runs, too; p starts each from h."""
+        """Stages [lo, hi) of the shared layers; p starts each from h."""
         stops = sorted({*(layer for layer in self.exits if layer < self.exit_layer), self.exit_layer})
         return list(zip([0, *stops], stops, strict=False)) if self.exit_layer else []
 
     @property
     def stages(self) -> list[tuple[int, int]]:
-        """All layers that a token may run, in order: ``shared``, then the segments."""
+        """All stages in order: ``shared``, then the segments."""
         return [*self.shared, *self.segments]
 
     @property
     def reach(self) -> list[int]:
-        """For each exit, the last one included: stages run before a token leaves there."""
+        """For each exit, the last one included: the number of stages before it."""
         ends = [hi for _, hi in self.stages]
         return [ends.index(layer) + 1 for layer in (*self.exits, self.end)]
 
     def layers_run(self, exit: int = -1) -> int:
-        """Layers that a token runs which leaves at exit number ``exit``."""
+        """The number of layers of a token that leaves at exit ``exit``."""
         return sum(hi - lo for lo, hi in self.stages[: self.reach[exit]])
 
     def residuals(self, exit: int = -1) -> int:
-        """Residuals that the router at an exit sees: the early ones, those in and behind the segments, the last."""
+        """The number of residuals that the router at an exit reads: shared ones, those of segments, the final one."""
         run, early = self.stages[: self.reach[exit]], len(self.shared)
         seen = sum(hi - lo if self.adapts_early else 1 for lo, hi in run[:early])
         return seen + sum(hi - lo + 1 for lo, hi in run[early:]) + self.final_projection
 
     def aims(self, num_layers: int) -> list[int]:
-        """For each residual that the last exit's router sees: the layer whose input h it runs ahead to.
+        """For each residual that the last exit's router reads: the layer whose input h it estimates.
 
         A stage [lo, hi) that ends at an exit goes from h[lo] to h[N], at rate (N - lo) / (hi - lo), where no
         projection follows; any other goes at rate 1.

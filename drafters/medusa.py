@@ -1,13 +1,12 @@
 """Medusa: further heads on the final state of the last verified token draft a tree at once (Cai, arXiv 2401.10774).
 
-Head k predicts the token k places after the root. Each is one or more residual blocks, x + SiLU(W x + b) (equation 1 of
-the paper), and an output head. Ours share the model's own final norm and output head, over a reduced vocabulary, so
-that a folder holds the blocks alone, and their first block may also read the embedding of the root (as in Hydra, arXiv
-2402.05109, at no cost for all heads at once). Public checkpoints, with an output head for each, are read as they are,
-in the format of their authors and in vLLM's. Their blocks read the normalised state.
-The tree's shape follows from the heads' own probabilities, or, where reading them would wait for a device, from how
-often a head's first, second, ... choice was seen to be right. Its nodes are certain (no distribution goes with them),
-which the exact rule verifies without bias.
+Head k predicts the token k positions after the root. Each is one or more residual blocks, x + SiLU(W x + b) (equation 1
+of the paper), and an output head. Ours share the model's final norm and output head, over a reduced vocabulary, and
+their first block may also read the root's embedding (as in Hydra, arXiv 2402.05109). Public checkpoints, with an output
+head for each, are read in the format of their authors and in vLLM's; their blocks read the normalised state.
+
+The tree's shape follows from the heads' own probabilities or, where reading them would wait for a device, from how
+often a head's first, second, ... choice was right.
 """
 
 from __future__ import annotations
@@ -31,26 +30,28 @@ from specdec.runtimes import linear_maps
 from specdec.runtimes.linear_maps import rms_unit
 from specdec.runtimes.target import GivenLinear, Target
 from specdec.runtimes.tree_drafting import Candidates
-from specdec.speculation.candidates import finish
 from specdec.speculation.draft import Draft, Drafter, State
-from specdec.speculation.trees import MOST_NODES, best_first, grown
+from specdec.speculation.trees import MOST_NODES, best_first, grow_best_first
+from specdec.speculation.trie import draft_best
 
 from .vocabulary import Context, DraftVocabulary
 
-RANKS = 8  # choices of a head that a tree is made of
-HEADS, BLOCKS = 64, 16  # most heads that are read, and blocks of each
+RANKS = 8  # number of choices of a head that a tree may have
+HEADS, BLOCKS = 64, 16  # maximum numbers of heads, and of blocks of each
 KIND = "medusa"
 PUBLIC, PICKLE = "medusa_lm_head.safetensors", "medusa_lm_head.pt"
 VLLM_COUNTS = {"num_heads": "num_heads", "num_layers": "num_hidden_layers"}  # with or without "medusa_" before them
-# How often the heads of a public checkpoint are right is not published. Assumed: a quarter less from head to head, and
-# less than half from a head's choice to its next.
+# The accuracy of public heads is not published. Assumed: it falls by a quarter from head to head, and by more than half
+# from a head's choice to its next.
 ASSUMED = [[0.55 * 0.75**head * 0.4**rank for rank in range(10)] for head in range(8)]
 
 
 class Medusa(nn.Module):
     """The residual blocks of ``heads`` heads, ``layers`` each, on states of ``width`` D. Zero blocks change nothing.
 
-    rooted: the first block also sees the root's embedding.
+    rooted: whether the first block also reads the root's embedding.
+    draft_vocab: int32 [V'], or None: the full vocabulary.
+    frozen: the first block's map in its fastest format, once nothing is trained any more.
     """
 
     def __init__(
@@ -61,18 +62,18 @@ class Medusa(nn.Module):
         ins = [2 * width if rooted and n == 0 else width for n in range(layers)]
         self.weights = nn.ParameterList(torch.zeros(heads, width, n) for n in ins)
         self.biases = nn.ParameterList(torch.zeros(heads, width) for _ in ins)
-        self.frozen: linear_maps.Linear | None = None  # the first block's map, once nothing is trained any more
-        self.register_buffer("draft_vocab", draft_vocab)  # int32 [V'], or None: the full vocabulary
+        self.frozen: linear_maps.Linear | None = None
+        self.register_buffer("draft_vocab", draft_vocab)
         self.draft_vocab: Tensor | None
 
     def forward(self, x: Tensor, root: Tensor | None = None) -> Tensor:
-        """States [..., D], and the embeddings of their roots if ``rooted`` -> what output heads read [..., K, D]."""
+        """States [..., D], and their roots' embeddings if ``rooted`` -> inputs of the output heads [..., K, D]."""
         seen = x if root is None else torch.cat((x, root), -1)
         y = x.unsqueeze(-2)
         for n, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             if n:
                 inner = torch.einsum("...ki,koi->...ko", y, weight) + bias
-            else:  # all heads read the same: one product
+            else:  # all heads have one input: one product
                 both = self.frozen(seen) if self.frozen else F.linear(seen, weight.flatten(0, 1), bias.flatten())
                 inner = both.unflatten(-1, bias.shape)
             y = y + F.silu(inner)
@@ -85,7 +86,7 @@ class Medusa(nn.Module):
 
 
 class MedusaRow:
-    """What is kept of a row. final: [1, 1, D], the last verified token's state."""
+    """The state of a row. final: final state of the last verified token, [1, 1, D]."""
 
     def __init__(self) -> None:
         self.context = Context()
@@ -93,14 +94,15 @@ class MedusaRow:
 
 
 class MedusaDrafter(Drafter):
-    """Drafts the tree that is expected to keep the most tokens for its number of nodes.
+    """Drafts the tree with the most expected accepted tokens for its number of nodes.
 
-    accuracy[k][r]: how often choice r of head k is the model's own. nodes: nodes of the tree; None: those that are
-    worth their price (``Prices``), or as many as the draft may be deep.
-    own: output heads of a public checkpoint, [V, D] each; None: the model's. source: where public heads come from: a
-        folder, or a Hugging Face id with the commit that was read.
-    normed: blocks read the normalised state, and output heads the blocks, as in public checkpoints.
     Raises SpecDecError if no trained heads fit the target.
+
+    accuracy[k][r]: how often choice r of head k is the model's own.
+    nodes: nodes of the tree; None: those that are worth their price (``Prices``), or as many as the draft may be deep.
+    own: output heads of a public checkpoint, [V, D] each; None: the model's.
+    source: of public heads: a folder, or a Hugging Face id with the commit that was read.
+    normed: whether blocks read the normalised state, and output heads the blocks, as in public checkpoints.
     """
 
     name: ClassVar[str] = KIND
@@ -125,7 +127,7 @@ class MedusaDrafter(Drafter):
 
     @classmethod
     def load(cls, target: Target, source: str | None = None, **given: Any) -> MedusaDrafter:
-        """From a folder of ours or with public heads, a Hugging Face id with those, or the one shipped for the model.
+        """From a folder, a Hugging Face id of public heads, or the folder shipped for the model.
 
         Options: ``nodes``, and ``revision`` (branch, tag or commit) of a Hugging Face id. Raises SpecDecError for
         anything missing, broken or made for another model.
@@ -136,7 +138,7 @@ class MedusaDrafter(Drafter):
             raise SpecDecError("option 'revision' goes with Medusa heads by Hugging Face id: --drafter medusa=ID")
         folder, named = (cls.find(target, None), "") if source is None else _folder(source, revision)
         if (public := _public_config(folder)) is not None:
-            network, own = (_read_vllm if public.get("model_type") == KIND else _read_public)(folder, public, target)
+            network, own = _read_public(folder, public, target)
             return cls(network, public.get("accuracy", ASSUMED[: network.heads]), nodes, own, named)
         config = drafter_folder.read_config(folder, cls.name, target)
         heads, layers = _counts(config.get("heads"), config.get("layers"))
@@ -170,7 +172,7 @@ class MedusaDrafter(Drafter):
 
     def propose(self, state: State, limit: int) -> Draft:
         if (found := self.candidates(state, limit)) is not None:
-            return finish(found, limit, self.nodes, state, levels=1)
+            return draft_best(found, limit, self.nodes, state, levels=1)
         prices, heads = state.prices, min(limit, self.network.heads)  # nothing is read before the tree is scored
         tree, values = self.tree(heads, self.nodes or (limit if prices is None else MOST_NODES))
         if prices is not None:
@@ -187,7 +189,7 @@ class MedusaDrafter(Drafter):
         return [self._likeliest(state, row, logits[row]) for row in range(len(state.ids))]
 
     def _likeliest(self, state: State, row: int, logits: Tensor) -> Candidates:
-        """The tree of a row's likeliest paths, from its logits [K, V']; each node is chosen under its path's mask."""
+        """A row's likeliest paths, from its logits [K, V'], under the masks of its constraint."""
         constraint, vocab = state.sampler.rows[row].constraint, self.vocabulary.tokens
         tokens: dict[tuple[int, ...], int] = {(): state.ids[row][-1]}  # by the ranks on a node's path
 
@@ -210,7 +212,7 @@ class MedusaDrafter(Drafter):
             tokens.update({(*path, rank): token for rank, token in enumerate(ids)})
             return [math.exp(log) if log > -math.inf else 0.0 for log in own]  # NaN where nothing is allowed
 
-        tree, values = grown(after, self.nodes or MOST_NODES)
+        tree, values = grow_best_first(after, self.nodes or MOST_NODES)
         chosen = [tokens[path] for path in tree.paths()]
         return Candidates([math.log(value) for value in values], chosen, list(tree.parents))
 
@@ -236,18 +238,18 @@ class MedusaDrafter(Drafter):
 
 
 def final_norm(target: Target) -> nn.Linear:
-    """The identity: a readout with it for a head is the model's final norm alone."""
+    """The identity: a readout with this head is the model's final norm alone."""
     return GivenLinear(torch.eye(target.hidden_size, device=target.device, dtype=target.dtype))
 
 
 def read_normed(x: Tensor, head: nn.Linear | None) -> Tensor:
-    """What ``head`` makes of normalised states."""
+    """``head`` of normalised states."""
     assert head is not None
     return F.linear(x, head.weight, head.bias)
 
 
 def _counts(heads: Any, layers: Any) -> tuple[int, int]:
-    """Heads, and blocks of each, if there can be so many. Raises SpecDecError otherwise."""
+    """The numbers of heads, and of blocks of each, if they are in range. Raises SpecDecError otherwise."""
     what = "of the Medusa drafter"
     return options.whole(f"heads {what}", heads, 1, HEADS), options.whole(f"layers {what}", layers, 1, BLOCKS)
 
@@ -267,7 +269,7 @@ def _checked(accuracy: Any, heads: int) -> list[list[float]]:
 
 
 def _folder(source: str, revision: Any) -> tuple[Path, str]:
-    """The folder ``source``, or that of a Hugging Face id, of which no pickle is fetched; and what to call it."""
+    """The folder ``source``, or that of a Hugging Face id (no pickle is fetched), and its name."""
     if revision is not None and not isinstance(revision, str):
         raise SpecDecError(f"revision must be a branch, tag or commit in quotes; got {revision!r}")
     if Path(source).is_dir() or source.startswith((".", "/", "~")) or source.count("/") != 1:
@@ -276,11 +278,11 @@ def _folder(source: str, revision: Any) -> tuple[Path, str]:
         return Path(source), source
     files = [drafter_folder.CONFIG, drafter_folder.WEIGHTS, PUBLIC]
     found = hub.fetch("drafter", source, revision, files, "; name a folder or a Hugging Face id")
-    return found, f"{source}@{found.name}"  # snapshots are called by their commits
+    return found, f"{source}@{found.name}"  # a snapshot's folder has the name of its commit
 
 
 def _public_config(folder: Path) -> dict[str, Any] | None:
-    """config.json if it is that of a public checkpoint, else None."""
+    """The config.json of a public checkpoint; None if it is another."""
     if not (folder / drafter_folder.CONFIG).is_file():
         return None
     config = drafter_folder.read_json(folder / drafter_folder.CONFIG)
@@ -304,66 +306,52 @@ def _check_tensors(
             )
 
 
-def _read_vllm(folder: Path, config: dict[str, Any], target: Target) -> tuple[Medusa, list[Tensor]]:
-    """Blocks and output heads in vLLM's format.
-
-    Tensors ``blocks.HEAD.layers.BLOCK.weight`` [D, D], with ``medusa_fc_bias`` also ``.bias`` [D], and
-    ``lm_heads.HEAD.weight`` [V, D], the first alone with ``original_lm_head``. ``token_map`` [V'] names the tokens of a
-    reduced vocabulary (``truncated_vocab_size``). Raises SpecDecError if they are missing, broken or of another size.
-    """
-    d, v = target.hidden_size, target.vocab_size
-    counts = (config.get(f"medusa_{name}", config.get(own)) for name, own in VLLM_COUNTS.items())
-    heads, layers = _counts(*counts)
-    shared, biased = bool(config.get("original_lm_head")), bool(config.get("medusa_fc_bias"))
-    with drafter_folder.opened(folder / drafter_folder.WEIGHTS) as stored:
-        names = {name.removeprefix("medusa_heads."): name for name in stored.header}
-        vocab = None
-        if "token_map" in names and config.get("truncated_vocab_size") != v:
-            vocab = stored.read(names["token_map"])
-            whole_numbers = vocab.dtype in drafter_folder.INTEGERS.values()
-            if not whole_numbers or vocab.dim() != 1 or bool(((vocab < 0) | (vocab >= v)).any()):
-                raise SpecDecError(f"'token_map' in '{folder}' names tokens that the model does not have")
-        first = stored.header.get(names.get("lm_heads.0.weight", ""))
-        whole = vocab is None or (first is not None and first.shape[:1] == (v,))  # of which the tokens' rows are taken
-        rows = v if vocab is None or whole else len(vocab)
-        wanted: dict[str, tuple[int, ...]] = {f"lm_heads.{k}.weight": (rows, d) for k in range(1 if shared else heads)}
-        for k, n in product(range(heads), range(layers)):
-            wanted[f"blocks.{k}.layers.{n}.weight"] = (d, d)
-            wanted |= {f"blocks.{k}.layers.{n}.bias": (d,)} if biased else {}
-        _check_tensors(
-            folder, config, {name: stored.header[of] for name, of in names.items()}, wanted, f"D = {d}, V = {v}"
-        )
-        network = Medusa(d, heads, layers, draft_vocab=None if vocab is None else vocab.int())
-        for k, n in product(range(heads), range(layers)):
-            network.weights[n].data[k] = stored.read(names[f"blocks.{k}.layers.{n}.weight"])
-            if biased:
-                network.biases[n].data[k] = stored.read(names[f"blocks.{k}.layers.{n}.bias"])
-        own = [stored.read(names[name]) for name in wanted if name.startswith("lm_heads.")]
-        own = [weight[vocab] if vocab is not None and whole else weight for weight in own]
-        return network, own * (heads if shared else 1)
-
-
 def _read_public(folder: Path, config: dict[str, Any], target: Target) -> tuple[Medusa, list[Tensor]]:
-    """Blocks and output heads of a public checkpoint.
+    """Blocks and output heads of a public checkpoint. Raises SpecDecError if a tensor is missing or does not fit.
 
-    Tensors ``HEAD.BLOCK.linear.weight`` [D, D] and ``.bias`` [D], and ``HEAD.LAYERS.weight`` [V, D].
-    Raises SpecDecError if they are missing, broken or of another size than the model.
+    Its authors' tensors are ``HEAD.BLOCK.linear.weight`` [D, D] and ``.bias`` [D], and ``HEAD.LAYERS.weight`` [V, D].
+    vLLM's are ``blocks.HEAD.layers.BLOCK.weight``, with ``medusa_fc_bias`` also ``.bias``, and
+    ``lm_heads.HEAD.weight``, the first alone with ``original_lm_head``. ``token_map`` [V'] names the tokens of a reduced
+    vocabulary (``truncated_vocab_size``).
     """
-    path, d, v = folder / PUBLIC, target.hidden_size, target.vocab_size
-    if not path.is_file():
+    d, v, vllm = target.hidden_size, target.vocab_size, config.get("model_type") == KIND
+    path = folder / (drafter_folder.WEIGHTS if vllm else PUBLIC)
+    if vllm:
+        heads, layers = _counts(*(config.get(f"medusa_{name}", config.get(own)) for name, own in VLLM_COUNTS.items()))
+        block, head = "blocks.{k}.layers.{n}", "lm_heads.{k}.weight"
+    elif path.is_file():
+        heads, layers = _counts(config["medusa_num_heads"], config.get("medusa_num_layers", 1))
+        block, head = "{k}.{n}.linear", f"{{k}}.{layers}.weight"
+    else:
         pickled = f"{PICKLE} is a pickle, which may run code and is not read" if (folder / PICKLE).exists() else ""
         raise SpecDecError(
             f"'{folder}' has no {PUBLIC}; {pickled or 'get the whole checkpoint'}; "
             "save its tensors with safetensors.torch.save_file"
         )
-    heads, layers = _counts(config["medusa_num_heads"], config.get("medusa_num_layers", 1))
-    wanted: dict[str, tuple[int, ...]] = {f"{k}.{layers}.weight": (v, d) for k in range(heads)}
-    for k, n in product(range(heads), range(layers)):
-        wanted |= {f"{k}.{n}.linear.weight": (d, d), f"{k}.{n}.linear.bias": (d,)}
+    shared, biased = vllm and bool(config.get("original_lm_head")), not vllm or bool(config.get("medusa_fc_bias"))
+    blocks = {(k, n): block.format(k=k, n=n) for k, n in product(range(heads), range(layers))}
     with drafter_folder.opened(path) as stored:
-        _check_tensors(folder, config, stored.header, wanted, f"D = {d}, V = {v}")
-        network = Medusa(d, heads, layers)
-        for k, n in product(range(heads), range(layers)):
-            network.weights[n].data[k] = stored.read(f"{k}.{n}.linear.weight")
-            network.biases[n].data[k] = stored.read(f"{k}.{n}.linear.bias")
-        return network, [stored.read(f"{k}.{layers}.weight") for k in range(heads)]
+        names = {name.removeprefix("medusa_heads.") if vllm else name: name for name in stored.header}
+        vocab = None
+        if vllm and "token_map" in names and config.get("truncated_vocab_size") != v:
+            vocab = stored.read(names["token_map"])
+            whole_numbers = vocab.dtype in drafter_folder.INTEGERS.values()
+            if not whole_numbers or vocab.dim() != 1 or bool(((vocab < 0) | (vocab >= v)).any()):
+                raise SpecDecError(f"'token_map' in '{folder}' names tokens that the model does not have")
+        first = stored.header.get(names.get(head.format(k=0), ""))
+        full = vocab is None or (first is not None and first.shape[:1] == (v,))  # of which the tokens' rows are taken
+        rows = v if vocab is None or full else len(vocab)
+        wanted: dict[str, tuple[int, ...]] = {head.format(k=k): (rows, d) for k in range(1 if shared else heads)}
+        own_heads = list(wanted)
+        for name in blocks.values():
+            wanted |= {f"{name}.weight": (d, d)} | ({f"{name}.bias": (d,)} if biased else {})
+        header = {name: stored.header[of] for name, of in names.items()}
+        _check_tensors(folder, config, header, wanted, f"D = {d}, V = {v}")
+        network = Medusa(d, heads, layers, draft_vocab=None if vocab is None else vocab.int())
+        for (k, n), name in blocks.items():
+            network.weights[n].data[k] = stored.read(names[f"{name}.weight"])
+            if biased:
+                network.biases[n].data[k] = stored.read(names[f"{name}.bias"])
+        own = [stored.read(names[name]) for name in own_heads]
+        own = [weight[vocab] if vocab is not None and full else weight for weight in own]
+        return network, own * (heads if shared else 1)

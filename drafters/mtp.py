@@ -1,8 +1,8 @@
-"""Multi-token prediction: a layer that the model was trained with, and its checkpoint holds, drafts (arXiv 2412.19437).
+"""Multi-token prediction: a layer of the model's own checkpoint drafts (arXiv 2412.19437).
 
-The layer reads pairs: what the model makes of a token, and the token after it. It has keys and values of its own, one
-for each pair, and its output takes the place of the model's for drafted tokens. transformers leaves these tensors out
-when it loads a model, so they are read from the checkpoint's files here.
+The layer runs pairs: the model's final state of a token, or for a drafted token the layer's own output, and the next
+token. It has its own keys and values of each pair. transformers does not load these tensors, so they are read from the
+checkpoint's files here.
 """
 
 from __future__ import annotations
@@ -31,12 +31,14 @@ from specdec.speculation.draft import Draft, State
 from .chain import SHAPE, ChainDrafter, ChainRow, Readout, ShapeOptions
 
 
-class Layout(NamedTuple):
-    """How a family calls what surrounds the layer.
+class TensorNames(NamedTuple):
+    """The names of a family's tensors.
 
-    prefix: of all its tensors; ``{n}`` is the number of the model's layers. layer: before those of the layer itself.
-    token_first: whether the embedding comes first in what is projected. reads_norm: whether it reads the model's final
-    states after its norm. feeds_norm: whether drafted tokens read the layer's output after its norm.
+    prefix: of all tensors; ``{n}`` is the number of the model's layers.
+    layer: further prefix of those of the decoder layer.
+    token_first: whether the embedding is the first part of the projection's input.
+    reads_norm: whether the layer reads the model's final states after the final norm.
+    feeds_norm: whether drafted tokens read the layer's output after its norm.
     """
 
     prefix: str
@@ -50,26 +52,19 @@ class Layout(NamedTuple):
     feeds_norm: bool
 
 
-LAYOUTS = (  # as vLLM runs them
+FORMATS = (  # as vLLM runs them
     # Qwen3-Next, Qwen3.5
-    Layout("mtp.", "layers.0.", "pre_fc_norm_embedding", "pre_fc_norm_hidden", "fc", "norm", True, True, True),
+    TensorNames("mtp.", "layers.0.", "pre_fc_norm_embedding", "pre_fc_norm_hidden", "fc", "norm", True, True, True),
     # MiMo
-    Layout(
-        "model.mtp_layers.0.",
-        "",
-        "token_layernorm",
-        "hidden_layernorm",
-        "input_proj",
-        "final_layernorm",
-        token_first=False,
-        reads_norm=False,
-        feeds_norm=True,
+    TensorNames(
+        *("model.mtp_layers.0.", "", "token_layernorm", "hidden_layernorm", "input_proj", "final_layernorm"),
+        *(False, False, True),
     ),
     # DeepSeek V3, GLM 4.5
-    Layout("model.layers.{n}.", "", "enorm", "hnorm", "eh_proj", "shared_head.norm", True, True, False),
+    TensorNames("model.layers.{n}.", "", "enorm", "hnorm", "eh_proj", "shared_head.norm", True, True, False),
 )
 SHARED = ("shared_head.head.", "embed_tokens.")  # copies of the model's own embedding and output head
-ONE_LAYER = {  # of a config, where it has them: the layer has full attention, and experts if the model has
+ONE_LAYER = {  # config entries, where they exist: the layer has full attention, and experts if the model has them
     "layer_types": ["full_attention"],
     "mlp_layer_types": ["sparse"],
     "mlp_only_layers": [],
@@ -81,10 +76,10 @@ FAMILIES = "Qwen3-Next, Qwen3.5, DeepSeek V3, GLM 4.5 and MiMo"
 
 @dataclass
 class MTPHead:
-    """The layer and what surrounds it.
+    """The layer, with its norms and its projection as in ``TensorNames``.
 
-    own: the layer as a model of its own, with its norm and the model's output head. final_norm: of the model's states
-    before the layer reads them. The other names are as in ``Layout``.
+    own: the layer as a model of its own, with its norm and the model's output head.
+    final_norm: applied to the model's states before the layer reads them.
     """
 
     own: Target
@@ -97,22 +92,23 @@ class MTPHead:
     feeds_norm: bool = True
 
     def inputs(self, embedded: Tensor, states: Tensor) -> Tensor:
-        """The layer's input for pairs, [B, T, D] each."""
+        """The layer's input for pairs of embeddings and states, [B, T, D] each."""
         pair = self.token_norm(embedded), self.state_norm(states)
         x: Tensor = self.projection(torch.cat(pair if self.token_first else pair[::-1], -1))
         return x
 
 
 class MTPRow(ChainRow):
-    """What is kept of a row.
+    """The state of a row.
 
-    known: the model's final states of tokens whose pairs have not been run, parts [n, D]. last: the layer's output for
-    the root's pair, [1, 1, D]. cache: of the layer, while the row is not among those that draft together.
+    states: final states of the tokens whose pairs have not been run, parts [n, D].
+    last: the layer's output for the root's pair, [1, 1, D].
+    cache: the layer's keys and values, while the row is not among those that draft together.
     """
 
     def __init__(self, own: Target) -> None:
         super().__init__()
-        self.known: list[Tensor] = []
+        self.states: list[Tensor] = []
         self.last = torch.zeros(1, 1, own.hidden_size, dtype=own.dtype, device=own.device)
         self.cache = own.new_cache()
 
@@ -120,7 +116,7 @@ class MTPRow(ChainRow):
 class MTPDrafter(ChainDrafter):
     """Drafts a chain with the multi-token prediction layer of the model's own checkpoint.
 
-    siblings, nodes: see ``Shape``.
+    siblings, nodes: see ``ChainShape``.
     Raises SpecDecError if the checkpoint has no such layer.
     """
 
@@ -152,11 +148,11 @@ class MTPDrafter(ChainDrafter):
         super().observe(row_states, paths, taps)
         for row, path, states in zip(row_states, paths, taps[self.taps[0]], strict=True):
             if path:
-                row.known.append(states[path])
+                row.states.append(states[path])
 
     def start(self) -> None:
         super().start()
-        self.cache, self.rows = self.head.own.new_cache(0), list[MTPRow]()  # whose the cache's rows are
+        self.cache, self.rows = self.head.own.new_cache(0), list[MTPRow]()  # rows: whose the cache's rows are
 
     def propose(self, state: State, limit: int) -> Draft:
         head, target, rows = self.head, state.target, state.row_states
@@ -174,7 +170,7 @@ class MTPDrafter(ChainDrafter):
         return self.chain(state, limit, step)
 
     def _follow(self, rows: list[MTPRow]) -> None:
-        """Let the cache have those rows: others leave with their keys and values, and new ones bring theirs."""
+        """Make ``rows`` the cache's rows: others leave with their keys and values, new ones bring theirs."""
         self.cache.roll_back()
         if rows == self.rows:
             return
@@ -194,8 +190,8 @@ class MTPDrafter(ChainDrafter):
         self.rows = list(rows)
 
     def _catch_up(self, target: Target, rows: list[MTPRow], ids: list[list[int]]) -> None:
-        """Run the pairs of what is new of the rows' texts, up to their roots."""
-        new = [torch.cat(row.known) if row.known else row.last[0, :0] for row in rows]  # (n, D) each
+        """Run the pairs of the new tokens of all rows, up to their roots."""
+        new = [torch.cat(row.states) if row.states else row.last[0, :0] for row in rows]  # (n, D) each
         device, width = self.cache.device, max(map(len, new))
         for start in range(0, width, CHUNK):
             parts = [states[start : start + CHUNK] for states in new]
@@ -211,27 +207,24 @@ class MTPDrafter(ChainDrafter):
                 if count:
                     row.last = out[b : b + 1, count - 1 : count]
         for row in rows:
-            row.known = []
+            row.states = []
 
     def _run(self, target: Target, tokens: Tensor, states: Tensor, positions: Tensor) -> Tensor:
-        """Run pairs through the layer: its outputs [B, T, D].
-
-        states: what was made of the tokens before ``tokens``, by the model or by the layer.
-        """
+        """Run pairs of ``tokens`` and the ``states`` of the tokens before; return the layer's outputs [B, T, D]."""
         x = self.head.inputs(target.embed(tokens, positions), states)
         return self.head.own.layers(x, 0, 1, Pass(positions, self.cache.mask(0, positions), self.cache))
 
 
 def read_head(target: Target, source: str | None = None) -> MTPHead:
-    """The layer in the checkpoint of the target's model, or in that of ``source``.
+    """The layer in the checkpoint of the target's model, or of ``source``.
 
-    Raises SpecDecError if there is none, or it is not as the model's family has it.
+    Raises SpecDecError if there is none, or it does not fit the model's family.
     """
     model, config = target.model, target.model.config.get_text_config()
     name = source or config._name_or_path or model.config._name_or_path
     files = weight_files(name, None if source else getattr(model.config, "_commit_hash", None))
-    for layout in LAYOUTS:
-        prefix = layout.prefix.format(n=target.num_layers)
+    for names in FORMATS:
+        prefix = names.prefix.format(n=target.num_layers)
         if tensors := _read(files, prefix):
             break
     else:
@@ -239,8 +232,8 @@ def read_head(target: Target, source: str | None = None) -> MTPHead:
             f"the checkpoint '{name}' has no multi-token prediction layer; those of {FAMILIES} may have one"
         )
     d, around = target.hidden_size, dict[str, Tensor]()
-    for part in (layout.token_norm, layout.state_norm, layout.projection, layout.norm):
-        tensor, shape = tensors.pop(f"{part}.weight", None), (d, 2 * d) if part == layout.projection else (d,)
+    for part in (names.token_norm, names.state_norm, names.projection, names.norm):
+        tensor, shape = tensors.pop(f"{part}.weight", None), (d, 2 * d) if part == names.projection else (d,)
         if tensor is None or tensor.shape != shape:
             found = "missing" if tensor is None else f"{tuple(tensor.shape)}, not {shape}"
             raise SpecDecError(
@@ -253,8 +246,8 @@ def read_head(target: Target, source: str | None = None) -> MTPHead:
             f"drafter 'mtp' does not serve '{model.config.model_type}' models: their final norm is unknown"
         )
     inside = f"{model.base_model_prefix}.layers.0."
-    state = {inside + part.removeprefix(layout.layer): tensor for part, tensor in tensors.items()}
-    state |= {f"{model.base_model_prefix}.norm.weight": around[layout.norm]}
+    state = {inside + part.removeprefix(names.layer): tensor for part, tensor in tensors.items()}
+    state |= {f"{model.base_model_prefix}.norm.weight": around[names.norm]}
     own: Any = _one_layer(model, state, name)
 
     def norm(part: str) -> nn.Module:
@@ -262,22 +255,15 @@ def read_head(target: Target, source: str | None = None) -> MTPHead:
         made.weight = nn.Parameter(around[part].to(final_norm.weight), requires_grad=False)
         return made
 
-    projection = GivenLinear(around[layout.projection].to(target.device, target.dtype))
-    token_norm, state_norm = norm(layout.token_norm), norm(layout.state_norm)
-    return MTPHead(
-        ReferenceTarget(own),
-        projection,
-        token_norm,
-        state_norm,
-        final_norm if layout.reads_norm else nn.Identity(),
-        own.base_model.norm,
-        layout.token_first,
-        layout.feeds_norm,
-    )
+    projection = GivenLinear(around[names.projection].to(target.device, target.dtype))
+    token_norm, state_norm = norm(names.token_norm), norm(names.state_norm)
+    reads = final_norm if names.reads_norm else nn.Identity()
+    norms = token_norm, state_norm, reads, own.base_model.norm
+    return MTPHead(ReferenceTarget(own), projection, *norms, names.token_first, names.feeds_norm)
 
 
 def _read(files: list[Path], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names begin with ``prefix``, without it, and without the model's own among them."""
+    """The tensors whose names begin with ``prefix``, by the rest of their names; without copies of the model's own."""
     found = {}
     for path in files:
         with drafter_folder.opened(path) as stored:

@@ -20,9 +20,9 @@ from specdec.base import files, options
 from specdec.base.files import cache_dir
 from specdec.runtimes.target import Target
 from specdec.runtimes.tree_drafting import Candidates
-from specdec.speculation.candidates import finish
 from specdec.speculation.draft import Draft, Drafter, State
 from specdec.speculation.ngram import Grower, Ints, Prior, Texts
+from specdec.speculation.trie import draft_best
 
 from .scoped import Scoped
 
@@ -86,7 +86,7 @@ class NgramDrafter(Drafter):
     def blend(self, state: State, limit: int, given: list[Candidates]) -> Draft:
         levels = max(own.levels() for own in given)
         found = [self._grown(state, row, limit, own) for row, own in enumerate(given)]
-        return finish(found, limit, self.nodes, state, levels)
+        return draft_best(found, limit, self.nodes, state, levels)
 
     def _grown(self, state: State, row: int, limit: int, given: Candidates) -> Candidates:
         row_state, ids, chooser = state.row_states[row], state.ids[row], state.sampler.rows[row]

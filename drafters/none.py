@@ -1,4 +1,4 @@
-"""Plain decoding: drafts nothing. The baseline every speedup is measured against."""
+"""Plain decoding: drafts nothing. The baseline of every speedup."""
 
 from __future__ import annotations
 

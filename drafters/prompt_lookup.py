@@ -1,7 +1,7 @@
 """Prompt lookup: what followed the last occurrence of the current n-gram (Saxena 2023; HF's prompt_lookup_num_tokens).
 
-Needs no training and no model: it looks in the prompt and in what has been generated, and optionally in the texts of
-earlier requests (as suffix decoding does, arXiv 2411.04975). Those change what is drafted, never the output.
+Needs no training and no model. Searches the text so far and, optionally, the texts of earlier requests (as suffix
+decoding does, arXiv 2411.04975). They change what is drafted, never the output.
 """
 
 from __future__ import annotations
@@ -11,23 +11,30 @@ from typing import Any, ClassVar
 
 from specdec.base import options
 from specdec.base.errors import SpecDecError
+from specdec.base.options import Count
+from specdec.base.settings import checked
 from specdec.speculation.draft import Draft, Drafter, State
 from specdec.speculation.trie import merge
 
 from .scoped import Scoped
 
-STORE = 100_000  # tokens of earlier requests that ``store: true`` keeps: some 100 MB
+STORE = 100_000  # tokens of earlier requests that ``store: true`` stores: some 100 MB
 
-Place = tuple[list[int], int]  # a text, and where in it a continuation starts
+Place = tuple[list[int], int]  # a text, and the index in it at which a continuation starts
 
 
 class _Index:
-    """n-gram -> where its continuations start, those with different first tokens, latest first."""
+    """n-gram -> the places of its continuations, with different first tokens, latest first.
+
+    most: maximum number of places of an n-gram.
+    seen: number of tokens of a row's text that are in the index.
+    store: the texts of earlier requests of the row's scope, once it has drafted.
+    """
 
     def __init__(self, sizes: range, most: int) -> None:
         self.sizes, self.most, self.places = sizes, most, dict[tuple[int, ...], tuple[Place, ...]]()
-        self.seen = 0  # tokens of a row's text that are in it
-        self.store: _Store | None = None  # of earlier texts of the row's scope, once it has drafted
+        self.seen = 0
+        self.store: _Store | None = None
 
     def add(self, ids: list[int], begin: int) -> None:
         """Enter the n-grams of ``ids`` whose continuation starts at ``begin`` or later."""
@@ -40,7 +47,7 @@ class _Index:
 
 
 class _Store:
-    """Texts of earlier requests, at most ``size`` tokens. The older half is forgotten as a whole."""
+    """Texts of earlier requests, at most ``size`` tokens. The older half is dropped as a whole."""
 
     def __init__(self, sizes: range, most: int, size: int) -> None:
         self.make = lambda: _Index(sizes, most)
@@ -57,31 +64,30 @@ class _Store:
 class PromptLookupDrafter(Drafter):
     """Deterministic drafts by n-gram match, longest n-gram first, latest occurrence first.
 
-    prompt_lookup_max / prompt_lookup_min: longest and shortest n-gram that is looked up (tokens).
-    continuations: most continuations of a draft; they begin with different tokens, so that more than one makes a tree.
-    store: tokens of earlier requests, prompts and outputs, that are remembered and looked up after the text itself;
-        0 or false: none; true: 100,000.
+    prompt_lookup_max, prompt_lookup_min: longest and shortest n-gram that is looked up, in tokens.
+    continuations: maximum number of continuations of a draft; they begin with different tokens and make a tree.
+    store: number of tokens of earlier requests, prompts and outputs, that are searched after the text itself; 0 or
+        false: none; true: 100,000.
     """
 
     name: ClassVar[str] = "prompt-lookup"
     summary: ClassVar[str] = "n-gram lookup in the prompt, the output and earlier requests; no training"
     before_others: ClassVar[dict[str, Any]] = {"prompt_lookup_min": 2}  # options where another drafter comes after it
 
+    @checked
     def __init__(
         self,
-        prompt_lookup_max: int = 8,
-        prompt_lookup_min: int = 1,
-        continuations: int = 1,
-        store: int | bool = False,
+        prompt_lookup_max: Count = 8,
+        prompt_lookup_min: Count = 1,
+        continuations: Count = 1,
+        store: Any = False,
     ) -> None:
-        shortest = options.whole("prompt_lookup_min", prompt_lookup_min, 1)
-        longest = options.whole("prompt_lookup_max", prompt_lookup_max, 1)
-        if shortest > longest:
+        if prompt_lookup_min > prompt_lookup_max:
             raise SpecDecError(
-                f"prompt lookup needs 1 <= prompt_lookup_min <= prompt_lookup_max; got {shortest} and {longest}"
+                "prompt lookup needs 1 <= prompt_lookup_min <= prompt_lookup_max; "
+                f"got {prompt_lookup_min} and {prompt_lookup_max}"
             )
-        self.sizes = range(longest, shortest - 1, -1)
-        self.continuations = options.whole("continuations", continuations, 1)
+        self.sizes, self.continuations = range(prompt_lookup_max, prompt_lookup_min - 1, -1), continuations
         size = STORE * store if isinstance(store, bool) else options.whole("store", store, 0)
         self.stores = Scoped(lambda: _Store(self.sizes, self.continuations, size)) if size else None
 
@@ -111,7 +117,7 @@ class PromptLookupDrafter(Drafter):
         return list(found.values())
 
     def _places(self, own: _Index, ids: list[int]) -> Iterator[Place]:
-        """Where what the text ends with occurred before: long matches first, in the text itself first."""
+        """Where the end of the text occurred before: long matches first, the text itself before the store."""
         indexes = [own]
         if own.store is not None:
             indexes += [own.store.young, own.store.old]

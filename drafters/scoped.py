@@ -1,4 +1,4 @@
-"""What is kept of earlier texts, apart for each scope."""
+"""Stores of earlier texts, one for each scope."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
-MOST = 16  # scopes that are kept apart; of more, the oldest is forgotten
+MOST = 16  # maximum number of scopes; the oldest is dropped for a new one
 
 
 class Scoped(Generic[T]):
-    """One store for each scope, made by ``make`` when it is first asked for."""
+    """One store for each scope, made by ``make`` at first use."""
 
     def __init__(self, make: Callable[[], T]) -> None:
         self.make, self.made = make, dict[str | None, T]()

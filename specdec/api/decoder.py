@@ -35,7 +35,7 @@ from specdec.runtimes.experts.offload import ExpertOptions, Offload
 from specdec.runtimes.prefill import CHUNK
 from specdec.runtimes.select import make_target, needs_cpu
 from specdec.speculation import registry
-from specdec.speculation.constraints import Compiled, Constraint, compiled
+from specdec.speculation.constraints import CompiledConstraint, Constraint, compile_constraint
 from specdec.speculation.draft import Drafter, Verifier
 from specdec.speculation.sampling import RowSampler, streams
 
@@ -376,9 +376,9 @@ class SpecDecoder:
             _busy.add(id(self.drafter))
             return id(self.drafter)
 
-    def compile(self, constraint: Constraint | Compiled, ignore_eos: bool = False) -> Compiled:
+    def compile(self, constraint: Constraint | CompiledConstraint, ignore_eos: bool = False) -> CompiledConstraint:
         """Prepare a constraint for requests. Raises SpecDecError where it is invalid or cannot be kept."""
-        if isinstance(constraint, Compiled):
+        if isinstance(constraint, CompiledConstraint):
             return constraint
         if ignore_eos:
             raise SpecDecError("a constraint ends a text, so ignore_eos cannot be given with it; leave one out")
@@ -387,7 +387,7 @@ class SpecDecoder:
                 f"verifier '{self.verifier.name}' accepts drafts without scoring them, so it cannot keep a constraint; "
                 "use the verifier 'exact'"
             )
-        return compiled(constraint, self.tokenizer, self.target.vocab_size, self.eos_ids())
+        return compile_constraint(constraint, self.tokenizer, self.target.vocab_size, self.eos_ids())
 
     def _policy(self, num_speculative_tokens: Depth) -> DepthPolicy:
         if num_speculative_tokens != "auto":

@@ -9,7 +9,7 @@ from typing_extensions import TypedDict
 from specdec.base.options import Count, Depth, MaxNewTokens, SamplingOptions, Stop, System
 from specdec.base.settings import Whole
 from specdec.runtimes.experts.offload import ExpertOptions
-from specdec.speculation.constraints import Compiled, Constraint
+from specdec.speculation.constraints import CompiledConstraint, Constraint
 from specdec.speculation.draft import Verifier
 
 Options = Mapping[str, Any] | None
@@ -48,7 +48,9 @@ class RequestOptions(SamplingOptions, total=False):
     system: System
     logits_processor: Annotated[Sequence[Callable[..., Any]], Field(title="a list of logits processors")]
     ignore_eos: bool
-    constraint: Annotated[Constraint | Compiled | None, Field(title="a Json, Regex, Grammar or Choice or None")]
+    constraint: Annotated[
+        Constraint | CompiledConstraint | None, Field(title="a Json, Regex, Grammar or Choice or None")
+    ]
     logprobs: Annotated[Whole, Field(ge=0)] | None
     prompt_logprobs: bool
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -18,9 +19,9 @@ from specdec.base.errors import SpecDecError
 from specdec.kvcache.cache import Chunk, KVCache
 from specdec.models import identity
 from specdec.models.gguf.blocks import rows, stored
-from specdec.runtimes import linear_maps, tree_drafting
+from specdec.runtimes import linear_maps
 from specdec.runtimes.layer_pass import Pass
-from specdec.runtimes.tree_drafting import Bounds, Candidates, DraftPath, Masks, Seed
+from specdec.runtimes.tree_drafting import Candidates, DraftPath, DraftRoots, Masks, TreeLimits, by_levels
 
 if TYPE_CHECKING:
     from specdec.runtimes.experts.offload import Offload
@@ -117,19 +118,39 @@ class Target(ABC):
         """
         return download(*beside, largest(self.readout(x)))
 
-    def grow(
-        self, cache: KVCache, seed: Seed, path: DraftPath, bounds: Bounds, masks: Masks | None = None
+    def draft_tree(
+        self, cache: KVCache, roots: DraftRoots, path: DraftPath, limits: TreeLimits, masks: Masks | None = None
     ) -> Candidates:
-        """Draft a tree along ``path`` from ``seed``, for the one row of ``cache``, which is left as it was.
+        """Draft a tree along ``path`` for the one row of ``cache``, which is left as it was.
 
-        masks: what may be drafted; None: anything.
+        masks: the tokens that may be drafted; None: all.
         """
-        return tree_drafting.grow(self, cache, seed, path, bounds, masks)
+        [position] = roots.positions
+        final, *carried = (x[:, roots.place : roots.place + 1] for x in (roots.final, *roots.carried))
 
-    def chains(self, cache: KVCache, seed: Seed, path: DraftPath, bounds: Bounds) -> list[Candidates] | None:
-        """Draft the likeliest chain along ``path`` for each row of ``cache``, left as it was; ``bounds.width`` is 1.
+        def step(tokens: Tensor, parents: Tensor, paths: Tensor) -> Tensor:
+            nonlocal final, carried, position
+            positions = torch.full_like(tokens, position)
+            x, before, projected = self.embed(tokens, positions), final[:, parents], list[Tensor]()
+            for projection, state, (lo, hi) in zip(path.projections, carried, path.segments, strict=False):
+                projected.append(projection([x, before, state[:, parents]]))
+                mask = cache.mask(lo, positions, paths)
+                x = self.layers(projected[-1], lo, hi, Pass(positions, mask, cache, adapters=path.adapters))
+            final = path.projections[-1]([x, before]) if len(path.projections) > len(path.segments) else x
+            carried, position = projected, position + 1
+            return torch.cat([self.readout(final, head) for head in path.heads], -1)[0]  # (W, V')
 
-        None: this runtime has no way of its own to.
+        found = by_levels(roots.tokens[0], path.tokens, limits, cache.device, step, masks)
+        for lo, hi in path.segments:
+            cache.trim(cache.lengths[lo] - cache.committed, lo, hi)
+        return found
+
+    def draft_chains(
+        self, cache: KVCache, roots: DraftRoots, path: DraftPath, limits: TreeLimits
+    ) -> list[Candidates] | None:
+        """Draft the likeliest chain along ``path`` for each row of ``cache``, left as it was; ``limits.width`` is 1.
+
+        None: this runtime cannot do so in one call.
         """
         return None
 

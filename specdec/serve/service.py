@@ -19,7 +19,7 @@ from specdec.serve.metrics import Metrics
 from specdec.serve.schema import ChatBody, CompletionBody, Message, Sampling, TokenizeBody
 from specdec.serve.settings import Settings
 from specdec.serve.tools import ToolForm, form_of, grammar_of
-from specdec.speculation.constraints import Compiled, Constraint
+from specdec.speculation.constraints import CompiledConstraint, Constraint
 from specdec.speculation.sampling import streams
 
 TEMPERATURE = 1.0  # OpenAI's default
@@ -67,7 +67,7 @@ class Service:
                 raise ApiError(400, f"{message}; set max_tokens, or ask for fewer", "logprobs", "invalid_value")
         self.check_tokens("logit_bias", list(body.bias))
 
-    def chat(self, body: ChatBody) -> tuple[ToolForm | None, list[str], list[int], Compiled | None]:
+    def chat(self, body: ChatBody) -> tuple[ToolForm | None, list[str], list[int], CompiledConstraint | None]:
         """How calls of its tools are written, their names, the prompt, and what the answer must be."""
         offered = body.offered
         form = self.tool_form(offered)
@@ -75,7 +75,7 @@ class Service:
         names = list(body.forced) or [tool["function"]["name"] for tool in offered]
         return form, names, prompt, self.constraint(body)
 
-    def completion(self, body: CompletionBody) -> tuple[list[list[int]], list[str], Compiled | None]:
+    def completion(self, body: CompletionBody) -> tuple[list[list[int]], list[str], CompiledConstraint | None]:
         """The prompts, their texts where they come before the answers, and what the answers must be."""
         prompts = [self.encode_text(prompt) for prompt in body.prompts]
         texts = [p if isinstance(p, str) else self.decode(p) for p in body.prompts if body.echo]
@@ -130,7 +130,7 @@ class Service:
         """Text, with or without ``special`` tokens."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=not special))
 
-    def constraint(self, body: Sampling) -> Compiled | None:
+    def constraint(self, body: Sampling) -> CompiledConstraint | None:
         """What the answers must be; it may take a second to prepare."""
         rule: Constraint | None = None if body.response_format is None else body.response_format.constraint
         name = "response_format"
@@ -149,7 +149,7 @@ class Service:
         self,
         prompts: Sequence[list[int]],
         body: Sampling,
-        rule: Compiled | None = None,
+        rule: CompiledConstraint | None = None,
         shown: Sequence[str] = (),
         scope: str | None = None,
     ) -> list[Choice]:
@@ -186,7 +186,7 @@ class Service:
             choice.close()
             self.metrics.ended(choice.handle.metrics, choice.answer.finish or "abort", now - choice.began)
 
-    def _request(self, prompt: list[int], body: Sampling, rule: Compiled | None, **how: Any) -> Request:
+    def _request(self, prompt: list[int], body: Sampling, rule: CompiledConstraint | None, **how: Any) -> Request:
         limit = min(bound for bound in (body.limit, self.settings.max_tokens, self.context) if bound is not None)
         request = self.decoder.request(
             prompt,

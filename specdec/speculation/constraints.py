@@ -1,9 +1,9 @@
-"""Constraints on what is generated: a JSON schema, a regular expression, a grammar or a list of texts.
+"""Constraints on the output: a JSON schema, a regular expression, a grammar or a list of texts.
 
-Masks come from llguidance (extra ``structured``). A constraint is a logits processor: a function of the tokens before a
-position, so drafted positions get the masks of their own prefixes, in chains and trees, and rejected tokens leave
-nothing behind. After a complete text only an end token is allowed. Where a model reasons in a block before it answers,
-the constraint begins after that block, which must end.
+Masks come from llguidance (extra ``structured``). A constraint is a logits processor, a function of the tokens before a
+position: drafted positions get the masks of their own prefixes, in chains and trees, and rejected tokens leave no
+trace. After a complete text only an end token is allowed. If a model reasons in a block before it answers, the
+constraint begins after the end of that block.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import itertools
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -24,13 +24,15 @@ from transformers import LogitsProcessor, PreTrainedTokenizerFast
 from specdec.base.errors import ConstraintError, SpecDecError
 from specdec.speculation.json_schema import can_end
 
-LONGEST = 2**16  # characters of a schema, an expression or a grammar
-MASKS = 64  # masks that are kept: drafting, scoring and looking for forced tokens ask for the same
+LONGEST = 2**16  # maximum characters of a schema, an expression or a grammar
+MASKS = 64  # number of cached masks: drafting, scoring and the search for forced tokens need the same ones
 JSON_FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}  # as json.dumps writes it
-NO_TEXT = "NoExtensionBias"  # llguidance's word for it
-NO_END = "Too many items"  # its words for what is forced and goes on for ever, or almost
+NO_TEXT = "NoExtensionBias"  # in llguidance's message: nothing is allowed
+NO_END = "Too many items"  # in its message: what is forced has no end, or hardly any
 REASONING = "<think>", "</think>"
-CLOSED = 4  # a block of reasoning that ends so few tokens before the end of a prompt is its answer's, and empty
+CLOSED = (
+    4  # a reasoning block that ends within the last tokens of a prompt, so many at most, is the answer's, and empty
+)
 LIMITS: dict[str, Any] = {"initial_lexer_fuel": 1_000_000, "step_lexer_fuel": 200_000, "step_max_items": 50_000}
 LIMITS |= {"max_lexer_states": 50_000, "max_grammar_size": 100_000}
 
@@ -39,16 +41,19 @@ _tokenizers: WeakKeyDictionary[Any, dict[tuple[int, tuple[int, ...]], Any]] = We
 
 
 class Constraint(ABC):
-    """What the new text must be. ``source``: its length is bounded. ``grammar``: what llguidance reads."""
+    """What the new text must be. kind: the name in messages."""
 
     kind: str
 
     @property
-    @abstractmethod
-    def source(self) -> str: ...
+    def source(self) -> str:
+        """The text of the constraint, whose length is bounded."""
+        source: str = getattr(self, fields(self)[0].name)  # type: ignore[arg-type]
+        return source
 
     @abstractmethod
-    def grammar(self, matcher: Any) -> str: ...
+    def grammar(self, matcher: Any) -> str:
+        """The constraint as llguidance reads it."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ class Json(Constraint):
 
     def grammar(self, matcher: Any) -> str:
         try:
-            schema = json.loads(self.source, parse_constant=_no_constant)
+            schema = json.loads(self.source, parse_constant=_refuse_constant)
         except RecursionError:
             raise ValueError("it is nested too deeply") from None
         if not isinstance(schema, dict):
@@ -79,8 +84,8 @@ class Json(Constraint):
         return str(matcher.grammar_from_json_schema(schema, defaults=JSON_FORM))
 
 
-def _no_constant(name: str) -> None:
-    """Of what Python takes for a number in JSON."""
+def _refuse_constant(name: str) -> None:
+    """Refuse NaN and Infinity, which Python's parser takes."""
     raise ValueError(f"{name} is not JSON")
 
 
@@ -90,10 +95,6 @@ class Regex(Constraint):
 
     pattern: str
     kind = "regular expression"
-
-    @property
-    def source(self) -> str:
-        return self.pattern
 
     def grammar(self, matcher: Any) -> str:
         return str(matcher.grammar_from_regex(self.pattern))
@@ -105,10 +106,6 @@ class Grammar(Constraint):
 
     lark: str
     kind = "grammar"
-
-    @property
-    def source(self) -> str:
-        return self.lark
 
     def grammar(self, matcher: Any) -> str:
         return str(matcher.grammar_from_lark(self.lark))
@@ -131,32 +128,36 @@ class Choice(Constraint):
         return str(matcher.grammar_from_lark(self.source))
 
 
-class Compiled:
-    """A constraint for one model. ``state`` makes what a row needs of it.
+class CompiledConstraint:
+    """A constraint for one model. ``state`` makes the processor of one row.
 
-    block: the tokens that begin and end a block of reasoning, where the model has such.
+    ends: end tokens.
+    block: the tokens that begin and end a reasoning block, if the model has such.
+    reasoning: the tokens that may follow in a reasoning block, bool [V].
     """
 
     def __init__(
         self, matcher: Any, vocab_size: int, ends: frozenset[int], block: tuple[int, int] | None = None
     ) -> None:
         self.matcher, self.vocab_size, self.ends, self.block = matcher, vocab_size, ends, block
-        self.reasoning = torch.ones(vocab_size, dtype=torch.bool)  # what may follow in a block
+        self.reasoning = torch.ones(vocab_size, dtype=torch.bool)
         self.reasoning[[end for end in ends if end < vocab_size]] = False
         self.nothing: Tensor | None = torch.zeros(vocab_size, dtype=torch.bool)
 
     def state(self, prompt: Sequence[int]) -> ConstraintState:
-        """Of a row with this prompt, whose template may have opened a block of reasoning, or closed an empty one."""
+        """The processor of a row. Its prompt's template may have opened a reasoning block, or closed an empty one."""
         marks = [] if self.block is None else [n for n, token in enumerate(prompt) if token in self.block]
         inside = bool(marks) and self.block is not None and prompt[marks[-1]] == self.block[0]
         closed = bool(marks) and not inside and len(prompt) - marks[-1] <= CLOSED
         return ConstraintState(self, len(prompt), inside, self.block is not None and not inside and not closed)
 
 
-def compiled(constraint: Constraint, tokenizer: Any, vocab_size: int, ends: frozenset[int]) -> Compiled:
-    """Prepare ``constraint`` for a model whose texts end with one of the tokens ``ends``.
+def compile_constraint(
+    constraint: Constraint, tokenizer: Any, vocab_size: int, ends: frozenset[int]
+) -> CompiledConstraint:
+    """Compile ``constraint`` for a model whose texts end with one of the tokens ``ends``.
 
-    Raises SpecDecError where it is invalid, too large, or allows nothing, and where the model cannot keep one.
+    Raises SpecDecError if it is invalid, too large, or allows nothing, and if the model cannot be constrained.
     """
     try:
         from llguidance import LLMatcher, LLParserLimits
@@ -172,14 +173,14 @@ def compiled(constraint: Constraint, tokenizer: Any, vocab_size: int, ends: froz
         raise SpecDecError(
             f"the {constraint.kind} has {len(constraint.source)} characters; at most {LONGEST} are taken; shorten it"
         )
-    words = _words(tokenizer, vocab_size, ends)
+    table = _token_table(tokenizer, vocab_size, ends)
     try:
-        matcher = LLMatcher(words, constraint.grammar(LLMatcher), log_level=0, limits=LLParserLimits(**LIMITS))
+        matcher = LLMatcher(table, constraint.grammar(LLMatcher), log_level=0, limits=LLParserLimits(**LIMITS))
     except (ValueError, RecursionError) as error:
         raise _invalid(constraint, str(error)) from None
     if matcher.is_error():
         raise _invalid(constraint, matcher.get_error())
-    made = Compiled(matcher, vocab_size, ends, _block(tokenizer))
+    made = CompiledConstraint(matcher, vocab_size, ends, _block(tokenizer))
     first = ConstraintState(made, 0)
     begun = [token for token in first.forced((), 2 * LONGEST) if token not in ends]
     allowed = first.mask(begun)  # where there is a choice at first
@@ -193,7 +194,7 @@ def _invalid(constraint: Constraint, why: str) -> SpecDecError:
 
 
 def _sentence(why: str) -> str:
-    """What the matcher says, without its state."""
+    """The matcher's message without its state."""
     if NO_TEXT in why:
         return "it allows no text"
     if NO_END in why:
@@ -202,25 +203,25 @@ def _sentence(why: str) -> str:
     return " ".join(lines)[:300]
 
 
-def _words(tokenizer: Any, vocab_size: int, ends: frozenset[int]) -> Any:
-    """The tokenizer as llguidance reads it; made once, as that takes a second."""
+def _token_table(tokenizer: Any, vocab_size: int, ends: frozenset[int]) -> Any:
+    """The tokenizer as llguidance reads it. Made once per tokenizer: it takes a second."""
     from llguidance import hf
 
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise SpecDecError("a constraint needs a fast tokenizer; give SpecDecoder one")
     if not ends:
         raise SpecDecError("a constraint needs a model with an end token; this one has none")
-    known, key = _tokenizers.setdefault(tokenizer, {}), (vocab_size, tuple(sorted(ends)))
-    if key not in known:
+    tables, key = _tokenizers.setdefault(tokenizer, {}), (vocab_size, tuple(sorted(ends)))
+    if key not in tables:
         try:
-            known[key] = hf.from_tokenizer(tokenizer, n_vocab=max(vocab_size, len(tokenizer)), eos_token=sorted(ends))
+            tables[key] = hf.from_tokenizer(tokenizer, n_vocab=max(vocab_size, len(tokenizer)), eos_token=sorted(ends))
         except ValueError as error:
             raise SpecDecError(f"a constraint cannot be used with this tokenizer: {error}") from None
-    return known[key]
+    return tables[key]
 
 
 def _block(tokenizer: Any) -> tuple[int, int] | None:
-    """The tokens around a block of reasoning, where the chat template has one and each is a token."""
+    """The tokens around a reasoning block, if the chat template has one and each is one token."""
     if REASONING[1] not in str(getattr(tokenizer, "chat_template", None)):
         return None
     begin, end = tokenizer.convert_tokens_to_ids(list(REASONING))
@@ -228,19 +229,23 @@ def _block(tokenizer: Any) -> tuple[int, int] | None:
 
 
 class ConstraintState(LogitsProcessor):  # type: ignore[misc]
-    """A row's constraint. The matcher stands after ``at``, the tokens it has read, and goes where it is asked to.
+    """A row's constraint. The matcher has consumed the new tokens ``consumed``, and is moved to others as needed.
 
-    start: tokens of the prompt. inside: it ends in a block of reasoning. may_reason: the answer may begin with one.
+    start: number of prompt tokens.
+    inside: whether the prompt ends in a reasoning block.
+    may_reason: whether the answer may begin with one.
     """
 
-    def __init__(self, compiled: Compiled, start: int, inside: bool = False, may_reason: bool = False) -> None:
+    def __init__(
+        self, compiled: CompiledConstraint, start: int, inside: bool = False, may_reason: bool = False
+    ) -> None:
         self.compiled, self.start, self.inside, self.may_reason = compiled, start, inside, may_reason
-        self.matcher, self.at = compiled.matcher.deep_copy(), list[int]()
+        self.matcher, self.consumed = compiled.matcher.deep_copy(), list[int]()
         self.masks: dict[tuple[int, ...], Tensor | None] = {}
         self.error_text = ""
 
     def error(self, ids: Sequence[int]) -> SpecDecError | None:
-        """Why the constraint cannot be kept after the text ``ids``, if that is so."""
+        """The error if the constraint cannot be kept after the text ``ids``."""
         why = self.error_text
         if not why and self.mask(ids[self.start :]) is None:
             why = "the tokenizer and the grammar disagree on what is allowed"
@@ -250,9 +255,9 @@ class ConstraintState(LogitsProcessor):  # type: ignore[misc]
         return self.masked(input_ids[0].tolist(), scores)
 
     def masked(self, ids: Sequence[int], scores: Tensor, vocab: Tensor | None = None) -> Tensor:
-        """``scores`` [1, V'] of the token after the text ``ids``, without the tokens that are not allowed there.
+        """``scores`` [1, V'] of the token after the text ``ids``; -inf for tokens that are not allowed there.
 
-        vocab: int64 [V'], the tokens that scores are over; None: all.
+        vocab: the tokens that scores are over, int64 [V']; None: all.
         """
         allowed = self.mask(ids[self.start :])
         if allowed is None:  # after a drafted token that is rejected; elsewhere the row ends with an error
@@ -261,7 +266,7 @@ class ConstraintState(LogitsProcessor):  # type: ignore[misc]
         return scores.masked_fill(~allowed, float("-inf"))
 
     def mask(self, new: Sequence[int]) -> Tensor | None:
-        """Which tokens may follow the new tokens ``new``, bool [V]; None if these are not allowed themselves."""
+        """The tokens that may follow the new tokens ``new``, bool [V]; None if these are not allowed themselves."""
         key = tuple(new)
         if key not in self.masks:
             if len(self.masks) >= MASKS:
@@ -270,7 +275,7 @@ class ConstraintState(LogitsProcessor):  # type: ignore[misc]
         return self.masks[key]
 
     def forced(self, ids: Sequence[int], limit: int) -> list[int]:
-        """The tokens that the constraint leaves no choice about after a text, at most ``limit``."""
+        """The tokens after a text that the constraint leaves no choice about, at most ``limit``."""
         found = list(ids[self.start :])
         most = len(found) + limit
         while len(found) < most:
@@ -281,12 +286,12 @@ class ConstraintState(LogitsProcessor):  # type: ignore[misc]
         return found[len(ids) - self.start : most]
 
     def allows(self, ids: Sequence[int], tokens: Sequence[int]) -> int:
-        """How many of ``tokens``, from the first on, may follow the text ``ids``."""
+        """The number of leading ``tokens`` that may follow the text ``ids``."""
         before = len(ids) - self.start
         return self._guarded(lambda text: self._allows(text, before), [*ids[self.start :], *tokens], 0)
 
     def _begin(self, new: Sequence[int]) -> int | None:
-        """Where in the new tokens ``new`` the constraint begins; None: they end in a block of reasoning."""
+        """The index in the new tokens ``new`` where the constraint begins; None: they end in a reasoning block."""
         block = self.compiled.block
         if block is None or not (self.inside or (self.may_reason and new and new[0] == block[0])):
             return 0
@@ -312,13 +317,13 @@ class ConstraintState(LogitsProcessor):  # type: ignore[misc]
             return list(more)
         if (mask := self.mask(new)) is None:
             return []
-        allowed = mask.numpy()  # not torch: to wake a team of threads takes ten times as long as this
+        allowed = mask.numpy()  # not torch: waking a team of threads takes ten times as long
         return [int(allowed.argmax())] if np.count_nonzero(allowed) == 1 else []
 
     def _allows(self, text: Sequence[int], before: int) -> int:
-        """Of the tokens of ``text``, from number ``before`` on."""
+        """``allows`` of the new tokens ``text`` from index ``before`` on."""
         begin, ends = self._begin(text), self.compiled.ends
-        free = text[before:begin]  # in a block of reasoning
+        free = text[before:begin]  # in a reasoning block
         count = next((n for n, token in enumerate(free) if token in ends), len(free))
         at = before + count
         if begin is None or count < len(free) or not self._go_to(text[begin:at]):
@@ -327,24 +332,26 @@ class ConstraintState(LogitsProcessor):  # type: ignore[misc]
         return count + int(self.matcher.validate_tokens(rest))
 
     def _go_to(self, new: Sequence[int]) -> bool:
-        """Let the matcher stand after ``new``; False if these tokens are not allowed."""
-        common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(self.at, new, strict=False)))
-        if common < len(self.at):
-            self.matcher.rollback(len(self.at) - common)
-            del self.at[common:]
+        """Move the matcher behind ``new``; False if these tokens are not allowed."""
+        common = sum(
+            1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(self.consumed, new, strict=False))
+        )
+        if common < len(self.consumed):
+            self.matcher.rollback(len(self.consumed) - common)
+            del self.consumed[common:]
         more = list(new[common:])
         if self.compiled.ends.isdisjoint(more):
-            self.at += more[: self.matcher.try_consume_tokens(more)]
-        return len(self.at) == len(new)
+            self.consumed += more[: self.matcher.try_consume_tokens(more)]
+        return len(self.consumed) == len(new)
 
-    def _guarded(self, ask: Callable[[Sequence[int]], T], new: Sequence[int], otherwise: T) -> T:
-        """What ``ask(new)`` returns. Where the matcher fails, ``otherwise``; it starts anew for the next question."""
+    def _guarded(self, query: Callable[[Sequence[int]], T], new: Sequence[int], otherwise: T) -> T:
+        """``query(new)``; if the matcher fails, ``otherwise``, and the matcher is reset."""
         try:
-            answer, why = ask(new), self.matcher.get_error()
+            answer, why = query(new), self.matcher.get_error()
         except Exception as error:  # of the matcher: it must not end other rows
             answer, why = otherwise, str(error)
         if not why:
             return answer
         self.error_text = _sentence(why)
-        self.matcher, self.at = self.compiled.matcher.deep_copy(), []
+        self.matcher, self.consumed = self.compiled.matcher.deep_copy(), []
         return otherwise

@@ -9,7 +9,7 @@ from typing import Any
 def can_end(schema: dict[str, Any]) -> bool:
     """Whether some value of ``schema`` is finite: False only where each way to meet it requires itself again.
 
-    The least fixed point over local references: those are finite whose target is, by what is finite already.
+    Computes the least fixed point over local references: a reference is finite if its target is.
     """
     waiting = {ref: target for ref in set(_references(schema)) if (target := _target(schema, ref)) is not None}
     while new := [ref for ref, target in waiting.items() if _ends(target, waiting)]:

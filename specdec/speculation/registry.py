@@ -1,4 +1,4 @@
-"""Names of plug-ins. Adding a drafter or verifier is one file and one line here; nothing else names them."""
+"""The names of drafters and verifiers. A new one is one file and one line here."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def names(kind: str) -> dict[str, str]:
 
 
 def having(trait: str) -> str:
-    """Names of the drafters whose class has ``trait``, such as ``leaves_early``, for messages."""
+    """The names of drafters whose class has ``trait``, such as ``leaves_early``, for messages."""
     return ", ".join(name for name in DRAFTERS if getattr(lookup("drafters", name), trait))
 
 
@@ -75,9 +75,9 @@ def lookup(kind: str, name: str) -> Any:
 
 
 def verifier(rule: str | Verifier, options: Mapping[str, Any] | None = None, exact: bool = False) -> Verifier:
-    """The acceptance rule named ``rule``, with its options; a rule that is an object comes back as it is.
+    """The acceptance rule named ``rule``, with its options. A rule that is an object is returned as it is.
 
-    exact: refuse a lossy one. Raises SpecDecError for unknown names and for options that the rule does not have.
+    exact: refuse a lossy one. Raises SpecDecError for an unknown name, and for an option that the rule does not have.
     """
     found = rule if not isinstance(rule, str) else _made(rule, options or {})
     if exact and not found.lossless:
@@ -99,9 +99,9 @@ def _made(name: str, options: Mapping[str, Any]) -> Verifier:
 def parse(text: str) -> list[tuple[str, str | None]]:
     """The (name, source) of each drafter that ``text`` joins with "+".
 
-    Each is a registered name, a drafter folder or a Hugging Face repository (ORG/NAME[@revision]), which is downloaded;
-    the folder is then its source (its config.json has the name). The last may say what it is loaded from:
-    "NAME=SOURCE". Raises SpecDecError for an unknown name and a folder that is none.
+    Each is a registered name, a drafter folder or a Hugging Face repository (ORG/NAME[@revision]), which is downloaded.
+    The source is then the folder, whose config.json has the name. The last may name its source: "NAME=SOURCE". Raises
+    SpecDecError for an unknown name, and for a folder that holds no drafter.
     """
     joined, _, source = text.partition("=")
     if not all(part.strip() for part in joined.split("+")):
@@ -115,9 +115,9 @@ def parse(text: str) -> list[tuple[str, str | None]]:
 
 
 def refuse_early(drafter: str, config: Any, name: str) -> None:
-    """Raise SpecDecError for a trained drafter that is named alone, where none is shipped for a model of that size.
+    """Raise SpecDecError for a trained drafter without a source, if none is shipped for models of that size.
 
-    config: of the model called ``name``, whose weights are not loaded.
+    config: of the model ``name``, before its weights are loaded.
     """
     from specdec.models import drafter_folder  # heavy
 

@@ -1,11 +1,11 @@
-"""From logits to the tokens that are chosen: processing, and Gumbel noise that is keyed by position.
+"""From logits to tokens: logits processors, and Gumbel noise that is keyed by position.
 
 A sampled token is the argmax of the processed logits plus Gumbel noise (the Gumbel-max trick), which is an exact draw
 from their softmax. The noise of a token depends on the request's seed and on the token's position alone, so what is
-sampled does not depend on the drafter, on the depth of drafts, or on the rest of the batch: acceptance is the walk of
-greedy decoding, and a drafter that adds the same noise to its own logits proposes what the model is likely to choose
-(Daliri et al. 2024, arXiv 2408.07978). The transforms are Hugging Face's own logits processors, in ``generate``'s
-order, and the penalties and the bias of OpenAI's interface. Knows nothing about drafts.
+sampled depends neither on the drafter nor on the depth of drafts nor on other rows: acceptance is the walk of greedy
+decoding, and a drafter that adds the same noise to its own logits proposes what the model is likely to choose (Daliri
+et al. 2024, arXiv 2408.07978). The transforms are Hugging Face's own logits processors, in ``generate``'s order, and
+the penalties and the bias of OpenAI's interface. Knows nothing about drafts.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Prefixes = Callable[[], Sequence[Sequence[Sequence[int]]]]  # [B][T]: the tokens
 
 
 class Penalties(LogitsProcessor):  # type: ignore[misc]
-    """The frequency and the presence penalty of the tokens from number ``start`` on, and the bias of logits."""
+    """The frequency and the presence penalty of the tokens from index ``start`` on, and the logit bias."""
 
     def __init__(self, params: SamplingParams, start: int) -> None:
         self.frequency, self.presence, self.start = params.frequency_penalty, params.presence_penalty, start
@@ -50,22 +50,26 @@ class Penalties(LogitsProcessor):  # type: ignore[misc]
 class Transforms:
     """Logits -> processed logits: ``params`` and extra HF ``processors``, as ``generate`` applies them.
 
-    start: tokens of the prompt, which the frequency and the presence penalty do not count. alike: the same for
-    transforms of several rows that do the same.
+    start: number of prompt tokens, which the frequency and the presence penalty do not count.
+    sharpness: factor by which gaps between logits grow: 1 / temperature, at least 1.
+    processors: those that read the tokens before a position; the others are ``warpers``.
+    highest: highest token id with a bias.
+    group: equal for transforms of several rows that do the same.
+    filters: whether top-k, top-p or min-p rules out tokens.
     """
 
     def __init__(self, params: SamplingParams, processors: Sequence[LogitsProcessor] = (), start: int = 0) -> None:
         self.greedy = params.temperature == 0
         self.sharpness = 1.0 if self.greedy else max(1.0 / params.temperature, 1.0)
-        self.processors: list[LogitsProcessor] = []  # those that look at the tokens before a position
+        self.processors: list[LogitsProcessor] = []
         if params.repetition_penalty not in (None, 1):
             self.processors.append(RepetitionPenaltyLogitsProcessor(params.repetition_penalty))
         self.processors += processors
         if params.frequency_penalty or params.presence_penalty or params.logit_bias:
             self.processors.append(Penalties(params, start))
-        self.highest = max(params.logit_bias or (), default=-1)  # token id with a bias
+        self.highest = max(params.logit_bias or (), default=-1)
         own = (params.temperature, params.top_k, params.top_p, params.min_p)
-        self.alike: Hashable = id(self) if self.processors else own
+        self.group: Hashable = id(self) if self.processors else own
         self.warpers: list[LogitsProcessor] = []
         if not self.greedy:
             if params.temperature != 1:
@@ -81,7 +85,7 @@ class Transforms:
     def __call__(self, logits: Tensor, prefixes: Prefixes, vocab: Tensor | None = None) -> Tensor:
         """Logits [B, T, V'] -> float32 [B, T, V']; ``prefixes`` is called only if a processor needs it.
 
-        vocab: int64 [V'], the tokens that logits are over; None: all. For constraints and warpers alone.
+        vocab: the tokens that logits are over, int64 [V']; None: all. For constraints and warpers alone.
         """
         scores = logits.float().reshape(-1, logits.shape[-1])  # (B * T, V')
         if self.processors:
@@ -104,8 +108,7 @@ class Transforms:
 class Noise:
     """Standard Gumbel noise over a vocabulary, for each position of one request.
 
-    A function of the seed, the stream and the position: counter-based (Philox), so that any position can be asked for
-    in any order.
+    A function of the seed, the stream and the position: counter-based (Philox), so that positions come in any order.
     """
 
     def __init__(self, seed: int, stream: int = 0) -> None:
@@ -123,7 +126,7 @@ class Noise:
         return self.made[position]
 
     def forget(self, position: int) -> None:
-        """Drop what is kept for positions before ``position``."""
+        """Drop the cached noise of positions before ``position``."""
         for old in [place for place in self.made if place < position]:
             del self.made[old]
 
@@ -131,8 +134,8 @@ class Noise:
 class RowSampler:
     """How one row's tokens are chosen.
 
-    stream: rows with one seed draw alike at one position unless their streams differ. transforms: in place of those
-    that ``params``, ``processors`` and ``start`` make.
+    stream: rows with one seed draw alike at one position unless their streams differ.
+    transforms: take the place of ``params``, ``processors`` and ``start``.
     """
 
     def __init__(
@@ -148,7 +151,7 @@ class RowSampler:
 
     @property
     def constraint(self) -> ConstraintState | None:
-        """What the row's text must be."""
+        """The constraint on the row's text."""
         return next((each for each in self.transforms.processors if isinstance(each, ConstraintState)), None)
 
     @property
@@ -165,7 +168,7 @@ class RowSampler:
 class Sampler:
     """Chooses tokens for a batch of rows; drafted, corrected and bonus positions are treated alike.
 
-    streams: one number per row. Rows with one seed draw alike at one position unless their streams differ.
+    streams: one per row, as in ``RowSampler``.
     """
 
     def __init__(
@@ -176,7 +179,7 @@ class Sampler:
 
     @classmethod
     def of(cls, rows: Sequence[RowSampler]) -> Sampler:
-        """Of rows that each have their own."""
+        """The sampler of rows that each have their own."""
         made = cls.__new__(cls)
         made.rows = list(rows)
         return made
@@ -188,12 +191,12 @@ class Sampler:
 
     @property
     def best_allowed(self) -> bool:
-        """True if every choice is the argmax of the raw logits, of those tokens that the row's constraint allows."""
+        """True if every choice is the argmax of the raw logits of the tokens that the row's constraint allows."""
         return all(row.plain_greedy or row.masked_greedy for row in self.rows)
 
     @property
     def sharpness(self) -> float:
-        """By how much a gap between logits grows before tokens are chosen: 1 / temperature."""
+        """The largest ``Transforms.sharpness``."""
         return max(row.transforms.sharpness for row in self.rows)
 
     @property
@@ -203,7 +206,7 @@ class Sampler:
 
     @property
     def needs_prefixes(self) -> bool:
-        """True if processors look at the tokens before a position, by their ids; constraints do otherwise."""
+        """True if processors other than constraints read the tokens before a position."""
         return any(
             not isinstance(processor, ConstraintState) for row in self.rows for processor in row.transforms.processors
         )
@@ -211,11 +214,11 @@ class Sampler:
     def scores(self, logits: Tensor, prefixes: Prefixes, vocab: Tensor | None = None) -> Tensor:
         """Logits [B, T, V'] -> processed logits [B, T, V'], float32. ``prefixes()[b][t]``: the tokens before (b, t).
 
-        vocab: int64 [V'], the tokens that logits are over; None: all, as it has to be if it ``needs_prefixes``.
+        vocab: the tokens that logits are over, int64 [V']; None: all (required if it ``needs_prefixes``).
         """
         groups: dict[Hashable, list[int]] = {}  # rows by what transforms them
         for b, row in enumerate(self.rows):
-            groups.setdefault(row.transforms.alike, []).append(b)
+            groups.setdefault(row.transforms.group, []).append(b)
         if len(groups) == 1:
             return self.rows[0].transforms(logits, prefixes, vocab)
         scores = torch.empty_like(logits, dtype=torch.float32)
@@ -233,8 +236,9 @@ class Sampler:
     ) -> Tensor:
         """Processed logits [B, T, V'] -> the same plus each sampled row's noise, so that the argmax is an exact draw.
 
-        positions: [B][T], of the tokens to choose. size: V, the model's vocabulary. vocab: int64 [V'], the tokens that
-        scores are over; None: all.
+        positions: of the tokens to choose, [B][T].
+        size: V, the model's vocabulary.
+        vocab: the tokens that scores are over, int64 [V']; None: all.
         """
         if all(row.transforms.greedy for row in self.rows):
             return scores
@@ -251,15 +255,11 @@ class Sampler:
         tokens = self.perturb(scores, positions, scores.shape[-1]).argmax(-1)
         return tokens.masked_fill(~scores.amax(-1).isfinite(), -1)
 
-    def join(self, other: Sampler) -> None:
-        """Add the rows of ``other`` after those of this sampler."""
-        self.rows += other.rows
-
 
 def streams(prompts: Sequence[Sequence[int]]) -> list[int]:
-    """The noise stream of each row of a batch: how many earlier rows have the same prompt.
+    """The noise stream of each row of a batch: the number of earlier rows with the same prompt.
 
-    So a row's text depends neither on its place nor on its neighbours, and equal prompts draw different texts.
+    So a row's text depends neither on its index nor on other rows, and equal prompts draw different texts.
     """
     seen: Counter[tuple[int, ...]] = Counter()
     found = []

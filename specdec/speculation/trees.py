@@ -1,4 +1,4 @@
-"""Which draft tree to score: the one that is expected to keep the most tokens, for a number of nodes or for its price.
+"""The shape of a draft tree: the most expected accepted tokens for a number of nodes, or for the price of scoring them.
 
 Knows accuracies, prices and shapes, not tokens or models.
 """
@@ -12,20 +12,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-MOST_NODES = 24  # most nodes of a tree that is sized by prices
+MOST_NODES = 24  # maximum nodes of a tree that is sized by prices
 
 
 @dataclass
 class Prices:
-    """What a draft costs, in accepted tokens: what the engine yields in the seconds that it takes.
+    """The costs of a draft, in accepted tokens: what the engine yields in the seconds that it takes.
 
     Nodes are taken in order of the probability that they are accepted, as many as bring the most tokens beyond the
     price of scoring them. Another level is drafted while the likeliest path so far is worth it. A drafter's own
-    probability p counts as p ** ``exponent``, which is learned from what is accepted. Of several rows, the nodes of
-    all are taken together.
+    probability p counts as p ** ``exponent``, which is learned. Of several rows, the nodes of all are taken together.
 
-    nodes: of scoring n = 0, 1, .. nodes beside the roots. level: of drafting another level for all rows.
-    expected, levels: what became of it: the tokens expected of the nodes taken, and the levels that were drafted.
+    nodes: price of scoring n = 0, 1, .. nodes beside the roots.
+    level: price of drafting another level for all rows.
+    expected, levels: the result: expected tokens of the nodes taken, and number of levels that were drafted.
     """
 
     nodes: Sequence[float]
@@ -35,15 +35,15 @@ class Prices:
     levels: int = 0
 
     @property
-    def bar(self) -> float:
-        """The drafter's own probability that a path must have for another level."""
+    def min_probability(self) -> float:
+        """The drafter's own probability that a path needs to be worth another level."""
         return min(self.level, 1.0) ** (1 / self.exponent)
 
     def take(self, probabilities: Sequence[float], least: int = 0, exactly: int | None = None, rows: int = 1) -> int:
-        """How many nodes to score: ``exactly`` so many if they are given, else ``least`` or more.
+        """The number of nodes to score: ``exactly`` as many as given, else ``least`` or more.
 
-        probabilities: calibrated, of the nodes in the order in which they are taken; where each is one of ``rows``
-        nodes, their mean.
+        probabilities: calibrated, of the nodes in the order in which they are taken; if each stands for one node of
+            each of ``rows``, their mean.
         """
         nodes = self.nodes[::rows]
         most = min(len(probabilities), max(len(nodes) - 1, least))
@@ -57,62 +57,57 @@ class Prices:
         return count
 
     def calibrated(self, logs: Sequence[float]) -> list[float]:
-        """The probabilities that a drafter's log-probabilities stand for."""
+        """Probabilities of acceptance, from a drafter's log-probabilities."""
         return [math.exp(self.exponent * log) for log in logs]
 
 
-class Tree(NamedTuple):
-    """A shape. Node i (block index i + 1) is the candidate of rank ``ranks[i]`` after its parent ``parents[i]``.
+class TreeShape(NamedTuple):
+    """Node i (block index i + 1) is the candidate of rank ``ranks[i]`` after its parent.
 
-    parents: block indices, 0 = root, in topological order.
+    parents: block index of each node's parent (0: the root), in topological order.
     """
 
     parents: tuple[int, ...]
     ranks: tuple[int, ...]
 
-    def first(self, count: int) -> Tree:
+    def first(self, count: int) -> TreeShape:
         """Its first ``count`` nodes."""
-        return Tree(self.parents[:count], self.ranks[:count])
+        return TreeShape(self.parents[:count], self.ranks[:count])
 
     def paths(self) -> list[tuple[int, ...]]:
-        """The ranks on the path to each node, its own last."""
+        """The ranks on the path from the root to each node."""
         out: list[tuple[int, ...]] = [()]
         for parent, rank in zip(self.parents, self.ranks, strict=True):
             out.append((*out[parent], rank))
         return out[1:]
 
     def depths(self) -> list[int]:
-        """The position that each node is a candidate for: 0 right after the root."""
+        """The position of each node; 0 is right after the root."""
         out: list[int] = []
         for parent in self.parents:
             out.append(out[parent - 1] + 1 if parent else 0)
         return out
 
 
-def best_tree(accuracy: Sequence[Sequence[float]], budget: int, chain: bool = False) -> Tree:
-    """The tree of at most ``budget`` >= 1 nodes with the most accepted tokens, where positions err independently.
+def best_first(accuracy: Sequence[Sequence[float]], budget: int, chain: bool = False) -> tuple[TreeShape, list[float]]:
+    """The tree of at most ``budget`` >= 1 nodes with the most expected accepted tokens, and each node's probability.
 
-    See ``best_first``.
-    """
-    return best_first(accuracy, budget, chain)[0]
-
-
-def best_first(accuracy: Sequence[Sequence[float]], budget: int, chain: bool = False) -> tuple[Tree, list[float]]:
-    """The tree of at most ``budget`` >= 1 nodes with the most accepted tokens, and how often each node is, best first.
+    Positions err independently. Nodes come in order of their probability.
 
     accuracy[depth][rank]: probability in [0, 1] that the candidate of that rank is the right token at that depth.
-    chain: only first choices are drafted on from, so that the others stand beside a chain.
+    chain: whether only first choices have children, so that the others are siblings beside a chain.
     """
-    return grown(lambda path: accuracy[len(path)] if len(path) < len(accuracy) else (), budget, chain)
+    return grow_best_first(lambda path: accuracy[len(path)] if len(path) < len(accuracy) else (), budget, chain)
 
 
-def grown(
+def grow_best_first(
     after: Callable[[tuple[int, ...]], Sequence[float]], budget: int, chain: bool = False
-) -> tuple[Tree, list[float]]:
-    """``best_first`` where what is right at a depth depends on what comes before.
+) -> tuple[TreeShape, list[float]]:
+    """``best_first`` for candidates that depend on the path before them.
 
-    after: takes the ranks on the path to a node, () for the root. Returns the probabilities of the candidates after
-    that node; none where there are none. Called once for each node that is drafted on from.
+    after: takes the ranks on the path to a node, () for the root; returns the probabilities of the candidates after it.
+        Called once for each node that gets children.
+
     A node is accepted if all candidates on its path are right, so with probability a(path) = prod accuracy[d][r_d], and
     a tree keeps sum_nodes a(path) tokens (Medusa, arXiv 2401.10774, section 2.3.3). No node beats its parent, hence the
     ``budget`` likeliest paths always form a tree, and no other set of as many nodes has a larger sum: it is optimal.
@@ -136,4 +131,4 @@ def grown(
         values.append(-negative)
         if len(parents) < budget and (path[-1] == 0 or not chain):
             offer(len(parents), path, -negative)
-    return Tree(tuple(parents), tuple(ranks)), values
+    return TreeShape(tuple(parents), tuple(ranks)), values

@@ -1,31 +1,35 @@
-"""One draft tree for all rows: common beginnings once, and one shape that holds the nodes of every row."""
+"""Building drafts: one tree shape that holds the nodes of every row, from continuations or from candidates."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from operator import itemgetter
 
 import torch
 
-from specdec.speculation.draft import Draft
+from specdec.runtimes.tree_drafting import Candidates
+from specdec.speculation.draft import Draft, State
+from specdec.speculation.trees import MOST_NODES
 
 
 def merge(rows: Sequence[Sequence[Sequence[int]]], device: torch.device | str = "cpu") -> tuple[Draft, list[list[int]]]:
-    """A deterministic tree with each row's continuations of its root, common beginnings once, earlier ones first.
+    """A draft of each row's continuations of its root. Common prefixes become one path; earlier ones come first.
 
     Also returns, for each row, the block index at which each of its continuations ends.
     """
     trees, last = [], []
     for continuations in rows:
         tokens, parents, ends = list[int](), list[int](), list[int]()
-        known: dict[tuple[int, int], int] = {}  # (parent, token) -> node
+        nodes: dict[tuple[int, int], int] = {}  # (parent, token) -> node
         for continuation in continuations:
             node = 0
             for token in continuation:
-                if (node, token) not in known:
+                if (node, token) not in nodes:
                     tokens.append(token)
                     parents.append(node)
-                    known[node, token] = len(tokens)
-                node = known[node, token]
+                    nodes[node, token] = len(tokens)
+                node = nodes[node, token]
             ends.append(node)
         trees.append((tokens, parents))
         last.append(ends)
@@ -36,10 +40,10 @@ def merge(rows: Sequence[Sequence[Sequence[int]]], device: torch.device | str = 
 def in_one_shape(
     trees: Sequence[tuple[Sequence[int], Sequence[int]]], device: torch.device | str = "cpu"
 ) -> tuple[Draft, list[list[int]]]:
-    """One draft for the tree of each row: its tokens and their parents (0: the root, i + 1: node i), parents first.
+    """One draft of each row's tree: its tokens and their parents (0: the root, i + 1: node i), parents first.
 
-    A node is the child of that rank of its parent; rows that lack it have -1 there. Also returns, for each row, the
-    block index of its root and of each of its nodes.
+    A node of the shape is the n-th child of its parent; rows that lack it have -1 there. Also returns, for each row,
+    the block index of its root and of each of its nodes.
     """
     shape: list[int] = []  # the parent of each node
     slots: dict[tuple[int, int], int] = {}  # (parent, rank among its children) -> block index
@@ -58,3 +62,21 @@ def in_one_shape(
         places.append(own)
     draft = Draft([[row.get(n, -1) for n in range(1, len(shape) + 1)] for row in table], tuple(shape), device=device)
     return draft, places
+
+
+def draft_best(rows: Sequence[Candidates], limit: int, nodes: int | None, state: State, levels: int) -> Draft:
+    """The draft of each row's best candidates.
+
+    nodes: number of nodes of a row; None: those worth their price, or ``limit`` if there are no prices.
+    levels: number of levels that were drafted to find the candidates.
+    """
+    prices, counts = state.prices, [limit if nodes is None else nodes] * len(rows)
+    if prices is not None:
+        prices.levels = levels
+        every = [(score, row) for row, found in enumerate(rows) for score in sorted(found.scores)[-MOST_NODES:]]
+        every.sort(key=itemgetter(0), reverse=True)
+        likely = prices.calibrated([score for score, _ in every])
+        taken = Counter(row for _, row in every[: prices.take(likely, exactly=None if nodes is None else sum(counts))])
+        counts = [taken[row] for row in range(len(rows))]
+    best = [found.best(count) for found, count in zip(rows, counts, strict=True)]
+    return in_one_shape([(found.tokens, found.parents) for found in best], state.cache.device)[0]

@@ -104,9 +104,9 @@ class Eagle3Method(TrainingMethod[Eagle3]):
         teacher.begin(batch)
         loss, figures = torch.zeros((), device=self.target.device), dict[str, float]()
         right = batch.valid  # where the head's steps so far are the text's own tokens
-        for s, (known, valid) in enumerate(draft_steps(network, self.target, batch, settings.draft_steps)):
+        for s, (features, valid) in enumerate(draft_steps(network, self.target, batch, settings.draft_steps)):
             reached = later(right) if s else valid
-            logits = network.logits(known)
+            logits = network.logits(features)
             away, figures[agreement_name(s)] = teacher.compare(logits, valid, torch.where(reached, 1.0, settings.focus))
             loss = loss + away
             right = teacher.hits(logits, teacher.next) & reached
@@ -119,8 +119,8 @@ class Eagle3Method(TrainingMethod[Eagle3]):
         for batch in batches:
             teacher.begin(batch)
             hits: list[Tensor] = []
-            for s, (known, valid) in enumerate(draft_steps(network, self.target, batch, EVALUATED)):
-                rank = teacher.ranks(network.logits(known))
+            for s, (features, valid) in enumerate(draft_steps(network, self.target, batch, EVALUATED)):
+                rank = teacher.ranks(network.logits(features))
                 for row, figure in enumerate((torch.ones_like(rank), rank == 0, rank < 3)):
                     sums[row, s] += (figure * valid).sum().double().cpu()
                 hits.append((rank == 0) & valid)
@@ -162,10 +162,10 @@ def draft_steps(network: Eagle3, target: Target, batch: TrainingBatch, steps: in
     texts = F.pad(texts, (0, batch.slots - texts.shape[1])).to(batch.ids.device)  # (B, S)
     places = torch.arange(batch.slots, device=texts.device).expand_as(texts)
     fused = network.fuse([batch.context[layer] for layer in network.config.layers])
-    known = later(fused)  # (B, S, D'): of the token before each
-    _, keys, values = network.attended(target.embed(texts, places), known, places)
+    features = later(fused)  # (B, S, D'): of the token before each
+    _, keys, values = network.attended(target.embed(texts, places), features, places)
     at = batch.positions.clamp_max(batch.slots - 1)
-    known = known.gather(1, at[..., None].expand(-1, -1, known.shape[2]))  # (B, T, D')
+    features = features.gather(1, at[..., None].expand(-1, -1, features.shape[2]))  # (B, T, D')
     embedded, valid = target.embed(batch.ids, batch.positions), batch.valid
     for step in range(1, steps + 1):
         seen = step_mask(batch, step).bool_mask()
@@ -177,6 +177,6 @@ def draft_steps(network: Eagle3, target: Target, batch: TrainingBatch, steps: in
             keys, values = torch.cat((keys, k), 2), torch.cat((values, v), 2)
             return F.scaled_dot_product_attention(q, keys, values, seen, enable_gqa=True)
 
-        out = network.layer(embedded, known, batch.positions, attend)
+        out = network.layer(embedded, features, batch.positions, attend)
         yield out, valid
-        known, valid = later(out), valid & later(valid)
+        features, valid = later(out), valid & later(valid)

@@ -13,7 +13,7 @@ from specdec.base.errors import SpecDecError
 from specdec.drafters.medusa import Medusa, final_norm, read_normed
 from specdec.runtimes.linear_maps import rms_unit
 from specdec.runtimes.target import Target
-from specdec.speculation.trees import best_tree
+from specdec.speculation.trees import best_first
 from specdec.train.batches import TrainingBatch
 from specdec.train.evaluate import chain_figures
 from specdec.train.method import TrainingMethod, agreement_name
@@ -113,7 +113,7 @@ class MedusaMethod(TrainingMethod[Medusa]):
             )
         shares = torch.stack([(steps == r).float().mean(0) for r in range(RANKS)], 1)  # (K, RANKS)
         self.accuracy = [[round(share, 4) for share in row] for row in shares.tolist()]
-        tree = best_tree(self.accuracy, self.settings.nodes)
+        tree = best_first(self.accuracy, self.settings.nodes)[0]
         paths: list[tuple[int, ...]] = [()]
         for parent, choice in zip(tree.parents, tree.ranks, strict=True):
             paths.append((*paths[parent], choice))

@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from zoo import PROMPTS, run
 
 from specdec import SpecDecError
-from specdec.drafters.mtp import LAYOUTS, MTPDrafter
+from specdec.drafters.mtp import FORMATS, MTPDrafter
 from specdec.drafters.none import NoDrafter
 from specdec.runtimes.reference import ReferenceTarget
 from specdec.speculation.draft import Draft, State
 
-QWEN, MIMO, DEEPSEEK = LAYOUTS
+QWEN, MIMO, DEEPSEEK = FORMATS
 FILE = "model.safetensors"
 
 

@@ -26,7 +26,7 @@ from specdec.serve.tools import (
     grammar_of,
     message_of,
 )
-from specdec.speculation.constraints import ConstraintState, compiled
+from specdec.speculation.constraints import ConstraintState, compile_constraint
 
 pytest.importorskip("llguidance", reason="llguidance is not installed")
 WEATHER = {
@@ -132,7 +132,9 @@ def test_grammars_take_what_is_in_the_form_and_nothing_else(form: ToolForm, spec
     tokenizer.add_tokens(["\n"])
 
     def state(several: bool) -> ConstraintState:
-        return compiled(grammar_of(form, SCHEMAS, several, tokenizer), tokenizer, 100, frozenset([EOS])).state(())
+        return compile_constraint(
+            grammar_of(form, SCHEMAS, several, tokenizer), tokenizer, 100, frozenset([EOS])
+        ).state(())
 
     def ends(text: str, several: bool = True) -> bool:
         mask = state(several).mask(tokenizer(text).input_ids)

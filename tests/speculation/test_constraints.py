@@ -38,7 +38,7 @@ from specdec.engine.request import Event
 from specdec.runtimes.native import library
 from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.reference import ReferenceTarget
-from specdec.speculation.constraints import LONGEST, Compiled, Constraint, ConstraintState, compiled
+from specdec.speculation.constraints import LONGEST, CompiledConstraint, Constraint, ConstraintState, compile_constraint
 from specdec.speculation.draft import Draft, Drafter, State
 from specdec.speculation.json_schema import can_end
 from specdec.speculation.sampling import Sampler
@@ -61,7 +61,7 @@ def request(prompt: list[int], rule: Compiled | None, count: int = 60, **more: o
     return Request(prompt, count, processors=processors, eos=frozenset([EOS]), **more)  # type: ignore[arg-type]
 
 
-def plainly(model: PreTrainedModel, prompt: list[int], rule: Compiled, count: int = 60) -> list[int]:
+def plainly(model: PreTrainedModel, prompt: list[int], rule: CompiledConstraint, count: int = 60) -> list[int]:
     """Greedy decoding one token at a time; the mask of each is that of a new matcher."""
     ids = list(prompt)
     while len(ids) < len(prompt) + count and EOS not in ids[len(prompt) :]:
@@ -109,7 +109,7 @@ def test_tokens_drafted_beyond_the_end_are_dropped(monkeypatch: pytest.MonkeyPat
     assert row.metrics.num_accepted_draft_tokens == 2
 
 
-def marked(text: str, tokens: list[int], rule: Compiled | None) -> tuple[State, list[int]]:
+def marked(text: str, tokens: list[int], rule: CompiledConstraint | None) -> tuple[State, list[int]]:
     """Where the one row stands that has read ``text`` and these new ``tokens``."""
     prompt = letters()(text).input_ids
     target, row = ReferenceTarget(tiny_model()), request(prompt, rule)
@@ -120,7 +120,7 @@ def test_what_is_looked_up_ends_where_the_constraint_rules_it_out() -> None:
     tokenizer, rule = letters(), made(Regex("ab(cd|ce)f*"))
     [a, b, c, d, e, f, x] = tokenizer("abcdefx").input_ids
 
-    def drafted(rule: Compiled | None, drafter: Drafter, text: str = "abcxabcdffx") -> list[list[int]]:
+    def drafted(rule: CompiledConstraint | None, drafter: Drafter, text: str = "abcxabcdffx") -> list[list[int]]:
         state, _ = marked(text, [a, b], rule)
         state.row_states = [drafter.begin()]
         return drafter.propose(state, 5).paths(0)
@@ -141,7 +141,7 @@ def test_how_many_tokens_may_follow(inside: bool) -> None:
     tokenizer.add_tokens(["<think>", "</think>"])
     tokenizer.chat_template = "</think>"
     begin, end = tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
-    state = compiled(Regex("xyz?"), tokenizer, 97, frozenset([EOS])).state([begin] if inside else [5])
+    state = compile_constraint(Regex("xyz?"), tokenizer, 97, frozenset([EOS])).state([begin] if inside else [5])
     [x, y, z] = tokenizer("xyz").input_ids
     prompt = [begin] if inside else [5]
     text = [7, x, end, x, y, EOS] if inside else [begin, x, end, x, y, EOS]
@@ -164,7 +164,7 @@ def test_each_node_of_medusas_tree_is_chosen_under_the_mask_of_its_own_path() ->
     liked[0, 0, [a, b]], liked[0, 1, [a, b]] = torch.tensor([3.0, 2.0]), torch.tensor([3.0, 2.5])
     liked[0, 2, [c, x]] = torch.tensor([2.0, 1.0])
 
-    def drafted(rules: list[Compiled | None]) -> Draft:
+    def drafted(rules: list[CompiledConstraint | None]) -> Draft:
         rows = [request(PROMPTS[0], rule) for rule in rules]
         sampler, ids = Sampler.of([row.sampler for row in rows]), [row.ids for row in rows]
         drafter._logits = lambda state: liked.expand(len(rows), -1, -1)  # type: ignore[method-assign]
@@ -339,7 +339,7 @@ def test_a_constraint_begins_after_a_block_of_reasoning(prompt: str, reasons: st
     tokenizer.add_tokens(["<think>", "</think>"])
     tokenizer.chat_template = "{{ messages[0].content.split('</think>')[-1] }}"
     begin, end = tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
-    rule = compiled(Regex("xy"), tokenizer, 97, frozenset([EOS]))
+    rule = compile_constraint(Regex("xy"), tokenizer, 97, frozenset([EOS]))
     ids, xy = tokenizer(prompt).input_ids, tokenizer("xy").input_ids
     state = rule.state(ids)
     first = state.mask([])
@@ -365,7 +365,7 @@ VOCAB, ROWS, PROMPT = 7, 512, [3, 4, 3, 4]  # three special tokens and the chara
 ABC = Regex('(!["#]|"[!$]|#)[!#]?"')
 
 
-def expected(model: PreTrainedModel, rule: Compiled, temperature: float) -> dict[tuple[int, ...], float]:
+def expected(model: PreTrainedModel, rule: CompiledConstraint, temperature: float) -> dict[tuple[int, ...], float]:
     """The distribution of the first three tokens under the masks."""
     p = {}
     for outcome in product(range(VOCAB), repeat=3):
@@ -382,7 +382,7 @@ def expected(model: PreTrainedModel, rule: Compiled, temperature: float) -> dict
     return p
 
 
-def fit(model: PreTrainedModel, name: str, rule: Compiled, masks: Compiled | None = None) -> float:
+def fit(model: PreTrainedModel, name: str, rule: CompiledConstraint, masks: CompiledConstraint | None = None) -> float:
     target = ReferenceTarget(model)
     drafter = every(target)[name]
     drafter.bind(target)

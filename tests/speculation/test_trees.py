@@ -10,7 +10,7 @@ from math import prod
 import pytest
 
 from specdec.speculation.draft import Draft
-from specdec.speculation.trees import Prices, best_tree
+from specdec.speculation.trees import Prices, best_first
 
 
 def paths(tree) -> list[tuple[int, ...]]:
@@ -27,7 +27,7 @@ def test_no_tree_of_as_many_nodes_is_expected_to_keep_more(seed: int) -> None:
     accuracy = [[rng.random() for _ in range(2)] for _ in range(3)]  # ranks need not be in order
     value = {p: prod(accuracy[d][r] for d, r in enumerate(p)) for n in (1, 2, 3) for p in product(range(2), repeat=n)}
     for budget in (1, 2, 3, 5, 7):
-        tree = best_tree(accuracy, budget)
+        tree = best_first(accuracy, budget)[0]
         nodes = paths(tree)
         assert len(set(nodes)) == budget
         trees = (s for s in combinations(value, budget) if all(p[:-1] in s or len(p) == 1 for p in s))
@@ -36,16 +36,16 @@ def test_no_tree_of_as_many_nodes_is_expected_to_keep_more(seed: int) -> None:
 
 def test_a_tree_is_a_draft_s_shape_and_grows_node_by_node() -> None:
     accuracy = [[0.6, 0.2, 0.1], [0.5, 0.3], [0.4]]
-    tree = best_tree(accuracy, 6)
+    tree = best_first(accuracy, 6)[0]
     assert [d - 1 for d in Draft(None, tree.parents).depths()[1:]] == tree.depths()  # type: ignore[arg-type]
     assert all(rank < len(accuracy[depth]) for depth, rank in zip(tree.depths(), tree.ranks, strict=True))
-    smaller = best_tree(accuracy, 4)
+    smaller = best_first(accuracy, 4)[0]
     assert (smaller.parents, smaller.ranks) == (tree.parents[:4], tree.ranks[:4])
 
 
 def test_certain_heads_make_a_chain_and_useless_candidates_are_left_out() -> None:
-    assert best_tree([[1.0, 0.0]] * 3, 9) == ((0, 1, 2), (0, 0, 0))
-    assert best_tree([[0.0, 0.0]], 5).parents == ()
+    assert best_first([[1.0, 0.0]] * 3, 9)[0] == ((0, 1, 2), (0, 0, 0))
+    assert best_first([[0.0, 0.0]], 5)[0].parents == ()
 
 
 def test_as_many_nodes_are_taken_as_bring_most_beyond_their_price() -> None:
@@ -61,5 +61,5 @@ def test_as_many_nodes_are_taken_as_bring_most_beyond_their_price() -> None:
 
 def test_the_bar_for_another_level_is_the_price_before_calibration() -> None:
     prices = Prices((), level=0.25, exponent=2.0)
-    assert prices.bar == pytest.approx(0.5)
-    assert prices.calibrated([math.log(prices.bar)]) == pytest.approx([0.25])
+    assert prices.min_probability == pytest.approx(0.5)
+    assert prices.calibrated([math.log(prices.min_probability)]) == pytest.approx([0.25])

@@ -36,7 +36,7 @@ class Costs:
     accepted: tuple[AcceptanceTable, ...] = ()
 
     def scoring(self, tokens: float) -> float:
-        """Seconds of a pass over ``tokens``: linear between the sizes in ``score``, and beyond from half the largest on."""
+        """Seconds of a pass over ``tokens``: linear between sizes in ``score``, and from half the largest on."""
         sizes = sorted(self.score)
         at = min(max(bisect.bisect_left(sizes, tokens), 1), len(sizes) - 1)
         below, above = sizes[at - 1], sizes[at]

@@ -19,7 +19,7 @@ from specdec.runtimes import linear_maps
 from specdec.runtimes.adapters import Adapters
 from specdec.runtimes.native.library import INT, POINTER, Call, MaskCall, Model, Stage, TreeDraft, done, pointer
 from specdec.runtimes.native.linear import Packed, RowTable
-from specdec.runtimes.tree_drafting import Candidates, DraftPath, Masks, Seed
+from specdec.runtimes.tree_drafting import Candidates, DraftPath, DraftRoots, Masks
 
 
 class Kernels(Protocol):
@@ -97,14 +97,14 @@ class TreeDrafter:
         )
 
     def __call__(
-        self, target: Kernels, cache: RowCache, seed: Seed, confidence: float, masks: Masks | None
+        self, target: Kernels, cache: RowCache, roots: DraftRoots, confidence: float, masks: Masks | None
     ) -> Candidates:
         struct, segments = self.struct, self.segments
-        final, *carried = (x.contiguous() for x in (seed.final, *seed.carried))
-        before = seed.place * final.shape[2] * final.element_size()  # bytes
-        hidden = None if seed.hidden is None else seed.hidden.contiguous()
-        struct.hidden = None if hidden is None else hidden.data_ptr()
-        self.positions[:], self.roots[:] = list(seed.positions), list(seed.tokens)
+        final, *carried = (x.contiguous() for x in (roots.final, *roots.carried))
+        before = roots.place * final.shape[2] * final.element_size()  # bytes
+        forbidden = None if roots.forbidden is None else roots.forbidden.contiguous()
+        struct.hidden = None if forbidden is None else forbidden.data_ptr()
+        self.positions[:], self.roots[:] = list(roots.positions), list(roots.tokens)
         alive = []
         for stage, call, state, (lo, hi) in zip(self.stages, self.calls, carried, segments, strict=False):
             alive.append(target.place(call, cache, lo, hi, [self.drafted] * self.rows))

@@ -48,7 +48,7 @@ from specdec.runtimes.native.library import (
 )
 from specdec.runtimes.native.linear import Packed, RowTable
 from specdec.runtimes.reference import ByParts
-from specdec.runtimes.tree_drafting import Bounds, Candidates, DraftPath, Masks, Seed
+from specdec.runtimes.tree_drafting import Candidates, DraftPath, DraftRoots, Masks, TreeLimits
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
 ROUNDED = {"int8": "Q8_0", "int4": "Q4_1"}  # blocks that the layers' weights are rounded to
@@ -159,26 +159,28 @@ class NativeTarget(ByParts):
             taps[hi] = y
         return y
 
-    def grow(
-        self, cache: KVCache, seed: Seed, path: DraftPath, bounds: Bounds, masks: Masks | None = None
+    def draft_tree(
+        self, cache: KVCache, roots: DraftRoots, path: DraftPath, limits: TreeLimits, masks: Masks | None = None
     ) -> Candidates:
         assert isinstance(cache, RowCache)
-        found = self._drafted(cache, seed, path, bounds, masks)
-        return super().grow(cache, seed, path, bounds, masks) if found is None else found
+        found = self._drafted(cache, roots, path, limits, masks)
+        return super().draft_tree(cache, roots, path, limits, masks) if found is None else found
 
-    def chains(self, cache: KVCache, seed: Seed, path: DraftPath, bounds: Bounds) -> list[Candidates] | None:
+    def draft_chains(
+        self, cache: KVCache, roots: DraftRoots, path: DraftPath, limits: TreeLimits
+    ) -> list[Candidates] | None:
         assert isinstance(cache, RowCache)
-        rows, found = len(seed.tokens), self._drafted(cache, seed, path, bounds)
+        rows, found = len(roots.tokens), self._drafted(cache, roots, path, limits)
         if found is None or not found.tokens:
             return None
         parents = list(range(len(found.tokens) // rows))
         return [Candidates(found.scores[b::rows], found.tokens[b::rows], parents) for b in range(rows)]
 
     def _drafted(
-        self, cache: RowCache, seed: Seed, path: DraftPath, bounds: Bounds, masks: Masks | None = None
+        self, cache: RowCache, roots: DraftRoots, path: DraftPath, limits: TreeLimits, masks: Masks | None = None
     ) -> Candidates | None:
         """What the kernels draft; None: they do not serve this."""
-        size = bounds.levels, bounds.width, len(seed.tokens)
+        size = limits.levels, limits.width, len(roots.tokens)
         if (self, size) not in path.made:
             path.made[self, size] = [] if TreeDrafter.serves(self, path, *size) else None
         idle = path.made[self, size]  # those that nobody is using; None: not served
@@ -188,7 +190,7 @@ class NativeTarget(ByParts):
             drafter = idle.pop()
         except IndexError:
             drafter = TreeDrafter(self, path, *size)
-        found = drafter(self, cache, seed, bounds.confidence, masks)
+        found = drafter(self, cache, roots, limits.min_probability, masks)
         idle.append(drafter)
         return found
 

@@ -239,11 +239,11 @@ def test_coarse_adapters_are_merged_for_drafts_and_leave_the_model_exact(family:
     [("llama", None, "auto"), ("mistral", 12, "auto"), ("qwen2", None, "auto"), ("llama", None, "int8")],
 )
 @pytest.mark.parametrize(
-    "bounds", [tree_drafting.Bounds(5, 1), tree_drafting.Bounds(4, 3), tree_drafting.Bounds(6, 4, 0.02)]
+    "limits", [tree_drafting.TreeLimits(5, 1), tree_drafting.TreeLimits(4, 3), tree_drafting.TreeLimits(6, 4, 0.02)]
 )
 @torch.inference_mode()
 def test_trees_grow_in_one_call_as_they_do_in_parts(
-    family: str, window: int | None, kv_cache: str, bounds: tree_drafting.Bounds
+    family: str, window: int | None, kv_cache: str, limits: tree_drafting.TreeLimits
 ) -> None:
     model = model_of(family, **({} if window is None else {"sliding_window": window}))
     with torch.no_grad():
@@ -255,18 +255,23 @@ def test_trees_grow_in_one_call_as_they_do_in_parts(
     mask = cache.mask(0, positions)
     final = target.layers(target.embed(ids, positions), 0, 4, Pass(positions, mask, cache, taps))
     cache.commit([list(range(21))])
-    seed = tree_drafting.Seed([5], [21], final, list(taps.values()), place=20)
+    roots = tree_drafting.DraftRoots([5], [21], final, list(taps.values()), place=20)
     total = same = 0
     for number in range(4):
         torch.manual_seed(number)
         route = random_route(target, heads=2)
-        whole, parts = target.grow(cache, seed, route, bounds), tree_drafting.grow(target, cache, seed, route, bounds)
+        whole, parts = (
+            target.draft_tree(cache, roots, route, limits),
+            Target.draft_tree(target, cache, roots, route, limits),
+        )
         assert cache.lengths == [21] * 4
         # Built for the route the first time, and used again.
-        states = tree_drafting.Seed([5], [21], final[:, -1:].clone(), [tap[:, -1:].clone() for tap in taps.values()])
-        assert target.grow(cache, states, route, bounds) == whole
-        assert len(parts.scores) > bounds.width
-        assert whole.parents[: bounds.width] == [0] * bounds.width
+        states = tree_drafting.DraftRoots(
+            [5], [21], final[:, -1:].clone(), [tap[:, -1:].clone() for tap in taps.values()]
+        )
+        assert target.draft_tree(cache, states, route, limits) == whole
+        assert len(parts.scores) > limits.width
+        assert whole.parents[: limits.width] == [0] * limits.width
         ours, theirs = by_path(whole), by_path(parts)
         common = ours.keys() & theirs.keys()
         assert max(abs(ours[path] - theirs[path]) for path in common) < 0.3
@@ -281,12 +286,12 @@ def test_trees_grow_in_one_call_as_they_do_in_parts(
 @pytest.mark.parametrize("share", [0.04, 0.5])
 @torch.inference_mode()
 def test_trees_grow_under_masks_in_one_call_as_they_do_in_parts(share: float) -> None:
-    model, bounds = model_of("llama"), tree_drafting.Bounds(4, 3)
+    model, limits = model_of("llama"), tree_drafting.TreeLimits(4, 3)
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(6)  # few near ties
     target = NativeTarget(model)
-    cache, seed = seeded(target)
-    free = tree_drafting.Bounds(1, 16)
+    cache, roots = seeded(target)
+    free = tree_drafting.TreeLimits(1, 16)
 
     def masks(text: Sequence[int]) -> torch.Tensor | None:
         random = torch.Generator().manual_seed(hash(tuple(text)) % 2**31)
@@ -297,19 +302,19 @@ def test_trees_grow_under_masks_in_one_call_as_they_do_in_parts(share: float) ->
         torch.manual_seed(number)
         route = random_route(target, heads=2)
         ours, theirs = (
-            by_path(grow(cache, seed, route, bounds, masks))
-            for grow in (target.grow, partial(tree_drafting.grow, target))
+            by_path(grow(cache, roots, route, limits, masks))
+            for grow in (target.draft_tree, partial(Target.draft_tree, target))
         )
         assert all(bool(masks(path[:-1])[path[-1]]) for path in ours)  # type: ignore[index]
         assert cache.lengths == [3] * 4 and max(map(len, ours), default=0) <= 3
         assert all(abs(ours[path] - theirs[path]) < 0.3 for path in ours.keys() & theirs.keys())
         total, same = total + len(theirs), same + len(ours.keys() & theirs.keys())
     assert same > 0.75 * total > 0
-    assert len(target.grow(cache, seed, route, free, lambda text: None).tokens) == 0
-    assert len(target.grow(cache, seed, route, free).tokens) == 16
+    assert len(target.draft_tree(cache, roots, route, free, lambda text: None).tokens) == 0
+    assert len(target.draft_tree(cache, roots, route, free).tokens) == 16
     for error in (ValueError("no mask"), KeyboardInterrupt()):
         with pytest.raises(type(error)):
-            target.grow(cache, seed, route, bounds, raising(error))
+            target.draft_tree(cache, roots, route, limits, raising(error))
         assert cache.lengths == [3] * 4
 
 
@@ -328,8 +333,8 @@ def test_chains_of_several_rows_are_those_of_each_row_alone(rows: int, kv_cache:
         mask = cache.mask(0, positions)
         final = target.layers(target.embed(ids, positions), 0, 4, Pass(positions, mask, cache, taps))
         cache.commit([list(range(count))])
-        seed = tree_drafting.Seed([row], [count], final, list(taps.values()), place=count - 1)
-        alone.append(target.grow(cache, seed, route, tree_drafting.Bounds(levels, 1)).tokens)
+        roots = tree_drafting.DraftRoots([row], [count], final, list(taps.values()), place=count - 1)
+        alone.append(target.draft_tree(cache, roots, route, tree_drafting.TreeLimits(levels, 1)).tokens)
         caches.append(cache)
         finals.append(final[:, -1:])
         carried.append([tap[:, -1:] for tap in taps.values()])
@@ -338,19 +343,19 @@ def test_chains_of_several_rows_are_those_of_each_row_alone(rows: int, kv_cache:
         together.join(cache)
     lengths, held = list(together.rows), [data.clone() for data in together.data]
     states = [torch.cat(parts) for parts in zip(*carried, strict=True)]
-    seed = tree_drafting.Seed(list(range(rows)), lengths, torch.cat(finals), states)
+    roots = tree_drafting.DraftRoots(list(range(rows)), lengths, torch.cat(finals), states)
     added, outputs = route.heads[1], set[int]()
     assert added is not None and route.tokens is not None
     outputs.update(route.tokens[-added.out_features :].tolist())
     hidden = torch.zeros(rows, added.out_features, dtype=torch.bool)
     hidden[1] = True
     assert any(outputs & set(chain) for chain in alone)
-    bounds = tree_drafting.Bounds(levels, 1)
-    own = target.chains(together, replace(seed, hidden=hidden), route, bounds)
+    limits = tree_drafting.TreeLimits(levels, 1)
+    own = target.draft_chains(together, replace(roots, forbidden=hidden), route, limits)
     assert own is not None and not outputs & set(own[1].tokens)
     assert [chain.tokens for b, chain in enumerate(own) if b != 1] == alone[:1] + alone[2:]
     for _ in range(2):  # built the first time, and used again
-        found = target.chains(together, seed, route, bounds)
+        found = target.draft_chains(together, roots, route, limits)
         assert found is not None and [chain.tokens for chain in found] == alone
         assert all(chain.parents == list(range(levels)) and chain.scores[-1] < 0 for chain in found)
         assert together.rows == lengths and together.lengths == [max(lengths)] * 4
@@ -361,13 +366,13 @@ def test_chains_of_several_rows_are_those_of_each_row_alone(rows: int, kv_cache:
     assert len({tuple(chain) for chain in alone}) > 1
 
 
-def seeded(target: Target) -> tuple[KVCache, tree_drafting.Seed]:
+def seeded(target: Target) -> tuple[KVCache, tree_drafting.DraftRoots]:
     """What a tree grows from after three tokens."""
     ids, positions, cache = torch.tensor([[5, 6, 7]]), torch.arange(3)[None], target.new_cache()
     taps = {1: torch.empty(0), 3: torch.empty(0)}
     final = target.layers(target.embed(ids, positions), 0, 4, Pass(positions, cache.mask(0, positions), cache, taps))
     cache.commit([[0, 1, 2]])
-    return cache, tree_drafting.Seed([5], [3], final, list(taps.values()), place=2)
+    return cache, tree_drafting.DraftRoots([5], [3], final, list(taps.values()), place=2)
 
 
 def raising(error: BaseException) -> tree_drafting.Masks:
@@ -391,15 +396,15 @@ def test_trees_grow_alike_in_a_team_that_is_smaller_than_asked_for(monkeypatch: 
     """As under OMP_THREAD_LIMIT or OMP_DYNAMIC."""
     openmp = ctypes.CDLL(torch._C.__file__)
     target = NativeTarget(model_of("llama"))
-    cache, seed = seeded(target)
+    cache, roots = seeded(target)
     torch.manual_seed(1)
     route = random_route(target, heads=2)
     monkeypatch.setattr(cores, "threads", lambda: 3)
     most = openmp.omp_get_max_active_levels()
     try:
-        expected = target.grow(cache, seed, route, tree_drafting.Bounds(3, 3))
+        expected = target.draft_tree(cache, roots, route, tree_drafting.TreeLimits(3, 3))
         openmp.omp_set_max_active_levels(0)  # teams of one thread
-        found = target.grow(cache, seed, route, tree_drafting.Bounds(3, 3))
+        found = target.draft_tree(cache, roots, route, tree_drafting.TreeLimits(3, 3))
     finally:
         openmp.omp_set_max_active_levels(most)
     assert (found.tokens, found.parents) == (expected.tokens, expected.parents)
