@@ -311,8 +311,8 @@ def _read_public(folder: Path, config: dict[str, Any], target: Target) -> tuple[
 
     Its authors' tensors are ``HEAD.BLOCK.linear.weight`` [D, D] and ``.bias`` [D], and ``HEAD.LAYERS.weight`` [V, D].
     vLLM's are ``blocks.HEAD.layers.BLOCK.weight``, with ``medusa_fc_bias`` also ``.bias``, and
-    ``lm_heads.HEAD.weight``, the first alone with ``original_lm_head``. ``token_map`` [V'] names the tokens of a reduced
-    vocabulary (``truncated_vocab_size``).
+    ``lm_heads.HEAD.weight``, the first alone with ``original_lm_head``. ``token_map`` [V'] names the tokens of a
+    reduced vocabulary (``truncated_vocab_size``).
     """
     d, v, vllm = target.hidden_size, target.vocab_size, config.get("model_type") == KIND
     path = folder / (drafter_folder.WEIGHTS if vllm else PUBLIC)

@@ -140,7 +140,7 @@ class Scheduler:
             row.set_status(Status.PREFILL)
             if cache is not None:
                 cache.expected = own
-                cache.keep_state(0)
+                cache.checkpoint(0)
                 self.prefilling.add([row], cache)
             else:
                 fresh.append(row)
@@ -174,7 +174,7 @@ class Scheduler:
                 continue
             alike = min(common(other.ids, ids), self.batch.cache.rows[b])
             shared = max(shared, alike)
-            if (count := self.batch.cache.restorable(b, alike)) > most:
+            if (count := self.batch.cache.resumable(b, alike)) > most:
                 most, source = count, partial(self.batch.cache.copy, b)
         return source, most, shared
 
@@ -191,7 +191,7 @@ class Scheduler:
             if run < shared:
                 other.fork_positions.add(shared)
                 wait = True
-            elif cache is not None and cache.restorable(b, shared) > found + SHARED:
+            elif cache is not None and cache.resumable(b, shared) > found + SHARED:
                 wait = True
         return wait
 
@@ -217,8 +217,8 @@ class Scheduler:
             budget -= count
         complete = self.batch.prefill(prefilling.rows, cache, counts)
         for b, (row, n) in enumerate(zip(prefilling.rows, cache.rows, strict=True)):
-            if self.reuse and (n in row.fork_positions or n - cache.restorable(b, n - 1) >= max(CHECKPOINT, n // 4)):
-                cache.keep_state(b)
+            if self.reuse and (n in row.fork_positions or n - cache.resumable(b, n - 1) >= max(CHECKPOINT, n // 4)):
+                cache.checkpoint(b)
         if complete and (own := prefilling.remove(complete)) is not None:
             self.batch.join(complete, own)
             for row in complete:
@@ -232,7 +232,7 @@ class Scheduler:
         if keep and self.reuse:
             for b, row in enumerate(batch.rows):
                 if row in rows and row.error is None:
-                    self.prefixes.add(row.ids, batch.cache.kept(b), row.scope)
+                    self.prefixes.add(row.ids, batch.cache.take_compact(b), row.scope)
         batch.keep([row for row in batch.rows if row not in rows])
         self.prefilling.remove(rows)
         self._fits(0)

@@ -1,1 +1,1 @@
-"""What runs hold of tokens they have seen: keys, values and recurrent states, with roll-back, and kept prefixes."""
+"""Keys, values and recurrent states of tokens that have been run: caches with roll-back, and cached prefixes."""

@@ -1,16 +1,14 @@
-"""Cache of keys, values and recurrent states with rollback: append, trim, commit a path, select rows.
+"""A cache of keys, values and recurrent states with roll-back: append, trim, commit a path, select rows.
 
-Slots are shared by all layers: slot ``s`` holds the same token everywhere, but layers may be filled to different
-lengths while a draft is under way (early layers run ahead of late ones). Slots below ``committed`` are final; those
-above belong to the draft and are dropped or compacted by ``commit``. Rows may have different lengths: a shorter row has
-holes (position -1) that no query sees. Knows nothing about models, tokens or acceptance.
+Slot ``s`` holds the same token in all layers, but layers may be filled to different lengths while a draft is under way.
+Slots below ``committed`` are final; those above belong to the draft, and ``commit`` drops or compacts them. A row that
+is shorter than others has holes (position -1) that no query sees. Knows nothing about models, tokens or acceptance.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,21 +17,22 @@ from torch import Tensor
 from specdec.base.devices import upload
 from specdec.kvcache.recurrent import Advance, Recurrent
 
-TOGETHER = 32  # numbers of an 8-bit row that share a scale
-AHEAD = 1 << 30  # bytes of slots that buffers begin with at most because they are expected
+GROUP = 32  # numbers of an 8-bit row that share a scale
+MAX_EXPECTED = 1 << 30  # maximum bytes that buffers allocate for expected slots
 
 
 class Chunk(int):
-    """In the place of a window: positions are divided into chunks of this size, within which queries see keys."""
+    """Used as a window: positions are divided into chunks of this size, and queries see the keys of their own."""
 
 
 class Mask:
     """Which cached keys each query may attend to.
 
-    ``query`` [B, T] and ``keys`` [B, S] hold positions (-1: hole); ``visible`` [B, T, S] is a bool tensor, or None
-    when every key is visible to every query, or a function that makes such a tensor when it is read. Runtimes read
-    ``bool_mask`` and may keep what they derive from it in ``memo`` (one mask serves many layers).
-    causal: each query sees just the slots up to its own, the last T of S, and slots are positions (no holes).
+    query, keys: positions [B, T] and [B, S] (-1: hole).
+    visible: bool [B, T, S], or None (every key is visible to every query), or a function that makes it when it is read.
+    causal: whether each query sees just the slots up to its own, the last T of S, and slots are positions (no holes).
+    ancestors: the ``tree`` of ``KVCache.mask``, [T, U] or [B, T, U].
+    memo: what runtimes derive from the mask; one mask serves many layers.
     """
 
     def __init__(
@@ -41,7 +40,7 @@ class Mask:
     ) -> None:
         self.query, self.keys, self.causal = query, keys, causal
         self._visible = visible
-        self.ancestors: Tensor | None = None  # ``tree``, [T, U] or [B, T, U], as in ``KVCache.mask``
+        self.ancestors: Tensor | None = None
         self.memo: dict[object, Tensor | None] = {}
 
     @property
@@ -51,20 +50,19 @@ class Mask:
         return self._visible
 
     def bool_mask(self, window: int | None = None) -> Tensor | None:
-        """Return the mask as bool [B, 1, T, S] (True = attend), or None where nothing is hidden.
+        """The mask as bool [B, 1, T, S] (True: attend), or None if nothing is hidden.
 
-        ``window``: a query sees only the last ``window`` positions, itself included, or those of its own ``Chunk``.
+        window: a query sees only the last ``window`` positions, itself included, or those of its own ``Chunk``.
         """
         if window not in self.memo:
             visible = self.visible
             if window is not None:
                 query, keys = self.query[:, :, None], self.keys[:, None, :]
-                near = (
-                    keys // window == query // window if isinstance(window, Chunk) else query - keys < window
-                )  # (B, T, S)
+                chunked = isinstance(window, Chunk)
+                near = keys // window == query // window if chunked else query - keys < window  # (B, T, S)
                 if visible is not None:
                     visible = visible & near
-                elif near.device.type != "cpu" or not bool(near.all()):  # elsewhere, looking costs more than a mask
+                elif near.device.type != "cpu" or not bool(near.all()):  # elsewhere, reading costs more than a mask
                     visible = near
             self.memo[window] = None if visible is None else visible[:, None]  # (B, 1, T, S)
         return self.memo[window]
@@ -73,10 +71,16 @@ class Mask:
 class KVCache:
     """Keys and values of all layers for a batch of ragged rows.
 
-    Buffers are allocated on first use of a layer (``whole``, whatever is in it, is used first) and grow in blocks of
-    ``block`` slots; on a CPU, where memory is taken as it is written, they begin with room for the slots that are
-    ``expected``. When gradients are needed (training), entries are concatenated instead, so that autograd sees them.
-    rounded: a slot of a head is held in 8 bits, as ``rows8`` makes it (no gradients then).
+    A layer's buffers are allocated at its first use, or are parts of ``buffer``, which graphs need in one place. They
+    grow in multiples of ``block`` slots. When gradients are needed (training), entries are concatenated instead.
+
+    keys, values: of each layer, [B, H, capacity, d]; rows of ``quantize_rows`` if ``int8``.
+    buffer: all keys and values in one tensor, [2, N, rows, H, capacity, d], or None; rows beyond B are spare.
+    lengths: number of filled slots of each layer.
+    rows: number of committed tokens of each row; ``committed``: the largest of them.
+    positions: of all slots, [B, capacity].
+    expected: number of slots that will be needed; on a CPU, where untouched memory is free, buffers begin with them.
+    recurrent: states of the recurrent layers.
     """
 
     def __init__(
@@ -85,36 +89,27 @@ class KVCache:
         batch: int,
         device: torch.device | str = "cpu",
         block: int = 256,
-        whole: Tensor | None = None,
-        rounded: bool = False,
+        buffer: Tensor | None = None,
+        int8: bool = False,
     ) -> None:
-        self.block, self.device, self.rounded = block, torch.device(device), rounded
-        self.keys: list[Tensor | None] = [None] * num_layers  # each (B, H, capacity, d); rounded: rows8
+        self.block, self.device, self.int8 = block, torch.device(device), int8
+        self.keys: list[Tensor | None] = [None] * num_layers
         self.values: list[Tensor | None] = [None] * num_layers
-        # (2, N, rows, H, capacity, d), which all keys and values are parts of, or not; rows beyond B are room
-        self.whole: Tensor | None = None
-        self.lengths = [0] * num_layers  # filled slots per layer
-        self.rows = [0] * batch  # committed tokens per row
-        self.committed = 0  # committed slots: the longest row
-        self.positions = torch.full((batch, block), -1, dtype=torch.long, device=self.device)  # (B, capacity)
+        self.buffer: Tensor | None = None
+        self.lengths, self.rows, self.committed = [0] * num_layers, [0] * batch, 0
+        self.positions = torch.full((batch, block), -1, dtype=torch.long, device=self.device)
         self.expected = 0
-        self.recurrent: dict[int, Recurrent] = {}  # the states of recurrent layers
-        self.memo: dict[object, Any] = {}  # what runtimes derive from ``whole``, for as long as it is the same
-        if whole is not None:
-            self._divide(whole)
+        self.recurrent: dict[int, Recurrent] = {}
+        if buffer is not None:
+            self._divide(buffer)
 
     @property
     def batch(self) -> int:
         return len(self.rows)
 
     @property
-    def slots(self) -> int:
-        """Slots that there is room for in the longest row."""
-        return max((t.shape[2] for t in self.keys if t is not None), default=0)
-
-    @property
     def token_bytes(self) -> int:
-        """Bytes of a token's keys and values in all layers; 0 before any are held."""
+        """Bytes of a token's keys and values in all layers; 0 before any are stored."""
         held = [t for t in (*self.keys, *self.values) if t is not None]
         return sum(t.shape[1] * t.shape[3] * t.itemsize for t in held)
 
@@ -125,24 +120,24 @@ class KVCache:
 
     @property
     def ragged(self) -> bool:
-        """True if some row has holes."""
+        """Whether some row has holes."""
         return any(n != self.committed for n in self.rows)
 
     def append(self, layer: int, k: Tensor, v: Tensor, multiple: int = 1) -> tuple[Tensor, Tensor]:
         """Add ``k``, ``v`` [B, H, T, d] to ``layer``; return views of all its keys and values [B, H, S, d].
 
-        multiple: a divisor of ``block``; S is rounded up to it by slots with old or zero entries, which the caller has
-        to hide (no gradients then).
+        multiple: a divisor of ``block``; S is rounded up to it with slots of old or zero entries, which the caller
+            masks (no gradients then).
         """
         start, end, dtype = self.lengths[layer], self.lengths[layer] + k.shape[2], k.dtype
         old_k, old_v = self.keys[layer], self.values[layer]
-        if self.rounded:
-            k, v = rows8(k), rows8(v)
+        if self.int8:
+            k, v = quantize_rows(k), quantize_rows(v)
         if torch.is_grad_enabled() and (k.requires_grad or (old_k is not None and old_k.requires_grad)):
             new_k = k if old_k is None else torch.cat((old_k[:, :, :start], k), 2)
             new_v = v if old_v is None else torch.cat((old_v[:, :, :start], v), 2)
         else:
-            if self.whole is not None:  # stays one piece
+            if self.buffer is not None:  # stays one tensor
                 self._enlarge(end, k.shape[1], k.shape[3], k.dtype)
                 old_k, old_v = self.keys[layer], self.values[layer]
             if old_k is None or old_v is None or old_k.shape[2] < end:
@@ -153,42 +148,37 @@ class KVCache:
         self.keys[layer], self.values[layer], self.lengths[layer] = new_k, new_v, end
         end += -end % multiple
         seen_k, seen_v = new_k[:, :, :end], new_v[:, :, :end]
-        return (widened(seen_k, dtype), widened(seen_v, dtype)) if self.rounded else (seen_k, seen_v)
+        return (dequantize_rows(seen_k, dtype), dequantize_rows(seen_v, dtype)) if self.int8 else (seen_k, seen_v)
 
     def reserve(self, lo: int, hi: int, count: int, heads: int, head_dim: int, dtype: torch.dtype) -> int:
-        """Count the next ``count`` slots of layers [lo, hi) as filled, with room for a runtime to write them itself.
+        """Count the next ``count`` slots of layers [lo, hi) as filled, for a runtime to write them itself.
 
-        Returns the first of them. ``keys`` and ``values`` of each layer are then [B, heads, capacity, head_dim],
-        contiguous, with a capacity that is a multiple of ``block``: parts of one buffer, which is moved in one piece.
-        (Rounded: rows of ``rows8`` instead.)
+        Returns the first of them. All layers' keys and values are then parts of ``buffer``.
         """
         start = self.lengths[lo]
-        if self.rounded:
-            head_dim, dtype = head_dim + 2 * head_dim // TOGETHER, torch.int8
+        if self.int8:
+            head_dim, dtype = head_dim + 2 * head_dim // GROUP, torch.int8
         self._enlarge(start + count, heads, head_dim, dtype)
         self.lengths[lo:hi] = [start + count] * (hi - lo)
         return start
 
     def _enlarge(self, end: int, heads: int, head_dim: int, dtype: torch.dtype) -> None:
-        """Make ``whole`` hold at least ``end`` slots."""
-        if self.whole is None and self.committed:  # in pieces so far
+        """Make ``buffer`` hold at least ``end`` slots."""
+        if self.buffer is None and self.committed:  # separate tensors so far
             parts = [torch.stack([t for t in part if t is not None]) for part in (self.keys, self.values)]
             self._divide(torch.stack(parts))
-        if self.whole is None or self.whole.shape[4] < end:
+        if self.buffer is None or self.buffer.shape[4] < end:
             shape = 2, len(self.lengths), self.batch, heads, head_dim
-            self._divide(self._grown(self.whole, shape, max(self.lengths), end, dtype, self.device))
+            self._divide(self._grown(self.buffer, shape, max(self.lengths), end, dtype, self.device))
 
-    def _divide(self, whole: Tensor) -> None:
-        self.memo, self.whole, (keys, values) = {}, whole, whole[:, :, : self.batch]
+    def _divide(self, buffer: Tensor) -> None:
+        self.buffer, (keys, values) = buffer, buffer[:, :, : self.batch]
         self.keys, self.values = list(keys), list(values)
 
     def _grown(
         self, old: Tensor | None, shape: Sequence[int], filled: int, end: int, dtype: torch.dtype, device: torch.device
     ) -> Tensor:
-        """A buffer with at least ``end`` slots that begins with the ``filled`` slots of ``old``.
-
-        shape: [..., B, H, d], without slots.
-        """
+        """A buffer with at least ``end`` slots, the first ``filled`` ones those of ``old``. shape: [..., B, H, d]."""
         *outer, heads, head_dim = shape
         slots = self._slots(end, filled, heads * head_dim * dtype.itemsize)
         grown = zeros((*outer, heads, slots, head_dim), dtype, device)
@@ -201,17 +191,17 @@ class KVCache:
 
         size: bytes of a row's keys in one slot of a layer.
         """
-        # An answer may end early, so what is asked of the system beforehand is bounded.
-        ahead = min(self.expected, AHEAD // max(2 * len(self.lengths) * self.batch * size, 1))
+        # A text may end early, so the memory of expected slots is bounded.
+        expected = min(self.expected, MAX_EXPECTED // max(2 * len(self.lengths) * self.batch * size, 1))
         # Grow by at least a quarter, so that long generations copy each entry a bounded number of times.
-        most = max(end, filled + filled // 4, ahead if self.device.type == "cpu" else 0)
+        most = max(end, filled + filled // 4, expected if self.device.type == "cpu" else 0)
         return -(-most // self.block) * self.block
 
     def mask(self, layer: int, positions: Tensor, tree: Tensor | None = None) -> Mask:
-        """Register the next T slots of ``layer`` at ``positions`` [B, T] and return what they may attend to.
+        """Register the next T slots of ``layer`` at ``positions`` [B, T] and return their mask.
 
-        They see every committed token of their row and, among the U uncommitted slots (theirs included), those that
-        ``tree`` [T, U] or [B, T, U] (bool) marks; without it, all earlier ones and themselves (a chain).
+        They see every committed token of their row, and of the U uncommitted slots (theirs included) those that
+        ``tree`` (bool [T, U] or [B, T, U]) marks; None: all earlier ones and themselves (a chain).
         """
         start, end = self.lengths[layer], self.lengths[layer] + positions.shape[1]
         if end > self.positions.shape[1]:
@@ -235,7 +225,7 @@ class KVCache:
         return mask
 
     def run_recurrent(self, layer: int, x: Tensor, tree: Tensor | None, advance: Advance) -> Tensor:
-        """Run a recurrent layer on the next T tokens ``x`` [B, T, D], and keep what it takes to go back."""
+        """Run a recurrent layer on the next T tokens ``x`` [B, T, D], and store what roll-back needs."""
         state = self.recurrent.setdefault(layer, Recurrent(self.batch))
         return state.run(x, self.lengths[layer] - self.committed, tree, advance)
 
@@ -255,7 +245,7 @@ class KVCache:
     def commit(self, paths: Sequence[Sequence[int]]) -> None:
         """Commit, for each row, the uncommitted slots listed in ``paths`` (ascending indices), and drop the others.
 
-        All layers must have run the whole block. Kept slots are compacted to follow the row's committed ones.
+        All layers must have run the whole block. Committed slots are compacted to follow the row's earlier ones.
         """
         for state in self.recurrent.values():
             state.commit(paths)
@@ -263,7 +253,7 @@ class KVCache:
         if any(n != self.committed or list(path) != list(range(len(path))) for n, path in pairs):
             moves = [(b, self.committed + j, n + i) for b, (n, path) in enumerate(pairs) for i, j in enumerate(path)]
             row, src, dst = upload(moves, self.device).view(len(moves), 3).unbind(1)
-            for buffer in [self.whole] if self.whole is not None else [*self.keys, *self.values]:
+            for buffer in [self.buffer] if self.buffer is not None else [*self.keys, *self.values]:
                 if buffer is not None:
                     buffer[..., row, :, dst, :] = buffer[..., row, :, src, :]
             self.positions[row, dst] = self.positions[row, src]
@@ -284,58 +274,58 @@ class KVCache:
         positions[first:, :theirs] = other.positions[:, :theirs]
         self.positions, self.rows, self.committed = positions, self.rows + other.rows, max(mine, theirs)
         self.lengths = [self.committed] * len(self.lengths)
-        whole, added = self.whole, other.whole
-        if whole is None or added is None:
-            self.whole = None
+        own, added = self.buffer, other.buffer
+        if own is None or added is None:
+            self.buffer = None
             for part, more in ((self.keys, other.keys), (self.values, other.values)):
                 for layer, (a, b) in enumerate(zip(part, more, strict=True)):
                     part[layer] = _stack(_held(a, b, first), _held(b, a, other.batch), mine, theirs, slots)
-        elif whole.shape[2] >= self.batch and whole.shape[4] >= slots:
-            whole[:, :, first : self.batch, :, :theirs] = added[:, :, : other.batch, :, :theirs]
-            self._divide(whole)
+        elif own.shape[2] >= self.batch and own.shape[4] >= slots:
+            own[:, :, first : self.batch, :, :theirs] = added[:, :, : other.batch, :, :theirs]
+            self._divide(own)
         else:
-            stacked = _stack(whole[:, :, :first], added[:, :, : other.batch], mine, theirs, slots)
+            stacked = _stack(own[:, :, :first], added[:, :, : other.batch], mine, theirs, slots)
             assert stacked is not None
             self._divide(stacked)
         for layer in self.recurrent.keys() | other.recurrent.keys():
             ours = self.recurrent.get(layer, Recurrent(first))
             self.recurrent[layer] = ours.joined(other.recurrent.get(layer, Recurrent(other.batch)))
 
-    def restorable(self, row: int, count: int) -> int:
-        """With how many of the first ``count`` committed tokens of ``row`` a text can go on."""
+    def resumable(self, row: int, count: int) -> int:
+        """The number of the first ``count`` committed tokens of ``row`` that another text can begin with."""
         if not self.recurrent or count == self.rows[row]:
             return count
-        kept = set.intersection(*(set(state.kept[row]) for state in self.recurrent.values()))
-        return max((n for n in kept if n <= count), default=0)
+        checkpoints = set.intersection(*(set(state.checkpoints[row]) for state in self.recurrent.values()))
+        return max((n for n in checkpoints if n <= count), default=0)
 
-    def keep_state(self, row: int) -> None:
-        """Keep a checkpoint of the recurrent states of ``row`` as they are now; keys and values need none."""
+    def checkpoint(self, row: int) -> None:
+        """Store a checkpoint of the recurrent states of ``row``; keys and values need none."""
         for state in self.recurrent.values():
-            if self.rows[row] not in state.kept[row]:
+            if self.rows[row] not in state.checkpoints[row]:
                 state.due[row] = self.rows[row]
 
     @property
     def num_states(self) -> int:
-        """Recurrent states that a layer holds: of each row, and its checkpoints."""
+        """Number of recurrent states of a layer: those of the rows, and checkpoints."""
         state = next(iter(self.recurrent.values()), None)
-        return 0 if state is None else self.batch + sum(map(len, state.kept))
+        return 0 if state is None else self.batch + sum(map(len, state.checkpoints))
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of a row's recurrent states in all layers; 0 before any are held."""
+        """Bytes of a row's recurrent states in all layers; 0 before any are stored."""
         return sum(state.nbytes for state in self.recurrent.values()) // max(self.batch, 1)
 
     def copy(self, row: int, count: int, room: int = 0) -> KVCache:
-        """A cache of one row: the first ``count`` committed tokens of ``row``. room: slots that it will need.
+        """A cache of one row: the first ``count`` committed tokens of ``row``.
 
-        count: as ``restorable`` returns it.
+        count: as ``resumable`` returns it. room: number of slots that it will need.
         """
-        if count and count != self.restorable(row, count):
-            raise ValueError(f"cannot copy {count} of {self.rows[row]} tokens: no recurrent states are kept after them")
-        made = KVCache(len(self.lengths), 1, self.device, self.block, rounded=self.rounded)
+        if count and count != self.resumable(row, count):
+            raise ValueError(f"cannot copy {count} of {self.rows[row]} tokens: there is no checkpoint after them")
+        made = KVCache(len(self.lengths), 1, self.device, self.block, int8=self.int8)
         slots = (self.positions[row, : self.committed] >= 0).nonzero()[:count, 0]
-        if self.whole is not None:
-            made._divide(self.whole[:, :, row : row + 1].index_select(4, slots))
+        if self.buffer is not None:
+            made._divide(self.buffer[:, :, row : row + 1].index_select(4, slots))
         else:
             for own, part in ((made.keys, self.keys), (made.values, self.values)):
                 own[:] = [None if t is None else t[row : row + 1].index_select(2, slots) for t in part]
@@ -351,8 +341,8 @@ class KVCache:
         """The row as a cache of its own."""
         return self.copy(row, self.rows[row])
 
-    def kept(self, row: int) -> KVCache:
-        """The same for a text that may be kept for long: its buffers have little more room than its tokens take."""
+    def take_compact(self, row: int) -> KVCache:
+        """``take`` for a cached prefix: the buffers have little more room than the tokens need."""
         return self.take(row)
 
     def select(self, rows: Sequence[int]) -> None:
@@ -361,43 +351,43 @@ class KVCache:
         Cheapest where few rows change their place, and none moves to where another comes from.
         """
         index = torch.tensor(list(rows), dtype=torch.long, device=self.device)
-        whole, filled, batch = self.whole, self.committed, self.batch
+        buffer, filled, batch = self.buffer, self.committed, self.batch
         self.positions = self.positions.index_select(0, index)
         self.recurrent = {layer: state.select(rows) for layer, state in self.recurrent.items()}
         self.rows = [self.rows[i] for i in rows]
         self.committed = max(self.rows, default=0)
         self.lengths = [self.committed] * len(self.lengths)
         moves = {to: row for to, row in enumerate(rows) if to != row}
-        if whole is None:
+        if buffer is None:
             for part in (self.keys, self.values):
                 part[:] = [None if t is None else t.index_select(0, index) for t in part]
         elif moves.keys() & moves.values():
-            self._divide(whole.index_select(2, index))
+            self._divide(buffer.index_select(2, index))
         else:
-            held = filled + self.block  # with what is left of a draft
+            end = filled + self.block  # includes entries of a draft
             for to, row in moves.items():
-                whole[:, :, to, :, :held] = whole[:, :, row, :, :held]
-            whole[:, :, len(rows) : batch, :, :held] = 0  # a mask does not hide what is not finite from the next there
-            self._divide(whole)
+                buffer[:, :, to, :, :end] = buffer[:, :, row, :, :end]
+            buffer[:, :, len(rows) : batch, :, :end] = 0  # a mask does not hide NaN from the next row there
+            self._divide(buffer)
 
 
-def rows8(x: Tensor) -> Tensor:
-    """``x`` [..., d] rounded to 8 bits: int8 [..., d + d / 16], codes and then their scales, a bf16 for 32 codes."""
-    parts = x.float().unflatten(-1, (-1, TOGETHER))  # (..., d / 32, 32)
+def quantize_rows(x: Tensor) -> Tensor:
+    """``x`` [..., d] in 8 bits: int8 [..., d + d / 16], the codes and then their scales, a bf16 for 32 codes."""
+    parts = x.float().unflatten(-1, (-1, GROUP))  # (..., d / 32, 32)
     scales = (parts.abs().amax(-1, keepdim=True) / 127).bfloat16()
     codes = (parts / scales.float().clamp_min(1e-30)).round().to(torch.int8)
     return torch.cat((codes.flatten(-2), scales.flatten(-2).view(torch.int8)), -1)
 
 
-def widened(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """What ``rows8`` rounded, [..., d]."""
+def dequantize_rows(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Inverse of ``quantize_rows``: [..., d]."""
     d = rows.shape[-1] * 16 // 17
-    parts, scales = rows[..., :d].unflatten(-1, (-1, TOGETHER)), rows[..., d:].contiguous().view(torch.bfloat16)
+    parts, scales = rows[..., :d].unflatten(-1, (-1, GROUP)), rows[..., d:].contiguous().view(torch.bfloat16)
     return (parts * scales[..., None].float()).flatten(-2).to(dtype)
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """As ``torch.zeros``, on a CPU from untouched pages: they take memory as they are written."""
+    """``torch.zeros``; on a CPU from untouched pages, which take memory only when they are written."""
     size = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or not size:
         return torch.zeros(shape, dtype=dtype, device=device)
@@ -406,12 +396,12 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
 
 
 def _held(own: Tensor | None, other: Tensor | None, rows: int) -> Tensor | None:
-    """``own`` [B, H, S, d], or that of ``rows`` without entries beside ``other``."""
+    """``own`` [B, H, S, d]; if it is None, zeros for ``rows`` rows like ``other``."""
     return own if own is not None or other is None else other.new_zeros(rows, *other.shape[1:])
 
 
 def _stack(a: Tensor | None, b: Tensor | None, filled_a: int, filled_b: int, slots: int) -> Tensor | None:
-    """Entries [..., B, H, S, d] of two caches below one another, with room for ``slots``; None if neither has any."""
+    """Entries [..., B, H, S, d] of two caches, stacked, with ``slots`` slots; None if neither has any."""
     if a is None or b is None:
         return None
     rows, (heads, _, head_dim) = a.shape[-4], a.shape[-3:]

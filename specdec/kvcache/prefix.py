@@ -1,4 +1,4 @@
-"""Texts whose keys and values are kept after their requests, for those that begin alike."""
+"""Cached prefixes: texts whose keys and values are kept after their requests, for prompts that begin alike."""
 
 from __future__ import annotations
 
@@ -8,10 +8,7 @@ from specdec.kvcache.cache import KVCache
 
 
 class Prefix:
-    """A text that has been run, with its cache of one row, which has these tokens and no others.
-
-    scope: of the requests that may begin with it.
-    """
+    """A text, and a cache of one row with exactly its tokens. scope: of the requests that may begin with it."""
 
     def __init__(self, ids: Sequence[int], cache: KVCache, scope: str | None) -> None:
         [count] = cache.rows
@@ -21,62 +18,59 @@ class Prefix:
 
 
 class PrefixStore:
-    """Prefixes, those used least recently first."""
+    """Prefixes, the least recently used first."""
 
     def __init__(self) -> None:
-        self.kept: list[Prefix] = []
+        self.entries: list[Prefix] = []
 
     @property
     def states(self) -> int:
-        """Recurrent states that a layer holds."""
-        return sum(prefix.cache.num_states for prefix in self.kept)
+        """Number of recurrent states of a layer."""
+        return sum(prefix.cache.num_states for prefix in self.entries)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the buffers of keys and values."""
-        return sum(prefix.cache.nbytes for prefix in self.kept)
+        return sum(prefix.cache.nbytes for prefix in self.entries)
 
     def add(self, ids: Sequence[int], cache: KVCache, scope: str | None = None) -> None:
-        """Keep a text. Those that it begins with need not be kept beside it."""
+        """Add a text. Texts that it begins with are removed."""
         made = Prefix(ids, cache, scope)
         if made.ids:
-            self.kept = [p for p in self.kept if p.scope != scope or common(p.ids, made.ids) < len(p.ids)]
-            self.kept.append(made)
+            self.entries = [p for p in self.entries if p.scope != scope or common(p.ids, made.ids) < len(p.ids)]
+            self.entries.append(made)
 
     def longest(self, ids: Sequence[int], scope: str | None = None) -> tuple[Prefix | None, int, int]:
-        """The text with which most of ``ids`` can begin, how many tokens, and how many are in common with any text."""
+        """The text from which most of ``ids`` can be resumed, their number, and the most shared with any text."""
         best, most, shared = None, 0, 0
-        for prefix in self.kept:
+        for prefix in self.entries:
             if prefix.scope != scope:
                 continue
             alike = common(prefix.ids, ids)
             shared = max(shared, alike)
-            if (count := prefix.cache.restorable(0, alike)) > most:
+            if (count := prefix.cache.resumable(0, alike)) > most:
                 best, most = prefix, count
         if best is not None:
-            self.kept.remove(best)
-            self.kept.append(best)
+            self.entries.remove(best)
+            self.entries.append(best)
         return best, most, shared
 
     def take(self, prefix: Prefix) -> KVCache:
-        """A text's cache, which goes on as a row's."""
-        if prefix in self.kept:
-            self.kept.remove(prefix)
+        """Remove a text and return its cache, for a row to go on with."""
+        if prefix in self.entries:
+            self.entries.remove(prefix)
         return prefix.cache
 
     def drop(self) -> bool:
-        """Forget the text used least recently; whether there was one."""
-        if not self.kept:
+        """Remove the least recently used text; return whether there was one."""
+        if not self.entries:
             return False
-        self.kept.pop(0)
+        self.entries.pop(0)
         return True
-
-    def clear(self) -> None:
-        self.kept.clear()
 
 
 def common(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens two texts begin with alike."""
+    """The length of the longest common prefix of two texts."""
     low, high = 0, min(len(a), len(b))
     while low < high:  # slices are compared faster than tokens
         middle = (low + high + 1) // 2
@@ -88,5 +82,5 @@ def common(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def blocks(tokens: int, block: int) -> int:
-    """The slots of whole blocks that hold so many tokens."""
+    """The number of slots of the blocks that hold so many tokens."""
     return -(-tokens // block) * block

@@ -1,8 +1,8 @@
 """The state of a recurrent layer (linear attention, state space, convolution), with roll-back.
 
-A scan hands over only its last state. So the state after the committed tokens is held together with the layer's inputs
-of the tokens behind it: what is rolled back is dropped from the inputs, what is accepted is run again, through this
-layer's mixer alone, before its next tokens.
+A scan returns only its last state. So the state after the committed tokens is stored with the layer's inputs of the
+tokens behind it. Roll-back drops inputs; accepted inputs are run again, through this layer's mixer alone, before the
+next tokens.
 """
 
 from __future__ import annotations
@@ -16,19 +16,22 @@ from torch import Tensor
 from specdec.base.errors import SpecDecError
 
 States = dict[tuple[str, int], Tensor]  # by kind and number, each [B, ...]; empty before the first token
-# Where adapters act: as the pass says, nowhere (False), or, of inputs in another order, how many of the layer's
-# uncommitted tokens come behind each, int64 [B, T].
+# The tokens that adapters act on: True: those of the pass; False: none; for inputs in another order: the number of the
+# layer's uncommitted tokens behind each, int64 [B, T].
 Adapted = bool | Tensor
-# Inputs [B, T, D], the states before them, where adapters act -> outputs and states after them.
+# Inputs [B, T, D], the states before them, where adapters act -> outputs, and the states after them.
 Advance = Callable[[Tensor, States, Adapted], tuple[Tensor, States]]
 
 
 class Recurrent:
     """A layer's state for a batch.
 
-    states: after the committed tokens of each row, except those that are ``pending`` [n, D]. inputs: of the
-    uncommitted tokens, [B, U, D], with the states after them, ``ahead`` (None: not known). kept: checkpoints of each
-    row, its states after so many tokens; due: rows whose states after so many tokens are kept when nothing is pending.
+    states: after the committed tokens of each row, without those that are ``pending``.
+    pending: inputs [n, D] of each row's committed tokens that ``states`` lack.
+    inputs: of the uncommitted tokens, [B, U, D].
+    ahead: the states after these; None: not known.
+    checkpoints: of each row, its states by number of tokens.
+    due: rows that get a checkpoint, by number of tokens, when nothing is pending.
     """
 
     def __init__(self, batch: int) -> None:
@@ -36,7 +39,7 @@ class Recurrent:
         self.pending: list[Tensor | None] = [None] * batch
         self.inputs: Tensor | None = None
         self.ahead: States | None = None
-        self.kept: list[dict[int, States]] = [{} for _ in range(batch)]
+        self.checkpoints: list[dict[int, States]] = [{} for _ in range(batch)]
         self.due: dict[int, int] = {}
 
     @property
@@ -66,12 +69,12 @@ class Recurrent:
         return out
 
     def _branches(self, tree: Tensor, advance: Advance) -> Tensor:
-        """The outputs for the last T inputs, each branch of their ``tree`` as a row of its own."""
+        """The outputs for the last T inputs; each branch of their ``tree`` is run as a row of its own."""
         assert self.inputs is not None
         (batch, _, width), (t, u) = self.inputs.shape, tree.shape
         paths = [row.nonzero()[:, 0].tolist() for row in tree.cpu()]
         for node, path in enumerate(paths, start=u - t):
-            if node not in path:  # a second run of the last token that it sees
+            if node not in path:  # it is a second run of the last token that it sees
                 path[-1:] = [node]
         inner = {node for path in paths for node in path[:-1]}
         leaves = [path for path in paths if path[-1] not in inner]
@@ -86,7 +89,7 @@ class Recurrent:
         return out[:, leaf, at]
 
     def _absorb(self, advance: Advance) -> None:
-        """Run what is pending, rows with equally many tokens together."""
+        """Run the pending inputs; rows with equally many tokens together."""
         groups: dict[int, list[int]] = defaultdict(list)
         for row, pending in enumerate(self.pending):
             if pending is not None:
@@ -104,7 +107,7 @@ class Recurrent:
                     self.states[key] = old
         self.pending = [None] * len(self.pending)
         for row, count in self.due.items():
-            self.kept[row][count] = {key: state[row : row + 1].clone() for key, state in self.states.items()}
+            self.checkpoints[row][count] = {key: state[row : row + 1].clone() for key, state in self.states.items()}
         self.due = {}
 
     def commit(self, paths: Sequence[Sequence[int]]) -> None:
@@ -123,10 +126,10 @@ class Recurrent:
         self.inputs = self.ahead = None
 
     def restored(self, row: int, count: int) -> Recurrent:
-        """The state of one row as it was after ``count`` tokens, which is a checkpoint."""
+        """The state of one row at the checkpoint after ``count`` tokens."""
         made = Recurrent(1)
-        made.states = dict(self.kept[row][count])
-        made.kept = [{n: states for n, states in self.kept[row].items() if n <= count}]
+        made.states = dict(self.checkpoints[row][count])
+        made.checkpoints = [{n: states for n, states in self.checkpoints[row].items() if n <= count}]
         return made
 
     def select(self, rows: Sequence[int]) -> Recurrent:
@@ -134,14 +137,14 @@ class Recurrent:
         made = Recurrent(len(rows))
         made.states = {key: state[list(rows)] for key, state in self.states.items()}
         made.pending = [self.pending[row] for row in rows]
-        made.kept = [dict(self.kept[row]) for row in rows]
+        made.checkpoints = [dict(self.checkpoints[row]) for row in rows]
         made.due = {to: self.due[row] for to, row in enumerate(rows) if row in self.due}
         return made
 
     def joined(self, other: Recurrent) -> Recurrent:
         """The rows of ``other`` after those of this state, as a new state."""
         made = Recurrent(0)
-        made.pending, made.kept = self.pending + other.pending, self.kept + other.kept
+        made.pending, made.checkpoints = self.pending + other.pending, self.checkpoints + other.checkpoints
         made.due = self.due | {len(self.pending) + row: count for row, count in other.due.items()}
         for key in self.states.keys() | other.states.keys():
             a, b = self.states.get(key), other.states.get(key)

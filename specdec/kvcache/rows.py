@@ -1,7 +1,7 @@
-"""A key/value cache whose rows each have a buffer of their own: rows come and go without a copy of the others.
+"""A key/value cache with one buffer per row: rows come and go without copying the others.
 
 A row's committed slots are numbered by their positions, and its draft's slots follow them: no row has holes, and none
-is padded to another's length. For runtimes that find each row by a pointer.
+is padded. For runtimes that take a pointer to each row.
 """
 
 from __future__ import annotations
@@ -11,16 +11,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from specdec.kvcache.cache import KVCache, Mask, rows8, widened, zeros
+from specdec.kvcache.cache import KVCache, Mask, dequantize_rows, quantize_rows, zeros
 
-SNUG = 16  # slots that the buffer of a copy is rounded up to
+PAGE = 16  # the buffer of a copy has a multiple of so many slots
 
 
 class RowMask(Mask):
-    """What the tokens of a pass over rows of a ``RowCache`` may attend to, row by row.
+    """The slots that the tokens of a pass over rows of a ``RowCache`` may attend to, row by row.
 
-    counts: tokens of each row. trees: for each row, bool [its tokens, its uncommitted slots], or None where each token
-    sees the slots up to its own. places: positions of a row's uncommitted slots, where trees are given.
+    committed: number of committed tokens of each row.
+    counts: number of tokens of each row in the pass.
+    trees: of each row, bool [its tokens, its uncommitted slots]; None: each token sees the slots up to its own.
+    ahead: number of uncommitted slots before the tokens.
+    places: positions of each row's uncommitted slots, if trees are given.
     """
 
     def __init__(
@@ -37,7 +40,7 @@ class RowMask(Mask):
         self.committed, self.counts, self.trees, self.ahead, self.places = committed, counts, trees, ahead, places
 
     def tree(self, row: int, window: int | None) -> Tensor | None:
-        """The tree of a row, within ``window``: contiguous."""
+        """The contiguous tree of a row within ``window``."""
         key = row, window
         if key not in self.memo:
             tree = self.trees[row]
@@ -48,7 +51,7 @@ class RowMask(Mask):
         return self.memo[key]
 
     def bool_mask(self, window: int | None = None) -> Tensor | None:
-        """As that of ``Mask``, for rows with equally many tokens: keys as ``RowCache.append`` returns them."""
+        """As in ``Mask``, for rows with equally many tokens: keys as ``RowCache.append`` returns them."""
         key = "all", window
         if key in self.memo:
             return self.memo[key]
@@ -69,20 +72,18 @@ class RowMask(Mask):
 
 
 class RowCache(KVCache):
-    """Keys and values of a batch on a CPU. ``data[b]``: those of row b, [2, N, H, capacity, d], made at first use.
+    """Keys and values of a batch on a CPU.
 
-    expected: slots that a row's buffer has room for from the beginning. It grows to multiples of ``block``.
+    data[b]: keys and values of row b, [2, N, H, capacity, d], allocated at first use.
+    places[b]: its capacity, and pointers to its keys and values.
+    tail: positions of uncommitted slots [B, U].
     """
 
-    def __init__(self, num_layers: int, batch: int = 1, block: int = 256, rounded: bool = False) -> None:
-        super().__init__(num_layers, batch, block=block, rounded=rounded)
+    def __init__(self, num_layers: int, batch: int = 1, block: int = 256, int8: bool = False) -> None:
+        super().__init__(num_layers, batch, block=block, int8=int8)
         self.data: list[Tensor | None] = [None] * batch
-        self.places: list[tuple[int, int, int]] = [(0, 0, 0)] * batch  # the capacity, pointers to keys and values
-        self.tail = torch.zeros(batch, 16, dtype=torch.long)  # (B, U), positions of uncommitted slots
-
-    @property
-    def slots(self) -> int:
-        return max((capacity for capacity, _, _ in self.places), default=0)
+        self.places: list[tuple[int, int, int]] = [(0, 0, 0)] * batch
+        self.tail = torch.zeros(batch, 16, dtype=torch.long)
 
     @property
     def nbytes(self) -> int:
@@ -101,8 +102,10 @@ class RowCache(KVCache):
         counts: Sequence[int] | None = None,
         trees: Sequence[Tensor | None] | None = None,
     ) -> RowMask:
-        """As in ``KVCache``. counts: how many of the tokens ``positions`` [1, T] are each row's; their ``trees`` then
-        are bool [count, count], or None for chains, and nothing else may be uncommitted."""
+        """As in ``KVCache``; with ``counts``, for so many tokens of each row, row behind row (positions [1, T]).
+
+        trees: with ``counts``: bool [count, count] of each row, or None for a chain; nothing else may be uncommitted.
+        """
         if counts is not None:
             places = positions[0].split(list(counts))
             return RowMask(positions, self.rows, counts, trees or [None] * self.batch, 0, places)
@@ -115,8 +118,7 @@ class RowCache(KVCache):
         return RowMask(positions, self.rows, [t] * batch, each, ahead, self.tail[:, :end])
 
     def provide(self, lo: int, hi: int, counts: Sequence[int], heads: int, head_dim: int, dtype: torch.dtype) -> None:
-        """Count the next ``counts`` slots of the rows as filled in layers [lo, hi), with room for a runtime to write
-        them itself. (Rounded: rows of ``rows8``.)"""
+        """Count the next ``counts`` slots of the rows as filled in layers [lo, hi), for a runtime to write them."""
         ahead = self.lengths[lo] - self.committed
         for b, (n, count) in enumerate(zip(self.rows, counts, strict=True)):
             if n + ahead + count > self.places[b][0]:
@@ -124,10 +126,10 @@ class RowCache(KVCache):
         self.lengths[lo:hi] = [self.committed + ahead + max(counts)] * (hi - lo)
 
     def _grow(self, row: int, end: int, heads: int, head_dim: int, dtype: torch.dtype) -> None:
-        if self.rounded:
+        if self.int8:
             head_dim, dtype = head_dim + 2 * head_dim // 32, torch.int8
         old, filled = self.data[row], max(self.lengths) - self.committed + self.rows[row]
-        # As untouched pages take no memory, a row begins with the room that it is expected to fill.
+        # Untouched pages take no memory, so a row begins with all slots that it is expected to need.
         slots = self._slots(end, 0 if old is None else old.shape[3], heads * head_dim * dtype.itemsize)
         data = zeros((2, len(self.lengths), heads, slots, head_dim), dtype, self.device)
         if old is not None:
@@ -142,21 +144,21 @@ class RowCache(KVCache):
         ahead, t = self.lengths[layer] - self.committed, k.shape[2]
         self.provide(layer, layer + 1, [t] * self.batch, k.shape[1], k.shape[3], k.dtype)
         end, dtype = self.committed + ahead + t, k.dtype
-        if self.rounded:
-            k, v = rows8(k), rows8(v)
+        if self.int8:
+            k, v = quantize_rows(k), quantize_rows(v)
         out = k.new_zeros(2, self.batch, k.shape[1], end, k.shape[3])
         for b, (n, data) in enumerate(zip(self.rows, self.data, strict=True)):
             assert data is not None
             start, stop = n + ahead, n + ahead + t
             data[0, layer, :, start:stop], data[1, layer, :, start:stop] = k[b], v[b]
             out[:, b, :, :stop] = data[:, layer, :, :stop]
-        return (widened(out[0], dtype), widened(out[1], dtype)) if self.rounded else (out[0], out[1])
+        return (dequantize_rows(out[0], dtype), dequantize_rows(out[1], dtype)) if self.int8 else (out[0], out[1])
 
     def commit(self, paths: Sequence[Sequence[int]]) -> None:
         rows = self.rows
         for b, path in enumerate(paths):
             data, n, count = self.data[b], rows[b], len(path)
-            if data is not None and count and path[-1] != count - 1:  # else it is where it belongs
+            if data is not None and count and path[-1] != count - 1:  # else the slots are in place
                 data[:, :, :, n : n + count] = data[:, :, :, [n + slot for slot in path]]
         self._count([n + len(path) for n, path in zip(rows, paths, strict=True)])
 
@@ -180,9 +182,9 @@ class RowCache(KVCache):
         self._count(rows)
 
     def copy(self, row: int, count: int, room: int = 0) -> RowCache:
-        made, data = RowCache(len(self.lengths), 1, self.block, self.rounded), self.data[row]
+        made, data = RowCache(len(self.lengths), 1, self.block, self.int8), self.data[row]
         if data is not None and count:
-            slots = -(-max(count, room) // SNUG) * SNUG
+            slots = -(-max(count, room) // PAGE) * PAGE
             own = zeros((*data.shape[:3], slots, data.shape[4]), data.dtype, self.device)
             own[:, :, :, :count] = data[:, :, :, :count]
             made._put(0, own)
@@ -191,11 +193,11 @@ class RowCache(KVCache):
 
     def take(self, row: int) -> RowCache:
         """The row as a cache of its own, which shares its buffer."""
-        made = RowCache(len(self.lengths), 1, self.block, self.rounded)
+        made = RowCache(len(self.lengths), 1, self.block, self.int8)
         made.data, made.places = [self.data[row]], [self.places[row]]
         made._count([self.rows[row]])
         return made
 
-    def kept(self, row: int) -> RowCache:
+    def take_compact(self, row: int) -> RowCache:
         count = self.rows[row]
-        return self.copy(row, count) if self.places[row][0] > count + count // 4 + SNUG else self.take(row)
+        return self.copy(row, count) if self.places[row][0] > count + count // 4 + PAGE else self.take(row)

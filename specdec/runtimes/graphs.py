@@ -120,7 +120,7 @@ class GraphedTarget(FusedTarget):
             else:
                 with torch.inference_mode():  # one that has grown was made in it
                     whole.zero_()  # a mask does not hide what is not finite
-            cache = KVCache(self.num_layers, batch, self.device, whole=whole)
+            cache = KVCache(self.num_layers, batch, self.device, buffer=whole)
             self._buffers[batch] = weakref.ref(cache), whole
             return cache
 
@@ -139,9 +139,9 @@ class GraphedTarget(FusedTarget):
         taps = {} if given.taps is None else given.taps
         user, whole = self._buffers[batch]
         start = cache.reserve(lo, hi, t, self.kv_heads, self.head_dim, self.dtype)
-        assert cache.whole is not None
-        if cache.whole is not whole:  # it has grown
-            whole = cache.whole
+        assert cache.buffer is not None
+        if cache.buffer is not whole:  # it has grown
+            whole = cache.buffer
             self._buffers[batch] = user, whole
             self._steps = OrderedDict((key, step) for key, step in self._steps.items() if key[0] != batch)
         keys, values = whole[:, :, :batch]  # (N, B, Hkv, capacity, d); more rows were there once

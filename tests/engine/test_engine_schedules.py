@@ -295,7 +295,7 @@ class Schedules(RuleBasedStateMachine):
 
     def check_caches(self) -> None:
         """A cache has the tokens of its text that have been run, and no others."""
-        batch, kept = self.engine.batch, self.engine.scheduler.prefixes.kept
+        batch, kept = self.engine.batch, self.engine.scheduler.prefixes.entries
         assert batch.cache.rows == [len(row.ids) - 1 for row in batch.rows]
         assert all(prefix.cache.rows == [len(prefix.ids)] for prefix in kept)
         assert batch.drafter is self.drafter  # it has not been dropped

@@ -98,7 +98,7 @@ def test_kept_texts_count_what_they_hold_and_hold_little() -> None:
         engine.submit(Request([first, *range(10, 30)], 4))  # room for many more tokens is made for each
         for _ in engine.steps():
             pass
-        kept = engine.scheduler.prefixes.kept
+        kept = engine.scheduler.prefixes.entries
         held = [data.nbytes for prefix in kept for data in prefix.cache.data if data is not None]  # type: ignore[attr-defined]
         assert sum(held) == engine.stats().kv_bytes <= 400 * token_bytes
     assert len(kept) > 8
@@ -449,9 +449,9 @@ def test_the_text_used_least_recently_goes_first() -> None:
     for ids in ([1, 2, 3], [4, 5], [6]):
         store.add(ids, one(len(ids)))
     assert store.longest([1, 2, 9])[1] == 2 and store.longest([1, 2, 9], "another")[1] == 0
-    assert store.drop() and [prefix.ids for prefix in store.kept] == [[6], [1, 2, 3]]
+    assert store.drop() and [prefix.ids for prefix in store.entries] == [[6], [1, 2, 3]]
     store.add([6, 7, 8], one(3))
-    assert [prefix.ids for prefix in store.kept] == [[1, 2, 3], [6, 7, 8]]
+    assert [prefix.ids for prefix in store.entries] == [[1, 2, 3], [6, 7, 8]]
 
 
 def test_a_request_says_where_it_is(llama: PreTrainedModel) -> None:

@@ -106,13 +106,13 @@ def test_rows_come_and_go_in_the_room_of_one_buffer() -> None:
     cache, guests = KVCache(3, 4, block=4), KVCache(3, 2, block=4)
     write(cache, [[1, 2, 3], [4, 5, 6], [7, 8, 9], [10, 11, 12]])
     cache.commit([[0, 1, 2], [0], [0, 1], [0]])
-    room = cache.whole
+    room = cache.buffer
     cache.select([0, 3])  # the last takes the place of one that ended
-    assert [contents(cache, 1, b) for b in range(2)] == [[1, 2, 3], [10]] and cache.whole is room
+    assert [contents(cache, 1, b) for b in range(2)] == [[1, 2, 3], [10]] and cache.buffer is room
     write(guests, [[13, 14], [15, 16]])
     guests.commit([[0, 1], [0]])
     cache.join(guests)
-    assert cache.whole is room and cache.rows == [3, 1, 2, 1]
+    assert cache.buffer is room and cache.rows == [3, 1, 2, 1]
     write(cache, [[17], [18], [19], [20]])
     cache.commit([[0]] * 4)
     expected = [[1, 2, 3, 17], [10, 18], [13, 14, 19], [15, 20]]
@@ -162,7 +162,7 @@ def test_buffers_begin_with_the_room_that_is_expected(one_piece: bool) -> None:
 
 
 def test_no_more_is_taken_ahead_than_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache_module, "AHEAD", 2 * 2 * 3 * 64 * 8)  # eight slots of two layers and three rows
+    monkeypatch.setattr(cache_module, "MAX_EXPECTED", 2 * 2 * 3 * 64 * 8)  # eight slots of two layers and three rows
     cache = KVCache(num_layers=2, batch=3, block=4)
     cache.expected = 10_000_000
     cache.reserve(0, 2, 3, 1, 16, torch.float32)

@@ -17,7 +17,7 @@ from specdec.api.decoder import SpecDecoder
 from specdec.base.errors import SpecDecError
 from specdec.cli import statistics
 from specdec.drafters.none import NoDrafter
-from specdec.kvcache.cache import KVCache, rows8, widened
+from specdec.kvcache.cache import KVCache, dequantize_rows, quantize_rows
 from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.native import library
 from specdec.runtimes.native.target import FAMILIES, NativeTarget
@@ -50,9 +50,9 @@ def steps(x: torch.Tensor) -> torch.Tensor:
 def test_rounding_is_within_half_a_step(d: int) -> None:
     x = torch.randn(2, 3, 5, d, generator=torch.Generator().manual_seed(1)) * 10.0 ** torch.arange(-3, 2)[:, None]
     x[0, 0, 0] = 0
-    rows = rows8(x)
+    rows = quantize_rows(x)
     assert (rows.shape, rows.dtype) == ((2, 3, 5, d + d // 16), torch.int8)
-    assert bool(((widened(rows, torch.float32) - x).abs() <= 0.505 * steps(x)).all())
+    assert bool(((dequantize_rows(rows, torch.float32) - x).abs() <= 0.505 * steps(x)).all())
 
 
 @pytest.mark.usefixtures("kernels")
@@ -69,7 +69,7 @@ def test_kernels_hold_keys_and_values_within_half_a_step(family: str, d: int) ->
     prefill(narrow, ids, rounded)
     for b in range(2):
         for whole, rows in zip(exact.data[b], rounded.data[b], strict=True):
-            x, held = whole[0, :, :37].float(), widened(rows[0, :, :37], torch.float32)
+            x, held = whole[0, :, :37].float(), dequantize_rows(rows[0, :, :37], torch.float32)
             assert bool(((held - x).abs() <= 0.51 * steps(x) + x.abs() / 256).all())  # x itself is rounded to bf16
             assert int(rows[0, :, :37, d - 32 : d].abs().amax(-1).min()) == 127
             assert not rows[0, :, 37:].any()

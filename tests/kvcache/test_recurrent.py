@@ -123,8 +123,8 @@ def test_checkpoints_are_kept_every_so_many_tokens(monkeypatch: pytest.MonkeyPat
     engine.scheduler.chunk = 8
     prompt = [3 + n % 90 for n in range(100)]
     assert cached(engine, [prompt]) == [0]
-    [text] = engine.scheduler.prefixes.kept
-    assert [text.cache.restorable(0, count) for count in (15, 16, 40, 99)] == [0, 16, 32, 88]
+    [text] = engine.scheduler.prefixes.entries
+    assert [text.cache.resumable(0, count) for count in (15, 16, 40, 99)] == [0, 16, 32, 88]
     assert cached(engine, [[*prompt[:40], 5]]) == [32]
 
 
@@ -134,7 +134,7 @@ def test_recurrent_states_count_as_memory() -> None:
     engine = engine_of(NoDrafter(), kv_memory=3 * state_bytes + 200 * token_bytes)
     for first in range(5, 10):
         cached(engine, [[first, *range(10, 40)]])
-    kept, held = len(engine.scheduler.prefixes.kept), engine.stats().kv_bytes
+    kept, held = len(engine.scheduler.prefixes.entries), engine.stats().kv_bytes
     assert kept == 3 and held == 3 * state_bytes + engine.scheduler.prefixes.nbytes
 
 

@@ -308,8 +308,8 @@ def test_what_was_not_finite_in_one_request_reaches_no_later_one() -> None:
     def broken() -> caches.KVCache:
         cache = target.new_cache(2)
         run(cache, [[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16]])
-        assert cache.whole is not None
-        cache.whole[:, :, 1, :, : cache.committed + 2] = torch.nan  # and of a draft
+        assert cache.buffer is not None
+        cache.buffer[:, :, 1, :, : cache.committed + 2] = torch.nan  # and of a draft
         return cache
 
     def guest() -> caches.KVCache:

@@ -141,7 +141,7 @@ class NativeTarget(ByParts):
         memory.trim()
 
     def new_cache(self, batch: int = 1) -> RowCache:
-        return RowCache(self.num_layers, batch, rounded=self.cache_rounded)
+        return RowCache(self.num_layers, batch, int8=self.cache_rounded)
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         return self.embedding(ids)
@@ -265,7 +265,7 @@ class NativeTarget(ByParts):
         each = zip(rows, counts, cache.places, strict=True)
         lines = (Line * len(rows))(*(Line(count, n + ahead, n, *place, None) for n, count, place in each))
         rotary = self._rotary_tables(cache.lengths[lo])  # no position is beyond its slot
-        call.count, call.tokens, call.cache = len(rows), sum(counts), cache.rounded
+        call.count, call.tokens, call.cache = len(rows), sum(counts), cache.int8
         call.lines, call.rotary = ctypes.addressof(lines), rotary.data_ptr()
         return lines, rotary, cache.data
 
