@@ -21,7 +21,11 @@ class Specdec:
         how = {"dtype": mode, "runtime": "reference"} if mode == "float32" else {"activations": mode} if mode else {}
         self.decoder = SpecDecoder.from_pretrained(path, drafter="none", device="cpu", **how)
         target: Any = self.decoder.target
-        return {"runtime": target.runtime, "storage": target.storage, "bytes_read": getattr(target, "bytes_read", None)}
+        return {
+            "runtime": target.runtime,
+            "storage": target.weight_format,
+            "bytes_read": getattr(target, "bytes_read", None),
+        }
 
     def generate(self, ids: list[int], count: int, put: Put) -> None:
         with self.decoder.open([ids], max_new_tokens=count, ignore_eos=True) as generation:

@@ -32,9 +32,8 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from specdec import SpecDecoder
 from specdec.api.text import encode
 from specdec.runtimes.fused import FusedTarget
-from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.reference import ReferenceTarget
-from specdec.runtimes.target import Target
+from specdec.runtimes.target import Pass, Target
 
 Step = tuple[Callable[[], Any], Callable[[], None]]  # what is timed, and what undoes it
 

@@ -210,7 +210,7 @@ class Eagle3(nn.Module):
     def freeze(self, target: Target) -> None:
         """Prepare for drafting: parameters in the target's dtype and place, maps in their fastest format."""
         self.to(target.device, target.dtype).requires_grad_(False).eval()
-        self.frozen = {group: linear_maps.frozen(*self._weights(group)) for group in GROUPS}
+        self.frozen = {group: linear_maps.for_drafting(*self._weights(group)) for group in GROUPS}
 
     def fuse(self, taps: Sequence[Tensor]) -> Tensor:
         """States [..., D] of the tapped layers -> features [..., D']."""

@@ -26,9 +26,8 @@ from specdec.base.errors import SpecDecError
 from specdec.base.settings import keywords
 from specdec.kvcache.cache import KVCache
 from specdec.models import drafter_folder
-from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.linear_maps import rms_unit
-from specdec.runtimes.target import Target
+from specdec.runtimes.target import Pass, Target
 from specdec.speculation.draft import Draft, State
 
 from .chain import SHAPE, ChainDrafter, ChainRow, Readout, ShapeOptions, best_probability, first_confident

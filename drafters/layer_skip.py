@@ -18,8 +18,7 @@ from torch import Tensor
 from specdec.base import inputs, options
 from specdec.base.errors import SpecDecError
 from specdec.kvcache.cache import KVCache, Mask
-from specdec.runtimes.layer_pass import Pass
-from specdec.runtimes.target import Target
+from specdec.runtimes.target import Pass, Target
 from specdec.speculation.draft import Draft, State
 
 from .chain import SHAPE, ChainDrafter, Readout, ShapeOptions

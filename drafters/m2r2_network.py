@@ -15,9 +15,8 @@ from specdec.kvcache.cache import KVCache, Mask
 from specdec.models import drafter_folder
 from specdec.runtimes import linear_maps
 from specdec.runtimes.adapters import Adapters
-from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.linear_maps import rms_unit
-from specdec.runtimes.target import Target
+from specdec.runtimes.target import Pass, Target
 
 from .arla import Router
 from .m2r2_path import M2R2Path

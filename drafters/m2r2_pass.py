@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from specdec.kvcache.cache import KVCache
-from specdec.runtimes.layer_pass import Pass
-from specdec.runtimes.target import Target
+from specdec.runtimes.target import Pass, Target
 
 from .m2r2_network import M2R2, Carry
 

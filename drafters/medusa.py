@@ -82,7 +82,7 @@ class Medusa(nn.Module):
     def freeze(self, target: Target) -> None:
         """Prepare for drafting: parameters in the target's dtype and place, the largest map in its fastest format."""
         self.to(target.device, target.dtype).requires_grad_(False).eval()
-        self.frozen = linear_maps.frozen(self.weights[0].flatten(0, 1), self.biases[0].flatten())
+        self.frozen = linear_maps.for_drafting(self.weights[0].flatten(0, 1), self.biases[0].flatten())
 
 
 class MedusaRow:

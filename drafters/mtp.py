@@ -22,10 +22,9 @@ from specdec.base.devices import upload, waits
 from specdec.base.errors import SpecDecError, one_line
 from specdec.models import drafter_folder
 from specdec.models.source import weight_files
-from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.prefill import CHUNK
 from specdec.runtimes.reference import ReferenceTarget
-from specdec.runtimes.target import GivenLinear, Target
+from specdec.runtimes.target import GivenLinear, Pass, Target
 from specdec.speculation.draft import Draft, State
 
 from .chain import SHAPE, ChainDrafter, ChainRow, Readout, ShapeOptions

@@ -68,7 +68,7 @@ def statistics(
         blocks.append([("note", hint)])
     if verbose:
         blocks.append([(f"{phase} time", f"{seconds:.3f} s") for phase, seconds in m.ledger.items()])
-        blocks.append([("self-check difference", f"{decoder.target.spread:.1e} of the largest logit")])
+        blocks.append([("self-check difference", f"{decoder.target.logit_difference:.1e} of the largest logit")])
         if decoder.runtime_note:
             blocks.append([("runtime note", decoder.runtime_note)])
     console = stderr()
@@ -140,7 +140,9 @@ def rule(decoder: SpecDecoder) -> str:
 
 def _held(decoder: SpecDecoder) -> str:
     target = decoder.target
-    parts = ["weights " + (target.storage if target.storage == "as loaded" else f"in {target.storage}")]
+    parts = [
+        "weights " + (target.weight_format if target.weight_format == "as loaded" else f"in {target.weight_format}")
+    ]
     held = {"activations": target.activations, "KV cache": target.kv_cache}
     return ", ".join(parts + [f"{what} in {how}" for what, how in held.items() if how != "as computed"])
 
@@ -149,5 +151,5 @@ def runtime(decoder: SpecDecoder) -> dict[str, str]:
     """Which runtime ran, in which dtype, where, and what its weights, keys and values are held in."""
     target = decoder.target
     dtype, device = str(target.dtype).removeprefix("torch."), str(target.device)
-    held = {"storage": target.storage, "activations": target.activations, "kv_cache": target.kv_cache}
+    held = {"storage": target.weight_format, "activations": target.activations, "kv_cache": target.kv_cache}
     return {"runtime": target.runtime, "dtype": dtype, "device": device} | held

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from specdec.runtimes.layer_pass import Pass
-from specdec.runtimes.target import Target
+from specdec.runtimes.target import Pass, Target
 from specdec.speculation.sampling import Sampler
 
 # Largest gap between the best logit and a token's logit (natural-log units) that rounding explains, by dtype. Measured

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from specdec.base.devices import download, upload, waits
 from specdec.kvcache.rows import RowCache
-from specdec.runtimes.layer_pass import Pass
-from specdec.runtimes.target import largest
+from specdec.runtimes.target import Pass, largest
 from specdec.speculation.draft import Draft, State, Verifier, ancestors, check_tokens
 from specdec.speculation.sampling import Sampler
 

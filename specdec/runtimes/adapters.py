@@ -1,6 +1,6 @@
-"""Low-rank adapters on the linear maps of a target's layers: what accelerates the residual in M2R2.
+"""Low-rank adapters on the linear maps of a target's layers, which accelerate the residual in M2R2.
 
-Holds parameters only. Runtimes apply them, to chosen tokens of a pass (``Target.layers(..., adapters=)``).
+Parameters only. Runtimes apply them to some tokens of a pass (``Pass.adapters``).
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from torch import Tensor, nn
 class Adapters(nn.Module):
     """``y += up(down(x))`` beside linear maps: rank-r factors keyed by layer and module path.
 
-    ``shapes[layer][path] = (in_features, out_features)``. ``up`` starts at zero, so untrained adapters change nothing.
-    draft_only: passes with them only draft, so a runtime may round weights for speed.
+    ``up`` starts at zero, so untrained adapters change nothing.
+
+    shapes[layer][path]: (in_features, out_features).
+    draft_only: whether passes with them only draft, so that a runtime may quantise weights.
     """
 
     draft_only = False

@@ -1,4 +1,4 @@
-"""Which models a runtime takes, and whether it computes what the model computes."""
+"""Checks of models that no runtime supports, and of a runtime against its model."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from transformers import PreTrainedModel
 
 from specdec.base.errors import NotFiniteError, SpecDecError
 from specdec.models.gguf.blocks import Blocks, dequantize, named_weights
-from specdec.runtimes.layer_pass import Pass
-from specdec.runtimes.target import Target
+from specdec.runtimes.target import Pass, Target
 
 
 def refuse_unsupported(model: PreTrainedModel) -> None:
@@ -30,7 +29,7 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
 
 
 def not_finite(model: PreTrainedModel) -> NotFiniteError:
-    """Why the logits of ``model`` hold NaN or infinite values: the first weight that does, or its dtype."""
+    """The error for NaN or infinite logits of ``model``: names the first broken weight, or blames the dtype."""
     name = f"'{model.config._name_or_path}'" if model.config._name_or_path else "this model"
     for key, found in named_weights(model):
         weight = dequantize(found, None, model.dtype) if isinstance(found, Blocks) else found
@@ -46,8 +45,8 @@ def not_finite(model: PreTrainedModel) -> NotFiniteError:
 def check_logits(target: Target) -> float:
     """Compare passes of ``target`` over a prompt, one token and two, each in two pieces, with its model's own forward.
 
-    Returns the difference relative to the largest logit; the median position counts: in 16 bits, single positions of
-    correct runtimes may lie far apart. Raises SpecDecError if it is too large.
+    Returns the difference of the median position, relative to the largest logit: in 16 bits, single positions of
+    correct runtimes may differ much. Raises SpecDecError if it is too large.
     """
     kind, (prompt, n), device = target.model.config.model_type, (8, 11), target.device
     # Spread over the vocabulary: the first tokens are often special ones, on which models are ill-conditioned.
@@ -69,10 +68,10 @@ def check_logits(target: Target) -> float:
     if not bool(own.isfinite().all()):
         raise not_finite(target.model)
     apart = (own - torch.cat(ours, 1).float()).abs().amax(-1)[0] / own.abs().max().clamp_min(1e-6)  # (T,)
-    spread = max(apart[:prompt].median().item(), apart[prompt:].median().item())
-    if not spread < (1e-4 if target.dtype == torch.float32 else 5e-2):
+    difference = max(apart[:prompt].median().item(), apart[prompt:].median().item())
+    if not difference < (1e-4 if target.dtype == torch.float32 else 5e-2):
         raise SpecDecError(
             f"the {target.runtime} runtime gives other logits than this '{kind}' model "
-            f"(relative difference {spread:.1e})"
+            f"(relative difference {difference:.1e})"
         )
-    return spread
+    return difference

@@ -1,7 +1,7 @@
 """The gated delta rule (Gated DeltaNet, arXiv 2412.06464) of a recurrent layer, without its linear maps.
 
-A state of keys by values decays, and each token writes what it does not yet say of its key. One token is one update. A
-block runs in chunks: within one, the writes solve a triangular system, so the state is read and written once a chunk.
+A state of keys by values decays, and each token corrects the state's value for its key. One token is one update. A
+block runs in chunks: within a chunk, the corrections solve a triangular system, so the state is read and written once.
 A chunk is as long as the block, up to ``CHUNK``: nothing is padded. Computes what transformers does, in float32.
 """
 
@@ -17,16 +17,16 @@ from torch import Tensor
 from specdec.kvcache.recurrent import Adapted, States
 
 CHUNK = 64
-CONV, MATRIX = ("conv", 0), ("recurrent", 0)  # kinds of states: the last inputs of the convolution, keys by values
+CONV, MATRIX = ("conv", 0), ("recurrent", 0)  # the states: last inputs of the convolution, keys by values
 UNIT_EPS = 1e-6  # of the norm of queries and keys
 
 
 class DeltaRule:
-    """What a layer's mixer does between its maps in and out.
+    """A layer's mixer between its input and output projections.
 
-    Holds the mixer's own parameters. ``sizes``: of what the map in returns: what the convolution reads (queries, keys
-    and values), the gate of the result, and, for each head, how strongly it writes and how fast it forgets. Where these
-    lie head by head (``by_heads``, Qwen3-Next), a key head's parts come before the next one's.
+    sizes: of the parts of the input projection's result: the convolution's inputs (queries, keys and values), the gate
+        of the result, and each head's strength of writing and rate of decay.
+    by_heads: whether these parts lie head by head (Qwen3-Next): all parts of a key head before the next head's.
     """
 
     def __init__(self, mixer: Any) -> None:
@@ -42,8 +42,8 @@ class DeltaRule:
         self.norm, self.eps = mixer.norm.weight.detach(), float(mixer.norm.variance_epsilon)
 
     def __call__(self, y: Tensor, states: States, adapted: Adapted) -> tuple[Tensor, States]:
-        """What the map in has made of tokens, [B, T, sum of ``sizes``], and the states before them ({}: none)
-        -> what the map out reads [B, T, Hv dv], and the states after them."""
+        """The input projection's result [B, T, sum of ``sizes``] and the states before the tokens ({}: none)
+        -> the input of the output projection [B, T, Hv dv], and the states after the tokens."""
         (batch, t, _), taps, more = y.shape, self.taps, len(self.taps) - 1
         mixed, gate, write, forget = self._parts(y)
         old = states[CONV] if states else mixed.new_zeros(batch, more, mixed.shape[2])
@@ -73,7 +73,7 @@ class DeltaRule:
         return out.reshape(batch, t, self.values), {CONV: window[:, t:].clone(), MATRIX: matrix}
 
     def _parts(self, y: Tensor) -> Sequence[Tensor]:
-        """What ``sizes`` are of, [B, T, size] each."""
+        """The parts of the input projection's result, [B, T, size] each."""
         if not self.by_heads:
             return y.split(self.sizes, 2)
         per, heads = self.v_heads // self.k_heads, self.k_heads
@@ -87,10 +87,10 @@ class DeltaRule:
 def _token(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
     """One token's output (B, Hv, 1, dv) and the state (B, Hv, dk, dv) after it; both read the state once, together."""
     forget = decay.exp()[..., None]  # (B, Hv, 1, 1)
-    says, reads = (torch.cat((k, q), 2) @ matrix).mul(forget).split(1, 2)
-    wrong = (v - says) * beta
-    out = reads + (q * k).sum(-1, keepdim=True) * wrong
-    return out, torch.addcmul(matrix * forget, k.transpose(2, 3), wrong)
+    values, reads = (torch.cat((k, q), 2) @ matrix).mul(forget).split(1, 2)
+    error = (v - values) * beta
+    out = reads + (q * k).sum(-1, keepdim=True) * error
+    return out, torch.addcmul(matrix * forget, k.transpose(2, 3), error)
 
 
 def _chunk(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,8 +101,8 @@ def _chunk(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, matrix:
     since = so_far.exp()[..., None]  # (B, Hv, T, 1)
     read = torch.cat((k, q), 2) @ torch.cat((k.transpose(2, 3), matrix), 3)  # (B, Hv, 2 T, T + dv)
     system = read[:, :, :t, :t] * between * beta
-    given = (v - read[:, :, :t, t:] * since) * beta
-    written = torch.linalg.solve_triangular(system, given, upper=False, unitriangular=True)  # (B, Hv, T, dv)
+    targets = (v - read[:, :, :t, t:] * since) * beta
+    written = torch.linalg.solve_triangular(system, targets, upper=False, unitriangular=True)  # (B, Hv, T, dv)
     out = read[:, :, t:, t:] * since + (read[:, :, t:, :t] * between) @ written
     left = (so_far[..., -1:] - so_far).exp()[..., None]  # (B, Hv, T, 1)
     return out, matrix * since[:, :, -1:] + (k * left).transpose(2, 3) @ written

@@ -1,17 +1,17 @@
 """The fused runtime: a direct decode loop for Llama-like families, much faster than the reference runtime.
 
-Query, key and value weights are one product, and so are gate and up; rotary tables and masks are made once per call;
-grouped query heads become rows of their key head; linear maps have one of the weight formats of ``linear_maps``. The
-Hugging Face model stays usable: its parameters are views of the fused weights. Checked against the model's own forward
-on load. Knows nothing about drafting, and no families but those in ``FAMILIES``.
+Query, key and value weights are one product, and so are gate and up. Rotary tables and masks are made once per call.
+Grouped query heads become rows of their key head. Linear maps have one of the formats of ``linear_maps``. The Hugging
+Face model stays usable: its parameters are views of the fused weights. Checked against the model's own forward on load.
+Knows nothing about drafting, and no families but those in ``FAMILIES``.
 
-Inside a step every small operation costs several times what it costs alone (the weights that stream through the
-cache between two of them evict its code), so the loop counts operations: the residual is kept as a pair (y, -y), whose
-mean is zero, so that PyTorch's one-kernel ``layer_norm`` *is* the RMS norm; rotary is three operations in place over
-queries and keys together; masks are additive terms (SDPA converts boolean ones anew in every layer). A long causal
-pass has no mask of its own size: its tokens attend in spans, all of which share one narrow mask.
+Between large products every small operation costs several times what it costs alone, as streaming weights evict its
+code from the cache. So there are few: the residual is a pair (y, -y), whose mean is zero, so that PyTorch's one-kernel
+``layer_norm`` *is* the RMS norm; rotary is three operations in place over queries and keys together; masks are additive
+terms (SDPA converts boolean ones in every layer). The tokens of a long causal pass attend in spans, which share one
+narrow mask.
 
-A recurrent layer hands the cache what its map in has made of a token, so that going back reads no weights again.
+A recurrent layer gives the cache the results of its input projection, so that roll-back reads no weights again.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from specdec.runtimes import linear_maps, llama_like
 from specdec.runtimes.adapters import Adapters
 from specdec.runtimes.checks import check_logits, refuse_unsupported
 from specdec.runtimes.delta_rule import DeltaRule
-from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.linear_maps import Linear
 from specdec.runtimes.llama_like import Norm
 from specdec.runtimes.native import linear
 from specdec.runtimes.reference import ByParts
+from specdec.runtimes.target import Pass
 
 MAKERS = {  # by weight format
     "packed": linear_maps.packed,
@@ -49,16 +49,16 @@ MAKERS = {  # by weight format
 DELTA_RULE = ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next")
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "olmo2", "phi3", "gemma", *DELTA_RULE)
 
-SPAN = 64  # tokens of a causal pass that attend at once: its masks grow with this, not with the pass
+SPAN = 64  # tokens of a causal pass that attend at once: masks grow with this, not with the pass
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer, queries, new keys and values -> attention's result
-Recur = Callable[[int, Tensor], Tensor]  # layer, what its map in made of tokens [B, T, ...] -> [B, T, ...]
+Recur = Callable[[int, Tensor], Tensor]  # layer, result of its input projection [B, T, ...] -> [B, T, ...]
 
 
 class _Layer(NamedTuple):
     """One decoder layer as callables. Norms that a family does not have are None."""
 
-    norm_in: Norm | None  # from the pair (y, -y), as norm_mlp_in
+    norm_in: Norm | None  # reads the pair (y, -y), as does norm_mlp_in
     norm_q: Norm | None
     norm_k: Norm | None
     norm_attention: Norm | None  # on attention's result, before it joins the residual
@@ -68,12 +68,12 @@ class _Layer(NamedTuple):
     out: Linear
     gated: Linear  # act(gate) * up
     down: Linear
-    rule: DeltaRule | None  # in the place of attention
+    rule: DeltaRule | None  # instead of attention
 
 
 @dataclass
 class _Adapted:
-    """Layers made for one set of adapters, as long as ``version``, which grows with every training step, holds."""
+    """Cached layers with one set of adapters. version: of its parameters; it grows with every training step."""
 
     parameters: list[nn.Parameter]
     version: int = 0
@@ -81,12 +81,13 @@ class _Adapted:
 
 
 class FusedTarget(ByParts):
-    """The fused runtime. Base weights are frozen in it: gradients reach ``x`` and the adapters only.
+    """The fused runtime. Base weights are frozen: gradients reach ``x`` and the adapters only.
 
-    weights: "dense" (as loaded) or "int4". The base is then the rounded model; blocks of many rows (prompts, large
-    trees) run on its 16-bit form, which is the model's own parameters.
-    packs: hold dense weights a second time, in the layout that is fastest where nothing is trained.
-    Raises SpecDecError for models it does not know or does not reproduce; the reference runtime may still take them.
+    Raises SpecDecError for models that it does not know or does not reproduce; the reference runtime may support them.
+
+    weights: "dense" (as loaded) or "int4". The base is then the quantised model; blocks of many rows (prompts, large
+        trees) run on its 16-bit form, which is the model's own parameters.
+    packs: whether to store dense weights a second time, in the layout that is fastest without training.
     """
 
     runtime = "fused"
@@ -125,10 +126,10 @@ class FusedTarget(ByParts):
         if weights == "int4":
             for weight, _ in (pair for layer in self._weights for pair in layer.values()):
                 linear_maps.check_int4(weight)  # before any of them is rounded
-            self.runtime, self.storage = "fused int4", "4 bits, rounded"
+            self.runtime, self.weight_format = "fused int4", "4 bits, rounded"
         self._stacks = {name: self._stack(MAKERS[name]) for name in (self.layer_format, "dense")}
         self._stacks["through"] = list(self._stacks["dense"])  # replaced layer by layer: ``_pack_through``
-        self._passed: set[int] = set()  # layers of that stack
+        self._through: set[int] = set()  # layers of that stack that are ready
         self._adapted: WeakKeyDictionary[Adapters, _Adapted] = WeakKeyDictionary()
         self._heads: WeakKeyDictionary[nn.Module, dict[str, Linear]] = WeakKeyDictionary()
         self.final_norm = llama_like.norm(decoder.norm, kind)
@@ -138,22 +139,22 @@ class FusedTarget(ByParts):
         self.rotary = decoder.rotary_emb
         self.tables = torch.empty(0)
         self.sign = torch.tensor([[1.0], [-1.0]], dtype=self.dtype, device=self.device)  # (2, 1)
-        # Sums over keys run in vectors of 16 on a CPU: at a rounded number of keys a token's attention does not depend,
-        # to the last bit, on how many tokens are scored with it.
+        # Sums over keys run in vectors of 16 on a CPU: with a rounded number of keys, a token's attention is the same
+        # bits however many tokens are scored with it.
         self.key_multiple = 16 if self.device.type == "cpu" else 1
-        self.spread = check_logits(self)
+        self.logit_difference = check_logits(self)
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         x = F.embedding(ids, self.embedding)
         return x if self.embed_scale is None else x * self.embed_scale
 
-    def layers(self, x: Tensor, lo: int, hi: int, given: Pass) -> Tensor:
-        adapters, cache = given.adapters, given.cache
+    def layers(self, x: Tensor, lo: int, hi: int, ctx: Pass) -> Tensor:
+        adapters, cache = ctx.adapters, ctx.cache
         grad = torch.is_grad_enabled() and (
             x.requires_grad or (adapters is not None and any(p.requires_grad for p in adapters.parameters()))
         )
-        stack, multiple = self._maps(x, lo, hi, given, grad), 1 if grad else self.key_multiple
-        rotary, mask, windows = self._rotary(given.positions, given.mask), given.mask, self.windows
+        stack, multiple = self._maps(x, lo, hi, ctx, grad), 1 if grad else self.key_multiple
+        rotary, mask, windows = self._rotary(ctx.positions, ctx.mask), ctx.mask, self.windows
         if mask.causal and x.shape[1] > SPAN:
 
             def attend(index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -167,40 +168,40 @@ class FusedTarget(ByParts):
                 return F.scaled_dot_product_attention(q, keys, values, terms[windows[index]], scale=self.scale)
 
         def recur(index: int, y: Tensor) -> Tensor:
-            return self._recur(index, y, given)
+            return self._recur(index, y, ctx)
 
-        return self._run(x, lo, hi, stack, rotary, attend, given.taps, recur)
+        return self._run(x, lo, hi, stack, rotary, attend, ctx.taps, recur)
 
-    def _recur(self, index: int, y: Tensor, given: Pass) -> Tensor:
-        rule, cache = self._rules[index], given.cache
+    def _recur(self, index: int, y: Tensor, ctx: Pass) -> Tensor:
+        rule, cache = self._rules[index], ctx.cache
         assert rule is not None
-        out = cache.run_recurrent(index, y, given.mask.ancestors, rule)
+        out = cache.run_recurrent(index, y, ctx.mask.ancestors, rule)
         cache.lengths[index] += y.shape[1]
         return out
 
-    def fill(self, x: Tensor, lo: int, given: Pass) -> None:
-        (batch, t, width), stack = x.shape, self._maps(x, lo, self.num_layers, given, grad=False)
-        y, rotary = x.reshape(batch * t, width), self._rotary(given.positions, given.mask)
+    def fill(self, x: Tensor, lo: int, ctx: Pass) -> None:
+        (batch, t, width), stack = x.shape, self._maps(x, lo, self.num_layers, ctx, grad=False)
+        y, rotary = x.reshape(batch * t, width), self._rotary(ctx.positions, ctx.mask)
         pair = torch.stack((y, -y), 1)  # (rows, 2, D)
         for index in range(lo, self.num_layers):
             if self._rules[index] is None:
                 _, k, v, _ = self._before(stack[index], pair, *rotary)
-                given.cache.append(index, k, v)
+                ctx.cache.append(index, k, v)
             else:
-                self._recur(index, self._read(stack[index], pair).view(batch, t, -1), given)
+                self._recur(index, self._read(stack[index], pair).view(batch, t, -1), ctx)
 
-    def _maps(self, x: Tensor, lo: int, hi: int, given: Pass, grad: bool) -> list[_Layer]:
-        """The layers in the weight format for ``x`` [B, T, D], with the adapters in them."""
+    def _maps(self, x: Tensor, lo: int, hi: int, ctx: Pass, grad: bool) -> list[_Layer]:
+        """The layers in the weight format for ``x`` [B, T, D], with the adapters applied."""
         batch, t, _ = x.shape
         many = self.layer_format == "int4" and batch * t > linear_maps.INT4_ROWS
         form = "dense" if grad or many else self.layer_format
         if grad and linear_maps.packable(self.dtype, self.device):
             form = "through"
             self._pack_through(lo, hi)
-        if given.adapters is None:
+        if ctx.adapters is None:
             return self._stacks[form]
-        adapted = None if given.adapted == t else given.adapted
-        return self._with_adapters(form, lo, hi, given.adapters, batch, adapted, grad)
+        adapted = None if ctx.adapted == t else ctx.adapted
+        return self._with_adapters(form, lo, hi, ctx.adapters, batch, adapted, grad)
 
     def _run(
         self,
@@ -213,7 +214,7 @@ class FusedTarget(ByParts):
         taps: dict[int, Tensor] | None,
         recur: Recur | None = None,
     ) -> Tensor:
-        """``layers`` once everything is prepared: tensors in, tensors out, nothing read from them."""
+        """``layers`` after all preparation: tensors in, tensors out, no values read."""
         (batch, t, width), (cos, sin) = x.shape, rotary
         y = x.reshape(batch * t, width)
         pair = torch.stack((y, -y), 1)  # (rows, 2, D)
@@ -235,16 +236,14 @@ class FusedTarget(ByParts):
         return y
 
     def _read(self, layer: _Layer, pair: Tensor) -> Tensor:
-        """What the first map of a layer makes of the residual: (rows, outputs)."""
+        """The result of a layer's first map, (rows, outputs)."""
         return layer.qkv(pair.select(1, 0) if layer.norm_in is None else layer.norm_in(pair))
 
     def _before(
         self, layer: _Layer, pair: Tensor, cos: Tensor, sin: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """What a layer's attention is given: queries (B, Hkv, T G, d), new keys and values (B, Hkv, T, d).
-
-        Query heads that share a key head are rows of it. Then the gate of the result (rows, H d), if there is one.
-        """
+        """The queries (B, Hkv, T G, d) of a layer's attention, its new keys and values (B, Hkv, T, d), and the gate of
+        its result (rows, H d), if there is one. Query heads that share a key head are rows of it."""
         norm_q, norm_k, gate = layer.norm_q, layer.norm_k, None
         (batch, t, *_), d, heads, kv_heads, groups = cos.shape, self.head_dim, self.heads, self.kv_heads, self.groups
         h = self._read(layer, pair).view(batch, t, -1, d)
@@ -264,7 +263,7 @@ class FusedTarget(ByParts):
         return q, qk.narrow(2, heads, kv_heads).transpose(1, 2), v.transpose(1, 2), gate
 
     def _beside(self, a: Tensor) -> Tensor:
-        """Attention's result (B, Hkv, T G, d), heads beside one another: (rows, H d)."""
+        """Attention's result (B, Hkv, T G, d) with heads side by side: (rows, H d)."""
         (batch, kv_heads, rows, d), groups = a.shape, self.groups
         t = rows // groups
         if t > 1:
@@ -272,7 +271,7 @@ class FusedTarget(ByParts):
         return a.reshape(batch * t, kv_heads * groups * d)
 
     def _after(self, layer: _Layer, pair: Tensor, a: Tensor) -> Tensor:
-        """The residual (rows, 2, D) once attention's result ``a`` (rows, H d) and the MLP's have joined it."""
+        """The residual (rows, 2, D) plus attention's result ``a`` (rows, H d) and the MLP's."""
         _, _, _, norm_attention, norm_mlp_in, norm_mlp, _, out, gated, down, _ = layer
         sign, a = self.sign, out(a)
         pair = torch.addcmul(pair, (a if norm_attention is None else norm_attention(a)).unsqueeze(1), sign)
@@ -287,7 +286,7 @@ class FusedTarget(ByParts):
 
     @contextmanager
     def prepared(self, layer: int) -> Iterator[None]:
-        """Its weights are packed, where that is faster and they are not."""
+        """Packs the layer's weights, where that is faster and they are not packed."""
         if self.head_format == "packed" or not linear_maps.packable(self.dtype, self.device):
             yield
             return
@@ -320,15 +319,15 @@ class FusedTarget(ByParts):
         if router is None:
             mlp = self._gated(make, *w["gate_up"]), make(*w["down"])
         else:
-            mlp = linear_maps.whole(router), _as_it_is
+            mlp = linear_maps.per_token(router), lambda x: x
         maps: Any = make(*w["qkv"]), make(*w["out"]), *mlp, self._rules[index]
         return _Layer(*self._norms[index], *maps)
 
     def _pack_through(self, lo: int, hi: int) -> None:
-        """Have the layers [lo, hi) ready for gradients: only those are held a second time."""
-        for index in set(range(lo, hi)) - self._passed:
+        """Make the layers [lo, hi) ready for gradients; only those are stored a second time."""
+        for index in set(range(lo, hi)) - self._through:
             self._stacks["through"][index] = self._layer(index, linear_maps.through)
-            self._passed.add(index)
+            self._through.add(index)
 
     def _gated(self, make: Callable[..., Linear], weight: Tensor, bias: Tensor | None) -> Linear:
         if make is linear_maps.packed and self.act is F.silu:
@@ -340,10 +339,8 @@ class FusedTarget(ByParts):
         if form not in made:
             weight, bias = module.weight.detach(), getattr(module, "bias", None)
             bias = None if bias is None else bias.detach()
-            packed = form == "packed"
-            made[form] = (
-                linear_maps.packed(weight, bias, linear_maps.HEAD_HINT) if packed else linear_maps.dense(weight, bias)
-            )
+            hint = (linear_maps.HEAD_HINT,) if form == "packed" else ()
+            made[form] = MAKERS[form](weight, bias, *hint)
         return made[form]
 
     def _normed(self, qk: Tensor, norm_q: Norm, norm_k: Norm) -> Tensor:
@@ -356,7 +353,7 @@ class FusedTarget(ByParts):
 
     def _rotary(self, positions: Tensor, mask: Mask, count: int | None = None) -> tuple[Tensor, Tensor]:
         """Cosines and signed sines [B, T, 1, 2, d / 2] of ``positions`` [B, T] (all < ``count``), for ``_rotate``."""
-        shared = positions is mask.query  # consecutive calls on one mask share what is derived from it
+        shared = positions is mask.query  # consecutive calls with one mask share its factors
         if shared and "cos" in mask.memo:
             return mask.memo["cos"], mask.memo["sin"]  # type: ignore[return-value]
         count = int(positions.max()) + 1 if count is None else count
@@ -366,7 +363,7 @@ class FusedTarget(ByParts):
             probe = torch.empty(0, dtype=self.dtype, device=self.device)
             with torch.no_grad():
                 cos, sin = (table[0].unflatten(1, (2, -1)) for table in self.rotary(probe, every))  # (P, 2, d / 2)
-            # Another thread may put shorter ones there: these are long enough for this call.
+            # Another thread may store shorter tables: these are long enough for this call.
             tables = self.tables = torch.stack((cos, sin * sin.new_tensor([[-1.0], [1.0]])), 1)
         cos, sin = tables[positions].unsqueeze(3).unbind(2)
         if shared:
@@ -374,13 +371,13 @@ class FusedTarget(ByParts):
         return cos, sin
 
     def _additive(self, mask: Mask, window: int | None, multiple: int) -> Tensor | None:
-        """The mask as a term on scores [B, 1, T G, S rounded up]: SDPA converts boolean ones anew in every layer."""
+        """The mask as a term on scores [B, 1, T G, S rounded up]: SDPA converts boolean masks in every layer."""
         key = ("additive", window, multiple)
         if key not in mask.memo:
             visible, (batch, t), length = mask.bool_mask(window), mask.query.shape, mask.keys.shape[1]
             padding, term = -length % multiple, None
             if visible is not None or padding:
-                # Finite, so that a query that sees nothing (padding) stays finite, too.
+                # Finite, so that a query that sees nothing (padding) stays finite.
                 hidden = torch.finfo(self.dtype).min / 2
                 term = torch.zeros(batch, 1, t, length + padding, dtype=self.dtype, device=self.device)
                 term[..., length:] = hidden
@@ -404,14 +401,14 @@ class FusedTarget(ByParts):
             begin = 0 if window is None else max(length - t + start - window + 1, 0)
             term = band[(SPAN - stop + start) * groups :, band.shape[1] - end + begin :]
             part = q[:, :, start * groups : stop * groups]
-            given = keys[:, :, begin:end], values[:, :, begin:end]
-            out.append(F.scaled_dot_product_attention(part, *given, term, scale=self.scale))
+            span = keys[:, :, begin:end], values[:, :, begin:end]
+            out.append(F.scaled_dot_product_attention(part, *span, term, scale=self.scale))
         return torch.cat(out, 2)
 
     def _band(self, mask: Mask, window: int | None, length: int) -> Tensor:
-        """What ``SPAN`` tokens that end at the last of ``length`` keys see, as a term on scores [SPAN G, keys].
+        """The mask of ``SPAN`` tokens that end at the last of ``length`` keys, as a term on scores [SPAN G, keys].
 
-        Its last rows and columns serve spans that are shorter or end earlier.
+        Shorter and earlier spans use its last rows and columns.
         """
         key = ("band", window)
         if key not in mask.memo:
@@ -427,7 +424,7 @@ class FusedTarget(ByParts):
     def _with_adapters(
         self, form: str, lo: int, hi: int, adapters: Adapters, batch: int, adapted: int | None, grad: bool
     ) -> list[_Layer]:
-        """All layers, with the adapters of [lo, hi): merged where they act on all tokens, else beside the maps."""
+        """All layers, with the adapters of [lo, hi): merged if they act on all tokens, else beside the maps."""
         stack = list(self._stacks[form])
         made = self._adapted.get(adapters)
         if made is None:
@@ -468,10 +465,6 @@ class FusedTarget(ByParts):
                 made = low.beside(getattr(layer, slot), batch, adapted)
             maps["gated" if slot == "gate_up" else slot] = made
         return layer._replace(**maps)
-
-
-def _as_it_is(x: Tensor) -> Tensor:
-    return x
 
 
 def _rotate(qk: Tensor, cos: Tensor, sin: Tensor) -> None:

@@ -1,9 +1,9 @@
 """The fused runtime by CUDA graphs: on a GPU, launching a step's small kernels takes longer than running them.
 
-A pass is captured once for each number of rows, range of layers and capacity of the cache, and then replayed: its
-inputs (states, rotary factors, masks and the cache slots to write) are copied into buffers of its own, attention runs
-over the whole capacity, and what lies beyond the filled slots is masked. When the cache grows, passes are captured
-anew. Long blocks (prompts) run as they do in the fused runtime. Knows nothing about drafting.
+A pass is captured once for each number of rows, range of layers and capacity of the cache, and then replayed. Its
+inputs (states, rotary factors, masks and the cache slots to write) are copied into its own buffers. Attention runs over
+the whole capacity, with slots masked that are not filled. When the cache grows, passes are captured again. Long blocks
+(prompts) run as in the fused runtime. Knows nothing about drafting.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from specdec.base.errors import SpecDecError
 from specdec.kvcache.cache import KVCache
 from specdec.runtimes import llama_like
 from specdec.runtimes.fused import FusedTarget
-from specdec.runtimes.layer_pass import Pass
+from specdec.runtimes.target import Pass
 
 ROWS = 64  # passes over more tokens are not captured
-STEPS = 64  # captured passes that are kept, those used last
-HEADS = 64  # drafters' heads of up to so many outputs, twice, ... share captured passes
+STEPS = 64  # maximum number of captured passes; the least recently used ones are dropped
+HEADS = 64  # drafters' heads with sizes in the same multiple of so many outputs share captured passes
 
 
-Recorder = Callable[[Callable[[], None]], Callable[[], None]]  # of what runs; the same again, to the same memory
+Recorder = Callable[[Callable[[], None]], Callable[[], None]]  # a function -> its replay, on the same memory
 
 
 def record_cuda(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """Record ``run`` on a CUDA device. It must neither read what it computes nor depend on the host."""
-    with torch.cuda.device(device):  # streams are of the current one
+    """Record ``run`` on a CUDA device. It must neither read its results nor depend on the host."""
+    with torch.cuda.device(device):  # streams belong to the current device
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
-            run()  # libraries allocate at first use, which cannot be recorded
+            run()  # libraries allocate memory at first use, which cannot be recorded
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # others may use the device meanwhile
@@ -48,7 +48,7 @@ def record_cuda(run: Callable[[], None], device: torch.device) -> Callable[[], N
 
 
 class _Step:
-    """``function`` of tensors of fixed shapes, recorded."""
+    """A recorded function of tensors of fixed shapes."""
 
     def __init__(self, function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor], record: Recorder) -> None:
         self.inputs = [x.clone() for x in inputs]
@@ -67,33 +67,38 @@ class _Step:
         return [out.clone() for out in self.outputs]  # the next replay writes over them
 
 
-class _Held:
-    """A head of ``room`` outputs that takes the values of others: what was recorded with it serves all of them.
+class _HeadSlot:
+    """A head of ``room`` outputs that takes the values of others, so that they share its recorded passes.
 
-    Drafters make heads anew as their vocabulary follows the context.
+    Drafters make new heads as their vocabulary follows the context.
     """
 
     def __init__(self, like: nn.Linear, room: int) -> None:
-        way = {"bias": like.bias is not None, "device": like.weight.device, "dtype": like.weight.dtype}
-        self.head = nn.utils.skip_init(nn.Linear, like.in_features, room, **way).requires_grad_(False)
-        self.now: tuple[weakref.ref[nn.Linear] | None, object] = None, None  # the head held, and its values' version
+        options = {"bias": like.bias is not None, "device": like.weight.device, "dtype": like.weight.dtype}
+        self.head = nn.utils.skip_init(nn.Linear, like.in_features, room, **options).requires_grad_(False)
+        self.loaded: tuple[weakref.ref[nn.Linear] | None, object] = (
+            None,
+            None,
+        )  # the head, and the version of its values
 
-    def hold(self, head: nn.Linear) -> None:
-        """Take the values of ``head``, unless they are there. Outputs beyond its own have no meaning."""
+    def load(self, head: nn.Linear) -> None:
+        """Copy the values of ``head``, unless they are there. Further outputs have no meaning."""
         version = tuple(0 if p.is_inference() else p._version for p in head.parameters())
-        source, known = self.now
-        if source is None or source() is not head or known != version:
+        source, loaded = self.loaded
+        if source is None or source() is not head or loaded != version:
             for own, values in zip(self.head.parameters(), head.parameters(), strict=True):
                 own[: len(values)] = values.detach()
-            self.now = weakref.ref(head), version
+            self.loaded = weakref.ref(head), version
 
 
 class GraphedTarget(FusedTarget):
-    """The fused runtime by recorded passes. record: what records them; tests have one of their own.
+    """The fused runtime by recorded passes. Raises SpecDecError as ``FusedTarget``, and without a GPU.
 
-    Caches of ``new_cache`` take turns in one buffer per batch size, so that passes stay recorded from one generation to
-    the next; what runs while it is lent is not recorded. Recorded passes share their buffers, so threads take turns at
-    the model's lock. Raises SpecDecError as ``FusedTarget``, and without a GPU.
+    There is one cache buffer per batch size, so that passes stay recorded from one generation to the next. While a
+    cache has it, passes with other caches are not recorded. Recorded passes share their buffers, so threads take turns
+    under the model's lock.
+
+    record: the recorder; None: CUDA graphs.
     """
 
     runtime = "graphs"
@@ -105,8 +110,10 @@ class GraphedTarget(FusedTarget):
             raise SpecDecError(f"CUDA graphs are for attention alone; '{model.config.model_type}' has recurrent layers")
         self.record = record or functools.partial(record_cuda, device=model.device)
         self._steps: OrderedDict[Any, _Step] = OrderedDict()
-        self._buffers: dict[int, tuple[weakref.ref[KVCache], Tensor]] = {}  # by batch size: its last user, and it
-        self._held: dict[tuple[int, bool], _Held] = {}  # by room for outputs, and whether there is a bias
+        self._buffers: dict[
+            int, tuple[weakref.ref[KVCache], Tensor]
+        ] = {}  # by batch size: the last cache with it, and the buffer
+        self._head_slots: dict[tuple[int, bool], _HeadSlot] = {}  # by size, and whether there is a bias
         super().__init__(model, weights)
 
     def new_cache(self, batch: int = 1) -> KVCache:
@@ -119,24 +126,24 @@ class GraphedTarget(FusedTarget):
                 whole = torch.zeros(shape, dtype=self.dtype, device=self.device)
             else:
                 with torch.inference_mode():  # one that has grown was made in it
-                    whole.zero_()  # a mask does not hide what is not finite
+                    whole.zero_()  # a mask does not hide NaN
             cache = KVCache(self.num_layers, batch, self.device, buffer=whole)
             self._buffers[batch] = weakref.ref(cache), whole
             return cache
 
-    def layers(self, x: Tensor, lo: int, hi: int, given: Pass) -> Tensor:
+    def layers(self, x: Tensor, lo: int, hi: int, ctx: Pass) -> Tensor:
         batch, t, _ = x.shape
         user, _ = self._buffers.get(batch, (None, None))
-        lent = user is not None and user() is given.cache
+        lent = user is not None and user() is ctx.cache
         if lo >= hi or batch * t > ROWS or not lent or not torch.is_inference_mode_enabled():
-            return super().layers(x, lo, hi, given)
+            return super().layers(x, lo, hi, ctx)
         with self.lock:
-            return self._recorded(x, lo, hi, given)
+            return self._recorded(x, lo, hi, ctx)
 
-    def _recorded(self, x: Tensor, lo: int, hi: int, given: Pass) -> Tensor:
-        """``layers`` for the cache that the buffer is lent to."""
-        (batch, t, _), mask, cache = x.shape, given.mask, given.cache
-        taps = {} if given.taps is None else given.taps
+    def _recorded(self, x: Tensor, lo: int, hi: int, ctx: Pass) -> Tensor:
+        """``layers`` for the cache that has the buffer."""
+        (batch, t, _), mask, cache = x.shape, ctx.mask, ctx.cache
+        taps = {} if ctx.taps is None else ctx.taps
         user, whole = self._buffers[batch]
         start = cache.reserve(lo, hi, t, self.kv_heads, self.head_dim, self.dtype)
         assert cache.buffer is not None
@@ -144,8 +151,8 @@ class GraphedTarget(FusedTarget):
             whole = cache.buffer
             self._buffers[batch] = user, whole
             self._steps = OrderedDict((key, step) for key, step in self._steps.items() if key[0] != batch)
-        keys, values = whole[:, :, :batch]  # (N, B, Hkv, capacity, d); more rows were there once
-        stack = self._maps(x, lo, hi, given, grad=False)[lo:hi]
+        keys, values = whole[:, :, :batch]  # (N, B, Hkv, capacity, d); there may be spare rows
+        stack = self._maps(x, lo, hi, ctx, grad=False)[lo:hi]
         windows = sorted(set(self.windows[lo:hi]), key=str)
         tapped = sorted(layer for layer in taps if lo <= layer <= hi)
 
@@ -160,15 +167,15 @@ class GraphedTarget(FusedTarget):
             y = self._run(x, lo, hi, [*self._stacks["dense"][:lo], *stack], (cos, sin), attend, seen)
             return [y, *(seen[layer] for layer in tapped)]
 
-        rotary = self._rotary(given.positions, mask, mask.keys.shape[1])  # no position is beyond its slot
+        rotary = self._rotary(ctx.positions, mask, mask.keys.shape[1])  # no position is beyond its slot
         shape = batch, 1, t * self.groups, whole.shape[4]
         terms = []
         for window in windows:
             term = self._additive(mask, window, shape[3])
-            terms.append(x.new_zeros(shape) if term is None else term)  # None: the cache is full to the brim
+            terms.append(x.new_zeros(shape) if term is None else term)  # None: every slot is filled
         slots = torch.arange(start, start + t, device=self.device)
-        # The maps stand for the adapters in them, too: they are made anew whenever those have changed. Being the key,
-        # they live as long as what was recorded with them.
+        # The maps identify their adapters, too: changed adapters make new ones. As keys, they live as long as the
+        # recorded pass.
         key = batch, t, lo, hi, tuple(tapped), tuple(m for layer in stack for m in layer)
         y, *seen = self._step(key, function, [x, slots, *rotary, *terms])
         taps.update(zip(tapped, seen, strict=True))
@@ -183,11 +190,11 @@ class GraphedTarget(FusedTarget):
             if head is None:
                 return self._step((None, batch, t), lambda x: [readout(x)], [x])[0]
             size = -(-head.out_features // HEADS) * HEADS, head.bias is not None
-            held = self._held.get(size)
-            if held is None:
-                held = self._held[size] = _Held(head, size[0])
-            held.hold(head)
-            read = held.head
+            slot = self._head_slots.get(size)
+            if slot is None:
+                slot = self._head_slots[size] = _HeadSlot(head, size[0])
+            slot.load(head)
+            read = slot.head
 
             def function(x: Tensor) -> list[Tensor]:
                 return [read(self.final_norm(x.reshape(batch * t, -1))).view(batch, t, -1)]

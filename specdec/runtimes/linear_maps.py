@@ -1,9 +1,8 @@
 """Linear maps as plain callables ``rows [R, in] -> [R, out]``, in three weight formats.
 
-A *dense* map is ``F.linear``; it alone carries gradients. A *packed* map holds its weight in oneDNN's blocked layout:
+A *dense* map is ``F.linear``; it alone carries gradients. A *packed* map has its weight in oneDNN's blocked layout:
 ``F.linear`` on a CPU rearranges a 16-bit weight on every call, which costs more than the product itself. An *int4* map
-holds 4-bit codes in groups of 32 inputs. Packed maps are used where oneDNN serves the dtype, int4 ones where they are
-asked for.
+has 4-bit codes in groups of 32 inputs. Packed maps are used where oneDNN supports the dtype, int4 ones on request.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ from specdec.runtimes.native import library, linear
 
 Linear = Callable[[Tensor], Tensor]
 
-LAYER_HINT, HEAD_HINT = 16, 1  # row counts whose blocked layout was fastest at all of 1..16 rows
+LAYER_HINT, HEAD_HINT = 16, 1  # row counts whose blocked layout is fastest at all of 1..16 rows
 TRAINED_HINT = 1024  # rows of a training batch
 UNIT_EPS = 1e-6  # of ``rms_unit``
 GROUP = 32  # inputs that share a scale and a zero point in an int4 map
-INT4_ROWS = 12  # most rows at which an int4 map is faster than a dense one
+INT4_ROWS = 12  # maximum number of rows at which an int4 map is faster than a dense one
 
 
 def packable(dtype: torch.dtype, device: torch.device) -> bool:
@@ -45,7 +44,7 @@ def dense(weight: Tensor, bias: Tensor | None = None) -> Linear:
 
 
 def packed(weight: Tensor, bias: Tensor | None = None, hint: int = LAYER_HINT) -> Linear:
-    """As ``dense``, from a blocked copy of ``weight``. No gradients. ``hint``: the row count to lay it out for."""
+    """As ``dense``, from a blocked copy of ``weight``, without gradients. hint: the row count of the layout."""
     blocked = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), hint)
     product = torch.ops.mkldnn._linear_pointwise.default
 
@@ -69,7 +68,7 @@ class _Through(torch.autograd.Function):
 
 
 def through(weight: Tensor, bias: Tensor | None = None) -> Linear:
-    """As ``dense``, for a weight that does not change while gradients pass it: packed once for both directions."""
+    """As ``dense`` with gradients to ``x``, for a constant weight: packed once for both directions."""
     there, back = packed(weight, bias, TRAINED_HINT), packed(weight.detach().t(), None, TRAINED_HINT)
 
     def apply(x: Tensor) -> Tensor:
@@ -79,10 +78,10 @@ def through(weight: Tensor, bias: Tensor | None = None) -> Linear:
 
 
 def int4(weight: Tensor, bias: Tensor | None = None) -> Linear:
-    """As ``dense``, with ``weight`` (bf16) rounded to 4 bits. No gradients; for few rows.
+    """As ``dense``, with ``weight`` (bf16) rounded to 4 bits, for few rows. No gradients.
 
-    ``weight`` itself becomes, in place, what the map computes with, but for its rounding to bf16: dense maps of it then
-    agree with this one. The shape must pass ``check_int4``.
+    ``weight`` itself is rounded in place, so that dense maps of it agree but for its rounding to bf16. Its shape must
+    pass ``check_int4``.
     """
     codes, scales, zeros = quantize(weight)
     weight.detach().copy_(dequantize(codes, scales, zeros))
@@ -106,8 +105,7 @@ def check_int4(weight: Tensor) -> None:
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """[out, in] -> codes int32 [out, in] in 0..15, and bf16 scales and zeros [out, in / 32]:
-    w ~ (code - 8) scale + zero.
+    """[out, in] -> codes int32 [out, in] in 0..15, bf16 scales and zeros [out, in / 32]: w ~ (code - 8) scale + zero.
 
     Codes come from the smallest and largest weight of each group, which recovers those of a dequantised Q4_1 model
     exactly; scale and zero are then the least-squares fit to them.
@@ -127,14 +125,9 @@ def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
     return ((codes.unflatten(1, (-1, GROUP)) - 8) * scales.float()[..., None] + zeros.float()[..., None]).flatten(1)
 
 
-def whole(module: nn.Module) -> Linear:
+def per_token(module: nn.Module) -> Linear:
     """A module over tokens [B, T, D] as a map of rows."""
-
-    def apply(x: Tensor) -> Tensor:
-        y: Tensor = module(x[None])[0]
-        return y
-
-    return apply
+    return lambda x: module(x[None])[0]  # type: ignore[no-any-return]
 
 
 class Gated:
@@ -149,7 +142,7 @@ class Gated:
 
 
 def packed_silu_gated(weight: Tensor, bias: Tensor | None = None) -> Linear:
-    """``silu(gate) * up`` with the activation and the product inside packed maps (two calls instead of six)."""
+    """``silu(gate) * up`` with the activation and the product inside packed maps: two calls instead of six."""
     gate, up = (torch.ops.mkldnn._reorder_linear_weight(w.contiguous(), LAYER_HINT) for w in weight.detach().chunk(2))
     gate_bias, up_bias = (None, None) if bias is None else bias.chunk(2)
     unary, binary = torch.ops.mkldnn._linear_pointwise.default, torch.ops.mkldnn._linear_pointwise.binary
@@ -160,22 +153,22 @@ def packed_silu_gated(weight: Tensor, bias: Tensor | None = None) -> Linear:
     return apply
 
 
-def frozen(weight: Tensor, bias: Tensor | None = None) -> Linear:
-    """For weights of a drafter that no longer change: in the fastest format at one row, which may round."""
+def for_drafting(weight: Tensor, bias: Tensor | None = None) -> Linear:
+    """As ``dense``, for constant weights of a drafter: in the fastest format at one row, which may be quantised."""
     if linear.serves(weight):
         return linear.Packed([weight], bias, draft_only=True)
     return (packed if packable(weight.dtype, weight.device) else dense)(weight.detach(), bias)
 
 
 class UnitMap:
-    """``linear(cat(parts, each divided by its RMS))`` for a weight that no longer changes, as ``frozen``.
+    """``linear(cat(parts, each divided by its RMS))``, with a weight as in ``for_drafting``.
 
-    packed: its form for the compiled kernels, where they serve.
+    packed: its form for the compiled kernels, if they run here.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.packed = linear.Packed([weight], bias, draft_only=True) if linear.serves(weight) else None
-        self.linear = None if self.packed else frozen(weight, bias)
+        self.linear = None if self.packed else for_drafting(weight, bias)
 
     def __call__(self, parts: Sequence[Tensor]) -> Tensor:
         if self.linear is None:
@@ -198,7 +191,7 @@ def argmax(logits: Tensor) -> Tensor:
 def fuse(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
     """One weight [sum of outs, in] (and bias) for linear maps of one input.
 
-    Their parameters become views of it, so the model keeps its values and nothing is held twice.
+    Their parameters become views of it: the model keeps its values, and nothing is stored twice.
     """
     weight = _stack([linear.weight for linear in linears])
     biases = [linear.bias for linear in linears]
@@ -224,7 +217,8 @@ def _stack(parts: Sequence[Tensor]) -> Tensor:
 class LowRank:
     """The low-rank terms beside one (fused) linear map: ``y += up(down(x))``, in ``x``'s dtype.
 
-    parts: ``(down [r, in], up [out, r], first output row)`` of each adapter. outs: output width of the map.
+    parts: ``(down [r, in], up [out, r], first output row)`` of each adapter.
+    outs: output width of the map.
     """
 
     def __init__(self, parts: Sequence[tuple[Tensor, Tensor, int]], outs: int, dtype: torch.dtype) -> None:
@@ -245,7 +239,7 @@ class LowRank:
         """``linear`` over rows [B * T, in], with the terms added on the last ``adapted`` tokens (None: all)."""
         down, up = self.down, self.up
 
-        def whole(x: Tensor) -> Tensor:
+        def all_tokens(x: Tensor) -> Tensor:
             return torch.addmm(linear(x), x @ down, up)
 
         def trailing(x: Tensor) -> Tensor:
@@ -254,4 +248,4 @@ class LowRank:
             delta = (x.view(batch, -1, x.shape[1])[:, -adapted:] @ down) @ up  # (B, adapted, out)
             return torch.cat((y[:, :-adapted], y[:, -adapted:] + delta), 1).view(-1, y.shape[2])
 
-        return whole if adapted is None else trailing
+        return all_tokens if adapted is None else trailing

@@ -1,4 +1,4 @@
-"""The parts of a Llama-like decoder layer: linear maps by slot, norms, and where adapters sit."""
+"""The parts of a Llama-like decoder layer: linear maps by slot, norms, and the places of adapters."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from specdec.models.gguf.blocks import BlockLinear
 from specdec.runtimes import linear_maps
 
 Norm = Callable[[Tensor], Tensor]
-# Weight and bias of qkv, out and, unless it routes to experts, gate_up and down of a layer.
+# Weight and bias of a layer's qkv, out and, unless it routes to experts, gate_up and down.
 Weights = dict[str, tuple[Tensor, Tensor | None]]
 AROUND_ZERO = ("gemma", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_next")  # norms with weights around zero
 
@@ -38,7 +38,7 @@ def norm(module: Any, kind: str) -> Norm:
 
 
 def pair_norm(module: Any, kind: str) -> Norm:
-    """The RMS norm of y, given the pair (y, -y) [R, 2, D]: its mean is zero, so layer_norm is the RMS norm."""
+    """The RMS norm of y from the pair (y, -y) [R, 2, D]: its mean is zero, so layer_norm is the RMS norm."""
     if kind in AROUND_ZERO:
         single = norm(module, kind)
         return lambda pair: single(pair.select(1, 0))
@@ -58,12 +58,12 @@ def layer_norms(layer: Any, kind: str) -> tuple[Any, ...]:
 
 
 def recurrent(layer: Any) -> bool:
-    """Whether the gated delta rule stands in the place of attention; the slots "qkv" and "out" are its maps then."""
+    """Whether the layer has the gated delta rule instead of attention, with its maps in the slots "qkv" and "out"."""
     return hasattr(layer, "linear_attn")
 
 
 def routes(layer: Any) -> bool:
-    """Whether the MLP routes to experts: it runs as the model's own module."""
+    """Whether the MLP routes to experts; it then runs as the model's own module."""
     return hasattr(layer.mlp, "experts")
 
 
@@ -96,7 +96,7 @@ def fuse_layer(layer: Any) -> Weights:
 
 
 def adapter_parts(layer: Any) -> dict[str, tuple[str, int, int]]:
-    """``{module path: (slot, first row, end row)}``: where the outputs of a module lie in its fused map."""
+    """``{module path: (slot, first row, end row)}``: the rows of each module in its fused map."""
     parts = {}
     for slot, pairs in modules(layer).items():
         start = 0

@@ -1,4 +1,4 @@
-"""Running known tokens of each row into a cache: prompts, and what a second model has to catch up on."""
+"""Running known tokens of each row into a cache: prompts, and text that a second model has not seen."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from torch.nn.utils.rnn import pad_sequence
 from specdec.base.devices import upload
 from specdec.kvcache.cache import KVCache, Mask
 from specdec.kvcache.rows import RowCache
-from specdec.runtimes.layer_pass import Pass
-from specdec.runtimes.target import Target
+from specdec.runtimes.target import Pass, Target
 
-CHUNK = 512  # tokens of a row per pass: bounds the memory of masks and activations
+CHUNK = 512  # maximum tokens of a row per pass: bounds the memory of masks and activations
 
 
 def prefill(target: Target, cache: KVCache, rows: Sequence[Sequence[int]]) -> Tensor:
-    """Run each row's tokens (at least one) after those that ``cache`` holds of it, and commit them.
+    """Run each row's tokens (at least one) after its cached ones, and commit them.
 
     Returns the final states [B, 1, D] of each row's last token.
     """
@@ -42,9 +41,10 @@ def run_tokens(
 ) -> Tensor:
     """Run tokens of each row (some may have none) in one pass, and commit them.
 
-    Returns the final states [B, 1, D] of each row's last token; so are the tapped states afterwards, or (``whole``)
-    they are those of all tokens [B, T, D], padded on the right. ``every`` gets each row's final states [n, D] of all
-    its tokens.
+    Returns the final states [B, 1, D] of each row's last token.
+
+    taps: filled with the states [B, 1, D] of the last tokens or, if ``whole``, [B, T, D] of all, padded on the right.
+    every: gets each row's final states [n, D] of all its tokens.
     """
     counts, device = list(map(len, rows)), cache.device
     mask: Mask

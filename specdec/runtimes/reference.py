@@ -1,7 +1,7 @@
 """The reference runtime: any decoder-only Hugging Face model, through its own ``forward``.
 
-For the time of a call the model's decoder layers are wrapped in gates that skip, inject or record hidden states, so
-position embeddings, rotary tables, final norms and logit caps stay the model's own.
+During a call the model's decoder layers are wrapped in gates that skip, inject or record hidden states, so position
+embeddings, rotary tables, final norms and logit caps are the model's own.
 """
 
 from __future__ import annotations
@@ -25,28 +25,32 @@ from specdec.kvcache.recurrent import Adapted, Advance, States
 from specdec.models import checkpoint
 from specdec.runtimes.adapters import Adapters
 from specdec.runtimes.checks import check_logits, refuse_unsupported
-from specdec.runtimes.layer_pass import Pass
-from specdec.runtimes.target import Part, Target
+from specdec.runtimes.target import Part, Pass, Target
 
-FEW = 16  # tokens that take less time one by one than a scan of a whole chunk
-PARTS: dict[str, tuple[str, ...]] = {  # what decoder layers call them
+FEW = 16  # so many tokens take less time one by one than a scan of a whole chunk
+PARTS: dict[str, tuple[str, ...]] = {  # their names in decoder layers
     "attention": ("self_attn", "attn", "attention"),
     "mlp": ("mlp", "block_sparse_moe", "feed_forward", "fc1", "fc2"),
 }
 
 
 class _Filled(Exception):
-    """A layer has handed over its keys and values, which was all that was wanted of it."""
+    """Ends a layer once its keys and values are stored, if only these are wanted."""
 
 
 class _Bridge(Cache):
-    """Hands our cache to HF attention layers. only_fill: a layer ends there, by ``_Filled``."""
+    """Our cache for Hugging Face's attention layers and recurrent mixers.
+
+    only_fill: whether a layer ends (``_Filled``) once its keys and values are stored.
+    states: of the recurrent layer that runs.
+    adapted: the tokens that adapters act on.
+    """
 
     def __init__(self, cache: KVCache, only_fill: bool = False) -> None:
         super().__init__(layers=[])
         self.kv, self.only_fill = cache, only_fill
-        self.states: States = {}  # of the recurrent layer that runs
-        self.adapted: Adapted = True  # where adapters act
+        self.states: States = {}
+        self.adapted: Adapted = True
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         views = self.kv.append(layer_idx, key_states, value_states)
@@ -57,7 +61,7 @@ class _Bridge(Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.kv.lengths[layer_idx]
 
-    # A recurrent layer takes its states from here and leaves those after its tokens, both conv and recurrent ones.
+    # A recurrent mixer reads its states here, conv and recurrent ones, and stores those after its tokens.
 
     def is_recording_past(self, layer_idx: int) -> bool:
         return True  # else one token's convolution changes its state in place
@@ -88,7 +92,7 @@ class _Bridge(Cache):
         return recurrent_states
 
     def advance(self, mixer: Callable[[Tensor], Tensor], most: float) -> Advance:
-        """``mixer`` as a function of its states. most: tokens that run one by one if they follow earlier ones."""
+        """``mixer`` as a function of its states. most: maximum tokens that run one by one behind earlier ones."""
 
         def run(x: Tensor, states: States, adapted: Adapted) -> tuple[Tensor, States]:
             self.states, single = dict(states), bool(states) and x.shape[1] <= most
@@ -109,10 +113,11 @@ class _Bridge(Cache):
 
 @dataclass
 class _Call:
-    """One call of the model: which layers run, on what, seen through which mask, and what is recorded.
+    """One call of the model on layers [lo, hi).
 
-    x: the input of layer ``lo``; None: the model's own embeddings, which are the result. only_fill: each layer leaves
-    ``x`` as it is.
+    x: the input of layer ``lo``; None: the model's own embeddings, which are the result.
+    taps: as in ``Pass``.
+    only_fill: whether every layer gets ``x`` as its input.
     """
 
     x: Tensor | None = None
@@ -124,22 +129,25 @@ class _Call:
     result: Tensor | None = None
 
 
-class _Gate(nn.Module):
-    """Stands in for decoder layer ``index`` during one call."""
+class _StandIn(nn.Module):
+    """Replaces the module ``inner`` during one call, and has its other attributes."""
 
-    def __init__(self, owner: ReferenceTarget, index: int, call: _Call) -> None:
+    def __init__(self, inner: nn.Module, *others: Any) -> None:
         super().__init__()
-        # In a tuple, a layer is not registered: the model keeps its own module tree.
-        self.parts, self.index = (owner, owner.blocks[index], call), index
+        self.parts = (inner, *others)  # in a tuple, they are not registered: the model keeps its own module tree
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(self.parts[1], name)
+            return getattr(self.parts[0], name)
+
+
+class _Gate(_StandIn):
+    """Replaces decoder layer ``index``."""
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        (owner, inner, call), index = self.parts, self.index
+        inner, owner, index, call = self.parts
         if index == 0:
             call.result = hidden
             hidden = hidden if call.x is None else call.x
@@ -161,31 +169,22 @@ class _Gate(nn.Module):
         return owner.returned(hidden)
 
 
-class _Mixer(nn.Module):
-    """Stands in for the recurrent mixer of a layer: its state is in our cache."""
-
-    def __init__(self, inner: nn.Module, index: int, bridge: _Bridge, tree: Tensor | None) -> None:
-        super().__init__()
-        self.parts, self.index = (inner, bridge, tree), index
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.parts[0], name)
+class _Mixer(_StandIn):
+    """Replaces the recurrent mixer of layer ``index``: its state is in our cache."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        inner, bridge, tree = self.parts
-        given = {name: None if name == "attention_mask" else value for name, value in kwargs.items()}
-        # Mamba's first version (recognised by its map of time steps) scans several tokens from an empty state only; the
-        # scan of its second version pads them to a whole chunk.
+        inner, index, bridge, tree = self.parts
+        arguments = {name: None if name == "attention_mask" else value for name, value in kwargs.items()}
+        # Mamba (recognised by its map of time steps) scans several tokens from an empty state only; the scan of Mamba 2
+        # pads them to a whole chunk.
         most = math.inf if hasattr(inner, "dt_proj") else FEW if hasattr(inner, "A_log") and hasattr(inner, "D") else 1
-        advance = bridge.advance(lambda x: inner(x, *args, **given), most)
-        return bridge.kv.run_recurrent(self.index, hidden_states, tree, advance)
+        advance = bridge.advance(lambda x: inner(x, *args, **arguments), most)
+        out: Tensor = bridge.kv.run_recurrent(index, hidden_states, tree, advance)
+        return out
 
 
 class _Nothing(nn.Module):
-    """Stands in for a sublayer that adds nothing. pair: answers as attention does, with something beside the result."""
+    """Replaces a sublayer by one that adds nothing. pair: whether it returns a pair, as attention does."""
 
     def __init__(self, pair: bool) -> None:
         super().__init__()
@@ -197,10 +196,15 @@ class _Nothing(nn.Module):
 
 
 class ReferenceTarget(Target):
-    """The reference runtime: exact on any decoder-only HF model, checked on load.
+    """The reference runtime: exact on any decoder-only Hugging Face model, checked on load.
 
-    A call changes the model for as long as it takes, under the model's lock: threads take turns.
-    Raises SpecDecError for encoder-decoder or otherwise unsupported models, with the reason.
+    A call changes the model while it runs, under the model's lock: threads take turns. Raises SpecDecError for
+    encoder-decoder or otherwise unsupported models, with the reason.
+
+    beside: number of results of a layer beside hidden states; None: these alone, not in a tuple.
+    probed: whether that is known.
+    bridge: of the call that runs.
+    pairs: by type of MLP, whether it returns more than its result.
     """
 
     runtime = "reference"
@@ -210,10 +214,10 @@ class ReferenceTarget(Target):
         super().__init__(model)
         self.attention = model.config._attn_implementation
         self.base = model.base_model
-        self.beside: int | None = None  # what layers return beside hidden states; None: those alone, not in a tuple
-        self.bridge: _Bridge | None = None  # of the call that runs
-        self.known = False  # whether a layer has shown it
-        self.pairs: dict[type[nn.Module], bool] = {}  # MLPs that return more than their result
+        self.beside: int | None = None
+        self.bridge: _Bridge | None = None
+        self.probed = False
+        self.pairs: dict[type[nn.Module], bool] = {}
         with self.lock, checkpoint.idle(model):
             is_stack = lambda module: isinstance(module, nn.ModuleList) and len(module) == self.num_layers  # noqa: E731
             self.decoder = _find(model.base_model, is_stack, f"has no list of {self.num_layers} decoder layers")
@@ -224,33 +228,33 @@ class ReferenceTarget(Target):
             parameters = list(inspect.signature(self.blocks[0].forward).parameters)
             # GPT-2 passes the mask by position, the others by name.
             self.mask_index = parameters.index("attention_mask") - 1 if "attention_mask" in parameters else None
-            self.spread = check_logits(self)
+            self.logit_difference = check_logits(self)
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
-        if not self.known:
-            self._look(ids, positions)
+        if not self.probed:
+            self._probe(ids, positions)
         call = _Call()
         self._run(call, self.base, ids, positions)
         assert call.result is not None
         return call.result
 
-    def layers(self, x: Tensor, lo: int, hi: int, given: Pass) -> Tensor:
-        taps = {} if given.taps is None else given.taps
+    def layers(self, x: Tensor, lo: int, hi: int, ctx: Pass) -> Tensor:
+        taps = {} if ctx.taps is None else ctx.taps
         if lo in taps:
             taps[lo] = x
         if lo >= hi:
             return x
-        with self.lock, self._adapt(given.adapters, lo, hi, given.adapted, x.shape[0]):
-            return self._pass(_Call(x, lo, hi, given.mask, taps), given)
+        with self.lock, self._adapt(ctx.adapters, lo, hi, ctx.adapted, x.shape[0]):
+            return self._pass(_Call(x, lo, hi, ctx.mask, taps), ctx)
 
-    def fill(self, x: Tensor, lo: int, given: Pass) -> None:
-        self._pass(_Call(x, lo, self.num_layers, given.mask, only_fill=True), given)
+    def fill(self, x: Tensor, lo: int, ctx: Pass) -> None:
+        self._pass(_Call(x, lo, self.num_layers, ctx.mask, only_fill=True), ctx)
 
-    def sublayer(self, x: Tensor, layer: int, part: Part, given: Pass) -> Tensor:
+    def sublayer(self, x: Tensor, layer: int, part: Part, ctx: Pass) -> Tensor:
         if self.mixers[layer] is not None:
             raise SpecDecError(f"layer {layer} is recurrent and has no parts to leave out; skip whole layers")
         other, block = "mlp" if part == "attention" else "attention", self.blocks[layer]
-        filled = given.cache.lengths[layer]
+        filled = ctx.cache.lengths[layer]
         with self.lock, ExitStack() as stack:
             names, kind = [n for n, _ in block.named_children() if n in PARTS[other]], self.model.config.model_type
             if not names:
@@ -258,13 +262,13 @@ class ReferenceTarget(Target):
             for name in names:
                 pair = other == "attention" or self._returns_pair(getattr(block, name), x)
                 stack.enter_context(_replaced(block, name, _Nothing(pair)))
-            out = self.layers(x, layer, layer + 1, given)
+            out = self.layers(x, layer, layer + 1, ctx)
         if part == "mlp":
-            given.cache.lengths[layer] = filled
+            ctx.cache.lengths[layer] = filled
         return out
 
     def _returns_pair(self, mlp: nn.Module, x: Tensor) -> bool:
-        """Whether an MLP returns more than its result, as those that route to experts may: one token shows it."""
+        """Whether an MLP returns more than its result, as those with experts may. Found with one token."""
         kind = type(mlp)
         if kind not in self.pairs:
             self.pairs[kind] = not isinstance(mlp, nn.Linear) and isinstance(mlp(x[:1, :1]), tuple)
@@ -285,7 +289,7 @@ class ReferenceTarget(Target):
                 found[path] = (module.in_features, module.out_features)
             elif type(module).__name__ == "Conv1D" and weight is not None:
                 found[path] = (weight.shape[0], weight.shape[1])
-        # Experts and their router see tokens regrouped: no adapter can address "the last tokens" there.
+        # Experts and routers see tokens in another order: adapters cannot act on "the last tokens" there.
         return {path: size for path, size in found.items() if "expert" not in path and "router" not in path}
 
     def weight(self, layer: int, path: str) -> Tensor:
@@ -295,42 +299,41 @@ class ReferenceTarget(Target):
     # -- how it is done -----------------------------------------------------------------------------------------
 
     def returned(self, hidden: Tensor) -> Any:
-        """``hidden`` as a layer returns it."""
+        """``hidden`` in the form that layers return."""
         return hidden if self.beside is None else (hidden, *[None] * self.beside)
 
-    def _look(self, ids: Tensor, positions: Tensor) -> None:
-        """Run the first layer on the model's own embeddings, to see what layers return."""
+    def _probe(self, ids: Tensor, positions: Tensor) -> None:
+        """Run the first layer on the model's own embeddings, to find what layers return."""
         cache = self.new_cache(ids.shape[0])
         mask = cache.mask(0, positions)
         self._pass(_Call(hi=1, mask=mask), Pass(positions, mask, cache))
-        self.known = True
+        self.probed = True
 
-    def _pass(self, call: _Call, given: Pass) -> Tensor:
-        """Put ``call`` through the layers, whose keys and values go to our cache."""
-        ids, bridge = torch.zeros_like(given.positions), _Bridge(given.cache, call.only_fill)
-        start, self.bridge = given.cache.lengths[call.lo], bridge
+    def _pass(self, call: _Call, ctx: Pass) -> Tensor:
+        """Run ``call``; keys and values go to our cache."""
+        ids, bridge = torch.zeros_like(ctx.positions), _Bridge(ctx.cache, call.only_fill)
+        start, self.bridge = ctx.cache.lengths[call.lo], bridge
         with ExitStack() as stack:
             stack.callback(setattr, self, "bridge", None)
             for layer in range(call.lo, call.hi):
                 if (name := self.mixers[layer]) is not None:
-                    inner = getattr(self.blocks[layer], name)
-                    mixer = _Mixer(inner, layer, bridge, given.mask.ancestors)
+                    mixer = _Mixer(getattr(self.blocks[layer], name), layer, bridge, ctx.mask.ancestors)
                     stack.enter_context(_replaced(self.blocks[layer], name, mixer))
-            self._run(call, self.base, ids, given.positions, cache=bridge, use_cache=True)
+            self._run(call, self.base, ids, ctx.positions, cache=bridge, use_cache=True)
         # Layers without attention count their tokens too.
-        given.cache.lengths[call.lo : call.hi] = [start + ids.shape[1]] * (call.hi - call.lo)
+        ctx.cache.lengths[call.lo : call.hi] = [start + ids.shape[1]] * (call.hi - call.lo)
         assert call.result is not None
         return call.result
 
-    def _run(self, call: _Call, module: nn.Module, ids: Tensor, positions: Tensor, **given: Any) -> Any:
-        """Call ``module`` with its layers as gates."""
-        (batch, count), given = ids.shape, {"use_cache": False} | given
-        # HF's forwards take a 4D mask as they find it; the gates put the real one in its place.
+    def _run(self, call: _Call, module: nn.Module, ids: Tensor, positions: Tensor, **arguments: Any) -> Any:
+        """Call ``module`` with gates for layers."""
+        (batch, count), arguments = ids.shape, {"use_cache": False} | arguments
+        # Hugging Face's forwards pass a 4D mask on unchanged; the gates replace it by the real one.
         mask = torch.ones(1, dtype=torch.bool, device=ids.device).expand(batch, 1, count, count)
         with self.lock:
-            gates = nn.ModuleList([_Gate(self, index, call) for index in range(self.num_layers)])
+            gates = nn.ModuleList([_Gate(self.blocks[index], self, index, call) for index in range(self.num_layers)])
             with _replaced(*self.decoder, gates):
-                return module(input_ids=ids, position_ids=positions, attention_mask=mask, **given)
+                return module(input_ids=ids, position_ids=positions, attention_mask=mask, **arguments)
 
     @contextmanager
     def _adapt(self, adapters: Adapters | None, lo: int, hi: int, adapted: int | None, batch: int) -> Iterator[None]:
@@ -351,7 +354,7 @@ class ReferenceTarget(Target):
         window, (batch, t), length = self.windows[layer], mask.query.shape, mask.keys.shape[1]
         key = ("hf", window)
         if self.attention == "sdpa" and mask.causal and length == t > 1 and (window is None or window >= t):
-            mask.memo[key] = None  # without a mask it is causal
+            mask.memo[key] = None  # without a mask, attention is causal
         elif key not in mask.memo:
             visible = mask.bool_mask(window)
             if visible is None:
@@ -402,7 +405,7 @@ def _find(root: Any, wanted: Callable[[nn.Module], bool], problem: str) -> tuple
 
 @contextmanager
 def _replaced(owner: nn.Module, name: str, module: nn.Module) -> Iterator[None]:
-    """Meanwhile another ``module`` stands in the place of one of ``owner``."""
+    """Replace one of ``owner``'s modules by another within the context."""
     own = getattr(owner, name)
     setattr(owner, name, module)
     try:
@@ -412,7 +415,7 @@ def _replaced(owner: nn.Module, name: str, module: nn.Module) -> Iterator[None]:
 
 
 class ByParts(Target):
-    """A runtime that runs parts of layers through the model's own modules, at the reference runtime's speed."""
+    """A runtime that runs parts of layers through the reference runtime."""
 
     @functools.cached_property
     def _reference(self) -> ReferenceTarget:
@@ -421,8 +424,8 @@ class ByParts(Target):
     def weight(self, layer: int, path: str) -> Tensor:
         return self._reference.weight(layer, path)
 
-    def sublayer(self, x: Tensor, layer: int, part: Part, given: Pass) -> Tensor:
-        return self._reference.sublayer(x, layer, part, given)
+    def sublayer(self, x: Tensor, layer: int, part: Part, ctx: Pass) -> Tensor:
+        return self._reference.sublayer(x, layer, part, ctx)
 
-    def fill(self, x: Tensor, lo: int, given: Pass) -> None:
-        self._reference.fill(x, lo, given)
+    def fill(self, x: Tensor, lo: int, ctx: Pass) -> None:
+        self._reference.fill(x, lo, ctx)

@@ -1,4 +1,4 @@
-"""Choosing the runtime of a model: the fastest that serves it here, or the one named."""
+"""Choosing the runtime of a model: the fastest that supports it here, or the one named."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CHOICES = {"runtime": Runtime, "weights": Weights, "kv_cache": KVCache, "activat
 
 
 def needs_cpu(runtime: str, weights: str, kv_cache: str = "auto", activations: str = "auto") -> bool:
-    """Whether these settings run on the CPU alone, whatever other device there is."""
+    """Whether these settings run on the CPU alone."""
     return runtime == "native" or weights in ("int8", "int4") or "int8" in (kv_cache, activations)
 
 
@@ -41,12 +41,14 @@ def make_target(
 ) -> tuple[Target, str]:
     """The target of ``model`` in the runtime named, and a one-line note ("" if there is nothing to say).
 
-    runtime "auto": native (CPUs) or graphs (CUDA) where it serves the model on this machine, else fused (not on mps),
-    else the reference runtime, the note saying why. weights: "auto" (as loaded, GGUF blocks as they
-    are), "dense" (as loaded, in 16 or 32 bits), "int8" or "int4" (layers rounded, in the model too: what is rounded is
-    the base). kv_cache: "auto" (in the model's dtype) or "int8" (rounded, in the native runtime). activations: "auto"
-    (8 bits for quantised weights in the native runtime, else the model's dtype), "int8" or "bf16".
-    Raises SpecDecError if the model is unsupported, or unfit for what was named.
+    Raises SpecDecError if the model is unsupported, or does not fit the settings.
+
+    runtime: "auto" is native (CPUs) or graphs (CUDA) if it supports the model on this machine, else fused (not on mps),
+        else the reference runtime; the note then says why.
+    weights: "auto" (as loaded, GGUF blocks as they are), "dense" (as loaded, in 16 or 32 bits), "int8" or "int4"
+        (layers are quantised, in the model too: the quantised model is the base).
+    kv_cache: "auto" (in the model's dtype) or "int8" (in the native runtime).
+    activations: "auto" (8 bits for quantised weights in the native runtime, else the model's dtype), "int8" or "bf16".
     """
     check_names(runtime, weights, kv_cache, activations)
     rounded = weights in ("int8", "int4")

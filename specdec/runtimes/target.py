@@ -1,4 +1,4 @@
-"""The target model as embed / layers [lo, hi) / readout over our cache: what every runtime is."""
+"""The target model as embed / layers [lo, hi) / readout over our cache: the interface of all runtimes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -16,11 +17,11 @@ from transformers import PreTrainedModel
 from specdec.base import cores
 from specdec.base.devices import download
 from specdec.base.errors import SpecDecError
-from specdec.kvcache.cache import Chunk, KVCache
+from specdec.kvcache.cache import Chunk, KVCache, Mask
 from specdec.models import identity
 from specdec.models.gguf.blocks import rows, stored
 from specdec.runtimes import linear_maps
-from specdec.runtimes.layer_pass import Pass
+from specdec.runtimes.adapters import Adapters
 from specdec.runtimes.tree_drafting import Candidates, DraftPath, DraftRoots, Masks, TreeLimits, by_levels
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ _finding = threading.Lock()
 
 
 def lock_of(model: nn.Module) -> Any:
-    """The reentrant lock of a model, held while it is changed, be it for a call, or has to stay unchanged."""
+    """The reentrant lock of a model: whoever changes it, even for one call, or needs it unchanged, holds it."""
     with _finding:
         return _locks.setdefault(model, threading.RLock())
 
@@ -45,26 +46,53 @@ def largest(logits: Tensor) -> Tensor:
     return best.masked_fill(~finite, -1)
 
 
+@dataclass
+class Pass:
+    """The context of a pass over tokens of each row.
+
+    positions: int64 [B, T].
+    mask: from ``cache.mask(lo, positions, ...)``.
+    cache: where keys and values are appended.
+    taps: each key l with lo <= l <= hi is filled with the input of layer l (l = hi: the result).
+    adapters: applied to the last ``adapted`` tokens of each row (None: to all).
+    """
+
+    positions: Tensor
+    mask: Mask
+    cache: KVCache
+    taps: dict[int, Tensor] | None = None
+    adapters: Adapters | None = None
+    adapted: int | None = None
+
+
 class Target(ABC):
     """A causal language model with N layers, run in pieces.
 
-    Several threads may use it at once, each with caches of its own: what belongs to a generation is in its cache, and
-    what is made once for all of them is made under ``lock``, which is the model's.
+    Several threads may use it, each with caches of its own. What is made once for all is made under the model's lock.
 
-    Attributes: ``model`` (the unmodified HF model), ``num_layers`` N, ``hidden_size`` D, ``vocab_size`` V,
-    ``fingerprint`` (of the weights as loaded), ``context`` (most positions), ``windows`` (attention window per layer,
-    None = full), ``device``, ``dtype``.
+    model: the unmodified Hugging Face model.
+    num_layers, hidden_size, vocab_size: N, D, V.
+    context: maximum number of positions.
+    windows: attention window of each layer; None: full.
+    fingerprint: of the weights as loaded.
+    runtime: its name.
+    ragged: whether a pass takes rows with different numbers of tokens, one behind the other.
+    weight_format, kv_cache, activations: formats of the layers' weights, keys and values, and inputs of products.
+    logit_difference: difference from the model's own logits in the self-check, relative to the largest logit.
+    tokenizer: the model's, where known, for drafters with a model of their own.
+    recurrent_layers: with them, a text can be resumed at checkpoints alone.
+    experts: loads experts from slow memory, if there are any there.
     """
 
-    runtime: str  # "reference", "fused", ...
-    ragged = False  # whether a pass takes rows with different numbers of tokens, one behind the other
-    storage = "as loaded"  # what the layers' weights are held in
-    kv_cache = "as computed"  # what keys and values are held in
-    activations = "as computed"  # what products with weights take
-    spread: float  # difference from the model's own logits in the self-check at load, relative to the largest logit
-    tokenizer: Any = None  # the model's, where known: drafters with a model of their own compare it
-    recurrent_layers: frozenset[int] = frozenset()  # with them a text can be gone on with at checkpoints alone
-    experts: Offload | None = None  # where experts are loaded from slow memory, what loads them
+    runtime: str
+    ragged = False
+    weight_format = "as loaded"
+    kv_cache = "as computed"
+    activations = "as computed"
+    logit_difference: float
+    tokenizer: Any = None
+    recurrent_layers: frozenset[int] = frozenset()
+    experts: Offload | None = None
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model, self.lock = model, lock_of(model)
@@ -88,23 +116,19 @@ class Target(ABC):
         """Token ids and positions [B, T] -> the input of layer 0 [B, T, D]."""
 
     @abstractmethod
-    def layers(self, x: Tensor, lo: int, hi: int, given: Pass) -> Tensor:
+    def layers(self, x: Tensor, lo: int, hi: int, ctx: Pass) -> Tensor:
         """Run layers [lo, hi) on ``x`` [B, T, D], appending their keys and values to the cache; return [B, T, D]."""
 
     @abstractmethod
-    def sublayer(self, x: Tensor, layer: int, part: Part, given: Pass) -> Tensor:
+    def sublayer(self, x: Tensor, layer: int, part: Part, ctx: Pass) -> Tensor:
         """Run the attention or the MLP of one layer alone, residual included: [B, T, D] -> [B, T, D].
 
-        "mlp" leaves the cache as it is. Raises SpecDecError if the model's layers have no
-        such part.
+        "mlp" leaves the cache as it is. Raises SpecDecError if the model's layers have no such part.
         """
 
     @abstractmethod
-    def fill(self, x: Tensor, lo: int, given: Pass) -> None:
-        """Append to layers [lo, N) the keys and values that each makes of ``x`` [B, T, D], and run nothing else.
-
-        State propagation: ``x`` stands for the input of all of them.
-        """
+    def fill(self, x: Tensor, lo: int, ctx: Pass) -> None:
+        """State propagation: append to layers [lo, N) the keys and values of ``x`` [B, T, D] as the input of each."""
 
     @abstractmethod
     def readout(self, x: Tensor, head: nn.Linear | None = None) -> Tensor:
@@ -113,8 +137,8 @@ class Target(ABC):
     def choose(self, x: Tensor, *beside: Tensor) -> list[list[list[int]]]:
         """Final states [B, T, D] -> the token with the largest logit, the first of equals, as a list [B][T].
 
-        -1 where the logits are not finite. Before it come the lists of ``beside``, int64 [B, n] each: the device is
-        read once.
+        -1 where the logits are not finite. Before it come the lists of ``beside`` (int64 [B, n]): one read of the
+        device.
         """
         return download(*beside, largest(self.readout(x)))
 
@@ -156,7 +180,7 @@ class Target(ABC):
 
     @contextmanager
     def prepared(self, layer: int) -> Iterator[None]:
-        """Hold what makes many large passes through ``layer`` (N: the readout) faster; there are no gradients then."""
+        """Prepare many large passes through ``layer`` (N: the readout), without gradients."""
         yield
 
     @abstractmethod
@@ -175,7 +199,7 @@ class Target(ABC):
 
 
 class GivenLinear(nn.Linear):
-    """A linear map of given values: drawing values first would cost more than the map itself."""
+    """A linear map of given values, without the cost of random ones."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         nn.Module.__init__(self)

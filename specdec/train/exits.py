@@ -19,9 +19,8 @@ from torch.nn.utils.rnn import pad_sequence
 from specdec.base.errors import SpecDecError
 from specdec.drafters.exits import ExitHeads, Routers, check_exits
 from specdec.kvcache.cache import Mask
-from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.linear_maps import rms_unit
-from specdec.runtimes.target import Target
+from specdec.runtimes.target import Pass, Target
 from specdec.train.batches import TrainingBatch
 from specdec.train.evaluate import acceptance_lengths, chain_figures
 from specdec.train.fit import Ridge

@@ -29,8 +29,7 @@ from specdec.base.files import replace
 from specdec.base.terminal import Progress, duration, megabytes, tell
 from specdec.kvcache.cache import KVCache, Mask
 from specdec.runtimes import linear_maps
-from specdec.runtimes.layer_pass import Pass
-from specdec.runtimes.target import Target
+from specdec.runtimes.target import Pass, Target
 from specdec.train.data import TrainingAnswer
 from specdec.train.output import writing
 

@@ -12,10 +12,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from specdec.drafters.m2r2_network import M2R2, Carry, watch
+from specdec.drafters.m2r2_network import M2R2, Carry, router_taps
 from specdec.kvcache.cache import Mask
-from specdec.runtimes.layer_pass import Pass
-from specdec.runtimes.target import Target
+from specdec.runtimes.target import Pass, Target
 from specdec.train.batches import TrainingBatch
 
 
@@ -42,7 +41,7 @@ def shared(
     mask = Mask(batch.positions, torch.cat((keys, batch.positions), 1), torch.cat((exact, own), 2))
     cache = batch.cache(target.num_layers)
     for lo, hi in path.shared:
-        taps = watch(lo + 1, hi) if watched else None
+        taps = router_taps(lo + 1, hi) if watched else None
         start = batch.hidden[lo] if lo else x
         p = target.layers(start, lo, hi, Pass(batch.positions, mask, cache, taps=taps, adapters=network.adapters))
         passed = [*passed, *(taps or {}).values()]

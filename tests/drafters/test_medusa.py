@@ -21,8 +21,8 @@ from specdec.cli import app
 from specdec.drafters.medusa import Medusa, MedusaDrafter
 from specdec.integrations import vllm as to_vllm
 from specdec.models import drafter_folder, loading
-from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.reference import ReferenceTarget
+from specdec.runtimes.target import Pass
 from specdec.speculation.draft import Draft, State
 from specdec.speculation.sampling import Sampler
 from specdec.speculation.trees import Prices

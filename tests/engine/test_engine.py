@@ -18,8 +18,8 @@ from specdec.drafters.none import NoDrafter
 from specdec.engine.depth import FixedDepth
 from specdec.engine.engine import Engine
 from specdec.engine.request import Request
-from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.reference import ReferenceTarget
+from specdec.runtimes.target import Pass
 from specdec.speculation.draft import Draft, DrafterWarning, State
 from specdec.speculation.sampling import SamplingParams
 from specdec.verifiers.exact import ExactVerifier

@@ -18,11 +18,10 @@ from specdec.base.errors import SpecDecError
 from specdec.cli import statistics
 from specdec.drafters.none import NoDrafter
 from specdec.kvcache.cache import KVCache, dequantize_rows, quantize_rows
-from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.native import library
 from specdec.runtimes.native.target import FAMILIES, NativeTarget
 from specdec.runtimes.select import make_target
-from specdec.runtimes.target import Target
+from specdec.runtimes.target import Pass, Target
 
 pytestmark = [
     pytest.mark.skipif(not library.runs(), reason="the native kernels do not run here"),

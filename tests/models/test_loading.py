@@ -60,7 +60,7 @@ def test_a_packed_gguf_file_runs_in_as_many_bits_with_the_same_values(cache, tmp
         assert make_target(model)[0].runtime == "fused"
     else:
         target = make_target(model)[0]
-        assert (target.runtime, target.storage) == ("native", storage)
+        assert (target.runtime, target.weight_format) == ("native", storage)
 
 
 @pytest.mark.parametrize(

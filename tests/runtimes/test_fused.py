@@ -14,10 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from specdec.base.errors import SpecDecError
 from specdec.runtimes import linear_maps
 from specdec.runtimes.fused import FAMILIES, SPAN, FusedTarget
-from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.select import make_target
-from specdec.runtimes.target import Target
+from specdec.runtimes.target import Pass, Target
 
 VARIANTS = [(family, {}) for family in FAMILIES] + [(f, {"rope_parameters": rope}) for f, rope in ROPES.items()]
 

@@ -28,8 +28,8 @@ from specdec.kvcache import cache as caches
 from specdec.runtimes import tree_drafting
 from specdec.runtimes.fused import FusedTarget
 from specdec.runtimes.graphs import GraphedTarget
-from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.select import make_target
+from specdec.runtimes.target import Pass
 from specdec.speculation import draft
 
 

@@ -9,9 +9,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from specdec.base.errors import SpecDecError
 from specdec.runtimes.adapters import Adapters
-from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.select import make_target
+from specdec.runtimes.target import Pass
 from specdec.speculation.draft import Draft
 
 PIECES = ((0, 9), (9, 10), (10, 14))  # a prompt, a single token, a block

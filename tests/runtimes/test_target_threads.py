@@ -28,7 +28,6 @@ from specdec.drafters.prompt_lookup import PromptLookupDrafter
 from specdec.runtimes import target
 from specdec.runtimes.fused import FusedTarget
 from specdec.runtimes.graphs import GraphedTarget
-from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.native import library, linear
 from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.reference import ReferenceTarget

@@ -33,7 +33,6 @@ from specdec.engine.depth.costs import Costs
 from specdec.models import drafter_folder, loading
 from specdec.runtimes.fused import FAMILIES as FUSED
 from specdec.runtimes.fused import FusedTarget
-from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.target import Target
 from specdec.speculation.draft import Drafter, Verifier
@@ -313,7 +312,7 @@ def test_a_drafter_trained_on_a_gguf_file_serves_it_and_its_other_precisions(
     given, timed = speed.costs, list[str]()
 
     def noted(target: Target, drafter: Drafter, verifier: Verifier) -> Costs:
-        timed.append(target.storage)
+        timed.append(target.weight_format)
         return given(target, drafter, verifier)
 
     monkeypatch.setattr(speed, "costs", noted)
@@ -337,7 +336,7 @@ def test_a_drafter_trained_on_a_gguf_file_serves_it_and_its_other_precisions(
     for name, says in (("packed", False), ("plain", True)):
         decoder = SpecDecoder.from_pretrained(str(files[name]), drafter=str(tmp_path / "out"))
         if name == "packed":
-            assert timed == [decoder.target.storage]  # the blocks that users run, not what training makes of them
+            assert timed == [decoder.target.weight_format]  # the blocks that users run, not what training makes of them
         assert ("another precision of that model" in capsys.readouterr().err) == says
         plain = decoder.with_drafter("none").generate("3 plus 3 is", max_new_tokens=16).token_ids
         out = decoder.generate("3 plus 3 is", max_new_tokens=16, num_speculative_tokens=2)

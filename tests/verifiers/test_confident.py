@@ -15,9 +15,8 @@ from zoo import PROMPTS, heads, m2r2, routers, run
 from specdec import SpecDecError, SpecDecoder
 from specdec.cli import app
 from specdec.drafters.exits import DeedDrafter, EarlyExitDrafter, MixtureOfDepthsDrafter, SkipDecodeDrafter
-from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.reference import ReferenceTarget
-from specdec.runtimes.target import Target
+from specdec.runtimes.target import Pass, Target
 from specdec.speculation.draft import Drafter
 from specdec.verifiers.confident import ConfidentVerifier
 

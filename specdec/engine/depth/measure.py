@@ -24,8 +24,7 @@ from specdec.engine.depth.policy import FixedDepth
 from specdec.engine.engine import Engine
 from specdec.engine.request import Request
 from specdec.kvcache.cache import KVCache
-from specdec.runtimes.layer_pass import Pass
-from specdec.runtimes.target import Target
+from specdec.runtimes.target import Pass, Target
 from specdec.speculation.draft import Drafter, Verifier
 
 SIZES = (1, 2, 3, 4, 5, 6, 8, 9, 12, 16, 17, 32)  # numbers of scored tokens that are timed
@@ -85,7 +84,14 @@ def _file(target: Target, drafter: Drafter) -> Path:
     device, cpu = target.device, machine.processor_name()
     units = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     parts: list[object] = [cpu, platform.node(), units, torch.__version__, torch.backends.cpu.get_cpu_capability()]
-    parts += [target.runtime, target.storage, target.activations, target.kv_cache, target.dtype, target.fingerprint]
+    parts += [
+        target.runtime,
+        target.weight_format,
+        target.activations,
+        target.kv_cache,
+        target.dtype,
+        target.fingerprint,
+    ]
     parts += [drafter.name, drafter.path]
     parts += [] if target.experts is None else [target.experts.describe()]  # more tokens load more experts
     name = hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest()[:24]

@@ -25,7 +25,6 @@ from specdec.models.gguf.blocks import BlockEmbedding, BlockLinear, Blocks, bits
 from specdec.runtimes import llama_like
 from specdec.runtimes.adapters import Adapters
 from specdec.runtimes.checks import check_logits, refuse_unsupported
-from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.native import library, linear
 from specdec.runtimes.native.drafting import TreeDrafter
 from specdec.runtimes.native.library import (
@@ -48,6 +47,7 @@ from specdec.runtimes.native.library import (
 )
 from specdec.runtimes.native.linear import Packed, RowTable
 from specdec.runtimes.reference import ByParts
+from specdec.runtimes.target import Pass
 from specdec.runtimes.tree_drafting import Candidates, DraftPath, DraftRoots, Masks, TreeLimits
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
@@ -64,7 +64,7 @@ class NativeTarget(ByParts):
     Q8_0 or Q4_1, in ``model`` too: it is the base).
     kv_cache: "auto" (bf16) or "int8" (rounded, a scale for 32 numbers).
     activations: what products of blocks take: "int8" (rounded, a scale for 32 numbers), "bf16" or "auto" (the first).
-    ``storage``: what the layers' weights are held in. Raises SpecDecError for what it does not serve.
+    ``weight_format``: what the layers' weights are held in. Raises SpecDecError for what it does not serve.
     """
 
     runtime = "native"
@@ -130,11 +130,11 @@ class NativeTarget(ByParts):
         self._untapped = (POINTER * (self.num_layers + 1))()
         self._adapted: WeakKeyDictionary[Adapters, dict[int, Any]] = WeakKeyDictionary()
         self._coarse: WeakKeyDictionary[Adapters, dict[tuple[int, int], Any]] = WeakKeyDictionary()
-        self.storage = " and ".join(str(width) for width in sorted({BITS[kind] for kind in kinds})) + " bits"
+        self.weight_format = " and ".join(str(width) for width in sorted({BITS[kind] for kind in kinds})) + " bits"
         if weights in ROUNDED:
-            self.storage += ", rounded"
+            self.weight_format += ", rounded"
         with memory.sparing((*decoder.layers, decoder.embed_tokens, self.own_head), _mapped):
-            self.spread = check_logits(self)
+            self.logit_difference = check_logits(self)
         if kv_cache == "int8":  # from here on: it is lossy, and what is checked is the rest
             self.cache_rounded, self.kv_cache = True, "8 bits (lossy)"
         memory.release(*_mapped(model))  # of large pages, parts may have come again with their neighbours
@@ -146,14 +146,14 @@ class NativeTarget(ByParts):
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         return self.embedding(ids)
 
-    def layers(self, x: Tensor, lo: int, hi: int, given: Pass) -> Tensor:
+    def layers(self, x: Tensor, lo: int, hi: int, ctx: Pass) -> Tensor:
         y = x.to(torch.bfloat16, memory_format=torch.contiguous_format, copy=True)
-        taps = {} if given.taps is None else given.taps
+        taps = {} if ctx.taps is None else ctx.taps
         for layer in taps:
             if lo <= layer < hi:
                 taps[layer] = torch.empty_like(y)
         if lo < hi:
-            model, call, _alive = self._call(y, lo, hi, given)
+            model, call, _alive = self._call(y, lo, hi, ctx)
             done(self.lib.specdec_layers(ctypes.byref(model), ctypes.byref(call)))
         if hi in taps and lo <= hi:
             taps[hi] = y
@@ -219,19 +219,19 @@ class NativeTarget(ByParts):
 
     # -- calls ------------------------------------------------------------------------------------------------------
 
-    def _call(self, x: Tensor, lo: int, hi: int, given: Pass) -> tuple[Model, Call, list[Any]]:
+    def _call(self, x: Tensor, lo: int, hi: int, ctx: Pass) -> tuple[Model, Call, list[Any]]:
         """Layers [lo, hi) on ``x`` as the kernels take them, and what must live as long as that."""
-        model, low, cache, mask = self._model, None, given.cache, given.mask
+        model, low, cache, mask = self._model, None, ctx.cache, ctx.mask
         assert isinstance(cache, RowCache) and isinstance(mask, RowMask)
-        adapters, taps = given.adapters, given.taps or {}
-        if adapters is not None and adapters.draft_only and given.adapted is None:
+        adapters, taps = ctx.adapters, ctx.taps or {}
+        if adapters is not None and adapters.draft_only and ctx.adapted is None:
             model = self._merged(adapters, lo, hi)
         elif adapters is not None:
             low = self._low_rank(adapters, lo, hi)
-        call, positions = self._new_call(lo, hi), given.positions.contiguous()
+        call, positions = self._new_call(lo, hi), ctx.positions.contiguous()
         lines, *alive = self.place(call, cache, lo, hi, mask.counts)
         alive += [lines, positions, mask, low]
-        call.adapted, call.x, call.positions = given.adapted or 0, x.data_ptr(), positions.data_ptr()
+        call.adapted, call.x, call.positions = ctx.adapted or 0, x.data_ptr(), positions.data_ptr()
         if not mask.causal:
             for row, line in enumerate(lines):
                 if mask.trees[row] is not None:

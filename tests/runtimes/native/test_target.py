@@ -18,12 +18,11 @@ from specdec.base.errors import SpecDecError
 from specdec.kvcache.cache import KVCache
 from specdec.models.gguf.blocks import BlockLinear
 from specdec.runtimes import linear_maps, tree_drafting
-from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.native import library, linear
 from specdec.runtimes.native.target import FAMILIES, NativeTarget
 from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.select import make_target
-from specdec.runtimes.target import Target
+from specdec.runtimes.target import Pass, Target
 
 try:
     library.load()
@@ -138,7 +137,7 @@ def test_a_model_in_blocks_gives_the_logits_of_its_bf16_values() -> None:
             dense.get_submodule(name).weight.copy_(module.weight)
     dense.model.embed_tokens.weight.copy_(model.model.embed_tokens.weight)
     rounded, exact, whole = NativeTarget(model), NativeTarget(model, activations="bf16"), NativeTarget(dense)
-    assert (rounded.storage, whole.storage) == ("4 and 5 and 8 bits", "16 bits")
+    assert (rounded.weight_format, whole.weight_format) == ("4 and 5 and 8 bits", "16 bits")
     assert [t.activations for t in (rounded, exact, whole)] == ["8 bits", "16 bits", "as computed"]
     assert rounded.bytes_read < 0.7 * whole.bytes_read
     for a, b, c in zip(play(rounded), play(exact), play(whole), strict=True):

@@ -14,11 +14,10 @@ from passes import in_blocks
 from specdec.base import machine
 from specdec.base.errors import SpecDecError
 from specdec.kvcache.rows import RowCache
-from specdec.runtimes.layer_pass import Pass
 from specdec.runtimes.native import library, linear
 from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.select import make_target
-from specdec.runtimes.target import Target
+from specdec.runtimes.target import Pass, Target
 
 if not library.runs():
     pytest.skip("no native kernels here", allow_module_level=True)
