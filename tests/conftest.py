@@ -98,7 +98,7 @@ def scripted_costs(monkeypatch: pytest.MonkeyPatch) -> None:
         return Costs({n: 1 + 0.02 * n for n in (1, 2, 4, 8, 16)}, ((0.1, 0.1),) * drafter.num_exits)
 
     monkeypatch.setattr("specdec.api.decoder.costs", given)
-    monkeypatch.setattr("specdec.api.decoder.keep", lambda target, drafter, found: None)
+    monkeypatch.setattr("specdec.api.decoder.store", lambda target, drafter, found: None)
     monkeypatch.setattr("specdec.train.speed.costs", given)
 
 

@@ -1,8 +1,7 @@
 """Drafting in one native call: a tree, or a chain for each of several rows.
 
-What the kernels read is built once for a draft path, and used again every step.
-Between two passes all code is cold, so a step changes few fields here and builds nothing. Knows the kernels'
-structures, and of the model only what ``Kernels`` hands over.
+The kernels' structures are built once for a draft path. Between two passes all code is cold, so a step changes few
+fields and builds nothing.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from specdec.runtimes.tree_drafting import Candidates, DraftPath, DraftRoots, Ma
 
 
 class Kernels(Protocol):
-    """What the native runtime has of a model."""
+    """The parts of the native runtime that drafting needs."""
 
     lib: Any
     embedding: RowTable
@@ -39,24 +38,28 @@ class Kernels(Protocol):
         """Layers [lo, hi) with ``adapters`` on a token of each row, for kernels that make masks and states."""
 
     def place(self, call: Call, cache: RowCache, lo: int, hi: int, counts: Sequence[int]) -> tuple[Any, ...]:
-        """Have ``call`` write to the next ``counts`` slots of layers [lo, hi); return what must live as long."""
+        """Let ``call`` write to the next ``counts`` slots of layers [lo, hi); return the objects that it points to."""
 
 
 class TreeDrafter:
-    """Trees of ``levels`` levels, ``width`` nodes of which are drafted on from, along ``path``; one at a time.
+    """Drafts trees along ``path``, one at a time, or a chain for each of several ``rows`` (``width`` 1), level by
+    level.
 
-    rows: of the cache; of several, a chain each (``width`` 1), whose tokens come level by level.
+    levels, width: as in ``TreeLimits``.
+    drafted: number of tokens that are run.
+    found: scores, tokens and parents of the candidates.
+    allowed: the masks of a level; ``masks`` makes them, ``held`` keeps them alive, ``error`` is what it raised.
     """
 
     def __init__(self, target: Kernels, path: DraftPath, levels: int, width: int, rows: int = 1) -> None:
         self.segments, self.drafted = path.segments, 1 + (levels - 1) * width
         self.rows, self.positions, self.roots = rows, (ctypes.c_int64 * rows)(), (INT * rows)()
         count = levels * max(width * width, rows)
-        self.found = (ctypes.c_float * count)(), (INT * count)(), (INT * count)()  # scores, tokens, parents
+        self.found = (ctypes.c_float * count)(), (INT * count)(), (INT * count)()
         self.allowed = (POINTER * width)()
         self.masks: Masks | None = None
-        self.held: list[Tensor | None] = []  # the masks of the level
-        self.error: BaseException | None = None  # of the masks
+        self.held: list[Tensor | None] = []
+        self.error: BaseException | None = None
         maps, heads = [each.packed for each in path.projections], [target.head(head) for head in path.heads]
         self.stages = (Stage * len(maps))()
         self.calls: list[Call] = []
@@ -81,36 +84,29 @@ class TreeDrafter:
         )
 
     @staticmethod
-    def serves(target: Kernels, path: DraftPath, levels: int, width: int, rows: int = 1) -> bool:
-        """Whether the kernels take such a path and such a draft."""
+    def supports(target: Kernels, path: DraftPath, levels: int, width: int, rows: int = 1) -> bool:
+        """Whether the kernels support such a path and such a draft."""
         outputs = sum(target.vocab_size if head is None else head.out_features for head in path.heads)
         near = any(window is not None and window <= levels for window in target.windows)
-        fits = (
-            width <= min(16, outputs)
-            and rows <= 16
-            and len(path.projections) <= 8
-            and len(path.heads) <= 2
-            and not near
-        )
-        return (
-            fits and path.adapters.draft_only and bool(path.segments) and all(each.packed for each in path.projections)
-        )
+        few = width <= min(16, outputs) and rows <= 16 and len(path.projections) <= 8 and len(path.heads) <= 2
+        packed = path.adapters.draft_only and bool(path.segments) and all(each.packed for each in path.projections)
+        return few and packed and not near
 
     def __call__(
-        self, target: Kernels, cache: RowCache, roots: DraftRoots, confidence: float, masks: Masks | None
+        self, target: Kernels, cache: RowCache, roots: DraftRoots, min_probability: float, masks: Masks | None
     ) -> Candidates:
         struct, segments = self.struct, self.segments
         final, *carried = (x.contiguous() for x in (roots.final, *roots.carried))
         before = roots.place * final.shape[2] * final.element_size()  # bytes
         forbidden = None if roots.forbidden is None else roots.forbidden.contiguous()
-        struct.hidden = None if forbidden is None else forbidden.data_ptr()
+        struct.forbidden = None if forbidden is None else forbidden.data_ptr()
         self.positions[:], self.roots[:] = list(roots.positions), list(roots.tokens)
         alive = []
         for stage, call, state, (lo, hi) in zip(self.stages, self.calls, carried, segments, strict=False):
             alive.append(target.place(call, cache, lo, hi, [self.drafted] * self.rows))
             call.threads = cores.threads()
             stage.carried = call.x = state.data_ptr() + before
-        struct.final, struct.confidence = final.data_ptr() + before, confidence
+        struct.final, struct.min_probability = final.data_ptr() + before, min_probability
         self.masks, call_mask = masks, None if masks is None else MaskCall(self._mask)
         struct.mask = None if call_mask is None else ctypes.cast(call_mask, POINTER)
         count = target.lib.specdec_draft_tree(ctypes.byref(struct))
@@ -124,7 +120,7 @@ class TreeDrafter:
         return Candidates(scores[:count], tokens[:count], parents[:count])
 
     def _mask(self, rows: int, nodes: Any) -> int:
-        """Have ``allowed`` point to the masks of a level, which are kept until the next; 1 where that fails."""
+        """Point ``allowed`` to the masks of a level, which live until the next one; 1: an error."""
         _, tokens, parents = self.found
         assert self.masks is not None
         try:

@@ -69,7 +69,7 @@ class Model(ctypes.Structure):
     )
 
 
-class Line(ctypes.Structure):
+class SequenceArgs(ctypes.Structure):
     _fields_ = (
         *((n, INT) for n in ("tokens", "start", "committed", "capacity")),
         *((n, POINTER) for n in ("keys", "values", "trees")),
@@ -79,7 +79,7 @@ class Line(ctypes.Structure):
 class Call(ctypes.Structure):
     _fields_ = (
         *((n, INT) for n in ("count", "tokens", "lo", "hi", "threads", "adapted", "windows", "cache")),
-        *((n, POINTER) for n in ("lines", "spans", "x", "positions", "rotary", "window", "taps", "low")),
+        *((n, POINTER) for n in ("sequences", "spans", "x", "positions", "rotary", "window", "taps", "low")),
     )
 
 
@@ -89,11 +89,11 @@ class Stage(ctypes.Structure):
 
 class TreeDraft(ctypes.Structure):
     _fields_ = (
-        *((name, INT) for name in ("stages", "levels", "width", "lines")),
+        *((name, INT) for name in ("stages", "levels", "width", "sequences")),
         *((name, POINTER) for name in ("roots", "stage", "embedding", "final")),
         *(("head", POINTER * 2), ("outputs", INT * 2), ("tokens", POINTER), ("norm", POINTER)),
-        *((name, ctypes.c_float) for name in ("eps", "unit_eps", "confidence")),
-        *((name, POINTER) for name in ("scores", "ids", "parents", "mask", "allowed", "hidden")),
+        *((name, ctypes.c_float) for name in ("eps", "unit_eps", "min_probability")),
+        *((name, POINTER) for name in ("scores", "ids", "parents", "mask", "allowed", "forbidden")),
     )
 
 

@@ -1,4 +1,4 @@
-"""Linear maps in tiles, for the compiled kernels, and the largest of logits."""
+"""Linear maps in tiles for the compiled kernels, tables of rows, and argmax."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from specdec.models.gguf.blocks import BlockEmbedding, BlockLinear, Blocks, dequ
 from specdec.runtimes.native import library
 from specdec.runtimes.native.library import BF16, INT, POINTER, Q4, Q8, Map, Part, Table, done, pointer, runs
 
-LARGE = 2_000_000  # weights of a matrix for drafts from which on reading it is all that takes time: 4 bits are faster
+LARGE = 2_000_000  # a matrix for drafts with more weights is limited by reading them: 4 bits are faster
 
 
 class _Arena:
-    """Memory in large pieces on large pages: most maps alone are smaller than such a page."""
+    """Allocates memory in large pieces, on large pages: most maps are smaller than such a page."""
 
     PIECE, PAGE = 32 << 20, 2 << 20
 
@@ -29,7 +29,7 @@ class _Arena:
         self.piece, self.used, self.lock = torch.empty(0, dtype=torch.uint8), 0, threading.Lock()
 
     def take(self, size: int) -> Tensor:
-        """The next ``size`` bytes, aligned to a cache line. They are the caller's."""
+        """Allocate ``size`` bytes, aligned to a cache line."""
         with self.lock:
             if self.used + size > self.piece.numel():
                 room = max(size, self.PIECE) + self.PAGE
@@ -40,7 +40,7 @@ class _Arena:
             return self.piece[begin : begin + size]
 
     def give_back(self, region: Tensor) -> None:
-        """Free what was taken, unless another thread has taken more since: it is then lost."""
+        """Free a region, if no other was allocated since; else it is lost."""
         with self.lock:
             if region.data_ptr() + _lines(region.numel()) == self.piece.data_ptr() + self.used:
                 self.used -= _lines(region.numel())
@@ -55,13 +55,14 @@ _arena = _Arena()
 
 
 class Packed:
-    """A linear map ``x W.T + bias`` in tiles. weights: bf16 [out_i, in] or GGUF blocks, one on another. Blocks keep
-    their codes and scales; bf16 weights are held as they are.
+    """A linear map ``x W.T + bias`` in tiles.
 
-    rounded: products of blocks take activations in 8 bits; else both are rounded to bf16. A map with a bf16 weight
-        takes bf16.
-    draft_only: for drafts, which need not be exact: bf16 weights are rounded to 8 bits, large ones to 4.
     Raises SpecDecError if ``in`` is not a multiple of 32, or the outputs of any weight but the last one of 16.
+
+    weights: stacked: bf16 [out_i, in], or GGUF blocks, which keep their codes and scales.
+    rounded: whether products of blocks take activations in 8 bits; else blocks are unpacked to bf16. A map with a bf16
+        weight takes bf16.
+    draft_only: whether bf16 weights are quantised to 8 bits, large ones to 4: drafts need not be exact.
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class Packed:
 
     @property
     def kinds(self) -> set[int]:
-        """What its tiles are held in."""
+        """The formats of its tiles."""
         return {part.kind for part in self.parts}
 
     @property
@@ -107,12 +108,12 @@ class Packed:
         """bf16 [..., in] -> [..., out]; with ``eps`` after an RMS norm with weight ``norm`` [in] (float32)."""
         return self._run((x,), norm, eps)
 
-    def of_units(self, parts: Sequence[Tensor], eps: float) -> Tensor:
-        """bf16 parts [..., in / n] -> [..., out]: each divided by its RMS, then one beside the other."""
+    def of_normalised(self, parts: Sequence[Tensor], eps: float) -> Tensor:
+        """bf16 parts [..., in / n], each divided by its RMS, side by side -> [..., out]."""
         return self._run(parts, None, eps)
 
     def largest(self, x: Tensor, norm: Tensor | None, eps: float) -> list[int]:
-        """The first of the largest of ``self(x, norm, eps)``, without making that, flat. NaN is nowhere it."""
+        """The flat argmax of ``self(x, norm, eps)`` (the first of equals, never NaN), without storing the outputs."""
         found = (ctypes.c_int64 * (x.numel() // self.inp))()
         self._call((x,), norm, eps, len(found), None, ctypes.addressof(found))
         return found[:]
@@ -134,7 +135,7 @@ class Packed:
 
 
 class RowTable:
-    """A matrix [rows, columns] whose rows are read one by one, as bf16: bf16 itself, or GGUF blocks."""
+    """A matrix [rows, columns], in bf16 or GGUF blocks, whose rows are read as bf16."""
 
     def __init__(self, weight: Tensor | Blocks) -> None:
         self.columns = weight.shape[1]
@@ -156,23 +157,24 @@ class RowTable:
 
 
 def unpack(blocks: Blocks, index: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """As ``blocks.dequantize``, and faster in bf16."""
+    """``blocks.dequantize``, faster in bf16."""
     if dtype != torch.bfloat16:
         return dequantize(blocks, index, dtype)
     return RowTable(blocks)(torch.arange(blocks.shape[0]) if index is None else index)
 
 
 def unpack_here(model: nn.Module) -> None:
-    """Have the kernels unpack the modules in blocks, where they run."""
+    """Let the kernels unpack the model's blocks, if they run here."""
     for module in model.modules() if runs() else ():
         if isinstance(module, BlockLinear | BlockEmbedding):
             module.unpack = unpack
 
 
 def _block_tiles(blocks: Blocks) -> tuple[int, Tensor]:
-    """The tiles of a matrix in GGUF blocks, and their kind; bf16 ones of numbers that are too large for those.
+    """The format and the tiles of a matrix in GGUF blocks; bf16 if its numbers are too large for the blocks' own
+    format.
 
-    Raises SpecDecError if the kernels read other values than ``gguf`` does in the first and the last row.
+    Raises SpecDecError if the kernels read other values than ``gguf`` in the first and the last row.
     """
     lib, kind, table = library.load(), INT(), RowTable(blocks)
     ends = torch.tensor([0, blocks.shape[0] - 1])
@@ -187,7 +189,7 @@ def _block_tiles(blocks: Blocks) -> tuple[int, Tensor]:
 
 
 def _tiles(weight: Tensor, kind: int = BF16) -> Tensor:
-    """bf16 ``weight`` [out, in] in tiles of ``kind``: as it is, or rounded to Q8 or Q4."""
+    """bf16 ``weight`` [out, in] in tiles of ``kind``: BF16, or quantised to Q8 or Q4."""
     lib, (out, inp) = library.load(), weight.shape
     source = weight.detach().contiguous()
     tiles = _arena.take(lib.specdec_tiles_bytes(kind, -(-out // 16), inp // 32))
@@ -204,7 +206,7 @@ def serves(weight: Tensor) -> bool:
 
 
 def argmax(x: Tensor) -> Tensor:
-    """``x.argmax(-1)`` of bf16 [..., V] on a CPU that the kernels are for; NaN is nowhere the largest."""
+    """``x.argmax(-1)`` of bf16 [..., V] where the kernels run; never NaN."""
     x = x.contiguous()
     out = torch.empty(x.shape[:-1], dtype=torch.long)
     library.load().specdec_argmax(x.data_ptr(), out.numel(), x.shape[-1], out.data_ptr(), cores.threads())

@@ -116,19 +116,22 @@ typedef struct {
     const Layer *layers;
 } Model;
 
-typedef struct {                 /* a row of a call; the tokens of its rows follow one another */
-    int32_t tokens, start;       /* how many tokens of the call are its own; its first new cache slot */
-    int32_t committed, capacity; /* slots below `committed` hold the positions they are numbered by; slots there are */
+typedef struct {                 /* a sequence of a call; the tokens of its sequences follow one another */
+    int32_t tokens, start;       /* number of its tokens in the call; its first new cache slot */
+    int32_t committed, capacity; /* slots below `committed` are numbered by position; number of slots */
     uint8_t *keys, *values;      /* [layers][kv_heads][capacity] rows of the cache */
     const uint8_t *const *trees; /* by window kind: [tokens][start + tokens - committed], 1 = visible, every slot before is in
                                   * sight of the window alone; NULL: a token sees the slots up to its own, within its window */
-} Line;
+} Sequence;
 
 typedef struct {
-    int32_t count, tokens, lo, hi, threads, adapted, windows, cache; /* count: of lines; tokens: of all; cache: its kind of rows */
-    const Line *lines;
+    int32_t count, tokens;       /* number of sequences, and of all their tokens */
+    int32_t lo, hi, threads;     /* layers [lo, hi); number of threads */
+    int32_t adapted, windows;    /* number of last tokens with adapters (0: all); number of window kinds */
+    int32_t cache;               /* CACHE16 or CACHE8 */
+    const Sequence *sequences;
     const int32_t *spans;        /* by window kind: how many of the last slots are seen; 0: all */
-    bf16 *x;                     /* [tokens, hidden], in and out; unused in a passage */
+    bf16 *x;                     /* [tokens, hidden], in and out; unused when drafting */
     const int64_t *positions;    /* [tokens] */
     const float *rotary;         /* [position][cosines, sines][rotated / 2] */
     const int32_t *window;       /* by layer: its kind */

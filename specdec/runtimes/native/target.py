@@ -1,7 +1,7 @@
 """The native runtime: decoder layers as one call into compiled kernels.
 
-Builds what the kernels read (packed weights, pointers, masks) and calls them; raises SpecDecError for machines and
-models that it does not serve. Weights of a GGUF file keep their codes and scales.
+Builds the kernels' inputs (packed weights, pointers, masks) and calls them. Raises SpecDecError for machines and models
+that it does not support. Weights of a GGUF file keep their codes and scales.
 """
 
 from __future__ import annotations
@@ -27,44 +27,28 @@ from specdec.runtimes.adapters import Adapters
 from specdec.runtimes.checks import check_logits, refuse_unsupported
 from specdec.runtimes.native import library, linear
 from specdec.runtimes.native.drafting import TreeDrafter
-from specdec.runtimes.native.library import (
-    BF16,
-    INT,
-    K4,
-    K5,
-    K6,
-    POINTER,
-    Q4,
-    Q5,
-    Q8,
-    Call,
-    Layer,
-    Line,
-    LowRank,
-    Model,
-    done,
-    pointer,
-)
+from specdec.runtimes.native.library import INT, POINTER, Call, Layer, LowRank, Model, SequenceArgs, done, pointer
 from specdec.runtimes.native.linear import Packed, RowTable
 from specdec.runtimes.reference import ByParts
 from specdec.runtimes.target import Pass
 from specdec.runtimes.tree_drafting import Candidates, DraftPath, DraftRoots, Masks, TreeLimits
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
-ROUNDED = {"int8": "Q8_0", "int4": "Q4_1"}  # blocks that the layers' weights are rounded to
-BITS = {BF16: 16, Q8: 8, Q4: 4, Q5: 5, K4: 4, K5: 5, K6: 6}
+ROUNDED = {"int8": "Q8_0", "int4": "Q4_1"}  # formats that the layers' weights are quantised to
+BITS = 16, 8, 4, 5, 4, 5, 6  # bits of a weight, by kind of tiles: BF16, Q8, Q4, Q5, K4, K5, K6
 
 
 class NativeTarget(ByParts):
-    """The native runtime. No gradients. What drafts alone see (merged adapters marked ``draft_only``, reduced heads) is
-    rounded to 8 bits, or to 4 where it is large. A token's result does not depend on what else is in its pass, to the
-    last bit; with activations in 8 bits neither on the instruction set.
+    """The native runtime, without gradients.
 
-    weights: "auto" (GGUF blocks as they are, else bf16), "dense" (bf16), "int8" or "int4" (layers rounded to blocks of
-    Q8_0 or Q4_1, in ``model`` too: it is the base).
-    kv_cache: "auto" (bf16) or "int8" (rounded, a scale for 32 numbers).
-    activations: what products of blocks take: "int8" (rounded, a scale for 32 numbers), "bf16" or "auto" (the first).
-    ``weight_format``: what the layers' weights are held in. Raises SpecDecError for what it does not serve.
+    A token's result is the same bits whatever else is in its pass; with activations in 8 bits, also in every
+    instruction set. Weights that drafts alone use (merged adapters marked ``draft_only``, reduced heads) are quantised
+    to 8 bits, large ones to 4. Raises SpecDecError for what it does not support.
+
+    weights: "auto" (GGUF blocks as they are, else bf16), "dense" (bf16), "int8" or "int4" (layers are quantised to Q8_0
+        or Q4_1, in ``model`` too: the quantised model is the base).
+    kv_cache: "auto" (bf16) or "int8" (a scale for 32 numbers).
+    activations: inputs of products with blocks: "int8" (a scale for 32 numbers), "bf16" or "auto" (int8).
     """
 
     runtime = "native"
@@ -101,7 +85,7 @@ class NativeTarget(ByParts):
         self.cache_rounded, self.rounded = False, activations != "bf16"
         self._parts = llama_like.adapter_parts(first)
         self._layers = (Layer * self.num_layers)()
-        self._alive: list[Any] = []  # what the structures point to
+        self._alive: list[Any] = []  # objects that the structures point to
         for layer, struct in zip(decoder.layers, self._layers, strict=True):
             self._pack_layer(layer, struct)
         self.inner = self._layers[0].down.inp
@@ -116,7 +100,7 @@ class NativeTarget(ByParts):
             raise SpecDecError(
                 "8-bit activations go with quantised weights, and these have 16 bits; use weights 'int8'"
             )
-        if kinds != {BF16}:
+        if kinds != {library.BF16}:
             self.activations = "8 bits" if self.rounded else "16 bits"
         sizes = self.hidden_size, self.heads, self.kv_heads, self.head_dim, self.inner, 2 * rotated
         self._sizes = (*sizes, self.rounded, self.eps, scale)
@@ -129,15 +113,15 @@ class NativeTarget(ByParts):
         self._readout: Packed | None = None  # the model's own
         self._untapped = (POINTER * (self.num_layers + 1))()
         self._adapted: WeakKeyDictionary[Adapters, dict[int, Any]] = WeakKeyDictionary()
-        self._coarse: WeakKeyDictionary[Adapters, dict[tuple[int, int], Any]] = WeakKeyDictionary()
+        self._merged_models: WeakKeyDictionary[Adapters, dict[tuple[int, int], Any]] = WeakKeyDictionary()
         self.weight_format = " and ".join(str(width) for width in sorted({BITS[kind] for kind in kinds})) + " bits"
         if weights in ROUNDED:
             self.weight_format += ", rounded"
         with memory.sparing((*decoder.layers, decoder.embed_tokens, self.own_head), _mapped):
             self.logit_difference = check_logits(self)
-        if kv_cache == "int8":  # from here on: it is lossy, and what is checked is the rest
+        if kv_cache == "int8":  # after the self-check: it is lossy
             self.cache_rounded, self.kv_cache = True, "8 bits (lossy)"
-        memory.release(*_mapped(model))  # of large pages, parts may have come again with their neighbours
+        memory.release(*_mapped(model))  # parts of large pages may be back with their neighbours
         memory.trim()
 
     def new_cache(self, batch: int = 1) -> RowCache:
@@ -179,11 +163,11 @@ class NativeTarget(ByParts):
     def _drafted(
         self, cache: RowCache, roots: DraftRoots, path: DraftPath, limits: TreeLimits, masks: Masks | None = None
     ) -> Candidates | None:
-        """What the kernels draft; None: they do not serve this."""
+        """The candidates of the kernels; None: they do not support this."""
         size = limits.levels, limits.width, len(roots.tokens)
         if (self, size) not in path.made:
-            path.made[self, size] = [] if TreeDrafter.serves(self, path, *size) else None
-        idle = path.made[self, size]  # those that nobody is using; None: not served
+            path.made[self, size] = [] if TreeDrafter.supports(self, path, *size) else None
+        idle = path.made[self, size]  # drafters that no thread is using; None: not supported
         if idle is None:
             return None
         try:
@@ -200,7 +184,7 @@ class NativeTarget(ByParts):
 
     def choose(self, x: Tensor, *beside: Tensor) -> list[list[list[int]]]:
         (batch, t, _), found = x.shape, self.head(None).largest(x, self.final_norm, self.eps)
-        if not math.isfinite(float(x.sum())):  # one number is read where all is well
+        if not math.isfinite(float(x.sum())):  # reads one number if all are finite
             finite = x.isfinite().all(-1).flatten().tolist()
             found = [token if good else -1 for token, good in zip(found, finite, strict=True)]
         rows = [found] if batch == 1 else [found[start : start + t] for start in range(0, batch * t, t)]
@@ -208,7 +192,7 @@ class NativeTarget(ByParts):
 
     @property
     def bytes_read(self) -> int:
-        """Bytes of weights that a pass reads: all layers' and the output head's, as they are stored."""
+        """Bytes of weights that a pass reads: those of all layers and of the output head."""
         packed = [item for item in self._alive if isinstance(item, Packed)]
         return sum(item.nbytes for item in (*packed, self.head(None)))
 
@@ -220,7 +204,7 @@ class NativeTarget(ByParts):
     # -- calls ------------------------------------------------------------------------------------------------------
 
     def _call(self, x: Tensor, lo: int, hi: int, ctx: Pass) -> tuple[Model, Call, list[Any]]:
-        """Layers [lo, hi) on ``x`` as the kernels take them, and what must live as long as that."""
+        """The kernels' arguments for layers [lo, hi) on ``x``, and the objects that they point to."""
         model, low, cache, mask = self._model, None, ctx.cache, ctx.mask
         assert isinstance(cache, RowCache) and isinstance(mask, RowMask)
         adapters, taps = ctx.adapters, ctx.taps or {}
@@ -229,16 +213,16 @@ class NativeTarget(ByParts):
         elif adapters is not None:
             low = self._low_rank(adapters, lo, hi)
         call, positions = self._new_call(lo, hi), ctx.positions.contiguous()
-        lines, *alive = self.place(call, cache, lo, hi, mask.counts)
-        alive += [lines, positions, mask, low]
+        sequences, *alive = self.place(call, cache, lo, hi, mask.counts)
+        alive += [sequences, positions, mask, low]
         call.adapted, call.x, call.positions = ctx.adapted or 0, x.data_ptr(), positions.data_ptr()
         if not mask.causal:
-            for row, line in enumerate(lines):
+            for row, sequence in enumerate(sequences):
                 if mask.trees[row] is not None:
                     trees = (POINTER * len(self.kinds_of_windows))(
                         *(pointer(mask.tree(row, window)) for window in self.kinds_of_windows)
                     )
-                    line.trees = ctypes.addressof(trees)
+                    sequence.trees = ctypes.addressof(trees)
                     alive.append(trees)
         if any(lo <= layer < hi for layer in taps):
             tapped = (POINTER * (self.num_layers + 1))()
@@ -252,32 +236,31 @@ class NativeTarget(ByParts):
         return model, call, alive
 
     def draft_call(self, lo: int, hi: int, adapters: Adapters) -> tuple[Model, Call]:
-        """Layers [lo, hi) with draft-only ``adapters`` on one token, for kernels that make masks and states."""
+        """As in ``Kernels``."""
         return self._merged(adapters, lo, hi), self._new_call(lo, hi)
 
     def place(self, call: Call, cache: RowCache, lo: int, hi: int, counts: Sequence[int]) -> tuple[Any, ...]:
-        """Have ``call`` write to the next slots of the cache's layers [lo, hi), ``counts`` of each row.
-
-        Returns its lines, and what must live as long.
-        """
+        """As in ``Kernels``; the first object is the array of sequences."""
         ahead, rows = cache.lengths[lo] - cache.committed, cache.rows
         cache.provide(lo, hi, counts, self.kv_heads, self.head_dim, torch.bfloat16)
         each = zip(rows, counts, cache.places, strict=True)
-        lines = (Line * len(rows))(*(Line(count, n + ahead, n, *place, None) for n, count, place in each))
+        sequences = (SequenceArgs * len(rows))(
+            *(SequenceArgs(count, n + ahead, n, *place, None) for n, count, place in each)
+        )
         rotary = self._rotary_tables(cache.lengths[lo])  # no position is beyond its slot
         call.count, call.tokens, call.cache = len(rows), sum(counts), cache.int8
-        call.lines, call.rotary = ctypes.addressof(lines), rotary.data_ptr()
-        return lines, rotary, cache.data
+        call.sequences, call.rotary = ctypes.addressof(sequences), rotary.data_ptr()
+        return sequences, rotary, cache.data
 
     def _new_call(self, lo: int, hi: int) -> Call:
-        """What a call has that no cache and no states change."""
+        """A call with the fields that depend neither on a cache nor on states."""
         call = Call(0, 0, lo, hi, cores.threads(), 0, len(self.kinds_of_windows))
         call.spans, call.window = ctypes.addressof(self._spans), ctypes.addressof(self._window)
         call.taps = ctypes.addressof(self._untapped)
         return call
 
     def head(self, head: nn.Linear | None) -> Packed:
-        """The output head, or ``head`` instead, packed at first use."""
+        """The output head, or ``head``, packed at first use."""
         if head is None and self._readout is not None:
             return self._readout
         module: Any = self.own_head if head is None else head
@@ -318,7 +301,7 @@ class NativeTarget(ByParts):
             setattr(struct, name, weight.data_ptr())
 
     def _low_rank(self, adapters: Adapters, lo: int, hi: int) -> Any:
-        """Pointers to the low-rank terms of layers [lo, hi). They are packed at first use and must not change then."""
+        """Pointers to the low-rank terms of layers [lo, hi), packed at first use; they must not change after it."""
         made = self._adapted.setdefault(adapters, {})
         pointers = (POINTER * (self.num_layers + 1))()
         for layer in range(lo, hi):
@@ -330,8 +313,8 @@ class NativeTarget(ByParts):
         return pointers
 
     def _merged(self, adapters: Adapters, lo: int, hi: int) -> Model:
-        """The model with ``adapters`` merged into layers [lo, hi), rounded: for drafts alone. Made once."""
-        made = self._coarse.setdefault(adapters, {})
+        """The model with ``adapters`` merged into layers [lo, hi) and quantised, for drafts alone. Made once."""
+        made = self._merged_models.setdefault(adapters, {})
         with self.lock:
             if (lo, hi) not in made:
                 made[lo, hi] = self._make_merged(adapters, lo, hi)
@@ -342,7 +325,7 @@ class NativeTarget(ByParts):
         alive = []
         for layer in range(lo, hi):
             alive.append(self._merge(layers[layer], layer, adapters))
-            memory.trim()  # what one leaves behind would add to the peak of the next
+            memory.trim()  # freed memory would add to the peak of the next layer
         return Model(*self._sizes, ctypes.addressof(layers)), layers, alive
 
     def _merge(self, struct: Layer, layer: int, adapters: Adapters) -> list[Packed]:
@@ -396,24 +379,24 @@ class NativeTarget(ByParts):
 
 
 def _round(layer: nn.Module, kind: str) -> None:
-    """Put the linear maps of a decoder layer into blocks of ``kind``, those in as few or fewer bits excepted."""
+    """Quantise the linear maps of a decoder layer to ``kind``, except those in as few or fewer bits."""
     for path, module in (pair for pairs in llama_like.modules(layer).values() for pair in pairs):
         if not isinstance(module, BlockLinear) or bits(module.blocks.kind) > bits(kind):
             layer.set_submodule(path, quantized(module, kind))
 
 
 def matrix(module: nn.Module) -> Tensor | Blocks:
-    """The weight of a linear map or an embedding, in blocks where it has them."""
+    """The weight of a linear map or an embedding: a tensor or blocks."""
     if isinstance(module, BlockLinear | BlockEmbedding):
         return module.blocks
     return module.weight.detach()  # type: ignore[operator, union-attr, return-value]
 
 
 def release(*matrices: Tensor | Blocks) -> None:
-    """Give back the memory of matrices that lie in mapped files."""
+    """Release the memory of matrices in mapped files."""
     memory.release(*(each.data if isinstance(each, Blocks) else each for each in matrices))
 
 
 def _mapped(module: nn.Module) -> list[Tensor]:
-    """What the weights of ``module`` lie in."""
+    """The storage of the weights of ``module``."""
     return [each.data if isinstance(each, Blocks) else each for _, each in named_weights(module)]

@@ -115,7 +115,7 @@ def test_each_exit_and_the_first_token_of_a_draft_have_prices_of_their_own(monke
 
 def test_what_requests_find_out_is_kept_at_most_once_a_minute(monkeypatch) -> None:
     kept: list[costs.Costs] = []
-    monkeypatch.setattr("specdec.api.decoder.keep", lambda target, drafter, found: kept.append(found))
+    monkeypatch.setattr("specdec.api.decoder.store", lambda target, drafter, found: kept.append(found))
     decoder = SpecDecoder(tiny_model(), None, drafter="prompt-lookup")
     for _ in range(3):
         decoder.generate([5, 6, 5, 6, 5], max_new_tokens=8)

@@ -1,31 +1,31 @@
-/* Drafting level by level along a draft path, projections and layers between them: a tree for one line, or a chain for each of several. */
+/* Drafting level by level along a draft path, projections and layers between them: a tree for one sequence, or a chain for each of several. */
 
 enum { MOST_STAGES = 8, MOST_WIDTH = 16 };
 
 typedef struct {        /* a projection, and the layers behind it */
     const Map *projection;        /* of the parts, each divided by its RMS: the residual, the previous final state (, `carried`) */
-    const bf16 *carried;    /* [lines, hidden]: the roots' previous states where the layers begin */
+    const bf16 *carried;    /* [sequences, hidden]: the roots' previous states where the layers begin */
     const Model *model;     /* the first stage has layers; the last may have none (NULL) */
-    const Call *call;       /* of a token of each line at its first free slot, without trees */
+    const Call *call;       /* of a token of each sequence at its first free slot, without trees */
 } Stage;
 
-typedef struct {        /* a tree that grows from one root, level by level; of several lines, each one's likeliest chain */
-    int32_t stages, levels, width, lines; /* width: tokens of a level that are drafted on from, children of each; 1 of several lines */
-    const int32_t *roots;   /* [lines] */
+typedef struct {        /* a tree that grows from one root, level by level; of several sequences, each one's likeliest chain */
+    int32_t stages, levels, width, sequences; /* width: tokens of a level that are drafted on from, children of each; 1 of several sequences */
+    const int32_t *roots;   /* [sequences] */
     const Stage *stage;
     const Table *embedding; /* [vocabulary, hidden] */
-    const bf16 *final;      /* [lines, hidden]: the roots' previous final states */
+    const bf16 *final;      /* [sequences, hidden]: the roots' previous final states */
     const Map *head[2];     /* what follows is read out by, one beside the other; the second may be NULL */
     int32_t outputs[2];     /* of each head, those that count */
     const int64_t *tokens;  /* [outputs]: what they stand for, or NULL: themselves */
     const float *norm;
     float eps, unit_eps;    /* of the final norm, of the projections' */
-    float confidence;       /* growing ends when no path is as probable */
-    float *scores;          /* out: [levels * width * width] or [levels, lines], log-probabilities of the candidates' paths */
+    float min_probability;  /* growing ends when no path is as probable */
+    float *scores;          /* out: [levels * width * width] or [levels, sequences], log-probabilities of the candidates' paths */
     int32_t *ids, *parents; /* out: their tokens; 0: a root, i + 1: candidate i */
     int (*mask)(int rows, const int32_t *nodes); /* NULL: all may follow all. Called before a level's pass, by one thread: has */
     const uint8_t *const *allowed;  /* tell which tokens may follow each of its nodes (NULL: none); not 0 ends growing */
-    const uint8_t *hidden;  /* [lines, outputs of the second head]: those that a line does not have, or NULL */
+    const uint8_t *forbidden; /* [sequences, outputs of the second head]: those that a sequence may not draft, or NULL */
 } TreeDraft;
 
 typedef struct {        /* of a thread's share of the outputs, by lane */
@@ -100,9 +100,9 @@ static void read_out(Pass *p, const TreeDraft *g, Best *best, int me, int n) {
                 for (int o = 0; o < some; o++)
                     for (int r = 0; r < p->rows; r++)
                         if (!(lanes[o] >> r & 1)) sums[16 * o + r] = NEVER;
-            for (int r = 0; h && g->hidden && r < p->rows; r++)
+            for (int r = 0; h && g->forbidden && r < p->rows; r++)
                 for (int o = 0; o < some; o++)
-                    if (g->hidden[(int64_t)r * g->outputs[1] + 16 * t + o]) sums[16 * o + r] = NEVER;
+                    if (g->forbidden[(int64_t)r * g->outputs[1] + 16 * t + o]) sums[16 * o + r] = NEVER;
             F top = most;
             for (int o = 0; o < some; o++) top = max16(top, load16(sums + 16 * o));
             sum = mul16(sum, exp16(sub16(most, top)));
@@ -171,16 +171,16 @@ static int run_level(const TreeDraft *g, const Call *calls, const bf16 *x, const
     return failed;
 }
 
-/* Grow a tree, or chains; the slots behind each line's first one need room for all its tokens that are drafted from. Returns
+/* Grow a tree, or chains; the slots behind each sequence's first one need room for all its tokens that are drafted from. Returns
  * how many candidates were found, or -1 without memory or masks. */
 EXPORT int KERNEL(draft_tree)(const TreeDraft *g) {
     const Model *m = g->stage[0].model;
     const Call *like = g->stage[0].call;
-    int width = g->width, count = g->lines, hidden = m->hidden, found = 0, rows = count, drafted = 0, failed = 0;
+    int width = g->width, count = g->sequences, hidden = m->hidden, found = 0, rows = count, drafted = 0, failed = 0;
     int64_t block = (int64_t)hidden * 16;
     size_t states = 2 * (size_t)block * (g->stages + 1), most = (size_t)g->levels * width;
     Call calls[MOST_STAGES];
-    Line lines[MOST_STAGES][MOST_WIDTH];
+    Sequence sequences[MOST_STAGES][MOST_WIDTH];
     int64_t positions[MOST_WIDTH];
     int32_t tokens[MOST_WIDTH], nodes[MOST_WIDTH] = {0}, origin[MOST_WIDTH * MOST_WIDTH] = {0};
     float score[MOST_WIDTH] = {0};
@@ -195,8 +195,8 @@ EXPORT int KERNEL(draft_tree)(const TreeDraft *g) {
         memset(before + i * block, 0, 2 * (size_t)count * hidden);
         if (!g->stage[i].call) continue;
         calls[i] = *g->stage[i].call;
-        memcpy(lines[i], calls[i].lines, count * sizeof(Line));
-        calls[i].lines = lines[i];
+        memcpy(sequences[i], calls[i].sequences, count * sizeof(Sequence));
+        calls[i].sequences = sequences[i];
         memcpy(before + i * block, g->stage[i].carried, 2 * (size_t)count * hidden);
     }
     if (!failed) memcpy(before + g->stages * block, g->final, 2 * (size_t)count * hidden);
@@ -217,10 +217,10 @@ EXPORT int KERNEL(draft_tree)(const TreeDraft *g) {
             if (!g->stage[i].call) continue;
             calls[i].tokens = rows, calls[i].positions = positions;
             for (int l = 0; l < count; l++) {
-                Line *line = lines[i] + l;
-                int committed = g->stage[i].call->lines[l].start;
-                line->tokens = count == 1 ? rows : 1, line->start = committed + (count == 1 ? drafted : level);
-                line->committed = count == 1 ? committed : line->start, line->trees = count == 1 ? trees : NULL;
+                Sequence *sequence = sequences[i] + l;
+                int committed = g->stage[i].call->sequences[l].start;
+                sequence->tokens = count == 1 ? rows : 1, sequence->start = committed + (count == 1 ? drafted : level);
+                sequence->committed = count == 1 ? committed : sequence->start, sequence->trees = count == 1 ? trees : NULL;
             }
         }
         failed = (g->mask && g->mask(rows, nodes)) || run_level(g, calls, x, before, now, best, fm);
@@ -234,11 +234,11 @@ EXPORT int KERNEL(draft_tree)(const TreeDraft *g) {
                 g->ids[found] = g->tokens ? (int32_t)g->tokens[id] : id;
                 g->parents[found] = nodes[r];
             }
-        if (count > 1 && found - begun < rows) { /* no number came of a line */
+        if (count > 1 && found - begun < rows) { /* no number came of a sequence */
             found = begun;
             break;
         }
-        for (int i = begun; count > 1 && i < found; i++) chosen[some++] = i; /* each line goes on alone */
+        for (int i = begun; count > 1 && i < found; i++) chosen[some++] = i; /* each sequence goes on alone */
         for (int i = begun; count == 1 && i < found; i++) { /* the likeliest of them, the first one first */
             if (some == width && g->scores[i] <= g->scores[chosen[width - 1]]) continue;
             int at = some < width ? some++ : width - 1;
@@ -247,7 +247,7 @@ EXPORT int KERNEL(draft_tree)(const TreeDraft *g) {
         }
         float likeliest = NEVER;
         for (int i = 0; i < some; i++) likeliest = g->scores[chosen[i]] > likeliest ? g->scores[chosen[i]] : likeliest;
-        if (!some || __builtin_expf(likeliest) < g->confidence) break;
+        if (!some || __builtin_expf(likeliest) < g->min_probability) break;
         for (int r = 0; r < some; r++) {
             int parent = origin[chosen[r] - begun];
             if (count == 1) {

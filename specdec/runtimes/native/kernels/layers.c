@@ -1,20 +1,20 @@
 /* A pass of a team of threads through decoder layers. */
 
 typedef struct {
-    int32_t line, kv, block; /* queries of a line that a key head serves: a block of 16 columns, a token and a head each */
+    int32_t sequence, kv, block; /* queries of a sequence that a key head serves: a block of 16 columns, a token and a head each */
 } Item;
 
 typedef struct {
     const Model *m;
     const Call *c;
     int rows, blocks, group, count, ranks;   /* count: of items */
-    int32_t *line_of, *first;                /* by token: its line; by line: its first token */
+    int32_t *sequence_of, *first;                /* by token: its sequence; by sequence: its first token */
     Item *items;                             /* of attention */
     size_t scored, input, own;               /* a thread's scratch: where its parts begin, its size */
     float *x, *qkv, *cos, *sin;              /* feature_major; cos and sin [block][rotated / 2][16] */
     uint32_t *attended, *inner, *ranked[2];  /* vnni_bf16 */
     bf16 *queries;                           /* [rows, heads, head_dim] */
-    uint16_t **visible;                      /* by window kind and line: [column block][slots], or NULL */
+    uint16_t **visible;                      /* by window kind and sequence: [column block][slots], or NULL */
     uint32_t *normed;                        /* of more than one block: all of them, in vnni_bf16, and as maps read them */
     uint8_t *inputs;
     uint8_t *scratch;                        /* by thread: a normed block, attention's scores, and a block as a map reads it */
@@ -24,7 +24,7 @@ typedef struct {
 enum { SLICE = 512 };          /* tokens of a prompt that go through at once */
 enum { MOST_EXPECTED = 1024 }; /* cached slots that are sent for while the projections run */
 
-static int column_blocks_of(const Pass *p, const Line *line) { return (line->tokens * p->group + 15) / 16; }
+static int column_blocks_of(const Pass *p, const Sequence *sequence) { return (sequence->tokens * p->group + 15) / 16; }
 
 /* Tokens from block b0 on, of as many blocks as are multiplied at once. */
 static int tokens_from(const Pass *p, int b0) {
@@ -76,13 +76,13 @@ static void prefetch_cache(const Pass *p, int index, int at, int parts, int me, 
     const int64_t row = cache_row(c->cache, m->head_dim);
     for (int turn = 0; turn < turns_of(items, n); turn++) {
         int item = item_of(turn, items, me, n, &together);
-        const Line *line = c->lines + item / m->kv_heads;
-        int slots = line->start + line->tokens;
+        const Sequence *sequence = c->sequences + item / m->kv_heads;
+        int slots = sequence->start + sequence->tokens;
         split(slots < MOST_EXPECTED ? (int)(slots * row / 64) : 0, at, parts, &from, &to);
-        int64_t first = ((int64_t)index * m->kv_heads + item % m->kv_heads) * line->capacity * row;
+        int64_t first = ((int64_t)index * m->kv_heads + item % m->kv_heads) * sequence->capacity * row;
         for (int at_ = from; at_ < to; at_++) {
-            __builtin_prefetch(line->keys + first + 64 * at_, 0, 2);
-            __builtin_prefetch(line->values + first + 64 * at_, 0, 2);
+            __builtin_prefetch(sequence->keys + first + 64 * at_, 0, 2);
+            __builtin_prefetch(sequence->values + first + 64 * at_, 0, 2);
         }
     }
 }
@@ -148,8 +148,8 @@ static void rank_down(Pass *p, const LowRank *low, const float *weight, const ui
             for (int b = 0; b < blocks; b++) {
                 uint32_t adapted = 0;
                 for (int lane = 0; lane < 16; lane++) {
-                    int row = (b0 + b) * 16 + lane, line = p->line_of[row];
-                    if (p->first[line] + p->c->lines[line].tokens - row <= most) adapted |= 1u << lane;
+                    int row = (b0 + b) * 16 + lane, sequence = p->sequence_of[row];
+                    if (p->first[sequence] + p->c->sequences[sequence].tokens - row <= most) adapted |= 1u << lane;
                 }
                 uint32_t *out = ranked + (b0 + b) * input_bytes(low->down.out) / 4;
                 for (int o = 0; o < 16; o += 2) {
@@ -198,11 +198,11 @@ static void run_layer(Pass *p, int index, float *scores, int me, int n) {
         uint8_t *rows[16];
         int count = p->rows - 16 * b < 16 ? p->rows - 16 * b : 16;
         for (int lane = 0; lane < count; lane++) {
-            int row = b * 16 + lane, number = p->line_of[row];
-            const Line *line = c->lines + number;
-            int64_t slot = ((int64_t)index * m->kv_heads + kv % m->kv_heads) * line->capacity + line->start + row - p->first[number];
+            int row = b * 16 + lane, number = p->sequence_of[row];
+            const Sequence *sequence = c->sequences + number;
+            int64_t slot = ((int64_t)index * m->kv_heads + kv % m->kv_heads) * sequence->capacity + sequence->start + row - p->first[number];
             rows[lane] = kv < 0 ? (uint8_t *)(p->queries + ((int64_t)row * m->heads + head) * d)
-                                : (kv < m->kv_heads ? line->keys : line->values) + slot * cached_row;
+                                : (kv < m->kv_heads ? sequence->keys : sequence->values) + slot * cached_row;
         }
         if (kv >= 0 && c->cache == CACHE8) put_rows8(fm, d, rows, count);
         else put_rows16(fm, d, rows, count);
@@ -214,9 +214,9 @@ static void run_layer(Pass *p, int index, float *scores, int me, int n) {
     int together;
     for (int turn = 0; turn < turns_of(p->count, n); turn++) {
         Item item = p->items[item_of(turn, p->count, me, n, &together)];
-        const Line *line = c->lines + item.line;
-        int block = item.block, kv = item.kv, slots = line->start + line->tokens, begin = p->first[item.line];
-        int bit = 0, end = line->tokens * p->group - 16 * block < 16 ? line->tokens * p->group - 16 * block : 16;
+        const Sequence *sequence = c->sequences + item.sequence;
+        int block = item.block, kv = item.kv, slots = sequence->start + sequence->tokens, begin = p->first[item.sequence];
+        int bit = 0, end = sequence->tokens * p->group - 16 * block < 16 ? sequence->tokens * p->group - 16 * block : 16;
         if (together) split(end, me, n, &bit, &end); /* by columns */
         int first = 16 * block + bit, columns = end - bit;
         if (!columns) continue;
@@ -226,10 +226,10 @@ static void run_layer(Pass *p, int index, float *scores, int me, int n) {
             const uint32_t *pairs = (const uint32_t *)(p->queries + ((int64_t)row * m->heads + head) * d);
             for (int i = 0; i < d / 2; i++) q[16 * i + col] = pairs[i];
         }
-        int64_t cached = ((int64_t)index * m->kv_heads + kv) * line->capacity * cached_row;
-        const uint16_t *visible = p->visible[c->window[index] * c->count + item.line];
+        int64_t cached = ((int64_t)index * m->kv_heads + kv) * sequence->capacity * cached_row;
+        const uint16_t *visible = p->visible[c->window[index] * c->count + item.sequence];
         if (visible) visible += (int64_t)block * slots;
-        attend(c->cache, line->keys + cached, line->values + cached, slots, d, q, columns, visible, bit, m->scale, column_blocks_of(p, line) == 1, m->rounded, scores, out);
+        attend(c->cache, sequence->keys + cached, sequence->values + cached, slots, d, q, columns, visible, bit, m->scale, column_blocks_of(p, sequence) == 1, m->rounded, scores, out);
         for (int col = 0; col < columns; col++) {
             int row = begin + (first + col) / p->group, head = kv * p->group + (first + col) % p->group;
             uint32_t *lane = p->attended + ((int64_t)(row / 16) * m->heads * d + head * d) * 8 + row % 16;
@@ -274,20 +274,20 @@ static void run_layer(Pass *p, int index, float *scores, int me, int n) {
 #undef LOW
 }
 
-/* For each key of a line and 16 columns, which columns see it, by the line's trees or causally, through windows of `kind`. */
+/* For each key of a sequence and 16 columns, which columns see it, by the sequence's trees or causally, through windows of `kind`. */
 static uint16_t *columns_that_see(const Pass *p, int number, int kind) {
-    const Line *line = p->c->lines + number;
-    int slots = line->start + line->tokens, behind = slots - line->committed, span = p->c->spans[kind];
-    size_t bytes = 2 * (size_t)column_blocks_of(p, line) * slots;
+    const Sequence *sequence = p->c->sequences + number;
+    int slots = sequence->start + sequence->tokens, behind = slots - sequence->committed, span = p->c->spans[kind];
+    size_t bytes = 2 * (size_t)column_blocks_of(p, sequence) * slots;
     uint16_t *out = allocate(bytes + 32);
     if (!out) return NULL;
     memset(out, 0, bytes);
-    for (int col = 0; col < line->tokens * p->group; col++) {
-        int token = col / p->group, end = line->trees ? line->committed : line->start + token + 1;
-        int64_t last = line->trees ? p->c->positions[p->first[number] + token] + 1 : end, first = span && span < last ? last - span : 0;
+    for (int col = 0; col < sequence->tokens * p->group; col++) {
+        int token = col / p->group, end = sequence->trees ? sequence->committed : sequence->start + token + 1;
+        int64_t last = sequence->trees ? p->c->positions[p->first[number] + token] + 1 : end, first = span && span < last ? last - span : 0;
         uint16_t *to = out + (int64_t)(col / 16) * slots, bit = (uint16_t)(1 << col % 16);
         for (int64_t s = first; s < end; s++) to[s] |= bit;
-        for (int s = 0; line->trees && s < behind; s++) to[line->committed + s] |= line->trees[kind][(int64_t)token * behind + s] ? bit : 0;
+        for (int s = 0; sequence->trees && s < behind; s++) to[sequence->committed + s] |= sequence->trees[kind][(int64_t)token * behind + s] ? bit : 0;
     }
     return out;
 }
@@ -306,24 +306,24 @@ static void run_layers(Pass *p, int me, int n) {
     }
 }
 
-/* Which tokens and what work of attention each line has. */
+/* Which tokens and what work of attention each sequence has. */
 static void lay_out(Pass *p, const Call *c) {
     int row = 0;
     Item *item = p->items;
     for (int l = 0; l < c->count; l++) {
         p->first[l] = row;
-        for (int end = row + c->lines[l].tokens; row < end; row++) p->line_of[row] = l;
+        for (int end = row + c->sequences[l].tokens; row < end; row++) p->sequence_of[row] = l;
         for (int kv = 0; kv < p->m->kv_heads; kv++)
-            for (int block = 0; block < column_blocks_of(p, c->lines + l); block++) *item++ = (Item){l, kv, block};
+            for (int block = 0; block < column_blocks_of(p, c->sequences + l); block++) *item++ = (Item){l, kv, block};
     }
-    for (; row < 16 * p->blocks; row++) p->line_of[row] = c->count - 1; /* lanes without a token */
+    for (; row < 16 * p->blocks; row++) p->sequence_of[row] = c->count - 1; /* lanes without a token */
 }
 
-/* The most slots that a line of a call has, its tokens included. */
+/* The most slots that a sequence of a call has, its tokens included. */
 static int most_slots(const Call *c) {
     int most = 0;
     for (int l = 0; l < c->count; l++)
-        if (c->lines[l].start + c->lines[l].tokens > most) most = c->lines[l].start + c->lines[l].tokens;
+        if (c->sequences[l].start + c->sequences[l].tokens > most) most = c->sequences[l].start + c->sequences[l].tokens;
     return most;
 }
 
@@ -332,7 +332,7 @@ static int most_slots(const Call *c) {
 static int begin_pass(Pass *p, const Model *m, const Call *c, int slots, int widest) {
     memset(p, 0, sizeof *p);
     p->m = m, p->rows = c->tokens, p->blocks = (p->rows + 15) / 16, p->group = m->heads / m->kv_heads;
-    for (int l = 0; l < c->count; l++) p->count += m->kv_heads * column_blocks_of(p, c->lines + l);
+    for (int l = 0; l < c->count; l++) p->count += m->kv_heads * column_blocks_of(p, c->sequences + l);
     int total = (m->heads + 2 * m->kv_heads) * m->head_dim, half = m->rotated / 2;
     size_t blocks = (size_t)p->blocks;
     for (int l = c->lo; c->low && l < c->hi; l++)
@@ -347,7 +347,7 @@ static int begin_pass(Pass *p, const Model *m, const Call *c, int slots, int wid
     p->ranked[0] = allocate(blocks * input_bytes(p->ranks + 2));
     p->ranked[1] = allocate(blocks * input_bytes(p->ranks + 2));
     p->queries = allocate(2 * (size_t)p->rows * m->heads * m->head_dim);
-    p->line_of = allocate(64 * blocks);
+    p->sequence_of = allocate(64 * blocks);
     p->first = allocate(4 * (size_t)c->count);
     p->items = allocate(sizeof(Item) * (size_t)p->count);
     if (widest < m->hidden) widest = m->hidden;
@@ -361,7 +361,7 @@ static int begin_pass(Pass *p, const Model *m, const Call *c, int slots, int wid
     p->normed = allocate(32 * shared * m->hidden + 1);
     p->inputs = allocate(shared * input_bytes(widest) + 1);
     if (!(p->x && p->qkv && p->cos && p->sin && p->attended && p->inner && p->ranked[0] && p->ranked[1] && p->queries && p->normed && p->inputs && p->scratch &&
-          p->line_of && p->first && p->items))
+          p->sequence_of && p->first && p->items))
         return -1;
     lay_out(p, c);
     memset(p->attended, 0, 32 * blocks * m->heads * m->head_dim);
@@ -378,7 +378,7 @@ static int begin_pass(Pass *p, const Model *m, const Call *c, int slots, int wid
 static void end_pass(Pass *p) {
     free(p->x), free(p->qkv), free(p->cos), free(p->sin), free(p->attended), free(p->inner), free(p->ranked[0]);
     free(p->ranked[1]), free(p->queries), free(p->normed), free(p->inputs), free(p->scratch);
-    free(p->line_of), free(p->first), free(p->items);
+    free(p->sequence_of), free(p->first), free(p->items);
 }
 
 /* Aim a pass at a call's cached tokens. Returns 0, or -1 without memory. `leave` in any case. */
@@ -388,9 +388,9 @@ static int bind_cache(Pass *p, const Call *c) {
     p->visible = calloc((size_t)c->windows * c->count, sizeof *p->visible);
     for (int w = 0; p->visible && w < c->windows; w++)
         for (int l = 0; l < c->count; l++) {
-            const Line *line = c->lines + l;
-            int limited = c->spans[w] && c->spans[w] < line->start + line->tokens;
-            if ((line->trees || line->tokens > 1 || limited) && !(p->visible[w * c->count + l] = columns_that_see(p, l, w))) return -1;
+            const Sequence *sequence = c->sequences + l;
+            int limited = c->spans[w] && c->spans[w] < sequence->start + sequence->tokens;
+            if ((sequence->trees || sequence->tokens > 1 || limited) && !(p->visible[w * c->count + l] = columns_that_see(p, l, w))) return -1;
         }
     return p->visible ? 0 : -1;
 }
@@ -425,16 +425,16 @@ static int run_call(const Model *m, const Call *c) {
 /* Run layers [lo, hi) of a call. Returns 0, or -1 without memory; hidden states and cached slots are undefined then. Long
  * prompts go through in slices, so that memory does not grow with them. */
 EXPORT int KERNEL(layers)(const Model *m, const Call *c) {
-    if (c->count > 1 || c->lines->trees || c->tokens <= SLICE) return run_call(m, c);
+    if (c->count > 1 || c->sequences->trees || c->tokens <= SLICE) return run_call(m, c);
     int failed = 0;
     for (int first = 0; !failed && first < c->tokens; first += SLICE) {
         Call part = *c;
-        Line line = *c->lines;
+        Sequence sequence = *c->sequences;
         bf16 **taps = allocate(sizeof *taps * (size_t)(c->hi + 1));
         int plain = c->adapted > 0 ? c->tokens - c->adapted - first : 0; /* tokens of the slice before those with adapters */
         if (!taps) return -1;
         part.tokens = c->tokens - first < SLICE ? c->tokens - first : SLICE;
-        part.lines = &line, line.tokens = part.tokens, line.start += first, part.x += (int64_t)first * m->hidden, part.positions += first, part.taps = taps;
+        part.sequences = &sequence, sequence.tokens = part.tokens, sequence.start += first, part.x += (int64_t)first * m->hidden, part.positions += first, part.taps = taps;
         for (int l = c->lo; l <= c->hi; l++) taps[l] = c->taps[l] ? c->taps[l] + (int64_t)first * m->hidden : NULL;
         part.adapted = plain > 0 ? part.tokens - plain : 0;
         if (plain >= part.tokens) part.low = NULL;

@@ -23,7 +23,6 @@ static inline F fms16(F a, F b, F c) { return (F){_mm256_fmsub_ps(a.a, b.a, c.a)
 static inline F fnma16(F a, F b, F c) { return (F){_mm256_fnmadd_ps(a.a, b.a, c.a), _mm256_fnmadd_ps(a.b, b.b, c.b)}; }
 static inline F sqrt16(F v) { TWICE(F, _mm256_sqrt_ps); }
 static inline F max16(F a, F b) { PAIRWISE(F, _mm256_max_ps); }
-static inline F min16(F a, F b) { PAIRWISE(F, _mm256_min_ps); }
 static inline __m256 abs8(__m256 v) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), v); }
 static inline F abs16(F v) { TWICE(F, abs8); }
 static inline __m256 to_whole8(__m256 v) { return _mm256_round_ps(v, 8); }
@@ -36,7 +35,6 @@ static inline float largest16(F v) {
     h = _mm_max_ps(h, _mm_movehl_ps(h, h));
     return _mm_cvtss_f32(_mm_max_ss(h, _mm_movehdup_ps(h)));
 }
-static inline float least16(F v) { return -largest16(sub16((F){_mm256_set1_ps(-0.0f), _mm256_set1_ps(-0.0f)}, v)); }
 static inline F column16(const float *p) {
     const __m256i at = _mm256_setr_epi32(0, 16, 32, 48, 64, 80, 96, 112);
     return (F){_mm256_i32gather_ps(p, at, 4), _mm256_i32gather_ps(p + 128, at, 4)};
@@ -46,7 +44,6 @@ static inline U load_u(const void *p) { return (U){_mm256_load_si256(p), _mm256_
 static inline void store_u(void *p, U v) { _mm256_store_si256(p, v.a), _mm256_store_si256((__m256i *)p + 1, v.b); }
 static inline U set_u(uint32_t v) { return (U){_mm256_set1_epi32((int)v), _mm256_set1_epi32((int)v)}; }
 static inline U add_u(U a, U b) { PAIRWISE(U, _mm256_add_epi32); }
-static inline U sub_u(U a, U b) { PAIRWISE(U, _mm256_sub_epi32); }
 static inline U max_u(U a, U b) { PAIRWISE(U, _mm256_max_epi32); }
 static inline U and_u(U a, U b) { PAIRWISE(U, _mm256_and_si256); }
 static inline U or_u(U a, U b) { PAIRWISE(U, _mm256_or_si256); }
@@ -66,10 +63,6 @@ static inline M both16(M a, M b) { PAIRWISE(M, _mm256_and_ps); }
 static inline M more16(F a, F b) { return (M){_mm256_cmp_ps(a.a, b.a, _CMP_GT_OQ), _mm256_cmp_ps(a.b, b.b, _CMP_GT_OQ)}; }
 static inline M not_less16(F a, F b) { return (M){_mm256_cmp_ps(a.a, b.a, _CMP_NLE_UQ), _mm256_cmp_ps(a.b, b.b, _CMP_NLE_UQ)}; }
 static inline M equal16(F a, F b) { return (M){_mm256_cmp_ps(a.a, b.a, _CMP_EQ_OQ), _mm256_cmp_ps(a.b, b.b, _CMP_EQ_OQ)}; }
-static inline __m256 differ8(__m256i a, __m256i b) { return _mm256_castsi256_ps(_mm256_xor_si256(_mm256_cmpeq_epi32(a, b), _mm256_set1_epi32(-1))); }
-static inline M differ_u(U a, U b) { PAIRWISE(M, differ8); }
-static inline __m256 negative8(__m256i v) { return _mm256_castsi256_ps(_mm256_srai_epi32(v, 31)); }
-static inline M negative_u(U v) { TWICE(M, negative8); }
 static inline F pick16(M m, F a, F b) { return (F){_mm256_blendv_ps(b.a, a.a, m.a), _mm256_blendv_ps(b.b, a.b, m.b)}; }
 static inline U pick_u(M m, U a, U b) { return to_u(pick16(m, to_f(a), to_f(b))); }
 static inline F keep16(M m, F v) { return (F){_mm256_and_ps(m.a, v.a), _mm256_and_ps(m.b, v.b)}; }

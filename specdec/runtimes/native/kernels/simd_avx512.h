@@ -20,12 +20,10 @@ static inline F fms16(F a, F b, F c) { return _mm512_fmsub_ps(a, b, c); }   /* a
 static inline F fnma16(F a, F b, F c) { return _mm512_fnmadd_ps(a, b, c); } /* c - a b */
 static inline F sqrt16(F v) { return _mm512_sqrt_ps(v); }
 static inline F max16(F a, F b) { return _mm512_max_ps(a, b); }
-static inline F min16(F a, F b) { return _mm512_min_ps(a, b); }
 static inline F abs16(F v) { return _mm512_abs_ps(v); }
 static inline F round16(F v) { return _mm512_roundscale_ps(v, 8); }
 static inline F scale16(F v, F n) { return _mm512_scalef_ps(v, n); } /* v times 2 to the whole number n */
 static inline float largest16(F v) { return _mm512_reduce_max_ps(v); }
-static inline float least16(F v) { return _mm512_reduce_min_ps(v); }
 static inline F column16(const float *p) { /* every 16th number */
     return _mm512_i32gather_ps(_mm512_setr_epi32(0, 16, 32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192, 208, 224, 240), p, 4);
 }
@@ -34,7 +32,6 @@ static inline U load_u(const void *p) { return _mm512_load_si512(p); }
 static inline void store_u(void *p, U v) { _mm512_store_si512(p, v); }
 static inline U set_u(uint32_t v) { return _mm512_set1_epi32((int)v); }
 static inline U add_u(U a, U b) { return _mm512_add_epi32(a, b); }
-static inline U sub_u(U a, U b) { return _mm512_sub_epi32(a, b); }
 static inline U max_u(U a, U b) { return _mm512_max_epi32(a, b); }
 static inline U and_u(U a, U b) { return _mm512_and_si512(a, b); }
 static inline U or_u(U a, U b) { return _mm512_or_si512(a, b); }
@@ -50,8 +47,6 @@ static inline M both16(M a, M b) { return a & b; }
 static inline M more16(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
 static inline M not_less16(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLE_UQ); } /* not a <= b */
 static inline M equal16(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
-static inline M differ_u(U a, U b) { return _mm512_cmpneq_epi32_mask(a, b); }
-static inline M negative_u(U v) { return _mm512_cmplt_epi32_mask(v, _mm512_setzero_si512()); }
 static inline F pick16(M m, F a, F b) { return _mm512_mask_mov_ps(b, m, a); } /* a where m, else b */
 static inline U pick_u(M m, U a, U b) { return _mm512_mask_mov_epi32(b, m, a); }
 static inline F keep16(M m, F v) { return _mm512_maskz_mov_ps(m, v); }
