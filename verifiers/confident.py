@@ -1,11 +1,10 @@
 """Dynamic computing: a drafted token is accepted without scoring if the drafter was sure of it when it left the model.
 
-Lossy: the output is the full model's only as far as the drafter's confidence deserves it. The threshold is the
-drafter's to keep (``State.threshold``): it drafts a token only if it gives it at least this probability of being the
-full model's. The pass that would have scored the draft fills in the layers the drafted tokens skipped, all at once
-and exactly, and yields the token after them, which is always the full model's (early exiting as in CALM, arXiv
-2207.07061). CALM's own way, to propagate states, is an option: the layers above a token's exit then get their keys and
-values from its state there, approximately, and only the last token is run through them.
+Lossy: the output is as good as the drafter's confidence. The drafter proposes a token only if its probability of being
+the full model's reaches the threshold (``State.threshold``). The scoring pass runs the layers that drafted tokens have
+skipped, all at once and exactly, and yields the next token, which is always the full model's (early exiting as in CALM,
+arXiv 2207.07061). CALM's own way is an option: the layers above a token's exit get keys and values from its state
+there, approximately, and only the last token is run through them.
 """
 
 from __future__ import annotations
@@ -22,8 +21,10 @@ FILLS = ("exact", "propagate")
 class ConfidentVerifier(Verifier):
     """Accepts every drafted token of the chain (of a tree: the first child's path); the target chooses the next one.
 
-    exit_threshold: least confidence, in [0, 1], with which a token may leave early; 0 asks for none. fill: "exact", or
-    "propagate" for drafters whose tokens leave with a state of the model. Raises SpecDecError for any other value.
+    Raises SpecDecError for values out of range.
+
+    exit_threshold: minimum confidence, in [0, 1], with which a token may leave early.
+    fill: "exact", or "propagate" for drafters whose tokens leave with a state of the model.
     """
 
     name: ClassVar[str] = "confident"
@@ -37,7 +38,7 @@ class ConfidentVerifier(Verifier):
 
     @property
     def label(self) -> str:
-        """How results name the rule."""
+        """The name in results."""
         return f"{self.name}, threshold {self.threshold:g}{', states propagated' * self.propagates}"
 
     def accepts(self, token: int, choice: int) -> bool:

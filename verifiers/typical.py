@@ -20,10 +20,12 @@ from specdec.speculation.draft import Acceptance, Draft, Verifier
 
 
 class TypicalVerifier(Verifier):
-    """Accepts the longest path of plausible tokens; of several, the one the model finds likeliest.
+    """Accepts the longest path of plausible tokens; of several, the likeliest. Defaults are the paper's.
 
-    epsilon: probability in (0, 1) that always suffices. delta: > 0, share of exp(-H) that suffices where the model is
-    unsure. The defaults are the paper's. Raises SpecDecError for any other value.
+    Raises SpecDecError for values out of range.
+
+    epsilon: probability in (0, 1) that always suffices.
+    delta: share of exp(-H), > 0, that suffices where the model is unsure.
     """
 
     name: ClassVar[str] = "typical"
@@ -39,7 +41,7 @@ class TypicalVerifier(Verifier):
 
     @property
     def label(self) -> str:
-        """How results name the rule."""
+        """The name in results."""
         return f"{self.name}, epsilon {self.epsilon:g}, delta {self.delta:g}"
 
     def verify(self, draft: Draft, chosen: list[list[int]], p: Tensor | None) -> Acceptance:

@@ -1,7 +1,7 @@
-"""Which experts of a layer are in fast memory: slots, pins and LRU eviction. No threads, no tensors, no clock.
+"""The experts of a layer in fast memory: slots, pins and LRU eviction. No threads, no tensors, no clock.
 
-A slot belongs to an expert from the moment its loading is requested. So what a cache holds follows from the sequence of
-calls alone, never from timing.
+A slot belongs to an expert from the moment its loading is requested, so the contents of a cache depend on the sequence
+of calls alone, never on timing.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ from typing import Any
 
 @dataclass
 class Counters:
-    """What a store has done. Experts are counted per layer and demand (one pass over any number of tokens).
+    """Statistics of a store. Experts are counted per layer and demand (one pass over any number of tokens).
 
-    demanded = hits + misses; hits = in_time + late: ready when demanded, or still on their way by a prefetch.
-    prefetched: loads begun ahead. evictions; unused: prefetched experts among them that were never demanded.
-    bytes_demand, bytes_prefetch: read for either. stall_seconds: the model waited. failed: failed prefetches.
+    demanded: hits + misses; hits = in_time (ready when demanded) + late (a prefetch was loading them).
+    prefetched, failed: prefetches begun, and failed.
+    evictions, unused: evicted experts, and those of them that were prefetched and never demanded.
+    bytes_demand, bytes_prefetch: bytes read.
+    stall_seconds: time that the model waited.
     """
 
     demanded: int = 0
@@ -46,21 +48,21 @@ class Counters:
 
 @dataclass
 class Slot:
-    """A place for one expert. pins: users that hold it; used: the call that last named it; job: what fills it."""
+    """Memory of one expert. pins: number of users; used: number of the last call that named it; job: its loading."""
 
     number: int
     expert: int | None = None
     pins: int = 0
     used: int = -1
-    prefetched: bool = False  # and not demanded since
+    prefetched: bool = False  # and not demanded yet
     job: Any = None
 
 
 class LayerCache:
     """The experts of one layer in ``slots`` slots.
 
-    A new expert takes an empty slot; else that of a prefetched expert which the demand at hand does not name (it was
-    predicted wrongly); else the least recently used one. Pinned slots are never evicted.
+    A new expert takes an empty slot; else, on demand, that of a prefetched expert that was not demanded (a wrong
+    prediction); else the least recently used one. Pinned slots are never evicted.
     """
 
     def __init__(self, slots: int, counters: Counters | None = None) -> None:
@@ -70,7 +72,7 @@ class LayerCache:
         self.counters = counters or Counters()
 
     def pin(self, expert: int) -> Slot | None:
-        """The slot of a demanded expert, held until ``release``; None if it has none."""
+        """Pin the slot of a demanded expert until ``release``; None if it has none."""
         slot = self.where.get(expert)
         if slot is not None:
             slot.pins += 1
@@ -82,7 +84,7 @@ class LayerCache:
         assert slot.pins >= 0
 
     def admit(self, expert: int, demanded: bool, keep: frozenset[int] = frozenset()) -> Slot | None:
-        """Give ``expert`` a slot, by eviction if need be; demanded: and pin it. None if every slot is taken.
+        """Give ``expert`` a slot, by eviction if needed; pin it if ``demanded``. None if no slot is available.
 
         keep: experts that must not be evicted.
         """

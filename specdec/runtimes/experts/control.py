@@ -7,37 +7,43 @@ import statistics
 import time
 from collections import deque
 
-WINDOW = 5  # passes with the same choice; the first, in which caches and forecasts change over, is not counted
-RECENT = 7  # comparisons whose median decides
-SHARE = 0.02  # of the time that trying the slower choice may cost
-LONGEST = 64  # most windows until it is tried again
+WINDOW = 5  # passes with one choice; the first one, while caches and forecasts change, is not counted
+RECENT = 7  # number of comparisons whose median decides
+SHARE = 0.02  # share of the time that trying the slower choice may cost
+LONGEST = 64  # maximum number of windows until it is tried again
 MOST_TOKENS = 16  # passes over more tokens (prompts) are not compared
 
 
 class Controller:
     """Turns prefetching off where passes are slower with it.
 
-    Passes are timed in windows, and two neighbouring windows with and without prefetching make one comparison: what
-    slows the machine down slows both. The faster choice by the median of the last comparisons runs. The other is tried
-    again for one window as often as ``SHARE`` of the time pays for. adaptive: False keeps prefetching on.
+    Two neighbouring windows of passes, with and without prefetching, make one comparison: other load on the machine
+    slows both. The faster choice by the median of recent comparisons runs. The other is tried again for one window as
+    often as ``SHARE`` of the time pays for.
+
+    adaptive: False keeps prefetching on.
+    on: whether to prefetch now.
+    ratios: time with prefetching over time without.
+    left: number of windows until the other choice is tried.
+    passes: seconds per layer of the passes in this window; ``layers``: of the layers in this pass.
+    before: the choice of the last window, and the median of its passes.
     """
 
     def __init__(self, adaptive: bool = True) -> None:
         self.adaptive, self.on = adaptive, True
-        self.ratios: deque[float] = deque(maxlen=RECENT)  # time with prefetching over that without
-        self.left = 0  # windows until the other choice is tried
-        self.passes: list[float] = []  # seconds per layer, in this window
-        self.before: tuple[bool, float] | None = None  # the window before: its choice, and the median of its passes
-        self.layers: list[float] = []  # seconds of the layers entered in this pass
+        self.ratios: deque[float] = deque(maxlen=RECENT)
+        self.left = 0
+        self.passes, self.layers = list[float](), list[float]()
+        self.before: tuple[bool, float] | None = None
         self.rows = 0
         self.last: float | None = None
 
     def enter(self, row: int, tokens: int) -> None:
-        """Called as a pass over so many tokens enters a MoE layer."""
+        """A pass over so many tokens enters a mixture-of-experts layer."""
         now = time.perf_counter()
         self.rows = max(self.rows, row + 1)
         last, self.last = self.last, now if tokens <= MOST_TOKENS else None
-        if last is None or self.last is None or now - last > 1.0:  # after a prompt, or a rest of the model
+        if last is None or self.last is None or now - last > 1.0:  # after a prompt, or a pause
             return
         self.layers.append(now - last)
         if row == 0 and len(self.layers) >= self.rows:

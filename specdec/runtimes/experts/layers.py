@@ -1,4 +1,4 @@
-"""The experts of a Hugging Face mixture-of-experts model: where they are, and what their routers see."""
+"""The mixture-of-experts layers of a Hugging Face model."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from specdec.models.checkpoint import FUSED, StoredExperts
 class MoELayer:
     """One layer with E experts of width F over a residual of width D.
 
-    block: the module with ``gate`` (the router) and ``experts``. norm: what the router's input comes out of. entry: the
-    norm that a pass enters the layer by.
+    block: the module with ``gate`` (the router) and ``experts``.
+    norm: the norm before the router.
+    entry: the norm at the beginning of the layer.
     """
 
     index: int

@@ -1,9 +1,8 @@
-"""Puts an expert store under a model: its experts modules are replaced by ones that ask the store.
+"""Replaces a model's experts by modules that read them from a store.
 
 While attached, the model's expert weights are not in memory; ``close`` reads them back from the packed file, unless
-they were left in a checkpoint. The arithmetic is that of transformers' grouped products over resident experts: one
-product per expert, on the slots as they lie, and one sum per token. So the result does not depend on where the weights
-come from, on what is cached, or on what is prefetched.
+they are in a checkpoint. The arithmetic is that of transformers' grouped products over resident experts: one product
+per expert, in the order of slots, and one sum per token. So the result does not depend on what is cached or prefetched.
 """
 
 from __future__ import annotations
@@ -32,16 +31,17 @@ from specdec.runtimes.experts.predict import Predictor
 from specdec.runtimes.experts.store import ExpertStore, Forecast, slots_per_layer
 from specdec.runtimes.experts.tiers import DiskTier, PinnedTier, Tier, aligned
 
-LIKELY = 0.4  # least need of an expert that is prefetched
-MARGIN = (0.03, 0.25)  # by how much it must exceed that of the expert it evicts: in the layer entered, and ahead of it
+LIKELY = 0.4  # minimum need of an expert that is prefetched
+MARGIN = (0.03, 0.25)  # by how much it must exceed the need of the expert it evicts: in the current layer, and ahead
 
 
 class ExpertOptions(Settings):
     """How experts are offloaded.
 
-    cache: fast memory for experts, as a share of all (float) or in bytes (int). prefetch: what predicts experts.
-    folder: the packed file's; None: one in the user's cache, packed at first use, and anew when the weights have
-    changed. adaptive: stop prefetching where it does not pay.
+    cache: fast memory for experts, as a share of all (float) or in bytes (int).
+    prefetch: the predictor of experts.
+    folder: of the packed file; None: one in the user's cache, packed at first use and when the weights have changed.
+    adaptive: whether to stop prefetching where it does not pay.
     """
 
     cache: float | int = Field(0.25, title="a share (float) or a number of bytes (int)")
@@ -54,18 +54,18 @@ class ExpertOptions(Settings):
 
 
 class _Experts(Absent):
-    """Computes with the experts of one layer from the store's slots."""
+    """Replaces the experts module of one layer."""
 
     def __init__(self, owner: Offload, row: int, own: Any) -> None:
         super().__init__(own, [sample(getattr(own, name)) for name in FUSED])
         self.__dict__["owner"], self.row = owner, row
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """hidden_states [T, D], the experts of each token and their weights [T, k] -> [T, D]."""
+        """Hidden states [T, D], each token's experts and their weights [T, k] -> [T, D]."""
         owner: Offload = self.__dict__["owner"]
         store, k, device = owner.store, top_k_index.shape[1], hidden_states.device
         routed = top_k_index.tolist()
-        wanted: dict[int, list[int]] = {}  # by expert, which of the T k pairs of token and expert
+        wanted: dict[int, list[int]] = {}  # by expert: indices of its pairs among the T k pairs of token and expert
         for pair, expert in enumerate(expert for token in routed for expert in token):
             wanted.setdefault(expert, []).append(pair)
         out = hidden_states.new_empty(hidden_states.shape[0] * k, hidden_states.shape[1])  # of each pair
@@ -85,9 +85,9 @@ class _Experts(Absent):
 
 
 def grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """Rows x [n, in] times the one of weight [S, out, in] that each group of rows has: [n, out].
+    """Rows x [n, in], in S groups, times the weight [S, out, in] of each group: [n, out].
 
-    ends: int32 [S], where the rows of each group end.
+    ends: end of each group's rows, int32 [S].
     """
     old = x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) < (8, 0)
     if hasattr(F, "grouped_mm") and not old:
@@ -97,7 +97,7 @@ def grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
 
 class Offload:
-    """The experts of a model, held in slow memory for as long as this lives.
+    """Keeps the experts of a model in slow memory until ``close``.
 
     Raises SpecDecError if the model has no experts, or the options do not fit it.
     """
@@ -109,14 +109,16 @@ class Offload:
             raise SpecDecError("the experts of this model are offloaded already; close the decoder that has them")
         self.top_k = self.layers[0].top_k
         planned = packed.plan(self.layers, fingerprint)
-        slots_per_layer(options.cache, planned, self.top_k)  # what is refused is refused before anything is packed
+        slots_per_layer(
+            options.cache, planned, self.top_k
+        )  # refuses a cache that is too small before anything is packed
         origin = packed.origin(self.layers)
         self.folder = options.folder or cache_dir() / "experts" / origin.place
         self.predictor = self._predictor(options.prefetch, planned)
         self.index = self._index(origin, planned)
         self.store = ExpertStore(self.index, self._tier(), options.cache, self.top_k)
         self.controller = Controller(adaptive=options.adaptive)
-        self.entered = 0  # layers, while predicting
+        self.entered = 0  # number of layers entered with predictions
         self.own = [layer.experts for layer in self.layers]
         self.hooks: list[Any] = []
         self._attach()
@@ -128,14 +130,14 @@ class Offload:
         return "; ".join(filter(None, [f"{cached}, prefetch {self.options.prefetch}", self.store.tier.note]))
 
     def enter(self, row: int, x: Tensor) -> None:
-        """Called as a pass enters a layer, with the residual [T, D]: predict, and prefetch."""
+        """A pass enters a layer with the residual [T, D]: predict and prefetch."""
         self.controller.enter(row, len(x))
         if self.predictor is not None and self.controller.on and len(x) <= self.predictor.most_tokens:
             self.prefetch(row, self.predictor.ahead(row, x))
             self.entered += 1
 
     def prefetch(self, row: int, needs: predict.Needs) -> None:
-        """Have the experts loaded that are likely to be needed, the likeliest first, as many as the slots hold."""
+        """Load the experts that are likely to be needed, the likeliest first, as many as there are slots."""
         forecasts = {}
         for target, need in needs:
             distance = (target - row) % len(self.layers)
@@ -145,7 +147,7 @@ class Offload:
         self.store.prefetch(forecasts)
 
     def close(self) -> None:
-        """Give the model its experts back, those that were in memory from the packed file, and end loading."""
+        """Restore the model's experts (those that were in memory from the packed file), and end loading."""
         if not self.hooks:
             return
         while self.hooks:
@@ -159,7 +161,7 @@ class Offload:
     # -- how it is put together -----------------------------------------------------------------------------------
 
     def _index(self, origin: packed.Origin, planned: packed.Index) -> packed.Index:
-        """The index of the packed file: packed anew in the user's cache if it is not this model's, else refused."""
+        """The index of the packed file. If it is another model's: repacked in the user's cache, refused elsewhere."""
         try:
             index = packed.open_index(self.folder)
             packed.check_model(index, planned, self.folder)
@@ -217,7 +219,7 @@ class Offload:
 
 
 class Meter:
-    """What the store does from here on, such as over a stretch of decoding."""
+    """Statistics of a store from now on."""
 
     def __init__(self, store: ExpertStore) -> None:
         self.store, self.start = store, replace(store.counters)

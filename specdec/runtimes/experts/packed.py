@@ -1,9 +1,8 @@
 """The packed expert file: one contiguous, aligned block per expert, and an index with checksums.
 
 A folder holds ``experts.bin`` and ``experts.json``. A block is the expert's gate and up rows [2 F, D], then its down
-projection [D, F], as stored in the model, padded to 4096 bytes: one aligned read fetches one expert. The index names
-the model by its fingerprint, which samples its weights, and what the experts were read from by a hash that any change
-to it changes; it has every block's CRC-32. Files are data: whatever does not fit is refused by name.
+projection [D, F], as in the model, padded to 4096 bytes: one aligned read fetches one expert. The index has the model's
+fingerprint, which samples its weights, a hash of the files that the experts were read from, and every block's CRC-32.
 """
 
 from __future__ import annotations
@@ -38,11 +37,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @pydantic.dataclasses.dataclass(frozen=True, config={"strict": True, "extra": "forbid"})
 class Index:
-    """What a packed file holds. Blocks are numbered layer by layer: ``row * num_experts + expert``.
+    """The contents of a packed file. Block ``row * num_experts + expert`` is an expert of layer ``layers[row]``.
 
-    fingerprint: of the model. layers: the layer behind each row of blocks. hidden: D. width: F. checksums: CRC-32 of
-    every block without its padding. source: ``Origin.state`` of what was packed; "": not known. stride: bytes from
-    block to block.
+    fingerprint: of the model.
+    hidden, width: D and F.
+    checksums: CRC-32 of every block without its padding.
+    source: ``Origin.state`` of the packed experts; "": not known.
+    stride: bytes from block to block.
     """
 
     fingerprint: str
@@ -67,7 +68,7 @@ class Index:
         return len(self.layers) * self.num_experts * self.stride
 
     def name(self, block: int) -> str:
-        """What messages call a block."""
+        """The name of a block in messages."""
         return f"expert {block % self.num_experts} of layer {self.layers[block // self.num_experts]}"
 
     def views(self, memory: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,7 +78,7 @@ class Index:
         return gate_up.unflatten(-1, (-1, self.hidden)), down.unflatten(-1, (-1, self.width))
 
     def check(self, block: int, memory: Tensor) -> None:
-        """Raise SpecDecError, naming the expert, unless ``memory`` (on the CPU) holds what was packed."""
+        """Raise SpecDecError, naming the expert, unless ``memory`` (on the CPU) has the block's checksum."""
         if zlib.crc32(buffer(memory)[: self.block_bytes]) != self.checksums[block]:
             raise SpecDecError(
                 f"the packed experts are damaged: {self.name(block)} does not have its checksum; pack the model again"
@@ -86,11 +87,10 @@ class Index:
 
 @dataclass(frozen=True)
 class Origin:
-    """What experts are read from. place: hash of where they are; state: of what is there, too.
+    """The source of experts. place: hash of its location; state: hash of location and contents.
 
-    Experts in a checkpoint are identified by their files: resolved paths (those of Hugging Face's cache hold the
-    content's hash), sizes and times. Experts in memory are identified by all their bytes; place and state are then the
-    same.
+    Experts in a checkpoint are identified by their files' resolved paths, sizes and times. Experts in memory are
+    identified by all their bytes; place and state are then equal.
     """
 
     place: str
@@ -98,7 +98,7 @@ class Origin:
 
 
 def origin(layers: list[MoELayer]) -> Origin:
-    """Of the experts of ``layers``. Raises SpecDecError if a file of theirs is gone."""
+    """The origin of the experts of ``layers``. Raises SpecDecError if one of their files is gone."""
     dtype = str(layers[0].experts.gate_up_proj.dtype).encode()
     place, state = hashlib.sha256(dtype), hashlib.sha256(dtype)
     files = set[Path]()
@@ -135,12 +135,12 @@ def plan(layers: list[MoELayer], fingerprint: str) -> Index:
 def pack(
     layers: list[MoELayer], fingerprint: str, folder: Path, progress: Callable[[int, int], None] | None = None
 ) -> Index:
-    """Write the experts of ``layers`` into ``folder``; the index, written last, appears only when all is on the disk.
+    """Write the experts of ``layers`` into ``folder``; the index is written last.
 
-    progress: called with the blocks written and their number. Raises SpecDecError if there is too little space, or the
-    disk refuses; what was there stays.
+    Raises SpecDecError if there is too little space, or the disk refuses; older files then stay. progress: called with
+    the number of blocks written and the number of all blocks.
     """
-    source = origin(layers).state  # before they are read: what changes meanwhile is noticed at the next use
+    source = origin(layers).state  # before they are read: a change meanwhile is noticed at the next use
     index = replace(plan(layers, fingerprint), source=source)
     if (folder / INDEX).exists() and not _is_index(folder / INDEX):
         raise SpecDecError(f"'{folder / INDEX}' was not made by specdec; move it away, or pack into another folder")
@@ -174,7 +174,7 @@ def pack(
 
 
 def _blocks(index: Index, layers: list[MoELayer], progress: Callable[[int, int], None] | None) -> Iterator[memoryview]:
-    """Each block as it is packed, one after another in the same memory."""
+    """Each block as it is packed, one after another, in the same memory."""
     memory = torch.zeros(index.stride, dtype=torch.uint8)
     gate_up, down = index.views(memory)
     for row, layer in enumerate(layers):
@@ -230,10 +230,10 @@ def open_index(folder: Path) -> Index:
 def same_weights(
     index: Index, layers: list[MoELayer], folder: Path, progress: Callable[[int, int], None] | None = None
 ) -> None:
-    """Compare every expert of ``layers`` with the checksums of the packed file in ``folder``, whose origin is another.
+    """Compare every expert of ``layers`` with the checksums of the packed file in ``folder``, which has another origin.
 
-    The index then names this origin, if it can be written, so that it is done once. Raises SpecDecError, naming the
-    expert, if one differs.
+    Then this origin is written to the index, so that it is compared once. Raises SpecDecError, naming the expert, if
+    one differs.
     """
     state = origin(layers).state
     for block, memory in enumerate(_blocks(index, layers, progress)):
@@ -247,7 +247,7 @@ def same_weights(
 
 
 def check_model(index: Index, planned: Index, folder: Path) -> None:
-    """Raise SpecDecError unless the packed file in ``folder`` is what is ``planned`` for the loaded model."""
+    """Raise SpecDecError unless the packed file in ``folder`` fits the index ``planned`` for the loaded model."""
     if index.fingerprint != planned.fingerprint:
         raise SpecDecError(
             f"the experts in '{folder}' are those of a model with fingerprint {index.fingerprint}, the loaded model's "

@@ -1,9 +1,8 @@
-"""Predictors: which experts a layer and those ahead will be routed to, from what is known as a pass enters the layer.
+"""Predictors of the experts that a layer and those ahead will need.
 
-A predictor is called once per layer and pass, before the layer's attention, and returns for this layer and layers ahead
-how likely each expert is to be needed: the *need* [E], in [0, 1]. Layers are counted by rows of the packed file; rows
-after the last are the first ones of the next token. Predictions never touch the computation: a wrong one costs time.
-Knows nothing of caches.
+A predictor is called once per layer and pass, before the layer's attention. It returns for this layer and layers ahead
+the probability that each expert is needed: its *need* [E]. Layers are rows of the packed file; rows after the last are
+the first ones of the next token. A wrong prediction costs time; it never changes the result.
 """
 
 from __future__ import annotations
@@ -23,28 +22,28 @@ from specdec.models import drafter_folder
 from specdec.runtimes.experts.layers import MoELayer
 from specdec.runtimes.linear_maps import UNIT_EPS
 
-DISTANCES = (2, 1, 0)  # layers ahead that are predicted at a layer
-FOLDER = "predictor"  # beside the packed experts
+DISTANCES = (2, 1, 0)  # distances to the layers that are predicted at a layer
+FOLDER = "predictor"  # subfolder of the packed experts
 
 Needs = list[tuple[int, list[float]]]  # row, need of each of its experts
 Array = npt.NDArray[np.float32]
 
 
 class Predictor(ABC):
-    """most_tokens: passes over more tokens need most experts anyway and are not predicted."""
+    """most_tokens: passes over more tokens, which need most experts anyway, are not predicted."""
 
     most_tokens = 16
 
     @abstractmethod
     def ahead(self, row: int, x: Tensor) -> Needs:
-        """Needs of this row and rows ahead, from the residual [T, D] that enters it."""
+        """The needs of this row and rows ahead, from the residual [T, D] that enters it."""
 
-    def routed(self, row: int, experts: list[list[int]]) -> None:  # noqa: B027 (some need not know)
-        """Called with the experts that the row's router chose for each token, [T][k]."""
+    def routed(self, row: int, experts: list[list[int]]) -> None:  # noqa: B027 (optional)
+        """Receive the experts that the row's router chose for each token, [T][k]."""
 
 
 class PreviousToken(Predictor):
-    """The experts that the next layer needed for the previous token."""
+    """Predicts the experts that the next layer needed for the previous token."""
 
     def __init__(self, rows: int, num_experts: int) -> None:
         self.seen: list[list[float] | None] = [None] * rows
@@ -65,8 +64,9 @@ class PreviousToken(Predictor):
 class LinearPredictor(Predictor):
     """Estimates the logits of routers ahead from the residual that enters a row, at unit RMS.
 
-    targets[j]: the n rows that row j predicts. weight[j]: [n, E, D]; bias[j]: [n, E]. slope: a need's log-odds per unit
-    of a router's logit.
+    targets[j]: the n rows that row j predicts.
+    weight[j], bias[j]: [n, E, D], [n, E].
+    slope: log-odds of a need per unit of a router's logit.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class LinearPredictor(Predictor):
     ) -> None:
         self.targets, self.weight, self.bias = targets, weight, bias
         self.slope, self.top_k = slope, top_k
-        # All that a residual is multiplied with in one product: (D, n E).
+        # All weights of a row for one product, (D, n E).
         self._columns: list[Array] = [w.float().flatten(0, 1).T.contiguous().numpy() for w in weight]
         self._bias: list[Array] = [b.float().numpy() for b in bias]
 
@@ -90,9 +90,9 @@ class LinearPredictor(Predictor):
 
 
 def needs(logits: Array, top_k: int, slope: float) -> list[list[float]]:
-    """Estimated router logits [T, n, E] -> how likely any of the T tokens needs an expert, [n][E].
+    """Estimated router logits [T, n, E] -> the probability that any of the T tokens needs an expert, [n][E].
 
-    One halfway between the k-th and the next logit is as likely as not.
+    It is one half for a logit halfway between the k-th largest and the next one.
     """
     ranked = np.sort(logits, 2)
     middle = (ranked[..., -top_k] + ranked[..., -top_k - 1]) / 2 if top_k < logits.shape[2] else ranked[..., 0]
@@ -101,7 +101,7 @@ def needs(logits: Array, top_k: int, slope: float) -> list[list[float]]:
 
 
 def residual(layers: list[MoELayer]) -> LinearPredictor:
-    """The plain residual: routers applied to the residual as it enters a layer, up to the last layer of this token."""
+    """Applies routers of layers ahead to the residual as it enters a layer, up to the last layer of this token."""
     targets = [[j + d for d in DISTANCES if j + d < len(layers)] for j in range(len(layers))]
     routers = [layer.router.float().cpu() * layer.norm.weight.detach().float().cpu() for layer in layers]
     weight = [torch.stack([routers[t] for t in ts]) for ts in targets]
@@ -110,16 +110,16 @@ def residual(layers: list[MoELayer]) -> LinearPredictor:
 
 
 def slope_of(layers: list[MoELayer]) -> float:
-    """For router logits in units of their typical spread: what a random direction of unit RMS sees."""
-    spread = torch.stack([(layer.router.float() * layer.norm.weight.float()).norm(dim=1).mean() for layer in layers])
-    return 4.0 / max(float(spread.mean()), 1e-6)
+    """The slope for router logits in units of their standard deviation over random directions of unit RMS."""
+    deviation = torch.stack([(layer.router.float() * layer.norm.weight.float()).norm(dim=1).mean() for layer in layers])
+    return 4.0 / max(float(deviation.mean()), 1e-6)
 
 
 # -- on disk -------------------------------------------------------------------------------------------------------
 
 
 def write_predictor(folder: Path, predictor: LinearPredictor, fingerprint: str, figures: dict[str, Any]) -> None:
-    """Keep a fitted predictor beside the packed experts in ``folder``. Raises SpecDecError if the disk refuses."""
+    """Write a fitted predictor beside the packed experts in ``folder``. Raises SpecDecError if the disk refuses."""
     parts = {"weight": predictor.weight, "bias": predictor.bias}
     tensors = {f"{j}/{name}": tensor for name, each in parts.items() for j, tensor in enumerate(each)}
     config = {

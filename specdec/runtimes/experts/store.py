@@ -1,9 +1,9 @@
 """The expert store: slots in fast memory, an LRU cache per layer, and one thread that loads experts.
 
-Demands are loaded first, then forecasts, by layers in the order of their demands; the thread chooses anew after each
-chunk. A forecast evicts an expert only when its own loading begins, so one without time for it costs nothing. A failed
-prefetch is forgotten, and the demand that follows reads again. One thread loads, so two loads never write the same
-slot. A forked child has no such thread and starts its own.
+Demands are loaded first, then forecasts in the order in which layers need them; the thread chooses again after each
+chunk. A forecast evicts an expert only when its own loading begins, so a forecast that comes too late costs nothing. A
+failed prefetch is dropped, and the demand that follows reads again. One thread loads, so two loads never write the same
+slot. A forked child starts its own thread.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from specdec.runtimes.experts.packed import Index
 from specdec.runtimes.experts.tiers import CHUNK, Tier
 
 SAME_NEED = 0.05  # experts whose needs differ by less are evicted in LRU order
-OVERLAP_FROM = 4 << 20  # bytes of a demand from which computing begins before all its experts are ready
+OVERLAP_FROM = 4 << 20  # computing begins before all experts are ready for demands of so many bytes
 
-Group = list[tuple[int, int]]  # experts and the numbers of their slots
+Group = list[tuple[int, int]]  # experts, and the numbers of their slots
 
 
 @dataclass(eq=False)
@@ -45,11 +45,12 @@ class _Job:
 
 @dataclass
 class Forecast:
-    """What a layer will need.
+    """The expected needs of a layer.
 
-    need: of each of its E experts, how likely it is. wanted: those worth loading, the most needed first. margin: by how
-    much more an expert must be needed than one that it evicts. due: when the layer demands them; the least is loaded
-    first.
+    need: of each of its E experts.
+    wanted: the experts worth loading, the most needed first.
+    margin: by how much an expert's need must exceed that of one it evicts.
+    due: when the layer demands them; the least is loaded first.
     """
 
     need: list[float]
@@ -58,7 +59,7 @@ class Forecast:
     due: float = 0.0
 
     def keep(self, cached: Collection[int], expert: int) -> frozenset[int]:
-        """Those of ``cached`` that ``expert`` must not evict: all but the least needed, if it is clearly less so."""
+        """The experts of ``cached`` that ``expert`` must not evict: all but the clearly less needed."""
         least = min((self.need[other] for other in cached), default=0.0)
         limit = min(self.need[expert] - self.margin, least + SAME_NEED)
         return frozenset(other for other in cached if self.need[other] >= limit)
@@ -67,8 +68,11 @@ class Forecast:
 class ExpertStore:
     """Experts of the packed file ``index`` in at most ``budget`` bytes of fast memory, loaded through ``tier``.
 
-    budget: bytes (int), or a share of all experts (float <= 1). top_k: experts that one token needs of a layer.
-    Raises SpecDecError if a layer's part of the budget holds fewer.
+    Raises SpecDecError if a layer's part of the budget holds fewer than ``top_k`` experts.
+
+    budget: bytes (int), or a share of all experts (float <= 1).
+    top_k: number of a layer's experts that one token needs.
+    weights: by row, gate and up [S, 2 F, D] and down [S, D, F] of all slots.
     """
 
     def __init__(self, index: Index, tier: Tier, budget: float, top_k: int) -> None:
@@ -76,7 +80,6 @@ class ExpertStore:
         self.budget, rows = budget_bytes(budget, index), len(index.layers)
         per_layer = slots_per_layer(budget, index, top_k)
         self.memory = tier.slots(rows * per_layer).unflatten(0, (rows, per_layer))  # (rows, S, stride)
-        # Per row: gate and up [S, 2 F, D], down [S, D, F] of all its slots.
         self.weights: list[tuple[Tensor, Tensor]] = [index.views(slots) for slots in self.memory]
         self.places = [list(slots) for slots in self.memory]  # uint8 [stride] each
         self.counters = Counters()
@@ -85,22 +88,21 @@ class ExpertStore:
         self._forecasts: dict[int, Forecast] = {}  # by row
         self._change = threading.Condition()
         self._idle, self._closed = True, False
-        self._ended: SpecDecError | None = None  # why the thread did, before it was closed
+        self._ended: SpecDecError | None = None  # why the thread has ended before ``close``
         self._start_thread()
         _open.add(self)
 
     @property
     def resident_bytes(self) -> int:
-        """Fast memory taken: all slots, filled or not."""
+        """Bytes of all slots, filled or not."""
         return self.memory.numel()
 
     @contextmanager
     def demand(self, row: int, experts: Sequence[int]) -> Iterator[Iterator[Group]]:
-        """Request ``experts`` (ascending) of a layer for computing with them now; iterate over what it enters with.
+        """Request ``experts`` (ascending) of a layer; the context is an iterator over groups of them that are ready.
 
-        Missing experts are being loaded from then on. Groups come as they are ready, with their slots in
-        ``weights[row]``, and are held until the end. More experts than slots come one by one, each held until the next
-        is asked for.
+        Missing experts are loaded. Groups have their slots in ``weights[row]`` and are pinned until the end. If there
+        are more experts than slots, they come one by one, each pinned until the next is requested.
         """
         cache, held = self.caches[row], list[tuple[int, Slot]]()
         with self._change:
@@ -120,7 +122,7 @@ class ExpertStore:
                     cache.release(slot)
 
     def prefetch(self, forecasts: dict[int, Forecast]) -> None:
-        """Load ahead of its next demand what a row will need; replaces the row's earlier forecast.
+        """Load experts before they are demanded; replaces the rows' earlier forecasts.
 
         Never evicts an expert in use or demanded, nor one that is needed as much.
         """
@@ -130,7 +132,7 @@ class ExpertStore:
                 self._wake()
 
     def close(self) -> None:
-        """End the thread and free the slots. The store is of no use afterwards."""
+        """End the thread and free the slots."""
         with self._change:
             self._closed = True
             self._change.notify_all()
@@ -144,7 +146,7 @@ class ExpertStore:
             for _, slot in todo:
                 self._wait([slot.job])
         while todo:
-            # While experts wait for a slot, the order must not depend on time: what they evict depends on it.
+            # While experts wait for a slot, the order, which decides what they evict, must not depend on time.
             group = todo[:1] if waiting else [each for each in todo if each[1].job.ready]
             self._wait([slot.job for _, slot in group or todo])
             if not group:
@@ -183,7 +185,7 @@ class ExpertStore:
         return held[first:]
 
     def _start_job(self, row: int, slot: Slot, demanded: bool) -> _Job:
-        """Load the slot's expert; what was still being loaded into the slot is of no use any more."""
+        """Load the slot's expert; cancel what is being loaded into the slot."""
         if slot.job is not None and not slot.job.ready:
             slot.job.cancelled = True
             with suppress(ValueError):
@@ -195,23 +197,23 @@ class ExpertStore:
 
     def _wake(self) -> None:
         if not (self._thread.is_alive() or self._ended or self._closed):
-            self._start_thread()  # this process was forked: it has no threads but the one that forked
+            self._start_thread()  # this process was forked, without the thread
         self._idle = False
         self._change.notify_all()
 
     def _next_job(self) -> _Job | None:
-        """What to load now."""
+        """The job to work on now."""
         if self._demands:
             return self._demands[0]
         for row, forecast in sorted(self._forecasts.items(), key=lambda each: each[1].due):
             job = self._next_prefetch(row, forecast)
             if job is not None:
                 return job
-            del self._forecasts[row]  # it has all it can have
+            del self._forecasts[row]  # there is nothing left to load for it
         return None
 
     def _next_prefetch(self, row: int, forecast: Forecast) -> _Job | None:
-        """The most needed expert of the forecast that is not ready, begun now if it was not before."""
+        """The job of the most needed expert of the forecast that is not ready."""
         cache = self.caches[row]
         for expert in forecast.wanted:
             slot = cache.where.get(expert)
@@ -231,7 +233,7 @@ class ExpertStore:
     # -- waiting and loading --------------------------------------------------------------------------------------
 
     def _wait(self, jobs: list[_Job]) -> None:
-        """Until one of ``jobs`` is ready. Raises what made one of them fail."""
+        """Wait until one of ``jobs`` is ready. Raises the error of a job that failed."""
         if any(job.ready for job in jobs):
             return
         start = time.perf_counter()
@@ -251,13 +253,13 @@ class ExpertStore:
         """The thread."""
         try:
             self._load()
-        except BaseException as error:  # a bug, for which the model must not wait forever
+        except BaseException as error:  # a bug: the model must not wait forever
             with self._change:
                 self._ended = SpecDecError(f"loading of experts has ended ({error!r}); make a new decoder")
                 self._change.notify_all()
 
     def _load(self) -> None:
-        """One chunk of the most urgent job at a time."""
+        """Load one chunk of the most urgent job at a time."""
         done: tuple[_Job, int, Exception | None] | None = None
         while True:
             with self._change:
@@ -275,7 +277,7 @@ class ExpertStore:
                 stop = self.tier.read(job.block, job.memory, start, stop)
             except SpecDecError as refused:
                 error = refused
-            except Exception as failed:  # of any type: the waiting model must get it
+            except Exception as failed:  # the waiting model must get it
                 reason = getattr(failed, "strerror", None) or failed
                 error = SpecDecError(f"loading {self.index.name(job.block)} failed: {reason}")
             done = job, stop, error
@@ -305,9 +307,9 @@ class ExpertStore:
         self._change.notify_all()
 
     def _forget(self, job: _Job) -> None:
-        """Empty the slot of a job that failed; one that is pinned is released by the user, who gets the error."""
+        """Empty the slot of a failed job. A user that has pinned it gets the error, and releases it."""
         row, expert = divmod(job.block, self.index.num_experts)
-        self._forecasts.pop(row, None)  # it would be tried again and again
+        self._forecasts.pop(row, None)  # else it would be tried again and again
         slot = self.caches[row].where[expert]
         if slot.pins:
             del self.caches[row].where[expert]
@@ -316,7 +318,7 @@ class ExpertStore:
             self.caches[row].evict(slot)
 
 
-# A fork copies the locks as they are: taken before it, they are free afterwards, and what they guard is whole.
+# A fork copies locks in their state, so they are acquired before it and released after it.
 _open: weakref.WeakSet[ExpertStore] = weakref.WeakSet()
 _forking: list[ExpertStore] = []
 

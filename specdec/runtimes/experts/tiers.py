@@ -1,6 +1,6 @@
 """Slow memory that experts are loaded from, behind one interface: the disk, or pinned host memory to a GPU.
 
-A tier provides the fast memory (slots) and fills parts of a slot on call, from one thread. It knows nothing of caches.
+A tier allocates the fast memory (slots) and fills parts of a slot when called, from one thread.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch import Tensor
 from specdec.base.errors import SpecDecError
 from specdec.runtimes.experts.packed import ALIGNMENT, BLOCKS, Index, buffer
 
-CHUNK = 1 << 20  # most bytes of one request: what a demand may have to wait for
+CHUNK = 1 << 20  # maximum bytes of one request, which a demand may have to wait for
 
 
 class Tier(ABC):
-    """note: one line on what timings mean here, or ""."""
+    """note: one line about timings, or ""."""
 
     note = ""
 
@@ -31,16 +31,16 @@ class Tier(ABC):
 
     @abstractmethod
     def read(self, block: int, slot: Tensor, start: int, stop: int) -> int:
-        """Fill bytes of ``slot`` from ``block``, [start, stop) or the first of them; returns where it ended.
+        """Fill bytes [start, stop) of ``slot`` from ``block``, or the first of them; return the end.
 
-        With the last byte the block is checked. Raises SpecDecError (naming the expert) or OSError.
+        The block is checked with its last byte. Raises SpecDecError (naming the expert) or OSError.
         """
 
     def acquire(self, slot: Tensor) -> None:  # noqa: B027 (optional)
-        """Called before the model computes with a filled slot."""
+        """Called before the model uses a filled slot."""
 
     def release(self, slot: Tensor) -> None:  # noqa: B027 (optional)
-        """Called once it has; the slot may be filled anew."""
+        """Called after the model has used it; the slot may be filled again."""
 
     @abstractmethod
     def close(self) -> None: ...
@@ -54,7 +54,7 @@ def aligned(count: int, stride: int) -> Tensor:
 
 
 class DiskTier(Tier):
-    """The packed file, read past the page cache (O_DIRECT) where the file system can, into slots in RAM.
+    """The packed file, read without the page cache (O_DIRECT) if the file system supports it, into slots in RAM.
 
     Each block is checked when it is first read.
     """
@@ -99,7 +99,10 @@ class PinnedTier(Tier):
     """Pinned host memory to a CUDA device, on a stream of its own beside the model's.
 
     The whole packed file is read (and checked) once. A copy into a slot waits for the last kernels that used it; the
-    model's stream waits for the copy. cuda: ``torch.cuda``, or what stands in for it.
+    model's stream waits for the copy.
+
+    cuda: ``torch.cuda``, or a replacement in tests.
+    copied, used: by address of the slot, the event after its copy and after its last use.
     """
 
     def __init__(self, folder: Path, index: Index, device: torch.device, cuda: Any = torch.cuda) -> None:
@@ -110,8 +113,8 @@ class PinnedTier(Tier):
             part.copy_(source[block * index.stride : (block + 1) * index.stride])
             index.check(block, part)
         self.stream = cuda.Stream(device)
-        self.copied: dict[int, Any] = {}  # by address of the slot: the event after its copy
-        self.used: dict[int, Any] = {}  # the event after its last use
+        self.copied: dict[int, Any] = {}
+        self.used: dict[int, Any] = {}
 
     def slots(self, count: int) -> Tensor:
         return torch.empty(count, self.index.stride, dtype=torch.uint8, device=self.device)
@@ -124,7 +127,7 @@ class PinnedTier(Tier):
             slot[start:stop].copy_(self.blocks[base + start : base + stop], non_blocking=True)
             event = self.cuda.Event()
             event.record(self.stream)
-        event.synchronize()  # in the loading thread: what it reports as filled is filled
+        event.synchronize()  # the loading thread reports the slot as filled
         self.copied[key] = event
         return stop
 
