@@ -141,9 +141,13 @@ class Eagle3Config:
 
     def rotary(self) -> LlamaRotaryEmbedding:
         """Rotary positions. Raises SpecDecError for entries that transformers does not take."""
-        heads = {"num_attention_heads": self.heads, "num_key_value_heads": self.kv_heads, "head_dim": self.head_dim}
+        sizes: dict[str, Any] = {
+            "hidden_size": self.width,
+            "num_attention_heads": self.heads,
+            "head_dim": self.head_dim,
+        }
         try:
-            return LlamaRotaryEmbedding(LlamaConfig(hidden_size=self.width, **heads, **dict(self.rope)))
+            return LlamaRotaryEmbedding(LlamaConfig(**sizes, num_key_value_heads=self.kv_heads, **dict(self.rope)))
         except Exception as error:  # transformers checks little
             raise SpecDecError(f"{MODEL} has unusable rotary positions ({one_line(error)})") from None
 
