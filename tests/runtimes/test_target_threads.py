@@ -31,7 +31,7 @@ from specdec.runtimes.graphs import GraphedTarget
 from specdec.runtimes.native import library, linear
 from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.reference import ReferenceTarget
-from specdec.runtimes.target import Target, lock_of
+from specdec.runtimes.target import Pass, Target, lock_of
 
 RUNTIMES = Path(target.__file__).parent
 FOLDERS = (RUNTIMES, RUNTIMES / "native", RUNTIMES.parent / "kvcache")

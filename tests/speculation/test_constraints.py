@@ -56,7 +56,7 @@ SCHEMA = {
 SERVED = {"vocab_size": 97, "hidden_size": 64, "head_dim": 32, "intermediate_size": 96}  # by the native runtime
 
 
-def request(prompt: list[int], rule: Compiled | None, count: int = 60, **more: object) -> Request:
+def request(prompt: list[int], rule: CompiledConstraint | None, count: int = 60, **more: object) -> Request:
     processors = [] if rule is None else [rule.state(prompt)]
     return Request(prompt, count, processors=processors, eos=frozenset([EOS]), **more)  # type: ignore[arg-type]
 

@@ -16,8 +16,7 @@ from torch.utils._pytree import tree_flatten
 
 from specdec.models.gguf.blocks import BlockEmbedding, BlockLinear, Blocks
 from specdec.runtimes.adapters import Adapters
-from specdec.runtimes.layer_pass import Pass
-from specdec.runtimes.target import Target
+from specdec.runtimes.target import Pass, Target
 
 
 def play(target: Target) -> list[torch.Tensor]:

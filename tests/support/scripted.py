@@ -7,7 +7,7 @@ from tiny_tokenizers import letters
 from transformers import LogitsProcessor
 from zoo import EOS
 
-from specdec.speculation.constraints import Compiled, Constraint, compiled
+from specdec.speculation.constraints import CompiledConstraint, Constraint, compile_constraint
 from specdec.speculation.draft import Draft, Drafter, State
 
 
@@ -37,5 +37,5 @@ class OnlyOddAfterEven(LogitsProcessor):
         return scores
 
 
-def made(constraint: Constraint, vocab: int = 97) -> Compiled:
-    return compiled(constraint, letters(vocab - 3), vocab, frozenset([EOS]))
+def made(constraint: Constraint, vocab: int = 97) -> CompiledConstraint:
+    return compile_constraint(constraint, letters(vocab - 3), vocab, frozenset([EOS]))

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 
 from specdec.drafters.m2r2 import M2R2, M2R2Drafter, M2R2Path
-from specdec.runtimes.layer_pass import Pass
-from specdec.runtimes.target import Target
+from specdec.runtimes.target import Pass, Target
 from specdec.speculation.draft import State
 from specdec.speculation.sampling import Sampler, SamplingParams
 from specdec.train import states
@@ -37,7 +36,7 @@ def drafted(network: M2R2, target: Target, ids: list[int], count: int, sure: flo
     """What the drafter itself proposes after ``ids`` (the last is the root), leaving at the last exit or where sure."""
     drafter = M2R2Drafter(network, exit_confidence=sure)
     drafter.bind(target)
-    memory = [drafter.begin()]
+    row_states = [drafter.begin()]
     cache, old = target.new_cache(), len(ids) - 1
     positions = torch.arange(old)[None]
     taps = {layer: torch.empty(0) for layer in drafter.taps}
@@ -46,8 +45,8 @@ def drafted(network: M2R2, target: Target, ids: list[int], count: int, sure: flo
         target.embed(torch.tensor([ids[:-1]]), positions), 0, target.num_layers, Pass(positions, mask, cache, taps)
     )
     cache.commit([list(range(old))])
-    drafter.observe(memory, [list(range(old))], taps)
-    state = State(target, cache, Sampler(SamplingParams(temperature=0)), [ids], memory=memory)
+    drafter.observe(row_states, [list(range(old))], taps)
+    state = State(target, cache, Sampler(SamplingParams(temperature=0)), [ids], row_states=row_states)
     return drafter.propose(state, count).tokens[0].tolist()
 
 

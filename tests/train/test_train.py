@@ -34,7 +34,7 @@ from specdec.models import drafter_folder, loading
 from specdec.runtimes.fused import FAMILIES as FUSED
 from specdec.runtimes.fused import FusedTarget
 from specdec.runtimes.reference import ReferenceTarget
-from specdec.runtimes.target import Target
+from specdec.runtimes.target import Pass, Target
 from specdec.speculation.draft import Drafter, Verifier
 from specdec.train import data, search, speed, states
 from specdec.train.batches import assemble, epoch, stream, windows
