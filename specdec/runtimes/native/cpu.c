@@ -1,4 +1,4 @@
-/* What this CPU has, and large pages. */
+/* Detection of instruction sets, and large pages. */
 #include "native.h"
 #ifdef SPECDEC_NATIVE
 #include <cpuid.h>
@@ -13,7 +13,7 @@ int specdec_amx_agrees_avx512(void);
 /* Bytes of `rows` rows of `tiles` tiles of `kind`. */
 EXPORT int64_t specdec_tiles_bytes(int kind, int64_t rows, int64_t tiles) { return rows * tiles_bytes(kind, tiles); }
 
-/* Ask for large pages for memory that will be read in whole, again and again. */
+/* Request large pages for memory that every pass reads. */
 EXPORT void specdec_large_pages(void *memory, int64_t bytes) {
     uintptr_t from = ((uintptr_t)memory + 4095) & ~(uintptr_t)4095, to = ((uintptr_t)memory + (uintptr_t)bytes) & ~(uintptr_t)4095;
     if (to > from) madvise((void *)from, to - from, MADV_HUGEPAGE);
@@ -35,7 +35,7 @@ static int supported(void) {
     return tiles && syscall(SYS_arch_prctl, 0x1023, 18) == 0 ? AMX : AVX512; /* ARCH_REQ_XCOMP_PERM: tile data */
 }
 
-/* Which kernels serve: the best that this CPU runs, `most` at most; 0: none. Call first. */
+/* The best instruction set of this CPU that has kernels, `most` at most; 0: none. Call it first. */
 EXPORT int specdec_open(int most) {
     int found = supported();
     has_amx = found == AMX && most >= AMX;

@@ -79,19 +79,19 @@ static inline int64_t tiles_bytes(int kind, int64_t tiles) {
 
 typedef uint16_t bf16;
 
-typedef struct {       /* rows of a map in one kind of tiles */
-    int32_t kind, end;    /* end: number of tiles of outputs in this part and those before it */
+typedef struct {       /* output rows of a map in one kind of tiles */
+    int32_t kind, end;    /* end: number of output tiles of this part and those before it */
     const uint8_t *tiles; /* [outputs / 16][in / 32] */
 } Part;
 
 typedef struct {       /* y = W x (+ bias) */
-    int32_t rounded, out, in, count; /* rounded: it reads activations in 8 bits, all parts are blocks; out: multiple of 16; in: of 32 */
+    int32_t rounded, out, in, count; /* rounded: activations are in 8 bits, and no part is bf16; out: multiple of 16; in: of 32; count: of parts */
     const Part *parts;    /* [count] */
     const float *bias;    /* [out] or NULL */
 } Map;
 
 typedef struct {       /* rows of numbers, in GGUF blocks or bf16 */
-    int32_t type, columns; /* type: ggml's number of it, or -1: bf16 */
+    int32_t type, columns; /* type: ggml's number, or -1: bf16 */
     int64_t stride;        /* bytes of a row */
     const uint8_t *data;
     const int32_t *order;  /* row i is order[i] of data; NULL: i */
@@ -155,11 +155,10 @@ static inline void split(int count, int me, int n, int *from, int *to) {
     *to = (int)((int64_t)count * (me + 1) / n);
 }
 
-/* Of `items` of work that `n` threads take in turns: how many turns there are. The items of the last ones are fewer than
- * threads, and all take part in each of them. */
+/* The number of turns in which `n` threads do `items` of work. If fewer items than threads are left, all threads share each. */
 static inline int turns_of(int items, int n) { return items / n + items % n; }
 
-/* What thread `me` works on in a turn, and whether with all others. */
+/* The item of thread `me` in a turn, and whether all threads share it. */
 static inline int item_of(int turn, int items, int me, int n, int *together) {
     int whole = items / n;
     *together = turn >= whole;
@@ -168,7 +167,7 @@ static inline int item_of(int turn, int items, int me, int n, int *together) {
 
 extern int has_amx, amx_blocks; /* amx_blocks: also for products of blocks */
 
-static inline void *allocate(size_t bytes) { /* aligned to a cache line; the memory of a call comes back to the next */
+static inline void *allocate(size_t bytes) { /* aligned to a cache line; the allocator reuses the memory of the last call */
     return aligned_alloc(64, (bytes + 63) / 64 * 64);
 }
 

@@ -6,9 +6,9 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-enum { SPINS = 1000 }; /* some 20 to 50 microseconds: others reach a barrier sooner, unless they have lost their core */
+enum { SPINS = 1000 }; /* 20 to 50 microseconds: a thread that takes longer has lost its core */
 
-/* Wait for all `n` threads: spin, and then sleep in the kernel, which gives the core to whom we wait for. */
+/* Wait for all `n` threads: spin, and then sleep, which gives the core to the others. */
 void wait_for_team(Barrier *b, int n) {
     int32_t phase = __atomic_load_n(&b->phase, __ATOMIC_ACQUIRE);
     if (__atomic_add_fetch(&b->waiting, 1, __ATOMIC_ACQ_REL) == n) {
@@ -21,7 +21,7 @@ void wait_for_team(Barrier *b, int n) {
         if (__atomic_load_n(&b->phase, __ATOMIC_ACQUIRE) != phase) return;
         __builtin_ia32_pause();
     }
-    /* Whoever ends the phase sees us in `asleep`, or the kernel sees that the phase has ended. */
+    /* The thread that ends the phase sees us in `asleep`, or the system call sees that the phase has ended. */
     __atomic_add_fetch(&b->asleep, 1, __ATOMIC_SEQ_CST);
     while (__atomic_load_n(&b->phase, __ATOMIC_SEQ_CST) == phase) syscall(SYS_futex, &b->phase, FUTEX_WAIT_PRIVATE, phase, NULL, NULL, 0);
     __atomic_sub_fetch(&b->asleep, 1, __ATOMIC_RELAXED);

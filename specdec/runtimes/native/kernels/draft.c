@@ -1,42 +1,42 @@
-/* Drafting level by level along a draft path, projections and layers between them: a tree for one sequence, or a chain for each of several. */
+/* Drafting level by level along a draft path of projections and layers: a tree for one sequence, or a chain for each of several. */
 
 enum { MOST_STAGES = 8, MOST_WIDTH = 16 };
 
-typedef struct {        /* a projection, and the layers behind it */
-    const Map *projection;        /* of the parts, each divided by its RMS: the residual, the previous final state (, `carried`) */
-    const bf16 *carried;    /* [sequences, hidden]: the roots' previous states where the layers begin */
+typedef struct {        /* a projection, and the layers after it */
+    const Map *projection;        /* its inputs, each divided by its RMS: the residual, the previous final state (, `carried`) */
+    const bf16 *carried;    /* [sequences, hidden]: input states of the layers, of the token before each root */
     const Model *model;     /* the first stage has layers; the last may have none (NULL) */
-    const Call *call;       /* of a token of each sequence at its first free slot, without trees */
+    const Call *call;       /* for a token of each sequence at its first free slot, without trees */
 } Stage;
 
-typedef struct {        /* a tree that grows from one root, level by level; of several sequences, each one's likeliest chain */
-    int32_t stages, levels, width, sequences; /* width: tokens of a level that are drafted on from, children of each; 1 of several sequences */
+typedef struct {        /* a tree that grows from one root, level by level, or the likeliest chain of each of several sequences */
+    int32_t stages, levels, width, sequences; /* width: nodes of a level that get children, and children of each; 1 for several sequences */
     const int32_t *roots;   /* [sequences] */
     const Stage *stage;
     const Table *embedding; /* [vocabulary, hidden] */
-    const bf16 *final;      /* [sequences, hidden]: the roots' previous final states */
-    const Map *head[2];     /* what follows is read out by, one beside the other; the second may be NULL */
-    int32_t outputs[2];     /* of each head, those that count */
-    const int64_t *tokens;  /* [outputs]: what they stand for, or NULL: themselves */
+    const bf16 *final;      /* [sequences, hidden]: final states of the token before each root */
+    const Map *head[2];     /* the heads, one behind the other; the second may be NULL */
+    int32_t outputs[2];     /* number of outputs of each head */
+    const int64_t *tokens;  /* [outputs]: their tokens, or NULL: the outputs are the tokens */
     const float *norm;
     float eps, unit_eps;    /* of the final norm, of the projections' */
     float min_probability;  /* growing ends when no path is as probable */
     float *scores;          /* out: [levels * width * width] or [levels, sequences], log-probabilities of the candidates' paths */
     int32_t *ids, *parents; /* out: their tokens; 0: a root, i + 1: candidate i */
-    int (*mask)(int rows, const int32_t *nodes); /* NULL: all may follow all. Called before a level's pass, by one thread: has */
-    const uint8_t *const *allowed;  /* tell which tokens may follow each of its nodes (NULL: none); not 0 ends growing */
+    int (*mask)(int rows, const int32_t *nodes); /* NULL: all tokens are allowed. Called before a level's pass, by one thread, to set */
+    const uint8_t *const *allowed;  /* `allowed`, the mask of each of its nodes (NULL: no token); returns 0, or else growing ends */
     const uint8_t *forbidden; /* [sequences, outputs of the second head]: those that a sequence may not draft, or NULL */
 } TreeDraft;
 
-typedef struct {        /* of a thread's share of the outputs, by lane */
+typedef struct {        /* the best of a thread's outputs, by lane */
     float most[16] __attribute__((aligned(64))), sum[16] __attribute__((aligned(64))), floor[16] __attribute__((aligned(64)));
     float values[16][MOST_WIDTH];
     int32_t ids[16][MOST_WIDTH];
 } Best;
 
-static const float NEVER = -1e30f; /* logit of what may not follow */
+static const float NEVER = -1e30f; /* logit of a token that is not allowed */
 
-/* Which lanes may be followed by each of `some` outputs from number `first` on; returns those that have any. */
+/* The lanes for which each of `some` outputs from number `first` on is allowed; returns those with any. */
 static uint32_t allowed_lanes(const TreeDraft *g, int rows, int first, int some, uint32_t *lanes) {
     uint32_t any = 0;
     for (int o = 0; o < some; o++) {
@@ -77,7 +77,7 @@ static void project(Pass *p, const Map *map, const float *before, const float *c
     from_blocks(p->x, from, to, hidden, projected);
 }
 
-/* The best of what follows each lane, of this thread's outputs. */
+/* The best next tokens of each lane among this thread's outputs. */
 static void read_out(Pass *p, const TreeDraft *g, Best *best, int me, int n) {
     uint8_t *mine = p->scratch + p->own * me;
     float sums[256] __attribute__((aligned(64)));
@@ -121,7 +121,7 @@ static void read_out(Pass *p, const TreeDraft *g, Best *best, int me, int n) {
     store16(best->most, most), store16(best->sum, sum);
 }
 
-/* One lane of what the threads of the team found, merged into the first one's, as log-probabilities, or NEVER. */
+/* Merge one lane of all threads into the first thread's, as log-probabilities, or NEVER. */
 static void merge_candidates(Best *best, int lane, int count, int team) {
     float most = best->most[lane], sum = 0;
     for (int t = 1; t < team; t++) most = best[t].most[lane] > most ? best[t].most[lane] : most;
@@ -132,8 +132,8 @@ static void merge_candidates(Best *best, int lane, int count, int team) {
     for (int i = 0; i < count && best->values[lane][i] > NEVER; i++) best->values[lane][i] -= most + __builtin_logf(sum);
 }
 
-/* The pass of a level: `x` [rows, hidden] goes through all stages to `best`. The states of a level, [stages + 1][MOST_WIDTH]
- * [hidden]: where each projection projected and, last, the final ones; `before` is the level's parents'. Returns 0, or -1. */
+/* The pass of a level: `x` [rows, hidden] through all stages to `best`. states: [stages + 1][MOST_WIDTH][hidden], the result of
+ * each projection and the final states; `before`: those of the parents. Returns 0, or -1 without memory. */
 static int run_level(const TreeDraft *g, const Call *calls, const bf16 *x, const bf16 *before, bf16 *states, Best *best, float *fm) {
     Pass p, passes[MOST_STAGES];
     const Model *m = g->stage[0].model;
@@ -171,8 +171,8 @@ static int run_level(const TreeDraft *g, const Call *calls, const bf16 *x, const
     return failed;
 }
 
-/* Grow a tree, or chains; the slots behind each sequence's first one need room for all its tokens that are drafted from. Returns
- * how many candidates were found, or -1 without memory or masks. */
+/* Grow a tree, or chains. Each sequence needs free slots for all tokens that get children. Returns the number of candidates, or
+ * -1 without memory or masks. */
 EXPORT int KERNEL(draft_tree)(const TreeDraft *g) {
     const Model *m = g->stage[0].model;
     const Call *like = g->stage[0].call;
@@ -189,7 +189,7 @@ EXPORT int KERNEL(draft_tree)(const TreeDraft *g) {
     Best *best = allocate(sizeof(Best) * like->threads);
     uint8_t *paths = calloc(2 * MOST_WIDTH, most + 1); /* of this and the next level: which drafted tokens lie on a path */
     uint8_t *tree = allocate((size_t)width * (most + 1));
-    const uint8_t **trees = calloc((size_t)like->windows, sizeof *trees); /* by window kind: all the same, as windows are wider */
+    const uint8_t **trees = calloc((size_t)like->windows, sizeof *trees); /* by window kind: all equal, as no window is narrower than a draft */
     failed = !(x && before && now && fm && best && paths && tree && trees);
     for (int i = 0; !failed && i < g->stages; i++) {
         memset(before + i * block, 0, 2 * (size_t)count * hidden);
@@ -234,12 +234,12 @@ EXPORT int KERNEL(draft_tree)(const TreeDraft *g) {
                 g->ids[found] = g->tokens ? (int32_t)g->tokens[id] : id;
                 g->parents[found] = nodes[r];
             }
-        if (count > 1 && found - begun < rows) { /* no number came of a sequence */
+        if (count > 1 && found - begun < rows) { /* a sequence has no finite logit */
             found = begun;
             break;
         }
-        for (int i = begun; count > 1 && i < found; i++) chosen[some++] = i; /* each sequence goes on alone */
-        for (int i = begun; count == 1 && i < found; i++) { /* the likeliest of them, the first one first */
+        for (int i = begun; count > 1 && i < found; i++) chosen[some++] = i; /* each sequence continues its chain */
+        for (int i = begun; count == 1 && i < found; i++) { /* the likeliest of them; of equal ones the first */
             if (some == width && g->scores[i] <= g->scores[chosen[width - 1]]) continue;
             int at = some < width ? some++ : width - 1;
             for (; at > 0 && g->scores[i] > g->scores[chosen[at - 1]]; at--) chosen[at] = chosen[at - 1];

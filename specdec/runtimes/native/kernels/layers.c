@@ -1,32 +1,32 @@
 /* A pass of a team of threads through decoder layers. */
 
 typedef struct {
-    int32_t sequence, kv, block; /* queries of a sequence that a key head serves: a block of 16 columns, a token and a head each */
+    int32_t sequence, kv, block; /* 16 queries (columns) of a sequence, a token and a head each, for one key head */
 } Item;
 
 typedef struct {
     const Model *m;
     const Call *c;
-    int rows, blocks, group, count, ranks;   /* count: of items */
-    int32_t *sequence_of, *first;                /* by token: its sequence; by sequence: its first token */
-    Item *items;                             /* of attention */
-    size_t scored, input, own;               /* a thread's scratch: where its parts begin, its size */
+    int rows, blocks, group, count, ranks;   /* count: number of items */
+    int32_t *sequence_of, *first;                /* sequence of each token; first token of each sequence */
+    Item *items;                             /* work items of attention */
+    size_t scored, input, own;               /* scratch of a thread: offsets of its parts, and its size */
     float *x, *qkv, *cos, *sin;              /* feature_major; cos and sin [block][rotated / 2][16] */
     uint32_t *attended, *inner, *ranked[2];  /* vnni_bf16 */
     bf16 *queries;                           /* [rows, heads, head_dim] */
     uint16_t **visible;                      /* by window kind and sequence: [column block][slots], or NULL */
-    uint32_t *normed;                        /* of more than one block: all of them, in vnni_bf16, and as maps read them */
+    uint32_t *normed;                        /* if there are several blocks: all of them, in vnni_bf16, and (inputs) as maps read them */
     uint8_t *inputs;
-    uint8_t *scratch;                        /* by thread: a normed block, attention's scores, and a block as a map reads it */
+    uint8_t *scratch;                        /* by thread: a normed block, scores of attention, and a block as a map reads it */
     Barrier barrier;
 } Pass;
 
-enum { SLICE = 512 };          /* tokens of a prompt that go through at once */
-enum { MOST_EXPECTED = 1024 }; /* cached slots that are sent for while the projections run */
+enum { SLICE = 512 };          /* maximum tokens of a prompt in one pass */
+enum { MOST_EXPECTED = 1024 }; /* up to so many cached slots are prefetched during the projections */
 
 static int column_blocks_of(const Pass *p, const Sequence *sequence) { return (sequence->tokens * p->group + 15) / 16; }
 
-/* Tokens from block b0 on, of as many blocks as are multiplied at once. */
+/* The number of tokens from block b0 on, in as many blocks as are multiplied at once. */
 static int tokens_from(const Pass *p, int b0) {
     int left = p->rows - 16 * b0;
     return left < 16 * MOST_BLOCKS ? left : 16 * MOST_BLOCKS;
@@ -37,7 +37,7 @@ static inline F silu_times(F gate, F up) {
     return mul16(rounded(div16(g, add16(set16(1.0f), e))), rounded(up));
 }
 
-/* silu(gate) up for 16 outputs of a block; with few tokens, several outputs share a vector. Absent lanes get 0. */
+/* silu(gate) up for 16 outputs of a block. With few tokens, several outputs share a vector. Lanes without a token get 0. */
 static void gated(const float *gate, const float *up, int tokens, F *act) {
     if (tokens <= 4)
         for (int o = 0; o < 16; o += 4) split_four16(silu_times(four_rows16(gate + 16 * o), four_rows16(up + 16 * o)), act + o);
@@ -68,7 +68,7 @@ static void add_product(Pass *p, const Map *map, const LowRank *low, const uint3
     }
 }
 
-/* Part `at` of `parts` of the cached keys and values that the thread will attend to: on their way while it multiplies. */
+/* Prefetch part `at` of `parts` of the cached keys and values that the thread will attend to. */
 static void prefetch_cache(const Pass *p, int index, int at, int parts, int me, int n) {
     const Model *m = p->m;
     const Call *c = p->c;
@@ -87,11 +87,11 @@ static void prefetch_cache(const Pass *p, int index, int at, int parts, int me, 
     }
 }
 
-/* The lanes of feature_major `fm` to rows of an 8-bit cache: int8, to nearest, and scales. */
+/* Write the lanes of feature_major `fm` to rows of an 8-bit cache: int8, rounded to nearest, and scales. */
 static void put_rows8(const float *fm, int d, uint8_t *const *rows, int count) {
     float most[16] __attribute__((aligned(64)));
     for (int first = 0; first < d; first += TOGETHER) {
-        F largest = zero16(), broken = zero16(); /* NaN where a number is not finite, and so is the scale */
+        F largest = zero16(), broken = zero16(); /* NaN if a number is not finite; the scale is then NaN, too */
         for (int i = first; i < first + TOGETHER; i++) {
             F v = load16(fm + 16 * i);
             largest = max16(largest, abs16(v)), broken = fma16(v, zero16(), broken);
@@ -114,8 +114,8 @@ static void put_rows16(const float *fm, int d, uint8_t *const *rows, int count) 
     }
 }
 
-/* What `map` reads of vnni_bf16 `x`; NULL: of the hidden states after a norm. One block every thread makes for itself, which
- * is cheaper than waiting for each other; more they share, and then all wait. */
+/* The input of `map` for vnni_bf16 `x`; NULL: for the hidden states after a norm. Each thread makes a single block itself, which
+ * is cheaper than waiting; several blocks are shared, and then all threads wait. */
 static const uint32_t *inputs_of(Pass *p, const Map *map, const float *weight, const uint32_t *x, int me, int n) {
     const int hidden = p->m->hidden, shared = p->blocks > 1;
     uint8_t *mine = p->scratch + p->own * me;
@@ -133,8 +133,8 @@ static const uint32_t *inputs_of(Pass *p, const Map *map, const float *weight, c
     return reads_vnni(map) ? normed : (const uint32_t *)(shared ? p->inputs : mine + p->input);
 }
 
-/* Low-rank activations down x of `low` for all blocks (vnni_bf16; without AMX rows_bf16), zero where a token has no
- * adapters; then all threads wait. weight, vnni: as inputs_of takes them. */
+/* The low-rank activations down x of `low` for all blocks (vnni_bf16; without AMX rows_bf16), 0 for tokens without adapters;
+ * then all threads wait. weight, vnni: as in inputs_of. */
 static void rank_down(Pass *p, const LowRank *low, const float *weight, const uint32_t *vnni, uint32_t *ranked, int me, int n) {
     if (!low) return;
     const uint32_t *x = inputs_of(p, &low->down, weight, vnni, me, n);
@@ -189,7 +189,7 @@ static void run_layer(Pass *p, int index, float *scores, int me, int n) {
     wait_for_team(&p->barrier, n);
 
     split(p->blocks * total, me, n, &from, &to);
-    for (int item = from; item < to; item++) { /* one head of a block: rotate, then put rows where they belong */
+    for (int item = from; item < to; item++) { /* one head of a block: rotate it, then store its rows as queries, keys or values */
         int b = item / total, head = item % total, kv = head - m->heads;
         float *fm = p->qkv + ((int64_t)b * total + head) * d * 16;
         const float *weight = kv < 0 ? layer->norm_q : layer->norm_k;
@@ -274,7 +274,7 @@ static void run_layer(Pass *p, int index, float *scores, int me, int n) {
 #undef LOW
 }
 
-/* For each key of a sequence and 16 columns, which columns see it, by the sequence's trees or causally, through windows of `kind`. */
+/* Which of 16 columns see each key of a sequence, by its trees or causally, within windows of `kind`. */
 static uint16_t *columns_that_see(const Pass *p, int number, int kind) {
     const Sequence *sequence = p->c->sequences + number;
     int slots = sequence->start + sequence->tokens, behind = slots - sequence->committed, span = p->c->spans[kind];
@@ -292,7 +292,7 @@ static uint16_t *columns_that_see(const Pass *p, int number, int kind) {
     return out;
 }
 
-/* Layers [lo, hi) of the call, in a team. */
+/* Run layers [lo, hi) of the call in a team of threads. */
 static void run_layers(Pass *p, int me, int n) {
     const Call *c = p->c;
     uint8_t *mine = p->scratch + p->own * me;
@@ -306,7 +306,7 @@ static void run_layers(Pass *p, int me, int n) {
     }
 }
 
-/* Which tokens and what work of attention each sequence has. */
+/* Assign tokens and work items of attention to sequences. */
 static void lay_out(Pass *p, const Call *c) {
     int row = 0;
     Item *item = p->items;
@@ -319,7 +319,7 @@ static void lay_out(Pass *p, const Call *c) {
     for (; row < 16 * p->blocks; row++) p->sequence_of[row] = c->count - 1; /* lanes without a token */
 }
 
-/* The most slots that a sequence of a call has, its tokens included. */
+/* The maximum number of slots of a sequence of the call, its new tokens included. */
 static int most_slots(const Call *c) {
     int most = 0;
     for (int l = 0; l < c->count; l++)
@@ -327,8 +327,8 @@ static int most_slots(const Call *c) {
     return most;
 }
 
-/* Room for passes of `m` over so many tokens as `c` has, over at most `slots` cached ones, whose maps read at most
- * `widest` inputs besides the layers' own. Returns 0, or -1 without memory. `end` in any case. */
+/* Allocate memory for passes of `m` over the tokens of `c` and at most `slots` cached ones, with maps of at most `widest` inputs
+ * besides the layers' own. Returns 0, or -1 without memory. Call end_pass in any case. */
 static int begin_pass(Pass *p, const Model *m, const Call *c, int slots, int widest) {
     memset(p, 0, sizeof *p);
     p->m = m, p->rows = c->tokens, p->blocks = (p->rows + 15) / 16, p->group = m->heads / m->kv_heads;
@@ -381,7 +381,7 @@ static void end_pass(Pass *p) {
     free(p->sequence_of), free(p->first), free(p->items);
 }
 
-/* Aim a pass at a call's cached tokens. Returns 0, or -1 without memory. `leave` in any case. */
+/* Let a pass read a call's cached tokens. Returns 0, or -1 without memory. Call unbind_cache in any case. */
 static int bind_cache(Pass *p, const Call *c) {
     p->c = c;
     memset(&p->barrier, 0, sizeof p->barrier);
@@ -423,7 +423,7 @@ static int run_call(const Model *m, const Call *c) {
 }
 
 /* Run layers [lo, hi) of a call. Returns 0, or -1 without memory; hidden states and cached slots are undefined then. Long
- * prompts go through in slices, so that memory does not grow with them. */
+ * prompts run in slices, so that memory does not grow with them. */
 EXPORT int KERNEL(layers)(const Model *m, const Call *c) {
     if (c->count > 1 || c->sequences->trees || c->tokens <= SLICE) return run_call(m, c);
     int failed = 0;

@@ -1,6 +1,6 @@
 /* Linear maps: one output tile for all tokens, and whole maps for callers of their own. */
 
-/* sums[16 outputs][16 lanes] of a row of tiles in blocks and a block of `tokens` rounded tokens. Lanes without a token are 0. */
+/* sums[16 outputs][16 lanes] of a row of quantised tiles and a block of `tokens` rounded tokens. Lanes without a token are 0. */
 static void integer_product(int kind, const uint8_t *tiles, int count, const Rounded *x, int tokens, float *sums) {
     float to[16][16] __attribute__((aligned(64)));
     row_of_blocks(kind, tokens, tiles, count, x, to);
@@ -15,7 +15,7 @@ static void integer_product(int kind, const uint8_t *tiles, int count, const Rou
     for (int o = 0; o < 16; o++) store_u(sums + 16 * o, a[o]);
 }
 
-/* What `map` reads of vnni_bf16 `x`: itself, or else rounded tokens or rows of bf16, in `out`. */
+/* The input of `map` for vnni_bf16 `x`: `x` itself, or rounded tokens or rows of bf16 in `out`. */
 static const uint32_t *input_of(const Map *map, const uint32_t *x, int tokens, uint8_t *out) {
     if (reads_vnni(map)) return x;
     for (int b = 0; 16 * b < tokens; b++, x += 8 * (int64_t)map->in) {
@@ -26,8 +26,8 @@ static const uint32_t *input_of(const Map *map, const uint32_t *x, int tokens, u
     return (const uint32_t *)out;
 }
 
-/* The sums of output tile `t` of `map` (and `low`, on `down_x`, its rank's activations) for `tokens` tokens, from the
- * block on that `x` begins with, in the layout that `input_of` makes; bias added. */
+/* The sums of output tile `t` of `map`, with its bias, for `tokens` tokens from the beginning of `x`, which `input_of` made.
+ * Adds the low-rank terms of `low`, whose activations are `down_x`. */
 static void product(const Map *map, const LowRank *low, int t, const uint32_t *x, const uint32_t *down_x, int tokens, float *sums) {
     int blocks = (tokens + 15) / 16, first = 0, count = map->in / 32;
     const Part *part = map->parts;
@@ -48,7 +48,7 @@ static void product(const Map *map, const LowRank *low, int t, const uint32_t *x
         }
     } else {
         bf16 *unpacked = part->kind == BF16 ? NULL : allocate(1024 * (size_t)count);
-        if (part->kind != BF16 && !unpacked) { /* no memory: no numbers, and callers say so */
+        if (part->kind != BF16 && !unpacked) { /* no memory: the sums are NaN */
             for (int i = 0; i < 256 * blocks; i += 16) store16(sums + i, set16(__builtin_nanf("")));
             return;
         }

@@ -1,6 +1,6 @@
 /* Norms, rotary embeddings, and token rows to blocks and back. */
 
-/* RMS norm over the features of feature_major `x`, to vnni_bf16 (as transformers rounds: once after scaling, once after the weight).
+/* RMS norm over the features of feature_major `x`, to vnni_bf16. Rounds like transformers: after scaling, and after the weight.
  * weight NULL: ones. */
 static void norm(const float *x, const float *weight, int features, float eps, uint32_t *out) {
     F s[4] = {zero16(), zero16(), zero16(), zero16()};
@@ -19,7 +19,7 @@ static void norm(const float *x, const float *weight, int features, float eps, u
     }
 }
 
-/* Token rows [count, features] to feature_major blocks, absent lanes zero; and back. */
+/* Token rows [count, features] to feature_major blocks (lanes without a token are 0), and back. */
 static void to_blocks(const bf16 *rows, int count, int features, float *fm) {
     memset(fm, 0, 64 * (size_t)features * ((count + 15) / 16));
     for (int r = 0; r < count; r++) {

@@ -1,4 +1,4 @@
-/* Packing weights into tiles: bf16 as it is, and GGUF blocks, whose codes and scales stay what they are. */
+/* Packing weights into tiles: bf16, and GGUF blocks, whose codes and scales do not change. */
 
 static inline uint16_t word_at(const uint8_t *p) {
     uint16_t v;
@@ -10,7 +10,7 @@ static inline uint16_t word_at(const uint8_t *p) {
 
 enum { Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8, Q4_K = 12, Q5_K = 13, Q6_K = 14 };
 
-/* Of a type: the weights and bytes of a block, and the tiles that hold it. */
+/* The number of weights of a block of this type; its bytes and the kind of its tiles. */
 static int shape_of(int type, int *bytes, int *kind) {
     switch (type) {
     case Q4_0: return *bytes = 18, *kind = Q4, 32;
@@ -28,8 +28,8 @@ static int shape_of(int type, int *bytes, int *kind) {
 typedef struct { /* a block: weight i is scale[i / 32] code[i] + low[i / 32]; in Q6_K scale[i / 16] (code[i] - 32), in Q8_0 128 less */
     uint8_t code[256];
     float scale[16], low[8];
-    uint16_t d, m;          /* halves that the scales and lows are multiples of */
-    uint8_t sc[16], mn[8];  /* ... by these */
+    uint16_t d, m;          /* float16 factors of the scales and lows */
+    uint8_t sc[16], mn[8];  /* their whole-number factors */
 } Block;
 
 static void read_block(int type, const uint8_t *p, Block *b) {
@@ -71,7 +71,7 @@ static void read_block(int type, const uint8_t *p, Block *b) {
     }
 }
 
-/* Codes of 16 rows, 256 apart, to a tile's, which is 0 so far. */
+/* Write the codes of 16 rows, 256 apart, to a tile of zeros. */
 static void put_codes(int kind, const uint8_t *code, uint8_t *codes) {
     uint32_t quad, *to = (uint32_t *)codes; /* [vector][row] */
     for (int row = 0; row < 16; row++)
@@ -84,14 +84,14 @@ static void put_codes(int kind, const uint8_t *code, uint8_t *codes) {
         }
 }
 
-/* Bytes of the tiles that hold `out` rows of `in` weights of GGUF's `type`, and their kind; 0 for a type that none hold. */
+/* The bytes of the tiles of `out` rows of `in` weights of a GGUF type, and their kind; 0 for an unsupported type. */
 EXPORT int64_t KERNEL(block_tiles)(int type, int out, int in, int *kind) {
     int bytes, weights = shape_of(type, &bytes, kind);
     return !weights || in % weights ? 0 : (out + 15) / 16 * tiles_bytes(*kind, in / 32);
 }
 
-/* Pack `out` rows of GGUF blocks into tiles; rows up to the next multiple of 16 are zero. Returns 0 if a number of theirs is
- * too large for the tiles. */
+/* Pack `out` rows of GGUF blocks into tiles; rows up to the next multiple of 16 are zero. Returns 0 if a number is too large for
+ * the tiles. */
 EXPORT int KERNEL(pack_blocks)(const Table *table, int out, uint8_t *tiles, int threads) {
     int bytes = 0, kind = Q4, in = table->columns, weights = shape_of(table->type, &bytes, &kind), good = weights > 0;
     const Group g = GROUPS[kind];
@@ -155,8 +155,8 @@ EXPORT void KERNEL(pack)(const bf16 *weights, int out, int in, uint8_t *tiles, i
 
 /* --- for drafts --- */
 
-/* 32 numbers to Q8's or Q4's codes, and their scale and low in float16. Of some steps for Q4 the one that fits best: smaller
- * ones cut the ends off. */
+/* 32 numbers to the codes of Q8 or Q4, and their scale and low in float16. For Q4, the best of several step sizes: smaller ones
+ * clip the ends. */
 static void fit(int kind, const float *v, uint8_t *codes, uint16_t *scale, uint16_t *low) {
     const int most = kind == Q8 ? 255 : 15, less = kind == Q8 ? 128 : 0;
     float first = v[0], last = v[0], best = __builtin_inff();

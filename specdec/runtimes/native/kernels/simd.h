@@ -28,22 +28,22 @@ static inline F exp16(F x) {
 
 #define INLINE static inline __attribute__((always_inline)) /* `kind` and, mostly, `tokens` are constants where these are called */
 
-typedef struct { /* what is multiplied: `count` bf16 tiles; tokens `stride` bytes apart, blocks of them `block` */
+typedef struct { /* factors of a product: `count` bf16 tiles; tokens are `stride` bytes apart, blocks of tokens `block` */
     const uint8_t *tiles, *x;
     int64_t stride, block;
     int count;
 } Side;
 
-/* Bytes of a block of what bf16 tiles are multiplied with. */
+/* Bytes of a block of tokens, as bf16 tiles are multiplied with it. */
 static inline int64_t input_bytes(int features) { return 16 * INPUT_BYTES * (int64_t)features; }
 
 typedef struct {      /* 32 inputs of a token, in 8 bits */
     float scale, sum;   /* scale; the sum of x */
-    int32_t less[2];    /* -32 times the sum of each half of x: what codes that are 32 too large give too much */
+    int32_t less[2];    /* -32 times the sum of each half of x: corrects codes that are 32 too large */
     int8_t x[32];
 } Rounded;
 
-/* Bytes of a block of what `map` reads, for the layout that `input_of` makes. */
+/* Bytes of a block of tokens, as `input_of` makes it for `map`. */
 static inline int64_t block_bytes(const Map *map) {
     return map->rounded ? map->in / 2 * (int64_t)sizeof(Rounded) : input_bytes(map->in);
 }
