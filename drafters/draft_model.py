@@ -20,7 +20,7 @@ from specdec.runtimes.select import make_target
 from specdec.runtimes.target import Pass, Target
 from specdec.speculation.draft import Draft, State
 
-from .chain import SHAPE, ChainDrafter, Readout, ShapeOptions
+from .chain import SHAPE, ChainDrafter, Readout, ShapeOptions, follow_rows
 
 
 class DraftModelDrafter(ChainDrafter):
@@ -80,7 +80,9 @@ class DraftModelDrafter(ChainDrafter):
         limit = min(limit, own.context + 1 - max(map(len, state.ids)))
         if limit < 1:
             return Draft.empty(len(state.ids), own.device)
-        self._follow(state.row_states)
+        if state.row_states != self.rows:
+            self.cache = follow_rows(self.cache, self.rows, state.row_states, own)
+            self.rows, self.fed = list(state.row_states), [[] for _ in state.row_states]
         cache = self.cache
         root: Tensor | None = self._catch_up(state.ids)
 
@@ -111,23 +113,6 @@ class DraftModelDrafter(ChainDrafter):
         last = self.own.vocab_size - 1  # padding of the target's embedding may lie beyond it
         new = [[min(t, last) for t in row[n:]] for n, row in zip(cache.rows, ids, strict=True)]
         return prefill(self.own, cache, new)
-
-    def _follow(self, rows: list[Any]) -> None:
-        """Make ``rows`` the cache's rows: others leave, and new ones begin."""
-        if rows == self.rows:
-            return
-        stay = [row for row in self.rows if row in rows]
-        new = [row for row in rows if row not in stay]
-        if stay:
-            self.cache.roll_back()
-            self.cache.select([self.rows.index(row) for row in stay])
-            if new:
-                self.cache.join(self.own.new_cache(len(new)))
-            if [*stay, *new] != rows:
-                self.cache.select([[*stay, *new].index(row) for row in rows])
-        else:
-            self.cache = self.own.new_cache(len(rows))
-        self.rows, self.fed = list(rows), [[] for _ in rows]
 
 
 def _difference(ours: Any, theirs: Any) -> str:

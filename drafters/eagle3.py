@@ -14,7 +14,6 @@ from typing import Any, ClassVar, Unpack
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from specdec.base import options
 from specdec.base.devices import upload, waits
@@ -24,10 +23,10 @@ from specdec.runtimes.tree_drafting import WIDTH, Candidates, TreeLimits, by_lev
 from specdec.speculation.draft import Draft, State
 from specdec.speculation.trie import draft_best
 
-from .chain import SHAPE, ChainDrafter, ChainRow, Readout, ShapeOptions
+from .chain import SHAPE, ChainDrafter, ChainRow, Readout, ShapeOptions, pair_chunks
 from .eagle3_network import KIND, Eagle3, Eagle3Config, read_network
 
-BLOCK, CHUNK = 256, 512  # slots that a row's keys grow by, and maximum tokens of a row in one pass
+BLOCK = 256  # slots that a row's keys grow by
 
 
 class Eagle3Row(ChainRow):
@@ -162,16 +161,8 @@ class Eagle3Drafter(ChainDrafter):
         target, device, tapped = state.target, state.cache.device, len(self.network.config.layers)
         nothing = torch.empty(0, tapped * target.hidden_size, dtype=target.dtype, device=device)
         new = [torch.cat(row.states).to(device) if row.states else nothing for row in rows]  # (n, 3 D) each
-        width = max(map(len, new))
-        for start in range(0, width, CHUNK):
-            parts = [states[start : start + CHUNK] for states in new]
-            counts = list(map(len, parts))
-            first = [len(ids) - len(states) + start for ids, states in zip(state.ids, new, strict=True)]
-            texts = [ids[at : at + n] for ids, at, n in zip(state.ids, first, counts, strict=True)]
-            most = max(counts)
-            tokens = upload([[*text, *[0] * (most - len(text))] for text in texts], device)
-            positions = upload([[min(at + i, target.context - 1) for i in range(most)] for at in first], device)
-            features = self.network.fuse(pad_sequence(parts, batch_first=True).chunk(tapped, -1))  # (B, T, D')
+        for states, counts, tokens, positions in pair_chunks(state, new, shift=0):
+            features = self.network.fuse(states.chunk(tapped, -1))  # (B, T, D')
             out = self._run(state, tokens, features, positions, [row.count for row in rows], counts=counts)
             for b, (row, count) in enumerate(zip(rows, counts, strict=True)):
                 if count:

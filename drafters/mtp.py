@@ -14,20 +14,18 @@ from typing import Any, ClassVar, NamedTuple, Unpack
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from specdec.base import options
-from specdec.base.devices import upload, waits
+from specdec.base.devices import waits
 from specdec.base.errors import SpecDecError, one_line
 from specdec.models import drafter_folder
 from specdec.models.source import weight_files
-from specdec.runtimes.prefill import CHUNK
 from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.target import GivenLinear, Pass, Target
 from specdec.speculation.draft import Draft, State
 
-from .chain import SHAPE, ChainDrafter, ChainRow, Readout, ShapeOptions
+from .chain import SHAPE, ChainDrafter, ChainRow, Readout, ShapeOptions, follow_rows, pair_chunks
 
 
 class TensorNames(NamedTuple):
@@ -102,14 +100,12 @@ class MTPRow(ChainRow):
 
     states: final states of the tokens whose pairs have not been run, parts [n, D].
     last: the layer's output for the root's pair, [1, 1, D].
-    cache: the layer's keys and values, while the row is not among those that draft together.
     """
 
     def __init__(self, own: Target) -> None:
         super().__init__()
         self.states: list[Tensor] = []
         self.last = torch.zeros(1, 1, own.hidden_size, dtype=own.dtype, device=own.device)
-        self.cache = own.new_cache()
 
 
 class MTPDrafter(ChainDrafter):
@@ -155,8 +151,10 @@ class MTPDrafter(ChainDrafter):
 
     def propose(self, state: State, limit: int) -> Draft:
         head, target, rows = self.head, state.target, state.row_states
-        self._follow(rows)
-        self._catch_up(target, rows, state.ids)
+        self.cache.roll_back()
+        if rows != self.rows:
+            self.cache, self.rows = follow_rows(self.cache, self.rows, rows, head.own), list(rows)
+        self._catch_up(state)
         last, drafted = torch.cat([row.last for row in rows]), False  # (B, 1, D)
 
         def step(token: Tensor, positions: Tensor) -> Readout:
@@ -168,39 +166,12 @@ class MTPDrafter(ChainDrafter):
 
         return self.chain(state, limit, step)
 
-    def _follow(self, rows: list[MTPRow]) -> None:
-        """Make ``rows`` the cache's rows: others leave with their keys and values, new ones bring theirs."""
-        self.cache.roll_back()
-        if rows == self.rows:
-            return
-        stay = [row for row in self.rows if row in rows]
-        for number, row in enumerate(self.rows):
-            if row not in stay:
-                row.cache = self.cache.take(number)
-        self.cache.select([self.rows.index(row) for row in stay])
-        together = stay + [row for row in rows if row not in stay]
-        for row in together[len(stay) :]:
-            if self.cache.batch:
-                self.cache.join(row.cache)
-            else:
-                self.cache = row.cache
-        if together != rows:
-            self.cache.select([together.index(row) for row in rows])
-        self.rows = list(rows)
-
-    def _catch_up(self, target: Target, rows: list[MTPRow], ids: list[list[int]]) -> None:
+    def _catch_up(self, state: State) -> None:
         """Run the pairs of the new tokens of all rows, up to their roots."""
+        rows: list[MTPRow] = state.row_states
         new = [torch.cat(row.states) if row.states else row.last[0, :0] for row in rows]  # (n, D) each
-        device, width = self.cache.device, max(map(len, new))
-        for start in range(0, width, CHUNK):
-            parts = [states[start : start + CHUNK] for states in new]
-            counts, most = list(map(len, parts)), max(map(len, parts))
-            first = [len(text) - 1 - len(states) + start for text, states in zip(ids, new, strict=True)]
-            texts = [text[at + 1 : at + 1 + n] for text, at, n in zip(ids, first, counts, strict=True)]
-            tokens = upload([[*text, *[0] * (most - len(text))] for text in texts], device)
-            positions = upload([[min(at + i, target.context - 1) for i in range(most)] for at in first], device)
-            states = self.head.final_norm(pad_sequence(parts, batch_first=True))  # (B, T, D)
-            out = self._run(target, tokens, states, positions)
+        for states, counts, tokens, positions in pair_chunks(state, new, shift=1):
+            out = self._run(state.target, tokens, self.head.final_norm(states), positions)  # (B, T, D)
             self.cache.commit([range(count) for count in counts])
             for b, (row, count) in enumerate(zip(rows, counts, strict=True)):
                 if count:
