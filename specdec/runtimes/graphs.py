@@ -71,15 +71,14 @@ class _HeadSlot:
     """A head of ``room`` outputs that takes the values of others, so that they share its recorded passes.
 
     Drafters make new heads as their vocabulary follows the context.
+
+    loaded: the last head, and the version of its values.
     """
 
     def __init__(self, like: nn.Linear, room: int) -> None:
         options = {"bias": like.bias is not None, "device": like.weight.device, "dtype": like.weight.dtype}
         self.head = nn.utils.skip_init(nn.Linear, like.in_features, room, **options).requires_grad_(False)
-        self.loaded: tuple[weakref.ref[nn.Linear] | None, object] = (
-            None,
-            None,
-        )  # the head, and the version of its values
+        self.loaded: tuple[weakref.ref[nn.Linear] | None, object] = None, None
 
     def load(self, head: nn.Linear) -> None:
         """Copy the values of ``head``, unless they are there. Further outputs have no meaning."""

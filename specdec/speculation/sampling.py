@@ -171,10 +171,8 @@ class Sampler:
     streams: one per row, as in ``RowSampler``.
     """
 
-    def __init__(
-        self, params: SamplingParams, processors: Sequence[LogitsProcessor] = (), streams: Sequence[int] = (0,)
-    ) -> None:
-        transforms = Transforms(params, processors)
+    def __init__(self, params: SamplingParams, streams: Sequence[int] = (0,)) -> None:
+        transforms = Transforms(params)
         self.rows = [RowSampler(params, (), stream, transforms) for stream in streams]
 
     @classmethod
