@@ -91,7 +91,7 @@ def test_options_shape_what_is_drafted(llama: PreTrainedModel) -> None:
             rounds = loop.metrics[0]
             assert max(rounds.per_step_drafted) <= 4 and rounds.num_draft_tokens <= nodes * rounds.num_spec_steps
     bad: list[tuple[dict[str, Any], str]] = [
-        ({"nodes": 0}, "nodes must be a whole number >= 1; got 0"),
+        ({"nodes": 0}, "nodes must be a whole number >= 1 or None; got 0"),
         ({"width": 0}, "width must be a whole number >= 1; got 0"),
         ({"nodes": 3, "siblings": [1]}, "not both"),
         ({"exit_confidence": 2}, r"exit_confidence must be a probability in \[0, 1\]; got 2"),

@@ -91,7 +91,7 @@ def test_rows_of_a_batch_may_differ_and_are_those_of_a_row_alone() -> None:
     params = (SamplingParams(0.8, top_k=5, seed=3), SamplingParams(), SamplingParams(0.8, top_k=5, seed=4))
     together = Sampler(params[0])
     for more in params[1:]:
-        together.join(Sampler(more))
+        together.rows += Sampler(more).rows
     chosen = together.choose(together.scores(logits, lambda: []), at)
     for b, own in enumerate(params):
         alone = Sampler(own)
