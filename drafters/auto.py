@@ -21,7 +21,7 @@ class AutoDrafter(Drafter):
     summary: ClassVar[str] = "what 'specdec tune drafter' found, else ngram, with m2r2 where one is shipped"
 
     @classmethod
-    def load(cls, target: Target, source: str | None = None, **given: Any) -> Drafter:
+    def load(cls, target: Target, source: str | None = None, **kwargs: Any) -> Drafter:
         """The drafter for ``target``, with its options. Warns if no trained one is shipped."""
         options.check(cls.name, (), source=source)
         name, source = "ngram" if built() else "prompt-lookup", None
@@ -31,5 +31,5 @@ class AutoDrafter(Drafter):
             command = registry.lookup("drafters", "m2r2").training_command(target.model.config._name_or_path)
             message = f"no trained drafter is shipped for this model, so {name} drafts; to train one: {command}"
             warnings.warn(message, SpecDecWarning, stacklevel=2)
-        drafter: Drafter = registry.lookup("drafters", name).load(target, source, **given)
+        drafter: Drafter = registry.lookup("drafters", name).load(target, source, **kwargs)
         return drafter

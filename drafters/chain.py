@@ -39,7 +39,7 @@ class ChainShape:
     siblings: number of further candidates at each depth (none beyond its length).
     nodes: maximum nodes of the tree, which is then the one with the most expected accepted tokens (``best_first``), by
         how often the first, second, ... candidate at each depth has been right in this generation.
-    right, offered: how often a candidate was right, and how often it was drafted, by depth and rank.
+    hits, trials: how often a candidate was right, and how often it was drafted, [depth][rank].
     pending: parents of the draft that is being verified.
     """
 
@@ -58,16 +58,16 @@ class ChainShape:
     def start(self) -> None:
         """Forget all counts: a generation does not depend on earlier ones."""
         prior = [self.WEIGHT * self.FIRST * self.NEXT**rank for rank in range(self.RANKS)]
-        self.right = [list(prior) for _ in range(self.DEPTHS)]
-        self.offered = [[self.WEIGHT] * self.RANKS for _ in range(self.DEPTHS)]
+        self.hits = [list(prior) for _ in range(self.DEPTHS)]
+        self.trials = [[self.WEIGHT] * self.RANKS for _ in range(self.DEPTHS)]
         self.pending: tuple[int, ...] = ()
 
     def sizes(self, limit: int, prices: Prices | None, rows: int = 1) -> tuple[int, Sequence[int]]:
         """The chain's depth, at most ``limit`` >= 1, and the siblings at each depth, for ``rows`` rows of one shape."""
         if self.siblings is not None or (self.nodes is None and prices is None):
             return limit, self.siblings or ()
-        pairs = zip(self.right[:limit], self.offered[:limit], strict=True)
-        accuracy = [[r / n for r, n in zip(right, offered, strict=True)] for right, offered in pairs]
+        pairs = zip(self.hits[:limit], self.trials[:limit], strict=True)
+        accuracy = [[r / n for r, n in zip(hits, trials, strict=True)] for hits, trials in pairs]
         tree, values = best_first(accuracy, self.nodes or MOST_NODES, chain=True)
         if prices is not None:
             tree = tree.first(prices.take(values, least=1, exactly=self.nodes, rows=rows))
@@ -82,8 +82,8 @@ class ChainShape:
             for depth in range(self.DEPTHS):
                 candidates = [node for node, parent in enumerate(parents, start=1) if parent == depth]
                 for rank, node in enumerate(candidates[: self.RANKS]):
-                    self.offered[depth][rank] += 1
-                    self.right[depth][rank] += node in accepted
+                    self.trials[depth][rank] += 1
+                    self.hits[depth][rank] += node in accepted
                 if depth + 1 not in accepted:  # the chain's nodes come first: node i + 1 is the one at depth i
                     break
 
@@ -272,16 +272,16 @@ def _probability(logits: Tensor, tokens: Tensor, vocab: Tensor | None) -> Tensor
 # --- drafters with a cache of their own ------------------------------------------------------------------------------
 
 
-def follow_rows(cache: KVCache, old: list[Any], rows: list[Any], own: Target) -> KVCache:
-    """``cache`` of the target ``own`` with ``rows`` instead of the rows ``old``: others leave, new ones begin empty."""
+def follow_rows(cache: KVCache, old: list[Any], rows: list[Any], target: Target) -> KVCache:
+    """``cache`` of ``target`` with ``rows`` instead of the rows ``old``: others leave, new ones begin empty."""
     stay = [row for row in old if row in rows]
     if not stay:
-        return own.new_cache(len(rows))
+        return target.new_cache(len(rows))
     cache.roll_back()
     cache.select([old.index(row) for row in stay])
     order = stay + [row for row in rows if row not in stay]
     if len(order) > len(stay):
-        cache.join(own.new_cache(len(order) - len(stay)))
+        cache.join(target.new_cache(len(order) - len(stay)))
     if order != rows:
         cache.select([order.index(row) for row in rows])
     return cache

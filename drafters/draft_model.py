@@ -41,25 +41,25 @@ class DraftModelDrafter(ChainDrafter):
 
     def __init__(self, own: Target, tokenizer: Any = None, **shape: Unpack[ShapeOptions]) -> None:
         super().__init__(**shape)
-        self.own, self.tokenizer, self.path = own, tokenizer, own.fingerprint
+        self.draft_target, self.tokenizer, self.path = own, tokenizer, own.fingerprint
         self.vocab: Tensor | None = None  # the tokens that both models have, int64 [V']; None: all
         self.start()
 
     @classmethod
-    def load(cls, target: Target, source: str | None = None, **given: Any) -> DraftModelDrafter:
+    def load(cls, target: Target, source: str | None = None, **kwargs: Any) -> DraftModelDrafter:
         """Load the draft model: ``source``, or the option ``model``, is whatever ``loading.load`` takes."""
-        options.check(cls.name, given, ("model", *SHAPE))
-        model = given.pop("model", source)
+        options.check(cls.name, kwargs, ("model", *SHAPE))
+        model = kwargs.pop("model", source)
         if not isinstance(model, str) or not model:
             raise SpecDecError(
                 "drafter 'draft-model' needs a second model; name it: draft-model=NAME (a folder, GGUF file or "
                 "Hugging Face id; in Python also drafter_options={'model': NAME})"
             )
         loaded, tokenizer = loading.load(model, dtype=target.dtype, device=target.device)
-        return cls(make_target(loaded)[0], tokenizer, **given)
+        return cls(make_target(loaded)[0], tokenizer, **kwargs)
 
     def bind(self, target: Target) -> None:
-        ours, theirs = target.vocab_size, self.own.vocab_size
+        ours, theirs = target.vocab_size, self.draft_target.vocab_size
         sizes = f"vocabularies of {ours} and {theirs} tokens"
         if target.tokenizer is not None and self.tokenizer is not None:
             if odd := _difference(target.tokenizer, self.tokenizer):
@@ -72,17 +72,17 @@ class DraftModelDrafter(ChainDrafter):
 
     def start(self) -> None:
         super().start()
-        self.cache, self.rows = self.own.new_cache(0), list[Any]()
-        self.fed: list[list[int]] = []
+        self.cache, self.rows = self.draft_target.new_cache(0), list[Any]()
+        self.fed_tokens: list[list[int]] = []
 
     def propose(self, state: State, limit: int) -> Draft:
-        own = self.own
+        own = self.draft_target
         limit = min(limit, own.context + 1 - max(map(len, state.ids)))
         if limit < 1:
             return Draft.empty(len(state.ids), own.device)
         if state.row_states != self.rows:
             self.cache = follow_rows(self.cache, self.rows, state.row_states, own)
-            self.rows, self.fed = list(state.row_states), [[] for _ in state.row_states]
+            self.rows, self.fed_tokens = list(state.row_states), [[] for _ in state.row_states]
         cache = self.cache
         root: Tensor | None = self._catch_up(state.ids)
 
@@ -96,7 +96,7 @@ class DraftModelDrafter(ChainDrafter):
             return Readout(logits if self.vocab is None else logits[:, : self.vocab.numel()])
 
         draft = self.chain(state, limit, step, self.vocab)
-        self.fed = draft.tokens[:, : max(draft.depths()) - 1].tolist()
+        self.fed_tokens = draft.tokens[:, : max(draft.depths()) - 1].tolist()
         return draft
 
     def _catch_up(self, ids: list[list[int]]) -> Tensor:
@@ -104,15 +104,15 @@ class DraftModelDrafter(ChainDrafter):
         cache = self.cache
         accepted = [
             sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(fed, row[n:-1], strict=False)))
-            for fed, n, row in zip(self.fed, cache.rows, ids, strict=True)
+            for fed, n, row in zip(self.fed_tokens, cache.rows, ids, strict=True)
         ]
         if any(accepted):
             cache.commit([list(range(n)) for n in accepted])
         else:
             cache.trim(cache.lengths[0] - cache.committed)
-        last = self.own.vocab_size - 1  # padding of the target's embedding may lie beyond it
+        last = self.draft_target.vocab_size - 1  # padding of the target's embedding may lie beyond it
         new = [[min(t, last) for t in row[n:]] for n, row in zip(cache.rows, ids, strict=True)]
-        return prefill(self.own, cache, new)
+        return prefill(self.draft_target, cache, new)
 
 
 def _difference(ours: Any, theirs: Any) -> str:

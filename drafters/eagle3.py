@@ -63,7 +63,7 @@ class Eagle3Drafter(ChainDrafter):
     A tree is grown for one greedy row. It has ``nodes`` nodes, else those that are worth their price (``Prices``; a
     chain if there are no prices). Raises SpecDecError if the head does not fit the target.
 
-    siblings, nodes: see ``ChainShape``; given siblings make a chain.
+    siblings, nodes: see ``ChainShape``; with siblings, the draft is a chain.
     width: number of nodes of a level that get children.
     """
 
@@ -79,16 +79,16 @@ class Eagle3Drafter(ChainDrafter):
         self.path = str(network.config)
 
     @classmethod
-    def load(cls, target: Target, source: str | None = None, **given: Any) -> Eagle3Drafter:
+    def load(cls, target: Target, source: str | None = None, **kwargs: Any) -> Eagle3Drafter:
         """From a folder, or a Hugging Face repository, in the speculators format."""
-        options.check(cls.name, given, (*SHAPE, "width"))
+        options.check(cls.name, kwargs, (*SHAPE, "width"))
         if source is None:
             raise cls.not_shipped(target.model.config._name_or_path)
         folder = Path(source) if Path(source).is_dir() else hub.drafter(source)
         where, config = drafter_folder.called(folder), drafter_folder.read_config(folder, KIND)
         if "base" in config:  # ours; others do not say which weights a head is for
             drafter_folder.check_base(config, target, where)
-        return cls(read_network(folder, Eagle3Config.read(config, target, where), target, where), **given)
+        return cls(read_network(folder, Eagle3Config.read(config, target, where), target, where), **kwargs)
 
     def bind(self, target: Target) -> None:
         network, config = self.network, self.network.config

@@ -55,7 +55,7 @@ class Eagle3Config:
     heads: int
     kv_heads: int
     head_dim: int
-    inner: int
+    intermediate_size: int
     vocab: int
     eps: float = 1e-6
     norm_first: bool = True
@@ -83,7 +83,7 @@ class Eagle3Config:
             raise SpecDecError(f"'{where}' has the impossible rms_norm_eps {eps!r}")
         n, what = target.num_layers, f"of {MODEL}"
         ids = config.get("eagle_aux_hidden_state_layer_ids")
-        layers = tapped(n) if ids is None else options.wholes(f"tapped layers {what}", ids, 0)
+        layers = default_taps(n) if ids is None else options.wholes(f"tapped layers {what}", ids, 0)
         if not 1 <= len(layers) <= LAYERS or max(layers) > n:
             raise SpecDecError(f"'{where}' reads layers {list(layers)}; this model has {n}")
         width = drafter_folder.inner("hidden_size", layer.get("hidden_size"), target.hidden_size)
@@ -106,7 +106,7 @@ class Eagle3Config:
             {key: layer[key] for key in ("rope_theta", "rope_scaling", "rope_parameters") if layer.get(key)},
         )
 
-    def written(self, target: Target, name: str, steps: int) -> dict[str, Any]:
+    def to_json(self, target: Target, name: str, steps: int) -> dict[str, Any]:
         """config.json in the speculators format, for a head of the model called ``name``."""
         return {
             "architectures": ["Eagle3Speculator"],
@@ -127,7 +127,7 @@ class Eagle3Config:
                 "model_type": "llama",
                 "hidden_act": "silu",
                 "hidden_size": self.width,
-                "intermediate_size": self.inner,
+                "intermediate_size": self.intermediate_size,
                 "num_attention_heads": self.heads,
                 "num_key_value_heads": self.kv_heads,
                 "head_dim": self.head_dim,
@@ -152,7 +152,7 @@ class Eagle3Config:
             raise SpecDecError(f"{MODEL} has unusable rotary positions ({one_line(error)})") from None
 
 
-def tapped(layers: int) -> tuple[int, ...]:
+def default_taps(layers: int) -> tuple[int, ...]:
     """The default of tapped layers: an early, a middle and a late one."""
     return min(2, layers), layers // 2, max(layers - 3, 0)
 
@@ -161,9 +161,9 @@ class Eagle3(nn.Module):
     """The head. Its inputs are pairs: a token's embedding and the features of the token before it.
 
     d2t: int64 [V'], or None: the draft vocabulary is the model's first tokens.
-    own_embedding: whether it has an embedding of its own.
+    has_embedding: whether it has an embedding of its own.
     biased: names of the linear maps with a bias.
-    frozen: the linear maps in their fastest format, once nothing is trained any more.
+    inference_maps: the linear maps in their fastest format, once nothing is trained any more.
     """
 
     def __init__(
@@ -171,7 +171,7 @@ class Eagle3(nn.Module):
         config: Eagle3Config,
         target: Target,
         d2t: Tensor | None = None,
-        own_embedding: bool = False,
+        has_embedding: bool = False,
         biased: Sequence[str] = (),
     ) -> None:
         super().__init__()
@@ -182,15 +182,15 @@ class Eagle3(nn.Module):
             "fc": (width, len(config.layers) * target.hidden_size),
             **{name: (size, 2 * width) for name, size in zip(GROUPS["qkv"], (attended, keys, keys), strict=True)},
             GROUPS["o"][0]: (width, attended),
-            **dict.fromkeys(GROUPS["up"], (config.inner, width)),
-            GROUPS["down"][0]: (width, config.inner),
+            **dict.fromkeys(GROUPS["up"], (config.intermediate_size, width)),
+            GROUPS["down"][0]: (width, config.intermediate_size),
             "lm_head": (config.vocab, width),
         }
         norms = "norm", *(f"layers.0.{name}" for name in ("hidden_norm", "input_layernorm", "post_attention_layernorm"))
         values = {f"{name}.weight": torch.empty(shape) for name, shape in shapes.items()}
         values |= {f"{name}.bias": torch.zeros(shapes[name][0]) for name in shapes if name in biased}
         values |= {f"{name}.weight": torch.ones(width) for name in norms}
-        if own_embedding:
+        if has_embedding:
             values["embed_tokens.weight"] = torch.empty(target.vocab_size, width)
         self.names = frozenset(values)
         for name, value in values.items():
@@ -198,7 +198,7 @@ class Eagle3(nn.Module):
         self.register_buffer("d2t", d2t)
         self.d2t: Tensor | None
         self._rotary: list[LlamaRotaryEmbedding] = []  # in a list: no submodule, which would be rounded
-        self.frozen: dict[str, Linear] = {}
+        self.inference_maps: dict[str, Linear] = {}
 
     def value(self, name: str) -> Tensor | None:
         """A parameter by its name in the file."""
@@ -214,7 +214,7 @@ class Eagle3(nn.Module):
     def freeze(self, target: Target) -> None:
         """Prepare for drafting: parameters in the target's dtype and place, maps in their fastest format."""
         self.to(target.device, target.dtype).requires_grad_(False).eval()
-        self.frozen = {group: linear_maps.for_drafting(*self._weights(group)) for group in GROUPS}
+        self.inference_maps = {group: linear_maps.for_drafting(*self._weights(group)) for group in GROUPS}
 
     def fuse(self, taps: Sequence[Tensor]) -> Tensor:
         """States [..., D] of the tapped layers -> features [..., D']."""
@@ -222,13 +222,13 @@ class Eagle3(nn.Module):
 
     def layer(self, embedded: Tensor, features: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Pairs of embeddings and features [B, T, D'] -> the features of the pairs' tokens [B, T, D']."""
-        q, k, v = self.attended(embedded, features, positions)
+        q, k, v = self.qkv(embedded, features, positions)
         x = self._norm("layers.0.hidden_norm", features) if self.config.norm_first else features
         x = x + self._map("o", attend(q, k, v).transpose(1, 2).flatten(2))
         gate, up = self._map("up", self._norm("layers.0.post_attention_layernorm", x)).chunk(2, -1)
         return x + self._map("down", F.silu(gate) * up)
 
-    def attended(self, embedded: Tensor, features: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def qkv(self, embedded: Tensor, features: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The queries [B, H, T, d] of pairs, and their keys and values [B, H', T, d]."""
         config = self.config
         normed = self._norm("layers.0.input_layernorm", embedded), self._norm("layers.0.hidden_norm", features)
@@ -249,9 +249,9 @@ class Eagle3(nn.Module):
         return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.config.eps)).to(x.dtype)
 
     def _map(self, group: str, x: Tensor) -> Tensor:
-        if not self.frozen:
+        if not self.inference_maps:
             return F.linear(x, *self._weights(group))
-        return self.frozen[group](x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+        return self.inference_maps[group](x.flatten(0, -2)).unflatten(0, x.shape[:-1])
 
     def _weights(self, group: str) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of the maps of a group, stacked."""

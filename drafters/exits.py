@@ -119,13 +119,13 @@ class ExitDrafter(ChainDrafter):
     """Drafts a chain of tokens that leave the model early; subclasses choose each token's exit.
 
     network: trained modules; None: the model's own norm and head read out.
-    trains: the class of the network.
+    network_class: the class of the network.
     siblings, nodes: see ``ChainShape``.
     """
 
     leaves_early = True
     leaves_state = True
-    trains: ClassVar[type[ExitHeads] | type[Routers]] = ExitHeads
+    network_class: ClassVar[type[ExitHeads] | type[Routers]] = ExitHeads
     vocabulary: DraftVocabulary
 
     def __init__(self, network: Any = None, **shape: Unpack[ShapeOptions]) -> None:
@@ -133,28 +133,28 @@ class ExitDrafter(ChainDrafter):
         self.network = network
 
     @classmethod
-    def load(cls, target: Target, source: str | None = None, **given: Any) -> ExitDrafter:
+    def load(cls, target: Target, source: str | None = None, **kwargs: Any) -> ExitDrafter:
         """With the network in a folder, or the one shipped for the target, if there is one.
 
         Raises SpecDecError if there is none and one is needed, and for a folder of another drafter or model.
         """
         known = [name for name in keywords(cls) if name != "network"]
-        options.check(cls.name, given, (*known, *SHAPE), source if cls.training is None else None)
+        options.check(cls.name, kwargs, (*known, *SHAPE), source if cls.training is None else None)
         if cls.needs_training:
             folder = cls.find(target, source)
-        elif source is not None and "exit_layer" in given:
+        elif source is not None and "exit_layer" in kwargs:
             raise SpecDecError(f"'{source}' has its own exit layer; leave exit_layer out, or the folder")
         elif source is not None:
             folder = Path(source)
-        elif cls.training is None or "exit_layer" in given or not (found := drafter_folder.shipped(cls.name, target)):
-            return cls(**given)
+        elif cls.training is None or "exit_layer" in kwargs or not (found := drafter_folder.shipped(cls.name, target)):
+            return cls(**kwargs)
         else:
             folder = found
         config = drafter_folder.read_config(folder, cls.name, target)
         network = drafter_folder.load(
-            folder, target.vocab_size, lambda vocab: cls.trains.from_config(config, target, vocab)
+            folder, target.vocab_size, lambda vocab: cls.network_class.from_config(config, target, vocab)
         )
-        return cls(network=network, **given)
+        return cls(network=network, **kwargs)
 
     def bind(self, target: Target) -> None:
         if self.network is not None:
@@ -166,7 +166,7 @@ class ExitDrafter(ChainDrafter):
         return PartialPass(state.target, state.cache)
 
     @abstractmethod
-    def leave(self, tokens: Any, state: State) -> tuple[Any, ...]:
+    def run_to_exit(self, tokens: Any, state: State) -> tuple[Any, ...]:
         """Run the last of ``tokens`` to its exit, and read it out: the three parts of a ``Readout``."""
 
     def read(self, tokens: PartialPass, layer: int, index: int = 0) -> tuple[Tensor, ...]:
@@ -181,7 +181,7 @@ class ExitDrafter(ChainDrafter):
 
         def step(token: Tensor, positions: Tensor) -> Readout:
             tokens.push(token, positions)
-            return Readout(*self.leave(tokens, state))
+            return Readout(*self.run_to_exit(tokens, state))
 
         draft = self.chain(state, limit, step)
         draft.states, draft.exit_layer = tokens.finish()
@@ -218,7 +218,7 @@ class EarlyExitDrafter(ExitDrafter):
         self.num_exits, self.path = len(self.layers), f"{self.layers} {self.network is not None}"
         super().bind(target)
 
-    def leave(self, tokens: PartialPass, state: State) -> tuple[Any, ...]:
+    def run_to_exit(self, tokens: PartialPass, state: State) -> tuple[Any, ...]:
         return self.read(tokens, self.exit_layer if state.exit is None else self.layers[state.exit])
 
 
@@ -242,7 +242,7 @@ class DeedDrafter(ExitDrafter):
         self.exits, self.exit_confidence = network.exits, options.probability("exit_confidence", exit_confidence)
         self.num_exits, self.path = len(self.exits), f"{self.exits} {self.exit_confidence}"
 
-    def leave(self, tokens: PartialPass, state: State) -> tuple[Any, ...]:
+    def run_to_exit(self, tokens: PartialPass, state: State) -> tuple[Any, ...]:
         exit_confidence = self.exit_confidence if state.threshold is None else state.threshold
         last = self.num_exits if state.exit is None else state.exit + 1
         return first_confident(lambda index: self.read(tokens, self.exits[index], index), last, exit_confidence)
@@ -291,7 +291,7 @@ class SkipDecodeDrafter(ExitDrafter):
     def begin(self) -> SkipDecodeRow:
         return SkipDecodeRow()
 
-    def leave(self, tokens: PartialPass, state: State) -> tuple[Any, ...]:
+    def run_to_exit(self, tokens: PartialPass, state: State) -> tuple[Any, ...]:
         for row, ids in zip(state.row_states, state.ids, strict=True):
             row.prompt = row.prompt or len(ids) - 1  # the text has one new token by now
         done = (
@@ -334,38 +334,38 @@ class Routers(nn.Module):
 class RoutedPass:
     """The tokens of a draft, each run through the first layers, which are exact, and those that a router chooses.
 
-    A token that skips a layer leaves keys and values there as soon as a later token runs it.
+        A token that skips a layer leaves keys and values there as soon as a later token runs it.
 
-    states: [B, 1, D] of each token behind the first layers.
-    waiting: by layer, the inputs of tokens that have skipped it so far.
-    last, ran: final state [B, 1, D] of the last token, and number of layers that it ran.
+        states: [B, 1, D] of each token behind the first layers.
+    ~    skipped: by layer, the inputs of tokens that have skipped it so far.
+        last, layers_run: final state [B, 1, D] of the last token, and number of layers that it ran.
     """
 
     def __init__(self, target: Target, cache: KVCache, routers: Routers) -> None:
         self.target, self.cache, self.routers = target, cache, routers
         self.states: list[Tensor] = []
-        self.waiting: dict[int, list[Tensor]] = {layer: [] for layer in range(routers.first, target.num_layers)}
+        self.skipped: dict[int, list[Tensor]] = {layer: [] for layer in range(routers.first, target.num_layers)}
 
     def push(self, token: Tensor, positions: Tensor) -> None:
         """Run a token, int64 [B, 1]."""
         target, cache, first = self.target, self.cache, self.routers.first
-        given = Pass(positions, cache.mask(0, positions), cache)
-        x = target.layers(target.embed(token, positions), 0, first, given)
+        ctx = Pass(positions, cache.mask(0, positions), cache)
+        x = target.layers(target.embed(token, positions), 0, first, ctx)
         self.states.append(x)
-        self.ran = first
-        for layer, waiting in self.waiting.items():
+        self.layers_run = first
+        for layer, waiting in self.skipped.items():
             waiting.append(x)
             if bool((self.routers.score(layer, x) > 0).any()):
                 block = torch.cat(waiting, 1)  # (B, n, D)
                 own = positions + torch.arange(1 - block.shape[1], 1, device=positions.device)
                 x = target.layers(block, layer, layer + 1, Pass(own, cache.mask(layer, own), cache))[:, -1:]
                 waiting.clear()
-                self.ran += 1
+                self.layers_run += 1
         self.last = x
 
     def finish(self) -> tuple[Tensor, int]:
         """All tokens' states [B, n, D] behind the first layers, and their number; drops provisional entries above."""
-        for layer, waiting in self.waiting.items():
+        for layer, waiting in self.skipped.items():
             self.cache.trim(len(self.states) - len(waiting), layer, layer + 1)
         return torch.cat(self.states, 1), self.routers.first
 
@@ -382,7 +382,7 @@ class MixtureOfDepthsDrafter(ExitDrafter):
     training: ClassVar[str] = "specdec train mixture-of-depths"
     needs_training: ClassVar[bool] = True
     leaves_state = False
-    trains = Routers
+    network_class = Routers
 
     def bind(self, target: Target) -> None:
         super().bind(target)
@@ -391,6 +391,6 @@ class MixtureOfDepthsDrafter(ExitDrafter):
     def begin_draft(self, state: State) -> RoutedPass:
         return RoutedPass(state.target, state.cache, self.network)
 
-    def leave(self, tokens: RoutedPass, state: State) -> tuple[Any, ...]:
+    def run_to_exit(self, tokens: RoutedPass, state: State) -> tuple[Any, ...]:
         logits = self.vocabulary.logits(tokens.last)[:, 0]
-        return logits, None, torch.full_like(logits[:, :1], tokens.ran, dtype=torch.long)
+        return logits, None, torch.full_like(logits[:, :1], tokens.layers_run, dtype=torch.long)

@@ -40,20 +40,20 @@ class HybridDrafter(Drafter):
         return "+".join(member.name for member in self.members)
 
     @classmethod
-    def load(cls, target: Target, source: str | None = None, **given: Any) -> HybridDrafter:
-        """Load the drafters that ``source`` joins; the options of each are given under its name."""
+    def load(cls, target: Target, source: str | None = None, **kwargs: Any) -> HybridDrafter:
+        """Load the drafters that ``source`` joins; ``kwargs`` holds the options of each, by its name."""
         parts = registry.parse(source) if source else []
         if len(parts) < 2:
             raise SpecDecError("drafter 'hybrid' needs at least two drafters; join them: ngram+m2r2")
-        options.check(cls.name, given, [name for name, _ in parts])
-        for name, own in given.items():
+        options.check(cls.name, kwargs, [name for name, _ in parts])
+        for name, own in kwargs.items():
             if not isinstance(own, Mapping):
                 raise SpecDecError(f"drafter 'hybrid' takes the options of '{name}' as a mapping; got {own!r}")
         members = []
         for place, (name, own_source) in enumerate(parts, start=1):
             found = registry.lookup("drafters", name)
             usual = found.before_others if place < len(parts) else {}
-            members.append(found.load(target, own_source, **{**usual, **given.get(name, {})}))
+            members.append(found.load(target, own_source, **{**usual, **kwargs.get(name, {})}))
         return cls(members)
 
     def bind(self, target: Target) -> None:
@@ -61,10 +61,13 @@ class HybridDrafter(Drafter):
             member.bind(target)
         self.taps = tuple(sorted({layer for member in self.members for layer in member.taps}))
         self.whole_prompts = any(member.whole_prompts for member in self.members)
-        self.blended = len(self.members) == 2 and self.members[0].blends
+        self.blends_pair = len(self.members) == 2 and self.members[0].blends
         last = self.members[-1]
-        self.has_probabilities = self.blended and last.has_probabilities
-        self.leaves_early, self.leaves_state = self.blended and last.leaves_early, self.blended and last.leaves_state
+        self.has_probabilities = self.blends_pair and last.has_probabilities
+        self.leaves_early, self.leaves_state = (
+            self.blends_pair and last.leaves_early,
+            self.blends_pair and last.leaves_state,
+        )
         self.path = "+".join(f"{member.name} {member.path}" for member in self.members)
 
     def start(self) -> None:
@@ -79,7 +82,7 @@ class HybridDrafter(Drafter):
             member.end(own, ids)
 
     def propose(self, state: State, limit: int) -> Draft:
-        if self.blended:
+        if self.blends_pair:
             first, second = (replace(state, row_states=[own[number] for own in state.row_states]) for number in (0, 1))
             if state.threshold is not None:  # n-grams have no confidence that drafts could be accepted by
                 return self.members[1].propose(second, limit)

@@ -79,13 +79,13 @@ class LayerSkipDrafter(ChainDrafter):
         self.mlp = {*whole, *options.wholes("mlp", mlp, 0)}
 
     @classmethod
-    def load(cls, target: Target, source: str | None = None, **given: Any) -> LayerSkipDrafter:
+    def load(cls, target: Target, source: str | None = None, **kwargs: Any) -> LayerSkipDrafter:
         """From options, or from a YAML file that ``examples/layer_skip.py`` wrote; options override the file's."""
-        options.check(cls.name, given, ("skip", *SETTINGS, *SHAPE))
+        options.check(cls.name, kwargs, ("skip", *SETTINGS, *SHAPE))
         stored = {} if source is None else read_skips(Path(source), target)
-        if source is not None and (odd := [name for name in ("skip", *SETTINGS) if name in given]):
+        if source is not None and (odd := [name for name in ("skip", *SETTINGS) if name in kwargs]):
             raise SpecDecError(f"drafter 'layer-skip' takes what to skip from '{source}' or from '{odd[0]}', not both")
-        return cls(**(stored | given))
+        return cls(**(stored | kwargs))
 
     def bind(self, target: Target) -> None:
         n = target.num_layers

@@ -55,7 +55,7 @@ class M2R2Drafter(ChainDrafter):
     nodes, else those that are worth their price (``Prices``; a chain if there are no prices). Raises SpecDecError if no
     trained drafter fits the target.
 
-    siblings, nodes: see ``ChainShape``; given siblings make a chain.
+    siblings, nodes: see ``ChainShape``; with siblings, the draft is a chain.
     width: number of nodes of a level that get children.
     exit_confidence: minimum probability, in [0, 1], with which a token leaves before the last exit (``State.exit``);
         where drafts are not verified, the verifier's threshold takes its place.
@@ -75,7 +75,7 @@ class M2R2Drafter(ChainDrafter):
         super().__init__(**shape)
         self.network = network
         path = network.path
-        self.path, self.num_exits = str(path), len(path.reach)
+        self.path, self.num_exits = str(path), len(path.stages_to_exit)
         self.leaves_state = path.exit_layer > 0 and not path.segments
         if network.projections:  # else nothing reads a carry
             self.taps = (*(lo for lo, _ in path.segments), network.num_layers)
@@ -83,10 +83,10 @@ class M2R2Drafter(ChainDrafter):
         self.exit_confidence = options.probability("exit_confidence", exit_confidence)
 
     @classmethod
-    def load(cls, target: Target, source: str | None = None, **given: Any) -> M2R2Drafter:
+    def load(cls, target: Target, source: str | None = None, **kwargs: Any) -> M2R2Drafter:
         """From a drafter folder, or (``source`` None) the one shipped for the target's weights."""
-        options.check(cls.name, given, (*SHAPE, "width", "exit_confidence"))
-        return cls(load_network(target, cls.find(target, source)), **given)
+        options.check(cls.name, kwargs, (*SHAPE, "width", "exit_confidence"))
+        return cls(load_network(target, cls.find(target, source)), **kwargs)
 
     def bind(self, target: Target) -> None:
         self.network.freeze(target)
@@ -115,13 +115,13 @@ class M2R2Drafter(ChainDrafter):
 
         def step(token: Tensor, positions: Tensor) -> Readout:
             tokens.push(token, positions)
-            return self._leave(tokens, state)
+            return self._run_to_exit(tokens, state)
 
         draft = self.chain(state, limit, step)
         draft.states, draft.exit_layer = tokens.finish()
         return draft
 
-    def _leave(self, tokens: PathPass, state: State) -> Readout:
+    def _run_to_exit(self, tokens: PathPass, state: State) -> Readout:
         """Run the last token to the first exit with enough confidence, and read it out there."""
         path, routers = self.network.path, self.network.routers
         exit_confidence = self.exit_confidence if state.threshold is None else state.threshold
@@ -135,9 +135,9 @@ class M2R2Drafter(ChainDrafter):
                 certainty = routers[exit](passed, logits[:, None]).sigmoid()
             elif self.num_exits > 1:
                 certainty = best_probability(logits)
-            return logits, certainty, torch.full_like(certainty, path.layers_run(exit), dtype=torch.long), final
+            return logits, certainty, torch.full_like(certainty, path.num_layers_run(exit), dtype=torch.long), final
 
-        logits, certainty, layers, tokens.tokens[-1].own.final = first_confident(read, last, exit_confidence)
+        logits, certainty, layers, tokens.tokens[-1].carry.final = first_confident(read, last, exit_confidence)
         return Readout(logits, None if routers is None and self.num_exits == 1 else certainty, layers)
 
     def _drafts_tree(self, state: State) -> bool:
@@ -182,7 +182,9 @@ class M2R2Drafter(ChainDrafter):
         vocabulary.follow(state, [row.context for row in state.row_states])
         if path is None or path.tokens is not vocabulary.tokens:  # the vocabulary has grown
             heads, tokens = vocabulary.heads, vocabulary.tokens
-            path = self.draft_path = DraftPath(network.frozen, network.path.segments, network.adapters, heads, tokens)
+            path = self.draft_path = DraftPath(
+                network.inference_maps, network.path.segments, network.adapters, heads, tokens
+            )
         return path
 
     def _states_before(self, row_states: list[M2R2Row]) -> list[Tensor]:

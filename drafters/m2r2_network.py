@@ -77,9 +77,9 @@ class Router(nn.Module):
 class M2R2(nn.Module):
     """Parameters and forward pass of the accelerated residual.
 
-    router: width of the latents of the router at each exit; 0: no routers.
-    frozen: the projections in their fastest format, once nothing is trained any more.
-    draft_vocab: int32 [V'], or None: the full vocabulary.
+        router: width of the latents of the router at each exit; 0: no routers.
+    ~    inference_maps: the projections in their fastest format, once nothing is trained any more.
+        draft_vocab: int32 [V'], or None: the full vocabulary.
     """
 
     def __init__(self, path: M2R2Path, target: Target, draft_vocab: Tensor | None = None, router: int = 0) -> None:
@@ -98,27 +98,27 @@ class M2R2(nn.Module):
         d = target.hidden_size
         # One to each segment, of [p; previous final state; previous state where the segment begins]. Then, if the path
         # has final projections, one to the final state at each exit, of [p; previous final state].
-        widths = [3 * d] * len(path.segments) + [2 * d] * (path.final_projection * len(path.reach))
+        widths = [3 * d] * len(path.segments) + [2 * d] * (path.final_projection * len(path.stages_to_exit))
         self.projections: Sequence[nn.Linear] = nn.ModuleList(nn.Linear(width, d) for width in widths)  # type: ignore[assignment]
-        counts = [path.residuals(index) for index in range(len(path.reach))]
+        counts = [path.num_residuals(index) for index in range(len(path.stages_to_exit))]
         self.routers = nn.ModuleList(Router(count, d, router) for count in counts) if router else None
-        self.frozen: list[linear_maps.UnitMap] = []
+        self.inference_maps: list[linear_maps.UnitMap] = []
         self.register_buffer("draft_vocab", draft_vocab)
         self.draft_vocab: Tensor | None
 
-    def parts(self, index: int, x: Tensor, carry: Carry) -> list[Tensor]:
+    def projection_inputs(self, index: int, x: Tensor, carry: Carry) -> list[Tensor]:
         """The 2 or 3 inputs of projection ``index`` of ``x``, [B, T, D] each, before they are scaled to unit RMS."""
         inputs = [carry.inputs[index]] if index < len(self.path.segments) else []
         return [x, carry.final, *inputs]
 
     def features(self, index: int, x: Tensor, carry: Carry) -> Tensor:
         """The input of projection ``index``, [B, T, 2 D or 3 D]."""
-        return torch.cat([rms_unit(part) for part in self.parts(index, x, carry)], -1)
+        return torch.cat([rms_unit(part) for part in self.projection_inputs(index, x, carry)], -1)
 
     def project(self, index: int, x: Tensor, carry: Carry) -> Tensor:
         """Projection ``index`` of residual ``x`` [B, T, D] -> [B, T, D]."""
-        if self.frozen:
-            return self.frozen[index](self.parts(index, x, carry))
+        if self.inference_maps:
+            return self.inference_maps[index](self.projection_inputs(index, x, carry))
         layer = self.projections[index]
         features = self.features(index, x, carry)
         return F.linear(features, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
@@ -131,9 +131,9 @@ class M2R2(nn.Module):
         """Prepare for drafting: parameters in the target's dtype and place, projections in their fastest format."""
         self.to(target.device, target.dtype).requires_grad_(False).eval()
         self.adapters.draft_only = True
-        self.frozen = [linear_maps.UnitMap(each.weight, each.bias) for each in self.projections]
+        self.inference_maps = [linear_maps.UnitMap(each.weight, each.bias) for each in self.projections]
 
-    def segment(
+    def run_segment(
         self,
         target: Target,
         index: int,
@@ -149,7 +149,7 @@ class M2R2(nn.Module):
         p = target.layers(x, lo, hi, Pass(positions, mask, cache, taps=taps, adapters=self.adapters))
         return p, list((taps or {}).values())
 
-    def shared(
+    def run_shared(
         self, target: Target, x: Tensor, lo: int, hi: int, positions: Tensor, cache: KVCache, watched: bool = False
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Run shared layers [lo, hi) on h and p of the next tokens of a chain, both from ``x`` = h[lo] [B, n, D].
@@ -163,8 +163,8 @@ class M2R2(nn.Module):
         both = torch.cat((positions, positions), 1)
         mask = cache.mask(lo, both, tree)
         taps = router_taps(lo + 1, hi) if watched else None
-        given = Pass(both, mask, cache, taps=taps, adapters=self.adapters, adapted=n)
-        y = target.layers(torch.cat((x, x), 1), lo, hi, given)
+        ctx = Pass(both, mask, cache, taps=taps, adapters=self.adapters, adapted=n)
+        y = target.layers(torch.cat((x, x), 1), lo, hi, ctx)
         cache.trim(n, lo, hi)
         return y[:, :n], y[:, n:], [p[:, n:] for p in (taps or {}).values()]
 

@@ -21,18 +21,18 @@ class _Token:
     """A drafted token.
 
     h, p: its residuals after the last stage [B, 1, D].
-    before, own: the carry of the previous token, and its own.
-    run: number of stages that it has run.
-    passed: the router's residuals so far.
+    previous_carry, carry: of the token before, and its own.
+    stages_run: number of stages that it has run.
+    residuals: the router's residuals so far.
     """
 
     positions: Tensor
     h: Tensor
     p: Tensor
-    before: Carry
-    own: Carry
-    run: int = 0
-    passed: list[Tensor] = field(default_factory=list)
+    previous_carry: Carry
+    carry: Carry
+    stages_run: int = 0
+    residuals: list[Tensor] = field(default_factory=list)
 
 
 class PathPass:
@@ -44,16 +44,16 @@ class PathPass:
 
     def push(self, token: Tensor, positions: Tensor) -> None:
         """Add a token, int64 [B, 1], at the beginning of the path."""
-        before = self.tokens[-1].own if self.tokens else self.carry
+        before = self.tokens[-1].carry if self.tokens else self.carry
         x = self.target.embed(token, positions)
         self.tokens.append(_Token(positions, x, x, before, Carry(x, [])))
 
     def to(self, exit: int) -> tuple[Tensor, list[Tensor]]:
         """Run the last token to an exit; return the estimate of h[N] [B, 1, D] there, and the router's residuals."""
         network, token = self.network, self.tokens[-1]
-        self._run(network.path.reach[exit])
-        final = network.estimate(exit, token.p, token.before)
-        return final, [*token.passed, final] if network.path.final_projection else token.passed
+        self._run(network.path.stages_to_exit[exit])
+        final = network.estimate(exit, token.p, token.previous_carry)
+        return final, [*token.residuals, final] if network.path.final_projection else token.residuals
 
     def _run(self, stages: int, drafting: bool = True) -> None:
         """Run ``stages`` stages of the last token, and those of them that earlier tokens have not run.
@@ -62,14 +62,14 @@ class PathPass:
         """
         network, target, cache = self.network, self.target, self.cache
         shared, watched = network.path.shared, network.routers is not None
-        for stage in range(self.tokens[-1].run, stages):
-            late = [token for token in self.tokens if token.run == stage]
+        for stage in range(self.tokens[-1].stages_run, stages):
+            late = [token for token in self.tokens if token.stages_run == stage]
             positions = torch.cat([token.positions for token in late], 1)  # (B, n)
             lo, hi = network.path.stages[stage]
             if stage < len(shared):
                 x = torch.cat([token.h for token in late], 1)
                 if drafting and network.path.adapts_early:
-                    h, p, passed = network.shared(target, x, lo, hi, positions, cache, watched)
+                    h, p, passed = network.run_shared(target, x, lo, hi, positions, cache, watched)
                 else:
                     h = p = target.layers(x, lo, hi, Pass(positions, cache.mask(lo, positions), cache))
                     passed = [h]
@@ -78,12 +78,12 @@ class PathPass:
             else:
                 index = stage - len(shared)
                 for token in late:  # one after another: each depends on the projection of the token before
-                    token.own.inputs.append(network.project(index, token.p, token.before))
-                x, mask = torch.cat([token.own.inputs[index] for token in late], 1), cache.mask(lo, positions)
-                p, passed = network.segment(target, index, x, positions, mask, cache, watched)
+                    token.carry.inputs.append(network.project(index, token.p, token.previous_carry))
+                x, mask = torch.cat([token.carry.inputs[index] for token in late], 1), cache.mask(lo, positions)
+                p, passed = network.run_segment(target, index, x, positions, mask, cache, watched)
             for place, token in enumerate(late):
-                token.p, token.run = p[:, place : place + 1], stage + 1
-                token.passed += [residual[:, place : place + 1] for residual in passed]
+                token.p, token.stages_run = p[:, place : place + 1], stage + 1
+                token.residuals += [residual[:, place : place + 1] for residual in passed]
 
     def finish(self) -> tuple[Tensor | None, int]:
         """Exact states [B, n, D] at the deepest shared layer that a token has run, and that layer; None at layer 0.
@@ -92,9 +92,9 @@ class PathPass:
         """
         path, cache = self.network.path, self.cache
         for segment, (lo, hi) in enumerate(path.segments, start=len(path.shared)):
-            cache.trim(sum(token.run > segment for token in self.tokens), lo, hi)
+            cache.trim(sum(token.stages_run > segment for token in self.tokens), lo, hi)
         if not path.shared:
             return None, 0
-        deepest = min(self.tokens[0].run, len(path.shared))
+        deepest = min(self.tokens[0].stages_run, len(path.shared))
         self._run(deepest, drafting=False)
         return torch.cat([token.h for token in self.tokens], 1), path.shared[deepest - 1][1]

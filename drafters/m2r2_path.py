@@ -49,22 +49,22 @@ class M2R2Path:
         return [*self.shared, *self.segments]
 
     @property
-    def reach(self) -> list[int]:
+    def stages_to_exit(self) -> list[int]:
         """For each exit, the last one included: the number of stages before it."""
         ends = [hi for _, hi in self.stages]
         return [ends.index(layer) + 1 for layer in (*self.exits, self.end)]
 
-    def layers_run(self, exit: int = -1) -> int:
+    def num_layers_run(self, exit: int = -1) -> int:
         """The number of layers of a token that leaves at exit ``exit``."""
-        return sum(hi - lo for lo, hi in self.stages[: self.reach[exit]])
+        return sum(hi - lo for lo, hi in self.stages[: self.stages_to_exit[exit]])
 
-    def residuals(self, exit: int = -1) -> int:
+    def num_residuals(self, exit: int = -1) -> int:
         """The number of residuals that the router at an exit reads: shared ones, those of segments, the final one."""
-        run, early = self.stages[: self.reach[exit]], len(self.shared)
+        run, early = self.stages[: self.stages_to_exit[exit]], len(self.shared)
         seen = sum(hi - lo if self.adapts_early else 1 for lo, hi in run[:early])
         return seen + sum(hi - lo + 1 for lo, hi in run[early:]) + self.final_projection
 
-    def aims(self, num_layers: int) -> list[int]:
+    def target_layers(self, num_layers: int) -> list[int]:
         """For each residual that the last exit's router reads: the layer whose input h it estimates.
 
         A stage [lo, hi) that ends at an exit goes from h[lo] to h[N], at rate (N - lo) / (hi - lo), where no

@@ -51,7 +51,7 @@ class Medusa(nn.Module):
 
     rooted: whether the first block also reads the root's embedding.
     draft_vocab: int32 [V'], or None: the full vocabulary.
-    frozen: the first block's map in its fastest format, once nothing is trained any more.
+    inference_maps: the first block's map in its fastest format, once nothing is trained any more.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Medusa(nn.Module):
         ins = [2 * width if rooted and n == 0 else width for n in range(layers)]
         self.weights = nn.ParameterList(torch.zeros(heads, width, n) for n in ins)
         self.biases = nn.ParameterList(torch.zeros(heads, width) for _ in ins)
-        self.frozen: linear_maps.Linear | None = None
+        self.inference_maps: linear_maps.Linear | None = None
         self.register_buffer("draft_vocab", draft_vocab)
         self.draft_vocab: Tensor | None
 
@@ -74,7 +74,11 @@ class Medusa(nn.Module):
             if n:
                 inner = torch.einsum("...ki,koi->...ko", y, weight) + bias
             else:  # all heads have one input: one product
-                both = self.frozen(seen) if self.frozen else F.linear(seen, weight.flatten(0, 1), bias.flatten())
+                both = (
+                    self.inference_maps(seen)
+                    if self.inference_maps
+                    else F.linear(seen, weight.flatten(0, 1), bias.flatten())
+                )
                 inner = both.unflatten(-1, bias.shape)
             y = y + F.silu(inner)
         return y
@@ -82,7 +86,7 @@ class Medusa(nn.Module):
     def freeze(self, target: Target) -> None:
         """Prepare for drafting: parameters in the target's dtype and place, the largest map in its fastest format."""
         self.to(target.device, target.dtype).requires_grad_(False).eval()
-        self.frozen = linear_maps.for_drafting(self.weights[0].flatten(0, 1), self.biases[0].flatten())
+        self.inference_maps = linear_maps.for_drafting(self.weights[0].flatten(0, 1), self.biases[0].flatten())
 
 
 class MedusaRow:
@@ -100,7 +104,7 @@ class MedusaDrafter(Drafter):
 
     accuracy[k][r]: how often choice r of head k is the model's own.
     nodes: nodes of the tree; None: those that are worth their price (``Prices``), or as many as the draft may be deep.
-    own: output heads of a public checkpoint, [V, D] each; None: the model's.
+    output_heads: output heads of a public checkpoint, [V, D] each; None: the model's.
     source: of public heads: a folder, or a Hugging Face id with the commit that was read.
     normed: whether blocks read the normalised state, and output heads the blocks, as in public checkpoints.
     """
@@ -115,25 +119,30 @@ class MedusaDrafter(Drafter):
         network: Medusa,
         accuracy: Sequence[Sequence[float]],
         nodes: int | None = None,
-        own: Sequence[Tensor] | None = None,
+        output_heads: Sequence[Tensor] | None = None,
         source: str = "",
         normed: bool = False,
     ) -> None:
-        self.network, self.own, self.source, self.normed = network, own, source, normed or own is not None
+        self.network, self.output_heads, self.source, self.normed = (
+            network,
+            output_heads,
+            source,
+            normed or output_heads is not None,
+        )
         if self.normed and network.rooted:
             raise SpecDecError("Medusa heads that read the normalised state cannot be 'rooted', too")
-        self.accuracy = _checked(accuracy, network.heads)
+        self.accuracy = _check_accuracy(accuracy, network.heads)
         self.nodes = None if nodes is None else options.whole("nodes", nodes, 1)
 
     @classmethod
-    def load(cls, target: Target, source: str | None = None, **given: Any) -> MedusaDrafter:
+    def load(cls, target: Target, source: str | None = None, **kwargs: Any) -> MedusaDrafter:
         """From a folder, a Hugging Face id of public heads, or the folder shipped for the model.
 
         Options: ``nodes``, and ``revision`` (branch, tag or commit) of a Hugging Face id. Raises SpecDecError for
         anything missing, broken or made for another model.
         """
-        options.check(cls.name, given, ("nodes", "revision"))
-        revision, nodes = given.get("revision"), given.get("nodes")
+        options.check(cls.name, kwargs, ("nodes", "revision"))
+        revision, nodes = kwargs.get("revision"), kwargs.get("nodes")
         if source is None and revision is not None:
             raise SpecDecError("option 'revision' goes with Medusa heads by Hugging Face id: --drafter medusa=ID")
         folder, named = (cls.find(target, None), "") if source is None else _folder(source, revision)
@@ -141,7 +150,7 @@ class MedusaDrafter(Drafter):
             network, own = _read_public(folder, public, target)
             return cls(network, public.get("accuracy", ASSUMED[: network.heads]), nodes, own, named)
         config = drafter_folder.read_config(folder, cls.name, target)
-        heads, layers = _counts(config.get("heads"), config.get("layers"))
+        heads, layers = _check_sizes(config.get("heads"), config.get("layers"))
         make = lambda vocab: Medusa(target.hidden_size, heads, layers, bool(config.get("rooted")), vocab)  # noqa: E731
         network = drafter_folder.load(folder, target.vocab_size, make)
         return cls(network, config.get("accuracy", ()), nodes, normed=bool(config.get("normed")))
@@ -151,14 +160,14 @@ class MedusaDrafter(Drafter):
         network = self.network
         network.freeze(target)
         self.vocabulary = DraftVocabulary(target, network.draft_vocab)
-        if self.own is not None:
-            self.own = [weight.to(target.device, target.dtype) for weight in self.own]
+        if self.output_heads is not None:
+            self.output_heads = [weight.to(target.device, target.dtype) for weight in self.output_heads]
         if self.normed:
             self.norm = final_norm(target)
-        if self.normed and self.own is None and network.draft_vocab is None:
+        if self.normed and self.output_heads is None and network.draft_vocab is None:
             self.vocabulary.head = target.reduced_head(torch.arange(target.vocab_size))
         vocab, shapes = network.draft_vocab, [tuple(weight.shape) for weight in network.weights]
-        self.path = f"{shapes} {self.own is not None} {self.normed} {None if vocab is None else len(vocab)}"
+        self.path = f"{shapes} {self.output_heads is not None} {self.normed} {None if vocab is None else len(vocab)}"
         table = [row[: target.vocab_size if vocab is None else len(vocab)] for row in self.accuracy]
         self.tree = functools.cache(lambda depth, nodes: best_first(table[:depth], nodes))
         self.has_probabilities = not waits(target.device)
@@ -223,9 +232,9 @@ class MedusaDrafter(Drafter):
         target, x = state.target, rms_unit(final)[:, 0]
         if self.normed:
             x = target.readout(final, self.norm)[:, 0]
-        if self.own is not None:
+        if self.output_heads is not None:
             y = self.network(x)  # (B, K, D)
-            return torch.stack([F.linear(y[:, k], weight) for k, weight in enumerate(self.own)], 1)
+            return torch.stack([F.linear(y[:, k], weight) for k, weight in enumerate(self.output_heads)], 1)
         root = rms_unit(target.embed(state.roots, state.positions)[:, 0]) if self.network.rooted else None
         self.vocabulary.follow(state, [row.context for row in state.row_states])
         return self.vocabulary.logits(self.network(x, root), read_normed if self.normed else target.readout)
@@ -248,13 +257,13 @@ def read_normed(x: Tensor, head: nn.Linear | None) -> Tensor:
     return F.linear(x, head.weight, head.bias)
 
 
-def _counts(heads: Any, layers: Any) -> tuple[int, int]:
+def _check_sizes(heads: Any, layers: Any) -> tuple[int, int]:
     """The numbers of heads, and of blocks of each, if they are in range. Raises SpecDecError otherwise."""
     what = "of the Medusa drafter"
     return options.whole(f"heads {what}", heads, 1, HEADS), options.whole(f"layers {what}", layers, 1, BLOCKS)
 
 
-def _checked(accuracy: Any, heads: int) -> list[list[float]]:
+def _check_accuracy(accuracy: Any, heads: int) -> list[list[float]]:
     """``accuracy`` as a table of floats. Raises SpecDecError unless it has a row of shares for each head."""
     try:
         table = [[float(share) for share in row] for row in accuracy]
@@ -317,10 +326,12 @@ def _read_public(folder: Path, config: dict[str, Any], target: Target) -> tuple[
     d, v, vllm = target.hidden_size, target.vocab_size, config.get("model_type") == KIND
     path = folder / (drafter_folder.WEIGHTS if vllm else PUBLIC)
     if vllm:
-        heads, layers = _counts(*(config.get(f"medusa_{name}", config.get(own)) for name, own in VLLM_COUNTS.items()))
+        heads, layers = _check_sizes(
+            *(config.get(f"medusa_{name}", config.get(own)) for name, own in VLLM_COUNTS.items())
+        )
         block, head = "blocks.{k}.layers.{n}", "lm_heads.{k}.weight"
     elif path.is_file():
-        heads, layers = _counts(config["medusa_num_heads"], config.get("medusa_num_layers", 1))
+        heads, layers = _check_sizes(config["medusa_num_heads"], config.get("medusa_num_layers", 1))
         block, head = "{k}.{n}.linear", f"{{k}}.{layers}.weight"
     else:
         pickled = f"{PICKLE} is a pickle, which may run code and is not read" if (folder / PICKLE).exists() else ""

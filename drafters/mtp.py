@@ -75,11 +75,11 @@ FAMILIES = "Qwen3-Next, Qwen3.5, DeepSeek V3, GLM 4.5 and MiMo"
 class MTPHead:
     """The layer, with its norms and its projection as in ``TensorNames``.
 
-    own: the layer as a model of its own, with its norm and the model's output head.
+    draft_target: the layer as a model of its own, with its norm and the model's output head.
     final_norm: applied to the model's states before the layer reads them.
     """
 
-    own: Target
+    draft_target: Target
     projection: nn.Module
     token_norm: nn.Module
     state_norm: nn.Module
@@ -102,10 +102,10 @@ class MTPRow(ChainRow):
     last: the layer's output for the root's pair, [1, 1, D].
     """
 
-    def __init__(self, own: Target) -> None:
+    def __init__(self, draft_target: Target) -> None:
         super().__init__()
         self.states: list[Tensor] = []
-        self.last = torch.zeros(1, 1, own.hidden_size, dtype=own.dtype, device=own.device)
+        self.last = torch.zeros(1, 1, draft_target.hidden_size, dtype=draft_target.dtype, device=draft_target.device)
 
 
 class MTPDrafter(ChainDrafter):
@@ -121,23 +121,26 @@ class MTPDrafter(ChainDrafter):
 
     def __init__(self, head: MTPHead, **shape: Unpack[ShapeOptions]) -> None:
         super().__init__(**shape)
-        self.head, self.path = head, head.own.fingerprint
+        self.head, self.path = head, head.draft_target.fingerprint
 
     @classmethod
-    def load(cls, target: Target, source: str | None = None, **given: Any) -> MTPDrafter:
+    def load(cls, target: Target, source: str | None = None, **kwargs: Any) -> MTPDrafter:
         """From the model's own checkpoint, or that of the name or folder ``source``."""
-        options.check(cls.name, given, SHAPE)
-        return cls(read_head(target, source), **given)
+        options.check(cls.name, kwargs, SHAPE)
+        return cls(read_head(target, source), **kwargs)
 
     def bind(self, target: Target) -> None:
-        if self.head.own.hidden_size != target.hidden_size or self.head.own.vocab_size != target.vocab_size:
+        if (
+            self.head.draft_target.hidden_size != target.hidden_size
+            or self.head.draft_target.vocab_size != target.vocab_size
+        ):
             raise SpecDecError("the multi-token prediction layer is of another model; its sizes differ")
         self.taps = (target.num_layers,)
         self.has_probabilities = self.shape.siblings is None and not waits(target.device)
         self.start()
 
     def begin(self) -> MTPRow:
-        return MTPRow(self.head.own)
+        return MTPRow(self.head.draft_target)
 
     def observe(self, row_states: list[Any], paths: list[list[int]], taps: dict[int, Tensor]) -> None:
         super().observe(row_states, paths, taps)
@@ -147,13 +150,13 @@ class MTPDrafter(ChainDrafter):
 
     def start(self) -> None:
         super().start()
-        self.cache, self.rows = self.head.own.new_cache(0), list[MTPRow]()  # rows: whose the cache's rows are
+        self.cache, self.rows = self.head.draft_target.new_cache(0), list[MTPRow]()  # rows: whose the cache's rows are
 
     def propose(self, state: State, limit: int) -> Draft:
         head, target, rows = self.head, state.target, state.row_states
         self.cache.roll_back()
         if rows != self.rows:
-            self.cache, self.rows = follow_rows(self.cache, self.rows, rows, head.own), list(rows)
+            self.cache, self.rows = follow_rows(self.cache, self.rows, rows, head.draft_target), list(rows)
         self._catch_up(state)
         last, drafted = torch.cat([row.last for row in rows]), False  # (B, 1, D)
 
@@ -162,7 +165,7 @@ class MTPDrafter(ChainDrafter):
             if drafted:
                 last = self._run(target, token, head.norm(last) if head.feeds_norm else last, positions - 1)
             drafted = True
-            return Readout(head.own.readout(last)[:, 0])
+            return Readout(head.draft_target.readout(last)[:, 0])
 
         return self.chain(state, limit, step)
 
@@ -182,7 +185,7 @@ class MTPDrafter(ChainDrafter):
     def _run(self, target: Target, tokens: Tensor, states: Tensor, positions: Tensor) -> Tensor:
         """Run pairs of ``tokens`` and the ``states`` of the tokens before; return the layer's outputs [B, T, D]."""
         x = self.head.inputs(target.embed(tokens, positions), states)
-        return self.head.own.layers(x, 0, 1, Pass(positions, self.cache.mask(0, positions), self.cache))
+        return self.head.draft_target.layers(x, 0, 1, Pass(positions, self.cache.mask(0, positions), self.cache))
 
 
 def read_head(target: Target, source: str | None = None) -> MTPHead:

@@ -51,13 +51,13 @@ class _Store:
 
     def __init__(self, sizes: range, most: int, size: int) -> None:
         self.make = lambda: _Index(sizes, most)
-        self.young, self.old, self.size, self.tokens = self.make(), self.make(), size, 0
+        self.newer, self.older, self.size, self.tokens = self.make(), self.make(), size, 0
 
     def add(self, ids: list[int]) -> None:
         if self.tokens + len(ids) > self.size // 2:
-            self.young, self.old, self.tokens = self.make(), self.young, 0
+            self.newer, self.older, self.tokens = self.make(), self.newer, 0
         text = ids[-(self.size // 2) :]
-        self.young.add(text, 0)
+        self.newer.add(text, 0)
         self.tokens += len(text)
 
 
@@ -120,7 +120,7 @@ class PromptLookupDrafter(Drafter):
         """Where the end of the text occurred before: long matches first, the text itself before the store."""
         indexes = [own]
         if own.store is not None:
-            indexes += [own.store.young, own.store.old]
+            indexes += [own.store.newer, own.store.older]
         for n in self.sizes:
             if n <= len(ids):
                 key = tuple(ids[-n:])

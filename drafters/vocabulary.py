@@ -17,7 +17,7 @@ from specdec.models.gguf.blocks import stored
 from specdec.runtimes.target import Target
 from specdec.speculation.draft import State
 
-KEPT = 2  # a head is reused if it has at most so many times the tokens that are needed
+REUSE_FACTOR = 2  # a head is reused if it has at most so many times the tokens that are needed
 
 
 class Context:
@@ -61,7 +61,7 @@ class DraftVocabulary:
             context.added.update((token, None) for token in ids[context.read :] if token not in self.trained_ids)
             context.read = len(ids)
         wanted = list(dict.fromkeys(token for context in contexts for token in context.added))
-        if len(contexts) > 1 and set(wanted) <= set(self.added) and len(self.added) <= KEPT * len(wanted):
+        if len(contexts) > 1 and set(wanted) <= set(self.added) and len(self.added) <= REUSE_FACTOR * len(wanted):
             wanted = self.added  # the head still serves
         if wanted != self.added:
             self.added, self.added_head, self.tokens = wanted, None, self.trained

@@ -46,10 +46,13 @@ class Scores:
 
 
 def score(
-    state: State, draft: Draft, taps: dict[int, Tensor], verifier: Verifier, wanted: Collection[int] = ()
+    state: State, draft: Draft, taps: dict[int, Tensor], verifier: Verifier, logit_rows: Collection[int] = ()
 ) -> Scores:
-    """Run the block through the target; choose a token after each block token. wanted: rows whose logits are kept."""
-    scorer = _Scorer(state, draft, taps, verifier, wanted)
+    """Run the block through the target; choose a token after each block token.
+
+    logit_rows: rows whose logits are returned.
+    """
+    scorer = _Scorer(state, draft, taps, verifier, logit_rows)
     ragged = len(state.ids) > 1 and state.target.ragged and draft.states is None
     return scorer.rows() if ragged else scorer.block()
 
@@ -62,7 +65,7 @@ class _Scorer:
     draft: Draft
     taps: dict[int, Tensor]
     verifier: Verifier
-    wanted: Collection[int]
+    logit_rows: Collection[int]
 
     def block(self) -> Scores:
         """Score all rows in one shape, from where the draft's states end."""
@@ -78,11 +81,11 @@ class _Scorer:
         masked = sampler.best_allowed and not verifier.needs_probabilities
         p, fault, unread = None, None, [draft.tokens] if draft.listed is None else []
         kept = dict[int, Tensor]()
-        if sampler.plain_greedy and readout not in taps and not self.wanted:
+        if sampler.plain_greedy and readout not in taps and not self.logit_rows:
             *read, chosen = target.choose(x, *unread)
         else:
             logits = target.readout(x)  # (B, 1 + M - filled, V)
-            kept = {b: logits[b] for b in self.wanted}
+            kept = {b: logits[b] for b in self.logit_rows}
             if readout in taps:
                 taps[readout] = logits
             if sampler.plain_greedy or masked:
@@ -131,8 +134,8 @@ class _Scorer:
         filled = int((draft.tokens >= 0).sum(1).min())
         if filled:
             early = positions[:, :filled]
-            given = Pass(early, cache.mask(draft.exit_layer, early), cache)
-            self.state.target.fill(x[:, :filled], draft.exit_layer, given)
+            ctx = Pass(early, cache.mask(draft.exit_layer, early), cache)
+            self.state.target.fill(x[:, :filled], draft.exit_layer, ctx)
         return filled
 
     def rows(self) -> Scores:
@@ -153,7 +156,7 @@ class _Scorer:
         # Choose: plain greedy rows all at once; the others from logits, for which the head's weights are read once
         width, p, kept, begin = 1 + len(draft.parents), list[Tensor](), dict[int, Tensor](), 0
         chosen = [[0] * width for _ in nodes]
-        read = [b for b, row in enumerate(state.sampler.rows) if not row.plain_greedy or b in self.wanted]
+        read = [b for b, row in enumerate(state.sampler.rows) if not row.plain_greedy or b in self.logit_rows]
         plain = target.choose(x)[0][0] if len(read) < len(nodes) else []
         logits = dict(zip(read, self._read_out(x, counts, read), strict=True))
         for b, (own, row) in enumerate(zip(nodes, state.sampler.rows, strict=True)):
@@ -170,7 +173,7 @@ class _Scorer:
             if verifier.needs_probabilities and not state.sampler.plain_greedy:
                 certain = F.one_hot(upload([found], cache.device).clamp_min(0), target.vocab_size).float()
                 p.append(_padded(certain if row.plain_greedy else scores.softmax(-1), [own], width))
-            if raw is not None and b in self.wanted:
+            if raw is not None and b in self.logit_rows:
                 kept[b] = raw[0]
             for node, token in zip(own, found, strict=True):
                 chosen[b][node] = token

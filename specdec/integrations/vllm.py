@@ -73,7 +73,7 @@ def _tensors(drafter: MedusaDrafter, target: Target) -> dict[str, Tensor]:
 
 def _output_heads(drafter: MedusaDrafter, target: Target) -> Sequence[Tensor]:
     """The output head [V', D] of each head, or the one that they share; of all tokens, in their order."""
-    own, vocab = drafter.own, drafter.network.draft_vocab
+    own, vocab = drafter.output_heads, drafter.network.draft_vocab
     if vocab is not None and len(vocab) == target.vocab_size:  # vLLM reads no token map then
         own = None if own is None else [head[vocab.long().argsort()] for head in own]
         vocab = None

@@ -74,16 +74,16 @@ class RowMask(Mask):
 class RowCache(KVCache):
     """Keys and values of a batch on a CPU.
 
-    data[b]: keys and values of row b, [2, N, H, capacity, d], allocated at first use.
-    places[b]: its capacity, and pointers to its keys and values.
-    tail: positions of uncommitted slots [B, U].
+        data[b]: keys and values of row b, [2, N, H, capacity, d], allocated at first use.
+        places[b]: its capacity, and pointers to its keys and values.
+    ~    draft_positions: positions of uncommitted slots [B, U].
     """
 
     def __init__(self, num_layers: int, batch: int = 1, block: int = 256, int8: bool = False) -> None:
         super().__init__(num_layers, batch, block=block, int8=int8)
         self.data: list[Tensor | None] = [None] * batch
         self.places: list[tuple[int, int, int]] = [(0, 0, 0)] * batch
-        self.tail = torch.zeros(batch, 16, dtype=torch.long)
+        self.draft_positions = torch.zeros(batch, 16, dtype=torch.long)
 
     @property
     def nbytes(self) -> int:
@@ -111,11 +111,11 @@ class RowCache(KVCache):
             return RowMask(positions, self.rows, counts, trees or [None] * self.batch, 0, places)
         (batch, t), ahead = positions.shape, self.lengths[layer] - self.committed
         end = ahead + t
-        if end > self.tail.shape[1]:
-            self.tail = torch.cat((self.tail, self.tail.new_zeros(batch, 2 * end)), 1)
-        self.tail[:, ahead:end] = positions
+        if end > self.draft_positions.shape[1]:
+            self.draft_positions = torch.cat((self.draft_positions, self.draft_positions.new_zeros(batch, 2 * end)), 1)
+        self.draft_positions[:, ahead:end] = positions
         each = [tree] * batch if tree is None or tree.dim() == 2 else list(tree)
-        return RowMask(positions, self.rows, [t] * batch, each, ahead, self.tail[:, :end])
+        return RowMask(positions, self.rows, [t] * batch, each, ahead, self.draft_positions[:, :end])
 
     def provide(self, lo: int, hi: int, counts: Sequence[int], heads: int, head_dim: int, dtype: torch.dtype) -> None:
         """Count the next ``counts`` slots of the rows as filled in layers [lo, hi), for a runtime to write them."""
@@ -178,7 +178,7 @@ class RowCache(KVCache):
         self._place([self.rows[b] for b in rows])
 
     def _place(self, rows: list[int]) -> None:
-        self.tail = self.tail.new_zeros(len(rows), self.tail.shape[1])
+        self.draft_positions = self.draft_positions.new_zeros(len(rows), self.draft_positions.shape[1])
         self._count(rows)
 
     def copy(self, row: int, count: int, room: int = 0) -> RowCache:

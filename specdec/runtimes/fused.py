@@ -153,12 +153,12 @@ class FusedTarget(ByParts):
         grad = torch.is_grad_enabled() and (
             x.requires_grad or (adapters is not None and any(p.requires_grad for p in adapters.parameters()))
         )
-        stack, multiple = self._maps(x, lo, hi, ctx, grad), 1 if grad else self.key_multiple
+        stack, multiple = self._select_layers(x, lo, hi, ctx, grad), 1 if grad else self.key_multiple
         rotary, mask, windows = self._rotary(ctx.positions, ctx.mask), ctx.mask, self.windows
         if mask.causal and x.shape[1] > SPAN:
 
             def attend(index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-                return self._in_spans(q, *cache.append(index, k, v), windows[index], mask)
+                return self._attend_in_spans(q, *cache.append(index, k, v), windows[index], mask)
 
         else:
             terms = {w: self._additive(mask, w, multiple) for w in set(windows[lo:hi])}
@@ -180,17 +180,17 @@ class FusedTarget(ByParts):
         return out
 
     def fill(self, x: Tensor, lo: int, ctx: Pass) -> None:
-        (batch, t, width), stack = x.shape, self._maps(x, lo, self.num_layers, ctx, grad=False)
+        (batch, t, width), stack = x.shape, self._select_layers(x, lo, self.num_layers, ctx, grad=False)
         y, rotary = x.reshape(batch * t, width), self._rotary(ctx.positions, ctx.mask)
         pair = torch.stack((y, -y), 1)  # (rows, 2, D)
         for index in range(lo, self.num_layers):
             if self._rules[index] is None:
-                _, k, v, _ = self._before(stack[index], pair, *rotary)
+                _, k, v, _ = self._project_qkv(stack[index], pair, *rotary)
                 ctx.cache.append(index, k, v)
             else:
-                self._recur(index, self._read(stack[index], pair).view(batch, t, -1), ctx)
+                self._recur(index, self._project_in(stack[index], pair).view(batch, t, -1), ctx)
 
-    def _maps(self, x: Tensor, lo: int, hi: int, ctx: Pass, grad: bool) -> list[_Layer]:
+    def _select_layers(self, x: Tensor, lo: int, hi: int, ctx: Pass, grad: bool) -> list[_Layer]:
         """The layers in the weight format for ``x`` [B, T, D], with the adapters applied."""
         batch, t, _ = x.shape
         many = self.layer_format == "int4" and batch * t > linear_maps.INT4_ROWS
@@ -224,36 +224,36 @@ class FusedTarget(ByParts):
             layer = stack[index]
             if layer.rule is not None:
                 assert recur is not None
-                a = recur(index, self._read(layer, pair).view(batch, t, -1)).view(batch * t, -1)
+                a = recur(index, self._project_in(layer, pair).view(batch, t, -1)).view(batch * t, -1)
             else:
-                q, k, v, gate = self._before(layer, pair, cos, sin)
-                a = self._beside(attend(index, q, k, v))
+                q, k, v, gate = self._project_qkv(layer, pair, cos, sin)
+                a = self._merge_heads(attend(index, q, k, v))
                 a = a if gate is None else a * gate.sigmoid()
-            pair = self._after(layer, pair, a)
+            pair = self._add_results(layer, pair, a)
         y = pair[:, 0].view(batch, t, width)
         if taps is not None and hi in taps:
             taps[hi] = y
         return y
 
-    def _read(self, layer: _Layer, pair: Tensor) -> Tensor:
+    def _project_in(self, layer: _Layer, pair: Tensor) -> Tensor:
         """The result of a layer's first map, (rows, outputs)."""
         return layer.qkv(pair.select(1, 0) if layer.norm_in is None else layer.norm_in(pair))
 
-    def _before(
+    def _project_qkv(
         self, layer: _Layer, pair: Tensor, cos: Tensor, sin: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """The queries (B, Hkv, T G, d) of a layer's attention, its new keys and values (B, Hkv, T, d), and the gate of
         its result (rows, H d), if there is one. Query heads that share a key head are rows of it."""
         norm_q, norm_k, gate = layer.norm_q, layer.norm_k, None
         (batch, t, *_), d, heads, kv_heads, groups = cos.shape, self.head_dim, self.heads, self.kv_heads, self.groups
-        h = self._read(layer, pair).view(batch, t, -1, d)
+        h = self._project_in(layer, pair).view(batch, t, -1, d)
         if self.output_gate:  # a head's query, then its gate
             queries, keys = h.split((2 * heads, h.shape[2] - 2 * heads), 2)
             queries, gates = queries.view(batch, t, heads, 2, d).unbind(3)
             gate, h = gates.reshape(batch * t, heads * d), torch.cat((queries, keys), 2)
         qk, v = h.narrow(2, 0, heads + kv_heads), h.narrow(2, heads + kv_heads, kv_heads)
         if norm_q is not None and norm_k is not None:
-            qk = self._normed(qk, norm_q, norm_k)
+            qk = self._norm_heads(qk, norm_q, norm_k)
         _rotate(qk, cos, sin)
         q = qk.narrow(2, 0, heads)
         if t == 1:
@@ -262,7 +262,7 @@ class FusedTarget(ByParts):
             q = q.view(batch, t, kv_heads, groups, d).transpose(1, 2).reshape(batch, kv_heads, t * groups, d)
         return q, qk.narrow(2, heads, kv_heads).transpose(1, 2), v.transpose(1, 2), gate
 
-    def _beside(self, a: Tensor) -> Tensor:
+    def _merge_heads(self, a: Tensor) -> Tensor:
         """Attention's result (B, Hkv, T G, d) with heads side by side: (rows, H d)."""
         (batch, kv_heads, rows, d), groups = a.shape, self.groups
         t = rows // groups
@@ -270,7 +270,7 @@ class FusedTarget(ByParts):
             a = a.view(batch, kv_heads, t, groups, d).transpose(1, 2)
         return a.reshape(batch * t, kv_heads * groups * d)
 
-    def _after(self, layer: _Layer, pair: Tensor, a: Tensor) -> Tensor:
+    def _add_results(self, layer: _Layer, pair: Tensor, a: Tensor) -> Tensor:
         """The residual (rows, 2, D) plus attention's result ``a`` (rows, H d) and the MLP's."""
         _, _, _, norm_attention, norm_mlp_in, norm_mlp, _, out, gated, down, _ = layer
         sign, a = self.sign, out(a)
@@ -343,7 +343,7 @@ class FusedTarget(ByParts):
             made[form] = MAKERS[form](weight, bias, *hint)
         return made[form]
 
-    def _normed(self, qk: Tensor, norm_q: Norm, norm_k: Norm) -> Tensor:
+    def _norm_heads(self, qk: Tensor, norm_q: Norm, norm_k: Norm) -> Tensor:
         """Queries and keys [B, T, H + Hkv, d] after their norms: per head (Qwen3), or over all heads (OLMo 2)."""
         parts = qk.split((self.heads, self.kv_heads), 2)
         if not self.per_head_norm:
@@ -387,7 +387,7 @@ class FusedTarget(ByParts):
             mask.memo[key] = term
         return mask.memo[key]
 
-    def _in_spans(self, q: Tensor, keys: Tensor, values: Tensor, window: int | None, mask: Mask) -> Tensor:
+    def _attend_in_spans(self, q: Tensor, keys: Tensor, values: Tensor, window: int | None, mask: Mask) -> Tensor:
         """Attention of a causal pass: queries (B, Hkv, T G, d), ``SPAN`` tokens at a time, over the keys up to theirs.
 
         ``keys`` and ``values`` (B, Hkv, S, d) are all there are; T is the last of them.
@@ -460,9 +460,9 @@ class FusedTarget(ByParts):
                 made = self._gated(make, weight, bias) if slot == "gate_up" else make(weight, bias)
             elif slot == "gate_up":  # the terms come before the activation
                 inner = layer.gated.gate_up if isinstance(layer.gated, linear_maps.Gated) else make(weight, bias)
-                made = linear_maps.Gated(low.beside(inner, batch, adapted), self.act)
+                made = linear_maps.Gated(low.add_to(inner, batch, adapted), self.act)
             else:
-                made = low.beside(getattr(layer, slot), batch, adapted)
+                made = low.add_to(getattr(layer, slot), batch, adapted)
             maps["gated" if slot == "gate_up" else slot] = made
         return layer._replace(**maps)
 

@@ -151,7 +151,7 @@ class GraphedTarget(FusedTarget):
             self._buffers[batch] = user, whole
             self._steps = OrderedDict((key, step) for key, step in self._steps.items() if key[0] != batch)
         keys, values = whole[:, :, :batch]  # (N, B, Hkv, capacity, d); there may be spare rows
-        stack = self._maps(x, lo, hi, ctx, grad=False)[lo:hi]
+        stack = self._select_layers(x, lo, hi, ctx, grad=False)[lo:hi]
         windows = sorted(set(self.windows[lo:hi]), key=str)
         tapped = sorted(layer for layer in taps if lo <= layer <= hi)
 

@@ -235,7 +235,7 @@ class LowRank:
         """``weight`` [out, in] with the terms added, rounded once."""
         return (weight.float() + self.up.t().float() @ self.down.t().float()).to(weight.dtype)
 
-    def beside(self, linear: Linear, batch: int, adapted: int | None) -> Linear:
+    def add_to(self, linear: Linear, batch: int, adapted: int | None) -> Linear:
         """``linear`` over rows [B * T, in], with the terms added on the last ``adapted`` tokens (None: all)."""
         down, up = self.down, self.up
 

@@ -129,7 +129,7 @@ class _Call:
     result: Tensor | None = None
 
 
-class _StandIn(nn.Module):
+class _Wrapper(nn.Module):
     """Replaces the module ``inner`` during one call, and has its other attributes."""
 
     def __init__(self, inner: nn.Module, *others: Any) -> None:
@@ -143,7 +143,7 @@ class _StandIn(nn.Module):
             return getattr(self.parts[0], name)
 
 
-class _Gate(_StandIn):
+class _Gate(_Wrapper):
     """Replaces decoder layer ``index``."""
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -158,18 +158,18 @@ class _Gate(_StandIn):
             try:
                 out = inner(hidden, *args, **kwargs)
             except _Filled:
-                out = owner.returned(hidden)
+                out = owner.as_output(hidden)
             after, *beside = out if isinstance(out, tuple) else (out,)
             hidden = hidden if call.only_fill else after
-            owner.beside = len(beside) if isinstance(out, tuple) else None
+            owner.extra_outputs = len(beside) if isinstance(out, tuple) else None
             if index == call.hi - 1:
                 call.result = hidden
                 if call.hi in call.taps:
                     call.taps[call.hi] = hidden
-        return owner.returned(hidden)
+        return owner.as_output(hidden)
 
 
-class _Mixer(_StandIn):
+class _Mixer(_Wrapper):
     """Replaces the recurrent mixer of layer ``index``: its state is in our cache."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -183,7 +183,7 @@ class _Mixer(_StandIn):
         return out
 
 
-class _Nothing(nn.Module):
+class _ZeroSublayer(nn.Module):
     """Replaces a sublayer by one that adds nothing. pair: whether it returns a pair, as attention does."""
 
     def __init__(self, pair: bool) -> None:
@@ -198,13 +198,13 @@ class _Nothing(nn.Module):
 class ReferenceTarget(Target):
     """The reference runtime: exact on any decoder-only Hugging Face model, checked on load.
 
-    A call changes the model while it runs, under the model's lock: threads take turns. Raises SpecDecError for
-    encoder-decoder or otherwise unsupported models, with the reason.
+        A call changes the model while it runs, under the model's lock: threads take turns. Raises SpecDecError for
+        encoder-decoder or otherwise unsupported models, with the reason.
 
-    beside: number of results of a layer beside hidden states; None: these alone, not in a tuple.
-    probed: whether that is known.
-    bridge: of the call that runs.
-    pairs: by type of MLP, whether it returns more than its result.
+    ~    extra_outputs: number of results of a layer beside hidden states; None: these alone, not in a tuple.
+        probed: whether that is known.
+        bridge: of the call that runs.
+        pairs: by type of MLP, whether it returns more than its result.
     """
 
     runtime = "reference"
@@ -214,7 +214,7 @@ class ReferenceTarget(Target):
         super().__init__(model)
         self.attention = model.config._attn_implementation
         self.base = model.base_model
-        self.beside: int | None = None
+        self.extra_outputs: int | None = None
         self.bridge: _Bridge | None = None
         self.probed = False
         self.pairs: dict[type[nn.Module], bool] = {}
@@ -261,7 +261,7 @@ class ReferenceTarget(Target):
                 raise SpecDecError(f"a layer of a '{kind}' model has no known {other} to leave out; skip whole layers")
             for name in names:
                 pair = other == "attention" or self._returns_pair(getattr(block, name), x)
-                stack.enter_context(_replaced(block, name, _Nothing(pair)))
+                stack.enter_context(_replaced(block, name, _ZeroSublayer(pair)))
             out = self.layers(x, layer, layer + 1, ctx)
         if part == "mlp":
             ctx.cache.lengths[layer] = filled
@@ -298,9 +298,9 @@ class ReferenceTarget(Target):
 
     # -- how it is done -----------------------------------------------------------------------------------------
 
-    def returned(self, hidden: Tensor) -> Any:
+    def as_output(self, hidden: Tensor) -> Any:
         """``hidden`` in the form that layers return."""
-        return hidden if self.beside is None else (hidden, *[None] * self.beside)
+        return hidden if self.extra_outputs is None else (hidden, *[None] * self.extra_outputs)
 
     def _probe(self, ids: Tensor, positions: Tensor) -> None:
         """Run the first layer on the model's own embeddings, to find what layers return."""

@@ -241,13 +241,13 @@ class Drafter(ABC):
         return self.name
 
     @classmethod
-    def load(cls, target: Target, source: str | None = None, **given: Any) -> Drafter:
+    def load(cls, target: Target, source: str | None = None, **kwargs: Any) -> Drafter:
         """Make one for ``target`` from ``source`` (a folder or a name) and options.
 
         By default there is no source, and options are the arguments of the constructor.
         """
-        options.check(cls.name, given, keywords(cls), source)
-        return cls(**given)
+        options.check(cls.name, kwargs, keywords(cls), source)
+        return cls(**kwargs)
 
     @classmethod
     def find(cls, target: Target, source: str | None) -> Path:

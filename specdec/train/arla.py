@@ -77,7 +77,7 @@ class ArlaMethod(TrainingMethod[M2R2]):
 
     def loss(self, network: M2R2, batch: TrainingBatch) -> tuple[Tensor, dict[str, float]]:
         loss, figures = torch.zeros((), device=self.target.device), dict[str, float]()
-        exits, last = len(network.path.reach), len(network.path.exits)
+        exits, last = len(network.path.stages_to_exit), len(network.path.exits)
         for number, (odds, hit, valid) in enumerate(self._steps(network, batch)):
             loss = loss + F.binary_cross_entropy_with_logits(odds, hit.float(), weight=valid.float(), reduction="sum")
             step, exit = divmod(number, exits)

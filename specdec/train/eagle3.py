@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from specdec.base.errors import SpecDecError
-from specdec.drafters.eagle3_network import KIND, Eagle3, Eagle3Config, tapped
+from specdec.drafters.eagle3_network import KIND, Eagle3, Eagle3Config, default_taps
 from specdec.drafters.medusa import final_norm
 from specdec.models import drafter_folder, source
 from specdec.runtimes.target import Target
@@ -50,7 +50,7 @@ class Eagle3Method(TrainingMethod[Eagle3]):
     def __init__(self, settings: Eagle3Settings, target: Target) -> None:
         super().__init__(settings, target)
         config = target.model.config.get_text_config()
-        self.layers = settings.layers or tapped(target.num_layers)
+        self.layers = settings.layers or default_taps(target.num_layers)
         if max(self.layers) > target.num_layers or min(self.layers) < 0:
             raise SpecDecError(f"setting 'layers' names {max(self.layers)}; the model has {target.num_layers}")
         self.heads = settings.heads or int(config.num_attention_heads)
@@ -136,7 +136,7 @@ class Eagle3Method(TrainingMethod[Eagle3]):
 
     def config(self, network: Eagle3) -> dict[str, Any]:
         name = source.own_name(self.settings.model)
-        return {"drafter": KIND, **network.config.written(self.target, name, self.settings.draft_steps)}
+        return {"drafter": KIND, **network.config.to_json(self.target, name, self.settings.draft_steps)}
 
     def tensors(self, masters: Eagle3) -> dict[str, Tensor]:
         stored, tokens = masters.state_dict(), masters.tokens
@@ -163,7 +163,7 @@ def draft_steps(network: Eagle3, target: Target, batch: TrainingBatch, steps: in
     places = torch.arange(batch.slots, device=texts.device).expand_as(texts)
     fused = network.fuse([batch.context[layer] for layer in network.config.layers])
     features = later(fused)  # (B, S, D'): of the token before each
-    _, keys, values = network.attended(target.embed(texts, places), features, places)
+    _, keys, values = network.qkv(target.embed(texts, places), features, places)
     at = batch.positions.clamp_max(batch.slots - 1)
     features = features.gather(1, at[..., None].expand(-1, -1, features.shape[2]))  # (B, T, D')
     embedded, valid = target.embed(batch.ids, batch.positions), batch.valid

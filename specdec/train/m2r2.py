@@ -35,7 +35,8 @@ from specdec.train.student import Teacher, draft_steps, later
 class M2R2Method(TrainingMethod[M2R2]):
     """KL to the base at each of the drafter's own steps, the mean of its exits, and optionally the rate's alignment.
 
-    That is, of every residual of the path, with the state of the base that it runs ahead to (``M2R2Path.aims``).
+    That is, of every residual of the path, with the state of the base that it runs ahead to
+    (``M2R2Path.target_layers``).
     """
 
     name = "m2r2"
@@ -60,7 +61,7 @@ class M2R2Method(TrainingMethod[M2R2]):
 
     def wanted(self) -> Wanted:
         wanted = wanted_states(self.path, self.target.num_layers)
-        aims = self.path.aims(self.target.num_layers) if self.settings.align else ()
+        aims = self.path.target_layers(self.target.num_layers) if self.settings.align else ()
         return dataclasses.replace(wanted, hidden=tuple(sorted({*wanted.hidden, *aims})))
 
     def build(self, vocab: Tensor | None) -> M2R2:
@@ -88,7 +89,7 @@ class M2R2Method(TrainingMethod[M2R2]):
         teacher.begin(batch)
         loss, figures = torch.zeros((), device=target.device), dict[str, float]()
         right = batch.valid  # where the drafter's steps so far are the text's own tokens
-        aims, watched = self.path.aims(target.num_layers), settings.align > 0
+        aims, watched = self.path.target_layers(target.num_layers), settings.align > 0
         for s, (exits, valid) in enumerate(draft_steps(network, target, batch, settings.draft_steps, watched)):
             reached = later(right) if s else valid
             weight = torch.where(reached, 1.0, settings.focus)

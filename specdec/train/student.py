@@ -65,11 +65,11 @@ def draft_steps(
         mask = step_mask(batch, step)
         for index in range(len(path.segments)):
             inputs.append(network.project(index, p, carry))
-            p, more = network.segment(target, index, inputs[-1], batch.positions, mask, cache, watched)
+            p, more = network.run_segment(target, index, inputs[-1], batch.positions, mask, cache, watched)
             passed = [*passed, *more]
             ends.append((p, passed))
         exits = list[tuple[Tensor, list[Tensor]]]()
-        for exit, run in enumerate(path.reach):
+        for exit, run in enumerate(path.stages_to_exit):
             p, passed = ends[run - 1]
             final = network.estimate(exit, p, carry)
             exits.append((final, [*passed, final] if path.final_projection else passed))
@@ -83,11 +83,11 @@ def projected_from(network: M2R2, target: Target, batch: TrainingBatch, index: i
     path, carry = network.path, exact_carry(network, batch)
     early, segments = shared(network, target, batch), len(path.segments)
     ends = [target.embed(batch.ids, batch.positions), *(p for p, _ in early)]
-    run = len(path.shared) + index if index < segments else path.reach[index - segments]  # stages
+    run = len(path.shared) + index if index < segments else path.stages_to_exit[index - segments]  # stages
     mask, cache = step_mask(batch, 1), batch.cache(target.num_layers)
     for segment in range(run - len(path.shared)):
         x = network.project(segment, ends[-1], carry)
-        ends.append(network.segment(target, segment, x, batch.positions, mask, cache)[0])
+        ends.append(network.run_segment(target, segment, x, batch.positions, mask, cache)[0])
     return ends[run], carry
 
 

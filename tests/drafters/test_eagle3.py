@@ -53,7 +53,7 @@ def save(folder: Path, network: Eagle3, target: ReferenceTarget, **changes: Any)
     assert tokens is not None
     tensors["t2d"] = torch.zeros(target.vocab_size, dtype=torch.bool).index_fill(0, tokens, True)
     save_file(tensors, folder / "model.safetensors")
-    config = network.config.written(target, "org/base", 4) | changes
+    config = network.config.to_json(target, "org/base", 4) | changes
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 

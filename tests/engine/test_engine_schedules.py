@@ -120,7 +120,7 @@ class Oracle(Drafter):
     name = "oracle"
 
     def __init__(self, siblings: int = 0) -> None:
-        self.siblings, self.right = siblings, 0
+        self.siblings, self.hits = siblings, 0
         self.texts: dict[RowSampler, list[int]] = {}
 
     def propose(self, state: State, limit: int) -> Draft:
@@ -132,7 +132,7 @@ class Oracle(Drafter):
         return Draft([row + [-1] * (len(parents) - len(row)) for row in rows], tuple(parents))
 
     def _draft(self, text: list[int], start: int, limit: int) -> list[int]:
-        right = text[start : start + min(self.right, limit)]
+        right = text[start : start + min(self.hits, limit)]
         drafted = [other % 97 for token in right for other in (*range(token + 1, token + 1 + self.siblings), token)]
         wrong = (text[start + len(right)] + 9) % 97 if start + len(right) < len(text) else 5
         return drafted + [wrong] * (1 + self.siblings) if len(right) < limit else drafted
@@ -267,7 +267,7 @@ class Schedules(RuleBasedStateMachine):
     @precondition(lambda self: self.engine.busy)
     @rule(right=st.integers(0, 6), chunk=st.sampled_from([1, 2, 3, 7, 40]), count=st.integers(1, 4))
     def step(self, right: int, chunk: int, count: int) -> None:
-        self.oracle.right, self.engine.scheduler.chunk = right, chunk
+        self.oracle.hits, self.engine.scheduler.chunk = right, chunk
         for _ in range(count):
             self.engine.step()
             self.check_caches()
@@ -319,7 +319,7 @@ class Schedules(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not self.cases:
             return
-        self.oracle.right = 6
+        self.oracle.hits = 6
         for _ in self.engine.steps():
             self.check_caches()
         for case in self.cases:

@@ -20,7 +20,7 @@ def test_a_few_layers_of_a_model_become_its_draft_model(tmp_path: Path) -> None:
     command = f"--model {folder} --prompts {prompts} --output {output} --minutes 0.03 --layers".split()
     RECIPE["main"]([*command, "0,3"])
     decoder = SpecDecoder.from_pretrained(str(folder), drafter=f"draft-model={output}", dtype="float32")
-    assert decoder.drafter.own.num_layers == 2  # type: ignore[attr-defined]
+    assert decoder.drafter.draft_target.num_layers == 2  # type: ignore[attr-defined]
     plain = decoder.with_drafter("none").generate("hello", max_new_tokens=16)
     out = decoder.generate("hello", max_new_tokens=16, num_speculative_tokens=3)
     assert out.token_ids == plain.token_ids and out.metrics.num_draft_tokens > 0

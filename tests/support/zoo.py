@@ -11,7 +11,7 @@ from tiny import tiny_model
 
 from specdec.drafters.draft_model import DraftModelDrafter
 from specdec.drafters.eagle3 import Eagle3Drafter
-from specdec.drafters.eagle3_network import Eagle3, Eagle3Config, tapped
+from specdec.drafters.eagle3_network import Eagle3, Eagle3Config, default_taps
 from specdec.drafters.exits import (
     DeedDrafter,
     EarlyExitDrafter,
@@ -155,13 +155,15 @@ def medusa(target: Target, nodes: int | None = None, rooted: bool = False) -> Me
     return MedusaDrafter(network, [[0.6, 0.3], [0.5, 0.3], [0.4, 0.2]], nodes)
 
 
-def eagle3(target: Target, own_embedding: bool = False, **options: Any) -> Eagle3Drafter:
+def eagle3(target: Target, has_embedding: bool = False, **options: Any) -> Eagle3Drafter:
     """A random head over every second token; with an embedding of its own its states have another size."""
     torch.manual_seed(4)
     tokens = half(target).long()
-    width = 24 if own_embedding else target.hidden_size
-    config = Eagle3Config(tapped(target.num_layers), width, 4, 2, 8, 40, len(tokens), norm_first=not own_embedding)
-    network = Eagle3(config, target, tokens - torch.arange(len(tokens)), own_embedding)
+    width = 24 if has_embedding else target.hidden_size
+    config = Eagle3Config(
+        default_taps(target.num_layers), width, 4, 2, 8, 40, len(tokens), norm_first=not has_embedding
+    )
+    network = Eagle3(config, target, tokens - torch.arange(len(tokens)), has_embedding)
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.3)
     return Eagle3Drafter(network, **options)

@@ -642,12 +642,19 @@ def test_the_command_answers_prompts_trains_and_leaves_a_drafter(tmp_path: Path)
 
 def test_each_residual_runs_ahead_to_the_layer_that_its_rate_says() -> None:
     early, late = M2R2Path(6, (), False, 4, {0: ["mlp.up_proj"]}), M2R2Path(0, ((20, 24),), True, 4)
-    assert early.aims(30) == [5, 10, 15, 20, 25, 30]
-    assert dataclasses.replace(early, exits=(2,)).aims(30) == [15, 30, 9, 16, 23, 30]  # p begins anew behind an exit
-    assert late.aims(30) == [20, 21, 22, 23, 24, 30]
-    assert M2R2Path(3, ((26, 28),), False, 4).aims(30) == [3, 26, 28, 30]
+    assert early.target_layers(30) == [5, 10, 15, 20, 25, 30]
+    assert dataclasses.replace(early, exits=(2,)).target_layers(30) == [
+        15,
+        30,
+        9,
+        16,
+        23,
+        30,
+    ]  # p begins anew behind an exit
+    assert late.target_layers(30) == [20, 21, 22, 23, 24, 30]
+    assert M2R2Path(3, ((26, 28),), False, 4).target_layers(30) == [3, 26, 28, 30]
     for path in (*PATHS.values(), early, late):
-        assert len(path.aims(30)) == path.residuals()
+        assert len(path.target_layers(30)) == path.num_residuals()
 
 
 def test_windows_stay_within_the_context() -> None:
@@ -673,7 +680,7 @@ def test_alignment_brings_a_layer_before_the_exit_nearer_to_where_it_runs_ahead_
         train(recipe(answers, tmp_path / f"{align}", align=align, **paper))
         folder = tmp_path / f"{align}"
         network = load_network(target, folder)
-        aims = network.path.aims(4)
+        aims = network.path.target_layers(4)
         assert aims == [2, 4]
         wanted = dataclasses.replace(wanted_states(network.path, 4), hidden=(2, 4))
         records = states._records(states._teach(target, some, wanted, lambda n: None), wanted)

@@ -39,19 +39,21 @@ class AcceptanceEstimator:
     """
 
     def __init__(self, exits: int, positions: int, earlier: Sequence[AcceptanceTable] = ()) -> None:
-        self.positions, self.all = positions, RowHistory(exits, positions)
+        self.positions, self.common = positions, RowHistory(exits, positions)
         for exit, table in enumerate(earlier[:exits]):
             own = [(share, weight, 0) for share, weight in table[:positions]]
-            self.all.shares[exit][: len(own)] = own
+            self.common.shares[exit][: len(own)] = own
 
     def begin(self) -> RowHistory:
         """The history of a new request."""
-        return RowHistory(len(self.all.shares), self.positions)
+        return RowHistory(len(self.common.shares), self.positions)
 
     def chances(self, row: RowHistory, exit: int) -> list[float]:
         """The probability that a chain of ``row`` is accepted up to each position."""
         share, chance, chances = PRIOR, 1.0, list[float]()
-        for (own, weight, count), (common, all_weight, _) in zip(row.shares[exit], self.all.shares[exit], strict=True):
+        for (own, weight, count), (common, all_weight, _) in zip(
+            row.shares[exit], self.common.shares[exit], strict=True
+        ):
             others = min(max(all_weight - count, 0.0), CARRIED)  # the prior of a position is the one before it
             share = (weight * own + others * common + PRIOR_WEIGHT * share) / (weight + others + PRIOR_WEIGHT)
             chance *= share
@@ -67,9 +69,9 @@ class AcceptanceEstimator:
         for position in range(min(max(drafted), self.positions)):
             # Only rows whose chain was accepted up to here say anything about this position.
             reached = [a > position for d, a in zip(drafted, accepted, strict=True) if d > position <= a]
-            self.all.add(exit, position, reached, SLOW_DECAY)
+            self.common.add(exit, position, reached, SLOW_DECAY)
 
     @property
     def tables(self) -> tuple[AcceptanceTable, ...]:
         """The acceptance of all requests, for later processes."""
-        return tuple(tuple((share, weight) for share, weight, _ in shares if weight) for shares in self.all.shares)
+        return tuple(tuple((share, weight) for share, weight, _ in shares if weight) for shares in self.common.shares)

@@ -102,7 +102,7 @@ class PinnedTier(Tier):
     model's stream waits for the copy.
 
     cuda: ``torch.cuda``, or a replacement in tests.
-    copied, used: by address of the slot, the event after its copy and after its last use.
+    copy_events, use_events: by address of the slot, the event after its copy and after its last use.
     """
 
     def __init__(self, folder: Path, index: Index, device: torch.device, cuda: Any = torch.cuda) -> None:
@@ -113,8 +113,8 @@ class PinnedTier(Tier):
             part.copy_(source[block * index.stride : (block + 1) * index.stride])
             index.check(block, part)
         self.stream = cuda.Stream(device)
-        self.copied: dict[int, Any] = {}
-        self.used: dict[int, Any] = {}
+        self.copy_events: dict[int, Any] = {}
+        self.use_events: dict[int, Any] = {}
 
     def slots(self, count: int) -> Tensor:
         return torch.empty(count, self.index.stride, dtype=torch.uint8, device=self.device)
@@ -122,22 +122,22 @@ class PinnedTier(Tier):
     def read(self, block: int, slot: Tensor, start: int, stop: int) -> int:
         base, key = block * self.index.stride, slot.data_ptr()
         with self.cuda.stream(self.stream):
-            if start == 0 and key in self.used:
-                self.stream.wait_event(self.used.pop(key))
+            if start == 0 and key in self.use_events:
+                self.stream.wait_event(self.use_events.pop(key))
             slot[start:stop].copy_(self.blocks[base + start : base + stop], non_blocking=True)
             event = self.cuda.Event()
             event.record(self.stream)
         event.synchronize()  # the loading thread reports the slot as filled
-        self.copied[key] = event
+        self.copy_events[key] = event
         return stop
 
     def acquire(self, slot: Tensor) -> None:
-        self.cuda.current_stream(self.device).wait_event(self.copied[slot.data_ptr()])
+        self.cuda.current_stream(self.device).wait_event(self.copy_events[slot.data_ptr()])
 
     def release(self, slot: Tensor) -> None:
         event = self.cuda.Event()
         event.record(self.cuda.current_stream(self.device))
-        self.used[slot.data_ptr()] = event
+        self.use_events[slot.data_ptr()] = event
 
     def close(self) -> None:
         self.blocks = torch.empty(0, dtype=torch.uint8)

@@ -82,7 +82,7 @@ class NativeTarget(ByParts):
         if weights in ROUNDED:
             for layer in decoder.layers:
                 _round(layer, ROUNDED[weights])
-        self.cache_rounded, self.rounded = False, activations != "bf16"
+        self.int8_cache, self.rounded = False, activations != "bf16"
         self._parts = llama_like.adapter_parts(first)
         self._layers = (Layer * self.num_layers)()
         self._alive: list[Any] = []  # objects that the structures point to
@@ -105,13 +105,13 @@ class NativeTarget(ByParts):
         sizes = self.hidden_size, self.heads, self.kv_heads, self.head_dim, self.inner, 2 * rotated
         self._sizes = (*sizes, self.rounded, self.eps, scale)
         self._model = Model(*self._sizes, ctypes.addressof(self._layers))
-        self.kinds_of_windows = sorted(set(self.windows), key=str)
-        self._spans = (INT * len(self.kinds_of_windows))(*(window or 0 for window in self.kinds_of_windows))
-        self._window = (INT * self.num_layers)(*(self.kinds_of_windows.index(w) for w in self.windows))
+        self.window_sizes = sorted(set(self.windows), key=str)
+        self._spans = (INT * len(self.window_sizes))(*(window or 0 for window in self.window_sizes))
+        self._window = (INT * self.num_layers)(*(self.window_sizes.index(w) for w in self.windows))
         self.embedding = RowTable(matrix(decoder.embed_tokens))
         self._heads: WeakKeyDictionary[nn.Module, Packed] = WeakKeyDictionary()
         self._readout: Packed | None = None  # the model's own
-        self._untapped = (POINTER * (self.num_layers + 1))()
+        self._no_taps = (POINTER * (self.num_layers + 1))()
         self._adapted: WeakKeyDictionary[Adapters, dict[int, Any]] = WeakKeyDictionary()
         self._merged_models: WeakKeyDictionary[Adapters, dict[tuple[int, int], Any]] = WeakKeyDictionary()
         self.weight_format = " and ".join(str(width) for width in sorted({BITS[kind] for kind in kinds})) + " bits"
@@ -120,12 +120,12 @@ class NativeTarget(ByParts):
         with memory.sparing((*decoder.layers, decoder.embed_tokens, self.own_head), _mapped):
             self.logit_difference = check_logits(self)
         if kv_cache == "int8":  # after the self-check: it is lossy
-            self.cache_rounded, self.kv_cache = True, "8 bits (lossy)"
+            self.int8_cache, self.kv_cache = True, "8 bits (lossy)"
         memory.release(*_mapped(model))  # parts of large pages may be back with their neighbours
         memory.trim()
 
     def new_cache(self, batch: int = 1) -> RowCache:
-        return RowCache(self.num_layers, batch, int8=self.cache_rounded)
+        return RowCache(self.num_layers, batch, int8=self.int8_cache)
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         return self.embedding(ids)
@@ -219,8 +219,8 @@ class NativeTarget(ByParts):
         if not mask.causal:
             for row, sequence in enumerate(sequences):
                 if mask.trees[row] is not None:
-                    trees = (POINTER * len(self.kinds_of_windows))(
-                        *(pointer(mask.tree(row, window)) for window in self.kinds_of_windows)
+                    trees = (POINTER * len(self.window_sizes))(
+                        *(pointer(mask.tree(row, window)) for window in self.window_sizes)
                     )
                     sequence.trees = ctypes.addressof(trees)
                     alive.append(trees)
@@ -254,9 +254,9 @@ class NativeTarget(ByParts):
 
     def _new_call(self, lo: int, hi: int) -> Call:
         """A call with the fields that depend neither on a cache nor on states."""
-        call = Call(0, 0, lo, hi, cores.threads(), 0, len(self.kinds_of_windows))
+        call = Call(0, 0, lo, hi, cores.threads(), 0, len(self.window_sizes))
         call.spans, call.window = ctypes.addressof(self._spans), ctypes.addressof(self._window)
-        call.taps = ctypes.addressof(self._untapped)
+        call.taps = ctypes.addressof(self._no_taps)
         return call
 
     def head(self, head: nn.Linear | None) -> Packed:
