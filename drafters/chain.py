@@ -204,8 +204,8 @@ class ChainDrafter(Drafter):
         if weighs and prices is not None:  # keep the siblings that are worth their price
             order = sorted(range(len(off)), key=lambda i: -off[i])
             count = prices.take([*on, *(off[i] for i in order)], least=len(on), rows=len(token))
-            kept = [*range(len(on)), *sorted(len(on) + i for i in order[: count - len(on)])]
-            drafted, parents = drafted[:, kept], [parents[i] for i in kept]
+            selected = [*range(len(on)), *sorted(len(on) + i for i in order[: count - len(on)])]
+            drafted, parents = drafted[:, selected], [parents[i] for i in selected]
         draft = Draft(drafted, tuple(parents))
         draft.layers = torch.cat(layers, 1) if layers else None
         self.shape.pending = draft.parents

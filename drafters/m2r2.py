@@ -3,7 +3,7 @@
 A second residual p runs beside the slow residual h through the first E layers, helped by low-rank adapters and
 attending to h's exact keys and values. Then, optionally, one matrix projects it, with the previous token's deep states
 (the carry), to the input of a later segment of the model's own layers, and a last one projects it onto the final state
-h[N]. Its readout is the draft. h[E] and everything cached below E are exact and kept, so scoring resumes at E.
+h[N]. Its readout is the draft. h[E] and everything cached below E are exact, so scoring resumes at E.
 
 There may be several exits, each with a rate of its own (the mixture): a token leaves at the first exit whose router
 (ARLA) is confident enough.

@@ -38,7 +38,7 @@ class Batch:
     A drafter that raises, or whose draft cannot be scored, is dropped with a DrafterWarning, and rows are decoded
     plainly. It starts again with the next request, ``RESTARTS`` times at most.
 
-    configured: the drafter that was asked for.
+    configured: the drafter of this configuration.
     drafter: the same, or None after it has failed.
     drafter_behind: whether the drafter, started again, has seen nothing of the rows until the next step.
     failures: number of times that the drafter has failed.

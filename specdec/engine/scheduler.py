@@ -19,7 +19,7 @@ from specdec.runtimes.target import Target
 DRAFTED = 16  # slots that the nodes of a usual draft take
 PAGE = 16  # memory is counted in blocks of so many slots
 HEADROOM = 64  # free slots for each row at an admission: with fewer, a row would soon be preempted again
-NEW_SLOTS = 1024  # maximum new tokens that a row's cache is allocated for at first, if it is kept for others
+NEW_SLOTS = 1024  # maximum new tokens that a row's cache is allocated for at first, if later requests may reuse it
 SHARED = 32  # a request waits for another's prompt if they share so many more tokens than any cached prefix
 CHECKPOINT = 512  # minimum prompt tokens between two checkpoints of recurrent states; in a long prompt a quarter of it
 
@@ -61,7 +61,7 @@ class Scheduler:
     max_rows: maximum number of requests that run at once.
     kv_memory: maximum bytes of keys and values; None: no limit.
     chunk: maximum prompt tokens in a step while rows decode.
-    reuse: whether texts are kept for requests that begin alike.
+    reuse: whether cached texts serve requests that begin alike.
     prefix_queries, prefix_hits: prompt tokens looked up among cached prefixes, and found.
     token_bytes: size of a token's keys and values; state_bytes: of a row's recurrent states, or a checkpoint. 0 without
         a limit of memory.
@@ -168,7 +168,7 @@ class Scheduler:
         source: Callable[[int, int], KVCache] | None = None
         if prefix is not None:
             whole, cache = most == len(prefix.ids), prefix.cache
-            source = (lambda count, room: self.prefixes.take(prefix)) if whole else partial(cache.copy, 0)
+            source = (lambda count, capacity: self.prefixes.take(prefix)) if whole else partial(cache.copy, 0)
         for b, other in enumerate(self.batch.rows):
             if other.scope != scope:
                 continue

@@ -80,12 +80,12 @@ class _Scorer:
         # Choose, and read drafted tokens that the device alone has
         masked = sampler.best_allowed and not verifier.needs_probabilities
         p, fault, unread = None, None, [draft.tokens] if draft.listed is None else []
-        kept = dict[int, Tensor]()
+        row_logits = dict[int, Tensor]()
         if sampler.plain_greedy and readout not in taps and not self.logit_rows:
             *read, chosen = target.choose(x, *unread)
         else:
             logits = target.readout(x)  # (B, 1 + M - filled, V)
-            kept = {b: logits[b] for b in self.logit_rows}
+            row_logits = {b: logits[b] for b in self.logit_rows}
             if readout in taps:
                 taps[readout] = logits
             if sampler.plain_greedy or masked:
@@ -110,7 +110,7 @@ class _Scorer:
             chosen = [[0] * filled + row for row in chosen]
             p = None if p is None else F.pad(p, (0, 0, filled, 0))
             taps = {layer: F.pad(seen, (0, 0, filled, 0)) if seen.numel() else seen for layer, seen in taps.items()}
-        return Scores(chosen, p, taps, len(chosen) * (1 + len(draft.parents)), None, kept, fault)
+        return Scores(chosen, p, taps, len(chosen) * (1 + len(draft.parents)), None, row_logits, fault)
 
     def _resume(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """The block's states [B, 1 + M, D] at the draft's exit layer: those the draft has, and the others run now."""
@@ -154,7 +154,7 @@ class _Scorer:
         if target.num_layers + 1 in taps:
             taps[target.num_layers + 1] = target.readout(x)
         # Choose: plain greedy rows all at once; the others from logits, for which the head's weights are read once
-        width, p, kept, begin = 1 + len(draft.parents), list[Tensor](), dict[int, Tensor](), 0
+        width, p, row_logits, begin = 1 + len(draft.parents), list[Tensor](), dict[int, Tensor](), 0
         chosen = [[0] * width for _ in nodes]
         read = [b for b, row in enumerate(state.sampler.rows) if not row.plain_greedy or b in self.logit_rows]
         plain = target.choose(x)[0][0] if len(read) < len(nodes) else []
@@ -174,14 +174,14 @@ class _Scorer:
                 certain = F.one_hot(upload([found], cache.device).clamp_min(0), target.vocab_size).float()
                 p.append(_padded(certain if row.plain_greedy else scores.softmax(-1), [own], width))
             if raw is not None and b in self.logit_rows:
-                kept[b] = raw[0]
+                row_logits[b] = raw[0]
             for node, token in zip(own, found, strict=True):
                 chosen[b][node] = token
             begin = end
         for layer, states in taps.items():
             if states.dim() > 1:
                 taps[layer] = _padded(states, nodes, width)
-        return Scores(chosen, torch.cat(p) if p else None, taps, sum(counts), nodes, kept)
+        return Scores(chosen, torch.cat(p) if p else None, taps, sum(counts), nodes, row_logits)
 
     def _read_out(self, x: Tensor, counts: Sequence[int], rows: Sequence[int]) -> Sequence[Tensor]:
         """Logits [1, n, V] of each of ``rows``, whose tokens are among those of all rows in ``x`` [1, T, D]."""
@@ -194,7 +194,7 @@ class _Scorer:
     def _make_masks(self) -> None:
         """Make the masks of drafted tokens while the device scores them, for tokens that the host has.
 
-        Other tokens were drafted under masks, which are kept.
+        Other tokens were drafted under masks, which are still there.
         """
         for b, row in enumerate(self.state.sampler.rows):
             if row.constraint is not None and self.draft.listed is not None:

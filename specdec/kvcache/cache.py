@@ -75,7 +75,7 @@ class KVCache:
     grow in multiples of ``block`` slots. When gradients are needed (training), entries are concatenated instead.
 
     keys, values: of each layer, [B, H, capacity, d]; rows of ``quantize_rows`` if ``int8``.
-    buffer: all keys and values in one tensor, [2, N, rows, H, capacity, d], or None; rows beyond B are spare.
+    buffer: all keys and values in one tensor, [2, N, rows, H, capacity, d], or None; rows beyond B are unused.
     lengths: number of filled slots of each layer.
     rows: number of committed tokens of each row; ``committed``: the largest of them.
     positions: of all slots, [B, capacity].
@@ -315,10 +315,10 @@ class KVCache:
         """Bytes of a row's recurrent states in all layers; 0 before any are stored."""
         return sum(state.nbytes for state in self.recurrent.values()) // max(self.batch, 1)
 
-    def copy(self, row: int, count: int, room: int = 0) -> KVCache:
+    def copy(self, row: int, count: int, capacity: int = 0) -> KVCache:
         """A cache of one row: the first ``count`` committed tokens of ``row``.
 
-        count: as ``resumable`` returns it. room: number of slots that it will need.
+        count: as ``resumable`` returns it. capacity: number of slots that it will need.
         """
         if count and count != self.resumable(row, count):
             raise ValueError(f"cannot copy {count} of {self.rows[row]} tokens: there is no checkpoint after them")
@@ -342,7 +342,7 @@ class KVCache:
         return self.copy(row, self.rows[row])
 
     def take_compact(self, row: int) -> KVCache:
-        """``take`` for a cached prefix: the buffers have little more room than the tokens need."""
+        """``take`` for a cached prefix: the buffers have little more capacity than the tokens need."""
         return self.take(row)
 
     def select(self, rows: Sequence[int]) -> None:
@@ -391,8 +391,8 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
     size = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or not size:
         return torch.zeros(shape, dtype=dtype, device=device)
-    room = torch.from_numpy(np.zeros(size + 64, np.uint8))
-    return room[-room.data_ptr() % 64 :][:size].view(dtype).view(shape)
+    memory = torch.from_numpy(np.zeros(size + 64, np.uint8))
+    return memory[-memory.data_ptr() % 64 :][:size].view(dtype).view(shape)
 
 
 def _held(own: Tensor | None, other: Tensor | None, rows: int) -> Tensor | None:

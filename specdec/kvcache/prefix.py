@@ -1,4 +1,4 @@
-"""Cached prefixes: texts whose keys and values are kept after their requests, for prompts that begin alike."""
+"""Cached prefixes: texts whose keys and values stay cached after their requests, for prompts that begin alike."""
 
 from __future__ import annotations
 

@@ -181,10 +181,10 @@ class RowCache(KVCache):
         self.draft_positions = self.draft_positions.new_zeros(len(rows), self.draft_positions.shape[1])
         self._count(rows)
 
-    def copy(self, row: int, count: int, room: int = 0) -> RowCache:
+    def copy(self, row: int, count: int, capacity: int = 0) -> RowCache:
         made, data = RowCache(len(self.lengths), 1, self.block, self.int8), self.data[row]
         if data is not None and count:
-            slots = -(-max(count, room) // PAGE) * PAGE
+            slots = -(-max(count, capacity) // PAGE) * PAGE
             own = zeros((*data.shape[:3], slots, data.shape[4]), data.dtype, self.device)
             own[:, :, :, :count] = data[:, :, :, :count]
             made._put(0, own)

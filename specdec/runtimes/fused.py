@@ -108,8 +108,8 @@ class FusedTarget(ByParts):
         self.groups = self.heads // self.kv_heads
         self.output_gate = kind in DELTA_RULE  # beside each query head
         self.per_head_norm = kind == "qwen3" or self.output_gate
-        self._routers = [layer.mlp if llama_like.routes(layer) else None for layer in decoder.layers]
-        mlps = [layer.mlp for layer in decoder.layers if not llama_like.routes(layer)]
+        self._routers = [layer.mlp if llama_like.has_experts(layer) else None for layer in decoder.layers]
+        mlps = [layer.mlp for layer in decoder.layers if not llama_like.has_experts(layer)]
         act = None if not mlps else mlps[0].activation_fn if kind == "phi3" else mlps[0].act_fn
         self.act: Callable[[Tensor], Tensor] = F.silu if act is None or "SiLU" in type(act).__name__ else act
         if weights == "int4" and (self.dtype != torch.bfloat16 or self.device.type != "cpu"):

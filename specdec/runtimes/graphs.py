@@ -68,16 +68,16 @@ class _Step:
 
 
 class _HeadSlot:
-    """A head of ``room`` outputs that takes the values of others, so that they share its recorded passes.
+    """A head of ``size`` outputs that takes the values of others, so that they share its recorded passes.
 
     Drafters make new heads as their vocabulary follows the context.
 
     loaded: the last head, and the version of its values.
     """
 
-    def __init__(self, like: nn.Linear, room: int) -> None:
+    def __init__(self, like: nn.Linear, size: int) -> None:
         options = {"bias": like.bias is not None, "device": like.weight.device, "dtype": like.weight.dtype}
-        self.head = nn.utils.skip_init(nn.Linear, like.in_features, room, **options).requires_grad_(False)
+        self.head = nn.utils.skip_init(nn.Linear, like.in_features, size, **options).requires_grad_(False)
         self.loaded: tuple[weakref.ref[nn.Linear] | None, object] = None, None
 
     def load(self, head: nn.Linear) -> None:
@@ -150,7 +150,7 @@ class GraphedTarget(FusedTarget):
             whole = cache.buffer
             self._buffers[batch] = user, whole
             self._steps = OrderedDict((key, step) for key, step in self._steps.items() if key[0] != batch)
-        keys, values = whole[:, :, :batch]  # (N, B, Hkv, capacity, d); there may be spare rows
+        keys, values = whole[:, :, :batch]  # (N, B, Hkv, capacity, d); there may be unused rows
         stack = self._select_layers(x, lo, hi, ctx, grad=False)[lo:hi]
         windows = sorted(set(self.windows[lo:hi]), key=str)
         tapped = sorted(layer for layer in taps if lo <= layer <= hi)

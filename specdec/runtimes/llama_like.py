@@ -62,7 +62,7 @@ def recurrent(layer: Any) -> bool:
     return hasattr(layer, "linear_attn")
 
 
-def routes(layer: Any) -> bool:
+def has_experts(layer: Any) -> bool:
     """Whether the MLP routes to experts; it then runs as the model's own module."""
     return hasattr(layer.mlp, "experts")
 
@@ -82,7 +82,7 @@ def modules(layer: Any) -> dict[str, list[tuple[str, nn.Linear]]]:
         "gate_up": ["mlp.gate_up_proj"] if hasattr(layer.mlp, "gate_up_proj") else ["mlp.gate_proj", "mlp.up_proj"],
         "down": ["mlp.down_proj"],
     }
-    if routes(layer):
+    if has_experts(layer):
         del names["gate_up"], names["down"]
     found = {slot: [(path, layer.get_submodule(path)) for path in paths] for slot, paths in names.items()}
     for path, module in (pair for pairs in found.values() for pair in pairs):

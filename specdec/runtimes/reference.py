@@ -106,7 +106,7 @@ class _Bridge(Cache):
                     outs.append(mixer(token))
                 return torch.cat(outs, 1), self.states
             finally:
-                self.adapted = True  # in the rest of the layer
+                self.adapted = True  # in what follows in the layer
 
         return run
 

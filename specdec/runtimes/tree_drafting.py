@@ -87,11 +87,11 @@ class Candidates(NamedTuple):
         """The nodes with a probability above 0."""
         return self.only([node for node, score in enumerate(self.scores) if score > -math.inf])
 
-    def only(self, kept: Sequence[int]) -> Candidates:
-        """The nodes with the (rising) indices ``kept``, which include each node's parent."""
-        place = {0: 0} | {node + 1: at for at, node in enumerate(kept, start=1)}
-        scores, tokens = [self.scores[node] for node in kept], [self.tokens[node] for node in kept]
-        return Candidates(scores, tokens, [place[self.parents[node]] for node in kept])
+    def only(self, indices: Sequence[int]) -> Candidates:
+        """The nodes with the (rising) ``indices``, which include each node's parent."""
+        place = {0: 0} | {node + 1: at for at, node in enumerate(indices, start=1)}
+        scores, tokens = [self.scores[node] for node in indices], [self.tokens[node] for node in indices]
+        return Candidates(scores, tokens, [place[self.parents[node]] for node in indices])
 
 
 @dataclass(frozen=True)

@@ -398,5 +398,5 @@ def release(*matrices: Tensor | Blocks) -> None:
 
 
 def _mapped(module: nn.Module) -> list[Tensor]:
-    """The storage of the weights of ``module``."""
+    """The memory of the weights of ``module``."""
     return [each.data if isinstance(each, Blocks) else each for _, each in named_weights(module)]
