@@ -74,7 +74,7 @@ def read_seconds(data: torch.Tensor) -> float:
 
 def gguf_of(model: str) -> Path:
     if model in catalogue.EMBEDDED:
-        return catalogue.prepared(model) / catalogue.GGUF
+        return catalogue.prepare_embedded(model) / catalogue.GGUF
     if not Path(model).is_file():
         sys.exit(f"'{model}' is neither an embedded model nor a file; give a .gguf file")
     return Path(model).absolute()

@@ -38,7 +38,7 @@ class PeerMethod(Method):
         if cell.temperature > 0:
             raise SpecDecError(f"'{self.kind}' is measured greedily; leave it out or use --temperature 0")
         path, most = readable(self.kind, model_file(cell.model)), base.target.context
-        context = options.whole("context", cell.drafter_options.get("context", min(CONTEXT, most)), 1, most)
+        context = options.check_int("context", cell.drafter_options.get("context", min(CONTEXT, most)), 1, most)
         if peer.mode == "draft-model":
             source = str(readable(self.kind, Path(source) if Path(source).is_file() else None))
         depth = None if cell.num_speculative_tokens == "auto" else cell.num_speculative_tokens
@@ -61,7 +61,7 @@ class PeerMethod(Method):
 def model_file(name: str) -> Path | None:
     """The GGUF file of an embedded model, else the file or folder ``name``; None where that is neither."""
     if name in catalogue.EMBEDDED:
-        return catalogue.prepared(name) / catalogue.GGUF
+        return catalogue.prepare_embedded(name) / catalogue.GGUF
     path = Path(name).expanduser().absolute()
     return path if path.exists() else None
 

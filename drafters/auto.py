@@ -23,9 +23,9 @@ class AutoDrafter(Drafter):
     @classmethod
     def load(cls, target: Target, source: str | None = None, **kwargs: Any) -> Drafter:
         """The drafter for ``target``, with its options. Warns if no trained one is shipped."""
-        options.check(cls.name, (), source=source)
+        options.check_names(cls.name, (), source=source)
         name, source = "ngram" if built() else "prompt-lookup", None
-        if drafter_folder.shipped("m2r2", target) is not None:
+        if drafter_folder.find_shipped("m2r2", target) is not None:
             name, source = ("hybrid", "ngram+m2r2") if built() else ("m2r2", None)
         else:
             command = registry.lookup("drafters", "m2r2").training_command(target.model.config._name_or_path)

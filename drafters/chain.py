@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from specdec.base.devices import upload, waits
+from specdec.base.devices import is_asynchronous, upload
 from specdec.base.errors import SpecDecError
 from specdec.base.options import Count
 from specdec.base.settings import Whole, checked
@@ -190,7 +190,7 @@ class ChainDrafter(Drafter):
             parents += [depth] * (tokens.shape[1] - 1)
             positions = (positions + 1).clamp_max(state.target.context - 1)  # other rows may go deeper
             # Stop where another level is not worth its price
-            if prices is not None and not waits(token.device):
+            if prices is not None and not is_asynchronous(token.device):
                 own = weighs or certainty is None
                 each = _probability(logits, tokens if weighs else token, vocab) if own else certainty
                 each = each if shares is None else shares[:, : tokens.shape[1] if weighs else 1]

@@ -48,7 +48,7 @@ class DraftModelDrafter(ChainDrafter):
     @classmethod
     def load(cls, target: Target, source: str | None = None, **kwargs: Any) -> DraftModelDrafter:
         """Load the draft model: ``source``, or the option ``model``, is whatever ``loading.load`` takes."""
-        options.check(cls.name, kwargs, ("model", *SHAPE))
+        options.check_names(cls.name, kwargs, ("model", *SHAPE))
         model = kwargs.pop("model", source)
         if not isinstance(model, str) or not model:
             raise SpecDecError(

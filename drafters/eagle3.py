@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from specdec.base import options
-from specdec.base.devices import upload, waits
+from specdec.base.devices import is_asynchronous, upload
 from specdec.models import drafter_folder, hub
 from specdec.runtimes.target import Target
 from specdec.runtimes.tree_drafting import WIDTH, Candidates, TreeLimits, by_levels
@@ -75,17 +75,17 @@ class Eagle3Drafter(ChainDrafter):
 
     def __init__(self, network: Eagle3, width: int = WIDTH, **shape: Unpack[ShapeOptions]) -> None:
         super().__init__(**shape)
-        self.network, self.width = network, options.whole("width", width, 1)
+        self.network, self.width = network, options.check_int("width", width, 1)
         self.path = str(network.config)
 
     @classmethod
     def load(cls, target: Target, source: str | None = None, **kwargs: Any) -> Eagle3Drafter:
         """From a folder, or a Hugging Face repository, in the speculators format."""
-        options.check(cls.name, kwargs, (*SHAPE, "width"))
+        options.check_names(cls.name, kwargs, (*SHAPE, "width"))
         if source is None:
             raise cls.not_shipped(target.model.config._name_or_path)
-        folder = Path(source) if Path(source).is_dir() else hub.drafter(source)
-        where, config = drafter_folder.called(folder), drafter_folder.read_config(folder, KIND)
+        folder = Path(source) if Path(source).is_dir() else hub.fetch_drafter(source)
+        where, config = drafter_folder.display_name(folder), drafter_folder.read_config(folder, KIND)
         if "base" in config:  # ours; others do not say which weights a head is for
             drafter_folder.check_base(config, target, where)
         return cls(read_network(folder, Eagle3Config.read(config, target, where), target, where), **kwargs)
@@ -97,7 +97,7 @@ class Eagle3Drafter(ChainDrafter):
         few = config.vocab < target.vocab_size
         first = torch.arange(config.vocab, device=target.device) if few else None
         self.tokens = network.tokens if network.d2t is not None else first
-        self.has_probabilities = self.shape.siblings is None and not waits(target.device)
+        self.has_probabilities = self.shape.siblings is None and not is_asynchronous(target.device)
         self.start()
 
     def begin(self) -> Eagle3Row:
@@ -135,7 +135,7 @@ class Eagle3Drafter(ChainDrafter):
     def _drafts_tree(self, state: State) -> bool:
         """Whether to grow a tree, for one greedy row. It is read before it is scored."""
         verified = state.threshold is None and state.sampler.best_allowed and len(state.ids) == 1
-        worth = bool(self.shape.nodes) or not waits(state.cache.device)
+        worth = bool(self.shape.nodes) or not is_asynchronous(state.cache.device)
         return verified and worth and self.shape.siblings is None
 
     def _tree(self, state: State, limit: int, width: int) -> Candidates:

@@ -83,12 +83,12 @@ class Eagle3Config:
             raise SpecDecError(f"'{where}' has the impossible rms_norm_eps {eps!r}")
         n, what = target.num_layers, f"of {MODEL}"
         ids = config.get("eagle_aux_hidden_state_layer_ids")
-        layers = default_taps(n) if ids is None else options.wholes(f"tapped layers {what}", ids, 0)
+        layers = default_taps(n) if ids is None else options.check_ints(f"tapped layers {what}", ids, 0)
         if not 1 <= len(layers) <= LAYERS or max(layers) > n:
             raise SpecDecError(f"'{where}' reads layers {list(layers)}; this model has {n}")
-        width = drafter_folder.inner("hidden_size", layer.get("hidden_size"), target.hidden_size)
-        heads = options.whole(f"attention heads {what}", layer.get("num_attention_heads"), 1, HEADS)
-        kv_heads = options.whole(f"key heads {what}", layer.get("num_key_value_heads") or heads, 1, heads)
+        width = drafter_folder.check_inner_size("hidden_size", layer.get("hidden_size"), target.hidden_size)
+        heads = options.check_int(f"attention heads {what}", layer.get("num_attention_heads"), 1, HEADS)
+        kv_heads = options.check_int(f"key heads {what}", layer.get("num_key_value_heads") or heads, 1, heads)
         if heads % kv_heads:
             raise SpecDecError(
                 f"'{where}' has {heads} attention heads on {kv_heads} key heads, which do not divide them"
@@ -98,9 +98,9 @@ class Eagle3Config:
             width,
             heads,
             kv_heads,
-            drafter_folder.inner("head_dim", layer.get("head_dim") or width // heads, target.hidden_size),
-            drafter_folder.inner("intermediate_size", layer.get("intermediate_size"), target.hidden_size),
-            options.whole(f"draft_vocab_size {what}", config.get("draft_vocab_size"), 1, target.vocab_size),
+            drafter_folder.check_inner_size("head_dim", layer.get("head_dim") or width // heads, target.hidden_size),
+            drafter_folder.check_inner_size("intermediate_size", layer.get("intermediate_size"), target.hidden_size),
+            options.check_int(f"draft_vocab_size {what}", config.get("draft_vocab_size"), 1, target.vocab_size),
             eps,
             bool(config.get("norm_before_residual", False)),
             {key: layer[key] for key in ("rope_theta", "rope_scaling", "rope_parameters") if layer.get(key)},
@@ -277,7 +277,7 @@ def _place(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
 
 def read_network(folder: Path, config: Eagle3Config, target: Target, where: str) -> Eagle3:
     """The head in a folder. Raises SpecDecError if a tensor is missing, broken or of another size."""
-    with drafter_folder.opened(folder / drafter_folder.WEIGHTS) as stored:
+    with drafter_folder.open_tensors(folder / drafter_folder.WEIGHTS) as stored:
         names = {name.replace("midlayer.", "layers.0."): name for name in stored.header}
         header = {name: stored.header[of] for name, of in names.items() if name != "t2d"}
         vocab = target.vocab_size

@@ -103,13 +103,13 @@ class ExitHeads(nn.Module):
     @classmethod
     def from_config(cls, config: dict[str, Any], target: Target, draft_vocab: Tensor | None) -> ExitHeads:
         """From a drafter folder's config.json. Raises SpecDecError for what does not fit the target."""
-        width = drafter_folder.inner("width", config.get("width"), target.hidden_size)
+        width = drafter_folder.check_inner_size("width", config.get("width"), target.hidden_size)
         return cls(config.get("exits", ()), width, target, draft_vocab)
 
 
 def check_exits(exits: Any, num_layers: int) -> tuple[int, ...]:
     """``exits``, if they rise within the model. Raises SpecDecError otherwise."""
-    layers = options.wholes("exits", exits, 1)
+    layers = options.check_ints("exits", exits, 1)
     if not layers or max(layers) >= num_layers or list(layers) != sorted(set(layers)):
         raise SpecDecError(f"exits must be rising layers in 1 .. {num_layers - 1}; got {list(layers)}")
     return layers
@@ -139,14 +139,18 @@ class ExitDrafter(ChainDrafter):
         Raises SpecDecError if there is none and one is needed, and for a folder of another drafter or model.
         """
         known = [name for name in keywords(cls) if name != "network"]
-        options.check(cls.name, kwargs, (*known, *SHAPE), source if cls.training is None else None)
+        options.check_names(cls.name, kwargs, (*known, *SHAPE), source if cls.training is None else None)
         if cls.needs_training:
             folder = cls.find(target, source)
         elif source is not None and "exit_layer" in kwargs:
             raise SpecDecError(f"'{source}' has its own exit layer; leave exit_layer out, or the folder")
         elif source is not None:
             folder = Path(source)
-        elif cls.training is None or "exit_layer" in kwargs or not (found := drafter_folder.shipped(cls.name, target)):
+        elif (
+            cls.training is None
+            or "exit_layer" in kwargs
+            or not (found := drafter_folder.find_shipped(cls.name, target))
+        ):
             return cls(**kwargs)
         else:
             folder = found
@@ -210,7 +214,7 @@ class EarlyExitDrafter(ExitDrafter):
 
     def bind(self, target: Target) -> None:
         count, requested = target.num_layers, self.requested
-        self.exit_layer = options.whole(
+        self.exit_layer = options.check_int(
             "exit_layer", max(count // 3, 1) if requested is None else requested, 1, count - 1
         )
         around = (count // 6, self.exit_layer, count // 2) if requested is None else (self.exit_layer,)
@@ -239,7 +243,7 @@ class DeedDrafter(ExitDrafter):
 
     def __init__(self, network: ExitHeads, exit_confidence: float = 0.5, **shape: Unpack[ShapeOptions]) -> None:
         super().__init__(network, **shape)
-        self.exits, self.exit_confidence = network.exits, options.probability("exit_confidence", exit_confidence)
+        self.exits, self.exit_confidence = network.exits, options.check_probability("exit_confidence", exit_confidence)
         self.num_exits, self.path = len(self.exits), f"{self.exits} {self.exit_confidence}"
 
     def run_to_exit(self, tokens: PartialPass, state: State) -> tuple[Any, ...]:
@@ -277,12 +281,12 @@ class SkipDecodeDrafter(ExitDrafter):
         **shape: Unpack[ShapeOptions],
     ) -> None:
         super().__init__(**shape)
-        self.bounds, self.horizon = (shallowest, deepest), options.whole("horizon", horizon, 1)
+        self.bounds, self.horizon = (shallowest, deepest), options.check_int("horizon", horizon, 1)
 
     def bind(self, target: Target) -> None:
         count, (low, high) = target.num_layers, self.bounds
-        self.low = options.whole("shallowest", max(2 * count // 5, 1) if low is None else low, 1, count - 1)
-        self.high = options.whole("deepest", max(4 * count // 5, 1) if high is None else high, 1, count - 1)
+        self.low = options.check_int("shallowest", max(2 * count // 5, 1) if low is None else low, 1, count - 1)
+        self.high = options.check_int("deepest", max(4 * count // 5, 1) if high is None else high, 1, count - 1)
         if self.low > self.high:
             raise SpecDecError(f"the exit falls from deepest to shallowest; got {self.high} and {self.low}")
         self.path = f"{self.low} {self.high} {self.horizon}"
@@ -314,7 +318,7 @@ class Routers(nn.Module):
 
     def __init__(self, first: int, target: Target, draft_vocab: Tensor | None = None) -> None:
         super().__init__()
-        self.first = options.whole("first", first, 1, target.num_layers - 1)
+        self.first = options.check_int("first", first, 1, target.num_layers - 1)
         count = target.num_layers - first
         self.weight = nn.Parameter(torch.zeros(count, target.hidden_size))
         self.bias = nn.Parameter(torch.ones(count))  # untrained, every layer is run

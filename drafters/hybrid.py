@@ -45,7 +45,7 @@ class HybridDrafter(Drafter):
         parts = registry.parse(source) if source else []
         if len(parts) < 2:
             raise SpecDecError("drafter 'hybrid' needs at least two drafters; join them: ngram+m2r2")
-        options.check(cls.name, kwargs, [name for name, _ in parts])
+        options.check_names(cls.name, kwargs, [name for name, _ in parts])
         for name, own in kwargs.items():
             if not isinstance(own, Mapping):
                 raise SpecDecError(f"drafter 'hybrid' takes the options of '{name}' as a mapping; got {own!r}")

@@ -74,14 +74,14 @@ class LayerSkipDrafter(ChainDrafter):
     ) -> None:
         super().__init__(**shape)
         self.default = skip is None and not attn and not mlp
-        whole = options.wholes("skip", () if skip is None else skip, 0)
-        self.attn = {*whole, *options.wholes("attn", attn, 0)}
-        self.mlp = {*whole, *options.wholes("mlp", mlp, 0)}
+        whole = options.check_ints("skip", () if skip is None else skip, 0)
+        self.attn = {*whole, *options.check_ints("attn", attn, 0)}
+        self.mlp = {*whole, *options.check_ints("mlp", mlp, 0)}
 
     @classmethod
     def load(cls, target: Target, source: str | None = None, **kwargs: Any) -> LayerSkipDrafter:
         """From options, or from a YAML file that ``examples/layer_skip.py`` wrote; options override the file's."""
-        options.check(cls.name, kwargs, ("skip", *SETTINGS, *SHAPE))
+        options.check_names(cls.name, kwargs, ("skip", *SETTINGS, *SHAPE))
         stored = {} if source is None else read_skips(Path(source), target)
         if source is not None and (odd := [name for name in ("skip", *SETTINGS) if name in kwargs]):
             raise SpecDecError(f"drafter 'layer-skip' takes what to skip from '{source}' or from '{odd[0]}', not both")

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from specdec.base import options
-from specdec.base.devices import waits
+from specdec.base.devices import is_asynchronous
 from specdec.runtimes.target import Target
 from specdec.runtimes.tree_drafting import WIDTH, Candidates, DraftPath, DraftRoots, TreeLimits
 from specdec.speculation.draft import Draft, State
@@ -79,20 +79,22 @@ class M2R2Drafter(ChainDrafter):
         self.leaves_state = path.exit_layer > 0 and not path.segments
         if network.projections:  # else nothing reads a carry
             self.taps = (*(lo for lo, _ in path.segments), network.num_layers)
-        self.width = options.whole("width", width, 1)
-        self.exit_confidence = options.probability("exit_confidence", exit_confidence)
+        self.width = options.check_int("width", width, 1)
+        self.exit_confidence = options.check_probability("exit_confidence", exit_confidence)
 
     @classmethod
     def load(cls, target: Target, source: str | None = None, **kwargs: Any) -> M2R2Drafter:
         """From a drafter folder, or (``source`` None) the one shipped for the target's weights."""
-        options.check(cls.name, kwargs, (*SHAPE, "width", "exit_confidence"))
+        options.check_names(cls.name, kwargs, (*SHAPE, "width", "exit_confidence"))
         return cls(load_network(target, cls.find(target, source)), **kwargs)
 
     def bind(self, target: Target) -> None:
         self.network.freeze(target)
         self.vocabulary = DraftVocabulary(target, self.network.draft_vocab)
         self.draft_path: DraftPath | None = None
-        self.has_probabilities = self.num_exits == 1 and self.shape.siblings is None and not waits(target.device)
+        self.has_probabilities = (
+            self.num_exits == 1 and self.shape.siblings is None and not is_asynchronous(target.device)
+        )
         self.start()
 
     def begin(self) -> M2R2Row:
@@ -144,7 +146,9 @@ class M2R2Drafter(ChainDrafter):
         """Whether to grow a tree: for one greedy row, if drafting runs no layer that scoring needs."""
         path = self.network.path
         verified = state.threshold is None and state.sampler.best_allowed and state.cache.batch == 1
-        worth = bool(self.shape.nodes) or not waits(state.cache.device)  # the tree is read before it is scored
+        worth = bool(self.shape.nodes) or not is_asynchronous(
+            state.cache.device
+        )  # the tree is read before it is scored
         return verified and worth and self.shape.siblings is None and not path.exit_layer and not path.exits
 
     def _tree(self, state: State, limit: int, width: int) -> Candidates:

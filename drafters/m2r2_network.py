@@ -178,8 +178,8 @@ def load_network(target: Target, folder: Path) -> M2R2:
     """The network in a drafter folder. Raises SpecDecError if it does not fit the target."""
     config = drafter_folder.read_config(folder, "m2r2", target)
     path, router = M2R2Path.from_json(config.get("path", {})), config.get("router", 0)
-    drafter_folder.inner("the rank", path.rank, target.hidden_size)
-    router = router and drafter_folder.inner("the router's width", router, target.hidden_size)
+    drafter_folder.check_inner_size("the rank", path.rank, target.hidden_size)
+    router = router and drafter_folder.check_inner_size("the router's width", router, target.hidden_size)
     return drafter_folder.load(folder, target.vocab_size, lambda vocab: M2R2(path, target, vocab, router), current_name)
 
 

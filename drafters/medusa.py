@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from specdec.base import options
-from specdec.base.devices import waits
+from specdec.base.devices import is_asynchronous
 from specdec.base.errors import SpecDecError
 from specdec.models import drafter_folder, hub
 from specdec.runtimes import linear_maps
@@ -132,7 +132,7 @@ class MedusaDrafter(Drafter):
         if self.normed and network.rooted:
             raise SpecDecError("Medusa heads that read the normalised state cannot be 'rooted', too")
         self.accuracy = _check_accuracy(accuracy, network.heads)
-        self.nodes = None if nodes is None else options.whole("nodes", nodes, 1)
+        self.nodes = None if nodes is None else options.check_int("nodes", nodes, 1)
 
     @classmethod
     def load(cls, target: Target, source: str | None = None, **kwargs: Any) -> MedusaDrafter:
@@ -141,7 +141,7 @@ class MedusaDrafter(Drafter):
         Options: ``nodes``, and ``revision`` (branch, tag or commit) of a Hugging Face id. Raises SpecDecError for
         anything missing, broken or made for another model.
         """
-        options.check(cls.name, kwargs, ("nodes", "revision"))
+        options.check_names(cls.name, kwargs, ("nodes", "revision"))
         revision, nodes = kwargs.get("revision"), kwargs.get("nodes")
         if source is None and revision is not None:
             raise SpecDecError("option 'revision' goes with Medusa heads by Hugging Face id: --drafter medusa=ID")
@@ -170,7 +170,7 @@ class MedusaDrafter(Drafter):
         self.path = f"{shapes} {self.output_heads is not None} {self.normed} {None if vocab is None else len(vocab)}"
         table = [row[: target.vocab_size if vocab is None else len(vocab)] for row in self.accuracy]
         self.tree = functools.cache(lambda depth, nodes: best_first(table[:depth], nodes))
-        self.has_probabilities = not waits(target.device)
+        self.has_probabilities = not is_asynchronous(target.device)
         self.start()
 
     def start(self) -> None:
@@ -260,7 +260,7 @@ def read_normed(x: Tensor, head: nn.Linear | None) -> Tensor:
 def _check_sizes(heads: Any, layers: Any) -> tuple[int, int]:
     """The numbers of heads, and of blocks of each, if they are in range. Raises SpecDecError otherwise."""
     what = "of the Medusa drafter"
-    return options.whole(f"heads {what}", heads, 1, HEADS), options.whole(f"layers {what}", layers, 1, BLOCKS)
+    return options.check_int(f"heads {what}", heads, 1, HEADS), options.check_int(f"layers {what}", layers, 1, BLOCKS)
 
 
 def _check_accuracy(accuracy: Any, heads: int) -> list[list[float]]:
@@ -341,7 +341,7 @@ def _read_public(folder: Path, config: dict[str, Any], target: Target) -> tuple[
         )
     shared, biased = vllm and bool(config.get("original_lm_head")), not vllm or bool(config.get("medusa_fc_bias"))
     blocks = {(k, n): block.format(k=k, n=n) for k, n in product(range(heads), range(layers))}
-    with drafter_folder.opened(path) as stored:
+    with drafter_folder.open_tensors(path) as stored:
         names = {name.removeprefix("medusa_heads.") if vllm else name: name for name in stored.header}
         vocab = None
         if vllm and "token_map" in names and config.get("truncated_vocab_size") != v:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from specdec.base import options
-from specdec.base.devices import waits
+from specdec.base.devices import is_asynchronous
 from specdec.base.errors import SpecDecError, one_line
 from specdec.models import drafter_folder
 from specdec.models.source import weight_files
@@ -126,7 +126,7 @@ class MTPDrafter(ChainDrafter):
     @classmethod
     def load(cls, target: Target, source: str | None = None, **kwargs: Any) -> MTPDrafter:
         """From the model's own checkpoint, or that of the name or folder ``source``."""
-        options.check(cls.name, kwargs, SHAPE)
+        options.check_names(cls.name, kwargs, SHAPE)
         return cls(read_head(target, source), **kwargs)
 
     def bind(self, target: Target) -> None:
@@ -136,7 +136,7 @@ class MTPDrafter(ChainDrafter):
         ):
             raise SpecDecError("the multi-token prediction layer is of another model; its sizes differ")
         self.taps = (target.num_layers,)
-        self.has_probabilities = self.shape.siblings is None and not waits(target.device)
+        self.has_probabilities = self.shape.siblings is None and not is_asynchronous(target.device)
         self.start()
 
     def begin(self) -> MTPRow:
@@ -239,7 +239,7 @@ def _read(files: list[Path], prefix: str) -> dict[str, Tensor]:
     """The tensors whose names begin with ``prefix``, by the rest of their names; without copies of the model's own."""
     found = {}
     for path in files:
-        with drafter_folder.opened(path) as stored:
+        with drafter_folder.open_tensors(path) as stored:
             for name in stored.header:
                 part = name.removeprefix(prefix)
                 if part != name and not part.startswith(SHARED):

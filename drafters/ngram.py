@@ -60,8 +60,8 @@ class NgramDrafter(Drafter):
     has_probabilities = True
 
     def __init__(self, nodes: int | None = None, store: int | bool = STORE, prior: bool = True) -> None:
-        self.nodes = None if nodes is None else options.whole("nodes", nodes, 1)
-        self.size = STORE * store if isinstance(store, bool) else options.whole("store", store, 0)
+        self.nodes = None if nodes is None else options.check_int("nodes", nodes, 1)
+        self.size = STORE * store if isinstance(store, bool) else options.check_int("store", store, 0)
         self.prior = bool(prior)
         self.stores = Scoped(lambda: Texts(self.size))
 
@@ -120,7 +120,7 @@ def corpus(tokenizer: Any, vocab_size: int) -> Ints:
         place.parent.mkdir(parents=True, exist_ok=True)
         data = io.BytesIO()
         np.save(data, ids)
-        files.replace(place, data.getvalue())
+        files.write_atomically(place, data.getvalue())
     return ids
 
 

@@ -88,7 +88,7 @@ class PromptLookupDrafter(Drafter):
                 f"got {prompt_lookup_min} and {prompt_lookup_max}"
             )
         self.sizes, self.continuations = range(prompt_lookup_max, prompt_lookup_min - 1, -1), continuations
-        size = STORE * store if isinstance(store, bool) else options.whole("store", store, 0)
+        size = STORE * store if isinstance(store, bool) else options.check_int("store", store, 0)
         self.stores = Scoped(lambda: _Store(self.sizes, self.continuations, size)) if size else None
 
     def begin(self) -> _Index:

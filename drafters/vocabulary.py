@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from specdec.base import memory
 from specdec.base.devices import upload
-from specdec.models.gguf.blocks import stored
+from specdec.models.gguf.blocks import weight_storage
 from specdec.runtimes.target import Target
 from specdec.speculation.draft import State
 
@@ -44,7 +44,7 @@ class DraftVocabulary:
         self.target, self.trained = target, None if trained is None else trained.long()
         self.head = None if self.trained is None else target.reduced_head(self.trained)
         self.trained_ids = frozenset() if self.trained is None else frozenset(self.trained.tolist())
-        memory.release(stored(target.model.get_output_embeddings()))
+        memory.release(weight_storage(target.model.get_output_embeddings()))
         self.start()
 
     def start(self) -> None:

@@ -28,8 +28,8 @@ from torch import Tensor
 from specdec.api.decoder import SpecDecoder
 from specdec.api.text import encode
 from specdec.base.errors import SpecDecError
-from specdec.base.files import replace as write_whole
-from specdec.base.terminal import columns, say, status
+from specdec.base.files import write_atomically as write_whole
+from specdec.base.terminal import print_table, say, status
 from specdec.bench.prompts import load_prompts, spread
 from specdec.drafters.layer_skip import LayerSkipDrafter, run_step, steps_without
 from specdec.engine.depth.measure import CONTEXT, time_scoring
@@ -330,7 +330,7 @@ def _show(best: list[Skips]) -> None:
     for s in best:
         speeds = [f"{value:.2f}" for value in (s.tokens, s.predicted, s.measured)]
         rows.append((_ranges(s.attn), _ranges(s.mlp), f"{s.agreement:.3f}", str(s.depth), *speeds))
-    columns(header, rows)
+    print_table(header, rows)
 
 
 def _write(path: Path, skips: Skips, base: dict[str, Any]) -> None:
@@ -365,7 +365,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with status("timing"):
         best = time_in_decoding(decoder, ids[:TIMED], best[:FINALISTS], ANSWER)
     _show(best)
-    _write(args.output, best[0], {"name": source.own_name(args.model), "fingerprint": target.fingerprint})
+    _write(args.output, best[0], {"name": source.public_name(args.model), "fingerprint": target.fingerprint})
     say(f"{args.output}: {best[0].measured:.2f}x plain decoding, of {len(search.seen)} sets tried")
 
 

@@ -31,7 +31,7 @@ class ConfidentVerifier(Verifier):
     lossless: ClassVar[bool] = False
 
     def __init__(self, exit_threshold: float = 0.8, fill: str = "exact") -> None:
-        self.threshold = options.probability("exit_threshold", exit_threshold)
+        self.threshold = options.check_probability("exit_threshold", exit_threshold)
         if fill not in FILLS:
             raise SpecDecError(f"fill of confident acceptance is one of {', '.join(FILLS)}; got {fill!r}")
         self.propagates = fill == "propagate"

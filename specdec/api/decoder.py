@@ -21,11 +21,11 @@ from transformers import PreTrainedModel
 from specdec.api.generation import Generation, GenerationOutput
 from specdec.api.options import DecoderOptions, GenerationOptions, Options, RequestOptions
 from specdec.api.text import Detokenizer, Prompt, encode
-from specdec.api.tuned import DEFAULTS, Tuned, place, recall
+from specdec.api.tuned import DEFAULTS, Tuned, load_tuned, tuned_path
 from specdec.base.errors import SpecDecError
 from specdec.base.memory import free_memory
 from specdec.base.options import Count, Depth, SamplingOptions, SamplingParams
-from specdec.base.settings import Whole, checked, shown
+from specdec.base.settings import Whole, checked, short_repr
 from specdec.engine.depth import MAX_DEPTH, AutoDepth, DepthPolicy, FixedDepth
 from specdec.engine.depth.measure import costs, store
 from specdec.engine.engine import Engine
@@ -95,7 +95,7 @@ class SpecDecoder:
     ) -> None:
         if not callable(getattr(model, "get_output_embeddings", None)):  # wrapped ones have it, too
             wanted = "a loaded model; SpecDecoder.from_pretrained loads one by name"
-            raise SpecDecError(f"model must be {wanted}; got {shown(model)}")
+            raise SpecDecError(f"model must be {wanted}; got {short_repr(model)}")
         self.tuned: Tuned | None = None  # what ``specdec tune drafter`` found, where it is applied
         self._kept: Tuned | None = None  # the same, where there is anything for this model
         self.verifier = registry.verifier(verifier, verifier_options, exact)
@@ -157,7 +157,7 @@ class SpecDecoder:
             experts=more.get("experts") is None,
             check=lambda config: registry.refuse_early(drafter, config, name) if isinstance(drafter, str) else None,
         )
-        kept = recall(place(name, str(dtype).removeprefix("torch."), str(model.device), **way))
+        kept = load_tuned(tuned_path(name, str(dtype).removeprefix("torch."), str(model.device), **way))
         drafter, tuned = _recalled(drafter, kept)
         decoder = cls(model, tokenizer, drafter, **more)
         decoder.tuned, decoder._kept = tuned, kept
@@ -239,9 +239,9 @@ class SpecDecoder:
         if sampler is None:
             asked: dict[str, Any] = {name: value for name, value in given.items() if name in SAMPLING}
             params, others = SamplingParams(**asked), given.get("logits_processor", ())
-            processors = generation_config.processors(self.model, ids, limit, params.repetition_penalty, others)
+            processors = generation_config.logits_processors(self.model, ids, limit, params.repetition_penalty, others)
             if (rule := given.get("constraint")) is not None:
-                processors.append(self.compile(rule, ignore_eos).state(ids))
+                processors.append(self.compile_constraint(rule, ignore_eos).state(ids))
             own = replace(params, repetition_penalty=None)  # transformers has made it
             sampler = RowSampler(own, processors, stream, start=len(ids))
         return Request(
@@ -273,7 +273,7 @@ class SpecDecoder:
         if isinstance(prompts, Tensor) and prompts.dim() == 2:
             prompts = list(prompts)
         if not isinstance(prompts, Sequence) or isinstance(prompts, str | bytes):
-            raise SpecDecError(f"prompts must be a list of prompts; got {shown(prompts)}; generate takes one")
+            raise SpecDecError(f"prompts must be a list of prompts; got {short_repr(prompts)}; generate takes one")
         if not prompts:
             raise SpecDecError("there is no prompt to generate from")
         names = ["prompt"] if len(prompts) == 1 else [f"prompts[{i}]" for i in range(len(prompts))]
@@ -283,11 +283,11 @@ class SpecDecoder:
             for name, prompt in zip(names, prompts, strict=True)
         ]
         if (rule := given.get("constraint")) is not None:
-            given["constraint"] = self.compile(rule, given.get("ignore_eos", False))  # once for all rows
+            given["constraint"] = self.compile_constraint(rule, given.get("ignore_eos", False))  # once for all rows
         if num_speculative_tokens == "auto" and self.tuned is not None:
             num_speculative_tokens = self.tuned.num_speculative_tokens
         requests = [self.request(row, stream=n, **given) for row, n in zip(ids, streams(ids), strict=True)]
-        engine = self.idle_engine(num_speculative_tokens, max_rows=max_rows or len(ids), max_waiting=len(ids))
+        engine = self.manual_engine(num_speculative_tokens, max_rows=max_rows or len(ids), max_waiting=len(ids))
         try:
             return Generation(engine, requests, self.tokenizer, _stops(given))
         except BaseException:
@@ -342,7 +342,7 @@ class SpecDecoder:
         as suit the device.
         num_speculative_tokens: as in ``open``.
         """
-        engine = self.idle_engine(
+        engine = self.manual_engine(
             num_speculative_tokens,
             max_rows=max_rows,
             max_waiting=max_waiting,
@@ -352,7 +352,7 @@ class SpecDecoder:
         )
         return engine.start()
 
-    def idle_engine(self, num_speculative_tokens: Depth = "auto", **how: Any) -> Engine:
+    def manual_engine(self, num_speculative_tokens: Depth = "auto", **how: Any) -> Engine:
         """An engine whose steps the caller runs; until it is closed, the drafter is its own. how: as ``Engine``."""
         claim = self._claim()
         try:
@@ -376,7 +376,9 @@ class SpecDecoder:
             _busy.add(id(self.drafter))
             return id(self.drafter)
 
-    def compile(self, constraint: Constraint | CompiledConstraint, ignore_eos: bool = False) -> CompiledConstraint:
+    def compile_constraint(
+        self, constraint: Constraint | CompiledConstraint, ignore_eos: bool = False
+    ) -> CompiledConstraint:
         """Prepare a constraint for requests. Raises SpecDecError where it is invalid or cannot be kept."""
         if isinstance(constraint, CompiledConstraint):
             return constraint
@@ -413,7 +415,7 @@ class SpecDecoder:
 
     def eos_ids(self) -> frozenset[int]:
         """Token ids that end a generation, as ``model.generate`` takes them."""
-        return generation_config.ends(self.model, self.tokenizer)
+        return generation_config.eos_token_ids(self.model, self.tokenizer)
 
 
 def _stops(given: RequestOptions) -> list[str]:

@@ -16,7 +16,7 @@ from pydantic import SkipValidation
 from torch import Tensor
 
 from specdec.base.errors import PromptTooLongError, SpecDecError
-from specdec.base.settings import checked, shown
+from specdec.base.settings import checked, short_repr
 
 Prompt = str | Sequence[int] | Tensor | Sequence[dict[str, str]]
 
@@ -52,12 +52,12 @@ def encode(
         return _tensor_ids(torch.as_tensor(prompt), name)
     if not isinstance(prompt, str):
         if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray):
-            raise _wrong(name, shown(prompt))
+            raise _wrong(name, short_repr(prompt))
         if len(prompt) and all(isinstance(t, Integral) and not isinstance(t, bool) for t in prompt):
             return [int(t) for t in prompt]  # type: ignore[arg-type]
         for item in prompt:
             if not isinstance(item, Mapping) or not isinstance(item.get("role"), str):
-                raise _wrong(name, f"a list with {shown(item)} in it")
+                raise _wrong(name, f"a list with {short_repr(item)} in it")
     if len(prompt) == 0 or (isinstance(prompt, str) and not prompt.strip()):
         raise SpecDecError(f"the {name} is empty; give some text")
     if tokenizer is None:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from specdec.base.errors import SpecDecError
-from specdec.base.files import cache_dir, replace
+from specdec.base.files import cache_dir, write_atomically
 from specdec.base.options import Depth
 
 
@@ -29,7 +29,7 @@ class Tuned:
 DEFAULTS = {"runtime": "auto", "weights": "auto"}
 
 
-def place(model: str, dtype: str, device: str, runtime: str, weights: str) -> Path:
+def tuned_path(model: str, dtype: str, device: str, runtime: str, weights: str) -> Path:
     """The file of the setting for a model, loaded so, on this machine."""
     local = Path(model)
     name = str(local.resolve()) if local.exists() else model
@@ -37,16 +37,16 @@ def place(model: str, dtype: str, device: str, runtime: str, weights: str) -> Pa
     return cache_dir() / "tuned" / f"{hashlib.sha256(what.encode()).hexdigest()[:24]}.json"
 
 
-def store(path: Path, tuned: Tuned) -> None:
+def save_tuned(path: Path, tuned: Tuned) -> None:
     """Keep ``tuned``. Raises SpecDecError if the cache folder cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace(path, (json.dumps(asdict(tuned)) + "\n").encode())
+        write_atomically(path, (json.dumps(asdict(tuned)) + "\n").encode())
     except OSError as error:
         raise SpecDecError(f"cannot keep the setting in '{path}': {error.strerror or error}") from None
 
 
-def recall(path: Path) -> Tuned | None:
+def load_tuned(path: Path) -> Tuned | None:
     """The setting in a file; None if there is none that can be read."""
     try:
         kept = json.loads(path.read_text("utf-8"))

@@ -23,7 +23,7 @@ def threads() -> int:
     return min(torch.get_num_threads(), cpus())
 
 
-def fit() -> None:
+def limit_threads() -> None:
     """Let PyTorch use no more threads than this process has CPUs, and a forked child only the one that it has."""
     if torch.get_num_threads() > cpus():
         torch.set_num_threads(cpus())

@@ -32,14 +32,14 @@ def download(*tensors: Tensor) -> list[list[list[Any]]]:
     return [[row[start:end] for row in rows] for start, end in itertools.pairwise(ends)]
 
 
-class Stamp(Protocol):
+class DeviceEvent(Protocol):
     """A point in a device's work, with its time once the device has reached it."""
 
     def elapsed_time(self, end: Any) -> float:
         """Milliseconds to ``end``; both must have been reached."""
 
 
-def stamp(device: torch.device | None) -> Stamp | None:
+def record_event(device: torch.device | None) -> DeviceEvent | None:
     """A stamp behind the work that ``device`` has been given so far; None where the host waits for it anyway."""
     if device is None or device.type != "cuda":
         return None
@@ -48,12 +48,12 @@ def stamp(device: torch.device | None) -> Stamp | None:
     return event
 
 
-def waits(device: torch.device) -> bool:
+def is_asynchronous(device: torch.device) -> bool:
     """Whether reading a tensor's numbers waits for the device."""
     return device.type != "cpu"
 
 
-def name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
     """What people call the device: a GPU's name, or the processor's with the threads in use."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)

@@ -21,7 +21,7 @@ LINE = 64_000_000  # bytes of a line, and of a prompt on stdin
 DOCUMENT = 4_000_000  # bytes of a YAML file
 
 
-def argument(name: str, text: str) -> str:
+def decode_argument(name: str, text: str) -> str:
     """A command-line argument as UTF-8, whatever the locale."""
     try:
         return os.fsencode(text).decode()
@@ -29,7 +29,7 @@ def argument(name: str, text: str) -> str:
         raise ValueError(f"{name} is not UTF-8 text ({error.reason})") from None
 
 
-def whole(file: IO[bytes], most: int) -> bytes:
+def read_bounded(file: IO[bytes], most: int) -> bytes:
     """All of ``file``, of which no more than ``most`` bytes are read."""
     data = file.read(most + 1)
     if len(data) > most:
@@ -109,4 +109,4 @@ def parse_yaml(text: str) -> Any:
 
 def read_yaml(path: Path) -> Any:
     with path.open("rb") as file:
-        return parse_yaml(whole(file, DOCUMENT).decode("utf-8-sig"))
+        return parse_yaml(read_bounded(file, DOCUMENT).decode("utf-8-sig"))

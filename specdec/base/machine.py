@@ -23,7 +23,7 @@ def processor_name() -> str:
     return processor().get("model name") or platform.processor() or platform.machine()
 
 
-def free_memory() -> int | None:
+def available_memory() -> int | None:
     """Bytes of memory that programs can still get; None where the system does not say."""
     try:
         lines = MEMINFO.read_text("ascii").splitlines()
@@ -34,7 +34,7 @@ def free_memory() -> int | None:
 
 def check_memory(name: str, need: int) -> None:
     """Raise SpecDecError if this machine has less than ``need`` bytes of memory free."""
-    free = free_memory()
+    free = available_memory()
     if free is not None and free < need:
         raise SpecDecError(
             f"not enough memory for '{name}': its weights take {need / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free; "

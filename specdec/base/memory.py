@@ -39,10 +39,10 @@ def free_memory(device: torch.device) -> int:
     """Bytes that are free on a device."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return machine.free_memory() or 4 << 30
+    return machine.available_memory() or 4 << 30
 
 
-def trim() -> None:
+def trim_heap() -> None:
     """Give back what the C library keeps of memory that was freed: making packed weights leaves much of it behind."""
     with suppress(AttributeError, OSError):  # no glibc
         ctypes.CDLL(None).malloc_trim(0)
@@ -63,7 +63,7 @@ def _unchanged(first: int, count: int) -> bool:
 
 
 @contextmanager
-def sparing(modules: Iterable[nn.Module], weights: Callable[[nn.Module], Iterable[Tensor]]) -> Iterator[None]:
+def releasing(modules: Iterable[nn.Module], weights: Callable[[nn.Module], Iterable[Tensor]]) -> Iterator[None]:
     """Meanwhile the ``weights`` of each of ``modules`` are given back as soon as it has run."""
 
     def after(module: nn.Module, *_: object) -> None:

@@ -12,7 +12,7 @@ from typing_extensions import TypedDict
 
 from specdec.base import inputs
 from specdec.base.errors import SpecDecError, did_you_mean
-from specdec.base.settings import Number, Whole, checked_class, valid
+from specdec.base.settings import Number, Whole, checked_class, validate
 
 
 class Runtime(StrEnum):
@@ -30,7 +30,7 @@ class Weights(StrEnum):
     int4 = "int4"
 
 
-class KVCache(StrEnum):
+class KVCacheFormat(StrEnum):
     auto = "auto"
     int8 = "int8"
 
@@ -124,7 +124,7 @@ def description(option: Any) -> str:
     return next(each.description for each in reversed(get_args(option)) if getattr(each, "description", None))
 
 
-def check(drafter: str, given: Iterable[str], known: Sequence[str] = (), source: str | None = None) -> None:
+def check_names(drafter: str, given: Iterable[str], known: Sequence[str] = (), source: str | None = None) -> None:
     """Raise SpecDecError for an option that is not ``known``, and for a ``source`` (of a drafter that takes none)."""
     for name in given:
         if name not in known:
@@ -134,22 +134,22 @@ def check(drafter: str, given: Iterable[str], known: Sequence[str] = (), source:
         raise SpecDecError(f"drafter '{drafter}' is not loaded from anything; leave '={source}' out")
 
 
-def whole(name: str, value: Any, low: int, high: int | None = None) -> int:
+def check_int(name: str, value: Any, low: int, high: int | None = None) -> int:
     """``value``, if it is a whole number in low .. high. Raises SpecDecError otherwise."""
-    return valid(name, value, Annotated[Whole, Field(ge=low, le=high)])
+    return validate(name, value, Annotated[Whole, Field(ge=low, le=high)])
 
 
-def wholes(name: str, values: Any, low: int) -> tuple[int, ...]:
+def check_ints(name: str, values: Any, low: int) -> tuple[int, ...]:
     """``values``, if they are a list of whole numbers >= low. Raises SpecDecError otherwise."""
-    return tuple(valid(name, values, Sequence[Annotated[Whole, Field(ge=low)]]))
+    return tuple(validate(name, values, Sequence[Annotated[Whole, Field(ge=low)]]))
 
 
-def probability(name: str, value: Any) -> float:
+def check_probability(name: str, value: Any) -> float:
     """``value``, if it is a number in [0, 1]. Raises SpecDecError otherwise."""
-    return valid(name, value, Annotated[Number, Field(ge=0, le=1, title="a probability in [0, 1]")])
+    return validate(name, value, Annotated[Number, Field(ge=0, le=1, title="a probability in [0, 1]")])
 
 
-def assignments(flag: str, pairs: Iterable[str]) -> dict[str, Any]:
+def parse_assignments(flag: str, pairs: Iterable[str]) -> dict[str, Any]:
     """``KEY=VALUE`` texts of a repeatable ``flag`` as a mapping; values are YAML. Raises SpecDecError otherwise."""
     out: dict[str, Any] = {}
     for pair in pairs:
@@ -166,7 +166,7 @@ def assignments(flag: str, pairs: Iterable[str]) -> dict[str, Any]:
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
-def size(flag: str, text: str) -> float | int:
+def parse_size(flag: str, text: str) -> float | int:
     """A share ("0.25", "25%") as a float in (0, 1], or a size ("300MB", "2GiB", "1000000") as an int of bytes."""
     number = text.strip().upper()
     unit = next((u for u in sorted(UNITS, key=len, reverse=True) if number.endswith(u)), "")

@@ -40,7 +40,7 @@ Whole = Annotated[int, BeforeValidator(_whole)]
 Number = Annotated[float, BeforeValidator(_number)]
 
 
-def need(kind: Any) -> str:
+def expected(kind: Any) -> str:
     """What a value of an annotated type must be, to complete a sentence."""
     bounds = dict[str, float]()
     if isinstance(kind, FieldInfo) or get_origin(kind) is Annotated:
@@ -59,13 +59,13 @@ def need(kind: Any) -> str:
         return ("a whole number" if kind is int else "a number") + span
     origin, args = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
-        return " or ".join(map(need, args))
+        return " or ".join(map(expected, args))
     if origin is Literal:
         return " or ".join(filter(None, (", ".join(map(repr, args[:-1])), repr(args[-1]))))
     if origin is not None and issubclass(origin, Mapping):
         return "a mapping by name" if args[0] is str else "a mapping"
     if origin is not None and issubclass(origin, Sequence | set | frozenset):
-        each = need(args[0])
+        each = expected(args[0])
         return "a list of " + ("texts" if each == "text" else re.sub(r"^an? (\w+ number|number)", r"\1s", each))
     if isinstance(kind, type) and issubclass(kind, Enum):
         return f"one of {', '.join(kind)}"
@@ -75,7 +75,7 @@ def need(kind: Any) -> str:
     return words.get(origin or kind) or f"a{'n' if name[0] in 'AEIOU' else ''} {name}"
 
 
-def shown(value: Any) -> str:
+def short_repr(value: Any) -> str:
     """``value`` for a message: as it is written in Python if that is short, else what it is."""
     if value is None or isinstance(value, bool | int | float | str | bytes | list | tuple | dict):
         text = repr(value) if not isinstance(value, int) or abs(value) < 10**30 else "a huge number"
@@ -84,12 +84,12 @@ def shown(value: Any) -> str:
     return f"a {type(value).__name__}"
 
 
-def valid(name: str, value: Any, kind: Any) -> Any:
+def validate(name: str, value: Any, kind: Any) -> Any:
     """``value``, if it is of an annotated type. Raises SpecDecError otherwise."""
     try:
         return TypeAdapter(kind, config=STRICT).validate_python(value)
     except ValidationError:
-        raise SpecDecError(f"{name} must be {need(kind)}; got {shown(value)}") from None
+        raise SpecDecError(f"{name} must be {expected(kind)}; got {short_repr(value)}") from None
 
 
 def keywords(method: Callable[..., Any]) -> list[str]:
@@ -139,7 +139,7 @@ def checked(method: Callable[P, R]) -> Callable[P, R]:
                 if get_origin(kind) is Unpack:
                     kinds = kinds | get_type_hints(get_args(kind)[0], include_extras=True)
             value = bound[wrong] if wrong in bound else given[wrong]
-            raise SpecDecError(f"{wrong} must be {need(kinds[wrong])}; got {shown(value)}") from None
+            raise SpecDecError(f"{wrong} must be {expected(kinds[wrong])}; got {short_repr(value)}") from None
         return method(*args, **given)
 
     return call
@@ -173,4 +173,4 @@ class Settings(BaseModel):
             return f"unknown setting '{name}'{did_you_mean(name, known)}; known: {', '.join(known)}"
         choices = error.get("ctx", {}).get("expected", "").replace("'", "").replace(" or ", ", ").split(", ")
         near = did_you_mean(str(error["input"]), filter(None, choices))
-        return f"{name} must be {need(cls.model_fields[name])}{near}; got {shown(values[name])}"
+        return f"{name} must be {expected(cls.model_fields[name])}{near}; got {short_repr(values[name])}"

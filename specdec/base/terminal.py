@@ -36,7 +36,7 @@ def printable(text: str) -> str:
     return _CONTROL.sub(lambda found: f"\\{'x%02x' if ord(found[0]) < 256 else 'u%04x'}" % ord(found[0]), text)
 
 
-def shown(console: Console, text: str, style: str = "") -> Text:
+def as_text(console: Console, text: str, style: str = "") -> Text:
     """``text``, without markup, as ``console`` may show it."""
     return Text(printable(text) if console.is_terminal else text, style=style)
 
@@ -53,7 +53,7 @@ def stderr() -> Console:
 
 def tell(console: Console, text: str) -> None:
     """Print one line, without markup."""
-    console.print(shown(console, text), soft_wrap=True)
+    console.print(as_text(console, text), soft_wrap=True)
 
 
 def say(message: str) -> None:
@@ -65,13 +65,13 @@ def note(message: str) -> None:
     """Print one dim line to stderr, only on a terminal."""
     console = stderr()
     if console.is_terminal:
-        console.print(shown(console, message, style="dim"))
+        console.print(as_text(console, message, style="dim"))
 
 
 def error(message: str) -> None:
     """Print ``error: <message>`` to stderr, always on one line."""
     console, line = stderr(), " ".join(message.split())
-    console.print(Text.assemble(("error: ", "bold red"), shown(console, line)), soft_wrap=True)
+    console.print(Text.assemble(("error: ", "bold red"), as_text(console, line)), soft_wrap=True)
 
 
 def warn_in_lines(verbose: bool = False) -> None:
@@ -92,7 +92,7 @@ def _warn(message: Warning | str, category: type[Warning], *where: Any, **more: 
         _python_warns(message, category, *where, **more)
 
 
-def columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table to stdout: aligned on a terminal, tab-separated in a pipe."""
     console = Console(highlight=False)
     if not console.is_terminal:
@@ -141,7 +141,7 @@ class Stream:
         return 0
 
 
-def guard() -> None:
+def guard_streams() -> None:
     """Make stderr one that never fails, and stdout one that fails with a sentence. Raises SpecDecError if it is closed.
 
     Statistics and errors that cannot be written must not cost the answer; an answer that cannot be written is an error.
@@ -225,7 +225,7 @@ class Progress(progress.Progress):
 _open: list[Progress] = []  # those that have started, inner ones last
 
 
-class Status:
+class StatusLine:
     """What is under way; ``update`` replaces it."""
 
     def __init__(self, message: str, shown: Progress) -> None:
@@ -236,12 +236,12 @@ class Status:
 
 
 @contextmanager
-def status(message: str, quiet: bool = False) -> Iterator[Status]:
+def status(message: str, quiet: bool = False) -> Iterator[StatusLine]:
     """Show on stderr that something is under way: a spinner on a terminal, else a line every half minute."""
     shown = Progress(transient=True)
     shown.columns = (progress.SpinnerColumn(), *shown.columns)
     with nullcontext() if quiet else shown:
-        yield Status(message, shown)
+        yield StatusLine(message, shown)
 
 
 OnProgress = Callable[[int, int, int], None]  # steps done, steps in all, tokens so far

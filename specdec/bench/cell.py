@@ -64,7 +64,7 @@ from specdec.base.options import (
     Activations,
     Count,
     Depth,
-    KVCache,
+    KVCacheFormat,
     Runtime,
     Seed,
     Temperature,
@@ -122,7 +122,7 @@ def check_other(name: str, given: Mapping[str, Any]) -> tuple[str, str]:
         raise SpecDecError(f"'{kind}' needs a second model; give {kind}={other.source}")
     if other.missing:
         raise SpecDecError(f"'{kind}' {other.missing}")
-    options.check(kind, given, other.options, source if not other.source and source else None)
+    options.check_names(kind, given, other.options, source if not other.source and source else None)
     return kind, source
 
 
@@ -150,7 +150,7 @@ class Cell(Settings):
     device: Text = "auto"
     runtime: Runtime = Field(Runtime.auto, strict=False)
     weights: Weights = Field(Weights.auto, strict=False)
-    kv_cache: KVCache = Field(KVCache.auto, strict=False)
+    kv_cache: KVCacheFormat = Field(KVCacheFormat.auto, strict=False)
     activations: Activations = Field(Activations.auto, strict=False)
     drafter: Text = "auto"
     drafter_options: dict[str, Any] = Field({})

@@ -26,7 +26,7 @@ from specdec.base.errors import SpecDecError
 from specdec.bench.cell import Cell, check_other
 from specdec.engine.metrics import RequestMetrics
 from specdec.models import loading
-from specdec.models.gguf.blocks import dense, densify
+from specdec.models.gguf.blocks import densify, temporarily_dense
 
 WARM_UP, CONTEXT = 8, 64  # new tokens and prompt tokens of the request that warms a method up
 SAMPLING = ("temperature", "top_p", "top_k")
@@ -135,7 +135,7 @@ class HFMethod(Method):
         elif kind == "hf-early-exit":
             layers = base.target.num_layers
             exit_layer = given.get("exit_layer", max(layers // 3, 1))
-            self.settings["assistant_early_exit"] = options.whole("exit_layer", exit_layer, 1, layers - 1)
+            self.settings["assistant_early_exit"] = options.check_int("exit_layer", exit_layer, 1, layers - 1)
         elif kind == "hf-assistant":
             assistant = loading.load(source, dtype=base.target.dtype, device=base.target.device)[0]
             densify(assistant)
@@ -152,7 +152,7 @@ class HFMethod(Method):
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts], device=device)
         clock = _Clock()
         torch.manual_seed(seed)
-        with dense(self.model):
+        with temporarily_dense(self.model):
             start = time.perf_counter()
             out = self.model.generate(  # type: ignore[operator]
                 ids,

@@ -21,7 +21,7 @@ from typing import Any
 
 from specdec.base import inputs
 from specdec.base.errors import SpecDecError, did_you_mean, one_line
-from specdec.base.files import cache_dir, replace
+from specdec.base.files import cache_dir, write_atomically
 
 DATA = "SPECDEC_DATA"  # environment variable: the data folder
 TIMEOUT = 20  # seconds for a download to answer
@@ -188,7 +188,7 @@ def _downloaded(name: str, home: Home) -> Path:
             f"checksum mismatch: {home.url} has sha256 {found} instead of {home.sha256}; try again, or {by_hand}"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace(path, data)
+    write_atomically(path, data)
     return path
 
 

@@ -68,7 +68,7 @@ app.command(epilog="Example: specdec doctor --json")(doctor.doctor)
 
 def main() -> None:
     try:
-        terminal.guard()
+        terminal.guard_streams()
     except SpecDecError as error:
         terminal.error(str(error))
         sys.exit(2)

@@ -51,7 +51,7 @@ def bench(
     device: shared.Device = "auto",
     runtime: shared.Runtime = options.Runtime.auto,
     weights: shared.Weights = options.Weights.auto,
-    kv_cache: shared.KVCache = options.KVCache.auto,
+    kv_cache: shared.KVCache = options.KVCacheFormat.auto,
     activations: shared.Activations = options.Activations.auto,
     output: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder for results.jsonl (every request) and bench.json.")
@@ -70,7 +70,7 @@ def bench(
     with terminal.status("loading"):
         from specdec.bench.cell import OTHERS, Cell
         from specdec.bench.run import BenchRun, Decoders
-        from specdec.models.drafter_folder import shipped
+        from specdec.models.drafter_folder import find_shipped
         from specdec.sweep.results import from_benchmark
 
         terminal.warn_in_lines()
@@ -83,7 +83,7 @@ def bench(
             kv_cache=kv_cache,
             activations=activations,
             verifier=verifier,
-            verifier_options=options.assignments("--verifier-option", verifier_option or []),
+            verifier_options=options.parse_assignments("--verifier-option", verifier_option or []),
             num_speculative_tokens=shared.depth(num_speculative_tokens),
             temperature=temperature,
             top_p=top_p,
@@ -102,7 +102,7 @@ def bench(
         decoders = Decoders(data_dir)
         if licence := decoders.prompts(base).licence:
             terminal.say(f"prompts: {prompts} ({licence})")
-        if methods is None and shipped("m2r2", decoders.base(base).target) is None:
+        if methods is None and find_shipped("m2r2", decoders.base(base).target) is None:
             cells = [cell for cell in cells if cell.drafter != "m2r2"]
             terminal.say("m2r2 is left out: none is shipped for this model; train one: specdec train m2r2 --model ...")
         run = BenchRun(cells, decoders)
@@ -153,7 +153,7 @@ def _by_method(names: list[str], pairs: list[str]) -> dict[str, dict[str, Any]]:
         if not fits:
             raise SpecDecError(f"--drafter-option takes METHOD.KEY=VALUE with a name of --methods; got '{pair}'")
         name = max(fits, key=len)
-        out.setdefault(name, {}).update(options.assignments("--drafter-option", [pair[len(name) + 1 :]]))
+        out.setdefault(name, {}).update(options.parse_assignments("--drafter-option", [pair[len(name) + 1 :]]))
     return out
 
 
@@ -189,7 +189,7 @@ def _print(summary: dict[str, Any], table: Any) -> None:
             about = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in method["engine"].items())
             terminal.write(f"{method['name']}: {about.removeprefix('version ')}\n")
     print()
-    terminal.columns(table.header, table.rows)
+    terminal.print_table(table.header, table.rows)
     print()
     methods = summary["methods"]
     phases = list(dict.fromkeys(phase for method in methods for phase in method["ledger_ms_per_step"]))
@@ -201,7 +201,7 @@ def _print(summary: dict[str, Any], table: Any) -> None:
         row = [method["name"], f"{prefill['value']:.0f}" if prefill else "", f"{decode['value']:.1f}" if decode else ""]
         row += [f"{ledger[phase]:.1f}" if phase in ledger else "" for phase in phases]
         rows.append([*row, "" if memory is None else f"{memory:.0f}"])
-    terminal.columns(header, rows)
+    terminal.print_table(header, rows)
     print()
     header = ["method", "P50, P99: ms/token", "ms to the first", "ms/step", "accepted at 1, 2 ..", "if all before were"]
     rows = []
@@ -211,6 +211,6 @@ def _print(summary: dict[str, Any], table: Any) -> None:
         for shares in (method["acceptance_per_position"], method["conditional_acceptance"]):
             row.append(" ".join(f"{share:.2f}".removeprefix("0") for share in shares))
         rows.append(row)
-    terminal.columns(header, rows)
+    terminal.print_table(header, rows)
     for line in prompts["skipped"]:
         terminal.say(f"skipped {line}")

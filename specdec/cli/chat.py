@@ -14,7 +14,7 @@ from rich.console import Console
 from specdec.base import options, terminal
 from specdec.base.errors import SpecDecError, did_you_mean
 from specdec.base.options import SamplingParams
-from specdec.base.terminal import note, say, shown
+from specdec.base.terminal import as_text, note, say
 from specdec.cli import shared
 from specdec.cli.shared import panel
 from specdec.models.catalogue import DEFAULT_MODEL
@@ -44,7 +44,7 @@ def chat(
     device: shared.Device = "auto",
     runtime: shared.Runtime = options.Runtime.auto,
     weights: shared.Weights = options.Weights.auto,
-    kv_cache: shared.KVCache = options.KVCache.auto,
+    kv_cache: shared.KVCache = options.KVCacheFormat.auto,
     activations: shared.Activations = options.Activations.auto,
     revision: shared.Revision = None,
     trust_remote_code: shared.TrustRemoteCode = False,
@@ -75,7 +75,7 @@ def chat(
             activations=activations,
             revision=revision,
             trust_remote_code=trust_remote_code,
-            drafter_options=options.assignments("--drafter-option", drafter_option or []),
+            drafter_options=options.parse_assignments("--drafter-option", drafter_option or []),
         )
         engine = decoder.engine(max_rows=1)
     with engine:
@@ -227,7 +227,7 @@ def _writer(quiet: bool) -> Callable[[str, int], None]:
         return lambda text, depth: terminal.write(text)
 
     def write(text: str, depth: int) -> None:
-        console.print(shown(console, text, SHADES[min(depth, len(SHADES) - 1)]), end="")
+        console.print(as_text(console, text, SHADES[min(depth, len(SHADES) - 1)]), end="")
 
     return write
 

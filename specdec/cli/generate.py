@@ -49,7 +49,7 @@ def generate(
     device: shared.Device = "auto",
     runtime: shared.Runtime = options.Runtime.auto,
     weights: shared.Weights = options.Weights.auto,
-    kv_cache: shared.KVCache = options.KVCache.auto,
+    kv_cache: shared.KVCache = options.KVCacheFormat.auto,
     activations: shared.Activations = options.Activations.auto,
     revision: shared.Revision = None,
     trust_remote_code: shared.TrustRemoteCode = False,
@@ -120,13 +120,13 @@ def generate(
         }
         settings = {"num_speculative_tokens": shared.depth(num_speculative_tokens), **asked}
         registry.parse(drafter)
-        rule_options = options.assignments("--verifier-option", verifier_option or [])
+        rule_options = options.parse_assignments("--verifier-option", verifier_option or [])
         if exit_threshold is not None:
             if verifier != "confident":
                 raise SpecDecError(f"--exit-threshold belongs to --verifier confident; '{verifier}' has none")
             rule_options["exit_threshold"] = exit_threshold
         rule = registry.verifier(verifier, rule_options, exact)
-        drafter_options = options.assignments("--drafter-option", drafter_option or [])
+        drafter_options = options.parse_assignments("--drafter-option", drafter_option or [])
         experts = _expert_options(expert_cache, expert_prefetch, expert_option or [])
     with terminal.status(f"preparing {model}", silent):
         decoder = SpecDecoder.from_pretrained(
@@ -205,7 +205,7 @@ def generate(
 
 def _utf8(name: str, text: str) -> str:
     try:
-        return inputs.argument(name, text)
+        return inputs.decode_argument(name, text)
     except ValueError as error:
         raise SpecDecError(f"{error}; give it in UTF-8") from None
 
@@ -216,7 +216,7 @@ def _read(prompt: str | None) -> str:
         raise SpecDecError('no prompt; give one, for example: specdec generate "Why is the sky blue?"')
     if prompt is None or prompt == "-":
         try:
-            data = inputs.whole(sys.stdin.buffer, inputs.LINE)
+            data = inputs.read_bounded(sys.stdin.buffer, inputs.LINE)
             prompt = data.decode("utf-8-sig").removesuffix("\n").removesuffix("\r")
         except UnicodeDecodeError as error:
             raise SpecDecError(f"the prompt on stdin is not UTF-8 text ({error.reason})") from None
@@ -234,7 +234,7 @@ def _schema(file: Path) -> Json:
 
     try:
         with file.open("rb") as opened:
-            return Json(inputs.whole(opened, 2**20).decode("utf-8-sig"))
+            return Json(inputs.read_bounded(opened, 2**20).decode("utf-8-sig"))
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else error
         raise SpecDecError(f"--json-schema: {file} cannot be read: {why}") from None
@@ -258,10 +258,10 @@ def _expert_options(cache: str | None, prefetch: str, more: list[str]) -> Expert
                 "--expert-prefetch and --expert-option go with --expert-cache; give its size, such as 0.25"
             )
         return None
-    given = options.assignments("--expert-option", more)
+    given = options.parse_assignments("--expert-option", more)
     if "folder" in given:
         given["folder"] = Path(str(given["folder"]))
-    return ExpertOptions(options.size("--expert-cache", cache), prefetch, **given)
+    return ExpertOptions(options.parse_size("--expert-cache", cache), prefetch, **given)
 
 
 @contextmanager

@@ -27,7 +27,7 @@ def models(as_json: AsJson = False) -> None:
         sizes = [f"{size / 1e6:.0f} MB" for size in (row.download_bytes, row.cached_bytes)]
         shipped = ", ".join(row.drafters) or "-"
         cells.append((row.name, row.licence, *sizes, "yes" if row.cached else "no", shipped, row.where))
-    terminal.columns(("name", "licence", "download", "on disk", "cached", "shipped drafters", "where"), cells)
+    terminal.print_table(("name", "licence", "download", "on disk", "cached", "shipped drafters", "where"), cells)
 
 
 def drafters(as_json: AsJson = False) -> None:
@@ -40,7 +40,7 @@ def drafters(as_json: AsJson = False) -> None:
         (row["name"], row["summary"], row["training"] or "not needed", ", ".join(row["shipped_for"]) or "-")
         for row in rows
     ]
-    terminal.columns(("name", "summary", "training", "shipped for"), cells)
+    terminal.print_table(("name", "summary", "training", "shipped for"), cells)
 
 
 def _drafter(name: str) -> dict[str, Any]:

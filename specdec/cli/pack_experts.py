@@ -10,7 +10,7 @@ import typer
 
 from specdec.base import options
 from specdec.base.errors import SpecDecError
-from specdec.base.terminal import Bar, columns, write
+from specdec.base.terminal import Bar, print_table, write
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,7 +43,7 @@ def pack_experts(
     from specdec.runtimes.experts.layers import moe_layers
     from specdec.runtimes.experts.offload import ExpertOptions, Offload
 
-    items, cache = None if fit is None else _read(fit), options.size("--expert-cache", expert_cache)
+    items, cache = None if fit is None else _read(fit), options.parse_size("--expert-cache", expert_cache)
     loaded, tokenizer = loading.load(model, dtype=dtype, trust_remote_code=trust_remote_code, experts=False)
     layers, fingerprint = moe_layers(loaded), identity.fingerprint(loaded)
     with Bar("packing", "experts") as update:
@@ -75,7 +75,7 @@ def _fit(loaded: PreTrainedModel, fingerprint: str, folder: Path, answers: list[
         f"{folder / predict.FOLDER}: share of needed experts that are predicted, by layers ahead, on held-out texts\n"
     )
     rows = [(name, *(f"{share:.1%}" for share in by.values())) for name, by in figures.items()]
-    columns(("predictor", *next(iter(figures.values()))), rows)
+    print_table(("predictor", *next(iter(figures.values()))), rows)
 
 
 def _read(path: Path) -> list[Any]:

@@ -26,7 +26,7 @@ def serve(
     device: shared.Device = "auto",
     runtime: shared.Runtime = options.Runtime.auto,
     weights: shared.Weights = options.Weights.auto,
-    kv_cache: shared.KVCache = options.KVCache.auto,
+    kv_cache: shared.KVCache = options.KVCacheFormat.auto,
     activations: shared.Activations = options.Activations.auto,
     revision: shared.Revision = None,
     trust_remote_code: shared.TrustRemoteCode = False,
@@ -122,7 +122,7 @@ def serve(
             weights=weights,
             kv_cache=kv_cache,
             activations=activations,
-            drafter_options=options.assignments("--drafter-option", drafter_option or []),
+            drafter_options=options.parse_assignments("--drafter-option", drafter_option or []),
         )
         engine = decoder.engine(
             max_rows=max_rows, max_waiting=max_waiting, kv_memory=memory, num_speculative_tokens=depth
@@ -134,7 +134,7 @@ def serve(
 
 
 def _bytes(flag: str, text: str) -> int:
-    size = options.size(flag, text)
+    size = options.parse_size(flag, text)
     if isinstance(size, float):
         raise SpecDecError(f"{flag} takes a size, such as 300MB; got '{text}'")
     return size

@@ -13,7 +13,7 @@ import typer
 
 from specdec.base import options
 from specdec.base.errors import SpecDecError
-from specdec.base.files import replace
+from specdec.base.files import write_atomically
 
 INTERRUPTED = 130  # exit code of Ctrl-C
 
@@ -46,7 +46,7 @@ Weights = Annotated[
     _model("--weights", "auto, dense, or layers rounded to int8 or int4 (CPU, bfloat16): the base, then.", "KIND"),
 ]
 KVCache = Annotated[
-    options.KVCache,
+    options.KVCacheFormat,
     _model("--kv-cache", "auto (in the model's dtype), or int8: half the memory, lossy (native runtime).", "KIND"),
 ]
 Activations = Annotated[
@@ -129,4 +129,4 @@ def print_json(value: Any) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write indented JSON; the file is whole or as it was."""
-    replace(path, (json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode())
+    write_atomically(path, (json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode())

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
-from specdec.base.terminal import shown, stderr
+from specdec.base.terminal import as_text, stderr
 
 if TYPE_CHECKING:
     from specdec.api.comparison import Comparison
@@ -83,7 +83,7 @@ def statistics(
             table.add_column(style="dim", min_width=22)
             table.add_column(overflow="fold", min_width=12)
         for first in range(0, len(block), side_by_side):
-            table.add_row(*(shown(console, cell) for pair in block[first : first + side_by_side] for cell in pair))
+            table.add_row(*(as_text(console, cell) for pair in block[first : first + side_by_side] for cell in pair))
         console.print(table)
 
 

@@ -105,7 +105,7 @@ def sweep(
         records = store.records()
     if records:
         table = load_results(store.folder).table()
-        terminal.columns(table.header, table.rows)
+        terminal.print_table(table.header, table.rows)
     errors = sum("error" in record for record in records.values())
     done = len(records) - errors
     if interrupted or errors:
@@ -140,7 +140,7 @@ def report(
 
         page = write_page(results, folder)
     table = results.table()
-    terminal.columns(table.header, table.rows)
+    terminal.print_table(table.header, table.rows)
     say(f"the page is '{page}'")
 
 
@@ -154,6 +154,6 @@ def _print_plan(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> None:
         point, record = axes(values), records.get(cell.key())
         state = "to do" if record is None else "failed" if "error" in record else "done"
         rows.append([cell.key()[:8], cell.drafter, *(flow(point.get(name)) for name in differing), state])
-    terminal.columns(["cell", "drafter", *map(short, differing), "state"], rows)
+    terminal.print_table(["cell", "drafter", *map(short, differing), "state"], rows)
     waiting = sum(row[-1] != "done" for row in rows)
     say(f"{plan.name}: {len(rows)} cells, {waiting} to do")

@@ -56,7 +56,7 @@ def run(
     }  # fmt: skip
     for name, paths in (("prompts", prompts), ("text", text), ("holdout", holdout)):
         overrides[name] = [str(path) for path in paths] if paths else None
-    overrides |= ({"search": True} if search else {}) | options.assignments("--set", set_ or [])
+    overrides |= ({"search": True} if search else {}) | options.parse_assignments("--set", set_ or [])
     method = str(context.command.name)
     kind = lookup(method)
     console = stderr()

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from specdec.api.tuned import Tuned, place, store
+from specdec.api.tuned import Tuned, save_tuned, tuned_path
 from specdec.base import options, terminal
 from specdec.base.errors import SpecDecError
 from specdec.base.terminal import say
@@ -58,7 +58,7 @@ def drafter(
         raise SpecDecError("no drafter fits the model; see 'specdec drafters'")
     with terminal.Bar("tune") as bar:
         rows = search(decoders, cells, bar)
-    terminal.columns(
+    terminal.print_table(
         ("drafter", "draft length", "acceptance length", "x plain"),
         [
             (r.cell.drafter, str(r.cell.num_speculative_tokens), f"{r.acceptance_length:.2f}", f"{r.speedup:.2f}")
@@ -71,8 +71,8 @@ def drafter(
     tuned = Tuned("none", "auto", 1.0, of)
     if rows[0].speedup > 1:
         tuned = Tuned(best.drafter, best.num_speculative_tokens, round(rows[0].speedup, 3), of)
-    path = place(model, dtype, device, runtime, weights)
-    store(path, tuned)
+    path = tuned_path(model, dtype, device, runtime, weights)
+    save_tuned(path, tuned)
     depth = tuned.num_speculative_tokens
     length = "" if depth == "auto" else f" --num-speculative-tokens {depth}"
     say(f"kept in {path}")

@@ -12,7 +12,7 @@ import typer
 
 from specdec.base import options, terminal
 from specdec.base.errors import SpecDecError
-from specdec.base.files import replace
+from specdec.base.files import write_atomically
 from specdec.cli import shared, statistics
 from specdec.cli.shared import INTERRUPTED
 from specdec.models.catalogue import DEFAULT_MODEL
@@ -47,7 +47,7 @@ def verify(
     device: shared.Device = "auto",
     runtime: shared.Runtime = options.Runtime.auto,
     weights: shared.Weights = options.Weights.auto,
-    kv_cache: shared.KVCache = options.KVCache.auto,
+    kv_cache: shared.KVCache = options.KVCacheFormat.auto,
     activations: shared.Activations = options.Activations.auto,
     output: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder for certificate.txt and certificate.json.")
@@ -71,12 +71,12 @@ def verify(
     with terminal.status("loading"):
         from specdec.api.decoder import SpecDecoder
         from specdec.bench.prompts import load_prompts, spread
-        from specdec.models.gguf.blocks import dense
+        from specdec.models.gguf.blocks import temporarily_dense
         from specdec.verify.certificate import Certificate, CheckPlan
 
         terminal.warn_in_lines()
         params = options.SamplingParams(temperature, top_k, top_p, seed=seed)
-        rule = registry.verifier(verifier, options.assignments("--verifier-option", verifier_option or []))
+        rule = registry.verifier(verifier, options.parse_assignments("--verifier-option", verifier_option or []))
         registry.parse(drafter)
         found = load_prompts(prompts, data_dir)
         if found.licence:
@@ -86,7 +86,7 @@ def verify(
         decoder = SpecDecoder.from_pretrained(
             model,
             drafter,
-            drafter_options=options.assignments("--drafter-option", drafter_option or []),
+            drafter_options=options.parse_assignments("--drafter-option", drafter_option or []),
             verifier=rule,
             dtype=dtype,
             device=device,
@@ -99,7 +99,7 @@ def verify(
     plan = CheckPlan(chosen, spread(found.conversations, limit), max_new_tokens, draws, places, params)
     certificate = Certificate(decoder, plan)
     try:
-        with terminal.Bar("verify") as bar, dense(decoder.model):
+        with terminal.Bar("verify") as bar, temporarily_dense(decoder.model):
             certificate.run(bar)
     except KeyboardInterrupt:
         if not certificate.greedy[0].answers:
@@ -127,7 +127,7 @@ def verify(
     page, data = certificate.page(title), about | certificate.as_dict()
     terminal.write(f"{page}\n")
     if output:
-        replace(output / "certificate.txt", (page + "\n").encode())
+        write_atomically(output / "certificate.txt", (page + "\n").encode())
         shared.write_json(output / "certificate.json", data)
     if as_json:
         shared.print_json(data)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from specdec.base.devices import Stamp, stamp
+from specdec.base.devices import DeviceEvent, record_event
 
 
 @dataclass
@@ -139,8 +139,8 @@ class Ledger:
     def __init__(self, device: torch.device | None = None) -> None:
         self.device, self.seconds, self.step = device, dict[str, float](), dict[str, float]()
         self._last = time.perf_counter()
-        self._begin: Stamp | None = None
-        self._behind: tuple[str, float, Stamp, Stamp] | None = None
+        self._begin: DeviceEvent | None = None
+        self._behind: tuple[str, float, DeviceEvent, DeviceEvent] | None = None
 
     def restart(self) -> None:
         """Restart the clock; the time since the last mark belongs to no phase."""
@@ -148,7 +148,7 @@ class Ledger:
 
     def begin(self) -> None:
         """Time the phase that begins now on the device, too."""
-        self._begin = stamp(self.device)
+        self._begin = record_event(self.device)
 
     def mark(self, phase: str) -> None:
         """Book the time since the previous mark under ``phase``."""
@@ -159,7 +159,7 @@ class Ledger:
             late = min(max(start.elapsed_time(end) / 1e3 - launching, 0.0), spent)
             self._book(name, late)
             spent, self._behind = spent - late, None
-        if self._begin is not None and (end_stamp := stamp(self.device)) is not None:
+        if self._begin is not None and (end_stamp := record_event(self.device)) is not None:
             self._behind = phase, spent, self._begin, end_stamp
         self._begin = None
         self._book(phase, spent)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from specdec.base.devices import download, upload, waits
+from specdec.base.devices import download, is_asynchronous, upload
 from specdec.kvcache.rows import RowCache
 from specdec.runtimes.target import Pass, largest
 from specdec.speculation.draft import Draft, State, Verifier, ancestors, check_tokens
@@ -90,7 +90,7 @@ class _Scorer:
                 taps[readout] = logits
             if sampler.plain_greedy or masked:
                 tokens = largest(logits)
-                if waits(cache.device):
+                if is_asynchronous(cache.device):
                     self._make_masks()
             else:
                 every = range(filled, 1 + len(draft.parents))

@@ -14,7 +14,7 @@ from specdec.base.errors import SpecDecError, one_line
 from specdec.base.machine import check_memory
 from specdec.integrations.hub import RECIPE
 from specdec.models import drafter_folder
-from specdec.models.catalogue import quietly
+from specdec.models.catalogue import quiet_transformers
 from specdec.models.gguf.blocks import Blocks, densify, named_weights
 from specdec.speculation import registry
 
@@ -98,7 +98,7 @@ def _save(model: Any, tokenizer: Any, output: Path) -> None:
     shapes = (weight.shape for _, weight in named_weights(model) if isinstance(weight, Blocks))
     check_memory(str(model.name_or_path), sum(map(math.prod, shapes)) * model.dtype.itemsize)
     densify(model)
-    with quietly(f"Writing {output}"):
+    with quiet_transformers(f"Writing {output}"):
         for part in (model, tokenizer):
             part.save_pretrained(output)
 
@@ -108,7 +108,7 @@ def _compare(model: Any, output: Path) -> None:
     """Raise SpecDecError unless ``output`` loads as ``model``: its logits on a fixed input are the same."""
     ids = 31 * torch.arange(1, 17)[None] % model.get_input_embeddings().weight.shape[0]
     try:
-        with quietly():
+        with quiet_transformers():
             loaded = type(model).from_pretrained(output, dtype=model.dtype, local_files_only=True).eval()
         same = torch.allclose(loaded(ids).logits, model(ids).logits, rtol=1e-3, atol=1e-3)
         why = "" if same else "its logits differ"
@@ -120,7 +120,7 @@ def _compare(model: Any, output: Path) -> None:
 
 def _copy(folder: Path, to: Path) -> None:
     """Copy a drafter folder: its data, and the recipe."""
-    with drafter_folder.opened(folder / drafter_folder.WEIGHTS):
+    with drafter_folder.open_tensors(folder / drafter_folder.WEIGHTS):
         pass  # it is a safetensors file
     to.mkdir(exist_ok=True)
     for name in (drafter_folder.CONFIG, drafter_folder.WEIGHTS, RECIPE):

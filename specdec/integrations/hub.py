@@ -18,11 +18,11 @@ CARD, RECIPE = "README.md", "train.yaml"
 
 def push(folder: Path, repository: str, private: bool = False) -> str:
     """Upload a drafter folder; return where it is. Raises SpecDecError if it is none, or the hub refuses."""
-    named = hub.parts(repository)
+    named = hub.parse_repo_id(repository)
     if named is None or named[1] is not None:
         raise SpecDecError(f"a repository is ORG/NAME; got '{repository}'")
     config = drafter_folder.read_config(folder)
-    with drafter_folder.opened(folder / drafter_folder.WEIGHTS):
+    with drafter_folder.open_tensors(folder / drafter_folder.WEIGHTS):
         pass  # it is a safetensors file
     files: dict[str, Any] = {name: folder / name for name in (drafter_folder.CONFIG, drafter_folder.WEIGHTS)}
     if (folder / RECIPE).is_file():
@@ -59,7 +59,7 @@ def card(folder: Path, config: dict[str, Any], repository: str) -> str:
         "library_name": "specdec",
         "tags": ["specdec", "speculative-decoding", config["drafter"]],
     }
-    if hub.parts(name):
+    if hub.parse_repo_id(name):
         top["base_model"] = name
     rows = {
         "drafter": f"`{config['drafter']}`",

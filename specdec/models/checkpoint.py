@@ -87,7 +87,7 @@ class Fused:
         """What ``sample`` takes of the tensor, in ``dtype``."""
         count, rows, columns = self.shape
         values = []
-        for position in positions(count * rows * columns).tolist():
+        for position in sample_positions(count * rows * columns).tolist():
             expert, number = divmod(position, rows * columns)
             for matrix in self.experts[expert]:
                 if number < (size := math.prod(matrix.shape)):
@@ -134,7 +134,7 @@ class StoredExperts(Absent):
 
 
 @contextmanager
-def idle(model: nn.Module) -> Iterator[None]:
+def experts_disabled(model: nn.Module) -> Iterator[None]:
     """Meanwhile experts that are in a checkpoint add nothing: for checks of everything else."""
     modules = [module for module in model.modules() if isinstance(module, StoredExperts)]
     for module in modules:
@@ -146,7 +146,7 @@ def idle(model: nn.Module) -> Iterator[None]:
             module.idle = False
 
 
-def positions(size: int) -> Tensor:
+def sample_positions(size: int) -> Tensor:
     """Which of so many numbers stand for all of them: evenly strided ones."""
     count = min(size, SAMPLES)
     return torch.arange(count) * size // max(count, 1)
@@ -155,12 +155,12 @@ def positions(size: int) -> Tensor:
 def sample(parameter: Tensor | Blocks) -> Tensor:
     """Up to ``SAMPLES`` evenly strided numbers of a parameter, [n]; of one that is absent, those it would have."""
     if isinstance(parameter, Blocks):
-        rows, columns = torch.unravel_index(positions(parameter.shape.numel()), parameter.shape)
+        rows, columns = torch.unravel_index(sample_positions(parameter.shape.numel()), parameter.shape)
         return parameter.at(rows, columns)
     if parameter.is_meta:
         values: Tensor = parameter.sample  # type: ignore[attr-defined]
         return values
-    index = positions(parameter.numel()).to(parameter.device)
+    index = sample_positions(parameter.numel()).to(parameter.device)
     return parameter.detach()[torch.unravel_index(index, parameter.shape)]
 
 

@@ -45,7 +45,7 @@ class Identified(Protocol):
     fingerprint: str
 
 
-def called(folder: Path) -> str:
+def display_name(folder: Path) -> str:
     """What messages call a folder: a snapshot in Hugging Face's cache by its repository."""
     repository = folder.parent.parent.name
     if folder.parent.name == "snapshots" and repository.startswith("models--"):
@@ -71,9 +71,9 @@ def read_config(folder: Path, drafter: str | None = None, base: Identified | Non
     if not isinstance(config.get("base", {}), dict):
         raise SpecDecError(f"'{path}' does not say what base model it is for ('base' is not a mapping)")
     if drafter is not None and config["drafter"] != drafter:
-        raise SpecDecError(f"'{called(folder)}' holds the drafter '{config['drafter']}', not '{drafter}'")
+        raise SpecDecError(f"'{display_name(folder)}' holds the drafter '{config['drafter']}', not '{drafter}'")
     if base is not None:
-        check_base(config, base, called(folder))
+        check_base(config, base, display_name(folder))
     return config
 
 
@@ -89,7 +89,7 @@ def read_json(path: Path) -> Any:
         raise SpecDecError(f"cannot read '{path}': {error}") from None
 
 
-class Stored:
+class StoredTensors:
     """The tensors of a safetensors file. header: of each, shape and dtype, as a tensor without memory.
 
     A matrix in codes is one tensor here.
@@ -127,7 +127,7 @@ class Stored:
     def read(self, name: str) -> Tensor:
         """One tensor. Raises SpecDecError if it holds NaN or infinite values."""
         if name in self.coded:
-            tensor = decode(self.file.get_tensor(name + CODES), self.file.get_tensor(name + SCALES))
+            tensor = dequantize(self.file.get_tensor(name + CODES), self.file.get_tensor(name + SCALES))
         else:
             tensor = self.file.get_tensor(name)
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
@@ -147,7 +147,7 @@ def _scaled(codes: Tensor, scales: Tensor) -> bool:
     )
 
 
-def encode(values: Tensor) -> tuple[Tensor, Tensor]:
+def quantize(values: Tensor) -> tuple[Tensor, Tensor]:
     """A matrix [..., n] as codes int8 [..., n] and scales bf16, one for ``GROUP`` inputs or, where n is no multiple
     of that, for all."""
     size = values.shape[-1]
@@ -158,27 +158,27 @@ def encode(values: Tensor) -> tuple[Tensor, Tensor]:
     return codes.to(torch.int8).flatten(-2), scales
 
 
-def decode(codes: Tensor, scales: Tensor) -> Tensor:
-    """The matrix of ``encode``, in bf16."""
+def dequantize(codes: Tensor, scales: Tensor) -> Tensor:
+    """The matrix of ``quantize``, in bf16."""
     groups = codes.unflatten(-1, (scales.shape[-1], -1))
     return (groups.float() * scales.float()[..., None]).bfloat16().flatten(-2)
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Stored]:
+def open_tensors(path: Path) -> Iterator[StoredTensors]:
     """A safetensors file, whose header is read. Raises SpecDecError if it is missing, truncated or something else."""
     if not path.is_file():
         raise SpecDecError(f"'{path.parent}' is no complete drafter folder: {path.name} is missing")
     try:
         with safe_open(path, framework="pt") as file:
-            yield Stored(path, file)
+            yield StoredTensors(path, file)
     except (SafetensorError, OSError) as error:
         raise SpecDecError(f"'{path}' is truncated or no safetensors file ({error}); copy or train it again") from None
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """The folder's tensors. Raises SpecDecError if the file is missing or broken, or a tensor is not finite."""
-    with opened(folder / WEIGHTS) as stored:
+    with open_tensors(folder / WEIGHTS) as stored:
         return {name: stored.read(name) for name in stored.header}
 
 
@@ -194,7 +194,7 @@ def load(
     a tensor's name in the file to the module's. Raises SpecDecError, naming the tensor, if the two do not fit each
     other, and for values that no drafter has.
     """
-    with opened(folder / WEIGHTS) as stored:
+    with open_tensors(folder / WEIGHTS) as stored:
         names = {rename(name): name for name in stored.header}
         header = {name: stored.header[of] for name, of in names.items()}
         vocab = header.get("draft_vocab")
@@ -231,9 +231,9 @@ def _kind(tensor: Tensor) -> str:
     return f"{tuple(tensor.shape)}{'' if tensor.is_floating_point() else ' of whole numbers'}"
 
 
-def inner(name: str, value: Any, hidden_size: int) -> int:
+def check_inner_size(name: str, value: Any, hidden_size: int) -> int:
     """``value``, if a drafter on a model of that size can have such an inner width. Raises SpecDecError otherwise."""
-    return options.whole(f"{name} in the drafter's config.json", value, 1, WIDEST * hidden_size)
+    return options.check_int(f"{name} in the drafter's config.json", value, 1, WIDEST * hidden_size)
 
 
 def write(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], storage: str = "") -> None:
@@ -249,19 +249,19 @@ def write(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], stor
         elif storage != "int8":
             kept[name] = tensor.to(getattr(torch, storage))
         elif tensor.dim() > 1 and tensor.numel() >= LARGE:
-            kept[name + CODES], kept[name + SCALES] = encode(tensor)
+            kept[name + CODES], kept[name + SCALES] = quantize(tensor)
         else:
             kept[name] = tensor.float()
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in kept.items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, data in ((WEIGHTS, save(contiguous)), (CONFIG, text.encode())):
-            files.replace(folder / name, data)
+            files.write_atomically(folder / name, data)
     except OSError as error:
         raise SpecDecError(f"cannot write the drafter to '{folder}': {error.strerror or error}") from None
 
 
-def shipped(drafter: str, base: Identified) -> Path | None:
+def find_shipped(drafter: str, base: Identified) -> Path | None:
     """The folder of a drafter of that kind shipped in the package for the model, or another precision of it, if any."""
     found = list(_shipped(drafter))
     own = (folder for folder, trained in found if trained.get("fingerprint") == base.fingerprint)

@@ -26,7 +26,7 @@ from specdec.base.errors import SpecDecError, one_line
 STATEFUL = (UnbatchedClassifierFreeGuidanceLogitsProcessor, SynthIDTextWatermarkLogitsProcessor)
 
 
-def ends(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:
+def eos_token_ids(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:
     """Token ids that end a sequence."""
     eos = model.generation_config.eos_token_id if model.generation_config else None
     if eos is None:
@@ -34,7 +34,7 @@ def ends(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:
     return frozenset() if eos is None else frozenset([eos] if isinstance(eos, int) else eos)
 
 
-def processors(
+def logits_processors(
     model: PreTrainedModel,
     prompt: Sequence[int],
     max_new_tokens: int,
@@ -74,7 +74,7 @@ def processors(
     return list(found)
 
 
-def process(
+def apply_processors(
     processors: Sequence[LogitsProcessor], prompt: Sequence[int], tokens: Sequence[int], logits: Tensor
 ) -> Tensor:
     """Logits [n, V] that predict the n ``tokens`` after ``prompt``, processed."""

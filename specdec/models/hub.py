@@ -24,16 +24,16 @@ _ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*?)(?:@([\w./-]+))?", re
 TIMEOUT = 10  # seconds for the repository to answer
 
 
-def parts(text: str) -> tuple[str, str | None] | None:
+def parse_repo_id(text: str) -> tuple[str, str | None] | None:
     """The repository and the revision that ``text`` names; None if it cannot name one."""
     found = _ID.fullmatch(text)
     return None if found is None else (found[1], found[2])
 
 
 @functools.lru_cache(maxsize=64)
-def drafter(text: str) -> Path:
+def fetch_drafter(text: str) -> Path:
     """The folder of a drafter in Hugging Face's cache, downloaded if need be. Raises SpecDecError with the reason."""
-    named = parts(text)
+    named = parse_repo_id(text)
     if named is None:
         raise SpecDecError(f"drafter folder '{text}' does not exist")
     folder = fetch("drafter", *named, [CONFIG, WEIGHTS])

@@ -26,11 +26,11 @@ from transformers import (
 from specdec.base.errors import SpecDecError, one_line
 from specdec.base.machine import check_memory
 from specdec.models import checkpoint
-from specdec.models.catalogue import quietly
+from specdec.models.catalogue import quiet_transformers
 from specdec.models.device import as_dtype, find_device
 from specdec.models.gguf import model as gguf_model
 from specdec.models.gguf.file import GGUFFile, read_header
-from specdec.models.source import Source, explained, find
+from specdec.models.source import Source, explain_errors, find_source
 
 
 def load(
@@ -62,9 +62,9 @@ def load(
     name = os.fspath(name_or_path)
     kind = as_dtype(dtype)
     place = find_device(device, kind)
-    source = find(name, revision)
+    source = find_source(name, revision)
     options = source.options | {"trust_remote_code": trust_remote_code}
-    with quietly(f"Loading {name}"):
+    with quiet_transformers(f"Loading {name}"):
         config, tokenizer = _parts(source, options)
         if check is not None:
             check(config)
@@ -83,8 +83,8 @@ def load(
 
 def read_config(name: str, dtype: str | torch.dtype = "auto") -> Any:
     """The config of the model that ``load`` would load; its weights may have to be fetched, but are not read."""
-    source = find(name)
-    with explained(name):
+    source = find_source(name)
+    with explain_errors(name):
         return AutoConfig.from_pretrained(source.folder, **source.options)
 
 
@@ -102,7 +102,7 @@ def _of_checkpoint(
     else:
         options |= {"use_safetensors": True, "ignore_mismatched_sizes": True}  # checked below
     source.fetch_weights()
-    with quietly(f"Loading {name}"), explained(name):
+    with quiet_transformers(f"Loading {name}"), explain_errors(name):
         checkpoint = None if experts or source.packed else _checkpoint(source, options["config"])
         if checkpoint is None:
             load: Any = AutoModelForCausalLM.from_pretrained
@@ -127,7 +127,7 @@ def _of_file(
     keep_blocks = place.type == "cpu" and dtype == torch.bfloat16
     stored = (info.nbytes if keep_blocks else math.prod(info.shape) * dtype.itemsize for info in file.tensors.values())
     check_memory(source.name, sum(stored))
-    with explained(source.name):
+    with explain_errors(source.name):
         model = gguf_model.build(source.name, file, config, dtype, keep_blocks, attn_implementation)
         model.to(place)  # type: ignore[arg-type]
         model.generation_config = GenerationConfig.from_pretrained(source.folder)
@@ -136,7 +136,7 @@ def _of_file(
 
 def _parts(source: Source, options: dict[str, Any]) -> tuple[Any, Any]:
     """The config, of a decoder-only model, and the tokenizer."""
-    with explained(source.name):
+    with explain_errors(source.name):
         config = AutoConfig.from_pretrained(source.folder, **options)
     if config.is_encoder_decoder:
         raise SpecDecError(f"'{source.name}' is an encoder-decoder model ({config.model_type}); use a decoder-only one")

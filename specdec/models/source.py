@@ -20,7 +20,7 @@ from transformers.utils.hub import get_checkpoint_shard_files
 
 from specdec.base.errors import SpecDecError, did_you_mean, one_line
 from specdec.models import hub
-from specdec.models.catalogue import EMBEDDED, GGUF, described, prepared
+from specdec.models.catalogue import EMBEDDED, GGUF, prepare_embedded, prepare_gguf
 from specdec.models.gguf import model as gguf_model
 from specdec.models.gguf.file import GGUFFile, is_gguf, read_header
 
@@ -64,12 +64,12 @@ class Source:
         if (only := self.folder / SAFE_WEIGHTS_NAME).is_file():
             return [only]
         if (index := self.folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
-            with explained(self.name):
+            with explain_errors(self.name):
                 return [Path(path) for path in get_checkpoint_shard_files(str(self.folder), str(index))[0]]
         return []
 
 
-def find(name: str, revision: str | None = None) -> Source:
+def find_source(name: str, revision: str | None = None) -> Source:
     """Where the model is, or is now put: of a Hugging Face id all but the weights.
 
     Raises SpecDecError if it is unknown, missing or broken.
@@ -78,7 +78,7 @@ def find(name: str, revision: str | None = None) -> Source:
     if revision is not None and (name in EMBEDDED or path.exists()):
         raise SpecDecError(f"a revision ('{revision}') goes with a Hugging Face id, and '{name}' is not one")
     if name in EMBEDDED:
-        path = prepared(name)
+        path = prepare_embedded(name)
         return Source(name, path, read_header(path / GGUF, name))
     if name and path.is_dir():
         if not (path / "config.json").is_file():
@@ -90,8 +90,8 @@ def find(name: str, revision: str | None = None) -> Source:
         if not is_gguf(path):
             raise SpecDecError(f"'{name}' is not a GGUF file; give a .gguf file, a model folder or a model's name")
         file = read_header(path, name)
-        if gguf_model.serves(file):
-            return Source(name, described(name, file), file)
+        if gguf_model.is_supported(file):
+            return Source(name, prepare_gguf(name, file), file)
         return Source(name, path.parent, packed=path.name)
     if file_in_repository := _HUB_FILE.fullmatch(name):
         repository, member = file_in_repository.groups()
@@ -100,7 +100,7 @@ def find(name: str, revision: str | None = None) -> Source:
         path = hub.fetch("model", repository, revision, [member], by_hand) / member
         if not path.is_file():
             raise SpecDecError(f"'{repository}' has no file '{member}' on Hugging Face")
-        return find(str(path))
+        return find_source(str(path))
     return Source(name, _repository(name, revision), remote=True)
 
 
@@ -120,12 +120,12 @@ def _repository(name: str, revision: str | None) -> Path:
 def weight_files(name: str, revision: str | None = None) -> list[Path]:
     """The safetensors files of a model as ``loading.load`` takes it; none if its weights are in another format."""
     local = name in EMBEDDED or Path(name).expanduser().exists()
-    source = find(name, None if local else revision)
+    source = find_source(name, None if local else revision)
     source.fetch_weights()
     return source.weight_files()
 
 
-def own_name(name: str) -> str:
+def public_name(name: str) -> str:
     """What to call the model ``name`` in files that others may read: never by a path of this machine.
 
     An embedded model's name and a Hugging Face id are that; a GGUF file says what it holds (``general.name``), and a
@@ -146,7 +146,7 @@ def own_name(name: str) -> str:
 
 
 @contextlib.contextmanager
-def explained(name: str) -> Iterator[None]:
+def explain_errors(name: str) -> Iterator[None]:
     """Turn whatever transformers raises while it reads a model (untrusted files: any type) into one line."""
     try:
         yield

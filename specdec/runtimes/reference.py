@@ -218,7 +218,7 @@ class ReferenceTarget(Target):
         self.bridge: _Bridge | None = None
         self.probed = False
         self.pairs: dict[type[nn.Module], bool] = {}
-        with self.lock, checkpoint.idle(model):
+        with self.lock, checkpoint.experts_disabled(model):
             is_stack = lambda module: isinstance(module, nn.ModuleList) and len(module) == self.num_layers  # noqa: E731
             self.decoder = _find(model.base_model, is_stack, f"has no list of {self.num_layers} decoder layers")
             self.head = _find(model, lambda module: module is self.own_head, "hides its output head")

@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from specdec.base.errors import NotFiniteError, SettingError, SpecDecError, did_you_mean
-from specdec.base.options import Activations, KVCache, Runtime, Weights
+from specdec.base.options import Activations, KVCacheFormat, Runtime, Weights
 from specdec.models.gguf.blocks import densify
 from specdec.runtimes.checks import refuse_unsupported
 from specdec.runtimes.fused import FusedTarget
@@ -15,7 +15,7 @@ from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.reference import ReferenceTarget
 from specdec.runtimes.target import Target, lock_of
 
-CHOICES = {"runtime": Runtime, "weights": Weights, "kv_cache": KVCache, "activations": Activations}
+CHOICES = {"runtime": Runtime, "weights": Weights, "kv_cache": KVCacheFormat, "activations": Activations}
 
 
 def needs_cpu(runtime: str, weights: str, kv_cache: str = "auto", activations: str = "auto") -> bool:

@@ -19,7 +19,7 @@ from specdec.base.devices import download
 from specdec.base.errors import SpecDecError
 from specdec.kvcache.cache import Chunk, KVCache, Mask
 from specdec.models import identity
-from specdec.models.gguf.blocks import rows, stored
+from specdec.models.gguf.blocks import weight_rows, weight_storage
 from specdec.runtimes import linear_maps
 from specdec.runtimes.adapters import Adapters
 from specdec.runtimes.tree_drafting import Candidates, DraftPath, DraftRoots, Masks, TreeLimits, by_levels
@@ -99,11 +99,11 @@ class Target(ABC):
         with self.lock:
             self.own_head: Any = model.get_output_embeddings()
             self.fingerprint = identity.fingerprint(model)
-        cores.fit()
+        cores.limit_threads()
         config = model.config.get_text_config()
         self.num_layers = int(config.num_hidden_layers)
         self.hidden_size = int(config.hidden_size)
-        self.vocab_size = int(stored(self.own_head).shape[0])
+        self.vocab_size = int(weight_storage(self.own_head).shape[0])
         self.context = int(getattr(config, "max_position_embeddings", None) or 1 << 30)
         self.windows = _windows(config)
         self.device, self.dtype = model.device, model.dtype
@@ -195,7 +195,7 @@ class Target(ABC):
         """The output head restricted to ``token_ids`` [V'], for ``readout(x, head)`` -> [B, T, V']."""
         full = self.own_head
         index, bias = token_ids.to(self.device), getattr(full, "bias", None)
-        return GivenLinear(rows(full, index), None if bias is None else bias.detach()[index])
+        return GivenLinear(weight_rows(full, index), None if bias is None else bias.detach()[index])
 
 
 class GivenLinear(nn.Linear):

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from specdec.base.devices import download, upload, waits
+from specdec.base.devices import download, is_asynchronous, upload
 from specdec.runtimes.adapters import Adapters
 from specdec.runtimes.linear_maps import UnitMap
 
@@ -142,7 +142,7 @@ def by_levels(
             chosen, scores = chosen[scores > -math.inf], scores[scores > -math.inf]
             if not len(chosen):
                 break
-        if not waits(device) and float(scores[0].exp()) < limits.min_probability:
+        if not is_asynchronous(device) and float(scores[0].exp()) < limits.min_probability:
             break
         parents, nodes = chosen // joint.shape[1], 1 + count + chosen
         tokens, count = ids.flatten()[chosen][None], count + joint.numel()

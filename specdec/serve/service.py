@@ -141,7 +141,7 @@ class Service:
         if rule is None:
             return None
         try:
-            return self.decoder.compile(rule, body.ignore_eos)
+            return self.decoder.compile_constraint(rule, body.ignore_eos)
         except SpecDecError as error:
             raise ApiError(400, str(error), name, "invalid_value") from None
 

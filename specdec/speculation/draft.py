@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from specdec.base import options
-from specdec.base.devices import upload, waits
+from specdec.base.devices import is_asynchronous, upload
 from specdec.base.errors import SpecDecError, SpecDecWarning
 from specdec.base.settings import keywords
 from specdec.models import drafter_folder
@@ -192,7 +192,7 @@ class State:
         """
         device, depths, last = self.cache.device, draft.depths(), self.target.context - 1
         positions = upload([[min(n + depth, last) for depth in depths] for n in self.cache.rows], device)
-        if draft.listed is None and waits(device):  # reading drafted tokens would wait for them
+        if draft.listed is None and is_asynchronous(device):  # reading drafted tokens would wait for them
             return torch.cat((self.roots, draft.tokens.clamp(0, self.target.vocab_size - 1)), 1), positions
         rows = zip(self.ids, draft.lists(), strict=True)
         return upload([[ids[-1], *(max(token, 0) for token in tokens)] for ids, tokens in rows], device), positions
@@ -246,13 +246,13 @@ class Drafter(ABC):
 
         By default there is no source, and options are the arguments of the constructor.
         """
-        options.check(cls.name, kwargs, keywords(cls), source)
+        options.check_names(cls.name, kwargs, keywords(cls), source)
         return cls(**kwargs)
 
     @classmethod
     def find(cls, target: Target, source: str | None) -> Path:
         """The folder ``source``, or the drafter shipped for the target's weights. Raises SpecDecError if none is."""
-        folder = drafter_folder.shipped(cls.name, target) if source is None else Path(source)
+        folder = drafter_folder.find_shipped(cls.name, target) if source is None else Path(source)
         if folder is None:
             raise cls.not_shipped(target.model.config._name_or_path)
         return folder
@@ -369,7 +369,7 @@ def check_draft(draft: Draft, batch: int, limit: int, vocab_size: int) -> str | 
         return f"it is {max(draft.depths())} tokens deep, {limit} are allowed"
     if draft.listed is None and tuple(draft.tokens.shape) != (batch, count):
         return f"its tokens are {tuple(draft.tokens.shape)}, not {batch} rows of {count}"
-    if draft.listed is None and waits(draft.device):
+    if draft.listed is None and is_asynchronous(draft.device):
         return None
     return check_tokens(draft.lists(), batch, count, vocab_size)
 

@@ -133,5 +133,5 @@ def _part(text: str) -> tuple[str, str | None]:
         return text, None
     from specdec.models import drafter_folder, hub  # heavy
 
-    folder = Path(text) if Path(text).is_dir() or hub.parts(text) is None else hub.drafter(text)
+    folder = Path(text) if Path(text).is_dir() or hub.parse_repo_id(text) is None else hub.fetch_drafter(text)
     return str(drafter_folder.read_config(folder)["drafter"]), str(folder)

@@ -65,7 +65,7 @@ def load(path: Path) -> Document:
     """Read a YAML file. Raises SpecDecError with the line for what is not YAML or has a key twice."""
     try:
         with path.open("rb") as file:
-            text = inputs.whole(file, inputs.DOCUMENT).decode("utf-8-sig")
+            text = inputs.read_bounded(file, inputs.DOCUMENT).decode("utf-8-sig")
     except (OSError, ValueError) as error:
         raise SpecDecError(f"cannot read '{path}': {error}") from None
     return parse(text, lambda line: f"{path}:{line}")

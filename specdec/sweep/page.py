@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader
 
 from specdec import __version__
 from specdec.base.errors import SpecDecError
-from specdec.base.files import replace
+from specdec.base.files import write_atomically
 from specdec.sweep.results import Record, Results, ResultTable, command, speedup_of
 
 PAGE = "report.html"  # the template's name, too
@@ -41,7 +41,7 @@ def write_page(results: Results, folder: Path) -> Path:
     labels = {record["key"]: label for record, label in zip(results.records, results.labels(), strict=True)}
     drawn = draw_all(results.done, labels)
     for picture in (picture for pictures in drawn.values() for picture in pictures):
-        replace(folder / f"{picture.name}.png", picture.png)
+        write_atomically(folder / f"{picture.name}.png", picture.png)
     page = Environment(loader=PackageLoader("specdec.sweep", "."), autoescape=True).get_template(PAGE)
     text = page.render(
         results=results,
@@ -54,7 +54,7 @@ def write_page(results: Results, folder: Path) -> Path:
         commands="\n".join(f"# {labels[r['key']]}\n{command(r['cell'])}" for r in results.records),
         version=__version__,
     )
-    replace(folder / PAGE, text.encode(errors="backslashreplace"))
+    write_atomically(folder / PAGE, text.encode(errors="backslashreplace"))
     return folder / PAGE
 
 

@@ -20,7 +20,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from specdec.base.errors import SpecDecError
-from specdec.base.files import replace
+from specdec.base.files import write_atomically
 from specdec.sweep.plan import Plan
 
 MANIFEST, RECORDS, LOCK = "sweep.json", "cells.jsonl", ".lock"
@@ -52,7 +52,9 @@ class Store:
                         "resources": plan.resources.model_dump(),
                         "cells": {cell.key(): cell.as_dict() for cell in plan.cells},
                     }
-                    replace(self.manifest, (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
+                    write_atomically(
+                        self.manifest, (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode()
+                    )
                 if self.path.is_file():  # cut off the unfinished end that a killed process may have left
                     os.truncate(self.path, self.path.read_bytes().rfind(b"\n") + 1)
                 yield

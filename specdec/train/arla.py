@@ -46,7 +46,7 @@ class ArlaMethod(TrainingMethod[M2R2]):
         super().__init__(settings, target)
         folder = Path(settings.drafter)
         if not folder.is_dir() and folder.name == settings.drafter:
-            folder = drafter_folder.shipped(settings.drafter, target) or folder
+            folder = drafter_folder.find_shipped(settings.drafter, target) or folder
         self.trained, self.drafter = drafter_folder.read_config(folder), load_network(target, folder)
 
     def wanted(self) -> Wanted:

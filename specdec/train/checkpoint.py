@@ -27,7 +27,7 @@ def write(output: Path, masters: Mapping[str, nn.Parameter], optimizer: Optimize
         tensors |= {f"{SLOTS}{index}/{key}": torch.as_tensor(value) for key, value in slot.items()}
     contiguous = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
     with writing("a checkpoint", output):
-        files.replace(output / CHECKPOINT, save(contiguous, {"state": json.dumps(state)}))
+        files.write_atomically(output / CHECKPOINT, save(contiguous, {"state": json.dumps(state)}))
 
 
 @torch.no_grad()
@@ -61,7 +61,7 @@ def rewind_metrics(output: Path, update: int) -> None:
             except (ValueError, KeyError, TypeError):  # the run was killed as it wrote this line
                 break
             kept += line
-        files.replace(path, kept.encode())
+        files.write_atomically(path, kept.encode())
 
 
 class Best:

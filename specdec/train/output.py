@@ -48,7 +48,7 @@ def open_output(settings: TrainSettings, resume: bool) -> Path:
             _check_same_run(output, own, resume)
         output.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(own.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-        files.replace(recipe, text.encode())
+        files.write_atomically(recipe, text.encode())
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise SpecDecError(f"cannot use '{output}' as output folder: {error}") from None
     return output
@@ -73,7 +73,7 @@ def _check_same_run(output: Path, own: TrainSettings, resume: bool) -> None:
 
 def recorded(settings: TrainSettings) -> TrainSettings:
     """``settings`` without paths of this machine: who publishes a drafter's folder publishes them."""
-    names: dict[str, Any] = {"model": source.own_name(settings.model), "output": ""}
+    names: dict[str, Any] = {"model": source.public_name(settings.model), "output": ""}
     for key in ("prompts", "text", "holdout"):
         names[key] = tuple(Path(path).name for path in getattr(settings, key))
     for key in ("init", "drafter"):

@@ -295,7 +295,7 @@ class TrainingRun:
         target = self.target
         base = {
             "fingerprint": target.fingerprint,
-            "name": source.own_name(self.settings.model),
+            "name": source.public_name(self.settings.model),
             "model_type": target.model.config.model_type,
             "num_layers": target.num_layers,
             "hidden_size": target.hidden_size,
@@ -308,7 +308,7 @@ class TrainingRun:
             "tokens_seen": self.tokens,
             "updates": self.update,
             "minutes": round(self.seconds / 60, 1),
-            "machine": devices.name(target.device),
+            "machine": devices.device_name(target.device),
             "recipe": RECIPE,
             "held_out": figures,
         }

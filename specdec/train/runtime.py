@@ -44,7 +44,7 @@ def check_memory(name: str, config: Any, dtype: str, device: torch.device) -> No
     kind = as_dtype(dtype)
     kind = kind if isinstance(kind, torch.dtype) else getattr(config, "dtype", None) or torch.float32
     try:
-        model = gguf_model.skeleton(config, kind)
+        model = gguf_model.empty_model(config, kind)
     except Exception:  # an architecture with code of its own: what cannot be built is refused when it is loaded
         return
     need = sum(parameter.numel() for parameter in model.parameters()) * kind.itemsize

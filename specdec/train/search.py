@@ -94,7 +94,7 @@ def choose(settings: M2R2Settings, target: Target, work: Work) -> Segment:
     _show(rows, work.console)
     table = {"chosen": rows[0].segment, "table": [asdict(row) for row in rows]}
     with writing(FILE, work.output):
-        files.replace(file, json.dumps(table, indent=1).encode())
+        files.write_atomically(file, json.dumps(table, indent=1).encode())
     shutil.rmtree(folder)  # large, and of no use any more
     return rows[0].segment
 

@@ -20,7 +20,7 @@ from pydantic import (
 
 from specdec.base import inputs
 from specdec.base.errors import SpecDecError, did_you_mean
-from specdec.base.settings import shown
+from specdec.base.settings import short_repr
 
 DROPPED = ("compile", "learning_rate", "leap_rate", "search_gain")  # of earlier versions; those rates were absolute
 RENAMED = {"final_leap": "final_projection"}
@@ -129,7 +129,7 @@ def from_mapping(kind: type[S], values: Mapping[str, Any], where: str) -> S:
         if not key:
             raise SpecDecError(f"{where}: {reason}") from None
         reason = reason[0].lower() + reason[1:]
-        raise SpecDecError(f"{where}: setting '{key}' cannot be {shown(found['input'])}: {reason}") from None
+        raise SpecDecError(f"{where}: setting '{key}' cannot be {short_repr(found['input'])}: {reason}") from None
 
 
 def _preset(name: str) -> dict[str, Any]:

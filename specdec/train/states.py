@@ -25,7 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from specdec.base import inputs
 from specdec.base.errors import SpecDecError
-from specdec.base.files import replace
+from specdec.base.files import write_atomically
 from specdec.base.terminal import Progress, duration, megabytes, tell
 from specdec.kvcache.cache import KVCache, Mask
 from specdec.runtimes import linear_maps
@@ -136,7 +136,7 @@ def compute(
             save_file(_teach(target, chunk, kept, done), folder / f"{file}.part")
             (folder / f"{file}.part").replace(folder / file)
             shards.append({"file": file, "sha256": inputs.sha256(folder / file), "answers": len(chunk)})
-            replace(folder / INDEX, json.dumps(index, indent=1).encode())
+            write_atomically(folder / INDEX, json.dumps(index, indent=1).encode())
     return [record for shard in shards for record in _records(_load(folder, shard), wanted)]
 
 

@@ -74,7 +74,7 @@ def _prepare(settings: TrainSettings, resume: bool, console: Console, world: Wor
         train, held_out = _split(settings, usable, _pieces(settings, texts, tokenizer, target.context))
         vocab = None
         if settings.draft_vocab:
-            ends = sorted(generation_config.ends(model, tokenizer))
+            ends = sorted(generation_config.eos_token_ids(model, tokenizer))
             vocab = data.draft_vocabulary(train, settings.draft_vocab, ends, target.vocab_size).to(target.device)
         method.prepare(Work(output, train, held_out, vocab, decoder, console, progress))
         records = [

@@ -34,7 +34,9 @@ def model_logits(model: Any, prompt: list[int], tokens: list[int], count: int) -
     """
     ids = torch.tensor([prompt + tokens], device=model.device)  # (1, T)
     logits = model(ids).logits[0, len(prompt) - 1 : -1].float()
-    return generation_config.process(generation_config.processors(model, prompt, count), prompt, tokens, logits)
+    return generation_config.apply_processors(
+        generation_config.logits_processors(model, prompt, count), prompt, tokens, logits
+    )
 
 
 def expected(decoder: SpecDecoder, prompt: list[int], count: int) -> list[int]:

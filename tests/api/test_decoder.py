@@ -13,7 +13,7 @@ from tiny_tokenizers import Bytes, special_tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from specdec import Request, SpecDecError, SpecDecoder
-from specdec.api.tuned import Tuned, place, store
+from specdec.api.tuned import Tuned, save_tuned, tuned_path
 from specdec.base.errors import SpecDecWarning
 from specdec.models import device, drafter_folder, loading
 
@@ -289,7 +289,7 @@ def test_the_default_drafter_of_a_model_without_a_shipped_one_is_ngram(llama) ->
 def test_the_default_drafter_is_the_tuned_one_with_its_depth(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "cache"))
     name = str(save_tiny(tmp_path / "model"))
-    store(place(name, "auto", "cpu", "auto", "auto"), Tuned("lookahead", 3, 1.5, "8 of own"))
+    save_tuned(tuned_path(name, "auto", "cpu", "auto", "auto"), Tuned("lookahead", 3, 1.5, "8 of own"))
     decoder = SpecDecoder.from_pretrained(name)
     assert decoder.drafter.name == "lookahead" and decoder.tuned is not None and decoder.device.type == "cpu"
     with decoder.open([PROMPT]) as generation:

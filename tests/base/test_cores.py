@@ -83,10 +83,10 @@ def test_kernels_and_pytorch_use_no_more_threads_than_cpus(groups: Path, monkeyp
     torch.set_num_threads(5)
     assert cores.threads() == 2
     torch.set_num_threads(1)  # whoever asks for fewer gets fewer
-    cores.fit()
+    cores.limit_threads()
     assert torch.get_num_threads() == cores.threads() == 1
     torch.set_num_threads(5)
-    cores.fit()
+    cores.limit_threads()
     assert torch.get_num_threads() == 2
 
 

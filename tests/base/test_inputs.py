@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from specdec.api.text import encode
-from specdec.api.tuned import recall
+from specdec.api.tuned import load_tuned
 from specdec.base import inputs, options
 from specdec.base.errors import SpecDecError
 from specdec.bench.prompts import load_prompts
@@ -30,7 +30,7 @@ def test_yaml_that_cannot_be_read_is_refused_everywhere(text: str, tmp_path: Pat
     path = tmp_path / "x.yaml"
     path.write_text(text)
     with pytest.raises(SpecDecError, match="takes KEY=VALUE"):
-        options.assignments("--drafter-option", [f"a={text[3:]}"])
+        options.parse_assignments("--drafter-option", [f"a={text[3:]}"])
     with pytest.raises(SpecDecError, match="cannot read training preset"):
         load_settings(TrainSettings, "m2r2", str(path), {})
     with pytest.raises(SpecDecError, match=r"x\.yaml"):
@@ -53,7 +53,7 @@ def test_results_and_tuned_settings_that_are_nested_without_end(tmp_path: Path) 
     (tmp_path / "sweep.json").write_text(DEEP)
     with pytest.raises(SpecDecError, match="is broken"):
         load_results(tmp_path)
-    assert recall(tmp_path / "bench.json") is None
+    assert load_tuned(tmp_path / "bench.json") is None
 
 
 def test_no_more_of_a_file_is_read_than_is_bearable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,7 +82,7 @@ def test_no_more_of_a_file_is_read_than_is_bearable(tmp_path: Path, monkeypatch:
 
     endless = Endless()
     with pytest.raises(ValueError, match="larger than 1 MB"):
-        inputs.whole(endless, 1_000_000)  # type: ignore[arg-type]
+        inputs.read_bounded(endless, 1_000_000)  # type: ignore[arg-type]
     assert endless.taken <= 1_000_001
 
 
@@ -128,9 +128,9 @@ def test_lines_of_windows_are_lines(tmp_path: Path) -> None:
 
 
 def test_an_argument_is_utf_8_whatever_the_locale() -> None:
-    assert inputs.argument("the prompt", os.fsdecode("Grüße".encode())) == "Grüße"
+    assert inputs.decode_argument("the prompt", os.fsdecode("Grüße".encode())) == "Grüße"
     with pytest.raises(ValueError, match="the prompt is not UTF-8 text"):
-        inputs.argument("the prompt", os.fsdecode(b"\xff"))
+        inputs.decode_argument("the prompt", os.fsdecode(b"\xff"))
 
 
 @pytest.mark.parametrize("text", ["", " ", "+", "m2r2+", "=x"])

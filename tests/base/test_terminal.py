@@ -65,7 +65,7 @@ def test_names_are_escaped_and_are_no_markup_wherever_a_terminal_shows_them(monk
     monkeypatch.setattr(sys, "stdout", out)
     monkeypatch.setattr(sys, "stderr", err)
     name = "x\x1b]0;[bold]y\x07"
-    terminal.columns(("name", name), [("model", name)])
+    terminal.print_table(("name", name), [("model", name)])
     assert out.getvalue().count("x\\x1b]0;[bold]y\\x07") == 2
     terminal.note(name)
     terminal.error(name)

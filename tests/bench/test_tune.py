@@ -10,7 +10,7 @@ from tiny import save_tiny
 from typer.testing import CliRunner
 
 from specdec import cli
-from specdec.api.tuned import Tuned, place, recall, store
+from specdec.api.tuned import Tuned, load_tuned, save_tuned, tuned_path
 from specdec.base.errors import SpecDecError
 from specdec.bench import tune as search
 from specdec.bench.cell import Cell
@@ -66,14 +66,14 @@ def test_the_fastest_is_kept_and_generate_uses_it(run, folder: Path, monkeypatch
 def test_without_a_faster_drafter_plain_decoding_is_kept(run, folder: Path, monkeypatch) -> None:
     monkeypatch.setattr(search, "measure", lambda decoders, cells, progress: [search.TunedCell(cells[0], 0.98, 1.0, 0)])
     assert run("tune", "drafter", "--prompts", "PROMPTS", "--drafters", "lookahead").exit_code == 0
-    kept = recall(place(str(folder), "auto", "cpu", "auto", "auto"))
+    kept = load_tuned(tuned_path(str(folder), "auto", "cpu", "auto", "auto"))
     assert kept is not None and kept.drafter == "none"
 
 
 def test_an_output_that_differs_keeps_nothing(run, folder: Path, monkeypatch) -> None:
     monkeypatch.setattr(search, "measure", lambda decoders, cells, progress: [search.TunedCell(cells[0], 0.9, 1.0, 2)])
     result = run("tune", "drafter", "--prompts", "PROMPTS", "--drafters", "lookahead")
-    assert result.exit_code != 0 and recall(place(str(folder), "auto", "cpu", "auto", "auto")) is None
+    assert result.exit_code != 0 and load_tuned(tuned_path(str(folder), "auto", "cpu", "auto", "auto")) is None
 
 
 def test_it_measures_real_decoding(run) -> None:
@@ -87,14 +87,14 @@ def test_it_measures_real_decoding(run) -> None:
 
 def test_settings_are_kept_per_model_and_planted_files_are_data(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path))
-    path, tuned = place("a", "auto", "cpu", "auto", "auto"), Tuned("m2r2", 4, 1.5, "8 of own")
-    assert recall(path) is None
-    store(path, tuned)
-    assert recall(path) == tuned and recall(place("a", "auto", "cpu", "auto", "int4")) is None
+    path, tuned = tuned_path("a", "auto", "cpu", "auto", "auto"), Tuned("m2r2", 4, 1.5, "8 of own")
+    assert load_tuned(path) is None
+    save_tuned(path, tuned)
+    assert load_tuned(path) == tuned and load_tuned(tuned_path("a", "auto", "cpu", "auto", "int4")) is None
     for text in ("", "[]", '{"drafter": "m2r2"}', json.dumps({**vars(tuned), "num_speculative_tokens": -3})):
         path.write_text(text)
-        assert recall(path) is None
+        assert load_tuned(path) is None
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "file"))
     with pytest.raises(SpecDecError, match="cannot keep the setting"):
-        store(place("a", "auto", "cpu", "auto", "auto"), tuned)
+        save_tuned(tuned_path("a", "auto", "cpu", "auto", "auto"), tuned)

@@ -27,7 +27,7 @@ from typer.testing import CliRunner
 
 import specdec
 from specdec import cli
-from specdec.api.tuned import Tuned, place, store
+from specdec.api.tuned import Tuned, save_tuned, tuned_path
 from specdec.base import inputs, terminal
 from specdec.cli import generate
 from specdec.engine import batch
@@ -145,7 +145,7 @@ def test_the_statistics_name_the_drafter_and_tuned_settings(run, model: str) -> 
     assert f"; drafter: prompt-lookup+draft-model (from {joined}); " in run("hello", "--drafter", joined).stderr
     out = json.loads(run("hello", "--json", "--drafter", joined).stdout)
     assert (out["drafter"], out["drafter_source"]) == ("prompt-lookup+draft-model", joined) and out["tuned"] is None
-    store(place(model, "auto", "cpu", "auto", "auto"), Tuned("prompt-lookup", 2, 1.5, "8 of own"))
+    save_tuned(tuned_path(model, "auto", "cpu", "auto", "auto"), Tuned("prompt-lookup", 2, 1.5, "8 of own"))
     auto = ("hello", "--drafter", "auto", "--device", "cpu", "--num-speculative-tokens", "auto")
     assert "; settings: tuned (1.50x plain on 8 of own)" in run(*auto).stderr
     out = json.loads(run(*auto, "--json").stdout)

@@ -75,7 +75,7 @@ def test_what_a_device_drafts_behind_the_host_is_booked_as_drafting(monkeypatch)
             return 1e3 * (end.at - self.at)
 
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: host)
-    monkeypatch.setattr(metrics, "stamp", lambda device: Event())
+    monkeypatch.setattr(metrics, "record_event", lambda device: Event())
     ledger = metrics.Ledger(torch.device("cuda"))
     for _ in range(2):
         host = max(host, device)

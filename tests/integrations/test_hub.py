@@ -113,11 +113,11 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[FakeH
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_TOKEN", "hf_test")
-    hub.drafter.cache_clear()
+    hub.fetch_drafter.cache_clear()
     yield Handler
     server.shutdown()
     server.server_close()
-    hub.drafter.cache_clear()
+    hub.fetch_drafter.cache_clear()
 
 
 @pytest.fixture
@@ -239,7 +239,7 @@ def test_a_push_that_fails_is_one_line(fake: type[FakeHub], folder: Path, name: 
 def test_without_a_network_the_cache_serves(fake: type[FakeHub], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake.repositories[REPOSITORY] = {path.name: path.read_bytes() for path in folder.iterdir()}
     registry.parse(REPOSITORY)
-    hub.drafter.cache_clear()
+    hub.fetch_drafter.cache_clear()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert registry.parse(REPOSITORY)[0][0] == "medusa"
     with pytest.raises(SpecDecError, match="is not in the local Hugging Face cache"):

@@ -17,7 +17,7 @@ from specdec.base.errors import SpecDecError
 from specdec.drafters.m2r2 import M2R2, M2R2Path
 from specdec.drafters.m2r2_network import load_network
 from specdec.models import drafter_folder, identity
-from specdec.models.gguf.blocks import quantized
+from specdec.models.gguf.blocks import quantize_linear
 from specdec.models.identity import fingerprint
 from specdec.runtimes.reference import ReferenceTarget
 
@@ -284,7 +284,7 @@ def in_blocks(model, kind: str):
     for layer in model.model.layers:
         for name, module in list(layer.named_modules()):
             if isinstance(module, torch.nn.Linear) and module.in_features % 32 == 0:
-                layer.set_submodule(name, quantized(module, kind))
+                layer.set_submodule(name, quantize_linear(module, kind))
     return model
 
 
@@ -389,8 +389,8 @@ def test_a_shipped_drafter_is_found_by_fingerprint_then_by_samples(
     near.parent.mkdir(parents=True)
     folder.rename(near)
     model, fine = tiny_model(), perturbed(tiny_model(), 0.1)
-    assert drafter_folder.shipped("m2r2", ReferenceTarget(model)) == near
-    assert drafter_folder.shipped("m2r2", ReferenceTarget(fine)) is None
+    assert drafter_folder.find_shipped("m2r2", ReferenceTarget(model)) == near
+    assert drafter_folder.find_shipped("m2r2", ReferenceTarget(fine)) is None
     shutil.copytree(near, own)
     change(own, base={"fingerprint": fingerprint(model)})
-    assert drafter_folder.shipped("m2r2", ReferenceTarget(model)) == own
+    assert drafter_folder.find_shipped("m2r2", ReferenceTarget(model)) == own

@@ -21,7 +21,7 @@ from specdec import SpecDecoder
 from specdec.base import files
 from specdec.base.errors import SpecDecError
 from specdec.models import catalogue, identity, loading
-from specdec.models.gguf.blocks import KINDS, BlockEmbedding, BlockLinear, dense, densify, named_weights
+from specdec.models.gguf.blocks import KINDS, BlockEmbedding, BlockLinear, densify, named_weights, temporarily_dense
 from specdec.models.gguf.file import read_header
 from specdec.runtimes.select import make_target
 
@@ -116,7 +116,7 @@ def test_dense_for_a_while(cache, tmp_path):
     ids = torch.arange(5, 25)[None]
     with torch.inference_mode():
         expected = model(ids).logits
-        with dense(model):
+        with temporarily_dense(model):
             assert type(model.model.layers[0].mlp.up_proj) is nn.Linear and torch.equal(model(ids).logits, expected)
     assert dict(model.named_modules()) == before
 
@@ -288,7 +288,7 @@ def test_a_real_model_ends_turns_and_texts(name):
 @pytest.mark.real
 @pytest.mark.parametrize("name", LARGE)
 def test_a_real_models_tokenizer_is_that_of_the_file(name):
-    folder = catalogue.prepared(name)
+    folder = catalogue.prepare_embedded(name)
     _, tokenizer = loading.load(name)
     theirs = loading.AutoTokenizer.from_pretrained(folder, gguf_file=catalogue.GGUF)
     chat = [{"role": "user", "content": "Sum 12345 and 6.78\n\n\t9"}]

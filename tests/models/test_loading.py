@@ -34,7 +34,7 @@ from specdec.runtimes.select import make_target
 def folder(cache, tmp_path) -> Path:
     """A model folder: tiny random Llama, tokenizer of the fake embedded model."""
     tiny_model("llama").save_pretrained(tmp_path / "llama")
-    for path in catalogue.prepared(NAME).glob("*token*"):
+    for path in catalogue.prepare_embedded(NAME).glob("*token*"):
         shutil.copy(path, tmp_path / "llama")
     return tmp_path / "llama"
 
@@ -97,7 +97,7 @@ def test_attention_falls_back_to_eager_where_sdpa_would_be_wrong(folder):
     ],
 )
 def test_what_cannot_be_loaded_gets_one_line(monkeypatch, arguments, text):
-    monkeypatch.setattr(source, "prepared", forbidden)  # nothing is downloaded before the arguments are checked
+    monkeypatch.setattr(source, "prepare_embedded", forbidden)  # nothing is downloaded before the arguments are checked
     with pytest.raises(SpecDecError, match=text) as error:
         loading.load(**{"name_or_path": catalogue.DEFAULT_MODEL, **arguments})
     assert "\n" not in str(error.value)
@@ -254,9 +254,9 @@ def test_a_folders_own_name_is_never_a_path(tmp_path, monkeypatch, saved_from, e
     (tmp_path / "here/mine").mkdir(parents=True)
     (tmp_path / "here/mine/config.json").write_text(json.dumps({"_name_or_path": saved_from}))
     monkeypatch.chdir(tmp_path)
-    assert source.own_name("here/mine") == expected
+    assert source.public_name("here/mine") == expected
     monkeypatch.chdir(tmp_path / "here/mine")
-    assert source.own_name(".") == ("here" if expected == "mine" and saved_from == "here" else expected)
+    assert source.public_name(".") == ("here" if expected == "mine" and saved_from == "here" else expected)
 
 
 @pytest.mark.parametrize("told", ["A Model 1B", "/home/me/model", None])
@@ -266,10 +266,10 @@ def test_a_gguf_files_own_name_is_what_it_says(tmp_path, monkeypatch, told):
         gguf.GGUFWriter, "add_block_count", lambda self, n: (told and self.add_name(told), write(self, n))
     )
     write_gguf(tmp_path / "mine.gguf")
-    assert source.own_name(str(tmp_path / "mine.gguf")) == (told if told == "A Model 1B" else "mine.gguf")
+    assert source.public_name(str(tmp_path / "mine.gguf")) == (told if told == "A Model 1B" else "mine.gguf")
     assert (
-        source.own_name("org/name") == "org/name"
-        and source.own_name(catalogue.DEFAULT_MODEL) == catalogue.DEFAULT_MODEL
+        source.public_name("org/name") == "org/name"
+        and source.public_name(catalogue.DEFAULT_MODEL) == catalogue.DEFAULT_MODEL
     )
 
 

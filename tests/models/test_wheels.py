@@ -138,7 +138,7 @@ def pieces(cache, published, tmp_path, monkeypatch) -> SimpleNamespace:
 
 
 def test_pieces_are_joined_in_order(cache, pieces, published):
-    assert catalogue.prepared(NAME) == cache.folder and pieces.got == [1, 2, 3]
+    assert catalogue.prepare_embedded(NAME) == cache.folder and pieces.got == [1, 2, 3]
     assert (cache.folder / "model.gguf").read_bytes() == published.gguf.read_bytes()
     row = next(row for row in catalogue.embedded_models() if row.name == NAME)
     assert row.cached
@@ -150,14 +150,14 @@ def test_pieces_are_joined_in_order(cache, pieces, published):
 def test_an_interrupted_download_goes_on_with_the_next_piece(cache, pieces, published, capsys):
     pieces.stop = 3
     with pytest.raises(KeyboardInterrupt):
-        catalogue.prepared(NAME)
+        catalogue.prepare_embedded(NAME)
     assert_nothing_left(cache)
     (partial,) = (cache.root / "specdec-work").glob("*.part")
     assert partial.stat().st_size == 2 * pieces.entry.piece_bytes
     with partial.open("ab") as file:
         file.write(b"half of a piece")
     pieces.stop, pieces.got = None, []
-    catalogue.prepared(NAME)
+    catalogue.prepare_embedded(NAME)
     assert pieces.got == [3] and (cache.folder / "model.gguf").read_bytes() == published.gguf.read_bytes()
     assert "going on after 2 of 3 pieces" in capsys.readouterr().err and not partial.exists()
 
@@ -166,9 +166,9 @@ def test_a_file_that_is_whole_is_not_downloaded_again(cache, pieces, monkeypatch
     describe = catalogue._describe
     monkeypatch.setattr(catalogue, "_describe", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        catalogue.prepared(NAME)
+        catalogue.prepare_embedded(NAME)
     monkeypatch.setattr(catalogue, "_describe", describe)
-    catalogue.prepared(NAME)
+    catalogue.prepare_embedded(NAME)
     assert pieces.got == [1, 2, 3]
 
 
@@ -177,11 +177,11 @@ def test_a_piece_of_another_size_is_refused_before_it_is_read(cache, pieces, mon
         archive.writestr("tiny_2/part02.bin", b"0" * (pieces.entry.piece_bytes + 1))
     monkeypatch.setattr(zipfile.ZipFile, "open", Mock(side_effect=[io.BytesIO(b""), AssertionError("read")]))
     with pytest.raises(SpecDecError, match=r"is not what is expected: tiny_2/part02.bin has \d+ bytes instead of \d+"):
-        catalogue.prepared(NAME)
+        catalogue.prepare_embedded(NAME)
 
 
 def test_too_little_memory_is_noticed_before_the_download(cache, monkeypatch):
-    monkeypatch.setattr(machine, "free_memory", lambda: 1000)
+    monkeypatch.setattr(machine, "available_memory", lambda: 1000)
     with pytest.raises(SpecDecError, match="not enough memory for 'tiny-test-model': its weights take"):
         loading.load(NAME)
     assert cache.downloads == 0
@@ -220,7 +220,7 @@ def test_a_killed_process_leaves_nothing_under_the_final_name(cache, published, 
             print("describing", flush=True)
             signal.pause()
         catalogue._describe = describe
-        catalogue.prepared(name)
+        catalogue.prepare_embedded(name)
     """
     entry = json.dumps(dataclasses.asdict(published.entry))
     command = [sys.executable, "-c", textwrap.dedent(script), NAME, str(published.wheel), entry]
@@ -231,7 +231,7 @@ def test_a_killed_process_leaves_nothing_under_the_final_name(cache, published, 
     assert works(cache), "the test means to leave something behind"
 
     monkeypatch.setattr(catalogue, "_describe", fake_describe)
-    assert catalogue.prepared(NAME) == cache.folder  # not stopped by the dead process's lock
+    assert catalogue.prepare_embedded(NAME) == cache.folder  # not stopped by the dead process's lock
     assert not works(cache)
 
 
@@ -250,7 +250,7 @@ def test_two_at_once_prepare_once(cache, monkeypatch, capsys):
 
     monkeypatch.setattr(catalogue, "_describe", describe)
     monkeypatch.setattr(terminal, "say", told)
-    threads = [threading.Thread(target=lambda: found.append(catalogue.prepared(NAME))) for _ in range(2)]
+    threads = [threading.Thread(target=lambda: found.append(catalogue.prepare_embedded(NAME))) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -366,7 +366,7 @@ def test_a_mixture_in_a_gguf_file_is_loaded_whole(cache, own):
 
 
 def test_a_model_that_does_not_fit_the_memory_is_not_dequantised(cache, own, monkeypatch):
-    monkeypatch.setattr(machine, "free_memory", lambda: 1000)
+    monkeypatch.setattr(machine, "available_memory", lambda: 1000)
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", forbidden)
     with pytest.raises(SpecDecError, match="not enough memory for"):
         loading.load(own)

@@ -246,7 +246,7 @@ class _Waits(TorchFunctionMode):
         for module in (draft, caches, tree_drafting, vocabulary):
             monkeypatch.setattr(module, "upload", quiet)
         for module in (chain, draft, m2r2, medusa, tree_drafting):
-            monkeypatch.setattr(module, "waits", lambda device: True)
+            monkeypatch.setattr(module, "is_asynchronous", lambda device: True)
 
     def mark(self, out: Any) -> Any:
         for tensor in tree_flatten(out)[0]:

@@ -277,7 +277,7 @@ def test_masks_are_made_along_what_is_accepted(monkeypatch: pytest.MonkeyPatch, 
 def test_masks_are_made_while_a_device_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     """Before what it has chosen is read, which waits for it; after that, none is made."""
     monkeypatch.setattr(batch, "FORCED", 0)
-    monkeypatch.setattr(scoring, "waits", lambda device: True)
+    monkeypatch.setattr(scoring, "is_asynchronous", lambda device: True)
     model, rule, made_when = tiny_model(), made(Regex("[a-e]{3,9}(foo|fool)x?")), list[str]()
     text, own, read = plainly(model, PROMPTS[0], rule), ConstraintState._mask, scoring.download
 

@@ -293,14 +293,14 @@ def test_rates_follow_the_size_of_the_weights(kind: str) -> None:
 
 
 def test_a_full_disk_is_one_clear_line(answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    replace = files.replace
+    replace = files.write_atomically
 
     def full(path: Path, content: bytes) -> None:
         if path.name == "checkpoint.safetensors":
             raise OSError(errno.ENOSPC, "No space left on device")
         replace(path, content)
 
-    monkeypatch.setattr(files, "replace", full)
+    monkeypatch.setattr(files, "write_atomically", full)
     with pytest.raises(SpecDecError, match=r"No space left on device; .* free space and --resume"):
         train(recipe(answers, tmp_path / "out", steps=2))
 
@@ -382,12 +382,12 @@ def test_a_base_too_large_for_memory_is_refused_before_its_weights_are_read(
     folder = save_tiny(tmp_path / "model")
     (folder / "model.safetensors").write_bytes(b"never read")
     weights = sum(p.numel() for p in tiny_model(vocab_size=99).parameters()) * 4
-    monkeypatch.setattr(machine, "free_memory", lambda: weights - 1)
+    monkeypatch.setattr(machine, "available_memory", lambda: weights - 1)
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "Hello"}\n')
     settings = recipe(tmp_path / "prompts.jsonl", tmp_path / "out", model=str(folder), device="cpu")
     with pytest.raises(SpecDecError, match=r"not enough memory for .*: its weights take 0 MB, and 0 MB are free"):
         train(settings)
-    monkeypatch.setattr(machine, "free_memory", lambda: weights)
+    monkeypatch.setattr(machine, "available_memory", lambda: weights)
     with pytest.raises(SpecDecError, match="safetensors file is truncated or broken"):
         train(settings)
 

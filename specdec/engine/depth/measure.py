@@ -50,7 +50,7 @@ def store(target: Target, drafter: Drafter, table: Costs) -> None:
     with suppress(OSError):
         path = _file(target, drafter)
         path.parent.mkdir(parents=True, exist_ok=True)
-        files.replace(path, FILE.dump_json(table))
+        files.write_atomically(path, FILE.dump_json(table))
 
 
 def measure(target: Target, drafters: Sequence[Drafter], verifier: Verifier) -> list[Costs]:

@@ -142,7 +142,7 @@ class BlockEmbedding(_InBlocks, nn.Embedding):  # type: ignore[override, misc]
         return self.unpack(self.blocks, ids.flatten(), self.dtype).view(*ids.shape, -1)
 
 
-def quantized(module: nn.Linear, kind: str) -> BlockLinear:
+def quantize_linear(module: nn.Linear, kind: str) -> BlockLinear:
     """The linear map with its weight rounded to blocks of ``kind``: Q4_0, Q4_1, Q5_0, Q5_1 or Q8_0.
 
     Raises SpecDecError if its inputs are not whole blocks.
@@ -162,13 +162,13 @@ def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor | Blocks]]:
             yield f"{name}.weight", module.blocks
 
 
-def stored(module: Any) -> Tensor:
+def weight_storage(module: Any) -> Tensor:
     """What the weight of ``module`` lies in, row by row: its parameter or the data of its blocks."""
     data: Tensor = module.blocks.data if isinstance(module, _InBlocks) else module.weight.detach()
     return data
 
 
-def rows(module: Any, index: Tensor) -> Tensor:
+def weight_rows(module: Any, index: Tensor) -> Tensor:
     """Rows ``index`` [n] of the weight of ``module``: [n, in]."""
     if isinstance(module, _InBlocks):
         return module.unpack(module.blocks, index, module.dtype)
@@ -205,7 +205,7 @@ def _dense(module: nn.Module, weight: nn.Parameter) -> nn.Module:
 
 
 @contextmanager
-def dense(model: nn.Module) -> Iterator[None]:
+def temporarily_dense(model: nn.Module) -> Iterator[None]:
     """Meanwhile the modules in blocks are ordinary ones: for what calls the model's own ``forward`` many times."""
     kept = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, _InBlocks)]
     densify(model)
@@ -215,4 +215,4 @@ def dense(model: nn.Module) -> Iterator[None]:
         for name, module in kept:
             model.set_submodule(name, module)
         if kept:
-            memory.trim()
+            memory.trim_heap()

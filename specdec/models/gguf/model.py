@@ -47,7 +47,7 @@ ENDS = {"<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "<|eom_i
 DIGITS_APART = {"codeshell", "command-r", "exaone", "minerva-7b", "refact", "smollm", "starcoder"}
 
 
-def serves(file: GGUFFile) -> bool:
+def is_supported(file: GGUFFile) -> bool:
     """Whether ``build`` makes models of such files."""
     return file.architecture in ARCHITECTURES and not file.metadata.get(f"{file.architecture}.expert_count")
 
@@ -60,7 +60,7 @@ def write_parts(name: str, file: GGUFFile, folder: Path) -> None:
     tokenizer = tokenizer_of(name, file)
     try:
         config = config_of(name, file)
-        check_tensors(name, file, skeleton(config, torch.bfloat16))
+        check_tensors(name, file, empty_model(config, torch.bfloat16))
         ends = GenerationConfig.from_model_config(config)
         ends.eos_token_id = _ends(file) or None
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
@@ -149,7 +149,9 @@ def _ends(file: GGUFFile) -> int | list[int]:
 # --- weights ---------------------------------------------------------------------------------------------------------
 
 
-def skeleton(config: PreTrainedConfig, dtype: torch.dtype, attn_implementation: str | None = None) -> PreTrainedModel:
+def empty_model(
+    config: PreTrainedConfig, dtype: torch.dtype, attn_implementation: str | None = None
+) -> PreTrainedModel:
     """The model of ``config`` without memory for its parameters."""
     given = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     with init_empty_weights(include_buffers=False):
@@ -204,7 +206,7 @@ def build(
 
     keep_blocks: matrices in blocks of ``blocks.KINDS`` stay there, mapped from the file; else all become parameters.
     """
-    model, data = skeleton(config, dtype, attn_implementation), file.map()
+    model, data = empty_model(config, dtype, attn_implementation), file.map()
     names, processor, unpacked = check_tensors(name, file, model), _processor(file, config), set[str]()
     for parameter, tensor in names.items():
         info, (path, _, leaf) = file.tensors[tensor], parameter.rpartition(".")

@@ -192,7 +192,7 @@ def _is_index(path: Path) -> bool:
 
 
 def _write_index(index: Index, folder: Path) -> None:
-    files.replace(folder / INDEX, json.dumps({"format": FORMAT, **asdict(index)}).encode())
+    files.write_atomically(folder / INDEX, json.dumps({"format": FORMAT, **asdict(index)}).encode())
 
 
 def buffer(memory: Tensor) -> memoryview:

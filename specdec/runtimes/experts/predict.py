@@ -154,7 +154,7 @@ def read_predictor(folder: Path, fingerprint: str, num_experts: int, hidden: int
         slope, top_k = float(config["slope"]), int(config["top_k"])
         if not math.isfinite(slope) or not 1 <= top_k <= num_experts:
             raise ValueError("slope or top_k out of range")
-        with drafter_folder.opened(path / drafter_folder.WEIGHTS) as stored:
+        with drafter_folder.open_tensors(path / drafter_folder.WEIGHTS) as stored:
 
             def tensors(name: str, *last: int) -> list[Tensor]:
                 shapes = {f"{j}/{name}": (len(row), num_experts, *last) for j, row in enumerate(targets)}

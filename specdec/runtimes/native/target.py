@@ -21,7 +21,15 @@ from specdec.base import cores, memory
 from specdec.base.errors import SpecDecError
 from specdec.kvcache.cache import KVCache
 from specdec.kvcache.rows import RowCache, RowMask
-from specdec.models.gguf.blocks import BlockEmbedding, BlockLinear, Blocks, bits, densify, named_weights, quantized
+from specdec.models.gguf.blocks import (
+    BlockEmbedding,
+    BlockLinear,
+    Blocks,
+    bits,
+    densify,
+    named_weights,
+    quantize_linear,
+)
 from specdec.runtimes import llama_like
 from specdec.runtimes.adapters import Adapters
 from specdec.runtimes.checks import check_logits, refuse_unsupported
@@ -117,12 +125,12 @@ class NativeTarget(ByParts):
         self.weight_format = " and ".join(str(width) for width in sorted({BITS[kind] for kind in kinds})) + " bits"
         if weights in ROUNDED:
             self.weight_format += ", rounded"
-        with memory.sparing((*decoder.layers, decoder.embed_tokens, self.own_head), _mapped):
+        with memory.releasing((*decoder.layers, decoder.embed_tokens, self.own_head), _mapped):
             self.logit_difference = check_logits(self)
         if kv_cache == "int8":  # after the self-check: it is lossy
             self.int8_cache, self.kv_cache = True, "8 bits (lossy)"
         memory.release(*_mapped(model))  # parts of large pages may be back with their neighbours
-        memory.trim()
+        memory.trim_heap()
 
     def new_cache(self, batch: int = 1) -> RowCache:
         return RowCache(self.num_layers, batch, int8=self.int8_cache)
@@ -325,7 +333,7 @@ class NativeTarget(ByParts):
         alive = []
         for layer in range(lo, hi):
             alive.append(self._merge(layers[layer], layer, adapters))
-            memory.trim()  # freed memory would add to the peak of the next layer
+            memory.trim_heap()  # freed memory would add to the peak of the next layer
         return Model(*self._sizes, ctypes.addressof(layers)), layers, alive
 
     def _merge(self, struct: Layer, layer: int, adapters: Adapters) -> list[Packed]:
@@ -382,7 +390,7 @@ def _round(layer: nn.Module, kind: str) -> None:
     """Quantise the linear maps of a decoder layer to ``kind``, except those in as few or fewer bits."""
     for path, module in (pair for pairs in llama_like.modules(layer).values() for pair in pairs):
         if not isinstance(module, BlockLinear) or bits(module.blocks.kind) > bits(kind):
-            layer.set_submodule(path, quantized(module, kind))
+            layer.set_submodule(path, quantize_linear(module, kind))
 
 
 def matrix(module: nn.Module) -> Tensor | Blocks:
