@@ -1,6 +1,6 @@
 """Builds the native kernels and the n-gram drafter; everything else is in pyproject.toml.
 
-They are shared libraries that are loaded through ctypes, not Python modules: one wheel serves every Python 3.
+They are shared libraries for ctypes, not Python modules, so one wheel serves every Python 3.
 """
 
 from glob import glob
@@ -27,8 +27,8 @@ setup(
             "specdec.runtimes.native._native",
             sources=sorted(glob("specdec/runtimes/native/*.c")),
             depends=sorted(glob("specdec/runtimes/native/*.h") + glob("specdec/runtimes/native/kernels/*")),
-            # No -fopenmp for the linker: the threads are those of the OpenMP library that PyTorch brings.
-            # Fused multiply-adds where the sources have them, and nowhere else: results are those of every other build.
+            # No -fopenmp for the linker: PyTorch's OpenMP library provides the threads.
+            # No contraction: fused multiply-adds only where the sources have them, so that all builds compute the same.
             extra_compile_args=["-O3", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=off"],
             extra_link_args=["-s"],
             libraries=["m"],

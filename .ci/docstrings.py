@@ -1,4 +1,4 @@
-"""For the API reference: docstrings are plain text, so brackets are no links, and ``name: ...`` lines make a list."""
+"""Docstrings for the API reference: brackets are no links, and ``name: ...`` lines become a list."""
 
 import re
 from typing import Any

@@ -1,6 +1,6 @@
-"""Check the specdec of this environment: it generates text, in the native runtime where the CPU can.
+"""Check the installed specdec: it generates text, with the native runtime if the CPU supports that.
 
---no-kernels: it was installed without a compiler, and says once that the kernels are missing.
+--no-kernels: it was installed without a compiler and says once that the kernels are missing.
 """
 
 import subprocess

@@ -17,7 +17,7 @@ COLUMNS = 96
 
 
 def run(command: list[str]) -> str:
-    """What the command writes to a terminal of its own."""
+    """The output of the command in a terminal."""
     written: list[bytes] = []
 
     def read(descriptor: int) -> bytes:
@@ -33,12 +33,12 @@ def run(command: list[str]) -> str:
 def main(path: str, *command: str) -> None:
     lines = [line.rpartition("\r")[2] for line in run(list(command)).replace("\r\n", "\n").split("\n")]
     text = re.sub(r"\x1b\[[?\d;]*[A-HJKlhsu]", "", "\n".join(lines)).strip("\n")
-    text = re.sub(r"^(\x1b\[[\d;]*m)*[\u2800-\u28ff].*\n", "", text, flags=re.M)  # what is gone when it is done
+    text = re.sub(r"^(\x1b\[[\d;]*m)*[\u2800-\u28ff].*\n", "", text, flags=re.M)  # spinners
     console = Console(record=True, width=COLUMNS, file=io.StringIO())
     console.print(Text(f"$ {shlex.join(command)}\n", style="bold"))
     console.print(Text.from_ansi(re.sub(r"\n{3,}", "\n\n", text)))
     svg = console.export_svg(title="specdec")
-    Path(path).write_text(re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.S), "utf-8")  # no font of another host
+    Path(path).write_text(re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.S), "utf-8")  # no fonts from other hosts
 
 
 if __name__ == "__main__":

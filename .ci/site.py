@@ -1,4 +1,4 @@
-"""Pages of the site that are made from other sources: the command line, and files beside the folder of documents."""
+"""Pages of the site from other sources: the command line, and Markdown files in the repository's root."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def moved(text: str) -> str:
-    """A page of the repository's root, whose links then lead from the folder of documents."""
+    """A page of the repository's root with links that work in the folder of documents."""
     for page, source in BESIDE.items():
         text = text.replace(f"]({source}", f"]({page}")
     return text.replace("](docs/", "](")
@@ -32,19 +32,19 @@ def moved(text: str) -> str:
 
 def command_line(root: Any) -> str:
     """Every command with its arguments and options, as Markdown."""
-    parts, told = ["# Command line", "", "Every command prints this with `--help`.", ""], dict[str, str]()
+    parts, seen = ["# Command line", "", "Every command prints this with `--help`.", ""], dict[str, str]()
     for path, command in commands("specdec", root):
         names = [p.metavar or p.name.upper() for p in command.params if p.param_type_name == "argument"]
         text = " ".join((command.help or "").replace("\b", "").split())
         parts += [f"## {path}", "", escaped(text), "", "```text", " ".join([path, *names, "[OPTIONS]"]), "```", ""]
         table = "\n".join(row(parameter) for parameter in command.params if not getattr(parameter, "hidden", False))
-        first = told.setdefault(table, path)
+        first = seen.setdefault(table, path)
         parts += ["| | |", "|---|---|", table, ""] if first == path else [f"The options are those of `{first}`.", ""]
     return "\n".join(parts)
 
 
 def commands(path: str, command: Any) -> Iterator[tuple[str, Any]]:
-    """All commands that do something, by their paths such as "specdec train m2r2"."""
+    """All commands without subcommands, by their paths such as "specdec train m2r2"."""
     if not hasattr(command, "commands"):
         yield path, command
     for name, inner in getattr(command, "commands", {}).items():
@@ -64,6 +64,6 @@ def row(parameter: Any) -> str:
 
 
 def escaped(text: str) -> str:
-    """Plain text in a cell: nothing in it is Markdown or HTML, but quoted commands are code."""
+    """Plain text for a cell: Markdown and HTML are escaped, and quoted commands are code."""
     text = re.sub(r"([\\*_<>|\[\]])", r"\\\1", text)
     return re.sub(r"'((?:specdec|--)[^']*)'", lambda found: f"`{found[1].replace(chr(92), '')}`", text)

@@ -1,4 +1,4 @@
-"""One request decoded twice, with a drafter and plainly: how much faster it was, and whether the output is the same."""
+"""Compare one request with and without a drafter: the speed-up, and whether the outputs are equal."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from specdec.speculation.sampling import Sampler
 
 @dataclass(frozen=True)
 class Comparison:
-    """difference: where the outputs differ first, explained by a replay of the logits; None if they are equal, or may
-    differ by a lossy acceptance rule. agreement: of such a rule, the share of our tokens that the full model would
-    choose after those before them.
+    """The outputs with a drafter and with plain decoding.
+
+    difference: the first difference, explained by replayed logits; None if the outputs are equal or the rule is lossy.
+    agreement: with a lossy rule, the share of our tokens that the full model would choose in their place.
     """
 
     ours: GenerationOutput
@@ -26,7 +27,7 @@ class Comparison:
 
     @property
     def speedup(self) -> float | None:
-        """Plain decode seconds per token over ours; None if either decoded no token after its first."""
+        """Our tokens per second over plain decoding's; None if either has no token after its first."""
         ours, plain = self.ours.metrics.tokens_per_second, self.plain.metrics.tokens_per_second
         return ours / plain if ours > 0 and plain > 0 else None
 
@@ -36,7 +37,7 @@ class Comparison:
 
     @property
     def fault(self) -> bool:
-        """A difference that neither rounding nor the acceptance rule explains."""
+        """Whether there is a difference that neither rounding nor the acceptance rule explains."""
         return self.difference is not None and not self.difference.near_tie
 
     def as_dict(self) -> dict[str, Any]:
@@ -55,7 +56,7 @@ class Comparison:
 def compare(
     decoder: SpecDecoder, prompt: list[int], sampler: Sampler, ours: GenerationOutput, plain: GenerationOutput
 ) -> Comparison:
-    """Compare the outputs for ``prompt``, whose tokens a sampler like ``sampler`` has chosen."""
+    """Compare the outputs for ``prompt``. sampler: a copy of the one that chose their tokens."""
     if not decoder.verifier.lossless:
         chosen = margins(decoder.target, prompt, ours.token_ids, sampler) <= 0
         return Comparison(ours, plain, None, chosen.float().mean().item())

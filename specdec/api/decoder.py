@@ -40,39 +40,38 @@ from specdec.speculation.draft import Drafter, Verifier
 from specdec.speculation.sampling import RowSampler, streams
 
 SAMPLING = frozenset(SamplingOptions.__annotations__)
-MAX_NEW_TOKENS = 128  # where a request does not say
-LOSSY_DEPTH = 4  # of drafts under a lossy rule that scores them, where the depth is "auto"
-PARTS = {"cpu": 96}  # tokens of new prompts in a step of an engine, by device: a few blocks of the kernels
-KEEP_EVERY = 60.0  # fewest seconds between two writes of what requests measured
+MAX_NEW_TOKENS = 128  # default of a request
+LOSSY_DEPTH = 4  # "auto" depth of drafts under a lossy rule that scores them
+PREFILL_CHUNK = {"cpu": 96}  # tokens of new prompts in a step of an engine, by device: a few blocks of the kernels
+KEEP_EVERY = 60.0  # least seconds between two writes of measured costs
 
 _claiming = threading.Lock()
-_busy: set[int] = set()  # ids of the drafters that a generation is using
+_busy: set[int] = set()  # ids of the drafters in use
 
 
 class SpecDecoder:
     """A causal language model with a drafter. Runs one generation at a time, in any thread.
 
-    Decoders in several threads may share a model and a target (``with_drafter``), but no Drafter object: it belongs to
-    the generation under way, and a second request is refused.
+    Decoders in several threads may share a model and a target (``with_drafter``), but not a Drafter object: it serves
+    one generation, and a second one raises an error.
 
-    model, tokenizer: as loaded by transformers (the tokenizer may be None if all prompts are token ids).
-    drafter: a name (``specdec drafters``), a drafter folder, a Hugging Face repository of one (ORG/NAME[@revision]),
-    several of these joined by "+", or a Drafter object; NAME=SOURCE says what
-    it is loaded from, such as draft-model=MODEL. "auto" is ngram, with the m2r2 shipped for the
-    model, or, with a warning, alone. ``drafter`` is then that one.
-    drafter_options: its options; those of joined drafters are mappings under their names.
-    runtime: "auto" (the fastest that serves the model here), "native", "graphs", "fused" or "reference".
-    weights: "auto" (as loaded; stored in fewer bits where those hold the very same values), "dense" (as loaded), "int8"
-    or "int4" (layers rounded; bfloat16 on a CPU). What is rounded is then the base, in ``model`` too: output is
-    lossless with respect to it.
-    kv_cache: "auto" (in the model's dtype) or "int8" (keys and values rounded to 8 bits, half the memory; native
-    runtime). It is lossy: plain decoding with that cache is then the base.
-    activations: what products with quantised weights take in the native runtime: "int8" (rounded, a scale for 32
-    numbers), "bf16", or "auto" (the first). Plain decoding in the same way is the base.
-    verifier: the acceptance rule, a name (with its ``verifier_options``) or an object: "exact", or a lossy one, such as
-    "confident". exact: refuse lossy rules.
-    experts: of a mixture-of-experts model, keep them in slow memory and load them as they are needed
-    (``ExpertOptions``); until ``close``, they are then gone from ``model``.
+    model, tokenizer: loaded by transformers. The tokenizer may be None if all prompts are token ids.
+    drafter: a name (``specdec drafters``), a drafter folder, a Hugging Face repository (ORG/NAME[@revision]), a Drafter
+    object, or several names joined by "+". NAME=SOURCE loads a drafter from SOURCE, such as draft-model=MODEL. "auto"
+    is ngram with the m2r2 shipped for the model or, with a warning, alone; the attribute ``drafter`` is the one in use.
+    drafter_options: options of the drafter; for joined drafters, a mapping per name.
+    runtime: "auto" (the fastest one that supports the model here), "native", "graphs", "fused" or "reference".
+    weights: "auto" (as loaded; in fewer bits if these hold equal values), "dense" (as loaded), "int8" or "int4"
+    (layers quantised; bfloat16 on a CPU). The quantised model, also ``model`` itself, is then the base: output is that
+    of its plain decoding.
+    kv_cache: "auto" (the model's dtype) or "int8" (8-bit keys and values, half the memory; native runtime). "int8" is
+    lossy: the base is then plain decoding with that cache.
+    activations: inputs of products with quantised weights in the native runtime: "int8" (a scale for 32 values),
+    "bf16", or "auto" (int8). The base is plain decoding with the same activations.
+    verifier: the acceptance rule, an object or a name with ``verifier_options``: "exact", or a lossy one, such as
+    "confident".
+    exact: raise an error for lossy rules.
+    experts: keep the experts of a mixture in slow memory and load them on demand. ``model`` lacks them until ``close``.
     Raises SpecDecError if the model is unsupported or the drafter does not fit it.
     """
 
@@ -93,11 +92,11 @@ class SpecDecoder:
         exact: bool = False,
         experts: ExpertOptions | None = None,
     ) -> None:
-        if not callable(getattr(model, "get_output_embeddings", None)):  # wrapped ones have it, too
+        if not callable(getattr(model, "get_output_embeddings", None)):  # also in wrapped models
             wanted = "a loaded model; SpecDecoder.from_pretrained loads one by name"
             raise SpecDecError(f"model must be {wanted}; got {short_repr(model)}")
-        self.tuned: Tuned | None = None  # what ``specdec tune drafter`` found, where it is applied
-        self._kept: Tuned | None = None  # the same, where there is anything for this model
+        self.tuned: Tuned | None = None  # settings of ``specdec tune drafter`` that are applied
+        self._kept: Tuned | None = None  # such settings for this model, applied or not
         self.verifier = registry.verifier(verifier, verifier_options, exact)
         self.model, self.tokenizer = model.eval(), tokenizer
         self.target, self.runtime_note = make_target(model, runtime, weights, kv_cache, activations)
@@ -109,12 +108,12 @@ class SpecDecoder:
         except BaseException:
             self.close()
             raise
-        self._auto: AutoDepth | None = None  # one for all requests: what it learns about the drafter stays
+        self._auto: AutoDepth | None = None  # shared by all requests, which continue its measurements
         self._kept_at = -KEEP_EVERY
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device of the model."""
         return self.target.device
 
     @classmethod
@@ -130,16 +129,15 @@ class SpecDecoder:
         trust_remote_code: bool = False,
         **more: Unpack[DecoderOptions],
     ) -> SpecDecoder:
-        """Load an embedded model, a Hugging Face id, a local folder or a GGUF file, and a drafter for it.
+        """Load an embedded model, a Hugging Face id, a folder or a GGUF file, and a drafter for it.
 
-        drafter: as in the constructor; "auto" is first of all what ``specdec tune drafter`` found for the model, with
-        its depth of drafts (``tuned``).
-        device: "auto" is the first CUDA device that can compute, else the CPU; the CPU, too, for what runs there alone
-        (the native runtime, weights in int8 or int4, an 8-bit KV cache or 8-bit activations). ``device`` says which it
-        is.
-        dtype: as ``loading.load``.
-        more: goes to the constructor. ``experts`` of a safetensors checkpoint are never in memory all at once; after
-        ``close`` they are in the checkpoint only. Raises SpecDecError with the reason if anything is missing or unfit.
+        drafter: as in the constructor, but "auto" first looks for settings of ``specdec tune drafter`` (``tuned``).
+        dtype, revision, trust_remote_code: as in ``loading.load``.
+        device: "auto" is the first CUDA device that can compute, else the CPU. For options that need the CPU (the
+        native runtime, int8 or int4 weights, an 8-bit KV cache, activations) it is the CPU.
+        more: as in the constructor. ``experts`` of a safetensors checkpoint are never all in memory, and after
+        ``close`` they are in the checkpoint alone.
+        Raises SpecDecError if anything is missing or does not fit.
         """
         name = os.fspath(name)
         way = {key: str(more.get(key, usual)) for key, usual in DEFAULTS.items()}
@@ -158,13 +156,13 @@ class SpecDecoder:
             check=lambda config: registry.refuse_early(drafter, config, name) if isinstance(drafter, str) else None,
         )
         kept = load_tuned(tuned_path(name, str(dtype).removeprefix("torch."), str(model.device), **way))
-        drafter, tuned = _recalled(drafter, kept)
+        drafter, tuned = _resolve_auto(drafter, kept)
         decoder = cls(model, tokenizer, drafter, **more)
         decoder.tuned, decoder._kept = tuned, kept
         return decoder
 
     def close(self) -> None:
-        """Give the model back as it was: experts that were offloaded are where they were. Nothing else needs it."""
+        """Put offloaded experts back into the model. Without such experts this is not needed."""
         if self.target.experts is not None:
             self.target.experts.close()
             self.target.experts = None
@@ -177,15 +175,15 @@ class SpecDecoder:
 
     @checked
     def with_drafter(self, drafter: str | Path | Drafter, **drafter_options: Any) -> SpecDecoder:
-        """A second decoder with another drafter, sharing this one's model, tokenizer, target and verifier."""
+        """A decoder with another drafter and this one's model, tokenizer, target and verifier."""
         other = copy.copy(self)
-        drafter, other.tuned = _recalled(drafter, self._kept)
+        drafter, other.tuned = _resolve_auto(drafter, self._kept)
         other.drafter = other._drafter(drafter, drafter_options)
         other._auto, other._kept_at = None, -KEEP_EVERY
         return other
 
     def _drafter(self, drafter: str | Path | Drafter, given: dict[str, Any]) -> Drafter:
-        """Load the drafter if it is named, and bind it."""
+        """Load a named drafter, and bind it to the target."""
         if isinstance(drafter, str | Path):
             text = drafter if isinstance(drafter, str) else str(drafter.absolute())  # a folder may be called "medusa"
             parts = registry.parse(text)
@@ -194,7 +192,7 @@ class SpecDecoder:
         unscored = self.verifier.threshold is not None
         if unscored and drafter.drafts and not drafter.leaves_early:
             raise SpecDecError(
-                f"verifier '{self.verifier.name}' accepts drafts without scoring them, so it takes a drafter that "
+                f"verifier '{self.verifier.name}' accepts drafts without scoring them, so it needs a drafter that "
                 f"leaves the model early and has a confidence ({registry.having('leaves_early')}); "
                 f"'{drafter.name}' does not"
             )
@@ -217,36 +215,37 @@ class SpecDecoder:
         sampler: RowSampler | None = None,
         **given: Unpack[RequestOptions],
     ) -> Request:
-        """A request for an engine, with the penalties and the end tokens of the model's ``generation_config``.
+        """Make a request for an engine, with the penalties and end tokens of the model's ``generation_config``.
 
-        stream: which of several answers to one prompt. draft: False decodes plainly. scope: as in ``Request``. sampler:
-        of the tokens, in place of the options of sampling, of processors and of the config.
-        Raises SpecDecError for values of the wrong type or out of range and for prompts that do not fit.
+        stream: the number of the answer, of several to one prompt with one seed.
+        draft: False decodes plainly.
+        scope: as in ``Request``.
+        sampler: chooses the tokens instead of the sampling options, the processors and the config.
+        Raises SpecDecError for wrong types, values out of range, and prompts that do not fit the context.
         """
         context, ignore_eos, logprobs = self.target.context, given.get("ignore_eos", False), given.get("logprobs")
         ids = encode(self.tokenizer, prompt, given.get("chat"), given.get("system"), context=context)
         check_prompt(ids, self.target)
-        limit = min(given.get("max_new_tokens", MAX_NEW_TOKENS), context - len(ids))
+        max_new_tokens = min(given.get("max_new_tokens", MAX_NEW_TOKENS), context - len(ids))
         if (stops := _stops(given)) and self.tokenizer is None:
             raise SpecDecError("stop strings need a tokenizer; give SpecDecoder one")
         if given.get("prompt_logprobs") and logprobs is None:
-            raise SpecDecError("prompt_logprobs goes with logprobs; give the number of likely tokens, such as 1")
-        if logprobs is not None and self.verifier.threshold is not None:
-            raise SpecDecError(
-                f"verifier '{self.verifier.name}' accepts drafts without scoring them, so there are no "
-                "log-probabilities; use the verifier 'exact'"
-            )
+            raise SpecDecError("prompt_logprobs needs logprobs, the number of likeliest tokens, such as 1; set it")
+        if logprobs is not None:
+            self._check_scores("there are no log-probabilities")
         if sampler is None:
-            asked: dict[str, Any] = {name: value for name, value in given.items() if name in SAMPLING}
-            params, others = SamplingParams(**asked), given.get("logits_processor", ())
-            processors = generation_config.logits_processors(self.model, ids, limit, params.repetition_penalty, others)
+            sampling: dict[str, Any] = {name: value for name, value in given.items() if name in SAMPLING}
+            params, others = SamplingParams(**sampling), given.get("logits_processor", ())
+            processors = generation_config.logits_processors(
+                self.model, ids, max_new_tokens, params.repetition_penalty, others
+            )
             if (rule := given.get("constraint")) is not None:
                 processors.append(self.compile_constraint(rule, ignore_eos).state(ids))
-            own = replace(params, repetition_penalty=None)  # transformers has made it
+            own = replace(params, repetition_penalty=None)  # among the processors
             sampler = RowSampler(own, processors, stream, start=len(ids))
         return Request(
             ids,
-            limit,
+            max_new_tokens,
             eos=frozenset() if ignore_eos else self.eos_ids(),
             stop=Detokenizer(self.tokenizer, stops).push if stops else None,
             draft=draft,
@@ -263,19 +262,22 @@ class SpecDecoder:
         *,
         num_speculative_tokens: Depth = "auto",
         max_rows: Count | None = None,
+        scope: str | None = None,
         **given: Unpack[RequestOptions],
     ) -> Generation:
-        """Start a generation: the form under ``generate`` and ``stream`` that gives text and figures as they grow.
+        """Start a generation, whose text and metrics can be read after each step. ``generate`` and ``stream`` use it.
 
-        Options: ``GenerationOptions``. Raises SpecDecError for values of the wrong type or out of range and for prompts
-        that do not fit.
+        The options are those of ``GenerationOptions``. scope: as in ``Request``. Raises SpecDecError for wrong types,
+        values out of range, and prompts that do not fit the context.
         """
         if isinstance(prompts, Tensor) and prompts.dim() == 2:
             prompts = list(prompts)
         if not isinstance(prompts, Sequence) or isinstance(prompts, str | bytes):
-            raise SpecDecError(f"prompts must be a list of prompts; got {short_repr(prompts)}; generate takes one")
+            raise SpecDecError(
+                f"prompts must be a list of prompts; got {short_repr(prompts)}; use generate for one prompt"
+            )
         if not prompts:
-            raise SpecDecError("there is no prompt to generate from")
+            raise SpecDecError("the list of prompts is empty; give at least one")
         names = ["prompt"] if len(prompts) == 1 else [f"prompts[{i}]" for i in range(len(prompts))]
         how = given.get("chat"), given.get("system")
         ids = [
@@ -283,10 +285,10 @@ class SpecDecoder:
             for name, prompt in zip(names, prompts, strict=True)
         ]
         if (rule := given.get("constraint")) is not None:
-            given["constraint"] = self.compile_constraint(rule, given.get("ignore_eos", False))  # once for all rows
+            given["constraint"] = self.compile_constraint(rule, given.get("ignore_eos", False))  # once, for all rows
         if num_speculative_tokens == "auto" and self.tuned is not None:
             num_speculative_tokens = self.tuned.num_speculative_tokens
-        requests = [self.request(row, stream=n, **given) for row, n in zip(ids, streams(ids), strict=True)]
+        requests = [self.request(row, stream=n, scope=scope, **given) for row, n in zip(ids, streams(ids), strict=True)]
         engine = self.manual_engine(num_speculative_tokens, max_rows=max_rows or len(ids), max_waiting=len(ids))
         try:
             return Generation(engine, requests, self.tokenizer, _stops(given))
@@ -296,16 +298,16 @@ class SpecDecoder:
 
     @checked
     def generate(self, prompt: SkipValidation[Prompt], **given: Unpack[GenerationOptions]) -> GenerationOutput:
-        """Generate from one prompt (text, token ids, a tensor, or chat messages)."""
+        """Generate from one prompt: text, token ids, a tensor, or chat messages."""
         return self.generate_batch([prompt], **given)[0]
 
     @checked
     def generate_batch(
         self, prompts: SkipValidation[Sequence[Prompt]], **given: Unpack[GenerationOptions]
     ) -> list[GenerationOutput]:
-        """Generate from several prompts at once; rows may differ in length, acceptance and end.
+        """Generate from several prompts at once.
 
-        A SpecDecError that ends decoding carries what was generated until then as ``outputs``.
+        A SpecDecError during decoding has the outputs until then as ``outputs``.
         """
         with self.open(prompts, **given) as generation:
             try:
@@ -318,7 +320,7 @@ class SpecDecoder:
 
     @checked
     def stream(self, prompt: SkipValidation[Prompt], **given: Unpack[GenerationOptions]) -> Iterator[str]:
-        """Yield text as it is accepted. Closing the iterator early ends the generation and frees its memory."""
+        """Yield text as tokens are accepted. Closing the iterator ends the generation and frees its memory."""
         with self.open([prompt], **given) as generation:
             for pieces in generation:
                 if pieces[0]:
@@ -334,27 +336,27 @@ class SpecDecoder:
         prefill_chunk: Count | None = None,
         num_speculative_tokens: Depth = "auto",
     ) -> Engine:
-        """Start an engine, which serves requests that come at any time; until it is closed, the drafter is its own.
+        """Start an engine, to which requests can be submitted at any time. It uses the drafter until it is closed.
 
-        max_rows: most requests that are decoded at once. max_waiting: most that wait beside them; one more is refused.
-        kv_memory: bytes of keys and values that are held, of texts for later requests, too; None: half of the memory
-        that is free. prefill_chunk: most tokens of new prompts that running requests wait for in a step; None: as many
-        as suit the device.
-        num_speculative_tokens: as in ``open``.
+        max_rows: most requests that are decoded together.
+        max_waiting: most requests in the queue; one more raises QueueFullError.
+        kv_memory: bytes of the KV cache, cached prefixes included; None is half of the free memory.
+        prefill_chunk: most tokens of new prompts in a step; None depends on the device.
+        num_speculative_tokens: as in ``GenerationOptions``.
         """
         engine = self.manual_engine(
             num_speculative_tokens,
             max_rows=max_rows,
             max_waiting=max_waiting,
             kv_memory=free_memory(self.device) // 2 if kv_memory is None else kv_memory,
-            prefill_chunk=prefill_chunk or PARTS.get(self.device.type, CHUNK),
+            prefill_chunk=prefill_chunk or PREFILL_CHUNK.get(self.device.type, CHUNK),
             reuse=True,
         )
         return engine.start()
 
     def manual_engine(self, num_speculative_tokens: Depth = "auto", **how: Any) -> Engine:
-        """An engine whose steps the caller runs; until it is closed, the drafter is its own. how: as ``Engine``."""
-        claim = self._claim()
+        """An engine whose steps the caller runs. It uses the drafter until it is closed. how: as in ``Engine``."""
+        claim = self._claim_drafter()
         try:
             policy = self._policy(num_speculative_tokens)
             engine = Engine(self.target, self.drafter, self.verifier, policy, **how)
@@ -362,16 +364,16 @@ class SpecDecoder:
             _busy.discard(claim)
             raise
         release = weakref.finalize(engine, _busy.discard, claim)
-        engine.on_close = functools.partial(self._ended, policy, release)
+        engine.on_close = functools.partial(self._engine_closed, policy, release)
         return engine
 
-    def _claim(self) -> int:
-        """Take the drafter for a generation. Raises SpecDecError if another one is using it."""
+    def _claim_drafter(self) -> int:
+        """Reserve the drafter for an engine. Raises SpecDecError if another one uses it."""
         with _claiming:
             if id(self.drafter) in _busy:
                 raise SpecDecError(
                     "a generation of this SpecDecoder is still open; finish or close it first, or make a second "
-                    "decoder for requests at the same time (with_drafter)"
+                    "decoder with with_drafter"
                 )
             _busy.add(id(self.drafter))
             return id(self.drafter)
@@ -379,17 +381,19 @@ class SpecDecoder:
     def compile_constraint(
         self, constraint: Constraint | CompiledConstraint, ignore_eos: bool = False
     ) -> CompiledConstraint:
-        """Prepare a constraint for requests. Raises SpecDecError where it is invalid or cannot be kept."""
+        """Compile a constraint for requests. Raises SpecDecError if it is invalid or cannot be satisfied."""
         if isinstance(constraint, CompiledConstraint):
             return constraint
         if ignore_eos:
-            raise SpecDecError("a constraint ends a text, so ignore_eos cannot be given with it; leave one out")
-        if self.verifier.threshold is not None:
-            raise SpecDecError(
-                f"verifier '{self.verifier.name}' accepts drafts without scoring them, so it cannot keep a constraint; "
-                "use the verifier 'exact'"
-            )
+            raise SpecDecError("ignore_eos cannot be combined with a constraint, which ends the text; leave one out")
+        self._check_scores("it cannot enforce a constraint")
         return compile_constraint(constraint, self.tokenizer, self.target.vocab_size, self.eos_ids())
+
+    def _check_scores(self, otherwise: str) -> None:
+        """Raise SpecDecError if the verifier accepts drafts without scores. otherwise: what is then impossible."""
+        if self.verifier.threshold is not None:
+            why = f"verifier '{self.verifier.name}' accepts drafts without scoring them, so {otherwise}"
+            raise SpecDecError(f"{why}; use the verifier 'exact'")
 
     def _policy(self, num_speculative_tokens: Depth) -> DepthPolicy:
         if num_speculative_tokens != "auto":
@@ -399,13 +403,13 @@ class SpecDecoder:
         if self.verifier.threshold is not None:
             return FixedDepth(MAX_DEPTH)  # the drafter's confidence ends a draft
         if not self.verifier.lossless:
-            return FixedDepth(LOSSY_DEPTH)  # the text depends on the depth, so no clock may choose it
+            return FixedDepth(LOSSY_DEPTH)  # the text depends on the depth, which timings must not choose
         if self._auto is None:
             self._auto = AutoDepth(costs(self.target, self.drafter, self.verifier), self.drafter.has_probabilities)
         return self._auto
 
-    def _ended(self, policy: DepthPolicy, release: Callable[[], object]) -> None:
-        """Keep the costs that the request measured, and release the drafter."""
+    def _engine_closed(self, policy: DepthPolicy, release: Callable[[], object]) -> None:
+        """Save the costs that an engine measured, and release the drafter."""
         try:
             if isinstance(policy, AutoDepth) and time.monotonic() - self._kept_at >= KEEP_EVERY:
                 store(self.target, self.drafter, policy.costs())
@@ -414,7 +418,7 @@ class SpecDecoder:
             release()
 
     def eos_ids(self) -> frozenset[int]:
-        """Token ids that end a generation, as ``model.generate`` takes them."""
+        """Token ids that end a generation, as in ``model.generate``."""
         return generation_config.eos_token_ids(self.model, self.tokenizer)
 
 
@@ -423,6 +427,6 @@ def _stops(given: RequestOptions) -> list[str]:
     return [stop] if isinstance(stop, str) else list(stop)
 
 
-def _recalled(drafter: str | Path | Drafter, kept: Tuned | None) -> tuple[str | Path | Drafter, Tuned | None]:
-    """The drafter, and the tuned settings if they say which it is."""
+def _resolve_auto(drafter: str | Path | Drafter, kept: Tuned | None) -> tuple[str | Path | Drafter, Tuned | None]:
+    """The drafter, and the tuned settings if "auto" selects them."""
     return (kept.drafter, kept) if drafter == "auto" and kept is not None else (drafter, None)

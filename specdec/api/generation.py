@@ -1,4 +1,4 @@
-"""A generation under way: steps of the engine, their text, and what every row has so far."""
+"""A running generation: the engine's steps, their text, and the output of every row so far."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from specdec.runtimes.experts.offload import Meter
 
 @dataclass
 class GenerationOutput:
-    """One finished (or interrupted) request.
+    """The output of a finished or interrupted request.
 
-    token_ids: the new tokens, as plain decoding would return them (an end-of-sequence token included).
-    text: their text without special tokens, ending before a stop string.
+    text: the new text without special tokens, up to a stop string.
+    token_ids: the new tokens, those of plain decoding, with the end token.
     finish_reason: "eos", "length" or "stop"; "interrupted" if the stream was closed early.
-    logprobs: of each new token, where they were asked for. prompt_logprobs: of the prompt's tokens from the second on.
+    logprobs: of the new tokens, if requested. prompt_logprobs: of the prompt's tokens from the second on, if requested.
     """
 
     text: str
@@ -42,9 +42,9 @@ class GenerationOutput:
 
 
 class Generation:
-    """A generation under way. Iterating yields, per step, the new text of each row ("" where there is none).
+    """A running generation. Iterating yields, per step, the new text of each row, which may be "".
 
-    ``steps`` runs the same steps, without decoding text on the way: ``outputs`` has it in the end.
+    ``steps`` runs the same steps without decoding text; ``outputs`` returns the text at the end.
     """
 
     def __init__(self, engine: Engine, requests: Sequence[Request], tokenizer: Any, stops: list[str]) -> None:
@@ -54,9 +54,9 @@ class Generation:
         for request, text in zip(requests, self.texts, strict=True):
             request.stop = text.push
             engine.enqueue(request)
-        self.meter: Meter | None = None  # of expert loads, from the end of the prefill on
+        self.meter: Meter | None = None  # counts loads of experts after the prefill
         self.open = True
-        self._turn, self._closing = threading.RLock(), False  # closing waits for the step that another thread is in
+        self._turn, self._closing = threading.RLock(), False  # closing waits for another thread's step
 
     def __iter__(self) -> Iterator[list[str]]:
         for events in self.steps():
@@ -69,7 +69,7 @@ class Generation:
             yield pieces
 
     def steps(self) -> Iterator[list[tuple[int, list[int]]]]:
-        """Run the steps; yield for each the rows that went on, and their new tokens."""
+        """Run the steps; yield for each the rows with new tokens, and these."""
         while (events := self._step()) is not None:
             yield events
 
@@ -92,10 +92,10 @@ class Generation:
             return events
 
     def outputs(self) -> list[GenerationOutput]:
-        """What every row has so far."""
+        """The output of every row so far."""
         out = []
         if self.meter is not None and self.engine.target.experts is not None:
-            decoded = sum(len(text.ids) - 1 for text in self.texts)  # the first of each row came with the prefill
+            decoded = sum(len(text.ids) - 1 for text in self.texts)  # the prefill decodes the first token of each row
             for request in self.requests:
                 request.metrics.experts = self.meter.figures(decoded)
         for request, text in zip(self.requests, self.texts, strict=True):

@@ -1,4 +1,4 @@
-"""The keywords of the Python API, by method. What each may be, and what it means, says its type."""
+"""The keyword arguments of the Python API. Their types define bounds and documentation."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
@@ -16,7 +16,7 @@ Options = Mapping[str, Any] | None
 
 
 class DecoderOptions(TypedDict, total=False):
-    """What ``SpecDecoder`` takes beside the model and the drafter."""
+    """The options of ``SpecDecoder`` beside the model and the drafter."""
 
     drafter_options: Options
     runtime: str
@@ -30,16 +30,20 @@ class DecoderOptions(TypedDict, total=False):
 
 
 class RequestOptions(SamplingOptions, total=False):
-    """What one prompt is asked with.
+    """The options of a request.
 
-    max_new_tokens: most new tokens (128), also bounded by the model's context. temperature to logit_bias: those of
-    ``SamplingParams``. stop: strings that end the text; special tokens in them are matched, too. chat: wrap text in the
-    chat template (None: if the tokenizer has one), after a ``system`` message. logits_processor: HF processors, applied
-    to every position. ignore_eos: go on to the limit. constraint: what the new text must be (Json, Regex, Grammar or
-    Choice); the limit and stop strings may still cut it. Tokens that it leaves no choice about are drafted before the
-    drafter is asked. logprobs: give the log-probability of each new token, with this many of the likeliest tokens at
-    its position. They are the model's own: before processors, temperature and constraints. prompt_logprobs: also of the
-    prompt.
+    max_new_tokens: most new tokens, 128 by default; the model's context bounds them, too.
+    temperature to logit_bias: as in ``SamplingParams``.
+    stop: strings that end the text; they may contain special tokens.
+    chat: wrap text in the chat template; None does so if the tokenizer has one.
+    system: a system message before the prompt.
+    logits_processor: processors of transformers, applied at every position.
+    ignore_eos: continue after end tokens.
+    constraint: what the new text must be (Json, Regex, Grammar or Choice); limit and stop strings may still cut it.
+    Tokens without an alternative are drafted without the drafter.
+    logprobs: return the log-probability of each new token, and this many of the likeliest tokens at its position. These
+    are the model's own, before processors, temperature and constraints.
+    prompt_logprobs: return those of the prompt, too.
     """
 
     max_new_tokens: MaxNewTokens
@@ -56,11 +60,11 @@ class RequestOptions(SamplingOptions, total=False):
 
 
 class GenerationOptions(RequestOptions, total=False):
-    """What ``generate``, ``generate_batch`` and ``stream`` take: the options of a request, and of its decoding.
+    """The options of ``generate``, ``generate_batch`` and ``stream``.
 
-    num_speculative_tokens: depth of each draft; "auto" (the default) chooses it from measured costs and running
-    acceptance, down to plain decoding (of ``tuned`` settings, it is theirs). max_rows: most rows that are decoded at
-    once; another begins when one has ended. None: all.
+    num_speculative_tokens: depth of each draft. "auto", the default, chooses it from measured costs and the acceptance
+    so far, down to plain decoding; with ``tuned`` settings it is theirs.
+    max_rows: most rows that are decoded together; the next starts when one has ended. None is all.
     """
 
     num_speculative_tokens: Depth

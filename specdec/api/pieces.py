@@ -1,4 +1,4 @@
-"""From the engine's events to text: each piece with its place in a draft, and OpenAI's reason at the end."""
+"""The text of a request from the engine's events, in pieces; the last one has OpenAI's finish reason."""
 
 from __future__ import annotations
 
@@ -9,20 +9,24 @@ from typing import Any
 from specdec.api.text import Detokenizer
 from specdec.engine.request import Event
 
-REASONS = {"eos": "stop", "stop": "stop", "length": "length"}
+REASONS = {"eos": "stop", "stop": "stop", "length": "length"}  # OpenAI's finish reason for the engine's
 
 
 @dataclass(frozen=True)
 class Piece:
-    """New text. depth: of its last token in a draft, 0 if the model chose it itself. finish: why nothing follows."""
+    """New text.
+
+    depth: of its last token in a draft; 0 if the model chose that token.
+    finish: the finish reason, in the last piece.
+    """
 
     text: str
     depth: int = 0
     finish: str | None = None
 
 
-class Answer:
-    """The text of one request. shown: special tokens that are in it. ``finish``: OpenAI's reason, once it has ended."""
+class AnswerText:
+    """The text of one request so far. finish: OpenAI's finish reason, once the request has ended."""
 
     def __init__(self, tokenizer: Any, stops: Sequence[str] = (), shown: Sequence[str] = ()) -> None:
         self.detokenizer = Detokenizer(tokenizer, stops, shown)
@@ -33,19 +37,18 @@ class Answer:
         return self.detokenizer.text
 
     @property
-    def count(self) -> int:
-        """Tokens so far."""
+    def num_tokens(self) -> int:
         return len(self.detokenizer.ids)
 
-    def read(self, event: Event, each: bool = False) -> Iterator[Piece]:
-        """The text that ``event`` brings; ``each``: token by token. The last piece of all has the reason."""
+    def read(self, event: Event, per_token: bool = False) -> Iterator[Piece]:
+        """The new text of ``event``, as one piece or one ``per_token``. The last event's last piece has the reason."""
         depth = 0
         for token, depth in zip(event.tokens, event.depths, strict=True):
             self.detokenizer.push(token)
-            if each and (text := self.detokenizer.take()):
+            if per_token and (text := self.detokenizer.take()):
                 yield Piece(text, depth)
         if event.finish_reason is not None:
             self.finish = REASONS.get(event.finish_reason, event.finish_reason)
             yield Piece(self.detokenizer.finish(), depth, self.finish)
-        elif not each and (text := self.detokenizer.take()):
+        elif not per_token and (text := self.detokenizer.take()):
             yield Piece(text, depth)

@@ -1,4 +1,4 @@
-"""Text at the edges: prompts to token ids, and token ids to text as they arrive. Knows nothing about models."""
+"""Prompts to token ids, and token ids to text as they arrive. Knows nothing about models."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from specdec.base.settings import checked, short_repr
 
 Prompt = str | Sequence[int] | Tensor | Sequence[dict[str, str]]
 
-CONTEXT = 16  # tokens before new ones with which these are decoded, at most: a token's text depends on its context
-LONG_TOKEN = 16  # characters; shorter prompts than the context holds of such tokens are tokenised to see
-PLACEHOLDERS = range(0xF0000, 0xFFFFE)  # private code points that stand for special tokens' text in a template
-_encoding = threading.Lock()  # of any tokenizer: whether it splits special tokens is a state of the tokenizer itself
+CONTEXT = 16  # earlier tokens that are decoded with new ones, since a token's text depends on its context
+LONG_TOKEN = 16  # characters; a text of at most so many per token of the context is tokenised without a check
+PLACEHOLDERS = range(0xF0000, 0xFFFFE)  # private code points that replace the text of special tokens in a template
+_encoding = threading.Lock()  # whether special tokens are split is a state of the tokenizer
 
 
 @checked
@@ -36,54 +36,66 @@ def encode(
     context: int | None = None,
     tools: Sequence[dict[str, Any]] | None = None,
 ) -> list[int]:
-    """Turn a prompt into token ids.
+    """Token ids of a prompt.
 
-    prompt: text, token ids (list or tensor of one sequence), or chat messages (``[{"role", "content"}, ...]``).
-    chat: wrap text in the tokenizer's chat template; None does so where there is one. Ids are taken as they are.
-    In a chat, what the messages hold is text: special tokens come from the template alone. In text that is used as it
-    is, special tokens that are written out are special.
-    tools: that the chat template presents, as OpenAI's interface describes them.
-    context: refuse text that is too long for so many tokens before it is tokenised, which may take minutes.
-    Raises SpecDecError for an empty prompt, one of another type (called ``name``), or a chat without a template.
+    In chat messages, special tokens are text: only the template adds special ones. In plain text they are special.
+
+    prompt: text, token ids (a list or a tensor of one sequence), or chat messages (``[{"role", "content"}, ...]``).
+    chat: wrap text in the tokenizer's chat template; None does so if there is one.
+    system: a system message before the prompt.
+    name: of the prompt, for messages.
+    context: the model's context, in tokens; longer text is refused before tokenisation, which may take minutes.
+    tools: for the chat template, in OpenAI's format.
+    Raises SpecDecError for an empty prompt, a wrong type, or a chat without a template.
     """
-    if isinstance(prompt, Tensor | np.ndarray):
-        if isinstance(prompt, np.ndarray) and prompt.dtype.kind not in "iu":
-            raise _wrong(name, f"an array of {prompt.dtype}")
-        return _tensor_ids(torch.as_tensor(prompt), name)
-    if not isinstance(prompt, str):
-        if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray):
-            raise _wrong(name, short_repr(prompt))
-        if len(prompt) and all(isinstance(t, Integral) and not isinstance(t, bool) for t in prompt):
-            return [int(t) for t in prompt]  # type: ignore[arg-type]
-        for item in prompt:
-            if not isinstance(item, Mapping) or not isinstance(item.get("role"), str):
-                raise _wrong(name, f"a list with {short_repr(item)} in it")
+    if (ids := _given_ids(prompt, name)) is not None:
+        return ids
     if len(prompt) == 0 or (isinstance(prompt, str) and not prompt.strip()):
         raise SpecDecError(f"the {name} is empty; give some text")
     if tokenizer is None:
         raise SpecDecError("text prompts need a tokenizer; pass token ids or give SpecDecoder a tokenizer")
     has_template = bool(getattr(tokenizer, "chat_template", None))
-    if isinstance(prompt, str):
-        if chat is False or (chat is None and not has_template):
-            if system is not None:
-                raise SpecDecError("a system prompt needs a chat template; this prompt is used as plain text")
-            _check_length(tokenizer, len(prompt), context)
-            with _encoding:
-                return _tokens(tokenizer, prompt)
-        messages: list[Any] = [{"role": "user", "content": prompt}]
-    else:
-        messages = list(prompt)
+    if isinstance(prompt, str) and not (has_template if chat is None else chat):
+        if system is not None:
+            raise SpecDecError("a system prompt needs a chat template; this prompt is used as plain text")
+        _check_length(tokenizer, len(prompt), context)
+        with _encoding:
+            return _tokens(tokenizer, prompt)
     if not has_template:
         raise SpecDecError("this tokenizer has no chat template; use plain text (chat=False, --raw)")
+    messages: list[Any] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
-    contents = [message.get("content") for message in messages]  # of the rest, a template may leave out anything
+    return _encode_chat(tokenizer, messages, context, tools)
+
+
+def _given_ids(prompt: Any, name: str) -> list[int] | None:
+    """The token ids of a prompt that consists of them; None for text and messages. Raises SpecDecError for others."""
+    if isinstance(prompt, Tensor | np.ndarray):
+        if isinstance(prompt, np.ndarray) and prompt.dtype.kind not in "iu":
+            raise _wrong(name, f"an array of {prompt.dtype}")
+        return _tensor_ids(torch.as_tensor(prompt), name)
+    if isinstance(prompt, str):
+        return None
+    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray):
+        raise _wrong(name, short_repr(prompt))
+    if len(prompt) and all(isinstance(t, Integral) and not isinstance(t, bool) for t in prompt):
+        return [int(t) for t in prompt]
+    for item in prompt:
+        if not isinstance(item, Mapping) or not isinstance(item.get("role"), str):
+            raise _wrong(name, f"a list with {short_repr(item)} in it")
+    return None
+
+
+def _encode_chat(tokenizer: Any, messages: list[Any], context: int | None, tools: Any) -> list[int]:
+    """Token ids of chat messages, rendered by the tokenizer's template."""
+    contents = [message.get("content") for message in messages]  # templates may ignore other keys
     _check_length(tokenizer, sum(len(text) for text in contents if isinstance(text, str)), context)
-    special = _Special(tokenizer, [messages, tools])
+    special = _SpelledTokens(tokenizer, [messages, tools])
     messages, more = special.hidden(messages), {"tools": special.hidden(tools)} if tools else {}
     try:
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **more)
-    except Exception as error:  # templates are code of the model's author and may raise anything
+    except Exception as error:  # a template is the model author's code and may raise any type
         raise SpecDecError(f"the chat template refuses these messages: {error}") from None
     _check_length(tokenizer, len(text), context)
     with _encoding:
@@ -91,17 +103,17 @@ def encode(
 
 
 def special_tokens(tokenizer: Any) -> dict[int, Any]:
-    """The special tokens of a tokenizer by id: those that ``skip_special_tokens`` leaves out of text."""
+    """The special tokens of a tokenizer by id; ``skip_special_tokens`` leaves them out of text."""
     added = getattr(tokenizer, "added_tokens_decoder", None) or {}
     return {int(i): token for i, token in added.items() if token.special and str(token)}
 
 
-class _Special:
-    """Special tokens that the text of chat messages spells out, kept from becoming special.
+class _SpelledTokens:
+    """Keeps special tokens that are spelled out in chat messages from becoming special.
 
-    Each is replaced by one private character, which a template passes on, trims around and cannot take for markup.
-    In the rendered chat, what lies between two special tokens and has such a character in it gets its text back and is
-    tokenised as plain text; all else is tokenised as it would be without any. Takes a time linear in the text.
+    ``hidden`` replaces each by a private character, which a template copies like a letter. ``encode`` puts the text
+    back into the rendered chat: text between two special tokens with such a character is tokenised as plain text, and
+    everything else as usual. Takes time linear in the text.
     """
 
     def __init__(self, tokenizer: Any, messages: Any) -> None:
@@ -113,7 +125,7 @@ class _Special:
         self.stand_ins = dict[str, str]()
 
     def hidden(self, messages: Any) -> Any:
-        """``messages`` with the characters in place of the tokens. Raises SpecDecError where there are none left."""
+        """``messages`` with the private characters. Raises SpecDecError if there are not enough of them."""
         if isinstance(messages, str):
             return self.spelled.sub(self._stand_in, messages) if self.tokens else messages
         if isinstance(messages, Mapping):
@@ -124,8 +136,8 @@ class _Special:
         if found[0] not in self.stand_ins:
             if (character := next(self.free, None)) is None:
                 raise SpecDecError(
-                    "the messages spell out special tokens and use up the private characters that stand for these; "
-                    "leave one or the other out"
+                    "the messages contain special tokens and all private characters that could replace them; leave one "
+                    "or the other out"
                 )
             self.stand_ins[found[0]] = character
         return self.stand_ins[found[0]]
@@ -137,13 +149,13 @@ class _Special:
         back = {stand_in: token for token, stand_in in self.stand_ins.items()}
         marks = re.compile(f"[{''.join(back)}]")
         ids, clean = list[int](), list[str]()
-        parts = ["", *re.split(f"({self.spelled.pattern})", text), ""]  # a token, a text, a token ...
+        parts = ["", *re.split(f"({self.spelled.pattern})", text), ""]  # token, text, token, ...
         for before, part, after in zip(parts[:-1:2], parts[1::2], parts[2::2], strict=True):
             clean.append(before)
             if not marks.search(part):
                 clean.append(part)
                 continue
-            if before and self.tokens[before].rstrip:  # beside a token that takes white space along
+            if before and self.tokens[before].rstrip:  # this token includes white space after it
                 clean.append(part[: len(part) - len(part.lstrip())])
                 part = part.lstrip()
             space = part[len(part.rstrip()) :] if after and self.tokens[after].lstrip else ""
@@ -158,7 +170,7 @@ class _Special:
 
 @functools.lru_cache(16)
 def _any_of(words: tuple[str, ...]) -> re.Pattern[str]:
-    """A regular expression of the longest of ``words`` at a place. It reads no character twice there."""
+    """A regular expression that matches the longest of ``words``, without backtracking."""
     tree: dict[str, Any] = {}
     for word in words:
         place = tree
@@ -175,15 +187,15 @@ def _any_of(words: tuple[str, ...]) -> re.Pattern[str]:
 
 
 def _tokens(tokenizer: Any, text: str, **how: Any) -> list[int]:
-    """The tokens of a text. Raises SpecDecError where the tokenizer does: one without a token for what is unknown."""
+    """The token ids of a text. Raises SpecDecError if the tokenizer fails, as one without an unknown token does."""
     try:
         return [int(t) for t in tokenizer(text, **how).input_ids]
     except Exception as error:
-        raise SpecDecError(f"the tokenizer cannot read this text: {error}") from None
+        raise SpecDecError(f"the tokenizer cannot encode this text: {error}") from None
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """All texts in chat messages."""
+    """All strings in chat messages."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping | list | tuple):
@@ -211,24 +223,26 @@ def _wrong(name: str, what: str) -> SpecDecError:
 
 
 def _check_length(tokenizer: Any, length: int, context: int | None) -> None:
-    """Raise PromptTooLongError for text of more characters than ``context`` of the tokenizer's longest tokens have."""
+    """Raise PromptTooLongError if even the tokenizer's longest tokens cannot fit the text into ``context`` tokens."""
     if context is None or length <= LONG_TOKEN * context:
         return
     most = context * max(map(len, tokenizer.get_vocab()))
     if length > most:
         raise PromptTooLongError(
-            f"the prompt has {length} characters; the model's context of {context} tokens holds at most {most}; "
+            f"the prompt has {length} characters, and the model's context of {context} tokens holds at most {most}; "
             "shorten it"
         )
 
 
 class Detokenizer:
-    """Incremental text of one output, with stop strings; empty without a tokenizer.
+    """The text of one output as its tokens arrive, up to a stop string. Without a tokenizer, it is empty.
 
-    Tokens are taken in by ``push``, and decoded when their text is needed (or at once, where there are stop
-    strings). ``take`` returns the text that has become certain: complete characters that cannot begin a stop string.
-    Once ``stopped``, the text ends before the stop string. Special tokens are not in the text, except for those of
-    ``shown``; those that stop strings contain are matched.
+    ``push`` takes tokens. ``take`` returns the new text that is certain: complete characters that cannot begin a stop
+    string. ``finish`` returns the rest.
+
+    stop: strings that end the text; they may contain special tokens.
+    shown: special tokens to keep in the text.
+    stopped: whether a stop string has come.
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = (), shown: Sequence[str] = ()) -> None:
@@ -236,16 +250,16 @@ class Detokenizer:
         self.special = {i: str(token) for i, token in special_tokens(tokenizer).items()}
         self.matched = {i for i, t in self.special.items() if any(t in s for s in [*self.stop, *shown])}
         self.ids: list[int] = []
-        self.window: list[int] = []  # those that have text: first of context, whose text has been taken, then new ones
-        self.old, self.context = 0, ""  # how many are context, and its text
+        self.window: list[int] = []  # tokens with text: earlier ones as context, then new ones
+        self.old, self.context = 0, ""  # number of earlier tokens in the window, and their text
         self.text = ""  # all complete text, up to the stop string
-        self.whole = ""  # the same with the special tokens that stop strings have in them
-        self.unseen: list[tuple[int, int]] = []  # where those are in it, and how long they are
-        self.sent = 0  # characters of the text that take() has returned
+        self.whole = ""  # the text with the special tokens that stop strings contain
+        self.unseen: list[tuple[int, int]] = []  # their positions and lengths in ``whole``
+        self.sent = 0  # characters of the text that ``take`` has returned
         self.stopped = False
 
     def push(self, token: int) -> str | None:
-        """Take a new token; return "stop" if the text ends with it: the stop rule of a ``Request``."""
+        """Add a token; return "stop" if the text ends with it. This is the ``stop`` of a ``Request``."""
         self.ids.append(token)
         if token not in self.special:
             self.window.append(token)
@@ -266,8 +280,8 @@ class Detokenizer:
         if len(self.window) == self.old:
             return
         text = self._decode(self.window)
-        if complete and text.endswith("�"):  # most likely half of a multi-byte character: wait for the rest
-            if len(self.window) - self.old > CONTEXT:  # so many tokens are none: the first of them are certain
+        if complete and text.endswith("�"):  # usually a part of a character: wait for the rest
+            if len(self.window) - self.old > CONTEXT:  # too many tokens for one character: the first ones are certain
                 self._cut(text)
         elif len(text) > len(self.context):
             self._extend(text[len(self.context) :])
@@ -278,8 +292,8 @@ class Detokenizer:
             self.old = len(self.window)
 
     def _cut(self, text: str) -> None:
-        """Take the text of the window but for the last few tokens, from where these have one of their own."""
-        for end in range(len(self.window) - 4, len(self.window) - 8, -1):  # a character has four bytes at most
+        """Add the text of the window without its last few tokens, which have a text of their own."""
+        for end in range(len(self.window) - 4, len(self.window) - 8, -1):  # a character has up to four bytes
             first = self._decode(self.window[:end])
             if first + self._decode(self.window[end:]) == text:
                 self._extend(first[len(self.context) :])
@@ -288,7 +302,7 @@ class Detokenizer:
                 return
 
     def finish(self) -> str:
-        """The text held back so far, at the end of the output."""
+        """The rest of the text, at the end of the output."""
         if not self.stopped:
             self._read(complete=False)
         return self._send(len(self.text))
@@ -308,7 +322,7 @@ class Detokenizer:
             self.text, self.stopped = self.text[: self._place(min(found))], True
 
     def _place(self, place: int) -> int:
-        """The place in the text of a place in ``whole``."""
+        """The position in the text of a position in ``whole``."""
         return place - sum(min(length, place - at) for at, length in self.unseen if at < place)
 
     def _send(self, end: int) -> str:

@@ -1,6 +1,6 @@
-"""Tuned settings: what ``specdec tune drafter`` found for a model on this machine, kept for ``specdec generate``.
+"""Tuned settings: the drafter that ``specdec tune drafter`` found for a model on this machine.
 
-One small JSON file per model, dtype, device, runtime, weights and machine, in the cache folder. Imports nothing heavy.
+The cache folder has a small JSON file per model, dtype, device, runtime, weights and machine. Imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -14,15 +14,17 @@ from pathlib import Path
 from specdec.base.errors import SpecDecError
 from specdec.base.files import cache_dir, write_atomically
 from specdec.base.options import Depth
+from specdec.base.settings import Number, checked_class
 
 
+@checked_class
 @dataclass(frozen=True)
 class Tuned:
-    """The fastest setting. speedup: over plain decoding, on ``prompts`` (name of the set, and how many of it)."""
+    """The fastest setting. speedup: over plain decoding, on ``prompts`` (the name of a set and their number)."""
 
     drafter: str
     num_speculative_tokens: Depth
-    speedup: float
+    speedup: Number
     prompts: str
 
 
@@ -30,7 +32,7 @@ DEFAULTS = {"runtime": "auto", "weights": "auto"}
 
 
 def tuned_path(model: str, dtype: str, device: str, runtime: str, weights: str) -> Path:
-    """The file of the setting for a model, loaded so, on this machine."""
+    """The file of the setting for a model that is loaded with these options on this machine."""
     local = Path(model)
     name = str(local.resolve()) if local.exists() else model
     what = json.dumps([name, dtype, device, runtime, weights, platform.node(), platform.machine()])
@@ -38,20 +40,17 @@ def tuned_path(model: str, dtype: str, device: str, runtime: str, weights: str) 
 
 
 def save_tuned(path: Path, tuned: Tuned) -> None:
-    """Keep ``tuned``. Raises SpecDecError if the cache folder cannot be written."""
+    """Save ``tuned``. Raises SpecDecError if the cache folder cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, (json.dumps(asdict(tuned)) + "\n").encode())
     except OSError as error:
-        raise SpecDecError(f"cannot keep the setting in '{path}': {error.strerror or error}") from None
+        raise SpecDecError(f"cannot write the setting to '{path}': {error.strerror or error}") from None
 
 
 def load_tuned(path: Path) -> Tuned | None:
-    """The setting in a file; None if there is none that can be read."""
+    """The setting in a file; None if it is missing or broken."""
     try:
-        kept = json.loads(path.read_text("utf-8"))
-        depth = kept["num_speculative_tokens"]
-        good = depth == "auto" or (type(depth) is int and depth >= 1)
-        return Tuned(str(kept["drafter"]), depth, float(kept["speedup"]), str(kept["prompts"])) if good else None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return Tuned(**json.loads(path.read_text("utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError, SpecDecError):
         return None

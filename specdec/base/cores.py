@@ -1,7 +1,7 @@
-"""How many threads this process should use, and what becomes of them in a forked child.
+"""How many threads this process and its forked children use.
 
-PyTorch counts the cores of the machine. A container may use fewer of them, and threads beyond that only wait for each
-other. A forked child has none of its parent's threads, but OpenMP believes that they are there and waits for them.
+PyTorch counts the cores of the machine. A container may have fewer CPUs, and threads beyond those only wait for each
+other. In a forked child, OpenMP waits for the parent's threads, which do not exist there.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ MEMBERSHIP = Path("/proc/self/cgroup")
 
 
 def threads() -> int:
-    """Threads for a computation: PyTorch's, but no more than this process has CPUs."""
+    """Threads for a computation: PyTorch's number, at most the CPUs of this process."""
     return min(torch.get_num_threads(), cpus())
 
 
 def limit_threads() -> None:
-    """Let PyTorch use no more threads than this process has CPUs, and a forked child only the one that it has."""
+    """Limit PyTorch's threads to the CPUs of this process, and to one in forked children."""
     if torch.get_num_threads() > cpus():
         torch.set_num_threads(cpus())
     _watch_forks()
@@ -32,15 +32,15 @@ def limit_threads() -> None:
 
 @functools.cache
 def cpus() -> int:
-    """CPUs that this process may use: by its affinity, the quotas of its control groups, and OMP_THREAD_LIMIT."""
+    """CPUs that this process may use, by its affinity, the quotas of its control groups, and OMP_THREAD_LIMIT."""
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    # PyTorch does not ask for the limit, and products of its libraries are wrong in a team smaller than they ask for.
+    # PyTorch ignores this limit, and matrix products are wrong if OpenMP gives its libraries fewer threads.
     limit = getattr(ctypes.CDLL(torch._C.__file__), "omp_get_thread_limit", lambda: affinity)()
     return max(min([affinity, limit, *map(math.ceil, _quotas())]), 1)
 
 
 def _quotas() -> list[float]:
-    """CPUs that each control group of this process allows, where it has a limit (cgroups v1 and v2)."""
+    """CPUs that the control groups of this process allow, for those with a limit (cgroups v1 and v2)."""
     found = []
     try:
         lines = MEMBERSHIP.read_text("utf-8").splitlines()
@@ -50,7 +50,7 @@ def _quotas() -> list[float]:
         _, controllers, path = line.split(":", 2)
         if controllers and "cpu" not in controllers.split(","):
             continue
-        # The groups above count, too. In a container the path may be the host's, and the mount its own group.
+        # Parent groups count, too. In a container the path may be the host's, and the mount the container's group.
         inner = PurePosixPath(path.lstrip("/"))
         for root in (CGROUPS / controllers, CGROUPS / "cpu") if controllers else (CGROUPS,):
             for group in (inner, *inner.parents):

@@ -1,7 +1,7 @@
-"""Small tensors between the host and a device.
+"""Transfers of small tensors between host and device.
 
-A GPU works behind the host: who reads from it waits until all of its work is done, and so does who writes to it from
-memory that the system may move. So a step reads once, and writes from pinned memory.
+A GPU runs asynchronously. Reading from it waits for all of its work, and so does writing to it from memory that is not
+pinned. So a step reads once and writes from pinned memory.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from specdec.base.machine import processor_name
 
 
 def upload(values: Any, device: torch.device, dtype: torch.dtype = torch.long) -> Tensor:
-    """``torch.tensor(values, dtype=dtype, device=device)`` without a wait."""
+    """``torch.tensor(values, dtype=dtype, device=device)`` without waiting for the device."""
     tensor = torch.tensor(values, dtype=dtype)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def download(*tensors: Tensor) -> list[list[list[Any]]]:
-    """Each of ``tensors`` [B, n] of one dtype and device as lists, in one read."""
+    """``tensors`` [B, n] of one dtype and device as lists, read at once."""
     if len(tensors) == 1:
         return [tensors[0].tolist()]
     rows = torch.cat(tensors, 1).tolist()
@@ -36,11 +36,11 @@ class DeviceEvent(Protocol):
     """A point in a device's work, with its time once the device has reached it."""
 
     def elapsed_time(self, end: Any) -> float:
-        """Milliseconds to ``end``; both must have been reached."""
+        """Milliseconds until ``end``; the device must have reached both."""
 
 
 def record_event(device: torch.device | None) -> DeviceEvent | None:
-    """A stamp behind the work that ``device`` has been given so far; None where the host waits for it anyway."""
+    """An event after the work submitted to ``device`` so far; None for devices that are synchronous."""
     if device is None or device.type != "cuda":
         return None
     event = torch.cuda.Event(enable_timing=True)
@@ -49,12 +49,12 @@ def record_event(device: torch.device | None) -> DeviceEvent | None:
 
 
 def is_asynchronous(device: torch.device) -> bool:
-    """Whether reading a tensor's numbers waits for the device."""
+    """Whether reading a tensor waits for the device."""
     return device.type != "cpu"
 
 
 def device_name(device: torch.device) -> str:
-    """What people call the device: a GPU's name, or the processor's with the threads in use."""
+    """The GPU's name, or the processor's with the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{processor_name()}, {torch.get_num_threads()} threads"

@@ -1,4 +1,4 @@
-"""The cache folder, and files that appear whole or not at all. Imports nothing heavy."""
+"""The cache folder, and atomic writing of files. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def cache_dir() -> Path:
-    """``$SPECDEC_CACHE``, else ``$XDG_CACHE_HOME/specdec``, else ``~/.cache/specdec``. Not created here."""
+    """``$SPECDEC_CACHE``, else ``$XDG_CACHE_HOME/specdec``, else ``~/.cache/specdec``. It may not exist."""
     if own := os.environ.get("SPECDEC_CACHE"):
         return Path(own).expanduser().absolute()
     shared = Path(os.environ.get("XDG_CACHE_HOME", ""))
@@ -16,7 +16,7 @@ def cache_dir() -> Path:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Put ``data`` at ``path`` atomically (a temporary file beside it, flushed, then renamed)."""
+    """Write ``data`` to a temporary file beside ``path``, flush it, and rename it to ``path``."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:

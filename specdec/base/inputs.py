@@ -1,7 +1,7 @@
-"""Text that users give: bounded before it is read, decoded as UTF-8, parsed as JSON or YAML.
+"""Text from users: read within limits, decoded as UTF-8, parsed as JSON or YAML.
 
-Functions raise ValueError with the reason in a few words, and the caller says where; those that read files of prompts
-raise SpecDecError. Imports nothing heavy.
+Functions raise ValueError with a short reason, and the caller adds where; ``prompts`` raises SpecDecError. Imports
+nothing heavy.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ DOCUMENT = 4_000_000  # bytes of a YAML file
 
 
 def decode_argument(name: str, text: str) -> str:
-    """A command-line argument as UTF-8, whatever the locale."""
+    """A command-line argument decoded as UTF-8, whatever the locale."""
     try:
         return os.fsencode(text).decode()
     except UnicodeDecodeError as error:
@@ -30,7 +30,7 @@ def decode_argument(name: str, text: str) -> str:
 
 
 def read_bounded(file: IO[bytes], most: int) -> bytes:
-    """All of ``file``, of which no more than ``most`` bytes are read."""
+    """The content of ``file``. Raises ValueError if it has more than ``most`` bytes."""
     data = file.read(most + 1)
     if len(data) > most:
         raise ValueError(f"larger than {most / 1e6:.0f} MB")
@@ -44,7 +44,7 @@ def sha256(path: Path) -> str:
 
 
 def lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The lines of a UTF-8 file, numbered from 1; ``.gz`` is unpacked, and a byte-order mark left out."""
+    """The lines of a UTF-8 file, which may be a ``.gz``, with their numbers from 1 and without a byte-order mark."""
     number = 0
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
@@ -60,9 +60,10 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def prompts(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The records of a file of prompts: a JSON object on each line, or plain text, which is ``{"prompt": text}``.
+    """The records of a file of prompts, each with its line and file for messages.
 
-    With each comes its line and file, for messages. Raises SpecDecError for an unreadable file and for broken JSON.
+    A line is a JSON object, or plain text, which becomes ``{"prompt": text}``. Raises SpecDecError for a file that
+    cannot be read or has broken JSON.
     """
     try:
         for number, line in lines(path):
@@ -79,7 +80,7 @@ def prompts(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def turns(record: dict[str, Any]) -> tuple[str, ...]:
-    """The user turns of a record of prompts, its ``turns`` or ``prompt``; empty if it has none that can be used."""
+    """The user turns of a record (its ``turns`` or ``prompt``); empty without usable ones."""
     found = record.get("turns", record.get("prompt"))
     found = [found] if isinstance(found, str) else found
     if isinstance(found, list) and all(isinstance(turn, str) and turn.strip() for turn in found):
@@ -103,7 +104,7 @@ def parse_yaml(text: str) -> Any:
         return yaml.safe_load(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    except Exception as error:  # constructors of explicit tags and of dates raise what they like
+    except Exception as error:  # constructors of tags and dates raise any type
         raise ValueError(" ".join(str(error).split())) from None
 
 

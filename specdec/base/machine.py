@@ -11,7 +11,7 @@ CPUINFO, MEMINFO = Path("/proc/cpuinfo"), Path("/proc/meminfo")
 
 
 def processor(cpuinfo: Path = CPUINFO) -> dict[str, str]:
-    """The fields of the first processor, such as "model name" and "flags"; empty where there is no such file."""
+    """The fields of the first processor, such as "model name" and "flags"; empty without the file."""
     try:
         first = cpuinfo.read_text("utf-8", "replace").partition("\n\n")[0]
     except OSError:
@@ -24,7 +24,7 @@ def processor_name() -> str:
 
 
 def available_memory() -> int | None:
-    """Bytes of memory that programs can still get; None where the system does not say."""
+    """Bytes of memory that programs can still allocate; None if the system does not report it."""
     try:
         lines = MEMINFO.read_text("ascii").splitlines()
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
@@ -37,6 +37,6 @@ def check_memory(name: str, need: int) -> None:
     free = available_memory()
     if free is not None and free < need:
         raise SpecDecError(
-            f"not enough memory for '{name}': its weights take {need / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free; "
+            f"not enough memory for '{name}': its weights need {need / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free; "
             "end other programs or use a smaller model"
         )

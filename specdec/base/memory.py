@@ -1,8 +1,7 @@
-"""Giving back memory of weights that are mapped from a file and not needed for a while.
+"""Release memory of weights that are mapped from a file and not used for a while.
 
-safetensors files are mapped: pages of theirs that were not written to can be dropped and come again from the file
-when they are next touched. So a runtime that holds its own form of a weight need not pay for the model's, and the model
-stays whole. On other systems than Linux, nothing is given back.
+safetensors files are mapped into memory. Unchanged pages can be dropped, and the system reads them again from the file
+when they are used. So a runtime with its own copy of a weight does not pay for the model's. Works on Linux.
 """
 
 from __future__ import annotations
@@ -18,11 +17,11 @@ from torch import Tensor, nn
 from specdec.base import machine
 
 _DONT_NEED = 4  # MADV_DONTNEED
-_SWAPPED, _OF_FILE = 1 << 62, 1 << 61  # bits of an entry of /proc/self/pagemap; its sign says "present"
+_SWAPPED, _OF_FILE = 1 << 62, 1 << 61  # bits of an entry of /proc/self/pagemap; its sign bit means "present"
 
 
 def release(*tensors: Tensor) -> int:
-    """Give back the memory pages of ``tensors`` that lie in mapped files, unchanged; return the bytes of them."""
+    """Drop the unchanged pages of ``tensors`` that are mapped from files; return their bytes."""
     freed = 0
     for tensor in tensors:
         if tensor.device.type != "cpu" or not tensor.is_contiguous():
@@ -36,20 +35,20 @@ def release(*tensors: Tensor) -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device."""
+    """Bytes of free memory on a device."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return machine.available_memory() or 4 << 30
 
 
 def trim_heap() -> None:
-    """Give back what the C library keeps of memory that was freed: making packed weights leaves much of it behind."""
+    """Return freed memory from the C library to the system: packing weights leaves much of it."""
     with suppress(AttributeError, OSError):  # no glibc
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def _unchanged(first: int, count: int) -> bool:
-    """Whether every page there is absent or a file's own: a page that was written to is no longer the file's."""
+    """Whether no page has been written to: each is absent or still belongs to a file."""
     try:
         with open("/proc/self/pagemap", "rb", buffering=0) as file:
             file.seek(8 * first)
@@ -64,7 +63,7 @@ def _unchanged(first: int, count: int) -> bool:
 
 @contextmanager
 def releasing(modules: Iterable[nn.Module], weights: Callable[[nn.Module], Iterable[Tensor]]) -> Iterator[None]:
-    """Meanwhile the ``weights`` of each of ``modules`` are given back as soon as it has run."""
+    """In this context, release the ``weights`` of each module after its forward."""
 
     def after(module: nn.Module, *_: object) -> None:
         release(*weights(module))

@@ -1,5 +1,5 @@
-"""The options of loading and of generation: the name, the bounds and the documentation of each, for Python, the command
-line, the server and YAML; and how drafters and the command line read theirs. Imports nothing heavy.
+"""Options of loading and generation: name, bounds and documentation of each, for Python, command line, server and YAML.
+Also checks of the options of drafters and of the command line. Imports nothing heavy.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,32 +14,10 @@ from specdec.base import inputs
 from specdec.base.errors import SpecDecError, did_you_mean
 from specdec.base.settings import Number, Whole, checked_class, validate
 
-
-class Runtime(StrEnum):
-    auto = "auto"
-    native = "native"
-    graphs = "graphs"
-    fused = "fused"
-    reference = "reference"
-
-
-class Weights(StrEnum):
-    auto = "auto"
-    dense = "dense"
-    int8 = "int8"
-    int4 = "int4"
-
-
-class KVCacheFormat(StrEnum):
-    auto = "auto"
-    int8 = "int8"
-
-
-class Activations(StrEnum):
-    auto = "auto"
-    int8 = "int8"
-    bf16 = "bf16"
-
+Runtime = StrEnum("Runtime", ["auto", "native", "graphs", "fused", "reference"])
+Weights = StrEnum("Weights", ["auto", "dense", "int8", "int4"])
+KVCacheFormat = StrEnum("KVCacheFormat", ["auto", "int8"])
+Activations = StrEnum("Activations", ["auto", "int8", "bf16"])
 
 MAX_SEED = 2**63 - 1
 GREEDY_BELOW = 1e-5  # temperatures below it: logits / T would overflow float32, and the softmax is one-hot anyway
@@ -48,7 +26,7 @@ Count = Annotated[Whole, Field(ge=1)]
 Bias = Annotated[Number, Field(ge=-100, le=100)]
 Penalty = Annotated[Number, Field(ge=-2, le=2)]
 
-# How the next token is chosen. A description is the option's documentation, on the command line, too.
+# How the next token is chosen. The description is the option's documentation, also on the command line.
 Temperature = Annotated[Number, Field(ge=0, description="0 is greedy: always the likeliest token.")]
 TopK = Annotated[Whole, Field(ge=0, description="Keep this many likeliest tokens; 0 is off.")]
 TopP = Annotated[
@@ -82,12 +60,17 @@ Depth = Annotated[Literal["auto"] | Count, Field(description="Tokens drafted a s
 @checked_class
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the next token is chosen. Raises SpecDecError for a value that is out of range.
+    """How the next token is chosen. Raises SpecDecError for a value out of range.
 
-    temperature: 0 = greedy (the most likely token), and so is all below ``GREEDY_BELOW``. top_k: 0 = off. top_p, min_p:
-    nucleus and relative cut-off. repetition_penalty: 1 = off; None: the model's own, where a decoder knows it. seed: of
-    the noise by which tokens are drawn. frequency_penalty, presence_penalty: taken from a token's logit for each time,
-    and once if, it is among the new tokens. logit_bias: added to logits, by token.
+    temperature: 0 is greedy, and so is a value below ``GREEDY_BELOW``.
+    top_k: keep so many of the likeliest tokens; 0 is off.
+    top_p: keep the likeliest tokens up to this total probability; 1 is off.
+    min_p: keep tokens with at least this share of the likeliest one's probability; 0 is off.
+    repetition_penalty: 1 is off; None is the model's own.
+    seed: of the random numbers.
+    frequency_penalty: subtracted from a token's logit for each time that it is among the new tokens.
+    presence_penalty: subtracted once if the token is among the new tokens.
+    logit_bias: added to logits, by token id.
     """
 
     temperature: Temperature = 0.0
@@ -106,7 +89,7 @@ class SamplingParams:
 
 
 class SamplingOptions(TypedDict, total=False):
-    """Those of ``SamplingParams``, as keywords."""
+    """The fields of ``SamplingParams`` as keywords."""
 
     temperature: Temperature
     top_k: TopK
@@ -120,12 +103,12 @@ class SamplingOptions(TypedDict, total=False):
 
 
 def description(option: Any) -> str:
-    """The documentation of an option that is defined here."""
+    """The documentation of an option, such as ``Temperature``."""
     return next(each.description for each in reversed(get_args(option)) if getattr(each, "description", None))
 
 
 def check_names(drafter: str, given: Iterable[str], known: Sequence[str] = (), source: str | None = None) -> None:
-    """Raise SpecDecError for an option that is not ``known``, and for a ``source`` (of a drafter that takes none)."""
+    """Raise SpecDecError for an option that is not ``known``, and for the ``source`` of a drafter that has none."""
     for name in given:
         if name not in known:
             has = f"it has {', '.join(known)}" if known else "it has none"

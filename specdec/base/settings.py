@@ -1,6 +1,6 @@
-"""What values may be, by their annotations, which pydantic checks. An error is: ``NAME must be WHAT; got VALUE``.
+"""Validation by annotations, with pydantic. An error is ``NAME must be WHAT; got VALUE``.
 
-A field's title is the WHAT, where its annotation does not give it. Knows no setting.
+WHAT comes from the annotation, or from the title of its ``Field``. Knows no particular setting.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf_nan=Fal
 
 
 def _whole(value: Any) -> Any:
-    """NumPy's numbers become Python's; True and False are none."""
+    """Convert NumPy's integers; True and False are none."""
     return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else value
 
 
@@ -41,7 +41,7 @@ Number = Annotated[float, BeforeValidator(_number)]
 
 
 def expected(kind: Any) -> str:
-    """What a value of an annotated type must be, to complete a sentence."""
+    """What a value of this type must be, such as "a whole number >= 1"."""
     bounds = dict[str, float]()
     if isinstance(kind, FieldInfo) or get_origin(kind) is Annotated:
         kind, *marks = (kind.annotation, kind) if isinstance(kind, FieldInfo) else get_args(kind)
@@ -76,7 +76,7 @@ def expected(kind: Any) -> str:
 
 
 def short_repr(value: Any) -> str:
-    """``value`` for a message: as it is written in Python if that is short, else what it is."""
+    """``value`` for a message: its repr if that is short, else its type."""
     if value is None or isinstance(value, bool | int | float | str | bytes | list | tuple | dict):
         text = repr(value) if not isinstance(value, int) or abs(value) < 10**30 else "a huge number"
         if len(text) <= 60:
@@ -85,7 +85,7 @@ def short_repr(value: Any) -> str:
 
 
 def validate(name: str, value: Any, kind: Any) -> Any:
-    """``value``, if it is of an annotated type. Raises SpecDecError otherwise."""
+    """``value``, validated. Raises SpecDecError if it is not of this ``kind``, an annotated type."""
     try:
         return TypeAdapter(kind, config=STRICT).validate_python(value)
     except ValidationError:
@@ -93,7 +93,7 @@ def validate(name: str, value: Any, kind: Any) -> Any:
 
 
 def keywords(method: Callable[..., Any]) -> list[str]:
-    """The names that may be given by keyword; those of a ``TypedDict`` that a method unpacks, too."""
+    """The names of a method's keyword arguments, also those of a ``TypedDict`` that it unpacks."""
     names = list[str]()
     for p in inspect.signature(method).parameters.values():
         if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD) and p.name not in ("self", "cls"):
@@ -109,10 +109,7 @@ def _hints(method: Callable[..., Any]) -> dict[str, Any]:
 
 
 def checked(method: Callable[P, R]) -> Callable[P, R]:
-    """Have a method refuse arguments that are not of their annotated types, and keywords that it does not take.
-
-    Raises SpecDecError.
-    """
+    """Make a method raise SpecDecError for arguments of a wrong type or value and for unknown keywords."""
     name, signature = method.__qualname__.removesuffix(".__init__"), inspect.signature(method)
     free = any(p.kind is p.VAR_KEYWORD and "Unpack" not in str(p.annotation) for p in signature.parameters.values())
 
@@ -149,13 +146,13 @@ T = TypeVar("T")
 
 
 def checked_class(made: type[T]) -> type[T]:
-    """The same for what a dataclass is made of."""
+    """``checked`` for the fields of a dataclass."""
     made.__init__ = checked(made.__init__)  # type: ignore[method-assign]
     return made
 
 
 class Settings(BaseModel):
-    """Immutable settings. Raises SpecDecError for an unknown name, a wrong type and a value out of range."""
+    """Immutable settings. Raises SpecDecError for an unknown name, a wrong type or a value out of range."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 

@@ -1,7 +1,7 @@
-"""The terminal: the standard streams, notes, errors and tables, progress, and text that may hold control characters.
+"""The terminal: standard streams, notes, errors, tables, progress, and text with control characters.
 
-On a terminal progress is a spinner or a bar, and control characters are shown escaped. In a pipe progress is a line
-every half minute, and text is left as it is. Knows no commands; imports nothing heavy.
+On a terminal, progress is a spinner or a bar, and control characters are escaped. In a pipe, progress is a line every
+half minute, and text is unchanged. Knows no commands. Imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ from rich.text import Text
 
 from specdec.base.errors import SpecDecError, SpecDecWarning
 
-EVERY = 30.0  # seconds between two lines of progress where the output is not a terminal
+EVERY = 30.0  # seconds between two lines of progress in a pipe
 _python_warns = warnings.showwarning
 
-# C0 but for tab and newline, DEL, C1, and what changes the direction of the text that follows.
+# C0 without tab and newline, DEL, C1, and characters that change the direction of text.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def printable(text: str) -> str:
-    """``text`` with its control characters escaped: on a terminal an escape sequence could do anything."""
+    """``text`` with escaped control characters, which could control a terminal."""
     return _CONTROL.sub(lambda found: f"\\{'x%02x' if ord(found[0]) < 256 else 'u%04x'}" % ord(found[0]), text)
 
 
 def as_text(console: Console, text: str, style: str = "") -> Text:
-    """``text``, without markup, as ``console`` may show it."""
+    """``text`` for ``console``, without markup; on a terminal with escaped control characters."""
     return Text(printable(text) if console.is_terminal else text, style=style)
 
 
 def write(text: str) -> None:
-    """Text that a model or a user made, to stdout, at once."""
+    """Write text of a model or a user to stdout, and flush it."""
     sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
@@ -62,20 +62,20 @@ def say(message: str) -> None:
 
 
 def note(message: str) -> None:
-    """Print one dim line to stderr, only on a terminal."""
+    """Print one dim line to stderr if that is a terminal."""
     console = stderr()
     if console.is_terminal:
         console.print(as_text(console, message, style="dim"))
 
 
 def error(message: str) -> None:
-    """Print ``error: <message>`` to stderr, always on one line."""
+    """Print ``error: <message>`` to stderr as one line."""
     console, line = stderr(), " ".join(message.split())
     console.print(Text.assemble(("error: ", "bold red"), as_text(console, line)), soft_wrap=True)
 
 
 def warn_in_lines(verbose: bool = False) -> None:
-    """From now on each ``SpecDecWarning`` is one line on stderr. Unless ``verbose``, libraries print no warnings."""
+    """Print each ``SpecDecWarning`` as one line on stderr. verbose: let libraries print their warnings, too."""
     warnings.showwarning = _warn
     if not verbose:
         warnings.filterwarnings("ignore")
@@ -93,7 +93,7 @@ def _warn(message: Warning | str, category: type[Warning], *where: Any, **more: 
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table to stdout: aligned on a terminal, tab-separated in a pipe."""
+    """Print a table to stdout, aligned on a terminal and tab-separated in a pipe."""
     console = Console(highlight=False)
     if not console.is_terminal:
         for row in (header, *rows):
@@ -101,7 +101,7 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         return
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
     header, rows = [printable(name) for name in header], [[printable(cell) for cell in row] for row in rows]
-    # Words stay whole where they fit; the first columns take the width that is left.
+    # Words are not broken if they fit. The first columns get the free width.
     cells = list(zip(header, *rows, strict=True))  # by column
     words = [max((cell_len(word) for cell in column for word in cell.split()), default=0) for column in cells]
     free = console.width - sum(words) - 2 * (len(words) - 1)
@@ -118,7 +118,7 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 class Stream:
-    """A standard stream whose failures go to ``failed``. After the first one, it writes to nowhere."""
+    """A standard stream that calls ``failed`` with its first error and discards text from then on."""
 
     def __init__(self, stream: IO[str], failed: Callable[[OSError], None]) -> None:
         self._stream, self._failed = stream, failed
@@ -136,29 +136,29 @@ class Stream:
         try:
             return call()
         except OSError as error:
-            self._stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (until the process ends)
+            self._stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (open until the process ends)
             self._failed(error)
         return 0
 
 
 def guard_streams() -> None:
-    """Make stderr one that never fails, and stdout one that fails with a sentence. Raises SpecDecError if it is closed.
+    """Ignore errors of stderr, and raise SpecDecError for those of stdout, also if it is closed.
 
-    Statistics and errors that cannot be written must not cost the answer; an answer that cannot be written is an error.
+    Statistics that cannot be written must not cost the answer; an answer that cannot be written is an error.
     """
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     sys.stderr = Stream(sys.stderr, lambda error: None)  # type: ignore[assignment]
     if sys.stdout is None:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
-        raise SpecDecError("stdout is closed, so there is nowhere to write to; leave it open, or send it to a file")
-    if hasattr(sys.stdout, "reconfigure"):  # a terminal may not have every character of a model
+        raise SpecDecError("stdout is closed, so the output is lost; leave it open, or redirect it to a file")
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal may lack characters
         sys.stdout.reconfigure(errors="backslashreplace")
     sys.stdout = Stream(sys.stdout, _stdout_failed)  # type: ignore[assignment]
 
 
 def _stdout_failed(error: OSError) -> None:
-    if isinstance(error, BrokenPipeError):  # the reader has closed the pipe
+    if isinstance(error, BrokenPipeError):  # the command line ends quietly
         raise error
     raise SpecDecError(f"cannot write to stdout: {error.strerror or error}") from None
 
@@ -167,24 +167,24 @@ def _stdout_failed(error: OSError) -> None:
 
 
 class Description(progress.ProgressColumn):
-    """What a task is, as plain text."""
+    """The description of a task as plain text."""
 
     def render(self, task: progress.Task) -> Text:
         return Text(printable(task.description))
 
 
 class Pace(progress.ProgressColumn):
-    """How fast a task with a ``unit`` goes on, and the time it has left."""
+    """The rate and the remaining time of a task with a ``unit``."""
 
     def render(self, task: progress.Task) -> Text:
         return Text(pace(task))
 
 
 class Progress(progress.Progress):
-    """Tasks under way on stderr: bars on a terminal, else a line for each that has not ended, every half minute.
+    """Running tasks on stderr: bars on a terminal; in a pipe a line per task every half minute.
 
-    A task that is given a ``unit`` (the plural of what is counted) is shown with its rate and the time left.
-    Of several, one inside the other, only the inner one is shown.
+    A task with a ``unit``, a plural such as "tokens", is shown with its rate and remaining time. Of nested ``Progress``
+    objects, the innermost is shown.
     """
 
     def __init__(self, *columns: progress.ProgressColumn, console: Console | None = None, **more: Any) -> None:
@@ -222,11 +222,11 @@ class Progress(progress.Progress):
                         tell(self.console, f"{task.description}{share} ({details})")
 
 
-_open: list[Progress] = []  # those that have started, inner ones last
+_open: list[Progress] = []  # started ones, the innermost last
 
 
 class StatusLine:
-    """What is under way; ``update`` replaces it."""
+    """A line about what is running, which ``update`` replaces."""
 
     def __init__(self, message: str, shown: Progress) -> None:
         self._shown, self._task = shown, shown.add_task(message, total=None)
@@ -237,18 +237,18 @@ class StatusLine:
 
 @contextmanager
 def status(message: str, quiet: bool = False) -> Iterator[StatusLine]:
-    """Show on stderr that something is under way: a spinner on a terminal, else a line every half minute."""
+    """Show on stderr what is running: a spinner on a terminal; in a pipe a line every half minute."""
     shown = Progress(transient=True)
     shown.columns = (progress.SpinnerColumn(), *shown.columns)
     with nullcontext() if quiet else shown:
         yield StatusLine(message, shown)
 
 
-OnProgress = Callable[[int, int, int], None]  # steps done, steps in all, tokens so far
+OnProgress = Callable[[int, int, int], None]  # steps done, all steps, tokens so far
 
 
 class Bar:
-    """Progress of one task on stderr. It is called with the steps done, the steps in all and the tokens so far."""
+    """Progress of one task on stderr. Call it with the steps done, all steps and the tokens so far (``OnProgress``)."""
 
     def __init__(self, what: str, unit: str = "") -> None:
         columns = (progress.BarColumn(), progress.MofNCompleteColumn(), progress.TextColumn("{task.fields[rate]}"))
@@ -270,7 +270,7 @@ class Bar:
 
 
 def pace(task: progress.Task) -> str:
-    """``612 tokens/s, 9 min left`` of a task with a ``unit``, or nothing where that is unknown."""
+    """``612 tokens/s, 9 min left`` for a task with a ``unit``; "" if that is unknown."""
     unit, speed, left = task.fields.get("unit"), task.speed, task.time_remaining
     if not unit or not speed or not left:
         return ""
@@ -283,7 +283,7 @@ def megabytes(size: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """For people: ``40 s``, ``3 min``, ``2 h 10 min``, ``3 days``."""
+    """``40 s``, ``3 min``, ``2 h 10 min``, ``3 days``."""
     if seconds < 90:
         return f"{max(round(seconds, -1 if seconds > 20 else 0), 1):.0f} s"
     minutes = round(seconds / 60)

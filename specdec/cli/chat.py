@@ -157,8 +157,8 @@ class Conversation:
         say(f"saved in '{path}'")
 
     def answer(self, text: str) -> None:
-        """Answer a message. What there is when Ctrl-C stops it stays in the conversation."""
-        from specdec.api.pieces import Answer
+        """Answer a message. After Ctrl-C the partial answer stays in the conversation."""
+        from specdec.api.pieces import AnswerText
         from specdec.api.text import encode
 
         messages = [*self.messages, {"role": "user", "content": text}]
@@ -170,12 +170,12 @@ class Conversation:
             )
         settings = {"max_new_tokens": self.limit, "draft": self.draft, **vars(self.params)}
         handle = self.engine.submit(self.decoder.request(ids, **settings))
-        answer, write = Answer(self.decoder.tokenizer), _writer(self.quiet)
+        answer, write = AnswerText(self.decoder.tokenizer), _writer(self.quiet)
         failed: BaseException | None = None
         with _stoppable(handle):
             for event in handle:
                 failed = event.error
-                for piece in answer.read(event, each=True):
+                for piece in answer.read(event, per_token=True):
                     write(piece.text, piece.depth)
         terminal.write("\n")
         if failed is not None and not answer.text:
@@ -185,7 +185,7 @@ class Conversation:
             m, ended = handle.metrics, {"cancelled": "stopped", "length": "cut at --max-new-tokens"}
             why = ended.get(answer.finish or "", "")
             figures = (
-                f"{answer.count} tokens, {m.mean_acceptance_length:.2f} a step, {m.tokens_per_second:.1f} tokens/s"
+                f"{answer.num_tokens} tokens, {m.mean_acceptance_length:.2f} a step, {m.tokens_per_second:.1f} tokens/s"
             )
             note(", ".join(filter(None, [figures, why, "" if self.draft else "plain decoding"])))
 

@@ -74,7 +74,7 @@ def serve(
         try:
             from specdec.serve.app import make_app
             from specdec.serve.run import address, bind, serve
-            from specdec.serve.settings import Settings
+            from specdec.serve.settings import ServerSettings
         except ModuleNotFoundError as error:
             raise SpecDecError(
                 f"'{error.name}' is not installed; install the server: pip install 'specdec-m2r2[serve]'"
@@ -88,19 +88,19 @@ def serve(
         for origin in cors or []:
             if not re.fullmatch(r"\*|https?://[^/\s]+", origin):
                 raise SpecDecError(f"--cors takes an origin, such as https://a.example, or '*'; got '{origin}'")
-        hosts = [part.strip().lower() for text in allowed_hosts or [] for part in text.split(",")]
+        hosts = [part.strip() for text in allowed_hosts or [] for part in text.split(",")]
         for allowed in hosts:
-            if not re.fullmatch(r"\*|[a-z0-9._-]+", allowed):
+            if not re.fullmatch(r"\*|[A-Za-z0-9._-]+", allowed):
                 raise SpecDecError(f"--allowed-hosts takes names, such as a.example, or '*'; got '{allowed}'")
         if name is not None and not (name.strip() and name.isprintable()):
             raise SpecDecError("--name must be printable characters; leave it out for the model's own name")
         if "*" in (cors or []) and api_key is None and host != "127.0.0.1":
             say("note: any web page can use this server; set --api-key, or name origins in --cors")
-        settings = Settings(
+        settings = ServerSettings(
             name=name or (Path(model).resolve().name if os.path.exists(model) else model),
             api_key=api_key,
-            origins=tuple(cors or ()),
-            hosts=(host.lower(), *hosts),
+            cors=tuple(cors or ()),
+            allowed_hosts=(host, *hosts),
             max_body=_body(max_body),
             max_prompt_tokens=max_prompt_tokens,
             max_tokens=max_tokens,
@@ -109,7 +109,7 @@ def serve(
         )
         depth = shared.depth(num_speculative_tokens)
         memory = None if kv_memory is None else _bytes("--kv-memory", kv_memory)
-        found = bind(host, port)
+        listener = bind(host, port)
     with terminal.status(f"preparing {model}"):
         decoder = SpecDecoder.from_pretrained(
             model,
@@ -130,7 +130,7 @@ def serve(
     with engine:
         app = make_app(decoder, engine, settings, _discard if quiet else say)
         label = f"{settings.name} with {decoder.drafter.label}"
-        serve(app, settings, found, lambda: say(f"{label} is served at {address(found)}"))
+        serve(app, settings, listener, lambda: say(f"{label} is served at {address(listener)}"))
 
 
 def _bytes(flag: str, text: str) -> int:

@@ -1,4 +1,4 @@
-"""A repository whose ``custom_generate`` decodes with specdec, for ``from_pretrained(..., trust_remote_code=True)``."""
+"""Write a repository whose ``custom_generate`` decodes with specdec (``trust_remote_code=True``)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from specdec.base.errors import SpecDecError, one_line
 from specdec.base.machine import check_memory
-from specdec.integrations.hub import RECIPE
+from specdec.integrations.hub import drafter_files
 from specdec.models import drafter_folder
 from specdec.models.catalogue import quiet_transformers
 from specdec.models.gguf.blocks import Blocks, densify, named_weights
@@ -65,10 +65,10 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))
 
 
 def export(drafter: str, output: Path, model: tuple[Any, Any] | None = None) -> None:
-    """Write the repository. model: with its tokenizer, to be written there, too; else ``output`` has it or never will.
+    """Write the repository, with a copy of the drafter folder if the drafter has one.
 
-    A drafter folder goes into the repository; a drafter that needs none is named. Raises SpecDecError for files that
-    cannot be written, and where the model does not load again as it is.
+    model: the model and its tokenizer, to be saved there; None leaves them out.
+    Raises SpecDecError if files cannot be written, or if the saved model does not load with the same logits.
     """
     [(name, source), *more] = registry.parse(drafter)
     if more:
@@ -77,7 +77,9 @@ def export(drafter: str, output: Path, model: tuple[Any, Any] | None = None) -> 
     try:
         where.mkdir(parents=True, exist_ok=True)
         if source is not None and Path(source).is_dir():
-            _copy(Path(source), where / DRAFTER)
+            (where / DRAFTER).mkdir(exist_ok=True)
+            for path in drafter_files(Path(source)):
+                shutil.copyfile(path, where / DRAFTER / path.name)
         named = drafter if source is None else None
         files = (drafter_folder.CONFIG, drafter_folder.WEIGHTS)
         (where / "generate.py").write_text(GENERATE.format(drafter=named, files=files), "utf-8")
@@ -94,7 +96,7 @@ def export(drafter: str, output: Path, model: tuple[Any, Any] | None = None) -> 
 
 
 def _save(model: Any, tokenizer: Any, output: Path) -> None:
-    """Write a model and its tokenizer. Weights in GGUF blocks become numbers of the model's dtype, as it computes."""
+    """Save a model and its tokenizer. Weights in GGUF blocks are dequantised to the model's dtype."""
     shapes = (weight.shape for _, weight in named_weights(model) if isinstance(weight, Blocks))
     check_memory(str(model.name_or_path), sum(map(math.prod, shapes)) * model.dtype.itemsize)
     densify(model)
@@ -105,7 +107,7 @@ def _save(model: Any, tokenizer: Any, output: Path) -> None:
 
 @torch.inference_mode()
 def _compare(model: Any, output: Path) -> None:
-    """Raise SpecDecError unless ``output`` loads as ``model``: its logits on a fixed input are the same."""
+    """Raise SpecDecError unless the model in ``output`` has the logits of ``model`` on a fixed input."""
     ids = 31 * torch.arange(1, 17)[None] % model.get_input_embeddings().weight.shape[0]
     try:
         with quiet_transformers():
@@ -116,13 +118,3 @@ def _compare(model: Any, output: Path) -> None:
         why = one_line(error)
     if why:
         raise SpecDecError(f"what was written to '{output}' loads as another model ({why}); delete the folder")
-
-
-def _copy(folder: Path, to: Path) -> None:
-    """Copy a drafter folder: its data, and the recipe."""
-    with drafter_folder.open_tensors(folder / drafter_folder.WEIGHTS):
-        pass  # it is a safetensors file
-    to.mkdir(exist_ok=True)
-    for name in (drafter_folder.CONFIG, drafter_folder.WEIGHTS, RECIPE):
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, to / name)

@@ -1,4 +1,4 @@
-"""Publishing a drafter: its folder as a Hugging Face repository, with a model card made of what the folder says."""
+"""Publish a drafter folder as a Hugging Face repository, with a model card."""
 
 from __future__ import annotations
 
@@ -17,37 +17,34 @@ CARD, RECIPE = "README.md", "train.yaml"
 
 
 def push(folder: Path, repository: str, private: bool = False) -> str:
-    """Upload a drafter folder; return where it is. Raises SpecDecError if it is none, or the hub refuses."""
+    """Upload a drafter folder; return the commit's URL. Raises SpecDecError for another folder or a failed upload."""
     named = hub.parse_repo_id(repository)
     if named is None or named[1] is not None:
         raise SpecDecError(f"a repository is ORG/NAME; got '{repository}'")
     config = drafter_folder.read_config(folder)
-    with drafter_folder.open_tensors(folder / drafter_folder.WEIGHTS):
-        pass  # it is a safetensors file
-    files: dict[str, Any] = {name: folder / name for name in (drafter_folder.CONFIG, drafter_folder.WEIGHTS)}
-    if (folder / RECIPE).is_file():
-        files[RECIPE] = folder / RECIPE
+    files: dict[str, Any] = {path.name: path for path in drafter_files(folder)}
     files[CARD] = folder / CARD if (folder / CARD).is_file() else card(folder, config, repository).encode()
     api = HfApi()
     try:
         api.create_repo(repository, private=private, exist_ok=True)
-        done = api.create_commit(
-            repository,
-            [
-                CommitOperationAdd(name, str(content) if isinstance(content, Path) else content)
-                for name, content in files.items()
-            ],
-            commit_message=f"{config['drafter']} drafter",
-        )
+        operations = [CommitOperationAdd(name, content) for name, content in files.items()]
+        done = api.create_commit(repository, operations, commit_message=f"{config['drafter']} drafter")
     except LocalTokenNotFoundError:
         raise SpecDecError("pushing needs a Hugging Face token; run 'hf auth login'") from None
     except HfHubHTTPError as error:
         status = error.response.status_code
-        hint = "; run 'hf auth login' with a token that may write there" if status in (401, 403) else ""
+        hint = "; run 'hf auth login' with a token that can write there" if status in (401, 403) else ""
         raise SpecDecError(f"Hugging Face refuses '{repository}' (HTTP {status}){hint}") from None
     except Exception as error:  # no network, ...; the type depends on the HTTP library
         raise SpecDecError(f"cannot push to '{repository}' ({one_line(error)})") from None
     return str(done.commit_url)
+
+
+def drafter_files(folder: Path) -> list[Path]:
+    """The files of a drafter folder to publish. Raises SpecDecError if its weights are missing or broken."""
+    with drafter_folder.open_tensors(folder / drafter_folder.WEIGHTS):
+        names = drafter_folder.CONFIG, drafter_folder.WEIGHTS, RECIPE
+    return [folder / name for name in names if (folder / name).is_file()]
 
 
 def card(folder: Path, config: dict[str, Any], repository: str) -> str:
@@ -55,10 +52,8 @@ def card(folder: Path, config: dict[str, Any], repository: str) -> str:
     base, training, recipe = config.get("base", {}), config.get("training", {}), _recipe(folder / RECIPE)
     held_out = training.get("held_out", {})
     name = str(base.get("name", "unknown"))
-    top: dict[str, Any] = {
-        "library_name": "specdec",
-        "tags": ["specdec", "speculative-decoding", config["drafter"]],
-    }
+    tags = ["specdec", "speculative-decoding", config["drafter"]]
+    top: dict[str, Any] = {"library_name": "specdec", "tags": tags}
     if hub.parse_repo_id(name):
         top["base_model"] = name
     rows = {
@@ -79,12 +74,12 @@ def card(folder: Path, config: dict[str, Any], repository: str) -> str:
         f"A drafter for speculative decoding. It changes the speed of the base model and not its text.\n\n"
         f"| | |\n|---|---|\n{table}\n\n"
         f'```bash\nspecdec generate "Why is the sky blue?" --model {_cell(name)} --drafter {repository}\n```\n\n'
-        "It serves the weights with that fingerprint, and other precisions of them. Another model refuses it.\n"
+        "It fits the model with that fingerprint, in any precision. specdec refuses it for another model.\n"
     )
 
 
 def _recipe(path: Path) -> dict[str, Any]:
-    """The settings of the training; empty if they are not there."""
+    """The settings of the training; empty without a recipe."""
     if not path.is_file():
         return {}
     try:
@@ -99,5 +94,5 @@ def _shares(values: Any) -> str | None:
 
 
 def _cell(value: Any) -> str:
-    """Text in one cell of a table."""
+    """Text for one cell of a Markdown table."""
     return " ".join(str(value).split()).replace("|", "\\|")

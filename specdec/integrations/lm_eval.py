@@ -1,7 +1,7 @@
-"""A model of lm-eval (extra ``lm-eval``), registered as ``specdec`` when this module is imported.
+"""A model for lm-eval (extra ``lm-eval``), registered as ``specdec`` when this module is imported.
 
-Log-likelihoods come from the log-probabilities of prompts, generated text from the decoder with its drafter. Run as a
-program, it is lm-eval's own command, which knows the model.
+Log-likelihoods are log-probabilities of prompts; text is generated with the drafter. As a program, this module is
+lm-eval's command with the model registered.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import lm_eval.models  # noqa: F401 (lm-eval registers its own only where none is registered)
+import lm_eval.models  # noqa: F401 (lm-eval registers its own models only if there are none yet)
 import torch
 from lm_eval import utils
 from lm_eval.api.model import TemplateLM
@@ -22,12 +22,12 @@ from specdec.base.options import SamplingOptions
 
 @register_model("specdec")  # type: ignore[untyped-decorator]
 class SpecDecLM(TemplateLM):  # type: ignore[misc]
-    """A SpecDecoder as lm-eval calls it.
+    """A SpecDecoder for lm-eval.
 
-    pretrained: a model's name, as ``SpecDecoder.from_pretrained`` takes it with ``drafter``, ``device``, ``dtype`` and
-    ``more``, or a SpecDecoder. batch_size: prompts that run together; while text is generated, the next one begins
-    where one has ended. max_length: most tokens of a context and its continuation, without the last one; None: as many
-    as the model takes.
+    pretrained: a SpecDecoder, or a model's name. drafter, device, dtype, more: as in ``SpecDecoder.from_pretrained``.
+    batch_size: prompts that run together.
+    max_length: most tokens of a context and its continuation, without the last one; None is the model's context.
+    max_gen_toks: most new tokens if a task sets no limit.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class SpecDecLM(TemplateLM):  # type: ignore[misc]
     ) -> None:
         super().__init__()
         if device and device.startswith("cuda") and not torch.cuda.is_available():
-            device = None  # lm-eval's command asks for 'cuda:0' where the user gives nothing
+            device = None  # the default of lm-eval's command is 'cuda:0'
         if isinstance(pretrained, str):
             pretrained = SpecDecoder.from_pretrained(pretrained, drafter, device=device or "auto", dtype=dtype, **more)
         self.decoder, self.tokenizer = pretrained, pretrained.tokenizer
@@ -112,7 +112,7 @@ class SpecDecLM(TemplateLM):  # type: ignore[misc]
             sums[number] += score
         return sums
 
-    # -- text that is generated ---------------------------------------------------------------------------------------
+    # -- generated text -----------------------------------------------------------------------------------------------
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         found = [""] * len(requests)
@@ -124,8 +124,8 @@ class SpecDecLM(TemplateLM):  # type: ignore[misc]
             most = self.max_length - options["max_new_tokens"]
             if most < 1:
                 raise SpecDecError(
-                    f"{options['max_new_tokens']} new tokens leave no place for a prompt in {self.max_length}; "
-                    "ask for fewer (max_gen_toks)"
+                    f"{options['max_new_tokens']} new tokens leave no room for a prompt in {self.max_length} tokens; "
+                    "lower max_gen_toks"
                 )
             prompts = [self.tok_encode(requests[n].args[0])[-most:] for n in group]
             outputs = self.decoder.generate_batch(prompts, max_rows=self.batch_size, **options)
@@ -138,7 +138,7 @@ class SpecDecLM(TemplateLM):  # type: ignore[misc]
 
 
 def _options(given: dict[str, Any], most: int) -> dict[str, Any]:
-    """lm-eval's options of a generation as ``generate_batch`` takes them."""
+    """lm-eval's generation options as arguments of ``generate_batch``."""
     until = given.get("until") or []
     options: dict[str, Any] = {
         name: given[name] for name in SamplingOptions.__annotations__ if given.get(name) is not None

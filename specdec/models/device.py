@@ -1,4 +1,4 @@
-"""What a model computes on and in: devices and dtypes by name, tried out before anything is loaded."""
+"""Devices and dtypes by name, tried out before a model is loaded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def as_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
-    """What transformers takes. Raises SpecDecError for an unknown one."""
+    """The dtype for transformers, or "auto". Raises SpecDecError for an unknown name."""
     if dtype == "auto" or dtype in DTYPES.values():
         return dtype
     name = str(dtype).removeprefix("torch.")
@@ -24,9 +24,9 @@ def as_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
 
 
 def find_device(device: str | torch.device, dtype: str | torch.dtype = "auto") -> torch.device:
-    """The device meant, tried out in ``dtype``. Raises SpecDecError if it is unknown, not there or cannot compute."""
+    """The device by name. Raises SpecDecError if it is unknown, missing, or cannot compute in ``dtype``."""
     if device == "auto":
-        with contextlib.suppress(SpecDecError):  # a driver or a GPU that this PyTorch does not serve
+        with contextlib.suppress(SpecDecError):  # this PyTorch does not support the driver or the GPU
             return find_device("cuda", dtype)
         device = "cpu"
     place = _device(device)
@@ -40,14 +40,16 @@ def _device(device: str | torch.device) -> torch.device:
     except (RuntimeError, TypeError, ValueError):
         raise SpecDecError(f"unknown device '{device}'; known: auto, cpu, cuda, cuda:N, mps") from None
     if place.type == "mps" and not torch.backends.mps.is_available():
-        raise SpecDecError("device 'mps' is not there: this PyTorch or this machine has no Metal")
+        raise SpecDecError("device 'mps' is missing: this PyTorch or this machine has no Metal; use cpu")
     if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
-        raise SpecDecError(f"device '{place}' is not there: this PyTorch sees {torch.cuda.device_count()} CUDA devices")
+        raise SpecDecError(
+            f"device '{place}' is missing: PyTorch finds {torch.cuda.device_count()} CUDA devices; use cpu"
+        )
     return place
 
 
 def _try_out(place: torch.device, dtype: str | torch.dtype) -> None:
-    """Multiply two numbers there: the one test of a device and a dtype that no list of devices can outdate."""
+    """Raise SpecDecError if the device cannot multiply two numbers in ``dtype``; no list of devices can be complete."""
     kind = dtype if isinstance(dtype, torch.dtype) else torch.float32
     try:
         one = torch.ones(1, 1, dtype=kind, device=place)

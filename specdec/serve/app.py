@@ -1,4 +1,4 @@
-"""The application: its endpoints, and what stands around them."""
+"""The FastAPI application: endpoints and middleware."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from specdec import __version__
 from specdec.api.decoder import SpecDecoder
 from specdec.base.terminal import say
 from specdec.engine.engine import Engine
-from specdec.serve.bodies import CLOSED, BodyRoute, Intake
+from specdec.serve.bodies import CLIENT_CLOSED_REQUEST, BodyReader, BodyRoute
 from specdec.serve.errors import ErrorBody, add_handlers
-from specdec.serve.middleware import Hosts, Key, Log
+from specdec.serve.middleware import AccessLog, AllowedHosts, ApiKey
 from specdec.serve.responses import Chat, Completion, Response
 from specdec.serve.schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from specdec.serve.service import Service
-from specdec.serve.settings import Settings
-from specdec.serve.streaming import EventStream, unless_gone
-from specdec.serve.tools import shown_of
+from specdec.serve.settings import ServerSettings
+from specdec.serve.streaming import EventStream, until_disconnect
+from specdec.serve.tools import kept_special_tokens
 
 PAGE = Path(__file__).with_name("page.html")
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:"
@@ -35,74 +35,77 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def make_app(decoder: SpecDecoder, engine: Engine, settings: Settings, write: Callable[[str], None] = say) -> FastAPI:
-    """The application that serves ``decoder`` through ``engine``. write: takes the line of each request."""
+def make_app(
+    decoder: SpecDecoder, engine: Engine, settings: ServerSettings, write: Callable[[str], None] = say
+) -> FastAPI:
+    """The application that serves ``decoder`` through ``engine``. write: prints the log line of a request."""
     service = Service(decoder, engine, settings)
     app = FastAPI(title="specdec", version=__version__, docs_url=None, redoc_url=None, responses=ERRORS)
-    app.router.route_class, app.state.intake = BodyRoute, Intake(settings)
+    app.router.route_class, app.state.reader = BodyRoute, BodyReader(settings)
     add_handlers(app)
     _add_generation(app, service)
     _add_tokens(app, service)
     _add_state(app, service)
-    app.add_middleware(Key, settings=settings)
-    if settings.origins:
+    app.add_middleware(ApiKey, settings=settings)
+    if settings.cors:
         app.add_middleware(
             CORSMiddleware,
-            allow_origins=list(settings.origins),
+            allow_origins=list(settings.cors),
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
             expose_headers=[DRAFTER],
         )
-    app.add_middleware(Hosts, settings=settings)
-    app.add_middleware(Log, write=write)  # the outermost
+    app.add_middleware(AllowedHosts, settings=settings)
+    app.add_middleware(AccessLog, write=write)  # the outermost
     return app
 
 
 def _add_generation(app: FastAPI, service: Service) -> None:
-    run = app.state.intake.run
+    run = app.state.reader.run
 
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatBody, request: Request) -> HTTPResponse:
-        service.check(body)
-        form, names, prompt, rule = await run(request, service.chat, body)
-        choices = service.submit([prompt], body, rule, shown_of(form, constrained=rule is not None), _caller(request))
-        shape = Chat(form, names, not body.several, forced=bool(body.forced))
+        service.check_limits(body)
+        tool_format, names, prompt, constraint = await run(request, service.prepare_chat, body)
+        shown = kept_special_tokens(tool_format, constraint is not None)
+        choices = service.submit([prompt], body, constraint, shown, _cache_scope(request))
+        shape = Chat(tool_format, names, not body.allows_several_calls, bool(body.forced_tools))
         return await _answer(service, request, Response(shape, service.settings.name, choices, body))
 
     @app.post("/v1/completions")
     async def completions(body: CompletionBody, request: Request) -> HTTPResponse:
-        service.check(body, len(body.prompts))
-        prompts, texts, rule = await run(request, service.completion, body)
+        service.check_limits(body, len(body.prompts))
+        prompts, texts, constraint = await run(request, service.prepare_completion, body)
         shape = Completion([text for text in texts for _ in range(body.n or 1)])
-        choices = service.submit(prompts, body, rule, scope=_caller(request))
-        response = Response(shape, service.settings.name, choices, body)
-        return await _answer(service, request, response)
+        choices = service.submit(prompts, body, constraint, scope=_cache_scope(request))
+        return await _answer(service, request, Response(shape, service.settings.name, choices, body))
 
 
-def _caller(request: Request) -> str | None:
-    """Whose key the request has; None: there are no keys."""
+def _cache_scope(request: Request) -> str | None:
+    """A hash of the client's API key, so that cached prefixes serve that client alone; None without keys."""
     return getattr(request.state, "caller", None)
 
 
 async def _answer(service: Service, request: Request, response: Response) -> HTTPResponse:
-    """Run ``response`` to its end, or until its client goes away."""
-    headers = {DRAFTER: service.drafter_of(response.body)}
+    """Run ``response`` until it ends or the client disconnects."""
+    headers = {DRAFTER: service.drafter_label(response.body)}
 
     def end() -> None:
         request.state.summary.append(response.summary())
-        service.end(response.choices)
+        service.finish(response.choices)
 
     if response.body.stream:
-        return EventStream(response.stream(), end, headers)
+        return EventStream(response.events(), end, headers)
     try:
-        found = await unless_gone(request.receive, response.whole(request.app.state.intake.work))
-        return HTTPResponse(found, CLOSED if found is None else 200, headers, media_type="application/json")
+        found = await until_disconnect(request.receive, response.json(request.app.state.reader.in_thread))
+        status = CLIENT_CLOSED_REQUEST if found is None else 200
+        return HTTPResponse(found, status, headers, media_type="application/json")
     finally:
         end()
 
 
 def _add_tokens(app: FastAPI, service: Service) -> None:
-    run = app.state.intake.run
+    run = app.state.reader.run
 
     @app.post("/tokenize")
     async def tokenize(body: TokenizeBody, request: Request) -> HTTPResponse:
@@ -113,8 +116,8 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
     @app.post("/detokenize")
     async def detokenize(body: DetokenizeBody, request: Request) -> HTTPResponse:
         service.check_model(body.model)
-        service.check_fits("tokens", len(body.tokens), service.context)
-        service.check_tokens("tokens", body.tokens)
+        service.check_length("tokens", len(body.tokens), service.context)
+        service.check_token_ids("tokens", body.tokens)
         return JSONResponse({"prompt": await run(request, service.decode, body.tokens, True)})
 
 
@@ -149,4 +152,4 @@ def _add_state(app: FastAPI, service: Service) -> None:
 
     @app.get("/metrics")
     async def metrics() -> HTTPResponse:
-        return HTTPResponse(service.metrics.page(), media_type=CONTENT_TYPE_LATEST)
+        return HTTPResponse(service.metrics.render(), media_type=CONTENT_TYPE_LATEST)

@@ -1,12 +1,13 @@
-"""One choice of a response: a request of the engine, its text as it comes, and when it came."""
+"""One choice of a response: a request of the engine, its text as it is generated, and its latencies."""
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from specdec.api.pieces import REASONS, Answer, Piece
+from specdec.api.pieces import REASONS, AnswerText, Piece
 from specdec.base.errors import ConstraintError
 from specdec.engine.logprobs import TokenLogprob
 from specdec.engine.request import Handle
@@ -14,8 +15,14 @@ from specdec.serve.errors import ApiError
 from specdec.serve.metrics import Metrics
 
 
-class Choice:
-    """The request behind ``handle``. Times are on the clock of ``time.perf_counter``."""
+class ResponseChoice:
+    """The choice with number ``index``.
+
+    handle: the engine's request.
+    stops, shown: as in ``Detokenizer``.
+    started, first_token_at, last_token_at: times of ``time.perf_counter``; 0.0 before there are tokens.
+    logprobs_sent, text_offset: tokens whose log-probabilities have been sent, and the length of their text.
+    """
 
     def __init__(
         self,
@@ -28,46 +35,78 @@ class Choice:
         shown: Sequence[str] = (),
     ) -> None:
         self.index, self.handle, self.prompt, self.metrics = index, handle, prompt, metrics
-        self.tokenizer, self.answer = tokenizer, Answer(tokenizer, stops, shown)
-        self.sent = self.place = (
-            0  # tokens whose log-probabilities have been sent, and the place in the text after them
-        )
-        self.began = time.perf_counter()
-        self.first = self.last = 0.0  # when tokens came
+        self.tokenizer, self.answer = tokenizer, AnswerText(tokenizer, stops, shown)
+        self.logprobs_sent = self.text_offset = 0
+        self.started = time.perf_counter()
+        self.first_token_at = self.last_token_at = 0.0
 
-    async def pieces(self, each: bool = False) -> AsyncIterator[Piece]:
-        """The text, step by step; ``each``: token by token. The last piece has a finish reason.
+    async def pieces(self, per_token: bool = False) -> AsyncIterator[Piece]:
+        """The text, a piece per step or ``per_token``. The last piece has a finish reason.
 
-        Raises ApiError if the engine cannot go on. Leaving early cancels the request.
+        Raises ApiError if the engine fails. Leaving the loop early cancels the request.
         """
         try:
             async for event in self.handle:
-                self._time(len(event.tokens))
+                self._record_latency(len(event.tokens))
                 if event.finish_reason is not None and event.finish_reason not in REASONS:
-                    raise _failed(event.finish_reason, event.error)
-                for piece in self.answer.read(event, each):
+                    raise _failure(event.finish_reason, event.error)
+                for piece in self.answer.read(event, per_token):
                     yield piece
         finally:
             self.close()
 
-    def scored(self, start: int) -> list[TokenLogprob]:
-        """The log-probabilities of the tokens from number ``start`` on."""
-        return self.handle.request.token_logprobs[start : self.answer.count]
+    def logprobs(self, start: int) -> list[TokenLogprob]:
+        """The log-probabilities of the new tokens from number ``start`` on."""
+        return self.handle.request.token_logprobs[start : self.answer.num_tokens]
 
     def close(self) -> None:
-        """The request is not needed any more; one that is over stays as it is."""
+        """Cancel the request, unless it has finished."""
         self.handle.cancel()
 
-    def _time(self, tokens: int) -> None:
+    def _record_latency(self, tokens: int) -> None:
         if tokens:
             now = time.perf_counter()
-            self.metrics.came(tokens, now - (self.last or self.began), first=not self.first)
-            self.first, self.last = self.first or now, now
+            self.metrics.record_tokens(tokens, now - (self.last_token_at or self.started), not self.first_token_at)
+            self.first_token_at, self.last_token_at = self.first_token_at or now, now
 
 
-def _failed(finished: str, error: BaseException | None) -> ApiError:
+def _failure(finished: str, error: BaseException | None) -> ApiError:
     if finished == "cancelled":
         return ApiError(503, "the server is shutting down; try again later")
     if isinstance(error, ConstraintError):
         return ApiError(400, str(error), code="invalid_value")
     return ApiError(500, f"decoding failed: {error}")
+
+
+async def merge_pieces(
+    choices: Sequence[ResponseChoice], per_token: bool
+) -> AsyncIterator[tuple[ResponseChoice, Piece]]:
+    """The pieces of all choices, in the order in which they are generated."""
+    if len(choices) == 1:
+        async for piece in choices[0].pieces(per_token):
+            yield choices[0], piece
+        return
+    arrived: asyncio.Queue[tuple[ResponseChoice, Piece] | Exception | None] = asyncio.Queue(maxsize=len(choices))
+
+    async def forward(choice: ResponseChoice) -> None:
+        try:
+            async for piece in choice.pieces(per_token):
+                await arrived.put((choice, piece))
+            await arrived.put(None)
+        except Exception as error:
+            await arrived.put(error)
+
+    tasks = [asyncio.create_task(forward(choice)) for choice in choices]
+    try:
+        running = len(tasks)
+        while running:
+            item = await arrived.get()
+            if isinstance(item, Exception):
+                raise item
+            if item is None:
+                running -= 1
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()

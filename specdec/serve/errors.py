@@ -1,7 +1,8 @@
-"""Errors as clients of OpenAI's interface expect them: a status and ``{"error": {message, type, param, code}}``."""
+"""Errors in the shape of OpenAI's API: a status and ``{"error": {message, type, param, code}}``."""
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,7 +18,13 @@ from specdec.base.errors import SpecDecError
 TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 RETRY_AFTER = 1  # seconds
 _FIELD = re.compile(r"[a-z_]+")
-_KINDS = {"str", "int", "float", "bool", "dict", "list"}  # how pydantic marks the branches of a union
+_UNION_BRANCHES = {"str", "int", "float", "bool", "dict", "list"}  # types of a union in pydantic's locations
+UNKNOWN, MISMATCH = "extra_forbidden", "_type"  # types of pydantic's errors; the second is a suffix
+UNION_FIELDS = {  # what fields of several types may be
+    "prompt": "text, token ids, or a list of texts or of lists of token ids",
+    "stop": "text or a list of up to four texts",
+    "messages.content": "text or a list of text parts",
+}
 
 
 class ErrorObject(BaseModel):
@@ -32,7 +39,10 @@ class ErrorBody(BaseModel):
 
 
 class ApiError(Exception):
-    """A refusal: what the client gets. param: the parameter that is wrong. code: for programs."""
+    """What the client gets instead of an answer.
+
+    param: the parameter that is wrong. code: the kind of error, for programs.
+    """
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
@@ -53,68 +63,56 @@ class ApiError(Exception):
 
 
 def add_handlers(app: FastAPI) -> None:
-    """Answer every error of ``app`` in this shape."""
+    """Answer every error of ``app`` in the shape of OpenAI's API."""
 
     @app.exception_handler(ApiError)
-    def refused(request: Request, error: ApiError) -> JSONResponse:
+    def api_error(request: Request, error: ApiError) -> JSONResponse:
         return error.response()
 
     @app.exception_handler(SpecDecError)
-    def unfit(request: Request, error: SpecDecError) -> JSONResponse:
+    def specdec_error(request: Request, error: SpecDecError) -> JSONResponse:
         return ApiError(400, str(error)).response()
 
     @app.exception_handler(RequestValidationError)
-    def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        return _validation(_telling(error.errors())).response()
+    def validation_error(request: Request, error: RequestValidationError) -> JSONResponse:
+        return _from_pydantic(_most_specific(error.errors())).response()
 
     @app.exception_handler(HTTPException)
-    def http(request: Request, error: HTTPException) -> JSONResponse:
+    def http_error(request: Request, error: HTTPException) -> JSONResponse:
         message = {
-            404: f"there is no {request.url.path[:100]}",
-            405: f"{request.url.path} takes no {request.method}",
+            404: f"there is no path {request.url.path[:100]}",
+            405: f"{request.url.path} does not allow the method {request.method}",
         }
         answer = ApiError(error.status_code, message.get(error.status_code, str(error.detail)))
         return JSONResponse(answer.body(), answer.status, error.headers)
 
     @app.exception_handler(Exception)
-    def unexpected(request: Request, error: Exception) -> JSONResponse:
+    def unexpected_error(request: Request, error: Exception) -> JSONResponse:
         return ApiError(500, f"unexpected {type(error).__name__}; the server's log has more").response()
 
 
-def _telling(found: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """Of what pydantic has found, the first; where that is that a value is not of the first of several types, what is
-    wrong in a type that it is of."""
-    first = found[0]
-    place = next((n for n, part in enumerate(first["loc"]) if n and _branch(part)), len(first["loc"]))
-    same = [each for each in found if each["loc"][:place] == first["loc"][:place]]
+def _most_specific(errors: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The first error; of a union's errors the first one that is no mismatch of types."""
+    first = errors[0]
+    place = next((n for n, part in enumerate(first["loc"]) if n and _is_branch(part)), len(first["loc"]))
+    same = [each for each in errors if each["loc"][:place] == first["loc"][:place]]
     return next((each for each in same if not each["type"].endswith(MISMATCH)), first)
 
 
-def _branch(part: Any) -> bool:
-    """Whether a part of a place is a type, by pydantic's name for it, and no field."""
-    return isinstance(part, str) and (part in _KINDS or not _FIELD.fullmatch(part))
+def _is_branch(part: Any) -> bool:
+    """Whether a part of a location names a type of a union, not a field."""
+    return isinstance(part, str) and (part in _UNION_BRANCHES or not _FIELD.fullmatch(part))
 
 
-def _validation(found: Mapping[str, Any]) -> ApiError:
-    """The refusal of a body that pydantic has ``found`` to be wrong."""
-    parts = []
-    for part in found["loc"][1:]:
-        if _branch(part) and found["type"] != UNKNOWN:
-            break
-        parts.append(str(part))
+def _from_pydantic(found: Mapping[str, Any]) -> ApiError:
+    """The answer to an error of pydantic."""
+    place = itertools.takewhile(lambda part: found["type"] == UNKNOWN or not _is_branch(part), found["loc"][1:])
+    parts = list(map(str, place))
     param = ".".join(parts)[:200] or None
     if found["type"] == UNKNOWN:
         return ApiError(400, f"parameter '{param}' is not supported; leave it out", param, "unsupported_parameter")
     what = str(found["msg"]).removeprefix("Value error, ")
     field = ".".join(part for part in parts if not part.isdigit())
-    if field in NEEDS and found["type"].endswith(MISMATCH):
-        what = f"it must be {NEEDS[field]}"
+    if field in UNION_FIELDS and found["type"].endswith(MISMATCH):
+        what = f"it must be {UNION_FIELDS[field]}"
     return ApiError(400, f"'{param}': {what}" if param else f"the body: {what}", param, "invalid_value")
-
-
-UNKNOWN, MISMATCH = "extra_forbidden", "_type"
-NEEDS = {  # what fields of several types may be
-    "prompt": "text, token ids, or a list of texts or of lists of token ids",
-    "stop": "text or a list of up to four texts",
-    "messages.content": "text or a list of text parts",
-}

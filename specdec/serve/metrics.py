@@ -1,4 +1,4 @@
-"""``/metrics`` for Prometheus, under vLLM's names."""
+"""``/metrics`` for Prometheus, with vLLM's names."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from prometheus_client.registry import Collector
 from specdec.engine.engine import EngineStats
 from specdec.engine.metrics import RequestMetrics
 
-FIRST = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
-BETWEEN = (0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10)
-WHOLE = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
+TTFT_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
+ITL_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10)
+E2E_BUCKETS = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
 
 
 class Metrics:
-    """Counters and histograms of one server; ``stats`` are the engine's figures of the moment."""
+    """Counters and histograms of one server. stats: returns the engine's current figures."""
 
     def __init__(self, model: str, stats: Callable[[], EngineStats]) -> None:
         self.registry = CollectorRegistry()
@@ -33,71 +33,63 @@ class Metrics:
             return made.labels(**label)
 
         self.model = model
-        self.prompt = counter("prompt_tokens", "Prompt tokens of requests.")
-        self.generated = counter("generation_tokens", "New tokens.")
-        self.drafts = counter("spec_decode_num_drafts", "Steps that could draft.")
+        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of requests.")
+        self.generation_tokens = counter("generation_tokens", "New tokens.")
+        self.drafts = counter("spec_decode_num_drafts", "Steps with a drafter.")
         self.drafted = counter("spec_decode_num_draft_tokens", "Drafted tokens.")
         self.accepted = counter("spec_decode_num_accepted_tokens", "Accepted drafted tokens.")
-        self.position = counter(
+        self.accepted_per_position = counter(
             "spec_decode_num_accepted_tokens_per_pos",
-            "Accepted drafted tokens by their place in the draft.",
+            "Accepted drafted tokens by their position in the draft.",
             "position",
         )
         self.finished = counter("request_success", "Finished requests by reason.", "finished_reason")
-        self.first = histogram("time_to_first_token_seconds", "Time to the first token.", FIRST)
-        self.between = histogram("inter_token_latency_seconds", "Time between two deliveries of tokens.", BETWEEN)
-        self.whole = histogram("e2e_request_latency_seconds", "Time of a request.", WHOLE)
-        self.queue = histogram("request_queue_time_seconds", "Time until a request is admitted.", WHOLE)
-        self.registry.register(_Engine(label, stats))
+        self.ttft = histogram("time_to_first_token_seconds", "Time to the first token.", TTFT_BUCKETS)
+        self.itl = histogram("inter_token_latency_seconds", "Time between two steps with new tokens.", ITL_BUCKETS)
+        self.e2e_latency = histogram("e2e_request_latency_seconds", "Time of a request.", E2E_BUCKETS)
+        self.queue_time = histogram("request_queue_time_seconds", "Time in the queue.", E2E_BUCKETS)
+        self.registry.register(_EngineCollector(label, stats))
 
-    def came(self, tokens: int, seconds: float, first: bool) -> None:
-        """Tokens of a request have come, ``seconds`` after the last ones."""
-        self.generated.inc(tokens)
-        (self.first if first else self.between).observe(seconds)
+    def record_tokens(self, tokens: int, seconds: float, first: bool) -> None:
+        """Count new tokens of a request. seconds: since its last tokens, or since its start if these are the first."""
+        self.generation_tokens.inc(tokens)
+        (self.ttft if first else self.itl).observe(seconds)
 
-    def ended(self, metrics: RequestMetrics, reason: str, seconds: float) -> None:
-        """A request is over; ``reason`` is OpenAI's, or "abort"."""
-        self.prompt.inc(metrics.num_prompt_tokens)
+    def record_finished(self, metrics: RequestMetrics, reason: str, seconds: float) -> None:
+        """Count a finished request. reason: OpenAI's finish reason, or "abort". seconds: since its start."""
+        self.prompt_tokens.inc(metrics.num_prompt_tokens)
         self.drafts.inc(metrics.num_spec_steps)
         self.drafted.inc(metrics.num_draft_tokens)
         self.accepted.inc(metrics.num_accepted_draft_tokens)
-        for place in range(max(metrics.per_step_accepted, default=0)):
-            count = sum(accepted > place for accepted in metrics.per_step_accepted)
-            self.position.labels(self.model, str(place)).inc(count)
+        for position in range(max(metrics.per_step_accepted, default=0)):
+            count = sum(accepted > position for accepted in metrics.per_step_accepted)
+            self.accepted_per_position.labels(self.model, str(position)).inc(count)
         self.finished.labels(self.model, reason).inc()
-        self.whole.observe(seconds)
-        self.queue.observe(metrics.queue_seconds)
+        self.e2e_latency.observe(seconds)
+        self.queue_time.observe(metrics.queue_seconds)
 
-    def page(self) -> bytes:
+    def render(self) -> bytes:
         return generate_latest(self.registry)
 
 
-class _Engine(Collector):
-    """The engine's own figures, read when somebody looks."""
+class _EngineCollector(Collector):
+    """The engine's figures, read for each scrape."""
 
     def __init__(self, label: dict[str, str], stats: Callable[[], EngineStats]) -> None:
         self.label, self.stats = label, stats
 
     def collect(self) -> Iterator[Metric]:
-        stats = self.stats()
-        gauges = {
-            "num_requests_running": ("Requests that are being decoded.", stats.running),
-            "num_requests_waiting": ("Requests that wait.", stats.waiting),
-            "spec_decode_drafter_active": (
-                "1: the drafter drafts; 0: there is none, or it has failed.",
-                stats.drafter == "on",
-            ),
-            "kv_cache_usage_perc": ("Share of the memory for keys and values that is in use.", stats.kv_usage),
-        }
-        counters = {
-            "prefix_cache_queries": ("Prompt tokens that were looked up.", stats.prefix_queries),
-            "prefix_cache_hits": ("Prompt tokens that were not computed again.", stats.prefix_hits),
-            "spec_decode_drafter_failures": ("How often the drafter has failed.", stats.drafter_failures),
-            "num_preemptions": ("Requests that gave way and are computed again.", stats.preemptions),
-        }
-        kinds = ((GaugeMetricFamily, gauges), (CounterMetricFamily, counters))
-        for kind, figures in kinds:
-            for name, (help, value) in figures.items():
-                family = kind(f"vllm:{name}", help, labels=list(self.label))
-                family.add_metric(list(self.label.values()), value)
-                yield family
+        stats, labels = self.stats(), list(self.label)
+        for kind, name, help, value in (
+            (GaugeMetricFamily, "num_requests_running", "Requests being decoded.", stats.running),
+            (GaugeMetricFamily, "num_requests_waiting", "Requests in the queue.", stats.waiting),
+            (GaugeMetricFamily, "spec_decode_drafter_active", "1 if the drafter is on, else 0.", stats.drafter == "on"),
+            (GaugeMetricFamily, "kv_cache_usage_perc", "Used share of the KV cache, from 0 to 1.", stats.kv_usage),
+            (CounterMetricFamily, "prefix_cache_queries", "Prompt tokens looked up.", stats.prefix_queries),
+            (CounterMetricFamily, "prefix_cache_hits", "Prompt tokens found in the prefix cache.", stats.prefix_hits),
+            (CounterMetricFamily, "spec_decode_drafter_failures", "Failures of the drafter.", stats.drafter_failures),
+            (CounterMetricFamily, "num_preemptions", "Preempted requests.", stats.preemptions),
+        ):
+            family = kind(f"vllm:{name}", help, labels=labels)
+            family.add_metric(list(self.label.values()), value)
+            yield family

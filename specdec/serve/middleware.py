@@ -1,4 +1,4 @@
-"""What every request goes through: a line in the log, the name it is for, and the key."""
+"""Middleware: the access log, the check of the Host header, and the API key."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from urllib.parse import quote
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from specdec.serve.bodies import CLOSED
+from specdec.serve.bodies import CLIENT_CLOSED_REQUEST
 from specdec.serve.errors import ApiError
-from specdec.serve.settings import Settings
+from specdec.serve.settings import ServerSettings
 
-OPEN = ("/", "/health")  # without the key
-QUIET = ("/health", "/metrics")  # without a line
+PUBLIC = ("/", "/health")  # paths without the key
+UNLOGGED = ("/health", "/metrics")  # paths without a log line
 
 
-class Log:
-    """Print a line for each request: method, path, status, seconds, and the ``summary`` that its endpoint left."""
+class AccessLog:
+    """Writes a line for each request: method, path, status, seconds, and what its endpoint put into ``summary``."""
 
     def __init__(self, app: ASGIApp, write: Callable[[str], None]) -> None:
         self.app, self.write = app, write
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in QUIET:
+        if scope["type"] != "http" or scope["path"] in UNLOGGED:
             return await self.app(scope, receive, send)
-        began, status = time.perf_counter(), CLOSED
+        began, status = time.perf_counter(), CLIENT_CLOSED_REQUEST
 
-        async def watched(message: Message) -> None:
+        async def send_and_note(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -42,35 +42,34 @@ class Log:
         summary: list[str] = []
         scope.setdefault("state", {})["summary"] = summary
         try:
-            await self.app(scope, receive, watched)
+            await self.app(scope, receive, send_and_note)
         except Exception:
             status = 500
             raise
         finally:
             client = scope["client"][0] if scope.get("client") else "-"
-            seconds = f"{time.perf_counter() - began:.3f} s"
-            self.write(
-                ", ".join([f"{client} {scope['method']} {quote(scope['path'][:100])} {status}", seconds, *summary])
-            )
+            line = f"{client} {scope['method']} {quote(scope['path'][:100])} {status}"
+            self.write(", ".join([line, f"{time.perf_counter() - began:.3f} s", *summary]))
 
 
-class Hosts:
-    """Refuse requests to other names than ``settings.hosts``, this machine's, and addresses.
+class AllowedHosts:
+    """Refuses Host headers other than ``settings.allowed_hosts``, localhost, this machine's name and IP addresses.
 
-    A page of another site can have its own name lead here (DNS rebinding), and would be read as one of this server.
+    Otherwise a web page could make its own name point to this server and use it (DNS rebinding).
     """
 
-    def __init__(self, app: ASGIApp, settings: Settings) -> None:
-        self.app, self.hosts = app, {"", "localhost", socket.gethostname().lower(), *settings.hosts}
+    def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
+        names = "", "localhost", socket.gethostname(), *settings.allowed_hosts
+        self.app, self.hosts = app, set(map(str.lower, names))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and not self._known(Headers(scope=scope).get("host", "")):
-            message = "this server does not have the name in the Host header; allow it with --allowed-hosts"
+        if scope["type"] == "http" and not self._is_allowed(Headers(scope=scope).get("host", "")):
+            message = "the Host header does not name this server; allow the name with --allowed-hosts"
             return await ApiError(421, message, code="unknown_host").response()(scope, receive, send)
         await self.app(scope, receive, send)
 
-    def _known(self, given: str) -> bool:
-        host = re.sub(r":[0-9]*$", "", given.lower()).rstrip(".")
+    def _is_allowed(self, header: str) -> bool:
+        host = re.sub(r":[0-9]*$", "", header.lower()).rstrip(".")
         if "*" in self.hosts or host in self.hosts:
             return True
         try:
@@ -79,16 +78,15 @@ class Hosts:
             return False
 
 
-class Key:
-    """Refuse requests without the key, in a time that does not depend on what they have instead. ``caller`` says whose
-    key it is: what one has sent serves no other."""
+class ApiKey:
+    """Refuses requests without the API key, in constant time. Puts a hash of the key into the state as ``caller``."""
 
-    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+    def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
         self.app = app
         self.wanted = None if settings.api_key is None else f"Bearer {settings.api_key}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self.wanted is not None and scope["type"] == "http" and scope["path"] not in OPEN:
+        if self.wanted is not None and scope["type"] == "http" and scope["path"] not in PUBLIC:
             given = Headers(scope=scope).get("authorization", "").encode("latin-1")
             if not hmac.compare_digest(given, self.wanted):
                 message = "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'"

@@ -1,81 +1,57 @@
-"""Several replicas on one machine or more: ``serve run specdec.serve.ray:app model=NAME replicas=2`` (extra ``ray``).
+"""Several replicas with Ray Serve: ``serve run specdec.serve.ray:app model=NAME replicas=2`` (extra ``ray``).
 
-Requests with one ``x-session-id`` header go to one replica, where the conversation so far is in its prefix cache.
+Requests with the same ``x-session-id`` header go to the same replica, whose prefix cache holds the conversation so far.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
 from fastapi import FastAPI
-from pydantic import BaseModel, BeforeValidator, ConfigDict, PositiveInt
+from pydantic import PositiveInt, model_validator
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
 from specdec.models.catalogue import DEFAULT_MODEL
-from specdec.serve.settings import Settings
+from specdec.serve.settings import ServerSettings
 
-ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"  # by the session
-
-
-def _parts(given: Any) -> Any:
-    """Of a list with commas."""
-    return tuple(part.strip() for part in given.split(",")) if isinstance(given, str) else given
+ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 
 
-Names = Annotated[tuple[str, ...], BeforeValidator(_parts)]
-
-
-class Options(BaseModel):
-    """What ``serve run`` takes as KEY=VALUE, for each of the ``replicas``. cors, allowed_hosts: with commas between."""
-
-    model_config = ConfigDict(extra="forbid")
+class Options(ServerSettings):
+    """The options of ``serve run`` (KEY=VALUE), for each of the ``replicas``."""
 
     model: str = DEFAULT_MODEL
     drafter: str = "auto"
-    name: str | None = None
-    api_key: str | None = None
     runtime: str = "auto"
     weights: str = "auto"
     device: str = "auto"
     max_rows: PositiveInt = 16
     max_waiting: PositiveInt = 256
     kv_memory: PositiveInt | None = None
-    cors: Names = ()
-    allowed_hosts: Names = ()
-    max_body: PositiveInt = Settings.max_body
-    max_prompt_tokens: PositiveInt | None = None
-    max_tokens: PositiveInt | None = None
-    max_choices: PositiveInt = Settings.max_choices
     replicas: PositiveInt = 1
     cpus: float = 1
     gpus: float = 0
 
-    def settings(self) -> Settings:
-        return Settings(
-            name=self.name or self.model,
-            api_key=self.api_key,
-            origins=self.cors,
-            hosts=tuple(map(str.lower, self.allowed_hosts)),
-            **{name: getattr(self, name) for name in ("max_body", "max_prompt_tokens", "max_tokens", "max_choices")},
-        )
+    @model_validator(mode="before")
+    @classmethod
+    def _named_as_its_model(cls, given: Any) -> Any:
+        if "max_connections" in given:
+            raise ValueError("max_connections has no effect here: Ray Serve accepts the connections; leave it out")
+        return {"name": given.get("model", DEFAULT_MODEL)} | given
 
 
 @serve.ingress()
 class Replica:
-    """A decoder with its engine and its server."""
+    """A decoder with its engine and its HTTP server."""
 
     def __init__(self, options: Options) -> None:
         from specdec.api.decoder import SpecDecoder
 
         self.options = options
         self.decoder = SpecDecoder.from_pretrained(
-            options.model,
-            options.drafter,
-            device=options.device,
-            runtime=options.runtime,
-            weights=options.weights,
+            options.model, options.drafter, device=options.device, runtime=options.runtime, weights=options.weights
         )
         self.engine = self.decoder.engine(
             max_rows=options.max_rows, max_waiting=options.max_waiting, kv_memory=options.kv_memory
@@ -84,7 +60,7 @@ class Replica:
     def __serve_build_asgi_app__(self) -> FastAPI:
         from specdec.serve.app import make_app
 
-        return make_app(self.decoder, self.engine, self.options.settings())
+        return make_app(self.decoder, self.engine, self.options)
 
     def __del__(self) -> None:
         if hasattr(self, "engine"):
@@ -92,8 +68,8 @@ class Replica:
 
 
 def app(options: Options) -> Application:
-    """The application, as ``serve run`` builds it."""
-    router: Any = ROUTER  # a name is taken, too
+    """The application that ``serve run`` builds."""
+    router: Any = ROUTER  # Ray imports a class by its name
     deployment: Any = serve.deployment(
         Replica,
         name="specdec",

@@ -1,4 +1,4 @@
-"""Responses and chunks of the two endpoints, in OpenAI's shape."""
+"""Responses and stream chunks of the two endpoints, in OpenAI's shape; their metrics are in vLLM's."""
 
 from __future__ import annotations
 
@@ -11,157 +11,162 @@ from pydantic_core import to_json
 
 from specdec import __version__
 from specdec.api.pieces import Piece
-from specdec.serve import logprobs, speculation
-from specdec.serve.choice import Choice
+from specdec.serve.choice import ResponseChoice, merge_pieces
 from specdec.serve.errors import ApiError
-from specdec.serve.schema import Sampling, StreamOptions
-from specdec.serve.streaming import DONE, event, merged
-from specdec.serve.tools import ChatParser, ToolForm, message_of
+from specdec.serve.logprobs import chat_logprobs, completion_logprobs
+from specdec.serve.schema import GenerationBody, StreamOptions
+from specdec.serve.streaming import DONE, sse
+from specdec.serve.tools import ChatParser, ToolFormat, merge_deltas
 
-LARGE = 10_000  # log-probabilities of a choice, which take tens of milliseconds to write
+LARGE = 10_000  # log-probabilities of a choice; writing more of them takes tens of milliseconds
 
 
 class Chat:
-    """Shapes of ``/v1/chat/completions``. form, names: of tool calls, if there are tools; single: at most one call.
+    """The shape of ``/v1/chat/completions``.
 
-    forced: the answer is calls.
+    tool_format, names: how the model writes tool calls, and the names of the tools; None and () without tools.
+    single: keep only the first call. forced: the answer consists of calls.
     """
 
-    prefix, whole, part = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    id_prefix, object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def __init__(
-        self, form: ToolForm | None = None, names: Sequence[str] = (), single: bool = False, forced: bool = False
-    ) -> None:
-        self.form, self.names, self.single, self.forced = form, names, single, forced
+    def __init__(self, tool_format: ToolFormat | None, names: Sequence[str], single: bool, forced: bool) -> None:
+        self.tool_format, self.names, self.single, self.forced = tool_format, names, single, forced
         self.parsers: dict[int, ChatParser] = {}
 
-    def parser(self, choice: Choice) -> ChatParser:
+    def parser(self, choice: ResponseChoice) -> ChatParser:
         if choice.index not in self.parsers:
             rule = choice.handle.request.sampler.constraint
             inside, may_reason = (False, False) if rule is None else (rule.inside, rule.may_reason)
-            parser = ChatParser(self.form, self.names, self.single, inside, may_reason, self.forced)
+            parser = ChatParser(self.tool_format, self.names, self.single, inside, may_reason, self.forced)
             self.parsers[choice.index] = parser
         return self.parsers[choice.index]
 
-    def opening(self, choice: Choice) -> dict[str, Any] | None:
-        """What a stream begins with, for each choice."""
+    def first_delta(self, choice: ResponseChoice) -> dict[str, Any] | None:
+        """The content of a choice's first chunk."""
         return {"delta": {"role": "assistant", "content": ""}}
 
-    def logprobs(self, choice: Choice, start: int) -> dict[str, Any]:
-        """Those of the tokens from number ``start`` on."""
-        return logprobs.of_chat(choice.tokenizer, choice.scored(start))
-
-    def deltas(self, choice: Choice, piece: Piece) -> list[dict[str, Any]]:
+    def deltas(self, choice: ResponseChoice, piece: Piece) -> list[dict[str, Any]]:
         found = self.parser(choice).push(piece.text, last=piece.finish is not None)
         return [{"delta": delta} for delta in found]
 
-    def nothing(self) -> dict[str, Any]:
+    def last_delta(self) -> dict[str, Any]:
+        """The content of the chunk with the finish reason."""
         return {"delta": {}}
 
-    def full(self, choice: Choice) -> dict[str, Any]:
+    def content(self, choice: ResponseChoice) -> dict[str, Any]:
+        """The content of a choice in a whole response."""
         deltas = self.parser(choice).push(choice.answer.text, last=True)
-        return {"message": {"role": "assistant", "refusal": None} | message_of(deltas)}
+        return {"message": {"role": "assistant", "refusal": None} | merge_deltas(deltas)}
 
-    def finish(self, choice: Choice) -> str | None:
+    def finish_reason(self, choice: ResponseChoice) -> str | None:
         called = choice.answer.finish == "stop" and self.parser(choice).calls
         return "tool_calls" if called else choice.answer.finish
 
+    def logprobs(self, choice: ResponseChoice, start: int) -> dict[str, Any]:
+        """Log-probabilities of the new tokens from number ``start`` on."""
+        return chat_logprobs(choice.tokenizer, choice.logprobs(start))
+
 
 class Completion:
-    """Shapes of ``/v1/completions``. echoes: the prompts' texts, by choice, where they come before the answer."""
+    """The shape of ``/v1/completions``. echoes: a prompt text for each choice, put before its answer; () for none."""
 
-    prefix = "cmpl"
-    whole = part = "text_completion"
+    id_prefix = "cmpl"
+    object = chunk_object = "text_completion"
 
-    def __init__(self, echoes: Sequence[str] = ()) -> None:
+    def __init__(self, echoes: Sequence[str]) -> None:
         self.echoes = echoes
 
-    def opening(self, choice: Choice) -> dict[str, Any] | None:
+    def first_delta(self, choice: ResponseChoice) -> dict[str, Any] | None:
         return {"text": self.echoes[choice.index]} if self.echoes else None
 
-    def logprobs(self, choice: Choice, start: int) -> dict[str, Any]:
-        """Those of the tokens from number ``start`` on; before the first come the prompt's, where it is repeated."""
-        before = choice.handle.request.prompt_token_logprobs if self.echoes and not start else []
-        first = choice.prompt[0] if self.echoes and not start else None
-        scored = [*before, *choice.scored(start)]
-        found, choice.place = logprobs.of_completion(choice.tokenizer, scored, first, choice.place)
-        return found
-
-    def deltas(self, choice: Choice, piece: Piece) -> list[dict[str, Any]]:
+    def deltas(self, choice: ResponseChoice, piece: Piece) -> list[dict[str, Any]]:
         return [{"text": piece.text}] if piece.text else []
 
-    def nothing(self) -> dict[str, Any]:
+    def last_delta(self) -> dict[str, Any]:
         return {"text": ""}
 
-    def finish(self, choice: Choice) -> str | None:
+    def content(self, choice: ResponseChoice) -> dict[str, Any]:
+        return {"text": (self.echoes[choice.index] if self.echoes else "") + choice.answer.text}
+
+    def finish_reason(self, choice: ResponseChoice) -> str | None:
         return choice.answer.finish
 
-    def full(self, choice: Choice) -> dict[str, Any]:
-        return {"text": (self.echoes[choice.index] if self.echoes else "") + choice.answer.text}
+    def logprobs(self, choice: ResponseChoice, start: int) -> dict[str, Any]:
+        """Log-probabilities of the new tokens from number ``start`` on; at 0 an echoed prompt's come first."""
+        echoed = bool(self.echoes) and not start
+        scored = [*(choice.handle.request.prompt_token_logprobs if echoed else []), *choice.logprobs(start)]
+        first = choice.prompt[0] if echoed else None
+        found, choice.text_offset = completion_logprobs(choice.tokenizer, scored, first, choice.text_offset)
+        return found
 
 
 class Response:
-    """The answer to one request with ``choices``, whole or as a stream."""
+    """The response to a request, whole or as a stream."""
 
-    def __init__(self, shape: Chat | Completion, model: str, choices: Sequence[Choice], body: Sampling) -> None:
+    def __init__(
+        self, shape: Chat | Completion, model: str, choices: Sequence[ResponseChoice], body: GenerationBody
+    ) -> None:
         self.shape, self.choices, self.body = shape, list(choices), body
         self.head = {
-            "id": f"{shape.prefix}-{uuid.uuid4().hex}",
+            "id": f"{shape.id_prefix}-{uuid.uuid4().hex}",
             "created": int(time.time()),
             "model": model,
             "system_fingerprint": f"specdec-{__version__}",
         }
 
-    async def whole(self, work: Callable[[bool, Callable[[Choice], bytes], Choice], Awaitable[bytes]]) -> bytes:
-        """The response as JSON, once all choices have ended. work: ``Intake.work``."""
-        async for _ in merged(self.choices, each=False):
+    async def json(
+        self, in_thread: Callable[[bool, Callable[[ResponseChoice], bytes], ResponseChoice], Awaitable[bytes]]
+    ) -> bytes:
+        """The whole response, once all choices have finished. in_thread: ``BodyReader.in_thread``."""
+        async for _ in merge_pieces(self.choices, per_token=False):
             pass
-        scored = 0 if self.body.top is None else 1 + self.body.top
-        choices = [await work(scored * c.answer.count > LARGE, self._written, c) for c in self.choices]
-        head, rest = {"object": self.shape.whole}, {"usage": self.usage()} | self._metrics()
+        per_token = 0 if self.body.num_logprobs is None else 1 + self.body.num_logprobs
+        choices = [await in_thread(per_token * c.answer.num_tokens > LARGE, self._written, c) for c in self.choices]
+        head, rest = {"object": self.shape.object}, {"usage": self.usage()} | self._metrics()
         return to_json(self.head | head)[:-1] + b',"choices":[' + b",".join(choices) + b"]," + to_json(rest)[1:]
 
-    def _written(self, choice: Choice) -> bytes:
-        return to_json(self._choice(choice, self.shape.full(choice), self.shape.finish(choice)))
+    def _written(self, choice: ResponseChoice) -> bytes:
+        return to_json(self._choice(choice, self.shape.content(choice), self.shape.finish_reason(choice)))
 
-    async def stream(self) -> AsyncIterator[bytes]:
-        """Events: openings, pieces, the usage if it is asked for, and the end."""
+    async def events(self) -> AsyncIterator[bytes]:
+        """The stream: a first chunk per choice, the text, the usage if requested, and ``[DONE]``."""
         options = self.body.stream_options or StreamOptions()
         more: dict[str, Any] = {"usage": None} if options.include_usage else {}
-        left = len(self.choices)
+        running = len(self.choices)
         try:
             for choice in self.choices:
-                if (opening := self.shape.opening(choice)) is not None:
-                    yield self._chunk(choice, opening, None, more)
-            async for choice, piece in merged(self.choices, options.include_draft_depth):
+                if (first := self.shape.first_delta(choice)) is not None:
+                    yield self._chunk(choice, first, None, more)
+            async for choice, piece in merge_pieces(self.choices, options.include_draft_depth):
                 depth = {"draft_depth": piece.depth} if options.include_draft_depth else {}
                 for delta in self.shape.deltas(choice, piece):
                     yield self._chunk(choice, delta | depth, None, more)
                 if piece.finish is None:
                     continue
-                left -= 1
-                end = self._metrics() if not left and not options.include_usage else {}
-                yield self._chunk(choice, self.shape.nothing(), self.shape.finish(choice), more | end)
+                running -= 1
+                end = self._metrics() if not running and not options.include_usage else {}
+                yield self._chunk(choice, self.shape.last_delta(), self.shape.finish_reason(choice), more | end)
             if options.include_usage:
-                yield event(self._part() | {"choices": [], "usage": self.usage()} | self._metrics())
+                yield sse(self._chunk_head() | {"choices": [], "usage": self.usage()} | self._metrics())
         except ApiError as error:
-            yield event(error.body())
+            yield sse(error.body())
         yield DONE
 
     def usage(self) -> dict[str, Any]:
-        prompts = {id(choice.prompt): choice for choice in self.choices}  # the choices of a prompt count it once
-        before, new = sum(len(c.prompt) for c in prompts.values()), sum(c.answer.count for c in self.choices)
-        cached = sum(c.handle.metrics.num_cached_tokens for c in prompts.values())
-        details = {"cached_tokens": cached}
+        prompts = {id(choice.prompt): choice for choice in self.choices}  # a prompt counts once for its choices
+        before, new = sum(len(c.prompt) for c in prompts.values()), sum(c.answer.num_tokens for c in self.choices)
         return {
             "prompt_tokens": before,
             "completion_tokens": new,
             "total_tokens": before + new,
-            "prompt_tokens_details": details,
+            "prompt_tokens_details": {
+                "cached_tokens": sum(c.handle.metrics.num_cached_tokens for c in prompts.values())
+            },
         }
 
     def summary(self) -> str:
-        """For the log: what this request was."""
+        """The end of the request's line in the log."""
         usage, steps = self.usage(), sum(c.handle.metrics.num_spec_steps for c in self.choices)
         accepted = sum(c.handle.metrics.num_accepted_draft_tokens for c in self.choices)
         length = 1 + accepted / steps if steps else 1.0
@@ -171,21 +176,48 @@ class Response:
     def _metrics(self) -> dict[str, Any]:
         if not self.body.include_metrics:
             return {}
-        return {"metrics": speculation.of_response(self.choices, self.body.per_step_metrics)}
+        return {"metrics": _response_metrics(self.choices, self.body.per_step_metrics)}
 
-    def _part(self) -> dict[str, Any]:
-        return self.head | {"object": self.shape.part}
+    def _chunk_head(self) -> dict[str, Any]:
+        return self.head | {"object": self.shape.chunk_object}
 
-    def _chunk(self, choice: Choice, content: dict[str, Any], finish: str | None, more: dict[str, Any]) -> bytes:
-        return event(self._part() | {"choices": [self._choice(choice, content, finish)]} | more)
+    def _chunk(
+        self, choice: ResponseChoice, content: dict[str, Any], finish: str | None, more: dict[str, Any]
+    ) -> bytes:
+        return sse(self._chunk_head() | {"choices": [self._choice(choice, content, finish)]} | more)
 
-    def _choice(self, choice: Choice, content: dict[str, Any], finish: str | None) -> dict[str, Any]:
+    def _choice(self, choice: ResponseChoice, content: dict[str, Any], finish: str | None) -> dict[str, Any]:
         return {"index": choice.index, **content, "logprobs": self._logprobs(choice), "finish_reason": finish}
 
-    def _logprobs(self, choice: Choice) -> dict[str, Any] | None:
-        """Those of the tokens that have come since they were last asked for."""
-        start, end = choice.sent, choice.answer.count
-        if self.body.top is None or (start == end and choice.answer.finish is None) or (start and start == end):
+    def _logprobs(self, choice: ResponseChoice) -> dict[str, Any] | None:
+        """Log-probabilities of the tokens since the last call."""
+        start, end = choice.logprobs_sent, choice.answer.num_tokens
+        if self.body.num_logprobs is None or (start == end and (start or choice.answer.finish is None)):
             return None
-        choice.sent = end
+        choice.logprobs_sent = end
         return self.shape.logprobs(choice, start)
+
+
+def _response_metrics(choices: list[ResponseChoice], per_step: bool) -> dict[str, Any]:
+    """The ``metrics`` of a response with one choice. As in vLLM there are none for several choices."""
+    if len(choices) != 1:
+        return {"speculative_decoding": None}
+    choice, metrics = choices[0], choices[0].handle.metrics
+    seconds, gaps = choice.last_token_at - choice.first_token_at, choice.answer.num_tokens - 1
+    deepest, histogram = max(metrics.per_step_drafted, default=0), metrics.acceptance_histogram
+    names = ("num_spec_steps", "num_draft_tokens", "num_accepted_draft_tokens", "mean_acceptance_length")
+    speculation: dict[str, Any] = {
+        "num_spec_tokens": deepest,
+        **{name: getattr(metrics, name) for name in (*names, "draft_acceptance_rate")},
+        "acceptance_histogram": histogram + [0] * (deepest + 1 - len(histogram)),
+    }
+    if per_step:
+        speculation |= {name: list(getattr(metrics, name)) for name in ("per_step_drafted", "per_step_accepted")}
+    return {
+        "time_to_first_token_ms": 1e3 * (choice.first_token_at - choice.started),
+        "generation_time_ms": 1e3 * seconds,
+        "queue_time_ms": 1e3 * metrics.queue_seconds,
+        "mean_itl_ms": 1e3 * seconds / gaps if gaps > 0 else None,
+        "tokens_per_second": gaps / seconds if seconds > 0 else None,
+        "speculative_decoding": speculation,
+    }

@@ -1,4 +1,4 @@
-"""The server process: a socket, uvicorn, and an end in two steps: finish what is running, or stop now."""
+"""The server process: a listening socket, uvicorn, and shutdown: the first signal drains, the second one stops."""
 
 from __future__ import annotations
 
@@ -15,37 +15,37 @@ from fastapi import FastAPI
 from specdec.base.errors import SpecDecError
 from specdec.base.terminal import say
 from specdec.serve.connections import Connections
-from specdec.serve.settings import Settings
+from specdec.serve.settings import ServerSettings
 
 MAX_HEADERS = 64 * 2**10  # bytes
-UNREAD = 256 * 2**10  # bytes that the system keeps for one client
+SEND_BUFFER = 256 * 2**10  # bytes that the system keeps for one client
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that does not listen yet. Raises SpecDecError where there is none to have."""
+    """A bound socket that does not listen yet. Raises SpecDecError if the address cannot be used."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        found = socket.socket(family, kind, protocol)
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNREAD)  # of its connections
-        found.bind(address)
-        return found
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)  # its connections inherit it
+        listener.bind(address)
+        return listener
     except (OSError, OverflowError) as error:
         reason = error.strerror if isinstance(error, OSError) else "ports go up to 65535"
         raise SpecDecError(f"cannot serve on {host} port {port}: {reason}; choose with --host and --port") from None
 
 
-def address(found: socket.socket) -> str:
-    """The address of a server on this socket, for people and programs on this machine."""
-    host, port = found.getsockname()[:2]
+def address(listener: socket.socket) -> str:
+    """The URL of a server on this socket."""
+    host, port = listener.getsockname()[:2]
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-def config(app: FastAPI, settings: Settings, write: Callable[[str], object] = say) -> uvicorn.Config:
-    """How uvicorn serves ``app``. write: takes lines about connections."""
-    connections = Connections(settings.max_connections, settings.patience, write)
+def uvicorn_config(app: FastAPI, settings: ServerSettings, write: Callable[[str], object] = say) -> uvicorn.Config:
+    """The configuration of uvicorn for ``app``. write: prints warnings about connections."""
+    connections = Connections(settings.max_connections, settings.client_timeout, write)
     return uvicorn.Config(
         app,
         http=connections.protocol,  # type: ignore[arg-type]
@@ -59,20 +59,20 @@ def config(app: FastAPI, settings: Settings, write: Callable[[str], object] = sa
     )
 
 
-def serve(app: FastAPI, settings: Settings, found: socket.socket, ready: Callable[[], object]) -> None:
-    """Serve ``app`` until SIGTERM or Ctrl-C, then finish its requests; a second signal ends them. Call ``ready`` once.
+def serve(app: FastAPI, settings: ServerSettings, listener: socket.socket, ready: Callable[[], object]) -> None:
+    """Serve ``app`` until SIGTERM or Ctrl-C, then finish the running requests and return.
 
-    Returns when the last response is sent.
+    A second signal ends the process. ready: called once when the server accepts requests.
     """
-    handlers = {number: signal.signal(number, _nothing) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:  # uvicorn raises the signals that it has caught again, for the handlers that it found
-        asyncio.run(_Server(config(app, settings), ready).serve(sockets=[found]))
+    handlers = {number: signal.signal(number, _ignore) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:  # uvicorn raises the signals that it has caught once more, for the handlers that it found
+        asyncio.run(_Server(uvicorn_config(app, settings), ready).serve(sockets=[listener]))
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
-def _nothing(number: int, frame: FrameType | None) -> None:
+def _ignore(number: int, frame: FrameType | None) -> None:
     pass
 
 
@@ -88,6 +88,6 @@ class _Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.should_exit:
             say("ended")
-            os._exit(128 + sig)  # whatever the engine is doing
+            os._exit(128 + sig)  # without waiting for the engine
         super().handle_exit(sig, frame)  # first: the next signal may come as soon as the line is read
-        say("finishing the requests under way; a second signal ends them")
+        say("finishing the running requests; a second signal ends them")

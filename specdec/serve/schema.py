@@ -1,4 +1,4 @@
-"""Request bodies. What is not declared here is refused by name, unless it has the value that means "not used"."""
+"""Request bodies. A parameter that is not declared here is an error, unless its value means that it is not used."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _token_id(given: str) -> str:
 
 MAX_STOPS = 4
 MAX_BIASES = 1024
-MAX_MEMBERS = 64  # of an object whose members are known
+MAX_MEMBERS = 64  # of an object with declared members
 MAX_MESSAGES = MAX_PROMPTS = 2048
 MAX_PARTS = 1024
 MAX_CALLS = 128
@@ -27,12 +27,12 @@ Text = Annotated[str, Field(min_length=1)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 Top = Annotated[int, Field(ge=0, le=20)]
 TokenId = Annotated[str, AfterValidator(_token_id)]
-Biases = Annotated[dict[TokenId, options.Bias], BeforeValidator(lambda given: _few(given, MAX_BIASES))]
+Biases = Annotated[dict[TokenId, options.Bias], BeforeValidator(lambda given: _check_size(given, MAX_BIASES))]
 Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
 Messages = Annotated[list["Message"], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
 Prompts = Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)
 
-# Parameters that are not supported: the values by which clients say that they do not use them.
+# Parameters that are not supported, with the values that mean "not used".
 UNUSED: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "best_of": (1,),
@@ -43,19 +43,20 @@ UNUSED: dict[str, tuple[Any, ...]] = {
     "reasoning_effort": (),
     "suffix": ("",),
 }
-IN_A_MESSAGE = ("annotations", "audio", "function_call", "refusal", "tool_calls")
+UNUSED_IN_MESSAGES = ("annotations", "audio", "function_call", "refusal", "tool_calls")
 
 
-def _drop(given: Any, unused: dict[str, tuple[Any, ...]]) -> Any:
+def _drop_unused(given: Any, unused: dict[str, tuple[Any, ...]]) -> Any:
+    """``given`` without the ``unused`` parameters that are null or have one of their values."""
     if not isinstance(given, dict):
         return given
     return {k: v for k, v in given.items() if k not in unused or not (v is None or v in unused[k])}
 
 
-def _few(given: Any, most: int) -> Any:
-    """Bound members before they are looked at: each one that is wrong would be reported."""
+def _check_size(given: Any, most: int) -> Any:
+    """Limit an object before its members are validated, since pydantic reports every wrong one."""
     if isinstance(given, dict) and len(given) > most:
-        raise ValueError(f"an object has {len(given)} members; at most {most} are taken")
+        raise ValueError(f"an object has {len(given)} members; at most {most} are allowed")
     return given
 
 
@@ -64,12 +65,12 @@ class Strict(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _few_members(cls, given: Any) -> Any:
-        return _few(given, MAX_MEMBERS)
+    def _check_members(cls, given: Any) -> Any:
+        return _check_size(given, MAX_MEMBERS)
 
 
 class StreamOptions(Strict):
-    """include_draft_depth: a chunk for each token, which says how deep in a draft it was (0: the model's own)."""
+    """include_draft_depth: send a chunk per token, with its depth in the draft (0: the model chose it)."""
 
     include_usage: bool = False
     include_draft_depth: bool = False
@@ -77,11 +78,11 @@ class StreamOptions(Strict):
     @model_validator(mode="before")
     @classmethod
     def _unused(cls, given: Any) -> Any:
-        return _drop(given, {"include_obfuscation": (False,)})
+        return _drop_unused(given, {"include_obfuscation": (False,)})
 
 
 class JsonSchema(Strict):
-    """``schema`` is kept whether ``strict`` is given or not."""
+    """The output follows ``schema`` with or without ``strict``."""
 
     name: Annotated[str, Field(max_length=64)]
     schema_: Annotated[dict[str, Any], Field(alias="schema")] = {}
@@ -90,15 +91,15 @@ class JsonSchema(Strict):
 
 
 class ResponseFormat(Strict):
-    """json_object: any JSON object. json_schema: JSON that a schema allows."""
+    """json_object: any JSON object. json_schema: JSON of a schema."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
     @model_validator(mode="after")
-    def _schema_with_its_type(self) -> ResponseFormat:
+    def _check_schema(self) -> ResponseFormat:
         if (self.json_schema is None) == (self.type == "json_schema"):
-            raise ValueError("json_schema goes with type: json_schema")
+            raise ValueError("json_schema and type: json_schema need each other")
         return self
 
     @property
@@ -108,11 +109,11 @@ class ResponseFormat(Strict):
         return Json({"type": "object"} if self.json_schema is None else self.json_schema.schema_)
 
 
-class Sampling(Strict):
-    """What both endpoints take.
+class GenerationBody(Strict):
+    """What both endpoints accept.
 
-    speculative_decoding: false decodes plainly; the text is the same. include_metrics: what the request took, in the
-    response. per_step_metrics: also of each step.
+    speculative_decoding: false decodes without a drafter; the text is the same.
+    include_metrics, per_step_metrics: add metrics of the request and of each step to the response.
     """
 
     model: str
@@ -131,7 +132,7 @@ class Sampling(Strict):
     frequency_penalty: options.FrequencyPenalty | None = None
     presence_penalty: options.PresencePenalty | None = None
     logit_bias: Biases | None = None
-    metadata: Any = None  # this and what follows changes nothing
+    metadata: Any = None  # accepted without effect, like the parameters down to ``user``
     prompt_cache_key: Any = None
     safety_identifier: Any = None
     service_tier: Any = None
@@ -145,37 +146,35 @@ class Sampling(Strict):
     @model_validator(mode="before")
     @classmethod
     def _unused(cls, given: Any) -> Any:
-        return _drop(given, UNUSED)
+        return _drop_unused(given, UNUSED)
 
     @model_validator(mode="after")
-    def _options_of_a_stream(self) -> Sampling:
+    def _check_stream_options(self) -> GenerationBody:
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options goes with stream: true")
+            raise ValueError("stream_options needs stream: true")
         return self
 
     @property
-    def stops(self) -> list[str]:
+    def stop_strings(self) -> list[str]:
         return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
 
     @property
-    def bias(self) -> dict[int, float]:
-        """Of logits, by token id."""
+    def bias_by_token(self) -> dict[int, float]:
         return {int(token): bias for token, bias in (self.logit_bias or {}).items()}
 
     @property
-    def sampling(self) -> dict[str, Any]:
-        """Those of ``SamplingParams`` that are given."""
+    def sampling_options(self) -> dict[str, Any]:
+        """The given fields of ``SamplingParams``."""
         given = self.model_dump(include={*options.SamplingOptions.__annotations__}, exclude_none=True)
-        return given | {"logit_bias": self.bias}
+        return given | {"logit_bias": self.bias_by_token}
 
     @property
-    def limit(self) -> int | None:
-        """Most new tokens that the client asks for."""
+    def max_new_tokens(self) -> int | None:
         return self.max_tokens
 
     @property
-    def top(self) -> int | None:
-        """How many of the likeliest tokens go with each log-probability; None: there are none."""
+    def num_logprobs(self) -> int | None:
+        """Likeliest tokens to return with each log-probability; None without log-probabilities."""
         return None
 
 
@@ -185,25 +184,25 @@ class TextPart(Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _text_alone(cls, given: Any) -> Any:
+    def _check_type(cls, given: Any) -> Any:
         if isinstance(given, dict) and isinstance(kind := given.get("type"), str) and kind != "text":
             raise ValueError(f"parts of the type '{kind[:64]}' are not supported, only text is; leave them out")
         return given
 
 
 class CalledFunction(Strict):
-    """A call that the model has made; its arguments are JSON."""
+    """A call that the model has made. arguments: a JSON object as text."""
 
     name: Annotated[str, Field(max_length=64)]
     arguments: str
 
-    @property
-    def given(self) -> dict[str, Any]:
+    def parsed(self) -> dict[str, Any]:
+        """The arguments."""
         return dict(json.loads(self.arguments or "{}"))
 
     @field_validator("arguments")
     @classmethod
-    def _an_object(cls, given: str) -> str:
+    def _check_arguments(cls, given: str) -> str:
         try:
             known = isinstance(json.loads(given or "{}"), dict)
         except (ValueError, RecursionError):
@@ -225,39 +224,39 @@ class Message(Strict):
     name: Annotated[str, Field(max_length=64)] | None = None
     tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_CALLS, fail_fast=True)] | None = None
     tool_call_id: Annotated[str, Field(max_length=256)] | None = None
-    reasoning_content: str | None = None  # of an earlier answer; templates leave it out
+    reasoning_content: str | None = None  # not given to chat templates
 
     @model_validator(mode="before")
     @classmethod
     def _unused(cls, given: Any) -> Any:
-        return _drop(given, dict.fromkeys(IN_A_MESSAGE, ([],)))
+        return _drop_unused(given, dict.fromkeys(UNUSED_IN_MESSAGES, ([],)))
 
     @model_validator(mode="after")
-    def _parts_of_its_role(self) -> Message:
+    def _check_role(self) -> Message:
         if self.content is None and not (self.role == "assistant" and self.tool_calls):
-            raise ValueError("a message needs content, unless it is an assistant's with tool_calls")
+            raise ValueError("a message needs content; only an assistant's with tool_calls may have none")
         if (self.tool_call_id is None) == (self.role == "tool"):
-            raise ValueError("tool_call_id goes with the role tool")
+            raise ValueError("the role tool and tool_call_id need each other")
         if self.tool_calls and self.role != "assistant":
-            raise ValueError("tool_calls go with the role assistant")
+            raise ValueError("tool_calls need the role assistant")
         return self
 
-    def as_dict(self) -> dict[str, Any]:
-        """The message, as chat templates take it."""
+    def for_template(self) -> dict[str, Any]:
+        """The message as chat templates expect it."""
         parts = self.content or ""
         text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
         found: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": text}
         found |= {key: value for key in ("name", "tool_call_id") if (value := getattr(self, key))}
         if self.tool_calls:
             found["tool_calls"] = [
-                {"id": c.id, "type": c.type, "function": {"name": c.function.name, "arguments": c.function.given}}
+                {"id": c.id, "type": c.type, "function": {"name": c.function.name, "arguments": c.function.parsed()}}
                 for c in self.tool_calls
             ]
         return found
 
 
 class Function(Strict):
-    """parameters: a JSON schema of the arguments; None: it takes none."""
+    """parameters: a JSON schema of the arguments; None without arguments."""
 
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
     description: str | None = None
@@ -279,7 +278,7 @@ class NamedTool(Strict):
     function: FunctionName
 
 
-class ChatBody(Sampling):
+class ChatBody(GenerationBody):
     messages: Messages
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
@@ -289,21 +288,21 @@ class ChatBody(Sampling):
     parallel_tool_calls: bool | None = None
 
     @model_validator(mode="after")
-    def _a_choice_of_tools(self) -> ChatBody:
+    def _check_tool_choice(self) -> ChatBody:
         names = [tool.function.name for tool in self.tools or ()]
         if len(set(names)) < len(names):
-            raise ValueError("two tools have one name")
+            raise ValueError("two tools have the same name")
         if self.tool_choice not in (None, "none") and not names:
-            raise ValueError("tool_choice goes with tools")
+            raise ValueError("tool_choice needs tools")
         if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
-            raise ValueError(f"tool_choice names '{self.tool_choice.function.name[:64]}', which is no tool")
-        if self.forced and self.response_format is not None and self.response_format.type != "text":
-            raise ValueError("response_format cannot go with a tool_choice that forces a call; leave one out")
+            raise ValueError(f"tool_choice names '{self.tool_choice.function.name[:64]}', which is not in tools")
+        if self.forced_tools and self.response_format is not None and self.response_format.type != "text":
+            raise ValueError("response_format cannot be combined with a tool_choice that forces a call; leave one out")
         return self
 
     @property
-    def offered(self) -> list[dict[str, Any]]:
-        """The tools that the model may call, as chat templates take them."""
+    def callable_tools(self) -> list[dict[str, Any]]:
+        """The tools that the model may call, as chat templates expect them."""
         if self.tool_choice == "none":
             return []
         return [
@@ -312,35 +311,34 @@ class ChatBody(Sampling):
         ]
 
     @property
-    def forced(self) -> dict[str, dict[str, Any] | None]:
-        """The tools of which the model has to call one, with the schemas of their arguments."""
+    def forced_tools(self) -> dict[str, dict[str, Any] | None]:
+        """The tools of which the model must call one: name -> schema of the arguments. Empty if no call is forced."""
         if self.tool_choice in (None, "none", "auto"):
             return {}
         name = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
-        known = {tool.function.name: tool.function.parameters for tool in self.tools or ()}
-        return known if name is None else {name: known[name]}
+        schemas = {tool.function.name: tool.function.parameters for tool in self.tools or ()}
+        return schemas if name is None else {name: schemas[name]}
 
     @property
-    def several(self) -> bool:
-        """Whether more than one call may come."""
+    def allows_several_calls(self) -> bool:
         return self.parallel_tool_calls is not False and not isinstance(self.tool_choice, NamedTool)
 
     @model_validator(mode="after")
-    def _top_of_logprobs(self) -> ChatBody:
+    def _check_top_logprobs(self) -> ChatBody:
         if self.top_logprobs and not self.logprobs:
-            raise ValueError("top_logprobs goes with logprobs: true")
+            raise ValueError("top_logprobs needs logprobs: true")
         return self
 
     @property
-    def top(self) -> int | None:
+    def num_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
-    def limit(self) -> int | None:
+    def max_new_tokens(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 
-class CompletionBody(Sampling):
+class CompletionBody(GenerationBody):
     prompt: Text | Ids | Annotated[list[Text], Prompts] | Annotated[list[Ids], Prompts]
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     echo: bool = False
@@ -348,23 +346,23 @@ class CompletionBody(Sampling):
 
     @model_validator(mode="before")
     @classmethod
-    def _no_logprobs(cls, given: Any) -> Any:
-        """``logprobs: false`` asks for none, as null does; 0 asks for those of the chosen tokens alone."""
+    def _false_is_none(cls, given: Any) -> Any:
+        """``logprobs: false`` means null; 0 returns the log-probabilities of the chosen tokens alone."""
         unused = isinstance(given, dict) and given.get("logprobs") is False
         return given | {"logprobs": None} if unused else given
 
     @model_validator(mode="after")
-    def _something(self) -> CompletionBody:
+    def _check_max_tokens(self) -> CompletionBody:
         if self.max_tokens == 0 and not self.echo:
-            raise ValueError("max_tokens: 0 goes with echo: true")
+            raise ValueError("max_tokens: 0 needs echo: true")
         return self
 
     @property
-    def top(self) -> int | None:
+    def num_logprobs(self) -> int | None:
         return self.logprobs
 
     @property
-    def limit(self) -> int | None:
+    def max_new_tokens(self) -> int | None:
         return 16 if self.max_tokens is None else self.max_tokens  # OpenAI's default
 
     @property
@@ -380,7 +378,7 @@ class TokenizeBody(Strict):
     messages: Messages | None = None
 
     @model_validator(mode="after")
-    def _either(self) -> TokenizeBody:
+    def _check_prompt(self) -> TokenizeBody:
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("give either prompt or messages")
         return self

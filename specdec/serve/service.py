@@ -1,4 +1,4 @@
-"""From what clients send to requests of the engine. Knows no HTTP."""
+"""From request bodies to requests of the engine. Knows no HTTP."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from specdec.api.text import encode
 from specdec.base.errors import PromptTooLongError, QueueFullError, SpecDecError
 from specdec.engine.engine import Engine
 from specdec.engine.request import Request
-from specdec.serve.choice import Choice
+from specdec.serve.choice import ResponseChoice
 from specdec.serve.errors import ApiError
 from specdec.serve.metrics import Metrics
-from specdec.serve.schema import ChatBody, CompletionBody, Message, Sampling, TokenizeBody
-from specdec.serve.settings import Settings
-from specdec.serve.tools import ToolForm, form_of, grammar_of
+from specdec.serve.schema import ChatBody, CompletionBody, GenerationBody, Message, TokenizeBody
+from specdec.serve.settings import ServerSettings
+from specdec.serve.tools import ToolFormat, find_format, tool_grammar
 from specdec.speculation.constraints import CompiledConstraint, Constraint
 from specdec.speculation.sampling import streams
 
 TEMPERATURE = 1.0  # OpenAI's default
 TOO_LONG = "context_length_exceeded"
-SEEDS = 2**53  # JavaScript's whole numbers
-MAX_SCORED = 4_000_000  # log-probabilities of a request with several choices; each takes about 100 bytes
+SEEDS = 2**53  # JavaScript's integers
+MAX_LOGPROBS = 4_000_000  # of a request with several choices; each takes about 100 bytes
 
 
 class Service:
-    """One model behind an engine. ``started`` is when, in seconds since 1970."""
+    """One model and its engine. started: Unix time in seconds."""
 
-    def __init__(self, decoder: SpecDecoder, engine: Engine, settings: Settings) -> None:
+    def __init__(self, decoder: SpecDecoder, engine: Engine, settings: ServerSettings) -> None:
         self.decoder, self.engine, self.settings = decoder, engine, settings
         self.tokenizer, self.context = decoder.tokenizer, decoder.target.context
         self.metrics = Metrics(settings.name, engine.stats)
@@ -46,37 +46,38 @@ class Service:
             message = f"there is no model '{name[:100]}'; this server has '{self.settings.name}'"
             raise ApiError(404, message, "model", "model_not_found")
 
-    def check(self, body: Sampling, prompts: int = 1) -> None:
-        """Raises ApiError for counts beyond this server's limits: before anything is made of them."""
+    def check_limits(self, body: GenerationBody, prompts: int = 1) -> None:
+        """Raise ApiError if a count exceeds this server's limits, before anything of that size is made."""
         self.check_model(body.model)
         self.check_engine()
-        n, most = body.n or 1, self.settings.max_choices
-        if n * prompts > most:
-            message = f"{n * prompts} choices (prompts times n) are too many; this server gives at most {most}"
+        choices, wanted, most = (body.n or 1) * prompts, body.max_new_tokens, self.settings.max_tokens
+        if choices > self.settings.max_choices:
+            message = f"{choices} choices exceed the limit, {self.settings.max_choices}; lower n or send fewer prompts"
             raise ApiError(400, message, "n", "invalid_value")
-        cap = self.settings.max_tokens
-        if cap is not None and body.limit is not None and body.limit > cap:
-            message = f"{body.limit} new tokens are too many; this server gives at most {cap}"
+        if most is not None and wanted is not None and wanted > most:
+            message = f"{wanted} new tokens exceed this server's limit of {most}; ask for fewer"
             raise ApiError(400, message, "max_tokens", "invalid_value")
-        if body.top is not None:
-            bounds = [bound for bound in (body.limit, cap, self.context) if bound is not None]
-            if n * prompts > 1 and n * prompts * min(bounds) * (1 + body.top) > MAX_SCORED:
-                message = (
-                    f"{n * prompts} choices of up to {min(bounds)} tokens have more than {MAX_SCORED} log-probabilities"
-                )
-                raise ApiError(400, f"{message}; set max_tokens, or ask for fewer", "logprobs", "invalid_value")
-        self.check_tokens("logit_bias", list(body.bias))
+        tokens = self._max_new_tokens(body)
+        if body.num_logprobs is not None and choices > 1 and choices * tokens * (1 + body.num_logprobs) > MAX_LOGPROBS:
+            message = f"{choices} choices of up to {tokens} tokens have more than {MAX_LOGPROBS} log-probabilities"
+            raise ApiError(400, f"{message}; set max_tokens, or ask for fewer", "logprobs", "invalid_value")
+        self.check_token_ids("logit_bias", list(body.bias_by_token))
 
-    def chat(self, body: ChatBody) -> tuple[ToolForm | None, list[str], list[int], CompiledConstraint | None]:
-        """How calls of its tools are written, their names, the prompt, and what the answer must be."""
-        offered = body.offered
-        form = self.tool_form(offered)
-        prompt = self.encode_chat(body.messages, offered)
-        names = list(body.forced) or [tool["function"]["name"] for tool in offered]
-        return form, names, prompt, self.constraint(body)
+    def _max_new_tokens(self, body: GenerationBody) -> int:
+        """The smallest limit on new tokens: the client's, the server's and the model's."""
+        limits = body.max_new_tokens, self.settings.max_tokens, self.context
+        return min(limit for limit in limits if limit is not None)
 
-    def completion(self, body: CompletionBody) -> tuple[list[list[int]], list[str], CompiledConstraint | None]:
-        """The prompts, their texts where they come before the answers, and what the answers must be."""
+    def prepare_chat(self, body: ChatBody) -> tuple[ToolFormat | None, list[str], list[int], CompiledConstraint | None]:
+        """The format of tool calls, the names of the tools, the prompt, and the constraint on the answer."""
+        tools = body.callable_tools
+        tool_format = self.tool_format(tools)
+        prompt = self.encode_chat(body.messages, tools)
+        names = list(body.forced_tools) or [tool["function"]["name"] for tool in tools]
+        return tool_format, names, prompt, self.constraint(body)
+
+    def prepare_completion(self, body: CompletionBody) -> tuple[list[list[int]], list[str], CompiledConstraint | None]:
+        """The prompts, their texts if they are echoed, and the constraint on the answers."""
         prompts = [self.encode_text(prompt) for prompt in body.prompts]
         texts = [p if isinstance(p, str) else self.decode(p) for p in body.prompts if body.echo]
         return prompts, texts, self.constraint(body)
@@ -85,59 +86,59 @@ class Service:
         return self.encode_text(body.prompt or "") if body.messages is None else self.encode_chat(body.messages)
 
     def encode_chat(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> list[int]:
-        texts = [message.as_dict() for message in messages]
-        return self._encode("messages", texts, tools=tools)
+        return self._encode("messages", [message.for_template() for message in messages], tools=tools)
 
-    def tool_form(self, tools: Sequence[dict[str, Any]]) -> ToolForm | None:
-        """How the model writes calls of ``tools``; None: there are none."""
+    def tool_format(self, tools: Sequence[dict[str, Any]]) -> ToolFormat | None:
+        """How the model writes calls of ``tools``; None without tools. Raises ApiError if that is unknown."""
         if not tools:
             return None
         template = getattr(self.tokenizer, "chat_template", None) and self.tokenizer.get_chat_template(tools=tools)
-        if (form := form_of(str(template))) is None:
-            message = "the chat template of this model has no tools, or writes calls in a form that is not known"
+        if (found := find_format(str(template))) is None:
+            message = "this model's chat template has no tools or an unknown format of calls; leave 'tools' out"
             raise ApiError(400, message, "tools", "unsupported_parameter")
-        return form
+        return found
 
     def encode_text(self, prompt: str | list[int]) -> list[int]:
         if not isinstance(prompt, str):
-            self.check_fits("prompt", len(prompt))
+            self.check_length("prompt", len(prompt))
         return self._encode("prompt", prompt, chat=False)
 
-    def _encode(self, name: str, prompt: Any, **how: Any) -> list[int]:
-        """Token ids of the parameter ``name``. Raises ApiError for what cannot be encoded, or does not fit."""
+    def _encode(self, name: str, prompt: Any, **options: Any) -> list[int]:
+        """Token ids of the parameter ``name``. Raises ApiError if it cannot be encoded or is too long."""
         try:
-            ids = encode(self.tokenizer, prompt, context=self.context, **how)
+            ids = encode(self.tokenizer, prompt, context=self.context, **options)
         except SpecDecError as error:
             code = TOO_LONG if isinstance(error, PromptTooLongError) else "invalid_value"
             raise ApiError(400, str(error), name, code) from None
-        self.check_fits(name, len(ids))
-        self.check_tokens(name, ids)
+        self.check_length(name, len(ids))
+        self.check_token_ids(name, ids)
         return ids
 
-    def check_fits(self, name: str, tokens: int, most: int | None = None) -> None:
+    def check_length(self, name: str, tokens: int, most: int | None = None) -> None:
+        """Raise ApiError for more than ``most`` tokens; None is the limit of prompts."""
         if most is None:
             most = min(self.context - 1, self.settings.max_prompt_tokens or self.context)
         if tokens > most:
-            message = f"there are {tokens} tokens in '{name}'; this server takes at most {most}; shorten it"
+            message = f"'{name}' has {tokens} tokens, more than this server's limit of {most}; shorten it"
             raise ApiError(400, message, name, TOO_LONG)
 
-    def check_tokens(self, name: str, ids: Sequence[int]) -> None:
+    def check_token_ids(self, name: str, ids: Sequence[int]) -> None:
         if max(ids, default=0) >= self.decoder.target.vocab_size:
             message = f"{name} has token ids outside the model's vocabulary of {self.decoder.target.vocab_size}"
             raise ApiError(400, message, name, "invalid_value")
 
     def decode(self, ids: Sequence[int], special: bool = False) -> str:
-        """Text, with or without ``special`` tokens."""
+        """The text of ``ids``. special: keep special tokens."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=not special))
 
-    def constraint(self, body: Sampling) -> CompiledConstraint | None:
-        """What the answers must be; it may take a second to prepare."""
+    def constraint(self, body: GenerationBody) -> CompiledConstraint | None:
+        """The compiled constraint on the answers; compiling may take a second."""
         rule: Constraint | None = None if body.response_format is None else body.response_format.constraint
         name = "response_format"
-        if isinstance(body, ChatBody) and body.forced:
-            form, name = self.tool_form(body.offered), "tools"
-            assert form is not None
-            rule = grammar_of(form, body.forced, body.several, self.tokenizer)
+        if isinstance(body, ChatBody) and body.forced_tools:
+            tool_format, name = self.tool_format(body.callable_tools), "tools"
+            assert tool_format is not None
+            rule = tool_grammar(tool_format, body.forced_tools, body.allows_several_calls, self.tokenizer)
         if rule is None:
             return None
         try:
@@ -148,24 +149,25 @@ class Service:
     def submit(
         self,
         prompts: Sequence[list[int]],
-        body: Sampling,
-        rule: CompiledConstraint | None = None,
+        body: GenerationBody,
+        constraint: CompiledConstraint | None = None,
         shown: Sequence[str] = (),
         scope: str | None = None,
-    ) -> list[Choice]:
-        """Start every choice of a request: ``n`` for each prompt. shown: special tokens that are in their text. scope:
-        as in ``engine.Request``.
+    ) -> list[ResponseChoice]:
+        """Submit a request for each choice: ``n`` per prompt. Raises ApiError if not all are accepted.
 
-        Raises ApiError where none is started.
+        shown: special tokens to keep in the text. scope: as in ``engine.Request``.
         """
         seed = secrets.randbelow(SEEDS) if body.seed is None else body.seed
         rows = [prompt for prompt in prompts for _ in range(body.n or 1)]
-        choices: list[Choice] = []
+        choices: list[ResponseChoice] = []
         try:
             for index, (prompt, stream) in enumerate(zip(rows, streams(rows), strict=True)):
-                request = self._request(prompt, body, rule, seed=seed, stream=stream, scope=scope)
+                request = self._request(prompt, body, constraint, seed=seed, stream=stream, scope=scope)
                 handle = self.engine.submit(request)
-                choices.append(Choice(index, handle, prompt, self.tokenizer, body.stops, self.metrics, shown))
+                choices.append(
+                    ResponseChoice(index, handle, prompt, self.tokenizer, body.stop_strings, self.metrics, shown)
+                )
         except QueueFullError as error:
             raise ApiError(429, str(error), code="queue_full") from None
         finally:
@@ -174,30 +176,32 @@ class Service:
                     choice.close()
         return choices
 
-    def drafter_of(self, body: Sampling) -> str:
-        """The drafter that a request uses, as a header may name it; "none", too, while it is off as it has failed."""
+    def drafter_label(self, body: GenerationBody) -> str:
+        """The drafter of a request, for a header; "none" while the drafter is off."""
         on = body.speculative_decoding and self.engine.drafting == "on"
         return quote(self.decoder.drafter.label if on else "none", safe="+=-. /")
 
-    def end(self, choices: Sequence[Choice]) -> None:
-        """A request is over, or its client has gone."""
+    def finish(self, choices: Sequence[ResponseChoice]) -> None:
+        """Close the choices of a request, which has finished or whose client has disconnected, and count them."""
         now = time.perf_counter()
         for choice in choices:
             choice.close()
-            self.metrics.ended(choice.handle.metrics, choice.answer.finish or "abort", now - choice.began)
+            self.metrics.record_finished(choice.handle.metrics, choice.answer.finish or "abort", now - choice.started)
 
-    def _request(self, prompt: list[int], body: Sampling, rule: CompiledConstraint | None, **how: Any) -> Request:
-        limit = min(bound for bound in (body.limit, self.settings.max_tokens, self.context) if bound is not None)
+    def _request(
+        self, prompt: list[int], body: GenerationBody, constraint: CompiledConstraint | None, **options: Any
+    ) -> Request:
+        max_new_tokens = self._max_new_tokens(body)
         request = self.decoder.request(
             prompt,
-            max_new_tokens=max(limit, 1),
-            **{"temperature": TEMPERATURE, **body.sampling, **how},
-            stop=body.stops,
+            max_new_tokens=max(max_new_tokens, 1),
+            **{"temperature": TEMPERATURE, **body.sampling_options, **options},
+            stop=body.stop_strings,
             ignore_eos=body.ignore_eos,
             draft=body.speculative_decoding,
-            constraint=rule,
-            logprobs=body.top,
-            prompt_logprobs=body.top is not None and isinstance(body, CompletionBody) and body.echo,
+            constraint=constraint,
+            logprobs=body.num_logprobs,
+            prompt_logprobs=body.num_logprobs is not None and isinstance(body, CompletionBody) and body.echo,
         )
-        request.max_new_tokens = min(request.max_new_tokens, limit)  # 0: the prompt alone is scored
+        request.max_new_tokens = min(request.max_new_tokens, max_new_tokens)  # 0 scores the prompt alone
         return request

@@ -1,28 +1,40 @@
-"""What a server allows: its name for the model, its key, and limits on what one client may ask for."""
+"""The settings of a server."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Annotated, Any
 
-SECONDS = 30.0  # that a client may take to send its body, or to read what waits for it
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PositiveInt
 
 
-@dataclass(frozen=True)
-class Settings:
-    """name: of the model, as clients call it. api_key: None lets everybody in. origins: allowed by CORS. hosts:
-    names by which clients may call the server, beside "localhost", this machine's and addresses; "*": any.
+def _split(given: Any) -> Any:
+    """The parts of a comma-separated list."""
+    return tuple(part.strip() for part in given.split(",")) if isinstance(given, str) else given
 
-    Limits: max_body (bytes of a request), max_prompt_tokens and max_tokens (None: the model's context), max_choices (of
-    one request: its prompts times ``n``), max_connections. patience: seconds for a client that sends or reads slowly.
+
+class ServerSettings(BaseModel):
+    """What the server is called, who may use it, and limits for one client.
+
+    name: the model's name for clients.
+    api_key: None serves everybody.
+    cors: origins that CORS allows.
+    allowed_hosts: Host headers beside localhost, this machine's name and IP addresses; "*" allows all.
+    max_body: bytes of a request body.
+    max_prompt_tokens, max_tokens: of a prompt and of a choice; None is the model's context.
+    max_choices: choices of a request, its prompts times ``n``.
+    max_connections: open connections.
+    client_timeout: seconds for a client to send a request, or to read what waits for it.
     """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
     api_key: str | None = None
-    origins: tuple[str, ...] = ()
-    hosts: tuple[str, ...] = ()
-    max_body: int = 4 * 2**20
-    max_prompt_tokens: int | None = None
-    max_tokens: int | None = None
-    max_choices: int = 64
-    max_connections: int = 1024
-    patience: float = SECONDS
+    cors: Annotated[tuple[str, ...], BeforeValidator(_split)] = ()
+    allowed_hosts: Annotated[tuple[str, ...], BeforeValidator(_split)] = ()
+    max_body: PositiveInt = 4 * 2**20
+    max_prompt_tokens: PositiveInt | None = None
+    max_tokens: PositiveInt | None = None
+    max_choices: PositiveInt = 64
+    max_connections: PositiveInt = 1024
+    client_timeout: float = 30.0

@@ -1,28 +1,26 @@
-"""Server-sent events."""
+"""Server-sent events, and work that ends when the client disconnects."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, TypeVar
 
 from pydantic_core import to_json
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from specdec.api.pieces import Piece
-from specdec.serve.choice import Choice
-
 DONE = b"data: [DONE]\n\n"
 T = TypeVar("T")
 
 
-def event(value: dict[str, Any]) -> bytes:
+def sse(value: dict[str, Any]) -> bytes:
+    """A server-sent event."""
     return b"data: " + to_json(value) + b"\n\n"
 
 
 class EventStream(StreamingResponse):
-    """Events as they come, until the client goes away. end: called then."""
+    """A response of server-sent events. end: called after the last event, or when the client disconnects."""
 
     media_type = "text/event-stream"
 
@@ -33,12 +31,12 @@ class EventStream(StreamingResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
-        finally:  # also where no event has been asked for
+        finally:  # also if the client disconnects before the first event
             self.end()
 
 
-async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T | None:
-    """What ``work`` returns; None, with ``work`` ended, once the client has gone."""
+async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T | None:
+    """The result of ``work``; if the client disconnects first, cancel it and return None."""
 
     async def watch() -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -51,35 +49,3 @@ async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T | Non
     finally:
         task.cancel()
         gone.cancel()
-
-
-async def merged(choices: Sequence[Choice], each: bool) -> AsyncIterator[tuple[Choice, Piece]]:
-    """The pieces of all choices, as they come."""
-    if len(choices) == 1:
-        async for piece in choices[0].pieces(each):
-            yield choices[0], piece
-        return
-    arrived: asyncio.Queue[tuple[Choice, Piece] | Exception | None] = asyncio.Queue(maxsize=len(choices))
-
-    async def forward(choice: Choice) -> None:
-        try:
-            async for piece in choice.pieces(each):
-                await arrived.put((choice, piece))
-            await arrived.put(None)
-        except Exception as error:
-            await arrived.put(error)
-
-    tasks = [asyncio.create_task(forward(choice)) for choice in choices]
-    try:
-        left = len(tasks)
-        while left:
-            item = await arrived.get()
-            if isinstance(item, Exception):
-                raise item
-            if item is None:
-                left -= 1
-            else:
-                yield item
-    finally:
-        for task in tasks:
-            task.cancel()

@@ -1,4 +1,4 @@
-"""Tool calls: the form in which a model writes them, the grammar that makes it do so, and reading them as they come."""
+"""Tool calls: the format in which a model writes them, a grammar that forces them, and an incremental parser."""
 
 from __future__ import annotations
 
@@ -12,20 +12,22 @@ from typing import Any
 
 from specdec.speculation.constraints import JSON_FORM, REASONING, Grammar
 
-BETWEEN = " \t\r\n,;[]"  # what may stand between two calls
+BETWEEN = " \t\r\n,;[]"  # characters that may separate two calls
 NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
 _HEAD = re.compile(r'\{\s*"name"\s*:\s*"([\w-]+)"\s*,\s*"(?:arguments|parameters)"\s*:\s*')
-
 _NAME = re.compile(r'"name"\s*:\s*"([\w-]*)("?)')
 
 
 @dataclass(frozen=True)
-class ToolForm:
-    """How a family of models writes calls: ``first`` of all, ``before`` and ``after`` each, ``between`` two, ``last``.
+class ToolFormat:
+    """How a family of models writes tool calls.
 
-    mark: what calls are known by; "": an answer that is JSON is a call. end: what ends a call that began with the mark.
-    arguments: what the arguments are called. named: what stands between a name and its arguments; "": both are in one
-    JSON object.
+    mark: text that begins the calls; "": an answer that is a JSON object is a call.
+    first, last: text before the first call and after the last one.
+    before, after: text around each call. between: text between two calls.
+    end: text that ends calls which began with the mark.
+    arguments: the JSON key of the arguments.
+    separator: text between a name and its arguments; "": both are in one JSON object.
     """
 
     mark: str
@@ -36,54 +38,56 @@ class ToolForm:
     last: str = ""
     end: str = ""
     arguments: str = "arguments"
-    named: str = ""
+    separator: str = ""
 
 
 # Qwen's, too
-HERMES = ToolForm("<tool_call>", "", "<tool_call>\n", "\n", "\n</tool_call>", "", "</tool_call>")
-MISTRAL = ToolForm("[TOOL_CALLS]", "[TOOL_CALLS][", between=", ", last="]")
-MISTRAL_NAMED = ToolForm("[TOOL_CALLS]", before="[TOOL_CALLS]", named="[ARGS]")  # since Mistral Small 3.1
-LLAMA = ToolForm("", between="; ", arguments="parameters")
+HERMES = ToolFormat("<tool_call>", "", "<tool_call>\n", "\n", "\n</tool_call>", "", "</tool_call>")
+MISTRAL = ToolFormat("[TOOL_CALLS]", "[TOOL_CALLS][", between=", ", last="]")
+MISTRAL_NAMED = ToolFormat("[TOOL_CALLS]", before="[TOOL_CALLS]", separator="[ARGS]")  # since Mistral Small 3.1
+LLAMA = ToolFormat("", between="; ", arguments="parameters")
 
 
-def shown_of(form: ToolForm | None, constrained: bool) -> list[str]:
-    """What ``ChatParser`` looks for in a text, be it a special token or not."""
-    marks = [] if form is None else [mark for mark in (form.mark, form.end, form.named) if mark]
-    return [*marks, *REASONING] if constrained else marks
+def kept_special_tokens(tool_format: ToolFormat | None, constrained: bool) -> list[str]:
+    """The special tokens that ``ChatParser`` needs in the text. constrained: the answer has a constraint."""
+    marks = (tool_format.mark, tool_format.end, tool_format.separator) if tool_format is not None else ()
+    return [*filter(None, marks), *(REASONING if constrained else ())]
 
 
-def form_of(template: str) -> ToolForm | None:
-    """The form that a chat template asks for; None: it has no tools, or another form."""
+def find_format(template: str) -> ToolFormat | None:
+    """The format that a chat template asks for; None if it has no tools or an unknown format."""
     if "tools" not in template:
         return None
     if HERMES.mark in template and "<function=" not in template:
         return HERMES
     if MISTRAL.mark in template and "[CALL_ID]" not in template:
-        return MISTRAL_NAMED if MISTRAL_NAMED.named in template else MISTRAL
+        return MISTRAL_NAMED if MISTRAL_NAMED.separator in template else MISTRAL
     return LLAMA if '"parameters"' in template and "ipython" in template else None
 
 
-def grammar_of(form: ToolForm, tools: dict[str, dict[str, Any] | None], several: bool, tokenizer: Any) -> Grammar:
-    """One call of ``tools`` (their arguments' schemas by name), or ``several``."""
+def tool_grammar(
+    tool_format: ToolFormat, tools: dict[str, dict[str, Any] | None], several: bool, tokenizer: Any
+) -> Grammar:
+    """A grammar of one call, or of ``several``. tools: the schema of the arguments by name; None without arguments."""
 
     def text(given: str) -> str:
-        return _text(given, shown_of(form, constrained=False), tokenizer)
+        return _grammar_text(given, kept_special_tokens(tool_format, constrained=False), tokenizer)
 
-    more = f"({text(form.between)} call)*" if several else ""
-    lines = [f"start: {text(form.first)} call {more} {text(form.last)}"]
-    lines.append(f"call: {text(form.before)} body {text(form.after)}")
+    more = f"({text(tool_format.between)} call)*" if several else ""
+    lines = [f"start: {text(tool_format.first)} call {more} {text(tool_format.last)}"]
+    lines.append(f"call: {text(tool_format.before)} body {text(tool_format.after)}")
     lines.append("body: " + " | ".join(f"call_{n}" for n in range(len(tools))))
     for n, (name, schema) in enumerate(tools.items()):
-        head, tail = f'{{"name": "{name}", "{form.arguments}": ', '"}"'
-        if form.named:
-            head, tail = name + form.named, ""
+        head, tail = f'{{"name": "{name}", "{tool_format.arguments}": ', '"}"'
+        if tool_format.separator:
+            head, tail = name + tool_format.separator, ""
         lines.append(f"call_{n}: {text(head)} arguments_{n} {tail}")
         lines.append(f"arguments_{n}: %json {json.dumps((schema or NO_ARGUMENTS) | {'x-guidance': JSON_FORM})}")
     return Grammar("\n".join(lines))
 
 
-def _text(text: str, marks: Sequence[str], tokenizer: Any) -> str:
-    """``text`` in a grammar. Those of ``marks`` that are added tokens are tokens there, not text."""
+def _grammar_text(text: str, marks: Sequence[str], tokenizer: Any) -> str:
+    """``text`` as a terminal of a grammar. Those ``marks`` that are added tokens match by token id."""
     parts = re.split("(" + "|".join(map(re.escape, marks)) + ")", text) if marks else [text]
     found = []
     for part in filter(None, parts):
@@ -93,12 +97,16 @@ def _text(text: str, marks: Sequence[str], tokenizer: Any) -> str:
     return " ".join(found)
 
 
-class _Call:
-    """A call that is being read: a JSON object with a name and arguments; or, of one that is ``named``, the latter."""
+class _CallParser:
+    """Parses one call: a JSON object with a name and arguments.
+
+    named: the name, if it came before the object, which then holds the arguments alone.
+    raw: the text so far. sent: the end of the arguments that ``deltas`` has returned. end: of the arguments, or 0.
+    """
 
     def __init__(self, index: int, names: Collection[str], named: str = "") -> None:
         self.index, self.names, self.raw, self.named = index, names, "", bool(named)
-        self.depth = self.sent = self.end = 0  # end: of the arguments in the raw text
+        self.depth = self.sent = self.end = 0
         self.quoted = self.escaped = self.complete = False
         self.head: re.Match[str] | None = None
         self.announced = False
@@ -106,7 +114,7 @@ class _Call:
             self.take(f'{{"name": "{named}", "arguments": ')
 
     def take(self, text: str) -> int:
-        """Read on; return how many characters belong to the call."""
+        """Parse more text; return how many of its characters belong to the call."""
         before = len(self.raw)
         self.raw += text
         for end, character in enumerate(text, start=before + 1):
@@ -135,7 +143,7 @@ class _Call:
             self.head, self.sent = head, head.end()
 
     def deltas(self) -> Iterator[dict[str, Any]]:
-        """What has become certain of the call since the last time."""
+        """The new parts of the call since the last time."""
         if self.head is None:
             if self.complete and (found := self._whole()) is not None:
                 yield self.opening(*found)
@@ -148,7 +156,7 @@ class _Call:
             self.sent = end
 
     def _whole(self) -> tuple[str, str] | None:
-        """Name and arguments of a call with its parts in another order."""
+        """Name and arguments of a call that has them in another order."""
         try:
             found = json.loads(self.raw)
             name, arguments = found["name"], found.get("arguments", found.get("parameters", {}))
@@ -166,36 +174,41 @@ class _Call:
 
 
 def _new_id() -> str:
-    """Nine letters and digits: all that Mistral's templates take."""
+    """Nine letters and digits, as Mistral's templates require."""
     return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(9))
 
 
 class ChatParser:
-    """The parts of an answer as its text comes: reasoning, content, tool calls. Each is a delta of OpenAI's interface.
+    """Splits the text of an answer, as it arrives, into OpenAI's deltas: reasoning, content and tool calls.
 
-    form: None reads no calls. names: of the tools; what calls another one is content. single: calls after the first are
-    left out. inside, may_reason: the text begins in a block of reasoning, or may begin with one. forced: the answer is
-    calls, so it has no content; one that is cut before its arguments is a call if its name is certain.
+    tool_format: None parses no calls.
+    names: of the tools; a call of another name is content.
+    single: drop calls after the first.
+    inside, may_reason: the text begins within a block of reasoning, or may begin with one.
+    forced: the answer consists of calls and has no content. A call that is cut before its arguments counts if its name
+        is certain.
     """
 
     def __init__(
         self,
-        form: ToolForm | None = None,
+        tool_format: ToolFormat | None = None,
         names: Collection[str] = (),
         single: bool = False,
         inside: bool = False,
         may_reason: bool = False,
         forced: bool = False,
     ) -> None:
-        self.form, self.names, self.single, self.reasoning, self.may_reason = form, names, single, inside, may_reason
-        self.forced, self.answer = forced, ""  # the text so far, of calls that are forced
-        self.buffer, self.calls = "", 0
-        self.call: _Call | None = None
-        self.calling = self.begun = False  # between the calls; some content has come
-        self.answered = False  # a block of reasoning has just ended: white space after it is no content
+        self.tool_format, self.names, self.single = tool_format, names, single
+        self.reasoning, self.may_reason, self.forced = inside, may_reason, forced
+        self.answer = ""  # the text so far, if calls are forced
+        self.buffer = ""  # text that is not parsed yet
+        self.calls = 0
+        self.call: _CallParser | None = None
+        self.between_calls = self.has_content = False
+        self.after_reasoning = False  # a block of reasoning has just ended, and white space after it is no content
 
     def push(self, text: str, last: bool = False) -> list[dict[str, Any]]:
-        """Take in text; ``last``: no more comes."""
+        """Parse more text; return its deltas. last: the text is complete."""
         self.buffer += text
         found = list[dict[str, Any]]()
         while (part := self._next(last)) is not None:
@@ -203,14 +216,14 @@ class ChatParser:
         if not self.forced:
             return found
         self.answer += "" if self.calls else text
-        return [delta for delta in found if "content" not in delta] + (self._cut() if last else [])
+        return [delta for delta in found if "content" not in delta] + (self._cut_call() if last else [])
 
-    def _cut(self) -> list[dict[str, Any]]:
-        """The call of an answer that has ended before the arguments of its first one."""
-        assert self.form is not None
+    def _cut_call(self) -> list[dict[str, Any]]:
+        """The call of an answer that was cut before the arguments of its first call."""
+        assert self.tool_format is not None
         text = self.answer.rpartition(REASONING[1])[2]
-        if self.form.named:
-            name, closed, _ = text.partition(self.form.mark)[2].lstrip().partition(self.form.named)
+        if self.tool_format.separator:
+            name, closed, _ = text.partition(self.tool_format.mark)[2].lstrip().partition(self.tool_format.separator)
         else:
             head = _NAME.search(text)
             name, closed = (head[1], head[2]) if head else ("", "")
@@ -218,17 +231,17 @@ class ChatParser:
         if self.calls or len(certain) != 1:
             return []
         self.calls = 1
-        return [_Call(0, self.names).opening(certain[0])]
+        return [_CallParser(0, self.names).opening(certain[0])]
 
     def _next(self, last: bool) -> list[dict[str, Any]] | None:
-        """Read one part of the buffer; None if more has to come first."""
+        """Parse one part of the buffer; None if that needs more text."""
         if self.may_reason:
             return self._first(last)
         if self.reasoning:
             return self._reasoning(last)
         if self.call is not None:
             return self._in_call(self.call, last)
-        if self.calling:
+        if self.between_calls:
             return self._between(last)
         return self._content(last)
 
@@ -244,65 +257,65 @@ class ChatParser:
     def _reasoning(self, last: bool) -> list[dict[str, Any]] | None:
         before, mark, after = self.buffer.partition(REASONING[1])
         if mark:
-            self.reasoning, self.answered, self.buffer = False, True, after
+            self.reasoning, self.after_reasoning, self.buffer = False, True, after
         else:
-            before, self.buffer = _certain(before, REASONING[1], last)
+            before, self.buffer = _split_before_mark(before, REASONING[1], last)
         return [{"reasoning_content": before}] if before else ([] if mark else None)
 
     def _content(self, last: bool) -> list[dict[str, Any]] | None:
-        mark = None if self.form is None else self.form.mark
-        if self.answered:
+        mark = None if self.tool_format is None else self.tool_format.mark
+        if self.after_reasoning:
             self.buffer = self.buffer.lstrip()
             if not self.buffer:
                 return None
-            self.answered = False
-        if mark == "" and not self.begun:  # the first character tells
+            self.after_reasoning = False
+        if mark == "" and not self.has_content:  # the first character decides
             if not (text := self.buffer.lstrip()):
                 return None
-            self.begun, self.calling = True, text[0] == "{"
+            self.has_content, self.between_calls = True, text[0] == "{"
             return []
         before, found, after = self.buffer.partition(mark) if mark else (self.buffer, "", "")
         if found:
-            self.calling, self.buffer = True, after
+            self.between_calls, self.buffer = True, after
             before = before.rstrip()
         elif mark:
-            before, self.buffer = _certain(before, mark, last)
+            before, self.buffer = _split_before_mark(before, mark, last)
         else:
             self.buffer = ""
         return [{"content": before}] if before else ([] if found else None)
 
     def _between(self, last: bool) -> list[dict[str, Any]] | None:
-        assert self.form is not None
-        if self.form.named:
-            return self._named(self.form.named, last)
-        text, end = self.buffer.lstrip(BETWEEN), self.form.end
+        assert self.tool_format is not None
+        if self.tool_format.separator:
+            return self._named(self.tool_format.separator, last)
+        text, end = self.buffer.lstrip(BETWEEN), self.tool_format.end
         if end and text.startswith(end):
-            self.calling, self.buffer = False, text.removeprefix(end)
+            self.between_calls, self.buffer = False, text.removeprefix(end)
             if not self.buffer.strip() and self.calls:
                 self.buffer = ""
             return []
         if not text or (end and not last and end.startswith(text)):
             return None
         if text[0] == "{":
-            self.call, self.buffer = _Call(self.calls, self.names), text
+            self.call, self.buffer = _CallParser(self.calls, self.names), text
         else:
-            self.calling, self.begun = False, True
+            self.between_calls, self.has_content = False, True
         return []
 
     def _named(self, between: str, last: bool) -> list[dict[str, Any]] | None:
-        """A name and the beginning of its arguments."""
+        """Parse a name and the beginning of its arguments."""
         text = self.buffer.lstrip()
         for name in self.names:
             head, rest = name + between, text.removeprefix(name + between).lstrip()
             if text.startswith(head) and rest.startswith("{"):
-                self.call, self.calling, self.buffer = _Call(self.calls, self.names, name), False, rest
+                self.call, self.between_calls, self.buffer = _CallParser(self.calls, self.names, name), False, rest
                 return []
             if not last and (head.startswith(text) or (text.startswith(head) and not rest)):
                 return None
-        self.calling, self.begun = False, True
+        self.between_calls, self.has_content = False, True
         return []
 
-    def _in_call(self, call: _Call, last: bool) -> list[dict[str, Any]] | None:
+    def _in_call(self, call: _CallParser, last: bool) -> list[dict[str, Any]] | None:
         taken = call.take(self.buffer)
         self.buffer = self.buffer[taken:]
         found = [] if self.single and self.calls else list(call.deltas())
@@ -316,17 +329,17 @@ class ChatParser:
         return found
 
 
-def _certain(text: str, mark: str, last: bool) -> tuple[str, str]:
-    """``text`` without, and with only, the end that white space or the beginning of ``mark`` may be."""
+def _split_before_mark(text: str, mark: str, last: bool) -> tuple[str, str]:
+    """Split off an end of ``text`` that may be the beginning of ``mark``, with the white space before it."""
     if last:
         return text, ""
     hold = max((n for n in range(1, len(mark)) if text.endswith(mark[:n])), default=0)
-    certain = text[: len(text) - hold].rstrip()
-    return certain, text[len(certain) :]
+    before = text[: len(text) - hold].rstrip()
+    return before, text[len(before) :]
 
 
-def message_of(deltas: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The parts of a whole message."""
+def merge_deltas(deltas: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The message that consists of ``deltas``."""
     content = "".join(delta.get("content", "") for delta in deltas)
     reasoning = "".join(delta.get("reasoning_content", "") for delta in deltas)
     calls: dict[int, dict[str, Any]] = {}

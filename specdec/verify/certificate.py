@@ -1,4 +1,4 @@
-"""A certificate: greedy and sampled output of one decoder on the user's prompts, as data and as one page of text."""
+"""A certificate of losslessness: greedy and sampled output of a decoder on the user's prompts, as data and as text."""
 
 from __future__ import annotations
 
@@ -19,15 +19,19 @@ from specdec.engine.replay import NEAR_TIE
 from specdec.speculation.sampling import SamplingParams
 from specdec.verify.checks import ALPHA, ORDER, TAIL, Fit, Greedy, expected, fit, misfits
 
-POSITIONS = (0, 16)  # tokens of the first answer that sampling is tested after
+POSITIONS = (0, 16)  # sampling is tested after so many tokens of the first answer
 
 
 @dataclass(frozen=True)
 class CheckPlan:
-    """What is checked: the greedy answer to the first turn of each conversation at each depth, and ``draws`` sampled
-    continuations of the first prompt at each of ``positions``, at the last depth, with ``params``.
+    """What is checked: greedy answers to the first turn of each conversation at each depth, and sampled continuations
+    of the first prompt at each position, at the last depth.
 
-    positions: None is ``POSITIONS``, as far as the first answer reaches."""
+    max_new_tokens: of a greedy answer.
+    draws: sampled continuations per position.
+    positions: tokens of the first answer before the continuation; None is those of ``POSITIONS`` within the answer.
+    params: of sampling.
+    """
 
     depths: Sequence[Depth]
     conversations: Sequence[Conversation]
@@ -38,7 +42,10 @@ class CheckPlan:
 
 
 class Certificate:
-    """Filled by ``run``, which may be interrupted; what was checked until then stays."""
+    """The results of ``run``; if it is interrupted, those of the checks until then.
+
+    greedy: by depth. fits: by position. complete: whether ``run`` has ended.
+    """
 
     def __init__(self, decoder: SpecDecoder, plan: CheckPlan) -> None:
         self.decoder, self.plan = decoder, plan
@@ -50,7 +57,7 @@ class Certificate:
         self.environment = environment()
 
     def run(self, progress: OnProgress = lambda done, total, tokens: None) -> None:
-        """Check everything. Raises SpecDecError for prompts that do not fit the model."""
+        """Run all checks. Raises SpecDecError for prompts that do not fit the model's context."""
         plan, decoder, context = self.plan, self.decoder, self.decoder.target.context
         positions = POSITIONS if plan.positions is None else plan.positions
         total = len(plan.conversations) * (1 + len(self.greedy)) + len(positions) * plan.draws
@@ -82,7 +89,9 @@ class Certificate:
                 if plan.positions is None:
                     total -= plan.draws
                     continue
-                raise SpecDecError(f"position {position} lies behind the answer to the first prompt; use --positions")
+                raise SpecDecError(
+                    f"position {position} is beyond the answer to the first prompt; choose others with --positions"
+                )
             self.fits.append(fit(decoder, held, position, plan.draws, plan.params, self.greedy[-1].depth, step))
         self.complete = True
 
@@ -91,7 +100,7 @@ class Certificate:
         return all(check.passed for check in self.greedy) and not misfits(self.fits)
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything as plain values, for JSON."""
+        """The results as plain values, for JSON."""
         return {
             "passed": self.passed,
             "complete": self.complete,
@@ -103,7 +112,7 @@ class Certificate:
         }
 
     def page(self, title: Sequence[str]) -> str:
-        """The certificate as text; ``title``: lines that say of what."""
+        """The certificate as text. title: lines that describe the decoder."""
         about, result = self.environment, "PASSED" if self.passed else "FAILED"
         lines = [f"Losslessness: {result}{'' if self.complete else ' so far (cut short)'}", "", *title]
         lines.append(f"machine    {about['cpu']}, {about['threads']} threads")
@@ -112,7 +121,7 @@ class Certificate:
         return "\n".join([*lines, "", *self._greedy_lines(), "", *self._sampling_lines()])
 
     def _greedy_lines(self) -> list[str]:
-        rule = f"every token is its choice, or a near-tie: at most {NEAR_TIE[self.dtype]:g} below its best logit"
+        rule = f"every token is its choice or a near-tie, at most {NEAR_TIE[self.dtype]:g} below its best logit"
         if self.dtype == torch.float32:
             rule = "float32: the tokens of model.generate"
         rows: list[tuple[Any, ...]] = [
@@ -120,7 +129,7 @@ class Certificate:
         ]
         for c in self.greedy:
             counts = (c.depth, c.answers, c.tokens, c.equal, c.argmax, c.near_ties, f"{c.largest_gap:.3g}", c.faults)
-            rows.append((*counts, _word(c.passed)))
+            rows.append((*counts, _ok(c.passed)))
         faults = [f"  FAULT at depth {c.depth}, {detail}" for c in self.greedy for detail in c.details]
         return [f"Greedy decoding, replayed by the model's own forward pass ({rule})", *_columns(rows), *faults]
 
@@ -134,15 +143,15 @@ class Certificate:
         ]
         for f in self.fits:
             counts = (f.position, f.draws, f.tokens, f.choices, f.near_ties, f.faults)
-            rows.append((*counts, f"{f.chi_square:.1f}", f"{f.p_value:.2g}", _word(f not in bad)))
-        test = "  each token against the model's choice under the same noise; places of the tokens in the model's "
-        test += f"distribution: chi-square of {ORDER} degrees, level {ALPHA:g}"
-        note = ["  rounding moves probabilities a little in this dtype; float32 is the strict test"]
+            rows.append((*counts, f"{f.chi_square:.1f}", f"{f.p_value:.2g}", _ok(f not in bad)))
+        test = "  each token is compared with the model's choice under the same noise; its fit to the model's "
+        test += f"distribution is tested by chi-square with {ORDER} degrees of freedom, level {ALPHA:g}"
+        note = ["  rounding in this dtype changes probabilities slightly; float32 is the strict test"]
         return [f"Sampling ({how})", test, *_columns(rows), *(note if self.dtype != torch.float32 else [])]
 
 
 def _columns(rows: Sequence[Sequence[Any]]) -> list[str]:
-    """Lines of a plain-text table, indented."""
+    """The lines of an indented plain-text table."""
     cells = [[str(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return [
@@ -150,5 +159,5 @@ def _columns(rows: Sequence[Sequence[Any]]) -> list[str]:
     ]
 
 
-def _word(passed: bool) -> str:
+def _ok(passed: bool) -> str:
     return "ok" if passed else "FAULT"

@@ -1,6 +1,6 @@
-"""What a certificate rests on: greedy answers compared with the model itself, and the fit of sampled tokens.
+"""The checks of a certificate: greedy answers against the model, and the fit of sampled tokens.
 
-The reference is the model's own forward pass (``model.generate``, and teacher-forced logits), never our runtimes. Knows
+The reference is the model's own forward pass (``model.generate`` and teacher-forced logits), never our runtimes. Knows
 no command line and no files.
 """
 
@@ -19,18 +19,18 @@ from specdec.engine.replay import NEAR_TIE
 from specdec.models import generation_config
 from specdec.speculation.sampling import Sampler, SamplingParams
 
-TAIL = 4  # tokens of each draw that are tested
-ROWS = 8  # draws decoded together
+TAIL = 4  # tokens of a sampled continuation
+ROWS = 8  # continuations decoded together
 ORDER = 4  # components of the test of fit
-ALPHA = 1e-3  # chance that a lossless decoder fails the tests of fit of a certificate
-SHOWN = 10  # faults kept in detail
+ALPHA = 1e-3  # probability that a lossless decoder fails the tests of fit of a certificate
+MAX_DETAILS = 10  # faults kept with their details
 
 
 @torch.inference_mode()
 def model_logits(model: Any, prompt: list[int], tokens: list[int], count: int) -> Tensor:
     """Teacher-forced logits of the model's own forward, float32 [n, V]: row i predicts ``tokens[i]`` (n tokens).
 
-    They are processed as the model's generation_config asks for requests of ``count`` new tokens.
+    The logits processors of the model's generation_config are applied, as for requests of ``count`` new tokens.
     """
     ids = torch.tensor([prompt + tokens], device=model.device)  # (1, T)
     logits = model(ids).logits[0, len(prompt) - 1 : -1].float()
@@ -40,7 +40,7 @@ def model_logits(model: Any, prompt: list[int], tokens: list[int], count: int) -
 
 
 def expected(decoder: SpecDecoder, prompt: list[int], count: int) -> list[int]:
-    """What ``model.generate`` answers greedily: new ids only."""
+    """The new token ids of a greedy ``model.generate``."""
     ids = torch.tensor([prompt], device=decoder.model.device)
     out = decoder.model.generate(  # type: ignore[operator]
         ids,
@@ -56,9 +56,12 @@ def expected(decoder: SpecDecoder, prompt: list[int], count: int) -> list[int]:
 class Greedy:
     """Greedy answers at one draft depth.
 
-    equal: answers that are the very tokens of ``model.generate``. argmax: tokens that are the model's own choice under
-    replay; near_ties: others within ``NEAR_TIE`` of it; largest_gap: the largest distance of a token's logit from the
-    best one. faults: what neither explains, at most ``SHOWN`` in detail. strict: float32, where answers must be equal.
+    strict: answers must equal those of ``model.generate`` (in float32).
+    equal: answers with the tokens of ``model.generate``.
+    argmax: tokens with the model's best logit.
+    near_ties: other tokens within ``NEAR_TIE`` of the best logit.
+    largest_gap: largest difference of a token's logit to the best one.
+    faults: deviations that are no near-tie. details: of at most ``MAX_DETAILS`` of them.
     """
 
     depth: Depth
@@ -79,7 +82,7 @@ class Greedy:
     def take(
         self, decoder: SpecDecoder, name: str, prompt: list[int], answer: list[int], right: list[int], count: int
     ) -> None:
-        """Compare the ``answer`` to the prompt called ``name`` with that of model.generate and with a replay."""
+        """Compare the ``answer`` to the prompt ``name`` with that of model.generate and with the model's logits."""
         logits = model_logits(decoder.model, prompt, answer, count)
         gaps = logits.amax(-1) - logits.gather(1, logits.new_tensor(answer).long()[:, None])[:, 0]  # (n,)
         limit, eos = NEAR_TIE[decoder.target.dtype], decoder.eos_ids()
@@ -92,23 +95,25 @@ class Greedy:
         far = [i for i, gap in enumerate(gaps.tolist()) if not gap <= limit]  # NaN is no near-tie
         wrong = [f"token {i} is {answer[i]}, {float(gaps[i]):.3g} below the best" for i in far]
         if any(token in eos for token in answer[:-1]):
-            wrong.append("it continues after the end of the text")
+            wrong.append("it continues after an end token")
         if len(answer) != count and answer[-1] not in eos:
-            wrong.append(f"it ends after {len(answer)} of {count} tokens, without an end of text")
+            wrong.append(f"it ends after {len(answer)} of {count} tokens without an end token")
         if self.strict and answer != right and not wrong:
             at = next((i for i, (a, b) in enumerate(zip(answer, right, strict=False)) if a != b), len(answer))
             wrong.append(f"it differs from model.generate at token {at}")
         self.faults += len(wrong)
-        self.details = [*self.details, *(f"prompt {name}: {what}" for what in wrong)][:SHOWN]
+        self.details = [*self.details, *(f"prompt {name}: {what}" for what in wrong)][:MAX_DETAILS]
 
 
 @dataclass(frozen=True)
 class Fit:
-    """Sampled tokens after one context, against the model's own choice under the same noise, and its distribution.
+    """Sampled tokens after one context, compared with the model's choice under the same noise and its distribution.
 
-    position: tokens of the greedy answer that the context holds beside the prompt. choices: tokens that the model
-    itself chooses there; near_ties: others within ``NEAR_TIE`` of its choice; the rest are faults. impossible: drawn
-    tokens that have probability 0. chi_square: Neyman's smooth statistic, with ``ORDER`` degrees of freedom.
+    position: tokens of the greedy answer in the context, after the prompt.
+    choices: tokens that the model chooses, too.
+    near_ties: other tokens within ``NEAR_TIE`` of its choice; the rest are faults.
+    impossible: tokens with probability 0.
+    chi_square: Neyman's smooth statistic, with ``ORDER`` degrees of freedom.
     """
 
     position: int
@@ -134,11 +139,11 @@ def fit(
     depth: Depth,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> Fit:
-    """Draw ``draws`` continuations of ``context``, up to ``TAIL`` tokens each, and test all their tokens together.
+    """Sample ``draws`` continuations of ``context``, up to ``TAIL`` tokens each, and test all their tokens together.
 
-    Each token must be the argmax of the model's perturbed logits: then drafts have had no influence. That these are
-    draws from its distribution p is tested apart: with tokens ordered by p, u = P(tokens ahead of x) + v p(x), v
-    uniform, is uniform on [0, 1), and all the u are independent (Rosenblatt 1952).
+    Each token must be the argmax of the model's perturbed logits: then drafts have no influence. A second test is that
+    tokens x are draws from the model's distribution p: with tokens ordered by p and v uniform, u = P(tokens before x) +
+    v p(x) is uniform on [0, 1), and all u are independent (Rosenblatt 1952).
     """
     generator = torch.Generator().manual_seed(params.seed)
     places: list[float] = []
@@ -187,5 +192,5 @@ def chi_square_tail(statistic: float, degrees: int) -> float:
 
 
 def misfits(fits: list[Fit]) -> list[Fit]:
-    """The fits that a lossless decoder would not have shown, at level ``ALPHA`` for all of them (Bonferroni)."""
+    """The fits that fail, at level ``ALPHA`` for all of them together (Bonferroni)."""
     return [fit for fit in fits if fit.faults or fit.impossible or not fit.p_value >= ALPHA / len(fits)]

@@ -180,7 +180,7 @@ def test_wrong_prompts_are_refused_by_name(decoder: SpecDecoder) -> None:
     with pytest.raises(SpecDecError, match=r"^prompts\[1\] must be text, token ids .* got True"):
         decoder.generate_batch([PROMPT, True])  # type: ignore[list-item]
     for prompts in ("text", b"text", 5, None, iter([PROMPT])):
-        with pytest.raises(SpecDecError, match=r"^prompts must be a list of prompts; got .*; generate takes one"):
+        with pytest.raises(SpecDecError, match=r"^prompts must be a list of prompts; got .*; use generate for one"):
             decoder.generate_batch(prompts)  # type: ignore[arg-type]
     rows = decoder.generate_batch(torch.tensor([PROMPT, PROMPT]), max_new_tokens=3)  # type: ignore[arg-type]
     assert len(rows) == 2 and rows[0].token_ids == rows[1].token_ids

@@ -97,9 +97,11 @@ def test_a_prompt_that_cannot_fit_is_refused_before_it_is_tokenised() -> None:
             raise AssertionError("minutes go by")
 
     for chat in (None, False):
-        with pytest.raises(SpecDecError, match="321 characters; the model's context of 10 tokens holds at most 320"):
+        with pytest.raises(
+            SpecDecError, match="321 characters, and the model's context of 10 tokens holds at most 320"
+        ):
             encode(Tokenizer(), "x" * 321, chat, context=10)
-    with pytest.raises(SpecDecError, match="the tokenizer cannot read this text: minutes"):
+    with pytest.raises(SpecDecError, match="the tokenizer cannot encode this text: minutes"):
         encode(Tokenizer(), "x" * 320, context=10)
 
     class Chat(Tokenizer):

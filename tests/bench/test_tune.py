@@ -96,5 +96,5 @@ def test_settings_are_kept_per_model_and_planted_files_are_data(tmp_path: Path, 
         assert load_tuned(path) is None
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "file"))
-    with pytest.raises(SpecDecError, match="cannot keep the setting"):
+    with pytest.raises(SpecDecError, match="cannot write the setting"):
         save_tuned(tuned_path("a", "auto", "cpu", "auto", "auto"), tuned)

@@ -150,7 +150,7 @@ def test_the_library_gives_them_and_refuses_what_has_none() -> None:
     assert [each.token_id for each in output.prompt_logprobs or ()] == [6, 7]
     assert output.as_dict()["logprobs"][0]["logprob"] <= 0
     assert "logprobs" not in decoder.generate([5], max_new_tokens=2).as_dict()
-    with pytest.raises(SpecDecError, match="goes with logprobs"):
+    with pytest.raises(SpecDecError, match="needs logprobs"):
         decoder.generate([5], prompt_logprobs=True)
     lossy = SpecDecoder(tiny_model(), None, "early-exit", verifier="confident")
     with pytest.raises(SpecDecError, match="without scoring"):

@@ -211,11 +211,11 @@ def test_code_in_a_repository_is_not_downloaded(fake: type[FakeHub], folder: Pat
 @pytest.mark.parametrize(
     ("files", "asked", "text"),
     [
-        ({}, "org/other", "unknown drafter 'org/other': no folder of that name, and not on Hugging Face"),
+        ({}, "org/other", "unknown drafter 'org/other': there is no such folder or Hugging Face repository"),
         ({}, "org/my-drafter@v9", "'org/my-drafter' has no revision 'v9'"),
         ({}, REPOSITORY, "is no drafter: config.json is missing"),
         ({"config.json": b"{}", "pytorch_model.bin": b""}, REPOSITORY, "is no drafter: model.safetensors is missing"),
-        ({"config.json": b"x" * 5_000_000, "model.safetensors": b""}, REPOSITORY, "it has more than 4 MB"),
+        ({"config.json": b"x" * 5_000_000, "model.safetensors": b""}, REPOSITORY, "larger than 4 MB"),
         ({"config.json": b"{}", "model.safetensors": save({})}, REPOSITORY, "does not describe a specdec drafter"),
     ],
 )
@@ -242,7 +242,7 @@ def test_without_a_network_the_cache_serves(fake: type[FakeHub], folder: Path, m
     hub.fetch_drafter.cache_clear()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert registry.parse(REPOSITORY)[0][0] == "medusa"
-    with pytest.raises(SpecDecError, match="is not in the local Hugging Face cache"):
+    with pytest.raises(SpecDecError, match="is not in the Hugging Face cache"):
         registry.parse("org/another")
 
 

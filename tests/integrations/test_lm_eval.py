@@ -73,7 +73,7 @@ def test_figures_equal_those_of_the_hf_model(tasks: list[dict[str, Any]]) -> Non
     own = SpecDecLM(SpecDecoder(model, tokenizer, "prompt-lookup", runtime="reference"), batch_size=3, max_length=40)
     other = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, max_length=40, device="cpu")
     check(evaluated(own, tasks), evaluated(other, tasks))
-    with pytest.raises(SpecDecError, match="no place for a prompt"):
+    with pytest.raises(SpecDecError, match="no room for a prompt"):
         own.generate_until([type("Instance", (), {"args": ("a", {"max_gen_toks": 40})})])
 
 

@@ -103,7 +103,7 @@ def test_replay_sees_what_was_decided_by() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"guidance_scale": 2.0}, "keeps a state that cannot be rolled back"),
+        ({"guidance_scale": 2.0}, "has a state that cannot be rolled back"),
         (
             {"repetition_penalty": -1.0},
             "generation_config cannot be used: `penalty` has to be a strictly positive",

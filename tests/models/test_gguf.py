@@ -238,7 +238,7 @@ def test_a_tensor_of_an_unknown_type_is_named(tmp_path):
 def test_tensors_without_a_place_are_refused(cache, tmp_path):
     path = write_model(tmp_path / "it.gguf", "llama", "Q8_0", more={"blk.0.attn_q.bias": np.ones(32, np.float32)})
     with pytest.raises(
-        SpecDecError, match=r"1 tensors that a llama model .* no place for, such as 'blk.0.attn_q.bias'"
+        SpecDecError, match=r"1 tensors that do not belong to a llama model .*, such as 'blk.0.attn_q.bias'"
     ):
         loading.load(path)
 

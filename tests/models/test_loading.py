@@ -82,7 +82,7 @@ def test_attention_falls_back_to_eager_where_sdpa_would_be_wrong(folder):
     [
         ({"name_or_path": "smolm2-135m-instruct"}, r"did you mean 'smollm2-135m-instruct'\?"),
         ({"name_or_path": "SmolLM2-135M-Instruct"}, r"did you mean 'smollm2-135m-instruct'\?"),
-        ({"name_or_path": "someone/some-model"}, "not in the local Hugging Face cache"),
+        ({"name_or_path": "someone/some-model"}, "not in the Hugging Face cache"),
         ({"name_or_path": "some model"}, "unknown model 'some model': .*; give an embedded model"),
         ({"name_or_path": ""}, "unknown model ''"),
         ({"name_or_path": "./nowhere"}, "no file or folder './nowhere'"),
@@ -92,8 +92,8 @@ def test_attention_falls_back_to_eager_where_sdpa_would_be_wrong(folder):
         ({"dtype": torch.int8}, "unknown dtype 'int8'"),
         ({"device": "gpu"}, "unknown device 'gpu'; known: auto, cpu, cuda"),
         ({"device": "meta"}, "cannot compute in float32 on device 'meta'"),
-        ({"device": "cuda:99"}, "device 'cuda:99' is not there"),
-        ({"revision": "v1"}, "a revision .* goes with a Hugging Face id"),
+        ({"device": "cuda:99"}, "device 'cuda:99' is missing"),
+        ({"revision": "v1"}, "a revision .* needs a Hugging Face id"),
     ],
 )
 def test_what_cannot_be_loaded_gets_one_line(monkeypatch, arguments, text):
@@ -172,13 +172,15 @@ def test_a_hugging_face_id_loads_from_its_cache_without_network(folder, tmp_path
     monkeypatch.setattr("socket.socket.connect", forbidden)
     expected = identity.fingerprint(loading.load(folder)[0])
     assert identity.fingerprint(loading.load("some/one")[0]) == expected
-    with pytest.raises(SpecDecError, match="'some/other' is not in the local Hugging Face cache"):
+    with pytest.raises(SpecDecError, match="'some/other' is not in the Hugging Face cache"):
         loading.load("some/other")
 
 
 def test_a_repository_that_does_not_exist(monkeypatch):
     monkeypatch.setattr(hub, "snapshot_download", Mock(side_effect=RepositoryNotFoundError("404", response=Mock())))
-    with pytest.raises(SpecDecError, match=r"unknown model 'some/smolm2-135m': .* not on Hugging.* \(did you mean"):
+    with pytest.raises(
+        SpecDecError, match=r"unknown model 'some/smolm2-135m': .* no such folder or Hugging.* \(did you mean"
+    ):
         loading.load("some/smolm2-135m")
 
 

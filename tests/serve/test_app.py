@@ -21,7 +21,7 @@ from specdec.base.errors import SpecDecError
 from specdec.cli import app
 from specdec.engine.request import Event
 from specdec.serve.app import make_app
-from specdec.serve.settings import Settings
+from specdec.serve.settings import ServerSettings
 
 GREEDY = {"temperature": 0}
 
@@ -322,7 +322,7 @@ def test_the_line_of_a_request_says_what_it_was(server: Server, truth: str) -> N
 def limited(decoder: SpecDecoder) -> Iterator[Server]:
     limits = {"max_body": 5000, "max_prompt_tokens": 50, "max_tokens": 8, "max_choices": 3}
     with serving(
-        decoder.with_drafter("prompt-lookup"), api_key="secret", origins=("https://a.example",), **limits
+        decoder.with_drafter("prompt-lookup"), api_key="secret", cors=("https://a.example",), **limits
     ) as running:
         yield running
 
@@ -374,7 +374,9 @@ def test_health_and_requests_say_that_the_engine_has_ended() -> None:
 
 
 def test_a_client_that_sends_its_body_slowly_is_given_up() -> None:
-    app = make_app(stand_in(byte_tokenizer()), Replay(lambda request: []), Settings(NAME, patience=0.05), print)
+    app = make_app(
+        stand_in(byte_tokenizer()), Replay(lambda request: []), ServerSettings(name=NAME, client_timeout=0.05), print
+    )
     sent: list[Any] = []
 
     async def receive() -> Any:
@@ -437,7 +439,7 @@ def test_hosts_of_this_machine_and_those_named_are_answered(server: Server, deco
     for host in ("localhost", "LOCALHOST:80", "127.0.0.1", "[::1]:8000", "10.0.0.7:1", socket.gethostname()):
         assert httpx.get(server.url + "/health", headers={"Host": host}).status_code == 200, host
     for hosts in (("a.example",), ("*",)):
-        with serving(decoder, Replay(lambda request: []), hosts=hosts) as named:
+        with serving(decoder, Replay(lambda request: []), allowed_hosts=hosts) as named:
             assert httpx.get(named.url + "/v1/models", headers={"Host": "a.example:80"}).status_code == 200
 
 

@@ -127,7 +127,7 @@ def test_large_bodies_that_do_not_end_are_bounded_together() -> None:
         def post() -> None:
             statuses.append(httpx.post(server.url + "/tokenize", content=parts(), timeout=60).status_code)
 
-        senders = [threading.Thread(target=post) for _ in range(bodies.HELD + 2)]
+        senders = [threading.Thread(target=post) for _ in range(bodies.MAX_LARGE + 2)]
         for sender in senders:
             sender.start()
         until(lambda: any("/tokenize 429" in line for line in server.lines))
@@ -135,7 +135,7 @@ def test_large_bodies_that_do_not_end_are_bounded_together() -> None:
         over.set()
         for sender in senders:
             sender.join(60)
-        assert set(statuses) == {400, 429} and server.app.state.intake.held == 0
+        assert set(statuses) == {400, 429} and server.app.state.reader.held == 0
 
 
 @pytest.mark.parametrize("n", [1, 3])

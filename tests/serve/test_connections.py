@@ -25,7 +25,7 @@ def replay() -> Replay:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with serving(stand_in(byte_tokenizer()), replay(), patience=PATIENCE, max_connections=8) as running:
+    with serving(stand_in(byte_tokenizer()), replay(), client_timeout=PATIENCE, max_connections=8) as running:
         yield running
 
 
@@ -65,7 +65,7 @@ def test_a_head_that_comes_byte_by_byte_is_not_waited_for(server: Server) -> Non
 
 
 def test_whoever_does_not_read_a_whole_answer_is_given_up() -> None:
-    with serving(stand_in(byte_tokenizer(), context=10**7), replay(), patience=PATIENCE) as server:
+    with serving(stand_in(byte_tokenizer(), context=10**7), replay(), client_timeout=PATIENCE) as server:
         body = b'{"prompt": "' + b"x" * 2_000_000 + b'"}'
         with connect(server, receive=4096) as raw:
             head = f"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
@@ -75,7 +75,7 @@ def test_whoever_does_not_read_a_whole_answer_is_given_up() -> None:
 
 
 def test_who_reads_slowly_gets_all_of_it() -> None:
-    with serving(stand_in(byte_tokenizer(), context=10**7), replay(), patience=PATIENCE) as server:
+    with serving(stand_in(byte_tokenizer(), context=10**7), replay(), client_timeout=PATIENCE) as server:
         with httpx.Client(timeout=60) as client:
             whole = client.post(server.url + "/tokenize", json={"prompt": "x" * 2_000_000}).content
         body = b'{"prompt":"' + b"x" * 2_000_000 + b'"}'

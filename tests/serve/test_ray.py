@@ -72,6 +72,8 @@ def test_a_path_is_not_an_option() -> None:
 
     with pytest.raises(ValidationError, match="replica"):
         Options(replica=Path())  # type: ignore[call-arg]
+    with pytest.raises(ValidationError, match="Ray Serve accepts the connections"):
+        Options(max_connections=8)  # type: ignore[call-arg]
 
 
 def test_options_of_the_server_reach_its_replicas() -> None:
@@ -83,6 +85,6 @@ def test_options_of_the_server_reach_its_replicas() -> None:
         "max_tokens": "8",
         "max_choices": "2",
     }
-    settings = Options(**given, name="tiny", max_body="2048", max_prompt_tokens="5").settings()  # type: ignore[arg-type]
-    assert settings.hosts == ("a.example", "b.example") and settings.origins == ("https://a.example",)
+    settings = Options(**given, name="tiny", max_body="2048", max_prompt_tokens="5")  # type: ignore[arg-type]
+    assert settings.allowed_hosts == ("a.example", "B.example") and settings.cors == ("https://a.example",)
     assert (settings.max_tokens, settings.max_choices, settings.max_body, settings.max_prompt_tokens) == (8, 2, 2048, 5)

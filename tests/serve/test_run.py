@@ -41,7 +41,7 @@ def test_a_terminated_server_finishes_what_it_has_begun(model: Path) -> None:
         assert got.endswith("data: [DONE]\n\n") and '"finish_reason":"length"' in got
         log = server.rest()
         assert server.child.returncode == 0
-        assert "finishing the requests under way" in log and "POST /v1/chat/completions 200" in log
+        assert "finishing the running requests" in log and "POST /v1/chat/completions 200" in log
         with pytest.raises(httpx.ConnectError):
             httpx.get(server.url + "/health")
 

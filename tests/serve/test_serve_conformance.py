@@ -495,7 +495,7 @@ def test_11_a_prompt_that_is_too_long_is_refused_with_both_numbers(server: Serve
 
 def test_12_a_slow_reader_is_given_up_with_a_bounded_buffer_and_others_go_on(other: SpecDecoder) -> None:
     text = known(other, GREEDY)
-    with serving(other, patience=2.0) as server:
+    with serving(other, client_timeout=2.0) as server:
         slow = socket.socket()
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         slow.connect(("127.0.0.1", int(server.url.rpartition(":")[2])))

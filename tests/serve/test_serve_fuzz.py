@@ -12,9 +12,10 @@ from schemathesis.checks import not_a_server_error
 from servers import NAME, Replay, byte_tokenizer, stand_in, tiny_decoder
 
 from specdec.serve.app import make_app
-from specdec.serve.settings import Settings
+from specdec.serve.settings import ServerSettings
 
-DESCRIBED = make_app(stand_in(byte_tokenizer()), Replay(lambda request: []), Settings(NAME, hosts=("*",)))  # type: ignore[arg-type]
+ANY_HOST = ServerSettings(name=NAME, allowed_hosts=("*",))
+DESCRIBED = make_app(stand_in(byte_tokenizer()), Replay(lambda request: []), ANY_HOST)  # type: ignore[arg-type]
 schema = schemathesis.openapi.from_asgi("/openapi.json", DESCRIBED)
 
 
@@ -22,7 +23,7 @@ schema = schemathesis.openapi.from_asgi("/openapi.json", DESCRIBED)
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FastAPI]:
     """A server that decodes."""
     engine = (decoder := tiny_decoder(tmp_path_factory.mktemp("tiny"))).engine(num_speculative_tokens=2)
-    limits = Settings(NAME, max_body=100_000, max_tokens=4, max_choices=8, hosts=("*",))
+    limits = ServerSettings(name=NAME, max_body=100_000, max_tokens=4, max_choices=8, allowed_hosts=("*",))
     yield make_app(decoder, engine, limits, lambda line: None)
     engine.close(drain=False)
 

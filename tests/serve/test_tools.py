@@ -21,10 +21,10 @@ from specdec.serve.tools import (
     MISTRAL,
     MISTRAL_NAMED,
     ChatParser,
-    ToolForm,
-    form_of,
-    grammar_of,
-    message_of,
+    ToolFormat,
+    find_format,
+    merge_deltas,
+    tool_grammar,
 )
 from specdec.speculation.constraints import ConstraintState, compile_constraint
 
@@ -56,17 +56,17 @@ TEMPLATE = (
 )
 
 
-def written(form: ToolForm, calls: list[tuple[str, dict[str, Any]]]) -> str:
+def written(form: ToolFormat, calls: list[tuple[str, dict[str, Any]]]) -> str:
     bodies = [json.dumps({"name": name, form.arguments: arguments}) for name, arguments in calls]
-    if form.named:
-        bodies = [name + form.named + json.dumps(arguments) for name, arguments in calls]
+    if form.separator:
+        bodies = [name + form.separator + json.dumps(arguments) for name, arguments in calls]
     return form.first + form.between.join(form.before + body + form.after for body in bodies) + form.last
 
 
-def read(text: str, size: int, form: ToolForm | None, **how: Any) -> tuple[dict[str, Any], int]:
+def read(text: str, size: int, form: ToolFormat | None, **how: Any) -> tuple[dict[str, Any], int]:
     parser = ChatParser(form, list(SCHEMAS), **how)
     deltas = [delta for at in range(0, len(text), size) for delta in parser.push(text[at : at + size])]
-    return message_of(deltas + parser.push("", last=True)), parser.calls
+    return merge_deltas(deltas + parser.push("", last=True)), parser.calls
 
 
 def calls_of(message: dict[str, Any]) -> list[tuple[str, Any]]:
@@ -76,16 +76,15 @@ def calls_of(message: dict[str, Any]) -> list[tuple[str, Any]]:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("size", [1, 3, 7, 1000])
-def test_calls_are_read_however_the_text_comes(form: ToolForm, size: int) -> None:
+def test_calls_are_read_however_the_text_comes(form: ToolFormat, size: int) -> None:
     message, count = read(written(form, CALLS), size, form)
     assert calls_of(message) == CALLS and message["content"] is None and count == 2
     assert len({call["id"] for call in message["tool_calls"]}) == 2
     single, _ = read(written(form, CALLS), size, form, single=True)
     assert calls_of(single) == CALLS[:1]
     other = '{"arguments": {"a": 1, "b": 3}, "id": "x", "name": "sum"}'
-    assert form.named or calls_of(read(form.first + form.before + other + form.after + form.last, size, form)[0]) == [
-        ("sum", {"a": 1, "b": 3})
-    ]
+    text = form.first + form.before + other + form.after + form.last
+    assert form.separator or calls_of(read(text, size, form)[0]) == [("sum", {"a": 1, "b": 3})]
     for odd in ("[TOOL_CALLS]nobody[ARGS]{}", "[TOOL_CALLS]sum[ARGS]7", "[TOOL_CALLS]su"):
         message, count = read(odd, size, MISTRAL_NAMED)
         assert message["content"] == odd.removeprefix("[TOOL_CALLS]") and not count
@@ -117,24 +116,26 @@ def test_reasoning_is_told_apart(size: int) -> None:
 
 
 def test_forms_are_found_in_templates() -> None:
-    assert form_of("tools <tool_call>") is HERMES and form_of("tools [TOOL_CALLS]") is MISTRAL
-    assert form_of("tools [TOOL_CALLS] [ARGS]") is MISTRAL_NAMED and form_of("tools [TOOL_CALLS] [CALL_ID]") is None
-    assert form_of('tools Environment: ipython "parameters"') is LLAMA
-    assert form_of("<tool_call>") is form_of("tools") is form_of("tools <tool_call><function=x>") is None
+    assert find_format("tools <tool_call>") is HERMES and find_format("tools [TOOL_CALLS]") is MISTRAL
+    assert (
+        find_format("tools [TOOL_CALLS] [ARGS]") is MISTRAL_NAMED
+        and find_format("tools [TOOL_CALLS] [CALL_ID]") is None
+    )
+    assert find_format('tools Environment: ipython "parameters"') is LLAMA
+    assert find_format("<tool_call>") is find_format("tools") is find_format("tools <tool_call><function=x>") is None
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("special", [False, True])
-def test_grammars_take_what_is_in_the_form_and_nothing_else(form: ToolForm, special: bool) -> None:
+def test_grammars_take_what_is_in_the_form_and_nothing_else(form: ToolFormat, special: bool) -> None:
     tokenizer = letters()
     if form.mark:
-        tokenizer.add_tokens([form.mark, *filter(None, [form.named])], special_tokens=special)
+        tokenizer.add_tokens([form.mark, *filter(None, [form.separator])], special_tokens=special)
     tokenizer.add_tokens(["\n"])
 
     def state(several: bool) -> ConstraintState:
-        return compile_constraint(
-            grammar_of(form, SCHEMAS, several, tokenizer), tokenizer, 100, frozenset([EOS])
-        ).state(())
+        grammar = tool_grammar(form, SCHEMAS, several, tokenizer)
+        return compile_constraint(grammar, tokenizer, 100, frozenset([EOS])).state(())
 
     def ends(text: str, several: bool = True) -> bool:
         mask = state(several).mask(tokenizer(text).input_ids)
@@ -195,7 +196,7 @@ def test_calls_with_names_before_their_arguments_are_forced_and_streamed() -> No
         calls = calls_of(choice["message"])
         assert choice["finish_reason"] == "tool_calls" and calls and choice["message"]["content"] is None
         deltas = [chunk["delta"] for chunk in chunks if chunk["index"] == choice["index"]]
-        assert calls_of(message_of([delta for delta in deltas if "tool_calls" in delta])) == calls
+        assert calls_of(merge_deltas([delta for delta in deltas if "tool_calls" in delta])) == calls
         assert all(set(arguments) == set(SCHEMAS[name]["properties"]) for name, arguments in calls)  # type: ignore[index]
 
 
@@ -210,7 +211,7 @@ def test_a_forced_call_that_is_cut_is_a_call(server: Server) -> None:
         assert answer["finish_reason"] == "length"
         streamed = events(server.chat(**body, tool_choice=forced, max_tokens=limit, stream=True))
         deltas = [chunk["choices"][0]["delta"] for chunk in streamed]
-        same = message_of([delta for delta in deltas if "tool_calls" in delta])["tool_calls"][0]["function"]
+        same = merge_deltas([delta for delta in deltas if "tool_calls" in delta])["tool_calls"][0]["function"]
         assert same == call["function"] and not any(delta.get("content") for delta in deltas)
         lengths.add(len(call["function"]["arguments"]))
     assert 0 in lengths and max(lengths) > 0
@@ -230,7 +231,7 @@ def test_a_forced_call_that_is_cut_is_a_call(server: Server) -> None:
     ],
 )
 def test_the_name_of_a_call_that_is_cut_is_told_where_it_is_certain(
-    form: ToolForm, text: str, name: str | None
+    form: ToolFormat, text: str, name: str | None
 ) -> None:
     message, _ = read(text, 5, form, forced=True, may_reason=True)
     assert [call["function"]["name"] for call in message.get("tool_calls", [])] == ([name] if name else [])
@@ -263,14 +264,14 @@ def test_tools_that_the_model_may_call(server: Server) -> None:
 @pytest.mark.parametrize(
     ("body", "what"),
     [
-        ({"tool_choice": "required"}, "goes with tools"),
-        ({"tools": [*TOOLS, TOOLS[0]]}, "one name"),
-        ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "x"}}}, "no tool"),
+        ({"tool_choice": "required"}, "needs tools"),
+        ({"tools": [*TOOLS, TOOLS[0]]}, "the same name"),
+        ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "x"}}}, "not in tools"),
         ({"tools": TOOLS, "tool_choice": "required", "response_format": {"type": "json_object"}}, "leave one out"),
         ({"tools": TOOLS, "tool_choice": "required", "ignore_eos": True}, "ignore_eos"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "pattern"),
         ({"messages": [{"role": "tool", "tool_call_id": "x"}]}, "needs content"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "goes with the role tool"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "the role tool and tool_call_id"),
         (
             {
                 "messages": [

@@ -29,8 +29,8 @@ from specdec.engine.engine import EngineStats
 from specdec.engine.metrics import RequestMetrics
 from specdec.engine.request import Event, Request
 from specdec.serve.app import make_app
-from specdec.serve.run import address, bind, config
-from specdec.serve.settings import Settings
+from specdec.serve.run import address, bind, uvicorn_config
+from specdec.serve.settings import ServerSettings
 from specdec.speculation.sampling import RowSampler
 
 NAME = "tiny"
@@ -104,12 +104,12 @@ class Gate:
 class Server:
     """A server on a loopback port. ``lines``: its log. ``url``: where it is."""
 
-    def __init__(self, decoder: SpecDecoder, engine: Any, settings: Settings) -> None:
+    def __init__(self, decoder: SpecDecoder, engine: Any, settings: ServerSettings) -> None:
         self.decoder, self.engine, self.settings, self.lines = decoder, engine, settings, list[str]()
         self.app = make_app(decoder, engine, settings, self.lines.append)
         self.socket = bind("127.0.0.1", 0)
         self.url = address(self.socket)
-        self.server = uvicorn.Server(config(self.app, settings, self.lines.append))
+        self.server = uvicorn.Server(uvicorn_config(self.app, settings, self.lines.append))
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.socket]}, daemon=True)
 
     def post(self, path: str, body: Any, **more: Any) -> httpx.Response:
@@ -140,7 +140,7 @@ def events(response: httpx.Response) -> list[dict[str, Any]]:
 def serving(decoder: SpecDecoder, engine: Any = None, **settings: Any) -> Iterator[Server]:
     """A running server; ``engine``: one of the test's own."""
     own = decoder.engine(max_rows=16) if engine is None else engine
-    server = Server(decoder, own, Settings(NAME, **settings))
+    server = Server(decoder, own, ServerSettings(name=NAME, **settings))
     server.thread.start()
     try:
         while not server.server.started:

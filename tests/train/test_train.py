@@ -385,7 +385,7 @@ def test_a_base_too_large_for_memory_is_refused_before_its_weights_are_read(
     monkeypatch.setattr(machine, "available_memory", lambda: weights - 1)
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "Hello"}\n')
     settings = recipe(tmp_path / "prompts.jsonl", tmp_path / "out", model=str(folder), device="cpu")
-    with pytest.raises(SpecDecError, match=r"not enough memory for .*: its weights take 0 MB, and 0 MB are free"):
+    with pytest.raises(SpecDecError, match=r"not enough memory for .*: its weights need 0 MB, and 0 MB are free"):
         train(settings)
     monkeypatch.setattr(machine, "available_memory", lambda: weights)
     with pytest.raises(SpecDecError, match="safetensors file is truncated or broken"):

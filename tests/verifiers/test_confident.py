@@ -141,7 +141,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("early-exit", {"exit_threshold": "high"}, r"exit_threshold must be a probability in \[0, 1\]; got 'high'"),
     ("early-exit", {"fill": "never"}, "fill of confident acceptance is one of exact, propagate; got 'never'"),
     ("early-exit", {"epsilon": 0.1}, "verifier 'confident' has no option 'epsilon'; it belongs to 'typical'"),
-    ("prompt-lookup", {}, "'confident' accepts drafts without scoring them, so it takes a drafter that leaves"),
+    ("prompt-lookup", {}, "'confident' accepts drafts without scoring them, so it needs a drafter that leaves"),
     ("layer-skip", {}, "'layer-skip' does not"),
 ]
 

@@ -1,8 +1,7 @@
-"""Weights that stay in the blocks of a GGUF file: matrices, and the modules of a model that hold them.
+"""Weights that stay in the blocks of a GGUF file, and the modules of a model that have such weights.
 
-A model loaded from such a file has ``BlockLinear`` and ``BlockEmbedding`` modules. Their ``weight`` is dequantised on
-every access, as ``gguf`` does it, so nothing is held twice; runtimes pack the blocks themselves. Knows nothing of
-files, models or kernels.
+A model loaded from such a file has ``BlockLinear`` and ``BlockEmbedding`` modules. Their ``weight`` is dequantised by
+``gguf`` on every access and not kept. Runtimes pack the blocks themselves. Knows nothing of files, models or kernels.
 """
 
 from __future__ import annotations
@@ -20,16 +19,18 @@ from torch import Tensor, nn
 from specdec.base import memory
 from specdec.base.errors import SpecDecError
 
-KINDS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")  # of blocks that are kept
-CHUNK = 1 << 20  # numbers that are dequantised at a time
+KINDS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")  # types of blocks that are kept
+CHUNK = 1 << 20  # elements that are dequantised at a time
 
 
 @dataclass(frozen=True)
 class Blocks:
     """A matrix [out, in] in GGUF blocks along its inputs.
 
-    data: uint8 [out, bytes of a row], usually mapped from a file. kind: of ``KINDS``. rows: int32 [out], the row of
-    ``data`` that each row of the matrix is in; None: in order.
+    data: uint8 [out, bytes of a row], usually mapped from a file.
+    kind: one of ``KINDS``.
+    inputs: columns of the matrix.
+    rows: int32 [out], the row of ``data`` for each row of the matrix; None for the same order.
     """
 
     data: Tensor
@@ -42,7 +43,7 @@ class Blocks:
         return torch.Size((self.data.shape[0], self.inputs))
 
     def numbers(self, index: Tensor | None = None) -> Tensor:
-        """The matrix, or its rows ``index`` [n], in float32 [n, in], as ``gguf`` dequantises them."""
+        """The matrix, or its rows ``index`` [n], in float32 [n, in]."""
         if index is None:
             index = torch.arange(self.data.shape[0])
         if self.rows is not None:
@@ -50,7 +51,7 @@ class Blocks:
         return numbers(self.data[index], self.kind)
 
     def at(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """Single numbers of the matrix, by their row and column [n], in float32 [n]."""
+        """Single elements of the matrix by row and column, both [n], in float32 [n]."""
         if self.rows is not None:
             rows = self.rows[rows].long()
         size, width = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[self.kind]]
@@ -63,12 +64,12 @@ class Blocks:
 
 
 def numbers(data: Tensor, kind: str) -> Tensor:
-    """Rows of blocks, uint8 [n, bytes], in float32 [n, in], as ``gguf`` dequantises them."""
+    """Dequantise rows of blocks, uint8 [n, bytes], with ``gguf``: float32 [n, in]."""
     return torch.from_numpy(gguf.quants.dequantize(data.numpy(), gguf.GGMLQuantizationType[kind]))
 
 
 def bits(kind: str) -> int:
-    """Bits of a code in blocks of ``kind``."""
+    """Bits of a quantised value in blocks of ``kind``."""
     return int(kind[1])
 
 
@@ -76,7 +77,7 @@ Dequantize = Callable[[Blocks, Tensor | None, torch.dtype], Tensor]
 
 
 def dequantize(blocks: Blocks, index: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The matrix, or its rows ``index`` [n], in ``dtype``: [n, in]."""
+    """Dequantise the matrix, or its rows ``index`` [n], to ``dtype``: [n, in]."""
     count = blocks.shape[0] if index is None else len(index)
     step, out = max(1, CHUNK // blocks.inputs), torch.empty(count, blocks.inputs, dtype=dtype)
     for start in range(0, count, step):
@@ -85,8 +86,8 @@ def dequantize(blocks: Blocks, index: Tensor | None, dtype: torch.dtype) -> Tens
     return out
 
 
-class _InBlocks(nn.Module):
-    """A module whose weight is in blocks, as numbers of ``dtype``. Moving it changes the dtype; blocks stay."""
+class _BlockModule(nn.Module):
+    """A module whose weight is in blocks and has the values of ``dtype``. ``to`` changes the dtype, not the blocks."""
 
     blocks: Blocks
     dtype: torch.dtype
@@ -95,29 +96,27 @@ class _InBlocks(nn.Module):
     @property
     def weight(self) -> Tensor:
         values = self.unpack(self.blocks, None, self.dtype)
-        memory.release(self.blocks.data)  # the pages come again from the file
+        memory.release(self.blocks.data)  # the system reads the pages again from the file
         return values
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         like = fn(torch.empty(0, dtype=self.dtype))
         if like.device.type != "cpu":
-            raise SpecDecError("weights in GGUF blocks stay on the CPU; load the model on the device it is to run on")
+            raise SpecDecError("weights in GGUF blocks stay on the CPU; load the model on the device where it runs")
         self.dtype = like.dtype
         return super()._apply(fn, recurse)
 
 
-class BlockLinear(_InBlocks, nn.Linear):  # type: ignore[override, misc]
-    """A linear map whose weight is in blocks. No gradients.
+class BlockLinear(_BlockModule, nn.Linear):  # type: ignore[override, misc]
+    """A linear layer whose weight is in blocks. Has no gradients.
 
-    unpack: makes the numbers; a runtime may set a faster one that gives the same.
+    unpack: dequantises; a runtime may set a faster function with equal results.
     """
 
-    def __init__(
-        self, blocks: Blocks, bias: Tensor | None, dtype: torch.dtype, unpack: Dequantize = dequantize
-    ) -> None:
+    def __init__(self, blocks: Blocks, bias: Tensor | None, dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
         self.out_features, self.in_features = blocks.shape
-        self.blocks, self.dtype, self.unpack = blocks, dtype, unpack
+        self.blocks, self.dtype, self.unpack = blocks, dtype, dequantize
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.to(dtype), requires_grad=False))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -128,13 +127,13 @@ class BlockLinear(_InBlocks, nn.Linear):  # type: ignore[override, misc]
         return torch.cat(parts, -1)
 
 
-class BlockEmbedding(_InBlocks, nn.Embedding):  # type: ignore[override, misc]
-    """An embedding whose table is in blocks. unpack: as ``BlockLinear``'s."""
+class BlockEmbedding(_BlockModule, nn.Embedding):  # type: ignore[override, misc]
+    """An embedding whose table is in blocks. unpack: as in ``BlockLinear``."""
 
-    def __init__(self, blocks: Blocks, dtype: torch.dtype, unpack: Dequantize = dequantize) -> None:
+    def __init__(self, blocks: Blocks, dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
         self.num_embeddings, self.embedding_dim = blocks.shape
-        self.blocks, self.dtype, self.unpack = blocks, dtype, unpack
+        self.blocks, self.dtype, self.unpack = blocks, dtype, dequantize
         self.padding_idx = self.max_norm = None
         self.norm_type, self.scale_grad_by_freq, self.sparse = 2.0, False, False
 
@@ -143,71 +142,62 @@ class BlockEmbedding(_InBlocks, nn.Embedding):  # type: ignore[override, misc]
 
 
 def quantize_linear(module: nn.Linear, kind: str) -> BlockLinear:
-    """The linear map with its weight rounded to blocks of ``kind``: Q4_0, Q4_1, Q5_0, Q5_1 or Q8_0.
+    """The linear layer with its weight quantised to blocks of ``kind``: Q4_0, Q4_1, Q5_0, Q5_1 or Q8_0.
 
-    Raises SpecDecError if its inputs are not whole blocks.
+    Raises SpecDecError if its inputs are no multiple of a block.
     """
     if module.in_features % 32:
-        raise SpecDecError(f"{kind} blocks take multiples of 32 inputs; a linear map has {module.in_features}")
+        raise SpecDecError(f"{kind} blocks need a multiple of 32 inputs; a linear layer has {module.in_features}")
     values = module.weight.detach().float().numpy()
     data = torch.from_numpy(gguf.quants.quantize(values, gguf.GGMLQuantizationType[kind]))
     return BlockLinear(Blocks(data, kind, module.in_features), module.bias, module.weight.dtype)
 
 
 def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor | Blocks]]:
-    """The parameters of a model, those in blocks too. Shared ones come under each of their names."""
+    """The parameters of a model, also those in blocks. Shared ones appear under each of their names."""
     yield from model.named_parameters(remove_duplicate=False)
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, _InBlocks):
+        if isinstance(module, _BlockModule):
             yield f"{name}.weight", module.blocks
 
 
 def weight_storage(module: Any) -> Tensor:
-    """What the weight of ``module`` lies in, row by row: its parameter or the data of its blocks."""
-    data: Tensor = module.blocks.data if isinstance(module, _InBlocks) else module.weight.detach()
+    """The memory of the weight of ``module``: its parameter or the data of its blocks."""
+    data: Tensor = module.blocks.data if isinstance(module, _BlockModule) else module.weight.detach()
     return data
 
 
 def weight_rows(module: Any, index: Tensor) -> Tensor:
     """Rows ``index`` [n] of the weight of ``module``: [n, in]."""
-    if isinstance(module, _InBlocks):
+    if isinstance(module, _BlockModule):
         return module.unpack(module.blocks, index, module.dtype)
     chosen: Tensor = module.weight.detach()[index]
     return chosen
 
 
-def densify(model: nn.Module, dtype: torch.dtype | None = None) -> None:
-    """Replace the modules in blocks by ordinary ones of the same numbers, in place. dtype: of the whole model then."""
+def densify(model: nn.Module) -> None:
+    """Replace block modules by ordinary ones with equal values, in place."""
     weights: dict[int, nn.Parameter] = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):
-        if isinstance(module, _InBlocks):
+        if isinstance(module, _BlockModule):
             blocks = module.blocks
             if id(blocks) not in weights:
-                values = module.unpack(blocks, None, dtype or module.dtype)  # rounded once
-                weights[id(blocks)] = nn.Parameter(values, requires_grad=False)
-                memory.release(blocks.data)
-            model.set_submodule(name, _dense(module, weights[id(blocks)]))
-    if dtype is not None:
-        model.to(dtype)
-
-
-def _dense(module: nn.Module, weight: nn.Parameter) -> nn.Module:
-    """The ordinary module of these numbers."""
-    made: Any
-    with torch.device("meta"):
-        if isinstance(module, BlockEmbedding):
-            made = nn.Embedding(*weight.shape)
-        else:
-            made = nn.Linear(weight.shape[1], weight.shape[0])
-            made.bias = module.bias
-    made.weight = weight
-    return made.train(module.training)
+                weights[id(blocks)] = nn.Parameter(module.weight, requires_grad=False)
+            made: Any
+            with torch.device("meta"):
+                if isinstance(module, BlockEmbedding):
+                    made = nn.Embedding(blocks.shape[0], blocks.inputs)
+                else:
+                    made = nn.Linear(blocks.inputs, blocks.shape[0])
+                    made.bias = module.bias
+            made.weight = weights[id(blocks)]
+            model.set_submodule(name, made.train(module.training))
 
 
 @contextmanager
 def temporarily_dense(model: nn.Module) -> Iterator[None]:
-    """Meanwhile the modules in blocks are ordinary ones: for what calls the model's own ``forward`` many times."""
-    kept = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, _InBlocks)]
+    """In this context block modules are ordinary ones, for callers that run the model's own ``forward`` many times."""
+    kept = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, _BlockModule)]
     densify(model)
     try:
         yield

@@ -1,6 +1,6 @@
-"""The header of a GGUF file: its metadata, and the kind, shape and place of each tensor. No tensor is read.
+"""The header of a GGUF file: its metadata, and the type, shape and offset of each tensor. Reads no tensor.
 
-The file is untrusted: every count and offset in it is compared with the size of the file before it is used.
+The file is untrusted: every count and offset is compared with the size of the file before it is used.
 """
 
 from __future__ import annotations
@@ -20,40 +20,25 @@ from torch import Tensor
 from specdec.base.errors import SpecDecError
 
 HEADER_BYTES = 1 << 28  # more than any header has
-ELEMENTS = 1 << 22  # most elements of an array
+MAX_ELEMENTS = 1 << 22  # of an array
 VERSIONS = 2, 3
-STRING, ARRAY = 8, 9  # types of metadata values; the others are numbers
-NUMBERS = {
-    kind: struct.Struct(f"<{code}")
-    for kind, code in {
-        0: "B",
-        1: "b",
-        2: "H",
-        3: "h",
-        4: "I",
-        5: "i",
-        6: "f",
-        7: "?",
-        10: "Q",
-        11: "q",
-        12: "d",
-    }.items()
-}
+STRING, ARRAY = 8, 9  # types of metadata values; the other types are numbers
+NUMBERS = {kind: struct.Struct(f"<{code}") for kind, code in enumerate("BbHhIif?__Qqd") if code != "_"}
 U32, U64 = NUMBERS[4], NUMBERS[10]
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
 
 class _Broken(Exception):
-    """What is wrong with a header, in a few words."""
+    """The header is broken. The message says how."""
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor of the file. kind: as ``gguf.GGMLQuantizationType`` names it. shape: in PyTorch's order."""
+    """A tensor of the file. kind: its ``gguf.GGMLQuantizationType``. shape: in PyTorch's order. offset: in the file."""
 
     kind: str
     shape: tuple[int, ...]
-    offset: int  # from the beginning of the file
+    offset: int
     nbytes: int
 
 
@@ -68,18 +53,18 @@ class GGUFFile:
         return str(self.metadata.get("general.architecture", ""))
 
     def map(self) -> Tensor:
-        """The file's bytes, uint8. They are mapped: read when they are used."""
+        """The file's bytes, uint8, mapped into memory."""
         return torch.from_file(str(self.path), shared=False, size=self.path.stat().st_size, dtype=torch.uint8)
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether the file begins as a GGUF file does."""
+    """Whether the file has GGUF's magic number."""
     with path.open("rb") as file:
         return file.read(4) == b"GGUF"
 
 
 def read_header(path: Path, name: str = "") -> GGUFFile:
-    """Read the header of a GGUF file, which messages call ``name``. Raises SpecDecError if it is broken."""
+    """Read the header of a GGUF file. name: for messages. Raises SpecDecError if the file is broken."""
     name = name or str(path)
     try:
         with path.open("rb") as file:
@@ -87,7 +72,7 @@ def read_header(path: Path, name: str = "") -> GGUFFile:
             if file.read(4) != b"GGUF":
                 raise SpecDecError(f"'{name}' is not a GGUF file")
             with mmap.mmap(file.fileno(), min(size, HEADER_BYTES), access=mmap.ACCESS_READ) as data:
-                metadata, tensors = _Reader(data).header(size)
+                metadata, tensors = _HeaderReader(data).header(size)
     except _Broken as error:
         raise SpecDecError(
             f"cannot load model '{name}': the GGUF file is truncated or broken ({error}); get it again"
@@ -97,8 +82,8 @@ def read_header(path: Path, name: str = "") -> GGUFFile:
     return GGUFFile(path, metadata, tensors)
 
 
-class _Reader:
-    """Reads a header from its bytes on. Raises _Broken."""
+class _HeaderReader:
+    """Reads a header from its bytes. Raises _Broken."""
 
     def __init__(self, data: mmap.mmap) -> None:
         self.data, self.size, self.at = data, len(data), 4
@@ -141,7 +126,7 @@ class _Reader:
         return kind.unpack_from(self.data, at)[0]
 
     def count(self, least: int) -> int:
-        """A number of things, each of at least ``least`` bytes, that the rest of the file has room for."""
+        """A count of items of at least ``least`` bytes each. Raises _Broken if the file is too small for them."""
         count: int = self.number(U64)
         if count * least > self.size - self.at:
             raise _Broken("it ends within its header")
@@ -170,7 +155,7 @@ class _Reader:
             raise _Broken(f"an array in it is of the unknown type {kind}")
         width = 8 if kind == STRING else NUMBERS[kind].size
         count = self.count(width)
-        if count > ELEMENTS:
+        if count > MAX_ELEMENTS:
             raise _Broken(f"an array in it has {count} elements")
         if kind == STRING:
             return [self.string() for _ in range(count)]
@@ -179,11 +164,11 @@ class _Reader:
         return list(values)
 
     def tensor(self) -> tuple[str, str, tuple[int, ...], int]:
-        """Name, kind, shape and place among the data."""
+        """Name, type, shape and offset in the data."""
         name, dimensions = self.string(), self.number(U32)
         if not 1 <= dimensions <= 4:
             raise _Broken(f"tensor '{_short(name)}' has {dimensions} dimensions")
-        shape = tuple(self.number(U64) for _ in range(dimensions))[::-1]  # the fastest first in the file
+        shape = tuple(self.number(U64) for _ in range(dimensions))[::-1]  # the file begins with the fastest dimension
         kind = self.number(U32)
         try:
             return name, gguf.GGMLQuantizationType(kind).name, shape, self.number(U64)
@@ -199,6 +184,6 @@ def _bytes(name: str, kind: str, shape: tuple[int, ...]) -> int:
 
 
 def _short(value: object) -> str:
-    """Untrusted text in a message."""
+    """Untrusted text for a message."""
     text = " ".join(str(value).split())
     return text if len(text) <= 60 else text[:57] + "..."

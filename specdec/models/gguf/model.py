@@ -1,8 +1,8 @@
-"""Models of GGUF files as they are: nothing is converted, matrices stay in the file's blocks.
+"""Models of GGUF files without conversion: matrices stay in the file's blocks.
 
-transformers says how a file's tensors and metadata are called in its models, and builds the tokenizer. Config,
-generation config, tokenizer and chat template are written into a folder once (``write_parts``); ``build`` makes
-the model of that config with the weights of the file. Serves the architectures of the native runtime.
+transformers maps the names of tensors and metadata and builds the tokenizer. ``write_parts`` writes config, generation
+config, tokenizer and chat template into a folder once. ``build`` makes the model of that config with the weights of the
+file. Supports the architectures of the native runtime.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ from specdec.models.gguf.blocks import BlockEmbedding, BlockLinear, Blocks
 from specdec.models.gguf.file import PLAIN, GGUFFile, TensorInfo
 
 ARCHITECTURES = "llama", "qwen2", "qwen3", "phi3"
-LARGEST, WIDEST = 1 << 28, 1 << 20  # of the whole numbers in a config, and of those that are sizes of its parts
-FRACTIONS = {"rope_theta", "rms_norm_eps"}  # those that are not whole
+LARGEST, WIDEST = 1 << 28, 1 << 20  # bounds of integers in a config, and of those that are sizes of its parts
+FLOATS = {"rope_theta", "rms_norm_eps"}
 ROPE_FACTORS = "rope_freqs.weight"
 CONTROL = 3  # the type of tokens that are not text
-# Control tokens that end a turn or a text in whichever model has them.
-ENDS = {"<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>"}
-# Values of tokenizer.ggml.pre that split off digits one by one and then words as GPT-2 does. transformers splits the
-# words only, so that a digit would take the line break or space before it along.
+# Control tokens that end a turn or a text in every model that has them.
+END_TOKENS = {"<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>"}
+# Values of tokenizer.ggml.pre that split off single digits before words. transformers splits words only, so a digit and
+# the line break or space before it would become one token.
 DIGITS_APART = {"codeshell", "command-r", "exaone", "minerva-7b", "refact", "smollm", "starcoder"}
 
 
 def is_supported(file: GGUFFile) -> bool:
-    """Whether ``build`` makes models of such files."""
+    """Whether ``build`` supports the file's architecture."""
     return file.architecture in ARCHITECTURES and not file.metadata.get(f"{file.architecture}.expert_count")
 
 
@@ -62,7 +62,7 @@ def write_parts(name: str, file: GGUFFile, folder: Path) -> None:
         config = config_of(name, file)
         check_tensors(name, file, empty_model(config, torch.bfloat16))
         ends = GenerationConfig.from_model_config(config)
-        ends.eos_token_id = _ends(file) or None
+        ends.eos_token_id = _eos_token_ids(file) or None
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise SpecDecError(f"cannot load model '{name}': its GGUF file describes no model ({reason})") from error
@@ -72,7 +72,7 @@ def write_parts(name: str, file: GGUFFile, folder: Path) -> None:
 
 
 def config_of(name: str, file: GGUFFile) -> PreTrainedConfig:
-    """The config that the metadata describe."""
+    """The config from the metadata."""
     architecture, metadata = file.architecture, file.metadata
     values: dict[str, Any] = {"tie_word_embeddings": "output.weight" not in file.tensors}
     mapping: dict[str, Any] = GGUF_CONFIG_MAPPING
@@ -86,7 +86,7 @@ def config_of(name: str, file: GGUFFile) -> PreTrainedConfig:
         values["vocab_size"] = file.tensors["token_embd.weight"].shape[0]
     for field, value in values.items():
         most = WIDEST if field.startswith(("num_", "head_", "hidden_", "intermediate_")) else LARGEST
-        fits = type(value) is int and 0 <= value < most if field not in FRACTIONS else _positive(value)
+        fits = type(value) is int and 0 <= value < most if field not in FLOATS else _positive(value)
         if field != "tie_word_embeddings" and not fits:
             raise SpecDecError(f"cannot load model '{name}': its GGUF file says that {field} is {str(value)[:60]!r}")
     layers = sum(key.startswith("blk.") and key.endswith(".attn_norm.weight") for key in file.tensors)
@@ -103,7 +103,7 @@ def _positive(value: Any) -> bool:
 
 
 def tokenizer_of(name: str, file: GGUFFile) -> Any:
-    """The tokenizer, with the chat template, that the metadata describe. Raises SpecDecError if there is none."""
+    """The tokenizer, with chat template, from the metadata. Raises SpecDecError without one."""
     metadata = {key.removeprefix("tokenizer."): value for key, value in file.metadata.items()}
     own, options = (
         {field: metadata[key] for key, field in GGUF_TOKENIZER_MAPPING[part].items() if key in metadata}
@@ -128,7 +128,7 @@ def tokenizer_of(name: str, file: GGUFFile) -> Any:
 
 
 def split_digits(file: GGUFFile, tokenizer: Tokenizer) -> None:
-    """Have ``tokenizer`` split off digits one by one where the file's vocabulary was learned so."""
+    """Make ``tokenizer`` split off single digits if the file's vocabulary was trained that way."""
     kind, pre = (file.metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
     if kind == "gpt2" and pre in DIGITS_APART:
         digits = pre_tokenizers.Digits(individual_digits=True)
@@ -136,12 +136,12 @@ def split_digits(file: GGUFFile, tokenizer: Tokenizer) -> None:
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
 
 
-def _ends(file: GGUFFile) -> int | list[int]:
-    """The tokens that end a turn or a text: those that the file names, and control tokens known for it."""
+def _eos_token_ids(file: GGUFFile) -> int | list[int]:
+    """The tokens that end a turn or a text: those that the file names, and known control tokens."""
     metadata = {key.removeprefix("tokenizer.ggml."): value for key, value in file.metadata.items()}
     named = [id for key in ("eos", "eot", "eom") if type(id := metadata.get(f"{key}_token_id")) is int]
     kinds = zip(metadata.get("tokens", ()), metadata.get("token_type", ()), strict=False)
-    known = [token for token, (text, kind) in enumerate(kinds) if kind == CONTROL and text in ENDS]
+    known = [token for token, (text, kind) in enumerate(kinds) if kind == CONTROL and text in END_TOKENS]
     found = list(dict.fromkeys([*named, *(token for token in known if token != metadata.get("unknown_token_id"))]))
     return found[0] if len(found) == 1 else found
 
@@ -149,19 +149,16 @@ def _ends(file: GGUFFile) -> int | list[int]:
 # --- weights ---------------------------------------------------------------------------------------------------------
 
 
-def empty_model(
-    config: PreTrainedConfig, dtype: torch.dtype, attn_implementation: str | None = None
-) -> PreTrainedModel:
+def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The model of ``config`` without memory for its parameters."""
-    given = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, **given)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.tie_weights()
     return model
 
 
 def check_tensors(name: str, file: GGUFFile, model: PreTrainedModel) -> dict[str, str]:
-    """The tensors of ``file`` by the parameters of ``model`` that they are. Raises SpecDecError unless all fit."""
+    """The tensor in ``file`` of each parameter of ``model``. Raises SpecDecError unless all fit."""
     found = _tensor_names(file, model)
     shapes = {key: info.shape for key, info in file.tensors.items() if info.kind in PLAIN or len(info.shape) == 2}
     unfit = [key for key, values in model.named_parameters() if shapes.get(found[key]) != tuple(values.shape)]
@@ -172,7 +169,7 @@ def check_tensors(name: str, file: GGUFFile, model: PreTrainedModel) -> dict[str
         )
     if more := sorted(file.tensors.keys() - {*found.values(), ROPE_FACTORS}):
         raise SpecDecError(
-            f"'{name}' has {len(more)} tensors that a {model.config.model_type} model of its config has no place for, "
+            f"'{name}' has {len(more)} tensors that do not belong to a {model.config.model_type} model of its config, "
             f"such as '{more[0][:60]}'"
         )
     for kind in {info.kind for info in file.tensors.values()} - {*PLAIN, *blocks.KINDS}:
@@ -184,7 +181,7 @@ def check_tensors(name: str, file: GGUFFile, model: PreTrainedModel) -> dict[str
 
 
 def _tensor_names(file: GGUFFile, model: PreTrainedModel) -> dict[str, str]:
-    """What ``gguf`` calls the parameters of ``model``; "" for those that it does not know."""
+    """The names of ``gguf`` for the parameters of ``model``; "" for unknown ones."""
     kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == file.architecture)
     names, found = gguf.get_tensor_name_map(kind, model.config.num_hidden_layers), {}
     for parameter, _ in model.named_parameters():
@@ -195,19 +192,15 @@ def _tensor_names(file: GGUFFile, model: PreTrainedModel) -> dict[str, str]:
 
 
 def build(
-    name: str,
-    file: GGUFFile,
-    config: PreTrainedConfig,
-    dtype: torch.dtype,
-    keep_blocks: bool,
-    attn_implementation: str | None = None,
+    name: str, file: GGUFFile, config: PreTrainedConfig, dtype: torch.dtype, keep_blocks: bool
 ) -> PreTrainedModel:
     """The model of ``config`` with the weights of ``file``, in ``dtype``.
 
-    keep_blocks: matrices in blocks of ``blocks.KINDS`` stay there, mapped from the file; else all become parameters.
+    keep_blocks: matrices in blocks of ``blocks.KINDS`` stay in the mapped file; else all become parameters.
     """
-    model, data = empty_model(config, dtype, attn_implementation), file.map()
-    names, processor, unpacked = check_tensors(name, file, model), _processor(file, config), set[str]()
+    model, data = empty_model(config, dtype), file.map()
+    names, unpacked = check_tensors(name, file, model), set[str]()
+    processor = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)(config=config.to_dict())
     for parameter, tensor in names.items():
         info, (path, _, leaf) = file.tensors[tensor], parameter.rpartition(".")
         part, module = data[info.offset : info.offset + info.nbytes], model.get_submodule(path)
@@ -238,12 +231,12 @@ def _in_blocks(module: nn.Module, packed: Blocks, dtype: torch.dtype) -> nn.Modu
     if isinstance(module, nn.Embedding):
         return BlockEmbedding(packed, dtype)
     made: Any = BlockLinear(packed, None, dtype)
-    made.bias = module.bias  # of the file already, or still to come
+    made.bias = module.bias  # the file's, or still to be set
     return made  # type: ignore[no-any-return]
 
 
 def _tie(model: Any) -> None:
-    """Have the output head share the embedding's weights."""
+    """Make the output head share the embedding's weights."""
     embedding = model.get_input_embeddings()
     if isinstance(embedding, BlockEmbedding):
         model.set_output_embeddings(BlockLinear(embedding.blocks, None, embedding.dtype))
@@ -252,19 +245,14 @@ def _tie(model: Any) -> None:
 
 
 def _scale_rotation(model: Any, file: GGUFFile, data: Tensor) -> None:
-    """Divide the frequencies of the rotary embedding by the file's factors, as those of Llama 3.1 are."""
+    """Divide the frequencies of the rotary embedding by the file's factors (Llama 3.1)."""
     info, rotary = file.tensors[ROPE_FACTORS], model.model.rotary_emb
     factors = data[info.offset : info.offset + info.nbytes].view(PLAIN[info.kind])
     rotary.inv_freq = rotary.original_inv_freq = rotary.inv_freq / factors.to(rotary.inv_freq.dtype)
 
 
-def _processor(file: GGUFFile, config: PreTrainedConfig) -> TensorProcessor:
-    made: TensorProcessor = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)(config=config.to_dict())
-    return made
-
-
 def _rows(processor: TensorProcessor, tensor: str, info: TensorInfo) -> Tensor | None:
-    """Where in the file's tensor each row of the model's is: llama files have rows of q and k in another order."""
+    """The row of the file's tensor for each row of the model's: llama files have q and k in another order."""
     count = info.shape[0]
     order = np.arange(count, dtype=np.int32)
     found = processor.process(weights=order, name=tensor).weights
